@@ -1,0 +1,3 @@
+// The one translation unit of the tests that holds the implementation.
+#define VALAR_IMPLEMENTATION
+#include "valar.hpp"
