@@ -186,7 +186,7 @@ public:
     const T* operator->() const { return &value_; }
     T& operator*() & { return value_; }
     const T& operator*() const& { return value_; }
-    T operator*() && { return std::move(value_); }  // by value: a borrow of a temporary would dangle
+    T operator*() && { return std::move(value_); }  // by value: a temporary ends
     Error& error() { return error_; }  // only when !ok()
     const Error& error() const { return error_; }
 
@@ -249,7 +249,8 @@ struct MarkedText {
 
 namespace detail {
 
-Error make_error(ErrorKind kind, std::string message, std::string code = {}, std::string param = {});
+Error make_error(ErrorKind kind, std::string message, std::string code = {},
+                 std::string param = {});
 /// printf into a std::string, for messages; never for numbers that are parsed again.
 #if defined(__GNUC__) && !defined(_WIN32)  // mingw's check knows no %zu; its printf does
 __attribute__((format(printf, 1, 2)))
@@ -516,8 +517,9 @@ bool utf8_valid(std::string_view text);
 size_t utf8_valid_prefix(std::string_view text);
 /// Bytes at the end that begin a code point and wait for the rest of it: 0 to 3.
 size_t utf8_incomplete_suffix(std::string_view text);
-size_t utf8_count(std::string_view text);          ///< code points; a malformed subpart counts as one
-std::string utf8_repair(std::string_view text);    ///< each malformed subpart becomes U+FFFD
+/// Code points; a malformed subpart counts as one.
+size_t utf8_count(std::string_view text);
+std::string utf8_repair(std::string_view text);  ///< each malformed subpart becomes U+FFFD
 
 /// General categories, in the order of their groups: the comparisons below rely on it.
 enum class Category : uint8_t {
@@ -619,7 +621,7 @@ public:
     bool is_bool() const { return node_.kind == Kind::boolean; }
     bool is_int() const { return node_.kind == Kind::int64; }  ///< within int64_t
     bool is_integer() const { return node_.kind == Kind::int64 || node_.kind == Kind::uint64; }
-    bool is_real() const { return node_.kind == Kind::real; }  ///< has a point or an exponent, or is huge
+    bool is_real() const { return node_.kind == Kind::real; }  ///< point, exponent, or huge
     bool is_number() const { return node_.kind >= Kind::int64 && node_.kind <= Kind::real; }
     bool is_string() const { return node_.kind == Kind::string; }
     bool is_array() const { return node_.kind == Kind::array; }
@@ -652,14 +654,17 @@ public:
     /// Adds or, in its place, replaces a member; null becomes an object first; any other kind is
     /// replaced by one. Returns *this: Json::object().set("a", 1).set("b", Json::array()).
     Json& set(std::string_view key, Json value) &;
-    Json set(std::string_view key, Json value) && { set(key, std::move(value)); return std::move(*this); }
+    Json set(std::string_view key, Json value) && {
+        set(key, std::move(value));
+        return std::move(*this);
+    }
     bool erase(std::string_view key);  ///< keeps the order of the others
     void reserve(size_t count);        ///< room for so many items or members
 
     std::string write(JsonStyle style = {}) const;
     void write_to(std::string& out, JsonStyle style = {}) const;  ///< appends
-    /// One text per value, for fingerprints: keys sorted by code point, no white space, numbers that
-    /// are whole and fit 64 bits as integers (1.0 = 1, -0 = 0), others as the shortest double.
+    /// One text per value, for fingerprints: keys sorted by code point, no white space, numbers
+    /// that are whole and fit 64 bits as integers (1.0 = 1, -0 = 0), others as the shortest double.
     std::string canonical() const;
 
     void swap(Json& other) noexcept { std::swap(node_, other.node_); }
@@ -708,6 +713,1607 @@ void write_json_string(std::string& out, std::string_view text);
 }  // namespace v1
 }  // namespace valar
 
+// >>api
+// Owns: the request, item, response and event types of the HTTP surfaces, to and from JSON; the
+//       validation that needs no model; the Responder interface, the only seam between the wire and
+//       inference.
+// Assumes: JSON that was parsed by >>json.
+// Promises: a request that validates holds only what this version can do; what it cannot do was
+//           refused with 400 and the dotted path of the field, never silently ignored.
+
+namespace valar {
+inline namespace v1 {
+
+/// Who speaks. In requests all six; answers are the assistant's.
+enum class Role : uint8_t { system, developer, user, assistant, tool, function };
+
+/// A piece of an item's content; all of them are text in this version.
+struct ContentPart {
+    enum class Kind : uint8_t { input_text, output_text, refusal };
+    Kind        kind = Kind::input_text;
+    std::string text = {};
+};
+
+/// One item of a conversation: what was said, by whom (contract, 3.2).
+struct Item {
+    enum class Kind : uint8_t { message, reasoning, function_call, function_call_output,
+                                custom_tool_call, custom_tool_call_output };
+    Kind                     kind      = Kind::message;
+    Role                     role      = Role::user;
+    std::vector<ContentPart> content   = {};  ///< messages, reasoning, outputs of calls
+    std::string              call_id   = {};  ///< calls and their outputs
+    std::string              name      = {};  ///< calls
+    std::string              arguments = {};  ///< calls: JSON in a string, or custom input
+
+    static Item message(Role role, std::string text);
+    std::string text() const;  ///< all parts of content, joined
+};
+
+/// What a request asks: a text (one user message), or items.
+struct Input {
+    Input() = default;
+    Input(const char* words) : text(words) {}
+    Input(std::string words) : text(std::move(words)) {}
+    Input(std::string_view words) : text(words) {}
+    Input(std::vector<Item> turns) : items(std::move(turns)) {}
+
+    std::string       text  = {};  ///< used when items is empty
+    std::vector<Item> items = {};
+    bool empty() const { return text.empty() && items.empty(); }
+};
+
+/// A request for one answer, in C++ or from POST /v1/responses. Field by field as contract.md,
+/// section 3; what is absent takes the model's own default.
+struct Request {
+    std::string           model             = {};  ///< empty: the responder's only or first model
+    std::string           instructions      = {};  ///< becomes the first system message
+    Input                 input             = {};
+    std::optional<uint32_t> max_output_tokens = {};  ///< none: until the context is full
+    std::optional<double> temperature       = {};  ///< 0..2; 0 is greedy
+    std::optional<double> top_p             = {};  ///< 0..1; 0 keeps only the most likely token
+    std::optional<int64_t> seed             = {};  ///< none: drawn at acceptance
+    uint32_t              top_logprobs      = 0;   ///< 0..20 alternatives of each token
+    bool                  logprobs          = false;  ///< return log-probabilities
+    std::string           prompt_cache_key  = {};
+    std::string           user              = {};
+    std::vector<std::pair<std::string, std::string>> metadata = {};
+    std::optional<uint32_t> top_k           = {};  ///< C++ only; 0: no limit
+    std::optional<double> min_p             = {};  ///< C++ only; 0: no limit
+    std::string           organisation      = {};  ///< set by the server from the key
+};
+
+/// How far a response is. It never moves back.
+enum class Status : uint8_t { pending, running, completed, failed, cancelled };
+constexpr bool is_terminal(Status status) { return status >= Status::completed; }
+
+/// Tokens in and out (contract, 3.1).
+struct Usage {
+    uint32_t input_tokens     = 0;
+    uint32_t cached_tokens    = 0;  ///< of the input, found in the prefix cache
+    uint32_t output_tokens    = 0;
+    uint32_t reasoning_tokens = 0;  ///< of the output
+};
+
+/// One generated token with its natural log-probability under the model's own distribution.
+struct TokenLogprob {
+    struct Alternative {
+        std::string bytes = {};
+        float       logprob = 0;
+    };
+    std::string              bytes   = {};  ///< of the token; may be part of a character
+    float                    logprob = 0;
+    std::vector<Alternative> top     = {};  ///< most likely first
+};
+
+/// Where the time of one request went.
+struct Timings {
+    uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;
+};
+
+/// The end of a response. `text` is the whole answer, valid UTF-8.
+struct Outcome {
+    Status      status     = Status::completed;  ///< terminal
+    std::string text       = {};
+    bool        cut        = false;  ///< ended by max_output_tokens or by a full context
+    Usage       usage      = {};
+    Timings     timings    = {};
+    std::vector<TokenLogprob> logprobs = {};  ///< when asked for, a token each
+    std::optional<Error>      error    = {};  ///< when failed or cancelled
+};
+
+/// What happened to a response, in order: started once, text_delta any number, finished once.
+struct Event {
+    enum class Kind : uint8_t { started, text_delta, finished };
+    Kind        kind = Kind::started;
+    std::string text = {};                               ///< of a text_delta: whole characters
+    std::shared_ptr<const Outcome> outcome = {};         ///< of finished
+
+    /// The text of a text_delta, else nothing. Borrowed from the event.
+    std::optional<std::string_view> text_delta() const {
+        if (kind != Kind::text_delta) return std::nullopt;
+        return std::string_view(text);
+    }
+};
+
+/// A model that a Responder serves.
+struct ModelInfo {
+    std::string              id;
+    std::vector<std::string> aliases  = {};
+    int64_t                  created  = 0;  ///< unix seconds
+    std::string              owned_by = "valar";
+    uint32_t                 context_tokens = 0;
+    std::vector<std::string> windows  = {"standard"};
+    bool image = false, tools = false, thinking = false;
+    bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
+};
+
+/// A request that a Responder found acceptable, with all that it resolved. Cheap to hold: bounded by
+/// the prompt's tokens.
+class Prepared {
+public:
+    virtual ~Prepared() = default;
+    std::string model;             ///< the id of the model that will answer
+    uint32_t    input_tokens = 0;
+    double      temperature  = 1;  ///< effective
+    double      top_p        = 1;  ///< effective
+    int64_t     seed         = 0;  ///< effective
+};
+
+/// How busy a Responder is.
+struct ResponderStats {
+    uint32_t queued = 0, running = 0;
+    uint64_t completed = 0, failed = 0, cancelled = 0;
+    uint64_t input_tokens = 0, output_tokens = 0;
+};
+
+/// Something that answers requests: the Engine, a scripted fake in tests, a proxy.
+/// Threads: every member from any thread. It outlives the Server that uses it.
+class Responder {
+public:
+    virtual ~Responder() = default;
+    virtual std::vector<ModelInfo> models() const = 0;
+    /// Every refusal that needs the model comes from here: unknown model (not_found, code
+    /// "model_not_found", param "model"), context too small (invalid_request,
+    /// "context_length_exceeded", param "input"), template errors.
+    virtual Result<std::unique_ptr<Prepared>> prepare(const Request& request) = 0;
+    /// Queues it under an id that is not in use. Fails with `overloaded` or `closed` only.
+    virtual Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) = 0;
+    /// The next event of `id`; nothing when there is none now or the id is unknown. After `finished`
+    /// was taken the id is forgotten.
+    virtual std::optional<Event> poll(const std::string& id) = 0;
+    /// Ends it at the next step with status cancelled; unknown and finished ids are ignored.
+    virtual void cancel(const std::string& id) = 0;
+    virtual ResponderStats stats() const = 0;
+    /// `ready(context, id)` is called, from any thread and without locks held, when `id` has events
+    /// after poll said it had none. One listener; null takes it away and waits for calls under way.
+    virtual void on_ready(void (*ready)(void* context, const std::string& id), void* context) = 0;
+};
+
+/// Which of the two dialects of the contract (section 13 lists the differences).
+enum class Dialect : uint8_t { valar, openai };
+
+/// A response as GET /v1/responses/{id} shows it: the request's echo and what became of it.
+struct ResponseRecord {
+    std::string id;                 ///< "resp_" + 24 of [0-9a-z]
+    std::string organisation;
+    std::string message_id;         ///< "msg_" + 24 of [0-9a-z]
+    int64_t     created_at   = 0;   ///< unix seconds
+    int64_t     completed_at = 0;   ///< 0 until terminal
+    Status      status       = Status::pending;
+    std::string model;              ///< as the request spelled it
+    Json        request = {};       ///< the body as received, for the echoed fields
+    double      temperature  = 1;   ///< effective
+    double      top_p        = 1;
+    int64_t     seed         = 0;
+    std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
+};
+
+/// A body of POST /v1/responses, checked in the contract's order: missing required fields in table
+/// order, other fields in document order, rules across fields. Errors: invalid_request with code and
+/// param; the message says what is wrong, what was received and what is allowed.
+Result<Request> parse_response_request(const Json& body);
+/// The response object, all keys of contract 3.1 in their order.
+Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
+/// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
+/// itself: it may name a file.
+Json render_error(const Error& error);
+/// The HTTP status of an error's kind (contract, section 2).
+int http_status(ErrorKind kind);
+
+}  // namespace v1
+}  // namespace valar
+
+// >>gguf
+// Owns: the model file: metadata, tensor directory, table of tensor types; the writer.
+// Assumes: little-endian GGUF v2 or v3, in one file or in split files name-00001-of-0000N.gguf.
+// Promises: every count, length, offset and product from the file is checked before it is used;
+// errors name the file and the key or tensor. Nothing is copied: keys, strings and tensor names
+// are views into the mapped file (or the caller's bytes), valid as long as the Gguf lives, and
+// they stay valid when it is moved.
+
+namespace valar {
+inline namespace v1 {
+
+/// How a tensor's numbers are stored; the values are those in the file.
+enum class TensorType : uint32_t {
+    f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11,
+    q4_k = 12, q5_k = 13, q6_k = 14, iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19,
+    iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, i8 = 24, i16 = 25, i32 = 26, i64 = 27,
+    f64 = 28, iq1_m = 29, bf16 = 30, tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40, q1_0 = 41,
+};
+
+/// A row is stored in blocks of `block_size` values, `block_bytes` each.
+struct TypeInfo {
+    const char* name;  // as people write it: "Q4_K"
+    uint32_t block_size;
+    uint32_t block_bytes;
+};
+
+/// Null for a type that is not known. Being known does not mean that kernels can compute with it.
+VALAR_API const TypeInfo* type_info(TensorType type);
+
+/// One entry of the directory. `dims[0]` is the length of a row, the fastest index in memory:
+/// a matrix of `dims[1]` output rows by `dims[0]` input columns.
+struct TensorInfo {
+    std::string_view name;
+    TensorType type = TensorType::f32;
+    uint32_t n_dims = 0;                 // 1 to 4; the rest of dims is 1
+    uint64_t dims[4] = {1, 1, 1, 1};
+    uint64_t offset = 0;                 // from the start of its file
+    uint64_t bytes = 0;
+    uint32_t file = 0;                   // index of the split file, 0 first
+};
+
+/// Kinds of metadata values; the values are those in the file.
+enum class GgufType : uint32_t {
+    u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, f32 = 6, boolean = 7, string = 8,
+    array = 9, u64 = 10, i64 = 11, f64 = 12,
+};
+
+/// The strings of an array, in order; each is a view: for (std::string_view text : strings).
+class GgufStrings {
+public:
+    class Iterator {
+    public:
+        explicit Iterator(const std::byte* at) : at_(at) {}
+        std::string_view operator*() const {
+            return {reinterpret_cast<const char*>(at_) + 8, length()};
+        }
+        Iterator& operator++() {
+            at_ += 8 + length();
+            return *this;
+        }
+        bool operator==(const Iterator& other) const { return at_ == other.at_; }
+
+    private:
+        size_t length() const {
+            uint64_t n;
+            std::memcpy(&n, at_, 8);
+            return static_cast<size_t>(n);
+        }
+        const std::byte* at_;
+    };
+    GgufStrings() = default;
+    GgufStrings(const std::byte* begin, const std::byte* end, size_t count)
+        : begin_(begin), end_(end), count_(count) {}
+    size_t size() const { return count_; }
+    Iterator begin() const { return Iterator(begin_); }
+    Iterator end() const { return Iterator(end_); }
+
+private:
+    const std::byte* begin_ = nullptr;
+    const std::byte* end_ = nullptr;
+    size_t count_ = 0;
+};
+
+/// The numbers of an array, of whatever width the file has; at(i) needs i < size().
+template <class T>
+class GgufNumbers {
+public:
+    GgufNumbers() = default;
+    GgufNumbers(const std::byte* data, size_t count, GgufType type)
+        : data_(data), count_(count), type_(type) {}
+    size_t size() const { return count_; }
+    T operator[](size_t i) const {
+        switch (type_) {
+            case GgufType::u8:
+            case GgufType::boolean: return load<uint8_t>(i);
+            case GgufType::i8: return load<int8_t>(i);
+            case GgufType::u16: return load<uint16_t>(i);
+            case GgufType::i16: return load<int16_t>(i);
+            case GgufType::u32: return load<uint32_t>(i);
+            case GgufType::i32: return load<int32_t>(i);
+            case GgufType::f32: return load<float>(i);
+            case GgufType::u64: return load<uint64_t>(i);
+            case GgufType::i64: return load<int64_t>(i);
+            default: return load<double>(i);
+        }
+    }
+
+private:
+    template <class Stored> T load(size_t i) const {
+        Stored value;
+        std::memcpy(&value, data_ + i * sizeof value, sizeof value);  // the file does not align
+        return static_cast<T>(value);
+    }
+    const std::byte* data_ = nullptr;
+    size_t count_ = 0;
+    GgufType type_ = GgufType::u8;
+};
+
+/// One metadata entry. For an array `type` is that of its elements.
+struct GgufKey {
+    std::string_view name;
+    GgufType type = GgufType::u8;
+    bool is_array = false;
+    size_t count = 1;                       // elements
+    std::span<const std::byte> data = {};   // as in the file; each string with its length before it
+};
+
+/// Bytes fetched on demand, for a model inside an archive. `read` fills `dst` with `size` bytes
+/// from `offset` and returns whether it could; it is called from any thread that reads tensors.
+struct GgufReader {
+    bool (*read)(void* context, uint64_t offset, void* dst, size_t size) = nullptr;
+    void* context = nullptr;
+    uint64_t size = 0;           // of the whole file
+    std::string name = "model";  // for messages
+};
+
+/// A model file, opened: metadata and directory parsed, tensor bytes within reach.
+/// Threads: const members from any thread at a time.
+class VALAR_API Gguf {
+public:
+    static constexpr uint64_t max_keys = 65536;
+    static constexpr uint64_t max_tensors = 262144;
+    static constexpr uint64_t max_name_bytes = 255;       // of a key or a tensor
+    static constexpr uint64_t max_alignment = 1 << 20;
+    static constexpr uint64_t max_split_files = 1024;
+    static constexpr uint64_t max_header_bytes = 1 << 28;  // metadata and directory of a file
+
+    /// Maps the file; of split files, name the first and all are opened.
+    static Result<Gguf> open(const std::string& path);
+    /// Borrows `bytes` for its lifetime. `name` is for messages.
+    static Result<Gguf> from_bytes(std::span<const std::byte> bytes, std::string name = "model");
+    static Result<Gguf> from_reader(GgufReader reader);
+
+    const std::string& name() const { return files_[0].name; }
+    uint32_t version() const { return version_; }
+
+    // Metadata of the first file. `find` gives null for a key that is absent. A getter without
+    // `fallback` fails (not_found) where the key is absent; every getter fails where it has
+    // another type, or a sign or size that does not fit.
+    const std::vector<GgufKey>& keys() const { return keys_; }  // in the order of the file
+    const GgufKey* find(std::string_view key) const;
+    Result<uint64_t> get_uint(std::string_view key) const;      // any integer type, not negative
+    Result<uint64_t> get_uint(std::string_view key, uint64_t fallback) const;
+    Result<double> get_float(std::string_view key) const;       // f32 or f64
+    Result<double> get_float(std::string_view key, double fallback) const;
+    Result<bool> get_bool(std::string_view key) const;
+    Result<bool> get_bool(std::string_view key, bool fallback) const;
+    Result<std::string_view> get_string(std::string_view key) const;  // any bytes, maybe not UTF-8
+    Result<std::string_view> get_string(std::string_view key, std::string_view fallback) const;
+    Result<GgufStrings> get_strings(std::string_view key) const;
+    Result<GgufNumbers<int64_t>> get_ints(std::string_view key) const;    // integers but u64, bools
+    Result<GgufNumbers<double>> get_floats(std::string_view key) const;   // f32 or f64
+
+    const std::vector<TensorInfo>& tensors() const { return tensors_; }  // in the order of files
+    const TensorInfo* find_tensor(std::string_view name) const;
+    /// The bytes where they lie; `unsupported` for a reader. A mapped file keeps the alignment
+    /// that the file states (32 by default); borrowed bytes only as far as the caller's span does.
+    Result<std::span<const std::byte>> tensor_bytes(const TensorInfo& tensor) const;
+    /// Copies dst.size() bytes from `offset` on within the tensor; every source can.
+    Result<void> read_tensor(const TensorInfo& tensor, uint64_t offset,
+                             std::span<std::byte> dst) const;
+    /// These bytes of the tensor will not be read again soon (a hint; mapped files only).
+    void release(const TensorInfo& tensor, uint64_t offset = 0, uint64_t length = UINT64_MAX) const;
+
+private:
+    friend class GgufWriter;
+    struct File {
+        std::string name;
+        uint64_t size = 0;
+        std::span<const std::byte> bytes;  // the whole file; for a reader, its header
+        detail::MappedFile map;
+        detail::Buffer header;             // owns `bytes` for a reader
+        GgufReader reader;
+    };
+    static Result<Gguf> parse_first(File file, const std::string& path);
+    static Result<File> map_file(const std::string& path);
+    Result<void> parse_file(File file);
+    static Result<void> fetch_header(File& file, uint64_t length);
+    Result<void> open_splits(const std::string& path);
+    Result<void> index_tensors();
+    Error fail(ErrorKind kind, std::string_view key, const char* what) const;
+    Error fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const;
+    Result<const GgufKey*> typed(std::string_view key, bool is_array, uint32_t types,
+                                 const char* wanted) const;
+
+    std::vector<File> files_;
+    std::vector<GgufKey> keys_;
+    std::vector<uint32_t> keys_by_name_;
+    std::vector<TensorInfo> tensors_;
+    std::vector<uint32_t> tensors_by_name_;
+    uint32_t version_ = 0;
+};
+
+/// Collects keys and tensors, then writes one GGUF v3 file. Whatever Gguf would refuse (a key or
+/// tensor given twice, a size that does not match its shape) is reported by to_bytes and write.
+class VALAR_API GgufWriter {
+public:
+    explicit GgufWriter(uint32_t alignment = 32);  // a power of two from 8 on
+
+    void set_string(std::string_view key, std::string_view value);
+    void set_strings(std::string_view key, std::span<const std::string_view> values);
+    /// T is bool, float, double or an integer of 8 to 64 bits, and chooses the type in the file.
+    template <class T> void set(std::string_view key, T value) {
+        put(key, type_of<T>(), false, 1, {reinterpret_cast<const char*>(&value), sizeof value});
+    }
+    template <class T> void set_array(std::string_view key, std::span<const T> values) {
+        put(key, type_of<T>(), true, values.size(),
+            {reinterpret_cast<const char*>(values.data()), values.size_bytes()});
+    }
+    void set(const GgufKey& key);  // as another file has it
+    /// `bytes` is borrowed until the file is written; dims[0] is the row length, as in TensorInfo.
+    void add_tensor(std::string_view name, TensorType type, std::span<const uint64_t> dims,
+                    std::span<const std::byte> bytes);
+
+    Result<std::vector<std::byte>> to_bytes() const;
+    Result<void> write(const std::string& path) const;
+
+private:
+    struct Tensor {
+        std::string name;
+        TensorType type;
+        std::vector<uint64_t> dims;
+        std::span<const std::byte> bytes;
+    };
+    template <class T> static constexpr GgufType type_of() {
+        static_assert(std::is_integral_v<T> || std::is_same_v<T, float> ||
+                      std::is_same_v<T, double>);
+        if constexpr (std::is_same_v<T, bool>) return GgufType::boolean;
+        else if constexpr (std::is_same_v<T, float>) return GgufType::f32;
+        else if constexpr (std::is_same_v<T, double>) return GgufType::f64;
+        else if constexpr (sizeof(T) == 8) return T(-1) < T(0) ? GgufType::i64 : GgufType::u64;
+        else if constexpr (sizeof(T) == 4) return T(-1) < T(0) ? GgufType::i32 : GgufType::u32;
+        else if constexpr (sizeof(T) == 2) return T(-1) < T(0) ? GgufType::i16 : GgufType::u16;
+        else return T(-1) < T(0) ? GgufType::i8 : GgufType::u8;
+    }
+    void put(std::string_view key, GgufType type, bool is_array, uint64_t count,
+             std::string_view data);
+    Result<void> check(std::span<const std::byte> bytes) const;
+
+    std::string keys_;   // encoded as in the file
+    uint64_t n_keys_ = 0;
+    std::vector<Tensor> tensors_;
+    uint32_t alignment_;
+};
+
+}  // namespace v1
+}  // namespace valar
+
+// >>kernels
+// Owns: the numeric definition below, the scalar reference of every kernel, one region per
+//       instruction set, the table of kernels chosen once, the worker team.
+// Assumes: little-endian IEEE 754 binary32 and binary64, round to nearest even, denormals kept.
+// Promises: every kernel of every table gives the bits of its scalar twin.
+//
+// ---- The numeric definition, numerics = 1 ----------------------------------------------------
+//
+// All arithmetic is binary32 unless "double" is said. "a + b", "a * b", "a / b", "sqrt" round once,
+// to nearest even. fma(a, b, c) is a * b + c rounded once. Sums are sequences: the order below is
+// the order of operations. Nothing else may be fused or reordered.
+//
+//  1. Activation blocks. A vector x of n values (n a multiple of 32) that meets quantized weights
+//     is cut into blocks of 32. Of a block: amax = max |x_i|. If amax < 2^-100: d = 0, all h_i = 0.
+//     If an x_i is not finite: d is not a number, all h_i = 0 (so it shows in the logits, an
+//     error). Else d = amax / 127, inv = 127 / amax, h_i = the integer nearest to the exact product
+//     x_i * inv (ties to even), clamped to -127..127. (precision = fast: this one plane.)
+//     precision = fine adds a second plane: r_i = fma(-d, h_i, x_i), d2 = d / 254, inv2 = inv *
+//     254, l_i = the integer nearest to the exact product r_i * inv2 (ties to even), clamped to
+//     -127..127; d = 0 or no number gives d2 = d, l_i = 0. A plane is a vector of blocks of its
+//     own, (d, h) or (d2, l). Of a block also: hsum = sum of h_i (exact integer), s = d *
+//     float(hsum); of the second plane with d2 and l_i.
+//  2. Dot product of a row of quantized weights and one plane: acc = 0, then block after block, in
+//     ascending order, with w_i the integers of the row's block and dw, m its scales (binary16 made
+//     binary32, exact):
+//       Q4_0 (w = nibble - 8), Q5_0 (w = 5 bits - 16), Q8_0 (w = int8):
+//           acc = fma(float(sum w_i h_i), dw * d, acc)
+//       Q4_1 (w = nibble):
+//           acc = fma(float(sum w_i h_i), dw * d, acc); acc = fma(m, s, acc)
+//       Q4_K (w = nibble), Q5_K (w = 5 bits): a block is one of the eight sub-blocks of 32, dw = D
+//           * sc, m = -(Dmin * mn), with D, Dmin the super-block's scales and sc, mn the
+//           sub-block's 6-bit integers (both products are exact, m may be -0); then as Q4_1.
+//       Q6_K (w = 6 bits - 32): a block is two sub-blocks of 16 with int8 scales sc0, sc1; dw = D:
+//           S = sc0 * sum w_i h_i (first 16) + sc1 * sum w_i h_i (last 16) (exact integer, below
+//             2^24)
+//           acc = fma(float(S), dw * d, acc)
+//     Two planes: y = acc of plane one + acc of plane two.
+//     The output matrix (logits) always uses two planes, whatever the precision.
+//  3. F32, F16 and BF16 rows meet the unquantized x: acc = 0; acc = fma(w_k, x_k, acc) for
+//     ascending k.
+//  4. A bias is added to the finished sum: y + b. A residual: x + y.
+//  5. Sum along a vector ("16 lanes"): lane j adds the elements i = j, j + 16, j + 32 ... in that
+//     order, starting from 0; then lane j (j < 8) = lane j + lane j+8; j < 4: + lane j+4; j < 2: +
+//     lane j+2; lane 0 + lane 1 is the sum. Elements past the end add nothing.
+//  6. RMS norm: ss = 16-lane sum where adding an element is lane = fma(x_i, x_i, lane);
+//     scale = 1 / sqrt(ss / float(n) + eps); y_i = (x_i * scale) * w_i.
+//  7. exp(x), x in binary32: x < -87 gives 0; x > 88 counts as 88. k = the integer nearest to the
+//     exact product x * log2e (ties to even; log2e = 0x1.715476p+0f); r = fma(-k, ln2_hi, x);
+//     r = fma(-k, ln2_lo, r) (ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f); p = c6;
+//     p = fma(p, r, c5) ... down to c0 = 1 (c1 = 1); the result is p * 2^k (exact; k in -126..127).
+//     exp(0) = 1. c2 = 0x1.fffffcp-2f, c3 = 0x1.555492p-3f, c4 = 0x1.5558bp-5f, c5 =
+//     0x1.123994p-7f, c6 = 0x1.6a4e0cp-10f (least maximal relative error on +-ln(2)/2: 3.1e-9
+//     before rounding).
+//  8. silu(x) = x / (1 + exp(-x)). Feed-forward: h_i = silu(gate_i) * up_i.
+//  9. Rope. Frequencies, in double: f_i = exp2(-(2 i / n_rot) * log2(base)) for pair i (one
+//     quotient, its sign changed, one product), times or divided by what the model's scaling says
+//     (each one double operation, rounded); angle = position as double * f_i (rounded); its cos and
+//     sin in double (12), rounded to binary32: c, s.
+//     A pair (a, b), elements (2i, 2i+1) for "norm" rope and (i, i + n_rot/2) for "neox":
+//       t = b * s;  a' = fma(a, c, -t);    t = b * c;  b' = fma(a, s, t).
+// 10. Attention, for one query head and one position. q' = rope(q) * (1 / sqrt(head_dim)) (the
+//     factor is a binary32 number of the model: attention_scale; one multiplication an element).
+//     Keys and values are stored as binary16 (rounded to nearest even, too large is infinity) or
+//     binary32 (kv_type). Keys are stored rotated. Positions are cut into segments of 256 absolute
+//     positions (0..255, 256..511, ...). In a segment, over its visible positions j in ascending
+//     order:
+//       score_j: acc = 0; acc = fma(q'_e, k_j,e, acc) for ascending e
+//       m = max score_j (a zero is +0);  p_j = exp(score_j - m)
+//       l = 16-lane sum of p_j, lane = j mod 16 by absolute position, adding is lane + p_j; tree as
+//         in 5
+//       o_e = 0; o_e = fma(p_j, v_j,e, o_e) for ascending j
+//     Segments are merged in ascending order: the first one gives (M, L, O) = (m, l, o); for each
+//     next,
+//       M' = max(M, m); a = exp(M - M'); b = exp(m - M'); L = fma(l, b, L * a);
+//       O_e = fma(o_e, b, O_e * a); M = M'.
+//     Result: O_e * (1 / L). A segment without visible positions is skipped.
+// 11. An embedding row is dequantized: d * w for types without minimum (Q6_K: (D * sc) * w, D * sc
+//     exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2); F16, BF16, F32: the value.
+//     Where the model scales it (embedding_scale), each value is multiplied once.
+// 12. rope_math: functions in double, from + - * / that round once each, never fused. nearest(x) is
+//     the nearest integer, ties to even. 1/n! and 1/n are one quotient (n! is exact).
+//       exp2(x): x < -1022 gives 0, x >= 1023 infinity. k = nearest(x); t = (x - k) *
+//         0x1.62e42fefa39efp-1; p = 1/13!; p = p * t + 1/n! for n = 12 down to 0; the result is p *
+//         2^k (exact).
+//       log2(x), x > 0 (0 gives -infinity, less no number): x = m * 2^e with 1 <= m < 2; where
+//         m > 0x1.6a09e667f3bcdp+0: m = m / 2, e = e + 1. u = (m - 1) / (m + 1); z = u * u; p =
+//         1/23; p = p * z + 1/n for n = 21, 19 .. 1; the result is e + (u * p) *
+//         0x1.71547652b82fep+1.
+//       log(x) = log2(x) * 0x1.62e42fefa39efp-1.
+//       sin, cos (x), |x| < 2^30: k = nearest(x * 0x1.45f306dc9c883p-1);
+//         r = ((x - k * 0x1.921fb544p+0) - k * 0x1.0b4611a6p-34) - k * 0x1.3198a2ep-69; z = r * r;
+//         S = 1/17!; S = S * z - 1/15!; S = S * z + 1/13!; .. (signs alternate) .. + 1; S = r * S;
+//         C = 1/16!; C = C * z - 1/14!; C = C * z + 1/12!; .. + 1;
+//         (sin, cos) = (S, C), (C, -S), (-S, -C), (-C, S) for k mod 4 = 0, 1, 2, 3.
+//       (Within 1e-15 relative, sin and cos 1e-15 absolute to |x| = 2^20.)
+// 13. A forward pass. x = the token's embedding row (11). In each layer: y = rms_norm(x); q, k, v =
+//     the matrix products with y (1 to 3), each plus its bias where there is one (4); rope of q and
+//     k (9); attention (10); x = x + output matrix times it (plus bias); y = rms_norm(x); gate, up
+//     = products with y; h as in 8; x = x + down matrix times h. Logits: output matrix (the embedding
+//     where there is none) times rms_norm(x). base and the factors of rope are binary32 numbers of
+//     the model; attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
+// ----------------------------------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+
+/// How exactly activations meet quantized weights: one int8 plane (fast) or two (fine).
+enum class Precision : uint8_t { fast, fine };
+/// How keys and values are stored.
+enum class KvType : uint8_t { f16, f32 };
+
+namespace detail {
+
+inline constexpr int      kNumerics        = 1;    ///< version of the numeric definition
+inline constexpr uint32_t kTileRows        = 16;   ///< rows of a packed tile: a lane is a row
+inline constexpr uint32_t kActivationBlock = 32;
+inline constexpr uint32_t kSegment         = 256;  ///< positions of an attention segment
+inline constexpr uint32_t kKeyGroup        = 16;   ///< keys stored side by side
+
+/// A block of one activation plane (definition, 1).
+struct ActivationBlock {
+    float   d;       ///< scale
+    float   s;       ///< d * float(sum of all q)
+    int32_t sum[2];  ///< sums of q[0..15] and q[16..31]
+    int8_t  q[32];   ///< -127..127
+};
+static_assert(sizeof(ActivationBlock) == 48);
+
+/// A weight matrix in tiles of 16 rows: tile after tile; inside a tile block after block of 32
+/// columns, each with its scales beside it (layouts: implementation part, "packed layouts"). F32,
+/// F16, BF16: (column, 16 rows). The last tile's missing rows are zero weights.
+struct PackedMatrix {
+    TensorType       type = TensorType::f32;
+    uint32_t         rows = 0;
+    uint32_t         cols = 0;
+    const std::byte* data = nullptr;  ///< 64-byte aligned; borrowed
+    uint32_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+};
+
+bool     kernel_type_supported(TensorType type);
+uint64_t packed_tile_bytes(TensorType type, uint32_t cols);  ///< a multiple of 64
+/// Packs tiles first_tile .. last_tile - 1. `source` holds the matrix's rows in GGUF layout from
+/// row first_tile * 16 on; `out` is where tile `first_tile` goes.
+void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
+                uint32_t first_tile, uint32_t last_tile, std::byte* out);
+/// One row of a packed matrix as binary32 (definition, 11).
+void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out);
+
+/// y[column * y_stride + row] for the rows of tiles first_tile .. last_tile - 1 (rows past the
+/// matrix's end are not written), all columns.
+struct MatmulTask {
+    const PackedMatrix*    weights;
+    uint32_t               first_tile;
+    uint32_t               last_tile;
+    uint32_t               columns;
+    uint32_t               planes;         ///< 1 or 2, quantized weights
+    const ActivationBlock* blocks;         ///< (columns, planes, cols / 32), quantized weights
+    const float*           x;              ///< (columns, x_stride), F32 F16 BF16 weights
+    size_t                 x_stride;
+    float*                 y;
+    size_t                 y_stride;
+};
+
+/// One segment of attention for queries that share a key/value head (definition, 10).
+struct AttentionTask {
+    KvType             kv_type;
+    uint32_t           head_dim;
+    uint32_t           queries;
+    const float*       q;         ///< (queries, q_stride), rotated and scaled
+    size_t             q_stride;
+    const uint16_t*    begin;     ///< (queries) first visible position, within the segment: 0..256
+    const uint16_t*    end;       ///< (queries) one past the last; begin == end: none visible
+    const void* const* keys;      ///< (16) groups of 16 positions: (head_dim, 16) elements each;
+    const void* const* values;    ///< (16) groups: (16, head_dim); null where nobody looks
+    float*             max;       ///< (queries) outputs; queries that see nothing are left alone
+    float*             sum;       ///< (queries)
+    float*             out;       ///< (queries, out_stride)
+    size_t             out_stride;
+};
+
+/// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
+/// block arrays: 16 bytes unless said.
+struct Kernels {
+    const char* name;  ///< "scalar", "avx2", ...: what VALAR_ISA names
+    /// x (n) to planes: out (planes, n / 32).
+    void (*quantize)(const float* x, size_t n, uint32_t planes, ActivationBlock* out);
+    void (*matmul)(const MatmulTask& task);
+    void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* y);
+    /// In place over heads (n_heads, head_dim); cos_sin (n_rot / 2, 2) of this position.
+    void (*rope)(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+                 const float* cos_sin);
+    void (*scale)(float* x, float factor, size_t n);            ///< x_i *= factor
+    void (*add)(float* x, const float* y, size_t n);            ///< x_i += y_i
+    void (*silu_mul)(float* gate, const float* up, size_t n);   ///< gate_i = silu(gate_i) * up_i
+    /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
+    void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+                     void* key_group, void* value_group);
+    void (*attention)(const AttentionTask& task);
+    /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
+    void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
+                            size_t n);
+};
+
+/// The tables that this build and this CPU have, best last; [0] is the scalar reference.
+std::span<const Kernels* const> available_kernels();
+/// The best table, or the one that the environment's VALAR_ISA names; unknown or unusable: an
+/// Error.
+Result<const Kernels*> choose_kernels();
+
+/// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
+float  exact_fma(float a, float b, float c);     ///< a * b + c, rounded once
+float  exact_exp(float x);                       ///< definition, 7
+double exact_exp2(double x);                     ///< rope_math
+double exact_log2(double x);
+double exact_log(double x);                      ///< exact_log2(x) * ln 2, for log-probabilities
+void   exact_sincos(double x, double* sine, double* cosine);
+float  half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);             ///< nearest even
+
+/// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
+/// traps) while the object lives: hosts set flush-to-zero.
+class FloatState {
+public:
+    FloatState();
+    ~FloatState();
+    FloatState(const FloatState&) = delete;
+    FloatState& operator=(const FloatState&) = delete;
+
+private:
+    uint64_t saved_;
+};
+
+}  // namespace detail
+
+/// The host's job system: calls job(context, i) for every i in 0 .. count-1, on any threads, in any
+/// order, and returns when all have returned. No job waits for another.
+using ParallelFor = void (*)(void* host, uint32_t count, void (*job)(void* context, uint32_t index),
+                             void* context);
+
+namespace detail {
+
+/// The worker team: `helpers` threads beside the caller, or the host's job system.
+/// `run` is one fork-join: job(context, part, parts) once for every part; parts() = helpers + 1.
+/// Between begin() and end() helpers spin for the next stage (then sleep); outside they sleep, so
+/// an idle engine costs nothing. Threads: one caller at a time. Every job runs under FloatState.
+class Team {
+public:
+    static Result<std::unique_ptr<Team>> create(int helpers, ParallelFor parallel_for, void* host);
+    ~Team();
+    uint32_t parts() const;
+    void begin();
+    void end();
+    void run(void (*job)(void* context, uint32_t part, uint32_t parts), void* context);
+
+private:
+    struct State;
+    explicit Team(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// >>tokenizer
+// Owns: tokens: byte-level BPE, SentencePiece BPE, special tokens, the streaming detokenizer.
+// Assumes: a vocabulary may be hostile; text may be long, one single word, or not UTF-8.
+// Promises: no special token from text that a request brought; O(n log n) in the text; the ids of
+// Hugging Face tokenizers (byte-level) and of sentencepiece on the same vocabulary.
+
+namespace valar {
+inline namespace v1 {
+
+/// The index of a token in the model's vocabulary.
+using Token = int32_t;
+
+/// What a token is for; the values are those in the file.
+enum class TokenKind : uint8_t {
+    normal = 1,        ///< a piece of text
+    unknown = 2,       ///< stands for text that has no token
+    control = 3,       ///< marks structure: turns, roles, the end
+    user_defined = 4,  ///< a piece of text that is always taken whole
+    unused = 5,        ///< not made from text
+    byte = 6,          ///< one byte of text that has no token (SentencePiece)
+};
+
+namespace detail {
+struct Vocabulary;
+}
+
+/// Text to tokens and back, for the vocabulary of one model.
+///
+/// Which tokens a text may spell:
+///   control tokens         only where every byte came from the chat template;
+///   user-defined tokens    the same if their spelling stands in the source of the chat template
+///                          (a run of white space excepted), everywhere if it does not;
+///   beginning, end of text and of turn, named by the file, count as control tokens.
+/// The leftmost is taken, of several the longest. What lies between is one run of text: where the
+/// request's bytes begin or end shows in nothing else. `add_space_prefix` puts its space at the
+/// start of each run.
+///
+/// What no token stands for becomes byte tokens, else the unknown token, else nothing (byte-level
+/// vocabularies may lack some control characters). Memory while encoding: 24 bytes for each byte
+/// of the longest word (byte-level) or run (SentencePiece), beside the result.
+///
+/// Threads: immutable after `open`; every member from any thread. Copies share the vocabulary.
+class VALAR_API Tokenizer {
+public:
+    static constexpr size_t max_vocabulary = 1 << 22;
+    static constexpr size_t max_piece_bytes = 1024;
+    static constexpr size_t max_text_bytes = size_t{1} << 30;
+
+    /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
+    /// where it is not the file's own. Fails (unsupported) for a tokenizer.ggml.model other than
+    /// gpt2 and llama or an unknown tokenizer.ggml.pre, (bad_data) for a malformed vocabulary.
+    static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {});
+
+    size_t size() const;                      ///< ids are 0 .. size() - 1
+    std::string_view piece(Token token) const;  ///< the bytes it stands for; empty if out of range
+    TokenKind kind(Token token) const;        ///< unused if out of range
+    /// The token of these bytes, an ordinary one before a special one.
+    std::optional<Token> find(std::string_view piece) const;
+
+    std::optional<Token> bos() const;  ///< begin of text
+    std::optional<Token> eos() const;  ///< end of text (or of a turn: the file decides)
+    bool add_bos() const;              ///< whether the model expects bos before a text
+    bool add_eos() const;
+    /// Ends an answer: the file's eos, eot and eom, and every control or user-defined token that
+    /// is spelled like one of the known ends of turns (<|im_end|>, <|eot_id|>, <end_of_turn> ...).
+    bool is_end(Token token) const;
+
+    /// A rendered prompt. `add_bos` puts bos in front unless the text itself begins with it.
+    Result<std::vector<Token>> encode(const MarkedText& text, bool add_bos = false) const;
+    /// Plain text, all of it as if a request had brought it.
+    Result<std::vector<Token>> encode(std::string_view text, bool add_bos = false) const;
+
+private:
+    friend class Detokenizer;
+    explicit Tokenizer(std::shared_ptr<const detail::Vocabulary> vocabulary);
+    Result<std::vector<Token>> encode(std::string_view text, std::span<const ByteRange> request,
+                                      bool add_bos) const;
+    std::shared_ptr<const detail::Vocabulary> vocabulary_;
+};
+
+/// Tokens to text as they come, always whole UTF-8: the bytes of an unfinished character are held
+/// back, bytes that cannot become one turn into U+FFFD. Control and unknown tokens give nothing.
+/// Threads: one at a time.
+class VALAR_API Detokenizer {
+public:
+    /// At the start of a text the space that `add_space_prefix` models put there is taken away.
+    explicit Detokenizer(const Tokenizer& tokenizer, bool at_start = true);
+    /// The text that became ready; valid until the next call.
+    std::string_view push(Token token);
+    /// The end: what was held back, as U+FFFD. The next push begins a new text.
+    std::string_view flush();
+
+private:
+    void take_ready(size_t count);
+    std::shared_ptr<const detail::Vocabulary> vocabulary_;
+    std::string ready_;
+    std::string held_;
+    bool at_start_;
+};
+
+}  // namespace v1
+}  // namespace valar
+
+// >>template
+// Owns: the chat-template interpreter (Jinja as Hugging Face runs it: sandboxed and immutable,
+//       trim_blocks, lstrip_blocks, break and continue) and the way from a request to a prompt.
+// Assumes: nothing about the template (it comes from a model file), nothing about the request.
+// Promises: every byte of the prompt that a request brought is marked as such, whatever the
+// template
+//           did to it; bounded steps, memory, depth and output; the same text for the same input.
+
+namespace valar {
+inline namespace v1 {
+
+namespace detail {
+struct TemplateProgram;
+}
+
+/// What a template sees: one variable for each member of the two objects; of a name that stands in
+/// both, the one of `own`. The strings, keys included, numbers and punctuation of `request` are
+/// text of the request wherever they or pieces of them are printed; `own` is as trusted as the
+/// template. One exception: the `role` of a message that is one of the six roles of Role is the
+/// template's, for there are templates that build a control token around it ('<|' + role + '|>').
+struct TemplateInput {
+    Json    request = Json::object();  ///< messages, tools
+    Json    own     = Json::object();  ///< bos_token, eos_token, add_generation_prompt ...
+    int64_t now_s   = 0;               ///< what strftime_now shows: unix time + the zone's offset
+};
+
+/// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
+/// when it is parsed, a filter, test or method when it is used.
+/// Threads: immutable after `parse`; every member from any thread. Copies share the program.
+class VALAR_API ChatTemplate {
+public:
+    static constexpr size_t   max_source_bytes = size_t{1} << 20;
+    static constexpr uint32_t max_nesting = 100;      ///< of blocks and brackets in the source
+    static constexpr uint32_t max_calls   = 100;      ///< macros that call macros
+    static constexpr uint32_t max_levels  = 600;      ///< of evaluation: 256 KiB of stack suffice
+    static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
+    static constexpr uint32_t max_range   = 100'000;  ///< of range(), as in Jinja's sandbox
+    static constexpr size_t   max_output_bytes = size_t{16} << 20;  ///< of any one string
+    /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
+    /// bound time and memory at once.
+    static constexpr uint64_t max_steps = 1'000'000;
+    static constexpr uint64_t bytes_per_step = 128;
+
+    /// Errors: bad_data, with the line.
+    static Result<ChatTemplate> parse(std::string source);
+    /// The template of a model: its own, or without one ChatML, provided that the vocabulary has
+    /// ChatML's two control tokens. Errors: as `parse`; unsupported.
+    static Result<ChatTemplate> open(std::string source, bool has_chatml_tokens);
+
+    /// Errors: invalid_request, with the line; what the template itself raises: its words alone.
+    Result<MarkedText> render(const TemplateInput& input) const;
+
+    const std::string& source() const;
+    /// Whether a string literal of the template holds `word`: how one sees what it knows of.
+    bool mentions(std::string_view word) const;
+
+private:
+    explicit ChatTemplate(std::shared_ptr<const detail::TemplateProgram> program);
+    std::shared_ptr<const detail::TemplateProgram> program_;
+};
+
+/// The variables for `request`: messages (instructions first, as a system message; parts of text
+/// joined; reasoning left out), add_generation_prompt, bos_token, eos_token, and tools and
+/// documents as null. The role `developer` becomes `system` unless the template mentions it.
+/// Errors: unsupported, with the item's path, for calls of tools and their outputs.
+Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
+                                 std::string_view bos, std::string_view eos, int64_t now_s);
+
+}  // namespace v1
+}  // namespace valar
+
+// >>model
+// Owns: ModelSpec, which says as data what a decoder is, and the binding of a file's tensors to it.
+// Assumes: a Gguf that outlives the binding.
+// Promises: a spec that was read has sane sizes (limits below) and only options that a backend
+// implements; a tensor that is missing, mis-shaped, unused or of an unsupported type is an error
+// that names it.
+
+namespace valar {
+inline namespace v1 {
+
+/// Which values of a head are rotated as a pair (RoPE, https://arxiv.org/abs/2104.09864).
+enum class RopeKind : uint8_t {
+    norm,  ///< neighbours: 2i and 2i + 1
+    neox,  ///< halves: i and i + dims / 2
+};
+
+/// Pair i at position p turns by p * scale * base^(-2i / dims) / factor_i radians, where factor_i
+/// is ModelSpec::rope_factors[i], or 1 where that is empty.
+struct RopeSpec {
+    RopeKind kind = RopeKind::norm;
+    uint32_t dims = 0;   // the first `dims` values of a head turn, the rest stay; even
+    float base = 10000;
+    float scale = 1;     // linear scaling: 1 / factor
+};
+
+/// One layer: x += attention(rms_norm(x)); x += down(silu(gate(y)) * up(y)), y = rms_norm(x).
+struct LayerSpec {
+    uint32_t n_heads = 0;        // query heads; n_heads / n_kv_heads of them share a key head
+    uint32_t n_kv_heads = 0;
+    uint32_t head_dim = 0;       // of queries, keys and values
+    uint32_t n_ff = 0;           // rows of gate and up
+    bool qkv_bias = false;
+    float attention_scale = 0;   // of query . key; 1 / sqrt(head_dim) unless the file says so
+    RopeSpec rope;
+};
+
+/// What the network is. The embedding is multiplied by embedding_scale, the logits by logit_scale.
+struct ModelSpec {
+    static constexpr uint64_t max_layers = 1024;
+    static constexpr uint64_t max_width = 1 << 20;    // n_embd, n_ff, n_heads * head_dim
+    static constexpr uint64_t max_vocab = 1 << 24;
+    static constexpr uint64_t max_context = 1 << 24;  // positions are exact in float up to here
+
+    std::string architecture;
+    std::string name;            // for people, may be empty
+    uint32_t n_vocab = 0;
+    uint32_t n_embd = 0;         // width of the residual stream
+    uint32_t n_context = 0;      // positions it was trained for
+    float norm_eps = 0;          // of every RMS norm
+    float embedding_scale = 1;
+    float logit_scale = 1;
+    std::vector<float> rope_factors;  // (dims / 2), positive, the same for all layers; or empty
+    bool tied_output = false;    // the output matrix is the token embedding
+    std::vector<LayerSpec> layers;
+};
+
+/// Tensors of one layer, shapes as (rows, columns); a row is contiguous. Never null but the
+/// biases, which are null where the layer has none. Norms and biases are F32.
+struct LayerTensors {
+    const TensorInfo* attn_norm = nullptr;    // (n_embd)
+    const TensorInfo* q = nullptr;            // (n_heads * head_dim, n_embd)
+    const TensorInfo* k = nullptr;            // (n_kv_heads * head_dim, n_embd)
+    const TensorInfo* v = nullptr;            // (n_kv_heads * head_dim, n_embd)
+    const TensorInfo* q_bias = nullptr;       // (n_heads * head_dim)
+    const TensorInfo* k_bias = nullptr;       // (n_kv_heads * head_dim)
+    const TensorInfo* v_bias = nullptr;       // (n_kv_heads * head_dim)
+    const TensorInfo* attn_output = nullptr;  // (n_embd, n_heads * head_dim)
+    const TensorInfo* ffn_norm = nullptr;     // (n_embd)
+    const TensorInfo* gate = nullptr;         // (n_ff, n_embd)
+    const TensorInfo* up = nullptr;           // (n_ff, n_embd)
+    const TensorInfo* down = nullptr;         // (n_embd, n_ff)
+};
+
+/// All tensors, pointing into Gguf::tensors(): valid while that Gguf lives, moved or not.
+struct ModelTensors {
+    const TensorInfo* token_embd = nullptr;   // (n_vocab, n_embd)
+    const TensorInfo* output_norm = nullptr;  // (n_embd)
+    const TensorInfo* output = nullptr;       // (n_vocab, n_embd); equals token_embd when tied
+    std::vector<LayerTensors> layers;
+};
+
+/// Reads what the file's architecture is: `llama` or `qwen2`.
+VALAR_API Result<ModelSpec> read_model_spec(const Gguf& gguf);
+/// Finds every tensor that the spec needs and checks shape and type. Matrices are F32, F16, BF16,
+/// Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K or Q6_K.
+VALAR_API Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec);
+
+}  // namespace v1
+}  // namespace valar
+
+// >>backend
+// Owns: the interface that a device implements, and the CPU backend.
+// Assumes: a ModelSpec whose tensors were bound; token ids below n_vocab.
+// Promises: logits are a pure function of the file, the tokens before and the options that say so
+//           (numeric definition): not of batch, chunks, pages, threads or kernels.
+
+namespace valar {
+inline namespace v1 {
+
+/// How a model is held and computed. `kv_type` and `precision` are the options that may change bits.
+struct BackendOptions {
+    Precision   precision      = Precision::fast;
+    KvType      kv_type        = KvType::f16;
+    uint32_t    kv_pages       = 0;   ///< pages in the pool
+    uint32_t    page_tokens    = 16;  ///< positions a page, a multiple of 16
+    uint32_t    max_batch_rows = 512; ///< rows of one batch at most
+    uint32_t    max_logit_rows = 1;   ///< rows of one batch that may want logits
+    int         threads        = -1;  ///< helpers beside the caller; -1: physical cores - 1
+    ParallelFor parallel_for   = nullptr;  ///< the host's job system instead of own threads
+    void*       parallel_for_host = nullptr;
+};
+
+/// Bytes that a loaded model takes.
+struct MemoryPlan {
+    uint64_t weights = 0;  ///< packed
+    uint64_t kv      = 0;
+    uint64_t scratch = 0;
+    uint64_t mapped  = 0;  ///< pages of the file that stay in use
+    uint64_t total() const { return weights + kv + scratch; }
+};
+
+namespace detail {
+
+/// One row of a batch: a token at a position of a sequence. `pages` lists the sequence's pages, in
+/// order of position; the page of `position` is already there. A row sees the positions 0 .. position
+/// of its sequence: those of earlier batches and those of earlier rows of this batch.
+struct BatchRow {
+    Token           token     = 0;
+    const float*    embedding = nullptr;  ///< (n_embd) instead of the token's, or null
+    uint32_t        position  = 0;
+    const uint32_t* pages     = nullptr;  ///< borrowed until the batch is done
+    bool            logits    = false;    ///< wanted for this row
+};
+
+/// A device that runs a ModelSpec. Threads: one at a time.
+class Backend {
+public:
+    virtual ~Backend() = default;
+    /// Whether the numeric promise holds here.
+    virtual bool exact() const = 0;
+    /// Loads the next slice of weights; true when all is there. `progress` (0..1) may be null.
+    virtual Result<bool> load(uint64_t budget_us, float* progress) = 0;
+    /// Takes a batch; the rows of one sequence in ascending order of position. Rows are borrowed until
+    /// advance() says done.
+    virtual Result<void> begin(std::span<const BatchRow> rows) = 0;
+    /// Computes on until done (true), or until the first boundary past the deadline (false; 0: no
+    /// deadline). Non-finite logits: an Error that names the layer; the batch is given up.
+    virtual Result<bool> advance(uint64_t deadline_ns) = 0;
+    /// Gives up a batch that was begun: its positions count as not computed.
+    virtual void abandon() = 0;
+    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin().
+    virtual std::span<const float> logits(uint32_t i) const = 0;
+    /// Copies whole pages inside the pool; bytes of one page out and in (position-free layout).
+    virtual void copy_page(uint32_t from, uint32_t to) = 0;
+    virtual size_t page_bytes() const = 0;
+    virtual void export_page(uint32_t page, std::byte* out) const = 0;
+    virtual void import_page(uint32_t page, const std::byte* in) = 0;
+};
+
+/// What the CPU backend would take, to the byte; takes nothing. Errors: an option out of range.
+Result<MemoryPlan> plan_cpu(const ModelSpec& spec, const ModelTensors& tensors,
+                            const BackendOptions& options);
+/// The CPU backend, with its worker team. Nothing is loaded yet: call load() until it says true.
+/// `gguf`, `spec` and `tensors` are borrowed for its life. Kernels: choose_kernels() unless given.
+Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                                  const ModelTensors& tensors,
+                                                  const BackendOptions& options,
+                                                  const Kernels* kernels = nullptr);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// >>sampler
+// Owns: logits to token: greedy, temperature, top_k, top_p, min_p, seed; log-probabilities.
+// Assumes: finite logits.
+// Promises: the same bytes everywhere: a function of (logits, options, seed, position) alone; ties go
+//           to the lower token id; no allocation after the first calls.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// In this order, as Hugging Face has it: logits / temperature; the top_k most likely; of those the
+/// fewest that together reach top_p; of those the ones at least min_p times as likely as the first.
+struct SamplerOptions {
+    double   temperature = 1;  ///< 0: greedy
+    double   top_p       = 1;
+    double   min_p       = 0;
+    uint32_t top_k       = 0;  ///< 0: no limit
+    int64_t  seed        = 0;
+};
+
+/// Draws tokens for one sequence. Threads: one at a time.
+class Sampler {
+public:
+    explicit Sampler(const SamplerOptions& options);
+    /// The token at `position` (of the token that is drawn).
+    Token sample(std::span<const float> logits, uint64_t position);
+
+private:
+    struct Candidate {
+        float logit;
+        Token token;
+    };
+    friend struct CandidateOrder;
+    void   keep_top(std::span<const float> logits);
+    void   keep_within(std::span<const float> logits, double below);
+    Token  draw_from_all(std::span<const float> logits, double uniform);
+    Token  draw_from_best(std::span<const float> logits, double uniform);
+    double add_blocks(std::span<const float> logits);
+
+    SamplerOptions         options_;
+    double                 scale_;       // of a logit's distance to the highest
+    float                  highest_ = 0;
+    std::vector<Candidate> candidates_;  // most likely first
+    std::vector<double>    sums_;        // of weights, a block of the vocabulary each
+};
+
+/// A number in [0, 1) that depends on (seed, position) alone, 53 bits.
+double uniform_at(int64_t seed, uint64_t position);
+/// Natural log of the model's own distribution (before temperature and top_p): of `token`, and of the
+/// `count` most likely ones, most likely first. `top` may be null when count is 0.
+float logprob_of(std::span<const float> logits, Token token, uint32_t count,
+                 std::pair<Token, float>* top);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// >>engine
+// Owns: a loaded model and the requests on it: queue, sequences, pages, step(), streaming, cancel.
+// Assumes: one thread at a time calls step(); everything else comes from any thread.
+// Promises: submit never fails (a refused request is a Reply that is finished with its error); an
+//           answer is a function of file, request and options; nothing blocks but wait() and stop().
+
+namespace valar {
+inline namespace v1 {
+
+/// What an engine is made of. What a caller types first stands first.
+struct EngineOptions {
+    std::string  model_path     = {};   ///< a GGUF file (the first of a split one)
+    std::vector<std::string> aliases = {};  ///< further ids that this model answers to
+    std::string  model_id       = {};   ///< default: the file's general.name, else the file's name
+    uint32_t     context_tokens = 0;    ///< positions a request may use; 0: the model's, at most 8,192
+    int          threads        = -1;   ///< helpers beside the caller; -1: physical cores - 1; 0: none
+    Precision    precision      = Precision::fast;
+    KvType       kv_type        = KvType::f16;
+    uint32_t     max_queued     = 1000; ///< waiting requests; past it `overloaded`
+    uint32_t     step_tokens    = 512;  ///< prompt tokens a batch at most
+    std::span<const std::byte> model_bytes = {};  ///< instead of a path; borrowed for the engine's life
+    GgufReader   model_reader   = {};   ///< instead of a path
+    std::string  chat_template  = {};   ///< instead of the file's own
+    ParallelFor  parallel_for   = nullptr;  ///< the host's job system instead of own threads
+    void*        parallel_for_host = nullptr;
+    LogSink      log            = {};
+};
+
+namespace detail { struct Mailbox; }
+
+/// The handle of one request. Movable; may outlive the Engine (then finished with `engine_closed`).
+/// Dropping it cancels the request unless detach()ed. One made by hand is finished, with nothing.
+/// Threads: one at a time.
+class VALAR_API Reply {
+public:
+    Reply() = default;
+    Reply(Reply&& other) noexcept;
+    Reply& operator=(Reply&& other) noexcept;
+    ~Reply();
+
+    /// The next event, or nothing when there is none now. Never waits. Text that came since the last
+    /// call comes as one text_delta.
+    std::optional<Event> poll();
+    /// Waits for the end while somebody else steps (start(), another thread); false after timeout_ms
+    /// (-1: no limit). Events stay to be polled.
+    bool wait(int64_t timeout_ms = -1);
+    bool finished() const;        ///< the outcome is there; events may be left to poll
+    /// The outcome; only once finished(). Valid while the Reply lives.
+    const Outcome& outcome() const;
+    void cancel();                ///< at the next step; what came so far stays
+    void detach();                ///< dropping this handle no longer cancels
+    const std::string& id() const;
+
+private:
+    friend class Engine;
+    explicit Reply(std::shared_ptr<detail::Mailbox> mailbox);
+    std::shared_ptr<detail::Mailbox> mailbox_;
+};
+
+/// A loaded model that answers requests. Movable handle over an object with a stable address.
+/// Threads: submit, responder, is_loaded, load_progress from any thread; step, start, stop and the
+/// destructor from one at a time. step() after start() is an error, not a race.
+class VALAR_API Engine {
+public:
+    /// Loads the whole model. Errors name the file, key, tensor or option.
+    static Result<Engine> open(const EngineOptions& options);
+    /// Checks file and options and allocates; step() then loads in slices. Requests may be submitted
+    /// at once and wait.
+    static Result<Engine> begin_open(const EngineOptions& options);
+    /// What open() would take, without loading.
+    static Result<MemoryPlan> memory_plan(const EngineOptions& options);
+
+    Engine(Engine&& other) noexcept;
+    Engine& operator=(Engine&& other) noexcept;
+    ~Engine();  ///< unfinished replies end with `engine_closed`
+
+    Reply submit(const Request& request);
+    /// Works for about `budget_us` (stops at the first boundary past it; -1: until nothing is left to
+    /// do): loads, computes, samples, emits. True while work is left. Errors: weights that cannot be
+    /// read (every request ends with it); called after start(), or from two threads at once.
+    Result<bool> step(int64_t budget_us = -1);
+    /// Own thread that steps whenever there is work, until stop().
+    Result<void> start();
+    void stop();  ///< returns when the thread has ended; unfinished requests stay
+
+    bool  is_loaded() const;
+    float load_progress() const;  ///< 0..1
+    const ModelSpec& spec() const;
+    const Tokenizer& tokenizer() const;
+    /// The seam to a Server; lives as long as the engine.
+    Responder* responder();
+
+private:
+    struct State;
+    explicit Engine(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace v1
+}  // namespace valar
+
+// >>http
+// Owns: HTTP/1.1 (RFC 9110, RFC 9112): the message parser, the event loop of a server, and a small
+//       blocking client.
+// Assumes: a handler that never blocks; what bodies mean is the handler's business, error bodies
+//          included: http hands over status, code and message.
+// Promises: framing that is ambiguous is refused, never guessed; every byte, second and connection
+//           is bounded by a named limit; an idle connection costs less than 1 KB.
+
+namespace valar {
+inline namespace v1 {
+
+/// Header fields in order of arrival.
+using HttpHeaders = std::vector<std::pair<std::string, std::string>>;
+
+/// A reply, sent or received. The server adds Date, Content-Length and Connection by itself.
+struct HttpReply {
+    int         status = 200;
+    HttpHeaders headers;
+    std::string body;
+    bool        close = false;  ///< end the connection after this reply
+};
+
+/// One request of the blocking client.
+struct HttpCall {
+    std::string host    = "127.0.0.1";  ///< a numeric address or "localhost"
+    uint16_t    port    = 80;
+    std::string method  = "GET";
+    std::string target  = "/";
+    HttpHeaders headers = {};
+    std::string body    = {};
+    int         timeout_ms      = 600'000;              ///< for the whole call
+    uint64_t    max_reply_bytes = uint64_t{64} << 20;
+};
+
+/// Sends one request on a connection of its own and waits for the whole reply, whatever its status.
+/// Errors: invalid_request (the call itself), io, timeout, bad_data (not HTTP), too_large.
+/// Threads: any.
+Result<HttpReply> http_call(const HttpCall& call);
+
+namespace detail {
+
+/// The first field of that name (ASCII case ignored), or null.
+const std::string* find_header(const HttpHeaders& headers, std::string_view name);
+size_t count_headers(const HttpHeaders& headers, std::string_view name);
+
+/// A parsed request. Strings are as sent unless said otherwise.
+struct HttpRequest {
+    std::string method;
+    std::string target;   ///< origin form, "/path?query", or "*"; absolute form is brought to it
+    std::string host;     ///< "name" or "name:port", lower case; empty only under HTTP/1.0
+    HttpHeaders headers;
+    std::string body;
+    NetAddress  peer;
+    uint64_t    exchange = 0;  ///< names this request until it is answered; never used twice
+    uint64_t    max_body = 0;  ///< on_head may change it; a longer body is refused with 413
+    uint64_t    tag      = 0;  ///< the handler's own, kept from on_head to on_request
+    std::optional<uint64_t> content_length;
+    bool chunked         = false;
+    bool keep_alive      = false;
+    bool expect_continue = false;
+    bool http_1_0        = false;
+
+    bool is_head() const { return method == "HEAD"; }
+    bool has_body() const { return chunked || content_length.value_or(0) > 0; }
+    const std::string* header(std::string_view name) const { return find_header(headers, name); }
+    size_t count(std::string_view name) const { return count_headers(headers, name); }
+};
+
+/// What bounds one message.
+struct HttpLimits {
+    uint32_t max_request_line_bytes = 8 << 10;   ///< 414; RFC 9112 asks for 8,000 or more
+    uint32_t max_head_bytes         = 16 << 10;  ///< 431; header fields: a browser's cookies, a key
+    uint32_t max_headers            = 100;       ///< 431; trailer fields are counted apart
+    uint64_t max_body_bytes         = uint64_t{32} << 20;  ///< 413, unless on_head says otherwise
+};
+
+/// An incremental parser of one message after another: fed bytes, does no I/O. What it finds does
+/// not depend on how the bytes are cut into pieces.
+class HttpParser {
+public:
+    enum class Side : uint8_t { request, reply };
+    enum class Event : uint8_t {
+        more,      ///< all bytes used
+        head,      ///< head complete, body not begun; set message.max_body now
+        complete,  ///< body complete: take the message, then reset()
+        fault,     ///< malformed: see status(), code(), reason(); only reset() leaves this state
+    };
+
+    HttpParser(const HttpLimits* limits, Side side = Side::request);  ///< limits: kept by pointer
+    /// Goes on to the next event. The bytes after `*used` belong to it or to what follows.
+    Event feed(std::string_view bytes, size_t* used);
+    /// The stream has ended: complete when that is how this reply ends, else fault.
+    Event end();
+    void reset();
+    /// Only before feeding a reply to HEAD: it has no body whatever its headers say.
+    void expect_no_body() { no_body_ = true; }
+
+    HttpRequest message;  ///< for a reply only headers, body and the framing are used
+
+    int status() const { return status_; }  ///< of the reply read, or of the refusal after a fault
+    std::string_view code() const;
+    std::string_view reason() const { return reason_; }
+
+private:
+    enum class State : uint8_t {
+        start_line, header_line, body, chunk_size, chunk_data, chunk_end, trailer, until_close,
+        complete, fault
+    };
+    // Each step returns more to go on, or the event to report.
+    Event fail(int status, const char* reason);
+    bool  take_line(std::string_view bytes, size_t* used);
+    bool  line_is_full();
+    Event on_line();
+    Event on_request_line();
+    Event on_status_line();
+    Event on_field();
+    Event on_head_end();
+    Event read_transfer_encoding();
+    Event read_content_length();
+    Event read_host();
+    Event read_target();
+    Event read_options();
+    Event on_chunk_size();
+    Event take_body(std::string_view bytes, size_t* used);
+    bool  grow_body(size_t bytes);
+
+    const HttpLimits* limits_;
+    std::string       line_;
+    uint64_t          body_left_    = 0;
+    uint32_t          head_bytes_   = 0;  // also trailers and chunk extensions, once in the body
+    uint32_t          fields_       = 0;
+    int               status_       = 0;
+    const char*       reason_       = "";
+    Side              side_;
+    State             state_        = State::start_line;
+    bool              carriage_     = false;  // the last byte was CR
+    bool              leading_line_ = false;  // one empty line was skipped
+    bool              no_body_      = false;
+};
+
+/// Implemented by the user of HttpServer. All calls come from inside HttpServer::step.
+///
+/// An exchange: on_head; if it returns nothing, exactly one of on_request and on_closed; after
+/// on_request, HttpServer::reply from any thread, or on_closed if the client is gone before it.
+class HttpHandler {
+public:
+    virtual ~HttpHandler() = default;
+    /// The head is here, the body not yet: authenticate, route, set request.max_body. A reply
+    /// refuses: the body is not asked for (no 100 Continue), and if there is one the connection
+    /// ends. Otherwise http itself refuses a body declared longer than max_body.
+    virtual std::optional<HttpReply> on_head(HttpRequest& request) = 0;
+    /// The request is complete. Answer with HttpServer::reply(request.exchange, ...), now or later.
+    virtual void on_request(HttpRequest&& request) = 0;
+    /// The client went away, or its body was refused: nobody waits for this exchange any more.
+    virtual void on_closed(uint64_t exchange) = 0;
+    /// The reply to a malformed or refused request: status 400 408 413 414 417 431 501 503 505;
+    /// code "bad_request", "request_too_large" or "overloaded".
+    virtual HttpReply on_error(int status, std::string_view code, std::string_view message) = 0;
+    /// About every HttpOptions::tick_ms.
+    virtual void on_tick() {}
+};
+
+/// Options of HttpServer. Each limit says what happens beyond it.
+struct HttpOptions {
+    std::string host = "127.0.0.1";
+    uint16_t    port = 0;  ///< 0: any free one
+    HttpLimits  limits = {};
+    uint32_t max_connections         = 10'000;  ///< an idle one makes room, else 503
+    uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< bodies not yet answered; 503
+    uint32_t idle_timeout_ms   = 60'000;  ///< between requests; closed silently
+    uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
+    uint32_t body_timeout_ms   = 10'000;  ///< one window of the body's pace; 408
+    uint32_t body_min_bytes    = 4 << 10;   ///< that must arrive in each window: 400 B/s by default
+    uint32_t write_timeout_ms  = 30'000;  ///< without progress while a reply waits; closed
+    uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
+    uint32_t drain_timeout_ms  = 10'000;  ///< for exchanges in work after stop(); closed
+    uint32_t tick_ms           = 0;       ///< pace of on_tick; 0: never
+    int      backlog           = 1024;    ///< of listen(); the system may cap it
+};
+
+/// An event loop: one thread calls step(), and no call inside blocks.
+/// Threads: reply, post, stop and address from any; step from one at a time. The handler must
+/// outlive the server. Destroying it closes what is open without a call to the handler.
+class HttpServer {
+public:
+    static Result<HttpServer> open(const HttpOptions& options, HttpHandler* handler);
+    HttpServer(HttpServer&& other) noexcept;
+    HttpServer& operator=(HttpServer&& other) noexcept;
+    ~HttpServer();
+
+    NetAddress address() const;
+    uint16_t port() const { return address().port; }
+    /// Serves what is ready, waiting at most timeout_ms for it (-1: until something happens).
+    /// False once stopped and drained.
+    bool step(int timeout_ms);
+    /// Stops accepting, ends idle connections, lets exchanges in work finish (drain_timeout_ms).
+    void stop();
+    /// Answers an exchange; without effect if its client is gone.
+    void reply(uint64_t exchange, HttpReply reply);
+    /// Has the loop call function(context) inside step(); dropped if the server is destroyed first.
+    void post(void (*function)(void*), void* context);
+
+    struct Stats {
+        uint64_t accepted = 0, requests = 0, faults = 0, timeouts = 0;  ///< since open
+        uint64_t connections = 0, body_bytes = 0;                       ///< now
+    };
+    Stats stats() const;  ///< only from the thread that calls step()
+
+private:
+    struct State;
+    explicit HttpServer(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// >>store
+// Owns: the responses that a server has accepted: the request while it is worked on, then the object
+//       that was answered.
+// Assumes: ids that nobody can guess and that are never used twice.
+// Promises: a record is seen by its own organisation only; what is not terminal never goes early.
+
+namespace valar {
+inline namespace v1 {
+
+/// What a Store keeps of one response.
+struct StoredResponse {
+    std::string id;
+    std::string organisation;
+    bool        terminal      = false;
+    int64_t     changed_at_ms = 0;  ///< unix time of acceptance, then of the end
+    /// JSON text: the request as received, once terminal the response object as answered.
+    std::shared_ptr<const std::string> body = {};
+};
+
+/// Where a Server keeps its records. MemoryStore, or one of your own.
+/// Threads: every member from any thread; a Server calls add, finish and find from its workers, which
+/// may wait for a disk.
+class Store {
+public:
+    virtual ~Store() = default;
+    /// A new record, not terminal. Errors: overloaded when there is no room; io.
+    virtual Result<void> add(StoredResponse record) = 0;
+    /// Replaces the record's body by its terminal object. Errors: not_found; io.
+    virtual Result<void> finish(const std::string& id, std::shared_ptr<const std::string> object,
+                                int64_t now_ms) = 0;
+    /// Nothing when there is no such record or it is another organisation's.
+    virtual std::optional<StoredResponse> find(std::string_view organisation,
+                                               const std::string& id) = 0;
+    virtual void erase(const std::string& id) = 0;
+    /// Drops what has been terminal for longer than the store keeps it. Called about once a minute,
+    /// from the loop: must not wait.
+    virtual void expire(int64_t now_ms) = 0;
+};
+
+struct MemoryStoreOptions {
+    uint64_t max_bytes   = uint64_t{256} << 20;  ///< past it the oldest terminal records go early
+    int64_t  retention_s = 48 * 3600;            ///< of a terminal record
+};
+
+/// Records in memory, until the process ends.
+class VALAR_API MemoryStore : public Store {
+public:
+    explicit MemoryStore(const MemoryStoreOptions& options = {});
+    ~MemoryStore() override;
+    Result<void> add(StoredResponse record) override;
+    Result<void> finish(const std::string& id, std::shared_ptr<const std::string> object,
+                        int64_t now_ms) override;
+    std::optional<StoredResponse> find(std::string_view organisation,
+                                       const std::string& id) override;
+    void erase(const std::string& id) override;
+    void expire(int64_t now_ms) override;
+    uint64_t bytes() const;  ///< that records take, bookkeeping included
+
+private:
+    struct State;
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace v1
+}  // namespace valar
+
+// >>server
+// Owns: the routes of the Responses API: who may ask, what is asked, what is answered. Joins http, a
+//       Store and any Responder; knows no engine.
+// Assumes: Responders that outlive it, and a thread that calls run() or step().
+// Promises: the contract's order of checks; an envelope and an X-Request-ID on every reply; the loop
+//           never waits (two worker threads parse, validate, prepare and render); a terminal object
+//           is rendered once; no body, prompt or key is ever logged.
+
+namespace valar {
+inline namespace v1 {
+
+/// Who may use a server. Of the secret only its SHA-256 is kept.
+struct ApiKey {
+    std::string id           = {};         ///< for people: names the key, not secret
+    std::string organisation = "default";  ///< whose records these are
+    std::string secret       = {};         ///< 16 visible ASCII characters or more
+};
+
+/// What a server is made of. What a caller types first stands first.
+struct ServerOptions {
+    uint16_t            port = 8080;         ///< 0: any free one
+    std::string         host = "127.0.0.1";  ///< a numeric address or "localhost"
+    std::vector<ApiKey> keys = {};  ///< none: anybody on this machine, organisation "default"
+    bool allow_open = false;  ///< without keys listen on an address that is not loopback all the same
+    /// Without keys the Host of a request must be localhost, 127.0.0.1, [::1] or one of these
+    /// ("name", or "name:port").
+    std::vector<std::string> allowed_hosts = {};
+    /// Web pages of these origins ("https://example.org") may call. All others may not.
+    std::vector<std::string> cors_origins = {};
+    Dialect dialect = Dialect::valar;
+    uint32_t sync_timeout_ms  = 600'000;  ///< then 504, and the work goes on
+    uint32_t drain_timeout_ms = 10'000;   ///< after stop(); then what still runs is cancelled
+    uint64_t max_body_bytes          = uint64_t{32} << 20;   ///< 413
+    uint32_t max_connections         = 10'000;               ///< an idle one makes room, else 503
+    uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< 503
+    LogSink log   = {};       ///< a line a request: id, method, path, status, ms, tokens
+    Store*  store = nullptr;  ///< must outlive the server; null: a MemoryStore of its own
+    MemoryStoreOptions memory_store = {};  ///< of that one
+};
+
+/// Serves Responders over HTTP. Movable handle over an object with a stable address.
+/// Threads: stop() and port() from any; step(), run() and the destructor from one at a time.
+class VALAR_API Server {
+public:
+    /// Listens. Errors: invalid_request names the option; io.
+    static Result<Server> open(Responder* responder, const ServerOptions& options = {});
+    /// A request goes to the first Responder that has its model.
+    static Result<Server> open(std::span<Responder* const> responders,
+                               const ServerOptions& options = {});
+    Server(Server&& other) noexcept;
+    Server& operator=(Server&& other) noexcept;
+    ~Server();  ///< closes what is open and cancels what runs
+
+    /// Serves until stop(), then lets what runs finish (drain_timeout_ms).
+    Result<void> run();
+    /// Serves what is ready, waiting at most timeout_ms for it (-1: until something happens). False
+    /// once stopped and drained.
+    Result<bool> step(int timeout_ms);
+    void stop();
+    uint16_t port() const;
+
+private:
+    struct State;
+    explicit Server(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace v1
+}  // namespace valar
+
 #pragma pop_macro("max")
 #pragma pop_macro("min")
 #endif  // VALAR_HPP
@@ -720,6 +2326,11 @@ void write_json_string(std::string& out, std::string_view text);
 #if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     defined(__NO_SIGNED_ZEROS__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "valar promises exact results: compile this file without -ffast-math and its parts"
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push  // false alarms of GCC 12 inside its own headers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wrestrict"
 #endif
 #pragma push_macro("min")
 #pragma push_macro("max")
@@ -786,8 +2397,13 @@ void write_json_string(std::string& out, std::string_view text);
 #include <sys/event.h>
 #endif
 #endif
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(VALAR_NO_SIMD)
 #include <immintrin.h>
+#elif defined(__SSE__) || defined(_M_X64)
+#include <xmmintrin.h>
 #endif
 #if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(VALAR_NO_SIMD)
 #include <arm_neon.h>
@@ -819,14 +2435,14 @@ Error make_error(ErrorKind kind, std::string message, std::string code, std::str
 }
 
 std::string format(const char* pattern, ...) {
-    char small[256];
+    char brief[256];
     va_list args, again;
     va_start(args, pattern);
     va_copy(again, args);
-    const int length = std::vsnprintf(small, sizeof small, pattern, args);
+    const int length = std::vsnprintf(brief, sizeof brief, pattern, args);
     va_end(args);
-    std::string text(small, size_t(std::clamp(length, 0, int(sizeof small) - 1)));
-    if (length >= int(sizeof small)) {
+    std::string text(brief, size_t(std::clamp(length, 0, int(sizeof brief) - 1)));
+    if (length >= int(sizeof brief)) {
         text.resize(size_t(length));
         std::vsnprintf(text.data(), text.size() + 1, pattern, again);
     }
@@ -849,14 +2465,16 @@ bool add_overflows(uint64_t a, uint64_t b, uint64_t* sum) {
 Error os_error(std::string what) {
     const DWORD code = GetLastError();
     ErrorKind kind = ErrorKind::io;
-    if (code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND) kind = ErrorKind::not_found;
-    if (code == ERROR_NOT_ENOUGH_MEMORY || code == ERROR_OUTOFMEMORY ||
-        code == ERROR_COMMITMENT_LIMIT) kind = ErrorKind::out_of_memory;
+    for (const DWORD absent : {ERROR_FILE_NOT_FOUND, ERROR_PATH_NOT_FOUND})
+        if (code == absent) kind = ErrorKind::not_found;
+    for (const DWORD full : {ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT})
+        if (code == full) kind = ErrorKind::out_of_memory;
     wchar_t wide[256];
     char text[512];
     const DWORD flags = FORMAT_MESSAGE_FROM_SYSTEM | FORMAT_MESSAGE_IGNORE_INSERTS;
     const DWORD count = FormatMessageW(flags, nullptr, code, 0, wide, 256, nullptr);
-    int size = WideCharToMultiByte(CP_UTF8, 0, wide, int(count), text, sizeof text, nullptr, nullptr);
+    int size =
+        WideCharToMultiByte(CP_UTF8, 0, wide, int(count), text, sizeof text, nullptr, nullptr);
     while (size > 0 && (text[size - 1] == '\n' || text[size - 1] == '\r')) --size;
     what += size > 0 ? ": " + std::string(text, size_t(size)) : format(": error %lu", code);
     return make_error(kind, std::move(what));
@@ -866,7 +2484,9 @@ Error os_error(std::string what) {
 
 namespace {
 // strerror_r comes in two shapes, told apart by what it returns
-[[maybe_unused]] const char* strerror_text(int result, const char* text) { return result == 0 ? text : "unknown"; }
+[[maybe_unused]] const char* strerror_text(int result, const char* text) {
+    return result == 0 ? text : "unknown";
+}
 [[maybe_unused]] const char* strerror_text(const char* result, const char*) { return result; }
 }  // namespace
 
@@ -993,8 +2613,9 @@ Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what) {
         const size_t size = size_t(bytes);
         if (size >= buffer_from_system) {
             buffer.data_ = static_cast<std::byte*>(map_pages(size));
-        } else if (void* p = ::operator new(size, std::align_val_t(buffer_alignment), std::nothrow)) {
-            buffer.data_ = static_cast<std::byte*>(std::memset(p, 0, size));
+        } else {
+            void* p = ::operator new(size, std::align_val_t(buffer_alignment), std::nothrow);
+            if (p != nullptr) buffer.data_ = static_cast<std::byte*>(std::memset(p, 0, size));
         }
     }
     if (buffer.data_ == nullptr)
@@ -1048,12 +2669,14 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
         return os_error("cannot open '" + path + "'");
     MappedFile mapped;
     if (size.QuadPart == 0) return mapped;
-    if (uint64_t(size.QuadPart) > SIZE_MAX / 2) return file_too_large(path, uint64_t(size.QuadPart));
+    const uint64_t bytes = uint64_t(size.QuadPart);
+    if (bytes > SIZE_MAX / 2) return file_too_large(path, bytes);
     FileHandle section{CreateFileMappingW(file.handle, nullptr, PAGE_READONLY, 0, 0, nullptr)};
-    const void* data = section.ok() ? MapViewOfFile(section.handle, FILE_MAP_READ, 0, 0, 0) : nullptr;
+    const void* data = nullptr;
+    if (section.ok()) data = MapViewOfFile(section.handle, FILE_MAP_READ, 0, 0, 0);
     if (data == nullptr) return os_error("cannot map '" + path + "'");
     mapped.data_ = static_cast<const std::byte*>(data);
-    mapped.size_ = size_t(size.QuadPart);
+    mapped.size_ = size_t(bytes);
     return mapped;
 }
 
@@ -1260,7 +2883,7 @@ Result<Thread> Thread::start(void (*function)(void*), void* context, const char*
     auto* start = new (std::nothrow) ThreadStart{function, context, {}};
     if (start == nullptr)
         return make_error(ErrorKind::out_of_memory, "out of memory: starting a thread");
-    std::strncpy(start->name, name, sizeof start->name - 1);
+    std::memcpy(start->name, name, std::min(std::strlen(name), sizeof start->name - 1));
     Thread thread;
     thread.handle_ = start_thread(start);
     if (thread.handle_ != 0) return thread;
@@ -1301,8 +2924,9 @@ int physical_cores() {
     std::vector<SYSTEM_LOGICAL_PROCESSOR_INFORMATION> list(bytes / sizeof list[0] + 1);
     bytes = DWORD(list.size() * sizeof list[0]);
     if (!GetLogicalProcessorInformation(list.data(), &bytes)) bytes = 0;
-    for (size_t i = 0; i < bytes / sizeof list[0]; ++i)
-        if (list[i].Relationship == RelationProcessorCore && (list[i].ProcessorMask & allowed)) ++cores;
+    list.resize(bytes / sizeof list[0]);
+    for (const auto& entry : list)
+        cores += entry.Relationship == RelationProcessorCore && (entry.ProcessorMask & allowed);
 #elif defined(__APPLE__)
     size_t size = sizeof cores;
     if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, nullptr, 0) != 0)
@@ -1317,7 +2941,8 @@ int physical_cores() {
         auto siblings = read_file(
             format("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu), 4096);
         std::string text = siblings ? std::move(*siblings) : format("%d", cpu);
-        if (std::find(seen.begin(), seen.end(), text) == seen.end()) seen.push_back(std::move(text));
+        if (std::find(seen.begin(), seen.end(), text) == seen.end())
+            seen.push_back(std::move(text));
     }
     cores = int(seen.size());
 #endif
@@ -2050,15 +3675,16 @@ void Sha256::compress(const uint8_t* block) {
     }
     uint32_t s[8];
     std::memcpy(s, state_, sizeof s);
-    for (int i = 0; i < 64; ++i) {
-        const uint32_t e = s[4], a = s[0];
-        const uint32_t t1 = s[7] + (std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25)) +
-                            ((e & s[5]) ^ (~e & s[6])) + sha256_constants[i] + w[i];
-        const uint32_t t2 = (std::rotr(a, 2) ^ std::rotr(a, 13) ^ std::rotr(a, 22)) +
-                            ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
-        for (int k = 7; k > 0; --k) s[k] = s[k - 1];
-        s[4] += t1;
-        s[0] = t1 + t2;
+    for (int i = 0; i < 64; i += 8) {
+        for (int k = 0; k < 8; ++k) {  // instead of moving eight variables, name them anew
+            const auto v = [&](int name) -> uint32_t& { return s[(name - k) & 7]; };
+            const uint32_t a = v(0), e = v(4);
+            const uint32_t t = v(7) + (std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25)) +
+                               ((e & v(5)) ^ (~e & v(6))) + sha256_constants[i + k] + w[i + k];
+            v(3) += t;
+            v(7) = t + (std::rotr(a, 2) ^ std::rotr(a, 13) ^ std::rotr(a, 22)) +
+                   ((a & v(1)) ^ (a & v(2)) ^ (v(1) & v(2)));
+        }
     }
     for (int i = 0; i < 8; ++i) state_[i] += s[i];
 }
@@ -2124,7 +3750,9 @@ uint32_t crc32c(const void* data, size_t size, uint32_t value) {
     return ~value;
 }
 
-std::string base64_encode(std::string_view bytes) { return base64_encode(bytes.data(), bytes.size()); }
+std::string base64_encode(std::string_view bytes) {
+    return base64_encode(bytes.data(), bytes.size());
+}
 
 std::string base64_encode(const void* data, size_t size) {
     const auto* bytes = static_cast<const uint8_t*>(data);
@@ -2155,7 +3783,7 @@ Result<std::string> base64_decode(std::string_view text) {
             group |= uint32_t(value & 63) << (18 - 6 * k);
         }
         for (size_t k = 0; k < 3 - padding; ++k) bytes += char(group >> (16 - 8 * k) & 255);
-        good = good && (group & ((1u << 8 * padding) - 1)) == 0;  // the bits that padding leaves over
+        good = good && (group & ((1u << 8 * padding) - 1)) == 0;  // bits beyond the last byte
     }
     if (good) return bytes;
     return make_error(ErrorKind::invalid_request, "not base64 (RFC 4648, padded)");
@@ -2729,8 +4357,9 @@ char32_t compose_pair(char32_t a, char32_t b) {  // 0: they do not compose
     const auto key = [](uint16_t place) {
         return uint64_t(unicode_decomposition[place].a) << 32 | unicode_decomposition[place].b;
     };
-    const auto found = std::lower_bound(unicode_composition.begin(), unicode_composition.end(), pair,
-                                        [&](uint16_t place, uint64_t p) { return key(place) < p; });
+    const auto found =
+        std::lower_bound(unicode_composition.begin(), unicode_composition.end(), pair,
+                         [&](uint16_t place, uint64_t p) { return key(place) < p; });
     if (found == unicode_composition.end() || key(*found) != pair) return 0;
     return unicode_decomposition[*found].first;
 }
@@ -2980,7 +4609,8 @@ int compare_with_middle(const Decimal& number, uint64_t mantissa, int exponent) 
 
 // To the nearest double, ties to even. The 64 leading bits of the digits times 128 of the power
 // bound the value from both sides; only when the middle of two doubles lies between the bounds
-// are big integers asked. (After Eisel and Lemire, "Number parsing at a gigabyte per second", 2021.)
+// are big integers asked. (After Eisel and Lemire; D. Lemire, "Number parsing at a gigabyte per
+// second", 2021.)
 double nearest_double(const Decimal& number) {
     const double zero = number.negative ? -0.0 : 0.0;
     const double infinity = number.negative ? -HUGE_VAL : HUGE_VAL;
@@ -3002,7 +4632,7 @@ double nearest_double(const Decimal& number) {
     uint64_t mantissa = cut == 64 ? 0 : x.high >> cut;
     const uint64_t rest = x.high - (cut == 64 ? 0 : mantissa << cut);
     const uint64_t half = uint64_t(1) << (cut - 1);
-    const uint64_t width = number.dropped > 0 ? (1u << zeros) + 1 : 0;  // of the bounds, in x.high
+    const uint64_t width = number.dropped > 0 ? (1u << zeros) + 1 : 0;  // in units of x.high
     if (rest > half || (rest == half && x.low > 0)) {
         ++mantissa;
     } else if (rest + width >= half || (rest + width + 1 == half && x.low > UINT64_MAX - 2)) {
@@ -3136,9 +4766,9 @@ Result<double> parse_double(std::string_view text) {
 // Members in their order; from 17 on with a hash table of their places. The hash is keyed, so
 // that nobody can choose keys that collide.
 struct Json::Object {
-    static constexpr size_t none = SIZE_MAX, small = 16;
+    static constexpr size_t none = SIZE_MAX, few = 16;
     std::vector<JsonMember> members;
-    std::vector<uint32_t>   slots;  // place + 1, 0: free; empty while small
+    std::vector<uint32_t>   slots;  // place + 1, 0: free; empty while few
     uint64_t                seed = 0;
 
     size_t find(std::string_view key) const {
@@ -3150,15 +4780,15 @@ struct Json::Object {
 
     void append(std::string_view key, Json value) {  // a key that is not there
         members.push_back({std::string(key), std::move(value)});
-        if (members.size() <= small) return;
+        if (members.size() <= few) return;
         if (slots.size() < 2 * members.size()) index();
-        else slots[slot_of(key)] = uint32_t(members.size());
+        else slots[slot_of(members.back().key)] = uint32_t(members.size());
     }
 
-    // Builds `slots` where they are needed. Returns the first member whose key came before, or none.
+    // Builds `slots` if needed. Returns the first member whose key came before, or none.
     size_t index() {
         slots.clear();
-        if (members.size() <= small) {
+        if (members.size() <= few) {
             for (size_t i = 1; i < members.size(); ++i)
                 if (find(members[i].key) < i) return i;
             return none;
@@ -3202,7 +4832,7 @@ static_assert(sizeof(Json) == 16);
 
 namespace detail {
 namespace {
-const Json json_null;
+constinit const Json json_null;  // what `[]` gives for a missing place
 }
 }  // namespace detail
 
@@ -3359,8 +4989,10 @@ bool Json::operator==(const Json& other) const {
     case Kind::uint64: return load<uint64_t>() == other.load<uint64_t>();
     case Kind::real: return load<double>() == other.load<double>();
     case Kind::string: return as_string() == other.as_string();
-    case Kind::array: return std::equal(items().begin(), items().end(), other.items().begin(),
-                                        other.items().end());
+    case Kind::array: {
+        const std::span<const Json> a = items(), b = other.items();
+        return std::equal(a.begin(), a.end(), b.begin(), b.end());
+    }
     case Kind::object: break;
     }
     if (size() != other.size()) return false;
@@ -3428,7 +5060,8 @@ private:
         const size_t line = size_t(std::count(before.begin(), before.end(), '\n')) + 1;
         const size_t newline = before.rfind('\n');  // npos + 1 is 0
         const size_t column = utf8_count(before.substr(newline + 1)) + 1;
-        return json_error(format("invalid JSON at line %zu, column %zu: ", line, column) + message_);
+        const std::string place = format("invalid JSON at line %zu, column %zu: ", line, column);
+        return json_error(place + message_);
     }
 
     void skip_space() {
@@ -3546,7 +5179,7 @@ private:
         return true;
     }
 
-    // The string at the quote p_ into text_: a piece of the source, or of buffer_ when it has escapes.
+    // The string at the quote p_ into text_: a piece of the source, or buffer_ if it has escapes.
     bool parse_string() {
         const char* start = ++p_;
         bool copied = false;
@@ -3677,7 +5310,8 @@ private:
             });
             for (const JsonMember* member : sorted) write_member(*member, member == sorted[0]);
         } else {
-            for (const JsonMember& member : members) write_member(member, &member == members.data());
+            for (const JsonMember& member : members)
+                write_member(member, &member == members.data());
         }
         close('}', members.empty());
     }
@@ -3760,8 +5394,12131 @@ std::string Json::canonical() const {
 }  // namespace v1
 }  // namespace valar
 
+// >>api
+// Owns: the table of request fields and their checks, the response object, the error envelope.
+// Assumes: bodies were parsed by >>json, so they are valid UTF-8 without duplicate keys.
+// Promises: the first fault in the contract's order is the one that is reported.
+
+namespace valar {
+inline namespace v1 {
+
+Item Item::message(Role role, std::string text) {
+    Item item;
+    item.role = role;
+    item.content.push_back({role == Role::assistant ? ContentPart::Kind::output_text
+                                                    : ContentPart::Kind::input_text,
+                            std::move(text)});
+    return item;
+}
+
+std::string Item::text() const {
+    std::string all;
+    for (const ContentPart& part : content) all += part.text;
+    return all;
+}
+
+namespace detail {
+namespace {
+
+struct ApiKind {
+    ErrorKind   kind;
+    int         status;
+    const char* type;
+    const char* code;  // where the error brings none
+    bool        ours;  // our own fault: its message may name a path and is not sent
+};
+constexpr ApiKind api_kinds[] = {
+    {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", false},
+    {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", false},
+    {ErrorKind::idempotency, 400, "idempotency_error", "idempotency_key_reused", false},
+    {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", false},
+    {ErrorKind::permission, 403, "permission_error", "host_not_allowed", false},
+    {ErrorKind::not_found, 404, "not_found_error", "not_found", false},
+    {ErrorKind::method_not_allowed, 405, "invalid_request_error", "method_not_allowed", false},
+    {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", false},
+    {ErrorKind::unsupported_media, 415, "invalid_request_error", "unsupported_media_type", false},
+    {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", false},
+    {ErrorKind::upstream, 502, "api_error", "upstream_error", false},
+    {ErrorKind::overloaded, 503, "api_error", "overloaded", false},
+    {ErrorKind::out_of_memory, 503, "api_error", "overloaded", true},
+    {ErrorKind::closed, 503, "api_error", "overloaded", false},
+    {ErrorKind::timeout, 504, "timeout_error", "timeout", false},
+    {ErrorKind::internal, 500, "api_error", "internal_error", true},
+};
+
+const ApiKind& api_kind(ErrorKind kind) {
+    for (const ApiKind& row : api_kinds)
+        if (row.kind == kind) return row;
+    return std::end(api_kinds)[-1];  // io, bad_data, cancelled: nothing a client sent
+}
+
+Error api_error(const char* code, std::string param, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(param));
+}
+
+// What was received, for messages: short, never a whole document.
+std::string api_shown(const Json& value) {
+    switch (value.kind()) {
+    case Json::Kind::null: return "null";
+    case Json::Kind::array: return "an array";
+    case Json::Kind::object: return "an object";
+    case Json::Kind::string: {
+        if (value.as_string().size() > 60) return "a string";
+        return value.write();
+    }
+    default: return value.write();
+    }
+}
+
+Error api_wrong_type(const std::string& path, const char* expected, const Json& got) {
+    return api_error("invalid_type", path,
+                     "'" + path + "' must be " + expected + ", but " + api_shown(got) + " was received");
+}
+
+Error api_wrong_value(const char* code, const std::string& path, const std::string& allowed,
+                      const Json& got) {
+    return api_error(code, path,
+                     "'" + path + "' must be " + allowed + ", but " + api_shown(got) + " was received");
+}
+
+Error api_missing(const std::string& path) {
+    return api_error("missing_required_parameter", path, "'" + path + "' is required");
+}
+
+Error api_later(const std::string& path) {
+    return api_error("unsupported_parameter", path, "'" + path + "': not in this version");
+}
+
+std::string api_index(const std::string& path, size_t i) {
+    return path + "[" + std::to_string(i) + "]";
+}
+
+// ---- Checks of one value. Each returns what is wrong, or nothing. ------------------------------
+
+using Fault = std::optional<Error>;
+
+Fault check_text(const Json& value, const std::string& path, size_t least, size_t most) {
+    if (!value.is_string()) return api_wrong_type(path, "a string", value);
+    const size_t length = utf8_count(value.as_string());
+    if (length < least)
+        return api_error("string_below_min_length", path, "'" + path + "' must not be empty");
+    if (length > most)
+        return api_error("string_above_max_length", path,
+                         format("'%s' has %zu characters; at most %zu are allowed", path.c_str(),
+                                length, most));
+    return {};
+}
+
+Fault check_integer(const Json& value, const std::string& path, int64_t least, int64_t most) {
+    if (!value.is_integer()) return api_wrong_type(path, "an integer", value);
+    const bool above = !value.is_int() || value.as_int() > most;
+    if (!above && value.as_int() >= least) return {};
+    return api_wrong_value(above ? "integer_above_max_value" : "integer_below_min_value", path,
+                           above ? "at most " + std::to_string(most)
+                                 : "at least " + std::to_string(least),
+                           value);
+}
+
+Fault check_number(const Json& value, const std::string& path, double least, double most) {
+    if (!value.is_number()) return api_wrong_type(path, "a number", value);
+    const double number = value.as_double();
+    if (number < least)
+        return api_wrong_value("decimal_below_min_value", path, format("at least %g", least), value);
+    if (number > most)
+        return api_wrong_value("decimal_above_max_value", path, format("at most %g", most), value);
+    return {};
+}
+
+Fault check_bool(const Json& value, const std::string& path) {
+    if (value.is_bool()) return {};
+    return api_wrong_type(path, "true or false", value);
+}
+
+Fault check_choice(const Json& value, const std::string& path,
+                   std::initializer_list<std::string_view> choices,
+                   const char* code = "invalid_value") {
+    if (!value.is_string()) return api_wrong_type(path, "a string", value);
+    std::string allowed;
+    for (const std::string_view choice : choices) {
+        if (value.as_string() == choice) return {};
+        allowed.append(allowed.empty() ? "\"" : ", \"").append(choice).append("\"");
+    }
+    return api_wrong_value(code, path, (choices.size() > 1 ? "one of " : "") + allowed, value);
+}
+
+// ---- Items (contract, 3.2) ---------------------------------------------------------------------
+
+constexpr std::string_view role_names[] = {"system", "developer", "user", "assistant", "tool",
+                                           "function"};
+
+struct ItemType {
+    std::string_view name;
+    Item::Kind       kind;
+};
+constexpr ItemType item_types[] = {
+    {"message", Item::Kind::message},
+    {"reasoning", Item::Kind::reasoning},
+    {"function_call", Item::Kind::function_call},
+    {"function_call_output", Item::Kind::function_call_output},
+    {"custom_tool_call", Item::Kind::custom_tool_call},
+    {"custom_tool_call_output", Item::Kind::custom_tool_call_output},
+};
+
+struct PartType {
+    std::string_view  name;
+    std::string_view  field;
+    ContentPart::Kind kind;
+    bool              replayed;  // only in what the assistant said
+};
+constexpr PartType part_types[] = {
+    {"input_text", "text", ContentPart::Kind::input_text, false},
+    {"text", "text", ContentPart::Kind::input_text, false},  // as Chat Completions spell it
+    {"output_text", "text", ContentPart::Kind::output_text, true},
+    {"refusal", "refusal", ContentPart::Kind::refusal, true},
+    {"summary_text", "text", ContentPart::Kind::output_text, true},
+    {"reasoning_text", "text", ContentPart::Kind::output_text, true},
+};
+
+Fault read_string_field(const Json& object, const char* key, const std::string& path, std::string* out) {
+    const Json& value = object[key];
+    const std::string field = path + "." + key;
+    if (value.is_null()) return api_missing(field);
+    if (!value.is_string()) return api_wrong_type(field, "a string", value);
+    *out = value.as_string();
+    return {};
+}
+
+Fault read_part(const Json& part, const std::string& path, bool assistant, Item* item) {
+    if (!part.is_object()) return api_wrong_type(path, "an object", part);
+    std::string type;
+    if (Fault fault = read_string_field(part, "type", path, &type)) return fault;
+    if (type == "input_image" || type == "image_url")
+        return api_error("unsupported_parameter", path + ".type", "images: not in this version");
+    for (const PartType& row : part_types) {
+        if (type != row.name || (row.replayed && !assistant)) continue;
+        ContentPart read{row.kind, {}};
+        if (Fault fault = read_string_field(part, row.field.data(), path, &read.text)) return fault;
+        item->content.push_back(std::move(read));
+        return {};
+    }
+    const bool known = type == "input_audio" || type == "input_file";
+    return api_wrong_value(known ? "unsupported_value" : "invalid_value", path + ".type",
+                           assistant ? "\"output_text\", \"refusal\" or \"input_text\""
+                                     : "\"input_text\"",
+                           part["type"]);
+}
+
+// A string, or an array of parts.
+Fault read_content(const Json& content, const std::string& path, bool assistant, Item* item) {
+    if (content.is_null()) return api_missing(path);
+    if (content.is_string()) {
+        item->content.push_back({assistant ? ContentPart::Kind::output_text
+                                           : ContentPart::Kind::input_text,
+                                 std::string(content.as_string())});
+        return {};
+    }
+    if (!content.is_array()) return api_wrong_type(path, "a string or an array of parts", content);
+    for (size_t i = 0; i < content.size(); ++i)
+        if (Fault fault = read_part(content[i], api_index(path, i), assistant, item)) return fault;
+    return {};
+}
+
+Fault read_message(const Json& json, const std::string& path, Item* item) {
+    std::string role;
+    if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
+    const auto* found = std::find(std::begin(role_names), std::end(role_names), role);
+    if (found == std::end(role_names))
+        return api_wrong_value("invalid_value", path + ".role",
+                               "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\", "
+                               "\"function\"",
+                               json["role"]);
+    item->role = static_cast<Role>(found - role_names);
+    return read_content(json["content"], path + ".content", item->role == Role::assistant, item);
+}
+
+// Thoughts of an earlier answer: `content` where there is one, else the summary.
+Fault read_reasoning(const Json& json, const std::string& path, Item* item) {
+    item->role = Role::assistant;
+    const char* key = json["content"].empty() ? "summary" : "content";
+    if (json[key].is_null()) return {};
+    return read_content(json[key], path + "." + key, true, item);
+}
+
+Fault read_call(const Json& json, const std::string& path, Item* item) {
+    item->role = Role::assistant;
+    const bool custom = item->kind == Item::Kind::custom_tool_call;
+    if (Fault fault = read_string_field(json, "call_id", path, &item->call_id)) return fault;
+    if (Fault fault = read_string_field(json, "name", path, &item->name)) return fault;
+    return read_string_field(json, custom ? "input" : "arguments", path, &item->arguments);
+}
+
+Fault read_call_output(const Json& json, const std::string& path, Item* item) {
+    item->role = Role::tool;
+    if (Fault fault = read_string_field(json, "call_id", path, &item->call_id)) return fault;
+    return read_content(json["output"], path + ".output", false, item);
+}
+
+Fault read_item(const Json& json, const std::string& path, Item* item) {
+    if (!json.is_object()) return api_wrong_type(path, "an object", json);
+    const Json& type = json["type"];
+    if (!type.is_null() && !type.is_string()) return api_wrong_type(path + ".type", "a string", type);
+    const ItemType* found = nullptr;
+    for (const ItemType& row : item_types)
+        if (type.as_string("message") == row.name) found = &row;
+    if (!found)
+        return api_wrong_value(type.as_string() == "item_reference" ? "unsupported_value" : "invalid_value",
+                               path + ".type",
+                               "one of \"message\", \"reasoning\", \"function_call\", "
+                               "\"function_call_output\", \"custom_tool_call\", "
+                               "\"custom_tool_call_output\"",
+                               type);
+    item->kind = found->kind;
+    switch (item->kind) {
+    case Item::Kind::message: return read_message(json, path, item);
+    case Item::Kind::reasoning: return read_reasoning(json, path, item);
+    case Item::Kind::function_call:
+    case Item::Kind::custom_tool_call: return read_call(json, path, item);
+    default: return read_call_output(json, path, item);
+    }
+}
+
+Fault read_items(const Json& array, const std::string& path, Request* request) {
+    if (array.empty())
+        return api_error("array_below_min_length", path, "'" + path + "' must not be empty");
+    request->input.items.resize(array.size());
+    for (size_t i = 0; i < array.size(); ++i)
+        if (Fault fault = read_item(array[i], api_index(path, i), &request->input.items[i]))
+            return fault;
+    return {};
+}
+
+// Every output of a call answers a call that stands before it.
+Fault check_calls(const Request& request, const std::string& path) {
+    std::unordered_set<std::string_view> called;
+    for (size_t i = 0; i < request.input.items.size(); ++i) {
+        const Item& item = request.input.items[i];
+        const bool custom = item.kind == Item::Kind::custom_tool_call ||
+                            item.kind == Item::Kind::custom_tool_call_output;
+        if (item.kind == Item::Kind::function_call || item.kind == Item::Kind::custom_tool_call)
+            called.insert(item.call_id);
+        else if ((item.kind == Item::Kind::function_call_output || custom) &&
+                 !called.contains(item.call_id))
+            return api_error("invalid_value", api_index(path, i) + ".call_id",
+                             "no call '" + item.call_id + "' stands earlier in the input");
+    }
+    return {};
+}
+
+// ---- The fields of a request (contract, 3) -----------------------------------------------------
+
+Fault field_model(const Json& value, Request* request) {
+    request->model = value.as_string();
+    return check_text(value, "model", 1, SIZE_MAX);
+}
+
+Fault field_input(const Json& value, Request* request) {
+    if (value.is_string()) {
+        request->input.text = value.as_string();
+        return check_text(value, "input", 1, SIZE_MAX);
+    }
+    if (value.is_array()) return read_items(value, "input", request);
+    if (!value.is_object())
+        return api_wrong_type("input", "a string, an array of items or {\"messages\": [...]}", value);
+    const Json& messages = value["messages"];
+    if (messages.is_null()) return api_missing("input.messages");
+    if (!messages.is_array()) return api_wrong_type("input.messages", "an array", messages);
+    return read_items(messages, "input.messages", request);
+}
+
+Fault field_instructions(const Json& value, Request* request) {
+    request->instructions = value.as_string();
+    return check_text(value, "instructions", 0, SIZE_MAX);
+}
+
+Fault field_max_output_tokens(const Json& value, Request* request) {
+    request->max_output_tokens = static_cast<uint32_t>(
+        std::clamp<int64_t>(value.as_int(), 0, int64_t{UINT32_MAX}));
+    return check_integer(value, "max_output_tokens", 1, INT64_MAX);
+}
+
+Fault field_temperature(const Json& value, Request* request) {
+    request->temperature = value.as_double();
+    return check_number(value, "temperature", 0, 2);
+}
+
+Fault field_top_p(const Json& value, Request* request) {
+    request->top_p = value.as_double();
+    return check_number(value, "top_p", 0, 1);
+}
+
+Fault field_seed(const Json& value, Request* request) {
+    request->seed = value.as_int();
+    return check_integer(value, "seed", INT64_MIN, INT64_MAX);
+}
+
+Fault field_text(const Json& value, Request*) {
+    if (!value.is_object()) return api_wrong_type("text", "an object", value);
+    const Json& form = value["format"];
+    if (form.is_null()) return {};
+    if (!form.is_object()) return api_wrong_type("text.format", "an object", form);
+    if (form["type"].is_null()) return api_missing("text.format.type");
+    if (form["type"].as_string() == "json_schema")
+        return api_error("unsupported_parameter", "text.format", "json_schema: not in this version");
+    const bool json_object = form["type"].as_string() == "json_object";
+    return check_choice(form["type"], "text.format.type", {"text", "json_schema"},
+                        json_object ? "unsupported_value" : "invalid_value");
+}
+
+Fault field_reasoning(const Json& value, Request*) {
+    if (!value.is_object()) return api_wrong_type("reasoning", "an object", value);
+    for (const JsonMember& member : value.members()) {
+        const std::string path = "reasoning." + member.key;
+        Fault fault;
+        if (member.value.is_null()) continue;
+        if (member.key == "effort")
+            fault = check_choice(member.value, path,
+                                 {"none", "minimal", "low", "medium", "high", "xhigh"});
+        else if (member.key == "summary" || member.key == "generate_summary")
+            fault = check_choice(member.value, path, {"auto", "concise", "detailed"});
+        if (fault) return fault;
+    }
+    return {};
+}
+
+Fault field_background(const Json& value, Request*) {
+    if (value.as_bool()) return api_later("background");
+    return check_bool(value, "background");
+}
+
+Fault field_prompt_cache_key(const Json& value, Request* request) {
+    request->prompt_cache_key = value.as_string();
+    return check_text(value, "prompt_cache_key", 0, SIZE_MAX);
+}
+
+// A switch that has one legal position.
+Fault fixed_switch(const Json& value, const char* path, bool position) {
+    if (Fault fault = check_bool(value, path)) return fault;
+    if (value.as_bool() == position) return {};
+    return api_wrong_value("unsupported_value", path, position ? "true" : "false", value);
+}
+Fault field_store(const Json& value, Request*) { return fixed_switch(value, "store", true); }
+Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
+
+Fault field_truncation(const Json& value, Request*) {
+    return check_choice(value, "truncation", {"disabled"}, "unsupported_value");
+}
+
+Fault field_service_tier(const Json& value, Request*) {
+    return check_choice(value, "service_tier", {"auto"}, "unsupported_value");
+}
+
+Fault field_user(const Json& value, Request* request) {
+    request->user = value.as_string();
+    return check_text(value, "user", 0, 256);
+}
+
+constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
+
+Fault check_metadata(const std::string& key, const Json& value) {
+    const std::string path = "metadata." + key;
+    if (utf8_count(key) > metadata_max_key)
+        return api_error("string_above_max_length", "metadata",
+                         format("a key of 'metadata' has more than %zu characters", metadata_max_key));
+    if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
+    if (key == "completion_webhook") return api_later(path);
+    if (key == "completion_window" && value.as_string() != "standard") {
+        if (value.as_string() == "asap" || value.as_string() == "flex") return api_later(path);
+        return check_choice(value, path, {"asap", "standard", "flex"});
+    }
+    if (key != "webhook_token") return {};
+    const std::string_view token = value.as_string();
+    const bool plain = std::all_of(token.begin(), token.end(), [](char c) { return c > ' ' && c < 127; });
+    if (token.size() <= 512 && plain) return {};
+    return api_error("invalid_value", path,
+                     "'" + path + "' must be at most 512 visible ASCII characters");
+}
+
+Fault field_metadata(const Json& value, Request* request) {
+    if (!value.is_object()) return api_wrong_type("metadata", "an object", value);
+    if (value.size() > metadata_max_pairs)
+        return api_error("invalid_value", "metadata",
+                         format("'metadata' has %zu pairs; at most %zu are allowed", value.size(),
+                                metadata_max_pairs));
+    for (const JsonMember& member : value.members()) {
+        if (Fault fault = check_metadata(member.key, member.value)) return fault;
+        request->metadata.emplace_back(member.key, member.value.as_string());
+    }
+    return {};
+}
+
+Fault field_tools(const Json& value, Request*) {
+    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
+    if (!value.empty()) return api_later("tools");
+    return {};
+}
+
+Fault field_tool_choice(const Json& value, Request*) {
+    if (value.is_string()) return check_choice(value, "tool_choice", {"none", "auto", "required"});
+    if (!value.is_object()) return api_wrong_type("tool_choice", "a string or an object", value);
+    if (value["type"].is_null()) return api_missing("tool_choice.type");
+    return check_choice(value["type"], "tool_choice.type", {"function", "custom", "allowed_tools"});
+}
+
+Fault field_parallel_tool_calls(const Json& value, Request*) {
+    return check_bool(value, "parallel_tool_calls");
+}
+
+Fault field_include(const Json& value, Request* request) {
+    static constexpr std::string_view refused[] = {
+        "reasoning.encrypted_content", "web_search_call.action.sources",
+        "code_interpreter_call.outputs", "computer_call_output.output.image_url",
+        "file_search_call.results"};
+    if (!value.is_array()) return api_wrong_type("include", "an array", value);
+    for (size_t i = 0; i < value.size(); ++i) {
+        const std::string path = api_index("include", i);
+        if (!value[i].is_string()) return api_wrong_type(path, "a string", value[i]);
+        const std::string_view name = value[i].as_string();
+        if (std::find(std::begin(refused), std::end(refused), name) != std::end(refused))
+            return api_error("unsupported_value", path,
+                             "'" + std::string(name) + "' cannot be included");
+        if (name == "message.output_text.logprobs") request->logprobs = true;
+    }
+    return {};
+}
+
+Fault field_top_logprobs(const Json& value, Request* request) {
+    request->top_logprobs = static_cast<uint32_t>(std::clamp<int64_t>(value.as_int(), 0, 20));
+    return check_integer(value, "top_logprobs", 0, 20);
+}
+
+struct RequestField {
+    std::string_view name;
+    Fault (*check)(const Json& value, Request* request);  // null: not supported at all
+    bool required = false;
+};
+constexpr RequestField request_fields[] = {
+    {"model", field_model, true},
+    {"input", field_input, true},
+    {"instructions", field_instructions},
+    {"max_output_tokens", field_max_output_tokens},
+    {"temperature", field_temperature},
+    {"top_p", field_top_p},
+    {"seed", field_seed},
+    {"text", field_text},
+    {"reasoning", field_reasoning},
+    {"background", field_background},
+    {"prompt_cache_key", field_prompt_cache_key},
+    {"store", field_store},
+    {"truncation", field_truncation},
+    {"stream", field_stream},
+    {"user", field_user},
+    {"metadata", field_metadata},
+    {"tools", field_tools},
+    {"tool_choice", field_tool_choice},
+    {"parallel_tool_calls", field_parallel_tool_calls},
+    {"include", field_include},
+    {"top_logprobs", field_top_logprobs},
+    {"service_tier", field_service_tier},
+    {"previous_response_id", nullptr},
+    {"conversation", nullptr},
+    {"prompt", nullptr},
+};
+
+const RequestField* find_request_field(std::string_view name) {
+    for (const RequestField& field : request_fields)
+        if (field.name == name) return &field;
+    return nullptr;
+}
+
+// Tools are always [] in this version, so a choice that demands one can never be met.
+Fault check_tool_choice(const Json& choice) {
+    const bool demands = choice.is_object() || choice.as_string() == "required";
+    if (!demands) return {};
+    return api_error("invalid_value", "tool_choice", "'tool_choice' demands a tool, but 'tools' is empty");
+}
+
+// ---- The response object (contract, 3.1) -------------------------------------------------------
+
+const char* status_name(Status status, bool cut, Dialect dialect) {
+    static constexpr const char* names[2][5] = {
+        {"pending", "running", "completed", "failed", "cancelled"},
+        {"queued", "in_progress", "completed", "failed", "cancelled"}};
+    const bool openai = dialect == Dialect::openai;
+    if (openai && cut && status == Status::completed) return "incomplete";
+    return names[openai][static_cast<size_t>(status)];
+}
+
+Json render_logprob(std::string_view bytes, float logprob) {
+    Json values = Json::array();
+    for (const char byte : bytes) values.push(static_cast<uint8_t>(byte));
+    return Json::object()
+        .set("token", utf8_repair(bytes))
+        .set("logprob", static_cast<double>(logprob))
+        .set("bytes", std::move(values));
+}
+
+Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
+    Json all = Json::array();
+    for (const TokenLogprob& token : tokens) {
+        Json top = Json::array();
+        for (const TokenLogprob::Alternative& other : token.top)
+            top.push(render_logprob(other.bytes, other.logprob));
+        all.push(render_logprob(token.bytes, token.logprob).set("top_logprobs", std::move(top)));
+    }
+    return all;
+}
+
+Json render_output(const ResponseRecord& record, const Outcome& outcome, Dialect dialect) {
+    Json output = Json::array();
+    const bool whole = record.status == Status::completed;
+    if (!is_terminal(record.status) || (!whole && outcome.text.empty())) return output;
+    Json part = Json::object()
+                    .set("type", "output_text")
+                    .set("text", outcome.text)
+                    .set("annotations", Json::array());
+    if (!outcome.logprobs.empty()) part.set("logprobs", render_logprobs(outcome.logprobs));
+    const bool complete = whole && !(outcome.cut && dialect == Dialect::openai);
+    output.push(Json::object()
+                    .set("id", record.message_id)
+                    .set("type", "message")
+                    .set("role", "assistant")
+                    .set("status", complete ? "completed" : "incomplete")
+                    .set("content", Json::array().push(std::move(part))));
+    return output;
+}
+
+Json render_usage(const Usage& usage) {
+    const auto details = [](uint32_t cached, uint32_t reasoning) {
+        return Json::object().set("cached_tokens", cached).set("reasoning_tokens", reasoning);
+    };
+    return Json::object()
+        .set("input_tokens", usage.input_tokens)
+        .set("input_tokens_details", details(usage.cached_tokens, 0))
+        .set("output_tokens", usage.output_tokens)
+        .set("output_tokens_details", details(0, usage.reasoning_tokens))
+        .set("total_tokens", usage.input_tokens + usage.output_tokens)
+        .set("prompt_tokens", usage.input_tokens)
+        .set("completion_tokens", usage.output_tokens);
+}
+
+Json render_metadata(const Json& given) {
+    Json shown = given.is_object() ? given : Json::object();
+    if (Json* token = shown.find("webhook_token")) *token = "***";
+    return shown;
+}
+
+Json render_failure(const Outcome& outcome) {
+    if (!outcome.error) return nullptr;
+    const ApiKind& kind = api_kind(outcome.error->kind);
+    return Json::object()
+        .set("code", outcome.error->code.empty() ? std::string(kind.code) : outcome.error->code)
+        .set("message", kind.ours ? "the model could not be run" : outcome.error->message);
+}
+
+}  // namespace
+}  // namespace detail
+
+Result<Request> parse_response_request(const Json& body) {
+    using namespace detail;
+    if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
+    for (const RequestField& field : request_fields)
+        if (field.required && body[field.name].is_null()) return api_missing(std::string(field.name));
+    Request request;
+    for (const JsonMember& member : body.members()) {
+        const RequestField* field = find_request_field(member.key);
+        if (!field || member.value.is_null()) continue;
+        if (!field->check)
+            return api_error("unsupported_parameter", member.key, "'" + member.key + "' is not supported");
+        if (Fault fault = field->check(member.value, &request)) return std::move(*fault);
+    }
+    const char* items = body["input"].is_object() ? "input.messages" : "input";
+    if (Fault fault = check_calls(request, items)) return std::move(*fault);
+    if (Fault fault = check_tool_choice(body["tool_choice"])) return std::move(*fault);
+    return request;
+}
+
+Json render_response(const ResponseRecord& record, Dialect dialect) {
+    using namespace detail;
+    const Json& asked = record.request;
+    const Outcome nothing;
+    const Outcome& outcome = record.outcome ? *record.outcome : nothing;
+    const bool done = is_terminal(record.status);
+    const auto echo = [&](const char* key, Json fallback) {
+        const Json& value = asked[key];
+        return value.is_null() ? std::move(fallback) : value;
+    };
+    Json cut = nullptr;
+    if (done && outcome.cut) cut = Json::object().set("reason", "max_output_tokens");
+    Json form = asked["text"]["format"];
+    if (form.is_null()) form = Json::object().set("type", "text");
+    Json object = Json::object();
+    object.reserve(34);
+    object.set("id", record.id)
+        .set("object", "response")
+        .set("created_at", record.created_at)
+        .set("completed_at", done ? Json(record.completed_at) : Json())
+        .set("status", status_name(record.status, outcome.cut, dialect))
+        .set("background", echo("background", false))
+        .set("model", record.model)
+        .set("input", asked["input"])
+        .set("instructions", asked["instructions"])
+        .set("output", render_output(record, outcome, dialect))
+        .set("error", done ? render_failure(outcome) : Json())
+        .set("incomplete_details", std::move(cut))
+        .set("max_output_tokens", asked["max_output_tokens"])
+        .set("max_tool_calls", nullptr)
+        .set("reasoning", Json::object()
+                              .set("effort", asked["reasoning"]["effort"])
+                              .set("summary", asked["reasoning"]["summary"]))
+        .set("text", Json::object().set("format", std::move(form)))
+        .set("store", true)
+        .set("temperature", record.temperature)
+        .set("top_p", record.top_p)
+        .set("presence_penalty", 0)
+        .set("frequency_penalty", 0)
+        .set("top_logprobs", echo("top_logprobs", 0))
+        .set("parallel_tool_calls", echo("parallel_tool_calls", true))
+        .set("tool_choice", echo("tool_choice", "auto"))
+        .set("tools", echo("tools", Json::array()))
+        .set("truncation", "disabled")
+        .set("service_tier", "auto")
+        .set("previous_response_id", nullptr)
+        .set("prompt_cache_key", asked["prompt_cache_key"])
+        .set("safety_identifier", nullptr)
+        .set("user", asked["user"])
+        .set("metadata", render_metadata(asked["metadata"]))
+        .set("usage", render_usage(done ? outcome.usage : Usage{}));
+    return object;
+}
+
+Json render_error(const Error& error) {
+    const detail::ApiKind& kind = detail::api_kind(error.kind);
+    const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
+    return Json::object().set(
+        "error", Json::object()
+                     .set("message", kind.ours ? "something went wrong on the server" : error.message)
+                     .set("type", kind.type)
+                     .set("param", or_null(error.param))
+                     .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
+}
+
+int http_status(ErrorKind kind) { return detail::api_kind(kind).status; }
+
+}  // namespace v1
+}  // namespace valar
+
+// >>gguf
+// Owns: the model file: metadata, tensor directory, table of tensor types; the writer.
+// Assumes: little-endian GGUF v2 or v3, in one file or in split files name-00001-of-0000N.gguf.
+// Promises: every count, length, offset and product from the file is checked before it is used;
+// errors name the file and the key or tensor.
+// The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr uint32_t gguf_magic = 0x46554747;  // "GGUF"
+constexpr uint32_t gguf_default_alignment = 32;
+constexpr uint64_t gguf_reader_chunk = 1 << 20;  // first guess of a header's size
+constexpr uint32_t gguf_value_bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};  // by GgufType
+
+constexpr uint32_t gguf_bit(GgufType type) { return 1u << static_cast<uint32_t>(type); }
+constexpr uint32_t gguf_integers =
+    gguf_bit(GgufType::u8) | gguf_bit(GgufType::i8) | gguf_bit(GgufType::u16) |
+    gguf_bit(GgufType::i16) | gguf_bit(GgufType::u32) | gguf_bit(GgufType::i32) |
+    gguf_bit(GgufType::u64) | gguf_bit(GgufType::i64);
+constexpr uint32_t gguf_floats = gguf_bit(GgufType::f32) | gguf_bit(GgufType::f64);
+
+struct TypeRow {
+    TensorType type;
+    TypeInfo info;
+};
+constexpr TypeRow type_rows[] = {
+    {TensorType::f32, {"F32", 1, 4}},            {TensorType::f16, {"F16", 1, 2}},
+    {TensorType::q4_0, {"Q4_0", 32, 18}},        {TensorType::q4_1, {"Q4_1", 32, 20}},
+    {TensorType::q5_0, {"Q5_0", 32, 22}},        {TensorType::q5_1, {"Q5_1", 32, 24}},
+    {TensorType::q8_0, {"Q8_0", 32, 34}},        {TensorType::q2_k, {"Q2_K", 256, 84}},
+    {TensorType::q3_k, {"Q3_K", 256, 110}},      {TensorType::q4_k, {"Q4_K", 256, 144}},
+    {TensorType::q5_k, {"Q5_K", 256, 176}},      {TensorType::q6_k, {"Q6_K", 256, 210}},
+    {TensorType::iq2_xxs, {"IQ2_XXS", 256, 66}}, {TensorType::iq2_xs, {"IQ2_XS", 256, 74}},
+    {TensorType::iq3_xxs, {"IQ3_XXS", 256, 98}}, {TensorType::iq1_s, {"IQ1_S", 256, 50}},
+    {TensorType::iq4_nl, {"IQ4_NL", 32, 18}},    {TensorType::iq3_s, {"IQ3_S", 256, 110}},
+    {TensorType::iq2_s, {"IQ2_S", 256, 82}},     {TensorType::iq4_xs, {"IQ4_XS", 256, 136}},
+    {TensorType::i8, {"I8", 1, 1}},              {TensorType::i16, {"I16", 1, 2}},
+    {TensorType::i32, {"I32", 1, 4}},            {TensorType::i64, {"I64", 1, 8}},
+    {TensorType::f64, {"F64", 1, 8}},            {TensorType::iq1_m, {"IQ1_M", 256, 56}},
+    {TensorType::bf16, {"BF16", 1, 2}},          {TensorType::tq1_0, {"TQ1_0", 256, 54}},
+    {TensorType::tq2_0, {"TQ2_0", 256, 66}},     {TensorType::mxfp4, {"MXFP4", 32, 17}},
+    {TensorType::nvfp4, {"NVFP4", 64, 36}},      {TensorType::q1_0, {"Q1_0", 128, 18}},
+};
+
+/// Sets tensor.bytes from type and dims; returns what is wrong, or null.
+const char* size_tensor(TensorInfo& tensor) {
+    const TypeInfo* type = type_info(tensor.type);
+    if (!type) return "has a type that is not known";
+    uint64_t values = 1;
+    for (uint64_t dim : tensor.dims) {
+        if (dim == 0) return "has an empty dimension";
+        if (mul_overflows(values, dim, &values)) return "has too many values";
+    }
+    if (tensor.dims[0] % type->block_size != 0) return "has rows that are not whole blocks";
+    if (mul_overflows(values / type->block_size, type->block_bytes, &tensor.bytes))
+        return "has too many bytes";
+    return nullptr;
+}
+
+/// Indices of `items` by name; the second of two with one name is returned through `twice`.
+template <class T>
+std::vector<uint32_t> sort_by_name(const std::vector<T>& items, const T** twice) {
+    std::vector<uint32_t> order(items.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<uint32_t>(i);
+    std::sort(order.begin(), order.end(),
+              [&](uint32_t a, uint32_t b) { return items[a].name < items[b].name; });
+    for (size_t i = 1; i < order.size(); ++i)
+        if (items[order[i]].name == items[order[i - 1]].name) *twice = &items[order[i]];
+    return order;
+}
+
+template <class T>
+const T* find_by_name(const std::vector<T>& items, const std::vector<uint32_t>& order,
+                      std::string_view name) {
+    auto at = std::lower_bound(order.begin(), order.end(), name,
+                               [&](uint32_t i, std::string_view n) { return items[i].name < n; });
+    return at != order.end() && items[*at].name == name ? &items[*at] : nullptr;
+}
+
+/// The value of a key that is one integer and not negative.
+std::optional<uint64_t> gguf_uint(const GgufKey& key) {
+    if (key.is_array || !(gguf_integers & gguf_bit(key.type))) return std::nullopt;
+    if (key.type == GgufType::u64) return GgufNumbers<uint64_t>(key.data.data(), 1, key.type)[0];
+    const int64_t value = GgufNumbers<int64_t>(key.data.data(), 1, key.type)[0];
+    if (value < 0) return std::nullopt;
+    return static_cast<uint64_t>(value);
+}
+
+/// Reads one file's header from front to back. Once something is wrong, `error` is set and every
+/// function returns false; `short_of_bytes` says that a longer piece of the file would help.
+struct GgufParser {
+    const std::string& file;
+    std::span<const std::byte> bytes;
+    uint64_t file_size;
+    uint64_t at = 0;
+    uint32_t version = 0;
+    uint64_t alignment = gguf_default_alignment;
+    std::vector<GgufKey> keys = {};
+    std::vector<uint32_t> keys_by_name = {};
+    std::vector<TensorInfo> tensors = {};
+    bool short_of_bytes = false;
+    std::optional<Error> error = {};
+
+    bool fail(const char* what, ErrorKind kind = ErrorKind::bad_data) {
+        error = make_error(kind, format("%s: %s (at byte %llu)", file.c_str(), what,
+                                        static_cast<unsigned long long>(at)));
+        return false;
+    }
+    bool fail(const char* noun, std::string_view name, const char* what) {
+        return fail(format("%s '%.*s' %s", noun, static_cast<int>(name.size()), name.data(), what)
+                        .c_str());
+    }
+    bool has(uint64_t n) {
+        if (n <= bytes.size() - at) return true;
+        if (n > file_size - at) return fail("the file ends inside its header");
+        if (n > Gguf::max_header_bytes - std::min(at, Gguf::max_header_bytes))
+            return fail("the header is too long");
+        short_of_bytes = true;
+        return false;
+    }
+    template <class T> bool number(T& value) {
+        if (!has(sizeof value)) return false;
+        std::memcpy(&value, bytes.data() + at, sizeof value);
+        at += sizeof value;
+        return true;
+    }
+    bool string(std::string_view& value) {
+        uint64_t length = 0;
+        if (!number(length) || !has(length)) return false;
+        value = {reinterpret_cast<const char*>(bytes.data() + at), static_cast<size_t>(length)};
+        at += length;
+        return true;
+    }
+    /// Names go into messages, so they are short and printable.
+    bool name(std::string_view& value) {
+        if (!string(value)) return false;
+        if (value.empty() || value.size() > Gguf::max_name_bytes)
+            return fail("a key or tensor name is empty or too long");
+        for (char c : value)
+            if (c < ' ' || c > '~') return fail("a key or tensor name is not printable ASCII");
+        return true;
+    }
+
+    bool parse() {
+        uint64_t n_tensors = 0, n_keys = 0;
+        if (!preamble() || !number(n_tensors) || !number(n_keys)) return false;
+        if (n_tensors > Gguf::max_tensors) return fail("too many tensors");
+        if (n_keys > Gguf::max_keys) return fail("too many keys");
+        while (keys.size() < n_keys)
+            if (!key(keys.emplace_back())) return false;
+        const GgufKey* twice = nullptr;
+        keys_by_name = sort_by_name(keys, &twice);
+        if (twice) return fail("key", twice->name, "occurs twice");
+        if (!set_alignment()) return false;
+        while (tensors.size() < n_tensors)
+            if (!tensor(tensors.emplace_back())) return false;
+        at = (at + alignment - 1) / alignment * alignment;
+        return std::all_of(tensors.begin(), tensors.end(),
+                           [this](TensorInfo& t) { return place(t); });
+    }
+    bool preamble() {
+        uint32_t magic = 0;
+        if (!number(magic)) return false;
+        if (magic != gguf_magic) return fail("not a GGUF file");
+        if (!number(version)) return false;
+        if (version == 2 || version == 3) return true;
+        if (version != 0 && (version & 0xffff) == 0)
+            return fail("a big-endian GGUF file; only little-endian is read",
+                        ErrorKind::unsupported);
+        return fail(format("GGUF version %u; only 2 and 3 are read", version).c_str(),
+                    ErrorKind::unsupported);
+    }
+    bool key(GgufKey& key) {
+        uint32_t type = 0;
+        if (!name(key.name) || !number(type)) return false;
+        key.is_array = type == static_cast<uint32_t>(GgufType::array);
+        uint64_t count = 1;
+        if (key.is_array && (!number(type) || !number(count))) return false;
+        if (type > static_cast<uint32_t>(GgufType::f64))
+            return fail("key", key.name, "has an unknown type");
+        key.type = static_cast<GgufType>(type);
+        if (key.type == GgufType::array)
+            return fail("key", key.name, "is an array of arrays, which is not read");
+        return value(key, count);
+    }
+    bool value(GgufKey& key, uint64_t count) {
+        const uint64_t begin = at;
+        const bool strings = key.type == GgufType::string;
+        uint64_t least = 0;  // a string takes at least its length field
+        const uint32_t each = strings ? 8 : gguf_value_bytes[static_cast<uint32_t>(key.type)];
+        if (mul_overflows(count, each, &least)) return fail("key", key.name, "has too many values");
+        if (!has(least)) return false;
+        if (!strings) at += least;
+        std::string_view text;
+        for (uint64_t i = 0; strings && i < count; ++i)
+            if (!string(text)) return false;
+        key.count = static_cast<size_t>(count);
+        key.data = bytes.subspan(static_cast<size_t>(begin), static_cast<size_t>(at - begin));
+        if (key.type == GgufType::boolean)
+            for (std::byte b : key.data)
+                if (b > std::byte{1}) return fail("key", key.name, "has a bool that is not 0 or 1");
+        return true;
+    }
+    std::optional<uint64_t> uint_key(std::string_view wanted) const {
+        const GgufKey* key = find_by_name(keys, keys_by_name, wanted);
+        return key ? gguf_uint(*key) : std::nullopt;
+    }
+    bool set_alignment() {
+        constexpr std::string_view key = "general.alignment";
+        if (!find_by_name(keys, keys_by_name, key)) return true;
+        alignment = uint_key(key).value_or(0);
+        if (std::has_single_bit(alignment) && alignment >= 8 && alignment <= Gguf::max_alignment)
+            return true;
+        return fail("key", key, "is not a power of two from 8 to 1048576");
+    }
+    bool tensor(TensorInfo& tensor) {
+        uint32_t type = 0;
+        if (!name(tensor.name) || !number(tensor.n_dims)) return false;
+        if (tensor.n_dims < 1 || tensor.n_dims > 4)
+            return fail("tensor", tensor.name, "does not have 1 to 4 dimensions");
+        for (uint32_t i = 0; i < tensor.n_dims; ++i)
+            if (!number(tensor.dims[i])) return false;
+        if (!number(type) || !number(tensor.offset)) return false;
+        tensor.type = static_cast<TensorType>(type);
+        if (const char* wrong = size_tensor(tensor)) return fail("tensor", tensor.name, wrong);
+        if (tensor.offset % alignment != 0)
+            return fail("tensor", tensor.name, "has an offset that is not aligned");
+        return true;
+    }
+    /// Makes the offset count from the start of the file; `at` is where tensor data begins.
+    bool place(TensorInfo& tensor) {
+        uint64_t end = 0;
+        if (add_overflows(tensor.offset, at, &tensor.offset) ||
+            add_overflows(tensor.offset, tensor.bytes, &end) || end > file_size)
+            return fail("tensor", tensor.name, "lies outside the file");
+        return true;
+    }
+};
+
+std::string_view as_chars(std::span<const std::byte> bytes) {
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+void append_gguf_number(std::string& out, uint64_t value, size_t width) {
+    out.append(reinterpret_cast<const char*>(&value), width);  // little-endian, as all targets
+}
+
+void append_gguf_string(std::string& out, std::string_view text) {
+    append_gguf_number(out, text.size(), 8);
+    out += text;
+}
+
+}  // namespace
+}  // namespace detail
+
+const TypeInfo* type_info(TensorType type) {
+    for (const auto& row : detail::type_rows)
+        if (row.type == type) return &row.info;
+    return nullptr;
+}
+
+Result<Gguf::File> Gguf::map_file(const std::string& path) {
+    auto map = detail::MappedFile::open(path);
+    if (!map) return map.error();
+    File file;
+    file.name = path;
+    file.map = std::move(*map);
+    file.bytes = file.map.bytes();
+    file.size = file.bytes.size();
+    return file;
+}
+
+Result<Gguf> Gguf::open(const std::string& path) {
+    auto file = map_file(path);
+    if (!file) return file.error();
+    return parse_first(std::move(*file), path);
+}
+
+Result<Gguf> Gguf::from_bytes(std::span<const std::byte> bytes, std::string name) {
+    File file;
+    file.name = std::move(name);
+    file.bytes = bytes;
+    file.size = bytes.size();
+    return parse_first(std::move(file), {});
+}
+
+Result<Gguf> Gguf::from_reader(GgufReader reader) {
+    if (!reader.read)
+        return detail::make_error(ErrorKind::invalid_request, reader.name + ": no read function");
+    File file;
+    file.name = reader.name;
+    file.size = reader.size;
+    file.reader = std::move(reader);
+    return parse_first(std::move(file), {});
+}
+
+Result<Gguf> Gguf::parse_first(File file, const std::string& path) {
+    Gguf gguf;
+    if (auto done = gguf.parse_file(std::move(file)); !done) return done.error();
+    if (auto done = gguf.open_splits(path); !done) return done.error();
+    if (auto done = gguf.index_tensors(); !done) return done.error();
+    return gguf;
+}
+
+/// Appends the tensors of one more file. Its keys are kept if it is the first: split files share
+/// none but `split.*`.
+Result<void> Gguf::parse_file(File file) {
+    // How long a header is shows only once it is parsed: a reader gives longer and longer pieces.
+    for (uint64_t length = detail::gguf_reader_chunk;; length *= 4) {
+        if (file.reader.read)
+            if (auto done = fetch_header(file, length); !done) return done;
+        detail::GgufParser parser{file.name, file.bytes, file.size};
+        if (!parser.parse()) {
+            if (parser.short_of_bytes) continue;
+            return *parser.error;
+        }
+        const uint32_t index = static_cast<uint32_t>(files_.size());
+        if (index == 0) {
+            version_ = parser.version;
+            keys_ = std::move(parser.keys);
+            keys_by_name_ = std::move(parser.keys_by_name);
+        } else if (parser.uint_key("split.no") != index ||
+                   parser.uint_key("split.count") != get_uint("split.count").value()) {
+            return detail::make_error(ErrorKind::bad_data,
+                                      file.name + ": keys 'split.no' and 'split.count' say that "
+                                                  "it is another part");
+        }
+        for (TensorInfo& tensor : parser.tensors) tensor.file = index;
+        tensors_.insert(tensors_.end(), parser.tensors.begin(), parser.tensors.end());
+        files_.push_back(std::move(file));
+        return {};
+    }
+}
+
+Result<void> Gguf::fetch_header(File& file, uint64_t length) {
+    if (file.size == 0) return {};
+    auto header =
+        detail::Buffer::allocate(std::min({length, file.size, max_header_bytes}), "GGUF header");
+    if (!header) return header.error();
+    if (!file.reader.read(file.reader.context, 0, header->data(), header->size()))
+        return detail::make_error(ErrorKind::io, file.name + ": the reader failed at byte 0");
+    file.header = std::move(*header);
+    file.bytes = {file.header.data(), file.header.size()};
+    return {};
+}
+
+Result<void> Gguf::open_splits(const std::string& path) {
+    auto count = get_uint("split.count", 1);
+    auto number = get_uint("split.no", 0);
+    if (!count) return count.error();
+    if (!number) return number.error();
+    if (*count <= 1) return {};
+    if (*count > max_split_files) return fail(ErrorKind::bad_data, "split.count", "is too large");
+    if (path.empty())
+        return fail(ErrorKind::unsupported, "split.count", "needs split files opened by path");
+    if (*number != 0)
+        return fail(ErrorKind::invalid_request, "split.no", "is not 0: open the first split file");
+    const auto ending = [&](uint64_t part) {
+        return detail::format("-%05u-of-%05u.gguf", static_cast<unsigned>(part),
+                              static_cast<unsigned>(*count));
+    };
+    const std::string first = ending(1);
+    if (!std::string_view(path).ends_with(first))
+        return fail(ErrorKind::bad_data, "split.count", ("needs a name with " + first).c_str());
+    for (uint64_t part = 2; part <= *count; ++part) {
+        auto file = map_file(path.substr(0, path.size() - first.size()) + ending(part));
+        if (!file) return file.error();
+        if (auto done = parse_file(std::move(*file)); !done) return done;
+    }
+    auto total = get_uint("split.tensors.count", tensors_.size());
+    if (!total) return total.error();
+    if (*total != tensors_.size())
+        return fail(ErrorKind::bad_data, "split.tensors.count", "is not the number of tensors");
+    return {};
+}
+
+Result<void> Gguf::index_tensors() {
+    if (tensors_.size() > max_tensors)
+        return detail::make_error(ErrorKind::bad_data, name() + ": too many tensors in all parts");
+    const TensorInfo* twice = nullptr;
+    tensors_by_name_ = detail::sort_by_name(tensors_, &twice);
+    if (twice) return fail(ErrorKind::bad_data, *twice, "occurs twice");
+    std::vector<const TensorInfo*> placed;
+    for (const TensorInfo& tensor : tensors_) placed.push_back(&tensor);
+    std::sort(placed.begin(), placed.end(), [](const TensorInfo* a, const TensorInfo* b) {
+        return a->file != b->file ? a->file < b->file : a->offset < b->offset;
+    });
+    for (size_t i = 1; i < placed.size(); ++i) {
+        const TensorInfo& before = *placed[i - 1];
+        if (before.file == placed[i]->file && before.offset + before.bytes > placed[i]->offset)
+            return fail(ErrorKind::bad_data, *placed[i], "overlaps another tensor");
+    }
+    return {};
+}
+
+Error Gguf::fail(ErrorKind kind, std::string_view key, const char* what) const {
+    return detail::make_error(kind, detail::format("%s: key '%.*s' %s", name().c_str(),
+                                                   static_cast<int>(key.size()), key.data(), what));
+}
+
+Error Gguf::fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const {
+    return detail::make_error(kind, detail::format("%s: tensor '%.*s' %s",
+                                                   files_[tensor.file].name.c_str(),
+                                                   static_cast<int>(tensor.name.size()),
+                                                   tensor.name.data(), what));
+}
+
+const GgufKey* Gguf::find(std::string_view key) const {
+    return detail::find_by_name(keys_, keys_by_name_, key);
+}
+
+Result<const GgufKey*> Gguf::typed(std::string_view name, bool is_array, uint32_t types,
+                                   const char* wanted) const {
+    const GgufKey* key = find(name);
+    if (!key) return fail(ErrorKind::not_found, name, "is missing");
+    if (key->is_array != is_array || !(types & detail::gguf_bit(key->type)))
+        return fail(ErrorKind::bad_data, name, (std::string("is not ") + wanted).c_str());
+    return key;
+}
+
+Result<uint64_t> Gguf::get_uint(std::string_view name) const {
+    auto key = typed(name, false, detail::gguf_integers, "an integer");
+    if (!key) return key.error();
+    auto value = detail::gguf_uint(**key);
+    if (!value) return fail(ErrorKind::bad_data, name, "is negative");
+    return *value;
+}
+
+Result<double> Gguf::get_float(std::string_view name) const {
+    auto key = typed(name, false, detail::gguf_floats, "a float");
+    if (!key) return key.error();
+    return GgufNumbers<double>((*key)->data.data(), 1, (*key)->type)[0];
+}
+
+Result<bool> Gguf::get_bool(std::string_view name) const {
+    auto key = typed(name, false, detail::gguf_bit(GgufType::boolean), "a bool");
+    if (!key) return key.error();
+    return (*key)->data[0] != std::byte{0};
+}
+
+Result<std::string_view> Gguf::get_string(std::string_view name) const {
+    auto key = typed(name, false, detail::gguf_bit(GgufType::string), "a string");
+    if (!key) return key.error();
+    return detail::as_chars((*key)->data).substr(8);
+}
+
+Result<uint64_t> Gguf::get_uint(std::string_view key, uint64_t fallback) const {
+    return find(key) ? get_uint(key) : fallback;
+}
+
+Result<double> Gguf::get_float(std::string_view key, double fallback) const {
+    return find(key) ? get_float(key) : fallback;
+}
+
+Result<bool> Gguf::get_bool(std::string_view key, bool fallback) const {
+    return find(key) ? get_bool(key) : fallback;
+}
+
+Result<std::string_view> Gguf::get_string(std::string_view key, std::string_view fallback) const {
+    return find(key) ? get_string(key) : fallback;
+}
+
+Result<GgufStrings> Gguf::get_strings(std::string_view name) const {
+    auto key = typed(name, true, detail::gguf_bit(GgufType::string), "an array of strings");
+    if (!key) return key.error();
+    const auto data = (*key)->data;
+    return GgufStrings(data.data(), data.data() + data.size(), (*key)->count);
+}
+
+Result<GgufNumbers<int64_t>> Gguf::get_ints(std::string_view name) const {
+    constexpr uint32_t types = (detail::gguf_integers & ~detail::gguf_bit(GgufType::u64)) |
+                               detail::gguf_bit(GgufType::boolean);
+    auto key = typed(name, true, types, "an array of integers");
+    if (!key) return key.error();
+    return GgufNumbers<int64_t>((*key)->data.data(), (*key)->count, (*key)->type);
+}
+
+Result<GgufNumbers<double>> Gguf::get_floats(std::string_view name) const {
+    auto key = typed(name, true, detail::gguf_floats, "an array of floats");
+    if (!key) return key.error();
+    return GgufNumbers<double>((*key)->data.data(), (*key)->count, (*key)->type);
+}
+
+const TensorInfo* Gguf::find_tensor(std::string_view name) const {
+    return detail::find_by_name(tensors_, tensors_by_name_, name);
+}
+
+Result<std::span<const std::byte>> Gguf::tensor_bytes(const TensorInfo& tensor) const {
+    const File& file = files_[tensor.file];
+    if (file.reader.read)
+        return detail::make_error(ErrorKind::unsupported,
+                                  file.name + ": a reader's tensors are not in memory");
+    return file.bytes.subspan(static_cast<size_t>(tensor.offset),
+                              static_cast<size_t>(tensor.bytes));
+}
+
+Result<void> Gguf::read_tensor(const TensorInfo& tensor, uint64_t offset,
+                               std::span<std::byte> dst) const {
+    const File& file = files_[tensor.file];
+    if (offset > tensor.bytes || dst.size() > tensor.bytes - offset)
+        return fail(ErrorKind::invalid_request, tensor, "is shorter than what is read of it");
+    if (dst.empty()) return {};
+    offset += tensor.offset;
+    if (!file.reader.read)
+        std::memcpy(dst.data(), file.bytes.data() + static_cast<size_t>(offset), dst.size());
+    else if (!file.reader.read(file.reader.context, offset, dst.data(), dst.size()))
+        return fail(ErrorKind::io, tensor, "could not be read");
+    return {};
+}
+
+void Gguf::release(const TensorInfo& tensor, uint64_t offset, uint64_t length) const {
+    const File& file = files_[tensor.file];
+    if (file.map.bytes().empty() || offset >= tensor.bytes) return;
+    file.map.release(static_cast<size_t>(tensor.offset + offset),
+                     static_cast<size_t>(std::min(length, tensor.bytes - offset)));
+}
+
+GgufWriter::GgufWriter(uint32_t alignment) : alignment_(alignment) {
+    if (alignment != detail::gguf_default_alignment) set("general.alignment", alignment);
+}
+
+void GgufWriter::put(std::string_view key, GgufType type, bool is_array, uint64_t count,
+                     std::string_view data) {
+    detail::append_gguf_string(keys_, key);
+    if (is_array) detail::append_gguf_number(keys_, static_cast<uint32_t>(GgufType::array), 4);
+    detail::append_gguf_number(keys_, static_cast<uint32_t>(type), 4);
+    if (is_array) detail::append_gguf_number(keys_, count, 8);
+    keys_ += data;
+    ++n_keys_;
+}
+
+void GgufWriter::set(const GgufKey& key) {
+    put(key.name, key.type, key.is_array, key.count, detail::as_chars(key.data));
+}
+
+void GgufWriter::set_string(std::string_view key, std::string_view value) {
+    std::string data;
+    detail::append_gguf_string(data, value);
+    put(key, GgufType::string, false, 1, data);
+}
+
+void GgufWriter::set_strings(std::string_view key, std::span<const std::string_view> values) {
+    std::string data;
+    for (std::string_view value : values) detail::append_gguf_string(data, value);
+    put(key, GgufType::string, true, values.size(), data);
+}
+
+void GgufWriter::add_tensor(std::string_view name, TensorType type,
+                            std::span<const uint64_t> dims, std::span<const std::byte> bytes) {
+    tensors_.push_back({std::string(name), type, {dims.begin(), dims.end()}, bytes});
+}
+
+Result<std::vector<std::byte>> GgufWriter::to_bytes() const {
+    const uint64_t alignment = std::max(alignment_, 1u);  // a wrong one is refused below
+    const auto padded = [&](uint64_t n) { return (n + alignment - 1) / alignment * alignment; };
+    std::string header;
+    detail::append_gguf_number(header, detail::gguf_magic, 4);
+    detail::append_gguf_number(header, 3, 4);
+    detail::append_gguf_number(header, tensors_.size(), 8);
+    detail::append_gguf_number(header, n_keys_, 8);
+    header += keys_;
+    uint64_t offset = 0;
+    for (const Tensor& tensor : tensors_) {
+        detail::append_gguf_string(header, tensor.name);
+        detail::append_gguf_number(header, tensor.dims.size(), 4);
+        for (uint64_t dim : tensor.dims) detail::append_gguf_number(header, dim, 8);
+        detail::append_gguf_number(header, static_cast<uint32_t>(tensor.type), 4);
+        detail::append_gguf_number(header, offset, 8);
+        offset = padded(offset + tensor.bytes.size());
+    }
+    std::vector<std::byte> out(static_cast<size_t>(padded(header.size()) + offset));
+    std::memcpy(out.data(), header.data(), header.size());
+    std::byte* at = out.data() + padded(header.size());
+    for (const Tensor& tensor : tensors_) {
+        std::copy(tensor.bytes.begin(), tensor.bytes.end(), at);
+        at += padded(tensor.bytes.size());
+    }
+    if (auto sound = check(out); !sound) return sound.error();
+    return out;
+}
+
+/// What Gguf refuses is not written; only whether the other split files exist is not asked.
+Result<void> GgufWriter::check(std::span<const std::byte> bytes) const {
+    Gguf gguf;
+    Gguf::File file;
+    file.name = "written model";
+    file.bytes = bytes;
+    file.size = bytes.size();
+    if (auto done = gguf.parse_file(std::move(file)); !done) return done;
+    for (size_t i = 0; i < tensors_.size(); ++i)
+        if (gguf.tensors()[i].bytes != tensors_[i].bytes.size())
+            return detail::make_error(ErrorKind::invalid_request,
+                                      "tensor '" + tensors_[i].name +
+                                          "' has another size than its shape and type say");
+    return gguf.index_tensors();
+}
+
+Result<void> GgufWriter::write(const std::string& path) const {
+    auto bytes = to_bytes();
+    if (!bytes) return bytes.error();
+    return detail::write_file(path, *bytes);
+}
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// >>kernels
+// The definition stands in the declaration part. Here, in this order: exact building blocks, packed
+// layouts, the scalar reference (read this first), one region per instruction set, the
+// floating-point state, the choice of a table, the worker team.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+#if defined(__FLT_EVAL_METHOD__) && (__FLT_EVAL_METHOD__ == 1 || __FLT_EVAL_METHOD__ == 2)
+#error "valar needs float arithmetic in binary32: on 32-bit x86 compile with -msse2 -mfpmath=sse"
+#endif
+static_assert(std::endian::native == std::endian::little, "valar needs a little-endian target");
+static_assert(std::numeric_limits<float>::is_iec559 && std::numeric_limits<double>::is_iec559);
+
+// ---- Exact building blocks -------------------------------------------------------------------
+
+namespace {
+
+// a * b is exact in double; the sum is rounded to odd (Boldo and Melquiond, "Emulation of FMA and
+// correctly rounded sums", 2008), so that rounding to float afterwards sees which side it is on.
+inline float emulated_fma(float a, float b, float c) {
+    const double product = double(a) * double(b);
+    const double sum = product + double(c);
+    const double other = sum - product;
+    const double error = (product - (sum - other)) + (double(c) - other);
+    uint64_t bits = std::bit_cast<uint64_t>(sum);
+    const bool finite = (bits >> 52 & 0x7ff) != 0x7ff;
+    if (finite && error != 0 && !(bits & 1)) bits += (error > 0) == (sum > 0) ? 1u : ~uint64_t{0};
+    return static_cast<float>(std::bit_cast<double>(bits));
+}
+
+inline float fma_once(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || (defined(__riscv_flen) && __riscv_flen >= 32)
+    return __builtin_fmaf(a, b, c);
+#else
+    return emulated_fma(a, b, c);
+#endif
+}
+
+// For exact products of two floats below 2^50: fusing product and sum would change nothing.
+inline double nearest_integer(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
+
+constexpr float kLog2e = 0x1.715476p+0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+constexpr float kExpLeast = -87.0f, kExpMost = 88.0f;
+constexpr float exp_coefficients[7] = {
+    1.0f, 1.0f, 0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558bp-5f, 0x1.123994p-7f, 0x1.6a4e0cp-10f};
+
+inline float exp_once(float x) {
+    if (x < kExpLeast) return 0.0f;
+    if (x != x) return x;
+    if (x > kExpMost) x = kExpMost;
+    const float k = static_cast<float>(nearest_integer(double(x) * double(kLog2e)));
+    const float r = fma_once(-k, kLn2Low, fma_once(-k, kLn2High, x));
+    float p = exp_coefficients[6];
+    for (int i = 5; i >= 0; i--) p = fma_once(p, r, exp_coefficients[i]);
+    return p * std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
+}
+
+inline float silu_once(float x) { return x / (1.0f + exp_once(-x)); }
+
+// A product in double that no compiler may fuse with the sum it feeds.
+inline double rounded(double product) {
+    volatile double stored = product;
+    return stored;
+}
+
+inline double inverse_factorial(int n) {
+    double factorial = 1;
+    for (int i = 2; i <= n; i++) factorial *= i;
+    return 1.0 / factorial;
+}
+
+inline double power_of_two(int k) {  // -1022 <= k <= 1023
+    return std::bit_cast<double>(static_cast<uint64_t>(k + 1023) << 52);
+}
+
+inline float half_value(uint16_t half) {
+    const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31,
+                   fraction = half & 1023u;
+    if (exponent == 0) {
+        const float value = static_cast<float>(fraction) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    if (exponent < 31) return std::bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
+    return std::bit_cast<float>(sign | 0x7f800000u | fraction << 13 | (fraction ? 0x400000u : 0u));
+}
+
+inline uint16_t half_bits(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
+    uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) magnitude = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+    else if (magnitude >= 0x477ff000u) magnitude = 0x7c00u;  // 65520 and more
+    else if (magnitude < 0x38800000u)  // below 2^-14: beside 0.5 the last bit is worth 2^-24
+        magnitude = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    else magnitude = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+    return static_cast<uint16_t>(sign | magnitude);
+}
+
+inline float bfloat_value(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+
+inline uint16_t load16(const std::byte* at) {
+    uint16_t value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+inline uint32_t load32(const std::byte* at) {
+    uint32_t value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+inline void store16(std::byte* at, uint16_t value) { std::memcpy(at, &value, sizeof value); }
+inline void store32(std::byte* at, uint32_t value) { std::memcpy(at, &value, sizeof value); }
+
+}  // namespace
+
+float exact_fma(float a, float b, float c) { return fma_once(a, b, c); }
+float exact_exp(float x) { return exp_once(x); }
+float half_to_float(uint16_t bits) { return half_value(bits); }
+uint16_t float_to_half(float value) { return half_bits(value); }
+
+double exact_exp2(double x) {
+    if (x < -1022) return 0;
+    if (x >= 1023) return std::numeric_limits<double>::infinity();
+    if (x != x) return x;
+    x = rounded(x);  // inlined, it may be the caller's product
+    const double k = nearest_integer(x);
+    const double t = rounded((x - k) * 0x1.62e42fefa39efp-1);
+    double p = inverse_factorial(13);
+    for (int n = 12; n >= 0; n--) p = rounded(p * t) + inverse_factorial(n);
+    return p * power_of_two(static_cast<int>(k));
+}
+
+double exact_log2(double x) {
+    if (x == 0) return -std::numeric_limits<double>::infinity();
+    if (!(x > 0)) return std::numeric_limits<double>::quiet_NaN();
+    if (x > std::numeric_limits<double>::max()) return x;
+    double e = 0;
+    if (x < 0x1p-1022) {
+        x *= 0x1p54;
+        e = -54;
+    }
+    const uint64_t bits = std::bit_cast<uint64_t>(x);
+    e += static_cast<double>(static_cast<int>(bits >> 52) - 1023);
+    double m = std::bit_cast<double>((bits & 0xfffffffffffffu) | 0x3ff0000000000000u);
+    if (m > 0x1.6a09e667f3bcdp+0) {
+        m /= 2;
+        e += 1;
+    }
+    const double u = (m - 1) / (m + 1);
+    const double z = rounded(u * u);
+    double p = 1.0 / 23;
+    for (int n = 21; n >= 1; n -= 2) p = rounded(p * z) + 1.0 / n;
+    return e + rounded(rounded(u * p) * 0x1.71547652b82fep+1);
+}
+
+double exact_log(double x) { return rounded(exact_log2(x) * 0x1.62e42fefa39efp-1); }
+
+void exact_sincos(double x, double* sine, double* cosine) {
+    x = rounded(x);  // inlined, it may be the caller's product
+    const double k = nearest_integer(rounded(x * 0x1.45f306dc9c883p-1));
+    const double r = ((x - rounded(k * 0x1.921fb544p+0)) - rounded(k * 0x1.0b4611a6p-34)) -
+                     rounded(k * 0x1.3198a2ep-69);
+    const double z = rounded(r * r);
+    double s = inverse_factorial(17), c = inverse_factorial(16);
+    for (int n = 15; n >= 1; n -= 2) {
+        s = rounded(s * z) + (n & 2 ? -inverse_factorial(n) : inverse_factorial(n));
+        c = rounded(c * z) + (n & 2 ? -inverse_factorial(n - 1) : inverse_factorial(n - 1));
+    }
+    s = rounded(r * s);
+    const int64_t quarter = static_cast<int64_t>(k) & 3;
+    *sine = quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c;
+    *cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
+}
+
+// ---- Packed layouts --------------------------------------------------------------------------
+//
+// A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 groups
+// of 4 columns. Word r (4 bytes) of a 64-byte vector holds one group of row r, one byte a column:
+//     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1: d[16] m[16], binary16
+//              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
+//     codes    8 bits: 8 vectors, group by group; else 4 vectors: vector j holds the low four bits
+//              of group 2j in the low halves of its bytes and of group 2j+1 in the high halves
+//     high     5 bits: 1 vector, bit g of a byte belongs to group g; 6 bits: 2 vectors, groups 0..3
+//              and 4..7, two bits each, lowest first
+// Types with super-blocks write before each 8 blocks a head: D[16], Q4_K and Q5_K also Dmin[16],
+// binary16. Tiles are padded to 64 bytes. Unsigned codes suit every integer instruction: the bias
+// is taken out afterwards through ActivationBlock::sum.
+
+namespace {
+
+struct PackedLayout {
+    TensorType type;
+    uint8_t bits;  // of a code; of a value where float_bytes is set
+    uint8_t bias;
+    bool minimum;         // m of the definition
+    uint8_t float_bytes;  // 0: quantized
+    uint8_t scale_bytes;  // before a block's codes
+    uint8_t head_bytes;   // before a super-block's first block
+    uint8_t blocks;       // of a super-block
+};
+
+// clang-format off
+constexpr PackedLayout packed_layouts[] = {
+    // type            bits bias  min   float scale head blocks
+    {TensorType::q4_0,  4,   8, false, 0, 32, 0, 1},
+    {TensorType::q4_1,  4,   0, true,  0, 64, 0, 1},
+    {TensorType::q5_0,  5,  16, false, 0, 32, 0, 1},
+    {TensorType::q8_0,  8, 128, false, 0, 32, 0, 1},
+    {TensorType::q4_k,  4,   0, true,  0, 32, 64, 8},
+    {TensorType::q5_k,  5,   0, true,  0, 32, 64, 8},
+    {TensorType::q6_k,  6,  32, false, 0, 32, 32, 8},
+    {TensorType::f32,  32,   0, false, 4, 0, 0, 1},
+    {TensorType::f16,  16,   0, false, 2, 0, 0, 1},
+    {TensorType::bf16, 16,   0, false, 2, 0, 0, 1},
+};
+// clang-format on
+
+inline const PackedLayout* find_layout(TensorType type) {
+    for (const PackedLayout& layout : packed_layouts)
+        if (layout.type == type) return &layout;
+    return nullptr;
+}
+
+constexpr size_t packed_block_bytes(const PackedLayout& layout) {
+    return layout.scale_bytes + size_t{layout.bits} * 64;
+}
+constexpr size_t packed_super_bytes(const PackedLayout& layout) {
+    return layout.head_bytes + layout.blocks * packed_block_bytes(layout);
+}
+
+inline const std::byte* packed_tile(const PackedMatrix& matrix, size_t tile) {
+    return matrix.data + tile * packed_tile_bytes(matrix.type, matrix.cols);
+}
+
+// The codes of one row of a block, four a word.
+inline void load_codes(const PackedLayout& layout, const std::byte* codes, uint32_t row,
+                       uint32_t words[8]) {
+    codes += 4 * row;
+    if (layout.bits == 8) {
+        for (uint32_t g = 0; g < 8; g++) words[g] = load32(codes + 64 * g);
+        return;
+    }
+    for (uint32_t g = 0; g < 8; g++)
+        words[g] = load32(codes + g / 2 * 64) >> g % 2 * 4 & 0x0f0f0f0fu;
+    const uint32_t high = layout.bits - 4u, mask = high == 1 ? 0x01010101u : 0x03030303u;
+    for (uint32_t g = 0; high && g < 8; g++)
+        words[g] |= (load32(codes + 256 + g * high / 8 * 64) >> g * high % 8 & mask) << 4;
+}
+
+inline void store_codes(const PackedLayout& layout, std::byte* codes, uint32_t row,
+                        const uint32_t words[8]) {
+    codes += 4 * row;
+    if (layout.bits == 8) {
+        for (uint32_t g = 0; g < 8; g++) store32(codes + 64 * g, words[g]);
+        return;
+    }
+    for (uint32_t j = 0; j < 4; j++)
+        store32(codes + 64 * j, (words[2 * j] & 0x0f0f0f0fu) | (words[2 * j + 1] & 0x0f0f0f0fu)
+                                                                   << 4);
+    const uint32_t high = layout.bits - 4u;
+    uint32_t bits[2] = {};
+    for (uint32_t g = 0; high && g < 8; g++)
+        bits[g * high / 8] |= (words[g] >> 4 & 0x03030303u) << g * high % 8;
+    for (uint32_t i = 0; i < high; i++) store32(codes + 256 + 64 * i, bits[i]);
+}
+
+// One block of a row as the GGUF file has it, decoded as far as all types are alike.
+struct SourceBlock {
+    uint32_t words[8];  // unsigned codes, four a word
+    uint16_t d, m;      // binary16: d, m or D, Dmin
+    uint8_t s0, s1;     // sc, mn or sc0, sc1
+};
+
+// The k-quants' eight 6-bit scales and minimums in 12 bytes.
+inline void read_k_scales(const uint8_t* q, size_t s, SourceBlock& out) {
+    if (s < 4) {
+        out.s0 = q[s] & 63;
+        out.s1 = q[s + 4] & 63;
+    } else {
+        out.s0 = static_cast<uint8_t>((q[s + 4] & 15) | (q[s - 4] >> 6) << 4);
+        out.s1 = static_cast<uint8_t>(q[s + 4] >> 4 | (q[s] >> 6) << 4);
+    }
+}
+
+inline void read_nibbles(const std::byte* at, SourceBlock& out) {  // 16 bytes: columns i and i + 16
+    for (uint32_t g = 0; g < 4; g++) {
+        const uint32_t word = load32(at + 4 * g);
+        out.words[g] = word & 0x0f0f0f0fu;
+        out.words[g + 4] = word >> 4 & 0x0f0f0f0fu;
+    }
+}
+
+inline void read_source_block(TensorType type, const std::byte* row, size_t block,
+                              SourceBlock& out) {
+    const std::byte* at = row;
+    const size_t s = block % 8;
+    const uint32_t shift = s & 1 ? 4 : 0;
+    switch (type) {
+        case TensorType::q4_0:
+            at += block * 18;
+            out.d = load16(at);
+            return read_nibbles(at + 2, out);
+        case TensorType::q4_1:
+            at += block * 20;
+            out.d = load16(at);
+            out.m = load16(at + 2);
+            return read_nibbles(at + 4, out);
+        case TensorType::q5_0:
+            at += block * 22;
+            out.d = load16(at);
+            read_nibbles(at + 6, out);
+            for (uint32_t g = 0; g < 8; g++)  // spreads four bits over four bytes
+                out.words[g] |= ((load32(at + 2) >> 4 * g & 15) * 0x204081u & 0x01010101u) << 4;
+            return;
+        case TensorType::q8_0:
+            at += block * 34;
+            out.d = load16(at);
+            for (uint32_t g = 0; g < 8; g++) out.words[g] = load32(at + 2 + 4 * g) ^ 0x80808080u;
+            return;
+        case TensorType::q4_k:
+        case TensorType::q5_k: {
+            at += block / 8 * (type == TensorType::q4_k ? 144 : 176);
+            out.d = load16(at);
+            out.m = load16(at + 2);
+            read_k_scales(reinterpret_cast<const uint8_t*>(at) + 4, s, out);
+            const std::byte* low = at + (type == TensorType::q4_k ? 16 : 48) + s / 2 * 32;
+            for (uint32_t g = 0; g < 8; g++) {
+                out.words[g] = load32(low + 4 * g) >> shift & 0x0f0f0f0fu;
+                if (type == TensorType::q5_k)
+                    out.words[g] |= (load32(at + 16 + 4 * g) >> s & 0x01010101u) << 4;
+            }
+            return;
+        }
+        default: {  // q6_k
+            at += block / 8 * 210;
+            out.d = load16(at + 208);
+            out.s0 = static_cast<uint8_t>(at[192 + 2 * s]);
+            out.s1 = static_cast<uint8_t>(at[192 + 2 * s + 1]);
+            const std::byte* low = at + s / 4 * 64 + s % 2 * 32;
+            const std::byte* high = at + 128 + s / 4 * 32;
+            for (uint32_t g = 0; g < 8; g++)
+                out.words[g] = (load32(low + 4 * g) >> s % 4 / 2 * 4 & 0x0f0f0f0fu) |
+                               (load32(high + 4 * g) >> s % 4 * 2 & 0x03030303u) << 4;
+            return;
+        }
+    }
+}
+
+inline void pack_tile(const PackedLayout& layout, const std::byte* source, size_t row_bytes,
+                      uint32_t rows, size_t blocks, std::byte* out) {
+    for (size_t b = 0; b < blocks; b++) {
+        std::byte* head = out;
+        if (b % layout.blocks == 0) out += layout.head_bytes;
+        else head = nullptr;
+        for (uint32_t r = 0; r < rows; r++) {
+            SourceBlock block;
+            read_source_block(layout.type, source + r * row_bytes, b, block);
+            store_codes(layout, out + layout.scale_bytes, r, block.words);
+            std::byte* halves = layout.head_bytes ? head : out;
+            if (halves) store16(halves + 2 * r, block.d);
+            if (halves && layout.minimum) store16(halves + 32 + 2 * r, block.m);
+            if (layout.head_bytes) out[r] = std::byte{block.s0};
+            if (layout.head_bytes) out[16 + r] = std::byte{block.s1};
+        }
+        out += packed_block_bytes(layout);
+    }
+}
+
+inline void pack_float_tile(size_t bytes, const std::byte* source, uint32_t rows, size_t cols,
+                            std::byte* out) {
+    for (size_t c = 0; c < cols; c++)
+        for (uint32_t r = 0; r < rows; r++)
+            std::memcpy(out + (c * kTileRows + r) * bytes, source + (r * cols + c) * bytes, bytes);
+}
+
+inline float packed_float(TensorType type, const std::byte* tile, size_t index) {
+    if (type == TensorType::f32) return std::bit_cast<float>(load32(tile + 4 * index));
+    const uint16_t bits = load16(tile + 2 * index);
+    return type == TensorType::f16 ? half_value(bits) : bfloat_value(bits);
+}
+
+}  // namespace
+
+bool kernel_type_supported(TensorType type) { return find_layout(type) != nullptr; }
+
+uint64_t packed_tile_bytes(TensorType type, uint32_t cols) {
+    const PackedLayout* layout = find_layout(type);
+    if (!layout) return 0;
+    const uint64_t bytes =
+        layout->float_bytes
+            ? uint64_t{cols} * kTileRows * layout->float_bytes
+            : uint64_t{cols} / (kActivationBlock * layout->blocks) * packed_super_bytes(*layout);
+    return (bytes + 63) / 64 * 64;
+}
+
+void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
+                uint32_t first_tile, uint32_t last_tile, std::byte* out) {
+    const PackedLayout& layout = *find_layout(type);
+    const uint64_t tile_bytes = packed_tile_bytes(type, cols);
+    const TypeInfo& info = *type_info(type);
+    const size_t row_bytes = size_t{cols} / info.block_size * info.block_bytes;
+    for (uint32_t tile = first_tile; tile < last_tile; tile++) {
+        const uint32_t count = std::min(kTileRows, rows - tile * kTileRows);
+        const size_t used = layout.float_bytes
+                                ? size_t{cols} * kTileRows * layout.float_bytes
+                                : cols / (32 * layout.blocks) * packed_super_bytes(layout);
+        if (count < kTileRows) std::memset(out, 0, tile_bytes);
+        else std::memset(out + used, 0, tile_bytes - used);
+        if (layout.float_bytes) pack_float_tile(layout.float_bytes, source, count, cols, out);
+        else pack_tile(layout, source, row_bytes, count, cols / kActivationBlock, out);
+        source += row_bytes * kTileRows;
+        out += tile_bytes;
+    }
+}
+
+// ---- Scalar reference ------------------------------------------------------------------------
+
+namespace {
+namespace scalar {
+
+// A block of one row, ready for the definition's formulas.
+struct RowBlock {
+    int32_t w[kActivationBlock];
+    float scale;     // dw
+    float minimum;   // m
+    int32_t sub[2];  // Q6_K's scales of the two halves, else 1
+};
+
+void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
+                RowBlock& out) {
+    const std::byte* head = tile + block / layout.blocks * packed_super_bytes(layout);
+    const std::byte* at =
+        head + layout.head_bytes + block % layout.blocks * packed_block_bytes(layout);
+    uint32_t words[8];
+    load_codes(layout, at + layout.scale_bytes, row, words);
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
+
+    const std::byte* halves = layout.head_bytes ? head : at;
+    out.scale = half_value(load16(halves + 2 * row));
+    out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
+    out.sub[0] = out.sub[1] = 1;
+    if (layout.type == TensorType::q6_k) {
+        for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
+    } else if (layout.head_bytes) {
+        out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
+        out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
+    }
+}
+
+void quantize_plane(const float* x, float d, float inverse, ActivationBlock& out) {
+    out = {d, 0, {0, 0}, {}};
+    for (uint32_t i = 0; d > 0 && i < kActivationBlock; i++) {
+        const double nearest = nearest_integer(double(x[i]) * double(inverse));
+        out.q[i] = static_cast<int8_t>(std::min(127.0, std::max(-127.0, nearest)));
+        out.sum[i / 16] += out.q[i];
+    }
+    out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
+}
+
+void quantize_block(const float* x, uint32_t planes, size_t plane_stride, ActivationBlock* out) {
+    uint32_t largest = 0;  // magnitudes order like their bits
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    const float amax = std::bit_cast<float>(largest);
+    const bool finite = largest < 0x7f800000u, zero = amax < 0x1p-100f;
+    const float d = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : amax / 127.0f;
+    const float inverse = finite && !zero ? 127.0f / amax : 0.0f;
+    quantize_plane(x, d, inverse, out[0]);
+    if (planes < 2) return;
+    float rest[kActivationBlock];
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        rest[i] = fma_once(-d, static_cast<float>(out[0].q[i]), x[i]);
+    quantize_plane(rest, d / 254.0f, inverse * 254.0f, out[plane_stride]);
+}
+
+void quantize(const float* x, size_t n, uint32_t planes, ActivationBlock* out) {
+    const size_t blocks = n / kActivationBlock;
+    for (size_t b = 0; b < blocks; b++)
+        quantize_block(x + b * kActivationBlock, planes, blocks, out + b);
+}
+
+int32_t dot_integers(const int32_t* w, const int8_t* h) {
+    int32_t sum = 0;
+    for (uint32_t i = 0; i < kActivationBlock / 2; i++) sum += w[i] * h[i];
+    return sum;
+}
+
+float dot_block(const PackedLayout& layout, const RowBlock& row, const ActivationBlock& a,
+                float acc) {
+    const int32_t sum =
+        row.sub[0] * dot_integers(row.w, a.q) + row.sub[1] * dot_integers(row.w + 16, a.q + 16);
+    acc = fma_once(static_cast<float>(sum), row.scale * a.d, acc);
+    return layout.minimum ? fma_once(row.minimum, a.s, acc) : acc;
+}
+
+// One row against `count` planes, which lie one after another.
+void dot_row(const PackedLayout& layout, const std::byte* tile, uint32_t row, size_t blocks,
+             const ActivationBlock* planes, uint32_t count, float* acc) {
+    for (uint32_t p = 0; p < count; p++) acc[p] = 0;
+    for (size_t b = 0; b < blocks; b++) {
+        RowBlock block;
+        read_block(layout, tile, b, row, block);
+        for (uint32_t p = 0; p < count; p++)
+            acc[p] = dot_block(layout, block, planes[p * blocks + b], acc[p]);
+    }
+}
+
+float dot_float_row(TensorType type, const std::byte* tile, uint32_t row, uint32_t cols,
+                    const float* x) {
+    float acc = 0;
+    for (size_t k = 0; k < cols; k++)
+        acc = fma_once(packed_float(type, tile, k * kTileRows + row), x[k], acc);
+    return acc;
+}
+
+void matmul(const MatmulTask& task) {
+    const PackedMatrix& w = *task.weights;
+    const PackedLayout& layout = *find_layout(w.type);
+    const size_t blocks = w.cols / kActivationBlock;
+    const uint32_t last_row = std::min(w.rows, task.last_tile * kTileRows);
+    for (uint32_t row = task.first_tile * kTileRows; row < last_row; row++) {
+        const std::byte* tile = packed_tile(w, row / kTileRows);
+        const uint32_t lane = row % kTileRows;
+        constexpr uint32_t kAtOnce = 16;  // columns that share one unpacking
+        for (uint32_t first = 0; first < task.columns; first += kAtOnce) {
+            const uint32_t count = std::min(kAtOnce, task.columns - first);
+            float* y = task.y + first * task.y_stride + row;
+            float acc[2 * kAtOnce];
+            if (!layout.float_bytes)
+                dot_row(layout, tile, lane, blocks, task.blocks + first * task.planes * blocks,
+                        count * task.planes, acc);
+            for (uint32_t c = 0; c < count; c++)
+                y[c * task.y_stride] = layout.float_bytes
+                                           ? dot_float_row(w.type, tile, lane, w.cols,
+                                                           task.x + (first + c) * task.x_stride)
+                                       : task.planes == 2 ? acc[2 * c] + acc[2 * c + 1]
+                                                          : acc[c];
+        }
+    }
+}
+
+float sum_of_lanes(float lanes[16]) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
+    return lanes[0];
+}
+
+void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
+    float lanes[16] = {};
+    for (size_t i = 0; i < n; i++) lanes[i % 16] = fma_once(x[i], x[i], lanes[i % 16]);
+    const float scale = 1.0f / std::sqrt(sum_of_lanes(lanes) / static_cast<float>(n) + eps);
+    for (size_t i = 0; i < n; i++) y[i] = (x[i] * scale) * weight[i];
+}
+
+void rotate(float& a, float& b, float c, float s) {
+    const float bs = b * s, bc = b * c;
+    const float turned = fma_once(a, c, -bs);
+    b = fma_once(a, s, bc);
+    a = turned;
+}
+
+void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+          const float* cos_sin) {
+    for (uint32_t head = 0; head < n_heads; head++, x += head_dim)
+        for (uint32_t i = 0; i < n_rot / 2; i++)
+            rotate(x[neox ? i : 2 * i], x[neox ? i + n_rot / 2 : 2 * i + 1], cos_sin[2 * i],
+                   cos_sin[2 * i + 1]);
+}
+
+void scale(float* x, float factor, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] *= factor;
+}
+
+void add(float* x, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+void silu_mul(float* gate, const float* up, size_t n) {
+    for (size_t i = 0; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
+}
+
+void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+              void* key_group, void* value_group) {
+    for (size_t e = 0; e < head_dim; e++) {
+        const size_t key = e * kKeyGroup + slot, value = size_t{slot} * head_dim + e;
+        if (type == KvType::f32) {
+            static_cast<float*>(key_group)[key] = k[e];
+            static_cast<float*>(value_group)[value] = v[e];
+        } else {
+            static_cast<uint16_t*>(key_group)[key] = half_bits(k[e]);
+            static_cast<uint16_t*>(value_group)[value] = half_bits(v[e]);
+        }
+    }
+}
+
+float read_kv(KvType type, const void* group, size_t index) {
+    return type == KvType::f32 ? static_cast<const float*>(group)[index]
+                               : half_value(static_cast<const uint16_t*>(group)[index]);
+}
+
+void attend(const AttentionTask& task, uint32_t query) {
+    const uint32_t begin = task.begin[query], end = task.end[query];
+    const float* q = task.q + query * task.q_stride;
+    float p[kSegment], most = -std::numeric_limits<float>::infinity();
+    for (uint32_t j = begin; j < end; j++) {
+        p[j] = 0;
+        for (size_t e = 0; e < task.head_dim; e++)
+            p[j] = fma_once(q[e], read_kv(task.kv_type, task.keys[j / 16], e * kKeyGroup + j % 16),
+                            p[j]);
+        if (p[j] > most) most = p[j];
+    }
+    most += 0.0f;
+    float lanes[16] = {};
+    for (uint32_t j = begin; j < end; j++) {
+        p[j] = exp_once(p[j] - most);
+        lanes[j % 16] += p[j];
+    }
+    task.max[query] = most;
+    task.sum[query] = sum_of_lanes(lanes);
+    float* out = task.out + query * task.out_stride;
+    for (size_t e = 0; e < task.head_dim; e++) {
+        out[e] = 0;
+        for (uint32_t j = begin; j < end; j++)
+            out[e] = fma_once(
+                p[j], read_kv(task.kv_type, task.values[j / 16], j % 16 * task.head_dim + e),
+                out[e]);
+    }
+}
+
+void attention(const AttentionTask& task) {
+    for (uint32_t query = 0; query < task.queries; query++)
+        if (task.begin[query] < task.end[query]) attend(task, query);
+}
+
+void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
+                     size_t n) {
+    const float most = m > *max ? m : *max;
+    const float a = exp_once(*max - most), b = exp_once(m - most);
+    *max = most;
+    *sum = fma_once(l, b, *sum * a);
+    for (size_t e = 0; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
+}
+
+constexpr Kernels kernels = {"scalar", quantize, matmul,   rms_norm,  rope,           scale,
+                             add,      silu_mul, store_kv, attention, attention_merge};
+
+}  // namespace scalar
+}  // namespace
+
+void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
+    const PackedLayout& layout = *find_layout(matrix.type);
+    const std::byte* tile = packed_tile(matrix, row / kTileRows);
+    const uint32_t lane = row % kTileRows;
+    if (layout.float_bytes) {
+        for (size_t k = 0; k < matrix.cols; k++)
+            out[k] = packed_float(matrix.type, tile, k * kTileRows + lane);
+        return;
+    }
+    for (size_t b = 0; b < matrix.cols / kActivationBlock; b++) {
+        scalar::RowBlock block;
+        scalar::read_block(layout, tile, b, lane, block);
+        for (uint32_t i = 0; i < kActivationBlock; i++) {
+            const float w = static_cast<float>(block.w[i]);
+            *out++ = layout.minimum ? fma_once(block.scale, w, block.minimum)
+                                    : block.scale * static_cast<float>(block.sub[i / 16]) * w;
+        }
+    }
+}
+
+// ---- Instruction sets ------------------------------------------------------------------------
+//
+// A region compiles its functions for more than the build's baseline; nothing in it runs unless the
+// CPU has it. Inside: no includes, no std templates (they might be emitted for the region and
+// shared with everyone), pointers and sizes in. Register-tile loops carry an unroll pragma: gcc -O2
+// would leave the array in memory.
+
+#define VALAR_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define VALAR_TARGET_BEGIN(features) \
+    VALAR_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define VALAR_TARGET_END VALAR_PRAGMA(clang attribute pop)
+#elif defined(__GNUC__)
+#define VALAR_TARGET_BEGIN(features) \
+    VALAR_PRAGMA(GCC push_options) VALAR_PRAGMA(GCC target(features))
+#define VALAR_TARGET_END VALAR_PRAGMA(GCC pop_options)
+#else
+#define VALAR_TARGET_BEGIN(features)
+#define VALAR_TARGET_END
+#endif
+#if defined(__GNUC__)
+#define VALAR_UNROLL VALAR_PRAGMA(GCC unroll 16)
+#define VALAR_FORCE_INLINE inline __attribute__((always_inline))
+// Keeps gcc from turning a chain of integer sums into a tree, which spills every product.
+#define VALAR_IN_ORDER(vector) __asm__("" : "+x"(vector))
+#else
+#define VALAR_UNROLL
+#define VALAR_FORCE_INLINE __forceinline
+#define VALAR_IN_ORDER(vector) ((void)0)
+#endif
+
+// GCC for Windows does not align spilled 32-byte registers (its bug 54412): no AVX there.
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(VALAR_NO_SIMD) && \
+    !(defined(__MINGW32__) && !defined(__clang__))
+#define VALAR_X86_KERNELS 1
+#else
+#define VALAR_X86_KERNELS 0
+#endif
+
+#if VALAR_X86_KERNELS
+namespace {
+
+struct X86Features {
+    bool avx2 = false;    // with FMA and F16C
+    bool avx512 = false;  // F, BW, DQ, VL and VNNI, besides
+};
+
+inline void cpuid(uint32_t leaf, uint32_t out[4]) {
+#if !defined(__GNUC__)
+    __cpuidex(reinterpret_cast<int*>(out), static_cast<int>(leaf), 0);
+#else
+    __cpuid_count(leaf, 0, out[0], out[1], out[2], out[3]);
+#endif
+}
+
+inline uint32_t enabled_registers() {  // XCR0: what the system saves
+#if defined(_MSC_VER) && !defined(__clang__)
+    return static_cast<uint32_t>(_xgetbv(0));
+#else
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+#endif
+}
+
+inline X86Features x86_features() {
+    X86Features found;
+    uint32_t top[4], one[4], seven[4];
+    cpuid(0, top);
+    cpuid(1, one);
+    constexpr uint32_t needed = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;  // FMA OSXSAVE AVX F16C
+    if (top[0] < 7 || (one[2] & needed) != needed) return found;
+    const uint32_t registers = enabled_registers();
+    cpuid(7, seven);
+    found.avx2 = (registers & 0x6) == 0x6 && (seven[1] & 1u << 5);
+    constexpr uint32_t wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    found.avx512 = found.avx2 && (registers & 0xe6) == 0xe6 && (seven[1] & wide) == wide &&
+                   (seven[2] & 1u << 11);
+    return found;
+}
+
+// ---- What the x86 regions share: a matrix product as tile kernels and the loops around them ---
+
+constexpr uint32_t kPanelBlocks = 24;  // blocks of a tile that are unpacked at a time
+constexpr uint32_t kPanelBytes = 704;  // 512 codes, 64 dw, 128 m or scale pairs
+constexpr uint32_t kAccColumns = 64;   // planes whose sums a tile keeps
+
+// One column of sums is 16 floats; kernels add to them. `planes[c]` is the block of column c that
+// meets the first block of the tile.
+using TileDot = void (*)(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
+                         float* sums);
+struct QuantKernels {
+    TileDot dot1, dot2;  // from the packed tile
+    void (*fill)(const std::byte* tile, size_t blocks, std::byte* panel);
+    TileDot narrow, wide;  // from the panel that `fill` made: columns / 2, columns
+    uint32_t columns;      // 4 or 8
+};
+
+inline void write_sums(const MatmulTask& task, uint32_t tile, uint32_t first, uint32_t count,
+                       float (*sums)[16], uint32_t planes) {
+    const uint32_t row = tile * kTileRows, left = task.weights->rows - row;
+    for (uint32_t v = 0; v < count; v += planes) {
+        float* y = task.y + (first + v) / planes * task.y_stride + row;
+        for (uint32_t r = 0; planes == 2 && r < kTileRows; r++) sums[v][r] += sums[v + 1][r];
+        if (left >= kTileRows) std::memcpy(y, sums[v], sizeof sums[v]);
+        else std::memcpy(y, sums[v], left * sizeof(float));
+    }
+}
+
+inline void dot_panels(const PackedLayout& layout, const QuantKernels& k, const std::byte* tile,
+                       size_t blocks, const ActivationBlock* base, uint32_t count,
+                       float (*sums)[16]) {
+    alignas(64) std::byte panel[kPanelBlocks * kPanelBytes];
+    for (size_t b = 0; b < blocks; b += kPanelBlocks) {
+        const size_t n = blocks - b < kPanelBlocks ? blocks - b : kPanelBlocks;
+        k.fill(tile + b / layout.blocks * packed_super_bytes(layout), n, panel);
+        for (uint32_t v = 0; v < count; v += k.columns) {
+            const ActivationBlock* planes[8];  // the last one again where they run out
+            for (uint32_t c = 0; c < k.columns; c++)
+                planes[c] = base + b + (v + c < count ? v + c : count - 1) * blocks;
+            (count - v > k.columns / 2 ? k.wide : k.narrow)(panel, n, planes, sums[v]);
+        }
+    }
+}
+
+inline void matmul_quantized(const MatmulTask& task, const QuantKernels& k) {
+    const PackedMatrix& w = *task.weights;
+    const PackedLayout& layout = *find_layout(w.type);
+    const size_t blocks = w.cols / kActivationBlock;
+    const uint32_t all = task.columns * task.planes;
+    for (uint32_t tile = task.first_tile; tile < task.last_tile; tile++) {
+        for (uint32_t first = 0; first < all; first += kAccColumns) {
+            const uint32_t count = all - first < kAccColumns ? all - first : kAccColumns;
+            const ActivationBlock* base = task.blocks + first * blocks;
+            alignas(64) float sums[kAccColumns][16];
+            std::memset(sums, 0, (count + 7) / 8 * 8 * sizeof sums[0]);
+            const ActivationBlock* two[2] = {base, base + blocks};
+            if (count <= 2)
+                (count == 1 ? k.dot1 : k.dot2)(packed_tile(w, tile), blocks, two, sums[0]);
+            else dot_panels(layout, k, packed_tile(w, tile), blocks, base, count, sums);
+            write_sums(task, tile, first, count, sums, task.planes);
+        }
+    }
+}
+
+// T tiles against C columns of floats.
+using FloatDot = void (*)(const std::byte* const* tiles, size_t cols, const float* const* x,
+                          float (*sums)[16]);
+
+inline void matmul_float(const MatmulTask& task, FloatDot dot_4x1, FloatDot dot_1x4) {
+    const PackedMatrix& w = *task.weights;
+    const uint32_t step = task.columns == 1 ? 4 : 1;
+    for (uint32_t tile = task.first_tile; tile < task.last_tile; tile += step) {
+        const std::byte* tiles[4];
+        const uint32_t n = task.last_tile - tile < step ? task.last_tile - tile : step;
+        for (uint32_t t = 0; t < 4; t++) tiles[t] = packed_tile(w, tile + (t < n ? t : n - 1));
+        for (uint32_t c = 0; c < task.columns; c += 4) {
+            const uint32_t count = task.columns - c < 4 ? task.columns - c : 4;
+            const float* x[4];
+            for (uint32_t i = 0; i < 4; i++)
+                x[i] = task.x + (c + (i < count ? i : count - 1)) * task.x_stride;
+            alignas(64) float sums[4][16];
+            (step == 4 ? dot_4x1 : dot_1x4)(tiles, w.cols, x, sums);
+            if (step == 1) write_sums(task, tile, c, count, sums, 1);
+            else
+                for (uint32_t t = 0; t < n; t++) write_sums(task, tile + t, 0, 1, sums + t, 1);
+        }
+    }
+}
+
+}  // namespace
+
+// ---- AVX2, FMA, F16C: eight rows, or eight elements, a vector --------------------------------
+
+VALAR_TARGET_BEGIN("avx2,fma,f16c")
+namespace {
+namespace avx2 {
+
+VALAR_FORCE_INLINE __m256i load_bytes(const void* at) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(at));
+}
+VALAR_FORCE_INLINE __m256 load_halves(const void* at) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(at)));
+}
+VALAR_FORCE_INLINE __m256 load_small_ints(const void* at) {  // uint8
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(at))));
+}
+VALAR_FORCE_INLINE __m256i broadcast4(const int8_t* at) {
+    int32_t four;
+    std::memcpy(&four, at, 4);
+    return _mm256_set1_epi32(four);
+}
+
+// Scales of eight rows. Q6_K's two integer scales come as pairs of equal 16-bit numbers.
+struct Scales {
+    __m256 dw, m;
+    __m256i pair[2];
+};
+
+template <int I, bool P>
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at, int half) {
+    constexpr PackedLayout L = packed_layouts[I];
+    Scales out{};
+    if constexpr (P) {
+        out.dw = _mm256_load_ps(reinterpret_cast<const float*>(at + 512 + 32 * half));
+        if constexpr (L.minimum)
+            out.m = _mm256_load_ps(reinterpret_cast<const float*>(at + 576 + 32 * half));
+        if constexpr (L.bits == 6)
+            for (int i = 0; i < 2; i++) out.pair[i] = load_bytes(at + 576 + 64 * i + 32 * half);
+    } else if constexpr (L.bits == 6) {
+        out.dw = load_halves(head + 16 * half);
+        for (int i = 0; i < 2; i++) {
+            const __m256i s = _mm256_cvtepi8_epi32(
+                _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half)));
+            out.pair[i] = _mm256_blend_epi16(s, _mm256_slli_epi32(s, 16), 0xaa);
+        }
+    } else if constexpr (L.head_bytes != 0) {
+        const __m256 m =
+            _mm256_mul_ps(load_halves(head + 32 + 16 * half), load_small_ints(at + 16 + 8 * half));
+        out.dw = _mm256_mul_ps(load_halves(head + 16 * half), load_small_ints(at + 8 * half));
+        out.m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
+    } else {
+        out.dw = load_halves(at + 16 * half);
+        if constexpr (L.minimum) out.m = load_halves(at + 32 + 16 * half);
+    }
+    return out;
+}
+
+// Group g of eight rows: unsigned codes, but signed weights for 8 bits.
+template <int I, bool P>
+VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int half, int g) {
+    constexpr int bits = packed_layouts[I].bits, high = bits - 4;
+    codes += 32 * half;
+    if constexpr (P) return load_bytes(codes + 64 * g);
+    if constexpr (bits == 8)
+        return _mm256_xor_si256(load_bytes(codes + 64 * g), _mm256_set1_epi8(-128));
+    const __m256i pair = load_bytes(codes + g / 2 * 64);
+    const __m256i low =
+        _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair, _mm256_set1_epi8(15));
+    if constexpr (high == 0 || bits == 8) return low;
+    const __m256i rest = load_bytes(codes + 256 + g * high / 8 * 64);
+    const int at = g * high % 8;
+    return _mm256_or_si256(low, _mm256_and_si256(at < 4 ? _mm256_slli_epi16(rest, 4 - at)
+                                                        : _mm256_srli_epi16(rest, at - 4),
+                                                 _mm256_set1_epi8(high == 1 ? 16 : 48)));
+}
+
+// Two products and their sum in each 16 bits. Codes reach 15, 31 or 63: 8, 4 or 2 of these can be
+// added without overflow. |w| * sign(x, w) of signed 8 bits: 128 * 127 * 2 just fits.
+template <int kBits>
+VALAR_FORCE_INLINE __m256i products(__m256i w, __m256i x) {
+    if constexpr (kBits < 8) return _mm256_maddubs_epi16(w, x);
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+
+// What the codes' bias adds to the integer sum of a block.
+template <int I>
+VALAR_FORCE_INLINE __m256i bias_of(const ActivationBlock& a, const Scales& s) {
+    constexpr int shift = packed_layouts[I].bias == 8 ? 3 : packed_layouts[I].bias == 16 ? 4 : 5;
+    if constexpr (shift < 5)
+        return _mm256_slli_epi32(
+            _mm256_add_epi32(_mm256_set1_epi32(a.sum[0]), _mm256_set1_epi32(a.sum[1])), shift);
+    const __m256i both = _mm256_blend_epi16(
+        _mm256_set1_epi32(a.sum[0]), _mm256_slli_epi32(_mm256_set1_epi32(a.sum[1]), 16), 0xaa);
+    return _mm256_slli_epi32(
+        _mm256_madd_epi16(both, _mm256_blend_epi16(s.pair[0], s.pair[1], 0xaa)), shift);
+}
+
+// sums (C, 16) += tile (16 rows) x C planes, block after block.
+template <int I, bool P, int C>
+void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
+              float* sums) {
+    constexpr PackedLayout L = packed_layouts[I];
+    constexpr int kRun = L.bits == 4 ? 8 : L.bits == 5 ? 4 : L.bits == 6 ? 2 : 1;
+    constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
+    constexpr int H = L.bits == 4 ? 2 : 1;  // halves of the tile at a time: registers decide
+    const __m256i ones = _mm256_set1_epi16(1);
+    const ActivationBlock* a[C];
+    VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c];
+    const std::byte *head = tile, *at = tile;
+    for (size_t b = 0; b < blocks; b++) {
+        if constexpr (!P && L.head_bytes != 0) {
+            if (b % L.blocks == 0) {
+                head = at;
+                at += L.head_bytes;
+            }
+        }
+        if constexpr (!P) {
+            VALAR_UNROLL for (size_t i = 0; i < kLines; i++)
+                _mm_prefetch(reinterpret_cast<const char*>(at) + 4096 + 64 * i, _MM_HINT_T0);
+        }
+        const std::byte* codes = P ? at : at + L.scale_bytes;
+        VALAR_UNROLL for (int half = 0; half < 2; half += H) {
+            Scales scales[H];
+            VALAR_UNROLL for (int h = 0; h < H; h++) scales[h] =
+                load_scales<I, P>(head, at, half + h);
+            __m256i total[H][C], part[H][C];
+            VALAR_UNROLL for (int g = 0; g < 8; g++) {
+                __m256i w[H];
+                VALAR_UNROLL for (int h = 0; h < H; h++) w[h] =
+                    load_group<I, P>(codes, half + h, g);
+                VALAR_UNROLL for (int c = 0; c < C; c++) {
+                    const __m256i x = broadcast4(a[c][b].q + 4 * g);
+                    VALAR_UNROLL for (int h = 0; h < H; h++) {
+                        const __m256i p = products<L.bits>(w[h], x);
+                        part[h][c] = g % kRun ? _mm256_add_epi16(part[h][c], p) : p;
+                        VALAR_IN_ORDER(part[h][c]);
+                    }
+                }
+                if (g % kRun != kRun - 1) continue;
+                VALAR_UNROLL for (int c = 0; c < C; c++) {
+                    VALAR_UNROLL for (int h = 0; h < H; h++) {
+                        const __m256i wide = _mm256_madd_epi16(
+                            part[h][c], L.bits == 6 ? scales[h].pair[g / 4] : ones);
+                        total[h][c] = g < kRun ? wide : _mm256_add_epi32(total[h][c], wide);
+                        VALAR_IN_ORDER(total[h][c]);
+                    }
+                }
+            }
+            VALAR_UNROLL for (int c = 0; c < C; c++) {
+                const ActivationBlock& block = a[c][b];
+                VALAR_UNROLL for (int h = 0; h < H; h++) {
+                    float* sum = sums + 16 * c + 8 * (half + h);
+                    __m256i exact = total[h][c];
+                    if constexpr (L.bias != 0 && L.bits != 8)
+                        exact = _mm256_sub_epi32(exact, bias_of<I>(block, scales[h]));
+                    __m256 acc = _mm256_fmadd_ps(
+                        _mm256_cvtepi32_ps(exact),
+                        _mm256_mul_ps(scales[h].dw, _mm256_set1_ps(block.d)), _mm256_load_ps(sum));
+                    if constexpr (L.minimum)
+                        acc = _mm256_fmadd_ps(scales[h].m, _mm256_set1_ps(block.s), acc);
+                    _mm256_store_ps(sum, acc);
+                }
+            }
+        }
+        at += P ? kPanelBytes : packed_block_bytes(L);
+    }
+}
+
+// Unpacks blocks of a tile: a byte a code, scales in float, for many columns to use.
+template <int I>
+void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
+    constexpr PackedLayout L = packed_layouts[I];
+    const std::byte *head = tile, *at = tile;
+    for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
+        if (L.head_bytes && b % L.blocks == 0) {
+            head = at;
+            at += L.head_bytes;
+        }
+        for (int half = 0; half < 2; half++) {
+            VALAR_UNROLL for (int g = 0; g < 8; g++)
+                _mm256_store_si256(reinterpret_cast<__m256i*>(panel + 64 * g + 32 * half),
+                                   load_group<I, false>(at + L.scale_bytes, half, g));
+            const Scales s = load_scales<I, false>(head, at, half);
+            _mm256_store_ps(reinterpret_cast<float*>(panel + 512 + 32 * half), s.dw);
+            if constexpr (L.minimum)
+                _mm256_store_ps(reinterpret_cast<float*>(panel + 576 + 32 * half), s.m);
+            if constexpr (L.bits == 6)
+                for (int i = 0; i < 2; i++)
+                    _mm256_store_si256(reinterpret_cast<__m256i*>(panel + 576 + 64 * i + 32 * half),
+                                       s.pair[i]);
+        }
+    }
+}
+
+// Panels of Q4_K look like those of Q4_1.
+template <int I, int kTwin = I>
+constexpr QuantKernels quant_kernels = {
+    dot_tile<I, false, 1>,    dot_tile<I, false, 2>,    fill_panel<I>,
+    dot_tile<kTwin, true, 2>, dot_tile<kTwin, true, 4>, 4};
+constexpr QuantKernels quantized[] = {quant_kernels<0>, quant_kernels<1>,    quant_kernels<2>,
+                                      quant_kernels<3>, quant_kernels<4, 1>, quant_kernels<5>,
+                                      quant_kernels<6>};
+
+template <TensorType kType>
+VALAR_FORCE_INLINE __m256 load_floats(const std::byte* tile, size_t index) {
+    if constexpr (kType == TensorType::f32)
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(tile) + index);
+    if constexpr (kType == TensorType::f16) return load_halves(tile + 2 * index);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + 2 * index))),
+        16));
+}
+
+template <TensorType kType, int T, int C>
+void dot_floats(const std::byte* const* tiles, size_t cols, const float* const* x,
+                float (*sums)[16]) {
+    __m256 acc[T][C][2];
+    VALAR_UNROLL for (int i = 0; i < T * C; i++) acc[i / C][i % C][0] = acc[i / C][i % C][1] =
+        _mm256_setzero_ps();
+    for (size_t k = 0; k < cols; k++) {
+        VALAR_UNROLL for (int t = 0; t < T; t++) {
+            const __m256 low = load_floats<kType>(tiles[t], 16 * k),
+                         high = load_floats<kType>(tiles[t], 16 * k + 8);
+            VALAR_UNROLL for (int c = 0; c < C; c++) {
+                const __m256 v = _mm256_broadcast_ss(x[c] + k);
+                acc[t][c][0] = _mm256_fmadd_ps(low, v, acc[t][c][0]);
+                acc[t][c][1] = _mm256_fmadd_ps(high, v, acc[t][c][1]);
+            }
+        }
+    }
+    VALAR_UNROLL for (int i = 0; i < T * C; i++) {
+        _mm256_store_ps(sums[i], acc[i / C][i % C][0]);
+        _mm256_store_ps(sums[i] + 8, acc[i / C][i % C][1]);
+    }
+}
+
+void matmul(const MatmulTask& task) {
+    switch (task.weights->type) {
+        case TensorType::f32:
+            return matmul_float(task, dot_floats<TensorType::f32, 4, 1>,
+                                dot_floats<TensorType::f32, 1, 4>);
+        case TensorType::f16:
+            return matmul_float(task, dot_floats<TensorType::f16, 4, 1>,
+                                dot_floats<TensorType::f16, 1, 4>);
+        case TensorType::bf16:
+            return matmul_float(task, dot_floats<TensorType::bf16, 4, 1>,
+                                dot_floats<TensorType::bf16, 1, 4>);
+        default:
+            return matmul_quantized(task,
+                                    quantized[find_layout(task.weights->type) - packed_layouts]);
+    }
+}
+
+// Nearest integers of x * factor as 32 bytes, their sums, and optionally what is left: x - d * h.
+VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
+                                       ActivationBlock& out) {
+    const __m256 magic = _mm256_set1_ps(0x1.8p23f), scale = _mm256_set1_ps(inverse),
+                 step = _mm256_set1_ps(d);
+    __m256i h[4], sum[2];
+    VALAR_UNROLL for (int i = 0; i < 4; i++) {
+        const __m256 shifted = _mm256_fmadd_ps(x[i], scale, magic);
+        h[i] = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(magic));
+        h[i] = _mm256_max_epi32(_mm256_min_epi32(h[i], _mm256_set1_epi32(127)),
+                                _mm256_set1_epi32(-127));
+        x[i] = _mm256_fnmadd_ps(step, _mm256_cvtepi32_ps(h[i]), x[i]);
+    }
+    VALAR_UNROLL for (int i = 0; i < 2; i++) sum[i] = _mm256_add_epi32(h[2 * i], h[2 * i + 1]);
+    const __m256i pairs = _mm256_hadd_epi32(sum[0], sum[1]),
+                  quads = _mm256_hadd_epi32(pairs, pairs);
+    const __m128i sums =
+        _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out.sum), sums);
+    const __m256i bytes =
+        _mm256_packs_epi16(_mm256_packs_epi32(h[0], h[1]), _mm256_packs_epi32(h[2], h[3]));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(out.q),
+        _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+    out.d = d;
+    out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
+}
+
+void quantize(const float* x, size_t n, uint32_t planes, ActivationBlock* out) {
+    const size_t blocks = n / kActivationBlock;
+    for (size_t b = 0; b < blocks; b++, x += kActivationBlock) {
+        __m256 v[4];
+        __m256i largest = _mm256_setzero_si256();
+        VALAR_UNROLL for (int i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(x + 8 * i);
+            largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(v[i]),
+                                                                 _mm256_set1_epi32(0x7fffffff)));
+        }
+        __m128i four =
+            _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+        const float amax = _mm_cvtss_f32(_mm_castsi128_ps(four));
+        if (!(amax >= 0x1p-100f && amax <= 0x1.fffffep127f)) {  // zero, or not finite: rare
+            scalar::quantize_block(x, planes, blocks, out + b);
+            continue;
+        }
+        const float d = amax / 127.0f, inverse = 127.0f / amax;
+        quantize_plane(v, d, inverse, out[b]);
+        if (planes > 1) quantize_plane(v, d / 254.0f, inverse * 254.0f, out[blocks + b]);
+    }
+}
+
+VALAR_FORCE_INLINE float sum_of_lanes(__m256 low, __m256 high) {
+    const __m256 eight = _mm256_add_ps(low, high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
+    __m256 low = _mm256_setzero_ps(), high = low;
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + i + 8);
+        low = _mm256_fmadd_ps(a, a, low);
+        high = _mm256_fmadd_ps(b, b, high);
+    }
+    alignas(32) float rest[16] = {};  // 0 * 0 adds nothing
+    for (size_t j = i; j < n; j++) rest[j - i] = x[j];
+    low = _mm256_fmadd_ps(_mm256_load_ps(rest), _mm256_load_ps(rest), low);
+    high = _mm256_fmadd_ps(_mm256_load_ps(rest + 8), _mm256_load_ps(rest + 8), high);
+    const __m128 mean = _mm_set_ss(sum_of_lanes(low, high) / static_cast<float>(n) + eps);
+    const float factor = 1.0f / _mm_cvtss_f32(_mm_sqrt_ss(mean));
+    const __m256 scale = _mm256_set1_ps(factor);
+    for (i = 0; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), scale),
+                                              _mm256_loadu_ps(weight + i)));
+    for (; i < n; i++) y[i] = (x[i] * factor) * weight[i];
+}
+
+void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+          const float* cos_sin) {
+    const uint32_t pairs = n_rot / 2;
+    for (uint32_t head = 0; head < n_heads; head++, x += head_dim) {
+        uint32_t i = 0;
+        for (; !neox && i + 4 <= pairs; i += 4) {  // lanes a, b, a, b ..; a * c - t and a * s + t
+            const __m256 v = _mm256_loadu_ps(x + 2 * i), turn = _mm256_loadu_ps(cos_sin + 2 * i);
+            const __m256 t = _mm256_mul_ps(_mm256_movehdup_ps(v), _mm256_permute_ps(turn, 0xb1));
+            _mm256_storeu_ps(x + 2 * i, _mm256_fmaddsub_ps(_mm256_moveldup_ps(v), turn, t));
+        }
+        for (; neox && i + 8 <= pairs; i += 8) {
+            const __m256 first = _mm256_loadu_ps(cos_sin + 2 * i),
+                         second = _mm256_loadu_ps(cos_sin + 2 * i + 8);
+            const __m256 low = _mm256_permute2f128_ps(first, second, 0x20),
+                         high = _mm256_permute2f128_ps(first, second, 0x31);
+            const __m256 c = _mm256_shuffle_ps(low, high, 0x88),
+                         s = _mm256_shuffle_ps(low, high, 0xdd);
+            const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + pairs + i);
+            _mm256_storeu_ps(x + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
+            _mm256_storeu_ps(x + pairs + i, _mm256_fmadd_ps(a, s, _mm256_mul_ps(b, c)));
+        }
+        for (; i < pairs; i++)
+            scalar::rotate(x[neox ? i : 2 * i], x[neox ? i + pairs : 2 * i + 1], cos_sin[2 * i],
+                           cos_sin[2 * i + 1]);
+    }
+}
+
+void scale(float* x, float factor, size_t n) {
+    const __m256 f = _mm256_set1_ps(factor);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), f));
+    for (; i < n; i++) x[i] *= factor;
+}
+
+void add(float* x, const float* y, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(x + i, _mm256_add_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+    for (; i < n; i++) x[i] += y[i];
+}
+
+VALAR_FORCE_INLINE __m256 exp8(__m256 x) {
+    const __m256 magic = _mm256_set1_ps(0x1.8p23f);
+    const __m256 v = _mm256_min_ps(_mm256_set1_ps(kExpMost), x);  // gives x where it is no number
+    const __m256 shifted = _mm256_fmadd_ps(v, _mm256_set1_ps(kLog2e), magic);
+    const __m256 k = _mm256_sub_ps(shifted, magic);
+    __m256 r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2High), v);
+    r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Low), r);
+    __m256 p = _mm256_set1_ps(exp_coefficients[6]);
+    VALAR_UNROLL for (int i = 5; i >= 0; i--) p =
+        _mm256_fmadd_ps(p, r, _mm256_set1_ps(exp_coefficients[i]));
+    const __m256i exponent = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(kExpLeast), _CMP_LT_OQ), p);
+}
+
+void silu_mul(float* gate, const float* up, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256 x = _mm256_loadu_ps(gate + i);
+        const __m256 e = exp8(_mm256_xor_ps(x, _mm256_set1_ps(-0.0f)));
+        const __m256 silu = _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
+        _mm256_storeu_ps(gate + i, _mm256_mul_ps(silu, _mm256_loadu_ps(up + i)));
+    }
+    for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
+}
+
+void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+              void* key_group, void* value_group) {
+    if (type == KvType::f32)
+        return scalar::store_kv(type, k, v, head_dim, slot, key_group, value_group);
+    uint16_t* keys = static_cast<uint16_t*>(key_group) + slot;
+    uint16_t* values = static_cast<uint16_t*>(value_group) + size_t{slot} * head_dim;
+    size_t e = 0;
+    for (; e + 8 <= head_dim; e += 8) {
+        uint16_t halves[8];
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(halves),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(k + e), 0));
+        for (size_t i = 0; i < 8; i++) keys[(e + i) * kKeyGroup] = halves[i];
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(values + e),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(v + e), 0));
+    }
+    for (; e < head_dim; e++) {
+        keys[e * kKeyGroup] = half_bits(k[e]);
+        values[e] = half_bits(v[e]);
+    }
+}
+
+template <bool kHalf>
+VALAR_FORCE_INLINE __m256 load_kv(const void* group, size_t index) {
+    if constexpr (kHalf) return load_halves(static_cast<const uint16_t*>(group) + index);
+    return _mm256_loadu_ps(static_cast<const float*>(group) + index);
+}
+
+// Q queries of an attention task that look at the same segment together.
+struct QueryTile {
+    const float* q[4];
+    uint32_t begin[4], end[4];
+    float* p[4];  // (256) scores, then weights
+    float* out[4];
+};
+
+template <bool kHalf, uint32_t Q>
+void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first, uint32_t last) {
+    for (uint32_t group = first / 16; group * 16 < last; group++) {
+        const void* keys = task.keys[group];
+        if (!keys) continue;  // between the ranges of two queries
+        __m256 acc[Q][2];
+        VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+        for (size_t e = 0; e < task.head_dim; e++) {
+            const __m256 low = load_kv<kHalf>(keys, 16 * e),
+                         high = load_kv<kHalf>(keys, 16 * e + 8);
+            VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
+                const __m256 q = _mm256_broadcast_ss(tile.q[i] + e);
+                acc[i][0] = _mm256_fmadd_ps(q, low, acc[i][0]);
+                acc[i][1] = _mm256_fmadd_ps(q, high, acc[i][1]);
+            }
+        }
+        VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
+            _mm256_store_ps(tile.p[i] + 16 * group, acc[i][0]);
+            _mm256_store_ps(tile.p[i] + 16 * group + 8, acc[i][1]);
+        }
+    }
+}
+
+// Scores to weights. What nobody may see in a group that is seen becomes -infinity, so weight 0.
+void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
+    constexpr float hidden = -std::numeric_limits<float>::infinity();
+    const uint32_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
+    for (uint32_t j = first; j < begin; j++) p[j] = hidden;
+    for (uint32_t j = end; j < last; j++) p[j] = hidden;
+    __m256 top = _mm256_load_ps(p + first);
+    for (uint32_t j = first + 8; j < last; j += 8) top = _mm256_max_ps(top, _mm256_load_ps(p + j));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    *max = _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1))) + 0.0f;
+    const __m256 most = _mm256_set1_ps(*max);
+    __m256 lanes[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (uint32_t j = first; j < last; j += 16) {
+        VALAR_UNROLL for (int i = 0; i < 2; i++) {
+            const __m256 weight = exp8(_mm256_sub_ps(_mm256_load_ps(p + j + 8 * i), most));
+            lanes[i] = _mm256_add_ps(lanes[i], weight);
+            _mm256_store_ps(p + j + 8 * i, weight);
+        }
+    }
+    *sum = sum_of_lanes(lanes[0], lanes[1]);
+}
+
+// out_e += p_j * v_j,e for e0 <= e < e0 + 8 W, first <= j < last, of Q queries from `query` on.
+template <bool kHalf, uint32_t Q, uint32_t W>
+VALAR_FORCE_INLINE void add_values(const AttentionTask& task, const QueryTile& tile, uint32_t query,
+                                   size_t e0, uint32_t first, uint32_t last) {
+    __m256 acc[Q][W];
+    VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) acc[i / W][i % W] =
+        _mm256_loadu_ps(tile.out[query + i / W] + e0 + 8 * (i % W));
+    for (uint32_t j = first; j < last; j++) {
+        __m256 v[W];
+        VALAR_UNROLL for (uint32_t w = 0; w < W; w++) v[w] =
+            load_kv<kHalf>(task.values[j / 16], j % 16 * task.head_dim + e0 + 8 * w);
+        VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
+            const __m256 p = _mm256_broadcast_ss(tile.p[query + i] + j);
+            VALAR_UNROLL for (uint32_t w = 0; w < W; w++) acc[i][w] =
+                _mm256_fmadd_ps(p, v[w], acc[i][w]);
+        }
+    }
+    VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++)
+        _mm256_storeu_ps(tile.out[query + i / W] + e0 + 8 * (i % W), acc[i / W][i % W]);
+}
+
+template <bool kHalf, uint32_t Q>
+void add_value_range(const AttentionTask& task, const QueryTile& tile, uint32_t query,
+                     uint32_t first, uint32_t last) {
+    if (first >= last) return;
+    constexpr uint32_t W = Q > 2 ? 2 : 4;
+    size_t e = 0;
+    for (; e + 8 * W <= task.head_dim; e += 8 * W)
+        add_values<kHalf, Q, W>(task, tile, query, e, first, last);
+    for (; e + 8 <= task.head_dim; e += 8)
+        add_values<kHalf, Q, 1>(task, tile, query, e, first, last);
+    for (; e < task.head_dim; e++)
+        for (uint32_t i = query; i < query + Q; i++)
+            for (uint32_t j = first; j < last; j++)
+                tile.out[i][e] = fma_once(
+                    tile.p[i][j],
+                    scalar::read_kv(task.kv_type, task.values[j / 16], j % 16 * task.head_dim + e),
+                    tile.out[i][e]);
+}
+
+template <bool kHalf, uint32_t Q>
+void attend_tile(const AttentionTask& task, const QueryTile& tile, const uint32_t* query) {
+    uint32_t first = kSegment, last = 0, together = 0, apart = kSegment;
+    for (uint32_t i = 0; i < Q; i++) {
+        first = tile.begin[i] < first ? tile.begin[i] : first;
+        last = tile.end[i] > last ? tile.end[i] : last;
+        together = tile.begin[i] > together ? tile.begin[i] : together;  // all look from here on
+        apart = tile.end[i] < apart ? tile.end[i] : apart;  // not all look from here on
+    }
+    score_tile<kHalf, Q>(task, tile, first, last);
+    for (uint32_t i = 0; i < Q; i++) {
+        weigh(tile.p[i], tile.begin[i], tile.end[i], task.max + query[i], task.sum + query[i]);
+        std::memset(tile.out[i], 0, task.head_dim * sizeof(float));
+    }
+    if (apart < together) apart = together = last;
+    for (uint32_t i = 0; i < Q; i++)
+        add_value_range<kHalf, 1>(task, tile, i, tile.begin[i],
+                                  together < tile.end[i] ? together : tile.end[i]);
+    add_value_range<kHalf, Q>(task, tile, 0, together, apart);
+    for (uint32_t i = 0; i < Q; i++) add_value_range<kHalf, 1>(task, tile, i, apart, tile.end[i]);
+}
+
+void attention(const AttentionTask& task) {
+    using Attend = void (*)(const AttentionTask&, const QueryTile&, const uint32_t*);
+    constexpr Attend attend[2][4] = {
+        {attend_tile<true, 1>, attend_tile<true, 2>, attend_tile<true, 3>, attend_tile<true, 4>},
+        {attend_tile<false, 1>, attend_tile<false, 2>, attend_tile<false, 3>,
+         attend_tile<false, 4>}};
+    alignas(64) float p[4][kSegment];
+    for (uint32_t next = 0; next < task.queries;) {
+        QueryTile tile;
+        uint32_t count = 0, query[4];
+        for (; next < task.queries && count < 4; next++) {
+            if (task.begin[next] >= task.end[next]) continue;
+            tile.q[count] = task.q + next * task.q_stride;
+            tile.begin[count] = task.begin[next];
+            tile.end[count] = task.end[next];
+            tile.p[count] = p[count];
+            tile.out[count] = task.out + next * task.out_stride;
+            query[count++] = next;
+        }
+        if (count) attend[task.kv_type == KvType::f32][count - 1](task, tile, query);
+    }
+}
+
+void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
+                     size_t n) {
+    const float most = m > *max ? m : *max;
+    const float a = exp_once(*max - most), b = exp_once(m - most);
+    *max = most;
+    *sum = fma_once(l, b, *sum * a);
+    const __m256 old_weight = _mm256_set1_ps(a), new_weight = _mm256_set1_ps(b);
+    size_t e = 0;
+    for (; e + 8 <= n; e += 8)
+        _mm256_storeu_ps(out + e,
+                         _mm256_fmadd_ps(_mm256_loadu_ps(o + e), new_weight,
+                                         _mm256_mul_ps(_mm256_loadu_ps(out + e), old_weight)));
+    for (; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
+}
+
+constexpr Kernels kernels = {"avx2", quantize, matmul,   rms_norm,  rope,           scale,
+                             add,    silu_mul, store_kv, attention, attention_merge};
+
+}  // namespace avx2
+}  // namespace
+VALAR_TARGET_END
+
+// ---- AVX-512 with VNNI: sixteen rows a vector; unsigned code times signed activation ----------
+
+VALAR_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+namespace {
+namespace avx512 {
+
+VALAR_FORCE_INLINE __m512i load_bytes(const void* at) { return _mm512_loadu_si512(at); }
+VALAR_FORCE_INLINE __m512 load_halves(const void* at) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
+}
+VALAR_FORCE_INLINE __m128i load_scale_bytes(const void* at) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(at));
+}
+VALAR_FORCE_INLINE __m512 load_small_ints(const void* at) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_scale_bytes(at)));
+}
+VALAR_FORCE_INLINE __m512i broadcast4(const int8_t* at) {
+    int32_t four;
+    std::memcpy(&four, at, 4);
+    return _mm512_set1_epi32(four);
+}
+
+struct Scales {
+    __m512 dw, m;
+    __m512i sub[2];  // Q6_K
+};
+
+template <int I, bool P>
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at) {
+    constexpr PackedLayout L = packed_layouts[I];
+    Scales out{};
+    if constexpr (P) {
+        out.dw = _mm512_load_ps(at + 512);
+        if constexpr (L.minimum) out.m = _mm512_load_ps(at + 576);
+        if constexpr (L.bits == 6)
+            for (int i = 0; i < 2; i++) out.sub[i] = load_bytes(at + 576 + 64 * i);
+    } else if constexpr (L.bits == 6) {
+        out.dw = load_halves(head);
+        for (int i = 0; i < 2; i++)
+            out.sub[i] = _mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i));
+    } else if constexpr (L.head_bytes != 0) {
+        const __m512 m = _mm512_mul_ps(load_halves(head + 32), load_small_ints(at + 16));
+        out.dw = _mm512_mul_ps(load_halves(head), load_small_ints(at));
+        out.m = _mm512_xor_ps(m, _mm512_set1_ps(-0.0f));
+    } else {
+        out.dw = load_halves(at);
+        if constexpr (L.minimum) out.m = load_halves(at + 32);
+    }
+    return out;
+}
+
+// Unsigned codes of group g.
+template <int I, bool P>
+VALAR_FORCE_INLINE __m512i load_group(const std::byte* codes, int g) {
+    constexpr int bits = packed_layouts[I].bits, high = bits - 4;
+    if constexpr (P || bits == 8) return load_bytes(codes + 64 * g);
+    const __m512i pair = load_bytes(codes + g / 2 * 64);
+    const __m512i low =
+        _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
+    if constexpr (high == 0) return low;
+    const __m512i rest = load_bytes(codes + 256 + g * high / 8 * 64);
+    const int at = g * high % 8;
+    const __m512i moved = at < 4 ? _mm512_slli_epi16(rest, static_cast<unsigned>(4 - at) & 7)
+                                 : _mm512_srli_epi16(rest, static_cast<unsigned>(at - 4) & 7);
+    return _mm512_or_si512(low, _mm512_and_si512(moved, _mm512_set1_epi8(high == 1 ? 16 : 48)));
+}
+
+// sums (C, 16) += tile (16 rows) x C planes, block after block.
+template <int I, bool P, int C>
+void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
+              float* sums) {
+    constexpr PackedLayout L = packed_layouts[I];
+    constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
+    constexpr int kParts = L.bits == 6 || C == 1 ? 2 : 1;  // chains of four groups, or one of eight
+    const ActivationBlock* a[C];
+    __m512 acc[C];
+    VALAR_UNROLL for (int c = 0; c < C; c++) {
+        a[c] = planes[c];
+        acc[c] = _mm512_load_ps(sums + 16 * c);
+    }
+    const std::byte *head = tile, *at = tile;
+    for (size_t b = 0; b < blocks; b++) {
+        if constexpr (!P && L.head_bytes != 0) {
+            if (b % L.blocks == 0) {
+                head = at;
+                at += L.head_bytes;
+            }
+        }
+        if constexpr (!P) {
+            VALAR_UNROLL for (size_t i = 0; i < kLines; i++)
+                _mm_prefetch(reinterpret_cast<const char*>(at) + 4096 + 64 * i, _MM_HINT_T0);
+        }
+        const std::byte* codes = P ? at : at + L.scale_bytes;
+        __m512i total[kParts][C];  // starts as what the codes' bias adds, negated
+        VALAR_UNROLL for (int c = 0; c < C; c++) {
+            const int32_t* sum = a[c][b].sum;
+            VALAR_UNROLL for (int p = 0; p < kParts; p++) total[p][c] =
+                _mm512_set1_epi32(-L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
+        }
+        VALAR_UNROLL for (int g = 0; g < 8; g++) {
+            const __m512i w = load_group<I, P>(codes, g);
+            VALAR_UNROLL for (int c = 0; c < C; c++) {
+                __m512i& sum = total[kParts == 2 ? g / 4 : 0][c];
+                sum = _mm512_dpbusd_epi32(sum, w, broadcast4(a[c][b].q + 4 * g));
+            }
+        }
+        const Scales scales = load_scales<I, P>(head, at);
+        VALAR_UNROLL for (int c = 0; c < C; c++) {
+            __m512i exact = total[0][c];
+            if constexpr (L.bits == 6)
+                exact = _mm512_add_epi32(_mm512_mullo_epi32(exact, scales.sub[0]),
+                                         _mm512_mullo_epi32(total[1][c], scales.sub[1]));
+            else if constexpr (kParts == 2) exact = _mm512_add_epi32(exact, total[1][c]);
+            acc[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact),
+                                     _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c][b].d)), acc[c]);
+            if constexpr (L.minimum)
+                acc[c] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c][b].s), acc[c]);
+        }
+        at += P ? kPanelBytes : packed_block_bytes(L);
+    }
+    VALAR_UNROLL for (int c = 0; c < C; c++) _mm512_store_ps(sums + 16 * c, acc[c]);
+}
+
+template <int I>
+void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
+    constexpr PackedLayout L = packed_layouts[I];
+    const std::byte *head = tile, *at = tile;
+    for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
+        if (L.head_bytes && b % L.blocks == 0) {
+            head = at;
+            at += L.head_bytes;
+        }
+        VALAR_UNROLL for (int g = 0; g < 8; g++)
+            _mm512_store_si512(panel + 64 * g, load_group<I, false>(at + L.scale_bytes, g));
+        const Scales s = load_scales<I, false>(head, at);
+        _mm512_store_ps(panel + 512, s.dw);
+        if constexpr (L.minimum) _mm512_store_ps(panel + 576, s.m);
+        if constexpr (L.bits == 6)
+            for (int i = 0; i < 2; i++) _mm512_store_si512(panel + 576 + 64 * i, s.sub[i]);
+    }
+}
+
+// Panels differ by bias and minimum alone: Q4_K, Q5_K and Q4_1 share theirs.
+template <int I, int kTwin = I>
+constexpr QuantKernels quant_kernels = {
+    dot_tile<I, false, 1>,    dot_tile<I, false, 2>,    fill_panel<I>,
+    dot_tile<kTwin, true, 4>, dot_tile<kTwin, true, 8>, 8};
+constexpr QuantKernels quantized[] = {quant_kernels<0>, quant_kernels<1>,    quant_kernels<2>,
+                                      quant_kernels<3>, quant_kernels<4, 1>, quant_kernels<5, 1>,
+                                      quant_kernels<6>};
+
+template <TensorType kType>
+VALAR_FORCE_INLINE __m512 load_floats(const std::byte* tile, size_t index) {
+    if constexpr (kType == TensorType::f32) return _mm512_loadu_ps(tile + 4 * index);
+    if constexpr (kType == TensorType::f16) return load_halves(tile + 2 * index);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 2 * index))),
+        16));
+}
+
+template <TensorType kType, int T, int C>
+void dot_floats(const std::byte* const* tiles, size_t cols, const float* const* x,
+                float (*sums)[16]) {
+    __m512 acc[T][C];
+    VALAR_UNROLL for (int i = 0; i < T * C; i++) acc[i / C][i % C] = _mm512_setzero_ps();
+    for (size_t k = 0; k < cols; k++) {
+        VALAR_UNROLL for (int t = 0; t < T; t++) {
+            const __m512 w = load_floats<kType>(tiles[t], 16 * k);
+            VALAR_UNROLL for (int c = 0; c < C; c++) acc[t][c] =
+                _mm512_fmadd_ps(w, _mm512_set1_ps(x[c][k]), acc[t][c]);
+        }
+    }
+    VALAR_UNROLL for (int i = 0; i < T * C; i++) _mm512_store_ps(sums[i], acc[i / C][i % C]);
+}
+
+void matmul(const MatmulTask& task) {
+    switch (task.weights->type) {
+        case TensorType::f32:
+            return matmul_float(task, dot_floats<TensorType::f32, 4, 1>,
+                                dot_floats<TensorType::f32, 1, 4>);
+        case TensorType::f16:
+            return matmul_float(task, dot_floats<TensorType::f16, 4, 1>,
+                                dot_floats<TensorType::f16, 1, 4>);
+        case TensorType::bf16:
+            return matmul_float(task, dot_floats<TensorType::bf16, 4, 1>,
+                                dot_floats<TensorType::bf16, 1, 4>);
+        default:
+            return matmul_quantized(task,
+                                    quantized[find_layout(task.weights->type) - packed_layouts]);
+    }
+}
+
+constexpr Kernels kernels = {
+    "avx512",  avx2::quantize, matmul,         avx2::rms_norm,  avx2::rope,           avx2::scale,
+    avx2::add, avx2::silu_mul, avx2::store_kv, avx2::attention, avx2::attention_merge};
+
+}  // namespace avx512
+}  // namespace
+VALAR_TARGET_END
+
+#endif  // VALAR_X86_KERNELS
+
+// ---- Floating-point state --------------------------------------------------------------------
+
+// Denormals are kept, nearest even, all exceptions masked: the reset state of each control
+// register.
+#if defined(__x86_64__) || defined(_M_X64) || defined(__SSE__)
+FloatState::FloatState() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+FloatState::~FloatState() { _mm_setcsr(static_cast<unsigned>(saved_)); }
+#elif defined(__aarch64__)
+FloatState::FloatState() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t{0}) : "memory");
+}
+FloatState::~FloatState() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_) : "memory"); }
+#elif defined(_M_ARM64)
+FloatState::FloatState() : saved_(static_cast<uint64_t>(_ReadStatusReg(ARM64_FPCR))) {
+    _WriteStatusReg(ARM64_FPCR, 0);
+}
+FloatState::~FloatState() { _WriteStatusReg(ARM64_FPCR, static_cast<int64_t>(saved_)); }
+#elif defined(__riscv_flen)
+FloatState::FloatState() {
+    unsigned long mode;
+    __asm__ volatile("fsrm %0, zero" : "=r"(mode) : : "memory");
+    saved_ = mode;
+}
+FloatState::~FloatState() {
+    __asm__ volatile("fsrm %0" : : "r"(static_cast<unsigned long>(saved_)) : "memory");
+}
+#else
+FloatState::FloatState() : saved_(0) {}
+FloatState::~FloatState() = default;
+#endif
+
+// ---- The choice of a table -------------------------------------------------------------------
+
+namespace {
+
+struct KernelList {
+    const Kernels* tables[4] = {&scalar::kernels};
+    size_t count = 1;
+    KernelList() {
+#if VALAR_X86_KERNELS
+        const X86Features cpu = x86_features();
+        if (cpu.avx2) tables[count++] = &avx2::kernels;
+        if (cpu.avx512) tables[count++] = &avx512::kernels;
+#endif
+    }
+};
+
+uint64_t fingerprint_bytes(const void* data, size_t size, uint64_t hash) {  // FNV-1a
+    for (size_t i = 0; i < size; i++)
+        hash = (hash ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+// Some results of every kind of arithmetic. A compiler that was told to reassociate or approximate
+// (clang does not say so in a macro) gives another number.
+uint64_t kernel_fingerprint(const Kernels& k) {
+    constexpr uint32_t n = 64, rows = 16;
+    FloatState state;
+    uint32_t seed = 1;
+    auto next = [&] { return seed = seed * 1664525u + 1013904223u; };
+    auto fill = [&](float* x, size_t count) {
+        for (size_t i = 0; i < count; i++)
+            x[i] = static_cast<float>(static_cast<int32_t>(next())) * 0x1p-30f;
+    };
+    alignas(64) float x[n], y[3 * n], state_out[n + 2], kv[2][16 * 16];
+    alignas(64) std::byte source[rows * n / 32 * 20], packed[2 * 320];
+    ActivationBlock planes[2 * n / 32];
+    uint64_t hash = 0xcbf29ce484222325u;
+    fill(x, n);
+    for (std::byte& b : source) b = std::byte(next() >> 24);
+    for (uint32_t i = 0; i < rows * n / 32; i++)
+        source[20 * i + 1] = source[20 * i + 3] = std::byte{0x21};
+    pack_tiles(TensorType::q4_1, rows, n, source, 0, 1, packed);
+    const PackedMatrix matrix{TensorType::q4_1, rows, n, packed};
+    k.quantize(x, n, 2, planes);
+    k.matmul({&matrix, 0, 1, 1, 2, planes, nullptr, 0, y, rows});
+    hash = fingerprint_bytes(y, rows * sizeof(float), hash);
+    fill(y, 3 * n);
+    k.rms_norm(x, y, 1e-5f, n, y + n);
+    k.silu_mul(y + n, x, n);
+    k.rope(y + n, 1, n, n, true, y + 2 * n);
+    hash = fingerprint_bytes(y + n, n * sizeof(float), hash);
+    for (uint32_t slot = 0; slot < 16; slot++) {
+        fill(y, n);
+        k.store_kv(KvType::f32, y, y + 16, 16, slot, kv[0], kv[1]);
+    }
+    const void *keys[16] = {kv[0]}, *values[16] = {kv[1]};
+    const uint16_t begin = 1, end = 15;
+    k.attention({KvType::f32, 16, 1, x, n, &begin, &end, keys, values, y, y + 1, y + 2, n});
+    std::memcpy(state_out, x, sizeof x);
+    state_out[n] = 0.5f;
+    state_out[n + 1] = 2.0f;
+    k.attention_merge(state_out + n, state_out + n + 1, state_out, y[0], y[1], y + 2, 16);
+    hash = fingerprint_bytes(state_out, sizeof state_out, hash);
+    double d[4] = {exact_log2(3.7), exact_exp2(-3.3)};
+    exact_sincos(12345.678, d + 2, d + 3);
+    return fingerprint_bytes(d, sizeof d, hash);
+}
+
+constexpr uint64_t kKernelFingerprint = 0x3f6e8bd4e70d35fb;
+
+}  // namespace
+
+std::span<const Kernels* const> available_kernels() {
+    static const KernelList list;
+    return {list.tables, list.count};
+}
+
+Result<const Kernels*> choose_kernels() {
+    const auto tables = available_kernels();
+    const std::string wanted = environment("VALAR_ISA");
+    const Kernels* chosen = wanted.empty() ? tables.back() : nullptr;
+    std::string names;
+    for (const Kernels* table : tables) {
+        if (wanted == table->name) chosen = table;
+        names += names.empty() ? table->name : std::string(", ") + table->name;
+    }
+    if (!chosen)
+        return make_error(ErrorKind::unsupported,
+                          "VALAR_ISA=" + wanted + ": this build on this CPU has " + names);
+    const uint64_t found = kernel_fingerprint(*chosen);
+    if (found != kKernelFingerprint)
+        return make_error(ErrorKind::internal,
+                          format("kernels \"%s\" do not compute the bits of the definition "
+                                 "(%016llx): was this compiled with unsafe floating-point options?",
+                                 chosen->name, static_cast<unsigned long long>(found)));
+    return chosen;
+}
+
+// ---- The worker team -------------------------------------------------------------------------
+
+namespace {
+constexpr uint64_t kSpinNs = 100'000;         // a stage of decode takes tens of microseconds
+constexpr uint64_t kSleepNs = 1'000'000'000;  // sleepers are woken; this only bounds a lost wake
+
+// Spins until done() or kSpinNs have passed; returns done().
+template <class Done>
+bool spin_until(Done done) {
+    const uint64_t start = monotonic_ns();
+    for (uint32_t i = 1; !done(); i++) {
+        if (i % 256 == 0 && monotonic_ns() - start > kSpinNs) return false;
+        pause();
+    }
+    return true;
+}
+}  // namespace
+
+// `ticket` changes whenever helpers should look: odd means that a job was published with it. Helper
+// i takes part i + 1; a caller who is done with its own part takes those that nobody has begun, so
+// a helper that sleeps or lost its CPU holds nobody up. A part is claimed by moving `open` from the
+// job's ticket to the next number, which a helper that comes late cannot do for any other job.
+struct Team::State {
+    struct alignas(64) Helper {
+        State* state = nullptr;
+        uint32_t part = 0;
+        std::atomic<uint32_t> open{0};
+        Thread thread;
+    };
+    ParallelFor parallel_for = nullptr;
+    void* host = nullptr;
+    uint32_t parts = 1;
+    void (*job)(void*, uint32_t, uint32_t) = nullptr;
+    void* context = nullptr;
+    alignas(64) std::atomic<uint32_t> ticket{0};
+    std::atomic<uint32_t> sleepers{0};
+    std::atomic<bool> hot{false}, quit{false};
+    alignas(64) std::atomic<uint32_t> running{0};  // parts of helpers that are not done
+    std::atomic<uint32_t> caller_sleeps{0};
+    std::unique_ptr<Helper[]> helpers;
+    uint32_t n_helpers = 0;
+
+    uint32_t next_ticket_to_publish(bool with_job) const {
+        return ((ticket.load(std::memory_order_relaxed) + 2) & ~1u) | (with_job ? 1u : 0u);
+    }
+
+    void publish(uint32_t next) {
+        ticket.store(next, std::memory_order_seq_cst);
+        if (sleepers.load(std::memory_order_seq_cst)) wake(&ticket);
+    }
+
+    uint32_t wait_for_ticket(uint32_t seen) {
+        auto changed = [&] { return ticket.load(std::memory_order_acquire) != seen; };
+        while (!changed()) {
+            if (hot.load(std::memory_order_relaxed) && spin_until(changed)) break;
+            sleepers.fetch_add(1, std::memory_order_seq_cst);
+            if (ticket.load(std::memory_order_seq_cst) == seen) wait_on(&ticket, seen, kSleepNs);
+            sleepers.fetch_sub(1, std::memory_order_seq_cst);
+        }
+        return ticket.load(std::memory_order_acquire);
+    }
+
+    void take_part(Helper& helper, uint32_t of_ticket) {
+        if (!helper.open.compare_exchange_strong(
+                of_ticket, of_ticket + 1, std::memory_order_acquire, std::memory_order_relaxed))
+            return;
+        job(context, helper.part, parts);
+        if (running.fetch_sub(1, std::memory_order_seq_cst) == 1 &&
+            caller_sleeps.load(std::memory_order_seq_cst))
+            wake(&running);
+    }
+
+    static void help(void* context_of_helper) {
+        Helper& helper = *static_cast<Helper*>(context_of_helper);
+        State& state = *helper.state;
+        FloatState float_state;
+        for (uint32_t seen = 0; !state.quit.load(std::memory_order_acquire);) {
+            seen = state.wait_for_ticket(seen);
+            if (seen & 1) state.take_part(helper, seen);
+        }
+    }
+
+    void wait_for_helpers() {
+        auto done = [&] { return running.load(std::memory_order_acquire) == 0; };
+        while (!spin_until(done)) {
+            caller_sleeps.store(1, std::memory_order_seq_cst);
+            const uint32_t left = running.load(std::memory_order_seq_cst);
+            if (left) wait_on(&running, left, kSleepNs);
+            caller_sleeps.store(0, std::memory_order_relaxed);
+        }
+    }
+
+    void run_with_helpers() {
+        const uint32_t now = next_ticket_to_publish(true);
+        running.store(n_helpers, std::memory_order_relaxed);
+        for (uint32_t i = 0; i < n_helpers; i++)
+            helpers[i].open.store(now, std::memory_order_release);
+        publish(now);
+        job(context, 0, parts);
+        for (uint32_t i = 0; i < n_helpers; i++) take_part(helpers[i], now);
+        wait_for_helpers();
+    }
+
+    static void host_job(void* team, uint32_t part) {
+        const State& state = *static_cast<const State*>(team);
+        FloatState float_state;
+        state.job(state.context, part, state.parts);
+    }
+};
+
+Team::Team(std::unique_ptr<State> state) : state_(std::move(state)) {}
+
+Result<std::unique_ptr<Team>> Team::create(int helpers, ParallelFor parallel_for, void* host) {
+    if (helpers < 0 || helpers > 1023)
+        return make_error(ErrorKind::invalid_request,
+                          format("threads: %d is not in 0..1023", helpers), {}, "threads");
+    std::unique_ptr<Team> team(new Team(std::make_unique<State>()));
+    State& state = *team->state_;
+    state.parallel_for = parallel_for;
+    state.host = host;
+    state.parts = static_cast<uint32_t>(helpers) + 1;
+    if (parallel_for) return team;
+    state.helpers = std::make_unique<State::Helper[]>(static_cast<size_t>(helpers));
+    for (uint32_t i = 0; i + 1 < state.parts; i++) {
+        State::Helper& helper = state.helpers[i];
+        helper.state = &state;
+        helper.part = i + 1;
+        auto thread = Thread::start(State::help, &helper, "valar-worker");
+        if (!thread) return thread.error();
+        helper.thread = std::move(*thread);
+        state.n_helpers++;
+    }
+    return team;
+}
+
+Team::~Team() {
+    state_->quit.store(true, std::memory_order_release);
+    state_->publish(state_->next_ticket_to_publish(false));
+    for (uint32_t i = 0; i < state_->n_helpers; i++) state_->helpers[i].thread.join();
+}
+
+uint32_t Team::parts() const { return state_->parts; }
+
+void Team::begin() {
+    state_->hot.store(true, std::memory_order_relaxed);
+    if (state_->sleepers.load(std::memory_order_seq_cst))
+        state_->publish(state_->next_ticket_to_publish(false));
+}
+
+void Team::end() { state_->hot.store(false, std::memory_order_relaxed); }
+
+void Team::run(void (*job)(void* context, uint32_t part, uint32_t parts), void* context) {
+    State& state = *state_;
+    state.job = job;
+    state.context = context;
+    if (state.parallel_for)
+        return state.parallel_for(state.host, state.parts, State::host_job, &state);
+    FloatState float_state;
+    state.run_with_helpers();
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// >>tokenizer
+// Owns: the vocabulary in memory, the splitters, the merge loop, the matcher of special tokens.
+// Byte-level BPE: special tokens are cut out, the text between them goes through the splitter of
+// its pre-tokenizer, and each word is merged pair by pair, lowest rank first (Sennrich 2016).
+// SentencePiece BPE: no words; pairs are ranked by the score of the piece that they make.
+// Pieces are kept as the bytes they stand for: neither the printable alphabet of GPT-2 nor the
+// U+2581 of SentencePiece gets past `open`.
+
+#ifndef VALAR_NO_INFERENCE
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr Token no_token = -1;
+constexpr uint32_t no_rank = UINT32_MAX;
+constexpr uint32_t no_symbol = UINT32_MAX;
+
+uint64_t hash_piece(std::string_view piece) {
+    constexpr uint64_t factor = 0x9E3779B97F4A7C15u;
+    uint64_t hash = piece.size() * factor;
+    auto mix = [&hash](uint64_t word) {
+        hash = (hash ^ word) * factor;
+        hash ^= hash >> 32;
+    };
+    size_t at = 0;
+    uint64_t word = 0;
+    for (; at + 8 <= piece.size(); at += 8) {
+        std::memcpy(&word, piece.data() + at, 8);
+        mix(word);
+    }
+    word = 0;
+    for (; at < piece.size(); ++at) word = word << 8 | uint8_t(piece[at]);
+    mix(word);
+    return hash;
+}
+
+}  // namespace
+
+// ---- tables of a vocabulary -----------------------------------------------------------------
+
+// All pieces back to back, and a hash from the bytes of a piece to its id. Of equal pieces the
+// first that is inserted is found.
+class PieceTable {
+public:
+    void reserve(size_t count, size_t bytes) {
+        starts_.reserve(count + 1);
+        bytes_.reserve(bytes);
+    }
+    void add(std::string_view piece) {
+        bytes_ += piece;
+        starts_.push_back(bytes_.size());
+    }
+    size_t size() const { return starts_.size() - 1; }
+    std::string_view operator[](size_t id) const {
+        return {bytes_.data() + starts_[id], starts_[id + 1] - starts_[id]};
+    }
+
+    void start_index() { slots_.assign(std::bit_ceil(size() * 2 + 1), {}); }
+    void insert(Token id) {
+        const uint64_t hash = hash_piece((*this)[size_t(id)]);
+        Slot& slot = slots_[slot_of((*this)[size_t(id)], hash)];
+        if (slot.id == no_token) slot = {id, uint32_t(hash >> 32)};
+    }
+    Token find(std::string_view piece) const {
+        return slots_[slot_of(piece, hash_piece(piece))].id;
+    }
+
+private:
+    struct Slot {
+        Token id = no_token;
+        uint32_t tag = 0;  // spares most looks at the pieces of others
+    };
+    size_t slot_of(std::string_view piece, uint64_t hash) const {
+        const size_t mask = slots_.size() - 1;
+        size_t slot = size_t(hash) & mask;
+        while (slots_[slot].id != no_token && (slots_[slot].tag != uint32_t(hash >> 32) ||
+                                               (*this)[size_t(slots_[slot].id)] != piece))
+            slot = (slot + 1) & mask;
+        return slot;
+    }
+    std::string bytes_;
+    std::vector<size_t> starts_ = {0};
+    std::vector<Slot> slots_ = {{}};
+};
+
+// What a pair of neighbours becomes, and how urgent that is: a lower rank goes first.
+struct Merge {
+    uint32_t rank = no_rank;
+    Token token = no_token;
+};
+
+// The merges of byte-level BPE, by the two ids.
+class PairTable {
+public:
+    void reserve(size_t count) { slots_.assign(std::bit_ceil(count * 2 + 1), {}); }
+    void insert(Token left, Token right, Merge merge) {
+        Slot& slot = slots_[slot_of(left, right)];
+        if (slot.merge.rank == no_rank) slot = {left, right, merge};
+    }
+    Merge find(Token left, Token right) const { return slots_[slot_of(left, right)].merge; }
+
+private:
+    struct Slot {
+        Token left = no_token, right = no_token;
+        Merge merge;
+    };
+    size_t slot_of(Token left, Token right) const {
+        const size_t mask = slots_.size() - 1;
+        const uint64_t key = uint64_t(uint32_t(left)) << 32 | uint32_t(right);
+        size_t slot = size_t((key * 0x9E3779B97F4A7C15u) >> 29) & mask;
+        while (slots_[slot].merge.rank != no_rank &&
+               (slots_[slot].left != left || slots_[slot].right != right))
+            slot = (slot + 1) & mask;
+        return slot;
+    }
+    std::vector<Slot> slots_ = {{}};
+};
+
+// Tokens that are recognised by their spelling: sorted, so that those that share a beginning
+// are neighbours and a match narrows the range byte by byte.
+class SpellingMatcher {
+public:
+    struct Match {
+        Token token = no_token;
+        size_t length = 0;  // 0: none
+    };
+    // The spelling is borrowed. A template_only token matches in bytes of the template alone.
+    void add(std::string_view spelling, Token token, bool template_only) {
+        if (!spelling.empty()) entries_.push_back({spelling, token, template_only});
+    }
+    void build() {
+        std::stable_sort(entries_.begin(), entries_.end(),
+                         [](const Entry& a, const Entry& b) { return a.spelling < b.spelling; });
+        size_t at = 0;
+        for (size_t byte = 0; byte < 256; ++byte) {
+            first_[byte] = at;
+            while (at < entries_.size() && uint8_t(entries_[at].spelling[0]) == byte) ++at;
+        }
+        first_[256] = at;
+    }
+    bool may_begin(char c) const { return first_[uint8_t(c)] != first_[uint8_t(c) + 1u]; }
+    // The longest spelling at text[at]; bytes before template_end are the template's.
+    Match longest(std::string_view text, size_t at, size_t template_end) const {
+        Match match;
+        auto low = entries_.begin() + ptrdiff_t(first_[uint8_t(text[at])]);
+        auto high = entries_.begin() + ptrdiff_t(first_[uint8_t(text[at]) + 1u]);
+        for (size_t length = 1; low != high; ++length) {
+            for (; low != high && low->spelling.size() == length; ++low)
+                if (match.length != length && (!low->template_only || at + length <= template_end))
+                    match = {low->token, length};
+            if (at + length >= text.size()) break;
+            const uint8_t next = uint8_t(text[at + length]);
+            low = std::partition_point(low, high, [&](const Entry& entry) {
+                return uint8_t(entry.spelling[length]) < next;
+            });
+            high = std::partition_point(low, high, [&](const Entry& entry) {
+                return uint8_t(entry.spelling[length]) == next;
+            });
+        }
+        return match;
+    }
+
+private:
+    struct Entry {
+        std::string_view spelling;
+        Token token;
+        bool template_only;
+    };
+    std::vector<Entry> entries_;
+    std::array<size_t, 257> first_ = {};
+};
+
+// The regular expressions these rules stand for, with \p{N} as `digits` says:
+//   old:    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+//   modern: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
+//           ` ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
+struct SplitRules {
+    std::string_view name;  // tokenizer.ggml.pre
+    bool modern;
+    size_t digits;          // at most so many in one word
+    bool digits_apart;      // each digit is cut out first: what is around it does not see it
+    bool compose;           // NFC before anything else
+    bool whole_words;       // a word that is a token is taken without merging
+    bool add_bos;           // unless the file says otherwise
+};
+
+namespace {
+
+// ---- pre-tokenizers -------------------------------------------------------------------------
+
+constexpr SplitRules split_rules[] = {
+    {"gpt-2", false, SIZE_MAX, false, false, false, false},
+    {"smollm", false, 1, true, false, false, false},
+    {"llama-bpe", true, 3, false, false, true, true},
+    {"qwen2", true, 1, false, true, false, false},
+};
+
+enum class SplitClass : uint8_t { end, other, letter, number, space, newline };
+
+struct SplitChar {
+    SplitClass what;
+    size_t next;  // where the next character begins
+};
+
+SplitClass split_class(char32_t c) {
+    if (c == '\r' || c == '\n') return SplitClass::newline;
+    if (is_letter(c)) return SplitClass::letter;
+    if (is_number(c)) return SplitClass::number;
+    return is_whitespace(c) ? SplitClass::space : SplitClass::other;
+}
+
+SplitChar split_char(std::string_view text, size_t at) {
+    if (at >= text.size()) return {SplitClass::end, at};
+    const uint8_t c = uint8_t(text[at]);
+    if (c < 0x80) {
+        if (unsigned(c | 0x20) - 'a' < 26) return {SplitClass::letter, at + 1};
+        if (unsigned(c) - '0' < 10) return {SplitClass::number, at + 1};
+        if (c > ' ') return {SplitClass::other, at + 1};
+    }
+    const char32_t code_point = utf8_next(text, &at);
+    return {split_class(code_point), at};
+}
+
+size_t run_end(std::string_view text, size_t at, SplitClass what, size_t most = SIZE_MAX) {
+    SplitChar c = split_char(text, at);
+    for (; c.what == what && most > 0; --most) c = split_char(text, at = c.next);
+    return at;
+}
+
+// The length of the English contraction at the apostrophe text[0], or 0.
+size_t contraction_length(std::string_view text, bool any_case) {
+    if (any_case && text.substr(1, 2) == "\xC5\xBF") return 3;  // U+017F folds to s
+    auto letter = [&](size_t at) {
+        const char c = at < text.size() ? text[at] : '\0';
+        return any_case && c >= 'A' && c <= 'Z' ? char(c + 32) : c;
+    };
+    const char a = letter(1), b = letter(2);
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+}
+
+// White space up to a word leaves its last character to that word (\s+(?!\S)); if there is a line
+// end in it, modern rules stop behind the last one.
+size_t space_end(std::string_view text, size_t at, const SplitRules& rules) {
+    size_t end = at, last = at, line_end = 0;
+    SplitChar c = split_char(text, at);
+    for (; c.what >= SplitClass::space; c = split_char(text, end)) {
+        last = end;
+        end = c.next;
+        if (c.what == SplitClass::newline) line_end = end;
+    }
+    if (rules.modern && line_end) return line_end;
+    const bool keep = c.what == SplitClass::end || last == at ||
+                      (rules.digits_apart && c.what == SplitClass::number);
+    return keep ? end : last;
+}
+
+size_t old_word_end(std::string_view text, size_t at, const SplitRules& rules) {
+    SplitChar c = split_char(text, at);
+    if (text[at] == ' ') {
+        const SplitChar next = split_char(text, c.next);
+        const bool joins = next.what == SplitClass::other || next.what == SplitClass::letter ||
+                           (next.what == SplitClass::number && !rules.digits_apart);
+        if (joins) at = c.next, c = next;
+    }
+    if (c.what >= SplitClass::space) return space_end(text, at, rules);
+    return run_end(text, at, c.what, c.what == SplitClass::number ? rules.digits : SIZE_MAX);
+}
+
+size_t modern_word_end(std::string_view text, size_t at, const SplitRules& rules) {
+    const SplitChar c = split_char(text, at), next = split_char(text, c.next);
+    if (c.what == SplitClass::letter) return run_end(text, at, SplitClass::letter);
+    if (c.what == SplitClass::number) return run_end(text, at, SplitClass::number, rules.digits);
+    if (next.what == SplitClass::letter && c.what != SplitClass::newline)
+        return run_end(text, c.next, SplitClass::letter);
+    if (c.what == SplitClass::other || (text[at] == ' ' && next.what == SplitClass::other)) {
+        size_t end = run_end(text, c.next, SplitClass::other);
+        while (end < text.size() && (text[end] == '\r' || text[end] == '\n')) ++end;
+        return end;
+    }
+    return space_end(text, at, rules);
+}
+
+// Where the word that begins at `at` ends.
+size_t word_end(std::string_view text, size_t at, const SplitRules& rules) {
+    if (text[at] == '\'')
+        if (const size_t length = contraction_length(text.substr(at), rules.modern))
+            return at + length;
+    return rules.modern ? modern_word_end(text, at, rules) : old_word_end(text, at, rules);
+}
+
+// ---- merging --------------------------------------------------------------------------------
+
+// A stretch of text that is one piece so far; those alive form a list. The pair that begins here
+// has `rank` (no_rank: cannot merge) and would become `merged`.
+struct MergeSymbol {
+    uint32_t begin = 0;  // of its bytes
+    uint32_t previous = no_symbol;
+    uint32_t next = no_symbol;
+    Token token = no_token;
+    uint32_t rank = no_rank;
+    Token merged = no_token;
+};
+
+struct LaterPlace {
+    bool operator()(uint32_t a, uint32_t b) const { return a > b; }
+};
+
+// Pending merges: lowest rank first, then leftmost. The places of one rank nearly always come in
+// ascending order, so a rank's list is read from front to back, and turns into a heap only when
+// a place comes too early: ten million equal letters cost little more than copying them.
+class MergeQueue {
+public:
+    void push(uint32_t rank, uint32_t place) {
+        if (!list_ || rank != list_rank_) list_ = &lists_[list_rank_ = rank];
+        std::vector<uint32_t>& places = list_->places;
+        if (list_->empty()) add_rank(rank);
+        else if (!list_->is_heap && place < places.back()) list_->make_heap();
+        places.push_back(place);
+        if (list_->is_heap) std::push_heap(places.begin(), places.end(), LaterPlace());
+    }
+    bool pop(uint32_t* rank, uint32_t* place) {
+        if (ranks_.empty()) return false;
+        *rank = ranks_.front();
+        if (!list_ || *rank != list_rank_) list_ = &lists_[list_rank_ = *rank];
+        *place = list_->take_first();
+        if (list_->empty()) drop_lowest_rank();
+        return true;
+    }
+
+private:
+    struct List {
+        std::vector<uint32_t> places;
+        size_t first = 0;
+        bool is_heap = false;
+        bool empty() const { return first == places.size(); }
+        void make_heap() {  // what is sorted is a heap already
+            places.erase(places.begin(), places.begin() + ptrdiff_t(first));
+            first = 0;
+            is_heap = true;
+        }
+        uint32_t take_first() {
+            if (!is_heap) return places[first++];
+            std::pop_heap(places.begin(), places.end(), LaterPlace());
+            const uint32_t place = places.back();
+            places.pop_back();
+            return place;
+        }
+    };
+    void add_rank(uint32_t rank) {
+        ranks_.push_back(rank);
+        std::push_heap(ranks_.begin(), ranks_.end(), LaterPlace());
+    }
+    void drop_lowest_rank() {
+        std::pop_heap(ranks_.begin(), ranks_.end(), LaterPlace());
+        ranks_.pop_back();
+        list_->places.clear();
+        list_->first = 0;
+        list_->is_heap = false;
+    }
+    std::unordered_map<uint32_t, List> lists_;
+    std::vector<uint32_t> ranks_;  // a heap of those whose lists are not empty
+    List* list_ = nullptr;         // of list_rank_, the last one used
+    uint32_t list_rank_ = 0;
+};
+
+// Merges neighbours until no pair can merge. `pairs(symbols, left, right)` gives a pair's Merge.
+template <class Pairs>
+class MergeLoop {
+public:
+    MergeLoop(std::span<MergeSymbol> symbols, const Pairs& pairs)
+        : symbols_(symbols), pairs_(pairs) {}
+    void run() {
+        if (symbols_.empty()) return;
+        for (uint32_t at = 0; at < symbols_.size(); ++at) {
+            symbols_[at].previous = at - 1;  // of the first: no_symbol
+            symbols_[at].next = at + 1 < symbols_.size() ? at + 1 : no_symbol;
+        }
+        if (symbols_.size() <= short_word) run_short();
+        else run_long();
+    }
+
+private:
+    static constexpr size_t short_word = 32;  // up to here looking at every pair is faster
+    void run_short() {
+        for (uint32_t at = 0; at < symbols_.size(); ++at) rate(at);
+        for (;;) {
+            uint32_t best = 0;
+            for (uint32_t at = 0; at != no_symbol; at = symbols_[at].next)
+                if (symbols_[at].rank < symbols_[best].rank) best = at;
+            if (symbols_[best].rank == no_rank) return;
+            merge(best);
+        }
+    }
+    void run_long() {
+        queue_.emplace();
+        for (uint32_t at = 0; at < symbols_.size(); ++at) rate(at);
+        uint32_t rank = 0, at = 0;
+        while (queue_->pop(&rank, &at))
+            if (symbols_[at].rank == rank) merge(at);  // else it was overtaken
+    }
+    void merge(uint32_t at) {
+        MergeSymbol& left = symbols_[at];
+        MergeSymbol& right = symbols_[left.next];
+        left.token = left.merged;
+        left.next = right.next;
+        right.rank = no_rank;
+        if (left.next != no_symbol) symbols_[left.next].previous = at;
+        if (left.previous != no_symbol) rate(left.previous);
+        rate(at);
+    }
+    void rate(uint32_t at) {
+        MergeSymbol& left = symbols_[at];
+        Merge merge;
+        if (left.next != no_symbol) merge = pairs_(left, symbols_[left.next]);
+        left.rank = merge.rank;
+        left.merged = merge.token;
+        if (queue_ && merge.rank != no_rank) queue_->push(merge.rank, at);
+    }
+    std::span<MergeSymbol> symbols_;
+    const Pairs& pairs_;
+    std::optional<MergeQueue> queue_;
+};
+
+}  // namespace
+
+// ---- the vocabulary -------------------------------------------------------------------------
+
+struct Vocabulary {
+    PieceTable pieces;
+    std::vector<TokenKind> kinds;
+    std::vector<bool> from_text;      // merging and whole words may make it
+    std::vector<bool> ends;           // see is_end
+    std::vector<uint32_t> ranks;      // SentencePiece: position of its score, highest first
+    PairTable pairs;                  // byte-level
+    std::array<Token, 256> bytes;     // the token of a single byte, or no_token
+    SpellingMatcher specials;         // cut out of the text first
+    SpellingMatcher whole;            // SentencePiece: user-defined tokens of any text
+    const SplitRules* rules = nullptr;  // null: SentencePiece
+    size_t longest = 0;               // bytes of the longest piece that from_text marks
+    Token bos = no_token, eos = no_token, unknown = no_token;
+    bool add_bos = false, add_eos = false, add_space_prefix = false;
+};
+
+namespace {
+
+std::string with_spaces(std::string_view text) {  // SentencePiece writes a space as U+2581
+    std::string spaced;
+    spaced.reserve(text.size());
+    for (size_t at = 0; at < text.size(); ++at) {
+        const bool mark = text.substr(at, 3) == "\xE2\x96\x81";
+        spaced += mark ? ' ' : text[at];
+        if (mark) at += 2;
+    }
+    return spaced;
+}
+
+// Reads tokenizer.ggml.* into a Vocabulary. Of equal pieces the lowest id is made from text.
+// Merges that name no piece are refused; those of special tokens are skipped.
+class VocabularyReader {
+public:
+    VocabularyReader(const Gguf& file, std::string_view chat_template, Vocabulary& vocabulary)
+        : file_(file), chat_template_(chat_template), v_(vocabulary) {}
+    Result<void> read() {
+        for (auto step : {&VocabularyReader::read_model, &VocabularyReader::read_kinds,
+                          &VocabularyReader::read_pieces, &VocabularyReader::read_ids,
+                          &VocabularyReader::read_flags, &VocabularyReader::read_specials,
+                          &VocabularyReader::build_index, &VocabularyReader::read_ranks})
+            if (auto result = (this->*step)(); !result) return result;
+        return {};
+    }
+
+private:
+    Error bad(const char* key, const std::string& what) const {
+        return make_error(ErrorKind::bad_data,
+                          file_.name() + ": tokenizer.ggml." + key + ": " + what);
+    }
+    Error unsupported(const char* key, std::string_view value) const {
+        return make_error(ErrorKind::unsupported,
+                          file_.name() + ": tokenizer.ggml." + key + " = \"" +
+                              utf8_repair(value.substr(0, 64)) + "\" is not supported");
+    }
+    bool is_sentencepiece() const { return v_.rules == nullptr; }
+
+    Result<void> read_model() {
+        auto model = file_.get_string("tokenizer.ggml.model");
+        if (!model) return model.error();
+        if (*model == "llama") return read_normalizer();
+        if (*model != "gpt2") return unsupported("model", *model);
+        auto pre = file_.get_string("tokenizer.ggml.pre");
+        if (!pre) return pre.error();
+        for (const SplitRules& rules : split_rules)
+            if (rules.name == *pre) v_.rules = &rules;
+        if (!v_.rules) return unsupported("pre", *pre);
+        return {};
+    }
+
+    Result<void> read_normalizer() const {  // of SentencePiece: the identity or nothing
+        auto trims = file_.get_bool("tokenizer.ggml.remove_extra_whitespaces", false);
+        if (!trims) return trims.error();
+        if (*trims) return unsupported("remove_extra_whitespaces", "true");
+        const GgufKey* map = file_.find("tokenizer.ggml.precompiled_charsmap");
+        if (map && map->count > 0) return unsupported("precompiled_charsmap", "not empty");
+        return {};
+    }
+
+    Result<void> read_kinds() {
+        auto tokens = file_.get_strings("tokenizer.ggml.tokens");
+        if (!tokens) return tokens.error();
+        if (tokens->size() == 0 || tokens->size() > Tokenizer::max_vocabulary)
+            return bad("tokens", format("%zu tokens", tokens->size()));
+        v_.kinds.assign(tokens->size(), TokenKind::normal);
+        if (!file_.find("tokenizer.ggml.token_type")) return {};
+        auto types = file_.get_ints("tokenizer.ggml.token_type");
+        if (!types) return types.error();
+        if (types->size() != tokens->size())
+            return bad("token_type", format("%zu types for %zu tokens", types->size(),
+                                            tokens->size()));
+        for (size_t id = 0; id < v_.kinds.size(); ++id) {
+            const int64_t type = (*types)[id];
+            if (type < 0 || type > 6)
+                return bad("token_type", format("token %zu has type %lld", id, (long long)type));
+            v_.kinds[id] = type == 0 ? TokenKind::normal : TokenKind(type);
+        }
+        return {};
+    }
+
+    Result<void> read_pieces() {
+        auto tokens = file_.get_strings("tokenizer.ggml.tokens");
+        if (!tokens) return tokens.error();
+        v_.bytes.fill(no_token);
+        v_.pieces.reserve(tokens->size(), tokens->size() * 8);
+        size_t id = 0;
+        for (std::string_view text : *tokens) {
+            const std::string piece = piece_bytes(text, v_.kinds[id]);
+            if (piece.size() > Tokenizer::max_piece_bytes)
+                return bad("tokens", format("token %zu has %zu bytes", id, piece.size()));
+            if (v_.kinds[id] == TokenKind::byte && piece.size() != 1)
+                return bad("tokens", format("token %zu is a byte, but not spelled <0xXX>", id));
+            v_.pieces.add(piece);
+            ++id;
+        }
+        return {};
+    }
+
+    // The bytes that a token stands for. Special tokens are spelled as they are.
+    std::string piece_bytes(std::string_view text, TokenKind kind) const {
+        if (kind == TokenKind::byte) return byte_spelled(text);
+        if (kind == TokenKind::control || kind == TokenKind::unknown) return std::string(text);
+        if (is_sentencepiece()) return with_spaces(text);
+        return kind == TokenKind::user_defined ? std::string(text) : from_printable(text);
+    }
+    static std::string byte_spelled(std::string_view text) {  // <0x0A>
+        auto digit = [&](size_t at) {
+            return std::string_view("0123456789ABCDEF").find(text[at]);
+        };
+        if (text.size() != 6 || text.substr(0, 3) != "<0x" || text[5] != '>') return {};
+        if (digit(3) > 15 || digit(4) > 15) return {};
+        return std::string(1, char(digit(3) * 16 + digit(4)));
+    }
+    // GPT-2 writes a byte as a printable character: itself where it is one in Latin-1, else
+    // U+0100 and following in order. A piece with any other character is spelled as it is.
+    static std::string from_printable(std::string_view text) {
+        std::string bytes;
+        for (size_t at = 0; at < text.size();) {
+            const char32_t c = utf8_next(text, &at);
+            const bool itself = (c > 0x20 && c < 0x7F) || (c > 0xA0 && c < 0x100 && c != 0xAD);
+            if (itself) bytes += char(c);
+            else if (c >= 0x100 && c <= 0x120) bytes += char(c - 0x100);           // 00..20
+            else if (c > 0x120 && c <= 0x142) bytes += char(c - 0x121 + 0x7F);     // 7F..A0
+            else if (c == 0x143) bytes += '\xAD';
+            else return std::string(text);
+        }
+        return bytes;
+    }
+
+    Result<void> read_id(const char* key, Token* id) {
+        const std::string name = std::string("tokenizer.ggml.") + key;
+        if (!file_.find(name)) return {};
+        auto value = file_.get_uint(name);
+        if (!value) return value.error();
+        if (*value >= v_.kinds.size())
+            return bad(key, format("%llu, of %zu tokens", (unsigned long long)*value,
+                                   v_.kinds.size()));
+        *id = Token(*value);
+        return {};
+    }
+
+    Result<void> read_ids() {
+        Token turn = no_token, message = no_token;
+        const std::pair<const char*, Token*> ids[] = {
+            {"bos_token_id", &v_.bos}, {"eos_token_id", &v_.eos}, {"eot_token_id", &turn},
+            {"eom_token_id", &message}, {"unknown_token_id", &v_.unknown}};
+        for (auto [key, id] : ids)
+            if (auto result = read_id(key, id); !result) return result;
+        for (Token id : {v_.bos, v_.eos, turn, message})  // files call some of them normal
+            if (id != no_token && v_.pieces[size_t(id)].size() > 1)
+                v_.kinds[size_t(id)] = TokenKind::control;
+        mark_ends({v_.eos, turn, message});
+        if (v_.unknown != no_token && (v_.kinds[size_t(v_.unknown)] == TokenKind::control ||
+                                       v_.ends[size_t(v_.unknown)]))
+            v_.unknown = no_token;  // text must not make it
+        return {};
+    }
+
+    void mark_ends(std::initializer_list<Token> ends) {
+        static constexpr std::string_view spellings[] = {
+            "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
+            "<|end|>", "<|return|>", "<|call|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>",
+            "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|end_of_role|>", "<end_of_utterance>",
+            "<|user|>", "<|observation|>", "<EOT>", "</s>", "<eos>", "[EOS]",
+            "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
+        v_.ends.assign(v_.kinds.size(), false);
+        for (Token id : ends)
+            if (id != no_token) v_.ends[size_t(id)] = true;
+        for (size_t id = 0; id < v_.kinds.size(); ++id)
+            if (v_.kinds[id] == TokenKind::control || v_.kinds[id] == TokenKind::user_defined)
+                for (std::string_view spelling : spellings)
+                    if (v_.pieces[id] == spelling) v_.ends[id] = true;
+    }
+
+    Result<void> read_flags() {
+        const bool plain = is_sentencepiece();
+        v_.add_bos = plain || v_.rules->add_bos;
+        v_.add_space_prefix = plain;
+        const std::pair<const char*, bool*> flags[] = {
+            {"tokenizer.ggml.add_bos_token", &v_.add_bos},
+            {"tokenizer.ggml.add_eos_token", &v_.add_eos},
+            {"tokenizer.ggml.add_space_prefix", &v_.add_space_prefix}};
+        for (auto [key, flag] : flags) {
+            auto value = file_.get_bool(key, *flag);
+            if (!value) return value.error();
+            *flag = *value;
+        }
+        v_.add_space_prefix &= plain;
+        return {};
+    }
+
+    // Which tokens are recognised by their spelling, and where; what is left, merging may make.
+    Result<void> read_specials() {
+        const std::vector<std::string_view> templates = chat_templates();
+        v_.from_text.assign(v_.kinds.size(), false);
+        for (size_t id = 0; id < v_.kinds.size(); ++id) {
+            const std::string_view piece = v_.pieces[id];
+            const TokenKind kind = v_.kinds[id];
+            const bool control = kind == TokenKind::control;
+            const bool user = kind == TokenKind::user_defined;
+            const bool guarded = control || (user && stands_in(templates, piece));
+            v_.from_text[id] = kind == TokenKind::normal || (user && !guarded) ||
+                               (is_sentencepiece() && kind == TokenKind::unused);
+            if (v_.from_text[id]) v_.longest = std::max(v_.longest, piece.size());
+            if (user && !guarded && is_sentencepiece()) v_.whole.add(piece, Token(id), false);
+            else if (control || user) v_.specials.add(piece, Token(id), guarded);
+        }
+        v_.specials.build();
+        v_.whole.build();
+        return {};
+    }
+    std::vector<std::string_view> chat_templates() const {
+        std::vector<std::string_view> templates = {chat_template_};
+        for (const GgufKey& key : file_.keys())
+            if (key.name.substr(0, 23) == "tokenizer.chat_template" && !key.is_array)
+                if (auto text = file_.get_string(key.name)) templates.push_back(*text);
+        return templates;
+    }
+    static bool stands_in(const std::vector<std::string_view>& templates, std::string_view piece) {
+        if (piece.find_first_not_of(" \t\r\n") == std::string_view::npos) return false;
+        return std::any_of(templates.begin(), templates.end(), [&](std::string_view text) {
+            return text.find(piece) != std::string_view::npos;
+        });
+    }
+
+    // Pieces that text can make come first, so that no special token hides one of them.
+    Result<void> build_index() {
+        v_.pieces.start_index();
+        for (const bool from_text : {true, false})
+            for (size_t id = 0; id < v_.kinds.size(); ++id)
+                if (v_.from_text[id] == from_text && !v_.pieces[id].empty())
+                    v_.pieces.insert(Token(id));
+        for (size_t id = 0; id < v_.kinds.size(); ++id) {
+            const bool single = is_sentencepiece() ? v_.kinds[id] == TokenKind::byte
+                                                   : v_.from_text[id] && v_.pieces[id].size() == 1;
+            Token& token = v_.bytes[single ? uint8_t(v_.pieces[id][0]) : 0];
+            if (single && token == no_token) token = Token(id);
+        }
+        return {};
+    }
+
+    Result<void> read_ranks() { return is_sentencepiece() ? read_scores() : read_merges(); }
+
+    Result<void> read_scores() {
+        auto scores = file_.get_floats("tokenizer.ggml.scores");
+        if (!scores) return scores.error();
+        if (scores->size() != v_.kinds.size())
+            return bad("scores", format("%zu scores for %zu tokens", scores->size(),
+                                        v_.kinds.size()));
+        std::vector<std::pair<double, Token>> order(scores->size());
+        for (size_t id = 0; id < order.size(); ++id) {
+            order[id] = {-(*scores)[id], Token(id)};
+            if (!std::isfinite(order[id].first))
+                return bad("scores", format("token %zu has no finite score", id));
+        }
+        std::sort(order.begin(), order.end());
+        v_.ranks.resize(order.size());
+        for (size_t i = 0; i < order.size(); ++i) {
+            const bool tie = i > 0 && order[i].first == order[i - 1].first;
+            v_.ranks[size_t(order[i].second)] =
+                tie ? v_.ranks[size_t(order[i - 1].second)] : uint32_t(i);
+        }
+        return {};
+    }
+
+    Result<void> read_merges() {
+        auto merges = file_.get_strings("tokenizer.ggml.merges");
+        if (!merges) return merges.error();
+        if (merges->size() > Tokenizer::max_vocabulary)
+            return bad("merges", format("%zu merges", merges->size()));
+        v_.pairs.reserve(merges->size());
+        uint32_t rank = 0;
+        for (std::string_view merge : *merges) {
+            const size_t space = merge.find(' ', 1);
+            if (space == std::string_view::npos)
+                return bad("merges", format("merge %u is not a pair of pieces", rank));
+            const std::string left = from_printable(merge.substr(0, space));
+            const std::string right = from_printable(merge.substr(space + 1));
+            const Token ids[] = {v_.pieces.find(left), v_.pieces.find(right),
+                                 v_.pieces.find(left + right)};
+            bool usable = true;
+            for (Token id : ids) {
+                if (id == no_token)
+                    return bad("merges", format("merge %u names a piece that is no token", rank));
+                usable = usable && v_.from_text[size_t(id)];
+            }
+            if (usable) v_.pairs.insert(ids[0], ids[1], {rank, ids[2]});
+            ++rank;
+        }
+        return {};
+    }
+
+    const Gguf& file_;
+    std::string_view chat_template_;
+    Vocabulary& v_;
+};
+
+// ---- encoding -------------------------------------------------------------------------------
+
+// One text on its way to tokens.
+class TextEncoder {
+public:
+    TextEncoder(const Vocabulary& vocabulary, size_t text_bytes) : v_(vocabulary) {
+        if (v_.rules) cache_.resize(std::bit_ceil(std::clamp<size_t>(text_bytes / 16, 1, 4096)));
+        tokens.reserve(text_bytes / 4 + 4);
+    }
+    std::vector<Token> tokens;
+
+    // `request` says which bytes cannot belong to a template_only token.
+    Result<void> encode(std::string_view text, std::span<const ByteRange> request) {
+        return cut_out(v_.specials, text, request,
+                       [this](std::string_view run) { return encode_run(run); });
+    }
+
+private:
+    struct CachedWord {  // its tokens stand in `tokens`
+        char text[22];
+        uint8_t length = 0;
+        uint8_t count = 0;
+        uint32_t begin = 0;
+    };
+
+    // Appends the tokens of the spellings that the matcher finds; `encode_between` does the rest.
+    template <class Between>
+    Result<void> cut_out(const SpellingMatcher& matcher, std::string_view text,
+                         std::span<const ByteRange> request, const Between& encode_between) {
+        size_t begin = 0, range = 0;
+        for (size_t at = 0; at < text.size();) {
+            SpellingMatcher::Match match;
+            if (matcher.may_begin(text[at])) {
+                while (range < request.size() && request[range].end <= at) ++range;
+                match = matcher.longest(text, at, range < request.size() ? request[range].begin
+                                                                         : text.size());
+            }
+            if (match.length == 0) {
+                ++at;
+                continue;
+            }
+            if (auto result = encode_between(text.substr(begin, at - begin)); !result)
+                return result;
+            tokens.push_back(match.token);
+            begin = at += match.length;
+        }
+        return encode_between(text.substr(begin));
+    }
+
+    Result<void> encode_run(std::string_view text) {
+        if (text.empty()) return {};
+        if (!v_.rules) return encode_sentences(text);
+        // no character before U+0300 (lead byte CC) is changed by NFC unless one after it is there
+        const bool composed = !v_.rules->compose ||
+            std::none_of(text.begin(), text.end(), [](char c) { return uint8_t(c) >= 0xCC; });
+        return composed ? encode_words(text) : encode_words(nfc(text));
+    }
+
+    Result<void> encode_words(std::string_view text) {
+        for (size_t at = 0; at < text.size();) {
+            const size_t end = word_end(text, at, *v_.rules);
+            if (auto result = encode_word(text.substr(at, end - at)); !result) return result;
+            at = end;
+        }
+        return {};
+    }
+
+    Result<void> encode_word(std::string_view word) {
+        if (word.size() > sizeof CachedWord::text) return merge_word(word);
+        CachedWord& cached = cache_[size_t(hash_piece(word) >> 32) & (cache_.size() - 1)];
+        if (std::string_view(cached.text, cached.length) == word) {
+            for (uint32_t i = 0; i < cached.count; ++i)
+                tokens.push_back(Token(tokens[cached.begin + i]));
+            return {};
+        }
+        const size_t begin = tokens.size();
+        auto result = merge_word(word);
+        std::memcpy(cached.text, word.data(), word.size());
+        cached.length = uint8_t(word.size());
+        cached.begin = uint32_t(begin);
+        cached.count = uint8_t(tokens.size() - begin);
+        return result;
+    }
+
+    Result<void> merge_word(std::string_view word) {
+        if (v_.rules->whole_words && word.size() <= v_.longest) {
+            const Token token = v_.pieces.find(word);
+            if (token != no_token && v_.from_text[size_t(token)])
+                return tokens.push_back(token), Result<void>();
+        }
+        auto symbols = symbols_for(word.size());
+        if (!symbols) return symbols.error();
+        size_t count = 0;
+        for (char c : word) {  // a byte without a token is left out, as Hugging Face does
+            const Token token = v_.bytes[uint8_t(c)];
+            if (token != no_token) (*symbols)[count++].token = token;
+            else if (v_.unknown != no_token) (*symbols)[count++].token = v_.unknown;
+        }
+        auto pairs = [this](const MergeSymbol& left, const MergeSymbol& right) {
+            return v_.pairs.find(left.token, right.token);
+        };
+        MergeLoop(symbols->first(count), pairs).run();
+        for (size_t at = 0; count && at != no_symbol; at = (*symbols)[at].next)
+            tokens.push_back((*symbols)[at].token);
+        return {};
+    }
+
+    Result<std::span<MergeSymbol>> symbols_for(size_t count) {
+        if (count <= few_.size()) return std::span(few_).first(count);
+        if (count * sizeof(MergeSymbol) > many_.size()) {
+            auto buffer = Buffer::allocate(uint64_t(count) * sizeof(MergeSymbol), "tokenizer");
+            if (!buffer) return buffer.error();
+            many_ = std::move(*buffer);
+        }
+        return std::span(many_.as<MergeSymbol>(), count);
+    }
+
+    // SentencePiece: a space in front where the model wants it, then user-defined tokens are cut
+    // out, then the rest is merged.
+    Result<void> encode_sentences(std::string_view raw) {
+        const std::string text =
+            (v_.add_space_prefix ? " " : "") + with_spaces(raw);
+        return cut_out(v_.whole, text, {}, [this](std::string_view run) -> Result<void> {
+            after_unknown_ = false;
+            auto symbols = symbols_for(run.size());
+            if (!symbols) return symbols.error();
+            merge_sentence(run, *symbols, run.size());
+            return {};
+        });
+    }
+
+    // Merges `text` into pieces of at most `longest` bytes and appends them. `symbols` has room
+    // for every byte. Recursion: each level is shorter, from max_piece_bytes on.
+    void merge_sentence(std::string_view text, std::span<MergeSymbol> symbols, size_t longest) {
+        size_t count = 0;
+        for (size_t at = 0; at < text.size(); ++count) {
+            symbols[count] = {.begin = uint32_t(at)};
+            utf8_next(text, &at);
+            symbols[count].token = piece_made(text.substr(symbols[count].begin,
+                                                          at - symbols[count].begin));
+        }
+        symbols = symbols.first(count);
+        longest = std::min(longest, v_.longest);
+        auto end_of = [&](const MergeSymbol& symbol) {
+            return symbol.next == no_symbol ? text.size() : symbols[symbol.next].begin;
+        };
+        auto pairs = [&](const MergeSymbol& left, const MergeSymbol& right) -> Merge {
+            const size_t length = end_of(right) - left.begin;
+            if (length > longest) return {};
+            const Token token = piece_made(text.substr(left.begin, length));
+            return token == no_token ? Merge{} : Merge{v_.ranks[size_t(token)], token};
+        };
+        MergeLoop(symbols, pairs).run();
+        for (uint32_t at = 0; count && at != no_symbol; at = symbols[at].next)
+            add_piece(text.substr(symbols[at].begin, end_of(symbols[at]) - symbols[at].begin),
+                      symbols[at].token);
+    }
+
+    Token piece_made(std::string_view piece) const {
+        const Token token = v_.pieces.find(piece);
+        return token != no_token && v_.from_text[size_t(token)] ? token : no_token;
+    }
+
+    void add_piece(std::string_view piece, Token token) {
+        const bool unused = token != no_token && v_.kinds[size_t(token)] == TokenKind::unused;
+        size_t first = 0;
+        utf8_next(piece, &first);
+        if (unused && first < piece.size()) {  // only a step: back to what it was merged from
+            std::vector<MergeSymbol> symbols(piece.size());
+            return merge_sentence(piece, symbols, piece.size() - 1);
+        }
+        if (unused || token == no_token) return add_unknown(piece);
+        tokens.push_back(token);
+        after_unknown_ = false;
+    }
+
+    // A character that is no piece: its bytes, or one unknown token for all that follow each other.
+    void add_unknown(std::string_view bytes) {
+        for (char c : bytes) {
+            const Token byte = v_.bytes[uint8_t(c)];
+            if (byte != no_token) tokens.push_back(byte);
+            else if (v_.unknown != no_token && !after_unknown_) tokens.push_back(v_.unknown);
+            after_unknown_ = byte == no_token;
+        }
+    }
+
+    const Vocabulary& v_;
+    std::vector<CachedWord> cache_;
+    std::array<MergeSymbol, 64> few_;
+    Buffer many_;
+    bool after_unknown_ = false;
+};
+
+Result<void> check_ranges(size_t text_bytes, std::span<const ByteRange> ranges) {
+    size_t at = 0;
+    for (const ByteRange& range : ranges) {
+        if (range.begin < at || range.end < range.begin || range.end > text_bytes)
+            return make_error(ErrorKind::internal, "a prompt's byte ranges are out of order");
+        at = range.end;
+    }
+    return {};
+}
+
+}  // namespace
+}  // namespace detail
+
+// ---- Tokenizer ------------------------------------------------------------------------------
+
+Tokenizer::Tokenizer(std::shared_ptr<const detail::Vocabulary> vocabulary)
+    : vocabulary_(std::move(vocabulary)) {}
+
+Result<Tokenizer> Tokenizer::open(const Gguf& file, std::string_view chat_template) {
+    auto vocabulary = std::make_shared<detail::Vocabulary>();
+    if (auto result = detail::VocabularyReader(file, chat_template, *vocabulary).read(); !result)
+        return result.error();
+    return Tokenizer(std::move(vocabulary));
+}
+
+size_t Tokenizer::size() const { return vocabulary_->kinds.size(); }
+
+std::string_view Tokenizer::piece(Token token) const {
+    return size_t(token) < size() ? vocabulary_->pieces[size_t(token)] : std::string_view();
+}
+
+TokenKind Tokenizer::kind(Token token) const {
+    return size_t(token) < size() ? vocabulary_->kinds[size_t(token)] : TokenKind::unused;
+}
+
+bool Tokenizer::is_end(Token token) const {
+    return size_t(token) < size() && vocabulary_->ends[size_t(token)];
+}
+
+bool Tokenizer::add_bos() const { return vocabulary_->add_bos; }
+bool Tokenizer::add_eos() const { return vocabulary_->add_eos; }
+
+namespace detail {
+namespace {
+std::optional<Token> token_or_nothing(Token token) {
+    return token == no_token ? std::nullopt : std::optional<Token>(token);
+}
+}  // namespace
+}  // namespace detail
+
+std::optional<Token> Tokenizer::bos() const { return detail::token_or_nothing(vocabulary_->bos); }
+std::optional<Token> Tokenizer::eos() const { return detail::token_or_nothing(vocabulary_->eos); }
+
+std::optional<Token> Tokenizer::find(std::string_view piece) const {
+    return detail::token_or_nothing(vocabulary_->pieces.find(piece));
+}
+
+Result<std::vector<Token>> Tokenizer::encode(const MarkedText& text, bool add_bos) const {
+    return encode(text.text, text.from_request, add_bos);
+}
+
+Result<std::vector<Token>> Tokenizer::encode(std::string_view text, bool add_bos) const {
+    const ByteRange everything{0, text.size()};
+    return encode(text, {&everything, 1}, add_bos);
+}
+
+Result<std::vector<Token>> Tokenizer::encode(std::string_view text,
+                                             std::span<const ByteRange> request,
+                                             bool add_bos) const {
+    if (text.size() > max_text_bytes)
+        return detail::make_error(ErrorKind::too_large,
+                                  detail::format("a text of %zu bytes", text.size()));
+    if (auto result = detail::check_ranges(text.size(), request); !result) return result.error();
+    detail::TextEncoder encoder(*vocabulary_, text.size());
+    if (auto result = encoder.encode(text, request); !result) return result.error();
+    std::vector<Token>& tokens = encoder.tokens;
+    const auto bos = this->bos();
+    if (add_bos && bos && (tokens.empty() || tokens[0] != *bos))
+        tokens.insert(tokens.begin(), *bos);
+    return std::move(tokens);
+}
+
+// ---- Detokenizer ----------------------------------------------------------------------------
+
+Detokenizer::Detokenizer(const Tokenizer& tokenizer, bool at_start)
+    : vocabulary_(tokenizer.vocabulary_), at_start_(at_start) {}
+
+std::string_view Detokenizer::push(Token token) {
+    ready_.clear();
+    if (size_t(token) >= vocabulary_->kinds.size()) return ready_;
+    const TokenKind kind = vocabulary_->kinds[size_t(token)];
+    std::string_view piece = vocabulary_->pieces[size_t(token)];
+    if (kind == TokenKind::control || kind == TokenKind::unknown || piece.empty()) return ready_;
+    if (at_start_ && vocabulary_->add_space_prefix && piece[0] == ' ') piece.remove_prefix(1);
+    at_start_ = false;
+    held_ += piece;
+    take_ready(held_.size() - detail::utf8_incomplete_suffix(held_));
+    return ready_;
+}
+
+std::string_view Detokenizer::flush() {
+    take_ready(held_.size());
+    at_start_ = true;
+    return ready_;
+}
+
+void Detokenizer::take_ready(size_t count) {
+    ready_.assign(held_, 0, count);
+    held_.erase(0, count);
+    if (!detail::utf8_valid(ready_)) ready_ = detail::utf8_repair(ready_);
+}
+
+}  // namespace v1
+}  // namespace valar
+
+#endif  // VALAR_NO_INFERENCE
+
+// >>template
+// In this order: values, the program (a flat syntax tree), lexer, parser, renderer, the tables of
+// filters, tests, methods and functions, and last the way from a request to a prompt.
+
+#ifndef VALAR_NO_INFERENCE
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
+// ---- values ---------------------------------------------------------------------------------
+// Immutable and shared. A namespace is the only thing that changes, and lives in the renderer, so
+// values form no cycles. Containers know how deep they nest: recursion over them is bounded.
+
+enum class Kind : uint8_t {
+    undefined, none, boolean, integer, real, string, list, tuple, iterator, dict,
+    name_space, loop, macro, function,
+};
+
+struct Value {
+    Kind     kind    = Kind::undefined;
+    bool     request = false;  // it came from the request; of a string its marks say so, not this
+    uint16_t depth   = 0;      // of a container
+    union {
+        int64_t integer = 0;   // boolean, integer; undefined: its node; name_space: its index
+        double  real;
+    };
+    std::shared_ptr<void> object = {};
+};
+
+struct Entry {
+    Value key, value;
+};
+
+using Text = MarkedText;
+using List = std::vector<Value>;
+using Dict = std::vector<Entry>;  // few members, found one after another, in order of insertion
+
+const Text& text_in(const Value& v) { return *static_cast<const Text*>(v.object.get()); }
+const List& list_in(const Value& v) { return *static_cast<const List*>(v.object.get()); }
+const Dict& dict_in(const Value& v) { return *static_cast<const Dict*>(v.object.get()); }
+const std::string& chars(const Value& v) { return text_in(v).text; }
+
+bool is_list(const Value& v) { return v.kind == Kind::list || v.kind == Kind::tuple; }
+bool is_int(const Value& v) { return v.kind == Kind::integer || v.kind == Kind::boolean; }
+bool is_number(const Value& v) { return is_int(v) || v.kind == Kind::real; }
+bool is_string(const Value& v) { return v.kind == Kind::string; }
+bool is_absent(const Value& v) { return v.kind <= Kind::none; }  // as an optional argument
+double number_in(const Value& v) { return is_int(v) ? double(v.integer) : v.real; }
+
+Value make_kind(Kind kind, int64_t integer) {
+    Value v;
+    v.kind = kind;
+    v.integer = integer;
+    return v;
+}
+Value make_none() { return make_kind(Kind::none, 0); }
+Value make_bool(bool b) { return make_kind(Kind::boolean, b); }
+Value make_int(int64_t i) { return make_kind(Kind::integer, i); }
+Value make_real(double d) {
+    Value v;
+    v.kind = Kind::real;
+    v.real = d;
+    return v;
+}
+Value make_text(Text text) {
+    Value v;
+    v.kind = Kind::string;
+    v.object = std::make_shared<Text>(std::move(text));
+    return v;
+}
+Value make_text(std::string_view text) { return make_text(Text{std::string(text), {}}); }
+
+Value make_list(Kind kind, List items) {
+    Value v;
+    v.kind = kind;
+    for (const Value& item : items) v.depth = std::max(v.depth, item.depth);
+    ++v.depth;
+    v.object = std::make_shared<List>(std::move(items));
+    return v;
+}
+Value make_dict(Dict entries) {
+    Value v;
+    v.kind = Kind::dict;
+    for (const Entry& e : entries) v.depth = std::max({v.depth, e.key.depth, e.value.depth});
+    ++v.depth;
+    v.object = std::make_shared<Dict>(std::move(entries));
+    return v;
+}
+
+bool truth(const Value& v) {
+    switch (v.kind) {
+        case Kind::undefined:
+        case Kind::none: return false;
+        case Kind::boolean:
+        case Kind::integer: return v.integer != 0;
+        case Kind::real: return v.real != 0;
+        case Kind::string: return !chars(v).empty();
+        case Kind::list:
+        case Kind::tuple: return !list_in(v).empty();
+        case Kind::dict: return !dict_in(v).empty();
+        default: return true;  // as Python's generators
+    }
+}
+
+const char* kind_name(const Value& v) {
+    static const char* const names[] = {"Undefined", "None", "bool", "int", "float", "str", "list",
+        "tuple", "generator", "dict", "Namespace", "LoopContext", "Macro", "function"};
+    return names[size_t(v.kind)];
+}
+
+void add_mark(Text& out, size_t begin, size_t end) {
+    if (begin == end) return;
+    auto& marks = out.from_request;
+    if (!marks.empty() && marks.back().end == begin) marks.back().end = end;
+    else marks.push_back({begin, end});
+}
+
+/// Calls each(piece, from_request) for the stretches of one origin, in order.
+template <class Each>
+void each_run(const Text& t, Each each) {
+    const std::string_view all = t.text;
+    size_t at = 0;
+    for (const ByteRange& r : t.from_request) {
+        if (r.begin > at) each(all.substr(at, r.begin - at), false);
+        each(all.substr(r.begin, r.end - r.begin), true);
+        at = r.end;
+    }
+    if (at < all.size()) each(all.substr(at), false);
+}
+
+// ---- text without marks ---------------------------------------------------------------------
+// All text is valid UTF-8: the source is checked, JSON is, and strings are cut between code points.
+
+bool python_space(char32_t c) { return is_whitespace(c) || (c >= 0x1c && c <= 0x1f); }
+
+bool starts_code_point(char c) { return (uint8_t(c) & 0xc0) != 0x80; }
+
+/// The byte at which code point `index` begins; the size when there are fewer.
+size_t byte_of(std::string_view s, size_t index) {
+    size_t at = 0;
+    for (; at < s.size(); ++at)
+        if (starts_code_point(s[at]) && index-- == 0) break;
+    return at;
+}
+
+size_t count_code_points(std::string_view s) {
+    return size_t(std::count_if(s.begin(), s.end(), starts_code_point));
+}
+
+size_t previous_code_point(std::string_view s, size_t at) {
+    do --at;
+    while (at > 0 && !starts_code_point(s[at]));
+    return at;
+}
+
+/// What is left of s after stripping; `set` null: white space. Sides: 1 left, 2 right.
+ByteRange stripped(std::string_view s, const std::string* set, int sides) {
+    const auto drops = [&](char32_t c, std::string_view bytes) {
+        return set ? set->find(bytes) != std::string::npos : python_space(c);
+    };
+    ByteRange r{0, s.size()};
+    while ((sides & 1) && r.begin < r.end) {
+        size_t next = r.begin;
+        const char32_t c = utf8_next(s, &next);
+        if (!drops(c, s.substr(r.begin, next - r.begin))) break;
+        r.begin = next;
+    }
+    while ((sides & 2) && r.begin < r.end) {
+        const size_t before = previous_code_point(s, r.end);
+        size_t at = before;
+        const char32_t c = utf8_next(s, &at);
+        if (!drops(c, s.substr(before, r.end - before))) break;
+        r.end = before;
+    }
+    return r;
+}
+
+/// Where `needle` begins in `text` at or after `from`, or npos, in linear time: a request may bring
+/// both. (Knuth, Morris, Pratt 1977; the library's search is quadratic but fast for short needles.)
+size_t find_text(std::string_view text, std::string_view needle, size_t from = 0) {
+    if (needle.size() <= 32 || needle.size() > text.size()) return text.find(needle, from);
+    std::vector<uint32_t> border(needle.size() + 1, 0);  // of needle's first i bytes
+    for (uint32_t i = 1, k = 0; i < needle.size(); ++i) {
+        while (k > 0 && needle[i] != needle[k]) k = border[k];
+        if (needle[i] == needle[k]) ++k;
+        border[i + 1] = k;
+    }
+    uint32_t k = 0;
+    for (size_t i = from; i < text.size(); ++i) {
+        while (k > 0 && text[i] != needle[k]) k = border[k];
+        if (text[i] == needle[k] && ++k == needle.size()) return i + 1 - k;
+    }
+    return std::string_view::npos;
+}
+
+std::string number_text(const Value& v) {
+    if (is_int(v)) return std::to_string(v.integer);
+    if (std::isfinite(v.real)) return write_double(v.real);
+    return std::isnan(v.real) ? "nan" : v.real > 0 ? "inf" : "-inf";
+}
+
+// ---- program --------------------------------------------------------------------------------
+
+enum class Op : uint8_t {
+    // statements; children in comments, those in brackets may be node 0: nothing
+    body,         // statements
+    text,         // value: index into texts
+    print,        // expression
+    choice,       // condition, body, condition, body ..., [body of else]: an odd number of children
+    loop,         // target, iterable, [condition], body, [body of else]
+    set,          // target, expression
+    set_block,    // target, body, filters ...
+    macro,        // value: name; body, parameters (keyword) ...
+    filter_block, // body, filters ...
+    scope,        // body
+    break_loop, continue_loop,
+    // expressions
+    constant,     // value: index into constants
+    name,         // value: name
+    list, tuple,  // expressions
+    dict,         // key, value, key, value ...
+    conditional,  // condition, then, [else]
+    any, all,     // expressions: or, and
+    negation,     // expression: not
+    minus, plus,  // expression
+    comparison,   // expression, then equal ... not_in
+    chain,        // expression, then what follows here: applied from left to right
+    add, subtract, multiply, divide, floor_divide, modulo, power, concat,  // expression
+    attribute,    // value: name
+    item,         // expression
+    slice,        // [begin], [end], [step]
+    call,         // expressions and keywords
+    filter,       // value: name; expressions and keywords
+    test,         // value: name; expressions and keywords; flag: negated
+    equal, not_equal, less, less_equal, greater, greater_equal, in, not_in,  // expression
+    keyword,      // value: name; [expression]
+    field,        // a target: value: name of the attribute; name of the namespace
+};
+
+struct Node {
+    Op       op    = Op::body;
+    bool     flag  = false;
+    uint32_t line  = 0;
+    uint32_t value = 0;
+    uint32_t first = 0;  // of its children in links
+    uint32_t count = 0;
+};
+
+}  // namespace jinja
+
+struct TemplateProgram {
+    std::string                 source;
+    std::vector<jinja::Node>    nodes = {jinja::Node{}};
+    std::vector<uint32_t>       links;
+    std::vector<jinja::Value>   constants;
+    std::vector<std::string>    texts;  // outside of tags
+    std::vector<std::string>    names;
+    std::optional<uint32_t>     loop_name;  // of "loop", where the template uses it
+    uint32_t                    root = 0;
+
+    std::span<const uint32_t> children(const jinja::Node& node) const {
+        return std::span(links).subspan(node.first, node.count);
+    }
+};
+
+namespace jinja {
+
+Error template_error(ErrorKind kind, uint32_t line, std::string_view what) {
+    constexpr size_t limit = 1000;  // names in it may be of any length
+    what = what.substr(0, what.size() > limit ? utf8_valid_prefix(what.substr(0, limit)) : limit);
+    return make_error(kind, format("chat template, line %u: ", unsigned(line)) + std::string(what));
+}
+
+// ---- lexer ----------------------------------------------------------------------------------
+
+struct Lexeme {
+    enum class Type : uint8_t { text, begin_print, end_print, begin_tag, end_tag, name, string,
+                                integer, real, symbol, end };
+    Type             type = Type::end;
+    std::string_view text = {};
+    uint32_t         line = 1;
+};
+
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+bool is_name_char(char c) {
+    return is_digit(c) || c == '_' || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+           uint8_t(c) >= 0x80;
+}
+
+/// Cuts the source into text, tags and what stands in tags, and takes away the white space that
+/// `-`, trim_blocks and lstrip_blocks remove. Lexemes borrow from the source.
+class Lexer {
+public:
+    explicit Lexer(std::string_view source) : s_(source) {}
+    std::vector<Lexeme> run();
+    const std::optional<Error>& error() const { return error_; }
+
+private:
+    void advance(size_t to);
+    void push(Lexeme::Type type, size_t to);
+    void fail(const std::string& what) {
+        error_ = template_error(ErrorKind::bad_data, line_, what);
+    }
+    size_t next_opener() const;
+    void text_before(size_t opener, char sign, bool tag);
+    size_t closed_at(size_t at, char kind) const;
+    void comment();
+    size_t raw_tag(size_t at, std::string_view word) const;
+    void raw(size_t begin);
+    void inside(char kind);
+    void lexeme();
+    size_t number_end(bool* real) const;
+    bool bracket(char c);
+
+    std::string_view     s_;
+    size_t               at_ = 0;
+    uint32_t             line_ = 1;
+    bool                 line_start_ = true;  // what was cut off last ended with a line
+    std::string          open_ = {};          // the closers of brackets that are open
+    std::vector<Lexeme>  out_ = {};
+    std::optional<Error> error_ = {};
+};
+
+std::vector<Lexeme> Lexer::run() {
+    while (at_ < s_.size() && !error_) {
+        const size_t opener = next_opener();
+        if (opener == s_.size()) {
+            push(Lexeme::Type::text, opener);
+            break;
+        }
+        const char kind = s_[opener + 1];
+        const char next = opener + 2 < s_.size() ? s_[opener + 2] : '\0';
+        const char sign = next == '-' || next == '+' ? next : '\0';
+        text_before(opener, sign, kind != '{');
+        advance(opener + (sign ? 3 : 2));
+        const size_t raw_begin = kind == '%' ? raw_tag(at_, "raw") : std::string_view::npos;
+        if (kind == '#') comment();
+        else if (raw_begin != std::string_view::npos) raw(raw_begin);
+        else inside(kind);
+    }
+    out_.push_back({Lexeme::Type::end, {}, line_});
+    return std::move(out_);
+}
+
+void Lexer::advance(size_t to) {
+    line_ += uint32_t(std::count(s_.begin() + ptrdiff_t(at_), s_.begin() + ptrdiff_t(to), '\n'));
+    at_ = to;
+}
+
+void Lexer::push(Lexeme::Type type, size_t to) {
+    if (type != Lexeme::Type::text || to > at_)
+        out_.push_back({type, s_.substr(at_, to - at_), line_});
+    advance(to);
+}
+
+size_t Lexer::next_opener() const {
+    for (size_t i = at_; i + 1 < s_.size(); ++i)
+        if (s_[i] == '{' && (s_[i + 1] == '{' || s_[i + 1] == '%' || s_[i + 1] == '#')) return i;
+    return s_.size();
+}
+
+/// The text up to `opener`, without its end where a sign or, before a tag that stands first in its
+/// line, lstrip_blocks takes it away.
+void Lexer::text_before(size_t opener, char sign, bool tag) {
+    const std::string_view text = s_.substr(at_, opener - at_);
+    size_t keep = text.size();
+    if (sign == '-') keep = stripped(text, nullptr, 2).end;
+    else if (sign != '+' && tag) {
+        const size_t line = text.rfind('\n') + 1;  // 0 when there is none
+        const bool blank = stripped(text.substr(line), nullptr, 2).end == 0;
+        if ((line > 0 || line_start_) && blank) keep = line;
+    }
+    push(Lexeme::Type::text, at_ + keep);
+    advance(opener);
+}
+
+/// Behind the closer at `at`, and the white space it takes away; npos when none is there.
+size_t Lexer::closed_at(size_t at, char kind) const {
+    const char sign = s_[at] == '-' || (s_[at] == '+' && kind != '{') ? s_[at] : '\0';
+    const size_t closer = at + (sign ? 1 : 0);
+    if (closer + 1 >= s_.size() || s_[closer + 1] != '}') return std::string_view::npos;
+    if (s_[closer] != (kind == '{' ? '}' : kind)) return std::string_view::npos;
+    const size_t end = closer + 2;
+    if (sign == '-') return end + stripped(s_.substr(end), nullptr, 1).begin;
+    return end + (kind != '{' && !sign && end < s_.size() && s_[end] == '\n');
+}
+
+void Lexer::comment() {
+    size_t end = s_.find("#}", at_);
+    if (end == std::string_view::npos) return fail("a comment without end");
+    if (end > at_ && (s_[end - 1] == '-' || s_[end - 1] == '+')) --end;
+    advance(closed_at(end, '#'));
+    line_start_ = s_[at_ - 1] == '\n';
+}
+
+/// Behind "word %}" at `at`; npos when something else is there.
+size_t Lexer::raw_tag(size_t at, std::string_view word) const {
+    const auto skip = [&] { while (at < s_.size() && is_space(s_[at])) ++at; };
+    skip();
+    if (s_.substr(at, word.size()) != word) return std::string_view::npos;
+    at += word.size();
+    skip();
+    return at < s_.size() ? closed_at(at, '%') : std::string_view::npos;
+}
+
+/// {% raw %} ... {% endraw %}: text, whatever it looks like.
+void Lexer::raw(size_t begin) {
+    // The newline behind {% raw %} stays, unlike behind any other tag.
+    if (s_[begin - 1] == '\n' && s_.substr(begin - 3, 2) == "%}" && s_[begin - 4] != '-') --begin;
+    advance(begin);
+    line_start_ = false;
+    for (size_t i = begin; (i = s_.find("{%", i)) != std::string_view::npos; i += 2) {
+        const char sign =
+            i + 2 < s_.size() && (s_[i + 2] == '-' || s_[i + 2] == '+') ? s_[i + 2] : '\0';
+        const size_t end = raw_tag(i + (sign ? 3 : 2), "endraw");
+        if (end == std::string_view::npos) continue;
+        text_before(i, sign, true);
+        advance(end);
+        line_start_ = s_[at_ - 1] == '\n';
+        return;
+    }
+    fail("raw without endraw");
+}
+
+/// From behind an opener to behind its closer.
+void Lexer::inside(char kind) {
+    const bool print = kind == '{';
+    out_.push_back({print ? Lexeme::Type::begin_print : Lexeme::Type::begin_tag, {}, line_});
+    open_.clear();
+    while (!error_) {
+        size_t next = at_;
+        while (next < s_.size() && is_space(s_[next])) ++next;
+        advance(next);
+        if (at_ == s_.size()) return fail("a tag without end");
+        const size_t end = open_.empty() ? closed_at(at_, kind) : std::string_view::npos;
+        if (end == std::string_view::npos) {
+            lexeme();
+            continue;
+        }
+        out_.push_back({print ? Lexeme::Type::end_print : Lexeme::Type::end_tag, {}, line_});
+        advance(end);
+        line_start_ = s_[at_ - 1] == '\n';
+        return;
+    }
+}
+
+/// The end of the number at at_: an integer of any base, or digits with a fraction or an exponent.
+size_t Lexer::number_end(bool* real) const {
+    const auto digits = [&](size_t i) {
+        while (i < s_.size() && (is_digit(s_[i]) || s_[i] == '_')) ++i;
+        return i;
+    };
+    const auto digit_at = [&](size_t i) { return i < s_.size() && is_digit(s_[i]); };
+    if (s_[at_] == '0' && at_ + 1 < s_.size() && std::strchr("xXoObB", s_[at_ + 1])) {
+        size_t i = at_ + 2;
+        while (i < s_.size() && is_name_char(s_[i])) ++i;
+        return i;
+    }
+    size_t end = digits(at_);
+    if (at_ > 0 && s_[at_ - 1] == '.') return end;  // the 0 of list.0.name
+    if (end < s_.size() && s_[end] == '.' && digit_at(end + 1)) *real = true, end = digits(end + 1);
+    if (end < s_.size() && (s_[end] == 'e' || s_[end] == 'E')) {
+        const size_t sign = end + 1 < s_.size() && (s_[end + 1] == '+' || s_[end + 1] == '-');
+        if (digit_at(end + 1 + sign)) *real = true, end = digits(end + 1 + sign);
+    }
+    return end;
+}
+
+/// Keeps track of brackets: inside of them }} and %} do not end a tag.
+bool Lexer::bracket(char c) {
+    if (c == '(' || c == '[' || c == '{') open_ += c == '(' ? ')' : c == '[' ? ']' : '}';
+    if (c != ')' && c != ']' && c != '}') return true;
+    if (open_.empty() || open_.back() != c) return false;
+    open_.pop_back();
+    return true;
+}
+
+void Lexer::lexeme() {
+    const char c = s_[at_];
+    if (is_digit(c)) {
+        bool real = false;
+        const size_t end = number_end(&real);
+        return push(real ? Lexeme::Type::real : Lexeme::Type::integer, end);
+    }
+    if (is_name_char(c)) {
+        size_t end = at_;
+        while (end < s_.size() && is_name_char(s_[end])) ++end;
+        return push(Lexeme::Type::name, end);
+    }
+    if (c == '"' || c == '\'') {
+        size_t end = at_ + 1;
+        while (end < s_.size() && s_[end] != c) end += s_[end] == '\\' ? 2 : 1;
+        if (end >= s_.size()) return fail("a string without end");
+        return push(Lexeme::Type::string, end + 1);
+    }
+    static const char* const pairs[] = {"//", "**", "==", "!=", ">=", "<="};
+    for (const char* pair : pairs)
+        if (s_.substr(at_, 2) == pair) return push(Lexeme::Type::symbol, at_ + 2);
+    if (c == '\0' || !std::strchr("+-/*%~[](){}><=.:|,;", c) || !bracket(c))
+        return fail(format("unexpected character \"%c\"", c >= ' ' && c < 127 ? c : '?'));
+    push(Lexeme::Type::symbol, at_ + 1);
+}
+
+// ---- parser ---------------------------------------------------------------------------------
+// Recursive descent in Jinja's own order of precedence. What chains from left to right becomes one
+// node with many children, so that the tree is as deep as the source nests, no deeper. After the
+// first error the parser stands at the end of the lexemes, where all loops end.
+
+class Parser {
+public:
+    explicit Parser(TemplateProgram& program, std::vector<Lexeme> lexemes)
+        : p_(program), lexemes_(std::move(lexemes)) {}
+    Result<void> run() {
+        p_.root = body({});
+        if (const auto loop = name_ids_.find("loop"); loop != name_ids_.end())
+            p_.loop_name = loop->second;
+        if (error_) return *error_;
+        return {};
+    }
+
+private:
+    using Type = Lexeme::Type;
+    using Ids = std::vector<uint32_t>;
+    struct Statement {
+        const char* name;
+        uint32_t (Parser::*parse)(uint32_t line);
+    };
+    static const Statement statements[];
+
+    /// One level of nesting of the source.
+    struct Nested {
+        explicit Nested(Parser& parser) : parser_(parser) {
+            if (++parser_.depth_ > ChatTemplate::max_nesting) parser_.fail("nested too deep");
+        }
+        ~Nested() { --parser_.depth_; }
+        Nested(const Nested&) = delete;
+        Parser& parser_;
+    };
+
+    const Lexeme& now() const { return lexemes_[at_]; }
+    const Lexeme& peek() const { return lexemes_[std::min(at_ + 1, lexemes_.size() - 1)]; }
+    Lexeme next();
+    uint32_t fail(const std::string& what);
+    bool is(Type type, std::string_view text) const {
+        return now().type == type && now().text == text;
+    }
+    bool is(const char* symbol) const { return is(Type::symbol, symbol); }
+    bool is_word(const char* word) const { return is(Type::name, word); }
+    bool take(const char* symbol);
+    bool take_word(const char* word);
+    void expect(const char* symbol);
+    void expect_word(const char* word);
+    void expect(Type type, const char* what);
+    uint32_t node(Op op, uint32_t line, uint32_t value, const Ids& children, bool flag = false);
+    uint32_t name_id(std::string_view name);
+    uint32_t expect_name();
+    uint32_t constant(Value value, uint32_t line);
+
+    uint32_t body(std::initializer_list<const char*> ends);
+    uint32_t statement();
+    uint32_t end_block(std::initializer_list<const char*> ends);
+    uint32_t if_statement(uint32_t line);
+    uint32_t for_statement(uint32_t line);
+    uint32_t set_statement(uint32_t line);
+    uint32_t macro_statement(uint32_t line);
+    uint32_t filter_statement(uint32_t line);
+    uint32_t with_statement(uint32_t line);
+    uint32_t generation_statement(uint32_t line);
+    uint32_t break_statement(uint32_t line);
+    uint32_t continue_statement(uint32_t line);
+    uint32_t target(bool fields);
+    uint32_t single_target(bool fields);
+
+    uint32_t expression(bool conditionals = true);
+    uint32_t tuple(bool conditionals, bool parenthesised = false);
+    uint32_t logic(Op op);
+    uint32_t negation();
+    uint32_t comparison();
+    uint32_t arithmetic(size_t level);
+    uint32_t unary(bool filters);
+    uint32_t primary();
+    uint32_t word();
+    uint32_t string();
+    uint32_t number();
+    uint32_t list();
+    uint32_t dict();
+    bool postfix(Ids& chain);
+    bool filter_or_test(Ids& chain);
+    uint32_t subscript();
+    uint32_t test();
+    Ids arguments();
+    Ids filters();
+    uint32_t chained(uint32_t line, const Ids& chain);
+
+    TemplateProgram&                          p_;
+    std::vector<Lexeme>                       lexemes_;
+    std::unordered_map<std::string, uint32_t> name_ids_ = {};
+    size_t                                    at_ = 0;
+    uint32_t                                  depth_ = 0;
+    uint32_t                                  loops_ = 0;  // around this place
+    std::optional<Error>                      error_ = {};
+};
+
+Lexeme Parser::next() {
+    const Lexeme lexeme = now();
+    if (at_ + 1 < lexemes_.size()) ++at_;
+    return lexeme;
+}
+
+uint32_t Parser::fail(const std::string& what) {
+    if (!error_) error_ = template_error(ErrorKind::bad_data, now().line, what);
+    at_ = lexemes_.size() - 1;
+    return 0;
+}
+
+bool Parser::take(const char* symbol) { return is(symbol) && (next(), true); }
+bool Parser::take_word(const char* word) { return is_word(word) && (next(), true); }
+
+void Parser::expect(const char* symbol) {
+    if (!take(symbol)) fail("expected \"" + std::string(symbol) + "\"");
+}
+void Parser::expect_word(const char* word) {
+    if (!take_word(word)) fail("expected \"" + std::string(word) + "\"");
+}
+void Parser::expect(Type type, const char* what) {
+    if (now().type == type) next();
+    else fail("expected " + std::string(what));
+}
+
+uint32_t Parser::node(Op op, uint32_t line, uint32_t value, const Ids& children, bool flag) {
+    const uint32_t first = uint32_t(p_.links.size());
+    p_.links.insert(p_.links.end(), children.begin(), children.end());
+    p_.nodes.push_back({op, flag, line, value, first, uint32_t(children.size())});
+    return uint32_t(p_.nodes.size() - 1);
+}
+
+uint32_t Parser::name_id(std::string_view name) {
+    const auto [place, fresh] = name_ids_.try_emplace(std::string(name), uint32_t(p_.names.size()));
+    if (fresh) p_.names.emplace_back(name);
+    return place->second;
+}
+
+uint32_t Parser::expect_name() {
+    if (now().type != Type::name) return fail("expected a name");
+    return name_id(next().text);
+}
+
+uint32_t Parser::constant(Value value, uint32_t line) {
+    p_.constants.push_back(std::move(value));
+    return node(Op::constant, line, uint32_t(p_.constants.size() - 1), {});
+}
+
+// statements
+
+const Parser::Statement Parser::statements[] = {
+    {"if", &Parser::if_statement},
+    {"for", &Parser::for_statement},
+    {"set", &Parser::set_statement},
+    {"macro", &Parser::macro_statement},
+    {"filter", &Parser::filter_statement},
+    {"with", &Parser::with_statement},
+    {"generation", &Parser::generation_statement},
+    {"break", &Parser::break_statement},
+    {"continue", &Parser::continue_statement},
+};
+
+/// Statements up to the tag that begins with one of `ends`, and stops at that word; with no ends,
+/// up to the end of the source.
+uint32_t Parser::body(std::initializer_list<const char*> ends) {
+    const Nested nested(*this);
+    const uint32_t line = now().line;
+    Ids children;
+    while (now().type != Type::end) {
+        const Lexeme lexeme = next();
+        if (lexeme.type == Type::text) {
+            p_.texts.emplace_back(lexeme.text);
+            children.push_back(node(Op::text, lexeme.line, uint32_t(p_.texts.size() - 1), {}));
+        } else if (lexeme.type == Type::begin_print) {
+            const uint32_t value = tuple(true);
+            children.push_back(node(Op::print, lexeme.line, 0, {value}));
+            expect(Type::end_print, "\"}}\"");
+        } else {
+            for (const char* end : ends)
+                if (is_word(end)) return node(Op::body, line, 0, children);
+            children.push_back(statement());
+        }
+    }
+    if (ends.size() > 0)
+        return fail("expected \"" + std::string(*(ends.end() - 1)) + "\" before the end");
+    return node(Op::body, line, 0, children);
+}
+
+uint32_t Parser::statement() {
+    if (now().type != Type::name) return fail("expected the name of a statement");
+    for (const Statement& s : statements) {
+        if (!is_word(s.name)) continue;
+        const uint32_t line = next().line;
+        const uint32_t made = (this->*s.parse)(line);
+        expect(Type::end_tag, "\"%}\"");
+        return made;
+    }
+    return fail("unknown statement \"" + std::string(now().text) + "\"");
+}
+
+/// "%} statements {% end", behind the end's name.
+uint32_t Parser::end_block(std::initializer_list<const char*> ends) {
+    expect(Type::end_tag, "\"%}\"");
+    const uint32_t made = body(ends);
+    next();
+    return made;
+}
+
+uint32_t Parser::if_statement(uint32_t line) {
+    Ids children;
+    for (;;) {
+        children.push_back(tuple(false));
+        expect(Type::end_tag, "\"%}\"");
+        children.push_back(body({"elif", "else", "endif"}));
+        if (!take_word("elif")) break;
+    }
+    children.push_back(take_word("else") ? end_block({"endif"}) : (next(), 0u));
+    return node(Op::choice, line, 0, children);
+}
+
+uint32_t Parser::for_statement(uint32_t line) {
+    const uint32_t what = target(false);
+    expect_word("in");
+    const uint32_t iterable = tuple(false);
+    const uint32_t condition = take_word("if") ? expression() : 0;
+    if (is_word("recursive")) return fail("recursive loops are not supported");
+    expect(Type::end_tag, "\"%}\"");
+    ++loops_;
+    const uint32_t inner = body({"else", "endfor"});
+    --loops_;
+    const uint32_t otherwise = take_word("else") ? end_block({"endfor"}) : (next(), 0u);
+    return node(Op::loop, line, 0, {what, iterable, condition, inner, otherwise});
+}
+
+uint32_t Parser::set_statement(uint32_t line) {
+    const uint32_t what = target(true);
+    if (take("=")) return node(Op::set, line, 0, {what, tuple(true)});
+    Ids children = {what, 0};
+    const Ids pipes = filters();
+    children.insert(children.end(), pipes.begin(), pipes.end());
+    children[1] = end_block({"endset"});
+    return node(Op::set_block, line, 0, children);
+}
+
+uint32_t Parser::macro_statement(uint32_t line) {
+    const uint32_t name = expect_name();
+    Ids children = {0};
+    expect("(");
+    while (!take(")") && now().type != Type::end) {
+        if (children.size() > 1) expect(",");
+        const uint32_t at = now().line, parameter = expect_name();
+        children.push_back(node(Op::keyword, at, parameter, {take("=") ? expression() : 0}));
+    }
+    const uint32_t loops = std::exchange(loops_, 0);
+    children[0] = end_block({"endmacro"});
+    loops_ = loops;
+    return node(Op::macro, line, name, children);
+}
+
+uint32_t Parser::filter_statement(uint32_t line) {
+    const uint32_t first_line = now().line, name = expect_name();
+    Ids children = {0, node(Op::filter, first_line, name, arguments())};
+    const Ids pipes = filters();
+    children.insert(children.end(), pipes.begin(), pipes.end());
+    children[0] = end_block({"endfilter"});
+    return node(Op::filter_block, line, 0, children);
+}
+
+/// {% with a = 1, b = 2 %}: a scope that begins with assignments.
+uint32_t Parser::with_statement(uint32_t line) {
+    Ids children;
+    while (now().type == Type::name) {
+        const uint32_t at = now().line, what = single_target(false);
+        expect("=");
+        children.push_back(node(Op::set, at, 0, {what, expression()}));
+        if (!take(",")) break;
+    }
+    children.push_back(end_block({"endwith"}));
+    return node(Op::scope, line, 0, {node(Op::body, line, 0, children)});
+}
+
+/// Marks what the assistant says, for training; here it only bounds the life of variables.
+uint32_t Parser::generation_statement(uint32_t line) {
+    return node(Op::scope, line, 0, {end_block({"endgeneration"})});
+}
+
+uint32_t Parser::break_statement(uint32_t line) {
+    if (loops_ == 0) return fail("break outside of a loop");
+    return node(Op::break_loop, line, 0, {});
+}
+
+uint32_t Parser::continue_statement(uint32_t line) {
+    if (loops_ == 0) return fail("continue outside of a loop");
+    return node(Op::continue_loop, line, 0, {});
+}
+
+/// What is assigned to: a name, names for the items of a list, a field of a namespace.
+uint32_t Parser::target(bool fields) {
+    const uint32_t line = now().line;
+    Ids items = {single_target(fields)};
+    if (!is(",")) return items[0];
+    while (take(","))
+        if (now().type == Type::name || is("(")) {
+            if (is_word("in")) break;
+            items.push_back(single_target(fields));
+        }
+    return node(Op::tuple, line, 0, items);
+}
+
+uint32_t Parser::single_target(bool fields) {
+    const Nested nested(*this);
+    const uint32_t line = now().line;
+    if (take("(")) {
+        const uint32_t inner = target(fields);
+        expect(")");
+        return inner;
+    }
+    static const char* const reserved[] = {"true", "false", "none", "True", "False", "None"};
+    for (const char* w : reserved)
+        if (is_word(w)) return fail("cannot assign to " + std::string(w));
+    const uint32_t name = node(Op::name, line, expect_name(), {});
+    return fields && take(".") ? node(Op::field, line, expect_name(), {name}) : name;
+}
+
+// expressions
+
+/// "then if condition else otherwise", or what it is made of.
+uint32_t Parser::expression(bool conditionals) {
+    const Nested nested(*this);
+    const uint32_t line = now().line;
+    uint32_t made = logic(Op::any);
+    while (conditionals && take_word("if")) {
+        const uint32_t condition = logic(Op::any);
+        const uint32_t otherwise = take_word("else") ? expression() : 0;
+        made = node(Op::conditional, line, 0, {condition, made, otherwise});
+    }
+    return made;
+}
+
+/// Expressions with commas between them; a single one without comma is itself.
+uint32_t Parser::tuple(bool conditionals, bool parenthesised) {
+    const uint32_t line = now().line;
+    Ids items;
+    bool comma = false;
+    do {
+        if (now().type == Type::end_print || now().type == Type::end_tag || is(")")) break;
+        items.push_back(expression(conditionals));
+    } while (take(",") && (comma = true));
+    if (comma || (items.empty() && parenthesised)) return node(Op::tuple, line, 0, items);
+    return items.empty() ? fail("expected an expression") : items[0];
+}
+
+uint32_t Parser::logic(Op op) {
+    const uint32_t line = now().line;
+    const auto operand = [&] { return op == Op::any ? logic(Op::all) : negation(); };
+    Ids items = {operand()};
+    while (take_word(op == Op::any ? "or" : "and")) items.push_back(operand());
+    return items.size() == 1 ? items[0] : node(op, line, 0, items);
+}
+
+uint32_t Parser::negation() {
+    const uint32_t line = now().line;
+    if (!take_word("not")) return comparison();
+    const Nested nested(*this);
+    return node(Op::negation, line, 0, {negation()});
+}
+
+uint32_t Parser::comparison() {
+    static const struct {
+        const char* symbol;
+        Op          op;
+    } operators[] = {{"==", Op::equal}, {"!=", Op::not_equal}, {"<", Op::less},
+                     {"<=", Op::less_equal}, {">", Op::greater}, {">=", Op::greater_equal}};
+    const uint32_t begin = now().line;
+    Ids items = {arithmetic(0)};
+    for (;;) {
+        const uint32_t line = now().line;
+        Op op = Op::body;
+        for (const auto& o : operators)
+            if (take(o.symbol)) op = o.op;
+        if (op == Op::body && take_word("in")) op = Op::in;
+        if (op == Op::body && is_word("not") && peek().type == Type::name && peek().text == "in")
+            next(), next(), op = Op::not_in;
+        if (op == Op::body) break;
+        items.push_back(node(op, line, 0, {arithmetic(0)}));
+    }
+    return items.size() == 1 ? items[0] : node(Op::comparison, begin, 0, items);
+}
+
+uint32_t Parser::arithmetic(size_t level) {
+    static const struct {
+        const char* symbol;
+        size_t      level;
+        Op          op;
+    } operators[] = {{"+", 0, Op::add}, {"-", 0, Op::subtract}, {"~", 1, Op::concat},
+                     {"*", 2, Op::multiply}, {"//", 2, Op::floor_divide}, {"/", 2, Op::divide},
+                     {"%", 2, Op::modulo}, {"**", 3, Op::power}};
+    if (level == 4) return unary(true);
+    const uint32_t begin = now().line;
+    Ids chain = {arithmetic(level + 1)};
+    for (bool found = true; found;) {
+        found = false;
+        for (const auto& o : operators) {
+            const uint32_t line = now().line;
+            if (o.level != level || !take(o.symbol)) continue;
+            chain.push_back(node(o.op, line, 0, {arithmetic(level + 1)}));
+            found = true;
+        }
+    }
+    return chained(begin, chain);
+}
+
+uint32_t Parser::chained(uint32_t line, const Ids& chain) {
+    return chain.size() == 1 ? chain[0] : node(Op::chain, line, 0, chain);
+}
+
+uint32_t Parser::unary(bool with_filters) {
+    const uint32_t line = now().line;
+    const bool minus = is("-");
+    Ids chain;
+    if (minus || is("+")) {
+        const Nested nested(*this);
+        next();
+        chain = {node(minus ? Op::minus : Op::plus, line, 0, {unary(false)})};
+    } else {
+        chain = {primary()};
+    }
+    while (postfix(chain)) {}
+    while (with_filters && filter_or_test(chain)) {}
+    return chained(line, chain);
+}
+
+uint32_t Parser::primary() {
+    switch (now().type) {
+        case Type::name: return word();
+        case Type::string: return string();
+        case Type::integer:
+        case Type::real: return number();
+        default: break;
+    }
+    if (is("[")) return list();
+    if (is("{")) return dict();
+    if (!take("(")) return fail("expected an expression");
+    const uint32_t made = tuple(true, true);
+    expect(")");
+    return made;
+}
+
+uint32_t Parser::word() {
+    static const struct {
+        const char* word;
+        Kind        kind;
+        int64_t     value;
+    } constants[] = {{"true", Kind::boolean, 1}, {"True", Kind::boolean, 1},
+                     {"false", Kind::boolean, 0}, {"False", Kind::boolean, 0},
+                     {"none", Kind::none, 0}, {"None", Kind::none, 0}};
+    const Lexeme lexeme = next();
+    for (const auto& c : constants)
+        if (lexeme.text == c.word) return constant(make_kind(c.kind, c.value), lexeme.line);
+    return node(Op::name, lexeme.line, name_id(lexeme.text), {});
+}
+
+/// Appends the escape behind the backslash at s[at - 1]; gives the place behind it, 0 when it is
+/// malformed. As in Python, an unknown escape stands for itself.
+size_t unescape(std::string_view s, size_t at, std::string& out) {
+    static const char plain[] = "n\nt\tr\r\\\\'\'\"\"a\ab\bf\fv\v";
+    const char c = s[at];
+    for (size_t i = 0; plain[i]; i += 2)
+        if (plain[i] == c) return out += plain[i + 1], at + 1;
+    if (c == '\n') return at + 1;
+    const bool octal = c >= '0' && c <= '7';
+    const size_t digits = octal ? 3 : c == 'x' ? 2 : c == 'u' ? 4 : c == 'U' ? 8 : 0;
+    if (digits == 0) return out += '\\', at;
+    uint32_t code = 0;
+    size_t i = octal ? at : at + 1, end = std::min(i + digits, s.size());
+    for (; i < end; ++i) {
+        const char d = s[i];
+        const int digit = is_digit(d) ? d - '0' : d >= 'a' && d <= 'f' ? d - 'a' + 10
+                        : d >= 'A' && d <= 'F' ? d - 'A' + 10 : 16;
+        if (digit >= (octal ? 8 : 16)) break;
+        code = code * (octal ? 8 : 16) + uint32_t(digit);
+    }
+    if ((!octal && i != at + 1 + digits) || code > 0x10ffff) return 0;
+    utf8_append(out, char32_t(code));
+    return i;
+}
+
+/// A string literal, or several in a row, which are one.
+uint32_t Parser::string() {
+    const uint32_t line = now().line;
+    std::string out;
+    while (now().type == Type::string) {
+        const std::string_view s = now().text.substr(1, now().text.size() - 2);
+        for (size_t i = 0; i < s.size();) {
+            if (s[i] != '\\') out += s[i++];
+            else if (i = unescape(s, i + 1, out); i == 0) return fail("a malformed escape");
+        }
+        next();
+    }
+    return constant(make_text(Text{std::move(out), {}}), line);
+}
+
+uint32_t Parser::number() {
+    const Lexeme lexeme = next();
+    std::string digits;
+    for (char c : lexeme.text)
+        if (c != '_') digits += c;
+    if (lexeme.type == Type::real) {
+        const auto real = parse_double(digits);
+        return real ? constant(make_real(*real), lexeme.line) : fail("a malformed number");
+    }
+    const char mark = digits.size() > 1 && digits[0] == '0' ? char(digits[1] | 32) : '\0';
+    const int base = mark == 'x' ? 16 : mark == 'o' ? 8 : mark == 'b' ? 2 : 10;
+    const char* begin = digits.c_str() + (base == 10 ? 0 : 2);
+    char* end = nullptr;
+    errno = 0;
+    const long long value = std::strtoll(begin, &end, base);
+    if (errno != 0 || *end != '\0' || end == begin) return fail("a malformed or too large number");
+    return constant(make_int(value), lexeme.line);
+}
+
+uint32_t Parser::list() {
+    const uint32_t line = next().line;
+    Ids items;
+    while (!take("]") && now().type != Type::end) {
+        if (!items.empty()) expect(",");
+        if (take("]")) break;
+        items.push_back(expression());
+    }
+    return node(Op::list, line, 0, items);
+}
+
+uint32_t Parser::dict() {
+    const uint32_t line = next().line;
+    Ids items;
+    while (!take("}") && now().type != Type::end) {
+        if (!items.empty()) expect(",");
+        if (take("}")) break;
+        items.push_back(expression());
+        expect(":");
+        items.push_back(expression());
+    }
+    return node(Op::dict, line, 0, items);
+}
+
+bool Parser::postfix(Ids& chain) {
+    const uint32_t line = now().line;
+    if (take(".")) {
+        if (now().type == Type::integer) chain.push_back(node(Op::item, line, 0, {number()}));
+        else chain.push_back(node(Op::attribute, line, expect_name(), {}));
+    } else if (is("[")) {
+        chain.push_back(subscript());
+    } else if (is("(")) {
+        chain.push_back(node(Op::call, line, 0, arguments()));
+    } else {
+        return false;
+    }
+    return true;
+}
+
+bool Parser::filter_or_test(Ids& chain) {
+    const uint32_t line = now().line;
+    if (is("|")) {
+        const Ids pipes = filters();
+        chain.insert(chain.end(), pipes.begin(), pipes.end());
+    } else if (take_word("is")) {
+        chain.push_back(test());
+    } else if (is("(")) {
+        chain.push_back(node(Op::call, line, 0, arguments()));
+    } else {
+        return false;
+    }
+    return true;
+}
+
+uint32_t Parser::subscript() {
+    const Nested nested(*this);
+    const uint32_t line = next().line;
+    uint32_t parts[3] = {};
+    size_t count = 0;
+    bool slice = false;
+    for (; count < 3; ++count) {
+        if (!is(":") && !is("]")) parts[count] = expression();
+        if (!take(":")) break;
+        slice = true;
+    }
+    expect("]");
+    if (slice) return node(Op::slice, line, 0, {parts[0], parts[1], parts[2]});
+    return parts[0] ? node(Op::item, line, 0, {parts[0]}) : fail("expected an index");
+}
+
+Parser::Ids Parser::filters() {
+    Ids made;
+    while (take("|")) {
+        const uint32_t line = now().line, name = expect_name();
+        made.push_back(node(Op::filter, line, name, arguments()));
+    }
+    return made;
+}
+
+/// Behind "is". One argument may stand without parentheses: `x is divisibleby 3`.
+uint32_t Parser::test() {
+    const uint32_t line = now().line;
+    const bool negated = take_word("not");
+    const uint32_t name = expect_name();
+    Ids values;
+    if (is("(")) values = arguments();
+    else if (now().type == Type::string || now().type == Type::integer ||
+             now().type == Type::real || is("[") || is("{") ||
+             (now().type == Type::name && !is_word("else") && !is_word("or") && !is_word("and"))) {
+        if (is_word("is")) return fail("a test of a test");
+        Ids chain = {primary()};
+        while (postfix(chain)) {}
+        values = {chained(line, chain)};
+    }
+    return node(Op::test, line, name, values, negated);
+}
+
+/// "(a, b, name = c)", or nothing at all.
+Parser::Ids Parser::arguments() {
+    Ids made;
+    if (!take("(")) return made;
+    bool keywords = false;
+    while (!take(")") && now().type != Type::end) {
+        if (!made.empty()) expect(",");
+        if (take(")")) break;
+        const uint32_t line = now().line;
+        const bool keyword =
+            now().type == Type::name && peek().type == Type::symbol && peek().text == "=";
+        if (is("*") || is("**")) fail("arguments from a list or dict are not supported");
+        if (keywords && !keyword) fail("an argument without name behind one with a name");
+        keywords = keyword;
+        const uint32_t name = keyword ? expect_name() : 0;
+        if (keyword) next();
+        const uint32_t value = expression();
+        made.push_back(keyword ? node(Op::keyword, line, name, {value}) : value);
+    }
+    return made;
+}
+
+// ---- renderer -------------------------------------------------------------------------------
+
+enum class Flow : uint8_t { next, break_loop, continue_loop };
+
+struct Arguments {
+    List                                            values = {};
+    std::vector<std::pair<std::string_view, Value>> named  = {};
+};
+
+class Renderer;
+using Function = Value (*)(Renderer& r, const Value& self, Arguments& args);
+
+/// A filter, test, method or global function. `parameters`: names with a space between them, `?`
+/// behind the optional ones; `args.values` then has one value for each, undefined where none was
+/// given. Null: it takes its arguments as they come.
+struct Builtin {
+    const char* name;
+    const char* parameters;
+    Function    function;
+};
+
+const Builtin* find_filter(std::string_view name);
+const Builtin* find_test(std::string_view name);
+const Builtin* find_method(const Value& self, std::string_view name);
+const Builtin* find_global(std::string_view name);
+
+struct Bound {  // a function value: a method with what it belongs to, or a global function
+    Value          self;
+    const Builtin* builtin;
+};
+
+struct Loop {  // what `loop` is
+    Value  items;
+    size_t at;
+};
+
+struct Macro {
+    uint32_t node;
+    uint32_t frame;   // where it was defined
+    uint64_t serial;  // of that frame
+};
+
+/// How values are written: as Python's repr, or as json.dumps.
+struct WriteStyle {
+    bool        json   = false;
+    bool        ascii  = false;
+    bool        sorted = false;
+    std::string indent = {};
+    bool        lines  = false;  // one item a line
+    std::string comma  = ", ";
+    std::string colon  = ": ";
+};
+
+/// One rendering. What fails sets the error, gives undefined, and stops everything else.
+class Renderer {
+public:
+    Renderer(const TemplateProgram& program, int64_t now) : now_s(now), p_(program) {}
+    Result<Text> run(const TemplateInput& input);
+
+    const int64_t now_s;
+
+    Value fail(std::string_view what);
+    Value raise(std::string_view words);  // the template's own refusal
+    bool failed() const { return error_.has_value(); }
+    bool charge(uint64_t steps) { return charge_bytes(steps * ChatTemplate::bytes_per_step); }
+    bool charge_bytes(uint64_t bytes);
+
+    bool append(Text& out, std::string_view piece, bool request);
+    bool append(Text& out, const Text& from, ByteRange range);
+    bool append(Text& out, const Text& from) { return append(out, from, {0, from.text.size()}); }
+    void print(Text& out, const Value& v);                        // Python's str()
+    void write(Text& out, const Value& v, const WriteStyle& style, size_t level, bool request);
+    Value to_string(const Value& v);
+    Value piece(const Value& string, ByteRange range);            // of a string
+    Value list(Kind kind, List items);
+    Value dict(Dict entries);
+    Value items_of(const Value& v);                               // as a list, for iteration
+    bool want(const Value& v, Kind kind);
+    std::string what(const Value& v) const;                       // for messages
+
+    bool equal(const Value& a, const Value& b);
+    bool less(const Value& a, const Value& b);
+    bool contains(const Value& container, const Value& v);
+    bool compare(Op op, const Value& a, const Value& b);
+    Value binary(Op op, Value a, const Value& b);
+    Value attribute(const Value& v, std::string_view name, uint32_t node = 0);
+    Value subscript(const Value& v, const Value& key, uint32_t node = 0);
+    Value path(const Value& v, const Value& dotted);              // filters' attribute = "a.b"
+    Value slice(const Value& v, const Value& begin, const Value& end, const Value& step);
+    Value call(const Builtin& builtin, const Value& self, Arguments& args);
+    Value name_space(Dict fields);
+
+private:
+    struct Frame {
+        uint32_t                                parent;
+        uint64_t                                serial;
+        std::vector<std::pair<uint32_t, Value>> bindings;
+    };
+    /// One level of evaluation: bounds the machine's stack.
+    struct Level {
+        explicit Level(Renderer& renderer) : r(renderer) {
+            if (++r.levels_ > ChatTemplate::max_levels) r.fail("evaluation nested too deep");
+        }
+        ~Level() { --r.levels_; }
+        Level(const Level&) = delete;
+        Renderer& r;
+    };
+
+    Value from_json(const Json& json, bool request);
+    void bind_context(const Json& object, bool request);
+
+    void push_frame(uint32_t parent) { frames_.push_back({parent, ++serial_, {}}); }
+    uint32_t frame() const { return uint32_t(frames_.size() - 1); }
+    void assign_name(uint32_t name, Value value);
+    Value lookup(const Node& node, uint32_t id);
+    void assign(uint32_t target, const Value& value);
+
+    Flow execute(uint32_t id);
+    Flow execute_body(const Node& node);
+    Flow execute_choice(const Node& node);
+    Flow execute_loop(const Node& node);
+    Flow execute_scope(uint32_t body);
+    Flow execute_capture(const Node& node);
+    List selected(const Node& node, const List& items);
+    Flow captured(uint32_t body, Value* value);
+
+    Value eval(uint32_t id);
+    List eval_all(const Node& node);
+    Value eval_dict(const Node& node);
+    Value eval_conditional(const Node& node);
+    Value eval_logic(const Node& node);
+    Value eval_sign(const Node& node);
+    Value eval_comparison(const Node& node);
+    Value eval_chain(const Node& node);
+    Value apply(Value v, uint32_t id);
+    Value apply_slice(const Value& v, const Node& node);
+    Value apply_builtin(const Value& v, const Node& node);
+    Arguments eval_arguments(const Node& node);
+    bool bind(const Builtin& builtin, Arguments& args);
+    Value call_value(const Value& callee, Arguments& args);
+    Value call_macro(const Macro& macro, Arguments& args);
+    bool bind_parameters(const Node& node, Arguments& args);
+    Value loop_attribute(const Loop& loop, std::string_view name);
+    Value concatenated(Value a, const Value& b);
+    Value arithmetic(Op op, const Value& a, const Value& b);
+    Value repeated(const Value& v, int64_t times);
+    void write_container(Text& out, const Value& v, const WriteStyle& style, size_t level,
+                         bool request);
+
+    const TemplateProgram& p_;
+    std::optional<Error>   error_ = {};
+    uint64_t               spent_ = 0;   // in bytes, see ChatTemplate::bytes_per_step
+    uint32_t               line_ = 1;
+    uint32_t               levels_ = 0;
+    uint32_t               calls_ = 0;
+    uint64_t               serial_ = 0;
+    Text                   output_ = {};
+    Text*                  out_ = &output_;
+    std::vector<Frame>     frames_ = {};      // the last one is where names are set
+    std::vector<Dict>      name_spaces_ = {};
+};
+
+Value Renderer::fail(std::string_view what) {
+    if (!error_) error_ = template_error(ErrorKind::invalid_request, line_, what);
+    return {};
+}
+
+Value Renderer::raise(std::string_view words) {
+    constexpr size_t limit = 2000;
+    if (words.size() > limit) words = words.substr(0, utf8_valid_prefix(words.substr(0, limit)));
+    if (!error_) error_ = make_error(ErrorKind::invalid_request, std::string(words));
+    return {};
+}
+
+bool Renderer::charge_bytes(uint64_t bytes) {
+    spent_ += bytes;
+    if (spent_ > ChatTemplate::max_steps * ChatTemplate::bytes_per_step) fail("too many steps");
+    return !failed();
+}
+
+/// What an undefined value is called, or any value's type.
+std::string Renderer::what(const Value& v) const {
+    if (v.kind != Kind::undefined) return kind_name(v);
+    const Node& node = p_.nodes[size_t(v.integer)];
+    if (node.op == Op::name || node.op == Op::keyword)
+        return "'" + p_.names[node.value] + "' is undefined";
+    if (node.op == Op::attribute) return "there is no attribute '" + p_.names[node.value] + "'";
+    return node.op == Op::item ? "there is no such item" : "the value is undefined";
+}
+
+bool Renderer::want(const Value& v, Kind kind) {
+    if (v.kind == kind || (kind == Kind::integer && v.kind == Kind::boolean)) return true;
+    fail("expected " + std::string(kind_name(make_kind(kind, 0))) + ", but " +
+         (v.kind == Kind::undefined ? "" : "got ") + what(v));
+    return false;
+}
+
+// text
+
+bool Renderer::append(Text& out, std::string_view piece, bool request) {
+    if (!charge_bytes(piece.size() + 16)) return false;  // 16: of a mark
+    if (piece.size() > ChatTemplate::max_output_bytes - out.text.size())
+        return fail("a text of over 16 MiB"), false;
+    if (request) add_mark(out, out.text.size(), out.text.size() + piece.size());
+    out.text += piece;
+    return true;
+}
+
+bool Renderer::append(Text& out, const Text& from, ByteRange range) {
+    const size_t base = out.text.size();
+    const std::string_view bytes =
+        std::string_view(from.text).substr(range.begin, range.end - range.begin);
+    if (!append(out, bytes, false)) return false;
+    const auto& marks = from.from_request;
+    auto mark = std::upper_bound(marks.begin(), marks.end(), range.begin,
+                                 [](size_t at, const ByteRange& r) { return at < r.end; });
+    for (; mark != marks.end() && mark->begin < range.end; ++mark) {
+        add_mark(out, base + std::max(mark->begin, range.begin) - range.begin,
+                 base + std::min(mark->end, range.end) - range.begin);
+        if (!charge_bytes(16)) return false;
+    }
+    return true;
+}
+
+void Renderer::print(Text& out, const Value& v) {
+    if (is_string(v)) append(out, text_in(v));
+    else if (v.kind != Kind::undefined) write(out, v, {}, 0, false);
+}
+
+Value Renderer::to_string(const Value& v) {
+    if (is_string(v)) return v;
+    Text text;
+    print(text, v);
+    return make_text(std::move(text));
+}
+
+Value Renderer::piece(const Value& string, ByteRange range) {
+    Text text;
+    charge(1);
+    append(text, text_in(string), range);
+    return make_text(std::move(text));
+}
+
+// containers
+
+Value Renderer::list(Kind kind, List items) {
+    charge_bytes(items.size() * sizeof(Value));
+    Value made = make_list(kind, std::move(items));
+    return made.depth > ChatTemplate::max_value_depth ? fail("lists nested too deep") : made;
+}
+
+Value Renderer::dict(Dict entries) {
+    charge_bytes(entries.size() * sizeof(Entry));
+    Value made = make_dict(std::move(entries));
+    return made.depth > ChatTemplate::max_value_depth ? fail("dicts nested too deep") : made;
+}
+
+Value Renderer::name_space(Dict fields) {
+    name_spaces_.push_back(std::move(fields));
+    return make_kind(Kind::name_space, int64_t(name_spaces_.size() - 1));
+}
+
+const Value* find_entry(const Dict& dict, std::string_view key) {
+    for (const Entry& e : dict)
+        if (is_string(e.key) && chars(e.key) == key) return &e.value;
+    return nullptr;
+}
+
+const Value* find_entry(const Dict& dict, const Value& key) {
+    if (is_string(key)) return find_entry(dict, chars(key));
+    for (const Entry& e : dict)
+        if (is_number(key) ? is_number(e.key) && number_in(e.key) == number_in(key)
+                           : e.key.kind == key.kind)
+            return &e.value;
+    return nullptr;
+}
+
+void set_entry(Dict& dict, Value key, Value value) {
+    if (const Value* found = find_entry(dict, key)) *const_cast<Value*>(found) = std::move(value);
+    else dict.push_back({std::move(key), std::move(value)});
+}
+
+Value Renderer::items_of(const Value& v) {
+    List items;
+    switch (v.kind) {
+        case Kind::list:
+        case Kind::tuple:
+        case Kind::iterator: return v;
+        case Kind::undefined: break;
+        case Kind::dict:
+            for (const Entry& e : dict_in(v)) items.push_back(e.key);
+            break;
+        case Kind::string:
+            for (size_t at = 0, end; at < chars(v).size() && !failed(); at = end) {
+                end = at;
+                utf8_next(chars(v), &end);
+                items.push_back(piece(v, {at, end}));
+            }
+            break;
+        default: return fail("'" + what(v) + "' is not iterable");
+    }
+    return list(Kind::list, std::move(items));
+}
+
+// context
+
+Value Renderer::from_json(const Json& json, bool request) {
+    Value v;
+    switch (json.kind()) {
+        case Json::Kind::null: v = make_none(); break;
+        case Json::Kind::boolean: v = make_bool(json.as_bool()); break;
+        case Json::Kind::int64: v = make_int(json.as_int()); break;
+        case Json::Kind::uint64:  // over 63 bits
+        case Json::Kind::real: v = make_real(json.as_double()); break;
+        case Json::Kind::string: {
+            Text text{std::string(json.as_string()), {}};
+            if (request) add_mark(text, 0, text.text.size());
+            v = make_text(std::move(text));
+            break;
+        }
+        case Json::Kind::array: {
+            List items;
+            items.reserve(json.size());
+            for (const Json& item : json.items()) items.push_back(from_json(item, request));
+            v = make_list(Kind::list, std::move(items));
+            break;
+        }
+        case Json::Kind::object: {
+            Dict entries;
+            entries.reserve(json.size());
+            for (const JsonMember& m : json.members()) {
+                Text key{m.key, {}};
+                if (request) add_mark(key, 0, key.text.size());
+                entries.push_back({make_text(std::move(key)), from_json(m.value, request)});
+            }
+            v = make_dict(std::move(entries));
+            break;
+        }
+    }
+    v.request = request && !is_string(v);
+    return v;
+}
+
+/// A role that spells one of the six is a word of the template's.
+void trust_roles(const Value& messages) {
+    static const char* const roles[] = {"system",    "developer", "user",
+                                        "assistant", "tool",      "function"};
+    if (!is_list(messages)) return;
+    for (const Value& message : list_in(messages)) {
+        const Value* role =
+            message.kind == Kind::dict ? find_entry(dict_in(message), "role") : nullptr;
+        if (!role || !is_string(*role)) continue;
+        for (const char* name : roles)  // the value is new: nobody else holds it
+            if (chars(*role) == name) static_cast<Text*>(role->object.get())->from_request.clear();
+    }
+}
+
+/// Those members that the template names become variables.
+void Renderer::bind_context(const Json& object, bool request) {
+    for (uint32_t id = 0; id < p_.names.size(); ++id) {
+        const Json* member = object.find(p_.names[id]);
+        if (!member) continue;
+        assign_name(id, from_json(*member, request));
+        if (request && p_.names[id] == "messages")
+            trust_roles(frames_.back().bindings.back().second);
+    }
+}
+
+Result<Text> Renderer::run(const TemplateInput& input) {
+    push_frame(0);
+    bind_context(input.request, true);
+    bind_context(input.own, false);
+    push_frame(0);
+    execute(p_.root);
+    if (error_) return std::move(*error_);
+    return std::move(output_);
+}
+
+// names
+
+void Renderer::assign_name(uint32_t name, Value value) {
+    charge_bytes(frames_.back().bindings.size());
+    for (auto& [id, old] : frames_.back().bindings)
+        if (id == name) {
+            old = std::move(value);
+            return;
+        }
+    frames_.back().bindings.emplace_back(name, std::move(value));
+}
+
+Value Renderer::lookup(const Node& node, uint32_t id) {
+    for (uint32_t f = frame();; f = frames_[f].parent) {
+        charge_bytes(frames_[f].bindings.size() + 1);
+        for (const auto& [name, value] : frames_[f].bindings)
+            if (name == node.value) return value;
+        if (f == 0) break;
+    }
+    const Builtin* builtin = find_global(p_.names[node.value]);
+    if (!builtin) return make_kind(Kind::undefined, id);
+    Value v = make_kind(Kind::function, 0);
+    v.object = std::make_shared<Bound>(Bound{{}, builtin});
+    return v;
+}
+
+void Renderer::assign(uint32_t target, const Value& value) {
+    const Node& node = p_.nodes[target];
+    if (node.op == Op::name) return assign_name(node.value, value);
+    const auto children = p_.children(node);
+    if (node.op == Op::field) {
+        const Value owner = eval(children[0]);
+        if (failed()) return;
+        if (owner.kind != Kind::name_space) return void(fail("only a namespace has fields to set"));
+        Dict& fields = name_spaces_[size_t(owner.integer)];
+        charge_bytes(fields.size() * 4);
+        return set_entry(fields, make_text(p_.names[node.value]), value);
+    }
+    const Value items = items_of(value);
+    if (failed()) return;
+    if (list_in(items).size() != children.size())
+        return void(fail(format("cannot unpack %zu values into %zu names", list_in(items).size(),
+                                children.size())));
+    for (size_t i = 0; i < children.size() && !failed(); ++i)
+        assign(children[i], list_in(items)[i]);
+}
+
+// statements
+
+Flow Renderer::execute(uint32_t id) {
+    const Level level(*this);
+    const Node& node = p_.nodes[id];
+    line_ = node.line;
+    if (!charge(1)) return Flow::next;
+    switch (node.op) {
+        case Op::body: return execute_body(node);
+        case Op::text: append(*out_, p_.texts[node.value], false); break;
+        case Op::print: {
+            const Value v = eval(p_.children(node)[0]);
+            if (!failed()) print(*out_, v);
+            break;
+        }
+        case Op::choice: return execute_choice(node);
+        case Op::loop: return execute_loop(node);
+        case Op::set: {
+            const Value v = eval(p_.children(node)[1]);
+            if (!failed()) assign(p_.children(node)[0], v);
+            break;
+        }
+        case Op::set_block:
+        case Op::filter_block: return execute_capture(node);
+        case Op::macro: {
+            Value v = make_kind(Kind::macro, 0);
+            v.object = std::make_shared<Macro>(Macro{id, frame(), frames_.back().serial});
+            assign_name(node.value, std::move(v));
+            break;
+        }
+        case Op::scope: return execute_scope(p_.children(node)[0]);
+        case Op::break_loop: return Flow::break_loop;
+        case Op::continue_loop: return Flow::continue_loop;
+        default: break;
+    }
+    return Flow::next;
+}
+
+Flow Renderer::execute_body(const Node& node) {
+    for (uint32_t child : p_.children(node)) {
+        const Flow flow = execute(child);
+        if (failed() || flow != Flow::next) return flow;
+    }
+    return Flow::next;
+}
+
+Flow Renderer::execute_choice(const Node& node) {
+    const auto children = p_.children(node);
+    for (size_t i = 0; i + 1 < children.size(); i += 2) {
+        const bool chosen = truth(eval(children[i]));
+        if (failed()) return Flow::next;
+        if (chosen) return execute(children[i + 1]);
+    }
+    return execute(children.back());
+}
+
+Flow Renderer::execute_scope(uint32_t body) {
+    push_frame(frame());
+    const Flow flow = execute(body);
+    frames_.pop_back();
+    return flow;
+}
+
+/// The items for which the loop's condition holds.
+List Renderer::selected(const Node& node, const List& items) {
+    const auto children = p_.children(node);
+    List kept;
+    push_frame(frame());
+    for (const Value& item : items) {
+        frames_.back().bindings.clear();
+        assign(children[0], item);
+        const bool keep = truth(eval(children[2]));
+        if (failed()) break;
+        if (keep) kept.push_back(item);
+    }
+    frames_.pop_back();
+    return kept;
+}
+
+Flow Renderer::execute_loop(const Node& node) {
+    const auto children = p_.children(node);  // target, iterable, condition, body, else
+    Value items = items_of(eval(children[1]));
+    if (failed()) return Flow::next;
+    if (children[2]) items = list(Kind::list, selected(node, list_in(items)));
+    if (failed()) return Flow::next;
+    const auto state = std::make_shared<Loop>(Loop{items, 0});
+    Value loop = make_kind(Kind::loop, 0);
+    loop.depth = uint16_t(items.depth + 1);
+    loop.object = state;
+    if (list_in(items).empty()) return execute_scope(children[4]);
+    push_frame(frame());
+    Flow flow = Flow::next;
+    for (; state->at < list_in(items).size() && !failed() && flow != Flow::break_loop;
+         ++state->at) {
+        frames_.back().bindings.clear();
+        if (p_.loop_name) assign_name(*p_.loop_name, loop);
+        assign(children[0], list_in(items)[state->at]);
+        if (!failed()) flow = execute(children[3]);
+    }
+    frames_.pop_back();
+    return Flow::next;
+}
+
+/// What `body` prints, as a string.
+Flow Renderer::captured(uint32_t body, Value* value) {
+    Text text;
+    Text* const outer = std::exchange(out_, &text);
+    const Flow flow = execute_scope(body);
+    out_ = outer;
+    *value = make_text(std::move(text));
+    return flow;
+}
+
+/// {% set x | filters %} body {% endset %} and {% filter filters %} body {% endfilter %}.
+Flow Renderer::execute_capture(const Node& node) {
+    const auto children = p_.children(node);
+    const bool block = node.op == Op::filter_block;
+    Value v;
+    const Flow flow = captured(children[block ? 0 : 1], &v);
+    for (uint32_t filter : children.subspan(block ? 1 : 2)) v = apply(std::move(v), filter);
+    if (failed() || flow != Flow::next) return flow;
+    if (block) print(*out_, v);
+    else assign(children[0], v);
+    return flow;
+}
+
+// expressions
+
+Value Renderer::eval(uint32_t id) {
+    const Level level(*this);
+    const Node& node = p_.nodes[id];
+    line_ = node.line;
+    if (!charge(1)) return {};
+    switch (node.op) {
+        case Op::constant: return p_.constants[node.value];
+        case Op::name: return lookup(node, id);
+        case Op::list: return list(Kind::list, eval_all(node));
+        case Op::tuple: return list(Kind::tuple, eval_all(node));
+        case Op::dict: return eval_dict(node);
+        case Op::conditional: return eval_conditional(node);
+        case Op::any:
+        case Op::all: return eval_logic(node);
+        case Op::negation: return make_bool(!truth(eval(p_.children(node)[0])));
+        case Op::minus:
+        case Op::plus: return eval_sign(node);
+        case Op::comparison: return eval_comparison(node);
+        case Op::chain: return eval_chain(node);
+        default: return {};
+    }
+}
+
+List Renderer::eval_all(const Node& node) {
+    List items;
+    for (uint32_t child : p_.children(node)) items.push_back(eval(child));
+    return items;
+}
+
+Value Renderer::eval_dict(const Node& node) {
+    const auto children = p_.children(node);
+    Dict entries;
+    for (size_t i = 0; i + 1 < children.size() && !failed(); i += 2) {
+        Value key = eval(children[i]);
+        if (key.depth > 0) return fail("unhashable type: '" + what(key) + "'");
+        charge_bytes(entries.size() * 4);
+        set_entry(entries, std::move(key), eval(children[i + 1]));
+    }
+    return dict(std::move(entries));
+}
+
+Value Renderer::eval_conditional(const Node& node) {
+    const auto children = p_.children(node);
+    const bool chosen = truth(eval(children[0]));
+    if (failed()) return {};
+    if (chosen) return eval(children[1]);
+    return children[2] ? eval(children[2]) : Value{};
+}
+
+Value Renderer::eval_logic(const Node& node) {
+    Value v;
+    for (uint32_t child : p_.children(node)) {
+        v = eval(child);
+        if (failed() || truth(v) == (node.op == Op::any)) break;
+    }
+    return v;
+}
+
+Value Renderer::eval_sign(const Node& node) {
+    const Value v = eval(p_.children(node)[0]);
+    if (failed() || node.op == Op::plus)
+        return failed() || is_number(v) ? v : fail("a sign before " + what(v));
+    return is_int(v) ? binary(Op::subtract, make_int(0), v)
+                     : is_number(v) ? make_real(-v.real) : fail("a sign before " + what(v));
+}
+
+Value Renderer::eval_comparison(const Node& node) {
+    const auto children = p_.children(node);
+    Value left = eval(children[0]);
+    for (uint32_t id : children.subspan(1)) {
+        const Node& next = p_.nodes[id];
+        Value right = eval(p_.children(next)[0]);
+        line_ = next.line;
+        if (failed()) return {};
+        if (!compare(next.op, left, right)) return make_bool(false);
+        left = std::move(right);
+    }
+    return make_bool(true);
+}
+
+bool Renderer::compare(Op op, const Value& a, const Value& b) {
+    switch (op) {
+        case Op::equal: return equal(a, b);
+        case Op::not_equal: return !equal(a, b);
+        case Op::less: return less(a, b);
+        case Op::greater: return less(b, a);
+        case Op::less_equal: return less(a, b) || equal(a, b);
+        case Op::greater_equal: return less(b, a) || equal(a, b);
+        case Op::in: return contains(b, a);
+        default: return !contains(b, a);
+    }
+}
+
+Value Renderer::eval_chain(const Node& node) {
+    const auto children = p_.children(node);
+    Value v = eval(children[0]);
+    for (uint32_t id : children.subspan(1)) {
+        if (failed()) break;
+        v = apply(std::move(v), id);
+    }
+    return v;
+}
+
+Value Renderer::apply(Value v, uint32_t id) {
+    const Node& node = p_.nodes[id];
+    line_ = node.line;
+    if (!charge(1)) return {};
+    const auto children = p_.children(node);
+    switch (node.op) {
+        case Op::attribute: return attribute(v, p_.names[node.value], id);
+        case Op::slice: return apply_slice(v, node);
+        case Op::filter:
+        case Op::test: return apply_builtin(v, node);
+        case Op::call: {
+            Arguments args = eval_arguments(node);
+            line_ = node.line;
+            return failed() ? Value{} : call_value(v, args);
+        }
+        default: break;
+    }
+    const Value operand = eval(children[0]);
+    line_ = node.line;
+    if (failed()) return {};
+    return node.op == Op::item ? subscript(v, operand, id) : binary(node.op, std::move(v), operand);
+}
+
+Value Renderer::apply_slice(const Value& v, const Node& node) {
+    const auto children = p_.children(node);
+    Value bounds[3] = {make_none(), make_none(), make_none()};
+    for (size_t i = 0; i < 3; ++i)
+        if (children[i]) bounds[i] = eval(children[i]);
+    line_ = node.line;
+    return failed() ? Value{} : slice(v, bounds[0], bounds[1], bounds[2]);
+}
+
+Value Renderer::apply_builtin(const Value& v, const Node& node) {
+    const bool test = node.op == Op::test;
+    const std::string& name = p_.names[node.value];
+    const Builtin* builtin = test ? find_test(name) : find_filter(name);
+    if (!builtin)
+        return fail(std::string("no ") + (test ? "test" : "filter") + " named '" + name + "'");
+    Arguments args = eval_arguments(node);
+    line_ = node.line;
+    if (failed()) return {};
+    Value made = call(*builtin, v, args);
+    return test ? make_bool(truth(made) != node.flag) : made;
+}
+
+// calls
+
+Arguments Renderer::eval_arguments(const Node& node) {
+    Arguments args;
+    for (uint32_t id : p_.children(node)) {
+        const Node& child = p_.nodes[id];
+        if (child.op != Op::keyword) args.values.push_back(eval(id));
+        else args.named.emplace_back(p_.names[child.value], eval(p_.children(child)[0]));
+    }
+    return args;
+}
+
+/// Puts the named arguments into their places.
+bool Renderer::bind(const Builtin& builtin, Arguments& args) {
+    if (!builtin.parameters) return true;
+    const auto refuse = [&](std::string_view why) {
+        fail(std::string(builtin.name) + ": " + std::string(why));
+        return false;
+    };
+    std::string_view rest = builtin.parameters;
+    const size_t given = args.values.size();
+    size_t count = 0, used = 0;
+    for (; !rest.empty(); ++count) {
+        std::string_view name = rest.substr(0, rest.find(' '));
+        rest.remove_prefix(std::min(rest.size(), name.size() + 1));
+        const bool optional = name.back() == '?';
+        name.remove_suffix(optional);
+        if (count < given) continue;
+        const auto named = std::find_if(args.named.begin(), args.named.end(),
+                                        [&](const auto& n) { return n.first == name; });
+        if (named == args.named.end() && !optional) return refuse("needs " + std::string(name));
+        args.values.push_back(named == args.named.end() ? Value{} : named->second);
+        used += named != args.named.end();
+    }
+    if (given > count) return refuse("too many arguments");
+    return used == args.named.size() || refuse("an unknown argument, or one given twice");
+}
+
+Value Renderer::call(const Builtin& builtin, const Value& self, Arguments& args) {
+    return bind(builtin, args) ? builtin.function(*this, self, args) : Value{};
+}
+
+Value Renderer::call_value(const Value& callee, Arguments& args) {
+    if (callee.kind == Kind::macro)
+        return call_macro(*static_cast<const Macro*>(callee.object.get()), args);
+    if (callee.kind != Kind::function)
+        return fail(callee.kind == Kind::undefined ? what(callee)
+                                                   : "'" + what(callee) + "' is not callable");
+    const Bound& bound = *static_cast<const Bound*>(callee.object.get());
+    return call(*bound.builtin, bound.self, args);
+}
+
+Value Renderer::call_macro(const Macro& macro, Arguments& args) {
+    const Level level(*this);
+    const Node& node = p_.nodes[macro.node];
+    if (calls_ >= ChatTemplate::max_calls) return fail("macros call each other too deep");
+    if (macro.frame >= frames_.size() || frames_[macro.frame].serial != macro.serial)
+        return fail("'" + p_.names[node.value] +
+                    "' is called outside of the block that defines it");
+    const uint32_t line = line_;
+    ++calls_;
+    push_frame(macro.frame);
+    Value v;
+    if (bind_parameters(node, args)) captured(p_.children(node)[0], &v);
+    frames_.pop_back();
+    --calls_;
+    line_ = line;
+    return v;
+}
+
+bool Renderer::bind_parameters(const Node& node, Arguments& args) {
+    const auto parameters = p_.children(node).subspan(1);
+    if (args.values.size() > parameters.size())
+        return fail("too many arguments for '" + p_.names[node.value] + "'"), false;
+    size_t used = 0;
+    for (size_t i = 0; i < parameters.size() && !failed(); ++i) {
+        const Node& parameter = p_.nodes[parameters[i]];
+        const std::string& name = p_.names[parameter.value];
+        Value v = make_kind(Kind::undefined, parameters[i]);
+        charge_bytes(args.named.size());
+        const auto named = std::find_if(args.named.begin(), args.named.end(),
+                                        [&](const auto& n) { return n.first == name; });
+        if (i < args.values.size()) v = args.values[i];
+        else if (named != args.named.end()) v = named->second, ++used;
+        else if (p_.children(parameter)[0]) v = eval(p_.children(parameter)[0]);
+        assign_name(parameter.value, std::move(v));
+    }
+    if (used != args.named.size() && !failed())
+        fail("an unknown argument for '" + p_.names[node.value] + "', or one given twice");
+    return !failed();
+}
+
+// operators
+
+bool Renderer::equal(const Value& a, const Value& b) {
+    if (!charge(1)) return false;
+    if (is_number(a) && is_number(b))
+        return is_int(a) && is_int(b) ? a.integer == b.integer : number_in(a) == number_in(b);
+    if (a.kind != b.kind) return false;
+    switch (a.kind) {
+        case Kind::undefined:
+        case Kind::none: return true;
+        case Kind::string: return charge_bytes(chars(a).size() / 8) && chars(a) == chars(b);
+        case Kind::name_space: return a.integer == b.integer;
+        case Kind::dict: {
+            if (dict_in(a).size() != dict_in(b).size()) return false;
+            for (const Entry& e : dict_in(a)) {
+                const Value other = subscript(b, e.key);
+                if (failed() || other.kind == Kind::undefined || !equal(e.value, other))
+                    return false;
+            }
+            return true;
+        }
+        case Kind::list:
+        case Kind::tuple:
+            return list_in(a).size() == list_in(b).size() &&
+                   std::equal(list_in(a).begin(), list_in(a).end(), list_in(b).begin(),
+                              [&](const Value& x, const Value& y) { return equal(x, y); });
+        default: return a.object == b.object;
+    }
+}
+
+bool Renderer::less(const Value& a, const Value& b) {
+    if (!charge(1)) return false;
+    if (is_number(a) && is_number(b))
+        return is_int(a) && is_int(b) ? a.integer < b.integer : number_in(a) < number_in(b);
+    if (is_string(a) && is_string(b))  // the order of UTF-8 is that of code points
+        return charge_bytes(std::min(chars(a).size(), chars(b).size()) / 8) && chars(a) < chars(b);
+    if (is_list(a) && a.kind == b.kind) {
+        const List &x = list_in(a), &y = list_in(b);
+        for (size_t i = 0; i < std::min(x.size(), y.size()) && !failed(); ++i)
+            if (!equal(x[i], y[i])) return less(x[i], y[i]);
+        return x.size() < y.size();
+    }
+    fail("no order between " + what(a) + " and " + what(b));
+    return false;
+}
+
+bool Renderer::contains(const Value& container, const Value& v) {
+    if (is_string(container)) {
+        if (!want(v, Kind::string)) return false;
+        if (!charge_bytes(chars(container).size() / 8 + chars(v).size() * 4)) return false;
+        return find_text(chars(container), chars(v)) != std::string::npos;
+    }
+    if (container.kind == Kind::dict)
+        return charge_bytes(dict_in(container).size() * 4) && find_entry(dict_in(container), v);
+    const Value items = items_of(container);
+    if (failed()) return false;
+    for (const Value& item : list_in(items))
+        if (failed() || equal(item, v)) return !failed();
+    return false;
+}
+
+Value Renderer::concatenated(Value a, const Value& b) {
+    // A string that nobody else holds grows in place: a + b + c copies each of them once.
+    if (a.object.use_count() == 1 && a.object != b.object) {
+        append(*static_cast<Text*>(a.object.get()), text_in(b));
+        return a;
+    }
+    Text text;
+    text.text.reserve(chars(a).size() + chars(b).size());
+    append(text, text_in(a)) && append(text, text_in(b));
+    return make_text(std::move(text));
+}
+
+Value Renderer::binary(Op op, Value a, const Value& b) {
+    if (op == Op::concat) {
+        const Value right = to_string(b);
+        Value left = is_string(a) ? std::move(a) : to_string(a);
+        return failed() ? Value{} : concatenated(std::move(left), right);
+    }
+    if (is_number(a) && is_number(b)) {
+        Value v = arithmetic(op, a, b);
+        v.request = a.request || b.request;
+        return v;
+    }
+    if (op == Op::add && is_string(a) && is_string(b)) return concatenated(std::move(a), b);
+    if (op == Op::add && is_list(a) && a.kind == b.kind) {
+        List items = list_in(a);
+        items.insert(items.end(), list_in(b).begin(), list_in(b).end());
+        return list(a.kind, std::move(items));
+    }
+    if (op == Op::multiply && (is_string(a) || is_list(a)) && is_int(b))
+        return repeated(a, b.integer);
+    if (op == Op::multiply && (is_string(b) || is_list(b)) && is_int(a))
+        return repeated(b, a.integer);
+    if (a.kind == Kind::undefined || b.kind == Kind::undefined)
+        return fail(what(a.kind == Kind::undefined ? a : b));
+    return fail("cannot combine " + what(a) + " and " + what(b));
+}
+
+Value Renderer::repeated(const Value& v, int64_t times) {
+    List items;
+    Text text;
+    for (int64_t i = 0; i < times && charge(1); ++i) {
+        if (is_string(v)) append(text, text_in(v));
+        else if (charge_bytes(list_in(v).size() * sizeof(Value)))
+            items.insert(items.end(), list_in(v).begin(), list_in(v).end());
+    }
+    return is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(items));
+}
+
+/// a op b for 64-bit integers; false: it does not fit, or is no integer.
+bool integer_result(Op op, int64_t a, int64_t b, int64_t* out) {
+    const uint64_t x = uint64_t(a), y = uint64_t(b);
+    switch (op) {
+        case Op::add: *out = int64_t(x + y); return ((a ^ *out) & (b ^ *out)) >= 0;
+        case Op::subtract: *out = int64_t(x - y); return ((a ^ b) & (a ^ *out)) >= 0;
+        case Op::multiply:
+            *out = int64_t(x * y);
+            return a == 0 || (*out / a == b && a != INT64_MIN && b != INT64_MIN);
+        case Op::floor_divide:
+            if (a == INT64_MIN) return false;
+            *out = a / b - (a % b != 0 && (a < 0) != (b < 0));
+            return true;
+        case Op::modulo:
+            if (a == INT64_MIN) return false;
+            *out = a % b + (a % b != 0 && (a < 0) != (b < 0) ? b : 0);
+            return true;
+        case Op::power: {
+            if (b < 0) return false;
+            *out = 1;
+            if (a == 0 || a == 1) return *out = b == 0 ? 1 : a, true;
+            if (a == -1) return *out = b % 2 ? -1 : 1, true;
+            for (int64_t i = 0; i < b; ++i)  // at most 63 times
+                if (!integer_result(Op::multiply, *out, a, out)) return false;
+            return true;
+        }
+        default: return false;
+    }
+}
+
+Value Renderer::arithmetic(Op op, const Value& a, const Value& b) {
+    const bool divides = op == Op::divide || op == Op::floor_divide || op == Op::modulo;
+    const double x = number_in(a), y = number_in(b);
+    if (divides && y == 0) return fail("division by zero");
+    const bool integers = is_int(a) && is_int(b) && op != Op::divide;
+    int64_t i = 0;
+    if (integers && integer_result(op, a.integer, b.integer, &i)) return make_int(i);
+    if (integers && !(op == Op::power && b.integer < 0)) return fail("an integer over 63 bits");
+    switch (op) {
+        case Op::add: return make_real(x + y);
+        case Op::subtract: return make_real(x - y);
+        case Op::multiply: return make_real(x * y);
+        case Op::divide: return make_real(x / y);
+        case Op::floor_divide: return make_real(std::floor(x / y));
+        case Op::modulo: return make_real(x - y * std::floor(x / y));
+        default: return make_real(std::pow(x, y));
+    }
+}
+
+// parts of values
+
+Value Renderer::loop_attribute(const Loop& loop, std::string_view name) {
+    const List& items = list_in(loop.items);
+    const int64_t at = int64_t(loop.at), size = int64_t(items.size());
+    if (name == "index") return make_int(at + 1);
+    if (name == "index0") return make_int(at);
+    if (name == "revindex") return make_int(size - at);
+    if (name == "revindex0") return make_int(size - at - 1);
+    if (name == "first") return make_bool(at == 0);
+    if (name == "last") return make_bool(at + 1 >= size);
+    if (name == "length") return make_int(size);
+    if (name == "depth") return make_int(1);
+    if (name == "depth0") return make_int(0);
+    if (name == "previtem" && at > 0) return items[size_t(at) - 1];
+    if (name == "nextitem" && at + 1 < size) return items[size_t(at) + 1];
+    return {};
+}
+
+/// v.name: a method first, then a member, as Jinja does.
+Value Renderer::attribute(const Value& v, std::string_view name, uint32_t node) {
+    if (v.kind == Kind::undefined) return fail(what(v));
+    if (const Builtin* method = find_method(v, name)) {
+        Value made = make_kind(Kind::function, 0);
+        made.depth = uint16_t(v.depth + 1);
+        made.object = std::make_shared<Bound>(Bound{v, method});
+        return made;
+    }
+    Value made;
+    if (v.kind == Kind::loop)
+        made = loop_attribute(*static_cast<const Loop*>(v.object.get()), name);
+    const Dict* members = v.kind == Kind::dict ? &dict_in(v)
+                        : v.kind == Kind::name_space ? &name_spaces_[size_t(v.integer)] : nullptr;
+    if (members) charge_bytes(members->size() * 4);
+    if (const Value* found = members ? find_entry(*members, name) : nullptr) return *found;
+    return made.kind == Kind::undefined ? make_kind(Kind::undefined, node) : made;
+}
+
+/// v[key]: a member or an item first, then what v.key is.
+Value Renderer::subscript(const Value& v, const Value& key, uint32_t node) {
+    if (v.kind == Kind::undefined) return fail(what(v));
+    if (v.kind == Kind::dict) {
+        charge_bytes(dict_in(v).size() * 4);
+        if (const Value* found = find_entry(dict_in(v), key)) return *found;
+    }
+    if (is_string(key)) return attribute(v, chars(key), node);
+    const Value missing = make_kind(Kind::undefined, node);
+    if (!is_int(key) || !(is_list(v) || is_string(v))) return missing;
+    if (is_string(v)) charge_bytes(chars(v).size() / 8);
+    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : count_code_points(chars(v)));
+    const int64_t at = key.integer < 0 ? key.integer + size : key.integer;
+    if (at < 0 || at >= size) return missing;
+    if (is_list(v)) return list_in(v)[size_t(at)];
+    const size_t begin = byte_of(chars(v), size_t(at));
+    size_t end = begin;
+    utf8_next(chars(v), &end);
+    return piece(v, {begin, end});
+}
+
+Value Renderer::path(const Value& v, const Value& dotted) {
+    if (!is_string(dotted)) return subscript(v, dotted);
+    const std::string_view names = chars(dotted);
+    Value at = v;
+    for (size_t begin = 0; begin <= names.size() && !failed();) {
+        const size_t end = std::min(names.find('.', begin), names.size());
+        const std::string_view name = names.substr(begin, end - begin);
+        const bool digits =
+            !name.empty() && name.size() < 10 && std::all_of(name.begin(), name.end(), is_digit);
+        at = subscript(at,
+                       digits ? make_int(std::atoi(std::string(name).c_str())) : make_text(name));
+        begin = end + 1;
+    }
+    return at;
+}
+
+/// Python's rules: negative places count from the end, and what is outside is cut off.
+Value Renderer::slice(const Value& v, const Value& begin, const Value& end, const Value& step) {
+    if (!is_string(v) && !is_list(v)) return v.kind == Kind::undefined ? fail(what(v)) : Value{};
+    for (const Value* bound : {&begin, &end, &step})
+        if (bound->kind != Kind::none && !is_int(*bound)) return {};  // as Jinja does
+    if (is_string(v)) charge_bytes(chars(v).size() / 8);
+    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : count_code_points(chars(v)));
+    const int64_t by =
+        step.kind == Kind::none ? 1 : std::clamp<int64_t>(step.integer, -size - 1, size + 1);
+    if (by == 0) return fail("a slice with step 0");
+    const auto place = [&](const Value& bound, int64_t absent) {
+        if (bound.kind == Kind::none) return absent;
+        const int64_t at = bound.integer < 0 ? bound.integer + size : bound.integer;
+        return std::clamp<int64_t>(at, by > 0 ? 0 : -1, by > 0 ? size : size - 1);
+    };
+    const int64_t from = place(begin, by > 0 ? 0 : size - 1), to = place(end, by > 0 ? size : -1);
+    if (is_string(v) && by == 1) {
+        const size_t first = byte_of(chars(v), size_t(from));
+        const size_t count = size_t(std::max<int64_t>(to - from, 0));
+        return piece(v, {first, first + byte_of(std::string_view(chars(v)).substr(first), count)});
+    }
+    const Value items = items_of(v);
+    List kept;
+    Text text;
+    for (int64_t i = from; (by > 0 ? i < to : i > to) && !failed(); i += by) {
+        const Value& item = list_in(items)[size_t(i)];
+        if (is_string(v)) append(text, text_in(item));
+        else kept.push_back(item);
+    }
+    return is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(kept));
+}
+
+// writing
+
+void write_unicode_escape(std::string& out, char32_t c) {
+    if (c >= 0x10000) {
+        write_unicode_escape(out, 0xd800 + ((c - 0x10000) >> 10));
+        c = 0xdc00 + ((c - 0x10000) & 0x3ff);
+    }
+    out += format("\\u%04x", unsigned(c));
+}
+
+/// The inside of a JSON string.
+std::string json_escaped(std::string_view s, bool ascii) {
+    static const char short_escapes[] = "\"\"\\\\n\nt\tr\rb\bf\f";
+    std::string out;
+    for (size_t at = 0; at < s.size();) {
+        const size_t begin = at;
+        const char32_t c = utf8_next(s, &at);
+        const char* found = nullptr;
+        for (const char* e = short_escapes; *e && !found; e += 2)
+            if (c == char32_t(e[1])) found = e;
+        if (found) out += '\\', out += *found;
+        else if (c < 0x20 || (ascii && c > 0x7e)) write_unicode_escape(out, c);
+        else out += s.substr(begin, at - begin);
+    }
+    return out;
+}
+
+/// The inside of Python's repr of a string.
+std::string python_escaped(std::string_view s, char quote) {
+    std::string out;
+    for (size_t at = 0; at < s.size();) {
+        const size_t begin = at;
+        const char32_t c = utf8_next(s, &at);
+        const Category k = category(c);
+        if (c == char32_t(quote) || c == '\\') out += '\\', out += char(c);
+        else if (c == '\n' || c == '\r' || c == '\t')
+            out += c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t";
+        else if (c == ' ' || k < Category::Zs) out += s.substr(begin, at - begin);
+        else if (c > 0xffff) out += format("\\U%08x", unsigned(c));
+        else out += format(c > 0xff ? "\\u%04x" : "\\x%02x", unsigned(c));
+    }
+    return out;
+}
+
+void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t level,
+                     bool request) {
+    if (!charge(1)) return;
+    request = request || v.request;
+    const auto word = [&](const char* json, const char* python) {
+        append(out, style.json ? json : python, request);
+    };
+    switch (v.kind) {
+        case Kind::none: return word("null", "None");
+        case Kind::boolean: return v.integer ? word("true", "True") : word("false", "False");
+        case Kind::integer: return void(append(out, number_text(v), request));
+        case Kind::real:
+            if (!style.json || std::isfinite(v.real))
+                return void(append(out, number_text(v), request));
+            return word(std::isnan(v.real) ? "NaN" : v.real > 0 ? "Infinity" : "-Infinity", "");
+        case Kind::string: {
+            const std::string& s = chars(v);
+            const bool apostrophes =
+                s.find('\'') != std::string::npos && s.find('"') == std::string::npos;
+            const char quote = style.json || apostrophes ? '"' : '\'';
+            append(out, std::string_view(&quote, 1), request);
+            each_run(text_in(v), [&](std::string_view run, bool marked) {
+                charge_bytes(run.size());
+                if (failed()) return;
+                append(out,
+                       style.json ? json_escaped(run, style.ascii) : python_escaped(run, quote),
+                       request || marked);
+            });
+            append(out, std::string_view(&quote, 1), request);
+            return;
+        }
+        case Kind::list:
+        case Kind::tuple:
+        case Kind::dict: return write_container(out, v, style, level, request);
+        default:
+            if (style.json) fail("a value of type " + what(v) + " has no JSON");
+            else append(out, std::string("<") + kind_name(v) + ">", false);
+    }
+}
+
+void Renderer::write_container(Text& out, const Value& v, const WriteStyle& style, size_t level,
+                               bool request) {
+    const bool is_dict = v.kind == Kind::dict;
+    const bool round = v.kind == Kind::tuple && !style.json;
+    const size_t size = is_dict ? dict_in(v).size() : list_in(v).size();
+    const auto new_line = [&](size_t depth) {
+        if (!style.lines || size == 0) return;
+        append(out, "\n", request);
+        for (size_t i = 0; i < depth && !failed(); ++i) append(out, style.indent, request);
+    };
+    Dict entries;
+    if (is_dict && style.sorted) {
+        entries = dict_in(v);
+        std::stable_sort(entries.begin(), entries.end(),
+                         [&](const Entry& a, const Entry& b) { return less(a.key, b.key); });
+    }
+    append(out, is_dict ? "{" : round ? "(" : "[", request);
+    for (size_t i = 0; i < size && !failed(); ++i) {
+        if (i > 0) append(out, style.comma, request);
+        new_line(level + 1);
+        if (!is_dict) {
+            write(out, list_in(v)[i], style, level + 1, request);
+            continue;
+        }
+        const Entry& e = style.sorted ? entries[i] : dict_in(v)[i];
+        const bool quoted = style.json && !is_string(e.key);  // {1: 2} is {"1": 2}
+        if (quoted) append(out, "\"", request);
+        write(out, e.key, style, level + 1, request);
+        if (quoted) append(out, "\"", request);
+        append(out, style.colon, request);
+        write(out, e.value, style, level + 1, request);
+    }
+    if (round && size == 1) append(out, ",", request);
+    new_line(level);
+    append(out, is_dict ? "}" : round ? ")" : "]", request);
+}
+
+// ---- filters, tests, methods, functions -----------------------------------------------------
+// What a table entry shares with another or needs more than two lines for stands before the tables.
+
+const std::string* chosen_characters(const Value& v) { return is_string(v) ? &chars(v) : nullptr; }
+
+Value strip(Renderer& r, const Value& v, const Value& set, int sides) {
+    const Value s = r.to_string(v);
+    if (!is_absent(set) && !r.want(set, Kind::string)) return {};
+    r.charge_bytes(chars(s).size() / 8);
+    return r.piece(s, stripped(chars(s), chosen_characters(set), sides));
+}
+
+Value case_mapped(Renderer& r, const Value& v, bool upper) {
+    const Value s = r.to_string(v);
+    Text out;
+    each_run(text_in(s), [&](std::string_view run, bool request) {
+        if (!r.failed()) r.append(out, upper ? to_upper(run) : to_lower(run), request);
+    });
+    return make_text(std::move(out));
+}
+
+/// Upper case at the start and after each character for which `separates` holds, else lower case.
+Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
+    const Value s = r.to_string(v);
+    Text out;
+    bool start = true;
+    each_run(text_in(s), [&](std::string_view run, bool request) {
+        std::string mapped;
+        r.charge_bytes(run.size());
+        for (size_t at = 0; at < run.size() && !r.failed();) {
+            const char32_t c = utf8_next(run, &at);
+            utf8_append(mapped, start ? to_upper(c) : to_lower(c));
+            start = separates(c);
+        }
+        r.append(out, mapped, request);
+    });
+    return make_text(std::move(out));
+}
+bool separates_nothing(char32_t) { return false; }
+bool separates_title(char32_t c) {  // of the method
+    const Category k = category(c);
+    return k > Category::Lt;
+}
+bool separates_words(char32_t c) {  // of the filter
+    return python_space(c) || c == '-' || c == '(' || c == '{' || c == '[' || c == '<';
+}
+
+/// Where `separator`, or white space when it is null, divides s, at most `limit` times.
+std::vector<ByteRange> split_places(Renderer& r, std::string_view s, const std::string* separator,
+                                    size_t limit, bool from_right) {
+    std::vector<ByteRange> pieces;
+    const auto word_at = [&](size_t at) { return at + stripped(s.substr(at), nullptr, 1).begin; };
+    const auto more = [&] { return r.charge(1) && (from_right || pieces.size() < limit); };
+    size_t begin = separator ? 0 : word_at(0);
+    while ((separator || begin < s.size()) && more()) {
+        size_t end = begin, next = begin;
+        if (separator) {
+            end = find_text(s, *separator, begin);
+            if (end == std::string_view::npos) break;
+            next = end + separator->size();
+        } else {
+            while (next < s.size() && !python_space(utf8_next(s, &next))) end = next;
+            next = word_at(end);
+        }
+        pieces.push_back({begin, end});
+        begin = next;
+    }
+    // What is left keeps the white space at its end.
+    if (separator || begin < s.size()) pieces.push_back({begin, s.size()});
+    if (pieces.size() > limit && from_right) {
+        pieces.erase(pieces.begin(), pieces.end() - ptrdiff_t(limit) - 1);
+        pieces[0].begin = 0;
+    }
+    return pieces;
+}
+
+Value split(Renderer& r, const Value& s, Arguments& a, bool from_right) {
+    const Value &separator = a.values[0], &limit = a.values[1];
+    if (!is_absent(separator) && !r.want(separator, Kind::string)) return {};
+    if (!is_absent(limit) && !r.want(limit, Kind::integer)) return {};
+    const std::string* const by = chosen_characters(separator);
+    if (by && by->empty()) return r.fail("split: an empty separator");
+    if (!r.charge_bytes(chars(s).size() + (by ? by->size() * 4 : 0))) return {};
+    List pieces;
+    const bool everywhere = is_absent(limit) || limit.integer < 0;
+    const size_t most = everywhere ? SIZE_MAX - 1 : size_t(limit.integer);
+    for (ByteRange range : split_places(r, chars(s), by, most, from_right)) {
+        if (r.failed()) break;
+        pieces.push_back(r.piece(s, range));
+    }
+    return r.list(Kind::list, std::move(pieces));
+}
+
+Value split_lines(Renderer& r, const Value& s, const Value& keep_ends) {
+    const auto ends_line = [](char32_t c) {
+        return (c >= '\n' && c <= '\r') || (c >= 0x1c && c <= 0x1e) || c == 0x85 || c == 0x2028 ||
+               c == 0x2029;
+    };
+    const std::string& all = chars(s);
+    List lines;
+    for (size_t begin = 0; begin < all.size() && !r.failed();) {
+        size_t end = begin, next = begin;
+        while (next < all.size() && !ends_line(utf8_next(all, &next))) end = next;
+        if (end + 1 < all.size() && all[end] == '\r' && all[end + 1] == '\n') next = end + 2;
+        lines.push_back(r.piece(s, {begin, truth(keep_ends) ? next : end}));
+        begin = next;
+    }
+    return r.list(Kind::list, std::move(lines));
+}
+
+Value replace(Renderer& r, const Value& v, Arguments& a) {
+    const Value s = r.to_string(v);
+    if (!r.want(a.values[0], Kind::string) || !r.want(a.values[1], Kind::string)) return {};
+    if (!is_absent(a.values[2]) && !r.want(a.values[2], Kind::integer)) return {};
+    const std::string &all = chars(s), &old = chars(a.values[0]);
+    int64_t left =
+        is_absent(a.values[2]) || a.values[2].integer < 0 ? INT64_MAX : a.values[2].integer;
+    Text out;
+    size_t begin = 0;
+    r.charge_bytes(all.size() / 8 + old.size() * 4);
+    while (left-- > 0 && r.charge_bytes(16)) {
+        // An empty `old` stands before every character and at the end.
+        const size_t at = old.empty() ? begin : find_text(all, old, begin);
+        if (at == std::string::npos) break;
+        size_t next = at + old.size();
+        if (old.empty() && at < all.size()) utf8_next(all, &next);
+        r.append(out, text_in(s), {begin, at});
+        r.append(out, text_in(a.values[1]));
+        if (old.empty()) r.append(out, text_in(s), {at, next});
+        begin = next;
+        if (old.empty() && at == all.size()) break;
+    }
+    r.append(out, text_in(s), {begin, all.size()});
+    return make_text(std::move(out));
+}
+
+/// Python's find and rfind: an index in code points, or -1.
+Value find_index(Renderer& r, const Value& s, const Value& needle, bool last) {
+    if (!r.want(needle, Kind::string)) return {};
+    if (!r.charge_bytes(chars(s).size() + chars(needle).size() * 4)) return {};
+    const std::string& all = chars(s);
+    size_t found = find_text(all, chars(needle));
+    for (size_t at = found; last && at != std::string::npos && r.charge_bytes(16);) {
+        found = at;
+        at = at < all.size() ? find_text(all, chars(needle), at + 1) : std::string::npos;
+    }
+    if (found == std::string::npos) return make_int(-1);
+    return make_int(int64_t(count_code_points(std::string_view(all).substr(0, found))));
+}
+
+Value count_text(Renderer& r, const Value& s, const Value& needle) {
+    if (!r.want(needle, Kind::string)) return {};
+    if (!r.charge_bytes(chars(s).size() + chars(needle).size() * 4)) return {};
+    const std::string &all = chars(s), &what = chars(needle);
+    if (what.empty()) return make_int(int64_t(count_code_points(all)) + 1);
+    int64_t count = 0;
+    for (size_t at = 0; (at = find_text(all, what, at)) != std::string::npos; at += what.size())
+        ++count;
+    return make_int(count);
+}
+
+bool affix_is(std::string_view s, std::string_view affix, bool at_end) {
+    return s.size() >= affix.size() &&
+           s.substr(at_end ? s.size() - affix.size() : 0, affix.size()) == affix;
+}
+
+Value has_affix(Renderer& r, const Value& s, const Value& affix, bool at_end) {
+    const List options = affix.kind == Kind::tuple ? list_in(affix) : List{affix};
+    for (const Value& option : options) {
+        if (!r.want(option, Kind::string) || !r.charge_bytes(chars(option).size() / 8)) return {};
+        if (affix_is(chars(s), chars(option), at_end)) return make_bool(true);
+    }
+    return make_bool(false);
+}
+
+Value without_affix(Renderer& r, const Value& s, const Value& affix, bool at_end) {
+    if (!r.want(affix, Kind::string)) return {};
+    const size_t size = chars(s).size(), cut = chars(affix).size();
+    if (!affix_is(chars(s), chars(affix), at_end)) return s;
+    return r.piece(s, at_end ? ByteRange{0, size - cut} : ByteRange{cut, size});
+}
+
+/// Whether s has characters and `holds` for each of them.
+Value all_characters(Renderer& r, const Value& s, bool (*holds)(char32_t)) {
+    r.charge_bytes(chars(s).size());
+    for (size_t at = 0; at < chars(s).size() && !r.failed();)
+        if (!holds(utf8_next(chars(s), &at))) return make_bool(false);
+    return make_bool(!chars(s).empty());
+}
+
+/// islower and isupper: some letter has a case, and it is this one everywhere.
+Value has_case(Renderer& r, const Value& v, bool upper) {
+    const Value s = r.to_string(v);
+    const std::string &all = chars(s), other = upper ? to_upper(all) : to_lower(all);
+    r.charge_bytes(all.size());
+    return make_bool(all == other && all != (upper ? to_lower(all) : to_upper(all)));
+}
+
+Value join(Renderer& r, const Value& items, Arguments& a) {  // d attribute
+    const Value list = r.items_of(items), between = r.to_string(a.values[0]);
+    const Value& attribute = a.values[1];
+    if (r.failed()) return {};
+    Text out;
+    bool first = true;
+    for (const Value& item : list_in(list)) {
+        if (!std::exchange(first, false)) r.append(out, text_in(between));
+        r.print(out, is_absent(attribute) ? item : r.path(item, attribute));
+        if (r.failed()) return {};
+    }
+    return make_text(std::move(out));
+}
+
+/// The method: all items must be strings.
+Value join_strings(Renderer& r, const Value& separator, const Value& items) {
+    const Value list = r.items_of(items);
+    if (r.failed()) return {};
+    for (const Value& item : list_in(list))
+        if (!r.want(item, Kind::string)) return {};
+    Arguments as_filter{{separator, {}}, {}};
+    return join(r, list, as_filter);
+}
+
+Value indent(Renderer& r, const Value& v, Arguments& a) {
+    Text margin;
+    if (is_string(a.values[0])) r.append(margin, text_in(a.values[0]));
+    const int64_t width = is_absent(a.values[0]) ? 4
+                          : is_int(a.values[0])  ? a.values[0].integer
+                                                 : 0;
+    for (int64_t i = 0; i < width && r.charge(1); ++i) margin.text += ' ';
+    Text text;
+    r.print(text, v);
+    r.append(text, "\n", false);  // as Jinja does: else a last empty line would be lost
+    const Value lines = split_lines(r, make_text(std::move(text)), {});
+    if (r.failed()) return {};
+    Text out;
+    for (size_t i = 0; i < list_in(lines).size() && !r.failed(); ++i) {
+        const Value& line = list_in(lines)[i];
+        if (i > 0) r.append(out, "\n", false);
+        if (i == 0 ? truth(a.values[1]) : truth(line) || truth(a.values[2])) r.append(out, margin);
+        r.append(out, text_in(line));
+    }
+    return make_text(std::move(out));
+}
+
+Value to_json(Renderer& r, const Value& v,
+              Arguments& a) {  // ensure_ascii indent separators sort_keys
+    WriteStyle style;
+    style.json = true;
+    style.ascii = truth(a.values[0]);
+    style.sorted = truth(a.values[3]);
+    style.lines = !is_absent(a.values[1]);
+    if (style.lines) {
+        style.comma = ",";
+        const bool text = is_string(a.values[1]);
+        if (!text && !r.want(a.values[1], Kind::integer)) return {};
+        const int64_t width = text ? 0 : std::clamp<int64_t>(a.values[1].integer, 0, 1000);
+        style.indent = text ? chars(a.values[1]) : std::string(size_t(width), ' ');
+    }
+    if (!is_absent(a.values[2])) {
+        const Value pair = r.items_of(a.values[2]);
+        if (r.failed()) return {};
+        if (list_in(pair).size() != 2) return r.fail("tojson: separators must be two strings");
+        for (const Value& item : list_in(pair))
+            if (!r.want(item, Kind::string)) return {};
+        style.comma = chars(list_in(pair)[0]);
+        style.colon = chars(list_in(pair)[1]);
+    }
+    Text out;
+    r.write(out, v, style, 0, false);
+    return make_text(std::move(out));
+}
+
+Value length(Renderer& r, const Value& v) {
+    switch (v.kind) {
+        case Kind::undefined: return make_int(0);
+        case Kind::string:
+            r.charge_bytes(chars(v).size() / 8);
+            return make_int(int64_t(count_code_points(chars(v))));
+        case Kind::list:
+        case Kind::tuple: return make_int(int64_t(list_in(v).size()));
+        case Kind::dict: return make_int(int64_t(dict_in(v).size()));
+        default: return r.fail("'" + r.what(v) + "' has no length");
+    }
+}
+
+Value to_list(Renderer& r, const Value& v) {
+    const Value items = r.items_of(v);
+    return r.failed() ? Value{} : r.list(Kind::list, list_in(items));
+}
+
+Value end_item(Renderer& r, const Value& v, bool last) {
+    const Value items = r.items_of(v);
+    if (r.failed() || list_in(items).empty()) return {};
+    return last ? list_in(items).back() : list_in(items).front();
+}
+
+Value reversed(Renderer& r, const Value& v) {
+    if (is_string(v)) return r.slice(v, make_none(), make_none(), make_int(-1));
+    const Value items = r.items_of(v);
+    if (r.failed()) return {};
+    return r.list(Kind::iterator, List(list_in(items).rbegin(), list_in(items).rend()));
+}
+
+/// A dict's members as pairs; `part` 0: pairs, 1: keys, 2: values.
+Value members(Renderer& r, const Value& v, Kind kind, int part) {
+    if (v.kind == Kind::undefined) return r.list(kind, {});
+    if (!r.want(v, Kind::dict)) return {};
+    List made;
+    for (const Entry& e : dict_in(v)) {
+        if (!r.charge(1)) return {};
+        made.push_back(part == 0   ? make_list(Kind::tuple, {e.key, e.value})
+                       : part == 1 ? e.key
+                                   : e.value);
+    }
+    return r.list(kind, std::move(made));
+}
+
+/// What filters compare: an attribute, if asked for, and letters without their case.
+Value comparison_key(Renderer& r, const Value& item, const Value& attribute, bool case_sensitive) {
+    const Value key = is_absent(attribute) ? item : r.path(item, attribute);
+    return is_string(key) && !case_sensitive ? case_mapped(r, key, false) : key;
+}
+
+Value sorted(Renderer& r, const List& items, const Value& attribute, bool case_sensitive,
+             bool reverse) {
+    Dict keyed;
+    for (const Value& item : items) {
+        if (!r.charge(1 + size_t(std::bit_width(items.size())))) return {};
+        keyed.push_back({comparison_key(r, item, attribute, case_sensitive), item});
+    }
+    std::stable_sort(keyed.begin(), keyed.end(), [&](const Entry& a, const Entry& b) {
+        return !r.failed() && (reverse ? r.less(b.key, a.key) : r.less(a.key, b.key));
+    });
+    List made;
+    for (Entry& e : keyed) made.push_back(std::move(e.value));
+    return r.list(Kind::list, std::move(made));
+}
+
+Value sort(Renderer& r, const Value& v, Arguments& a) {  // reverse case_sensitive attribute
+    const Value items = r.items_of(v);
+    if (r.failed()) return {};
+    return sorted(r, list_in(items), a.values[2], truth(a.values[1]), truth(a.values[0]));
+}
+
+Value sort_dict(Renderer& r, const Value& v, Arguments& a) {  // case_sensitive by reverse
+    const Value pairs = members(r, v, Kind::list, 0);
+    const bool by_value = is_string(a.values[1]) && chars(a.values[1]) == "value";
+    if (r.failed()) return {};
+    return sorted(r, list_in(pairs), make_int(by_value), truth(a.values[0]), truth(a.values[2]));
+}
+
+Value unique(Renderer& r, const Value& v, Arguments& a) {  // case_sensitive attribute
+    const Value items = r.items_of(v);
+    if (r.failed()) return {};
+    List keys, made;
+    for (const Value& item : list_in(items)) {
+        const Value key = comparison_key(r, item, a.values[1], truth(a.values[0]));
+        const bool seen = std::any_of(keys.begin(), keys.end(), [&](const Value& k) {
+            return !r.failed() && r.equal(k, key);
+        });
+        if (r.failed()) return {};
+        if (seen) continue;
+        keys.push_back(key);
+        made.push_back(item);
+    }
+    return r.list(Kind::iterator, std::move(made));
+}
+
+Value extreme(Renderer& r, const Value& v, Arguments& a,
+              bool largest) {  // case_sensitive attribute
+    const Value items = r.items_of(v);
+    if (r.failed() || list_in(items).empty()) return {};
+    const Value order = sorted(r, list_in(items), a.values[1], truth(a.values[0]), largest);
+    return r.failed() ? Value{} : list_in(order)[0];
+}
+
+Value sum(Renderer& r, const Value& v, Arguments& a) {  // attribute start
+    const Value items = r.items_of(v);
+    if (r.failed()) return {};
+    Value total = is_absent(a.values[1]) ? make_int(0) : a.values[1];
+    for (const Value& item : list_in(items)) {
+        const Value next = is_absent(a.values[0]) ? item : r.path(item, a.values[0]);
+        if (!r.failed()) total = r.binary(Op::add, std::move(total), next);
+    }
+    return total;
+}
+
+/// select, reject and, with an attribute first, selectattr, rejectattr.
+Value selected_items(Renderer& r, const Value& v, Arguments& a, bool by_attribute, bool wanted) {
+    const size_t skip = by_attribute ? 1 : 0;
+    const Builtin* test = nullptr;
+    if (a.values.size() < skip) return r.fail("the name of an attribute is missing");
+    if (a.values.size() > skip) {
+        if (!r.want(a.values[skip], Kind::string)) return {};
+        test = find_test(chars(a.values[skip]));
+        if (!test) return r.fail("no test named '" + chars(a.values[skip]) + "'");
+    }
+    const Value items = r.items_of(v);
+    if (r.failed()) return {};
+    List kept;
+    for (const Value& item : list_in(items)) {
+        Value holds = by_attribute ? r.path(item, a.values[0]) : item;
+        if (test && r.charge(1)) {
+            Arguments rest{List(a.values.begin() + ptrdiff_t(skip) + 1, a.values.end()), a.named};
+            holds = r.call(*test, holds, rest);
+        }
+        if (r.failed()) return {};
+        if (truth(holds) == wanted) kept.push_back(item);
+    }
+    return r.list(Kind::iterator, std::move(kept));
+}
+
+/// map("filter", arguments ...), or map(attribute = "a.b", default = x).
+Value mapped(Renderer& r, const Value& v, Arguments& a) {
+    Value attribute, otherwise;
+    for (auto& [name, value] : a.named) {
+        if (name == "attribute") attribute = value;
+        if (name == "default") otherwise = value;
+    }
+    const Builtin* filter = nullptr;
+    if (is_absent(attribute)) {
+        if (a.values.empty()) return r.fail("map: needs a filter or an attribute");
+        if (!r.want(a.values[0], Kind::string)) return {};
+        filter = find_filter(chars(a.values[0]));
+        if (!filter) return r.fail("no filter named '" + chars(a.values[0]) + "'");
+    }
+    const Value items = r.items_of(v);
+    if (r.failed()) return {};
+    List made;
+    for (const Value& item : list_in(items)) {
+        if (!r.charge(1)) return {};
+        if (filter) {
+            Arguments rest{List(a.values.begin() + 1, a.values.end()), a.named};
+            made.push_back(r.call(*filter, item, rest));
+        } else {
+            Value part = r.path(item, attribute);
+            made.push_back(part.kind == Kind::undefined ? otherwise : std::move(part));
+        }
+    }
+    return r.list(Kind::iterator, std::move(made));
+}
+
+Value to_int(Renderer& r, const Value& v, const Value& otherwise) {
+    if (is_int(v)) return make_int(v.integer);
+    double d = v.kind == Kind::real ? v.real : std::nan("");
+    if (is_string(v)) {
+        const ByteRange range = stripped(chars(v), nullptr, 3);
+        const std::string text = chars(v).substr(range.begin, range.end - range.begin);
+        char* end = nullptr;
+        errno = 0;
+        const long long value = std::strtoll(text.c_str(), &end, 10);
+        if (!text.empty() && *end == '\0' && errno == 0) return make_int(value);
+        if (const auto real = parse_double(text)) d = *real;
+    }
+    if (d > -9.2e18 && d < 9.2e18) return make_int(int64_t(d));
+    return otherwise.kind == Kind::undefined && !r.failed() ? make_int(0) : otherwise;
+}
+
+Value to_real(Renderer&, const Value& v, const Value& otherwise) {
+    if (is_number(v)) return make_real(number_in(v));
+    if (is_string(v)) {
+        const ByteRange range = stripped(chars(v), nullptr, 3);
+        const auto real =
+            parse_double(std::string_view(chars(v)).substr(range.begin, range.end - range.begin));
+        if (real) return make_real(*real);
+    }
+    return otherwise.kind == Kind::undefined ? make_real(0) : otherwise;
+}
+
+Value range(Renderer& r, const Value&, Arguments& a) {
+    if (a.values.empty() || a.values.size() > 3 || !a.named.empty())
+        return r.fail("range: needs 1 to 3 integers");
+    for (const Value& v : a.values)
+        if (!r.want(v, Kind::integer)) return {};
+    const bool one = a.values.size() == 1;
+    const int64_t from = one ? 0 : a.values[0].integer, to = a.values[one ? 0 : 1].integer;
+    const int64_t by = a.values.size() == 3 ? a.values[2].integer : 1;
+    constexpr int64_t most = INT64_C(1) << 60;  // so that nothing below overflows
+    if (by == 0 || std::max({from, to, by}) > most || std::min({from, to, by}) < -most)
+        return r.fail("range: a step of 0, or numbers too large");
+    const int64_t count = std::max<int64_t>(0, (to - from + by - (by > 0 ? 1 : -1)) / by);
+    if (count > int64_t(ChatTemplate::max_range)) return r.fail("range: over 100,000 numbers");
+    List items;
+    for (int64_t i = 0; i < count; ++i) items.push_back(make_int(from + i * by));
+    return r.list(Kind::list, std::move(items));
+}
+
+/// namespace(a = 1), dict(a = 1), and both from a dict.
+Dict fields_of(Renderer& r, Arguments& a) {
+    Dict fields;
+    for (const Value& v : a.values)
+        if (r.want(v, Kind::dict))
+            fields.insert(fields.end(), dict_in(v).begin(), dict_in(v).end());
+    for (auto& [name, value] : a.named)
+        if (r.charge_bytes(fields.size() * 4)) set_entry(fields, make_text(name), std::move(value));
+    return fields;
+}
+
+/// What strftime_now prints: the time in the caller's own zone, English names. Howard Hinnant's
+/// civil_from_days, see his "chrono-Compatible Low-Level Date Algorithms".
+std::string formatted_time(int64_t seconds, std::string_view pattern) {
+    static const char* const months[] = {"January",   "February", "March",    "April",
+                                         "May",       "June",     "July",     "August",
+                                         "September", "October",  "November", "December"};
+    static const char* const week[] = {"Sunday",   "Monday", "Tuesday", "Wednesday",
+                                       "Thursday", "Friday", "Saturday"};
+    seconds = std::clamp<int64_t>(seconds, 0, INT64_C(253402300799));  // 1970 to 9999
+    const int64_t days = seconds / 86400, clock = seconds % 86400;
+    const int64_t z = days + 719468, era = z / 146097, doe = z % 146097;
+    const int64_t yoe = (doe - doe / 1460 + doe / 36524 - doe / 146096) / 365;
+    const int64_t doy = doe - (365 * yoe + yoe / 4 - yoe / 100), mp = (5 * doy + 2) / 153;
+    const int day = int(doy - (153 * mp + 2) / 5 + 1), month = int(mp < 10 ? mp + 3 : mp - 9);
+    const int year = int(yoe + era * 400 + (month <= 2));
+    const int hour = int(clock / 3600), hour12 = (hour + 11) % 12 + 1;
+    const bool leap = (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
+    const int year_day = int(month > 2 ? doy + 60 + leap : doy - 305);
+    std::string out;
+    for (size_t i = 0; i < pattern.size(); ++i) {
+        if (pattern[i] != '%' || i + 1 == pattern.size()) {
+            out += pattern[i];
+            continue;
+        }
+        const bool bare = pattern[i + 1] == '-' && i + 2 < pattern.size();
+        i += bare ? 2 : 1;
+        const auto number = [&](int n, int width) { out += format("%0*d", bare ? 1 : width, n); };
+        switch (pattern[i]) {
+            case 'Y': number(year, 4); break;
+            case 'y': number(year % 100, 2); break;
+            case 'm': number(month, 2); break;
+            case 'd': number(day, 2); break;
+            case 'e': out += format("%2d", day); break;
+            case 'j': number(year_day, 3); break;
+            case 'H': number(hour, 2); break;
+            case 'I': number(hour12, 2); break;
+            case 'M': number(int(clock / 60 % 60), 2); break;
+            case 'S': number(int(clock % 60), 2); break;
+            case 'p': out += hour < 12 ? "AM" : "PM"; break;
+            case 'B': out += months[month - 1]; break;
+            case 'b': out += std::string(months[month - 1], 3); break;
+            case 'A': out += week[(days + 4) % 7]; break;
+            case 'a': out += std::string(week[(days + 4) % 7], 3); break;
+            case 'F': out += formatted_time(seconds, "%Y-%m-%d"); break;
+            case 'T': out += formatted_time(seconds, "%H:%M:%S"); break;
+            case '%': out += '%'; break;
+            default: out += '%', out += pattern[i];
+        }
+    }
+    return out;
+}
+
+Value to_text(Renderer& r, const Value& v) { return r.to_string(v); }
+
+Value absolute(Renderer& r, const Value& v) {
+    return r.binary(Op::multiply, v, make_int(is_number(v) && number_in(v) < 0 ? -1 : 1));
+}
+
+/// A table's entry from a function that takes fewer arguments, or more that the entry fixes.
+template <auto function, auto... fixed>
+Value none(Renderer& r, const Value& v, Arguments&) {
+    return function(r, v, fixed...);
+}
+template <auto function, auto... fixed>
+Value one(Renderer& r, const Value& v, Arguments& a) {
+    return function(r, v, a.values[0], fixed...);
+}
+template <auto function, auto... fixed>
+Value all(Renderer& r, const Value& v, Arguments& a) {
+    return function(r, v, a, fixed...);
+}
+
+Value otherwise(Renderer&, const Value& v, Arguments& a) {  // default_value boolean
+    const bool missing = v.kind == Kind::undefined || (truth(a.values[1]) && !truth(v));
+    return !missing ? v : a.values[0].kind == Kind::undefined ? make_text("") : a.values[0];
+}
+
+const Builtin filters[] = {
+    {"abs", "", none<absolute>},
+    {"capitalize", "", none<capitalized, separates_nothing>},
+    {"count", "", none<length>},
+    {"d", "default_value? boolean?", otherwise},
+    {"default", "default_value? boolean?", otherwise},
+    {"dictsort", "case_sensitive? by? reverse?", sort_dict},
+    {"first", "", none<end_item, false>},
+    {"float", "default?", one<to_real>},
+    {"indent", "width? first? blank?", indent},
+    {"int", "default?", one<to_int>},
+    {"items", "", none<members, Kind::iterator, 0>},
+    {"join", "d? attribute?", join},
+    {"last", "", none<end_item, true>},
+    {"length", "", none<length>},
+    {"list", "", none<to_list>},
+    {"lower", "", none<case_mapped, false>},
+    {"map", nullptr, mapped},
+    {"max", "case_sensitive? attribute?", all<extreme, true>},
+    {"min", "case_sensitive? attribute?", all<extreme, false>},
+    {"reject", nullptr, all<selected_items, false, false>},
+    {"rejectattr", nullptr, all<selected_items, true, false>},
+    {"replace", "old new count?", replace},
+    {"reverse", "", none<reversed>},
+    {"safe", "", none<to_text>},
+    {"select", nullptr, all<selected_items, false, true>},
+    {"selectattr", nullptr, all<selected_items, true, true>},
+    {"sort", "reverse? case_sensitive? attribute?", sort},
+    {"string", "", none<to_text>},
+    {"sum", "attribute? start?", sum},
+    {"title", "", none<capitalized, separates_words>},
+    {"tojson", "ensure_ascii? indent? separators? sort_keys?", to_json},
+    {"trim", "chars?", one<strip, 3>},
+    {"unique", "case_sensitive? attribute?", unique},
+    {"upper", "", none<case_mapped, true>},
+};
+
+Value compared(Renderer& r, const Value& v, const Value& other, Op op) {
+    return make_bool(r.compare(op, v, other));
+}
+
+Value is_kind(Renderer&, const Value& v, Kind kind) { return make_bool(v.kind == kind); }
+
+Value is_defined(Renderer&, const Value& v) { return make_bool(v.kind != Kind::undefined); }
+
+Value is_numeric(Renderer&, const Value& v) { return make_bool(is_number(v)); }
+
+Value is_callable(Renderer&, const Value& v) {
+    return make_bool(v.kind == Kind::undefined || v.kind >= Kind::macro);
+}
+
+Value is_iterable(Renderer&, const Value& v, bool sequence) {
+    const bool has_items = v.kind >= Kind::string && v.kind <= Kind::dict;
+    const bool skipped = sequence && v.kind == Kind::iterator;
+    return make_bool(v.kind == Kind::undefined || (has_items && !skipped));
+}
+
+Value is_boolean(Renderer&, const Value& v, bool which) {
+    return make_bool(v.kind == Kind::boolean && (v.integer != 0) == which);
+}
+
+Value is_same(Renderer& r, const Value& v, const Value& other) {
+    return make_bool(v.kind == other.kind && r.equal(v, other));
+}
+
+Value is_divisible(Renderer& r, const Value& v, const Value& by) {
+    const Value rest = r.binary(Op::modulo, v, by);
+    return make_bool(is_number(rest) && number_in(rest) == 0);
+}
+
+Value is_even(Renderer& r, const Value& v, bool even) {
+    return make_bool(truth(is_divisible(r, v, make_int(2))) == even);
+}
+
+Value is_known(Renderer&, const Value& v, const Builtin* (*find)(std::string_view)) {
+    return make_bool(is_string(v) && find(chars(v)));
+}
+
+const Builtin tests[] = {
+    {"!=", "other", one<compared, Op::not_equal>},
+    {"<", "other", one<compared, Op::less>},
+    {"<=", "other", one<compared, Op::less_equal>},
+    {"==", "other", one<compared, Op::equal>},
+    {">", "other", one<compared, Op::greater>},
+    {">=", "other", one<compared, Op::greater_equal>},
+    {"boolean", "", none<is_kind, Kind::boolean>},
+    {"callable", "", none<is_callable>},
+    {"defined", "", none<is_defined>},
+    {"divisibleby", "num", one<is_divisible>},
+    {"eq", "other", one<compared, Op::equal>},
+    {"equalto", "other", one<compared, Op::equal>},
+    {"even", "", none<is_even, true>},
+    {"false", "", none<is_boolean, false>},
+    {"filter", "", none<is_known, find_filter>},
+    {"float", "", none<is_kind, Kind::real>},
+    {"ge", "other", one<compared, Op::greater_equal>},
+    {"greaterthan", "other", one<compared, Op::greater>},
+    {"gt", "other", one<compared, Op::greater>},
+    {"in", "seq", one<compared, Op::in>},
+    {"integer", "", none<is_kind, Kind::integer>},
+    {"iterable", "", none<is_iterable, false>},
+    {"le", "other", one<compared, Op::less_equal>},
+    {"lessthan", "other", one<compared, Op::less>},
+    {"lower", "", none<has_case, false>},
+    {"lt", "other", one<compared, Op::less>},
+    {"mapping", "", none<is_kind, Kind::dict>},
+    {"ne", "other", one<compared, Op::not_equal>},
+    {"none", "", none<is_kind, Kind::none>},
+    {"number", "", none<is_numeric>},
+    {"odd", "", none<is_even, false>},
+    {"sameas", "other", one<is_same>},
+    {"sequence", "", none<is_iterable, true>},
+    {"string", "", none<is_kind, Kind::string>},
+    {"test", "", none<is_known, find_test>},
+    {"true", "", none<is_boolean, true>},
+    {"undefined", "", none<is_kind, Kind::undefined>},
+    {"upper", "", none<has_case, true>},
+};
+
+bool is_alphanumeric(char32_t c) { return is_letter(c) || detail::is_number(c); }
+bool is_decimal(char32_t c) { return category(c) == Category::Nd; }
+
+const Builtin string_methods[] = {
+    {"capitalize", "", none<capitalized, separates_nothing>},
+    {"count", "sub", one<count_text>},
+    {"endswith", "suffix", one<has_affix, true>},
+    {"find", "sub", one<find_index, false>},
+    {"isalnum", "", none<all_characters, is_alphanumeric>},
+    {"isalpha", "", none<all_characters, is_letter>},
+    {"isdigit", "", none<all_characters, is_decimal>},
+    {"islower", "", none<has_case, false>},
+    {"isspace", "", none<all_characters, python_space>},
+    {"isupper", "", none<has_case, true>},
+    {"join", "iterable", one<join_strings>},
+    {"lower", "", none<case_mapped, false>},
+    {"lstrip", "chars?", one<strip, 1>},
+    {"removeprefix", "prefix", one<without_affix, false>},
+    {"removesuffix", "suffix", one<without_affix, true>},
+    {"replace", "old new count?", replace},
+    {"rfind", "sub", one<find_index, true>},
+    {"rsplit", "sep? maxsplit?", all<split, true>},
+    {"rstrip", "chars?", one<strip, 2>},
+    {"split", "sep? maxsplit?", all<split, false>},
+    {"splitlines", "keepends?", one<split_lines>},
+    {"startswith", "prefix", one<has_affix, false>},
+    {"strip", "chars?", one<strip, 3>},
+    {"title", "", none<capitalized, separates_title>},
+    {"upper", "", none<case_mapped, true>},
+};
+
+Value count_item(Renderer& r, const Value& list, const Value& wanted) {
+    int64_t count = 0;
+    for (const Value& item : list_in(list)) count += r.equal(item, wanted);
+    return make_int(count);
+}
+
+Value index_of(Renderer& r, const Value& list, const Value& wanted) {
+    for (size_t i = 0; i < list_in(list).size(); ++i)
+        if (r.equal(list_in(list)[i], wanted)) return make_int(int64_t(i));
+    return r.fail("index: the value is not in the list");
+}
+
+Value get_member(Renderer& r, const Value& dict, Arguments& a) {  // key default
+    r.charge_bytes(dict_in(dict).size() * 4);
+    if (const Value* found = find_entry(dict_in(dict), a.values[0])) return *found;
+    return a.values[1].kind == Kind::undefined ? make_none() : a.values[1];
+}
+
+Value same_dict(Renderer&, const Value& dict) { return dict; }
+
+// Nothing here changes what it belongs to: append, pop, update and their kin do not exist.
+const Builtin list_methods[] = {
+    {"copy", "", none<to_list>},
+    {"count", "value", one<count_item>},
+    {"index", "value", one<index_of>},
+};
+
+const Builtin dict_methods[] = {
+    {"copy", "", none<same_dict>},
+    {"get", "key default?", get_member},
+    {"items", "", none<members, Kind::list, 0>},
+    {"keys", "", none<members, Kind::list, 1>},
+    {"values", "", none<members, Kind::list, 2>},
+};
+
+Value cycle(Renderer& r, const Value& loop, Arguments& a) {
+    if (a.values.empty()) return r.fail("cycle: needs values");
+    return a.values[static_cast<const Loop*>(loop.object.get())->at % a.values.size()];
+}
+
+const Builtin loop_methods[] = {{"cycle", nullptr, cycle}};
+
+Value new_dict(Renderer& r, const Value&, Arguments& a) { return r.dict(fields_of(r, a)); }
+Value new_space(Renderer& r, const Value&, Arguments& a) { return r.name_space(fields_of(r, a)); }
+
+Value raise_exception(Renderer& r, const Value&, const Value& message) {
+    return r.raise(chars(r.to_string(message)));
+}
+
+Value strftime_now(Renderer& r, const Value&, const Value& pattern) {
+    if (!r.want(pattern, Kind::string) || !r.charge_bytes(chars(pattern).size() * 16)) return {};
+    return make_text(formatted_time(r.now_s, chars(pattern)));
+}
+
+const Builtin globals[] = {
+    {"dict", nullptr, new_dict},
+    {"namespace", nullptr, new_space},
+    {"raise_exception", "message", one<raise_exception>},
+    {"range", nullptr, range},
+    {"strftime_now", "format", one<strftime_now>},
+};
+
+const Builtin* find_builtin(std::span<const Builtin> table, std::string_view name) {
+    for (const Builtin& b : table)
+        if (name == b.name) return &b;
+    return nullptr;
+}
+
+const Builtin* find_filter(std::string_view name) { return find_builtin(filters, name); }
+const Builtin* find_test(std::string_view name) { return find_builtin(tests, name); }
+const Builtin* find_global(std::string_view name) { return find_builtin(globals, name); }
+
+const Builtin* find_method(const Value& self, std::string_view name) {
+    switch (self.kind) {
+        case Kind::string: return find_builtin(string_methods, name);
+        case Kind::list: return find_builtin(list_methods, name);
+        case Kind::tuple: return find_builtin(std::span(list_methods).subspan(1), name);  // no copy
+        case Kind::dict: return find_builtin(dict_methods, name);
+        case Kind::loop: return find_builtin(loop_methods, name);
+        default: return nullptr;
+    }
+}
+
+/// As Jinja reads it: every kind of line end is \n, and the last one does not count.
+std::string normalized_lines(std::string_view source) {
+    std::string out;
+    for (size_t i = 0; i < source.size(); ++i) {
+        out += source[i] == '\r' ? '\n' : source[i];
+        if (source[i] == '\r' && i + 1 < source.size() && source[i + 1] == '\n') ++i;
+    }
+    if (!out.empty() && out.back() == '\n') out.pop_back();
+    return out;
+}
+
+}  // namespace jinja
+}  // namespace detail
+
+// ---- the public face ------------------------------------------------------------------------
+
+ChatTemplate::ChatTemplate(std::shared_ptr<const detail::TemplateProgram> program)
+    : program_(std::move(program)) {}
+
+Result<ChatTemplate> ChatTemplate::parse(std::string source) {
+    using namespace detail;
+    if (source.size() > max_source_bytes)
+        return make_error(ErrorKind::bad_data, "chat template: over 1 MiB");
+    if (!utf8_valid(source)) return make_error(ErrorKind::bad_data, "chat template: not UTF-8");
+    const std::string text = jinja::normalized_lines(source);
+    jinja::Lexer lexer(text);
+    std::vector<jinja::Lexeme> lexemes = lexer.run();
+    if (lexer.error()) return *lexer.error();
+    const auto program = std::make_shared<TemplateProgram>();
+    program->source = std::move(source);
+    const auto parsed = jinja::Parser(*program, std::move(lexemes)).run();
+    if (!parsed) return parsed.error();
+    return ChatTemplate(program);
+}
+
+Result<ChatTemplate> ChatTemplate::open(std::string source, bool has_chatml_tokens) {
+    if (!source.empty()) return parse(std::move(source));
+    if (!has_chatml_tokens)
+        return detail::make_error(ErrorKind::unsupported,
+                                  "the model has no chat template (tokenizer.chat_template) and no "
+                                  "tokens <|im_start|> and <|im_end|> for the default one");
+    return parse(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}");
+}
+
+Result<MarkedText> ChatTemplate::render(const TemplateInput& input) const {
+    return detail::jinja::Renderer(*program_, input.now_s).run(input);
+}
+
+const std::string& ChatTemplate::source() const { return program_->source; }
+
+bool ChatTemplate::mentions(std::string_view word) const {
+    for (const auto& constant : program_->constants)
+        if (detail::jinja::is_string(constant) &&
+            detail::jinja::chars(constant).find(word) != std::string::npos) return true;
+    return false;
+}
+
+Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
+                                 std::string_view bos, std::string_view eos, int64_t now_s) {
+    static const char* const roles[] = {"system",    "developer", "user",
+                                        "assistant", "tool",      "function"};
+    const bool knows_developer = chat_template.mentions("developer");
+    Json messages = Json::array();
+    const auto add = [&](Role role, std::string text) {
+        if (role == Role::developer && !knows_developer) role = Role::system;
+        messages.push(
+            Json::object().set("role", roles[size_t(role)]).set("content", std::move(text)));
+    };
+    if (!request.instructions.empty()) add(Role::system, request.instructions);
+    if (request.input.items.empty()) add(Role::user, request.input.text);
+    for (size_t i = 0; i < request.input.items.size(); ++i) {
+        const Item& item = request.input.items[i];
+        if (item.kind == Item::Kind::message) add(item.role, item.text());
+        else if (item.kind != Item::Kind::reasoning)
+            return detail::make_error(
+                ErrorKind::unsupported, "calls of tools are not in this version",
+                "unsupported_parameter", detail::format("input[%zu].type", i));
+    }
+    TemplateInput input;
+    input.request.set("messages", std::move(messages))
+        .set("tools", nullptr)
+        .set("documents", nullptr);
+    input.own.set("add_generation_prompt", true).set("bos_token", bos).set("eos_token", eos);
+    input.now_s = now_s;
+    return input;
+}
+
+}  // namespace v1
+}  // namespace valar
+
+#endif  // VALAR_NO_INFERENCE
+
+// >>model
+// Owns: ModelSpec, which says as data what a decoder is, and the binding of a file's tensors to it.
+// Assumes: a Gguf that outlives the binding.
+// Promises: a spec that was read has sane sizes and only options that a backend implements; a
+// tensor that is missing, mis-shaped, unused or of an unsupported type is an error that names it.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+/// A new family that differs only in these is one more row.
+struct Architecture {
+    const char* name;  // also the prefix of its keys
+    RopeKind rope;
+    bool qkv_bias;
+};
+constexpr Architecture architectures[] = {
+    {"llama", RopeKind::norm, false},
+    {"qwen2", RopeKind::neox, true},
+};
+
+/// Keys that change what the network computes in a way that no backend here does.
+constexpr const char* refused_model_keys[] = {
+    "expert_count",   "attn_logit_softcapping", "final_logit_softcapping",
+    "residual_scale", "attention.clamp_kqv",
+};
+
+constexpr TensorType matrix_types[] = {
+    TensorType::f32,  TensorType::f16,  TensorType::bf16, TensorType::q4_0, TensorType::q4_1,
+    TensorType::q5_0, TensorType::q8_0, TensorType::q4_k, TensorType::q5_k, TensorType::q6_k,
+};
+constexpr TensorType vector_types[] = {TensorType::f32};
+
+/// Reads keys into a spec. After the first failure `error` is set and what is returned is of no
+/// use, so that a reader can go on to its end and look once.
+struct SpecReader {
+    const Gguf& gguf;
+    std::string prefix = {};
+    std::optional<Error> error = {};
+
+    void fail(ErrorKind kind, const std::string& what) {
+        if (!error) error = make_error(kind, gguf.name() + ": " + what);
+    }
+    void fail_key(ErrorKind kind, const char* key, const char* what) {
+        fail(kind, format("key '%s%s' %s", prefix.c_str(), key, what));
+    }
+    template <class T> T value(Result<T> result) {
+        if (result) return *result;
+        if (!error) error = result.error();
+        return T{};
+    }
+    const GgufKey* find(const char* key) const { return gguf.find(prefix + key); }
+
+    uint32_t in_limits(const char* key, uint64_t number, uint64_t limit) {
+        if (number < 1 || number > limit)
+            fail_key(ErrorKind::bad_data, key,
+                     format("is %llu, not from 1 to %llu", static_cast<unsigned long long>(number),
+                            static_cast<unsigned long long>(limit))
+                         .c_str());
+        return error ? 1 : static_cast<uint32_t>(number);
+    }
+    uint32_t size(const char* key, uint64_t limit) {
+        return in_limits(key, value(gguf.get_uint(prefix + key)), limit);
+    }
+    uint32_t size(const char* key, uint64_t limit, uint32_t fallback) {
+        return find(key) ? size(key, limit) : fallback;
+    }
+    /// One number for all layers, or an array with one for each.
+    uint32_t layer_size(const char* key, size_t layer, uint64_t limit) {
+        const GgufKey* found = find(key);
+        if (!found || !found->is_array) return size(key, limit);
+        auto numbers = value(gguf.get_ints(prefix + key));
+        if (layer >= numbers.size())
+            fail_key(ErrorKind::bad_data, key, "is too short for the layers");
+        return error ? 1 : in_limits(key, static_cast<uint64_t>(numbers[layer]), limit);
+    }
+    float positive(const char* key, float fallback) {
+        const float number = static_cast<float>(
+            value(gguf.get_float(prefix + key, static_cast<double>(fallback))));
+        if (!(number > 0 && std::isfinite(number)))
+            fail_key(ErrorKind::bad_data, key, "must be a positive number");
+        return number;
+    }
+};
+
+/// Text of a file as a message can carry it.
+std::string printable(std::string_view text) {
+    std::string out(text.substr(0, 64));
+    for (char& c : out)
+        if (c < ' ' || c > '~') c = '?';
+    return out;
+}
+
+const Architecture* find_architecture(std::string_view name) {
+    for (const Architecture& row : architectures)
+        if (name == row.name) return &row;
+    return nullptr;
+}
+
+void refuse_unknown_options(SpecReader& in) {
+    for (const char* key : refused_model_keys) {
+        const GgufKey* found = in.find(key);
+        const auto is_zero = [](std::byte b) { return b == std::byte{0}; };
+        if (found && !std::all_of(found->data.begin(), found->data.end(), is_zero))
+            in.fail_key(ErrorKind::unsupported, key, "asks for what is not implemented");
+    }
+}
+
+/// 1 / factor of linear scaling. (llama3 scaling needs no key: its factors are a tensor.)
+float read_rope_scale(SpecReader& in) {
+    const auto type = in.value(in.gguf.get_string(in.prefix + "rope.scaling.type", "linear"));
+    if (type == "none") return 1;
+    if (type != "linear")
+        in.fail_key(ErrorKind::unsupported, "rope.scaling.type",
+                    "is neither 'none' nor 'linear'");
+    const char* key = in.find("rope.scaling.factor") ? "rope.scaling.factor" : "rope.scale_linear";
+    return 1.0f / in.positive(key, 1.0f);
+}
+
+std::vector<float> read_rope_factors(SpecReader& in, uint32_t rope_dims) {
+    const TensorInfo* tensor = in.gguf.find_tensor("rope_freqs.weight");
+    if (!tensor || in.error) return {};
+    if (tensor->type != TensorType::f32 || tensor->n_dims != 1 ||
+        tensor->dims[0] != rope_dims / 2) {
+        in.fail(ErrorKind::bad_data, "tensor 'rope_freqs.weight' is not F32 of half the rope dims");
+        return {};
+    }
+    std::vector<float> factors(rope_dims / 2);
+    const auto bytes = std::as_writable_bytes(std::span<float>(factors));
+    if (auto done = in.gguf.read_tensor(*tensor, 0, bytes); !done) in.error = done.error();
+    for (float factor : factors)
+        if (!(factor > 0 && std::isfinite(factor)))
+            in.fail(ErrorKind::bad_data, "tensor 'rope_freqs.weight' has a factor not positive");
+    return factors;
+}
+
+/// All layers have the head size of the first, also where their numbers of heads differ.
+uint32_t read_head_dim(SpecReader& in, uint32_t n_embd) {
+    if (in.find("attention.key_length"))
+        return in.size("attention.key_length", ModelSpec::max_width);
+    const uint32_t n_heads = in.layer_size("attention.head_count", 0, ModelSpec::max_width);
+    if (n_embd % n_heads != 0)
+        in.fail_key(ErrorKind::bad_data, "attention.head_count",
+                    "does not divide embedding_length");
+    return in.error ? 1 : n_embd / n_heads;
+}
+
+RopeSpec read_rope(SpecReader& in, const Architecture& row, uint32_t head_dim) {
+    RopeSpec rope;
+    rope.kind = row.rope;
+    rope.dims = in.size("rope.dimension_count", head_dim, head_dim);
+    if (rope.dims % 2 != 0) in.fail_key(ErrorKind::bad_data, "rope.dimension_count", "is odd");
+    rope.base = in.positive("rope.freq_base", 10000.0f);
+    rope.scale = read_rope_scale(in);
+    return rope;
+}
+
+/// What is the same in all layers is in `layer` already.
+LayerSpec read_layer(SpecReader& in, LayerSpec layer, size_t index) {
+    layer.n_heads = in.layer_size("attention.head_count", index, ModelSpec::max_width);
+    layer.n_kv_heads = layer.n_heads;
+    if (in.find("attention.head_count_kv"))
+        layer.n_kv_heads = in.layer_size("attention.head_count_kv", index, ModelSpec::max_width);
+    layer.n_ff = in.layer_size("feed_forward_length", index, ModelSpec::max_width);
+    if (layer.n_heads % layer.n_kv_heads != 0)
+        in.fail_key(ErrorKind::bad_data, "attention.head_count_kv", "does not divide head_count");
+    if (uint64_t{layer.n_heads} * layer.head_dim > ModelSpec::max_width)
+        in.fail_key(ErrorKind::bad_data, "attention.head_count", "times head size is too large");
+    return layer;
+}
+
+std::vector<LayerSpec> read_layers(SpecReader& in, const Architecture& row, uint32_t n_embd) {
+    LayerSpec common;
+    common.head_dim = read_head_dim(in, n_embd);
+    if (in.size("attention.value_length", ModelSpec::max_width, common.head_dim) != common.head_dim)
+        in.fail_key(ErrorKind::unsupported, "attention.value_length", "differs from key_length");
+    common.qkv_bias = row.qkv_bias;
+    common.attention_scale =
+        in.positive("attention.scale", 1.0f / std::sqrt(static_cast<float>(common.head_dim)));
+    common.rope = read_rope(in, row, common.head_dim);
+    std::vector<LayerSpec> layers(in.size("block_count", ModelSpec::max_layers));
+    for (size_t i = 0; i < layers.size() && !in.error; ++i) layers[i] = read_layer(in, common, i);
+    return layers;
+}
+
+/// Rows of the embedding are the vocabulary: the file's own counts of it must agree.
+uint32_t read_vocab_size(SpecReader& in) {
+    const TensorInfo* embedding = in.gguf.find_tensor("token_embd.weight");
+    if (!embedding) {
+        in.fail(ErrorKind::bad_data, "tensor 'token_embd.weight' is missing");
+        return 1;
+    }
+    const uint64_t rows = embedding->dims[1];
+    const GgufKey* tokens = in.gguf.find("tokenizer.ggml.tokens");
+    if (rows > ModelSpec::max_vocab)
+        in.fail(ErrorKind::bad_data, "tensor 'token_embd.weight' has too many rows");
+    if (tokens && tokens->count != rows)
+        in.fail(ErrorKind::bad_data,
+                format("key 'tokenizer.ggml.tokens' has %zu entries, 'token_embd.weight' %llu rows",
+                       tokens->count, static_cast<unsigned long long>(rows)));
+    return in.error ? 1 : static_cast<uint32_t>(rows);
+}
+
+/// Takes tensors of a file by name, checks them, and remembers which were taken.
+struct TensorBinder {
+    const Gguf& gguf;
+    std::vector<bool> taken = std::vector<bool>(gguf.tensors().size());
+    std::optional<Error> error = {};
+
+    void fail(ErrorKind kind, const std::string& name, const std::string& what) {
+        if (!error)
+            error = make_error(kind, gguf.name() + ": tensor '" + name + "' " + what);
+    }
+
+    const TensorInfo* take(const std::string& name, std::span<const TensorType> types,
+                           uint32_t n_dims, uint64_t rows, uint64_t columns) {
+        const TensorInfo* tensor = gguf.find_tensor(name);
+        if (!tensor) {
+            fail(ErrorKind::bad_data, name, "is missing");
+            return nullptr;
+        }
+        taken[static_cast<size_t>(tensor - gguf.tensors().data())] = true;
+        if (tensor->n_dims != n_dims || tensor->dims[0] != columns || tensor->dims[1] != rows)
+            fail(ErrorKind::bad_data, name,
+                 format("has the shape %llu x %llu x %llu x %llu; %llu x %llu was expected",
+                        ull(tensor->dims[0]), ull(tensor->dims[1]), ull(tensor->dims[2]),
+                        ull(tensor->dims[3]), ull(columns), ull(rows)));
+        if (std::find(types.begin(), types.end(), tensor->type) == types.end())
+            fail(ErrorKind::unsupported, name,
+                 format("has type %s, which is not supported here", type_info(tensor->type)->name));
+        return tensor;
+    }
+    const TensorInfo* matrix(const std::string& name, uint64_t rows, uint64_t columns) {
+        return take(name, matrix_types, 2, rows, columns);
+    }
+    const TensorInfo* vector(const std::string& name, uint64_t length) {
+        return take(name, vector_types, 1, 1, length);
+    }
+    static unsigned long long ull(uint64_t n) { return n; }
+};
+
+LayerTensors bind_layer(TensorBinder& in, const LayerSpec& spec, uint64_t n_embd, size_t index) {
+    const std::string layer = format("blk.%u.", static_cast<unsigned>(index));
+    const uint64_t n_q = uint64_t{spec.n_heads} * spec.head_dim;
+    const uint64_t n_kv = uint64_t{spec.n_kv_heads} * spec.head_dim;
+    LayerTensors out;
+    out.attn_norm = in.vector(layer + "attn_norm.weight", n_embd);
+    out.q = in.matrix(layer + "attn_q.weight", n_q, n_embd);
+    out.k = in.matrix(layer + "attn_k.weight", n_kv, n_embd);
+    out.v = in.matrix(layer + "attn_v.weight", n_kv, n_embd);
+    if (spec.qkv_bias) {
+        out.q_bias = in.vector(layer + "attn_q.bias", n_q);
+        out.k_bias = in.vector(layer + "attn_k.bias", n_kv);
+        out.v_bias = in.vector(layer + "attn_v.bias", n_kv);
+    }
+    out.attn_output = in.matrix(layer + "attn_output.weight", n_embd, n_q);
+    out.ffn_norm = in.vector(layer + "ffn_norm.weight", n_embd);
+    out.gate = in.matrix(layer + "ffn_gate.weight", spec.n_ff, n_embd);
+    out.up = in.matrix(layer + "ffn_up.weight", spec.n_ff, n_embd);
+    out.down = in.matrix(layer + "ffn_down.weight", n_embd, spec.n_ff);
+    return out;
+}
+
+}  // namespace
+}  // namespace detail
+
+Result<ModelSpec> read_model_spec(const Gguf& gguf) {
+    detail::SpecReader in{gguf};
+    ModelSpec spec;
+    spec.architecture = in.value(gguf.get_string("general.architecture"));
+    if (in.error) return *in.error;
+    const auto* row = detail::find_architecture(spec.architecture);
+    if (!row)
+        return detail::make_error(ErrorKind::unsupported,
+                                  gguf.name() + ": architecture '" +
+                                      detail::printable(spec.architecture) + "' is not supported");
+    in.prefix = spec.architecture + ".";
+    spec.name = in.value(gguf.get_string("general.name", ""));
+    detail::refuse_unknown_options(in);
+    spec.n_embd = in.size("embedding_length", ModelSpec::max_width);
+    spec.n_context = in.size("context_length", ModelSpec::max_context);
+    spec.norm_eps = in.positive("attention.layer_norm_rms_epsilon", 0.0f);
+    spec.embedding_scale = in.positive("embedding_scale", 1.0f);
+    spec.logit_scale = in.positive("logit_scale", 1.0f);
+    spec.tied_output = !gguf.find_tensor("output.weight");
+    spec.n_vocab = detail::read_vocab_size(in);
+    spec.layers = detail::read_layers(in, *row, spec.n_embd);
+    spec.rope_factors = detail::read_rope_factors(in, spec.layers[0].rope.dims);
+    if (in.error) return *in.error;
+    return spec;
+}
+
+Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec) {
+    detail::TensorBinder in{gguf};
+    ModelTensors out;
+    out.token_embd = in.matrix("token_embd.weight", spec.n_vocab, spec.n_embd);
+    out.output_norm = in.vector("output_norm.weight", spec.n_embd);
+    out.output = spec.tied_output ? out.token_embd
+                                  : in.matrix("output.weight", spec.n_vocab, spec.n_embd);
+    if (!spec.rope_factors.empty()) in.vector("rope_freqs.weight", spec.rope_factors.size());
+    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i)
+        out.layers.push_back(detail::bind_layer(in, spec.layers[i], spec.n_embd, i));
+    for (size_t i = 0; i < in.taken.size(); ++i)
+        if (!in.taken[i])
+            in.fail(ErrorKind::bad_data, std::string(gguf.tensors()[i].name), "is not used");
+    if (in.error) return *in.error;
+    return out;
+}
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// >>backend
+// The CPU backend, top to bottom: how memory is laid out, loading, the batch as a machine of stages,
+// the stages in the order in which they run. The formulas are in >>kernels.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr uint32_t kMaxBatchRows  = 65536;
+constexpr uint32_t kMaxPageTokens = 4096;
+constexpr uint32_t kQueryRows     = 16;         // rows of a sequence that attend together
+constexpr uint64_t kJoinWork      = 1 << 16;    // products that are not worth a fork-join
+constexpr uint64_t kClaimColumns  = 8;          // from here on tiles are claimed one by one
+constexpr uint64_t kSliceNs       = 200'000;    // between two looks at the deadline
+constexpr uint64_t kLoadBytes     = 1 << 20;    // of the file, a thread, between two looks
+
+// Cuts a buffer into arrays, each on its own cache line. With base 0 it only counts, so that what a
+// plan says is what is taken.
+struct Carver {
+    uintptr_t base = 0;
+    uint64_t  used = 0;
+
+    template <class T> T* take(uint64_t count) {
+        const uint64_t at = used;
+        used += (count * sizeof(T) + 63) / 64 * 64;  // operands are limited by check_cpu_options
+        return reinterpret_cast<T*>(base + static_cast<uintptr_t>(at));
+    }
+};
+
+// A tensor of the file and where it goes: packed, or, for a vector, as it is.
+struct LoadItem {
+    const TensorInfo* tensor;
+    std::byte*        out;
+    bool              packed;
+};
+
+struct CpuLayer {
+    const LayerSpec* spec;
+    uint32_t     rope;           // index of its RopeTable
+    const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias;
+    PackedMatrix q, k, v, attn_output, gate, up, down;
+    uint64_t     kv_offset;      // of its pages in the pool
+    size_t       kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
+    size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
+};
+
+struct CpuWeights {
+    PackedMatrix          token_embd, output;
+    const float*          output_norm = nullptr;
+    std::vector<CpuLayer> layers;
+    std::vector<LoadItem> items;  // in the order in which they are loaded
+
+    PackedMatrix matrix(Carver& carver, const TensorInfo* tensor) {
+        PackedMatrix out{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
+                         static_cast<uint32_t>(tensor->dims[0])};
+        std::byte* data = carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
+        out.data = data;
+        items.push_back({tensor, data, true});
+        return out;
+    }
+    const float* vector(Carver& carver, const TensorInfo* tensor) {
+        if (!tensor) return nullptr;
+        float* data = carver.take<float>(tensor->dims[0]);
+        items.push_back({tensor, reinterpret_cast<std::byte*>(data), false});
+        return data;
+    }
+    void place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors);
+};
+
+void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors) {
+    token_embd = matrix(carver, tensors.token_embd);
+    for (size_t i = 0; i < spec.layers.size(); ++i) {
+        const LayerTensors& from = tensors.layers[i];
+        CpuLayer layer{};
+        layer.spec = &spec.layers[i];
+        layer.attn_norm = vector(carver, from.attn_norm);
+        layer.q = matrix(carver, from.q);
+        layer.k = matrix(carver, from.k);
+        layer.v = matrix(carver, from.v);
+        layer.q_bias = vector(carver, from.q_bias);
+        layer.k_bias = vector(carver, from.k_bias);
+        layer.v_bias = vector(carver, from.v_bias);
+        layer.attn_output = matrix(carver, from.attn_output);
+        layer.ffn_norm = vector(carver, from.ffn_norm);
+        layer.gate = matrix(carver, from.gate);
+        layer.up = matrix(carver, from.up);
+        layer.down = matrix(carver, from.down);
+        layers.push_back(layer);
+    }
+    output_norm = vector(carver, tensors.output_norm);
+    output = tensors.output == tensors.token_embd ? token_embd : matrix(carver, tensors.output);
+}
+
+// Rotation angles a position, per pair; layers with the same RopeSpec share a table.
+struct RopeTable {
+    const RopeSpec*     spec;
+    std::vector<double> frequencies;  // (dims / 2)
+};
+
+RopeTable make_rope_table(const RopeSpec& rope, const std::vector<float>& factors) {
+    RopeTable table{&rope, std::vector<double>(rope.dims / 2)};
+    const double log2_base = exact_log2(static_cast<double>(rope.base));
+    for (uint32_t i = 0; i < rope.dims / 2; ++i) {
+        double f = exact_exp2(-(2.0 * i / rope.dims) * log2_base);
+        if (rope.scale != 1) f *= static_cast<double>(rope.scale);
+        if (!factors.empty()) f /= static_cast<double>(factors[i]);
+        table.frequencies[i] = f;
+    }
+    return table;
+}
+
+bool same_rope(const RopeSpec& a, const RopeSpec& b) {
+    return a.kind == b.kind && a.dims == b.dims && a.base == b.base && a.scale == b.scale;
+}
+
+// Attention of `rows` neighbours of one sequence to segments first .. last - 1, one kv head a time.
+struct AttentionUnit {
+    uint32_t row, rows, first_segment, last_segment;
+};
+
+// What a thread needs for one AttentionUnit: one segment's result and the state so far.
+struct QueryScratch {
+    float *   max, *sum, *total_max, *total_sum;  // (kQueryRows * heads of a group)
+    float*    out;                                // (the same, head_dim)
+    uint16_t *begin, *end;
+};
+
+// The largest numbers that occur in any layer.
+struct CpuSizes {
+    uint64_t rows, logit_rows, planes, parts, segments;
+    uint64_t split_rows;     // batches of so many rows are split over segments too
+    uint64_t q = 0, kv = 0, ff = 0, group = 0, group_values = 0, heads = 0, columns = 0;
+    uint64_t rope_values = 0;  // of all tables, for a position
+    uint64_t staging = 0;    // a tile of each thread, as the file has it
+};
+
+struct CpuScratch {
+    float *x, *y;                      // (rows, n_embd) the residual stream; normed or to be added
+    float *q, *k, *v;                  // (rows, heads * head_dim) as they come from the weights
+    float *turned;                     // (kv heads, rows, heads of a group, head_dim) rotated q
+    float *gate, *up;                  // (rows, n_ff), in the place of q, k, v, turned
+    float *attended;                   // (rows, n_heads * head_dim)
+    float *cos_sin;                    // (rows, rope_values)
+    float *part_max, *part_sum, *part_out;  // (split_rows, segments, n_heads, 1 or head_dim)
+    float *logits;                     // (logit_rows, n_vocab)
+    ActivationBlock* blocks;           // (rows, planes, columns / 32)
+    AttentionUnit*   units;
+    uint32_t*        wanted;           // (logit_rows) rows that want logits
+    QueryScratch*    queries;          // (parts)
+
+    void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab) {
+        const uint64_t start = carver.used;
+        x = carver.take<float>(n.rows * n_embd);
+        y = carver.take<float>(n.rows * n_embd);
+        attended = carver.take<float>(n.rows * n.q);
+        cos_sin = carver.take<float>(n.rows * n.rope_values);
+        part_max = carver.take<float>(n.split_rows * n.segments * n.heads);
+        part_sum = carver.take<float>(n.split_rows * n.segments * n.heads);
+        part_out = carver.take<float>(n.split_rows * n.segments * n.q);
+        logits = carver.take<float>(n.logit_rows * n_vocab);
+        blocks = carver.take<ActivationBlock>(
+            std::max(n.rows * n.planes * n.columns, n.logit_rows * 2 * n_embd) / kActivationBlock);
+        units = carver.take<AttentionUnit>(std::max(n.rows, n.split_rows * n.segments));
+        wanted = carver.take<uint32_t>(n.logit_rows);
+        queries = carver.take<QueryScratch>(n.parts);
+        for (uint64_t part = 0; part < n.parts; ++part) {
+            QueryScratch one;
+            for (float** array : {&one.max, &one.sum, &one.total_max, &one.total_sum})
+                *array = carver.take<float>(kQueryRows * n.group);
+            one.out = carver.take<float>(kQueryRows * n.group_values);
+            one.begin = carver.take<uint16_t>(kQueryRows * n.group);
+            one.end = carver.take<uint16_t>(kQueryRows * n.group);
+            if (carver.base) queries[part] = one;
+        }
+        Carver other = carver;
+        q = carver.take<float>(n.rows * n.q);
+        k = carver.take<float>(n.rows * n.kv);
+        v = carver.take<float>(n.rows * n.kv);
+        turned = carver.take<float>(n.rows * n.q);
+        gate = other.take<float>(n.rows * n.ff);
+        up = other.take<float>(n.rows * n.ff);
+        carver.used = std::max({carver.used, other.used, start + n.parts * n.staging});
+    }
+};
+
+Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions& options) {
+    const auto refuse = [](const char* field, unsigned long long value, const char* wanted) {
+        return make_error(ErrorKind::invalid_request, format("%s: %llu is not %s", field, value, wanted),
+                          {}, field);
+    };
+    if (options.page_tokens == 0 || options.page_tokens % kKeyGroup || options.page_tokens > kMaxPageTokens)
+        return refuse("page_tokens", options.page_tokens, "a multiple of 16 up to 4096");
+    if (options.kv_pages == 0) return refuse("kv_pages", 0, "positive");
+    if (options.max_batch_rows == 0 || options.max_batch_rows > kMaxBatchRows)
+        return refuse("max_batch_rows", options.max_batch_rows, "in 1..65536");
+    if (options.max_logit_rows == 0 || options.max_logit_rows > options.max_batch_rows)
+        return refuse("max_logit_rows", options.max_logit_rows, "in 1..max_batch_rows");
+    if (options.threads < -1 || options.threads > 1023)
+        return make_error(ErrorKind::invalid_request,
+                          format("threads: %d is not in -1..1023", options.threads), {}, "threads");
+    for (const TensorInfo* tensor : {tensors.token_embd, tensors.output})
+        if (!kernel_type_supported(tensor->type))
+            return make_error(ErrorKind::unsupported, "tensor '" + std::string(tensor->name) +
+                                                          "' has a type that no kernel reads");
+    return {};
+}
+
+uint32_t cpu_parts(const BackendOptions& options) {
+    const int helpers = options.threads < 0 ? physical_cores() - 1 : options.threads;
+    return static_cast<uint32_t>(helpers) + 1;
+}
+
+uint64_t cpu_positions(const BackendOptions& options) {
+    return std::min(uint64_t{options.kv_pages} * options.page_tokens, ModelSpec::max_context);
+}
+
+CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options, const CpuWeights& weights,
+                     const std::vector<RopeTable>& ropes) {
+    CpuSizes n{};
+    n.rows = options.max_batch_rows;
+    n.logit_rows = options.max_logit_rows;
+    n.planes = options.precision == Precision::fine ? 2 : 1;
+    n.parts = cpu_parts(options);
+    n.segments = (cpu_positions(options) + kSegment - 1) / kSegment;
+    uint64_t fewest_kv_heads = UINT64_MAX;
+    for (const LayerSpec& layer : spec.layers) {
+        const uint64_t dim = layer.head_dim, group = layer.n_heads / layer.n_kv_heads;
+        n.heads = std::max(n.heads, uint64_t{layer.n_heads});
+        n.q = std::max(n.q, layer.n_heads * dim);
+        n.kv = std::max(n.kv, layer.n_kv_heads * dim);
+        n.ff = std::max(n.ff, uint64_t{layer.n_ff});
+        n.group = std::max(n.group, group);
+        n.group_values = std::max(n.group_values, group * dim);
+        fewest_kv_heads = std::min(fewest_kv_heads, uint64_t{layer.n_kv_heads});
+    }
+    n.columns = std::max({uint64_t{spec.n_embd}, n.q, n.ff});
+    n.split_rows = std::min(n.rows, 2 * n.parts / fewest_kv_heads + 1);
+    for (const RopeTable& rope : ropes) n.rope_values += rope.spec->dims;
+    for (const LoadItem& item : weights.items)
+        if (item.packed)
+            n.staging = std::max(n.staging, item.tensor->bytes / item.tensor->dims[1] * kTileRows);
+    return n;
+}
+
+// Everything about memory, computed the same way for a plan and for the real thing.
+struct CpuLayout {
+    CpuWeights             weights;
+    std::vector<RopeTable> ropes;
+    CpuSizes               sizes{};
+    MemoryPlan             plan;
+    uint64_t               page_bytes = 0;  // of all layers
+};
+
+Result<CpuLayout> lay_out_cpu(const ModelSpec& spec, const ModelTensors& tensors,
+                              const BackendOptions& options, uintptr_t weights_base) {
+    auto good = check_cpu_options(tensors, options);
+    if (!good) return good.error();
+    CpuLayout out;
+    Carver weights{weights_base}, scratch;
+    out.weights.place(weights, spec, tensors);
+    out.plan.weights = weights.used;
+    const size_t element = options.kv_type == KvType::f32 ? 4 : 2;
+    for (CpuLayer& layer : out.weights.layers) {
+        layer.kv_head_bytes = 2 * element * layer.spec->head_dim * options.page_tokens;
+        layer.kv_offset = out.page_bytes;  // times the pages, below
+        out.page_bytes += layer.kv_page_bytes();
+        const RopeSpec& rope = layer.spec->rope;
+        while (layer.rope < out.ropes.size() && !same_rope(*out.ropes[layer.rope].spec, rope)) ++layer.rope;
+        if (layer.rope == out.ropes.size()) out.ropes.push_back(make_rope_table(rope, spec.rope_factors));
+    }
+    if (mul_overflows(out.page_bytes, options.kv_pages, &out.plan.kv))
+        return make_error(ErrorKind::out_of_memory,
+                          format("out of memory: %u pages of keys and values", options.kv_pages));
+    for (CpuLayer& layer : out.weights.layers) layer.kv_offset *= options.kv_pages;
+    out.sizes = measure_cpu(spec, options, out.weights, out.ropes);
+    CpuScratch().place(scratch, out.sizes, spec.n_embd, spec.n_vocab);
+    out.plan.scratch = scratch.used;
+    return out;
+}
+
+class CpuBackend final : public Backend {
+public:
+    bool exact() const override { return true; }
+    Result<bool> load(uint64_t budget_us, float* progress) override;
+    Result<void> begin(std::span<const BatchRow> rows) override;
+    Result<bool> advance(uint64_t deadline_ns) override;
+    void abandon() override { rows_ = {}; }
+    std::span<const float> logits(uint32_t i) const override {
+        return {scratch_.logits + size_t{i} * spec_->n_vocab, spec_->n_vocab};
+    }
+    void copy_page(uint32_t from, uint32_t to) override;
+    size_t page_bytes() const override { return static_cast<size_t>(page_bytes_); }
+    void export_page(uint32_t page, std::byte* out) const override;
+    void import_page(uint32_t page, const std::byte* in) override;
+
+    Result<void> open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                      const BackendOptions& options, const Kernels* kernels);
+
+private:
+    // A stage is cut into units: rows, tiles of weights or attention units. `job` does units
+    // first .. last - 1; it is called once for each thread, or, where `claimed`, once a unit.
+    struct Stage {
+        uint64_t (CpuBackend::*units)() const;
+        uint64_t (CpuBackend::*work)() const;  // products of a unit, about
+        void (CpuBackend::*job)(uint32_t first, uint32_t last, uint32_t part);
+        bool claimed;
+    };
+    enum StageName : uint32_t { embed, first_of_layer, last_of_layer = 10, last_stage = 12 };
+    static const Stage stages_[last_stage + 1];
+    struct Slice {
+        CpuBackend*  self;
+        const Stage* stage;
+        uint32_t     first, last;
+        std::atomic<uint32_t> claim;
+        bool         claimed;
+    };
+    struct PackJob {
+        const LoadItem*  item;
+        const std::byte* source;  // of tile `first`
+        uint32_t         first, last;
+    };
+
+    const CpuLayer& layer() const { return weights_.layers[layer_]; }
+    uint32_t row_count() const { return static_cast<uint32_t>(rows_.size()); }
+    bool split_over_segments() const { return row_count() <= sizes_.split_rows; }
+    std::byte* kv_page(const CpuLayer& in, uint32_t page) const {
+        return kv_.data() + in.kv_offset + page * in.kv_page_bytes();
+    }
+
+    Result<void> load_item_slice();
+    static void pack_part(void* context, uint32_t part, uint32_t parts);
+    void plan_attention();
+    void run_slice();
+    static void run_part(void* context, uint32_t part, uint32_t parts);
+    Error locate_bad_numbers();
+    bool residual_is_finite() const;
+
+    uint64_t count_rows() const { return row_count(); }
+    uint64_t count_qkv() const { return layer().q.tiles() + layer().k.tiles() + layer().v.tiles(); }
+    uint64_t count_attention() const { return uint64_t{unit_count_} * layer().spec->n_kv_heads; }
+    uint64_t count_embd() const { return layer().down.tiles(); }
+    uint64_t count_ff() const { return layer().up.tiles(); }
+    uint64_t count_wanted() const { return wanted_count_; }
+    uint64_t count_vocab() const { return wanted_count_ ? weights_.output.tiles() : 0; }
+    uint64_t work_row() const { return sizes_.columns * 8; }
+    uint64_t work_tile(uint64_t columns) const {
+        return kTileRows * columns * rows_.size() * sizes_.planes;
+    }
+    uint64_t work_qkv() const { return work_tile(spec_->n_embd); }
+    uint64_t work_attention() const;
+    uint64_t work_output() const { return work_tile(layer().attn_output.cols); }
+    uint64_t work_gate_up() const { return 2 * work_tile(spec_->n_embd); }
+    uint64_t work_down() const { return work_tile(layer().down.cols); }
+    uint64_t work_logits() const { return kTileRows * 2 * uint64_t{spec_->n_embd} * wanted_count_; }
+
+    void embed_rows(uint32_t first, uint32_t last, uint32_t part);
+    void norm_rows(uint32_t first, uint32_t last, const float* weight);
+    void norm_for_attention(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_qkv(uint32_t first, uint32_t last, uint32_t part);
+    void rotate_and_store(uint32_t first, uint32_t last, uint32_t part);
+    void attend_units(uint32_t first, uint32_t last, uint32_t part);
+    void attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch);
+    struct SegmentResult {
+        float        max, sum;
+        const float* out;
+    };
+    struct AttentionState {
+        float *max, *sum, *out;
+    };
+    float* query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const;
+    void merge_segment(uint32_t segment, const SegmentResult& from, const AttentionState& to);
+    void merge_parts(uint32_t row);
+    void finish_attention(uint32_t first, uint32_t last, uint32_t part);
+    void project_attention(uint32_t first, uint32_t last, uint32_t part);
+    void norm_for_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_gate_up(uint32_t first, uint32_t last, uint32_t part);
+    void quantize_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void project_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void norm_wanted(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_logits(uint32_t first, uint32_t last, uint32_t part);
+    void multiply(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* x, float* y);
+    void add_to_rows(float* to, const float* from, size_t from_stride, const PackedMatrix& matrix,
+                     uint32_t first, uint32_t last);
+    void project(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* x);
+    void quantize_row(const float* x, uint32_t n, uint64_t planes, uint32_t row);
+
+    const Gguf*            gguf_ = nullptr;
+    const ModelSpec*       spec_ = nullptr;
+    BackendOptions         options_;
+    const Kernels*         kernels_ = nullptr;
+    std::unique_ptr<Team>  team_;
+    CpuWeights             weights_;
+    std::vector<RopeTable> ropes_;
+    CpuSizes               sizes_{};
+    CpuScratch             scratch_{};
+    uint64_t               page_bytes_ = 0;
+    Buffer                 weights_memory_, kv_, scratch_memory_;
+
+    size_t   load_item_ = 0;       // the next to load, and its next tile
+    uint32_t load_tile_ = 0;
+    uint64_t loaded_bytes_ = 0, bytes_to_load_ = 0;
+
+    std::span<const BatchRow> rows_;  // of the batch in work; empty: none
+    uint32_t stage_ = 0, layer_ = 0;  // what is next, and its next unit
+    uint32_t unit_ = 0;
+    uint32_t unit_count_ = 0, wanted_count_ = 0;
+    bool     has_deadline_ = false;
+    double   ns_per_work_ = 0.05;
+    std::atomic<bool> finite_{true};
+};
+
+// In the order in which they run; from first_of_layer to last_of_layer once a layer.
+const CpuBackend::Stage CpuBackend::stages_[] = {
+    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::embed_rows, false},
+    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::norm_for_attention, false},
+    {&CpuBackend::count_qkv, &CpuBackend::work_qkv, &CpuBackend::multiply_qkv, false},
+    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::rotate_and_store, false},
+    {&CpuBackend::count_attention, &CpuBackend::work_attention, &CpuBackend::attend_units, true},
+    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::finish_attention, false},
+    {&CpuBackend::count_embd, &CpuBackend::work_output, &CpuBackend::project_attention, false},
+    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::norm_for_ffn, false},
+    {&CpuBackend::count_ff, &CpuBackend::work_gate_up, &CpuBackend::multiply_gate_up, false},
+    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::quantize_ffn, false},
+    {&CpuBackend::count_embd, &CpuBackend::work_down, &CpuBackend::project_ffn, false},
+    {&CpuBackend::count_wanted, &CpuBackend::work_row, &CpuBackend::norm_wanted, false},
+    {&CpuBackend::count_vocab, &CpuBackend::work_logits, &CpuBackend::multiply_logits, false},
+};
+
+Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                              const BackendOptions& options, const Kernels* kernels) {
+    gguf_ = &gguf;
+    spec_ = &spec;
+    options_ = options;
+    if (!kernels) {
+        auto chosen = choose_kernels();
+        if (!chosen) return chosen.error();
+        kernels = *chosen;
+    }
+    kernels_ = kernels;
+    auto layout = lay_out_cpu(spec, tensors, options, 0);
+    if (!layout) return layout.error();
+    const struct { Buffer* buffer; uint64_t bytes; const char* what; } wanted[] = {
+        {&weights_memory_, layout->plan.weights, "weights"},
+        {&kv_, layout->plan.kv, "keys and values (context)"},
+        {&scratch_memory_, layout->plan.scratch, "scratch"},
+    };
+    for (const auto& [buffer, bytes, what] : wanted) {
+        auto memory = Buffer::allocate(bytes, what);
+        if (!memory) return memory.error();
+        *buffer = std::move(*memory);
+    }
+    layout = lay_out_cpu(spec, tensors, options, reinterpret_cast<uintptr_t>(weights_memory_.data()));
+    weights_ = std::move(layout->weights);
+    ropes_ = std::move(layout->ropes);
+    sizes_ = layout->sizes;
+    page_bytes_ = layout->page_bytes;
+    Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
+    scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
+    for (const LoadItem& item : weights_.items) bytes_to_load_ += item.tensor->bytes;
+    auto team = Team::create(static_cast<int>(sizes_.parts) - 1, options.parallel_for,
+                             options.parallel_for_host);
+    if (!team) return team.error();
+    team_ = std::move(*team);
+    return {};
+}
+
+// ---- Loading ---------------------------------------------------------------------------------
+
+Result<bool> CpuBackend::load(uint64_t budget_us, float* progress) {
+    const uint64_t start = monotonic_ns();
+    team_->begin();
+    Result<void> good;
+    while (good && load_item_ < weights_.items.size()) {
+        good = load_item_slice();
+        if ((monotonic_ns() - start) / 1000 >= budget_us) break;
+    }
+    team_->end();
+    if (!good) return good.error();
+    if (progress)
+        *progress = static_cast<float>(static_cast<double>(loaded_bytes_) /
+                                       static_cast<double>(bytes_to_load_));
+    return load_item_ == weights_.items.size();
+}
+
+// A vector, or as many tiles as the threads take at a time. What was read is released at once.
+Result<void> CpuBackend::load_item_slice() {
+    const LoadItem& item = weights_.items[load_item_];
+    const TensorInfo& tensor = *item.tensor;
+    const uint64_t rows = item.packed ? tensor.dims[1] : 1;
+    const uint64_t row_bytes = tensor.bytes / rows, tile_bytes = row_bytes * kTileRows;
+    const uint32_t tiles = static_cast<uint32_t>((rows + kTileRows - 1) / kTileRows);
+    const uint64_t step = sizes_.parts * std::max<uint64_t>(1, kLoadBytes / tile_bytes);
+    uint32_t last = static_cast<uint32_t>(std::min<uint64_t>(tiles, load_tile_ + step));
+    const uint64_t offset = load_tile_ * tile_bytes;
+    auto there = gguf_->tensor_bytes(tensor);
+    const std::byte* source = there ? there->data() + offset : scratch_memory_.data();
+    if (!there) {  // a reader: by way of the scratch memory, a tile a thread or more
+        const uint64_t fits = scratch_memory_.size() / tile_bytes;
+        if (item.packed) last = static_cast<uint32_t>(std::min<uint64_t>(last, load_tile_ + fits));
+    }
+    const uint64_t bytes = std::min(tensor.bytes, last * tile_bytes) - offset;
+    if (!item.packed) {
+        auto read = gguf_->read_tensor(tensor, 0, {item.out, static_cast<size_t>(bytes)});
+        if (!read) return read;
+    } else {
+        if (!there) {
+            auto read = gguf_->read_tensor(tensor, offset, {scratch_memory_.data(), static_cast<size_t>(bytes)});
+            if (!read) return read;
+        }
+        PackJob job{&item, source, load_tile_, last};
+        team_->run(pack_part, &job);
+    }
+    gguf_->release(tensor, offset, bytes);
+    loaded_bytes_ += bytes;
+    load_tile_ = last;
+    if (last == tiles) {
+        ++load_item_;
+        load_tile_ = 0;
+    }
+    return {};
+}
+
+void CpuBackend::pack_part(void* context, uint32_t part, uint32_t parts) {
+    const PackJob& job = *static_cast<const PackJob*>(context);
+    const TensorInfo& tensor = *job.item->tensor;
+    const uint32_t rows = static_cast<uint32_t>(tensor.dims[1]), cols = static_cast<uint32_t>(tensor.dims[0]);
+    const uint64_t count = job.last - job.first, row_bytes = tensor.bytes / rows;
+    const uint32_t first = job.first + static_cast<uint32_t>(count * part / parts);
+    const uint32_t last = job.first + static_cast<uint32_t>(count * (part + 1) / parts);
+    if (first == last) return;
+    pack_tiles(tensor.type, rows, cols, job.source + (first - job.first) * row_bytes * kTileRows, first,
+               last, job.item->out + first * packed_tile_bytes(tensor.type, cols));
+}
+
+// ---- Pages -----------------------------------------------------------------------------------
+
+void CpuBackend::copy_page(uint32_t from, uint32_t to) {
+    for (const CpuLayer& in : weights_.layers)
+        std::memcpy(kv_page(in, to), kv_page(in, from), in.kv_page_bytes());
+}
+
+void CpuBackend::export_page(uint32_t page, std::byte* out) const {
+    for (const CpuLayer& in : weights_.layers) {
+        std::memcpy(out, kv_page(in, page), in.kv_page_bytes());
+        out += in.kv_page_bytes();
+    }
+}
+
+void CpuBackend::import_page(uint32_t page, const std::byte* bytes) {
+    for (const CpuLayer& in : weights_.layers) {
+        std::memcpy(kv_page(in, page), bytes, in.kv_page_bytes());
+        bytes += in.kv_page_bytes();
+    }
+}
+
+// ---- A batch, stage after stage --------------------------------------------------------------
+
+Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
+    const auto refuse = [](std::string what) { return make_error(ErrorKind::internal, std::move(what)); };
+    if (load_item_ < weights_.items.size()) return refuse("batch: the model is not loaded yet");
+    if (rows.empty() || rows.size() > options_.max_batch_rows)
+        return refuse(format("batch: %zu rows are not in 1..%u", rows.size(), options_.max_batch_rows));
+    uint32_t wanted = 0;
+    for (const BatchRow& row : rows) {
+        if (!row.embedding && (row.token < 0 || static_cast<uint32_t>(row.token) >= spec_->n_vocab))
+            return refuse(format("batch: there is no token %d", row.token));
+        if (row.position >= cpu_positions(options_))
+            return refuse(format("batch: there is no position %u", row.position));
+        if (!row.logits) continue;
+        if (wanted == options_.max_logit_rows)
+            return refuse(format("batch: more than %u rows want logits", wanted));
+        scratch_.wanted[wanted++] = static_cast<uint32_t>(&row - rows.data());
+    }
+    rows_ = rows;
+    wanted_count_ = wanted;
+    stage_ = layer_ = unit_ = 0;
+    finite_.store(true, std::memory_order_relaxed);
+    plan_attention();
+    return {};
+}
+
+Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
+    if (rows_.empty()) return make_error(ErrorKind::internal, "batch: none was begun");
+    const FloatState float_state;
+    has_deadline_ = deadline_ns != 0;
+    team_->begin();
+    do run_slice();
+    while (stage_ <= last_stage && !(has_deadline_ && monotonic_ns() >= deadline_ns));
+    const bool done = stage_ > last_stage;
+    std::optional<Error> error;
+    if (done && !finite_.load(std::memory_order_relaxed)) error = locate_bad_numbers();
+    team_->end();
+    if (done) rows_ = {};
+    if (error) return std::move(*error);
+    return done;
+}
+
+// All that is left of the stage, or, where there is a deadline, about kSliceNs of it.
+void CpuBackend::run_slice() {
+    const Stage& stage = stages_[stage_];
+    const uint64_t units = (this->*stage.units)(), work = (this->*stage.work)();
+    uint64_t last = units;
+    if (has_deadline_) {
+        const double fits = static_cast<double>(kSliceNs) / (ns_per_work_ * static_cast<double>(work + 1));
+        last = std::min(units, unit_ + sizes_.parts * (1 + static_cast<uint64_t>(fits / static_cast<double>(sizes_.parts))));
+    }
+    const uint64_t start = has_deadline_ ? monotonic_ns() : 0;
+    const uint64_t count = last - unit_;
+    Slice slice{this, &stage, unit_, static_cast<uint32_t>(last), {unit_},
+                stage.claimed || rows_.size() >= kClaimColumns};
+    if (count == 1 || count * work < kJoinWork) (this->*stage.job)(slice.first, slice.last, 0);
+    else team_->run(run_part, &slice);
+    if (has_deadline_ && count * work >= kJoinWork)
+        ns_per_work_ = static_cast<double>(monotonic_ns() - start) / static_cast<double>(count * work);
+    unit_ = slice.last;
+    if (last < units) return;
+    unit_ = 0;
+    if (stage_ == last_of_layer && ++layer_ < weights_.layers.size()) stage_ = first_of_layer;
+    else ++stage_;
+    if (stage_ > last_of_layer) layer_ = 0;  // no layer's: any will do for what asks its sizes
+}
+
+void CpuBackend::run_part(void* context, uint32_t part, uint32_t parts) {
+    Slice& slice = *static_cast<Slice*>(context);
+    const auto job = slice.stage->job;
+    if (slice.claimed) {
+        for (uint32_t i; (i = slice.claim.fetch_add(1, std::memory_order_relaxed)) < slice.last;)
+            (slice.self->*job)(i, i + 1, part);
+        return;
+    }
+    const uint64_t count = slice.last - slice.first;
+    const uint32_t first = slice.first + static_cast<uint32_t>(count * part / parts);
+    const uint32_t last = slice.first + static_cast<uint32_t>(count * (part + 1) / parts);
+    if (first < last) (slice.self->*job)(first, last, part);
+}
+
+// Computes the batch again (it gives the same) and looks after every layer.
+Error CpuBackend::locate_bad_numbers() {
+    stage_ = layer_ = unit_ = 0;
+    has_deadline_ = false;
+    std::string where = "the output matrix";
+    while (stage_ <= last_of_layer) {
+        const uint32_t stage = stage_, in = layer_;
+        run_slice();
+        if ((stage != embed && stage != last_of_layer) || residual_is_finite()) continue;
+        where = stage == embed ? "the token embedding" : format("layer %u (blk.%u)", in, in);
+        break;
+    }
+    stage_ = last_stage + 1;
+    return make_error(ErrorKind::bad_data, gguf_->name() + ": the logits are not finite; the first number "
+                                           "that is not came from " + where);
+}
+
+bool CpuBackend::residual_is_finite() const {
+    const size_t count = rows_.size() * spec_->n_embd;
+    return std::all_of(scratch_.x, scratch_.x + count, [](float x) { return std::isfinite(x); });
+}
+
+// ---- The stages ------------------------------------------------------------------------------
+
+void CpuBackend::quantize_row(const float* x, uint32_t n, uint64_t planes, uint32_t row) {
+    if (n % kActivationBlock == 0)  // else no matrix that meets x is quantized
+        kernels_->quantize(x, n, static_cast<uint32_t>(planes),
+                           scratch_.blocks + row * planes * (n / kActivationBlock));
+}
+
+void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t) {
+    const size_t n = spec_->n_embd;
+    for (uint32_t row = first; row < last; ++row) {
+        const BatchRow& from = rows_[row];
+        float* x = scratch_.x + row * n;
+        if (from.embedding) std::memcpy(x, from.embedding, n * sizeof(float));
+        else dequantize_row(weights_.token_embd, static_cast<uint32_t>(from.token), x);
+        if (!from.embedding && spec_->embedding_scale != 1) kernels_->scale(x, spec_->embedding_scale, n);
+        float* cos_sin = scratch_.cos_sin + row * sizes_.rope_values;
+        for (const RopeTable& rope : ropes_)
+            for (const double frequency : rope.frequencies) {
+                double sine, cosine;
+                exact_sincos(static_cast<double>(from.position) * frequency, &sine, &cosine);
+                *cos_sin++ = static_cast<float>(cosine);
+                *cos_sin++ = static_cast<float>(sine);
+            }
+    }
+}
+
+void CpuBackend::norm_rows(uint32_t first, uint32_t last, const float* weight) {
+    const size_t n = spec_->n_embd;
+    for (uint32_t row = first; row < last; ++row) {
+        float* y = scratch_.y + row * n;
+        kernels_->rms_norm(scratch_.x + row * n, weight, spec_->norm_eps, n, y);
+        quantize_row(y, spec_->n_embd, sizes_.planes, row);
+    }
+}
+
+void CpuBackend::norm_for_attention(uint32_t first, uint32_t last, uint32_t) {
+    norm_rows(first, last, layer().attn_norm);
+}
+
+// y (rows, matrix.rows) = matrix times every row of activations, of some tiles.
+void CpuBackend::multiply(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* x,
+                          float* y) {
+    kernels_->matmul({&matrix, first, last, row_count(), static_cast<uint32_t>(sizes_.planes),
+                      scratch_.blocks, x, matrix.cols, y, matrix.rows});
+}
+
+// to (rows, matrix.rows) += from (rows, or one for all where from_stride is 0), of some tiles.
+void CpuBackend::add_to_rows(float* to, const float* from, size_t from_stride, const PackedMatrix& matrix,
+                             uint32_t first, uint32_t last) {
+    const size_t begin = first * kTileRows, end = std::min(last * kTileRows, matrix.rows);
+    for (size_t row = 0; row < rows_.size(); ++row)
+        kernels_->add(to + row * matrix.rows + begin, from + row * from_stride + begin, end - begin);
+}
+
+void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t) {
+    const struct { const PackedMatrix* matrix; const float* bias; float* y; } three[] = {
+        {&layer().q, layer().q_bias, scratch_.q},
+        {&layer().k, layer().k_bias, scratch_.k},
+        {&layer().v, layer().v_bias, scratch_.v},
+    };
+    uint32_t base = 0;
+    for (const auto& [matrix, bias, y] : three) {
+        const uint32_t end = base + matrix->tiles();
+        const uint32_t from = std::max(first, base), to = std::min(last, end);
+        if (from < to) {
+            multiply(*matrix, from - base, to - base, scratch_.y, y);
+            if (bias) add_to_rows(y, bias, 0, *matrix, from - base, to - base);
+        }
+        base = end;
+    }
+}
+
+void CpuBackend::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
+    const LayerSpec& spec = *layer().spec;
+    const RopeSpec& rope = spec.rope;
+    const bool neox = rope.kind == RopeKind::neox;
+    const uint32_t dim = spec.head_dim, group = spec.n_heads / spec.n_kv_heads;
+    const size_t n_q = size_t{spec.n_heads} * dim, n_kv = size_t{spec.n_kv_heads} * dim;
+    size_t table = 0;
+    for (uint32_t i = 0; i < layer().rope; ++i) table += ropes_[i].spec->dims;
+    for (uint32_t row = first; row < last; ++row) {
+        const float* cos_sin = scratch_.cos_sin + row * sizes_.rope_values + table;
+        float *q = scratch_.q + row * n_q, *k = scratch_.k + row * n_kv;
+        kernels_->rope(q, spec.n_heads, dim, rope.dims, neox, cos_sin);
+        kernels_->rope(k, spec.n_kv_heads, dim, rope.dims, neox, cos_sin);
+        kernels_->scale(q, spec.attention_scale, n_q);
+        const uint32_t position = rows_[row].position, in_page = position % options_.page_tokens;
+        std::byte* page = kv_page(layer(), rows_[row].pages[position / options_.page_tokens]);
+        const size_t half = layer().kv_head_bytes / 2;
+        const size_t group_at = in_page / kKeyGroup * (half * kKeyGroup / options_.page_tokens);
+        for (uint32_t head = 0; head < spec.n_kv_heads; ++head) {
+            std::memcpy(scratch_.turned + (size_t{head} * rows_.size() + row) * group * dim,
+                        q + size_t{head} * group * dim, group * dim * sizeof(float));
+            std::byte* keys = page + head * layer().kv_head_bytes + group_at;
+            kernels_->store_kv(options_.kv_type, k + size_t{head} * dim, scratch_.v + row * n_kv + size_t{head} * dim,
+                               dim, in_page % kKeyGroup, keys, keys + half);
+        }
+    }
+}
+
+// Rows that are neighbours in their sequence attend together. A batch of few rows is cut by segments
+// too, so that all threads have something to do; finish_attention() merges the parts.
+void CpuBackend::plan_attention() {
+    unit_count_ = 0;
+    for (uint32_t row = row_count(), rows; row > 0; row -= rows) {  // the longest first
+        const BatchRow& last = rows_[row - 1];
+        const uint32_t segments = last.position / kSegment + 1;
+        rows = 1;
+        if (split_over_segments()) {
+            for (uint32_t i = 0; i < segments; ++i)
+                scratch_.units[unit_count_++] = {row - 1, 1, i, i + 1};
+            continue;
+        }
+        while (rows < row && rows < kQueryRows && rows_[row - 1 - rows].pages == last.pages &&
+               rows_[row - 1 - rows].position + rows == last.position) ++rows;
+        scratch_.units[unit_count_++] = {row - rows, rows, 0, segments};
+    }
+}
+
+uint64_t CpuBackend::work_attention() const {
+    const AttentionUnit& unit = scratch_.units[0];
+    const LayerSpec& spec = *layer().spec;
+    return uint64_t{2 * kSegment} * unit.rows * (unit.last_segment - unit.first_segment) *
+           (spec.n_heads / spec.n_kv_heads) * spec.head_dim;
+}
+
+void CpuBackend::attend_units(uint32_t first, uint32_t last, uint32_t part) {
+    const uint32_t kv_heads = layer().spec->n_kv_heads;
+    for (uint32_t i = first; i < last; ++i)
+        attend_unit(scratch_.units[i / kv_heads], i % kv_heads, scratch_.queries[part]);
+}
+
+void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch) {
+    const LayerSpec& spec = *layer().spec;
+    const uint32_t dim = spec.head_dim, group = spec.n_heads / spec.n_kv_heads;
+    const uint32_t page_tokens = options_.page_tokens, newest = rows_[unit.row + unit.rows - 1].position;
+    const size_t half = layer().kv_head_bytes / 2, group_bytes = half * kKeyGroup / page_tokens;
+    const void *keys[kSegment / kKeyGroup], *values[kSegment / kKeyGroup];
+    AttentionTask task{};
+    task.kv_type = options_.kv_type;
+    task.head_dim = dim;
+    task.queries = unit.rows * group;
+    task.q = scratch_.turned + (kv_head * rows_.size() + unit.row) * group * dim;
+    task.q_stride = task.out_stride = dim;
+    task.begin = scratch.begin;
+    task.end = scratch.end;
+    task.keys = keys;
+    task.values = values;
+    task.max = scratch.max;
+    task.sum = scratch.sum;
+    task.out = scratch.out;
+    for (uint32_t segment = unit.first_segment; segment < unit.last_segment; ++segment) {
+        const uint32_t start = segment * kSegment;
+        for (uint32_t i = 0; i < kSegment / kKeyGroup; ++i) {
+            const uint32_t position = start + i * kKeyGroup;
+            keys[i] = values[i] = nullptr;
+            if (position > newest) continue;
+            const uint32_t page = rows_[unit.row].pages[position / page_tokens];
+            const std::byte* at = kv_page(layer(), page) + kv_head * layer().kv_head_bytes +
+                                  position % page_tokens / kKeyGroup * group_bytes;
+            keys[i] = at;
+            values[i] = at + half;
+        }
+        for (uint32_t i = 0; i < task.queries; ++i) {
+            const uint32_t seen = rows_[unit.row + i / group].position + 1;
+            scratch.begin[i] = 0;
+            scratch.end[i] = static_cast<uint16_t>(seen > start ? std::min(seen - start, kSegment) : 0);
+        }
+        if (split_over_segments()) {
+            const size_t at = (unit.row * sizes_.segments + segment) * spec.n_heads + kv_head * group;
+            task.max = scratch_.part_max + at;
+            task.sum = scratch_.part_sum + at;
+            task.out = scratch_.part_out + at * dim;
+        }
+        kernels_->attention(task);
+        if (split_over_segments()) continue;
+        for (uint32_t i = 0; i < task.queries; ++i)
+            if (scratch.end[i])
+                merge_segment(segment, {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
+                              {scratch.total_max + i, scratch.total_sum + i, query_output(unit, kv_head, i)});
+    }
+    if (split_over_segments()) return;
+    for (uint32_t i = 0; i < task.queries; ++i)
+        kernels_->scale(query_output(unit, kv_head, i), 1 / scratch.total_sum[i], dim);
+}
+
+float* CpuBackend::query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const {
+    const LayerSpec& spec = *layer().spec;
+    const uint32_t group = spec.n_heads / spec.n_kv_heads;
+    const size_t row = unit.row + query / group, head = kv_head * group + query % group;
+    return scratch_.attended + (row * spec.n_heads + head) * spec.head_dim;
+}
+
+void CpuBackend::merge_segment(uint32_t segment, const SegmentResult& from, const AttentionState& to) {
+    const size_t dim = layer().spec->head_dim;
+    if (segment != 0) return kernels_->attention_merge(to.max, to.sum, to.out, from.max, from.sum, from.out, dim);
+    *to.max = from.max;
+    *to.sum = from.sum;
+    std::memcpy(to.out, from.out, dim * sizeof(float));
+}
+
+void CpuBackend::merge_parts(uint32_t row) {
+    const LayerSpec& spec = *layer().spec;
+    const size_t dim = spec.head_dim;
+    for (uint32_t head = 0; head < spec.n_heads; ++head) {
+        float max = 0, sum = 0, *out = scratch_.attended + (size_t{row} * spec.n_heads + head) * dim;
+        for (uint32_t segment = 0; segment <= rows_[row].position / kSegment; ++segment) {
+            const size_t at = (row * sizes_.segments + segment) * spec.n_heads + head;
+            merge_segment(segment, {scratch_.part_max[at], scratch_.part_sum[at], scratch_.part_out + at * dim},
+                          {&max, &sum, out});
+        }
+        kernels_->scale(out, 1 / sum, dim);
+    }
+}
+
+void CpuBackend::finish_attention(uint32_t first, uint32_t last, uint32_t) {
+    const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
+    for (uint32_t row = first; row < last; ++row) {
+        if (split_over_segments()) merge_parts(row);
+        quantize_row(scratch_.attended + size_t{row} * n, n, sizes_.planes, row);
+    }
+}
+
+// x += matrix times activations, of some tiles.
+void CpuBackend::project(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* activations) {
+    multiply(matrix, first, last, activations, scratch_.y);
+    add_to_rows(scratch_.x, scratch_.y, spec_->n_embd, matrix, first, last);
+}
+
+void CpuBackend::project_attention(uint32_t first, uint32_t last, uint32_t) {
+    project(layer().attn_output, first, last, scratch_.attended);
+}
+
+void CpuBackend::norm_for_ffn(uint32_t first, uint32_t last, uint32_t) {
+    norm_rows(first, last, layer().ffn_norm);
+}
+
+void CpuBackend::multiply_gate_up(uint32_t first, uint32_t last, uint32_t) {
+    const size_t n = layer().spec->n_ff, begin = first * kTileRows;
+    const size_t end = std::min<size_t>(last * kTileRows, n);
+    multiply(layer().gate, first, last, scratch_.y, scratch_.gate);
+    multiply(layer().up, first, last, scratch_.y, scratch_.up);
+    for (size_t row = 0; row < rows_.size(); ++row)
+        kernels_->silu_mul(scratch_.gate + row * n + begin, scratch_.up + row * n + begin, end - begin);
+}
+
+void CpuBackend::quantize_ffn(uint32_t first, uint32_t last, uint32_t) {
+    const uint32_t n = layer().spec->n_ff;
+    for (uint32_t row = first; row < last; ++row)
+        quantize_row(scratch_.gate + size_t{row} * n, n, sizes_.planes, row);
+}
+
+void CpuBackend::project_ffn(uint32_t first, uint32_t last, uint32_t) {
+    project(layer().down, first, last, scratch_.gate);
+}
+
+// The output matrix always meets two planes.
+void CpuBackend::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
+    const size_t n = spec_->n_embd;
+    for (uint32_t i = first; i < last; ++i) {
+        kernels_->rms_norm(scratch_.x + scratch_.wanted[i] * n, weights_.output_norm, spec_->norm_eps, n,
+                           scratch_.y + i * n);
+        quantize_row(scratch_.y + i * n, spec_->n_embd, 2, i);
+    }
+}
+
+void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t) {
+    const PackedMatrix& matrix = weights_.output;
+    kernels_->matmul({&matrix, first, last, wanted_count_, 2, scratch_.blocks, scratch_.y, matrix.cols,
+                      scratch_.logits, matrix.rows});
+    const size_t begin = size_t{first} * kTileRows, end = std::min<size_t>(size_t{last} * kTileRows, matrix.rows);
+    uint32_t largest = 0;  // exponent: 255 is infinite or no number
+    for (uint32_t i = 0; i < wanted_count_; ++i) {
+        float* logits = scratch_.logits + size_t{i} * matrix.rows;
+        if (spec_->logit_scale != 1) kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
+        for (size_t j = begin; j < end; ++j)
+            largest = std::max(largest, std::bit_cast<uint32_t>(logits[j]) & 0x7f800000u);
+    }
+    if (largest == 0x7f800000u) finite_.store(false, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+Result<MemoryPlan> plan_cpu(const ModelSpec& spec, const ModelTensors& tensors,
+                            const BackendOptions& options) {
+    auto layout = lay_out_cpu(spec, tensors, options, 0);
+    if (!layout) return layout.error();
+    return layout->plan;
+}
+
+Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                                  const ModelTensors& tensors,
+                                                  const BackendOptions& options,
+                                                  const Kernels* kernels) {
+    auto backend = std::make_unique<CpuBackend>();
+    auto opened = backend->open(gguf, spec, tensors, options, kernels);
+    if (!opened) return opened.error();
+    return std::unique_ptr<Backend>(std::move(backend));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// >>sampler
+// A token's weight is exp((logit - highest) / temperature), in double, from tables: within 4e-7, and
+// without a product that feeds a sum, so that no compiler can fuse any. Weights are added token by token
+// in blocks of 1,024 ids, the blocks in order; of sorted candidates one after the other.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr size_t kWeightBlock = 1024;
+
+// 2^-(n / 2^20) for integers n is coarse[high 10 bits of the fraction] * fine[low 10 bits].
+struct WeightTables {
+    double coarse[1024], fine[1024];
+    WeightTables() {
+        for (int i = 0; i < 1024; ++i) {
+            coarse[i] = exact_exp2(-i / 1024.0);
+            fine[i] = exact_exp2(-(i + 0.5) / 1048576.0);  // middle of what is truncated to i
+        }
+    }
+};
+
+const WeightTables& weight_tables() {
+    static const WeightTables tables;
+    return tables;
+}
+
+// 2^20 / ln 2 a unit of temperature; finite, for 0 times it must be 0.
+double weight_scale(double temperature) { return std::min(0x1.71547652b82fep+20 / temperature, 1e300); }
+
+double weight_of(const WeightTables& tables, float logit, float highest, double scale) {
+    const double steps = (static_cast<double>(highest) - static_cast<double>(logit)) * scale;
+    if (!(steps < 1000.0 * 1048576)) return 0;
+    const uint64_t n = static_cast<uint64_t>(steps);
+    const double fraction = tables.coarse[n >> 10 & 1023] * tables.fine[n & 1023];
+    return fraction * std::bit_cast<double>((1023 - (n >> 20)) << 52);
+}
+
+double weigh_block(std::span<const float> logits, size_t block, float highest, double scale) {
+    const WeightTables& tables = weight_tables();
+    double sum = 0;
+    for (const float logit : logits.subspan(block, std::min(kWeightBlock, logits.size() - block)))
+        sum += weight_of(tables, logit, highest, scale);
+    return sum;
+}
+
+size_t most_likely(std::span<const float> logits) {
+    size_t best = 0;
+    for (size_t i = 0; i < logits.size(); i += 16) {  // a vectorisable question before a search
+        const std::span<const float> some = logits.subspan(i, std::min<size_t>(16, logits.size() - i));
+        bool above = false;
+        for (const float logit : some) above |= logit > logits[best];
+        if (!above) continue;
+        for (size_t j = 0; j < some.size(); ++j)
+            if (some[j] > logits[best]) best = i + j;
+    }
+    return best;
+}
+
+uint64_t mix_bits(uint64_t x) {  // the finalizer of splitmix64 (Steele, Lea, Flood, 2014)
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+}  // namespace
+
+struct CandidateOrder {
+    bool operator()(const Sampler::Candidate& a, const Sampler::Candidate& b) const {
+        return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+    }
+};
+
+double uniform_at(int64_t seed, uint64_t position) {
+    constexpr uint64_t step = 0x9e3779b97f4a7c15u;
+    const uint64_t bits = mix_bits(mix_bits(static_cast<uint64_t>(seed) + step) + (position + 1) * step);
+    return static_cast<double>(bits >> 11) * 0x1p-53;
+}
+
+Sampler::Sampler(const SamplerOptions& options)
+    : options_(options), scale_(weight_scale(options.temperature)) {}
+
+Token Sampler::sample(std::span<const float> logits, uint64_t position) {
+    const FloatState float_state;
+    const size_t best = most_likely(logits);
+    if (options_.temperature <= 0 || options_.top_k == 1) return static_cast<Token>(best);
+    highest_ = logits[best];
+    const double uniform = uniform_at(options_.seed, position);
+    const bool all = options_.top_k == 0 && options_.top_p >= 1 && options_.min_p <= 0;
+    return all ? draw_from_all(logits, uniform) : draw_from_best(logits, uniform);
+}
+
+double Sampler::add_blocks(std::span<const float> logits) {
+    double total = 0;
+    sums_.clear();
+    for (size_t block = 0; block < logits.size(); block += kWeightBlock) {
+        sums_.push_back(weigh_block(logits, block, highest_, scale_));
+        total += sums_.back();
+    }
+    return total;
+}
+
+// Walks to the first token whose running sum passes the drawn part of the total.
+Token Sampler::draw_from_all(std::span<const float> logits, double uniform) {
+    const double target = uniform * add_blocks(logits);
+    double before = 0;
+    size_t block = 0;
+    while (block + 1 < sums_.size() && before + sums_[block] <= target) before += sums_[block++];
+    const WeightTables& tables = weight_tables();
+    Token last = 0;
+    double inside = 0;
+    const size_t end = std::min((block + 1) * kWeightBlock, logits.size());
+    for (size_t i = block * kWeightBlock; i < end; ++i) {
+        const double weight = weight_of(tables, logits[i], highest_, scale_);
+        if (weight > 0) last = static_cast<Token>(i);
+        inside += weight;
+        if (before + inside > target) break;
+    }
+    return last;
+}
+
+// The top_k best of all logits, sorted: a heap whose top is the worst one kept.
+void Sampler::keep_top(std::span<const float> logits) {
+    const CandidateOrder better;
+    candidates_.clear();
+    for (size_t i = 0; i < logits.size(); ++i) {
+        const Candidate one{logits[i], static_cast<Token>(i)};
+        if (candidates_.size() == options_.top_k) {
+            if (!better(one, candidates_.front())) continue;
+            std::pop_heap(candidates_.begin(), candidates_.end(), better);
+            candidates_.back() = one;
+        } else {
+            candidates_.push_back(one);
+        }
+        std::push_heap(candidates_.begin(), candidates_.end(), better);
+    }
+    std::sort_heap(candidates_.begin(), candidates_.end(), better);
+}
+
+// All whose logit is at most `below` under the highest, sorted.
+void Sampler::keep_within(std::span<const float> logits, double below) {
+    const double limit = static_cast<double>(highest_) - below;
+    candidates_.clear();
+    for (size_t i = 0; i < logits.size(); ++i)
+        if (static_cast<double>(logits[i]) >= limit)
+            candidates_.push_back({logits[i], static_cast<Token>(i)});
+    std::sort(candidates_.begin(), candidates_.end(), CandidateOrder());
+}
+
+// How many are looked at never shows in the result: a walk that ends for want of candidates is
+// repeated with more of them.
+Token Sampler::draw_from_best(std::span<const float> logits, double uniform) {
+    const WeightTables& tables = weight_tables();
+    double total = 0;
+    if (options_.top_k) {
+        keep_top(logits);
+        for (const Candidate& one : candidates_) total += weight_of(tables, one.logit, highest_, scale_);
+    } else if (options_.top_p < 1) {
+        total = add_blocks(logits);
+    }
+    const double enough = options_.top_p < 1 ? options_.top_p * total : std::numeric_limits<double>::infinity();
+    size_t kept = 0;
+    double sum = 0;
+    for (double below = 8 * options_.temperature;; below *= 2) {
+        if (!options_.top_k) keep_within(logits, below);
+        bool ended = false;
+        for (kept = 0, sum = 0; kept < candidates_.size() && !ended; ++kept) {
+            const double weight = weight_of(tables, candidates_[kept].logit, highest_, scale_);
+            if (kept > 0 && weight < options_.min_p) break;
+            sum += weight;
+            ended = sum >= enough;
+        }
+        if (ended || kept < candidates_.size() || options_.top_k || candidates_.size() == logits.size()) break;
+    }
+    const double target = uniform * sum;
+    double so_far = 0;
+    for (size_t i = 0; i < kept; ++i) {
+        so_far += weight_of(tables, candidates_[i].logit, highest_, scale_);
+        if (so_far > target) return candidates_[i].token;
+    }
+    return candidates_[0].token;
+}
+
+float logprob_of(std::span<const float> logits, Token token, uint32_t count,
+                 std::pair<Token, float>* top) {
+    const FloatState float_state;
+    const float highest = logits[most_likely(logits)];
+    double total = 0;
+    for (size_t block = 0; block < logits.size(); block += kWeightBlock)
+        total += weigh_block(logits, block, highest, weight_scale(1));
+    const double log_total = exact_log(total);
+    const auto logprob = [&](float logit) {
+        return static_cast<float>((static_cast<double>(logit) - static_cast<double>(highest)) - log_total);
+    };
+    uint32_t found = 0;  // an insertion sort: count is small
+    for (size_t i = 0; i < logits.size(); ++i) {
+        if (found == count && (count == 0 || logits[i] <= top[count - 1].second)) continue;
+        uint32_t at = found < count ? found++ : count - 1;
+        for (; at > 0 && top[at - 1].second < logits[i]; --at) top[at] = top[at - 1];
+        top[at] = {static_cast<Token>(i), logits[i]};
+    }
+    for (uint32_t i = 0; i < found; ++i) top[i].second = logprob(top[i].second);
+    return logprob(logits[static_cast<size_t>(token)]);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// >>engine
+// In this order: the mailbox of a reply; opening; from a request to tokens; the queue; the step: batch,
+// tokens, text; the handles. Locks are held for a few instructions and never while something is called.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr uint32_t kDefaultContext = 8192;
+constexpr uint32_t kMaxRunning     = 1;           // sequences at a time; one after another for now
+constexpr uint32_t kPageTokens     = 16;
+constexpr uint32_t kMaxLogprobs    = 20;
+constexpr uint64_t kLookNs         = 10'000'000;  // between two looks at cancels
+constexpr uint64_t kIdleNs         = 1'000'000'000;
+
+}  // namespace
+
+// Wakes the engine's own thread. Shared with replies, which may outlive the engine.
+struct Doorbell {
+    std::atomic<uint32_t> rings{0};
+    std::atomic<bool>     cancels{false};  // some reply was cancelled since the engine last looked
+    void ring() {
+        rings.fetch_add(1, std::memory_order_release);
+        wake(&rings);
+    }
+};
+
+// ---- Reply: what the engine puts in and the holder takes out ---------------------------------
+
+struct Mailbox {
+    std::string id;
+    std::shared_ptr<Doorbell> doorbell;
+    bool        detached = false;                // the handle's
+    std::atomic<bool>     cancelled{false};
+    std::atomic<uint32_t> finished{0};           // wait() sleeps on it
+
+    std::mutex  mutex;                           // guards what follows
+    bool        hungry = true;                   // poll found nothing: the next event is announced
+    bool        start_pending = false, finish_taken = false;
+    std::string text;                            // not polled yet
+    std::shared_ptr<const Outcome> outcome;
+
+    // Each returns whether to announce that there are events.
+    bool put_start() { return put([&] { start_pending = true; }); }
+    bool put_text(std::string_view more) { return put([&] { text += more; }); }
+    bool put_outcome(Outcome end) {
+        auto shared = std::make_shared<const Outcome>(std::move(end));
+        const bool announce = put([&] { outcome = std::move(shared); });
+        finished.store(1, std::memory_order_release);
+        wake(&finished);
+        return announce;
+    }
+    template <class Change> bool put(Change change) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        change();
+        return std::exchange(hungry, false);
+    }
+
+    std::optional<Event> take() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
+        if (!text.empty()) return Event{Event::Kind::text_delta, std::exchange(text, {})};
+        if (outcome && !std::exchange(finish_taken, true)) return Event{Event::Kind::finished, {}, outcome};
+        hungry = true;
+        return std::nullopt;
+    }
+    void cancel() {
+        if (finished.load(std::memory_order_acquire)) return;
+        cancelled.store(true, std::memory_order_release);
+        doorbell->cancels.store(true, std::memory_order_release);
+        doorbell->ring();
+    }
+    bool wait(int64_t timeout_ms) {
+        const uint64_t start = monotonic_ns();
+        const uint64_t limit = timeout_ms < 0 ? UINT64_MAX : static_cast<uint64_t>(timeout_ms) * 1'000'000;
+        while (!finished.load(std::memory_order_acquire)) {
+            const uint64_t waited = monotonic_ns() - start;
+            if (waited >= limit) return false;
+            wait_on(&finished, 0, std::min(limit - waited, kIdleNs));
+        }
+        return true;
+    }
+};
+
+// What prepare() found out; becomes a Sequence.
+struct PreparedPrompt final : Prepared {
+    std::vector<Token> tokens;
+    SamplerOptions     sampling;
+    uint32_t           max_output   = 0;
+    bool               logprobs     = false;
+    uint32_t           top_logprobs = 0;
+};
+
+// One request being answered.
+struct Sequence {
+    std::shared_ptr<Mailbox>   reply;
+    std::unique_ptr<PreparedPrompt> prompt;
+    std::vector<Token>    tokens;        // the prompt and what was drawn
+    uint32_t              computed = 0;  // positions whose keys and values are there
+    uint32_t              in_batch = 0;  // rows in the batch under way
+    int32_t               logits   = -1; // which of the batch's logits are for it, if any
+    std::vector<uint32_t> pages;
+    Sampler               sampler;
+    Detokenizer           detokenizer;
+    Outcome               outcome;
+    uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
+
+    Sequence(std::shared_ptr<Mailbox> to, std::unique_ptr<PreparedPrompt> from, const Tokenizer& tokenizer)
+        : reply(std::move(to)), prompt(std::move(from)), tokens(std::move(prompt->tokens)),
+          sampler(prompt->sampling), detokenizer(tokenizer) {
+        outcome.usage.input_tokens = static_cast<uint32_t>(tokens.size());
+    }
+    uint32_t length() const { return static_cast<uint32_t>(tokens.size()); }
+};
+
+namespace {
+
+// "resp_" and 24 of [0-9a-z], unguessable.
+Result<std::string> draw_response_id() {
+    uint8_t bytes[24];
+    auto drawn = random_bytes(bytes, sizeof bytes);
+    if (!drawn) return drawn.error();
+    std::string id = "resp_";
+    for (const uint8_t byte : bytes) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+    return id;
+}
+
+Error engine_closed_error() {
+    return make_error(ErrorKind::closed, "the engine was closed", "engine_closed");
+}
+
+Error refuse_field(const char* param, std::string message, const char* code = "invalid_value") {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, param);
+}
+
+Result<void> check_range(const char* field, std::optional<double> value, double low, double high) {
+    if (!value || (*value >= low && *value <= high)) return {};
+    return refuse_field(field, format("%s: %g is not in %g..%g", field, *value, low, high));
+}
+
+// What the wire has checked already; a C++ caller's request comes straight here.
+Result<void> check_request(const Request& request) {
+    if (request.input.empty())
+        return refuse_field("input", "input: missing or empty", "missing_required_parameter");
+    if (request.max_output_tokens == 0u)
+        return refuse_field("max_output_tokens", "max_output_tokens: 0 is not positive");
+    if (request.top_logprobs > kMaxLogprobs)
+        return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u", request.top_logprobs, kMaxLogprobs));
+    const struct { const char* field; std::optional<double> value; double high; } ranges[] = {
+        {"temperature", request.temperature, 2},
+        {"top_p", request.top_p, 1},
+        {"min_p", request.min_p, 1},
+    };
+    for (const auto& [field, value, high] : ranges)
+        if (auto good = check_range(field, value, 0, high); !good) return good;
+    return {};
+}
+
+// The file's own recommendation, as far as it is there.
+Result<SamplerOptions> read_sampling(const Gguf& gguf) {
+    SamplerOptions out;
+    const struct { const char* key; double* value; double high; } keys[] = {
+        {"general.sampling.temp", &out.temperature, 2},
+        {"general.sampling.top_p", &out.top_p, 1},
+        {"general.sampling.min_p", &out.min_p, 1},
+    };
+    for (const auto& [key, value, high] : keys) {
+        auto found = gguf.get_float(key, *value);
+        if (!found) return found.error();
+        if (!(*found >= 0 && *found <= high))
+            return make_error(ErrorKind::bad_data, gguf.name() + format(": key '%s' is %g, not in 0..%g", key, *found, high));
+        *value = *found;
+    }
+    auto top_k = gguf.get_uint("general.sampling.top_k", 0);
+    if (!top_k) return top_k.error();
+    out.top_k = static_cast<uint32_t>(std::min<uint64_t>(*top_k, UINT32_MAX));
+    return out;
+}
+
+std::string choose_model_id(const EngineOptions& options, const ModelSpec& spec) {
+    if (!options.model_id.empty()) return options.model_id;
+    if (!spec.name.empty() && utf8_valid(spec.name)) return spec.name;
+    std::string name = options.model_path.substr(options.model_path.find_last_of("/\\") + 1);
+    if (name.ends_with(".gguf")) name.resize(name.size() - 5);
+    return name.empty() ? "model" : name;
+}
+
+Result<Gguf> open_model_file(const EngineOptions& options) {
+    if (!options.model_bytes.empty()) return Gguf::from_bytes(options.model_bytes);
+    if (options.model_reader.read) return Gguf::from_reader(options.model_reader);
+    if (options.model_path.empty())
+        return make_error(ErrorKind::invalid_request, "model_path: missing", {}, "model_path");
+    return Gguf::open(options.model_path);
+}
+
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelSpec& spec) {
+    const uint32_t context = options.context_tokens ? options.context_tokens : std::min(spec.n_context, kDefaultContext);
+    if (context > spec.n_context)
+        return make_error(ErrorKind::invalid_request,
+                          format("context_tokens: %u is more than the model's %u", context, spec.n_context),
+                          {}, "context_tokens");
+    if (options.step_tokens == 0)
+        return make_error(ErrorKind::invalid_request, "step_tokens: 0 is not positive", {}, "step_tokens");
+    BackendOptions out;
+    out.precision = options.precision;
+    out.kv_type = options.kv_type;
+    out.page_tokens = kPageTokens;
+    out.kv_pages = (context + kPageTokens - 1) / kPageTokens * kMaxRunning;
+    out.max_batch_rows = std::min(options.step_tokens, context) + kMaxRunning - 1;
+    out.max_logit_rows = kMaxRunning;
+    out.threads = options.threads;
+    out.parallel_for = options.parallel_for;
+    out.parallel_for_host = options.parallel_for_host;
+    return out;
+}
+
+}  // namespace
+}  // namespace detail
+
+// ---- Engine::State ---------------------------------------------------------------------------
+
+struct Engine::State final : Responder {
+    using MailboxPtr = std::shared_ptr<detail::Mailbox>;
+    using SequencePtr = std::unique_ptr<detail::Sequence>;
+
+    // Set by open(), then constant.
+    EngineOptions  options;
+    Gguf           gguf;
+    ModelSpec      spec;
+    ModelTensors   tensors;
+    ModelInfo      info;
+    uint32_t       context = 0;
+    detail::SamplerOptions      sampling;  // where a request says nothing
+    std::optional<Tokenizer>    tokenizer;
+    std::optional<ChatTemplate> chat_template;
+    std::shared_ptr<detail::Doorbell> doorbell = std::make_shared<detail::Doorbell>();
+
+    // Of whoever steps.
+    std::unique_ptr<detail::Backend> backend;
+    std::vector<SequencePtr>         running;
+    std::vector<detail::BatchRow>    batch;  // under way unless empty
+    std::vector<uint32_t>            free_pages;
+    std::pair<Token, float>          top[detail::kMaxLogprobs];
+    std::atomic<bool>  loaded{false}, stepping{false};
+    std::atomic<float> progress{0};
+    std::optional<Error> failure;            // nothing works any more
+    detail::Thread     thread;
+    std::atomic<bool>  stop_asked{false};
+
+    mutable std::mutex      mutex;           // guards what follows
+    std::deque<SequencePtr> queue;
+    bool                    closed = false;
+    ResponderStats          counts;          // all but queued
+    std::unordered_map<std::string, MailboxPtr> by_id;  // those submitted through Responder
+
+    std::mutex              listener_mutex;
+    std::condition_variable listener_idle;
+    void (*listener)(void* context, const std::string& id) = nullptr;
+    void*                   listener_context = nullptr;
+    uint32_t                listener_calls = 0;
+
+    ~State() override;
+    Result<void> open(const EngineOptions& from);
+
+    std::vector<ModelInfo> models() const override { return {info}; }
+    Result<std::unique_ptr<Prepared>> prepare(const Request& request) override;
+    Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) override;
+    std::optional<Event> poll(const std::string& id) override;
+    void cancel(const std::string& id) override;
+    ResponderStats stats() const override;
+    void on_ready(void (*ready)(void* context, const std::string& id), void* context) override;
+
+    Result<std::unique_ptr<detail::PreparedPrompt>> prepare_prompt(const Request& request);
+    Result<std::vector<Token>> make_prompt(const Request& request) const;
+    Result<void> enqueue(std::unique_ptr<detail::PreparedPrompt> prompt, const MailboxPtr& reply, bool known);
+    MailboxPtr find(const std::string& id) const;
+    void announce(const detail::Mailbox& reply);
+
+    Result<bool> work(uint64_t deadline_ns);
+    Result<bool> load(uint64_t deadline_ns);
+    bool work_on_batch(uint64_t deadline_ns);
+    void drop_cancelled();
+    void start_sequences();
+    void start_sequence(SequencePtr sequence);
+    bool build_batch();
+    void add_rows(detail::Sequence& sequence, uint32_t rows, int32_t* wanted);
+    void take_batch();
+    bool take_token(detail::Sequence& sequence);
+    void emit_text(detail::Sequence& sequence, std::string_view text);
+    void add_logprob(detail::Sequence& sequence, std::span<const float> logits, Token token);
+    void finish(detail::Sequence& sequence, Status status, std::optional<Error> error = {});
+    void fail_all(const Error& error);
+    static void run_thread(void* self);
+};
+
+// ---- Opening ---------------------------------------------------------------------------------
+
+Result<void> Engine::State::open(const EngineOptions& from) {
+    options = from;
+    auto file = detail::open_model_file(options);
+    if (!file) return file.error();
+    gguf = std::move(*file);
+    auto read = read_model_spec(gguf);
+    if (!read) return read.error();
+    spec = std::move(*read);
+    auto bound = bind_model_tensors(gguf, spec);
+    if (!bound) return bound.error();
+    tensors = std::move(*bound);
+    auto source = gguf.get_string("tokenizer.chat_template", "");
+    if (!source) return source.error();
+    const std::string text = options.chat_template.empty() ? std::string(*source) : options.chat_template;
+    auto words = Tokenizer::open(gguf, text);
+    if (!words) return words.error();
+    tokenizer = std::move(*words);
+    const bool has_chatml = tokenizer->find("<|im_start|>") && tokenizer->find("<|im_end|>");
+    auto parsed = ChatTemplate::open(text, has_chatml);
+    if (!parsed) return parsed.error();
+    chat_template = std::move(*parsed);
+    auto defaults = detail::read_sampling(gguf);
+    if (!defaults) return defaults.error();
+    sampling = *defaults;
+    auto chosen = detail::choose_backend_options(options, spec);
+    if (!chosen) return chosen.error();
+    auto opened = detail::open_cpu_backend(gguf, spec, tensors, *chosen);
+    if (!opened) return opened.error();
+    backend = std::move(*opened);
+    context = options.context_tokens ? options.context_tokens : std::min(spec.n_context, detail::kDefaultContext);
+    batch.reserve(chosen->max_batch_rows);
+    for (uint32_t page = chosen->kv_pages; page > 0; --page) free_pages.push_back(page - 1);
+    info.id = detail::choose_model_id(options, spec);
+    info.aliases = options.aliases;
+    info.created = detail::unix_time_ms() / 1000;
+    info.context_tokens = context;
+    return {};
+}
+
+Engine::State::~State() {
+    stop_asked.store(true, std::memory_order_release);
+    doorbell->ring();
+    thread.join();
+    fail_all(detail::engine_closed_error());
+}
+
+// ---- From a request to a prompt (any thread) -------------------------------------------------
+
+Result<std::unique_ptr<Prepared>> Engine::State::prepare(const Request& request) {
+    auto prompt = prepare_prompt(request);
+    if (!prompt) return prompt.error();
+    return std::unique_ptr<Prepared>(std::move(*prompt));
+}
+
+Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(const Request& request) {
+    const auto& names = info.aliases;
+    if (!request.model.empty() && request.model != info.id &&
+        std::find(names.begin(), names.end(), request.model) == names.end())
+        return detail::make_error(ErrorKind::not_found, "the model '" + request.model + "' does not exist",
+                                  "model_not_found", "model");
+    if (auto good = detail::check_request(request); !good) return good.error();
+    auto tokens = make_prompt(request);
+    if (!tokens) return tokens.error();
+    const size_t count = tokens->size();
+    if (count >= context)
+        return detail::refuse_field(
+            "input", detail::format("the prompt has %zu tokens; the context of this model is %u tokens for "
+                                    "prompt and answer", count, context), "context_length_exceeded");
+    auto out = std::make_unique<detail::PreparedPrompt>();
+    out->sampling = sampling;
+    out->sampling.temperature = request.temperature.value_or(sampling.temperature);
+    out->sampling.top_p = request.top_p.value_or(sampling.top_p);
+    out->sampling.top_k = request.top_k.value_or(sampling.top_k);
+    out->sampling.min_p = request.min_p.value_or(sampling.min_p);
+    uint64_t drawn = 0;  // 53 bits: exact in every JSON reader
+    if (auto random = detail::random_bytes(&drawn, sizeof drawn); !random) return random.error();
+    out->sampling.seed = request.seed.value_or(static_cast<int64_t>(drawn >> 11));
+    const uint32_t room = context - static_cast<uint32_t>(count);
+    out->max_output = std::min(request.max_output_tokens.value_or(room), room);
+    out->logprobs = request.logprobs;
+    out->top_logprobs = request.top_logprobs;
+    out->tokens = std::move(*tokens);
+    out->model = info.id;
+    out->input_tokens = static_cast<uint32_t>(count);
+    out->temperature = out->sampling.temperature;
+    out->top_p = out->sampling.top_p;
+    out->seed = out->sampling.seed;
+    return out;
+}
+
+Result<std::vector<Token>> Engine::State::make_prompt(const Request& request) const {
+    const auto spelling = [&](std::optional<Token> token) {
+        return token ? tokenizer->piece(*token) : std::string_view();
+    };
+    auto input = chat_input(request, *chat_template, spelling(tokenizer->bos()), spelling(tokenizer->eos()),
+                            detail::unix_time_ms() / 1000);
+    if (!input) return input.error();
+    auto text = chat_template->render(*input);
+    if (!text) return text.error();
+    auto tokens = tokenizer->encode(*text, tokenizer->add_bos());
+    if (!tokens) return tokens.error();
+    if (tokens->empty()) return detail::refuse_field("input", "input: the chat template made an empty prompt of it");
+    return tokens;
+}
+
+// ---- The queue, and Responder (any thread) ---------------------------------------------------
+
+Result<void> Engine::State::enqueue(std::unique_ptr<detail::PreparedPrompt> prompt, const MailboxPtr& reply,
+                                    bool known) {
+    auto sequence = std::make_unique<detail::Sequence>(reply, std::move(prompt), *tokenizer);
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (closed) return detail::engine_closed_error();
+        if (queue.size() >= options.max_queued)
+            return detail::make_error(ErrorKind::overloaded,
+                                      detail::format("%zu requests are waiting already", queue.size()), "overloaded");
+        if (known && !by_id.emplace(reply->id, reply).second)
+            return detail::make_error(ErrorKind::internal, "the id " + reply->id + " is in use");
+        queue.push_back(std::move(sequence));
+    }
+    doorbell->ring();
+    return {};
+}
+
+Result<void> Engine::State::submit(std::unique_ptr<Prepared> prepared, std::string id) {
+    auto reply = std::make_shared<detail::Mailbox>();
+    reply->id = std::move(id);
+    reply->doorbell = doorbell;
+    std::unique_ptr<detail::PreparedPrompt> prompt(static_cast<detail::PreparedPrompt*>(prepared.release()));
+    return enqueue(std::move(prompt), reply, true);
+}
+
+Engine::State::MailboxPtr Engine::State::find(const std::string& id) const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = by_id.find(id);
+    return found == by_id.end() ? nullptr : found->second;
+}
+
+std::optional<Event> Engine::State::poll(const std::string& id) {
+    const MailboxPtr reply = find(id);
+    if (!reply) return std::nullopt;
+    auto event = reply->take();
+    if (event && event->kind == Event::Kind::finished) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        by_id.erase(id);
+    }
+    return event;
+}
+
+void Engine::State::cancel(const std::string& id) {
+    if (const MailboxPtr reply = find(id)) reply->cancel();
+}
+
+ResponderStats Engine::State::stats() const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    ResponderStats out = counts;
+    out.queued = static_cast<uint32_t>(queue.size());
+    return out;
+}
+
+void Engine::State::on_ready(void (*ready)(void* context, const std::string& id), void* to) {
+    std::unique_lock<std::mutex> lock(listener_mutex);
+    listener = ready;
+    listener_context = to;
+    listener_idle.wait(lock, [&] { return listener_calls == 0; });
+}
+
+void Engine::State::announce(const detail::Mailbox& reply) {
+    std::unique_lock<std::mutex> lock(listener_mutex);
+    if (!listener) return;
+    const auto call = listener;
+    void* to = listener_context;
+    ++listener_calls;
+    lock.unlock();
+    call(to, reply.id);
+    lock.lock();
+    if (--listener_calls == 0) listener_idle.notify_all();
+}
+
+// ---- The step (one thread at a time) ---------------------------------------------------------
+
+// Works until the deadline or until nothing is left; true while something is.
+Result<bool> Engine::State::work(uint64_t deadline_ns) {
+    if (failure) return *failure;
+    if (!loaded.load(std::memory_order_relaxed)) {
+        auto done = load(deadline_ns);
+        if (!done) {
+            failure = done.error();
+            options.log(LogLevel::error, failure->message);
+            fail_all(*failure);
+            return *failure;
+        }
+        if (!*done) return true;
+    }
+    for (;;) {
+        if (!work_on_batch(deadline_ns)) return false;
+        if (detail::monotonic_ns() >= deadline_ns) return true;
+    }
+}
+
+Result<bool> Engine::State::load(uint64_t deadline_ns) {
+    const uint64_t now = detail::monotonic_ns();
+    float part = 0;
+    auto done = backend->load(deadline_ns > now ? (deadline_ns - now) / 1000 : 0, &part);
+    if (!done) return done;
+    progress.store(part, std::memory_order_relaxed);
+    if (*done) {
+        options.log(LogLevel::info, "loaded " + gguf.name());
+        loaded.store(true, std::memory_order_release);
+    }
+    return done;
+}
+
+// A part of a batch, or all of it. False: there is nothing to do.
+bool Engine::State::work_on_batch(uint64_t deadline_ns) {
+    if (doorbell->cancels.exchange(false, std::memory_order_acquire)) drop_cancelled();
+    if (batch.empty()) {
+        start_sequences();
+        if (!build_batch()) return false;
+    }
+    auto done = backend->advance(std::min(deadline_ns, detail::monotonic_ns() + detail::kLookNs));
+    if (done && *done) take_batch();
+    if (done) return true;
+    batch.clear();
+    for (SequencePtr& sequence : running) finish(*sequence, Status::failed, done.error());
+    running.clear();
+    return true;
+}
+
+void Engine::State::drop_cancelled() {
+    const auto cancelled = [](const SequencePtr& sequence) {
+        return sequence->reply->cancelled.load(std::memory_order_acquire);
+    };
+    std::vector<SequencePtr> dropped;
+    const auto take_from = [&](auto& from) {
+        for (SequencePtr& sequence : from)
+            if (cancelled(sequence)) dropped.push_back(std::move(sequence));
+        std::erase(from, nullptr);
+    };
+    const size_t before = running.size();
+    take_from(running);
+    if (running.size() != before && !batch.empty()) {
+        backend->abandon();
+        batch.clear();
+    }
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        take_from(queue);
+    }
+    for (const SequencePtr& sequence : dropped)
+        finish(*sequence, Status::cancelled, detail::make_error(ErrorKind::cancelled, "cancelled", "cancelled"));
+}
+
+void Engine::State::start_sequences() {
+    while (running.size() < detail::kMaxRunning) {
+        SequencePtr next;
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            if (queue.empty()) return;
+            next = std::move(queue.front());
+            queue.pop_front();
+            ++counts.running;
+        }
+        start_sequence(std::move(next));
+    }
+}
+
+// All that grows later gets its room here.
+void Engine::State::start_sequence(SequencePtr sequence) {
+    sequence->started_ns = detail::monotonic_ns();
+    const size_t most = sequence->tokens.size() + sequence->prompt->max_output;
+    sequence->tokens.reserve(most);
+    sequence->pages.reserve(most / detail::kPageTokens + 1);
+    if (sequence->prompt->logprobs) sequence->outcome.logprobs.reserve(sequence->prompt->max_output);
+    if (sequence->reply->put_start()) announce(*sequence->reply);
+    running.push_back(std::move(sequence));
+}
+
+// Sequences that decode come first, a row each; the rest is for prompts.
+bool Engine::State::build_batch() {
+    if (running.empty()) return false;
+    int32_t wanted = 0;
+    uint32_t room = options.step_tokens;
+    for (const bool decoding : {true, false})
+        for (SequencePtr& sequence : running) {
+            const uint32_t left = sequence->length() - sequence->computed;
+            if ((left == 1) != decoding) continue;
+            const uint32_t rows = decoding ? 1 : std::min(left, room);
+            if (!decoding) room -= rows;
+            add_rows(*sequence, rows, &wanted);
+        }
+    auto begun = backend->begin(batch);
+    VALAR_ASSERT(begun);
+    (void)begun;
+    return true;
+}
+
+void Engine::State::add_rows(detail::Sequence& sequence, uint32_t rows, int32_t* wanted) {
+    const uint32_t end = sequence.computed + rows;
+    while (sequence.pages.size() * detail::kPageTokens < end) {
+        sequence.pages.push_back(free_pages.back());
+        free_pages.pop_back();
+    }
+    for (uint32_t position = sequence.computed; position < end; ++position)
+        batch.push_back({sequence.tokens[position], nullptr, position, sequence.pages.data(), false});
+    sequence.in_batch = rows;
+    sequence.logits = -1;
+    if (rows == 0 || end != sequence.length()) return;
+    batch.back().logits = true;
+    sequence.logits = (*wanted)++;
+}
+
+void Engine::State::take_batch() {
+    batch.clear();
+    for (SequencePtr& sequence : running) {
+        sequence->computed += std::exchange(sequence->in_batch, 0);
+        if (sequence->logits >= 0 && !take_token(*sequence)) sequence.reset();
+    }
+    std::erase(running, nullptr);
+}
+
+// Draws a token; false when it was the last.
+bool Engine::State::take_token(detail::Sequence& sequence) {
+    const auto logits = backend->logits(static_cast<uint32_t>(sequence.logits));
+    const Token token = sequence.sampler.sample(logits, sequence.length());
+    if (sequence.first_token_ns == 0) sequence.first_token_ns = detail::monotonic_ns();
+    sequence.tokens.push_back(token);
+    ++sequence.outcome.usage.output_tokens;
+    if (tokenizer->is_end(token)) {
+        finish(sequence, Status::completed);
+        return false;
+    }
+    if (sequence.prompt->logprobs) add_logprob(sequence, logits, token);
+    emit_text(sequence, sequence.detokenizer.push(token));
+    if (sequence.outcome.usage.output_tokens < sequence.prompt->max_output) return true;
+    sequence.outcome.cut = true;
+    finish(sequence, Status::completed);
+    return false;
+}
+
+void Engine::State::emit_text(detail::Sequence& sequence, std::string_view text) {
+    if (text.empty()) return;
+    sequence.outcome.text += text;
+    if (sequence.reply->put_text(text)) announce(*sequence.reply);
+}
+
+void Engine::State::add_logprob(detail::Sequence& sequence, std::span<const float> logits, Token token) {
+    TokenLogprob one;
+    const uint32_t count = std::min(sequence.prompt->top_logprobs, spec.n_vocab);
+    one.logprob = detail::logprob_of(logits, token, count, top);
+    one.bytes = tokenizer->piece(token);
+    for (uint32_t i = 0; i < count; ++i)
+        one.top.push_back({std::string(tokenizer->piece(top[i].first)), top[i].second});
+    sequence.outcome.logprobs.push_back(std::move(one));
+}
+
+// The sequence is done with: its pages go back, its reply learns the end.
+void Engine::State::finish(detail::Sequence& sequence, Status status, std::optional<Error> error) {
+    emit_text(sequence, sequence.detokenizer.flush());
+    free_pages.insert(free_pages.end(), sequence.pages.begin(), sequence.pages.end());
+    Outcome& outcome = sequence.outcome;
+    outcome.status = status;
+    outcome.error = std::move(error);
+    const uint64_t now = detail::monotonic_ns();
+    const uint64_t started = sequence.started_ns ? sequence.started_ns : now;
+    const uint64_t first = sequence.first_token_ns ? sequence.first_token_ns : now;
+    outcome.timings.queue_us = (started - sequence.queued_ns) / 1000;
+    outcome.timings.prefill_us = (first - started) / 1000;
+    outcome.timings.decode_us = (now - first) / 1000;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (sequence.started_ns) --counts.running;
+        ++(status == Status::completed ? counts.completed
+                                       : status == Status::failed ? counts.failed : counts.cancelled);
+        counts.input_tokens += sequence.started_ns ? outcome.usage.input_tokens : 0;
+        counts.output_tokens += outcome.usage.output_tokens;
+    }
+    if (sequence.reply->put_outcome(std::move(outcome))) announce(*sequence.reply);
+}
+
+// The end of everything: nothing is taken from now on.
+void Engine::State::fail_all(const Error& error) {
+    std::deque<SequencePtr> waiting;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        closed = true;
+        waiting.swap(queue);
+    }
+    if (!batch.empty()) backend->abandon();
+    batch.clear();
+    for (const SequencePtr& sequence : running) finish(*sequence, Status::failed, error);
+    running.clear();
+    for (const SequencePtr& sequence : waiting) finish(*sequence, Status::failed, error);
+}
+
+void Engine::State::run_thread(void* self) {
+    State& state = *static_cast<State*>(self);
+    while (!state.stop_asked.load(std::memory_order_acquire)) {
+        const uint32_t rings = state.doorbell->rings.load(std::memory_order_acquire);
+        auto more = state.work(detail::monotonic_ns() + detail::kLookNs);
+        if (more && *more) continue;
+        detail::wait_on(&state.doorbell->rings, rings, detail::kIdleNs);
+    }
+}
+
+// ---- The handles -----------------------------------------------------------------------------
+
+Reply::Reply(std::shared_ptr<detail::Mailbox> mailbox) : mailbox_(std::move(mailbox)) {}
+Reply::Reply(Reply&& other) noexcept = default;
+
+Reply& Reply::operator=(Reply&& other) noexcept {
+    std::swap(mailbox_, other.mailbox_);
+    return *this;
+}
+
+Reply::~Reply() {
+    if (mailbox_ && !mailbox_->detached) mailbox_->cancel();
+}
+
+std::optional<Event> Reply::poll() { return mailbox_ ? mailbox_->take() : std::nullopt; }
+bool Reply::wait(int64_t timeout_ms) { return !mailbox_ || mailbox_->wait(timeout_ms); }
+bool Reply::finished() const { return !mailbox_ || mailbox_->finished.load(std::memory_order_acquire); }
+
+const Outcome& Reply::outcome() const {
+    static const Outcome none;
+    return mailbox_ && mailbox_->outcome ? *mailbox_->outcome : none;
+}
+
+void Reply::cancel() {
+    if (mailbox_) mailbox_->cancel();
+}
+
+void Reply::detach() {
+    if (mailbox_) mailbox_->detached = true;
+}
+
+const std::string& Reply::id() const {
+    static const std::string none;
+    return mailbox_ ? mailbox_->id : none;
+}
+
+Engine::Engine(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Engine::Engine(Engine&& other) noexcept = default;
+Engine& Engine::operator=(Engine&& other) noexcept = default;
+Engine::~Engine() = default;
+
+Result<Engine> Engine::begin_open(const EngineOptions& options) {
+    auto state = std::make_unique<State>();
+    auto opened = state->open(options);
+    if (!opened) return opened.error();
+    return Engine(std::move(state));
+}
+
+Result<Engine> Engine::open(const EngineOptions& options) {
+    auto engine = begin_open(options);
+    while (engine && !engine->is_loaded()) {
+        auto more = engine->step();
+        if (!more) return more.error();
+    }
+    return engine;
+}
+
+Result<MemoryPlan> Engine::memory_plan(const EngineOptions& options) {
+    auto file = detail::open_model_file(options);
+    if (!file) return file.error();
+    auto spec = read_model_spec(*file);
+    if (!spec) return spec.error();
+    auto tensors = bind_model_tensors(*file, *spec);
+    if (!tensors) return tensors.error();
+    auto chosen = detail::choose_backend_options(options, *spec);
+    if (!chosen) return chosen.error();
+    return detail::plan_cpu(*spec, *tensors, *chosen);
+}
+
+Reply Engine::submit(const Request& request) {
+    auto reply = std::make_shared<detail::Mailbox>();
+    reply->doorbell = state_->doorbell;
+    Result<void> good;
+    auto id = detail::draw_response_id();
+    if (!id) good = id.error();
+    else reply->id = std::move(*id);
+    if (good) {
+        auto prompt = state_->prepare_prompt(request);
+        good = prompt ? state_->enqueue(std::move(*prompt), reply, false) : prompt.error();
+    }
+    if (!good) {
+        Outcome refused;
+        refused.status = Status::failed;
+        refused.error = std::move(good.error());
+        (void)reply->put_outcome(std::move(refused));
+    }
+    return Reply(std::move(reply));
+}
+
+Result<bool> Engine::step(int64_t budget_us) {
+    const auto refuse = [](const char* why) { return detail::make_error(ErrorKind::invalid_request, why); };
+    if (state_->thread.joinable()) return refuse("step(): the engine has a thread of its own since start()");
+    if (state_->stepping.exchange(true, std::memory_order_acquire))
+        return refuse("step(): called while another step() is at work");
+    const uint64_t budget_ns = static_cast<uint64_t>(std::max<int64_t>(budget_us, 0)) * 1000;
+    auto more = state_->work(budget_us < 0 ? UINT64_MAX : detail::monotonic_ns() + budget_ns);
+    state_->stepping.store(false, std::memory_order_release);
+    return more;
+}
+
+Result<void> Engine::start() {
+    if (state_->thread.joinable()) return {};
+    state_->stop_asked.store(false, std::memory_order_release);
+    auto thread = detail::Thread::start(State::run_thread, state_.get(), "valar-engine");
+    if (!thread) return thread.error();
+    state_->thread = std::move(*thread);
+    return {};
+}
+
+void Engine::stop() {
+    state_->stop_asked.store(true, std::memory_order_release);
+    state_->doorbell->ring();
+    state_->thread.join();
+}
+
+bool Engine::is_loaded() const { return state_->loaded.load(std::memory_order_acquire); }
+float Engine::load_progress() const { return state_->progress.load(std::memory_order_relaxed); }
+const ModelSpec& Engine::spec() const { return state_->spec; }
+const Tokenizer& Engine::tokenizer() const { return *state_->tokenizer; }
+Responder* Engine::responder() { return state_.get(); }
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// >>http
+// Owns: the HTTP/1.1 parser, the server's event loop, the blocking client.
+// Assumes: callers of step() do not call it from inside a handler.
+// Promises: one pass over the bytes, one exchange at a time on a connection, replies in order.
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+// -- characters (RFC 9110, section 5.6.2; RFC 3986, section 3.2.2) ------------------------------
+
+enum HttpClass : uint8_t { http_token = 1, http_visible = 2, http_control = 4, http_name = 8 };
+
+constexpr auto http_classes = [] {
+    std::array<uint8_t, 256> classes = {};
+    const auto mark = [&](std::string_view characters, int bits) {
+        for (const char c : characters) {
+            uint8_t& entry = classes[static_cast<uint8_t>(c)];
+            entry = static_cast<uint8_t>(entry | bits);
+        }
+    };
+    for (size_t c = 0x21; c < 0x7F; ++c) classes[c] = http_visible;
+    for (size_t c = 0; c < 0x20; ++c) classes[c] = c == '\t' ? 0 : http_control;
+    classes[0x7F] = http_control;
+    mark("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", http_token | http_name);
+    mark("0123456789-._", http_token | http_name);
+    mark("!#$%&'*+^`|~", http_token);
+    return classes;
+}();
+
+bool http_is(char c, int bits) { return (http_classes[static_cast<uint8_t>(c)] & bits) != 0; }
+
+bool http_all(std::string_view text, int bits) {
+    for (const char c : text)
+        if (!http_is(c, bits)) return false;
+    return !text.empty();
+}
+
+char http_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
+
+bool http_same(std::string_view a, std::string_view b) {
+    if (a.size() != b.size()) return false;
+    for (size_t i = 0; i < a.size(); ++i)
+        if (http_lower(a[i]) != http_lower(b[i])) return false;
+    return true;
+}
+
+std::string_view http_trim(std::string_view text) {
+    const auto space = [](char c) { return c == ' ' || c == '\t'; };
+    while (!text.empty() && space(text.front())) text.remove_prefix(1);
+    while (!text.empty() && space(text.back())) text.remove_suffix(1);
+    return text;
+}
+
+/// The last element of a comma-separated list, which is cut from it.
+std::string_view http_pop(std::string_view* list) {
+    const size_t comma = list->rfind(',');
+    const std::string_view last = comma == list->npos ? *list : list->substr(comma + 1);
+    *list = comma == list->npos ? std::string_view() : list->substr(0, comma);
+    return http_trim(last);
+}
+
+bool http_listed(const HttpHeaders& headers, std::string_view name, std::string_view token) {
+    for (const auto& [key, value] : headers) {
+        if (!http_same(key, name)) continue;
+        for (std::string_view list = value; !list.empty();)
+            if (http_same(http_pop(&list), token)) return true;
+    }
+    return false;
+}
+
+/// Decimal digits and nothing else, no wrap.
+bool http_decimal(std::string_view text, uint64_t* value) {
+    *value = 0;
+    for (const char c : text) {
+        const auto digit = static_cast<uint64_t>(c - '0');
+        if (c < '0' || c > '9' || *value > (UINT64_MAX - digit) / 10) return false;
+        *value = *value * 10 + digit;
+    }
+    return !text.empty();
+}
+
+int http_hex(char c) {
+    if (c >= '0' && c <= '9') return c - '0';
+    const char lower = http_lower(c);
+    return lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
+}
+
+/// "name", "name:port" or "[v6]:port" in lower case, an empty port dropped; empty if invalid.
+/// Narrower than RFC 3986, whose names may hold sub-delims and escapes: no DNS name does.
+std::string http_host(std::string_view text) {
+    const size_t bracket = text.rfind(']');
+    const size_t colon = text.find(':', bracket == text.npos ? 0 : bracket);
+    const std::string_view name = text.substr(0, colon);
+    const std::string_view port = colon == text.npos ? "" : text.substr(colon + 1);
+    uint64_t number = 0;
+    if (!port.empty() && (port.size() > 5 || !http_decimal(port, &number) || number > 65535))
+        return {};
+    const bool v6 = !name.empty() && name.front() == '[' && name.back() == ']';
+    if (v6 ? !NetAddress::parse(name, 0) : !http_all(name, http_name)) return {};
+    std::string host(port.empty() ? name : text);
+    for (char& c : host) c = http_lower(c);
+    return host;
+}
+
+}  // namespace
+
+const std::string* find_header(const HttpHeaders& headers, std::string_view name) {
+    for (const auto& [key, value] : headers)
+        if (http_same(key, name)) return &value;
+    return nullptr;
+}
+
+size_t count_headers(const HttpHeaders& headers, std::string_view name) {
+    size_t count = 0;
+    for (const auto& header : headers) count += http_same(header.first, name);
+    return count;
+}
+
+// -- the parser -------------------------------------------------------------------------------
+
+HttpParser::HttpParser(const HttpLimits* limits, Side side) : limits_(limits), side_(side) {
+    reset();
+}
+
+void HttpParser::reset() {
+    message = {};
+    message.max_body = limits_->max_body_bytes;
+    line_.clear();
+    body_left_  = 0;
+    head_bytes_ = fields_ = 0;
+    status_ = 0;
+    reason_ = "";
+    state_  = State::start_line;
+    carriage_ = leading_line_ = no_body_ = false;
+}
+
+std::string_view HttpParser::code() const {
+    return status_ == 413 ? "request_too_large" : status_ == 503 ? "overloaded" : "bad_request";
+}
+
+HttpParser::Event HttpParser::fail(int status, const char* reason) {
+    state_  = State::fault;
+    status_ = status;
+    reason_ = reason;
+    return Event::fault;
+}
+
+HttpParser::Event HttpParser::feed(std::string_view bytes, size_t* used) {
+    *used = 0;
+    for (;;) {
+        Event event = Event::more;
+        switch (state_) {
+        case State::complete: return Event::complete;
+        case State::fault: return Event::fault;
+        case State::body:
+        case State::chunk_data:
+        case State::until_close:
+            event = take_body(bytes, used);
+            if (event == Event::more && *used == bytes.size()) return event;
+            break;
+        default:
+            if (!take_line(bytes, used)) return state_ == State::fault ? Event::fault : Event::more;
+            event = on_line();
+            line_.clear();
+        }
+        if (event != Event::more) return event;
+    }
+}
+
+HttpParser::Event HttpParser::end() {
+    if (state_ == State::until_close) state_ = State::complete;
+    if (state_ == State::complete) return Event::complete;
+    return state_ == State::fault ? Event::fault : fail(400, "the message is cut short");
+}
+
+/// Collects one line into line_. True when it is whole, without its CR LF.
+bool HttpParser::take_line(std::string_view bytes, size_t* used) {
+    while (*used < bytes.size()) {
+        const char c = bytes[(*used)++];
+        if (carriage_ != (c == '\n')) {
+            fail(400, carriage_ ? "a CR without LF" : "an LF without CR");
+            return false;
+        }
+        if (carriage_) {
+            carriage_ = false;
+            return true;
+        }
+        if (c == '\r') {
+            carriage_ = true;
+        } else if (http_is(c, http_control)) {
+            fail(400, "a control character");
+            return false;
+        } else if (line_is_full()) {
+            return false;
+        } else {
+            line_.push_back(c);
+        }
+    }
+    return false;
+}
+
+bool HttpParser::line_is_full() {
+    if (state_ == State::start_line) {
+        if (line_.size() < limits_->max_request_line_bytes) return false;
+        fail(414, "the request line is too long");
+    } else {
+        if (head_bytes_ + line_.size() < limits_->max_head_bytes) return false;
+        if (state_ == State::header_line || state_ == State::trailer)
+            fail(431, "the header fields are too long");
+        else
+            fail(400, "a chunk's first line is too long");
+    }
+    return true;
+}
+
+HttpParser::Event HttpParser::on_line() {
+    switch (state_) {
+    case State::start_line:
+        if (side_ == Side::reply) return on_status_line();
+        if (!line_.empty()) return on_request_line();
+        if (leading_line_) return fail(400, "empty lines before the request line");
+        leading_line_ = true;  // RFC 9112, section 2.2: left over by old clients after a body
+        return Event::more;
+    case State::header_line:
+    case State::trailer:
+        return on_field();
+    case State::chunk_size:
+        return on_chunk_size();
+    default:
+        if (!line_.empty()) return fail(400, "a chunk longer than its size");
+        state_ = State::chunk_size;
+        return Event::more;
+    }
+}
+
+namespace {
+
+/// "HTTP/1.x"; otherwise the status to refuse with.
+int http_version(std::string_view text, bool* http_1_0) {
+    const auto digit = [](char c) { return c >= '0' && c <= '9'; };
+    if (text.size() != 8 || text.substr(0, 5) != "HTTP/" || !digit(text[5]) || text[6] != '.' ||
+        !digit(text[7]))
+        return 400;
+    *http_1_0 = text[7] == '0';
+    return text[5] == '1' ? 0 : 505;
+}
+
+}  // namespace
+
+HttpParser::Event HttpParser::on_request_line() {
+    const std::string_view line = line_;
+    const size_t first = line.find(' ');
+    const size_t second = first == line.npos ? first : line.find(' ', first + 1);
+    if (second == line.npos) return fail(400, "a request line without method, target and version");
+    const std::string_view target = line.substr(first + 1, second - first - 1);
+    if (!http_all(line.substr(0, first), http_token)) return fail(400, "the method is not a token");
+    if (!http_all(target, http_visible) || target.find('#') != target.npos)
+        return fail(400, "the target is empty or holds a character that must be escaped");
+    const int refused = http_version(line.substr(second + 1), &message.http_1_0);
+    if (refused == 505) return fail(505, "only HTTP/1.1 and HTTP/1.0 are spoken here");
+    if (refused) return fail(refused, "the version is malformed");
+    message.method = line.substr(0, first);
+    message.target = target;
+    state_ = State::header_line;
+    return Event::more;
+}
+
+HttpParser::Event HttpParser::on_status_line() {
+    const std::string_view line = line_;
+    uint64_t status = 0;
+    if (http_version(line.substr(0, 8), &message.http_1_0) != 0 || line.size() < 12 ||
+        line[8] != ' ' || !http_decimal(line.substr(9, 3), &status) || status < 100 ||
+        (line.size() > 12 && line[12] != ' '))
+        return fail(400, "a malformed status line");
+    status_ = static_cast<int>(status);
+    state_ = State::header_line;
+    return Event::more;
+}
+
+HttpParser::Event HttpParser::on_field() {
+    const bool trailer = state_ == State::trailer;
+    const std::string_view line = line_;
+    if (line.empty()) {
+        if (!trailer) return on_head_end();
+        state_ = State::complete;
+        return Event::complete;
+    }
+    head_bytes_ += static_cast<uint32_t>(line.size());
+    if (++fields_ > limits_->max_headers) return fail(431, "too many header fields");
+    if (line[0] == ' ' || line[0] == '\t') return fail(400, "a folded header field");
+    const size_t colon = line.find(':');
+    if (colon == line.npos) return fail(400, "a header field without colon");
+    if (!http_all(line.substr(0, colon), http_token))
+        return fail(400, "a header field's name is not a token");
+    // Trailer fields are checked and dropped: merging them could smuggle a header past on_head.
+    if (!trailer)
+        message.headers.emplace_back(line.substr(0, colon), http_trim(line.substr(colon + 1)));
+    return Event::more;
+}
+
+HttpParser::Event HttpParser::on_head_end() {
+    using Step = Event (HttpParser::*)();
+    static constexpr Step steps[] = {
+        &HttpParser::read_transfer_encoding, &HttpParser::read_content_length,
+        &HttpParser::read_host, &HttpParser::read_target, &HttpParser::read_options};
+    const size_t count = side_ == Side::request ? std::size(steps) : 2;
+    for (size_t i = 0; i < count; ++i)
+        if ((this->*steps[i])() != Event::more) return Event::fault;
+    const bool bodiless = no_body_ || status_ / 100 == 1 || status_ == 204 || status_ == 304;
+    if (side_ == Side::reply && bodiless) message.chunked = false, message.content_length = 0;
+    body_left_ = message.content_length.value_or(0);
+    state_ = message.chunked ? State::chunk_size : State::body;
+    if (side_ == Side::reply && !message.chunked && !message.content_length)
+        state_ = State::until_close;
+    head_bytes_ = fields_ = 0;
+    return Event::head;
+}
+
+HttpParser::Event HttpParser::read_transfer_encoding() {
+    const size_t count = message.count("Transfer-Encoding");
+    if (count == 0) return Event::more;
+    if (message.http_1_0) return fail(400, "Transfer-Encoding in HTTP/1.0");
+    if (message.count("Content-Length") > 0)
+        return fail(400, "both Transfer-Encoding and Content-Length");
+    std::string_view list;
+    for (const auto& [name, value] : message.headers)
+        if (http_same(name, "Transfer-Encoding")) list = value;
+    const bool alone = count == 1 && list.find(',') == list.npos;
+    // Where chunked does not come last, nobody knows where the body ends (RFC 9112, section 6.3).
+    if (!http_same(http_pop(&list), "chunked"))
+        return fail(400, "Transfer-Encoding does not end in chunked");
+    if (!alone) return fail(501, "a transfer coding other than chunked");
+    message.chunked = true;
+    return Event::more;
+}
+
+HttpParser::Event HttpParser::read_content_length() {
+    const size_t count = message.count("Content-Length");
+    if (count == 0) return Event::more;
+    if (count > 1) return fail(400, "more than one Content-Length");
+    uint64_t length = 0;
+    if (!http_decimal(*message.header("Content-Length"), &length))
+        return fail(400, "Content-Length is not a number");
+    message.content_length = length;
+    return Event::more;
+}
+
+HttpParser::Event HttpParser::read_host() {
+    const size_t count = message.count("Host");
+    if (count > 1) return fail(400, "more than one Host");
+    if (count == 0) return message.http_1_0 ? Event::more : fail(400, "Host is missing");
+    message.host = http_host(*message.header("Host"));
+    return message.host.empty() ? fail(400, "Host is not a name and port") : Event::more;
+}
+
+/// Brings the absolute form to the origin form; its host is the one that counts (RFC 9112, 3.2.2).
+HttpParser::Event HttpParser::read_target() {
+    if (message.method == "CONNECT") return fail(501, "CONNECT is for proxies");
+    const std::string_view target = message.target;
+    if (target[0] == '/') return Event::more;
+    if (target == "*")
+        return message.method == "OPTIONS" ? Event::more : fail(400, "the target * is for OPTIONS");
+    const size_t colon = target.find("://");
+    const std::string_view scheme = target.substr(0, colon);
+    if (colon == target.npos || (!http_same(scheme, "http") && !http_same(scheme, "https")))
+        return fail(400, "the target is neither a path nor an http URL");
+    const std::string_view rest = target.substr(colon + 3);
+    const size_t path = std::min(rest.find_first_of("/?"), rest.size());
+    message.host = http_host(rest.substr(0, path));
+    if (message.host.empty()) return fail(400, "the target's host is invalid");
+    std::string origin(rest.substr(path));
+    if (origin.empty()) origin = message.method == "OPTIONS" ? "*" : "/";
+    if (origin[0] == '?') origin.insert(0, 1, '/');
+    message.target = std::move(origin);
+    return Event::more;
+}
+
+HttpParser::Event HttpParser::read_options() {
+    const bool close = http_listed(message.headers, "Connection", "close");
+    message.keep_alive = !close && (!message.http_1_0 ||
+                                    http_listed(message.headers, "Connection", "keep-alive"));
+    // An HTTP/1.0 client cannot mean it: to be ignored (RFC 9110, section 10.1.1).
+    const size_t count = message.http_1_0 ? 0 : message.count("Expect");
+    if (count > 1 || (count == 1 && !http_same(*message.header("Expect"), "100-continue")))
+        return fail(417, "an expectation other than 100-continue");
+    message.expect_continue = count == 1;
+    return Event::more;
+}
+
+/// 1*HEXDIG, then nothing or an extension, which is dropped (RFC 9112, section 7.1.1).
+HttpParser::Event HttpParser::on_chunk_size() {
+    uint64_t size = 0;
+    size_t digits = 0;
+    for (; digits < line_.size() && http_hex(line_[digits]) >= 0; ++digits) {
+        if (digits == 16) return fail(400, "a chunk size of more than 16 digits");
+        size = size << 4 | static_cast<uint64_t>(http_hex(line_[digits]));
+    }
+    const std::string_view extension = std::string_view(line_).substr(digits);
+    const std::string_view trimmed = http_trim(extension);
+    if (digits == 0 || (!extension.empty() && (trimmed.empty() || trimmed[0] != ';')))
+        return fail(400, "a malformed chunk size");
+    head_bytes_ += static_cast<uint32_t>(extension.size());
+    body_left_ = size;
+    state_ = size > 0 ? State::chunk_data : State::trailer;
+    return Event::more;
+}
+
+HttpParser::Event HttpParser::take_body(std::string_view bytes, size_t* used) {
+    if (message.body.size() > message.max_body ||
+        body_left_ > message.max_body - message.body.size())
+        return fail(413, "the body is larger than this server takes");
+    const size_t open = bytes.size() - *used;
+    const bool bounded = state_ != State::until_close;
+    const size_t take = bounded && body_left_ < open ? static_cast<size_t>(body_left_) : open;
+    if (!bounded && take > message.max_body - message.body.size())
+        return fail(413, "the body is larger than asked for");
+    if (!grow_body(take)) return fail(503, "no memory for the body");
+    message.body.append(bytes.substr(*used, take));
+    *used += take;
+    if (!bounded) return Event::more;
+    body_left_ -= take;
+    if (body_left_ > 0) return Event::more;
+    state_ = state_ == State::body ? State::complete : State::chunk_end;
+    return state_ == State::complete ? Event::complete : Event::more;
+}
+
+/// Doubles the body's room, never past its limit. std::string would end the process where memory
+/// ends, so a large step is tried first in a way that may fail.
+bool HttpParser::grow_body(size_t bytes) {
+    constexpr size_t large = 256 << 10;
+    const size_t need = message.body.size() + bytes, room = message.body.capacity();
+    if (need <= room) return true;
+    const size_t want = static_cast<size_t>(std::min<uint64_t>(
+        std::max<uint64_t>(need, uint64_t{room} * 2), message.max_body));
+    if (want >= large) {
+        std::unique_ptr<char[]> probe(new (std::nothrow) char[want + 1]);
+        if (!probe) return false;
+    }
+    message.body.reserve(want);
+    return true;
+}
+
+// -- writing ----------------------------------------------------------------------------------
+
+namespace {
+
+const char* http_phrase(int status) {
+    static constexpr struct {
+        int         status;
+        const char* phrase;
+    } phrases[] = {
+        {200, "OK"}, {202, "Accepted"}, {204, "No Content"}, {304, "Not Modified"},
+        {400, "Bad Request"}, {401, "Unauthorized"}, {403, "Forbidden"}, {404, "Not Found"},
+        {405, "Method Not Allowed"}, {408, "Request Timeout"}, {409, "Conflict"},
+        {411, "Length Required"}, {413, "Content Too Large"}, {414, "URI Too Long"},
+        {415, "Unsupported Media Type"}, {417, "Expectation Failed"}, {429, "Too Many Requests"},
+        {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"},
+        {501, "Not Implemented"}, {502, "Bad Gateway"}, {503, "Service Unavailable"},
+        {504, "Gateway Timeout"}, {505, "HTTP Version Not Supported"}};
+    for (const auto& row : phrases)
+        if (row.status == status) return row.phrase;
+    return "";
+}
+
+/// "Sun, 06 Nov 1994 08:49:37 GMT", whatever the locale. Days to civil date: era of 400 years that
+/// begins on 1 March, so that the leap day comes last.
+std::string http_date(int64_t unix_seconds) {
+    const int64_t days = unix_seconds / 86400, second = unix_seconds % 86400;
+    const int64_t from_march = days + 719468, era = from_march / 146097;
+    const int64_t day_of_era = from_march % 146097;
+    const int64_t year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146096) / 365;
+    const int64_t day_of_year =
+        day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    const int64_t month_from_march = (5 * day_of_year + 2) / 153;
+    const int day = static_cast<int>(day_of_year - (153 * month_from_march + 2) / 5 + 1);
+    const int month = static_cast<int>((month_from_march + 2) % 12);
+    const int year = static_cast<int>(year_of_era + era * 400 + (month < 2));
+    return format("%.3s, %02d %.3s %04d %02d:%02d:%02d GMT", &"ThuFriSatSunMonTueWed"[days % 7 * 3],
+                  day, &"JanFebMarAprMayJunJulAugSepOctNovDec"[month * 3], year,
+                  static_cast<int>(second / 3600), static_cast<int>(second / 60 % 60),
+                  static_cast<int>(second % 60));
+}
+
+bool http_field_ok(const std::pair<std::string, std::string>& field) {
+    for (const char c : field.second)
+        if (http_is(c, http_control)) return false;
+    return http_all(field.first, http_token);
+}
+
+/// What the framing itself writes; a handler's own would make two of them.
+bool http_own_field(std::string_view name) {
+    for (const char* own : {"Date", "Connection", "Content-Length", "Transfer-Encoding"})
+        if (http_same(name, own)) return true;
+    return false;
+}
+
+void http_append(std::string* out, std::initializer_list<std::string_view> parts) {
+    for (const std::string_view part : parts) out->append(part);
+}
+
+/// The caller's fields; one that could break out of its line is left out.
+void http_append_fields(std::string* out, const HttpHeaders& headers) {
+    for (const auto& field : headers)
+        if (http_field_ok(field) && !http_own_field(field.first))
+            http_append(out, {field.first, ": ", field.second, "\r\n"});
+}
+
+}  // namespace
+
+// -- the server -------------------------------------------------------------------------------
+
+namespace {
+
+uint64_t http_now_ms() { return monotonic_ns() / 1'000'000; }
+
+constexpr size_t   http_read_bytes      = 64 << 10;   // one read; so much may be kept for later
+constexpr size_t   http_write_bytes     = 256 << 10;  // one write, so that no reply holds the loop
+constexpr size_t   http_pipelined_bytes = 16 << 10;   // read ahead of a reply; then no more is read
+constexpr int      http_accepts_a_turn  = 64;
+constexpr uint32_t http_accept_pause_ms = 100;  // after running out of descriptors
+constexpr uint64_t http_timer_grain_ms  = 10;   // the deadlines are looked through no more often
+constexpr uint64_t http_never           = UINT64_MAX;
+constexpr uint64_t http_listener_tag    = 0;
+constexpr int      http_slot_bits       = 24;  // of an id; the rest is a serial number from 1
+constexpr uint64_t http_slot_mask       = (1u << http_slot_bits) - 1;
+
+}  // namespace
+
+enum class HttpPhase : uint8_t {
+    idle,    // between requests: nothing is held
+    head,    // reading a head
+    body,    // reading a body
+    work,    // the handler has the request
+    reply,   // writing
+    queued,  // bytes of the next request are held; it is taken up in the next turn
+    linger,  // our end of stream is sent; reading what still comes, so that it is no reset
+};
+
+/// What a connection needs only while it is not idle.
+struct HttpActive {
+    explicit HttpActive(const HttpLimits* limits) : parser(limits) {}
+    HttpParser  parser;
+    std::string input;  // pipelined bytes
+    std::string head, body;
+    size_t      sent    = 0;
+    bool        blocked = false;  // the socket took no more: wait until it does
+};
+
+struct HttpConnection {
+    Socket     socket;
+    NetAddress peer;
+    HttpPhase  phase       = HttpPhase::idle;
+    uint8_t    interest    = 0;
+    bool       keep_alive  = false;  // of the request in hand
+    bool       head_only   = false;
+    bool       http_1_0    = false;
+    bool       peer_closed = false;
+    uint64_t   id         = 0;
+    uint64_t   exchange   = 0;  // accepted by on_head, neither answered nor closed
+    uint64_t   body_bytes = 0;  // counted against max_inflight_body_bytes
+    uint64_t   window     = 0;  // bytes since body_timeout_ms began
+    std::unique_ptr<HttpActive> active;
+};
+static_assert(sizeof(HttpConnection) <= 256, "an idle connection must stay cheap");
+
+struct HttpSlot {
+    std::unique_ptr<HttpConnection> connection;
+    uint64_t deadline = http_never;
+    bool     idle     = false;
+};
+
+struct HttpMessage {  // to the loop: a reply, or a call when function is set
+    uint64_t  exchange = 0;
+    HttpReply reply    = {};
+    void (*function)(void*) = nullptr;
+    void* context = nullptr;
+};
+
+struct HttpServer::State {
+    State(const HttpOptions& given, HttpHandler* user, Poller made, Socket bound)
+        : options(given), handler(user), poller(std::move(made)), listener(std::move(bound)) {}
+
+    HttpOptions  options;
+    HttpHandler* handler;
+    Poller       poller;
+    Socket       listener;
+    NetAddress   address;
+    Stats        stats;
+
+    std::vector<HttpSlot>  slots;
+    std::vector<uint32_t>  free_slots;
+    std::vector<uint64_t>  queue;  // connections with pipelined bytes
+    std::vector<PollEvent> events;
+    std::vector<char>      scratch = std::vector<char>(http_read_bytes);
+    uint64_t serial       = 0;
+    uint64_t now          = http_now_ms();
+    uint64_t next_timer   = http_never;
+    uint64_t next_tick    = http_never;
+    uint64_t accept_again = http_never;
+    uint64_t drain_until  = http_never;  // set once stopping
+    bool     finished     = false;
+    std::string date;
+    int64_t     date_second = -1;
+
+    std::mutex               mutex;  // guards the two below
+    std::vector<HttpMessage> inbox;
+    bool                     stop_asked = false;
+    std::atomic<bool>        sleeping   = false;  // a sender has to wake the loop; set under mutex
+
+    bool step(int timeout_ms);
+    int  wait_ms(int timeout_ms);
+    void send_message(HttpMessage message);
+    void ask_stop();
+    void take_messages();
+    void run_queue();
+    void run_timers();
+    void on_deadline(HttpConnection& connection);
+    void drain();
+
+    void accept_some();
+    void add(Socket socket, const NetAddress& peer);
+    void turn_away(Socket socket);
+    bool evict_idle();
+    void drop(HttpConnection& connection);
+    HttpConnection* find(uint64_t id);
+    HttpSlot& slot(const HttpConnection& connection);
+
+    void on_event(const PollEvent& event);
+    void on_readable(HttpConnection& connection);
+    void on_end(HttpConnection& connection);
+    void consume(HttpConnection& connection, std::string_view bytes);
+    bool begin_exchange(HttpConnection& connection, std::string_view rest);
+    bool count_body(HttpConnection& connection);
+    void send_continue(HttpConnection& connection);
+    void deliver(HttpConnection& connection);
+    void refuse(HttpConnection& connection, int status, std::string_view code,
+                std::string_view reason);
+    void send(HttpConnection& connection, HttpReply reply);
+    void flush(HttpConnection& connection);
+    void finish(HttpConnection& connection);
+    void enter(HttpConnection& connection, HttpPhase phase);
+    void watch(HttpConnection& connection);
+    void release_body(HttpConnection& connection);
+    std::string render(const HttpConnection& connection, const HttpReply& reply, bool close);
+};
+
+Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* handler) {
+    auto address = NetAddress::parse(options.host, options.port);
+    if (!address) return address.error();
+    if (options.max_connections == 0 || options.max_connections >= 1u << http_slot_bits)
+        return make_error(ErrorKind::invalid_request, "max_connections is out of range", {},
+                          "max_connections");
+    auto listener = Socket::listen(*address, options.backlog);
+    if (!listener) return listener.error();
+    auto poller = Poller::open();
+    if (!poller) return poller.error();
+    auto bound = listener->local();
+    if (!bound) return bound.error();
+    auto state =
+        std::make_unique<State>(options, handler, std::move(*poller), std::move(*listener));
+    state->address = *bound;
+    if (options.tick_ms > 0) state->next_tick = state->now + options.tick_ms;
+    auto watched = state->poller.set(state->listener, http_listener_tag, poll_read);
+    if (!watched) return watched.error();
+    return HttpServer(std::move(state));
+}
+
+HttpServer::HttpServer(std::unique_ptr<State> state) : state_(std::move(state)) {}
+HttpServer::HttpServer(HttpServer&& other) noexcept = default;
+HttpServer& HttpServer::operator=(HttpServer&& other) noexcept = default;
+HttpServer::~HttpServer() = default;
+
+NetAddress HttpServer::address() const { return state_->address; }
+HttpServer::Stats HttpServer::stats() const { return state_->stats; }
+bool HttpServer::step(int timeout_ms) { return state_->step(timeout_ms); }
+void HttpServer::stop() { state_->ask_stop(); }
+void HttpServer::reply(uint64_t exchange, HttpReply reply) {
+    state_->send_message({exchange, std::move(reply), nullptr, nullptr});
+}
+void HttpServer::post(void (*function)(void*), void* context) {
+    state_->send_message({0, {}, function, context});
+}
+
+// The loop's turn.
+
+bool HttpServer::State::step(int timeout_ms) {
+    if (finished) return false;
+    now = http_now_ms();
+    if (!poller.wait(wait_ms(timeout_ms), &events)) events.clear();
+    sleeping = false;  // what the handler sends from here on is taken below
+    now = http_now_ms();
+    for (const PollEvent& event : events) on_event(event);
+    run_queue();
+    take_messages();
+    run_timers();
+    drain();
+    return !finished;
+}
+
+int HttpServer::State::wait_ms(int timeout_ms) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!queue.empty() || !inbox.empty() || stop_asked) return 0;
+    sleeping = true;
+    const uint64_t next =
+        std::min(std::min(next_timer, next_tick), std::min(accept_again, drain_until));
+    if (next == http_never) return timeout_ms;
+    const int until = static_cast<int>(std::min<uint64_t>(next > now ? next - now : 0, 60'000));
+    return timeout_ms < 0 ? until : std::min(until, timeout_ms);
+}
+
+void HttpServer::State::send_message(HttpMessage message) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    inbox.push_back(std::move(message));
+    if (sleeping.exchange(false)) poller.wake();
+}
+
+void HttpServer::State::ask_stop() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    stop_asked = true;
+    if (sleeping.exchange(false)) poller.wake();
+}
+
+void HttpServer::State::take_messages() {
+    std::vector<HttpMessage> taken;
+    bool stop = false;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        taken.swap(inbox);
+        stop = std::exchange(stop_asked, false);
+    }
+    for (HttpMessage& message : taken) {
+        if (message.function) {
+            message.function(message.context);
+            continue;
+        }
+        HttpConnection* connection = find(message.exchange);
+        if (connection && connection->phase == HttpPhase::work)
+            send(*connection, std::move(message.reply));
+    }
+    if (!stop || drain_until != http_never) return;
+    drain_until = now + options.drain_timeout_ms;
+    poller.remove(listener);
+    listener.close();
+    accept_again = http_never;
+    for (HttpSlot& entry : slots)
+        if (entry.connection && entry.idle) drop(*entry.connection);
+}
+
+/// One more request of each connection that had sent several at once: fair to the others.
+void HttpServer::State::run_queue() {
+    std::vector<uint64_t> ids;
+    ids.swap(queue);
+    for (const uint64_t id : ids) {
+        HttpConnection* connection = find(id);
+        if (!connection || connection->phase != HttpPhase::queued) continue;
+        const std::string input = std::move(connection->active->input);
+        connection->active->input.clear();
+        enter(*connection, HttpPhase::head);
+        consume(*connection, input);
+    }
+}
+
+void HttpServer::State::run_timers() {
+    if (now >= next_tick) {
+        next_tick = now + options.tick_ms;
+        handler->on_tick();
+    }
+    if (now >= accept_again) {
+        accept_again = http_never;
+        (void)poller.set(listener, http_listener_tag, poll_read).ok();
+    }
+    if (now < next_timer) return;
+    uint64_t next = http_never;
+    for (HttpSlot& entry : slots) {
+        if (entry.connection && entry.deadline <= now) on_deadline(*entry.connection);
+        if (entry.connection) next = std::min(next, entry.deadline);
+    }
+    next_timer = next == http_never ? next : std::max(next, now + http_timer_grain_ms);
+}
+
+void HttpServer::State::on_deadline(HttpConnection& connection) {
+    const bool body = connection.phase == HttpPhase::body;
+    if (body && connection.window >= options.body_min_bytes)
+        return enter(connection, HttpPhase::body);
+    ++stats.timeouts;
+    if (body || connection.phase == HttpPhase::head)
+        return refuse(connection, 408, "bad_request", "the request did not arrive in time");
+    drop(connection);
+}
+
+void HttpServer::State::drain() {
+    if (drain_until == http_never || (stats.connections > 0 && now < drain_until)) return;
+    for (HttpSlot& entry : slots)
+        if (entry.connection) drop(*entry.connection);
+    finished = true;
+}
+
+// Connections.
+
+void HttpServer::State::accept_some() {
+    for (int i = 0; i < http_accepts_a_turn && listener.is_open(); ++i) {
+        Socket socket;
+        NetAddress peer;
+        const IoStatus status = listener.accept(&socket, &peer);
+        if (status == IoStatus::again) return;
+        if (status == IoStatus::done) {
+            ++stats.accepted;
+            if (stats.connections < options.max_connections || evict_idle())
+                add(std::move(socket), peer);
+            else
+                turn_away(std::move(socket));
+        } else if (status == IoStatus::full && !evict_idle()) {
+            // The listener stays readable: to leave it watched would be a busy loop.
+            (void)poller.set(listener, http_listener_tag, 0).ok();
+            accept_again = now + http_accept_pause_ms;
+            return;
+        }
+    }
+}
+
+void HttpServer::State::add(Socket socket, const NetAddress& peer) {
+    if (free_slots.empty()) {
+        free_slots.push_back(static_cast<uint32_t>(slots.size()));
+        slots.emplace_back();
+    }
+    const uint32_t place = free_slots.back();
+    free_slots.pop_back();
+    auto connection = std::make_unique<HttpConnection>();
+    connection->socket = std::move(socket);
+    connection->peer = peer;
+    connection->id = ++serial << http_slot_bits | place;
+    slots[place].connection = std::move(connection);
+    ++stats.connections;
+    enter(*slots[place].connection, HttpPhase::idle);
+}
+
+/// Too many connections, none of them idle: one try to say so.
+void HttpServer::State::turn_away(Socket socket) {
+    ++stats.faults;
+    const HttpReply reply = handler->on_error(503, "overloaded", "too many connections");
+    (void)socket.read(scratch.data(), scratch.size());  // unread bytes would turn close into reset
+    (void)socket.write(render({}, reply, true), reply.body);
+    socket.shutdown_write();
+}
+
+/// Makes room by closing the connection that has been idle for longest.
+bool HttpServer::State::evict_idle() {
+    HttpSlot* oldest = nullptr;
+    for (HttpSlot& entry : slots)
+        if (entry.connection && entry.idle && (!oldest || entry.deadline < oldest->deadline))
+            oldest = &entry;
+    if (oldest) drop(*oldest->connection);
+    return oldest != nullptr;
+}
+
+void HttpServer::State::drop(HttpConnection& connection) {
+    const uint64_t exchange = std::exchange(connection.exchange, 0);
+    release_body(connection);
+    poller.remove(connection.socket);
+    --stats.connections;
+    HttpSlot& entry = slot(connection);
+    free_slots.push_back(static_cast<uint32_t>(&entry - slots.data()));
+    entry = {};
+    if (exchange) handler->on_closed(exchange);
+}
+
+HttpSlot& HttpServer::State::slot(const HttpConnection& connection) {
+    return slots[connection.id & http_slot_mask];
+}
+
+/// By the id of the connection, or of the exchange it has in hand: both end in the slot's number.
+HttpConnection* HttpServer::State::find(uint64_t id) {
+    const size_t place = id & http_slot_mask;
+    HttpConnection* connection = place < slots.size() ? slots[place].connection.get() : nullptr;
+    if (connection && connection->id != id && connection->exchange != id) return nullptr;
+    return connection;
+}
+
+void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
+    connection.phase = phase;
+    connection.window = 0;
+    if (phase == HttpPhase::idle || phase == HttpPhase::linger) connection.active.reset();
+    static constexpr uint32_t HttpOptions::* limits[] = {
+        &HttpOptions::idle_timeout_ms, &HttpOptions::header_timeout_ms,
+        &HttpOptions::body_timeout_ms, nullptr, &HttpOptions::write_timeout_ms, nullptr,
+        &HttpOptions::linger_timeout_ms};
+    const auto limit = limits[static_cast<size_t>(phase)];
+    HttpSlot& entry = slot(connection);
+    entry.idle = phase == HttpPhase::idle;
+    entry.deadline = limit ? now + options.*limit : http_never;
+    next_timer = std::min(next_timer, entry.deadline);
+    watch(connection);
+}
+
+/// Reads always, so that an end of stream is seen, unless enough was read ahead of a reply.
+void HttpServer::State::watch(HttpConnection& connection) {
+    unsigned interest = poll_read;
+    if (connection.active && connection.active->input.size() >= http_pipelined_bytes)
+        interest = poll_hangup;
+    if (connection.phase == HttpPhase::reply) {
+        if (connection.peer_closed) interest = 0;
+        if (connection.active->blocked) interest |= poll_write;
+    }
+    if (interest == connection.interest) return;
+    connection.interest = static_cast<uint8_t>(interest);
+    (void)poller.set(connection.socket, connection.id, interest).ok();
+}
+
+// Reading.
+
+void HttpServer::State::on_event(const PollEvent& event) {
+    if (event.tag == http_listener_tag) return accept_some();
+    HttpConnection* connection = find(event.tag);
+    if (!connection) return;  // dropped earlier in this turn
+    if (event.writable && connection->phase == HttpPhase::reply) return flush(*connection);
+    if (event.readable && connection->interest & poll_read) return on_readable(*connection);
+    if (event.hangup) on_end(*connection);
+}
+
+void HttpServer::State::on_readable(HttpConnection& connection) {
+    const IoResult got = connection.socket.read(scratch.data(), scratch.size());
+    if (got.status == IoStatus::again) return;
+    if (got.status != IoStatus::done) return on_end(connection);
+    const std::string_view bytes(scratch.data(), got.bytes);
+    connection.window += got.bytes;
+    switch (connection.phase) {
+    case HttpPhase::linger: return;
+    case HttpPhase::work:
+    case HttpPhase::reply:
+    case HttpPhase::queued:
+        connection.active->input.append(bytes);
+        return watch(connection);
+    case HttpPhase::idle:
+        connection.active = std::make_unique<HttpActive>(&options.limits);
+        enter(connection, HttpPhase::head);
+        break;
+    default: break;
+    }
+    consume(connection, bytes);
+}
+
+/// The client sends no more. While a reply is on its way it may still be reading; told twice, the
+/// connection is broken (or WSAPoll repeats itself, which cannot be silenced).
+void HttpServer::State::on_end(HttpConnection& connection) {
+    if (connection.phase != HttpPhase::reply || connection.peer_closed) return drop(connection);
+    connection.peer_closed = true;
+    watch(connection);
+}
+
+void HttpServer::State::consume(HttpConnection& connection, std::string_view bytes) {
+    HttpParser& parser = connection.active->parser;
+    for (;;) {
+        size_t used = 0;
+        const HttpParser::Event event = parser.feed(bytes, &used);
+        bytes.remove_prefix(used);
+        if (!count_body(connection)) return;
+        switch (event) {
+        case HttpParser::Event::more:
+            return send_continue(connection);
+        case HttpParser::Event::fault:
+            return refuse(connection, parser.status(), parser.code(), parser.reason());
+        case HttpParser::Event::head:
+            if (!begin_exchange(connection, bytes)) return;
+            break;
+        case HttpParser::Event::complete:
+            connection.active->input = bytes;
+            return deliver(connection);
+        }
+    }
+}
+
+/// Asks the handler; false when the request was answered or refused. `rest` follows the head.
+bool HttpServer::State::begin_exchange(HttpConnection& connection, std::string_view rest) {
+    HttpRequest& request = connection.active->parser.message;
+    ++stats.requests;
+    request.peer = connection.peer;
+    request.exchange = ++serial << http_slot_bits | (connection.id & http_slot_mask);
+    request.max_body = options.limits.max_body_bytes;
+    connection.keep_alive = request.keep_alive;
+    connection.head_only = request.is_head();
+    connection.http_1_0 = request.http_1_0;
+    if (std::optional<HttpReply> reply = handler->on_head(request)) {
+        reply->close |= request.has_body();
+        connection.active->input = rest;
+        send(connection, std::move(*reply));
+        return false;
+    }
+    connection.exchange = request.exchange;
+    const uint64_t declared = request.content_length.value_or(0);
+    const uint64_t room = options.max_inflight_body_bytes - stats.body_bytes;
+    if (declared > room && declared <= request.max_body) {  // beyond max_body it will be a 413
+        refuse(connection, 503, "overloaded", "too many requests in memory");
+        return false;
+    }
+    enter(connection, HttpPhase::body);
+    return true;
+}
+
+/// Adds what the body grew by to the bytes in flight; false when that is too much.
+bool HttpServer::State::count_body(HttpConnection& connection) {
+    const uint64_t size = connection.active->parser.message.body.size();
+    stats.body_bytes += size - connection.body_bytes;
+    connection.body_bytes = size;
+    if (size == 0 || stats.body_bytes <= options.max_inflight_body_bytes) return true;
+    refuse(connection, 503, "overloaded", "too many requests in memory");
+    return false;
+}
+
+void HttpServer::State::release_body(HttpConnection& connection) {
+    stats.body_bytes -= std::exchange(connection.body_bytes, 0);
+}
+
+/// The head is accepted and the declared size fits: the client may send its body.
+void HttpServer::State::send_continue(HttpConnection& connection) {
+    HttpRequest& request = connection.active->parser.message;
+    if (connection.phase != HttpPhase::body || !request.expect_continue) return;
+    request.expect_continue = false;
+    static constexpr std::string_view line = "HTTP/1.1 100 Continue\r\n\r\n";
+    // Nothing else is unsent, so 25 bytes fit, or the connection is broken.
+    if (request.body.empty() && connection.socket.write(line).bytes != line.size())
+        drop(connection);
+}
+
+void HttpServer::State::deliver(HttpConnection& connection) {
+    HttpRequest request = std::move(connection.active->parser.message);
+    connection.active->parser.reset();
+    enter(connection, HttpPhase::work);
+    handler->on_request(std::move(request));
+}
+
+void HttpServer::State::refuse(HttpConnection& connection, int status, std::string_view code,
+                               std::string_view reason) {
+    ++stats.faults;
+    connection.head_only = connection.active->parser.message.is_head();
+    if (const uint64_t exchange = std::exchange(connection.exchange, 0))
+        handler->on_closed(exchange);
+    HttpReply reply = handler->on_error(status, code, reason);
+    reply.close = true;
+    send(connection, std::move(reply));
+}
+
+// Writing.
+
+std::string HttpServer::State::render(const HttpConnection& connection, const HttpReply& reply,
+                                      bool close) {
+    const int64_t second = unix_time_ms() / 1000;
+    if (second != date_second) date = http_date(date_second = second);
+    std::string out;
+    http_append(&out, {"HTTP/1.1 ", std::to_string(reply.status), " ", http_phrase(reply.status),
+                       "\r\nDate: ", date, "\r\n"});
+    if (reply.status != 204)  // must not have one (RFC 9110, section 8.6)
+        http_append(&out, {"Content-Length: ", std::to_string(reply.body.size()), "\r\n"});
+    if (close) out += "Connection: close\r\n";
+    else if (connection.http_1_0) out += "Connection: keep-alive\r\n";
+    http_append_fields(&out, reply.headers);
+    return out += "\r\n";
+}
+
+void HttpServer::State::send(HttpConnection& connection, HttpReply reply) {
+    connection.exchange = 0;
+    release_body(connection);
+    HttpActive& active = *connection.active;
+    active.parser.reset();
+    connection.keep_alive &= !reply.close && drain_until == http_never;
+    active.head = render(connection, reply, !connection.keep_alive);
+    const bool bodiless = connection.head_only || reply.status == 204 || reply.status == 304;
+    active.body = bodiless ? std::string() : std::move(reply.body);
+    active.sent = 0;
+    active.blocked = false;
+    enter(connection, HttpPhase::reply);
+    flush(connection);
+}
+
+void HttpServer::State::flush(HttpConnection& connection) {
+    HttpActive& active = *connection.active;
+    const std::string_view head = active.head, body = active.body;
+    const std::string_view first = head.substr(std::min(active.sent, head.size()));
+    const size_t from = active.sent - (head.size() - first.size());
+    const IoResult sent = connection.socket.write(first, body.substr(from, http_write_bytes));
+    if (sent.status == IoStatus::closed) return drop(connection);
+    active.sent += sent.bytes;
+    if (active.sent == head.size() + body.size()) return finish(connection);
+    active.blocked = true;
+    if (sent.bytes > 0) return enter(connection, HttpPhase::reply);
+    watch(connection);
+}
+
+void HttpServer::State::finish(HttpConnection& connection) {
+    if (connection.peer_closed) return drop(connection);
+    if (!connection.keep_alive || drain_until != http_never) {
+        connection.socket.shutdown_write();
+        return enter(connection, HttpPhase::linger);
+    }
+    if (connection.active->input.empty()) return enter(connection, HttpPhase::idle);
+    connection.active->head.clear();
+    connection.active->body.clear();
+    enter(connection, HttpPhase::queued);
+    queue.push_back(connection.id);
+}
+
+// -- the client -------------------------------------------------------------------------------
+
+namespace {
+
+Result<std::string> http_render_call(const HttpCall& call, const NetAddress& address) {
+    const auto refuse = [](const char* what) {
+        return make_error(ErrorKind::invalid_request, what);
+    };
+    if (!http_all(call.method, http_token)) return refuse("the method is not a token");
+    if (!http_all(call.target, http_visible)) return refuse("the target holds invalid characters");
+    for (const auto& field : call.headers)
+        if (!http_field_ok(field)) return refuse("a header field holds invalid characters");
+    std::string out;
+    http_append(&out, {call.method, " ", call.target, " HTTP/1.1\r\nConnection: close\r\n"});
+    if (!find_header(call.headers, "Host"))
+        http_append(&out, {"Host: ", address.text(), "\r\n"});
+    if (!call.body.empty() || call.method == "POST" || call.method == "PUT")
+        http_append(&out, {"Content-Length: ", std::to_string(call.body.size()), "\r\n"});
+    http_append_fields(&out, call.headers);
+    return out += "\r\n";
+}
+
+/// One call in progress: sends while it can, reads all along, because a server may refuse early.
+struct HttpExchange {
+    HttpExchange(const HttpCall& given, std::string_view rendered, const HttpLimits* limits)
+        : call(given), head(rendered), parser(limits, HttpParser::Side::reply) {
+        if (call.method == "HEAD") parser.expect_no_body();
+    }
+    const HttpCall&  call;
+    std::string_view head;
+    HttpParser       parser;
+    size_t           sent      = 0;
+    bool             connected = false;
+
+    size_t unsent() const { return head.size() + call.body.size() - sent; }
+
+    Result<void> write(Socket& socket) {
+        if (!connected && socket.connected() != IoStatus::done)
+            return make_error(ErrorKind::io, "cannot connect: refused or unreachable");
+        connected = true;
+        const std::string_view first = head.substr(std::min(sent, head.size()));
+        const size_t from = sent - (head.size() - first.size());
+        const IoResult io = socket.write(first, std::string_view(call.body).substr(from));
+        // A server that refuses may stop reading; its reply may be on the way all the same.
+        sent = io.status == IoStatus::closed ? head.size() + call.body.size() : sent + io.bytes;
+        return {};
+    }
+
+    /// complete, more, or fault.
+    HttpParser::Event read(Socket& socket) {
+        char bytes[16 << 10];
+        const IoResult io = socket.read(bytes, sizeof bytes);
+        if (io.status == IoStatus::again) return HttpParser::Event::more;
+        if (io.status != IoStatus::done) return parser.end();
+        std::string_view rest(bytes, io.bytes);
+        for (;;) {
+            size_t used = 0;
+            const HttpParser::Event event = parser.feed(rest, &used);
+            rest.remove_prefix(used);
+            if (event != HttpParser::Event::head) return event;
+            if (parser.status() / 100 == 1) skip_interim();
+        }
+    }
+
+    void skip_interim() {
+        parser.reset();
+        if (call.method == "HEAD") parser.expect_no_body();
+    }
+};
+
+}  // namespace
+}  // namespace detail
+
+Result<HttpReply> http_call(const HttpCall& call) {
+    using namespace detail;
+    auto address = NetAddress::parse(call.host, call.port);
+    if (!address) return address.error();
+    auto head = http_render_call(call, *address);
+    if (!head) return head.error();
+    const uint64_t deadline = http_now_ms() + static_cast<uint64_t>(std::max(call.timeout_ms, 0));
+    auto socket = Socket::connect(*address);
+    if (!socket) return socket.error();
+    auto poller = Poller::open();
+    if (!poller) return poller.error();
+
+    HttpLimits limits;
+    limits.max_head_bytes = 64 << 10;
+    limits.max_body_bytes = call.max_reply_bytes;
+    HttpExchange exchange(call, *head, &limits);
+    std::vector<PollEvent> events;
+    for (;;) {
+        const uint64_t now = http_now_ms();
+        if (now >= deadline)
+            return make_error(ErrorKind::timeout, "no complete reply from " + address->text());
+        const unsigned interest = exchange.unsent() > 0 ? poll_write | poll_read : poll_read;
+        auto watched = poller->set(*socket, 1, exchange.connected ? interest : poll_write);
+        if (!watched) return watched.error();
+        const int wait_ms = static_cast<int>(std::min<uint64_t>(deadline - now, 60'000));
+        auto waited = poller->wait(wait_ms, &events);
+        if (!waited) return waited.error();
+        if (events.empty()) continue;
+        if (exchange.unsent() > 0 && (events[0].writable || !exchange.connected)) {
+            auto written = exchange.write(*socket);
+            if (!written) return make_error(ErrorKind::io, "cannot connect to " + address->text());
+        }
+        if (!events[0].readable) continue;
+        switch (exchange.read(*socket)) {
+        case HttpParser::Event::complete: {
+            HttpRequest& message = exchange.parser.message;
+            return HttpReply{exchange.parser.status(), std::move(message.headers),
+                             std::move(message.body), true};
+        }
+        case HttpParser::Event::fault:
+            return make_error(
+                exchange.parser.status() == 413 ? ErrorKind::too_large : ErrorKind::bad_data,
+                "reply from " + address->text() + ": " + std::string(exchange.parser.reason()));
+        default: break;
+        }
+    }
+}
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// >>store
+// MemoryStore: a map, and the terminal records in the order in which they ended.
+#ifndef VALAR_NO_STORE
+
+namespace valar {
+inline namespace v1 {
+
+namespace {
+constexpr uint64_t store_bookkeeping_bytes = 400;  // of one record: map node, queue entry, strings
+}
+
+struct MemoryStore::State {
+    MemoryStoreOptions options;
+    mutable std::mutex mutex;
+    uint64_t           bytes = 0;
+    std::unordered_map<std::string, StoredResponse> records;
+    std::deque<std::pair<int64_t, std::string>> ended;  // time and id; erased ones may linger
+
+    static uint64_t cost(const StoredResponse& record) {
+        return store_bookkeeping_bytes + 2 * record.id.size() + record.organisation.size() +
+               (record.body ? record.body->size() : 0);
+    }
+    void erase(const std::string& id) {
+        const auto found = records.find(id);
+        if (found == records.end()) return;
+        bytes -= cost(found->second);
+        records.erase(found);
+    }
+    void drop_oldest() {
+        erase(ended.front().second);
+        ended.pop_front();
+    }
+};
+
+MemoryStore::MemoryStore(const MemoryStoreOptions& options) : state_(std::make_unique<State>()) {
+    state_->options = options;
+}
+MemoryStore::~MemoryStore() = default;
+
+Result<void> MemoryStore::add(StoredResponse record) {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    const uint64_t cost = State::cost(record);
+    const uint64_t limit = state_->options.max_bytes;
+    while (state_->bytes + cost > limit && !state_->ended.empty()) state_->drop_oldest();
+    if (state_->bytes + cost > limit)
+        return detail::make_error(ErrorKind::overloaded, "the store of responses is full");
+    std::string id = record.id;
+    if (!state_->records.try_emplace(std::move(id), std::move(record)).second)
+        return detail::make_error(ErrorKind::internal, "a response id was used twice");
+    state_->bytes += cost;
+    return {};
+}
+
+Result<void> MemoryStore::finish(const std::string& id, std::shared_ptr<const std::string> object,
+                                 int64_t now_ms) {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    const auto found = state_->records.find(id);
+    if (found == state_->records.end() || found->second.terminal)
+        return detail::make_error(ErrorKind::not_found, "no unfinished response has this id");
+    StoredResponse& record = found->second;
+    state_->bytes -= State::cost(record);
+    record.terminal = true;
+    record.changed_at_ms = now_ms;
+    record.body = std::move(object);
+    state_->bytes += State::cost(record);
+    // What was worked for is kept, even where it alone is more than the limit.
+    while (state_->bytes > state_->options.max_bytes && !state_->ended.empty())
+        state_->drop_oldest();
+    state_->ended.emplace_back(now_ms, id);
+    return {};
+}
+
+std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
+                                                const std::string& id) {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    const auto found = state_->records.find(id);
+    if (found == state_->records.end() || found->second.organisation != organisation)
+        return std::nullopt;
+    return found->second;
+}
+
+void MemoryStore::erase(const std::string& id) {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->erase(id);
+}
+
+void MemoryStore::expire(int64_t now_ms) {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    const int64_t before = now_ms - state_->options.retention_s * 1000;
+    while (!state_->ended.empty() && state_->ended.front().first <= before) state_->drop_oldest();
+}
+
+uint64_t MemoryStore::bytes() const {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    return state_->bytes;
+}
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_STORE
+
+// >>server
+// The loop thread owns exchanges and live responses; a job carries work to a worker and its result
+// back. A request: on_head (who, where) -> accept job (parse, validate, prepare, store) -> submit ->
+// events -> finish job (render, store) -> reply.
+#ifndef VALAR_NO_SERVER
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+struct ServerKey {
+    Hash256     hash;  // of the secret
+    std::string id, organisation;
+};
+
+namespace {
+
+constexpr size_t   server_workers             = 2;
+constexpr uint32_t server_tick_ms             = 100;    // how exact sync_timeout_ms is
+constexpr uint64_t server_get_body_bytes      = 4096;   // tolerated, and not read
+constexpr int64_t  server_expire_every_ms     = 60'000;
+constexpr size_t   server_min_secret          = 16;
+constexpr size_t   server_shown_bytes         = 200;    // of a path in a log line or message
+constexpr int      server_client_left         = 499;    // in the log only, as nginx has it
+constexpr const char* server_retry_after_s    = "1";
+
+// ---- Words -----------------------------------------------------------------------------------
+
+std::string server_lower(std::string_view text) {
+    std::string out(text);
+    for (char& c : out)
+        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 'a' - 'A');
+    return out;
+}
+
+std::string_view server_trim(std::string_view text) {
+    while (!text.empty() && (text.front() == ' ' || text.front() == '\t')) text.remove_prefix(1);
+    while (!text.empty() && (text.back() == ' ' || text.back() == '\t')) text.remove_suffix(1);
+    return text;
+}
+
+/// Of what a client sent, for a log line: one word, no control characters, not endless.
+std::string server_printable(std::string_view text) {
+    std::string out;
+    for (const char c : text.substr(0, server_shown_bytes)) {
+        const bool plain = c > ' ' && c < 0x7f && c != '"' && c != '\\';
+        out += plain ? std::string(1, c) : format("\\x%02x", static_cast<unsigned char>(c));
+    }
+    return text.size() > server_shown_bytes ? out + "..." : out;
+}
+
+/// "%2F" is "/". Nothing when a percent sign is not followed by two hex digits.
+std::optional<std::string> server_unescape(std::string_view text) {
+    std::string out;
+    for (size_t i = 0; i < text.size(); ++i) {
+        if (text[i] != '%') {
+            out += text[i];
+            continue;
+        }
+        auto byte = hex_decode(text.substr(i + 1, 2));
+        if (!byte || byte->size() != 1) return std::nullopt;
+        out += *byte;
+        i += 2;
+    }
+    return out;
+}
+
+/// "resp_" and 24 of [0-9a-z]: 124 bits.
+Result<std::string> server_new_id(std::string id) {
+    const size_t size = id.size() + 24;
+    while (id.size() < size) {
+        uint8_t random[32];
+        if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
+        for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
+            if (byte < 252 && id.size() < size) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+    }
+    return id;
+}
+
+/// A UUID of version 4 (RFC 9562). It only tells requests apart: zeros without a random source.
+std::string server_uuid() {
+    uint8_t bytes[16] = {};
+    (void)random_bytes(bytes, sizeof bytes).ok();
+    bytes[6] = static_cast<uint8_t>((bytes[6] & 0x0f) | 0x40);
+    bytes[8] = static_cast<uint8_t>((bytes[8] & 0x3f) | 0x80);
+    std::string hex = hex_encode(bytes, sizeof bytes);
+    for (const size_t at : {20u, 16u, 12u, 8u}) hex.insert(at, 1, '-');
+    return hex;
+}
+
+Error server_not_found(std::string message) {
+    return make_error(ErrorKind::not_found, std::move(message), "not_found");
+}
+
+Error server_no_model(std::string_view model) {
+    const size_t shown = std::min(model.size(), server_shown_bytes);
+    return make_error(ErrorKind::not_found,
+                      "no model '" + utf8_repair(model.substr(0, shown)) +
+                          "' is loaded; GET /v1/models lists those that are",
+                      "model_not_found", "model");
+}
+
+Error server_overloaded(std::string message) {
+    return make_error(ErrorKind::overloaded, std::move(message), "overloaded");
+}
+
+// ---- Options ---------------------------------------------------------------------------------
+
+Error server_option(const char* name, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), "invalid_value", name);
+}
+
+/// Sorted by hash.
+Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
+    std::vector<ServerKey> keys;
+    for (const ApiKey& key : given) {
+        const auto visible = [](char c) { return c > ' ' && c < 0x7f; };
+        if (key.secret.size() < server_min_secret ||
+            !std::all_of(key.secret.begin(), key.secret.end(), visible))
+            return server_option("keys", "the secret of key '" + key.id +
+                                             "' must be 16 visible ASCII characters or more");
+        keys.push_back({sha256(key.secret), key.id, key.organisation});
+    }
+    const auto before = [](const ServerKey& a, const ServerKey& b) {
+        return a.hash.view() < b.hash.view();
+    };
+    std::sort(keys.begin(), keys.end(), before);
+    for (size_t i = 1; i < keys.size(); ++i)
+        if (keys[i].hash == keys[i - 1].hash)
+            return server_option("keys", "keys '" + keys[i - 1].id + "' and '" + keys[i].id +
+                                             "' have the same secret");
+    return keys;
+}
+
+Result<void> server_check_options(const ServerOptions& options) {
+    auto address = NetAddress::parse(options.host, options.port);
+    if (!address) return address.error();
+    if (options.keys.empty() && !options.allow_open && !address->is_loopback())
+        return server_option("host", "without keys a server only listens on a loopback address, and '" +
+                                         options.host +
+                                         "' is none: pass keys, or allow_open to let anybody in");
+    for (const std::string& origin : options.cors_origins) {
+        const size_t host = origin.find("://");
+        if (host == origin.npos || origin.find('/', host + 3) != origin.npos)
+            return server_option("cors_origins", "'" + origin +
+                                                     "' is not an origin (\"https://example.org\")");
+    }
+    return {};
+}
+
+HttpOptions server_http_options(const ServerOptions& options) {
+    HttpOptions http;
+    http.host = options.host;
+    http.port = options.port;
+    http.limits.max_body_bytes = options.max_body_bytes;
+    http.max_connections = options.max_connections;
+    http.max_inflight_body_bytes = options.max_inflight_body_bytes;
+    http.drain_timeout_ms = options.drain_timeout_ms;
+    http.tick_ms = server_tick_ms;
+    return http;
+}
+
+}  // namespace
+
+// ---- The loop's state --------------------------------------------------------------------------
+
+struct ServerLoop : HttpHandler {
+    struct Route;
+
+    /// A request that is not answered yet.
+    struct Exchange {
+        uint64_t         number = 0;  // in http
+        std::string      request_id, method, path, argument;
+        std::string      organisation = "default";
+        std::string      cors_origin;  // to be named in the reply
+        const Route*     route      = nullptr;
+        uint64_t         started_ns = 0;
+        std::string      response_id;  // once submitted
+        Usage            usage;        // for the log line
+    };
+
+    struct Route {
+        std::string_view path;      // ending in '/': an argument follows
+        const char*      methods;   // the header Allow
+        void (ServerLoop::*handle)(Exchange&, HttpRequest&);
+        bool slashes = false;       // in the argument
+        bool open    = false;       // needs no key
+    };
+    static const Route routes[];
+
+    /// A response that a Responder works on.
+    struct Live {
+        ResponseRecord record;  // without the request: the store has it
+        Responder*     responder   = nullptr;
+        uint64_t       exchange    = 0;  // that waits for it; 0: none
+        uint64_t       deadline_ns = 0;
+        bool           finishing   = false;
+    };
+
+    struct Job {
+        void (ServerLoop::*work)(Job&) = nullptr;  // on a worker
+        void (ServerLoop::*done)(Job&) = nullptr;  // then on the loop
+        uint64_t       exchange  = 0;
+        ResponseRecord record    = {};
+        std::string    text      = {};  // a request's body; then the bytes to answer
+        Usage          usage     = {};
+        bool           flag      = false;  // accept: an Idempotency-Key came; find: it is live
+        Responder*     responder = nullptr;
+        std::unique_ptr<Prepared> prepared = {};
+        std::optional<Error>      error    = {};
+    };
+
+    ServerOptions           options;  // without secrets
+    std::vector<ServerKey>  keys;
+    std::vector<Responder*> responders;
+    std::unique_ptr<Store>  own_store;
+    Store*                  store = nullptr;
+    std::optional<HttpServer> http;
+
+    // of the loop thread
+    std::unordered_map<uint64_t, Exchange> exchanges;
+    std::unordered_map<std::string, Live>  live;
+    int64_t next_expiry_ms = 0;
+    bool    drain_begun    = false;
+    bool    listening      = false;  // to the Responders
+
+    std::atomic<bool> stopping = false;
+
+    std::mutex              jobs_mutex;
+    std::condition_variable jobs_waiting;
+    std::deque<std::unique_ptr<Job>> jobs;
+    bool                    ending = false;
+    Thread                  workers[server_workers];
+
+    std::mutex                        inbox_mutex;
+    std::vector<std::unique_ptr<Job>> inbox_jobs;
+    std::vector<std::string>          inbox_ready;  // ids with events
+
+    ~ServerLoop() override;
+    Result<void> start();
+    bool step(int timeout_ms);
+
+    // http's calls
+    std::optional<HttpReply> on_head(HttpRequest& request) override;
+    void on_request(HttpRequest&& request) override;
+    void on_closed(uint64_t number) override;
+    HttpReply on_error(int status, std::string_view code, std::string_view message) override;
+    void on_tick() override;
+
+    // checks of a head, in the contract's order
+    Result<void> check_host(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_origin(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_key(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_route(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_method(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_size(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_type(const HttpRequest& request, Exchange& exchange);
+
+    // routes
+    void get_health(Exchange& exchange, HttpRequest& request);
+    void get_models(Exchange& exchange, HttpRequest& request);
+    void get_model(Exchange& exchange, HttpRequest& request);
+    void post_response(Exchange& exchange, HttpRequest& request);
+    void get_response(Exchange& exchange, HttpRequest& request);
+
+    // replies
+    HttpReply make_reply(const Exchange& exchange, int status, std::string body,
+                         HttpHeaders headers = {});
+    HttpReply make_error_reply(const Exchange& exchange, const Error& error,
+                               HttpHeaders headers = {});
+    HttpReply make_preflight_reply(const Exchange& exchange, const HttpRequest& request);
+    void answer(Exchange& exchange, HttpReply reply);
+    void answer(Exchange& exchange, int status, std::string body);
+    void refuse(Exchange& exchange, const Error& error, HttpHeaders headers = {});
+    void log_exchange(const Exchange& exchange, int status);
+
+    // jobs
+    void send_job(std::unique_ptr<Job> job);
+    void run_jobs();
+    static void on_ready(void* context, const std::string& id);
+    template <class Add> void send_to_loop(Add add);
+    void take_inbox();
+    Responder* find_responder(const std::string& model) const;
+    void accept_work(Job& job);
+    void accept_done(Job& job);
+    void take_events(const std::string& id);
+    void finish(const std::string& id, Live& entry, std::shared_ptr<const Outcome> outcome);
+    void finish_work(Job& job);
+    void finish_done(Job& job);
+    void find_work(Job& job);
+    void find_done(Job& job);
+};
+
+const ServerLoop::Route ServerLoop::routes[] = {
+    {.path = "/health", .methods = "GET, HEAD", .handle = &ServerLoop::get_health, .open = true},
+    {.path = "/v1/models", .methods = "GET, HEAD", .handle = &ServerLoop::get_models},
+    {.path = "/v1/models/", .methods = "GET, HEAD", .handle = &ServerLoop::get_model, .slashes = true},
+    {.path = "/v1/responses", .methods = "POST", .handle = &ServerLoop::post_response},
+    {.path = "/v1/responses/", .methods = "GET, HEAD", .handle = &ServerLoop::get_response},
+};
+
+ServerLoop::~ServerLoop() {
+    if (listening)
+        for (Responder* responder : responders) responder->on_ready(nullptr, nullptr);
+    {
+        const std::lock_guard<std::mutex> lock(jobs_mutex);
+        ending = true;
+    }
+    jobs_waiting.notify_all();
+    for (Thread& worker : workers) worker.join();
+    for (auto& [id, entry] : live) {
+        entry.responder->cancel(id);
+        while (entry.responder->poll(id)) {
+        }
+    }
+}
+
+Result<void> ServerLoop::start() {
+    auto opened = HttpServer::open(server_http_options(options), this);
+    if (!opened) return opened.error();
+    http.emplace(std::move(*opened));
+    for (Thread& worker : workers) {
+        const auto run = [](void* self) { static_cast<ServerLoop*>(self)->run_jobs(); };
+        auto started = Thread::start(run, this, "valar worker");
+        if (!started) return started.error();
+        worker = std::move(*started);
+    }
+    for (Responder* responder : responders) responder->on_ready(&ServerLoop::on_ready, this);
+    listening = true;
+    return {};
+}
+
+bool ServerLoop::step(int timeout_ms) {
+    const bool more = http->step(timeout_ms);
+    if (stopping && !std::exchange(drain_begun, true))
+        for (auto& [id, entry] : live)  // nobody will be able to read these
+            if (!entry.exchange) entry.responder->cancel(id);
+    return more;
+}
+
+// ---- Who may ask, and for what ---------------------------------------------------------------
+
+std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
+    Exchange exchange;
+    exchange.number = request.exchange;
+    exchange.request_id = server_uuid();
+    exchange.method = request.method;
+    exchange.path = request.target.substr(0, request.target.find('?'));
+    exchange.started_ns = monotonic_ns();
+    const std::string_view path = exchange.path;
+    for (const Route& route : routes) {
+        const bool with_argument = route.path.back() == '/' && path.size() > route.path.size() &&
+                                   path.substr(0, route.path.size()) == route.path;
+        if (!with_argument && path != route.path) continue;
+        auto argument = server_unescape(path.substr(route.path.size()));
+        if (route.path.back() == '/' && (!argument || argument->empty())) continue;
+        if (!route.slashes && argument->find('/') != argument->npos) continue;
+        exchange.argument = std::move(*argument);
+        exchange.route = &route;
+    }
+
+    using Check = Result<void> (ServerLoop::*)(const HttpRequest&, Exchange&);
+    static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_origin};
+    static constexpr Check then[] = {&ServerLoop::check_key,    &ServerLoop::check_route, &ServerLoop::check_method,
+                                     &ServerLoop::check_size,   &ServerLoop::check_type};
+    const auto run = [&](std::span<const Check> checks) -> std::optional<HttpReply> {
+        for (const Check check : checks)
+            if (auto checked = (this->*check)(request, exchange); !checked)
+                return make_error_reply(exchange, checked.error());
+        return std::nullopt;
+    };
+    std::optional<HttpReply> reply = run(first);
+    if (!reply && request.method == "OPTIONS" && !exchange.cors_origin.empty() &&
+        request.header("Access-Control-Request-Method"))
+        reply = make_preflight_reply(exchange, request);  // carries no key
+    if (!reply) reply = run(then);
+    if (reply) {
+        log_exchange(exchange, reply->status);
+        return reply;
+    }
+    request.max_body = exchange.method == "POST" ? options.max_body_bytes : server_get_body_bytes;
+    exchanges.emplace(request.exchange, std::move(exchange));
+    return std::nullopt;
+}
+
+/// Without keys only names of this machine: a web page must not reach us through a name of its own
+/// that resolves to a loopback address.
+Result<void> ServerLoop::check_host(const HttpRequest& request, Exchange&) {
+    if (!keys.empty()) return {};
+    const std::string& host = request.host;
+    const size_t colon = host.rfind(':');
+    const bool port = colon != host.npos && host.find(']', colon) == host.npos;
+    const std::string_view name = std::string_view(host).substr(0, port ? colon : host.npos);
+    for (const std::string_view known : {"localhost", "127.0.0.1", "[::1]"})
+        if (name == known) return {};
+    for (const std::string& allowed : options.allowed_hosts)
+        if (server_lower(allowed) == name || server_lower(allowed) == host) return {};
+    return make_error(ErrorKind::permission,
+                      "the host '" + server_printable(host) +
+                          "' is not allowed; allowed are localhost and allowed_hosts",
+                      "host_not_allowed");
+}
+
+Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exchange) {
+    const std::string* given = request.header("Origin");
+    if (!given) return {};
+    const bool alone = request.count("Origin") == 1;
+    const std::string origin = server_lower(*given);
+    for (const std::string& allowed : options.cors_origins)
+        if (alone && server_lower(allowed) == origin) {
+            exchange.cors_origin = *given;
+            return {};
+        }
+    if (alone && (origin == "http://" + request.host || origin == "https://" + request.host))
+        return {};
+    return make_error(ErrorKind::permission,
+                      "the origin '" + server_printable(*given) + "' is not allowed",
+                      "origin_not_allowed");
+}
+
+Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchange) {
+    if (keys.empty() || (exchange.route && exchange.route->open)) return {};
+    std::string_view secret;
+    bool given = false;
+    const auto refused = [](const char* message) {
+        return make_error(ErrorKind::authentication, message, "invalid_api_key");
+    };
+    for (const auto& [name, value] : request.headers) {
+        const std::string field = server_lower(name);
+        std::string_view one = value;
+        if (field == "authorization") {
+            if (server_lower(one.substr(0, 7)) != "bearer ")
+                return refused("the header Authorization must be 'Bearer <key>'");
+            one = server_trim(one.substr(7));
+        } else if (field != "x-api-key") {
+            continue;
+        }
+        if (std::exchange(given, true) && one != secret)
+            return refused("two different credentials in one request");
+        secret = one;
+    }
+    if (!request.header("Authorization"))
+        return refused("no API key; send the header 'Authorization: Bearer <key>'");
+    const Hash256 hash = sha256(secret);
+    const auto found = std::lower_bound(
+        keys.begin(), keys.end(), hash,
+        [](const ServerKey& key, const Hash256& wanted) { return key.hash.view() < wanted.view(); });
+    if (found == keys.end() || !constant_time_equal(found->hash.view(), hash.view()))
+        return refused("unknown API key");
+    exchange.organisation = found->organisation;
+    return {};
+}
+
+Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
+    if (exchange.route) return {};
+    return server_not_found("unknown path '" + server_printable(exchange.path) + "'");
+}
+
+Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
+    const std::string_view methods = exchange.route->methods;
+    if (methods == request.method || (methods != "POST" && (request.method == "GET" || request.is_head())))
+        return {};
+    return make_error(ErrorKind::method_not_allowed,
+                      server_printable(request.method) + " is not allowed here; allowed: " +
+                          exchange.route->methods,
+                      "method_not_allowed");
+}
+
+Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
+    const uint64_t limit = request.method == "POST" ? options.max_body_bytes : server_get_body_bytes;
+    const uint64_t size = request.content_length.value_or(0);
+    if (size <= limit) return {};
+    return make_error(ErrorKind::too_large,
+                      "the body has " + std::to_string(size) + " bytes; at most " +
+                          std::to_string(limit) + " are allowed",
+                      "request_too_large");
+}
+
+/// Also told before a body is asked for, unless its size is still unknown: size comes first.
+Result<void> ServerLoop::check_type(const HttpRequest& request, Exchange&) {
+    if (request.method != "POST" || (request.chunked && request.body.empty())) return {};
+    const auto refused = [](const std::string& given, const char* allowed) {
+        return make_error(ErrorKind::unsupported_media,
+                          "'" + server_printable(given) + "' is not supported; allowed: " + allowed,
+                          "unsupported_media_type");
+    };
+    for (const auto& [name, value] : request.headers) {
+        const std::string field = server_lower(name);
+        const std::string_view type = std::string_view(value).substr(0, value.find(';'));
+        const std::string kind = server_lower(server_trim(type));
+        if (field == "content-type" && kind != "application/json")
+            return refused(value, "application/json");
+        if (field == "content-encoding" && kind != "identity") return refused(value, "identity");
+    }
+    return {};
+}
+
+// ---- Replies ---------------------------------------------------------------------------------
+
+HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::string body,
+                                    HttpHeaders headers) {
+    HttpReply reply;
+    reply.status = status;
+    reply.headers = std::move(headers);
+    reply.headers.emplace_back("X-Request-ID", exchange.request_id);
+    if (!body.empty()) reply.headers.emplace_back("Content-Type", "application/json");
+    if (!exchange.cors_origin.empty()) {
+        reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
+        reply.headers.emplace_back("Access-Control-Expose-Headers",
+                                   "X-Request-ID, X-Valar-Response-Id, Retry-After");
+    }
+    if (!options.cors_origins.empty()) reply.headers.emplace_back("Vary", "Origin");
+    reply.body = std::move(body);
+    return reply;
+}
+
+HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
+                                          HttpHeaders headers) {
+    const int status = http_status(error.kind);
+    if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
+    if (status == 405) headers.emplace_back("Allow", exchange.route->methods);
+    if (status == 503 || status == 429) headers.emplace_back("Retry-After", server_retry_after_s);
+    if (status == 500)
+        options.log(LogLevel::error, "request " + exchange.request_id + ": " + error.message);
+    return make_reply(exchange, status, render_error(error).write(), std::move(headers));
+}
+
+HttpReply ServerLoop::make_preflight_reply(const Exchange& exchange, const HttpRequest& request) {
+    const std::string* asked = request.header("Access-Control-Request-Headers");
+    return make_reply(exchange, 204, {},
+                      {{"Access-Control-Allow-Methods", "GET, HEAD, POST"},
+                       {"Access-Control-Allow-Headers", asked ? *asked : "Authorization, Content-Type"},
+                       {"Access-Control-Max-Age", "600"}});
+}
+
+/// Ends the exchange.
+void ServerLoop::answer(Exchange& exchange, HttpReply reply) {
+    const uint64_t number = exchange.number;
+    log_exchange(exchange, reply.status);
+    http->reply(number, std::move(reply));
+    exchanges.erase(number);
+}
+
+void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
+    answer(exchange, make_reply(exchange, status, std::move(body)));
+}
+
+void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
+    answer(exchange, make_error_reply(exchange, error, std::move(headers)));
+}
+
+void ServerLoop::log_exchange(const Exchange& exchange, int status) {
+    if (!options.log.write) return;
+    const double ms = static_cast<double>(monotonic_ns() - exchange.started_ns) / 1e6;
+    options.log(LogLevel::info,
+                "id=" + exchange.request_id + " method=" + server_printable(exchange.method) +
+                    " path=" + server_printable(exchange.path) +
+                    format(" status=%d ms=%.1f input_tokens=%u output_tokens=%u", status, ms,
+                           exchange.usage.input_tokens, exchange.usage.output_tokens));
+}
+
+/// Framing that failed, and limits of http: the request may not even have a path.
+HttpReply ServerLoop::on_error(int status, std::string_view code, std::string_view message) {
+    Exchange exchange;
+    exchange.request_id = server_uuid();
+    exchange.method = exchange.path = "-";
+    exchange.started_ns = monotonic_ns();
+    const ErrorKind kind = status == 503 ? ErrorKind::overloaded : ErrorKind::invalid_request;
+    HttpReply reply = make_error_reply(
+        exchange, make_error(kind, std::string(message), std::string(code)));
+    reply.status = status;
+    log_exchange(exchange, status);
+    return reply;
+}
+
+// ---- Exchanges -------------------------------------------------------------------------------
+
+void ServerLoop::on_request(HttpRequest&& request) {
+    const auto found = exchanges.find(request.exchange);
+    if (found == exchanges.end()) return;
+    Exchange& exchange = found->second;
+    if (request.chunked)  // only now is it known that its size is allowed
+        if (auto checked = check_type(request, exchange); !checked)
+            return refuse(exchange, checked.error());
+    (this->*exchange.route->handle)(exchange, request);
+}
+
+/// A client that leaves cancels what it waited for.
+void ServerLoop::on_closed(uint64_t number) {
+    const auto found = exchanges.find(number);
+    if (found == exchanges.end()) return;
+    log_exchange(found->second, server_client_left);
+    const auto entry = live.find(found->second.response_id);
+    if (entry != live.end()) {
+        entry->second.exchange = 0;
+        if (!entry->second.finishing) entry->second.responder->cancel(entry->first);
+    }
+    exchanges.erase(found);
+}
+
+void ServerLoop::on_tick() {
+    const uint64_t now_ns = monotonic_ns();
+    for (auto& [id, entry] : live) {
+        const auto exchange = exchanges.find(entry.exchange);
+        if (exchange == exchanges.end() || now_ns < entry.deadline_ns) continue;
+        entry.exchange = 0;
+        refuse(exchange->second,
+               make_error(ErrorKind::timeout,
+                          "the response was not finished in time; it goes on: GET /v1/responses/" + id,
+                          "timeout"),
+               {{"X-Valar-Response-Id", id}, {"x-should-retry", "false"}});
+    }
+    const int64_t now_ms = unix_time_ms();
+    if (now_ms < next_expiry_ms) return;
+    next_expiry_ms = now_ms + server_expire_every_ms;
+    store->expire(now_ms);
+}
+
+void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            if (model.ready) return answer(exchange, 200, "{\"status\":\"ok\"}");
+    refuse(exchange, server_overloaded("no model is ready yet"));
+}
+
+namespace {
+Json server_model_json(const ModelInfo& model, const std::string& id) {
+    return Json::object()
+        .set("id", id)
+        .set("object", "model")
+        .set("created", model.created)
+        .set("owned_by", model.owned_by);
+}
+}  // namespace
+
+void ServerLoop::get_models(Exchange& exchange, HttpRequest&) {
+    Json data = Json::array();
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models()) {
+            data.push(server_model_json(model, model.id));
+            for (const std::string& alias : model.aliases) data.push(server_model_json(model, alias));
+        }
+    answer(exchange, 200,
+           Json::object().set("object", "list").set("data", std::move(data)).write());
+}
+
+void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
+    const std::string id = exchange.argument;
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            if (model.id == id ||
+                std::find(model.aliases.begin(), model.aliases.end(), id) != model.aliases.end())
+                return answer(exchange, 200, server_model_json(model, id).write());
+    refuse(exchange, server_no_model(id));
+}
+
+void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
+    auto job = std::make_unique<Job>();
+    job->work = &ServerLoop::accept_work;
+    job->done = &ServerLoop::accept_done;
+    job->exchange = exchange.number;
+    job->record.organisation = exchange.organisation;
+    job->text = std::move(request.body);
+    job->flag = request.header("Idempotency-Key") != nullptr;
+    send_job(std::move(job));
+}
+
+void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
+    auto job = std::make_unique<Job>();
+    job->work = &ServerLoop::find_work;
+    job->done = &ServerLoop::find_done;
+    job->exchange = exchange.number;
+    const auto found = live.find(exchange.argument);
+    job->flag = found != live.end() && found->second.record.organisation == exchange.organisation;
+    if (job->flag) job->record = found->second.record;
+    job->record.id = exchange.argument;
+    job->record.organisation = exchange.organisation;
+    send_job(std::move(job));
+}
+
+// ---- Jobs ------------------------------------------------------------------------------------
+
+void ServerLoop::send_job(std::unique_ptr<Job> job) {
+    {
+        const std::lock_guard<std::mutex> lock(jobs_mutex);
+        jobs.push_back(std::move(job));
+    }
+    jobs_waiting.notify_one();
+}
+
+void ServerLoop::run_jobs() {
+    for (;;) {
+        std::unique_ptr<Job> job;
+        {
+            std::unique_lock<std::mutex> lock(jobs_mutex);
+            jobs_waiting.wait(lock, [&] { return ending || !jobs.empty(); });
+            if (ending) return;
+            job = std::move(jobs.front());
+            jobs.pop_front();
+        }
+        (this->*job->work)(*job);
+        send_to_loop([&] { inbox_jobs.push_back(std::move(job)); });
+    }
+}
+
+/// From any thread. One call into the loop serves all that gathers until it comes.
+template <class Add>
+void ServerLoop::send_to_loop(Add add) {
+    bool first = false;
+    {
+        const std::lock_guard<std::mutex> lock(inbox_mutex);
+        first = inbox_jobs.empty() && inbox_ready.empty();
+        add();
+    }
+    if (first) http->post([](void* self) { static_cast<ServerLoop*>(self)->take_inbox(); }, this);
+}
+
+void ServerLoop::on_ready(void* context, const std::string& id) {
+    auto* self = static_cast<ServerLoop*>(context);
+    self->send_to_loop([&] { self->inbox_ready.push_back(id); });
+}
+
+void ServerLoop::take_inbox() {
+    std::vector<std::unique_ptr<Job>> done;
+    std::vector<std::string> ready;
+    {
+        const std::lock_guard<std::mutex> lock(inbox_mutex);
+        done.swap(inbox_jobs);
+        ready.swap(inbox_ready);
+    }
+    for (const auto& job : done) (this->*job->done)(*job);
+    for (const std::string& id : ready) take_events(id);
+}
+
+Responder* ServerLoop::find_responder(const std::string& wanted) const {
+    for (Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            if (model.id == wanted || std::find(model.aliases.begin(), model.aliases.end(), wanted) !=
+                                          model.aliases.end())
+                return responder;
+    return nullptr;
+}
+
+/// A body becomes a prepared request and a record, or an error: whichever check fails first.
+void ServerLoop::accept_work(Job& job) {
+    const auto fail = [&](Error error) { job.error = std::move(error); };
+    auto body = Json::parse(job.text);
+    if (!body) return fail(body.error());
+    auto request = parse_response_request(*body);
+    if (!request) return fail(request.error());
+    if (job.flag)
+        return fail(make_error(ErrorKind::invalid_request,
+                               "the header Idempotency-Key is not in this version",
+                               "unsupported_parameter", "Idempotency-Key"));
+    job.responder = find_responder(request->model);
+    if (!job.responder) return fail(server_no_model(request->model));
+    ResponseRecord& record = job.record;
+    request->organisation = record.organisation;
+    auto prepared = job.responder->prepare(*request);
+    if (!prepared) return fail(prepared.error());
+    job.prepared = std::move(*prepared);
+
+    auto id = server_new_id("resp_"), message_id = server_new_id("msg_");
+    if (!id || !message_id) return fail(id ? message_id.error() : id.error());
+    record.message_id = *message_id;
+    record.model = request->model;
+    record.temperature = job.prepared->temperature;
+    record.top_p = job.prepared->top_p;
+    record.seed = job.prepared->seed;
+    const int64_t now_ms = unix_time_ms();
+    record.created_at = now_ms / 1000;
+    auto text = std::make_shared<const std::string>(std::move(job.text));
+    auto added = store->add({*id, record.organisation, false, now_ms, std::move(text)});
+    if (!added) return fail(added.error());
+    record.id = *id;  // set: the store has it
+}
+
+void ServerLoop::accept_done(Job& job) {
+    const auto found = exchanges.find(job.exchange);
+    const std::string& id = job.record.id;
+    if (!job.error && stopping) job.error = server_overloaded("the server is shutting down");
+    if (!job.error && found != exchanges.end()) {
+        const uint64_t wait_ns = uint64_t{options.sync_timeout_ms} * 1'000'000;
+        live.emplace(id, Live{job.record, job.responder, job.exchange,
+                              found->second.started_ns + wait_ns, false});
+        auto submitted = job.responder->submit(std::move(job.prepared), id);
+        if (submitted) {
+            found->second.response_id = id;
+            return take_events(id);
+        }
+        live.erase(id);
+        job.error = submitted.error();
+    }
+    if (!id.empty()) store->erase(id);
+    if (found != exchanges.end()) refuse(found->second, *job.error);
+}
+
+void ServerLoop::take_events(const std::string& id) {
+    const auto found = live.find(id);
+    if (found == live.end() || found->second.finishing) return;
+    Live& entry = found->second;
+    while (auto event = entry.responder->poll(id)) {
+        if (event->kind == Event::Kind::finished) return finish(id, entry, std::move(event->outcome));
+        entry.record.status = Status::running;
+    }
+}
+
+void ServerLoop::finish(const std::string& id, Live& entry,
+                           std::shared_ptr<const Outcome> outcome) {
+    entry.finishing = true;
+    auto job = std::make_unique<Job>();
+    job->work = &ServerLoop::finish_work;
+    job->done = &ServerLoop::finish_done;
+    job->record = entry.record;
+    job->record.completed_at = unix_time_ms() / 1000;
+    job->record.status = is_terminal(outcome->status) ? outcome->status : Status::failed;
+    if (job->record.status == Status::failed)
+        options.log(LogLevel::error, "response " + id + " failed: " +
+                                         (outcome->error ? outcome->error->message : "no reason given"));
+    job->record.outcome = std::move(outcome);
+    send_job(std::move(job));
+}
+
+/// Renders the terminal object, once. What is large is freed here, not on the loop.
+void ServerLoop::finish_work(Job& job) {
+    const auto stored = store->find(job.record.organisation, job.record.id);
+    if (stored && stored->body)
+        if (auto request = Json::parse(*stored->body)) job.record.request = std::move(*request);
+    job.text = render_response(job.record, options.dialect).write();
+    auto kept = store->finish(job.record.id, std::make_shared<const std::string>(job.text),
+                              unix_time_ms());
+    if (!kept) job.error = kept.error();
+    job.usage = job.record.outcome->usage;
+    job.record.request = nullptr;
+    job.record.outcome.reset();
+}
+
+void ServerLoop::finish_done(Job& job) {
+    const auto found = live.find(job.record.id);
+    const auto exchange = exchanges.find(found->second.exchange);
+    live.erase(found);
+    if (job.error) store->erase(job.record.id);
+    if (exchange == exchanges.end()) return;
+    exchange->second.usage = job.usage;
+    if (job.error) return refuse(exchange->second, *job.error);
+    answer(exchange->second, 200, std::move(job.text));
+}
+
+void ServerLoop::find_work(Job& job) {
+    const auto stored = store->find(job.record.organisation, job.record.id);
+    if (stored && stored->terminal) {
+        job.text = *stored->body;
+        return;
+    }
+    auto request = stored && job.flag ? Json::parse(*stored->body) : Result<Json>(Error{});
+    if (!request) {
+        job.error = server_not_found("no response '" + server_printable(job.record.id) + "'");
+        return;
+    }
+    job.record.request = std::move(*request);
+    job.text = render_response(job.record, options.dialect).write();
+    job.record.request = nullptr;
+}
+
+void ServerLoop::find_done(Job& job) {
+    const auto exchange = exchanges.find(job.exchange);
+    if (exchange == exchanges.end()) return;
+    if (job.error) return refuse(exchange->second, *job.error);
+    answer(exchange->second, 200, std::move(job.text));
+}
+
+}  // namespace detail
+
+// ---- Server ----------------------------------------------------------------------------------
+
+struct Server::State : detail::ServerLoop {};
+
+Result<Server> Server::open(Responder* responder, const ServerOptions& options) {
+    return open(std::span<Responder* const>(&responder, 1), options);
+}
+
+Result<Server> Server::open(std::span<Responder* const> responders, const ServerOptions& options) {
+    if (responders.empty() || std::find(responders.begin(), responders.end(), nullptr) != responders.end())
+        return detail::server_option("responders", "a server needs a Responder");
+    if (auto checked = detail::server_check_options(options); !checked) return checked.error();
+    auto keys = detail::server_keys(options.keys);
+    if (!keys) return keys.error();
+    auto state = std::make_unique<State>();
+    state->options = options;
+    state->options.keys.clear();
+    state->keys = std::move(*keys);
+    state->store = options.store;
+    if (!state->store) {
+#ifdef VALAR_NO_STORE
+        return detail::server_option("store", "this build has no MemoryStore (VALAR_NO_STORE): pass a Store");
+#else
+        state->own_store = std::make_unique<MemoryStore>(options.memory_store);
+        state->store = state->own_store.get();
+#endif
+    }
+    state->responders.assign(responders.begin(), responders.end());
+    if (auto started = state->start(); !started) return started.error();
+    return Server(std::move(state));
+}
+
+Server::Server(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Server::Server(Server&& other) noexcept = default;
+Server& Server::operator=(Server&& other) noexcept = default;
+Server::~Server() = default;
+
+Result<void> Server::run() {
+    while (state_->step(-1)) {
+    }
+    return {};
+}
+
+Result<bool> Server::step(int timeout_ms) { return state_->step(timeout_ms); }
+
+void Server::stop() {
+    state_->stopping = true;
+    state_->http->stop();
+}
+
+uint16_t Server::port() const { return state_->http->port(); }
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC pop_options
+#pragma GCC diagnostic pop
 #endif
 #pragma pop_macro("max")
 #pragma pop_macro("min")

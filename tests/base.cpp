@@ -115,7 +115,9 @@ TEST_CASE("base: files are written whole, read with a limit and mapped") {
     REQUIRE(write_file(path, {}));
     CHECK(MappedFile::open(path)->bytes().empty());
     CHECK(read_file(path, 0)->empty());
+#if !defined(_WIN32)  // whose C library does not take UTF-8
     CHECK(std::remove(path.c_str()) == 0);
+#endif
 }
 
 TEST_CASE("base: file errors name the file and the cause") {

@@ -69,8 +69,9 @@ void check_as_strtod(const std::string& text) {
 TEST_CASE("json: texts that are JSON") {
     for (const char* text : {
              "null", "true", "false", "0", "-0", "7", "\"\"", "[]", "{}", " [ ] ", "\t\n\r {\n} ",
-             "[1,2]", "[[],[[]],{}]", "{\"a\":1}", "{\"\":0}", "{\"a\":{\"a\":{}}}", "1.5", "-1.5e9",
-             "1e5", "1E5", "1E+5", "1e-05", "0.0", "0e0", "-0.0", "1e-99999999999999999999",
+             "[1,2]", "[[],[[]],{}]", "{\"a\":1}", "{\"\":0}", "{\"a\":{\"a\":{}}}", "1.5",
+             "-1.5e9", "1e5", "1E5", "1E+5", "1e-05", "0.0", "0e0", "-0.0",
+             "1e-99999999999999999999",
              "0e99999999999999999999", "123456789012345678901234567890", "\"\\u0000\"",
              "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\\u00e9\"", "\"\\ud83d\\ude00\"", "\"\\uDBFF\\uDFFF\"",
              "\"\x7f\"", "\"\xc2\x80\"", "\"\xed\x9f\xbf\"", "\"\xee\x80\x80\"",
@@ -82,11 +83,12 @@ TEST_CASE("json: texts that are JSON") {
 TEST_CASE("json: texts that are not") {
     for (const char* text : {
              // nothing, or words that are nearly right
-             "", " ", "nul", "nulll", "True", "NULL", "tru", "falsey", "undefined", "NaN", "Infinity",
-             "-Infinity", "nan", "'a'", "a",
+             "", " ", "nul", "nulll", "True", "NULL", "tru", "falsey", "undefined", "NaN",
+             "Infinity", "-Infinity", "nan", "'a'", "a",
              // numbers
-             "+1", "-", "-a", "01", "-01", "00", "1.", ".5", "-.5", "1.e5", "1e", "1e+", "1e-", "1ee5",
-             "1.5.5", "0x10", "1_000", "1,5", "1e5.5", "--1", "1 000", "1e999", "-1e999", "2e308",
+             "+1", "-", "-a", "01", "-01", "00", "1.", ".5", "-.5", "1.e5", "1e", "1e+", "1e-",
+             "1ee5", "1.5.5", "0x10", "1_000", "1,5", "1e5.5", "--1", "1 000", "1e999",
+             "-1e999", "2e308",
              "1\xef\xbc\x91",
              // strings
              "\"", "\"a", "\"\\", "\"\\\"", "\"\\x41\"", "\"\\u12\"", "\"\\u12g4\"", "\"\\U0041\"",
@@ -299,6 +301,14 @@ TEST_CASE("json: values are values") {
     CHECK(Json::parse(R"({"a":1,"b":2})").value() == Json::parse(R"({"b":2,"a":1})").value());
     CHECK(!(Json::parse(R"({"a":1})").value() == Json::parse(R"({"b":1})").value()));
     Json().reserve(3);
+    // a key that is borrowed from the object that grows
+    Json borrowed = Json::object();
+    for (int i = 0; i < 100; ++i) {
+        borrowed.set(std::to_string(i), "v" + std::to_string(i));
+        borrowed.set(borrowed[std::to_string(i)].as_string(), i);
+    }
+    CHECK(borrowed.size() == 200);
+    for (int i = 0; i < 100; ++i) CHECK(borrowed["v" + std::to_string(i)].as_int(-1) == i);
 }
 
 TEST_CASE("json: integers are exact to 64 bits") {
@@ -428,7 +438,8 @@ TEST_CASE("json: random decimals are read as strtod reads them") {
         case 0: std::snprintf(text, sizeof text, "%.17g", value); break;
         case 1: std::snprintf(text, sizeof text, "%llue%d", static_cast<unsigned long long>(bits),
                               int(more % 680) - 350); break;
-        case 2: std::snprintf(text, sizeof text, "%llu%llue%d", static_cast<unsigned long long>(bits),
+        case 2: std::snprintf(text, sizeof text, "%llu%llue%d",
+                              static_cast<unsigned long long>(bits),
                               static_cast<unsigned long long>(more), int(more % 640) - 350); break;
         default: std::snprintf(text, sizeof text, "%u.%u", unsigned(bits) % 100000, unsigned(more));
         }

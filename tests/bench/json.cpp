@@ -12,7 +12,8 @@ namespace {
 
 std::string chat_body() {
     std::string body = R"({"model":"zai-org/GLM-5.1-FP8","temperature":0.7,"top_p":0.95,)"
-                       R"("max_output_tokens":512,"stream":true,"metadata":{"user":"u-1029"},"input":[)";
+                       R"("max_output_tokens":512,"stream":true,"metadata":{"user":"u-1029"},)"
+                       R"("input":[)";
     while (body.size() < 4000)
         body += R"({"role":"user","content":[{"type":"input_text","text":"Can you mend this sword )"
                 R"(before dawn?\nThe smith at the gate says \"yes\", and pays well. Sch)"

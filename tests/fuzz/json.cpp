@@ -17,7 +17,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     require(Json::parse(loose).ok());
     auto value = Json::parse(text);
     if (!value) return 0;
-    for (const valar::JsonStyle style : {valar::JsonStyle{}, valar::json_pretty, valar::json_python}) {
+    const valar::JsonStyle styles[] = {{}, valar::json_pretty, valar::json_python};
+    for (const valar::JsonStyle style : styles) {
         const std::string written = value->write(style);
         const auto again = Json::parse(written);
         require(again && *again == *value && again->write(style) == written);

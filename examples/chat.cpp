@@ -1,0 +1,90 @@
+// chat: a conversation in the terminal. Ctrl-C cancels the reply; at the prompt, or twice, it quits.
+//
+//     c++ -std=c++20 -O2 -pthread -I. examples/chat.cpp -o chat && ./chat
+#define VALAR_IMPLEMENTATION
+#include "valar.hpp"
+
+#include "common.hpp"
+
+#include <csignal>
+
+namespace {
+
+volatile std::sig_atomic_t answering = 0;
+volatile std::sig_atomic_t interrupts = 0;
+
+void on_interrupt(int) {
+    if (!answering || interrupts) std::_Exit(130);
+    interrupts = 1;
+    std::signal(SIGINT, on_interrupt);  // some systems take the handler away
+}
+
+// One line without its end; nothing at the end of the input.
+std::optional<std::string> read_line() {
+    std::string line;
+    for (int c; (c = std::getchar()) != EOF;) {
+        if (c == '\n') return line;
+        line += static_cast<char>(c);
+    }
+    if (line.empty()) return std::nullopt;
+    return line;
+}
+
+// Prints the reply as it comes and returns it, or what came of it before Ctrl-C.
+valar::Outcome answer(valar::Engine& engine, const valar::Request& request) {
+    valar::Reply reply = engine.submit(request);
+    interrupts = 0;
+    answering = 1;
+    while (!reply.finished()) {
+        if (interrupts) reply.cancel();
+        if (!engine.step(50'000)) break;
+        while (auto event = reply.poll())
+            if (auto text = event->text_delta()) example::print(*text);
+    }
+    answering = 0;
+    example::print("\n");
+    return reply.outcome();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    valar::EngineOptions options;
+    valar::Request request;
+    request.temperature = 0.5;
+    request.max_output_tokens = 500;
+    example::Flags flags("chat", "A conversation in the terminal. Ctrl-C cancels a reply, Ctrl-D ends.");
+    flags.add("instructions", "TEXT", &request.instructions, "what the model is to be");
+    flags.add("temperature", "0..2", &request.temperature, "0: always the likeliest word (default: 0.5)");
+    flags.add("max-output-tokens", "N", &request.max_output_tokens, "the longest reply (default: 500)");
+    flags.add("seed", "N", &request.seed, "the same seed, the same answers");
+    example::add_model_flags(flags, options);
+    if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
+
+    auto engine = example::open_engine(options);
+    if (!engine) return example::fail(engine.error().message);
+    std::signal(SIGINT, on_interrupt);
+
+    std::vector<valar::Item>& turns = request.input.items;
+    for (;;) {
+        example::print("> ");
+        const auto line = read_line();
+        if (!line) break;
+        if (line->empty()) continue;
+        turns.push_back(valar::Item::message(valar::Role::user, *line));
+        valar::Outcome outcome = answer(*engine, request);
+        while (outcome.error && outcome.error->code == "context_length_exceeded" && turns.size() > 2) {
+            turns.erase(turns.begin(), turns.begin() + 2);  // forgets the oldest question and answer
+            outcome = answer(*engine, request);
+        }
+        const bool cancelled = outcome.status == valar::Status::cancelled;
+        if (outcome.error && !cancelled) {
+            example::fail(outcome.error->message);
+            turns.pop_back();
+            continue;
+        }
+        turns.push_back(valar::Item::message(valar::Role::assistant, outcome.text));
+    }
+    example::print("\n");
+    return 0;
+}

@@ -1,0 +1,284 @@
+#include "valar.hpp"
+
+#include <doctest/doctest.h>
+
+using namespace valar;
+
+namespace {
+
+Json parse(std::string_view text) {
+    auto json = Json::parse(text);
+    REQUIRE_MESSAGE(json.ok(), std::string(text));
+    return std::move(*json);
+}
+
+// {"model":"m","input":"x", <field>}
+Result<Request> with(const std::string& field) {
+    return parse_response_request(parse(R"({"model":"m","input":"x",)" + field + "}"));
+}
+
+struct Refusal {
+    const char* body;
+    const char* code;
+    const char* param;
+};
+
+void check(const Refusal& refusal, const Result<Request>& result) {
+    CAPTURE(refusal.body);
+    REQUIRE_FALSE(result.ok());
+    CHECK(result.error().kind == ErrorKind::invalid_request);
+    CHECK(result.error().code == refusal.code);
+    CHECK(result.error().param == refusal.param);
+    CHECK_FALSE(result.error().message.empty());
+}
+
+}  // namespace
+
+TEST_CASE("bodies that are refused, and the first fault is the one that is named") {
+    const Refusal refusals[] = {
+        {"[]", "invalid_type", ""},
+        {"\"x\"", "invalid_type", ""},
+        {"{}", "missing_required_parameter", "model"},
+        {R"({"input":"x"})", "missing_required_parameter", "model"},
+        {R"({"model":null,"input":"x"})", "missing_required_parameter", "model"},
+        {R"({"model":"m"})", "missing_required_parameter", "input"},
+        {R"({"temperature":9,"model":"m"})", "missing_required_parameter", "input"},
+        {R"({"temperature":9,"model":3,"input":"x"})", "decimal_above_max_value", "temperature"},
+        {R"({"model":3,"temperature":9,"input":"x"})", "invalid_type", "model"},
+        {R"({"model":"","input":"x"})", "string_below_min_length", "model"},
+        {R"({"model":"m","input":""})", "string_below_min_length", "input"},
+        {R"({"model":"m","input":[]})", "array_below_min_length", "input"},
+        {R"({"model":"m","input":7})", "invalid_type", "input"},
+        {R"({"model":"m","input":{}})", "missing_required_parameter", "input.messages"},
+        {R"({"model":"m","input":{"messages":3}})", "invalid_type", "input.messages"},
+        {R"({"model":"m","input":{"messages":[]}})", "array_below_min_length", "input.messages"},
+        {R"({"model":"m","input":{"messages":[{"role":"boss","content":"x"}]}})", "invalid_value",
+         "input.messages[0].role"},
+    };
+    for (const Refusal& refusal : refusals)
+        check(refusal, parse_response_request(parse(refusal.body)));
+}
+
+TEST_CASE("fields that are refused") {
+    const std::string long_user(257, 'u'), long_value(8193, 'v');
+    const std::string user = "\"user\":\"" + long_user + "\"";
+    const std::string value = "\"metadata\":{\"k\":\"" + long_value + "\"}";
+    const Refusal refusals[] = {
+        {R"("instructions":3)", "invalid_type", "instructions"},
+        {R"("max_output_tokens":0)", "integer_below_min_value", "max_output_tokens"},
+        {R"("max_output_tokens":1.5)", "invalid_type", "max_output_tokens"},
+        {R"("max_output_tokens":"3")", "invalid_type", "max_output_tokens"},
+        {R"("temperature":-0.1)", "decimal_below_min_value", "temperature"},
+        {R"("temperature":2.01)", "decimal_above_max_value", "temperature"},
+        {R"("temperature":"hot")", "invalid_type", "temperature"},
+        {R"("top_p":1.1)", "decimal_above_max_value", "top_p"},
+        {R"("top_p":-1)", "decimal_below_min_value", "top_p"},
+        {R"("seed":1.5)", "invalid_type", "seed"},
+        {R"("seed":18446744073709551615)", "integer_above_max_value", "seed"},
+        {R"("text":3)", "invalid_type", "text"},
+        {R"("text":{"format":3})", "invalid_type", "text.format"},
+        {R"("text":{"format":{}})", "missing_required_parameter", "text.format.type"},
+        {R"("text":{"format":{"type":"json_object"}})", "unsupported_value", "text.format.type"},
+        {R"("text":{"format":{"type":"xml"}})", "invalid_value", "text.format.type"},
+        {R"("text":{"format":{"type":"json_schema","name":"n"}})", "unsupported_parameter", "text.format"},
+        {R"("reasoning":[])", "invalid_type", "reasoning"},
+        {R"("reasoning":{"effort":"huge"})", "invalid_value", "reasoning.effort"},
+        {R"("reasoning":{"summary":1})", "invalid_type", "reasoning.summary"},
+        {R"("reasoning":{"generate_summary":"long"})", "invalid_value", "reasoning.generate_summary"},
+        {R"("background":true)", "unsupported_parameter", "background"},
+        {R"("background":1)", "invalid_type", "background"},
+        {R"("prompt_cache_key":1)", "invalid_type", "prompt_cache_key"},
+        {R"("store":false)", "unsupported_value", "store"},
+        {R"("store":"yes")", "invalid_type", "store"},
+        {R"("stream":true)", "unsupported_value", "stream"},
+        {R"("truncation":"auto")", "unsupported_value", "truncation"},
+        {R"("service_tier":"flex")", "unsupported_value", "service_tier"},
+        {user.c_str(), "string_above_max_length", "user"},
+        {value.c_str(), "string_above_max_length", "metadata.k"},
+        {R"("metadata":[])", "invalid_type", "metadata"},
+        {R"("metadata":{"k":1})", "invalid_type", "metadata.k"},
+        {R"("metadata":{"completion_window":"asap"})", "unsupported_parameter",
+         "metadata.completion_window"},
+        {R"("metadata":{"completion_window":"soon"})", "invalid_value", "metadata.completion_window"},
+        {R"("metadata":{"completion_webhook":"http://x"})", "unsupported_parameter",
+         "metadata.completion_webhook"},
+        {R"("metadata":{"webhook_token":"a b"})", "invalid_value", "metadata.webhook_token"},
+        {R"("tools":{})", "invalid_type", "tools"},
+        {R"("tools":[{"type":"function"}])", "unsupported_parameter", "tools"},
+        {R"("tool_choice":"maybe")", "invalid_value", "tool_choice"},
+        {R"("tool_choice":3)", "invalid_type", "tool_choice"},
+        {R"("tool_choice":"required")", "invalid_value", "tool_choice"},
+        {R"("tool_choice":{"name":"f"})", "missing_required_parameter", "tool_choice.type"},
+        {R"("parallel_tool_calls":"no")", "invalid_type", "parallel_tool_calls"},
+        {R"("include":"x")", "invalid_type", "include"},
+        {R"("include":["a",3])", "invalid_type", "include[1]"},
+        {R"("include":["reasoning.encrypted_content"])", "unsupported_value", "include[0]"},
+        {R"("top_logprobs":21)", "integer_above_max_value", "top_logprobs"},
+        {R"("top_logprobs":-1)", "integer_below_min_value", "top_logprobs"},
+        {R"("previous_response_id":"resp_x")", "unsupported_parameter", "previous_response_id"},
+        {R"("conversation":"c")", "unsupported_parameter", "conversation"},
+        {R"("prompt":{})", "unsupported_parameter", "prompt"},
+    };
+    for (const Refusal& refusal : refusals) check(refusal, with(refusal.body));
+}
+
+TEST_CASE("items that are refused") {
+    const Refusal refusals[] = {
+        {R"([3])", "invalid_type", "input[0]"},
+        {R"([{"content":"x"}])", "missing_required_parameter", "input[0].role"},
+        {R"([{"role":"user"}])", "missing_required_parameter", "input[0].content"},
+        {R"([{"role":"user","content":3}])", "invalid_type", "input[0].content"},
+        {R"([{"type":3}])", "invalid_type", "input[0].type"},
+        {R"([{"type":"item_reference","id":"x"}])", "unsupported_value", "input[0].type"},
+        {R"([{"type":"poem"}])", "invalid_value", "input[0].type"},
+        {R"([{"role":"user","content":["x"]}])", "invalid_type", "input[0].content[0]"},
+        {R"([{"role":"user","content":[{"text":"x"}]}])", "missing_required_parameter",
+         "input[0].content[0].type"},
+        {R"([{"role":"user","content":[{"type":"input_text"}]}])", "missing_required_parameter",
+         "input[0].content[0].text"},
+        {R"([{"role":"user","content":"a"},{"role":"user","content":[{"type":"input_text","text":"b"},
+             {"type":"input_audio"}]}])",
+         "unsupported_value", "input[1].content[1].type"},
+        {R"([{"role":"user","content":[{"type":"input_file"}]}])", "unsupported_value",
+         "input[0].content[0].type"},
+        {R"([{"role":"user","content":[{"type":"input_image","image_url":"u"}]}])",
+         "unsupported_parameter", "input[0].content[0].type"},
+        {R"([{"role":"user","content":[{"type":"output_text","text":"x"}]}])", "invalid_value",
+         "input[0].content[0].type"},
+        {R"([{"type":"function_call","name":"f","arguments":"{}"}])", "missing_required_parameter",
+         "input[0].call_id"},
+        {R"([{"type":"function_call_output","call_id":"c","output":"x"}])", "invalid_value",
+         "input[0].call_id"},
+        {R"([{"type":"function_call_output","call_id":"c","output":"x"},
+             {"type":"function_call","call_id":"c","name":"f","arguments":"{}"}])",
+         "invalid_value", "input[0].call_id"},
+    };
+    for (const Refusal& refusal : refusals)
+        check(refusal, parse_response_request(
+                           parse(std::string(R"({"model":"m","input":)") + refusal.body + "}")));
+    const auto unknown_call = parse_response_request(parse(
+        R"({"model":"m","input":[{"type":"custom_tool_call_output","call_id":"call_9","output":"x"}]})"));
+    CHECK(unknown_call.error().message.find("call_9") != std::string::npos);
+}
+
+TEST_CASE("a refusal says what was wrong, what was received and what is allowed") {
+    const auto error = with(R"("temperature":9)").error();
+    CHECK(error.message == "'temperature' must be at most 2, but 9 was received");
+    CHECK(with(R"("truncation":"auto")").error().message ==
+          "'truncation' must be \"disabled\", but \"auto\" was received");
+}
+
+TEST_CASE("a full request is read") {
+    auto request = parse_response_request(parse(R"({"unknown":{"a":1},"model":"m","instructions":"Be brief.",
+        "input":[{"role":"developer","content":"d"},{"type":"message","role":"user","phase":"x","id":"msg_1",
+        "content":[{"type":"input_text","text":"a"},{"type":"input_text","text":"b"}]},
+        {"id":"msg_2","type":"message","role":"assistant","status":"completed",
+         "content":[{"type":"output_text","text":"c","annotations":[]}]},
+        {"type":"reasoning","id":"rs_1","summary":[{"type":"summary_text","text":"t"}]},
+        {"type":"function_call","id":"fc_1","call_id":"c1","name":"f","arguments":"{}","status":"completed"},
+        {"type":"function_call_output","call_id":"c1","output":[{"type":"input_text","text":"42"}]}],
+        "max_output_tokens":9007199254740993,"temperature":0,"top_p":0.5,"seed":-7,"top_logprobs":3,
+        "include":["message.output_text.logprobs","whatever"],"user":null,"tools":[],"tool_choice":"none",
+        "text":{"format":{"type":"text"},"verbosity":"low"},"reasoning":{"effort":"low","other":1},
+        "metadata":{"a":"b","completion_window":"standard"},"store":true,"stream":false})"));
+    REQUIRE(request.ok());
+    CHECK(request->instructions == "Be brief.");
+    REQUIRE(request->input.items.size() == 6);
+    CHECK(request->input.items[0].role == Role::developer);
+    CHECK(request->input.items[1].text() == "ab");
+    CHECK(request->input.items[2].content[0].kind == ContentPart::Kind::output_text);
+    CHECK(request->input.items[3].kind == Item::Kind::reasoning);
+    CHECK(request->input.items[4].arguments == "{}");
+    CHECK(request->input.items[5].text() == "42");
+    CHECK(*request->max_output_tokens == UINT32_MAX);
+    CHECK(*request->temperature == 0);
+    CHECK(*request->seed == -7);
+    CHECK(request->logprobs);
+    CHECK(request->top_logprobs == 3);
+    CHECK(request->metadata.size() == 2);
+}
+
+TEST_CASE("lengths count code points") {
+    std::string emoji;
+    for (int i = 0; i < 256; ++i) emoji += "\xf0\x9f\x98\x80";
+    CHECK(with("\"user\":\"" + emoji + "\"").ok());
+    CHECK_FALSE(with("\"user\":\"" + emoji + "e\"").ok());
+}
+
+namespace {
+
+ResponseRecord sample() {
+    ResponseRecord record;
+    record.id = "resp_a";
+    record.message_id = "msg_a";
+    record.created_at = 5;
+    record.model = "m";
+    record.request = parse(R"({"model":"m","input":"x","metadata":{"webhook_token":"secret"}})");
+    return record;
+}
+
+}  // namespace
+
+TEST_CASE("the response object has all keys in their order") {
+    const char* keys[] = {"id", "object", "created_at", "completed_at", "status", "background", "model",
+                          "input", "instructions", "output", "error", "incomplete_details",
+                          "max_output_tokens", "max_tool_calls", "reasoning", "text", "store",
+                          "temperature", "top_p", "presence_penalty", "frequency_penalty",
+                          "top_logprobs", "parallel_tool_calls", "tool_choice", "tools", "truncation",
+                          "service_tier", "previous_response_id", "prompt_cache_key",
+                          "safety_identifier", "user", "metadata", "usage"};
+    ResponseRecord record = sample();
+    Json object = render_response(record);
+    REQUIRE(object.size() == std::size(keys));
+    for (size_t i = 0; i < std::size(keys); ++i) CHECK(object.members()[i].key == keys[i]);
+    CHECK(object["status"].as_string() == "pending");
+    CHECK(object["completed_at"].is_null());
+    CHECK(object["output"].size() == 0);
+    CHECK(object["metadata"]["webhook_token"].as_string() == "***");
+    CHECK(object["text"].write() == R"({"format":{"type":"text"}})");
+    CHECK(object["reasoning"].write() == R"({"effort":null,"summary":null})");
+    CHECK(object["usage"]["total_tokens"].as_int() == 0);
+
+    record.status = Status::completed;
+    record.completed_at = 6;
+    Outcome outcome;
+    outcome.text = "hi";
+    outcome.cut = true;
+    outcome.usage = {3, 1, 2, 0};
+    outcome.logprobs = {{"h\xff", -0.5f, {{"i", -1.0f}}}};
+    record.outcome = std::make_shared<Outcome>(outcome);
+    object = render_response(record);
+    CHECK(object["status"].as_string() == "completed");
+    CHECK(object["incomplete_details"].write() == R"({"reason":"max_output_tokens"})");
+    CHECK(object["output"].write() ==
+          R"([{"id":"msg_a","type":"message","role":"assistant","status":"completed","content":[{)"
+          R"("type":"output_text","text":"hi","annotations":[],"logprobs":[{"token":"h)"
+          "\xef\xbf\xbd"
+          R"(","logprob":-0.5,"bytes":[104,255],"top_logprobs":[{"token":"i","logprob":-1.0,"bytes":[105]}]}]}]}])");
+    CHECK(object["usage"].write() ==
+          R"({"input_tokens":3,"input_tokens_details":{"cached_tokens":1,"reasoning_tokens":0},)"
+          R"("output_tokens":2,"output_tokens_details":{"cached_tokens":0,"reasoning_tokens":0},)"
+          R"("total_tokens":5,"prompt_tokens":3,"completion_tokens":2})");
+    CHECK(render_response(record, Dialect::openai)["status"].as_string() == "incomplete");
+
+    record.status = Status::failed;
+    outcome = {};
+    outcome.error = Error{ErrorKind::internal, "layer 3 at /secret/path", "", ""};
+    record.outcome = std::make_shared<Outcome>(outcome);
+    object = render_response(record);
+    CHECK(object["status"].as_string() == "failed");
+    CHECK(object["error"].write() == R"({"code":"internal_error","message":"the model could not be run"})");
+    CHECK(object["output"].size() == 0);
+}
+
+TEST_CASE("errors: envelope, status, and nothing of ours leaks") {
+    CHECK(render_error({ErrorKind::not_found, "no model 'x'", "model_not_found", "model"}).write() ==
+          R"({"error":{"message":"no model 'x'","type":"not_found_error","param":"model","code":"model_not_found"}})");
+    CHECK(render_error({ErrorKind::io, "/home/me/file: denied", "", ""}).write() ==
+          R"({"error":{"message":"something went wrong on the server","type":"api_error","param":null,"code":"internal_error"}})");
+    CHECK(http_status(ErrorKind::authentication) == 401);
+    CHECK(http_status(ErrorKind::overloaded) == 503);
+    CHECK(http_status(ErrorKind::timeout) == 504);
+    CHECK(http_status(ErrorKind::bad_data) == 500);
+    CHECK(http_status(ErrorKind::invalid_request) == 400);
+}

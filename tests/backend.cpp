@@ -1,0 +1,456 @@
+// The CPU backend: one set of bits, however the work is cut up.
+#include <doctest/doctest.h>
+
+#include "run_model.hpp"
+#include "tiny_model.hpp"
+
+#include <string>
+#include <thread>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+using namespace run_model;
+
+namespace {
+
+// THE digest: logits of tiny models of every weight type, of all positions; f16 cache, one plane. It
+// changes only with detail::kNumerics.
+constexpr std::string_view kLogitsSha256 = "af839c998935b3b7c3b4c9696cec767fb155ad2c9c2ecbb233034d0ed5591c39";
+constexpr std::string_view kLogitsSha256_f32 = "898b05c3dc010110828391271aa1312c178a9a4f8a8b89d817e7ab6a64fb8001";
+constexpr std::string_view kLogitsSha256_fine = "5dc10a2f8bcede576984145001ee4626e1a8d0c76a9dc22545d5efe7faba8409";
+constexpr std::string_view kLogitsSha256_fine_f32 = "174dd6b2c4c814dc3ff13ed3578803666144d13eb0b95ec1fc8c04fef05b4b5e";
+
+// How a prompt is computed; nothing of this may show.
+struct Way {
+    size_t      piece = 1000;
+    uint64_t    pause_ns = 0;
+    bool        backwards = false;  // pages in another order
+    bool        flush_to_zero = false;
+    BackendOptions options = {};
+    const detail::Kernels* kernels = nullptr;
+};
+
+std::vector<Token> prompt(size_t length, uint32_t salt = 11) {
+    std::vector<Token> ids(length);
+    for (size_t i = 0; i < length; ++i) ids[i] = static_cast<Token>((i * 37 + salt) % 299);
+    return ids;
+}
+
+struct FlushToZero {
+#if defined(__SSE__)
+    unsigned saved = _mm_getcsr();
+    explicit FlushToZero(bool on) {
+        if (on) _mm_setcsr(saved | 0x8040);
+    }
+    ~FlushToZero() { _mm_setcsr(saved); }
+#else
+    explicit FlushToZero(bool) {}
+    ~FlushToZero() {}
+#endif
+};
+
+Model open_tiny(const std::vector<std::byte>& bytes, const BackendOptions& options,
+                const detail::Kernels* kernels = nullptr) {
+    auto model = Model::open(Gguf::from_bytes(bytes), options, kernels);
+    INFO((model ? "" : model.error().message));
+    REQUIRE(model);
+    return std::move(*model);
+}
+
+BackendOptions small(BackendOptions options = {}) {
+    options.kv_pages = 512 / options.page_tokens;
+    options.max_batch_rows = options.max_logit_rows = 300;
+    if (options.threads < 0) options.threads = 0;
+    return options;
+}
+
+// Logits of all positions, row after row.
+std::vector<float> all_logits(Model& model, const std::vector<Token>& ids, const Way& way) {
+    const uint32_t page_tokens = way.options.page_tokens;
+    const auto pages = page_list(0, 512 / page_tokens, way.backwards);
+    std::vector<float> out;
+    for (size_t i = 0; i < ids.size(); i += way.piece) {
+        const std::span<const Token> part(ids.data() + i, std::min(way.piece, ids.size() - i));
+        REQUIRE(model.run(make_rows(part, static_cast<uint32_t>(i), pages, true), way.pause_ns));
+        for (uint32_t row = 0; row < part.size(); ++row) {
+            const auto logits = model.backend->logits(row);
+            out.insert(out.end(), logits.begin(), logits.end());
+        }
+    }
+    return out;
+}
+
+std::vector<float> logits_of(const std::vector<std::byte>& bytes, size_t length, const Way& way) {
+    const FlushToZero flush(way.flush_to_zero);
+    Model model = open_tiny(bytes, small(way.options), way.kernels);
+    return all_logits(model, prompt(length), way);
+}
+
+// A model with all types, biases and an output matrix of its own; long enough for two segments.
+const std::vector<std::byte>& mixed_model() {
+    static const auto bytes = tiny::model({.architecture = "qwen2", .types = tiny::all_types(),
+                                           .tied = false, .rope_factors = true});
+    return bytes;
+}
+
+std::string hash_of(const std::vector<float>& logits) {
+    return detail::sha256(logits.data(), logits.size() * sizeof(float)).hex();
+}
+
+// One model a type, and the mixed one.
+std::string hash_all_types(const Way& way) {
+    detail::Sha256 hash;
+    const auto add = [&](const std::vector<float>& logits) {
+        hash.update(logits.data(), logits.size() * sizeof(float));
+    };
+    for (const TensorType type : tiny::all_types()) add(logits_of(tiny::model({.types = {type}}), 20, way));
+    add(logits_of(mixed_model(), 280, way));
+    return hash.finish().hex();
+}
+
+const std::string& mixed_hash() {
+    static const std::string hash = hash_of(logits_of(mixed_model(), 280, {}));
+    return hash;
+}
+
+void check_way(const Way& way) { CHECK(hash_of(logits_of(mixed_model(), 280, way)) == mixed_hash()); }
+
+// A host's job system: a thread a job, the last one first.
+void host_parallel_for(void* host, uint32_t count, void (*job)(void*, uint32_t), void* context) {
+    std::vector<std::thread> threads;
+    for (uint32_t i = count; i-- > 0;) threads.emplace_back(job, context, i);
+    for (std::thread& thread : threads) thread.join();
+    ++*static_cast<int*>(host);
+}
+
+}  // namespace
+
+TEST_CASE("logits: one SHA-256 for every kernel table") {
+    for (const detail::Kernels* kernels : detail::available_kernels()) {
+        CAPTURE(std::string(kernels->name));
+        Way way;
+        way.kernels = kernels;
+        CHECK(hash_all_types(way) == kLogitsSha256);
+    }
+}
+
+TEST_CASE("logits: kv_type and precision are the options that change bits") {
+    Way way;
+    way.options.kv_type = KvType::f32;
+    CHECK(hash_all_types(way) == kLogitsSha256_f32);
+    way.options.precision = Precision::fine;
+    CHECK(hash_all_types(way) == kLogitsSha256_fine_f32);
+    way.options.kv_type = KvType::f16;
+    CHECK(hash_all_types(way) == kLogitsSha256_fine);
+}
+
+TEST_CASE("logits: threads") {
+    for (const int threads : {1, 2, 4}) {
+        CAPTURE(threads);
+        Way way;
+        way.options.threads = threads;
+        check_way(way);
+        way.piece = 1;
+        check_way(way);
+    }
+}
+
+TEST_CASE("logits: the host's job system") {
+    int joins = 0;
+    Way way;
+    way.options.threads = 2;
+    way.options.parallel_for = host_parallel_for;
+    way.options.parallel_for_host = &joins;
+    check_way(way);
+    CHECK(joins > 0);
+}
+
+TEST_CASE("logits: the prompt in pieces, paused between stages") {
+    for (const size_t piece : {1, 3, 7, 64}) {
+        CAPTURE(piece);
+        Way way;
+        way.piece = piece;
+        check_way(way);
+        way.options.threads = 1;
+        way.pause_ns = 1;
+        check_way(way);
+    }
+}
+
+TEST_CASE("logits: pages") {
+    for (const uint32_t page_tokens : {16u, 64u, 256u}) {
+        CAPTURE(page_tokens);
+        Way way;
+        way.piece = 100;
+        way.options.page_tokens = page_tokens;
+        check_way(way);
+        way.backwards = true;
+        check_way(way);
+    }
+}
+
+TEST_CASE("logits: flush to zero set by the caller") {
+    Way way;
+    way.flush_to_zero = true;
+    way.options.threads = 1;
+    check_way(way);
+}
+
+TEST_CASE("logits: rows that do not want them change nothing") {
+    Model model = open_tiny(mixed_model(), small());
+    const auto pages = page_list(0, 32);
+    const auto ids = prompt(50);
+    const auto expected = all_logits(model, ids, {});
+    auto rows = make_rows(ids, 0, pages, false);
+    rows[7].logits = rows[49].logits = true;
+    REQUIRE(model.run(rows));
+    const size_t n = model.spec->n_vocab;
+    CHECK(std::equal(expected.begin() + static_cast<ptrdiff_t>(7 * n), expected.begin() + static_cast<ptrdiff_t>(8 * n),
+                     model.backend->logits(0).begin()));
+    CHECK(std::equal(expected.begin() + static_cast<ptrdiff_t>(49 * n), expected.end(),
+                     model.backend->logits(1).begin()));
+}
+
+TEST_CASE("logits: sequences mixed in batches equal each alone") {
+    for (const int threads : {0, 1}) {
+        BackendOptions options;
+        options.threads = threads;
+        Model model = open_tiny(mixed_model(), small(options));
+        const size_t lengths[] = {40, 33, 21}, n = model.spec->n_vocab;
+        std::vector<float> alone[3], together[3];
+        std::vector<uint32_t> pages[3];
+        for (uint32_t i = 0; i < 3; ++i) {
+            pages[i] = page_list(i * 8, 8);
+            for (size_t at = 0; at < lengths[i]; ++at) {
+                const auto ids = prompt(lengths[i], i);
+                REQUIRE(model.run(make_rows(std::span(ids).subspan(at, 1), static_cast<uint32_t>(at), pages[i], true)));
+                const auto logits = model.backend->logits(0);
+                alone[i].insert(alone[i].end(), logits.begin(), logits.end());
+            }
+        }
+        const uint32_t steps[] = {5, 1, 3};  // rows a batch, while there are any
+        uint32_t done[3] = {};
+        for (bool more = true; more;) {
+            std::vector<BatchRow> batch;
+            std::vector<uint32_t> owners;
+            for (uint32_t i = 0; i < 3; ++i) {
+                const auto ids = prompt(lengths[i], i);
+                const uint32_t count = std::min(steps[i], static_cast<uint32_t>(lengths[i]) - done[i]);
+                for (const auto& row : make_rows(std::span(ids).subspan(done[i], count), done[i], pages[i], true)) {
+                    batch.push_back(row);
+                    owners.push_back(i);
+                }
+                done[i] += count;
+            }
+            more = !batch.empty();
+            if (!more) break;
+            REQUIRE(model.run(batch));
+            for (uint32_t row = 0; row < batch.size(); ++row) {
+                const auto logits = model.backend->logits(row);
+                together[owners[row]].insert(together[owners[row]].end(), logits.begin(), logits.end());
+            }
+        }
+        for (uint32_t i = 0; i < 3; ++i) {
+            CHECK(together[i].size() == lengths[i] * n);
+            CHECK(hash_of(together[i]) == hash_of(alone[i]));
+        }
+    }
+}
+
+TEST_CASE("an embedding vector takes the place of a token") {
+    Model model = open_tiny(tiny::model(), small());
+    const auto pages = page_list(0, 4);
+    const auto tensor = model.gguf->tensor_bytes(*model.tensors.token_embd);
+    std::vector<float> values(model.spec->n_embd);
+    std::memcpy(values.data(), tensor->data() + 5 * values.size() * sizeof(float), values.size() * sizeof(float));
+    BatchRow row{5, nullptr, 0, pages.data(), true};
+    REQUIRE(model.run({&row, 1}));
+    const std::vector<float> expected(model.backend->logits(0).begin(), model.backend->logits(0).end());
+    row.token = -1;
+    row.embedding = values.data();
+    REQUIRE(model.run({&row, 1}));
+    CHECK(std::equal(expected.begin(), expected.end(), model.backend->logits(0).begin()));
+}
+
+TEST_CASE("pages: copied, exported and imported") {
+    Model model = open_tiny(mixed_model(), small());
+    const auto ids = prompt(40);
+    const auto expected = hash_of(all_logits(model, ids, {}));
+    const auto here = page_list(0, 4), there = page_list(10, 4), elsewhere = page_list(20, 4);
+    std::vector<std::byte> bytes(model.backend->page_bytes());
+    for (uint32_t i = 0; i < 3; ++i) {
+        model.backend->copy_page(here[i], there[i]);
+        model.backend->export_page(here[i], bytes.data());
+        model.backend->import_page(elsewhere[i], bytes.data());
+    }
+    const auto last = std::span<const Token>(ids).subspan(39);
+    REQUIRE(model.run(make_rows(last, 39, here, true)));
+    const std::vector<float> original(model.backend->logits(0).begin(), model.backend->logits(0).end());
+    for (const auto& pages : {there, elsewhere}) {
+        REQUIRE(model.run(make_rows(last, 39, pages, true)));
+        CHECK(std::equal(original.begin(), original.end(), model.backend->logits(0).begin()));
+    }
+}
+
+TEST_CASE("an abandoned batch counts as not computed") {
+    Model model = open_tiny(mixed_model(), small());
+    const auto pages = page_list(0, 32);
+    const auto rows = make_rows(prompt(100, 3), 0, pages, true);
+    REQUIRE(model.backend->begin(rows));
+    auto done = model.backend->advance(1);
+    REQUIRE(done);
+    CHECK_FALSE(*done);
+    model.backend->abandon();
+    CHECK_FALSE(model.backend->advance(0));
+    CHECK(hash_of(all_logits(model, prompt(280), {})) == mixed_hash());
+}
+
+TEST_CASE("loading in slices, from a mapped file's bytes or a reader") {
+    const auto& bytes = mixed_model();
+    GgufReader reader;
+    reader.size = bytes.size();
+    reader.context = const_cast<std::byte*>(bytes.data());
+    reader.read = [](void* context, uint64_t offset, void* dst, size_t size) {
+        std::memcpy(dst, static_cast<const std::byte*>(context) + offset, size);
+        return true;
+    };
+    for (const bool read : {false, true}) {
+        auto gguf = read ? Gguf::from_reader(reader) : Gguf::from_bytes(bytes);
+        REQUIRE(gguf);
+        auto spec = read_model_spec(*gguf);
+        REQUIRE(spec);
+        auto tensors = bind_model_tensors(*gguf, *spec);
+        REQUIRE(tensors);
+        auto backend = detail::open_cpu_backend(*gguf, *spec, *tensors, small());
+        REQUIRE(backend);
+        const auto pages = page_list(0, 1);
+        const BatchRow row{1, nullptr, 0, pages.data(), true};
+        CHECK_FALSE((*backend)->begin({&row, 1}));
+        int slices = 0;
+        float last = 0;
+        for (bool done = false; !done; ++slices) {
+            float progress = 0;
+            auto result = (*backend)->load(0, &progress);
+            REQUIRE(result);
+            done = *result;
+            CHECK(progress > last);
+            last = progress;
+        }
+        CHECK(slices > 10);
+        CHECK(last == 1.0f);
+        Model model;
+        model.spec = std::make_unique<ModelSpec>(*spec);
+        model.backend = std::move(*backend);
+        CHECK(hash_of(all_logits(model, prompt(280), {})) == mixed_hash());
+    }
+}
+
+TEST_CASE("a reader that fails is an error") {
+    const auto bytes = tiny::model();
+    struct Source {
+        const std::vector<std::byte>* bytes;
+        bool broken = false;
+    } source{&bytes};
+    GgufReader reader;
+    reader.size = bytes.size();
+    reader.context = &source;
+    reader.read = [](void* context, uint64_t offset, void* dst, size_t size) {
+        const Source& from = *static_cast<Source*>(context);
+        std::memcpy(dst, from.bytes->data() + offset, size);
+        return !from.broken;
+    };
+    auto gguf = Gguf::from_reader(reader);
+    REQUIRE(gguf);
+    source.broken = true;
+    const auto model = Model::open(std::move(gguf), small());
+    CHECK_FALSE(model);
+}
+
+TEST_CASE("numbers that are not finite are an error that names the layer") {
+    const struct { const char* tensor; const char* place; } cases[] = {
+        {"blk.1.ffn_norm.weight", "layer 1 (blk.1)"},
+        {"blk.0.attn_norm.weight", "layer 0 (blk.0)"},
+        {"output_norm.weight", "the output matrix"},
+        {"token_embd.weight", "the token embedding"},
+    };
+    for (const auto& [tensor, place] : cases) {
+        auto bytes = tiny::model();
+        const uint64_t offset = Gguf::from_bytes(bytes)->find_tensor(tensor)->offset;
+        const float infinity = std::numeric_limits<float>::infinity();
+        std::memcpy(bytes.data() + offset + 8, &infinity, sizeof infinity);
+        Model model = open_tiny(bytes, small());
+        const auto pages = page_list(0, 4);
+        const auto run = model.run(make_rows(std::vector<Token>{0, 0, 5}, 0, pages, true));
+        REQUIRE_FALSE(run);
+        CAPTURE(run.error().message);
+        CHECK(run.error().message.find(place) != std::string::npos);
+        CHECK(run.error().kind == ErrorKind::bad_data);
+    }
+}
+
+TEST_CASE("what a batch must not ask") {
+    Model model = open_tiny(tiny::model(), small());
+    const auto pages = page_list(0, 32);
+    const BatchRow good{1, nullptr, 0, pages.data(), true};
+    CHECK_FALSE(model.backend->begin({}));
+    CHECK_FALSE(model.backend->begin(std::vector<BatchRow>(301, good)));
+    for (BatchRow bad : {BatchRow{-1, nullptr, 0, pages.data(), true}, BatchRow{299, nullptr, 0, pages.data(), true},
+                         BatchRow{1, nullptr, 512, pages.data(), true}})
+        CHECK_FALSE(model.backend->begin({&bad, 1}));
+    BackendOptions options = small();
+    options.max_logit_rows = 1;
+    Model one = open_tiny(tiny::model(), options);
+    CHECK_FALSE(one.backend->begin(std::vector<BatchRow>(2, good)));
+    CHECK(one.backend->begin({&good, 1}));
+}
+
+TEST_CASE("the memory plan") {
+    const auto& bytes = mixed_model();
+    auto gguf = Gguf::from_bytes(bytes);
+    auto spec = read_model_spec(*gguf);
+    auto tensors = bind_model_tensors(*gguf, *spec);
+    REQUIRE(tensors);
+    BackendOptions options = small();
+    const auto plan = detail::plan_cpu(*spec, *tensors, options);
+    REQUIRE(plan);
+    auto backend = detail::open_cpu_backend(*gguf, *spec, *tensors, options);
+    REQUIRE(backend);
+    CHECK(plan->kv == options.kv_pages * (*backend)->page_bytes());
+    CHECK((*backend)->page_bytes() == 2 * 2 * 16 * 2 * 2 * 64);  // layers, k and v, positions, f16, heads
+    uint64_t file = 0;
+    for (const TensorInfo& tensor : gguf->tensors()) file += tensor.bytes;
+    CHECK(plan->weights >= file);
+    CHECK(plan->weights < file + file / 4);
+    options.kv_type = KvType::f32;
+    CHECK(detail::plan_cpu(*spec, *tensors, options)->kv == 2 * plan->kv);
+    options.max_batch_rows = 8;
+    options.max_logit_rows = 1;
+    CHECK(detail::plan_cpu(*spec, *tensors, options)->scratch < plan->scratch / 8);
+}
+
+TEST_CASE("options out of range") {
+    auto gguf = Gguf::from_bytes(mixed_model());
+    auto spec = read_model_spec(*gguf);
+    auto tensors = bind_model_tensors(*gguf, *spec);
+    const auto refused = [&](auto change) {
+        BackendOptions options = small();
+        change(options);
+        const auto plan = detail::plan_cpu(*spec, *tensors, options);
+        return !plan && !detail::open_cpu_backend(*gguf, *spec, *tensors, options);
+    };
+    CHECK(refused([](BackendOptions& o) { o.page_tokens = 24; }));
+    CHECK(refused([](BackendOptions& o) { o.page_tokens = 0; }));
+    CHECK(refused([](BackendOptions& o) { o.kv_pages = 0; }));
+    CHECK(refused([](BackendOptions& o) { o.max_batch_rows = 0; }));
+    CHECK(refused([](BackendOptions& o) { o.max_logit_rows = 0; }));
+    CHECK(refused([](BackendOptions& o) { o.max_logit_rows = 301; }));
+    CHECK(refused([](BackendOptions& o) { o.threads = -2; }));
+    BackendOptions huge = small();
+    huge.kv_pages = UINT32_MAX;
+    huge.page_tokens = 4096;
+    const auto opened = detail::open_cpu_backend(*gguf, *spec, *tensors, huge);
+    REQUIRE_FALSE(opened);
+    CHECK(opened.error().kind == ErrorKind::out_of_memory);
+}

@@ -1,0 +1,189 @@
+// A Responder that plays a script instead of running a model: it echoes the input, or does what the
+// test set up. The server's tests and serve_fake.cpp use it.
+#ifndef VALAR_TESTS_FAKE_RESPONDER_HPP
+#define VALAR_TESTS_FAKE_RESPONDER_HPP
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "valar.hpp"
+
+class FakeResponder : public valar::Responder {
+public:
+    explicit FakeResponder(std::string id = "fake", std::vector<std::string> aliases = {}) {
+        info.id = std::move(id);
+        info.aliases = std::move(aliases);
+        info.created = 1'700'000'000;
+        info.context_tokens = 100;
+    }
+
+    // the script; set it before the requests
+    valar::ModelInfo info;
+    std::atomic<bool> ready = true;
+    std::atomic<bool> hold = false;  ///< answer only when finish() says so
+    std::atomic<bool> full = false;  ///< submit() has no room
+    std::optional<valar::Error> failure;        ///< of every response
+    std::optional<valar::Error> prepare_error;  ///< of every request
+
+    std::vector<valar::ModelInfo> models() const override {
+        valar::ModelInfo shown = info;
+        shown.ready = ready;
+        return {shown};
+    }
+
+    valar::Result<std::unique_ptr<valar::Prepared>> prepare(
+        const valar::Request& request) override {
+        if (prepare_error) return *prepare_error;
+        auto prepared = std::make_unique<Task>();
+        prepared->words = text_of(request);
+        prepared->logprobs = request.logprobs ? static_cast<int>(request.top_logprobs) : -1;
+        prepared->model = info.id;
+        prepared->input_tokens = static_cast<uint32_t>(1 + prepared->words.size() / 4);
+        if (prepared->input_tokens > info.context_tokens && prepared->words.size() < 10'000)
+            return valar::detail::make_error(valar::ErrorKind::invalid_request,
+                                             "the prompt has too many tokens",
+                                             "context_length_exceeded", "input");
+        prepared->max_output = request.max_output_tokens.value_or(UINT32_MAX);
+        prepared->temperature = request.temperature.value_or(0.7);
+        prepared->top_p = request.top_p.value_or(0.9);
+        prepared->seed = request.seed.value_or(42);
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            organisations_.push_back(request.organisation);
+        }
+        return std::unique_ptr<valar::Prepared>(std::move(prepared));
+    }
+
+    valar::Result<void> submit(std::unique_ptr<valar::Prepared> prepared, std::string id) override {
+        if (full)
+            return valar::detail::make_error(valar::ErrorKind::overloaded, "the queue is full");
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            Answer& answer = answers_[id];
+            answer.task = std::move(static_cast<Task&>(*prepared));
+            answer.events.push_back({valar::Event::Kind::started, {}, nullptr});
+        }
+        if (hold) notify(id);
+        else finish(id);
+        return {};
+    }
+
+    std::optional<valar::Event> poll(const std::string& id) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = answers_.find(id);
+        if (found == answers_.end() || found->second.events.empty()) return std::nullopt;
+        valar::Event event = std::move(found->second.events.front());
+        found->second.events.pop_front();
+        if (event.kind == valar::Event::Kind::finished) answers_.erase(found);
+        return event;
+    }
+
+    void cancel(const std::string& id) override {
+        ++cancels;
+        end(id, valar::Status::cancelled);
+    }
+
+    valar::ResponderStats stats() const override { return {}; }
+
+    void on_ready(void (*listener)(void*, const std::string&), void* context) override {
+        const std::lock_guard<std::recursive_mutex> lock(listener_mutex_);
+        listener_ = listener;
+        context_ = context;
+    }
+
+    // what a test does while requests are held
+    void finish(const std::string& id) {
+        end(id, failure ? valar::Status::failed : valar::Status::completed);
+    }
+    std::vector<std::string> waiting() const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        std::vector<std::string> ids;
+        for (const auto& [id, answer] : answers_)
+            if (!answer.ended) ids.push_back(id);
+        return ids;
+    }
+    std::vector<std::string> organisations() const {  ///< of the requests so far
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return organisations_;
+    }
+    std::atomic<int> cancels = 0;
+
+private:
+    struct Task : valar::Prepared {
+        std::string words;
+        int         logprobs   = -1;  // alternatives; -1: none asked for
+        uint32_t    max_output = UINT32_MAX;
+    };
+    struct Answer {
+        Task task;
+        bool ended = false;
+        std::deque<valar::Event> events;
+    };
+
+    static std::string text_of(const valar::Request& request) {
+        std::string words = request.input.text;
+        for (const valar::Item& item : request.input.items) words += item.text();
+        return words;
+    }
+
+    /// "echo: " and the input, a word a token.
+    valar::Outcome outcome_of(const Task& task, valar::Status status) const {
+        valar::Outcome outcome;
+        outcome.status = status;
+        outcome.usage.input_tokens = task.input_tokens;
+        if (status == valar::Status::failed) outcome.error = failure;
+        if (status == valar::Status::cancelled)
+            outcome.error = valar::detail::make_error(valar::ErrorKind::cancelled, "cancelled");
+        if (status != valar::Status::completed) return outcome;
+        const std::string all = "echo: " + task.words;
+        for (size_t at = 0; at < all.size();) {
+            if (outcome.usage.output_tokens == task.max_output) {
+                outcome.cut = true;
+                break;
+            }
+            const size_t end = std::min(all.find(' ', at), all.size() - 1) + 1;
+            valar::TokenLogprob token{all.substr(at, end - at), -0.5f, {}};
+            for (int i = 0; i < task.logprobs; ++i)
+                token.top.push_back({token.bytes, -0.5f - static_cast<float>(i)});
+            if (task.logprobs >= 0) outcome.logprobs.push_back(token);
+            outcome.text += token.bytes;
+            ++outcome.usage.output_tokens;
+            at = end;
+        }
+        return outcome;
+    }
+
+    void end(const std::string& id, valar::Status status) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            const auto found = answers_.find(id);
+            if (found == answers_.end() || found->second.ended) return;
+            Answer& answer = found->second;
+            answer.ended = true;
+            auto outcome = std::make_shared<valar::Outcome>(outcome_of(answer.task, status));
+            if (!outcome->text.empty())
+                answer.events.push_back({valar::Event::Kind::text_delta, outcome->text, nullptr});
+            answer.events.push_back({valar::Event::Kind::finished, {}, outcome});
+        }
+        notify(id);
+    }
+
+    void notify(const std::string& id) {
+        const std::lock_guard<std::recursive_mutex> lock(listener_mutex_);
+        if (listener_) listener_(context_, id);
+    }
+
+    mutable std::mutex mutex_;
+    std::map<std::string, Answer> answers_;
+    std::vector<std::string> organisations_;
+    std::recursive_mutex listener_mutex_;  // held during calls, so that taking it away waits
+    void (*listener_)(void*, const std::string&) = nullptr;
+    void* context_ = nullptr;
+};
+
+#endif

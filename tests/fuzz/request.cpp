@@ -1,0 +1,34 @@
+// A body of POST /v1/responses: whatever it is, it is refused with a code or makes a request whose
+// response object can be rendered and read again.
+#include "valar.hpp"
+
+#include <cstdlib>
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    auto body = valar::Json::parse({reinterpret_cast<const char*>(data), size});
+    if (!body) return 0;
+    auto request = valar::parse_response_request(*body);
+    if (!request) {
+        if (request.error().code.empty() || request.error().message.empty()) std::abort();
+        (void)valar::render_error(request.error()).write();
+        return 0;
+    }
+    if (request->model.empty() || request->input.empty()) std::abort();
+    valar::ResponseRecord record;
+    record.request = std::move(*body);
+    record.model = request->model;
+    for (const valar::Status status : {valar::Status::pending, valar::Status::completed,
+                                       valar::Status::failed, valar::Status::cancelled}) {
+        record.status = status;
+        valar::Outcome outcome;
+        outcome.text = request->instructions;
+        outcome.cut = size % 2 != 0;
+        outcome.logprobs = {{request->user, -1.0f, {{request->model, -2.0f}}}};
+        if (status == valar::Status::failed)
+            outcome.error = valar::Error{valar::ErrorKind::internal, "x", "", ""};
+        record.outcome = std::make_shared<valar::Outcome>(outcome);
+        for (const valar::Dialect dialect : {valar::Dialect::valar, valar::Dialect::openai})
+            if (!valar::Json::parse(valar::render_response(record, dialect).write())) std::abort();
+    }
+    return 0;
+}

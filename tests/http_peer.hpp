@@ -1,0 +1,144 @@
+// What the tests of http and of the server share: a client that sends any bytes it likes and sees
+// every reply, and a run of the parser over a stream cut into pieces.
+#ifndef VALAR_TESTS_HTTP_PEER_HPP
+#define VALAR_TESTS_HTTP_PEER_HPP
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "valar.hpp"
+
+/// Blocking, for tests: one connection to a port of this machine.
+class HttpPeer {
+public:
+    explicit HttpPeer(uint16_t port, int timeout_ms = 10'000) : timeout_ms_(timeout_ms) {
+        using namespace valar::detail;
+        auto poller = Poller::open();
+        auto socket = Socket::connect(*NetAddress::parse("127.0.0.1", port));
+        if (!poller || !socket) return;
+        poller_ = std::make_unique<Poller>(std::move(*poller));
+        socket_ = std::move(*socket);
+        if (!wait(poll_write) || socket_.connected() != IoStatus::done) socket_.close();
+    }
+
+    bool connected() const { return socket_.is_open(); }
+
+    bool send(std::string_view bytes) {
+        while (!bytes.empty()) {
+            const auto sent = socket_.write(bytes);
+            if (sent.status == valar::detail::IoStatus::closed) return false;
+            bytes.remove_prefix(sent.bytes);
+            if (!bytes.empty() && !wait(valar::detail::poll_write)) return false;
+        }
+        return true;
+    }
+
+    void end() { socket_.shutdown_write(); }
+
+    /// The next reply, 100 Continue included; status 0 when the stream ended or time ran out.
+    valar::HttpReply reply(bool to_head = false) {
+        valar::detail::HttpParser parser(&limits_, valar::detail::HttpParser::Side::reply);
+        if (to_head) parser.expect_no_body();
+        for (;;) {
+            size_t used = 0;
+            const auto event = parser.feed(input_, &used);
+            input_.erase(0, used);
+            if (event == valar::detail::HttpParser::Event::complete)
+                return {parser.status(), std::move(parser.message.headers),
+                        std::move(parser.message.body), false};
+            if (event == valar::detail::HttpParser::Event::fault) return {0, {}, "", true};
+            if (event == valar::detail::HttpParser::Event::more && !fill())
+                return {0, {}, "", true};
+        }
+    }
+
+    /// All that comes until the server ends the stream; "(timeout)" at its end if it does not.
+    std::string rest() {
+        while (fill()) {
+        }
+        return closed_ ? input_ : input_ + "(timeout)";
+    }
+
+    /// True when the server ends the stream without another byte.
+    bool ended() { return rest().empty(); }
+
+private:
+    bool wait(unsigned interest) {
+        std::vector<valar::detail::PollEvent> events;
+        const uint64_t limit =
+            valar::detail::monotonic_ns() + static_cast<uint64_t>(timeout_ms_) * 1'000'000;
+        while (valar::detail::monotonic_ns() < limit) {
+            if (!poller_->set(socket_, 1, interest) || !poller_->wait(timeout_ms_, &events))
+                return false;
+            if (!events.empty()) return true;
+        }
+        return false;
+    }
+
+    bool fill() {
+        char bytes[16 << 10];
+        while (!closed_ && wait(valar::detail::poll_read)) {
+            const auto got = socket_.read(bytes, sizeof bytes);
+            closed_ = got.status == valar::detail::IoStatus::closed;
+            input_.append(bytes, got.bytes);
+            if (got.bytes > 0) return true;
+        }
+        return false;
+    }
+
+    valar::detail::Socket socket_;
+    std::unique_ptr<valar::detail::Poller> poller_;
+    valar::detail::HttpLimits limits_;
+    std::string input_;
+    int timeout_ms_;
+    bool closed_ = false;
+};
+
+/// Runs a stream through the parser, cut where `next_piece(left)` says, and tells what was found:
+/// "GET /x host keep body=0:;" for each message, then "fault 400", "more" or "".
+template <class NextPiece>
+std::string describe_http(std::string_view bytes, valar::detail::HttpParser::Side side,
+                          const valar::detail::HttpLimits& limits, NextPiece next_piece) {
+    using valar::detail::HttpParser;
+    HttpParser parser(&limits, side);
+    std::string found;
+    bool open = false;
+    while (!bytes.empty()) {
+        std::string_view piece = bytes.substr(0, std::max<size_t>(1, next_piece(bytes.size())));
+        bytes.remove_prefix(piece.size());
+        for (bool more = false; !more;) {
+            size_t used = 0;
+            const HttpParser::Event event = parser.feed(piece, &used);
+            piece.remove_prefix(used);
+            open = event != HttpParser::Event::complete || !piece.empty();
+            const auto& message = parser.message;
+            switch (event) {
+                case HttpParser::Event::more:
+                    more = true;
+                    break;
+                case HttpParser::Event::fault:
+                    return found + "fault " + std::to_string(parser.status());
+                case HttpParser::Event::head:
+                    found += side == HttpParser::Side::reply
+                                 ? std::to_string(parser.status())
+                                 : message.method + " " + message.target;
+                    found += " " + message.host + (message.keep_alive ? " keep" : " close");
+                    if (message.expect_continue) found += " expect";
+                    break;
+                case HttpParser::Event::complete:
+                    found += " " + std::to_string(message.headers.size()) +
+                             " fields, body=" + message.body + ";";
+                    parser.reset();
+                    more = piece.empty();
+            }
+        }
+    }
+    if (side == HttpParser::Side::reply && open)
+        return parser.end() == HttpParser::Event::complete
+                   ? found + " body=" + parser.message.body + ";"
+                   : found + "cut";
+    return open ? found + "more" : found;
+}
+
+#endif

@@ -1,0 +1,181 @@
+// How close real weights come to an independent float32 forward pass (data/smollm2, made without this
+// library), in figures. Needs VALAR_MODELS, a folder with SmolLM2-135M-Instruct.Q4_1.gguf and, made from
+// it by make_f32.py, SmolLM2-135M-Instruct.F32.gguf.
+#include <doctest/doctest.h>
+
+#include "run_model.hpp"
+
+#include <cmath>
+#include <cstdlib>
+#include <string>
+
+using namespace run_model;
+
+namespace {
+
+constexpr uint32_t kWindow = 512;
+constexpr size_t kWindows = 40;
+
+Json read_json(const char* name) {
+    auto text = detail::read_file(std::string(VALAR_SOURCE_DIR "/tests/data/smollm2/") + name, 1 << 24);
+    REQUIRE(text);
+    auto json = Json::parse(*text);
+    REQUIRE(json);
+    return std::move(*json);
+}
+
+template <class T> std::vector<T> numbers(const Json& array) {
+    std::vector<T> out;
+    for (const Json& item : array.items()) out.push_back(static_cast<T>(item.as_double()));
+    return out;
+}
+
+// The model of a file in VALAR_MODELS; none where there is none, which is said.
+std::optional<Model> open_model(const char* name, Precision precision, KvType kv_type) {
+    const std::string folder = detail::environment("VALAR_MODELS");
+    if (folder.empty()) {
+        MESSAGE("skipped: VALAR_MODELS is not set");
+        return std::nullopt;
+    }
+    auto file = Gguf::open(folder + "/" + name);
+    if (!file && file.error().kind == ErrorKind::not_found) {
+        MESSAGE("skipped: " << file.error().message);
+        return std::nullopt;
+    }
+    BackendOptions options;
+    options.precision = precision;
+    options.kv_type = kv_type;
+    options.kv_pages = 64;
+    options.max_batch_rows = 1024;
+    options.max_logit_rows = kWindow;
+    auto model = Model::open(std::move(file), options);
+    INFO((model ? "" : model.error().message));
+    REQUIRE(model);
+    return std::move(*model);
+}
+
+struct Greedy {
+    size_t steps = 0, same = 0;
+    double largest_gap = 0;  // of a step where another id was the highest
+};
+
+// Feeds each conversation's expected ids and asks at every step which id is the highest.
+Greedy run_prompts(Model& model) {
+    Greedy result;
+    const Json prompts = read_json("prompts.json");
+    const auto pages = page_list(0, 64);
+    for (const Json& prompt : prompts.items()) {
+        std::vector<Token> ids = numbers<Token>(prompt["ids"]);
+        const auto greedy = numbers<Token>(prompt["greedy"]);
+        const auto gaps = numbers<double>(prompt["gap"]);
+        const size_t first = ids.size() - 1;
+        ids.insert(ids.end(), greedy.begin(), greedy.end() - 1);
+        auto rows = make_rows(ids, 0, pages, false);
+        for (size_t i = first; i < rows.size(); ++i) rows[i].logits = true;
+        REQUIRE(model.run(rows));
+        detail::Sampler sampler({.temperature = 0});
+        for (size_t i = 0; i < greedy.size(); ++i) {
+            const Token top = sampler.sample(model.backend->logits(static_cast<uint32_t>(i)), 0);
+            if (top == greedy[i]) ++result.same;
+            else result.largest_gap = std::max(result.largest_gap, gaps[i]);
+            ++result.steps;
+        }
+    }
+    return result;
+}
+
+struct Text {
+    double perplexity = 0;
+    double expected   = 0;  // perplexity
+    double rms        = 0;  // of the differences, nats
+};
+
+Text run_text(Model& model) {
+    const auto ids = numbers<Token>(read_json("moby-dick-ids.json"));
+    const auto expected = numbers<double>(read_json("nll.json"));
+    const auto pages = page_list(0, 64);
+    double sum = 0, expected_sum = 0, squares = 0;
+    size_t scored = 0;
+    for (size_t window = 0; window < kWindows; ++window) {
+        const std::span<const Token> part(ids.data() + window * kWindow, kWindow);
+        REQUIRE(model.run(make_rows(part, 0, pages, true)));
+        for (uint32_t i = 0; i + 1 < kWindow; ++i, ++scored) {
+            const double nll = -static_cast<double>(
+                detail::logprob_of(model.backend->logits(i), part[i + 1], 0, nullptr));
+            sum += nll;
+            expected_sum += expected[scored];
+            squares += (nll - expected[scored]) * (nll - expected[scored]);
+        }
+    }
+    REQUIRE(scored == expected.size());
+    const double n = static_cast<double>(scored);
+    return {std::exp(sum / n), std::exp(expected_sum / n), std::sqrt(squares / n)};
+}
+
+void report(const Greedy& greedy) {
+    MESSAGE(greedy.same << " of " << greedy.steps << " steps, largest gap lost " << greedy.largest_gap);
+    CHECK(greedy.steps == 1149);
+}
+
+void report(const Text& text) {
+    MESSAGE("perplexity " << text.perplexity << " (" << text.expected << " expected), nll within "
+                          << text.rms);
+    CHECK(std::abs(text.expected - 55.7777) < 1e-3);
+}
+
+constexpr const char* kFile = "SmolLM2-135M-Instruct.Q4_1.gguf";
+constexpr const char* kF32 = "SmolLM2-135M-Instruct.F32.gguf";
+
+}  // namespace
+
+TEST_CASE("SmolLM2, F32 copy: greedy ids") {
+    auto model = open_model(kF32, Precision::fast, KvType::f32);
+    if (!model) return;
+    const Greedy greedy = run_prompts(*model);
+    report(greedy);
+    CHECK(greedy.largest_gap < 0.005);
+}
+
+TEST_CASE("SmolLM2, F32 copy: log-probabilities") {
+    auto model = open_model(kF32, Precision::fast, KvType::f32);
+    if (!model) return;
+    const Text text = run_text(*model);
+    report(text);
+    CHECK(std::abs(text.perplexity / text.expected - 1) < 1e-4);
+    CHECK(text.rms < 0.002);
+}
+
+TEST_CASE("SmolLM2, the file as it is: greedy ids") {
+    auto model = open_model(kFile, Precision::fast, KvType::f16);
+    if (!model) return;
+    const Greedy greedy = run_prompts(*model);
+    report(greedy);
+    CHECK(static_cast<double>(greedy.same) >= 0.965 * static_cast<double>(greedy.steps));
+    CHECK(greedy.largest_gap < 0.75);
+}
+
+TEST_CASE("SmolLM2, the file as it is: log-probabilities") {
+    auto model = open_model(kFile, Precision::fast, KvType::f16);
+    if (!model) return;
+    const Text text = run_text(*model);
+    report(text);
+    CHECK(text.perplexity <= 55.96);
+    CHECK(text.rms <= 0.085);
+}
+
+TEST_CASE("SmolLM2, precision fine: greedy ids") {
+    auto model = open_model(kFile, Precision::fine, KvType::f32);
+    if (!model) return;
+    const Greedy greedy = run_prompts(*model);
+    report(greedy);
+    CHECK(greedy.largest_gap < 0.02);
+}
+
+TEST_CASE("SmolLM2, precision fine: log-probabilities") {
+    auto model = open_model(kFile, Precision::fine, KvType::f32);
+    if (!model) return;
+    const Text text = run_text(*model);
+    report(text);
+    CHECK(std::abs(text.perplexity / text.expected - 1) < 1e-4);
+    CHECK(text.rms <= 0.002);
+}

@@ -1,0 +1,140 @@
+"""The official Python client against a running server: check.py BASE_URL KEY MODEL
+
+BASE_URL ends in /v1; KEY is one that the server knows; MODEL is an id or alias it answers to.
+Needs PyPI's openai and jsonschema. The client is used as it comes: only base URL and key are set.
+"""
+import json
+import pathlib
+import sys
+
+import jsonschema
+import openai
+
+base_url, key, model = sys.argv[1:4]
+schema = json.loads((pathlib.Path(__file__).parent / "response.schema.json").read_text())
+keys = schema["required"]
+client = openai.OpenAI(base_url=base_url, api_key=key)
+checks = 0
+
+
+def check(condition, what):
+    global checks
+    checks += 1
+    if not condition:
+        sys.exit(f"check.py: {what}")
+
+
+def check_response(raw):
+    """Every key, in order, each of its type."""
+    body = json.loads(raw.text if isinstance(raw.text, str) else raw.text())
+    jsonschema.validate(body, schema)
+    check(list(body) == keys, f"keys or their order: {list(body)}")
+    usage = body["usage"]
+    check(usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"], "total_tokens")
+    check(usage["prompt_tokens"] == usage["input_tokens"], "prompt_tokens")
+    check(usage["completion_tokens"] == usage["output_tokens"], "completion_tokens")
+    return body
+
+
+def refused(error, status, code, param, call):
+    try:
+        call()
+    except error as caught:
+        what = f"{error.__name__}: {caught.status_code} {caught.code} {caught.param}"
+        check(type(caught) is error, f"{what}: is a {type(caught).__name__}")
+        check((caught.status_code, caught.code, caught.param) == (status, code, param), what)
+        check(len(caught.message) > 10, f"{what}: no message")
+        check(caught.request_id and len(caught.request_id) == 36, f"{what}: no request id")
+        return
+    check(False, f"no {error.__name__} for {code} {param}")
+
+
+# models
+listed = [entry.id for entry in client.models.list()]
+check(model in listed, f"{model} is not among {listed}")
+for name in listed:
+    check(client.models.retrieve(name).id == name, f"models.retrieve({name})")
+
+# a response, and the same again
+response = client.responses.create(model=model, input="Say hello.", max_output_tokens=12)
+check(response.status == "completed", response.status)
+check(response.output_text, "no text")
+check(response.usage.output_tokens > 0, "no usage")
+raw = client.responses.with_raw_response.create(
+    model=model,
+    input=[
+        {"role": "user", "content": [{"type": "input_text", "text": "Name a colour."}]},
+        {"role": "assistant", "content": "Blue."},
+        {"role": "user", "content": "Another one, please."},
+    ],
+    instructions="Answer in one word.",
+    temperature=0,
+    max_output_tokens=6,
+    metadata={"purpose": "check"},
+    include=["message.output_text.logprobs"],
+    top_logprobs=2,
+)
+body = check_response(raw)
+check(len(raw.headers["x-request-id"]) == 36, "X-Request-ID")
+check(body["metadata"] == {"purpose": "check"} and body["temperature"] == 0, "echo")
+part = body["output"][0]["content"][0]
+check(0 < len(part["logprobs"]) <= body["usage"]["output_tokens"], "log-probabilities")
+check(all(len(token["top_logprobs"]) == 2 for token in part["logprobs"]), "top_logprobs")
+kept = client.responses.with_raw_response.retrieve(body["id"])
+check(check_response(kept) == body, "retrieve() differs from create()")
+
+# an earlier output is a valid input
+again = client.responses.create(
+    model=model,
+    input=[
+        {"role": "user", "content": "Hello."},
+        *response.output,
+        {"role": "user", "content": "Go on."},
+    ],
+    max_output_tokens=4,
+)
+check(again.status == "completed", again.status)
+
+# the same request and seed, the same text
+texts = {
+    client.responses.create(
+        model=model, input="Tell me a story.", max_output_tokens=8, extra_body={"seed": 7}
+    ).output_text
+    for _ in range(2)
+}
+check(len(texts) == 1, f"one seed, several texts: {texts}")
+
+# refusals
+stranger = openai.OpenAI(base_url=base_url, api_key="sk-not-a-key-of-this-server")
+refused(openai.AuthenticationError, 401, "invalid_api_key", None, stranger.models.list)
+refused(openai.NotFoundError, 404, "model_not_found", "model",
+        lambda: client.responses.create(model="no/such-model", input="x"))
+refused(openai.NotFoundError, 404, "model_not_found", "model",
+        lambda: client.models.retrieve("no/such-model"))
+refused(openai.NotFoundError, 404, "not_found", None,
+        lambda: client.responses.retrieve("resp_000000000000000000000000"))
+for code, param, fields in [
+    ("decimal_above_max_value", "temperature", {"temperature": 3}),
+    ("decimal_below_min_value", "top_p", {"top_p": -1}),
+    ("integer_below_min_value", "max_output_tokens", {"max_output_tokens": 0}),
+    ("invalid_type", "max_output_tokens", {"max_output_tokens": "many"}),
+    ("integer_above_max_value", "top_logprobs", {"top_logprobs": 21}),
+    ("string_below_min_length", "input", {"input": ""}),
+    ("array_below_min_length", "input", {"input": []}),
+    ("invalid_value", "input[0].role", {"input": [{"role": "boss", "content": "x"}]}),
+    ("invalid_value", "reasoning.effort", {"reasoning": {"effort": "huge"}}),
+    ("invalid_type", "metadata.k", {"metadata": {"k": 1}}),
+    ("unsupported_value", "truncation", {"truncation": "auto"}),
+    ("unsupported_value", "store", {"store": False}),
+    ("unsupported_value", "include[0]", {"include": ["reasoning.encrypted_content"]}),
+    ("unsupported_parameter", "background", {"background": True}),
+    ("unsupported_parameter", "previous_response_id", {"previous_response_id": "resp_1"}),
+    ("unsupported_parameter", "tools",
+     {"tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}]}),
+    ("unsupported_parameter", "input[0].content[0].type",
+     {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]}),
+]:
+    refused(openai.BadRequestError, 400, code, param,
+            lambda: client.responses.create(**{"model": model, "input": "x", **fields}))
+
+print(f"check.py: {checks} checks passed with openai {openai.__version__}")

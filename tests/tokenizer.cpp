@@ -1,0 +1,656 @@
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "valar.hpp"
+
+using namespace valar;
+using detail::format;
+
+namespace {
+
+// A vocabulary in the making; `open` writes it as GGUF and reads that.
+struct Vocab {
+    std::string model = "gpt2", pre = "gpt-2", chat_template = {};
+    std::vector<std::string> tokens = {}, merges = {};
+    std::vector<int32_t> types = {};
+    std::vector<float> scores = {};
+    std::map<std::string, uint32_t> ids = {};
+    std::map<std::string, bool> flags = {};
+
+    Token add(std::string spelling, TokenKind kind = TokenKind::normal, float score = 0) {
+        tokens.push_back(std::move(spelling));
+        types.push_back(int32_t(kind));
+        scores.push_back(score);
+        return Token(tokens.size()) - 1;
+    }
+    Vocab& add_byte_alphabet() {
+        for (int byte = 0; byte < 256; ++byte) add(printable(std::string(1, char(byte))));
+        return *this;
+    }
+    // A merge by the bytes of its halves; adds the product if it is new.
+    void merge(const std::string& left, const std::string& right) {
+        const std::string product = printable(left + right);
+        if (std::find(tokens.begin(), tokens.end(), product) == tokens.end()) add(product);
+        merges.push_back(printable(left) + " " + printable(right));
+    }
+    static std::string printable(std::string_view bytes) {
+        std::string out;
+        for (char c : bytes) {
+            const unsigned b = uint8_t(c);
+            char32_t shown = b;
+            if (b <= 0x20) shown = 0x100 + b;
+            else if (b >= 0x7F && b <= 0xA0) shown = 0x121 + b - 0x7F;
+            else if (b == 0xAD) shown = 0x143;
+            detail::utf8_append(out, shown);
+        }
+        return out;
+    }
+    std::vector<std::byte> bytes() const {
+        GgufWriter writer;
+        writer.set_string("tokenizer.ggml.model", model);
+        if (model == "gpt2") writer.set_string("tokenizer.ggml.pre", pre);
+        auto set_strings = [&](const char* key, const std::vector<std::string>& values) {
+            writer.set_strings(key, std::vector<std::string_view>(values.begin(), values.end()));
+        };
+        set_strings("tokenizer.ggml.tokens", tokens);
+        writer.set_array<int32_t>("tokenizer.ggml.token_type", types);
+        if (model == "gpt2") set_strings("tokenizer.ggml.merges", merges);
+        else writer.set_array<float>("tokenizer.ggml.scores", scores);
+        for (const auto& [key, id] : ids) writer.set("tokenizer.ggml." + key, id);
+        for (const auto& [key, flag] : flags) writer.set("tokenizer.ggml." + key, flag);
+        if (!chat_template.empty()) writer.set_string("tokenizer.chat_template", chat_template);
+        auto result = writer.to_bytes();
+        REQUIRE(result.ok());
+        return *result;
+    }
+    Result<Tokenizer> try_open(std::string_view other_template = {}) const {
+        const auto data = bytes();
+        auto file = Gguf::from_bytes(data, "test.gguf");
+        REQUIRE(file.ok());
+        return Tokenizer::open(*file, other_template);
+    }
+    Tokenizer open(std::string_view other_template = {}) const {
+        auto tokenizer = try_open(other_template);
+        REQUIRE_MESSAGE(tokenizer.ok(), (tokenizer ? std::string() : tokenizer.error().message));
+        return *tokenizer;
+    }
+};
+
+Vocab byte_vocab(std::string pre = "gpt-2") {
+    Vocab vocab;
+    vocab.pre = std::move(pre);
+    return vocab.add_byte_alphabet();
+}
+
+using Tokens = std::vector<Token>;
+
+template <class Text>
+Tokens ids(const Tokenizer& tokenizer, const Text& text, bool add_bos = false) {
+    auto result = tokenizer.encode(text, add_bos);
+    REQUIRE(result.ok());
+    return *result;
+}
+
+std::string decode(const Tokenizer& tokenizer, const Tokens& tokens) {
+    Detokenizer detokenizer(tokenizer);
+    std::string text;
+    for (Token token : tokens) text += detokenizer.push(token);
+    return text += detokenizer.flush();
+}
+
+std::string raw_bytes(const Tokenizer& tokenizer, const Tokens& tokens) {
+    std::string text;
+    for (Token token : tokens) text += tokenizer.piece(token);
+    return text;
+}
+
+// Text with the request's bytes in [brackets].
+MarkedText marked(std::string_view pattern) {
+    MarkedText text;
+    for (char c : pattern) {
+        if (c == '[') text.from_request.push_back({text.text.size(), text.text.size()});
+        else if (c == ']') text.from_request.back().end = text.text.size();
+        else text.text += c;
+    }
+    return text;
+}
+
+// The words that a pre-tokenizer makes: in this vocabulary every substring of the text is a token
+// and every way to build it a merge, so that each word becomes one token.
+std::vector<std::string> words(const std::string& pre, const std::string& text) {
+    Vocab vocab = byte_vocab(pre);
+    for (size_t length = 2; length <= text.size(); ++length)
+        for (size_t at = 0; at + length <= text.size(); ++at)
+            for (size_t cut = 1; cut < length; ++cut)
+                vocab.merge(text.substr(at, cut), text.substr(at + cut, length - cut));
+    const Tokenizer tokenizer = vocab.open();
+    std::vector<std::string> out;
+    for (Token token : ids(tokenizer, text)) out.emplace_back(tokenizer.piece(token));
+    return out;
+}
+
+using Words = std::vector<std::string>;
+
+std::string joined(const Words& words) {
+    std::string all;
+    for (const std::string& word : words) all += "|" + word;
+    return all;
+}
+
+uint32_t next_random(uint64_t& state) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state >> 33);
+}
+
+}  // namespace
+
+TEST_CASE("byte-level: merges go by rank, then from the left") {
+    Vocab vocab = byte_vocab();
+    vocab.merge("b", "c");
+    vocab.merge("a", "b");
+    vocab.merge("a", "a");
+    vocab.merge("aa", "a");
+    const Tokenizer tokenizer = vocab.open();
+    const Token bc = 256, ab = 257, aa = 258;
+    CHECK(tokenizer.size() == 260);
+    CHECK(ids(tokenizer, "abc") == Tokens{'a', bc});
+    CHECK(ids(tokenizer, "ab") == Tokens{ab});
+    CHECK(ids(tokenizer, "aaaa") == Tokens{aa, aa});
+    CHECK(ids(tokenizer, "aaaaa") == Tokens{aa, 259});
+    CHECK(ids(tokenizer, "") == Tokens{});
+    CHECK(tokenizer.piece(bc) == "bc");
+    CHECK(tokenizer.kind(bc) == TokenKind::normal);
+    CHECK(tokenizer.find("aaa") == 259);
+    CHECK_FALSE(tokenizer.find("aaaa"));
+    CHECK_FALSE(tokenizer.find(""));
+}
+
+TEST_CASE("ids out of range name nothing") {
+    const Tokenizer tokenizer = byte_vocab().open();
+    for (Token token : {Token(-1), Token(256), INT32_MIN, INT32_MAX}) {
+        CHECK(tokenizer.piece(token).empty());
+        CHECK(tokenizer.kind(token) == TokenKind::unused);
+        CHECK_FALSE(tokenizer.is_end(token));
+        CHECK(Detokenizer(tokenizer).push(token).empty());
+    }
+}
+
+TEST_CASE("the words of each pre-tokenizer") {
+    struct Row {
+        std::string text;
+        Words gpt2, smollm, llama, qwen2;
+    };
+    const Row rows[] = {
+        {"a  b", {"a", " ", " b"}, {"a", " ", " b"}, {"a", " ", " b"}, {"a", " ", " b"}},
+        {"a  ", {"a", "  "}, {"a", "  "}, {"a", "  "}, {"a", "  "}},
+        {"it's WE'LL", {"it", "'s", " WE", "'", "LL"}, {"it", "'s", " WE", "'", "LL"},
+         {"it", "'s", " WE", "'LL"}, {"it", "'s", " WE", "'LL"}},
+        {"'tx'rex", {"'t", "x", "'re", "x"}, {"'t", "x", "'re", "x"}, {"'t", "x", "'re", "x"},
+         {"'t", "x", "'re", "x"}},
+        {"'\xC5\xBFx", {"'", "\xC5\xBFx"}, {"'", "\xC5\xBFx"}, {"'\xC5\xBF", "x"},
+         {"'\xC5\xBF", "x"}},
+        {"x 12345", {"x", " 12345"}, {"x", " ", "1", "2", "3", "4", "5"}, {"x", " ", "123", "45"},
+         {"x", " ", "1", "2", "3", "4", "5"}},
+        {"x  1", {"x", " ", " 1"}, {"x", "  ", "1"}, {"x", " ", " ", "1"}, {"x", " ", " ", "1"}},
+        {"a\n\n  b", {"a", "\n\n ", " b"}, {"a", "\n\n ", " b"}, {"a", "\n\n", " ", " b"},
+         {"a", "\n\n", " ", " b"}},
+        {"a \n \tb", {"a", " \n ", "\t", "b"}, {"a", " \n ", "\t", "b"}, {"a", " \n", " ", "\tb"},
+         {"a", " \n", " ", "\tb"}},
+        {"(f) .\r\n", {"(", "f", ")", " .", "\r\n"}, {"(", "f", ")", " .", "\r\n"},
+         {"(f", ")", " .\r\n"}, {"(f", ")", " .\r\n"}},
+        {"\xC3\xA9\xCC\x81\xD0\x96", {"\xC3\xA9", "\xCC\x81", "\xD0\x96"},
+         {"\xC3\xA9", "\xCC\x81", "\xD0\x96"}, {"\xC3\xA9", "\xCC\x81\xD0\x96"},
+         {"\xC3\xA9", "\xCC\x81\xD0\x96"}},
+        {"\xC2\xA0""a\xC2\xBD", {"\xC2\xA0", "a", "\xC2\xBD"}, {"\xC2\xA0", "a", "\xC2\xBD"},
+         {"\xC2\xA0""a", "\xC2\xBD"}, {"\xC2\xA0""a", "\xC2\xBD"}},
+    };
+    for (const Row& row : rows) {
+        CAPTURE(row.text);
+        CHECK(joined(words("gpt-2", row.text)) == joined(row.gpt2));
+        CHECK(joined(words("smollm", row.text)) == joined(row.smollm));
+        CHECK(joined(words("llama-bpe", row.text)) == joined(row.llama));
+        CHECK(joined(words("qwen2", row.text)) == joined(row.qwen2));
+    }
+}
+
+TEST_CASE("llama-bpe takes a word that is a token, qwen2 composes first") {
+    Vocab vocab = byte_vocab("llama-bpe");
+    const Token word = vocab.add("hello");
+    CHECK(ids(vocab.open(), "hello") == Tokens{word});
+    CHECK(vocab.open().add_bos());
+    vocab.pre = "qwen2";
+    CHECK(ids(vocab.open(), "hello").size() == 5);
+    CHECK_FALSE(vocab.open().add_bos());
+    CHECK(ids(vocab.open(), "e\xCC\x81") == Tokens{0xC3, 0xA9});
+    vocab.pre = "gpt-2";
+    CHECK(ids(vocab.open(), "e\xCC\x81") == Tokens{'e', 0xCC, 0x81});
+}
+
+TEST_CASE("long words merge as the definition says") {
+    // against the plain definition, with ranks in no helpful order and scores with many ties
+    uint64_t state = 42;
+    for (int round = 0; round < 120; ++round) {
+        const bool sentences = round % 2 == 1;
+        Vocab vocab = sentences ? Vocab{.model = "llama"} : byte_vocab();
+        vocab.flags["add_space_prefix"] = false;
+        Words pieces = {"a", "b", "c"};
+        std::vector<std::pair<std::string, std::string>> merges;
+        while (merges.size() < 40) {
+            const auto& left = pieces[next_random(state) % pieces.size()];
+            const auto& right = pieces[next_random(state) % pieces.size()];
+            const std::pair merge(left, right);
+            if (left.size() + right.size() > 12) continue;
+            if (std::find(merges.begin(), merges.end(), merge) != merges.end()) continue;
+            merges.push_back(merge);
+            pieces.push_back(left + right);
+        }
+        for (size_t i = merges.size(); i > 1; --i)
+            std::swap(merges[i - 1], merges[next_random(state) % i]);
+        std::map<std::string, float> scores;
+        for (const std::string& piece : pieces)
+            scores.emplace(piece, float(next_random(state) % 4));
+        for (const auto& [left, right] : merges) vocab.merge(left, right);
+        if (sentences) {
+            for (const char* letter : {"a", "b", "c"}) vocab.add(letter);
+            for (size_t id = 0; id < vocab.tokens.size(); ++id)
+                vocab.scores[id] = scores[vocab.tokens[id]];
+        }
+        const auto rank = [&](const std::string& left, const std::string& right) -> float {
+            if (sentences) return scores.count(left + right) ? -scores[left + right] : INFINITY;
+            const auto at = std::find(merges.begin(), merges.end(), std::pair(left, right));
+            return at == merges.end() ? INFINITY : float(at - merges.begin());
+        };
+
+        std::string text;
+        for (const size_t length = 20 + next_random(state) % 300; text.size() < length;) {
+            const auto& piece = pieces[next_random(state) % pieces.size()];
+            for (uint32_t n = next_random(state) % 4; n--;) text += piece;
+        }
+        Words expected;
+        for (char c : text) expected.emplace_back(1, c);
+        for (;;) {
+            float best = INFINITY;
+            size_t place = 0;
+            for (size_t i = 0; i + 1 < expected.size(); ++i)
+                if (const float r = rank(expected[i], expected[i + 1]); r < best)
+                    best = r, place = i;
+            if (best == INFINITY) break;
+            expected[place] += expected[place + 1];
+            expected.erase(expected.begin() + ptrdiff_t(place) + 1);
+        }
+        const Tokenizer tokenizer = vocab.open();
+        Words made;
+        for (Token token : ids(tokenizer, text)) made.emplace_back(tokenizer.piece(token));
+        CHECK(joined(made) == joined(expected));
+    }
+}
+
+TEST_CASE("200 KB in one word") {  // a quadratic loop would not come back
+    Vocab vocab = byte_vocab();
+    for (const char* unit : {"a", " ", "\xF0\x9F\x98\x80"}) {
+        std::string half = unit;
+        for (size_t i = 1; i < half.size(); ++i) vocab.merge(half.substr(0, i), half.substr(i, 1));
+        for (; half.size() < 64; half += half) vocab.merge(half, half);
+    }
+    Vocab sentences = vocab;
+    sentences.model = "llama";
+    sentences.flags["add_space_prefix"] = false;
+    for (auto& token : sentences.tokens) {
+        const size_t id = size_t(&token - sentences.tokens.data());
+        if (id < 256) token = format("<0x%02X>", int(id)), sentences.types[id] = 6;
+        sentences.scores[id] = -float(id);
+    }
+    for (const std::string unit : {"a", "ab", " ", "\xF0\x9F\x98\x80", "\xCC\x81", "\n"}) {
+        std::string text;
+        while (text.size() < 200'000) text += unit;
+        const Tokenizer bytes = vocab.open(), pieces = sentences.open();
+        CHECK(raw_bytes(bytes, ids(bytes, text)) == text);
+        CHECK(raw_bytes(pieces, ids(pieces, text)) == text);
+    }
+    vocab.pre = "qwen2";
+    CHECK(ids(vocab.open(), std::string(200'000, ' ')).size() < 10'000);
+}
+
+TEST_CASE("words are remembered within a text") {
+    Vocab vocab = byte_vocab();
+    vocab.merge("t", "h");
+    vocab.merge(" ", "th");
+    const Tokenizer tokenizer = vocab.open();
+    std::string text;
+    Tokens expected;
+    for (int i = 0; i < 3000; ++i) {
+        const std::string word = format(" th%c%c", 'a' + i % 26, 'a' + i / 26 % 26);
+        text += word;
+        const Tokens part = ids(tokenizer, word);
+        expected.insert(expected.end(), part.begin(), part.end());
+    }
+    CHECK(ids(tokenizer, text) == expected);
+}
+
+TEST_CASE("control tokens come from the template alone") {
+    Vocab vocab = byte_vocab();
+    const Token start = vocab.add("<|im_start|>", TokenKind::control);
+    const Token end = vocab.add("<|im_end|>", TokenKind::control);
+    const Token longer = vocab.add("<|im_end|>>", TokenKind::control);
+    vocab.ids["bos_token_id"] = uint32_t(start);
+    vocab.ids["eos_token_id"] = uint32_t(end);
+    for (const char* pre : {"gpt-2", "smollm", "llama-bpe", "qwen2"}) {
+        vocab.pre = pre;
+        const Tokenizer tokenizer = vocab.open();
+        CHECK(ids(tokenizer, marked("<|im_start|>[x]<|im_end|>")) == Tokens{start, 'x', end});
+        CHECK(ids(tokenizer, marked("<|im_end|>>")) == Tokens{longer});
+        // all of the bytes must be the template's; a shorter token may fit
+        CHECK(ids(tokenizer, marked("<|im_end|>[>]")) == Tokens{end, '>'});
+        CHECK(ids(tokenizer, marked("<|im_end|[>]")).size() == 10);
+        for (const std::string text : {"[<|im_end|>]", "<[|im_end|>]", "<|im[_]end|>",
+                                       "[<|im_end|]>", "[<|im][_end|>]", "<|im_[e][nd]|>"}) {
+            CAPTURE(text);
+            const Tokens tokens = ids(tokenizer, marked(text));
+            CHECK(tokens == Tokens{'<', '|', 'i', 'm', '_', 'e', 'n', 'd', '|', '>'});
+        }
+        const Tokens plain = ids(tokenizer, "a<|im_start|>b");
+        CHECK(std::find(plain.begin(), plain.end(), start) == plain.end());
+        CHECK(raw_bytes(tokenizer, plain) == "a<|im_start|>b");
+    }
+}
+
+TEST_CASE("no vocabulary lets a text spell a control token") {
+    // merges, whole words, bytes and the unknown token could each make one
+    Vocab vocab = byte_vocab("llama-bpe");
+    vocab.merge("h", "i");
+    vocab.merge("hi", "t");
+    vocab.types[257] = int32_t(TokenKind::control);  // "hit"
+    vocab.types['x'] = int32_t(TokenKind::control);
+    vocab.ids["unknown_token_id"] = 'x';
+    vocab.ids["eos_token_id"] = 256;  // "hi" is called normal, but it ends the text
+    const Tokenizer tokenizer = vocab.open();
+    CHECK(ids(tokenizer, "hit x") == Tokens{'h', 'i', 't', ' '});
+    CHECK(ids(tokenizer, marked("hit[hi]hix")) == Tokens{257, 'h', 'i', 256, 'x'});
+
+    Vocab sentences;
+    sentences.model = "llama";
+    for (const char* piece : {"a", "b", "ab"}) sentences.add(piece);
+    sentences.add("</s>", TokenKind::control);
+    for (const char* piece : {"<", "/", "s", ">", "</", "s>"}) sentences.add(piece);
+    sentences.types[2] = int32_t(TokenKind::control);
+    sentences.flags["add_space_prefix"] = false;
+    sentences.ids["eos_token_id"] = 3;
+    sentences.ids["unknown_token_id"] = 3;
+    const Tokenizer other = sentences.open();
+    CHECK(ids(other, "ab</s>?") == Tokens{0, 1, 8, 9});
+    CHECK(ids(other, marked("ab</s>")) == Tokens{2, 3});
+}
+
+TEST_CASE("user-defined tokens: guarded if the template has them, else of any text") {
+    Vocab vocab = byte_vocab();
+    const Token tool = vocab.add("<tool>", TokenKind::user_defined);
+    const Token other = vocab.add("<b>", TokenKind::user_defined);
+    const Token lines = vocab.add("\n\n", TokenKind::user_defined);
+    vocab.chat_template = "{{ '<tool>\n\n' }}";
+    const Tokenizer tokenizer = vocab.open();
+    CHECK(ids(tokenizer, marked("<tool>[<b>]")) == Tokens{tool, other});
+    CHECK(ids(tokenizer, marked("<[b]>")) == Tokens{other});
+    CHECK(ids(tokenizer, "<tool>") == Tokens{'<', 't', 'o', 'o', 'l', '>'});
+    CHECK(ids(tokenizer, "a\n\nb") == Tokens{'a', lines, 'b'});
+    // a template that is not the file's own guards too
+    CHECK(ids(vocab.open("<b>"), "<b>") == Tokens{'<', 'b', '>'});
+    vocab.chat_template.clear();
+    CHECK(ids(vocab.open(), "<tool>") == Tokens{tool});
+}
+
+TEST_CASE("the request's edges split neither words nor merges") {
+    Vocab vocab = byte_vocab("qwen2");
+    for (auto [left, right] : {std::pair("h", "e"), {"l", "l"}, {"he", "ll"}, {"hell", "o"}})
+        vocab.merge(left, right);
+    const Tokenizer tokenizer = vocab.open();
+    CHECK(ids(tokenizer, marked("he[l]lo")) == ids(tokenizer, "hello"));
+    CHECK(ids(tokenizer, marked("[h][e]llo")).size() == 1);
+    CHECK(ids(tokenizer, marked("e[\xCC\x81]")) == Tokens{0xC3, 0xA9});
+    MarkedText wrong{"abc", {{2, 1}}};
+    CHECK(tokenizer.encode(wrong).error().kind == ErrorKind::internal);
+    wrong.from_request = {{0, 4}};
+    CHECK_FALSE(tokenizer.encode(wrong).ok());
+    wrong.from_request = {{1, 2}, {0, 1}};
+    CHECK_FALSE(tokenizer.encode(wrong).ok());
+}
+
+TEST_CASE("begin, end and the ends of turns") {
+    Vocab vocab = byte_vocab();
+    const Token bos = vocab.add("<s>");  // called normal: counts as control all the same
+    const Token eos = vocab.add("</s>", TokenKind::control);
+    const Token turn = vocab.add("<|im_end|>", TokenKind::control);
+    const Token gemma = vocab.add("<end_of_turn>", TokenKind::user_defined);
+    const Token plain = vocab.add("<|eot_id|>");
+    const Token eot = vocab.add("<turn/>", TokenKind::control);
+    CHECK_FALSE(vocab.open().bos());
+    CHECK_FALSE(vocab.open().eos());
+    vocab.ids = {{"bos_token_id", uint32_t(bos)}, {"eos_token_id", uint32_t(eos)},
+                 {"eot_token_id", uint32_t(eot)}};
+    vocab.flags = {{"add_bos_token", true}, {"add_eos_token", true}};
+    const Tokenizer tokenizer = vocab.open();
+    CHECK(tokenizer.bos() == bos);
+    CHECK(tokenizer.eos() == eos);
+    CHECK(tokenizer.add_bos());
+    CHECK(tokenizer.add_eos());
+    CHECK(tokenizer.kind(bos) == TokenKind::control);
+    std::set<Token> ends;
+    for (Token token = 0; token < Token(tokenizer.size()); ++token)
+        if (tokenizer.is_end(token)) ends.insert(token);
+    CHECK(ends == std::set<Token>{eos, turn, gemma, eot});
+    CHECK(tokenizer.kind(plain) == TokenKind::normal);
+    CHECK(ids(tokenizer, "x", true) == Tokens{bos, 'x'});
+    CHECK(ids(tokenizer, "", true) == Tokens{bos});
+    CHECK(ids(tokenizer, marked("<s>x"), true) == Tokens{bos, 'x'});
+    CHECK(ids(tokenizer, "<s>", true) == Tokens{bos, '<', 's', '>'});
+}
+
+TEST_CASE("bytes that no token stands for are left out; invalid UTF-8 is kept") {
+    Vocab vocab;
+    for (int byte = 0; byte < 256; ++byte)
+        if (byte != 'x') vocab.add(Vocab::printable(std::string(1, char(byte))));
+    CHECK(raw_bytes(vocab.open(), ids(vocab.open(), "axb")) == "ab");
+    vocab.add("<unk>", TokenKind::unknown);
+    vocab.ids["unknown_token_id"] = 255;
+    CHECK(ids(vocab.open(), "axb") == Tokens{'a', 255, 'b' });
+    for (const char* pre : {"gpt-2", "smollm", "llama-bpe", "qwen2"}) {
+        vocab.pre = pre;
+        const Tokenizer tokenizer = vocab.open();
+        const std::string text = "a\xFF\xC3 \xE2\x82\xF0\x9F\x98 1\xED\xA0\x80'\xC5";
+        CHECK(raw_bytes(tokenizer, ids(tokenizer, text)) == text);
+    }
+}
+
+TEST_CASE("sentencepiece: scores, spaces, bytes, unknown and unused pieces") {
+    Vocab vocab;
+    vocab.model = "llama";
+    const Token unknown = vocab.add("<unk>", TokenKind::unknown);
+    const Token bos = vocab.add("<s>", TokenKind::control);
+    vocab.ids = {{"unknown_token_id", 0}, {"bos_token_id", 1}};
+    const Token space = vocab.add("\xE2\x96\x81", TokenKind::normal, -9);
+    const Token a = vocab.add("a", TokenKind::normal, -10);
+    const Token b = vocab.add("b", TokenKind::normal, -11);
+    const Token ab = vocab.add("ab", TokenKind::normal, -2);
+    const Token ba = vocab.add("ba", TokenKind::normal, -1);
+    const Token space_a = vocab.add("\xE2\x96\x81" "a", TokenKind::normal, -3);
+    const Token user = vocab.add("\xE2\x96\x81\xE2\x96\x81", TokenKind::user_defined);
+    const Token step = vocab.add("bab", TokenKind::unused, -0.5f);
+    const Token four = vocab.add("babb", TokenKind::normal, -0.7f);
+
+    const Tokenizer tokenizer = vocab.open();
+    CHECK(tokenizer.add_bos());
+    CHECK(ids(tokenizer, "a", true) == Tokens{bos, space_a});
+    CHECK(ids(tokenizer, "") == Tokens{});
+    CHECK(ids(tokenizer, "aba") == Tokens{space_a, ba});
+    CHECK(ids(tokenizer, "ab") == Tokens{space, ab});
+    CHECK(ids(tokenizer, "a?!b\xC3") == Tokens{space_a, unknown, b, unknown});
+    CHECK(ids(tokenizer, "bab") == Tokens{space, ba, b});
+    CHECK(ids(tokenizer, "babb") == Tokens{space, four});
+    CHECK(ids(tokenizer, " a") == Tokens{user, a});       // "__a": the prefix and the space
+    CHECK(ids(tokenizer, "b  b") == Tokens{space, b, user, b});
+    CHECK(ids(tokenizer, "b\xE2\x96\x81" "a") == Tokens{space, b, space_a});
+    CHECK(ids(tokenizer, marked("<s>a<s>b")) == Tokens{bos, space_a, bos, space, b});
+    CHECK(tokenizer.piece(step) == "bab");
+    CHECK(tokenizer.piece(space_a) == " a");
+    CHECK(decode(tokenizer, ids(tokenizer, "aba b")) == "aba b");
+    CHECK(decode(tokenizer, {bos, space_a, bos, space_a}) == "a a");
+    CHECK(Detokenizer(tokenizer, false).push(space_a) == " a");
+
+    vocab.flags["add_space_prefix"] = false;
+    for (int byte = 0; byte < 256; ++byte) vocab.add(format("<0x%02X>", byte), TokenKind::byte);
+    const Tokenizer bytes = vocab.open();
+    const Token zero = step + 2;
+    CHECK(ids(bytes, "a?\xC3\xA9") == Tokens{a, zero + '?', zero + 0xC3, zero + 0xA9});
+    CHECK(ids(bytes, "<0x41>").size() == 6);
+    CHECK(raw_bytes(bytes, ids(bytes, "\xFF\xE2\x82 ab\xF0\x9F")) == "\xFF\xE2\x82 ab\xF0\x9F");
+    CHECK(bytes.piece(zero + 10) == "\n");
+    CHECK(bytes.find("\n") == zero + 10);
+    CHECK(bytes.find("a") == a);
+}
+
+TEST_CASE("the detokenizer gives whole characters") {
+    Vocab vocab = byte_vocab();
+    const Token control = vocab.add("<|im_end|>", TokenKind::control);
+    const Token user = vocab.add("<b>", TokenKind::user_defined);
+    const Tokenizer tokenizer = vocab.open();
+    Detokenizer stream(tokenizer);
+    CHECK(stream.push('a') == "a");
+    CHECK(stream.push(0xF0) == "");
+    CHECK(stream.push(0x9F) == "");
+    CHECK(stream.push(control) == "");
+    CHECK(stream.push(0x98) == "");
+    CHECK(stream.push(0x80) == "\xF0\x9F\x98\x80");
+    CHECK(stream.push(0xC3) == "");
+    CHECK(stream.push(user) == "\xEF\xBF\xBD<b>");
+    CHECK(stream.push(0x80) == "\xEF\xBF\xBD");
+    CHECK(stream.push(0xE2) == "");
+    CHECK(stream.push(0x82) == "");
+    CHECK(stream.flush() == "\xEF\xBF\xBD");
+    CHECK(stream.flush() == "");
+    CHECK(stream.push('b') == "b");
+    CHECK(decode(tokenizer, {0xE2, 0x28, 0xC3, 0xA9}) == "\xEF\xBF\xBD(\xC3\xA9");
+}
+
+TEST_CASE("hostile vocabularies are refused by name") {
+    auto refused = [](const Vocab& vocab, ErrorKind kind, const char* part) {
+        auto tokenizer = vocab.try_open();
+        REQUIRE_FALSE(tokenizer.ok());
+        CHECK(tokenizer.error().kind == kind);
+        CAPTURE(tokenizer.error().message);
+        CHECK(tokenizer.error().message.find(part) != std::string::npos);
+        CHECK(tokenizer.error().message.find("test.gguf") != std::string::npos);
+    };
+    const ErrorKind bad = ErrorKind::bad_data, unsupported = ErrorKind::unsupported;
+    const auto change = [](auto edit) {
+        Vocab vocab = byte_vocab();
+        edit(vocab);
+        return vocab;
+    };
+    refused(change([](Vocab& v) { v.model = "t5"; }), unsupported, "\"t5\"");
+    refused(change([](Vocab& v) { v.pre = "deepseek"; }), unsupported, "\"deepseek\"");
+    refused(change([](Vocab& v) { v.types.pop_back(); }), bad, "255 types for 256");
+    refused(change([](Vocab& v) { v.types[7] = 9; }), bad, "token 7");
+    refused(change([](Vocab& v) { v.types[7] = -1; }), bad, "token 7");
+    refused(change([](Vocab& v) { v.types[7] = 6; }), bad, "token 7");
+    refused(change([](Vocab& v) { v.add(std::string(5000, 'x')); }), bad, "token 256");
+    refused(change([](Vocab& v) { v.merges = {"ab"}; }), bad, "merge 0");
+    refused(change([](Vocab& v) { v.merges = {" a"}; }), bad, "merge 0");
+    refused(change([](Vocab& v) { v.merges = {"a b"}; }), bad, "merge 0");
+    refused(change([](Vocab& v) { v.ids["eos_token_id"] = 256; }), bad, "eos_token_id");
+    refused(change([](Vocab& v) { v.ids["bos_token_id"] = UINT32_MAX; }), bad, "bos_token_id");
+    refused(change([](Vocab& v) { v.ids["add_bos_token"] = 1; }), ErrorKind::bad_data,
+            "add_bos_token");
+    refused(change([](Vocab& v) { v.tokens.clear(), v.types.clear(); }), bad, "0 tokens");
+
+    Vocab sentences;
+    sentences.model = "llama";
+    sentences.add("a");
+    sentences.scores = {1, 2};
+    refused(sentences, bad, "2 scores for 1");
+    sentences.scores = {NAN};
+    refused(sentences, bad, "token 0");
+    sentences.scores = {1};
+    sentences.flags["remove_extra_whitespaces"] = true;
+    refused(sentences, unsupported, "remove_extra_whitespaces");
+    sentences.flags.clear();
+    CHECK(sentences.try_open().ok());
+
+    // equal pieces are tolerated: the lowest id is made; empty pieces are never made
+    Vocab twice = byte_vocab();
+    twice.merge("a", "b");
+    twice.add("ab");
+    twice.add("");
+    twice.add("", TokenKind::control);
+    CHECK(ids(twice.open(), "abab") == Tokens{256, 256});
+    CHECK(ids(twice.open(), marked("abab")) == Tokens{256, 256});
+    CHECK(twice.open().piece(257) == "ab");
+    twice.types.clear();
+    CHECK_FALSE(twice.try_open().ok());
+}
+
+TEST_CASE("SmolLM2: the expected ids") {
+    const std::string folder = detail::environment("VALAR_MODELS");
+    if (folder.empty()) {
+        MESSAGE("skipped: VALAR_MODELS is not set");
+        return;
+    }
+    auto file = Gguf::open(folder + "/SmolLM2-135M-Instruct.Q4_1.gguf");
+    REQUIRE(file.ok());
+    auto tokenizer = Tokenizer::open(*file);
+    REQUIRE(tokenizer.ok());
+    CHECK(tokenizer->size() == 49152);
+    CHECK(tokenizer->is_end(2));
+    CHECK_FALSE(tokenizer->add_bos());
+    auto data = [](const char* name) {
+        auto text = detail::read_file(VALAR_SOURCE_DIR "/tests/data/" + std::string(name), 1 << 24);
+        REQUIRE(text.ok());
+        return *text;
+    };
+    auto json = [&](const char* name) {
+        auto value = Json::parse(data(name));
+        REQUIRE(value.ok());
+        return *value;
+    };
+    auto tokens_of = [](const Json& array) {
+        Tokens tokens;
+        for (const Json& item : array.items()) tokens.push_back(Token(item.as_int(-1)));
+        return tokens;
+    };
+
+    const std::string book = data("moby-dick-1-9.txt");
+    const Tokens expected = tokens_of(json("smollm2/moby-dick-ids.json"));
+    CHECK(expected.size() == 24399);
+    CHECK(ids(*tokenizer, book) == expected);
+    CHECK(decode(*tokenizer, expected) == book);
+
+    const Json prompts = json("smollm2/prompts.json");
+    CHECK(prompts.size() == 24);
+    for (const Json& prompt : prompts.items()) {
+        CAPTURE(prompt["name"].as_string());
+        MarkedText text;
+        auto add_request = [&](std::string_view value) {
+            const size_t begin = text.text.size();
+            text.text += value;
+            if (!value.empty()) text.from_request.push_back({begin, text.text.size()});
+        };
+        if (prompt["messages"][0]["role"].as_string() != "system")
+            text.text = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained "
+                        "by Hugging Face<|im_end|>\n";
+        for (const Json& message : prompt["messages"].items()) {
+            text.text += "<|im_start|>";
+            add_request(message["role"].as_string());
+            text.text += "\n";
+            add_request(message["content"].as_string());
+            text.text += "<|im_end|>\n";
+        }
+        text.text += "<|im_start|>assistant\n";
+        CHECK(ids(*tokenizer, text) == tokens_of(prompt["ids"]));
+        std::string answer = decode(*tokenizer, tokens_of(prompt["greedy"]));
+        CHECK(answer == prompt["text"].as_string());
+    }
+}
