@@ -1288,10 +1288,11 @@ private:
 //       (Within 1e-15 relative, sin and cos 1e-15 absolute to |x| = 2^20.)
 // 13. A forward pass. x = the token's embedding row (11). In each layer: y = rms_norm(x); q, k, v =
 //     the matrix products with y (1 to 3), each plus its bias where there is one (4); rope of q and
-//     k (9); attention (10); x = x + output matrix times it (plus bias); y = rms_norm(x); gate, up
-//     = products with y; h as in 8; x = x + down matrix times h. Logits: output matrix (the embedding
-//     where there is none) times rms_norm(x). base and the factors of rope are binary32 numbers of
-//     the model; attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
+//     k (9); attention (10); x = x + attn_output matrix times it (plus bias); y = rms_norm(x); gate
+//     and up = products with y; h as in 8; x = x + ffn_down matrix times h. Logits: the output
+//     matrix (the embedding where there is none) times rms_norm(x). base and the factors of rope
+//     are binary32 numbers of the model; attention_scale, where the model says nothing, is
+//     1 / sqrt(float(head_dim)).
 // ----------------------------------------------------------------------------------------------
 
 namespace valar {
@@ -2179,8 +2180,8 @@ private:
 }  // namespace valar
 
 // >>store
-// Owns: the responses that a server has accepted: the request while it is worked on, then the object
-//       that was answered.
+// Owns: the responses that a server has accepted: the request while it is worked on, then the
+//       object that was answered.
 // Assumes: ids that nobody can guess and that are never used twice.
 // Promises: a record is seen by its own organisation only; what is not terminal never goes early.
 
@@ -2198,8 +2199,8 @@ struct StoredResponse {
 };
 
 /// Where a Server keeps its records. MemoryStore, or one of your own.
-/// Threads: every member from any thread; a Server calls add, finish and find from its workers, which
-/// may wait for a disk.
+/// Threads: every member from any thread; a Server calls add, finish and find from its workers,
+/// which may wait for a disk.
 class Store {
 public:
     virtual ~Store() = default;
@@ -2245,12 +2246,12 @@ private:
 }  // namespace valar
 
 // >>server
-// Owns: the routes of the Responses API: who may ask, what is asked, what is answered. Joins http, a
-//       Store and any Responder; knows no engine.
+// Owns: the routes of the Responses API: who may ask, what is asked, what is answered. Joins http,
+//       a Store and any Responder; knows no engine.
 // Assumes: Responders that outlive it, and a thread that calls run() or step().
-// Promises: the contract's order of checks; an envelope and an X-Request-ID on every reply; the loop
-//           never waits (two worker threads parse, validate, prepare and render); a terminal object
-//           is rendered once; no body, prompt or key is ever logged.
+// Promises: the contract's order of checks; an envelope and an X-Request-ID on every reply; the
+//           loop never waits (two worker threads parse, validate, prepare and render); a terminal
+//           object is rendered once; no body, prompt or key is ever logged.
 
 namespace valar {
 inline namespace v1 {
@@ -2267,7 +2268,7 @@ struct ServerOptions {
     uint16_t            port = 8080;         ///< 0: any free one
     std::string         host = "127.0.0.1";  ///< a numeric address or "localhost"
     std::vector<ApiKey> keys = {};  ///< none: anybody on this machine, organisation "default"
-    bool allow_open = false;  ///< without keys listen on an address that is not loopback all the same
+    bool allow_open = false;  ///< listen beyond loopback addresses although there are no keys
     /// Without keys the Host of a request must be localhost, 127.0.0.1, [::1] or one of these
     /// ("name", or "name:port").
     std::vector<std::string> allowed_hosts = {};
@@ -14217,9 +14218,10 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
 #endif  // VALAR_NO_INFERENCE
 
 // >>sampler
-// A token's weight is exp((logit - highest) / temperature), in double, from tables: within 4e-7, and
-// without a product that feeds a sum, so that no compiler can fuse any. Weights are added token by token
-// in blocks of 1,024 ids, the blocks in order; of sorted candidates one after the other.
+// A token's weight is exp((logit - highest) / temperature), in double, from tables: up to 7e-7 too
+// large, exactly 1 for the highest, and without a product that feeds a sum, so that no compiler can fuse any.
+// Weights are added token by token in blocks of 1,024 ids, the blocks in order; of sorted candidates one
+// after the other.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -14235,7 +14237,7 @@ struct WeightTables {
     WeightTables() {
         for (int i = 0; i < 1024; ++i) {
             coarse[i] = exact_exp2(-i / 1024.0);
-            fine[i] = exact_exp2(-(i + 0.5) / 1048576.0);  // middle of what is truncated to i
+            fine[i] = exact_exp2(-i / 1048576.0);
         }
     }
 };
@@ -14429,8 +14431,8 @@ float logprob_of(std::span<const float> logits, Token token, uint32_t count,
 #endif  // VALAR_NO_INFERENCE
 
 // >>engine
-// In this order: the mailbox of a reply; opening; from a request to tokens; the queue; the step: batch,
-// tokens, text; the handles. Locks are held for a few instructions and never while something is called.
+// In this order: the mailbox of a reply; a sequence; opening; from a request to tokens; the queue; the
+// step: batch, tokens, text; the handles. Locks are held briefly and never while something is called.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -14504,7 +14506,8 @@ struct Mailbox {
     }
     bool wait(int64_t timeout_ms) {
         const uint64_t start = monotonic_ns();
-        const uint64_t limit = timeout_ms < 0 ? UINT64_MAX : static_cast<uint64_t>(timeout_ms) * 1'000'000;
+        uint64_t limit = UINT64_MAX;
+        if (timeout_ms >= 0 && mul_overflows(static_cast<uint64_t>(timeout_ms), 1'000'000, &limit)) limit = UINT64_MAX;
         while (!finished.load(std::memory_order_acquire)) {
             const uint64_t waited = monotonic_ns() - start;
             if (waited >= limit) return false;
@@ -14525,7 +14528,7 @@ struct PreparedPrompt final : Prepared {
 
 // One request being answered.
 struct Sequence {
-    std::shared_ptr<Mailbox>   reply;
+    std::shared_ptr<Mailbox>        reply;
     std::unique_ptr<PreparedPrompt> prompt;
     std::vector<Token>    tokens;        // the prompt and what was drawn
     uint32_t              computed = 0;  // positions whose keys and values are there
@@ -14714,7 +14717,7 @@ struct Engine::State final : Responder {
     void drop_cancelled();
     void start_sequences();
     void start_sequence(SequencePtr sequence);
-    bool build_batch();
+    void build_batch();
     void add_rows(detail::Sequence& sequence, uint32_t rows, int32_t* wanted);
     void take_batch();
     bool take_token(detail::Sequence& sequence);
@@ -14945,7 +14948,8 @@ bool Engine::State::work_on_batch(uint64_t deadline_ns) {
     if (doorbell->cancels.exchange(false, std::memory_order_acquire)) drop_cancelled();
     if (batch.empty()) {
         start_sequences();
-        if (!build_batch()) return false;
+        if (running.empty()) return false;
+        build_batch();
     }
     auto done = backend->advance(std::min(deadline_ns, detail::monotonic_ns() + detail::kLookNs));
     if (done && *done) take_batch();
@@ -15000,14 +15004,14 @@ void Engine::State::start_sequence(SequencePtr sequence) {
     const size_t most = sequence->tokens.size() + sequence->prompt->max_output;
     sequence->tokens.reserve(most);
     sequence->pages.reserve(most / detail::kPageTokens + 1);
+    sequence->outcome.text.reserve(size_t{sequence->prompt->max_output} * 4);
     if (sequence->prompt->logprobs) sequence->outcome.logprobs.reserve(sequence->prompt->max_output);
     if (sequence->reply->put_start()) announce(*sequence->reply);
     running.push_back(std::move(sequence));
 }
 
 // Sequences that decode come first, a row each; the rest is for prompts.
-bool Engine::State::build_batch() {
-    if (running.empty()) return false;
+void Engine::State::build_batch() {
     int32_t wanted = 0;
     uint32_t room = options.step_tokens;
     for (const bool decoding : {true, false})
@@ -15018,10 +15022,8 @@ bool Engine::State::build_batch() {
             if (!decoding) room -= rows;
             add_rows(*sequence, rows, &wanted);
         }
-    auto begun = backend->begin(batch);
-    VALAR_ASSERT(begun);
-    (void)begun;
-    return true;
+    auto begun = backend->begin(batch);  // a batch that it refuses is our mistake: advance() fails too
+    if (!begun) options.log(LogLevel::error, begun.error().message);
 }
 
 void Engine::State::add_rows(detail::Sequence& sequence, uint32_t rows, int32_t* wanted) {
@@ -16589,8 +16591,8 @@ uint64_t MemoryStore::bytes() const {
 
 // >>server
 // The loop thread owns exchanges and live responses; a job carries work to a worker and its result
-// back. A request: on_head (who, where) -> accept job (parse, validate, prepare, store) -> submit ->
-// events -> finish job (render, store) -> reply.
+// back. A request: on_head (who, where) -> accept job (parse, validate, prepare, store) -> submit
+// -> events -> finish job (render, store) -> reply.
 #ifndef VALAR_NO_SERVER
 
 namespace valar {
@@ -16661,7 +16663,8 @@ Result<std::string> server_new_id(std::string id) {
         uint8_t random[32];
         if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
         for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
-            if (byte < 252 && id.size() < size) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+            if (byte < 252 && id.size() < size)
+                id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
     }
     return id;
 }
@@ -16725,14 +16728,15 @@ Result<void> server_check_options(const ServerOptions& options) {
     auto address = NetAddress::parse(options.host, options.port);
     if (!address) return address.error();
     if (options.keys.empty() && !options.allow_open && !address->is_loopback())
-        return server_option("host", "without keys a server only listens on a loopback address, and '" +
-                                         options.host +
-                                         "' is none: pass keys, or allow_open to let anybody in");
+        return server_option("host",
+                             "without keys a server only listens on a loopback address, and '" +
+                                 options.host +
+                                 "' is none: pass keys, or allow_open to let anybody in");
     for (const std::string& origin : options.cors_origins) {
         const size_t host = origin.find("://");
         if (host == origin.npos || origin.find('/', host + 3) != origin.npos)
-            return server_option("cors_origins", "'" + origin +
-                                                     "' is not an origin (\"https://example.org\")");
+            return server_option("cors_origins",
+                                 "'" + origin + "' is not an origin (\"https://example.org\")");
     }
     return {};
 }
@@ -16845,6 +16849,10 @@ struct ServerLoop : HttpHandler {
     Result<void> check_size(const HttpRequest& request, Exchange& exchange);
     Result<void> check_type(const HttpRequest& request, Exchange& exchange);
 
+    uint64_t body_limit(const HttpRequest& request) const {
+        return request.method == "POST" ? options.max_body_bytes : server_get_body_bytes;
+    }
+
     // routes
     void get_health(Exchange& exchange, HttpRequest& request);
     void get_models(Exchange& exchange, HttpRequest& request);
@@ -16883,7 +16891,8 @@ struct ServerLoop : HttpHandler {
 const ServerLoop::Route ServerLoop::routes[] = {
     {.path = "/health", .methods = "GET, HEAD", .handle = &ServerLoop::get_health, .open = true},
     {.path = "/v1/models", .methods = "GET, HEAD", .handle = &ServerLoop::get_models},
-    {.path = "/v1/models/", .methods = "GET, HEAD", .handle = &ServerLoop::get_model, .slashes = true},
+    {.path = "/v1/models/", .methods = "GET, HEAD", .handle = &ServerLoop::get_model,
+     .slashes = true},
     {.path = "/v1/responses", .methods = "POST", .handle = &ServerLoop::post_response},
     {.path = "/v1/responses/", .methods = "GET, HEAD", .handle = &ServerLoop::get_response},
 };
@@ -16950,8 +16959,9 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
 
     using Check = Result<void> (ServerLoop::*)(const HttpRequest&, Exchange&);
     static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_origin};
-    static constexpr Check then[] = {&ServerLoop::check_key,    &ServerLoop::check_route, &ServerLoop::check_method,
-                                     &ServerLoop::check_size,   &ServerLoop::check_type};
+    static constexpr Check then[] = {&ServerLoop::check_key, &ServerLoop::check_route,
+                                     &ServerLoop::check_method, &ServerLoop::check_size,
+                                     &ServerLoop::check_type};
     const auto run = [&](std::span<const Check> checks) -> std::optional<HttpReply> {
         for (const Check check : checks)
             if (auto checked = (this->*check)(request, exchange); !checked)
@@ -16967,7 +16977,7 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
         log_exchange(exchange, reply->status);
         return reply;
     }
-    request.max_body = exchange.method == "POST" ? options.max_body_bytes : server_get_body_bytes;
+    request.max_body = body_limit(request);
     exchanges.emplace(request.exchange, std::move(exchange));
     return std::nullopt;
 }
@@ -17033,7 +17043,7 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
     const Hash256 hash = sha256(secret);
     const auto found = std::lower_bound(
         keys.begin(), keys.end(), hash,
-        [](const ServerKey& key, const Hash256& wanted) { return key.hash.view() < wanted.view(); });
+        [](const ServerKey& key, const Hash256& to) { return key.hash.view() < to.view(); });
     if (found == keys.end() || !constant_time_equal(found->hash.view(), hash.view()))
         return refused("unknown API key");
     exchange.organisation = found->organisation;
@@ -17047,8 +17057,8 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
     const std::string_view methods = exchange.route->methods;
-    if (methods == request.method || (methods != "POST" && (request.method == "GET" || request.is_head())))
-        return {};
+    const bool reads = request.method == "GET" || request.is_head();
+    if (methods == request.method || (reads && methods == "GET, HEAD")) return {};
     return make_error(ErrorKind::method_not_allowed,
                       server_printable(request.method) + " is not allowed here; allowed: " +
                           exchange.route->methods,
@@ -17056,7 +17066,7 @@ Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exch
 }
 
 Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
-    const uint64_t limit = request.method == "POST" ? options.max_body_bytes : server_get_body_bytes;
+    const uint64_t limit = body_limit(request);
     const uint64_t size = request.content_length.value_or(0);
     if (size <= limit) return {};
     return make_error(ErrorKind::too_large,
@@ -17118,7 +17128,8 @@ HttpReply ServerLoop::make_preflight_reply(const Exchange& exchange, const HttpR
     const std::string* asked = request.header("Access-Control-Request-Headers");
     return make_reply(exchange, 204, {},
                       {{"Access-Control-Allow-Methods", "GET, HEAD, POST"},
-                       {"Access-Control-Allow-Headers", asked ? *asked : "Authorization, Content-Type"},
+                       {"Access-Control-Allow-Headers",
+                        asked ? *asked : "Authorization, Content-Type"},
                        {"Access-Control-Max-Age", "600"}});
 }
 
@@ -17195,7 +17206,8 @@ void ServerLoop::on_tick() {
         entry.exchange = 0;
         refuse(exchange->second,
                make_error(ErrorKind::timeout,
-                          "the response was not finished in time; it goes on: GET /v1/responses/" + id,
+                          "the response was not finished in time; it goes on: GET /v1/responses/" +
+                              id,
                           "timeout"),
                {{"X-Valar-Response-Id", id}, {"x-should-retry", "false"}});
     }
@@ -17220,6 +17232,11 @@ Json server_model_json(const ModelInfo& model, const std::string& id) {
         .set("created", model.created)
         .set("owned_by", model.owned_by);
 }
+
+bool server_answers_to(const ModelInfo& model, const std::string& id) {
+    return model.id == id ||
+           std::find(model.aliases.begin(), model.aliases.end(), id) != model.aliases.end();
+}
 }  // namespace
 
 void ServerLoop::get_models(Exchange& exchange, HttpRequest&) {
@@ -17227,7 +17244,8 @@ void ServerLoop::get_models(Exchange& exchange, HttpRequest&) {
     for (const Responder* responder : responders)
         for (const ModelInfo& model : responder->models()) {
             data.push(server_model_json(model, model.id));
-            for (const std::string& alias : model.aliases) data.push(server_model_json(model, alias));
+            for (const std::string& alias : model.aliases)
+                data.push(server_model_json(model, alias));
         }
     answer(exchange, 200,
            Json::object().set("object", "list").set("data", std::move(data)).write());
@@ -17237,8 +17255,7 @@ void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
     const std::string id = exchange.argument;
     for (const Responder* responder : responders)
         for (const ModelInfo& model : responder->models())
-            if (model.id == id ||
-                std::find(model.aliases.begin(), model.aliases.end(), id) != model.aliases.end())
+            if (server_answers_to(model, id))
                 return answer(exchange, 200, server_model_json(model, id).write());
     refuse(exchange, server_no_model(id));
 }
@@ -17324,9 +17341,7 @@ void ServerLoop::take_inbox() {
 Responder* ServerLoop::find_responder(const std::string& wanted) const {
     for (Responder* responder : responders)
         for (const ModelInfo& model : responder->models())
-            if (model.id == wanted || std::find(model.aliases.begin(), model.aliases.end(), wanted) !=
-                                          model.aliases.end())
-                return responder;
+            if (server_answers_to(model, wanted)) return responder;
     return nullptr;
 }
 
@@ -17389,7 +17404,8 @@ void ServerLoop::take_events(const std::string& id) {
     if (found == live.end() || found->second.finishing) return;
     Live& entry = found->second;
     while (auto event = entry.responder->poll(id)) {
-        if (event->kind == Event::Kind::finished) return finish(id, entry, std::move(event->outcome));
+        if (event->kind == Event::Kind::finished)
+            return finish(id, entry, std::move(event->outcome));
         entry.record.status = Status::running;
     }
 }
@@ -17404,8 +17420,9 @@ void ServerLoop::finish(const std::string& id, Live& entry,
     job->record.completed_at = unix_time_ms() / 1000;
     job->record.status = is_terminal(outcome->status) ? outcome->status : Status::failed;
     if (job->record.status == Status::failed)
-        options.log(LogLevel::error, "response " + id + " failed: " +
-                                         (outcome->error ? outcome->error->message : "no reason given"));
+        options.log(LogLevel::error,
+                    "response " + id + " failed: " +
+                        (outcome->error ? outcome->error->message : "no reason given"));
     job->record.outcome = std::move(outcome);
     send_job(std::move(job));
 }
@@ -17469,7 +17486,8 @@ Result<Server> Server::open(Responder* responder, const ServerOptions& options) 
 }
 
 Result<Server> Server::open(std::span<Responder* const> responders, const ServerOptions& options) {
-    if (responders.empty() || std::find(responders.begin(), responders.end(), nullptr) != responders.end())
+    if (responders.empty() ||
+        std::find(responders.begin(), responders.end(), nullptr) != responders.end())
         return detail::server_option("responders", "a server needs a Responder");
     if (auto checked = detail::server_check_options(options); !checked) return checked.error();
     auto keys = detail::server_keys(options.keys);
@@ -17481,7 +17499,7 @@ Result<Server> Server::open(std::span<Responder* const> responders, const Server
     state->store = options.store;
     if (!state->store) {
 #ifdef VALAR_NO_STORE
-        return detail::server_option("store", "this build has no MemoryStore (VALAR_NO_STORE): pass a Store");
+        return detail::server_option("store", "VALAR_NO_STORE cuts MemoryStore: pass a Store");
 #else
         state->own_store = std::make_unique<MemoryStore>(options.memory_store);
         state->store = state->own_store.get();

@@ -1,0 +1,567 @@
+// The engine on a tiny model: requests, replies, steps, threads, limits.
+#include <doctest/doctest.h>
+
+#include "tiny_model.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+
+using namespace valar;
+
+namespace {
+
+const std::vector<std::byte>& model_bytes() {
+    static const auto bytes = tiny::model({.types = {TensorType::q4_0, TensorType::q8_0}});
+    return bytes;
+}
+
+EngineOptions tiny_options() {
+    EngineOptions options;
+    options.model_bytes = model_bytes();
+    options.threads = 0;
+    return options;
+}
+
+Engine open_tiny(const EngineOptions& options = tiny_options()) {
+    auto engine = Engine::open(options);
+    INFO((engine ? "" : engine.error().message));
+    REQUIRE(engine);
+    return std::move(*engine);
+}
+
+Request ask(std::string text, uint32_t max_output_tokens = 10) {
+    Request request;
+    request.input = std::move(text);
+    request.max_output_tokens = max_output_tokens;
+    request.seed = 1;
+    return request;
+}
+
+std::string answer(Engine& engine, const Request& request) {
+    Reply reply = engine.submit(request);
+    REQUIRE(engine.step());
+    REQUIRE(reply.finished());
+    CHECK(reply.outcome().status == Status::completed);
+    return reply.outcome().text;
+}
+
+std::string code_of(const Reply& reply) {
+    return reply.finished() && reply.outcome().error ? reply.outcome().error->code : "";
+}
+
+}  // namespace
+
+TEST_CASE("a request: events in order, the outcome") {
+    Engine engine = open_tiny();
+    CHECK(engine.is_loaded());
+    CHECK(engine.load_progress() == 1.0f);
+    Reply reply = engine.submit(ask("hello world"));
+    CHECK(reply.id().starts_with("resp_"));
+    CHECK(reply.id().size() == 29);
+    CHECK_FALSE(reply.poll());
+    CHECK_FALSE(reply.finished());
+    std::string text;
+    int started = 0, finished = 0;
+    for (bool more = true; more;) {
+        auto stepped = engine.step(0);
+        REQUIRE(stepped);
+        more = *stepped;
+        while (auto event = reply.poll()) {
+            CHECK(finished == 0);
+            if (event->kind == Event::Kind::started) CHECK(started++ == 0);
+            if (auto delta = event->text_delta()) {
+                CHECK(started == 1);
+                CHECK_FALSE(delta->empty());
+                CHECK(detail::utf8_valid(*delta));
+                text += *delta;
+            }
+            if (event->kind == Event::Kind::finished) {
+                ++finished;
+                CHECK(event->outcome->text == text);
+            }
+        }
+    }
+    CHECK(finished == 1);
+    CHECK_FALSE(reply.poll());
+    const Outcome& outcome = reply.outcome();
+    CHECK(outcome.status == Status::completed);
+    CHECK_FALSE(outcome.error);
+    CHECK(outcome.text == text);
+    CHECK(outcome.cut);
+    CHECK(outcome.usage.output_tokens == 10);
+    CHECK(outcome.usage.input_tokens > 10);
+    CHECK(outcome.usage.cached_tokens == 0);
+    CHECK(outcome.logprobs.empty());
+    const ResponderStats stats = engine.responder()->stats();
+    CHECK(stats.completed == 1);
+    CHECK(stats.output_tokens == 10);
+    CHECK(stats.running == 0);
+    CHECK(stats.queued == 0);
+}
+
+TEST_CASE("an answer depends on file, request and options alone") {
+    Engine engine = open_tiny();
+    Request request = ask("the same words", 30);
+    request.temperature = 1.2;
+    const std::string expected = answer(engine, request);
+    CHECK(answer(engine, request) == expected);
+    for (const int threads : {0, 1, 2})
+        for (const uint32_t step_tokens : {1u, 7u, 512u}) {
+            EngineOptions options = tiny_options();
+            options.threads = threads;
+            options.step_tokens = step_tokens;
+            options.context_tokens = 200;
+            Engine other = open_tiny(options);
+            Reply reply = other.submit(request);
+            for (bool more = true; more;) {
+                auto stepped = other.step(1);
+                REQUIRE(stepped);
+                more = *stepped;
+            }
+            CHECK(reply.outcome().text == expected);
+        }
+    request.seed = 2;
+    CHECK(answer(engine, request) != expected);
+    request.temperature = 0;
+    const std::string greedy = answer(engine, request);
+    request.seed = 3;
+    CHECK(answer(engine, request) == greedy);
+    request.seed.reset();
+    request.temperature = 2;
+    CHECK(answer(engine, request) != answer(engine, request));
+}
+
+TEST_CASE("items are a conversation") {
+    Engine engine = open_tiny();
+    Request text = ask("hello"), items = ask("");
+    items.input = std::vector<Item>{Item::message(Role::user, "hello")};
+    CHECK(answer(engine, text) == answer(engine, items));
+    text.instructions = "be brief";
+    CHECK(answer(engine, text) != answer(engine, items));
+    items.input.items.insert(items.input.items.begin(), Item::message(Role::system, "be brief"));
+    CHECK(answer(engine, text) == answer(engine, items));
+}
+
+TEST_CASE("several requests wait and are answered one after another") {
+    Engine engine = open_tiny();
+    std::vector<Reply> replies;
+    std::vector<std::string> expected;
+    for (const char* text : {"one", "two", "three", "four"}) {
+        expected.push_back(answer(engine, ask(text)));
+        replies.push_back(engine.submit(ask(text)));
+        REQUIRE(engine.step(0));
+    }
+    REQUIRE(engine.step());
+    replies.clear();
+    for (const char* text : {"one", "two", "three", "four"}) replies.push_back(engine.submit(ask(text)));
+    CHECK(engine.responder()->stats().queued == 4);
+    auto more = engine.step();
+    REQUIRE(more);
+    CHECK_FALSE(*more);
+    for (size_t i = 0; i < 4; ++i) CHECK(replies[i].outcome().text == expected[i]);
+}
+
+TEST_CASE("cancel: running and waiting ones") {
+    Engine engine = open_tiny();
+    Reply first = engine.submit(ask("first", 400)), second = engine.submit(ask("second")), third = engine.submit(ask("third"));
+    while (!first.poll() || first.poll()) REQUIRE(engine.step(0));  // until there is text
+    first.cancel();
+    second.cancel();
+    REQUIRE(engine.step(0));
+    CHECK(first.finished());
+    CHECK(first.outcome().status == Status::cancelled);
+    CHECK(first.outcome().error->kind == ErrorKind::cancelled);
+    CHECK(second.outcome().status == Status::cancelled);
+    REQUIRE(engine.step());
+    CHECK(third.outcome().status == Status::completed);
+    CHECK(third.outcome().text == answer(engine, ask("third")));
+    third.cancel();  // too late: nothing
+    CHECK(third.outcome().status == Status::completed);
+    CHECK(engine.responder()->stats().cancelled == 2);
+}
+
+TEST_CASE("cancel in the middle of a batch") {
+    EngineOptions options = tiny_options();
+    Engine engine = open_tiny(options);
+    const std::string expected = answer(engine, ask("after"));
+    for (int steps = 1; steps < 12; ++steps) {
+        Reply reply = engine.submit(ask(std::string(300, 'x'), 50));
+        for (int i = 0; i < steps; ++i) REQUIRE(engine.step(0));
+        reply.cancel();
+        CHECK(answer(engine, ask("after")) == expected);
+        CHECK(reply.finished());
+    }
+}
+
+TEST_CASE("dropping a reply cancels it, unless detached") {
+    Engine engine = open_tiny();
+    { Reply dropped = engine.submit(ask("dropped", 400)); }
+    REQUIRE(engine.step());
+    CHECK(engine.responder()->stats().cancelled == 1);
+    {
+        Reply kept = engine.submit(ask("kept"));
+        kept.detach();
+    }
+    REQUIRE(engine.step());
+    CHECK(engine.responder()->stats().completed == 1);
+    Reply moved;
+    CHECK(moved.finished());
+    CHECK_FALSE(moved.poll());
+    CHECK(moved.wait(0));
+    CHECK(moved.id().empty());
+    CHECK(moved.outcome().text.empty());
+    moved = engine.submit(ask("moved"));
+    Reply last = std::move(moved);
+    REQUIRE(engine.step());
+    CHECK(last.outcome().status == Status::completed);
+}
+
+TEST_CASE("a reply outlives its engine") {
+    Reply waiting, running, done;
+    std::string begun;
+    {
+        Engine engine = open_tiny();
+        done = engine.submit(ask("done"));
+        REQUIRE(engine.step());
+        running = engine.submit(ask("running", 400));
+        while (begun.empty()) {
+            REQUIRE(engine.step(0));
+            while (auto event = running.poll())
+                if (auto text = event->text_delta()) begun += *text;
+        }
+        waiting = engine.submit(ask("waiting"));
+    }
+    CHECK(done.outcome().status == Status::completed);
+    for (Reply* reply : {&waiting, &running}) {
+        CHECK(reply->wait(0));
+        CHECK(reply->outcome().status == Status::failed);
+        CHECK(reply->outcome().error->kind == ErrorKind::closed);
+        CHECK(code_of(*reply) == "engine_closed");
+        reply->cancel();
+    }
+    CHECK(running.outcome().text.starts_with(begun));
+}
+
+TEST_CASE("start: a thread of its own") {
+    Engine engine = open_tiny();
+    const std::string expected = answer(engine, ask("hello"));
+    Reply before = engine.submit(ask("hello"));
+    CHECK_FALSE(before.wait(1));
+    REQUIRE(engine.start());
+    REQUIRE(engine.start());
+    CHECK(before.wait());
+    CHECK(before.outcome().text == expected);
+    auto stepped = engine.step();
+    REQUIRE_FALSE(stepped);
+    CHECK(stepped.error().kind == ErrorKind::invalid_request);
+    for (int i = 0; i < 3; ++i) {
+        Reply reply = engine.submit(ask("hello"));
+        CHECK(reply.wait(60'000));
+        CHECK(reply.outcome().text == expected);
+    }
+    Reply cancelled = engine.submit(ask("long", 400));
+    cancelled.cancel();
+    CHECK(cancelled.wait(60'000));
+    engine.stop();
+    engine.stop();
+    CHECK(answer(engine, ask("hello")) == expected);
+    REQUIRE(engine.start());
+    Engine moved = std::move(engine);
+    Reply after = moved.submit(ask("hello"));
+    CHECK(after.wait(60'000));
+    CHECK(after.outcome().text == expected);
+}
+
+TEST_CASE("many threads submit, poll and cancel") {
+    EngineOptions options = tiny_options();
+    options.threads = 1;
+    Engine engine = open_tiny(options);
+    const std::string expected = answer(engine, ask("hello", 5));
+    REQUIRE(engine.start());
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 4; ++t)
+        threads.emplace_back([&, t] {
+            for (int i = 0; i < 5; ++i) {
+                Reply reply = engine.submit(ask("hello", 5));
+                if ((i + t) % 3 == 0) reply.cancel();
+                if ((i + t) % 3 == 1) continue;  // dropped
+                std::string text;
+                while (!reply.wait(1))
+                    while (auto event = reply.poll())
+                        if (auto delta = event->text_delta()) text += *delta;
+                while (auto event = reply.poll())
+                    if (auto delta = event->text_delta()) text += *delta;
+                if (text != reply.outcome().text) ++wrong;
+                if (reply.outcome().status == Status::completed && text != expected) ++wrong;
+                (void)engine.responder()->stats();
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    CHECK(wrong == 0);
+}
+
+TEST_CASE("begin_open: loading in steps, requests may wait") {
+    auto engine = Engine::begin_open(tiny_options());
+    REQUIRE(engine);
+    CHECK_FALSE(engine->is_loaded());
+    CHECK(engine->load_progress() == 0.0f);
+    Reply early = engine->submit(ask("early"));
+    int steps = 0;
+    for (float last = -1; !engine->is_loaded(); ++steps) {
+        REQUIRE(engine->step(0));
+        CHECK(engine->load_progress() > last);
+        last = engine->load_progress();
+    }
+    CHECK(steps > 3);
+    REQUIRE(engine->step());
+    CHECK(early.outcome().status == Status::completed);
+}
+
+TEST_CASE("begin_open: weights that cannot be read end every request") {
+    struct Source {
+        std::atomic<bool> broken{false};
+    } source;
+    EngineOptions options;
+    options.threads = 0;
+    options.model_reader.size = model_bytes().size();
+    options.model_reader.context = &source;
+    options.model_reader.read = [](void* context, uint64_t offset, void* dst, size_t size) {
+        std::memcpy(dst, model_bytes().data() + offset, size);
+        return !static_cast<Source*>(context)->broken.load();
+    };
+    auto engine = Engine::begin_open(options);
+    REQUIRE(engine);
+    source.broken = true;
+    Reply reply = engine->submit(ask("hello"));
+    CHECK_FALSE(engine->step());
+    CHECK_FALSE(engine->step());
+    CHECK(reply.outcome().status == Status::failed);
+    CHECK(code_of(engine->submit(ask("again"))) == "engine_closed");
+}
+
+TEST_CASE("refused requests are replies that are finished") {
+    EngineOptions options = tiny_options();
+    options.aliases = {"zai-org/GLM-5.1-FP8", "other"};
+    options.max_queued = 2;
+    Engine engine = open_tiny(options);
+    const auto refused = [&](const Request& request) {
+        Reply reply = engine.submit(request);
+        REQUIRE(reply.finished());
+        CHECK(reply.outcome().status == Status::failed);
+        auto event = reply.poll();
+        REQUIRE(event);
+        CHECK(event->kind == Event::Kind::finished);
+        CHECK_FALSE(reply.poll());
+        return *reply.outcome().error;
+    };
+    const auto with = [](auto change) {
+        Request request = ask("hello");
+        change(request);
+        return request;
+    };
+    const Error unknown = refused(with([](Request& r) { r.model = "nothing"; }));
+    CHECK(unknown.kind == ErrorKind::not_found);
+    CHECK(unknown.code == "model_not_found");
+    CHECK(unknown.param == "model");
+    CHECK(refused(with([](Request& r) { r.input = ""; })).param == "input");
+    CHECK(refused(with([](Request& r) { r.max_output_tokens = 0; })).param == "max_output_tokens");
+    CHECK(refused(with([](Request& r) { r.temperature = 2.1; })).param == "temperature");
+    CHECK(refused(with([](Request& r) { r.temperature = std::nan(""); })).param == "temperature");
+    CHECK(refused(with([](Request& r) { r.top_p = -0.1; })).param == "top_p");
+    CHECK(refused(with([](Request& r) { r.min_p = 1.5; })).param == "min_p");
+    CHECK(refused(with([](Request& r) { r.top_logprobs = 21; })).param == "top_logprobs");
+    const Error full = refused(with([](Request& r) { r.input = std::string(600, 'x'); }));
+    CHECK(full.code == "context_length_exceeded");
+    CHECK(full.param == "input");
+    for (const char* name : {"", "Tiny", "other", "zai-org/GLM-5.1-FP8"}) {
+        Request request = ask("hello");
+        request.model = name;
+        CHECK(answer(engine, request).size() > 0);
+    }
+    Reply one = engine.submit(ask("1")), two = engine.submit(ask("2"));
+    CHECK(refused(ask("3")).kind == ErrorKind::overloaded);
+    REQUIRE(engine.step());
+    CHECK(two.outcome().status == Status::completed);
+}
+
+TEST_CASE("limits: max_output_tokens and the context") {
+    EngineOptions options = tiny_options();
+    options.context_tokens = 100;
+    Engine engine = open_tiny(options);
+    Request request = ask("hello");
+    request.max_output_tokens.reset();
+    Reply reply = engine.submit(request);
+    REQUIRE(engine.step());
+    const Outcome& outcome = reply.outcome();
+    CHECK((!outcome.cut || outcome.usage.input_tokens + outcome.usage.output_tokens == 100));
+    request.max_output_tokens = 1;
+    Reply one = engine.submit(request);
+    REQUIRE(engine.step());
+    CHECK(one.outcome().usage.output_tokens == 1);
+    const uint32_t overhead = outcome.usage.input_tokens - 1;  // "hello" is one token
+    request.input = std::string(100 - overhead, 'x');
+    CHECK(code_of(engine.submit(request)) == "context_length_exceeded");
+    request.input = std::string(99 - overhead, 'x');
+    request.max_output_tokens.reset();
+    Reply last = engine.submit(request);
+    REQUIRE(engine.step());
+    CHECK(last.outcome().status == Status::completed);
+    CHECK(last.outcome().usage.input_tokens == 99);
+    CHECK(last.outcome().usage.output_tokens == 1);
+}
+
+TEST_CASE("log-probabilities when asked for") {
+    Engine engine = open_tiny();
+    Request request = ask("hello", 6);
+    request.logprobs = true;
+    request.top_logprobs = 3;
+    request.temperature = 0;
+    Reply reply = engine.submit(request);
+    REQUIRE(engine.step());
+    const Outcome& outcome = reply.outcome();
+    CHECK(outcome.logprobs.size() == outcome.usage.output_tokens);
+    std::string bytes;
+    for (const TokenLogprob& one : outcome.logprobs) {
+        bytes += one.bytes;
+        REQUIRE(one.top.size() == 3);
+        CHECK(one.logprob <= 0);
+        CHECK(one.top[0].logprob == one.logprob);  // greedy
+        CHECK(one.top[0].bytes == one.bytes);
+        CHECK(one.top[0].logprob >= one.top[1].logprob);
+        CHECK(one.top[1].logprob >= one.top[2].logprob);
+    }
+    CHECK(detail::utf8_repair(bytes) == outcome.text);
+}
+
+TEST_CASE("step: one at a time, also from a callback") {
+    struct Inside {
+        Engine* engine;
+        bool refused = false;
+    };
+    Engine engine = open_tiny();
+    Inside inside{&engine};
+    engine.responder()->on_ready(
+        [](void* context, const std::string&) {
+            Inside& self = *static_cast<Inside*>(context);
+            self.refused = !self.engine->step(0);
+        },
+        &inside);
+    auto prepared = engine.responder()->prepare(ask("hello"));
+    REQUIRE(prepared);
+    REQUIRE(engine.responder()->submit(std::move(*prepared), "x"));
+    REQUIRE(engine.step());
+    CHECK(inside.refused);
+    engine.responder()->on_ready(nullptr, nullptr);
+}
+
+TEST_CASE("the Responder: ids, events, announcements") {
+    Engine engine = open_tiny();
+    Responder& responder = *engine.responder();
+    const auto models = responder.models();
+    REQUIRE(models.size() == 1);
+    CHECK(models[0].id == "Tiny");
+    CHECK(models[0].context_tokens == 512);
+    CHECK(models[0].created > 1'600'000'000);
+    struct Heard {
+        std::mutex mutex;
+        std::vector<std::string> ids;
+    } heard;
+    responder.on_ready(
+        [](void* context, const std::string& id) {
+            Heard& to = *static_cast<Heard*>(context);
+            const std::lock_guard<std::mutex> lock(to.mutex);
+            to.ids.push_back(id);
+        },
+        &heard);
+    auto prepared = responder.prepare(ask("hello"));
+    REQUIRE(prepared);
+    CHECK((*prepared)->model == "Tiny");
+    CHECK((*prepared)->input_tokens > 10);
+    CHECK((*prepared)->temperature == 1.0);
+    CHECK((*prepared)->top_p == 1.0);
+    CHECK((*prepared)->seed == 1);
+    REQUIRE(responder.submit(std::move(*prepared), "resp_a"));
+    CHECK_FALSE(responder.poll("resp_a"));
+    CHECK_FALSE(responder.poll("resp_b"));
+    responder.cancel("resp_b");
+    REQUIRE(engine.step());
+    CHECK(heard.ids == std::vector<std::string>{"resp_a"});  // nobody polled in between
+    std::vector<Event::Kind> kinds;
+    while (auto event = responder.poll("resp_a")) kinds.push_back(event->kind);
+    CHECK(kinds == std::vector<Event::Kind>{Event::Kind::started, Event::Kind::text_delta, Event::Kind::finished});
+    CHECK_FALSE(responder.poll("resp_a"));
+
+    prepared = responder.prepare(ask("again", 50));
+    REQUIRE(responder.submit(std::move(*prepared), "resp_a"));  // free again
+    prepared = responder.prepare(ask("again", 50));
+    CHECK_FALSE(responder.submit(std::move(*prepared), "resp_a"));  // in use
+    responder.cancel("resp_a");
+    responder.on_ready(nullptr, nullptr);
+    heard.ids.clear();
+    REQUIRE(engine.step());
+    CHECK(heard.ids.empty());
+    auto event = responder.poll("resp_a");
+    REQUIRE(event);
+    CHECK(event->kind == Event::Kind::finished);
+    CHECK(event->outcome->status == Status::cancelled);
+    CHECK(responder.stats().cancelled == 1);
+}
+
+TEST_CASE("prepared with nothing said: the file's own sampling, else 1; a drawn seed") {
+    const auto plain = open_tiny().responder()->prepare(Request{.input = "hi"});
+    REQUIRE(plain);
+    CHECK((*plain)->temperature == 1.0);
+    CHECK((*plain)->seed >= 0);
+    CHECK((*plain)->seed < (int64_t{1} << 53));
+    const auto open_with = [](const char* key, float value) {
+        auto from = Gguf::from_bytes(model_bytes());
+        GgufWriter writer;
+        for (const GgufKey& entry : from->keys()) writer.set(entry);
+        writer.set(key, value);
+        for (const TensorInfo& tensor : from->tensors())
+            writer.add_tensor(tensor.name, tensor.type, std::span(tensor.dims).first(tensor.n_dims),
+                              *from->tensor_bytes(tensor));
+        auto bytes = writer.to_bytes();
+        REQUIRE(bytes);
+        EngineOptions options = tiny_options();
+        options.model_bytes = *bytes;
+        auto engine = Engine::open(options);
+        if (!engine) return -1.0;
+        return (*engine->responder()->prepare(Request{.input = "hi"}))->temperature;
+    };
+    CHECK(open_with("general.sampling.temp", 0.25f) == 0.25);
+    CHECK(open_with("general.sampling.temp", 25.0f) == -1.0);
+    CHECK(open_with("general.other", 25.0f) == 1.0);
+}
+
+TEST_CASE("options and files that are refused, and the memory plan") {
+    const auto refused = [](auto change) {
+        EngineOptions options = tiny_options();
+        change(options);
+        auto engine = Engine::open(options);
+        return engine ? Error{} : engine.error();
+    };
+    CHECK(refused([](EngineOptions& o) { o.context_tokens = 513; }).param == "context_tokens");
+    CHECK(refused([](EngineOptions& o) { o.step_tokens = 0; }).param == "step_tokens");
+    CHECK(refused([](EngineOptions& o) { o.threads = -2; }).param == "threads");
+    CHECK(refused([](EngineOptions& o) { o.model_bytes = {}; }).param == "model_path");
+    CHECK(refused([](EngineOptions& o) {
+              o.model_bytes = {};
+              o.model_path = "/no/such/file.gguf";
+          }).kind == ErrorKind::not_found);
+    CHECK(refused([](EngineOptions& o) { o.chat_template = "{% for %}"; }).kind == ErrorKind::bad_data);
+    EngineOptions options = tiny_options();
+    auto plan = Engine::memory_plan(options);
+    REQUIRE(plan);
+    CHECK(plan->weights > 0);
+    CHECK(plan->total() == plan->weights + plan->kv + plan->scratch);
+    options.context_tokens = 256;
+    CHECK(Engine::memory_plan(options)->kv * 2 == plan->kv);
+    options.model_id = "mine";
+    CHECK(open_tiny(options).responder()->models()[0].id == "mine");
+}
