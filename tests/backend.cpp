@@ -168,7 +168,7 @@ TEST_CASE("logits: the host's job system") {
 }
 
 TEST_CASE("logits: the prompt in pieces, paused between stages") {
-    for (const size_t piece : {1, 3, 7, 64}) {
+    for (const size_t piece : {1u, 3u, 7u, 64u}) {
         CAPTURE(piece);
         Way way;
         way.piece = piece;
@@ -260,7 +260,8 @@ TEST_CASE("logits: sequences mixed in batches equal each alone") {
 }
 
 TEST_CASE("an embedding vector takes the place of a token") {
-    Model model = open_tiny(tiny::model(), small());
+    const auto bytes = tiny::model();
+    Model model = open_tiny(bytes, small());
     const auto pages = page_list(0, 4);
     const auto tensor = model.gguf->tensor_bytes(*model.tensors.token_embd);
     std::vector<float> values(model.spec->n_embd);
@@ -391,7 +392,8 @@ TEST_CASE("numbers that are not finite are an error that names the layer") {
 }
 
 TEST_CASE("what a batch must not ask") {
-    Model model = open_tiny(tiny::model(), small());
+    const auto bytes = tiny::model();
+    Model model = open_tiny(bytes, small());
     const auto pages = page_list(0, 32);
     const BatchRow good{1, nullptr, 0, pages.data(), true};
     CHECK_FALSE(model.backend->begin({}));
@@ -401,7 +403,7 @@ TEST_CASE("what a batch must not ask") {
         CHECK_FALSE(model.backend->begin({&bad, 1}));
     BackendOptions options = small();
     options.max_logit_rows = 1;
-    Model one = open_tiny(tiny::model(), options);
+    Model one = open_tiny(bytes, options);
     CHECK_FALSE(one.backend->begin(std::vector<BatchRow>(2, good)));
     CHECK(one.backend->begin({&good, 1}));
 }
