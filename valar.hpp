@@ -1729,7 +1729,8 @@ VALAR_API Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelS
 namespace valar {
 inline namespace v1 {
 
-/// How a model is held and computed. `kv_type` and `precision` are the options that may change bits.
+/// How a model is held and computed. `kv_type` and `precision` are the options that may change
+/// bits.
 struct BackendOptions {
     Precision   precision      = Precision::fast;
     KvType      kv_type        = KvType::f16;
@@ -1754,8 +1755,8 @@ struct MemoryPlan {
 namespace detail {
 
 /// One row of a batch: a token at a position of a sequence. `pages` lists the sequence's pages, in
-/// order of position; the page of `position` is already there. A row sees the positions 0 .. position
-/// of its sequence: those of earlier batches and those of earlier rows of this batch.
+/// order of position; the page of `position` is already there. A row sees the positions 0 ..
+/// position of its sequence: those of earlier batches and those of earlier rows of this batch.
 struct BatchRow {
     Token           token     = 0;
     const float*    embedding = nullptr;  ///< (n_embd) instead of the token's, or null
@@ -1772,8 +1773,8 @@ public:
     virtual bool exact() const = 0;
     /// Loads the next slice of weights; true when all is there. `progress` (0..1) may be null.
     virtual Result<bool> load(uint64_t budget_us, float* progress) = 0;
-    /// Takes a batch; the rows of one sequence in ascending order of position. Rows are borrowed until
-    /// advance() says done.
+    /// Takes a batch; the rows of one sequence in ascending order of position. Rows are borrowed
+    /// until advance() says done.
     virtual Result<void> begin(std::span<const BatchRow> rows) = 0;
     /// Computes on until done (true), or until the first boundary past the deadline (false; 0: no
     /// deadline). Non-finite logits: an Error that names the layer; the batch is given up.
@@ -1806,8 +1807,8 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
 // >>sampler
 // Owns: logits to token: greedy, temperature, top_k, top_p, min_p, seed; log-probabilities.
 // Assumes: finite logits.
-// Promises: the same bytes everywhere: a function of (logits, options, seed, position) alone; ties go
-//           to the lower token id; no allocation after the first calls.
+// Promises: the same bytes everywhere: a function of (logits, options, seed, position) alone; ties
+//           go to the lower token id; no allocation after the first calls.
 
 namespace valar {
 inline namespace v1 {
@@ -1851,8 +1852,8 @@ private:
 
 /// A number in [0, 1) that depends on (seed, position) alone, 53 bits.
 double uniform_at(int64_t seed, uint64_t position);
-/// Natural log of the model's own distribution (before temperature and top_p): of `token`, and of the
-/// `count` most likely ones, most likely first. `top` may be null when count is 0.
+/// Natural log of the model's own distribution (before temperature and top_p): of `token`, and of
+/// the `count` most likely ones, most likely first. `top` may be null when count is 0.
 float logprob_of(std::span<const float> logits, Token token, uint32_t count,
                  std::pair<Token, float>* top);
 
@@ -1864,7 +1865,8 @@ float logprob_of(std::span<const float> logits, Token token, uint32_t count,
 // Owns: a loaded model and the requests on it: queue, sequences, pages, step(), streaming, cancel.
 // Assumes: one thread at a time calls step(); everything else comes from any thread.
 // Promises: submit never fails (a refused request is a Reply that is finished with its error); an
-//           answer is a function of file, request and options; nothing blocks but wait() and stop().
+//           answer is a function of file, request and options; nothing blocks but wait() and
+//           stop().
 
 namespace valar {
 inline namespace v1 {
@@ -1874,13 +1876,14 @@ struct EngineOptions {
     std::string  model_path     = {};   ///< a GGUF file (the first of a split one)
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
     std::string  model_id       = {};   ///< default: the file's general.name, else the file's name
-    uint32_t     context_tokens = 0;    ///< positions a request may use; 0: the model's, at most 8,192
-    int          threads        = -1;   ///< helpers beside the caller; -1: physical cores - 1; 0: none
+    uint32_t context_tokens = 0;  ///< positions a request may use; 0: the model's, at most 8,192
+    int threads = -1;             ///< helpers beside the caller; -1: physical cores - 1; 0: none
     Precision    precision      = Precision::fast;
     KvType       kv_type        = KvType::f16;
     uint32_t     max_queued     = 1000; ///< waiting requests; past it `overloaded`
     uint32_t     step_tokens    = 512;  ///< prompt tokens a batch at most
-    std::span<const std::byte> model_bytes = {};  ///< instead of a path; borrowed for the engine's life
+    std::span<const std::byte> model_bytes =
+        {};                             ///< instead of a path; borrowed for the engine's life
     GgufReader   model_reader   = {};   ///< instead of a path
     std::string  chat_template  = {};   ///< instead of the file's own
     ParallelFor  parallel_for   = nullptr;  ///< the host's job system instead of own threads
@@ -1900,11 +1903,11 @@ public:
     Reply& operator=(Reply&& other) noexcept;
     ~Reply();
 
-    /// The next event, or nothing when there is none now. Never waits. Text that came since the last
-    /// call comes as one text_delta.
+    /// The next event, or nothing when there is none now. Never waits. Text that came since the
+    /// last call comes as one text_delta.
     std::optional<Event> poll();
-    /// Waits for the end while somebody else steps (start(), another thread); false after timeout_ms
-    /// (-1: no limit). Events stay to be polled.
+    /// Waits for the end while somebody else steps (start(), another thread); false after
+    /// timeout_ms (-1: no limit). Events stay to be polled.
     bool wait(int64_t timeout_ms = -1);
     bool finished() const;        ///< the outcome is there; events may be left to poll
     /// The outcome; only once finished(). Valid while the Reply lives.
@@ -1926,8 +1929,8 @@ class VALAR_API Engine {
 public:
     /// Loads the whole model. Errors name the file, key, tensor or option.
     static Result<Engine> open(const EngineOptions& options);
-    /// Checks file and options and allocates; step() then loads in slices. Requests may be submitted
-    /// at once and wait.
+    /// Checks file and options and allocates; step() then loads in slices. Requests may be
+    /// submitted at once and wait.
     static Result<Engine> begin_open(const EngineOptions& options);
     /// What open() would take, without loading.
     static Result<MemoryPlan> memory_plan(const EngineOptions& options);
@@ -1937,9 +1940,10 @@ public:
     ~Engine();  ///< unfinished replies end with `engine_closed`
 
     Reply submit(const Request& request);
-    /// Works for about `budget_us` (stops at the first boundary past it; -1: until nothing is left to
-    /// do): loads, computes, samples, emits. True while work is left. Errors: weights that cannot be
-    /// read (every request ends with it); called after start(), or from two threads at once.
+    /// Works for about `budget_us` (stops at the first boundary past it; -1: until nothing is left
+    /// to do): loads, computes, samples, emits. True while work is left. Errors: weights that
+    /// cannot be read (every request ends with it); called after start(), or from two threads at
+    /// once.
     Result<bool> step(int64_t budget_us = -1);
     /// Own thread that steps whenever there is work, until stop().
     Result<void> start();
@@ -13252,8 +13256,8 @@ Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec)
 #endif  // VALAR_NO_INFERENCE
 
 // >>backend
-// The CPU backend, top to bottom: how memory is laid out, loading, the batch as a machine of stages,
-// the stages in the order in which they run. The formulas are in >>kernels.
+// The CPU backend, top to bottom: how memory is laid out, loading, the batch as a machine of
+// stages, the stages in the order in which they run. The formulas are in >>kernels.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -13308,7 +13312,8 @@ struct CpuWeights {
     PackedMatrix matrix(Carver& carver, const TensorInfo* tensor) {
         PackedMatrix out{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
                          static_cast<uint32_t>(tensor->dims[0])};
-        std::byte* data = carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
+        std::byte* data =
+            carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
         out.data = data;
         items.push_back({tensor, data, true});
         return out;
@@ -13440,10 +13445,11 @@ struct CpuScratch {
 
 Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions& options) {
     const auto refuse = [](const char* field, unsigned long long value, const char* wanted) {
-        return make_error(ErrorKind::invalid_request, format("%s: %llu is not %s", field, value, wanted),
-                          {}, field);
+        return make_error(ErrorKind::invalid_request,
+                          format("%s: %llu is not %s", field, value, wanted), {}, field);
     };
-    if (options.page_tokens == 0 || options.page_tokens % kKeyGroup || options.page_tokens > kMaxPageTokens)
+    if (options.page_tokens == 0 || options.page_tokens % kKeyGroup ||
+        options.page_tokens > kMaxPageTokens)
         return refuse("page_tokens", options.page_tokens, "a multiple of 16 up to 4096");
     if (options.kv_pages == 0) return refuse("kv_pages", 0, "positive");
     if (options.max_batch_rows == 0 || options.max_batch_rows > kMaxBatchRows)
@@ -13469,8 +13475,8 @@ uint64_t cpu_positions(const BackendOptions& options) {
     return std::min(uint64_t{options.kv_pages} * options.page_tokens, ModelSpec::max_context);
 }
 
-CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options, const CpuWeights& weights,
-                     const std::vector<RopeTable>& ropes) {
+CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
+                     const CpuWeights& weights, const std::vector<RopeTable>& ropes) {
     CpuSizes n{};
     n.rows = options.max_batch_rows;
     n.logit_rows = options.max_logit_rows;
@@ -13520,8 +13526,10 @@ Result<CpuLayout> lay_out_cpu(const ModelSpec& spec, const ModelTensors& tensors
         layer.kv_offset = out.page_bytes;  // times the pages, below
         out.page_bytes += layer.kv_page_bytes();
         const RopeSpec& rope = layer.spec->rope;
-        while (layer.rope < out.ropes.size() && !same_rope(*out.ropes[layer.rope].spec, rope)) ++layer.rope;
-        if (layer.rope == out.ropes.size()) out.ropes.push_back(make_rope_table(rope, spec.rope_factors));
+        while (layer.rope < out.ropes.size() && !same_rope(*out.ropes[layer.rope].spec, rope))
+            ++layer.rope;
+        if (layer.rope == out.ropes.size())
+            out.ropes.push_back(make_rope_table(rope, spec.rope_factors));
     }
     if (mul_overflows(out.page_bytes, options.kv_pages, &out.plan.kv))
         return make_error(ErrorKind::out_of_memory,
@@ -13633,7 +13641,8 @@ private:
     void project_ffn(uint32_t first, uint32_t last, uint32_t part);
     void norm_wanted(uint32_t first, uint32_t last, uint32_t part);
     void multiply_logits(uint32_t first, uint32_t last, uint32_t part);
-    void multiply(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* x, float* y);
+    void multiply(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* x,
+                  float* y);
     void add_to_rows(float* to, const float* from, size_t from_stride, const PackedMatrix& matrix,
                      uint32_t first, uint32_t last);
     void project(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* x);
@@ -13704,7 +13713,8 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
         if (!memory) return memory.error();
         *buffer = std::move(*memory);
     }
-    layout = lay_out_cpu(spec, tensors, options, reinterpret_cast<uintptr_t>(weights_memory_.data()));
+    layout =
+        lay_out_cpu(spec, tensors, options, reinterpret_cast<uintptr_t>(weights_memory_.data()));
     weights_ = std::move(layout->weights);
     ropes_ = std::move(layout->ropes);
     sizes_ = layout->sizes;
@@ -13759,7 +13769,8 @@ Result<void> CpuBackend::load_item_slice() {
         if (!read) return read;
     } else {
         if (!there) {
-            auto read = gguf_->read_tensor(tensor, offset, {scratch_memory_.data(), static_cast<size_t>(bytes)});
+            auto read = gguf_->read_tensor(tensor, offset,
+                                           {scratch_memory_.data(), static_cast<size_t>(bytes)});
             if (!read) return read;
         }
         PackJob job{&item, source, load_tile_, last};
@@ -13778,13 +13789,14 @@ Result<void> CpuBackend::load_item_slice() {
 void CpuBackend::pack_part(void* context, uint32_t part, uint32_t parts) {
     const PackJob& job = *static_cast<const PackJob*>(context);
     const TensorInfo& tensor = *job.item->tensor;
-    const uint32_t rows = static_cast<uint32_t>(tensor.dims[1]), cols = static_cast<uint32_t>(tensor.dims[0]);
+    const uint32_t rows = static_cast<uint32_t>(tensor.dims[1]),
+                   cols = static_cast<uint32_t>(tensor.dims[0]);
     const uint64_t count = job.last - job.first, row_bytes = tensor.bytes / rows;
     const uint32_t first = job.first + static_cast<uint32_t>(count * part / parts);
     const uint32_t last = job.first + static_cast<uint32_t>(count * (part + 1) / parts);
     if (first == last) return;
-    pack_tiles(tensor.type, rows, cols, job.source + (first - job.first) * row_bytes * kTileRows, first,
-               last, job.item->out + first * packed_tile_bytes(tensor.type, cols));
+    pack_tiles(tensor.type, rows, cols, job.source + (first - job.first) * row_bytes * kTileRows,
+               first, last, job.item->out + first * packed_tile_bytes(tensor.type, cols));
 }
 
 // ---- Pages -----------------------------------------------------------------------------------
@@ -13811,10 +13823,13 @@ void CpuBackend::import_page(uint32_t page, const std::byte* bytes) {
 // ---- A batch, stage after stage --------------------------------------------------------------
 
 Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
-    const auto refuse = [](std::string what) { return make_error(ErrorKind::internal, std::move(what)); };
+    const auto refuse = [](std::string what) {
+        return make_error(ErrorKind::internal, std::move(what));
+    };
     if (load_item_ < weights_.items.size()) return refuse("batch: the model is not loaded yet");
     if (rows.empty() || rows.size() > options_.max_batch_rows)
-        return refuse(format("batch: %zu rows are not in 1..%u", rows.size(), options_.max_batch_rows));
+        return refuse(
+            format("batch: %zu rows are not in 1..%u", rows.size(), options_.max_batch_rows));
     uint32_t wanted = 0;
     for (const BatchRow& row : rows) {
         if (!row.embedding && (row.token < 0 || static_cast<uint32_t>(row.token) >= spec_->n_vocab))
@@ -13856,8 +13871,9 @@ void CpuBackend::run_slice() {
     const uint64_t units = (this->*stage.units)(), work = (this->*stage.work)();
     uint64_t last = units;
     if (has_deadline_) {
-        const double fits = static_cast<double>(kSliceNs) / (ns_per_work_ * static_cast<double>(work + 1));
-        last = std::min(units, unit_ + sizes_.parts * (1 + static_cast<uint64_t>(fits / static_cast<double>(sizes_.parts))));
+        const double fits = static_cast<double>(kSliceNs) /
+                            (ns_per_work_ * static_cast<double>((work + 1) * sizes_.parts));
+        last = std::min(units, unit_ + sizes_.parts * (1 + static_cast<uint64_t>(fits)));
     }
     const uint64_t start = has_deadline_ ? monotonic_ns() : 0;
     const uint64_t count = last - unit_;
@@ -13866,7 +13882,8 @@ void CpuBackend::run_slice() {
     if (count == 1 || count * work < kJoinWork) (this->*stage.job)(slice.first, slice.last, 0);
     else team_->run(run_part, &slice);
     if (has_deadline_ && count * work >= kJoinWork)
-        ns_per_work_ = static_cast<double>(monotonic_ns() - start) / static_cast<double>(count * work);
+        ns_per_work_ = static_cast<double>(monotonic_ns() - start + 1) /
+                       static_cast<double>(count * work);
     unit_ = slice.last;
     if (last < units) return;
     unit_ = 0;
@@ -13902,8 +13919,10 @@ Error CpuBackend::locate_bad_numbers() {
         break;
     }
     stage_ = last_stage + 1;
-    return make_error(ErrorKind::bad_data, gguf_->name() + ": the logits are not finite; the first number "
-                                           "that is not came from " + where);
+    return make_error(ErrorKind::bad_data, gguf_->name() +
+                                               ": the logits are not finite; the first number "
+                                               "that is not came from " +
+                                               where);
 }
 
 bool CpuBackend::residual_is_finite() const {
@@ -13926,7 +13945,8 @@ void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t) {
         float* x = scratch_.x + row * n;
         if (from.embedding) std::memcpy(x, from.embedding, n * sizeof(float));
         else dequantize_row(weights_.token_embd, static_cast<uint32_t>(from.token), x);
-        if (!from.embedding && spec_->embedding_scale != 1) kernels_->scale(x, spec_->embedding_scale, n);
+        if (!from.embedding && spec_->embedding_scale != 1)
+            kernels_->scale(x, spec_->embedding_scale, n);
         float* cos_sin = scratch_.cos_sin + row * sizes_.rope_values;
         for (const RopeTable& rope : ropes_)
             for (const double frequency : rope.frequencies) {
@@ -13959,11 +13979,12 @@ void CpuBackend::multiply(const PackedMatrix& matrix, uint32_t first, uint32_t l
 }
 
 // to (rows, matrix.rows) += from (rows, or one for all where from_stride is 0), of some tiles.
-void CpuBackend::add_to_rows(float* to, const float* from, size_t from_stride, const PackedMatrix& matrix,
-                             uint32_t first, uint32_t last) {
+void CpuBackend::add_to_rows(float* to, const float* from, size_t from_stride,
+                             const PackedMatrix& matrix, uint32_t first, uint32_t last) {
     const size_t begin = first * kTileRows, end = std::min(last * kTileRows, matrix.rows);
     for (size_t row = 0; row < rows_.size(); ++row)
-        kernels_->add(to + row * matrix.rows + begin, from + row * from_stride + begin, end - begin);
+        kernels_->add(to + row * matrix.rows + begin, from + row * from_stride + begin,
+                      end - begin);
 }
 
 void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t) {
@@ -14006,14 +14027,15 @@ void CpuBackend::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
             std::memcpy(scratch_.turned + (size_t{head} * rows_.size() + row) * group * dim,
                         q + size_t{head} * group * dim, group * dim * sizeof(float));
             std::byte* keys = page + head * layer().kv_head_bytes + group_at;
-            kernels_->store_kv(options_.kv_type, k + size_t{head} * dim, scratch_.v + row * n_kv + size_t{head} * dim,
-                               dim, in_page % kKeyGroup, keys, keys + half);
+            kernels_->store_kv(options_.kv_type, k + size_t{head} * dim,
+                               scratch_.v + row * n_kv + size_t{head} * dim, dim,
+                               in_page % kKeyGroup, keys, keys + half);
         }
     }
 }
 
-// Rows that are neighbours in their sequence attend together. A batch of few rows is cut by segments
-// too, so that all threads have something to do; finish_attention() merges the parts.
+// Rows that are neighbours in their sequence attend together. A batch of few rows is cut by
+// segments too, so that all threads have something to do; finish_attention() merges the parts.
 void CpuBackend::plan_attention() {
     unit_count_ = 0;
     for (uint32_t row = row_count(), rows; row > 0; row -= rows) {  // the longest first
@@ -14047,7 +14069,8 @@ void CpuBackend::attend_units(uint32_t first, uint32_t last, uint32_t part) {
 void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch) {
     const LayerSpec& spec = *layer().spec;
     const uint32_t dim = spec.head_dim, group = spec.n_heads / spec.n_kv_heads;
-    const uint32_t page_tokens = options_.page_tokens, newest = rows_[unit.row + unit.rows - 1].position;
+    const uint32_t page_tokens = options_.page_tokens,
+                   newest = rows_[unit.row + unit.rows - 1].position;
     const size_t half = layer().kv_head_bytes / 2, group_bytes = half * kKeyGroup / page_tokens;
     const void *keys[kSegment / kKeyGroup], *values[kSegment / kKeyGroup];
     AttentionTask task{};
@@ -14078,10 +14101,12 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
         for (uint32_t i = 0; i < task.queries; ++i) {
             const uint32_t seen = rows_[unit.row + i / group].position + 1;
             scratch.begin[i] = 0;
-            scratch.end[i] = static_cast<uint16_t>(seen > start ? std::min(seen - start, kSegment) : 0);
+            scratch.end[i] =
+                static_cast<uint16_t>(seen > start ? std::min(seen - start, kSegment) : 0);
         }
         if (split_over_segments()) {
-            const size_t at = (unit.row * sizes_.segments + segment) * spec.n_heads + kv_head * group;
+            const size_t at =
+                (unit.row * sizes_.segments + segment) * spec.n_heads + kv_head * group;
             task.max = scratch_.part_max + at;
             task.sum = scratch_.part_sum + at;
             task.out = scratch_.part_out + at * dim;
@@ -14090,8 +14115,9 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
         if (split_over_segments()) continue;
         for (uint32_t i = 0; i < task.queries; ++i)
             if (scratch.end[i])
-                merge_segment(segment, {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
-                              {scratch.total_max + i, scratch.total_sum + i, query_output(unit, kv_head, i)});
+                merge_segment(
+                    segment, {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
+                    {scratch.total_max + i, scratch.total_sum + i, query_output(unit, kv_head, i)});
     }
     if (split_over_segments()) return;
     for (uint32_t i = 0; i < task.queries; ++i)
@@ -14105,9 +14131,11 @@ float* CpuBackend::query_output(const AttentionUnit& unit, uint32_t kv_head, uin
     return scratch_.attended + (row * spec.n_heads + head) * spec.head_dim;
 }
 
-void CpuBackend::merge_segment(uint32_t segment, const SegmentResult& from, const AttentionState& to) {
+void CpuBackend::merge_segment(uint32_t segment, const SegmentResult& from,
+                               const AttentionState& to) {
     const size_t dim = layer().spec->head_dim;
-    if (segment != 0) return kernels_->attention_merge(to.max, to.sum, to.out, from.max, from.sum, from.out, dim);
+    if (segment != 0)
+        return kernels_->attention_merge(to.max, to.sum, to.out, from.max, from.sum, from.out, dim);
     *to.max = from.max;
     *to.sum = from.sum;
     std::memcpy(to.out, from.out, dim * sizeof(float));
@@ -14117,11 +14145,14 @@ void CpuBackend::merge_parts(uint32_t row) {
     const LayerSpec& spec = *layer().spec;
     const size_t dim = spec.head_dim;
     for (uint32_t head = 0; head < spec.n_heads; ++head) {
-        float max = 0, sum = 0, *out = scratch_.attended + (size_t{row} * spec.n_heads + head) * dim;
+        float max = 0, sum = 0,
+              *out = scratch_.attended + (size_t{row} * spec.n_heads + head) * dim;
         for (uint32_t segment = 0; segment <= rows_[row].position / kSegment; ++segment) {
             const size_t at = (row * sizes_.segments + segment) * spec.n_heads + head;
-            merge_segment(segment, {scratch_.part_max[at], scratch_.part_sum[at], scratch_.part_out + at * dim},
-                          {&max, &sum, out});
+            merge_segment(
+                segment,
+                {scratch_.part_max[at], scratch_.part_sum[at], scratch_.part_out + at * dim},
+                {&max, &sum, out});
         }
         kernels_->scale(out, 1 / sum, dim);
     }
@@ -14136,7 +14167,8 @@ void CpuBackend::finish_attention(uint32_t first, uint32_t last, uint32_t) {
 }
 
 // x += matrix times activations, of some tiles.
-void CpuBackend::project(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* activations) {
+void CpuBackend::project(const PackedMatrix& matrix, uint32_t first, uint32_t last,
+                         const float* activations) {
     multiply(matrix, first, last, activations, scratch_.y);
     add_to_rows(scratch_.x, scratch_.y, spec_->n_embd, matrix, first, last);
 }
@@ -14155,7 +14187,8 @@ void CpuBackend::multiply_gate_up(uint32_t first, uint32_t last, uint32_t) {
     multiply(layer().gate, first, last, scratch_.y, scratch_.gate);
     multiply(layer().up, first, last, scratch_.y, scratch_.up);
     for (size_t row = 0; row < rows_.size(); ++row)
-        kernels_->silu_mul(scratch_.gate + row * n + begin, scratch_.up + row * n + begin, end - begin);
+        kernels_->silu_mul(scratch_.gate + row * n + begin, scratch_.up + row * n + begin,
+                           end - begin);
 }
 
 void CpuBackend::quantize_ffn(uint32_t first, uint32_t last, uint32_t) {
@@ -14172,21 +14205,23 @@ void CpuBackend::project_ffn(uint32_t first, uint32_t last, uint32_t) {
 void CpuBackend::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
     const size_t n = spec_->n_embd;
     for (uint32_t i = first; i < last; ++i) {
-        kernels_->rms_norm(scratch_.x + scratch_.wanted[i] * n, weights_.output_norm, spec_->norm_eps, n,
-                           scratch_.y + i * n);
+        kernels_->rms_norm(scratch_.x + scratch_.wanted[i] * n, weights_.output_norm,
+                           spec_->norm_eps, n, scratch_.y + i * n);
         quantize_row(scratch_.y + i * n, spec_->n_embd, 2, i);
     }
 }
 
 void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t) {
     const PackedMatrix& matrix = weights_.output;
-    kernels_->matmul({&matrix, first, last, wanted_count_, 2, scratch_.blocks, scratch_.y, matrix.cols,
-                      scratch_.logits, matrix.rows});
-    const size_t begin = size_t{first} * kTileRows, end = std::min<size_t>(size_t{last} * kTileRows, matrix.rows);
+    kernels_->matmul({&matrix, first, last, wanted_count_, 2, scratch_.blocks, scratch_.y,
+                      matrix.cols, scratch_.logits, matrix.rows});
+    const size_t begin = size_t{first} * kTileRows,
+                 end = std::min<size_t>(size_t{last} * kTileRows, matrix.rows);
     uint32_t largest = 0;  // exponent: 255 is infinite or no number
     for (uint32_t i = 0; i < wanted_count_; ++i) {
         float* logits = scratch_.logits + size_t{i} * matrix.rows;
-        if (spec_->logit_scale != 1) kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
+        if (spec_->logit_scale != 1)
+            kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
         for (size_t j = begin; j < end; ++j)
             largest = std::max(largest, std::bit_cast<uint32_t>(logits[j]) & 0x7f800000u);
     }
@@ -14219,9 +14254,9 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
 
 // >>sampler
 // A token's weight is exp((logit - highest) / temperature), in double, from tables: up to 7e-7 too
-// large, exactly 1 for the highest, and without a product that feeds a sum, so that no compiler can fuse any.
-// Weights are added token by token in blocks of 1,024 ids, the blocks in order; of sorted candidates one
-// after the other.
+// large, exactly 1 for the highest, and without a product that feeds a sum, so that no compiler can
+// fuse any. Weights are added token by token in blocks of 1,024 ids, the blocks in order; of sorted
+// candidates one after the other.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -14248,7 +14283,9 @@ const WeightTables& weight_tables() {
 }
 
 // 2^20 / ln 2 a unit of temperature; finite, for 0 times it must be 0.
-double weight_scale(double temperature) { return std::min(0x1.71547652b82fep+20 / temperature, 1e300); }
+double weight_scale(double temperature) {
+    return std::min(0x1.71547652b82fep+20 / temperature, 1e300);
+}
 
 double weight_of(const WeightTables& tables, float logit, float highest, double scale) {
     const double steps = (static_cast<double>(highest) - static_cast<double>(logit)) * scale;
@@ -14269,7 +14306,8 @@ double weigh_block(std::span<const float> logits, size_t block, float highest, d
 size_t most_likely(std::span<const float> logits) {
     size_t best = 0;
     for (size_t i = 0; i < logits.size(); i += 16) {  // a vectorisable question before a search
-        const std::span<const float> some = logits.subspan(i, std::min<size_t>(16, logits.size() - i));
+        const std::span<const float> some =
+            logits.subspan(i, std::min<size_t>(16, logits.size() - i));
         bool above = false;
         for (const float logit : some) above |= logit > logits[best];
         if (!above) continue;
@@ -14295,7 +14333,8 @@ struct CandidateOrder {
 
 double uniform_at(int64_t seed, uint64_t position) {
     constexpr uint64_t step = 0x9e3779b97f4a7c15u;
-    const uint64_t bits = mix_bits(mix_bits(static_cast<uint64_t>(seed) + step) + (position + 1) * step);
+    const uint64_t bits =
+        mix_bits(mix_bits(static_cast<uint64_t>(seed) + step) + (position + 1) * step);
     return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
@@ -14376,11 +14415,13 @@ Token Sampler::draw_from_best(std::span<const float> logits, double uniform) {
     double total = 0;
     if (options_.top_k) {
         keep_top(logits);
-        for (const Candidate& one : candidates_) total += weight_of(tables, one.logit, highest_, scale_);
+        for (const Candidate& one : candidates_)
+            total += weight_of(tables, one.logit, highest_, scale_);
     } else if (options_.top_p < 1) {
         total = add_blocks(logits);
     }
-    const double enough = options_.top_p < 1 ? options_.top_p * total : std::numeric_limits<double>::infinity();
+    const double enough =
+        options_.top_p < 1 ? options_.top_p * total : std::numeric_limits<double>::infinity();
     size_t kept = 0;
     double sum = 0;
     for (double below = 8 * options_.temperature;; below *= 2) {
@@ -14392,7 +14433,9 @@ Token Sampler::draw_from_best(std::span<const float> logits, double uniform) {
             sum += weight;
             ended = sum >= enough;
         }
-        if (ended || kept < candidates_.size() || options_.top_k || candidates_.size() == logits.size()) break;
+        if (ended || kept < candidates_.size() || options_.top_k ||
+            candidates_.size() == logits.size())
+            break;
     }
     const double target = uniform * sum;
     double so_far = 0;
@@ -14412,7 +14455,8 @@ float logprob_of(std::span<const float> logits, Token token, uint32_t count,
         total += weigh_block(logits, block, highest, weight_scale(1));
     const double log_total = exact_log(total);
     const auto logprob = [&](float logit) {
-        return static_cast<float>((static_cast<double>(logit) - static_cast<double>(highest)) - log_total);
+        return static_cast<float>((static_cast<double>(logit) - static_cast<double>(highest)) -
+                                  log_total);
     };
     uint32_t found = 0;  // an insertion sort: count is small
     for (size_t i = 0; i < logits.size(); ++i) {
@@ -14431,8 +14475,9 @@ float logprob_of(std::span<const float> logits, Token token, uint32_t count,
 #endif  // VALAR_NO_INFERENCE
 
 // >>engine
-// In this order: the mailbox of a reply; a sequence; opening; from a request to tokens; the queue; the
-// step: batch, tokens, text; the handles. Locks are held briefly and never while something is called.
+// In this order: the mailbox of a reply; a sequence; opening; from a request to tokens; the queue;
+// the step: batch, tokens, text; the handles. Locks are held briefly and never while something is
+// called.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -14494,7 +14539,8 @@ struct Mailbox {
         const std::lock_guard<std::mutex> lock(mutex);
         if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
         if (!text.empty()) return Event{Event::Kind::text_delta, std::exchange(text, {})};
-        if (outcome && !std::exchange(finish_taken, true)) return Event{Event::Kind::finished, {}, outcome};
+        if (outcome && !std::exchange(finish_taken, true))
+            return Event{Event::Kind::finished, {}, outcome};
         hungry = true;
         return std::nullopt;
     }
@@ -14507,7 +14553,8 @@ struct Mailbox {
     bool wait(int64_t timeout_ms) {
         const uint64_t start = monotonic_ns();
         uint64_t limit = UINT64_MAX;
-        if (timeout_ms >= 0 && mul_overflows(static_cast<uint64_t>(timeout_ms), 1'000'000, &limit)) limit = UINT64_MAX;
+        if (timeout_ms >= 0 && mul_overflows(static_cast<uint64_t>(timeout_ms), 1'000'000, &limit))
+            limit = UINT64_MAX;
         while (!finished.load(std::memory_order_acquire)) {
             const uint64_t waited = monotonic_ns() - start;
             if (waited >= limit) return false;
@@ -14540,9 +14587,13 @@ struct Sequence {
     Outcome               outcome;
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
 
-    Sequence(std::shared_ptr<Mailbox> to, std::unique_ptr<PreparedPrompt> from, const Tokenizer& tokenizer)
-        : reply(std::move(to)), prompt(std::move(from)), tokens(std::move(prompt->tokens)),
-          sampler(prompt->sampling), detokenizer(tokenizer) {
+    Sequence(std::shared_ptr<Mailbox> to, std::unique_ptr<PreparedPrompt> from,
+             const Tokenizer& tokenizer)
+        : reply(std::move(to)),
+          prompt(std::move(from)),
+          tokens(std::move(prompt->tokens)),
+          sampler(prompt->sampling),
+          detokenizer(tokenizer) {
         outcome.usage.input_tokens = static_cast<uint32_t>(tokens.size());
     }
     uint32_t length() const { return static_cast<uint32_t>(tokens.size()); }
@@ -14580,7 +14631,8 @@ Result<void> check_request(const Request& request) {
     if (request.max_output_tokens == 0u)
         return refuse_field("max_output_tokens", "max_output_tokens: 0 is not positive");
     if (request.top_logprobs > kMaxLogprobs)
-        return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u", request.top_logprobs, kMaxLogprobs));
+        return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
+                                                   request.top_logprobs, kMaxLogprobs));
     const struct { const char* field; std::optional<double> value; double high; } ranges[] = {
         {"temperature", request.temperature, 2},
         {"top_p", request.top_p, 1},
@@ -14603,7 +14655,9 @@ Result<SamplerOptions> read_sampling(const Gguf& gguf) {
         auto found = gguf.get_float(key, *value);
         if (!found) return found.error();
         if (!(*found >= 0 && *found <= high))
-            return make_error(ErrorKind::bad_data, gguf.name() + format(": key '%s' is %g, not in 0..%g", key, *found, high));
+            return make_error(
+                ErrorKind::bad_data,
+                gguf.name() + format(": key '%s' is %g, not in 0..%g", key, *found, high));
         *value = *found;
     }
     auto top_k = gguf.get_uint("general.sampling.top_k", 0);
@@ -14629,13 +14683,16 @@ Result<Gguf> open_model_file(const EngineOptions& options) {
 }
 
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelSpec& spec) {
-    const uint32_t context = options.context_tokens ? options.context_tokens : std::min(spec.n_context, kDefaultContext);
+    const uint32_t context =
+        options.context_tokens ? options.context_tokens : std::min(spec.n_context, kDefaultContext);
     if (context > spec.n_context)
-        return make_error(ErrorKind::invalid_request,
-                          format("context_tokens: %u is more than the model's %u", context, spec.n_context),
-                          {}, "context_tokens");
+        return make_error(
+            ErrorKind::invalid_request,
+            format("context_tokens: %u is more than the model's %u", context, spec.n_context), {},
+            "context_tokens");
     if (options.step_tokens == 0)
-        return make_error(ErrorKind::invalid_request, "step_tokens: 0 is not positive", {}, "step_tokens");
+        return make_error(ErrorKind::invalid_request, "step_tokens: 0 is not positive", {},
+                          "step_tokens");
     BackendOptions out;
     out.precision = options.precision;
     out.kv_type = options.kv_type;
@@ -14707,7 +14764,8 @@ struct Engine::State final : Responder {
 
     Result<std::unique_ptr<detail::PreparedPrompt>> prepare_prompt(const Request& request);
     Result<std::vector<Token>> make_prompt(const Request& request) const;
-    Result<void> enqueue(std::unique_ptr<detail::PreparedPrompt> prompt, const MailboxPtr& reply, bool known);
+    Result<void> enqueue(std::unique_ptr<detail::PreparedPrompt> prompt, const MailboxPtr& reply,
+                         bool known);
     MailboxPtr find(const std::string& id) const;
     void announce(const detail::Mailbox& reply);
 
@@ -14743,7 +14801,8 @@ Result<void> Engine::State::open(const EngineOptions& from) {
     tensors = std::move(*bound);
     auto source = gguf.get_string("tokenizer.chat_template", "");
     if (!source) return source.error();
-    const std::string text = options.chat_template.empty() ? std::string(*source) : options.chat_template;
+    const std::string text =
+        options.chat_template.empty() ? std::string(*source) : options.chat_template;
     auto words = Tokenizer::open(gguf, text);
     if (!words) return words.error();
     tokenizer = std::move(*words);
@@ -14759,7 +14818,8 @@ Result<void> Engine::State::open(const EngineOptions& from) {
     auto opened = detail::open_cpu_backend(gguf, spec, tensors, *chosen);
     if (!opened) return opened.error();
     backend = std::move(*opened);
-    context = options.context_tokens ? options.context_tokens : std::min(spec.n_context, detail::kDefaultContext);
+    context = options.context_tokens ? options.context_tokens
+                                     : std::min(spec.n_context, detail::kDefaultContext);
     batch.reserve(chosen->max_batch_rows);
     for (uint32_t page = chosen->kv_pages; page > 0; --page) free_pages.push_back(page - 1);
     info.id = detail::choose_model_id(options, spec);
@@ -14784,11 +14844,13 @@ Result<std::unique_ptr<Prepared>> Engine::State::prepare(const Request& request)
     return std::unique_ptr<Prepared>(std::move(*prompt));
 }
 
-Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(const Request& request) {
+Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
+    const Request& request) {
     const auto& names = info.aliases;
     if (!request.model.empty() && request.model != info.id &&
         std::find(names.begin(), names.end(), request.model) == names.end())
-        return detail::make_error(ErrorKind::not_found, "the model '" + request.model + "' does not exist",
+        return detail::make_error(ErrorKind::not_found,
+                                  "the model '" + request.model + "' does not exist",
                                   "model_not_found", "model");
     if (auto good = detail::check_request(request); !good) return good.error();
     auto tokens = make_prompt(request);
@@ -14796,8 +14858,11 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(co
     const size_t count = tokens->size();
     if (count >= context)
         return detail::refuse_field(
-            "input", detail::format("the prompt has %zu tokens; the context of this model is %u tokens for "
-                                    "prompt and answer", count, context), "context_length_exceeded");
+            "input",
+            detail::format("the prompt has %zu tokens; the context of this model is %u tokens for "
+                           "prompt and answer",
+                           count, context),
+            "context_length_exceeded");
     auto out = std::make_unique<detail::PreparedPrompt>();
     out->sampling = sampling;
     out->sampling.temperature = request.temperature.value_or(sampling.temperature);
@@ -14824,28 +14889,30 @@ Result<std::vector<Token>> Engine::State::make_prompt(const Request& request) co
     const auto spelling = [&](std::optional<Token> token) {
         return token ? tokenizer->piece(*token) : std::string_view();
     };
-    auto input = chat_input(request, *chat_template, spelling(tokenizer->bos()), spelling(tokenizer->eos()),
-                            detail::unix_time_ms() / 1000);
+    auto input = chat_input(request, *chat_template, spelling(tokenizer->bos()),
+                            spelling(tokenizer->eos()), detail::unix_time_ms() / 1000);
     if (!input) return input.error();
     auto text = chat_template->render(*input);
     if (!text) return text.error();
     auto tokens = tokenizer->encode(*text, tokenizer->add_bos());
     if (!tokens) return tokens.error();
-    if (tokens->empty()) return detail::refuse_field("input", "input: the chat template made an empty prompt of it");
+    if (tokens->empty())
+        return detail::refuse_field("input", "input: the chat template made an empty prompt of it");
     return tokens;
 }
 
 // ---- The queue, and Responder (any thread) ---------------------------------------------------
 
-Result<void> Engine::State::enqueue(std::unique_ptr<detail::PreparedPrompt> prompt, const MailboxPtr& reply,
-                                    bool known) {
+Result<void> Engine::State::enqueue(std::unique_ptr<detail::PreparedPrompt> prompt,
+                                    const MailboxPtr& reply, bool known) {
     auto sequence = std::make_unique<detail::Sequence>(reply, std::move(prompt), *tokenizer);
     {
         const std::lock_guard<std::mutex> lock(mutex);
         if (closed) return detail::engine_closed_error();
         if (queue.size() >= options.max_queued)
-            return detail::make_error(ErrorKind::overloaded,
-                                      detail::format("%zu requests are waiting already", queue.size()), "overloaded");
+            return detail::make_error(
+                ErrorKind::overloaded,
+                detail::format("%zu requests are waiting already", queue.size()), "overloaded");
         if (known && !by_id.emplace(reply->id, reply).second)
             return detail::make_error(ErrorKind::internal, "the id " + reply->id + " is in use");
         queue.push_back(std::move(sequence));
@@ -14858,7 +14925,8 @@ Result<void> Engine::State::submit(std::unique_ptr<Prepared> prepared, std::stri
     auto reply = std::make_shared<detail::Mailbox>();
     reply->id = std::move(id);
     reply->doorbell = doorbell;
-    std::unique_ptr<detail::PreparedPrompt> prompt(static_cast<detail::PreparedPrompt*>(prepared.release()));
+    std::unique_ptr<detail::PreparedPrompt> prompt(
+        static_cast<detail::PreparedPrompt*>(prepared.release()));
     return enqueue(std::move(prompt), reply, true);
 }
 
@@ -14981,7 +15049,8 @@ void Engine::State::drop_cancelled() {
         take_from(queue);
     }
     for (const SequencePtr& sequence : dropped)
-        finish(*sequence, Status::cancelled, detail::make_error(ErrorKind::cancelled, "cancelled", "cancelled"));
+        finish(*sequence, Status::cancelled,
+               detail::make_error(ErrorKind::cancelled, "cancelled", "cancelled"));
 }
 
 void Engine::State::start_sequences() {
@@ -15005,7 +15074,8 @@ void Engine::State::start_sequence(SequencePtr sequence) {
     sequence->tokens.reserve(most);
     sequence->pages.reserve(most / detail::kPageTokens + 1);
     sequence->outcome.text.reserve(size_t{sequence->prompt->max_output} * 4);
-    if (sequence->prompt->logprobs) sequence->outcome.logprobs.reserve(sequence->prompt->max_output);
+    if (sequence->prompt->logprobs)
+        sequence->outcome.logprobs.reserve(sequence->prompt->max_output);
     if (sequence->reply->put_start()) announce(*sequence->reply);
     running.push_back(std::move(sequence));
 }
@@ -15022,7 +15092,8 @@ void Engine::State::build_batch() {
             if (!decoding) room -= rows;
             add_rows(*sequence, rows, &wanted);
         }
-    auto begun = backend->begin(batch);  // a batch that it refuses is our mistake: advance() fails too
+    auto begun =
+        backend->begin(batch);  // a batch that it refuses is our mistake: advance() fails too
     if (!begun) options.log(LogLevel::error, begun.error().message);
 }
 
@@ -15033,7 +15104,8 @@ void Engine::State::add_rows(detail::Sequence& sequence, uint32_t rows, int32_t*
         free_pages.pop_back();
     }
     for (uint32_t position = sequence.computed; position < end; ++position)
-        batch.push_back({sequence.tokens[position], nullptr, position, sequence.pages.data(), false});
+        batch.push_back(
+            {sequence.tokens[position], nullptr, position, sequence.pages.data(), false});
     sequence.in_batch = rows;
     sequence.logits = -1;
     if (rows == 0 || end != sequence.length()) return;
@@ -15075,7 +15147,8 @@ void Engine::State::emit_text(detail::Sequence& sequence, std::string_view text)
     if (sequence.reply->put_text(text)) announce(*sequence.reply);
 }
 
-void Engine::State::add_logprob(detail::Sequence& sequence, std::span<const float> logits, Token token) {
+void Engine::State::add_logprob(detail::Sequence& sequence, std::span<const float> logits,
+                                Token token) {
     TokenLogprob one;
     const uint32_t count = std::min(sequence.prompt->top_logprobs, spec.n_vocab);
     one.logprob = detail::logprob_of(logits, token, count, top);
@@ -15102,7 +15175,8 @@ void Engine::State::finish(detail::Sequence& sequence, Status status, std::optio
         const std::lock_guard<std::mutex> lock(mutex);
         if (sequence.started_ns) --counts.running;
         ++(status == Status::completed ? counts.completed
-                                       : status == Status::failed ? counts.failed : counts.cancelled);
+           : status == Status::failed  ? counts.failed
+                                       : counts.cancelled);
         counts.input_tokens += sequence.started_ns ? outcome.usage.input_tokens : 0;
         counts.output_tokens += outcome.usage.output_tokens;
     }
@@ -15150,7 +15224,9 @@ Reply::~Reply() {
 
 std::optional<Event> Reply::poll() { return mailbox_ ? mailbox_->take() : std::nullopt; }
 bool Reply::wait(int64_t timeout_ms) { return !mailbox_ || mailbox_->wait(timeout_ms); }
-bool Reply::finished() const { return !mailbox_ || mailbox_->finished.load(std::memory_order_acquire); }
+bool Reply::finished() const {
+    return !mailbox_ || mailbox_->finished.load(std::memory_order_acquire);
+}
 
 const Outcome& Reply::outcome() const {
     static const Outcome none;
@@ -15224,8 +15300,11 @@ Reply Engine::submit(const Request& request) {
 }
 
 Result<bool> Engine::step(int64_t budget_us) {
-    const auto refuse = [](const char* why) { return detail::make_error(ErrorKind::invalid_request, why); };
-    if (state_->thread.joinable()) return refuse("step(): the engine has a thread of its own since start()");
+    const auto refuse = [](const char* why) {
+        return detail::make_error(ErrorKind::invalid_request, why);
+    };
+    if (state_->thread.joinable())
+        return refuse("step(): the engine has a thread of its own since start()");
     if (state_->stepping.exchange(true, std::memory_order_acquire))
         return refuse("step(): called while another step() is at work");
     const uint64_t budget_ns = static_cast<uint64_t>(std::max<int64_t>(budget_us, 0)) * 1000;
@@ -15568,8 +15647,8 @@ HttpParser::Event HttpParser::on_head_end() {
         &HttpParser::read_transfer_encoding, &HttpParser::read_content_length,
         &HttpParser::read_host, &HttpParser::read_target, &HttpParser::read_options};
     const size_t count = side_ == Side::request ? std::size(steps) : 2;
-    for (size_t i = 0; i < count; ++i)
-        if ((this->*steps[i])() != Event::more) return Event::fault;
+    for (const Step step : std::span(steps, count))
+        if ((this->*step)() != Event::more) return Event::fault;
     const bool bodiless = no_body_ || status_ / 100 == 1 || status_ == 204 || status_ == 304;
     if (side_ == Side::reply && bodiless) message.chunked = false, message.content_length = 0;
     body_left_ = message.content_length.value_or(0);

@@ -1,4 +1,5 @@
-// chat: a conversation in the terminal. Ctrl-C cancels the reply; at the prompt, or twice, it quits.
+// chat: a conversation in the terminal. Ctrl-C cancels the reply; at the prompt, or twice, it
+// quits.
 //
 //     c++ -std=c++20 -O2 -pthread -I. examples/chat.cpp -o chat && ./chat
 #define VALAR_IMPLEMENTATION
@@ -53,10 +54,13 @@ int main(int argc, char** argv) {
     valar::Request request;
     request.temperature = 0.5;
     request.max_output_tokens = 500;
-    example::Flags flags("chat", "A conversation in the terminal. Ctrl-C cancels a reply, Ctrl-D ends.");
+    example::Flags flags("chat",
+                         "A conversation in the terminal. Ctrl-C cancels a reply, Ctrl-D ends.");
     flags.add("instructions", "TEXT", &request.instructions, "what the model is to be");
-    flags.add("temperature", "0..2", &request.temperature, "0: always the likeliest word (default: 0.5)");
-    flags.add("max-output-tokens", "N", &request.max_output_tokens, "the longest reply (default: 500)");
+    flags.add("temperature", "0..2", &request.temperature,
+              "0: always the likeliest word (default: 0.5)");
+    flags.add("max-output-tokens", "N", &request.max_output_tokens,
+              "the longest reply (default: 500)");
     flags.add("seed", "N", &request.seed, "the same seed, the same answers");
     example::add_model_flags(flags, options);
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
@@ -73,8 +77,10 @@ int main(int argc, char** argv) {
         if (line->empty()) continue;
         turns.push_back(valar::Item::message(valar::Role::user, *line));
         valar::Outcome outcome = answer(*engine, request);
-        while (outcome.error && outcome.error->code == "context_length_exceeded" && turns.size() > 2) {
-            turns.erase(turns.begin(), turns.begin() + 2);  // forgets the oldest question and answer
+        while (outcome.error && outcome.error->code == "context_length_exceeded" &&
+               turns.size() > 2) {
+            turns.erase(turns.begin(),
+                        turns.begin() + 2);  // forgets the oldest question and answer
             outcome = answer(*engine, request);
         }
         const bool cancelled = outcome.status == valar::Status::cancelled;

@@ -22,6 +22,9 @@
 #include <windows.h>
 #include <io.h>
 #include <shellapi.h>
+#if defined(_MSC_VER)
+#pragma comment(lib, "shell32")
+#endif
 #else
 #include <unistd.h>
 #endif
@@ -181,8 +184,8 @@ private:
         return mistake("there is no " + name + "; did you mean " + nearest + "?");
     }
     int print_help() const {
-        std::printf("%s [flags]%s%s\n\n%s\n\n", program_.c_str(), *word_name_ ? " " : "", word_name_,
-                    summary_.c_str());
+        std::printf("%s [flags]%s%s\n\n%s\n\n", program_.c_str(), *word_name_ ? " " : "",
+                    word_name_, summary_.c_str());
         for (const Flag& flag : flags_)
             std::printf("  --%-26s %s\n", (std::string(flag.name) + " " + flag.value).c_str(),
                         flag.help);
@@ -202,11 +205,15 @@ private:
 /// The default model is small enough to afford `fine`.
 inline void add_model_flags(Flags& flags, valar::EngineOptions& options) {
     options.precision = valar::Precision::fine;
-    flags.add("model", "FILE", &options.model_path, "a GGUF file (default: what fetch_model.py brought)");
+    flags.add("model", "FILE", &options.model_path,
+              "a GGUF file (default: what fetch_model.py brought)");
     flags.add("threads", "N", &options.threads, "helpers beside the caller (default: cores - 1)");
-    flags.add("ctx", "TOKENS", &options.context_tokens, "prompt and answer at most (default: 8192 or the model's)");
-    flags.add("precision", "fast|fine", &options.precision, "fast: less exact, quicker with long prompts (default: fine)");
-    flags.add("kv-type", "f16|f32", &options.kv_type, "how keys and values are kept (default: f16)");
+    flags.add("ctx", "TOKENS", &options.context_tokens,
+              "prompt and answer at most (default: 8192 or the model's)");
+    flags.add("precision", "fast|fine", &options.precision,
+              "fast: less exact, quicker with long prompts (default: fine)");
+    flags.add("kv-type", "f16|f32", &options.kv_type,
+              "how keys and values are kept (default: f16)");
 }
 
 inline std::string environment(const char* name) {
@@ -264,7 +271,8 @@ inline valar::Result<valar::Engine> open_engine(valar::EngineOptions options) {
         auto more = engine->step(50'000);
         if (!more) engine = more.error();
         else if (show)
-            std::fprintf(stderr, "\rloading %3.0f %%", 100.0 * static_cast<double>(engine->load_progress()));
+            std::fprintf(stderr, "\rloading %3.0f %%",
+                         100.0 * static_cast<double>(engine->load_progress()));
     }
     if (show) std::fprintf(stderr, "\r%16s\r", "");
     return engine;

@@ -26,18 +26,22 @@ struct Game {
 int main(int argc, char** argv) {
     valar::EngineOptions options;
     int budget_us = 2000;
-    example::Flags flags("hello_frame", "Asks a question from inside a loop of 60 frames a second.");
-    flags.add("budget", "US", &budget_us, "of each frame for the model, microseconds (default: 2000)");
+    example::Flags flags("hello_frame",
+                         "Asks a question from inside a loop of 60 frames a second.");
+    flags.add("budget", "US", &budget_us,
+              "of each frame for the model, microseconds (default: 2000)");
     example::add_model_flags(flags, options);
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
 
     auto engine = example::open_engine(options);
     if (!engine) return example::fail(engine.error().message);
 
-    valar::Reply reply = engine->submit({.instructions = "You are a gruff blacksmith. Answer briefly.",
-                                         .input = "Can you mend this sword before dawn?",
-                                         .max_output_tokens = 60,
-                                         .temperature = 0});
+    valar::Reply reply =
+        engine->submit({.instructions = "You are a gruff blacksmith. Answer briefly.",
+                        .input = "Can you mend this sword before dawn?",
+                        .max_output_tokens = 60,
+                        .temperature = 0.6,
+                                         .seed = 4});
     Game game;
     double longest_ms = 0;
     while (game.frame()) {

@@ -15,12 +15,16 @@ using namespace run_model;
 
 namespace {
 
-// THE digest: logits of tiny models of every weight type, of all positions; f16 cache, one plane. It
-// changes only with detail::kNumerics.
-constexpr std::string_view kLogitsSha256 = "af839c998935b3b7c3b4c9696cec767fb155ad2c9c2ecbb233034d0ed5591c39";
-constexpr std::string_view kLogitsSha256_f32 = "898b05c3dc010110828391271aa1312c178a9a4f8a8b89d817e7ab6a64fb8001";
-constexpr std::string_view kLogitsSha256_fine = "5dc10a2f8bcede576984145001ee4626e1a8d0c76a9dc22545d5efe7faba8409";
-constexpr std::string_view kLogitsSha256_fine_f32 = "174dd6b2c4c814dc3ff13ed3578803666144d13eb0b95ec1fc8c04fef05b4b5e";
+// THE digest: logits of tiny models of every weight type, of all positions; f16 cache, one plane.
+// It changes only with detail::kNumerics.
+constexpr std::string_view kLogitsSha256 =
+    "af839c998935b3b7c3b4c9696cec767fb155ad2c9c2ecbb233034d0ed5591c39";
+constexpr std::string_view kLogitsSha256_f32 =
+    "898b05c3dc010110828391271aa1312c178a9a4f8a8b89d817e7ab6a64fb8001";
+constexpr std::string_view kLogitsSha256_fine =
+    "5dc10a2f8bcede576984145001ee4626e1a8d0c76a9dc22545d5efe7faba8409";
+constexpr std::string_view kLogitsSha256_fine_f32 =
+    "174dd6b2c4c814dc3ff13ed3578803666144d13eb0b95ec1fc8c04fef05b4b5e";
 
 // How a prompt is computed; nothing of this may show.
 struct Way {
@@ -105,7 +109,8 @@ std::string hash_all_types(const Way& way) {
     const auto add = [&](const std::vector<float>& logits) {
         hash.update(logits.data(), logits.size() * sizeof(float));
     };
-    for (const TensorType type : tiny::all_types()) add(logits_of(tiny::model({.types = {type}}), 20, way));
+    for (const TensorType type : tiny::all_types())
+        add(logits_of(tiny::model({.types = {type}}), 20, way));
     add(logits_of(mixed_model(), 280, way));
     return hash.finish().hex();
 }
@@ -115,7 +120,9 @@ const std::string& mixed_hash() {
     return hash;
 }
 
-void check_way(const Way& way) { CHECK(hash_of(logits_of(mixed_model(), 280, way)) == mixed_hash()); }
+void check_way(const Way& way) {
+    CHECK(hash_of(logits_of(mixed_model(), 280, way)) == mixed_hash());
+}
 
 // A host's job system: a thread a job, the last one first.
 void host_parallel_for(void* host, uint32_t count, void (*job)(void*, uint32_t), void* context) {
@@ -207,7 +214,8 @@ TEST_CASE("logits: rows that do not want them change nothing") {
     rows[7].logits = rows[49].logits = true;
     REQUIRE(model.run(rows));
     const size_t n = model.spec->n_vocab;
-    CHECK(std::equal(expected.begin() + static_cast<ptrdiff_t>(7 * n), expected.begin() + static_cast<ptrdiff_t>(8 * n),
+    CHECK(std::equal(expected.begin() + static_cast<ptrdiff_t>(7 * n),
+                     expected.begin() + static_cast<ptrdiff_t>(8 * n),
                      model.backend->logits(0).begin()));
     CHECK(std::equal(expected.begin() + static_cast<ptrdiff_t>(49 * n), expected.end(),
                      model.backend->logits(1).begin()));
@@ -225,7 +233,8 @@ TEST_CASE("logits: sequences mixed in batches equal each alone") {
             pages[i] = page_list(i * 8, 8);
             for (size_t at = 0; at < lengths[i]; ++at) {
                 const auto ids = prompt(lengths[i], i);
-                REQUIRE(model.run(make_rows(std::span(ids).subspan(at, 1), static_cast<uint32_t>(at), pages[i], true)));
+                REQUIRE(model.run(make_rows(std::span(ids).subspan(at, 1),
+                                            static_cast<uint32_t>(at), pages[i], true)));
                 const auto logits = model.backend->logits(0);
                 alone[i].insert(alone[i].end(), logits.begin(), logits.end());
             }
@@ -237,8 +246,10 @@ TEST_CASE("logits: sequences mixed in batches equal each alone") {
             std::vector<uint32_t> owners;
             for (uint32_t i = 0; i < 3; ++i) {
                 const auto ids = prompt(lengths[i], i);
-                const uint32_t count = std::min(steps[i], static_cast<uint32_t>(lengths[i]) - done[i]);
-                for (const auto& row : make_rows(std::span(ids).subspan(done[i], count), done[i], pages[i], true)) {
+                const uint32_t count =
+                    std::min(steps[i], static_cast<uint32_t>(lengths[i]) - done[i]);
+                for (const auto& row :
+                     make_rows(std::span(ids).subspan(done[i], count), done[i], pages[i], true)) {
                     batch.push_back(row);
                     owners.push_back(i);
                 }
@@ -249,7 +260,8 @@ TEST_CASE("logits: sequences mixed in batches equal each alone") {
             REQUIRE(model.run(batch));
             for (uint32_t row = 0; row < batch.size(); ++row) {
                 const auto logits = model.backend->logits(row);
-                together[owners[row]].insert(together[owners[row]].end(), logits.begin(), logits.end());
+                together[owners[row]].insert(together[owners[row]].end(), logits.begin(),
+                                             logits.end());
             }
         }
         for (uint32_t i = 0; i < 3; ++i) {
@@ -265,10 +277,12 @@ TEST_CASE("an embedding vector takes the place of a token") {
     const auto pages = page_list(0, 4);
     const auto tensor = model.gguf->tensor_bytes(*model.tensors.token_embd);
     std::vector<float> values(model.spec->n_embd);
-    std::memcpy(values.data(), tensor->data() + 5 * values.size() * sizeof(float), values.size() * sizeof(float));
+    std::memcpy(values.data(), tensor->data() + 5 * values.size() * sizeof(float),
+                values.size() * sizeof(float));
     BatchRow row{5, nullptr, 0, pages.data(), true};
     REQUIRE(model.run({&row, 1}));
-    const std::vector<float> expected(model.backend->logits(0).begin(), model.backend->logits(0).end());
+    const std::vector<float> expected(model.backend->logits(0).begin(),
+                                      model.backend->logits(0).end());
     row.token = -1;
     row.embedding = values.data();
     REQUIRE(model.run({&row, 1}));
@@ -288,7 +302,8 @@ TEST_CASE("pages: copied, exported and imported") {
     }
     const auto last = std::span<const Token>(ids).subspan(39);
     REQUIRE(model.run(make_rows(last, 39, here, true)));
-    const std::vector<float> original(model.backend->logits(0).begin(), model.backend->logits(0).end());
+    const std::vector<float> original(model.backend->logits(0).begin(),
+                                      model.backend->logits(0).end());
     for (const auto& pages : {there, elsewhere}) {
         REQUIRE(model.run(make_rows(last, 39, pages, true)));
         CHECK(std::equal(original.begin(), original.end(), model.backend->logits(0).begin()));
@@ -398,7 +413,8 @@ TEST_CASE("what a batch must not ask") {
     const BatchRow good{1, nullptr, 0, pages.data(), true};
     CHECK_FALSE(model.backend->begin({}));
     CHECK_FALSE(model.backend->begin(std::vector<BatchRow>(301, good)));
-    for (BatchRow bad : {BatchRow{-1, nullptr, 0, pages.data(), true}, BatchRow{299, nullptr, 0, pages.data(), true},
+    for (BatchRow bad : {BatchRow{-1, nullptr, 0, pages.data(), true},
+                         BatchRow{299, nullptr, 0, pages.data(), true},
                          BatchRow{1, nullptr, 512, pages.data(), true}})
         CHECK_FALSE(model.backend->begin({&bad, 1}));
     BackendOptions options = small();
@@ -420,7 +436,8 @@ TEST_CASE("the memory plan") {
     auto backend = detail::open_cpu_backend(*gguf, *spec, *tensors, options);
     REQUIRE(backend);
     CHECK(plan->kv == options.kv_pages * (*backend)->page_bytes());
-    CHECK((*backend)->page_bytes() == 2 * 2 * 16 * 2 * 2 * 64);  // layers, k and v, positions, f16, heads
+    CHECK((*backend)->page_bytes() ==
+          2 * 2 * 16 * 2 * 2 * 64);  // layers, k and v, positions, f16, heads
     uint64_t file = 0;
     for (const TensorInfo& tensor : gguf->tensors()) file += tensor.bytes;
     CHECK(plan->weights >= file);

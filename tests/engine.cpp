@@ -157,7 +157,8 @@ TEST_CASE("several requests wait and are answered one after another") {
     }
     REQUIRE(engine.step());
     replies.clear();
-    for (const char* text : {"one", "two", "three", "four"}) replies.push_back(engine.submit(ask(text)));
+    for (const char* text : {"one", "two", "three", "four"})
+        replies.push_back(engine.submit(ask(text)));
     CHECK(engine.responder()->stats().queued == 4);
     auto more = engine.step();
     REQUIRE(more);
@@ -167,7 +168,8 @@ TEST_CASE("several requests wait and are answered one after another") {
 
 TEST_CASE("cancel: running and waiting ones") {
     Engine engine = open_tiny();
-    Reply first = engine.submit(ask("first", 400)), second = engine.submit(ask("second")), third = engine.submit(ask("third"));
+    Reply first = engine.submit(ask("first", 400)), second = engine.submit(ask("second")),
+          third = engine.submit(ask("third"));
     while (!first.poll() || first.poll()) REQUIRE(engine.step(0));  // until there is text
     first.cancel();
     second.cancel();
@@ -493,7 +495,8 @@ TEST_CASE("the Responder: ids, events, announcements") {
     CHECK(heard.ids == std::vector<std::string>{"resp_a"});  // nobody polled in between
     std::vector<Event::Kind> kinds;
     while (auto event = responder.poll("resp_a")) kinds.push_back(event->kind);
-    CHECK(kinds == std::vector<Event::Kind>{Event::Kind::started, Event::Kind::text_delta, Event::Kind::finished});
+    CHECK(kinds == std::vector<Event::Kind>{Event::Kind::started, Event::Kind::text_delta,
+                                            Event::Kind::finished});
     CHECK_FALSE(responder.poll("resp_a"));
 
     prepared = responder.prepare(ask("again", 50));
@@ -554,7 +557,8 @@ TEST_CASE("options and files that are refused, and the memory plan") {
               o.model_bytes = {};
               o.model_path = "/no/such/file.gguf";
           }).kind == ErrorKind::not_found);
-    CHECK(refused([](EngineOptions& o) { o.chat_template = "{% for %}"; }).kind == ErrorKind::bad_data);
+    CHECK(refused([](EngineOptions& o) { o.chat_template = "{% for %}"; }).kind ==
+          ErrorKind::bad_data);
     EngineOptions options = tiny_options();
     auto plan = Engine::memory_plan(options);
     REQUIRE(plan);

@@ -1,6 +1,6 @@
-// How close real weights come to an independent float32 forward pass (data/smollm2, made without this
-// library), in figures. Needs VALAR_MODELS, a folder with SmolLM2-135M-Instruct.Q4_1.gguf and, made from
-// it by make_f32.py, SmolLM2-135M-Instruct.F32.gguf.
+// How close real weights come to an independent float32 forward pass (data/smollm2, made without
+// this library), in figures. Needs VALAR_MODELS, a folder with SmolLM2-135M-Instruct.Q4_1.gguf and,
+// made from it by make_f32.py, SmolLM2-135M-Instruct.F32.gguf.
 #include <doctest/doctest.h>
 
 #include "run_model.hpp"
@@ -17,7 +17,8 @@ constexpr uint32_t kWindow = 512;
 constexpr size_t kWindows = 40;
 
 Json read_json(const char* name) {
-    auto text = detail::read_file(std::string(VALAR_SOURCE_DIR "/tests/data/smollm2/") + name, 1 << 24);
+    auto text =
+        detail::read_file(std::string(VALAR_SOURCE_DIR "/tests/data/smollm2/") + name, 1 << 24);
     REQUIRE(text);
     auto json = Json::parse(*text);
     REQUIRE(json);
@@ -31,7 +32,8 @@ template <class T> std::vector<T> numbers(const Json& array) {
 }
 
 // The model of a file in VALAR_MODELS; none where there is none, which is said.
-std::optional<Model> open_model(const char* name, Precision precision, KvType kv_type) {
+std::optional<Model> open_model(const char* name, Precision precision, KvType kv_type,
+                                const detail::Kernels* kernels = nullptr, int threads = -1) {
     const std::string folder = detail::environment("VALAR_MODELS");
     if (folder.empty()) {
         MESSAGE("skipped: VALAR_MODELS is not set");
@@ -48,7 +50,8 @@ std::optional<Model> open_model(const char* name, Precision precision, KvType kv
     options.kv_pages = 64;
     options.max_batch_rows = 1024;
     options.max_logit_rows = kWindow;
-    auto model = Model::open(std::move(file), options);
+    options.threads = threads;
+    auto model = Model::open(std::move(file), options, kernels);
     INFO((model ? "" : model.error().message));
     REQUIRE(model);
     return std::move(*model);
@@ -113,7 +116,8 @@ Text run_text(Model& model) {
 }
 
 void report(const Greedy& greedy) {
-    MESSAGE(greedy.same << " of " << greedy.steps << " steps, largest gap lost " << greedy.largest_gap);
+    MESSAGE(greedy.same << " of " << greedy.steps << " steps, largest gap lost "
+                        << greedy.largest_gap);
     CHECK(greedy.steps == 1149);
 }
 
@@ -178,4 +182,27 @@ TEST_CASE("SmolLM2, precision fine: log-probabilities") {
     report(text);
     CHECK(std::abs(text.perplexity / text.expected - 1) < 1e-4);
     CHECK(text.rms <= 0.002);
+}
+
+TEST_CASE("SmolLM2: scalar kernels once, the others in pieces and with threads, are equal") {
+    const auto ids = numbers<Token>(read_json("moby-dick-ids.json"));
+    const std::span<const Token> text(ids.data(), 10);
+    const auto pages = page_list(0, 1);
+    std::string expected;
+    for (const detail::Kernels* kernels : detail::available_kernels())
+        for (const int threads : {0, 1}) {
+            auto model = open_model(kFile, Precision::fast, KvType::f16, kernels, threads);
+            if (!model) return;
+            for (const size_t piece : {10u, 1u, 3u}) {
+                if (!expected.empty() && kernels == detail::available_kernels()[0]) continue;
+                for (size_t i = 0; i < text.size(); i += piece)
+                    REQUIRE(model->run(make_rows(text.subspan(i, std::min(piece, text.size() - i)),
+                                                 static_cast<uint32_t>(i), pages, true)));
+                const size_t left = text.size() % piece ? text.size() % piece : piece;
+                const auto logits = model->backend->logits(static_cast<uint32_t>(left - 1));
+                const std::string hash = detail::sha256(logits.data(), logits.size_bytes()).hex();
+                if (expected.empty()) expected = hash;
+                CHECK(hash == expected);
+            }
+        }
 }

@@ -21,7 +21,9 @@ std::vector<float> make_logits(size_t count, uint64_t seed, float spread = 3.0f)
     for (size_t i = 0; i < count; ++i) {
         float sum = 0;
         for (uint64_t k = 0; k < 4; ++k)
-            sum += static_cast<float>(std::floor(detail::uniform_at(static_cast<int64_t>(seed), 4 * i + k) * 64)) / 64;
+            sum += static_cast<float>(
+                       std::floor(detail::uniform_at(static_cast<int64_t>(seed), 4 * i + k) * 64)) /
+                   64;
         out[i] = (sum - 2) * spread * 1.7f;
     }
     return out;
@@ -30,23 +32,28 @@ std::vector<float> make_logits(size_t count, uint64_t seed, float spread = 3.0f)
 std::vector<size_t> sorted_ids(const std::vector<float>& logits) {
     std::vector<size_t> ids(logits.size());
     for (size_t i = 0; i < ids.size(); ++i) ids[i] = i;
-    std::stable_sort(ids.begin(), ids.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+    std::stable_sort(ids.begin(), ids.end(),
+                     [&](size_t a, size_t b) { return logits[a] > logits[b]; });
     return ids;
 }
 
 // The probabilities that the options ask for, from the words of SamplerOptions.
-std::vector<double> expected_distribution(const std::vector<float>& logits, const SamplerOptions& options) {
+std::vector<double> expected_distribution(const std::vector<float>& logits,
+                                          const SamplerOptions& options) {
     const auto ids = sorted_ids(logits);
     std::vector<double> weights(logits.size());
     size_t keep = options.top_k ? std::min<size_t>(options.top_k, ids.size()) : ids.size();
     double total = 0;
     for (size_t i = 0; i < keep; ++i) {
-        weights[ids[i]] = std::exp((static_cast<double>(logits[ids[i]]) - static_cast<double>(logits[ids[0]])) / options.temperature);
+        weights[ids[i]] =
+            std::exp((static_cast<double>(logits[ids[i]]) - static_cast<double>(logits[ids[0]])) /
+                     options.temperature);
         total += weights[ids[i]];
     }
     double sum = 0;
     size_t kept = 0;
-    while (kept < keep && (kept == 0 || (sum < options.top_p * total && weights[ids[kept]] >= options.min_p)))
+    while (kept < keep &&
+           (kept == 0 || (sum < options.top_p * total && weights[ids[kept]] >= options.min_p)))
         sum += weights[ids[kept++]];
     for (size_t i = kept; i < ids.size(); ++i) weights[ids[i]] = 0;
     for (double& weight : weights) weight /= sum;
@@ -62,7 +69,8 @@ void check_distribution(const std::vector<float>& logits, SamplerOptions options
     std::vector<int> drawn(logits.size());
     Sampler sampler(options);
     constexpr int draws = 5000;
-    for (int i = 0; i < draws; ++i) ++drawn[static_cast<size_t>(sampler.sample(logits, static_cast<uint64_t>(i)))];
+    for (int i = 0; i < draws; ++i)
+        ++drawn[static_cast<size_t>(sampler.sample(logits, static_cast<uint64_t>(i)))];
     double chi = 0;
     int cells = 0;
     for (size_t i = 0; i < logits.size(); ++i) {
@@ -103,10 +111,12 @@ TEST_CASE("greedy: the highest, of equals the lowest id") {
     }
     for (size_t count : {1u, 15u, 16u, 17u, 1000u}) {
         const auto logits = make_logits(count, count);
-        CHECK(Sampler({.temperature = 0}).sample(logits, 0) == static_cast<Token>(sorted_ids(logits)[0]));
+        CHECK(Sampler({.temperature = 0}).sample(logits, 0) ==
+              static_cast<Token>(sorted_ids(logits)[0]));
         CHECK(Sampler({.top_k = 1}).sample(logits, 3) == static_cast<Token>(sorted_ids(logits)[0]));
         CHECK(Sampler({.top_p = 0}).sample(logits, 3) == static_cast<Token>(sorted_ids(logits)[0]));
-        CHECK(Sampler({.min_p = 1, .top_k = 1}).sample(logits, 3) == static_cast<Token>(sorted_ids(logits)[0]));
+        CHECK(Sampler({.min_p = 1, .top_k = 1}).sample(logits, 3) ==
+              static_cast<Token>(sorted_ids(logits)[0]));
     }
 }
 
@@ -141,8 +151,13 @@ TEST_CASE("the least likely tokens are looked at when they are needed") {
 TEST_CASE("the same bytes: fixed draws") {
     const auto logits = make_logits(5000, 1);
     const SamplerOptions options[] = {
-        {.seed = 1}, {.temperature = 0.8, .seed = 2}, {.top_p = 0.9, .seed = 3}, {.min_p = 0.02, .seed = 4},
-        {.top_k = 40, .seed = 5}, {.temperature = 1e-300, .seed = 6}, {.temperature = 1.5, .top_p = 0.95, .min_p = 0.01, .top_k = 200, .seed = -7},
+        {.seed = 1},
+        {.temperature = 0.8, .seed = 2},
+        {.top_p = 0.9, .seed = 3},
+        {.min_p = 0.02, .seed = 4},
+        {.top_k = 40, .seed = 5},
+        {.temperature = 1e-300, .seed = 6},
+        {.temperature = 1.5, .top_p = 0.95, .min_p = 0.01, .top_k = 200, .seed = -7},
     };
     std::string drawn;
     for (const SamplerOptions& option : options) {
@@ -151,9 +166,11 @@ TEST_CASE("the same bytes: fixed draws") {
             const Token token = sampler.sample(logits, position);
             drawn += std::to_string(token) + " ";
         }
-        CHECK(again.sample(logits, 199) == Sampler(option).sample(logits, 199));  // no state between draws
+        CHECK(again.sample(logits, 199) ==
+              Sampler(option).sample(logits, 199));  // no state between draws
     }
-    CHECK(detail::sha256(drawn).hex() == std::string_view("3a2e90d02e8770da4f851bf0a588f96a384fbe4a1ddc4f2d95acc6a08056dd82"));
+    CHECK(detail::sha256(drawn).hex() ==
+          std::string_view("3a2e90d02e8770da4f851bf0a588f96a384fbe4a1ddc4f2d95acc6a08056dd82"));
 }
 
 TEST_CASE("log-probabilities") {
@@ -164,7 +181,8 @@ TEST_CASE("log-probabilities") {
     std::vector<std::pair<Token, float>> top(20);
     for (const Token token : {0, 500, 1999, static_cast<Token>(ids[0])}) {
         const float got = detail::logprob_of(logits, token, 20, top.data());
-        const double expected = static_cast<double>(logits[static_cast<size_t>(token)]) - std::log(total);
+        const double expected =
+            static_cast<double>(logits[static_cast<size_t>(token)]) - std::log(total);
         CHECK(static_cast<double>(got) == doctest::Approx(expected).epsilon(1e-6));
         CHECK(got == detail::logprob_of(logits, token, 0, nullptr));
     }
@@ -174,7 +192,8 @@ TEST_CASE("log-probabilities") {
               doctest::Approx(static_cast<double>(logits[ids[i]]) - std::log(total)).epsilon(1e-6));
     }
     std::pair<Token, float> few[3];
-    CHECK(detail::logprob_of(std::vector<float>{2, 2}, 1, 2, few) == doctest::Approx(-std::log(2.0)));
+    CHECK(detail::logprob_of(std::vector<float>{2, 2}, 1, 2, few) ==
+          doctest::Approx(-std::log(2.0)));
     CHECK(few[0].first == 0);
     CHECK(few[1].first == 1);
 }
