@@ -874,7 +874,7 @@ namespace {
 /// Accepts one connection, reads a head, answers with the bytes given, closes.
 struct ScriptedServer {
     explicit ScriptedServer(std::string answer)
-        : listener(std::move(*Socket::listen(*NetAddress::parse("127.0.0.1", 0), 4))) {
+        : listener(*Socket::listen(*NetAddress::parse("127.0.0.1", 0), 4)) {
         port = listener.local()->port;
         thread = std::thread([this, answer] {
             Socket client;
