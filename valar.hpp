@@ -60,7 +60,7 @@
 //     VALAR_ASSERT(x)      checks of our own mistakes; off unless you define it
 //     VALAR_API            export marks for a shared library
 //
-// What each cut saves is in README.md. In the environment VALAR_ISA=scalar (or another name of a
+// In the environment VALAR_ISA=scalar (or another name of a
 // kernel table) forces a path, for tests.
 //
 // THREADS. Engine: submit and everything of its Responder from any thread; step(), start(), stop() from
