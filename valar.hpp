@@ -14486,7 +14486,7 @@ namespace detail {
 namespace {
 
 constexpr uint32_t kDefaultContext = 8192;
-constexpr uint32_t kMaxRunning     = 1;           // sequences at a time; one after another for now
+constexpr uint32_t kMaxRunning     = 1;           // sequences at a time: one after another
 constexpr uint32_t kPageTokens     = 16;
 constexpr uint32_t kMaxLogprobs    = 20;
 constexpr uint64_t kLookNs         = 10'000'000;  // between two looks at cancels
