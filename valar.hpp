@@ -155,6 +155,7 @@ struct Error {
     std::string message;
     std::string code  = {};
     std::string param = {};
+    uint32_t    retry_after_s = 0;  ///< of overloaded: when another try is worth it; 0: unknown
 };
 
 /// A value or an Error. Tests true when it holds a value; `->` and `*` reach it.
@@ -762,6 +763,10 @@ struct Input {
     bool empty() const { return text.empty() && items.empty(); }
 };
 
+/// When an answer is wanted (contract, section 7): ahead of everything; fair among themselves; when
+/// nothing else waits. Waiting makes a request more urgent, so that nothing starves.
+enum class Window : uint8_t { asap, standard, flex };
+
 /// A request for one answer, in C++ or from POST /v1/responses. Field by field as contract.md,
 /// section 3; what is absent takes the model's own default.
 struct Request {
@@ -774,12 +779,13 @@ struct Request {
     std::optional<int64_t> seed             = {};  ///< none: drawn at acceptance
     uint32_t              top_logprobs      = 0;   ///< 0..20 alternatives of each token
     bool                  logprobs          = false;  ///< return log-probabilities
-    std::string           prompt_cache_key  = {};
+    std::string           prompt_cache_key  = {};  ///< prefixes of one key are kept together
     std::string           user              = {};
     std::vector<std::pair<std::string, std::string>> metadata = {};
     std::optional<uint32_t> top_k           = {};  ///< C++ only; 0: no limit
     std::optional<double> min_p             = {};  ///< C++ only; 0: no limit
     std::string           organisation      = {};  ///< set by the server from the key
+    Window                window            = Window::standard;
 };
 
 /// How far a response is. It never moves back.
@@ -859,11 +865,19 @@ public:
     int64_t     seed         = 0;  ///< effective
 };
 
-/// How busy a Responder is.
+/// How busy a Responder is, and what it did so far.
 struct ResponderStats {
     uint32_t queued = 0, running = 0;
     uint64_t completed = 0, failed = 0, cancelled = 0;
     uint64_t input_tokens = 0, output_tokens = 0;
+    uint64_t cached_tokens = 0;    ///< of the input, found in the prefix cache
+    uint32_t pages = 0;            ///< of keys and values, in all
+    uint32_t pages_used = 0;       ///< by running requests
+    uint32_t pages_cached = 0;     ///< used by none, kept for prefixes
+    uint32_t pages_shared = 0;     ///< used by several
+    uint64_t preempted = 0;        ///< times a request gave way to be resumed later
+    uint64_t batches = 0, batch_rows = 0;  ///< computed: forward passes, and tokens in them
+    uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;  ///< sums over finished requests
 };
 
 /// Something that answers requests: the Engine, a scripted fake in tests, a proxy.
@@ -1738,6 +1752,7 @@ struct BackendOptions {
     uint32_t    page_tokens    = 16;  ///< positions a page, a multiple of 16
     uint32_t    max_batch_rows = 512; ///< rows of one batch at most
     uint32_t    max_logit_rows = 1;   ///< rows of one batch that may want logits
+    uint32_t    max_positions  = 0;   ///< of one sequence; 0: as many as all pages hold
     int         threads        = -1;  ///< helpers beside the caller; -1: physical cores - 1
     ParallelFor parallel_for   = nullptr;  ///< the host's job system instead of own threads
     void*       parallel_for_host = nullptr;
@@ -1862,11 +1877,13 @@ float logprob_of(std::span<const float> logits, Token token, uint32_t count,
 }  // namespace valar
 
 // >>engine
-// Owns: a loaded model and the requests on it: queue, sequences, pages, step(), streaming, cancel.
+// Owns: a loaded model and the requests on it: queue and scheduling, batches, pages and the prefix
+//       cache, step(), streaming, cancel.
 // Assumes: one thread at a time calls step(); everything else comes from any thread.
 // Promises: submit never fails (a refused request is a Reply that is finished with its error); an
-//           answer is a function of file, request and options; nothing blocks but wait() and
-//           stop().
+//           answer is a function of file, request and options, whatever else runs beside it;
+//           nothing blocks but wait() and stop(); after opening no memory grows with the load but
+//           that of the requests themselves.
 
 namespace valar {
 inline namespace v1 {
@@ -1881,7 +1898,7 @@ struct EngineOptions {
     Precision    precision      = Precision::fast;
     KvType       kv_type        = KvType::f16;
     uint32_t     max_queued     = 1000; ///< waiting requests; past it `overloaded`
-    uint32_t     step_tokens    = 512;  ///< prompt tokens a batch at most
+    uint32_t     step_tokens    = 512;  ///< prompt tokens a batch at most, of all requests
     std::span<const std::byte> model_bytes =
         {};                             ///< instead of a path; borrowed for the engine's life
     GgufReader   model_reader   = {};   ///< instead of a path
@@ -1889,6 +1906,16 @@ struct EngineOptions {
     ParallelFor  parallel_for   = nullptr;  ///< the host's job system instead of own threads
     void*        parallel_for_host = nullptr;
     LogSink      log            = {};
+    uint32_t     max_running    = 16;   ///< requests computed side by side
+    uint64_t     memory_limit   = 0;    ///< bytes of all that memory_plan() counts; what weights and
+                                        ///< scratch leave is for keys and values. 0: keys and values
+                                        ///< of two full contexts
+    uint32_t     page_tokens    = 16;   ///< positions a page of keys and values, a multiple of 16
+    bool         prefix_cache   = true; ///< keep what was computed for requests that begin alike
+    bool         share_prefixes = false;  ///< among organisations too: for a single tenant
+    uint32_t     standard_target_ms = 60'000;   ///< after this wait standard counts as asap
+    uint32_t     flex_target_ms     = 300'000;  ///< after this wait flex counts as standard
+    std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};  ///< served here
 };
 
 namespace detail { struct Mailbox; }
@@ -2357,6 +2384,7 @@ private:
 #include <mutex>
 #include <new>
 #include <system_error>
+#include <tuple>
 #include <type_traits>
 #include <unordered_map>
 #include <unordered_set>
@@ -13472,7 +13500,8 @@ uint32_t cpu_parts(const BackendOptions& options) {
 }
 
 uint64_t cpu_positions(const BackendOptions& options) {
-    return std::min(uint64_t{options.kv_pages} * options.page_tokens, ModelSpec::max_context);
+    const uint64_t most = options.max_positions ? options.max_positions : ModelSpec::max_context;
+    return std::min({uint64_t{options.kv_pages} * options.page_tokens, ModelSpec::max_context, most});
 }
 
 CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
@@ -14475,9 +14504,9 @@ float logprob_of(std::span<const float> logits, Token token, uint32_t count,
 #endif  // VALAR_NO_INFERENCE
 
 // >>engine
-// In this order: the mailbox of a reply; a sequence; opening; from a request to tokens; the queue;
-// the step: batch, tokens, text; the handles. Locks are held briefly and never while something is
-// called.
+// In this order: the mailbox of a reply; pages; a sequence; opening; from a request to tokens; the
+// queue; the step: who runs, the batch, tokens and text; the handles. Locks are held briefly and
+// never while something is called.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -14486,11 +14515,14 @@ namespace detail {
 namespace {
 
 constexpr uint32_t kDefaultContext = 8192;
-constexpr uint32_t kMaxRunning     = 1;           // sequences at a time: one after another
-constexpr uint32_t kPageTokens     = 16;
+constexpr uint32_t kMaxRunning     = 1024;
+constexpr uint32_t kMaxStepTokens  = 32768;
 constexpr uint32_t kMaxLogprobs    = 20;
-constexpr uint64_t kLookNs         = 10'000'000;  // between two looks at cancels
+constexpr uint32_t kMinPromptRows  = 16;           // of a batch, however small the budget
+constexpr uint64_t kMixedNs        = 100'000'000;  // of a batch with prompts beside answers
+constexpr uint64_t kLookNs         = 10'000'000;   // between two looks at cancels
 constexpr uint64_t kIdleNs         = 1'000'000'000;
+constexpr uint64_t kNoLimit        = UINT64_MAX;
 
 }  // namespace
 
@@ -14520,7 +14552,12 @@ struct Mailbox {
     std::shared_ptr<const Outcome> outcome;
 
     // Each returns whether to announce that there are events.
-    bool put_start() { return put([&] { start_pending = true; }); }
+    bool put_start(size_t most_text) {
+        return put([&] {
+            start_pending = true;
+            text.reserve(most_text);
+        });
+    }
     bool put_text(std::string_view more) { return put([&] { text += more; }); }
     bool put_outcome(Outcome end) {
         auto shared = std::make_shared<const Outcome>(std::move(end));
@@ -14538,7 +14575,11 @@ struct Mailbox {
     std::optional<Event> take() {
         const std::lock_guard<std::mutex> lock(mutex);
         if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
-        if (!text.empty()) return Event{Event::Kind::text_delta, std::exchange(text, {})};
+        if (!text.empty()) {
+            Event event{Event::Kind::text_delta, text};
+            text.clear();  // keeps its room: the engine must not need memory for every token
+            return event;
+        }
         if (outcome && !std::exchange(finish_taken, true))
             return Event{Event::Kind::finished, {}, outcome};
         hungry = true;
@@ -14564,39 +14605,187 @@ struct Mailbox {
     }
 };
 
-// What prepare() found out; becomes a Sequence.
-struct PreparedPrompt final : Prepared {
-    std::vector<Token> tokens;
-    SamplerOptions     sampling;
-    uint32_t           max_output   = 0;
-    bool               logprobs     = false;
-    uint32_t           top_logprobs = 0;
+// ---- Pages -----------------------------------------------------------------------------------
+
+// The pages of keys and values: how many use each, and what the full ones hold. A page that nobody
+// uses any more can be found by its key until it is taken for something else; of those, the one
+// used longest ago goes first. Nothing is allocated after open().
+class PagePool {
+public:
+    static constexpr uint32_t none = UINT32_MAX;
+
+    void open(uint32_t pages);
+    uint32_t pages() const { return static_cast<uint32_t>(pages_.size()) - 1; }
+    uint32_t unused() const { return unused_; }  // what take() can be called for
+    uint32_t cached() const { return cached_; }  // of those, with a key
+    uint32_t shared() const { return shared_; }  // with several users
+    uint32_t take();
+    void share(uint32_t page);  // a user more, a user less
+    void drop(uint32_t page);
+    bool in_use(uint32_t page) const { return pages_[page].users > 0; }
+    /// Whether its only user may change it.
+    bool writable(uint32_t page) const { return pages_[page].users == 1 && !pages_[page].keyed; }
+    uint32_t find(const Hash256& key) const;
+    void set_key(uint32_t page, const Hash256& key, uint64_t group);  // of a page without one
+    void refresh(uint64_t group);  // as if its pages had been used just now
+
+private:
+    struct Page {
+        Hash256  key;
+        uint64_t group = 0;
+        uint32_t users = 0;
+        uint32_t next  = none;           // in its bucket
+        uint32_t older = 0, newer = 0;   // among the unused
+        bool     keyed = false;
+    };
+    uint32_t& bucket(const Hash256& key) {
+        uint32_t bits;
+        std::memcpy(&bits, key.bytes, sizeof bits);
+        return buckets_[bits & (buckets_.size() - 1)];
+    }
+    void link_before(uint32_t page, uint32_t newer);  // into the unused
+    void unlink(uint32_t page);
+    void forget_key(uint32_t page);
+
+    std::vector<Page>     pages_;  // the last one is both ends of the list of unused ones
+    std::vector<uint32_t> buckets_;
+    uint32_t unused_ = 0, cached_ = 0, shared_ = 0;
 };
 
-// One request being answered.
+void PagePool::open(uint32_t pages) {
+    pages_.assign(size_t{pages} + 1, {});
+    pages_[pages].older = pages_[pages].newer = pages;
+    buckets_.assign(std::bit_ceil(pages), none);
+    for (uint32_t page = 0; page < pages; ++page) link_before(page, pages);
+}
+
+void PagePool::link_before(uint32_t page, uint32_t newer) {
+    const uint32_t older = pages_[newer].older;
+    pages_[page].older = older;
+    pages_[page].newer = newer;
+    pages_[older].newer = pages_[newer].older = page;
+    ++unused_;
+    cached_ += pages_[page].keyed;
+}
+
+void PagePool::unlink(uint32_t page) {
+    const Page& at = pages_[page];
+    pages_[at.older].newer = at.newer;
+    pages_[at.newer].older = at.older;
+    --unused_;
+    cached_ -= at.keyed;
+}
+
+void PagePool::forget_key(uint32_t page) {
+    uint32_t* at = &bucket(pages_[page].key);
+    while (*at != page) at = &pages_[*at].next;
+    *at = pages_[page].next;
+    pages_[page].keyed = false;
+}
+
+uint32_t PagePool::take() {
+    const uint32_t page = pages_[pages()].newer;
+    unlink(page);
+    if (pages_[page].keyed) forget_key(page);
+    pages_[page].users = 1;
+    return page;
+}
+
+void PagePool::share(uint32_t page) {
+    if (pages_[page].users == 0) unlink(page);
+    shared_ += ++pages_[page].users == 2;
+}
+
+// What cannot be found again is the first to be taken.
+void PagePool::drop(uint32_t page) {
+    shared_ -= --pages_[page].users == 1;
+    if (pages_[page].users) return;
+    link_before(page, pages_[page].keyed ? pages() : pages_[pages()].newer);
+}
+
+uint32_t PagePool::find(const Hash256& key) const {
+    uint32_t page = const_cast<PagePool*>(this)->bucket(key);
+    while (page != none && !(pages_[page].key == key)) page = pages_[page].next;
+    return page;
+}
+
+void PagePool::set_key(uint32_t page, const Hash256& key, uint64_t group) {
+    uint32_t& first = bucket(key);
+    Page& to = pages_[page];
+    to.key = key;
+    to.group = group;
+    to.keyed = true;
+    to.next = std::exchange(first, page);
+}
+
+void PagePool::refresh(uint64_t group) {
+    uint32_t page = pages_[pages()].newer;
+    for (uint32_t left = unused_; left > 0; --left) {
+        const uint32_t newer = pages_[page].newer;
+        if (pages_[page].keyed && pages_[page].group == group) {
+            unlink(page);
+            link_before(page, pages());
+        }
+        page = newer;
+    }
+}
+
+// ---- A request being answered ----------------------------------------------------------------
+
+// What prepare() found out; becomes a Sequence.
+struct PreparedPrompt final : Prepared {
+    std::vector<Token>   tokens;
+    std::vector<Hash256> page_keys;   // of the prompt's full pages
+    Hash256        root;              // the key that stands before the first page's
+    uint64_t       group = 0;         // of prompt_cache_key; 0: none
+    std::string    organisation;
+    Window         window = Window::standard;
+    SamplerOptions sampling;
+    uint32_t       max_output   = 0;
+    bool           logprobs     = false;
+    uint32_t       top_logprobs = 0;
+};
+
+// Organisations take turns: the one served longest ago is next.
+struct Turn {
+    uint64_t served  = 0;
+    uint32_t members = 0;  // requests that wait or run
+};
+
 struct Sequence {
     std::shared_ptr<Mailbox>        reply;
     std::unique_ptr<PreparedPrompt> prompt;
-    std::vector<Token>    tokens;        // the prompt and what was drawn
-    uint32_t              computed = 0;  // positions whose keys and values are there
-    uint32_t              in_batch = 0;  // rows in the batch under way
-    int32_t               logits   = -1; // which of the batch's logits are for it, if any
+    std::vector<Token>    tokens;           // the prompt and what was drawn
+    uint32_t              computed = 0;     // positions whose keys and values are there
+    uint32_t              reached  = 0;     // the most that it ever was: what is beyond counts as
+                                            // cached when the cache has it
+    uint32_t              rows     = 0;     // in the batch under way
+    int32_t               logits   = -1;    // which of the batch's logits are for it, if any
     std::vector<uint32_t> pages;
-    Sampler               sampler;
-    Detokenizer           detokenizer;
-    Outcome               outcome;
+    std::vector<Hash256>  page_keys;        // of the pages that its tokens fill, when needed
+    uint32_t              kept     = 0;     // pages that the cache knows
+    bool                  over     = false; // its reply has the end; its pages are still taken
+    std::unordered_map<std::string, Turn>::value_type* turn = nullptr;
+    uint64_t    ticket = 0;                 // order of arrival
+    uint32_t    rank   = 0;                 // 0 first; see rank_of
+    Sampler     sampler;
+    Detokenizer detokenizer;
+    Outcome     outcome;
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
+    uint64_t waiting_ns = queued_ns, waited_ns = 0;  // since when it waits; how long before
 
     Sequence(std::shared_ptr<Mailbox> to, std::unique_ptr<PreparedPrompt> from,
              const Tokenizer& tokenizer)
         : reply(std::move(to)),
           prompt(std::move(from)),
           tokens(std::move(prompt->tokens)),
+          page_keys(std::move(prompt->page_keys)),
           sampler(prompt->sampling),
           detokenizer(tokenizer) {
         outcome.usage.input_tokens = static_cast<uint32_t>(tokens.size());
     }
     uint32_t length() const { return static_cast<uint32_t>(tokens.size()); }
+    uint32_t left() const { return length() - computed; }
 };
 
 namespace {
@@ -14682,29 +14871,104 @@ Result<Gguf> open_model_file(const EngineOptions& options) {
     return Gguf::open(options.model_path);
 }
 
-Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelSpec& spec) {
-    const uint32_t context =
-        options.context_tokens ? options.context_tokens : std::min(spec.n_context, kDefaultContext);
-    if (context > spec.n_context)
-        return make_error(
-            ErrorKind::invalid_request,
-            format("context_tokens: %u is more than the model's %u", context, spec.n_context), {},
-            "context_tokens");
-    if (options.step_tokens == 0)
-        return make_error(ErrorKind::invalid_request, "step_tokens: 0 is not positive", {},
-                          "step_tokens");
+uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec) {
+    return options.context_tokens ? options.context_tokens
+                                  : std::min(spec.n_context, kDefaultContext);
+}
+
+Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec) {
+    const struct { const char* field; uint32_t value, most; } ranges[] = {
+        {"context_tokens", choose_context(options, spec), spec.n_context},
+        {"step_tokens", options.step_tokens, kMaxStepTokens},
+        {"max_running", options.max_running, kMaxRunning},
+    };
+    for (const auto& [field, value, most] : ranges)
+        if (value == 0 || value > most)
+            return make_error(ErrorKind::invalid_request,
+                              format("%s: %u is not in 1..%u", field, value, most), {}, field);
+    return {};
+}
+
+// As many pages as memory_limit leaves room for: at least one context's.
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelSpec& spec,
+                                              const ModelTensors& tensors) {
+    auto good = check_engine_options(options, spec);
+    if (!good) return good.error();
+    const uint32_t context = choose_context(options, spec);
     BackendOptions out;
     out.precision = options.precision;
     out.kv_type = options.kv_type;
-    out.page_tokens = kPageTokens;
-    out.kv_pages = (context + kPageTokens - 1) / kPageTokens * kMaxRunning;
-    out.max_batch_rows = std::min(options.step_tokens, context) + kMaxRunning - 1;
-    out.max_logit_rows = kMaxRunning;
+    out.page_tokens = options.page_tokens;
+    const uint64_t least = (context + uint64_t{out.page_tokens} - 1) / std::max(out.page_tokens, 1u);
+    out.kv_pages = static_cast<uint32_t>(least);
+    out.max_positions = context;
+    out.max_logit_rows = options.max_running;
+    out.max_batch_rows = std::min(options.step_tokens, context) + options.max_running;
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
     out.parallel_for_host = options.parallel_for_host;
+    auto plan = plan_cpu(spec, tensors, out);
+    if (!plan) return plan.error();
+    uint64_t pages = least * std::min(options.max_running, 2u);
+    if (const uint64_t limit = options.memory_limit) {
+        if (plan->total() > limit)
+            return make_error(ErrorKind::out_of_memory,
+                              format("memory_limit: %llu bytes; this model takes %llu with a "
+                                     "context of %u tokens",
+                                     static_cast<unsigned long long>(limit),
+                                     static_cast<unsigned long long>(plan->total()), context),
+                              {}, "memory_limit");
+        pages = std::min(least * options.max_running,
+                         least + (limit - plan->total()) / std::max<uint64_t>(plan->kv / least, 1));
+    }
+    out.kv_pages = static_cast<uint32_t>(std::min<uint64_t>(pages, UINT32_MAX - 1));
     return out;
 }
+
+// The key that stands before that of a first page: all that may part prefixes which begin alike.
+Hash256 root_key(const EngineOptions& options, const std::string& organisation) {
+    const uint32_t numbers[] = {kNumerics, static_cast<uint32_t>(options.precision),
+                                static_cast<uint32_t>(options.kv_type), options.page_tokens};
+    Sha256 hash;
+    hash.update(numbers, sizeof numbers);
+    if (!options.share_prefixes) hash.update(organisation);
+    return hash.finish();
+}
+
+uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key) {
+    if (prompt_cache_key.empty()) return 0;
+    const Hash256 hash = hmac_sha256(root.view(), prompt_cache_key);
+    uint64_t group;
+    std::memcpy(&group, hash.bytes, sizeof group);
+    return group | 1;
+}
+
+// Adds the keys of the pages that `tokens` fill, up to `count` of them.
+void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
+                      std::span<const Token> tokens, uint32_t page_tokens, size_t count) {
+    while (keys.size() < count) {
+        Sha256 hash;
+        hash.update((keys.empty() ? root : keys.back()).view());
+        hash.update(tokens.data() + keys.size() * page_tokens, page_tokens * sizeof(Token));
+        keys.push_back(hash.finish());
+    }
+}
+
+// How urgent, 0 before 1 before 2. Only waiting makes a request more urgent: one that runs for long
+// still gives way.
+uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_t now) {
+    constexpr uint64_t ms = 1'000'000;
+    uint64_t waited = sequence.waited_ns + (sequence.waiting_ns ? now - sequence.waiting_ns : 0);
+    uint32_t rank = static_cast<uint32_t>(sequence.prompt->window);
+    if (rank == 2 && waited >= options.flex_target_ms * ms) {
+        rank = 1;
+        waited -= options.flex_target_ms * ms;
+    }
+    if (rank == 1 && waited >= options.standard_target_ms * ms) rank = 0;
+    return rank;
+}
+
+constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
 
 }  // namespace
 }  // namespace detail
@@ -14729,9 +14993,13 @@ struct Engine::State final : Responder {
 
     // Of whoever steps.
     std::unique_ptr<detail::Backend> backend;
-    std::vector<SequencePtr>         running;
-    std::vector<detail::BatchRow>    batch;  // under way unless empty
-    std::vector<uint32_t>            free_pages;
+    std::vector<SequencePtr>         waiting, running;
+    std::vector<detail::BatchRow>    batch;        // under way unless empty
+    size_t                           untaken = 0;  // last of running, with logits of a done batch
+    detail::PagePool                 pool;
+    std::unordered_map<std::string, detail::Turn> turns;  // of those that wait or run
+    uint64_t serve_clock = 0, ticket_clock = 0;
+    uint64_t batch_ns = 0, row_ns = 0;             // spent on the batch; a row takes, about
     std::pair<Token, float>          top[detail::kMaxLogprobs];
     std::atomic<bool>  loaded{false}, stepping{false};
     std::atomic<float> progress{0};
@@ -14740,9 +15008,10 @@ struct Engine::State final : Responder {
     std::atomic<bool>  stop_asked{false};
 
     mutable std::mutex      mutex;           // guards what follows
-    std::deque<SequencePtr> queue;
+    std::vector<SequencePtr> arrivals;
+    uint32_t                waiting_count = 0;  // waiting.size()
     bool                    closed = false;
-    ResponderStats          counts;          // all but queued
+    ResponderStats          counts;             // all but queued
     std::unordered_map<std::string, MailboxPtr> by_id;  // those submitted through Responder
 
     std::mutex              listener_mutex;
@@ -14764,21 +15033,44 @@ struct Engine::State final : Responder {
 
     Result<std::unique_ptr<detail::PreparedPrompt>> prepare_prompt(const Request& request);
     Result<std::vector<Token>> make_prompt(const Request& request) const;
+    std::string refused_window() const;
     Result<void> enqueue(std::unique_ptr<detail::PreparedPrompt> prompt, const MailboxPtr& reply,
                          bool known);
     MailboxPtr find(const std::string& id) const;
     void announce(const detail::Mailbox& reply);
+    uint32_t retry_after_s() const;
 
-    Result<bool> work(uint64_t deadline_ns);
+    bool time_is_up(uint64_t deadline_ns) const {
+        return detail::monotonic_ns() >= deadline_ns || stop_asked.load(std::memory_order_relaxed);
+    }
+    Result<bool> work(uint64_t deadline_ns, uint64_t budget_ns);
     Result<bool> load(uint64_t deadline_ns);
-    bool work_on_batch(uint64_t deadline_ns);
+    bool work_on_batch(uint64_t deadline_ns, uint64_t budget_ns);
+    void compute(uint64_t deadline_ns);
     void drop_cancelled();
-    void start_sequences();
+    void take_arrivals();
+    void admit();
+    SequencePtr* next_waiting();
+    bool make_place(const detail::Sequence& next);
+    bool fits(const detail::Sequence& next) const;
+    uint32_t pages_for(uint32_t positions) const;
     void start_sequence(SequencePtr sequence);
-    void build_batch();
-    void add_rows(detail::Sequence& sequence, uint32_t rows, int32_t* wanted);
-    void take_batch();
-    bool take_token(detail::Sequence& sequence);
+    void preempt_last();
+    void release_pages(detail::Sequence& sequence);
+    void leave(detail::Sequence& sequence);
+    void sweep();
+    void join_cached(detail::Sequence& sequence);
+    void keep_pages(detail::Sequence& sequence);
+    void extend_keys(detail::Sequence& sequence, size_t count) const;
+    uint32_t prompt_rows(bool answers, uint64_t budget_ns) const;
+    void share_prompt_rows(uint32_t budget);
+    detail::Sequence* next_prompt() const;
+    bool computes_the_same(const detail::Sequence& prompt) const;
+    void reserve_pages(size_t index);
+    void build_batch(uint64_t budget_ns);
+    void add_rows(detail::Sequence& sequence, int32_t* wanted);
+    void take_results(detail::Sequence& sequence);
+    void take_token(detail::Sequence& sequence);
     void emit_text(detail::Sequence& sequence, std::string_view text);
     void add_logprob(detail::Sequence& sequence, std::span<const float> logits, Token token);
     void finish(detail::Sequence& sequence, Status status, std::optional<Error> error = {});
@@ -14813,19 +15105,23 @@ Result<void> Engine::State::open(const EngineOptions& from) {
     auto defaults = detail::read_sampling(gguf);
     if (!defaults) return defaults.error();
     sampling = *defaults;
-    auto chosen = detail::choose_backend_options(options, spec);
+    auto chosen = detail::choose_backend_options(options, spec, tensors);
     if (!chosen) return chosen.error();
     auto opened = detail::open_cpu_backend(gguf, spec, tensors, *chosen);
     if (!opened) return opened.error();
     backend = std::move(*opened);
-    context = options.context_tokens ? options.context_tokens
-                                     : std::min(spec.n_context, detail::kDefaultContext);
+    context = chosen->max_positions;
     batch.reserve(chosen->max_batch_rows);
-    for (uint32_t page = chosen->kv_pages; page > 0; --page) free_pages.push_back(page - 1);
+    running.reserve(options.max_running);
+    pool.open(chosen->kv_pages);
+    counts.pages = chosen->kv_pages;
     info.id = detail::choose_model_id(options, spec);
     info.aliases = options.aliases;
     info.created = detail::unix_time_ms() / 1000;
     info.context_tokens = context;
+    info.windows.clear();
+    for (const Window window : options.windows)
+        info.windows.push_back(detail::kWindowNames[static_cast<size_t>(window)]);
     return {};
 }
 
@@ -14853,6 +15149,9 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
                                   "the model '" + request.model + "' does not exist",
                                   "model_not_found", "model");
     if (auto good = detail::check_request(request); !good) return good.error();
+    const auto& windows = options.windows;
+    if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
+        return detail::refuse_field("metadata.completion_window", refused_window());
     auto tokens = make_prompt(request);
     if (!tokens) return tokens.error();
     const size_t count = tokens->size();
@@ -14876,6 +15175,13 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
     out->max_output = std::min(request.max_output_tokens.value_or(room), room);
     out->logprobs = request.logprobs;
     out->top_logprobs = request.top_logprobs;
+    out->organisation = request.organisation;
+    out->window = request.window;
+    out->root = detail::root_key(options, request.organisation);
+    out->group = detail::group_of(out->root, request.prompt_cache_key);
+    if (options.prefix_cache)
+        detail::extend_page_keys(out->page_keys, out->root, *tokens, options.page_tokens,
+                                 count / options.page_tokens);
     out->tokens = std::move(*tokens);
     out->model = info.id;
     out->input_tokens = static_cast<uint32_t>(count);
@@ -14883,6 +15189,12 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
     out->top_p = out->sampling.top_p;
     out->seed = out->sampling.seed;
     return out;
+}
+
+std::string Engine::State::refused_window() const {
+    std::string message = "metadata.completion_window: the model '" + info.id + "' serves";
+    for (const std::string& window : info.windows) message += " " + window;
+    return message;
 }
 
 Result<std::vector<Token>> Engine::State::make_prompt(const Request& request) const {
@@ -14909,16 +15221,29 @@ Result<void> Engine::State::enqueue(std::unique_ptr<detail::PreparedPrompt> prom
     {
         const std::lock_guard<std::mutex> lock(mutex);
         if (closed) return detail::engine_closed_error();
-        if (queue.size() >= options.max_queued)
-            return detail::make_error(
-                ErrorKind::overloaded,
-                detail::format("%zu requests are waiting already", queue.size()), "overloaded");
+        const size_t queued = arrivals.size() + waiting_count;
+        if (queued >= options.max_queued) {
+            Error error = detail::make_error(
+                ErrorKind::overloaded, detail::format("%zu requests are waiting already", queued),
+                "overloaded");
+            error.retry_after_s = retry_after_s();
+            return error;
+        }
         if (known && !by_id.emplace(reply->id, reply).second)
             return detail::make_error(ErrorKind::internal, "the id " + reply->id + " is in use");
-        queue.push_back(std::move(sequence));
+        arrivals.push_back(std::move(sequence));
     }
     doorbell->ring();
     return {};
+}
+
+// When half of the queue will have gone, as fast as requests were answered so far.
+uint32_t Engine::State::retry_after_s() const {
+    const uint64_t done = std::max<uint64_t>(counts.completed, 1);
+    const uint64_t one_us = (counts.prefill_us + counts.decode_us) / done;
+    const uint64_t queued = arrivals.size() + waiting_count;
+    const uint64_t seconds = one_us * queued / 2 / options.max_running / 1'000'000;
+    return static_cast<uint32_t>(std::clamp<uint64_t>(seconds, 1, 60));
 }
 
 Result<void> Engine::State::submit(std::unique_ptr<Prepared> prepared, std::string id) {
@@ -14954,7 +15279,7 @@ void Engine::State::cancel(const std::string& id) {
 ResponderStats Engine::State::stats() const {
     const std::lock_guard<std::mutex> lock(mutex);
     ResponderStats out = counts;
-    out.queued = static_cast<uint32_t>(queue.size());
+    out.queued = static_cast<uint32_t>(arrivals.size()) + waiting_count;
     return out;
 }
 
@@ -14979,23 +15304,23 @@ void Engine::State::announce(const detail::Mailbox& reply) {
 
 // ---- The step (one thread at a time) ---------------------------------------------------------
 
-// Works until the deadline or until nothing is left; true while something is.
-Result<bool> Engine::State::work(uint64_t deadline_ns) {
+// Works until the deadline or until nothing is left; true while something is. `budget_ns` is what a
+// step may take: batches are made so that they do not take many steps.
+Result<bool> Engine::State::work(uint64_t deadline_ns, uint64_t budget_ns) {
     if (failure) return *failure;
-    if (!loaded.load(std::memory_order_relaxed)) {
-        auto done = load(deadline_ns);
+    while (!loaded.load(std::memory_order_relaxed)) {
+        auto done = load(std::min(deadline_ns, detail::monotonic_ns() + detail::kLookNs));
         if (!done) {
             failure = done.error();
             options.log(LogLevel::error, failure->message);
             fail_all(*failure);
             return *failure;
         }
-        if (!*done) return true;
+        if (!*done && time_is_up(deadline_ns)) return true;
     }
-    for (;;) {
-        if (!work_on_batch(deadline_ns)) return false;
-        if (detail::monotonic_ns() >= deadline_ns) return true;
-    }
+    while (work_on_batch(deadline_ns, budget_ns))
+        if (time_is_up(deadline_ns)) return true;
+    return false;
 }
 
 Result<bool> Engine::State::load(uint64_t deadline_ns) {
@@ -15011,134 +15336,392 @@ Result<bool> Engine::State::load(uint64_t deadline_ns) {
     return done;
 }
 
-// A part of a batch, or all of it. False: there is nothing to do.
-bool Engine::State::work_on_batch(uint64_t deadline_ns) {
+// One piece of work: a sequence's results, a part of a batch or the next batch. False: there is
+// nothing to do.
+bool Engine::State::work_on_batch(uint64_t deadline_ns, uint64_t budget_ns) {
     if (doorbell->cancels.exchange(false, std::memory_order_acquire)) drop_cancelled();
-    if (batch.empty()) {
-        start_sequences();
+    if (untaken > 0) {
+        take_results(*running[running.size() - untaken]);
+        --untaken;
+    } else if (!batch.empty()) {
+        compute(deadline_ns);
+    } else {
+        sweep();
+        admit();
         if (running.empty()) return false;
-        build_batch();
+        build_batch(budget_ns);
     }
-    auto done = backend->advance(std::min(deadline_ns, detail::monotonic_ns() + detail::kLookNs));
-    if (done && *done) take_batch();
-    if (done) return true;
-    batch.clear();
-    for (SequencePtr& sequence : running) finish(*sequence, Status::failed, done.error());
-    running.clear();
     return true;
 }
 
+void Engine::State::compute(uint64_t deadline_ns) {
+    const uint64_t start = detail::monotonic_ns();
+    auto done = backend->advance(std::min(deadline_ns, start + detail::kLookNs));
+    batch_ns += detail::monotonic_ns() - start;
+    if (done && !*done) return;
+    if (done) {
+        if (batch.size() >= detail::kMinPromptRows) row_ns = batch_ns / batch.size();
+        untaken = running.size();
+        const std::lock_guard<std::mutex> lock(mutex);
+        ++counts.batches;
+        counts.batch_rows += batch.size();
+    } else {
+        for (const SequencePtr& sequence : running)
+            if (sequence->rows && !sequence->over)
+                finish(*sequence, Status::failed, done.error());
+    }
+    batch.clear();
+}
+
+// Replies learn at once; pages that a batch is using go when it is done.
 void Engine::State::drop_cancelled() {
-    const auto cancelled = [](const SequencePtr& sequence) {
-        return sequence->reply->cancelled.load(std::memory_order_acquire);
+    const auto end = [&](const SequencePtr& sequence) {
+        if (!sequence->over && sequence->reply->cancelled.load(std::memory_order_acquire))
+            finish(*sequence, Status::cancelled,
+                   detail::make_error(ErrorKind::cancelled, "cancelled", "cancelled"));
+        return sequence->over;
     };
-    std::vector<SequencePtr> dropped;
-    const auto take_from = [&](auto& from) {
-        for (SequencePtr& sequence : from)
-            if (cancelled(sequence)) dropped.push_back(std::move(sequence));
-        std::erase(from, nullptr);
-    };
-    const size_t before = running.size();
-    take_from(running);
-    if (running.size() != before && !batch.empty()) {
+    take_arrivals();
+    for (SequencePtr& sequence : waiting)
+        if (end(sequence)) {
+            leave(*sequence);
+            sequence.reset();
+        }
+    std::erase(waiting, nullptr);
+    bool any_left = false;
+    for (const SequencePtr& sequence : running) any_left |= !end(sequence) && sequence->rows;
+    if (!batch.empty() && !any_left) {
         backend->abandon();
         batch.clear();
     }
-    {
-        const std::lock_guard<std::mutex> lock(mutex);
-        take_from(queue);
-    }
-    for (const SequencePtr& sequence : dropped)
-        finish(*sequence, Status::cancelled,
-               detail::make_error(ErrorKind::cancelled, "cancelled", "cancelled"));
+    const std::lock_guard<std::mutex> lock(mutex);
+    waiting_count = static_cast<uint32_t>(waiting.size());
 }
 
-void Engine::State::start_sequences() {
-    while (running.size() < detail::kMaxRunning) {
-        SequencePtr next;
-        {
-            const std::lock_guard<std::mutex> lock(mutex);
-            if (queue.empty()) return;
-            next = std::move(queue.front());
-            queue.pop_front();
-            ++counts.running;
-        }
-        start_sequence(std::move(next));
+// ---- Who runs --------------------------------------------------------------------------------
+
+void Engine::State::take_arrivals() {
+    const size_t before = waiting.size();
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (SequencePtr& sequence : arrivals) waiting.push_back(std::move(sequence));
+        arrivals.clear();
+        waiting_count = static_cast<uint32_t>(waiting.size());
     }
+    for (size_t i = before; i < waiting.size(); ++i) {
+        detail::Sequence& sequence = *waiting[i];
+        sequence.ticket = ++ticket_clock;
+        sequence.turn = &*turns.try_emplace(sequence.prompt->organisation).first;
+        ++sequence.turn->second.members;
+    }
+}
+
+void Engine::State::leave(detail::Sequence& sequence) {
+    if (--sequence.turn->second.members == 0) turns.erase(std::string(sequence.turn->first));
+}
+
+// The one to start next, or null: by rank, then the organisation served longest ago, then first
+// come.
+Engine::State::SequencePtr* Engine::State::next_waiting() {
+    SequencePtr* best = nullptr;
+    const uint64_t now = detail::monotonic_ns();
+    const auto order = [](const detail::Sequence& sequence) {
+        return std::tuple(sequence.rank, sequence.turn->second.served, sequence.ticket);
+    };
+    for (SequencePtr& sequence : waiting) {
+        sequence->rank = detail::rank_of(*sequence, options, now);
+        if (!best || order(*sequence) < order(**best)) best = &sequence;
+    }
+    return best;
+}
+
+// Starts what there is room for. Who does not fit is waited for: it would never be its turn else.
+void Engine::State::admit() {
+    take_arrivals();
+    while (SequencePtr* next = next_waiting()) {
+        const uint64_t ticket = (*next)->ticket;
+        if (!make_place(**next)) break;
+        next = std::find_if(waiting.data(), waiting.data() + waiting.size(),
+                            [&](const SequencePtr& one) { return one->ticket == ticket; });
+        SequencePtr sequence = std::move(*next);
+        waiting.erase(waiting.begin() + (next - waiting.data()));
+        start_sequence(std::move(sequence));
+    }
+    std::sort(running.begin(), running.end(), [](const SequencePtr& a, const SequencePtr& b) {
+        return std::tuple(a->rank, a->ticket) < std::tuple(b->rank, b->ticket);
+    });
+    const std::lock_guard<std::mutex> lock(mutex);
+    waiting_count = static_cast<uint32_t>(waiting.size());
+    counts.running = static_cast<uint32_t>(running.size());
+    counts.pages_used = pool.pages() - pool.unused();
+    counts.pages_cached = pool.cached();
+    counts.pages_shared = pool.shared();
+}
+
+// Lower ranks give way.
+bool Engine::State::make_place(const detail::Sequence& next) {
+    while (running.size() == options.max_running || !fits(next)) {
+        const auto last = std::max_element(
+            running.begin(), running.end(), [](const SequencePtr& a, const SequencePtr& b) {
+                return std::tuple(a->rank, a->ticket) < std::tuple(b->rank, b->ticket);
+            });
+        if ((*last)->rank <= next.rank) return false;
+        std::swap(*last, running.back());
+        preempt_last();
+    }
+    return true;
+}
+
+uint32_t Engine::State::pages_for(uint32_t positions) const {
+    return (positions + options.page_tokens - 1) / options.page_tokens;
+}
+
+// Whether there are pages for it and for what the others still have to read.
+bool Engine::State::fits(const detail::Sequence& next) const {
+    uint64_t wanted = pages_for(next.length() + 1);
+    for (const detail::Hash256& key : next.page_keys) {
+        const uint32_t page = pool.find(key);
+        if (page == detail::PagePool::none || !pool.in_use(page)) break;
+        --wanted;
+    }
+    for (const SequencePtr& other : running) {
+        const size_t needed = pages_for(other->length() + 1), there = other->pages.size();
+        wanted += needed - std::min(needed, there);
+    }
+    return running.empty() || wanted <= pool.unused();
 }
 
 // All that grows later gets its room here.
 void Engine::State::start_sequence(SequencePtr sequence) {
-    sequence->started_ns = detail::monotonic_ns();
-    const size_t most = sequence->tokens.size() + sequence->prompt->max_output;
-    sequence->tokens.reserve(most);
-    sequence->pages.reserve(most / detail::kPageTokens + 1);
-    sequence->outcome.text.reserve(size_t{sequence->prompt->max_output} * 4);
-    if (sequence->prompt->logprobs)
-        sequence->outcome.logprobs.reserve(sequence->prompt->max_output);
-    if (sequence->reply->put_start()) announce(*sequence->reply);
+    const uint64_t now = detail::monotonic_ns();
+    sequence->waited_ns += now - std::exchange(sequence->waiting_ns, 0);
+    sequence->turn->second.served = ++serve_clock;
+    if (sequence->prompt->group) pool.refresh(sequence->prompt->group);
+    if (sequence->started_ns == 0) {
+        sequence->started_ns = now;
+        const uint32_t most = sequence->length() + sequence->prompt->max_output;
+        const size_t most_text = size_t{sequence->prompt->max_output} * 4;
+        sequence->tokens.reserve(most);
+        sequence->pages.reserve(pages_for(most));
+        if (options.prefix_cache) sequence->page_keys.reserve(pages_for(most));
+        sequence->outcome.text.reserve(most_text);
+        if (sequence->prompt->logprobs)
+            sequence->outcome.logprobs.reserve(sequence->prompt->max_output);
+        if (sequence->reply->put_start(most_text)) announce(*sequence->reply);
+    }
     running.push_back(std::move(sequence));
 }
 
-// Sequences that decode come first, a row each; the rest is for prompts.
-void Engine::State::build_batch() {
-    int32_t wanted = 0;
-    uint32_t room = options.step_tokens;
-    for (const bool decoding : {true, false})
-        for (SequencePtr& sequence : running) {
-            const uint32_t left = sequence->length() - sequence->computed;
-            if ((left == 1) != decoding) continue;
-            const uint32_t rows = decoding ? 1 : std::min(left, room);
-            if (!decoding) room -= rows;
-            add_rows(*sequence, rows, &wanted);
+// The last of those that run gives way: it goes on later with what the cache still has of it, and
+// computes the rest again. Nothing that was drawn changes.
+void Engine::State::preempt_last() {
+    SequencePtr sequence = std::move(running.back());
+    running.pop_back();
+    release_pages(*sequence);
+    sequence->waiting_ns = detail::monotonic_ns();
+    waiting.push_back(std::move(sequence));
+    const std::lock_guard<std::mutex> lock(mutex);
+    waiting_count = static_cast<uint32_t>(waiting.size());
+    ++counts.preempted;
+}
+
+// From the last to the first: what begins a prefix is to outlive what ends it.
+void Engine::State::release_pages(detail::Sequence& sequence) {
+    for (; !sequence.pages.empty(); sequence.pages.pop_back()) pool.drop(sequence.pages.back());
+    sequence.computed = sequence.rows = sequence.kept = 0;
+}
+
+void Engine::State::sweep() {
+    for (SequencePtr& sequence : running)
+        if (sequence->over) {
+            release_pages(*sequence);
+            leave(*sequence);
+            sequence.reset();
         }
+    std::erase(running, nullptr);
+}
+
+// ---- The prefix cache ------------------------------------------------------------------------
+
+// Takes over what the cache has of the tokens that come next; the last one is left to compute.
+void Engine::State::join_cached(detail::Sequence& sequence) {
+    const uint32_t page_tokens = options.page_tokens;
+    if (!options.prefix_cache) return;
+    while (sequence.computed % page_tokens == 0 && sequence.left() >= page_tokens) {
+        const size_t index = sequence.computed / page_tokens;
+        extend_keys(sequence, index + 1);
+        const uint32_t page = pool.find(sequence.page_keys[index]);
+        if (page == detail::PagePool::none) break;
+        pool.share(page);
+        if (index < sequence.pages.size())
+            pool.drop(std::exchange(sequence.pages[index], page));
+        else sequence.pages.push_back(page);
+        sequence.kept = static_cast<uint32_t>(index + 1);
+        sequence.computed += page_tokens;
+    }
+    if (sequence.left() == 0) --sequence.computed;
+    const uint32_t found = std::min(sequence.computed, sequence.outcome.usage.input_tokens);
+    if (found > sequence.reached) {
+        sequence.outcome.usage.cached_tokens += found - sequence.reached;
+        sequence.reached = found;
+    }
+}
+
+// Makes the pages that are full now known to the cache; of two with the same content one is kept.
+void Engine::State::keep_pages(detail::Sequence& sequence) {
+    const uint32_t full = sequence.computed / options.page_tokens;
+    if (!options.prefix_cache) return;
+    extend_keys(sequence, full);
+    for (; sequence.kept < full; ++sequence.kept) {
+        uint32_t& page = sequence.pages[sequence.kept];
+        const detail::Hash256& key = sequence.page_keys[sequence.kept];
+        const uint32_t known = pool.find(key);
+        if (known == detail::PagePool::none) {
+            pool.set_key(page, key, sequence.prompt->group);
+        } else {
+            pool.share(known);
+            pool.drop(std::exchange(page, known));
+        }
+    }
+}
+
+void Engine::State::extend_keys(detail::Sequence& sequence, size_t count) const {
+    detail::extend_page_keys(sequence.page_keys, sequence.prompt->root, sequence.tokens,
+                             options.page_tokens, count);
+}
+
+// ---- The batch -------------------------------------------------------------------------------
+
+// Prompt tokens for the next batch: less where it would take longer than the caller's budget or
+// hold up answers.
+uint32_t Engine::State::prompt_rows(bool answers, uint64_t budget_ns) const {
+    const uint64_t target = answers ? std::min(budget_ns, detail::kMixedNs) : budget_ns;
+    const uint32_t most = options.step_tokens;
+    if (target == detail::kNoLimit) return most;
+    const uint64_t fit = row_ns ? target / row_ns : 0;
+    return static_cast<uint32_t>(
+        std::clamp<uint64_t>(fit, std::min(detail::kMinPromptRows, most), most));
+}
+
+// Whether another prompt of this batch computes what this one needs next: then it is in the cache
+// for the next batch.
+bool Engine::State::computes_the_same(const detail::Sequence& prompt) const {
+    const size_t index = prompt.computed / options.page_tokens;
+    if (!options.prefix_cache || prompt.computed % options.page_tokens ||
+        index >= prompt.page_keys.size())
+        return false;
+    for (const SequencePtr& other : running)
+        if (other->rows && other->computed == prompt.computed && index < other->page_keys.size() &&
+            other->page_keys[index] == prompt.page_keys[index])
+            return true;
+    return false;
+}
+
+// The prompt that gets rows next: of the best rank the one that needs least, so that few wait for
+// one that is long.
+detail::Sequence* Engine::State::next_prompt() const {
+    detail::Sequence* best = nullptr;
+    const auto order = [](const detail::Sequence& one) {
+        return std::tuple(one.rank, one.left() - one.rows);
+    };
+    for (const SequencePtr& one : running)
+        if (one->rows < one->left() && (!best || order(*one) < order(*best)) &&
+            (one->rows || !computes_the_same(*one)))
+            best = one.get();
+    return best;
+}
+
+// A quarter goes to the first of the prompts, so that the long ones are read too.
+void Engine::State::share_prompt_rows(uint32_t budget) {
+    const auto give = [&](detail::Sequence& to, uint32_t most) {
+        const uint32_t rows = std::min(to.left() - to.rows, most);
+        to.rows += rows;
+        budget -= rows;
+    };
+    const auto first = std::find_if(running.begin(), running.end(),
+                                    [](const SequencePtr& one) { return one->rows == 0; });
+    if (first != running.end()) give(**first, std::max(budget / 4, 1u));
+    while (budget > 0) {
+        detail::Sequence* next = next_prompt();
+        if (!next) break;
+        give(*next, budget);
+    }
+}
+
+// Pages for the rows of the index-th that runs; those after it give way. What does not fit even so
+// waits for a later batch.
+void Engine::State::reserve_pages(size_t index) {
+    detail::Sequence& sequence = *running[index];
+    const uint32_t page_tokens = options.page_tokens, begun = sequence.computed / page_tokens;
+    if (sequence.rows == 0) return;
+    const bool copy = begun < sequence.pages.size() && !pool.writable(sequence.pages[begun]);
+    const auto lacking = [&] {
+        const uint32_t needed = pages_for(sequence.computed + sequence.rows) + copy,
+                       there = static_cast<uint32_t>(sequence.pages.size());
+        return needed - std::min(needed, there);
+    };
+    while (pool.unused() < lacking() && running.size() > index + 1) preempt_last();
+    while (sequence.rows && pool.unused() < lacking()) --sequence.rows;
+    if (sequence.rows == 0) return;
+    if (copy) {
+        const uint32_t from = std::exchange(sequence.pages[begun], pool.take());
+        backend->copy_page(from, sequence.pages[begun]);
+        pool.drop(from);
+        sequence.kept = begun;
+    }
+    while (lacking() > 0) sequence.pages.push_back(pool.take());
+}
+
+// Sequences that decode get a row each; the rest is for prompts.
+void Engine::State::build_batch(uint64_t budget_ns) {
+    bool answers = false;
+    for (const SequencePtr& sequence : running) {
+        join_cached(*sequence);
+        sequence->rows = sequence->left() == 1;
+        answers |= sequence->rows == 1;
+    }
+    share_prompt_rows(prompt_rows(answers, budget_ns));
+    for (size_t i = 0; i < running.size(); ++i) reserve_pages(i);
+    int32_t wanted = 0;
+    for (const SequencePtr& sequence : running) add_rows(*sequence, &wanted);
+    batch_ns = 0;
     auto begun =
         backend->begin(batch);  // a batch that it refuses is our mistake: advance() fails too
     if (!begun) options.log(LogLevel::error, begun.error().message);
 }
 
-void Engine::State::add_rows(detail::Sequence& sequence, uint32_t rows, int32_t* wanted) {
-    const uint32_t end = sequence.computed + rows;
-    while (sequence.pages.size() * detail::kPageTokens < end) {
-        sequence.pages.push_back(free_pages.back());
-        free_pages.pop_back();
-    }
+void Engine::State::add_rows(detail::Sequence& sequence, int32_t* wanted) {
+    const uint32_t end = sequence.computed + sequence.rows;
     for (uint32_t position = sequence.computed; position < end; ++position)
         batch.push_back(
             {sequence.tokens[position], nullptr, position, sequence.pages.data(), false});
-    sequence.in_batch = rows;
     sequence.logits = -1;
-    if (rows == 0 || end != sequence.length()) return;
+    if (sequence.rows == 0 || end != sequence.length()) return;
     batch.back().logits = true;
     sequence.logits = (*wanted)++;
 }
 
-void Engine::State::take_batch() {
-    batch.clear();
-    for (SequencePtr& sequence : running) {
-        sequence->computed += std::exchange(sequence->in_batch, 0);
-        if (sequence->logits >= 0 && !take_token(*sequence)) sequence.reset();
-    }
-    std::erase(running, nullptr);
+void Engine::State::take_results(detail::Sequence& sequence) {
+    if (sequence.over) return;
+    sequence.computed += std::exchange(sequence.rows, 0);
+    sequence.reached = std::max(sequence.reached, sequence.computed);
+    keep_pages(sequence);
+    if (sequence.logits >= 0) take_token(sequence);
 }
 
-// Draws a token; false when it was the last.
-bool Engine::State::take_token(detail::Sequence& sequence) {
+// Draws a token. Its end or the limit's finishes the sequence.
+void Engine::State::take_token(detail::Sequence& sequence) {
     const auto logits = backend->logits(static_cast<uint32_t>(sequence.logits));
     const Token token = sequence.sampler.sample(logits, sequence.length());
     if (sequence.first_token_ns == 0) sequence.first_token_ns = detail::monotonic_ns();
     sequence.tokens.push_back(token);
     ++sequence.outcome.usage.output_tokens;
-    if (tokenizer->is_end(token)) {
-        finish(sequence, Status::completed);
-        return false;
-    }
+    if (tokenizer->is_end(token)) return finish(sequence, Status::completed);
     if (sequence.prompt->logprobs) add_logprob(sequence, logits, token);
     emit_text(sequence, sequence.detokenizer.push(token));
-    if (sequence.outcome.usage.output_tokens < sequence.prompt->max_output) return true;
+    if (sequence.outcome.usage.output_tokens < sequence.prompt->max_output) return;
     sequence.outcome.cut = true;
     finish(sequence, Status::completed);
-    return false;
 }
 
 void Engine::State::emit_text(detail::Sequence& sequence, std::string_view text) {
@@ -15158,10 +15741,10 @@ void Engine::State::add_logprob(detail::Sequence& sequence, std::span<const floa
     sequence.outcome.logprobs.push_back(std::move(one));
 }
 
-// The sequence is done with: its pages go back, its reply learns the end.
+// The reply learns the end; sweep() takes the sequence away when no batch uses its pages.
 void Engine::State::finish(detail::Sequence& sequence, Status status, std::optional<Error> error) {
     emit_text(sequence, sequence.detokenizer.flush());
-    free_pages.insert(free_pages.end(), sequence.pages.begin(), sequence.pages.end());
+    sequence.over = true;
     Outcome& outcome = sequence.outcome;
     outcome.status = status;
     outcome.error = std::move(error);
@@ -15173,36 +15756,44 @@ void Engine::State::finish(detail::Sequence& sequence, Status status, std::optio
     outcome.timings.decode_us = (now - first) / 1000;
     {
         const std::lock_guard<std::mutex> lock(mutex);
-        if (sequence.started_ns) --counts.running;
         ++(status == Status::completed ? counts.completed
            : status == Status::failed  ? counts.failed
                                        : counts.cancelled);
         counts.input_tokens += sequence.started_ns ? outcome.usage.input_tokens : 0;
         counts.output_tokens += outcome.usage.output_tokens;
+        counts.cached_tokens += outcome.usage.cached_tokens;
+        counts.queue_us += outcome.timings.queue_us;
+        counts.prefill_us += outcome.timings.prefill_us;
+        counts.decode_us += outcome.timings.decode_us;
+        if (sequence.waiting_ns == 0) --counts.running;
     }
     if (sequence.reply->put_outcome(std::move(outcome))) announce(*sequence.reply);
 }
 
 // The end of everything: nothing is taken from now on.
 void Engine::State::fail_all(const Error& error) {
-    std::deque<SequencePtr> waiting;
     {
         const std::lock_guard<std::mutex> lock(mutex);
         closed = true;
-        waiting.swap(queue);
     }
+    take_arrivals();
     if (!batch.empty()) backend->abandon();
     batch.clear();
-    for (const SequencePtr& sequence : running) finish(*sequence, Status::failed, error);
-    running.clear();
-    for (const SequencePtr& sequence : waiting) finish(*sequence, Status::failed, error);
+    untaken = 0;
+    for (auto* list : {&running, &waiting}) {
+        for (const SequencePtr& sequence : *list)
+            if (!sequence->over) finish(*sequence, Status::failed, error);
+        list->clear();
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    waiting_count = 0;
 }
 
 void Engine::State::run_thread(void* self) {
     State& state = *static_cast<State*>(self);
     while (!state.stop_asked.load(std::memory_order_acquire)) {
         const uint32_t rings = state.doorbell->rings.load(std::memory_order_acquire);
-        auto more = state.work(detail::monotonic_ns() + detail::kLookNs);
+        auto more = state.work(detail::kNoLimit, detail::kNoLimit);
         if (more && *more) continue;
         detail::wait_on(&state.doorbell->rings, rings, detail::kIdleNs);
     }
@@ -15274,7 +15865,7 @@ Result<MemoryPlan> Engine::memory_plan(const EngineOptions& options) {
     if (!spec) return spec.error();
     auto tensors = bind_model_tensors(*file, *spec);
     if (!tensors) return tensors.error();
-    auto chosen = detail::choose_backend_options(options, *spec);
+    auto chosen = detail::choose_backend_options(options, *spec, *tensors);
     if (!chosen) return chosen.error();
     return detail::plan_cpu(*spec, *tensors, *chosen);
 }
@@ -15308,7 +15899,8 @@ Result<bool> Engine::step(int64_t budget_us) {
     if (state_->stepping.exchange(true, std::memory_order_acquire))
         return refuse("step(): called while another step() is at work");
     const uint64_t budget_ns = static_cast<uint64_t>(std::max<int64_t>(budget_us, 0)) * 1000;
-    auto more = state_->work(budget_us < 0 ? UINT64_MAX : detail::monotonic_ns() + budget_ns);
+    auto more = budget_us < 0 ? state_->work(detail::kNoLimit, detail::kNoLimit)
+                              : state_->work(detail::monotonic_ns() + budget_ns, budget_ns);
     state_->stepping.store(false, std::memory_order_release);
     return more;
 }
@@ -15326,6 +15918,7 @@ void Engine::stop() {
     state_->stop_asked.store(true, std::memory_order_release);
     state_->doorbell->ring();
     state_->thread.join();
+    state_->stop_asked.store(false, std::memory_order_release);
 }
 
 bool Engine::is_loaded() const { return state_->loaded.load(std::memory_order_acquire); }

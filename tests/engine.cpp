@@ -49,6 +49,8 @@ std::string answer(Engine& engine, const Request& request) {
     return reply.outcome().text;
 }
 
+std::string answer(Engine&& engine, const Request& request) { return answer(engine, request); }
+
 std::string code_of(const Reply& reply) {
     return reply.finished() && reply.outcome().error ? reply.outcome().error->code : "";
 }
@@ -167,7 +169,9 @@ TEST_CASE("several requests wait and are answered one after another") {
 }
 
 TEST_CASE("cancel: running and waiting ones") {
-    Engine engine = open_tiny();
+    EngineOptions options = tiny_options();
+    options.max_running = 1;
+    Engine engine = open_tiny(options);
     Reply first = engine.submit(ask("first", 400)), second = engine.submit(ask("second")),
           third = engine.submit(ask("third"));
     while (!first.poll() || first.poll()) REQUIRE(engine.step(0));  // until there is text
@@ -568,4 +572,190 @@ TEST_CASE("options and files that are refused, and the memory plan") {
     CHECK(Engine::memory_plan(options)->kv * 2 == plan->kv);
     options.model_id = "mine";
     CHECK(open_tiny(options).responder()->models()[0].id == "mine");
+}
+
+// ---- Many at once ----------------------------------------------------------------------------
+
+namespace {
+
+// Sixteen requests of mixed lengths and options; some begin alike.
+const std::vector<Request>& mixed_requests() {
+    static const std::vector<Request> requests = [] {
+        std::vector<Request> out;
+        tiny::Random random(7, "requests");
+        for (uint32_t i = 0; i < 16; ++i) {
+            std::string text;
+            if (i % 3 == 0) text = "the same beginning of a text that is longer than some pages";
+            for (uint32_t left = 1 + random.next() % (i % 4 ? 30 : 90); left > 0; --left)
+                text += static_cast<char>('a' + random.next() % 26);
+            Request request = ask(text, 1 + random.next() % 40);
+            request.seed = random.next();
+            request.temperature = (i % 3) * 0.6;
+            if (i % 5 == 1) request.top_p = 0.8;
+            if (i % 5 == 2) request.instructions = "be brief";
+            request.window = static_cast<Window>(random.next() % 3);
+            request.organisation = i % 2 ? "one" : "two";
+            out.push_back(request);
+        }
+        return out;
+    }();
+    return requests;
+}
+
+// What each gives when nothing else runs and nothing is remembered.
+const std::vector<std::string>& answers_alone() {
+    static const std::vector<std::string> answers = [] {
+        std::vector<std::string> out;
+        for (const Request& request : mixed_requests()) {
+            EngineOptions options = tiny_options();
+            options.max_running = 1;
+            options.prefix_cache = false;
+            Engine engine = open_tiny(options);
+            out.push_back(answer(engine, request));
+        }
+        return out;
+    }();
+    return answers;
+}
+
+// Submits `count` requests at random times, cancels some, steps with random budgets.
+ResponderStats run_mixed(const EngineOptions& options, uint32_t count, uint64_t seed) {
+    CAPTURE(count);
+    CAPTURE(seed);
+    Engine engine = open_tiny(options);
+    tiny::Random random(seed, "mix");
+    const auto& requests = mixed_requests();
+    struct Running {
+        size_t index;
+        Reply reply;
+        bool cancelled = false;
+    };
+    std::vector<Running> all;
+    for (bool more = true; more || all.size() < count;) {
+        for (uint32_t burst = random.next() % 6; burst > 0 && all.size() < count; --burst) {
+            const size_t index = random.next() % requests.size();
+            all.push_back({index, engine.submit(requests[index])});
+        }
+        if (random.next() % 8 == 0 && !all.empty()) {
+            Running& one = all[random.next() % all.size()];
+            one.cancelled = true;
+            one.reply.cancel();
+        }
+        const int64_t budgets[] = {0, 0, 50, 300, 2000};
+        auto stepped = engine.step(budgets[random.next() % 5]);
+        REQUIRE(stepped);
+        more = *stepped;
+    }
+    for (const Running& one : all) {
+        const Outcome& outcome = one.reply.outcome();
+        const std::string& expected = answers_alone()[one.index];
+        if (outcome.status == Status::cancelled) {
+            CHECK(one.cancelled);
+            std::string_view text = outcome.text;
+            if (text.ends_with("\ufffd")) text.remove_suffix(3);  // of a character cut short
+            CHECK(expected.starts_with(text));
+        } else {
+            CHECK(outcome.status == Status::completed);
+            CHECK(outcome.text == expected);
+        }
+    }
+    const ResponderStats stats = engine.responder()->stats();
+    CHECK(stats.running == 0);
+    CHECK(stats.queued == 0);
+    CHECK(stats.pages_used == 0);
+    CHECK(stats.pages_shared == 0);
+    return stats;
+}
+
+}  // namespace
+
+TEST_CASE("many at once: each answer is the one computed alone") {
+    uint64_t seed = 1;
+    for (const uint32_t count : {1u, 4u, 16u, 64u})
+        for (const bool cache : {false, true}) {
+            EngineOptions options = tiny_options();
+            options.prefix_cache = cache;
+            const ResponderStats stats = run_mixed(options, count, ++seed);
+            if (!cache) CHECK(stats.cached_tokens == 0);
+            if (cache && count > 4) CHECK(stats.cached_tokens > 0);
+        }
+}
+
+TEST_CASE("many at once: chunks, threads, page sizes, a host's job system") {
+    uint64_t seed = 100;
+    for (const uint32_t step_tokens : {1u, 5u, 16u, 100u, 512u})
+        for (const uint32_t page_tokens : {16u, 64u})
+            for (const int threads : {0, 1}) {
+                CAPTURE(step_tokens);
+                CAPTURE(page_tokens);
+                CAPTURE(threads);
+                EngineOptions options = tiny_options();
+                options.step_tokens = step_tokens;
+                options.page_tokens = page_tokens;
+                options.threads = threads;
+                options.max_running = step_tokens % 2 ? 3 : 64;
+                run_mixed(options, 20, ++seed);
+            }
+    EngineOptions options = tiny_options();
+    options.threads = 2;
+    options.parallel_for = [](void*, uint32_t n, void (*job)(void*, uint32_t), void* context) {
+        std::vector<std::thread> threads;
+        for (uint32_t i = 0; i < n; ++i) threads.emplace_back(job, context, i);
+        for (std::thread& thread : threads) thread.join();
+    };
+    run_mixed(options, 6, ++seed);
+}
+
+TEST_CASE("many at once: a small pool makes some give way, and they go on with the same answer") {
+    uint64_t seed = 200, preempted = 0;
+    for (const bool cache : {false, true})
+        for (const uint32_t page_tokens : {16u, 64u})
+            for (const uint32_t context : {176u, 256u}) {
+                EngineOptions options = tiny_options();
+                options.context_tokens = context;
+                options.prefix_cache = cache;
+                options.page_tokens = page_tokens;
+                options.max_running = 1;
+                const auto plan = Engine::memory_plan(options);
+                REQUIRE(plan);
+                options.max_running = 16;
+                const auto wide = Engine::memory_plan(options);
+                options.memory_limit = wide->total() - wide->kv + plan->kv * 5 / 4;
+                CHECK(Engine::memory_plan(options)->total() <= options.memory_limit);
+                preempted += run_mixed(options, 32, ++seed).preempted;
+            }
+    CHECK(preempted > 0);
+}
+
+TEST_CASE("two that do not fit together: the later one gives way and is resumed") {
+    EngineOptions options = tiny_options();
+    options.context_tokens = 128;
+    options.prefix_cache = false;
+    options.max_running = 1;
+    const auto plan = Engine::memory_plan(options);
+    options.max_running = 2;
+    const auto two = Engine::memory_plan(options);
+    options.memory_limit = two->total() - two->kv + plan->kv;
+    Engine engine = open_tiny(options);
+    CHECK(engine.responder()->stats().pages == 8);
+    std::vector<std::string> expected;
+    std::vector<Reply> replies;
+    for (const char* text : {"first", "second"})
+        for (const bool together : {false, true}) {
+            Request request = ask(text + std::string(25, 'x'), 60);
+            request.temperature = 1.5;
+            request.logprobs = true;
+            if (together) replies.push_back(engine.submit(request));
+            else expected.push_back(answer(open_tiny(), request));
+        }
+    REQUIRE(engine.step());
+    CHECK(engine.responder()->stats().preempted > 0);
+    for (size_t i = 0; i < 2; ++i) {
+        const Outcome& outcome = replies[i].outcome();
+        CHECK(outcome.text == expected[i]);
+        CHECK(outcome.logprobs.size() + !outcome.cut == outcome.usage.output_tokens);
+        CHECK(outcome.usage.cached_tokens <= outcome.usage.input_tokens);
+    }
+    options.memory_limit -= 1;
+    CHECK(Engine::open(options).error().param == "memory_limit");
 }
