@@ -7593,6 +7593,116 @@ inline void matmul_float(const MatmulTask& task, FloatDot dot_4x1, FloatDot dot_
     }
 }
 
+// A tile kernel adds to `sums` the products of two tiles and C columns, in ascending order of k.
+struct TileStep {
+    const std::byte* const* tiles;    // (2) where each goes on: at the head of a super-block
+    const std::byte* const* columns;  // (C) ActivationBlocks, or floats
+    size_t count;                     // of blocks, or floats
+    float (*sums)[2][16];             // (C)
+    // To prefetch: what lies `ahead` bytes ahead of every `every`th block, block `phase` first.
+    size_t ahead, every, phase;
+};
+struct TileKernels {
+    struct Shape {
+        uint32_t columns;
+        void (*dot)(const TileStep& step);
+    } shapes[4];  // few columns to many
+};
+
+constexpr uint32_t kBatchColumns = 72;  // whose sums a pair of tiles keeps
+constexpr size_t kChunk = 32;           // blocks that stay in a near cache for all columns
+constexpr size_t kChunkFloats = 512;
+constexpr size_t kStreamAhead = 1024;
+
+// Columns that meet a pair of tiles, and where their data lies.
+struct ColumnBatch {
+    const std::byte* data;
+    size_t stride;  // from column to column, in bytes
+    size_t unit;    // bytes of a block, or of a float
+    uint32_t count;
+};
+
+// The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
+// and 1.
+inline const TileKernels::Shape& next_shape(const TileKernels& k, uint32_t left) {
+    for (const TileKernels::Shape& shape : k.shapes)
+        if (left <= shape.columns) return shape;
+    return k.shapes[left <= 2 * k.shapes[2].columns ? 2 : 3];
+}
+
+// sums (count) = two tiles times the columns. Where these need several kernel calls, k advances in
+// chunks; each call prefetches its share of the next chunk.
+inline void dot_batch(const PackedLayout& layout, const TileKernels& k,
+                      const std::byte* const (&tiles)[2], size_t units, const ColumnBatch& batch,
+                      float (*sums)[2][16]) {
+    const uint32_t most = k.shapes[3].columns;
+    const bool once = batch.count <= most;
+    const size_t chunk = once ? units : layout.float_bytes ? kChunkFloats : kChunk;
+    const size_t chunk_bytes = layout.float_bytes
+                                   ? chunk * layout.float_bytes * kTileRows
+                                   : chunk / layout.blocks * packed_super_bytes(layout);
+    std::memset(sums, 0, (batch.count + most) * sizeof *sums);
+    for (size_t u = 0, done = 0; u < units; u += chunk, done += chunk_bytes) {
+        const std::byte *at[2] = {tiles[0] + done, tiles[1] + done}, *columns[8];
+        TileStep step{at,
+                      columns,
+                      units - u < chunk ? units - u : chunk,
+                      sums,
+                      once ? kStreamAhead : chunk_bytes,
+                      (batch.count + most - 1) / most,
+                      0};
+        for (uint32_t v = 0; v < batch.count; step.phase++) {
+            const TileKernels::Shape& shape = next_shape(k, batch.count - v);
+            for (uint32_t c = 0; c < shape.columns; c++) {  // the last again where they run out
+                const uint32_t column = v + c < batch.count ? v + c : batch.count - 1;
+                columns[c] = batch.data + column * batch.stride + u * batch.unit;
+            }
+            step.sums = sums + v;
+            shape.dot(step);
+            v += shape.columns;
+        }
+    }
+}
+
+inline void write_tile(const MatmulTask& task, uint32_t tile, uint32_t first, uint32_t count,
+                       uint32_t planes, float (*sums)[2][16]) {
+    const uint32_t row = tile * kTileRows, left = task.weights->rows - row;
+    for (uint32_t v = 0; v < count; v += planes) {
+        float *y = task.y + (first + v) / planes * task.y_stride + row, *sum = sums[v][0];
+        for (uint32_t r = 0; planes == 2 && r < kTileRows; r++) sum[r] += sums[v + 1][0][r];
+        if (left >= kTileRows) std::memcpy(y, sum, kTileRows * sizeof(float));
+        else std::memcpy(y, sum, left * sizeof(float));
+    }
+}
+
+// The range's two halves are two streams through memory: each pair has a tile of both.
+inline void matmul_tiles(const MatmulTask& task, const TileKernels& k) {
+    const PackedMatrix& w = *task.weights;
+    const PackedLayout& layout = *find_layout(w.type);
+    const bool floats = layout.float_bytes != 0;
+    const uint32_t planes = floats ? 1 : task.planes, all = task.columns * planes;
+    const size_t units = floats ? w.cols : w.cols / kActivationBlock;
+    const size_t unit = floats ? sizeof(float) : sizeof(ActivationBlock);
+    const size_t stride = unit * (floats ? task.x_stride : units);
+    const void* data = floats ? static_cast<const void*>(task.x) : task.blocks;
+    const uint32_t pairs = (task.last_tile - task.first_tile + 1) / 2;
+    for (uint32_t first = 0; first < all; first += kBatchColumns) {
+        const ColumnBatch batch{static_cast<const std::byte*>(data) + first * stride, stride, unit,
+                                all - first < kBatchColumns ? all - first : kBatchColumns};
+        for (uint32_t i = 0; i < pairs; i++) {
+            const uint32_t low = task.first_tile + i, high = low + pairs;
+            const bool both = high < task.last_tile;
+            alignas(64) float sums[kBatchColumns + 8][2][16];
+            dot_batch(layout, k, {packed_tile(w, low), packed_tile(w, both ? high : low)}, units,
+                      batch, sums);
+            write_tile(task, low, first, batch.count, planes, sums);
+            if (both)
+                write_tile(task, high, first, batch.count, planes,
+                           reinterpret_cast<float(*)[2][16]>(sums[0][1]));
+        }
+    }
+}
+
 }  // namespace
 
 // ---- AVX2, FMA, F16C: eight rows, or eight elements, a vector --------------------------------
@@ -8194,6 +8304,9 @@ VALAR_FORCE_INLINE __m512i load_bytes(const void* at) { return _mm512_loadu_si51
 VALAR_FORCE_INLINE __m512 load_halves(const void* at) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
 }
+VALAR_FORCE_INLINE void prefetch(const std::byte* at) {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+}
 VALAR_FORCE_INLINE __m128i load_scale_bytes(const void* at) {
     return _mm_loadu_si128(static_cast<const __m128i*>(at));
 }
@@ -8208,22 +8321,17 @@ VALAR_FORCE_INLINE __m512i broadcast4(const int8_t* at) {
 
 struct Scales {
     __m512 dw, m;
-    __m512i sub[2];  // Q6_K
+    __m512 sub[2];  // Q6_K
 };
 
-template <int I, bool P>
+template <int I>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
-    if constexpr (P) {
-        out.dw = _mm512_load_ps(at + 512);
-        if constexpr (L.minimum) out.m = _mm512_load_ps(at + 576);
-        if constexpr (L.bits == 6)
-            for (int i = 0; i < 2; i++) out.sub[i] = load_bytes(at + 576 + 64 * i);
-    } else if constexpr (L.bits == 6) {
+    if constexpr (L.bits == 6) {
         out.dw = load_halves(head);
         for (int i = 0; i < 2; i++)
-            out.sub[i] = _mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i));
+            out.sub[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i)));
     } else if constexpr (L.head_bytes != 0) {
         const __m512 m = _mm512_mul_ps(load_halves(head + 32), load_small_ints(at + 16));
         out.dw = _mm512_mul_ps(load_halves(head), load_small_ints(at));
@@ -8236,10 +8344,10 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
 }
 
 // Unsigned codes of group g.
-template <int I, bool P>
+template <int I>
 VALAR_FORCE_INLINE __m512i load_group(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
-    if constexpr (P || bits == 8) return load_bytes(codes + 64 * g);
+    if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m512i pair = load_bytes(codes + g / 2 * 64);
     const __m512i low =
         _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
@@ -8248,92 +8356,74 @@ VALAR_FORCE_INLINE __m512i load_group(const std::byte* codes, int g) {
     const int at = g * high % 8;
     const __m512i moved = at < 4 ? _mm512_slli_epi16(rest, static_cast<unsigned>(4 - at) & 7)
                                  : _mm512_srli_epi16(rest, static_cast<unsigned>(at - 4) & 7);
-    return _mm512_or_si512(low, _mm512_and_si512(moved, _mm512_set1_epi8(high == 1 ? 16 : 48)));
+    // low | (moved & mask)
+    return _mm512_ternarylogic_epi32(low, moved, _mm512_set1_epi8(high == 1 ? 16 : 48), 0xf8);
 }
 
-// sums (C, 16) += tile (16 rows) x C planes, block after block.
-template <int I, bool P, int C>
-void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
-              float* sums) {
+// sums += two tiles times C planes.
+template <int I, int C>
+void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = packed_layouts[I];
+    constexpr int kParts = L.bits == 6 ? 2 : 1;  // sums of 16 codes that have a scale each
     constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
-    constexpr int kParts = L.bits == 6 || C == 1 ? 2 : 1;  // chains of four groups, or one of eight
     const ActivationBlock* a[C];
-    __m512 acc[C];
+    __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
-        a[c] = planes[c];
-        acc[c] = _mm512_load_ps(sums + 16 * c);
+        a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
+        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] = _mm512_load_ps(step.sums[c][t]);
     }
-    const std::byte *head = tile, *at = tile;
-    for (size_t b = 0; b < blocks; b++) {
-        if constexpr (!P && L.head_bytes != 0) {
+    const std::byte* tile[2] = {step.tiles[0], step.tiles[1]};
+    size_t head = 0, at = 0, wait = step.phase;
+    for (size_t b = 0; b < step.count; b++) {
+        if constexpr (L.head_bytes != 0) {
             if (b % L.blocks == 0) {
                 head = at;
                 at += L.head_bytes;
             }
         }
-        if constexpr (!P) {
-            VALAR_UNROLL for (size_t i = 0; i < kLines; i++)
-                _mm_prefetch(reinterpret_cast<const char*>(at) + 4096 + 64 * i, _MM_HINT_T0);
+        if (wait-- == 0) {
+            wait = step.every - 1;
+            VALAR_UNROLL for (size_t i = 0; i < 2 * kLines; i++)
+                prefetch(tile[i % 2] + at + step.ahead + i / 2 * 64);
         }
-        const std::byte* codes = P ? at : at + L.scale_bytes;
-        __m512i total[kParts][C];  // starts as what the codes' bias adds, negated
+        __m512i total[kParts][C][2];  // starts as what the codes' bias adds, negated
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const int32_t* sum = a[c][b].sum;
-            VALAR_UNROLL for (int p = 0; p < kParts; p++) total[p][c] =
+            VALAR_UNROLL for (int p = 0; p < kParts; p++) total[p][c][0] = total[p][c][1] =
                 _mm512_set1_epi32(-L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
         }
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
-            const __m512i w = load_group<I, P>(codes, g);
+            __m512i w[2];
+            VALAR_UNROLL for (int t = 0; t < 2; t++) w[t] =
+                load_group<I>(tile[t] + at + L.scale_bytes, g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
-                __m512i& sum = total[kParts == 2 ? g / 4 : 0][c];
-                sum = _mm512_dpbusd_epi32(sum, w, broadcast4(a[c][b].q + 4 * g));
+                const __m512i x = broadcast4(a[c][b].q + 4 * g);
+                VALAR_UNROLL for (int t = 0; t < 2; t++) {
+                    __m512i& sum = total[g / 4 * (kParts - 1)][c][t];
+                    sum = _mm512_dpbusd_epi32(sum, w[t], x);
+                }
             }
         }
-        const Scales scales = load_scales<I, P>(head, at);
-        VALAR_UNROLL for (int c = 0; c < C; c++) {
-            __m512i exact = total[0][c];
-            if constexpr (L.bits == 6)
-                exact = _mm512_add_epi32(_mm512_mullo_epi32(exact, scales.sub[0]),
-                                         _mm512_mullo_epi32(total[1][c], scales.sub[1]));
-            else if constexpr (kParts == 2) exact = _mm512_add_epi32(exact, total[1][c]);
-            acc[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact),
-                                     _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c][b].d)), acc[c]);
-            if constexpr (L.minimum)
-                acc[c] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c][b].s), acc[c]);
+        VALAR_UNROLL for (int t = 0; t < 2; t++) {
+            const Scales scales = load_scales<I>(tile[t] + head, tile[t] + at);
+            VALAR_UNROLL for (int c = 0; c < C; c++) {
+                __m512 sum = _mm512_cvtepi32_ps(total[0][c][t]);
+                if constexpr (L.bits == 6)  // exact, being below 2^24
+                    sum = _mm512_fmadd_ps(
+                        sum, scales.sub[0],
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.sub[1]));
+                acc[c][t] = _mm512_fmadd_ps(
+                    sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c][b].d)), acc[c][t]);
+                if constexpr (L.minimum)
+                    acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c][b].s), acc[c][t]);
+            }
         }
-        at += P ? kPanelBytes : packed_block_bytes(L);
+        at += packed_block_bytes(L);
     }
-    VALAR_UNROLL for (int c = 0; c < C; c++) _mm512_store_ps(sums + 16 * c, acc[c]);
-}
-
-template <int I>
-void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
-    constexpr PackedLayout L = packed_layouts[I];
-    const std::byte *head = tile, *at = tile;
-    for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
-        if (L.head_bytes && b % L.blocks == 0) {
-            head = at;
-            at += L.head_bytes;
-        }
-        VALAR_UNROLL for (int g = 0; g < 8; g++)
-            _mm512_store_si512(panel + 64 * g, load_group<I, false>(at + L.scale_bytes, g));
-        const Scales s = load_scales<I, false>(head, at);
-        _mm512_store_ps(panel + 512, s.dw);
-        if constexpr (L.minimum) _mm512_store_ps(panel + 576, s.m);
-        if constexpr (L.bits == 6)
-            for (int i = 0; i < 2; i++) _mm512_store_si512(panel + 576 + 64 * i, s.sub[i]);
+    VALAR_UNROLL for (int c = 0; c < C; c++) {
+        VALAR_UNROLL for (int t = 0; t < 2; t++) _mm512_store_ps(step.sums[c][t], acc[c][t]);
     }
 }
-
-// Panels differ by bias and minimum alone: Q4_K, Q5_K and Q4_1 share theirs.
-template <int I, int kTwin = I>
-constexpr QuantKernels quant_kernels = {
-    dot_tile<I, false, 1>,    dot_tile<I, false, 2>,    fill_panel<I>,
-    dot_tile<kTwin, true, 4>, dot_tile<kTwin, true, 8>, 8};
-constexpr QuantKernels quantized[] = {quant_kernels<0>, quant_kernels<1>,    quant_kernels<2>,
-                                      quant_kernels<3>, quant_kernels<4, 1>, quant_kernels<5, 1>,
-                                      quant_kernels<6>};
 
 template <TensorType kType>
 VALAR_FORCE_INLINE __m512 load_floats(const std::byte* tile, size_t index) {
@@ -8345,36 +8435,52 @@ VALAR_FORCE_INLINE __m512 load_floats(const std::byte* tile, size_t index) {
         16));
 }
 
-template <TensorType kType, int T, int C>
-void dot_floats(const std::byte* const* tiles, size_t cols, const float* const* x,
-                float (*sums)[16]) {
-    __m512 acc[T][C];
-    VALAR_UNROLL for (int i = 0; i < T * C; i++) acc[i / C][i % C] = _mm512_setzero_ps();
-    for (size_t k = 0; k < cols; k++) {
-        VALAR_UNROLL for (int t = 0; t < T; t++) {
-            const __m512 w = load_floats<kType>(tiles[t], 16 * k);
-            VALAR_UNROLL for (int c = 0; c < C; c++) acc[t][c] =
-                _mm512_fmadd_ps(w, _mm512_set1_ps(x[c][k]), acc[t][c]);
+template <TensorType kType, int C>
+void dot_floats(const TileStep& step) {
+    const float* x[C];
+    __m512 acc[C][2];
+    VALAR_UNROLL for (int c = 0; c < C; c++) {
+        x[c] = reinterpret_cast<const float*>(step.columns[c]);
+        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] = _mm512_load_ps(step.sums[c][t]);
+    }
+    const std::byte *low = step.tiles[0], *high = step.tiles[1];
+    for (size_t k = 0; k < step.count; k++) {
+        const __m512 w[2] = {load_floats<kType>(low, 16 * k), load_floats<kType>(high, 16 * k)};
+        VALAR_UNROLL for (int c = 0; c < C; c++) {
+            const __m512 v = _mm512_set1_ps(x[c][k]);
+            VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
+                _mm512_fmadd_ps(w[t], v, acc[c][t]);
         }
     }
-    VALAR_UNROLL for (int i = 0; i < T * C; i++) _mm512_store_ps(sums[i], acc[i / C][i % C]);
+    VALAR_UNROLL for (int c = 0; c < C; c++) {
+        VALAR_UNROLL for (int t = 0; t < 2; t++) _mm512_store_ps(step.sums[c][t], acc[c][t]);
+    }
 }
 
+template <int I, int kMost = packed_layouts[I].bits == 6 ? 4 : 6>  // as registers allow
+constexpr TileKernels quantized = {{{1, dot_tiles<I, 1>},
+                                    {2, dot_tiles<I, 2>},
+                                    {4, dot_tiles<I, 4>},
+                                    {kMost, dot_tiles<I, kMost>}}};
+template <TensorType kType>
+constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
+                                 {2, dot_floats<kType, 2>},
+                                 {4, dot_floats<kType, 4>},
+                                 {6, dot_floats<kType, 6>}}};
+constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
+    quantized<0>,
+    quantized<1>,
+    quantized<2>,
+    quantized<3>,
+    quantized<4>,
+    quantized<5>,
+    quantized<6>,
+    floats<TensorType::f32>,
+    floats<TensorType::f16>,
+    floats<TensorType::bf16>};
+
 void matmul(const MatmulTask& task) {
-    switch (task.weights->type) {
-        case TensorType::f32:
-            return matmul_float(task, dot_floats<TensorType::f32, 4, 1>,
-                                dot_floats<TensorType::f32, 1, 4>);
-        case TensorType::f16:
-            return matmul_float(task, dot_floats<TensorType::f16, 4, 1>,
-                                dot_floats<TensorType::f16, 1, 4>);
-        case TensorType::bf16:
-            return matmul_float(task, dot_floats<TensorType::bf16, 4, 1>,
-                                dot_floats<TensorType::bf16, 1, 4>);
-        default:
-            return matmul_quantized(task,
-                                    quantized[find_layout(task.weights->type) - packed_layouts]);
-    }
+    matmul_tiles(task, tile_kernels[find_layout(task.weights->type) - packed_layouts]);
 }
 
 constexpr Kernels kernels = {
