@@ -3,10 +3,10 @@
 //     c++ -std=c++20 -O2 -pthread -I. examples/bench.cpp -o bench && ./bench --model FILE
 //
 // A token cannot be computed faster than the weights are read from memory once, nor faster than the
-// CPU multiplies small integers. Both limits are measured in every round, right after the model, by
-// loops that do nothing else; a result's share is limit time / measured time, for the limit that is
-// reached first. Bytes are those of the file's tensors plus the keys and values of the depth;
-// operations are two (multiply, add) a weight and plane; attention's are not counted.
+// CPU multiplies small integers. Both limits are measured in every round, before and after the
+// model, by loops that do nothing else; a result's share is limit time / measured time, for the
+// limit that is reached first. Bytes are those of the file's tensors plus the keys and values of
+// the depth; operations are two (multiply, add) a weight and plane; attention's are not counted.
 #define VALAR_IMPLEMENTATION
 #define VALAR_NO_SERVER
 #define VALAR_NO_STORE
@@ -47,25 +47,28 @@ using valar::Result;
 
 // ---- What the machine can do -----------------------------------------------------------------
 
-// One integer instruction, over and over on registers: 12 chains hide its latency.
+// One integer instruction, over and over on registers: 12 chains hide its latency. They start from
+// different values, or the compiler would find them equal and keep one.
 constexpr int kChains = 12;
 
 struct Multiplier {
-    const char* table;        // the kernel table that uses it
+    const char* table;  // the kernel table that uses it
     const char* instruction;
-    int         operations;   // of one instruction
+    int operations;                   // of one instruction
     int32_t (*run)(uint64_t rounds);  // kChains instructions a round
 };
 
 #if defined(__x86_64__) || defined(_M_X64)
 BENCH_TARGET("avx512f,avx512vnni") int32_t run_dpbusd_zmm(uint64_t rounds) {
     const __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-2);
-    __m512i sums[kChains] = {};
+    __m512i sums[kChains];
+    BENCH_UNROLL
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm512_set1_epi32(i);
     for (; rounds; --rounds) {
         BENCH_UNROLL
         for (__m512i& sum : sums) sum = _mm512_dpbusd_epi32(sum, a, b);
     }
-    __m512i total = sums[0];
+    __m512i total = _mm512_setzero_si512();
     BENCH_UNROLL
     for (__m512i sum : sums) total = _mm512_xor_si512(total, sum);
     int32_t lanes[16];
@@ -74,43 +77,47 @@ BENCH_TARGET("avx512f,avx512vnni") int32_t run_dpbusd_zmm(uint64_t rounds) {
 }
 BENCH_TARGET("avx2,avxvnni") int32_t run_dpbusd_ymm(uint64_t rounds) {
     const __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(-2);
-    __m256i sums[kChains] = {};
+    __m256i sums[kChains];
+    BENCH_UNROLL
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm256_set1_epi32(i);
     for (; rounds; --rounds) {
         BENCH_UNROLL
         for (__m256i& sum : sums) sum = _mm256_dpbusd_avx_epi32(sum, a, b);
     }
-    __m256i total = sums[0];
+    __m256i total = _mm256_setzero_si256();
     BENCH_UNROLL
     for (__m256i sum : sums) total = _mm256_xor_si256(total, sum);
     return _mm_cvtsi128_si32(_mm256_castsi256_si128(total));
 }
 BENCH_TARGET("avx2") int32_t run_maddubs(uint64_t rounds) {
     // The sum is an operand and `a` changes, or a product would be computed once and kept.
-    __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(-2), sums[kChains] = {};
+    __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(-2), sums[kChains];
+    BENCH_UNROLL
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm256_set1_epi32(i);
     for (; rounds; --rounds) {
         BENCH_UNROLL
         for (__m256i& sum : sums) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, sum));
         a = _mm256_xor_si256(a, b);
     }
-    __m256i total = sums[0];
+    __m256i total = _mm256_setzero_si256();
     BENCH_UNROLL
     for (__m256i sum : sums) total = _mm256_xor_si256(total, sum);
     return _mm_cvtsi128_si32(_mm256_castsi256_si128(total));
 }
 #elif defined(__aarch64__)
 // By name, since compilers differ in how they enable an extension for one function.
-#define BENCH_NEON(function, text)                                                       \
-    int32_t function(uint64_t rounds) {                                                  \
-        const int8x16_t a = vdupq_n_s8(3), b = vdupq_n_s8(-2);                           \
-        int32x4_t sums[kChains] = {};                                                    \
-        for (; rounds; --rounds) {                                                       \
-            BENCH_UNROLL                                                                 \
-            for (int32x4_t& sum : sums) __asm__ volatile(text : "+w"(sum) : "w"(a), "w"(b)); \
-        }                                                                                \
-        int32x4_t total = sums[0];                                                       \
-        BENCH_UNROLL                                                                     \
-        for (int32x4_t sum : sums) total = veorq_s32(total, sum);                        \
-        return vgetq_lane_s32(total, 0);                                                 \
+#define BENCH_NEON(function, text)                                                            \
+    int32_t function(uint64_t rounds) {                                                       \
+        const int8x16_t a = vdupq_n_s8(3), b = vdupq_n_s8(-2);                                \
+        int32x4_t sums[kChains] = {};                                                         \
+        for (; rounds; --rounds) {                                                            \
+            BENCH_UNROLL                                                                      \
+            for (int32x4_t & sum : sums) __asm__ volatile(text : "+w"(sum) : "w"(a), "w"(b)); \
+        }                                                                                     \
+        int32x4_t total = vdupq_n_s32(0);                                                     \
+        BENCH_UNROLL                                                                          \
+        for (int32x4_t sum : sums) total = veorq_s32(total, sum);                             \
+        return vgetq_lane_s32(total, 0);                                                      \
     }
 BENCH_NEON(run_smlal, "smlal %0.8h, %1.8b, %2.8b")
 BENCH_NEON(run_sdot, ".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b")
@@ -118,7 +125,8 @@ BENCH_NEON(run_smmla, ".arch_extension i8mm\n\tsmmla %0.4s, %1.16b, %2.16b")
 #endif
 
 int32_t run_scalar(uint64_t rounds) {
-    uint32_t sums[kChains] = {}, a = static_cast<uint32_t>(rounds) | 3;
+    uint32_t sums[kChains], a = static_cast<uint32_t>(rounds) | 3;
+    for (uint32_t i = 0; i < kChains; ++i) sums[i] = i;
     for (; rounds; --rounds) {
         BENCH_UNROLL
         for (uint32_t& sum : sums) sum += a * (sum ^ 5);
@@ -144,7 +152,9 @@ const Multiplier multipliers[] = {
 // Reads bytes as the kernels do, in one stream or in several at once, with or without prefetch.
 #if defined(__GNUC__)
 typedef uint64_t Line __attribute__((vector_size(64), aligned(64), may_alias));
-BENCH_INLINE void fetch(const std::byte* at) { __builtin_prefetch(at); }
+BENCH_INLINE void fetch(const std::byte* at) {
+    __builtin_prefetch(at);
+}
 #else
 struct Line {
     uint64_t v[8];
@@ -183,24 +193,23 @@ struct Reader {
     uint64_t (*run)(const std::byte* data, size_t bytes);
 };
 
-#define BENCH_READERS(suffix, target)                                                         \
-    target uint64_t read_1_##suffix(const std::byte* data, size_t bytes) {                    \
-        return read_streams<1, 0>(data, bytes);                                               \
-    }                                                                                         \
-    target uint64_t read_1_ahead_##suffix(const std::byte* data, size_t bytes) {              \
-        return read_streams<1, 4096>(data, bytes);                                            \
-    }                                                                                         \
-    target uint64_t read_4_##suffix(const std::byte* data, size_t bytes) {                    \
-        return read_streams<4, 0>(data, bytes);                                               \
-    }                                                                                         \
-    target uint64_t read_4_ahead_##suffix(const std::byte* data, size_t bytes) {              \
-        return read_streams<4, 1024>(data, bytes);                                            \
+#define BENCH_READERS(suffix, target)                                            \
+    target uint64_t read_1_##suffix(const std::byte* data, size_t bytes) {       \
+        return read_streams<1, 0>(data, bytes);                                  \
+    }                                                                            \
+    target uint64_t read_1_ahead_##suffix(const std::byte* data, size_t bytes) { \
+        return read_streams<1, 4096>(data, bytes);                               \
+    }                                                                            \
+    target uint64_t read_4_##suffix(const std::byte* data, size_t bytes) {       \
+        return read_streams<4, 0>(data, bytes);                                  \
+    }                                                                            \
+    target uint64_t read_4_ahead_##suffix(const std::byte* data, size_t bytes) { \
+        return read_streams<4, 1024>(data, bytes);                               \
     }
-#define BENCH_READER_ROWS(table, suffix)                                \
-    {table, "1 stream", read_1_##suffix},                               \
-        {table, "1 stream, prefetch", read_1_ahead_##suffix},           \
-        {table, "4 streams", read_4_##suffix}, {                        \
-        table, "4 streams, prefetch", read_4_ahead_##suffix             \
+#define BENCH_READER_ROWS(table, suffix)                                                        \
+    {table, "1 stream", read_1_##suffix}, {table, "1 stream, prefetch", read_1_ahead_##suffix}, \
+        {table, "4 streams", read_4_##suffix}, {                                                \
+        table, "4 streams, prefetch", read_4_ahead_##suffix                                     \
     }
 
 BENCH_READERS(plain, )
@@ -222,21 +231,23 @@ bool has_table(const char* name) {
     return false;
 }
 
-double seconds_since(uint64_t start_ns) { return 1e-9 * double(monotonic_ns() - start_ns); }
+double seconds_since(uint64_t start_ns) {
+    return 1e-9 * double(monotonic_ns() - start_ns);
+}
 
 // Seconds of work(part, parts) on every thread of the team at once.
 template <class Work>
 double seconds_of(Team& team, Work& work) {
     const uint64_t start = monotonic_ns();
-    team.run([](void* context, uint32_t part, uint32_t parts) {
-        (*static_cast<Work*>(context))(part, parts);
-    }, &work);
+    team.run([](void* context, uint32_t part,
+                uint32_t parts) { (*static_cast<Work*>(context))(part, parts); },
+             &work);
     return seconds_since(start);
 }
 
 struct Limit {
-    double      best = 0;  // bytes or operations a second
-    const char* by   = "";
+    double best = 0;  // bytes or operations a second
+    const char* by = "";
     void take(double value, const char* name) {
         if (value > best) *this = {value, name};
     }
@@ -246,60 +257,68 @@ struct Limits {
     Limit bandwidth, integers;
 };
 
-/// Measures both limits on a number of threads.
+/// Measures both limits, on all threads and on one.
 class Machine {
 public:
-    static Result<Machine> open(uint32_t threads, uint64_t stream_bytes) {
-        Machine machine;
-        auto team = Team::create(static_cast<int>(threads) - 1, nullptr, nullptr);
-        if (!team) return team.error();
-        machine.team_ = std::move(*team);
-        // Large enough that no cache keeps it; huge pages where the system has them.
+    Result<void> open(uint32_t threads, uint64_t stream_bytes) {
+        for (uint32_t i = 0; i < 2; ++i) {
+            auto team = Team::create(i ? 0 : static_cast<int>(threads) - 1, nullptr, nullptr);
+            if (!team) return team.error();
+            teams_[i] = std::move(*team);
+        }
+        // Larger than any cache, read a window after the other; huge pages where there are any.
         auto buffer = Buffer::allocate(stream_bytes, "the buffer that measures bandwidth");
         if (!buffer) return buffer.error();
-        machine.stream_ = std::move(*buffer);
-        for (size_t i = 0; i < machine.stream_.size(); i += 4096)
-            machine.stream_.data()[i] = std::byte(i >> 12);
-        return machine;
+        stream_ = std::move(*buffer);
+        for (size_t i = 0; i < stream_.size(); i += 4096) stream_.data()[i] = std::byte(i >> 12);
+        return {};
     }
-
-    Limits measure() {
-        Limits limits;
-        team_->begin();
-        for (int again = 0; again < 3; ++again) {
-            for (const Reader& reader : readers)
-                if (has_table(reader.table)) measure_reader(reader, limits.bandwidth);
-            for (const Multiplier& multiplier : multipliers)
-                if (has_table(multiplier.table)) measure_multiplier(multiplier, limits.integers);
-        }
-        team_->end();
-        return limits;
+    bool is_open() const { return stream_.size() > 0; }
+    /// Raises the limits to what is measured now.
+    void measure(Limits& all, Limits& one) {
+        measure(*teams_[0], all);
+        measure(*teams_[1], one);
     }
 
 private:
-    void measure_reader(const Reader& reader, Limit& limit) {
-        const size_t bytes = stream_.size() / team_->parts() / (4 * kReadStep) * (4 * kReadStep);
-        auto work = [&](uint32_t part, uint32_t) {
-            sink_.fetch_or(reader.run(stream_.data() + part * bytes, bytes));
-        };
-        limit.take(double(bytes) * team_->parts() / seconds_of(*team_, work), reader.name);
+    void measure(Team& team, Limits& limits) {
+        team.begin();
+        for (int again = 0; again < kPasses; ++again) {
+            for (const Reader& reader : readers)
+                if (has_table(reader.table)) measure_reader(team, reader, limits.bandwidth);
+            for (const Multiplier& multiplier : multipliers)
+                if (has_table(multiplier.table))
+                    measure_multiplier(team, multiplier, limits.integers);
+        }
+        team.end();
     }
-    void measure_multiplier(const Multiplier& multiplier, Limit& limit) {
-        constexpr uint64_t rounds = 500'000;
+    void measure_reader(Team& team, const Reader& reader, Limit& limit) {
+        constexpr size_t unit = 4 * kReadStep;
+        const size_t bytes = stream_.size() / kWindows / team.parts() / unit * unit;
+        const std::byte* begin = stream_.data() + window_ * team.parts() * bytes;
+        window_ = (window_ + 1) % kWindows;
+        auto work = [&](uint32_t part, uint32_t) {
+            sink_.fetch_or(reader.run(begin + part * bytes, bytes));
+        };
+        limit.take(double(bytes) * team.parts() / seconds_of(team, work), reader.name);
+    }
+    void measure_multiplier(Team& team, const Multiplier& multiplier, Limit& limit) {
+        constexpr uint64_t rounds = 200'000;
         auto work = [&](uint32_t, uint32_t) {
             sink_.fetch_or(static_cast<uint32_t>(multiplier.run(rounds)));
         };
         const double operations = double(rounds) * kChains * multiplier.operations;
-        limit.take(operations * team_->parts() / seconds_of(*team_, work), multiplier.instruction);
+        limit.take(operations * team.parts() / seconds_of(team, work), multiplier.instruction);
     }
 
-    struct Sink : std::atomic<uint64_t> {  // what is computed must seem to be wanted
-        Sink() = default;
-        Sink(Sink&&) noexcept {}
-    };
-    std::unique_ptr<Team> team_;
-    Buffer                stream_;
-    Sink                  sink_;
+    // Short passes, of which the best counts: any of them may be disturbed.
+    static constexpr int kPasses = 4;
+    static constexpr size_t kWindows = 5;
+
+    std::unique_ptr<Team> teams_[2];
+    Buffer stream_;
+    size_t window_ = 0;
+    std::atomic<uint64_t> sink_{0};  // what is computed must seem to be wanted
 };
 
 uint64_t peak_memory_bytes() {
@@ -353,18 +372,19 @@ bool read_value(const std::string& text, Numbers* out) {
 }
 
 struct Settings {
-    std::string       model;
-    uint32_t          threads = static_cast<uint32_t>(physical_cores());
-    uint32_t          prompt  = 512;
-    uint32_t          decode  = 64;
-    Numbers           depths  = {{0}};
-    uint32_t          columns = 16;
-    valar::Precision  precision = valar::Precision::fast;
-    valar::KvType     kv_type   = valar::KvType::f16;
-    uint32_t          repeat  = 5;
-    uint32_t          stream_mib = 1024;
-    bool              json    = false;
-    bool              csv     = false;
+    std::string model;
+    uint32_t threads = static_cast<uint32_t>(physical_cores());
+    uint32_t prompt = 512;
+    uint32_t decode = 64;
+    Numbers depths = {{0}};
+    uint32_t columns = 16;
+    valar::Precision precision = valar::Precision::fast;
+    valar::KvType kv_type = valar::KvType::f16;
+    uint32_t repeat = 5;
+    uint32_t stream_mib = 1024;
+    bool json = false;
+    bool csv = false;
+    bool turns = false;
 };
 
 constexpr uint32_t kStartTokens = 100;  // the prompt of "time to first token"
@@ -447,8 +467,9 @@ public:
         for (const valar::LayerSpec& layer : spec_->layers)
             kv_values += 2.0 * layer.n_kv_heads * layer.head_dim;
         const double planes = options_.precision == valar::Precision::fine ? 2 : 1;
-        return {bytes + positions_read * kv_values * (options_.kv_type == valar::KvType::f32 ? 4 : 2),
-                2 * (planes * layer_weights * rows + 2 * values(*tensors_.output) * logit_rows)};
+        return {
+            bytes + positions_read * kv_values * (options_.kv_type == valar::KvType::f32 ? 4 : 2),
+            2 * (planes * layer_weights * rows + 2 * values(*tensors_.output) * logit_rows)};
     }
     const valar::MemoryPlan& plan() const { return plan_; }
     /// The likeliest token of a batch whose last row alone wanted logits.
@@ -478,15 +499,15 @@ private:
         }
     }
 
-    std::unique_ptr<valar::Gguf>      gguf_;  // these two stay put
+    std::unique_ptr<valar::Gguf> gguf_;  // these two stay put
     std::unique_ptr<valar::ModelSpec> spec_;
-    valar::ModelTensors               tensors_;
-    valar::BackendOptions             options_;
-    valar::MemoryPlan                 plan_;
-    std::unique_ptr<Backend>          backend_;
-    uint32_t                          first_pages_ = 0, other_pages_ = 0;
-    std::vector<uint32_t>             pages_;
-    std::vector<BatchRow>             rows_;
+    valar::ModelTensors tensors_;
+    valar::BackendOptions options_;
+    valar::MemoryPlan plan_;
+    std::unique_ptr<Backend> backend_;
+    uint32_t first_pages_ = 0, other_pages_ = 0;
+    std::vector<uint32_t> pages_;
+    std::vector<BatchRow> rows_;
 };
 
 // ---- Measurements ----------------------------------------------------------------------------
@@ -499,8 +520,8 @@ double median(std::vector<double> values) {
 /// One line of the results: a test, its seconds and its share of the limit in each round.
 struct Measurement {
     const char* test;
-    uint32_t    tokens, depth, columns;
-    Cost        cost;  // of one run
+    uint32_t tokens, depth, columns;
+    Cost cost;  // of one run
     std::vector<double> seconds = {}, shares = {};
     const char* limited_by = nullptr;
 
@@ -518,17 +539,57 @@ class Bench {
 public:
     Bench(const Settings& settings, uint64_t start_ns) : settings_(settings), start_ns_(start_ns) {}
 
-    Result<void> run() {
-        if (auto started = start(); !started) return started;
-        for (uint32_t round = 0; round < settings_.repeat; ++round) {
-            for (size_t i = 1; i < measurements_.size(); ++i)
-                if (auto ran = measure(measurements_[i]); !ran) return ran;
-            if (!round) peak_memory_ = peak_memory_bytes();  // before the buffer of the limits
-            if (settings_.stream_mib)
-                if (auto measured = measure_limits(); !measured) return measured;
-            if (measurements_.size() == 1) break;
+    /// Loads and computes the first short prompt, as a program that was just started would.
+    Result<void> start() {
+        auto kernels = choose_kernels();
+        if (!kernels) return kernels.error();
+        kernels_ = (*kernels)->name;
+        if (auto opened = model_.open(settings_); !opened) return opened;
+        load_s_ = seconds_since(start_ns_);
+        plan("prefill", kStartTokens, 0, 1);
+        if (auto ran = measure(measurements_[0]); !ran) return ran;
+        first_token_ = model_.next_token();
+        first_token_s_ = seconds_since(start_ns_);
+
+        uint32_t deepest = 0;
+        if (settings_.prompt) plan("prefill", settings_.prompt, 0, 1);
+        for (uint32_t depth : settings_.depths.values) {
+            if (settings_.decode) plan("decode", settings_.decode, depth, 1);
+            deepest = std::max(deepest, depth);
         }
+        for (uint32_t columns = 2; settings_.decode && columns < 2 * settings_.columns;
+             columns *= 2)
+            plan("decode", settings_.decode, 0, std::min(columns, settings_.columns));
+        return model_.run_prompt(0, settings_.decode ? deepest : 0);
+    }
+    /// Every test once, then the limits.
+    Result<void> round() {
+        // Bandwidth changes within seconds where a host is shared: the better of before and after.
+        Limits all, one;
+        if (machine_.is_open()) machine_.measure(all, one);
+        for (size_t i = 1; i < measurements_.size(); ++i)
+            if (auto ran = measure(measurements_[i]); !ran) return ran;
+        if (!peak_memory_) peak_memory_ = peak_memory_bytes();  // before the buffer of the limits
+        if (!settings_.stream_mib) return {};
+        if (!machine_.is_open()) {
+            const uint64_t bytes = uint64_t{settings_.stream_mib} << 20;
+            if (auto opened = machine_.open(settings_.threads, bytes); !opened) return opened;
+        }
+        machine_.measure(all, one);
+        limits_.push_back(all);
+        limits_1_.push_back(one);
+        for (Measurement& each : measurements_)
+            if (each.shares.size() < each.seconds.size()) each.compare(all);
         return {};
+    }
+    /// Forgets the rounds so far, not the start.
+    void clear() {
+        for (size_t i = 1; i < measurements_.size(); ++i) {
+            measurements_[i].seconds.clear();
+            measurements_[i].shares.clear();
+        }
+        limits_.clear();
+        limits_1_.clear();
     }
 
     Json report() const {
@@ -553,28 +614,6 @@ public:
     }
 
 private:
-    // Loads, and answers a first short prompt, as a program that was just started would.
-    Result<void> start() {
-        auto kernels = choose_kernels();
-        if (!kernels) return kernels.error();
-        kernels_ = (*kernels)->name;
-        if (auto opened = model_.open(settings_); !opened) return opened;
-        load_s_ = seconds_since(start_ns_);
-        plan("prefill", kStartTokens, 0, 1);
-        if (auto ran = measure(measurements_[0]); !ran) return ran;
-        first_token_ = model_.next_token();
-        first_token_s_ = seconds_since(start_ns_);
-
-        uint32_t deepest = 0;
-        if (settings_.prompt) plan("prefill", settings_.prompt, 0, 1);
-        for (uint32_t depth : settings_.depths.values) {
-            if (settings_.decode) plan("decode", settings_.decode, depth, 1);
-            deepest = std::max(deepest, depth);
-        }
-        for (uint32_t columns = 2; settings_.decode && columns < 2 * settings_.columns; columns *= 2)
-            plan("decode", settings_.decode, 0, std::min(columns, settings_.columns));
-        return model_.run_prompt(0, settings_.decode ? deepest : 0);
-    }
     void plan(const char* test, uint32_t tokens, uint32_t depth, uint32_t columns) {
         const bool prefill = *test == 'p';
         Cost cost;
@@ -595,18 +634,6 @@ private:
         each.seconds.push_back(seconds_since(start));
         return {};
     }
-    Result<void> measure_limits() {
-        const uint64_t bytes = uint64_t{settings_.stream_mib} << 20;
-        for (auto* all : {&limits_, &limits_1_}) {
-            auto machine = Machine::open(all == &limits_ ? settings_.threads : 1, bytes);
-            if (!machine) return machine.error();
-            all->push_back(machine->measure());
-        }
-        for (Measurement& each : measurements_)
-            if (each.shares.size() < each.seconds.size()) each.compare(limits_.back());
-        return {};
-    }
-
     static double rounded(double value) {
         const double unit = value >= 100 ? 10 : 1000;
         return std::floor(value * unit + 0.5) / unit;
@@ -645,8 +672,7 @@ private:
             .set("rounds", each.seconds.size())
             .set("model", settings_.model.substr(settings_.model.find_last_of("/\\") + 1))
             .set("threads", settings_.threads)
-            .set("precision",
-                 text(settings_.precision, valar::Precision::fine, "fine", "fast"))
+            .set("precision", text(settings_.precision, valar::Precision::fine, "fine", "fast"))
             .set("kv", text(settings_.kv_type, valar::KvType::f32, "f32", "f16"))
             .set("load_ms", rounded(load_s_ * 1e3))
             .set("first_token_ms", rounded(first_token_s_ * 1e3))
@@ -655,14 +681,15 @@ private:
     }
 
     const Settings& settings_;
-    uint64_t        start_ns_;
-    Model           model_;
-    const char*     kernels_ = "";
-    double          load_s_ = 0, first_token_s_ = 0;
-    valar::Token    first_token_ = 0;
-    uint64_t        peak_memory_ = 0;
+    uint64_t start_ns_;
+    Model model_;
+    Machine machine_;
+    const char* kernels_ = "";
+    double load_s_ = 0, first_token_s_ = 0;
+    valar::Token first_token_ = 0;
+    uint64_t peak_memory_ = 0;
     std::vector<Measurement> measurements_;  // the first one is the start's own prompt
-    std::vector<Limits>      limits_, limits_1_;
+    std::vector<Limits> limits_, limits_1_;
 };
 
 // ---- What is printed -------------------------------------------------------------------------
@@ -687,10 +714,11 @@ void print_table(const Json& report) {
                 word(first["model"]).c_str(), (long long)first["threads"].as_int(),
                 (long long)machine["cores"].as_int(), word(machine["kernels"]).c_str(),
                 word(first["precision"]).c_str(), word(first["kv"]).c_str());
-    std::printf("loaded after %.0f ms, first token (prompt of %u) after %.0f ms; peak memory %.0f "
-                "MiB, planned %.0f\n",
-                first["load_ms"].as_double(), kStartTokens, first["first_token_ms"].as_double(),
-                first["peak_memory_mib"].as_double(), first["planned_memory_mib"].as_double());
+    std::printf(
+        "loaded after %.0f ms, first token (prompt of %u) after %.0f ms; peak memory %.0f "
+        "MiB, planned %.0f\n",
+        first["load_ms"].as_double(), kStartTokens, first["first_token_ms"].as_double(),
+        first["peak_memory_mib"].as_double(), first["planned_memory_mib"].as_double());
     if (!limits.empty())
         std::printf("limits: %.1f GB/s (%s), %.0f GOP/s (%s); 1 thread: %.1f GB/s, %.0f GOP/s\n",
                     limits["bandwidth_gb_s"].as_double(), word(limits["reader"]).c_str(),
@@ -705,6 +733,16 @@ void print_table(const Json& report) {
                     each["tokens_per_second"].as_double(), each["min"].as_double(),
                     each["max"].as_double(), each["share"].as_double() * 100,
                     word(each["limited_by"]).c_str());
+}
+
+int take_turns(Bench& bench) {
+    for (int c; (c = std::getchar()) != EOF;) {
+        if (c != '\n') continue;
+        bench.clear();
+        if (auto ran = bench.round(); !ran) return example::fail(ran.error().message);
+        example::print(bench.report().write() + "\n");
+    }
+    return 0;
 }
 
 const char* wrong_setting(const Settings& settings) {
@@ -741,12 +779,17 @@ int main(int argc, char** argv) {
               "measure bandwidth over so much memory; 0: no limits (default: 1024)");
     flags.add("json", &settings.json, "print {machine, limits, results: [...]}");
     flags.add("csv", &settings.csv, "print a line a result");
+    flags.add("turns", &settings.turns,
+              "a round for each line on stdin, answered in JSON: to take turns with others");
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
     if (const char* wrong = wrong_setting(settings)) return example::fail(wrong);
     if (settings.model.empty()) settings.model = example::cached_model();
 
     Bench bench(settings, start_ns);
-    if (auto ran = bench.run(); !ran) return example::fail(ran.error().message);
+    auto ran = bench.start();
+    if (settings.turns) return ran ? take_turns(bench) : example::fail(ran.error().message);
+    for (uint32_t i = 0; ran && i < settings.repeat; ++i) ran = bench.round();
+    if (!ran) return example::fail(ran.error().message);
     const Json report = bench.report();
     if (settings.json) example::print(report.write() + "\n");
     else if (settings.csv) print_csv(report);

@@ -15,10 +15,10 @@ with tempfile.TemporaryDirectory() as folder:
     model = os.path.join(folder, "tiny.gguf")
     subprocess.run([write_tiny_model, model, "llama", "Q8_0"], check=True)
 
-    def run(*flags, status=0):
+    def run(*flags, status=0, stdin=""):
         done = subprocess.run([bench, "--model", model, "--threads", "2", "--prompt", "40", "--decode", "3",
                                "--columns", "5", "--repeat", "2", "--stream-mib", "4", *flags],
-                              capture_output=True, text=True)
+                              input=stdin, capture_output=True, text=True)
         assert done.returncode == status, (flags, done)
         return done.stdout if status == 0 else done.stderr
 
@@ -43,6 +43,9 @@ with tempfile.TemporaryDirectory() as folder:
     assert two["bytes_per_token"] < one["bytes_per_token"] and two["operations_per_token"] == one["operations_per_token"]
     fine = json.loads(run("--precision", "fine", "--kv", "f32", "--json"))["results"][2]
     assert fine["precision"] == "fine" and fine["operations_per_token"] > one["operations_per_token"], fine
+
+    turns = [json.loads(line) for line in run("--turns", stdin="\n\n").splitlines()]
+    assert len(turns) == 2 and all(r["rounds"] == 1 for turn in turns for r in turn["results"]), turns
 
     lines = list(csv.DictReader(run("--depth", "0,20", "--csv").splitlines()))
     assert [list(line) for line in lines] == [list(r) for r in report["results"]], lines
