@@ -786,6 +786,13 @@ struct Request {
     std::optional<double> min_p             = {};  ///< C++ only; 0: no limit
     std::string           organisation      = {};  ///< set by the server from the key
     Window                window            = Window::standard;
+    std::vector<std::string> stop           = {};  ///< ends the answer before the first of these
+    /// Added to the logits of these tokens: -100..100.
+    std::vector<std::pair<int32_t, double>> logit_bias = {};
+    double presence_penalty   = 0;  ///< -2..2: off the logit of every token the answer has
+    double frequency_penalty  = 0;  ///< -2..2: the same, times how often it has it
+    double repetition_penalty = 1;  ///< 0.1..10: divides logits above 0, multiplies those below, of
+                                    ///< every token of prompt and answer
 };
 
 /// How far a response is. It never moves back.
@@ -825,6 +832,7 @@ struct Outcome {
     Timings     timings    = {};
     std::vector<TokenLogprob> logprobs = {};  ///< when asked for, a token each
     std::optional<Error>      error    = {};  ///< when failed or cancelled
+    std::string               stopped_by = {};  ///< the one of Request::stop that ended it
 };
 
 /// What happened to a response, in order: started once, text_delta any number, finished once.
@@ -833,6 +841,8 @@ struct Event {
     Kind        kind = Kind::started;
     std::string text = {};                               ///< of a text_delta: whole characters
     std::shared_ptr<const Outcome> outcome = {};         ///< of finished
+    /// Of a text_delta, when asked for: the tokens since the one before; the text may be empty.
+    std::vector<TokenLogprob> logprobs = {};
 
     /// The text of a text_delta, else nothing. Borrowed from the event.
     std::optional<std::string_view> text_delta() const {
@@ -877,6 +887,7 @@ struct ResponderStats {
     uint32_t pages_shared = 0;     ///< used by several
     uint64_t preempted = 0;        ///< times a request gave way to be resumed later
     uint64_t batches = 0, batch_rows = 0;  ///< computed: forward passes, and tokens in them
+    uint64_t drafted_tokens = 0, accepted_tokens = 0;  ///< of those: guessed, and guessed right
     uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;  ///< sums over finished requests
 };
 
@@ -1820,29 +1831,39 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
 }  // namespace valar
 
 // >>sampler
-// Owns: logits to token: greedy, temperature, top_k, top_p, min_p, seed; log-probabilities.
+// Owns: logits to token: penalties, bias, greedy, temperature, top_k, top_p, min_p, seed;
+//       log-probabilities.
 // Assumes: finite logits.
-// Promises: the same bytes everywhere: a function of (logits, options, seed, position) alone; ties
-//           go to the lower token id; no allocation after the first calls.
+// Promises: the same bytes everywhere: a function of (logits, options, position, tokens before)
+//           alone; ties go to the lower token id; no allocation after the first calls.
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// In this order, as Hugging Face has it: logits / temperature; the top_k most likely; of those the
-/// fewest that together reach top_p; of those the ones at least min_p times as likely as the first.
+/// In this order, as Hugging Face has it: penalties and bias; logits / temperature; the top_k most
+/// likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
+/// likely as the first.
 struct SamplerOptions {
     double   temperature = 1;  ///< 0: greedy
     double   top_p       = 1;
     double   min_p       = 0;
     uint32_t top_k       = 0;  ///< 0: no limit
     int64_t  seed        = 0;
+    double   presence_penalty   = 0;  ///< as in Request
+    double   frequency_penalty  = 0;
+    double   repetition_penalty = 1;
+    std::vector<std::pair<Token, float>> logit_bias = {};
 };
 
 /// Draws tokens for one sequence. Threads: one at a time.
 class Sampler {
 public:
     explicit Sampler(const SamplerOptions& options);
+    /// The tokens of the prompt, before the first draw; makes room for `most_drawn` more.
+    void see_prompt(std::span<const Token> tokens, size_t most_drawn);
+    /// A token that was drawn and taken.
+    void see(Token token);
     /// The token at `position` (of the token that is drawn).
     Token sample(std::span<const float> logits, uint64_t position);
 
@@ -1851,7 +1872,12 @@ private:
         float logit;
         Token token;
     };
+    struct Seen {
+        Token    token;
+        uint32_t drawn;  // times; 0: in the prompt only
+    };
     friend struct CandidateOrder;
+    std::span<const float> adjust(std::span<const float> logits);
     void   keep_top(std::span<const float> logits);
     void   keep_within(std::span<const float> logits, double below);
     Token  draw_from_all(std::span<const float> logits, double uniform);
@@ -1863,6 +1889,9 @@ private:
     float                  highest_ = 0;
     std::vector<Candidate> candidates_;  // most likely first
     std::vector<double>    sums_;        // of weights, a block of the vocabulary each
+    bool                   penalised_;
+    std::vector<Seen>      seen_;        // by token
+    std::vector<float>     adjusted_;
 };
 
 /// A number in [0, 1) that depends on (seed, position) alone, 53 bits.
@@ -1916,6 +1945,8 @@ struct EngineOptions {
     uint32_t     standard_target_ms = 60'000;   ///< after this wait standard counts as asap
     uint32_t     flex_target_ms     = 300'000;  ///< after this wait flex counts as standard
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};  ///< served here
+    bool         speculation    = true; ///< guess tokens that the text had before and verify the
+                                        ///< guesses: faster where it repeats, the same answer
 };
 
 namespace detail { struct Mailbox; }
@@ -1950,7 +1981,7 @@ private:
 };
 
 /// A loaded model that answers requests. Movable handle over an object with a stable address.
-/// Threads: submit, responder, is_loaded, load_progress from any thread; step, start, stop and the
+/// Threads: submit, count_tokens, responder, is_loaded, load_progress from any thread; step, start, stop and the
 /// destructor from one at a time. step() after start() is an error, not a race.
 class VALAR_API Engine {
 public:
@@ -1967,6 +1998,8 @@ public:
     ~Engine();  ///< unfinished replies end with `engine_closed`
 
     Reply submit(const Request& request);
+    /// Tokens of the prompt that this request makes. Errors: as of submit().
+    Result<uint32_t> count_tokens(const Request& request) const;
     /// Works for about `budget_us` (stops at the first boundary past it; -1: until nothing is left
     /// to do): loads, computes, samples, emits. True while work is left. Errors: weights that
     /// cannot be read (every request ends with it); called after start(), or from two threads at
@@ -14474,10 +14507,49 @@ double uniform_at(int64_t seed, uint64_t position) {
 }
 
 Sampler::Sampler(const SamplerOptions& options)
-    : options_(options), scale_(weight_scale(options.temperature)) {}
+    : options_(options),
+      scale_(weight_scale(options.temperature)),
+      penalised_(options.presence_penalty != 0 || options.frequency_penalty != 0 ||
+                 options.repetition_penalty != 1) {}
 
-Token Sampler::sample(std::span<const float> logits, uint64_t position) {
+void Sampler::see_prompt(std::span<const Token> tokens, size_t most_drawn) {
+    if (!penalised_) return;
+    const auto by_token = [](const Seen& a, const Seen& b) { return a.token < b.token; };
+    seen_.reserve(tokens.size() + most_drawn);
+    for (const Token token : tokens) seen_.push_back({token, 0});
+    std::sort(seen_.begin(), seen_.end(), by_token);
+    const auto same = [](const Seen& a, const Seen& b) { return a.token == b.token; };
+    seen_.erase(std::unique(seen_.begin(), seen_.end(), same), seen_.end());
+}
+
+void Sampler::see(Token token) {
+    if (!penalised_) return;
+    auto at = std::lower_bound(seen_.begin(), seen_.end(), token,
+                               [](const Seen& one, Token id) { return one.token < id; });
+    if (at == seen_.end() || at->token != token) at = seen_.insert(at, {token, 0});
+    ++at->drawn;
+}
+
+// The logits with penalties and bias.
+std::span<const float> Sampler::adjust(std::span<const float> logits) {
+    if (!penalised_ && options_.logit_bias.empty()) return logits;
+    adjusted_.assign(logits.begin(), logits.end());
+    for (const Seen& one : seen_) {
+        float& logit = adjusted_[static_cast<size_t>(one.token)];
+        double x = static_cast<double>(logit);
+        x = x > 0 ? x / options_.repetition_penalty : x * options_.repetition_penalty;
+        if (one.drawn) x -= options_.presence_penalty;
+        x -= options_.frequency_penalty * one.drawn;
+        logit = static_cast<float>(x);
+    }
+    for (const auto& [token, bias] : options_.logit_bias)
+        adjusted_[static_cast<size_t>(token)] += bias;
+    return adjusted_;
+}
+
+Token Sampler::sample(std::span<const float> raw_logits, uint64_t position) {
     const FloatState float_state;
+    const std::span<const float> logits = adjust(raw_logits);
     const size_t best = most_likely(logits);
     if (options_.temperature <= 0 || options_.top_k == 1) return static_cast<Token>(best);
     highest_ = logits[best];
@@ -14624,6 +14696,12 @@ constexpr uint32_t kDefaultContext = 8192;
 constexpr uint32_t kMaxRunning     = 1024;
 constexpr uint32_t kMaxStepTokens  = 32768;
 constexpr uint32_t kMaxLogprobs    = 20;
+constexpr size_t   kMaxStops       = 16;           // stop strings of a request, and their bytes
+constexpr size_t   kMaxStopBytes   = 256;
+constexpr uint32_t kMaxDraft       = 15;           // with the row before them a tile of columns
+constexpr uint32_t kMinMatch       = 3;            // tokens that must have stood together before
+constexpr uint32_t kMaxMatch       = 8;            // that make a better match no longer
+constexpr uint32_t kDraftCredit    = 64;           // a row wasted for so many that are not
 constexpr uint32_t kMinPromptRows  = 16;           // of a batch, however small the budget
 constexpr uint64_t kMixedNs        = 100'000'000;  // of a batch with prompts beside answers
 constexpr uint64_t kLookNs         = 10'000'000;   // between two looks at cancels
@@ -14655,6 +14733,7 @@ struct Mailbox {
     bool        hungry = true;                   // poll found nothing: the next event is announced
     bool        start_pending = false, finish_taken = false;
     std::string text;                            // not polled yet
+    std::vector<TokenLogprob> logprobs;          // the same
     std::shared_ptr<const Outcome> outcome;
 
     // Each returns whether to announce that there are events.
@@ -14665,6 +14744,7 @@ struct Mailbox {
         });
     }
     bool put_text(std::string_view more) { return put([&] { text += more; }); }
+    bool put_logprob(const TokenLogprob& one) { return put([&] { logprobs.push_back(one); }); }
     bool put_outcome(Outcome end) {
         auto shared = std::make_shared<const Outcome>(std::move(end));
         const bool announce = put([&] { outcome = std::move(shared); });
@@ -14681,8 +14761,8 @@ struct Mailbox {
     std::optional<Event> take() {
         const std::lock_guard<std::mutex> lock(mutex);
         if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
-        if (!text.empty()) {
-            Event event{Event::Kind::text_delta, text};
+        if (!text.empty() || !logprobs.empty()) {
+            Event event{Event::Kind::text_delta, text, {}, std::exchange(logprobs, {})};
             text.clear();  // keeps its room: the engine must not need memory for every token
             return event;
         }
@@ -14790,6 +14870,7 @@ void PagePool::forget_key(uint32_t page) {
 }
 
 uint32_t PagePool::take() {
+    VALAR_ASSERT(unused_ > 0);
     const uint32_t page = pages_[pages()].newer;
     unlink(page);
     if (pages_[page].keyed) forget_key(page);
@@ -14850,6 +14931,7 @@ struct PreparedPrompt final : Prepared {
     uint32_t       max_output   = 0;
     bool           logprobs     = false;
     uint32_t       top_logprobs = 0;
+    std::vector<std::string> stop;
 };
 
 // Organisations take turns: the one served longest ago is next.
@@ -14866,7 +14948,11 @@ struct Sequence {
     uint32_t              reached  = 0;     // the most that it ever was: what is beyond counts as
                                             // cached when the cache has it
     uint32_t              rows     = 0;     // in the batch under way
-    int32_t               logits   = -1;    // which of the batch's logits are for it, if any
+    int32_t               logits   = -1;    // the first of the batch's that are for it, if any
+    Token                 draft[kMaxDraft]; // the last of its rows: guesses of what comes next
+    uint32_t              drafted  = 0;
+    uint32_t              draft_most = 4;   // follows what is accepted
+    uint32_t              credit   = 0;     // for wasted rows, in 1 / kDraftCredit
     std::vector<uint32_t> pages;
     std::vector<Hash256>  page_keys;        // of the pages that its tokens fill, when needed
     uint32_t              kept     = 0;     // pages that the cache knows
@@ -14876,6 +14962,7 @@ struct Sequence {
     uint32_t    rank   = 0;                 // 0 first; see rank_of
     Sampler     sampler;
     Detokenizer detokenizer;
+    std::string held;                       // text that may begin a stop string
     Outcome     outcome;
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
     uint64_t waiting_ns = queued_ns, waited_ns = 0;  // since when it waits; how long before
@@ -14888,7 +14975,7 @@ struct Sequence {
           page_keys(std::move(prompt->page_keys)),
           sampler(prompt->sampling),
           detokenizer(tokenizer) {
-        outcome.usage.input_tokens = static_cast<uint32_t>(tokens.size());
+        outcome.usage.input_tokens = credit = length();
     }
     uint32_t length() const { return static_cast<uint32_t>(tokens.size()); }
     uint32_t left() const { return length() - computed; }
@@ -14928,13 +15015,32 @@ Result<void> check_request(const Request& request) {
     if (request.top_logprobs > kMaxLogprobs)
         return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
                                                    request.top_logprobs, kMaxLogprobs));
-    const struct { const char* field; std::optional<double> value; double high; } ranges[] = {
-        {"temperature", request.temperature, 2},
-        {"top_p", request.top_p, 1},
-        {"min_p", request.min_p, 1},
+    const struct { const char* field; std::optional<double> value; double low, high; } ranges[] = {
+        {"temperature", request.temperature, 0, 2},
+        {"top_p", request.top_p, 0, 1},
+        {"min_p", request.min_p, 0, 1},
+        {"presence_penalty", request.presence_penalty, -2, 2},
+        {"frequency_penalty", request.frequency_penalty, -2, 2},
+        {"repetition_penalty", request.repetition_penalty, 0.1, 10},
     };
-    for (const auto& [field, value, high] : ranges)
-        if (auto good = check_range(field, value, 0, high); !good) return good;
+    for (const auto& [field, value, low, high] : ranges)
+        if (auto good = check_range(field, value, low, high); !good) return good;
+    if (request.stop.size() > kMaxStops)
+        return refuse_field("stop", format("stop: %zu strings are more than %zu",
+                                           request.stop.size(), kMaxStops));
+    for (const std::string& stop : request.stop)
+        if (stop.empty() || stop.size() > kMaxStopBytes || !utf8_valid(stop))
+            return refuse_field("stop", format("stop: a string has %zu bytes or is not UTF-8; "
+                                               "1..%zu are allowed", stop.size(), kMaxStopBytes));
+    return {};
+}
+
+Result<void> check_bias(const Request& request, uint32_t n_vocab) {
+    for (const auto& [token, bias] : request.logit_bias) {
+        if (token < 0 || static_cast<uint32_t>(token) >= n_vocab)
+            return refuse_field("logit_bias", format("logit_bias: there is no token %d", token));
+        if (auto good = check_range("logit_bias", bias, -100, 100); !good) return good;
+    }
     return {};
 }
 
@@ -15005,11 +15111,12 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.precision = options.precision;
     out.kv_type = options.kv_type;
     out.page_tokens = options.page_tokens;
-    const uint64_t least = (context + uint64_t{out.page_tokens} - 1) / std::max(out.page_tokens, 1u);
+    const uint64_t page = std::max(options.page_tokens, 1u), least = (context + page - 1) / page;
     out.kv_pages = static_cast<uint32_t>(least);
     out.max_positions = context;
-    out.max_logit_rows = options.max_running;
-    out.max_batch_rows = std::min(options.step_tokens, context) + options.max_running;
+    out.max_logit_rows =
+        std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
+    out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
     out.parallel_for_host = options.parallel_for_host;
@@ -15060,6 +15167,28 @@ void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
     }
 }
 
+// What may come next: what followed the last tokens where they stood before, at the longest match,
+// of several the latest (prompt lookup decoding, Saxena 2023). Text that repeats itself up to its
+// end goes on repeating. Returns how many of `most` it put into `out`.
+uint32_t find_draft(std::span<const Token> tokens, uint32_t most, Token* out) {
+    const size_t last = tokens.size() - 1;
+    size_t next = 0;
+    uint32_t longest = kMinMatch - 1;
+    for (size_t at = last; at-- > longest && longest < kMaxMatch;) {
+        if (tokens[at] != tokens[last]) continue;
+        uint32_t match = 1;
+        while (match < kMaxMatch && match <= at && tokens[at - match] == tokens[last - match])
+            ++match;
+        if (match <= longest) continue;
+        longest = match;
+        next = at + 1;
+    }
+    if (next == 0) return 0;
+    for (size_t i = 0; i < most; ++i)
+        out[i] = next + i <= last ? tokens[next + i] : out[next + i - last - 1];
+    return most;
+}
+
 // How urgent, 0 before 1 before 2. Only waiting makes a request more urgent: one that runs for long
 // still gives way.
 uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_t now) {
@@ -15091,7 +15220,7 @@ struct Engine::State final : Responder {
     ModelSpec      spec;
     ModelTensors   tensors;
     ModelInfo      info;
-    uint32_t       context = 0;
+    uint32_t       context = 0, step_tokens = 0, max_logit_rows = 0;
     detail::SamplerOptions      sampling;  // where a request says nothing
     std::optional<Tokenizer>    tokenizer;
     std::optional<ChatTemplate> chat_template;
@@ -15174,9 +15303,12 @@ struct Engine::State final : Responder {
     bool computes_the_same(const detail::Sequence& prompt) const;
     void reserve_pages(size_t index);
     void build_batch(uint64_t budget_ns);
-    void add_rows(detail::Sequence& sequence, int32_t* wanted);
+    void draft(detail::Sequence& sequence, uint32_t* spare);
+    void add_rows(detail::Sequence& sequence, uint32_t* wanted);
     void take_results(detail::Sequence& sequence);
-    void take_token(detail::Sequence& sequence);
+    Token take_token(detail::Sequence& sequence, uint32_t logits_row);
+    void count_drafts(detail::Sequence& sequence, uint32_t drafted, uint32_t accepted);
+    bool pass_text(detail::Sequence& sequence, std::string_view text);
     void emit_text(detail::Sequence& sequence, std::string_view text);
     void add_logprob(detail::Sequence& sequence, std::span<const float> logits, Token token);
     void finish(detail::Sequence& sequence, Status status, std::optional<Error> error = {});
@@ -15217,6 +15349,8 @@ Result<void> Engine::State::open(const EngineOptions& from) {
     if (!opened) return opened.error();
     backend = std::move(*opened);
     context = chosen->max_positions;
+    max_logit_rows = chosen->max_logit_rows;
+    step_tokens = chosen->max_batch_rows - max_logit_rows;
     batch.reserve(chosen->max_batch_rows);
     running.reserve(options.max_running);
     pool.open(chosen->kv_pages);
@@ -15258,6 +15392,7 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
     const auto& windows = options.windows;
     if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
         return detail::refuse_field("metadata.completion_window", refused_window());
+    if (auto good = detail::check_bias(request, spec.n_vocab); !good) return good.error();
     auto tokens = make_prompt(request);
     if (!tokens) return tokens.error();
     const size_t count = tokens->size();
@@ -15279,8 +15414,14 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
     out->sampling.seed = request.seed.value_or(static_cast<int64_t>(drawn >> 11));
     const uint32_t room = context - static_cast<uint32_t>(count);
     out->max_output = std::min(request.max_output_tokens.value_or(room), room);
+    out->sampling.presence_penalty = request.presence_penalty;
+    out->sampling.frequency_penalty = request.frequency_penalty;
+    out->sampling.repetition_penalty = request.repetition_penalty;
+    for (const auto& [token, bias] : request.logit_bias)
+        out->sampling.logit_bias.emplace_back(token, static_cast<float>(bias));
     out->logprobs = request.logprobs;
     out->top_logprobs = request.top_logprobs;
+    out->stop = request.stop;
     out->organisation = request.organisation;
     out->window = request.window;
     out->root = detail::root_key(options, request.organisation);
@@ -15611,6 +15752,8 @@ void Engine::State::start_sequence(SequencePtr sequence) {
         sequence->pages.reserve(pages_for(most));
         if (options.prefix_cache) sequence->page_keys.reserve(pages_for(most));
         sequence->outcome.text.reserve(most_text);
+        sequence->held.reserve(2 * detail::kMaxStopBytes);
+        sequence->sampler.see_prompt(sequence->tokens, sequence->prompt->max_output);
         if (sequence->prompt->logprobs)
             sequence->outcome.logprobs.reserve(sequence->prompt->max_output);
         if (sequence->reply->put_start(most_text)) announce(*sequence->reply);
@@ -15624,6 +15767,7 @@ void Engine::State::preempt_last() {
     SequencePtr sequence = std::move(running.back());
     running.pop_back();
     release_pages(*sequence);
+    sequence->drafted = 0;
     sequence->waiting_ns = detail::monotonic_ns();
     waiting.push_back(std::move(sequence));
     const std::lock_guard<std::mutex> lock(mutex);
@@ -15702,7 +15846,7 @@ void Engine::State::extend_keys(detail::Sequence& sequence, size_t count) const 
 // hold up answers.
 uint32_t Engine::State::prompt_rows(bool answers, uint64_t budget_ns) const {
     const uint64_t target = answers ? std::min(budget_ns, detail::kMixedNs) : budget_ns;
-    const uint32_t most = options.step_tokens;
+    const uint32_t most = step_tokens;
     if (target == detail::kNoLimit) return most;
     const uint64_t fit = row_ns ? target / row_ns : 0;
     return static_cast<uint32_t>(
@@ -15760,12 +15904,13 @@ void Engine::State::reserve_pages(size_t index) {
     detail::Sequence& sequence = *running[index];
     const uint32_t page_tokens = options.page_tokens, begun = sequence.computed / page_tokens;
     if (sequence.rows == 0) return;
-    const bool copy = begun < sequence.pages.size() && !pool.writable(sequence.pages[begun]);
+    bool copy = begun < sequence.pages.size() && !pool.writable(sequence.pages[begun]);
     const auto lacking = [&] {
         const uint32_t needed = pages_for(sequence.computed + sequence.rows) + copy,
                        there = static_cast<uint32_t>(sequence.pages.size());
         return needed - std::min(needed, there);
     };
+    if (pool.unused() < lacking()) sequence.rows -= std::exchange(sequence.drafted, 0);
     while (pool.unused() < lacking() && running.size() > index + 1) preempt_last();
     while (sequence.rows && pool.unused() < lacking()) --sequence.rows;
     if (sequence.rows == 0) return;
@@ -15774,21 +15919,26 @@ void Engine::State::reserve_pages(size_t index) {
         backend->copy_page(from, sequence.pages[begun]);
         pool.drop(from);
         sequence.kept = begun;
+        copy = false;
     }
     while (lacking() > 0) sequence.pages.push_back(pool.take());
 }
 
-// Sequences that decode get a row each; the rest is for prompts.
+// Sequences that decode get a row each and some for guesses; the rest is for prompts.
 void Engine::State::build_batch(uint64_t budget_ns) {
     bool answers = false;
+    uint32_t spare = max_logit_rows - static_cast<uint32_t>(running.size());
     for (const SequencePtr& sequence : running) {
         join_cached(*sequence);
-        sequence->rows = sequence->left() == 1;
-        answers |= sequence->rows == 1;
+        sequence->rows = 0;
+        if (sequence->left() > 1) continue;
+        answers = true;
+        draft(*sequence, &spare);
+        sequence->rows = 1 + sequence->drafted;
     }
     share_prompt_rows(prompt_rows(answers, budget_ns));
     for (size_t i = 0; i < running.size(); ++i) reserve_pages(i);
-    int32_t wanted = 0;
+    uint32_t wanted = 0;
     for (const SequencePtr& sequence : running) add_rows(*sequence, &wanted);
     batch_ns = 0;
     auto begun =
@@ -15796,38 +15946,106 @@ void Engine::State::build_batch(uint64_t budget_ns) {
     if (!begun) options.log(LogLevel::error, begun.error().message);
 }
 
-void Engine::State::add_rows(detail::Sequence& sequence, int32_t* wanted) {
-    const uint32_t end = sequence.computed + sequence.rows;
-    for (uint32_t position = sequence.computed; position < end; ++position)
-        batch.push_back(
-            {sequence.tokens[position], nullptr, position, sequence.pages.data(), false});
-    sequence.logits = -1;
-    if (sequence.rows == 0 || end != sequence.length()) return;
-    batch.back().logits = true;
-    sequence.logits = (*wanted)++;
+// No more than its credit says would be wasted if all of them were wrong.
+void Engine::State::draft(detail::Sequence& sequence, uint32_t* spare) {
+    const uint32_t left = sequence.prompt->max_output - sequence.outcome.usage.output_tokens;
+    const uint32_t most = std::min({sequence.draft_most, sequence.credit / detail::kDraftCredit,
+                                    *spare, left - 1, sequence.length()});
+    sequence.drafted = 0;
+    if (!options.speculation || most == 0) return;
+    sequence.drafted = detail::find_draft(sequence.tokens, most, sequence.draft);
+    *spare -= sequence.drafted;
 }
 
+// What is accepted earns credit, and so does, a little, every token.
+void Engine::State::count_drafts(detail::Sequence& sequence, uint32_t drafted, uint32_t accepted) {
+    constexpr uint32_t unit = detail::kDraftCredit;
+    const uint32_t credit = sequence.credit + 1 + accepted * unit;
+    sequence.credit = std::min(credit, 2 * detail::kMaxDraft * unit);
+    if (drafted == 0) return;
+    sequence.credit -= std::min(sequence.credit, (drafted - accepted) * unit);
+    sequence.draft_most = accepted == drafted
+                              ? std::min(2 * sequence.draft_most, detail::kMaxDraft)
+                              : std::max(accepted, 1u);
+    const std::lock_guard<std::mutex> lock(mutex);
+    counts.drafted_tokens += drafted;
+    counts.accepted_tokens += accepted;
+}
+
+void Engine::State::add_rows(detail::Sequence& sequence, uint32_t* wanted) {
+    const uint32_t end = sequence.computed + sequence.rows, length = sequence.length();
+    sequence.logits = end < length ? -1 : static_cast<int32_t>(*wanted);
+    for (uint32_t position = sequence.computed; position < end; ++position) {
+        const Token token = position < length ? sequence.tokens[position]
+                                              : sequence.draft[position - length];
+        const bool logits = position + 1 >= length;
+        batch.push_back({token, nullptr, position, sequence.pages.data(), logits});
+        *wanted += logits;
+    }
+}
+
+// Draws a token, and more as long as they are what was guessed.
 void Engine::State::take_results(detail::Sequence& sequence) {
-    if (sequence.over) return;
-    sequence.computed += std::exchange(sequence.rows, 0);
+    if (sequence.over || sequence.rows == 0) return;
+    const uint32_t drafted = std::exchange(sequence.drafted, 0);
+    sequence.computed += std::exchange(sequence.rows, 0) - drafted;
+    if (sequence.logits >= 0) {
+        const uint32_t row = static_cast<uint32_t>(sequence.logits);
+        uint32_t accepted = 0;
+        for (;; ++accepted) {
+            const Token token = take_token(sequence, row + accepted);
+            if (sequence.over || accepted == drafted || token != sequence.draft[accepted]) break;
+        }
+        sequence.computed += accepted;
+        count_drafts(sequence, drafted, accepted);
+    }
     sequence.reached = std::max(sequence.reached, sequence.computed);
     keep_pages(sequence);
-    if (sequence.logits >= 0) take_token(sequence);
 }
 
-// Draws a token. Its end or the limit's finishes the sequence.
-void Engine::State::take_token(detail::Sequence& sequence) {
-    const auto logits = backend->logits(static_cast<uint32_t>(sequence.logits));
+// Draws a token. The end, a stop string or the limit finishes the sequence.
+Token Engine::State::take_token(detail::Sequence& sequence, uint32_t logits_row) {
+    const auto logits = backend->logits(logits_row);
     const Token token = sequence.sampler.sample(logits, sequence.length());
     if (sequence.first_token_ns == 0) sequence.first_token_ns = detail::monotonic_ns();
     sequence.tokens.push_back(token);
+    sequence.sampler.see(token);
     ++sequence.outcome.usage.output_tokens;
-    if (tokenizer->is_end(token)) return finish(sequence, Status::completed);
+    if (tokenizer->is_end(token)) {
+        finish(sequence, Status::completed);
+        return token;
+    }
     if (sequence.prompt->logprobs) add_logprob(sequence, logits, token);
-    emit_text(sequence, sequence.detokenizer.push(token));
-    if (sequence.outcome.usage.output_tokens < sequence.prompt->max_output) return;
-    sequence.outcome.cut = true;
-    finish(sequence, Status::completed);
+    const bool stopped = pass_text(sequence, sequence.detokenizer.push(token));
+    const bool full = sequence.outcome.usage.output_tokens == sequence.prompt->max_output;
+    sequence.outcome.cut = full && !stopped;
+    if (full || stopped) finish(sequence, Status::completed);
+    return token;
+}
+
+// Lets text out up to the first stop string (then true), or to where one may begin.
+bool Engine::State::pass_text(detail::Sequence& sequence, std::string_view text) {
+    const auto& stops = sequence.prompt->stop;
+    std::string& held = sequence.held;
+    if (stops.empty()) {
+        emit_text(sequence, text);
+        return false;
+    }
+    held += text;
+    size_t found = held.size(), begins = held.size();
+    for (const std::string& stop : stops) {
+        const size_t at = held.find(stop);
+        if (at < found) {
+            found = at;
+            sequence.outcome.stopped_by = stop;
+        }
+        for (size_t i = held.size() - std::min(held.size(), stop.size() - 1); i < begins; ++i)
+            if (stop.starts_with(std::string_view(held).substr(i))) begins = i;
+    }
+    const bool stopped = found < held.size();
+    emit_text(sequence, std::string_view(held).substr(0, std::min(found, begins)));
+    held.erase(0, stopped ? held.size() : begins);
+    return stopped;
 }
 
 void Engine::State::emit_text(detail::Sequence& sequence, std::string_view text) {
@@ -15844,12 +16062,14 @@ void Engine::State::add_logprob(detail::Sequence& sequence, std::span<const floa
     one.bytes = tokenizer->piece(token);
     for (uint32_t i = 0; i < count; ++i)
         one.top.push_back({std::string(tokenizer->piece(top[i].first)), top[i].second});
+    if (sequence.reply->put_logprob(one)) announce(*sequence.reply);
     sequence.outcome.logprobs.push_back(std::move(one));
 }
 
 // The reply learns the end; sweep() takes the sequence away when no batch uses its pages.
 void Engine::State::finish(detail::Sequence& sequence, Status status, std::optional<Error> error) {
-    emit_text(sequence, sequence.detokenizer.flush());
+    if (sequence.outcome.stopped_by.empty() && !pass_text(sequence, sequence.detokenizer.flush()))
+        emit_text(sequence, sequence.held);
     sequence.over = true;
     Outcome& outcome = sequence.outcome;
     outcome.status = status;
@@ -15994,6 +16214,12 @@ Reply Engine::submit(const Request& request) {
         (void)reply->put_outcome(std::move(refused));
     }
     return Reply(std::move(reply));
+}
+
+Result<uint32_t> Engine::count_tokens(const Request& request) const {
+    auto tokens = state_->make_prompt(request);
+    if (!tokens) return tokens.error();
+    return static_cast<uint32_t>(tokens->size());
 }
 
 Result<bool> Engine::step(int64_t budget_us) {

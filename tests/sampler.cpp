@@ -173,6 +173,29 @@ TEST_CASE("the same bytes: fixed draws") {
           std::string_view("3a2e90d02e8770da4f851bf0a588f96a384fbe4a1ddc4f2d95acc6a08056dd82"));
 }
 
+TEST_CASE("penalties and bias: what is seen, how often, where") {
+    const std::vector<Token> prompt = {3, 1, 3};
+    const std::vector<float> logits = {0.5f, 2, -1, 4, 1, 1.5f};
+    const auto check = [&](SamplerOptions options, const std::vector<Token>& drawn,
+                           const std::vector<float>& adjusted) {
+        for (const double temperature : {0.0, 1.0}) {
+            options.temperature = temperature;
+            Sampler sampler(options), plain({.temperature = temperature});
+            sampler.see_prompt(prompt, 10);
+            for (const Token token : drawn) sampler.see(token);
+            for (uint64_t position = 0; position < 100; ++position)
+                CHECK(sampler.sample(logits, position) == plain.sample(adjusted, position));
+        }
+    };
+    check({}, {3, 3}, {0.5f, 2, -1, 4, 1, 1.5f});
+    check({.repetition_penalty = 2}, {2, 2}, {0.5f, 1, -2, 2, 1, 1.5f});
+    check({.presence_penalty = 0.5}, {2, 2, 0}, {0, 2, -1.5f, 4, 1, 1.5f});
+    check({.frequency_penalty = 0.5}, {2, 2, 0}, {0, 2, -2, 4, 1, 1.5f});
+    check({.presence_penalty = -1, .frequency_penalty = 1, .repetition_penalty = 2}, {5, 1, 5, 5},
+          {0.5f, 1, -1, 2, 1, -1.25f});
+    check({.logit_bias = {{3, -100.0f}, {2, 7.0f}, {2, 0.5f}}}, {}, {0.5f, 2, 6.5f, -96, 1, 1.5f});
+}
+
 TEST_CASE("log-probabilities") {
     const auto logits = make_logits(2000, 77);
     double total = 0;
