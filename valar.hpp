@@ -1976,6 +1976,7 @@ public:
 
 private:
     friend class Engine;
+    friend class Conversation;
     explicit Reply(std::shared_ptr<detail::Mailbox> mailbox);
     std::shared_ptr<detail::Mailbox> mailbox_;
 };
@@ -2017,8 +2018,52 @@ public:
     Responder* responder();
 
 private:
+    friend class Conversation;
     struct State;
     explicit Engine(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+/// What a Conversation does when its context has no room for the next turn: refuse it
+/// ("context_length_exceeded"), or forget the older half of its turns, again until there is room
+/// (what is left has to be computed anew).
+enum class WhenFull : uint8_t { refuse, drop_oldest_turns };
+
+/// What a host and a model said, turn after turn. A turn is a request with all that was said before
+/// it, so its answer is that of the same request by itself. Its keys and values stay in the prefix
+/// cache until others need the room, so only what is new is computed, and a fork() shares them.
+/// The engine must outlive it. Threads: one at a time; save() and restore() take their turn with
+/// step(): they are an Error while it, or the thread of start(), is at work.
+class VALAR_API Conversation {
+public:
+    /// `settings` is the request that every turn is made of: instructions, limits, sampling; its
+    /// input, if there is any, is what was said before the first turn and is never forgotten.
+    Conversation(Engine& engine, Request settings, WhenFull when_full = WhenFull::refuse);
+    Conversation(Conversation&& other) noexcept;
+    Conversation& operator=(Conversation&& other) noexcept;
+    ~Conversation();
+
+    /// The next turn. While the last one is not finished it is refused: "conversation_busy". An
+    /// answer that was cut or cancelled counts as far as it came; a turn that failed, or was
+    /// cancelled before its first word, was never said.
+    Reply say(std::string_view words);
+    /// What was said and is not forgotten, oldest first, without a turn that is not finished.
+    std::span<const Item> items();
+    uint32_t forgotten_turns() const;
+    /// Another conversation that goes on from here. Error: "conversation_busy".
+    Result<Conversation> fork();
+
+    /// All of it as bytes, for a save game: settings and what was said and, with `pages`, the keys
+    /// and values that the cache has of it (KvType and layers decide: 12 KiB a token and more), so
+    /// that nothing needs to be computed again. Errors: "conversation_busy", memory.
+    Result<std::vector<std::byte>> save(bool pages = true);
+    /// What save() wrote. Errors (bad_data): a byte that is not as it was written; (unsupported):
+    /// another version or model, or pages of an engine with other options.
+    static Result<Conversation> restore(Engine& engine, std::span<const std::byte> saved);
+
+private:
+    struct State;
+    explicit Conversation(std::unique_ptr<State> state);
     std::unique_ptr<State> state_;
 };
 
@@ -14917,6 +14962,29 @@ void PagePool::refresh(uint64_t group) {
     }
 }
 
+// ---- Who steps, and what a save begins with ----------------------------------------------------
+
+class Exclusive {
+public:
+    explicit Exclusive(std::atomic<bool>* taken) : taken_(taken) {}
+    Exclusive(Exclusive&& other) noexcept : taken_(std::exchange(other.taken_, nullptr)) {}
+    ~Exclusive() {
+        if (taken_) taken_->store(false, std::memory_order_release);
+    }
+
+private:
+    std::atomic<bool>* taken_;
+};
+
+struct SaveHeader {
+    char     magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
+    uint32_t version = 1, numerics = kNumerics;
+    Hash256  model;
+    uint32_t precision = 0, kv_type = 0, page_tokens = 0, pages = 0;
+    uint64_t page_bytes = 0, json_bytes = 0;
+};
+static_assert(sizeof(SaveHeader) == 80 && std::is_trivially_copyable_v<SaveHeader>);
+
 // ---- A request being answered ----------------------------------------------------------------
 
 // What prepare() found out; becomes a Sequence.
@@ -15205,6 +15273,21 @@ uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_
 
 constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
 
+// What parts models that are alike in shape: their directory, and some weights of every tensor.
+Hash256 fingerprint(const Gguf& gguf) {
+    Sha256 hash;
+    for (const TensorInfo& tensor : gguf.tensors()) {
+        std::byte weights[64] = {};
+        const size_t count = static_cast<size_t>(std::min<uint64_t>(tensor.bytes, sizeof weights));
+        (void)gguf.read_tensor(tensor, 0, {weights, count});
+        hash.update(tensor.name);
+        hash.update(&tensor.type, sizeof tensor.type);
+        hash.update(tensor.dims, sizeof tensor.dims);
+        hash.update(weights, sizeof weights);
+    }
+    return hash.finish();
+}
+
 }  // namespace
 }  // namespace detail
 
@@ -15239,6 +15322,7 @@ struct Engine::State final : Responder {
     std::atomic<bool>  loaded{false}, stepping{false};
     std::atomic<float> progress{0};
     std::optional<Error> failure;            // nothing works any more
+    std::optional<detail::Hash256> model_fingerprint;  // once asked for
     detail::Thread     thread;
     std::atomic<bool>  stop_asked{false};
 
@@ -15314,6 +15398,11 @@ struct Engine::State final : Responder {
     void finish(detail::Sequence& sequence, Status status, std::optional<Error> error = {});
     void fail_all(const Error& error);
     static void run_thread(void* self);
+
+    Result<detail::Exclusive> take_turn(const char* who);
+    Reply reply_to(Result<std::unique_ptr<detail::PreparedPrompt>> prompt);
+    detail::SaveHeader save_header();
+    void import_pages(std::span<const detail::Hash256> keys, std::span<const std::byte> bytes);
 };
 
 // ---- Opening ---------------------------------------------------------------------------------
@@ -16115,6 +16204,67 @@ void Engine::State::fail_all(const Error& error) {
     waiting_count = 0;
 }
 
+// ---- For the handles -------------------------------------------------------------------------
+
+// The one who steps, saves or restores.
+Result<detail::Exclusive> Engine::State::take_turn(const char* who) {
+    const char* why = thread.joinable() ? "the engine has a thread of its own since start()"
+                      : stepping.exchange(true, std::memory_order_acquire)
+                          ? "called while another step() is at work"
+                          : nullptr;
+    if (why) return detail::make_error(ErrorKind::invalid_request, std::string(who) + ": " + why);
+    return detail::Exclusive(&stepping);
+}
+
+// Queues the prompt; a reply that was refused is finished.
+Reply Engine::State::reply_to(Result<std::unique_ptr<detail::PreparedPrompt>> prompt) {
+    auto reply = std::make_shared<detail::Mailbox>();
+    reply->doorbell = doorbell;
+    Result<void> good;
+    auto id = detail::draw_response_id();
+    if (!id) good = id.error();
+    else reply->id = std::move(*id);
+    if (good) good = prompt ? enqueue(std::move(*prompt), reply, false) : prompt.error();
+    if (!good) {
+        Outcome refused;
+        refused.status = Status::failed;
+        refused.error = std::move(good.error());
+        (void)reply->put_outcome(std::move(refused));
+    }
+    return Reply(std::move(reply));
+}
+
+// What a save must share with this engine.
+detail::SaveHeader Engine::State::save_header() {
+    if (!model_fingerprint) model_fingerprint = detail::fingerprint(gguf);
+    detail::SaveHeader out;
+    out.model = *model_fingerprint;
+    out.precision = static_cast<uint32_t>(options.precision);
+    out.kv_type = static_cast<uint32_t>(options.kv_type);
+    out.page_tokens = options.page_tokens;
+    out.page_bytes = backend->page_bytes();
+    return out;
+}
+
+// Makes the cache know these pages, as many as there is room for.
+void Engine::State::import_pages(std::span<const detail::Hash256> keys, std::span<const std::byte> bytes) {
+    const size_t size = backend->page_bytes(), count = std::min(keys.size(), bytes.size() / size);
+    std::vector<uint32_t> pages;
+    for (size_t i = 0; i < count; ++i) {
+        uint32_t page = pool.find(keys[i]);
+        if (page != detail::PagePool::none) {
+            pool.share(page);
+        } else {
+            if (pool.unused() == 0) break;
+            page = pool.take();
+            backend->import_page(page, bytes.data() + i * size);
+            pool.set_key(page, keys[i], 0);
+        }
+        pages.push_back(page);
+    }
+    for (; !pages.empty(); pages.pop_back()) pool.drop(pages.back());
+}
+
 void Engine::State::run_thread(void* self) {
     State& state = *static_cast<State*>(self);
     while (!state.stop_asked.load(std::memory_order_acquire)) {
@@ -16197,23 +16347,7 @@ Result<MemoryPlan> Engine::memory_plan(const EngineOptions& options) {
 }
 
 Reply Engine::submit(const Request& request) {
-    auto reply = std::make_shared<detail::Mailbox>();
-    reply->doorbell = state_->doorbell;
-    Result<void> good;
-    auto id = detail::draw_response_id();
-    if (!id) good = id.error();
-    else reply->id = std::move(*id);
-    if (good) {
-        auto prompt = state_->prepare_prompt(request);
-        good = prompt ? state_->enqueue(std::move(*prompt), reply, false) : prompt.error();
-    }
-    if (!good) {
-        Outcome refused;
-        refused.status = Status::failed;
-        refused.error = std::move(good.error());
-        (void)reply->put_outcome(std::move(refused));
-    }
-    return Reply(std::move(reply));
+    return state_->reply_to(state_->prepare_prompt(request));
 }
 
 Result<uint32_t> Engine::count_tokens(const Request& request) const {
@@ -16223,18 +16357,11 @@ Result<uint32_t> Engine::count_tokens(const Request& request) const {
 }
 
 Result<bool> Engine::step(int64_t budget_us) {
-    const auto refuse = [](const char* why) {
-        return detail::make_error(ErrorKind::invalid_request, why);
-    };
-    if (state_->thread.joinable())
-        return refuse("step(): the engine has a thread of its own since start()");
-    if (state_->stepping.exchange(true, std::memory_order_acquire))
-        return refuse("step(): called while another step() is at work");
+    auto turn = state_->take_turn("step()");
+    if (!turn) return turn.error();
     const uint64_t budget_ns = static_cast<uint64_t>(std::max<int64_t>(budget_us, 0)) * 1000;
-    auto more = budget_us < 0 ? state_->work(detail::kNoLimit, detail::kNoLimit)
-                              : state_->work(detail::monotonic_ns() + budget_ns, budget_ns);
-    state_->stepping.store(false, std::memory_order_release);
-    return more;
+    return budget_us < 0 ? state_->work(detail::kNoLimit, detail::kNoLimit)
+                         : state_->work(detail::monotonic_ns() + budget_ns, budget_ns);
 }
 
 Result<void> Engine::start() {
@@ -16258,6 +16385,309 @@ float Engine::load_progress() const { return state_->progress.load(std::memory_o
 const ModelSpec& Engine::spec() const { return state_->spec; }
 const Tokenizer& Engine::tokenizer() const { return *state_->tokenizer; }
 Responder* Engine::responder() { return state_.get(); }
+
+// ---- Conversation ----------------------------------------------------------------------------
+//
+// A save is a SaveHeader, the history as JSON, the pages, and the CRC-32C of all that.
+
+namespace detail {
+namespace {
+
+// The fields of `settings` that are numbers.
+constexpr struct { const char* key; std::optional<double> Request::*field; } saved_numbers[] = {
+    {"temperature", &Request::temperature}, {"top_p", &Request::top_p}, {"min_p", &Request::min_p},
+};
+constexpr struct { const char* key; double Request::*field; } saved_penalties[] = {
+    {"presence_penalty", &Request::presence_penalty},
+    {"frequency_penalty", &Request::frequency_penalty},
+    {"repetition_penalty", &Request::repetition_penalty},
+};
+constexpr struct { const char* key; std::optional<uint32_t> Request::*field; } saved_counts[] = {
+    {"max_output_tokens", &Request::max_output_tokens}, {"top_k", &Request::top_k},
+};
+constexpr struct { const char* key; std::string Request::*field; } saved_texts[] = {
+    {"model", &Request::model}, {"instructions", &Request::instructions},
+    {"organisation", &Request::organisation}, {"prompt_cache_key", &Request::prompt_cache_key},
+};
+
+Json settings_json(const Request& from) {
+    Json out = Json::object();
+    for (const auto& [key, field] : saved_numbers)
+        if (from.*field) out.set(key, *(from.*field));
+    for (const auto& [key, field] : saved_counts)
+        if (from.*field) out.set(key, *(from.*field));
+    for (const auto& [key, field] : saved_penalties) out.set(key, from.*field);
+    for (const auto& [key, field] : saved_texts) out.set(key, from.*field);
+    Json stop = Json::array(), bias = Json::array();
+    for (const std::string& text : from.stop) stop.push(text);
+    for (const auto& [token, value] : from.logit_bias)
+        bias.push(Json::array().push(token).push(value));
+    out.set("stop", std::move(stop)).set("logit_bias", std::move(bias));
+    if (from.seed) out.set("seed", *from.seed);
+    out.set("logprobs", from.logprobs).set("top_logprobs", from.top_logprobs);
+    out.set("window", static_cast<uint32_t>(from.window));
+    return out;
+}
+
+Request read_settings(const Json& from) {
+    Request out;
+    for (const auto& [key, field] : saved_numbers)
+        if (const Json* value = from.find(key)) out.*field = value->as_double();
+    for (const auto& [key, field] : saved_counts)
+        if (const Json* value = from.find(key)) out.*field = static_cast<uint32_t>(value->as_uint());
+    for (const auto& [key, field] : saved_penalties) out.*field = from[key].as_double(out.*field);
+    for (const auto& [key, field] : saved_texts) out.*field = from[key].as_string();
+    for (const Json& text : from["stop"].items()) out.stop.emplace_back(text.as_string());
+    for (const Json& one : from["logit_bias"].items())
+        out.logit_bias.push_back({static_cast<Token>(one[0].as_int()), one[1].as_double()});
+    if (const Json* seed = from.find("seed")) out.seed = seed->as_int();
+    out.logprobs = from["logprobs"].as_bool();
+    out.top_logprobs = static_cast<uint32_t>(from["top_logprobs"].as_uint());
+    out.window = static_cast<Window>(std::min<uint64_t>(from["window"].as_uint(), 2));
+    return out;
+}
+
+Json item_json(const Item& item) {
+    Json parts = Json::array();
+    for (const ContentPart& part : item.content)
+        parts.push(Json::array().push(static_cast<uint32_t>(part.kind)).push(part.text));
+    return Json::array()
+        .push(static_cast<uint32_t>(item.kind))
+        .push(static_cast<uint32_t>(item.role))
+        .push(item.call_id)
+        .push(item.name)
+        .push(item.arguments)
+        .push(std::move(parts));
+}
+
+template <class Kind> Kind read_kind(const Json& from, Kind last) {
+    return static_cast<Kind>(std::min<uint64_t>(from.as_uint(), static_cast<uint64_t>(last)));
+}
+
+Item read_item(const Json& from) {
+    Item out;
+    out.kind = read_kind(from[0], Item::Kind::custom_tool_call_output);
+    out.role = read_kind(from[1], Role::function);
+    out.call_id = from[2].as_string();
+    out.name = from[3].as_string();
+    out.arguments = from[4].as_string();
+    for (const Json& part : from[5].items())
+        out.content.push_back({read_kind(part[0], ContentPart::Kind::refusal),
+                               std::string(part[1].as_string())});
+    return out;
+}
+
+Error conversation_busy_error() {
+    return make_error(ErrorKind::invalid_request, "the last turn is not finished yet",
+                      "conversation_busy");
+}
+
+}  // namespace
+}  // namespace detail
+
+struct Conversation::State {
+    Engine::State*    engine = nullptr;
+    Request           settings;      // its input is items
+    std::vector<Item> items;
+    WhenFull          when_full = WhenFull::refuse;
+    size_t            fixed     = 0;  // of items: said before the first turn
+    uint32_t          forgotten = 0;  // turns
+    std::shared_ptr<detail::Mailbox> reply;  // of the turn under way
+
+    bool settle();
+    Request request(std::vector<Item> said) const;
+    bool forget_half();
+    Result<std::unique_ptr<detail::PreparedPrompt>> prepare(std::string_view words);
+    Result<std::vector<detail::Hash256>> page_keys() const;
+    std::string history() const;
+};
+
+// Takes over the turn that was under way; false: it still is.
+bool Conversation::State::settle() {
+    if (!reply) return true;
+    if (!reply->finished.load(std::memory_order_acquire)) return false;
+    const Outcome& outcome = *reply->outcome;
+    const bool said = outcome.status == Status::completed ||
+                      (outcome.status == Status::cancelled && !outcome.text.empty());
+    if (said) items.push_back(Item::message(Role::assistant, outcome.text));
+    else items.pop_back();
+    reply.reset();
+    return true;
+}
+
+Request Conversation::State::request(std::vector<Item> said) const {
+    Request out = settings;
+    out.input = Input(std::move(said));
+    return out;
+}
+
+// A turn is two items. False: there is none left.
+bool Conversation::State::forget_half() {
+    const size_t turns = (items.size() - fixed) / 2, half = (turns + 1) / 2;
+    const auto first = items.begin() + static_cast<ptrdiff_t>(fixed);
+    items.erase(first, first + static_cast<ptrdiff_t>(2 * half));
+    forgotten += static_cast<uint32_t>(half);
+    return half > 0;
+}
+
+// An answer should have as much room as it may take, or at least a quarter of the context.
+Result<std::unique_ptr<detail::PreparedPrompt>> Conversation::State::prepare(
+    std::string_view words) {
+    const uint32_t quarter = engine->context / 4;
+    const uint32_t room = std::min(settings.max_output_tokens.value_or(quarter), quarter);
+    for (;;) {
+        std::vector<Item> said = items;
+        said.push_back(Item::message(Role::user, std::string(words)));
+        auto prompt = engine->prepare_prompt(request(std::move(said)));
+        const bool full = prompt ? (*prompt)->max_output < room
+                                 : prompt.error().code == "context_length_exceeded";
+        if (!full || when_full == WhenFull::refuse || !forget_half()) return prompt;
+    }
+}
+
+// Of the pages that what was said fills.
+Result<std::vector<detail::Hash256>> Conversation::State::page_keys() const {
+    std::vector<detail::Hash256> keys;
+    if (items.empty() || !engine->options.prefix_cache) return keys;
+    auto tokens = engine->make_prompt(request(items));
+    if (!tokens) return tokens.error();
+    const uint32_t page_tokens = engine->options.page_tokens;
+    detail::extend_page_keys(keys, detail::root_key(engine->options, settings.organisation),
+                             *tokens, page_tokens, tokens->size() / page_tokens);
+    return keys;
+}
+
+std::string Conversation::State::history() const {
+    Json said = Json::array();
+    for (const Item& item : items) said.push(detail::item_json(item));
+    return Json::object()
+        .set("settings", detail::settings_json(settings))
+        .set("when_full", static_cast<uint32_t>(when_full))
+        .set("fixed", fixed)
+        .set("forgotten", forgotten)
+        .set("items", std::move(said))
+        .write();
+}
+
+Conversation::Conversation(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Conversation::Conversation(Conversation&& other) noexcept = default;
+Conversation& Conversation::operator=(Conversation&& other) noexcept = default;
+Conversation::~Conversation() = default;
+
+Conversation::Conversation(Engine& engine, Request settings, WhenFull when_full)
+    : state_(std::make_unique<State>()) {
+    state_->engine = engine.state_.get();
+    state_->when_full = when_full;
+    state_->items = std::move(settings.input.items);
+    if (state_->items.empty() && !settings.input.text.empty())
+        state_->items.push_back(Item::message(Role::user, std::move(settings.input.text)));
+    state_->fixed = state_->items.size();
+    settings.input = {};
+    state_->settings = std::move(settings);
+}
+
+Reply Conversation::say(std::string_view words) {
+    if (!state_->settle()) return state_->engine->reply_to(detail::conversation_busy_error());
+    Reply reply = state_->engine->reply_to(state_->prepare(words));
+    state_->reply = reply.mailbox_;
+    state_->items.push_back(Item::message(Role::user, std::string(words)));
+    return reply;
+}
+
+std::span<const Item> Conversation::items() {
+    const bool settled = state_->settle();
+    return std::span(state_->items).first(state_->items.size() - !settled);
+}
+
+uint32_t Conversation::forgotten_turns() const { return state_->forgotten; }
+
+Result<Conversation> Conversation::fork() {
+    if (!state_->settle()) return detail::conversation_busy_error();
+    return Conversation(std::make_unique<State>(*state_));
+}
+
+Result<std::vector<std::byte>> Conversation::save(bool pages) {
+    if (!state_->settle()) return detail::conversation_busy_error();
+    Engine::State& engine = *state_->engine;
+    auto turn = engine.take_turn("save()");
+    if (!turn) return turn.error();
+    const std::string history = state_->history();
+    auto keys = pages ? state_->page_keys() : Result(std::vector<detail::Hash256>());
+    if (!keys) return keys.error();
+    std::vector<uint32_t> found;
+    for (const detail::Hash256& key : *keys) {
+        const uint32_t page = engine.pool.find(key);
+        if (page == detail::PagePool::none) break;
+        found.push_back(page);
+    }
+    detail::SaveHeader header = engine.save_header();
+    header.pages = static_cast<uint32_t>(found.size());
+    header.json_bytes = history.size();
+    std::vector<std::byte> out(sizeof header + history.size() + found.size() * header.page_bytes +
+                               sizeof(uint32_t));
+    std::byte* at = out.data();
+    const auto put = [&](const void* from, size_t size) {
+        std::memcpy(at, from, size);
+        at += size;
+    };
+    put(&header, sizeof header);
+    put(history.data(), history.size());
+    for (const uint32_t page : found) {
+        engine.backend->export_page(page, at);
+        at += header.page_bytes;
+    }
+    const uint32_t sum = detail::crc32c(out.data(), out.size() - sizeof sum);
+    put(&sum, sizeof sum);
+    return out;
+}
+
+Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte> saved) {
+    const auto refuse = [](ErrorKind kind, const char* why) {
+        return detail::make_error(kind, std::string("saved conversation: ") + why);
+    };
+    Engine::State& engine = *to.state_;
+    const detail::SaveHeader here = engine.save_header();
+    detail::SaveHeader header;
+    uint32_t sum = 0;
+    if (saved.size() < sizeof header + sizeof sum)
+        return refuse(ErrorKind::bad_data, "too short");
+    std::memcpy(&header, saved.data(), sizeof header);
+    if (std::memcmp(header.magic, here.magic, sizeof header.magic) != 0)
+        return refuse(ErrorKind::bad_data, "this is none");
+    if (header.version != here.version)
+        return refuse(ErrorKind::unsupported, "written by another version of valar");
+    const auto body = saved.subspan(sizeof header, saved.size() - sizeof header - sizeof sum);
+    std::memcpy(&sum, saved.data() + saved.size() - sizeof sum, sizeof sum);
+    uint64_t page_bytes;
+    if (detail::crc32c(saved.data(), saved.size() - sizeof sum) != sum || header.json_bytes > body.size() ||
+        detail::mul_overflows(header.pages, header.page_bytes, &page_bytes) ||
+        page_bytes != body.size() - header.json_bytes)
+        return refuse(ErrorKind::bad_data, "damaged");
+    if (!(header.model == here.model)) return refuse(ErrorKind::unsupported, "of another model");
+    const auto options = [](const detail::SaveHeader& of) {
+        return std::tuple(of.numerics, of.precision, of.kv_type, of.page_tokens, of.page_bytes);
+    };
+    if (header.pages && options(header) != options(here))
+        return refuse(ErrorKind::unsupported, "of an engine with other options");
+    auto json = Json::parse(
+        {reinterpret_cast<const char*>(body.data()), static_cast<size_t>(header.json_bytes)});
+    if (!json) return refuse(ErrorKind::bad_data, json.error().message.c_str());
+
+    auto state = std::make_unique<State>();
+    state->engine = &engine;
+    state->settings = detail::read_settings((*json)["settings"]);
+    state->when_full = detail::read_kind((*json)["when_full"], WhenFull::drop_oldest_turns);
+    state->forgotten = static_cast<uint32_t>((*json)["forgotten"].as_uint());
+    for (const Json& item : (*json)["items"].items())
+        state->items.push_back(detail::read_item(item));
+    state->fixed = std::min<size_t>((*json)["fixed"].as_uint(), state->items.size());
+    auto turn = engine.take_turn("restore()");
+    if (!turn) return turn.error();
+    auto keys = header.pages ? state->page_keys() : Result(std::vector<detail::Hash256>());
+    if (!keys) return keys.error();
+    engine.import_pages(*keys, body.subspan(static_cast<size_t>(header.json_bytes)));
+    return Conversation(std::move(state));
+}
 
 }  // namespace v1
 }  // namespace valar

@@ -1170,3 +1170,190 @@ TEST_CASE("no allocations while answers are being computed") {
     } while (batches() < start + 60);
     CHECK(engine.responder()->stats().drafted_tokens > 0);
 }
+
+namespace {
+
+// Says `words`, steps to the end of the answer.
+std::string say(Engine& engine, Conversation& conversation, std::string_view words,
+                uint32_t* cached = nullptr) {
+    Reply reply = conversation.say(words);
+    REQUIRE(engine.step());
+    REQUIRE(reply.finished());
+    INFO((reply.outcome().error ? reply.outcome().error->message : ""));
+    CHECK(reply.outcome().status == Status::completed);
+    if (cached) *cached = reply.outcome().usage.cached_tokens;
+    return reply.outcome().text;
+}
+
+Request settings(uint32_t max_output_tokens = 20) {
+    Request out;
+    out.instructions = "You are a gruff blacksmith.";
+    out.max_output_tokens = max_output_tokens;
+    out.seed = 7;
+    return out;
+}
+
+}  // namespace
+
+TEST_CASE("conversation: a turn is the request with all that was said before") {
+    Engine engine = open_tiny();
+    Conversation conversation(engine, settings());
+    const std::string first = say(engine, conversation, "Can you mend this sword?");
+    uint32_t cached = 0;
+    const std::string second = say(engine, conversation, "Before dawn?", &cached);
+    CHECK(cached > 0);
+    REQUIRE(conversation.items().size() == 4);
+    CHECK(conversation.items()[1].role == Role::assistant);
+    CHECK(conversation.items()[1].text() == first);
+
+    Request whole = settings();
+    whole.input.items = {Item::message(Role::user, "Can you mend this sword?"),
+                         Item::message(Role::assistant, first),
+                         Item::message(Role::user, "Before dawn?")};
+    CHECK(answer(open_tiny(), whole) == second);
+}
+
+TEST_CASE("conversation: one turn at a time; what failed was never said") {
+    Engine engine = open_tiny();
+    Conversation conversation(engine, settings());
+    Reply first = conversation.say("one");
+    CHECK(code_of(conversation.say("two")) == "conversation_busy");
+    CHECK(conversation.items().empty());
+    CHECK_FALSE(conversation.fork());
+    CHECK_FALSE(conversation.save());
+    first.cancel();
+    REQUIRE(engine.step());
+    CHECK(first.outcome().status == Status::cancelled);
+    CHECK(conversation.items().empty());
+    say(engine, conversation, "three");
+    CHECK(conversation.items().size() == 2);
+    CHECK(conversation.items()[0].text() == "three");
+
+    // Cancelled after some words: they count.
+    Reply cut = conversation.say("four");
+    while (true) {
+        REQUIRE(engine.step(0));
+        auto event = cut.poll();
+        if (event && event->text_delta()) break;
+    }
+    cut.cancel();
+    REQUIRE(engine.step());
+    REQUIRE(conversation.items().size() == 4);
+    CHECK(conversation.items()[3].text() == cut.outcome().text);
+}
+
+TEST_CASE("conversation: a full context refuses or forgets the older turns") {
+    EngineOptions options = tiny_options();
+    options.context_tokens = 160;
+    Engine engine = open_tiny(options);
+    const auto talk = [&](WhenFull when_full) {
+        Conversation conversation(engine, settings(), when_full);
+        for (int turn = 0; turn < 12; ++turn) {
+            Reply reply = conversation.say("say something");
+            REQUIRE(engine.step());
+            REQUIRE(reply.finished());
+            if (reply.outcome().error) {
+                CHECK(code_of(reply) == "context_length_exceeded");
+                CHECK(conversation.items().size() == static_cast<size_t>(2 * turn));
+                return conversation;
+            }
+            CHECK(reply.outcome().usage.input_tokens + 20 <= 160);
+        }
+        return conversation;
+    };
+    Conversation refused = talk(WhenFull::refuse);
+    CHECK(refused.forgotten_turns() == 0);
+    CHECK(refused.items().size() < 24);
+    Conversation forgot = talk(WhenFull::drop_oldest_turns);
+    CHECK(forgot.forgotten_turns() > 0);
+    CHECK(forgot.forgotten_turns() + forgot.items().size() / 2 == 12);
+}
+
+TEST_CASE("conversation: a fork goes its own way from the same place") {
+    Engine engine = open_tiny();
+    Conversation one(engine, settings());
+    say(engine, one, "Good morning.");
+    auto two = one.fork();
+    REQUIRE(two);
+    uint32_t cached = 0;
+    const std::string here = say(engine, one, "Is the sword ready?");
+    CHECK(say(engine, *two, "Is the sword ready?", &cached) == here);
+    CHECK(cached > 0);
+    say(engine, *two, "Good night.");
+    CHECK(one.items().size() == 4);
+    CHECK(two->items().size() == 6);
+}
+
+TEST_CASE("conversation: save and restore") {
+    Engine engine = open_tiny();
+    Request from = settings();
+    from.temperature = 0.5;
+    from.stop = {"never said"};
+    from.logit_bias = {{40, -2.5}};
+    from.repetition_penalty = 1.1;
+    Conversation conversation(engine, from, WhenFull::drop_oldest_turns);
+    say(engine, conversation, "Good morning.");
+    auto saved = conversation.save();
+    auto small = conversation.save(false);
+    REQUIRE(saved);
+    REQUIRE(small);
+    CHECK(small->size() < saved->size());
+    const std::string expected = say(engine, conversation, "Is the sword ready?");
+    for (const auto& [bytes, has_pages] : {std::pair(&*saved, true), std::pair(&*small, false)}) {
+        Engine other = open_tiny();
+        auto restored = Conversation::restore(other, *bytes);
+        REQUIRE(restored);
+        CHECK(restored->items().size() == 2);
+        uint32_t cached = 0;
+        CHECK(say(other, *restored, "Is the sword ready?", &cached) == expected);
+        CHECK((cached > 0) == has_pages);
+        auto again = restored->save(false);
+        CHECK(again);
+    }
+    {
+        Engine other = open_tiny();
+        auto restored = Conversation::restore(other, *saved);
+        REQUIRE(restored);
+        auto again = restored->save();
+        REQUIRE(again);
+        CHECK(*again == *saved);
+    }
+    SUBCASE("any wrong byte, any cut") {
+        Engine other = open_tiny();
+        for (size_t i = 0; i < small->size(); ++i) {
+            std::vector<std::byte> wrong = *small;
+            wrong[i] ^= std::byte{1};
+            CHECK_FALSE(Conversation::restore(other, wrong));
+            CHECK_FALSE(Conversation::restore(other, std::span(*small).first(i)));
+        }
+        for (size_t i = 0; i < saved->size(); i += 97) {
+            std::vector<std::byte> wrong = *saved;
+            wrong[i] ^= std::byte{128};
+            CHECK_FALSE(Conversation::restore(other, wrong));
+        }
+        CHECK(other.responder()->stats().pages_cached == 0);
+    }
+    SUBCASE("another model; other options") {
+        const auto bytes = tiny::model({.types = {TensorType::q8_0}});
+        EngineOptions options = tiny_options();
+        options.model_bytes = bytes;
+        Engine other = open_tiny(options);
+        auto restored = Conversation::restore(other, *small);
+        REQUIRE_FALSE(restored);
+        CHECK(restored.error().kind == ErrorKind::unsupported);
+        options = tiny_options();
+        options.page_tokens = 64;
+        Engine larger = open_tiny(options);
+        CHECK_FALSE(Conversation::restore(larger, *saved));
+        auto history = Conversation::restore(larger, *small);
+        REQUIRE(history);
+        CHECK(say(larger, *history, "Is the sword ready?") == expected);
+    }
+    SUBCASE("not while the engine has a thread") {
+        REQUIRE(engine.start());
+        CHECK_FALSE(conversation.save());
+        CHECK_FALSE(Conversation::restore(engine, *saved));
+        engine.stop();
+        CHECK(conversation.save());
+    }
+}
