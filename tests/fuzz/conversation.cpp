@@ -16,7 +16,7 @@ Engine& engine() {
         EngineOptions options;
         options.model_bytes = model;
         options.threads = 0;
-        return std::move(*Engine::open(options));
+        return *Engine::open(options);
     }();
     return one;
 }
