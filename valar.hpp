@@ -7544,15 +7544,16 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
 namespace {
 
 struct X86Features {
-    bool avx2 = false;    // with FMA and F16C
-    bool avx512 = false;  // F, BW, DQ, VL and VNNI, besides
+    bool avx2 = false;     // with FMA and F16C
+    bool avxvnni = false;  // besides
+    bool avx512 = false;   // F, BW, DQ, VL and VNNI, besides AVX2
 };
 
-inline void cpuid(uint32_t leaf, uint32_t out[4]) {
+inline void cpuid(uint32_t leaf, uint32_t out[4], uint32_t subleaf = 0) {
 #if !defined(__GNUC__)
-    __cpuidex(reinterpret_cast<int*>(out), static_cast<int>(leaf), 0);
+    __cpuidex(reinterpret_cast<int*>(out), static_cast<int>(leaf), static_cast<int>(subleaf));
 #else
-    __cpuid_count(leaf, 0, out[0], out[1], out[2], out[3]);
+    __cpuid_count(leaf, subleaf, out[0], out[1], out[2], out[3]);
 #endif
 }
 
@@ -7579,97 +7580,14 @@ inline X86Features x86_features() {
     constexpr uint32_t wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     found.avx512 = found.avx2 && (registers & 0xe6) == 0xe6 && (seven[1] & wide) == wide &&
                    (seven[2] & 1u << 11);
+    if (seven[0] >= 1) {
+        cpuid(7, seven, 1);
+        found.avxvnni = found.avx2 && (seven[0] & 1u << 4);
+    }
     return found;
 }
 
 // ---- What the x86 regions share: a matrix product as tile kernels and the loops around them ---
-
-constexpr uint32_t kPanelBlocks = 24;  // blocks of a tile that are unpacked at a time
-constexpr uint32_t kPanelBytes = 704;  // 512 codes, 64 dw, 128 m or scale pairs
-constexpr uint32_t kAccColumns = 64;   // planes whose sums a tile keeps
-
-// One column of sums is 16 floats; kernels add to them. `planes[c]` is the block of column c that
-// meets the first block of the tile.
-using TileDot = void (*)(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
-                         float* sums);
-struct QuantKernels {
-    TileDot dot1, dot2;  // from the packed tile
-    void (*fill)(const std::byte* tile, size_t blocks, std::byte* panel);
-    TileDot narrow, wide;  // from the panel that `fill` made: columns / 2, columns
-    uint32_t columns;      // 4 or 8
-};
-
-inline void write_sums(const MatmulTask& task, uint32_t tile, uint32_t first, uint32_t count,
-                       float (*sums)[16], uint32_t planes) {
-    const uint32_t row = tile * kTileRows, left = task.weights->rows - row;
-    for (uint32_t v = 0; v < count; v += planes) {
-        float* y = task.y + (first + v) / planes * task.y_stride + row;
-        for (uint32_t r = 0; planes == 2 && r < kTileRows; r++) sums[v][r] += sums[v + 1][r];
-        if (left >= kTileRows) std::memcpy(y, sums[v], sizeof sums[v]);
-        else std::memcpy(y, sums[v], left * sizeof(float));
-    }
-}
-
-inline void dot_panels(const PackedLayout& layout, const QuantKernels& k, const std::byte* tile,
-                       size_t blocks, const ActivationBlock* base, uint32_t count,
-                       float (*sums)[16]) {
-    alignas(64) std::byte panel[kPanelBlocks * kPanelBytes];
-    for (size_t b = 0; b < blocks; b += kPanelBlocks) {
-        const size_t n = blocks - b < kPanelBlocks ? blocks - b : kPanelBlocks;
-        k.fill(tile + b / layout.blocks * packed_super_bytes(layout), n, panel);
-        for (uint32_t v = 0; v < count; v += k.columns) {
-            const ActivationBlock* planes[8];  // the last one again where they run out
-            for (uint32_t c = 0; c < k.columns; c++)
-                planes[c] = base + b + (v + c < count ? v + c : count - 1) * blocks;
-            (count - v > k.columns / 2 ? k.wide : k.narrow)(panel, n, planes, sums[v]);
-        }
-    }
-}
-
-inline void matmul_quantized(const MatmulTask& task, const QuantKernels& k) {
-    const PackedMatrix& w = *task.weights;
-    const PackedLayout& layout = *find_layout(w.type);
-    const size_t blocks = w.cols / kActivationBlock;
-    const uint32_t all = task.columns * task.planes;
-    for (uint32_t tile = task.first_tile; tile < task.last_tile; tile++) {
-        for (uint32_t first = 0; first < all; first += kAccColumns) {
-            const uint32_t count = all - first < kAccColumns ? all - first : kAccColumns;
-            const ActivationBlock* base = task.blocks + first * blocks;
-            alignas(64) float sums[kAccColumns][16];
-            std::memset(sums, 0, (count + 7) / 8 * 8 * sizeof sums[0]);
-            const ActivationBlock* two[2] = {base, base + blocks};
-            if (count <= 2)
-                (count == 1 ? k.dot1 : k.dot2)(packed_tile(w, tile), blocks, two, sums[0]);
-            else dot_panels(layout, k, packed_tile(w, tile), blocks, base, count, sums);
-            write_sums(task, tile, first, count, sums, task.planes);
-        }
-    }
-}
-
-// T tiles against C columns of floats.
-using FloatDot = void (*)(const std::byte* const* tiles, size_t cols, const float* const* x,
-                          float (*sums)[16]);
-
-inline void matmul_float(const MatmulTask& task, FloatDot dot_4x1, FloatDot dot_1x4) {
-    const PackedMatrix& w = *task.weights;
-    const uint32_t step = task.columns == 1 ? 4 : 1;
-    for (uint32_t tile = task.first_tile; tile < task.last_tile; tile += step) {
-        const std::byte* tiles[4];
-        const uint32_t n = task.last_tile - tile < step ? task.last_tile - tile : step;
-        for (uint32_t t = 0; t < 4; t++) tiles[t] = packed_tile(w, tile + (t < n ? t : n - 1));
-        for (uint32_t c = 0; c < task.columns; c += 4) {
-            const uint32_t count = task.columns - c < 4 ? task.columns - c : 4;
-            const float* x[4];
-            for (uint32_t i = 0; i < 4; i++)
-                x[i] = task.x + (c + (i < count ? i : count - 1)) * task.x_stride;
-            alignas(64) float sums[4][16];
-            (step == 4 ? dot_4x1 : dot_1x4)(tiles, w.cols, x, sums);
-            if (step == 1) write_sums(task, tile, c, count, sums, 1);
-            else
-                for (uint32_t t = 0; t < n; t++) write_sums(task, tile + t, 0, 1, sums + t, 1);
-        }
-    }
-}
 
 // A tile kernel adds to `sums` the products of two tiles and C columns, in ascending order of k.
 struct TileStep {
@@ -7805,29 +7723,40 @@ VALAR_FORCE_INLINE __m256i broadcast4(const int8_t* at) {
     return _mm256_set1_epi32(four);
 }
 
-// Scales of eight rows. Q6_K's two integer scales come as pairs of equal 16-bit numbers.
-struct Scales {
+VALAR_FORCE_INLINE void prefetch(const std::byte* at) {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+}
+
+// acc += u * s of four unsigned and signed bytes each: one instruction of AVX-VNNI, or of AVX-512,
+// whose encoding differs. A function has one target and these kernels serve three: so it is written
+// by hand.
+enum class Vnni { none, vex, evex };
+template <Vnni kVnni>
+VALAR_FORCE_INLINE __m256i dot4(__m256i acc, __m256i u, __m256i s) {
+#if defined(__GNUC__) || defined(__clang__)
+    if constexpr (kVnni == Vnni::vex)
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(u), "x"(s));
+    else __asm__("%{evex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(u), "x"(s));
+    return acc;
+#else
+    return kVnni == Vnni::vex ? _mm256_dpbusd_avx_epi32(acc, u, s) : _mm256_dpbusd_epi32(acc, u, s);
+#endif
+}
+
+struct Scales {  // of eight rows
     __m256 dw, m;
-    __m256i pair[2];
+    __m256 sub[2];  // Q6_K
 };
 
-template <int I, bool P>
+template <int I>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at, int half) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
-    if constexpr (P) {
-        out.dw = _mm256_load_ps(reinterpret_cast<const float*>(at + 512 + 32 * half));
-        if constexpr (L.minimum)
-            out.m = _mm256_load_ps(reinterpret_cast<const float*>(at + 576 + 32 * half));
-        if constexpr (L.bits == 6)
-            for (int i = 0; i < 2; i++) out.pair[i] = load_bytes(at + 576 + 64 * i + 32 * half);
-    } else if constexpr (L.bits == 6) {
+    if constexpr (L.bits == 6) {
         out.dw = load_halves(head + 16 * half);
-        for (int i = 0; i < 2; i++) {
-            const __m256i s = _mm256_cvtepi8_epi32(
-                _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half)));
-            out.pair[i] = _mm256_blend_epi16(s, _mm256_slli_epi32(s, 16), 0xaa);
-        }
+        for (int i = 0; i < 2; i++)
+            out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
+                _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half))));
     } else if constexpr (L.head_bytes != 0) {
         const __m256 m =
             _mm256_mul_ps(load_halves(head + 32 + 16 * half), load_small_ints(at + 16 + 8 * half));
@@ -7840,14 +7769,11 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Group g of eight rows: unsigned codes, but signed weights for 8 bits.
-template <int I, bool P>
-VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int half, int g) {
+// Unsigned codes of group g of eight rows.
+template <int I>
+VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
-    codes += 32 * half;
-    if constexpr (P) return load_bytes(codes + 64 * g);
-    if constexpr (bits == 8)
-        return _mm256_xor_si256(load_bytes(codes + 64 * g), _mm256_set1_epi8(-128));
+    if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m256i pair = load_bytes(codes + g / 2 * 64);
     const __m256i low =
         _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair, _mm256_set1_epi8(15));
@@ -7859,132 +7785,92 @@ VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int half, int g) {
                                                  _mm256_set1_epi8(high == 1 ? 16 : 48)));
 }
 
-// Two products and their sum in each 16 bits. Codes reach 15, 31 or 63: 8, 4 or 2 of these can be
-// added without overflow. |w| * sign(x, w) of signed 8 bits: 128 * 127 * 2 just fits.
-template <int kBits>
-VALAR_FORCE_INLINE __m256i products(__m256i w, __m256i x) {
-    if constexpr (kBits < 8) return _mm256_maddubs_epi16(w, x);
-    return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+// total (of each plane and eight rows) += codes of group g times activations. Without VNNI products
+// are added in 16 bits as long as they cannot overflow, in `part`: 8 groups of 4-bit codes, 4 of 5
+// bits, 2 of 6 bits. 8-bit codes are two of 4 bits.
+template <Vnni kVnni, int kBits>
+VALAR_FORCE_INLINE void add_products(__m256i& total, __m256i (&part)[2], __m256i codes, __m256i x,
+                                     int g) {
+    if constexpr (kVnni != Vnni::none) {
+        total = dot4<kVnni>(total, codes, x);
+        return;
+    }
+    constexpr int kRun = kBits == 5 ? 4 : kBits == 6 ? 2 : 8;
+    const __m256i low = _mm256_set1_epi8(15);
+    VALAR_UNROLL for (int i = 0; i < (kBits == 8 ? 2 : 1); i++) {
+        const __m256i four = i ? _mm256_srli_epi16(codes, 4) : codes;
+        const __m256i p = _mm256_maddubs_epi16(kBits == 8 ? _mm256_and_si256(four, low) : codes, x);
+        part[i] = g % kRun ? _mm256_add_epi16(part[i], p) : p;
+        VALAR_IN_ORDER(part[i]);
+        if (g % kRun != kRun - 1) continue;
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(part[i], _mm256_set1_epi16(i ? 16 : 1)));
+        VALAR_IN_ORDER(total);
+    }
 }
 
-// What the codes' bias adds to the integer sum of a block.
-template <int I>
-VALAR_FORCE_INLINE __m256i bias_of(const ActivationBlock& a, const Scales& s) {
-    constexpr int shift = packed_layouts[I].bias == 8 ? 3 : packed_layouts[I].bias == 16 ? 4 : 5;
-    if constexpr (shift < 5)
-        return _mm256_slli_epi32(
-            _mm256_add_epi32(_mm256_set1_epi32(a.sum[0]), _mm256_set1_epi32(a.sum[1])), shift);
-    const __m256i both = _mm256_blend_epi16(
-        _mm256_set1_epi32(a.sum[0]), _mm256_slli_epi32(_mm256_set1_epi32(a.sum[1]), 16), 0xaa);
-    return _mm256_slli_epi32(
-        _mm256_madd_epi16(both, _mm256_blend_epi16(s.pair[0], s.pair[1], 0xaa)), shift);
-}
-
-// sums (C, 16) += tile (16 rows) x C planes, block after block.
-template <int I, bool P, int C>
-void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
-              float* sums) {
+// sums += two tiles times C planes, H times eight rows at a time: registers decide.
+template <int I, Vnni kVnni, int C>
+void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = packed_layouts[I];
-    constexpr int kRun = L.bits == 4 ? 8 : L.bits == 5 ? 4 : L.bits == 6 ? 2 : 1;
+    constexpr int kParts = L.bits == 6 ? 2 : 1;  // sums of 16 codes that have a scale each
+    constexpr int H = L.bits == 4 || (L.bits != 6 && kVnni != Vnni::none) ? 2 : 1;
     constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
-    constexpr int H = L.bits == 4 ? 2 : 1;  // halves of the tile at a time: registers decide
-    const __m256i ones = _mm256_set1_epi16(1);
     const ActivationBlock* a[C];
-    VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c];
-    const std::byte *head = tile, *at = tile;
-    for (size_t b = 0; b < blocks; b++) {
-        if constexpr (!P && L.head_bytes != 0) {
+    VALAR_UNROLL for (int c = 0; c < C; c++) a[c] =
+        reinterpret_cast<const ActivationBlock*>(step.columns[c]);
+    size_t head = 0, at = 0, wait = step.phase;
+    for (size_t b = 0; b < step.count; b++) {
+        if constexpr (L.head_bytes != 0) {
             if (b % L.blocks == 0) {
                 head = at;
                 at += L.head_bytes;
             }
         }
-        if constexpr (!P) {
-            VALAR_UNROLL for (size_t i = 0; i < kLines; i++)
-                _mm_prefetch(reinterpret_cast<const char*>(at) + 4096 + 64 * i, _MM_HINT_T0);
+        if (wait-- == 0) {
+            wait = step.every - 1;
+            VALAR_UNROLL for (size_t i = 0; i < 2 * kLines; i++)
+                prefetch(step.tiles[i % 2] + at + step.ahead + i / 2 * 64);
         }
-        const std::byte* codes = P ? at : at + L.scale_bytes;
-        VALAR_UNROLL for (int half = 0; half < 2; half += H) {
-            Scales scales[H];
-            VALAR_UNROLL for (int h = 0; h < H; h++) scales[h] =
-                load_scales<I, P>(head, at, half + h);
-            __m256i total[H][C], part[H][C];
+        for (int v = 0; v < 4; v += H) {  // of the tiles' 32 rows
+            const std::byte* tile = step.tiles[v / 2];
+            __m256i total[kParts][C][H], part[C][H][2];
+            VALAR_UNROLL for (int c = 0; c < C; c++) {  // what the codes' bias adds, negated
+                const int32_t* sum = a[c][b].sum;
+                VALAR_UNROLL for (int p = 0; p < kParts; p++) {
+                    VALAR_UNROLL for (int h = 0; h < H; h++) total[p][c][h] =
+                        _mm256_set1_epi32(-L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
+                }
+            }
             VALAR_UNROLL for (int g = 0; g < 8; g++) {
-                __m256i w[H];
-                VALAR_UNROLL for (int h = 0; h < H; h++) w[h] =
-                    load_group<I, P>(codes, half + h, g);
+                __m256i codes[H];
+                VALAR_UNROLL for (int h = 0; h < H; h++) codes[h] =
+                    load_group<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     const __m256i x = broadcast4(a[c][b].q + 4 * g);
-                    VALAR_UNROLL for (int h = 0; h < H; h++) {
-                        const __m256i p = products<L.bits>(w[h], x);
-                        part[h][c] = g % kRun ? _mm256_add_epi16(part[h][c], p) : p;
-                        VALAR_IN_ORDER(part[h][c]);
-                    }
+                    VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
+                        total[g / 4 * (kParts - 1)][c][h], part[c][h], codes[h], x, g);
                 }
-                if (g % kRun != kRun - 1) continue;
+            }
+            VALAR_UNROLL for (int h = 0; h < H; h++) {
+                const Scales scales = load_scales<I>(tile + head, tile + at, v % 2 + h);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
-                    VALAR_UNROLL for (int h = 0; h < H; h++) {
-                        const __m256i wide = _mm256_madd_epi16(
-                            part[h][c], L.bits == 6 ? scales[h].pair[g / 4] : ones);
-                        total[h][c] = g < kRun ? wide : _mm256_add_epi32(total[h][c], wide);
-                        VALAR_IN_ORDER(total[h][c]);
-                    }
-                }
-            }
-            VALAR_UNROLL for (int c = 0; c < C; c++) {
-                const ActivationBlock& block = a[c][b];
-                VALAR_UNROLL for (int h = 0; h < H; h++) {
-                    float* sum = sums + 16 * c + 8 * (half + h);
-                    __m256i exact = total[h][c];
-                    if constexpr (L.bias != 0 && L.bits != 8)
-                        exact = _mm256_sub_epi32(exact, bias_of<I>(block, scales[h]));
-                    __m256 acc = _mm256_fmadd_ps(
-                        _mm256_cvtepi32_ps(exact),
-                        _mm256_mul_ps(scales[h].dw, _mm256_set1_ps(block.d)), _mm256_load_ps(sum));
+                    __m256 sum = _mm256_cvtepi32_ps(total[0][c][h]);
+                    if constexpr (L.bits == 6)  // exact, being below 2^24
+                        sum = _mm256_fmadd_ps(
+                            sum, scales.sub[0],
+                            _mm256_mul_ps(_mm256_cvtepi32_ps(total[1][c][h]), scales.sub[1]));
+                    float* acc = &step.sums[c][0][8 * (v + h)];
+                    sum = _mm256_fmadd_ps(sum, _mm256_mul_ps(scales.dw, _mm256_set1_ps(a[c][b].d)),
+                                          _mm256_load_ps(acc));
                     if constexpr (L.minimum)
-                        acc = _mm256_fmadd_ps(scales[h].m, _mm256_set1_ps(block.s), acc);
-                    _mm256_store_ps(sum, acc);
+                        sum = _mm256_fmadd_ps(scales.m, _mm256_set1_ps(a[c][b].s), sum);
+                    _mm256_store_ps(acc, sum);
                 }
             }
         }
-        at += P ? kPanelBytes : packed_block_bytes(L);
+        at += packed_block_bytes(L);
     }
 }
-
-// Unpacks blocks of a tile: a byte a code, scales in float, for many columns to use.
-template <int I>
-void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
-    constexpr PackedLayout L = packed_layouts[I];
-    const std::byte *head = tile, *at = tile;
-    for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
-        if (L.head_bytes && b % L.blocks == 0) {
-            head = at;
-            at += L.head_bytes;
-        }
-        for (int half = 0; half < 2; half++) {
-            VALAR_UNROLL for (int g = 0; g < 8; g++)
-                _mm256_store_si256(reinterpret_cast<__m256i*>(panel + 64 * g + 32 * half),
-                                   load_group<I, false>(at + L.scale_bytes, half, g));
-            const Scales s = load_scales<I, false>(head, at, half);
-            _mm256_store_ps(reinterpret_cast<float*>(panel + 512 + 32 * half), s.dw);
-            if constexpr (L.minimum)
-                _mm256_store_ps(reinterpret_cast<float*>(panel + 576 + 32 * half), s.m);
-            if constexpr (L.bits == 6)
-                for (int i = 0; i < 2; i++)
-                    _mm256_store_si256(reinterpret_cast<__m256i*>(panel + 576 + 64 * i + 32 * half),
-                                       s.pair[i]);
-        }
-    }
-}
-
-// Panels of Q4_K look like those of Q4_1.
-template <int I, int kTwin = I>
-constexpr QuantKernels quant_kernels = {
-    dot_tile<I, false, 1>,    dot_tile<I, false, 2>,    fill_panel<I>,
-    dot_tile<kTwin, true, 2>, dot_tile<kTwin, true, 4>, 4};
-constexpr QuantKernels quantized[] = {quant_kernels<0>, quant_kernels<1>,    quant_kernels<2>,
-                                      quant_kernels<3>, quant_kernels<4, 1>, quant_kernels<5>,
-                                      quant_kernels<6>};
 
 template <TensorType kType>
 VALAR_FORCE_INLINE __m256 load_floats(const std::byte* tile, size_t index) {
@@ -7996,44 +7882,50 @@ VALAR_FORCE_INLINE __m256 load_floats(const std::byte* tile, size_t index) {
         16));
 }
 
-template <TensorType kType, int T, int C>
-void dot_floats(const std::byte* const* tiles, size_t cols, const float* const* x,
-                float (*sums)[16]) {
-    __m256 acc[T][C][2];
-    VALAR_UNROLL for (int i = 0; i < T * C; i++) acc[i / C][i % C][0] = acc[i / C][i % C][1] =
-        _mm256_setzero_ps();
-    for (size_t k = 0; k < cols; k++) {
-        VALAR_UNROLL for (int t = 0; t < T; t++) {
-            const __m256 low = load_floats<kType>(tiles[t], 16 * k),
-                         high = load_floats<kType>(tiles[t], 16 * k + 8);
+template <TensorType kType, int C>
+void dot_floats(const TileStep& step) {
+    constexpr int H = C > 2 ? 2 : 4;
+    const float* x[C];
+    VALAR_UNROLL for (int c = 0; c < C; c++) x[c] = reinterpret_cast<const float*>(step.columns[c]);
+    for (int v = 0; v < 4; v += H) {
+        __m256 acc[C][H];
+        VALAR_UNROLL for (int i = 0; i < C * H; i++) acc[i / H][i % H] =
+            _mm256_load_ps(&step.sums[i / H][0][8 * (v + i % H)]);
+        const std::byte *low = step.tiles[v / 2], *high = step.tiles[1];
+        for (size_t k = 0; k < step.count; k++) {
+            __m256 w[H];
+            VALAR_UNROLL for (int h = 0; h < H; h++) w[h] =
+                load_floats<kType>(h < 2 ? low : high, 16 * k + (h % 2 ? 8 : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
-                const __m256 v = _mm256_broadcast_ss(x[c] + k);
-                acc[t][c][0] = _mm256_fmadd_ps(low, v, acc[t][c][0]);
-                acc[t][c][1] = _mm256_fmadd_ps(high, v, acc[t][c][1]);
+                const __m256 at_k = _mm256_broadcast_ss(x[c] + k);
+                VALAR_UNROLL for (int h = 0; h < H; h++) acc[c][h] =
+                    _mm256_fmadd_ps(w[h], at_k, acc[c][h]);
             }
         }
-    }
-    VALAR_UNROLL for (int i = 0; i < T * C; i++) {
-        _mm256_store_ps(sums[i], acc[i / C][i % C][0]);
-        _mm256_store_ps(sums[i] + 8, acc[i / C][i % C][1]);
+        VALAR_UNROLL for (int i = 0; i < C * H; i++)
+            _mm256_store_ps(&step.sums[i / H][0][8 * (v + i % H)], acc[i / H][i % H]);
     }
 }
 
+template <int I, Vnni kVnni, int kMost = kVnni == Vnni::none ? 4 : 6>
+constexpr TileKernels quantized = {{{1, dot_tiles<I, kVnni, 1>},
+                                    {2, dot_tiles<I, kVnni, 2>},
+                                    {4, dot_tiles<I, kVnni, 4>},
+                                    {kMost, dot_tiles<I, kVnni, kMost>}}};
+template <TensorType kType>
+constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
+                                 {2, dot_floats<kType, 2>},
+                                 {4, dot_floats<kType, 4>},
+                                 {6, dot_floats<kType, 6>}}};
+template <Vnni V>
+constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
+    quantized<0, V>,         quantized<1, V>,         quantized<2, V>, quantized<3, V>,
+    quantized<4, V>,         quantized<5, V>,         quantized<6, V>, floats<TensorType::f32>,
+    floats<TensorType::f16>, floats<TensorType::bf16>};
+
+template <Vnni kVnni>
 void matmul(const MatmulTask& task) {
-    switch (task.weights->type) {
-        case TensorType::f32:
-            return matmul_float(task, dot_floats<TensorType::f32, 4, 1>,
-                                dot_floats<TensorType::f32, 1, 4>);
-        case TensorType::f16:
-            return matmul_float(task, dot_floats<TensorType::f16, 4, 1>,
-                                dot_floats<TensorType::f16, 1, 4>);
-        case TensorType::bf16:
-            return matmul_float(task, dot_floats<TensorType::bf16, 4, 1>,
-                                dot_floats<TensorType::bf16, 1, 4>);
-        default:
-            return matmul_quantized(task,
-                                    quantized[find_layout(task.weights->type) - packed_layouts]);
-    }
+    matmul_tiles(task, tile_kernels<kVnni>[find_layout(task.weights->type) - packed_layouts]);
 }
 
 // Nearest integers of x * factor as 32 bytes, their sums, and optionally what is left: x - d * h.
@@ -8365,8 +8257,15 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-constexpr Kernels kernels = {"avx2", quantize, matmul,   rms_norm,  rope,           scale,
-                             add,    silu_mul, store_kv, attention, attention_merge};
+constexpr Kernels kernels_with(const char* name, void (*product)(const MatmulTask&)) {
+    return {name, quantize, product,  rms_norm,  rope,           scale,
+            add,  silu_mul, store_kv, attention, attention_merge};
+}
+constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
+constexpr Kernels vnni_kernels = kernels_with("avxvnni", matmul<Vnni::vex>);
+#if defined(VALAR_EVEX_VNNI)  // for tests: the same on a CPU that knows only AVX-512's encoding
+constexpr Kernels evex_kernels = kernels_with("avxvnni", matmul<Vnni::evex>);
+#endif
 
 }  // namespace avx2
 }  // namespace
@@ -8608,12 +8507,16 @@ FloatState::~FloatState() = default;
 namespace {
 
 struct KernelList {
-    const Kernels* tables[4] = {&scalar::kernels};
+    const Kernels* tables[5] = {&scalar::kernels};
     size_t count = 1;
     KernelList() {
 #if VALAR_X86_KERNELS
         const X86Features cpu = x86_features();
         if (cpu.avx2) tables[count++] = &avx2::kernels;
+        if (cpu.avxvnni) tables[count++] = &avx2::vnni_kernels;
+#if defined(VALAR_EVEX_VNNI)
+        else if (cpu.avx512) tables[count++] = &avx2::evex_kernels;
+#endif
         if (cpu.avx512) tables[count++] = &avx512::kernels;
 #endif
     }
