@@ -489,44 +489,95 @@ TEST_CASE("kernels: scalar matmul follows the words") {
         }
 }
 
-TEST_CASE("kernels: every table's matmul is the scalar one") {
-    Random random{6};
-    const uint32_t most = 17;
-    for (TensorType type : all_types)
-        for (uint32_t cols : column_counts(type))
-            for (uint32_t rows : {1u, 15u, 16u, 40u, 67u}) {
-                const auto source = random_matrix(type, rows, cols, random);
-                Buffer buffer;
-                const PackedMatrix matrix = pack(type, rows, cols, source, buffer);
-                const std::vector<float> x = random.values(most * cols, rows % 2 == 0);
-                const size_t stride = rows + 3;
-                for (uint32_t planes = 1; planes <= (is_float(type) ? 1u : 2u); planes++) {
-                    const auto blocks = is_float(type) ? std::vector<ActivationBlock>{}
-                                                       : quantized(scalar(), x, most, planes);
-                    std::vector<float> expected(most * stride, 7.0f);
-                    scalar().matmul({&matrix, 0, matrix.tiles(), most, planes, blocks.data(),
-                                     x.data(), cols, expected.data(), stride});
-                    for (const Kernels* k : available_kernels().subspan(1))
-                        for (uint32_t columns = 1; columns <= most; columns++) {
-                            const uint32_t split = columns % (matrix.tiles() + 1);
-                            std::vector<float> y(most * stride, 7.0f), wanted = expected;
-                            k->matmul({&matrix, 0, split, columns, planes, blocks.data(), x.data(),
-                                       cols, y.data(), stride});
-                            k->matmul({&matrix, split, matrix.tiles(), columns, planes,
-                                       blocks.data(), x.data(), cols, y.data(), stride});
-                            std::fill(wanted.begin() + static_cast<ptrdiff_t>(columns * stride),
-                                      wanted.end(), 7.0f);
-                            CAPTURE(k->name);
-                            CAPTURE(type_info(type)->name);
-                            CAPTURE(rows);
-                            CAPTURE(cols);
-                            CAPTURE(columns);
-                            CAPTURE(planes);
-                            REQUIRE(first_difference(wanted.data(), y.data(), y.size()) ==
-                                    y.size());
-                        }
-                }
+// One shape: every table against the scalar one, some column counts, the tiles in two calls.
+static void compare_products(TensorType type, uint32_t rows, uint32_t cols,
+                             const std::vector<uint32_t>& column_choices, Random& random) {
+    const auto source = random_matrix(type, rows, cols, random);
+    Buffer buffer;
+    const PackedMatrix matrix = pack(type, rows, cols, source, buffer);
+    const uint32_t most = *std::max_element(column_choices.begin(), column_choices.end());
+    const std::vector<float> x = random.values(most * cols, rows % 2 == 0);
+    const size_t stride = rows + 3;
+    for (uint32_t planes = 1; planes <= (is_float(type) ? 1u : 2u); planes++) {
+        const auto blocks = is_float(type) ? std::vector<ActivationBlock>{}
+                                           : quantized(scalar(), x, most, planes);
+        std::vector<float> expected(most * stride, 7.0f);
+        scalar().matmul({&matrix, 0, matrix.tiles(), most, planes, blocks.data(), x.data(), cols,
+                         expected.data(), stride});
+        for (const Kernels* k : available_kernels().subspan(1))
+            for (uint32_t columns : column_choices) {
+                const uint32_t split = random.below(matrix.tiles() + 1);
+                std::vector<float> y(most * stride, 7.0f), wanted = expected;
+                k->matmul({&matrix, 0, split, columns, planes, blocks.data(), x.data(), cols,
+                           y.data(), stride});
+                k->matmul({&matrix, split, matrix.tiles(), columns, planes, blocks.data(), x.data(),
+                           cols, y.data(), stride});
+                std::fill(wanted.begin() + static_cast<ptrdiff_t>(columns * stride), wanted.end(),
+                          7.0f);
+                CAPTURE(k->name);
+                CAPTURE(type_info(type)->name);
+                CAPTURE(rows);
+                CAPTURE(cols);
+                CAPTURE(columns);
+                CAPTURE(planes);
+                CAPTURE(split);
+                REQUIRE(first_difference(wanted.data(), y.data(), y.size()) == y.size());
             }
+    }
+}
+
+// A seeded sample of the shapes; all of them where the environment has VALAR_TEST_ALL.
+TEST_CASE("kernels: every table's matmul is the scalar one") {
+    const bool all = !environment("VALAR_TEST_ALL").empty();
+    std::vector<uint32_t> every{33, 64, 75, 150};
+    for (uint32_t columns = 1; columns <= 17; columns++) every.push_back(columns);
+    Random random{6};
+    for (TensorType type : all_types) {
+        auto lengths = column_counts(type);
+        lengths.push_back(type_info(type)->block_size == 256 ? 2048 : 1536);
+        for (uint32_t cols : lengths)
+            for (uint32_t rows : {1u, 15u, 16u, 17u, 33u, 100u}) {
+                if (!all && (random.below(3) || cols > 1024)) continue;
+                std::vector<uint32_t> some = every;
+                for (int i = 0; !all && i < 15; i++)
+                    some.erase(some.begin() + random.below(static_cast<uint32_t>(some.size())));
+                compare_products(type, rows, cols, some, random);
+            }
+    }
+    for (TensorType type : all_types)  // what sampling must not leave out: each kernel by itself
+        compare_products(type, 49, type_info(type)->block_size == 256 ? 256 : 96, {1, 2, 4, 6},
+                         random);
+}
+
+TEST_CASE("kernels: the largest codes and activations do not saturate") {
+    Random random{14};
+    const uint32_t rows = 33, cols = 256, columns = 7;
+    std::vector<float> x(columns * cols);
+    for (size_t i = 0; i < x.size(); i++)  // all 127, all -127, and signs that change in step
+        x[i] = i / cols == 0 || (i / cols > 1 && i >> (i / cols - 2) & 1) ? 1.0f : -1.0f;
+    const auto blocks = quantized(scalar(), x, columns, 2);
+    for (TensorType type : all_types) {
+        if (is_float(type)) continue;
+        const size_t block = type_info(type)->block_bytes;
+        for (int code : {0x00, 0x7f, 0x80, 0x81, 0xff}) {
+            auto source = random_matrix(type, rows, cols, random);
+            for (size_t i = 0; i < source.size(); i++)  // all but the binary16 scales
+                if (i % block >= 4 && (type != TensorType::q6_k || i % block < 208))
+                    source[i] = static_cast<uint8_t>(code);
+            Buffer buffer;
+            const PackedMatrix matrix = pack(type, rows, cols, source, buffer);
+            std::vector<float> expected(columns * rows), y(columns * rows);
+            scalar().matmul(
+                {&matrix, 0, 3, columns, 2, blocks.data(), nullptr, 0, expected.data(), rows});
+            for (const Kernels* k : available_kernels().subspan(1)) {
+                k->matmul({&matrix, 0, 3, columns, 2, blocks.data(), nullptr, 0, y.data(), rows});
+                CAPTURE(k->name);
+                CAPTURE(type_info(type)->name);
+                CAPTURE(code);
+                CHECK(same(expected, y));
+            }
+        }
+    }
 }
 
 TEST_CASE("kernels: many columns, long rows, extreme codes") {
