@@ -14647,6 +14647,8 @@ constexpr uint32_t kMaxLogprobs    = 20;
 constexpr size_t   kMaxStops       = 16;           // stop strings of a request, and their bytes
 constexpr size_t   kMaxStopBytes   = 256;
 constexpr uint32_t kMaxDraft       = 15;           // with the row before them a tile of columns
+constexpr uint32_t kFirstDraft     = 8;
+constexpr uint32_t kLeastDraft     = 2;
 constexpr uint32_t kMinMatch       = 3;            // tokens that must have stood together before
 constexpr uint32_t kMaxMatch       = 8;            // that make a better match no longer
 constexpr uint32_t kDraftCredit    = 64;           // a row wasted for so many that are not
@@ -14922,7 +14924,7 @@ struct Sequence {
     int32_t               logits   = -1;    // the first of the batch's that are for it, if any
     Token                 draft[kMaxDraft]; // the last of its rows: guesses of what comes next
     uint32_t              drafted  = 0;
-    uint32_t              draft_most = 4;   // follows what is accepted
+    uint32_t              draft_most = kFirstDraft;   // follows what is accepted
     uint32_t              credit   = 0;     // for wasted rows, in 1 / kDraftCredit
     std::vector<uint32_t> pages;
     std::vector<Hash256>  page_keys;        // of the pages that its tokens fill, when needed
@@ -15958,7 +15960,7 @@ void Engine::State::count_drafts(detail::Sequence& sequence, uint32_t drafted, u
     sequence.credit -= std::min(sequence.credit, (drafted - accepted) * unit);
     sequence.draft_most = accepted == drafted
                               ? std::min(2 * sequence.draft_most, detail::kMaxDraft)
-                              : std::max(accepted, 1u);
+                              : std::max(accepted, detail::kLeastDraft);
     const std::lock_guard<std::mutex> lock(mutex);
     counts.drafted_tokens += drafted;
     counts.accepted_tokens += accepted;
