@@ -2518,6 +2518,9 @@ private:
 #endif
 #if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(VALAR_NO_SIMD)
 #include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -8470,6 +8473,863 @@ VALAR_TARGET_END
 
 #endif  // VALAR_X86_KERNELS
 
+// ---- Vectors of 128 bits: NEON ---------------------------------------------------------------
+//
+// Four rows, or four elements, a vector. What the instruction sets differ in comes first; the
+// kernels after it are written once. For integer products an instruction set brings a class
+// with Operands<C> (a block of C planes as its instructions want it), multiply (part += products of
+// four rows with C planes), dot_tile (dot_blocks, compiled for that instruction set) and Narrow
+// (the class for one and two columns).
+
+#if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(VALAR_NO_SIMD)
+#define VALAR_NEON_KERNELS 1
+#else
+#define VALAR_NEON_KERNELS 0
+#endif
+
+#if VALAR_NEON_KERNELS
+namespace {
+namespace lanes4 {
+
+// clang-format off
+#if VALAR_NEON_KERNELS
+using F4 = float32x4_t;
+using I4 = int32x4_t;
+using B16 = int8x16_t;
+
+VALAR_FORCE_INLINE F4 load(const float* at) { return vld1q_f32(at); }
+VALAR_FORCE_INLINE void store(float* at, F4 x) { vst1q_f32(at, x); }
+VALAR_FORCE_INLINE F4 splat(float x) { return vdupq_n_f32(x); }
+VALAR_FORCE_INLINE F4 add(F4 a, F4 b) { return vaddq_f32(a, b); }
+VALAR_FORCE_INLINE F4 sub(F4 a, F4 b) { return vsubq_f32(a, b); }
+VALAR_FORCE_INLINE F4 mul(F4 a, F4 b) { return vmulq_f32(a, b); }
+VALAR_FORCE_INLINE F4 div(F4 a, F4 b) { return vdivq_f32(a, b); }
+VALAR_FORCE_INLINE F4 fma(F4 a, F4 b, F4 c) { return vfmaq_f32(c, a, b); }
+VALAR_FORCE_INLINE F4 negate(F4 x) { return vnegq_f32(x); }
+VALAR_FORCE_INLINE F4 greater_of(F4 a, F4 b) { return vmaxnmq_f32(a, b); }  // a number, if any
+VALAR_FORCE_INLINE F4 at_most(F4 x, F4 limit) { return vminq_f32(x, limit); }  // keeps no-numbers
+VALAR_FORCE_INLINE F4 zero_where_less(F4 x, F4 a, F4 b) {  // x, but 0 where a < b
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vcltq_f32(a, b)));
+}
+VALAR_FORCE_INLINE F4 even_lanes(F4 a, F4 b) { return vuzp1q_f32(a, b); }
+VALAR_FORCE_INLINE F4 odd_lanes(F4 a, F4 b) { return vuzp2q_f32(a, b); }
+VALAR_FORCE_INLINE F4 zip_low(F4 a, F4 b) { return vzip1q_f32(a, b); }
+VALAR_FORCE_INLINE F4 zip_high(F4 a, F4 b) { return vzip2q_f32(a, b); }
+
+VALAR_FORCE_INLINE I4 int_splat(int32_t x) { return vdupq_n_s32(x); }
+VALAR_FORCE_INLINE I4 int_add(I4 a, I4 b) { return vaddq_s32(a, b); }
+VALAR_FORCE_INLINE I4 int_mul(I4 a, I4 b) { return vmulq_s32(a, b); }
+VALAR_FORCE_INLINE I4 int_min(I4 a, I4 b) { return vminq_s32(a, b); }
+VALAR_FORCE_INLINE I4 int_max(I4 a, I4 b) { return vmaxq_s32(a, b); }
+VALAR_FORCE_INLINE F4 to_float(I4 x) { return vcvtq_f32_s32(x); }
+VALAR_FORCE_INLINE I4 magnitude_bits(F4 x) { return vreinterpretq_s32_f32(vabsq_f32(x)); }
+VALAR_FORCE_INLINE F4 power_of_two(I4 k) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(k, vdupq_n_s32(127)), 23));
+}
+// Nearest integers of exact products below 2^22.
+VALAR_FORCE_INLINE I4 nearest_product(F4 a, F4 b) {
+    const F4 magic = vdupq_n_f32(0x1.8p23f);
+    return vsubq_s32(vreinterpretq_s32_f32(vfmaq_f32(magic, a, b)), vreinterpretq_s32_f32(magic));
+}
+VALAR_FORCE_INLINE F4 load_halves(const void* at) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(at))));
+}
+VALAR_FORCE_INLINE void store_halves(uint16_t* at, F4 x) {
+    vst1_u16(at, vreinterpret_u16_f16(vcvt_f16_f32(x)));
+}
+VALAR_FORCE_INLINE F4 load_bfloats(const void* at) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(static_cast<const uint16_t*>(at)), 16));
+}
+VALAR_FORCE_INLINE I4 load_signed_bytes(const void* at) {
+    int32_t four;
+    std::memcpy(&four, at, 4);
+    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
+
+VALAR_FORCE_INLINE B16 load_bytes(const void* at) {
+    return vld1q_s8(static_cast<const int8_t*>(at));
+}
+VALAR_FORCE_INLINE void store_bytes(void* at, B16 x) { vst1q_s8(static_cast<int8_t*>(at), x); }
+VALAR_FORCE_INLINE B16 byte_splat(int x) { return vdupq_n_s8(static_cast<int8_t>(x)); }
+VALAR_FORCE_INLINE B16 byte_sub(B16 a, B16 b) { return vsubq_s8(a, b); }
+VALAR_FORCE_INLINE B16 bit_and(B16 a, B16 b) { return vandq_s8(a, b); }
+VALAR_FORCE_INLINE B16 bit_or(B16 a, B16 b) { return vorrq_s8(a, b); }
+VALAR_FORCE_INLINE B16 bit_xor(B16 a, B16 b) { return veorq_s8(a, b); }
+template <int kShift>  // to the left, or right where negative, without sign
+VALAR_FORCE_INLINE B16 byte_shift(B16 x) {
+    const uint8x16_t bits = vreinterpretq_u8_s8(x);
+    if constexpr (kShift > 0) return vreinterpretq_s8_u8(vshlq_n_u8(bits, kShift));
+    else if constexpr (kShift < 0) return vreinterpretq_s8_u8(vshrq_n_u8(bits, -kShift));
+    else return x;
+}
+#endif  // VALAR_NEON_KERNELS
+
+// clang-format on
+
+// Scales of four rows (definition, 2).
+struct Scales {
+    F4 dw, m;
+    I4 sub[2];  // Q6_K
+};
+
+template <int I>
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at, size_t v) {
+    constexpr PackedLayout L = packed_layouts[I];
+    Scales out{};
+    if constexpr (L.bits == 6) {
+        out.dw = load_halves(head + 8 * v);
+        for (size_t i = 0; i < 2; i++) out.sub[i] = load_signed_bytes(at + 16 * i + 4 * v);
+    } else if constexpr (L.head_bytes != 0) {  // six bits: signed or not
+        out.dw = mul(load_halves(head + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
+        out.m = negate(
+            mul(load_halves(head + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
+    } else {
+        out.dw = load_halves(at + 8 * v);
+        if constexpr (L.minimum) out.m = load_halves(at + 32 + 8 * v);
+    }
+    return out;
+}
+
+// Codes of group G of four rows as signed bytes; those of 8 bits without their bias.
+template <int I, int G>
+VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
+    constexpr int bits = packed_layouts[I].bits, high = bits - 4;
+    if constexpr (bits == 8) return bit_xor(load_bytes(codes + 64 * G), byte_splat(-128));
+    else {
+        const B16 pair = load_bytes(codes + G / 2 * 64);
+        const B16 low = G % 2 ? byte_shift<-4>(pair) : bit_and(pair, byte_splat(15));
+        if constexpr (high == 0) return low;
+        else {
+            const B16 rest =
+                byte_shift<4 - G * high % 8>(load_bytes(codes + 256 + G * high / 8 * 64));
+            return bit_or(low, bit_and(rest, byte_splat(high == 1 ? 16 : 48)));
+        }
+    }
+}
+
+// A tile whose blocks were unpacked for many columns: 512 weights (bias taken out), a byte each in
+// the order of 8-bit codes; 16 dw; 16 m, or 16 + 16 sub-scales as integers.
+constexpr size_t kPanelBytes = 704;
+constexpr size_t kPanelBlocks = 24;
+
+template <int I, int G = 0>
+VALAR_FORCE_INLINE void fill_codes(const std::byte* codes, std::byte* panel) {
+    constexpr int bias = packed_layouts[I].bits == 8 ? 0 : packed_layouts[I].bias;
+    store_bytes(panel + 64 * G, byte_sub(load_codes4<I, G>(codes), byte_splat(bias)));
+    if constexpr (G < 7) fill_codes<I, G + 1>(codes, panel);
+}
+
+template <int I>
+void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
+    constexpr PackedLayout L = packed_layouts[I];
+    const std::byte *head = tile, *at = tile;
+    for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
+        if (b % L.blocks == 0) {
+            head = at;
+            at += L.head_bytes;
+        }
+        for (size_t v = 0; v < 4; v++) {
+            fill_codes<I>(at + L.scale_bytes + 16 * v, panel + 16 * v);
+            const Scales s = load_scales<I>(head, at, v);
+            store(reinterpret_cast<float*>(panel + 512 + 16 * v), s.dw);
+            if constexpr (L.minimum) store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
+            if constexpr (L.bits == 6)
+                for (size_t i = 0; i < 2; i++)
+                    std::memcpy(panel + 576 + 64 * i + 16 * v, &s.sub[i], 16);
+        }
+    }
+}
+
+template <int I>
+VALAR_FORCE_INLINE Scales panel_scales(const std::byte* at, size_t v) {
+    Scales out{};
+    out.dw = load(reinterpret_cast<const float*>(at + 512 + 16 * v));
+    if constexpr (packed_layouts[I].minimum)
+        out.m = load(reinterpret_cast<const float*>(at + 576 + 16 * v));
+    if constexpr (packed_layouts[I].bits == 6)
+        for (size_t i = 0; i < 2; i++) std::memcpy(&out.sub[i], at + 576 + 64 * i + 16 * v, 16);
+    return out;
+}
+
+// Signed weights or codes of group G, from a panel or the packed tile.
+template <int I, bool P, int G>
+VALAR_FORCE_INLINE B16 load_group(const std::byte* codes) {
+    if constexpr (P) return load_bytes(codes + 64 * G);
+    else return load_codes4<I, G>(codes);
+}
+
+// sums (C, 16) += tile (16 rows) x C planes, block after block. P: the tile is a panel. K: the
+// products; `part` has the sums of columns 0..15 and 16..31 apart where a type or latency asks.
+template <int I, int C>
+constexpr int sum_parts = packed_layouts[I].bits == 6 || C <= 4 ? 2 : 1;
+
+template <class K, int I, bool P, int C>
+VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
+                                   const ActivationBlock* const* planes, float* sums) {
+    constexpr PackedLayout L = packed_layouts[I];
+    constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<I, C>;
+    const std::byte *head = tile, *at = tile;
+    for (size_t b = 0; b < blocks; b++, at += P ? kPanelBytes : packed_block_bytes(L)) {
+        if (!P && b % L.blocks == 0) {
+            head = at;
+            at += L.head_bytes;
+        }
+        const ActivationBlock* a[C];
+        VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c] + b;
+        const typename K::template Operands<C> x(a);
+        for (size_t v = 0; v < 4; v++) {
+            I4 part[parts][C];  // starts as what the codes' bias adds, negated
+            VALAR_UNROLL for (int c = 0; c < C; c++) {
+                VALAR_UNROLL for (int p = 0; p < parts; p++) part[p][c] =
+                    int_splat(-bias * (parts == 2 ? a[c]->sum[p] : a[c]->sum[0] + a[c]->sum[1]));
+            }
+            K::template multiply<I, P, C>(x, at + (P ? 0 : L.scale_bytes) + 16 * v, part);
+            Scales s;
+            if constexpr (P) s = panel_scales<I>(at, v);
+            else s = load_scales<I>(head, at, v);
+            VALAR_UNROLL for (int c = 0; c < C; c++) {
+                float* sum = sums + 16 * c + 4 * v;
+                I4 exact = part[0][c];
+                if constexpr (L.bits == 6)
+                    exact = int_add(int_mul(exact, s.sub[0]), int_mul(part[1][c], s.sub[1]));
+                else if constexpr (parts == 2) exact = int_add(exact, part[1][c]);
+                F4 acc = fma(to_float(exact), mul(s.dw, splat(a[c]->d)), load(sum));
+                if constexpr (L.minimum) acc = fma(s.m, splat(a[c]->s), acc);
+                store(sum, acc);
+            }
+        }
+    }
+}
+
+using TileDot = void (*)(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
+                         float* sums);
+struct QuantKernels {
+    TileDot dot1, dot2;  // from the packed tile
+    void (*fill)(const std::byte* tile, size_t blocks, std::byte* panel);
+    TileDot dot4, dot8;  // from the panel that `fill` made
+};
+
+inline void write_sums(const MatmulTask& task, uint32_t tile, uint32_t first, uint32_t count,
+                       float (*sums)[16], uint32_t planes) {
+    const uint32_t row = tile * kTileRows, left = task.weights->rows - row;
+    for (uint32_t v = 0; v < count; v += planes) {
+        float* y = task.y + (first + v) / planes * task.y_stride + row;
+        for (uint32_t r = 0; r < kTileRows && r < left; r++)
+            y[r] = planes == 2 ? sums[v][r] + sums[v + 1][r] : sums[v][r];
+    }
+}
+
+constexpr uint32_t kAccColumns = 64;  // planes whose sums a tile keeps
+
+inline void matmul_quantized(const MatmulTask& task, const QuantKernels& k) {
+    const PackedMatrix& w = *task.weights;
+    const PackedLayout& layout = *find_layout(w.type);
+    const size_t blocks = w.cols / kActivationBlock;
+    const uint32_t all = task.columns * task.planes;
+    alignas(16) std::byte panel[kPanelBlocks * kPanelBytes];
+    alignas(16) float sums[kAccColumns][16];
+    for (uint32_t t = task.first_tile; t < task.last_tile; t++) {
+        const std::byte* tile = packed_tile(w, t);
+        for (uint32_t first = 0; first < all; first += kAccColumns) {
+            const uint32_t count = all - first < kAccColumns ? all - first : kAccColumns;
+            const ActivationBlock* base = task.blocks + first * blocks;
+            std::memset(sums, 0, sizeof sums);
+            const ActivationBlock* planes[8] = {base, base + blocks};
+            if (count <= 2) (count == 1 ? k.dot1 : k.dot2)(tile, blocks, planes, sums[0]);
+            for (size_t b = 0; count > 2 && b < blocks; b += kPanelBlocks) {
+                const size_t n = blocks - b < kPanelBlocks ? blocks - b : kPanelBlocks;
+                k.fill(tile + b / layout.blocks * packed_super_bytes(layout), n, panel);
+                for (uint32_t v = 0; v < count; v += 8) {
+                    for (uint32_t c = 0; c < 8; c++)  // the last one again to the end
+                        planes[c] = base + b + (v + c < count ? v + c : count - 1) * blocks;
+                    (count - v > 4 ? k.dot8 : k.dot4)(panel, n, planes, sums[v]);
+                }
+            }
+            write_sums(task, t, first, count, sums, task.planes);
+        }
+    }
+}
+
+template <TensorType kType>
+VALAR_FORCE_INLINE F4 load_values(const std::byte* at, size_t index) {
+    if constexpr (kType == TensorType::f32) return load(reinterpret_cast<const float*>(at) + index);
+    else if constexpr (kType == TensorType::f16) return load_halves(at + 2 * index);
+    else return load_bfloats(at + 2 * index);
+}
+
+template <TensorType kType, int C>
+void dot_values(const std::byte* tile, size_t cols, const float* const* x, float (*sums)[16]) {
+    F4 acc[C][4];
+    VALAR_UNROLL for (int i = 0; i < 4 * C; i++) acc[i / 4][i % 4] = splat(0);
+    for (size_t k = 0; k < cols; k++) {
+        F4 w[4];
+        VALAR_UNROLL for (size_t v = 0; v < 4; v++) w[v] = load_values<kType>(tile, 16 * k + 4 * v);
+        VALAR_UNROLL for (int c = 0; c < C; c++) {
+            const F4 one = splat(x[c][k]);
+            VALAR_UNROLL for (int v = 0; v < 4; v++) acc[c][v] = fma(w[v], one, acc[c][v]);
+        }
+    }
+    VALAR_UNROLL for (int i = 0; i < 4 * C; i++) store(sums[i / 4] + i % 4 * 4, acc[i / 4][i % 4]);
+}
+
+template <TensorType kType>
+void matmul_values(const MatmulTask& task) {
+    for (uint32_t t = task.first_tile; t < task.last_tile; t++) {
+        const std::byte* tile = packed_tile(*task.weights, t);
+        for (uint32_t first = 0; first < task.columns; first += 4) {
+            const uint32_t count = task.columns - first < 4 ? task.columns - first : 4;
+            const float* x[4];
+            for (uint32_t c = 0; c < 4; c++)
+                x[c] = task.x + (first + (c < count ? c : count - 1)) * task.x_stride;
+            alignas(16) float sums[4][16];
+            (count == 1 ? dot_values<kType, 1> : dot_values<kType, 4>)(tile, task.weights->cols, x,
+                                                                       sums);
+            write_sums(task, t, first, count, sums, 1);
+        }
+    }
+}
+
+// Nearest integers of x * inverse and their sums; x becomes what is left, x - d * h.
+VALAR_FORCE_INLINE void quantize_plane(F4 (&x)[8], float d, float inverse, ActivationBlock& out) {
+    alignas(16) int32_t h[kActivationBlock];
+    out.d = d;
+    VALAR_UNROLL for (int half = 0; half < 2; half++) {
+        I4 sum = int_splat(0);
+        VALAR_UNROLL for (int i = 4 * half; i < 4 * half + 4; i++) {
+            const I4 nearest = int_max(
+                int_min(nearest_product(x[i], splat(inverse)), int_splat(127)), int_splat(-127));
+            sum = int_add(sum, nearest);
+            x[i] = fma(splat(-d), to_float(nearest), x[i]);
+            std::memcpy(h + 4 * i, &nearest, sizeof nearest);
+        }
+        int32_t lanes[4];
+        std::memcpy(lanes, &sum, sizeof lanes);
+        out.sum[half] = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    }
+    for (uint32_t i = 0; i < kActivationBlock; i++) out.q[i] = static_cast<int8_t>(h[i]);
+    out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
+}
+
+void quantize(const float* x, size_t n, uint32_t planes, ActivationBlock* out) {
+    const size_t blocks = n / kActivationBlock;
+    for (size_t b = 0; b < blocks; b++, x += kActivationBlock) {
+        F4 v[8];
+        I4 largest = int_splat(0);
+        VALAR_UNROLL for (int i = 0; i < 8; i++) {
+            v[i] = load(x + 4 * i);
+            largest = int_max(largest, magnitude_bits(v[i]));
+        }
+        int32_t lanes[4], top = 0;
+        std::memcpy(lanes, &largest, sizeof lanes);
+        for (int32_t lane : lanes) top = lane > top ? lane : top;
+        const float amax = std::bit_cast<float>(top);
+        if (!(amax >= 0x1p-100f && amax <= 0x1.fffffep127f)) {  // zero, or not finite: rare
+            scalar::quantize_block(x, planes, blocks, out + b);
+            continue;
+        }
+        const float d = amax / 127.0f, inverse = 127.0f / amax;
+        quantize_plane(v, d, inverse, out[b]);
+        if (planes > 1) quantize_plane(v, d / 254.0f, inverse * 254.0f, out[blocks + b]);
+    }
+}
+
+VALAR_FORCE_INLINE float sum_of_lanes(const F4 (&lanes)[4]) {
+    float four[4];
+    store(four, add(add(lanes[0], lanes[2]), add(lanes[1], lanes[3])));
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
+    F4 lanes[4] = {splat(0), splat(0), splat(0), splat(0)};
+    alignas(16) float rest[16] = {};  // 0 * 0 adds nothing
+    for (size_t i = n / 16 * 16; i < n; i++) rest[i % 16] = x[i];
+    for (size_t i = 0; i < n; i += 16) {
+        const float* at = i + 16 <= n ? x + i : rest;
+        VALAR_UNROLL for (int j = 0; j < 4; j++) {
+            const F4 v = load(at + 4 * j);
+            lanes[j] = fma(v, v, lanes[j]);
+        }
+    }
+    const float factor = 1.0f / std::sqrt(sum_of_lanes(lanes) / static_cast<float>(n) + eps);
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) store(y + i, mul(mul(load(x + i), splat(factor)), load(weight + i)));
+    for (; i < n; i++) y[i] = (x[i] * factor) * weight[i];
+}
+
+void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+          const float* cos_sin) {
+    const uint32_t pairs = n_rot / 2;
+    for (uint32_t head = 0; head < n_heads; head++, x += head_dim) {
+        uint32_t i = 0;
+        for (; i + 4 <= pairs; i += 4) {
+            float *low = neox ? x + i : x + 2 * i, *high = neox ? x + pairs + i : low + 4;
+            const F4 u = load(low), v = load(high), turn = load(cos_sin + 2 * i),
+                     next = load(cos_sin + 2 * i + 4);
+            const F4 a = neox ? u : even_lanes(u, v), b = neox ? v : odd_lanes(u, v);
+            const F4 c = even_lanes(turn, next), s = odd_lanes(turn, next);
+            const F4 first = fma(a, c, negate(mul(b, s))), second = fma(a, s, mul(b, c));
+            store(low, neox ? first : zip_low(first, second));
+            store(high, neox ? second : zip_high(first, second));
+        }
+        for (; i < pairs; i++)
+            scalar::rotate(x[neox ? i : 2 * i], x[neox ? i + pairs : 2 * i + 1], cos_sin[2 * i],
+                           cos_sin[2 * i + 1]);
+    }
+}
+
+void scale(float* x, float factor, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) store(x + i, mul(load(x + i), splat(factor)));
+    for (; i < n; i++) x[i] *= factor;
+}
+
+void add_to(float* x, const float* y, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) store(x + i, add(load(x + i), load(y + i)));
+    for (; i < n; i++) x[i] += y[i];
+}
+
+VALAR_FORCE_INLINE F4 exp4(F4 x) {
+    const F4 v = at_most(x, splat(kExpMost));
+    const I4 k = nearest_product(v, splat(kLog2e));
+    const F4 minus_k = negate(to_float(k));
+    const F4 r = fma(minus_k, splat(kLn2Low), fma(minus_k, splat(kLn2High), v));
+    F4 p = splat(exp_coefficients[6]);
+    VALAR_UNROLL for (int i = 5; i >= 0; i--) p = fma(p, r, splat(exp_coefficients[i]));
+    return zero_where_less(mul(p, power_of_two(k)), x, splat(kExpLeast));
+}
+
+void silu_mul(float* gate, const float* up, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const F4 x = load(gate + i);
+        const F4 silu = div(x, add(splat(1.0f), exp4(negate(x))));
+        store(gate + i, mul(silu, load(up + i)));
+    }
+    for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
+}
+
+void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+              void* key_group, void* value_group) {
+    const size_t whole = head_dim / 4 * 4;
+    if (type == KvType::f32 || whole != head_dim)
+        return scalar::store_kv(type, k, v, head_dim, slot, key_group, value_group);
+    uint16_t* keys = static_cast<uint16_t*>(key_group) + slot;
+    uint16_t* values = static_cast<uint16_t*>(value_group) + slot * whole;
+    for (size_t e = 0; e < whole; e += 4) {
+        uint16_t halves[4];
+        store_halves(halves, load(k + e));
+        for (size_t i = 0; i < 4; i++) keys[(e + i) * kKeyGroup] = halves[i];
+        store_halves(values + e, load(v + e));
+    }
+}
+
+template <KvType kType>
+VALAR_FORCE_INLINE F4 load_kv(const void* group, size_t index) {
+    if constexpr (kType == KvType::f16)
+        return load_halves(static_cast<const uint16_t*>(group) + index);
+    else return load(static_cast<const float*>(group) + index);
+}
+
+// Scores of one query to weights. What nobody may see in a group that is seen gets weight 0.
+inline void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
+    constexpr float hidden = -std::numeric_limits<float>::infinity();
+    const uint32_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
+    for (uint32_t j = first; j < begin; j++) p[j] = hidden;
+    for (uint32_t j = end; j < last; j++) p[j] = hidden;
+    F4 top = splat(hidden);
+    for (uint32_t j = first; j < last; j += 4) top = greater_of(top, load(p + j));
+    float four[4];
+    store(four, top);
+    *max = hidden;
+    for (float lane : four) *max = lane > *max ? lane : *max;
+    *max += 0.0f;
+    F4 lanes[4] = {splat(0), splat(0), splat(0), splat(0)};
+    for (uint32_t j = first; j < last; j += 16) {
+        VALAR_UNROLL for (uint32_t i = 0; i < 4; i++) {
+            const F4 weight = exp4(sub(load(p + j + 4 * i), splat(*max)));
+            lanes[i] = add(lanes[i], weight);
+            store(p + j + 4 * i, weight);
+        }
+    }
+    *sum = sum_of_lanes(lanes);
+}
+
+// Q queries from `query` on that see the same positions.
+template <KvType kType, uint32_t Q>
+void attend(const AttentionTask& task, uint32_t query) {
+    const uint32_t begin = task.begin[query], end = task.end[query];
+    const float* q = task.q + query * task.q_stride;
+    float* out = task.out + query * task.out_stride;
+    alignas(16) float p[Q][kSegment];
+    for (uint32_t group = begin / 16; group * 16 < end; group++) {
+        F4 acc[Q][4];
+        VALAR_UNROLL for (uint32_t i = 0; i < 4 * Q; i++) acc[i / 4][i % 4] = splat(0);
+        for (size_t e = 0; e < task.head_dim; e++) {
+            F4 key[4];
+            VALAR_UNROLL for (size_t v = 0; v < 4; v++) key[v] =
+                load_kv<kType>(task.keys[group], 16 * e + 4 * v);
+            VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
+                const F4 one = splat(q[i * task.q_stride + e]);
+                VALAR_UNROLL for (size_t v = 0; v < 4; v++) acc[i][v] = fma(one, key[v], acc[i][v]);
+            }
+        }
+        VALAR_UNROLL for (uint32_t i = 0; i < 4 * Q; i++)
+            store(p[i / 4] + 16 * group + i % 4 * 4, acc[i / 4][i % 4]);
+    }
+    for (uint32_t i = 0; i < Q; i++)
+        weigh(p[i], begin, end, task.max + query + i, task.sum + query + i);
+    size_t e = 0;
+    constexpr uint32_t W = 4;  // vectors of values at a time
+    for (; e + 4 * W <= task.head_dim; e += 4 * W) {
+        F4 acc[Q][W];
+        VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) acc[i / W][i % W] = splat(0);
+        for (uint32_t j = begin; j < end; j++) {
+            F4 value[W];
+            VALAR_UNROLL for (size_t v = 0; v < W; v++) value[v] =
+                load_kv<kType>(task.values[j / 16], j % 16 * task.head_dim + e + 4 * v);
+            VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
+                const F4 one = splat(p[i][j]);
+                VALAR_UNROLL for (size_t v = 0; v < W; v++) acc[i][v] =
+                    fma(one, value[v], acc[i][v]);
+            }
+        }
+        VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++)
+            store(out + i / W * task.out_stride + e + i % W * 4, acc[i / W][i % W]);
+    }
+    for (; e < task.head_dim; e++) {
+        for (uint32_t i = 0; i < Q; i++) {
+            float acc = 0;
+            for (uint32_t j = begin; j < end; j++)
+                acc = fma_once(
+                    p[i][j],
+                    scalar::read_kv(kType, task.values[j / 16], j % 16 * task.head_dim + e), acc);
+            out[i * task.out_stride + e] = acc;
+        }
+    }
+}
+
+void attention(const AttentionTask& task) {
+    using Attend = void (*)(const AttentionTask&, uint32_t);
+    constexpr Attend together[2][4] = {{attend<KvType::f16, 1>, attend<KvType::f16, 2>,
+                                        attend<KvType::f16, 3>, attend<KvType::f16, 4>},
+                                       {attend<KvType::f32, 1>, attend<KvType::f32, 2>,
+                                        attend<KvType::f32, 3>, attend<KvType::f32, 4>}};
+    for (uint32_t query = 0, count; query < task.queries; query += count) {
+        for (count = 1; count < 4 && query + count < task.queries; count++)
+            if (task.begin[query + count] != task.begin[query] ||
+                task.end[query + count] != task.end[query])
+                break;
+        if (task.begin[query] < task.end[query])
+            together[task.kv_type == KvType::f32][count - 1](task, query);
+    }
+}
+
+void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
+                     size_t n) {
+    const float most = m > *max ? m : *max;
+    const float a = exp_once(*max - most), b = exp_once(m - most);
+    *max = most;
+    *sum = fma_once(l, b, *sum * a);
+    size_t e = 0;
+    for (; e + 4 <= n; e += 4)
+        store(out + e, fma(load(o + e), splat(b), mul(load(out + e), splat(a))));
+    for (; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
+}
+
+// Panels differ by what their weights reach and by minimum: some types share theirs.
+template <class K, int I, int kTwin = I>
+constexpr QuantKernels quant_kernels = {
+    K::Narrow::template dot_tile<I, false, 1>, K::Narrow::template dot_tile<I, false, 2>,
+    fill_panel<I>, K::template dot_tile<kTwin, true, 4>, K::template dot_tile<kTwin, true, 8>};
+
+template <class K>
+void matmul(const MatmulTask& task) {
+    static constexpr QuantKernels quantized[] = {
+        quant_kernels<K, 0, 2>, quant_kernels<K, 1, 5>, quant_kernels<K, 2>, quant_kernels<K, 3>,
+        quant_kernels<K, 4, 5>, quant_kernels<K, 5>,    quant_kernels<K, 6>};
+    switch (task.weights->type) {
+        case TensorType::f32:
+            return matmul_values<TensorType::f32>(task);
+        case TensorType::f16:
+            return matmul_values<TensorType::f16>(task);
+        case TensorType::bf16:
+            return matmul_values<TensorType::bf16>(task);
+        default:
+            return matmul_quantized(task,
+                                    quantized[find_layout(task.weights->type) - packed_layouts]);
+    }
+}
+
+template <class K>
+constexpr Kernels kernels_with(const char* name) {
+    return {name,   quantize, matmul<K>, rms_norm,  rope,           scale,
+            add_to, silu_mul, store_kv,  attention, attention_merge};
+}
+
+}  // namespace lanes4
+}  // namespace
+#endif  // VALAR_NEON_KERNELS
+
+#if VALAR_NEON_KERNELS
+namespace {
+
+struct ArmFeatures {
+    bool dotprod = false, i8mm = false;
+};
+
+#if defined(__APPLE__)
+inline bool apple_feature(const char* name) {
+    int present = 0;
+    size_t size = sizeof present;
+    return sysctlbyname(name, &present, &size, nullptr, 0) == 0 && present;
+}
+#endif
+
+inline ArmFeatures arm_features() {
+#if defined(__linux__)
+    return {(getauxval(AT_HWCAP) & 1u << 20) != 0, (getauxval(AT_HWCAP2) & 1u << 13) != 0};
+#elif defined(__APPLE__)
+    return {apple_feature("hw.optional.arm.FEAT_DotProd"),
+            apple_feature("hw.optional.arm.FEAT_I8MM")};
+#elif defined(_WIN32)  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_I8MM_...
+    return {IsProcessorFeaturePresent(43) != 0, IsProcessorFeaturePresent(66) != 0};
+#else
+    ArmFeatures built;
+#if defined(__ARM_FEATURE_DOTPROD)
+    built.dotprod = true;
+#endif
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    built.i8mm = true;
+#endif
+    return built;
+#endif
+}
+
+}  // namespace
+
+// ---- NEON: widening products -----------------------------------------------------------------
+
+namespace {
+namespace neon {
+
+using namespace lanes4;
+
+struct Products {
+    using Narrow = Products;
+    template <int C>
+    struct Operands {
+        const ActivationBlock* const* a;
+        explicit Operands(const ActivationBlock* const* blocks) : a(blocks) {}
+    };
+
+    static VALAR_FORCE_INLINE void add_products(int16x8_t& low, int16x8_t& high, B16 w, B16 x) {
+        low = vmlal_s8(low, vget_low_s8(w), vget_low_s8(x));
+        high = vmlal_high_s8(high, w, x);
+    }
+
+    // Sixteen bits hold four products of codes of up to 6 bits (63 * 127 * 4), or two of 8 bits.
+    template <int I, bool P, int H, int C, int N>
+    static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
+                                                 I4 (&part)[N][C]) {
+        const B16 w[4] = {load_group<I, P, 4 * H>(codes), load_group<I, P, 4 * H + 1>(codes),
+                          load_group<I, P, 4 * H + 2>(codes), load_group<I, P, 4 * H + 3>(codes)};
+        VALAR_UNROLL for (int c = 0; c < C; c++) {
+            const int32x4_t four = vreinterpretq_s32_s8(load_bytes(x.a[c]->q + 16 * H));
+            const B16 x0 = vreinterpretq_s8_s32(vdupq_laneq_s32(four, 0)),
+                      x1 = vreinterpretq_s8_s32(vdupq_laneq_s32(four, 1)),
+                      x2 = vreinterpretq_s8_s32(vdupq_laneq_s32(four, 2)),
+                      x3 = vreinterpretq_s8_s32(vdupq_laneq_s32(four, 3));
+            int16x8_t low = vmull_s8(vget_low_s8(w[0]), vget_low_s8(x0)),
+                      high = vmull_high_s8(w[0], x0);
+            add_products(low, high, w[1], x1);
+            I4 low_sums, high_sums;
+            if constexpr (packed_layouts[I].bits == 8) {
+                low_sums = vpaddlq_s16(low);
+                high_sums = vpaddlq_s16(high);
+                low = vmull_s8(vget_low_s8(w[2]), vget_low_s8(x2));
+                high = vmull_high_s8(w[2], x2);
+                add_products(low, high, w[3], x3);
+                low_sums = vpadalq_s16(low_sums, low);
+                high_sums = vpadalq_s16(high_sums, high);
+            } else {
+                add_products(low, high, w[2], x2);
+                add_products(low, high, w[3], x3);
+                low_sums = vpaddlq_s16(low);
+                high_sums = vpaddlq_s16(high);
+            }
+            I4& sum = part[N == 2 ? H : 0][c];
+            sum = vaddq_s32(sum, vpaddq_s32(low_sums, high_sums));
+        }
+    }
+
+    template <int I, bool P, int C, int N>
+    static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const std::byte* codes,
+                                            I4 (&part)[N][C]) {
+        multiply_half<I, P, 0>(x, codes, part);
+        multiply_half<I, P, 1>(x, codes, part);
+    }
+
+    template <int I, bool P, int C>
+    static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
+                         float* sums) {
+        dot_blocks<Products, I, P, C>(tile, blocks, planes, sums);
+    }
+};
+
+constexpr Kernels kernels = kernels_with<Products>("neon");
+
+}  // namespace neon
+}  // namespace
+
+// ---- NEON dotprod: four products and their sum in each lane ----------------------------------
+//
+// GNU compilers get the two instructions by name: clang before 16 has no intrinsics for them where
+// the whole build does not have the feature.
+
+#if !defined(__GNUC__)
+#define VALAR_FLATTEN
+#define VALAR_ARM_TARGET_DOTPROD ""
+#define VALAR_ARM_TARGET_I8MM ""
+#define VALAR_SDOT(sum, w, x, lane) sum = vdotq_laneq_s32(sum, w, x, lane)
+#define VALAR_SMMLA(sum, w, x) sum = vmmlaq_s32(sum, w, x)
+#else
+// dot_blocks has the build's own instructions, so `multiply` cannot be inlined before dot_blocks is.
+#define VALAR_FLATTEN __attribute__((flatten))
+#if defined(__clang__)
+#define VALAR_ARM_TARGET_DOTPROD "dotprod"
+#define VALAR_ARM_TARGET_I8MM "dotprod,i8mm"
+#else
+#define VALAR_ARM_TARGET_DOTPROD "arch=armv8.2-a+dotprod"
+#define VALAR_ARM_TARGET_I8MM "arch=armv8.2-a+dotprod+i8mm"
+#endif
+#define VALAR_SDOT(sum, w, x, lane) \
+    __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(sum) : "w"(w), "w"(x))
+#define VALAR_SMMLA(sum, w, x) __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x))
+#endif
+
+VALAR_TARGET_BEGIN(VALAR_ARM_TARGET_DOTPROD)
+namespace {
+namespace dotprod {
+
+using namespace lanes4;
+
+struct Products {
+    using Narrow = Products;
+    template <int C>
+    struct Operands {
+        const ActivationBlock* const* a;
+        explicit Operands(const ActivationBlock* const* blocks) : a(blocks) {}
+    };
+
+    template <int I, bool P, int H, int C, int N>
+    static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& operands,
+                                                 const std::byte* codes, I4 (&part)[N][C]) {
+        B16 x[C];
+        VALAR_UNROLL for (int c = 0; c < C; c++) x[c] = load_bytes(operands.a[c]->q + 16 * H);
+        I4(&sum)[C] = part[N == 2 ? H : 0];
+        B16 w = load_group<I, P, 4 * H>(codes);
+        VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 0);
+        w = load_group<I, P, 4 * H + 1>(codes);
+        VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 1);
+        w = load_group<I, P, 4 * H + 2>(codes);
+        VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 2);
+        w = load_group<I, P, 4 * H + 3>(codes);
+        VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 3);
+    }
+
+    template <int I, bool P, int C, int N>
+    static inline void multiply(const Operands<C>& x, const std::byte* codes, I4 (&part)[N][C]) {
+        multiply_half<I, P, 0>(x, codes, part);
+        multiply_half<I, P, 1>(x, codes, part);
+    }
+
+    template <int I, bool P, int C>
+    VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
+                                       const ActivationBlock* const* planes, float* sums) {
+        dot_blocks<Products, I, P, C>(tile, blocks, planes, sums);
+    }
+};
+
+constexpr Kernels kernels = kernels_with<Products>("dotprod");
+
+}  // namespace dotprod
+}  // namespace
+VALAR_TARGET_END
+
+// ---- NEON i8mm: two rows times two columns, eight products each, an instruction --------------
+
+VALAR_TARGET_BEGIN(VALAR_ARM_TARGET_I8MM)
+namespace {
+namespace i8mm {
+
+using namespace lanes4;
+
+struct Products {
+    using Narrow = dotprod::Products;  // two instructions are needed to pair rows
+    template <int C>
+    struct Operands {  // eight values of column 2i, then of column 2i + 1
+        B16 x[C / 2][4];
+        explicit Operands(const ActivationBlock* const* a) {
+            VALAR_UNROLL for (int i = 0; i < C; i++) {
+                const int64x2_t even = vreinterpretq_s64_s8(load_bytes(a[i & ~1]->q + i % 2 * 16)),
+                                odd = vreinterpretq_s64_s8(load_bytes(a[i | 1]->q + i % 2 * 16));
+                x[i / 2][i % 2 * 2] = vreinterpretq_s8_s64(vzip1q_s64(even, odd));
+                x[i / 2][i % 2 * 2 + 1] = vreinterpretq_s8_s64(vzip2q_s64(even, odd));
+            }
+        }
+    };
+
+    // Columns 8 J to 8 J + 7 of four rows. A sum is (row 0, row 1) x (column 2i, column 2i + 1).
+    template <int I, bool P, int J, int C>
+    static VALAR_FORCE_INLINE void multiply_step(const Operands<C>& operands,
+                                                 const std::byte* codes, I4 (&sum)[C / 2][2]) {
+        const I4 first = vreinterpretq_s32_s8(load_group<I, P, 2 * J>(codes)),
+                 second = vreinterpretq_s32_s8(load_group<I, P, 2 * J + 1>(codes));
+        const B16 low = vreinterpretq_s8_s32(vzip1q_s32(first, second)),
+                  high = vreinterpretq_s8_s32(vzip2q_s32(first, second));
+        VALAR_UNROLL for (int i = 0; i < C / 2; i++) {
+            VALAR_SMMLA(sum[i][0], low, operands.x[i][J]);
+            VALAR_SMMLA(sum[i][1], high, operands.x[i][J]);
+        }
+    }
+
+    template <int I, bool P, int C, int N>
+    static inline void multiply(const Operands<C>& x, const std::byte* codes, I4 (&part)[N][C]) {
+        I4 sum[C / 2][2];
+        VALAR_UNROLL for (int i = 0; i < C; i++) sum[i / 2][i % 2] = int_splat(0);
+        multiply_step<I, P, 0>(x, codes, sum);
+        multiply_step<I, P, 1>(x, codes, sum);
+        if constexpr (N == 2) take<0>(sum, part);
+        multiply_step<I, P, 2>(x, codes, sum);
+        multiply_step<I, P, 3>(x, codes, sum);
+        take<N - 1>(sum, part);
+    }
+
+    template <int kPart, int C, int N>
+    static VALAR_FORCE_INLINE void take(I4 (&sum)[C / 2][2], I4 (&part)[N][C]) {
+        VALAR_UNROLL for (int i = 0; i < C / 2; i++) {
+            I4 *even = &part[kPart][2 * i], *odd = even + 1;
+            *even = int_add(*even, vuzp1q_s32(sum[i][0], sum[i][1]));
+            *odd = int_add(*odd, vuzp2q_s32(sum[i][0], sum[i][1]));
+            sum[i][0] = sum[i][1] = int_splat(0);
+        }
+    }
+
+    template <int I, bool P, int C>
+    VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
+                                       const ActivationBlock* const* planes, float* sums) {
+        dot_blocks<Products, I, P, C>(tile, blocks, planes, sums);
+    }
+};
+
+constexpr Kernels kernels = kernels_with<Products>("i8mm");
+
+}  // namespace i8mm
+}  // namespace
+VALAR_TARGET_END
+#endif  // VALAR_NEON_KERNELS
+
 // ---- Floating-point state --------------------------------------------------------------------
 
 // Denormals are kept, nearest even, all exceptions masked: the reset state of each control
@@ -8518,6 +9378,11 @@ struct KernelList {
         else if (cpu.avx512) tables[count++] = &avx2::evex_kernels;
 #endif
         if (cpu.avx512) tables[count++] = &avx512::kernels;
+#elif VALAR_NEON_KERNELS
+        const ArmFeatures cpu = arm_features();
+        tables[count++] = &neon::kernels;
+        if (cpu.dotprod) tables[count++] = &dotprod::kernels;
+        if (cpu.dotprod && cpu.i8mm) tables[count++] = &i8mm::kernels;
 #endif
     }
 };

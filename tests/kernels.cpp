@@ -498,7 +498,7 @@ static void compare_products(TensorType type, uint32_t rows, uint32_t cols,
     const uint32_t most = *std::max_element(column_choices.begin(), column_choices.end());
     const std::vector<float> x = random.values(most * cols, rows % 2 == 0);
     const size_t stride = rows + 3;
-    for (uint32_t planes = 1; planes <= (is_float(type) ? 1u : 2u); planes++) {
+    for (uint32_t planes = 1; planes <= 2; planes++) {
         const auto blocks = is_float(type) ? std::vector<ActivationBlock>{}
                                            : quantized(scalar(), x, most, planes);
         std::vector<float> expected(most * stride, 7.0f);
