@@ -14249,7 +14249,8 @@ constexpr uint32_t kMaxBatchRows  = 65536;
 constexpr uint32_t kMaxPageTokens = 4096;
 constexpr uint32_t kQueryRows     = 16;         // rows of a sequence that attend together
 constexpr uint64_t kJoinWork      = 1 << 16;    // products that are not worth a fork-join
-constexpr uint64_t kClaimColumns  = 8;          // from here on tiles are claimed one by one
+constexpr uint64_t kClaimColumns  = 8;          // from here on units are claimed, a few at a time
+constexpr uint64_t kClaimUnits    = 8;          // at most: tiles that share a read of the columns
 constexpr uint64_t kSliceNs       = 200'000;    // between two looks at the deadline
 constexpr uint64_t kLoadBytes     = 1 << 20;    // of the file, a thread, between two looks
 
@@ -14542,7 +14543,8 @@ public:
 
 private:
     // A stage is cut into units: rows, tiles of weights or attention units. `job` does units
-    // first .. last - 1; it is called once for each thread, or, where `claimed`, once a unit.
+    // first .. last - 1; it is called once for each thread, or, where `claimed`, for a few units
+    // at a time (attention: one).
     struct Stage {
         uint64_t (CpuBackend::*units)() const;
         uint64_t (CpuBackend::*work)() const;  // products of a unit, about
@@ -14556,7 +14558,7 @@ private:
         const Stage* stage;
         uint32_t     first, last;
         std::atomic<uint32_t> claim;
-        bool         claimed;
+        uint32_t     claim_units;  // 0: each thread takes its share
     };
     struct PackJob {
         const LoadItem*  item;
@@ -14858,8 +14860,13 @@ void CpuBackend::run_slice() {
     }
     const uint64_t start = has_deadline_ ? monotonic_ns() : 0;
     const uint64_t count = last - unit_;
+    // Kernels take tiles in pairs; four claims a thread even out what the threads are held up by.
+    const uint64_t few = std::min(kClaimUnits, count / (4 * sizes_.parts)) & ~uint64_t{1};
+    const uint64_t claim_units = stage.claimed                     ? 1
+                                 : rows_.size() >= kClaimColumns ? std::max<uint64_t>(2, few)
+                                                                 : 0;
     Slice slice{this, &stage, unit_, static_cast<uint32_t>(last), {unit_},
-                stage.claimed || rows_.size() >= kClaimColumns};
+                static_cast<uint32_t>(claim_units)};
     if (count == 1 || count * work < kJoinWork) (this->*stage.job)(slice.first, slice.last, 0);
     else team_->run(run_part, &slice);
     if (has_deadline_ && count * work >= kJoinWork)
@@ -14876,9 +14883,9 @@ void CpuBackend::run_slice() {
 void CpuBackend::run_part(void* context, uint32_t part, uint32_t parts) {
     Slice& slice = *static_cast<Slice*>(context);
     const auto job = slice.stage->job;
-    if (slice.claimed) {
-        for (uint32_t i; (i = slice.claim.fetch_add(1, std::memory_order_relaxed)) < slice.last;)
-            (slice.self->*job)(i, i + 1, part);
+    if (const uint32_t n = slice.claim_units) {
+        for (uint32_t i; (i = slice.claim.fetch_add(n, std::memory_order_relaxed)) < slice.last;)
+            (slice.self->*job)(i, std::min(i + n, slice.last), part);
         return;
     }
     const uint64_t count = slice.last - slice.first;
