@@ -7182,9 +7182,12 @@ inline void read_source_block(TensorType type, const std::byte* row, size_t bloc
     }
 }
 
-inline void pack_tile(const PackedLayout& layout, const std::byte* source, size_t row_bytes,
-                      uint32_t rows, size_t blocks, std::byte* out) {
-    for (size_t b = 0; b < blocks; b++) {
+// One function a type: with the layout a constant, the loops below have no branches left.
+template <size_t layout_index>
+void pack_tile(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
+               std::byte* out) {
+    constexpr const PackedLayout& layout = packed_layouts[layout_index];
+    for (size_t b = 0; b < cols / kActivationBlock; b++) {
         std::byte* head = out;
         if (b % layout.blocks == 0) out += layout.head_bytes;
         else head = nullptr;
@@ -7202,12 +7205,25 @@ inline void pack_tile(const PackedLayout& layout, const std::byte* source, size_
     }
 }
 
-inline void pack_float_tile(size_t bytes, const std::byte* source, uint32_t rows, size_t cols,
-                            std::byte* out) {
-    for (size_t c = 0; c < cols; c++)
+// A few columns of every row at a time: rows that lie a power of two apart share few cache lines.
+template <size_t bytes>
+void pack_float_tile(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
+                     std::byte* out) {
+    constexpr size_t piece = 32;
+    for (size_t first = 0; first < cols; first += piece)
         for (uint32_t r = 0; r < rows; r++)
-            std::memcpy(out + (c * kTileRows + r) * bytes, source + (r * cols + c) * bytes, bytes);
+            for (size_t c = first; c < std::min(cols, first + piece); c++)
+                std::memcpy(out + (c * kTileRows + r) * bytes, source + r * row_bytes + c * bytes,
+                            bytes);
 }
+
+using PackTile = void (*)(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
+                          std::byte* out);
+constexpr PackTile pack_functions[] = {  // in the order of packed_layouts
+    pack_tile<0>, pack_tile<1>, pack_tile<2>, pack_tile<3>, pack_tile<4>, pack_tile<5>,
+    pack_tile<6>, pack_float_tile<4>, pack_float_tile<2>, pack_float_tile<2>,
+};
+static_assert(std::size(pack_functions) == std::size(packed_layouts));
 
 inline float packed_float(TensorType type, const std::byte* tile, size_t index) {
     if (type == TensorType::f32) return std::bit_cast<float>(load32(tile + 4 * index));
@@ -7242,8 +7258,7 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
                                 : cols / (32 * layout.blocks) * packed_super_bytes(layout);
         if (count < kTileRows) std::memset(out, 0, tile_bytes);
         else std::memset(out + used, 0, tile_bytes - used);
-        if (layout.float_bytes) pack_float_tile(layout.float_bytes, source, count, cols, out);
-        else pack_tile(layout, source, row_bytes, count, cols / kActivationBlock, out);
+        pack_functions[&layout - packed_layouts](source, row_bytes, count, cols, out);
         source += row_bytes * kTileRows;
         out += tile_bytes;
     }
