@@ -1936,9 +1936,9 @@ struct EngineOptions {
     void*        parallel_for_host = nullptr;
     LogSink      log            = {};
     uint32_t     max_running    = 16;   ///< requests computed side by side
-    uint64_t     memory_limit   = 0;    ///< bytes of all that memory_plan() counts; what weights and
-                                        ///< scratch leave is for keys and values. 0: keys and values
-                                        ///< of two full contexts
+    uint64_t     memory_limit   = 0;    ///< bytes of all that memory_plan() counts; what weights
+                                        ///< and scratch leave is for keys and values. 0: keys and
+                                        ///< values of two full contexts
     uint32_t     page_tokens    = 16;   ///< positions a page of keys and values, a multiple of 16
     bool         prefix_cache   = true; ///< keep what was computed for requests that begin alike
     bool         share_prefixes = false;  ///< among organisations too: for a single tenant
@@ -1982,8 +1982,8 @@ private:
 };
 
 /// A loaded model that answers requests. Movable handle over an object with a stable address.
-/// Threads: submit, count_tokens, responder, is_loaded, load_progress from any thread; step, start, stop and the
-/// destructor from one at a time. step() after start() is an error, not a race.
+/// Threads: submit, count_tokens, responder, is_loaded, load_progress from any thread; step, start,
+/// stop and the destructor from one at a time. step() after start() is an error, not a race.
 class VALAR_API Engine {
 public:
     /// Loads the whole model. Errors name the file, key, tensor or option.
@@ -14469,7 +14469,8 @@ uint32_t cpu_parts(const BackendOptions& options) {
 
 uint64_t cpu_positions(const BackendOptions& options) {
     const uint64_t most = options.max_positions ? options.max_positions : ModelSpec::max_context;
-    return std::min({uint64_t{options.kv_pages} * options.page_tokens, ModelSpec::max_context, most});
+    return std::min({uint64_t{options.kv_pages} * options.page_tokens, ModelSpec::max_context,
+                     most});
 }
 
 CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
@@ -15534,7 +15535,7 @@ constexpr uint32_t kMaxLogprobs    = 20;
 constexpr size_t   kMaxStops       = 16;           // stop strings of a request, and their bytes
 constexpr size_t   kMaxStopBytes   = 256;
 constexpr uint32_t kMaxDraft       = 15;           // with the row before them a tile of columns
-constexpr uint32_t kFirstDraft     = 8;
+constexpr uint32_t kFirstDraft     = 5;            // six columns are cheap to multiply
 constexpr uint32_t kLeastDraft     = 2;
 constexpr uint32_t kMinMatch       = 3;            // tokens that must have stood together before
 constexpr uint32_t kMaxMatch       = 8;            // that make a better match no longer
