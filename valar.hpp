@@ -42,7 +42,7 @@
 //     >>model       ModelSpec: what a network is, as data
 //     >>backend     the interface of a device; the CPU
 //     >>sampler     logits to token
-//     >>engine      Engine and Reply: queue, step(), streaming, cancellation
+//     >>engine      Engine and Reply: scheduling, batches, prefix cache, step(), streaming
 //     >>http        HTTP/1.1: parser, event loop, client
 //     >>store       the records of finished responses
 //     >>server      the routes of the Responses API
