@@ -7626,7 +7626,8 @@ struct TileKernels {
 constexpr uint32_t kBatchColumns = 72;  // whose sums a pair of tiles keeps
 constexpr size_t kChunk = 32;           // blocks that stay in a near cache for all columns
 constexpr size_t kChunkFloats = 512;
-constexpr size_t kStreamAhead = 1024;
+constexpr size_t kAheadOne = 1024;  // best prefetch distances measured: for one or two columns,
+constexpr size_t kAheadFew = 6144;  // for as many as one call takes
 
 // Columns that meet a pair of tiles, and where their data lies.
 struct ColumnBatch {
@@ -7662,7 +7663,9 @@ inline void dot_batch(const PackedLayout& layout, const TileKernels& k,
                       columns,
                       units - u < chunk ? units - u : chunk,
                       sums,
-                      once ? kStreamAhead : chunk_bytes,
+                      !once             ? chunk_bytes
+                      : batch.count > 2 ? kAheadFew
+                                        : kAheadOne,
                       (batch.count + most - 1) / most,
                       0};
         for (uint32_t v = 0; v < batch.count; step.phase++) {
