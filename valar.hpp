@@ -1446,7 +1446,7 @@ public:
     FloatState& operator=(const FloatState&) = delete;
 
 private:
-    uint64_t saved_;
+    [[maybe_unused]] uint64_t saved_;
 };
 
 }  // namespace detail
@@ -2521,6 +2521,8 @@ private:
 #if defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#elif defined(__wasm_simd128__) && !defined(VALAR_NO_SIMD)
+#include <wasm_simd128.h>
 #endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -2658,7 +2660,11 @@ uint64_t posix_clock_ns(clockid_t clock) {
 }  // namespace
 
 uint64_t monotonic_ns() { return posix_clock_ns(CLOCK_MONOTONIC); }
+#if defined(__wasi__)  // one thread, one clock
+uint64_t thread_cpu_ns() { return monotonic_ns(); }
+#else
 uint64_t thread_cpu_ns() { return posix_clock_ns(CLOCK_THREAD_CPUTIME_ID); }
+#endif
 int64_t unix_time_ms() { return int64_t(posix_clock_ns(CLOCK_REALTIME) / 1'000'000u); }
 
 #endif
@@ -2699,6 +2705,10 @@ struct FileHandle {  // closes itself
 };
 
 #else
+
+#if defined(__wasi__)  // there mmap only reads and allocates: nothing to advise
+int madvise(void*, size_t, int) { return 0; }
+#endif
 
 void* map_pages(size_t size) {
     void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
@@ -2976,15 +2986,19 @@ void* thread_entry(void* start) {
 // The host's signals go to the host's threads; only those of a fault may strike here.
 uintptr_t start_thread(ThreadStart* start) {
     static_assert(sizeof(pthread_t) <= sizeof(uintptr_t));
+#if !defined(__wasi__)  // it has no signals
     sigset_t blocked, before;
     sigfillset(&blocked);
     for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGPROF})
         sigdelset(&blocked, fault);
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
+#endif
     pthread_t thread{};
     errno = pthread_create(&thread, nullptr, thread_entry, start);
     const bool started = errno == 0;
+#if !defined(__wasi__)
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
     uintptr_t handle = 0;
     if (started) std::memcpy(&handle, &thread, sizeof thread);
     return handle;
@@ -7248,7 +7262,7 @@ uint64_t packed_tile_bytes(TensorType type, uint32_t cols) {
 void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
                 uint32_t first_tile, uint32_t last_tile, std::byte* out) {
     const PackedLayout& layout = *find_layout(type);
-    const uint64_t tile_bytes = packed_tile_bytes(type, cols);
+    const size_t tile_bytes = static_cast<size_t>(packed_tile_bytes(type, cols));
     const TypeInfo& info = *type_info(type);
     const size_t row_bytes = size_t{cols} / info.block_size * info.block_bytes;
     for (uint32_t tile = first_tile; tile < last_tile; tile++) {
@@ -8491,7 +8505,7 @@ VALAR_TARGET_END
 
 #endif  // VALAR_X86_KERNELS
 
-// ---- Vectors of 128 bits: NEON ---------------------------------------------------------------
+// ---- Vectors of 128 bits: NEON, WASM SIMD128 -------------------------------------------------
 //
 // Four rows, or four elements, a vector. What the instruction sets differ in comes first; the
 // kernels after it are written once. For integer products an instruction set brings a class
@@ -8504,8 +8518,13 @@ VALAR_TARGET_END
 #else
 #define VALAR_NEON_KERNELS 0
 #endif
+#if defined(__wasm_simd128__) && !defined(VALAR_NO_SIMD)
+#define VALAR_WASM_KERNELS 1
+#else
+#define VALAR_WASM_KERNELS 0
+#endif
 
-#if VALAR_NEON_KERNELS
+#if VALAR_NEON_KERNELS || VALAR_WASM_KERNELS
 namespace {
 namespace lanes4 {
 
@@ -8582,6 +8601,112 @@ VALAR_FORCE_INLINE B16 byte_shift(B16 x) {
 }
 #endif  // VALAR_NEON_KERNELS
 
+#if VALAR_WASM_KERNELS
+using F4 = v128_t;
+using I4 = v128_t;
+using B16 = v128_t;
+
+VALAR_FORCE_INLINE F4 load(const float* at) { return wasm_v128_load(at); }
+VALAR_FORCE_INLINE void store(float* at, F4 x) { wasm_v128_store(at, x); }
+VALAR_FORCE_INLINE F4 splat(float x) { return wasm_f32x4_splat(x); }
+VALAR_FORCE_INLINE F4 add(F4 a, F4 b) { return wasm_f32x4_add(a, b); }
+VALAR_FORCE_INLINE F4 sub(F4 a, F4 b) { return wasm_f32x4_sub(a, b); }
+VALAR_FORCE_INLINE F4 mul(F4 a, F4 b) { return wasm_f32x4_mul(a, b); }
+VALAR_FORCE_INLINE F4 div(F4 a, F4 b) { return wasm_f32x4_div(a, b); }
+VALAR_FORCE_INLINE F4 negate(F4 x) { return wasm_f32x4_neg(x); }
+VALAR_FORCE_INLINE F4 greater_of(F4 a, F4 b) { return wasm_f32x4_pmax(a, b); }
+VALAR_FORCE_INLINE F4 at_most(F4 x, F4 limit) { return wasm_f32x4_pmin(x, limit); }
+VALAR_FORCE_INLINE F4 zero_where_less(F4 x, F4 a, F4 b) {
+    return wasm_v128_andnot(x, wasm_f32x4_lt(a, b));
+}
+VALAR_FORCE_INLINE F4 even_lanes(F4 a, F4 b) { return wasm_i32x4_shuffle(a, b, 0, 2, 4, 6); }
+VALAR_FORCE_INLINE F4 odd_lanes(F4 a, F4 b) { return wasm_i32x4_shuffle(a, b, 1, 3, 5, 7); }
+VALAR_FORCE_INLINE F4 zip_low(F4 a, F4 b) { return wasm_i32x4_shuffle(a, b, 0, 4, 1, 5); }
+VALAR_FORCE_INLINE F4 zip_high(F4 a, F4 b) { return wasm_i32x4_shuffle(a, b, 2, 6, 3, 7); }
+
+VALAR_FORCE_INLINE v128_t low_doubles(F4 x) { return wasm_f64x2_promote_low_f32x4(x); }
+VALAR_FORCE_INLINE v128_t high_doubles(F4 x) {
+    return wasm_f64x2_promote_low_f32x4(wasm_i32x4_shuffle(x, x, 2, 3, 2, 3));
+}
+inline __attribute__((noinline)) F4 fma_by_lane(F4 a, F4 b, F4 c) {
+    float x[4], y[4], z[4];
+    store(x, a);
+    store(y, b);
+    store(z, c);
+    for (int i = 0; i < 4; i++) z[i] = emulated_fma(x[i], y[i], z[i]);
+    return load(z);
+}
+// There is no fma. Products are exact in double, and a sum rounded to double rounds to the same
+// float as the exact one does, unless it lies midway between two floats or where floats are
+// denormal.
+VALAR_FORCE_INLINE v128_t rounds_twice(v128_t sum) {
+    const v128_t middle = wasm_i64x2_eq(wasm_v128_and(sum, wasm_i64x2_splat(0x1fffffff)),
+                                        wasm_i64x2_splat(0x10000000));
+    const v128_t tiny = wasm_f64x2_lt(wasm_f64x2_abs(sum), wasm_f64x2_splat(0x1p-126));
+    return wasm_v128_or(middle, wasm_v128_and(tiny, wasm_f64x2_ne(sum, wasm_f64x2_splat(0))));
+}
+VALAR_FORCE_INLINE F4 fma(F4 a, F4 b, F4 c) {
+    const v128_t low =
+        wasm_f64x2_add(wasm_f64x2_mul(low_doubles(a), low_doubles(b)), low_doubles(c));
+    const v128_t high =
+        wasm_f64x2_add(wasm_f64x2_mul(high_doubles(a), high_doubles(b)), high_doubles(c));
+    if (wasm_v128_any_true(wasm_v128_or(rounds_twice(low), rounds_twice(high))))
+        return fma_by_lane(a, b, c);
+    return wasm_i32x4_shuffle(wasm_f32x4_demote_f64x2_zero(low), wasm_f32x4_demote_f64x2_zero(high),
+                              0, 1, 4, 5);
+}
+
+VALAR_FORCE_INLINE I4 int_splat(int32_t x) { return wasm_i32x4_splat(x); }
+VALAR_FORCE_INLINE I4 int_add(I4 a, I4 b) { return wasm_i32x4_add(a, b); }
+VALAR_FORCE_INLINE I4 int_mul(I4 a, I4 b) { return wasm_i32x4_mul(a, b); }
+VALAR_FORCE_INLINE I4 int_min(I4 a, I4 b) { return wasm_i32x4_min(a, b); }
+VALAR_FORCE_INLINE I4 int_max(I4 a, I4 b) { return wasm_i32x4_max(a, b); }
+VALAR_FORCE_INLINE F4 to_float(I4 x) { return wasm_f32x4_convert_i32x4(x); }
+VALAR_FORCE_INLINE I4 magnitude_bits(F4 x) { return wasm_f32x4_abs(x); }
+VALAR_FORCE_INLINE F4 power_of_two(I4 k) {
+    return wasm_i32x4_shl(wasm_i32x4_add(k, wasm_i32x4_splat(127)), 23);
+}
+VALAR_FORCE_INLINE I4 nearest_product(F4 a, F4 b) {
+    const v128_t magic = wasm_f64x2_splat(0x1.8p52);
+    return wasm_i32x4_shuffle(
+        wasm_f64x2_add(wasm_f64x2_mul(low_doubles(a), low_doubles(b)), magic),
+        wasm_f64x2_add(wasm_f64x2_mul(high_doubles(a), high_doubles(b)), magic), 0, 2, 4, 6);
+}
+VALAR_FORCE_INLINE F4 load_halves(const void* at) {
+    const v128_t half = wasm_u32x4_load16x4(at);
+    const v128_t size = wasm_v128_and(half, wasm_i32x4_splat(0x7fff));
+    const v128_t sign = wasm_i32x4_shl(wasm_v128_xor(half, size), 16);
+    const v128_t value = wasm_f32x4_mul(wasm_i32x4_shl(size, 13), wasm_f32x4_splat(0x1p112f));
+    const v128_t large = wasm_v128_and(wasm_i32x4_gt(size, wasm_i32x4_splat(0x7bff)),
+                                       wasm_i32x4_splat(0x7f800000));
+    return wasm_v128_or(wasm_v128_or(value, large), sign);
+}
+VALAR_FORCE_INLINE void store_halves(uint16_t* at, F4 x) {
+    float lanes[4];
+    store(lanes, x);
+    for (int i = 0; i < 4; i++) at[i] = half_bits(lanes[i]);
+}
+VALAR_FORCE_INLINE F4 load_bfloats(const void* at) {
+    return wasm_i32x4_shl(wasm_u32x4_load16x4(at), 16);
+}
+VALAR_FORCE_INLINE I4 load_signed_bytes(const void* at) {
+    return wasm_i32x4_extend_low_i16x8(wasm_i16x8_extend_low_i8x16(wasm_v128_load32_zero(at)));
+}
+
+VALAR_FORCE_INLINE B16 load_bytes(const void* at) { return wasm_v128_load(at); }
+VALAR_FORCE_INLINE void store_bytes(void* at, B16 x) { wasm_v128_store(at, x); }
+VALAR_FORCE_INLINE B16 byte_splat(int x) { return wasm_i8x16_splat(static_cast<int8_t>(x)); }
+VALAR_FORCE_INLINE B16 byte_sub(B16 a, B16 b) { return wasm_i8x16_sub(a, b); }
+VALAR_FORCE_INLINE B16 bit_and(B16 a, B16 b) { return wasm_v128_and(a, b); }
+VALAR_FORCE_INLINE B16 bit_or(B16 a, B16 b) { return wasm_v128_or(a, b); }
+VALAR_FORCE_INLINE B16 bit_xor(B16 a, B16 b) { return wasm_v128_xor(a, b); }
+template <int kShift>
+VALAR_FORCE_INLINE B16 byte_shift(B16 x) {
+    if constexpr (kShift > 0) return wasm_i8x16_shl(x, kShift);
+    else if constexpr (kShift < 0) return wasm_u8x16_shr(x, -kShift);
+    else return x;
+}
+#endif  // VALAR_WASM_KERNELS
 // clang-format on
 
 // Scales of four rows (definition, 2).
@@ -9087,7 +9212,7 @@ constexpr Kernels kernels_with(const char* name) {
 
 }  // namespace lanes4
 }  // namespace
-#endif  // VALAR_NEON_KERNELS
+#endif  // VALAR_NEON_KERNELS || VALAR_WASM_KERNELS
 
 #if VALAR_NEON_KERNELS
 namespace {
@@ -9348,6 +9473,73 @@ constexpr Kernels kernels = kernels_with<Products>("i8mm");
 VALAR_TARGET_END
 #endif  // VALAR_NEON_KERNELS
 
+#if VALAR_WASM_KERNELS
+// ---- WASM SIMD128: products of 16 bits, added in pairs ---------------------------------------
+
+namespace {
+namespace wasm {
+
+using namespace lanes4;
+
+struct Products {
+    using Narrow = Products;
+    template <int C>
+    struct Operands {
+        alignas(16) int16_t x[C][kActivationBlock];
+        explicit Operands(const ActivationBlock* const* a) {
+            VALAR_UNROLL for (int i = 0; i < 4 * C; i++)
+                wasm_v128_store(x[i / 4] + i % 4 * 8, wasm_i16x8_load8x8(a[i / 4]->q + i % 4 * 8));
+        }
+    };
+
+    template <int I, bool P, int G, int C>
+    static VALAR_FORCE_INLINE void multiply_group(const Operands<C>& operands,
+                                                  const std::byte* codes, I4 (&sum)[C][2]) {
+        const B16 w = load_group<I, P, G>(codes);
+        const v128_t low = wasm_i16x8_extend_low_i8x16(w), high = wasm_i16x8_extend_high_i8x16(w);
+        VALAR_UNROLL for (int c = 0; c < C; c++) {
+            const v128_t x = wasm_v128_load64_splat(operands.x[c] + 4 * G);
+            sum[c][0] = int_add(sum[c][0], wasm_i32x4_dot_i16x8(low, x));
+            sum[c][1] = int_add(sum[c][1], wasm_i32x4_dot_i16x8(high, x));
+        }
+    }
+
+    template <int I, bool P, int H, int C, int N>
+    static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
+                                                 I4 (&part)[N][C]) {
+        I4 sum[C][2];
+        VALAR_UNROLL for (int i = 0; i < 2 * C; i++) sum[i / 2][i % 2] = int_splat(0);
+        multiply_group<I, P, 4 * H>(x, codes, sum);
+        multiply_group<I, P, 4 * H + 1>(x, codes, sum);
+        multiply_group<I, P, 4 * H + 2>(x, codes, sum);
+        multiply_group<I, P, 4 * H + 3>(x, codes, sum);
+        VALAR_UNROLL for (int c = 0; c < C; c++) {
+            I4& all = part[N == 2 ? H : 0][c];
+            all = int_add(
+                all, int_add(even_lanes(sum[c][0], sum[c][1]), odd_lanes(sum[c][0], sum[c][1])));
+        }
+    }
+
+    template <int I, bool P, int C, int N>
+    static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const std::byte* codes,
+                                            I4 (&part)[N][C]) {
+        multiply_half<I, P, 0>(x, codes, part);
+        multiply_half<I, P, 1>(x, codes, part);
+    }
+
+    template <int I, bool P, int C>
+    static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
+                         float* sums) {
+        dot_blocks<Products, I, P, C>(tile, blocks, planes, sums);
+    }
+};
+
+constexpr Kernels kernels = kernels_with<Products>("wasm");
+
+}  // namespace wasm
+}  // namespace
+#endif  // VALAR_WASM_KERNELS
+
 // ---- Floating-point state --------------------------------------------------------------------
 
 // Denormals are kept, nearest even, all exceptions masked: the reset state of each control
@@ -9401,6 +9593,8 @@ struct KernelList {
         tables[count++] = &neon::kernels;
         if (cpu.dotprod) tables[count++] = &dotprod::kernels;
         if (cpu.dotprod && cpu.i8mm) tables[count++] = &i8mm::kernels;
+#elif VALAR_WASM_KERNELS
+        tables[count++] = &wasm::kernels;
 #endif
     }
 };

@@ -23,6 +23,9 @@ std::vector<float> all_logits(Result<Gguf> file, const std::vector<Token>& ids, 
     options.precision = precision;
     options.kv_type = kv_type;
     options.kv_pages = uint32_t(ids.size() / 16 + 1);
+#if defined(__wasi__)
+    helpers = 0;  // no threads to be had
+#endif
     options.threads = helpers;
     options.max_logit_rows = options.max_batch_rows;
     auto model = run_model::Model::open(std::move(file), options);
