@@ -793,6 +793,9 @@ struct Request {
     double frequency_penalty  = 0;  ///< -2..2: the same, times how often it has it
     double repetition_penalty = 1;  ///< 0.1..10: divides logits above 0, multiplies those below, of
                                     ///< every token of prompt and answer
+    bool                  background        = false;  ///< of the server: answered at once with 202
+    bool                  store             = true;   ///< of the server: kept once answered
+    std::string           previous_response_id = {};  ///< of the server: its turns come first
 };
 
 /// How far a response is. It never moves back.
@@ -858,7 +861,7 @@ struct ModelInfo {
     int64_t                  created  = 0;  ///< unix seconds
     std::string              owned_by = "valar";
     uint32_t                 context_tokens = 0;
-    std::vector<std::string> windows  = {"standard"};
+    std::vector<std::string> windows  = {"asap", "standard", "flex"};
     bool image = false, tools = false, thinking = false;
     bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
 };
@@ -936,9 +939,12 @@ struct ResponseRecord {
 /// A body of POST /v1/responses, checked in the contract's order: missing required fields in table
 /// order, other fields in document order, rules across fields. Errors: invalid_request with code and
 /// param; the message says what is wrong, what was received and what is allowed.
-Result<Request> parse_response_request(const Json& body);
+Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
 /// The response object, all keys of contract 3.1 in their order.
 Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
+/// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
+/// in their long form, those without an id with one made of `response_id` and their place.
+std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
 /// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
 /// itself: it may name a file.
 Json render_error(const Error& error);
@@ -2226,8 +2232,10 @@ public:
     /// The client went away, or its body was refused: nobody waits for this exchange any more.
     virtual void on_closed(uint64_t exchange) = 0;
     /// The reply to a malformed or refused request: status 400 408 413 414 417 431 501 503 505;
-    /// code "bad_request", "request_too_large" or "overloaded".
-    virtual HttpReply on_error(int status, std::string_view code, std::string_view message) = 0;
+    /// code "bad_request", "request_too_large" or "overloaded". Of `request` is there what was read
+    /// before the fault.
+    virtual HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
+                               std::string_view message) = 0;
     /// About every HttpOptions::tick_ms.
     virtual void on_tick() {}
 };
@@ -2289,10 +2297,11 @@ private:
 }  // namespace valar
 
 // >>store
-// Owns: the responses that a server has accepted: the request while it is worked on, then the
-//       object that was answered.
+// Owns: the responses that a server has accepted: the request as received, what was resolved when it
+//       was accepted, the object that was answered; the reservations of idempotency keys.
 // Assumes: ids that nobody can guess and that are never used twice.
-// Promises: a record is seen by its own organisation only; what is not terminal never goes early.
+// Promises: a record is seen by its own organisation only; what is not terminal never goes early;
+//           what a completion reported is kept.
 
 namespace valar {
 inline namespace v1 {
@@ -2301,30 +2310,64 @@ inline namespace v1 {
 struct StoredResponse {
     std::string id;
     std::string organisation;
+    std::string reservation;  ///< key id and idempotency key; empty: none. Unique in its organisation
+    std::string fingerprint;  ///< of the request that reserved it
+    bool        background    = false;
     bool        terminal      = false;
-    int64_t     changed_at_ms = 0;  ///< unix time of acceptance, then of the end
-    /// JSON text: the request as received, once terminal the response object as answered.
-    std::shared_ptr<const std::string> body = {};
+    uint32_t    attempts      = 0;  ///< how often its work was begun
+    int64_t     created_at_ms = 0;  ///< unix time
+    int64_t     ended_at_ms   = 0;  ///< unix time; 0 until terminal
+    std::shared_ptr<const std::string> head    = {};  ///< JSON: what acceptance resolved
+    std::shared_ptr<const std::string> request = {};  ///< JSON: the body as received
+    std::shared_ptr<const std::string> object  = {};  ///< JSON: as answered; null until terminal
+};
+
+/// Who holds a reservation.
+struct Reservation {
+    std::string id;
+    std::string fingerprint;
+    bool        deleted = false;  ///< the response is gone; the key stays taken until it expires
+};
+
+/// How a Store reports that a change is kept, or is not: one call, from any thread, also from inside
+/// the call that asked for the change.
+struct StoreDone {
+    void (*call)(void* context, Result<void> result) = nullptr;
+    void* context = nullptr;
 };
 
 /// Where a Server keeps its records. MemoryStore, or one of your own.
-/// Threads: every member from any thread; a Server calls add, finish and find from its workers,
-/// which may wait for a disk.
+/// Threads: every member from any thread. Those with a StoreDone return at once and report when the
+/// change cannot be lost any more; find may wait for a disk; the rest answer from memory.
 class Store {
 public:
     virtual ~Store() = default;
-    /// A new record, not terminal. Errors: overloaded when there is no room; io.
-    virtual Result<void> add(StoredResponse record) = 0;
-    /// Replaces the record's body by its terminal object. Errors: not_found; io.
-    virtual Result<void> finish(const std::string& id, std::shared_ptr<const std::string> object,
-                                int64_t now_ms) = 0;
+    /// A new record, not terminal, and its reservation, both or none. Errors: idempotency when the
+    /// reservation is taken; overloaded when there is no room; io.
+    virtual void add(StoredResponse record, StoreDone done) = 0;
+    /// Work on it begins for the attempts-th time. Errors: not_found; io.
+    virtual void begin(const std::string& id, uint32_t attempts, StoreDone done) = 0;
+    /// Makes it terminal. Errors: not_found; overloaded; io.
+    virtual void finish(const std::string& id, std::shared_ptr<const std::string> object,
+                        int64_t now_ms, StoreDone done) = 0;
+    /// Drops a record. With `tombstone` its reservation stays taken as long as it would have been.
+    /// Errors: not_found, also where it is another organisation's; io.
+    virtual void erase(const std::string& organisation, const std::string& id, bool tombstone,
+                       int64_t now_ms, StoreDone done) = 0;
     /// Nothing when there is no such record or it is another organisation's.
     virtual std::optional<StoredResponse> find(std::string_view organisation,
                                                const std::string& id) = 0;
-    virtual void erase(const std::string& id) = 0;
-    /// Drops what has been terminal for longer than the store keeps it. Called about once a minute,
-    /// from the loop: must not wait.
+    virtual std::optional<Reservation> reserved(const std::string& organisation,
+                                                const std::string& reservation) = 0;
+    /// Ids of an organisation's records, newest first, those older than `after` (empty: from the
+    /// newest). Errors: not_found when `after` is none of them.
+    virtual Result<std::vector<std::string>> list(const std::string& organisation,
+                                                  const std::string& after, size_t limit) = 0;
+    /// The records that are not terminal, without head and request.
+    virtual std::vector<StoredResponse> unfinished() = 0;
+    /// Drops what has been terminal for longer than the store keeps it. Called about once a minute.
     virtual void expire(int64_t now_ms) = 0;
+    virtual uint64_t bytes() const = 0;  ///< that records take
 };
 
 struct MemoryStoreOptions {
@@ -2337,14 +2380,21 @@ class VALAR_API MemoryStore : public Store {
 public:
     explicit MemoryStore(const MemoryStoreOptions& options = {});
     ~MemoryStore() override;
-    Result<void> add(StoredResponse record) override;
-    Result<void> finish(const std::string& id, std::shared_ptr<const std::string> object,
-                        int64_t now_ms) override;
+    void add(StoredResponse record, StoreDone done) override;
+    void begin(const std::string& id, uint32_t attempts, StoreDone done) override;
+    void finish(const std::string& id, std::shared_ptr<const std::string> object, int64_t now_ms,
+                StoreDone done) override;
+    void erase(const std::string& organisation, const std::string& id, bool tombstone,
+               int64_t now_ms, StoreDone done) override;
     std::optional<StoredResponse> find(std::string_view organisation,
                                        const std::string& id) override;
-    void erase(const std::string& id) override;
+    std::optional<Reservation> reserved(const std::string& organisation,
+                                        const std::string& reservation) override;
+    Result<std::vector<std::string>> list(const std::string& organisation,
+                                          const std::string& after, size_t limit) override;
+    std::vector<StoredResponse> unfinished() override;
     void expire(int64_t now_ms) override;
-    uint64_t bytes() const;  ///< that records take, bookkeeping included
+    uint64_t bytes() const override;
 
 private:
     struct State;
@@ -2370,7 +2420,13 @@ struct ApiKey {
     std::string id           = {};         ///< for people: names the key, not secret
     std::string organisation = "default";  ///< whose records these are
     std::string secret       = {};         ///< 16 visible ASCII characters or more
+    std::string secret_sha256 = {};        ///< in place of the secret: 64 hex digits
+    uint32_t    requests_per_minute = 0;   ///< then 429 with Retry-After; 0: no limit
 };
+
+/// Reads a file of keys: a line each, `id organisation sha256 [requests-per-minute]`; empty lines
+/// and those that begin with # are skipped. Errors: bad_data names the line; io, not_found.
+Result<std::vector<ApiKey>> read_key_file(const std::string& path);
 
 /// What a server is made of. What a caller types first stands first.
 struct ServerOptions {
@@ -2389,9 +2445,13 @@ struct ServerOptions {
     uint64_t max_body_bytes          = uint64_t{32} << 20;   ///< 413
     uint32_t max_connections         = 10'000;               ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< 503
-    LogSink log   = {};       ///< a line a request: id, method, path, status, ms, tokens
-    Store*  store = nullptr;  ///< must outlive the server; null: a MemoryStore of its own
+    LogSink log   = {};       ///< a line a request: id, method, path, status, times, tokens
+    /// Must outlive the server; null: a MemoryStore of its own. What it holds unfinished is taken up
+    /// again, as the contract's section 6 says.
+    Store*  store = nullptr;
     MemoryStoreOptions memory_store = {};  ///< of that one
+    uint32_t max_queued = 1000;   ///< requests accepted but not begun; then 503
+    bool     log_json   = false;  ///< the lines of requests are JSON objects
 };
 
 /// Serves Responders over HTTP. Movable handle over an object with a stable address.
@@ -5913,8 +5973,8 @@ Fault field_reasoning(const Json& value, Request*) {
     return {};
 }
 
-Fault field_background(const Json& value, Request*) {
-    if (value.as_bool()) return api_later("background");
+Fault field_background(const Json& value, Request* request) {
+    request->background = value.as_bool();
     return check_bool(value, "background");
 }
 
@@ -5930,6 +5990,14 @@ Fault fixed_switch(const Json& value, const char* path, bool position) {
     return api_wrong_value("unsupported_value", path, position ? "true" : "false", value);
 }
 Fault field_store(const Json& value, Request*) { return fixed_switch(value, "store", true); }
+Fault openai_store(const Json& value, Request* request) {
+    request->store = value.as_bool();
+    return check_bool(value, "store");
+}
+Fault openai_previous(const Json& value, Request* request) {
+    request->previous_response_id = value.as_string();
+    return check_text(value, "previous_response_id", 1, 256);
+}
 Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
 
 Fault field_truncation(const Json& value, Request*) {
@@ -5947,6 +6015,10 @@ Fault field_user(const Json& value, Request* request) {
 
 constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
 
+Window window_of(std::string_view name) {
+    return name == "asap" ? Window::asap : name == "flex" ? Window::flex : Window::standard;
+}
+
 Fault check_metadata(const std::string& key, const Json& value) {
     const std::string path = "metadata." + key;
     if (utf8_count(key) > metadata_max_key)
@@ -5954,10 +6026,7 @@ Fault check_metadata(const std::string& key, const Json& value) {
                          format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
-    if (key == "completion_window" && value.as_string() != "standard") {
-        if (value.as_string() == "asap" || value.as_string() == "flex") return api_later(path);
-        return check_choice(value, path, {"asap", "standard", "flex"});
-    }
+    if (key == "completion_window") return check_choice(value, path, {"asap", "standard", "flex"});
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(), [](char c) { return c > ' ' && c < 127; });
@@ -5975,6 +6044,7 @@ Fault field_metadata(const Json& value, Request* request) {
     for (const JsonMember& member : value.members()) {
         if (Fault fault = check_metadata(member.key, member.value)) return fault;
         request->metadata.emplace_back(member.key, member.value.as_string());
+        if (member.key == "completion_window") request->window = window_of(member.value.as_string());
     }
     return {};
 }
@@ -6020,9 +6090,11 @@ Fault field_top_logprobs(const Json& value, Request* request) {
 }
 
 struct RequestField {
+    using Check = Fault (*)(const Json& value, Request* request);
     std::string_view name;
-    Fault (*check)(const Json& value, Request* request);  // null: not supported at all
-    bool required = false;
+    Check check;  // null: not supported at all
+    bool  required = false;
+    Check openai   = nullptr;  // where that dialect differs
 };
 constexpr RequestField request_fields[] = {
     {"model", field_model, true},
@@ -6036,7 +6108,7 @@ constexpr RequestField request_fields[] = {
     {"reasoning", field_reasoning},
     {"background", field_background},
     {"prompt_cache_key", field_prompt_cache_key},
-    {"store", field_store},
+    {"store", field_store, false, openai_store},
     {"truncation", field_truncation},
     {"stream", field_stream},
     {"user", field_user},
@@ -6047,7 +6119,7 @@ constexpr RequestField request_fields[] = {
     {"include", field_include},
     {"top_logprobs", field_top_logprobs},
     {"service_tier", field_service_tier},
-    {"previous_response_id", nullptr},
+    {"previous_response_id", nullptr, false, openai_previous},
     {"conversation", nullptr},
     {"prompt", nullptr},
 };
@@ -6065,23 +6137,47 @@ Fault check_tool_choice(const Json& choice) {
     return api_error("invalid_value", "tool_choice", "'tool_choice' demands a tool, but 'tools' is empty");
 }
 
+Fault check_background(const Request& request) {
+    if (request.background && !request.store)
+        return api_error("unsupported_value", "store",
+                         "'store' must be true with 'background', but false was received");
+    if (request.background || request.window != Window::flex) return {};
+    return api_error("invalid_value", "metadata.completion_window",
+                     "'metadata.completion_window' may be \"flex\" only with 'background': true");
+}
+
 // ---- The response object (contract, 3.1) -------------------------------------------------------
 
-const char* status_name(Status status, bool cut, Dialect dialect) {
-    static constexpr const char* names[2][5] = {
-        {"pending", "running", "completed", "failed", "cancelled"},
-        {"queued", "in_progress", "completed", "failed", "cancelled"}};
-    const bool openai = dialect == Dialect::openai;
-    if (openai && cut && status == Status::completed) return "incomplete";
-    return names[openai][static_cast<size_t>(status)];
+// How objects differ between the dialects: one row each.
+struct DialectWords {
+    const char* status[5];
+    const char* cut;       // the status of an answer that was cut
+    const char* cut_item;  // and of its message
+    bool        echo;      // `input` and `user`
+    bool        usage_extras;
+    const char* failure;   // the code of a failed response; null: the error's own
+};
+constexpr DialectWords dialect_words[] = {
+    {{"pending", "running", "completed", "failed", "cancelled"},
+     "completed", "completed", true, true, nullptr},
+    {{"queued", "in_progress", "completed", "failed", "cancelled"},
+     "incomplete", "incomplete", false, false, "server_error"},
+};
+const DialectWords& words_of(Dialect dialect) { return dialect_words[static_cast<size_t>(dialect)]; }
+
+const char* status_name(Status status, bool cut, const DialectWords& words) {
+    return cut && status == Status::completed ? words.cut : words.status[static_cast<size_t>(status)];
 }
+
+// JSON has no infinity: a token that cannot be drawn gets the number that OpenAI gives it.
+constexpr double logprob_of_never = -9999.0;
 
 Json render_logprob(std::string_view bytes, float logprob) {
     Json values = Json::array();
     for (const char byte : bytes) values.push(static_cast<uint8_t>(byte));
     return Json::object()
         .set("token", utf8_repair(bytes))
-        .set("logprob", static_cast<double>(logprob))
+        .set("logprob", std::max(static_cast<double>(logprob), logprob_of_never))
         .set("bytes", std::move(values));
 }
 
@@ -6096,7 +6192,8 @@ Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
     return all;
 }
 
-Json render_output(const ResponseRecord& record, const Outcome& outcome, Dialect dialect) {
+Json render_output(const ResponseRecord& record, const Outcome& outcome,
+                   const DialectWords& words) {
     Json output = Json::array();
     const bool whole = record.status == Status::completed;
     if (!is_terminal(record.status) || (!whole && outcome.text.empty())) return output;
@@ -6105,28 +6202,80 @@ Json render_output(const ResponseRecord& record, const Outcome& outcome, Dialect
                     .set("text", outcome.text)
                     .set("annotations", Json::array());
     if (!outcome.logprobs.empty()) part.set("logprobs", render_logprobs(outcome.logprobs));
-    const bool complete = whole && !(outcome.cut && dialect == Dialect::openai);
+    const char* status = !whole ? "incomplete" : outcome.cut ? words.cut_item : "completed";
     output.push(Json::object()
                     .set("id", record.message_id)
                     .set("type", "message")
                     .set("role", "assistant")
-                    .set("status", complete ? "completed" : "incomplete")
+                    .set("status", status)
                     .set("content", Json::array().push(std::move(part))));
     return output;
 }
 
-Json render_usage(const Usage& usage) {
-    const auto details = [](uint32_t cached, uint32_t reasoning) {
-        return Json::object().set("cached_tokens", cached).set("reasoning_tokens", reasoning);
-    };
-    return Json::object()
-        .set("input_tokens", usage.input_tokens)
-        .set("input_tokens_details", details(usage.cached_tokens, 0))
-        .set("output_tokens", usage.output_tokens)
-        .set("output_tokens_details", details(0, usage.reasoning_tokens))
-        .set("total_tokens", usage.input_tokens + usage.output_tokens)
-        .set("prompt_tokens", usage.input_tokens)
-        .set("completion_tokens", usage.output_tokens);
+// Content in its long form: parts, and Chat Completions' "text" by its name here.
+Json render_input_content(const Json& content, bool assistant) {
+    const char* type = assistant ? "output_text" : "input_text";
+    Json parts = content;
+    if (content.is_string())
+        parts = Json::array().push(Json::object().set("type", type).set("text", content));
+    for (Json& part : parts.items()) {
+        if (part["type"].as_string() == "text") part.set("type", type);
+        if (part["type"].as_string() == "output_text" && !part.contains("annotations"))
+            part.set("annotations", Json::array());
+    }
+    return parts;
+}
+
+// The id of an input item that came without one: the same each time it is asked for.
+std::string input_item_id(const char* prefix, const std::string& response_id, size_t place) {
+    std::string id = prefix;
+    for (const uint8_t byte : sha256(response_id + "/" + std::to_string(place)).bytes)
+        if (id.size() < 28) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+    return id;
+}
+
+Json render_input_item(const Json& given, const std::string& response_id, size_t place) {
+    static constexpr const char* prefixes[] = {"msg_", "rs_", "fc_", "fco_", "ctc_", "ctco_"};
+    static constexpr const char* kept[] = {"role", "content", "phase", "summary", "call_id", "name",
+                                           "arguments", "input", "output"};
+    const std::string_view type = given["type"].as_string("message");
+    const auto* row = std::find_if(std::begin(item_types), std::end(item_types),
+                                   [&](const ItemType& one) { return one.name == type; });
+    if (row == std::end(item_types)) return given;
+    const bool own = given["id"].is_string() && !given["id"].as_string().empty();
+    Json item = Json::object().set(
+        "id", own ? given["id"]
+                  : Json(input_item_id(prefixes[row - item_types], response_id, place)));
+    item.set("type", type);
+    item.set("status", given["status"].is_string() ? given["status"] : Json("completed"));
+    for (const char* key : kept)
+        if (!given[key].is_null()) item.set(key, given[key]);
+    if (row->kind == Item::Kind::reasoning && !item.contains("summary"))
+        item.set("summary", Json::array());
+    if (row->kind == Item::Kind::message)
+        item.set("content", render_input_content(given["content"],
+                                                 given["role"].as_string() == "assistant"));
+    return item;
+}
+
+Json render_usage(const Usage& usage, const DialectWords& words) {
+    Json in = Json::object().set("cached_tokens", usage.cached_tokens);
+    Json out = Json::object().set("reasoning_tokens", usage.reasoning_tokens);
+    if (words.usage_extras) {
+        in.set("reasoning_tokens", 0);
+        out = Json::object().set("cached_tokens", 0).set("reasoning_tokens", usage.reasoning_tokens);
+    } else {
+        in.set("cache_write_tokens", 0);
+    }
+    Json all = Json::object()
+                   .set("input_tokens", usage.input_tokens)
+                   .set("input_tokens_details", std::move(in))
+                   .set("output_tokens", usage.output_tokens)
+                   .set("output_tokens_details", std::move(out))
+                   .set("total_tokens", usage.input_tokens + usage.output_tokens);
+    if (words.usage_extras)
+        all.set("prompt_tokens", usage.input_tokens).set("completion_tokens", usage.output_tokens);
+    return all;
 }
 
 Json render_metadata(const Json& given) {
@@ -6135,18 +6284,19 @@ Json render_metadata(const Json& given) {
     return shown;
 }
 
-Json render_failure(const Outcome& outcome) {
+Json render_failure(const Outcome& outcome, const DialectWords& words) {
     if (!outcome.error) return nullptr;
     const ApiKind& kind = api_kind(outcome.error->kind);
+    const std::string own = outcome.error->code.empty() ? kind.code : outcome.error->code;
     return Json::object()
-        .set("code", outcome.error->code.empty() ? std::string(kind.code) : outcome.error->code)
+        .set("code", words.failure ? words.failure : own)
         .set("message", kind.ours ? "the model could not be run" : outcome.error->message);
 }
 
 }  // namespace
 }  // namespace detail
 
-Result<Request> parse_response_request(const Json& body) {
+Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     using namespace detail;
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
     for (const RequestField& field : request_fields)
@@ -6155,18 +6305,22 @@ Result<Request> parse_response_request(const Json& body) {
     for (const JsonMember& member : body.members()) {
         const RequestField* field = find_request_field(member.key);
         if (!field || member.value.is_null()) continue;
-        if (!field->check)
+        const bool differs = dialect == Dialect::openai && field->openai;
+        const RequestField::Check check = differs ? field->openai : field->check;
+        if (!check)
             return api_error("unsupported_parameter", member.key, "'" + member.key + "' is not supported");
-        if (Fault fault = field->check(member.value, &request)) return std::move(*fault);
+        if (Fault fault = check(member.value, &request)) return std::move(*fault);
     }
     const char* items = body["input"].is_object() ? "input.messages" : "input";
     if (Fault fault = check_calls(request, items)) return std::move(*fault);
     if (Fault fault = check_tool_choice(body["tool_choice"])) return std::move(*fault);
+    if (Fault fault = check_background(request)) return std::move(*fault);
     return request;
 }
 
 Json render_response(const ResponseRecord& record, Dialect dialect) {
     using namespace detail;
+    const DialectWords& words = words_of(dialect);
     const Json& asked = record.request;
     const Outcome nothing;
     const Outcome& outcome = record.outcome ? *record.outcome : nothing;
@@ -6179,27 +6333,29 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
     if (done && outcome.cut) cut = Json::object().set("reason", "max_output_tokens");
     Json form = asked["text"]["format"];
     if (form.is_null()) form = Json::object().set("type", "text");
+    const Json& reasoning = asked["reasoning"];
+    const char* summary = reasoning["summary"].is_null() ? "generate_summary" : "summary";
     Json object = Json::object();
     object.reserve(34);
     object.set("id", record.id)
         .set("object", "response")
         .set("created_at", record.created_at)
         .set("completed_at", done ? Json(record.completed_at) : Json())
-        .set("status", status_name(record.status, outcome.cut, dialect))
+        .set("status", status_name(record.status, outcome.cut, words))
         .set("background", echo("background", false))
-        .set("model", record.model)
-        .set("input", asked["input"])
-        .set("instructions", asked["instructions"])
-        .set("output", render_output(record, outcome, dialect))
-        .set("error", done ? render_failure(outcome) : Json())
+        .set("model", record.model);
+    if (words.echo) object.set("input", asked["input"]);
+    object.set("instructions", asked["instructions"])
+        .set("output", render_output(record, outcome, words))
+        .set("error", record.status == Status::failed ? render_failure(outcome, words) : Json())
         .set("incomplete_details", std::move(cut))
         .set("max_output_tokens", asked["max_output_tokens"])
         .set("max_tool_calls", nullptr)
         .set("reasoning", Json::object()
-                              .set("effort", asked["reasoning"]["effort"])
-                              .set("summary", asked["reasoning"]["summary"]))
+                              .set("effort", reasoning["effort"])
+                              .set("summary", reasoning[summary]))
         .set("text", Json::object().set("format", std::move(form)))
-        .set("store", true)
+        .set("store", echo("store", true))
         .set("temperature", record.temperature)
         .set("top_p", record.top_p)
         .set("presence_penalty", 0)
@@ -6210,13 +6366,26 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
         .set("tools", echo("tools", Json::array()))
         .set("truncation", "disabled")
         .set("service_tier", "auto")
-        .set("previous_response_id", nullptr)
+        .set("previous_response_id", asked["previous_response_id"])
         .set("prompt_cache_key", asked["prompt_cache_key"])
-        .set("safety_identifier", nullptr)
-        .set("user", asked["user"])
-        .set("metadata", render_metadata(asked["metadata"]))
-        .set("usage", render_usage(done ? outcome.usage : Usage{}));
+        .set("safety_identifier", nullptr);
+    if (words.echo) object.set("user", asked["user"]);
+    object.set("metadata", render_metadata(asked["metadata"]))
+        .set("usage", render_usage(done ? outcome.usage : Usage{}, words));
     return object;
+}
+
+std::vector<Json> render_input_items(const Json& request, const std::string& response_id) {
+    using namespace detail;
+    const Json& input = request["input"];
+    std::vector<Json> items;
+    if (input.is_string()) {
+        const Json message = Json::object().set("role", "user").set("content", input);
+        items.push_back(render_input_item(message, response_id, 0));
+    }
+    for (const Json& item : (input.is_object() ? input["messages"] : input).items())
+        items.push_back(render_input_item(item, response_id, items.size()));
+    return items;
 }
 
 Json render_error(const Error& error) {
@@ -18526,7 +18695,7 @@ void HttpServer::State::add(Socket socket, const NetAddress& peer) {
 /// Too many connections, none of them idle: one try to say so.
 void HttpServer::State::turn_away(Socket socket) {
     ++stats.faults;
-    const HttpReply reply = handler->on_error(503, "overloaded", "too many connections");
+    const HttpReply reply = handler->on_error({}, 503, "overloaded", "too many connections");
     (void)socket.read(scratch.data(), scratch.size());  // unread bytes would turn close into reset
     (void)socket.write(render({}, reply, true), reply.body);
     socket.shutdown_write();
@@ -18723,7 +18892,8 @@ void HttpServer::State::refuse(HttpConnection& connection, int status, std::stri
     connection.head_only = connection.active->parser.message.is_head();
     if (const uint64_t exchange = std::exchange(connection.exchange, 0))
         handler->on_closed(exchange);
-    HttpReply reply = handler->on_error(status, code, reason);
+    HttpReply reply =
+        handler->on_error(connection.active->parser.message, status, code, reason);
     reply.close = true;
     send(connection, std::move(reply));
 }
@@ -18913,36 +19083,83 @@ Result<HttpReply> http_call(const HttpCall& call) {
 #endif  // VALAR_NO_SERVER
 
 // >>store
-// MemoryStore: a map, and the terminal records in the order in which they ended.
+// MemoryStore: a map; each organisation's records in order of arrival; the terminal ones in the
+// order in which they ended.
 #ifndef VALAR_NO_STORE
 
 namespace valar {
 inline namespace v1 {
 
 namespace {
-constexpr uint64_t store_bookkeeping_bytes = 400;  // of one record: map node, queue entry, strings
+constexpr uint64_t store_bookkeeping_bytes = 600;  // of one record: map nodes, queue entry, strings
 }
 
 struct MemoryStore::State {
+    struct Entry {
+        StoredResponse record;
+        uint64_t serial = 0;  // of arrival
+        bool     erased = false;
+    };
+
     MemoryStoreOptions options;
     mutable std::mutex mutex;
-    uint64_t           bytes = 0;
-    std::unordered_map<std::string, StoredResponse> records;
-    std::deque<std::pair<int64_t, std::string>> ended;  // time and id; erased ones may linger
+    uint64_t           bytes  = 0;
+    uint64_t           serial = 0;
+    std::unordered_map<std::string, Entry> records;
+    std::map<std::pair<std::string, uint64_t>, std::string> arrivals;      // of an organisation: id
+    std::map<std::pair<std::string, std::string>, std::string> reserved;  // of an organisation: id
+    std::deque<std::pair<int64_t, std::string>> ended;  // time and id; dropped ones may linger
 
-    static uint64_t cost(const StoredResponse& record) {
-        return store_bookkeeping_bytes + 2 * record.id.size() + record.organisation.size() +
-               (record.body ? record.body->size() : 0);
+    static uint64_t cost(const Entry& entry) {
+        const StoredResponse& record = entry.record;
+        uint64_t sum = store_bookkeeping_bytes + 2 * record.id.size() +
+                       record.organisation.size() + 2 * record.reservation.size();
+        for (const auto& text : {record.head, record.request, record.object})
+            sum += text ? text->size() : 0;
+        return sum;
     }
-    void erase(const std::string& id) {
+    Entry* find(const std::string& id) {
+        const auto found = records.find(id);
+        return found == records.end() || found->second.erased ? nullptr : &found->second;
+    }
+    void end(Entry& entry, int64_t now_ms) {
+        entry.record.terminal = true;
+        entry.record.ended_at_ms = now_ms;
+        ended.emplace_back(now_ms, entry.record.id);
+    }
+    void drop(const std::string& id) {
         const auto found = records.find(id);
         if (found == records.end()) return;
+        const StoredResponse& record = found->second.record;
         bytes -= cost(found->second);
+        arrivals.erase({record.organisation, found->second.serial});
+        if (!record.reservation.empty()) reserved.erase({record.organisation, record.reservation});
         records.erase(found);
     }
     void drop_oldest() {
-        erase(ended.front().second);
+        drop(ended.front().second);
         ended.pop_front();
+    }
+    Result<void> add(StoredResponse record);
+    Result<void> erase(const std::string& organisation, const std::string& id, bool tombstone,
+                       int64_t now_ms);
+    /// Changes a record that is not terminal.
+    template <class Change>
+    void update(const std::string& id, const StoreDone& done, Change change) {
+        Result<void> result;
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            Entry* entry = find(id);
+            if (!entry || entry->record.terminal) {
+                result = detail::make_error(ErrorKind::not_found,
+                                            "no unfinished response has this id");
+            } else {
+                bytes -= cost(*entry);
+                change(*entry);
+                bytes += cost(*entry);
+            }
+        }
+        done.call(done.context, std::move(result));
     }
 };
 
@@ -18951,51 +19168,124 @@ MemoryStore::MemoryStore(const MemoryStoreOptions& options) : state_(std::make_u
 }
 MemoryStore::~MemoryStore() = default;
 
-Result<void> MemoryStore::add(StoredResponse record) {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    const uint64_t cost = State::cost(record);
-    const uint64_t limit = state_->options.max_bytes;
-    while (state_->bytes + cost > limit && !state_->ended.empty()) state_->drop_oldest();
-    if (state_->bytes + cost > limit)
-        return detail::make_error(ErrorKind::overloaded, "the store of responses is full");
-    std::string id = record.id;
-    if (!state_->records.try_emplace(std::move(id), std::move(record)).second)
+Result<void> MemoryStore::State::add(StoredResponse record) {
+    Entry entry{std::move(record), ++serial};
+    const StoredResponse& added = entry.record;
+    if (!added.reservation.empty() && reserved.count({added.organisation, added.reservation}))
+        return detail::make_error(ErrorKind::idempotency, "the idempotency key is taken");
+    if (records.count(added.id))
         return detail::make_error(ErrorKind::internal, "a response id was used twice");
-    state_->bytes += cost;
+    while (bytes + cost(entry) > options.max_bytes && !ended.empty()) drop_oldest();
+    if (bytes + cost(entry) > options.max_bytes)
+        return detail::make_error(ErrorKind::overloaded, "the store of responses is full");
+    bytes += cost(entry);
+    arrivals.emplace(std::pair(added.organisation, entry.serial), added.id);
+    if (!added.reservation.empty())
+        reserved.emplace(std::pair(added.organisation, added.reservation), added.id);
+    std::string id = added.id;
+    records.emplace(std::move(id), std::move(entry));
     return {};
 }
 
-Result<void> MemoryStore::finish(const std::string& id, std::shared_ptr<const std::string> object,
-                                 int64_t now_ms) {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    const auto found = state_->records.find(id);
-    if (found == state_->records.end() || found->second.terminal)
-        return detail::make_error(ErrorKind::not_found, "no unfinished response has this id");
-    StoredResponse& record = found->second;
-    state_->bytes -= State::cost(record);
-    record.terminal = true;
-    record.changed_at_ms = now_ms;
-    record.body = std::move(object);
-    state_->bytes += State::cost(record);
+void MemoryStore::add(StoredResponse record, StoreDone done) {
+    Result<void> result;
+    {
+        const std::lock_guard<std::mutex> lock(state_->mutex);
+        result = state_->add(std::move(record));
+    }
+    done.call(done.context, std::move(result));
+}
+
+void MemoryStore::begin(const std::string& id, uint32_t attempts, StoreDone done) {
+    state_->update(id, done, [&](State::Entry& entry) { entry.record.attempts = attempts; });
+}
+
+void MemoryStore::finish(const std::string& id, std::shared_ptr<const std::string> object,
+                         int64_t now_ms, StoreDone done) {
+    state_->update(id, done, [&](State::Entry& entry) {
+        entry.record.object = std::move(object);
+        state_->end(entry, now_ms);
+    });
     // What was worked for is kept, even where it alone is more than the limit.
-    while (state_->bytes > state_->options.max_bytes && !state_->ended.empty())
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    while (state_->bytes > state_->options.max_bytes && state_->ended.size() > 1)
         state_->drop_oldest();
-    state_->ended.emplace_back(now_ms, id);
+}
+
+/// A tombstone is a record without texts.
+Result<void> MemoryStore::State::erase(const std::string& organisation, const std::string& id,
+                                       bool tombstone, int64_t now_ms) {
+    Entry* entry = find(id);
+    if (!entry || entry->record.organisation != organisation)
+        return detail::make_error(ErrorKind::not_found, "no response has this id");
+    if (!tombstone || entry->record.reservation.empty()) {
+        drop(id);
+        return {};
+    }
+    bytes -= cost(*entry);
+    if (!entry->record.terminal) end(*entry, now_ms);
+    entry->erased = true;
+    entry->record.head = entry->record.request = entry->record.object = nullptr;
+    arrivals.erase({organisation, entry->serial});
+    bytes += cost(*entry);
     return {};
+}
+
+void MemoryStore::erase(const std::string& organisation, const std::string& id, bool tombstone,
+                        int64_t now_ms, StoreDone done) {
+    Result<void> result;
+    {
+        const std::lock_guard<std::mutex> lock(state_->mutex);
+        result = state_->erase(organisation, id, tombstone, now_ms);
+    }
+    done.call(done.context, std::move(result));
 }
 
 std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
                                                 const std::string& id) {
     const std::lock_guard<std::mutex> lock(state_->mutex);
-    const auto found = state_->records.find(id);
-    if (found == state_->records.end() || found->second.organisation != organisation)
-        return std::nullopt;
-    return found->second;
+    const State::Entry* entry = state_->find(id);
+    if (!entry || entry->record.organisation != organisation) return std::nullopt;
+    return entry->record;
 }
 
-void MemoryStore::erase(const std::string& id) {
+std::optional<Reservation> MemoryStore::reserved(const std::string& organisation,
+                                                 const std::string& reservation) {
     const std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->erase(id);
+    const auto found = state_->reserved.find({organisation, reservation});
+    if (found == state_->reserved.end()) return std::nullopt;
+    const State::Entry& entry = state_->records.find(found->second)->second;
+    return Reservation{found->second, entry.record.fingerprint, entry.erased};
+}
+
+Result<std::vector<std::string>> MemoryStore::list(const std::string& organisation,
+                                                   const std::string& after, size_t limit) {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    uint64_t before = UINT64_MAX;
+    if (!after.empty()) {
+        const State::Entry* entry = state_->find(after);
+        if (!entry || entry->record.organisation != organisation)
+            return detail::make_error(ErrorKind::not_found, "no response has this id");
+        before = entry->serial;
+    }
+    std::vector<std::string> ids;
+    auto at = state_->arrivals.lower_bound({organisation, before});
+    while (ids.size() < limit && at != state_->arrivals.begin()) {
+        if ((--at)->first.first != organisation) break;
+        ids.push_back(at->second);
+    }
+    return ids;
+}
+
+std::vector<StoredResponse> MemoryStore::unfinished() {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    std::vector<StoredResponse> found;
+    for (const auto& [id, entry] : state_->records) {
+        if (entry.record.terminal) continue;
+        found.push_back(entry.record);
+        found.back().head = found.back().request = nullptr;
+    }
+    return found;
 }
 
 void MemoryStore::expire(int64_t now_ms) {
@@ -19014,9 +19304,10 @@ uint64_t MemoryStore::bytes() const {
 #endif  // VALAR_NO_STORE
 
 // >>server
-// The loop thread owns exchanges and live responses; a job carries work to a worker and its result
-// back. A request: on_head (who, where) -> accept job (parse, validate, prepare, store) -> submit
-// -> events -> finish job (render, store) -> reply.
+// The loop thread owns exchanges and live responses; a job carries work to a worker or a change to
+// the store, and the result back. A request: on_head (who, where) -> accept (a worker: parse,
+// validate, prepare; the loop: is there room; the store: keep it) -> submit -> events -> finish (a
+// worker renders, the store keeps it) -> reply. All who want one response wait for the same record.
 #ifndef VALAR_NO_SERVER
 
 namespace valar {
@@ -19026,6 +19317,9 @@ namespace detail {
 struct ServerKey {
     Hash256     hash;  // of the secret
     std::string id, organisation;
+    uint32_t    per_minute = 0;
+    double      tokens     = 0;  // requests that it may make now
+    uint64_t    filled_ns  = 0;  // when that was so
 };
 
 namespace {
@@ -19037,7 +19331,13 @@ constexpr int64_t  server_expire_every_ms     = 60'000;
 constexpr size_t   server_min_secret          = 16;
 constexpr size_t   server_shown_bytes         = 200;    // of a path in a log line or message
 constexpr int      server_client_left         = 499;    // in the log only, as nginx has it
-constexpr const char* server_retry_after_s    = "1";
+constexpr uint32_t server_max_retry_s         = 60;     // advised to a client
+constexpr size_t   server_max_key_length      = 255;    // of an idempotency key
+constexpr size_t   server_list_default = 20, server_list_most = 100;
+constexpr size_t   server_max_turns           = 1000;   // of a chain of previous responses
+constexpr uint32_t server_max_attempts        = 2;      // to answer one request, after crashes
+constexpr size_t   server_recovering          = 16;     // taken up again at a time
+constexpr uint64_t server_max_key_file        = 16 << 20;
 
 // ---- Words -----------------------------------------------------------------------------------
 
@@ -19126,16 +19426,37 @@ Error server_option(const char* name, std::string message) {
     return make_error(ErrorKind::invalid_request, std::move(message), "invalid_value", name);
 }
 
+bool server_visible(std::string_view text) {
+    return std::all_of(text.begin(), text.end(), [](char c) { return c > ' ' && c < 0x7f; });
+}
+
+Result<Hash256> server_secret_hash(const ApiKey& key) {
+    const auto refused = [&](const char* what) {
+        return server_option("keys", "key '" + key.id + "': " + what);
+    };
+    if (key.secret_sha256.empty()) {
+        if (key.secret.size() >= server_min_secret && server_visible(key.secret))
+            return sha256(key.secret);
+        return refused("the secret must be 16 visible ASCII characters or more");
+    }
+    auto bytes = hex_decode(key.secret_sha256);
+    Hash256 hash;
+    if (!bytes || bytes->size() != sizeof hash.bytes || !key.secret.empty())
+        return refused("secret_sha256 must be 64 hex digits, and there is no secret beside it");
+    std::memcpy(hash.bytes, bytes->data(), sizeof hash.bytes);
+    return hash;
+}
+
 /// Sorted by hash.
 Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
     std::vector<ServerKey> keys;
     for (const ApiKey& key : given) {
-        const auto visible = [](char c) { return c > ' ' && c < 0x7f; };
-        if (key.secret.size() < server_min_secret ||
-            !std::all_of(key.secret.begin(), key.secret.end(), visible))
-            return server_option("keys", "the secret of key '" + key.id +
-                                             "' must be 16 visible ASCII characters or more");
-        keys.push_back({sha256(key.secret), key.id, key.organisation});
+        if (!server_visible(key.id))
+            return server_option("keys", "the id of a key must be visible ASCII characters");
+        auto hash = server_secret_hash(key);
+        if (!hash) return hash.error();
+        keys.push_back({*hash, key.id, key.organisation, key.requests_per_minute,
+                        static_cast<double>(key.requests_per_minute), monotonic_ns()});
     }
     const auto before = [](const ServerKey& a, const ServerKey& b) {
         return a.hash.view() < b.hash.view();
@@ -19182,50 +19503,85 @@ HttpOptions server_http_options(const ServerOptions& options) {
 // ---- The loop's state --------------------------------------------------------------------------
 
 struct ServerLoop : HttpHandler {
-    struct Route;
+    struct Exchange;
+    using Handle = void (ServerLoop::*)(Exchange&, HttpRequest&);
+
+    struct Route {
+        std::string_view path;         // ending in '/': an argument follows
+        std::string_view suffix = {};  // behind the argument
+        Handle get = nullptr, post = nullptr, remove = nullptr;
+        bool   slashes = false;        // in the argument
+        bool   open    = false;        // needs no key
+        std::string allowed() const;   // the header Allow
+    };
+    static const Route routes[];
 
     /// A request that is not answered yet.
     struct Exchange {
         uint64_t         number = 0;  // in http
-        std::string      request_id, method, path, argument;
+        std::string      request_id, method, path, argument, query;
         std::string      organisation = "default";
+        std::string      key_id       = "open";
         std::string      cors_origin;  // to be named in the reply
+        ServerKey*       key        = nullptr;
         const Route*     route      = nullptr;
+        Handle           handle     = nullptr;
         uint64_t         started_ns = 0;
-        std::string      response_id;  // once submitted
-        Usage            usage;        // for the log line
+        std::string      response_id;          // that it asks for or waits for
+        bool             keyed      = false;   // an idempotency key came with it
+        bool             replayed   = false;
+        bool             removes    = false;   // waits for the end, then for the record to go
+        Usage            usage      = {};      // for the log line
+        Timings          timings    = {};
     };
 
-    struct Route {
-        std::string_view path;      // ending in '/': an argument follows
-        const char*      methods;   // the header Allow
-        void (ServerLoop::*handle)(Exchange&, HttpRequest&);
-        bool slashes = false;       // in the argument
-        bool open    = false;       // needs no key
-    };
-    static const Route routes[];
-
-    /// A response that a Responder works on.
+    /// A response that is not terminal.
     struct Live {
-        ResponseRecord record;  // without the request: the store has it
-        Responder*     responder   = nullptr;
-        uint64_t       exchange    = 0;  // that waits for it; 0: none
-        uint64_t       deadline_ns = 0;
-        bool           finishing   = false;
+        enum class State : uint8_t {
+            reserving,  // not kept yet
+            waiting,    // kept, not submitted: after a restart
+            working,    // a Responder has it
+            finishing,  // the outcome is there and is being kept
+            parked,     // left for the next start
+        };
+        State       state = State::reserving;
+        std::string organisation;
+        bool        running    = false;
+        bool        background = false;
+        bool        resumable  = false;  // is taken up again after a crash
+        uint32_t    attempts   = 1;
+        uint64_t    owner      = 0;      // the exchange whose end cancels it; 0: none
+        Responder*  responder  = nullptr;
+        std::vector<uint64_t> waiters;   // exchanges that want the terminal object
+        std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
     };
 
+    /// Work for a worker, or a change for the store, and what comes back.
     struct Job {
+        using Step = void (ServerLoop::*)(std::unique_ptr<Job>);
+        ServerLoop*    loop = nullptr;
         void (ServerLoop::*work)(Job&) = nullptr;  // on a worker
-        void (ServerLoop::*done)(Job&) = nullptr;  // then on the loop
+        Step           next      = nullptr;        // then on the loop
         uint64_t       exchange  = 0;
-        ResponseRecord record    = {};
-        std::string    text      = {};  // a request's body; then the bytes to answer
-        Usage          usage     = {};
-        bool           flag      = false;  // accept: an Idempotency-Key came; find: it is live
+        int            status    = 200;    // to answer with
+        std::string    text      = {};     // a request's body; then the bytes to answer
+        std::string    key       = {};     // accept: the idempotency key's header
+        int            keys      = 0;      // and how many of them came
+        std::string    key_id    = {};
+        std::string    query     = {};
+        bool           running   = false;  // how far a live response is
+        bool           only_background = false;
+        bool           store     = true;
+        bool           more      = false;  // list: there are older ones
+        std::vector<std::pair<std::string, bool>> ids = {};  // list: each with `running`
+        StoredResponse stored    = {};
+        std::optional<Reservation>     replay  = {};
+        std::shared_ptr<const Outcome> outcome = {};
         Responder*     responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
         std::optional<Error>      error    = {};
     };
+    using JobPtr = std::unique_ptr<Job>;
 
     ServerOptions           options;  // without secrets
     std::vector<ServerKey>  keys;
@@ -19237,21 +19593,34 @@ struct ServerLoop : HttpHandler {
     // of the loop thread
     std::unordered_map<uint64_t, Exchange> exchanges;
     std::unordered_map<std::string, Live>  live;
-    int64_t next_expiry_ms = 0;
-    bool    drain_begun    = false;
-    bool    listening      = false;  // to the Responders
+    std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
+    std::deque<std::string> recoverable;    // waiting, oldest first
+    std::vector<JobPtr>     unsaved;        // outcomes that the store had no room for
+    size_t   recovering     = 0;            // of them, on their way
+    size_t   finishing      = 0;
+    size_t   queued         = 0;            // live and not running
+    double   finish_gap_s   = 1;            // between two ends, on average
+    uint64_t last_finish_ns = 0;
+    int64_t  next_expiry_ms = 0;
+    bool     drain_begun    = false;
+    bool     listening      = false;        // to the Responders
+    std::map<std::pair<std::string, int>, uint64_t> answered;  // by route and status
+    double   answer_seconds = 0;
+    uint64_t replayed       = 0;
 
-    std::atomic<bool> stopping = false;
+    std::atomic<bool>     stopping = false;
+    std::atomic<uint32_t> storing  = 0;  // changes under way
 
     std::mutex              jobs_mutex;
     std::condition_variable jobs_waiting;
-    std::deque<std::unique_ptr<Job>> jobs;
+    std::deque<JobPtr>      jobs;
     bool                    ending = false;
     Thread                  workers[server_workers];
 
-    std::mutex                        inbox_mutex;
-    std::vector<std::unique_ptr<Job>> inbox_jobs;
-    std::vector<std::string>          inbox_ready;  // ids with events
+    std::mutex               inbox_mutex;
+    std::vector<JobPtr>      inbox_jobs;
+    std::vector<std::string> inbox_ready;  // ids with events
+    std::atomic<uint32_t>    inbox_count = 0;  // ever put in
 
     ~ServerLoop() override;
     Result<void> start();
@@ -19261,16 +19630,19 @@ struct ServerLoop : HttpHandler {
     std::optional<HttpReply> on_head(HttpRequest& request) override;
     void on_request(HttpRequest&& request) override;
     void on_closed(uint64_t number) override;
-    HttpReply on_error(int status, std::string_view code, std::string_view message) override;
+    HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
+                       std::string_view message) override;
     void on_tick() override;
 
     // checks of a head, in the contract's order
+    void find_route(Exchange& exchange);
     Result<void> check_host(const HttpRequest& request, Exchange& exchange);
     Result<void> check_origin(const HttpRequest& request, Exchange& exchange);
     Result<void> check_key(const HttpRequest& request, Exchange& exchange);
     Result<void> check_route(const HttpRequest& request, Exchange& exchange);
     Result<void> check_method(const HttpRequest& request, Exchange& exchange);
     Result<void> check_size(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_rate(const HttpRequest& request, Exchange& exchange);
     Result<void> check_type(const HttpRequest& request, Exchange& exchange);
 
     uint64_t body_limit(const HttpRequest& request) const {
@@ -19279,10 +19651,15 @@ struct ServerLoop : HttpHandler {
 
     // routes
     void get_health(Exchange& exchange, HttpRequest& request);
+    void get_metrics(Exchange& exchange, HttpRequest& request);
     void get_models(Exchange& exchange, HttpRequest& request);
     void get_model(Exchange& exchange, HttpRequest& request);
     void post_response(Exchange& exchange, HttpRequest& request);
+    void get_responses(Exchange& exchange, HttpRequest& request);
     void get_response(Exchange& exchange, HttpRequest& request);
+    void delete_response(Exchange& exchange, HttpRequest& request);
+    void post_cancel(Exchange& exchange, HttpRequest& request);
+    void get_input_items(Exchange& exchange, HttpRequest& request);
 
     // replies
     HttpReply make_reply(const Exchange& exchange, int status, std::string body,
@@ -19294,32 +19671,81 @@ struct ServerLoop : HttpHandler {
     void answer(Exchange& exchange, int status, std::string body);
     void refuse(Exchange& exchange, const Error& error, HttpHeaders headers = {});
     void log_exchange(const Exchange& exchange, int status);
+    uint32_t retry_after_s() const;
+    std::string metrics_text() const;
 
     // jobs
-    void send_job(std::unique_ptr<Job> job);
+    JobPtr make_job(const Exchange& exchange, Job::Step next);
+    void send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next);
+    StoreDone on_kept(JobPtr job, Job::Step next);
     void run_jobs();
     static void on_ready(void* context, const std::string& id);
     template <class Add> void send_to_loop(Add add);
     void take_inbox();
+    Exchange* find_exchange(uint64_t number);
+    void answer_job(JobPtr job);
+
+    // accepting
     Responder* find_responder(const std::string& model) const;
+    Result<Request> read_request(const Job& job, const std::string& text) const;
+    Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
+    Result<void> read_key(Job& job, const Json& body, const Request& request) const;
+    Result<void> accept(Job& job);
     void accept_work(Job& job);
-    void accept_done(Job& job);
+    void accept_admit(JobPtr job);
+    void accept_done(JobPtr job);
+    void replay(Exchange& exchange, const Reservation& reservation);
+    void take_back(const std::string& id, JobPtr job, Error error);
+    void wait_for(Exchange& exchange, const std::string& id, Live& entry);
+    void begin(JobPtr job);
+
+    // working and finishing
     void take_events(const std::string& id);
+    void cancel(const std::string& id, Live& entry);
+    void park(const std::string& id, Live& entry);
     void finish(const std::string& id, Live& entry, std::shared_ptr<const Outcome> outcome);
     void finish_work(Job& job);
-    void finish_done(Job& job);
-    void find_work(Job& job);
-    void find_done(Job& job);
+    void finish_keep(JobPtr job);
+    void finish_done(JobPtr job);
+    void remove(Exchange& exchange, const std::string& id);
+    void remove_done(JobPtr job);
+
+    // after a restart
+    void recover_all();
+    void recover_some();
+    void recover_work(Job& job);
+    void recover_keep(JobPtr job);
+    void recover_done(JobPtr job);
+
+    // reading
+    void show(Exchange& exchange, const std::string& id, int unfinished_status,
+              bool only_background = false);
+    void show_work(Job& job);
+    void list_work(Job& job);
+    void items_work(Job& job);
+    std::string render_live(const StoredResponse& stored, bool running) const;
 };
 
 const ServerLoop::Route ServerLoop::routes[] = {
-    {.path = "/health", .methods = "GET, HEAD", .handle = &ServerLoop::get_health, .open = true},
-    {.path = "/v1/models", .methods = "GET, HEAD", .handle = &ServerLoop::get_models},
-    {.path = "/v1/models/", .methods = "GET, HEAD", .handle = &ServerLoop::get_model,
-     .slashes = true},
-    {.path = "/v1/responses", .methods = "POST", .handle = &ServerLoop::post_response},
-    {.path = "/v1/responses/", .methods = "GET, HEAD", .handle = &ServerLoop::get_response},
+    {.path = "/health", .get = &ServerLoop::get_health, .open = true},
+    {.path = "/metrics", .get = &ServerLoop::get_metrics},
+    {.path = "/v1/models", .get = &ServerLoop::get_models},
+    {.path = "/v1/models/", .get = &ServerLoop::get_model, .slashes = true},
+    {.path = "/v1/responses", .get = &ServerLoop::get_responses,
+     .post = &ServerLoop::post_response},
+    {.path = "/v1/responses/", .get = &ServerLoop::get_response,
+     .remove = &ServerLoop::delete_response},
+    {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
+    {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
 };
+
+std::string ServerLoop::Route::allowed() const {
+    std::string all;
+    for (const auto& [handler, methods] : {std::pair(get, "GET, HEAD"), std::pair(post, "POST"),
+                                           std::pair(remove, "DELETE")})
+        if (handler) all.append(all.empty() ? "" : ", ").append(methods);
+    return all;
+}
 
 ServerLoop::~ServerLoop() {
     if (listening)
@@ -19331,10 +19757,11 @@ ServerLoop::~ServerLoop() {
     jobs_waiting.notify_all();
     for (Thread& worker : workers) worker.join();
     for (auto& [id, entry] : live) {
-        entry.responder->cancel(id);
-        while (entry.responder->poll(id)) {
+        park(id, entry);
+        while (entry.responder && entry.responder->poll(id)) {
         }
     }
+    while (const uint32_t left = storing) wait_on(&storing, left, 1'000'000);
 }
 
 Result<void> ServerLoop::start() {
@@ -19349,43 +19776,57 @@ Result<void> ServerLoop::start() {
     }
     for (Responder* responder : responders) responder->on_ready(&ServerLoop::on_ready, this);
     listening = true;
+    recover_all();
     return {};
 }
 
 bool ServerLoop::step(int timeout_ms) {
     const bool more = http->step(timeout_ms);
     if (stopping && !std::exchange(drain_begun, true))
-        for (auto& [id, entry] : live)  // nobody will be able to read these
-            if (!entry.exchange) entry.responder->cancel(id);
-    return more;
+        for (auto& [id, entry] : live)  // nobody is there to be answered
+            if (entry.waiters.empty()) park(id, entry);
+    if (more || finishing == 0) return more;
+    // http is done and takes no more calls; what has an outcome is still to be kept.
+    const uint32_t seen = inbox_count;
+    take_inbox();
+    if (finishing > 0) wait_on(&inbox_count, seen, 10'000'000);
+    return true;
 }
 
 // ---- Who may ask, and for what ---------------------------------------------------------------
+
+/// Fills in what the target says.
+void ServerLoop::find_route(Exchange& exchange) {
+    const std::string_view path = exchange.path;
+    for (const Route& route : routes) {
+        const bool prefix = path.substr(0, route.path.size()) == route.path;
+        if (!prefix || path.size() < route.path.size() + route.suffix.size()) continue;
+        const size_t end = path.size() - route.suffix.size();
+        if (path.substr(end) != route.suffix) continue;
+        auto argument = server_unescape(path.substr(route.path.size(), end - route.path.size()));
+        if (!argument || argument->empty() == (route.path.back() == '/')) continue;
+        if (!route.slashes && argument->find('/') != argument->npos) continue;
+        exchange.argument = std::move(*argument);
+        exchange.route = &route;
+    }
+}
 
 std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     Exchange exchange;
     exchange.number = request.exchange;
     exchange.request_id = server_uuid();
     exchange.method = request.method;
-    exchange.path = request.target.substr(0, request.target.find('?'));
+    const size_t mark = std::min(request.target.find('?'), request.target.size());
+    exchange.path = request.target.substr(0, mark);
+    exchange.query = request.target.substr(std::min(mark + 1, request.target.size()));
     exchange.started_ns = monotonic_ns();
-    const std::string_view path = exchange.path;
-    for (const Route& route : routes) {
-        const bool with_argument = route.path.back() == '/' && path.size() > route.path.size() &&
-                                   path.substr(0, route.path.size()) == route.path;
-        if (!with_argument && path != route.path) continue;
-        auto argument = server_unescape(path.substr(route.path.size()));
-        if (route.path.back() == '/' && (!argument || argument->empty())) continue;
-        if (!route.slashes && argument->find('/') != argument->npos) continue;
-        exchange.argument = std::move(*argument);
-        exchange.route = &route;
-    }
+    find_route(exchange);
 
     using Check = Result<void> (ServerLoop::*)(const HttpRequest&, Exchange&);
     static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_origin};
     static constexpr Check then[] = {&ServerLoop::check_key, &ServerLoop::check_route,
                                      &ServerLoop::check_method, &ServerLoop::check_size,
-                                     &ServerLoop::check_type};
+                                     &ServerLoop::check_rate, &ServerLoop::check_type};
     const auto run = [&](std::span<const Check> checks) -> std::optional<HttpReply> {
         for (const Check check : checks)
             if (auto checked = (this->*check)(request, exchange); !checked)
@@ -19471,6 +19912,8 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
     if (found == keys.end() || !constant_time_equal(found->hash.view(), hash.view()))
         return refused("unknown API key");
     exchange.organisation = found->organisation;
+    exchange.key_id = found->id;
+    exchange.key = &*found;
     return {};
 }
 
@@ -19480,12 +19923,15 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 }
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
-    const std::string_view methods = exchange.route->methods;
-    const bool reads = request.method == "GET" || request.is_head();
-    if (methods == request.method || (reads && methods == "GET, HEAD")) return {};
+    const Route& route = *exchange.route;
+    for (const auto& [method, handle] : {std::pair("GET", route.get), std::pair("HEAD", route.get),
+                                         std::pair("POST", route.post),
+                                         std::pair("DELETE", route.remove)})
+        if (request.method == method) exchange.handle = handle;
+    if (exchange.handle) return {};
     return make_error(ErrorKind::method_not_allowed,
                       server_printable(request.method) + " is not allowed here; allowed: " +
-                          exchange.route->methods,
+                          route.allowed(),
                       "method_not_allowed");
 }
 
@@ -19497,6 +19943,27 @@ Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
                       "the body has " + std::to_string(size) + " bytes; at most " +
                           std::to_string(limit) + " are allowed",
                       "request_too_large");
+}
+
+/// A bucket that holds a minute's requests and fills evenly.
+Result<void> ServerLoop::check_rate(const HttpRequest&, Exchange& exchange) {
+    ServerKey* key = exchange.key;
+    if (!key || key->per_minute == 0) return {};
+    const uint64_t now_ns = monotonic_ns();
+    const double a_second = key->per_minute / 60.0;
+    const double passed_s = static_cast<double>(now_ns - key->filled_ns) / 1e9;
+    key->tokens = std::min<double>(key->per_minute, key->tokens + passed_s * a_second);
+    key->filled_ns = now_ns;
+    if (key->tokens >= 1) {
+        --key->tokens;
+        return {};
+    }
+    Error error = make_error(ErrorKind::rate_limit,
+                             "this key may make " + std::to_string(key->per_minute) +
+                                 " requests a minute",
+                             "rate_limit_exceeded");
+    error.retry_after_s = static_cast<uint32_t>(std::ceil((1 - key->tokens) / a_second));
+    return error;
 }
 
 /// Also told before a body is asked for, unless its size is still unknown: size comes first.
@@ -19526,11 +19993,14 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
     reply.status = status;
     reply.headers = std::move(headers);
     reply.headers.emplace_back("X-Request-ID", exchange.request_id);
-    if (!body.empty()) reply.headers.emplace_back("Content-Type", "application/json");
+    if (!body.empty() && !find_header(reply.headers, "Content-Type"))
+        reply.headers.emplace_back("Content-Type", "application/json");
+    if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
     if (!exchange.cors_origin.empty()) {
         reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
         reply.headers.emplace_back("Access-Control-Expose-Headers",
-                                   "X-Request-ID, X-Valar-Response-Id, Retry-After");
+                                   "X-Request-ID, X-Valar-Response-Id, Retry-After, "
+                                   "Idempotent-Replayed");
     }
     if (!options.cors_origins.empty()) reply.headers.emplace_back("Vary", "Origin");
     reply.body = std::move(body);
@@ -19541,8 +20011,11 @@ HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& er
                                           HttpHeaders headers) {
     const int status = http_status(error.kind);
     if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
-    if (status == 405) headers.emplace_back("Allow", exchange.route->methods);
-    if (status == 503 || status == 429) headers.emplace_back("Retry-After", server_retry_after_s);
+    if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
+    if (status == 503 || status == 429) {
+        const uint32_t seconds = error.retry_after_s ? error.retry_after_s : retry_after_s();
+        headers.emplace_back("Retry-After", std::to_string(seconds));
+    }
     if (status == 500)
         options.log(LogLevel::error, "request " + exchange.request_id + ": " + error.message);
     return make_reply(exchange, status, render_error(error).write(), std::move(headers));
@@ -19551,9 +20024,9 @@ HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& er
 HttpReply ServerLoop::make_preflight_reply(const Exchange& exchange, const HttpRequest& request) {
     const std::string* asked = request.header("Access-Control-Request-Headers");
     return make_reply(exchange, 204, {},
-                      {{"Access-Control-Allow-Methods", "GET, HEAD, POST"},
+                      {{"Access-Control-Allow-Methods", "GET, HEAD, POST, DELETE"},
                        {"Access-Control-Allow-Headers",
-                        asked ? *asked : "Authorization, Content-Type"},
+                        asked ? *asked : "Authorization, Content-Type, Idempotency-Key"},
                        {"Access-Control-Max-Age", "600"}});
 }
 
@@ -19573,21 +20046,53 @@ void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders head
     answer(exchange, make_error_reply(exchange, error, std::move(headers)));
 }
 
+/// When the queue will have moved on, as far as the pace of late tells.
+uint32_t ServerLoop::retry_after_s() const {
+    const double wait_s = std::ceil(static_cast<double>(queued) * finish_gap_s);
+    return static_cast<uint32_t>(std::clamp<double>(wait_s, 1, server_max_retry_s));
+}
+
 void ServerLoop::log_exchange(const Exchange& exchange, int status) {
-    if (!options.log.write) return;
     const double ms = static_cast<double>(monotonic_ns() - exchange.started_ns) / 1e6;
-    options.log(LogLevel::info,
-                "id=" + exchange.request_id + " method=" + server_printable(exchange.method) +
-                    " path=" + server_printable(exchange.path) +
-                    format(" status=%d ms=%.1f input_tokens=%u output_tokens=%u", status, ms,
-                           exchange.usage.input_tokens, exchange.usage.output_tokens));
+    const Route* route = exchange.route;
+    const bool nested = route && !route->suffix.empty();
+    const std::string name = route ? std::string(route->path) + (nested ? "*" : "") : "none";
+    ++answered[{name + (nested ? std::string(route->suffix) : ""), status}];
+    answer_seconds += ms / 1e3;
+    if (!options.log.write) return;
+    const auto rounded = [](double value) { return std::round(value * 10) / 10; };
+    Json line = Json::object();
+    line.set("id", exchange.request_id)
+        .set("method", server_printable(exchange.method))
+        .set("path", server_printable(exchange.path))
+        .set("status", status)
+        .set("ms", rounded(ms))
+        .set("key", exchange.key_id)
+        .set("response", server_printable(exchange.response_id))
+        .set("replayed", exchange.replayed)
+        .set("input_tokens", exchange.usage.input_tokens)
+        .set("output_tokens", exchange.usage.output_tokens)
+        .set("queue_ms", rounded(static_cast<double>(exchange.timings.queue_us) / 1e3))
+        .set("prefill_ms", rounded(static_cast<double>(exchange.timings.prefill_us) / 1e3))
+        .set("decode_ms", rounded(static_cast<double>(exchange.timings.decode_us) / 1e3));
+    if (options.log_json) return options.log(LogLevel::info, line.write());
+    std::string text;
+    for (const JsonMember& member : line.members()) {
+        text.append(text.empty() ? "" : " ").append(member.key).append("=");
+        text += member.value.is_string() ? std::string(member.value.as_string())
+                                         : member.value.write();
+    }
+    options.log(LogLevel::info, text);
 }
 
 /// Framing that failed, and limits of http: the request may not even have a path.
-HttpReply ServerLoop::on_error(int status, std::string_view code, std::string_view message) {
+HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::string_view code,
+                               std::string_view message) {
     Exchange exchange;
     exchange.request_id = server_uuid();
-    exchange.method = exchange.path = "-";
+    exchange.method = request.method.empty() ? "-" : request.method;
+    exchange.path = request.target.empty() ? "-" : request.target.substr(0, request.target.find('?'));
+    exchange.key_id = "-";
     exchange.started_ns = monotonic_ns();
     const ErrorKind kind = status == 503 ? ErrorKind::overloaded : ErrorKind::invalid_request;
     HttpReply reply = make_error_reply(
@@ -19606,35 +20111,48 @@ void ServerLoop::on_request(HttpRequest&& request) {
     if (request.chunked)  // only now is it known that its size is allowed
         if (auto checked = check_type(request, exchange); !checked)
             return refuse(exchange, checked.error());
-    (this->*exchange.route->handle)(exchange, request);
+    (this->*exchange.handle)(exchange, request);
 }
 
-/// A client that leaves cancels what it waited for.
+ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
+    const auto found = exchanges.find(number);
+    return found == exchanges.end() ? nullptr : &found->second;
+}
+
+/// A client that leaves cancels what only it can ask for again.
 void ServerLoop::on_closed(uint64_t number) {
     const auto found = exchanges.find(number);
     if (found == exchanges.end()) return;
     log_exchange(found->second, server_client_left);
     const auto entry = live.find(found->second.response_id);
     if (entry != live.end()) {
-        entry->second.exchange = 0;
-        if (!entry->second.finishing) entry->second.responder->cancel(entry->first);
+        std::erase(entry->second.waiters, number);
+        if (entry->second.owner == number) cancel(entry->first, entry->second);
     }
     exchanges.erase(found);
 }
 
 void ServerLoop::on_tick() {
     const uint64_t now_ns = monotonic_ns();
-    for (auto& [id, entry] : live) {
-        const auto exchange = exchanges.find(entry.exchange);
-        if (exchange == exchanges.end() || now_ns < entry.deadline_ns) continue;
-        entry.exchange = 0;
-        refuse(exchange->second,
+    while (!timeouts.empty() && timeouts.front().first <= now_ns) {
+        Exchange* exchange = find_exchange(timeouts.front().second);
+        timeouts.pop_front();
+        if (!exchange) continue;
+        const std::string id = exchange->response_id;
+        const auto entry = live.find(id);
+        if (entry == live.end()) continue;  // its end is on the way
+        std::erase(entry->second.waiters, exchange->number);
+        HttpHeaders headers = {{"X-Valar-Response-Id", id}};
+        if (!exchange->keyed) headers.emplace_back("x-should-retry", "false");
+        refuse(*exchange,
                make_error(ErrorKind::timeout,
                           "the response was not finished in time; it goes on: GET /v1/responses/" +
                               id,
                           "timeout"),
-               {{"X-Valar-Response-Id", id}, {"x-should-retry", "false"}});
+               std::move(headers));
     }
+    recover_some();
+    for (JobPtr& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
     const int64_t now_ms = unix_time_ms();
     if (now_ms < next_expiry_ms) return;
     next_expiry_ms = now_ms + server_expire_every_ms;
@@ -19684,33 +20202,22 @@ void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
     refuse(exchange, server_no_model(id));
 }
 
-void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
-    auto job = std::make_unique<Job>();
-    job->work = &ServerLoop::accept_work;
-    job->done = &ServerLoop::accept_done;
-    job->exchange = exchange.number;
-    job->record.organisation = exchange.organisation;
-    job->text = std::move(request.body);
-    job->flag = request.header("Idempotency-Key") != nullptr;
-    send_job(std::move(job));
-}
-
-void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
-    auto job = std::make_unique<Job>();
-    job->work = &ServerLoop::find_work;
-    job->done = &ServerLoop::find_done;
-    job->exchange = exchange.number;
-    const auto found = live.find(exchange.argument);
-    job->flag = found != live.end() && found->second.record.organisation == exchange.organisation;
-    if (job->flag) job->record = found->second.record;
-    job->record.id = exchange.argument;
-    job->record.organisation = exchange.organisation;
-    send_job(std::move(job));
-}
-
 // ---- Jobs ------------------------------------------------------------------------------------
 
-void ServerLoop::send_job(std::unique_ptr<Job> job) {
+ServerLoop::JobPtr ServerLoop::make_job(const Exchange& exchange, Job::Step next) {
+    auto job = std::make_unique<Job>();
+    job->loop = this;
+    job->next = next;
+    job->exchange = exchange.number;
+    job->key_id = exchange.key_id;
+    job->query = exchange.query;
+    job->stored.organisation = exchange.organisation;
+    return job;
+}
+
+void ServerLoop::send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next) {
+    job->work = work;
+    job->next = next;
     {
         const std::lock_guard<std::mutex> lock(jobs_mutex);
         jobs.push_back(std::move(job));
@@ -19720,7 +20227,7 @@ void ServerLoop::send_job(std::unique_ptr<Job> job) {
 
 void ServerLoop::run_jobs() {
     for (;;) {
-        std::unique_ptr<Job> job;
+        JobPtr job;
         {
             std::unique_lock<std::mutex> lock(jobs_mutex);
             jobs_waiting.wait(lock, [&] { return ending || !jobs.empty(); });
@@ -19733,6 +20240,21 @@ void ServerLoop::run_jobs() {
     }
 }
 
+/// What a change of the store ends with: the job comes to the loop, with the store's error if any.
+StoreDone ServerLoop::on_kept(JobPtr job, Job::Step next) {
+    job->loop = this;
+    job->next = next;
+    ++storing;
+    const auto call = [](void* context, Result<void> result) {
+        JobPtr kept(static_cast<Job*>(context));
+        ServerLoop* self = kept->loop;
+        if (!result) kept->error = std::move(result.error());
+        self->send_to_loop([&] { self->inbox_jobs.push_back(std::move(kept)); });
+        --self->storing;  // the last touch: the destructor waits for it
+    };
+    return {call, job.release()};
+}
+
 /// From any thread. One call into the loop serves all that gathers until it comes.
 template <class Add>
 void ServerLoop::send_to_loop(Add add) {
@@ -19741,7 +20263,9 @@ void ServerLoop::send_to_loop(Add add) {
         const std::lock_guard<std::mutex> lock(inbox_mutex);
         first = inbox_jobs.empty() && inbox_ready.empty();
         add();
+        ++inbox_count;
     }
+    wake(&inbox_count);
     if (first) http->post([](void* self) { static_cast<ServerLoop*>(self)->take_inbox(); }, this);
 }
 
@@ -19751,15 +20275,83 @@ void ServerLoop::on_ready(void* context, const std::string& id) {
 }
 
 void ServerLoop::take_inbox() {
-    std::vector<std::unique_ptr<Job>> done;
+    std::vector<JobPtr> done;
     std::vector<std::string> ready;
     {
         const std::lock_guard<std::mutex> lock(inbox_mutex);
         done.swap(inbox_jobs);
         ready.swap(inbox_ready);
     }
-    for (const auto& job : done) (this->*job->done)(*job);
+    for (JobPtr& job : done) {
+        const Job::Step next = job->next;
+        if (next) (this->*next)(std::move(job));
+    }
     for (const std::string& id : ready) take_events(id);
+}
+
+/// The last step of what only reads.
+void ServerLoop::answer_job(JobPtr job) {
+    Exchange* exchange = find_exchange(job->exchange);
+    if (!exchange) return;
+    if (job->error) return refuse(*exchange, *job->error);
+    answer(*exchange, job->status, std::move(job->text));
+}
+
+// ---- Accepting a request -----------------------------------------------------------------------
+
+namespace {
+
+Error server_no_response(std::string_view id) {
+    return server_not_found("no response '" + server_printable(id) + "'");
+}
+
+Error server_field(const char* code, const char* param, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, param);
+}
+
+/// What acceptance resolved; a response is rendered from it and the request.
+std::string server_head(const ResponseRecord& record) {
+    return Json::object()
+        .set("message_id", record.message_id)
+        .set("created_at", record.created_at)
+        .set("model", record.model)
+        .set("temperature", record.temperature)
+        .set("top_p", record.top_p)
+        .set("seed", record.seed)
+        .write();
+}
+
+ResponseRecord server_record(const StoredResponse& stored, Status status) {
+    ResponseRecord record;
+    const auto head = Json::parse(stored.head ? *stored.head : "");
+    auto request = Json::parse(stored.request ? *stored.request : "");
+    const Json& known = head ? *head : Json();
+    record.id = stored.id;
+    record.organisation = stored.organisation;
+    record.message_id = known["message_id"].as_string();
+    record.created_at = known["created_at"].as_int();
+    record.model = known["model"].as_string();
+    record.temperature = known["temperature"].as_double();
+    record.top_p = known["top_p"].as_double();
+    record.seed = known["seed"].as_int();
+    record.status = status;
+    if (request) record.request = std::move(*request);
+    return record;
+}
+
+std::shared_ptr<const std::string> server_shared(std::string text) {
+    return std::make_shared<const std::string>(std::move(text));
+}
+
+}  // namespace
+
+void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
+    JobPtr job = make_job(exchange, nullptr);
+    job->text = std::move(request.body);
+    job->keys = static_cast<int>(request.count("Idempotency-Key"));
+    if (const std::string* key = request.header("Idempotency-Key")) job->key = *key;
+    exchange.keyed = job->keys > 0;
+    send_job(std::move(job), &ServerLoop::accept_work, &ServerLoop::accept_admit);
 }
 
 Responder* ServerLoop::find_responder(const std::string& wanted) const {
@@ -19769,139 +20361,736 @@ Responder* ServerLoop::find_responder(const std::string& wanted) const {
     return nullptr;
 }
 
+/// The idempotency key and the fingerprint of the request under it (contract, section 6).
+Result<void> ServerLoop::read_key(Job& job, const Json& body, const Request& request) const {
+    if (job.keys == 0) return {};
+    const std::string_view key = server_trim(job.key);
+    const auto refused = [](const char* code, const char* message) {
+        return server_field(code, "Idempotency-Key", message);
+    };
+    if (job.keys > 1) return refused("invalid_value", "more than one header Idempotency-Key");
+    if (key.empty())
+        return refused("string_below_min_length", "the header Idempotency-Key is empty");
+    if (utf8_count(key) > server_max_key_length)
+        return refused("string_above_max_length",
+                       "the header Idempotency-Key has more than 255 characters");
+    const auto control = [](char c) { return static_cast<unsigned char>(c) < ' ' || c == 0x7f; };
+    if (std::any_of(key.begin(), key.end(), control))
+        return refused("invalid_value", "the header Idempotency-Key holds control characters");
+    if (!request.store)
+        return server_field("unsupported_value", "store",
+                            "'store' must be true with an idempotency key, but false was received");
+    job.stored.reservation = job.key_id + "\n" + std::string(key);
+    const Hash256 hash = sha256("/v1/responses\n" + body.canonical());
+    job.stored.fingerprint = hash.view();
+    return {};
+}
+
+/// Puts the turns of a chain of earlier responses before the request's own (openai dialect).
+Result<void> ServerLoop::add_previous(const std::string& organisation, Request* request,
+                                      Json body) const {
+    std::vector<StoredResponse> turns;  // newest first
+    const auto refused = [](const std::string& message) {
+        return server_field("previous_response_not_found", "previous_response_id", message);
+    };
+    std::string id = request->previous_response_id;
+    for (uint64_t bytes = 0; !id.empty();) {
+        auto turn = store->find(organisation, id);
+        if (!turn) return refused("no previous response '" + server_printable(id) + "'");
+        if (!turn->terminal)
+            return refused("the previous response '" + id + "' is not finished yet");
+        bytes += turn->request->size() + turn->object->size();
+        if (turns.size() == server_max_turns || bytes > options.max_body_bytes)
+            return refused("the chain of previous responses is too long");
+        auto asked = Json::parse(*turn->request);
+        if (!asked) return asked.error();
+        id = (*asked)["previous_response_id"].as_string();
+        turns.push_back(std::move(*turn));
+    }
+    Json items = Json::array();
+    for (auto turn = turns.rbegin(); turn != turns.rend(); ++turn) {
+        auto asked = Json::parse(*turn->request), object = Json::parse(*turn->object);
+        if (!asked || !object) return asked ? object.error() : asked.error();
+        for (Json& item : render_input_items(*asked, turn->id)) items.push(std::move(item));
+        for (const Json& item : (*object)["output"].items()) items.push(item);
+    }
+    for (Json& item : render_input_items(body, "")) items.push(std::move(item));
+    body.set("input", std::move(items));
+    auto whole = parse_response_request(body, options.dialect);
+    if (!whole) return whole.error();
+    *request = std::move(*whole);
+    return {};
+}
+
 /// A body becomes a prepared request and a record, or an error: whichever check fails first.
-void ServerLoop::accept_work(Job& job) {
-    const auto fail = [&](Error error) { job.error = std::move(error); };
+Result<void> ServerLoop::accept(Job& job) {
     auto body = Json::parse(job.text);
-    if (!body) return fail(body.error());
-    auto request = parse_response_request(*body);
-    if (!request) return fail(request.error());
-    if (job.flag)
-        return fail(make_error(ErrorKind::invalid_request,
-                               "the header Idempotency-Key is not in this version",
-                               "unsupported_parameter", "Idempotency-Key"));
+    if (!body) return body.error();
+    auto request = parse_response_request(*body, options.dialect);
+    if (!request) return request.error();
+    if (auto read = read_key(job, *body, *request); !read) return read.error();
+    StoredResponse& stored = job.stored;
+    if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
+        job.replay = store->reserved(stored.organisation, stored.reservation);
+        if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
+    }
     job.responder = find_responder(request->model);
-    if (!job.responder) return fail(server_no_model(request->model));
-    ResponseRecord& record = job.record;
-    request->organisation = record.organisation;
+    if (!job.responder) return server_no_model(request->model);
+    request->organisation = stored.organisation;
+    if (!request->previous_response_id.empty()) {
+        auto added = add_previous(stored.organisation, &*request, std::move(*body));
+        if (!added) return added.error();
+        request->organisation = stored.organisation;
+    }
     auto prepared = job.responder->prepare(*request);
-    if (!prepared) return fail(prepared.error());
+    if (!prepared) return prepared.error();
     job.prepared = std::move(*prepared);
 
     auto id = server_new_id("resp_"), message_id = server_new_id("msg_");
-    if (!id || !message_id) return fail(id ? message_id.error() : id.error());
+    if (!id || !message_id) return id ? message_id.error() : id.error();
+    ResponseRecord record;
     record.message_id = *message_id;
     record.model = request->model;
     record.temperature = job.prepared->temperature;
     record.top_p = job.prepared->top_p;
     record.seed = job.prepared->seed;
-    const int64_t now_ms = unix_time_ms();
-    record.created_at = now_ms / 1000;
-    auto text = std::make_shared<const std::string>(std::move(job.text));
-    auto added = store->add({*id, record.organisation, false, now_ms, std::move(text)});
-    if (!added) return fail(added.error());
-    record.id = *id;  // set: the store has it
+    stored.created_at_ms = unix_time_ms();
+    record.created_at = stored.created_at_ms / 1000;
+    stored.id = *id;
+    stored.background = request->background;
+    stored.attempts = 1;
+    stored.head = server_shared(server_head(record));
+    stored.request = server_shared(std::move(job.text));
+    job.store = request->store;
+    job.text = stored.background ? render_live(stored, false) : std::string();
+    return {};
 }
 
-void ServerLoop::accept_done(Job& job) {
-    const auto found = exchanges.find(job.exchange);
-    const std::string& id = job.record.id;
-    if (!job.error && stopping) job.error = server_overloaded("the server is shutting down");
-    if (!job.error && found != exchanges.end()) {
-        const uint64_t wait_ns = uint64_t{options.sync_timeout_ms} * 1'000'000;
-        live.emplace(id, Live{job.record, job.responder, job.exchange,
-                              found->second.started_ns + wait_ns, false});
-        auto submitted = job.responder->submit(std::move(job.prepared), id);
-        if (submitted) {
-            found->second.response_id = id;
-            return take_events(id);
-        }
-        live.erase(id);
-        job.error = submitted.error();
-    }
-    if (!id.empty()) store->erase(id);
-    if (found != exchanges.end()) refuse(found->second, *job.error);
+void ServerLoop::accept_work(Job& job) {
+    if (auto accepted = accept(job); !accepted) job.error = std::move(accepted.error());
 }
+
+/// The last refusals; from here on the record exists.
+void ServerLoop::accept_admit(JobPtr job) {
+    Exchange* exchange = find_exchange(job->exchange);
+    if (!exchange) return;
+    if (!job->error && job->prepared && stopping)
+        job->error = server_overloaded("the server is shutting down");
+    if (!job->error && job->prepared && queued >= options.max_queued)
+        job->error = server_overloaded("too many requests are waiting");
+    if (job->error) return refuse(*exchange, *job->error);
+    if (!job->prepared) return replay(*exchange, *job->replay);
+
+    const StoredResponse& stored = job->stored;
+    Live& entry = live[stored.id];
+    entry.organisation = stored.organisation;
+    entry.background = stored.background;
+    entry.resumable = stored.background || !stored.reservation.empty();
+    entry.responder = job->responder;
+    if (!entry.resumable) entry.owner = exchange->number;
+    ++queued;
+    exchange->response_id = stored.id;
+    if (!job->store) {
+        entry.unkept = stored;
+        return accept_done(std::move(job));
+    }
+    StoredResponse record = stored;
+    store->add(std::move(record), on_kept(std::move(job), &ServerLoop::accept_done));
+}
+
+/// The record is kept, or the reservation was taken meanwhile, or the store had no room.
+void ServerLoop::accept_done(JobPtr job) {
+    const std::string id = job->stored.id;
+    Exchange* exchange = find_exchange(job->exchange);
+    Live& entry = live.find(id)->second;
+    if (!job->error) {
+        if (!exchange && entry.owner)
+            return take_back(id, std::move(job), make_error(ErrorKind::cancelled, "client left"));
+        entry.state = Live::State::waiting;
+        return begin(std::move(job));
+    }
+    --queued;
+    live.erase(id);
+    if (!exchange) return;
+    if (job->error->kind == ErrorKind::idempotency) {
+        const auto holder = store->reserved(job->stored.organisation, job->stored.reservation);
+        if (holder && holder->fingerprint == job->stored.fingerprint)
+            return replay(*exchange, *holder);
+        job->error = make_error(ErrorKind::idempotency,
+                                "this idempotency key was used for another request",
+                                "idempotency_key_reused");
+    }
+    refuse(*exchange, *job->error);
+}
+
+/// Hands it to its Responder; who waits for it is told, or waits on.
+void ServerLoop::begin(JobPtr job) {
+    const std::string id = job->stored.id;
+    Live& entry = live.find(id)->second;
+    auto submitted = entry.responder->submit(std::move(job->prepared), id);
+    if (!submitted) return take_back(id, std::move(job), std::move(submitted.error()));
+    entry.state = Live::State::working;
+    if (Exchange* exchange = find_exchange(job->exchange)) {
+        if (entry.background) answer(*exchange, 202, std::move(job->text));
+        else wait_for(*exchange, id, entry);
+    }
+    take_events(id);
+}
+
+/// Undoes an acceptance: nothing ran, and an idempotency key is free again.
+void ServerLoop::take_back(const std::string& id, JobPtr job, Error error) {
+    Live& entry = live.find(id)->second;
+    std::vector<uint64_t> waiters = std::move(entry.waiters);
+    waiters.push_back(job->exchange);
+    const bool kept = !entry.unkept;
+    const std::string organisation = entry.organisation;
+    --queued;
+    live.erase(id);
+    for (const uint64_t number : waiters)
+        if (Exchange* exchange = find_exchange(number)) refuse(*exchange, error);
+    if (kept)
+        store->erase(organisation, id, false, unix_time_ms(), on_kept(std::move(job), nullptr));
+}
+
+void ServerLoop::wait_for(Exchange& exchange, const std::string& id, Live& entry) {
+    exchange.response_id = id;
+    entry.waiters.push_back(exchange.number);
+    const uint64_t wait_ns = uint64_t{options.sync_timeout_ms} * 1'000'000;
+    timeouts.emplace_back(monotonic_ns() + wait_ns, exchange.number);
+}
+
+/// A repeat of a request: it never runs again, it is answered from the record.
+void ServerLoop::replay(Exchange& exchange, const Reservation& reservation) {
+    if (reservation.deleted) return refuse(exchange, server_no_response(reservation.id));
+    exchange.replayed = true;
+    ++replayed;
+    const auto found = live.find(reservation.id);
+    if (found != live.end() && !found->second.background)
+        return wait_for(exchange, reservation.id, found->second);
+    show(exchange, reservation.id, 202);
+}
+
+// ---- Working and finishing ---------------------------------------------------------------------
 
 void ServerLoop::take_events(const std::string& id) {
     const auto found = live.find(id);
-    if (found == live.end() || found->second.finishing) return;
+    if (found == live.end()) return;
     Live& entry = found->second;
-    while (auto event = entry.responder->poll(id)) {
+    while (auto event = entry.responder ? entry.responder->poll(id) : std::nullopt) {
+        if (entry.state == Live::State::parked) continue;
         if (event->kind == Event::Kind::finished)
             return finish(id, entry, std::move(event->outcome));
-        entry.record.status = Status::running;
+        if (!std::exchange(entry.running, true)) --queued;
     }
 }
 
-void ServerLoop::finish(const std::string& id, Live& entry,
-                           std::shared_ptr<const Outcome> outcome) {
-    entry.finishing = true;
+void ServerLoop::cancel(const std::string& id, Live& entry) {
+    if (entry.state == Live::State::working) return entry.responder->cancel(id);
+    if (entry.state != Live::State::waiting) return;
+    auto outcome = std::make_shared<Outcome>();
+    outcome->status = Status::cancelled;
+    finish(id, entry, std::move(outcome));
+}
+
+/// Leaves it unfinished for the next start, as if it had not been begun this time.
+void ServerLoop::park(const std::string& id, Live& entry) {
+    if (entry.state != Live::State::working) return;
+    entry.state = Live::State::parked;
+    entry.responder->cancel(id);
+    if (entry.unkept || !entry.resumable) return;
     auto job = std::make_unique<Job>();
-    job->work = &ServerLoop::finish_work;
-    job->done = &ServerLoop::finish_done;
-    job->record = entry.record;
-    job->record.completed_at = unix_time_ms() / 1000;
-    job->record.status = is_terminal(outcome->status) ? outcome->status : Status::failed;
-    if (job->record.status == Status::failed)
+    store->begin(id, entry.attempts - 1, on_kept(std::move(job), nullptr));
+}
+
+void ServerLoop::finish(const std::string& id, Live& entry,
+                        std::shared_ptr<const Outcome> outcome) {
+    if (!entry.running) --queued;
+    entry.running = true;
+    entry.state = Live::State::finishing;
+    ++finishing;
+    const uint64_t now_ns = monotonic_ns();
+    const double gap_s = static_cast<double>(now_ns - last_finish_ns) / 1e9;
+    if (std::exchange(last_finish_ns, now_ns) != 0)
+        finish_gap_s += (std::min(gap_s, 60.0) - finish_gap_s) / 8;
+    auto job = std::make_unique<Job>();
+    job->loop = this;
+    job->stored.id = id;
+    job->stored.organisation = entry.organisation;
+    if (entry.unkept) job->stored = *entry.unkept;
+    job->store = !entry.unkept;
+    if (outcome->status == Status::failed)
         options.log(LogLevel::error,
                     "response " + id + " failed: " +
                         (outcome->error ? outcome->error->message : "no reason given"));
-    job->record.outcome = std::move(outcome);
-    send_job(std::move(job));
+    job->outcome = std::move(outcome);
+    send_job(std::move(job), &ServerLoop::finish_work, &ServerLoop::finish_keep);
 }
 
 /// Renders the terminal object, once. What is large is freed here, not on the loop.
 void ServerLoop::finish_work(Job& job) {
-    const auto stored = store->find(job.record.organisation, job.record.id);
-    if (stored && stored->body)
-        if (auto request = Json::parse(*stored->body)) job.record.request = std::move(*request);
-    job.text = render_response(job.record, options.dialect).write();
-    auto kept = store->finish(job.record.id, std::make_shared<const std::string>(job.text),
-                              unix_time_ms());
-    if (!kept) job.error = kept.error();
-    job.usage = job.record.outcome->usage;
-    job.record.request = nullptr;
-    job.record.outcome.reset();
+    if (job.store) {
+        auto stored = store->find(job.stored.organisation, job.stored.id);
+        if (!stored) {
+            job.error = server_no_response(job.stored.id);
+            return;
+        }
+        job.stored = std::move(*stored);
+    }
+    const Outcome& outcome = *job.outcome;
+    ResponseRecord record = server_record(
+        job.stored, is_terminal(outcome.status) ? outcome.status : Status::failed);
+    record.completed_at = std::max(unix_time_ms() / 1000, record.created_at);
+    record.outcome = job.outcome;
+    job.stored.object = server_shared(render_response(record, options.dialect).write());
+    job.stored.head = job.stored.request = nullptr;
 }
 
-void ServerLoop::finish_done(Job& job) {
-    const auto found = live.find(job.record.id);
-    const auto exchange = exchanges.find(found->second.exchange);
-    live.erase(found);
-    if (job.error) store->erase(job.record.id);
-    if (exchange == exchanges.end()) return;
-    exchange->second.usage = job.usage;
-    if (job.error) return refuse(exchange->second, *job.error);
-    answer(exchange->second, 200, std::move(job.text));
+void ServerLoop::finish_keep(JobPtr job) {
+    if (job->error || !job->store) return finish_done(std::move(job));
+    const std::string id = job->stored.id;
+    auto object = job->stored.object;
+    store->finish(id, std::move(object), unix_time_ms(),
+                  on_kept(std::move(job), &ServerLoop::finish_done));
 }
 
-void ServerLoop::find_work(Job& job) {
-    const auto stored = store->find(job.record.organisation, job.record.id);
-    if (stored && stored->terminal) {
-        job.text = *stored->body;
+/// The terminal object is kept: all who wait get the same bytes.
+void ServerLoop::finish_done(JobPtr job) {
+    const auto found = live.find(job->stored.id);
+    if (found == live.end()) return;
+    const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
+    const bool again = job->error && job->error->kind == ErrorKind::overloaded;
+    if (!again) {
+        live.erase(found);
+        --finishing;
+    }
+    for (const uint64_t number : waiters) {
+        Exchange* exchange = find_exchange(number);
+        if (!exchange) continue;
+        exchange->usage = job->outcome->usage;
+        exchange->timings = job->outcome->timings;
+        if (job->error) refuse(*exchange, *job->error);
+        else if (exchange->removes) remove(*exchange, job->stored.id);
+        else answer(*exchange, 200, *job->stored.object);
+    }
+    if (!again || stopping) return;
+    job->error.reset();  // a full disk: the outcome is kept here until there is room
+    unsaved.push_back(std::move(job));
+}
+
+// ---- Removing and cancelling -------------------------------------------------------------------
+
+void ServerLoop::delete_response(Exchange& exchange, HttpRequest&) {
+    const auto found = live.find(exchange.argument);
+    if (found == live.end() || found->second.organisation != exchange.organisation ||
+        found->second.unkept)
+        return remove(exchange, exchange.argument);
+    exchange.removes = true;
+    wait_for(exchange, found->first, found->second);
+    cancel(found->first, found->second);
+}
+
+void ServerLoop::remove(Exchange& exchange, const std::string& id) {
+    JobPtr job = make_job(exchange, nullptr);
+    job->stored.id = id;
+    store->erase(exchange.organisation, id, true, unix_time_ms(),
+                 on_kept(std::move(job), &ServerLoop::remove_done));
+}
+
+void ServerLoop::remove_done(JobPtr job) {
+    const std::string& id = job->stored.id;
+    if (job->error && job->error->kind == ErrorKind::not_found)
+        job->error = server_no_response(id);
+    job->text = Json::object().set("id", id).set("object", "response").set("deleted", true).write();
+    answer_job(std::move(job));
+}
+
+namespace {
+Error server_not_background() {
+    return server_field("invalid_value", "response_id",
+                        "only responses with 'background': true can be cancelled");
+}
+}  // namespace
+
+void ServerLoop::post_cancel(Exchange& exchange, HttpRequest&) {
+    const auto found = live.find(exchange.argument);
+    if (found == live.end() || found->second.organisation != exchange.organisation)
+        return show(exchange, exchange.argument, 200, true);
+    if (!found->second.background) return refuse(exchange, server_not_background());
+    wait_for(exchange, found->first, found->second);
+    cancel(found->first, found->second);
+}
+
+// ---- After a restart ---------------------------------------------------------------------------
+
+/// Whatever the last process left unfinished is live again before the first request comes.
+void ServerLoop::recover_all() {
+    std::vector<StoredResponse> left = store->unfinished();
+    std::sort(left.begin(), left.end(), [](const StoredResponse& a, const StoredResponse& b) {
+        return a.created_at_ms < b.created_at_ms;
+    });
+    for (const StoredResponse& stored : left) {
+        Live& entry = live[stored.id];
+        entry.state = Live::State::waiting;
+        entry.organisation = stored.organisation;
+        entry.background = stored.background;
+        entry.resumable = stored.background || !stored.reservation.empty();
+        entry.attempts = stored.attempts;
+        ++queued;
+        if (entry.resumable && entry.attempts < server_max_attempts) {
+            recoverable.push_back(stored.id);
+            continue;
+        }
+        auto outcome = std::make_shared<Outcome>();
+        outcome->status = Status::failed;
+        outcome->error = make_error(ErrorKind::closed, "the server was restarted", "server_restarted");
+        finish(stored.id, entry, std::move(outcome));
+    }
+    recover_some();
+}
+
+void ServerLoop::recover_some() {
+    while (!stopping && recovering < server_recovering && !recoverable.empty()) {
+        auto job = std::make_unique<Job>();
+        job->stored.id = recoverable.front();
+        recoverable.pop_front();
+        const auto found = live.find(job->stored.id);
+        if (found == live.end() || found->second.state != Live::State::waiting) continue;
+        job->stored.organisation = found->second.organisation;
+        ++recovering;
+        send_job(std::move(job), &ServerLoop::recover_work, &ServerLoop::recover_keep);
+    }
+}
+
+/// The same request with the seed that was drawn for it.
+void ServerLoop::recover_work(Job& job) {
+    const auto prepare = [&]() -> Result<void> {
+        auto stored = store->find(job.stored.organisation, job.stored.id);
+        if (!stored) return server_no_response(job.stored.id);
+        const ResponseRecord record = server_record(*stored, Status::pending);
+        auto request = parse_response_request(record.request, options.dialect);
+        if (!request) return request.error();
+        if (!request->previous_response_id.empty()) {
+            auto added = add_previous(record.organisation, &*request, record.request);
+            if (!added) return added.error();
+        }
+        request->organisation = record.organisation;
+        request->seed = record.seed;
+        job.responder = find_responder(request->model);
+        if (!job.responder) return server_no_model(request->model);
+        auto prepared = job.responder->prepare(*request);
+        if (!prepared) return prepared.error();
+        job.prepared = std::move(*prepared);
+        return {};
+    };
+    if (auto prepared = prepare(); !prepared) job.error = std::move(prepared.error());
+}
+
+void ServerLoop::recover_keep(JobPtr job) {
+    const std::string id = job->stored.id;
+    Live& entry = live.find(id)->second;
+    if (entry.state != Live::State::waiting || job->error) return recover_done(std::move(job));
+    store->begin(id, entry.attempts + 1, on_kept(std::move(job), &ServerLoop::recover_done));
+}
+
+void ServerLoop::recover_done(JobPtr job) {
+    --recovering;
+    const std::string id = job->stored.id;
+    const auto found = live.find(id);
+    if (found == live.end() || found->second.state != Live::State::waiting) return;  // cancelled
+    Live& entry = found->second;
+    if (!job->error) {
+        ++entry.attempts;
+        entry.responder = job->responder;
+        auto submitted = entry.responder->submit(std::move(job->prepared), id);
+        if (submitted) {
+            entry.state = Live::State::working;
+            take_events(id);
+            return recover_some();
+        }
+        job->error = std::move(submitted.error());
+        --entry.attempts;
+    }
+    if (job->error->kind == ErrorKind::overloaded) {  // no room yet: again with the next tick
+        recoverable.push_back(id);
         return;
     }
-    auto request = stored && job.flag ? Json::parse(*stored->body) : Result<Json>(Error{});
-    if (!request) {
-        job.error = server_not_found("no response '" + server_printable(job.record.id) + "'");
-        return;
-    }
-    job.record.request = std::move(*request);
-    job.text = render_response(job.record, options.dialect).write();
-    job.record.request = nullptr;
+    auto outcome = std::make_shared<Outcome>();
+    outcome->status = Status::failed;
+    outcome->error = std::move(job->error);
+    finish(id, entry, std::move(outcome));
+    recover_some();
 }
 
-void ServerLoop::find_done(Job& job) {
-    const auto exchange = exchanges.find(job.exchange);
-    if (exchange == exchanges.end()) return;
-    if (job.error) return refuse(exchange->second, *job.error);
-    answer(exchange->second, 200, std::move(job.text));
+// ---- Reading -----------------------------------------------------------------------------------
+
+std::string ServerLoop::render_live(const StoredResponse& stored, bool running) const {
+    const ResponseRecord record =
+        server_record(stored, running ? Status::running : Status::pending);
+    return render_response(record, options.dialect).write();
+}
+
+void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
+    show(exchange, exchange.argument, 200);
+}
+
+void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_status,
+                      bool only_background) {
+    JobPtr job = make_job(exchange, nullptr);
+    const auto found = live.find(id);
+    job->running = found != live.end() && found->second.running;
+    job->status = unfinished_status;
+    job->only_background = only_background;
+    job->stored.id = id;
+    exchange.response_id = id;
+    send_job(std::move(job), &ServerLoop::show_work, &ServerLoop::answer_job);
+}
+
+void ServerLoop::show_work(Job& job) {
+    const auto stored = store->find(job.stored.organisation, job.stored.id);
+    if (!stored) {
+        job.error = server_no_response(job.stored.id);
+        return;
+    }
+    if (job.only_background && !stored->background) job.error = server_not_background();
+    if (stored->terminal) job.status = 200;
+    job.text = stored->terminal ? *stored->object : render_live(*stored, job.running);
+}
+
+namespace {
+
+/// The value of a field of a query, unescaped. Errors: not text, or given twice.
+Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name) {
+    std::optional<std::string> found;
+    while (!query.empty()) {
+        const std::string_view one = query.substr(0, query.find('&'));
+        query.remove_prefix(std::min(one.size() + 1, query.size()));
+        const size_t equals = std::min(one.find('='), one.size());
+        if (one.substr(0, equals) != name) continue;
+        auto value = server_unescape(one.substr(std::min(equals + 1, one.size())));
+        if (!value || found)
+            return make_error(ErrorKind::invalid_request,
+                              "'" + std::string(name) + "' in the query is malformed or given twice",
+                              "invalid_value", std::string(name));
+        found = std::move(*value);
+    }
+    return found;
+}
+
+struct ServerPage {
+    size_t      limit = server_list_default;
+    std::string after;
+    bool        ascending = false;
+};
+
+Result<ServerPage> server_page(std::string_view query) {
+    ServerPage page;
+    auto limit = server_query(query, "limit"), after = server_query(query, "after"),
+         order = server_query(query, "order");
+    for (const auto* field : {&limit, &after, &order})
+        if (!*field) return field->error();
+    if (*limit) {
+        const auto number = Json::parse(**limit);
+        if (!number || !number->is_int())
+            return server_field("invalid_type", "limit", "'limit' must be an integer");
+        if (number->as_int() < 1)
+            return server_field("integer_below_min_value", "limit", "'limit' must be at least 1");
+        if (number->as_int() > static_cast<int64_t>(server_list_most))
+            return server_field("integer_above_max_value", "limit", "'limit' must be at most 100");
+        page.limit = static_cast<size_t>(number->as_int());
+    }
+    if (*order && **order != "asc" && **order != "desc")
+        return server_field("invalid_value", "order", "'order' must be \"asc\" or \"desc\"");
+    page.ascending = *order && **order == "asc";
+    if (*after) page.after = std::move(**after);
+    return page;
+}
+
+std::string server_list(std::vector<Json> data, bool more) {
+    const Json first = data.empty() ? Json() : data.front()["id"];
+    const Json last = data.empty() ? Json() : data.back()["id"];
+    return Json::object()
+        .set("object", "list")
+        .set("data", Json(std::move(data)))
+        .set("first_id", first)
+        .set("last_id", last)
+        .set("has_more", more)
+        .write();
+}
+
+Error server_bad_after(std::string_view after) {
+    return server_field("invalid_value", "after", "'after' is '" + server_printable(after) +
+                                                      "', which is none of the list");
+}
+
+}  // namespace
+
+void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
+    auto page = server_page(exchange.query);
+    if (!page) return refuse(exchange, page.error());
+    auto ids = store->list(exchange.organisation, page->after, page->limit + 1);
+    if (!ids)
+        return refuse(exchange, ids.error().kind == ErrorKind::not_found
+                                    ? server_bad_after(page->after)
+                                    : ids.error());
+    JobPtr job = make_job(exchange, nullptr);
+    job->more = ids->size() > page->limit;
+    if (job->more) ids->pop_back();
+    for (std::string& id : *ids) {
+        const auto found = live.find(id);
+        const bool running = found != live.end() && found->second.running;
+        job->ids.emplace_back(std::move(id), running);
+    }
+    send_job(std::move(job), &ServerLoop::list_work, &ServerLoop::answer_job);
+}
+
+void ServerLoop::list_work(Job& job) {
+    std::vector<Json> data;
+    for (const auto& [id, running] : job.ids) {
+        const auto stored = store->find(job.stored.organisation, id);
+        if (!stored) continue;  // gone meanwhile
+        auto object = Json::parse(stored->terminal ? *stored->object : render_live(*stored, running));
+        if (!object) continue;
+        for (const char* left_out : {"input", "instructions", "tools"}) object->erase(left_out);
+        data.push_back(std::move(*object));
+    }
+    job.text = server_list(std::move(data), job.more);
+}
+
+void ServerLoop::get_input_items(Exchange& exchange, HttpRequest&) {
+    JobPtr job = make_job(exchange, nullptr);
+    job->stored.id = exchange.argument;
+    send_job(std::move(job), &ServerLoop::items_work, &ServerLoop::answer_job);
+}
+
+/// Newest first unless asked otherwise, as OpenAI has it.
+void ServerLoop::items_work(Job& job) {
+    const auto fail = [&](Error error) { job.error = std::move(error); };
+    auto page = server_page(job.query);
+    if (!page) return fail(page.error());
+    const auto stored = store->find(job.stored.organisation, job.stored.id);
+    if (!stored) return fail(server_no_response(job.stored.id));
+    auto request = Json::parse(*stored->request);
+    if (!request) return fail(request.error());
+    std::vector<Json> items = render_input_items(*request, stored->id);
+    if (!page->ascending) std::reverse(items.begin(), items.end());
+    auto first = items.begin();
+    if (!page->after.empty()) {
+        first = std::find_if(items.begin(), items.end(), [&](const Json& item) {
+            return item["id"].as_string() == page->after;
+        });
+        if (first == items.end()) return fail(server_bad_after(page->after));
+        ++first;
+    }
+    const size_t left = static_cast<size_t>(items.end() - first);
+    const size_t count = std::min(left, page->limit);
+    std::vector<Json> shown(std::make_move_iterator(first),
+                            std::make_move_iterator(first + static_cast<ptrdiff_t>(count)));
+    job.text = server_list(std::move(shown), left > count);
+}
+
+// ---- Metrics -----------------------------------------------------------------------------------
+
+namespace {
+void server_metric(std::string* out, const char* name, const char* kind, double value) {
+    const Json number = value == std::floor(value) && value < 9e15
+                            ? Json(static_cast<int64_t>(value)) : Json(value);
+    *out += format("# TYPE valar_%s %s\nvalar_%s ", name, kind, name) + number.write() + "\n";
+}
+}  // namespace
+
+std::string ServerLoop::metrics_text() const {
+    std::string out = "# TYPE valar_http_requests_total counter\n";
+    uint64_t requests = 0;
+    for (const auto& [key, count] : answered) {
+        out += format("valar_http_requests_total{route=\"%s\",status=\"%d\"} ", key.first.c_str(),
+                      key.second) + std::to_string(count) + "\n";
+        requests += count;
+    }
+    const HttpServer::Stats net = http->stats();
+    ResponderStats sum;
+    for (const Responder* responder : responders) {
+        const ResponderStats one = responder->stats();
+        sum.queued += one.queued, sum.running += one.running;
+        sum.completed += one.completed, sum.failed += one.failed, sum.cancelled += one.cancelled;
+        sum.input_tokens += one.input_tokens, sum.output_tokens += one.output_tokens;
+    }
+    struct Row {
+        const char* name;
+        const char* kind;
+        double      value;
+    };
+    const auto number = [](uint64_t value) { return static_cast<double>(value); };
+    const Row rows[] = {
+        {"http_request_seconds_sum", "counter", answer_seconds},
+        {"http_request_seconds_count", "counter", number(requests)},
+        {"http_connections", "gauge", number(net.connections)},
+        {"http_connections_accepted_total", "counter", number(net.accepted)},
+        {"http_faults_total", "counter", number(net.faults)},
+        {"http_timeouts_total", "counter", number(net.timeouts)},
+        {"http_body_bytes", "gauge", number(net.body_bytes)},
+        {"responses_live", "gauge", number(live.size())},
+        {"responses_queued", "gauge", number(queued)},
+        {"responses_replayed_total", "counter", number(replayed)},
+        {"store_bytes", "gauge", number(store->bytes())},
+        {"model_requests_queued", "gauge", number(sum.queued)},
+        {"model_requests_running", "gauge", number(sum.running)},
+        {"model_requests_completed_total", "counter", number(sum.completed)},
+        {"model_requests_failed_total", "counter", number(sum.failed)},
+        {"model_requests_cancelled_total", "counter", number(sum.cancelled)},
+        {"model_input_tokens_total", "counter", number(sum.input_tokens)},
+        {"model_output_tokens_total", "counter", number(sum.output_tokens)},
+    };
+    for (const Row& row : rows) server_metric(&out, row.name, row.kind, row.value);
+    return out;
+}
+
+void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
+    answer(exchange, make_reply(exchange, 200, metrics_text(),
+                                {{"Content-Type", "text/plain; version=0.0.4"}}));
 }
 
 }  // namespace detail
 
 // ---- Server ----------------------------------------------------------------------------------
+
+Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
+    using namespace detail;
+    auto text = read_file(path, server_max_key_file);
+    if (!text) return text.error();
+    std::vector<ApiKey> keys;
+    std::string_view rest = *text;
+    for (int line = 1; !rest.empty(); ++line) {
+        std::string_view words = rest.substr(0, rest.find('\n'));
+        rest.remove_prefix(std::min(words.size() + 1, rest.size()));
+        std::vector<std::string> fields;
+        for (;;) {
+            const size_t from = words.find_first_not_of(" \t\r");
+            if (from == words.npos) break;
+            words.remove_prefix(from);
+            fields.emplace_back(words.substr(0, words.find_first_of(" \t\r")));
+            words.remove_prefix(fields.back().size());
+        }
+        if (fields.empty() || fields[0][0] == '#') continue;
+        const auto refused = [&](const char* what) {
+            return make_error(ErrorKind::bad_data, path + format(", line %d: ", line) + what);
+        };
+        if (fields.size() != 3 && fields.size() != 4)
+            return refused("expected `id organisation sha256 [requests-per-minute]`");
+        ApiKey key;
+        key.id = fields[0], key.organisation = fields[1], key.secret_sha256 = fields[2];
+        if (auto hash = server_secret_hash(key); !hash) return refused("not a SHA-256");
+        if (fields.size() == 4) {
+            const auto number = Json::parse(fields[3]);
+            if (!number || number->as_int() < 1 || number->as_int() > INT32_MAX)
+                return refused("requests-per-minute is not a positive number");
+            key.requests_per_minute = static_cast<uint32_t>(number->as_int());
+        }
+        for (const ApiKey& other : keys)
+            if (other.id == key.id) return refused("this id stands in an earlier line, too");
+        keys.push_back(std::move(key));
+    }
+    return keys;
+}
 
 struct Server::State : detail::ServerLoop {};
 

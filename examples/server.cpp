@@ -78,8 +78,10 @@ int main(int argc, char** argv) {
     valar::ServerOptions options;
     options.port = 8080;
     Question    question;
-    std::string key;
+    std::string key, keys, dialect = "valar";
     bool        quiet = false;
+    uint32_t    sync_timeout_s = options.sync_timeout_ms / 1000;
+    uint32_t    retention_h = static_cast<uint32_t>(options.memory_store.retention_s / 3600);
 
     example::Flags flags("server", "Serves a model over HTTP (the Valar Responses API).");
     example::add_model_flags(flags, model);
@@ -87,6 +89,11 @@ int main(int argc, char** argv) {
     flags.add("port", "N", &options.port, "0: any free one (default: 8080; with --ask: 0)");
     flags.add("host", "ADDRESS", &options.host, "address to listen on (default: 127.0.0.1)");
     flags.add("api-key", "SECRET", &key, "16 characters or more; needed beyond loopback addresses");
+    flags.add("keys", "FILE", &keys, "lines of `id organisation sha256 [requests-per-minute]`");
+    flags.add("dialect", "NAME", &dialect, "valar (default) or openai");
+    flags.add("sync-timeout", "S", &sync_timeout_s, "then 504, the work goes on (default: 600)");
+    flags.add("retention", "HOURS", &retention_h, "how long responses are kept (default: 48)");
+    flags.add("log-json", &options.log_json, "log lines are JSON objects");
     flags.add("quiet", &quiet, "no log line for each request");
     flags.add("ask", "TEXT", &question.text, "post this to itself, print the response, end");
     flags.add("instructions", "TEXT", &question.instructions, "with --ask: the system message");
@@ -98,7 +105,16 @@ int main(int argc, char** argv) {
 
     const bool asking = !question.text.empty();
     if (asking) options.port = 0;
+    if (!keys.empty()) {
+        auto read = valar::read_key_file(keys);
+        if (!read) return example::fail(read.error().message);
+        options.keys = std::move(*read);
+    }
     if (!key.empty()) options.keys.push_back({"key", "default", key});
+    if (dialect != "valar" && dialect != "openai") return example::fail("--dialect: " + dialect);
+    options.dialect = dialect == "openai" ? valar::Dialect::openai : valar::Dialect::valar;
+    options.sync_timeout_ms = sync_timeout_s * 1000;
+    options.memory_store.retention_s = int64_t{retention_h} * 3600;
     if (!quiet && !asking) options.log.write = print_log;
 
     auto engine = example::open_engine(model);
@@ -120,7 +136,7 @@ int main(int argc, char** argv) {
     }
 
     print_ready(options.host, server->port(), model.aliases.empty() ? id : model.aliases.front(),
-                !key.empty());
+                !options.keys.empty());
     std::signal(SIGINT, [](int) { interrupted = 1; });
     std::signal(SIGTERM, [](int) { interrupted = 1; });
     while (!interrupted)

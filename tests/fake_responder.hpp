@@ -48,6 +48,12 @@ public:
             return valar::detail::make_error(valar::ErrorKind::invalid_request,
                                              "the prompt has too many tokens",
                                              "context_length_exceeded", "input");
+        const char* const names[] = {"asap", "standard", "flex"};
+        const std::string window = names[static_cast<size_t>(request.window)];
+        if (std::find(info.windows.begin(), info.windows.end(), window) == info.windows.end())
+            return valar::detail::make_error(valar::ErrorKind::invalid_request,
+                                             "this model has no window " + window, "invalid_value",
+                                             "metadata.completion_window");
         prepared->max_output = request.max_output_tokens.value_or(UINT32_MAX);
         prepared->temperature = request.temperature.value_or(0.7);
         prepared->top_p = request.top_p.value_or(0.9);

@@ -369,7 +369,8 @@ public:
         closed_.push_back(exchange);
         changed_.notify_all();
     }
-    HttpReply on_error(int status, std::string_view code, std::string_view message) override {
+    HttpReply on_error(const detail::HttpRequest&, int status, std::string_view code,
+                       std::string_view message) override {
         return {status, {{"X-Error", "1"}}, std::string(code) + ": " + std::string(message), false};
     }
     void on_tick() override { ++ticks; }

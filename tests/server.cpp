@@ -198,7 +198,7 @@ TEST_CASE("server: of several faults the one that the contract checks first is t
     std::string host = "Host: localhost\r\nHost: localhost\r\n";
     std::string origin = "Origin: http://evil.example\r\n", key;
     std::string type = "Content-Type: text/plain\r\n";
-    std::string idempotency = "Idempotency-Key: k\r\n";
+    std::string idempotency = "Idempotency-Key: \r\n";
     std::string body(401, ' ');
     const std::string long_words(410, 'w');
     const auto ask = [&] {
@@ -233,7 +233,7 @@ TEST_CASE("server: of several faults the one that the contract checks first is t
     CHECK(error_of(ask()) == "400 invalid_request_error invalid_value tool_choice");
     serving.fake.info.context_tokens = 20;
     body = R"({"model":"no","input":")" + long_words.substr(0, 200) + R"("})";
-    CHECK(error_of(ask()) == "400 invalid_request_error unsupported_parameter Idempotency-Key");
+    CHECK(error_of(ask()) == "400 invalid_request_error string_below_min_length Idempotency-Key");
     idempotency.clear();
     CHECK(error_of(ask()) == "404 not_found_error model_not_found model");
     body.replace(body.find("no"), 2, "fake");
@@ -421,8 +421,16 @@ TEST_CASE("server: routes and methods") {
         {"GET", "/health/", "404 not_found_error not_found", "(none)"},
         {"GET", "/v1/models/none", "404 not_found_error model_not_found model", "(none)"},
         {"GET", "/v1/models/%ff%00", "404 not_found_error model_not_found model", "(none)"},
-        {"GET", "/v1/responses", "405 invalid_request_error method_not_allowed", "POST"},
-        {"DELETE", "/v1/responses/x", "405 invalid_request_error method_not_allowed", "GET, HEAD"},
+        {"PUT", "/v1/responses", "405 invalid_request_error method_not_allowed", "GET, HEAD, POST"},
+        {"PUT", "/v1/responses/x", "405 invalid_request_error method_not_allowed",
+         "GET, HEAD, DELETE"},
+        {"GET", "/v1/responses/x/cancel", "405 invalid_request_error method_not_allowed", "POST"},
+        {"POST", "/v1/responses/x/input_items", "405 invalid_request_error method_not_allowed",
+         "GET, HEAD"},
+        {"POST", "/v1/responses//cancel", "404 not_found_error not_found", "(none)"},
+        {"DELETE", "/v1/responses/x", "404 not_found_error not_found", "(none)"},
+        {"POST", "/v1/responses/x/cancel", "404 not_found_error not_found", "(none)"},
+        {"GET", "/v1/responses/x/input_items", "404 not_found_error not_found", "(none)"},
         {"POST", "/v1/models", "405 invalid_request_error method_not_allowed", "GET, HEAD"},
         {"POST", "/health", "405 invalid_request_error method_not_allowed", "GET, HEAD"},
         {"get", "/health", "405 invalid_request_error method_not_allowed", "GET, HEAD"},
@@ -437,7 +445,7 @@ TEST_CASE("server: routes and methods") {
     CHECK(serving.get("/health?x=/v1").status == 200);
     CHECK(serving.call("GET", "/health", "a body that nobody reads").status == 200);
     CHECK(serving.call("GET", "/health", std::string(5000, 'x')).status == 413);
-    CHECK(serving.call("HEAD", "/v1/responses").status == 405);
+    CHECK(serving.call("HEAD", "/v1/responses/x/cancel").status == 405);
 }
 
 TEST_CASE("server: models, by id and by alias, with a slash in either form") {
@@ -793,14 +801,15 @@ TEST_CASE("server: dropped with work in hand it cancels that") {
 TEST_CASE("server: a store of the host's own") {
     struct Counting : MemoryStore {
         std::atomic<int> added = 0, finished = 0;
-        Result<void> add(StoredResponse record) override {
+        void add(StoredResponse record, StoreDone done) override {
             ++added;
-            return MemoryStore::add(std::move(record));
+            MemoryStore::add(std::move(record), done);
         }
-        Result<void> finish(const std::string& id, std::shared_ptr<const std::string> object,
-                            int64_t now_ms) override {
-            if (++finished == 2) return detail::make_error(ErrorKind::io, "disk /dev/full");
-            return MemoryStore::finish(id, std::move(object), now_ms);
+        void finish(const std::string& id, std::shared_ptr<const std::string> object,
+                    int64_t now_ms, StoreDone done) override {
+            if (++finished == 2)
+                return done.call(done.context, detail::make_error(ErrorKind::io, "disk /dev/full"));
+            MemoryStore::finish(id, std::move(object), now_ms, done);
         }
     } store;
     ServerOptions options = local();
@@ -810,7 +819,6 @@ TEST_CASE("server: a store of the host's own") {
     CHECK(error_of(serving.post(hello)) == "500 api_error internal_error");
     CHECK(store.added == 2);
     CHECK(store.finished == 2);
-    CHECK(store.bytes() < 4000);  // of the one that could not be kept nothing is left
 }
 
 TEST_CASE("server: options that cannot work are errors that name the option") {
@@ -856,4 +864,479 @@ TEST_CASE("server: options that cannot work are errors that name the option") {
     options.port = serving.server.port();
     CHECK_FALSE(Server::open(&serving.fake, options).ok());
     CHECK(serving.post(hello).status == 200);
+}
+
+// ---- Background, reading and removing ----------------------------------------------------------
+
+namespace {
+
+std::string id_of(const HttpReply& reply) { return std::string(parse(reply.body)["id"].as_string()); }
+std::string status_of(const HttpReply& reply) {
+    return std::string(parse(reply.body)["status"].as_string());
+}
+
+constexpr const char* in_background = R"({"model":"fake","input":"hello there","background":true})";
+
+HttpReply post_keyed(Serving& serving, const std::string& body, const std::string& idempotency,
+                     const char* key = nullptr) {
+    return serving.call("POST", "/v1/responses", body, {{"Idempotency-Key", idempotency}}, key);
+}
+
+}  // namespace
+
+TEST_CASE("server: a background response is accepted at once and goes its way") {
+    Serving serving;
+    serving.fake.hold = true;
+    const HttpReply accepted = serving.post(in_background);
+    REQUIRE(accepted.status == 202);
+    const Json object = parse(accepted.body);
+    CHECK(object["status"].as_string() == "pending");
+    CHECK(object["background"].as_bool());
+    CHECK(object["completed_at"].is_null());
+    CHECK(object["output"].size() == 0);
+    const std::string path = "/v1/responses/" + id_of(accepted);
+    REQUIRE(eventually([&] { return status_of(serving.get(path)) == "running"; }));
+    serving.fake.finish(id_of(accepted));
+    REQUIRE(eventually([&] { return status_of(serving.get(path)) == "completed"; }));
+    const HttpReply done = serving.get(path);
+    CHECK(done.status == 200);
+    CHECK(parse(done.body)["output"][0]["content"][0]["text"].as_string() == "echo: hello there");
+    CHECK(serving.get(path).body == done.body);
+}
+
+TEST_CASE("server: cancel is for background responses") {
+    Serving serving;
+    serving.fake.hold = true;
+    const std::string id = id_of(serving.post(in_background));
+    const HttpReply cancelled = serving.call("POST", "/v1/responses/" + id + "/cancel");
+    CHECK(cancelled.status == 200);
+    CHECK(status_of(cancelled) == "cancelled");
+    CHECK(parse(cancelled.body)["error"].is_null());
+    CHECK(serving.get("/v1/responses/" + id).body == cancelled.body);
+    // once more changes nothing
+    CHECK(serving.call("POST", "/v1/responses/" + id + "/cancel").body == cancelled.body);
+
+    serving.fake.hold = false;
+    const std::string finished = id_of(serving.post(hello));
+    CHECK(error_of(serving.call("POST", "/v1/responses/" + finished + "/cancel")) ==
+          "400 invalid_request_error invalid_value response_id");
+    serving.fake.hold = true;
+    HttpPeer peer(serving.server.port());
+    REQUIRE(peer.send(raw_post(hello)));
+    REQUIRE(eventually([&] { return serving.fake.waiting().size() == 1; }));
+    const std::string running = serving.fake.waiting()[0];
+    CHECK(error_of(serving.call("POST", "/v1/responses/" + running + "/cancel")) ==
+          "400 invalid_request_error invalid_value response_id");
+    serving.fake.finish(running);
+    CHECK(peer.reply().status == 200);
+}
+
+TEST_CASE("server: what is deleted is gone, what runs is cancelled first") {
+    Serving serving;
+    const std::string id = id_of(serving.post(hello));
+    const HttpReply gone = serving.call("DELETE", "/v1/responses/" + id);
+    CHECK(gone.status == 200);
+    CHECK(gone.body == R"({"id":")" + id + R"(","object":"response","deleted":true})");
+    for (const char* suffix : {"", "/input_items"})
+        CHECK(error_of(serving.get("/v1/responses/" + id + suffix)) ==
+              "404 not_found_error not_found");
+    CHECK(error_of(serving.call("DELETE", "/v1/responses/" + id)) == "404 not_found_error not_found");
+    CHECK(parse(serving.get("/v1/responses").body)["data"].size() == 0);
+
+    serving.fake.hold = true;
+    const std::string running = id_of(serving.post(in_background));
+    CHECK(serving.call("DELETE", "/v1/responses/" + running).status == 200);
+    CHECK(serving.fake.cancels == 1);
+    CHECK(serving.get("/v1/responses/" + running).status == 404);
+    CHECK(serving.fake.waiting().empty());
+}
+
+TEST_CASE("server: the list has the newest first, page by page") {
+    Serving serving(with_keys());
+    std::vector<std::string> ids;
+    for (int i = 0; i < 5; ++i) ids.insert(ids.begin(), id_of(serving.post(hello, key_a)));
+    serving.fake.hold = true;
+    ids.insert(ids.begin(), id_of(serving.post(in_background, key_a)));
+    std::string after;
+    std::vector<std::string> seen;
+    for (int page = 0; page < 3; ++page) {
+        const Json list = parse(serving.get("/v1/responses?limit=2" + after, key_a).body);
+        CHECK(list["object"].as_string() == "list");
+        REQUIRE(list["data"].size() == 2);
+        CHECK(list["first_id"] == list["data"][0]["id"]);
+        CHECK(list["last_id"] == list["data"][1]["id"]);
+        CHECK(list["has_more"].as_bool() == (page < 2));
+        for (const Json& entry : list["data"].items()) {
+            seen.emplace_back(entry["id"].as_string());
+            for (const char* key : {"input", "instructions", "tools"}) CHECK_FALSE(entry.contains(key));
+            CHECK(entry.contains("usage"));
+        }
+        after = "&after=" + seen.back();
+    }
+    CHECK(seen == ids);
+    CHECK(parse(serving.get("/v1/responses" , key_b).body).write() ==
+          R"({"object":"list","data":[],"first_id":null,"last_id":null,"has_more":false})");
+    const std::pair<const char*, const char*> refused[] = {
+        {"limit=0", "400 invalid_request_error integer_below_min_value limit"},
+        {"limit=101", "400 invalid_request_error integer_above_max_value limit"},
+        {"limit=x", "400 invalid_request_error invalid_type limit"},
+        {"limit=1&limit=2", "400 invalid_request_error invalid_value limit"},
+        {"after=resp_none", "400 invalid_request_error invalid_value after"},
+        {"after=%zz", "400 invalid_request_error invalid_value after"},
+    };
+    for (const auto& [query, found] : refused)
+        CHECK(error_of(serving.get(std::string("/v1/responses?") + query, key_a)) == found);
+    CHECK(error_of(serving.get("/v1/responses?after=" + ids[0], key_b)) ==
+          "400 invalid_request_error invalid_value after");
+}
+
+TEST_CASE("server: input items in their long form") {
+    Serving serving;
+    const std::string id = id_of(serving.post(
+        R"({"model":"fake","input":[{"role":"user","content":"one"},)"
+        R"({"role":"assistant","content":"two","id":"msg_mine"},)"
+        R"({"role":"user","content":[{"type":"input_text","text":"three"}]}]})"));
+    const std::string path = "/v1/responses/" + id + "/input_items";
+    const Json list = parse(serving.get(path + "?order=asc").body);
+    REQUIRE(list["data"].size() == 3);
+    CHECK(list["data"][1].write() ==
+          R"({"id":"msg_mine","type":"message","status":"completed","role":"assistant","content":)"
+          R"([{"type":"output_text","text":"two","annotations":[]}]})");
+    CHECK(list["data"][0]["content"].write() == R"([{"type":"input_text","text":"one"}])");
+    CHECK(list["data"][0]["id"].as_string().size() == 28);
+    CHECK(list["has_more"].as_bool() == false);
+    const Json newest = parse(serving.get(path + "?limit=2").body);
+    CHECK(newest["data"][0] == list["data"][2]);
+    CHECK(newest["has_more"].as_bool());
+    const Json rest = parse(serving.get(path + "?after=msg_mine").body);
+    REQUIRE(rest["data"].size() == 1);
+    CHECK(rest["data"][0] == list["data"][0]);
+    CHECK(error_of(serving.get(path + "?order=up")) ==
+          "400 invalid_request_error invalid_value order");
+    CHECK(error_of(serving.get(path + "?after=none")) ==
+          "400 invalid_request_error invalid_value after");
+    const std::string plain = id_of(serving.post(hello));
+    CHECK(parse(serving.get("/v1/responses/" + plain + "/input_items").body)["data"].size() == 1);
+}
+
+// ---- Idempotency -------------------------------------------------------------------------------
+
+TEST_CASE("server: a repeat under its key is answered from the record") {
+    Serving serving(with_keys());
+    const HttpReply first = post_keyed(serving, hello, "k1", key_a);
+    REQUIRE(first.status == 200);
+    CHECK(field(first, "Idempotent-Replayed") == "(none)");
+    // formatting does not make another request
+    const HttpReply again =
+        post_keyed(serving, "{ \"input\" : \"hello there\",\n\"model\":\"fake\" }", " k1 ", key_a);
+    CHECK(again.status == 200);
+    CHECK(again.body == first.body);
+    CHECK(field(again, "Idempotent-Replayed") == "true");
+    CHECK(serving.fake.organisations().size() == 1);
+    CHECK(error_of(post_keyed(serving, R"({"model":"fake","input":"other"})", "k1", key_a)) ==
+          "400 idempotency_error idempotency_key_reused");
+    const HttpReply other = post_keyed(serving, hello, "k1", key_b);  // another key's own
+    CHECK(other.status == 200);
+    CHECK(field(other, "Idempotent-Replayed") == "(none)");
+
+    // a tombstone keeps the key taken
+    CHECK(serving.call("DELETE", "/v1/responses/" + id_of(first), {}, {}, key_a).status == 200);
+    CHECK(error_of(post_keyed(serving, hello, "k1", key_a)) == "404 not_found_error not_found");
+    CHECK(error_of(post_keyed(serving, R"({"model":"fake","input":"other"})", "k1", key_a)) ==
+          "400 idempotency_error idempotency_key_reused");
+}
+
+TEST_CASE("server: refusals leave the key free") {
+    Serving serving;
+    CHECK(post_keyed(serving, "{", "k").status == 400);
+    CHECK(post_keyed(serving, R"({"model":"none","input":"x"})", "k").status == 404);
+    serving.fake.full = true;
+    CHECK(error_of(post_keyed(serving, hello, "k")) == "503 api_error overloaded");
+    serving.fake.full = false;
+    const HttpReply reply = post_keyed(serving, hello, "k");
+    CHECK(reply.status == 200);
+    CHECK(field(reply, "Idempotent-Replayed") == "(none)");
+    // a failed one is replayed as it failed
+    serving.fake.failure = Error{ErrorKind::io, "broken", "", ""};
+    const HttpReply failed = post_keyed(serving, hello, "f");
+    serving.fake.failure.reset();
+    CHECK(status_of(failed) == "failed");
+    CHECK(post_keyed(serving, hello, "f").body == failed.body);
+}
+
+TEST_CASE("server: repeats while it runs wait for the same bytes") {
+    Serving serving;
+    serving.fake.hold = true;
+    std::vector<HttpReply> replies(6);
+    std::vector<std::thread> clients;
+    for (HttpReply& reply : replies)
+        clients.emplace_back([&] { reply = post_keyed(serving, hello, "same"); });
+    REQUIRE(eventually([&] { return serving.fake.waiting().size() == 1; }));
+    {  // a client that leaves does not cancel what others may ask for
+        HttpPeer peer(serving.server.port());
+        REQUIRE(peer.send(raw_post(hello, "Host: localhost\r\nIdempotency-Key: same\r\n")));
+        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+    CHECK(serving.fake.cancels == 0);
+    serving.fake.finish(serving.fake.waiting()[0]);
+    for (std::thread& client : clients) client.join();
+    int originals = 0;
+    for (const HttpReply& reply : replies) {
+        CHECK(reply.status == 200);
+        CHECK(reply.body == replies[0].body);
+        originals += field(reply, "Idempotent-Replayed") == "(none)";
+    }
+    CHECK(originals == 1);
+
+    const HttpReply queued = post_keyed(serving, in_background, "bg");
+    CHECK(queued.status == 202);
+    const HttpReply live = post_keyed(serving, in_background, "bg");
+    CHECK(live.status == 202);
+    CHECK(field(live, "Idempotent-Replayed") == "true");
+    CHECK(id_of(live) == id_of(queued));
+    serving.fake.finish(id_of(queued));
+    CHECK(eventually([&] { return post_keyed(serving, in_background, "bg").status == 200; }));
+}
+
+TEST_CASE("server: idempotency keys that cannot be one") {
+    Serving serving;
+    const auto with = [&](HttpHeaders headers) {
+        return error_of(serving.call("POST", "/v1/responses", hello, std::move(headers)));
+    };
+    const std::string start = "400 invalid_request_error ";
+    CHECK(with({{"Idempotency-Key", ""}}) == start + "string_below_min_length Idempotency-Key");
+    CHECK(with({{"Idempotency-Key", std::string(256, 'k')}}) ==
+          start + "string_above_max_length Idempotency-Key");
+    CHECK(with({{"Idempotency-Key", "a"}, {"Idempotency-Key", "a"}}) ==
+          start + "invalid_value Idempotency-Key");
+    CHECK(with({{"Idempotency-Key", "a\tb"}}) == start + "invalid_value Idempotency-Key");
+    CHECK(post_keyed(serving, hello, std::string(255, 'k')).status == 200);
+    CHECK(post_keyed(serving, hello, "\"quoted\"").status == 200);
+    CHECK(field(post_keyed(serving, hello, "quoted"), "Idempotent-Replayed") == "(none)");
+}
+
+TEST_CASE("server: a timed out wait under a key may be taken up again") {
+    ServerOptions options = local();
+    options.sync_timeout_ms = 50;
+    Serving serving(options);
+    serving.fake.hold = true;
+    const HttpReply late = post_keyed(serving, hello, "k");
+    CHECK(error_of(late) == "504 timeout_error timeout");
+    CHECK(field(late, "x-should-retry") == "(none)");
+    const std::string id = field(late, "X-Valar-Response-Id");
+    CHECK(post_keyed(serving, hello, "k").status == 504);
+    serving.fake.finish(id);
+    REQUIRE(eventually([&] { return status_of(serving.get("/v1/responses/" + id)) == "completed"; }));
+    const HttpReply found = post_keyed(serving, hello, "k");
+    CHECK(found.status == 200);
+    CHECK(id_of(found) == id);
+}
+
+// ---- After a restart ---------------------------------------------------------------------------
+
+TEST_CASE("server: the next one goes on with what was left") {
+    MemoryStore store;
+    ServerOptions options = local();
+    options.store = &store;
+    std::string background, keyed, plain;
+    {
+        Serving serving(options);
+        serving.fake.hold = true;
+        background = id_of(serving.post(in_background));
+        HttpPeer first(serving.server.port()), second(serving.server.port());
+        REQUIRE(first.send(raw_post(hello, "Host: localhost\r\nIdempotency-Key: k\r\n")));
+        REQUIRE(eventually([&] { return serving.fake.waiting().size() == 2; }));
+        for (const std::string& id : serving.fake.waiting())
+            if (id != background) keyed = id;
+        REQUIRE(second.send(raw_post(hello)));
+        REQUIRE(eventually([&] { return serving.fake.waiting().size() == 3; }));
+        for (const std::string& id : serving.fake.waiting())
+            if (id != background && id != keyed) plain = id;
+    }
+    // as if the process had died: the plain one's client is gone, the others are as they were
+    for (const char* round : {"left once", "left twice, orderly"}) {
+        CAPTURE(round);
+        Serving serving(options);
+        serving.fake.hold = true;
+        REQUIRE(eventually([&] { return serving.fake.waiting().size() >= 2; }));
+        CHECK(serving.fake.waiting().size() == 2);
+        CHECK(status_of(serving.get("/v1/responses/" + background)) == "running");
+    }
+    Serving serving(options);
+    REQUIRE(eventually(
+        [&] { return status_of(serving.get("/v1/responses/" + background)) == "completed"; }));
+    const HttpReply reply = post_keyed(serving, hello, "k");
+    CHECK(field(reply, "Idempotent-Replayed") == "true");
+    CHECK(id_of(reply) == keyed);
+    CHECK(status_of(reply) == "completed");
+}
+
+TEST_CASE("server: after a crash work is begun once more, and once only") {
+    MemoryStore store;
+    const auto nothing = [](void*, Result<void>) {};
+    const auto text = [](const char* words) { return std::make_shared<const std::string>(words); };
+    const auto leave = [&](const char* id, bool background, uint32_t attempts) {
+        StoredResponse record;
+        record.id = id;
+        record.organisation = "default";
+        record.background = background;
+        record.attempts = attempts;
+        record.created_at_ms = 1000;
+        record.head = text(R"({"message_id":"msg_1","created_at":1,"model":"fake","seed":77})");
+        record.request = text(in_background);
+        store.add(record, {nothing, nullptr});
+    };
+    leave("resp_again", true, 1);
+    leave("resp_twice", true, 2);
+    leave("resp_sync", false, 1);
+    ServerOptions options = local();
+    options.store = &store;
+    Serving serving(options);
+    const auto ended = [&](const char* id, const char* status) {
+        const std::string path = std::string("/v1/responses/") + id;
+        return eventually([&] { return status_of(serving.get(path)) == status; });
+    };
+    CHECK(ended("resp_again", "completed"));
+    for (const char* id : {"resp_twice", "resp_sync"}) {
+        CHECK(ended(id, "failed"));
+        const Json object = parse(serving.get(std::string("/v1/responses/") + id).body);
+        CHECK(object["error"]["code"].as_string() == "server_restarted");
+    }
+    CHECK(store.find("default", "resp_again")->attempts == 2);
+}
+
+// ---- Windows, limits, keys from a file ---------------------------------------------------------
+
+TEST_CASE("server: completion windows") {
+    Serving serving;
+    const auto with = [&](const char* window, bool background) {
+        return serving.post(R"({"model":"fake","input":"x","background":)" +
+                            std::string(background ? "true" : "false") +
+                            R"(,"metadata":{"completion_window":")" + window + "\"}}");
+    };
+    CHECK(with("asap", false).status == 200);
+    CHECK(with("standard", true).status == 202);
+    CHECK(with("flex", true).status == 202);
+    const std::string refused = "400 invalid_request_error invalid_value metadata.completion_window";
+    CHECK(error_of(with("flex", false)) == refused);
+    CHECK(error_of(with("soon", true)) == refused);
+    serving.fake.info.windows = {"standard"};
+    CHECK(error_of(with("asap", false)) == refused);
+}
+
+TEST_CASE("server: a key's requests a minute") {
+    ServerOptions options = with_keys();
+    options.keys[0].requests_per_minute = 3;
+    Serving serving(options);
+    for (int i = 0; i < 3; ++i) CHECK(serving.get("/v1/models", key_a).status == 200);
+    const HttpReply refused = serving.get("/v1/models", key_a);
+    CHECK(error_of(refused) == "429 rate_limit_error rate_limit_exceeded");
+    const int seconds = std::atoi(field(refused, "Retry-After").c_str());
+    CHECK(seconds >= 15);
+    CHECK(seconds <= 20);
+    CHECK(serving.get("/health").status == 200);
+    for (int i = 0; i < 10; ++i) CHECK(serving.get("/v1/models", key_b).status == 200);
+}
+
+TEST_CASE("server: a full queue says when to come again") {
+    ServerOptions options = local();
+    options.max_queued = 0;
+    Serving serving(options);
+    const HttpReply reply = serving.post(hello);
+    CHECK(error_of(reply) == "503 api_error overloaded");
+    CHECK(std::atoi(field(reply, "Retry-After").c_str()) >= 1);
+}
+
+TEST_CASE("server: keys from a file") {
+    const std::string path = "server_keys_" + std::to_string(detail::monotonic_ns()) + ".txt";
+    const auto read = [&](const std::string& text) {
+        REQUIRE(detail::write_file(path, std::as_bytes(std::span(text))));
+        auto keys = read_key_file(path);
+        std::remove(path.c_str());
+        return keys;
+    };
+    const std::string hash = detail::sha256(key_a).hex();
+    auto keys = read("# comment\n\none  a " + hash + "\r\n two b " + std::string(64, '0') + "\t60");
+    REQUIRE(keys.ok());
+    REQUIRE(keys->size() == 2);
+    CHECK((*keys)[0].id == "one");
+    CHECK((*keys)[1].requests_per_minute == 60);
+    ServerOptions options = local();
+    options.keys = *keys;
+    Serving serving(options);
+    CHECK(serving.get("/v1/models", key_a).status == 200);
+    CHECK(serving.get("/v1/models", key_b).status == 401);
+    for (const std::string& text :
+         {std::string("one a"), "one a " + hash + " 0", "one a " + hash + " x",
+          "one a " + hash + " 1 2", "one a " + hash.substr(1), "one a " + hash + "\none b " + hash}) {
+        CAPTURE(text);
+        auto refused = read(text);
+        REQUIRE_FALSE(refused.ok());
+        CHECK(refused.error().kind == ErrorKind::bad_data);
+        CHECK(refused.error().message.find("line ") != std::string::npos);
+    }
+    CHECK_FALSE(read_key_file("no/such/file").ok());
+}
+
+// ---- The openai dialect ------------------------------------------------------------------------
+
+TEST_CASE("server: openai: store:false leaves nothing, previous_response_id goes on") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    const HttpReply unkept = serving.post(R"({"model":"fake","input":"x","store":false})");
+    CHECK(unkept.status == 200);
+    CHECK(parse(unkept.body)["store"].as_bool(true) == false);
+    CHECK(serving.get("/v1/responses/" + id_of(unkept)).status == 404);
+    CHECK(error_of(serving.post(
+              R"({"model":"fake","input":"x","store":false,"background":true})")) ==
+          "400 invalid_request_error unsupported_value store");
+    CHECK(error_of(post_keyed(serving, R"({"model":"fake","input":"x","store":false})", "k")) ==
+          "400 invalid_request_error unsupported_value store");
+
+    const HttpReply first = serving.post(R"({"model":"fake","input":"one","instructions":"i"})");
+    const auto follow = [&](const std::string& id, const char* words) {
+        return serving.post(R"({"model":"fake","input":")" + std::string(words) +
+                            R"(","previous_response_id":")" + id + "\"}");
+    };
+    const auto said = [](const HttpReply& reply) {
+        return std::string(parse(reply.body)["output"][0]["content"][0]["text"].as_string());
+    };
+    const HttpReply second = follow(id_of(first), "two");
+    REQUIRE(second.status == 200);
+    CHECK(said(second) == "echo: oneecho: onetwo");
+    CHECK(parse(second.body)["previous_response_id"].as_string() == id_of(first));
+    CHECK(said(follow(id_of(second), "3")) == "echo: oneecho: onetwoecho: oneecho: onetwo3");
+    const std::string refused =
+        "400 invalid_request_error previous_response_not_found previous_response_id";
+    CHECK(error_of(follow("resp_none", "x")) == refused);
+    serving.fake.hold = true;
+    CHECK(error_of(follow(id_of(serving.post(in_background)), "x")) == refused);
+}
+
+TEST_CASE("server: metrics and JSON log lines") {
+    Log log;
+    ServerOptions options = with_keys();
+    options.log = log.sink();
+    options.log_json = true;
+    Serving serving(options);
+    serving.post(hello, key_a);
+    const HttpReply metrics = serving.get("/metrics", key_a);
+    CHECK(metrics.status == 200);
+    CHECK(field(metrics, "Content-Type").substr(0, 10) == "text/plain");
+    CHECK(metrics.body.find("valar_http_requests_total{route=\"/v1/responses\",status=\"200\"} 1\n") !=
+          std::string::npos);
+    CHECK(metrics.body.find("\nvalar_responses_live 0\n") != std::string::npos);
+    CHECK(serving.get("/metrics").status == 401);
+    HttpPeer peer(serving.server.port());
+    REQUIRE(peer.send("GET /broken HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"));
+    CHECK(peer.reply().status == 400);
+    const std::string lines = log.text();
+    const Json line = parse(lines.substr(0, lines.find('\n')));
+    CHECK(line["method"].as_string() == "POST");
+    CHECK(line["status"].as_int() == 200);
+    CHECK(line["key"].as_string() == "one");
+    CHECK(line["output_tokens"].as_int() == 3);
+    CHECK(line["response"].as_string().substr(0, 5) == "resp_");
+    CHECK(lines.find(R"("method":"GET","path":"/broken","status":400)") != std::string::npos);
 }

@@ -65,7 +65,6 @@ for (const [code, param, fields] of [
     ["integer_below_min_value", "max_output_tokens", { max_output_tokens: 0 }],
     ["invalid_type", "instructions", { instructions: 7 }],
     ["invalid_value", "input[0].role", { input: [{ role: "boss", content: "x" }] }],
-    ["unsupported_parameter", "background", { background: true }],
     ["unsupported_parameter", "tools", { tools: [{ type: "web_search" }] }],
 ]) {
     await refused(OpenAI.BadRequestError, 400, code, param,

@@ -127,7 +127,6 @@ for code, param, fields in [
     ("unsupported_value", "truncation", {"truncation": "auto"}),
     ("unsupported_value", "store", {"store": False}),
     ("unsupported_value", "include[0]", {"include": ["reasoning.encrypted_content"]}),
-    ("unsupported_parameter", "background", {"background": True}),
     ("unsupported_parameter", "previous_response_id", {"previous_response_id": "resp_1"}),
     ("unsupported_parameter", "tools",
      {"tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}]}),
