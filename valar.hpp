@@ -271,10 +271,11 @@ bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product);
 bool add_overflows(uint64_t a, uint64_t b, uint64_t* sum);
 
 /// Bytes whose number comes from a file, a request or an option. 64-byte aligned, zeroed when
-/// fresh from the OS (`allocate`); large ones ask for huge pages. Movable, frees itself.
+/// fresh from the OS (`allocate`). Huge pages are quicker to read through; but the first touch of
+/// one takes milliseconds, in the middle of a frame. Movable, frees itself.
 class Buffer {
 public:
-    static Result<Buffer> allocate(uint64_t bytes, const char* what);
+    static Result<Buffer> allocate(uint64_t bytes, const char* what, bool huge_pages = false);
     Buffer() = default;
     Buffer(Buffer&& other) noexcept;
     Buffer& operator=(Buffer&& other) noexcept;
@@ -2752,7 +2753,7 @@ std::wstring utf16_from(std::string_view text) {
     return wide;
 }
 
-void* map_pages(size_t size) {
+void* map_pages(size_t size, bool) {
     return VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
 }
 
@@ -2770,11 +2771,11 @@ struct FileHandle {  // closes itself
 int madvise(void*, size_t, int) { return 0; }
 #endif
 
-void* map_pages(size_t size) {
+void* map_pages(size_t size, [[maybe_unused]] bool huge) {
     void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
     if (data == MAP_FAILED) return nullptr;
 #if defined(MADV_HUGEPAGE)
-    madvise(data, size, MADV_HUGEPAGE);  // a wish: failing is fine
+    if (huge) madvise(data, size, MADV_HUGEPAGE);  // a wish: failing is fine
 #endif
     return data;
 }
@@ -2790,13 +2791,13 @@ struct FileHandle {  // closes itself
 #endif
 }  // namespace
 
-Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what) {
+Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what, bool huge_pages) {
     Buffer buffer;
     if (bytes == 0) return buffer;
     if (bytes <= SIZE_MAX / 2) {
         const size_t size = size_t(bytes);
         if (size >= buffer_from_system) {
-            buffer.data_ = static_cast<std::byte*>(map_pages(size));
+            buffer.data_ = static_cast<std::byte*>(map_pages(size, huge_pages));
         } else {
             void* p = ::operator new(size, std::align_val_t(buffer_alignment), std::nothrow);
             if (p != nullptr) buffer.data_ = static_cast<std::byte*>(std::memset(p, 0, size));
@@ -14633,6 +14634,7 @@ constexpr uint64_t kJoinWork      = 1 << 16;    // products that are not worth a
 constexpr uint64_t kClaimColumns  = 8;          // from here on units are claimed, a few at a time
 constexpr uint64_t kClaimUnits    = 8;          // at most: tiles that share a read of the columns
 constexpr uint64_t kSliceNs       = 200'000;    // between two looks at the deadline
+constexpr double   kSlowestWorkNs = 0.2;        // a product, before it was measured
 constexpr uint64_t kLoadBytes     = 1 << 20;    // of the file, a thread, between two looks
 
 // Cuts a buffer into arrays, each on its own cache line. With base 0 it only counts, so that what a
@@ -15034,7 +15036,7 @@ private:
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
     bool     has_deadline_ = false;
-    double   ns_per_work_ = 0.05;
+    double   ns_per_work_[last_stage + 1][2] = {};  // of a stage, in batches of few and many rows
     std::atomic<bool> finite_{true};
 };
 
@@ -15074,7 +15076,7 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
         {&scratch_memory_, layout->plan.scratch, "scratch"},
     };
     for (const auto& [buffer, bytes, what] : wanted) {
-        auto memory = Buffer::allocate(bytes, what);
+        auto memory = Buffer::allocate(bytes, what, buffer == &weights_memory_);
         if (!memory) return memory.error();
         *buffer = std::move(*memory);
     }
@@ -15234,10 +15236,12 @@ Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
 void CpuBackend::run_slice() {
     const Stage& stage = stages_[stage_];
     const uint64_t units = (this->*stage.units)(), work = (this->*stage.work)();
+    double& ns_per_work = ns_per_work_[stage_][rows_.size() >= kClaimColumns];
+    if (ns_per_work == 0) ns_per_work = kSlowestWorkNs;
     uint64_t last = units;
     if (has_deadline_) {
         const double fits = static_cast<double>(kSliceNs) /
-                            (ns_per_work_ * static_cast<double>((work + 1) * sizes_.parts));
+                            (ns_per_work * static_cast<double>((work + 1) * sizes_.parts));
         last = std::min(units, unit_ + sizes_.parts * (1 + static_cast<uint64_t>(fits)));
     }
     const uint64_t start = has_deadline_ ? monotonic_ns() : 0;
@@ -15252,8 +15256,8 @@ void CpuBackend::run_slice() {
     if (count == 1 || count * work < kJoinWork) (this->*stage.job)(slice.first, slice.last, 0);
     else team_->run(run_part, &slice);
     if (has_deadline_ && count * work >= kJoinWork)
-        ns_per_work_ = static_cast<double>(monotonic_ns() - start + 1) /
-                       static_cast<double>(count * work);
+        ns_per_work = static_cast<double>(monotonic_ns() - start + 1) /
+                      static_cast<double>(count * work);
     unit_ = slice.last;
     if (last < units) return;
     unit_ = 0;

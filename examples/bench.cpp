@@ -267,7 +267,7 @@ public:
             teams_[i] = std::move(*team);
         }
         // Larger than any cache, read a window after the other; huge pages where there are any.
-        auto buffer = Buffer::allocate(stream_bytes, "the buffer that measures bandwidth");
+        auto buffer = Buffer::allocate(stream_bytes, "the buffer that measures bandwidth", true);
         if (!buffer) return buffer.error();
         stream_ = std::move(*buffer);
         for (size_t i = 0; i < stream_.size(); i += 4096) stream_.data()[i] = std::byte(i >> 12);

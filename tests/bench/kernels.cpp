@@ -170,7 +170,7 @@ static double measure_peak(Team& team, double (*operations)(uint64_t)) {
 
 static Limits measure_limits(Team& team, const Kernels& k, size_t bytes) {
     Limits limits;
-    auto buffer = *Buffer::allocate(bytes, "reader");
+    auto buffer = *Buffer::allocate(bytes, "reader", true);
     std::memset(buffer.data(), 1, bytes);
     using Reader = void (*)(const std::byte*, size_t);
     const struct {
@@ -221,7 +221,7 @@ struct Weights {
 static Weights make_weights(TensorType type, uint32_t cols, size_t bytes) {
     Weights out{type, cols, 0, packed_tile_bytes(type, cols), {}, 0};
     out.tiles = static_cast<uint32_t>(bytes / out.tile_bytes);
-    out.data = *Buffer::allocate(out.tiles * out.tile_bytes, "weights");
+    out.data = *Buffer::allocate(out.tiles * out.tile_bytes, "weights", true);
     const TypeInfo& info = *type_info(type);
     std::vector<std::byte> source(size_t{16} * cols / info.block_size * info.block_bytes);
     for (std::byte& b : source) b = std::byte(next() >> 24 & 0x3f);
