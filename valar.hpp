@@ -7906,6 +7906,74 @@ inline void matmul_tiles(const MatmulTask& task, const TileKernels& k) {
 
 }  // namespace
 
+// ---- Attention of the vector paths -----------------------------------------------------------
+
+namespace {
+
+// Queries of an attention task that look at the same segment together.
+constexpr uint32_t kTileQueries = 8;
+struct QueryTile {
+    const float* q[kTileQueries];
+    uint32_t begin[kTileQueries], end[kTileQueries];
+    float* p[kTileQueries];  // (256) scores, then weights
+    float* out[kTileQueries];
+};
+
+// What an instruction set has for tiles of 1, 2, .. `queries` queries: [f32][queries - 1].
+struct AttentionParts {
+    using Range = void(const AttentionTask&, const QueryTile&, uint32_t first, uint32_t last);
+    using RangeOfSome = void(const AttentionTask&, const QueryTile&, uint32_t query, uint32_t first,
+                             uint32_t last);
+    uint32_t queries;
+    Range* score[2][kTileQueries];  // p = keys first .. last - 1, and some beside them
+    void (*weigh)(float* p, uint32_t begin, uint32_t end, float* max, float* sum);
+    RangeOfSome* add_values[2][kTileQueries];  // out += p * values, of queries from `query` on
+};
+
+void attend_tile(const AttentionParts& parts, const AttentionTask& task, const QueryTile& tile,
+                 const uint32_t* query, uint32_t count) {
+    uint32_t first = kSegment, last = 0, together = 0, apart = kSegment;
+    for (uint32_t i = 0; i < count; i++) {
+        first = std::min(first, tile.begin[i]);
+        last = std::max(last, tile.end[i]);
+        together = std::max(together, tile.begin[i]);  // all look from here on
+        apart = std::min(apart, tile.end[i]);          // not all look from here on
+    }
+    const bool f32 = task.kv_type == KvType::f32;
+    parts.score[f32][count - 1](task, tile, first, last);
+    for (uint32_t i = 0; i < count; i++) {
+        parts.weigh(tile.p[i], tile.begin[i], tile.end[i], task.max + query[i],
+                    task.sum + query[i]);
+        std::memset(tile.out[i], 0, task.head_dim * sizeof(float));
+    }
+    if (apart < together) apart = together = last;
+    for (uint32_t i = 0; i < count; i++)
+        parts.add_values[f32][0](task, tile, i, tile.begin[i], std::min(together, tile.end[i]));
+    parts.add_values[f32][count - 1](task, tile, 0, together, apart);
+    for (uint32_t i = 0; i < count; i++)
+        parts.add_values[f32][0](task, tile, i, apart, tile.end[i]);
+}
+
+void attend(const AttentionParts& parts, const AttentionTask& task) {
+    alignas(64) float p[kTileQueries][kSegment];
+    for (uint32_t next = 0; next < task.queries;) {
+        QueryTile tile;
+        uint32_t count = 0, query[kTileQueries];
+        for (; next < task.queries && count < parts.queries; next++) {
+            if (task.begin[next] >= task.end[next]) continue;
+            tile.q[count] = task.q + next * task.q_stride;
+            tile.begin[count] = task.begin[next];
+            tile.end[count] = task.end[next];
+            tile.p[count] = p[count];
+            tile.out[count] = task.out + next * task.out_stride;
+            query[count++] = next;
+        }
+        if (count) attend_tile(parts, task, tile, query, count);
+    }
+}
+
+}  // namespace
+
 // ---- AVX2, FMA, F16C: eight rows, or eight elements, a vector --------------------------------
 
 VALAR_TARGET_BEGIN("avx2,fma,f16c")
@@ -8308,14 +8376,6 @@ VALAR_FORCE_INLINE __m256 load_kv(const void* group, size_t index) {
     return _mm256_loadu_ps(static_cast<const float*>(group) + index);
 }
 
-// Q queries of an attention task that look at the same segment together.
-struct QueryTile {
-    const float* q[4];
-    uint32_t begin[4], end[4];
-    float* p[4];  // (256) scores, then weights
-    float* out[4];
-};
-
 template <bool kHalf, uint32_t Q>
 void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first, uint32_t last) {
     for (uint32_t group = first / 16; group * 16 < last; group++) {
@@ -8402,64 +8462,37 @@ void add_value_range(const AttentionTask& task, const QueryTile& tile, uint32_t 
                     tile.out[i][e]);
 }
 
-template <bool kHalf, uint32_t Q>
-void attend_tile(const AttentionTask& task, const QueryTile& tile, const uint32_t* query) {
-    uint32_t first = kSegment, last = 0, together = 0, apart = kSegment;
-    for (uint32_t i = 0; i < Q; i++) {
-        first = tile.begin[i] < first ? tile.begin[i] : first;
-        last = tile.end[i] > last ? tile.end[i] : last;
-        together = tile.begin[i] > together ? tile.begin[i] : together;  // all look from here on
-        apart = tile.end[i] < apart ? tile.end[i] : apart;  // not all look from here on
-    }
-    score_tile<kHalf, Q>(task, tile, first, last);
-    for (uint32_t i = 0; i < Q; i++) {
-        weigh(tile.p[i], tile.begin[i], tile.end[i], task.max + query[i], task.sum + query[i]);
-        std::memset(tile.out[i], 0, task.head_dim * sizeof(float));
-    }
-    if (apart < together) apart = together = last;
-    for (uint32_t i = 0; i < Q; i++)
-        add_value_range<kHalf, 1>(task, tile, i, tile.begin[i],
-                                  together < tile.end[i] ? together : tile.end[i]);
-    add_value_range<kHalf, Q>(task, tile, 0, together, apart);
-    for (uint32_t i = 0; i < Q; i++) add_value_range<kHalf, 1>(task, tile, i, apart, tile.end[i]);
-}
+constexpr AttentionParts attention_parts = {
+    4,
+    {{score_tile<true, 1>, score_tile<true, 2>, score_tile<true, 3>, score_tile<true, 4>},
+     {score_tile<false, 1>, score_tile<false, 2>, score_tile<false, 3>, score_tile<false, 4>}},
+    weigh,
+    {{add_value_range<true, 1>, add_value_range<true, 2>, add_value_range<true, 3>,
+      add_value_range<true, 4>},
+     {add_value_range<false, 1>, add_value_range<false, 2>, add_value_range<false, 3>,
+      add_value_range<false, 4>}}};
 
 void attention(const AttentionTask& task) {
-    using Attend = void (*)(const AttentionTask&, const QueryTile&, const uint32_t*);
-    constexpr Attend attend[2][4] = {
-        {attend_tile<true, 1>, attend_tile<true, 2>, attend_tile<true, 3>, attend_tile<true, 4>},
-        {attend_tile<false, 1>, attend_tile<false, 2>, attend_tile<false, 3>,
-         attend_tile<false, 4>}};
-    alignas(64) float p[4][kSegment];
-    for (uint32_t next = 0; next < task.queries;) {
-        QueryTile tile;
-        uint32_t count = 0, query[4];
-        for (; next < task.queries && count < 4; next++) {
-            if (task.begin[next] >= task.end[next]) continue;
-            tile.q[count] = task.q + next * task.q_stride;
-            tile.begin[count] = task.begin[next];
-            tile.end[count] = task.end[next];
-            tile.p[count] = p[count];
-            tile.out[count] = task.out + next * task.out_stride;
-            query[count++] = next;
-        }
-        if (count) attend[task.kv_type == KvType::f32][count - 1](task, tile, query);
-    }
+    attend(attention_parts, task);
 }
 
 void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
                      size_t n) {
     const float most = m > *max ? m : *max;
-    const float a = exp_once(*max - most), b = exp_once(m - most);
+    const __m256 weights = exp8(_mm256_setr_ps(*max - most, m - most, 0, 0, 0, 0, 0, 0));
+    const __m256 old_weight = _mm256_broadcastss_ps(_mm256_castps256_ps128(weights)),
+                 new_weight = _mm256_permute_ps(_mm256_permute2f128_ps(weights, weights, 0), 0x55);
     *max = most;
-    *sum = fma_once(l, b, *sum * a);
-    const __m256 old_weight = _mm256_set1_ps(a), new_weight = _mm256_set1_ps(b);
+    _mm_store_ss(sum, _mm_fmadd_ss(_mm_set_ss(l), _mm256_castps256_ps128(new_weight),
+                                   _mm_set_ss(*sum * _mm256_cvtss_f32(old_weight))));
     size_t e = 0;
     for (; e + 8 <= n; e += 8)
         _mm256_storeu_ps(out + e,
                          _mm256_fmadd_ps(_mm256_loadu_ps(o + e), new_weight,
                                          _mm256_mul_ps(_mm256_loadu_ps(out + e), old_weight)));
-    for (; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
+    for (; e < n; e++)
+        out[e] =
+            fma_once(o[e], _mm256_cvtss_f32(new_weight), out[e] * _mm256_cvtss_f32(old_weight));
 }
 
 constexpr Kernels kernels_with(const char* name, void (*product)(const MatmulTask&)) {
@@ -8665,9 +8698,158 @@ void matmul(const MatmulTask& task) {
     matmul_tiles(task, tile_kernels[find_layout(task.weights->type) - packed_layouts]);
 }
 
+// ---- Attention: lanes are keys for scores, elements of a head for values ----------------------
+
+template <bool kHalf>
+VALAR_FORCE_INLINE __m512 load_kv(const void* group, size_t index) {
+    if constexpr (kHalf) return load_halves(static_cast<const uint16_t*>(group) + index);
+    return _mm512_loadu_ps(static_cast<const float*>(group) + index);
+}
+template <bool kHalf>
+VALAR_FORCE_INLINE __m512 load_some_kv(__mmask16 some, const void* group, size_t index) {
+    if constexpr (kHalf)
+        return _mm512_cvtph_ps(
+            _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(group) + index));
+    return _mm512_maskz_loadu_ps(some, static_cast<const float*>(group) + index);
+}
+
+// Several groups of keys at once: a sum is a chain, and one chain leaves the multiplier idle. Where
+// a group is missing at the edge of the range, another one stands in; nobody looks at its scores.
+template <bool kHalf, uint32_t Q>
+void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first, uint32_t last) {
+    constexpr uint32_t G = Q > 4 ? 2 : 4;
+    for (uint32_t group = first / 16 / G * G; group * 16 < last; group += G) {
+        const void *keys[G], *any = nullptr;
+        for (uint32_t g = 0; g < G; g++) {
+            const uint32_t at = (group + g) * 16;
+            keys[g] = at + 16 > first && at < last ? task.keys[group + g] : nullptr;
+            if (keys[g]) any = keys[g];
+        }
+        if (!any) continue;  // between the ranges of two queries
+        for (uint32_t g = 0; g < G; g++)
+            if (!keys[g]) keys[g] = any;
+        __m512 acc[Q][G];
+        VALAR_UNROLL for (uint32_t i = 0; i < Q * G; i++) acc[i / G][i % G] = _mm512_setzero_ps();
+        for (size_t e = 0; e < task.head_dim; e++) {
+            __m512 k[G];
+            VALAR_UNROLL for (uint32_t g = 0; g < G; g++) k[g] = load_kv<kHalf>(keys[g], 16 * e);
+            VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
+                const __m512 q = _mm512_set1_ps(tile.q[i][e]);
+                VALAR_UNROLL for (uint32_t g = 0; g < G; g++) acc[i][g] =
+                    _mm512_fmadd_ps(q, k[g], acc[i][g]);
+            }
+        }
+        VALAR_UNROLL for (uint32_t i = 0; i < Q * G; i++)
+            _mm512_store_ps(tile.p[i / G] + 16 * (group + i % G), acc[i / G][i % G]);
+    }
+}
+
+VALAR_FORCE_INLINE __m512 exp16(__m512 x) {
+    const __m512 magic = _mm512_set1_ps(0x1.8p23f);
+    const __m512 v = _mm512_min_ps(_mm512_set1_ps(kExpMost), x);  // gives x where it is no number
+    const __m512 k = _mm512_sub_ps(_mm512_fmadd_ps(v, _mm512_set1_ps(kLog2e), magic), magic);
+    __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2High), v);
+    r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2Low), r);
+    __m512 p = _mm512_set1_ps(exp_coefficients[6]);
+    VALAR_UNROLL for (int i = 5; i >= 0; i--) p =
+        _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp_coefficients[i]));
+    const __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kExpLeast), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(visible, p, k);
+}
+
+// Those of the 16 positions from `at` on that begin .. end - 1 holds; it holds some.
+VALAR_FORCE_INLINE __mmask16 visible_lanes(uint32_t at, uint32_t begin, uint32_t end) {
+    const uint32_t from = begin > at ? begin - at : 0, count = end - at < 16 ? end - at : 16;
+    return static_cast<__mmask16>((0xffffu << from) & (0xffffu >> (16 - count)));
+}
+
+// GCC 12 warns of its own header where a lower half is taken by a cast.
+template <int kHalf>
+VALAR_FORCE_INLINE __m256 half_of(__m512 v) {
+    return _mm512_maskz_extractf32x8_ps(0xff, v, kHalf);
+}
+
+// Scores to weights; what nobody may see in a group that is seen gets weight 0.
+void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
+    const uint32_t first = begin / 16 * 16;
+    __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (uint32_t j = first; j < end; j += 16)  // the second operand where one is no number
+        top = _mm512_mask_max_ps(top, visible_lanes(j, begin, end), _mm512_load_ps(p + j), top);
+    const __m256 eight = _mm256_max_ps(half_of<0>(top), half_of<1>(top));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    *max = _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1))) + 0.0f;
+    const __m512 most = _mm512_set1_ps(*max);
+    __m512 lanes = _mm512_setzero_ps();
+    for (uint32_t j = first; j < end; j += 16) {
+        const __m512 weight = _mm512_maskz_mov_ps(
+            visible_lanes(j, begin, end), exp16(_mm512_sub_ps(_mm512_load_ps(p + j), most)));
+        lanes = _mm512_add_ps(lanes, weight);
+        _mm512_store_ps(p + j, weight);
+    }
+    *sum = avx2::sum_of_lanes(half_of<0>(lanes), half_of<1>(lanes));
+}
+
+// out_e += p_j * v_j,e for W vectors from e0 on, first <= j < last, of Q queries from `query` on;
+// of a single vector only `some`.
+template <bool kHalf, uint32_t Q, uint32_t W>
+VALAR_FORCE_INLINE void add_values(const AttentionTask& task, const QueryTile& tile, uint32_t query,
+                                   size_t e0, __mmask16 some, uint32_t first, uint32_t last) {
+    __m512 acc[Q][W];
+    VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) {
+        const float* out = tile.out[query + i / W] + e0 + 16 * (i % W);
+        acc[i / W][i % W] = W > 1 ? _mm512_loadu_ps(out) : _mm512_maskz_loadu_ps(some, out);
+    }
+    for (uint32_t j = first; j < last; j++) {
+        const void* group = task.values[j / 16];
+        const size_t at = j % 16 * size_t{task.head_dim} + e0;
+        __m512 v[W];
+        VALAR_UNROLL for (uint32_t w = 0; w < W; w++) v[w] =
+            W > 1 ? load_kv<kHalf>(group, at + 16 * w) : load_some_kv<kHalf>(some, group, at);
+        VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
+            const __m512 p = _mm512_set1_ps(tile.p[query + i][j]);
+            VALAR_UNROLL for (uint32_t w = 0; w < W; w++) acc[i][w] =
+                _mm512_fmadd_ps(p, v[w], acc[i][w]);
+        }
+    }
+    VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) {
+        float* out = tile.out[query + i / W] + e0 + 16 * (i % W);
+        _mm512_mask_storeu_ps(out, W > 1 ? __mmask16{0xffff} : some, acc[i / W][i % W]);
+    }
+}
+
+template <bool kHalf, uint32_t Q>
+void add_value_range(const AttentionTask& task, const QueryTile& tile, uint32_t query,
+                     uint32_t first, uint32_t last) {
+    if (first >= last) return;
+    constexpr uint32_t W = Q > 4 ? 2 : 4;
+    uint32_t e = 0;
+    for (; e + 16 * W <= task.head_dim; e += 16 * W)
+        add_values<kHalf, Q, W>(task, tile, query, e, 0xffff, first, last);
+    for (; e < task.head_dim; e += 16)
+        add_values<kHalf, Q, 1>(task, tile, query, e, visible_lanes(e, 0, task.head_dim), first,
+                                last);
+}
+
+#define VALAR_EACH_TILE(part, half)                                                               \
+    {                                                                                             \
+        part<half, 1>, part<half, 2>, part<half, 3>, part<half, 4>, part<half, 5>, part<half, 6>, \
+            part<half, 7>, part<half, 8>                                                          \
+    }
+constexpr AttentionParts attention_parts = {
+    kTileQueries,
+    {VALAR_EACH_TILE(score_tile, true), VALAR_EACH_TILE(score_tile, false)},
+    weigh,
+    {VALAR_EACH_TILE(add_value_range, true), VALAR_EACH_TILE(add_value_range, false)}};
+#undef VALAR_EACH_TILE
+
+void attention(const AttentionTask& task) {
+    attend(attention_parts, task);
+}
+
 constexpr Kernels kernels = {
-    "avx512",  avx2::quantize, matmul,         avx2::rms_norm,  avx2::rope,           avx2::scale,
-    avx2::add, avx2::silu_mul, avx2::store_kv, avx2::attention, avx2::attention_merge};
+    "avx512",  avx2::quantize, matmul,         avx2::rms_norm, avx2::rope,           avx2::scale,
+    avx2::add, avx2::silu_mul, avx2::store_kv, attention,      avx2::attention_merge};
 
 }  // namespace avx512
 }  // namespace
