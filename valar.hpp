@@ -19735,7 +19735,8 @@ struct ServerLoop : HttpHandler {
         bool        running    = false;
         bool        background = false;
         bool        resumable  = false;  // is taken up again after a crash
-        uint32_t    attempts   = 1;
+        uint32_t    attempts   = 1;      // as the store has it
+        bool        begun      = true;   // the last of them is this process's
         uint64_t    owner      = 0;      // the exchange whose end cancels it; 0: none
         Responder*  responder  = nullptr;
         std::vector<uint64_t> waiters;   // exchanges that want the terminal object
@@ -20689,6 +20690,7 @@ void ServerLoop::accept_done(JobPtr job) {
     const std::string id = job->stored.id;
     Exchange* exchange = find_exchange(job->exchange);
     Live& entry = live.find(id)->second;
+    if (!job->error && entry.state == Live::State::parked) return;  // stopping: for the next start
     if (!job->error) {
         if (!exchange && entry.owner)
             return take_back(id, std::move(job), make_error(ErrorKind::cancelled, "client left"));
@@ -20780,10 +20782,10 @@ void ServerLoop::cancel(const std::string& id, Live& entry) {
 
 /// Leaves it unfinished for the next start, as if it had not been begun this time.
 void ServerLoop::park(const std::string& id, Live& entry) {
-    if (entry.state != Live::State::working) return;
-    entry.state = Live::State::parked;
-    entry.responder->cancel(id);
-    if (entry.unkept || !entry.resumable) return;
+    if (entry.state >= Live::State::finishing) return;
+    if (std::exchange(entry.state, Live::State::parked) == Live::State::working)
+        entry.responder->cancel(id);
+    if (!entry.begun || entry.unkept || !entry.resumable) return;
     auto job = std::make_unique<Job>();
     store->begin(id, entry.attempts - 1, on_kept(std::move(job), nullptr));
 }
@@ -20921,6 +20923,7 @@ void ServerLoop::recover_all() {
         entry.background = stored.background;
         entry.resumable = stored.background || !stored.reservation.empty();
         entry.attempts = stored.attempts;
+        entry.begun = false;
         ++queued;
         if (entry.resumable && entry.attempts < server_max_attempts) {
             recoverable.push_back(stored.id);
@@ -20973,9 +20976,12 @@ void ServerLoop::recover_work(Job& job) {
 
 void ServerLoop::recover_keep(JobPtr job) {
     const std::string id = job->stored.id;
-    Live& entry = live.find(id)->second;
-    if (entry.state != Live::State::waiting || job->error) return recover_done(std::move(job));
-    store->begin(id, entry.attempts + 1, on_kept(std::move(job), &ServerLoop::recover_done));
+    const auto found = live.find(id);
+    if (found == live.end()) return recover_done(std::move(job));  // cancelled, and gone
+    Live& entry = found->second;
+    const bool on = entry.state == Live::State::waiting && !job->error;
+    if (!on || std::exchange(entry.begun, true)) return recover_done(std::move(job));
+    store->begin(id, ++entry.attempts, on_kept(std::move(job), &ServerLoop::recover_done));
 }
 
 void ServerLoop::recover_done(JobPtr job) {
@@ -20985,7 +20991,6 @@ void ServerLoop::recover_done(JobPtr job) {
     if (found == live.end() || found->second.state != Live::State::waiting) return;  // cancelled
     Live& entry = found->second;
     if (!job->error) {
-        ++entry.attempts;
         entry.responder = job->responder;
         auto submitted = entry.responder->submit(std::move(job->prepared), id);
         if (submitted) {
@@ -20994,7 +20999,6 @@ void ServerLoop::recover_done(JobPtr job) {
             return recover_some();
         }
         job->error = std::move(submitted.error());
-        --entry.attempts;
     }
     if (job->error->kind == ErrorKind::overloaded) {  // no room yet: again with the next tick
         recoverable.push_back(id);

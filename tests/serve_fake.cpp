@@ -1,5 +1,5 @@
-// Serves a FakeResponder, for checks by other programs: serve_fake [PORT [KEY]]. Port 0, the
-// default, takes a free one; the first line printed is the port.
+// Serves a FakeResponder, for checks by other programs: serve_fake [PORT [KEY [DIALECT]]]. Port
+// 0, the default, takes a free one; the first line printed is the port.
 #include <cstdio>
 #include <cstdlib>
 
@@ -11,6 +11,7 @@ int main(int argc, char** argv) {
     valar::ServerOptions options;
     options.port = static_cast<uint16_t>(argc > 1 ? std::atoi(argv[1]) : 0);
     if (argc > 2) options.keys.push_back({"key", "default", argv[2]});
+    if (argc > 3 && std::string_view(argv[3]) == "openai") options.dialect = valar::Dialect::openai;
     options.log.write = [](void*, valar::LogLevel, std::string_view line) {
         std::fprintf(stderr, "%.*s\n", static_cast<int>(line.size()), line.data());
     };

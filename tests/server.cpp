@@ -47,7 +47,8 @@ ServerOptions with_keys() {
 
 /// A server on a thread of its own, until the end of the scope.
 struct Serving {
-    explicit Serving(const ServerOptions& options = local()) : server(open(options)) {
+    explicit Serving(const ServerOptions& options = local(), bool hold = false)
+        : server(open(options, hold)) {
         thread = std::thread([this] { (void)server.run().ok(); });
     }
     ~Serving() { stop(); }
@@ -55,7 +56,8 @@ struct Serving {
         server.stop();
         if (thread.joinable()) thread.join();
     }
-    Server open(const ServerOptions& options) {
+    Server open(const ServerOptions& options, bool hold) {
+        fake.hold = hold;
         auto opened = Server::open(&fake, options);
         REQUIRE_MESSAGE(opened.ok(), opened.error().message);
         return std::move(*opened);
@@ -1155,9 +1157,8 @@ TEST_CASE("server: the next one goes on with what was left") {
     }
     // as if the process had died: the plain one's client is gone, the others are as they were
     for (const char* round : {"left once", "left twice, orderly"}) {
-        CAPTURE(round);
-        Serving serving(options);
-        serving.fake.hold = true;
+        CAPTURE(std::string(round));
+        Serving serving(options, true);
         REQUIRE(eventually([&] { return serving.fake.waiting().size() >= 2; }));
         CHECK(serving.fake.waiting().size() == 2);
         CHECK(status_of(serving.get("/v1/responses/" + background)) == "running");

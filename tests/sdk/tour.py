@@ -1,0 +1,181 @@
+"""The life of a response through the official Python client: tour.py BASE_URL KEY MODEL DIALECT
+
+Create, background and poll, cancel, delete, list, input items, idempotent retries, errors by class;
+DIALECT is valar or openai, as the server was told. Every object is validated without mercy: in the
+valar dialect against response.schema.json, in the openai dialect against the models of the packages
+openai and openresponses-types, unknown and missing keys included.
+Needs PyPI's openai, jsonschema and openresponses-types.
+"""
+import json
+import pathlib
+import sys
+import time
+import uuid
+
+import jsonschema
+import openai
+import openresponses_types.types as openresponses
+import pydantic
+from openai.types.responses import Response
+from openai.types.responses.response_item_list import ResponseItemList
+
+base_url, key, model, dialect = sys.argv[1:5]
+native = dialect == "valar"
+schema = json.loads((pathlib.Path(__file__).parent / "response.schema.json").read_text())
+client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
+responses = client.responses.with_raw_response
+checks = 0
+waiting = ("pending", "running") if native else ("queued", "in_progress")
+
+# Where the two packages contradict each other, we send what either asks for.
+ONLY_OPENRESPONSES = {"presence_penalty", "frequency_penalty", "store"}
+ONLY_OPENAI = {"usage.input_tokens_details.cache_write_tokens"}
+
+
+def check(condition, what):
+    global checks
+    checks += 1
+    if not condition:
+        sys.exit(f"tour.py: {what}")
+
+
+def unknown(sent, known, path=""):
+    """Keys that were sent and that a model dropped."""
+    if isinstance(sent, dict) and isinstance(known, dict):
+        for name, value in sent.items():
+            if name not in known:
+                yield path + name
+            else:
+                yield from unknown(value, known[name], f"{path}{name}.")
+    elif isinstance(sent, list) and isinstance(known, list):
+        for one, other in zip(sent, known):
+            yield from unknown(one, other, path)
+
+
+def extras(value, path=""):
+    """Keys that a model of the openai package does not know."""
+    if isinstance(value, pydantic.BaseModel):
+        yield from (path + name for name in value.model_extra or {})
+        for name in type(value).model_fields:
+            yield from extras(getattr(value, name, None), f"{path}{name}.")
+    elif isinstance(value, list):
+        for one in value:
+            yield from extras(one, path)
+
+
+def valid(reply, left_out=()):
+    """A response object; `left_out`: keys that an entry of a list does without."""
+    body = reply if isinstance(reply, dict) else json.loads(reply.http_response.text)
+    whole = {"input": "", "instructions": None, "tools": [], **body} if left_out else body
+    if native:
+        jsonschema.validate(whole, schema)
+    else:
+        whole = {name: value for name, value in whole.items() if name != "input"}
+        strict = extras(Response.model_validate(whole))
+        check(set(strict) <= ONLY_OPENRESPONSES, f"openai: {list(extras(Response(**whole)))}")
+        parsed = openresponses.ResponseResource.model_validate(whole)
+        dropped = set(unknown(whole, parsed.model_dump(mode="json", exclude_unset=True)))
+        check(dropped <= ONLY_OPENAI, f"openresponses: {dropped}")
+    check(not any(name in body for name in left_out), f"{left_out} in an entry")
+    return body
+
+
+def refused(error, status, code, call):
+    try:
+        call()
+    except error as caught:
+        check((caught.status_code, caught.code) == (status, code), f"{caught!r}")
+        return
+    check(False, f"no {error.__name__} for {code}")
+
+
+def until_done(name):
+    for _ in range(3000):
+        body = valid(responses.retrieve(name))
+        if body["status"] not in waiting:
+            return body
+        time.sleep(0.02)
+    sys.exit("tour.py: it never ended")
+
+
+# at once, and cut
+done = valid(responses.create(model=model, input="Say hello.", max_output_tokens=2, top_logprobs=2,
+                              include=["message.output_text.logprobs"], user="u",
+                              reasoning={"effort": "low", "generate_summary": "auto"}))
+check(done["status"] == ("completed" if native else "incomplete"), done["status"])
+check(done["incomplete_details"] == {"reason": "max_output_tokens"}, "incomplete_details")
+check(done["reasoning"] == {"effort": "low", "summary": "auto"}, done["reasoning"])
+
+# in the background, and polled
+accepted = responses.create(model=model, input="Count.", background=True, max_output_tokens=4,
+                            metadata={"completion_window": "flex"})
+check(accepted.http_response.status_code == 202, accepted.http_response.status_code)
+body = valid(accepted)
+check(body["status"] == waiting[0] and body["background"], body["status"])
+ended = until_done(body["id"])
+check(ended["status"] in ("completed", "incomplete") and ended["output"], ended["status"])
+
+# cancelled; once more changes nothing; what is not in the background cannot be
+body = valid(responses.create(model=model, input="Tell a long story.", background=True,
+                              max_output_tokens=100_000 if "fake" in model else 900))
+cancelled = valid(responses.cancel(body["id"]))
+check(cancelled["status"] in ("cancelled", "completed"), cancelled["status"])
+check(valid(responses.cancel(body["id"])) == cancelled, "cancelled twice, and different")
+refused(openai.BadRequestError, 400, "invalid_value", lambda: client.responses.cancel(done["id"]))
+
+# input items
+said = valid(responses.create(model=model, max_output_tokens=2, input=[
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "input_text", "text": "One."}]},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three."}]))
+page = client.responses.input_items.with_raw_response.list(said["id"], limit=3)
+raw = json.loads(page.http_response.text)
+check(set(raw) == {"object", "data", "first_id", "last_id", "has_more"} and raw["has_more"], raw)
+parsed = ResponseItemList.model_validate(raw)
+check(not list(extras(parsed)), f"input items: {list(extras(parsed))}")
+check([item["role"] for item in raw["data"]] == ["user", "assistant", "user"], raw)
+check(len(list(client.responses.input_items.list(said["id"], limit=1, order="asc"))) == 4, "pages")
+
+# the list, newest first
+listed = client.get("/responses?limit=2", cast_to=object)
+check([entry["id"] for entry in listed["data"]][0] == said["id"], "newest first")
+check(listed["has_more"] and listed["object"] == "list", listed)
+for entry in listed["data"]:
+    valid(entry, ("input", "instructions", "tools"))
+
+# a retry under its key is the same response
+name = {"Idempotency-Key": str(uuid.uuid4())}
+first = responses.create(model=model, input="Once.", max_output_tokens=2, extra_headers=name)
+again = responses.create(model=model, input="Once.", max_output_tokens=2, extra_headers=name)
+check(first.http_response.text == again.http_response.text, "a retry, and different bytes")
+check(again.headers.get("idempotent-replayed") == "true", "Idempotent-Replayed")
+check("idempotent-replayed" not in first.headers, "the first is no replay")
+refused(openai.BadRequestError, 400, "idempotency_key_reused",
+        lambda: client.responses.create(model=model, input="Twice.", extra_headers=name))
+
+# deleted
+client.responses.delete(said["id"])
+refused(openai.NotFoundError, 404, "not_found", lambda: client.responses.retrieve(said["id"]))
+refused(openai.NotFoundError, 404, "not_found", lambda: client.responses.delete(said["id"]))
+refused(openai.NotFoundError, 404, "not_found",
+        lambda: client.responses.input_items.list(said["id"]))
+
+# what only the openai dialect has
+follow = {"model": model, "input": "And then?", "max_output_tokens": 2}
+if native:
+    refused(openai.BadRequestError, 400, "unsupported_value",
+            lambda: client.responses.create(**follow, store=False))
+    refused(openai.BadRequestError, 400, "unsupported_parameter",
+            lambda: client.responses.create(**follow, previous_response_id=done["id"]))
+else:
+    unkept = valid(responses.create(**follow, store=False))
+    check(unkept["store"] is False, "store")
+    refused(openai.NotFoundError, 404, "not_found", lambda: client.responses.retrieve(unkept["id"]))
+    next_turn = valid(responses.create(**follow, previous_response_id=done["id"]))
+    check(next_turn["previous_response_id"] == done["id"], "previous_response_id")
+    check(next_turn["usage"]["input_tokens"] > unkept["usage"]["input_tokens"], "earlier turns")
+    refused(openai.BadRequestError, 400, "previous_response_not_found",
+            lambda: client.responses.create(**follow, previous_response_id=unkept["id"]))
+
+print(f"tour.py: {checks} checks passed in the {dialect} dialect with openai {openai.__version__}")
