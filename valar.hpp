@@ -44,7 +44,7 @@
 //     >>sampler     logits to token
 //     >>engine      Engine and Reply: scheduling, batches, prefix cache, step(), streaming
 //     >>http        HTTP/1.1: parser, event loop, client
-//     >>store       the records of finished responses
+//     >>store       the records of responses, in memory or in a journal on the disk
 //     >>server      the routes of the Responses API
 //
 // READING IT TO LEARN: start at the numeric definition in >>kernels (the whole forward pass in words),
@@ -55,7 +55,7 @@
 //
 //     VALAR_NO_INFERENCE   leaves out gguf to engine: a server for a Responder of your own
 //     VALAR_NO_SERVER      leaves out http and server: no socket code at all
-//     VALAR_NO_STORE       leaves out MemoryStore: pass a Store of your own in ServerOptions
+//     VALAR_NO_STORE       leaves out MemoryStore and FileStore: pass a Store of your own
 //     VALAR_NO_SIMD        leaves out every path but the scalar one: smallest, slow, the same bits
 //     VALAR_ASSERT(x)      checks of our own mistakes; off unless you define it
 //     VALAR_API            export marks for a shared library
@@ -259,7 +259,7 @@ __attribute__((format(printf, 1, 2)))
 std::string format(const char* pattern, ...);
 
 /// "what: reason", where the reason is errno's or, on Windows, GetLastError's, read first thing.
-/// Kind not_found, out_of_memory or else io.
+/// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
 Error os_error(std::string what);
 
 uint64_t monotonic_ns();     ///< for durations
@@ -309,6 +309,33 @@ private:
 Result<std::string> read_file(const std::string& path, uint64_t limit);
 /// Writes to a temporary beside it, then renames: the file is whole or absent.
 Result<void> write_file(const std::string& path, std::span<const std::byte> bytes);
+
+/// An open file of a Folder. Threads: read_at from any, the rest from one at a time.
+class FolderFile {
+public:
+    virtual ~FolderFile() = default;
+    virtual Result<uint64_t> size() = 0;
+    virtual Result<void> read_at(uint64_t offset, void* bytes, size_t size) = 0;  ///< all of them
+    virtual Result<void> write_at(uint64_t offset, std::string_view bytes) = 0;   ///< all of them
+    virtual Result<void> truncate(uint64_t size) = 0;
+    virtual Result<void> sync() = 0;  ///< bytes and size are on the disk, not the name
+};
+
+/// The files of one directory: the seam under which tests put a disk that forgets.
+/// Threads: one at a time.
+class Folder {
+public:
+    /// Makes it where it is absent, for this user only, and locks it against other processes and
+    /// Folders as long as it lives. Errors: io names who holds it.
+    static Result<std::unique_ptr<Folder>> open(const std::string& path);
+    virtual ~Folder() = default;
+    virtual Result<std::vector<std::string>> list() = 0;  ///< names, in no order
+    /// For reading and writing; `create` makes it, or empties it. Errors: not_found.
+    virtual Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) = 0;
+    virtual Result<void> rename(const std::string& from, const std::string& to) = 0;
+    virtual Result<void> remove(const std::string& name) = 0;
+    virtual Result<void> sync() = 0;  ///< names made, changed and removed so far are on the disk
+};
 
 /// A thread started by the OS call (std::thread throws where threads are refused).
 class Thread {
@@ -2337,7 +2364,7 @@ struct StoreDone {
     void* context = nullptr;
 };
 
-/// Where a Server keeps its records. MemoryStore, or one of your own.
+/// Where a Server keeps its records: MemoryStore, FileStore, or one of your own.
 /// Threads: every member from any thread. Those with a StoreDone return at once and report when the
 /// change cannot be lost any more; find may wait for a disk; the rest answer from memory.
 class Store {
@@ -2371,24 +2398,31 @@ public:
     virtual uint64_t bytes() const = 0;  ///< that records take
 };
 
-struct MemoryStoreOptions {
-    uint64_t max_bytes   = uint64_t{256} << 20;  ///< past it the oldest terminal records go early
-    int64_t  retention_s = 48 * 3600;            ///< of a terminal record
+namespace detail {
+
+/// What a Store is asked to change.
+struct StoreChange {
+    enum class Kind : uint8_t { add, begin, finish, erase, expire };
+    Kind           kind      = Kind::expire;
+    StoredResponse record    = {};
+    bool           tombstone = false;
+    int64_t        now_ms    = 0;
+    StoreDone      done      = {};
 };
 
-/// Records in memory, until the process ends.
-class VALAR_API MemoryStore : public Store {
+struct StoreRecords;
+
+/// What MemoryStore and FileStore share: the index, and what it can answer alone.
+class VALAR_API IndexedStore : public Store {
 public:
-    explicit MemoryStore(const MemoryStoreOptions& options = {});
-    ~MemoryStore() override;
+    IndexedStore();
+    ~IndexedStore() override;
     void add(StoredResponse record, StoreDone done) override;
     void begin(const std::string& id, uint32_t attempts, StoreDone done) override;
     void finish(const std::string& id, std::shared_ptr<const std::string> object, int64_t now_ms,
                 StoreDone done) override;
     void erase(const std::string& organisation, const std::string& id, bool tombstone,
                int64_t now_ms, StoreDone done) override;
-    std::optional<StoredResponse> find(std::string_view organisation,
-                                       const std::string& id) override;
     std::optional<Reservation> reserved(const std::string& organisation,
                                         const std::string& reservation) override;
     Result<std::vector<std::string>> list(const std::string& organisation,
@@ -2397,8 +2431,67 @@ public:
     void expire(int64_t now_ms) override;
     uint64_t bytes() const override;
 
+protected:
+    virtual void change(StoreChange change) = 0;
+    std::unique_ptr<StoreRecords> records_;
+};
+
+}  // namespace detail
+
+struct MemoryStoreOptions {
+    uint64_t max_bytes   = uint64_t{256} << 20;  ///< past it the oldest terminal records go early
+    int64_t  retention_s = 48 * 3600;            ///< of a terminal record and its reservation
+};
+
+/// Records in memory, until the process ends.
+class VALAR_API MemoryStore : public detail::IndexedStore {
+public:
+    explicit MemoryStore(const MemoryStoreOptions& options = {});
+    ~MemoryStore() override;
+    std::optional<StoredResponse> find(std::string_view organisation,
+                                       const std::string& id) override;
+
+private:
+    void change(detail::StoreChange change) override;
+    struct State;
+    std::unique_ptr<State> state_;
+};
+
+struct FileStoreOptions {
+    std::string path        = {};                 ///< a directory of its own; made where absent
+    uint64_t    max_bytes   = uint64_t{4} << 30;  ///< past it the oldest terminal records go early
+    int64_t     retention_s = 48 * 3600;          ///< of a terminal record and its reservation
+    /// Opens a damaged journal with what is whole in it; the damaged files stay beside, renamed.
+    bool     recover       = false;
+    bool     own_thread    = true;                 ///< false: the host calls step()
+    uint64_t segment_bytes = uint64_t{32} << 20;   ///< of one file of the journal, about
+    LogSink  log           = {};
+};
+
+/// Records in a directory: an append-only journal in files of segment_bytes, and an index in memory.
+/// What a StoreDone reported is on the disk. All that waits is synced at once. Deleted and expired
+/// texts are off the disk within a day, as long as expire() is called. After a sync that failed
+/// nothing is accepted any more; on a full disk changes fail with `overloaded`, reads go on. The
+/// directory takes up to twice max_bytes and two segments.
+class VALAR_API FileStore : public detail::IndexedStore {
+public:
+    /// Errors: io (also: held by another process), bad_data naming file and offset of damage,
+    /// unsupported when a newer version wrote it; then nothing was changed.
+    static Result<std::unique_ptr<FileStore>> open(const FileStoreOptions& options);
+    static Result<std::unique_ptr<FileStore>> open(const FileStoreOptions& options,
+                                                   std::unique_ptr<detail::Folder> folder);
+    ~FileStore() override;  ///< after all that was asked for is done
+    std::optional<StoredResponse> find(std::string_view organisation,
+                                       const std::string& id) override;
+    /// Without own_thread: does what was asked for, and a piece of upkeep. True: there is more.
+    /// Threads: one at a time.
+    bool step();
+    uint64_t disk_bytes() const;  ///< of the journal's files
+
 private:
     struct State;
+    explicit FileStore(std::unique_ptr<State> state);
+    void change(detail::StoreChange change) override;
     std::unique_ptr<State> state_;
 };
 
@@ -2541,6 +2634,7 @@ private:
 #include <bcrypt.h>
 #else
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -2549,6 +2643,7 @@ private:
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -2646,6 +2741,8 @@ Error os_error(std::string what) {
         if (code == absent) kind = ErrorKind::not_found;
     for (const DWORD full : {ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT})
         if (code == full) kind = ErrorKind::out_of_memory;
+    for (const DWORD full : {ERROR_DISK_FULL, ERROR_HANDLE_DISK_FULL, ERROR_DISK_QUOTA_EXCEEDED})
+        if (code == full) kind = ErrorKind::overloaded;
     wchar_t wide[256];
     char text[512];
     const DWORD flags = FORMAT_MESSAGE_FROM_SYSTEM | FORMAT_MESSAGE_IGNORE_INSERTS;
@@ -2672,6 +2769,7 @@ Error os_error(std::string what) {
     ErrorKind kind = ErrorKind::io;
     if (code == ENOENT || code == ENOTDIR) kind = ErrorKind::not_found;
     if (code == ENOMEM) kind = ErrorKind::out_of_memory;
+    if (code == ENOSPC || code == EDQUOT) kind = ErrorKind::overloaded;
     char text[128] = "";
     what += ": ";
     what += strerror_text(strerror_r(code, text, sizeof text), text);
@@ -3003,6 +3101,251 @@ Result<void> write_file(const std::string& path, std::span<const std::byte> byte
     if (write_new_file(temporary, bytes) && replace_file(temporary, path)) return {};
     remove_file(temporary);
     return os_error("cannot write '" + path + "'");
+}
+
+// ---- folders --------------------------------------------------------------------------------
+
+namespace {
+
+#if defined(_WIN32)
+
+Result<void> system_result(BOOL done, const std::string& what, const std::string& path) {
+    if (done) return {};
+    return os_error("cannot " + what + " '" + path + "'");
+}
+
+HANDLE open_handle(const std::string& path, DWORD share, DWORD disposition) {
+    return CreateFileW(utf16_from(path).c_str(), GENERIC_READ | GENERIC_WRITE, share, nullptr,
+                       disposition, FILE_ATTRIBUTE_NORMAL, nullptr);
+}
+
+class SystemFile : public FolderFile {
+public:
+    SystemFile(std::string path, HANDLE handle) : path_(std::move(path)), file_{handle} {}
+    Result<uint64_t> size() override {
+        LARGE_INTEGER size{};
+        if (!GetFileSizeEx(file_.handle, &size)) return os_error("cannot measure '" + path_ + "'");
+        return uint64_t(size.QuadPart);
+    }
+    Result<void> read_at(uint64_t offset, void* bytes, size_t size) override {
+        for (char* at = static_cast<char*>(bytes); size > 0;) {
+            OVERLAPPED where = place(offset);
+            DWORD got = 0;
+            const DWORD want = DWORD(std::min(size, size_t(1) << 30));
+            if (!ReadFile(file_.handle, at, want, &got, &where) || got == 0)
+                return os_error("cannot read '" + path_ + "'");
+            at += got;
+            offset += got;
+            size -= got;
+        }
+        return {};
+    }
+    Result<void> write_at(uint64_t offset, std::string_view bytes) override {
+        while (!bytes.empty()) {
+            OVERLAPPED where = place(offset);
+            DWORD put = 0;
+            const DWORD want = DWORD(std::min(bytes.size(), size_t(1) << 30));
+            if (!WriteFile(file_.handle, bytes.data(), want, &put, &where))
+                return os_error("cannot write '" + path_ + "'");
+            bytes.remove_prefix(put);
+            offset += put;
+        }
+        return {};
+    }
+    Result<void> truncate(uint64_t size) override {
+        LARGE_INTEGER end{};
+        end.QuadPart = LONGLONG(size);
+        return system_result(SetFilePointerEx(file_.handle, end, nullptr, FILE_BEGIN) &&
+                                 SetEndOfFile(file_.handle),
+                             "truncate", path_);
+    }
+    Result<void> sync() override {
+        return system_result(FlushFileBuffers(file_.handle), "sync", path_);
+    }
+
+private:
+    static OVERLAPPED place(uint64_t offset) {
+        OVERLAPPED where{};
+        where.Offset = DWORD(offset);
+        where.OffsetHigh = DWORD(offset >> 32);
+        return where;
+    }
+    std::string path_;
+    FileHandle  file_;
+};
+
+Result<void> make_folder(const std::string& path) {
+    const bool made = CreateDirectoryW(utf16_from(path).c_str(), nullptr) != 0;
+    return system_result(made || GetLastError() == ERROR_ALREADY_EXISTS, "make folder", path);
+}
+
+void lock_file(const std::string& path, FileHandle* file) {
+    file->handle = open_handle(path, 0, OPEN_ALWAYS);  // shared with nobody
+}
+
+bool open_in_folder(const std::string& path, bool create, std::unique_ptr<FolderFile>* file) {
+    const HANDLE handle = open_handle(path, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
+                                      create ? CREATE_ALWAYS : OPEN_EXISTING);
+    if (handle == INVALID_HANDLE_VALUE) return false;
+    *file = std::make_unique<SystemFile>(path, handle);
+    return true;
+}
+
+bool unlink_path(const std::string& path) { return DeleteFileW(utf16_from(path).c_str()) != 0; }
+
+bool sync_folder(const std::string&) { return true; }  // NTFS keeps a log of its names
+
+bool rename_path(const std::string& from, const std::string& to) { return replace_file(from, to); }
+
+Result<std::vector<std::string>> list_names(const std::string& path) {
+    std::vector<std::string> names;
+    WIN32_FIND_DATAW entry;
+    const HANDLE search = FindFirstFileW(utf16_from(path + "/*").c_str(), &entry);
+    if (search == INVALID_HANDLE_VALUE) return os_error("cannot list '" + path + "'");
+    do {
+        char name[MAX_PATH * 3 + 1] = "";
+        WideCharToMultiByte(CP_UTF8, 0, entry.cFileName, -1, name, sizeof name, nullptr, nullptr);
+        names.emplace_back(name);
+    } while (FindNextFileW(search, &entry));
+    FindClose(search);
+    return names;
+}
+
+#else
+
+Result<void> system_result(bool done, const std::string& what, const std::string& path) {
+    if (done) return {};
+    return os_error("cannot " + what + " '" + path + "'");
+}
+
+class SystemFile : public FolderFile {
+public:
+    SystemFile(std::string path, int fd) : path_(std::move(path)), file_{fd} {}
+    Result<uint64_t> size() override {
+        struct stat status{};
+        if (fstat(file_.fd, &status) != 0) return os_error("cannot measure '" + path_ + "'");
+        return uint64_t(status.st_size);
+    }
+    Result<void> read_at(uint64_t offset, void* bytes, size_t size) override {
+        for (char* at = static_cast<char*>(bytes); size > 0;) {
+            const ssize_t got = pread(file_.fd, at, std::min(size, size_t(1) << 30), off_t(offset));
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) return os_error("cannot read '" + path_ + "'");
+            if (got == 0) return make_error(ErrorKind::io, "'" + path_ + "' ends too early");
+            at += got;
+            offset += uint64_t(got);
+            size -= size_t(got);
+        }
+        return {};
+    }
+    Result<void> write_at(uint64_t offset, std::string_view bytes) override {
+        while (!bytes.empty()) {
+            const size_t want = std::min(bytes.size(), size_t(1) << 30);
+            const ssize_t put = pwrite(file_.fd, bytes.data(), want, off_t(offset));
+            if (put < 0 && errno == EINTR) continue;
+            if (put < 0) return os_error("cannot write '" + path_ + "'");
+            bytes.remove_prefix(size_t(put));
+            offset += uint64_t(put);
+        }
+        return {};
+    }
+    Result<void> truncate(uint64_t size) override {
+        return system_result(ftruncate(file_.fd, off_t(size)) == 0, "truncate", path_);
+    }
+    Result<void> sync() override {
+#if defined(__APPLE__)
+        const int failed = fcntl(file_.fd, F_FULLFSYNC);  // fsync leaves it in the drive's cache
+#else
+        const int failed = fdatasync(file_.fd);
+#endif
+        return system_result(failed != -1, "sync", path_);
+    }
+
+private:
+    std::string path_;
+    FileHandle  file_;
+};
+
+Result<void> make_folder(const std::string& path) {
+    return system_result(mkdir(path.c_str(), 0700) == 0 || errno == EEXIST, "make folder", path);
+}
+
+void lock_file(const std::string& path, FileHandle* file) {
+    file->fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (file->ok() && flock(file->fd, LOCK_EX | LOCK_NB) == 0) return;
+    const int cause = errno;
+    if (file->ok()) ::close(std::exchange(file->fd, -1));
+    errno = cause;
+}
+
+bool open_in_folder(const std::string& path, bool create, std::unique_ptr<FolderFile>* file) {
+    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0), 0600);
+    if (fd < 0) return false;
+    *file = std::make_unique<SystemFile>(path, fd);
+    return true;
+}
+
+bool unlink_path(const std::string& path) { return unlink(path.c_str()) == 0; }
+
+bool sync_folder(const std::string& path) {
+    const FileHandle folder{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+    return folder.ok() && fsync(folder.fd) == 0;
+}
+
+bool rename_path(const std::string& from, const std::string& to) {
+    return ::rename(from.c_str(), to.c_str()) == 0;
+}
+
+Result<std::vector<std::string>> list_names(const std::string& path) {
+    std::vector<std::string> names;
+    DIR* folder = opendir(path.c_str());
+    if (!folder) return os_error("cannot list '" + path + "'");
+    while (const dirent* entry = readdir(folder)) names.emplace_back(entry->d_name);
+    closedir(folder);
+    return names;
+}
+
+#endif
+
+class SystemFolder : public Folder {
+public:
+    SystemFolder(const std::string& path) : path_(path) {}
+    Result<void> lock() {
+        lock_file(path_ + "/lock", &lock_);
+        if (lock_.ok()) return {};
+        Error error = os_error("another process holds '" + path_ + "', or it cannot be written");
+        error.kind = ErrorKind::io;
+        return error;
+    }
+    Result<std::vector<std::string>> list() override { return list_names(path_); }
+    Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) override {
+        std::unique_ptr<FolderFile> file;
+        if (!open_in_folder(path_ + "/" + name, create, &file))
+            return os_error("cannot open '" + path_ + "/" + name + "'");
+        return file;
+    }
+    Result<void> rename(const std::string& from, const std::string& to) override {
+        return system_result(rename_path(path_ + "/" + from, path_ + "/" + to), "rename",
+                             path_ + "/" + from);
+    }
+    Result<void> remove(const std::string& name) override {
+        return system_result(unlink_path(path_ + "/" + name), "remove", path_ + "/" + name);
+    }
+    Result<void> sync() override { return system_result(sync_folder(path_), "sync", path_); }
+
+private:
+    std::string path_;
+    FileHandle  lock_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<Folder>> Folder::open(const std::string& path) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+    if (auto made = make_folder(path); !made) return made.error();
+    auto folder = std::make_unique<SystemFolder>(path);
+    if (auto locked = folder->lock(); !locked) return locked.error();
+    return std::unique_ptr<Folder>(std::move(folder));
 }
 
 // ---- threads --------------------------------------------------------------------------------
@@ -19269,220 +19612,1416 @@ Result<HttpReply> http_call(const HttpCall& call) {
 #endif  // VALAR_NO_SERVER
 
 // >>store
-// MemoryStore: a map; each organisation's records in order of arrival; the terminal ones in the
-// order in which they ended.
+// One index holds the records of either store and the rules for changing them; what differs is where
+// texts lie. FileStore adds the journal: see "The journal" below for its format.
 #ifndef VALAR_NO_STORE
 
 namespace valar {
 inline namespace v1 {
+namespace detail {
 
-namespace {
-constexpr uint64_t store_bookkeeping_bytes = 600;  // of one record: map nodes, queue entry, strings
-}
+constexpr uint64_t store_bookkeeping_bytes = 600;  // of one record: map nodes, strings, places
 
-struct MemoryStore::State {
-    struct Entry {
-        StoredResponse record;
-        uint64_t serial = 0;  // of arrival
-        bool     erased = false;
-    };
-
-    MemoryStoreOptions options;
-    mutable std::mutex mutex;
-    uint64_t           bytes  = 0;
-    uint64_t           serial = 0;
-    std::unordered_map<std::string, Entry> records;
-    std::map<std::pair<std::string, uint64_t>, std::string> arrivals;      // of an organisation: id
-    std::map<std::pair<std::string, std::string>, std::string> reserved;  // of an organisation: id
-    std::deque<std::pair<int64_t, std::string>> ended;  // time and id; dropped ones may linger
-
-    static uint64_t cost(const Entry& entry) {
-        const StoredResponse& record = entry.record;
-        uint64_t sum = store_bookkeeping_bytes + 2 * record.id.size() +
-                       record.organisation.size() + 2 * record.reservation.size();
-        for (const auto& text : {record.head, record.request, record.object})
-            sum += text ? text->size() : 0;
-        return sum;
-    }
-    Entry* find(const std::string& id) {
-        const auto found = records.find(id);
-        return found == records.end() || found->second.erased ? nullptr : &found->second;
-    }
-    void end(Entry& entry, int64_t now_ms) {
-        entry.record.terminal = true;
-        entry.record.ended_at_ms = now_ms;
-        ended.emplace_back(now_ms, entry.record.id);
-    }
-    void drop(const std::string& id) {
-        const auto found = records.find(id);
-        if (found == records.end()) return;
-        const StoredResponse& record = found->second.record;
-        bytes -= cost(found->second);
-        arrivals.erase({record.organisation, found->second.serial});
-        if (!record.reservation.empty()) reserved.erase({record.organisation, record.reservation});
-        records.erase(found);
-    }
-    void drop_oldest() {
-        drop(ended.front().second);
-        ended.pop_front();
-    }
-    Result<void> add(StoredResponse record);
-    Result<void> erase(const std::string& organisation, const std::string& id, bool tombstone,
-                       int64_t now_ms);
-    /// Changes a record that is not terminal.
-    template <class Change>
-    void update(const std::string& id, const StoreDone& done, Change change) {
-        Result<void> result;
-        {
-            const std::lock_guard<std::mutex> lock(mutex);
-            Entry* entry = find(id);
-            if (!entry || entry->record.terminal) {
-                result = detail::make_error(ErrorKind::not_found,
-                                            "no unfinished response has this id");
-            } else {
-                bytes -= cost(*entry);
-                change(*entry);
-                bytes += cost(*entry);
-            }
-        }
-        done.call(done.context, std::move(result));
-    }
+/// Where a journal's record lies.
+struct JournalPlace {
+    uint64_t offset  = 0;
+    uint32_t segment = 0;  // 0: nowhere
+    uint32_t size    = 0;
 };
 
-MemoryStore::MemoryStore(const MemoryStoreOptions& options) : state_(std::make_unique<State>()) {
-    state_->options = options;
-}
-MemoryStore::~MemoryStore() = default;
+/// A record in memory. MemoryStore keeps the texts in it, FileStore only their places.
+struct StoreEntry {
+    StoredResponse record = {};
+    uint64_t     serial     = 0;  // of arrival
+    uint64_t     text_bytes = 0;
+    bool         erased     = false;  // only the reservation is left
+    JournalPlace added = {}, begun = {}, ended = {};
 
-Result<void> MemoryStore::State::add(StoredResponse record) {
-    Entry entry{std::move(record), ++serial};
-    const StoredResponse& added = entry.record;
-    if (!added.reservation.empty() && reserved.count({added.organisation, added.reservation}))
-        return detail::make_error(ErrorKind::idempotency, "the idempotency key is taken");
-    if (records.count(added.id))
-        return detail::make_error(ErrorKind::internal, "a response id was used twice");
-    while (bytes + cost(entry) > options.max_bytes && !ended.empty()) drop_oldest();
-    if (bytes + cost(entry) > options.max_bytes)
-        return detail::make_error(ErrorKind::overloaded, "the store of responses is full");
-    bytes += cost(entry);
-    arrivals.emplace(std::pair(added.organisation, entry.serial), added.id);
-    if (!added.reservation.empty())
-        reserved.emplace(std::pair(added.organisation, added.reservation), added.id);
-    std::string id = added.id;
-    records.emplace(std::move(id), std::move(entry));
-    return {};
-}
-
-void MemoryStore::add(StoredResponse record, StoreDone done) {
-    Result<void> result;
-    {
-        const std::lock_guard<std::mutex> lock(state_->mutex);
-        result = state_->add(std::move(record));
+    uint64_t cost() const {
+        return store_bookkeeping_bytes + 2 * record.id.size() + record.organisation.size() +
+               2 * record.reservation.size() + record.fingerprint.size() + text_bytes;
     }
-    done.call(done.context, std::move(result));
+    void drop_texts() { record.head = record.request = record.object = nullptr; }
+};
+
+uint64_t size_of_text(const std::shared_ptr<const std::string>& text) {
+    return text ? text->size() : 0;
 }
 
-void MemoryStore::begin(const std::string& id, uint32_t attempts, StoreDone done) {
-    state_->update(id, done, [&](State::Entry& entry) { entry.record.attempts = attempts; });
-}
+/// The records by id, by reservation, by organisation in order of arrival, and by their end.
+class StoreIndex {
+public:
+    using Aged = std::map<std::pair<int64_t, uint64_t>, const StoreEntry*>;  // by end and serial
 
-void MemoryStore::finish(const std::string& id, std::shared_ptr<const std::string> object,
-                         int64_t now_ms, StoreDone done) {
-    state_->update(id, done, [&](State::Entry& entry) {
-        entry.record.object = std::move(object);
-        state_->end(entry, now_ms);
-    });
-    // What was worked for is kept, even where it alone is more than the limit.
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    while (state_->bytes > state_->options.max_bytes && state_->ended.size() > 1)
-        state_->drop_oldest();
-}
-
-/// A tombstone is a record without texts.
-Result<void> MemoryStore::State::erase(const std::string& organisation, const std::string& id,
-                                       bool tombstone, int64_t now_ms) {
-    Entry* entry = find(id);
-    if (!entry || entry->record.organisation != organisation)
-        return detail::make_error(ErrorKind::not_found, "no response has this id");
-    if (!tombstone || entry->record.reservation.empty()) {
-        drop(id);
-        return {};
+    const StoreEntry* find(const std::string& id) const {
+        const auto found = entries_.find(id);
+        return found == entries_.end() ? nullptr : &found->second;
     }
-    bytes -= cost(*entry);
-    if (!entry->record.terminal) end(*entry, now_ms);
-    entry->erased = true;
-    entry->record.head = entry->record.request = entry->record.object = nullptr;
-    arrivals.erase({organisation, entry->serial});
-    bytes += cost(*entry);
-    return {};
-}
-
-void MemoryStore::erase(const std::string& organisation, const std::string& id, bool tombstone,
-                        int64_t now_ms, StoreDone done) {
-    Result<void> result;
-    {
-        const std::lock_guard<std::mutex> lock(state_->mutex);
-        result = state_->erase(organisation, id, tombstone, now_ms);
+    const StoreEntry* holder(const std::string& organisation, const std::string& reservation) const {
+        const auto found = reserved_.find({organisation, reservation});
+        return found == reserved_.end() ? nullptr : found->second;
     }
-    done.call(done.context, std::move(result));
+    const Aged& ended() const { return ended_; }
+    const std::unordered_map<std::string, StoreEntry>& entries() const { return entries_; }
+    uint64_t bytes() const { return bytes_; }
+
+    /// Puts an entry in the place of the one with its id; nothing: takes that away.
+    void set(const std::string& id, std::optional<StoreEntry> entry) {
+        const auto found = entries_.find(id);
+        if (found != entries_.end()) {
+            unlink(found->second);
+            if (!entry) entries_.erase(found);
+        }
+        if (!entry) return;
+        StoreEntry& kept = entries_[id];
+        kept = std::move(*entry);
+        link(kept);
+    }
+    StoreEntry* find(const std::string& id) {
+        return const_cast<StoreEntry*>(std::as_const(*this).find(id));
+    }
+    std::optional<Reservation> reserved(const std::string& organisation,
+                                        const std::string& reservation) const {
+        const StoreEntry* entry = holder(organisation, reservation);
+        if (!entry) return std::nullopt;
+        return Reservation{entry->record.id, entry->record.fingerprint, entry->erased};
+    }
+    Result<std::vector<std::string>> list(const std::string& organisation,
+                                          const std::string& after, size_t limit) const;
+    std::vector<StoredResponse> unfinished() const;
+
+private:
+    void link(const StoreEntry& entry);
+    void unlink(const StoreEntry& entry);
+
+    std::unordered_map<std::string, StoreEntry> entries_;  // its nodes stay put
+    std::map<std::pair<std::string, std::string>, const StoreEntry*> reserved_;
+    std::map<std::pair<std::string, uint64_t>, const StoreEntry*>    arrivals_;
+    Aged     ended_;
+    uint64_t bytes_ = 0;
+};
+
+void StoreIndex::link(const StoreEntry& entry) {
+    const StoredResponse& record = entry.record;
+    bytes_ += entry.cost();
+    if (!entry.erased) arrivals_[{record.organisation, entry.serial}] = &entry;
+    if (record.terminal) ended_[{record.ended_at_ms, entry.serial}] = &entry;
+    if (!record.reservation.empty()) reserved_[{record.organisation, record.reservation}] = &entry;
 }
 
-std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
-                                                const std::string& id) {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    const State::Entry* entry = state_->find(id);
-    if (!entry || entry->record.organisation != organisation) return std::nullopt;
-    return entry->record;
+void StoreIndex::unlink(const StoreEntry& entry) {
+    const StoredResponse& record = entry.record;
+    bytes_ -= entry.cost();
+    arrivals_.erase({record.organisation, entry.serial});
+    ended_.erase({record.ended_at_ms, entry.serial});
+    if (holder(record.organisation, record.reservation) == &entry)
+        reserved_.erase({record.organisation, record.reservation});
 }
 
-std::optional<Reservation> MemoryStore::reserved(const std::string& organisation,
-                                                 const std::string& reservation) {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    const auto found = state_->reserved.find({organisation, reservation});
-    if (found == state_->reserved.end()) return std::nullopt;
-    const State::Entry& entry = state_->records.find(found->second)->second;
-    return Reservation{found->second, entry.record.fingerprint, entry.erased};
+Error store_not_found() {
+    return make_error(ErrorKind::not_found, "no response has this id", "not_found");
 }
 
-Result<std::vector<std::string>> MemoryStore::list(const std::string& organisation,
-                                                   const std::string& after, size_t limit) {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
+Result<std::vector<std::string>> StoreIndex::list(const std::string& organisation,
+                                                  const std::string& after, size_t limit) const {
     uint64_t before = UINT64_MAX;
     if (!after.empty()) {
-        const State::Entry* entry = state_->find(after);
-        if (!entry || entry->record.organisation != organisation)
-            return detail::make_error(ErrorKind::not_found, "no response has this id");
+        const StoreEntry* entry = find(after);
+        if (!entry || entry->erased || entry->record.organisation != organisation)
+            return store_not_found();
         before = entry->serial;
     }
     std::vector<std::string> ids;
-    auto at = state_->arrivals.lower_bound({organisation, before});
-    while (ids.size() < limit && at != state_->arrivals.begin()) {
+    auto at = arrivals_.lower_bound({organisation, before});
+    while (ids.size() < limit && at != arrivals_.begin()) {
         if ((--at)->first.first != organisation) break;
-        ids.push_back(at->second);
+        ids.push_back(at->second->record.id);
     }
     return ids;
 }
 
-std::vector<StoredResponse> MemoryStore::unfinished() {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
+std::vector<StoredResponse> StoreIndex::unfinished() const {
+    std::vector<const StoreEntry*> entries;
+    for (const auto& [id, entry] : entries_)
+        if (!entry.record.terminal) entries.push_back(&entry);
+    std::sort(entries.begin(), entries.end(),
+              [](const StoreEntry* a, const StoreEntry* b) { return a->serial < b->serial; });
     std::vector<StoredResponse> found;
-    for (const auto& [id, entry] : state_->records) {
-        if (entry.record.terminal) continue;
-        found.push_back(entry.record);
+    for (const StoreEntry* entry : entries) {
+        found.push_back(entry->record);
         found.back().head = found.back().request = nullptr;
     }
     return found;
 }
 
-void MemoryStore::expire(int64_t now_ms) {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    const int64_t before = now_ms - state_->options.retention_s * 1000;
-    while (!state_->ended.empty() && state_->ended.front().first <= before) state_->drop_oldest();
+/// Changes that are decided and not yet in the index, in order: a commit makes all of them visible
+/// at once, or none. A decision sees the index as these will leave it.
+class StorePlan {
+public:
+    struct Step {
+        std::string               id;
+        std::optional<StoreEntry> entry;     // nothing: it goes
+        int64_t                   died_ms = 0;  // when texts of it went; 0: none did
+        bool                      expired = false;
+    };
+    StorePlan(const StoreIndex* index, uint64_t max_bytes, int64_t retention_s, uint64_t* serial)
+        : index_(index), max_bytes_(max_bytes), retention_ms_(retention_s * 1000), serial_(serial) {}
+
+    /// Decides one change; the steps that it takes are appended.
+    Result<void> decide(const StoreChange& change);
+    std::vector<Step>& steps() { return steps_; }
+    void clear();
+
+private:
+    Result<void> add(const StoreChange& change);
+    Result<void> update(const StoreChange& change);
+    Result<void> erase(const StoreChange& change);
+    Result<void> expire(const StoreChange& change);
+    void make_room(uint64_t wanted, const std::string& keep, int64_t now_ms);
+    void step(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms,
+              bool expired = false);
+    const StoreEntry* find(const std::string& id) const;
+    bool is_reserved(const StoredResponse& record) const;
+
+    const StoreIndex* index_;
+    uint64_t          max_bytes_;
+    int64_t           retention_ms_;
+    uint64_t*         serial_;
+    std::vector<Step> steps_;
+    std::unordered_map<std::string, size_t> last_;  // step of an id
+    std::map<std::pair<std::string, std::string>, std::string> reserved_;  // by steps: id
+    int64_t           growth_ = 0;
+};
+
+void StorePlan::clear() {
+    steps_.clear();
+    last_.clear();
+    reserved_.clear();
+    growth_ = 0;
 }
 
-uint64_t MemoryStore::bytes() const {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    return state_->bytes;
+const StoreEntry* StorePlan::find(const std::string& id) const {
+    const auto found = last_.find(id);
+    if (found == last_.end()) return index_->find(id);
+    const Step& step = steps_[found->second];
+    return step.entry ? &*step.entry : nullptr;
+}
+
+bool StorePlan::is_reserved(const StoredResponse& record) const {
+    if (record.reservation.empty()) return false;
+    const auto planned = reserved_.find({record.organisation, record.reservation});
+    if (planned != reserved_.end() && find(planned->second)) return true;
+    const StoreEntry* holder = index_->holder(record.organisation, record.reservation);
+    return holder && find(holder->record.id);
+}
+
+void StorePlan::step(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms,
+                     bool expired) {
+    const StoreEntry* before = find(id);
+    growth_ += (entry ? int64_t(entry->cost()) : 0) - (before ? int64_t(before->cost()) : 0);
+    if (entry && !entry->record.reservation.empty())
+        reserved_[{entry->record.organisation, entry->record.reservation}] = id;
+    steps_.push_back({id, std::move(entry), died_ms, expired});
+    last_[id] = steps_.size() - 1;
+}
+
+/// The oldest terminal records go until `wanted` bytes more have room, or none is left.
+void StorePlan::make_room(uint64_t wanted, const std::string& keep, int64_t now_ms) {
+    for (const auto& [age, entry] : index_->ended()) {
+        if (int64_t(index_->bytes() + wanted) + growth_ <= int64_t(max_bytes_)) return;
+        const std::string& id = entry->record.id;
+        if (id != keep && find(id)) step(id, std::nullopt, now_ms);
+    }
+}
+
+Result<void> StorePlan::decide(const StoreChange& change) {
+    switch (change.kind) {
+        case StoreChange::Kind::add: return add(change);
+        case StoreChange::Kind::erase: return erase(change);
+        case StoreChange::Kind::expire: return expire(change);
+        default: return update(change);
+    }
+}
+
+Result<void> StorePlan::add(const StoreChange& change) {
+    if (is_reserved(change.record))
+        return make_error(ErrorKind::idempotency, "the idempotency key is taken",
+                          "idempotency_key_reused");
+    if (find(change.record.id))
+        return make_error(ErrorKind::internal, "a response id was used twice");
+    StoreEntry entry;
+    entry.record = change.record;
+    entry.serial = ++*serial_;
+    entry.text_bytes = size_of_text(entry.record.head) + size_of_text(entry.record.request);
+    const uint64_t cost = entry.cost();
+    make_room(cost, {}, entry.record.created_at_ms);
+    if (int64_t(index_->bytes() + cost) + growth_ > int64_t(max_bytes_))
+        return make_error(ErrorKind::overloaded, "the store of responses is full");
+    step(change.record.id, std::move(entry), 0);
+    return {};
+}
+
+/// begin and finish.
+Result<void> StorePlan::update(const StoreChange& change) {
+    const StoreEntry* found = find(change.record.id);
+    if (!found || found->record.terminal)
+        return make_error(ErrorKind::not_found, "no unfinished response has this id");
+    StoreEntry entry = *found;
+    if (change.kind == StoreChange::Kind::begin) {
+        entry.record.attempts = change.record.attempts;
+    } else {
+        entry.record.terminal = true;
+        entry.record.ended_at_ms = change.now_ms;
+        entry.record.object = change.record.object;
+        entry.text_bytes += size_of_text(change.record.object);
+        entry.begun = {};
+    }
+    step(change.record.id, std::move(entry), 0);
+    // What was worked for is kept, even where it alone is more than the limit.
+    if (change.kind == StoreChange::Kind::finish) make_room(0, change.record.id, change.now_ms);
+    return {};
+}
+
+/// A tombstone is a record without texts.
+Result<void> StorePlan::erase(const StoreChange& change) {
+    const StoreEntry* found = find(change.record.id);
+    if (!found || found->erased || found->record.organisation != change.record.organisation)
+        return store_not_found();
+    std::optional<StoreEntry> left;
+    if (change.tombstone && !found->record.reservation.empty()) {
+        left = *found;
+        left->erased = true;
+        left->text_bytes = 0;
+        left->added = left->begun = left->ended = {};
+        left->drop_texts();
+        if (!left->record.terminal) left->record.ended_at_ms = change.now_ms;
+        left->record.terminal = true;
+    }
+    step(change.record.id, std::move(left), change.now_ms);
+    return {};
+}
+
+Result<void> StorePlan::expire(const StoreChange& change) {
+    for (const auto& [age, entry] : index_->ended()) {
+        if (age.first > change.now_ms - retention_ms_) break;
+        if (find(entry->record.id))
+            step(entry->record.id, std::nullopt, age.first + retention_ms_, true);
+    }
+    return {};
+}
+
+/// The index of a store, and the lock under which it is changed.
+struct StoreRecords {
+    mutable std::mutex mutex;
+    StoreIndex index;
+    uint64_t   serial = 0;  // of the last arrival
+
+    /// The record that an organisation may see, or nothing.
+    std::optional<StoreEntry> find(std::string_view organisation, const std::string& id) const {
+        const std::lock_guard<std::mutex> lock(mutex);
+        const StoreEntry* entry = index.find(id);
+        if (!entry || entry->erased || entry->record.organisation != organisation)
+            return std::nullopt;
+        return *entry;
+    }
+};
+
+IndexedStore::IndexedStore() : records_(std::make_unique<StoreRecords>()) {}
+IndexedStore::~IndexedStore() = default;
+
+void IndexedStore::add(StoredResponse record, StoreDone done) {
+    change({StoreChange::Kind::add, std::move(record), false, 0, done});
+}
+
+void IndexedStore::begin(const std::string& id, uint32_t attempts, StoreDone done) {
+    StoredResponse record;
+    record.id = id;
+    record.attempts = attempts;
+    change({StoreChange::Kind::begin, std::move(record), false, 0, done});
+}
+
+void IndexedStore::finish(const std::string& id, std::shared_ptr<const std::string> object,
+                          int64_t now_ms, StoreDone done) {
+    StoredResponse record;
+    record.id = id;
+    record.object = std::move(object);
+    change({StoreChange::Kind::finish, std::move(record), false, now_ms, done});
+}
+
+void IndexedStore::erase(const std::string& organisation, const std::string& id, bool tombstone,
+                         int64_t now_ms, StoreDone done) {
+    StoredResponse record;
+    record.id = id;
+    record.organisation = organisation;
+    change({StoreChange::Kind::erase, std::move(record), tombstone, now_ms, done});
+}
+
+void IndexedStore::expire(int64_t now_ms) {
+    change({StoreChange::Kind::expire, {}, false, now_ms, {}});
+}
+
+std::optional<Reservation> IndexedStore::reserved(const std::string& organisation,
+                                                  const std::string& reservation) {
+    const std::lock_guard<std::mutex> lock(records_->mutex);
+    return records_->index.reserved(organisation, reservation);
+}
+
+Result<std::vector<std::string>> IndexedStore::list(const std::string& organisation,
+                                                    const std::string& after, size_t limit) {
+    const std::lock_guard<std::mutex> lock(records_->mutex);
+    return records_->index.list(organisation, after, limit);
+}
+
+std::vector<StoredResponse> IndexedStore::unfinished() {
+    const std::lock_guard<std::mutex> lock(records_->mutex);
+    return records_->index.unfinished();
+}
+
+uint64_t IndexedStore::bytes() const {
+    const std::lock_guard<std::mutex> lock(records_->mutex);
+    return records_->index.bytes();
+}
+
+}  // namespace detail
+
+// ---- MemoryStore -----------------------------------------------------------------------------
+
+struct MemoryStore::State {
+    MemoryStoreOptions options;
+    detail::StorePlan  plan;
+};
+
+MemoryStore::MemoryStore(const MemoryStoreOptions& options)
+    : state_(new State{options, {&records_->index, options.max_bytes, options.retention_s,
+                                 &records_->serial}}) {}
+MemoryStore::~MemoryStore() = default;
+
+void MemoryStore::change(detail::StoreChange change) {
+    Result<void> result;
+    {
+        const std::lock_guard<std::mutex> lock(records_->mutex);
+        result = state_->plan.decide(change);
+        for (auto& step : state_->plan.steps()) records_->index.set(step.id, std::move(step.entry));
+        state_->plan.clear();
+    }
+    if (change.done.call) change.done.call(change.done.context, std::move(result));
+}
+
+std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
+                                                const std::string& id) {
+    auto entry = records_->find(organisation, id);
+    if (!entry) return std::nullopt;
+    return std::move(entry->record);
+}
+
+// ---- The journal -----------------------------------------------------------------------------
+// A directory holds `manifest` (which segments there are, in order), segments `00000001.journal` and
+// `lock`. Numbers are little-endian.
+//
+//     manifest: "valarman", u32 version, u32 salt, u32 count, then for each segment
+//               u32 number, u64 first sequence, u64 bytes (0: the newest, still growing);
+//               u32 CRC of all before
+//     segment:  "valarjnl", u32 version, u32 salt, u32 number, u64 first sequence, u32 CRC; records
+//     record:   u32 magic, u16 type, u16 zero, u32 payload bytes, u32 back, u64 sequence,
+//               u32 CRC of the payload, u32 CRC of the 28 bytes before; payload
+//
+// Sequence numbers ascend; in the newest segment by one. `back` counts the records before this one
+// in its commit, which is what one sync covered: a commit begins only when the one before it is on
+// the disk. So a bad record is a torn tail if no valid record of a later commit follows: a crash
+// may lose any part of a commit, but nothing before it. An orderly close writes a commit of its own.
+// CRC-32C begins with the salt: no text that a client sends can look like a record.
+//
+// Compaction copies what is live in the oldest segments to new ones, byte for byte, and puts those
+// in their place. It always begins with the oldest segment: a record that ends another's life never
+// goes before that other does.
+
+namespace detail {
+
+constexpr uint32_t journal_version       = 1;
+constexpr size_t   journal_segment_head  = 32;
+constexpr size_t   journal_record_head   = 32;
+constexpr uint32_t journal_magic         = 0x315f4a56;  // "VJ_1"
+constexpr uint64_t journal_max_payload   = uint64_t{1} << 30;
+constexpr size_t   journal_write_bytes   = size_t{4} << 20;  // gathered before a write
+constexpr size_t   journal_copy_bytes    = size_t{1} << 20;  // of compaction, between commits
+constexpr int64_t  journal_dead_ms       = 12 * 3600 * 1000;  // then what died leaves the disk
+
+enum JournalType : uint16_t {
+    journal_add = 1, journal_begin, journal_finish, journal_erase, journal_drop, journal_close,
+    journal_types
+};
+
+template <class T>
+void journal_put(std::string* out, T value) {
+    out->append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+template <class T>
+T journal_get(const char* at) {
+    T value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+
+/// Payloads are fields in a row: numbers of 7 bits a byte, the last byte below 128; texts behind
+/// their size.
+struct JournalEncoder {
+    std::string* out;
+    template <class Number>
+    void number(Number& value) {
+        uint64_t left = static_cast<uint64_t>(value);
+        for (; left >= 128; left >>= 7) *out += static_cast<char>(left | 128);
+        *out += static_cast<char>(left);
+    }
+    void text(const std::string& value) {
+        size_t size = value.size();
+        number(size);
+        *out += value;
+    }
+    void shared(const std::shared_ptr<const std::string>& value) { text(value ? *value : ""); }
+};
+
+struct JournalDecoder {
+    std::string_view left;
+    bool good = true;
+
+    uint64_t take_number() {
+        uint64_t value = 0;
+        for (int shift = 0; shift < 64 && !left.empty(); shift += 7) {
+            const auto byte = static_cast<uint8_t>(left.front());
+            left.remove_prefix(1);
+            value |= uint64_t{byte & 127u} << shift;
+            if (byte < 128) return value;
+        }
+        good = false;
+        return 0;
+    }
+    template <class Number>
+    void number(Number& value) {
+        const uint64_t taken = take_number();
+        value = static_cast<Number>(taken);
+        good = good && static_cast<uint64_t>(value) == taken;
+    }
+    void text(std::string& value) {
+        const uint64_t size = take_number();
+        good = good && size <= left.size();
+        if (!good) return;
+        value = left.substr(0, size_t(size));
+        left.remove_prefix(size_t(size));
+    }
+    void shared(std::shared_ptr<const std::string>& value) {
+        std::string taken;
+        text(taken);
+        value = std::make_shared<const std::string>(std::move(taken));
+    }
+};
+
+/// The fields of each type, for writing and for reading.
+template <class Codec>
+void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t& died_ms,
+                    bool* good = nullptr) {
+    if (type != journal_close) codec.text(record.id);
+    if (type == journal_add || type == journal_erase) {
+        codec.text(record.organisation);
+        codec.text(record.reservation);
+        codec.text(record.fingerprint);
+        codec.number(record.created_at_ms);
+    }
+    if (type == journal_add) codec.number(record.background);
+    if (type == journal_add || type == journal_begin) codec.number(record.attempts);
+    if (type == journal_finish || type == journal_erase) codec.number(record.ended_at_ms);
+    if (type == journal_erase || type == journal_drop) codec.number(died_ms);
+    if (type == journal_add) {
+        codec.shared(record.head);
+        codec.shared(record.request);
+    }
+    if (type == journal_finish) codec.shared(record.object);
+    if constexpr (std::is_same_v<Codec, JournalDecoder>) *good = codec.good && codec.left.empty();
+}
+
+struct JournalRecord {
+    uint16_t type = 0;
+    uint64_t sequence = 0, commit = 0;  // `commit`: the sequence that its commit began with
+    std::string_view payload = {};
+    size_t   size = 0;  // with the head
+};
+
+/// The record at `at`. False when there is none that is whole.
+bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalRecord* record) {
+    if (bytes.size() - at < journal_record_head) return false;
+    const char* head = bytes.data() + at;
+    if (journal_get<uint32_t>(head) != journal_magic) return false;
+    if (journal_get<uint32_t>(head + 28) != crc32c(head, 28, salt)) return false;
+    const size_t size = journal_get<uint32_t>(head + 8);
+    const uint32_t back = journal_get<uint32_t>(head + 12);
+    if (size > bytes.size() - at - journal_record_head) return false;
+    record->type = journal_get<uint16_t>(head + 4);
+    record->sequence = journal_get<uint64_t>(head + 16);
+    record->commit = record->sequence - back;
+    record->payload = bytes.substr(at + journal_record_head, size);
+    record->size = journal_record_head + size;
+    return crc32c(record->payload.data(), size, salt) == journal_get<uint32_t>(head + 24);
+}
+
+/// Where the first whole record behind `at` lies whose commit began after `commit` and whose
+/// sequence is above `sequence`; the end when there is none.
+size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t commit,
+                      uint64_t sequence) {
+    const std::string magic(reinterpret_cast<const char*>(&journal_magic), sizeof journal_magic);
+    JournalRecord record;
+    while ((at = bytes.find(magic, at + 1)) != bytes.npos)
+        if (journal_parse(bytes, at, salt, &record) && record.commit > commit &&
+            record.sequence > sequence)
+            return at;
+    return bytes.size();
+}
+
+struct JournalSegment {
+    uint32_t number = 0;
+    uint64_t first_sequence = 0;
+    uint64_t bytes = 0;  // that are committed
+    uint64_t live  = 0;  // of records that the index points to
+    int64_t  dead_since_ms = 0;  // since when texts in it are dead; 0: none are
+    bool     damaged = false;
+    std::unique_ptr<FolderFile> file = {};
+
+    std::string name() const { return format("%08u.journal", unsigned(number)); }
+    void note_dead(int64_t since_ms) {
+        if (dead_since_ms == 0 || since_ms < dead_since_ms) dead_since_ms = since_ms;
+    }
+};
+using JournalSegments = std::vector<std::shared_ptr<JournalSegment>>;
+
+Error journal_damage(const std::string& name, uint64_t offset, const char* what) {
+    return make_error(ErrorKind::bad_data,
+                      format("the journal is damaged: '%s' at offset %llu: %s", name.c_str(),
+                             static_cast<unsigned long long>(offset), what));
+}
+
+Error journal_newer(const std::string& name) {
+    return make_error(ErrorKind::unsupported,
+                      "'" + name + "' was written by a newer version; nothing was changed");
+}
+
+/// A copy of live records out of segments [0, inputs).
+struct JournalCompaction {
+    struct Move {
+        std::string               id;
+        JournalPlace StoreEntry::*slot;
+        JournalPlace              from, to;
+    };
+    size_t            inputs = 0;
+    int64_t           began_ms = 0;
+    std::vector<Move> moves = {};
+    size_t            next = 0;
+    JournalSegments   outputs = {};
+};
+
+bool operator==(const JournalPlace& a, const JournalPlace& b) {
+    return a.segment == b.segment && a.offset == b.offset;
+}
+
+constexpr JournalPlace StoreEntry::*journal_slots[] = {&StoreEntry::added, &StoreEntry::begun,
+                                                       &StoreEntry::ended};
+
+/// What the store thread owns. Only it changes index and segments, under the lock of the records; it
+/// reads them without.
+struct FileJournal {
+    FileStoreOptions        options;
+    std::unique_ptr<Folder> folder;
+    StoreRecords*           records = nullptr;
+    std::optional<StorePlan> plan;
+    uint32_t salt = 0, next_number = 1;
+    uint64_t next_sequence = 1;
+    JournalSegments segments;  // in order, the newest last
+    std::optional<JournalCompaction> compaction;
+    std::optional<Error> broken;  // after a sync that failed
+
+    // one commit
+    std::string out;
+    uint64_t    written = 0, commit = 1;
+    std::optional<Error> write_failed;
+
+    std::mutex               queue_mutex;
+    std::condition_variable  queue_filled;
+    std::vector<StoreChange> queue;
+    bool                     ending = false, ready = false;
+    Thread                   thread;
+
+    Result<void> load();
+    Result<void> load_manifest(const std::vector<std::string>& names);
+    Result<void> read_manifest(std::string_view bytes);
+    Result<void> salvage_manifest(const std::vector<std::string>& names);
+    Result<void> load_segment(JournalSegment& segment, uint64_t expected_bytes, bool newest);
+    Result<bool> check_head(JournalSegment& segment, std::string_view bytes);
+    Result<void> replay(JournalSegment& segment, std::string_view bytes, bool newest);
+    Result<bool> replay_record(JournalSegment& segment, const JournalRecord& record, size_t offset);
+    void apply(JournalSegment& segment, uint16_t type, StoredResponse record, int64_t died_ms,
+               JournalPlace place);
+    Result<void> leave_damaged();
+    void remove_strangers(const std::vector<std::string>& names);
+
+    bool step();
+    void run();
+    void close();
+    void commit_changes(std::vector<StoreChange>& changes);
+    Result<void> take(StoreChange& change);
+    Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms, JournalPlace* place);
+    void flush();
+    Result<void> write();
+    void install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms);
+
+    Result<std::shared_ptr<JournalSegment>> new_segment(uint64_t first_sequence);
+    Result<void> write_manifest(const JournalSegments& listed);
+    Result<void> roll();
+    Result<void> sync(Result<void> synced);
+    void upkeep(int64_t now_ms);
+    void begin_compaction(size_t inputs, int64_t now_ms);
+    Result<bool> compact();  // a piece; true: there is more
+    Result<void> finish_compaction();
+    void abandon_compaction();
+    std::shared_ptr<JournalSegment> find_segment(uint32_t number) const;
+    Result<std::string> read_record(const JournalSegment& segment, const JournalPlace& place) const;
+};
+
+/// After one of them failed what is on the disk is unknown: nothing more is accepted.
+Result<void> FileJournal::sync(Result<void> synced) {
+    if (!synced && !broken) {
+        broken = make_error(ErrorKind::io, "the journal takes no more: " + synced.error().message);
+        options.log(LogLevel::error, broken->message);
+    }
+    return synced;
+}
+
+std::shared_ptr<JournalSegment> FileJournal::find_segment(uint32_t number) const {
+    for (size_t i = segments.size(); i-- > 0;)
+        if (segments[i]->number == number) return segments[i];
+    return nullptr;
+}
+
+Result<std::string> FileJournal::read_record(const JournalSegment& segment,
+                                             const JournalPlace& place) const {
+    std::string bytes(place.size, '\0');
+    if (auto read = segment.file->read_at(place.offset, bytes.data(), bytes.size()); !read)
+        return read.error();
+    JournalRecord record;
+    if (!journal_parse(bytes, 0, salt, &record) || record.size != bytes.size())
+        return journal_damage(segment.name(), place.offset, "a record changed");
+    return bytes;
+}
+
+// ---- Changes of the index
+
+/// Puts an entry into the index and counts what that leaves alive in each segment.
+void FileJournal::install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms) {
+    const StoreEntry* before = std::as_const(records->index).find(id);
+    for (const auto slot : journal_slots) {
+        const JournalPlace was = before ? before->*slot : JournalPlace{};
+        const JournalPlace is = entry ? (*entry).*slot : JournalPlace{};
+        if (was == is) continue;
+        if (was.segment) {
+            JournalSegment& segment = *find_segment(was.segment);
+            segment.live -= was.size;
+            if (slot != &StoreEntry::begun) segment.note_dead(died_ms);
+        }
+        if (is.segment) find_segment(is.segment)->live += is.size;
+    }
+    records->index.set(id, std::move(entry));
+}
+
+/// A record that was read back does again what it did when it was written.
+void FileJournal::apply(JournalSegment& segment, uint16_t type, StoredResponse record,
+                        int64_t died_ms, JournalPlace place) {
+    const StoreEntry* found = std::as_const(records->index).find(record.id);
+    const bool open = found && !found->record.terminal;
+    const std::string id = record.id;
+    StoreEntry entry;
+    if (found) entry = *found;
+    switch (type) {
+        case journal_add: {
+            const StoreEntry* holder =
+                std::as_const(records->index).holder(record.organisation, record.reservation);
+            if (holder && !record.reservation.empty())  // it expired, which is not written down
+                install(std::string(holder->record.id), std::nullopt, record.created_at_ms);
+            entry = {};
+            entry.serial = ++records->serial;
+            entry.text_bytes = size_of_text(record.head) + size_of_text(record.request);
+            entry.added = place;
+            entry.record = std::move(record);
+            break;
+        }
+        case journal_begin:
+            if (!open) return;
+            entry.record.attempts = record.attempts;
+            entry.begun = place;
+            break;
+        case journal_finish:
+            if (!open) return segment.note_dead(record.ended_at_ms);  // of one that expired
+            entry.record.terminal = true;
+            entry.record.ended_at_ms = record.ended_at_ms;
+            entry.text_bytes += size_of_text(record.object);
+            entry.begun = {};
+            entry.ended = place;
+            break;
+        case journal_erase:
+            entry = {};
+            entry.serial = ++records->serial;
+            entry.erased = true;
+            entry.ended = place;
+            entry.record = std::move(record);
+            entry.record.terminal = true;
+            break;
+        case journal_drop: return found ? install(id, std::nullopt, died_ms) : void();
+        default: return;
+    }
+    entry.drop_texts();
+    install(id, std::move(entry), died_ms);
+}
+
+// ---- Opening
+
+Result<void> FileJournal::load() {
+    auto names = folder->list();
+    if (!names) return names.error();
+    if (auto listed = load_manifest(*names); !listed) return listed;
+    if (segments.empty()) {
+        uint8_t random[4];
+        if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn;
+        std::memcpy(&salt, random, sizeof salt);
+        auto made = new_segment(next_sequence);
+        if (!made) return made.error();
+        segments.push_back(*made);
+        if (auto put = write_manifest(segments); !put) return put;
+    } else {
+        for (size_t i = 0; i < segments.size(); ++i) {
+            JournalSegment& segment = *segments[i];
+            const uint64_t bytes = std::exchange(segment.bytes, 0);
+            const bool newest = i + 1 == segments.size();
+            if (auto loaded = load_segment(segment, bytes, newest); !loaded) return loaded;
+        }
+        next_sequence = std::max(next_sequence, segments.back()->first_sequence);
+    }
+    remove_strangers(*names);
+    const auto damaged = [](const auto& segment) { return segment->damaged; };
+    if (std::any_of(segments.begin(), segments.end(), damaged)) return leave_damaged();
+    return {};
+}
+
+bool journal_is_segment(const std::string& name) {
+    return name.size() == 16 && name.substr(8) == ".journal" &&
+           name.find_first_not_of("0123456789") == 8;
+}
+
+/// Fills `segments`, with their sizes in `bytes`; nothing where the journal is new.
+Result<void> FileJournal::load_manifest(const std::vector<std::string>& names) {
+    const auto has = [&](const auto& wanted) {
+        return std::find_if(names.begin(), names.end(), wanted) != names.end();
+    };
+    Result<void> read = journal_damage("manifest", 0, "it is missing");
+    if (has([](const std::string& name) { return name == "manifest"; })) {
+        auto file = folder->open_file("manifest", false);
+        if (!file) return file.error();
+        auto size = (*file)->size();
+        if (!size) return size.error();
+        auto bytes = Buffer::allocate(*size, "the journal's manifest");
+        if (!bytes) return bytes.error();
+        if (auto got = (*file)->read_at(0, bytes->data(), bytes->size()); !got) return got;
+        read = read_manifest({bytes->as<const char>(), bytes->size()});
+        if (!read && read.error().kind == ErrorKind::unsupported) return read;
+    } else if (!has(journal_is_segment)) {
+        return {};
+    }
+    if (read) return read;
+    bool empty = true;  // a first segment whose manifest was never written holds nothing
+    for (const std::string& name : names) {
+        if (!journal_is_segment(name)) continue;
+        auto file = folder->open_file(name, false);
+        auto size = file ? (*file)->size() : Result<uint64_t>(file.error());
+        if (!size) return size.error();
+        empty = empty && *size <= journal_segment_head;
+    }
+    segments.clear();
+    if (empty && !has([](const std::string& name) { return name == "manifest"; })) return {};
+    return options.recover ? salvage_manifest(names) : std::move(read);
+}
+
+Result<void> FileJournal::read_manifest(std::string_view bytes) {
+    constexpr size_t head = 20, row = 20;
+    if (bytes.size() >= 12 && bytes.substr(0, 8) == "valarman" &&
+        journal_get<uint32_t>(bytes.data() + 8) > journal_version)
+        return journal_newer("manifest");
+    const char* at = bytes.data();
+    if (bytes.size() < head + row + 4 || (bytes.size() - head - 4) % row != 0 ||
+        bytes.substr(0, 8) != "valarman" || journal_get<uint32_t>(at + 8) != journal_version ||
+        journal_get<uint32_t>(at + 16) != (bytes.size() - head - 4) / row ||
+        journal_get<uint32_t>(at + bytes.size() - 4) != crc32c(at, bytes.size() - 4))
+        return journal_damage("manifest", 0, "its checksum does not match");
+    salt = journal_get<uint32_t>(at + 12);
+    for (at += head; at + 4 < bytes.data() + bytes.size(); at += row) {
+        auto segment = std::make_shared<JournalSegment>();
+        segment->number = journal_get<uint32_t>(at);
+        segment->first_sequence = journal_get<uint64_t>(at + 4);
+        segment->bytes = journal_get<uint64_t>(at + 12);
+        if (segment->number == 0 || find_segment(segment->number))
+            return journal_damage("manifest", 0, "a segment is listed twice");
+        next_number = std::max(next_number, segment->number + 1);
+        segments.push_back(std::move(segment));
+    }
+    return {};
+}
+
+/// Takes every segment that is there, in the order of their first records.
+Result<void> FileJournal::salvage_manifest(const std::vector<std::string>& names) {
+    options.log(LogLevel::warning, "the journal's manifest is lost: all segments are read");
+    for (const std::string& name : names) {
+        if (!journal_is_segment(name)) continue;
+        auto file = folder->open_file(name, false);
+        if (!file) return file.error();
+        char head[journal_segment_head] = {};
+        const bool read = (*file)->read_at(0, head, sizeof head).ok();
+        auto segment = std::make_shared<JournalSegment>();
+        for (const char digit : name.substr(0, 8))
+            segment->number = segment->number * 10 + uint32_t(digit - '0');
+        segment->first_sequence = read ? journal_get<uint64_t>(head + 20) : 0;
+        segment->damaged = true;
+        if (read && journal_get<uint32_t>(head + 28) == crc32c(head, 28))
+            salt = journal_get<uint32_t>(head + 12);
+        next_number = std::max(next_number, segment->number + 1);
+        segments.push_back(std::move(segment));
+    }
+    std::sort(segments.begin(), segments.end(), [](const auto& a, const auto& b) {
+        return std::pair(a->first_sequence, a->number) < std::pair(b->first_sequence, b->number);
+    });
+    return {};
+}
+
+/// `expected_bytes` is 0 for one that was still growing.
+Result<void> FileJournal::load_segment(JournalSegment& segment, uint64_t expected_bytes,
+                                       bool newest) {
+    auto file = folder->open_file(segment.name(), false);
+    if (!file && !options.recover)
+        return file.error().kind == ErrorKind::not_found
+                   ? journal_damage(segment.name(), 0, "it is missing")
+                   : file.error();
+    if (!file) return {};
+    segment.file = std::move(*file);
+    auto size = segment.file->size();
+    if (!size) return size.error();
+    auto bytes = Buffer::allocate(*size, "a segment of the journal");
+    if (!bytes) return bytes.error();
+    if (auto read = segment.file->read_at(0, bytes->data(), bytes->size()); !read) return read;
+    const std::string_view text(bytes->as<const char>(), bytes->size());
+    if (newest && text.size() < journal_segment_head) {  // torn as early as that
+        next_sequence = std::max(next_sequence, segment.first_sequence);
+        segments.pop_back();
+        return roll();
+    }
+    if (expected_bytes != 0 && expected_bytes != *size) {
+        if (!options.recover)
+            return journal_damage(segment.name(), std::min(*size, expected_bytes),
+                                  "it has not the size that the manifest says");
+        segment.damaged = true;
+    }
+    auto head = check_head(segment, text);
+    if (!head) return head.error();
+    segment.damaged = segment.damaged || !*head;
+    return replay(segment, text, newest);
+}
+
+/// False: damaged, and options.recover.
+Result<bool> FileJournal::check_head(JournalSegment& segment, std::string_view bytes) {
+    const char* at = bytes.data();
+    if (bytes.size() >= 12 && bytes.substr(0, 8) == "valarjnl" &&
+        journal_get<uint32_t>(at + 8) > journal_version)
+        return journal_newer(segment.name());
+    if (bytes.size() >= journal_segment_head && bytes.substr(0, 8) == "valarjnl" &&
+        journal_get<uint32_t>(at + 8) == journal_version &&
+        journal_get<uint32_t>(at + 12) == salt &&
+        journal_get<uint32_t>(at + 16) == segment.number &&
+        journal_get<uint64_t>(at + 20) == segment.first_sequence &&
+        journal_get<uint32_t>(at + 28) == crc32c(at, 28))
+        return true;
+    if (options.recover) return false;
+    return journal_damage(segment.name(), 0, "its head does not match");
+}
+
+Result<void> FileJournal::replay(JournalSegment& segment, std::string_view bytes, bool newest) {
+    size_t at = std::min(journal_segment_head, bytes.size());
+    if (newest) next_sequence = std::max(next_sequence, segment.first_sequence);
+    JournalRecord record;
+    while (at < bytes.size()) {
+        const bool whole = journal_parse(bytes, at, salt, &record);
+        const bool follows = whole && (newest && !segment.damaged
+                                           ? record.sequence == next_sequence
+                                           : record.sequence >= next_sequence);
+        bool strange = false;
+        if (follows) {
+            auto applied = replay_record(segment, record, at);
+            if (!applied) return applied.error();
+            if (*applied) {
+                next_sequence = record.sequence + 1;
+                at += record.size;
+                segment.bytes = at;
+                continue;
+            }
+            strange = true;
+        }
+        // of this record's commit nothing was reported, unless a later commit follows
+        if (newest && !strange &&
+            journal_search(bytes, at, salt, next_sequence, 0) == bytes.size()) {
+            if (segment.damaged) break;
+            if (auto cut = segment.file->truncate(at); !cut) return cut;
+            segment.bytes = at;
+            options.log(LogLevel::warning,
+                        format("the journal's torn tail of %zu bytes was cut", bytes.size() - at));
+            return sync(segment.file->sync());
+        }
+        const Error damage = journal_damage(segment.name(), at, "no record that belongs here");
+        if (!options.recover) return damage;
+        options.log(LogLevel::warning, damage.message);
+        segment.damaged = true;
+        at = journal_search(bytes, at, salt, 0, next_sequence - 1);
+    }
+    segment.bytes = bytes.size();
+    return {};
+}
+
+/// False: it is whole, but says nothing that could be understood.
+Result<bool> FileJournal::replay_record(JournalSegment& segment, const JournalRecord& record,
+                                        size_t offset) {
+    if (record.type == 0 || record.type >= journal_types) return journal_newer(segment.name());
+    StoredResponse read;
+    int64_t died_ms = 0;
+    bool good = false;
+    journal_fields(JournalDecoder{record.payload}, record.type, read, died_ms, &good);
+    if (!good) return false;
+    const JournalPlace place{offset, segment.number, uint32_t(record.size)};
+    apply(segment, record.type, std::move(read), died_ms, place);
+    return true;
+}
+
+/// What is whole moves to new segments; the damaged ones stay beside.
+Result<void> FileJournal::leave_damaged() {
+    if (auto rolled = roll(); !rolled) return rolled;
+    begin_compaction(segments.size() - 1, 0);
+    for (;;) {
+        auto more = compact();
+        if (!more) return more.error();
+        if (!*more) return {};
+    }
+}
+
+/// Files that an interrupted compaction left.
+void FileJournal::remove_strangers(const std::vector<std::string>& names) {
+    for (const std::string& name : names) {
+        const auto known = [&](const auto& segment) { return segment->name() == name; };
+        const bool stranger = journal_is_segment(name) &&
+                              std::none_of(segments.begin(), segments.end(), known);
+        if (stranger || name == "manifest.new") (void)folder->remove(name).ok();
+    }
+}
+
+// ---- Commits
+
+/// Appends a record to the commit; `place` is where it will lie.
+Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t died_ms,
+                                 JournalPlace* place) {
+    const JournalSegment& segment = *segments.back();
+    const size_t at = out.size();
+    out.resize(at + journal_record_head);
+    journal_fields(JournalEncoder{&out}, type, record, died_ms);
+    const size_t size = out.size() - at - journal_record_head;
+    if (size > journal_max_payload) {
+        out.resize(at);
+        return make_error(ErrorKind::too_large, "a record is larger than the journal can hold");
+    }
+    std::string head;
+    journal_put(&head, journal_magic);
+    journal_put(&head, uint32_t{type});
+    journal_put(&head, uint32_t(size));
+    journal_put(&head, uint32_t(next_sequence - commit));
+    journal_put(&head, next_sequence);
+    journal_put(&head, crc32c(out.data() + at + journal_record_head, size, salt));
+    journal_put(&head, crc32c(head.data(), head.size(), salt));
+    std::memcpy(out.data() + at, head.data(), head.size());
+    *place = {written + at, segment.number, uint32_t(journal_record_head + size)};
+    ++next_sequence;
+    return {};
+}
+
+/// Decides a change and writes down the steps that it takes.
+Result<void> FileJournal::take(StoreChange& change) {
+    if (broken && change.kind != StoreChange::Kind::expire) return *broken;
+    if (write_failed) return *write_failed;
+    const size_t begin = plan->steps().size();
+    if (auto decided = plan->decide(change); !decided) return decided;
+    static constexpr uint16_t types[] = {journal_add, journal_begin, journal_finish, journal_erase};
+    for (size_t i = begin; i < plan->steps().size(); ++i) {
+        StorePlan::Step& step = plan->steps()[i];
+        if (step.expired) continue;  // follows from its end
+        JournalPlace place;
+        StoredResponse dropped;
+        dropped.id = step.id;
+        const uint16_t type = step.entry ? types[size_t(change.kind)] : uint16_t{journal_drop};
+        StoredResponse& record = step.entry ? step.entry->record : dropped;
+        if (auto put = encode(type, record, step.died_ms, &place); !put) {
+            write_failed = put.error();
+            return put;
+        }
+        if (!step.entry) continue;
+        JournalPlace StoreEntry::*const slot = type == journal_add     ? &StoreEntry::added
+                                               : type == journal_begin ? &StoreEntry::begun
+                                                                       : &StoreEntry::ended;
+        (*step.entry).*slot = place;
+        step.entry->drop_texts();
+    }
+    if (out.size() >= journal_write_bytes) flush();
+    return {};
+}
+
+void FileJournal::flush() {
+    if (write_failed || out.empty()) return;
+    if (auto put = segments.back()->file->write_at(written, out); !put) write_failed = put.error();
+    written += out.size();
+    out.clear();
+}
+
+/// All that was encoded is on the disk, or none of it is in the journal.
+Result<void> FileJournal::write() {
+    JournalSegment& segment = *segments.back();
+    flush();
+    if (write_failed) {
+        next_sequence = commit;
+        if (written != segment.bytes)
+            if (auto cut = segment.file->truncate(segment.bytes); !cut) (void)sync(cut).ok();
+        return *write_failed;
+    }
+    if (written == segment.bytes) return {};
+    if (auto synced = sync(segment.file->sync()); !synced) return *broken;
+    segment.bytes = written;
+    return {};
+}
+
+void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+    commit = next_sequence;
+    written = segments.back()->bytes;
+    out.clear();
+    write_failed.reset();
+    std::vector<Result<void>> results;
+    int64_t now_ms = 0;
+    for (StoreChange& change : changes) {
+        results.push_back(take(change));
+        if (change.kind == StoreChange::Kind::expire) now_ms = std::max(now_ms, change.now_ms);
+    }
+    auto done = write();
+    {
+        const std::lock_guard<std::mutex> lock(records->mutex);
+        if (done)
+            for (auto& step : plan->steps()) install(step.id, std::move(step.entry), step.died_ms);
+        plan->clear();
+    }
+    for (size_t i = 0; i < changes.size(); ++i) {
+        const StoreDone& call = changes[i].done;
+        if (call.call) call.call(call.context, done ? std::move(results[i]) : done);
+    }
+    if (segments.back()->bytes >= options.segment_bytes && !broken) (void)roll().ok();
+    if (now_ms != 0) upkeep(now_ms);
+}
+
+/// One turn of the store thread. True: there is more to do.
+bool FileJournal::step() {
+    std::vector<StoreChange> changes;
+    {
+        const std::lock_guard<std::mutex> lock(queue_mutex);
+        changes.swap(queue);
+    }
+    if (!changes.empty()) commit_changes(changes);
+    if (!compaction) return false;
+    auto more = compact();
+    if (more) return *more;
+    options.log(LogLevel::error, "the journal was not compacted: " + more.error().message);
+    abandon_compaction();
+    return false;
+}
+
+void FileJournal::run() {
+    for (bool more = false;;) {
+        {
+            std::unique_lock<std::mutex> lock(queue_mutex);
+            queue_filled.wait(lock, [&] { return more || ending || !queue.empty(); });
+            if (ending && queue.empty()) return;
+        }
+        more = step();
+    }
+}
+
+void FileJournal::close() {
+    if (thread.joinable()) {
+        {
+            const std::lock_guard<std::mutex> lock(queue_mutex);
+            ending = true;
+        }
+        queue_filled.notify_one();
+        thread.join();
+    }
+    if (!ready) return;
+    step();
+    abandon_compaction();
+    if (broken) return;
+    commit = next_sequence;
+    written = segments.back()->bytes;
+    JournalPlace place;
+    StoredResponse nothing;
+    write_failed.reset();
+    if (encode(journal_close, nothing, 0, &place)) (void)write().ok();
+}
+
+// ---- Segments and compaction
+
+Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_sequence) {
+    auto segment = std::make_shared<JournalSegment>();
+    segment->number = next_number++;
+    segment->first_sequence = first_sequence;
+    std::string head = "valarjnl";
+    journal_put(&head, journal_version);
+    journal_put(&head, salt);
+    journal_put(&head, segment->number);
+    journal_put(&head, first_sequence);
+    journal_put(&head, crc32c(head.data(), head.size()));
+    segment->bytes = head.size();
+    auto file = folder->open_file(segment->name(), true);
+    if (!file) return file.error();
+    segment->file = std::move(*file);
+    Result<void> made = segment->file->write_at(0, head);
+    if (made) made = sync(segment->file->sync());
+    if (made) made = sync(folder->sync());
+    if (made) return segment;
+    segment->file.reset();
+    (void)folder->remove(segment->name()).ok();
+    return made.error();
+}
+
+Result<void> FileJournal::write_manifest(const JournalSegments& listed) {
+    std::string bytes = "valarman";
+    journal_put(&bytes, journal_version);
+    journal_put(&bytes, salt);
+    journal_put(&bytes, uint32_t(listed.size()));
+    for (const auto& segment : listed) {
+        journal_put(&bytes, segment->number);
+        journal_put(&bytes, segment->first_sequence);
+        journal_put(&bytes, segment == listed.back() ? uint64_t{0} : segment->bytes);
+    }
+    journal_put(&bytes, crc32c(bytes.data(), bytes.size()));
+    auto file = folder->open_file("manifest.new", true);
+    if (!file) return file.error();
+    if (auto put = (*file)->write_at(0, bytes); !put) return put;
+    if (auto synced = sync((*file)->sync()); !synced) return synced;
+    file->reset();  // before it is renamed
+    if (auto renamed = folder->rename("manifest.new", "manifest"); !renamed) return renamed;
+    return sync(folder->sync());
+}
+
+/// The newest segment ends and a new one begins.
+Result<void> FileJournal::roll() {
+    auto made = new_segment(next_sequence);
+    if (!made) return made.error();
+    JournalSegments listed = segments;
+    listed.push_back(*made);
+    auto put = write_manifest(listed);
+    if (!put && !broken) (void)folder->remove((*made)->name()).ok();
+    if (!put) return put;
+    const std::lock_guard<std::mutex> lock(records->mutex);
+    segments = std::move(listed);
+    return {};
+}
+
+/// Begins a compaction when texts have been dead for long, or half of the journal is dead.
+void FileJournal::upkeep(int64_t now_ms) {
+    if (compaction || broken) return;
+    size_t inputs = 0;
+    uint64_t dead = 0, live = 0;
+    for (size_t i = 0; i < segments.size(); ++i) {
+        const JournalSegment& segment = *segments[i];
+        if (segment.dead_since_ms != 0 && segment.dead_since_ms <= now_ms - journal_dead_ms)
+            inputs = i + 1;
+        live += segment.live;
+        dead += segment.bytes - segment.live;
+    }
+    if (dead > live + options.segment_bytes) inputs = std::max(inputs, segments.size() - 1);
+    if (inputs == 0 || (inputs == segments.size() && !roll())) return;
+    begin_compaction(inputs, now_ms);
+}
+
+void FileJournal::begin_compaction(size_t inputs, int64_t now_ms) {
+    compaction.emplace();
+    compaction->inputs = inputs;
+    compaction->began_ms = now_ms;
+    std::unordered_map<uint32_t, size_t> order;
+    for (size_t i = 0; i < inputs; ++i) order[segments[i]->number] = i;
+    for (const auto& [id, entry] : records->index.entries())
+        for (const auto slot : journal_slots)
+            if (order.count((entry.*slot).segment))
+                compaction->moves.push_back({id, slot, entry.*slot, {}});
+    std::sort(compaction->moves.begin(), compaction->moves.end(),
+              [&](const auto& a, const auto& b) {
+                  return std::pair(order[a.from.segment], a.from.offset) <
+                         std::pair(order[b.from.segment], b.from.offset);
+              });
+}
+
+Result<bool> FileJournal::compact() {
+    JournalSegments& outputs = compaction->outputs;
+    std::string copied;
+    while (compaction->next < compaction->moves.size() && copied.size() < journal_copy_bytes) {
+        auto& move = compaction->moves[compaction->next];
+        auto bytes = read_record(*find_segment(move.from.segment), move.from);
+        if (!bytes) return bytes.error();
+        if (outputs.empty() || outputs.back()->bytes >= options.segment_bytes) {
+            if (!copied.empty()) break;  // of the segment before
+            auto made = new_segment(journal_get<uint64_t>(bytes->data() + 16));
+            if (!made) return made.error();
+            outputs.push_back(*made);
+        }
+        move.to = {outputs.back()->bytes + copied.size(), outputs.back()->number, move.from.size};
+        copied += *bytes;
+        ++compaction->next;
+    }
+    if (!copied.empty()) {
+        JournalSegment& output = *outputs.back();
+        if (auto put = output.file->write_at(output.bytes, copied); !put) return put.error();
+        output.bytes += copied.size();
+    }
+    if (compaction->next < compaction->moves.size()) return true;
+    if (auto finished = finish_compaction(); !finished) return finished.error();
+    return false;
+}
+
+Result<void> FileJournal::finish_compaction() {
+    for (const auto& output : compaction->outputs)
+        if (auto synced = sync(output->file->sync()); !synced) return synced;
+    JournalSegments listed = compaction->outputs, old;
+    listed.insert(listed.end(), segments.begin() + std::ptrdiff_t(compaction->inputs), segments.end());
+    if (auto put = write_manifest(listed); !put) return put;
+    {
+        const std::lock_guard<std::mutex> lock(records->mutex);
+        old.assign(segments.begin(), segments.begin() + std::ptrdiff_t(compaction->inputs));
+        segments = std::move(listed);
+        for (const auto& move : compaction->moves) {
+            StoreEntry* entry = records->index.find(move.id);
+            JournalSegment& output = *find_segment(move.to.segment);
+            if (!entry || !((*entry).*move.slot == move.from)) {
+                output.note_dead(compaction->began_ms);
+                continue;
+            }
+            (*entry).*move.slot = move.to;
+            output.live += move.to.size;
+        }
+    }
+    compaction.reset();
+    for (const auto& segment : old) {
+        const std::string name = segment->name();
+        if (segment->damaged) (void)folder->rename(name, name + ".damaged").ok();
+        else (void)folder->remove(name).ok();
+    }
+    return sync(folder->sync());
+}
+
+/// The manifest may already name the outputs when a sync failed: then they stay.
+void FileJournal::abandon_compaction() {
+    if (!compaction) return;
+    for (const auto& output : compaction->outputs) {
+        output->file.reset();
+        if (!broken) (void)folder->remove(output->name()).ok();
+    }
+    compaction.reset();
+}
+
+}  // namespace detail
+
+// ---- FileStore -------------------------------------------------------------------------------
+
+struct FileStore::State : detail::FileJournal {};
+
+FileStore::FileStore(std::unique_ptr<State> state) : state_(std::move(state)) {}
+FileStore::~FileStore() { state_->close(); }
+
+Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& options) {
+    auto folder = detail::Folder::open(options.path);
+    if (!folder) return folder.error();
+    return open(options, std::move(*folder));
+}
+
+Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& options,
+                                                   std::unique_ptr<detail::Folder> folder) {
+    std::unique_ptr<FileStore> store(new FileStore(std::make_unique<State>()));
+    State& state = *store->state_;
+    state.options = options;
+    state.folder = std::move(folder);
+    state.records = store->records_.get();
+    state.plan.emplace(&state.records->index, options.max_bytes, options.retention_s,
+                       &state.records->serial);
+    if (auto loaded = state.load(); !loaded) return loaded.error();
+    state.ready = true;
+    if (!options.own_thread) return store;
+    const auto run = [](void* self) { static_cast<State*>(self)->run(); };
+    auto thread = detail::Thread::start(run, &state, "valar store");
+    if (!thread) return thread.error();
+    state.thread = std::move(*thread);
+    return store;
+}
+
+void FileStore::change(detail::StoreChange change) {
+    bool first = false;
+    {
+        const std::lock_guard<std::mutex> lock(state_->queue_mutex);
+        first = state_->queue.empty();
+        state_->queue.push_back(std::move(change));
+    }
+    if (first) state_->queue_filled.notify_one();
+}
+
+bool FileStore::step() { return state_->step(); }
+
+uint64_t FileStore::disk_bytes() const {
+    const std::lock_guard<std::mutex> lock(records_->mutex);
+    uint64_t bytes = 0;
+    for (const auto& segment : state_->segments) bytes += segment->bytes;
+    return bytes;
+}
+
+std::optional<StoredResponse> FileStore::find(std::string_view organisation,
+                                              const std::string& id) {
+    std::optional<StoredResponse> found;
+    detail::JournalPlace places[2];
+    std::shared_ptr<detail::JournalSegment> segments[2];  // stay readable when compacted away
+    {
+        const std::lock_guard<std::mutex> lock(records_->mutex);
+        const detail::StoreEntry* entry = std::as_const(records_->index).find(id);
+        if (!entry || entry->erased || entry->record.organisation != organisation)
+            return std::nullopt;
+        found = entry->record;
+        places[0] = entry->added;
+        places[1] = entry->ended;
+        for (int i = 0; i < 2; ++i) segments[i] = state_->find_segment(places[i].segment);
+    }
+    for (int i = 0; i < 2; ++i) {
+        if (!segments[i]) continue;
+        auto bytes = state_->read_record(*segments[i], places[i]);
+        if (!bytes) {
+            state_->options.log(LogLevel::error, bytes.error().message);
+            return std::nullopt;
+        }
+        StoredResponse read;
+        int64_t died_ms = 0;
+        bool good = false;
+        const detail::JournalDecoder payload{
+            std::string_view(*bytes).substr(detail::journal_record_head)};
+        const uint16_t type = i == 0 ? detail::journal_add : detail::journal_finish;
+        detail::journal_fields(payload, type, read, died_ms, &good);
+        if (i == 0) found->head = read.head, found->request = read.request;
+        else found->object = read.object;
+    }
+    return found;
 }
 
 }  // namespace v1
