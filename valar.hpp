@@ -2741,7 +2741,7 @@ Error os_error(std::string what) {
         if (code == absent) kind = ErrorKind::not_found;
     for (const DWORD full : {ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT})
         if (code == full) kind = ErrorKind::out_of_memory;
-    for (const DWORD full : {ERROR_DISK_FULL, ERROR_HANDLE_DISK_FULL, ERROR_DISK_QUOTA_EXCEEDED})
+    for (const DWORD full : {ERROR_DISK_FULL, ERROR_HANDLE_DISK_FULL})
         if (code == full) kind = ErrorKind::overloaded;
     wchar_t wide[256];
     char text[512];
@@ -8475,7 +8475,7 @@ void dot_tiles(const TileStep& step) {
                         sum = _mm256_fmadd_ps(
                             sum, scales.sub[0],
                             _mm256_mul_ps(_mm256_cvtepi32_ps(total[1][c][h]), scales.sub[1]));
-                    float* acc = &step.sums[c][0][8 * (v + h)];
+                    float* acc = &step.sums[c][(v + h) / 2][(v + h) % 2 * 8];
                     sum = _mm256_fmadd_ps(sum, _mm256_mul_ps(scales.dw, _mm256_set1_ps(a[c][b].d)),
                                           _mm256_load_ps(acc));
                     if constexpr (L.minimum)
@@ -8506,7 +8506,7 @@ void dot_floats(const TileStep& step) {
     for (int v = 0; v < 4; v += H) {
         __m256 acc[C][H];
         VALAR_UNROLL for (int i = 0; i < C * H; i++) acc[i / H][i % H] =
-            _mm256_load_ps(&step.sums[i / H][0][8 * (v + i % H)]);
+            _mm256_load_ps(&step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8]);
         const std::byte *low = step.tiles[v / 2], *high = step.tiles[1];
         for (size_t k = 0; k < step.count; k++) {
             __m256 w[H];
@@ -8519,7 +8519,8 @@ void dot_floats(const TileStep& step) {
             }
         }
         VALAR_UNROLL for (int i = 0; i < C * H; i++)
-            _mm256_store_ps(&step.sums[i / H][0][8 * (v + i % H)], acc[i / H][i % H]);
+            _mm256_store_ps(&step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8],
+                            acc[i / H][i % H]);
     }
 }
 
