@@ -4,6 +4,7 @@
 #define VALAR_EXAMPLES_COMMON_HPP
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
@@ -51,6 +52,16 @@ inline bool read_value(const std::string& text, int64_t* out) {
     char* end = nullptr;
     *out = std::strtoll(text.c_str(), &end, 10);
     return end != text.c_str() && *end == 0;
+}
+// Bytes; K, M or G behind the number count them by 1,024.
+inline bool read_value(const std::string& text, uint64_t* out) {
+    const size_t unit = std::string_view("KMG").find(text.empty() ? 0 : text.back());
+    const int shift = unit == std::string_view::npos ? 0 : 10 * (static_cast<int>(unit) + 1);
+    int64_t count = 0;
+    if (!read_value(shift ? text.substr(0, text.size() - 1) : text, &count)) return false;
+    if (count < 0 || count > INT64_MAX >> shift) return false;
+    *out = static_cast<uint64_t>(count) << shift;
+    return true;
 }
 template <class Integer>
     requires(std::is_integral_v<Integer> && sizeof(Integer) < 8)
@@ -210,6 +221,9 @@ inline void add_model_flags(Flags& flags, valar::EngineOptions& options) {
     flags.add("threads", "N", &options.threads, "helpers beside the caller (default: cores - 1)");
     flags.add("ctx", "TOKENS", &options.context_tokens,
               "prompt and answer at most (default: 8192 or the model's)");
+    flags.add("memory", "BYTES", &options.memory_limit,
+              "weights, keys and values at most: 600M, 2G (default: room for two full contexts)");
+    flags.add("parallel", "N", &options.max_running, "requests side by side (default: 16)");
     flags.add("precision", "fast|fine", &options.precision,
               "fast: less exact, quicker with long prompts (default: fine)");
     flags.add("kv-type", "f16|f32", &options.kv_type,
