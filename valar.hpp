@@ -1788,6 +1788,11 @@ VALAR_API Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelS
 namespace valar {
 inline namespace v1 {
 
+/// packed: a private copy of the weights as the kernels want them; fastest. mapped: none, a few rows
+/// are packed each time they are used, from the file's pages or model_bytes (a GgufReader is refused);
+/// the same bits, several times slower: for hosts that count megabytes.
+enum class Weights : uint8_t { packed, mapped };
+
 /// How a model is held and computed. `kv_type` and `precision` are the options that may change
 /// bits.
 struct BackendOptions {
@@ -1801,14 +1806,15 @@ struct BackendOptions {
     int         threads        = -1;  ///< helpers beside the caller; -1: physical cores - 1
     ParallelFor parallel_for   = nullptr;  ///< the host's job system instead of own threads
     void*       parallel_for_host = nullptr;
+    Weights     weights        = Weights::packed;
 };
 
 /// Bytes that a loaded model takes.
 struct MemoryPlan {
-    uint64_t weights = 0;  ///< packed
+    uint64_t weights = 0;  ///< a private copy
     uint64_t kv      = 0;
     uint64_t scratch = 0;
-    uint64_t mapped  = 0;  ///< pages of the file that stay in use
+    uint64_t mapped  = 0;  ///< of the file, read in place; not part of total()
     uint64_t total() const { return weights + kv + scratch; }
 };
 
@@ -1981,6 +1987,7 @@ struct EngineOptions {
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};  ///< served here
     bool         speculation    = true; ///< guess tokens that the text had before and verify the
                                         ///< guesses: faster where it repeats, the same answer
+    Weights      weights        = Weights::packed;
 };
 
 namespace detail { struct Mailbox; }
@@ -15161,6 +15168,7 @@ constexpr uint64_t kClaimColumns  = 8;          // from here on units are claime
 constexpr uint64_t kClaimUnits    = 8;          // at most: tiles that share a read of the columns
 constexpr uint64_t kSliceNs       = 200'000;    // between two looks at the deadline
 constexpr double   kSlowestWorkNs = 0.2;        // a product, before it was measured
+constexpr uint32_t kMappedTiles   = 2;          // packed at a time where weights are mapped
 constexpr uint64_t kLoadBytes     = 1 << 20;    // of the file, a thread, between two looks
 
 // Cuts a buffer into arrays, each on its own cache line. With base 0 it only counts, so that what a
@@ -15183,27 +15191,39 @@ struct LoadItem {
     bool              packed;
 };
 
+// Packed, or, where `data` is null, in the file's bytes.
+struct CpuMatrix : PackedMatrix {
+    const TensorInfo* tensor = nullptr;
+};
+
 struct CpuLayer {
     const LayerSpec* spec;
     uint32_t     rope;           // index of its RopeTable
     const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias;
-    PackedMatrix q, k, v, attn_output, gate, up, down;
+    CpuMatrix    q, k, v, attn_output, gate, up, down;
     uint64_t     kv_offset;      // of its pages in the pool
     size_t       kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
     size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
 };
 
 struct CpuWeights {
-    PackedMatrix          token_embd, output;
+    bool                  mapped;
+    uint64_t              mapped_bytes = 0, mapped_tile = 0;  // of all; packed, the largest
+    CpuMatrix             token_embd, output;
     const float*          output_norm = nullptr;
     std::vector<CpuLayer> layers;
     std::vector<LoadItem> items;  // in the order in which they are loaded
 
-    PackedMatrix matrix(Carver& carver, const TensorInfo* tensor) {
-        PackedMatrix out{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
-                         static_cast<uint32_t>(tensor->dims[0])};
-        std::byte* data =
-            carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
+    CpuMatrix matrix(Carver& carver, const TensorInfo* tensor) {
+        CpuMatrix out{{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
+                       static_cast<uint32_t>(tensor->dims[0])}, tensor};
+        const uint64_t tile = packed_tile_bytes(out.type, out.cols);
+        if (mapped) {
+            mapped_bytes += tensor->bytes;
+            mapped_tile = std::max(mapped_tile, tile);
+            return out;
+        }
+        std::byte* data = carver.take<std::byte>(out.tiles() * tile);
         out.data = data;
         items.push_back({tensor, data, true});
         return out;
@@ -15282,6 +15302,7 @@ struct CpuSizes {
     uint64_t q = 0, kv = 0, ff = 0, group = 0, group_values = 0, heads = 0, columns = 0;
     uint64_t rope_values = 0;  // of all tables, for a position
     uint64_t staging = 0;    // a tile of each thread, as the file has it
+    uint64_t mapped_tiles;   // bytes of kMappedTiles tiles, packed; 0: none are mapped
 };
 
 struct CpuScratch {
@@ -15297,6 +15318,7 @@ struct CpuScratch {
     AttentionUnit*   units;
     uint32_t*        wanted;           // (logit_rows) rows that want logits
     QueryScratch*    queries;          // (parts)
+    std::byte*       mapped_tiles;     // (parts, mapped_tiles)
 
     void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab) {
         const uint64_t start = carver.used;
@@ -15312,6 +15334,7 @@ struct CpuScratch {
             std::max(n.rows * n.planes * n.columns, n.logit_rows * 2 * n_embd) / kActivationBlock);
         units = carver.take<AttentionUnit>(std::max(n.rows, n.split_rows * n.segments));
         wanted = carver.take<uint32_t>(n.logit_rows);
+        mapped_tiles = carver.take<std::byte>(n.parts * n.mapped_tiles);
         queries = carver.take<QueryScratch>(n.parts);
         for (uint64_t part = 0; part < n.parts; ++part) {
             QueryScratch one;
@@ -15389,6 +15412,7 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
     n.columns = std::max({uint64_t{spec.n_embd}, n.q, n.ff});
     n.split_rows = std::min(n.rows, 2 * n.parts / fewest_kv_heads + 1);
     for (const RopeTable& rope : ropes) n.rope_values += rope.spec->dims;
+    n.mapped_tiles = kMappedTiles * weights.mapped_tile;
     for (const LoadItem& item : weights.items)
         if (item.packed)
             n.staging = std::max(n.staging, item.tensor->bytes / item.tensor->dims[1] * kTileRows);
@@ -15410,8 +15434,10 @@ Result<CpuLayout> lay_out_cpu(const ModelSpec& spec, const ModelTensors& tensors
     if (!good) return good.error();
     CpuLayout out;
     Carver weights{weights_base}, scratch;
+    out.weights.mapped = options.weights == Weights::mapped;
     out.weights.place(weights, spec, tensors);
     out.plan.weights = weights.used;
+    out.plan.mapped = out.weights.mapped_bytes;
     const size_t element = options.kv_type == KvType::f32 ? 4 : 2;
     for (CpuLayer& layer : out.weights.layers) {
         layer.kv_head_bytes = 2 * element * layer.spec->head_dim * options.page_tokens;
@@ -15534,11 +15560,15 @@ private:
     void project_ffn(uint32_t first, uint32_t last, uint32_t part);
     void norm_wanted(uint32_t first, uint32_t last, uint32_t part);
     void multiply_logits(uint32_t first, uint32_t last, uint32_t part);
-    void multiply(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* x,
-                  float* y);
+    const std::byte* pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+                                 uint32_t part);
+    void matmul(const CpuMatrix& matrix, MatmulTask task, uint32_t part);
+    void multiply(const CpuMatrix& matrix, uint32_t first, uint32_t last, uint32_t part,
+                  const float* x, float* y);
     void add_to_rows(float* to, const float* from, size_t from_stride, const PackedMatrix& matrix,
                      uint32_t first, uint32_t last);
-    void project(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* x);
+    void project(const CpuMatrix& matrix, uint32_t first, uint32_t last, uint32_t part,
+                 const float* x);
     void quantize_row(const float* x, uint32_t n, uint64_t planes, uint32_t row);
 
     const Gguf*            gguf_ = nullptr;
@@ -15615,6 +15645,8 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
     scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
     for (const LoadItem& item : weights_.items) bytes_to_load_ += item.tensor->bytes;
+    if (auto there = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !there)
+        return there.error();
     auto team = Team::create(static_cast<int>(sizes_.parts) - 1, options.parallel_for,
                              options.parallel_for_host);
     if (!team) return team.error();
@@ -15838,13 +15870,22 @@ void CpuBackend::quantize_row(const float* x, uint32_t n, uint64_t planes, uint3
                            scratch_.blocks + row * planes * (n / kActivationBlock));
 }
 
-void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t) {
+void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
     const size_t n = spec_->n_embd;
+    PackedMatrix matrix = weights_.token_embd;
     for (uint32_t row = first; row < last; ++row) {
         const BatchRow& from = rows_[row];
         float* x = scratch_.x + row * n;
         if (from.embedding) std::memcpy(x, from.embedding, n * sizeof(float));
-        else dequantize_row(weights_.token_embd, static_cast<uint32_t>(from.token), x);
+        else {
+            uint32_t token = static_cast<uint32_t>(from.token);
+            if (weights_.mapped) {
+                const uint32_t tile = token / kTileRows;
+                matrix.data = pack_mapped(weights_.token_embd, tile, tile + 1, part);
+                token %= kTileRows;
+            }
+            dequantize_row(matrix, token, x);
+        }
         if (!from.embedding && spec_->embedding_scale != 1)
             kernels_->scale(x, spec_->embedding_scale, n);
         float* cos_sin = scratch_.cos_sin + row * sizes_.rope_values;
@@ -15871,11 +15912,42 @@ void CpuBackend::norm_for_attention(uint32_t first, uint32_t last, uint32_t) {
     norm_rows(first, last, layer().attn_norm);
 }
 
+// Tiles first .. last - 1, at most kMappedTiles, from the file's bytes into this thread's scratch.
+const std::byte* CpuBackend::pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+                                         uint32_t part) {
+    const size_t row_bytes = static_cast<size_t>(matrix.tensor->bytes / matrix.rows);
+    const std::byte* source = gguf_->tensor_bytes(*matrix.tensor)->data();
+    std::byte* packed = scratch_.mapped_tiles + part * sizes_.mapped_tiles;
+    pack_tiles(matrix.type, matrix.rows, matrix.cols, source + first * kTileRows * row_bytes, first,
+               last, packed);
+    return packed;
+}
+
+// The task, whose `weights` is left empty, with `matrix`; a mapped one is packed piece by piece.
+void CpuBackend::matmul(const CpuMatrix& matrix, MatmulTask task, uint32_t part) {
+    if (matrix.data) {
+        task.weights = &matrix;
+        return kernels_->matmul(task);
+    }
+    const uint32_t end = task.last_tile;
+    float* const y = task.y;
+    for (uint32_t first = task.first_tile; first < end; first += kMappedTiles) {
+        const uint32_t count = std::min(kMappedTiles, end - first), row = first * kTileRows;
+        const PackedMatrix piece{matrix.type, std::min(count * kTileRows, matrix.rows - row),
+                                 matrix.cols, pack_mapped(matrix, first, first + count, part)};
+        task.weights = &piece;
+        task.first_tile = 0;
+        task.last_tile = count;
+        task.y = y + row;
+        kernels_->matmul(task);
+    }
+}
+
 // y (rows, matrix.rows) = matrix times every row of activations, of some tiles.
-void CpuBackend::multiply(const PackedMatrix& matrix, uint32_t first, uint32_t last, const float* x,
-                          float* y) {
-    kernels_->matmul({&matrix, first, last, row_count(), static_cast<uint32_t>(sizes_.planes),
-                      scratch_.blocks, x, matrix.cols, y, matrix.rows});
+void CpuBackend::multiply(const CpuMatrix& matrix, uint32_t first, uint32_t last, uint32_t part,
+                          const float* x, float* y) {
+    matmul(matrix, {nullptr, first, last, row_count(), static_cast<uint32_t>(sizes_.planes),
+                    scratch_.blocks, x, matrix.cols, y, matrix.rows}, part);
 }
 
 // to (rows, matrix.rows) += from (rows, or one for all where from_stride is 0), of some tiles.
@@ -15887,8 +15959,8 @@ void CpuBackend::add_to_rows(float* to, const float* from, size_t from_stride,
                       end - begin);
 }
 
-void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t) {
-    const struct { const PackedMatrix* matrix; const float* bias; float* y; } three[] = {
+void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
+    const struct { const CpuMatrix* matrix; const float* bias; float* y; } three[] = {
         {&layer().q, layer().q_bias, scratch_.q},
         {&layer().k, layer().k_bias, scratch_.k},
         {&layer().v, layer().v_bias, scratch_.v},
@@ -15898,7 +15970,7 @@ void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t) {
         const uint32_t end = base + matrix->tiles();
         const uint32_t from = std::max(first, base), to = std::min(last, end);
         if (from < to) {
-            multiply(*matrix, from - base, to - base, scratch_.y, y);
+            multiply(*matrix, from - base, to - base, part, scratch_.y, y);
             if (bias) add_to_rows(y, bias, 0, *matrix, from - base, to - base);
         }
         base = end;
@@ -16067,25 +16139,25 @@ void CpuBackend::finish_attention(uint32_t first, uint32_t last, uint32_t) {
 }
 
 // x += matrix times activations, of some tiles.
-void CpuBackend::project(const PackedMatrix& matrix, uint32_t first, uint32_t last,
+void CpuBackend::project(const CpuMatrix& matrix, uint32_t first, uint32_t last, uint32_t part,
                          const float* activations) {
-    multiply(matrix, first, last, activations, scratch_.y);
+    multiply(matrix, first, last, part, activations, scratch_.y);
     add_to_rows(scratch_.x, scratch_.y, spec_->n_embd, matrix, first, last);
 }
 
-void CpuBackend::project_attention(uint32_t first, uint32_t last, uint32_t) {
-    project(layer().attn_output, first, last, scratch_.attended);
+void CpuBackend::project_attention(uint32_t first, uint32_t last, uint32_t part) {
+    project(layer().attn_output, first, last, part, scratch_.attended);
 }
 
 void CpuBackend::norm_for_ffn(uint32_t first, uint32_t last, uint32_t) {
     norm_rows(first, last, layer().ffn_norm);
 }
 
-void CpuBackend::multiply_gate_up(uint32_t first, uint32_t last, uint32_t) {
+void CpuBackend::multiply_gate_up(uint32_t first, uint32_t last, uint32_t part) {
     const size_t n = layer().spec->n_ff, begin = first * kTileRows;
     const size_t end = std::min<size_t>(last * kTileRows, n);
-    multiply(layer().gate, first, last, scratch_.y, scratch_.gate);
-    multiply(layer().up, first, last, scratch_.y, scratch_.up);
+    multiply(layer().gate, first, last, part, scratch_.y, scratch_.gate);
+    multiply(layer().up, first, last, part, scratch_.y, scratch_.up);
     for (size_t row = 0; row < rows_.size(); ++row)
         kernels_->silu_mul(scratch_.gate + row * n + begin, scratch_.up + row * n + begin,
                            end - begin);
@@ -16097,8 +16169,8 @@ void CpuBackend::quantize_ffn(uint32_t first, uint32_t last, uint32_t) {
         quantize_row(scratch_.gate + size_t{row} * n, n, sizes_.planes, row);
 }
 
-void CpuBackend::project_ffn(uint32_t first, uint32_t last, uint32_t) {
-    project(layer().down, first, last, scratch_.gate);
+void CpuBackend::project_ffn(uint32_t first, uint32_t last, uint32_t part) {
+    project(layer().down, first, last, part, scratch_.gate);
 }
 
 // The output matrix always meets two planes.
@@ -16111,10 +16183,10 @@ void CpuBackend::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
     }
 }
 
-void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t) {
-    const PackedMatrix& matrix = weights_.output;
-    kernels_->matmul({&matrix, first, last, wanted_count_, 2, scratch_.blocks, scratch_.y,
-                      matrix.cols, scratch_.logits, matrix.rows});
+void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
+    const CpuMatrix& matrix = weights_.output;
+    matmul(matrix, {nullptr, first, last, wanted_count_, 2, scratch_.blocks, scratch_.y,
+                    matrix.cols, scratch_.logits, matrix.rows}, part);
     const size_t begin = size_t{first} * kTileRows,
                  end = std::min<size_t>(size_t{last} * kTileRows, matrix.rows);
     uint32_t largest = 0;  // exponent: 255 is infinite or no number
@@ -16867,6 +16939,7 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     BackendOptions out;
     out.precision = options.precision;
     out.kv_type = options.kv_type;
+    out.weights = options.weights;
     out.page_tokens = options.page_tokens;
     const uint64_t page = std::max(options.page_tokens, 1u), least = (context + page - 1) / page;
     out.kv_pages = static_cast<uint32_t>(least);

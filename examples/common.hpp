@@ -79,6 +79,10 @@ inline bool read_value(const std::string& text, valar::KvType* out) {
     *out = text == "f32" ? valar::KvType::f32 : valar::KvType::f16;
     return text == "f32" || text == "f16";
 }
+inline bool read_value(const std::string& text, valar::Weights* out) {
+    *out = text == "mapped" ? valar::Weights::mapped : valar::Weights::packed;
+    return text == "mapped" || text == "packed";
+}
 template <class T>
 bool read_value(const std::string& text, std::optional<T>* out) {
     return read_value(text, &out->emplace());
@@ -221,6 +225,8 @@ inline void add_model_flags(Flags& flags, valar::EngineOptions& options) {
     flags.add("threads", "N", &options.threads, "helpers beside the caller (default: cores - 1)");
     flags.add("ctx", "TOKENS", &options.context_tokens,
               "prompt and answer at most (default: 8192 or the model's)");
+    flags.add("weights", "packed|mapped", &options.weights,
+              "mapped: no private copy, slower (default: packed)");
     flags.add("memory", "BYTES", &options.memory_limit,
               "weights, keys and values at most: 600M, 2G (default: room for two full contexts)");
     flags.add("parallel", "N", &options.max_running, "requests side by side (default: 16)");

@@ -164,6 +164,17 @@ TEST_CASE("logits: threads") {
     }
 }
 
+TEST_CASE("logits: weights read in place") {
+    Way way;
+    way.options.weights = Weights::mapped;
+    for (const size_t piece : {size_t{1000}, size_t{1}}) {
+        way.piece = piece;
+        CHECK(hash_all_types(way) == kLogitsSha256);
+    }
+    way.options.threads = 2;
+    check_way(way);
+}
+
 TEST_CASE("logits: the host's job system") {
     int joins = 0;
     Way way;
@@ -363,6 +374,21 @@ TEST_CASE("loading in slices, from a mapped file's bytes or a reader") {
     }
 }
 
+TEST_CASE("a reader's weights cannot be read in place") {
+    GgufReader reader;
+    reader.size = mixed_model().size();
+    reader.context = const_cast<std::byte*>(mixed_model().data());
+    reader.read = [](void* context, uint64_t offset, void* dst, size_t size) {
+        std::memcpy(dst, static_cast<const std::byte*>(context) + offset, size);
+        return true;
+    };
+    BackendOptions options = small();
+    options.weights = Weights::mapped;
+    auto model = Model::open(Gguf::from_reader(reader), options, nullptr);
+    REQUIRE_FALSE(model);
+    CHECK(model.error().kind == ErrorKind::unsupported);
+}
+
 TEST_CASE("a reader that fails is an error") {
     const auto bytes = tiny::model();
     struct Source {
@@ -442,6 +468,14 @@ TEST_CASE("the memory plan") {
     for (const TensorInfo& tensor : gguf->tensors()) file += tensor.bytes;
     CHECK(plan->weights >= file);
     CHECK(plan->weights < file + file / 4);
+    options.weights = Weights::mapped;
+    const auto mapped = detail::plan_cpu(*spec, *tensors, options);
+    CHECK(plan->mapped == 0);
+    CHECK(mapped->mapped < file);
+    CHECK(mapped->mapped + mapped->weights > file - file / 100);
+    CHECK(mapped->weights < plan->weights / 20);  // norms and biases
+    CHECK(mapped->scratch < plan->scratch + (64 << 10));
+    options.weights = Weights::packed;
     options.kv_type = KvType::f32;
     CHECK(detail::plan_cpu(*spec, *tensors, options)->kv == 2 * plan->kv);
     options.max_batch_rows = 8;
