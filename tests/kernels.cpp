@@ -85,7 +85,7 @@ bool is_float(TensorType type) {
 
 // ---- GGUF blocks, read as the format says, with nothing shared with the library ----------------
 
-struct Weights {  // 32 columns
+struct WeightBlock {  // 32 columns
     int w[32];
     float dw, m;
     int sc[2];
@@ -99,12 +99,12 @@ float half_at(const uint8_t* at) {
     return static_cast<float>(bits & 0x8000 ? -size : size);
 }
 
-std::vector<Weights> read_row(TensorType type, const uint8_t* at, uint32_t cols) {
-    std::vector<Weights> out;
+std::vector<WeightBlock> read_row(TensorType type, const uint8_t* at, uint32_t cols) {
+    std::vector<WeightBlock> out;
     const auto is_k =
         type == TensorType::q4_k || type == TensorType::q5_k || type == TensorType::q6_k;
     for (uint32_t block = 0; block < cols / (is_k ? 256 : 32); block++) {
-        Weights b{};
+        WeightBlock b{};
         b.sc[0] = b.sc[1] = 1;
         if (type == TensorType::q4_0 || type == TensorType::q4_1 || type == TensorType::q5_0) {
             const int header = type == TensorType::q4_0 ? 2 : type == TensorType::q4_1 ? 4 : 6;
@@ -419,7 +419,7 @@ TEST_CASE("kernels: packing and embedding rows") {
                     for (uint32_t c = 0; c < cols; c++)
                         expected.push_back(read_float(type, row, c));
                 else
-                    for (const Weights& b : read_row(type, row, cols))
+                    for (const WeightBlock& b : read_row(type, row, cols))
                         for (int i = 0; i < 32; i++)
                             expected.push_back(
                                 b.minimum ? std::fmaf(b.dw, static_cast<float>(b.w[i]), b.m)
@@ -458,7 +458,7 @@ TEST_CASE("kernels: scalar matmul follows the words") {
                 for (uint32_t r = 0; r < rows; r++) {
                     const uint8_t* row = &source[r * row_bytes(type, cols)];
                     const auto weights =
-                        is_float(type) ? std::vector<Weights>{} : read_row(type, row, cols);
+                        is_float(type) ? std::vector<WeightBlock>{} : read_row(type, row, cols);
                     for (uint32_t c = 0; c < columns; c++) {
                         float total = 0;
                         if (is_float(type)) {
@@ -470,7 +470,7 @@ TEST_CASE("kernels: scalar matmul follows the words") {
                         for (uint32_t plane = 0; plane < planes; plane++) {
                             float acc = 0;
                             for (size_t b = 0; b < weights.size(); b++) {
-                                const Weights& w = weights[b];
+                                const WeightBlock& w = weights[b];
                                 const ActivationBlock& a =
                                     blocks[(c * planes + plane) * weights.size() + b];
                                 int64_t sum = 0;
