@@ -20112,6 +20112,7 @@ std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
 namespace detail {
 
 constexpr uint32_t journal_version       = 1;
+constexpr uint32_t journal_last_number   = 99'999'999;  // a name has eight digits
 constexpr size_t   journal_segment_head  = 32;
 constexpr size_t   journal_record_head   = 32;
 constexpr uint32_t journal_magic         = 0x315f4a56;  // "VJ_1"
@@ -20536,8 +20537,9 @@ Result<void> FileJournal::read_manifest(std::string_view bytes) {
         segment->number = journal_get<uint32_t>(at);
         segment->first_sequence = journal_get<uint64_t>(at + 4);
         segment->bytes = journal_get<uint64_t>(at + 12);
-        if (segment->number == 0 || find_segment(segment->number))
-            return journal_damage("manifest", 0, "a segment is listed twice");
+        if (segment->number == 0 || segment->number > journal_last_number ||
+            find_segment(segment->number))
+            return journal_damage("manifest", 0, "a segment's number cannot be");
         next_number = std::max(next_number, segment->number + 1);
         segments.push_back(std::move(segment));
     }
@@ -20577,6 +20579,7 @@ Result<void> FileJournal::load_segment(JournalSegment& segment, uint64_t expecte
         return file.error().kind == ErrorKind::not_found
                    ? journal_damage(segment.name(), 0, "it is missing")
                    : file.error();
+    segment.damaged = segment.damaged || !file;
     if (!file) return {};
     segment.file = std::move(*file);
     auto size = segment.file->size();
@@ -20853,6 +20856,8 @@ void FileJournal::close() {
 // ---- Segments and compaction
 
 Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_sequence) {
+    if (next_number > journal_last_number)
+        return make_error(ErrorKind::unsupported, "the journal's segment numbers are used up");
     auto segment = std::make_shared<JournalSegment>();
     segment->number = next_number++;
     segment->first_sequence = first_sequence;

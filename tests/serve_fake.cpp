@@ -1,23 +1,51 @@
-// Serves a FakeResponder, for checks by other programs: serve_fake [PORT [KEY [DIALECT]]]. Port
-// 0, the default, takes a free one; the first line printed is the port.
+// Serves a FakeResponder, for checks by other programs:
+// serve_fake [PORT [KEY [DIALECT [STORE [DELAY_MS]]]]]. Port 0, the default, takes a free one; the
+// first line printed is the port. KEY may be empty: none. STORE is a directory of FileStore, empty: in
+// memory. With DELAY_MS answers take about so long.
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
+#include <thread>
 
 #include "fake_responder.hpp"
 
 int main(int argc, char** argv) {
+    const auto argument = [&](int i) { return std::string(argc > i ? argv[i] : ""); };
     FakeResponder responder("org/fake-1", {"fake"});
     responder.info.context_tokens = 4096;
     valar::ServerOptions options;
-    options.port = static_cast<uint16_t>(argc > 1 ? std::atoi(argv[1]) : 0);
-    if (argc > 2) options.keys.push_back({"key", "default", argv[2]});
-    if (argc > 3 && std::string_view(argv[3]) == "openai") options.dialect = valar::Dialect::openai;
+    options.port = static_cast<uint16_t>(std::atoi(argument(1).c_str()));
+    if (!argument(2).empty()) options.keys.push_back({"key", "default", argument(2)});
+    if (argument(3) == "openai") options.dialect = valar::Dialect::openai;
     options.log.write = [](void*, valar::LogLevel, std::string_view line) {
         std::fprintf(stderr, "%.*s\n", static_cast<int>(line.size()), line.data());
     };
+    std::unique_ptr<valar::FileStore> store;
+    if (!argument(4).empty()) {
+        auto opened = valar::FileStore::open({.path = argument(4)});
+        if (!opened) return std::fprintf(stderr, "%s\n", opened.error().message.c_str()), 1;
+        store = std::move(*opened);
+        options.store = store.get();
+    }
+    const int delay_ms = std::atoi(argument(5).c_str());
+    responder.hold = delay_ms > 0;
     auto server = valar::Server::open(&responder, options);
     if (!server) return std::fprintf(stderr, "%s\n", server.error().message.c_str()), 1;
     std::printf("%u\n", static_cast<unsigned>(server->port()));
     std::fflush(stdout);
-    return server->run() ? 0 : 1;
+
+    std::atomic<bool> over = false;
+    std::thread answers([&] {
+        while (delay_ms > 0 && !over) {
+            const auto ids = responder.waiting();
+            std::this_thread::sleep_for(std::chrono::milliseconds(delay_ms));
+            for (const std::string& id : ids) responder.finish(id);
+        }
+    });
+    const bool ran = server->run().ok();
+    over = true;
+    answers.join();
+    return ran ? 0 : 1;
 }

@@ -479,6 +479,17 @@ TEST_CASE("store: recover keeps what is whole and leaves the damaged file beside
     }
 }
 
+TEST_CASE("store: segment numbers end before their names grow") {
+    Disk disk = small_journal();
+    disk.names["99999999.journal"] = disk.names.at(segment_name);
+    disk.names.erase("manifest");
+    FileStoreOptions recover = by_hand();
+    recover.recover = true;
+    auto store = open_on(&disk, recover);
+    REQUIRE_FALSE(store.ok());
+    CHECK(store.error().message == "the journal's segment numbers are used up");
+}
+
 TEST_CASE("store: a newer format is refused, and left as it is") {
     for (const auto& [name, file] : small_journal().names) {
         std::string bytes = file->now;

@@ -178,8 +178,8 @@ public:
     }
     Result<void> rename(const std::string& from, const std::string& to) override {
         if (auto done = disk_->operate(); !done) return done;
-        Disk::Entry file = disk_->names.at(from);
-        disk_->set(to, std::move(file));
+        if (!disk_->names.count(from)) return Disk::failure(ErrorKind::not_found, "no such file");
+        disk_->set(to, disk_->names[from]);
         disk_->set(from, nullptr);
         return {};
     }

@@ -7,6 +7,7 @@
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     auto body = valar::Json::parse({reinterpret_cast<const char*>(data), size});
     if (!body) return 0;
+    (void)valar::parse_response_request(*body, valar::Dialect::openai).ok();
     auto request = valar::parse_response_request(*body);
     if (!request) {
         if (request.error().code.empty() || request.error().message.empty()) std::abort();
@@ -14,6 +15,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         return 0;
     }
     if (request->model.empty() || request->input.empty()) std::abort();
+    // What input_items shows is a valid input again, and says the same.
+    const valar::Dialect openai = valar::Dialect::openai;
+    valar::Json items = valar::render_input_items(*body, "resp_1");
+    body->set("input", items);
+    auto again = valar::parse_response_request(*body, openai);
+    if (!again || again->input.items.size() != items.size()) std::abort();
     valar::ResponseRecord record;
     record.request = std::move(*body);
     record.model = request->model;
