@@ -21198,12 +21198,11 @@ Result<std::string> server_new_id(std::string id) {
 }
 
 /// A UUID of version 4 (RFC 9562). It only tells requests apart: zeros without a random source.
-std::string server_uuid() {
-    uint8_t bytes[16] = {};
-    (void)random_bytes(bytes, sizeof bytes).ok();
+/// Version 4 of RFC 9562, of 16 random bytes.
+std::string server_uuid(uint8_t* bytes) {
     bytes[6] = static_cast<uint8_t>((bytes[6] & 0x0f) | 0x40);
     bytes[8] = static_cast<uint8_t>((bytes[8] & 0x3f) | 0x80);
-    std::string hex = hex_encode(bytes, sizeof bytes);
+    std::string hex = hex_encode(bytes, 16);
     for (const size_t at : {20u, 16u, 12u, 8u}) hex.insert(at, 1, '-');
     return hex;
 }
@@ -21408,6 +21407,9 @@ struct ServerLoop : HttpHandler {
     uint64_t last_finish_ns = 0;
     int64_t  next_expiry_ms = 0;
     bool     drain_begun    = false;
+    std::vector<JobPtr> outgoing;           // for the workers, handed over once a turn
+    uint8_t  random[1024]   = {};           // drawn from the system at once
+    size_t   random_used    = sizeof random;
     bool     listening      = false;        // to the Responders
     std::map<std::pair<std::string, int>, uint64_t> answered;  // by route and status
     double   answer_seconds = 0;
@@ -21440,6 +21442,7 @@ struct ServerLoop : HttpHandler {
     void on_tick() override;
 
     // checks of a head, in the contract's order
+    std::string make_request_id();
     void find_route(Exchange& exchange);
     Result<void> check_host(const HttpRequest& request, Exchange& exchange);
     Result<void> check_origin(const HttpRequest& request, Exchange& exchange);
@@ -21483,6 +21486,7 @@ struct ServerLoop : HttpHandler {
     JobPtr make_job(const Exchange& exchange, Job::Step next);
     void send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next);
     StoreDone on_kept(JobPtr job, Job::Step next);
+    void hand_over();
     void run_jobs();
     static void on_ready(void* context, const std::string& id);
     template <class Add> void send_to_loop(Add add);
@@ -21582,11 +21586,13 @@ Result<void> ServerLoop::start() {
     for (Responder* responder : responders) responder->on_ready(&ServerLoop::on_ready, this);
     listening = true;
     recover_all();
+    hand_over();
     return {};
 }
 
 bool ServerLoop::step(int timeout_ms) {
     const bool more = http->step(timeout_ms);
+    hand_over();
     if (stopping && !std::exchange(drain_begun, true))
         for (auto& [id, entry] : live)  // nobody is there to be answered
             if (entry.waiters.empty()) park(id, entry);
@@ -21594,6 +21600,7 @@ bool ServerLoop::step(int timeout_ms) {
     // http is done and takes no more calls; what has an outcome is still to be kept.
     const uint32_t seen = inbox_count;
     take_inbox();
+    hand_over();
     if (finishing > 0) wait_on(&inbox_count, seen, 10'000'000);
     return true;
 }
@@ -21616,10 +21623,18 @@ void ServerLoop::find_route(Exchange& exchange) {
     }
 }
 
+std::string ServerLoop::make_request_id() {
+    if (random_used == sizeof random) {
+        (void)random_bytes(random, sizeof random).ok();
+        random_used = 0;
+    }
+    return server_uuid(random + std::exchange(random_used, random_used + 16));
+}
+
 std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
     Exchange exchange;
     exchange.number = request.exchange;
-    exchange.request_id = server_uuid();
+    exchange.request_id = make_request_id();
     exchange.method = request.method;
     const size_t mark = std::min(request.target.find('?'), request.target.size());
     exchange.path = request.target.substr(0, mark);
@@ -21894,7 +21909,7 @@ void ServerLoop::log_exchange(const Exchange& exchange, int status) {
 HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::string_view code,
                                std::string_view message) {
     Exchange exchange;
-    exchange.request_id = server_uuid();
+    exchange.request_id = make_request_id();
     exchange.method = request.method.empty() ? "-" : request.method;
     exchange.path = request.target.empty() ? "-" : request.target.substr(0, request.target.find('?'));
     exchange.key_id = "-";
@@ -22023,11 +22038,19 @@ ServerLoop::JobPtr ServerLoop::make_job(const Exchange& exchange, Job::Step next
 void ServerLoop::send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next) {
     job->work = work;
     job->next = next;
+    outgoing.push_back(std::move(job));
+}
+
+/// One wake for all of a turn: a worker that sleeps between two requests costs more than the request.
+void ServerLoop::hand_over() {
+    if (outgoing.empty()) return;
+    const bool one = outgoing.size() == 1;
     {
         const std::lock_guard<std::mutex> lock(jobs_mutex);
-        jobs.push_back(std::move(job));
+        std::move(outgoing.begin(), outgoing.end(), std::back_inserter(jobs));
     }
-    jobs_waiting.notify_one();
+    outgoing.clear();
+    one ? jobs_waiting.notify_one() : jobs_waiting.notify_all();
 }
 
 void ServerLoop::run_jobs() {
@@ -22070,7 +22093,7 @@ void ServerLoop::send_to_loop(Add add) {
         add();
         ++inbox_count;
     }
-    wake(&inbox_count);
+    if (stopping) wake(&inbox_count);
     if (first) http->post([](void* self) { static_cast<ServerLoop*>(self)->take_inbox(); }, this);
 }
 

@@ -34,7 +34,7 @@ async def call(reader, writer, method, target, body=b"", fields=""):
     return int(head.split()[1]), head, await reader.readexactly(size)
 
 
-async def lane(port, answers, again):
+async def lane(port, answers, again, given):
     """One connection that asks for every key, and asks again when the server was gone."""
     link = None
     for key in range(keys):
@@ -46,6 +46,7 @@ async def lane(port, answers, again):
                                                  f"Idempotency-Key: key-{key}\r\n")
                 if status == 200:
                     answers[key].add(reply)
+                    given[0] += 1
                     break
                 assert status == 503, (status, reply)  # no room: nothing was reserved
             except (OSError, asyncio.IncompleteReadError):
@@ -57,12 +58,15 @@ async def lane(port, answers, again):
 
 async def storm(number):
     random.seed(number)
-    answers, again = [set() for _ in range(keys)], [0]
+    answers, again, given = [set() for _ in range(keys)], [0], [0]
     with tempfile.TemporaryDirectory() as folder:
         server, port = start(folder, 0)
-        lanes = [asyncio.ensure_future(lane(port, answers, again)) for _ in range(clients * REPEATS)]
-        before = random.uniform(0.02, 1.0)
-        await asyncio.sleep(before)
+        lanes = [asyncio.ensure_future(lane(port, answers, again, given))
+                 for _ in range(clients * REPEATS)]
+        before = int(clients * REPEATS * keys * random.uniform(0, 0.9))
+        while given[0] < before:
+            await asyncio.sleep(0.001)
+        given_then = given[0]
         server.kill()
         server.wait()
         server, port = start(folder, port)
@@ -73,6 +77,7 @@ async def storm(number):
             page = json.loads((await call(reader, writer, "GET", f"/v1/responses?limit=100{after}"))[2])
             records |= {entry["id"]: entry["status"] for entry in page["data"]}
             after = f"&after={page['last_id']}" if page["has_more"] else None
+        assert again[0] > 0, "the kill came too late"
         assert set(records.values()) == {"completed"}, records
         assert len(records) == keys, f"{len(records)} records for {keys} keys"
         for key, bodies in enumerate(answers):
@@ -83,7 +88,7 @@ async def storm(number):
         writer.close()
         server.kill()
         server.wait()
-    print(f"round {number}: killed after {before:.2f} s, {again[0]} requests found nobody", flush=True)
+    print(f"round {number}: killed after {given_then} answers, {again[0]} requests found nobody", flush=True)
 
 
 for number in range(rounds):
