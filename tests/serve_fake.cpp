@@ -1,15 +1,20 @@
 // Serves a FakeResponder, for checks by other programs:
 // serve_fake [PORT [KEY [DIALECT [STORE [DELAY_MS]]]]]. Port 0, the default, takes a free one; the
 // first line printed is the port. KEY may be empty: none. STORE is a directory of FileStore, empty: in
-// memory. With DELAY_MS answers take about so long.
+// memory. With DELAY_MS answers take about so long. SIGTERM stops it as a server should: exit code 0.
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <thread>
 
 #include "fake_responder.hpp"
+
+namespace {
+volatile std::sig_atomic_t interrupted = 0;
+}
 
 int main(int argc, char** argv) {
     const auto argument = [&](int i) { return std::string(argc > i ? argv[i] : ""); };
@@ -44,6 +49,10 @@ int main(int argc, char** argv) {
             for (const std::string& id : ids) responder.finish(id);
         }
     });
+    std::signal(SIGTERM, [](int) { interrupted = 1; });
+    while (!interrupted && server->step(200).ok()) {
+    }
+    server->stop();
     const bool ran = server->run().ok();
     over = true;
     answers.join();
