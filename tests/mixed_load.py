@@ -139,6 +139,7 @@ with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         server.terminate()
         if server.wait(60):
             log.seek(0)
-            print(log.read()[-8000:].decode(errors="replace"))
+            lines = log.read().decode(errors="replace").splitlines()
+            print(*(line for line in lines if not line.startswith("id=")), sep="\n")
             sys.exit(f"the server ended with {server.returncode}")
 print(", ".join(f"{count} {name}" for name, count in sorted(done.items())))
