@@ -15317,6 +15317,7 @@ struct CpuScratch {
     ActivationBlock* blocks;           // (rows, planes, columns / 32)
     AttentionUnit*   units;
     uint32_t*        wanted;           // (logit_rows) rows that want logits
+    BatchRow*        kept;             // (logit_rows) these
     QueryScratch*    queries;          // (parts)
     std::byte*       mapped_tiles;     // (parts, mapped_tiles)
 
@@ -15334,6 +15335,7 @@ struct CpuScratch {
             std::max(n.rows * n.planes * n.columns, n.logit_rows * 2 * n_embd) / kActivationBlock);
         units = carver.take<AttentionUnit>(std::max(n.rows, n.split_rows * n.segments));
         wanted = carver.take<uint32_t>(n.logit_rows);
+        kept = carver.take<BatchRow>(n.logit_rows);
         mapped_tiles = carver.take<std::byte>(n.parts * n.mapped_tiles);
         queries = carver.take<QueryScratch>(n.parts);
         for (uint64_t part = 0; part < n.parts; ++part) {
@@ -15465,7 +15467,7 @@ public:
     Result<bool> load(uint64_t budget_us, float* progress) override;
     Result<void> begin(std::span<const BatchRow> rows) override;
     Result<bool> advance(uint64_t deadline_ns) override;
-    void abandon() override { rows_ = {}; }
+    void abandon() override { batch_ = rows_ = {}; }
     std::span<const float> logits(uint32_t i) const override {
         return {scratch_.logits + size_t{i} * spec_->n_vocab, spec_->n_vocab};
     }
@@ -15487,7 +15489,9 @@ private:
         void (CpuBackend::*job)(uint32_t first, uint32_t last, uint32_t part);
         bool claimed;
     };
-    enum StageName : uint32_t { embed, first_of_layer, last_of_layer = 10, last_stage = 12 };
+    enum StageName : uint32_t {
+        embed, first_of_layer, store_keys = 3, last_of_layer = 10, last_stage = 12
+    };
     static const Stage stages_[last_stage + 1];
     struct Slice {
         CpuBackend*  self;
@@ -15512,6 +15516,8 @@ private:
     Result<void> load_item_slice();
     static void pack_part(void* context, uint32_t part, uint32_t parts);
     void plan_attention();
+    void start_batch();
+    void keep_wanted_rows();
     void run_slice();
     static void run_part(void* context, uint32_t part, uint32_t parts);
     Error locate_bad_numbers();
@@ -15587,7 +15593,8 @@ private:
     uint32_t load_tile_ = 0;
     uint64_t loaded_bytes_ = 0, bytes_to_load_ = 0;
 
-    std::span<const BatchRow> rows_;  // of the batch in work; empty: none
+    std::span<const BatchRow> batch_;  // in work; empty: none
+    std::span<const BatchRow> rows_;   // of it that are still computed
     uint32_t stage_ = 0, layer_ = 0;  // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
@@ -15766,16 +15773,42 @@ Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
             return refuse(format("batch: more than %u rows want logits", wanted));
         scratch_.wanted[wanted++] = static_cast<uint32_t>(&row - rows.data());
     }
-    rows_ = rows;
+    batch_ = rows;
     wanted_count_ = wanted;
-    stage_ = layer_ = unit_ = 0;
     finite_.store(true, std::memory_order_relaxed);
-    plan_attention();
+    start_batch();
     return {};
 }
 
+void CpuBackend::start_batch() {
+    rows_ = batch_;
+    stage_ = layer_ = unit_ = 0;
+    plan_attention();
+}
+
+// Once the last layer has its keys and values only rows that want logits matter.
+void CpuBackend::keep_wanted_rows() {
+    const uint32_t count = wanted_count_;
+    if (count == row_count()) return;
+    const LayerSpec& spec = *layer().spec;
+    const size_t embd = spec_->n_embd, queries = size_t{spec.n_heads / spec.n_kv_heads} * spec.head_dim;
+    for (uint32_t i = 0; i < count; ++i) {
+        const uint32_t row = scratch_.wanted[i];
+        scratch_.kept[i] = rows_[row];
+        std::memmove(scratch_.x + i * embd, scratch_.x + row * embd, embd * sizeof(float));
+    }
+    for (uint32_t head = 0; head < spec.n_kv_heads; ++head)
+        for (uint32_t i = 0; i < count; ++i)
+            std::memmove(scratch_.turned + (head * count + i) * queries,
+                         scratch_.turned + (head * rows_.size() + scratch_.wanted[i]) * queries,
+                         queries * sizeof(float));
+    rows_ = {scratch_.kept, count};
+    plan_attention();
+    if (count == 0) stage_ = last_stage;  // nobody asks what comes behind
+}
+
 Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
-    if (rows_.empty()) return make_error(ErrorKind::internal, "batch: none was begun");
+    if (batch_.empty()) return make_error(ErrorKind::internal, "batch: none was begun");
     const FloatState float_state;
     has_deadline_ = deadline_ns != 0;
     team_->begin();
@@ -15785,7 +15818,7 @@ Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
     std::optional<Error> error;
     if (done && !finite_.load(std::memory_order_relaxed)) error = locate_bad_numbers();
     team_->end();
-    if (done) rows_ = {};
+    if (done) abandon();
     if (error) return std::move(*error);
     return done;
 }
@@ -15819,6 +15852,7 @@ void CpuBackend::run_slice() {
     unit_ = slice.last;
     if (last < units) return;
     unit_ = 0;
+    if (stage_ == store_keys && layer_ + 1 == weights_.layers.size()) keep_wanted_rows();
     if (stage_ == last_of_layer && ++layer_ < weights_.layers.size()) stage_ = first_of_layer;
     else ++stage_;
     if (stage_ > last_of_layer) layer_ = 0;  // no layer's: any will do for what asks its sizes
@@ -15840,7 +15874,7 @@ void CpuBackend::run_part(void* context, uint32_t part, uint32_t parts) {
 
 // Computes the batch again (it gives the same) and looks after every layer.
 Error CpuBackend::locate_bad_numbers() {
-    stage_ = layer_ = unit_ = 0;
+    start_batch();
     has_deadline_ = false;
     std::string where = "the output matrix";
     while (stage_ <= last_of_layer) {
@@ -16177,7 +16211,7 @@ void CpuBackend::project_ffn(uint32_t first, uint32_t last, uint32_t part) {
 void CpuBackend::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
     const size_t n = spec_->n_embd;
     for (uint32_t i = first; i < last; ++i) {
-        kernels_->rms_norm(scratch_.x + scratch_.wanted[i] * n, weights_.output_norm,
+        kernels_->rms_norm(scratch_.x + i * n, weights_.output_norm,
                            spec_->norm_eps, n, scratch_.y + i * n);
         quantize_row(scratch_.y + i * n, spec_->n_embd, 2, i);
     }

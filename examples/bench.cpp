@@ -457,11 +457,14 @@ public:
     }
     /// What so many rows in one batch, the last of them at `position`, have to read and to compute.
     Cost cost(uint32_t rows, uint32_t logit_rows, double positions_read) const {
-        double layer_weights = 0, bytes = double(tensors_.output->bytes), kv_values = 0;
+        double products = 0, bytes = double(tensors_.output->bytes), kv_values = 0;
         for (const valar::LayerTensors& layer : tensors_.layers)
             for (const valar::TensorInfo* tensor :
-                 {layer.q, layer.k, layer.v, layer.attn_output, layer.gate, layer.up, layer.down}) {
-                layer_weights += values(*tensor);
+                 {layer.k, layer.v, layer.q, layer.attn_output, layer.gate, layer.up, layer.down}) {
+                // the last layer owes the others its keys and values only
+                const bool all = &layer != &tensors_.layers.back() || tensor == layer.k ||
+                                 tensor == layer.v;
+                products += values(*tensor) * (all ? rows : logit_rows);
                 bytes += double(tensor->bytes);
             }
         for (const valar::LayerSpec& layer : spec_->layers)
@@ -469,7 +472,7 @@ public:
         const double planes = options_.precision == valar::Precision::fine ? 2 : 1;
         return {
             bytes + positions_read * kv_values * (options_.kv_type == valar::KvType::f32 ? 4 : 2),
-            2 * (planes * layer_weights * rows + 2 * values(*tensors_.output) * logit_rows)};
+            2 * (planes * products + 2 * values(*tensors_.output) * logit_rows)};
     }
     const valar::MemoryPlan& plan() const { return plan_; }
     /// The likeliest token of a batch whose last row alone wanted logits.
