@@ -174,6 +174,33 @@ TEST_CASE("base: a wait ends at once for another value, and by its time") {
     valar::detail::pause();
 }
 
+TEST_CASE("base: sort_items keeps the order of equals and what lies outside its range") {
+    struct Named {
+        std::string name;
+        std::unique_ptr<int> place;  // an item that only moves
+    };
+    std::vector<Named> items;
+    const std::string names = "zcabcabA";
+    for (size_t i = 0; i < names.size(); ++i)
+        items.push_back({std::string(30, names[i]), std::make_unique<int>(int(i))});
+    const auto less = [](const Named& a, const Named& b) { return a.name < b.name; };
+    const auto places = [&] {
+        std::string text;
+        for (const Named& item : items) text += std::to_string(*item.place);
+        return text;
+    };
+    sort_items(items, less, 1, 7);
+    CHECK(places() == "02536147");
+    CHECK(items[1].name == std::string(30, 'a'));
+    sort_items(items, less, 8, 8);
+    CHECK(places() == "02536147");
+    sort_items(items, less);
+    CHECK(places() == "72536140");
+    std::vector<Named> none;
+    sort_items(none, less);
+    CHECK(none.empty());
+}
+
 TEST_CASE("base: cores and environment") {
     CHECK(physical_cores() >= 1);
     CHECK(physical_cores() <= 4096);
