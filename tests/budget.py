@@ -1,8 +1,8 @@
 """The budgets that are easy to lose: lines, compile time of the header and of the implementation.
 
-Times are seconds of a processor on the machine at hand, the best of some runs; the implementation is
-given twice its 30 seconds here, and up to three runs, because a shared machine may be slow (the same
-compilation took 42 and 60 s within minutes): what it prints is the figure to watch.
+Times are seconds of a processor, the best of some runs; run it on a quiet machine, for neighbours
+cost up to half as much again. The implementation took 38.7 s, its budget is 30: 45 fails, so that it
+comes no further away.
 """
 import os
 import resource
@@ -37,4 +37,4 @@ include = compile_seconds('#include "valar.hpp"\n', ["-O2"], 3)
 unit = compile_seconds('#define VALAR_IMPLEMENTATION\n#include "valar.hpp"\n', ["-O2"], 3, 60)
 print(f"valar.hpp: {lines} lines (30,000); include {include:.2f} s (1 s); "
       f"implementation -O2 {unit:.1f} s (30 s)")
-sys.exit(lines > 30000 or include > 2 or unit > 60)
+sys.exit(lines > 30000 or include > 2 or unit > 45)
