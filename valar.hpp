@@ -21260,6 +21260,8 @@ Result<std::string> server_new_id(std::string id) {
 }
 
 /// A UUID of version 4 (RFC 9562). It only tells requests apart: zeros without a random source.
+double server_rounded(double value) { return std::round(value * 10) / 10; }
+
 /// Version 4 of RFC 9562, of 16 random bytes.
 std::string server_uuid(uint8_t* bytes) {
     bytes[6] = static_cast<uint8_t>((bytes[6] & 0x0f) | 0x40);
@@ -21541,6 +21543,7 @@ struct ServerLoop : HttpHandler {
     void answer(Exchange& exchange, int status, std::string body);
     void refuse(Exchange& exchange, const Error& error, HttpHeaders headers = {});
     void log_exchange(const Exchange& exchange, int status);
+    void log_line(Json line, const Usage& usage, const Timings& timings);
     uint32_t retry_after_s() const;
     std::string metrics_text() const;
 
@@ -21942,21 +21945,24 @@ void ServerLoop::log_exchange(const Exchange& exchange, int status) {
     ++answered[{name + (nested ? std::string(route->suffix) : ""), status}];
     answer_seconds += ms / 1e3;
     if (!options.log.write) return;
-    const auto rounded = [](double value) { return std::round(value * 10) / 10; };
     Json line = Json::object();
     line.set("id", exchange.request_id)
         .set("method", server_printable(exchange.method))
         .set("path", server_printable(exchange.path))
         .set("status", status)
-        .set("ms", rounded(ms))
+        .set("ms", server_rounded(ms))
         .set("key", exchange.key_id)
         .set("response", server_printable(exchange.response_id))
-        .set("replayed", exchange.replayed)
-        .set("input_tokens", exchange.usage.input_tokens)
-        .set("output_tokens", exchange.usage.output_tokens)
-        .set("queue_ms", rounded(static_cast<double>(exchange.timings.queue_us) / 1e3))
-        .set("prefill_ms", rounded(static_cast<double>(exchange.timings.prefill_us) / 1e3))
-        .set("decode_ms", rounded(static_cast<double>(exchange.timings.decode_us) / 1e3));
+        .set("replayed", exchange.replayed);
+    log_line(std::move(line), exchange.usage, exchange.timings);
+}
+
+void ServerLoop::log_line(Json line, const Usage& usage, const Timings& timings) {
+    line.set("input_tokens", usage.input_tokens)
+        .set("output_tokens", usage.output_tokens)
+        .set("queue_ms", server_rounded(static_cast<double>(timings.queue_us) / 1e3))
+        .set("prefill_ms", server_rounded(static_cast<double>(timings.prefill_us) / 1e3))
+        .set("decode_ms", server_rounded(static_cast<double>(timings.decode_us) / 1e3));
     if (options.log_json) return options.log(LogLevel::info, line.write());
     std::string text;
     for (const JsonMember& member : line.members()) {
@@ -22554,11 +22560,17 @@ void ServerLoop::finish_done(JobPtr job) {
         live.erase(found);
         --finishing;
     }
+    const Outcome& outcome = *job->outcome;
+    if (waiters.empty() && !job->error && options.log.write)  // no exchange's line will tell
+        log_line(Json::object()
+                     .set("response", job->stored.id)
+                     .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
+                 outcome.usage, outcome.timings);
     for (const uint64_t number : waiters) {
         Exchange* exchange = find_exchange(number);
         if (!exchange) continue;
-        exchange->usage = job->outcome->usage;
-        exchange->timings = job->outcome->timings;
+        exchange->usage = outcome.usage;
+        exchange->timings = outcome.timings;
         if (job->error) refuse(*exchange, *job->error);
         else if (exchange->removes) remove(*exchange, job->stored.id);
         else answer(*exchange, 200, *job->stored.object);

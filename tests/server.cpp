@@ -1340,4 +1340,9 @@ TEST_CASE("server: metrics and JSON log lines") {
     CHECK(line["output_tokens"].as_int() == 3);
     CHECK(line["response"].as_string().substr(0, 5) == "resp_");
     CHECK(lines.find(R"("method":"GET","path":"/broken","status":400)") != std::string::npos);
+    // nobody waits for a background response: its end has a line of its own
+    const std::string id = id_of(serving.post(in_background, key_a));
+    const std::string end =
+        R"({"response":")" + id + R"(","ended":"completed","input_tokens":)";
+    CHECK(eventually([&] { return log.text().find(end) != std::string::npos; }));
 }
