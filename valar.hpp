@@ -2123,6 +2123,8 @@ public:
     Result<std::vector<std::byte>> save(bool pages = true);
     /// What save() wrote. Errors (bad_data): a byte that is not as it was written; (unsupported):
     /// another version or model, or pages of an engine with other options.
+    /// The checksum is against accidents: pages are believed, and go into the prefix cache of the
+    /// organisation that the bytes name. From strangers take only what save(false) wrote.
     static Result<Conversation> restore(Engine& engine, std::span<const std::byte> saved);
 
 private:
@@ -3033,9 +3035,11 @@ MappedFile::~MappedFile() { if (data_) munmap(const_cast<std::byte*>(data_), siz
 
 void MappedFile::release(size_t offset, size_t length) const {
     if (offset > size_ || length > size_ - offset) return;
-    const size_t page = size_t(sysconf(_SC_PAGESIZE));
-    const size_t begin = (offset + page - 1) / page * page, end = (offset + length) / page * page;
-    if (begin < end) madvise(const_cast<std::byte*>(data_) + begin, end - begin, MADV_DONTNEED);
+    // Neighbours go too, and come back when they are read: a page may be as large as this.
+    constexpr size_t largest_page = size_t{2} << 20;
+    const size_t begin = offset / largest_page * largest_page;
+    const size_t end = (offset + length + largest_page - 1) / largest_page * largest_page;
+    madvise(const_cast<std::byte*>(data_) + begin, std::min(end, size_) - begin, MADV_DONTNEED);
 }
 
 #endif
