@@ -330,7 +330,23 @@ private:
 };
 
 Result<std::string> read_file(const std::string& path, uint64_t limit);
-/// Writes to a temporary beside it, then renames: the file is whole or absent.
+
+/// A file in the making: a temporary beside `path` that takes its name in commit(). So the file is
+/// whole or as it was before; without commit() nothing is left.
+class NewFile {
+public:
+    static Result<NewFile> create(const std::string& path);
+    NewFile(NewFile&& other) noexcept;
+    NewFile& operator=(NewFile&& other) = delete;
+    ~NewFile();
+    Result<void> append(std::span<const std::byte> bytes);
+    Result<void> commit();  ///< once; bytes and name are on the disk afterwards
+
+private:
+    NewFile() = default;
+    std::string path_, temporary_;
+    intptr_t    handle_ = -1;
+};
 Result<void> write_file(const std::string& path, std::span<const std::byte> bytes);
 
 /// An open file of a Folder. Threads: read_at from any, the rest from one at a time.
@@ -1024,12 +1040,21 @@ enum class TensorType : uint32_t {
     f64 = 28, iq1_m = 29, bf16 = 30, tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40, q1_0 = 41,
 };
 
-/// A row is stored in blocks of `block_size` values, `block_bytes` each.
+/// A row is stored in blocks of `block_size` values, `block_bytes` each. A packed tensor has tiles
+/// of 16 rows instead: `tile_block_bytes` for a block of each (0: never packed), the tile padded to
+/// 64 bytes.
 struct TypeInfo {
     const char* name;  // as people write it: "Q4_K"
     uint32_t block_size;
     uint32_t block_bytes;
+    uint32_t tile_block_bytes = 0;
 };
+
+/// Version of the packed layouts (>>kernels), the value of the key `valar.packed` of a file that has
+/// such tensors. Their type in the file is this bit and the TensorType, so that no other program
+/// takes them for what they are not.
+inline constexpr uint32_t kPackedVersion = 1;
+inline constexpr uint32_t kPackedTensor = 1 << 16;
 
 /// Null for a type that is not known. Being known does not mean that kernels can compute with it.
 VALAR_API const TypeInfo* type_info(TensorType type);
@@ -1044,6 +1069,7 @@ struct TensorInfo {
     uint64_t offset = 0;                 // from the start of its file
     uint64_t bytes = 0;
     uint32_t file = 0;                   // index of the split file, 0 first
+    bool packed = false;                 // a matrix in the tiles that kernels read: TypeInfo
 };
 
 /// Kinds of metadata values; the values are those in the file.
@@ -1218,8 +1244,17 @@ private:
     uint32_t version_ = 0;
 };
 
+/// Makes bytes of a tensor: those from `offset` on into all of `out`. The offset is that of a whole
+/// row whose number is a multiple of 16.
+struct GgufFill {
+    Result<void> (*fill)(void* context, const TensorInfo& tensor, uint64_t offset,
+                         std::span<std::byte> out) = nullptr;
+    void* context = nullptr;
+};
+
 /// Collects keys and tensors, then writes one GGUF v3 file. Whatever Gguf would refuse (a key or
 /// tensor given twice, a size that does not match its shape) is reported by to_bytes and write.
+/// Packed tensors want an alignment of 64, and bring their key.
 class VALAR_API GgufWriter {
 public:
     explicit GgufWriter(uint32_t alignment = 32);  // a power of two from 8 on
@@ -1238,16 +1273,24 @@ public:
     /// `bytes` is borrowed until the file is written; dims[0] is the row length, as in TensorInfo.
     void add_tensor(std::string_view name, TensorType type, std::span<const uint64_t> dims,
                     std::span<const std::byte> bytes);
+    /// Name, type, shape and whether it is packed are those of `tensor`; its bytes are made when the
+    /// file is written, piece after piece.
+    void add_tensor(const TensorInfo& tensor, GgufFill fill);
 
     Result<std::vector<std::byte>> to_bytes() const;
+    /// Holds no more than a few MiB at a time. The file is whole or as it was before.
     Result<void> write(const std::string& path) const;
 
 private:
     struct Tensor {
         std::string name;
-        TensorType type;
-        std::vector<uint64_t> dims;
+        TensorInfo info;  // its name is empty: the string above may move
         std::span<const std::byte> bytes;
+        GgufFill fill;    // instead of bytes
+    };
+    struct Sink {
+        Result<void> (*append)(void* context, std::span<const std::byte> bytes);
+        void* context;
     };
     template <class T> static constexpr GgufType type_of() {
         static_assert(std::is_integral_v<T> || std::is_same_v<T, float> ||
@@ -1262,12 +1305,17 @@ private:
     }
     void put(std::string_view key, GgufType type, bool is_array, uint64_t count,
              std::string_view data);
-    Result<void> check(std::span<const std::byte> bytes) const;
+    Result<std::string> header(uint64_t* file_bytes) const;
+    Result<void> check(std::string_view header, uint64_t file_bytes) const;
+    Result<void> write_to(Sink sink, std::string_view header) const;
+    Result<void> write_tensor(Sink sink, const Tensor& tensor) const;
+    uint64_t padded(uint64_t n) const { return (n + alignment_ - 1) / alignment_ * alignment_; }
 
     std::string keys_;   // encoded as in the file
     uint64_t n_keys_ = 0;
     std::vector<Tensor> tensors_;
     uint32_t alignment_;
+    bool packed_ = false;
 };
 
 }  // namespace v1
@@ -1813,7 +1861,9 @@ inline namespace v1 {
 
 /// packed: a private copy of the weights as the kernels want them; fastest. mapped: none, a few rows
 /// are packed each time they are used, from the file's pages or model_bytes (a GgufReader is refused);
-/// the same bits, several times slower: for hosts that count megabytes.
+/// the same bits, several times slower: for hosts that count megabytes. Weights that the file holds
+/// packed (examples/quantize.cpp --packed) are read in place with either, at full speed; copied only
+/// where they come from a GgufReader or lie in model_bytes off a multiple of 64.
 enum class Weights : uint8_t { packed, mapped };
 
 /// How a model is held and computed. `kv_type` and `precision` are the options that may change
@@ -1880,7 +1930,7 @@ public:
 };
 
 /// What the CPU backend would take, to the byte; takes nothing. Errors: an option out of range.
-Result<MemoryPlan> plan_cpu(const ModelSpec& spec, const ModelTensors& tensors,
+Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
                             const BackendOptions& options);
 /// The CPU backend, with its worker team. Nothing is loaded yet: call load() until it says true.
 /// `gguf`, `spec` and `tensors` are borrowed for its life. Kernels: choose_kernels() unless given.
@@ -3078,18 +3128,25 @@ namespace {
 
 #if defined(_WIN32)
 
-bool write_new_file(const std::string& path, std::span<const std::byte> bytes) {
-    FileHandle file{CreateFileW(utf16_from(path).c_str(), GENERIC_WRITE, 0, nullptr, CREATE_NEW,
-                                FILE_ATTRIBUTE_NORMAL, nullptr)};
-    if (!file.ok()) return false;
+intptr_t create_file(const std::string& path) {
+    return reinterpret_cast<intptr_t>(CreateFileW(utf16_from(path).c_str(), GENERIC_WRITE, 0,
+                                                  nullptr, CREATE_NEW, FILE_ATTRIBUTE_NORMAL,
+                                                  nullptr));
+}
+
+bool append_file(intptr_t file, std::span<const std::byte> bytes) {
     while (!bytes.empty()) {
         DWORD put = 0;
         const DWORD want = DWORD(std::min(bytes.size(), size_t(1) << 30));
-        if (!WriteFile(file.handle, bytes.data(), want, &put, nullptr)) return false;
+        if (!WriteFile(reinterpret_cast<HANDLE>(file), bytes.data(), want, &put, nullptr))
+            return false;
         bytes = bytes.subspan(put);
     }
-    return FlushFileBuffers(file.handle) != 0;
+    return true;
 }
+
+bool sync_file(intptr_t file) { return FlushFileBuffers(reinterpret_cast<HANDLE>(file)) != 0; }
+void close_file(intptr_t file) { CloseHandle(reinterpret_cast<HANDLE>(file)); }
 
 bool replace_file(const std::string& from, const std::string& to) {
     return MoveFileExW(utf16_from(from).c_str(), utf16_from(to).c_str(),
@@ -3104,17 +3161,23 @@ void remove_file(const std::string& path) {
 
 #else
 
-bool write_new_file(const std::string& path, std::span<const std::byte> bytes) {
-    FileHandle file{::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)};
-    if (!file.ok()) return false;
+intptr_t create_file(const std::string& path) {
+    return ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+}
+
+bool append_file(intptr_t file, std::span<const std::byte> bytes) {
     while (!bytes.empty()) {
-        const ssize_t put = ::write(file.fd, bytes.data(), std::min(bytes.size(), size_t(1) << 30));
+        const size_t want = std::min(bytes.size(), size_t(1) << 30);
+        const ssize_t put = ::write(static_cast<int>(file), bytes.data(), want);
         if (put < 0 && errno == EINTR) continue;
         if (put < 0) return false;
         bytes = bytes.subspan(size_t(put));
     }
-    return fsync(file.fd) == 0;
+    return true;
 }
+
+bool sync_file(intptr_t file) { return fsync(static_cast<int>(file)) == 0; }
+void close_file(intptr_t file) { ::close(static_cast<int>(file)); }
 
 bool replace_file(const std::string& from, const std::string& to) {
     if (rename(from.c_str(), to.c_str()) != 0) return false;
@@ -3134,15 +3197,46 @@ void remove_file(const std::string& path) {
 #endif
 }  // namespace
 
-Result<void> write_file(const std::string& path, std::span<const std::byte> bytes) {
+Result<NewFile> NewFile::create(const std::string& path) {
     if (auto checked = check_path(path); !checked) return checked.error();
+    NewFile file;
+    file.path_ = path;
     // Two writers at once differ in the address of their stack, one after another in the time.
-    const uint64_t unique = monotonic_ns() ^ uint64_t(reinterpret_cast<uintptr_t>(&bytes)) << 20;
-    const std::string temporary =
-        path + format(".%llx.tmp", static_cast<unsigned long long>(unique));
-    if (write_new_file(temporary, bytes) && replace_file(temporary, path)) return {};
-    remove_file(temporary);
-    return os_error("cannot write '" + path + "'");
+    const uint64_t unique = monotonic_ns() ^ uint64_t(reinterpret_cast<uintptr_t>(&path)) << 20;
+    const std::string name = path + format(".%llx.tmp", static_cast<unsigned long long>(unique));
+    file.handle_ = create_file(name);
+    if (file.handle_ == -1) return os_error("cannot write '" + path + "'");
+    file.temporary_ = name;
+    return file;
+}
+
+NewFile::NewFile(NewFile&& other) noexcept
+    : path_(std::move(other.path_)), temporary_(std::exchange(other.temporary_, {})),
+      handle_(std::exchange(other.handle_, -1)) {}
+
+NewFile::~NewFile() {
+    if (handle_ != -1) close_file(handle_);
+    if (!temporary_.empty()) remove_file(temporary_);
+}
+
+Result<void> NewFile::append(std::span<const std::byte> bytes) {
+    if (append_file(handle_, bytes)) return {};
+    return os_error("cannot write '" + path_ + "'");
+}
+
+Result<void> NewFile::commit() {
+    if (!sync_file(handle_)) return os_error("cannot write '" + path_ + "'");
+    close_file(std::exchange(handle_, -1));  // Windows renames no file that is open
+    if (!replace_file(temporary_, path_)) return os_error("cannot write '" + path_ + "'");
+    temporary_.clear();
+    return {};
+}
+
+Result<void> write_file(const std::string& path, std::span<const std::byte> bytes) {
+    auto file = NewFile::create(path);
+    if (!file) return file.error();
+    if (auto written = file->append(bytes); !written) return written;
+    return file->commit();
 }
 
 // ---- folders --------------------------------------------------------------------------------
@@ -6805,6 +6899,7 @@ namespace {
 constexpr uint32_t gguf_magic = 0x46554747;  // "GGUF"
 constexpr uint32_t gguf_default_alignment = 32;
 constexpr uint64_t gguf_reader_chunk = 1 << 20;  // first guess of a header's size
+constexpr uint64_t gguf_write_piece = 4 << 20;   // bytes of a tensor made at a time
 constexpr uint32_t gguf_value_bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};  // by GgufType
 
 constexpr uint32_t gguf_bit(GgufType type) { return 1u << static_cast<uint32_t>(type); }
@@ -6819,12 +6914,13 @@ struct TypeRow {
     TypeInfo info;
 };
 constexpr TypeRow type_rows[] = {
-    {TensorType::f32, {"F32", 1, 4}},            {TensorType::f16, {"F16", 1, 2}},
-    {TensorType::q4_0, {"Q4_0", 32, 18}},        {TensorType::q4_1, {"Q4_1", 32, 20}},
-    {TensorType::q5_0, {"Q5_0", 32, 22}},        {TensorType::q5_1, {"Q5_1", 32, 24}},
-    {TensorType::q8_0, {"Q8_0", 32, 34}},        {TensorType::q2_k, {"Q2_K", 256, 84}},
-    {TensorType::q3_k, {"Q3_K", 256, 110}},      {TensorType::q4_k, {"Q4_K", 256, 144}},
-    {TensorType::q5_k, {"Q5_K", 256, 176}},      {TensorType::q6_k, {"Q6_K", 256, 210}},
+    {TensorType::f32, {"F32", 1, 4, 64}},        {TensorType::f16, {"F16", 1, 2, 32}},
+    {TensorType::q4_0, {"Q4_0", 32, 18, 288}},   {TensorType::q4_1, {"Q4_1", 32, 20, 320}},
+    {TensorType::q5_0, {"Q5_0", 32, 22, 352}},   {TensorType::q5_1, {"Q5_1", 32, 24}},
+    {TensorType::q8_0, {"Q8_0", 32, 34, 544}},   {TensorType::q2_k, {"Q2_K", 256, 84}},
+    {TensorType::q3_k, {"Q3_K", 256, 110}},      {TensorType::bf16, {"BF16", 1, 2, 32}},
+    {TensorType::q4_k, {"Q4_K", 256, 144, 2368}}, {TensorType::q5_k, {"Q5_K", 256, 176, 2880}},
+    {TensorType::q6_k, {"Q6_K", 256, 210, 3360}}, {TensorType::tq1_0, {"TQ1_0", 256, 54}},
     {TensorType::iq2_xxs, {"IQ2_XXS", 256, 66}}, {TensorType::iq2_xs, {"IQ2_XS", 256, 74}},
     {TensorType::iq3_xxs, {"IQ3_XXS", 256, 98}}, {TensorType::iq1_s, {"IQ1_S", 256, 50}},
     {TensorType::iq4_nl, {"IQ4_NL", 32, 18}},    {TensorType::iq3_s, {"IQ3_S", 256, 110}},
@@ -6832,7 +6928,6 @@ constexpr TypeRow type_rows[] = {
     {TensorType::i8, {"I8", 1, 1}},              {TensorType::i16, {"I16", 1, 2}},
     {TensorType::i32, {"I32", 1, 4}},            {TensorType::i64, {"I64", 1, 8}},
     {TensorType::f64, {"F64", 1, 8}},            {TensorType::iq1_m, {"IQ1_M", 256, 56}},
-    {TensorType::bf16, {"BF16", 1, 2}},          {TensorType::tq1_0, {"TQ1_0", 256, 54}},
     {TensorType::tq2_0, {"TQ2_0", 256, 66}},     {TensorType::mxfp4, {"MXFP4", 32, 17}},
     {TensorType::nvfp4, {"NVFP4", 64, 36}},      {TensorType::q1_0, {"Q1_0", 128, 18}},
 };
@@ -6847,9 +6942,16 @@ const char* size_tensor(TensorInfo& tensor) {
         if (mul_overflows(values, dim, &values)) return "has too many values";
     }
     if (tensor.dims[0] % type->block_size != 0) return "has rows that are not whole blocks";
-    if (mul_overflows(values / type->block_size, type->block_bytes, &tensor.bytes))
-        return "has too many bytes";
-    return nullptr;
+    uint64_t pieces = values / type->block_size, piece_bytes = type->block_bytes;
+    if (tensor.packed) {
+        if (tensor.n_dims != 2 || !type->tile_block_bytes) return "is of a kind that is never packed";
+        pieces = tensor.dims[1] / 16 + (tensor.dims[1] % 16 != 0);
+        if (mul_overflows(tensor.dims[0] / type->block_size, type->tile_block_bytes, &piece_bytes) ||
+            add_overflows(piece_bytes, 63, &piece_bytes))
+            return "has too many bytes";
+        piece_bytes = piece_bytes / 64 * 64;
+    }
+    return mul_overflows(pieces, piece_bytes, &tensor.bytes) ? "has too many bytes" : nullptr;
 }
 
 /// Indices of `items` by name; the second of two with one name is returned through `twice`.
@@ -7017,8 +7119,14 @@ struct GgufParser {
         for (uint32_t i = 0; i < tensor.n_dims; ++i)
             if (!number(tensor.dims[i])) return false;
         if (!number(type) || !number(tensor.offset)) return false;
-        tensor.type = static_cast<TensorType>(type);
+        tensor.packed = (type & kPackedTensor) != 0;
+        tensor.type = static_cast<TensorType>(type & ~kPackedTensor);
         if (const char* wrong = size_tensor(tensor)) return fail("tensor", tensor.name, wrong);
+        if (tensor.packed && uint_key("valar.packed") != kPackedVersion)
+            return fail(format("tensor '%.*s' is packed, but not in version %u of the layout: make "
+                               "the file again from the original",
+                               static_cast<int>(tensor.name.size()), tensor.name.data(),
+                               kPackedVersion).c_str(), ErrorKind::unsupported);
         if (tensor.offset % alignment != 0)
             return fail("tensor", tensor.name, "has an offset that is not aligned");
         return true;
@@ -7343,58 +7451,121 @@ void GgufWriter::set_strings(std::string_view key, std::span<const std::string_v
 
 void GgufWriter::add_tensor(std::string_view name, TensorType type,
                             std::span<const uint64_t> dims, std::span<const std::byte> bytes) {
-    tensors_.push_back({std::string(name), type, {dims.begin(), dims.end()}, bytes});
+    TensorInfo info;
+    info.type = type;
+    info.n_dims = static_cast<uint32_t>(dims.size());  // more than 4 are refused when it is read
+    std::copy_n(dims.begin(), std::min<size_t>(dims.size(), 4), info.dims);
+    tensors_.push_back({std::string(name), info, bytes, {}});
 }
 
-Result<std::vector<std::byte>> GgufWriter::to_bytes() const {
-    const uint64_t alignment = std::max(alignment_, 1u);  // a wrong one is refused below
-    const auto padded = [&](uint64_t n) { return (n + alignment - 1) / alignment * alignment; };
-    std::string header;
-    detail::append_gguf_number(header, detail::gguf_magic, 4);
-    detail::append_gguf_number(header, 3, 4);
-    detail::append_gguf_number(header, tensors_.size(), 8);
-    detail::append_gguf_number(header, n_keys_, 8);
-    header += keys_;
+void GgufWriter::add_tensor(const TensorInfo& tensor, GgufFill fill) {
+    if (tensor.packed && !packed_) set("valar.packed", kPackedVersion);
+    packed_ |= tensor.packed;
+    tensors_.push_back({std::string(tensor.name), tensor, {}, fill});
+    tensors_.back().info.name = {};
+    detail::size_tensor(tensors_.back().info);  // what is wrong is said by check()
+}
+
+/// All that stands before the first tensor's bytes, padded.
+Result<std::string> GgufWriter::header(uint64_t* file_bytes) const {
+    if (alignment_ == 0)
+        return detail::make_error(ErrorKind::invalid_request, "general.alignment is 0");
+    std::string out;
+    detail::append_gguf_number(out, detail::gguf_magic, 4);
+    detail::append_gguf_number(out, 3, 4);
+    detail::append_gguf_number(out, tensors_.size(), 8);
+    detail::append_gguf_number(out, n_keys_, 8);
+    out += keys_;
     uint64_t offset = 0;
     for (const Tensor& tensor : tensors_) {
-        detail::append_gguf_string(header, tensor.name);
-        detail::append_gguf_number(header, tensor.dims.size(), 4);
-        for (uint64_t dim : tensor.dims) detail::append_gguf_number(header, dim, 8);
-        detail::append_gguf_number(header, static_cast<uint32_t>(tensor.type), 4);
-        detail::append_gguf_number(header, offset, 8);
-        offset = padded(offset + tensor.bytes.size());
+        const TensorInfo& info = tensor.info;
+        detail::append_gguf_string(out, tensor.name);
+        detail::append_gguf_number(out, info.n_dims, 4);
+        for (uint32_t i = 0; i < std::min(info.n_dims, 4u); ++i)
+            detail::append_gguf_number(out, info.dims[i], 8);
+        const uint32_t packed = info.packed ? kPackedTensor : 0;
+        detail::append_gguf_number(out, static_cast<uint32_t>(info.type) | packed, 4);
+        detail::append_gguf_number(out, offset, 8);
+        offset = padded(offset + (tensor.fill.fill ? info.bytes : tensor.bytes.size()));
     }
-    std::vector<std::byte> out(static_cast<size_t>(padded(header.size()) + offset));
-    std::memcpy(out.data(), header.data(), header.size());
-    std::byte* at = out.data() + padded(header.size());
-    for (const Tensor& tensor : tensors_) {
-        std::copy(tensor.bytes.begin(), tensor.bytes.end(), at);
-        at += padded(tensor.bytes.size());
-    }
-    if (auto sound = check(out); !sound) return sound.error();
+    out.resize(static_cast<size_t>(padded(out.size())));
+    *file_bytes = out.size() + offset;
+    if (auto sound = check(out, *file_bytes); !sound) return sound.error();
     return out;
 }
 
 /// What Gguf refuses is not written; only whether the other split files exist is not asked.
-Result<void> GgufWriter::check(std::span<const std::byte> bytes) const {
+Result<void> GgufWriter::check(std::string_view header, uint64_t file_bytes) const {
     Gguf gguf;
     Gguf::File file;
     file.name = "written model";
-    file.bytes = bytes;
-    file.size = bytes.size();
+    file.bytes = std::as_bytes(std::span(header));
+    file.size = file_bytes;
     if (auto done = gguf.parse_file(std::move(file)); !done) return done;
     for (size_t i = 0; i < tensors_.size(); ++i)
-        if (gguf.tensors()[i].bytes != tensors_[i].bytes.size())
+        if (!tensors_[i].fill.fill && gguf.tensors()[i].bytes != tensors_[i].bytes.size())
             return detail::make_error(ErrorKind::invalid_request,
                                       "tensor '" + tensors_[i].name +
                                           "' has another size than its shape and type say");
     return gguf.index_tensors();
 }
 
+Result<void> GgufWriter::write_to(Sink sink, std::string_view header) const {
+    auto done = sink.append(sink.context, std::as_bytes(std::span(header)));
+    for (size_t i = 0; done && i < tensors_.size(); ++i) done = write_tensor(sink, tensors_[i]);
+    return done;
+}
+
+Result<void> GgufWriter::write_tensor(Sink sink, const Tensor& tensor) const {
+    TensorInfo info = tensor.info;
+    info.name = tensor.name;
+    uint64_t bytes = tensor.bytes.size();
+    Result<void> done;
+    if (!tensor.fill.fill) {
+        done = sink.append(sink.context, tensor.bytes);
+    } else {
+        bytes = info.bytes;
+        const uint64_t rows = info.dims[1] * info.dims[2] * info.dims[3];
+        const uint64_t unit = info.packed ? bytes / ((rows + 15) / 16) : bytes / rows * 16;
+        const uint64_t most = unit * std::max<uint64_t>(1, detail::gguf_write_piece / unit);
+        auto buffer = detail::Buffer::allocate(std::min(bytes, most), "a piece of a tensor");
+        if (!buffer) return buffer.error();
+        for (uint64_t at = 0; done && at < bytes; at += most) {
+            const std::span piece(buffer->data(), static_cast<size_t>(std::min(most, bytes - at)));
+            done = tensor.fill.fill(tensor.fill.context, info, at, piece);
+            if (done) done = sink.append(sink.context, piece);
+        }
+    }
+    const std::vector<std::byte> padding(static_cast<size_t>(padded(bytes) - bytes));
+    return done ? sink.append(sink.context, padding) : std::move(done);
+}
+
+Result<std::vector<std::byte>> GgufWriter::to_bytes() const {
+    uint64_t file_bytes = 0;
+    auto head = header(&file_bytes);
+    if (!head) return head.error();
+    std::vector<std::byte> out;
+    out.reserve(static_cast<size_t>(file_bytes));
+    const auto append = [](void* to, std::span<const std::byte> bytes) {
+        auto& all = *static_cast<std::vector<std::byte>*>(to);
+        all.insert(all.end(), bytes.begin(), bytes.end());
+        return Result<void>();
+    };
+    if (auto done = write_to({append, &out}, *head); !done) return done.error();
+    return out;
+}
+
 Result<void> GgufWriter::write(const std::string& path) const {
-    auto bytes = to_bytes();
-    if (!bytes) return bytes.error();
-    return detail::write_file(path, *bytes);
+    uint64_t file_bytes = 0;
+    auto head = header(&file_bytes);
+    if (!head) return head.error();
+    auto file = detail::NewFile::create(path);
+    if (!file) return file.error();
+    const auto append = [](void* to, std::span<const std::byte> bytes) {
+        return static_cast<detail::NewFile*>(to)->append(bytes);
+    };
+    if (auto done = write_to({append, &*file}, *head); !done) return done;
+    return file->commit();
 }
 
 }  // namespace v1
@@ -7805,13 +7976,9 @@ inline float packed_float(TensorType type, const std::byte* tile, size_t index) 
 bool kernel_type_supported(TensorType type) { return find_layout(type) != nullptr; }
 
 uint64_t packed_tile_bytes(TensorType type, uint32_t cols) {
-    const PackedLayout* layout = find_layout(type);
-    if (!layout) return 0;
-    const uint64_t bytes =
-        layout->float_bytes
-            ? uint64_t{cols} * kTileRows * layout->float_bytes
-            : uint64_t{cols} / (kActivationBlock * layout->blocks) * packed_super_bytes(*layout);
-    return (bytes + 63) / 64 * 64;
+    const TypeInfo* info = type_info(type);
+    if (!info) return 0;
+    return (uint64_t{cols} / info->block_size * info->tile_block_bytes + 63) / 64 * 64;
 }
 
 void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
@@ -7822,9 +7989,7 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
     const size_t row_bytes = size_t{cols} / info.block_size * info.block_bytes;
     for (uint32_t tile = first_tile; tile < last_tile; tile++) {
         const uint32_t count = std::min(kTileRows, rows - tile * kTileRows);
-        const size_t used = layout.float_bytes
-                                ? size_t{cols} * kTileRows * layout.float_bytes
-                                : cols / (32 * layout.blocks) * packed_super_bytes(layout);
+        const size_t used = size_t{cols} / info.block_size * info.tile_block_bytes;
         if (count < kTileRows) std::memset(out, 0, tile_bytes);
         else std::memset(out + used, 0, tile_bytes - used);
         pack_functions[&layout - packed_layouts](source, row_bytes, count, cols, out);
@@ -15217,14 +15382,14 @@ struct Carver {
     }
 };
 
-// A tensor of the file and where it goes: packed, or, for a vector, as it is.
+// A tensor of the file and where it goes: to be packed, or as it is.
 struct LoadItem {
     const TensorInfo* tensor;
     std::byte*        out;
-    bool              packed;
+    bool              pack;
 };
 
-// Packed, or, where `data` is null, in the file's bytes.
+// Packed, here or in the file; where `data` is null, in the file's rows.
 struct CpuMatrix : PackedMatrix {
     const TensorInfo* tensor = nullptr;
 };
@@ -15240,6 +15405,7 @@ struct CpuLayer {
 };
 
 struct CpuWeights {
+    const Gguf*           gguf;
     bool                  mapped;
     uint64_t              mapped_bytes = 0, mapped_tile = 0;  // of all; packed, the largest
     CpuMatrix             token_embd, output;
@@ -15251,15 +15417,21 @@ struct CpuWeights {
         CpuMatrix out{{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
                        static_cast<uint32_t>(tensor->dims[0])}, tensor};
         const uint64_t tile = packed_tile_bytes(out.type, out.cols);
-        if (mapped) {
+        out.data = packed_in_place(*tensor);
+        if (out.data || (mapped && !tensor->packed)) {
             mapped_bytes += tensor->bytes;
-            mapped_tile = std::max(mapped_tile, tile);
+            if (!out.data) mapped_tile = std::max(mapped_tile, tile);
             return out;
         }
         std::byte* data = carver.take<std::byte>(out.tiles() * tile);
         out.data = data;
-        items.push_back({tensor, data, true});
+        items.push_back({tensor, data, !tensor->packed});
         return out;
+    }
+    const std::byte* packed_in_place(const TensorInfo& tensor) const {
+        const auto there = gguf->tensor_bytes(tensor);
+        if (!tensor.packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64) return nullptr;
+        return there->data();
     }
     const float* vector(Carver& carver, const TensorInfo* tensor) {
         if (!tensor) return nullptr;
@@ -15449,7 +15621,7 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
     for (const RopeTable& rope : ropes) n.rope_values += rope.spec->dims;
     n.mapped_tiles = kMappedTiles * weights.mapped_tile;
     for (const LoadItem& item : weights.items)
-        if (item.packed)
+        if (item.pack)
             n.staging = std::max(n.staging, item.tensor->bytes / item.tensor->dims[1] * kTileRows);
     return n;
 }
@@ -15463,12 +15635,13 @@ struct CpuLayout {
     uint64_t               page_bytes = 0;  // of all layers
 };
 
-Result<CpuLayout> lay_out_cpu(const ModelSpec& spec, const ModelTensors& tensors,
+Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
                               const BackendOptions& options, uintptr_t weights_base) {
     auto good = check_cpu_options(tensors, options);
     if (!good) return good.error();
     CpuLayout out;
     Carver weights{weights_base}, scratch;
+    out.weights.gguf = &gguf;
     out.weights.mapped = options.weights == Weights::mapped;
     out.weights.place(weights, spec, tensors);
     out.plan.weights = weights.used;
@@ -15664,7 +15837,7 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
         kernels = *chosen;
     }
     kernels_ = kernels;
-    auto layout = lay_out_cpu(spec, tensors, options, 0);
+    auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
     if (!layout) return layout.error();
     const struct { Buffer* buffer; uint64_t bytes; const char* what; } wanted[] = {
         {&weights_memory_, layout->plan.weights, "weights"},
@@ -15676,8 +15849,8 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
         if (!memory) return memory.error();
         *buffer = std::move(*memory);
     }
-    layout =
-        lay_out_cpu(spec, tensors, options, reinterpret_cast<uintptr_t>(weights_memory_.data()));
+    layout = lay_out_cpu(gguf, spec, tensors, options,
+                         reinterpret_cast<uintptr_t>(weights_memory_.data()));
     weights_ = std::move(layout->weights);
     ropes_ = std::move(layout->ropes);
     sizes_ = layout->sizes;
@@ -15712,33 +15885,27 @@ Result<bool> CpuBackend::load(uint64_t budget_us, float* progress) {
     return load_item_ == weights_.items.size();
 }
 
-// A vector, or as many tiles as the threads take at a time. What was read is released at once.
+// As many tiles as the threads take at a time, or about as many bytes. What was read is released at
+// once.
 Result<void> CpuBackend::load_item_slice() {
     const LoadItem& item = weights_.items[load_item_];
     const TensorInfo& tensor = *item.tensor;
-    const uint64_t rows = item.packed ? tensor.dims[1] : 1;
-    const uint64_t row_bytes = tensor.bytes / rows, tile_bytes = row_bytes * kTileRows;
-    const uint32_t tiles = static_cast<uint32_t>((rows + kTileRows - 1) / kTileRows);
+    const uint64_t tile_bytes = item.pack ? tensor.bytes / tensor.dims[1] * kTileRows : kLoadBytes;
+    const uint32_t tiles = static_cast<uint32_t>((tensor.bytes + tile_bytes - 1) / tile_bytes);
     const uint64_t step = sizes_.parts * std::max<uint64_t>(1, kLoadBytes / tile_bytes);
     uint32_t last = static_cast<uint32_t>(std::min<uint64_t>(tiles, load_tile_ + step));
     const uint64_t offset = load_tile_ * tile_bytes;
     auto there = gguf_->tensor_bytes(tensor);
-    const std::byte* source = there ? there->data() + offset : scratch_memory_.data();
-    if (!there) {  // a reader: by way of the scratch memory, a tile a thread or more
-        const uint64_t fits = scratch_memory_.size() / tile_bytes;
-        if (item.packed) last = static_cast<uint32_t>(std::min<uint64_t>(last, load_tile_ + fits));
-    }
-    const uint64_t bytes = std::min(tensor.bytes, last * tile_bytes) - offset;
-    if (!item.packed) {
-        auto read = gguf_->read_tensor(tensor, 0, {item.out, static_cast<size_t>(bytes)});
-        if (!read) return read;
-    } else {
-        if (!there) {
-            auto read = gguf_->read_tensor(tensor, offset,
-                                           {scratch_memory_.data(), static_cast<size_t>(bytes)});
-            if (!read) return read;
-        }
-        PackJob job{&item, source, load_tile_, last};
+    const bool staged = item.pack && !there;  // a reader: by way of the scratch memory
+    if (staged)
+        last = static_cast<uint32_t>(
+            std::min<uint64_t>(last, load_tile_ + scratch_memory_.size() / tile_bytes));
+    const size_t bytes = static_cast<size_t>(std::min(tensor.bytes, last * tile_bytes) - offset);
+    std::byte* const to = item.pack ? scratch_memory_.data() : item.out + offset;
+    if (staged || !item.pack)
+        if (auto read = gguf_->read_tensor(tensor, offset, {to, bytes}); !read) return read;
+    if (item.pack) {
+        PackJob job{&item, staged ? to : there->data() + offset, load_tile_, last};
         team_->run(pack_part, &job);
     }
     gguf_->release(tensor, offset, bytes);
@@ -15939,14 +16106,14 @@ void CpuBackend::quantize_row(const float* x, uint32_t n, uint64_t planes, uint3
 
 void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
     const size_t n = spec_->n_embd;
-    PackedMatrix matrix = weights_.token_embd;
     for (uint32_t row = first; row < last; ++row) {
+        PackedMatrix matrix = weights_.token_embd;
         const BatchRow& from = rows_[row];
         float* x = scratch_.x + row * n;
         if (from.embedding) std::memcpy(x, from.embedding, n * sizeof(float));
         else {
             uint32_t token = static_cast<uint32_t>(from.token);
-            if (weights_.mapped) {
+            if (!matrix.data) {
                 const uint32_t tile = token / kTileRows;
                 matrix.data = pack_mapped(weights_.token_embd, tile, tile + 1, part);
                 token %= kTileRows;
@@ -16269,9 +16436,9 @@ void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
 
 }  // namespace
 
-Result<MemoryPlan> plan_cpu(const ModelSpec& spec, const ModelTensors& tensors,
+Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
                             const BackendOptions& options) {
-    auto layout = lay_out_cpu(spec, tensors, options, 0);
+    auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
     if (!layout) return layout.error();
     return layout->plan;
 }
@@ -16998,7 +17165,8 @@ Result<void> check_engine_options(const EngineOptions& options, const ModelSpec&
 }
 
 // As many pages as memory_limit leaves room for: at least one context's.
-Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelSpec& spec,
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
+                                              const ModelSpec& spec,
                                               const ModelTensors& tensors) {
     auto good = check_engine_options(options, spec);
     if (!good) return good.error();
@@ -17017,7 +17185,7 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
     out.parallel_for_host = options.parallel_for_host;
-    auto plan = plan_cpu(spec, tensors, out);
+    auto plan = plan_cpu(gguf, spec, tensors, out);
     if (!plan) return plan.error();
     uint64_t pages = least * std::min(options.max_running, 2u);
     if (const uint64_t limit = options.memory_limit) {
@@ -17261,7 +17429,7 @@ Result<void> Engine::State::open(const EngineOptions& from) {
     auto defaults = detail::read_sampling(gguf);
     if (!defaults) return defaults.error();
     sampling = *defaults;
-    auto chosen = detail::choose_backend_options(options, spec, tensors);
+    auto chosen = detail::choose_backend_options(options, gguf, spec, tensors);
     if (!chosen) return chosen.error();
     auto opened = detail::open_cpu_backend(gguf, spec, tensors, *chosen);
     if (!opened) return opened.error();
@@ -18170,9 +18338,9 @@ Result<MemoryPlan> Engine::memory_plan(const EngineOptions& options) {
     if (!spec) return spec.error();
     auto tensors = bind_model_tensors(*file, *spec);
     if (!tensors) return tensors.error();
-    auto chosen = detail::choose_backend_options(options, *spec, *tensors);
+    auto chosen = detail::choose_backend_options(options, *file, *spec, *tensors);
     if (!chosen) return chosen.error();
-    return detail::plan_cpu(*spec, *tensors, *chosen);
+    return detail::plan_cpu(*file, *spec, *tensors, *chosen);
 }
 
 Reply Engine::submit(const Request& request) {

@@ -422,7 +422,7 @@ public:
         options_.max_batch_rows = std::max(options_.max_batch_rows, settings.columns);
         options_.max_logit_rows = settings.columns;
         options_.threads = static_cast<int>(settings.threads) - 1;
-        auto plan = plan_cpu(*spec_, tensors_, options_);
+        auto plan = plan_cpu(*gguf_, *spec_, tensors_, options_);
         if (!plan) return plan.error();
         plan_ = *plan;
         auto backend = open_cpu_backend(*gguf_, *spec_, tensors_, options_);

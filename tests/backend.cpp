@@ -124,6 +124,35 @@ void check_way(const Way& way) {
     CHECK(hash_of(logits_of(mixed_model(), 280, way)) == mixed_hash());
 }
 
+// The same model as examples/quantize.cpp --packed writes it.
+std::vector<std::byte> packed_copy(const std::vector<std::byte>& bytes) {
+    auto gguf = Gguf::from_bytes(bytes);
+    REQUIRE(gguf);
+    GgufWriter writer(64);
+    for (const GgufKey& key : gguf->keys()) writer.set(key);
+    const auto fill = [](void* context, const TensorInfo& to, uint64_t offset,
+                         std::span<std::byte> out) -> Result<void> {
+        const Gguf& from = *static_cast<const Gguf*>(context);
+        const TensorInfo& tensor = *from.find_tensor(to.name);
+        if (!to.packed) return from.read_tensor(tensor, offset, out);
+        const uint32_t rows = static_cast<uint32_t>(to.dims[1]), cols = static_cast<uint32_t>(to.dims[0]);
+        const uint64_t tile = detail::packed_tile_bytes(to.type, cols);
+        const uint32_t first = static_cast<uint32_t>(offset / tile);
+        detail::pack_tiles(to.type, rows, cols,
+                           from.tensor_bytes(tensor)->data() + first * 16 * (tensor.bytes / rows), first,
+                           static_cast<uint32_t>(first + out.size() / tile), out.data());
+        return {};
+    };
+    for (const TensorInfo& tensor : gguf->tensors()) {
+        TensorInfo to = tensor;
+        to.packed = tensor.n_dims == 2;
+        writer.add_tensor(to, {fill, &*gguf});
+    }
+    auto packed = writer.to_bytes();
+    REQUIRE(packed);
+    return std::move(*packed);
+}
+
 // A host's job system: a thread a job, the last one first.
 void host_parallel_for(void* host, uint32_t count, void (*job)(void*, uint32_t), void* context) {
     std::vector<std::thread> threads;
@@ -173,6 +202,44 @@ TEST_CASE("logits: weights read in place") {
     }
     way.options.threads = 2;
     check_way(way);
+}
+
+TEST_CASE("logits: weights that the file holds packed") {
+    const std::vector<std::byte> bytes = packed_copy(mixed_model());
+    auto memory = detail::Buffer::allocate(bytes.size() + 64, "a model");
+    REQUIRE(memory);
+    GgufReader reader;
+    reader.size = bytes.size();
+    reader.context = const_cast<std::byte*>(bytes.data());
+    reader.read = [](void* context, uint64_t offset, void* dst, size_t size) {
+        std::memcpy(dst, static_cast<const std::byte*>(context) + offset, size);
+        return true;
+    };
+    const auto check = [&](Result<Gguf> gguf, Weights weights, bool in_place) {
+        Way way;
+        way.options = small();
+        way.options.weights = weights;
+        auto model = Model::open(std::move(gguf), way.options);
+        REQUIRE(model);
+        CHECK(hash_of(all_logits(*model, prompt(280), way)) == mixed_hash());
+        const auto plan = detail::plan_cpu(*model->gguf, *model->spec, model->tensors, way.options);
+        CHECK((plan->mapped > bytes.size() / 2) == in_place);
+        CHECK((plan->weights > bytes.size() / 2) != in_place);
+    };
+    for (const Weights weights : {Weights::packed, Weights::mapped})
+        for (const size_t offset : {0, 32}) {  // the second is not where the kernels can read it
+            std::byte* at = memory->data() + offset;
+            std::memcpy(at, bytes.data(), bytes.size());
+            check(Gguf::from_bytes({at, bytes.size()}), weights, offset == 0);
+        }
+    check(Gguf::from_reader(reader), Weights::packed, false);
+}
+
+// A file made before a change of the layout must not be taken for one made after it.
+TEST_CASE("packed layouts change only with kPackedVersion") {
+    const std::vector<std::byte> bytes = packed_copy(mixed_model());
+    CHECK(kPackedVersion == 1);
+    CHECK(detail::sha256(bytes.data(), bytes.size()).hex() == "cc625ee61168ed02bf1fe0aea3b8d9cb76dcbb9e5335f9e8a325e557e50e12da");
 }
 
 TEST_CASE("logits: the host's job system") {
@@ -457,7 +524,7 @@ TEST_CASE("the memory plan") {
     auto tensors = bind_model_tensors(*gguf, *spec);
     REQUIRE(tensors);
     BackendOptions options = small();
-    const auto plan = detail::plan_cpu(*spec, *tensors, options);
+    const auto plan = detail::plan_cpu(*gguf, *spec, *tensors, options);
     REQUIRE(plan);
     auto backend = detail::open_cpu_backend(*gguf, *spec, *tensors, options);
     REQUIRE(backend);
@@ -469,7 +536,7 @@ TEST_CASE("the memory plan") {
     CHECK(plan->weights >= file);
     CHECK(plan->weights < file + file / 4);
     options.weights = Weights::mapped;
-    const auto mapped = detail::plan_cpu(*spec, *tensors, options);
+    const auto mapped = detail::plan_cpu(*gguf, *spec, *tensors, options);
     CHECK(plan->mapped == 0);
     CHECK(mapped->mapped < file);
     CHECK(mapped->mapped + mapped->weights > file - file / 100);
@@ -477,10 +544,10 @@ TEST_CASE("the memory plan") {
     CHECK(mapped->scratch < plan->scratch + (64 << 10));
     options.weights = Weights::packed;
     options.kv_type = KvType::f32;
-    CHECK(detail::plan_cpu(*spec, *tensors, options)->kv == 2 * plan->kv);
+    CHECK(detail::plan_cpu(*gguf, *spec, *tensors, options)->kv == 2 * plan->kv);
     options.max_batch_rows = 8;
     options.max_logit_rows = 1;
-    CHECK(detail::plan_cpu(*spec, *tensors, options)->scratch < plan->scratch / 8);
+    CHECK(detail::plan_cpu(*gguf, *spec, *tensors, options)->scratch < plan->scratch / 8);
 }
 
 TEST_CASE("options out of range") {
@@ -490,7 +557,7 @@ TEST_CASE("options out of range") {
     const auto refused = [&](auto change) {
         BackendOptions options = small();
         change(options);
-        const auto plan = detail::plan_cpu(*spec, *tensors, options);
+        const auto plan = detail::plan_cpu(*gguf, *spec, *tensors, options);
         return !plan && !detail::open_cpu_backend(*gguf, *spec, *tensors, options);
     };
     CHECK(refused([](BackendOptions& o) { o.page_tokens = 24; }));

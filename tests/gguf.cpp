@@ -459,6 +459,84 @@ TEST_CASE("gguf: the writer refuses what could not be read") {
     CHECK(gguf->tensors()[1].offset - gguf->tensors()[0].offset == 64);
 }
 
+TEST_CASE("gguf: packed tensors") {
+    constexpr uint32_t packed_q4_0 = kPackedTensor | 2;
+    const auto file = [](uint32_t version, std::vector<uint64_t> dims, uint32_t type, size_t bytes) {
+        return RawFile().head(3, 1, 1).key_u32("valar.packed", version).tensor("t", dims, type, 0)
+            .data(bytes);
+    };
+    const RawFile good = file(kPackedVersion, {96, 17}, packed_q4_0, 2 * 896);
+    auto gguf = Gguf::from_bytes(good.bytes());
+    REQUIRE(gguf);
+    const TensorInfo& tensor = gguf->tensors()[0];
+    CHECK(tensor.packed);
+    CHECK(tensor.type == TensorType::q4_0);
+    CHECK(tensor.bytes == 2 * 896);  // two tiles of three blocks, 864 bytes, padded
+    CHECK_REFUSED(file(kPackedVersion, {96, 17}, packed_q4_0, 2 * 896 - 1), "lies outside the file");
+    CHECK_REFUSED(file(kPackedVersion + 1, {96, 17}, packed_q4_0, 9999), "not in version 1");
+    CHECK_REFUSED(RawFile().head(3, 1, 0).tensor("t", {32, 1}, packed_q4_0, 0).data(999),
+                  "not in version 1");
+    CHECK_REFUSED(file(1, {96}, packed_q4_0, 9999), "never packed");
+    CHECK_REFUSED(file(1, {96, 1, 1}, packed_q4_0, 9999), "never packed");
+    CHECK_REFUSED(file(1, {256, 1}, kPackedTensor | 10, 9999), "never packed");  // Q2_K
+    CHECK_REFUSED(file(1, {33, 1}, packed_q4_0, 9999), "not whole blocks");
+    CHECK_REFUSED(file(1, {uint64_t{1} << 58, 32}, kPackedTensor, 9999), "too many bytes");
+}
+
+TEST_CASE("gguf: the writer asks for tensors piece by piece") {
+    Folder folder;
+    struct Source {
+        uint64_t asked = 0, fail_at = UINT64_MAX;
+        static std::byte at(uint64_t i) { return static_cast<std::byte>(i * 7 + i / 251); }
+        static Result<void> fill(void* context, const TensorInfo& tensor, uint64_t offset,
+                                 std::span<std::byte> out) {
+            auto& self = *static_cast<Source*>(context);
+            CHECK(tensor.name == "big");
+            CHECK(offset == self.asked);
+            CHECK(offset % (16 * 96 * 4) == 0);
+            CHECK(out.size() <= 4 << 20);
+            if (offset >= self.fail_at) return Error{ErrorKind::io, "the source is gone"};
+            for (size_t i = 0; i < out.size(); ++i) out[i] = at(offset + i);
+            self.asked += out.size();
+            return {};
+        }
+    } source;
+    TensorInfo info;
+    info.name = "big";
+    info.n_dims = 2;
+    info.dims[0] = 96;
+    info.dims[1] = 25'003;
+    const uint64_t bytes = 96 * 25'003 * 4;
+    const auto write = [&](const std::string& path) {
+        GgufWriter writer(64);
+        const float one = 1;
+        const uint64_t dims[] = {1};
+        writer.add_tensor(info, {Source::fill, &source});
+        writer.add_tensor("small", TensorType::f32, dims, std::as_bytes(std::span(&one, 1)));
+        return writer.write(path);
+    };
+    const std::string path = folder.file("big.gguf");
+    REQUIRE(write(path));
+    CHECK(source.asked == bytes);
+    {
+        auto gguf = Gguf::open(path);
+        REQUIRE(gguf);
+        auto there = gguf->tensor_bytes(*gguf->find_tensor("big"));
+        REQUIRE(there->size() == bytes);
+        bool same = true;
+        for (uint64_t i = 0; i < bytes; ++i) same &= (*there)[i] == Source::at(i);
+        CHECK(same);
+        CHECK(gguf->tensor_bytes(*gguf->find_tensor("small"))->size() == 4);
+    }
+    source = {0, 4 << 20};
+    const auto failed = write(path);
+    REQUIRE(!failed);
+    CHECK(failed.error().message == "the source is gone");
+    CHECK(Gguf::open(path));  // the file that was there is untouched, and nothing lies beside it
+    const std::filesystem::directory_iterator left(folder.path);
+    CHECK(std::distance(left, std::filesystem::directory_iterator()) == 1);
+}
+
 TEST_CASE("gguf: keys are copied from file to file as they are") {
     const Bytes bytes = every_kind_of_key();
     auto from = Gguf::from_bytes(bytes);

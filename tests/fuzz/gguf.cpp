@@ -41,13 +41,24 @@ void touch(const Gguf& gguf) {
     sink = sum;
 }
 
+Result<void> copy(void* gguf, const TensorInfo& to, uint64_t offset, std::span<std::byte> out) {
+    const Gguf& from = *static_cast<const Gguf*>(gguf);
+    return from.read_tensor(*from.find_tensor(to.name), offset, out);
+}
+
 /// The same file written again reads as the same, and so does what is added to it.
 void rewrite(const Gguf& gguf) {
     GgufWriter writer;
-    for (const GgufKey& key : gguf.keys()) writer.set(key);
-    for (const TensorInfo& tensor : gguf.tensors())
-        writer.add_tensor(tensor.name, tensor.type, std::span(tensor.dims, tensor.n_dims),
-                          *gguf.tensor_bytes(tensor));
+    bool packed = false;
+    for (const TensorInfo& tensor : gguf.tensors()) {
+        packed |= tensor.packed;
+        if (tensor.n_dims == 2) writer.add_tensor(tensor, {copy, const_cast<Gguf*>(&gguf)});
+        else
+            writer.add_tensor(tensor.name, tensor.type, std::span(tensor.dims, tensor.n_dims),
+                              *gguf.tensor_bytes(tensor));
+    }
+    for (const GgufKey& key : gguf.keys())
+        if (!packed || key.name != "valar.packed") writer.set(key);  // the writer's own key
     if (gguf.find("general.alignment")) return;  // the writer's own key
     if (gguf.find("number") || gguf.find("text") || gguf.find("texts")) return;
     const std::string_view texts[] = {"one", "two"};
