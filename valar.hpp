@@ -1383,8 +1383,10 @@ private:
 //       t = b * s;  a' = fma(a, c, -t);    t = b * c;  b' = fma(a, s, t).
 // 10. Attention, for one query head and one position. q' = rope(q) * (1 / sqrt(head_dim)) (the
 //     factor is a binary32 number of the model: attention_scale; one multiplication an element).
-//     Keys and values are stored as binary16 (rounded to nearest even, too large is infinity) or
-//     binary32 (kv_type). Keys are stored rotated. Positions are cut into segments of 256 absolute
+//     Keys and values are stored as binary16 (rounded to nearest even, too large is infinity),
+//     binary32, or (q8_0) in blocks of 32 neighbours of a head as d * h, with h of one plane as in 1
+//     and its d rounded to binary16; the product is exact and not a number where d is not (kv_type).
+//     Keys are stored rotated. Positions are cut into segments of 256 absolute
 //     positions (0..255, 256..511, ...). In a segment, over its visible positions j in ascending
 //     order:
 //       score_j: acc = 0; acc = fma(q'_e, k_j,e, acc) for ascending e
@@ -1430,8 +1432,9 @@ inline namespace v1 {
 
 /// How exactly activations meet quantized weights: one int8 plane (fast) or two (fine).
 enum class Precision : uint8_t { fast, fine };
-/// How keys and values are stored.
-enum class KvType : uint8_t { f16, f32 };
+/// How keys and values are stored: q8_0 takes about half of f16's memory and wants heads of a
+/// multiple of 32 values.
+enum class KvType : uint8_t { f16, f32, q8_0 };
 
 namespace detail {
 
@@ -1485,9 +1488,14 @@ struct MatmulTask {
     size_t                 y_stride;
 };
 
+/// Bytes of the keys, and as many of the values, of one head at kKeyGroup neighbouring positions. In
+/// memory: keys (head_dim, 16), values (16, head_dim). Of q8_0 these are int8, behind them binary16
+/// scales: keys (head_dim / 32, 16), values (16, head_dim / 32).
+size_t kv_group_bytes(KvType type, uint32_t head_dim);
+
 /// One segment of attention for queries that share a key/value head (definition, 10).
 struct AttentionTask {
-    KvType             kv_type;
+    KvType             kv_type;   ///< f16 or f32
     uint32_t           head_dim;
     uint32_t           queries;
     const float*       q;         ///< (queries, q_stride), rotated and scaled
@@ -1519,6 +1527,9 @@ struct Kernels {
     /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
     void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
                      void* key_group, void* value_group);
+    /// A group of q8_0 keys and one of values as binary32, in the same order.
+    void (*expand_kv)(const void* key_group, const void* value_group, uint32_t head_dim,
+                      float* keys, float* values);
     void (*attention)(const AttentionTask& task);
     /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
     void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
@@ -8165,8 +8176,46 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
+void store_q8_0(const float* k, const float* v, uint32_t head_dim, uint32_t slot, void* key_group,
+                void* value_group) {
+    const size_t codes = head_dim * kKeyGroup, blocks = head_dim / kActivationBlock;
+    std::byte *const keys = static_cast<std::byte*>(key_group),
+              *const values = static_cast<std::byte*>(value_group);
+    for (size_t b = 0; b < blocks; b++) {
+        ActivationBlock key, value;
+        quantize_block(k + b * kActivationBlock, 1, 0, &key);
+        quantize_block(v + b * kActivationBlock, 1, 0, &value);
+        for (size_t i = 0; i < kActivationBlock; i++)
+            keys[(b * kActivationBlock + i) * kKeyGroup + slot] = static_cast<std::byte>(key.q[i]);
+        std::memcpy(values + slot * head_dim + b * kActivationBlock, value.q, sizeof value.q);
+        store16(keys + codes + 2 * (b * kKeyGroup + slot), half_bits(key.d));
+        store16(values + codes + 2 * (slot * blocks + b), half_bits(value.d));
+    }
+}
+
+void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
+               float* values) {
+    const size_t codes = head_dim * kKeyGroup;
+    const int8_t *k = static_cast<const int8_t*>(key_group),
+                 *v = static_cast<const int8_t*>(value_group);
+    const std::byte *const k_scales = static_cast<const std::byte*>(key_group) + codes,
+                    *const v_scales = static_cast<const std::byte*>(value_group) + codes;
+    for (size_t b = 0; b < head_dim / kActivationBlock; b++) {
+        float scales[kKeyGroup];
+        for (size_t j = 0; j < kKeyGroup; j++)
+            scales[j] = half_value(load16(k_scales + 2 * (b * kKeyGroup + j)));
+        for (size_t i = 0; i < kActivationBlock; i++, k += kKeyGroup, keys += kKeyGroup)
+            for (size_t j = 0; j < kKeyGroup; j++) keys[j] = scales[j] * static_cast<float>(k[j]);
+    }
+    for (size_t b = 0; b < codes / kActivationBlock; b++) {
+        const float scale = half_value(load16(v_scales + 2 * b));
+        for (size_t i = 0; i < kActivationBlock; i++) *values++ = scale * static_cast<float>(*v++);
+    }
+}
+
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
               void* key_group, void* value_group) {
+    if (type == KvType::q8_0) return store_q8_0(k, v, head_dim, slot, key_group, value_group);
     for (size_t e = 0; e < head_dim; e++) {
         const size_t key = e * kKeyGroup + slot, value = size_t{slot} * head_dim + e;
         if (type == KvType::f32) {
@@ -8227,11 +8276,17 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (size_t e = 0; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-constexpr Kernels kernels = {"scalar", quantize, matmul,   rms_norm,  rope,           scale,
-                             add,      silu_mul, store_kv, attention, attention_merge};
+constexpr Kernels kernels = {"scalar", quantize, matmul,    rms_norm,  rope,           scale, add,
+                             silu_mul, store_kv, expand_kv, attention, attention_merge};
 
 }  // namespace scalar
 }  // namespace
+
+size_t kv_group_bytes(KvType type, uint32_t head_dim) {
+    const size_t values = size_t{head_dim} * kKeyGroup;
+    if (type == KvType::q8_0) return values + values / kActivationBlock * 2;
+    return values * (type == KvType::f32 ? 4 : 2);
+}
 
 void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
     const PackedLayout& layout = *find_layout(matrix.type);
@@ -8902,7 +8957,7 @@ void silu_mul(float* gate, const float* up, size_t n) {
 
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
               void* key_group, void* value_group) {
-    if (type == KvType::f32)
+    if (type != KvType::f16)
         return scalar::store_kv(type, k, v, head_dim, slot, key_group, value_group);
     uint16_t* keys = static_cast<uint16_t*>(key_group) + slot;
     uint16_t* values = static_cast<uint16_t*>(value_group) + size_t{slot} * head_dim;
@@ -8918,6 +8973,29 @@ void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, ui
     for (; e < head_dim; e++) {
         keys[e * kKeyGroup] = half_bits(k[e]);
         values[e] = half_bits(v[e]);
+    }
+}
+
+VALAR_FORCE_INLINE __m256 load_codes8(const void* at) {  // int8
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(at))));
+}
+
+void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
+               float* values) {
+    const size_t codes = head_dim * kKeyGroup;
+    const std::byte *const k = static_cast<const std::byte*>(key_group),
+                    *const v = static_cast<const std::byte*>(value_group);
+    for (size_t i = 0; i < codes; i += kKeyGroup) {
+        const size_t block = i / kKeyGroup / kActivationBlock;
+        for (size_t j = 0; j < kKeyGroup; j += 8)
+            _mm256_storeu_ps(keys + i + j,
+                             _mm256_mul_ps(load_halves(k + codes + 2 * (block * kKeyGroup + j)),
+                                           load_codes8(k + i + j)));
+    }
+    for (size_t i = 0; i < codes; i += 8) {
+        const float scale = half_value(load16(v + codes + i / kActivationBlock * 2));
+        _mm256_storeu_ps(values + i, _mm256_mul_ps(_mm256_set1_ps(scale), load_codes8(v + i)));
     }
 }
 
@@ -9047,8 +9125,8 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
 }
 
 constexpr Kernels kernels_with(const char* name, void (*product)(const MatmulTask&)) {
-    return {name, quantize, product,  rms_norm,  rope,           scale,
-            add,  silu_mul, store_kv, attention, attention_merge};
+    return {name,     quantize, product,   rms_norm,  rope,           scale, add,
+            silu_mul, store_kv, expand_kv, attention, attention_merge};
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
 constexpr Kernels vnni_kernels = kernels_with("avxvnni", matmul<Vnni::vex>);
@@ -9399,8 +9477,9 @@ void attention(const AttentionTask& task) {
 }
 
 constexpr Kernels kernels = {
-    "avx512",  avx2::quantize, matmul,         avx2::rms_norm, avx2::rope,           avx2::scale,
-    avx2::add, avx2::silu_mul, avx2::store_kv, attention,      avx2::attention_merge};
+    "avx512",       avx2::quantize,  matmul,    avx2::rms_norm,       avx2::rope, avx2::scale,
+    avx2::add,      avx2::silu_mul,  avx2::store_kv, avx2::expand_kv, attention,
+    avx2::attention_merge};
 
 }  // namespace avx512
 }  // namespace
@@ -9958,7 +10037,7 @@ void silu_mul(float* gate, const float* up, size_t n) {
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
               void* key_group, void* value_group) {
     const size_t whole = head_dim / 4 * 4;
-    if (type == KvType::f32 || whole != head_dim)
+    if (type != KvType::f16 || whole != head_dim)
         return scalar::store_kv(type, k, v, head_dim, slot, key_group, value_group);
     uint16_t* keys = static_cast<uint16_t*>(key_group) + slot;
     uint16_t* values = static_cast<uint16_t*>(value_group) + slot * whole;
@@ -10109,8 +10188,8 @@ void matmul(const MatmulTask& task) {
 
 template <class K>
 constexpr Kernels kernels_with(const char* name) {
-    return {name,   quantize, matmul<K>, rms_norm,  rope,           scale,
-            add_to, silu_mul, store_kv,  attention, attention_merge};
+    return {name,     quantize, matmul<K>,         rms_norm,  rope,           scale, add_to,
+            silu_mul, store_kv, scalar::expand_kv, attention, attention_merge};
 }
 
 }  // namespace lanes4
@@ -15497,6 +15576,7 @@ struct AttentionUnit {
 struct QueryScratch {
     float *   max, *sum, *total_max, *total_sum;  // (kQueryRows * heads of a group)
     float*    out;                                // (the same, head_dim)
+    float*    expanded;                           // q8_0: a segment's keys, then its values
     uint16_t *begin, *end;
 };
 
@@ -15506,6 +15586,7 @@ struct CpuSizes {
     uint64_t split_rows;     // batches of so many rows are split over segments too
     uint64_t q = 0, kv = 0, ff = 0, group = 0, group_values = 0, heads = 0, columns = 0;
     uint64_t rope_values = 0;  // of all tables, for a position
+    uint64_t expanded = 0;   // of q8_0 keys and values: a segment's
     uint64_t staging = 0;    // a tile of each thread, as the file has it
     uint64_t mapped_tiles;   // bytes of kMappedTiles tiles, packed; 0: none are mapped
 };
@@ -15548,6 +15629,7 @@ struct CpuScratch {
             for (float** array : {&one.max, &one.sum, &one.total_max, &one.total_sum})
                 *array = carver.take<float>(kQueryRows * n.group);
             one.out = carver.take<float>(kQueryRows * n.group_values);
+            one.expanded = carver.take<float>(n.expanded);
             one.begin = carver.take<uint16_t>(kQueryRows * n.group);
             one.end = carver.take<uint16_t>(kQueryRows * n.group);
             if (carver.base) queries[part] = one;
@@ -15614,6 +15696,7 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
         n.ff = std::max(n.ff, uint64_t{layer.n_ff});
         n.group = std::max(n.group, group);
         n.group_values = std::max(n.group_values, group * dim);
+        if (options.kv_type == KvType::q8_0) n.expanded = std::max(n.expanded, 2 * kSegment * dim);
         fewest_kv_heads = std::min(fewest_kv_heads, uint64_t{layer.n_kv_heads});
     }
     n.columns = std::max({uint64_t{spec.n_embd}, n.q, n.ff});
@@ -15646,9 +15729,14 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
     out.weights.place(weights, spec, tensors);
     out.plan.weights = weights.used;
     out.plan.mapped = out.weights.mapped_bytes;
-    const size_t element = options.kv_type == KvType::f32 ? 4 : 2;
     for (CpuLayer& layer : out.weights.layers) {
-        layer.kv_head_bytes = 2 * element * layer.spec->head_dim * options.page_tokens;
+        const uint32_t head_dim = layer.spec->head_dim;
+        if (options.kv_type == KvType::q8_0 && head_dim % kActivationBlock != 0)
+            return make_error(ErrorKind::invalid_request,
+                              format("kv_type: q8_0 wants heads of a multiple of 32 values; this "
+                                     "model's have %u", head_dim), {}, "kv_type");
+        layer.kv_head_bytes =
+            2 * kv_group_bytes(options.kv_type, head_dim) * (options.page_tokens / kKeyGroup);
         layer.kv_offset = out.page_bytes;  // times the pages, below
         out.page_bytes += layer.kv_page_bytes();
         const RopeSpec& rope = layer.spec->rope;
@@ -16280,7 +16368,7 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
     const size_t half = layer().kv_head_bytes / 2, group_bytes = half * kKeyGroup / page_tokens;
     const void *keys[kSegment / kKeyGroup], *values[kSegment / kKeyGroup];
     AttentionTask task{};
-    task.kv_type = options_.kv_type;
+    task.kv_type = options_.kv_type == KvType::q8_0 ? KvType::f32 : options_.kv_type;
     task.head_dim = dim;
     task.queries = unit.rows * group;
     task.q = scratch_.turned + (kv_head * rows_.size() + unit.row) * group * dim;
@@ -16303,6 +16391,11 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
                                   position % page_tokens / kKeyGroup * group_bytes;
             keys[i] = at;
             values[i] = at + half;
+            if (options_.kv_type != KvType::q8_0) continue;
+            float* const expanded = scratch.expanded + i * kKeyGroup * dim;
+            kernels_->expand_kv(at, at + half, dim, expanded, expanded + kSegment * dim);
+            keys[i] = expanded;
+            values[i] = expanded + kSegment * dim;
         }
         for (uint32_t i = 0; i < task.queries; ++i) {
             const uint32_t seen = rows_[unit.row + i / group].position + 1;

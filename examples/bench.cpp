@@ -457,7 +457,7 @@ public:
     }
     /// What so many rows in one batch, the last of them at `position`, have to read and to compute.
     Cost cost(uint32_t rows, uint32_t logit_rows, double positions_read) const {
-        double products = 0, bytes = double(tensors_.output->bytes), kv_values = 0;
+        double products = 0, bytes = double(tensors_.output->bytes), kv_bytes = 0;
         for (const valar::LayerTensors& layer : tensors_.layers)
             for (const valar::TensorInfo* tensor :
                  {layer.k, layer.v, layer.q, layer.attn_output, layer.gate, layer.up, layer.down}) {
@@ -468,10 +468,11 @@ public:
                 bytes += double(tensor->bytes);
             }
         for (const valar::LayerSpec& layer : spec_->layers)
-            kv_values += 2.0 * layer.n_kv_heads * layer.head_dim;
+            kv_bytes += 2.0 * layer.n_kv_heads / valar::detail::kKeyGroup *
+                        double(valar::detail::kv_group_bytes(options_.kv_type, layer.head_dim));
         const double planes = options_.precision == valar::Precision::fine ? 2 : 1;
         return {
-            bytes + positions_read * kv_values * (options_.kv_type == valar::KvType::f32 ? 4 : 2),
+            bytes + positions_read * kv_bytes,
             2 * (planes * products + 2 * values(*tensors_.output) * logit_rows)};
     }
     const valar::MemoryPlan& plan() const { return plan_; }
@@ -676,7 +677,7 @@ private:
             .set("model", settings_.model.substr(settings_.model.find_last_of("/\\") + 1))
             .set("threads", settings_.threads)
             .set("precision", text(settings_.precision, valar::Precision::fine, "fine", "fast"))
-            .set("kv", text(settings_.kv_type, valar::KvType::f32, "f32", "f16"))
+            .set("kv", example::kv_type_names[static_cast<size_t>(settings_.kv_type)])
             .set("load_ms", rounded(load_s_ * 1e3))
             .set("first_token_ms", rounded(first_token_s_ * 1e3))
             .set("peak_memory_mib", rounded(double(peak_memory_) / (1 << 20)))
@@ -776,7 +777,7 @@ int main(int argc, char** argv) {
     flags.add("columns", "N", &settings.columns,
               "decode 2, 4, 8 ... N sequences at once, too (default: 16)");
     flags.add("precision", "fast|fine", &settings.precision, "default: fast");
-    flags.add("kv", "f16|f32", &settings.kv_type, "how keys and values are kept (default: f16)");
+    flags.add("kv", "f16|f32|q8_0", &settings.kv_type, "how keys and values are kept (default: f16)");
     flags.add("repeat", "R", &settings.repeat, "rounds; medians are shown (default: 5)");
     flags.add("stream-mib", "M", &settings.stream_mib,
               "measure bandwidth over so much memory; 0: no limits (default: 1024)");

@@ -75,9 +75,11 @@ inline bool read_value(const std::string& text, valar::Precision* out) {
     *out = text == "fine" ? valar::Precision::fine : valar::Precision::fast;
     return text == "fine" || text == "fast";
 }
+constexpr const char* kv_type_names[] = {"f16", "f32", "q8_0"};
 inline bool read_value(const std::string& text, valar::KvType* out) {
-    *out = text == "f32" ? valar::KvType::f32 : valar::KvType::f16;
-    return text == "f32" || text == "f16";
+    for (uint32_t i = 0; i < 3; ++i)
+        if (text == kv_type_names[i]) return *out = static_cast<valar::KvType>(i), true;
+    return false;
 }
 inline bool read_value(const std::string& text, valar::Weights* out) {
     *out = text == "mapped" ? valar::Weights::mapped : valar::Weights::packed;
@@ -232,8 +234,8 @@ inline void add_model_flags(Flags& flags, valar::EngineOptions& options) {
     flags.add("parallel", "N", &options.max_running, "requests side by side (default: 16)");
     flags.add("precision", "fast|fine", &options.precision,
               "fast: less exact, quicker with long prompts (default: fine)");
-    flags.add("kv-type", "f16|f32", &options.kv_type,
-              "how keys and values are kept (default: f16)");
+    flags.add("kv-type", "f16|f32|q8_0", &options.kv_type,
+              "how keys and values are kept; q8_0: in half the memory (default: f16)");
 }
 
 inline std::string environment(const char* name) {

@@ -23,6 +23,8 @@ constexpr std::string_view kLogitsSha256_f32 =
     "898b05c3dc010110828391271aa1312c178a9a4f8a8b89d817e7ab6a64fb8001";
 constexpr std::string_view kLogitsSha256_fine =
     "5dc10a2f8bcede576984145001ee4626e1a8d0c76a9dc22545d5efe7faba8409";
+constexpr std::string_view kLogitsSha256_fine_q8_0 =
+    "0c051d2f17663c492ab6874ae6e010bb5f0a6153b0fecce1b925338b537a5575";
 constexpr std::string_view kLogitsSha256_fine_f32 =
     "174dd6b2c4c814dc3ff13ed3578803666144d13eb0b95ec1fc8c04fef05b4b5e";
 
@@ -180,6 +182,28 @@ TEST_CASE("logits: kv_type and precision are the options that change bits") {
     CHECK(hash_all_types(way) == kLogitsSha256_fine_f32);
     way.options.kv_type = KvType::f16;
     CHECK(hash_all_types(way) == kLogitsSha256_fine);
+    way.options.kv_type = KvType::q8_0;
+    CHECK(hash_all_types(way) == kLogitsSha256_fine_q8_0);
+}
+
+TEST_CASE("logits: keys and values in q8_0, one SHA-256 however they are computed") {
+    Way way;
+    way.options.kv_type = KvType::q8_0;
+    const auto digest = [&] { return hash_of(logits_of(mixed_model(), 280, way)); };
+    const std::string whole = digest();
+    CHECK(whole != mixed_hash());
+    for (const detail::Kernels* kernels : detail::available_kernels()) {
+        way.kernels = kernels;
+        CHECK(digest() == whole);
+    }
+    way.kernels = nullptr;
+    for (const size_t piece : {1u, 7u, 64u}) {
+        way.piece = piece;
+        way.options.threads = 2;
+        way.options.page_tokens = piece == 64 ? 64 : 16;
+        way.backwards = !way.backwards;
+        CHECK(digest() == whole);
+    }
 }
 
 TEST_CASE("logits: threads") {
@@ -227,7 +251,7 @@ TEST_CASE("logits: weights that the file holds packed") {
         CHECK((plan->weights > bytes.size() / 2) != in_place);
     };
     for (const Weights weights : {Weights::packed, Weights::mapped})
-        for (const size_t offset : {0, 32}) {  // the second is not where the kernels can read it
+        for (const size_t offset : {size_t{0}, size_t{32}}) {  // the second is not where the kernels can read it
             std::byte* at = memory->data() + offset;
             std::memcpy(at, bytes.data(), bytes.size());
             check(Gguf::from_bytes({at, bytes.size()}), weights, offset == 0);
@@ -545,6 +569,8 @@ TEST_CASE("the memory plan") {
     options.weights = Weights::packed;
     options.kv_type = KvType::f32;
     CHECK(detail::plan_cpu(*gguf, *spec, *tensors, options)->kv == 2 * plan->kv);
+    options.kv_type = KvType::q8_0;
+    CHECK(detail::plan_cpu(*gguf, *spec, *tensors, options)->kv == plan->kv / 32 * 17);
     options.max_batch_rows = 8;
     options.max_logit_rows = 1;
     CHECK(detail::plan_cpu(*gguf, *spec, *tensors, options)->scratch < plan->scratch / 8);
@@ -561,6 +587,21 @@ TEST_CASE("options out of range") {
         return !plan && !detail::open_cpu_backend(*gguf, *spec, *tensors, options);
     };
     CHECK(refused([](BackendOptions& o) { o.page_tokens = 24; }));
+    {  // heads of 24 values
+        const auto bytes24 = tiny::model({.n_embd = 96, .n_ff = 96});
+        auto other = Gguf::from_bytes(bytes24);
+        REQUIRE(other);
+        auto other_spec = read_model_spec(*other);
+        auto other_tensors = bind_model_tensors(*other, *other_spec);
+        REQUIRE(other_tensors);
+        BackendOptions options = small();
+        CHECK(detail::plan_cpu(*other, *other_spec, *other_tensors, options));
+        options.kv_type = KvType::q8_0;
+        const auto plan = detail::plan_cpu(*other, *other_spec, *other_tensors, options);
+        REQUIRE(!plan);
+        CHECK(plan.error().param == "kv_type");
+        CHECK(plan.error().message.find("have 24") != std::string::npos);
+    }
     CHECK(refused([](BackendOptions& o) { o.page_tokens = 0; }));
     CHECK(refused([](BackendOptions& o) { o.kv_pages = 0; }));
     CHECK(refused([](BackendOptions& o) { o.max_batch_rows = 0; }));

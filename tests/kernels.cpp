@@ -706,7 +706,7 @@ struct Segment {
 Segment make_segment(const Kernels& kernels, KvType type, uint32_t head_dim, uint32_t filled,
                      Random& random) {
     Segment s;
-    const size_t bytes = 16 * head_dim * (type == KvType::f16 ? 2 : 4);
+    const size_t bytes = kv_group_bytes(type, head_dim);
     s.keys.assign(16, std::vector<uint8_t>(bytes, 0xff));  // not numbers where nothing was stored
     s.values = s.keys;
     for (uint32_t j = 0; j < filled; j++) {
@@ -791,6 +791,39 @@ TEST_CASE("kernels: attention") {
                     CHECK(same(want, o));
                 }
             }
+}
+
+TEST_CASE("kernels: keys and values in q8_0") {
+    for (const uint32_t head_dim : {32u, 64u, 96u, 256u})
+        for (const Kernels* kernels : available_kernels()) {
+            CAPTURE(kernels->name);
+            CAPTURE(head_dim);
+            REQUIRE(kv_group_bytes(KvType::q8_0, head_dim) == 17 * head_dim);
+            Random random{head_dim};
+            std::vector<uint8_t> keys(17 * head_dim), values = keys;
+            std::vector<float> k[16], v[16], wide_keys(16 * head_dim), wide_values = wide_keys;
+            for (uint32_t slot = 0; slot < 16; slot++) {
+                k[slot] = random.values(head_dim, true);
+                v[slot] = random.values(head_dim, true);
+                if (slot == 3) std::fill(v[slot].begin(), v[slot].end(), 0.0f);
+                if (slot == 5) k[slot][1] = 60000 * 127.0f;
+                kernels->store_kv(KvType::q8_0, k[slot].data(), v[slot].data(), head_dim, slot,
+                                  keys.data(), values.data());
+            }
+            kernels->expand_kv(keys.data(), values.data(), head_dim, wide_keys.data(),
+                               wide_values.data());
+            const auto stored = [](const std::vector<float>& x, size_t e) {  // the words
+                ActivationBlock block;
+                scalar().quantize(x.data() + e / 32 * 32, 32, 1, &block);
+                return half_to_float(float_to_half(block.d)) * static_cast<float>(block.q[e % 32]);
+            };
+            size_t wrong = 0;
+            for (size_t slot = 0; slot < 16; slot++)
+                for (size_t e = 0; e < head_dim; e++)
+                    wrong += wide_keys[e * 16 + slot] != stored(k[slot], e) ||
+                             wide_values[slot * head_dim + e] != stored(v[slot], e);
+            CHECK(wrong == 0);
+        }
 }
 
 TEST_CASE("kernels: attention over groups that nobody holds") {

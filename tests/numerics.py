@@ -291,6 +291,15 @@ def merge(old, new, seen):
     return big_m, big_l, big_o
 
 
+def stored(x, kv_type):  # 10; x (.., head_dim)
+    if kv_type == "f32":
+        return x
+    if kv_type == "f16":
+        return x.astype(np.float16).astype(F)
+    (d, _, h), = quantize(x, 1)
+    return (d.astype(np.float16).astype(F)[..., None] * h.astype(F)).reshape(x.shape)
+
+
 def forward(model, ids, planes, kv_type):
     width, heads = int(model.number("embedding_length")), int(model.number("attention.head_count"))
     kv_heads = int(model.number("attention.head_count_kv", heads))
@@ -305,7 +314,6 @@ def forward(model, ids, planes, kv_type):
     angles = [[sincos(float(p) * f) for f in pairs] for p in range(len(ids))]
     sin, cos = (np.array([[pair[i] for pair in row] for row in angles], D).astype(F) for i in (0, 1))
     scale = F(1) / np.sqrt(F(dim))
-    stored = np.float16 if kv_type == "f16" else F
     neox = model.arch == "qwen2"
 
     embedding = model.matrix("token_embd.weight")
@@ -321,7 +329,7 @@ def forward(model, ids, planes, kv_type):
         y = rms_norm(x, model.vector(name + "attn_norm.weight"), eps)
         q, k, v = (linear(w, y).reshape(len(ids), -1, dim) for w in ("attn_q", "attn_k", "attn_v"))
         q, k = rope(q, cos, sin, neox) * scale, rope(k, cos, sin, neox)
-        y = attention(q, k.astype(stored).astype(F), v.astype(stored).astype(F))
+        y = attention(q, stored(k, kv_type), stored(v, kv_type))
         x = x + linear("attn_output", y.reshape(len(ids), -1))
         y = rms_norm(x, model.vector(name + "ffn_norm.weight"), eps)
         gate, up = linear("ffn_gate", y), linear("ffn_up", y)
@@ -348,7 +356,8 @@ def main():
     self_check()
     np.seterr(all="ignore")
     cases = [("llama", "mixed", "fast", "f16"), ("llama", "mixed", "fine", "f32"),
-             ("qwen2", "mixed", "fast", "f32")]
+             ("qwen2", "mixed", "fast", "f32"), ("llama", "mixed", "fast", "q8_0"),
+             ("qwen2", "F32", "fast", "q8_0")]
     cases += [("llama", t, "fast", "f16") for t in
               ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")]
     failed = 0

@@ -3,7 +3,7 @@
 //     tiny_logits --sha256                           of the tiny models' logits: every weight type, both
 //                                                    precisions and kv types, prompts in several pieces
 //     tiny_logits --isas                             the kernel tables of this machine
-//     tiny_logits MODEL OUT fast|fine f16|f32 ID...  of every position, raw binary32, to OUT
+//     tiny_logits MODEL OUT fast|fine f16|f32|q8_0 ID...  of every position, raw binary32, to OUT
 #include "run_model.hpp"
 #include "tiny_model.hpp"
 
@@ -51,7 +51,7 @@ int print_sha256() {
     int round = 0;
     for (const std::string_view architecture : {"llama", "qwen2"}) {
         for (const Precision precision : {Precision::fast, Precision::fine}) {
-            for (const KvType kv_type : {KvType::f16, KvType::f32}) {
+            for (const KvType kv_type : {KvType::f16, KvType::f32, KvType::q8_0}) {
                 tiny::Options options;
                 options.architecture = architecture;
                 options.types = tiny::all_types();
@@ -77,12 +77,13 @@ int main(int argc, char** argv) {
         for (const detail::Kernels* table : detail::available_kernels()) std::puts(table->name);
         return 0;
     }
-    if (argc < 6) die("usage: tiny_logits --sha256 | --isas | MODEL OUT fast|fine f16|f32 ID...");
+    if (argc < 6) die("usage: tiny_logits --sha256 | --isas | MODEL OUT fast|fine f16|f32|q8_0 ID...");
     std::vector<Token> ids;
     for (int i = 5; i < argc; ++i) ids.push_back(std::atoi(argv[i]));
-    const auto logits =
-        all_logits(Gguf::open(first), ids, argv[3] == std::string("fine") ? Precision::fine : Precision::fast,
-                   argv[4] == std::string("f32") ? KvType::f32 : KvType::f16, 64, 1);
+    const std::string precision = argv[3], kv = argv[4];
+    const auto logits = all_logits(
+        Gguf::open(first), ids, precision == "fine" ? Precision::fine : Precision::fast,
+        kv == "f32" ? KvType::f32 : kv == "q8_0" ? KvType::q8_0 : KvType::f16, 64, 1);
     std::FILE* file = std::fopen(argv[2], "wb");
     const bool written = file && std::fwrite(logits.data(), 4, logits.size(), file) == logits.size();
     if (!file || std::fclose(file) != 0 || !written) die(std::string(argv[2]) + ": cannot be written");

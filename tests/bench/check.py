@@ -44,6 +44,10 @@ with tempfile.TemporaryDirectory() as folder:
     fine = json.loads(run("--precision", "fine", "--kv", "f32", "--json"))["results"][2]
     assert fine["precision"] == "fine" and fine["operations_per_token"] > one["operations_per_token"], fine
 
+    small = json.loads(run("--depth", "0,20", "--kv", "q8_0", "--json"))["results"]
+    assert small[3]["kv"] == "q8_0", small
+    assert small[3]["bytes_per_token"] - small[2]["bytes_per_token"] == 20 * 2 * 2 * 2 * (64 + 4), small
+
     turns = [json.loads(line) for line in run("--turns", stdin="\n\n").splitlines()]
     assert len(turns) == 2 and all(r["rounds"] == 1 for turn in turns for r in turn["results"]), turns
 
