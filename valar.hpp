@@ -1818,7 +1818,7 @@ struct ModelSpec {
     std::string name;            // for people, may be empty
     uint32_t n_vocab = 0;
     uint32_t n_embd = 0;         // width of the residual stream
-    uint32_t n_context = 0;      // positions it was trained for
+    uint32_t n_context = 0;      // positions it was trained for, or sees: a sliding window if narrower
     float norm_eps = 0;          // of every RMS norm
     float embedding_scale = 1;
     float logit_scale = 1;
@@ -15395,6 +15395,9 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     detail::refuse_unknown_options(in);
     spec.n_embd = in.size("embedding_length", ModelSpec::max_width);
     spec.n_context = in.size("context_length", ModelSpec::max_context);
+    // Up to its end a sliding window changes nothing; a longer context is not offered.
+    const uint64_t window = in.value(gguf.get_uint(in.prefix + "attention.sliding_window", 0));
+    if (window != 0 && window < spec.n_context) spec.n_context = static_cast<uint32_t>(window);
     spec.norm_eps = in.positive("attention.layer_norm_rms_epsilon", 0.0f);
     spec.embedding_scale = in.positive("embedding_scale", 1.0f);
     spec.logit_scale = in.positive("logit_scale", 1.0f);

@@ -219,6 +219,17 @@ TEST_CASE("model: what is not implemented is refused by name") {
     check_says(yarn, "key 'llama.rope.scaling.type' is neither 'none' nor 'linear'");
 }
 
+TEST_CASE("model: the context ends where a sliding window would begin to matter") {
+    const char* key = "llama.attention.sliding_window";
+    for (const auto& [window, context] : {std::pair{0u, 512u}, {100u, 100u}, {4096u, 512u}}) {
+        auto spec = spec_of(with_key(key, window));
+        REQUIRE_MESSAGE(spec, spec.error().message);
+        CHECK(spec->n_context == context);
+    }
+    check_says(with_key(key, -1), "sliding_window' is negative");
+    check_says(with_key(key, 1.0f), "sliding_window' is not an integer");
+}
+
 TEST_CASE("model: sizes are within limits and fit each other") {
     const uint32_t huge = std::numeric_limits<uint32_t>::max();
     for (std::string_view key :
