@@ -1386,7 +1386,8 @@ private:
 //     Keys and values are stored as binary16 (rounded to nearest even, too large is infinity),
 //     binary32, or (q8_0) in blocks of 32 neighbours of a head as d * h, with h of one plane as in 1
 //     and its d rounded to binary16; the product is exact and not a number where d is not (kv_type).
-//     Keys are stored rotated. Positions are cut into segments of 256 absolute
+//     Keys are stored rotated. Visible to a position are itself and those before it; where the
+//     layer has a window of n, the last n of these. Positions are cut into segments of 256 absolute
 //     positions (0..255, 256..511, ...). In a segment, over its visible positions j in ascending
 //     order:
 //       score_j: acc = 0; acc = fma(q'_e, k_j,e, acc) for ascending e
@@ -1804,6 +1805,7 @@ struct LayerSpec {
     uint32_t n_ff = 0;           // rows of gate and up
     bool qkv_bias = false;
     float attention_scale = 0;   // of query . key; 1 / sqrt(head_dim) unless the file says so
+    uint32_t window = 0;         // a position sees itself and window - 1 before it; 0: all
     RopeSpec rope;
 };
 
@@ -1818,7 +1820,7 @@ struct ModelSpec {
     std::string name;            // for people, may be empty
     uint32_t n_vocab = 0;
     uint32_t n_embd = 0;         // width of the residual stream
-    uint32_t n_context = 0;      // positions it was trained for, or sees: a sliding window if narrower
+    uint32_t n_context = 0;      // positions it was trained for
     float norm_eps = 0;          // of every RMS norm
     float embedding_scale = 1;
     float logit_scale = 1;
@@ -1886,7 +1888,8 @@ struct BackendOptions {
     uint32_t    page_tokens    = 16;  ///< positions a page, a multiple of 16
     uint32_t    max_batch_rows = 512; ///< rows of one batch at most
     uint32_t    max_logit_rows = 1;   ///< rows of one batch that may want logits
-    uint32_t    max_positions  = 0;   ///< of one sequence; 0: as many as all pages hold
+    uint32_t    max_positions  = 0;   ///< of one sequence; 0: as many as all pages hold (more is of
+                                      ///< use where all layers have windows)
     int         threads        = -1;  ///< helpers beside the caller; -1: physical cores - 1
     ParallelFor parallel_for   = nullptr;  ///< the host's job system instead of own threads
     void*       parallel_for_host = nullptr;
@@ -1907,6 +1910,7 @@ namespace detail {
 /// One row of a batch: a token at a position of a sequence. `pages` lists the sequence's pages, in
 /// order of position; the page of `position` is already there. A row sees the positions 0 ..
 /// position of its sequence: those of earlier batches and those of earlier rows of this batch.
+/// Pages that lie before the windows of all layers are not looked at.
 struct BatchRow {
     Token           token     = 0;
     const float*    embedding = nullptr;  ///< (n_embd) instead of the token's, or null
@@ -1927,12 +1931,13 @@ public:
     /// until advance() says done.
     virtual Result<void> begin(std::span<const BatchRow> rows) = 0;
     /// Computes on until done (true), or until the first boundary past the deadline (false; 0: no
-    /// deadline). Non-finite logits: an Error that names the layer; the batch is given up.
+    /// deadline). Error: nothing was begun.
     virtual Result<bool> advance(uint64_t deadline_ns) = 0;
     /// Gives up a batch that was begun: its positions count as not computed.
     virtual void abandon() = 0;
-    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin().
-    virtual std::span<const float> logits(uint32_t i) const = 0;
+    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin(). Error: some
+    /// are not finite; it names the layer. Other rows are none the worse for it.
+    virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
     /// Copies whole pages inside the pool; bytes of one page out and in (position-free layout).
     virtual void copy_page(uint32_t from, uint32_t to) = 0;
     virtual size_t page_bytes() const = 0;
@@ -2062,7 +2067,8 @@ struct EngineOptions {
     uint32_t     max_running    = 16;   ///< requests computed side by side
     uint64_t     memory_limit   = 0;    ///< bytes of all that memory_plan() counts; what weights
                                         ///< and scratch leave is for keys and values. 0: keys and
-                                        ///< values of two full contexts
+                                        ///< values of two full contexts (of a model whose layers
+                                        ///< all have windows: of these and a batch)
     uint32_t     page_tokens    = 16;   ///< positions a page of keys and values, a multiple of 16
     bool         prefix_cache   = true; ///< keep what was computed for requests that begin alike
     bool         share_prefixes = false;  ///< among organisations too: for a single tenant
@@ -2180,12 +2186,13 @@ public:
 
     /// All of it as bytes, for a save game: settings and what was said and, with `pages`, the keys
     /// and values that the cache has of it (KvType and layers decide: 12 KiB a token and more), so
-    /// that nothing needs to be computed again. Errors: "conversation_busy", memory.
+    /// that nothing needs to be computed again. Errors: "conversation_busy", memory, a model file that
+    /// cannot be read.
     Result<std::vector<std::byte>> save(bool pages = true);
     /// What save() wrote. Errors (bad_data): a byte that is not as it was written; (unsupported):
     /// another version or model, or pages of an engine with other options.
-    /// The checksum is against accidents: pages are believed, and go into the prefix cache of the
-    /// organisation that the bytes name. From strangers take only what save(false) wrote.
+    /// The checksum is against accidents: pages are believed, but only this conversation, its forks
+    /// and others restored from the same bytes ever find them.
     static Result<Conversation> restore(Engine& engine, std::span<const std::byte> saved);
 
 private:
@@ -15299,6 +15306,24 @@ std::vector<LayerSpec> read_layers(SpecReader& in, const Architecture& row, uint
     return layers;
 }
 
+/// Which layers have the file's sliding window: all; all but every n-th; or those that an array
+/// names, an entry a layer. A window that spans the context is none.
+void read_windows(SpecReader& in, ModelSpec& spec) {
+    constexpr const char* pattern = "attention.sliding_window_pattern";
+    const uint64_t window = in.value(in.gguf.get_uint(in.prefix + "attention.sliding_window", 0));
+    const GgufKey* key = in.find(pattern);
+    GgufNumbers<int64_t> named;
+    uint64_t period = 0;
+    if (key && key->is_array) named = in.value(in.gguf.get_ints(in.prefix + pattern));
+    else if (key) period = in.value(in.gguf.get_uint(in.prefix + pattern));
+    if (key && key->is_array && named.size() < spec.layers.size())
+        in.fail_key(ErrorKind::bad_data, pattern, "is too short for the layers");
+    if (in.error || window == 0 || window >= spec.n_context) return;
+    for (size_t i = 0; i < spec.layers.size(); ++i)
+        if (named.size() ? named[i] != 0 : period == 0 || (i + 1) % period != 0)
+            spec.layers[i].window = static_cast<uint32_t>(window);
+}
+
 /// Rows of the embedding are the vocabulary: the file's own counts of it must agree.
 uint32_t read_vocab_size(SpecReader& in) {
     const TensorInfo* embedding = in.gguf.find_tensor("token_embd.weight");
@@ -15395,15 +15420,13 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     detail::refuse_unknown_options(in);
     spec.n_embd = in.size("embedding_length", ModelSpec::max_width);
     spec.n_context = in.size("context_length", ModelSpec::max_context);
-    // Up to its end a sliding window changes nothing; a longer context is not offered.
-    const uint64_t window = in.value(gguf.get_uint(in.prefix + "attention.sliding_window", 0));
-    if (window != 0 && window < spec.n_context) spec.n_context = static_cast<uint32_t>(window);
     spec.norm_eps = in.positive("attention.layer_norm_rms_epsilon", 0.0f);
     spec.embedding_scale = in.positive("embedding_scale", 1.0f);
     spec.logit_scale = in.positive("logit_scale", 1.0f);
     spec.tied_output = !gguf.find_tensor("output.weight");
     spec.n_vocab = detail::read_vocab_size(in);
     spec.layers = detail::read_layers(in, *row, spec.n_embd);
+    detail::read_windows(in, spec);
     spec.rope_factors = detail::read_rope_factors(in, spec.layers[0].rope.dims);
     if (in.error) return *in.error;
     return spec;
@@ -15484,6 +15507,9 @@ struct CpuLayer {
     uint64_t     kv_offset;      // of its pages in the pool
     size_t       kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
     size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
+    uint32_t first_seen(uint32_t position) const {
+        return spec->window && position >= spec->window ? position - spec->window + 1 : 0;
+    }
 };
 
 struct CpuWeights {
@@ -15677,9 +15703,9 @@ uint32_t cpu_parts(const BackendOptions& options) {
 }
 
 uint64_t cpu_positions(const BackendOptions& options) {
-    const uint64_t most = options.max_positions ? options.max_positions : ModelSpec::max_context;
-    return std::min({uint64_t{options.kv_pages} * options.page_tokens, ModelSpec::max_context,
-                     most});
+    return std::min(options.max_positions ? options.max_positions
+                                          : uint64_t{options.kv_pages} * options.page_tokens,
+                    ModelSpec::max_context);
 }
 
 CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
@@ -15765,8 +15791,9 @@ public:
     Result<void> begin(std::span<const BatchRow> rows) override;
     Result<bool> advance(uint64_t deadline_ns) override;
     void abandon() override { batch_ = rows_ = {}; }
-    std::span<const float> logits(uint32_t i) const override {
-        return {scratch_.logits + size_t{i} * spec_->n_vocab, spec_->n_vocab};
+    Result<std::span<const float>> logits(uint32_t i) const override {
+        if (bad_rows_[i].load(std::memory_order_relaxed)) return bad_numbers_;
+        return std::span<const float>(scratch_.logits + size_t{i} * spec_->n_vocab, spec_->n_vocab);
     }
     void copy_page(uint32_t from, uint32_t to) override;
     size_t page_bytes() const override { return static_cast<size_t>(page_bytes_); }
@@ -15853,7 +15880,8 @@ private:
         float *max, *sum, *out;
     };
     float* query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const;
-    void merge_segment(uint32_t segment, const SegmentResult& from, const AttentionState& to);
+    void merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
+                       const AttentionState& to);
     void merge_parts(uint32_t row);
     void finish_attention(uint32_t first, uint32_t last, uint32_t part);
     void project_attention(uint32_t first, uint32_t last, uint32_t part);
@@ -15897,7 +15925,8 @@ private:
     uint32_t unit_count_ = 0, wanted_count_ = 0;
     bool     has_deadline_ = false;
     double   ns_per_work_[last_stage + 1][2] = {};  // of a stage, in batches of few and many rows
-    std::atomic<bool> finite_{true};
+    std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
+    Error    bad_numbers_;            // where the first of them came from
 };
 
 // In the order in which they run; from first_of_layer to last_of_layer once a layer.
@@ -15948,6 +15977,7 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     page_bytes_ = layout->page_bytes;
     Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
     scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
+    bad_rows_ = std::make_unique<std::atomic<bool>[]>(options.max_logit_rows);
     for (const LoadItem& item : weights_.items) bytes_to_load_ += item.tensor->bytes;
     if (auto there = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !there)
         return there.error();
@@ -16066,7 +16096,7 @@ Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
     }
     batch_ = rows;
     wanted_count_ = wanted;
-    finite_.store(true, std::memory_order_relaxed);
+    for (uint32_t i = 0; i < wanted; ++i) bad_rows_[i].store(false, std::memory_order_relaxed);
     start_batch();
     return {};
 }
@@ -16106,11 +16136,11 @@ Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
     do run_slice();
     while (stage_ <= last_stage && !(has_deadline_ && monotonic_ns() >= deadline_ns));
     const bool done = stage_ > last_stage;
-    std::optional<Error> error;
-    if (done && !finite_.load(std::memory_order_relaxed)) error = locate_bad_numbers();
+    if (done && std::any_of(bad_rows_.get(), bad_rows_.get() + wanted_count_,
+                            [](const std::atomic<bool>& bad) { return bad.load(); }))
+        bad_numbers_ = locate_bad_numbers();
     team_->end();
     if (done) abandon();
-    if (error) return std::move(*error);
     return done;
 }
 
@@ -16353,8 +16383,11 @@ void CpuBackend::plan_attention() {
 uint64_t CpuBackend::work_attention() const {
     const AttentionUnit& unit = scratch_.units[0];
     const LayerSpec& spec = *layer().spec;
-    return uint64_t{2 * kSegment} * unit.rows * (unit.last_segment - unit.first_segment) *
-           (spec.n_heads / spec.n_kv_heads) * spec.head_dim;
+    const uint32_t seen = layer().first_seen(rows_[unit.row].position) / kSegment;
+    const uint32_t segments = split_over_segments()
+                                  ? 1 : unit.last_segment - std::max(unit.first_segment, seen);
+    return uint64_t{2 * kSegment} * unit.rows * segments * (spec.n_heads / spec.n_kv_heads) *
+           spec.head_dim;
 }
 
 void CpuBackend::attend_units(uint32_t first, uint32_t last, uint32_t part) {
@@ -16367,7 +16400,8 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
     const LayerSpec& spec = *layer().spec;
     const uint32_t dim = spec.head_dim, group = spec.n_heads / spec.n_kv_heads;
     const uint32_t page_tokens = options_.page_tokens,
-                   newest = rows_[unit.row + unit.rows - 1].position;
+                   newest = rows_[unit.row + unit.rows - 1].position,
+                   oldest = layer().first_seen(rows_[unit.row].position);
     const size_t half = layer().kv_head_bytes / 2, group_bytes = half * kKeyGroup / page_tokens;
     const void *keys[kSegment / kKeyGroup], *values[kSegment / kKeyGroup];
     AttentionTask task{};
@@ -16383,12 +16417,16 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
     task.max = scratch.max;
     task.sum = scratch.sum;
     task.out = scratch.out;
-    for (uint32_t segment = unit.first_segment; segment < unit.last_segment; ++segment) {
+    for (uint32_t segment = std::max(unit.first_segment, oldest / kSegment);
+         segment < unit.last_segment; ++segment) {
         const uint32_t start = segment * kSegment;
+        const auto within = [start](uint32_t position) {
+            return static_cast<uint16_t>(std::clamp(position, start, start + kSegment) - start);
+        };
         for (uint32_t i = 0; i < kSegment / kKeyGroup; ++i) {
             const uint32_t position = start + i * kKeyGroup;
             keys[i] = values[i] = nullptr;
-            if (position > newest) continue;
+            if (position > newest || position + kKeyGroup <= oldest) continue;
             const uint32_t page = rows_[unit.row].pages[position / page_tokens];
             const std::byte* at = kv_page(layer(), page) + kv_head * layer().kv_head_bytes +
                                   position % page_tokens / kKeyGroup * group_bytes;
@@ -16401,10 +16439,9 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
             values[i] = expanded + kSegment * dim;
         }
         for (uint32_t i = 0; i < task.queries; ++i) {
-            const uint32_t seen = rows_[unit.row + i / group].position + 1;
-            scratch.begin[i] = 0;
-            scratch.end[i] =
-                static_cast<uint16_t>(seen > start ? std::min(seen - start, kSegment) : 0);
+            const uint32_t position = rows_[unit.row + i / group].position;
+            scratch.begin[i] = within(layer().first_seen(position));
+            scratch.end[i] = within(position + 1);
         }
         if (split_over_segments()) {
             const size_t at =
@@ -16416,9 +16453,9 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
         kernels_->attention(task);
         if (split_over_segments()) continue;
         for (uint32_t i = 0; i < task.queries; ++i)
-            if (scratch.end[i])
+            if (scratch.begin[i] < scratch.end[i])
                 merge_segment(
-                    segment, {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
+                    rows_[unit.row + i / group].position, segment, {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
                     {scratch.total_max + i, scratch.total_sum + i, query_output(unit, kv_head, i)});
     }
     if (split_over_segments()) return;
@@ -16433,10 +16470,10 @@ float* CpuBackend::query_output(const AttentionUnit& unit, uint32_t kv_head, uin
     return scratch_.attended + (row * spec.n_heads + head) * spec.head_dim;
 }
 
-void CpuBackend::merge_segment(uint32_t segment, const SegmentResult& from,
+void CpuBackend::merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
                                const AttentionState& to) {
     const size_t dim = layer().spec->head_dim;
-    if (segment != 0)
+    if (segment != layer().first_seen(position) / kSegment)
         return kernels_->attention_merge(to.max, to.sum, to.out, from.max, from.sum, from.out, dim);
     *to.max = from.max;
     *to.sum = from.sum;
@@ -16449,10 +16486,12 @@ void CpuBackend::merge_parts(uint32_t row) {
     for (uint32_t head = 0; head < spec.n_heads; ++head) {
         float max = 0, sum = 0,
               *out = scratch_.attended + (size_t{row} * spec.n_heads + head) * dim;
-        for (uint32_t segment = 0; segment <= rows_[row].position / kSegment; ++segment) {
+        const uint32_t position = rows_[row].position;
+        for (uint32_t segment = layer().first_seen(position) / kSegment;
+             segment <= position / kSegment; ++segment) {
             const size_t at = (row * sizes_.segments + segment) * spec.n_heads + head;
             merge_segment(
-                segment,
+                position, segment,
                 {scratch_.part_max[at], scratch_.part_sum[at], scratch_.part_out + at * dim},
                 {&max, &sum, out});
         }
@@ -16519,15 +16558,15 @@ void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
                     matrix.cols, scratch_.logits, matrix.rows}, part);
     const size_t begin = size_t{first} * kTileRows,
                  end = std::min<size_t>(size_t{last} * kTileRows, matrix.rows);
-    uint32_t largest = 0;  // exponent: 255 is infinite or no number
     for (uint32_t i = 0; i < wanted_count_; ++i) {
+        uint32_t largest = 0;  // exponent: 255 is infinite or no number
         float* logits = scratch_.logits + size_t{i} * matrix.rows;
         if (spec_->logit_scale != 1)
             kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
         for (size_t j = begin; j < end; ++j)
             largest = std::max(largest, std::bit_cast<uint32_t>(logits[j]) & 0x7f800000u);
+        if (largest == 0x7f800000u) bad_rows_[i].store(true, std::memory_order_relaxed);
     }
-    if (largest == 0x7f800000u) finite_.store(false, std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -17069,12 +17108,13 @@ private:
 
 struct SaveHeader {
     char     magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
-    uint32_t version = 1, numerics = kNumerics;
+    uint32_t version = 2, numerics = kNumerics;
     Hash256  model;
-    uint32_t precision = 0, kv_type = 0, page_tokens = 0, pages = 0;
+    uint32_t precision = 0, kv_type = 0, page_tokens = 0;
+    uint32_t first_page = 0, pages = 0, unused = 0;
     uint64_t page_bytes = 0, json_bytes = 0;
 };
-static_assert(sizeof(SaveHeader) == 80 && std::is_trivially_copyable_v<SaveHeader>);
+static_assert(sizeof(SaveHeader) == 88 && std::is_trivially_copyable_v<SaveHeader>);
 
 // ---- A request being answered ----------------------------------------------------------------
 
@@ -17113,6 +17153,7 @@ struct Sequence {
     uint32_t              draft_most = kFirstDraft;   // follows what is accepted
     uint32_t              credit   = 0;     // for wasted rows, in 1 / kDraftCredit
     std::vector<uint32_t> pages;
+    uint32_t              passed   = 0;     // of them, given back: no window reaches there any more
     std::vector<Hash256>  page_keys;        // of the pages that its tokens fill, when needed
     uint32_t              kept     = 0;     // pages that the cache knows
     bool                  over     = false; // its reply has the end; its pages are still taken
@@ -17260,7 +17301,22 @@ Result<void> check_engine_options(const EngineOptions& options, const ModelSpec&
     return {};
 }
 
-// As many pages as memory_limit leaves room for: at least one context's.
+// Full pages before a position that some layer may see from there; UINT32_MAX: all.
+uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens) {
+    uint32_t most = 0;
+    for (const LayerSpec& layer : spec.layers) most = std::max(most, layer.window - 1);
+    return most == UINT32_MAX ? most : most / std::max(page_tokens, 1u) + 1;
+}
+
+// Pages that a sequence holds at once, with so many positions: where all layers have windows, those
+// that they reach from a batch's first row, and the batch's.
+uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
+                          uint32_t page_tokens) {
+    const uint64_t page = std::max(page_tokens, 1u), all = (positions + page - 1) / page;
+    return static_cast<uint32_t>(std::min(all, window_pages + batch_rows / page + 2));
+}
+
+// As many pages as memory_limit leaves room for: at least what one context needs.
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
                                               const ModelSpec& spec,
                                               const ModelTensors& tensors) {
@@ -17272,7 +17328,9 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.kv_type = options.kv_type;
     out.weights = options.weights;
     out.page_tokens = options.page_tokens;
-    const uint64_t page = std::max(options.page_tokens, 1u), least = (context + page - 1) / page;
+    const uint64_t least = count_held_pages(
+        context, count_window_pages(spec, options.page_tokens), std::min(options.step_tokens, context),
+        options.page_tokens);
     out.kv_pages = static_cast<uint32_t>(least);
     out.max_positions = context;
     out.max_logit_rows =
@@ -17300,12 +17358,15 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
 }
 
 // The key that stands before that of a first page: all that may part prefixes which begin alike.
-Hash256 root_key(const EngineOptions& options, const std::string& organisation) {
+// `salt` is empty, or stands for pages that others must not find.
+Hash256 root_key(const EngineOptions& options, const std::string& organisation,
+                 std::string_view salt) {
     const uint32_t numbers[] = {kNumerics, static_cast<uint32_t>(options.precision),
                                 static_cast<uint32_t>(options.kv_type), options.page_tokens};
     Sha256 hash;
     hash.update(numbers, sizeof numbers);
     if (!options.share_prefixes) hash.update(organisation);
+    if (!salt.empty()) hash.update(sha256(salt.data(), salt.size()).view());
     return hash.finish();
 }
 
@@ -17366,17 +17427,27 @@ uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_
 
 constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
 
-// What parts models that are alike in shape: their directory, and some weights of every tensor.
-Hash256 fingerprint(const Gguf& gguf) {
+// What parts models that are alike in shape: their directory, and the first row of every tensor as
+// numbers: a model is the same however its file holds it.
+Result<Hash256> fingerprint(const Gguf& gguf) {
     Sha256 hash;
     for (const TensorInfo& tensor : gguf.tensors()) {
-        std::byte weights[64] = {};
-        const size_t count = static_cast<size_t>(std::min<uint64_t>(tensor.bytes, sizeof weights));
-        (void)gguf.read_tensor(tensor, 0, {weights, count});
+        const uint32_t cols = static_cast<uint32_t>(tensor.dims[0]);
+        const uint32_t rows = static_cast<uint32_t>(std::min<uint64_t>(tensor.dims[1], kTileRows));
+        const uint64_t tile_bytes = packed_tile_bytes(tensor.type, cols);
+        auto tile = Buffer::allocate(tile_bytes, "a fingerprint");
+        if (!tile) return tile.error();
+        std::vector<std::byte> source(
+            static_cast<size_t>(tensor.packed ? tile_bytes : tensor.bytes / tensor.dims[1] * rows));
+        if (auto read = gguf.read_tensor(tensor, 0, source); !read) return read.error();
+        if (tensor.packed) std::memcpy(tile->data(), source.data(), source.size());
+        else pack_tiles(tensor.type, rows, cols, source.data(), 0, 1, tile->data());
+        std::vector<float> row(cols);
+        dequantize_row({tensor.type, rows, cols, tile->data()}, 0, row.data());
         hash.update(tensor.name);
         hash.update(&tensor.type, sizeof tensor.type);
         hash.update(tensor.dims, sizeof tensor.dims);
-        hash.update(weights, sizeof weights);
+        hash.update(row.data(), row.size() * sizeof(float));
     }
     return hash.finish();
 }
@@ -17397,6 +17468,7 @@ struct Engine::State final : Responder {
     ModelTensors   tensors;
     ModelInfo      info;
     uint32_t       context = 0, step_tokens = 0, max_logit_rows = 0;
+    uint32_t       window_pages = 0;       // full pages that a row may see; UINT32_MAX: all
     detail::SamplerOptions      sampling;  // where a request says nothing
     std::optional<Tokenizer>    tokenizer;
     std::optional<ChatTemplate> chat_template;
@@ -17443,7 +17515,8 @@ struct Engine::State final : Responder {
     ResponderStats stats() const override;
     void on_ready(void (*ready)(void* context, const std::string& id), void* context) override;
 
-    Result<std::unique_ptr<detail::PreparedPrompt>> prepare_prompt(const Request& request);
+    Result<std::unique_ptr<detail::PreparedPrompt>> prepare_prompt(const Request& request,
+                                                                   std::string_view salt = {});
     Result<std::vector<Token>> make_prompt(const Request& request) const;
     std::string refused_window() const;
     Result<void> enqueue(std::unique_ptr<detail::PreparedPrompt> prompt, const MailboxPtr& reply,
@@ -17466,6 +17539,7 @@ struct Engine::State final : Responder {
     bool make_place(const detail::Sequence& next);
     bool fits(const detail::Sequence& next) const;
     uint32_t pages_for(uint32_t positions) const;
+    uint32_t held_for(uint32_t positions) const;
     void start_sequence(SequencePtr sequence);
     void preempt_last();
     void release_pages(detail::Sequence& sequence);
@@ -17473,6 +17547,8 @@ struct Engine::State final : Responder {
     void sweep();
     void join_cached(detail::Sequence& sequence);
     void keep_pages(detail::Sequence& sequence);
+    size_t count_cached(std::span<const detail::Hash256> keys, size_t computed, size_t held) const;
+    void drop_passed(detail::Sequence& sequence);
     void extend_keys(detail::Sequence& sequence, size_t count) const;
     uint32_t prompt_rows(bool answers, uint64_t budget_ns) const;
     void share_prompt_rows(uint32_t budget);
@@ -17494,7 +17570,7 @@ struct Engine::State final : Responder {
 
     Result<detail::Exclusive> take_turn(const char* who);
     Reply reply_to(Result<std::unique_ptr<detail::PreparedPrompt>> prompt);
-    detail::SaveHeader save_header();
+    Result<detail::SaveHeader> save_header();
     void import_pages(std::span<const detail::Hash256> keys, std::span<const std::byte> bytes);
 };
 
@@ -17533,6 +17609,7 @@ Result<void> Engine::State::open(const EngineOptions& from) {
     context = chosen->max_positions;
     max_logit_rows = chosen->max_logit_rows;
     step_tokens = chosen->max_batch_rows - max_logit_rows;
+    window_pages = detail::count_window_pages(spec, options.page_tokens);
     batch.reserve(chosen->max_batch_rows);
     running.reserve(options.max_running);
     pool.open(chosen->kv_pages);
@@ -17563,7 +17640,7 @@ Result<std::unique_ptr<Prepared>> Engine::State::prepare(const Request& request)
 }
 
 Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
-    const Request& request) {
+    const Request& request, std::string_view salt) {
     const auto& names = info.aliases;
     if (!request.model.empty() && request.model != info.id &&
         std::find(names.begin(), names.end(), request.model) == names.end())
@@ -17606,7 +17683,7 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
     out->stop = request.stop;
     out->organisation = request.organisation;
     out->window = request.window;
-    out->root = detail::root_key(options, request.organisation);
+    out->root = detail::root_key(options, request.organisation, salt);
     out->group = detail::group_of(out->root, request.prompt_cache_key);
     if (options.prefix_cache)
         detail::extend_page_keys(out->page_keys, out->root, *tokens, options.page_tokens,
@@ -17905,16 +17982,21 @@ uint32_t Engine::State::pages_for(uint32_t positions) const {
     return (positions + options.page_tokens - 1) / options.page_tokens;
 }
 
+uint32_t Engine::State::held_for(uint32_t positions) const {
+    return detail::count_held_pages(positions, window_pages, step_tokens, options.page_tokens);
+}
+
 // Whether there are pages for it and for what the others still have to read.
 bool Engine::State::fits(const detail::Sequence& next) const {
-    uint64_t wanted = pages_for(next.length() + 1);
+    uint64_t wanted = held_for(next.length() + 1);
     for (const detail::Hash256& key : next.page_keys) {
         const uint32_t page = pool.find(key);
-        if (page == detail::PagePool::none || !pool.in_use(page)) break;
+        if (wanted == 0 || page == detail::PagePool::none || !pool.in_use(page)) break;
         --wanted;
     }
     for (const SequencePtr& other : running) {
-        const size_t needed = pages_for(other->length() + 1), there = other->pages.size();
+        const size_t needed = held_for(other->length() + 1),
+                     there = other->pages.size() - other->passed;
         wanted += needed - std::min(needed, there);
     }
     return running.empty() || wanted <= pool.unused();
@@ -17959,8 +18041,10 @@ void Engine::State::preempt_last() {
 
 // From the last to the first: what begins a prefix is to outlive what ends it.
 void Engine::State::release_pages(detail::Sequence& sequence) {
-    for (; !sequence.pages.empty(); sequence.pages.pop_back()) pool.drop(sequence.pages.back());
-    sequence.computed = sequence.rows = sequence.kept = 0;
+    for (; sequence.pages.size() > sequence.passed; sequence.pages.pop_back())
+        pool.drop(sequence.pages.back());
+    sequence.pages.clear();
+    sequence.computed = sequence.rows = sequence.kept = sequence.passed = 0;
 }
 
 void Engine::State::sweep() {
@@ -17975,21 +18059,39 @@ void Engine::State::sweep() {
 
 // ---- The prefix cache ------------------------------------------------------------------------
 
-// Takes over what the cache has of the tokens that come next; the last one is left to compute.
+// The most pages with these keys, at least `computed` (of which the last `held` are there), that
+// need not be computed: the cache has those of them that a window still reaches.
+size_t Engine::State::count_cached(std::span<const detail::Hash256> keys, size_t computed,
+                                   size_t held) const {
+    size_t found = computed;
+    for (size_t i = computed; i < keys.size(); ++i) {
+        const bool there = pool.find(keys[i]) != detail::PagePool::none;
+        held = there ? held + 1 : 0;
+        if (held >= std::min<size_t>(i + 1, window_pages)) found = i + 1;
+        else if (window_pages == UINT32_MAX) break;
+    }
+    return found;
+}
+
+// Takes over what the cache has of the tokens that come next; the last one is left to compute (and
+// sees no page that the one after it would not).
 void Engine::State::join_cached(detail::Sequence& sequence) {
     const uint32_t page_tokens = options.page_tokens;
     if (!options.prefix_cache) return;
-    while (sequence.computed % page_tokens == 0 && sequence.left() >= page_tokens) {
-        const size_t index = sequence.computed / page_tokens;
-        extend_keys(sequence, index + 1);
-        const uint32_t page = pool.find(sequence.page_keys[index]);
-        if (page == detail::PagePool::none) break;
-        pool.share(page);
-        if (index < sequence.pages.size())
-            pool.drop(std::exchange(sequence.pages[index], page));
-        else sequence.pages.push_back(page);
-        sequence.kept = static_cast<uint32_t>(index + 1);
-        sequence.computed += page_tokens;
+    if (sequence.computed % page_tokens == 0 && sequence.left() >= page_tokens) {
+        const size_t from = sequence.computed / page_tokens;
+        extend_keys(sequence, sequence.length() / page_tokens);
+        const size_t to = count_cached(sequence.page_keys, from, from - sequence.passed);
+        for (size_t i = from; i < to; ++i) {
+            const uint32_t page = window_pages < to - i ? detail::PagePool::none
+                                                        : pool.find(sequence.page_keys[i]);
+            if (page != detail::PagePool::none) pool.share(page);
+            if (i < sequence.pages.size()) pool.drop(std::exchange(sequence.pages[i], page));
+            else sequence.pages.push_back(page);
+        }
+        if (to > from) sequence.kept = static_cast<uint32_t>(to);
+        sequence.computed = static_cast<uint32_t>(to * page_tokens);
+        drop_passed(sequence);
     }
     if (sequence.left() == 0) --sequence.computed;
     const uint32_t found = std::min(sequence.computed, sequence.outcome.usage.input_tokens);
@@ -18014,6 +18116,16 @@ void Engine::State::keep_pages(detail::Sequence& sequence) {
             pool.share(known);
             pool.drop(std::exchange(page, known));
         }
+    }
+}
+
+// Gives back what no window reaches from the next row.
+void Engine::State::drop_passed(detail::Sequence& sequence) {
+    const uint32_t full = sequence.computed / options.page_tokens;
+    for (; full > window_pages && sequence.passed < full - window_pages; ++sequence.passed) {
+        uint32_t& page = sequence.pages[sequence.passed];
+        if (page != detail::PagePool::none) pool.drop(page);
+        page = detail::PagePool::none;
     }
 }
 
@@ -18112,6 +18224,7 @@ void Engine::State::build_batch(uint64_t budget_ns) {
     uint32_t spare = max_logit_rows - static_cast<uint32_t>(running.size());
     for (const SequencePtr& sequence : running) {
         join_cached(*sequence);
+        drop_passed(*sequence);
         sequence->rows = 0;
         if (sequence->left() > 1) continue;
         answers = true;
@@ -18187,7 +18300,12 @@ void Engine::State::take_results(detail::Sequence& sequence) {
 
 // Draws a token. The end, a stop string or the limit finishes the sequence.
 Token Engine::State::take_token(detail::Sequence& sequence, uint32_t logits_row) {
-    const auto logits = backend->logits(logits_row);
+    const auto finite = backend->logits(logits_row);
+    if (!finite) {
+        finish(sequence, Status::failed, finite.error());
+        return -1;
+    }
+    const std::span<const float> logits = *finite;
     const Token token = sequence.sampler.sample(logits, sequence.length());
     if (sequence.first_token_ns == 0) sequence.first_token_ns = detail::monotonic_ns();
     sequence.tokens.push_back(token);
@@ -18328,8 +18446,12 @@ Reply Engine::State::reply_to(Result<std::unique_ptr<detail::PreparedPrompt>> pr
 }
 
 // What a save must share with this engine.
-detail::SaveHeader Engine::State::save_header() {
-    if (!model_fingerprint) model_fingerprint = detail::fingerprint(gguf);
+Result<detail::SaveHeader> Engine::State::save_header() {
+    if (!model_fingerprint) {
+        auto hash = detail::fingerprint(gguf);
+        if (!hash) return hash.error();
+        model_fingerprint = *hash;
+    }
     detail::SaveHeader out;
     out.model = *model_fingerprint;
     out.precision = static_cast<uint32_t>(options.precision);
@@ -18585,6 +18707,7 @@ struct Conversation::State {
     WhenFull          when_full = WhenFull::refuse;
     size_t            fixed     = 0;  // of items: said before the first turn
     uint32_t          forgotten = 0;  // turns
+    std::string       salt;           // of its pages' keys, if they came from bytes: see restore()
     std::shared_ptr<detail::Mailbox> reply;  // of the turn under way
 
     bool settle();
@@ -18631,7 +18754,7 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Conversation::State::prepare(
     for (;;) {
         std::vector<Item> said = items;
         said.push_back(Item::message(Role::user, std::string(words)));
-        auto prompt = engine->prepare_prompt(request(std::move(said)));
+        auto prompt = engine->prepare_prompt(request(std::move(said)), salt);
         const bool full = prompt ? (*prompt)->max_output < room
                                  : prompt.error().code == "context_length_exceeded";
         if (!full || when_full == WhenFull::refuse || !forget_half()) return prompt;
@@ -18645,7 +18768,7 @@ Result<std::vector<detail::Hash256>> Conversation::State::page_keys() const {
     auto tokens = engine->make_prompt(request(items));
     if (!tokens) return tokens.error();
     const uint32_t page_tokens = engine->options.page_tokens;
-    detail::extend_page_keys(keys, detail::root_key(engine->options, settings.organisation),
+    detail::extend_page_keys(keys, detail::root_key(engine->options, settings.organisation, salt),
                              *tokens, page_tokens, tokens->size() / page_tokens);
     return keys;
 }
@@ -18707,13 +18830,13 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     const std::string history = state_->history();
     auto keys = pages ? state_->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    std::vector<uint32_t> found;
-    for (const detail::Hash256& key : *keys) {
-        const uint32_t page = engine.pool.find(key);
-        if (page == detail::PagePool::none) break;
-        found.push_back(page);
-    }
-    detail::SaveHeader header = engine.save_header();
+    const size_t end = engine.count_cached(*keys, 0, 0);
+    const size_t first = end - std::min<size_t>(end, engine.window_pages);
+    const auto found = std::span(*keys).subspan(first, end - first);
+    auto made = engine.save_header();
+    if (!made) return made.error();
+    detail::SaveHeader header = *made;
+    header.first_page = static_cast<uint32_t>(first);
     header.pages = static_cast<uint32_t>(found.size());
     header.json_bytes = history.size();
     std::vector<std::byte> out(sizeof header + history.size() + found.size() * header.page_bytes +
@@ -18725,8 +18848,8 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     };
     put(&header, sizeof header);
     put(history.data(), history.size());
-    for (const uint32_t page : found) {
-        engine.backend->export_page(page, at);
+    for (const detail::Hash256& key : found) {
+        engine.backend->export_page(engine.pool.find(key), at);
         at += header.page_bytes;
     }
     const uint32_t sum = detail::crc32c(out.data(), out.size() - sizeof sum);
@@ -18739,7 +18862,9 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
         return detail::make_error(kind, std::string("saved conversation: ") + why);
     };
     Engine::State& engine = *to.state_;
-    const detail::SaveHeader here = engine.save_header();
+    auto made = engine.save_header();
+    if (!made) return made.error();
+    const detail::SaveHeader& here = *made;
     detail::SaveHeader header;
     uint32_t sum = 0;
     if (saved.size() < sizeof header + sizeof sum)
@@ -18774,11 +18899,13 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     for (const Json& item : (*json)["items"].items())
         state->items.push_back(detail::read_item(item));
     state->fixed = std::min<size_t>((*json)["fixed"].as_uint(), state->items.size());
+    if (header.pages) state->salt = detail::sha256(saved.data(), saved.size()).hex();
     auto turn = engine.take_turn("restore()");
     if (!turn) return turn.error();
     auto keys = header.pages ? state->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    engine.import_pages(*keys, body.subspan(static_cast<size_t>(header.json_bytes)));
+    engine.import_pages(std::span(*keys).subspan(std::min<size_t>(keys->size(), header.first_page)),
+                        body.subspan(static_cast<size_t>(header.json_bytes)));
     return Conversation(std::move(state));
 }
 

@@ -477,9 +477,10 @@ public:
     }
     const valar::MemoryPlan& plan() const { return plan_; }
     /// The likeliest token of a batch whose last row alone wanted logits.
-    valar::Token next_token() const {
+    Result<valar::Token> next_token() const {
         const auto logits = backend_->logits(0);
-        return valar::Token(std::max_element(logits.begin(), logits.end()) - logits.begin());
+        if (!logits) return logits.error();
+        return valar::Token(std::max_element(logits->begin(), logits->end()) - logits->begin());
     }
 
 private:
@@ -552,7 +553,9 @@ public:
         load_s_ = seconds_since(start_ns_);
         plan("prefill", kStartTokens, 0, 1);
         if (auto ran = measure(measurements_[0]); !ran) return ran;
-        first_token_ = model_.next_token();
+        auto token = model_.next_token();
+        if (!token) return token.error();
+        first_token_ = *token;
         first_token_s_ = seconds_since(start_ns_);
 
         uint32_t deepest = 0;

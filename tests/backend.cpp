@@ -81,7 +81,7 @@ std::vector<float> all_logits(Model& model, const std::vector<Token>& ids, const
         const std::span<const Token> part(ids.data() + i, std::min(way.piece, ids.size() - i));
         REQUIRE(model.run(make_rows(part, static_cast<uint32_t>(i), pages, true), way.pause_ns));
         for (uint32_t row = 0; row < part.size(); ++row) {
-            const auto logits = model.backend->logits(row);
+            const auto logits = model.logits(row);
             out.insert(out.end(), logits.begin(), logits.end());
         }
     }
@@ -124,35 +124,6 @@ const std::string& mixed_hash() {
 
 void check_way(const Way& way) {
     CHECK(hash_of(logits_of(mixed_model(), 280, way)) == mixed_hash());
-}
-
-// The same model as examples/quantize.cpp --packed writes it.
-std::vector<std::byte> packed_copy(const std::vector<std::byte>& bytes) {
-    auto gguf = Gguf::from_bytes(bytes);
-    REQUIRE(gguf);
-    GgufWriter writer(64);
-    for (const GgufKey& key : gguf->keys()) writer.set(key);
-    const auto fill = [](void* context, const TensorInfo& to, uint64_t offset,
-                         std::span<std::byte> out) -> Result<void> {
-        const Gguf& from = *static_cast<const Gguf*>(context);
-        const TensorInfo& tensor = *from.find_tensor(to.name);
-        if (!to.packed) return from.read_tensor(tensor, offset, out);
-        const uint32_t rows = static_cast<uint32_t>(to.dims[1]), cols = static_cast<uint32_t>(to.dims[0]);
-        const uint64_t tile = detail::packed_tile_bytes(to.type, cols);
-        const uint32_t first = static_cast<uint32_t>(offset / tile);
-        detail::pack_tiles(to.type, rows, cols,
-                           from.tensor_bytes(tensor)->data() + first * 16 * (tensor.bytes / rows), first,
-                           static_cast<uint32_t>(first + out.size() / tile), out.data());
-        return {};
-    };
-    for (const TensorInfo& tensor : gguf->tensors()) {
-        TensorInfo to = tensor;
-        to.packed = tensor.n_dims == 2;
-        writer.add_tensor(to, {fill, &*gguf});
-    }
-    auto packed = writer.to_bytes();
-    REQUIRE(packed);
-    return std::move(*packed);
 }
 
 // A host's job system: a thread a job, the last one first.
@@ -229,7 +200,7 @@ TEST_CASE("logits: weights read in place") {
 }
 
 TEST_CASE("logits: weights that the file holds packed") {
-    const std::vector<std::byte> bytes = packed_copy(mixed_model());
+    const std::vector<std::byte> bytes = tiny::packed_copy(mixed_model());
     auto memory = detail::Buffer::allocate(bytes.size() + 64, "a model");
     REQUIRE(memory);
     GgufReader reader;
@@ -261,9 +232,71 @@ TEST_CASE("logits: weights that the file holds packed") {
 
 // A file made before a change of the layout must not be taken for one made after it.
 TEST_CASE("packed layouts change only with kPackedVersion") {
-    const std::vector<std::byte> bytes = packed_copy(mixed_model());
+    const std::vector<std::byte> bytes = tiny::packed_copy(mixed_model());
     CHECK(kPackedVersion == 1);
     CHECK(detail::sha256(bytes.data(), bytes.size()).hex() == "cc625ee61168ed02bf1fe0aea3b8d9cb76dcbb9e5335f9e8a325e557e50e12da");
+}
+
+TEST_CASE("logits: layers with a window") {
+    const auto bytes = [](uint32_t window, uint32_t full_every = 0) {
+        return tiny::model({.types = {TensorType::q8_0}, .window = window, .full_every = full_every});
+    };
+    const auto all = [&](const std::vector<std::byte>& model) { return logits_of(model, 280, {}); };
+    const std::vector<float> unlimited = all(bytes(0));
+    const auto changed_from = [&](const std::vector<float>& logits) {  // the first position
+        const size_t vocab = logits.size() / 280;
+        const auto at = std::mismatch(logits.begin(), logits.end(), unlimited.begin()).first;
+        return static_cast<size_t>(at - logits.begin()) / vocab;
+    };
+    CHECK(all(bytes(280)) == unlimited);
+    CHECK(changed_from(all(bytes(279))) == 279);
+    CHECK(changed_from(all(bytes(20))) == 20);
+    CHECK(changed_from(all(bytes(1))) == 1);
+    CHECK(all(bytes(20, 2)) != all(bytes(20)));
+    CHECK(all(bytes(20, 1)) == unlimited);
+
+    // However it is computed, and whatever lies in pages that no window reaches.
+    const auto windowed = bytes(20);
+    const std::string expected = hash_of(all(windowed));
+    for (const detail::Kernels* kernels : detail::available_kernels())
+        for (const size_t piece : {1u, 7u, 300u})
+            for (const KvType kv_type : {KvType::f16, KvType::q8_0}) {
+                CAPTURE(kernels->name);
+                CAPTURE(piece);
+                Way way;
+                way.kernels = kernels;
+                way.piece = piece;
+                way.options.kv_type = kv_type;
+                way.options.threads = piece == 7 ? 2 : 0;
+                const std::string hash = hash_of(logits_of(windowed, 280, way));
+                if (kv_type == KvType::f16) CHECK(hash == expected);
+                Model model = open_tiny(windowed, small(way.options), kernels);
+                std::vector<uint32_t> pages = page_list(0, 32);
+                const auto ids = prompt(280);
+                std::vector<float> logits;
+                for (uint32_t i = 0; i < 280; i += static_cast<uint32_t>(piece)) {
+                    const uint32_t page = (std::max(i, 19u) - 19) / 16;
+                    std::fill(pages.begin(), pages.begin() + page, UINT32_MAX);
+                    const auto part = std::span(ids).subspan(i, std::min<size_t>(piece, 280 - i));
+                    REQUIRE(model.run(make_rows({part.begin(), part.end()}, i, pages, true)));
+                    for (uint32_t row = 0; row < part.size(); ++row)
+                        logits.insert(logits.end(), model.logits(row).begin(), model.logits(row).end());
+                }
+                CHECK(hash_of(logits) == hash);
+            }
+
+    // One layer: a token outside the window is never looked at, the last one inside is.
+    const auto one = tiny::model({.n_layers = 1, .window = 20});
+    Model model = open_tiny(one, small());
+    const auto pages = page_list(0, 32);
+    const auto last = [&](size_t changed) {
+        auto ids = prompt(60);
+        if (changed < 60) ids[changed] = (ids[changed] + 1) % 299;
+        REQUIRE(model.run(make_rows(ids, 0, pages, true)));
+        return std::vector<float>(model.logits(59).begin(), model.logits(59).end());
+    };
+    CHECK(last(39) == last(60));
+    CHECK(last(40) != last(60));
 }
 
 TEST_CASE("logits: the host's job system") {
@@ -318,9 +351,9 @@ TEST_CASE("logits: rows that do not want them change nothing") {
     const size_t n = model.spec->n_vocab;
     CHECK(std::equal(expected.begin() + static_cast<ptrdiff_t>(7 * n),
                      expected.begin() + static_cast<ptrdiff_t>(8 * n),
-                     model.backend->logits(0).begin()));
+                     model.logits(0).begin()));
     CHECK(std::equal(expected.begin() + static_cast<ptrdiff_t>(49 * n), expected.end(),
-                     model.backend->logits(1).begin()));
+                     model.logits(1).begin()));
 }
 
 TEST_CASE("logits: sequences mixed in batches equal each alone") {
@@ -337,7 +370,7 @@ TEST_CASE("logits: sequences mixed in batches equal each alone") {
                 const auto ids = prompt(lengths[i], i);
                 REQUIRE(model.run(make_rows(std::span(ids).subspan(at, 1),
                                             static_cast<uint32_t>(at), pages[i], true)));
-                const auto logits = model.backend->logits(0);
+                const auto logits = model.logits(0);
                 alone[i].insert(alone[i].end(), logits.begin(), logits.end());
             }
         }
@@ -361,7 +394,7 @@ TEST_CASE("logits: sequences mixed in batches equal each alone") {
             if (!more) break;
             REQUIRE(model.run(batch));
             for (uint32_t row = 0; row < batch.size(); ++row) {
-                const auto logits = model.backend->logits(row);
+                const auto logits = model.logits(row);
                 together[owners[row]].insert(together[owners[row]].end(), logits.begin(),
                                              logits.end());
             }
@@ -383,12 +416,12 @@ TEST_CASE("an embedding vector takes the place of a token") {
                 values.size() * sizeof(float));
     BatchRow row{5, nullptr, 0, pages.data(), true};
     REQUIRE(model.run({&row, 1}));
-    const std::vector<float> expected(model.backend->logits(0).begin(),
-                                      model.backend->logits(0).end());
+    const std::vector<float> expected(model.logits(0).begin(),
+                                      model.logits(0).end());
     row.token = -1;
     row.embedding = values.data();
     REQUIRE(model.run({&row, 1}));
-    CHECK(std::equal(expected.begin(), expected.end(), model.backend->logits(0).begin()));
+    CHECK(std::equal(expected.begin(), expected.end(), model.logits(0).begin()));
 }
 
 TEST_CASE("pages: copied, exported and imported") {
@@ -404,11 +437,11 @@ TEST_CASE("pages: copied, exported and imported") {
     }
     const auto last = std::span<const Token>(ids).subspan(39);
     REQUIRE(model.run(make_rows(last, 39, here, true)));
-    const std::vector<float> original(model.backend->logits(0).begin(),
-                                      model.backend->logits(0).end());
+    const std::vector<float> original(model.logits(0).begin(),
+                                      model.logits(0).end());
     for (const auto& pages : {there, elsewhere}) {
         REQUIRE(model.run(make_rows(last, 39, pages, true)));
-        CHECK(std::equal(original.begin(), original.end(), model.backend->logits(0).begin()));
+        CHECK(std::equal(original.begin(), original.end(), model.logits(0).begin()));
     }
 }
 
@@ -515,12 +548,36 @@ TEST_CASE("numbers that are not finite are an error that names the layer") {
         std::memcpy(bytes.data() + offset + 8, &infinity, sizeof infinity);
         Model model = open_tiny(bytes, small());
         const auto pages = page_list(0, 4);
-        const auto run = model.run(make_rows(std::vector<Token>{0, 0, 5}, 0, pages, true));
-        REQUIRE_FALSE(run);
-        CAPTURE(run.error().message);
-        CHECK(run.error().message.find(place) != std::string::npos);
-        CHECK(run.error().kind == ErrorKind::bad_data);
+        REQUIRE(model.run(make_rows(std::vector<Token>{0, 0, 5}, 0, pages, true)));
+        const auto logits = model.backend->logits(0);
+        REQUIRE_FALSE(logits);
+        CAPTURE(logits.error().message);
+        CHECK(logits.error().message.find(place) != std::string::npos);
+        CHECK(logits.error().kind == ErrorKind::bad_data);
     }
+}
+
+TEST_CASE("a row whose numbers are not finite leaves the others of its batch alone") {
+    auto bytes = tiny::model({.tied = false});
+    const uint64_t offset = Gguf::from_bytes(bytes)->find_tensor("token_embd.weight")->offset;
+    const float infinity = std::numeric_limits<float>::infinity();
+    std::memcpy(bytes.data() + offset + size_t{256} * 7 * 4, &infinity, sizeof infinity);  // token 7's
+    Model model = open_tiny(bytes, small());
+    const auto left = page_list(0, 1), right = page_list(1, 1);
+    const BatchRow good{5, nullptr, 0, left.data(), true}, bad{7, nullptr, 0, right.data(), true};
+    REQUIRE(model.run({&good, 1}));
+    const std::vector<float> alone(model.logits(0).begin(), model.logits(0).end());
+    REQUIRE(alone.size() == model.spec->n_vocab);
+    for (int bad_first : {0, 1}) {
+        REQUIRE(model.run(bad_first ? std::vector{bad, good} : std::vector{good, bad}));
+        const auto beside = model.logits(bad_first ? 1 : 0);
+        CHECK(std::equal(alone.begin(), alone.end(), beside.begin(), beside.end()));
+        const auto failed = model.backend->logits(bad_first ? 0 : 1);
+        REQUIRE_FALSE(failed);
+        CHECK(failed.error().message.find("the token embedding") != std::string::npos);
+    }
+    REQUIRE(model.run({&good, 1}));
+    CHECK(model.logits(0).size() == alone.size());
 }
 
 TEST_CASE("what a batch must not ask") {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <new>
 #include <set>
@@ -34,6 +35,13 @@ namespace {
 
 const std::vector<std::byte>& model_bytes() {
     static const auto bytes = tiny::model({.types = {TensorType::q4_0, TensorType::q8_0}});
+    return bytes;
+}
+
+// All layers see 40 positions; keys and values of a long text do not grow.
+const std::vector<std::byte>& windowed_bytes() {
+    static const auto bytes =
+        tiny::model({.types = {TensorType::q4_0, TensorType::q8_0}, .n_context = 2048, .window = 40});
     return bytes;
 }
 
@@ -621,18 +629,18 @@ const std::vector<Request>& mixed_requests() {
 }
 
 // What each gives when nothing else runs and nothing is remembered.
-const std::vector<std::string>& answers_alone() {
-    static const std::vector<std::string> answers = [] {
-        std::vector<std::string> out;
+const std::vector<std::string>& answers_alone(const EngineOptions& of) {
+    static std::map<std::pair<const std::byte*, KvType>, std::vector<std::string>> known;
+    std::vector<std::string>& answers = known[{of.model_bytes.data(), of.kv_type}];
+    if (answers.empty())
         for (const Request& request : mixed_requests()) {
             EngineOptions options = tiny_options();
+            options.model_bytes = of.model_bytes;
+            options.kv_type = of.kv_type;
             options.max_running = 1;
             options.prefix_cache = options.speculation = false;
-            Engine engine = open_tiny(options);
-            out.push_back(answer(engine, request));
+            answers.push_back(answer(open_tiny(options), request));
         }
-        return out;
-    }();
     return answers;
 }
 
@@ -666,7 +674,7 @@ ResponderStats run_mixed(const EngineOptions& options, uint32_t count, uint64_t 
     }
     for (const Running& one : all) {
         const Outcome& outcome = one.reply.outcome();
-        const std::string& expected = answers_alone()[one.index];
+        const std::string& expected = answers_alone(options)[one.index];
         if (outcome.status == Status::cancelled) {
             CHECK(one.cancelled);
             std::string_view text = outcome.text;
@@ -744,6 +752,101 @@ TEST_CASE("many at once: a small pool makes some give way, and they go on with t
                 preempted += run_mixed(options, 32, ++seed).preempted;
             }
     CHECK(preempted > 0);
+}
+
+TEST_CASE("many at once: keys and values in q8_0; layers with windows") {
+    uint64_t seed = 300, preempted = 0;
+    for (const bool windowed : {false, true})
+        for (const KvType kv_type : {KvType::q8_0, KvType::f16})
+            for (const bool cache : {false, true})
+                for (const uint32_t page_tokens : {16u, 64u}) {
+                    if (!windowed && kv_type == KvType::f16) continue;  // above
+                    EngineOptions options = tiny_options();
+                    if (windowed) options.model_bytes = windowed_bytes();
+                    options.kv_type = kv_type;
+                    options.prefix_cache = cache;
+                    options.page_tokens = page_tokens;
+                    options.step_tokens = cache ? 24 : 100;
+                    options.context_tokens = 256;
+                    run_mixed(options, 24, ++seed);
+                    options.max_running = 1;
+                    const auto plan = Engine::memory_plan(options);
+                    options.max_running = 16;
+                    const auto wide = Engine::memory_plan(options);
+                    options.memory_limit = wide->total() - wide->kv + plan->kv * 5 / 4;
+                    preempted += run_mixed(options, 24, ++seed).preempted;
+                }
+    CHECK(preempted > 0);
+}
+
+TEST_CASE("layers with windows give back the pages that they no longer see") {
+    EngineOptions options = tiny_options();
+    options.model_bytes = windowed_bytes();
+    options.context_tokens = 2048;
+    options.step_tokens = 2048;
+    options.max_running = 1;
+    options.prefix_cache = options.speculation = false;
+    const Request request = [] {
+        Request out = ask(std::string(1000, 'x'), 600);
+        out.temperature = 1.5;
+        out.logit_bias = {{0, -100}, {2, -100}};
+        return out;
+    }();
+    const std::string expected = answer(open_tiny(options), request);
+    options.step_tokens = 32;
+    const uint32_t pages = 3 + 2 + 2;  // of the window, of a batch, at its ends
+    for (const bool together : {false, true}) {  // the cache and guesses
+        options.prefix_cache = options.speculation = together;
+        Engine engine = open_tiny(options);
+        CHECK(engine.responder()->stats().pages == pages);
+        CHECK(answer(engine, request) == expected);
+        CHECK(engine.responder()->stats().pages_used == 0);
+    }
+    const auto plan = Engine::memory_plan(options);
+    options.model_bytes = model_bytes();
+    options.context_tokens = 512;
+    CHECK(Engine::memory_plan(options)->kv / 32 * pages == plan->kv);
+}
+
+TEST_CASE("layers with windows: the cache needs only the pages that they still see") {
+    EngineOptions options = tiny_options();
+    options.model_bytes = windowed_bytes();
+    options.context_tokens = 1024;
+    options.step_tokens = 64;
+    Engine engine = open_tiny(options);  // room for 18 pages; the text fills over 30
+    const uint32_t pages = engine.responder()->stats().pages;
+    Request request = ask(std::string(500, 'x'));
+    const uint32_t count = *engine.count_tokens(request);
+    CHECK(pages < count / 16);
+    for (const bool again : {false, true}) {
+        Reply reply = engine.submit(request);
+        REQUIRE(engine.step());
+        CHECK(reply.outcome().usage.cached_tokens == (again ? (count - 1) / 16 * 16 : 0));
+        EngineOptions alone = options;
+        alone.prefix_cache = false;
+        CHECK(reply.outcome().text == answer(open_tiny(alone), request));
+    }
+}
+
+TEST_CASE("one whose numbers are not finite fails, those beside it do not") {
+    auto bytes = tiny::model({.tied = false});
+    EngineOptions options = tiny_options();
+    options.model_bytes = bytes;
+    std::vector<std::string> expected;
+    for (const char* text : {"one", "two"}) expected.push_back(answer(open_tiny(options), ask(text)));
+    const uint64_t offset = Gguf::from_bytes(bytes)->find_tensor("token_embd.weight")->offset;
+    const float infinity = std::numeric_limits<float>::infinity();
+    const size_t row = 3 + '~';  // the token of this byte
+    std::memcpy(bytes.data() + offset + row * 256 * sizeof(float), &infinity, sizeof infinity);
+    Engine engine = open_tiny(options);
+    Reply one = engine.submit(ask("one")), bad = engine.submit(ask("~")), two = engine.submit(ask("two"));
+    REQUIRE(engine.step());
+    CHECK(one.outcome().text == expected[0]);
+    CHECK(two.outcome().text == expected[1]);
+    CHECK(bad.outcome().status == Status::failed);
+    REQUIRE(bad.outcome().error);
+    CHECK(bad.outcome().error->message.find("the token embedding") != std::string::npos);
+    CHECK(engine.responder()->stats().pages_used == 0);
 }
 
 TEST_CASE("two that do not fit together: the later one gives way and is resumed") {
@@ -1353,11 +1456,70 @@ TEST_CASE("conversation: save and restore") {
         REQUIRE(history);
         CHECK(say(larger, *history, "Is the sword ready?") == expected);
     }
+    SUBCASE("the same model, packed in its file") {
+        const auto bytes = tiny::packed_copy(model_bytes());
+        EngineOptions options = tiny_options();
+        options.model_bytes = bytes;
+        Engine other = open_tiny(options);
+        auto restored = Conversation::restore(other, *saved);
+        REQUIRE(restored);
+        CHECK(say(other, *restored, "Is the sword ready?") == expected);
+    }
+    SUBCASE("its pages are found by nobody else") {
+        Engine other = open_tiny();
+        auto one = Conversation::restore(other, *saved), two = Conversation::restore(other, *saved);
+        REQUIRE(one);
+        REQUIRE(two);
+        Conversation fresh(other, from);
+        for (int turn = 0; turn < 2; ++turn) {
+            uint32_t cached = 0;
+            say(other, fresh, turn ? "Is the sword ready?" : "Good morning.", &cached);
+            if (turn == 0) CHECK(cached == 0);
+        }
+        for (Conversation* restored : {&*one, &*two}) {
+            uint32_t cached = 0;
+            CHECK(say(other, *restored, "Is the sword ready?", &cached) == expected);
+            CHECK(cached > 0);
+        }
+    }
     SUBCASE("not while the engine has a thread") {
         REQUIRE(engine.start());
         CHECK_FALSE(conversation.save());
         CHECK_FALSE(Conversation::restore(engine, *saved));
         engine.stop();
         CHECK(conversation.save());
+    }
+}
+
+TEST_CASE("conversation: save and restore with q8_0 pages, and with windows") {
+    for (const bool windowed : {false, true}) {
+        EngineOptions options = tiny_options();
+        if (windowed) options.model_bytes = windowed_bytes();
+        options.kv_type = KvType::q8_0;
+        options.context_tokens = 512;
+        options.step_tokens = 64;
+        Engine engine = open_tiny(options);
+        Conversation conversation(engine, settings());
+        for (const char* words : {"Can you mend this sword before dawn?", "What does it cost?"})
+            say(engine, conversation, words);
+        auto saved = conversation.save(), bare = conversation.save(false);
+        REQUIRE(saved);
+        REQUIRE(bare);
+        // Heads of 64: 2 layers, 2 heads, keys and values, each value a byte and a half of 32 a scale.
+        const size_t page = 2 * 2 * 2 * 16 * (64 + 2 * 2), pages = (saved->size() - bare->size()) / page;
+        CHECK(saved->size() == bare->size() + pages * page);
+        if (windowed) CHECK(pages == 3);
+        else CHECK(pages > 6);
+        uint32_t cached_here = 0, cached_there = 0;
+        const std::string expected = say(engine, conversation, "Too much!", &cached_here);
+        Engine other = open_tiny(options);
+        auto restored = Conversation::restore(other, *saved);
+        REQUIRE(restored);
+        CHECK(say(other, *restored, "Too much!", &cached_there) == expected);
+        CHECK(cached_here > 16 * pages * windowed);
+        CHECK(cached_there == cached_here);
+        options.kv_type = KvType::f16;
+        Engine different = open_tiny(options);
+        CHECK_FALSE(Conversation::restore(different, *saved));
     }
 }

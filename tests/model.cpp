@@ -219,13 +219,37 @@ TEST_CASE("model: what is not implemented is refused by name") {
     check_says(yarn, "key 'llama.rope.scaling.type' is neither 'none' nor 'linear'");
 }
 
-TEST_CASE("model: the context ends where a sliding window would begin to matter") {
-    const char* key = "llama.attention.sliding_window";
-    for (const auto& [window, context] : {std::pair{0u, 512u}, {100u, 100u}, {4096u, 512u}}) {
-        auto spec = spec_of(with_key(key, window));
+TEST_CASE("model: a sliding window, of all layers or of some") {
+    const std::string key = "llama.attention.sliding_window", pattern = key + "_pattern";
+    const auto windows = [](const Bytes& bytes) {
+        auto spec = spec_of(bytes);
         REQUIRE_MESSAGE(spec, spec.error().message);
-        CHECK(spec->n_context == context);
-    }
+        std::vector<uint32_t> out;
+        for (const LayerSpec& layer : spec->layers) out.push_back(layer.window);
+        return out;
+    };
+    using List = std::vector<uint32_t>;
+    const auto with = [&](auto set_pattern) {
+        return edit(tiny::model({.n_layers = 3}), {}, [&](GgufWriter& writer) {
+            writer.set(key, 100u);
+            set_pattern(writer);
+        });
+    };
+    const auto period = [&](uint32_t n) {
+        return windows(with([&](GgufWriter& writer) { writer.set(pattern, n); }));
+    };
+    const auto named = [&](std::vector<int32_t> layers) {
+        return with([&](GgufWriter& writer) { writer.set_array<int32_t>(pattern, layers); });
+    };
+    CHECK(windows(with([](GgufWriter&) {})) == List{100, 100, 100});
+    CHECK(windows(with_key(key, 512u)) == List{0, 0});  // the whole context
+    CHECK(windows(with_key(key, 511u)) == List{511, 511});
+    CHECK(period(0) == List{100, 100, 100});
+    CHECK(period(2) == List{100, 0, 100});
+    CHECK(period(1) == List{0, 0, 0});
+    CHECK(windows(named({0, 1, 1})) == List{0, 100, 100});
+    check_says(named({0, 1}), "sliding_window_pattern' is too short for the layers");
+    check_says(with_key(pattern, 1.0f), "sliding_window_pattern' is not an integer");
     check_says(with_key(key, -1), "sliding_window' is negative");
     check_says(with_key(key, 1.0f), "sliding_window' is not an integer");
 }

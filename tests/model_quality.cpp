@@ -78,7 +78,7 @@ Greedy run_prompts(Model& model) {
         REQUIRE(model.run(rows));
         detail::Sampler sampler({.temperature = 0});
         for (size_t i = 0; i < greedy.size(); ++i) {
-            const Token top = sampler.sample(model.backend->logits(static_cast<uint32_t>(i)), 0);
+            const Token top = sampler.sample(model.logits(static_cast<uint32_t>(i)), 0);
             if (top == greedy[i]) ++result.same;
             else result.largest_gap = std::max(result.largest_gap, gaps[i]);
             ++result.steps;
@@ -104,7 +104,7 @@ Text run_text(Model& model) {
         REQUIRE(model.run(make_rows(part, 0, pages, true)));
         for (uint32_t i = 0; i + 1 < kWindow; ++i, ++scored) {
             const double nll = -static_cast<double>(
-                detail::logprob_of(model.backend->logits(i), part[i + 1], 0, nullptr));
+                detail::logprob_of(model.logits(i), part[i + 1], 0, nullptr));
             sum += nll;
             expected_sum += expected[scored];
             squares += (nll - expected[scored]) * (nll - expected[scored]);
@@ -199,7 +199,7 @@ TEST_CASE("SmolLM2: scalar kernels once, the others in pieces and with threads, 
                     REQUIRE(model->run(make_rows(text.subspan(i, std::min(piece, text.size() - i)),
                                                  static_cast<uint32_t>(i), pages, true)));
                 const size_t left = text.size() % piece ? text.size() % piece : piece;
-                const auto logits = model->backend->logits(static_cast<uint32_t>(left - 1));
+                const auto logits = model->logits(static_cast<uint32_t>(left - 1));
                 const std::string hash = detail::sha256(logits.data(), logits.size_bytes()).hex();
                 if (expected.empty()) expected = hash;
                 CHECK(hash == expected);

@@ -257,7 +257,7 @@ def rope(x, cos, sin, neox):  # 9; x (positions, heads, head_dim)
     return y
 
 
-def attention(q, k, v):  # 10; q (n, heads, dim) rotated and scaled; k, v (n, kv heads, dim)
+def attention(q, k, v, window):  # 10; q (n, heads, dim) rotated, scaled; k, v (n, kv heads, dim)
     n, heads, dim = q.shape
     shared = np.arange(heads) * k.shape[1] // heads
     k, v = k[:, shared], v[:, shared]
@@ -267,8 +267,9 @@ def attention(q, k, v):  # 10; q (n, heads, dim) rotated and scaled; k, v (n, kv
         score = np.zeros((n, heads, end - begin), F)
         for e in range(dim):
             score = fma(q[:, :, e, None], k[begin:end, :, e].T[None], score)
-        visible = np.arange(n)[:, None, None] >= np.arange(begin, end)[None, None]
-        seen = visible[:, 0, 0]
+        back = np.arange(n)[:, None, None] - np.arange(begin, end)[None, None]
+        visible = (back >= 0) & ((back < window) | (window == 0))
+        seen = visible.any(-1)[:, 0]
         m = np.where(visible, score, F(-np.inf)).max(-1) + F(0)
         m[~seen] = 0
         p = np.where(visible, exp(np.where(visible, score - m[..., None], F(0))), F(0))
@@ -278,16 +279,18 @@ def attention(q, k, v):  # 10; q (n, heads, dim) rotated and scaled; k, v (n, kv
             rows = visible[:, 0, j]
             out[rows] = fma(p[rows, :, j, None], v[begin + j][None], out[rows])
         part = (m, tree(lanes), out)
-        state = part if state is None else merge(state, part, seen)
+        state = part if state is None else merge(state, part, seen, seen & ~ever)
+        ever = seen if begin == 0 else ever | seen
     return state[2] * (F(1) / state[1])[..., None]
 
 
-def merge(old, new, seen):
+def merge(old, new, seen, first):
     (big_m, big_l, big_o), (m, l, o) = [[x.copy() for x in part] for part in (old, new)]
     top = np.maximum(big_m, m)
     a, b = exp(big_m - top), exp(m - top)
     total, out = fma(l, b, big_l * a), fma(o, b[..., None], big_o * a[..., None])
     big_m[seen], big_l[seen], big_o[seen] = top[seen], total[seen], out[seen]
+    big_m[first], big_l[first], big_o[first] = m[first], l[first], o[first]
     return big_m, big_l, big_o
 
 
@@ -315,6 +318,8 @@ def forward(model, ids, planes, kv_type):
     sin, cos = (np.array([[pair[i] for pair in row] for row in angles], D).astype(F) for i in (0, 1))
     scale = F(1) / np.sqrt(F(dim))
     neox = model.arch == "qwen2"
+    window = int(model.number("attention.sliding_window", 0))
+    every = int(model.number("attention.sliding_window_pattern", 0))
 
     embedding = model.matrix("token_embd.weight")
     x = np.stack([embedding.row(i) for i in ids])
@@ -329,7 +334,8 @@ def forward(model, ids, planes, kv_type):
         y = rms_norm(x, model.vector(name + "attn_norm.weight"), eps)
         q, k, v = (linear(w, y).reshape(len(ids), -1, dim) for w in ("attn_q", "attn_k", "attn_v"))
         q, k = rope(q, cos, sin, neox) * scale, rope(k, cos, sin, neox)
-        y = attention(q, stored(k, kv_type), stored(v, kv_type))
+        full = every and (layer + 1) % every == 0
+        y = attention(q, stored(k, kv_type), stored(v, kv_type), 0 if full else window)
         x = x + linear("attn_output", y.reshape(len(ids), -1))
         y = rms_norm(x, model.vector(name + "ffn_norm.weight"), eps)
         gate, up = linear("ffn_gate", y), linear("ffn_up", y)
@@ -357,14 +363,15 @@ def main():
     np.seterr(all="ignore")
     cases = [("llama", "mixed", "fast", "f16"), ("llama", "mixed", "fine", "f32"),
              ("qwen2", "mixed", "fast", "f32"), ("llama", "mixed", "fast", "q8_0"),
-             ("qwen2", "F32", "fast", "q8_0")]
+             ("qwen2", "F32", "fast", "q8_0"), ("llama", "Q8_0 20", "fast", "f16"),
+             ("qwen2", "F32 13 2", "fast", "q8_0")]  # with a window; every second layer without
     cases += [("llama", t, "fast", "f16") for t in
               ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")]
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         path, dump = os.path.join(folder, "tiny.gguf"), os.path.join(folder, "logits")
         for arch, types, precision, kv_type in cases:
-            subprocess.run([write_tiny_model, path, arch, types], check=True)
+            subprocess.run([write_tiny_model, path, arch, *types.split()], check=True)
             model = Model(path)
             ids = prompt(int(model.tensors["token_embd.weight"].shape[1]))
             subprocess.run([tiny_logits, path, dump, precision, kv_type, *map(str, ids)], check=True)

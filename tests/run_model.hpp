@@ -69,6 +69,11 @@ struct Model {
             if (*done) return {};
         }
     }
+    /// Of the i-th row that wanted them; none where they are not finite.
+    std::span<const float> logits(uint32_t i) const {
+        auto values = backend->logits(i);
+        return values ? *values : std::span<const float>();
+    }
 };
 
 }  // namespace run_model

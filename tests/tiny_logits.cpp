@@ -37,7 +37,7 @@ std::vector<float> all_logits(Result<Gguf> file, const std::vector<Token>& ids, 
         const auto rows = run_model::make_rows(part, uint32_t(i), pages, true);
         if (auto ran = model->run(rows); !ran) die(ran.error().message);
         for (uint32_t row = 0; row < rows.size(); ++row) {
-            const auto values = model->backend->logits(row);
+            const auto values = model->logits(row);
             logits.insert(logits.end(), values.begin(), values.end());
         }
     }

@@ -39,6 +39,8 @@ struct Options {
     uint32_t n_kv_heads = 2;
     uint32_t n_ff = 256;
     uint32_t n_context = 512;
+    uint32_t window = 0;        // positions that a layer sees; 0: all
+    uint32_t full_every = 0;    // every so manieth layer sees all nevertheless; 0: none
     bool tied = true;           // no output matrix of its own
     bool rope_factors = false;  // a rope_freqs.weight tensor, as llama3 has it
     uint64_t seed = 1;
@@ -253,6 +255,9 @@ inline void fill(valar::GgufWriter& writer, Tensors& tensors, const Options& opt
     writer.set(prefix + "attention.head_count", options.n_heads);
     writer.set(prefix + "attention.head_count_kv", options.n_kv_heads);
     writer.set(prefix + "attention.layer_norm_rms_epsilon", 1e-5f);
+    if (options.window) writer.set(prefix + "attention.sliding_window", options.window);
+    if (options.full_every)
+        writer.set(prefix + "attention.sliding_window_pattern", options.full_every);
     writer.set(prefix + "rope.freq_base", 10000.0f);
     writer.set(prefix + "rope.dimension_count", head_dim);
     set_tokenizer(writer, qwen2);
@@ -292,6 +297,36 @@ inline std::vector<std::byte> model(const Options& options = {}) {
     auto bytes = writer.to_bytes();
     if (bytes) return std::move(*bytes);
     std::fprintf(stderr, "tiny::model: %s\n", bytes.error().message.c_str());
+    std::abort();
+}
+
+/// The same model as examples/quantize.cpp --packed writes it.
+inline std::vector<std::byte> packed_copy(const std::vector<std::byte>& bytes) {
+    auto gguf = valar::Gguf::from_bytes(bytes);
+    valar::GgufWriter writer(64);
+    for (const valar::GgufKey& key : gguf->keys()) writer.set(key);
+    const auto fill = [](void* context, const valar::TensorInfo& to, uint64_t offset,
+                         std::span<std::byte> out) -> valar::Result<void> {
+        const valar::Gguf& from = *static_cast<const valar::Gguf*>(context);
+        const valar::TensorInfo& tensor = *from.find_tensor(to.name);
+        if (!to.packed) return from.read_tensor(tensor, offset, out);
+        const uint32_t rows = static_cast<uint32_t>(to.dims[1]);
+        const uint32_t cols = static_cast<uint32_t>(to.dims[0]);
+        const uint64_t tile = valar::detail::packed_tile_bytes(to.type, cols);
+        const uint32_t first = static_cast<uint32_t>(offset / tile);
+        const std::byte* source = from.tensor_bytes(tensor)->data();
+        valar::detail::pack_tiles(to.type, rows, cols, source + first * 16 * (tensor.bytes / rows),
+                                  first, static_cast<uint32_t>(first + out.size() / tile), out.data());
+        return {};
+    };
+    for (const valar::TensorInfo& tensor : gguf->tensors()) {
+        valar::TensorInfo to = tensor;
+        to.packed = tensor.n_dims == 2;
+        writer.add_tensor(to, {fill, &*gguf});
+    }
+    auto packed = writer.to_bytes();
+    if (packed) return std::move(*packed);
+    std::fprintf(stderr, "tiny::packed_copy: %s\n", packed.error().message.c_str());
     std::abort();
 }
 
