@@ -1576,15 +1576,17 @@ using ParallelFor = void (*)(void* host, uint32_t count, void (*job)(void* conte
 namespace detail {
 
 /// The worker team: `helpers` threads beside the caller, or the host's job system.
-/// `run` is one fork-join: job(context, part, parts) once for every part; parts() = helpers + 1.
-/// Between begin() and end() helpers spin for the next stage (then sleep); outside they sleep, so
-/// an idle engine costs nothing. Threads: one caller at a time. Every job runs under FloatState.
+/// `run` is one fork-join: job(context, part, parts) once for every part; parts is parts(), the helpers
+/// and one, or fewer if the last begin() said so. Between begin() and end() the helpers that take part
+/// spin for the next stage (then sleep); outside they sleep, so an idle engine costs nothing. Threads:
+/// one caller at a time. Every job runs under FloatState.
 class Team {
 public:
     static Result<std::unique_ptr<Team>> create(int helpers, ParallelFor parallel_for, void* host);
     ~Team();
     uint32_t parts() const;
     void begin();
+    void begin(uint32_t parts);
     void end();
     void run(void (*job)(void* context, uint32_t part, uint32_t parts), void* context);
 
@@ -2052,7 +2054,9 @@ struct EngineOptions {
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
     std::string  model_id       = {};   ///< default: the file's general.name, else the file's name
     uint32_t context_tokens = 0;  ///< positions a request may use; 0: the model's, at most 8,192
-    int threads = -1;             ///< helpers beside the caller; -1: physical cores - 1; 0: none
+    int threads = -1;             ///< helpers beside the caller; -1: physical cores - 1; 0: none.
+                                  ///< Single tokens use as many of them as are fastest, found by
+                                  ///< trying: small models one
     Precision    precision      = Precision::fast;
     KvType       kv_type        = KvType::f16;
     uint32_t     max_queued     = 1000; ///< waiting requests; past it `overloaded`
@@ -10701,7 +10705,8 @@ struct Team::State {
     };
     ParallelFor parallel_for = nullptr;
     void* host = nullptr;
-    uint32_t parts = 1;
+    uint32_t most = 1;
+    std::atomic<uint32_t> parts{1};  // of the next runs; helpers past it sleep until it changes
     void (*job)(void*, uint32_t, uint32_t) = nullptr;
     void* context = nullptr;
     alignas(64) std::atomic<uint32_t> ticket{0};
@@ -10721,8 +10726,10 @@ struct Team::State {
         if (sleepers.load(std::memory_order_seq_cst)) wake(&ticket);
     }
 
-    uint32_t wait_for_ticket(uint32_t seen) {
+    uint32_t wait_for_ticket(uint32_t part, uint32_t seen) {
         auto changed = [&] { return ticket.load(std::memory_order_acquire) != seen; };
+        for (uint32_t now; (now = parts.load(std::memory_order_acquire)) <= part;)
+            wait_on(&parts, now, kSleepNs);
         while (!changed()) {
             if (hot.load(std::memory_order_relaxed) && spin_until(changed)) break;
             sleepers.fetch_add(1, std::memory_order_seq_cst);
@@ -10736,7 +10743,7 @@ struct Team::State {
         if (!helper.open.compare_exchange_strong(
                 of_ticket, of_ticket + 1, std::memory_order_acquire, std::memory_order_relaxed))
             return;
-        job(context, helper.part, parts);
+        job(context, helper.part, parts.load(std::memory_order_relaxed));
         if (running.fetch_sub(1, std::memory_order_seq_cst) == 1 &&
             caller_sleeps.load(std::memory_order_seq_cst))
             wake(&running);
@@ -10747,7 +10754,7 @@ struct Team::State {
         State& state = *helper.state;
         FloatState float_state;
         for (uint32_t seen = 0; !state.quit.load(std::memory_order_acquire);) {
-            seen = state.wait_for_ticket(seen);
+            seen = state.wait_for_ticket(helper.part, seen);
             if (seen & 1) state.take_part(helper, seen);
         }
     }
@@ -10763,20 +10770,20 @@ struct Team::State {
     }
 
     void run_with_helpers() {
-        const uint32_t now = next_ticket_to_publish(true);
-        running.store(n_helpers, std::memory_order_relaxed);
-        for (uint32_t i = 0; i < n_helpers; i++)
+        const uint32_t now = next_ticket_to_publish(true), count = parts.load(std::memory_order_relaxed);
+        running.store(count - 1, std::memory_order_relaxed);
+        for (uint32_t i = 0; i + 1 < count; i++)
             helpers[i].open.store(now, std::memory_order_release);
         publish(now);
-        job(context, 0, parts);
-        for (uint32_t i = 0; i < n_helpers; i++) take_part(helpers[i], now);
+        job(context, 0, count);
+        for (uint32_t i = 0; i + 1 < count; i++) take_part(helpers[i], now);
         wait_for_helpers();
     }
 
     static void host_job(void* team, uint32_t part) {
         const State& state = *static_cast<const State*>(team);
         FloatState float_state;
-        state.job(state.context, part, state.parts);
+        state.job(state.context, part, state.parts.load(std::memory_order_relaxed));
     }
 };
 
@@ -10788,12 +10795,12 @@ Result<std::unique_ptr<Team>> Team::create(int helpers, ParallelFor parallel_for
                           format("threads: %d is not in 0..1023", helpers), {}, "threads");
     std::unique_ptr<Team> team(new Team(std::make_unique<State>()));
     State& state = *team->state_;
+    state.parts = state.most = static_cast<uint32_t>(helpers) + 1;
     state.parallel_for = parallel_for;
     state.host = host;
-    state.parts = static_cast<uint32_t>(helpers) + 1;
     if (parallel_for) return team;
     state.helpers = std::make_unique<State::Helper[]>(static_cast<size_t>(helpers));
-    for (uint32_t i = 0; i + 1 < state.parts; i++) {
+    for (uint32_t i = 0; i < static_cast<uint32_t>(helpers); i++) {
         State::Helper& helper = state.helpers[i];
         helper.state = &state;
         helper.part = i + 1;
@@ -10807,13 +10814,18 @@ Result<std::unique_ptr<Team>> Team::create(int helpers, ParallelFor parallel_for
 
 Team::~Team() {
     state_->quit.store(true, std::memory_order_release);
+    state_->parts.store(UINT32_MAX, std::memory_order_release);
+    wake(&state_->parts);
     state_->publish(state_->next_ticket_to_publish(false));
     for (uint32_t i = 0; i < state_->n_helpers; i++) state_->helpers[i].thread.join();
 }
 
-uint32_t Team::parts() const { return state_->parts; }
+uint32_t Team::parts() const { return state_->most; }
+void Team::begin() { begin(state_->most); }
 
-void Team::begin() {
+void Team::begin(uint32_t parts) {
+    if (state_->parts.exchange(parts, std::memory_order_release) != parts) wake(&state_->parts);
+    if (parts == 1) return;
     state_->hot.store(true, std::memory_order_relaxed);
     if (state_->sleepers.load(std::memory_order_seq_cst))
         state_->publish(state_->next_ticket_to_publish(false));
@@ -10826,7 +10838,8 @@ void Team::run(void (*job)(void* context, uint32_t part, uint32_t parts), void* 
     state.job = job;
     state.context = context;
     if (state.parallel_for)
-        return state.parallel_for(state.host, state.parts, State::host_job, &state);
+        return state.parallel_for(state.host, state.parts.load(std::memory_order_relaxed),
+                                  State::host_job, &state);
     FloatState float_state;
     state.run_with_helpers();
 }
@@ -15784,6 +15797,43 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
     return out;
 }
 
+// How many threads are fastest for a batch of one row is found by trying: a few use up the memory's
+// bandwidth, and where a model is small, or others want the cores, they wait for each other longer
+// than they work. All of them first, then half as many, as long as that is faster. Tried again now
+// and then, since what else runs changes. No bit depends on it.
+class ThreadTrials {
+public:
+    void open(uint32_t parts) { most_ = tried_ = fastest_ = parts; }
+    uint32_t parts() const { return tried_; }
+    /// A batch of one row took so long.
+    void add(uint64_t ns) {
+        constexpr uint32_t batches = 4, pause = 1000;
+        if (most_ == 1) return;
+        shortest_ns_ = count_++ ? std::min(shortest_ns_, ns) : ns;
+        if (resting_) {
+            if (count_ < pause) return;
+            resting_ = false;
+            tried_ = most_;
+        } else {
+            const bool hopeless = tried_ != most_ && ns > fastest_ns_ + fastest_ns_ / 4;
+            if (count_ < batches && !hopeless) return;
+            const bool faster = tried_ == most_ || shortest_ns_ < fastest_ns_;
+            if (faster) {
+                fastest_ = tried_;
+                fastest_ns_ = shortest_ns_;
+            }
+            resting_ = !faster || tried_ == 1;
+            tried_ = resting_ ? fastest_ : tried_ / 2;
+        }
+        count_ = 0;
+    }
+
+private:
+    uint32_t most_ = 1, tried_ = 1, fastest_ = 1, count_ = 0;
+    uint64_t shortest_ns_ = 0, fastest_ns_ = 0;  // of those tried now; of the fastest
+    bool     resting_ = false;
+};
+
 class CpuBackend final : public Backend {
 public:
     bool exact() const override { return true; }
@@ -15924,6 +15974,9 @@ private:
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
     bool     has_deadline_ = false;
+    uint32_t parts_ = 1;              // threads that compute the batch
+    uint64_t batch_ns_ = 0;           // spent on it
+    ThreadTrials trials_;
     double   ns_per_work_[last_stage + 1][2] = {};  // of a stage, in batches of few and many rows
     std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
     Error    bad_numbers_;            // where the first of them came from
@@ -15985,6 +16038,7 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
                              options.parallel_for_host);
     if (!team) return team.error();
     team_ = std::move(*team);
+    trials_.open(team_->parts());
     return {};
 }
 
@@ -16096,6 +16150,8 @@ Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
     }
     batch_ = rows;
     wanted_count_ = wanted;
+    parts_ = rows.size() < kClaimColumns ? trials_.parts() : team_->parts();
+    batch_ns_ = 0;
     for (uint32_t i = 0; i < wanted; ++i) bad_rows_[i].store(false, std::memory_order_relaxed);
     start_batch();
     return {};
@@ -16131,8 +16187,9 @@ void CpuBackend::keep_wanted_rows() {
 Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
     if (batch_.empty()) return make_error(ErrorKind::internal, "batch: none was begun");
     const FloatState float_state;
+    const uint64_t start = monotonic_ns();
     has_deadline_ = deadline_ns != 0;
-    team_->begin();
+    team_->begin(parts_);
     do run_slice();
     while (stage_ <= last_stage && !(has_deadline_ && monotonic_ns() >= deadline_ns));
     const bool done = stage_ > last_stage;
@@ -16140,6 +16197,8 @@ Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
                             [](const std::atomic<bool>& bad) { return bad.load(); }))
         bad_numbers_ = locate_bad_numbers();
     team_->end();
+    batch_ns_ += monotonic_ns() - start;
+    if (done && batch_.size() == 1) trials_.add(batch_ns_);
     if (done) abandon();
     return done;
 }
@@ -16153,19 +16212,19 @@ void CpuBackend::run_slice() {
     uint64_t last = units;
     if (has_deadline_) {
         const double fits = static_cast<double>(kSliceNs) /
-                            (ns_per_work * static_cast<double>((work + 1) * sizes_.parts));
-        last = std::min(units, unit_ + sizes_.parts * (1 + static_cast<uint64_t>(fits)));
+                            (ns_per_work * static_cast<double>((work + 1) * parts_));
+        last = std::min(units, unit_ + parts_ * (1 + static_cast<uint64_t>(fits)));
     }
     const uint64_t start = has_deadline_ ? monotonic_ns() : 0;
     const uint64_t count = last - unit_;
     // Kernels take tiles in pairs; four claims a thread even out what the threads are held up by.
-    const uint64_t few = std::min(kClaimUnits, count / (4 * sizes_.parts)) & ~uint64_t{1};
+    const uint64_t few = std::min(kClaimUnits, count / (4 * parts_)) & ~uint64_t{1};
     const uint64_t claim_units = stage.claimed                     ? 1
                                  : rows_.size() >= kClaimColumns ? std::max<uint64_t>(2, few)
                                                                  : 0;
     Slice slice{this, &stage, unit_, static_cast<uint32_t>(last), {unit_},
                 static_cast<uint32_t>(claim_units)};
-    if (count == 1 || count * work < kJoinWork) (this->*stage.job)(slice.first, slice.last, 0);
+    if (parts_ == 1 || count == 1 || count * work < kJoinWork) (this->*stage.job)(slice.first, slice.last, 0);
     else team_->run(run_part, &slice);
     if (has_deadline_ && count * work >= kJoinWork)
         ns_per_work = static_cast<double>(monotonic_ns() - start + 1) /

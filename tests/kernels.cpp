@@ -986,6 +986,17 @@ TEST_CASE("kernels: the team") {
         CHECK(count.calls == runs * parts);
         for (uint32_t part = 0; part < parts; part++)
             CHECK(count.sums[part] == uint64_t{runs} * parts);
+        // fewer, then all again
+        for (uint32_t round = 0; round < 40; round++) {
+            const uint32_t few = 1 + round % parts;
+            Count part_of_them;
+            (*team)->begin(few);
+            for (int i = 0; i < 20; i++) (*team)->run(count_job, &part_of_them);
+            (*team)->end();
+            CHECK(part_of_them.calls == 20 * few);
+            for (uint32_t part = 0; part < parts; part++)
+                CHECK(part_of_them.sums[part] == (part < few ? 20 * few : 0));
+        }
     }
     struct Host {
         uint32_t jobs = 0;
