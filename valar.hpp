@@ -1454,6 +1454,18 @@ struct ActivationBlock {
 };
 static_assert(sizeof(ActivationBlock) == 48);
 
+/// Columns' blocks, `count` planes of n / 32 blocks each (a column's two planes are neighbours), lie
+/// in groups of eight planes: in a group block after block, in a block plane beside plane. One group
+/// that is not full is narrower; of several the last is padded.
+struct ActivationLayout {
+    static constexpr uint32_t kGroup = 8;
+    uint32_t count;
+    size_t   blocks;
+    size_t step() const { return count < kGroup ? count : kGroup; }  ///< from a block to the next
+    size_t at(uint32_t plane) const { return plane / kGroup * kGroup * blocks + plane % kGroup; }
+    size_t size() const { return (count + step() - 1) / step() * step() * blocks; }
+};
+
 /// A weight matrix in tiles of 16 rows: tile after tile; inside a tile block after block of 32
 /// columns, each with its scales beside it (layouts: implementation part, "packed layouts"). F32,
 /// F16, BF16: (column, 16 rows). The last tile's missing rows are zero weights.
@@ -1474,19 +1486,38 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
 /// One row of a packed matrix as binary32 (definition, 11).
 void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out);
 
-/// y[column * y_stride + row] for the rows of tiles first_tile .. last_tile - 1 (rows past the
-/// matrix's end are not written), all columns.
+/// Vectors x (columns, x_stride) of n values each to planes (definition, 1):
+/// out[block * step + column * planes + plane].
+struct QuantizeTask {
+    const float*     x;
+    size_t           x_stride;
+    uint32_t         columns;
+    uint32_t         planes;
+    size_t           n;
+    size_t           step;
+    ActivationBlock* out;
+};
+
+/// weights * x for the rows of tiles first_tile .. last_tile - 1 (rows past the matrix's end are not
+/// written), all columns, and what becomes of it while it is in the nearest cache.
 struct MatmulTask {
     const PackedMatrix*    weights;
     uint32_t               first_tile;
     uint32_t               last_tile;
     uint32_t               columns;
     uint32_t               planes;         ///< 1 or 2, quantized weights
-    const ActivationBlock* blocks;         ///< (columns, planes, cols / 32), quantized weights
+    const ActivationBlock* blocks;         ///< ActivationLayout {columns * planes, cols / 32}
     const float*           x;              ///< (columns, x_stride), F32 F16 BF16 weights
     size_t                 x_stride;
-    float*                 y;
+    float*                 y;              ///< [column * y_stride + row]
     size_t                 y_stride;
+    bool                   add = false;    ///< y += weights * x: a residual
+    /// Not null, of the shape of `weights`: silu(weights * x) * (up * x) instead (definition, 8).
+    const PackedMatrix*    up = nullptr;
+    /// Not null: to planes (definition, 1) instead of y, ActivationLayout {columns * planes,
+    /// out_blocks}, blocks of 32 rows; first_tile is even, the rows are a multiple of 32.
+    ActivationBlock*       out = nullptr;
+    size_t                 out_blocks = 0;
 };
 
 /// Bytes of the keys, and as many of the values, of one head at kKeyGroup neighbouring positions. In
@@ -1515,8 +1546,7 @@ struct AttentionTask {
 /// block arrays: 16 bytes unless said.
 struct Kernels {
     const char* name;  ///< "scalar", "avx2", ...: what VALAR_ISA names
-    /// x (n) to planes: out (planes, n / 32).
-    void (*quantize)(const float* x, size_t n, uint32_t planes, ActivationBlock* out);
+    void (*quantize)(const QuantizeTask& task);
     void (*matmul)(const MatmulTask& task);
     void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* y);
     /// In place over heads (n_heads, head_dim); cos_sin (n_rot / 2, 2) of this position.
@@ -8020,6 +8050,149 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
     }
 }
 
+// ---- Matrix products: two tiles and some columns at a time ------------------------------------
+
+namespace {
+
+constexpr uint32_t kBatchColumns = 72;  // whose sums a pair of tiles keeps
+constexpr uint32_t kSpareColumns = 7;   // a kernel may write so many more
+constexpr uint32_t kFewColumns = 6;     // so many meet weights as they come from memory
+
+using PairSums = float (*)[2][kTileRows];  // (columns, tiles, rows)
+
+// Two tiles of matrices of one type and length; the second may be the first again.
+struct TilePair {
+    const PackedLayout* layout;
+    size_t cols;
+    const std::byte* tiles[2];
+    size_t next;  // bytes from each tile to the one that comes after it
+};
+
+// Columns (planes) that meet a pair of tiles, and where their data lies.
+struct ColumnBatch {
+    const std::byte* data;
+    size_t group, each;  // bytes from eight columns to the next, and within them
+    size_t unit;         // bytes from a block, or a float, to the next
+    uint32_t count;
+    const std::byte* column(uint32_t v) const {
+        return data + v / ActivationLayout::kGroup * group + v % ActivationLayout::kGroup * each;
+    }
+    const ActivationBlock* plane(uint32_t v) const {
+        return reinterpret_cast<const ActivationBlock*>(column(v));
+    }
+    size_t step() const { return unit / sizeof(ActivationBlock); }
+};
+
+// What an instruction set brings: the product of a pair with columns, and what may follow it.
+struct ProductParts {
+    void (*product)(const TilePair& pair, const ColumnBatch& batch, PairSums sums);
+    void (*quantize)(const QuantizeTask&);
+    void (*add)(float*, const float*, size_t);
+    void (*silu_mul)(float*, const float*, size_t);
+};
+
+inline TilePair tile_pair(const PackedMatrix& first, uint32_t tile, const PackedMatrix& second,
+                          uint32_t other_tile, uint32_t step) {
+    const size_t bytes = static_cast<size_t>(packed_tile_bytes(first.type, first.cols));
+    return {find_layout(first.type), first.cols,
+            {first.data + tile * bytes, second.data + other_tile * bytes}, step * bytes};
+}
+
+// The sums of a column and one or two neighbouring tiles to where the task wants them.
+inline void write_sums(const MatmulTask& task, const ProductParts& parts, uint32_t tile,
+                       uint32_t tiles, uint32_t column, const float* sums) {
+    const uint32_t row = tile * kTileRows, left = task.weights->rows - row;
+    const uint32_t rows = std::min(left, tiles * kTileRows);
+    float* y = task.y + column * task.y_stride + row;
+    if (task.add) parts.add(y, sums, rows);
+    else if (rows == 2 * kTileRows) std::memcpy(y, sums, 2 * kTileRows * sizeof(float));
+    else std::memcpy(y, sums, rows * sizeof(float));
+}
+
+// A few columns wait for memory: two far streams are faster than one. For many, neighbours' sums
+// go to neighbouring lines.
+inline void multiply_plain(const MatmulTask& task, const ProductParts& parts, uint32_t first,
+                           uint32_t planes, const ColumnBatch& batch, PairSums sums) {
+    const PackedMatrix& w = *task.weights;
+    const uint32_t pairs = (task.last_tile - task.first_tile + 1) / 2;
+    const bool far = batch.count <= kFewColumns;
+    for (uint32_t i = 0; i < pairs; i++) {
+        const uint32_t low = task.first_tile + (far ? i : 2 * i), high = low + (far ? pairs : 1);
+        const bool both = high < task.last_tile;
+        parts.product(tile_pair(w, low, w, both ? high : low, far ? 1 : 2), batch, sums);
+        for (uint32_t v = 0; v < batch.count; v += planes) {
+            float* const sum = sums[v][0];
+            const uint32_t column = (first + v) / planes;
+            if (planes == 2) parts.add(sum, sum + 2 * kTileRows, 2 * kTileRows);
+            write_sums(task, parts, low, both && !far ? 2 : 1, column, sum);
+            if (both && far) write_sums(task, parts, high, 1, column, sum + kTileRows);
+        }
+    }
+}
+
+// Each pair is a tile of gate and the same of up, if they have one type; h goes where gate was.
+inline void multiply_gated(const MatmulTask& task, const ProductParts& parts, uint32_t first,
+                           uint32_t planes, const ColumnBatch& batch, PairSums (&sums)[3]) {
+    const PackedMatrix &gate = *task.weights, &up = *task.up;
+    const bool alike = gate.type == up.type;
+    for (uint32_t tile = task.first_tile; tile < task.last_tile; tile += 2) {
+        const uint32_t tiles = std::min(task.last_tile - tile, 2u);
+        for (uint32_t t = 0; t < tiles; t++) {
+            const PairSums both = sums[1 + t];
+            parts.product(tile_pair(gate, tile + t, alike ? up : gate, tile + t, 1), batch, both);
+            if (!alike) parts.product(tile_pair(up, tile + t, up, tile + t, 1), batch, sums[0]);
+            for (uint32_t v = 0; v < batch.count; v += planes) {
+                for (uint32_t p = 0; !alike && p < planes; p++)
+                    std::memcpy(both[v + p][1], sums[0][v + p][0], kTileRows * sizeof(float));
+                if (planes == 2) parts.add(both[v][0], both[v + 1][0], 2 * kTileRows);
+                parts.silu_mul(both[v][0], both[v][1], kTileRows);
+            }
+        }
+        for (uint32_t v = 0; v < batch.count; v += planes) {
+            for (uint32_t t = 0; t < tiles; t++)
+                std::memcpy(sums[0][v][t], sums[1 + t][v][0], kTileRows * sizeof(float));
+            if (!task.out) write_sums(task, parts, tile, tiles, (first + v) / planes, sums[0][v][0]);
+        }
+        constexpr uint32_t group = ActivationLayout::kGroup;
+        const uint32_t out_planes = task.out ? task.planes : 0;
+        for (uint32_t v = 0; out_planes && v < batch.count; v += group / out_planes * planes) {
+            const ActivationLayout out{task.columns * out_planes, task.out_blocks};
+            const uint32_t count = std::min((batch.count - v) / planes, group / out_planes);
+            parts.quantize({sums[0][v][0], size_t{planes} * 2 * kTileRows, count, out_planes,
+                            kActivationBlock, out.step(),
+                            task.out + out.at((first + v) / planes * out_planes) +
+                                tile / 2 * out.step()});
+        }
+    }
+}
+
+inline void multiply_tiles(const MatmulTask& task, const ProductParts& parts) {
+    const PackedMatrix& w = *task.weights;
+    const bool floats = find_layout(w.type)->float_bytes != 0;
+    const uint32_t planes = floats ? 1 : task.planes, all = task.columns * planes;
+    const ActivationLayout layout{all, w.cols / kActivationBlock};
+    constexpr size_t block = sizeof(ActivationBlock), eight = ActivationLayout::kGroup;
+    ColumnBatch batch{};
+    if (floats) {
+        batch.each = task.x_stride * sizeof(float);
+        batch = {reinterpret_cast<const std::byte*>(task.x), eight * batch.each, batch.each,
+                 sizeof(float), 0};
+    } else {
+        batch = {reinterpret_cast<const std::byte*>(task.blocks), eight * layout.blocks * block,
+                 block, layout.step() * block, 0};
+    }
+    alignas(64) float memory[3][kBatchColumns + kSpareColumns][2][kTileRows];
+    PairSums sums[3] = {memory[0], memory[1], memory[2]};
+    for (uint32_t first = 0; first < all; first += kBatchColumns) {
+        batch.count = std::min(all - first, kBatchColumns);
+        if (task.up) multiply_gated(task, parts, first, planes, batch, sums);
+        else multiply_plain(task, parts, first, planes, batch, sums[0]);
+        batch.data = batch.column(kBatchColumns);
+    }
+}
+
+}  // namespace
+
 // ---- Scalar reference ------------------------------------------------------------------------
 
 namespace {
@@ -8065,7 +8238,7 @@ void quantize_plane(const float* x, float d, float inverse, ActivationBlock& out
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-void quantize_block(const float* x, uint32_t planes, size_t plane_stride, ActivationBlock* out) {
+void quantize_block(const float* x, uint32_t planes, ActivationBlock* out) {
     uint32_t largest = 0;  // magnitudes order like their bits
     for (uint32_t i = 0; i < kActivationBlock; i++)
         largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
@@ -8078,13 +8251,14 @@ void quantize_block(const float* x, uint32_t planes, size_t plane_stride, Activa
     float rest[kActivationBlock];
     for (uint32_t i = 0; i < kActivationBlock; i++)
         rest[i] = fma_once(-d, static_cast<float>(out[0].q[i]), x[i]);
-    quantize_plane(rest, d / 254.0f, inverse * 254.0f, out[plane_stride]);
+    quantize_plane(rest, d / 254.0f, inverse * 254.0f, out[1]);
 }
 
-void quantize(const float* x, size_t n, uint32_t planes, ActivationBlock* out) {
-    const size_t blocks = n / kActivationBlock;
-    for (size_t b = 0; b < blocks; b++)
-        quantize_block(x + b * kActivationBlock, planes, blocks, out + b);
+void quantize(const QuantizeTask& task) {
+    for (uint32_t c = 0; c < task.columns; c++)
+        for (size_t b = 0; b < task.n / kActivationBlock; b++)
+            quantize_block(task.x + c * task.x_stride + b * kActivationBlock, task.planes,
+                           task.out + b * task.step + c * task.planes);
 }
 
 int32_t dot_integers(const int32_t* w, const int8_t* h) {
@@ -8101,19 +8275,19 @@ float dot_block(const PackedLayout& layout, const RowBlock& row, const Activatio
     return layout.minimum ? fma_once(row.minimum, a.s, acc) : acc;
 }
 
-// One row against `count` planes, which lie one after another.
+// One row against all planes of the batch.
 void dot_row(const PackedLayout& layout, const std::byte* tile, uint32_t row, size_t blocks,
-             const ActivationBlock* planes, uint32_t count, float* acc) {
-    for (uint32_t p = 0; p < count; p++) acc[p] = 0;
+             const ColumnBatch& batch, float* acc) {
+    for (uint32_t p = 0; p < batch.count; p++) acc[p] = 0;
     for (size_t b = 0; b < blocks; b++) {
         RowBlock block;
         read_block(layout, tile, b, row, block);
-        for (uint32_t p = 0; p < count; p++)
-            acc[p] = dot_block(layout, block, planes[p * blocks + b], acc[p]);
+        for (uint32_t p = 0; p < batch.count; p++)
+            acc[p] = dot_block(layout, block, batch.plane(p)[b * batch.step()], acc[p]);
     }
 }
 
-float dot_float_row(TensorType type, const std::byte* tile, uint32_t row, uint32_t cols,
+float dot_float_row(TensorType type, const std::byte* tile, uint32_t row, size_t cols,
                     const float* x) {
     float acc = 0;
     for (size_t k = 0; k < cols; k++)
@@ -8121,29 +8295,19 @@ float dot_float_row(TensorType type, const std::byte* tile, uint32_t row, uint32
     return acc;
 }
 
-void matmul(const MatmulTask& task) {
-    const PackedMatrix& w = *task.weights;
-    const PackedLayout& layout = *find_layout(w.type);
-    const size_t blocks = w.cols / kActivationBlock;
-    const uint32_t last_row = std::min(w.rows, task.last_tile * kTileRows);
-    for (uint32_t row = task.first_tile * kTileRows; row < last_row; row++) {
-        const std::byte* tile = packed_tile(w, row / kTileRows);
-        const uint32_t lane = row % kTileRows;
-        constexpr uint32_t kAtOnce = 16;  // columns that share one unpacking
-        for (uint32_t first = 0; first < task.columns; first += kAtOnce) {
-            const uint32_t count = std::min(kAtOnce, task.columns - first);
-            float* y = task.y + first * task.y_stride + row;
-            float acc[2 * kAtOnce];
-            if (!layout.float_bytes)
-                dot_row(layout, tile, lane, blocks, task.blocks + first * task.planes * blocks,
-                        count * task.planes, acc);
-            for (uint32_t c = 0; c < count; c++)
-                y[c * task.y_stride] = layout.float_bytes
-                                           ? dot_float_row(w.type, tile, lane, w.cols,
-                                                           task.x + (first + c) * task.x_stride)
-                                       : task.planes == 2 ? acc[2 * c] + acc[2 * c + 1]
-                                                          : acc[c];
-        }
+void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
+    const PackedLayout& layout = *pair.layout;
+    for (uint32_t r = 0; r < 2 * kTileRows; r++) {
+        const std::byte* tile = pair.tiles[r / kTileRows];
+        const uint32_t row = r % kTileRows;
+        float acc[kBatchColumns];
+        if (!layout.float_bytes)
+            dot_row(layout, tile, row, pair.cols / kActivationBlock, batch, acc);
+        for (uint32_t c = 0; c < batch.count; c++)
+            sums[c][0][r] = !layout.float_bytes
+                                ? acc[c]
+                                : dot_float_row(layout.type, tile, row, pair.cols,
+                                                reinterpret_cast<const float*>(batch.column(c)));
     }
 }
 
@@ -8187,6 +8351,8 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
+void matmul(const MatmulTask& task) { multiply_tiles(task, {product, quantize, add, silu_mul}); }
+
 void store_q8_0(const float* k, const float* v, uint32_t head_dim, uint32_t slot, void* key_group,
                 void* value_group) {
     const size_t codes = head_dim * kKeyGroup, blocks = head_dim / kActivationBlock;
@@ -8194,8 +8360,8 @@ void store_q8_0(const float* k, const float* v, uint32_t head_dim, uint32_t slot
               *const values = static_cast<std::byte*>(value_group);
     for (size_t b = 0; b < blocks; b++) {
         ActivationBlock key, value;
-        quantize_block(k + b * kActivationBlock, 1, 0, &key);
-        quantize_block(v + b * kActivationBlock, 1, 0, &value);
+        quantize_block(k + b * kActivationBlock, 1, &key);
+        quantize_block(v + b * kActivationBlock, 1, &value);
         for (size_t i = 0; i < kActivationBlock; i++)
             keys[(b * kActivationBlock + i) * kKeyGroup + slot] = static_cast<std::byte>(key.q[i]);
         std::memcpy(values + slot * head_dim + b * kActivationBlock, value.q, sizeof value.q);
@@ -8410,7 +8576,8 @@ inline X86Features x86_features() {
 // A tile kernel adds to `sums` the products of two tiles and C columns, in ascending order of k.
 struct TileStep {
     const std::byte* const* tiles;    // (2) where each goes on: at the head of a super-block
-    const std::byte* const* columns;  // (C) ActivationBlocks, or floats
+    const std::byte* const* columns;  // (C) ActivationBlocks, `unit` bytes apart, or floats
+    size_t unit;
     size_t count;                     // of blocks, or floats
     float (*sums)[2][16];             // (C)
     // To prefetch: what lies `ahead` bytes ahead of every `every`th block, block `phase` first.
@@ -8423,19 +8590,10 @@ struct TileKernels {
     } shapes[4];  // few columns to many
 };
 
-constexpr uint32_t kBatchColumns = 72;  // whose sums a pair of tiles keeps
 constexpr size_t kChunk = 32;           // blocks that stay in a near cache for all columns
 constexpr size_t kChunkFloats = 512;
 constexpr size_t kAheadOne = 1024;  // best prefetch distances measured: for one or two columns,
 constexpr size_t kAheadFew = 6144;  // for as many as one call takes
-
-// Columns that meet a pair of tiles, and where their data lies.
-struct ColumnBatch {
-    const std::byte* data;
-    size_t stride;  // from column to column, in bytes
-    size_t unit;    // bytes of a block, or of a float
-    uint32_t count;
-};
 
 // The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
 // and 1.
@@ -8445,77 +8603,41 @@ inline const TileKernels::Shape& next_shape(const TileKernels& k, uint32_t left)
     return k.shapes[left <= 2 * k.shapes[2].columns ? 2 : 3];
 }
 
-// sums (count) = two tiles times the columns. Where these need several kernel calls, k advances in
-// chunks; each call prefetches its share of the next chunk.
-inline void dot_batch(const PackedLayout& layout, const TileKernels& k,
-                      const std::byte* const (&tiles)[2], size_t units, const ColumnBatch& batch,
-                      float (*sums)[2][16]) {
+// Where the columns need several kernel calls, k advances in chunks that stay in a near cache; each
+// call prefetches its share of the next chunk.
+inline void multiply_pair(const TileKernels& k, const TilePair& pair, const ColumnBatch& batch,
+                          PairSums sums) {
+    const PackedLayout& layout = *pair.layout;
+    const size_t units = layout.float_bytes ? pair.cols : pair.cols / kActivationBlock;
     const uint32_t most = k.shapes[3].columns;
     const bool once = batch.count <= most;
     const size_t chunk = once ? units : layout.float_bytes ? kChunkFloats : kChunk;
     const size_t chunk_bytes = layout.float_bytes
                                    ? chunk * layout.float_bytes * kTileRows
                                    : chunk / layout.blocks * packed_super_bytes(layout);
-    std::memset(sums, 0, (batch.count + most) * sizeof *sums);
+    std::memset(sums, 0, (batch.count + kSpareColumns) * sizeof *sums);
     for (size_t u = 0, done = 0; u < units; u += chunk, done += chunk_bytes) {
-        const std::byte *at[2] = {tiles[0] + done, tiles[1] + done}, *columns[8];
+        const std::byte *at[2] = {pair.tiles[0] + done, pair.tiles[1] + done}, *columns[8];
+        const bool last = units - u <= chunk;
         TileStep step{at,
                       columns,
-                      units - u < chunk ? units - u : chunk,
+                      batch.unit,
+                      last ? units - u : chunk,
                       sums,
-                      !once             ? chunk_bytes
-                      : batch.count > 2 ? kAheadFew
-                                        : kAheadOne,
+                      once    ? batch.count > 2 ? kAheadFew : kAheadOne
+                      : last ? pair.next - done
+                              : chunk_bytes,
                       (batch.count + most - 1) / most,
                       0};
         for (uint32_t v = 0; v < batch.count; step.phase++) {
             const TileKernels::Shape& shape = next_shape(k, batch.count - v);
             for (uint32_t c = 0; c < shape.columns; c++) {  // the last again where they run out
                 const uint32_t column = v + c < batch.count ? v + c : batch.count - 1;
-                columns[c] = batch.data + column * batch.stride + u * batch.unit;
+                columns[c] = batch.column(column) + u * batch.unit;
             }
             step.sums = sums + v;
             shape.dot(step);
             v += shape.columns;
-        }
-    }
-}
-
-inline void write_tile(const MatmulTask& task, uint32_t tile, uint32_t first, uint32_t count,
-                       uint32_t planes, float (*sums)[2][16]) {
-    const uint32_t row = tile * kTileRows, left = task.weights->rows - row;
-    for (uint32_t v = 0; v < count; v += planes) {
-        float *y = task.y + (first + v) / planes * task.y_stride + row, *sum = sums[v][0];
-        for (uint32_t r = 0; planes == 2 && r < kTileRows; r++) sum[r] += sums[v + 1][0][r];
-        if (left >= kTileRows) std::memcpy(y, sum, kTileRows * sizeof(float));
-        else std::memcpy(y, sum, left * sizeof(float));
-    }
-}
-
-// The range's two halves are two streams through memory: each pair has a tile of both.
-inline void matmul_tiles(const MatmulTask& task, const TileKernels& k) {
-    const PackedMatrix& w = *task.weights;
-    const PackedLayout& layout = *find_layout(w.type);
-    const bool floats = layout.float_bytes != 0;
-    const uint32_t planes = floats ? 1 : task.planes, all = task.columns * planes;
-    const size_t units = floats ? w.cols : w.cols / kActivationBlock;
-    const size_t unit = floats ? sizeof(float) : sizeof(ActivationBlock);
-    const size_t stride = unit * (floats ? task.x_stride : units);
-    const void* data = floats ? static_cast<const void*>(task.x) : task.blocks;
-    const uint32_t pairs = (task.last_tile - task.first_tile + 1) / 2;
-    for (uint32_t first = 0; first < all; first += kBatchColumns) {
-        const ColumnBatch batch{static_cast<const std::byte*>(data) + first * stride, stride, unit,
-                                all - first < kBatchColumns ? all - first : kBatchColumns};
-        for (uint32_t i = 0; i < pairs; i++) {
-            const uint32_t low = task.first_tile + i, high = low + pairs;
-            const bool both = high < task.last_tile;
-            alignas(64) float sums[kBatchColumns + 8][2][16];
-            dot_batch(layout, k, {packed_tile(w, low), packed_tile(w, both ? high : low)}, units,
-                      batch, sums);
-            write_tile(task, low, first, batch.count, planes, sums);
-            if (both)
-                write_tile(task, high, first, batch.count, planes,
-                           reinterpret_cast<float(*)[2][16]>(sums[0][1]));
         }
     }
 }
@@ -8707,6 +8829,7 @@ void dot_tiles(const TileStep& step) {
     const ActivationBlock* a[C];
     VALAR_UNROLL for (int c = 0; c < C; c++) a[c] =
         reinterpret_cast<const ActivationBlock*>(step.columns[c]);
+    const size_t stride = step.unit / sizeof(ActivationBlock);
     size_t head = 0, at = 0, wait = step.phase;
     for (size_t b = 0; b < step.count; b++) {
         if constexpr (L.head_bytes != 0) {
@@ -8724,7 +8847,7 @@ void dot_tiles(const TileStep& step) {
             const std::byte* tile = step.tiles[v / 2];
             __m256i total[kParts][C][H], part[C][H][2];
             VALAR_UNROLL for (int c = 0; c < C; c++) {  // what the codes' bias adds, negated
-                const int32_t* sum = a[c][b].sum;
+                const int32_t* sum = a[c]->sum;
                 VALAR_UNROLL for (int p = 0; p < kParts; p++) {
                     VALAR_UNROLL for (int h = 0; h < H; h++) total[p][c][h] =
                         _mm256_set1_epi32(-L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
@@ -8735,7 +8858,7 @@ void dot_tiles(const TileStep& step) {
                 VALAR_UNROLL for (int h = 0; h < H; h++) codes[h] =
                     load_group<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
-                    const __m256i x = broadcast4(a[c][b].q + 4 * g);
+                    const __m256i x = broadcast4(a[c]->q + 4 * g);
                     VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
                         total[g / 4 * (kParts - 1)][c][h], part[c][h], codes[h], x, g);
                 }
@@ -8749,15 +8872,16 @@ void dot_tiles(const TileStep& step) {
                             sum, scales.sub[0],
                             _mm256_mul_ps(_mm256_cvtepi32_ps(total[1][c][h]), scales.sub[1]));
                     float* acc = &step.sums[c][(v + h) / 2][(v + h) % 2 * 8];
-                    sum = _mm256_fmadd_ps(sum, _mm256_mul_ps(scales.dw, _mm256_set1_ps(a[c][b].d)),
+                    sum = _mm256_fmadd_ps(sum, _mm256_mul_ps(scales.dw, _mm256_set1_ps(a[c]->d)),
                                           _mm256_load_ps(acc));
                     if constexpr (L.minimum)
-                        sum = _mm256_fmadd_ps(scales.m, _mm256_set1_ps(a[c][b].s), sum);
+                        sum = _mm256_fmadd_ps(scales.m, _mm256_set1_ps(a[c]->s), sum);
                     _mm256_store_ps(acc, sum);
                 }
             }
         }
         at += packed_block_bytes(L);
+        VALAR_UNROLL for (int c = 0; c < C; c++) a[c] += stride;
     }
 }
 
@@ -8813,11 +8937,6 @@ constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
     quantized<4, V>,         quantized<5, V>,         quantized<6, V>, floats<TensorType::f32>,
     floats<TensorType::f16>, floats<TensorType::bf16>};
 
-template <Vnni kVnni>
-void matmul(const MatmulTask& task) {
-    matmul_tiles(task, tile_kernels<kVnni>[find_layout(task.weights->type) - packed_layouts]);
-}
-
 // Nearest integers of x * factor as 32 bytes, their sums, and optionally what is left: x - d * h.
 VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
                                        ActivationBlock& out) {
@@ -8846,9 +8965,17 @@ VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-void quantize(const float* x, size_t n, uint32_t planes, ActivationBlock* out) {
-    const size_t blocks = n / kActivationBlock;
-    for (size_t b = 0; b < blocks; b++, x += kActivationBlock) {
+// Of magnitudes, which order like their bits; no numbers are the largest.
+VALAR_FORCE_INLINE float largest_lane(__m256i bits) {
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(four));
+}
+
+void quantize_column(const float* x, size_t n, uint32_t planes, size_t step,
+                     ActivationBlock* out) {
+    for (size_t b = 0; b < n / kActivationBlock; b++, x += kActivationBlock, out += step) {
         __m256 v[4];
         __m256i largest = _mm256_setzero_si256();
         VALAR_UNROLL for (int i = 0; i < 4; i++) {
@@ -8856,19 +8983,21 @@ void quantize(const float* x, size_t n, uint32_t planes, ActivationBlock* out) {
             largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(v[i]),
                                                                  _mm256_set1_epi32(0x7fffffff)));
         }
-        __m128i four =
-            _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-        const float amax = _mm_cvtss_f32(_mm_castsi128_ps(four));
+        const float amax = largest_lane(largest);
         if (!(amax >= 0x1p-100f && amax <= 0x1.fffffep127f)) {  // zero, or not finite: rare
-            scalar::quantize_block(x, planes, blocks, out + b);
+            scalar::quantize_block(x, planes, out);
             continue;
         }
         const float d = amax / 127.0f, inverse = 127.0f / amax;
-        quantize_plane(v, d, inverse, out[b]);
-        if (planes > 1) quantize_plane(v, d / 254.0f, inverse * 254.0f, out[blocks + b]);
+        quantize_plane(v, d, inverse, out[0]);
+        if (planes > 1) quantize_plane(v, d / 254.0f, inverse * 254.0f, out[1]);
     }
+}
+
+void quantize(const QuantizeTask& task) {
+    for (uint32_t c = 0; c < task.columns; c++)
+        quantize_column(task.x + c * task.x_stride, task.n, task.planes, task.step,
+                        task.out + c * task.planes);
 }
 
 VALAR_FORCE_INLINE float sum_of_lanes(__m256 low, __m256 high) {
@@ -8964,6 +9093,15 @@ void silu_mul(float* gate, const float* up, size_t n) {
         _mm256_storeu_ps(gate + i, _mm256_mul_ps(silu, _mm256_loadu_ps(up + i)));
     }
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
+}
+
+template <Vnni kVnni>
+void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
+    multiply_pair(tile_kernels<kVnni>[pair.layout - packed_layouts], pair, batch, sums);
+}
+template <Vnni kVnni>
+void matmul(const MatmulTask& task) {
+    multiply_tiles(task, {product<kVnni>, quantize, add, silu_mul});
 }
 
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
@@ -9228,6 +9366,7 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] = _mm512_load_ps(step.sums[c][t]);
     }
     const std::byte* tile[2] = {step.tiles[0], step.tiles[1]};
+    const size_t stride = step.unit / sizeof(ActivationBlock);
     size_t head = 0, at = 0, wait = step.phase;
     for (size_t b = 0; b < step.count; b++) {
         if constexpr (L.head_bytes != 0) {
@@ -9243,7 +9382,7 @@ void dot_tiles(const TileStep& step) {
         }
         __m512i total[kParts][C][2];  // starts as what the codes' bias adds, negated
         VALAR_UNROLL for (int c = 0; c < C; c++) {
-            const int32_t* sum = a[c][b].sum;
+            const int32_t* sum = a[c]->sum;
             VALAR_UNROLL for (int p = 0; p < kParts; p++) total[p][c][0] = total[p][c][1] =
                 _mm512_set1_epi32(-L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
         }
@@ -9252,7 +9391,7 @@ void dot_tiles(const TileStep& step) {
             VALAR_UNROLL for (int t = 0; t < 2; t++) w[t] =
                 load_group<I>(tile[t] + at + L.scale_bytes, g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
-                const __m512i x = broadcast4(a[c][b].q + 4 * g);
+                const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
                     __m512i& sum = total[g / 4 * (kParts - 1)][c][t];
                     sum = _mm512_dpbusd_epi32(sum, w[t], x);
@@ -9268,12 +9407,13 @@ void dot_tiles(const TileStep& step) {
                         sum, scales.sub[0],
                         _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.sub[1]));
                 acc[c][t] = _mm512_fmadd_ps(
-                    sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c][b].d)), acc[c][t]);
+                    sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c]->d)), acc[c][t]);
                 if constexpr (L.minimum)
-                    acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c][b].s), acc[c][t]);
+                    acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c]->s), acc[c][t]);
             }
         }
         at += packed_block_bytes(L);
+        VALAR_UNROLL for (int c = 0; c < C; c++) a[c] += stride;
     }
     VALAR_UNROLL for (int c = 0; c < C; c++) {
         VALAR_UNROLL for (int t = 0; t < 2; t++) _mm512_store_ps(step.sums[c][t], acc[c][t]);
@@ -9334,10 +9474,6 @@ constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
     floats<TensorType::f16>,
     floats<TensorType::bf16>};
 
-void matmul(const MatmulTask& task) {
-    matmul_tiles(task, tile_kernels[find_layout(task.weights->type) - packed_layouts]);
-}
-
 // ---- Attention: lanes are keys for scores, elements of a head for values ----------------------
 
 template <bool kHalf>
@@ -9397,16 +9533,108 @@ VALAR_FORCE_INLINE __m512 exp16(__m512 x) {
     return _mm512_maskz_scalef_ps(visible, p, k);
 }
 
-// Those of the 16 positions from `at` on that begin .. end - 1 holds; it holds some.
-VALAR_FORCE_INLINE __mmask16 visible_lanes(uint32_t at, uint32_t begin, uint32_t end) {
-    const uint32_t from = begin > at ? begin - at : 0, count = end - at < 16 ? end - at : 16;
-    return static_cast<__mmask16>((0xffffu << from) & (0xffffu >> (16 - count)));
-}
-
 // GCC 12 warns of its own header where a lower half is taken by a cast.
 template <int kHalf>
 VALAR_FORCE_INLINE __m256 half_of(__m512 v) {
     return _mm512_maskz_extractf32x8_ps(0xff, v, kHalf);
+}
+
+void silu_mul(float* gate, const float* up, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m512 x = _mm512_loadu_ps(gate + i);
+        const __m512 e = exp16(_mm512_xor_ps(x, _mm512_set1_ps(-0.0f)));
+        const __m512 silu = _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+        _mm512_storeu_ps(gate + i, _mm512_mul_ps(silu, _mm512_loadu_ps(up + i)));
+    }
+    for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
+}
+
+// A plane of four columns' blocks; x becomes what is left, x - d * h.
+VALAR_FORCE_INLINE void quantize_plane(__m512 (&x)[4][2], __m128 d, __m128 inverse, uint32_t planes,
+                                       ActivationBlock* out) {
+    const __m512 magic = _mm512_set1_ps(0x1.8p23f);
+    __m256i fours[4];
+    VALAR_UNROLL for (int c = 0; c < 4; c++) {
+        const __m512 scale = _mm512_broadcastss_ps(_mm_permute_ps(inverse, c * 0x55)),
+                     step = _mm512_broadcastss_ps(_mm_permute_ps(d, c * 0x55));
+        __m128i bytes[2];
+        VALAR_UNROLL for (int i = 0; i < 2; i++) {
+            const __m512 shifted = _mm512_fmadd_ps(x[c][i], scale, magic);
+            __m512i h = _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_castps_si512(magic));
+            h = _mm512_min_epi32(h, _mm512_set1_epi32(127));
+            h = _mm512_max_epi32(h, _mm512_set1_epi32(-127));
+            if (planes > 1) x[c][i] = _mm512_fnmadd_ps(step, _mm512_cvtepi32_ps(h), x[c][i]);
+            bytes[i] = _mm512_maskz_cvtepi32_epi8(0xffff, h);
+        }
+        const __m256i all = _mm256_set_m128i(bytes[1], bytes[0]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[c * planes].q), all);
+        fours[c] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), all);
+    }
+    const __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(fours[0], fours[1]),
+                                           _mm256_hadd_epi32(fours[2], fours[3]));
+    const __m128i low = _mm256_castsi256_si128(sums), high = _mm256_extracti128_si256(sums, 1);
+    const __m128 s = _mm_mul_ps(d, _mm_cvtepi32_ps(_mm_add_epi32(low, high)));
+    const __m128 ds[2] = {_mm_unpacklo_ps(d, s), _mm_unpackhi_ps(d, s)},
+                 lh[2] = {_mm_castsi128_ps(_mm_unpacklo_epi32(low, high)),
+                          _mm_castsi128_ps(_mm_unpackhi_epi32(low, high))};
+    VALAR_UNROLL for (int i = 0; i < 2; i++) {
+        _mm_storeu_ps(&out[2 * i * planes].d, _mm_movelh_ps(ds[i], lh[i]));
+        _mm_storeu_ps(&out[(2 * i + 1) * planes].d, _mm_movehl_ps(lh[i], ds[i]));
+    }
+}
+
+// One block of four columns.
+void quantize_four(const float* x, size_t x_stride, uint32_t planes, ActivationBlock* out) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512 v[4][2];
+    __m256i eight[4];  // largest magnitudes, which order like their bits
+    VALAR_UNROLL for (size_t c = 0; c < 4; c++) {
+        VALAR_UNROLL for (size_t i = 0; i < 2; i++) v[c][i] =
+            _mm512_loadu_ps(x + c * x_stride + 16 * i);
+        const __m512 largest = _mm512_castsi512_ps(
+            _mm512_maskz_max_epi32(0xffff, _mm512_and_si512(_mm512_castps_si512(v[c][0]), magnitude),
+                                   _mm512_and_si512(_mm512_castps_si512(v[c][1]), magnitude)));
+        eight[c] = _mm256_max_epi32(_mm256_castps_si256(half_of<0>(largest)),
+                                    _mm256_castps_si256(half_of<1>(largest)));
+    }
+    __m256i pairs[2];
+    VALAR_UNROLL for (int i = 0; i < 2; i++) pairs[i] =
+        _mm256_max_epi32(_mm256_unpacklo_epi32(eight[2 * i], eight[2 * i + 1]),
+                         _mm256_unpackhi_epi32(eight[2 * i], eight[2 * i + 1]));
+    const __m256i all = _mm256_max_epi32(_mm256_unpacklo_epi64(pairs[0], pairs[1]),
+                                         _mm256_unpackhi_epi64(pairs[0], pairs[1]));
+    const __m128 amax = _mm_castsi128_ps(
+        _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+    const __mmask8 usual = _mm_cmp_ps_mask(amax, _mm_set1_ps(0x1p-100f), _CMP_GE_OQ) &
+                           _mm_cmp_ps_mask(amax, _mm_set1_ps(0x1.fffffep127f), _CMP_LE_OQ);
+    if (usual != 15) {  // one is zero, or not finite: rare
+        for (uint32_t c = 0; c < 4; c++)
+            scalar::quantize_block(x + c * x_stride, planes, out + c * planes);
+        return;
+    }
+    const __m128 d = _mm_div_ps(amax, _mm_set1_ps(127)), inverse = _mm_div_ps(_mm_set1_ps(127), amax);
+    quantize_plane(v, d, inverse, planes, out);
+    if (planes > 1)
+        quantize_plane(v, _mm_div_ps(d, _mm_set1_ps(254)), _mm_mul_ps(inverse, _mm_set1_ps(254)),
+                       planes, out + 1);
+}
+
+void quantize(const QuantizeTask& task) {
+    uint32_t c = 0;
+    for (; c + 4 <= task.columns; c += 4)
+        for (size_t b = 0; b < task.n / kActivationBlock; b++)
+            quantize_four(task.x + c * task.x_stride + b * kActivationBlock, task.x_stride,
+                          task.planes, task.out + b * task.step + c * task.planes);
+    for (; c < task.columns; c++)
+        avx2::quantize_column(task.x + c * task.x_stride, task.n, task.planes, task.step,
+                              task.out + c * task.planes);
+}
+
+// Those of the 16 positions from `at` on that begin .. end - 1 holds; it holds some.
+VALAR_FORCE_INLINE __mmask16 visible_lanes(uint32_t at, uint32_t begin, uint32_t end) {
+    const uint32_t from = begin > at ? begin - at : 0, count = end - at < 16 ? end - at : 16;
+    return static_cast<__mmask16>((0xffffu << from) & (0xffffu >> (16 - count)));
 }
 
 // Scores to weights; what nobody may see in a group that is seen gets weight 0.
@@ -9487,10 +9715,16 @@ void attention(const AttentionTask& task) {
     attend(attention_parts, task);
 }
 
+void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
+    multiply_pair(tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
+}
+void matmul(const MatmulTask& task) {
+    multiply_tiles(task, {product, quantize, avx2::add, silu_mul});
+}
+
 constexpr Kernels kernels = {
-    "avx512",       avx2::quantize,  matmul,    avx2::rms_norm,       avx2::rope, avx2::scale,
-    avx2::add,      avx2::silu_mul,  avx2::store_kv, avx2::expand_kv, attention,
-    avx2::attention_merge};
+    "avx512",  quantize, matmul,         avx2::rms_norm,  avx2::rope, avx2::scale,
+    avx2::add, silu_mul, avx2::store_kv, avx2::expand_kv, attention,  avx2::attention_merge};
 
 }  // namespace avx512
 }  // namespace
@@ -9801,7 +10035,7 @@ constexpr int sum_parts = packed_layouts[I].bits == 6 || C <= 4 ? 2 : 1;
 
 template <class K, int I, bool P, int C>
 VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
-                                   const ActivationBlock* const* planes, float* sums) {
+                                   const ActivationBlock* const* planes, size_t step, float* sums) {
     constexpr PackedLayout L = packed_layouts[I];
     constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<I, C>;
     const std::byte *head = tile, *at = tile;
@@ -9811,7 +10045,7 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
             at += L.head_bytes;
         }
         const ActivationBlock* a[C];
-        VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c] + b;
+        VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c] + b * step;
         const typename K::template Operands<C> x(a);
         for (size_t v = 0; v < 4; v++) {
             I4 part[parts][C];  // starts as what the codes' bias adds, negated
@@ -9824,7 +10058,7 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
             if constexpr (P) s = panel_scales<I>(at, v);
             else s = load_scales<I>(head, at, v);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
-                float* sum = sums + 16 * c + 4 * v;
+                float* sum = sums + 2 * kTileRows * c + 4 * v;
                 I4 exact = part[0][c];
                 if constexpr (L.bits == 6)
                     exact = int_add(int_mul(exact, s.sub[0]), int_mul(part[1][c], s.sub[1]));
@@ -9838,50 +10072,28 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
 }
 
 using TileDot = void (*)(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
-                         float* sums);
+                         size_t step, float* sums);
 struct QuantKernels {
     TileDot dot1, dot2;  // from the packed tile
     void (*fill)(const std::byte* tile, size_t blocks, std::byte* panel);
     TileDot dot4, dot8;  // from the panel that `fill` made
 };
 
-inline void write_sums(const MatmulTask& task, uint32_t tile, uint32_t first, uint32_t count,
-                       float (*sums)[16], uint32_t planes) {
-    const uint32_t row = tile * kTileRows, left = task.weights->rows - row;
-    for (uint32_t v = 0; v < count; v += planes) {
-        float* y = task.y + (first + v) / planes * task.y_stride + row;
-        for (uint32_t r = 0; r < kTileRows && r < left; r++)
-            y[r] = planes == 2 ? sums[v][r] + sums[v + 1][r] : sums[v][r];
-    }
-}
-
-constexpr uint32_t kAccColumns = 64;  // planes whose sums a tile keeps
-
-inline void matmul_quantized(const MatmulTask& task, const QuantKernels& k) {
-    const PackedMatrix& w = *task.weights;
-    const PackedLayout& layout = *find_layout(w.type);
-    const size_t blocks = w.cols / kActivationBlock;
-    const uint32_t all = task.columns * task.planes;
+// Of one tile: the sums of a column lie 32 floats behind those of the one before.
+inline void multiply_quantized(const PackedLayout& layout, size_t blocks, const std::byte* tile,
+                               const QuantKernels& k, const ColumnBatch& batch, float* sums) {
     alignas(16) std::byte panel[kPanelBlocks * kPanelBytes];
-    alignas(16) float sums[kAccColumns][16];
-    for (uint32_t t = task.first_tile; t < task.last_tile; t++) {
-        const std::byte* tile = packed_tile(w, t);
-        for (uint32_t first = 0; first < all; first += kAccColumns) {
-            const uint32_t count = all - first < kAccColumns ? all - first : kAccColumns;
-            const ActivationBlock* base = task.blocks + first * blocks;
-            std::memset(sums, 0, sizeof sums);
-            const ActivationBlock* planes[8] = {base, base + blocks};
-            if (count <= 2) (count == 1 ? k.dot1 : k.dot2)(tile, blocks, planes, sums[0]);
-            for (size_t b = 0; count > 2 && b < blocks; b += kPanelBlocks) {
-                const size_t n = blocks - b < kPanelBlocks ? blocks - b : kPanelBlocks;
-                k.fill(tile + b / layout.blocks * packed_super_bytes(layout), n, panel);
-                for (uint32_t v = 0; v < count; v += 8) {
-                    for (uint32_t c = 0; c < 8; c++)  // the last one again to the end
-                        planes[c] = base + b + (v + c < count ? v + c : count - 1) * blocks;
-                    (count - v > 4 ? k.dot8 : k.dot4)(panel, n, planes, sums[v]);
-                }
-            }
-            write_sums(task, t, first, count, sums, task.planes);
+    const uint32_t count = batch.count;
+    const size_t step = batch.step();
+    const ActivationBlock* planes[8] = {batch.plane(0), batch.plane(1)};
+    if (count <= 2) return (count == 1 ? k.dot1 : k.dot2)(tile, blocks, planes, step, sums);
+    for (size_t b = 0; b < blocks; b += kPanelBlocks) {
+        const size_t n = blocks - b < kPanelBlocks ? blocks - b : kPanelBlocks;
+        k.fill(tile + b / layout.blocks * packed_super_bytes(layout), n, panel);
+        for (uint32_t v = 0; v < count; v += 8) {
+            for (uint32_t c = 0; c < 8; c++)  // the last one again to the end
+                planes[c] = batch.plane(v + c < count ? v + c : count - 1) + b * step;
+            (count - v > 4 ? k.dot8 : k.dot4)(panel, n, planes, step, sums + 2 * kTileRows * v);
         }
     }
 }
@@ -9894,7 +10106,7 @@ VALAR_FORCE_INLINE F4 load_values(const std::byte* at, size_t index) {
 }
 
 template <TensorType kType, int C>
-void dot_values(const std::byte* tile, size_t cols, const float* const* x, float (*sums)[16]) {
+void dot_values(const std::byte* tile, size_t cols, const float* const* x, float* sums) {
     F4 acc[C][4];
     VALAR_UNROLL for (int i = 0; i < 4 * C; i++) acc[i / 4][i % 4] = splat(0);
     for (size_t k = 0; k < cols; k++) {
@@ -9905,23 +10117,18 @@ void dot_values(const std::byte* tile, size_t cols, const float* const* x, float
             VALAR_UNROLL for (int v = 0; v < 4; v++) acc[c][v] = fma(w[v], one, acc[c][v]);
         }
     }
-    VALAR_UNROLL for (int i = 0; i < 4 * C; i++) store(sums[i / 4] + i % 4 * 4, acc[i / 4][i % 4]);
+    VALAR_UNROLL for (int i = 0; i < 4 * C; i++)
+        store(sums + 2 * kTileRows * (i / 4) + i % 4 * 4, acc[i / 4][i % 4]);
 }
 
 template <TensorType kType>
-void matmul_values(const MatmulTask& task) {
-    for (uint32_t t = task.first_tile; t < task.last_tile; t++) {
-        const std::byte* tile = packed_tile(*task.weights, t);
-        for (uint32_t first = 0; first < task.columns; first += 4) {
-            const uint32_t count = task.columns - first < 4 ? task.columns - first : 4;
-            const float* x[4];
-            for (uint32_t c = 0; c < 4; c++)
-                x[c] = task.x + (first + (c < count ? c : count - 1)) * task.x_stride;
-            alignas(16) float sums[4][16];
-            (count == 1 ? dot_values<kType, 1> : dot_values<kType, 4>)(tile, task.weights->cols, x,
-                                                                       sums);
-            write_sums(task, t, first, count, sums, 1);
-        }
+void multiply_values(size_t cols, const std::byte* tile, const ColumnBatch& batch, float* sums) {
+    for (uint32_t v = 0; v < batch.count; v += 4, sums += 4 * 2 * kTileRows) {
+        const float* x[4];
+        for (uint32_t c = v; c < v + 4; c++)
+            x[c - v] = reinterpret_cast<const float*>(
+                batch.column(c < batch.count ? c : batch.count - 1));
+        (batch.count - v == 1 ? dot_values<kType, 1> : dot_values<kType, 4>)(tile, cols, x, sums);
     }
 }
 
@@ -9946,9 +10153,9 @@ VALAR_FORCE_INLINE void quantize_plane(F4 (&x)[8], float d, float inverse, Activ
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-void quantize(const float* x, size_t n, uint32_t planes, ActivationBlock* out) {
-    const size_t blocks = n / kActivationBlock;
-    for (size_t b = 0; b < blocks; b++, x += kActivationBlock) {
+void quantize_column(const float* x, size_t n, uint32_t planes, size_t step,
+                     ActivationBlock* out) {
+    for (size_t b = 0; b < n / kActivationBlock; b++, x += kActivationBlock, out += step) {
         F4 v[8];
         I4 largest = int_splat(0);
         VALAR_UNROLL for (int i = 0; i < 8; i++) {
@@ -9960,13 +10167,19 @@ void quantize(const float* x, size_t n, uint32_t planes, ActivationBlock* out) {
         for (int32_t lane : lanes) top = lane > top ? lane : top;
         const float amax = std::bit_cast<float>(top);
         if (!(amax >= 0x1p-100f && amax <= 0x1.fffffep127f)) {  // zero, or not finite: rare
-            scalar::quantize_block(x, planes, blocks, out + b);
+            scalar::quantize_block(x, planes, out);
             continue;
         }
         const float d = amax / 127.0f, inverse = 127.0f / amax;
-        quantize_plane(v, d, inverse, out[b]);
-        if (planes > 1) quantize_plane(v, d / 254.0f, inverse * 254.0f, out[blocks + b]);
+        quantize_plane(v, d, inverse, out[0]);
+        if (planes > 1) quantize_plane(v, d / 254.0f, inverse * 254.0f, out[1]);
     }
+}
+
+void quantize(const QuantizeTask& task) {
+    for (uint32_t c = 0; c < task.columns; c++)
+        quantize_column(task.x + c * task.x_stride, task.n, task.planes, task.step,
+                        task.out + c * task.planes);
 }
 
 VALAR_FORCE_INLINE float sum_of_lanes(const F4 (&lanes)[4]) {
@@ -10180,21 +10393,32 @@ constexpr QuantKernels quant_kernels = {
     fill_panel<I>, K::template dot_tile<kTwin, true, 4>, K::template dot_tile<kTwin, true, 8>};
 
 template <class K>
-void matmul(const MatmulTask& task) {
+void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     static constexpr QuantKernels quantized[] = {
         quant_kernels<K, 0, 2>, quant_kernels<K, 1, 5>, quant_kernels<K, 2>, quant_kernels<K, 3>,
         quant_kernels<K, 4, 5>, quant_kernels<K, 5>,    quant_kernels<K, 6>};
-    switch (task.weights->type) {
-        case TensorType::f32:
-            return matmul_values<TensorType::f32>(task);
-        case TensorType::f16:
-            return matmul_values<TensorType::f16>(task);
-        case TensorType::bf16:
-            return matmul_values<TensorType::bf16>(task);
-        default:
-            return matmul_quantized(task,
-                                    quantized[find_layout(task.weights->type) - packed_layouts]);
+    std::memset(sums, 0, (batch.count + kSpareColumns) * sizeof *sums);
+    for (uint32_t t = 0; t < (pair.tiles[0] == pair.tiles[1] ? 1u : 2u); t++) {
+        const std::byte* tile = pair.tiles[t];
+        switch (pair.layout->type) {
+            case TensorType::f32:
+                multiply_values<TensorType::f32>(pair.cols, tile, batch, sums[0][t]);
+                break;
+            case TensorType::f16:
+                multiply_values<TensorType::f16>(pair.cols, tile, batch, sums[0][t]);
+                break;
+            case TensorType::bf16:
+                multiply_values<TensorType::bf16>(pair.cols, tile, batch, sums[0][t]);
+                break;
+            default:
+                multiply_quantized(*pair.layout, pair.cols / kActivationBlock, tile,
+                                   quantized[pair.layout - packed_layouts], batch, sums[0][t]);
+        }
     }
+}
+template <class K>
+void matmul(const MatmulTask& task) {
+    multiply_tiles(task, {product<K>, quantize, add_to, silu_mul});
 }
 
 template <class K>
@@ -10308,8 +10532,8 @@ struct Products {
 
     template <int I, bool P, int C>
     static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
-                         float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, sums);
+                         size_t step, float* sums) {
+        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -10382,8 +10606,9 @@ struct Products {
 
     template <int I, bool P, int C>
     VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
-                                       const ActivationBlock* const* planes, float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, sums);
+                                       const ActivationBlock* const* planes, size_t step,
+                                       float* sums) {
+        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -10454,8 +10679,9 @@ struct Products {
 
     template <int I, bool P, int C>
     VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
-                                       const ActivationBlock* const* planes, float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, sums);
+                                       const ActivationBlock* const* planes, size_t step,
+                                       float* sums) {
+        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -10522,8 +10748,8 @@ struct Products {
 
     template <int I, bool P, int C>
     static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
-                         float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, sums);
+                         size_t step, float* sums) {
+        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -10619,7 +10845,7 @@ uint64_t kernel_fingerprint(const Kernels& k) {
         source[20 * i + 1] = source[20 * i + 3] = std::byte{0x21};
     pack_tiles(TensorType::q4_1, rows, n, source, 0, 1, packed);
     const PackedMatrix matrix{TensorType::q4_1, rows, n, packed};
-    k.quantize(x, n, 2, planes);
+    k.quantize({x, n, 1, 2, n, 2, planes});
     k.matmul({&matrix, 0, 1, 1, 2, planes, nullptr, 0, y, rows});
     hash = fingerprint_bytes(y, rows * sizeof(float), hash);
     fill(y, 3 * n);
@@ -15481,10 +15707,10 @@ constexpr uint32_t kMaxPageTokens = 4096;
 constexpr uint32_t kQueryRows     = 16;         // rows of a sequence that attend together
 constexpr uint64_t kJoinWork      = 1 << 16;    // products that are not worth a fork-join
 constexpr uint64_t kClaimColumns  = 8;          // from here on units are claimed, a few at a time
-constexpr uint64_t kClaimUnits    = 8;          // at most: tiles that share a read of the columns
+constexpr uint64_t kClaimUnits    = 4;          // at most: units that share a read of the columns
+constexpr uint32_t kUnitTiles     = 2;          // of a matrix: what kernels take at a time
 constexpr uint64_t kSliceNs       = 200'000;    // between two looks at the deadline
 constexpr double   kSlowestWorkNs = 0.2;        // a product, before it was measured
-constexpr uint32_t kMappedTiles   = 2;          // packed at a time where weights are mapped
 constexpr uint64_t kLoadBytes     = 1 << 20;    // of the file, a thread, between two looks
 
 // Cuts a buffer into arrays, each on its own cache line. With base 0 it only counts, so that what a
@@ -15510,6 +15736,9 @@ struct LoadItem {
 // Packed, here or in the file; where `data` is null, in the file's rows.
 struct CpuMatrix : PackedMatrix {
     const TensorInfo* tensor = nullptr;
+    uint32_t units() const { return (tiles() + kUnitTiles - 1) / kUnitTiles; }
+    uint64_t unit_bytes() const { return kUnitTiles * packed_tile_bytes(type, cols); }
+    bool quantized() const { return type_info(type)->block_size > 1; }
 };
 
 struct CpuLayer {
@@ -15528,7 +15757,8 @@ struct CpuLayer {
 struct CpuWeights {
     const Gguf*           gguf;
     bool                  mapped;
-    uint64_t              mapped_bytes = 0, mapped_tile = 0;  // of all; packed, the largest
+    uint64_t              mapped_bytes = 0;
+    uint64_t              mapped_units = 0;  // packed, the most that are needed at a time
     CpuMatrix             token_embd, output;
     const float*          output_norm = nullptr;
     std::vector<CpuLayer> layers;
@@ -15537,14 +15767,14 @@ struct CpuWeights {
     CpuMatrix matrix(Carver& carver, const TensorInfo* tensor) {
         CpuMatrix out{{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
                        static_cast<uint32_t>(tensor->dims[0])}, tensor};
-        const uint64_t tile = packed_tile_bytes(out.type, out.cols);
         out.data = packed_in_place(*tensor);
         if (out.data || (mapped && !tensor->packed)) {
             mapped_bytes += tensor->bytes;
-            if (!out.data) mapped_tile = std::max(mapped_tile, tile);
+            if (!out.data) mapped_units = std::max(mapped_units, out.unit_bytes());
             return out;
         }
-        std::byte* data = carver.take<std::byte>(out.tiles() * tile);
+        std::byte* data =
+            carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
         out.data = data;
         items.push_back({tensor, data, !tensor->packed});
         return out;
@@ -15581,6 +15811,9 @@ void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors
         layer.gate = matrix(carver, from.gate);
         layer.up = matrix(carver, from.up);
         layer.down = matrix(carver, from.down);
+        if (!layer.gate.data || !layer.up.data)
+            mapped_units =
+                std::max(mapped_units, layer.gate.unit_bytes() + layer.up.unit_bytes());
         layers.push_back(layer);
     }
     output_norm = vector(carver, tensors.output_norm);
@@ -15626,28 +15859,30 @@ struct QueryScratch {
 struct CpuSizes {
     uint64_t rows, logit_rows, planes, parts, segments;
     uint64_t split_rows;     // batches of so many rows are split over segments too
-    uint64_t q = 0, kv = 0, ff = 0, group = 0, group_values = 0, heads = 0, columns = 0;
+    uint64_t q = 0, kv = 0, group = 0, group_values = 0, heads = 0;
+    uint64_t ff_quantized = 0, ff_values = 0;  // of h, for quantized ffn_down or not
     uint64_t rope_values = 0;  // of all tables, for a position
     uint64_t expanded = 0;   // of q8_0 keys and values: a segment's
     uint64_t staging = 0;    // a tile of each thread, as the file has it
-    uint64_t mapped_tiles;   // bytes of kMappedTiles tiles, packed; 0: none are mapped
+    uint64_t mapped_units;   // bytes of a thread
 };
 
 struct CpuScratch {
-    float *x, *y;                      // (rows, n_embd) the residual stream; normed or to be added
+    float *x, *y;                      // (rows, n_embd) the residual stream; normed
     float *q, *k, *v;                  // (rows, heads * head_dim) as they come from the weights
     float *turned;                     // (kv heads, rows, heads of a group, head_dim) rotated q
-    float *gate, *up;                  // (rows, n_ff), in the place of q, k, v, turned
+    float *h;                          // (rows, n_ff), in the place of q, k, v, turned; or
+    ActivationBlock* h_blocks;         // {rows * planes, n_ff / 32}, there too
     float *attended;                   // (rows, n_heads * head_dim)
     float *cos_sin;                    // (rows, rope_values)
     float *part_max, *part_sum, *part_out;  // (split_rows, segments, n_heads, 1 or head_dim)
     float *logits;                     // (logit_rows, n_vocab)
-    ActivationBlock* blocks;           // (rows, planes, columns / 32)
+    ActivationBlock* blocks;           // {rows * planes, n_embd or n_heads * head_dim / 32}
     AttentionUnit*   units;
     uint32_t*        wanted;           // (logit_rows) rows that want logits
     BatchRow*        kept;             // (logit_rows) these
     QueryScratch*    queries;          // (parts)
-    std::byte*       mapped_tiles;     // (parts, mapped_tiles)
+    std::byte*       mapped_units;     // (parts, mapped_units)
 
     void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab) {
         const uint64_t start = carver.used;
@@ -15659,12 +15894,16 @@ struct CpuScratch {
         part_sum = carver.take<float>(n.split_rows * n.segments * n.heads);
         part_out = carver.take<float>(n.split_rows * n.segments * n.q);
         logits = carver.take<float>(n.logit_rows * n_vocab);
+        const auto blocks_of = [](uint64_t planes, uint64_t values) {
+            return ActivationLayout{static_cast<uint32_t>(planes), values / kActivationBlock}.size();
+        };
         blocks = carver.take<ActivationBlock>(
-            std::max(n.rows * n.planes * n.columns, n.logit_rows * 2 * n_embd) / kActivationBlock);
+            std::max(blocks_of(n.rows * n.planes, std::max(n.q, n_embd)),
+                     blocks_of(n.logit_rows * 2, n_embd)));
         units = carver.take<AttentionUnit>(std::max(n.rows, n.split_rows * n.segments));
         wanted = carver.take<uint32_t>(n.logit_rows);
         kept = carver.take<BatchRow>(n.logit_rows);
-        mapped_tiles = carver.take<std::byte>(n.parts * n.mapped_tiles);
+        mapped_units = carver.take<std::byte>(n.parts * n.mapped_units);
         queries = carver.take<QueryScratch>(n.parts);
         for (uint64_t part = 0; part < n.parts; ++part) {
             QueryScratch one;
@@ -15681,8 +15920,8 @@ struct CpuScratch {
         k = carver.take<float>(n.rows * n.kv);
         v = carver.take<float>(n.rows * n.kv);
         turned = carver.take<float>(n.rows * n.q);
-        gate = other.take<float>(n.rows * n.ff);
-        up = other.take<float>(n.rows * n.ff);
+        h = other.take<float>(n.rows * n.ff_values);
+        h_blocks = other.take<ActivationBlock>(blocks_of(n.rows * n.planes, n.ff_quantized));
         carver.used = std::max({carver.used, other.used, start + n.parts * n.staging});
     }
 };
@@ -15735,16 +15974,18 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
         n.heads = std::max(n.heads, uint64_t{layer.n_heads});
         n.q = std::max(n.q, layer.n_heads * dim);
         n.kv = std::max(n.kv, layer.n_kv_heads * dim);
-        n.ff = std::max(n.ff, uint64_t{layer.n_ff});
         n.group = std::max(n.group, group);
         n.group_values = std::max(n.group_values, group * dim);
         if (options.kv_type == KvType::q8_0) n.expanded = std::max(n.expanded, 2 * kSegment * dim);
         fewest_kv_heads = std::min(fewest_kv_heads, uint64_t{layer.n_kv_heads});
     }
-    n.columns = std::max({uint64_t{spec.n_embd}, n.q, n.ff});
+    for (const CpuLayer& layer : weights.layers) {
+        uint64_t& ff = layer.down.quantized() ? n.ff_quantized : n.ff_values;
+        ff = std::max(ff, uint64_t{layer.down.cols});
+    }
     n.split_rows = std::min(n.rows, 2 * n.parts / fewest_kv_heads + 1);
     for (const RopeTable& rope : ropes) n.rope_values += rope.spec->dims;
-    n.mapped_tiles = kMappedTiles * weights.mapped_tile;
+    n.mapped_units = weights.mapped_units;
     for (const LoadItem& item : weights.items)
         if (item.pack)
             n.staging = std::max(n.staging, item.tensor->bytes / item.tensor->dims[1] * kTileRows);
@@ -15854,7 +16095,7 @@ public:
                       const BackendOptions& options, const Kernels* kernels);
 
 private:
-    // A stage is cut into units: rows, tiles of weights or attention units. `job` does units
+    // A stage is cut into units: rows, pairs of tiles of weights or attention units. `job` does units
     // first .. last - 1; it is called once for each thread, or, where `claimed`, for a few units
     // at a time (attention: one).
     struct Stage {
@@ -15864,7 +16105,7 @@ private:
         bool claimed;
     };
     enum StageName : uint32_t {
-        embed, first_of_layer, store_keys = 3, last_of_layer = 10, last_stage = 12
+        embed, first_of_layer, store_keys = 3, last_of_layer = 9, last_stage = 11
     };
     static const Stage stages_[last_stage + 1];
     struct Slice {
@@ -15898,22 +16139,24 @@ private:
     bool residual_is_finite() const;
 
     uint64_t count_rows() const { return row_count(); }
-    uint64_t count_qkv() const { return layer().q.tiles() + layer().k.tiles() + layer().v.tiles(); }
+    uint64_t count_qkv() const { return layer().q.units() + layer().k.units() + layer().v.units(); }
     uint64_t count_attention() const { return uint64_t{unit_count_} * layer().spec->n_kv_heads; }
-    uint64_t count_embd() const { return layer().down.tiles(); }
-    uint64_t count_ff() const { return layer().up.tiles(); }
+    uint64_t count_embd() const { return layer().down.units(); }
+    uint64_t count_ff() const { return layer().up.units(); }
     uint64_t count_wanted() const { return wanted_count_; }
-    uint64_t count_vocab() const { return wanted_count_ ? weights_.output.tiles() : 0; }
-    uint64_t work_row() const { return sizes_.columns * 8; }
-    uint64_t work_tile(uint64_t columns) const {
-        return kTileRows * columns * rows_.size() * sizes_.planes;
+    uint64_t count_vocab() const { return wanted_count_ ? weights_.output.units() : 0; }
+    uint64_t work_row() const { return uint64_t{spec_->n_embd} * 8; }
+    uint64_t work_unit(uint64_t columns) const {
+        return kUnitTiles * kTileRows * columns * rows_.size() * sizes_.planes;
     }
-    uint64_t work_qkv() const { return work_tile(spec_->n_embd); }
+    uint64_t work_qkv() const { return work_unit(spec_->n_embd); }
     uint64_t work_attention() const;
-    uint64_t work_output() const { return work_tile(layer().attn_output.cols); }
-    uint64_t work_gate_up() const { return 2 * work_tile(spec_->n_embd); }
-    uint64_t work_down() const { return work_tile(layer().down.cols); }
-    uint64_t work_logits() const { return kTileRows * 2 * uint64_t{spec_->n_embd} * wanted_count_; }
+    uint64_t work_output() const { return work_unit(layer().attn_output.cols); }
+    uint64_t work_gate_up() const { return 2 * work_unit(spec_->n_embd); }
+    uint64_t work_down() const { return work_unit(layer().down.cols); }
+    uint64_t work_logits() const {
+        return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * wanted_count_;
+    }
 
     void embed_rows(uint32_t first, uint32_t last, uint32_t part);
     void norm_rows(uint32_t first, uint32_t last, const float* weight);
@@ -15937,20 +16180,23 @@ private:
     void project_attention(uint32_t first, uint32_t last, uint32_t part);
     void norm_for_ffn(uint32_t first, uint32_t last, uint32_t part);
     void multiply_gate_up(uint32_t first, uint32_t last, uint32_t part);
-    void quantize_ffn(uint32_t first, uint32_t last, uint32_t part);
     void project_ffn(uint32_t first, uint32_t last, uint32_t part);
     void norm_wanted(uint32_t first, uint32_t last, uint32_t part);
     void multiply_logits(uint32_t first, uint32_t last, uint32_t part);
-    const std::byte* pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
-                                 uint32_t part);
-    void matmul(const CpuMatrix& matrix, MatmulTask task, uint32_t part);
-    void multiply(const CpuMatrix& matrix, uint32_t first, uint32_t last, uint32_t part,
-                  const float* x, float* y);
-    void add_to_rows(float* to, const float* from, size_t from_stride, const PackedMatrix& matrix,
-                     uint32_t first, uint32_t last);
-    void project(const CpuMatrix& matrix, uint32_t first, uint32_t last, uint32_t part,
-                 const float* x);
-    void quantize_row(const float* x, uint32_t n, uint64_t planes, uint32_t row);
+    PackedMatrix pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+                             std::byte* packed);
+    std::byte* mapped_units(uint32_t part) const {
+        return scratch_.mapped_units + part * sizes_.mapped_units;
+    }
+    MatmulTask product_of(const CpuMatrix& matrix, uint32_t first, uint32_t last, const float* x,
+                          float* y) const;
+    void multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
+                  const CpuMatrix* up = nullptr);
+    void project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
+                 uint32_t first, uint32_t last, uint32_t part);
+    uint32_t group_end(uint32_t row, uint32_t last, uint64_t planes) const;
+    void quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first, uint32_t last,
+                        uint32_t rows);
 
     const Gguf*            gguf_ = nullptr;
     const ModelSpec*       spec_ = nullptr;
@@ -15993,7 +16239,6 @@ const CpuBackend::Stage CpuBackend::stages_[] = {
     {&CpuBackend::count_embd, &CpuBackend::work_output, &CpuBackend::project_attention, false},
     {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::norm_for_ffn, false},
     {&CpuBackend::count_ff, &CpuBackend::work_gate_up, &CpuBackend::multiply_gate_up, false},
-    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::quantize_ffn, false},
     {&CpuBackend::count_embd, &CpuBackend::work_down, &CpuBackend::project_ffn, false},
     {&CpuBackend::count_wanted, &CpuBackend::work_row, &CpuBackend::norm_wanted, false},
     {&CpuBackend::count_vocab, &CpuBackend::work_logits, &CpuBackend::multiply_logits, false},
@@ -16217,10 +16462,10 @@ void CpuBackend::run_slice() {
     }
     const uint64_t start = has_deadline_ ? monotonic_ns() : 0;
     const uint64_t count = last - unit_;
-    // Kernels take tiles in pairs; four claims a thread even out what the threads are held up by.
-    const uint64_t few = std::min(kClaimUnits, count / (4 * parts_)) & ~uint64_t{1};
-    const uint64_t claim_units = stage.claimed                     ? 1
-                                 : rows_.size() >= kClaimColumns ? std::max<uint64_t>(2, few)
+    // Four claims a thread even out what the threads are held up by.
+    const uint64_t few = std::clamp<uint64_t>(count / (4 * parts_), 1, kClaimUnits);
+    const uint64_t claim_units = stage.claimed                   ? 1
+                                 : rows_.size() >= kClaimColumns ? few
                                                                  : 0;
     Slice slice{this, &stage, unit_, static_cast<uint32_t>(last), {unit_},
                 static_cast<uint32_t>(claim_units)};
@@ -16278,10 +16523,20 @@ bool CpuBackend::residual_is_finite() const {
 
 // ---- The stages ------------------------------------------------------------------------------
 
-void CpuBackend::quantize_row(const float* x, uint32_t n, uint64_t planes, uint32_t row) {
-    if (n % kActivationBlock == 0)  // else no matrix that meets x is quantized
-        kernels_->quantize(x, n, static_cast<uint32_t>(planes),
-                           scratch_.blocks + row * planes * (n / kActivationBlock));
+// Where the group of rows whose planes lie side by side ends that `row` begins or is in.
+uint32_t CpuBackend::group_end(uint32_t row, uint32_t last, uint64_t planes) const {
+    const uint32_t rows = ActivationLayout::kGroup / static_cast<uint32_t>(planes);
+    return std::min(last, (row / rows + 1) * rows);
+}
+
+// x, (last - first, n) of one group, to scratch_.blocks; of all there are `rows`.
+void CpuBackend::quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first,
+                                uint32_t last, uint32_t rows) {
+    if (n % kActivationBlock != 0) return;  // no matrix that meets x is quantized
+    const uint32_t count = static_cast<uint32_t>(planes);
+    const ActivationLayout layout{rows * count, n / kActivationBlock};
+    kernels_->quantize({x, n, last - first, count, n, layout.step(),
+                        scratch_.blocks + layout.at(first * count)});
 }
 
 void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
@@ -16295,7 +16550,7 @@ void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
             uint32_t token = static_cast<uint32_t>(from.token);
             if (!matrix.data) {
                 const uint32_t tile = token / kTileRows;
-                matrix.data = pack_mapped(weights_.token_embd, tile, tile + 1, part);
+                matrix = pack_mapped(weights_.token_embd, tile, tile + 1, mapped_units(part));
                 token %= kTileRows;
             }
             dequantize_row(matrix, token, x);
@@ -16315,10 +16570,11 @@ void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
 
 void CpuBackend::norm_rows(uint32_t first, uint32_t last, const float* weight) {
     const size_t n = spec_->n_embd;
-    for (uint32_t row = first; row < last; ++row) {
-        float* y = scratch_.y + row * n;
-        kernels_->rms_norm(scratch_.x + row * n, weight, spec_->norm_eps, n, y);
-        quantize_row(y, spec_->n_embd, sizes_.planes, row);
+    for (uint32_t row = first, end; row < last; row = end) {
+        end = group_end(row, last, sizes_.planes);
+        for (uint32_t i = row; i < end; ++i)
+            kernels_->rms_norm(scratch_.x + i * n, weight, spec_->norm_eps, n, scratch_.y + i * n);
+        quantize_group(scratch_.y + row * n, spec_->n_embd, sizes_.planes, row, end, row_count());
     }
 }
 
@@ -16326,51 +16582,51 @@ void CpuBackend::norm_for_attention(uint32_t first, uint32_t last, uint32_t) {
     norm_rows(first, last, layer().attn_norm);
 }
 
-// Tiles first .. last - 1, at most kMappedTiles, from the file's bytes into this thread's scratch.
-const std::byte* CpuBackend::pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
-                                         uint32_t part) {
+// Tiles first .. last - 1 from the file's bytes.
+PackedMatrix CpuBackend::pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+                                     std::byte* packed) {
     const size_t row_bytes = static_cast<size_t>(matrix.tensor->bytes / matrix.rows);
     const std::byte* source = gguf_->tensor_bytes(*matrix.tensor)->data();
-    std::byte* packed = scratch_.mapped_tiles + part * sizes_.mapped_tiles;
-    pack_tiles(matrix.type, matrix.rows, matrix.cols, source + first * kTileRows * row_bytes, first,
-               last, packed);
-    return packed;
+    const uint32_t row = first * kTileRows;
+    pack_tiles(matrix.type, matrix.rows, matrix.cols, source + row * row_bytes, first, last, packed);
+    return {matrix.type, std::min(last * kTileRows, matrix.rows) - row, matrix.cols, packed};
 }
 
-// The task, whose `weights` is left empty, with `matrix`; a mapped one is packed piece by piece.
-void CpuBackend::matmul(const CpuMatrix& matrix, MatmulTask task, uint32_t part) {
-    if (matrix.data) {
-        task.weights = &matrix;
-        return kernels_->matmul(task);
-    }
+// y (rows, matrix.rows) = units first .. last - 1 of a matrix times every row of activations.
+MatmulTask CpuBackend::product_of(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+                                  const float* x, float* y) const {
+    return {&matrix, first * kUnitTiles, std::min(last * kUnitTiles, matrix.tiles()), row_count(),
+            static_cast<uint32_t>(sizes_.planes), scratch_.blocks, x, matrix.cols, y, matrix.rows};
+}
+
+// The task, gated by `up` where there is one; a mapped matrix is packed unit by unit.
+void CpuBackend::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
+                          const CpuMatrix* up) {
+    task.up = up;
+    if (matrix.data && (!up || up->data)) return kernels_->matmul(task);
     const uint32_t end = task.last_tile;
-    float* const y = task.y;
-    for (uint32_t first = task.first_tile; first < end; first += kMappedTiles) {
-        const uint32_t count = std::min(kMappedTiles, end - first), row = first * kTileRows;
-        const PackedMatrix piece{matrix.type, std::min(count * kTileRows, matrix.rows - row),
-                                 matrix.cols, pack_mapped(matrix, first, first + count, part)};
-        task.weights = &piece;
+    const MatmulTask whole = task;
+    for (uint32_t tile = task.first_tile; tile < end; tile += kUnitTiles) {
+        const uint32_t count = std::min(kUnitTiles, end - tile);
+        const auto piece = [&](const CpuMatrix& of, std::byte* packed) {
+            if (!of.data) return pack_mapped(of, tile, tile + count, packed);
+            return PackedMatrix{of.type, std::min(count * kTileRows, of.rows - tile * kTileRows),
+                                of.cols, of.data + tile * packed_tile_bytes(of.type, of.cols)};
+        };
+        const PackedMatrix weights = piece(matrix, mapped_units(part)),
+                           gated_by = up ? piece(*up, mapped_units(part) + matrix.unit_bytes())
+                                         : weights;
+        task.weights = &weights;
+        if (up) task.up = &gated_by;
         task.first_tile = 0;
         task.last_tile = count;
-        task.y = y + row;
+        if (whole.y) task.y = whole.y + tile * kTileRows;
+        if (whole.out)
+            task.out = whole.out +
+                       tile / kUnitTiles *
+                           ActivationLayout{task.columns * task.planes, task.out_blocks}.step();
         kernels_->matmul(task);
     }
-}
-
-// y (rows, matrix.rows) = matrix times every row of activations, of some tiles.
-void CpuBackend::multiply(const CpuMatrix& matrix, uint32_t first, uint32_t last, uint32_t part,
-                          const float* x, float* y) {
-    matmul(matrix, {nullptr, first, last, row_count(), static_cast<uint32_t>(sizes_.planes),
-                    scratch_.blocks, x, matrix.cols, y, matrix.rows}, part);
-}
-
-// to (rows, matrix.rows) += from (rows, or one for all where from_stride is 0), of some tiles.
-void CpuBackend::add_to_rows(float* to, const float* from, size_t from_stride,
-                             const PackedMatrix& matrix, uint32_t first, uint32_t last) {
-    const size_t begin = first * kTileRows, end = std::min(last * kTileRows, matrix.rows);
-    for (size_t row = 0; row < rows_.size(); ++row)
-        kernels_->add(to + row * matrix.rows + begin, from + row * from_stride + begin,
-                      end - begin);
 }
 
 void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
@@ -16381,11 +16637,15 @@ void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
     };
     uint32_t base = 0;
     for (const auto& [matrix, bias, y] : three) {
-        const uint32_t end = base + matrix->tiles();
+        const uint32_t end = base + matrix->units();
         const uint32_t from = std::max(first, base), to = std::min(last, end);
         if (from < to) {
-            multiply(*matrix, from - base, to - base, part, scratch_.y, y);
-            if (bias) add_to_rows(y, bias, 0, *matrix, from - base, to - base);
+            const MatmulTask task = product_of(*matrix, from - base, to - base, scratch_.y, y);
+            multiply(*matrix, task, part);
+            const size_t begin = task.first_tile * kTileRows,
+                         count = std::min(task.last_tile * kTileRows, matrix->rows) - begin;
+            for (size_t row = 0; bias && row < rows_.size(); ++row)
+                kernels_->add(y + row * matrix->rows + begin, bias + begin, count);
         }
         base = end;
     }
@@ -16560,21 +16820,24 @@ void CpuBackend::merge_parts(uint32_t row) {
 
 void CpuBackend::finish_attention(uint32_t first, uint32_t last, uint32_t) {
     const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
-    for (uint32_t row = first; row < last; ++row) {
-        if (split_over_segments()) merge_parts(row);
-        quantize_row(scratch_.attended + size_t{row} * n, n, sizes_.planes, row);
+    for (uint32_t row = first, end; row < last; row = end) {
+        end = group_end(row, last, sizes_.planes);
+        for (uint32_t i = row; i < end && split_over_segments(); ++i) merge_parts(i);
+        quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end, row_count());
     }
 }
 
-// x += matrix times activations, of some tiles.
-void CpuBackend::project(const CpuMatrix& matrix, uint32_t first, uint32_t last, uint32_t part,
-                         const float* activations) {
-    multiply(matrix, first, last, part, activations, scratch_.y);
-    add_to_rows(scratch_.x, scratch_.y, spec_->n_embd, matrix, first, last);
+// The residual stream += some units of a matrix times activations.
+void CpuBackend::project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
+                         uint32_t first, uint32_t last, uint32_t part) {
+    MatmulTask task = product_of(matrix, first, last, x, scratch_.x);
+    task.blocks = blocks;
+    task.add = true;
+    multiply(matrix, task, part);
 }
 
 void CpuBackend::project_attention(uint32_t first, uint32_t last, uint32_t part) {
-    project(layer().attn_output, first, last, part, scratch_.attended);
+    project(layer().attn_output, scratch_.blocks, scratch_.attended, first, last, part);
 }
 
 void CpuBackend::norm_for_ffn(uint32_t first, uint32_t last, uint32_t) {
@@ -16582,41 +16845,36 @@ void CpuBackend::norm_for_ffn(uint32_t first, uint32_t last, uint32_t) {
 }
 
 void CpuBackend::multiply_gate_up(uint32_t first, uint32_t last, uint32_t part) {
-    const size_t n = layer().spec->n_ff, begin = first * kTileRows;
-    const size_t end = std::min<size_t>(last * kTileRows, n);
-    multiply(layer().gate, first, last, part, scratch_.y, scratch_.gate);
-    multiply(layer().up, first, last, part, scratch_.y, scratch_.up);
-    for (size_t row = 0; row < rows_.size(); ++row)
-        kernels_->silu_mul(scratch_.gate + row * n + begin, scratch_.up + row * n + begin,
-                           end - begin);
-}
-
-void CpuBackend::quantize_ffn(uint32_t first, uint32_t last, uint32_t) {
-    const uint32_t n = layer().spec->n_ff;
-    for (uint32_t row = first; row < last; ++row)
-        quantize_row(scratch_.gate + size_t{row} * n, n, sizes_.planes, row);
+    MatmulTask task = product_of(layer().gate, first, last, scratch_.y, scratch_.h);
+    if (layer().down.quantized()) task.out = scratch_.h_blocks;
+    task.out_blocks = layer().down.cols / kActivationBlock;
+    multiply(layer().gate, task, part, &layer().up);
 }
 
 void CpuBackend::project_ffn(uint32_t first, uint32_t last, uint32_t part) {
-    project(layer().down, first, last, part, scratch_.gate);
+    project(layer().down, scratch_.h_blocks, scratch_.h, first, last, part);
 }
 
 // The output matrix always meets two planes.
 void CpuBackend::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
     const size_t n = spec_->n_embd;
-    for (uint32_t i = first; i < last; ++i) {
-        kernels_->rms_norm(scratch_.x + i * n, weights_.output_norm,
-                           spec_->norm_eps, n, scratch_.y + i * n);
-        quantize_row(scratch_.y + i * n, spec_->n_embd, 2, i);
+    for (uint32_t i = first, end; i < last; i = end) {
+        end = group_end(i, last, 2);
+        for (uint32_t j = i; j < end; ++j)
+            kernels_->rms_norm(scratch_.x + j * n, weights_.output_norm, spec_->norm_eps, n,
+                               scratch_.y + j * n);
+        quantize_group(scratch_.y + i * n, spec_->n_embd, 2, i, end, wanted_count_);
     }
 }
 
 void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
     const CpuMatrix& matrix = weights_.output;
-    matmul(matrix, {nullptr, first, last, wanted_count_, 2, scratch_.blocks, scratch_.y,
-                    matrix.cols, scratch_.logits, matrix.rows}, part);
-    const size_t begin = size_t{first} * kTileRows,
-                 end = std::min<size_t>(size_t{last} * kTileRows, matrix.rows);
+    MatmulTask task = product_of(matrix, first, last, scratch_.y, scratch_.logits);
+    task.columns = wanted_count_;
+    task.planes = 2;
+    multiply(matrix, task, part);
+    const size_t begin = size_t{task.first_tile} * kTileRows,
+                 end = std::min<size_t>(size_t{task.last_tile} * kTileRows, matrix.rows);
     for (uint32_t i = 0; i < wanted_count_; ++i) {
         uint32_t largest = 0;  // exponent: 255 is infinite or no number
         float* logits = scratch_.logits + size_t{i} * matrix.rows;

@@ -217,12 +217,15 @@ PackedMatrix pack(TensorType type, uint32_t rows, uint32_t cols, const std::vect
     return matrix;
 }
 
-std::vector<ActivationBlock> quantized(const Kernels& k, const std::vector<float>& x,
+// The first `columns` of x (any, n), a group of planes at a time.
+std::vector<ActivationBlock> quantized(const Kernels& k, const std::vector<float>& x, size_t n,
                                        uint32_t columns, uint32_t planes) {
-    const size_t n = x.size() / columns;
-    std::vector<ActivationBlock> out(columns * planes * n / 32);
-    for (uint32_t c = 0; c < columns; c++)
-        k.quantize(&x[c * n], n, planes, &out[c * planes * n / 32]);
+    const ActivationLayout layout{columns * planes, n / 32};
+    std::vector<ActivationBlock> out(layout.size());
+    const uint32_t group = ActivationLayout::kGroup / planes;
+    for (uint32_t c = 0; c < columns; c += group)
+        k.quantize({&x[c * n], n, std::min(group, columns - c), planes, n, layout.step(),
+                    &out[layout.at(c * planes)]});
     return out;
 }
 
@@ -370,7 +373,7 @@ TEST_CASE("kernels: quantize follows the words") {
             for (int i = 0; i < 32; i++)
                 x[static_cast<size_t>(i)] = static_cast<float>(i - 16) + 0.5f;  // ties
         ActivationBlock planes[2];
-        scalar().quantize(x.data(), 32, 2, planes);
+        scalar().quantize({x.data(), 32, 1, 2, 32, 2, planes});
         float amax = 0;
         for (float v : x) amax = std::max(amax, std::fabs(v));
         const bool zero = amax < 0x1p-100f;
@@ -397,7 +400,7 @@ TEST_CASE("kernels: quantize follows the words") {
     bad[3] = NAN;
     bad[40] = -INFINITY;
     for (const Kernels* k : available_kernels())
-        for (const ActivationBlock& block : quantized(*k, bad, 1, 2)) CHECK(block.d != block.d);
+        for (const ActivationBlock& block : quantized(*k, bad, 64, 1, 2)) CHECK(block.d != block.d);
 }
 
 TEST_CASE("kernels: packing and embedding rows") {
@@ -451,7 +454,7 @@ TEST_CASE("kernels: scalar matmul follows the words") {
             const std::vector<float> x = random.values(columns * cols);
             for (uint32_t planes = 1; planes <= 2; planes++) {
                 const auto blocks = is_float(type) ? std::vector<ActivationBlock>{}
-                                                   : quantized(scalar(), x, columns, planes);
+                                                   : quantized(scalar(), x, cols, columns, planes);
                 std::vector<float> y(columns * rows), expected(columns * rows);
                 scalar().matmul({&matrix, 0, 2, columns, planes, blocks.data(), x.data(), cols,
                                  y.data(), rows});
@@ -471,8 +474,8 @@ TEST_CASE("kernels: scalar matmul follows the words") {
                             float acc = 0;
                             for (size_t b = 0; b < weights.size(); b++) {
                                 const WeightBlock& w = weights[b];
-                                const ActivationBlock& a =
-                                    blocks[(c * planes + plane) * weights.size() + b];
+                                const ActivationBlock& a =  // few planes: one group
+                                    blocks[b * columns * planes + c * planes + plane];
                                 int64_t sum = 0;
                                 for (int i = 0; i < 32; i++)
                                     sum += int64_t{w.sc[i / 16]} * w.w[i] * a.q[i];
@@ -499,13 +502,17 @@ static void compare_products(TensorType type, uint32_t rows, uint32_t cols,
     const std::vector<float> x = random.values(most * cols, rows % 2 == 0);
     const size_t stride = rows + 3;
     for (uint32_t planes = 1; planes <= 2; planes++) {
-        const auto blocks = is_float(type) ? std::vector<ActivationBlock>{}
-                                           : quantized(scalar(), x, most, planes);
+        const auto blocks_of = [&](uint32_t columns) {
+            return is_float(type) ? std::vector<ActivationBlock>{}
+                                  : quantized(scalar(), x, cols, columns, planes);
+        };
+        const auto all = blocks_of(most);
         std::vector<float> expected(most * stride, 7.0f);
-        scalar().matmul({&matrix, 0, matrix.tiles(), most, planes, blocks.data(), x.data(), cols,
+        scalar().matmul({&matrix, 0, matrix.tiles(), most, planes, all.data(), x.data(), cols,
                          expected.data(), stride});
-        for (const Kernels* k : available_kernels().subspan(1))
-            for (uint32_t columns : column_choices) {
+        for (uint32_t columns : column_choices) {
+            const auto blocks = blocks_of(columns);
+            for (const Kernels* k : available_kernels().subspan(1)) {
                 const uint32_t split = random.below(matrix.tiles() + 1);
                 std::vector<float> y(most * stride, 7.0f), wanted = expected;
                 k->matmul({&matrix, 0, split, columns, planes, blocks.data(), x.data(), cols,
@@ -523,6 +530,7 @@ static void compare_products(TensorType type, uint32_t rows, uint32_t cols,
                 CAPTURE(split);
                 REQUIRE(first_difference(wanted.data(), y.data(), y.size()) == y.size());
             }
+        }
     }
 }
 
@@ -549,13 +557,92 @@ TEST_CASE("kernels: every table's matmul is the scalar one") {
                          random);
 }
 
+// A product of each row and column, by a task of its own without anything after it.
+static std::vector<float> plain_product(const PackedMatrix& matrix, const std::vector<float>& x,
+                                        uint32_t columns, uint32_t planes) {
+    const auto blocks = is_float(matrix.type)
+                            ? std::vector<ActivationBlock>{}
+                            : quantized(scalar(), x, matrix.cols, columns, planes);
+    std::vector<float> y(columns * matrix.rows);
+    scalar().matmul({&matrix, 0, matrix.tiles(), columns, planes, blocks.data(), x.data(),
+                     matrix.cols, y.data(), matrix.rows});
+    return y;
+}
+
+TEST_CASE("kernels: what follows a product, by every table") {
+    Random random{15};
+    constexpr TensorType pairs[][2] = {{TensorType::q4_0, TensorType::q4_0},
+                                       {TensorType::q4_k, TensorType::q6_k},
+                                       {TensorType::q5_0, TensorType::q8_0},
+                                       {TensorType::f16, TensorType::bf16},
+                                       {TensorType::f32, TensorType::f32}};
+    for (const auto& types : pairs)
+        for (uint32_t rows : {96u, 80u, 17u})
+            for (uint32_t columns : {1u, 2u, 3u, 6u, 7u, 9u, 40u, 77u})
+                for (uint32_t planes = 1; planes <= 2; planes++) {
+                    const uint32_t cols = 256;
+                    const auto gate_bytes = random_matrix(types[0], rows, cols, random),
+                               up_bytes = random_matrix(types[1], rows, cols, random);
+                    Buffer gate_buffer, up_buffer;
+                    const PackedMatrix gate = pack(types[0], rows, cols, gate_bytes, gate_buffer),
+                                       up = pack(types[1], rows, cols, up_bytes, up_buffer);
+                    const auto x = random.values(columns * cols), old = random.values(columns * rows);
+                    const auto a = plain_product(gate, x, columns, planes),
+                               b = plain_product(up, x, columns, planes);
+                    std::vector<float> sum(old), h(a);
+                    for (size_t i = 0; i < a.size(); i++) {
+                        sum[i] = old[i] + a[i];
+                        h[i] = a[i] / (1.0f + exact_exp(-a[i])) * b[i];
+                    }
+                    const auto blocks = is_float(types[0])
+                                            ? std::vector<ActivationBlock>{}
+                                            : quantized(scalar(), x, cols, columns, planes);
+                    const MatmulTask plain{&gate, 0, gate.tiles(), columns, planes, blocks.data(),
+                                           x.data(), cols, nullptr, rows};
+                    for (const Kernels* k : available_kernels()) {
+                        CAPTURE(k->name);
+                        CAPTURE(type_info(types[0])->name);
+                        CAPTURE(rows);
+                        CAPTURE(columns);
+                        CAPTURE(planes);
+                        const uint32_t split = random.below(gate.tiles() / 2 + 1) * 2;
+                        const auto run = [&](MatmulTask task) {
+                            task.last_tile = split;
+                            k->matmul(task);
+                            task.first_tile = split;
+                            task.last_tile = gate.tiles();
+                            k->matmul(task);
+                        };
+                        std::vector<float> y(old);
+                        MatmulTask task = plain;
+                        task.y = y.data();
+                        task.add = true;
+                        run(task);
+                        CHECK(same(sum, y));
+                        task.add = false;
+                        task.up = &up;
+                        run(task);
+                        CHECK(same(h, y));
+                        if (rows % 32 != 0) continue;
+                        const auto expected = quantized(scalar(), h, rows, columns, planes);
+                        std::vector<ActivationBlock> got(expected.size());
+                        task.y = nullptr;
+                        task.out = got.data();
+                        task.out_blocks = rows / 32;
+                        run(task);
+                        CHECK(std::memcmp(expected.data(), got.data(),
+                                          got.size() * sizeof got[0]) == 0);
+                    }
+                }
+}
+
 TEST_CASE("kernels: the largest codes and activations do not saturate") {
     Random random{14};
     const uint32_t rows = 33, cols = 256, columns = 7;
     std::vector<float> x(columns * cols);
     for (size_t i = 0; i < x.size(); i++)  // all 127, all -127, and signs that change in step
         x[i] = i / cols == 0 || (i / cols > 1 && i >> (i / cols - 2) & 1) ? 1.0f : -1.0f;
-    const auto blocks = quantized(scalar(), x, columns, 2);
+    const auto blocks = quantized(scalar(), x, cols, columns, 2);
     for (TensorType type : all_types) {
         if (is_float(type)) continue;
         const size_t block = type_info(type)->block_bytes;
@@ -592,7 +679,7 @@ TEST_CASE("kernels: many columns, long rows, extreme codes") {
         std::vector<float> x = random.values(columns * cols);
         for (size_t i = 0; i < cols; i++)
             x[i] = 1.0f, x[cols + i] = -1.0f;  // all 127, all -127: saturation
-        const auto blocks = quantized(scalar(), x, columns, 2);
+        const auto blocks = quantized(scalar(), x, cols, columns, 2);
         std::vector<float> expected(columns * rows), y(columns * rows);
         scalar().matmul(
             {&matrix, 0, 1, columns, 2, blocks.data(), nullptr, 0, expected.data(), rows});
@@ -646,14 +733,18 @@ TEST_CASE("kernels: vectors") {
 
 TEST_CASE("kernels: quantize, exp and silu of every table") {
     Random random{9};
-    const auto x = random.values(64 * 32);
-    for (uint32_t planes = 1; planes <= 2; planes++) {
-        const auto expected = quantized(scalar(), x, 1, planes);
-        for (const Kernels* k : available_kernels()) {
-            const auto got = quantized(*k, x, 1, planes);
-            CHECK(std::memcmp(expected.data(), got.data(), got.size() * sizeof got[0]) == 0);
+    auto x = random.values(13 * 96);
+    std::fill(x.begin() + 96, x.begin() + 128, 0.0f);  // zero and not finite beside usual ones
+    x[5 * 96 + 40] = NAN;
+    x[10 * 96 + 90] = INFINITY;
+    for (uint32_t planes = 1; planes <= 2; planes++)
+        for (uint32_t columns : {1u, 3u, 4u, 8u, 13u}) {
+            const auto expected = quantized(scalar(), x, 96, columns, planes);
+            for (const Kernels* k : available_kernels()) {
+                const auto got = quantized(*k, x, 96, columns, planes);
+                CHECK(std::memcmp(expected.data(), got.data(), got.size() * sizeof got[0]) == 0);
+            }
         }
-    }
     std::vector<float> gate, up(32768, 1.0f);
     for (uint32_t i = 0; i < 32768; i++)
         gate.push_back(from_bits(i * 0x20000u));  // across all magnitudes
@@ -814,7 +905,7 @@ TEST_CASE("kernels: keys and values in q8_0") {
                                wide_values.data());
             const auto stored = [](const std::vector<float>& x, size_t e) {  // the words
                 ActivationBlock block;
-                scalar().quantize(x.data() + e / 32 * 32, 32, 1, &block);
+                scalar().quantize({x.data() + e / 32 * 32, 32, 1, 1, 32, 1, &block});
                 return half_to_float(float_to_half(block.d)) * static_cast<float>(block.q[e % 32]);
             };
             size_t wrong = 0;

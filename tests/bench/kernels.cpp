@@ -210,7 +210,7 @@ static Limits measure_limits(Team& team, const Kernels& k, size_t bytes) {
 
 // ---- Matrix products -------------------------------------------------------------------------
 
-struct Weights {
+struct PackedWeights {
     TensorType type;
     uint32_t cols, tiles;
     uint64_t tile_bytes;
@@ -218,8 +218,8 @@ struct Weights {
     double pack_rate;  // source bytes a second
 };
 
-static Weights make_weights(TensorType type, uint32_t cols, size_t bytes) {
-    Weights out{type, cols, 0, packed_tile_bytes(type, cols), {}, 0};
+static PackedWeights make_weights(TensorType type, uint32_t cols, size_t bytes) {
+    PackedWeights out{type, cols, 0, packed_tile_bytes(type, cols), {}, 0};
     out.tiles = static_cast<uint32_t>(bytes / out.tile_bytes);
     out.data = *Buffer::allocate(out.tiles * out.tile_bytes, "weights", true);
     const TypeInfo& info = *type_info(type);
@@ -234,16 +234,18 @@ static Weights make_weights(TensorType type, uint32_t cols, size_t bytes) {
 }
 
 // Seconds of a product, the tiles dealt out as the backend does.
-static double product_seconds(Team& team, const Kernels& k, const Weights& w, uint32_t tiles,
+static double product_seconds(Team& team, const Kernels& k, const PackedWeights& w, uint32_t tiles,
                               uint32_t columns, uint32_t planes) {
     static std::vector<float> x, y;
     static std::vector<ActivationBlock> blocks;
     x.resize(size_t{columns} * w.cols);
     y.resize(size_t{columns} * tiles * 16);
-    blocks.resize(size_t{columns} * planes * (w.cols / 32));
+    const ActivationLayout layout{columns * planes, w.cols / 32};
+    blocks.resize(layout.size());
     for (float& v : x) v = uniform();
-    for (size_t c = 0; c < columns; c++)
-        k.quantize(&x[c * w.cols], w.cols, planes, &blocks[c * planes * (w.cols / 32)]);
+    for (uint32_t c = 0; c < columns; c++)
+        k.quantize({&x[c * w.cols], w.cols, 1, planes, w.cols, layout.step(),
+                    &blocks[layout.at(c * planes)]});
     const PackedMatrix matrix{w.type, tiles * 16, w.cols, w.data.data()};
     auto work = [&](uint32_t part, uint32_t parts) {
         const uint32_t last = tiles * (part + 1) / parts;
@@ -259,7 +261,7 @@ static double product_seconds(Team& team, const Kernels& k, const Weights& w, ui
 
 static void bench_type(Team& team, const Kernels& k, const Limits& limits, const Options& options,
                        TensorType type, uint32_t cols) {
-    const Weights w = make_weights(type, cols, size_t{options.mb} << 20);
+    const PackedWeights w = make_weights(type, cols, size_t{options.mb} << 20);
     const bool floats =
         type == TensorType::f32 || type == TensorType::f16 || type == TensorType::bf16;
     std::printf("%-5s %5u  pack %4.1f |", type_info(type)->name, cols, w.pack_rate * 1e-9);
@@ -319,17 +321,21 @@ static void bench_vectors(const Kernels& k) {
     bench_attention(k, KvType::f32);
     std::vector<float> x(1536), ones(1536, 1.0f), y(1536);
     for (float& v : x) v = uniform();
-    std::vector<ActivationBlock> blocks(2 * 48);
+    std::vector<ActivationBlock> blocks(8 * 48);
     const auto cycle = [&](auto work) {
         return seconds([&] {
                    for (int i = 0; i < 1000; i++) work();
                }) *
                1e6;
     };
-    std::printf("1536 values, ns: quantize 1 plane %.0f",
-                cycle([&] { k.quantize(x.data(), 1536, 1, blocks.data()); }));
-    std::printf(", 2 planes %.0f", cycle([&] { k.quantize(x.data(), 1536, 2, blocks.data()); }));
-    std::printf(", rms_norm %.0f",
+    std::printf("1536 values, ns: quantize");
+    for (uint32_t columns : {1u, 4u})
+        for (uint32_t planes : {1u, 2u})
+            std::printf(" %ux%u: %.0f,", columns, planes, cycle([&] {
+                            k.quantize({x.data(), 0, columns, planes, 1536, columns * planes,
+                                        blocks.data()});
+                        }) / columns);
+    std::printf(" rms_norm %.0f",
                 cycle([&] { k.rms_norm(x.data(), ones.data(), 1e-5f, 1536, y.data()); }));
     std::printf(", silu_mul (and a copy) %.0f\n", cycle([&] {
                     y = x;
