@@ -8130,39 +8130,49 @@ inline void multiply_plain(const MatmulTask& task, const ProductParts& parts, ui
     }
 }
 
-// Each pair is a tile of gate and the same of up, if they have one type; h goes where gate was.
-inline void multiply_gated(const MatmulTask& task, const ProductParts& parts, uint32_t first,
-                           uint32_t planes, const ColumnBatch& batch, PairSums (&sums)[3]) {
+// h of tiles `tile` and `tile` + 1 goes where gate was: to sums[0]. For few columns the two streams
+// are gate and up, if they have one type.
+inline void multiply_gated_pair(const MatmulTask& task, const ProductParts& parts, uint32_t tile,
+                                uint32_t tiles, uint32_t planes, const ColumnBatch& batch,
+                                PairSums (&sums)[2]) {
     const PackedMatrix &gate = *task.weights, &up = *task.up;
-    const bool alike = gate.type == up.type;
+    const uint32_t next = tile + tiles - 1;
+    if (batch.count > kFewColumns || gate.type != up.type) {
+        parts.product(tile_pair(gate, tile, gate, next, 2), batch, sums[0]);
+        parts.product(tile_pair(up, tile, up, next, 2), batch, sums[1]);
+        for (uint32_t v = 0; v < batch.count; v += planes) {
+            for (uint32_t i = 0; planes == 2 && i < 2; i++)
+                parts.add(sums[i][v][0], sums[i][v + 1][0], 2 * kTileRows);
+            parts.silu_mul(sums[0][v][0], sums[1][v][0], 2 * kTileRows);
+        }
+        return;
+    }
+    for (uint32_t t = 0; t < tiles; t++) {
+        parts.product(tile_pair(gate, tile + t, up, tile + t, 1), batch, sums[t]);
+        for (uint32_t v = 0; v < batch.count; v += planes) {
+            float(*const both)[kTileRows] = sums[t][v];
+            if (planes == 2) parts.add(both[0], both[2], 2 * kTileRows);
+            parts.silu_mul(both[0], both[1], kTileRows);
+            if (t) std::memcpy(sums[0][v][1], both[0], kTileRows * sizeof(float));
+        }
+    }
+}
+
+inline void multiply_gated(const MatmulTask& task, const ProductParts& parts, uint32_t first,
+                           uint32_t planes, const ColumnBatch& batch, PairSums (&sums)[2]) {
+    const uint32_t columns = batch.count / planes;
+    const ActivationLayout out{task.columns * task.planes, task.out_blocks};
+    const uint32_t group = ActivationLayout::kGroup / std::max(task.planes, 1u);
     for (uint32_t tile = task.first_tile; tile < task.last_tile; tile += 2) {
         const uint32_t tiles = std::min(task.last_tile - tile, 2u);
-        for (uint32_t t = 0; t < tiles; t++) {
-            const PairSums both = sums[1 + t];
-            parts.product(tile_pair(gate, tile + t, alike ? up : gate, tile + t, 1), batch, both);
-            if (!alike) parts.product(tile_pair(up, tile + t, up, tile + t, 1), batch, sums[0]);
-            for (uint32_t v = 0; v < batch.count; v += planes) {
-                for (uint32_t p = 0; !alike && p < planes; p++)
-                    std::memcpy(both[v + p][1], sums[0][v + p][0], kTileRows * sizeof(float));
-                if (planes == 2) parts.add(both[v][0], both[v + 1][0], 2 * kTileRows);
-                parts.silu_mul(both[v][0], both[v][1], kTileRows);
-            }
-        }
-        for (uint32_t v = 0; v < batch.count; v += planes) {
-            for (uint32_t t = 0; t < tiles; t++)
-                std::memcpy(sums[0][v][t], sums[1 + t][v][0], kTileRows * sizeof(float));
-            if (!task.out) write_sums(task, parts, tile, tiles, (first + v) / planes, sums[0][v][0]);
-        }
-        constexpr uint32_t group = ActivationLayout::kGroup;
-        const uint32_t out_planes = task.out ? task.planes : 0;
-        for (uint32_t v = 0; out_planes && v < batch.count; v += group / out_planes * planes) {
-            const ActivationLayout out{task.columns * out_planes, task.out_blocks};
-            const uint32_t count = std::min((batch.count - v) / planes, group / out_planes);
-            parts.quantize({sums[0][v][0], size_t{planes} * 2 * kTileRows, count, out_planes,
-                            kActivationBlock, out.step(),
-                            task.out + out.at((first + v) / planes * out_planes) +
+        multiply_gated_pair(task, parts, tile, tiles, planes, batch, sums);
+        for (uint32_t c = 0; !task.out && c < columns; c++)
+            write_sums(task, parts, tile, tiles, first / planes + c, sums[0][c * planes][0]);
+        for (uint32_t c = 0; task.out && c < columns; c += group)
+            parts.quantize({sums[0][c * planes][0], size_t{planes} * 2 * kTileRows,
+                            std::min(columns - c, group), task.planes, kActivationBlock, out.step(),
+                            task.out + out.at((first / planes + c) * task.planes) +
                                 tile / 2 * out.step()});
-        }
     }
 }
 
@@ -8181,8 +8191,8 @@ inline void multiply_tiles(const MatmulTask& task, const ProductParts& parts) {
         batch = {reinterpret_cast<const std::byte*>(task.blocks), eight * layout.blocks * block,
                  block, layout.step() * block, 0};
     }
-    alignas(64) float memory[3][kBatchColumns + kSpareColumns][2][kTileRows];
-    PairSums sums[3] = {memory[0], memory[1], memory[2]};
+    alignas(64) float memory[2][kBatchColumns + kSpareColumns][2][kTileRows];
+    PairSums sums[2] = {memory[0], memory[1]};
     for (uint32_t first = 0; first < all; first += kBatchColumns) {
         batch.count = std::min(all - first, kBatchColumns);
         if (task.up) multiply_gated(task, parts, first, planes, batch, sums);
@@ -8580,6 +8590,7 @@ struct TileStep {
     size_t unit;
     size_t count;                     // of blocks, or floats
     float (*sums)[2][16];             // (C)
+    bool fresh;                       // the sums start at 0
     // To prefetch: what lies `ahead` bytes ahead of every `every`th block, block `phase` first.
     size_t ahead, every, phase;
 };
@@ -8615,7 +8626,6 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
     const size_t chunk_bytes = layout.float_bytes
                                    ? chunk * layout.float_bytes * kTileRows
                                    : chunk / layout.blocks * packed_super_bytes(layout);
-    std::memset(sums, 0, (batch.count + kSpareColumns) * sizeof *sums);
     for (size_t u = 0, done = 0; u < units; u += chunk, done += chunk_bytes) {
         const std::byte *at[2] = {pair.tiles[0] + done, pair.tiles[1] + done}, *columns[8];
         const bool last = units - u <= chunk;
@@ -8624,6 +8634,7 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
                       batch.unit,
                       last ? units - u : chunk,
                       sums,
+                      u == 0,
                       once    ? batch.count > 2 ? kAheadFew : kAheadOne
                       : last ? pair.next - done
                               : chunk_bytes,
@@ -8830,6 +8841,7 @@ void dot_tiles(const TileStep& step) {
     VALAR_UNROLL for (int c = 0; c < C; c++) a[c] =
         reinterpret_cast<const ActivationBlock*>(step.columns[c]);
     const size_t stride = step.unit / sizeof(ActivationBlock);
+    if (step.fresh) std::memset(step.sums, 0, C * sizeof *step.sums);
     size_t head = 0, at = 0, wait = step.phase;
     for (size_t b = 0; b < step.count; b++) {
         if constexpr (L.head_bytes != 0) {
@@ -8903,7 +8915,8 @@ void dot_floats(const TileStep& step) {
     for (int v = 0; v < 4; v += H) {
         __m256 acc[C][H];
         VALAR_UNROLL for (int i = 0; i < C * H; i++) acc[i / H][i % H] =
-            _mm256_load_ps(&step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8]);
+            step.fresh ? _mm256_setzero_ps()
+                       : _mm256_load_ps(&step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8]);
         const std::byte *low = step.tiles[v / 2], *high = step.tiles[1];
         for (size_t k = 0; k < step.count; k++) {
             __m256 w[H];
@@ -9363,7 +9376,8 @@ void dot_tiles(const TileStep& step) {
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
-        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] = _mm512_load_ps(step.sums[c][t]);
+        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
+            step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
     const std::byte* tile[2] = {step.tiles[0], step.tiles[1]};
     const size_t stride = step.unit / sizeof(ActivationBlock);
@@ -9436,7 +9450,8 @@ void dot_floats(const TileStep& step) {
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
         x[c] = reinterpret_cast<const float*>(step.columns[c]);
-        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] = _mm512_load_ps(step.sums[c][t]);
+        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
+            step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
     const std::byte *low = step.tiles[0], *high = step.tiles[1];
     for (size_t k = 0; k < step.count; k++) {
@@ -16038,41 +16053,46 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
     return out;
 }
 
-// How many threads are fastest for a batch of one row is found by trying: a few use up the memory's
+// How many threads are fastest for a batch of few rows is found by trying: a few use up the memory's
 // bandwidth, and where a model is small, or others want the cores, they wait for each other longer
-// than they work. All of them first, then half as many, as long as that is faster. Tried again now
-// and then, since what else runs changes. No bit depends on it.
+// than they work. All of them at first; now and then half or twice as many are tried, which must be
+// faster twice to be taken: a busy moment decides nothing. No bit depends on it.
 class ThreadTrials {
 public:
-    void open(uint32_t parts) { most_ = tried_ = fastest_ = parts; }
-    uint32_t parts() const { return tried_; }
+    void open(uint32_t parts) { most_ = fastest_ = parts; }
+    uint32_t parts() const { return phase_ == Phase::other ? other() : fastest_; }
     /// A batch of one row took so long.
     void add(uint64_t ns) {
-        constexpr uint32_t batches = 4, pause = 1000;
         if (most_ == 1) return;
         shortest_ns_ = count_++ ? std::min(shortest_ns_, ns) : ns;
-        if (resting_) {
-            if (count_ < pause) return;
-            resting_ = false;
-            tried_ = most_;
-        } else {
-            const bool hopeless = tried_ != most_ && ns > fastest_ns_ + fastest_ns_ / 4;
-            if (count_ < batches && !hopeless) return;
-            const bool faster = tried_ == most_ || shortest_ns_ < fastest_ns_;
-            if (faster) {
-                fastest_ = tried_;
-                fastest_ns_ = shortest_ns_;
-            }
-            resting_ = !faster || tried_ == 1;
-            tried_ = resting_ ? fastest_ : tried_ / 2;
-        }
+        const bool hopeless = phase_ == Phase::other && ns > fastest_ns_ + fastest_ns_ / 4;
+        if (count_ < (phase_ == Phase::rest ? pause_ : kBatches) && !hopeless) return;
         count_ = 0;
+        if (phase_ == Phase::fastest) fastest_ns_ = shortest_ns_;
+        if (phase_ == Phase::other) judge(shortest_ns_ + shortest_ns_ / 32 < fastest_ns_);
+        else phase_ = phase_ == Phase::rest ? Phase::fastest : Phase::other;
     }
 
 private:
-    uint32_t most_ = 1, tried_ = 1, fastest_ = 1, count_ = 0;
-    uint64_t shortest_ns_ = 0, fastest_ns_ = 0;  // of those tried now; of the fastest
-    bool     resting_ = false;
+    static constexpr uint32_t kBatches = 4, kShortPause = 8, kLongPause = 1024;
+    enum class Phase { rest, fastest, other };
+
+    uint32_t other() const {
+        return fewer_ ? std::max(fastest_ / 2, 1u) : std::min(fastest_ * 2, most_);
+    }
+    void judge(bool faster) {
+        if (faster && won_) fastest_ = other();
+        pause_ = faster ? kShortPause : std::min(pause_ * 2, kLongPause);
+        won_ = faster && !won_;
+        if (!faster) fewer_ = !fewer_;
+        if (other() == fastest_) fewer_ = !fewer_;
+        phase_ = Phase::rest;
+    }
+
+    uint32_t most_ = 1, fastest_ = 1, count_ = 0, pause_ = kShortPause;
+    uint64_t shortest_ns_ = 0, fastest_ns_ = 0;
+    Phase    phase_ = Phase::rest;
+    bool     fewer_ = true, won_ = false;
 };
 
 class CpuBackend final : public Backend {

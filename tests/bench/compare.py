@@ -107,10 +107,12 @@ def measure_turns(name, path, options, peer):
             threads=options.threads, prompt=options.prompt, decode=options.decode, depth=depth, columns=columns))], True),
         "fine": Turns([*common, "--columns", "1", "--precision", "fine", "--stream-mib", "0"], False),
     }
+    for program in programs.values():  # all are loaded, and warm
+        program.round()
     rounds = []
-    for i in range(options.pairs + 1):  # round 0 warms up
+    for i in range(options.pairs):
         answers = {}
-        for who in list(programs)[:2 + i % 2][::1 if i % 4 < 2 else -1]:
+        for who in list(programs)[:3 - i % 2][::1 if i % 4 < 2 else -1]:
             answers[who] = programs[who].round()
             time.sleep(0.2)  # the other's threads go to sleep
         ours = answers["valar"]
@@ -120,7 +122,7 @@ def measure_turns(name, path, options, peer):
             rounds[-1]["fine"] = by_test(answers["fine"])
     for program in programs.values():
         program.close()
-    return rounds[1:], ours["machine"], programs["llama.cpp"].about
+    return rounds, ours["machine"], programs["llama.cpp"].about
 
 
 def timed(command):
