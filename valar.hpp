@@ -16116,8 +16116,8 @@ public:
 
 private:
     // A stage is cut into units: rows, pairs of tiles of weights or attention units. `job` does units
-    // first .. last - 1; it is called once for each thread, or, where `claimed`, for a few units
-    // at a time (attention: one).
+    // first .. last - 1; it is called once for each thread's share, or, where `claimed`, for one
+    // unit at a time.
     struct Stage {
         uint64_t (CpuBackend::*units)() const;
         uint64_t (CpuBackend::*work)() const;  // products of a unit, about
@@ -16132,9 +16132,14 @@ private:
         CpuBackend*  self;
         const Stage* stage;
         uint32_t     first, last;
-        std::atomic<uint32_t> claim;
-        uint32_t     claim_units;  // 0: each thread takes its share
+        uint32_t     claim_units;  // 0: each thread does its share
+        uint32_t share(uint64_t part, uint32_t parts) const {  // where it begins
+            return first + static_cast<uint32_t>((last - first) * part / parts);
+        }
     };
+    // How far a thread's share is claimed: by itself, a few neighbouring units at a time (what it
+    // reads next it has prefetched), and, once they are done with theirs, by the others.
+    struct alignas(64) Claim { std::atomic<uint32_t> next; };
     struct PackJob {
         const LoadItem*  item;
         const std::byte* source;  // of tile `first`
@@ -16244,6 +16249,7 @@ private:
     uint64_t batch_ns_ = 0;           // spent on it
     ThreadTrials trials_;
     double   ns_per_work_[last_stage + 1][2] = {};  // of a stage, in batches of few and many rows
+    std::unique_ptr<Claim[]> claims_;  // (parts)
     std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
     Error    bad_numbers_;            // where the first of them came from
 };
@@ -16296,6 +16302,7 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
     scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
     bad_rows_ = std::make_unique<std::atomic<bool>[]>(options.max_logit_rows);
+    claims_ = std::make_unique<Claim[]>(sizes_.parts);
     for (const LoadItem& item : weights_.items) bytes_to_load_ += item.tensor->bytes;
     if (auto there = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !there)
         return there.error();
@@ -16487,8 +16494,10 @@ void CpuBackend::run_slice() {
     const uint64_t claim_units = stage.claimed                   ? 1
                                  : rows_.size() >= kClaimColumns ? few
                                                                  : 0;
-    Slice slice{this, &stage, unit_, static_cast<uint32_t>(last), {unit_},
+    Slice slice{this, &stage, unit_, static_cast<uint32_t>(last),
                 static_cast<uint32_t>(claim_units)};
+    for (uint32_t part = 0; part < parts_; ++part)
+        claims_[part].next.store(slice.share(part, parts_), std::memory_order_relaxed);
     if (parts_ == 1 || count == 1 || count * work < kJoinWork) (this->*stage.job)(slice.first, slice.last, 0);
     else team_->run(run_part, &slice);
     if (has_deadline_ && count * work >= kJoinWork)
@@ -16506,15 +16515,18 @@ void CpuBackend::run_slice() {
 void CpuBackend::run_part(void* context, uint32_t part, uint32_t parts) {
     Slice& slice = *static_cast<Slice*>(context);
     const auto job = slice.stage->job;
-    if (const uint32_t n = slice.claim_units) {
-        for (uint32_t i; (i = slice.claim.fetch_add(n, std::memory_order_relaxed)) < slice.last;)
-            (slice.self->*job)(i, std::min(i + n, slice.last), part);
+    const uint32_t n = slice.claim_units;
+    if (n == 0) {
+        const uint32_t first = slice.share(part, parts), last = slice.share(part + 1, parts);
+        if (first < last) (slice.self->*job)(first, last, part);
         return;
     }
-    const uint64_t count = slice.last - slice.first;
-    const uint32_t first = slice.first + static_cast<uint32_t>(count * part / parts);
-    const uint32_t last = slice.first + static_cast<uint32_t>(count * (part + 1) / parts);
-    if (first < last) (slice.self->*job)(first, last, part);
+    for (uint32_t i = 0; i < parts; ++i) {
+        const uint32_t of = (part + i) % parts, last = slice.share(of + 1, parts);
+        std::atomic<uint32_t>& next = slice.self->claims_[of].next;
+        for (uint32_t unit; (unit = next.fetch_add(n, std::memory_order_relaxed)) < last;)
+            (slice.self->*job)(unit, std::min(unit + n, last), part);
+    }
 }
 
 // Computes the batch again (it gives the same) and looks after every layer.
