@@ -9569,10 +9569,12 @@ void silu_mul(float* gate, const float* up, size_t n) {
 VALAR_FORCE_INLINE void quantize_plane(__m512 (&x)[4][2], __m128 d, __m128 inverse, uint32_t planes,
                                        ActivationBlock* out) {
     const __m512 magic = _mm512_set1_ps(0x1.8p23f);
+    alignas(16) float scales[4], steps[4];
+    _mm_store_ps(scales, inverse);
+    _mm_store_ps(steps, d);
     __m256i fours[4];
     VALAR_UNROLL for (int c = 0; c < 4; c++) {
-        const __m512 scale = _mm512_broadcastss_ps(_mm_permute_ps(inverse, c * 0x55)),
-                     step = _mm512_broadcastss_ps(_mm_permute_ps(d, c * 0x55));
+        const __m512 scale = _mm512_set1_ps(scales[c]), step = _mm512_set1_ps(steps[c]);
         __m128i bytes[2];
         VALAR_UNROLL for (int i = 0; i < 2; i++) {
             const __m512 shifted = _mm512_fmadd_ps(x[c][i], scale, magic);
