@@ -8603,8 +8603,8 @@ struct TileKernels {
 
 constexpr size_t kChunk = 32;           // blocks that stay in a near cache for all columns
 constexpr size_t kChunkFloats = 512;
-constexpr size_t kAheadOne = 1024;  // best prefetch distances measured: for one or two columns,
-constexpr size_t kAheadFew = 6144;  // for as many as one call takes
+constexpr size_t kAheadOne = 4096;  // best prefetch distances measured: for one or two columns,
+constexpr size_t kAheadFew = 8192;  // for as many as one call takes
 
 // The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
 // and 1.
@@ -8612,6 +8612,13 @@ inline const TileKernels::Shape& next_shape(const TileKernels& k, uint32_t left)
     for (const TileKernels::Shape& shape : k.shapes)
         if (left <= shape.columns) return shape;
     return k.shapes[left <= 2 * k.shapes[2].columns ? 2 : 3];
+}
+
+// As few chunks as may be, of one size: each is prefetched during the one before it.
+inline size_t even_chunk(size_t units, const PackedLayout& layout) {
+    const size_t most = layout.float_bytes ? kChunkFloats : kChunk;
+    const size_t chunks = (units + most - 1) / most, even = (units + chunks - 1) / chunks;
+    return (even + layout.blocks - 1) / layout.blocks * layout.blocks;
 }
 
 // Where the columns need several kernel calls, k advances in chunks that stay in a near cache; each
@@ -8622,7 +8629,7 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
     const size_t units = layout.float_bytes ? pair.cols : pair.cols / kActivationBlock;
     const uint32_t most = k.shapes[3].columns;
     const bool once = batch.count <= most;
-    const size_t chunk = once ? units : layout.float_bytes ? kChunkFloats : kChunk;
+    const size_t chunk = once ? units : even_chunk(units, layout);
     const size_t chunk_bytes = layout.float_bytes
                                    ? chunk * layout.float_bytes * kTileRows
                                    : chunk / layout.blocks * packed_super_bytes(layout);
@@ -8746,7 +8753,7 @@ VALAR_FORCE_INLINE __m256i broadcast4(const int8_t* at) {
 }
 
 VALAR_FORCE_INLINE void prefetch(const std::byte* at) {
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
 }
 
 // acc += u * s of four unsigned and signed bytes each: one instruction of AVX-VNNI, or of AVX-512,
@@ -9311,7 +9318,7 @@ VALAR_FORCE_INLINE __m512 load_halves(const void* at) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
 }
 VALAR_FORCE_INLINE void prefetch(const std::byte* at) {
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
 }
 VALAR_FORCE_INLINE __m128i load_scale_bytes(const void* at) {
     return _mm_loadu_si128(static_cast<const __m128i*>(at));
