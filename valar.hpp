@@ -16104,6 +16104,20 @@ private:
     bool     fewer_ = true, won_ = false;
 };
 
+// By sixteen lanes, which compilers make vectors of.
+bool all_finite(const float* x, size_t n) {
+    constexpr uint32_t exponent = 0x7f800000u;  // all of it: infinite or no number
+    const auto bad = [](float value) {
+        return uint32_t{(std::bit_cast<uint32_t>(value) & exponent) == exponent};
+    };
+    uint32_t lanes[16] = {};
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (size_t j = 0; j < 16; ++j) lanes[j] |= bad(x[i + j]);
+    for (; i < n; ++i) lanes[0] |= bad(x[i]);
+    return std::all_of(lanes, lanes + 16, [](uint32_t lane) { return lane == 0; });
+}
+
 class CpuBackend final : public Backend {
 public:
     bool exact() const override { return true; }
@@ -16558,8 +16572,7 @@ Error CpuBackend::locate_bad_numbers() {
 }
 
 bool CpuBackend::residual_is_finite() const {
-    const size_t count = rows_.size() * spec_->n_embd;
-    return std::all_of(scratch_.x, scratch_.x + count, [](float x) { return std::isfinite(x); });
+    return all_finite(scratch_.x, rows_.size() * spec_->n_embd);
 }
 
 // ---- The stages ------------------------------------------------------------------------------
@@ -16917,13 +16930,11 @@ void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
     const size_t begin = size_t{task.first_tile} * kTileRows,
                  end = std::min<size_t>(size_t{task.last_tile} * kTileRows, matrix.rows);
     for (uint32_t i = 0; i < wanted_count_; ++i) {
-        uint32_t largest = 0;  // exponent: 255 is infinite or no number
         float* logits = scratch_.logits + size_t{i} * matrix.rows;
         if (spec_->logit_scale != 1)
             kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
-        for (size_t j = begin; j < end; ++j)
-            largest = std::max(largest, std::bit_cast<uint32_t>(logits[j]) & 0x7f800000u);
-        if (largest == 0x7f800000u) bad_rows_[i].store(true, std::memory_order_relaxed);
+        if (!all_finite(logits + begin, end - begin))
+            bad_rows_[i].store(true, std::memory_order_relaxed);
     }
 }
 
