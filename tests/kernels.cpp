@@ -575,6 +575,8 @@ TEST_CASE("kernels: what follows a product, by every table") {
                                        {TensorType::q4_k, TensorType::q6_k},
                                        {TensorType::q5_0, TensorType::q8_0},
                                        {TensorType::f16, TensorType::bf16},
+                                       {TensorType::f16, TensorType::q4_0},
+                                       {TensorType::q8_0, TensorType::f32},
                                        {TensorType::f32, TensorType::f32}};
     for (const auto& types : pairs)
         for (uint32_t rows : {96u, 80u, 17u})
@@ -594,9 +596,7 @@ TEST_CASE("kernels: what follows a product, by every table") {
                         sum[i] = old[i] + a[i];
                         h[i] = a[i] / (1.0f + exact_exp(-a[i])) * b[i];
                     }
-                    const auto blocks = is_float(types[0])
-                                            ? std::vector<ActivationBlock>{}
-                                            : quantized(scalar(), x, cols, columns, planes);
+                    const auto blocks = quantized(scalar(), x, cols, columns, planes);
                     const MatmulTask plain{&gate, 0, gate.tiles(), columns, planes, blocks.data(),
                                            x.data(), cols, nullptr, rows};
                     for (const Kernels* k : available_kernels()) {
