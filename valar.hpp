@@ -8598,8 +8598,9 @@ struct TileStep {
     size_t count;                     // of blocks, or floats
     float (*sums)[2][16];             // (C)
     bool fresh;                       // the sums start at 0
-    // To prefetch: what lies `ahead` bytes ahead of every `every`th block, block `phase` first.
-    size_t ahead, every, phase;
+    // To prefetch: at every `every`th block one block of each tile, from `next` of the first on.
+    const std::byte* next;
+    size_t every;
 };
 struct TileKernels {
     struct Shape {
@@ -8634,8 +8635,8 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
                           PairSums sums) {
     const PackedLayout& layout = *pair.layout;
     const size_t units = layout.float_bytes ? pair.cols : pair.cols / kActivationBlock;
-    const uint32_t most = k.shapes[3].columns;
-    const bool once = batch.count <= most;
+    const size_t most = k.shapes[3].columns, calls = (batch.count + most - 1) / most;
+    const bool once = calls == 1;
     const size_t chunk = once ? units : even_chunk(units, layout);
     const size_t chunk_bytes = layout.float_bytes
                                    ? chunk * layout.float_bytes * kTileRows
@@ -8649,12 +8650,11 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
                       last ? units - u : chunk,
                       sums,
                       u == 0,
-                      once    ? batch.count > 2 ? kAheadFew : kAheadOne
-                      : last ? pair.next - done
-                              : chunk_bytes,
-                      (batch.count + most - 1) / most,
-                      0};
-        for (uint32_t v = 0; v < batch.count; step.phase++) {
+                      at[0] + (once    ? batch.count > 2 ? kAheadFew : kAheadOne
+                               : last ? pair.next - done
+                                       : chunk_bytes),
+                      calls};
+        for (uint32_t v = 0; v < batch.count; step.next += chunk_bytes / calls) {
             const TileKernels::Shape& shape = next_shape(k, batch.count - v);
             for (uint32_t c = 0; c < shape.columns; c++) {  // the last again where they run out
                 const uint32_t column = v + c < batch.count ? v + c : batch.count - 1;
@@ -8856,7 +8856,8 @@ void dot_tiles(const TileStep& step) {
         reinterpret_cast<const ActivationBlock*>(step.columns[c]);
     const size_t stride = step.unit / sizeof(ActivationBlock);
     if (step.fresh) std::memset(step.sums, 0, C * sizeof *step.sums);
-    size_t head = 0, at = 0, wait = step.phase;
+    const std::byte* next = step.next;
+    size_t head = 0, at = 0, wait = 0;
     for (size_t b = 0; b < step.count; b++) {
         if constexpr (L.head_bytes != 0) {
             if (b % L.blocks == 0) {
@@ -8867,7 +8868,8 @@ void dot_tiles(const TileStep& step) {
         if (wait-- == 0) {
             wait = step.every - 1;
             VALAR_UNROLL for (size_t i = 0; i < 2 * kLines; i++)
-                prefetch(step.tiles[i % 2] + at + step.ahead + i / 2 * 64);
+                prefetch(next + (i % 2 ? step.tiles[1] - step.tiles[0] : 0) + i / 2 * 64);
+            next += packed_super_bytes(L) / L.blocks;
         }
         for (int v = 0; v < 4; v += H) {  // of the tiles' 32 rows
             const std::byte* tile = step.tiles[v / 2];
@@ -9393,9 +9395,10 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
             step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
-    const std::byte* tile[2] = {step.tiles[0], step.tiles[1]};
     const size_t stride = step.unit / sizeof(ActivationBlock);
-    size_t head = 0, at = 0, wait = step.phase;
+    const ptrdiff_t apart = step.tiles[1] - step.tiles[0];
+    const std::byte *at = step.tiles[0], *head = at, *next = step.next;
+    size_t wait = 0;
     for (size_t b = 0; b < step.count; b++) {
         if constexpr (L.head_bytes != 0) {
             if (b % L.blocks == 0) {
@@ -9406,7 +9409,8 @@ void dot_tiles(const TileStep& step) {
         if (wait-- == 0) {
             wait = step.every - 1;
             VALAR_UNROLL for (size_t i = 0; i < 2 * kLines; i++)
-                prefetch(tile[i % 2] + at + step.ahead + i / 2 * 64);
+                prefetch(next + (i % 2 ? apart : 0) + i / 2 * 64);
+            next += packed_super_bytes(L) / L.blocks;
         }
         __m512i total[kParts][C][2];  // starts as what the codes' bias adds, negated
         VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -9417,7 +9421,7 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[2];
             VALAR_UNROLL for (int t = 0; t < 2; t++) w[t] =
-                load_group<I>(tile[t] + at + L.scale_bytes, g);
+                load_group<I>(at + (t ? apart : 0) + L.scale_bytes, g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
@@ -9427,7 +9431,7 @@ void dot_tiles(const TileStep& step) {
             }
         }
         VALAR_UNROLL for (int t = 0; t < 2; t++) {
-            const Scales scales = load_scales<I>(tile[t] + head, tile[t] + at);
+            const Scales scales = load_scales<I>(head + (t ? apart : 0), at + (t ? apart : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 __m512 sum = _mm512_cvtepi32_ps(total[0][c][t]);
                 if constexpr (L.bits == 6)  // exact, being below 2^24
