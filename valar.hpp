@@ -1454,9 +1454,9 @@ struct ActivationBlock {
 };
 static_assert(sizeof(ActivationBlock) == 48);
 
-/// Columns' blocks, `count` planes of n / 32 blocks each (a column's two planes are neighbours), lie
-/// in groups of eight planes: in a group block after block, in a block plane beside plane. One group
-/// that is not full is narrower; of several the last is padded.
+/// Columns' blocks, `count` planes of n / 32 blocks each (a column's two planes are neighbours),
+/// lie in groups of eight planes: in a group block after block, in a block plane beside plane. One
+/// group that is not full is narrower; of several the last is padded.
 struct ActivationLayout {
     static constexpr uint32_t kGroup = 8;
     uint32_t count;
@@ -1498,8 +1498,8 @@ struct QuantizeTask {
     ActivationBlock* out;
 };
 
-/// weights * x for the rows of tiles first_tile .. last_tile - 1 (rows past the matrix's end are not
-/// written), all columns, and what becomes of it while it is in the nearest cache.
+/// weights * x for the rows of tiles first_tile .. last_tile - 1 (rows past the matrix's end are
+/// not written), all columns, and what becomes of it while it is in the nearest cache.
 struct MatmulTask {
     const PackedMatrix*    weights;
     uint32_t               first_tile;
@@ -9628,8 +9628,9 @@ void quantize_four(const float* x, size_t x_stride, uint32_t planes, ActivationB
         VALAR_UNROLL for (size_t i = 0; i < 2; i++) v[c][i] =
             _mm512_loadu_ps(x + c * x_stride + 16 * i);
         const __m512 largest = _mm512_castsi512_ps(
-            _mm512_maskz_max_epi32(0xffff, _mm512_and_si512(_mm512_castps_si512(v[c][0]), magnitude),
-                                   _mm512_and_si512(_mm512_castps_si512(v[c][1]), magnitude)));
+            _mm512_maskz_max_epi32(  // GCC 12 warns of its own header where there is no mask
+                0xffff, _mm512_and_si512(_mm512_castps_si512(v[c][0]), magnitude),
+                _mm512_and_si512(_mm512_castps_si512(v[c][1]), magnitude)));
         eight[c] = _mm256_max_epi32(_mm256_castps_si256(half_of<0>(largest)),
                                     _mm256_castps_si256(half_of<1>(largest)));
     }
@@ -9648,7 +9649,8 @@ void quantize_four(const float* x, size_t x_stride, uint32_t planes, ActivationB
             scalar::quantize_block(x + c * x_stride, planes, out + c * planes);
         return;
     }
-    const __m128 d = _mm_div_ps(amax, _mm_set1_ps(127)), inverse = _mm_div_ps(_mm_set1_ps(127), amax);
+    const __m128 d = _mm_div_ps(amax, _mm_set1_ps(127)),
+                 inverse = _mm_div_ps(_mm_set1_ps(127), amax);
     quantize_plane(v, d, inverse, planes, out);
     if (planes > 1)
         quantize_plane(v, _mm_div_ps(d, _mm_set1_ps(254)), _mm_mul_ps(inverse, _mm_set1_ps(254)),
@@ -15930,7 +15932,8 @@ struct CpuScratch {
         part_out = carver.take<float>(n.split_rows * n.segments * n.q);
         logits = carver.take<float>(n.logit_rows * n_vocab);
         const auto blocks_of = [](uint64_t planes, uint64_t values) {
-            return ActivationLayout{static_cast<uint32_t>(planes), values / kActivationBlock}.size();
+            const size_t each = static_cast<size_t>(values / kActivationBlock);
+            return ActivationLayout{static_cast<uint32_t>(planes), each}.size();
         };
         blocks = carver.take<ActivationBlock>(
             std::max(blocks_of(n.rows * n.planes, std::max(n.q, n_embd)),
@@ -16073,10 +16076,10 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
     return out;
 }
 
-// How many threads are fastest for a batch of few rows is found by trying: a few use up the memory's
-// bandwidth, and where a model is small, or others want the cores, they wait for each other longer
-// than they work. All of them at first; now and then half or twice as many are tried, which must be
-// faster twice to be taken: a busy moment decides nothing. No bit depends on it.
+// How many threads are fastest for a batch of few rows is found by trying: a few use up the
+// memory's bandwidth, and where a model is small, or others want the cores, they wait for each
+// other longer than they work. All of them at first; now and then half or twice as many are tried,
+// which must be faster twice to be taken: a busy moment decides nothing. No bit depends on it.
 class ThreadTrials {
 public:
     void open(uint32_t parts) { most_ = fastest_ = parts; }
@@ -16149,7 +16152,7 @@ public:
                       const BackendOptions& options, const Kernels* kernels);
 
 private:
-    // A stage is cut into units: rows, pairs of tiles of weights or attention units. `job` does units
+    // A stage is cut into units: rows, pairs of tiles or attention units. `job` does units
     // first .. last - 1; it is called once for each thread's share, or, where `claimed`, for one
     // unit at a time.
     struct Stage {
@@ -16653,7 +16656,8 @@ PackedMatrix CpuBackend::pack_mapped(const CpuMatrix& matrix, uint32_t first, ui
     const size_t row_bytes = static_cast<size_t>(matrix.tensor->bytes / matrix.rows);
     const std::byte* source = gguf_->tensor_bytes(*matrix.tensor)->data();
     const uint32_t row = first * kTileRows;
-    pack_tiles(matrix.type, matrix.rows, matrix.cols, source + row * row_bytes, first, last, packed);
+    pack_tiles(matrix.type, matrix.rows, matrix.cols, source + row * row_bytes, first, last,
+               packed);
     return {matrix.type, std::min(last * kTileRows, matrix.rows) - row, matrix.cols, packed};
 }
 
@@ -16888,7 +16892,8 @@ void CpuBackend::finish_attention(uint32_t first, uint32_t last, uint32_t) {
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
         for (uint32_t i = row; i < end && split_over_segments(); ++i) merge_parts(i);
-        quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end, row_count());
+        quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end,
+                       row_count());
     }
 }
 

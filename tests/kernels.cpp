@@ -588,7 +588,8 @@ TEST_CASE("kernels: what follows a product, by every table") {
                     Buffer gate_buffer, up_buffer;
                     const PackedMatrix gate = pack(types[0], rows, cols, gate_bytes, gate_buffer),
                                        up = pack(types[1], rows, cols, up_bytes, up_buffer);
-                    const auto x = random.values(columns * cols), old = random.values(columns * rows);
+                    const auto x = random.values(columns * cols),
+                               old = random.values(columns * rows);
                     const auto a = plain_product(gate, x, columns, planes),
                                b = plain_product(up, x, columns, planes);
                     std::vector<float> sum(old), h(a);

@@ -82,8 +82,10 @@ static Run run(valar::Engine& engine, const Task& task, int64_t seed) {
 }
 
 int main(int argc, char** argv) {
-    if (argc < 2) return std::fprintf(stderr, "usage: speculation MODEL.gguf [THREADS [PAIRS]]\n"), 2;
-    const int threads = argc > 2 ? std::atoi(argv[2]) : 2, pairs = argc > 3 ? std::atoi(argv[3]) : 7;
+    if (argc < 2)
+        return std::fprintf(stderr, "usage: speculation MODEL.gguf [THREADS [PAIRS]]\n"), 2;
+    const int threads = argc > 2 ? std::atoi(argv[2]) : 2;
+    const int pairs = argc > 3 ? std::atoi(argv[3]) : 7;
     std::vector<valar::Engine> engines;
     for (bool speculation : {false, true}) {
         valar::EngineOptions options{.model_path = argv[1]};
