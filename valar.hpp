@@ -9591,7 +9591,7 @@ VALAR_FORCE_INLINE void quantize_plane(__m512 (&x)[4][2], __m128 d, __m128 inver
     _mm_store_ps(scales, inverse);
     _mm_store_ps(steps, d);
     __m256i fours[4];
-    VALAR_UNROLL for (int c = 0; c < 4; c++) {
+    VALAR_UNROLL for (uint32_t c = 0; c < 4; c++) {
         const __m512 scale = _mm512_set1_ps(scales[c]), step = _mm512_set1_ps(steps[c]);
         __m128i bytes[2];
         VALAR_UNROLL for (int i = 0; i < 2; i++) {
@@ -9613,7 +9613,7 @@ VALAR_FORCE_INLINE void quantize_plane(__m512 (&x)[4][2], __m128 d, __m128 inver
     const __m128 ds[2] = {_mm_unpacklo_ps(d, s), _mm_unpackhi_ps(d, s)},
                  lh[2] = {_mm_castsi128_ps(_mm_unpacklo_epi32(low, high)),
                           _mm_castsi128_ps(_mm_unpackhi_epi32(low, high))};
-    VALAR_UNROLL for (int i = 0; i < 2; i++) {
+    VALAR_UNROLL for (uint32_t i = 0; i < 2; i++) {
         _mm_storeu_ps(&out[2 * i * planes].d, _mm_movelh_ps(ds[i], lh[i]));
         _mm_storeu_ps(&out[(2 * i + 1) * planes].d, _mm_movehl_ps(lh[i], ds[i]));
     }
