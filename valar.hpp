@@ -8145,15 +8145,15 @@ inline void multiply_plain(const MatmulTask& task, const ProductParts& parts, ui
     const PackedMatrix& w = *task.weights;
     const Factor factor(&w, task, first, columns);
     const uint32_t pairs = (task.last_tile - task.first_tile + 1) / 2;
-    const bool far = factor.batch.count <= kFewColumns;
+    const bool few = factor.batch.count <= kFewColumns;
     for (uint32_t i = 0; i < pairs; i++) {
-        const uint32_t low = task.first_tile + (far ? i : 2 * i), high = low + (far ? pairs : 1);
+        const uint32_t low = task.first_tile + (few ? i : 2 * i), high = low + (few ? pairs : 1);
         const bool both = high < task.last_tile;
-        multiply_pair_of(parts, factor, factor.pair(low, w, both ? high : low, far ? 1 : 2), sums);
+        multiply_pair_of(parts, factor, factor.pair(low, w, both ? high : low, few ? 1 : 2), sums);
         for (uint32_t c = 0; c < columns; c++) {
             const float* const sum = sums[c * factor.planes][0];
-            write_sums(task, parts, low, both && !far ? 2 : 1, first + c, sum);
-            if (both && far) write_sums(task, parts, high, 1, first + c, sum + kTileRows);
+            write_sums(task, parts, low, both && !few ? 2 : 1, first + c, sum);
+            if (both && few) write_sums(task, parts, high, 1, first + c, sum + kTileRows);
         }
     }
 }
@@ -8321,10 +8321,10 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
         if (!layout.float_bytes)
             dot_row(layout, tile, row, pair.cols / kActivationBlock, batch, acc);
         for (uint32_t c = 0; c < batch.count; c++)
-            sums[c][0][r] = !layout.float_bytes
-                                ? acc[c]
-                                : dot_float_row(layout.type, tile, row, pair.cols,
-                                                reinterpret_cast<const float*>(batch.column(c)));
+            sums[c][r / kTileRows][row] =
+                !layout.float_bytes ? acc[c]
+                                    : dot_float_row(layout.type, tile, row, pair.cols,
+                                                    reinterpret_cast<const float*>(batch.column(c)));
     }
 }
 
