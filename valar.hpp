@@ -1,5 +1,9 @@
 // valar 0.1.0: run a quantized language model, and serve it over HTTP, from one header.
 //
+// GENERATED from the parts in src/ of its repository by src/assemble.py: edit those, never this file.
+// Each part stands under a banner that names its file: to find one, search for its path
+// ("// ---- src/kernels/avx2.cpp"); the banner tells where an edit belongs.
+//
 // DO THIS in exactly one .cpp:
 //
 //     #define VALAR_IMPLEMENTATION
@@ -27,8 +31,8 @@
 //     engine->start();                           // a thread of its own
 //     server->run();                             // POST /v1/responses until stop()
 //
-// CONTENTS: search for ">>name"; each name stands twice, before its declarations and before its
-// implementation. A section uses only what stands above it.
+// CONTENTS: search for ">>name"; a section's declarations come first, its implementation under
+// VALAR_IMPLEMENTATION. A section uses only what stands above it.
 //
 //     >>base        Error, Result, logging, clock, files, memory, threads, sockets
 //     >>digest      SHA-256, HMAC, CRC-32C, base64, random bytes
@@ -60,8 +64,7 @@
 //     VALAR_ASSERT(x)      checks of our own mistakes; off unless you define it
 //     VALAR_API            export marks for a shared library
 //
-// In the environment VALAR_ISA=scalar (or another name of a
-// kernel table) forces a path, for tests.
+// In the environment VALAR_ISA=scalar (or another name of a kernel table) forces a path, for tests.
 //
 // THREADS. Engine: submit and everything of its Responder from any thread; step(), start(), stop() from
 // one at a time. Reply: one thread at a time. Server: stop() from any, step() or run() from one.
@@ -84,6 +87,8 @@
 #ifndef VALAR_HPP
 #define VALAR_HPP
 
+// Macros and what every part assumes of the target.
+
 #define VALAR_VERSION "0.1.0"
 
 #ifndef VALAR_API
@@ -99,11 +104,17 @@
 #undef min
 #undef max
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "valar runs on little-endian machines only"
+#endif
+
 #include <atomic>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -112,9 +123,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "valar runs on little-endian machines only"
-#endif
+// ---- src/base/base.hpp -------------------------------------------------------------------------
 
 // >>base
 // Owns: Error, Result, the log callback, the clock, file mapping, checked allocation, threads.
@@ -234,391 +243,10 @@ struct LogSink {
     }
 };
 
-/// A half-open range of bytes.
-struct ByteRange {
-    size_t begin = 0;
-    size_t end   = 0;
-};
-
-/// A rendered prompt with provenance: `from_request` (ascending, disjoint, not touching) lists the
-/// bytes that came from a request; all others came from the chat template. Control tokens are
-/// recognised only in bytes of the template (design: no user text can forge one).
-struct MarkedText {
-    std::string            text;
-    std::vector<ByteRange> from_request;
-};
-
-namespace detail {
-
-Error make_error(ErrorKind kind, std::string message, std::string code = {},
-                 std::string param = {});
-/// printf into a std::string, for messages; never for numbers that are parsed again.
-#if defined(__GNUC__) && !defined(_WIN32)  // mingw's check knows no %zu; its printf does
-__attribute__((format(printf, 1, 2)))
-#endif
-std::string format(const char* pattern, ...);
-
-/// The indices 0 .. count - 1 in ascending order of what they stand for; equals keep their order.
-using IndexLess = bool (*)(const void* context, uint32_t a, uint32_t b);
-std::vector<uint32_t> sorted_order(size_t count, IndexLess less, const void* context);
-
-/// std::stable_sort of items first .. last - 1, for where speed does not matter: all types share the
-/// sort of their indices, and each saves a fifth of a second of compiling.
-template <class T, class Less>
-void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_t last = SIZE_MAX) {
-    last = last < items.size() ? last : items.size();
-    if (last - first < 2) return;
-    const auto by_index = [&](uint32_t a, uint32_t b) {
-        return less(items[first + a], items[first + b]);
-    };
-    const auto call = [](const void* context, uint32_t a, uint32_t b) {
-        return (*static_cast<const decltype(by_index)*>(context))(a, b);
-    };
-    std::vector<T> sorted;
-    sorted.reserve(last - first);
-    for (const uint32_t i : sorted_order(last - first, call, &by_index))
-        sorted.push_back(std::move(items[first + i]));
-    for (size_t i = first; i < last; ++i) items[i] = std::move(sorted[i - first]);
-}
-
-/// "what: reason", where the reason is errno's or, on Windows, GetLastError's, read first thing.
-/// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
-Error os_error(std::string what);
-
-uint64_t monotonic_ns();     ///< for durations
-uint64_t thread_cpu_ns();    ///< CPU time of the calling thread
-int64_t  unix_time_ms();     ///< for records
-
-/// product and sum that refuse to wrap
-bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product);
-bool add_overflows(uint64_t a, uint64_t b, uint64_t* sum);
-
-/// Bytes whose number comes from a file, a request or an option. 64-byte aligned, zeroed when
-/// fresh from the OS (`allocate`). Huge pages are quicker to read through; but the first touch of
-/// one takes milliseconds, in the middle of a frame. Movable, frees itself.
-class Buffer {
-public:
-    static Result<Buffer> allocate(uint64_t bytes, const char* what, bool huge_pages = false);
-    Buffer() = default;
-    Buffer(Buffer&& other) noexcept;
-    Buffer& operator=(Buffer&& other) noexcept;
-    ~Buffer();
-    std::byte* data() const { return data_; }
-    size_t size() const { return size_; }
-    template <class T> T* as() const { return reinterpret_cast<T*>(data_); }
-
-private:
-    std::byte* data_ = nullptr;
-    size_t     size_ = 0;
-};
-
-/// A whole file, mapped read-only. The bytes stay put when the object moves.
-class MappedFile {
-public:
-    static Result<MappedFile> open(const std::string& path);  ///< path in UTF-8 on every system
-    MappedFile() = default;
-    MappedFile(MappedFile&& other) noexcept;
-    MappedFile& operator=(MappedFile&& other) noexcept;
-    ~MappedFile();
-    std::span<const std::byte> bytes() const { return {data_, size_}; }
-    /// The pages of this range will not be read again soon: the system may take them back.
-    void release(size_t offset, size_t length) const;
-
-private:
-    const std::byte* data_ = nullptr;
-    size_t           size_ = 0;
-};
-
-Result<std::string> read_file(const std::string& path, uint64_t limit);
-
-/// A file in the making: a temporary beside `path` that takes its name in commit(). So the file is
-/// whole or as it was before; without commit() nothing is left.
-class NewFile {
-public:
-    static Result<NewFile> create(const std::string& path);
-    NewFile(NewFile&& other) noexcept;
-    NewFile& operator=(NewFile&& other) = delete;
-    ~NewFile();
-    Result<void> append(std::span<const std::byte> bytes);
-    Result<void> commit();  ///< once; bytes and name are on the disk afterwards
-
-private:
-    NewFile() = default;
-    std::string path_, temporary_;
-    intptr_t    handle_ = -1;
-};
-Result<void> write_file(const std::string& path, std::span<const std::byte> bytes);
-
-/// An open file of a Folder. Threads: read_at from any, the rest from one at a time.
-class FolderFile {
-public:
-    virtual ~FolderFile() = default;
-    virtual Result<uint64_t> size() = 0;
-    virtual Result<void> read_at(uint64_t offset, void* bytes, size_t size) = 0;  ///< all of them
-    virtual Result<void> write_at(uint64_t offset, std::string_view bytes) = 0;   ///< all of them
-    virtual Result<void> truncate(uint64_t size) = 0;
-    virtual Result<void> sync() = 0;  ///< bytes and size are on the disk, not the name
-};
-
-/// The files of one directory: the seam under which tests put a disk that forgets.
-/// Threads: one at a time.
-class Folder {
-public:
-    /// Makes it where it is absent, for this user only, and locks it against other processes and
-    /// Folders as long as it lives. Errors: io names who holds it.
-    static Result<std::unique_ptr<Folder>> open(const std::string& path);
-    virtual ~Folder() = default;
-    virtual Result<std::vector<std::string>> list() = 0;  ///< names, in no order
-    /// For reading and writing; `create` makes it, or empties it. Errors: not_found.
-    virtual Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) = 0;
-    virtual Result<void> rename(const std::string& from, const std::string& to) = 0;
-    virtual Result<void> remove(const std::string& name) = 0;
-    virtual Result<void> sync() = 0;  ///< names made, changed and removed so far are on the disk
-};
-
-/// A thread started by the OS call (std::thread throws where threads are refused).
-class Thread {
-public:
-    static Result<Thread> start(void (*function)(void*), void* context, const char* name);
-    Thread() = default;
-    Thread(Thread&& other) noexcept;
-    Thread& operator=(Thread&& other) noexcept;
-    ~Thread();  ///< joins
-    void join();
-    bool joinable() const { return handle_ != 0; }
-
-private:
-    uintptr_t handle_ = 0;
-};
-
-int  physical_cores();  ///< at least 1; respects the process's CPU mask
-void pause();           ///< one spin-wait hint to the CPU
-
-/// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there
-/// is one. `wake` wakes every sleeper on the word.
-void wait_on(const std::atomic<uint32_t>* word, uint32_t expected, uint64_t timeout_ns);
-void wake(const std::atomic<uint32_t>* word);
-
-/// A value of the environment, empty when unset.
-std::string environment(const char* name);
-
-}  // namespace detail
 }  // namespace v1
 }  // namespace valar
 
-// >>base: sockets
-// Owns: the TCP calls of Linux, Windows, macOS and BSD, readiness (epoll, kqueue, WSAPoll) and the
-//       wake-up of a waiting loop from another thread.
-// Assumes: numeric addresses; names are resolved elsewhere.
-// Promises: no call blocks but Poller::wait; no SIGPIPE, and no signal handler either.
-
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-/// An IP address and a TCP port. IPv4 is held as ::ffff:a.b.c.d.
-struct NetAddress {
-    uint8_t  ip[16] = {};
-    uint16_t port   = 0;
-    bool     v4     = false;
-
-    /// "127.0.0.1", "::1", "[::1]" or "localhost" (which is 127.0.0.1); anything else is an Error.
-    static Result<NetAddress> parse(std::string_view host, uint16_t port);
-    std::string host() const;  ///< "127.0.0.1", "::1"
-    std::string text() const;  ///< "127.0.0.1:8080", "[::1]:8080"
-    bool is_loopback() const;  ///< 127.0.0.0/8, ::1, and the former mapped into IPv6
-};
-
-/// How a socket call ended. `full`: accept found no free descriptor (EMFILE and kin): the caller
-/// must stop asking until one is free, or it will spin.
-enum class IoStatus : uint8_t { done, again, closed, full, failed };
-
-struct IoResult {
-    IoStatus status = IoStatus::failed;
-    size_t   bytes  = 0;  ///< > 0 when done; `closed` is the peer's end of stream, or a reset
-};
-
-/// A non-blocking TCP socket that closes itself. Threads: one at a time.
-class Socket {
-public:
-    static constexpr uintptr_t none = UINTPTR_MAX;
-
-    /// Port 0 takes any free port; "::" takes IPv4 as well.
-    static Result<Socket> listen(const NetAddress& address, int backlog);
-    /// Begins; the socket is writable once connected() can tell how it went.
-    static Result<Socket> connect(const NetAddress& address);
-
-    Socket() = default;
-    Socket(Socket&& other) noexcept : handle_(std::exchange(other.handle_, none)) {}
-    Socket& operator=(Socket&& other) noexcept;
-    ~Socket() { close(); }
-
-    IoStatus accept(Socket* accepted, NetAddress* peer);
-    IoStatus connected() const;  ///< done or failed; only after the socket became writable
-    IoResult read(void* bytes, size_t size);
-    /// Sends `head`, then `body`, in one call; `bytes` counts over both.
-    IoResult write(std::string_view head, std::string_view body = {});
-    void shutdown_write();  ///< sends the end of stream; reading goes on
-    void close();
-    Result<NetAddress> local() const;
-    bool is_open() const { return handle_ != none; }
-    uintptr_t handle() const { return handle_; }
-
-private:
-    explicit Socket(uintptr_t handle) : handle_(handle) {}
-    uintptr_t handle_ = none;
-};
-
-struct PollEvent {
-    uint64_t tag      = 0;
-    bool     readable = false;  ///< bytes, an end of stream or an error wait to be read
-    bool     writable = false;
-    bool     hangup   = false;  ///< the peer sends no more, or is gone
-};
-
-/// What a socket is watched for. poll_hangup tells an end of stream behind bytes that nobody reads
-/// yet; where the system cannot (kqueue, poll) it is silent until they are read.
-enum PollInterest : unsigned { poll_read = 1, poll_write = 2, poll_hangup = 4 };
-
-/// Level-triggered readiness of many sockets. Threads: wake() from any, the rest from one.
-class Poller {
-public:
-    static Result<Poller> open();
-    Poller(Poller&& other) noexcept;
-    Poller& operator=(Poller&& other) noexcept;
-    ~Poller();
-
-    /// Watches a socket, or changes what it is watched for.
-    Result<void> set(const Socket& socket, uint64_t tag, unsigned interest);
-    void remove(const Socket& socket);  ///< before the socket is closed
-    /// Waits for events or wake(), at most timeout_ms (-1: without limit), and fills `events`.
-    Result<void> wait(int timeout_ms, std::vector<PollEvent>* events);
-    void wake();
-
-private:
-    struct State;
-    explicit Poller(std::unique_ptr<State> state);
-    std::unique_ptr<State> state_;
-};
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-// >>digest
-// Owns: SHA-256, HMAC-SHA256, CRC-32C, base64, hex, constant-time compare, the OS random source.
-// Assumes: messages shorter than 2^61 bytes.
-// Promises: the published test vectors; strict decoders (one spelling per value).
-
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-/// The 32 bytes of a SHA-256 or HMAC-SHA256.
-struct Hash256 {
-    uint8_t bytes[32] = {};
-    bool operator==(const Hash256&) const = default;
-    std::string hex() const;  ///< 64 lower-case digits
-    std::string_view view() const { return {reinterpret_cast<const char*>(bytes), 32}; }
-};
-
-/// SHA-256 (FIPS 180-4) of bytes that arrive in pieces. `finish` ends it: make a new one after.
-class Sha256 {
-public:
-    Sha256();
-    void update(const void* data, size_t size);
-    void update(std::string_view text) { update(text.data(), text.size()); }
-    Hash256 finish();
-
-private:
-    void compress(const uint8_t* block);
-    uint32_t state_[8];
-    uint64_t length_ = 0;  // bytes taken so far
-    uint8_t  pending_[64];
-};
-
-Hash256 sha256(const void* data, size_t size);
-Hash256 sha256(std::string_view text);
-/// RFC 2104 with SHA-256; a key of any length.
-Hash256 hmac_sha256(std::string_view key, std::string_view message);
-
-/// CRC-32C (Castagnoli). To go on with more bytes pass the value so far; start with 0.
-uint32_t crc32c(const void* data, size_t size, uint32_t value = 0);
-
-/// RFC 4648 section 4, padded. The decoder takes exactly what the encoder writes: no white space,
-/// no missing padding, no stray bits; kind invalid_request.
-std::string base64_encode(const void* data, size_t size);
-std::string base64_encode(std::string_view bytes);
-Result<std::string> base64_decode(std::string_view text);
-
-std::string hex_encode(const void* data, size_t size);  ///< lower case
-Result<std::string> hex_decode(std::string_view text);  ///< either case, even length
-
-/// The time taken depends on the lengths only.
-bool constant_time_equal(std::string_view a, std::string_view b);
-
-/// Bytes from the operating system's generator, for ids and secrets.
-Result<void> random_bytes(void* data, size_t size);
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-// >>unicode
-// Owns: UTF-8, character classes, simple case mapping, canonical composition (NFC).
-// Assumes: nothing about its input; malformed bytes are a value (`bad_utf8`), not an error.
-// Promises: Unicode 14.0.0, from the generated table in the implementation; no locale.
-
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-/// What utf8_next gives for bytes that are not UTF-8. No code point has this value.
-inline constexpr char32_t bad_utf8 = 0x110000;
-
-/// The code point at text[*at], at < size; moves *at behind it. Malformed: gives bad_utf8 and moves
-/// behind the maximal subpart (Unicode 3.9, table 3-8), at least one byte.
-char32_t utf8_next(std::string_view text, size_t* at);
-void utf8_append(std::string& out, char32_t code_point);  ///< not a scalar value: U+FFFD
-bool utf8_valid(std::string_view text);
-/// Length of the longest valid prefix; text.size() when all of it is UTF-8.
-size_t utf8_valid_prefix(std::string_view text);
-/// Bytes at the end that begin a code point and wait for the rest of it: 0 to 3.
-size_t utf8_incomplete_suffix(std::string_view text);
-/// Code points; a malformed subpart counts as one.
-size_t utf8_count(std::string_view text);
-std::string utf8_repair(std::string_view text);  ///< each malformed subpart becomes U+FFFD
-
-/// General categories, in the order of their groups: the comparisons below rely on it.
-enum class Category : uint8_t {
-    Lu, Ll, Lt, Lm, Lo,          // letters
-    Mn, Mc, Me,                  // marks
-    Nd, Nl, No,                  // numbers
-    Pc, Pd, Ps, Pe, Pi, Pf, Po,  // punctuation
-    Sm, Sc, Sk, So,              // symbols
-    Zs, Zl, Zp,                  // separators
-    Cc, Cf, Cs, Co, Cn,          // others; bad_utf8 and whatever is not assigned: Cn
-};
-
-Category category(char32_t c);
-inline bool is_letter(char32_t c) { return category(c) <= Category::Lo; }
-inline bool is_mark(char32_t c) { return uint8_t(category(c)) - unsigned(Category::Mn) < 3; }
-inline bool is_number(char32_t c) { return uint8_t(category(c)) - unsigned(Category::Nd) < 3; }
-inline bool is_punctuation(char32_t c) { return uint8_t(category(c)) - unsigned(Category::Pc) < 7; }
-inline bool is_symbol(char32_t c) { return uint8_t(category(c)) - unsigned(Category::Sm) < 4; }
-bool is_whitespace(char32_t c);  ///< the property White_Space
-
-char32_t to_lower(char32_t c);  ///< simple mappings: always one code point
-char32_t to_upper(char32_t c);
-std::string to_lower(std::string_view text);  ///< malformed bytes are kept as they are
-std::string to_upper(std::string_view text);
-
-/// Normalization form C (UAX 15). Malformed bytes are kept as they are.
-std::string nfc(std::string_view text);
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
+// ---- src/json.hpp ------------------------------------------------------------------------------
 
 // >>json
 // Owns: the Json value, its parser, its writer, its canonical form; numbers to and from text.
@@ -767,19 +395,10 @@ struct JsonMember {
     Json        value;
 };
 
-namespace detail {
-/// The shortest decimal that reads back as `value`, spelled as Python's repr: "1.0", "1e-07",
-/// "1e+16"; not finite: "null".
-std::string write_double(double value);
-/// A whole JSON number, to the nearest double (ties to even). Refused: any other spelling, and
-/// what rounds to infinity. Kind invalid_request, code "invalid_json".
-Result<double> parse_double(std::string_view text);
-/// Appends `text` as a JSON string with its quotes; bytes that are not UTF-8 become U+FFFD.
-void write_json_string(std::string& out, std::string_view text);
-}  // namespace detail
-
 }  // namespace v1
 }  // namespace valar
+
+// ---- src/api.hpp -------------------------------------------------------------------------------
 
 // >>api
 // Owns: the request, item, response and event types of the HTTP surfaces, to and from JSON; the
@@ -1020,6 +639,189 @@ int http_status(ErrorKind kind);
 
 }  // namespace v1
 }  // namespace valar
+
+// ---- src/base/internal.hpp ---------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+
+struct ByteRange {
+    size_t begin = 0;
+    size_t end   = 0;
+};
+
+/// A rendered prompt with provenance: `from_request` (ascending, disjoint, not touching) lists the
+/// bytes that came from a request; all others came from the chat template. Control tokens are
+/// recognised only in bytes of the template (design: no user text can forge one).
+struct MarkedText {
+    std::string            text;
+    std::vector<ByteRange> from_request;
+};
+
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+Error make_error(ErrorKind kind, std::string message, std::string code = {},
+                 std::string param = {});
+/// printf into a std::string, for messages; never for numbers that are parsed again.
+#if defined(__GNUC__) && !defined(_WIN32)  // mingw's check knows no %zu; its printf does
+__attribute__((format(printf, 1, 2)))
+#endif
+std::string format(const char* pattern, ...);
+
+/// The indices 0 .. count - 1 in ascending order of what they stand for; equals keep their order.
+using IndexLess = bool (*)(const void* context, uint32_t a, uint32_t b);
+std::vector<uint32_t> sorted_order(size_t count, IndexLess less, const void* context);
+
+/// std::stable_sort of items first .. last - 1, for where speed does not matter: all types share the
+/// sort of their indices, and each saves a fifth of a second of compiling.
+template <class T, class Less>
+void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_t last = SIZE_MAX) {
+    last = last < items.size() ? last : items.size();
+    if (last - first < 2) return;
+    const auto by_index = [&](uint32_t a, uint32_t b) {
+        return less(items[first + a], items[first + b]);
+    };
+    const auto call = [](const void* context, uint32_t a, uint32_t b) {
+        return (*static_cast<const decltype(by_index)*>(context))(a, b);
+    };
+    std::vector<T> sorted;
+    sorted.reserve(last - first);
+    for (const uint32_t i : sorted_order(last - first, call, &by_index))
+        sorted.push_back(std::move(items[first + i]));
+    for (size_t i = first; i < last; ++i) items[i] = std::move(sorted[i - first]);
+}
+
+/// "what: reason", where the reason is errno's or, on Windows, GetLastError's, read first thing.
+/// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
+Error os_error(std::string what);
+
+uint64_t monotonic_ns();     ///< for durations
+uint64_t thread_cpu_ns();    ///< CPU time of the calling thread
+int64_t  unix_time_ms();     ///< for records
+
+/// product and sum that refuse to wrap
+bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product);
+bool add_overflows(uint64_t a, uint64_t b, uint64_t* sum);
+
+/// Bytes whose number comes from a file, a request or an option. 64-byte aligned, zeroed when
+/// fresh from the OS (`allocate`). Huge pages are quicker to read through; but the first touch of
+/// one takes milliseconds, in the middle of a frame. Movable, frees itself.
+class Buffer {
+public:
+    static Result<Buffer> allocate(uint64_t bytes, const char* what, bool huge_pages = false);
+    Buffer() = default;
+    Buffer(Buffer&& other) noexcept;
+    Buffer& operator=(Buffer&& other) noexcept;
+    ~Buffer();
+    std::byte* data() const { return data_; }
+    size_t size() const { return size_; }
+    template <class T> T* as() const { return reinterpret_cast<T*>(data_); }
+
+private:
+    std::byte* data_ = nullptr;
+    size_t     size_ = 0;
+};
+
+/// A whole file, mapped read-only. The bytes stay put when the object moves.
+class MappedFile {
+public:
+    static Result<MappedFile> open(const std::string& path);  ///< path in UTF-8 on every system
+    MappedFile() = default;
+    MappedFile(MappedFile&& other) noexcept;
+    MappedFile& operator=(MappedFile&& other) noexcept;
+    ~MappedFile();
+    std::span<const std::byte> bytes() const { return {data_, size_}; }
+    /// The pages of this range will not be read again soon: the system may take them back.
+    void release(size_t offset, size_t length) const;
+
+private:
+    const std::byte* data_ = nullptr;
+    size_t           size_ = 0;
+};
+
+Result<std::string> read_file(const std::string& path, uint64_t limit);
+
+/// A file in the making: a temporary beside `path` that takes its name in commit(). So the file is
+/// whole or as it was before; without commit() nothing is left.
+class NewFile {
+public:
+    static Result<NewFile> create(const std::string& path);
+    NewFile(NewFile&& other) noexcept;
+    NewFile& operator=(NewFile&& other) = delete;
+    ~NewFile();
+    Result<void> append(std::span<const std::byte> bytes);
+    Result<void> commit();  ///< once; bytes and name are on the disk afterwards
+
+private:
+    NewFile() = default;
+    std::string path_, temporary_;
+    intptr_t    handle_ = -1;
+};
+Result<void> write_file(const std::string& path, std::span<const std::byte> bytes);
+
+/// An open file of a Folder. Threads: read_at from any, the rest from one at a time.
+class FolderFile {
+public:
+    virtual ~FolderFile() = default;
+    virtual Result<uint64_t> size() = 0;
+    virtual Result<void> read_at(uint64_t offset, void* bytes, size_t size) = 0;  ///< all of them
+    virtual Result<void> write_at(uint64_t offset, std::string_view bytes) = 0;   ///< all of them
+    virtual Result<void> truncate(uint64_t size) = 0;
+    virtual Result<void> sync() = 0;  ///< bytes and size are on the disk, not the name
+};
+
+/// The files of one directory: the seam under which tests put a disk that forgets.
+/// Threads: one at a time.
+class Folder {
+public:
+    /// Makes it where it is absent, for this user only, and locks it against other processes and
+    /// Folders as long as it lives. Errors: io names who holds it.
+    static Result<std::unique_ptr<Folder>> open(const std::string& path);
+    virtual ~Folder() = default;
+    virtual Result<std::vector<std::string>> list() = 0;  ///< names, in no order
+    /// For reading and writing; `create` makes it, or empties it. Errors: not_found.
+    virtual Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) = 0;
+    virtual Result<void> rename(const std::string& from, const std::string& to) = 0;
+    virtual Result<void> remove(const std::string& name) = 0;
+    virtual Result<void> sync() = 0;  ///< names made, changed and removed so far are on the disk
+};
+
+/// A thread started by the OS call (std::thread throws where threads are refused).
+class Thread {
+public:
+    static Result<Thread> start(void (*function)(void*), void* context, const char* name);
+    Thread() = default;
+    Thread(Thread&& other) noexcept;
+    Thread& operator=(Thread&& other) noexcept;
+    ~Thread();  ///< joins
+    void join();
+    bool joinable() const { return handle_ != 0; }
+
+private:
+    uintptr_t handle_ = 0;
+};
+
+int  physical_cores();  ///< at least 1; respects the process's CPU mask
+void pause();           ///< one spin-wait hint to the CPU
+
+/// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there
+/// is one. `wake` wakes every sleeper on the word.
+void wait_on(const std::atomic<uint32_t>* word, uint32_t expected, uint64_t timeout_ns);
+void wake(const std::atomic<uint32_t>* word);
+
+/// A value of the environment, empty when unset.
+std::string environment(const char* name);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/gguf.hpp ------------------------------------------------------------------------------
 
 // >>gguf
 // Owns: the model file: metadata, tensor directory, table of tensor types; the writer.
@@ -1321,112 +1123,14 @@ private:
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/kernels/kernels.hpp -------------------------------------------------------------------
+
 // >>kernels
 // Owns: the numeric definition below, the scalar reference of every kernel, one region per
 //       instruction set, the table of kernels chosen once, the worker team.
 // Assumes: little-endian IEEE 754 binary32 and binary64, round to nearest even, denormals kept.
 // Promises: every kernel of every table gives the bits of its scalar twin.
 //
-// ---- The numeric definition, numerics = 1 ----------------------------------------------------
-//
-// All arithmetic is binary32 unless "double" is said. "a + b", "a * b", "a / b", "sqrt" round once,
-// to nearest even. fma(a, b, c) is a * b + c rounded once. Sums are sequences: the order below is
-// the order of operations. Nothing else may be fused or reordered.
-//
-//  1. Activation blocks. A vector x of n values (n a multiple of 32) that meets quantized weights
-//     is cut into blocks of 32. Of a block: amax = max |x_i|. If amax < 2^-100: d = 0, all h_i = 0.
-//     If an x_i is not finite: d is not a number, all h_i = 0 (so it shows in the logits, an
-//     error). Else d = amax / 127, inv = 127 / amax, h_i = the integer nearest to the exact product
-//     x_i * inv (ties to even), clamped to -127..127. (precision = fast: this one plane.)
-//     precision = fine adds a second plane: r_i = fma(-d, h_i, x_i), d2 = d / 254, inv2 = inv *
-//     254, l_i = the integer nearest to the exact product r_i * inv2 (ties to even), clamped to
-//     -127..127; d = 0 or no number gives d2 = d, l_i = 0. A plane is a vector of blocks of its
-//     own, (d, h) or (d2, l). Of a block also: hsum = sum of h_i (exact integer), s = d *
-//     float(hsum); of the second plane with d2 and l_i.
-//  2. Dot product of a row of quantized weights and one plane: acc = 0, then block after block, in
-//     ascending order, with w_i the integers of the row's block and dw, m its scales (binary16 made
-//     binary32, exact):
-//       Q4_0 (w = nibble - 8), Q5_0 (w = 5 bits - 16), Q8_0 (w = int8):
-//           acc = fma(float(sum w_i h_i), dw * d, acc)
-//       Q4_1 (w = nibble):
-//           acc = fma(float(sum w_i h_i), dw * d, acc); acc = fma(m, s, acc)
-//       Q4_K (w = nibble), Q5_K (w = 5 bits): a block is one of the eight sub-blocks of 32, dw = D
-//           * sc, m = -(Dmin * mn), with D, Dmin the super-block's scales and sc, mn the
-//           sub-block's 6-bit integers (both products are exact, m may be -0); then as Q4_1.
-//       Q6_K (w = 6 bits - 32): a block is two sub-blocks of 16 with int8 scales sc0, sc1; dw = D:
-//           S = sc0 * sum w_i h_i (first 16) + sc1 * sum w_i h_i (last 16) (exact integer, below
-//             2^24)
-//           acc = fma(float(S), dw * d, acc)
-//     Two planes: y = acc of plane one + acc of plane two.
-//     The output matrix (logits) always uses two planes, whatever the precision.
-//  3. F32, F16 and BF16 rows meet the unquantized x: acc = 0; acc = fma(w_k, x_k, acc) for
-//     ascending k.
-//  4. A bias is added to the finished sum: y + b. A residual: x + y.
-//  5. Sum along a vector ("16 lanes"): lane j adds the elements i = j, j + 16, j + 32 ... in that
-//     order, starting from 0; then lane j (j < 8) = lane j + lane j+8; j < 4: + lane j+4; j < 2: +
-//     lane j+2; lane 0 + lane 1 is the sum. Elements past the end add nothing.
-//  6. RMS norm: ss = 16-lane sum where adding an element is lane = fma(x_i, x_i, lane);
-//     scale = 1 / sqrt(ss / float(n) + eps); y_i = (x_i * scale) * w_i.
-//  7. exp(x), x in binary32: x < -87 gives 0; x > 88 counts as 88. k = the integer nearest to the
-//     exact product x * log2e (ties to even; log2e = 0x1.715476p+0f); r = fma(-k, ln2_hi, x);
-//     r = fma(-k, ln2_lo, r) (ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f); p = c6;
-//     p = fma(p, r, c5) ... down to c0 = 1 (c1 = 1); the result is p * 2^k (exact; k in -126..127).
-//     exp(0) = 1. c2 = 0x1.fffffcp-2f, c3 = 0x1.555492p-3f, c4 = 0x1.5558bp-5f, c5 =
-//     0x1.123994p-7f, c6 = 0x1.6a4e0cp-10f (least maximal relative error on +-ln(2)/2: 3.1e-9
-//     before rounding).
-//  8. silu(x) = x / (1 + exp(-x)). Feed-forward: h_i = silu(gate_i) * up_i.
-//  9. Rope. Frequencies, in double: f_i = exp2(-(2 i / n_rot) * log2(base)) for pair i (one
-//     quotient, its sign changed, one product), times or divided by what the model's scaling says
-//     (each one double operation, rounded); angle = position as double * f_i (rounded); its cos and
-//     sin in double (12), rounded to binary32: c, s.
-//     A pair (a, b), elements (2i, 2i+1) for "norm" rope and (i, i + n_rot/2) for "neox":
-//       t = b * s;  a' = fma(a, c, -t);    t = b * c;  b' = fma(a, s, t).
-// 10. Attention, for one query head and one position. q' = rope(q) * (1 / sqrt(head_dim)) (the
-//     factor is a binary32 number of the model: attention_scale; one multiplication an element).
-//     Keys and values are stored as binary16 (rounded to nearest even, too large is infinity),
-//     binary32, or (q8_0) in blocks of 32 neighbours of a head as d * h, with h of one plane as in 1
-//     and its d rounded to binary16; the product is exact and not a number where d is not (kv_type).
-//     Keys are stored rotated. Visible to a position are itself and those before it; where the
-//     layer has a window of n, the last n of these. Positions are cut into segments of 256 absolute
-//     positions (0..255, 256..511, ...). In a segment, over its visible positions j in ascending
-//     order:
-//       score_j: acc = 0; acc = fma(q'_e, k_j,e, acc) for ascending e
-//       m = max score_j (a zero is +0);  p_j = exp(score_j - m)
-//       l = 16-lane sum of p_j, lane = j mod 16 by absolute position, adding is lane + p_j; tree as
-//         in 5
-//       o_e = 0; o_e = fma(p_j, v_j,e, o_e) for ascending j
-//     Segments are merged in ascending order: the first one gives (M, L, O) = (m, l, o); for each
-//     next,
-//       M' = max(M, m); a = exp(M - M'); b = exp(m - M'); L = fma(l, b, L * a);
-//       O_e = fma(o_e, b, O_e * a); M = M'.
-//     Result: O_e * (1 / L). A segment without visible positions is skipped.
-// 11. An embedding row is dequantized: d * w for types without minimum (Q6_K: (D * sc) * w, D * sc
-//     exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2); F16, BF16, F32: the value.
-//     Where the model scales it (embedding_scale), each value is multiplied once.
-// 12. rope_math: functions in double, from + - * / that round once each, never fused. nearest(x) is
-//     the nearest integer, ties to even. 1/n! and 1/n are one quotient (n! is exact).
-//       exp2(x): x < -1022 gives 0, x >= 1023 infinity. k = nearest(x); t = (x - k) *
-//         0x1.62e42fefa39efp-1; p = 1/13!; p = p * t + 1/n! for n = 12 down to 0; the result is p *
-//         2^k (exact).
-//       log2(x), x > 0 (0 gives -infinity, less no number): x = m * 2^e with 1 <= m < 2; where
-//         m > 0x1.6a09e667f3bcdp+0: m = m / 2, e = e + 1. u = (m - 1) / (m + 1); z = u * u; p =
-//         1/23; p = p * z + 1/n for n = 21, 19 .. 1; the result is e + (u * p) *
-//         0x1.71547652b82fep+1.
-//       log(x) = log2(x) * 0x1.62e42fefa39efp-1.
-//       sin, cos (x), |x| < 2^30: k = nearest(x * 0x1.45f306dc9c883p-1);
-//         r = ((x - k * 0x1.921fb544p+0) - k * 0x1.0b4611a6p-34) - k * 0x1.3198a2ep-69; z = r * r;
-//         S = 1/17!; S = S * z - 1/15!; S = S * z + 1/13!; .. (signs alternate) .. + 1; S = r * S;
-//         C = 1/16!; C = C * z - 1/14!; C = C * z + 1/12!; .. + 1;
-//         (sin, cos) = (S, C), (C, -S), (-S, -C), (-C, S) for k mod 4 = 0, 1, 2, 3.
-//       (Within 1e-15 relative, sin and cos 1e-15 absolute to |x| = 2^20.)
-// 13. A forward pass. x = the token's embedding row (11). In each layer: y = rms_norm(x); q, k, v =
-//     the matrix products with y (1 to 3), each plus its bias where there is one (4); rope of q and
-//     k (9); attention (10); x = x + attn_output matrix times it (plus bias); y = rms_norm(x); gate
-//     and up = products with y; h as in 8; x = x + ffn_down matrix times h. Logits: the output
-//     matrix (the embedding where there is none) times rms_norm(x). base and the factors of rope
-//     are binary32 numbers of the model; attention_scale, where the model says nothing, is
-//     1 / sqrt(float(head_dim)).
-// ----------------------------------------------------------------------------------------------
 
 namespace valar {
 inline namespace v1 {
@@ -1437,198 +1141,15 @@ enum class Precision : uint8_t { fast, fine };
 /// multiple of 32 values.
 enum class KvType : uint8_t { f16, f32, q8_0 };
 
-namespace detail {
-
-inline constexpr int      kNumerics        = 1;    ///< version of the numeric definition
-inline constexpr uint32_t kTileRows        = 16;   ///< rows of a packed tile: a lane is a row
-inline constexpr uint32_t kActivationBlock = 32;
-inline constexpr uint32_t kSegment         = 256;  ///< positions of an attention segment
-inline constexpr uint32_t kKeyGroup        = 16;   ///< keys stored side by side
-
-/// A block of one activation plane (definition, 1).
-struct ActivationBlock {
-    float   d;       ///< scale
-    float   s;       ///< d * float(sum of all q)
-    int32_t sum[2];  ///< sums of q[0..15] and q[16..31]
-    int8_t  q[32];   ///< -127..127
-};
-static_assert(sizeof(ActivationBlock) == 48);
-
-/// Columns' blocks, `count` planes of n / 32 blocks each (a column's two planes are neighbours),
-/// lie in groups of eight planes: in a group block after block, in a block plane beside plane. One
-/// group that is not full is narrower; of several the last is padded.
-struct ActivationLayout {
-    static constexpr uint32_t kGroup = 8;
-    uint32_t count;
-    size_t   blocks;
-    size_t step() const { return count < kGroup ? count : kGroup; }  ///< from a block to the next
-    size_t at(uint32_t plane) const { return plane / kGroup * kGroup * blocks + plane % kGroup; }
-    size_t size() const { return (count + step() - 1) / step() * step() * blocks; }
-};
-
-/// A weight matrix in tiles of 16 rows: tile after tile; inside a tile block after block of 32
-/// columns, each with its scales beside it (layouts: implementation part, "packed layouts"). F32,
-/// F16, BF16: (column, 16 rows). The last tile's missing rows are zero weights.
-struct PackedMatrix {
-    TensorType       type = TensorType::f32;
-    uint32_t         rows = 0;
-    uint32_t         cols = 0;
-    const std::byte* data = nullptr;  ///< 64-byte aligned; borrowed
-    uint32_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
-};
-
-bool     kernel_type_supported(TensorType type);
-uint64_t packed_tile_bytes(TensorType type, uint32_t cols);  ///< a multiple of 64
-/// Packs tiles first_tile .. last_tile - 1. `source` holds the matrix's rows in GGUF layout from
-/// row first_tile * 16 on; `out` is where tile `first_tile` goes.
-void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
-                uint32_t first_tile, uint32_t last_tile, std::byte* out);
-/// One row of a packed matrix as binary32 (definition, 11).
-void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out);
-
-/// Vectors x (columns, x_stride) of n values each to planes (definition, 1):
-/// out[block * step + column * planes + plane].
-struct QuantizeTask {
-    const float*     x;
-    size_t           x_stride;
-    uint32_t         columns;
-    uint32_t         planes;
-    size_t           n;
-    size_t           step;
-    ActivationBlock* out;
-};
-
-/// weights * x for the rows of tiles first_tile .. last_tile - 1 (rows past the matrix's end are
-/// not written), all columns, and what becomes of it while it is in the nearest cache.
-struct MatmulTask {
-    const PackedMatrix*    weights;
-    uint32_t               first_tile;
-    uint32_t               last_tile;
-    uint32_t               columns;
-    uint32_t               planes;         ///< 1 or 2, quantized weights
-    const ActivationBlock* blocks;         ///< ActivationLayout {columns * planes, cols / 32}
-    const float*           x;              ///< (columns, x_stride), F32 F16 BF16 weights
-    size_t                 x_stride;
-    float*                 y;              ///< [column * y_stride + row]
-    size_t                 y_stride;
-    bool                   add = false;    ///< y += weights * x: a residual
-    /// Not null, of the shape of `weights`: silu(weights * x) * (up * x) instead (definition, 8).
-    const PackedMatrix*    up = nullptr;
-    /// Not null: to planes (definition, 1) instead of y, ActivationLayout {columns * planes,
-    /// out_blocks}, blocks of 32 rows; first_tile is even, the rows are a multiple of 32.
-    ActivationBlock*       out = nullptr;
-    size_t                 out_blocks = 0;
-};
-
-/// Bytes of the keys, and as many of the values, of one head at kKeyGroup neighbouring positions. In
-/// memory: keys (head_dim, 16), values (16, head_dim). Of q8_0 these are int8, behind them binary16
-/// scales: keys (head_dim / 32, 16), values (16, head_dim / 32).
-size_t kv_group_bytes(KvType type, uint32_t head_dim);
-
-/// One segment of attention for queries that share a key/value head (definition, 10).
-struct AttentionTask {
-    KvType             kv_type;   ///< f16 or f32
-    uint32_t           head_dim;
-    uint32_t           queries;
-    const float*       q;         ///< (queries, q_stride), rotated and scaled
-    size_t             q_stride;
-    const uint16_t*    begin;     ///< (queries) first visible position, within the segment: 0..256
-    const uint16_t*    end;       ///< (queries) one past the last; begin == end: none visible
-    const void* const* keys;      ///< (16) groups of 16 positions: (head_dim, 16) elements each;
-    const void* const* values;    ///< (16) groups: (16, head_dim); null where nobody looks
-    float*             max;       ///< (queries) outputs; queries that see nothing are left alone
-    float*             sum;       ///< (queries)
-    float*             out;       ///< (queries, out_stride)
-    size_t             out_stride;
-};
-
-/// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
-/// block arrays: 16 bytes unless said.
-struct Kernels {
-    const char* name;  ///< "scalar", "avx2", ...: what VALAR_ISA names
-    void (*quantize)(const QuantizeTask& task);
-    void (*matmul)(const MatmulTask& task);
-    void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* y);
-    /// In place over heads (n_heads, head_dim); cos_sin (n_rot / 2, 2) of this position.
-    void (*rope)(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
-                 const float* cos_sin);
-    void (*scale)(float* x, float factor, size_t n);            ///< x_i *= factor
-    void (*add)(float* x, const float* y, size_t n);            ///< x_i += y_i
-    void (*silu_mul)(float* gate, const float* up, size_t n);   ///< gate_i = silu(gate_i) * up_i
-    /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
-    void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
-                     void* key_group, void* value_group);
-    /// A group of q8_0 keys and one of values as binary32, in the same order.
-    void (*expand_kv)(const void* key_group, const void* value_group, uint32_t head_dim,
-                      float* keys, float* values);
-    void (*attention)(const AttentionTask& task);
-    /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
-    void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
-                            size_t n);
-};
-
-/// The tables that this build and this CPU have, best last; [0] is the scalar reference.
-std::span<const Kernels* const> available_kernels();
-/// The best table, or the one that the environment's VALAR_ISA names; unknown or unusable: an
-/// Error.
-Result<const Kernels*> choose_kernels();
-
-/// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
-float  exact_fma(float a, float b, float c);     ///< a * b + c, rounded once
-float  exact_exp(float x);                       ///< definition, 7
-double exact_exp2(double x);                     ///< rope_math
-double exact_log2(double x);
-double exact_log(double x);                      ///< exact_log2(x) * ln 2, for log-probabilities
-void   exact_sincos(double x, double* sine, double* cosine);
-float  half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);             ///< nearest even
-
-/// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
-/// traps) while the object lives: hosts set flush-to-zero.
-class FloatState {
-public:
-    FloatState();
-    ~FloatState();
-    FloatState(const FloatState&) = delete;
-    FloatState& operator=(const FloatState&) = delete;
-
-private:
-    [[maybe_unused]] uint64_t saved_;
-};
-
-}  // namespace detail
-
 /// The host's job system: calls job(context, i) for every i in 0 .. count-1, on any threads, in any
 /// order, and returns when all have returned. No job waits for another.
 using ParallelFor = void (*)(void* host, uint32_t count, void (*job)(void* context, uint32_t index),
                              void* context);
 
-namespace detail {
-
-/// The worker team: `helpers` threads beside the caller, or the host's job system.
-/// `run` is one fork-join: job(context, part, parts) once for every part; parts is parts(), the helpers
-/// and one, or fewer if the last begin() said so. Between begin() and end() the helpers that take part
-/// spin for the next stage (then sleep); outside they sleep, so an idle engine costs nothing. Threads:
-/// one caller at a time. Every job runs under FloatState.
-class Team {
-public:
-    static Result<std::unique_ptr<Team>> create(int helpers, ParallelFor parallel_for, void* host);
-    ~Team();
-    uint32_t parts() const;
-    void begin();
-    void begin(uint32_t parts);
-    void end();
-    void run(void (*job)(void* context, uint32_t part, uint32_t parts), void* context);
-
-private:
-    struct State;
-    explicit Team(std::unique_ptr<State> state);
-    std::unique_ptr<State> state_;
-};
-
-}  // namespace detail
 }  // namespace v1
 }  // namespace valar
+
+// ---- src/tokenizer.hpp -------------------------------------------------------------------------
 
 // >>tokenizer
 // Owns: tokens: byte-level BPE, SentencePiece BPE, special tokens, the streaming detokenizer.
@@ -1733,6 +1254,8 @@ private:
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/template/template.hpp -----------------------------------------------------------------
+
 // >>template
 // Owns: the chat-template interpreter (Jinja as Hugging Face runs it: sandboxed and immutable,
 //       trim_blocks, lstrip_blocks, break and continue) and the way from a request to a prompt.
@@ -1803,6 +1326,8 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
 
 }  // namespace v1
 }  // namespace valar
+
+// ---- src/model.hpp -----------------------------------------------------------------------------
 
 // >>model
 // Owns: ModelSpec, which says as data what a decoder is, and the binding of a file's tensors to it.
@@ -1895,6 +1420,8 @@ VALAR_API Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelS
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/backend/backend.hpp -------------------------------------------------------------------
+
 // >>backend
 // Owns: the interface that a device implements, and the CPU backend.
 // Assumes: a ModelSpec whose tensors were bound; token ids below n_vocab.
@@ -1937,134 +1464,10 @@ struct MemoryPlan {
     uint64_t total() const { return weights + kv + scratch; }
 };
 
-namespace detail {
-
-/// One row of a batch: a token at a position of a sequence. `pages` lists the sequence's pages, in
-/// order of position; the page of `position` is already there. A row sees the positions 0 ..
-/// position of its sequence: those of earlier batches and those of earlier rows of this batch.
-/// Pages that lie before the windows of all layers are not looked at.
-struct BatchRow {
-    Token           token     = 0;
-    const float*    embedding = nullptr;  ///< (n_embd) instead of the token's, or null
-    uint32_t        position  = 0;
-    const uint32_t* pages     = nullptr;  ///< borrowed until the batch is done
-    bool            logits    = false;    ///< wanted for this row
-};
-
-/// A device that runs a ModelSpec. Threads: one at a time.
-class Backend {
-public:
-    virtual ~Backend() = default;
-    /// Whether the numeric promise holds here.
-    virtual bool exact() const = 0;
-    /// Loads the next slice of weights; true when all is there. `progress` (0..1) may be null.
-    virtual Result<bool> load(uint64_t budget_us, float* progress) = 0;
-    /// Takes a batch; the rows of one sequence in ascending order of position. Rows are borrowed
-    /// until advance() says done.
-    virtual Result<void> begin(std::span<const BatchRow> rows) = 0;
-    /// Computes on until done (true), or until the first boundary past the deadline (false; 0: no
-    /// deadline). Error: nothing was begun.
-    virtual Result<bool> advance(uint64_t deadline_ns) = 0;
-    /// Gives up a batch that was begun: its positions count as not computed.
-    virtual void abandon() = 0;
-    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin(). Error: some
-    /// are not finite; it names the layer. Other rows are none the worse for it.
-    virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
-    /// Copies whole pages inside the pool; bytes of one page out and in (position-free layout).
-    virtual void copy_page(uint32_t from, uint32_t to) = 0;
-    virtual size_t page_bytes() const = 0;
-    virtual void export_page(uint32_t page, std::byte* out) const = 0;
-    virtual void import_page(uint32_t page, const std::byte* in) = 0;
-};
-
-/// What the CPU backend would take, to the byte; takes nothing. Errors: an option out of range.
-Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
-                            const BackendOptions& options);
-/// The CPU backend, with its worker team. Nothing is loaded yet: call load() until it says true.
-/// `gguf`, `spec` and `tensors` are borrowed for its life. Kernels: choose_kernels() unless given.
-Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
-                                                  const ModelTensors& tensors,
-                                                  const BackendOptions& options,
-                                                  const Kernels* kernels = nullptr);
-
-}  // namespace detail
 }  // namespace v1
 }  // namespace valar
 
-// >>sampler
-// Owns: logits to token: penalties, bias, greedy, temperature, top_k, top_p, min_p, seed;
-//       log-probabilities.
-// Assumes: finite logits.
-// Promises: the same bytes everywhere: a function of (logits, options, position, tokens before)
-//           alone; ties go to the lower token id; no allocation after the first calls.
-
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-/// In this order, as Hugging Face has it: penalties and bias; logits / temperature; the top_k most
-/// likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
-/// likely as the first.
-struct SamplerOptions {
-    double   temperature = 1;  ///< 0: greedy
-    double   top_p       = 1;
-    double   min_p       = 0;
-    uint32_t top_k       = 0;  ///< 0: no limit
-    int64_t  seed        = 0;
-    double   presence_penalty   = 0;  ///< as in Request
-    double   frequency_penalty  = 0;
-    double   repetition_penalty = 1;
-    std::vector<std::pair<Token, float>> logit_bias = {};
-};
-
-/// Draws tokens for one sequence. Threads: one at a time.
-class Sampler {
-public:
-    explicit Sampler(const SamplerOptions& options);
-    /// The tokens of the prompt, before the first draw; makes room for `most_drawn` more.
-    void see_prompt(std::span<const Token> tokens, size_t most_drawn);
-    /// A token that was drawn and taken.
-    void see(Token token);
-    /// The token at `position` (of the token that is drawn).
-    Token sample(std::span<const float> logits, uint64_t position);
-
-private:
-    struct Candidate {
-        float logit;
-        Token token;
-    };
-    struct Seen {
-        Token    token;
-        uint32_t drawn;  // times; 0: in the prompt only
-    };
-    friend struct CandidateOrder;
-    std::span<const float> adjust(std::span<const float> logits);
-    void   keep_top(std::span<const float> logits);
-    void   keep_within(std::span<const float> logits, double below);
-    Token  draw_from_all(std::span<const float> logits, double uniform);
-    Token  draw_from_best(std::span<const float> logits, double uniform);
-    double add_blocks(std::span<const float> logits);
-
-    SamplerOptions         options_;
-    double                 scale_;       // of a logit's distance to the highest
-    float                  highest_ = 0;
-    std::vector<Candidate> candidates_;  // most likely first
-    std::vector<double>    sums_;        // of weights, a block of the vocabulary each
-    bool                   penalised_;
-    std::vector<Seen>      seen_;        // by token
-    std::vector<float>     adjusted_;
-};
-
-/// A number in [0, 1) that depends on (seed, position) alone, 53 bits.
-double uniform_at(int64_t seed, uint64_t position);
-/// Natural log of the model's own distribution (before temperature and top_p): of `token`, and of
-/// the `count` most likely ones, most likely first. `top` may be null when count is 0.
-float logprob_of(std::span<const float> logits, Token token, uint32_t count,
-                 std::pair<Token, float>* top);
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
+// ---- src/engine/engine.hpp ---------------------------------------------------------------------
 
 // >>engine
 // Owns: a loaded model and the requests on it: queue and scheduling, batches, pages and the prefix
@@ -2238,6 +1641,8 @@ private:
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/http/http.hpp -------------------------------------------------------------------------
+
 // >>http
 // Owns: HTTP/1.1 (RFC 9110, RFC 9112): the message parser, the event loop of a server, and a small
 //       blocking client.
@@ -2277,186 +1682,10 @@ struct HttpCall {
 /// Threads: any.
 Result<HttpReply> http_call(const HttpCall& call);
 
-namespace detail {
-
-/// The first field of that name (ASCII case ignored), or null.
-const std::string* find_header(const HttpHeaders& headers, std::string_view name);
-size_t count_headers(const HttpHeaders& headers, std::string_view name);
-
-/// A parsed request. Strings are as sent unless said otherwise.
-struct HttpRequest {
-    std::string method;
-    std::string target;   ///< origin form, "/path?query", or "*"; absolute form is brought to it
-    std::string host;     ///< "name" or "name:port", lower case; empty only under HTTP/1.0
-    HttpHeaders headers;
-    std::string body;
-    NetAddress  peer;
-    uint64_t    exchange = 0;  ///< names this request until it is answered; never used twice
-    uint64_t    max_body = 0;  ///< on_head may change it; a longer body is refused with 413
-    uint64_t    tag      = 0;  ///< the handler's own, kept from on_head to on_request
-    std::optional<uint64_t> content_length;
-    bool chunked         = false;
-    bool keep_alive      = false;
-    bool expect_continue = false;
-    bool http_1_0        = false;
-
-    bool is_head() const { return method == "HEAD"; }
-    bool has_body() const { return chunked || content_length.value_or(0) > 0; }
-    const std::string* header(std::string_view name) const { return find_header(headers, name); }
-    size_t count(std::string_view name) const { return count_headers(headers, name); }
-};
-
-/// What bounds one message.
-struct HttpLimits {
-    uint32_t max_request_line_bytes = 8 << 10;   ///< 414; RFC 9112 asks for 8,000 or more
-    uint32_t max_head_bytes         = 16 << 10;  ///< 431; header fields: a browser's cookies, a key
-    uint32_t max_headers            = 100;       ///< 431; trailer fields are counted apart
-    uint64_t max_body_bytes         = uint64_t{32} << 20;  ///< 413, unless on_head says otherwise
-};
-
-/// An incremental parser of one message after another: fed bytes, does no I/O. What it finds does
-/// not depend on how the bytes are cut into pieces.
-class HttpParser {
-public:
-    enum class Side : uint8_t { request, reply };
-    enum class Event : uint8_t {
-        more,      ///< all bytes used
-        head,      ///< head complete, body not begun; set message.max_body now
-        complete,  ///< body complete: take the message, then reset()
-        fault,     ///< malformed: see status(), code(), reason(); only reset() leaves this state
-    };
-
-    HttpParser(const HttpLimits* limits, Side side = Side::request);  ///< limits: kept by pointer
-    /// Goes on to the next event. The bytes after `*used` belong to it or to what follows.
-    Event feed(std::string_view bytes, size_t* used);
-    /// The stream has ended: complete when that is how this reply ends, else fault.
-    Event end();
-    void reset();
-    /// Only before feeding a reply to HEAD: it has no body whatever its headers say.
-    void expect_no_body() { no_body_ = true; }
-
-    HttpRequest message;  ///< for a reply only headers, body and the framing are used
-
-    int status() const { return status_; }  ///< of the reply read, or of the refusal after a fault
-    std::string_view code() const;
-    std::string_view reason() const { return reason_; }
-
-private:
-    enum class State : uint8_t {
-        start_line, header_line, body, chunk_size, chunk_data, chunk_end, trailer, until_close,
-        complete, fault
-    };
-    // Each step returns more to go on, or the event to report.
-    Event fail(int status, const char* reason);
-    bool  take_line(std::string_view bytes, size_t* used);
-    bool  line_is_full();
-    Event on_line();
-    Event on_request_line();
-    Event on_status_line();
-    Event on_field();
-    Event on_head_end();
-    Event read_transfer_encoding();
-    Event read_content_length();
-    Event read_host();
-    Event read_target();
-    Event read_options();
-    Event on_chunk_size();
-    Event take_body(std::string_view bytes, size_t* used);
-    bool  grow_body(size_t bytes);
-
-    const HttpLimits* limits_;
-    std::string       line_;
-    uint64_t          body_left_    = 0;
-    uint32_t          head_bytes_   = 0;  // also trailers and chunk extensions, once in the body
-    uint32_t          fields_       = 0;
-    int               status_       = 0;
-    const char*       reason_       = "";
-    Side              side_;
-    State             state_        = State::start_line;
-    bool              carriage_     = false;  // the last byte was CR
-    bool              leading_line_ = false;  // one empty line was skipped
-    bool              no_body_      = false;
-};
-
-/// Implemented by the user of HttpServer. All calls come from inside HttpServer::step.
-///
-/// An exchange: on_head; if it returns nothing, exactly one of on_request and on_closed; after
-/// on_request, HttpServer::reply from any thread, or on_closed if the client is gone before it.
-class HttpHandler {
-public:
-    virtual ~HttpHandler() = default;
-    /// The head is here, the body not yet: authenticate, route, set request.max_body. A reply
-    /// refuses: the body is not asked for (no 100 Continue), and if there is one the connection
-    /// ends. Otherwise http itself refuses a body declared longer than max_body.
-    virtual std::optional<HttpReply> on_head(HttpRequest& request) = 0;
-    /// The request is complete. Answer with HttpServer::reply(request.exchange, ...), now or later.
-    virtual void on_request(HttpRequest&& request) = 0;
-    /// The client went away, or its body was refused: nobody waits for this exchange any more.
-    virtual void on_closed(uint64_t exchange) = 0;
-    /// The reply to a malformed or refused request: status 400 408 413 414 417 431 501 503 505;
-    /// code "bad_request", "request_too_large" or "overloaded". Of `request` is there what was read
-    /// before the fault.
-    virtual HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
-                               std::string_view message) = 0;
-    /// About every HttpOptions::tick_ms.
-    virtual void on_tick() {}
-};
-
-/// Options of HttpServer. Each limit says what happens beyond it.
-struct HttpOptions {
-    std::string host = "127.0.0.1";
-    uint16_t    port = 0;  ///< 0: any free one
-    HttpLimits  limits = {};
-    uint32_t max_connections         = 10'000;  ///< an idle one makes room, else 503
-    uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< bodies not yet answered; 503
-    uint32_t idle_timeout_ms   = 60'000;  ///< between requests; closed silently
-    uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
-    uint32_t body_timeout_ms   = 10'000;  ///< one window of the body's pace; 408
-    uint32_t body_min_bytes    = 4 << 10;   ///< that must arrive in each window: 400 B/s by default
-    uint32_t write_timeout_ms  = 30'000;  ///< without progress while a reply waits; closed
-    uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
-    uint32_t drain_timeout_ms  = 10'000;  ///< for exchanges in work after stop(); closed
-    uint32_t tick_ms           = 0;       ///< pace of on_tick; 0: never
-    int      backlog           = 1024;    ///< of listen(); the system may cap it
-};
-
-/// An event loop: one thread calls step(), and no call inside blocks.
-/// Threads: reply, post, stop and address from any; step from one at a time. The handler must
-/// outlive the server. Destroying it closes what is open without a call to the handler.
-class HttpServer {
-public:
-    static Result<HttpServer> open(const HttpOptions& options, HttpHandler* handler);
-    HttpServer(HttpServer&& other) noexcept;
-    HttpServer& operator=(HttpServer&& other) noexcept;
-    ~HttpServer();
-
-    NetAddress address() const;
-    uint16_t port() const { return address().port; }
-    /// Serves what is ready, waiting at most timeout_ms for it (-1: until something happens).
-    /// False once stopped and drained.
-    bool step(int timeout_ms);
-    /// Stops accepting, ends idle connections, lets exchanges in work finish (drain_timeout_ms).
-    void stop();
-    /// Answers an exchange; without effect if its client is gone.
-    void reply(uint64_t exchange, HttpReply reply);
-    /// Has the loop call function(context) inside step(); dropped if the server is destroyed first.
-    void post(void (*function)(void*), void* context);
-
-    struct Stats {
-        uint64_t accepted = 0, requests = 0, faults = 0, timeouts = 0;  ///< since open
-        uint64_t connections = 0, body_bytes = 0;                       ///< now
-    };
-    Stats stats() const;  ///< only from the thread that calls step()
-
-private:
-    struct State;
-    explicit HttpServer(std::unique_ptr<State> state);
-    std::unique_ptr<State> state_;
-};
-
-}  // namespace detail
 }  // namespace v1
 }  // namespace valar
+
+// ---- src/store/store.hpp -----------------------------------------------------------------------
 
 // >>store
 // Owns: the responses that a server has accepted: the request as received, what was resolved when it
@@ -2467,6 +1696,9 @@ private:
 
 namespace valar {
 inline namespace v1 {
+namespace detail {
+class Folder;
+}
 
 /// What a Store keeps of one response.
 struct StoredResponse {
@@ -2632,6 +1864,8 @@ private:
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/server/server.hpp ---------------------------------------------------------------------
+
 // >>server
 // Owns: the routes of the Responses API: who may ask, what is asked, what is answered. Joins http,
 //       a Store and any Responder; knows no engine.
@@ -2717,10 +1951,8 @@ private:
 #endif  // VALAR_HPP
 
 #ifdef VALAR_IMPLEMENTATION
-// ---------------------------------------------------------------------------------------------
-// Implementation. All includes come first: a standard header included inside a target region
-// would leak that region's instructions into shared functions.
-// ---------------------------------------------------------------------------------------------
+// What stands before every implementation part: the promise of exact arithmetic, kept by force.
+
 #if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     defined(__NO_SIGNED_ZEROS__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "valar promises exact results: compile this file without -ffast-math and its parts"
@@ -2735,25 +1967,28 @@ private:
 #undef min
 #undef max
 
+// In valar.hpp all system headers stand here: one that was included inside a target region would
+// leak that region's instructions into shared functions.
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cerrno>
 #include <cmath>
 #include <condition_variable>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <mutex>
-#include <new>
 #include <system_error>
 #include <tuple>
-#include <type_traits>
 #include <unordered_map>
 #include <unordered_set>
+
+// The headers of the operating systems.
 
 #if defined(_WIN32)
 #ifndef WIN32_LEAN_AND_MEAN
@@ -2798,6 +2033,8 @@ private:
 #include <sys/event.h>
 #endif
 #endif
+// The intrinsics of the instruction sets, and what tells which of them the CPU has.
+
 #if defined(_MSC_VER)
 #include <intrin.h>
 #endif
@@ -2827,6 +2064,8 @@ private:
 #elif defined(_MSC_VER)
 #pragma fp_contract(off)
 #endif
+
+// ---- src/base/base.cpp -------------------------------------------------------------------------
 
 // >>base
 // Everything of the operating system but sockets: one function, one #if per system. POSIX comes
@@ -2969,6 +2208,16 @@ uint64_t thread_cpu_ns() { return posix_clock_ns(CLOCK_THREAD_CPUTIME_ID); }
 int64_t unix_time_ms() { return int64_t(posix_clock_ns(CLOCK_REALTIME) / 1'000'000u); }
 
 #endif
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/base/files.cpp ------------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // ---- memory and files -----------------------------------------------------------------------
 
@@ -3536,6 +2785,16 @@ Result<std::unique_ptr<Folder>> Folder::open(const std::string& path) {
     return std::unique_ptr<Folder>(std::move(folder));
 }
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/base/threads.cpp ----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 // ---- threads --------------------------------------------------------------------------------
 
 namespace {
@@ -3785,6 +3044,109 @@ std::string environment(const char* name) {
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/base/sockets.hpp ----------------------------------------------------------------------
+
+// >>base: sockets
+// Owns: the TCP calls of Linux, Windows, macOS and BSD, readiness (epoll, kqueue, WSAPoll) and the
+//       wake-up of a waiting loop from another thread.
+// Assumes: numeric addresses; names are resolved elsewhere.
+// Promises: no call blocks but Poller::wait; no SIGPIPE, and no signal handler either.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// An IP address and a TCP port. IPv4 is held as ::ffff:a.b.c.d.
+struct NetAddress {
+    uint8_t  ip[16] = {};
+    uint16_t port   = 0;
+    bool     v4     = false;
+
+    /// "127.0.0.1", "::1", "[::1]" or "localhost" (which is 127.0.0.1); anything else is an Error.
+    static Result<NetAddress> parse(std::string_view host, uint16_t port);
+    std::string host() const;  ///< "127.0.0.1", "::1"
+    std::string text() const;  ///< "127.0.0.1:8080", "[::1]:8080"
+    bool is_loopback() const;  ///< 127.0.0.0/8, ::1, and the former mapped into IPv6
+};
+
+/// How a socket call ended. `full`: accept found no free descriptor (EMFILE and kin): the caller
+/// must stop asking until one is free, or it will spin.
+enum class IoStatus : uint8_t { done, again, closed, full, failed };
+
+struct IoResult {
+    IoStatus status = IoStatus::failed;
+    size_t   bytes  = 0;  ///< > 0 when done; `closed` is the peer's end of stream, or a reset
+};
+
+/// A non-blocking TCP socket that closes itself. Threads: one at a time.
+class Socket {
+public:
+    static constexpr uintptr_t none = UINTPTR_MAX;
+
+    /// Port 0 takes any free port; "::" takes IPv4 as well.
+    static Result<Socket> listen(const NetAddress& address, int backlog);
+    /// Begins; the socket is writable once connected() can tell how it went.
+    static Result<Socket> connect(const NetAddress& address);
+
+    Socket() = default;
+    Socket(Socket&& other) noexcept : handle_(std::exchange(other.handle_, none)) {}
+    Socket& operator=(Socket&& other) noexcept;
+    ~Socket() { close(); }
+
+    IoStatus accept(Socket* accepted, NetAddress* peer);
+    IoStatus connected() const;  ///< done or failed; only after the socket became writable
+    IoResult read(void* bytes, size_t size);
+    /// Sends `head`, then `body`, in one call; `bytes` counts over both.
+    IoResult write(std::string_view head, std::string_view body = {});
+    void shutdown_write();  ///< sends the end of stream; reading goes on
+    void close();
+    Result<NetAddress> local() const;
+    bool is_open() const { return handle_ != none; }
+    uintptr_t handle() const { return handle_; }
+
+private:
+    explicit Socket(uintptr_t handle) : handle_(handle) {}
+    uintptr_t handle_ = none;
+};
+
+struct PollEvent {
+    uint64_t tag      = 0;
+    bool     readable = false;  ///< bytes, an end of stream or an error wait to be read
+    bool     writable = false;
+    bool     hangup   = false;  ///< the peer sends no more, or is gone
+};
+
+/// What a socket is watched for. poll_hangup tells an end of stream behind bytes that nobody reads
+/// yet; where the system cannot (kqueue, poll) it is silent until they are read.
+enum PollInterest : unsigned { poll_read = 1, poll_write = 2, poll_hangup = 4 };
+
+/// Level-triggered readiness of many sockets. Threads: wake() from any, the rest from one.
+class Poller {
+public:
+    static Result<Poller> open();
+    Poller(Poller&& other) noexcept;
+    Poller& operator=(Poller&& other) noexcept;
+    ~Poller();
+
+    /// Watches a socket, or changes what it is watched for.
+    Result<void> set(const Socket& socket, uint64_t tag, unsigned interest);
+    void remove(const Socket& socket);  ///< before the socket is closed
+    /// Waits for events or wake(), at most timeout_ms (-1: without limit), and fills `events`.
+    Result<void> wait(int timeout_ms, std::vector<PollEvent>* events);
+    void wake();
+
+private:
+    struct State;
+    explicit Poller(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/base/sockets.cpp ----------------------------------------------------------------------
+
 // >>base: sockets
 // Owns: the operating systems' TCP calls and readiness, each difference in one small function.
 // Assumes: a call may fail at any time; EINTR and "would block" are no failures.
@@ -3794,6 +3156,7 @@ std::string environment(const char* name) {
 namespace valar {
 inline namespace v1 {
 namespace detail {
+
 namespace {
 
 #if defined(_WIN32)
@@ -4325,6 +3688,71 @@ Poller::~Poller() = default;
 }  // namespace valar
 #endif  // VALAR_NO_SERVER
 
+// ---- src/digest_internal.hpp -------------------------------------------------------------------
+
+// >>digest
+// Owns: SHA-256, HMAC-SHA256, CRC-32C, base64, hex, constant-time compare, the OS random source.
+// Assumes: messages shorter than 2^61 bytes.
+// Promises: the published test vectors; strict decoders (one spelling per value).
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// The 32 bytes of a SHA-256 or HMAC-SHA256.
+struct Hash256 {
+    uint8_t bytes[32] = {};
+    bool operator==(const Hash256&) const = default;
+    std::string hex() const;  ///< 64 lower-case digits
+    std::string_view view() const { return {reinterpret_cast<const char*>(bytes), 32}; }
+};
+
+/// SHA-256 (FIPS 180-4) of bytes that arrive in pieces. `finish` ends it: make a new one after.
+class Sha256 {
+public:
+    Sha256();
+    void update(const void* data, size_t size);
+    void update(std::string_view text) { update(text.data(), text.size()); }
+    Hash256 finish();
+
+private:
+    void compress(const uint8_t* block);
+    uint32_t state_[8];
+    uint64_t length_ = 0;  // bytes taken so far
+    uint8_t  pending_[64];
+};
+
+Hash256 sha256(const void* data, size_t size);
+Hash256 sha256(std::string_view text);
+/// RFC 2104 with SHA-256; a key of any length.
+Hash256 hmac_sha256(std::string_view key, std::string_view message);
+
+/// CRC-32C (Castagnoli). To go on with more bytes pass the value so far; start with 0.
+uint32_t crc32c(const void* data, size_t size, uint32_t value = 0);
+
+/// RFC 4648 section 4, padded. The decoder takes exactly what the encoder writes: no white space,
+/// no missing padding, no stray bits; kind invalid_request.
+std::string base64_encode(const void* data, size_t size);
+std::string base64_encode(std::string_view bytes);
+Result<std::string> base64_decode(std::string_view text);
+
+std::string hex_encode(const void* data, size_t size);  ///< lower case
+Result<std::string> hex_decode(std::string_view text);  ///< either case, even length
+
+/// The time taken depends on the lengths only.
+bool constant_time_equal(std::string_view a, std::string_view b);
+
+/// Bytes from the operating system's generator, for ids and secrets.
+Result<void> random_bytes(void* data, size_t size);
+
+int hex_value(char c);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/digest.cpp ----------------------------------------------------------------------------
+
 // >>digest
 // Plain loops: the largest input is a model file, read once, and the disk is slower.
 
@@ -4372,14 +3800,14 @@ constexpr std::array<int8_t, 256> base64_values = [] {
     return values;
 }();
 
+}  // namespace
+
 int hex_value(char c) {
     if (c >= '0' && c <= '9') return c - '0';
     if (c >= 'a' && c <= 'f') return c - 'a' + 10;
     if (c >= 'A' && c <= 'F') return c - 'A' + 10;
     return -1;
 }
-
-}  // namespace
 
 std::string Hash256::hex() const { return hex_encode(bytes, sizeof bytes); }
 
@@ -4568,17 +3996,74 @@ Result<void> random_bytes(void* data, size_t size) {
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/unicode_internal.hpp ------------------------------------------------------------------
+
 // >>unicode
-// The generated text is decoded while compiling: lookups are binary searches in read-only tables.
+// Owns: UTF-8, character classes, simple case mapping, canonical composition (NFC).
+// Assumes: nothing about its input; malformed bytes are a value (`bad_utf8`), not an error.
+// Promises: Unicode 14.0.0, from the generated table in the implementation; no locale.
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-namespace {
+/// What utf8_next gives for bytes that are not UTF-8. No code point has this value.
+inline constexpr char32_t bad_utf8 = 0x110000;
+
+/// The code point at text[*at], at < size; moves *at behind it. Malformed: gives bad_utf8 and moves
+/// behind the maximal subpart (Unicode 3.9, table 3-8), at least one byte.
+char32_t utf8_next(std::string_view text, size_t* at);
+void utf8_append(std::string& out, char32_t code_point);  ///< not a scalar value: U+FFFD
+bool utf8_valid(std::string_view text);
+/// Length of the longest valid prefix; text.size() when all of it is UTF-8.
+size_t utf8_valid_prefix(std::string_view text);
+/// Bytes at the end that begin a code point and wait for the rest of it: 0 to 3.
+size_t utf8_incomplete_suffix(std::string_view text);
+/// Code points; a malformed subpart counts as one.
+size_t utf8_count(std::string_view text);
+std::string utf8_repair(std::string_view text);  ///< each malformed subpart becomes U+FFFD
+
+/// General categories, in the order of their groups: the comparisons below rely on it.
+enum class Category : uint8_t {
+    Lu, Ll, Lt, Lm, Lo,          // letters
+    Mn, Mc, Me,                  // marks
+    Nd, Nl, No,                  // numbers
+    Pc, Pd, Ps, Pe, Pi, Pf, Po,  // punctuation
+    Sm, Sc, Sk, So,              // symbols
+    Zs, Zl, Zp,                  // separators
+    Cc, Cf, Cs, Co, Cn,          // others; bad_utf8 and whatever is not assigned: Cn
+};
+
+Category category(char32_t c);
+inline bool is_letter(char32_t c) { return category(c) <= Category::Lo; }
+inline bool is_mark(char32_t c) { return uint8_t(category(c)) - unsigned(Category::Mn) < 3; }
+inline bool is_number(char32_t c) { return uint8_t(category(c)) - unsigned(Category::Nd) < 3; }
+inline bool is_punctuation(char32_t c) { return uint8_t(category(c)) - unsigned(Category::Pc) < 7; }
+inline bool is_symbol(char32_t c) { return uint8_t(category(c)) - unsigned(Category::Sm) < 4; }
+bool is_whitespace(char32_t c);  ///< the property White_Space
+
+char32_t to_lower(char32_t c);  ///< simple mappings: always one code point
+char32_t to_upper(char32_t c);
+std::string to_lower(std::string_view text);  ///< malformed bytes are kept as they are
+std::string to_upper(std::string_view text);
+
+/// Normalization form C (UAX 15). Malformed bytes are kept as they are.
+std::string nfc(std::string_view text);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/unicode_tables.hpp --------------------------------------------------------------------
+
+// The Unicode tables as text, decoded while compiling: generated, never edited.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // clang-format off
-// BEGIN GENERATED unicode sha256=aa8a6d69b15311ae2ff86a400cf7d152a213d322586e96cfd0b05cedff5874dc
+// BEGIN GENERATED unicode sha256=ccbf6a27ecc3770ef9744949867527e7fbfb6e6531cb325ff6c634827d240d00
 // Unicode 14.0.0, by tests/generate_unicode.py
 constexpr size_t unicode_category_count = 2984;
 constexpr char unicode_category_text[] =
@@ -4796,6 +4281,21 @@ constexpr char unicode_composition_text[] =
     "'%%%";
 // END GENERATED
 // clang-format on
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/unicode.cpp ---------------------------------------------------------------------------
+
+// >>unicode
+// The generated text is decoded while compiling: lookups are binary searches in read-only tables.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
 
 // Reads the numbers of a generated table; tests/generate_unicode.py says how they are spelled.
 struct UnicodeText {
@@ -5136,6 +4636,27 @@ std::string nfc(std::string_view text) {
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
+
+// ---- src/json_internal.hpp ---------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// The shortest decimal that reads back as `value`, spelled as Python's repr: "1.0", "1e-07",
+/// "1e+16"; not finite: "null".
+std::string write_double(double value);
+/// A whole JSON number, to the nearest double (ties to even). Refused: any other spelling, and
+/// what rounds to infinity. Kind invalid_request, code "invalid_json".
+Result<double> parse_double(std::string_view text);
+/// Appends `text` as a JSON string with its quotes; bytes that are not UTF-8 become U+FFFD.
+void write_json_string(std::string& out, std::string_view text);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/json.cpp ------------------------------------------------------------------------------
 
 // >>json
 // Numbers first: one table of powers of ten serves reading and writing. Then the value, the
@@ -6113,6 +5634,30 @@ std::string Json::canonical() const {
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/api_internal.hpp ----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+struct DialectWords {
+    const char* status[5];
+    const char* cut;       // the status of an answer that was cut
+    const char* cut_item;  // and of its message
+    bool        echo;      // `input` and `user`
+    bool        usage_extras;
+    const char* failure;   // the code of a failed response; null: the error's own
+};
+
+const DialectWords& words_of(Dialect dialect);
+const char* status_name(Status status, bool cut, const DialectWords& words);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api.cpp -------------------------------------------------------------------------------
+
 // >>api
 // Owns: the table of request fields and their checks, the response object, the error envelope.
 // Assumes: bodies were parsed by >>json, so they are valid UTF-8 without duplicate keys.
@@ -6680,25 +6225,12 @@ Fault check_background(const Request& request) {
 // ---- The response object (contract, 3.1) -------------------------------------------------------
 
 // How objects differ between the dialects: one row each.
-struct DialectWords {
-    const char* status[5];
-    const char* cut;       // the status of an answer that was cut
-    const char* cut_item;  // and of its message
-    bool        echo;      // `input` and `user`
-    bool        usage_extras;
-    const char* failure;   // the code of a failed response; null: the error's own
-};
 constexpr DialectWords dialect_words[] = {
     {{"pending", "running", "completed", "failed", "cancelled"},
      "completed", "completed", true, true, nullptr},
     {{"queued", "in_progress", "completed", "failed", "cancelled"},
      "incomplete", "incomplete", false, false, "server_error"},
 };
-const DialectWords& words_of(Dialect dialect) { return dialect_words[static_cast<size_t>(dialect)]; }
-
-const char* status_name(Status status, bool cut, const DialectWords& words) {
-    return cut && status == Status::completed ? words.cut : words.status[static_cast<size_t>(status)];
-}
 
 // JSON has no infinity: a token that cannot be drawn gets the number that OpenAI gives it.
 constexpr double logprob_of_never = -9999.0;
@@ -6825,6 +6357,12 @@ Json render_failure(const Outcome& outcome, const DialectWords& words) {
 }
 
 }  // namespace
+
+const char* status_name(Status status, bool cut, const DialectWords& words) {
+    return cut && status == Status::completed ? words.cut : words.status[static_cast<size_t>(status)];
+}
+
+const DialectWords& words_of(Dialect dialect) { return dialect_words[static_cast<size_t>(dialect)]; }
 }  // namespace detail
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
@@ -6934,6 +6472,8 @@ int http_status(ErrorKind kind) { return detail::api_kind(kind).status; }
 
 }  // namespace v1
 }  // namespace valar
+
+// ---- src/gguf.cpp ------------------------------------------------------------------------------
 
 // >>gguf
 // Owns: the model file: metadata, tensor directory, table of tensor types; the writer.
@@ -7624,12 +7164,297 @@ Result<void> GgufWriter::write(const std::string& path) const {
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// >>kernels
-// The definition stands in the declaration part. Here, in this order: exact building blocks, packed
-// layouts, the scalar reference (read this first), one region per instruction set, the
-// floating-point state, the choice of a table, the worker team.
+// ---- src/kernels/internal.hpp ------------------------------------------------------------------
 
-#ifndef VALAR_NO_INFERENCE
+// ---- The numeric definition, numerics = 1 ----------------------------------------------------
+//
+// All arithmetic is binary32 unless "double" is said. "a + b", "a * b", "a / b", "sqrt" round once,
+// to nearest even. fma(a, b, c) is a * b + c rounded once. Sums are sequences: the order below is
+// the order of operations. Nothing else may be fused or reordered.
+//
+//  1. Activation blocks. A vector x of n values (n a multiple of 32) that meets quantized weights
+//     is cut into blocks of 32. Of a block: amax = max |x_i|. If amax < 2^-100: d = 0, all h_i = 0.
+//     If an x_i is not finite: d is not a number, all h_i = 0 (so it shows in the logits, an
+//     error). Else d = amax / 127, inv = 127 / amax, h_i = the integer nearest to the exact product
+//     x_i * inv (ties to even), clamped to -127..127. (precision = fast: this one plane.)
+//     precision = fine adds a second plane: r_i = fma(-d, h_i, x_i), d2 = d / 254, inv2 = inv *
+//     254, l_i = the integer nearest to the exact product r_i * inv2 (ties to even), clamped to
+//     -127..127; d = 0 or no number gives d2 = d, l_i = 0. A plane is a vector of blocks of its
+//     own, (d, h) or (d2, l). Of a block also: hsum = sum of h_i (exact integer), s = d *
+//     float(hsum); of the second plane with d2 and l_i.
+//  2. Dot product of a row of quantized weights and one plane: acc = 0, then block after block, in
+//     ascending order, with w_i the integers of the row's block and dw, m its scales (binary16 made
+//     binary32, exact):
+//       Q4_0 (w = nibble - 8), Q5_0 (w = 5 bits - 16), Q8_0 (w = int8):
+//           acc = fma(float(sum w_i h_i), dw * d, acc)
+//       Q4_1 (w = nibble):
+//           acc = fma(float(sum w_i h_i), dw * d, acc); acc = fma(m, s, acc)
+//       Q4_K (w = nibble), Q5_K (w = 5 bits): a block is one of the eight sub-blocks of 32, dw = D
+//           * sc, m = -(Dmin * mn), with D, Dmin the super-block's scales and sc, mn the
+//           sub-block's 6-bit integers (both products are exact, m may be -0); then as Q4_1.
+//       Q6_K (w = 6 bits - 32): a block is two sub-blocks of 16 with int8 scales sc0, sc1; dw = D:
+//           S = sc0 * sum w_i h_i (first 16) + sc1 * sum w_i h_i (last 16) (exact integer, below
+//             2^24)
+//           acc = fma(float(S), dw * d, acc)
+//     Two planes: y = acc of plane one + acc of plane two.
+//     The output matrix (logits) always uses two planes, whatever the precision.
+//  3. F32, F16 and BF16 rows meet the unquantized x: acc = 0; acc = fma(w_k, x_k, acc) for
+//     ascending k.
+//  4. A bias is added to the finished sum: y + b. A residual: x + y.
+//  5. Sum along a vector ("16 lanes"): lane j adds the elements i = j, j + 16, j + 32 ... in that
+//     order, starting from 0; then lane j (j < 8) = lane j + lane j+8; j < 4: + lane j+4; j < 2: +
+//     lane j+2; lane 0 + lane 1 is the sum. Elements past the end add nothing.
+//  6. RMS norm: ss = 16-lane sum where adding an element is lane = fma(x_i, x_i, lane);
+//     scale = 1 / sqrt(ss / float(n) + eps); y_i = (x_i * scale) * w_i.
+//  7. exp(x), x in binary32: x < -87 gives 0; x > 88 counts as 88. k = the integer nearest to the
+//     exact product x * log2e (ties to even; log2e = 0x1.715476p+0f); r = fma(-k, ln2_hi, x);
+//     r = fma(-k, ln2_lo, r) (ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f); p = c6;
+//     p = fma(p, r, c5) ... down to c0 = 1 (c1 = 1); the result is p * 2^k (exact; k in -126..127).
+//     exp(0) = 1. c2 = 0x1.fffffcp-2f, c3 = 0x1.555492p-3f, c4 = 0x1.5558bp-5f, c5 =
+//     0x1.123994p-7f, c6 = 0x1.6a4e0cp-10f (least maximal relative error on +-ln(2)/2: 3.1e-9
+//     before rounding).
+//  8. silu(x) = x / (1 + exp(-x)). Feed-forward: h_i = silu(gate_i) * up_i.
+//  9. Rope. Frequencies, in double: f_i = exp2(-(2 i / n_rot) * log2(base)) for pair i (one
+//     quotient, its sign changed, one product), times or divided by what the model's scaling says
+//     (each one double operation, rounded); angle = position as double * f_i (rounded); its cos and
+//     sin in double (12), rounded to binary32: c, s.
+//     A pair (a, b), elements (2i, 2i+1) for "norm" rope and (i, i + n_rot/2) for "neox":
+//       t = b * s;  a' = fma(a, c, -t);    t = b * c;  b' = fma(a, s, t).
+// 10. Attention, for one query head and one position. q' = rope(q) * (1 / sqrt(head_dim)) (the
+//     factor is a binary32 number of the model: attention_scale; one multiplication an element).
+//     Keys and values are stored as binary16 (rounded to nearest even, too large is infinity),
+//     binary32, or (q8_0) in blocks of 32 neighbours of a head as d * h, with h of one plane as in 1
+//     and its d rounded to binary16; the product is exact and not a number where d is not (kv_type).
+//     Keys are stored rotated. Visible to a position are itself and those before it; where the
+//     layer has a window of n, the last n of these. Positions are cut into segments of 256 absolute
+//     positions (0..255, 256..511, ...). In a segment, over its visible positions j in ascending
+//     order:
+//       score_j: acc = 0; acc = fma(q'_e, k_j,e, acc) for ascending e
+//       m = max score_j (a zero is +0);  p_j = exp(score_j - m)
+//       l = 16-lane sum of p_j, lane = j mod 16 by absolute position, adding is lane + p_j; tree as
+//         in 5
+//       o_e = 0; o_e = fma(p_j, v_j,e, o_e) for ascending j
+//     Segments are merged in ascending order: the first one gives (M, L, O) = (m, l, o); for each
+//     next,
+//       M' = max(M, m); a = exp(M - M'); b = exp(m - M'); L = fma(l, b, L * a);
+//       O_e = fma(o_e, b, O_e * a); M = M'.
+//     Result: O_e * (1 / L). A segment without visible positions is skipped.
+// 11. An embedding row is dequantized: d * w for types without minimum (Q6_K: (D * sc) * w, D * sc
+//     exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2); F16, BF16, F32: the value.
+//     Where the model scales it (embedding_scale), each value is multiplied once.
+// 12. rope_math: functions in double, from + - * / that round once each, never fused. nearest(x) is
+//     the nearest integer, ties to even. 1/n! and 1/n are one quotient (n! is exact).
+//       exp2(x): x < -1022 gives 0, x >= 1023 infinity. k = nearest(x); t = (x - k) *
+//         0x1.62e42fefa39efp-1; p = 1/13!; p = p * t + 1/n! for n = 12 down to 0; the result is p *
+//         2^k (exact).
+//       log2(x), x > 0 (0 gives -infinity, less no number): x = m * 2^e with 1 <= m < 2; where
+//         m > 0x1.6a09e667f3bcdp+0: m = m / 2, e = e + 1. u = (m - 1) / (m + 1); z = u * u; p =
+//         1/23; p = p * z + 1/n for n = 21, 19 .. 1; the result is e + (u * p) *
+//         0x1.71547652b82fep+1.
+//       log(x) = log2(x) * 0x1.62e42fefa39efp-1.
+//       sin, cos (x), |x| < 2^30: k = nearest(x * 0x1.45f306dc9c883p-1);
+//         r = ((x - k * 0x1.921fb544p+0) - k * 0x1.0b4611a6p-34) - k * 0x1.3198a2ep-69; z = r * r;
+//         S = 1/17!; S = S * z - 1/15!; S = S * z + 1/13!; .. (signs alternate) .. + 1; S = r * S;
+//         C = 1/16!; C = C * z - 1/14!; C = C * z + 1/12!; .. + 1;
+//         (sin, cos) = (S, C), (C, -S), (-S, -C), (-C, S) for k mod 4 = 0, 1, 2, 3.
+//       (Within 1e-15 relative, sin and cos 1e-15 absolute to |x| = 2^20.)
+// 13. A forward pass. x = the token's embedding row (11). In each layer: y = rms_norm(x); q, k, v =
+//     the matrix products with y (1 to 3), each plus its bias where there is one (4); rope of q and
+//     k (9); attention (10); x = x + attn_output matrix times it (plus bias); y = rms_norm(x); gate
+//     and up = products with y; h as in 8; x = x + ffn_down matrix times h. Logits: the output
+//     matrix (the embedding where there is none) times rms_norm(x). base and the factors of rope
+//     are binary32 numbers of the model; attention_scale, where the model says nothing, is
+//     1 / sqrt(float(head_dim)).
+// ----------------------------------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr int      kNumerics        = 1;    ///< version of the numeric definition
+inline constexpr uint32_t kTileRows        = 16;   ///< rows of a packed tile: a lane is a row
+inline constexpr uint32_t kActivationBlock = 32;
+inline constexpr uint32_t kSegment         = 256;  ///< positions of an attention segment
+inline constexpr uint32_t kKeyGroup        = 16;   ///< keys stored side by side
+
+/// A block of one activation plane (definition, 1).
+struct ActivationBlock {
+    float   d;       ///< scale
+    float   s;       ///< d * float(sum of all q)
+    int32_t sum[2];  ///< sums of q[0..15] and q[16..31]
+    int8_t  q[32];   ///< -127..127
+};
+static_assert(sizeof(ActivationBlock) == 48);
+
+/// Columns' blocks, `count` planes of n / 32 blocks each (a column's two planes are neighbours),
+/// lie in groups of eight planes: in a group block after block, in a block plane beside plane. One
+/// group that is not full is narrower; of several the last is padded.
+struct ActivationLayout {
+    static constexpr uint32_t kGroup = 8;
+    uint32_t count;
+    size_t   blocks;
+    size_t step() const { return count < kGroup ? count : kGroup; }  ///< from a block to the next
+    size_t at(uint32_t plane) const { return plane / kGroup * kGroup * blocks + plane % kGroup; }
+    size_t size() const { return (count + step() - 1) / step() * step() * blocks; }
+};
+
+/// A weight matrix in tiles of 16 rows: tile after tile; inside a tile block after block of 32
+/// columns, each with its scales beside it (layouts: implementation part, "packed layouts"). F32,
+/// F16, BF16: (column, 16 rows). The last tile's missing rows are zero weights.
+struct PackedMatrix {
+    TensorType       type = TensorType::f32;
+    uint32_t         rows = 0;
+    uint32_t         cols = 0;
+    const std::byte* data = nullptr;  ///< 64-byte aligned; borrowed
+    uint32_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+};
+
+bool     kernel_type_supported(TensorType type);
+uint64_t packed_tile_bytes(TensorType type, uint32_t cols);  ///< a multiple of 64
+/// Packs tiles first_tile .. last_tile - 1. `source` holds the matrix's rows in GGUF layout from
+/// row first_tile * 16 on; `out` is where tile `first_tile` goes.
+void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
+                uint32_t first_tile, uint32_t last_tile, std::byte* out);
+/// One row of a packed matrix as binary32 (definition, 11).
+void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out);
+
+/// Vectors x (columns, x_stride) of n values each to planes (definition, 1):
+/// out[block * step + column * planes + plane].
+struct QuantizeTask {
+    const float*     x;
+    size_t           x_stride;
+    uint32_t         columns;
+    uint32_t         planes;
+    size_t           n;
+    size_t           step;
+    ActivationBlock* out;
+};
+
+/// weights * x for the rows of tiles first_tile .. last_tile - 1 (rows past the matrix's end are
+/// not written), all columns, and what becomes of it while it is in the nearest cache.
+struct MatmulTask {
+    const PackedMatrix*    weights;
+    uint32_t               first_tile;
+    uint32_t               last_tile;
+    uint32_t               columns;
+    uint32_t               planes;         ///< 1 or 2, quantized weights
+    const ActivationBlock* blocks;         ///< ActivationLayout {columns * planes, cols / 32}
+    const float*           x;              ///< (columns, x_stride), F32 F16 BF16 weights
+    size_t                 x_stride;
+    float*                 y;              ///< [column * y_stride + row]
+    size_t                 y_stride;
+    bool                   add = false;    ///< y += weights * x: a residual
+    /// Not null, of the shape of `weights`: silu(weights * x) * (up * x) instead (definition, 8).
+    const PackedMatrix*    up = nullptr;
+    /// Not null: to planes (definition, 1) instead of y, ActivationLayout {columns * planes,
+    /// out_blocks}, blocks of 32 rows; first_tile is even, the rows are a multiple of 32.
+    ActivationBlock*       out = nullptr;
+    size_t                 out_blocks = 0;
+};
+
+/// Bytes of the keys, and as many of the values, of one head at kKeyGroup neighbouring positions. In
+/// memory: keys (head_dim, 16), values (16, head_dim). Of q8_0 these are int8, behind them binary16
+/// scales: keys (head_dim / 32, 16), values (16, head_dim / 32).
+size_t kv_group_bytes(KvType type, uint32_t head_dim);
+
+/// One segment of attention for queries that share a key/value head (definition, 10).
+struct AttentionTask {
+    KvType             kv_type;   ///< f16 or f32
+    uint32_t           head_dim;
+    uint32_t           queries;
+    const float*       q;         ///< (queries, q_stride), rotated and scaled
+    size_t             q_stride;
+    const uint16_t*    begin;     ///< (queries) first visible position, within the segment: 0..256
+    const uint16_t*    end;       ///< (queries) one past the last; begin == end: none visible
+    const void* const* keys;      ///< (16) groups of 16 positions: (head_dim, 16) elements each;
+    const void* const* values;    ///< (16) groups: (16, head_dim); null where nobody looks
+    float*             max;       ///< (queries) outputs; queries that see nothing are left alone
+    float*             sum;       ///< (queries)
+    float*             out;       ///< (queries, out_stride)
+    size_t             out_stride;
+};
+
+/// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
+/// block arrays: 16 bytes unless said.
+struct Kernels {
+    const char* name;  ///< "scalar", "avx2", ...: what VALAR_ISA names
+    void (*quantize)(const QuantizeTask& task);
+    void (*matmul)(const MatmulTask& task);
+    void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* y);
+    /// In place over heads (n_heads, head_dim); cos_sin (n_rot / 2, 2) of this position.
+    void (*rope)(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+                 const float* cos_sin);
+    void (*scale)(float* x, float factor, size_t n);            ///< x_i *= factor
+    void (*add)(float* x, const float* y, size_t n);            ///< x_i += y_i
+    void (*silu_mul)(float* gate, const float* up, size_t n);   ///< gate_i = silu(gate_i) * up_i
+    /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
+    void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+                     void* key_group, void* value_group);
+    /// A group of q8_0 keys and one of values as binary32, in the same order.
+    void (*expand_kv)(const void* key_group, const void* value_group, uint32_t head_dim,
+                      float* keys, float* values);
+    void (*attention)(const AttentionTask& task);
+    /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
+    void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
+                            size_t n);
+};
+
+/// The tables that this build and this CPU have, best last; [0] is the scalar reference.
+std::span<const Kernels* const> available_kernels();
+/// The best table, or the one that the environment's VALAR_ISA names; unknown or unusable: an
+/// Error.
+Result<const Kernels*> choose_kernels();
+
+/// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
+float  exact_fma(float a, float b, float c);     ///< a * b + c, rounded once
+float  exact_exp(float x);                       ///< definition, 7
+double exact_exp2(double x);                     ///< rope_math
+double exact_log2(double x);
+double exact_log(double x);                      ///< exact_log2(x) * ln 2, for log-probabilities
+void   exact_sincos(double x, double* sine, double* cosine);
+float  half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);             ///< nearest even
+
+/// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
+/// traps) while the object lives: hosts set flush-to-zero.
+class FloatState {
+public:
+    FloatState();
+    ~FloatState();
+    FloatState(const FloatState&) = delete;
+    FloatState& operator=(const FloatState&) = delete;
+
+private:
+    [[maybe_unused]] uint64_t saved_;
+};
+
+/// The worker team: `helpers` threads beside the caller, or the host's job system.
+/// `run` is one fork-join: job(context, part, parts) once for every part; parts is parts(), the helpers
+/// and one, or fewer if the last begin() said so. Between begin() and end() the helpers that take part
+/// spin for the next stage (then sleep); outside they sleep, so an idle engine costs nothing. Threads:
+/// one caller at a time. Every job runs under FloatState.
+class Team {
+public:
+    static Result<std::unique_ptr<Team>> create(int helpers, ParallelFor parallel_for, void* host);
+    ~Team();
+    uint32_t parts() const;
+    void begin();
+    void begin(uint32_t parts);
+    void end();
+    void run(void (*job)(void* context, uint32_t part, uint32_t parts), void* context);
+
+private:
+    struct State;
+    explicit Team(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/kernels/exact.hpp ---------------------------------------------------------------------
+
 namespace valar {
 inline namespace v1 {
 namespace detail {
@@ -7639,10 +7464,6 @@ namespace detail {
 #endif
 static_assert(std::endian::native == std::endian::little, "valar needs a little-endian target");
 static_assert(std::numeric_limits<float>::is_iec559 && std::numeric_limits<double>::is_iec559);
-
-// ---- Exact building blocks -------------------------------------------------------------------
-
-namespace {
 
 // a * b is exact in double; the sum is rounded to odd (Boldo and Melquiond, "Emulation of FMA and
 // correctly rounded sums", 2008), so that rounding to float afterwards sees which side it is on.
@@ -7668,9 +7489,9 @@ inline float fma_once(float a, float b, float c) {
 // For exact products of two floats below 2^50: fusing product and sum would change nothing.
 inline double nearest_integer(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
 
-constexpr float kLog2e = 0x1.715476p+0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-constexpr float kExpLeast = -87.0f, kExpMost = 88.0f;
-constexpr float exp_coefficients[7] = {
+inline constexpr float kLog2e = 0x1.715476p+0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+inline constexpr float kExpLeast = -87.0f, kExpMost = 88.0f;
+inline constexpr float exp_coefficients[7] = {
     1.0f, 1.0f, 0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558bp-5f, 0x1.123994p-7f, 0x1.6a4e0cp-10f};
 
 inline float exp_once(float x) {
@@ -7739,7 +7560,21 @@ inline uint32_t load32(const std::byte* at) {
 inline void store16(std::byte* at, uint16_t value) { std::memcpy(at, &value, sizeof value); }
 inline void store32(std::byte* at, uint32_t value) { std::memcpy(at, &value, sizeof value); }
 
-}  // namespace
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/kernels/exact.cpp ---------------------------------------------------------------------
+
+// >>kernels
+// The definition stands in the declaration part. Here, in this order: exact building blocks, packed
+// layouts, the scalar reference (read this first), one region per instruction set, the
+// floating-point state, the choice of a table, the worker team.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 float exact_fma(float a, float b, float c) { return fma_once(a, b, c); }
 float exact_exp(float x) { return exp_once(x); }
@@ -7800,6 +7635,17 @@ void exact_sincos(double x, double* sine, double* cosine) {
     *cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
 }
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/kernels/layout.hpp --------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 // ---- Packed layouts --------------------------------------------------------------------------
 //
 // A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 groups
@@ -7814,8 +7660,6 @@ void exact_sincos(double x, double* sine, double* cosine) {
 // binary16. Tiles are padded to 64 bytes. Unsigned codes suit every integer instruction: the bias
 // is taken out afterwards through ActivationBlock::sum.
 
-namespace {
-
 struct PackedLayout {
     TensorType type;
     uint8_t bits;  // of a code; of a value where float_bytes is set
@@ -7828,7 +7672,7 @@ struct PackedLayout {
 };
 
 // clang-format off
-constexpr PackedLayout packed_layouts[] = {
+inline constexpr PackedLayout packed_layouts[] = {
     // type            bits bias  min   float scale head blocks
     {TensorType::q4_0,  4,   8, false, 0, 32, 0, 1},
     {TensorType::q4_1,  4,   0, true,  0, 64, 0, 1},
@@ -7874,6 +7718,25 @@ inline void load_codes(const PackedLayout& layout, const std::byte* codes, uint3
     for (uint32_t g = 0; high && g < 8; g++)
         words[g] |= (load32(codes + 256 + g * high / 8 * 64) >> g * high % 8 & mask) << 4;
 }
+
+inline float packed_float(TensorType type, const std::byte* tile, size_t index) {
+    if (type == TensorType::f32) return std::bit_cast<float>(load32(tile + 4 * index));
+    const uint16_t bits = load16(tile + 2 * index);
+    return type == TensorType::f16 ? half_value(bits) : bfloat_value(bits);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/kernels/layout.cpp --------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
 
 inline void store_codes(const PackedLayout& layout, std::byte* codes, uint32_t row,
                         const uint32_t words[8]) {
@@ -8017,12 +7880,6 @@ constexpr PackTile pack_functions[] = {  // in the order of packed_layouts
 };
 static_assert(std::size(pack_functions) == std::size(packed_layouts));
 
-inline float packed_float(TensorType type, const std::byte* tile, size_t index) {
-    if (type == TensorType::f32) return std::bit_cast<float>(load32(tile + 4 * index));
-    const uint16_t bits = load16(tile + 2 * index);
-    return type == TensorType::f16 ? half_value(bits) : bfloat_value(bits);
-}
-
 }  // namespace
 
 bool kernel_type_supported(TensorType type) { return find_layout(type) != nullptr; }
@@ -8050,13 +7907,77 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
     }
 }
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/kernels/tables.hpp --------------------------------------------------------------------
+
+// The table of each instruction set, and what one lends to another.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace scalar {
+extern const Kernels kernels;
+void  quantize_block(const float* x, uint32_t planes, ActivationBlock* out);
+void  rotate(float& a, float& b, float c, float s);
+void  store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+               void* key_group, void* value_group);
+void  expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
+                float* values);
+float read_kv(KvType type, const void* group, size_t index);
+}  // namespace scalar
+
+namespace avx2 {
+extern const Kernels kernels, vnni_kernels, evex_kernels;
+void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, ActivationBlock* out);
+void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y);
+void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+          const float* cos_sin);
+void scale(float* x, float factor, size_t n);
+void add(float* x, const float* y, size_t n);
+void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+              void* key_group, void* value_group);
+void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
+               float* values);
+void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
+                     size_t n);
+}  // namespace avx2
+
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace neon {
+extern const Kernels kernels;
+}
+namespace dotprod {
+extern const Kernels kernels;
+}
+namespace i8mm {
+extern const Kernels kernels;
+}
+namespace wasm {
+extern const Kernels kernels;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/kernels/products.hpp ------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 // ---- Matrix products: two tiles and some columns at a time ------------------------------------
 
-namespace {
-
-constexpr uint32_t kBatchColumns = 72;  // whose sums a pair of tiles keeps
-constexpr uint32_t kSpareColumns = 7;   // a kernel may write so many more
-constexpr uint32_t kFewColumns = 6;     // so many meet weights as they come from memory
+inline constexpr uint32_t kBatchColumns = 72;  // whose sums a pair of tiles keeps
+inline constexpr uint32_t kSpareColumns = 7;   // a kernel may write so many more
+inline constexpr uint32_t kFewColumns = 6;     // so many meet weights as they come from memory
 
 using PairSums = float (*)[2][kTileRows];  // (columns, tiles, rows)
 
@@ -8208,11 +8129,19 @@ inline void multiply_tiles(const MatmulTask& task, const ProductParts& parts) {
     }
 }
 
-}  // namespace
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/kernels/scalar.cpp --------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // ---- Scalar reference ------------------------------------------------------------------------
 
-namespace {
 namespace scalar {
 
 // A block of one row, ready for the definition's formulas.
@@ -8474,7 +8403,6 @@ constexpr Kernels kernels = {"scalar", quantize, matmul,    rms_norm,  rope,    
                              silu_mul, store_kv, expand_kv, attention, attention_merge};
 
 }  // namespace scalar
-}  // namespace
 
 size_t kv_group_bytes(KvType type, uint32_t head_dim) {
     const size_t values = size_t{head_dim} * kKeyGroup;
@@ -8501,6 +8429,13 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
         }
     }
 }
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/kernels/targets.hpp -------------------------------------------------------------------
 
 // ---- Instruction sets ------------------------------------------------------------------------
 //
@@ -8541,52 +8476,23 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
 #define VALAR_X86_KERNELS 0
 #endif
 
-#if VALAR_X86_KERNELS
-namespace {
-
-struct X86Features {
-    bool avx2 = false;     // with FMA and F16C
-    bool avxvnni = false;  // besides
-    bool avx512 = false;   // F, BW, DQ, VL and VNNI, besides AVX2
-};
-
-inline void cpuid(uint32_t leaf, uint32_t out[4], uint32_t subleaf = 0) {
-#if !defined(__GNUC__)
-    __cpuidex(reinterpret_cast<int*>(out), static_cast<int>(leaf), static_cast<int>(subleaf));
+#if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(VALAR_NO_SIMD)
+#define VALAR_NEON_KERNELS 1
 #else
-    __cpuid_count(leaf, subleaf, out[0], out[1], out[2], out[3]);
+#define VALAR_NEON_KERNELS 0
 #endif
-}
-
-inline uint32_t enabled_registers() {  // XCR0: what the system saves
-#if defined(_MSC_VER) && !defined(__clang__)
-    return static_cast<uint32_t>(_xgetbv(0));
+#if defined(__wasm_simd128__) && !defined(VALAR_NO_SIMD)
+#define VALAR_WASM_KERNELS 1
 #else
-    uint32_t low, high;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return low;
+#define VALAR_WASM_KERNELS 0
 #endif
-}
 
-inline X86Features x86_features() {
-    X86Features found;
-    uint32_t top[4], one[4], seven[4];
-    cpuid(0, top);
-    cpuid(1, one);
-    constexpr uint32_t needed = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;  // FMA OSXSAVE AVX F16C
-    if (top[0] < 7 || (one[2] & needed) != needed) return found;
-    const uint32_t registers = enabled_registers();
-    cpuid(7, seven);
-    found.avx2 = (registers & 0x6) == 0x6 && (seven[1] & 1u << 5);
-    constexpr uint32_t wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
-    found.avx512 = found.avx2 && (registers & 0xe6) == 0xe6 && (seven[1] & wide) == wide &&
-                   (seven[2] & 1u << 11);
-    if (seven[0] >= 1) {
-        cpuid(7, seven, 1);
-        found.avxvnni = found.avx2 && (seven[0] & 1u << 4);
-    }
-    return found;
-}
+// ---- src/kernels/x86.hpp -----------------------------------------------------------------------
+
+#if VALAR_X86_KERNELS && !defined(VALAR_NO_INFERENCE)
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // ---- What the x86 regions share: a matrix product as tile kernels and the loops around them ---
 
@@ -8609,10 +8515,10 @@ struct TileKernels {
     } shapes[4];  // few columns to many
 };
 
-constexpr size_t kChunk = 32;           // blocks that stay in a near cache for all columns
-constexpr size_t kChunkFloats = 512;
-constexpr size_t kAheadOne = 4096;  // best prefetch distances measured: for one or two columns,
-constexpr size_t kAheadFew = 8192;  // for as many as one call takes
+inline constexpr size_t kChunk = 32;           // blocks that stay in a near cache for all columns
+inline constexpr size_t kChunkFloats = 512;
+inline constexpr size_t kAheadOne = 4096;  // best prefetch distances measured: for one or two columns,
+inline constexpr size_t kAheadFew = 8192;  // for as many as one call takes
 
 // The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
 // and 1.
@@ -8667,14 +8573,10 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
     }
 }
 
-}  // namespace
-
 // ---- Attention of the vector paths -----------------------------------------------------------
 
-namespace {
-
 // Queries of an attention task that look at the same segment together.
-constexpr uint32_t kTileQueries = 8;
+inline constexpr uint32_t kTileQueries = 8;
 struct QueryTile {
     const float* q[kTileQueries];
     uint32_t begin[kTileQueries], end[kTileQueries];
@@ -8693,7 +8595,7 @@ struct AttentionParts {
     RangeOfSome* add_values[2][kTileQueries];  // out += p * values, of queries from `query` on
 };
 
-void attend_tile(const AttentionParts& parts, const AttentionTask& task, const QueryTile& tile,
+inline void attend_tile(const AttentionParts& parts, const AttentionTask& task, const QueryTile& tile,
                  const uint32_t* query, uint32_t count) {
     uint32_t first = kSegment, last = 0, together = 0, apart = kSegment;
     for (uint32_t i = 0; i < count; i++) {
@@ -8717,7 +8619,7 @@ void attend_tile(const AttentionParts& parts, const AttentionTask& task, const Q
         parts.add_values[f32][0](task, tile, i, apart, tile.end[i]);
 }
 
-void attend(const AttentionParts& parts, const AttentionTask& task) {
+inline void attend(const AttentionParts& parts, const AttentionTask& task) {
     alignas(64) float p[kTileQueries][kSegment];
     for (uint32_t next = 0; next < task.queries;) {
         QueryTile tile;
@@ -8735,12 +8637,33 @@ void attend(const AttentionParts& parts, const AttentionTask& task) {
     }
 }
 
-}  // namespace
+VALAR_TARGET_BEGIN("avx2,fma,f16c")
+namespace avx2 {
+VALAR_FORCE_INLINE float sum_of_lanes(__m256 low, __m256 high) {
+    const __m256 eight = _mm256_add_ps(low, high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+}  // namespace avx2
+VALAR_TARGET_END
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_X86_KERNELS
+
+// ---- src/kernels/avx2.cpp ----------------------------------------------------------------------
+
+#if VALAR_X86_KERNELS && !defined(VALAR_NO_INFERENCE)
 // ---- AVX2, FMA, F16C: eight rows, or eight elements, a vector --------------------------------
 
 VALAR_TARGET_BEGIN("avx2,fma,f16c")
-namespace {
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 namespace avx2 {
 
 VALAR_FORCE_INLINE __m256i load_bytes(const void* at) {
@@ -9029,13 +8952,6 @@ void quantize(const QuantizeTask& task) {
                         task.out + c * task.planes);
 }
 
-VALAR_FORCE_INLINE float sum_of_lanes(__m256 low, __m256 high) {
-    const __m256 eight = _mm256_add_ps(low, high);
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-}
-
 void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
     __m256 low = _mm256_setzero_ps(), high = low;
     size_t i = 0;
@@ -9313,13 +9229,25 @@ constexpr Kernels evex_kernels = kernels_with("avxvnni", matmul<Vnni::evex>);
 #endif
 
 }  // namespace avx2
-}  // namespace
-VALAR_TARGET_END
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+VALAR_TARGET_END
+#endif  // VALAR_X86_KERNELS
+
+// ---- src/kernels/avx512.cpp --------------------------------------------------------------------
+
+#if VALAR_X86_KERNELS && !defined(VALAR_NO_INFERENCE)
 // ---- AVX-512 with VNNI: sixteen rows a vector; unsigned code times signed activation ----------
 
 VALAR_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
-namespace {
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 namespace avx512 {
 
 VALAR_FORCE_INLINE __m512i load_bytes(const void* at) { return _mm512_loadu_si512(at); }
@@ -9764,11 +9692,17 @@ constexpr Kernels kernels = {
     avx2::add, silu_mul, avx2::store_kv, avx2::expand_kv, attention,  avx2::attention_merge};
 
 }  // namespace avx512
-}  // namespace
-VALAR_TARGET_END
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+VALAR_TARGET_END
 #endif  // VALAR_X86_KERNELS
 
+// ---- src/kernels/lanes4.hpp --------------------------------------------------------------------
+
+#if (VALAR_NEON_KERNELS || VALAR_WASM_KERNELS) && !defined(VALAR_NO_INFERENCE)
 // ---- Vectors of 128 bits: NEON, WASM SIMD128 -------------------------------------------------
 //
 // Four rows, or four elements, a vector. What the instruction sets differ in comes first; the
@@ -9777,19 +9711,10 @@ VALAR_TARGET_END
 // four rows with C planes), dot_tile (dot_blocks, compiled for that instruction set) and Narrow
 // (the class for one and two columns).
 
-#if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(VALAR_NO_SIMD)
-#define VALAR_NEON_KERNELS 1
-#else
-#define VALAR_NEON_KERNELS 0
-#endif
-#if defined(__wasm_simd128__) && !defined(VALAR_NO_SIMD)
-#define VALAR_WASM_KERNELS 1
-#else
-#define VALAR_WASM_KERNELS 0
-#endif
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
-#if VALAR_NEON_KERNELS || VALAR_WASM_KERNELS
-namespace {
 namespace lanes4 {
 
 // clang-format off
@@ -10016,8 +9941,8 @@ VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
 
 // A tile whose blocks were unpacked for many columns: 512 weights (bias taken out), a byte each in
 // the order of 8-bit codes; 16 dw; 16 m, or 16 + 16 sub-scales as integers.
-constexpr size_t kPanelBytes = 704;
-constexpr size_t kPanelBlocks = 24;
+inline constexpr size_t kPanelBytes = 704;
+inline constexpr size_t kPanelBlocks = 24;
 
 template <int I, int G = 0>
 VALAR_FORCE_INLINE void fill_codes(const std::byte* codes, std::byte* panel) {
@@ -10068,7 +9993,7 @@ VALAR_FORCE_INLINE B16 load_group(const std::byte* codes) {
 // sums (C, 16) += tile (16 rows) x C planes, block after block. P: the tile is a panel. K: the
 // products; `part` has the sums of columns 0..15 and 16..31 apart where a type or latency asks.
 template <int I, int C>
-constexpr int sum_parts = packed_layouts[I].bits == 6 || C <= 4 ? 2 : 1;
+inline constexpr int sum_parts = packed_layouts[I].bits == 6 || C <= 4 ? 2 : 1;
 
 template <class K, int I, bool P, int C>
 VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
@@ -10425,7 +10350,7 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
 
 // Panels differ by what their weights reach and by minimum: some types share theirs.
 template <class K, int I, int kTwin = I>
-constexpr QuantKernels quant_kernels = {
+inline constexpr QuantKernels quant_kernels = {
     K::Narrow::template dot_tile<I, false, 1>, K::Narrow::template dot_tile<I, false, 2>,
     fill_panel<I>, K::template dot_tile<kTwin, true, 4>, K::template dot_tile<kTwin, true, 8>};
 
@@ -10465,49 +10390,21 @@ constexpr Kernels kernels_with(const char* name) {
 }
 
 }  // namespace lanes4
-}  // namespace
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
 #endif  // VALAR_NEON_KERNELS || VALAR_WASM_KERNELS
 
-#if VALAR_NEON_KERNELS
-namespace {
+// ---- src/kernels/arm.cpp -----------------------------------------------------------------------
 
-struct ArmFeatures {
-    bool dotprod = false, i8mm = false;
-};
-
-#if defined(__APPLE__)
-inline bool apple_feature(const char* name) {
-    int present = 0;
-    size_t size = sizeof present;
-    return sysctlbyname(name, &present, &size, nullptr, 0) == 0 && present;
-}
-#endif
-
-inline ArmFeatures arm_features() {
-#if defined(__linux__)
-    return {(getauxval(AT_HWCAP) & 1u << 20) != 0, (getauxval(AT_HWCAP2) & 1u << 13) != 0};
-#elif defined(__APPLE__)
-    return {apple_feature("hw.optional.arm.FEAT_DotProd"),
-            apple_feature("hw.optional.arm.FEAT_I8MM")};
-#elif defined(_WIN32)  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_I8MM_...
-    return {IsProcessorFeaturePresent(43) != 0, IsProcessorFeaturePresent(66) != 0};
-#else
-    ArmFeatures built;
-#if defined(__ARM_FEATURE_DOTPROD)
-    built.dotprod = true;
-#endif
-#if defined(__ARM_FEATURE_MATMUL_INT8)
-    built.i8mm = true;
-#endif
-    return built;
-#endif
-}
-
-}  // namespace
-
+#if VALAR_NEON_KERNELS && !defined(VALAR_NO_INFERENCE)
 // ---- NEON: widening products -----------------------------------------------------------------
 
-namespace {
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 namespace neon {
 
 using namespace lanes4;
@@ -10577,7 +10474,10 @@ struct Products {
 constexpr Kernels kernels = kernels_with<Products>("neon");
 
 }  // namespace neon
-}  // namespace
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
 
 // ---- NEON dotprod: four products and their sum in each lane ----------------------------------
 //
@@ -10606,7 +10506,11 @@ constexpr Kernels kernels = kernels_with<Products>("neon");
 #endif
 
 VALAR_TARGET_BEGIN(VALAR_ARM_TARGET_DOTPROD)
-namespace {
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 namespace dotprod {
 
 using namespace lanes4;
@@ -10652,13 +10556,21 @@ struct Products {
 constexpr Kernels kernels = kernels_with<Products>("dotprod");
 
 }  // namespace dotprod
-}  // namespace
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 VALAR_TARGET_END
 
 // ---- NEON i8mm: two rows times two columns, eight products each, an instruction --------------
 
 VALAR_TARGET_BEGIN(VALAR_ARM_TARGET_I8MM)
-namespace {
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 namespace i8mm {
 
 using namespace lanes4;
@@ -10725,14 +10637,23 @@ struct Products {
 constexpr Kernels kernels = kernels_with<Products>("i8mm");
 
 }  // namespace i8mm
-}  // namespace
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 VALAR_TARGET_END
 #endif  // VALAR_NEON_KERNELS
 
-#if VALAR_WASM_KERNELS
+// ---- src/kernels/wasm.cpp ----------------------------------------------------------------------
+
+#if VALAR_WASM_KERNELS && !defined(VALAR_NO_INFERENCE)
 // ---- WASM SIMD128: products of 16 bits, added in pairs ---------------------------------------
 
-namespace {
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 namespace wasm {
 
 using namespace lanes4;
@@ -10793,8 +10714,18 @@ struct Products {
 constexpr Kernels kernels = kernels_with<Products>("wasm");
 
 }  // namespace wasm
-}  // namespace
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
 #endif  // VALAR_WASM_KERNELS
+
+// ---- src/kernels/choice.cpp --------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // ---- Floating-point state --------------------------------------------------------------------
 
@@ -10827,6 +10758,90 @@ FloatState::~FloatState() {
 FloatState::FloatState() : saved_(0) {}
 FloatState::~FloatState() = default;
 #endif
+
+namespace {
+
+#if VALAR_X86_KERNELS
+struct X86Features {
+    bool avx2 = false;     // with FMA and F16C
+    bool avxvnni = false;  // besides
+    bool avx512 = false;   // F, BW, DQ, VL and VNNI, besides AVX2
+};
+
+inline void cpuid(uint32_t leaf, uint32_t out[4], uint32_t subleaf = 0) {
+#if !defined(__GNUC__)
+    __cpuidex(reinterpret_cast<int*>(out), static_cast<int>(leaf), static_cast<int>(subleaf));
+#else
+    __cpuid_count(leaf, subleaf, out[0], out[1], out[2], out[3]);
+#endif
+}
+
+inline uint32_t enabled_registers() {  // XCR0: what the system saves
+#if defined(_MSC_VER) && !defined(__clang__)
+    return static_cast<uint32_t>(_xgetbv(0));
+#else
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+#endif
+}
+
+inline X86Features x86_features() {
+    X86Features found;
+    uint32_t top[4], one[4], seven[4];
+    cpuid(0, top);
+    cpuid(1, one);
+    constexpr uint32_t needed = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;  // FMA OSXSAVE AVX F16C
+    if (top[0] < 7 || (one[2] & needed) != needed) return found;
+    const uint32_t registers = enabled_registers();
+    cpuid(7, seven);
+    found.avx2 = (registers & 0x6) == 0x6 && (seven[1] & 1u << 5);
+    constexpr uint32_t wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    found.avx512 = found.avx2 && (registers & 0xe6) == 0xe6 && (seven[1] & wide) == wide &&
+                   (seven[2] & 1u << 11);
+    if (seven[0] >= 1) {
+        cpuid(7, seven, 1);
+        found.avxvnni = found.avx2 && (seven[0] & 1u << 4);
+    }
+    return found;
+}
+#endif  // VALAR_X86_KERNELS
+
+#if VALAR_NEON_KERNELS
+struct ArmFeatures {
+    bool dotprod = false, i8mm = false;
+};
+
+#if defined(__APPLE__)
+inline bool apple_feature(const char* name) {
+    int present = 0;
+    size_t size = sizeof present;
+    return sysctlbyname(name, &present, &size, nullptr, 0) == 0 && present;
+}
+#endif
+
+inline ArmFeatures arm_features() {
+#if defined(__linux__)
+    return {(getauxval(AT_HWCAP) & 1u << 20) != 0, (getauxval(AT_HWCAP2) & 1u << 13) != 0};
+#elif defined(__APPLE__)
+    return {apple_feature("hw.optional.arm.FEAT_DotProd"),
+            apple_feature("hw.optional.arm.FEAT_I8MM")};
+#elif defined(_WIN32)  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_I8MM_...
+    return {IsProcessorFeaturePresent(43) != 0, IsProcessorFeaturePresent(66) != 0};
+#else
+    ArmFeatures built;
+#if defined(__ARM_FEATURE_DOTPROD)
+    built.dotprod = true;
+#endif
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    built.i8mm = true;
+#endif
+    return built;
+#endif
+}
+#endif  // VALAR_NEON_KERNELS
+
+}  // namespace
 
 // ---- The choice of a table -------------------------------------------------------------------
 
@@ -10936,6 +10951,18 @@ Result<const Kernels*> choose_kernels() {
                                  chosen->name, static_cast<unsigned long long>(found)));
     return chosen;
 }
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/kernels/team.cpp ----------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // ---- The worker team -------------------------------------------------------------------------
 
@@ -11112,6 +11139,8 @@ void Team::run(void (*job)(void* context, uint32_t part, uint32_t parts), void* 
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
+// ---- src/tokenizer.cpp -------------------------------------------------------------------------
+
 // >>tokenizer
 // Owns: the vocabulary in memory, the splitters, the merge loop, the matcher of special tokens.
 // Byte-level BPE: special tokens are cut out, the text between them goes through the splitter of
@@ -11121,7 +11150,6 @@ void Team::run(void (*job)(void* context, uint32_t part, uint32_t parts), void* 
 // U+2581 of SentencePiece gets past `open`.
 
 #ifndef VALAR_NO_INFERENCE
-
 namespace valar {
 inline namespace v1 {
 namespace detail {
@@ -12164,14 +12192,9 @@ void Detokenizer::take_ready(size_t count) {
 
 }  // namespace v1
 }  // namespace valar
-
 #endif  // VALAR_NO_INFERENCE
 
-// >>template
-// In this order: values, the program (a flat syntax tree), lexer, parser, renderer, the tables of
-// filters, tests, methods and functions, and last the way from a request to a prompt.
-
-#ifndef VALAR_NO_INFERENCE
+// ---- src/template/values.hpp -------------------------------------------------------------------
 
 namespace valar {
 inline namespace v1 {
@@ -12206,42 +12229,42 @@ using Text = MarkedText;
 using List = std::vector<Value>;
 using Dict = std::vector<Entry>;  // few members, found one after another, in order of insertion
 
-const Text& text_in(const Value& v) { return *static_cast<const Text*>(v.object.get()); }
-const List& list_in(const Value& v) { return *static_cast<const List*>(v.object.get()); }
-const Dict& dict_in(const Value& v) { return *static_cast<const Dict*>(v.object.get()); }
-const std::string& chars(const Value& v) { return text_in(v).text; }
+inline const Text& text_in(const Value& v) { return *static_cast<const Text*>(v.object.get()); }
+inline const List& list_in(const Value& v) { return *static_cast<const List*>(v.object.get()); }
+inline const Dict& dict_in(const Value& v) { return *static_cast<const Dict*>(v.object.get()); }
+inline const std::string& chars(const Value& v) { return text_in(v).text; }
 
-bool is_list(const Value& v) { return v.kind == Kind::list || v.kind == Kind::tuple; }
-bool is_int(const Value& v) { return v.kind == Kind::integer || v.kind == Kind::boolean; }
-bool is_number(const Value& v) { return is_int(v) || v.kind == Kind::real; }
-bool is_string(const Value& v) { return v.kind == Kind::string; }
-bool is_absent(const Value& v) { return v.kind <= Kind::none; }  // as an optional argument
-double number_in(const Value& v) { return is_int(v) ? double(v.integer) : v.real; }
+inline bool is_list(const Value& v) { return v.kind == Kind::list || v.kind == Kind::tuple; }
+inline bool is_int(const Value& v) { return v.kind == Kind::integer || v.kind == Kind::boolean; }
+inline bool is_number(const Value& v) { return is_int(v) || v.kind == Kind::real; }
+inline bool is_string(const Value& v) { return v.kind == Kind::string; }
+inline bool is_absent(const Value& v) { return v.kind <= Kind::none; }  // as an optional argument
+inline double number_in(const Value& v) { return is_int(v) ? double(v.integer) : v.real; }
 
-Value make_kind(Kind kind, int64_t integer) {
+inline Value make_kind(Kind kind, int64_t integer) {
     Value v;
     v.kind = kind;
     v.integer = integer;
     return v;
 }
-Value make_none() { return make_kind(Kind::none, 0); }
-Value make_bool(bool b) { return make_kind(Kind::boolean, b); }
-Value make_int(int64_t i) { return make_kind(Kind::integer, i); }
-Value make_real(double d) {
+inline Value make_none() { return make_kind(Kind::none, 0); }
+inline Value make_bool(bool b) { return make_kind(Kind::boolean, b); }
+inline Value make_int(int64_t i) { return make_kind(Kind::integer, i); }
+inline Value make_real(double d) {
     Value v;
     v.kind = Kind::real;
     v.real = d;
     return v;
 }
-Value make_text(Text text) {
+inline Value make_text(Text text) {
     Value v;
     v.kind = Kind::string;
     v.object = std::make_shared<Text>(std::move(text));
     return v;
 }
-Value make_text(std::string_view text) { return make_text(Text{std::string(text), {}}); }
+inline Value make_text(std::string_view text) { return make_text(Text{std::string(text), {}}); }
 
-Value make_list(Kind kind, List items) {
+inline Value make_list(Kind kind, List items) {
     Value v;
     v.kind = kind;
     for (const Value& item : items) v.depth = std::max(v.depth, item.depth);
@@ -12249,7 +12272,7 @@ Value make_list(Kind kind, List items) {
     v.object = std::make_shared<List>(std::move(items));
     return v;
 }
-Value make_dict(Dict entries) {
+inline Value make_dict(Dict entries) {
     Value v;
     v.kind = Kind::dict;
     for (const Entry& e : entries) v.depth = std::max({v.depth, e.key.depth, e.value.depth});
@@ -12258,33 +12281,11 @@ Value make_dict(Dict entries) {
     return v;
 }
 
-bool truth(const Value& v) {
-    switch (v.kind) {
-        case Kind::undefined:
-        case Kind::none: return false;
-        case Kind::boolean:
-        case Kind::integer: return v.integer != 0;
-        case Kind::real: return v.real != 0;
-        case Kind::string: return !chars(v).empty();
-        case Kind::list:
-        case Kind::tuple: return !list_in(v).empty();
-        case Kind::dict: return !dict_in(v).empty();
-        default: return true;  // as Python's generators
-    }
-}
+bool truth(const Value& v);
 
-const char* kind_name(const Value& v) {
-    static const char* const names[] = {"Undefined", "None", "bool", "int", "float", "str", "list",
-        "tuple", "generator", "dict", "Namespace", "LoopContext", "Macro", "function"};
-    return names[size_t(v.kind)];
-}
+const char* kind_name(const Value& v);
 
-void add_mark(Text& out, size_t begin, size_t end) {
-    if (begin == end) return;
-    auto& marks = out.from_request;
-    if (!marks.empty() && marks.back().end == begin) marks.back().end = end;
-    else marks.push_back({begin, end});
-}
+void add_mark(Text& out, size_t begin, size_t end);
 
 /// Calls each(piece, from_request) for the stretches of one origin, in order.
 template <class Each>
@@ -12302,73 +12303,21 @@ void each_run(const Text& t, Each each) {
 // ---- text without marks ---------------------------------------------------------------------
 // All text is valid UTF-8: the source is checked, JSON is, and strings are cut between code points.
 
-bool python_space(char32_t c) { return is_whitespace(c) || (c >= 0x1c && c <= 0x1f); }
+bool python_space(char32_t c);
 
-bool starts_code_point(char c) { return (uint8_t(c) & 0xc0) != 0x80; }
+inline bool starts_code_point(char c) { return (uint8_t(c) & 0xc0) != 0x80; }
 
-/// The byte at which code point `index` begins; the size when there are fewer.
-size_t byte_of(std::string_view s, size_t index) {
-    size_t at = 0;
-    for (; at < s.size(); ++at)
-        if (starts_code_point(s[at]) && index-- == 0) break;
-    return at;
-}
+size_t byte_of(std::string_view s, size_t index);
 
-size_t count_code_points(std::string_view s) {
-    return size_t(std::count_if(s.begin(), s.end(), starts_code_point));
-}
+size_t count_code_points(std::string_view s);
 
-size_t previous_code_point(std::string_view s, size_t at) {
-    do --at;
-    while (at > 0 && !starts_code_point(s[at]));
-    return at;
-}
+size_t previous_code_point(std::string_view s, size_t at);
 
-/// What is left of s after stripping; `set` null: white space. Sides: 1 left, 2 right.
-ByteRange stripped(std::string_view s, const std::string* set, int sides) {
-    const auto drops = [&](char32_t c, std::string_view bytes) {
-        return set ? set->find(bytes) != std::string::npos : python_space(c);
-    };
-    ByteRange r{0, s.size()};
-    while ((sides & 1) && r.begin < r.end) {
-        size_t next = r.begin;
-        const char32_t c = utf8_next(s, &next);
-        if (!drops(c, s.substr(r.begin, next - r.begin))) break;
-        r.begin = next;
-    }
-    while ((sides & 2) && r.begin < r.end) {
-        const size_t before = previous_code_point(s, r.end);
-        size_t at = before;
-        const char32_t c = utf8_next(s, &at);
-        if (!drops(c, s.substr(before, r.end - before))) break;
-        r.end = before;
-    }
-    return r;
-}
+ByteRange stripped(std::string_view s, const std::string* set, int sides);
 
-/// Where `needle` begins in `text` at or after `from`, or npos, in linear time: a request may bring
-/// both. (Knuth, Morris, Pratt 1977; the library's search is quadratic but fast for short needles.)
-size_t find_text(std::string_view text, std::string_view needle, size_t from = 0) {
-    if (needle.size() <= 32 || needle.size() > text.size()) return text.find(needle, from);
-    std::vector<uint32_t> border(needle.size() + 1, 0);  // of needle's first i bytes
-    for (uint32_t i = 1, k = 0; i < needle.size(); ++i) {
-        while (k > 0 && needle[i] != needle[k]) k = border[k];
-        if (needle[i] == needle[k]) ++k;
-        border[i + 1] = k;
-    }
-    uint32_t k = 0;
-    for (size_t i = from; i < text.size(); ++i) {
-        while (k > 0 && text[i] != needle[k]) k = border[k];
-        if (text[i] == needle[k] && ++k == needle.size()) return i + 1 - k;
-    }
-    return std::string_view::npos;
-}
+size_t find_text(std::string_view text, std::string_view needle, size_t from = 0);
 
-std::string number_text(const Value& v) {
-    if (is_int(v)) return std::to_string(v.integer);
-    if (std::isfinite(v.real)) return write_double(v.real);
-    return std::isnan(v.real) ? "nan" : v.real > 0 ? "inf" : "-inf";
-}
+std::string number_text(const Value& v);
 
 // ---- program --------------------------------------------------------------------------------
 
@@ -12418,6 +12367,13 @@ struct Node {
 };
 
 }  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 struct TemplateProgram {
     std::string                 source;
@@ -12434,7 +12390,128 @@ struct TemplateProgram {
     }
 };
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
 namespace jinja {
+
+Error template_error(ErrorKind kind, uint32_t line, std::string_view what);
+
+inline bool is_digit(char c) { return c >= '0' && c <= '9'; }
+inline bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+inline bool is_name_char(char c) {
+    return is_digit(c) || c == '_' || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+           uint8_t(c) >= 0x80;
+}
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/template/values.cpp -------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
+bool truth(const Value& v) {
+    switch (v.kind) {
+        case Kind::undefined:
+        case Kind::none: return false;
+        case Kind::boolean:
+        case Kind::integer: return v.integer != 0;
+        case Kind::real: return v.real != 0;
+        case Kind::string: return !chars(v).empty();
+        case Kind::list:
+        case Kind::tuple: return !list_in(v).empty();
+        case Kind::dict: return !dict_in(v).empty();
+        default: return true;  // as Python's generators
+    }
+}
+
+const char* kind_name(const Value& v) {
+    static const char* const names[] = {"Undefined", "None", "bool", "int", "float", "str", "list",
+        "tuple", "generator", "dict", "Namespace", "LoopContext", "Macro", "function"};
+    return names[size_t(v.kind)];
+}
+
+void add_mark(Text& out, size_t begin, size_t end) {
+    if (begin == end) return;
+    auto& marks = out.from_request;
+    if (!marks.empty() && marks.back().end == begin) marks.back().end = end;
+    else marks.push_back({begin, end});
+}
+
+/// The byte at which code point `index` begins; the size when there are fewer.
+size_t byte_of(std::string_view s, size_t index) {
+    size_t at = 0;
+    for (; at < s.size(); ++at)
+        if (starts_code_point(s[at]) && index-- == 0) break;
+    return at;
+}
+
+size_t count_code_points(std::string_view s) {
+    return size_t(std::count_if(s.begin(), s.end(), starts_code_point));
+}
+
+size_t previous_code_point(std::string_view s, size_t at) {
+    do --at;
+    while (at > 0 && !starts_code_point(s[at]));
+    return at;
+}
+
+/// What is left of s after stripping; `set` null: white space. Sides: 1 left, 2 right.
+ByteRange stripped(std::string_view s, const std::string* set, int sides) {
+    const auto drops = [&](char32_t c, std::string_view bytes) {
+        return set ? set->find(bytes) != std::string::npos : python_space(c);
+    };
+    ByteRange r{0, s.size()};
+    while ((sides & 1) && r.begin < r.end) {
+        size_t next = r.begin;
+        const char32_t c = utf8_next(s, &next);
+        if (!drops(c, s.substr(r.begin, next - r.begin))) break;
+        r.begin = next;
+    }
+    while ((sides & 2) && r.begin < r.end) {
+        const size_t before = previous_code_point(s, r.end);
+        size_t at = before;
+        const char32_t c = utf8_next(s, &at);
+        if (!drops(c, s.substr(before, r.end - before))) break;
+        r.end = before;
+    }
+    return r;
+}
+
+/// Where `needle` begins in `text` at or after `from`, or npos, in linear time: a request may bring
+/// both. (Knuth, Morris, Pratt 1977; the library's search is quadratic but fast for short needles.)
+size_t find_text(std::string_view text, std::string_view needle, size_t from) {
+    if (needle.size() <= 32 || needle.size() > text.size()) return text.find(needle, from);
+    std::vector<uint32_t> border(needle.size() + 1, 0);  // of needle's first i bytes
+    for (uint32_t i = 1, k = 0; i < needle.size(); ++i) {
+        while (k > 0 && needle[i] != needle[k]) k = border[k];
+        if (needle[i] == needle[k]) ++k;
+        border[i + 1] = k;
+    }
+    uint32_t k = 0;
+    for (size_t i = from; i < text.size(); ++i) {
+        while (k > 0 && text[i] != needle[k]) k = border[k];
+        if (text[i] == needle[k] && ++k == needle.size()) return i + 1 - k;
+    }
+    return std::string_view::npos;
+}
+
+std::string number_text(const Value& v) {
+    if (is_int(v)) return std::to_string(v.integer);
+    if (std::isfinite(v.real)) return write_double(v.real);
+    return std::isnan(v.real) ? "nan" : v.real > 0 ? "inf" : "-inf";
+}
 
 Error template_error(ErrorKind kind, uint32_t line, std::string_view what) {
     constexpr size_t limit = 1000;  // names in it may be of any length
@@ -12442,7 +12519,20 @@ Error template_error(ErrorKind kind, uint32_t line, std::string_view what) {
     return make_error(kind, format("chat template, line %u: ", unsigned(line)) + std::string(what));
 }
 
-// ---- lexer ----------------------------------------------------------------------------------
+bool python_space(char32_t c) { return is_whitespace(c) || (c >= 0x1c && c <= 0x1f); }
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/parser.hpp -------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
 
 struct Lexeme {
     enum class Type : uint8_t { text, begin_print, end_print, begin_tag, end_tag, name, string,
@@ -12451,13 +12541,6 @@ struct Lexeme {
     std::string_view text = {};
     uint32_t         line = 1;
 };
-
-bool is_digit(char c) { return c >= '0' && c <= '9'; }
-bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
-bool is_name_char(char c) {
-    return is_digit(c) || c == '_' || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
-           uint8_t(c) >= 0x80;
-}
 
 /// Cuts the source into text, tags and what stands in tags, and takes away the white space that
 /// `-`, trim_blocks and lstrip_blocks remove. Lexemes borrow from the source.
@@ -12492,6 +12575,116 @@ private:
     std::vector<Lexeme>  out_ = {};
     std::optional<Error> error_ = {};
 };
+
+class Parser {
+public:
+    explicit Parser(TemplateProgram& program, std::vector<Lexeme> lexemes)
+        : p_(program), lexemes_(std::move(lexemes)) {}
+    Result<void> run() {
+        p_.root = body({});
+        if (const auto loop = name_ids_.find("loop"); loop != name_ids_.end())
+            p_.loop_name = loop->second;
+        if (error_) return *error_;
+        return {};
+    }
+
+private:
+    using Type = Lexeme::Type;
+    using Ids = std::vector<uint32_t>;
+    struct Statement {
+        const char* name;
+        uint32_t (Parser::*parse)(uint32_t line);
+    };
+    static const Statement statements[];
+
+    /// One level of nesting of the source.
+    struct Nested {
+        explicit Nested(Parser& parser) : parser_(parser) {
+            if (++parser_.depth_ > ChatTemplate::max_nesting) parser_.fail("nested too deep");
+        }
+        ~Nested() { --parser_.depth_; }
+        Nested(const Nested&) = delete;
+        Parser& parser_;
+    };
+
+    const Lexeme& now() const { return lexemes_[at_]; }
+    const Lexeme& peek() const { return lexemes_[std::min(at_ + 1, lexemes_.size() - 1)]; }
+    Lexeme next();
+    uint32_t fail(const std::string& what);
+    bool is(Type type, std::string_view text) const {
+        return now().type == type && now().text == text;
+    }
+    bool is(const char* symbol) const { return is(Type::symbol, symbol); }
+    bool is_word(const char* word) const { return is(Type::name, word); }
+    bool take(const char* symbol);
+    bool take_word(const char* word);
+    void expect(const char* symbol);
+    void expect_word(const char* word);
+    void expect(Type type, const char* what);
+    uint32_t node(Op op, uint32_t line, uint32_t value, const Ids& children, bool flag = false);
+    uint32_t name_id(std::string_view name);
+    uint32_t expect_name();
+    uint32_t constant(Value value, uint32_t line);
+
+    uint32_t body(std::initializer_list<const char*> ends);
+    uint32_t statement();
+    uint32_t end_block(std::initializer_list<const char*> ends);
+    uint32_t if_statement(uint32_t line);
+    uint32_t for_statement(uint32_t line);
+    uint32_t set_statement(uint32_t line);
+    uint32_t macro_statement(uint32_t line);
+    uint32_t filter_statement(uint32_t line);
+    uint32_t with_statement(uint32_t line);
+    uint32_t generation_statement(uint32_t line);
+    uint32_t break_statement(uint32_t line);
+    uint32_t continue_statement(uint32_t line);
+    uint32_t target(bool fields);
+    uint32_t single_target(bool fields);
+
+    uint32_t expression(bool conditionals = true);
+    uint32_t tuple(bool conditionals, bool parenthesised = false);
+    uint32_t logic(Op op);
+    uint32_t negation();
+    uint32_t comparison();
+    uint32_t arithmetic(size_t level);
+    uint32_t unary(bool filters);
+    uint32_t primary();
+    uint32_t word();
+    uint32_t string();
+    uint32_t number();
+    uint32_t list();
+    uint32_t dict();
+    bool postfix(Ids& chain);
+    bool filter_or_test(Ids& chain);
+    uint32_t subscript();
+    uint32_t test();
+    Ids arguments();
+    Ids filters();
+    uint32_t chained(uint32_t line, const Ids& chain);
+
+    TemplateProgram&                          p_;
+    std::vector<Lexeme>                       lexemes_;
+    std::unordered_map<std::string, uint32_t> name_ids_ = {};
+    size_t                                    at_ = 0;
+    uint32_t                                  depth_ = 0;
+    uint32_t                                  loops_ = 0;  // around this place
+    std::optional<Error>                      error_ = {};
+};
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/template/parser.cpp -------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
+// ---- lexer ----------------------------------------------------------------------------------
 
 std::vector<Lexeme> Lexer::run() {
     while (at_ < s_.size() && !error_) {
@@ -12677,101 +12870,6 @@ void Lexer::lexeme() {
 // Recursive descent in Jinja's own order of precedence. What chains from left to right becomes one
 // node with many children, so that the tree is as deep as the source nests, no deeper. After the
 // first error the parser stands at the end of the lexemes, where all loops end.
-
-class Parser {
-public:
-    explicit Parser(TemplateProgram& program, std::vector<Lexeme> lexemes)
-        : p_(program), lexemes_(std::move(lexemes)) {}
-    Result<void> run() {
-        p_.root = body({});
-        if (const auto loop = name_ids_.find("loop"); loop != name_ids_.end())
-            p_.loop_name = loop->second;
-        if (error_) return *error_;
-        return {};
-    }
-
-private:
-    using Type = Lexeme::Type;
-    using Ids = std::vector<uint32_t>;
-    struct Statement {
-        const char* name;
-        uint32_t (Parser::*parse)(uint32_t line);
-    };
-    static const Statement statements[];
-
-    /// One level of nesting of the source.
-    struct Nested {
-        explicit Nested(Parser& parser) : parser_(parser) {
-            if (++parser_.depth_ > ChatTemplate::max_nesting) parser_.fail("nested too deep");
-        }
-        ~Nested() { --parser_.depth_; }
-        Nested(const Nested&) = delete;
-        Parser& parser_;
-    };
-
-    const Lexeme& now() const { return lexemes_[at_]; }
-    const Lexeme& peek() const { return lexemes_[std::min(at_ + 1, lexemes_.size() - 1)]; }
-    Lexeme next();
-    uint32_t fail(const std::string& what);
-    bool is(Type type, std::string_view text) const {
-        return now().type == type && now().text == text;
-    }
-    bool is(const char* symbol) const { return is(Type::symbol, symbol); }
-    bool is_word(const char* word) const { return is(Type::name, word); }
-    bool take(const char* symbol);
-    bool take_word(const char* word);
-    void expect(const char* symbol);
-    void expect_word(const char* word);
-    void expect(Type type, const char* what);
-    uint32_t node(Op op, uint32_t line, uint32_t value, const Ids& children, bool flag = false);
-    uint32_t name_id(std::string_view name);
-    uint32_t expect_name();
-    uint32_t constant(Value value, uint32_t line);
-
-    uint32_t body(std::initializer_list<const char*> ends);
-    uint32_t statement();
-    uint32_t end_block(std::initializer_list<const char*> ends);
-    uint32_t if_statement(uint32_t line);
-    uint32_t for_statement(uint32_t line);
-    uint32_t set_statement(uint32_t line);
-    uint32_t macro_statement(uint32_t line);
-    uint32_t filter_statement(uint32_t line);
-    uint32_t with_statement(uint32_t line);
-    uint32_t generation_statement(uint32_t line);
-    uint32_t break_statement(uint32_t line);
-    uint32_t continue_statement(uint32_t line);
-    uint32_t target(bool fields);
-    uint32_t single_target(bool fields);
-
-    uint32_t expression(bool conditionals = true);
-    uint32_t tuple(bool conditionals, bool parenthesised = false);
-    uint32_t logic(Op op);
-    uint32_t negation();
-    uint32_t comparison();
-    uint32_t arithmetic(size_t level);
-    uint32_t unary(bool filters);
-    uint32_t primary();
-    uint32_t word();
-    uint32_t string();
-    uint32_t number();
-    uint32_t list();
-    uint32_t dict();
-    bool postfix(Ids& chain);
-    bool filter_or_test(Ids& chain);
-    uint32_t subscript();
-    uint32_t test();
-    Ids arguments();
-    Ids filters();
-    uint32_t chained(uint32_t line, const Ids& chain);
-
-    TemplateProgram&                          p_;
-    std::vector<Lexeme>                       lexemes_;
-    std::unordered_map<std::string, uint32_t> name_ids_ = {};
-    size_t                                    at_ = 0;
-    uint32_t                                  depth_ = 0;
-    uint32_t                                  loops_ = 0;  // around this place
-    std::optional<Error>                      error_ = {};
-};
 
 Lexeme Parser::next() {
     const Lexeme lexeme = now();
@@ -13314,7 +13412,18 @@ Parser::Ids Parser::arguments() {
     return made;
 }
 
-// ---- renderer -------------------------------------------------------------------------------
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/renderer.hpp -----------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
 
 enum class Flow : uint8_t { next, break_loop, continue_loop };
 
@@ -13475,6 +13584,25 @@ private:
     std::vector<Frame>     frames_ = {};      // the last one is where names are set
     std::vector<Dict>      name_spaces_ = {};
 };
+
+const Value* find_entry(const Dict& dict, std::string_view key);
+const Value* find_entry(const Dict& dict, const Value& key);
+void set_entry(Dict& dict, Value key, Value value);
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/template/renderer.cpp -----------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
+// ---- renderer -------------------------------------------------------------------------------
 
 Value Renderer::fail(std::string_view what) {
     if (!error_) error_ = template_error(ErrorKind::invalid_request, line_, what);
@@ -14493,6 +14621,20 @@ void Renderer::write_container(Text& out, const Value& v, const WriteStyle& styl
     append(out, is_dict ? "}" : round ? ")" : "]", request);
 }
 
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/builtins.cpp -----------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
 // ---- filters, tests, methods, functions -----------------------------------------------------
 // What a table entry shares with another or needs more than two lines for stands before the tables.
 
@@ -15301,6 +15443,24 @@ const Builtin* find_method(const Value& self, std::string_view name) {
     }
 }
 
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/template.cpp -----------------------------------------------------------------
+
+// >>template
+// In this order: values, the program (a flat syntax tree), lexer, parser, renderer, the tables of
+// filters, tests, methods and functions, and last the way from a request to a prompt.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
 /// As Jinja reads it: every kind of line end is \n, and the last one does not count.
 std::string normalized_lines(std::string_view source) {
     std::string out;
@@ -15314,6 +15474,11 @@ std::string normalized_lines(std::string_view source) {
 
 }  // namespace jinja
 }  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
 
 // ---- the public face ------------------------------------------------------------------------
 
@@ -15392,8 +15557,9 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
 
 }  // namespace v1
 }  // namespace valar
-
 #endif  // VALAR_NO_INFERENCE
+
+// ---- src/model.cpp -----------------------------------------------------------------------------
 
 // >>model
 // Owns: ModelSpec, which says as data what a decoder is, and the binding of a file's tensors to it.
@@ -15728,6 +15894,66 @@ Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec)
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/internal.hpp ------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// One row of a batch: a token at a position of a sequence. `pages` lists the sequence's pages, in
+/// order of position; the page of `position` is already there. A row sees the positions 0 ..
+/// position of its sequence: those of earlier batches and those of earlier rows of this batch.
+/// Pages that lie before the windows of all layers are not looked at.
+struct BatchRow {
+    Token           token     = 0;
+    const float*    embedding = nullptr;  ///< (n_embd) instead of the token's, or null
+    uint32_t        position  = 0;
+    const uint32_t* pages     = nullptr;  ///< borrowed until the batch is done
+    bool            logits    = false;    ///< wanted for this row
+};
+
+/// A device that runs a ModelSpec. Threads: one at a time.
+class Backend {
+public:
+    virtual ~Backend() = default;
+    /// Whether the numeric promise holds here.
+    virtual bool exact() const = 0;
+    /// Loads the next slice of weights; true when all is there. `progress` (0..1) may be null.
+    virtual Result<bool> load(uint64_t budget_us, float* progress) = 0;
+    /// Takes a batch; the rows of one sequence in ascending order of position. Rows are borrowed
+    /// until advance() says done.
+    virtual Result<void> begin(std::span<const BatchRow> rows) = 0;
+    /// Computes on until done (true), or until the first boundary past the deadline (false; 0: no
+    /// deadline). Error: nothing was begun.
+    virtual Result<bool> advance(uint64_t deadline_ns) = 0;
+    /// Gives up a batch that was begun: its positions count as not computed.
+    virtual void abandon() = 0;
+    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin(). Error: some
+    /// are not finite; it names the layer. Other rows are none the worse for it.
+    virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
+    /// Copies whole pages inside the pool; bytes of one page out and in (position-free layout).
+    virtual void copy_page(uint32_t from, uint32_t to) = 0;
+    virtual size_t page_bytes() const = 0;
+    virtual void export_page(uint32_t page, std::byte* out) const = 0;
+    virtual void import_page(uint32_t page, const std::byte* in) = 0;
+};
+
+/// What the CPU backend would take, to the byte; takes nothing. Errors: an option out of range.
+Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                            const BackendOptions& options);
+/// The CPU backend, with its worker team. Nothing is loaded yet: call load() until it says true.
+/// `gguf`, `spec` and `tensors` are borrowed for its life. Kernels: choose_kernels() unless given.
+Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                                  const ModelTensors& tensors,
+                                                  const BackendOptions& options,
+                                                  const Kernels* kernels = nullptr);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/backend/cpu.cpp -----------------------------------------------------------------------
 
 // >>backend
 // The CPU backend, top to bottom: how memory is laid out, loading, the batch as a machine of
@@ -16978,6 +17204,85 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
+// ---- src/sampler_internal.hpp ------------------------------------------------------------------
+
+// >>sampler
+// Owns: logits to token: penalties, bias, greedy, temperature, top_k, top_p, min_p, seed;
+//       log-probabilities.
+// Assumes: finite logits.
+// Promises: the same bytes everywhere: a function of (logits, options, position, tokens before)
+//           alone; ties go to the lower token id; no allocation after the first calls.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// In this order, as Hugging Face has it: penalties and bias; logits / temperature; the top_k most
+/// likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
+/// likely as the first.
+struct SamplerOptions {
+    double   temperature = 1;  ///< 0: greedy
+    double   top_p       = 1;
+    double   min_p       = 0;
+    uint32_t top_k       = 0;  ///< 0: no limit
+    int64_t  seed        = 0;
+    double   presence_penalty   = 0;  ///< as in Request
+    double   frequency_penalty  = 0;
+    double   repetition_penalty = 1;
+    std::vector<std::pair<Token, float>> logit_bias = {};
+};
+
+/// Draws tokens for one sequence. Threads: one at a time.
+class Sampler {
+public:
+    explicit Sampler(const SamplerOptions& options);
+    /// The tokens of the prompt, before the first draw; makes room for `most_drawn` more.
+    void see_prompt(std::span<const Token> tokens, size_t most_drawn);
+    /// A token that was drawn and taken.
+    void see(Token token);
+    /// The token at `position` (of the token that is drawn).
+    Token sample(std::span<const float> logits, uint64_t position);
+
+private:
+    struct Candidate {
+        float logit;
+        Token token;
+    };
+    struct Seen {
+        Token    token;
+        uint32_t drawn;  // times; 0: in the prompt only
+    };
+    friend struct CandidateOrder;
+    std::span<const float> adjust(std::span<const float> logits);
+    void   keep_top(std::span<const float> logits);
+    void   keep_within(std::span<const float> logits, double below);
+    Token  draw_from_all(std::span<const float> logits, double uniform);
+    Token  draw_from_best(std::span<const float> logits, double uniform);
+    double add_blocks(std::span<const float> logits);
+
+    SamplerOptions         options_;
+    double                 scale_;       // of a logit's distance to the highest
+    float                  highest_ = 0;
+    std::vector<Candidate> candidates_;  // most likely first
+    std::vector<double>    sums_;        // of weights, a block of the vocabulary each
+    bool                   penalised_;
+    std::vector<Seen>      seen_;        // by token
+    std::vector<float>     adjusted_;
+};
+
+/// A number in [0, 1) that depends on (seed, position) alone, 53 bits.
+double uniform_at(int64_t seed, uint64_t position);
+/// Natural log of the model's own distribution (before temperature and top_p): of `token`, and of
+/// the `count` most likely ones, most likely first. `top` may be null when count is 0.
+float logprob_of(std::span<const float> logits, Token token, uint32_t count,
+                 std::pair<Token, float>* top);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/sampler.cpp ---------------------------------------------------------------------------
+
 // >>sampler
 // A token's weight is exp((logit - highest) / temperature), in double, from tables: up to 7e-7 too
 // large, exactly 1 for the highest, and without a product that feeds a sum, so that no compiler can
@@ -17239,117 +17544,11 @@ float logprob_of(std::span<const float> logits, Token token, uint32_t count,
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// >>engine
-// In this order: the mailbox of a reply; pages; a sequence; opening; from a request to tokens; the
-// queue; the step: who runs, the batch, tokens and text; the handles. Locks are held briefly and
-// never while something is called.
+// ---- src/engine/pages.hpp ----------------------------------------------------------------------
 
-#ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
 namespace detail {
-namespace {
-
-constexpr uint32_t kDefaultContext = 8192;
-constexpr uint32_t kMaxRunning     = 1024;
-constexpr uint32_t kMaxStepTokens  = 32768;
-constexpr uint32_t kMaxLogprobs    = 20;
-constexpr size_t   kMaxStops       = 16;           // stop strings of a request, and their bytes
-constexpr size_t   kMaxStopBytes   = 256;
-constexpr uint32_t kMaxDraft       = 15;           // with the row before them a tile of columns
-constexpr uint32_t kFirstDraft     = 5;            // six columns are cheap to multiply
-constexpr uint32_t kLeastDraft     = 2;
-constexpr uint32_t kMinMatch       = 3;            // tokens that must have stood together before
-constexpr uint32_t kMaxMatch       = 8;            // that make a better match no longer
-constexpr uint32_t kDraftCredit    = 64;           // a row wasted for so many that are not
-constexpr uint32_t kMinPromptRows  = 16;           // of a batch, however small the budget
-constexpr uint64_t kMixedNs        = 100'000'000;  // of a batch with prompts beside answers
-constexpr uint64_t kLookNs         = 10'000'000;   // between two looks at cancels
-constexpr uint64_t kIdleNs         = 1'000'000'000;
-constexpr uint64_t kNoLimit        = UINT64_MAX;
-
-}  // namespace
-
-// Wakes the engine's own thread. Shared with replies, which may outlive the engine.
-struct Doorbell {
-    std::atomic<uint32_t> rings{0};
-    std::atomic<bool>     cancels{false};  // some reply was cancelled since the engine last looked
-    void ring() {
-        rings.fetch_add(1, std::memory_order_release);
-        wake(&rings);
-    }
-};
-
-// ---- Reply: what the engine puts in and the holder takes out ---------------------------------
-
-struct Mailbox {
-    std::string id;
-    std::shared_ptr<Doorbell> doorbell;
-    bool        detached = false;                // the handle's
-    std::atomic<bool>     cancelled{false};
-    std::atomic<uint32_t> finished{0};           // wait() sleeps on it
-
-    std::mutex  mutex;                           // guards what follows
-    bool        hungry = true;                   // poll found nothing: the next event is announced
-    bool        start_pending = false, finish_taken = false;
-    std::string text;                            // not polled yet
-    std::vector<TokenLogprob> logprobs;          // the same
-    std::shared_ptr<const Outcome> outcome;
-
-    // Each returns whether to announce that there are events.
-    bool put_start(size_t most_text) {
-        return put([&] {
-            start_pending = true;
-            text.reserve(most_text);
-        });
-    }
-    bool put_text(std::string_view more) { return put([&] { text += more; }); }
-    bool put_logprob(const TokenLogprob& one) { return put([&] { logprobs.push_back(one); }); }
-    bool put_outcome(Outcome end) {
-        auto shared = std::make_shared<const Outcome>(std::move(end));
-        const bool announce = put([&] { outcome = std::move(shared); });
-        finished.store(1, std::memory_order_release);
-        wake(&finished);
-        return announce;
-    }
-    template <class Change> bool put(Change change) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        change();
-        return std::exchange(hungry, false);
-    }
-
-    std::optional<Event> take() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
-        if (!text.empty() || !logprobs.empty()) {
-            Event event{Event::Kind::text_delta, text, {}, std::exchange(logprobs, {})};
-            text.clear();  // keeps its room: the engine must not need memory for every token
-            return event;
-        }
-        if (outcome && !std::exchange(finish_taken, true))
-            return Event{Event::Kind::finished, {}, outcome};
-        hungry = true;
-        return std::nullopt;
-    }
-    void cancel() {
-        if (finished.load(std::memory_order_acquire)) return;
-        cancelled.store(true, std::memory_order_release);
-        doorbell->cancels.store(true, std::memory_order_release);
-        doorbell->ring();
-    }
-    bool wait(int64_t timeout_ms) {
-        const uint64_t start = monotonic_ns();
-        uint64_t limit = UINT64_MAX;
-        if (timeout_ms >= 0 && mul_overflows(static_cast<uint64_t>(timeout_ms), 1'000'000, &limit))
-            limit = UINT64_MAX;
-        while (!finished.load(std::memory_order_acquire)) {
-            const uint64_t waited = monotonic_ns() - start;
-            if (waited >= limit) return false;
-            wait_on(&finished, 0, std::min(limit - waited, kIdleNs));
-        }
-        return true;
-    }
-};
 
 // ---- Pages -----------------------------------------------------------------------------------
 
@@ -17397,6 +17596,17 @@ private:
     std::vector<uint32_t> buckets_;
     uint32_t unused_ = 0, cached_ = 0, shared_ = 0;
 };
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/pages.cpp ----------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 void PagePool::open(uint32_t pages) {
     pages_.assign(size_t{pages} + 1, {});
@@ -17477,6 +17687,135 @@ void PagePool::refresh(uint64_t group) {
     }
 }
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/limits.hpp ---------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr uint32_t kDefaultContext = 8192;
+inline constexpr uint32_t kMaxRunning     = 1024;
+inline constexpr uint32_t kMaxStepTokens  = 32768;
+inline constexpr uint32_t kMaxLogprobs    = 20;
+inline constexpr size_t   kMaxStops       = 16;           // stop strings of a request, and their bytes
+inline constexpr size_t   kMaxStopBytes   = 256;
+inline constexpr uint32_t kMaxDraft       = 15;           // with the row before them a tile of columns
+inline constexpr uint32_t kFirstDraft     = 5;            // six columns are cheap to multiply
+inline constexpr uint32_t kLeastDraft     = 2;
+inline constexpr uint32_t kMinMatch       = 3;            // tokens that must have stood together before
+inline constexpr uint32_t kMaxMatch       = 8;            // that make a better match no longer
+inline constexpr uint32_t kDraftCredit    = 64;           // a row wasted for so many that are not
+inline constexpr uint32_t kMinPromptRows  = 16;           // of a batch, however small the budget
+inline constexpr uint64_t kMixedNs        = 100'000'000;  // of a batch with prompts beside answers
+inline constexpr uint64_t kLookNs         = 10'000'000;   // between two looks at cancels
+inline constexpr uint64_t kIdleNs         = 1'000'000'000;
+inline constexpr uint64_t kNoLimit        = UINT64_MAX;
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/mailbox.hpp --------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+struct Doorbell {
+    std::atomic<uint32_t> rings{0};
+    std::atomic<bool>     cancels{false};  // some reply was cancelled since the engine last looked
+    void ring() {
+        rings.fetch_add(1, std::memory_order_release);
+        wake(&rings);
+    }
+};
+
+// ---- Reply: what the engine puts in and the holder takes out ---------------------------------
+
+struct Mailbox {
+    std::string id;
+    std::shared_ptr<Doorbell> doorbell;
+    bool        detached = false;                // the handle's
+    std::atomic<bool>     cancelled{false};
+    std::atomic<uint32_t> finished{0};           // wait() sleeps on it
+
+    std::mutex  mutex;                           // guards what follows
+    bool        hungry = true;                   // poll found nothing: the next event is announced
+    bool        start_pending = false, finish_taken = false;
+    std::string text;                            // not polled yet
+    std::vector<TokenLogprob> logprobs;          // the same
+    std::shared_ptr<const Outcome> outcome;
+
+    // Each returns whether to announce that there are events.
+    bool put_start(size_t most_text) {
+        return put([&] {
+            start_pending = true;
+            text.reserve(most_text);
+        });
+    }
+    bool put_text(std::string_view more) { return put([&] { text += more; }); }
+    bool put_logprob(const TokenLogprob& one) { return put([&] { logprobs.push_back(one); }); }
+    bool put_outcome(Outcome end) {
+        auto shared = std::make_shared<const Outcome>(std::move(end));
+        const bool announce = put([&] { outcome = std::move(shared); });
+        finished.store(1, std::memory_order_release);
+        wake(&finished);
+        return announce;
+    }
+    template <class Change> bool put(Change change) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        change();
+        return std::exchange(hungry, false);
+    }
+
+    std::optional<Event> take() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
+        if (!text.empty() || !logprobs.empty()) {
+            Event event{Event::Kind::text_delta, text, {}, std::exchange(logprobs, {})};
+            text.clear();  // keeps its room: the engine must not need memory for every token
+            return event;
+        }
+        if (outcome && !std::exchange(finish_taken, true))
+            return Event{Event::Kind::finished, {}, outcome};
+        hungry = true;
+        return std::nullopt;
+    }
+    void cancel() {
+        if (finished.load(std::memory_order_acquire)) return;
+        cancelled.store(true, std::memory_order_release);
+        doorbell->cancels.store(true, std::memory_order_release);
+        doorbell->ring();
+    }
+    bool wait(int64_t timeout_ms) {
+        const uint64_t start = monotonic_ns();
+        uint64_t limit = UINT64_MAX;
+        if (timeout_ms >= 0 && mul_overflows(static_cast<uint64_t>(timeout_ms), 1'000'000, &limit))
+            limit = UINT64_MAX;
+        while (!finished.load(std::memory_order_acquire)) {
+            const uint64_t waited = monotonic_ns() - start;
+            if (waited >= limit) return false;
+            wait_on(&finished, 0, std::min(limit - waited, kIdleNs));
+        }
+        return true;
+    }
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/state.hpp ----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 // ---- Who steps, and what a save begins with ----------------------------------------------------
 
 class Exclusive {
@@ -17524,6 +17863,8 @@ struct Turn {
     uint32_t members = 0;  // requests that wait or run
 };
 
+inline constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
+
 struct Sequence {
     std::shared_ptr<Mailbox>        reply;
     std::unique_ptr<PreparedPrompt> prompt;
@@ -17566,281 +17907,33 @@ struct Sequence {
     uint32_t left() const { return length() - computed; }
 };
 
-namespace {
-
-// "resp_" and 24 of [0-9a-z], unguessable.
-Result<std::string> draw_response_id() {
-    uint8_t bytes[24];
-    auto drawn = random_bytes(bytes, sizeof bytes);
-    if (!drawn) return drawn.error();
-    std::string id = "resp_";
-    for (const uint8_t byte : bytes) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
-    return id;
-}
-
-Error engine_closed_error() {
-    return make_error(ErrorKind::closed, "the engine was closed", "engine_closed");
-}
-
-Error refuse_field(const char* param, std::string message, const char* code = "invalid_value") {
-    return make_error(ErrorKind::invalid_request, std::move(message), code, param);
-}
-
-Result<void> check_range(const char* field, std::optional<double> value, double low, double high) {
-    if (!value || (*value >= low && *value <= high)) return {};
-    return refuse_field(field, format("%s: %g is not in %g..%g", field, *value, low, high));
-}
-
-// What the wire has checked already; a C++ caller's request comes straight here.
-Result<void> check_request(const Request& request) {
-    if (request.input.empty())
-        return refuse_field("input", "input: missing or empty", "missing_required_parameter");
-    if (request.max_output_tokens == 0u)
-        return refuse_field("max_output_tokens", "max_output_tokens: 0 is not positive");
-    if (request.top_logprobs > kMaxLogprobs)
-        return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
-                                                   request.top_logprobs, kMaxLogprobs));
-    const struct { const char* field; std::optional<double> value; double low, high; } ranges[] = {
-        {"temperature", request.temperature, 0, 2},
-        {"top_p", request.top_p, 0, 1},
-        {"min_p", request.min_p, 0, 1},
-        {"presence_penalty", request.presence_penalty, -2, 2},
-        {"frequency_penalty", request.frequency_penalty, -2, 2},
-        {"repetition_penalty", request.repetition_penalty, 0.1, 10},
-    };
-    for (const auto& [field, value, low, high] : ranges)
-        if (auto good = check_range(field, value, low, high); !good) return good;
-    if (request.stop.size() > kMaxStops)
-        return refuse_field("stop", format("stop: %zu strings are more than %zu",
-                                           request.stop.size(), kMaxStops));
-    for (const std::string& stop : request.stop)
-        if (stop.empty() || stop.size() > kMaxStopBytes || !utf8_valid(stop))
-            return refuse_field("stop", format("stop: a string has %zu bytes or is not UTF-8; "
-                                               "1..%zu are allowed", stop.size(), kMaxStopBytes));
-    return {};
-}
-
-Result<void> check_bias(const Request& request, uint32_t n_vocab) {
-    for (const auto& [token, bias] : request.logit_bias) {
-        if (token < 0 || static_cast<uint32_t>(token) >= n_vocab)
-            return refuse_field("logit_bias", format("logit_bias: there is no token %d", token));
-        if (auto good = check_range("logit_bias", bias, -100, 100); !good) return good;
-    }
-    return {};
-}
-
-// The file's own recommendation, as far as it is there.
-Result<SamplerOptions> read_sampling(const Gguf& gguf) {
-    SamplerOptions out;
-    const struct { const char* key; double* value; double high; } keys[] = {
-        {"general.sampling.temp", &out.temperature, 2},
-        {"general.sampling.top_p", &out.top_p, 1},
-        {"general.sampling.min_p", &out.min_p, 1},
-    };
-    for (const auto& [key, value, high] : keys) {
-        auto found = gguf.get_float(key, *value);
-        if (!found) return found.error();
-        if (!(*found >= 0 && *found <= high))
-            return make_error(
-                ErrorKind::bad_data,
-                gguf.name() + format(": key '%s' is %g, not in 0..%g", key, *found, high));
-        *value = *found;
-    }
-    auto top_k = gguf.get_uint("general.sampling.top_k", 0);
-    if (!top_k) return top_k.error();
-    out.top_k = static_cast<uint32_t>(std::min<uint64_t>(*top_k, UINT32_MAX));
-    return out;
-}
-
-std::string choose_model_id(const EngineOptions& options, const ModelSpec& spec) {
-    if (!options.model_id.empty()) return options.model_id;
-    if (!spec.name.empty() && utf8_valid(spec.name)) return spec.name;
-    std::string name = options.model_path.substr(options.model_path.find_last_of("/\\") + 1);
-    if (name.ends_with(".gguf")) name.resize(name.size() - 5);
-    return name.empty() ? "model" : name;
-}
-
-Result<Gguf> open_model_file(const EngineOptions& options) {
-    if (!options.model_bytes.empty()) return Gguf::from_bytes(options.model_bytes);
-    if (options.model_reader.read) return Gguf::from_reader(options.model_reader);
-    if (options.model_path.empty())
-        return make_error(ErrorKind::invalid_request, "model_path: missing", {}, "model_path");
-    return Gguf::open(options.model_path);
-}
-
-uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec) {
-    return options.context_tokens ? options.context_tokens
-                                  : std::min(spec.n_context, kDefaultContext);
-}
-
-Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec) {
-    const struct { const char* field; uint32_t value, most; } ranges[] = {
-        {"context_tokens", choose_context(options, spec), spec.n_context},
-        {"step_tokens", options.step_tokens, kMaxStepTokens},
-        {"max_running", options.max_running, kMaxRunning},
-    };
-    for (const auto& [field, value, most] : ranges)
-        if (value == 0 || value > most)
-            return make_error(ErrorKind::invalid_request,
-                              format("%s: %u is not in 1..%u", field, value, most), {}, field);
-    return {};
-}
-
-// Full pages before a position that some layer may see from there; UINT32_MAX: all.
-uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens) {
-    uint32_t most = 0;
-    for (const LayerSpec& layer : spec.layers) most = std::max(most, layer.window - 1);
-    return most == UINT32_MAX ? most : most / std::max(page_tokens, 1u) + 1;
-}
-
-// Pages that a sequence holds at once, with so many positions: where all layers have windows, those
-// that they reach from a batch's first row, and the batch's.
+Result<Gguf> open_model_file(const EngineOptions& options);
+uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
 uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
-                          uint32_t page_tokens) {
-    const uint64_t page = std::max(page_tokens, 1u), all = (positions + page - 1) / page;
-    return static_cast<uint32_t>(std::min(all, window_pages + batch_rows / page + 2));
-}
-
-// As many pages as memory_limit leaves room for: at least what one context needs.
+                          uint32_t page_tokens);
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
                                               const ModelSpec& spec,
-                                              const ModelTensors& tensors) {
-    auto good = check_engine_options(options, spec);
-    if (!good) return good.error();
-    const uint32_t context = choose_context(options, spec);
-    BackendOptions out;
-    out.precision = options.precision;
-    out.kv_type = options.kv_type;
-    out.weights = options.weights;
-    out.page_tokens = options.page_tokens;
-    const uint64_t least = count_held_pages(
-        context, count_window_pages(spec, options.page_tokens), std::min(options.step_tokens, context),
-        options.page_tokens);
-    out.kv_pages = static_cast<uint32_t>(least);
-    out.max_positions = context;
-    out.max_logit_rows =
-        std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
-    out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
-    out.threads = options.threads;
-    out.parallel_for = options.parallel_for;
-    out.parallel_for_host = options.parallel_for_host;
-    auto plan = plan_cpu(gguf, spec, tensors, out);
-    if (!plan) return plan.error();
-    uint64_t pages = least * std::min(options.max_running, 2u);
-    if (const uint64_t limit = options.memory_limit) {
-        if (plan->total() > limit)
-            return make_error(ErrorKind::out_of_memory,
-                              format("memory_limit: %llu bytes; this model takes %llu with a "
-                                     "context of %u tokens",
-                                     static_cast<unsigned long long>(limit),
-                                     static_cast<unsigned long long>(plan->total()), context),
-                              {}, "memory_limit");
-        pages = std::min(least * options.max_running,
-                         least + (limit - plan->total()) / std::max<uint64_t>(plan->kv / least, 1));
-    }
-    out.kv_pages = static_cast<uint32_t>(std::min<uint64_t>(pages, UINT32_MAX - 1));
-    return out;
-}
+                                              const ModelTensors& tensors);
+Result<Hash256> fingerprint(const Gguf& gguf);
 
-// The key that stands before that of a first page: all that may part prefixes which begin alike.
-// `salt` is empty, or stands for pages that others must not find.
+Result<std::string> draw_response_id();
+Error engine_closed_error();
+Error refuse_field(const char* param, std::string message, const char* code = "invalid_value");
 Hash256 root_key(const EngineOptions& options, const std::string& organisation,
-                 std::string_view salt) {
-    const uint32_t numbers[] = {kNumerics, static_cast<uint32_t>(options.precision),
-                                static_cast<uint32_t>(options.kv_type), options.page_tokens};
-    Sha256 hash;
-    hash.update(numbers, sizeof numbers);
-    if (!options.share_prefixes) hash.update(organisation);
-    if (!salt.empty()) hash.update(sha256(salt.data(), salt.size()).view());
-    return hash.finish();
-}
-
-uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key) {
-    if (prompt_cache_key.empty()) return 0;
-    const Hash256 hash = hmac_sha256(root.view(), prompt_cache_key);
-    uint64_t group;
-    std::memcpy(&group, hash.bytes, sizeof group);
-    return group | 1;
-}
-
-// Adds the keys of the pages that `tokens` fill, up to `count` of them.
+                 std::string_view salt);
+uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key);
 void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
-                      std::span<const Token> tokens, uint32_t page_tokens, size_t count) {
-    while (keys.size() < count) {
-        Sha256 hash;
-        hash.update((keys.empty() ? root : keys.back()).view());
-        hash.update(tokens.data() + keys.size() * page_tokens, page_tokens * sizeof(Token));
-        keys.push_back(hash.finish());
-    }
-}
+                      std::span<const Token> tokens, uint32_t page_tokens, size_t count);
 
-// What may come next: what followed the last tokens where they stood before, at the longest match,
-// of several the latest (prompt lookup decoding, Saxena 2023). Text that repeats itself up to its
-// end goes on repeating. Returns how many of `most` it put into `out`.
-uint32_t find_draft(std::span<const Token> tokens, uint32_t most, Token* out) {
-    const size_t last = tokens.size() - 1;
-    size_t next = 0;
-    uint32_t longest = kMinMatch - 1;
-    for (size_t at = last; at-- > longest && longest < kMaxMatch;) {
-        if (tokens[at] != tokens[last]) continue;
-        uint32_t match = 1;
-        while (match < kMaxMatch && match <= at && tokens[at - match] == tokens[last - match])
-            ++match;
-        if (match <= longest) continue;
-        longest = match;
-        next = at + 1;
-    }
-    if (next == 0) return 0;
-    for (size_t i = 0; i < most; ++i)
-        out[i] = next + i <= last ? tokens[next + i] : out[next + i - last - 1];
-    return most;
-}
+uint32_t find_draft(std::span<const Token> tokens, uint32_t most, Token* out);
+uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_t now);
 
-// How urgent, 0 before 1 before 2. Only waiting makes a request more urgent: one that runs for long
-// still gives way.
-uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_t now) {
-    constexpr uint64_t ms = 1'000'000;
-    uint64_t waited = sequence.waited_ns + (sequence.waiting_ns ? now - sequence.waiting_ns : 0);
-    uint32_t rank = static_cast<uint32_t>(sequence.prompt->window);
-    if (rank == 2 && waited >= options.flex_target_ms * ms) {
-        rank = 1;
-        waited -= options.flex_target_ms * ms;
-    }
-    if (rank == 1 && waited >= options.standard_target_ms * ms) rank = 0;
-    return rank;
-}
-
-constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
-
-// What parts models that are alike in shape: their directory, and the first row of every tensor as
-// numbers: a model is the same however its file holds it.
-Result<Hash256> fingerprint(const Gguf& gguf) {
-    Sha256 hash;
-    for (const TensorInfo& tensor : gguf.tensors()) {
-        const uint32_t cols = static_cast<uint32_t>(tensor.dims[0]);
-        const uint32_t rows = static_cast<uint32_t>(std::min<uint64_t>(tensor.dims[1], kTileRows));
-        const uint64_t tile_bytes = packed_tile_bytes(tensor.type, cols);
-        auto tile = Buffer::allocate(tile_bytes, "a fingerprint");
-        if (!tile) return tile.error();
-        std::vector<std::byte> source(
-            static_cast<size_t>(tensor.packed ? tile_bytes : tensor.bytes / tensor.dims[1] * rows));
-        if (auto read = gguf.read_tensor(tensor, 0, source); !read) return read.error();
-        if (tensor.packed) std::memcpy(tile->data(), source.data(), source.size());
-        else pack_tiles(tensor.type, rows, cols, source.data(), 0, 1, tile->data());
-        std::vector<float> row(cols);
-        dequantize_row({tensor.type, rows, cols, tile->data()}, 0, row.data());
-        hash.update(tensor.name);
-        hash.update(&tensor.type, sizeof tensor.type);
-        hash.update(tensor.dims, sizeof tensor.dims);
-        hash.update(row.data(), row.size() * sizeof(float));
-    }
-    return hash.finish();
-}
-
-}  // namespace
 }  // namespace detail
+}  // namespace v1
+}  // namespace valar
 
-// ---- Engine::State ---------------------------------------------------------------------------
+namespace valar {
+inline namespace v1 {
 
 struct Engine::State final : Responder {
     using MailboxPtr = std::shared_ptr<detail::Mailbox>;
@@ -17959,6 +18052,170 @@ struct Engine::State final : Responder {
     void import_pages(std::span<const detail::Hash256> keys, std::span<const std::byte> bytes);
 };
 
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/open.cpp -----------------------------------------------------------------------
+
+// >>engine
+// In this order: the mailbox of a reply; pages; a sequence; opening; from a request to tokens; the
+// queue; the step: who runs, the batch, tokens and text; the handles. Locks are held briefly and
+// never while something is called.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+// The file's own recommendation, as far as it is there.
+Result<SamplerOptions> read_sampling(const Gguf& gguf) {
+    SamplerOptions out;
+    const struct { const char* key; double* value; double high; } keys[] = {
+        {"general.sampling.temp", &out.temperature, 2},
+        {"general.sampling.top_p", &out.top_p, 1},
+        {"general.sampling.min_p", &out.min_p, 1},
+    };
+    for (const auto& [key, value, high] : keys) {
+        auto found = gguf.get_float(key, *value);
+        if (!found) return found.error();
+        if (!(*found >= 0 && *found <= high))
+            return make_error(
+                ErrorKind::bad_data,
+                gguf.name() + format(": key '%s' is %g, not in 0..%g", key, *found, high));
+        *value = *found;
+    }
+    auto top_k = gguf.get_uint("general.sampling.top_k", 0);
+    if (!top_k) return top_k.error();
+    out.top_k = static_cast<uint32_t>(std::min<uint64_t>(*top_k, UINT32_MAX));
+    return out;
+}
+
+std::string choose_model_id(const EngineOptions& options, const ModelSpec& spec) {
+    if (!options.model_id.empty()) return options.model_id;
+    if (!spec.name.empty() && utf8_valid(spec.name)) return spec.name;
+    std::string name = options.model_path.substr(options.model_path.find_last_of("/\\") + 1);
+    if (name.ends_with(".gguf")) name.resize(name.size() - 5);
+    return name.empty() ? "model" : name;
+}
+
+uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec) {
+    return options.context_tokens ? options.context_tokens
+                                  : std::min(spec.n_context, kDefaultContext);
+}
+
+Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec) {
+    const struct { const char* field; uint32_t value, most; } ranges[] = {
+        {"context_tokens", choose_context(options, spec), spec.n_context},
+        {"step_tokens", options.step_tokens, kMaxStepTokens},
+        {"max_running", options.max_running, kMaxRunning},
+    };
+    for (const auto& [field, value, most] : ranges)
+        if (value == 0 || value > most)
+            return make_error(ErrorKind::invalid_request,
+                              format("%s: %u is not in 1..%u", field, value, most), {}, field);
+    return {};
+}
+
+}  // namespace
+
+// What parts models that are alike in shape: their directory, and the first row of every tensor as
+// numbers: a model is the same however its file holds it.
+Result<Hash256> fingerprint(const Gguf& gguf) {
+    Sha256 hash;
+    for (const TensorInfo& tensor : gguf.tensors()) {
+        const uint32_t cols = static_cast<uint32_t>(tensor.dims[0]);
+        const uint32_t rows = static_cast<uint32_t>(std::min<uint64_t>(tensor.dims[1], kTileRows));
+        const uint64_t tile_bytes = packed_tile_bytes(tensor.type, cols);
+        auto tile = Buffer::allocate(tile_bytes, "a fingerprint");
+        if (!tile) return tile.error();
+        std::vector<std::byte> source(
+            static_cast<size_t>(tensor.packed ? tile_bytes : tensor.bytes / tensor.dims[1] * rows));
+        if (auto read = gguf.read_tensor(tensor, 0, source); !read) return read.error();
+        if (tensor.packed) std::memcpy(tile->data(), source.data(), source.size());
+        else pack_tiles(tensor.type, rows, cols, source.data(), 0, 1, tile->data());
+        std::vector<float> row(cols);
+        dequantize_row({tensor.type, rows, cols, tile->data()}, 0, row.data());
+        hash.update(tensor.name);
+        hash.update(&tensor.type, sizeof tensor.type);
+        hash.update(tensor.dims, sizeof tensor.dims);
+        hash.update(row.data(), row.size() * sizeof(float));
+    }
+    return hash.finish();
+}
+
+// As many pages as memory_limit leaves room for: at least what one context needs.
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
+                                              const ModelSpec& spec,
+                                              const ModelTensors& tensors) {
+    auto good = check_engine_options(options, spec);
+    if (!good) return good.error();
+    const uint32_t context = choose_context(options, spec);
+    BackendOptions out;
+    out.precision = options.precision;
+    out.kv_type = options.kv_type;
+    out.weights = options.weights;
+    out.page_tokens = options.page_tokens;
+    const uint64_t least = count_held_pages(
+        context, count_window_pages(spec, options.page_tokens), std::min(options.step_tokens, context),
+        options.page_tokens);
+    out.kv_pages = static_cast<uint32_t>(least);
+    out.max_positions = context;
+    out.max_logit_rows =
+        std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
+    out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
+    out.threads = options.threads;
+    out.parallel_for = options.parallel_for;
+    out.parallel_for_host = options.parallel_for_host;
+    auto plan = plan_cpu(gguf, spec, tensors, out);
+    if (!plan) return plan.error();
+    uint64_t pages = least * std::min(options.max_running, 2u);
+    if (const uint64_t limit = options.memory_limit) {
+        if (plan->total() > limit)
+            return make_error(ErrorKind::out_of_memory,
+                              format("memory_limit: %llu bytes; this model takes %llu with a "
+                                     "context of %u tokens",
+                                     static_cast<unsigned long long>(limit),
+                                     static_cast<unsigned long long>(plan->total()), context),
+                              {}, "memory_limit");
+        pages = std::min(least * options.max_running,
+                         least + (limit - plan->total()) / std::max<uint64_t>(plan->kv / least, 1));
+    }
+    out.kv_pages = static_cast<uint32_t>(std::min<uint64_t>(pages, UINT32_MAX - 1));
+    return out;
+}
+
+// Pages that a sequence holds at once, with so many positions: where all layers have windows, those
+// that they reach from a batch's first row, and the batch's.
+uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
+                          uint32_t page_tokens) {
+    const uint64_t page = std::max(page_tokens, 1u), all = (positions + page - 1) / page;
+    return static_cast<uint32_t>(std::min(all, window_pages + batch_rows / page + 2));
+}
+
+// Full pages before a position that some layer may see from there; UINT32_MAX: all.
+uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens) {
+    uint32_t most = 0;
+    for (const LayerSpec& layer : spec.layers) most = std::max(most, layer.window - 1);
+    return most == UINT32_MAX ? most : most / std::max(page_tokens, 1u) + 1;
+}
+
+Result<Gguf> open_model_file(const EngineOptions& options) {
+    if (!options.model_bytes.empty()) return Gguf::from_bytes(options.model_bytes);
+    if (options.model_reader.read) return Gguf::from_reader(options.model_reader);
+    if (options.model_path.empty())
+        return make_error(ErrorKind::invalid_request, "model_path: missing", {}, "model_path");
+    return Gguf::open(options.model_path);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+
 // ---- Opening ---------------------------------------------------------------------------------
 
 Result<void> Engine::State::open(const EngineOptions& from) {
@@ -18015,6 +18272,121 @@ Engine::State::~State() {
     thread.join();
     fail_all(detail::engine_closed_error());
 }
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/prompt.cpp ---------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+Result<void> check_range(const char* field, std::optional<double> value, double low, double high) {
+    if (!value || (*value >= low && *value <= high)) return {};
+    return refuse_field(field, format("%s: %g is not in %g..%g", field, *value, low, high));
+}
+
+// What the wire has checked already; a C++ caller's request comes straight here.
+Result<void> check_request(const Request& request) {
+    if (request.input.empty())
+        return refuse_field("input", "input: missing or empty", "missing_required_parameter");
+    if (request.max_output_tokens == 0u)
+        return refuse_field("max_output_tokens", "max_output_tokens: 0 is not positive");
+    if (request.top_logprobs > kMaxLogprobs)
+        return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
+                                                   request.top_logprobs, kMaxLogprobs));
+    const struct { const char* field; std::optional<double> value; double low, high; } ranges[] = {
+        {"temperature", request.temperature, 0, 2},
+        {"top_p", request.top_p, 0, 1},
+        {"min_p", request.min_p, 0, 1},
+        {"presence_penalty", request.presence_penalty, -2, 2},
+        {"frequency_penalty", request.frequency_penalty, -2, 2},
+        {"repetition_penalty", request.repetition_penalty, 0.1, 10},
+    };
+    for (const auto& [field, value, low, high] : ranges)
+        if (auto good = check_range(field, value, low, high); !good) return good;
+    if (request.stop.size() > kMaxStops)
+        return refuse_field("stop", format("stop: %zu strings are more than %zu",
+                                           request.stop.size(), kMaxStops));
+    for (const std::string& stop : request.stop)
+        if (stop.empty() || stop.size() > kMaxStopBytes || !utf8_valid(stop))
+            return refuse_field("stop", format("stop: a string has %zu bytes or is not UTF-8; "
+                                               "1..%zu are allowed", stop.size(), kMaxStopBytes));
+    return {};
+}
+
+Result<void> check_bias(const Request& request, uint32_t n_vocab) {
+    for (const auto& [token, bias] : request.logit_bias) {
+        if (token < 0 || static_cast<uint32_t>(token) >= n_vocab)
+            return refuse_field("logit_bias", format("logit_bias: there is no token %d", token));
+        if (auto good = check_range("logit_bias", bias, -100, 100); !good) return good;
+    }
+    return {};
+}
+
+}  // namespace
+
+// Adds the keys of the pages that `tokens` fill, up to `count` of them.
+void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
+                      std::span<const Token> tokens, uint32_t page_tokens, size_t count) {
+    while (keys.size() < count) {
+        Sha256 hash;
+        hash.update((keys.empty() ? root : keys.back()).view());
+        hash.update(tokens.data() + keys.size() * page_tokens, page_tokens * sizeof(Token));
+        keys.push_back(hash.finish());
+    }
+}
+
+uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key) {
+    if (prompt_cache_key.empty()) return 0;
+    const Hash256 hash = hmac_sha256(root.view(), prompt_cache_key);
+    uint64_t group;
+    std::memcpy(&group, hash.bytes, sizeof group);
+    return group | 1;
+}
+
+// The key that stands before that of a first page: all that may part prefixes which begin alike.
+// `salt` is empty, or stands for pages that others must not find.
+Hash256 root_key(const EngineOptions& options, const std::string& organisation,
+                 std::string_view salt) {
+    const uint32_t numbers[] = {kNumerics, static_cast<uint32_t>(options.precision),
+                                static_cast<uint32_t>(options.kv_type), options.page_tokens};
+    Sha256 hash;
+    hash.update(numbers, sizeof numbers);
+    if (!options.share_prefixes) hash.update(organisation);
+    if (!salt.empty()) hash.update(sha256(salt.data(), salt.size()).view());
+    return hash.finish();
+}
+
+Error refuse_field(const char* param, std::string message, const char* code) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, param);
+}
+
+Error engine_closed_error() {
+    return make_error(ErrorKind::closed, "the engine was closed", "engine_closed");
+}
+
+// "resp_" and 24 of [0-9a-z], unguessable.
+Result<std::string> draw_response_id() {
+    uint8_t bytes[24];
+    auto drawn = random_bytes(bytes, sizeof bytes);
+    if (!drawn) return drawn.error();
+    std::string id = "resp_";
+    for (const uint8_t byte : bytes) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+    return id;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
 
 // ---- From a request to a prompt (any thread) -------------------------------------------------
 
@@ -18103,6 +18475,64 @@ Result<std::vector<Token>> Engine::State::make_prompt(const Request& request) co
         return detail::refuse_field("input", "input: the chat template made an empty prompt of it");
     return tokens;
 }
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/scheduler.cpp ------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+}  // namespace
+
+// How urgent, 0 before 1 before 2. Only waiting makes a request more urgent: one that runs for long
+// still gives way.
+uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_t now) {
+    constexpr uint64_t ms = 1'000'000;
+    uint64_t waited = sequence.waited_ns + (sequence.waiting_ns ? now - sequence.waiting_ns : 0);
+    uint32_t rank = static_cast<uint32_t>(sequence.prompt->window);
+    if (rank == 2 && waited >= options.flex_target_ms * ms) {
+        rank = 1;
+        waited -= options.flex_target_ms * ms;
+    }
+    if (rank == 1 && waited >= options.standard_target_ms * ms) rank = 0;
+    return rank;
+}
+
+// What may come next: what followed the last tokens where they stood before, at the longest match,
+// of several the latest (prompt lookup decoding, Saxena 2023). Text that repeats itself up to its
+// end goes on repeating. Returns how many of `most` it put into `out`.
+uint32_t find_draft(std::span<const Token> tokens, uint32_t most, Token* out) {
+    const size_t last = tokens.size() - 1;
+    size_t next = 0;
+    uint32_t longest = kMinMatch - 1;
+    for (size_t at = last; at-- > longest && longest < kMaxMatch;) {
+        if (tokens[at] != tokens[last]) continue;
+        uint32_t match = 1;
+        while (match < kMaxMatch && match <= at && tokens[at - match] == tokens[last - match])
+            ++match;
+        if (match <= longest) continue;
+        longest = match;
+        next = at + 1;
+    }
+    if (next == 0) return 0;
+    for (size_t i = 0; i < most; ++i)
+        out[i] = next + i <= last ? tokens[next + i] : out[next + i - last - 1];
+    return most;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
 
 // ---- The queue, and Responder (any thread) ---------------------------------------------------
 
@@ -18519,6 +18949,16 @@ void Engine::State::extend_keys(detail::Sequence& sequence, size_t count) const 
                              options.page_tokens, count);
 }
 
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/batch.cpp ----------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+
 // ---- The batch -------------------------------------------------------------------------------
 
 // Prompt tokens for the next batch: less where it would take longer than the caller's budget or
@@ -18800,6 +19240,16 @@ void Engine::State::fail_all(const Error& error) {
     waiting_count = 0;
 }
 
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/engine.cpp ---------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+
 // ---- For the handles -------------------------------------------------------------------------
 
 // The one who steps, saves or restores.
@@ -18985,6 +19435,16 @@ float Engine::load_progress() const { return state_->progress.load(std::memory_o
 const ModelSpec& Engine::spec() const { return state_->spec; }
 const Tokenizer& Engine::tokenizer() const { return *state_->tokenizer; }
 Responder* Engine::responder() { return state_.get(); }
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/conversation.cpp ---------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
 
 // ---- Conversation ----------------------------------------------------------------------------
 //
@@ -19298,21 +19758,233 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// >>http
-// Owns: the HTTP/1.1 parser, the server's event loop, the blocking client.
-// Assumes: callers of step() do not call it from inside a handler.
-// Promises: one pass over the bytes, one exchange at a time on a connection, replies in order.
+// ---- src/http/internal.hpp ---------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// The first field of that name (ASCII case ignored), or null.
+const std::string* find_header(const HttpHeaders& headers, std::string_view name);
+size_t count_headers(const HttpHeaders& headers, std::string_view name);
+
+/// A parsed request. Strings are as sent unless said otherwise.
+struct HttpRequest {
+    std::string method;
+    std::string target;   ///< origin form, "/path?query", or "*"; absolute form is brought to it
+    std::string host;     ///< "name" or "name:port", lower case; empty only under HTTP/1.0
+    HttpHeaders headers;
+    std::string body;
+    NetAddress  peer;
+    uint64_t    exchange = 0;  ///< names this request until it is answered; never used twice
+    uint64_t    max_body = 0;  ///< on_head may change it; a longer body is refused with 413
+    uint64_t    tag      = 0;  ///< the handler's own, kept from on_head to on_request
+    std::optional<uint64_t> content_length;
+    bool chunked         = false;
+    bool keep_alive      = false;
+    bool expect_continue = false;
+    bool http_1_0        = false;
+
+    bool is_head() const { return method == "HEAD"; }
+    bool has_body() const { return chunked || content_length.value_or(0) > 0; }
+    const std::string* header(std::string_view name) const { return find_header(headers, name); }
+    size_t count(std::string_view name) const { return count_headers(headers, name); }
+};
+
+/// What bounds one message.
+struct HttpLimits {
+    uint32_t max_request_line_bytes = 8 << 10;   ///< 414; RFC 9112 asks for 8,000 or more
+    uint32_t max_head_bytes         = 16 << 10;  ///< 431; header fields: a browser's cookies, a key
+    uint32_t max_headers            = 100;       ///< 431; trailer fields are counted apart
+    uint64_t max_body_bytes         = uint64_t{32} << 20;  ///< 413, unless on_head says otherwise
+};
+
+/// An incremental parser of one message after another: fed bytes, does no I/O. What it finds does
+/// not depend on how the bytes are cut into pieces.
+class HttpParser {
+public:
+    enum class Side : uint8_t { request, reply };
+    enum class Event : uint8_t {
+        more,      ///< all bytes used
+        head,      ///< head complete, body not begun; set message.max_body now
+        complete,  ///< body complete: take the message, then reset()
+        fault,     ///< malformed: see status(), code(), reason(); only reset() leaves this state
+    };
+
+    HttpParser(const HttpLimits* limits, Side side = Side::request);  ///< limits: kept by pointer
+    /// Goes on to the next event. The bytes after `*used` belong to it or to what follows.
+    Event feed(std::string_view bytes, size_t* used);
+    /// The stream has ended: complete when that is how this reply ends, else fault.
+    Event end();
+    void reset();
+    /// Only before feeding a reply to HEAD: it has no body whatever its headers say.
+    void expect_no_body() { no_body_ = true; }
+
+    HttpRequest message;  ///< for a reply only headers, body and the framing are used
+
+    int status() const { return status_; }  ///< of the reply read, or of the refusal after a fault
+    std::string_view code() const;
+    std::string_view reason() const { return reason_; }
+
+private:
+    enum class State : uint8_t {
+        start_line, header_line, body, chunk_size, chunk_data, chunk_end, trailer, until_close,
+        complete, fault
+    };
+    // Each step returns more to go on, or the event to report.
+    Event fail(int status, const char* reason);
+    bool  take_line(std::string_view bytes, size_t* used);
+    bool  line_is_full();
+    Event on_line();
+    Event on_request_line();
+    Event on_status_line();
+    Event on_field();
+    Event on_head_end();
+    Event read_transfer_encoding();
+    Event read_content_length();
+    Event read_host();
+    Event read_target();
+    Event read_options();
+    Event on_chunk_size();
+    Event take_body(std::string_view bytes, size_t* used);
+    bool  grow_body(size_t bytes);
+
+    const HttpLimits* limits_;
+    std::string       line_;
+    uint64_t          body_left_    = 0;
+    uint32_t          head_bytes_   = 0;  // also trailers and chunk extensions, once in the body
+    uint32_t          fields_       = 0;
+    int               status_       = 0;
+    const char*       reason_       = "";
+    Side              side_;
+    State             state_        = State::start_line;
+    bool              carriage_     = false;  // the last byte was CR
+    bool              leading_line_ = false;  // one empty line was skipped
+    bool              no_body_      = false;
+};
+
+/// Implemented by the user of HttpServer. All calls come from inside HttpServer::step.
+///
+/// An exchange: on_head; if it returns nothing, exactly one of on_request and on_closed; after
+/// on_request, HttpServer::reply from any thread, or on_closed if the client is gone before it.
+class HttpHandler {
+public:
+    virtual ~HttpHandler() = default;
+    /// The head is here, the body not yet: authenticate, route, set request.max_body. A reply
+    /// refuses: the body is not asked for (no 100 Continue), and if there is one the connection
+    /// ends. Otherwise http itself refuses a body declared longer than max_body.
+    virtual std::optional<HttpReply> on_head(HttpRequest& request) = 0;
+    /// The request is complete. Answer with HttpServer::reply(request.exchange, ...), now or later.
+    virtual void on_request(HttpRequest&& request) = 0;
+    /// The client went away, or its body was refused: nobody waits for this exchange any more.
+    virtual void on_closed(uint64_t exchange) = 0;
+    /// The reply to a malformed or refused request: status 400 408 413 414 417 431 501 503 505;
+    /// code "bad_request", "request_too_large" or "overloaded". Of `request` is there what was read
+    /// before the fault.
+    virtual HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
+                               std::string_view message) = 0;
+    /// About every HttpOptions::tick_ms.
+    virtual void on_tick() {}
+};
+
+/// Options of HttpServer. Each limit says what happens beyond it.
+struct HttpOptions {
+    std::string host = "127.0.0.1";
+    uint16_t    port = 0;  ///< 0: any free one
+    HttpLimits  limits = {};
+    uint32_t max_connections         = 10'000;  ///< an idle one makes room, else 503
+    uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< bodies not yet answered; 503
+    uint32_t idle_timeout_ms   = 60'000;  ///< between requests; closed silently
+    uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
+    uint32_t body_timeout_ms   = 10'000;  ///< one window of the body's pace; 408
+    uint32_t body_min_bytes    = 4 << 10;   ///< that must arrive in each window: 400 B/s by default
+    uint32_t write_timeout_ms  = 30'000;  ///< without progress while a reply waits; closed
+    uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
+    uint32_t drain_timeout_ms  = 10'000;  ///< for exchanges in work after stop(); closed
+    uint32_t tick_ms           = 0;       ///< pace of on_tick; 0: never
+    int      backlog           = 1024;    ///< of listen(); the system may cap it
+};
+
+/// An event loop: one thread calls step(), and no call inside blocks.
+/// Threads: reply, post, stop and address from any; step from one at a time. The handler must
+/// outlive the server. Destroying it closes what is open without a call to the handler.
+class HttpServer {
+public:
+    static Result<HttpServer> open(const HttpOptions& options, HttpHandler* handler);
+    HttpServer(HttpServer&& other) noexcept;
+    HttpServer& operator=(HttpServer&& other) noexcept;
+    ~HttpServer();
+
+    NetAddress address() const;
+    uint16_t port() const { return address().port; }
+    /// Serves what is ready, waiting at most timeout_ms for it (-1: until something happens).
+    /// False once stopped and drained.
+    bool step(int timeout_ms);
+    /// Stops accepting, ends idle connections, lets exchanges in work finish (drain_timeout_ms).
+    void stop();
+    /// Answers an exchange; without effect if its client is gone.
+    void reply(uint64_t exchange, HttpReply reply);
+    /// Has the loop call function(context) inside step(); dropped if the server is destroyed first.
+    void post(void (*function)(void*), void* context);
+
+    struct Stats {
+        uint64_t accepted = 0, requests = 0, faults = 0, timeouts = 0;  ///< since open
+        uint64_t connections = 0, body_bytes = 0;                       ///< now
+    };
+    Stats stats() const;  ///< only from the thread that calls step()
+
+private:
+    struct State;
+    explicit HttpServer(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/http/text.hpp -------------------------------------------------------------------------
+
+// Characters and lists of HTTP, and what a message is written with.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+enum HttpClass : uint8_t { http_token = 1, http_visible = 2, http_control = 4, http_name = 8 };
+
+bool http_is(char c, int bits);
+bool http_all(std::string_view text, int bits);
+char http_lower(char c);
+bool http_same(std::string_view a, std::string_view b);
+std::string_view http_trim(std::string_view text);
+std::string_view http_pop(std::string_view* list);
+bool http_listed(const HttpHeaders& headers, std::string_view name, std::string_view token);
+bool http_decimal(std::string_view text, uint64_t* value);
+int http_hex(char c);
+std::string http_host(std::string_view text);
+const char* http_phrase(int status);
+std::string http_date(int64_t unix_seconds);
+bool http_field_ok(const std::pair<std::string, std::string>& field);
+bool http_own_field(std::string_view name);
+void http_append(std::string* out, std::initializer_list<std::string_view> parts);
+void http_append_fields(std::string* out, const HttpHeaders& headers);
+uint64_t http_now_ms();
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/http/text.cpp -------------------------------------------------------------------------
 
 #ifndef VALAR_NO_SERVER
 namespace valar {
 inline namespace v1 {
 namespace detail {
-namespace {
 
 // -- characters (RFC 9110, section 5.6.2; RFC 3986, section 3.2.2) ------------------------------
 
-enum HttpClass : uint8_t { http_token = 1, http_visible = 2, http_control = 4, http_name = 8 };
-
+namespace {
 constexpr auto http_classes = [] {
     std::array<uint8_t, 256> classes = {};
     const auto mark = [&](std::string_view characters, int bits) {
@@ -19329,6 +20001,7 @@ constexpr auto http_classes = [] {
     mark("!#$%&'*+^`|~", http_token);
     return classes;
 }();
+}  // namespace
 
 bool http_is(char c, int bits) { return (http_classes[static_cast<uint8_t>(c)] & bits) != 0; }
 
@@ -19405,8 +20078,6 @@ std::string http_host(std::string_view text) {
     return host;
 }
 
-}  // namespace
-
 const std::string* find_header(const HttpHeaders& headers, std::string_view name) {
     for (const auto& [key, value] : headers)
         if (http_same(key, name)) return &value;
@@ -19418,6 +20089,89 @@ size_t count_headers(const HttpHeaders& headers, std::string_view name) {
     for (const auto& header : headers) count += http_same(header.first, name);
     return count;
 }
+
+// -- writing ----------------------------------------------------------------------------------
+
+const char* http_phrase(int status) {
+    static constexpr struct {
+        int         status;
+        const char* phrase;
+    } phrases[] = {
+        {200, "OK"}, {202, "Accepted"}, {204, "No Content"}, {304, "Not Modified"},
+        {400, "Bad Request"}, {401, "Unauthorized"}, {403, "Forbidden"}, {404, "Not Found"},
+        {405, "Method Not Allowed"}, {408, "Request Timeout"}, {409, "Conflict"},
+        {411, "Length Required"}, {413, "Content Too Large"}, {414, "URI Too Long"},
+        {415, "Unsupported Media Type"}, {417, "Expectation Failed"}, {429, "Too Many Requests"},
+        {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"},
+        {501, "Not Implemented"}, {502, "Bad Gateway"}, {503, "Service Unavailable"},
+        {504, "Gateway Timeout"}, {505, "HTTP Version Not Supported"}};
+    for (const auto& row : phrases)
+        if (row.status == status) return row.phrase;
+    return "";
+}
+
+/// "Sun, 06 Nov 1994 08:49:37 GMT", whatever the locale. Days to civil date: era of 400 years that
+/// begins on 1 March, so that the leap day comes last.
+std::string http_date(int64_t unix_seconds) {
+    const int64_t days = unix_seconds / 86400, second = unix_seconds % 86400;
+    const int64_t from_march = days + 719468, era = from_march / 146097;
+    const int64_t day_of_era = from_march % 146097;
+    const int64_t year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146096) / 365;
+    const int64_t day_of_year =
+        day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    const int64_t month_from_march = (5 * day_of_year + 2) / 153;
+    const int day = static_cast<int>(day_of_year - (153 * month_from_march + 2) / 5 + 1);
+    const int month = static_cast<int>((month_from_march + 2) % 12);
+    const int year = static_cast<int>(year_of_era + era * 400 + (month < 2));
+    return format("%.3s, %02d %.3s %04d %02d:%02d:%02d GMT", &"ThuFriSatSunMonTueWed"[days % 7 * 3],
+                  day, &"JanFebMarAprMayJunJulAugSepOctNovDec"[month * 3], year,
+                  static_cast<int>(second / 3600), static_cast<int>(second / 60 % 60),
+                  static_cast<int>(second % 60));
+}
+
+bool http_field_ok(const std::pair<std::string, std::string>& field) {
+    for (const char c : field.second)
+        if (http_is(c, http_control)) return false;
+    return http_all(field.first, http_token);
+}
+
+/// What the framing itself writes; a handler's own would make two of them.
+bool http_own_field(std::string_view name) {
+    for (const char* own : {"Date", "Connection", "Content-Length", "Transfer-Encoding"})
+        if (http_same(name, own)) return true;
+    return false;
+}
+
+void http_append(std::string* out, std::initializer_list<std::string_view> parts) {
+    for (const std::string_view part : parts) out->append(part);
+}
+
+/// The caller's fields; one that could break out of its line is left out.
+void http_append_fields(std::string* out, const HttpHeaders& headers) {
+    for (const auto& field : headers)
+        if (http_field_ok(field) && !http_own_field(field.first))
+            http_append(out, {field.first, ": ", field.second, "\r\n"});
+}
+
+uint64_t http_now_ms() { return monotonic_ns() / 1'000'000; }
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/http/parser.cpp -----------------------------------------------------------------------
+
+// >>http
+// Owns: the HTTP/1.1 parser, the server's event loop, the blocking client.
+// Assumes: callers of step() do not call it from inside a handler.
+// Promises: one pass over the bytes, one exchange at a time on a connection, replies in order.
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // -- the parser -------------------------------------------------------------------------------
 
@@ -19743,79 +20497,21 @@ bool HttpParser::grow_body(size_t bytes) {
     return true;
 }
 
-// -- writing ----------------------------------------------------------------------------------
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
 
-namespace {
+// ---- src/http/server.cpp -----------------------------------------------------------------------
 
-const char* http_phrase(int status) {
-    static constexpr struct {
-        int         status;
-        const char* phrase;
-    } phrases[] = {
-        {200, "OK"}, {202, "Accepted"}, {204, "No Content"}, {304, "Not Modified"},
-        {400, "Bad Request"}, {401, "Unauthorized"}, {403, "Forbidden"}, {404, "Not Found"},
-        {405, "Method Not Allowed"}, {408, "Request Timeout"}, {409, "Conflict"},
-        {411, "Length Required"}, {413, "Content Too Large"}, {414, "URI Too Long"},
-        {415, "Unsupported Media Type"}, {417, "Expectation Failed"}, {429, "Too Many Requests"},
-        {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"},
-        {501, "Not Implemented"}, {502, "Bad Gateway"}, {503, "Service Unavailable"},
-        {504, "Gateway Timeout"}, {505, "HTTP Version Not Supported"}};
-    for (const auto& row : phrases)
-        if (row.status == status) return row.phrase;
-    return "";
-}
-
-/// "Sun, 06 Nov 1994 08:49:37 GMT", whatever the locale. Days to civil date: era of 400 years that
-/// begins on 1 March, so that the leap day comes last.
-std::string http_date(int64_t unix_seconds) {
-    const int64_t days = unix_seconds / 86400, second = unix_seconds % 86400;
-    const int64_t from_march = days + 719468, era = from_march / 146097;
-    const int64_t day_of_era = from_march % 146097;
-    const int64_t year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146096) / 365;
-    const int64_t day_of_year =
-        day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    const int64_t month_from_march = (5 * day_of_year + 2) / 153;
-    const int day = static_cast<int>(day_of_year - (153 * month_from_march + 2) / 5 + 1);
-    const int month = static_cast<int>((month_from_march + 2) % 12);
-    const int year = static_cast<int>(year_of_era + era * 400 + (month < 2));
-    return format("%.3s, %02d %.3s %04d %02d:%02d:%02d GMT", &"ThuFriSatSunMonTueWed"[days % 7 * 3],
-                  day, &"JanFebMarAprMayJunJulAugSepOctNovDec"[month * 3], year,
-                  static_cast<int>(second / 3600), static_cast<int>(second / 60 % 60),
-                  static_cast<int>(second % 60));
-}
-
-bool http_field_ok(const std::pair<std::string, std::string>& field) {
-    for (const char c : field.second)
-        if (http_is(c, http_control)) return false;
-    return http_all(field.first, http_token);
-}
-
-/// What the framing itself writes; a handler's own would make two of them.
-bool http_own_field(std::string_view name) {
-    for (const char* own : {"Date", "Connection", "Content-Length", "Transfer-Encoding"})
-        if (http_same(name, own)) return true;
-    return false;
-}
-
-void http_append(std::string* out, std::initializer_list<std::string_view> parts) {
-    for (const std::string_view part : parts) out->append(part);
-}
-
-/// The caller's fields; one that could break out of its line is left out.
-void http_append_fields(std::string* out, const HttpHeaders& headers) {
-    for (const auto& field : headers)
-        if (http_field_ok(field) && !http_own_field(field.first))
-            http_append(out, {field.first, ": ", field.second, "\r\n"});
-}
-
-}  // namespace
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // -- the server -------------------------------------------------------------------------------
 
 namespace {
-
-uint64_t http_now_ms() { return monotonic_ns() / 1'000'000; }
 
 constexpr size_t   http_read_bytes      = 64 << 10;   // one read; so much may be kept for later
 constexpr size_t   http_write_bytes     = 256 << 10;  // one write, so that no reply holds the loop
@@ -20403,7 +21099,25 @@ void HttpServer::State::finish(HttpConnection& connection) {
     queue.push_back(connection.id);
 }
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/http/client.cpp -----------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+
 // -- the client -------------------------------------------------------------------------------
+
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 namespace {
 
@@ -20474,7 +21188,13 @@ struct HttpExchange {
 };
 
 }  // namespace
+
 }  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
 
 Result<HttpReply> http_call(const HttpCall& call) {
     using namespace detail;
@@ -20528,16 +21248,13 @@ Result<HttpReply> http_call(const HttpCall& call) {
 }  // namespace valar
 #endif  // VALAR_NO_SERVER
 
-// >>store
-// One index holds the records of either store and the rules for changing them; what differs is where
-// texts lie. FileStore adds the journal: see "The journal" below for its format.
-#ifndef VALAR_NO_STORE
+// ---- src/store/index.hpp -----------------------------------------------------------------------
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-constexpr uint64_t store_bookkeeping_bytes = 600;  // of one record: map nodes, strings, places
+inline constexpr uint64_t store_bookkeeping_bytes = 600;  // of one record: map nodes, strings, places
 
 /// Where a journal's record lies.
 struct JournalPlace {
@@ -20561,7 +21278,7 @@ struct StoreEntry {
     void drop_texts() { record.head = record.request = record.object = nullptr; }
 };
 
-uint64_t size_of_text(const std::shared_ptr<const std::string>& text) {
+inline uint64_t size_of_text(const std::shared_ptr<const std::string>& text) {
     return text ? text->size() : 0;
 }
 
@@ -20618,6 +21335,76 @@ private:
     uint64_t bytes_ = 0;
 };
 
+/// Changes that are decided and not yet in the index, in order: a commit makes all of them visible
+/// at once, or none. A decision sees the index as these will leave it.
+class StorePlan {
+public:
+    struct Step {
+        std::string               id;
+        std::optional<StoreEntry> entry;     // nothing: it goes
+        int64_t                   died_ms = 0;  // when texts of it went; 0: none did
+        bool                      expired = false;
+    };
+    StorePlan(const StoreIndex* index, uint64_t max_bytes, int64_t retention_s, uint64_t* serial)
+        : index_(index), max_bytes_(max_bytes), retention_ms_(retention_s * 1000), serial_(serial) {}
+
+    /// Decides one change; the steps that it takes are appended.
+    Result<void> decide(const StoreChange& change);
+    std::vector<Step>& steps() { return steps_; }
+    void clear();
+
+private:
+    Result<void> add(const StoreChange& change);
+    Result<void> update(const StoreChange& change);
+    Result<void> erase(const StoreChange& change);
+    Result<void> expire(const StoreChange& change);
+    void make_room(uint64_t wanted, const std::string& keep, int64_t now_ms);
+    void step(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms,
+              bool expired = false);
+    const StoreEntry* find(const std::string& id) const;
+    bool is_reserved(const StoredResponse& record) const;
+
+    const StoreIndex* index_;
+    uint64_t          max_bytes_;
+    int64_t           retention_ms_;
+    uint64_t*         serial_;
+    std::vector<Step> steps_;
+    std::unordered_map<std::string, size_t> last_;  // step of an id
+    std::map<std::pair<std::string, std::string>, std::string> reserved_;  // by steps: id
+    int64_t           growth_ = 0;
+};
+
+/// The index of a store, and the lock under which it is changed.
+struct StoreRecords {
+    mutable std::mutex mutex;
+    StoreIndex index;
+    uint64_t   serial = 0;  // of the last arrival
+
+    /// The record that an organisation may see, or nothing.
+    std::optional<StoreEntry> find(std::string_view organisation, const std::string& id) const {
+        const std::lock_guard<std::mutex> lock(mutex);
+        const StoreEntry* entry = index.find(id);
+        if (!entry || entry->erased || entry->record.organisation != organisation)
+            return std::nullopt;
+        return *entry;
+    }
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/store/index.cpp -----------------------------------------------------------------------
+
+// >>store
+// One index holds the records of either store and the rules for changing them; what differs is where
+// texts lie. FileStore adds the journal: see "The journal" below for its format.
+
+#ifndef VALAR_NO_STORE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 void StoreIndex::link(const StoreEntry& entry) {
     const StoredResponse& record = entry.record;
     bytes_ += entry.cost();
@@ -20670,45 +21457,6 @@ std::vector<StoredResponse> StoreIndex::unfinished() const {
     }
     return found;
 }
-
-/// Changes that are decided and not yet in the index, in order: a commit makes all of them visible
-/// at once, or none. A decision sees the index as these will leave it.
-class StorePlan {
-public:
-    struct Step {
-        std::string               id;
-        std::optional<StoreEntry> entry;     // nothing: it goes
-        int64_t                   died_ms = 0;  // when texts of it went; 0: none did
-        bool                      expired = false;
-    };
-    StorePlan(const StoreIndex* index, uint64_t max_bytes, int64_t retention_s, uint64_t* serial)
-        : index_(index), max_bytes_(max_bytes), retention_ms_(retention_s * 1000), serial_(serial) {}
-
-    /// Decides one change; the steps that it takes are appended.
-    Result<void> decide(const StoreChange& change);
-    std::vector<Step>& steps() { return steps_; }
-    void clear();
-
-private:
-    Result<void> add(const StoreChange& change);
-    Result<void> update(const StoreChange& change);
-    Result<void> erase(const StoreChange& change);
-    Result<void> expire(const StoreChange& change);
-    void make_room(uint64_t wanted, const std::string& keep, int64_t now_ms);
-    void step(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms,
-              bool expired = false);
-    const StoreEntry* find(const std::string& id) const;
-    bool is_reserved(const StoredResponse& record) const;
-
-    const StoreIndex* index_;
-    uint64_t          max_bytes_;
-    int64_t           retention_ms_;
-    uint64_t*         serial_;
-    std::vector<Step> steps_;
-    std::unordered_map<std::string, size_t> last_;  // step of an id
-    std::map<std::pair<std::string, std::string>, std::string> reserved_;  // by steps: id
-    int64_t           growth_ = 0;
-};
 
 void StorePlan::clear() {
     steps_.clear();
@@ -20827,22 +21575,6 @@ Result<void> StorePlan::expire(const StoreChange& change) {
     return {};
 }
 
-/// The index of a store, and the lock under which it is changed.
-struct StoreRecords {
-    mutable std::mutex mutex;
-    StoreIndex index;
-    uint64_t   serial = 0;  // of the last arrival
-
-    /// The record that an organisation may see, or nothing.
-    std::optional<StoreEntry> find(std::string_view organisation, const std::string& id) const {
-        const std::lock_guard<std::mutex> lock(mutex);
-        const StoreEntry* entry = index.find(id);
-        if (!entry || entry->erased || entry->record.organisation != organisation)
-            return std::nullopt;
-        return *entry;
-    }
-};
-
 IndexedStore::IndexedStore() : records_(std::make_unique<StoreRecords>()) {}
 IndexedStore::~IndexedStore() = default;
 
@@ -20900,6 +21632,11 @@ uint64_t IndexedStore::bytes() const {
 }
 
 }  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
 
 // ---- MemoryStore -----------------------------------------------------------------------------
 
@@ -20931,6 +21668,12 @@ std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
     return std::move(entry->record);
 }
 
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_STORE
+
+// ---- src/store/journal.hpp ---------------------------------------------------------------------
+
 // ---- The journal -----------------------------------------------------------------------------
 // A directory holds `manifest` (which segments there are, in order), segments `00000001.journal` and
 // `lock`. Numbers are little-endian.
@@ -20952,17 +21695,19 @@ std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
 // in their place. It always begins with the oldest segment: a record that ends another's life never
 // goes before that other does.
 
+namespace valar {
+inline namespace v1 {
 namespace detail {
 
-constexpr uint32_t journal_version       = 1;
-constexpr uint32_t journal_last_number   = 99'999'999;  // a name has eight digits
-constexpr size_t   journal_segment_head  = 32;
-constexpr size_t   journal_record_head   = 32;
-constexpr uint32_t journal_magic         = 0x315f4a56;  // "VJ_1"
-constexpr uint64_t journal_max_payload   = uint64_t{1} << 30;
-constexpr size_t   journal_write_bytes   = size_t{4} << 20;  // gathered before a write
-constexpr size_t   journal_copy_bytes    = size_t{1} << 20;  // of compaction, between commits
-constexpr int64_t  journal_dead_ms       = 12 * 3600 * 1000;  // then what died leaves the disk
+inline constexpr uint32_t journal_version       = 1;
+inline constexpr uint32_t journal_last_number   = 99'999'999;  // a name has eight digits
+inline constexpr size_t   journal_segment_head  = 32;
+inline constexpr size_t   journal_record_head   = 32;
+inline constexpr uint32_t journal_magic         = 0x315f4a56;  // "VJ_1"
+inline constexpr uint64_t journal_max_payload   = uint64_t{1} << 30;
+inline constexpr size_t   journal_write_bytes   = size_t{4} << 20;  // gathered before a write
+inline constexpr size_t   journal_copy_bytes    = size_t{1} << 20;  // of compaction, between commits
+inline constexpr int64_t  journal_dead_ms       = 12 * 3600 * 1000;  // then what died leaves the disk
 
 enum JournalType : uint16_t {
     journal_add = 1, journal_begin, journal_finish, journal_erase, journal_drop, journal_close,
@@ -21064,35 +21809,10 @@ struct JournalRecord {
     size_t   size = 0;  // with the head
 };
 
-/// The record at `at`. False when there is none that is whole.
-bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalRecord* record) {
-    if (bytes.size() - at < journal_record_head) return false;
-    const char* head = bytes.data() + at;
-    if (journal_get<uint32_t>(head) != journal_magic) return false;
-    if (journal_get<uint32_t>(head + 28) != crc32c(head, 28, salt)) return false;
-    const size_t size = journal_get<uint32_t>(head + 8);
-    const uint32_t back = journal_get<uint32_t>(head + 12);
-    if (size > bytes.size() - at - journal_record_head) return false;
-    record->type = journal_get<uint16_t>(head + 4);
-    record->sequence = journal_get<uint64_t>(head + 16);
-    record->commit = record->sequence - back;
-    record->payload = bytes.substr(at + journal_record_head, size);
-    record->size = journal_record_head + size;
-    return crc32c(record->payload.data(), size, salt) == journal_get<uint32_t>(head + 24);
-}
+bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalRecord* record);
 
-/// Where the first whole record behind `at` lies whose commit began after `commit` and whose
-/// sequence is above `sequence`; the end when there is none.
 size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t commit,
-                      uint64_t sequence) {
-    const std::string magic(reinterpret_cast<const char*>(&journal_magic), sizeof journal_magic);
-    JournalRecord record;
-    while ((at = bytes.find(magic, at + 1)) != bytes.npos)
-        if (journal_parse(bytes, at, salt, &record) && record.commit > commit &&
-            record.sequence > sequence)
-            return at;
-    return bytes.size();
-}
+                      uint64_t sequence);
 
 struct JournalSegment {
     uint32_t number = 0;
@@ -21110,16 +21830,9 @@ struct JournalSegment {
 };
 using JournalSegments = std::vector<std::shared_ptr<JournalSegment>>;
 
-Error journal_damage(const std::string& name, uint64_t offset, const char* what) {
-    return make_error(ErrorKind::bad_data,
-                      format("the journal is damaged: '%s' at offset %llu: %s", name.c_str(),
-                             static_cast<unsigned long long>(offset), what));
-}
+Error journal_damage(const std::string& name, uint64_t offset, const char* what);
 
-Error journal_newer(const std::string& name) {
-    return make_error(ErrorKind::unsupported,
-                      "'" + name + "' was written by a newer version; nothing was changed");
-}
+Error journal_newer(const std::string& name);
 
 /// A copy of live records out of segments [0, inputs).
 struct JournalCompaction {
@@ -21135,11 +21848,11 @@ struct JournalCompaction {
     JournalSegments   outputs = {};
 };
 
-bool operator==(const JournalPlace& a, const JournalPlace& b) {
+inline bool operator==(const JournalPlace& a, const JournalPlace& b) {
     return a.segment == b.segment && a.offset == b.offset;
 }
 
-constexpr JournalPlace StoreEntry::*journal_slots[] = {&StoreEntry::added, &StoreEntry::begun,
+inline constexpr JournalPlace StoreEntry::*journal_slots[] = {&StoreEntry::added, &StoreEntry::begun,
                                                        &StoreEntry::ended};
 
 /// What the store thread owns. Only it changes index and segments, under the lock of the records; it
@@ -21201,6 +21914,58 @@ struct FileJournal {
     std::shared_ptr<JournalSegment> find_segment(uint32_t number) const;
     Result<std::string> read_record(const JournalSegment& segment, const JournalPlace& place) const;
 };
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/store/journal.cpp ---------------------------------------------------------------------
+
+#ifndef VALAR_NO_STORE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// The record at `at`. False when there is none that is whole.
+bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalRecord* record) {
+    if (bytes.size() - at < journal_record_head) return false;
+    const char* head = bytes.data() + at;
+    if (journal_get<uint32_t>(head) != journal_magic) return false;
+    if (journal_get<uint32_t>(head + 28) != crc32c(head, 28, salt)) return false;
+    const size_t size = journal_get<uint32_t>(head + 8);
+    const uint32_t back = journal_get<uint32_t>(head + 12);
+    if (size > bytes.size() - at - journal_record_head) return false;
+    record->type = journal_get<uint16_t>(head + 4);
+    record->sequence = journal_get<uint64_t>(head + 16);
+    record->commit = record->sequence - back;
+    record->payload = bytes.substr(at + journal_record_head, size);
+    record->size = journal_record_head + size;
+    return crc32c(record->payload.data(), size, salt) == journal_get<uint32_t>(head + 24);
+}
+
+/// Where the first whole record behind `at` lies whose commit began after `commit` and whose
+/// sequence is above `sequence`; the end when there is none.
+size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t commit,
+                      uint64_t sequence) {
+    const std::string magic(reinterpret_cast<const char*>(&journal_magic), sizeof journal_magic);
+    JournalRecord record;
+    while ((at = bytes.find(magic, at + 1)) != bytes.npos)
+        if (journal_parse(bytes, at, salt, &record) && record.commit > commit &&
+            record.sequence > sequence)
+            return at;
+    return bytes.size();
+}
+
+Error journal_damage(const std::string& name, uint64_t offset, const char* what) {
+    return make_error(ErrorKind::bad_data,
+                      format("the journal is damaged: '%s' at offset %llu: %s", name.c_str(),
+                             static_cast<unsigned long long>(offset), what));
+}
+
+Error journal_newer(const std::string& name) {
+    return make_error(ErrorKind::unsupported,
+                      "'" + name + "' was written by a newer version; nothing was changed");
+}
 
 /// After one of them failed what is on the disk is unknown: nothing more is accepted.
 Result<void> FileJournal::sync(Result<void> synced) {
@@ -21541,6 +22306,18 @@ void FileJournal::remove_strangers(const std::vector<std::string>& names) {
     }
 }
 
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_STORE
+
+// ---- src/store/commit.cpp ----------------------------------------------------------------------
+
+#ifndef VALAR_NO_STORE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 // ---- Commits
 
 /// Appends a record to the commit; `place` is where it will lie.
@@ -21858,6 +22635,11 @@ void FileJournal::abandon_compaction() {
 }
 
 }  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
 
 // ---- FileStore -------------------------------------------------------------------------------
 
@@ -21949,12 +22731,30 @@ std::optional<StoredResponse> FileStore::find(std::string_view organisation,
 }  // namespace valar
 #endif  // VALAR_NO_STORE
 
-// >>server
-// The loop thread owns exchanges and live responses; a job carries work to a worker or a change to
-// the store, and the result back. A request: on_head (who, where) -> accept (a worker: parse,
-// validate, prepare; the loop: is there room; the store: keep it) -> submit -> events -> finish (a
-// worker renders, the store keeps it) -> reply. All who want one response wait for the same record.
-#ifndef VALAR_NO_SERVER
+// ---- src/server/words.hpp ----------------------------------------------------------------------
+
+// Words, ids and errors that several parts of the server say.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+std::string server_lower(std::string_view text);
+std::string_view server_trim(std::string_view text);
+std::string server_printable(std::string_view text);
+std::optional<std::string> server_unescape(std::string_view text);
+Result<std::string> server_new_id(std::string id);
+double server_rounded(double value);
+std::string server_uuid(uint8_t* bytes);
+Error server_not_found(std::string message);
+Error server_no_model(std::string_view model);
+Error server_overloaded(std::string message);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/server/loop.hpp -----------------------------------------------------------------------
 
 namespace valar {
 inline namespace v1 {
@@ -21968,186 +22768,20 @@ struct ServerKey {
     uint64_t    filled_ns  = 0;  // when that was so
 };
 
-namespace {
-
-constexpr size_t   server_workers             = 2;
-constexpr uint32_t server_tick_ms             = 100;    // how exact sync_timeout_ms is
-constexpr uint64_t server_get_body_bytes      = 4096;   // tolerated, and not read
-constexpr int64_t  server_expire_every_ms     = 60'000;
-constexpr size_t   server_min_secret          = 16;
-constexpr size_t   server_shown_bytes         = 200;    // of a path in a log line or message
-constexpr int      server_client_left         = 499;    // in the log only, as nginx has it
-constexpr uint32_t server_max_retry_s         = 60;     // advised to a client
-constexpr size_t   server_max_key_length      = 255;    // of an idempotency key
-constexpr size_t   server_list_default = 20, server_list_most = 100;
-constexpr size_t   server_max_turns           = 1000;   // of a chain of previous responses
-constexpr uint32_t server_max_attempts        = 2;      // to answer one request, after crashes
-constexpr size_t   server_recovering          = 16;     // taken up again at a time
-constexpr uint64_t server_max_key_file        = 16 << 20;
-
-// ---- Words -----------------------------------------------------------------------------------
-
-std::string server_lower(std::string_view text) {
-    std::string out(text);
-    for (char& c : out)
-        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 'a' - 'A');
-    return out;
-}
-
-std::string_view server_trim(std::string_view text) {
-    while (!text.empty() && (text.front() == ' ' || text.front() == '\t')) text.remove_prefix(1);
-    while (!text.empty() && (text.back() == ' ' || text.back() == '\t')) text.remove_suffix(1);
-    return text;
-}
-
-/// Of what a client sent, for a log line: one word, no control characters, not endless.
-std::string server_printable(std::string_view text) {
-    std::string out;
-    for (const char c : text.substr(0, server_shown_bytes)) {
-        const bool plain = c > ' ' && c < 0x7f && c != '"' && c != '\\';
-        out += plain ? std::string(1, c) : format("\\x%02x", static_cast<unsigned char>(c));
-    }
-    return text.size() > server_shown_bytes ? out + "..." : out;
-}
-
-/// "%2F" is "/". Nothing when a percent sign is not followed by two hex digits.
-std::optional<std::string> server_unescape(std::string_view text) {
-    std::string out;
-    for (size_t i = 0; i < text.size(); ++i) {
-        if (text[i] != '%') {
-            out += text[i];
-            continue;
-        }
-        auto byte = hex_decode(text.substr(i + 1, 2));
-        if (!byte || byte->size() != 1) return std::nullopt;
-        out += *byte;
-        i += 2;
-    }
-    return out;
-}
-
-/// "resp_" and 24 of [0-9a-z]: 124 bits.
-Result<std::string> server_new_id(std::string id) {
-    const size_t size = id.size() + 24;
-    while (id.size() < size) {
-        uint8_t random[32];
-        if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
-        for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
-            if (byte < 252 && id.size() < size)
-                id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
-    }
-    return id;
-}
-
-/// A UUID of version 4 (RFC 9562). It only tells requests apart: zeros without a random source.
-double server_rounded(double value) { return std::round(value * 10) / 10; }
-
-/// Version 4 of RFC 9562, of 16 random bytes.
-std::string server_uuid(uint8_t* bytes) {
-    bytes[6] = static_cast<uint8_t>((bytes[6] & 0x0f) | 0x40);
-    bytes[8] = static_cast<uint8_t>((bytes[8] & 0x3f) | 0x80);
-    std::string hex = hex_encode(bytes, 16);
-    for (const size_t at : {20u, 16u, 12u, 8u}) hex.insert(at, 1, '-');
-    return hex;
-}
-
-Error server_not_found(std::string message) {
-    return make_error(ErrorKind::not_found, std::move(message), "not_found");
-}
-
-Error server_no_model(std::string_view model) {
-    const size_t shown = std::min(model.size(), server_shown_bytes);
-    return make_error(ErrorKind::not_found,
-                      "no model '" + utf8_repair(model.substr(0, shown)) +
-                          "' is loaded; GET /v1/models lists those that are",
-                      "model_not_found", "model");
-}
-
-Error server_overloaded(std::string message) {
-    return make_error(ErrorKind::overloaded, std::move(message), "overloaded");
-}
-
-// ---- Options ---------------------------------------------------------------------------------
-
-Error server_option(const char* name, std::string message) {
-    return make_error(ErrorKind::invalid_request, std::move(message), "invalid_value", name);
-}
-
-bool server_visible(std::string_view text) {
-    return std::all_of(text.begin(), text.end(), [](char c) { return c > ' ' && c < 0x7f; });
-}
-
-Result<Hash256> server_secret_hash(const ApiKey& key) {
-    const auto refused = [&](const char* what) {
-        return server_option("keys", "key '" + key.id + "': " + what);
-    };
-    if (key.secret_sha256.empty()) {
-        if (key.secret.size() >= server_min_secret && server_visible(key.secret))
-            return sha256(key.secret);
-        return refused("the secret must be 16 visible ASCII characters or more");
-    }
-    auto bytes = hex_decode(key.secret_sha256);
-    Hash256 hash;
-    if (!bytes || bytes->size() != sizeof hash.bytes || !key.secret.empty())
-        return refused("secret_sha256 must be 64 hex digits, and there is no secret beside it");
-    std::memcpy(hash.bytes, bytes->data(), sizeof hash.bytes);
-    return hash;
-}
-
-/// Sorted by hash.
-Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
-    std::vector<ServerKey> keys;
-    for (const ApiKey& key : given) {
-        if (!server_visible(key.id))
-            return server_option("keys", "the id of a key must be visible ASCII characters");
-        auto hash = server_secret_hash(key);
-        if (!hash) return hash.error();
-        keys.push_back({*hash, key.id, key.organisation, key.requests_per_minute,
-                        static_cast<double>(key.requests_per_minute), monotonic_ns()});
-    }
-    const auto before = [](const ServerKey& a, const ServerKey& b) {
-        return a.hash.view() < b.hash.view();
-    };
-    sort_items(keys, before);
-    for (size_t i = 1; i < keys.size(); ++i)
-        if (keys[i].hash == keys[i - 1].hash)
-            return server_option("keys", "keys '" + keys[i - 1].id + "' and '" + keys[i].id +
-                                             "' have the same secret");
-    return keys;
-}
-
-Result<void> server_check_options(const ServerOptions& options) {
-    auto address = NetAddress::parse(options.host, options.port);
-    if (!address) return address.error();
-    if (options.keys.empty() && !options.allow_open && !address->is_loopback())
-        return server_option("host",
-                             "without keys a server only listens on a loopback address, and '" +
-                                 options.host +
-                                 "' is none: pass keys, or allow_open to let anybody in");
-    for (const std::string& origin : options.cors_origins) {
-        const size_t host = origin.find("://");
-        if (host == origin.npos || origin.find('/', host + 3) != origin.npos)
-            return server_option("cors_origins",
-                                 "'" + origin + "' is not an origin (\"https://example.org\")");
-    }
-    return {};
-}
-
-HttpOptions server_http_options(const ServerOptions& options) {
-    HttpOptions http;
-    http.host = options.host;
-    http.port = options.port;
-    http.limits.max_body_bytes = options.max_body_bytes;
-    http.max_connections = options.max_connections;
-    http.max_inflight_body_bytes = options.max_inflight_body_bytes;
-    http.drain_timeout_ms = options.drain_timeout_ms;
-    http.tick_ms = server_tick_ms;
-    return http;
-}
-
-}  // namespace
-
-// ---- The loop's state --------------------------------------------------------------------------
+inline constexpr size_t   server_workers             = 2;
+inline constexpr uint32_t server_tick_ms             = 100;    // how exact sync_timeout_ms is
+inline constexpr uint64_t server_get_body_bytes      = 4096;   // tolerated, and not read
+inline constexpr int64_t  server_expire_every_ms     = 60'000;
+inline constexpr size_t   server_min_secret          = 16;
+inline constexpr size_t   server_shown_bytes         = 200;    // of a path in a log line or message
+inline constexpr int      server_client_left         = 499;    // in the log only, as nginx has it
+inline constexpr uint32_t server_max_retry_s         = 60;     // advised to a client
+inline constexpr size_t   server_max_key_length      = 255;    // of an idempotency key
+inline constexpr size_t   server_list_default = 20, server_list_most = 100;
+inline constexpr size_t   server_max_turns           = 1000;   // of a chain of previous responses
+inline constexpr uint32_t server_max_attempts        = 2;      // to answer one request, after crashes
+inline constexpr size_t   server_recovering          = 16;     // taken up again at a time
+inline constexpr uint64_t server_max_key_file        = 16 << 20;
 
 struct ServerLoop : HttpHandler {
     struct Exchange;
@@ -22380,26 +23014,266 @@ struct ServerLoop : HttpHandler {
     std::string render_live(const StoredResponse& stored, bool running) const;
 };
 
-const ServerLoop::Route ServerLoop::routes[] = {
-    {.path = "/health", .get = &ServerLoop::get_health, .open = true},
-    {.path = "/metrics", .get = &ServerLoop::get_metrics},
-    {.path = "/v1/models", .get = &ServerLoop::get_models},
-    {.path = "/v1/models/", .get = &ServerLoop::get_model, .slashes = true},
-    {.path = "/v1/responses", .get = &ServerLoop::get_responses,
-     .post = &ServerLoop::post_response},
-    {.path = "/v1/responses/", .get = &ServerLoop::get_response,
-     .remove = &ServerLoop::delete_response},
-    {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
-    {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
-};
+bool server_answers_to(const ModelInfo& model, const std::string& id);
 
-std::string ServerLoop::Route::allowed() const {
-    std::string all;
-    for (const auto& [handler, methods] : {std::pair(get, "GET, HEAD"), std::pair(post, "POST"),
-                                           std::pair(remove, "DELETE")})
-        if (handler) all.append(all.empty() ? "" : ", ").append(methods);
-    return all;
+Error server_no_response(std::string_view id);
+Error server_field(const char* code, const char* param, std::string message);
+ResponseRecord server_record(const StoredResponse& stored, Status status);
+std::shared_ptr<const std::string> server_shared(std::string text);
+Error server_not_background();
+
+Error server_option(const char* name, std::string message);
+Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given);
+Result<void> server_check_options(const ServerOptions& options);
+HttpOptions server_http_options(const ServerOptions& options);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/server/words.cpp ----------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Words -----------------------------------------------------------------------------------
+
+std::string server_lower(std::string_view text) {
+    std::string out(text);
+    for (char& c : out)
+        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 'a' - 'A');
+    return out;
 }
+
+std::string_view server_trim(std::string_view text) {
+    while (!text.empty() && (text.front() == ' ' || text.front() == '\t')) text.remove_prefix(1);
+    while (!text.empty() && (text.back() == ' ' || text.back() == '\t')) text.remove_suffix(1);
+    return text;
+}
+
+/// Of what a client sent, for a log line: one word, no control characters, not endless.
+std::string server_printable(std::string_view text) {
+    std::string out;
+    for (const char c : text.substr(0, server_shown_bytes)) {
+        const bool plain = c > ' ' && c < 0x7f && c != '"' && c != '\\';
+        out += plain ? std::string(1, c) : format("\\x%02x", static_cast<unsigned char>(c));
+    }
+    return text.size() > server_shown_bytes ? out + "..." : out;
+}
+
+/// "%2F" is "/". Nothing when a percent sign is not followed by two hex digits.
+std::optional<std::string> server_unescape(std::string_view text) {
+    std::string out;
+    for (size_t i = 0; i < text.size(); ++i) {
+        if (text[i] != '%') {
+            out += text[i];
+            continue;
+        }
+        auto byte = hex_decode(text.substr(i + 1, 2));
+        if (!byte || byte->size() != 1) return std::nullopt;
+        out += *byte;
+        i += 2;
+    }
+    return out;
+}
+
+/// "resp_" and 24 of [0-9a-z]: 124 bits.
+Result<std::string> server_new_id(std::string id) {
+    const size_t size = id.size() + 24;
+    while (id.size() < size) {
+        uint8_t random[32];
+        if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
+        for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
+            if (byte < 252 && id.size() < size)
+                id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+    }
+    return id;
+}
+
+/// A UUID of version 4 (RFC 9562). It only tells requests apart: zeros without a random source.
+double server_rounded(double value) { return std::round(value * 10) / 10; }
+
+/// Version 4 of RFC 9562, of 16 random bytes.
+std::string server_uuid(uint8_t* bytes) {
+    bytes[6] = static_cast<uint8_t>((bytes[6] & 0x0f) | 0x40);
+    bytes[8] = static_cast<uint8_t>((bytes[8] & 0x3f) | 0x80);
+    std::string hex = hex_encode(bytes, 16);
+    for (const size_t at : {20u, 16u, 12u, 8u}) hex.insert(at, 1, '-');
+    return hex;
+}
+
+Error server_not_found(std::string message) {
+    return make_error(ErrorKind::not_found, std::move(message), "not_found");
+}
+
+Error server_no_model(std::string_view model) {
+    const size_t shown = std::min(model.size(), server_shown_bytes);
+    return make_error(ErrorKind::not_found,
+                      "no model '" + utf8_repair(model.substr(0, shown)) +
+                          "' is loaded; GET /v1/models lists those that are",
+                      "model_not_found", "model");
+}
+
+Error server_overloaded(std::string message) {
+    return make_error(ErrorKind::overloaded, std::move(message), "overloaded");
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/options.cpp --------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Options ---------------------------------------------------------------------------------
+
+Error server_option(const char* name, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), "invalid_value", name);
+}
+
+bool server_visible(std::string_view text) {
+    return std::all_of(text.begin(), text.end(), [](char c) { return c > ' ' && c < 0x7f; });
+}
+
+Result<Hash256> server_secret_hash(const ApiKey& key) {
+    const auto refused = [&](const char* what) {
+        return server_option("keys", "key '" + key.id + "': " + what);
+    };
+    if (key.secret_sha256.empty()) {
+        if (key.secret.size() >= server_min_secret && server_visible(key.secret))
+            return sha256(key.secret);
+        return refused("the secret must be 16 visible ASCII characters or more");
+    }
+    auto bytes = hex_decode(key.secret_sha256);
+    Hash256 hash;
+    if (!bytes || bytes->size() != sizeof hash.bytes || !key.secret.empty())
+        return refused("secret_sha256 must be 64 hex digits, and there is no secret beside it");
+    std::memcpy(hash.bytes, bytes->data(), sizeof hash.bytes);
+    return hash;
+}
+
+/// Sorted by hash.
+Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
+    std::vector<ServerKey> keys;
+    for (const ApiKey& key : given) {
+        if (!server_visible(key.id))
+            return server_option("keys", "the id of a key must be visible ASCII characters");
+        auto hash = server_secret_hash(key);
+        if (!hash) return hash.error();
+        keys.push_back({*hash, key.id, key.organisation, key.requests_per_minute,
+                        static_cast<double>(key.requests_per_minute), monotonic_ns()});
+    }
+    const auto before = [](const ServerKey& a, const ServerKey& b) {
+        return a.hash.view() < b.hash.view();
+    };
+    sort_items(keys, before);
+    for (size_t i = 1; i < keys.size(); ++i)
+        if (keys[i].hash == keys[i - 1].hash)
+            return server_option("keys", "keys '" + keys[i - 1].id + "' and '" + keys[i].id +
+                                             "' have the same secret");
+    return keys;
+}
+
+Result<void> server_check_options(const ServerOptions& options) {
+    auto address = NetAddress::parse(options.host, options.port);
+    if (!address) return address.error();
+    if (options.keys.empty() && !options.allow_open && !address->is_loopback())
+        return server_option("host",
+                             "without keys a server only listens on a loopback address, and '" +
+                                 options.host +
+                                 "' is none: pass keys, or allow_open to let anybody in");
+    for (const std::string& origin : options.cors_origins) {
+        const size_t host = origin.find("://");
+        if (host == origin.npos || origin.find('/', host + 3) != origin.npos)
+            return server_option("cors_origins",
+                                 "'" + origin + "' is not an origin (\"https://example.org\")");
+    }
+    return {};
+}
+
+HttpOptions server_http_options(const ServerOptions& options) {
+    HttpOptions http;
+    http.host = options.host;
+    http.port = options.port;
+    http.limits.max_body_bytes = options.max_body_bytes;
+    http.max_connections = options.max_connections;
+    http.max_inflight_body_bytes = options.max_inflight_body_bytes;
+    http.drain_timeout_ms = options.drain_timeout_ms;
+    http.tick_ms = server_tick_ms;
+    return http;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+
+// ---- Server ----------------------------------------------------------------------------------
+
+Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
+    using namespace detail;
+    auto text = read_file(path, server_max_key_file);
+    if (!text) return text.error();
+    std::vector<ApiKey> keys;
+    std::string_view rest = *text;
+    for (int line = 1; !rest.empty(); ++line) {
+        std::string_view words = rest.substr(0, rest.find('\n'));
+        rest.remove_prefix(std::min(words.size() + 1, rest.size()));
+        std::vector<std::string> fields;
+        for (;;) {
+            const size_t from = words.find_first_not_of(" \t\r");
+            if (from == words.npos) break;
+            words.remove_prefix(from);
+            fields.emplace_back(words.substr(0, words.find_first_of(" \t\r")));
+            words.remove_prefix(fields.back().size());
+        }
+        if (fields.empty() || fields[0][0] == '#') continue;
+        const auto refused = [&](const char* what) {
+            return make_error(ErrorKind::bad_data, path + format(", line %d: ", line) + what);
+        };
+        if (fields.size() != 3 && fields.size() != 4)
+            return refused("expected `id organisation sha256 [requests-per-minute]`");
+        ApiKey key;
+        key.id = fields[0], key.organisation = fields[1], key.secret_sha256 = fields[2];
+        if (auto hash = server_secret_hash(key); !hash) return refused("not a SHA-256");
+        if (fields.size() == 4) {
+            const auto number = Json::parse(fields[3]);
+            if (!number || number->as_int() < 1 || number->as_int() > INT32_MAX)
+                return refused("requests-per-minute is not a positive number");
+            key.requests_per_minute = static_cast<uint32_t>(number->as_int());
+        }
+        for (const ApiKey& other : keys)
+            if (other.id == key.id) return refused("this id stands in an earlier line, too");
+        keys.push_back(std::move(key));
+    }
+    return keys;
+}
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/loop.cpp -----------------------------------------------------------------------
+
+// >>server
+// The loop thread owns exchanges and live responses; a job carries work to a worker or a change to
+// the store, and the result back. A request: on_head (who, where) -> accept (a worker: parse,
+// validate, prepare; the loop: is there room; the store: keep it) -> submit -> events -> finish (a
+// worker renders, the store keeps it) -> reply. All who want one response wait for the same record.
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 ServerLoop::~ServerLoop() {
     if (listening)
@@ -22448,6 +23322,420 @@ bool ServerLoop::step(int timeout_ms) {
     hand_over();
     if (finishing > 0) wait_on(&inbox_count, seen, 10'000'000);
     return true;
+}
+
+// ---- Replies ---------------------------------------------------------------------------------
+
+HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::string body,
+                                    HttpHeaders headers) {
+    HttpReply reply;
+    reply.status = status;
+    reply.headers = std::move(headers);
+    reply.headers.emplace_back("X-Request-ID", exchange.request_id);
+    if (!body.empty() && !find_header(reply.headers, "Content-Type"))
+        reply.headers.emplace_back("Content-Type", "application/json");
+    if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
+    if (!exchange.cors_origin.empty()) {
+        reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
+        reply.headers.emplace_back("Access-Control-Expose-Headers",
+                                   "X-Request-ID, X-Valar-Response-Id, Retry-After, "
+                                   "Idempotent-Replayed");
+    }
+    if (!options.cors_origins.empty()) reply.headers.emplace_back("Vary", "Origin");
+    reply.body = std::move(body);
+    return reply;
+}
+
+HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
+                                          HttpHeaders headers) {
+    const int status = http_status(error.kind);
+    if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
+    if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
+    if (status == 503 || status == 429) {
+        const uint32_t seconds = error.retry_after_s ? error.retry_after_s : retry_after_s();
+        headers.emplace_back("Retry-After", std::to_string(seconds));
+    }
+    if (status == 500)
+        options.log(LogLevel::error, "request " + exchange.request_id + ": " + error.message);
+    return make_reply(exchange, status, render_error(error).write(), std::move(headers));
+}
+
+HttpReply ServerLoop::make_preflight_reply(const Exchange& exchange, const HttpRequest& request) {
+    const std::string* asked = request.header("Access-Control-Request-Headers");
+    return make_reply(exchange, 204, {},
+                      {{"Access-Control-Allow-Methods", "GET, HEAD, POST, DELETE"},
+                       {"Access-Control-Allow-Headers",
+                        asked ? *asked : "Authorization, Content-Type, Idempotency-Key"},
+                       {"Access-Control-Max-Age", "600"}});
+}
+
+/// Ends the exchange.
+void ServerLoop::answer(Exchange& exchange, HttpReply reply) {
+    const uint64_t number = exchange.number;
+    log_exchange(exchange, reply.status);
+    http->reply(number, std::move(reply));
+    exchanges.erase(number);
+}
+
+void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
+    answer(exchange, make_reply(exchange, status, std::move(body)));
+}
+
+void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
+    answer(exchange, make_error_reply(exchange, error, std::move(headers)));
+}
+
+/// When the queue will have moved on, as far as the pace of late tells.
+uint32_t ServerLoop::retry_after_s() const {
+    const double wait_s = std::ceil(static_cast<double>(queued) * finish_gap_s);
+    return static_cast<uint32_t>(std::clamp<double>(wait_s, 1, server_max_retry_s));
+}
+
+void ServerLoop::log_exchange(const Exchange& exchange, int status) {
+    const double ms = static_cast<double>(monotonic_ns() - exchange.started_ns) / 1e6;
+    const Route* route = exchange.route;
+    const bool nested = route && !route->suffix.empty();
+    const std::string name = route ? std::string(route->path) + (nested ? "*" : "") : "none";
+    ++answered[{name + (nested ? std::string(route->suffix) : ""), status}];
+    answer_seconds += ms / 1e3;
+    if (!options.log.write) return;
+    Json line = Json::object();
+    line.set("id", exchange.request_id)
+        .set("method", server_printable(exchange.method))
+        .set("path", server_printable(exchange.path))
+        .set("status", status)
+        .set("ms", server_rounded(ms))
+        .set("key", exchange.key_id)
+        .set("response", server_printable(exchange.response_id))
+        .set("replayed", exchange.replayed);
+    log_line(std::move(line), exchange.usage, exchange.timings);
+}
+
+void ServerLoop::log_line(Json line, const Usage& usage, const Timings& timings) {
+    line.set("input_tokens", usage.input_tokens)
+        .set("output_tokens", usage.output_tokens)
+        .set("queue_ms", server_rounded(static_cast<double>(timings.queue_us) / 1e3))
+        .set("prefill_ms", server_rounded(static_cast<double>(timings.prefill_us) / 1e3))
+        .set("decode_ms", server_rounded(static_cast<double>(timings.decode_us) / 1e3));
+    if (options.log_json) return options.log(LogLevel::info, line.write());
+    std::string text;
+    for (const JsonMember& member : line.members()) {
+        text.append(text.empty() ? "" : " ").append(member.key).append("=");
+        text += member.value.is_string() ? std::string(member.value.as_string())
+                                         : member.value.write();
+    }
+    options.log(LogLevel::info, text);
+}
+
+/// Framing that failed, and limits of http: the request may not even have a path.
+HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::string_view code,
+                               std::string_view message) {
+    Exchange exchange;
+    exchange.request_id = make_request_id();
+    exchange.method = request.method.empty() ? "-" : request.method;
+    exchange.path = request.target.empty() ? "-" : request.target.substr(0, request.target.find('?'));
+    exchange.key_id = "-";
+    exchange.started_ns = monotonic_ns();
+    const ErrorKind kind = status == 503 ? ErrorKind::overloaded : ErrorKind::invalid_request;
+    HttpReply reply = make_error_reply(
+        exchange, make_error(kind, std::string(message), std::string(code)));
+    reply.status = status;
+    log_exchange(exchange, status);
+    return reply;
+}
+
+// ---- Exchanges -------------------------------------------------------------------------------
+
+void ServerLoop::on_request(HttpRequest&& request) {
+    const auto found = exchanges.find(request.exchange);
+    if (found == exchanges.end()) return;
+    Exchange& exchange = found->second;
+    if (request.chunked)  // only now is it known that its size is allowed
+        if (auto checked = check_type(request, exchange); !checked)
+            return refuse(exchange, checked.error());
+    (this->*exchange.handle)(exchange, request);
+}
+
+ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
+    const auto found = exchanges.find(number);
+    return found == exchanges.end() ? nullptr : &found->second;
+}
+
+/// A client that leaves cancels what only it can ask for again.
+void ServerLoop::on_closed(uint64_t number) {
+    const auto found = exchanges.find(number);
+    if (found == exchanges.end()) return;
+    log_exchange(found->second, server_client_left);
+    const auto entry = live.find(found->second.response_id);
+    if (entry != live.end()) {
+        std::erase(entry->second.waiters, number);
+        if (entry->second.owner == number) cancel(entry->first, entry->second);
+    }
+    exchanges.erase(found);
+}
+
+void ServerLoop::on_tick() {
+    const uint64_t now_ns = monotonic_ns();
+    while (!timeouts.empty() && timeouts.front().first <= now_ns) {
+        Exchange* exchange = find_exchange(timeouts.front().second);
+        timeouts.pop_front();
+        if (!exchange) continue;
+        const std::string id = exchange->response_id;
+        const auto entry = live.find(id);
+        if (entry == live.end()) continue;  // its end is on the way
+        std::erase(entry->second.waiters, exchange->number);
+        HttpHeaders headers = {{"X-Valar-Response-Id", id}};
+        if (!exchange->keyed) headers.emplace_back("x-should-retry", "false");
+        refuse(*exchange,
+               make_error(ErrorKind::timeout,
+                          "the response was not finished in time; it goes on: GET /v1/responses/" +
+                              id,
+                          "timeout"),
+               std::move(headers));
+    }
+    recover_some();
+    for (JobPtr& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
+    const int64_t now_ms = unix_time_ms();
+    if (now_ms < next_expiry_ms) return;
+    next_expiry_ms = now_ms + server_expire_every_ms;
+    store->expire(now_ms);
+}
+
+void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            if (model.ready) return answer(exchange, 200, "{\"status\":\"ok\"}");
+    refuse(exchange, server_overloaded("no model is ready yet"));
+}
+
+namespace {
+Json server_model_json(const ModelInfo& model, const std::string& id) {
+    return Json::object()
+        .set("id", id)
+        .set("object", "model")
+        .set("created", model.created)
+        .set("owned_by", model.owned_by);
+}
+
+}  // namespace
+
+bool server_answers_to(const ModelInfo& model, const std::string& id) {
+    return model.id == id ||
+           std::find(model.aliases.begin(), model.aliases.end(), id) != model.aliases.end();
+}
+
+void ServerLoop::get_models(Exchange& exchange, HttpRequest&) {
+    Json data = Json::array();
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models()) {
+            data.push(server_model_json(model, model.id));
+            for (const std::string& alias : model.aliases)
+                data.push(server_model_json(model, alias));
+        }
+    answer(exchange, 200,
+           Json::object().set("object", "list").set("data", std::move(data)).write());
+}
+
+void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
+    const std::string id = exchange.argument;
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            if (server_answers_to(model, id))
+                return answer(exchange, 200, server_model_json(model, id).write());
+    refuse(exchange, server_no_model(id));
+}
+
+// ---- Jobs ------------------------------------------------------------------------------------
+
+ServerLoop::JobPtr ServerLoop::make_job(const Exchange& exchange, Job::Step next) {
+    auto job = std::make_unique<Job>();
+    job->loop = this;
+    job->next = next;
+    job->exchange = exchange.number;
+    job->key_id = exchange.key_id;
+    job->query = exchange.query;
+    job->stored.organisation = exchange.organisation;
+    return job;
+}
+
+void ServerLoop::send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next) {
+    job->work = work;
+    job->next = next;
+    outgoing.push_back(std::move(job));
+}
+
+/// One wake for all of a turn: a worker that sleeps between two requests costs more than the request.
+void ServerLoop::hand_over() {
+    if (outgoing.empty()) return;
+    const bool one = outgoing.size() == 1;
+    {
+        const std::lock_guard<std::mutex> lock(jobs_mutex);
+        std::move(outgoing.begin(), outgoing.end(), std::back_inserter(jobs));
+    }
+    outgoing.clear();
+    one ? jobs_waiting.notify_one() : jobs_waiting.notify_all();
+}
+
+void ServerLoop::run_jobs() {
+    for (;;) {
+        JobPtr job;
+        {
+            std::unique_lock<std::mutex> lock(jobs_mutex);
+            jobs_waiting.wait(lock, [&] { return ending || !jobs.empty(); });
+            if (ending) return;
+            job = std::move(jobs.front());
+            jobs.pop_front();
+        }
+        (this->*job->work)(*job);
+        send_to_loop([&] { inbox_jobs.push_back(std::move(job)); });
+    }
+}
+
+/// What a change of the store ends with: the job comes to the loop, with the store's error if any.
+StoreDone ServerLoop::on_kept(JobPtr job, Job::Step next) {
+    job->loop = this;
+    job->next = next;
+    ++storing;
+    const auto call = [](void* context, Result<void> result) {
+        JobPtr kept(static_cast<Job*>(context));
+        ServerLoop* self = kept->loop;
+        if (!result) kept->error = std::move(result.error());
+        self->send_to_loop([&] { self->inbox_jobs.push_back(std::move(kept)); });
+        --self->storing;  // the last touch: the destructor waits for it
+    };
+    return {call, job.release()};
+}
+
+/// From any thread. One call into the loop serves all that gathers until it comes.
+template <class Add>
+void ServerLoop::send_to_loop(Add add) {
+    bool first = false;
+    {
+        const std::lock_guard<std::mutex> lock(inbox_mutex);
+        first = inbox_jobs.empty() && inbox_ready.empty();
+        add();
+        ++inbox_count;
+    }
+    if (stopping) wake(&inbox_count);
+    if (first) http->post([](void* self) { static_cast<ServerLoop*>(self)->take_inbox(); }, this);
+}
+
+void ServerLoop::on_ready(void* context, const std::string& id) {
+    auto* self = static_cast<ServerLoop*>(context);
+    self->send_to_loop([&] { self->inbox_ready.push_back(id); });
+}
+
+void ServerLoop::take_inbox() {
+    std::vector<JobPtr> done;
+    std::vector<std::string> ready;
+    {
+        const std::lock_guard<std::mutex> lock(inbox_mutex);
+        done.swap(inbox_jobs);
+        ready.swap(inbox_ready);
+    }
+    for (JobPtr& job : done) {
+        const Job::Step next = job->next;
+        if (next) (this->*next)(std::move(job));
+    }
+    for (const std::string& id : ready) take_events(id);
+}
+
+/// The last step of what only reads.
+void ServerLoop::answer_job(JobPtr job) {
+    Exchange* exchange = find_exchange(job->exchange);
+    if (!exchange) return;
+    if (job->error) return refuse(*exchange, *job->error);
+    answer(*exchange, job->status, std::move(job->text));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+
+struct Server::State : detail::ServerLoop {};
+
+Result<Server> Server::open(Responder* responder, const ServerOptions& options) {
+    return open(std::span<Responder* const>(&responder, 1), options);
+}
+
+Result<Server> Server::open(std::span<Responder* const> responders, const ServerOptions& options) {
+    if (responders.empty() ||
+        std::find(responders.begin(), responders.end(), nullptr) != responders.end())
+        return detail::server_option("responders", "a server needs a Responder");
+    if (auto checked = detail::server_check_options(options); !checked) return checked.error();
+    auto keys = detail::server_keys(options.keys);
+    if (!keys) return keys.error();
+    auto state = std::make_unique<State>();
+    state->options = options;
+    state->options.keys.clear();
+    state->keys = std::move(*keys);
+    state->store = options.store;
+    if (!state->store) {
+#ifdef VALAR_NO_STORE
+        return detail::server_option("store", "VALAR_NO_STORE cuts MemoryStore: pass a Store");
+#else
+        state->own_store = std::make_unique<MemoryStore>(options.memory_store);
+        state->store = state->own_store.get();
+#endif
+    }
+    state->responders.assign(responders.begin(), responders.end());
+    if (auto started = state->start(); !started) return started.error();
+    return Server(std::move(state));
+}
+
+Server::Server(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Server::Server(Server&& other) noexcept = default;
+Server& Server::operator=(Server&& other) noexcept = default;
+Server::~Server() = default;
+
+Result<void> Server::run() {
+    while (state_->step(-1)) {
+    }
+    return {};
+}
+
+Result<bool> Server::step(int timeout_ms) { return state_->step(timeout_ms); }
+
+void Server::stop() {
+    state_->stopping = true;
+    state_->http->stop();
+}
+
+uint16_t Server::port() const { return state_->http->port(); }
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/access.cpp ---------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+const ServerLoop::Route ServerLoop::routes[] = {
+    {.path = "/health", .get = &ServerLoop::get_health, .open = true},
+    {.path = "/metrics", .get = &ServerLoop::get_metrics},
+    {.path = "/v1/models", .get = &ServerLoop::get_models},
+    {.path = "/v1/models/", .get = &ServerLoop::get_model, .slashes = true},
+    {.path = "/v1/responses", .get = &ServerLoop::get_responses,
+     .post = &ServerLoop::post_response},
+    {.path = "/v1/responses/", .get = &ServerLoop::get_response,
+     .remove = &ServerLoop::delete_response},
+    {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
+    {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
+};
+
+std::string ServerLoop::Route::allowed() const {
+    std::string all;
+    for (const auto& [handler, methods] : {std::pair(get, "GET, HEAD"), std::pair(post, "POST"),
+                                           std::pair(remove, "DELETE")})
+        if (handler) all.append(all.empty() ? "" : ", ").append(methods);
+    return all;
 }
 
 // ---- Who may ask, and for what ---------------------------------------------------------------
@@ -22650,340 +23938,21 @@ Result<void> ServerLoop::check_type(const HttpRequest& request, Exchange&) {
     return {};
 }
 
-// ---- Replies ---------------------------------------------------------------------------------
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
 
-HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::string body,
-                                    HttpHeaders headers) {
-    HttpReply reply;
-    reply.status = status;
-    reply.headers = std::move(headers);
-    reply.headers.emplace_back("X-Request-ID", exchange.request_id);
-    if (!body.empty() && !find_header(reply.headers, "Content-Type"))
-        reply.headers.emplace_back("Content-Type", "application/json");
-    if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
-    if (!exchange.cors_origin.empty()) {
-        reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
-        reply.headers.emplace_back("Access-Control-Expose-Headers",
-                                   "X-Request-ID, X-Valar-Response-Id, Retry-After, "
-                                   "Idempotent-Replayed");
-    }
-    if (!options.cors_origins.empty()) reply.headers.emplace_back("Vary", "Origin");
-    reply.body = std::move(body);
-    return reply;
-}
+// ---- src/server/responses.cpp ------------------------------------------------------------------
 
-HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
-                                          HttpHeaders headers) {
-    const int status = http_status(error.kind);
-    if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
-    if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
-    if (status == 503 || status == 429) {
-        const uint32_t seconds = error.retry_after_s ? error.retry_after_s : retry_after_s();
-        headers.emplace_back("Retry-After", std::to_string(seconds));
-    }
-    if (status == 500)
-        options.log(LogLevel::error, "request " + exchange.request_id + ": " + error.message);
-    return make_reply(exchange, status, render_error(error).write(), std::move(headers));
-}
-
-HttpReply ServerLoop::make_preflight_reply(const Exchange& exchange, const HttpRequest& request) {
-    const std::string* asked = request.header("Access-Control-Request-Headers");
-    return make_reply(exchange, 204, {},
-                      {{"Access-Control-Allow-Methods", "GET, HEAD, POST, DELETE"},
-                       {"Access-Control-Allow-Headers",
-                        asked ? *asked : "Authorization, Content-Type, Idempotency-Key"},
-                       {"Access-Control-Max-Age", "600"}});
-}
-
-/// Ends the exchange.
-void ServerLoop::answer(Exchange& exchange, HttpReply reply) {
-    const uint64_t number = exchange.number;
-    log_exchange(exchange, reply.status);
-    http->reply(number, std::move(reply));
-    exchanges.erase(number);
-}
-
-void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
-    answer(exchange, make_reply(exchange, status, std::move(body)));
-}
-
-void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
-    answer(exchange, make_error_reply(exchange, error, std::move(headers)));
-}
-
-/// When the queue will have moved on, as far as the pace of late tells.
-uint32_t ServerLoop::retry_after_s() const {
-    const double wait_s = std::ceil(static_cast<double>(queued) * finish_gap_s);
-    return static_cast<uint32_t>(std::clamp<double>(wait_s, 1, server_max_retry_s));
-}
-
-void ServerLoop::log_exchange(const Exchange& exchange, int status) {
-    const double ms = static_cast<double>(monotonic_ns() - exchange.started_ns) / 1e6;
-    const Route* route = exchange.route;
-    const bool nested = route && !route->suffix.empty();
-    const std::string name = route ? std::string(route->path) + (nested ? "*" : "") : "none";
-    ++answered[{name + (nested ? std::string(route->suffix) : ""), status}];
-    answer_seconds += ms / 1e3;
-    if (!options.log.write) return;
-    Json line = Json::object();
-    line.set("id", exchange.request_id)
-        .set("method", server_printable(exchange.method))
-        .set("path", server_printable(exchange.path))
-        .set("status", status)
-        .set("ms", server_rounded(ms))
-        .set("key", exchange.key_id)
-        .set("response", server_printable(exchange.response_id))
-        .set("replayed", exchange.replayed);
-    log_line(std::move(line), exchange.usage, exchange.timings);
-}
-
-void ServerLoop::log_line(Json line, const Usage& usage, const Timings& timings) {
-    line.set("input_tokens", usage.input_tokens)
-        .set("output_tokens", usage.output_tokens)
-        .set("queue_ms", server_rounded(static_cast<double>(timings.queue_us) / 1e3))
-        .set("prefill_ms", server_rounded(static_cast<double>(timings.prefill_us) / 1e3))
-        .set("decode_ms", server_rounded(static_cast<double>(timings.decode_us) / 1e3));
-    if (options.log_json) return options.log(LogLevel::info, line.write());
-    std::string text;
-    for (const JsonMember& member : line.members()) {
-        text.append(text.empty() ? "" : " ").append(member.key).append("=");
-        text += member.value.is_string() ? std::string(member.value.as_string())
-                                         : member.value.write();
-    }
-    options.log(LogLevel::info, text);
-}
-
-/// Framing that failed, and limits of http: the request may not even have a path.
-HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::string_view code,
-                               std::string_view message) {
-    Exchange exchange;
-    exchange.request_id = make_request_id();
-    exchange.method = request.method.empty() ? "-" : request.method;
-    exchange.path = request.target.empty() ? "-" : request.target.substr(0, request.target.find('?'));
-    exchange.key_id = "-";
-    exchange.started_ns = monotonic_ns();
-    const ErrorKind kind = status == 503 ? ErrorKind::overloaded : ErrorKind::invalid_request;
-    HttpReply reply = make_error_reply(
-        exchange, make_error(kind, std::string(message), std::string(code)));
-    reply.status = status;
-    log_exchange(exchange, status);
-    return reply;
-}
-
-// ---- Exchanges -------------------------------------------------------------------------------
-
-void ServerLoop::on_request(HttpRequest&& request) {
-    const auto found = exchanges.find(request.exchange);
-    if (found == exchanges.end()) return;
-    Exchange& exchange = found->second;
-    if (request.chunked)  // only now is it known that its size is allowed
-        if (auto checked = check_type(request, exchange); !checked)
-            return refuse(exchange, checked.error());
-    (this->*exchange.handle)(exchange, request);
-}
-
-ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
-    const auto found = exchanges.find(number);
-    return found == exchanges.end() ? nullptr : &found->second;
-}
-
-/// A client that leaves cancels what only it can ask for again.
-void ServerLoop::on_closed(uint64_t number) {
-    const auto found = exchanges.find(number);
-    if (found == exchanges.end()) return;
-    log_exchange(found->second, server_client_left);
-    const auto entry = live.find(found->second.response_id);
-    if (entry != live.end()) {
-        std::erase(entry->second.waiters, number);
-        if (entry->second.owner == number) cancel(entry->first, entry->second);
-    }
-    exchanges.erase(found);
-}
-
-void ServerLoop::on_tick() {
-    const uint64_t now_ns = monotonic_ns();
-    while (!timeouts.empty() && timeouts.front().first <= now_ns) {
-        Exchange* exchange = find_exchange(timeouts.front().second);
-        timeouts.pop_front();
-        if (!exchange) continue;
-        const std::string id = exchange->response_id;
-        const auto entry = live.find(id);
-        if (entry == live.end()) continue;  // its end is on the way
-        std::erase(entry->second.waiters, exchange->number);
-        HttpHeaders headers = {{"X-Valar-Response-Id", id}};
-        if (!exchange->keyed) headers.emplace_back("x-should-retry", "false");
-        refuse(*exchange,
-               make_error(ErrorKind::timeout,
-                          "the response was not finished in time; it goes on: GET /v1/responses/" +
-                              id,
-                          "timeout"),
-               std::move(headers));
-    }
-    recover_some();
-    for (JobPtr& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
-    const int64_t now_ms = unix_time_ms();
-    if (now_ms < next_expiry_ms) return;
-    next_expiry_ms = now_ms + server_expire_every_ms;
-    store->expire(now_ms);
-}
-
-void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
-    for (const Responder* responder : responders)
-        for (const ModelInfo& model : responder->models())
-            if (model.ready) return answer(exchange, 200, "{\"status\":\"ok\"}");
-    refuse(exchange, server_overloaded("no model is ready yet"));
-}
-
-namespace {
-Json server_model_json(const ModelInfo& model, const std::string& id) {
-    return Json::object()
-        .set("id", id)
-        .set("object", "model")
-        .set("created", model.created)
-        .set("owned_by", model.owned_by);
-}
-
-bool server_answers_to(const ModelInfo& model, const std::string& id) {
-    return model.id == id ||
-           std::find(model.aliases.begin(), model.aliases.end(), id) != model.aliases.end();
-}
-}  // namespace
-
-void ServerLoop::get_models(Exchange& exchange, HttpRequest&) {
-    Json data = Json::array();
-    for (const Responder* responder : responders)
-        for (const ModelInfo& model : responder->models()) {
-            data.push(server_model_json(model, model.id));
-            for (const std::string& alias : model.aliases)
-                data.push(server_model_json(model, alias));
-        }
-    answer(exchange, 200,
-           Json::object().set("object", "list").set("data", std::move(data)).write());
-}
-
-void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
-    const std::string id = exchange.argument;
-    for (const Responder* responder : responders)
-        for (const ModelInfo& model : responder->models())
-            if (server_answers_to(model, id))
-                return answer(exchange, 200, server_model_json(model, id).write());
-    refuse(exchange, server_no_model(id));
-}
-
-// ---- Jobs ------------------------------------------------------------------------------------
-
-ServerLoop::JobPtr ServerLoop::make_job(const Exchange& exchange, Job::Step next) {
-    auto job = std::make_unique<Job>();
-    job->loop = this;
-    job->next = next;
-    job->exchange = exchange.number;
-    job->key_id = exchange.key_id;
-    job->query = exchange.query;
-    job->stored.organisation = exchange.organisation;
-    return job;
-}
-
-void ServerLoop::send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next) {
-    job->work = work;
-    job->next = next;
-    outgoing.push_back(std::move(job));
-}
-
-/// One wake for all of a turn: a worker that sleeps between two requests costs more than the request.
-void ServerLoop::hand_over() {
-    if (outgoing.empty()) return;
-    const bool one = outgoing.size() == 1;
-    {
-        const std::lock_guard<std::mutex> lock(jobs_mutex);
-        std::move(outgoing.begin(), outgoing.end(), std::back_inserter(jobs));
-    }
-    outgoing.clear();
-    one ? jobs_waiting.notify_one() : jobs_waiting.notify_all();
-}
-
-void ServerLoop::run_jobs() {
-    for (;;) {
-        JobPtr job;
-        {
-            std::unique_lock<std::mutex> lock(jobs_mutex);
-            jobs_waiting.wait(lock, [&] { return ending || !jobs.empty(); });
-            if (ending) return;
-            job = std::move(jobs.front());
-            jobs.pop_front();
-        }
-        (this->*job->work)(*job);
-        send_to_loop([&] { inbox_jobs.push_back(std::move(job)); });
-    }
-}
-
-/// What a change of the store ends with: the job comes to the loop, with the store's error if any.
-StoreDone ServerLoop::on_kept(JobPtr job, Job::Step next) {
-    job->loop = this;
-    job->next = next;
-    ++storing;
-    const auto call = [](void* context, Result<void> result) {
-        JobPtr kept(static_cast<Job*>(context));
-        ServerLoop* self = kept->loop;
-        if (!result) kept->error = std::move(result.error());
-        self->send_to_loop([&] { self->inbox_jobs.push_back(std::move(kept)); });
-        --self->storing;  // the last touch: the destructor waits for it
-    };
-    return {call, job.release()};
-}
-
-/// From any thread. One call into the loop serves all that gathers until it comes.
-template <class Add>
-void ServerLoop::send_to_loop(Add add) {
-    bool first = false;
-    {
-        const std::lock_guard<std::mutex> lock(inbox_mutex);
-        first = inbox_jobs.empty() && inbox_ready.empty();
-        add();
-        ++inbox_count;
-    }
-    if (stopping) wake(&inbox_count);
-    if (first) http->post([](void* self) { static_cast<ServerLoop*>(self)->take_inbox(); }, this);
-}
-
-void ServerLoop::on_ready(void* context, const std::string& id) {
-    auto* self = static_cast<ServerLoop*>(context);
-    self->send_to_loop([&] { self->inbox_ready.push_back(id); });
-}
-
-void ServerLoop::take_inbox() {
-    std::vector<JobPtr> done;
-    std::vector<std::string> ready;
-    {
-        const std::lock_guard<std::mutex> lock(inbox_mutex);
-        done.swap(inbox_jobs);
-        ready.swap(inbox_ready);
-    }
-    for (JobPtr& job : done) {
-        const Job::Step next = job->next;
-        if (next) (this->*next)(std::move(job));
-    }
-    for (const std::string& id : ready) take_events(id);
-}
-
-/// The last step of what only reads.
-void ServerLoop::answer_job(JobPtr job) {
-    Exchange* exchange = find_exchange(job->exchange);
-    if (!exchange) return;
-    if (job->error) return refuse(*exchange, *job->error);
-    answer(*exchange, job->status, std::move(job->text));
-}
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // ---- Accepting a request -----------------------------------------------------------------------
 
 namespace {
-
-Error server_no_response(std::string_view id) {
-    return server_not_found("no response '" + server_printable(id) + "'");
-}
-
-Error server_field(const char* code, const char* param, std::string message) {
-    return make_error(ErrorKind::invalid_request, std::move(message), code, param);
-}
 
 /// What acceptance resolved; a response is rendered from it and the request.
 std::string server_head(const ResponseRecord& record) {
@@ -22995,6 +23964,12 @@ std::string server_head(const ResponseRecord& record) {
         .set("top_p", record.top_p)
         .set("seed", record.seed)
         .write();
+}
+
+}  // namespace
+
+std::shared_ptr<const std::string> server_shared(std::string text) {
+    return std::make_shared<const std::string>(std::move(text));
 }
 
 ResponseRecord server_record(const StoredResponse& stored, Status status) {
@@ -23015,11 +23990,13 @@ ResponseRecord server_record(const StoredResponse& stored, Status status) {
     return record;
 }
 
-std::shared_ptr<const std::string> server_shared(std::string text) {
-    return std::make_shared<const std::string>(std::move(text));
+Error server_field(const char* code, const char* param, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, param);
 }
 
-}  // namespace
+Error server_no_response(std::string_view id) {
+    return server_not_found("no response '" + server_printable(id) + "'");
+}
 
 void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     JobPtr job = make_job(exchange, nullptr);
@@ -23388,11 +24365,12 @@ void ServerLoop::remove_done(JobPtr job) {
 }
 
 namespace {
+}  // namespace
+
 Error server_not_background() {
     return server_field("invalid_value", "response_id",
                         "only responses with 'background': true can be cancelled");
 }
-}  // namespace
 
 void ServerLoop::post_cancel(Exchange& exchange, HttpRequest&) {
     const auto found = live.find(exchange.argument);
@@ -23505,6 +24483,18 @@ void ServerLoop::recover_done(JobPtr job) {
     finish(id, entry, std::move(outcome));
     recover_some();
 }
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/reading.cpp --------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 // ---- Reading -----------------------------------------------------------------------------------
 
@@ -23735,99 +24725,6 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 }
 
 }  // namespace detail
-
-// ---- Server ----------------------------------------------------------------------------------
-
-Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
-    using namespace detail;
-    auto text = read_file(path, server_max_key_file);
-    if (!text) return text.error();
-    std::vector<ApiKey> keys;
-    std::string_view rest = *text;
-    for (int line = 1; !rest.empty(); ++line) {
-        std::string_view words = rest.substr(0, rest.find('\n'));
-        rest.remove_prefix(std::min(words.size() + 1, rest.size()));
-        std::vector<std::string> fields;
-        for (;;) {
-            const size_t from = words.find_first_not_of(" \t\r");
-            if (from == words.npos) break;
-            words.remove_prefix(from);
-            fields.emplace_back(words.substr(0, words.find_first_of(" \t\r")));
-            words.remove_prefix(fields.back().size());
-        }
-        if (fields.empty() || fields[0][0] == '#') continue;
-        const auto refused = [&](const char* what) {
-            return make_error(ErrorKind::bad_data, path + format(", line %d: ", line) + what);
-        };
-        if (fields.size() != 3 && fields.size() != 4)
-            return refused("expected `id organisation sha256 [requests-per-minute]`");
-        ApiKey key;
-        key.id = fields[0], key.organisation = fields[1], key.secret_sha256 = fields[2];
-        if (auto hash = server_secret_hash(key); !hash) return refused("not a SHA-256");
-        if (fields.size() == 4) {
-            const auto number = Json::parse(fields[3]);
-            if (!number || number->as_int() < 1 || number->as_int() > INT32_MAX)
-                return refused("requests-per-minute is not a positive number");
-            key.requests_per_minute = static_cast<uint32_t>(number->as_int());
-        }
-        for (const ApiKey& other : keys)
-            if (other.id == key.id) return refused("this id stands in an earlier line, too");
-        keys.push_back(std::move(key));
-    }
-    return keys;
-}
-
-struct Server::State : detail::ServerLoop {};
-
-Result<Server> Server::open(Responder* responder, const ServerOptions& options) {
-    return open(std::span<Responder* const>(&responder, 1), options);
-}
-
-Result<Server> Server::open(std::span<Responder* const> responders, const ServerOptions& options) {
-    if (responders.empty() ||
-        std::find(responders.begin(), responders.end(), nullptr) != responders.end())
-        return detail::server_option("responders", "a server needs a Responder");
-    if (auto checked = detail::server_check_options(options); !checked) return checked.error();
-    auto keys = detail::server_keys(options.keys);
-    if (!keys) return keys.error();
-    auto state = std::make_unique<State>();
-    state->options = options;
-    state->options.keys.clear();
-    state->keys = std::move(*keys);
-    state->store = options.store;
-    if (!state->store) {
-#ifdef VALAR_NO_STORE
-        return detail::server_option("store", "VALAR_NO_STORE cuts MemoryStore: pass a Store");
-#else
-        state->own_store = std::make_unique<MemoryStore>(options.memory_store);
-        state->store = state->own_store.get();
-#endif
-    }
-    state->responders.assign(responders.begin(), responders.end());
-    if (auto started = state->start(); !started) return started.error();
-    return Server(std::move(state));
-}
-
-Server::Server(std::unique_ptr<State> state) : state_(std::move(state)) {}
-Server::Server(Server&& other) noexcept = default;
-Server& Server::operator=(Server&& other) noexcept = default;
-Server::~Server() = default;
-
-Result<void> Server::run() {
-    while (state_->step(-1)) {
-    }
-    return {};
-}
-
-Result<bool> Server::step(int timeout_ms) { return state_->step(timeout_ms); }
-
-void Server::stop() {
-    state_->stopping = true;
-    state_->http->stop();
-}
-
-uint16_t Server::port() const { return state_->http->port(); }
-
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_SERVER

@@ -1,4 +1,4 @@
-#include "valar.hpp"
+#include "api_internal.hpp"
 
 #include <doctest/doctest.h>
 

@@ -1,6 +1,8 @@
 // The CPU backend: one set of bits, however the work is cut up.
 #include <doctest/doctest.h>
 
+#include "digest_internal.hpp"
+#include "unicode_internal.hpp"
 #include "run_model.hpp"
 #include "tiny_model.hpp"
 

@@ -1,6 +1,7 @@
+#include <cstring>
 #include <doctest/doctest.h>
 
-#include "valar.hpp"
+#include "base/internal.hpp"
 
 #include <cstdio>
 #include <string>

@@ -1,6 +1,6 @@
 #include <doctest/doctest.h>
 
-#include "valar.hpp"
+#include "digest_internal.hpp"
 
 #include <string>
 

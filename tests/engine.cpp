@@ -1,6 +1,12 @@
 // The engine on a tiny model: requests, replies, steps, threads, limits.
 #include <doctest/doctest.h>
 
+#include "engine/engine.hpp"
+#include "digest_internal.hpp"
+#include "json_internal.hpp"
+#include "unicode_internal.hpp"
+#include "sampler_internal.hpp"
+#include "template/template.hpp"
 #include "tiny_model.hpp"
 
 #include <algorithm>

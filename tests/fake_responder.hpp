@@ -11,7 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "valar.hpp"
+#include "api.hpp"
+#include "base/internal.hpp"
 
 class FakeResponder : public valar::Responder {
 public:

@@ -2,7 +2,7 @@
 """Writes the generated block of >>unicode from Python's unicodedata.
 
     python3 generate_unicode.py              prints the block
-    python3 generate_unicode.py valar.hpp    replaces the block in that file
+    python3 generate_unicode.py src/unicode_tables.hpp    replaces the block in that file
 
 Every table is a list of small numbers, spelled in digits of 5 bits, lowest first; 32 is added to
 a digit when another follows. A digit d is the character 35 + d, but `~` and `}` stand for the

@@ -1,5 +1,7 @@
 // gguf_dump PATH: prints all that a model file holds, one key or tensor a line, for gguf_check.py.
-#include "valar.hpp"
+#include "gguf.hpp"
+#include "digest_internal.hpp"
+#include "kernels/internal.hpp"
 
 #include <cstdio>
 

@@ -9,7 +9,7 @@
 #include <thread>
 
 #include "http_peer.hpp"
-#include "valar.hpp"
+#include "http/internal.hpp"
 
 #if !defined(_WIN32)
 #include <sys/resource.h>

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "valar.hpp"
+#include "http/internal.hpp"
 
 /// Blocking, for tests: one connection to a port of this machine.
 class HttpPeer {

@@ -1,6 +1,6 @@
 #include <doctest/doctest.h>
 
-#include "valar.hpp"
+#include "json_internal.hpp"
 
 #include <cfloat>
 #include <cmath>

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "valar.hpp"
+#include "kernels/internal.hpp"
 
 using namespace valar;
 using namespace valar::detail;

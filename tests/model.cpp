@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include "model.hpp"
 #include "tiny_model.hpp"
 
 #include <algorithm>

@@ -3,6 +3,11 @@
 // made from it by make_f32.py, SmolLM2-135M-Instruct.F32.gguf.
 #include <doctest/doctest.h>
 
+#include "json_internal.hpp"
+#include "digest_internal.hpp"
+#include "sampler_internal.hpp"
+#include "engine/engine.hpp"
+#include "template/template.hpp"
 #include "run_model.hpp"
 
 #include <cmath>

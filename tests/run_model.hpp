@@ -2,7 +2,7 @@
 #ifndef VALAR_TESTS_RUN_MODEL_HPP
 #define VALAR_TESTS_RUN_MODEL_HPP
 
-#include "valar.hpp"
+#include "backend/internal.hpp"
 
 #include <algorithm>
 #include <memory>

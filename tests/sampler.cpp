@@ -1,7 +1,8 @@
 // The sampler: against plain formulas, and its own promises.
 #include <doctest/doctest.h>
 
-#include "valar.hpp"
+#include "digest_internal.hpp"
+#include "sampler_internal.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -1,52 +1,57 @@
-"""Proves the order of the file: a section uses only what stands above it.
+"""Proves the order of src/ from its includes, and that valar.hpp is what the parts make.
 
-Deals the two halves of valar.hpp out section by section (declarations, then implementation, before
-the next section's declarations) and compiles the result once: what reaches below itself does not
-compile. Usage: sections.py VALAR_HPP [COMPILER]
+A section is a pair of files or a folder. Each of its parts includes only parts of its own section and
+of sections above it, and system headers; each .cpp is bound into valar.hpp, and each header is
+included by some part. Usage: sections.py SRC
 """
 import os
 import re
 import subprocess
 import sys
-import tempfile
 
-MARKER = re.compile(r"^// >>([a-z]+)$", re.M)
+SRC = sys.argv[1]
+sys.path.insert(0, SRC)
+sys.dont_write_bytecode = True
+import assemble  # noqa: E402
+
+OPEN_TO_ALL = {"config", "prologue"}
 
 
-def split(text):
-    """The text before the first marker, and [(name, text)]; halves of one name are joined."""
-    marks = list(MARKER.finditer(text))
-    parts = {}
-    for mark, following in zip(marks, marks[1:] + [None]):
-        end = following.start() if following else len(text)
-        parts[mark[1]] = parts.get(mark[1], "") + text[mark.start():end]
-    return text[:marks[0].start()], parts
+def section(part):
+    """base/files.cpp and base.cpp are parts of base, unicode_internal.hpp and unicode.cpp of unicode."""
+    name = part.split("/")[0]
+    return re.sub(r"(_internal|_tables)?\.[a-z]+$", "", name)
 
 
 def main():
-    header = open(sys.argv[1], encoding="ascii").read()
-    compiler = sys.argv[2] if len(sys.argv) > 2 else os.environ.get("CXX", "c++")
-    half = header.index("#ifdef VALAR_IMPLEMENTATION\n")
-    declarations, implementation = header[:half], header[half:]
-    declarations = declarations[:declarations.rindex('#pragma pop_macro("max")')]
-    opening, declared = split(declarations)
-    prologue, implemented = split(implementation)
-    if list(declared) != list(implemented):
-        sys.exit(f"sections differ: {list(declared)} declared, {list(implemented)} implemented")
-    last = list(implemented)[-1]
-    implemented[last], closing = re.split(r"(?=^#if defined\(__GNUC__\) && !defined\(__clang__\)\n"
-                                          r"#pragma GCC pop_options)", implemented[last], flags=re.M)
-    dealt = opening + prologue
-    for name in declared:
-        dealt += declared[name] + implemented[name]
-    dealt += closing + '#pragma pop_macro("max")\n#pragma pop_macro("min")\n#endif\n'
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "dealt.cpp")
-        with open(path, "w", encoding="ascii") as file:
-            file.write("#define VALAR_IMPLEMENTATION\n" + dealt)
-        result = subprocess.run([compiler, "-std=c++20", "-fsyntax-only", path])
-    print(f"{len(declared)} sections, in order: {' '.join(declared)}")
-    sys.exit(result.returncode)
+    order = list(assemble.SECTIONS)
+    parts = sorted(os.path.relpath(os.path.join(folder, name), SRC)
+                   for folder, _, names in os.walk(SRC) for name in names
+                   if name.endswith((".hpp", ".cpp")))
+    faults, used = [], set(assemble.SYSTEM) | set(assemble.parts_of(".hpp"))
+    for part in parts:
+        text = assemble.read(part)
+        includes = re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.M)
+        used.update(includes)
+        mine = section(part)
+        if mine not in order and mine not in OPEN_TO_ALL:
+            faults.append(f"{part}: there is no section {mine}")
+            continue
+        for include in includes:
+            other = section(include)
+            if include not in parts:
+                faults.append(f"{part}: there is no part {include}")
+            elif other not in OPEN_TO_ALL and (mine in OPEN_TO_ALL or
+                                               order.index(other) > order.index(mine)):
+                faults.append(f"{part} includes {include}, which stands below it")
+    listed = set(assemble.parts_of(".cpp"))
+    faults += [f"{part} is not bound into valar.hpp" for part in parts
+               if part.endswith(".cpp") and part not in listed]
+    faults += [f"{part} is included by no part" for part in parts
+               if part.endswith(".hpp") and part not in used and section(part) not in OPEN_TO_ALL]
+    print("\n".join(faults) or f"{len(parts)} parts of {len(order)} sections, in order: {' '.join(order)}")
+    stale = subprocess.run([sys.executable, os.path.join(SRC, "assemble.py"), "--check"]).returncode
+    sys.exit(bool(faults) or stale)
 
 
 main()

@@ -10,6 +10,7 @@
 #include <memory>
 #include <thread>
 
+#include "server/server.hpp"
 #include "fake_responder.hpp"
 
 namespace {

@@ -5,9 +5,11 @@
 #include <set>
 #include <thread>
 
+#include "digest_internal.hpp"
 #include "fake_responder.hpp"
 #include "http_peer.hpp"
-#include "valar.hpp"
+#include "server/server.hpp"
+#include "http/internal.hpp"
 
 using namespace valar;
 

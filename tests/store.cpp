@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <thread>
 
+#include "store/store.hpp"
+#include "digest_internal.hpp"
 #include "store_disk.hpp"
 
 using namespace valar;

@@ -2,13 +2,14 @@
 // after a crash any part of it may be there.
 #pragma once
 
+#include <cstring>
 #include <algorithm>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "valar.hpp"
+#include "base/internal.hpp"
 
 namespace store_disk {
 

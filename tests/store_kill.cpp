@@ -14,7 +14,8 @@
 #include <string>
 #include <thread>
 
-#include "valar.hpp"
+#include "store/store.hpp"
+#include "base/internal.hpp"
 
 using namespace valar;
 

@@ -4,7 +4,10 @@
 
 #include <cstdlib>
 
-#include "valar.hpp"
+#include "unicode_internal.hpp"
+#include "gguf.hpp"
+#include "engine/engine.hpp"
+#include "template/template.hpp"
 
 using namespace valar;
 

@@ -2,7 +2,7 @@
 // {"error":...}. CASES is an array of {"template", "request", "own"}. Used by template_check.py.
 #include <cstdio>
 
-#include "valar.hpp"
+#include "template/template.hpp"
 
 int main(int argc, char** argv) {
     using namespace valar;

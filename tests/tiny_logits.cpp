@@ -4,6 +4,7 @@
 //                                                    precisions and kv types, prompts in several pieces
 //     tiny_logits --isas                             the kernel tables of this machine
 //     tiny_logits MODEL OUT fast|fine f16|f32|q8_0 ID...  of every position, raw binary32, to OUT
+#include "digest_internal.hpp"
 #include "run_model.hpp"
 #include "tiny_model.hpp"
 

@@ -13,7 +13,8 @@
 #ifndef VALAR_TESTS_TINY_MODEL_HPP
 #define VALAR_TESTS_TINY_MODEL_HPP
 
-#include "valar.hpp"
+#include "gguf.hpp"
+#include "kernels/internal.hpp"
 
 #include <cmath>
 #include <cstdio>

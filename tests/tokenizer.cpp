@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "valar.hpp"
+#include "unicode_internal.hpp"
+#include "json_internal.hpp"
+#include "tokenizer.hpp"
 
 using namespace valar;
 using detail::format;

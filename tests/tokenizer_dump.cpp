@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "valar.hpp"
+#include "tokenizer.hpp"
 
 int main(int argc, char** argv) {
     if (argc < 3) return std::fputs("usage: tokenizer_dump MODEL TEXTS [--template]\n", stderr), 2;

@@ -1,6 +1,7 @@
 // A model file of any bytes: parsed from memory and through a reader, all keys and tensors
 // touched, the spec read and bound.
-#include "valar.hpp"
+#include "gguf.hpp"
+#include "model.hpp"
 
 #include <cstdlib>
 

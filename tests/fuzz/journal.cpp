@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "digest_internal.hpp"
+#include "store/store.hpp"
 #include "../store_disk.hpp"
 
 using namespace valar;

@@ -1,5 +1,5 @@
 // Whatever parses is written and parsed again to the same value, in every style.
-#include "valar.hpp"
+#include "json_internal.hpp"
 
 #include <cstdint>
 #include <cstdlib>

@@ -1,6 +1,6 @@
 // A body of POST /v1/responses: whatever it is, it is refused with a code or makes a request whose
 // response object can be rendered and read again.
-#include "valar.hpp"
+#include "api_internal.hpp"
 
 #include <cstdlib>
 

@@ -1,7 +1,8 @@
 // Any vocabulary opens or is refused; any text becomes tokens, and the tokens become it again.
 // Input: a mode byte, flags, then tokens (kind, length, spelling), merges (two indices), and the
 // text with the places where request and template take turns.
-#include "valar.hpp"
+#include "unicode_internal.hpp"
+#include "tokenizer.hpp"
 
 #include <cstdint>
 #include <cstdlib>

@@ -1,0 +1,250 @@
+// >>api
+// Owns: the request, item, response and event types of the HTTP surfaces, to and from JSON; the
+//       validation that needs no model; the Responder interface, the only seam between the wire and
+//       inference.
+// Assumes: JSON that was parsed by >>json.
+// Promises: a request that validates holds only what this version can do; what it cannot do was
+//           refused with 400 and the dotted path of the field, never silently ignored.
+#pragma once
+
+#include "json.hpp"
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace valar {
+inline namespace v1 {
+
+/// Who speaks. In requests all six; answers are the assistant's.
+enum class Role : uint8_t { system, developer, user, assistant, tool, function };
+
+/// A piece of an item's content; all of them are text in this version.
+struct ContentPart {
+    enum class Kind : uint8_t { input_text, output_text, refusal };
+    Kind        kind = Kind::input_text;
+    std::string text = {};
+};
+
+/// One item of a conversation: what was said, by whom (contract, 3.2).
+struct Item {
+    enum class Kind : uint8_t { message, reasoning, function_call, function_call_output,
+                                custom_tool_call, custom_tool_call_output };
+    Kind                     kind      = Kind::message;
+    Role                     role      = Role::user;
+    std::vector<ContentPart> content   = {};  ///< messages, reasoning, outputs of calls
+    std::string              call_id   = {};  ///< calls and their outputs
+    std::string              name      = {};  ///< calls
+    std::string              arguments = {};  ///< calls: JSON in a string, or custom input
+
+    static Item message(Role role, std::string text);
+    std::string text() const;  ///< all parts of content, joined
+};
+
+/// What a request asks: a text (one user message), or items.
+struct Input {
+    Input() = default;
+    Input(const char* words) : text(words) {}
+    Input(std::string words) : text(std::move(words)) {}
+    Input(std::string_view words) : text(words) {}
+    Input(std::vector<Item> turns) : items(std::move(turns)) {}
+
+    std::string       text  = {};  ///< used when items is empty
+    std::vector<Item> items = {};
+    bool empty() const { return text.empty() && items.empty(); }
+};
+
+/// When an answer is wanted (contract, section 7): ahead of everything; fair among themselves; when
+/// nothing else waits. Waiting makes a request more urgent, so that nothing starves.
+enum class Window : uint8_t { asap, standard, flex };
+
+/// A request for one answer, in C++ or from POST /v1/responses. Field by field as contract.md,
+/// section 3; what is absent takes the model's own default.
+struct Request {
+    std::string           model             = {};  ///< empty: the responder's only or first model
+    std::string           instructions      = {};  ///< becomes the first system message
+    Input                 input             = {};
+    std::optional<uint32_t> max_output_tokens = {};  ///< none: until the context is full
+    std::optional<double> temperature       = {};  ///< 0..2; 0 is greedy
+    std::optional<double> top_p             = {};  ///< 0..1; 0 keeps only the most likely token
+    std::optional<int64_t> seed             = {};  ///< none: drawn at acceptance
+    uint32_t              top_logprobs      = 0;   ///< 0..20 alternatives of each token
+    bool                  logprobs          = false;  ///< return log-probabilities
+    std::string           prompt_cache_key  = {};  ///< prefixes of one key are kept together
+    std::string           user              = {};
+    std::vector<std::pair<std::string, std::string>> metadata = {};
+    std::optional<uint32_t> top_k           = {};  ///< C++ only; 0: no limit
+    std::optional<double> min_p             = {};  ///< C++ only; 0: no limit
+    std::string           organisation      = {};  ///< set by the server from the key
+    Window                window            = Window::standard;
+    std::vector<std::string> stop           = {};  ///< ends the answer before the first of these
+    /// Added to the logits of these tokens: -100..100.
+    std::vector<std::pair<int32_t, double>> logit_bias = {};
+    double presence_penalty   = 0;  ///< -2..2: off the logit of every token the answer has
+    double frequency_penalty  = 0;  ///< -2..2: the same, times how often it has it
+    double repetition_penalty = 1;  ///< 0.1..10: divides logits above 0, multiplies those below, of
+                                    ///< every token of prompt and answer
+    bool                  background        = false;  ///< of the server: answered at once with 202
+    bool                  store             = true;   ///< of the server: kept once answered
+    std::string           previous_response_id = {};  ///< of the server: its turns come first
+};
+
+/// How far a response is. It never moves back.
+enum class Status : uint8_t { pending, running, completed, failed, cancelled };
+constexpr bool is_terminal(Status status) { return status >= Status::completed; }
+
+/// Tokens in and out (contract, 3.1).
+struct Usage {
+    uint32_t input_tokens     = 0;
+    uint32_t cached_tokens    = 0;  ///< of the input, found in the prefix cache
+    uint32_t output_tokens    = 0;
+    uint32_t reasoning_tokens = 0;  ///< of the output
+};
+
+/// One generated token with its natural log-probability under the model's own distribution.
+struct TokenLogprob {
+    struct Alternative {
+        std::string bytes = {};
+        float       logprob = 0;
+    };
+    std::string              bytes   = {};  ///< of the token; may be part of a character
+    float                    logprob = 0;
+    std::vector<Alternative> top     = {};  ///< most likely first
+};
+
+/// Where the time of one request went.
+struct Timings {
+    uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;
+};
+
+/// The end of a response. `text` is the whole answer, valid UTF-8.
+struct Outcome {
+    Status      status     = Status::completed;  ///< terminal
+    std::string text       = {};
+    bool        cut        = false;  ///< ended by max_output_tokens or by a full context
+    Usage       usage      = {};
+    Timings     timings    = {};
+    std::vector<TokenLogprob> logprobs = {};  ///< when asked for, a token each
+    std::optional<Error>      error    = {};  ///< when failed or cancelled
+    std::string               stopped_by = {};  ///< the one of Request::stop that ended it
+};
+
+/// What happened to a response, in order: started once, text_delta any number, finished once.
+struct Event {
+    enum class Kind : uint8_t { started, text_delta, finished };
+    Kind        kind = Kind::started;
+    std::string text = {};                               ///< of a text_delta: whole characters
+    std::shared_ptr<const Outcome> outcome = {};         ///< of finished
+    /// Of a text_delta, when asked for: the tokens since the one before; the text may be empty.
+    std::vector<TokenLogprob> logprobs = {};
+
+    /// The text of a text_delta, else nothing. Borrowed from the event.
+    std::optional<std::string_view> text_delta() const {
+        if (kind != Kind::text_delta) return std::nullopt;
+        return std::string_view(text);
+    }
+};
+
+/// A model that a Responder serves.
+struct ModelInfo {
+    std::string              id;
+    std::vector<std::string> aliases  = {};
+    int64_t                  created  = 0;  ///< unix seconds
+    std::string              owned_by = "valar";
+    uint32_t                 context_tokens = 0;
+    std::vector<std::string> windows  = {"asap", "standard", "flex"};
+    bool image = false, tools = false, thinking = false;
+    bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
+};
+
+/// A request that a Responder found acceptable, with all that it resolved. Cheap to hold: bounded by
+/// the prompt's tokens.
+class Prepared {
+public:
+    virtual ~Prepared() = default;
+    std::string model;             ///< the id of the model that will answer
+    uint32_t    input_tokens = 0;
+    double      temperature  = 1;  ///< effective
+    double      top_p        = 1;  ///< effective
+    int64_t     seed         = 0;  ///< effective
+};
+
+/// How busy a Responder is, and what it did so far.
+struct ResponderStats {
+    uint32_t queued = 0, running = 0;
+    uint64_t completed = 0, failed = 0, cancelled = 0;
+    uint64_t input_tokens = 0, output_tokens = 0;
+    uint64_t cached_tokens = 0;    ///< of the input, found in the prefix cache
+    uint32_t pages = 0;            ///< of keys and values, in all
+    uint32_t pages_used = 0;       ///< by running requests
+    uint32_t pages_cached = 0;     ///< used by none, kept for prefixes
+    uint32_t pages_shared = 0;     ///< used by several
+    uint64_t preempted = 0;        ///< times a request gave way to be resumed later
+    uint64_t batches = 0, batch_rows = 0;  ///< computed: forward passes, and tokens in them
+    uint64_t drafted_tokens = 0, accepted_tokens = 0;  ///< of those: guessed, and guessed right
+    uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;  ///< sums over finished requests
+};
+
+/// Something that answers requests: the Engine, a scripted fake in tests, a proxy.
+/// Threads: every member from any thread. It outlives the Server that uses it.
+class Responder {
+public:
+    virtual ~Responder() = default;
+    virtual std::vector<ModelInfo> models() const = 0;
+    /// Every refusal that needs the model comes from here: unknown model (not_found, code
+    /// "model_not_found", param "model"), context too small (invalid_request,
+    /// "context_length_exceeded", param "input"), template errors.
+    virtual Result<std::unique_ptr<Prepared>> prepare(const Request& request) = 0;
+    /// Queues it under an id that is not in use. Fails with `overloaded` or `closed` only.
+    virtual Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) = 0;
+    /// The next event of `id`; nothing when there is none now or the id is unknown. After `finished`
+    /// was taken the id is forgotten.
+    virtual std::optional<Event> poll(const std::string& id) = 0;
+    /// Ends it at the next step with status cancelled; unknown and finished ids are ignored.
+    virtual void cancel(const std::string& id) = 0;
+    virtual ResponderStats stats() const = 0;
+    /// `ready(context, id)` is called, from any thread and without locks held, when `id` has events
+    /// after poll said it had none. One listener; null takes it away and waits for calls under way.
+    virtual void on_ready(void (*ready)(void* context, const std::string& id), void* context) = 0;
+};
+
+/// Which of the two dialects of the contract (section 13 lists the differences).
+enum class Dialect : uint8_t { valar, openai };
+
+/// A response as GET /v1/responses/{id} shows it: the request's echo and what became of it.
+struct ResponseRecord {
+    std::string id;                 ///< "resp_" + 24 of [0-9a-z]
+    std::string organisation;
+    std::string message_id;         ///< "msg_" + 24 of [0-9a-z]
+    int64_t     created_at   = 0;   ///< unix seconds
+    int64_t     completed_at = 0;   ///< 0 until terminal
+    Status      status       = Status::pending;
+    std::string model;              ///< as the request spelled it
+    Json        request = {};       ///< the body as received, for the echoed fields
+    double      temperature  = 1;   ///< effective
+    double      top_p        = 1;
+    int64_t     seed         = 0;
+    std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
+};
+
+/// A body of POST /v1/responses, checked in the contract's order: missing required fields in table
+/// order, other fields in document order, rules across fields. Errors: invalid_request with code and
+/// param; the message says what is wrong, what was received and what is allowed.
+Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
+/// The response object, all keys of contract 3.1 in their order.
+Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
+/// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
+/// in their long form, those without an id with one made of `response_id` and their place.
+std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
+/// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
+/// itself: it may name a file.
+Json render_error(const Error& error);
+/// The HTTP status of an error's kind (contract, section 2).
+int http_status(ErrorKind kind);
+
+}  // namespace v1
+}  // namespace valar

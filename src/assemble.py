@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Binds the parts of src/ into one header, ../valar.hpp: the same bytes on every machine.
+
+    assemble.py            writes valar.hpp where it is stale
+    assemble.py --check    fails where it is stale, writes nothing
+
+The declaration part is what the public headers (x.hpp) include, in their order; the implementation
+part is the prologue, then section by section the internal headers and .cpp files. A part appears once,
+under a banner that names its file, where it is first needed. System headers are gathered: those of
+declarations at the top, the others in the prologue, before the first instruction-set region.
+"""
+import os
+import re
+import sys
+
+SRC = os.path.dirname(os.path.abspath(__file__))
+TARGET = os.path.join(SRC, "..", "valar.hpp")
+
+# The sections in their order: public header, then the parts of the implementation. A section uses
+# only sections above it (tests/sections.py proves that from the includes).
+SECTIONS = {
+    "base": ["base/base.hpp", "base/base.cpp", "base/files.cpp", "base/threads.cpp", "base/sockets.cpp"],
+    "digest": ["digest.cpp"],
+    "unicode": ["unicode.cpp"],
+    "json": ["json.hpp", "json.cpp"],
+    "api": ["api.hpp", "api.cpp"],
+    "gguf": ["gguf.hpp", "gguf.cpp"],
+    "kernels": ["kernels/kernels.hpp", "kernels/exact.cpp", "kernels/layout.cpp", "kernels/scalar.cpp",
+                "kernels/avx2.cpp", "kernels/avx512.cpp", "kernels/arm.cpp", "kernels/wasm.cpp",
+                "kernels/choice.cpp", "kernels/team.cpp"],
+    "tokenizer": ["tokenizer.hpp", "tokenizer.cpp"],
+    "template": ["template/template.hpp", "template/values.cpp", "template/parser.cpp",
+                 "template/renderer.cpp", "template/builtins.cpp", "template/template.cpp"],
+    "model": ["model.hpp", "model.cpp"],
+    "backend": ["backend/backend.hpp", "backend/cpu.cpp"],
+    "sampler": ["sampler.cpp"],
+    "engine": ["engine/engine.hpp", "engine/pages.cpp", "engine/open.cpp", "engine/prompt.cpp",
+               "engine/scheduler.cpp", "engine/batch.cpp", "engine/engine.cpp", "engine/conversation.cpp"],
+    "http": ["http/http.hpp", "http/text.cpp", "http/parser.cpp", "http/server.cpp", "http/client.cpp"],
+    "store": ["store/store.hpp", "store/index.cpp", "store/journal.cpp", "store/commit.cpp"],
+    "server": ["server/server.hpp", "server/words.cpp", "server/options.cpp", "server/loop.cpp",
+               "server/access.cpp", "server/responses.cpp", "server/reading.cpp"],
+}
+SYSTEM = ["base/system.hpp", "kernels/intrinsics.hpp"]  # conditional system headers: to the prologue
+SYSTEM_MARK = "// (system headers)\n"
+
+OWN_INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.M)
+SYSTEM_INCLUDE = re.compile(r"^#include (<[^>]+>)\n", re.M)
+
+
+def read(path):
+    with open(os.path.join(SRC, path), encoding="ascii", newline="") as file:
+        return file.read()
+
+
+def parts_of(kind):
+    """The listed parts with that ending, in order."""
+    return [part for parts in SECTIONS.values() for part in parts if part.endswith(kind)]
+
+
+class Binder:
+    def __init__(self):
+        self.bound = {"prologue.hpp", *SYSTEM}
+        self.system = set()  # headers that stand in what was bound so far
+
+    def bind(self, path, headers):
+        """The part and, before it, the parts that it includes and that were not bound yet."""
+        if path in self.bound:
+            return ""
+        self.bound.add(path)
+        text = read(path)
+        before = "".join(self.bind(used, headers) for used in OWN_INCLUDE.findall(text))
+        headers.update(SYSTEM_INCLUDE.findall(text))
+        text = SYSTEM_INCLUDE.sub("", OWN_INCLUDE.sub("", text)).replace("#pragma once\n", "", 1)
+        banner = f"// ---- src/{path} ".ljust(99, "-")
+        return before + f"{banner}\n\n{text.strip()}\n\n"
+
+    def include(self, headers):
+        """Those of `headers` that no include has brought yet."""
+        wanted = sorted(headers - self.system)
+        self.system.update(wanted)
+        return "".join(f"#include {header}\n" for header in wanted)
+
+
+def body_of(path):
+    return read(path).replace("#pragma once\n", "", 1)
+
+
+def assemble():
+    binder = Binder()
+    config, headers = body_of("config.hpp").strip() + "\n", set()
+    binder.bound.add("config.hpp")
+    declarations = "".join(binder.bind(part, headers) for part in parts_of(".hpp"))
+    out = read("opening.txt") + "#ifndef VALAR_HPP\n#define VALAR_HPP\n\n"
+    out += config + "\n" + binder.include(headers) + "\n" + declarations
+    out += '#pragma pop_macro("max")\n#pragma pop_macro("min")\n#endif  // VALAR_HPP\n\n'
+
+    headers = set()
+    implementation = "".join(binder.bind(part, headers) for part in parts_of(".cpp"))
+    prologue = body_of("prologue.hpp").strip() + "\n"
+    system = binder.include(headers) + "\n" + "".join(body_of(part).strip() + "\n" for part in SYSTEM)
+    out += "#ifdef VALAR_IMPLEMENTATION\n" + prologue.replace(SYSTEM_MARK, system) + "\n"
+    out += implementation + read("closing.txt")
+    return re.sub(r"\n{3,}", "\n\n", out)
+
+
+def main():
+    text = assemble()
+    with open(TARGET, encoding="ascii", newline="") as file:
+        if file.read() == text:
+            return 0
+    if "--check" in sys.argv[1:]:
+        print("valar.hpp is stale: run src/assemble.py and commit it with the parts it comes from")
+        return 1
+    with open(TARGET, "w", encoding="ascii", newline="") as file:
+        file.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

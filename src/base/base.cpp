@@ -1,0 +1,161 @@
+// >>base
+// Everything of the operating system but sockets: one function, one #if per system. POSIX comes
+// last and is the pattern for whatever is neither Windows, Linux nor macOS.
+#include "prologue.hpp"
+
+#include "base/internal.hpp"
+#include "base/system.hpp"
+
+#include <cstring>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+Error make_error(ErrorKind kind, std::string message, std::string code, std::string param) {
+    return Error{kind, std::move(message), std::move(code), std::move(param)};
+}
+
+std::string format(const char* pattern, ...) {
+    char brief[256];
+    va_list args, again;
+    va_start(args, pattern);
+    va_copy(again, args);
+    const int length = std::vsnprintf(brief, sizeof brief, pattern, args);
+    va_end(args);
+    std::string text(brief, size_t(std::clamp(length, 0, int(sizeof brief) - 1)));
+    if (length >= int(sizeof brief)) {
+        text.resize(size_t(length));
+        std::vsnprintf(text.data(), text.size() + 1, pattern, again);
+    }
+    va_end(again);
+    return text;
+}
+
+std::vector<uint32_t> sorted_order(size_t count, IndexLess less, const void* context) {
+    std::vector<uint32_t> order(count);
+    for (size_t i = 0; i < count; ++i) order[i] = static_cast<uint32_t>(i);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](uint32_t a, uint32_t b) { return less(context, a, b); });
+    return order;
+}
+
+bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product) {
+    *product = a * b;
+    return a != 0 && b > UINT64_MAX / a;
+}
+
+bool add_overflows(uint64_t a, uint64_t b, uint64_t* sum) {
+    *sum = a + b;
+    return *sum < a;
+}
+
+#if defined(_WIN32)
+
+Error os_error(std::string what) {
+    const DWORD code = GetLastError();
+    ErrorKind kind = ErrorKind::io;
+    for (const DWORD absent : {ERROR_FILE_NOT_FOUND, ERROR_PATH_NOT_FOUND})
+        if (code == absent) kind = ErrorKind::not_found;
+    for (const DWORD full : {ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT})
+        if (code == full) kind = ErrorKind::out_of_memory;
+    for (const DWORD full : {ERROR_DISK_FULL, ERROR_HANDLE_DISK_FULL})
+        if (code == full) kind = ErrorKind::overloaded;
+    wchar_t wide[256];
+    char text[512];
+    const DWORD flags = FORMAT_MESSAGE_FROM_SYSTEM | FORMAT_MESSAGE_IGNORE_INSERTS;
+    const DWORD count = FormatMessageW(flags, nullptr, code, 0, wide, 256, nullptr);
+    int size =
+        WideCharToMultiByte(CP_UTF8, 0, wide, int(count), text, sizeof text, nullptr, nullptr);
+    while (size > 0 && (text[size - 1] == '\n' || text[size - 1] == '\r')) --size;
+    what += size > 0 ? ": " + std::string(text, size_t(size)) : format(": error %lu", code);
+    return make_error(kind, std::move(what));
+}
+
+#else
+
+namespace {
+// strerror_r comes in two shapes, told apart by what it returns
+[[maybe_unused]] const char* strerror_text(int result, const char* text) {
+    return result == 0 ? text : "unknown";
+}
+[[maybe_unused]] const char* strerror_text(const char* result, const char*) { return result; }
+}  // namespace
+
+Error os_error(std::string what) {
+    const int code = errno;
+    ErrorKind kind = ErrorKind::io;
+    if (code == ENOENT || code == ENOTDIR) kind = ErrorKind::not_found;
+    if (code == ENOMEM) kind = ErrorKind::out_of_memory;
+    if (code == ENOSPC || code == EDQUOT) kind = ErrorKind::overloaded;
+    char text[128] = "";
+    what += ": ";
+    what += strerror_text(strerror_r(code, text, sizeof text), text);
+    return make_error(kind, std::move(what));
+}
+
+#endif
+
+// ---- clocks ---------------------------------------------------------------------------------
+
+#if defined(_WIN32)
+
+uint64_t monotonic_ns() {
+    LARGE_INTEGER ticks, per_second;
+    QueryPerformanceCounter(&ticks);
+    QueryPerformanceFrequency(&per_second);
+    const uint64_t t = uint64_t(ticks.QuadPart), f = uint64_t(per_second.QuadPart);
+    return t / f * 1'000'000'000u + t % f * 1'000'000'000u / f;
+}
+
+namespace {
+uint64_t filetime_ticks(FILETIME t) {  // of 100 ns
+    return uint64_t(t.dwHighDateTime) << 32 | t.dwLowDateTime;
+}
+}  // namespace
+
+uint64_t thread_cpu_ns() {
+    FILETIME created, ended, kernel, user;
+    if (!GetThreadTimes(GetCurrentThread(), &created, &ended, &kernel, &user)) return 0;
+    return (filetime_ticks(kernel) + filetime_ticks(user)) * 100;
+}
+
+int64_t unix_time_ms() {
+    FILETIME now;
+    GetSystemTimeAsFileTime(&now);
+    return int64_t(filetime_ticks(now) / 10'000) - 11'644'473'600'000;  // from 1601 to 1970
+}
+
+#else
+
+namespace {
+uint64_t posix_clock_ns(clockid_t clock) {
+    timespec t{};
+    clock_gettime(clock, &t);
+    return uint64_t(t.tv_sec) * 1'000'000'000u + uint64_t(t.tv_nsec);
+}
+}  // namespace
+
+uint64_t monotonic_ns() { return posix_clock_ns(CLOCK_MONOTONIC); }
+#if defined(__wasi__)  // one thread, one clock
+uint64_t thread_cpu_ns() { return monotonic_ns(); }
+#else
+uint64_t thread_cpu_ns() { return posix_clock_ns(CLOCK_THREAD_CPUTIME_ID); }
+#endif
+int64_t unix_time_ms() { return int64_t(posix_clock_ns(CLOCK_REALTIME) / 1'000'000u); }
+
+#endif
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

@@ -1,0 +1,130 @@
+// >>base
+// Owns: Error, Result, the log callback, the clock, file mapping, checked allocation, threads.
+// Assumes: an operating system call is allowed to fail at any time.
+// Promises: no exceptions, no printing, no exit; every failure is an Error that names its cause.
+#pragma once
+
+#include "config.hpp"
+
+#include <cstdint>
+#include <new>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace valar {
+inline namespace v1 {
+
+/// What went wrong, coarsely; the server maps each kind to an HTTP status (contract, section 2).
+enum class ErrorKind : uint8_t {
+    invalid_request,     ///< a caller's argument, field or option is wrong
+    bad_data,            ///< a file or byte stream is malformed
+    unsupported,         ///< well-formed, but nothing here can do it
+    io,                  ///< the operating system refused
+    out_of_memory,       ///< an allocation sized by a file, a request or an option failed
+    not_found,           ///< no such model, record, key or path
+    authentication,      ///< missing or unknown credentials
+    permission,          ///< known, but not allowed
+    method_not_allowed,  ///< known path, wrong method
+    too_large,           ///< a body over its limit
+    unsupported_media,   ///< a content type that is not read here
+    idempotency,         ///< an idempotency key used for another body
+    rate_limit,          ///< too many requests by one key
+    overloaded,          ///< a queue, store or memory limit is reached; worth a retry
+    timeout,             ///< a wait ended before its event
+    cancelled,           ///< somebody asked for the end
+    closed,              ///< the engine, server or connection is gone
+    upstream,            ///< a server that we called failed
+    internal,            ///< our own fault
+};
+
+/// One failure. `message` is for people and names the file, tensor, JSON path or offset;
+/// `code` is a stable word for programs ("context_length_exceeded"), empty when there is none;
+/// `param` is the dotted path of the field at fault, empty when there is none.
+struct Error {
+    ErrorKind   kind = ErrorKind::internal;
+    std::string message;
+    std::string code  = {};
+    std::string param = {};
+    uint32_t    retry_after_s = 0;  ///< of overloaded: when another try is worth it; 0: unknown
+};
+
+/// A value or an Error. Tests true when it holds a value; `->` and `*` reach it.
+/// Threads: as safe as the value it holds.
+template <class T>
+class [[nodiscard]] Result {
+public:
+    Result(T value) : ok_(true) { new (&value_) T(std::move(value)); }
+    Result(Error error) : ok_(false) { new (&error_) Error(std::move(error)); }
+    Result(Result&& other) noexcept : ok_(other.ok_) { take(std::move(other)); }
+    Result(const Result& other) : ok_(other.ok_) {
+        if (ok_) new (&value_) T(other.value_);
+        else new (&error_) Error(other.error_);
+    }
+    Result& operator=(Result other) noexcept {
+        destroy();
+        ok_ = other.ok_;
+        take(std::move(other));
+        return *this;
+    }
+    ~Result() { destroy(); }
+
+    explicit operator bool() const noexcept { return ok_; }
+    bool ok() const noexcept { return ok_; }
+    T& value() & { return value_; }  // only when ok()
+    const T& value() const& { return value_; }
+    T value() && { return std::move(value_); }
+    T* operator->() { return &value_; }
+    const T* operator->() const { return &value_; }
+    T& operator*() & { return value_; }
+    const T& operator*() const& { return value_; }
+    T operator*() && { return std::move(value_); }  // by value: a temporary ends
+    Error& error() { return error_; }  // only when !ok()
+    const Error& error() const { return error_; }
+
+private:
+    void take(Result&& other) noexcept {
+        if (ok_) new (&value_) T(std::move(other.value_));
+        else new (&error_) Error(std::move(other.error_));
+    }
+    void destroy() noexcept {
+        if (ok_) value_.~T();
+        else error_.~Error();
+    }
+    union {
+        T     value_;
+        Error error_;
+    };
+    bool ok_;
+};
+
+/// Success without a value, or an Error.
+template <>
+class [[nodiscard]] Result<void> {
+public:
+    Result() = default;
+    Result(Error error) : error_(std::move(error)) {}
+    explicit operator bool() const noexcept { return !error_; }
+    bool ok() const noexcept { return !error_; }
+    Error& error() { return *error_; }
+    const Error& error() const { return *error_; }
+
+private:
+    std::optional<Error> error_;
+};
+
+/// How serious a log line is.
+enum class LogLevel : uint8_t { debug, info, warning, error };
+
+/// Where log lines go; the default is nowhere. `write` may be called from any thread.
+struct LogSink {
+    void (*write)(void* context, LogLevel level, std::string_view line) = nullptr;
+    void* context = nullptr;
+    void operator()(LogLevel level, std::string_view line) const {
+        if (write) write(context, level, line);
+    }
+};
+
+}  // namespace v1
+}  // namespace valar

@@ -1,0 +1,591 @@
+#include "prologue.hpp"
+
+#include "base/internal.hpp"
+#include "base/system.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- memory and files -----------------------------------------------------------------------
+
+namespace {
+
+constexpr size_t buffer_alignment = 64;
+constexpr size_t buffer_from_system = size_t(1) << 20;  // from here on pages, not the heap
+
+// A path for the system: text that a NUL would cut short is refused.
+Result<void> check_path(const std::string& path) {
+    if (!path.empty() && path.find('\0') == std::string::npos) return {};
+    return make_error(ErrorKind::invalid_request,
+                      path.empty() ? "a path is empty" : "a path contains a NUL byte");
+}
+
+#if defined(_WIN32)
+
+std::wstring utf16_from(std::string_view text) {
+    const int count = MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), nullptr, 0);
+    std::wstring wide(size_t(count > 0 ? count : 0), L'\0');
+    MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), wide.data(), count);
+    return wide;
+}
+
+void* map_pages(size_t size, bool) {
+    return VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+}
+
+void unmap_pages(void* data, size_t) { VirtualFree(data, 0, MEM_RELEASE); }
+
+struct FileHandle {  // closes itself
+    HANDLE handle = INVALID_HANDLE_VALUE;
+    ~FileHandle() { if (ok()) CloseHandle(handle); }
+    bool ok() const { return handle != INVALID_HANDLE_VALUE && handle != nullptr; }
+};
+
+#else
+
+#if defined(__wasi__)  // there mmap only reads and allocates: nothing to advise
+int madvise(void*, size_t, int) { return 0; }
+#endif
+
+void* map_pages(size_t size, [[maybe_unused]] bool huge) {
+    void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (data == MAP_FAILED) return nullptr;
+#if defined(MADV_HUGEPAGE)
+    if (huge) madvise(data, size, MADV_HUGEPAGE);  // a wish: failing is fine
+#endif
+    return data;
+}
+
+void unmap_pages(void* data, size_t size) { munmap(data, size); }
+
+struct FileHandle {  // closes itself
+    int fd = -1;
+    ~FileHandle() { if (ok()) ::close(fd); }
+    bool ok() const { return fd >= 0; }
+};
+
+#endif
+}  // namespace
+
+Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what, bool huge_pages) {
+    Buffer buffer;
+    if (bytes == 0) return buffer;
+    if (bytes <= SIZE_MAX / 2) {
+        const size_t size = size_t(bytes);
+        if (size >= buffer_from_system) {
+            buffer.data_ = static_cast<std::byte*>(map_pages(size, huge_pages));
+        } else {
+            void* p = ::operator new(size, std::align_val_t(buffer_alignment), std::nothrow);
+            if (p != nullptr) buffer.data_ = static_cast<std::byte*>(std::memset(p, 0, size));
+        }
+    }
+    if (buffer.data_ == nullptr)
+        return make_error(ErrorKind::out_of_memory,
+                          format("out of memory: %llu bytes for %s",
+                                 static_cast<unsigned long long>(bytes), what));
+    buffer.size_ = size_t(bytes);
+    return buffer;
+}
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, size_t(0))) {}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+}
+
+Buffer::~Buffer() {
+    if (size_ >= buffer_from_system) unmap_pages(data_, size_);
+    else ::operator delete(data_, std::align_val_t(buffer_alignment));
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, size_t(0))) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+}
+
+namespace {
+Error file_too_large(const std::string& path, uint64_t size) {
+    return make_error(ErrorKind::unsupported,
+                      format("'%s' has %llu bytes: more than this process can address",
+                             path.c_str(), static_cast<unsigned long long>(size)));
+}
+}  // namespace
+
+#if defined(_WIN32)
+
+Result<MappedFile> MappedFile::open(const std::string& path) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+    FileHandle file{CreateFileW(utf16_from(path).c_str(), GENERIC_READ,
+                                FILE_SHARE_READ | FILE_SHARE_DELETE, nullptr, OPEN_EXISTING,
+                                FILE_ATTRIBUTE_NORMAL, nullptr)};
+    LARGE_INTEGER size{};
+    if (!file.ok() || !GetFileSizeEx(file.handle, &size))
+        return os_error("cannot open '" + path + "'");
+    MappedFile mapped;
+    if (size.QuadPart == 0) return mapped;
+    const uint64_t bytes = uint64_t(size.QuadPart);
+    if (bytes > SIZE_MAX / 2) return file_too_large(path, bytes);
+    FileHandle section{CreateFileMappingW(file.handle, nullptr, PAGE_READONLY, 0, 0, nullptr)};
+    const void* data = nullptr;
+    if (section.ok()) data = MapViewOfFile(section.handle, FILE_MAP_READ, 0, 0, 0);
+    if (data == nullptr) return os_error("cannot map '" + path + "'");
+    mapped.data_ = static_cast<const std::byte*>(data);
+    mapped.size_ = size_t(bytes);
+    return mapped;
+}
+
+MappedFile::~MappedFile() { if (data_) UnmapViewOfFile(data_); }
+
+void MappedFile::release(size_t offset, size_t length) const {
+    // Unlocking pages that are not locked fails, and takes them out of the working set.
+    if (offset <= size_ && length <= size_ - offset && length > 0)
+        VirtualUnlock(const_cast<std::byte*>(data_) + offset, length);
+}
+
+#else
+
+Result<MappedFile> MappedFile::open(const std::string& path) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+    FileHandle file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+    struct stat status{};
+    if (!file.ok() || fstat(file.fd, &status) != 0) return os_error("cannot open '" + path + "'");
+    if (!S_ISREG(status.st_mode))
+        return make_error(ErrorKind::io, "cannot map '" + path + "': not a regular file");
+    MappedFile mapped;
+    const uint64_t size = uint64_t(status.st_size);
+    if (size == 0) return mapped;
+    if (size > SIZE_MAX / 2) return file_too_large(path, size);
+    void* data = mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file.fd, 0);
+    if (data == MAP_FAILED) return os_error("cannot map '" + path + "'");
+    mapped.data_ = static_cast<const std::byte*>(data);
+    mapped.size_ = size_t(size);
+    return mapped;
+}
+
+MappedFile::~MappedFile() { if (data_) munmap(const_cast<std::byte*>(data_), size_); }
+
+void MappedFile::release(size_t offset, size_t length) const {
+    if (offset > size_ || length > size_ - offset) return;
+    // Neighbours go too, and come back when they are read: a page may be as large as this.
+    constexpr size_t largest_page = size_t{2} << 20;
+    const size_t begin = offset / largest_page * largest_page;
+    const size_t end = (offset + length + largest_page - 1) / largest_page * largest_page;
+    madvise(const_cast<std::byte*>(data_) + begin, std::min(end, size_) - begin, MADV_DONTNEED);
+}
+
+#endif
+
+Result<std::string> read_file(const std::string& path, uint64_t limit) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+#if defined(_WIN32)
+    FileHandle file{CreateFileW(utf16_from(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr,
+                                OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr)};
+#else
+    FileHandle file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+#endif
+    if (!file.ok()) return os_error("cannot open '" + path + "'");
+    std::string text;
+    char piece[16384];
+    for (;;) {
+#if defined(_WIN32)
+        DWORD got = 0;
+        if (!ReadFile(file.handle, piece, sizeof piece, &got, nullptr))
+#else
+        const ssize_t got = ::read(file.fd, piece, sizeof piece);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0)
+#endif
+            return os_error("cannot read '" + path + "'");
+        if (got == 0) return text;
+        if (uint64_t(got) > limit - text.size())
+            return make_error(ErrorKind::too_large,
+                              format("'%s' has more than %llu bytes", path.c_str(),
+                                     static_cast<unsigned long long>(limit)));
+        text.append(piece, size_t(got));
+    }
+}
+
+namespace {
+
+#if defined(_WIN32)
+
+intptr_t create_file(const std::string& path) {
+    return reinterpret_cast<intptr_t>(CreateFileW(utf16_from(path).c_str(), GENERIC_WRITE, 0,
+                                                  nullptr, CREATE_NEW, FILE_ATTRIBUTE_NORMAL,
+                                                  nullptr));
+}
+
+bool append_file(intptr_t file, std::span<const std::byte> bytes) {
+    while (!bytes.empty()) {
+        DWORD put = 0;
+        const DWORD want = DWORD(std::min(bytes.size(), size_t(1) << 30));
+        if (!WriteFile(reinterpret_cast<HANDLE>(file), bytes.data(), want, &put, nullptr))
+            return false;
+        bytes = bytes.subspan(put);
+    }
+    return true;
+}
+
+bool sync_file(intptr_t file) { return FlushFileBuffers(reinterpret_cast<HANDLE>(file)) != 0; }
+void close_file(intptr_t file) { CloseHandle(reinterpret_cast<HANDLE>(file)); }
+
+bool replace_file(const std::string& from, const std::string& to) {
+    return MoveFileExW(utf16_from(from).c_str(), utf16_from(to).c_str(),
+                       MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) != 0;
+}
+
+void remove_file(const std::string& path) {
+    const DWORD cause = GetLastError();
+    DeleteFileW(utf16_from(path).c_str());
+    SetLastError(cause);
+}
+
+#else
+
+intptr_t create_file(const std::string& path) {
+    return ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+}
+
+bool append_file(intptr_t file, std::span<const std::byte> bytes) {
+    while (!bytes.empty()) {
+        const size_t want = std::min(bytes.size(), size_t(1) << 30);
+        const ssize_t put = ::write(static_cast<int>(file), bytes.data(), want);
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0) return false;
+        bytes = bytes.subspan(size_t(put));
+    }
+    return true;
+}
+
+bool sync_file(intptr_t file) { return fsync(static_cast<int>(file)) == 0; }
+void close_file(intptr_t file) { ::close(static_cast<int>(file)); }
+
+bool replace_file(const std::string& from, const std::string& to) {
+    if (rename(from.c_str(), to.c_str()) != 0) return false;
+    const size_t slash = to.rfind('/');  // the new name is safe once its folder is
+    const std::string folder = slash == std::string::npos ? "." : to.substr(0, slash + 1);
+    FileHandle opened{::open(folder.c_str(), O_RDONLY | O_CLOEXEC)};
+    if (opened.ok()) fsync(opened.fd);
+    return true;
+}
+
+void remove_file(const std::string& path) {
+    const int cause = errno;
+    unlink(path.c_str());
+    errno = cause;
+}
+
+#endif
+}  // namespace
+
+Result<NewFile> NewFile::create(const std::string& path) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+    NewFile file;
+    file.path_ = path;
+    // Two writers at once differ in the address of their stack, one after another in the time.
+    const uint64_t unique = monotonic_ns() ^ uint64_t(reinterpret_cast<uintptr_t>(&path)) << 20;
+    const std::string name = path + format(".%llx.tmp", static_cast<unsigned long long>(unique));
+    file.handle_ = create_file(name);
+    if (file.handle_ == -1) return os_error("cannot write '" + path + "'");
+    file.temporary_ = name;
+    return file;
+}
+
+NewFile::NewFile(NewFile&& other) noexcept
+    : path_(std::move(other.path_)), temporary_(std::exchange(other.temporary_, {})),
+      handle_(std::exchange(other.handle_, -1)) {}
+
+NewFile::~NewFile() {
+    if (handle_ != -1) close_file(handle_);
+    if (!temporary_.empty()) remove_file(temporary_);
+}
+
+Result<void> NewFile::append(std::span<const std::byte> bytes) {
+    if (append_file(handle_, bytes)) return {};
+    return os_error("cannot write '" + path_ + "'");
+}
+
+Result<void> NewFile::commit() {
+    if (!sync_file(handle_)) return os_error("cannot write '" + path_ + "'");
+    close_file(std::exchange(handle_, -1));  // Windows renames no file that is open
+    if (!replace_file(temporary_, path_)) return os_error("cannot write '" + path_ + "'");
+    temporary_.clear();
+    return {};
+}
+
+Result<void> write_file(const std::string& path, std::span<const std::byte> bytes) {
+    auto file = NewFile::create(path);
+    if (!file) return file.error();
+    if (auto written = file->append(bytes); !written) return written;
+    return file->commit();
+}
+
+// ---- folders --------------------------------------------------------------------------------
+
+namespace {
+
+#if defined(_WIN32)
+
+Result<void> system_result(BOOL done, const std::string& what, const std::string& path) {
+    if (done) return {};
+    return os_error("cannot " + what + " '" + path + "'");
+}
+
+HANDLE open_handle(const std::string& path, DWORD share, DWORD disposition) {
+    return CreateFileW(utf16_from(path).c_str(), GENERIC_READ | GENERIC_WRITE, share, nullptr,
+                       disposition, FILE_ATTRIBUTE_NORMAL, nullptr);
+}
+
+class SystemFile : public FolderFile {
+public:
+    SystemFile(std::string path, HANDLE handle) : path_(std::move(path)), file_{handle} {}
+    Result<uint64_t> size() override {
+        LARGE_INTEGER size{};
+        if (!GetFileSizeEx(file_.handle, &size)) return os_error("cannot measure '" + path_ + "'");
+        return uint64_t(size.QuadPart);
+    }
+    Result<void> read_at(uint64_t offset, void* bytes, size_t size) override {
+        for (char* at = static_cast<char*>(bytes); size > 0;) {
+            OVERLAPPED where = place(offset);
+            DWORD got = 0;
+            const DWORD want = DWORD(std::min(size, size_t(1) << 30));
+            if (!ReadFile(file_.handle, at, want, &got, &where) || got == 0)
+                return os_error("cannot read '" + path_ + "'");
+            at += got;
+            offset += got;
+            size -= got;
+        }
+        return {};
+    }
+    Result<void> write_at(uint64_t offset, std::string_view bytes) override {
+        while (!bytes.empty()) {
+            OVERLAPPED where = place(offset);
+            DWORD put = 0;
+            const DWORD want = DWORD(std::min(bytes.size(), size_t(1) << 30));
+            if (!WriteFile(file_.handle, bytes.data(), want, &put, &where))
+                return os_error("cannot write '" + path_ + "'");
+            bytes.remove_prefix(put);
+            offset += put;
+        }
+        return {};
+    }
+    Result<void> truncate(uint64_t size) override {
+        LARGE_INTEGER end{};
+        end.QuadPart = LONGLONG(size);
+        return system_result(SetFilePointerEx(file_.handle, end, nullptr, FILE_BEGIN) &&
+                                 SetEndOfFile(file_.handle),
+                             "truncate", path_);
+    }
+    Result<void> sync() override {
+        return system_result(FlushFileBuffers(file_.handle), "sync", path_);
+    }
+
+private:
+    static OVERLAPPED place(uint64_t offset) {
+        OVERLAPPED where{};
+        where.Offset = DWORD(offset);
+        where.OffsetHigh = DWORD(offset >> 32);
+        return where;
+    }
+    std::string path_;
+    FileHandle  file_;
+};
+
+Result<void> make_folder(const std::string& path) {
+    const bool made = CreateDirectoryW(utf16_from(path).c_str(), nullptr) != 0;
+    return system_result(made || GetLastError() == ERROR_ALREADY_EXISTS, "make folder", path);
+}
+
+void lock_file(const std::string& path, FileHandle* file) {
+    file->handle = open_handle(path, 0, OPEN_ALWAYS);  // shared with nobody
+}
+
+bool open_in_folder(const std::string& path, bool create, std::unique_ptr<FolderFile>* file) {
+    const HANDLE handle = open_handle(path, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
+                                      create ? CREATE_ALWAYS : OPEN_EXISTING);
+    if (handle == INVALID_HANDLE_VALUE) return false;
+    *file = std::make_unique<SystemFile>(path, handle);
+    return true;
+}
+
+bool unlink_path(const std::string& path) { return DeleteFileW(utf16_from(path).c_str()) != 0; }
+
+bool sync_folder(const std::string&) { return true; }  // NTFS keeps a log of its names
+
+bool rename_path(const std::string& from, const std::string& to) { return replace_file(from, to); }
+
+Result<std::vector<std::string>> list_names(const std::string& path) {
+    std::vector<std::string> names;
+    WIN32_FIND_DATAW entry;
+    const HANDLE search = FindFirstFileW(utf16_from(path + "/*").c_str(), &entry);
+    if (search == INVALID_HANDLE_VALUE) return os_error("cannot list '" + path + "'");
+    do {
+        char name[MAX_PATH * 3 + 1] = "";
+        WideCharToMultiByte(CP_UTF8, 0, entry.cFileName, -1, name, sizeof name, nullptr, nullptr);
+        names.emplace_back(name);
+    } while (FindNextFileW(search, &entry));
+    FindClose(search);
+    return names;
+}
+
+#else
+
+Result<void> system_result(bool done, const std::string& what, const std::string& path) {
+    if (done) return {};
+    return os_error("cannot " + what + " '" + path + "'");
+}
+
+class SystemFile : public FolderFile {
+public:
+    SystemFile(std::string path, int fd) : path_(std::move(path)), file_{fd} {}
+    Result<uint64_t> size() override {
+        struct stat status{};
+        if (fstat(file_.fd, &status) != 0) return os_error("cannot measure '" + path_ + "'");
+        return uint64_t(status.st_size);
+    }
+    Result<void> read_at(uint64_t offset, void* bytes, size_t size) override {
+        for (char* at = static_cast<char*>(bytes); size > 0;) {
+            const ssize_t got = pread(file_.fd, at, std::min(size, size_t(1) << 30), off_t(offset));
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) return os_error("cannot read '" + path_ + "'");
+            if (got == 0) return make_error(ErrorKind::io, "'" + path_ + "' ends too early");
+            at += got;
+            offset += uint64_t(got);
+            size -= size_t(got);
+        }
+        return {};
+    }
+    Result<void> write_at(uint64_t offset, std::string_view bytes) override {
+        while (!bytes.empty()) {
+            const size_t want = std::min(bytes.size(), size_t(1) << 30);
+            const ssize_t put = pwrite(file_.fd, bytes.data(), want, off_t(offset));
+            if (put < 0 && errno == EINTR) continue;
+            if (put < 0) return os_error("cannot write '" + path_ + "'");
+            bytes.remove_prefix(size_t(put));
+            offset += uint64_t(put);
+        }
+        return {};
+    }
+    Result<void> truncate(uint64_t size) override {
+        return system_result(ftruncate(file_.fd, off_t(size)) == 0, "truncate", path_);
+    }
+    Result<void> sync() override {
+#if defined(__APPLE__)
+        const int failed = fcntl(file_.fd, F_FULLFSYNC);  // fsync leaves it in the drive's cache
+#else
+        const int failed = fdatasync(file_.fd);
+#endif
+        return system_result(failed != -1, "sync", path_);
+    }
+
+private:
+    std::string path_;
+    FileHandle  file_;
+};
+
+Result<void> make_folder(const std::string& path) {
+    return system_result(mkdir(path.c_str(), 0700) == 0 || errno == EEXIST, "make folder", path);
+}
+
+void lock_file(const std::string& path, FileHandle* file) {
+    file->fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (file->ok() && flock(file->fd, LOCK_EX | LOCK_NB) == 0) return;
+    const int cause = errno;
+    if (file->ok()) ::close(std::exchange(file->fd, -1));
+    errno = cause;
+}
+
+bool open_in_folder(const std::string& path, bool create, std::unique_ptr<FolderFile>* file) {
+    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0), 0600);
+    if (fd < 0) return false;
+    *file = std::make_unique<SystemFile>(path, fd);
+    return true;
+}
+
+bool unlink_path(const std::string& path) { return unlink(path.c_str()) == 0; }
+
+bool sync_folder(const std::string& path) {
+    const FileHandle folder{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+    return folder.ok() && fsync(folder.fd) == 0;
+}
+
+bool rename_path(const std::string& from, const std::string& to) {
+    return ::rename(from.c_str(), to.c_str()) == 0;
+}
+
+Result<std::vector<std::string>> list_names(const std::string& path) {
+    std::vector<std::string> names;
+    DIR* folder = opendir(path.c_str());
+    if (!folder) return os_error("cannot list '" + path + "'");
+    while (const dirent* entry = readdir(folder)) names.emplace_back(entry->d_name);
+    closedir(folder);
+    return names;
+}
+
+#endif
+
+class SystemFolder : public Folder {
+public:
+    SystemFolder(const std::string& path) : path_(path) {}
+    Result<void> lock() {
+        lock_file(path_ + "/lock", &lock_);
+        if (lock_.ok()) return {};
+        Error error = os_error("another process holds '" + path_ + "', or it cannot be written");
+        error.kind = ErrorKind::io;
+        return error;
+    }
+    Result<std::vector<std::string>> list() override { return list_names(path_); }
+    Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) override {
+        std::unique_ptr<FolderFile> file;
+        if (!open_in_folder(path_ + "/" + name, create, &file))
+            return os_error("cannot open '" + path_ + "/" + name + "'");
+        return file;
+    }
+    Result<void> rename(const std::string& from, const std::string& to) override {
+        return system_result(rename_path(path_ + "/" + from, path_ + "/" + to), "rename",
+                             path_ + "/" + from);
+    }
+    Result<void> remove(const std::string& name) override {
+        return system_result(unlink_path(path_ + "/" + name), "remove", path_ + "/" + name);
+    }
+    Result<void> sync() override { return system_result(sync_folder(path_), "sync", path_); }
+
+private:
+    std::string path_;
+    FileHandle  lock_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<Folder>> Folder::open(const std::string& path) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+    if (auto made = make_folder(path); !made) return made.error();
+    auto folder = std::make_unique<SystemFolder>(path);
+    if (auto locked = folder->lock(); !locked) return locked.error();
+    return std::unique_ptr<Folder>(std::move(folder));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

@@ -1,0 +1,21 @@
+// Macros and what every part assumes of the target.
+#pragma once
+
+#define VALAR_VERSION "0.1.0"
+
+#ifndef VALAR_API
+#define VALAR_API
+#endif
+#ifndef VALAR_ASSERT
+#define VALAR_ASSERT(condition) ((void)0)
+#endif
+
+// Some headers (windows.h) define these; restored at the end.
+#pragma push_macro("min")
+#pragma push_macro("max")
+#undef min
+#undef max
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "valar runs on little-endian machines only"
+#endif

@@ -1,0 +1,334 @@
+#include "prologue.hpp"
+
+#include "engine/state.hpp"
+#include "json_internal.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+
+// ---- Conversation ----------------------------------------------------------------------------
+//
+// A save is a SaveHeader, the history as JSON, the pages, and the CRC-32C of all that.
+
+namespace detail {
+namespace {
+
+// The fields of `settings` that are numbers.
+constexpr struct { const char* key; std::optional<double> Request::*field; } saved_numbers[] = {
+    {"temperature", &Request::temperature}, {"top_p", &Request::top_p}, {"min_p", &Request::min_p},
+};
+constexpr struct { const char* key; double Request::*field; } saved_penalties[] = {
+    {"presence_penalty", &Request::presence_penalty},
+    {"frequency_penalty", &Request::frequency_penalty},
+    {"repetition_penalty", &Request::repetition_penalty},
+};
+constexpr struct { const char* key; std::optional<uint32_t> Request::*field; } saved_counts[] = {
+    {"max_output_tokens", &Request::max_output_tokens}, {"top_k", &Request::top_k},
+};
+constexpr struct { const char* key; std::string Request::*field; } saved_texts[] = {
+    {"model", &Request::model}, {"instructions", &Request::instructions},
+    {"organisation", &Request::organisation}, {"prompt_cache_key", &Request::prompt_cache_key},
+};
+
+Json settings_json(const Request& from) {
+    Json out = Json::object();
+    for (const auto& [key, field] : saved_numbers)
+        if (from.*field) out.set(key, *(from.*field));
+    for (const auto& [key, field] : saved_counts)
+        if (from.*field) out.set(key, *(from.*field));
+    for (const auto& [key, field] : saved_penalties) out.set(key, from.*field);
+    for (const auto& [key, field] : saved_texts) out.set(key, from.*field);
+    Json stop = Json::array(), bias = Json::array();
+    for (const std::string& text : from.stop) stop.push(text);
+    for (const auto& [token, value] : from.logit_bias)
+        bias.push(Json::array().push(token).push(value));
+    out.set("stop", std::move(stop)).set("logit_bias", std::move(bias));
+    if (from.seed) out.set("seed", *from.seed);
+    out.set("logprobs", from.logprobs).set("top_logprobs", from.top_logprobs);
+    out.set("window", static_cast<uint32_t>(from.window));
+    return out;
+}
+
+Request read_settings(const Json& from) {
+    Request out;
+    for (const auto& [key, field] : saved_numbers)
+        if (const Json* value = from.find(key)) out.*field = value->as_double();
+    for (const auto& [key, field] : saved_counts)
+        if (const Json* value = from.find(key)) out.*field = static_cast<uint32_t>(value->as_uint());
+    for (const auto& [key, field] : saved_penalties) out.*field = from[key].as_double(out.*field);
+    for (const auto& [key, field] : saved_texts) out.*field = from[key].as_string();
+    for (const Json& text : from["stop"].items()) out.stop.emplace_back(text.as_string());
+    for (const Json& one : from["logit_bias"].items())
+        out.logit_bias.push_back({static_cast<Token>(one[0].as_int()), one[1].as_double()});
+    if (const Json* seed = from.find("seed")) out.seed = seed->as_int();
+    out.logprobs = from["logprobs"].as_bool();
+    out.top_logprobs = static_cast<uint32_t>(from["top_logprobs"].as_uint());
+    out.window = static_cast<Window>(std::min<uint64_t>(from["window"].as_uint(), 2));
+    return out;
+}
+
+Json item_json(const Item& item) {
+    Json parts = Json::array();
+    for (const ContentPart& part : item.content)
+        parts.push(Json::array().push(static_cast<uint32_t>(part.kind)).push(part.text));
+    return Json::array()
+        .push(static_cast<uint32_t>(item.kind))
+        .push(static_cast<uint32_t>(item.role))
+        .push(item.call_id)
+        .push(item.name)
+        .push(item.arguments)
+        .push(std::move(parts));
+}
+
+template <class Kind> Kind read_kind(const Json& from, Kind last) {
+    return static_cast<Kind>(std::min<uint64_t>(from.as_uint(), static_cast<uint64_t>(last)));
+}
+
+Item read_item(const Json& from) {
+    Item out;
+    out.kind = read_kind(from[0], Item::Kind::custom_tool_call_output);
+    out.role = read_kind(from[1], Role::function);
+    out.call_id = from[2].as_string();
+    out.name = from[3].as_string();
+    out.arguments = from[4].as_string();
+    for (const Json& part : from[5].items())
+        out.content.push_back({read_kind(part[0], ContentPart::Kind::refusal),
+                               std::string(part[1].as_string())});
+    return out;
+}
+
+Error conversation_busy_error() {
+    return make_error(ErrorKind::invalid_request, "the last turn is not finished yet",
+                      "conversation_busy");
+}
+
+}  // namespace
+}  // namespace detail
+
+struct Conversation::State {
+    Engine::State*    engine = nullptr;
+    Request           settings;      // its input is items
+    std::vector<Item> items;
+    WhenFull          when_full = WhenFull::refuse;
+    size_t            fixed     = 0;  // of items: said before the first turn
+    uint32_t          forgotten = 0;  // turns
+    std::string       salt;           // of its pages' keys, if they came from bytes: see restore()
+    std::shared_ptr<detail::Mailbox> reply;  // of the turn under way
+
+    bool settle();
+    Request request(std::vector<Item> said) const;
+    bool forget_half();
+    Result<std::unique_ptr<detail::PreparedPrompt>> prepare(std::string_view words);
+    Result<std::vector<detail::Hash256>> page_keys() const;
+    std::string history() const;
+};
+
+// Takes over the turn that was under way; false: it still is.
+bool Conversation::State::settle() {
+    if (!reply) return true;
+    if (!reply->finished.load(std::memory_order_acquire)) return false;
+    const Outcome& outcome = *reply->outcome;
+    const bool said = outcome.status == Status::completed ||
+                      (outcome.status == Status::cancelled && !outcome.text.empty());
+    if (said) items.push_back(Item::message(Role::assistant, outcome.text));
+    else items.pop_back();
+    reply.reset();
+    return true;
+}
+
+Request Conversation::State::request(std::vector<Item> said) const {
+    Request out = settings;
+    out.input = Input(std::move(said));
+    return out;
+}
+
+// A turn is two items. False: there is none left.
+bool Conversation::State::forget_half() {
+    const size_t turns = (items.size() - fixed) / 2, half = (turns + 1) / 2;
+    const auto first = items.begin() + static_cast<ptrdiff_t>(fixed);
+    items.erase(first, first + static_cast<ptrdiff_t>(2 * half));
+    forgotten += static_cast<uint32_t>(half);
+    return half > 0;
+}
+
+// An answer should have as much room as it may take, or at least a quarter of the context.
+Result<std::unique_ptr<detail::PreparedPrompt>> Conversation::State::prepare(
+    std::string_view words) {
+    const uint32_t quarter = engine->context / 4;
+    const uint32_t room = std::min(settings.max_output_tokens.value_or(quarter), quarter);
+    for (;;) {
+        std::vector<Item> said = items;
+        said.push_back(Item::message(Role::user, std::string(words)));
+        auto prompt = engine->prepare_prompt(request(std::move(said)), salt);
+        const bool full = prompt ? (*prompt)->max_output < room
+                                 : prompt.error().code == "context_length_exceeded";
+        if (!full || when_full == WhenFull::refuse || !forget_half()) return prompt;
+    }
+}
+
+// Of the pages that what was said fills.
+Result<std::vector<detail::Hash256>> Conversation::State::page_keys() const {
+    std::vector<detail::Hash256> keys;
+    if (items.empty() || !engine->options.prefix_cache) return keys;
+    auto tokens = engine->make_prompt(request(items));
+    if (!tokens) return tokens.error();
+    const uint32_t page_tokens = engine->options.page_tokens;
+    detail::extend_page_keys(keys, detail::root_key(engine->options, settings.organisation, salt),
+                             *tokens, page_tokens, tokens->size() / page_tokens);
+    return keys;
+}
+
+std::string Conversation::State::history() const {
+    Json said = Json::array();
+    for (const Item& item : items) said.push(detail::item_json(item));
+    return Json::object()
+        .set("settings", detail::settings_json(settings))
+        .set("when_full", static_cast<uint32_t>(when_full))
+        .set("fixed", fixed)
+        .set("forgotten", forgotten)
+        .set("items", std::move(said))
+        .write();
+}
+
+Conversation::Conversation(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Conversation::Conversation(Conversation&& other) noexcept = default;
+Conversation& Conversation::operator=(Conversation&& other) noexcept = default;
+Conversation::~Conversation() = default;
+
+Conversation::Conversation(Engine& engine, Request settings, WhenFull when_full)
+    : state_(std::make_unique<State>()) {
+    state_->engine = engine.state_.get();
+    state_->when_full = when_full;
+    state_->items = std::move(settings.input.items);
+    if (state_->items.empty() && !settings.input.text.empty())
+        state_->items.push_back(Item::message(Role::user, std::move(settings.input.text)));
+    state_->fixed = state_->items.size();
+    settings.input = {};
+    state_->settings = std::move(settings);
+}
+
+Reply Conversation::say(std::string_view words) {
+    if (!state_->settle()) return state_->engine->reply_to(detail::conversation_busy_error());
+    Reply reply = state_->engine->reply_to(state_->prepare(words));
+    state_->reply = reply.mailbox_;
+    state_->items.push_back(Item::message(Role::user, std::string(words)));
+    return reply;
+}
+
+std::span<const Item> Conversation::items() {
+    const bool settled = state_->settle();
+    return std::span(state_->items).first(state_->items.size() - !settled);
+}
+
+uint32_t Conversation::forgotten_turns() const { return state_->forgotten; }
+
+Result<Conversation> Conversation::fork() {
+    if (!state_->settle()) return detail::conversation_busy_error();
+    return Conversation(std::make_unique<State>(*state_));
+}
+
+Result<std::vector<std::byte>> Conversation::save(bool pages) {
+    if (!state_->settle()) return detail::conversation_busy_error();
+    Engine::State& engine = *state_->engine;
+    auto turn = engine.take_turn("save()");
+    if (!turn) return turn.error();
+    const std::string history = state_->history();
+    auto keys = pages ? state_->page_keys() : Result(std::vector<detail::Hash256>());
+    if (!keys) return keys.error();
+    const size_t end = engine.count_cached(*keys, 0, 0);
+    const size_t first = end - std::min<size_t>(end, engine.window_pages);
+    const auto found = std::span(*keys).subspan(first, end - first);
+    auto made = engine.save_header();
+    if (!made) return made.error();
+    detail::SaveHeader header = *made;
+    header.first_page = static_cast<uint32_t>(first);
+    header.pages = static_cast<uint32_t>(found.size());
+    header.json_bytes = history.size();
+    std::vector<std::byte> out(sizeof header + history.size() + found.size() * header.page_bytes +
+                               sizeof(uint32_t));
+    std::byte* at = out.data();
+    const auto put = [&](const void* from, size_t size) {
+        std::memcpy(at, from, size);
+        at += size;
+    };
+    put(&header, sizeof header);
+    put(history.data(), history.size());
+    for (const detail::Hash256& key : found) {
+        engine.backend->export_page(engine.pool.find(key), at);
+        at += header.page_bytes;
+    }
+    const uint32_t sum = detail::crc32c(out.data(), out.size() - sizeof sum);
+    put(&sum, sizeof sum);
+    return out;
+}
+
+Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte> saved) {
+    const auto refuse = [](ErrorKind kind, const char* why) {
+        return detail::make_error(kind, std::string("saved conversation: ") + why);
+    };
+    Engine::State& engine = *to.state_;
+    auto made = engine.save_header();
+    if (!made) return made.error();
+    const detail::SaveHeader& here = *made;
+    detail::SaveHeader header;
+    uint32_t sum = 0;
+    if (saved.size() < sizeof header + sizeof sum)
+        return refuse(ErrorKind::bad_data, "too short");
+    std::memcpy(&header, saved.data(), sizeof header);
+    if (std::memcmp(header.magic, here.magic, sizeof header.magic) != 0)
+        return refuse(ErrorKind::bad_data, "this is none");
+    if (header.version != here.version)
+        return refuse(ErrorKind::unsupported, "written by another version of valar");
+    const auto body = saved.subspan(sizeof header, saved.size() - sizeof header - sizeof sum);
+    std::memcpy(&sum, saved.data() + saved.size() - sizeof sum, sizeof sum);
+    uint64_t page_bytes;
+    if (detail::crc32c(saved.data(), saved.size() - sizeof sum) != sum || header.json_bytes > body.size() ||
+        detail::mul_overflows(header.pages, header.page_bytes, &page_bytes) ||
+        page_bytes != body.size() - header.json_bytes)
+        return refuse(ErrorKind::bad_data, "damaged");
+    if (!(header.model == here.model)) return refuse(ErrorKind::unsupported, "of another model");
+    const auto options = [](const detail::SaveHeader& of) {
+        return std::tuple(of.numerics, of.precision, of.kv_type, of.page_tokens, of.page_bytes);
+    };
+    if (header.pages && options(header) != options(here))
+        return refuse(ErrorKind::unsupported, "of an engine with other options");
+    auto json = Json::parse(
+        {reinterpret_cast<const char*>(body.data()), static_cast<size_t>(header.json_bytes)});
+    if (!json) return refuse(ErrorKind::bad_data, json.error().message.c_str());
+
+    auto state = std::make_unique<State>();
+    state->engine = &engine;
+    state->settings = detail::read_settings((*json)["settings"]);
+    state->when_full = detail::read_kind((*json)["when_full"], WhenFull::drop_oldest_turns);
+    state->forgotten = static_cast<uint32_t>((*json)["forgotten"].as_uint());
+    for (const Json& item : (*json)["items"].items())
+        state->items.push_back(detail::read_item(item));
+    state->fixed = std::min<size_t>((*json)["fixed"].as_uint(), state->items.size());
+    if (header.pages) state->salt = detail::sha256(saved.data(), saved.size()).hex();
+    auto turn = engine.take_turn("restore()");
+    if (!turn) return turn.error();
+    auto keys = header.pages ? state->page_keys() : Result(std::vector<detail::Hash256>());
+    if (!keys) return keys.error();
+    engine.import_pages(std::span(*keys).subspan(std::min<size_t>(keys->size(), header.first_page)),
+                        body.subspan(static_cast<size_t>(header.json_bytes)));
+    return Conversation(std::move(state));
+}
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE

@@ -1,0 +1,105 @@
+#pragma once
+
+#include "engine/engine.hpp"
+#include "engine/limits.hpp"
+#include "base/internal.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+struct Doorbell {
+    std::atomic<uint32_t> rings{0};
+    std::atomic<bool>     cancels{false};  // some reply was cancelled since the engine last looked
+    void ring() {
+        rings.fetch_add(1, std::memory_order_release);
+        wake(&rings);
+    }
+};
+
+// ---- Reply: what the engine puts in and the holder takes out ---------------------------------
+
+struct Mailbox {
+    std::string id;
+    std::shared_ptr<Doorbell> doorbell;
+    bool        detached = false;                // the handle's
+    std::atomic<bool>     cancelled{false};
+    std::atomic<uint32_t> finished{0};           // wait() sleeps on it
+
+    std::mutex  mutex;                           // guards what follows
+    bool        hungry = true;                   // poll found nothing: the next event is announced
+    bool        start_pending = false, finish_taken = false;
+    std::string text;                            // not polled yet
+    std::vector<TokenLogprob> logprobs;          // the same
+    std::shared_ptr<const Outcome> outcome;
+
+    // Each returns whether to announce that there are events.
+    bool put_start(size_t most_text) {
+        return put([&] {
+            start_pending = true;
+            text.reserve(most_text);
+        });
+    }
+    bool put_text(std::string_view more) { return put([&] { text += more; }); }
+    bool put_logprob(const TokenLogprob& one) { return put([&] { logprobs.push_back(one); }); }
+    bool put_outcome(Outcome end) {
+        auto shared = std::make_shared<const Outcome>(std::move(end));
+        const bool announce = put([&] { outcome = std::move(shared); });
+        finished.store(1, std::memory_order_release);
+        wake(&finished);
+        return announce;
+    }
+    template <class Change> bool put(Change change) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        change();
+        return std::exchange(hungry, false);
+    }
+
+    std::optional<Event> take() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
+        if (!text.empty() || !logprobs.empty()) {
+            Event event{Event::Kind::text_delta, text, {}, std::exchange(logprobs, {})};
+            text.clear();  // keeps its room: the engine must not need memory for every token
+            return event;
+        }
+        if (outcome && !std::exchange(finish_taken, true))
+            return Event{Event::Kind::finished, {}, outcome};
+        hungry = true;
+        return std::nullopt;
+    }
+    void cancel() {
+        if (finished.load(std::memory_order_acquire)) return;
+        cancelled.store(true, std::memory_order_release);
+        doorbell->cancels.store(true, std::memory_order_release);
+        doorbell->ring();
+    }
+    bool wait(int64_t timeout_ms) {
+        const uint64_t start = monotonic_ns();
+        uint64_t limit = UINT64_MAX;
+        if (timeout_ms >= 0 && mul_overflows(static_cast<uint64_t>(timeout_ms), 1'000'000, &limit))
+            limit = UINT64_MAX;
+        while (!finished.load(std::memory_order_acquire)) {
+            const uint64_t waited = monotonic_ns() - start;
+            if (waited >= limit) return false;
+            wait_on(&finished, 0, std::min(limit - waited, kIdleNs));
+        }
+        return true;
+    }
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

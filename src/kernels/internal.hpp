@@ -1,0 +1,296 @@
+// ---- The numeric definition, numerics = 1 ----------------------------------------------------
+//
+// All arithmetic is binary32 unless "double" is said. "a + b", "a * b", "a / b", "sqrt" round once,
+// to nearest even. fma(a, b, c) is a * b + c rounded once. Sums are sequences: the order below is
+// the order of operations. Nothing else may be fused or reordered.
+//
+//  1. Activation blocks. A vector x of n values (n a multiple of 32) that meets quantized weights
+//     is cut into blocks of 32. Of a block: amax = max |x_i|. If amax < 2^-100: d = 0, all h_i = 0.
+//     If an x_i is not finite: d is not a number, all h_i = 0 (so it shows in the logits, an
+//     error). Else d = amax / 127, inv = 127 / amax, h_i = the integer nearest to the exact product
+//     x_i * inv (ties to even), clamped to -127..127. (precision = fast: this one plane.)
+//     precision = fine adds a second plane: r_i = fma(-d, h_i, x_i), d2 = d / 254, inv2 = inv *
+//     254, l_i = the integer nearest to the exact product r_i * inv2 (ties to even), clamped to
+//     -127..127; d = 0 or no number gives d2 = d, l_i = 0. A plane is a vector of blocks of its
+//     own, (d, h) or (d2, l). Of a block also: hsum = sum of h_i (exact integer), s = d *
+//     float(hsum); of the second plane with d2 and l_i.
+//  2. Dot product of a row of quantized weights and one plane: acc = 0, then block after block, in
+//     ascending order, with w_i the integers of the row's block and dw, m its scales (binary16 made
+//     binary32, exact):
+//       Q4_0 (w = nibble - 8), Q5_0 (w = 5 bits - 16), Q8_0 (w = int8):
+//           acc = fma(float(sum w_i h_i), dw * d, acc)
+//       Q4_1 (w = nibble):
+//           acc = fma(float(sum w_i h_i), dw * d, acc); acc = fma(m, s, acc)
+//       Q4_K (w = nibble), Q5_K (w = 5 bits): a block is one of the eight sub-blocks of 32, dw = D
+//           * sc, m = -(Dmin * mn), with D, Dmin the super-block's scales and sc, mn the
+//           sub-block's 6-bit integers (both products are exact, m may be -0); then as Q4_1.
+//       Q6_K (w = 6 bits - 32): a block is two sub-blocks of 16 with int8 scales sc0, sc1; dw = D:
+//           S = sc0 * sum w_i h_i (first 16) + sc1 * sum w_i h_i (last 16) (exact integer, below
+//             2^24)
+//           acc = fma(float(S), dw * d, acc)
+//     Two planes: y = acc of plane one + acc of plane two.
+//     The output matrix (logits) always uses two planes, whatever the precision.
+//  3. F32, F16 and BF16 rows meet the unquantized x: acc = 0; acc = fma(w_k, x_k, acc) for
+//     ascending k.
+//  4. A bias is added to the finished sum: y + b. A residual: x + y.
+//  5. Sum along a vector ("16 lanes"): lane j adds the elements i = j, j + 16, j + 32 ... in that
+//     order, starting from 0; then lane j (j < 8) = lane j + lane j+8; j < 4: + lane j+4; j < 2: +
+//     lane j+2; lane 0 + lane 1 is the sum. Elements past the end add nothing.
+//  6. RMS norm: ss = 16-lane sum where adding an element is lane = fma(x_i, x_i, lane);
+//     scale = 1 / sqrt(ss / float(n) + eps); y_i = (x_i * scale) * w_i.
+//  7. exp(x), x in binary32: x < -87 gives 0; x > 88 counts as 88. k = the integer nearest to the
+//     exact product x * log2e (ties to even; log2e = 0x1.715476p+0f); r = fma(-k, ln2_hi, x);
+//     r = fma(-k, ln2_lo, r) (ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f); p = c6;
+//     p = fma(p, r, c5) ... down to c0 = 1 (c1 = 1); the result is p * 2^k (exact; k in -126..127).
+//     exp(0) = 1. c2 = 0x1.fffffcp-2f, c3 = 0x1.555492p-3f, c4 = 0x1.5558bp-5f, c5 =
+//     0x1.123994p-7f, c6 = 0x1.6a4e0cp-10f (least maximal relative error on +-ln(2)/2: 3.1e-9
+//     before rounding).
+//  8. silu(x) = x / (1 + exp(-x)). Feed-forward: h_i = silu(gate_i) * up_i.
+//  9. Rope. Frequencies, in double: f_i = exp2(-(2 i / n_rot) * log2(base)) for pair i (one
+//     quotient, its sign changed, one product), times or divided by what the model's scaling says
+//     (each one double operation, rounded); angle = position as double * f_i (rounded); its cos and
+//     sin in double (12), rounded to binary32: c, s.
+//     A pair (a, b), elements (2i, 2i+1) for "norm" rope and (i, i + n_rot/2) for "neox":
+//       t = b * s;  a' = fma(a, c, -t);    t = b * c;  b' = fma(a, s, t).
+// 10. Attention, for one query head and one position. q' = rope(q) * (1 / sqrt(head_dim)) (the
+//     factor is a binary32 number of the model: attention_scale; one multiplication an element).
+//     Keys and values are stored as binary16 (rounded to nearest even, too large is infinity),
+//     binary32, or (q8_0) in blocks of 32 neighbours of a head as d * h, with h of one plane as in 1
+//     and its d rounded to binary16; the product is exact and not a number where d is not (kv_type).
+//     Keys are stored rotated. Visible to a position are itself and those before it; where the
+//     layer has a window of n, the last n of these. Positions are cut into segments of 256 absolute
+//     positions (0..255, 256..511, ...). In a segment, over its visible positions j in ascending
+//     order:
+//       score_j: acc = 0; acc = fma(q'_e, k_j,e, acc) for ascending e
+//       m = max score_j (a zero is +0);  p_j = exp(score_j - m)
+//       l = 16-lane sum of p_j, lane = j mod 16 by absolute position, adding is lane + p_j; tree as
+//         in 5
+//       o_e = 0; o_e = fma(p_j, v_j,e, o_e) for ascending j
+//     Segments are merged in ascending order: the first one gives (M, L, O) = (m, l, o); for each
+//     next,
+//       M' = max(M, m); a = exp(M - M'); b = exp(m - M'); L = fma(l, b, L * a);
+//       O_e = fma(o_e, b, O_e * a); M = M'.
+//     Result: O_e * (1 / L). A segment without visible positions is skipped.
+// 11. An embedding row is dequantized: d * w for types without minimum (Q6_K: (D * sc) * w, D * sc
+//     exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2); F16, BF16, F32: the value.
+//     Where the model scales it (embedding_scale), each value is multiplied once.
+// 12. rope_math: functions in double, from + - * / that round once each, never fused. nearest(x) is
+//     the nearest integer, ties to even. 1/n! and 1/n are one quotient (n! is exact).
+//       exp2(x): x < -1022 gives 0, x >= 1023 infinity. k = nearest(x); t = (x - k) *
+//         0x1.62e42fefa39efp-1; p = 1/13!; p = p * t + 1/n! for n = 12 down to 0; the result is p *
+//         2^k (exact).
+//       log2(x), x > 0 (0 gives -infinity, less no number): x = m * 2^e with 1 <= m < 2; where
+//         m > 0x1.6a09e667f3bcdp+0: m = m / 2, e = e + 1. u = (m - 1) / (m + 1); z = u * u; p =
+//         1/23; p = p * z + 1/n for n = 21, 19 .. 1; the result is e + (u * p) *
+//         0x1.71547652b82fep+1.
+//       log(x) = log2(x) * 0x1.62e42fefa39efp-1.
+//       sin, cos (x), |x| < 2^30: k = nearest(x * 0x1.45f306dc9c883p-1);
+//         r = ((x - k * 0x1.921fb544p+0) - k * 0x1.0b4611a6p-34) - k * 0x1.3198a2ep-69; z = r * r;
+//         S = 1/17!; S = S * z - 1/15!; S = S * z + 1/13!; .. (signs alternate) .. + 1; S = r * S;
+//         C = 1/16!; C = C * z - 1/14!; C = C * z + 1/12!; .. + 1;
+//         (sin, cos) = (S, C), (C, -S), (-S, -C), (-C, S) for k mod 4 = 0, 1, 2, 3.
+//       (Within 1e-15 relative, sin and cos 1e-15 absolute to |x| = 2^20.)
+// 13. A forward pass. x = the token's embedding row (11). In each layer: y = rms_norm(x); q, k, v =
+//     the matrix products with y (1 to 3), each plus its bias where there is one (4); rope of q and
+//     k (9); attention (10); x = x + attn_output matrix times it (plus bias); y = rms_norm(x); gate
+//     and up = products with y; h as in 8; x = x + ffn_down matrix times h. Logits: the output
+//     matrix (the embedding where there is none) times rms_norm(x). base and the factors of rope
+//     are binary32 numbers of the model; attention_scale, where the model says nothing, is
+//     1 / sqrt(float(head_dim)).
+// ----------------------------------------------------------------------------------------------
+#pragma once
+
+#include "base/internal.hpp"
+#include "gguf.hpp"
+#include "kernels/kernels.hpp"
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr int      kNumerics        = 1;    ///< version of the numeric definition
+inline constexpr uint32_t kTileRows        = 16;   ///< rows of a packed tile: a lane is a row
+inline constexpr uint32_t kActivationBlock = 32;
+inline constexpr uint32_t kSegment         = 256;  ///< positions of an attention segment
+inline constexpr uint32_t kKeyGroup        = 16;   ///< keys stored side by side
+
+/// A block of one activation plane (definition, 1).
+struct ActivationBlock {
+    float   d;       ///< scale
+    float   s;       ///< d * float(sum of all q)
+    int32_t sum[2];  ///< sums of q[0..15] and q[16..31]
+    int8_t  q[32];   ///< -127..127
+};
+static_assert(sizeof(ActivationBlock) == 48);
+
+/// Columns' blocks, `count` planes of n / 32 blocks each (a column's two planes are neighbours),
+/// lie in groups of eight planes: in a group block after block, in a block plane beside plane. One
+/// group that is not full is narrower; of several the last is padded.
+struct ActivationLayout {
+    static constexpr uint32_t kGroup = 8;
+    uint32_t count;
+    size_t   blocks;
+    size_t step() const { return count < kGroup ? count : kGroup; }  ///< from a block to the next
+    size_t at(uint32_t plane) const { return plane / kGroup * kGroup * blocks + plane % kGroup; }
+    size_t size() const { return (count + step() - 1) / step() * step() * blocks; }
+};
+
+/// A weight matrix in tiles of 16 rows: tile after tile; inside a tile block after block of 32
+/// columns, each with its scales beside it (layouts: implementation part, "packed layouts"). F32,
+/// F16, BF16: (column, 16 rows). The last tile's missing rows are zero weights.
+struct PackedMatrix {
+    TensorType       type = TensorType::f32;
+    uint32_t         rows = 0;
+    uint32_t         cols = 0;
+    const std::byte* data = nullptr;  ///< 64-byte aligned; borrowed
+    uint32_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+};
+
+bool     kernel_type_supported(TensorType type);
+uint64_t packed_tile_bytes(TensorType type, uint32_t cols);  ///< a multiple of 64
+/// Packs tiles first_tile .. last_tile - 1. `source` holds the matrix's rows in GGUF layout from
+/// row first_tile * 16 on; `out` is where tile `first_tile` goes.
+void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
+                uint32_t first_tile, uint32_t last_tile, std::byte* out);
+/// One row of a packed matrix as binary32 (definition, 11).
+void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out);
+
+/// Vectors x (columns, x_stride) of n values each to planes (definition, 1):
+/// out[block * step + column * planes + plane].
+struct QuantizeTask {
+    const float*     x;
+    size_t           x_stride;
+    uint32_t         columns;
+    uint32_t         planes;
+    size_t           n;
+    size_t           step;
+    ActivationBlock* out;
+};
+
+/// weights * x for the rows of tiles first_tile .. last_tile - 1 (rows past the matrix's end are
+/// not written), all columns, and what becomes of it while it is in the nearest cache.
+struct MatmulTask {
+    const PackedMatrix*    weights;
+    uint32_t               first_tile;
+    uint32_t               last_tile;
+    uint32_t               columns;
+    uint32_t               planes;         ///< 1 or 2, quantized weights
+    const ActivationBlock* blocks;         ///< ActivationLayout {columns * planes, cols / 32}
+    const float*           x;              ///< (columns, x_stride), F32 F16 BF16 weights
+    size_t                 x_stride;
+    float*                 y;              ///< [column * y_stride + row]
+    size_t                 y_stride;
+    bool                   add = false;    ///< y += weights * x: a residual
+    /// Not null, of the shape of `weights`: silu(weights * x) * (up * x) instead (definition, 8).
+    const PackedMatrix*    up = nullptr;
+    /// Not null: to planes (definition, 1) instead of y, ActivationLayout {columns * planes,
+    /// out_blocks}, blocks of 32 rows; first_tile is even, the rows are a multiple of 32.
+    ActivationBlock*       out = nullptr;
+    size_t                 out_blocks = 0;
+};
+
+/// Bytes of the keys, and as many of the values, of one head at kKeyGroup neighbouring positions. In
+/// memory: keys (head_dim, 16), values (16, head_dim). Of q8_0 these are int8, behind them binary16
+/// scales: keys (head_dim / 32, 16), values (16, head_dim / 32).
+size_t kv_group_bytes(KvType type, uint32_t head_dim);
+
+/// One segment of attention for queries that share a key/value head (definition, 10).
+struct AttentionTask {
+    KvType             kv_type;   ///< f16 or f32
+    uint32_t           head_dim;
+    uint32_t           queries;
+    const float*       q;         ///< (queries, q_stride), rotated and scaled
+    size_t             q_stride;
+    const uint16_t*    begin;     ///< (queries) first visible position, within the segment: 0..256
+    const uint16_t*    end;       ///< (queries) one past the last; begin == end: none visible
+    const void* const* keys;      ///< (16) groups of 16 positions: (head_dim, 16) elements each;
+    const void* const* values;    ///< (16) groups: (16, head_dim); null where nobody looks
+    float*             max;       ///< (queries) outputs; queries that see nothing are left alone
+    float*             sum;       ///< (queries)
+    float*             out;       ///< (queries, out_stride)
+    size_t             out_stride;
+};
+
+/// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
+/// block arrays: 16 bytes unless said.
+struct Kernels {
+    const char* name;  ///< "scalar", "avx2", ...: what VALAR_ISA names
+    void (*quantize)(const QuantizeTask& task);
+    void (*matmul)(const MatmulTask& task);
+    void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* y);
+    /// In place over heads (n_heads, head_dim); cos_sin (n_rot / 2, 2) of this position.
+    void (*rope)(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+                 const float* cos_sin);
+    void (*scale)(float* x, float factor, size_t n);            ///< x_i *= factor
+    void (*add)(float* x, const float* y, size_t n);            ///< x_i += y_i
+    void (*silu_mul)(float* gate, const float* up, size_t n);   ///< gate_i = silu(gate_i) * up_i
+    /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
+    void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+                     void* key_group, void* value_group);
+    /// A group of q8_0 keys and one of values as binary32, in the same order.
+    void (*expand_kv)(const void* key_group, const void* value_group, uint32_t head_dim,
+                      float* keys, float* values);
+    void (*attention)(const AttentionTask& task);
+    /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
+    void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
+                            size_t n);
+};
+
+/// The tables that this build and this CPU have, best last; [0] is the scalar reference.
+std::span<const Kernels* const> available_kernels();
+/// The best table, or the one that the environment's VALAR_ISA names; unknown or unusable: an
+/// Error.
+Result<const Kernels*> choose_kernels();
+
+/// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
+float  exact_fma(float a, float b, float c);     ///< a * b + c, rounded once
+float  exact_exp(float x);                       ///< definition, 7
+double exact_exp2(double x);                     ///< rope_math
+double exact_log2(double x);
+double exact_log(double x);                      ///< exact_log2(x) * ln 2, for log-probabilities
+void   exact_sincos(double x, double* sine, double* cosine);
+float  half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);             ///< nearest even
+
+/// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
+/// traps) while the object lives: hosts set flush-to-zero.
+class FloatState {
+public:
+    FloatState();
+    ~FloatState();
+    FloatState(const FloatState&) = delete;
+    FloatState& operator=(const FloatState&) = delete;
+
+private:
+    [[maybe_unused]] uint64_t saved_;
+};
+
+/// The worker team: `helpers` threads beside the caller, or the host's job system.
+/// `run` is one fork-join: job(context, part, parts) once for every part; parts is parts(), the helpers
+/// and one, or fewer if the last begin() said so. Between begin() and end() the helpers that take part
+/// spin for the next stage (then sleep); outside they sleep, so an idle engine costs nothing. Threads:
+/// one caller at a time. Every job runs under FloatState.
+class Team {
+public:
+    static Result<std::unique_ptr<Team>> create(int helpers, ParallelFor parallel_for, void* host);
+    ~Team();
+    uint32_t parts() const;
+    void begin();
+    void begin(uint32_t parts);
+    void end();
+    void run(void (*job)(void* context, uint32_t part, uint32_t parts), void* context);
+
+private:
+    struct State;
+    explicit Team(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

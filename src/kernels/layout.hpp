@@ -1,0 +1,93 @@
+#pragma once
+
+#include "kernels/exact.hpp"
+
+#include <cstddef>
+#include <cstdint>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Packed layouts --------------------------------------------------------------------------
+//
+// A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 groups
+// of 4 columns. Word r (4 bytes) of a 64-byte vector holds one group of row r, one byte a column:
+//     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1: d[16] m[16], binary16
+//              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
+//     codes    8 bits: 8 vectors, group by group; else 4 vectors: vector j holds the low four bits
+//              of group 2j in the low halves of its bytes and of group 2j+1 in the high halves
+//     high     5 bits: 1 vector, bit g of a byte belongs to group g; 6 bits: 2 vectors, groups 0..3
+//              and 4..7, two bits each, lowest first
+// Types with super-blocks write before each 8 blocks a head: D[16], Q4_K and Q5_K also Dmin[16],
+// binary16. Tiles are padded to 64 bytes. Unsigned codes suit every integer instruction: the bias
+// is taken out afterwards through ActivationBlock::sum.
+
+struct PackedLayout {
+    TensorType type;
+    uint8_t bits;  // of a code; of a value where float_bytes is set
+    uint8_t bias;
+    bool minimum;         // m of the definition
+    uint8_t float_bytes;  // 0: quantized
+    uint8_t scale_bytes;  // before a block's codes
+    uint8_t head_bytes;   // before a super-block's first block
+    uint8_t blocks;       // of a super-block
+};
+
+// clang-format off
+inline constexpr PackedLayout packed_layouts[] = {
+    // type            bits bias  min   float scale head blocks
+    {TensorType::q4_0,  4,   8, false, 0, 32, 0, 1},
+    {TensorType::q4_1,  4,   0, true,  0, 64, 0, 1},
+    {TensorType::q5_0,  5,  16, false, 0, 32, 0, 1},
+    {TensorType::q8_0,  8, 128, false, 0, 32, 0, 1},
+    {TensorType::q4_k,  4,   0, true,  0, 32, 64, 8},
+    {TensorType::q5_k,  5,   0, true,  0, 32, 64, 8},
+    {TensorType::q6_k,  6,  32, false, 0, 32, 32, 8},
+    {TensorType::f32,  32,   0, false, 4, 0, 0, 1},
+    {TensorType::f16,  16,   0, false, 2, 0, 0, 1},
+    {TensorType::bf16, 16,   0, false, 2, 0, 0, 1},
+};
+// clang-format on
+
+inline const PackedLayout* find_layout(TensorType type) {
+    for (const PackedLayout& layout : packed_layouts)
+        if (layout.type == type) return &layout;
+    return nullptr;
+}
+
+constexpr size_t packed_block_bytes(const PackedLayout& layout) {
+    return layout.scale_bytes + size_t{layout.bits} * 64;
+}
+constexpr size_t packed_super_bytes(const PackedLayout& layout) {
+    return layout.head_bytes + layout.blocks * packed_block_bytes(layout);
+}
+
+inline const std::byte* packed_tile(const PackedMatrix& matrix, size_t tile) {
+    return matrix.data + tile * packed_tile_bytes(matrix.type, matrix.cols);
+}
+
+// The codes of one row of a block, four a word.
+inline void load_codes(const PackedLayout& layout, const std::byte* codes, uint32_t row,
+                       uint32_t words[8]) {
+    codes += 4 * row;
+    if (layout.bits == 8) {
+        for (uint32_t g = 0; g < 8; g++) words[g] = load32(codes + 64 * g);
+        return;
+    }
+    for (uint32_t g = 0; g < 8; g++)
+        words[g] = load32(codes + g / 2 * 64) >> g % 2 * 4 & 0x0f0f0f0fu;
+    const uint32_t high = layout.bits - 4u, mask = high == 1 ? 0x01010101u : 0x03030303u;
+    for (uint32_t g = 0; high && g < 8; g++)
+        words[g] |= (load32(codes + 256 + g * high / 8 * 64) >> g * high % 8 & mask) << 4;
+}
+
+inline float packed_float(TensorType type, const std::byte* tile, size_t index) {
+    if (type == TensorType::f32) return std::bit_cast<float>(load32(tile + 4 * index));
+    const uint16_t bits = load16(tile + 2 * index);
+    return type == TensorType::f16 ? half_value(bits) : bfloat_value(bits);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

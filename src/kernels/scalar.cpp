@@ -1,0 +1,311 @@
+#include "prologue.hpp"
+
+#include "kernels/products.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Scalar reference ------------------------------------------------------------------------
+
+namespace scalar {
+
+// A block of one row, ready for the definition's formulas.
+struct RowBlock {
+    int32_t w[kActivationBlock];
+    float scale;     // dw
+    float minimum;   // m
+    int32_t sub[2];  // Q6_K's scales of the two halves, else 1
+};
+
+void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
+                RowBlock& out) {
+    const std::byte* head = tile + block / layout.blocks * packed_super_bytes(layout);
+    const std::byte* at =
+        head + layout.head_bytes + block % layout.blocks * packed_block_bytes(layout);
+    uint32_t words[8];
+    load_codes(layout, at + layout.scale_bytes, row, words);
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
+
+    const std::byte* halves = layout.head_bytes ? head : at;
+    out.scale = half_value(load16(halves + 2 * row));
+    out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
+    out.sub[0] = out.sub[1] = 1;
+    if (layout.type == TensorType::q6_k) {
+        for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
+    } else if (layout.head_bytes) {
+        out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
+        out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
+    }
+}
+
+void quantize_plane(const float* x, float d, float inverse, ActivationBlock& out) {
+    out = {d, 0, {0, 0}, {}};
+    for (uint32_t i = 0; d > 0 && i < kActivationBlock; i++) {
+        const double nearest = nearest_integer(double(x[i]) * double(inverse));
+        out.q[i] = static_cast<int8_t>(std::min(127.0, std::max(-127.0, nearest)));
+        out.sum[i / 16] += out.q[i];
+    }
+    out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
+}
+
+void quantize_block(const float* x, uint32_t planes, ActivationBlock* out) {
+    uint32_t largest = 0;  // magnitudes order like their bits
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    const float amax = std::bit_cast<float>(largest);
+    const bool finite = largest < 0x7f800000u, zero = amax < 0x1p-100f;
+    const float d = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : amax / 127.0f;
+    const float inverse = finite && !zero ? 127.0f / amax : 0.0f;
+    quantize_plane(x, d, inverse, out[0]);
+    if (planes < 2) return;
+    float rest[kActivationBlock];
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        rest[i] = fma_once(-d, static_cast<float>(out[0].q[i]), x[i]);
+    quantize_plane(rest, d / 254.0f, inverse * 254.0f, out[1]);
+}
+
+void quantize(const QuantizeTask& task) {
+    for (uint32_t c = 0; c < task.columns; c++)
+        for (size_t b = 0; b < task.n / kActivationBlock; b++)
+            quantize_block(task.x + c * task.x_stride + b * kActivationBlock, task.planes,
+                           task.out + b * task.step + c * task.planes);
+}
+
+int32_t dot_integers(const int32_t* w, const int8_t* h) {
+    int32_t sum = 0;
+    for (uint32_t i = 0; i < kActivationBlock / 2; i++) sum += w[i] * h[i];
+    return sum;
+}
+
+float dot_block(const PackedLayout& layout, const RowBlock& row, const ActivationBlock& a,
+                float acc) {
+    const int32_t sum =
+        row.sub[0] * dot_integers(row.w, a.q) + row.sub[1] * dot_integers(row.w + 16, a.q + 16);
+    acc = fma_once(static_cast<float>(sum), row.scale * a.d, acc);
+    return layout.minimum ? fma_once(row.minimum, a.s, acc) : acc;
+}
+
+// One row against all planes of the batch.
+void dot_row(const PackedLayout& layout, const std::byte* tile, uint32_t row, size_t blocks,
+             const ColumnBatch& batch, float* acc) {
+    for (uint32_t p = 0; p < batch.count; p++) acc[p] = 0;
+    for (size_t b = 0; b < blocks; b++) {
+        RowBlock block;
+        read_block(layout, tile, b, row, block);
+        for (uint32_t p = 0; p < batch.count; p++)
+            acc[p] = dot_block(layout, block, batch.plane(p)[b * batch.step()], acc[p]);
+    }
+}
+
+float dot_float_row(TensorType type, const std::byte* tile, uint32_t row, size_t cols,
+                    const float* x) {
+    float acc = 0;
+    for (size_t k = 0; k < cols; k++)
+        acc = fma_once(packed_float(type, tile, k * kTileRows + row), x[k], acc);
+    return acc;
+}
+
+void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
+    const PackedLayout& layout = *pair.layout;
+    for (uint32_t r = 0; r < 2 * kTileRows; r++) {
+        const std::byte* tile = pair.tiles[r / kTileRows];
+        const uint32_t row = r % kTileRows;
+        float acc[kBatchColumns];
+        if (!layout.float_bytes)
+            dot_row(layout, tile, row, pair.cols / kActivationBlock, batch, acc);
+        for (uint32_t c = 0; c < batch.count; c++)
+            sums[c][r / kTileRows][row] =
+                !layout.float_bytes ? acc[c]
+                                    : dot_float_row(layout.type, tile, row, pair.cols,
+                                                    reinterpret_cast<const float*>(batch.column(c)));
+    }
+}
+
+float sum_of_lanes(float lanes[16]) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
+    return lanes[0];
+}
+
+void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
+    float lanes[16] = {};
+    for (size_t i = 0; i < n; i++) lanes[i % 16] = fma_once(x[i], x[i], lanes[i % 16]);
+    const float scale = 1.0f / std::sqrt(sum_of_lanes(lanes) / static_cast<float>(n) + eps);
+    for (size_t i = 0; i < n; i++) y[i] = (x[i] * scale) * weight[i];
+}
+
+void rotate(float& a, float& b, float c, float s) {
+    const float bs = b * s, bc = b * c;
+    const float turned = fma_once(a, c, -bs);
+    b = fma_once(a, s, bc);
+    a = turned;
+}
+
+void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+          const float* cos_sin) {
+    for (uint32_t head = 0; head < n_heads; head++, x += head_dim)
+        for (uint32_t i = 0; i < n_rot / 2; i++)
+            rotate(x[neox ? i : 2 * i], x[neox ? i + n_rot / 2 : 2 * i + 1], cos_sin[2 * i],
+                   cos_sin[2 * i + 1]);
+}
+
+void scale(float* x, float factor, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] *= factor;
+}
+
+void add(float* x, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+void silu_mul(float* gate, const float* up, size_t n) {
+    for (size_t i = 0; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
+}
+
+void matmul(const MatmulTask& task) { multiply_tiles(task, {product, quantize, add, silu_mul}); }
+
+void store_q8_0(const float* k, const float* v, uint32_t head_dim, uint32_t slot, void* key_group,
+                void* value_group) {
+    const size_t codes = head_dim * kKeyGroup, blocks = head_dim / kActivationBlock;
+    std::byte *const keys = static_cast<std::byte*>(key_group),
+              *const values = static_cast<std::byte*>(value_group);
+    for (size_t b = 0; b < blocks; b++) {
+        ActivationBlock key, value;
+        quantize_block(k + b * kActivationBlock, 1, &key);
+        quantize_block(v + b * kActivationBlock, 1, &value);
+        for (size_t i = 0; i < kActivationBlock; i++)
+            keys[(b * kActivationBlock + i) * kKeyGroup + slot] = static_cast<std::byte>(key.q[i]);
+        std::memcpy(values + slot * head_dim + b * kActivationBlock, value.q, sizeof value.q);
+        store16(keys + codes + 2 * (b * kKeyGroup + slot), half_bits(key.d));
+        store16(values + codes + 2 * (slot * blocks + b), half_bits(value.d));
+    }
+}
+
+void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
+               float* values) {
+    const size_t codes = head_dim * kKeyGroup;
+    const int8_t *k = static_cast<const int8_t*>(key_group),
+                 *v = static_cast<const int8_t*>(value_group);
+    const std::byte *const k_scales = static_cast<const std::byte*>(key_group) + codes,
+                    *const v_scales = static_cast<const std::byte*>(value_group) + codes;
+    for (size_t b = 0; b < head_dim / kActivationBlock; b++) {
+        float scales[kKeyGroup];
+        for (size_t j = 0; j < kKeyGroup; j++)
+            scales[j] = half_value(load16(k_scales + 2 * (b * kKeyGroup + j)));
+        for (size_t i = 0; i < kActivationBlock; i++, k += kKeyGroup, keys += kKeyGroup)
+            for (size_t j = 0; j < kKeyGroup; j++) keys[j] = scales[j] * static_cast<float>(k[j]);
+    }
+    for (size_t b = 0; b < codes / kActivationBlock; b++) {
+        const float scale = half_value(load16(v_scales + 2 * b));
+        for (size_t i = 0; i < kActivationBlock; i++) *values++ = scale * static_cast<float>(*v++);
+    }
+}
+
+void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+              void* key_group, void* value_group) {
+    if (type == KvType::q8_0) return store_q8_0(k, v, head_dim, slot, key_group, value_group);
+    for (size_t e = 0; e < head_dim; e++) {
+        const size_t key = e * kKeyGroup + slot, value = size_t{slot} * head_dim + e;
+        if (type == KvType::f32) {
+            static_cast<float*>(key_group)[key] = k[e];
+            static_cast<float*>(value_group)[value] = v[e];
+        } else {
+            static_cast<uint16_t*>(key_group)[key] = half_bits(k[e]);
+            static_cast<uint16_t*>(value_group)[value] = half_bits(v[e]);
+        }
+    }
+}
+
+float read_kv(KvType type, const void* group, size_t index) {
+    return type == KvType::f32 ? static_cast<const float*>(group)[index]
+                               : half_value(static_cast<const uint16_t*>(group)[index]);
+}
+
+void attend(const AttentionTask& task, uint32_t query) {
+    const uint32_t begin = task.begin[query], end = task.end[query];
+    const float* q = task.q + query * task.q_stride;
+    float p[kSegment], most = -std::numeric_limits<float>::infinity();
+    for (uint32_t j = begin; j < end; j++) {
+        p[j] = 0;
+        for (size_t e = 0; e < task.head_dim; e++)
+            p[j] = fma_once(q[e], read_kv(task.kv_type, task.keys[j / 16], e * kKeyGroup + j % 16),
+                            p[j]);
+        if (p[j] > most) most = p[j];
+    }
+    most += 0.0f;
+    float lanes[16] = {};
+    for (uint32_t j = begin; j < end; j++) {
+        p[j] = exp_once(p[j] - most);
+        lanes[j % 16] += p[j];
+    }
+    task.max[query] = most;
+    task.sum[query] = sum_of_lanes(lanes);
+    float* out = task.out + query * task.out_stride;
+    for (size_t e = 0; e < task.head_dim; e++) {
+        out[e] = 0;
+        for (uint32_t j = begin; j < end; j++)
+            out[e] = fma_once(
+                p[j], read_kv(task.kv_type, task.values[j / 16], j % 16 * task.head_dim + e),
+                out[e]);
+    }
+}
+
+void attention(const AttentionTask& task) {
+    for (uint32_t query = 0; query < task.queries; query++)
+        if (task.begin[query] < task.end[query]) attend(task, query);
+}
+
+void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
+                     size_t n) {
+    const float most = m > *max ? m : *max;
+    const float a = exp_once(*max - most), b = exp_once(m - most);
+    *max = most;
+    *sum = fma_once(l, b, *sum * a);
+    for (size_t e = 0; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
+}
+
+constexpr Kernels kernels = {"scalar", quantize, matmul,    rms_norm,  rope,           scale, add,
+                             silu_mul, store_kv, expand_kv, attention, attention_merge};
+
+}  // namespace scalar
+
+size_t kv_group_bytes(KvType type, uint32_t head_dim) {
+    const size_t values = size_t{head_dim} * kKeyGroup;
+    if (type == KvType::q8_0) return values + values / kActivationBlock * 2;
+    return values * (type == KvType::f32 ? 4 : 2);
+}
+
+void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
+    const PackedLayout& layout = *find_layout(matrix.type);
+    const std::byte* tile = packed_tile(matrix, row / kTileRows);
+    const uint32_t lane = row % kTileRows;
+    if (layout.float_bytes) {
+        for (size_t k = 0; k < matrix.cols; k++)
+            out[k] = packed_float(matrix.type, tile, k * kTileRows + lane);
+        return;
+    }
+    for (size_t b = 0; b < matrix.cols / kActivationBlock; b++) {
+        scalar::RowBlock block;
+        scalar::read_block(layout, tile, b, lane, block);
+        for (uint32_t i = 0; i < kActivationBlock; i++) {
+            const float w = static_cast<float>(block.w[i]);
+            *out++ = layout.minimum ? fma_once(block.scale, w, block.minimum)
+                                    : block.scale * static_cast<float>(block.sub[i / 16]) * w;
+        }
+    }
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE

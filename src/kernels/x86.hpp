@@ -1,0 +1,173 @@
+#pragma once
+
+#include "kernels/products.hpp"
+#include "kernels/targets.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if VALAR_X86_KERNELS && !defined(VALAR_NO_INFERENCE)
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- What the x86 regions share: a matrix product as tile kernels and the loops around them ---
+
+// A tile kernel adds to `sums` the products of two tiles and C columns, in ascending order of k.
+struct TileStep {
+    const std::byte* const* tiles;    // (2) where each goes on: at the head of a super-block
+    const std::byte* const* columns;  // (C) ActivationBlocks, `unit` bytes apart, or floats
+    size_t unit;
+    size_t count;                     // of blocks, or floats
+    float (*sums)[2][16];             // (C)
+    bool fresh;                       // the sums start at 0
+    // To prefetch: at every `every`th block one block of each tile, from `next` of the first on.
+    const std::byte* next;
+    size_t every;
+};
+struct TileKernels {
+    struct Shape {
+        uint32_t columns;
+        void (*dot)(const TileStep& step);
+    } shapes[4];  // few columns to many
+};
+
+inline constexpr size_t kChunk = 32;           // blocks that stay in a near cache for all columns
+inline constexpr size_t kChunkFloats = 512;
+inline constexpr size_t kAheadOne = 4096;  // best prefetch distances measured: for one or two columns,
+inline constexpr size_t kAheadFew = 8192;  // for as many as one call takes
+
+// The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
+// and 1.
+inline const TileKernels::Shape& next_shape(const TileKernels& k, uint32_t left) {
+    for (const TileKernels::Shape& shape : k.shapes)
+        if (left <= shape.columns) return shape;
+    return k.shapes[left <= 2 * k.shapes[2].columns ? 2 : 3];
+}
+
+// As few chunks as may be, of one size: each is prefetched during the one before it.
+inline size_t even_chunk(size_t units, const PackedLayout& layout) {
+    const size_t most = layout.float_bytes ? kChunkFloats : kChunk;
+    const size_t chunks = (units + most - 1) / most, even = (units + chunks - 1) / chunks;
+    return (even + layout.blocks - 1) / layout.blocks * layout.blocks;
+}
+
+// Where the columns need several kernel calls, k advances in chunks that stay in a near cache; each
+// call prefetches its share of the next chunk.
+inline void multiply_pair(const TileKernels& k, const TilePair& pair, const ColumnBatch& batch,
+                          PairSums sums) {
+    const PackedLayout& layout = *pair.layout;
+    const size_t units = layout.float_bytes ? pair.cols : pair.cols / kActivationBlock;
+    const size_t most = k.shapes[3].columns, calls = (batch.count + most - 1) / most;
+    const bool once = calls == 1;
+    const size_t chunk = once ? units : even_chunk(units, layout);
+    const size_t chunk_bytes = layout.float_bytes
+                                   ? chunk * layout.float_bytes * kTileRows
+                                   : chunk / layout.blocks * packed_super_bytes(layout);
+    for (size_t u = 0, done = 0; u < units; u += chunk, done += chunk_bytes) {
+        const std::byte *at[2] = {pair.tiles[0] + done, pair.tiles[1] + done}, *columns[8];
+        const bool last = units - u <= chunk;
+        TileStep step{at,
+                      columns,
+                      batch.unit,
+                      last ? units - u : chunk,
+                      sums,
+                      u == 0,
+                      at[0] + (once    ? batch.count > 2 ? kAheadFew : kAheadOne
+                               : last ? pair.next - done
+                                       : chunk_bytes),
+                      calls};
+        for (uint32_t v = 0; v < batch.count; step.next += chunk_bytes / calls) {
+            const TileKernels::Shape& shape = next_shape(k, batch.count - v);
+            for (uint32_t c = 0; c < shape.columns; c++) {  // the last again where they run out
+                const uint32_t column = v + c < batch.count ? v + c : batch.count - 1;
+                columns[c] = batch.column(column) + u * batch.unit;
+            }
+            step.sums = sums + v;
+            shape.dot(step);
+            v += shape.columns;
+        }
+    }
+}
+
+// ---- Attention of the vector paths -----------------------------------------------------------
+
+// Queries of an attention task that look at the same segment together.
+inline constexpr uint32_t kTileQueries = 8;
+struct QueryTile {
+    const float* q[kTileQueries];
+    uint32_t begin[kTileQueries], end[kTileQueries];
+    float* p[kTileQueries];  // (256) scores, then weights
+    float* out[kTileQueries];
+};
+
+// What an instruction set has for tiles of 1, 2, .. `queries` queries: [f32][queries - 1].
+struct AttentionParts {
+    using Range = void(const AttentionTask&, const QueryTile&, uint32_t first, uint32_t last);
+    using RangeOfSome = void(const AttentionTask&, const QueryTile&, uint32_t query, uint32_t first,
+                             uint32_t last);
+    uint32_t queries;
+    Range* score[2][kTileQueries];  // p = keys first .. last - 1, and some beside them
+    void (*weigh)(float* p, uint32_t begin, uint32_t end, float* max, float* sum);
+    RangeOfSome* add_values[2][kTileQueries];  // out += p * values, of queries from `query` on
+};
+
+inline void attend_tile(const AttentionParts& parts, const AttentionTask& task, const QueryTile& tile,
+                 const uint32_t* query, uint32_t count) {
+    uint32_t first = kSegment, last = 0, together = 0, apart = kSegment;
+    for (uint32_t i = 0; i < count; i++) {
+        first = std::min(first, tile.begin[i]);
+        last = std::max(last, tile.end[i]);
+        together = std::max(together, tile.begin[i]);  // all look from here on
+        apart = std::min(apart, tile.end[i]);          // not all look from here on
+    }
+    const bool f32 = task.kv_type == KvType::f32;
+    parts.score[f32][count - 1](task, tile, first, last);
+    for (uint32_t i = 0; i < count; i++) {
+        parts.weigh(tile.p[i], tile.begin[i], tile.end[i], task.max + query[i],
+                    task.sum + query[i]);
+        std::memset(tile.out[i], 0, task.head_dim * sizeof(float));
+    }
+    if (apart < together) apart = together = last;
+    for (uint32_t i = 0; i < count; i++)
+        parts.add_values[f32][0](task, tile, i, tile.begin[i], std::min(together, tile.end[i]));
+    parts.add_values[f32][count - 1](task, tile, 0, together, apart);
+    for (uint32_t i = 0; i < count; i++)
+        parts.add_values[f32][0](task, tile, i, apart, tile.end[i]);
+}
+
+inline void attend(const AttentionParts& parts, const AttentionTask& task) {
+    alignas(64) float p[kTileQueries][kSegment];
+    for (uint32_t next = 0; next < task.queries;) {
+        QueryTile tile;
+        uint32_t count = 0, query[kTileQueries];
+        for (; next < task.queries && count < parts.queries; next++) {
+            if (task.begin[next] >= task.end[next]) continue;
+            tile.q[count] = task.q + next * task.q_stride;
+            tile.begin[count] = task.begin[next];
+            tile.end[count] = task.end[next];
+            tile.p[count] = p[count];
+            tile.out[count] = task.out + next * task.out_stride;
+            query[count++] = next;
+        }
+        if (count) attend_tile(parts, task, tile, query, count);
+    }
+}
+
+VALAR_TARGET_BEGIN("avx2,fma,f16c")
+namespace avx2 {
+VALAR_FORCE_INLINE float sum_of_lanes(__m256 low, __m256 high) {
+    const __m256 eight = _mm256_add_ps(low, high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+}  // namespace avx2
+VALAR_TARGET_END
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_X86_KERNELS

@@ -1,0 +1,244 @@
+#include "prologue.hpp"
+
+#include "server/loop.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+const ServerLoop::Route ServerLoop::routes[] = {
+    {.path = "/health", .get = &ServerLoop::get_health, .open = true},
+    {.path = "/metrics", .get = &ServerLoop::get_metrics},
+    {.path = "/v1/models", .get = &ServerLoop::get_models},
+    {.path = "/v1/models/", .get = &ServerLoop::get_model, .slashes = true},
+    {.path = "/v1/responses", .get = &ServerLoop::get_responses,
+     .post = &ServerLoop::post_response},
+    {.path = "/v1/responses/", .get = &ServerLoop::get_response,
+     .remove = &ServerLoop::delete_response},
+    {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
+    {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
+};
+
+std::string ServerLoop::Route::allowed() const {
+    std::string all;
+    for (const auto& [handler, methods] : {std::pair(get, "GET, HEAD"), std::pair(post, "POST"),
+                                           std::pair(remove, "DELETE")})
+        if (handler) all.append(all.empty() ? "" : ", ").append(methods);
+    return all;
+}
+
+// ---- Who may ask, and for what ---------------------------------------------------------------
+
+/// Fills in what the target says.
+void ServerLoop::find_route(Exchange& exchange) {
+    const std::string_view path = exchange.path;
+    for (const Route& route : routes) {
+        const bool prefix = path.substr(0, route.path.size()) == route.path;
+        if (!prefix || path.size() < route.path.size() + route.suffix.size()) continue;
+        const size_t end = path.size() - route.suffix.size();
+        if (path.substr(end) != route.suffix) continue;
+        auto argument = server_unescape(path.substr(route.path.size(), end - route.path.size()));
+        if (!argument || argument->empty() == (route.path.back() == '/')) continue;
+        if (!route.slashes && argument->find('/') != argument->npos) continue;
+        exchange.argument = std::move(*argument);
+        exchange.route = &route;
+    }
+}
+
+std::string ServerLoop::make_request_id() {
+    if (random_used == sizeof random) {
+        (void)random_bytes(random, sizeof random).ok();
+        random_used = 0;
+    }
+    return server_uuid(random + std::exchange(random_used, random_used + 16));
+}
+
+std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
+    Exchange exchange;
+    exchange.number = request.exchange;
+    exchange.request_id = make_request_id();
+    exchange.method = request.method;
+    const size_t mark = std::min(request.target.find('?'), request.target.size());
+    exchange.path = request.target.substr(0, mark);
+    exchange.query = request.target.substr(std::min(mark + 1, request.target.size()));
+    exchange.started_ns = monotonic_ns();
+    find_route(exchange);
+
+    using Check = Result<void> (ServerLoop::*)(const HttpRequest&, Exchange&);
+    static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_origin};
+    static constexpr Check then[] = {&ServerLoop::check_key, &ServerLoop::check_route,
+                                     &ServerLoop::check_method, &ServerLoop::check_size,
+                                     &ServerLoop::check_rate, &ServerLoop::check_type};
+    const auto run = [&](std::span<const Check> checks) -> std::optional<HttpReply> {
+        for (const Check check : checks)
+            if (auto checked = (this->*check)(request, exchange); !checked)
+                return make_error_reply(exchange, checked.error());
+        return std::nullopt;
+    };
+    std::optional<HttpReply> reply = run(first);
+    if (!reply && request.method == "OPTIONS" && !exchange.cors_origin.empty() &&
+        request.header("Access-Control-Request-Method"))
+        reply = make_preflight_reply(exchange, request);  // carries no key
+    if (!reply) reply = run(then);
+    if (reply) {
+        log_exchange(exchange, reply->status);
+        return reply;
+    }
+    request.max_body = body_limit(request);
+    exchanges.emplace(request.exchange, std::move(exchange));
+    return std::nullopt;
+}
+
+/// Without keys only names of this machine: a web page must not reach us through a name of its own
+/// that resolves to a loopback address.
+Result<void> ServerLoop::check_host(const HttpRequest& request, Exchange&) {
+    if (!keys.empty()) return {};
+    const std::string& host = request.host;
+    const size_t colon = host.rfind(':');
+    const bool port = colon != host.npos && host.find(']', colon) == host.npos;
+    const std::string_view name = std::string_view(host).substr(0, port ? colon : host.npos);
+    for (const std::string_view known : {"localhost", "127.0.0.1", "[::1]"})
+        if (name == known) return {};
+    for (const std::string& allowed : options.allowed_hosts)
+        if (server_lower(allowed) == name || server_lower(allowed) == host) return {};
+    return make_error(ErrorKind::permission,
+                      "the host '" + server_printable(host) +
+                          "' is not allowed; allowed are localhost and allowed_hosts",
+                      "host_not_allowed");
+}
+
+Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exchange) {
+    const std::string* given = request.header("Origin");
+    if (!given) return {};
+    const bool alone = request.count("Origin") == 1;
+    const std::string origin = server_lower(*given);
+    for (const std::string& allowed : options.cors_origins)
+        if (alone && server_lower(allowed) == origin) {
+            exchange.cors_origin = *given;
+            return {};
+        }
+    if (alone && (origin == "http://" + request.host || origin == "https://" + request.host))
+        return {};
+    return make_error(ErrorKind::permission,
+                      "the origin '" + server_printable(*given) + "' is not allowed",
+                      "origin_not_allowed");
+}
+
+Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchange) {
+    if (keys.empty() || (exchange.route && exchange.route->open)) return {};
+    std::string_view secret;
+    bool given = false;
+    const auto refused = [](const char* message) {
+        return make_error(ErrorKind::authentication, message, "invalid_api_key");
+    };
+    for (const auto& [name, value] : request.headers) {
+        const std::string field = server_lower(name);
+        std::string_view one = value;
+        if (field == "authorization") {
+            if (server_lower(one.substr(0, 7)) != "bearer ")
+                return refused("the header Authorization must be 'Bearer <key>'");
+            one = server_trim(one.substr(7));
+        } else if (field != "x-api-key") {
+            continue;
+        }
+        if (std::exchange(given, true) && one != secret)
+            return refused("two different credentials in one request");
+        secret = one;
+    }
+    if (!request.header("Authorization"))
+        return refused("no API key; send the header 'Authorization: Bearer <key>'");
+    const Hash256 hash = sha256(secret);
+    const auto found = std::lower_bound(
+        keys.begin(), keys.end(), hash,
+        [](const ServerKey& key, const Hash256& to) { return key.hash.view() < to.view(); });
+    if (found == keys.end() || !constant_time_equal(found->hash.view(), hash.view()))
+        return refused("unknown API key");
+    exchange.organisation = found->organisation;
+    exchange.key_id = found->id;
+    exchange.key = &*found;
+    return {};
+}
+
+Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
+    if (exchange.route) return {};
+    return server_not_found("unknown path '" + server_printable(exchange.path) + "'");
+}
+
+Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
+    const Route& route = *exchange.route;
+    for (const auto& [method, handle] : {std::pair("GET", route.get), std::pair("HEAD", route.get),
+                                         std::pair("POST", route.post),
+                                         std::pair("DELETE", route.remove)})
+        if (request.method == method) exchange.handle = handle;
+    if (exchange.handle) return {};
+    return make_error(ErrorKind::method_not_allowed,
+                      server_printable(request.method) + " is not allowed here; allowed: " +
+                          route.allowed(),
+                      "method_not_allowed");
+}
+
+Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
+    const uint64_t limit = body_limit(request);
+    const uint64_t size = request.content_length.value_or(0);
+    if (size <= limit) return {};
+    return make_error(ErrorKind::too_large,
+                      "the body has " + std::to_string(size) + " bytes; at most " +
+                          std::to_string(limit) + " are allowed",
+                      "request_too_large");
+}
+
+/// A bucket that holds a minute's requests and fills evenly.
+Result<void> ServerLoop::check_rate(const HttpRequest&, Exchange& exchange) {
+    ServerKey* key = exchange.key;
+    if (!key || key->per_minute == 0) return {};
+    const uint64_t now_ns = monotonic_ns();
+    const double a_second = key->per_minute / 60.0;
+    const double passed_s = static_cast<double>(now_ns - key->filled_ns) / 1e9;
+    key->tokens = std::min<double>(key->per_minute, key->tokens + passed_s * a_second);
+    key->filled_ns = now_ns;
+    if (key->tokens >= 1) {
+        --key->tokens;
+        return {};
+    }
+    Error error = make_error(ErrorKind::rate_limit,
+                             "this key may make " + std::to_string(key->per_minute) +
+                                 " requests a minute",
+                             "rate_limit_exceeded");
+    error.retry_after_s = static_cast<uint32_t>(std::ceil((1 - key->tokens) / a_second));
+    return error;
+}
+
+/// Also told before a body is asked for, unless its size is still unknown: size comes first.
+Result<void> ServerLoop::check_type(const HttpRequest& request, Exchange&) {
+    if (request.method != "POST" || (request.chunked && request.body.empty())) return {};
+    const auto refused = [](const std::string& given, const char* allowed) {
+        return make_error(ErrorKind::unsupported_media,
+                          "'" + server_printable(given) + "' is not supported; allowed: " + allowed,
+                          "unsupported_media_type");
+    };
+    for (const auto& [name, value] : request.headers) {
+        const std::string field = server_lower(name);
+        const std::string_view type = std::string_view(value).substr(0, value.find(';'));
+        const std::string kind = server_lower(server_trim(type));
+        if (field == "content-type" && kind != "application/json")
+            return refused(value, "application/json");
+        if (field == "content-encoding" && kind != "identity") return refused(value, "identity");
+    }
+    return {};
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER

@@ -1,0 +1,459 @@
+// >>server
+// The loop thread owns exchanges and live responses; a job carries work to a worker or a change to
+// the store, and the result back. A request: on_head (who, where) -> accept (a worker: parse,
+// validate, prepare; the loop: is there room; the store: keep it) -> submit -> events -> finish (a
+// worker renders, the store keeps it) -> reply. All who want one response wait for the same record.
+#include "prologue.hpp"
+
+#include "server/loop.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+ServerLoop::~ServerLoop() {
+    if (listening)
+        for (Responder* responder : responders) responder->on_ready(nullptr, nullptr);
+    {
+        const std::lock_guard<std::mutex> lock(jobs_mutex);
+        ending = true;
+    }
+    jobs_waiting.notify_all();
+    for (Thread& worker : workers) worker.join();
+    for (auto& [id, entry] : live) {
+        park(id, entry);
+        while (entry.responder && entry.responder->poll(id)) {
+        }
+    }
+    while (const uint32_t left = storing) wait_on(&storing, left, 1'000'000);
+}
+
+Result<void> ServerLoop::start() {
+    auto opened = HttpServer::open(server_http_options(options), this);
+    if (!opened) return opened.error();
+    http.emplace(std::move(*opened));
+    for (Thread& worker : workers) {
+        const auto run = [](void* self) { static_cast<ServerLoop*>(self)->run_jobs(); };
+        auto started = Thread::start(run, this, "valar worker");
+        if (!started) return started.error();
+        worker = std::move(*started);
+    }
+    for (Responder* responder : responders) responder->on_ready(&ServerLoop::on_ready, this);
+    listening = true;
+    recover_all();
+    hand_over();
+    return {};
+}
+
+bool ServerLoop::step(int timeout_ms) {
+    const bool more = http->step(timeout_ms);
+    hand_over();
+    if (stopping && !std::exchange(drain_begun, true))
+        for (auto& [id, entry] : live)  // nobody is there to be answered
+            if (entry.waiters.empty()) park(id, entry);
+    if (more || finishing == 0) return more;
+    // http is done and takes no more calls; what has an outcome is still to be kept.
+    const uint32_t seen = inbox_count;
+    take_inbox();
+    hand_over();
+    if (finishing > 0) wait_on(&inbox_count, seen, 10'000'000);
+    return true;
+}
+
+// ---- Replies ---------------------------------------------------------------------------------
+
+HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::string body,
+                                    HttpHeaders headers) {
+    HttpReply reply;
+    reply.status = status;
+    reply.headers = std::move(headers);
+    reply.headers.emplace_back("X-Request-ID", exchange.request_id);
+    if (!body.empty() && !find_header(reply.headers, "Content-Type"))
+        reply.headers.emplace_back("Content-Type", "application/json");
+    if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
+    if (!exchange.cors_origin.empty()) {
+        reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
+        reply.headers.emplace_back("Access-Control-Expose-Headers",
+                                   "X-Request-ID, X-Valar-Response-Id, Retry-After, "
+                                   "Idempotent-Replayed");
+    }
+    if (!options.cors_origins.empty()) reply.headers.emplace_back("Vary", "Origin");
+    reply.body = std::move(body);
+    return reply;
+}
+
+HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
+                                          HttpHeaders headers) {
+    const int status = http_status(error.kind);
+    if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
+    if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
+    if (status == 503 || status == 429) {
+        const uint32_t seconds = error.retry_after_s ? error.retry_after_s : retry_after_s();
+        headers.emplace_back("Retry-After", std::to_string(seconds));
+    }
+    if (status == 500)
+        options.log(LogLevel::error, "request " + exchange.request_id + ": " + error.message);
+    return make_reply(exchange, status, render_error(error).write(), std::move(headers));
+}
+
+HttpReply ServerLoop::make_preflight_reply(const Exchange& exchange, const HttpRequest& request) {
+    const std::string* asked = request.header("Access-Control-Request-Headers");
+    return make_reply(exchange, 204, {},
+                      {{"Access-Control-Allow-Methods", "GET, HEAD, POST, DELETE"},
+                       {"Access-Control-Allow-Headers",
+                        asked ? *asked : "Authorization, Content-Type, Idempotency-Key"},
+                       {"Access-Control-Max-Age", "600"}});
+}
+
+/// Ends the exchange.
+void ServerLoop::answer(Exchange& exchange, HttpReply reply) {
+    const uint64_t number = exchange.number;
+    log_exchange(exchange, reply.status);
+    http->reply(number, std::move(reply));
+    exchanges.erase(number);
+}
+
+void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
+    answer(exchange, make_reply(exchange, status, std::move(body)));
+}
+
+void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
+    answer(exchange, make_error_reply(exchange, error, std::move(headers)));
+}
+
+/// When the queue will have moved on, as far as the pace of late tells.
+uint32_t ServerLoop::retry_after_s() const {
+    const double wait_s = std::ceil(static_cast<double>(queued) * finish_gap_s);
+    return static_cast<uint32_t>(std::clamp<double>(wait_s, 1, server_max_retry_s));
+}
+
+void ServerLoop::log_exchange(const Exchange& exchange, int status) {
+    const double ms = static_cast<double>(monotonic_ns() - exchange.started_ns) / 1e6;
+    const Route* route = exchange.route;
+    const bool nested = route && !route->suffix.empty();
+    const std::string name = route ? std::string(route->path) + (nested ? "*" : "") : "none";
+    ++answered[{name + (nested ? std::string(route->suffix) : ""), status}];
+    answer_seconds += ms / 1e3;
+    if (!options.log.write) return;
+    Json line = Json::object();
+    line.set("id", exchange.request_id)
+        .set("method", server_printable(exchange.method))
+        .set("path", server_printable(exchange.path))
+        .set("status", status)
+        .set("ms", server_rounded(ms))
+        .set("key", exchange.key_id)
+        .set("response", server_printable(exchange.response_id))
+        .set("replayed", exchange.replayed);
+    log_line(std::move(line), exchange.usage, exchange.timings);
+}
+
+void ServerLoop::log_line(Json line, const Usage& usage, const Timings& timings) {
+    line.set("input_tokens", usage.input_tokens)
+        .set("output_tokens", usage.output_tokens)
+        .set("queue_ms", server_rounded(static_cast<double>(timings.queue_us) / 1e3))
+        .set("prefill_ms", server_rounded(static_cast<double>(timings.prefill_us) / 1e3))
+        .set("decode_ms", server_rounded(static_cast<double>(timings.decode_us) / 1e3));
+    if (options.log_json) return options.log(LogLevel::info, line.write());
+    std::string text;
+    for (const JsonMember& member : line.members()) {
+        text.append(text.empty() ? "" : " ").append(member.key).append("=");
+        text += member.value.is_string() ? std::string(member.value.as_string())
+                                         : member.value.write();
+    }
+    options.log(LogLevel::info, text);
+}
+
+/// Framing that failed, and limits of http: the request may not even have a path.
+HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::string_view code,
+                               std::string_view message) {
+    Exchange exchange;
+    exchange.request_id = make_request_id();
+    exchange.method = request.method.empty() ? "-" : request.method;
+    exchange.path = request.target.empty() ? "-" : request.target.substr(0, request.target.find('?'));
+    exchange.key_id = "-";
+    exchange.started_ns = monotonic_ns();
+    const ErrorKind kind = status == 503 ? ErrorKind::overloaded : ErrorKind::invalid_request;
+    HttpReply reply = make_error_reply(
+        exchange, make_error(kind, std::string(message), std::string(code)));
+    reply.status = status;
+    log_exchange(exchange, status);
+    return reply;
+}
+
+// ---- Exchanges -------------------------------------------------------------------------------
+
+void ServerLoop::on_request(HttpRequest&& request) {
+    const auto found = exchanges.find(request.exchange);
+    if (found == exchanges.end()) return;
+    Exchange& exchange = found->second;
+    if (request.chunked)  // only now is it known that its size is allowed
+        if (auto checked = check_type(request, exchange); !checked)
+            return refuse(exchange, checked.error());
+    (this->*exchange.handle)(exchange, request);
+}
+
+ServerLoop::Exchange* ServerLoop::find_exchange(uint64_t number) {
+    const auto found = exchanges.find(number);
+    return found == exchanges.end() ? nullptr : &found->second;
+}
+
+/// A client that leaves cancels what only it can ask for again.
+void ServerLoop::on_closed(uint64_t number) {
+    const auto found = exchanges.find(number);
+    if (found == exchanges.end()) return;
+    log_exchange(found->second, server_client_left);
+    const auto entry = live.find(found->second.response_id);
+    if (entry != live.end()) {
+        std::erase(entry->second.waiters, number);
+        if (entry->second.owner == number) cancel(entry->first, entry->second);
+    }
+    exchanges.erase(found);
+}
+
+void ServerLoop::on_tick() {
+    const uint64_t now_ns = monotonic_ns();
+    while (!timeouts.empty() && timeouts.front().first <= now_ns) {
+        Exchange* exchange = find_exchange(timeouts.front().second);
+        timeouts.pop_front();
+        if (!exchange) continue;
+        const std::string id = exchange->response_id;
+        const auto entry = live.find(id);
+        if (entry == live.end()) continue;  // its end is on the way
+        std::erase(entry->second.waiters, exchange->number);
+        HttpHeaders headers = {{"X-Valar-Response-Id", id}};
+        if (!exchange->keyed) headers.emplace_back("x-should-retry", "false");
+        refuse(*exchange,
+               make_error(ErrorKind::timeout,
+                          "the response was not finished in time; it goes on: GET /v1/responses/" +
+                              id,
+                          "timeout"),
+               std::move(headers));
+    }
+    recover_some();
+    for (JobPtr& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
+    const int64_t now_ms = unix_time_ms();
+    if (now_ms < next_expiry_ms) return;
+    next_expiry_ms = now_ms + server_expire_every_ms;
+    store->expire(now_ms);
+}
+
+void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            if (model.ready) return answer(exchange, 200, "{\"status\":\"ok\"}");
+    refuse(exchange, server_overloaded("no model is ready yet"));
+}
+
+namespace {
+Json server_model_json(const ModelInfo& model, const std::string& id) {
+    return Json::object()
+        .set("id", id)
+        .set("object", "model")
+        .set("created", model.created)
+        .set("owned_by", model.owned_by);
+}
+
+}  // namespace
+
+bool server_answers_to(const ModelInfo& model, const std::string& id) {
+    return model.id == id ||
+           std::find(model.aliases.begin(), model.aliases.end(), id) != model.aliases.end();
+}
+
+void ServerLoop::get_models(Exchange& exchange, HttpRequest&) {
+    Json data = Json::array();
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models()) {
+            data.push(server_model_json(model, model.id));
+            for (const std::string& alias : model.aliases)
+                data.push(server_model_json(model, alias));
+        }
+    answer(exchange, 200,
+           Json::object().set("object", "list").set("data", std::move(data)).write());
+}
+
+void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
+    const std::string id = exchange.argument;
+    for (const Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            if (server_answers_to(model, id))
+                return answer(exchange, 200, server_model_json(model, id).write());
+    refuse(exchange, server_no_model(id));
+}
+
+// ---- Jobs ------------------------------------------------------------------------------------
+
+ServerLoop::JobPtr ServerLoop::make_job(const Exchange& exchange, Job::Step next) {
+    auto job = std::make_unique<Job>();
+    job->loop = this;
+    job->next = next;
+    job->exchange = exchange.number;
+    job->key_id = exchange.key_id;
+    job->query = exchange.query;
+    job->stored.organisation = exchange.organisation;
+    return job;
+}
+
+void ServerLoop::send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next) {
+    job->work = work;
+    job->next = next;
+    outgoing.push_back(std::move(job));
+}
+
+/// One wake for all of a turn: a worker that sleeps between two requests costs more than the request.
+void ServerLoop::hand_over() {
+    if (outgoing.empty()) return;
+    const bool one = outgoing.size() == 1;
+    {
+        const std::lock_guard<std::mutex> lock(jobs_mutex);
+        std::move(outgoing.begin(), outgoing.end(), std::back_inserter(jobs));
+    }
+    outgoing.clear();
+    one ? jobs_waiting.notify_one() : jobs_waiting.notify_all();
+}
+
+void ServerLoop::run_jobs() {
+    for (;;) {
+        JobPtr job;
+        {
+            std::unique_lock<std::mutex> lock(jobs_mutex);
+            jobs_waiting.wait(lock, [&] { return ending || !jobs.empty(); });
+            if (ending) return;
+            job = std::move(jobs.front());
+            jobs.pop_front();
+        }
+        (this->*job->work)(*job);
+        send_to_loop([&] { inbox_jobs.push_back(std::move(job)); });
+    }
+}
+
+/// What a change of the store ends with: the job comes to the loop, with the store's error if any.
+StoreDone ServerLoop::on_kept(JobPtr job, Job::Step next) {
+    job->loop = this;
+    job->next = next;
+    ++storing;
+    const auto call = [](void* context, Result<void> result) {
+        JobPtr kept(static_cast<Job*>(context));
+        ServerLoop* self = kept->loop;
+        if (!result) kept->error = std::move(result.error());
+        self->send_to_loop([&] { self->inbox_jobs.push_back(std::move(kept)); });
+        --self->storing;  // the last touch: the destructor waits for it
+    };
+    return {call, job.release()};
+}
+
+/// From any thread. One call into the loop serves all that gathers until it comes.
+template <class Add>
+void ServerLoop::send_to_loop(Add add) {
+    bool first = false;
+    {
+        const std::lock_guard<std::mutex> lock(inbox_mutex);
+        first = inbox_jobs.empty() && inbox_ready.empty();
+        add();
+        ++inbox_count;
+    }
+    if (stopping) wake(&inbox_count);
+    if (first) http->post([](void* self) { static_cast<ServerLoop*>(self)->take_inbox(); }, this);
+}
+
+void ServerLoop::on_ready(void* context, const std::string& id) {
+    auto* self = static_cast<ServerLoop*>(context);
+    self->send_to_loop([&] { self->inbox_ready.push_back(id); });
+}
+
+void ServerLoop::take_inbox() {
+    std::vector<JobPtr> done;
+    std::vector<std::string> ready;
+    {
+        const std::lock_guard<std::mutex> lock(inbox_mutex);
+        done.swap(inbox_jobs);
+        ready.swap(inbox_ready);
+    }
+    for (JobPtr& job : done) {
+        const Job::Step next = job->next;
+        if (next) (this->*next)(std::move(job));
+    }
+    for (const std::string& id : ready) take_events(id);
+}
+
+/// The last step of what only reads.
+void ServerLoop::answer_job(JobPtr job) {
+    Exchange* exchange = find_exchange(job->exchange);
+    if (!exchange) return;
+    if (job->error) return refuse(*exchange, *job->error);
+    answer(*exchange, job->status, std::move(job->text));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+
+struct Server::State : detail::ServerLoop {};
+
+Result<Server> Server::open(Responder* responder, const ServerOptions& options) {
+    return open(std::span<Responder* const>(&responder, 1), options);
+}
+
+Result<Server> Server::open(std::span<Responder* const> responders, const ServerOptions& options) {
+    if (responders.empty() ||
+        std::find(responders.begin(), responders.end(), nullptr) != responders.end())
+        return detail::server_option("responders", "a server needs a Responder");
+    if (auto checked = detail::server_check_options(options); !checked) return checked.error();
+    auto keys = detail::server_keys(options.keys);
+    if (!keys) return keys.error();
+    auto state = std::make_unique<State>();
+    state->options = options;
+    state->options.keys.clear();
+    state->keys = std::move(*keys);
+    state->store = options.store;
+    if (!state->store) {
+#ifdef VALAR_NO_STORE
+        return detail::server_option("store", "VALAR_NO_STORE cuts MemoryStore: pass a Store");
+#else
+        state->own_store = std::make_unique<MemoryStore>(options.memory_store);
+        state->store = state->own_store.get();
+#endif
+    }
+    state->responders.assign(responders.begin(), responders.end());
+    if (auto started = state->start(); !started) return started.error();
+    return Server(std::move(state));
+}
+
+Server::Server(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Server::Server(Server&& other) noexcept = default;
+Server& Server::operator=(Server&& other) noexcept = default;
+Server::~Server() = default;
+
+Result<void> Server::run() {
+    while (state_->step(-1)) {
+    }
+    return {};
+}
+
+Result<bool> Server::step(int timeout_ms) { return state_->step(timeout_ms); }
+
+void Server::stop() {
+    state_->stopping = true;
+    state_->http->stop();
+}
+
+uint16_t Server::port() const { return state_->http->port(); }
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER

@@ -1,0 +1,298 @@
+#pragma once
+
+#include "server/server.hpp"
+#include "server/words.hpp"
+#include "http/internal.hpp"
+#include "api_internal.hpp"
+#include "digest_internal.hpp"
+#include "unicode_internal.hpp"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+struct ServerKey {
+    Hash256     hash;  // of the secret
+    std::string id, organisation;
+    uint32_t    per_minute = 0;
+    double      tokens     = 0;  // requests that it may make now
+    uint64_t    filled_ns  = 0;  // when that was so
+};
+
+inline constexpr size_t   server_workers             = 2;
+inline constexpr uint32_t server_tick_ms             = 100;    // how exact sync_timeout_ms is
+inline constexpr uint64_t server_get_body_bytes      = 4096;   // tolerated, and not read
+inline constexpr int64_t  server_expire_every_ms     = 60'000;
+inline constexpr size_t   server_min_secret          = 16;
+inline constexpr size_t   server_shown_bytes         = 200;    // of a path in a log line or message
+inline constexpr int      server_client_left         = 499;    // in the log only, as nginx has it
+inline constexpr uint32_t server_max_retry_s         = 60;     // advised to a client
+inline constexpr size_t   server_max_key_length      = 255;    // of an idempotency key
+inline constexpr size_t   server_list_default = 20, server_list_most = 100;
+inline constexpr size_t   server_max_turns           = 1000;   // of a chain of previous responses
+inline constexpr uint32_t server_max_attempts        = 2;      // to answer one request, after crashes
+inline constexpr size_t   server_recovering          = 16;     // taken up again at a time
+inline constexpr uint64_t server_max_key_file        = 16 << 20;
+
+struct ServerLoop : HttpHandler {
+    struct Exchange;
+    using Handle = void (ServerLoop::*)(Exchange&, HttpRequest&);
+
+    struct Route {
+        std::string_view path;         // ending in '/': an argument follows
+        std::string_view suffix = {};  // behind the argument
+        Handle get = nullptr, post = nullptr, remove = nullptr;
+        bool   slashes = false;        // in the argument
+        bool   open    = false;        // needs no key
+        std::string allowed() const;   // the header Allow
+    };
+    static const Route routes[];
+
+    /// A request that is not answered yet.
+    struct Exchange {
+        uint64_t         number = 0;  // in http
+        std::string      request_id, method, path, argument, query;
+        std::string      organisation = "default";
+        std::string      key_id       = "open";
+        std::string      cors_origin;  // to be named in the reply
+        ServerKey*       key        = nullptr;
+        const Route*     route      = nullptr;
+        Handle           handle     = nullptr;
+        uint64_t         started_ns = 0;
+        std::string      response_id;          // that it asks for or waits for
+        bool             keyed      = false;   // an idempotency key came with it
+        bool             replayed   = false;
+        bool             removes    = false;   // waits for the end, then for the record to go
+        Usage            usage      = {};      // for the log line
+        Timings          timings    = {};
+    };
+
+    /// A response that is not terminal.
+    struct Live {
+        enum class State : uint8_t {
+            reserving,  // not kept yet
+            waiting,    // kept, not submitted: after a restart
+            working,    // a Responder has it
+            finishing,  // the outcome is there and is being kept
+            parked,     // left for the next start
+        };
+        State       state = State::reserving;
+        std::string organisation;
+        bool        running    = false;
+        bool        background = false;
+        bool        resumable  = false;  // is taken up again after a crash
+        uint32_t    attempts   = 1;      // as the store has it
+        bool        begun      = true;   // the last of them is this process's
+        uint64_t    owner      = 0;      // the exchange whose end cancels it; 0: none
+        Responder*  responder  = nullptr;
+        std::vector<uint64_t> waiters;   // exchanges that want the terminal object
+        std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
+    };
+
+    /// Work for a worker, or a change for the store, and what comes back.
+    struct Job {
+        using Step = void (ServerLoop::*)(std::unique_ptr<Job>);
+        ServerLoop*    loop = nullptr;
+        void (ServerLoop::*work)(Job&) = nullptr;  // on a worker
+        Step           next      = nullptr;        // then on the loop
+        uint64_t       exchange  = 0;
+        int            status    = 200;    // to answer with
+        std::string    text      = {};     // a request's body; then the bytes to answer
+        std::string    key       = {};     // accept: the idempotency key's header
+        int            keys      = 0;      // and how many of them came
+        std::string    key_id    = {};
+        std::string    query     = {};
+        bool           running   = false;  // how far a live response is
+        bool           only_background = false;
+        bool           store     = true;
+        bool           more      = false;  // list: there are older ones
+        std::vector<std::pair<std::string, bool>> ids = {};  // list: each with `running`
+        StoredResponse stored    = {};
+        std::optional<Reservation>     replay  = {};
+        std::shared_ptr<const Outcome> outcome = {};
+        Responder*     responder = nullptr;
+        std::unique_ptr<Prepared> prepared = {};
+        std::optional<Error>      error    = {};
+    };
+    using JobPtr = std::unique_ptr<Job>;
+
+    ServerOptions           options;  // without secrets
+    std::vector<ServerKey>  keys;
+    std::vector<Responder*> responders;
+    std::unique_ptr<Store>  own_store;
+    Store*                  store = nullptr;
+    std::optional<HttpServer> http;
+
+    // of the loop thread
+    std::unordered_map<uint64_t, Exchange> exchanges;
+    std::unordered_map<std::string, Live>  live;
+    std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
+    std::deque<std::string> recoverable;    // waiting, oldest first
+    std::vector<JobPtr>     unsaved;        // outcomes that the store had no room for
+    size_t   recovering     = 0;            // of them, on their way
+    size_t   finishing      = 0;
+    size_t   queued         = 0;            // live and not running
+    double   finish_gap_s   = 1;            // between two ends, on average
+    uint64_t last_finish_ns = 0;
+    int64_t  next_expiry_ms = 0;
+    bool     drain_begun    = false;
+    std::vector<JobPtr> outgoing;           // for the workers, handed over once a turn
+    uint8_t  random[1024]   = {};           // drawn from the system at once
+    size_t   random_used    = sizeof random;
+    bool     listening      = false;        // to the Responders
+    std::map<std::pair<std::string, int>, uint64_t> answered;  // by route and status
+    double   answer_seconds = 0;
+    uint64_t replayed       = 0;
+
+    std::atomic<bool>     stopping = false;
+    std::atomic<uint32_t> storing  = 0;  // changes under way
+
+    std::mutex              jobs_mutex;
+    std::condition_variable jobs_waiting;
+    std::deque<JobPtr>      jobs;
+    bool                    ending = false;
+    Thread                  workers[server_workers];
+
+    std::mutex               inbox_mutex;
+    std::vector<JobPtr>      inbox_jobs;
+    std::vector<std::string> inbox_ready;  // ids with events
+    std::atomic<uint32_t>    inbox_count = 0;  // ever put in
+
+    ~ServerLoop() override;
+    Result<void> start();
+    bool step(int timeout_ms);
+
+    // http's calls
+    std::optional<HttpReply> on_head(HttpRequest& request) override;
+    void on_request(HttpRequest&& request) override;
+    void on_closed(uint64_t number) override;
+    HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
+                       std::string_view message) override;
+    void on_tick() override;
+
+    // checks of a head, in the contract's order
+    std::string make_request_id();
+    void find_route(Exchange& exchange);
+    Result<void> check_host(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_origin(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_key(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_route(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_method(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_size(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_rate(const HttpRequest& request, Exchange& exchange);
+    Result<void> check_type(const HttpRequest& request, Exchange& exchange);
+
+    uint64_t body_limit(const HttpRequest& request) const {
+        return request.method == "POST" ? options.max_body_bytes : server_get_body_bytes;
+    }
+
+    // routes
+    void get_health(Exchange& exchange, HttpRequest& request);
+    void get_metrics(Exchange& exchange, HttpRequest& request);
+    void get_models(Exchange& exchange, HttpRequest& request);
+    void get_model(Exchange& exchange, HttpRequest& request);
+    void post_response(Exchange& exchange, HttpRequest& request);
+    void get_responses(Exchange& exchange, HttpRequest& request);
+    void get_response(Exchange& exchange, HttpRequest& request);
+    void delete_response(Exchange& exchange, HttpRequest& request);
+    void post_cancel(Exchange& exchange, HttpRequest& request);
+    void get_input_items(Exchange& exchange, HttpRequest& request);
+
+    // replies
+    HttpReply make_reply(const Exchange& exchange, int status, std::string body,
+                         HttpHeaders headers = {});
+    HttpReply make_error_reply(const Exchange& exchange, const Error& error,
+                               HttpHeaders headers = {});
+    HttpReply make_preflight_reply(const Exchange& exchange, const HttpRequest& request);
+    void answer(Exchange& exchange, HttpReply reply);
+    void answer(Exchange& exchange, int status, std::string body);
+    void refuse(Exchange& exchange, const Error& error, HttpHeaders headers = {});
+    void log_exchange(const Exchange& exchange, int status);
+    void log_line(Json line, const Usage& usage, const Timings& timings);
+    uint32_t retry_after_s() const;
+    std::string metrics_text() const;
+
+    // jobs
+    JobPtr make_job(const Exchange& exchange, Job::Step next);
+    void send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next);
+    StoreDone on_kept(JobPtr job, Job::Step next);
+    void hand_over();
+    void run_jobs();
+    static void on_ready(void* context, const std::string& id);
+    template <class Add> void send_to_loop(Add add);
+    void take_inbox();
+    Exchange* find_exchange(uint64_t number);
+    void answer_job(JobPtr job);
+
+    // accepting
+    Responder* find_responder(const std::string& model) const;
+    Result<Request> read_request(const Job& job, const std::string& text) const;
+    Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
+    Result<void> read_key(Job& job, const Json& body, const Request& request) const;
+    Result<void> accept(Job& job);
+    void accept_work(Job& job);
+    void accept_admit(JobPtr job);
+    void accept_done(JobPtr job);
+    void replay(Exchange& exchange, const Reservation& reservation);
+    void take_back(const std::string& id, JobPtr job, Error error);
+    void wait_for(Exchange& exchange, const std::string& id, Live& entry);
+    void begin(JobPtr job);
+
+    // working and finishing
+    void take_events(const std::string& id);
+    void cancel(const std::string& id, Live& entry);
+    void park(const std::string& id, Live& entry);
+    void finish(const std::string& id, Live& entry, std::shared_ptr<const Outcome> outcome);
+    void finish_work(Job& job);
+    void finish_keep(JobPtr job);
+    void finish_done(JobPtr job);
+    void remove(Exchange& exchange, const std::string& id);
+    void remove_done(JobPtr job);
+
+    // after a restart
+    void recover_all();
+    void recover_some();
+    void recover_work(Job& job);
+    void recover_keep(JobPtr job);
+    void recover_done(JobPtr job);
+
+    // reading
+    void show(Exchange& exchange, const std::string& id, int unfinished_status,
+              bool only_background = false);
+    void show_work(Job& job);
+    void list_work(Job& job);
+    void items_work(Job& job);
+    std::string render_live(const StoredResponse& stored, bool running) const;
+};
+
+bool server_answers_to(const ModelInfo& model, const std::string& id);
+
+Error server_no_response(std::string_view id);
+Error server_field(const char* code, const char* param, std::string message);
+ResponseRecord server_record(const StoredResponse& stored, Status status);
+std::shared_ptr<const std::string> server_shared(std::string text);
+Error server_not_background();
+
+Error server_option(const char* name, std::string message);
+Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given);
+Result<void> server_check_options(const ServerOptions& options);
+HttpOptions server_http_options(const ServerOptions& options);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

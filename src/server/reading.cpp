@@ -1,0 +1,251 @@
+#include "prologue.hpp"
+
+#include "server/loop.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Reading -----------------------------------------------------------------------------------
+
+std::string ServerLoop::render_live(const StoredResponse& stored, bool running) const {
+    const ResponseRecord record =
+        server_record(stored, running ? Status::running : Status::pending);
+    return render_response(record, options.dialect).write();
+}
+
+void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
+    show(exchange, exchange.argument, 200);
+}
+
+void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_status,
+                      bool only_background) {
+    JobPtr job = make_job(exchange, nullptr);
+    const auto found = live.find(id);
+    job->running = found != live.end() && found->second.running;
+    job->status = unfinished_status;
+    job->only_background = only_background;
+    job->stored.id = id;
+    exchange.response_id = id;
+    send_job(std::move(job), &ServerLoop::show_work, &ServerLoop::answer_job);
+}
+
+void ServerLoop::show_work(Job& job) {
+    const auto stored = store->find(job.stored.organisation, job.stored.id);
+    if (!stored) {
+        job.error = server_no_response(job.stored.id);
+        return;
+    }
+    if (job.only_background && !stored->background) job.error = server_not_background();
+    if (stored->terminal) job.status = 200;
+    job.text = stored->terminal ? *stored->object : render_live(*stored, job.running);
+}
+
+namespace {
+
+/// The value of a field of a query, unescaped. Errors: not text, or given twice.
+Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name) {
+    std::optional<std::string> found;
+    while (!query.empty()) {
+        const std::string_view one = query.substr(0, query.find('&'));
+        query.remove_prefix(std::min(one.size() + 1, query.size()));
+        const size_t equals = std::min(one.find('='), one.size());
+        if (one.substr(0, equals) != name) continue;
+        auto value = server_unescape(one.substr(std::min(equals + 1, one.size())));
+        if (!value || found)
+            return make_error(ErrorKind::invalid_request,
+                              "'" + std::string(name) + "' in the query is malformed or given twice",
+                              "invalid_value", std::string(name));
+        found = std::move(*value);
+    }
+    return found;
+}
+
+struct ServerPage {
+    size_t      limit = server_list_default;
+    std::string after;
+    bool        ascending = false;
+};
+
+Result<ServerPage> server_page(std::string_view query) {
+    ServerPage page;
+    auto limit = server_query(query, "limit"), after = server_query(query, "after"),
+         order = server_query(query, "order");
+    for (const auto* field : {&limit, &after, &order})
+        if (!*field) return field->error();
+    if (*limit) {
+        const auto number = Json::parse(**limit);
+        if (!number || !number->is_int())
+            return server_field("invalid_type", "limit", "'limit' must be an integer");
+        if (number->as_int() < 1)
+            return server_field("integer_below_min_value", "limit", "'limit' must be at least 1");
+        if (number->as_int() > static_cast<int64_t>(server_list_most))
+            return server_field("integer_above_max_value", "limit", "'limit' must be at most 100");
+        page.limit = static_cast<size_t>(number->as_int());
+    }
+    if (*order && **order != "asc" && **order != "desc")
+        return server_field("invalid_value", "order", "'order' must be \"asc\" or \"desc\"");
+    page.ascending = *order && **order == "asc";
+    if (*after) page.after = std::move(**after);
+    return page;
+}
+
+std::string server_list(std::vector<Json> data, bool more) {
+    const Json first = data.empty() ? Json() : data.front()["id"];
+    const Json last = data.empty() ? Json() : data.back()["id"];
+    return Json::object()
+        .set("object", "list")
+        .set("data", Json(std::move(data)))
+        .set("first_id", first)
+        .set("last_id", last)
+        .set("has_more", more)
+        .write();
+}
+
+Error server_bad_after(std::string_view after) {
+    return server_field("invalid_value", "after", "'after' is '" + server_printable(after) +
+                                                      "', which is none of the list");
+}
+
+}  // namespace
+
+void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
+    auto page = server_page(exchange.query);
+    if (!page) return refuse(exchange, page.error());
+    auto ids = store->list(exchange.organisation, page->after, page->limit + 1);
+    if (!ids)
+        return refuse(exchange, ids.error().kind == ErrorKind::not_found
+                                    ? server_bad_after(page->after)
+                                    : ids.error());
+    JobPtr job = make_job(exchange, nullptr);
+    job->more = ids->size() > page->limit;
+    if (job->more) ids->pop_back();
+    for (std::string& id : *ids) {
+        const auto found = live.find(id);
+        const bool running = found != live.end() && found->second.running;
+        job->ids.emplace_back(std::move(id), running);
+    }
+    send_job(std::move(job), &ServerLoop::list_work, &ServerLoop::answer_job);
+}
+
+void ServerLoop::list_work(Job& job) {
+    std::vector<Json> data;
+    for (const auto& [id, running] : job.ids) {
+        const auto stored = store->find(job.stored.organisation, id);
+        if (!stored) continue;  // gone meanwhile
+        auto object = Json::parse(stored->terminal ? *stored->object : render_live(*stored, running));
+        if (!object) continue;
+        for (const char* left_out : {"input", "instructions", "tools"}) object->erase(left_out);
+        data.push_back(std::move(*object));
+    }
+    job.text = server_list(std::move(data), job.more);
+}
+
+void ServerLoop::get_input_items(Exchange& exchange, HttpRequest&) {
+    JobPtr job = make_job(exchange, nullptr);
+    job->stored.id = exchange.argument;
+    send_job(std::move(job), &ServerLoop::items_work, &ServerLoop::answer_job);
+}
+
+/// Newest first unless asked otherwise, as OpenAI has it.
+void ServerLoop::items_work(Job& job) {
+    const auto fail = [&](Error error) { job.error = std::move(error); };
+    auto page = server_page(job.query);
+    if (!page) return fail(page.error());
+    const auto stored = store->find(job.stored.organisation, job.stored.id);
+    if (!stored) return fail(server_no_response(job.stored.id));
+    auto request = Json::parse(*stored->request);
+    if (!request) return fail(request.error());
+    std::vector<Json> items = render_input_items(*request, stored->id);
+    if (!page->ascending) std::reverse(items.begin(), items.end());
+    auto first = items.begin();
+    if (!page->after.empty()) {
+        first = std::find_if(items.begin(), items.end(), [&](const Json& item) {
+            return item["id"].as_string() == page->after;
+        });
+        if (first == items.end()) return fail(server_bad_after(page->after));
+        ++first;
+    }
+    const size_t left = static_cast<size_t>(items.end() - first);
+    const size_t count = std::min(left, page->limit);
+    std::vector<Json> shown(std::make_move_iterator(first),
+                            std::make_move_iterator(first + static_cast<ptrdiff_t>(count)));
+    job.text = server_list(std::move(shown), left > count);
+}
+
+// ---- Metrics -----------------------------------------------------------------------------------
+
+namespace {
+void server_metric(std::string* out, const char* name, const char* kind, double value) {
+    const Json number = value == std::floor(value) && value < 9e15
+                            ? Json(static_cast<int64_t>(value)) : Json(value);
+    *out += format("# TYPE valar_%s %s\nvalar_%s ", name, kind, name) + number.write() + "\n";
+}
+}  // namespace
+
+std::string ServerLoop::metrics_text() const {
+    std::string out = "# TYPE valar_http_requests_total counter\n";
+    uint64_t requests = 0;
+    for (const auto& [key, count] : answered) {
+        out += format("valar_http_requests_total{route=\"%s\",status=\"%d\"} ", key.first.c_str(),
+                      key.second) + std::to_string(count) + "\n";
+        requests += count;
+    }
+    const HttpServer::Stats net = http->stats();
+    ResponderStats sum;
+    for (const Responder* responder : responders) {
+        const ResponderStats one = responder->stats();
+        sum.queued += one.queued, sum.running += one.running;
+        sum.completed += one.completed, sum.failed += one.failed, sum.cancelled += one.cancelled;
+        sum.input_tokens += one.input_tokens, sum.output_tokens += one.output_tokens;
+    }
+    struct Row {
+        const char* name;
+        const char* kind;
+        double      value;
+    };
+    const auto number = [](uint64_t value) { return static_cast<double>(value); };
+    const Row rows[] = {
+        {"http_request_seconds_sum", "counter", answer_seconds},
+        {"http_request_seconds_count", "counter", number(requests)},
+        {"http_connections", "gauge", number(net.connections)},
+        {"http_connections_accepted_total", "counter", number(net.accepted)},
+        {"http_faults_total", "counter", number(net.faults)},
+        {"http_timeouts_total", "counter", number(net.timeouts)},
+        {"http_body_bytes", "gauge", number(net.body_bytes)},
+        {"responses_live", "gauge", number(live.size())},
+        {"responses_queued", "gauge", number(queued)},
+        {"responses_replayed_total", "counter", number(replayed)},
+        {"store_bytes", "gauge", number(store->bytes())},
+        {"model_requests_queued", "gauge", number(sum.queued)},
+        {"model_requests_running", "gauge", number(sum.running)},
+        {"model_requests_completed_total", "counter", number(sum.completed)},
+        {"model_requests_failed_total", "counter", number(sum.failed)},
+        {"model_requests_cancelled_total", "counter", number(sum.cancelled)},
+        {"model_input_tokens_total", "counter", number(sum.input_tokens)},
+        {"model_output_tokens_total", "counter", number(sum.output_tokens)},
+    };
+    for (const Row& row : rows) server_metric(&out, row.name, row.kind, row.value);
+    return out;
+}
+
+void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
+    answer(exchange, make_reply(exchange, 200, metrics_text(),
+                                {{"Content-Type", "text/plain; version=0.0.4"}}));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER

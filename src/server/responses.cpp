@@ -1,0 +1,556 @@
+#include "prologue.hpp"
+
+#include "server/loop.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Accepting a request -----------------------------------------------------------------------
+
+namespace {
+
+/// What acceptance resolved; a response is rendered from it and the request.
+std::string server_head(const ResponseRecord& record) {
+    return Json::object()
+        .set("message_id", record.message_id)
+        .set("created_at", record.created_at)
+        .set("model", record.model)
+        .set("temperature", record.temperature)
+        .set("top_p", record.top_p)
+        .set("seed", record.seed)
+        .write();
+}
+
+}  // namespace
+
+std::shared_ptr<const std::string> server_shared(std::string text) {
+    return std::make_shared<const std::string>(std::move(text));
+}
+
+ResponseRecord server_record(const StoredResponse& stored, Status status) {
+    ResponseRecord record;
+    const auto head = Json::parse(stored.head ? *stored.head : "");
+    auto request = Json::parse(stored.request ? *stored.request : "");
+    const Json& known = head ? *head : Json();
+    record.id = stored.id;
+    record.organisation = stored.organisation;
+    record.message_id = known["message_id"].as_string();
+    record.created_at = known["created_at"].as_int();
+    record.model = known["model"].as_string();
+    record.temperature = known["temperature"].as_double();
+    record.top_p = known["top_p"].as_double();
+    record.seed = known["seed"].as_int();
+    record.status = status;
+    if (request) record.request = std::move(*request);
+    return record;
+}
+
+Error server_field(const char* code, const char* param, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, param);
+}
+
+Error server_no_response(std::string_view id) {
+    return server_not_found("no response '" + server_printable(id) + "'");
+}
+
+void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
+    JobPtr job = make_job(exchange, nullptr);
+    job->text = std::move(request.body);
+    job->keys = static_cast<int>(request.count("Idempotency-Key"));
+    if (const std::string* key = request.header("Idempotency-Key")) job->key = *key;
+    exchange.keyed = job->keys > 0;
+    send_job(std::move(job), &ServerLoop::accept_work, &ServerLoop::accept_admit);
+}
+
+Responder* ServerLoop::find_responder(const std::string& wanted) const {
+    for (Responder* responder : responders)
+        for (const ModelInfo& model : responder->models())
+            if (server_answers_to(model, wanted)) return responder;
+    return nullptr;
+}
+
+/// The idempotency key and the fingerprint of the request under it (contract, section 6).
+Result<void> ServerLoop::read_key(Job& job, const Json& body, const Request& request) const {
+    if (job.keys == 0) return {};
+    const std::string_view key = server_trim(job.key);
+    const auto refused = [](const char* code, const char* message) {
+        return server_field(code, "Idempotency-Key", message);
+    };
+    if (job.keys > 1) return refused("invalid_value", "more than one header Idempotency-Key");
+    if (key.empty())
+        return refused("string_below_min_length", "the header Idempotency-Key is empty");
+    if (utf8_count(key) > server_max_key_length)
+        return refused("string_above_max_length",
+                       "the header Idempotency-Key has more than 255 characters");
+    const auto control = [](char c) { return static_cast<unsigned char>(c) < ' ' || c == 0x7f; };
+    if (std::any_of(key.begin(), key.end(), control))
+        return refused("invalid_value", "the header Idempotency-Key holds control characters");
+    if (!request.store)
+        return server_field("unsupported_value", "store",
+                            "'store' must be true with an idempotency key, but false was received");
+    job.stored.reservation = job.key_id + "\n" + std::string(key);
+    const Hash256 hash = sha256("/v1/responses\n" + body.canonical());
+    job.stored.fingerprint = hash.view();
+    return {};
+}
+
+/// Puts the turns of a chain of earlier responses before the request's own (openai dialect).
+Result<void> ServerLoop::add_previous(const std::string& organisation, Request* request,
+                                      Json body) const {
+    std::vector<StoredResponse> turns;  // newest first
+    const auto refused = [](const std::string& message) {
+        return server_field("previous_response_not_found", "previous_response_id", message);
+    };
+    std::string id = request->previous_response_id;
+    for (uint64_t bytes = 0; !id.empty();) {
+        auto turn = store->find(organisation, id);
+        if (!turn) return refused("no previous response '" + server_printable(id) + "'");
+        if (!turn->terminal)
+            return refused("the previous response '" + id + "' is not finished yet");
+        bytes += turn->request->size() + turn->object->size();
+        if (turns.size() == server_max_turns || bytes > options.max_body_bytes)
+            return refused("the chain of previous responses is too long");
+        auto asked = Json::parse(*turn->request);
+        if (!asked) return asked.error();
+        id = (*asked)["previous_response_id"].as_string();
+        turns.push_back(std::move(*turn));
+    }
+    Json items = Json::array();
+    for (auto turn = turns.rbegin(); turn != turns.rend(); ++turn) {
+        auto asked = Json::parse(*turn->request), object = Json::parse(*turn->object);
+        if (!asked || !object) return asked ? object.error() : asked.error();
+        for (Json& item : render_input_items(*asked, turn->id)) items.push(std::move(item));
+        for (const Json& item : (*object)["output"].items()) items.push(item);
+    }
+    for (Json& item : render_input_items(body, "")) items.push(std::move(item));
+    body.set("input", std::move(items));
+    auto whole = parse_response_request(body, options.dialect);
+    if (!whole) return whole.error();
+    *request = std::move(*whole);
+    return {};
+}
+
+/// A body becomes a prepared request and a record, or an error: whichever check fails first.
+Result<void> ServerLoop::accept(Job& job) {
+    auto body = Json::parse(job.text);
+    if (!body) return body.error();
+    auto request = parse_response_request(*body, options.dialect);
+    if (!request) return request.error();
+    if (auto read = read_key(job, *body, *request); !read) return read.error();
+    StoredResponse& stored = job.stored;
+    if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
+        job.replay = store->reserved(stored.organisation, stored.reservation);
+        if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
+    }
+    job.responder = find_responder(request->model);
+    if (!job.responder) return server_no_model(request->model);
+    request->organisation = stored.organisation;
+    if (!request->previous_response_id.empty()) {
+        auto added = add_previous(stored.organisation, &*request, std::move(*body));
+        if (!added) return added.error();
+        request->organisation = stored.organisation;
+    }
+    auto prepared = job.responder->prepare(*request);
+    if (!prepared) return prepared.error();
+    job.prepared = std::move(*prepared);
+
+    auto id = server_new_id("resp_"), message_id = server_new_id("msg_");
+    if (!id || !message_id) return id ? message_id.error() : id.error();
+    ResponseRecord record;
+    record.message_id = *message_id;
+    record.model = request->model;
+    record.temperature = job.prepared->temperature;
+    record.top_p = job.prepared->top_p;
+    record.seed = job.prepared->seed;
+    stored.created_at_ms = unix_time_ms();
+    record.created_at = stored.created_at_ms / 1000;
+    stored.id = *id;
+    stored.background = request->background;
+    stored.attempts = 1;
+    stored.head = server_shared(server_head(record));
+    stored.request = server_shared(std::move(job.text));
+    job.store = request->store;
+    job.text = stored.background ? render_live(stored, false) : std::string();
+    return {};
+}
+
+void ServerLoop::accept_work(Job& job) {
+    if (auto accepted = accept(job); !accepted) job.error = std::move(accepted.error());
+}
+
+/// The last refusals; from here on the record exists.
+void ServerLoop::accept_admit(JobPtr job) {
+    Exchange* exchange = find_exchange(job->exchange);
+    if (!exchange) return;
+    if (!job->error && job->prepared && stopping)
+        job->error = server_overloaded("the server is shutting down");
+    if (!job->error && job->prepared && queued >= options.max_queued)
+        job->error = server_overloaded("too many requests are waiting");
+    if (job->error) return refuse(*exchange, *job->error);
+    if (!job->prepared) return replay(*exchange, *job->replay);
+
+    const StoredResponse& stored = job->stored;
+    Live& entry = live[stored.id];
+    entry.organisation = stored.organisation;
+    entry.background = stored.background;
+    entry.resumable = stored.background || !stored.reservation.empty();
+    entry.responder = job->responder;
+    if (!entry.resumable) entry.owner = exchange->number;
+    ++queued;
+    exchange->response_id = stored.id;
+    if (!job->store) {
+        entry.unkept = stored;
+        return accept_done(std::move(job));
+    }
+    StoredResponse record = stored;
+    store->add(std::move(record), on_kept(std::move(job), &ServerLoop::accept_done));
+}
+
+/// The record is kept, or the reservation was taken meanwhile, or the store had no room.
+void ServerLoop::accept_done(JobPtr job) {
+    const std::string id = job->stored.id;
+    Exchange* exchange = find_exchange(job->exchange);
+    Live& entry = live.find(id)->second;
+    if (!job->error && entry.state == Live::State::parked) return;  // stopping: for the next start
+    if (!job->error) {
+        if (!exchange && entry.owner)
+            return take_back(id, std::move(job), make_error(ErrorKind::cancelled, "client left"));
+        entry.state = Live::State::waiting;
+        return begin(std::move(job));
+    }
+    --queued;
+    live.erase(id);
+    if (!exchange) return;
+    if (job->error->kind == ErrorKind::idempotency) {
+        const auto holder = store->reserved(job->stored.organisation, job->stored.reservation);
+        if (holder && holder->fingerprint == job->stored.fingerprint)
+            return replay(*exchange, *holder);
+        job->error = make_error(ErrorKind::idempotency,
+                                "this idempotency key was used for another request",
+                                "idempotency_key_reused");
+    }
+    refuse(*exchange, *job->error);
+}
+
+/// Hands it to its Responder; who waits for it is told, or waits on.
+void ServerLoop::begin(JobPtr job) {
+    const std::string id = job->stored.id;
+    Live& entry = live.find(id)->second;
+    auto submitted = entry.responder->submit(std::move(job->prepared), id);
+    if (!submitted) return take_back(id, std::move(job), std::move(submitted.error()));
+    entry.state = Live::State::working;
+    if (Exchange* exchange = find_exchange(job->exchange)) {
+        if (entry.background) answer(*exchange, 202, std::move(job->text));
+        else wait_for(*exchange, id, entry);
+    }
+    take_events(id);
+}
+
+/// Undoes an acceptance: nothing ran, and an idempotency key is free again.
+void ServerLoop::take_back(const std::string& id, JobPtr job, Error error) {
+    Live& entry = live.find(id)->second;
+    std::vector<uint64_t> waiters = std::move(entry.waiters);
+    waiters.push_back(job->exchange);
+    const bool kept = !entry.unkept;
+    const std::string organisation = entry.organisation;
+    --queued;
+    live.erase(id);
+    for (const uint64_t number : waiters)
+        if (Exchange* exchange = find_exchange(number)) refuse(*exchange, error);
+    if (kept)
+        store->erase(organisation, id, false, unix_time_ms(), on_kept(std::move(job), nullptr));
+}
+
+void ServerLoop::wait_for(Exchange& exchange, const std::string& id, Live& entry) {
+    exchange.response_id = id;
+    entry.waiters.push_back(exchange.number);
+    const uint64_t wait_ns = uint64_t{options.sync_timeout_ms} * 1'000'000;
+    timeouts.emplace_back(monotonic_ns() + wait_ns, exchange.number);
+}
+
+/// A repeat of a request: it never runs again, it is answered from the record.
+void ServerLoop::replay(Exchange& exchange, const Reservation& reservation) {
+    if (reservation.deleted) return refuse(exchange, server_no_response(reservation.id));
+    exchange.replayed = true;
+    ++replayed;
+    const auto found = live.find(reservation.id);
+    if (found != live.end() && !found->second.background)
+        return wait_for(exchange, reservation.id, found->second);
+    show(exchange, reservation.id, 202);
+}
+
+// ---- Working and finishing ---------------------------------------------------------------------
+
+void ServerLoop::take_events(const std::string& id) {
+    const auto found = live.find(id);
+    if (found == live.end()) return;
+    Live& entry = found->second;
+    while (auto event = entry.responder ? entry.responder->poll(id) : std::nullopt) {
+        if (entry.state == Live::State::parked) continue;
+        if (event->kind == Event::Kind::finished)
+            return finish(id, entry, std::move(event->outcome));
+        if (!std::exchange(entry.running, true)) --queued;
+    }
+}
+
+void ServerLoop::cancel(const std::string& id, Live& entry) {
+    if (entry.state == Live::State::working) return entry.responder->cancel(id);
+    if (entry.state != Live::State::waiting) return;
+    auto outcome = std::make_shared<Outcome>();
+    outcome->status = Status::cancelled;
+    finish(id, entry, std::move(outcome));
+}
+
+/// Leaves it unfinished for the next start, as if it had not been begun this time.
+void ServerLoop::park(const std::string& id, Live& entry) {
+    if (entry.state >= Live::State::finishing) return;
+    if (std::exchange(entry.state, Live::State::parked) == Live::State::working)
+        entry.responder->cancel(id);
+    if (!entry.begun || entry.unkept || !entry.resumable) return;
+    auto job = std::make_unique<Job>();
+    store->begin(id, entry.attempts - 1, on_kept(std::move(job), nullptr));
+}
+
+void ServerLoop::finish(const std::string& id, Live& entry,
+                        std::shared_ptr<const Outcome> outcome) {
+    if (!entry.running) --queued;
+    entry.running = true;
+    entry.state = Live::State::finishing;
+    ++finishing;
+    const uint64_t now_ns = monotonic_ns();
+    const double gap_s = static_cast<double>(now_ns - last_finish_ns) / 1e9;
+    if (std::exchange(last_finish_ns, now_ns) != 0)
+        finish_gap_s += (std::min(gap_s, 60.0) - finish_gap_s) / 8;
+    auto job = std::make_unique<Job>();
+    job->loop = this;
+    job->stored.id = id;
+    job->stored.organisation = entry.organisation;
+    if (entry.unkept) job->stored = *entry.unkept;
+    job->store = !entry.unkept;
+    if (outcome->status == Status::failed)
+        options.log(LogLevel::error,
+                    "response " + id + " failed: " +
+                        (outcome->error ? outcome->error->message : "no reason given"));
+    job->outcome = std::move(outcome);
+    send_job(std::move(job), &ServerLoop::finish_work, &ServerLoop::finish_keep);
+}
+
+/// Renders the terminal object, once. What is large is freed here, not on the loop.
+void ServerLoop::finish_work(Job& job) {
+    if (job.store) {
+        auto stored = store->find(job.stored.organisation, job.stored.id);
+        if (!stored) {
+            job.error = server_no_response(job.stored.id);
+            return;
+        }
+        job.stored = std::move(*stored);
+    }
+    const Outcome& outcome = *job.outcome;
+    ResponseRecord record = server_record(
+        job.stored, is_terminal(outcome.status) ? outcome.status : Status::failed);
+    record.completed_at = std::max(unix_time_ms() / 1000, record.created_at);
+    record.outcome = job.outcome;
+    job.stored.object = server_shared(render_response(record, options.dialect).write());
+    job.stored.head = job.stored.request = nullptr;
+}
+
+void ServerLoop::finish_keep(JobPtr job) {
+    if (job->error || !job->store) return finish_done(std::move(job));
+    const std::string id = job->stored.id;
+    auto object = job->stored.object;
+    store->finish(id, std::move(object), unix_time_ms(),
+                  on_kept(std::move(job), &ServerLoop::finish_done));
+}
+
+/// The terminal object is kept: all who wait get the same bytes.
+void ServerLoop::finish_done(JobPtr job) {
+    const auto found = live.find(job->stored.id);
+    if (found == live.end()) return;
+    const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
+    const bool again = job->error && job->error->kind == ErrorKind::overloaded;
+    if (!again) {
+        live.erase(found);
+        --finishing;
+    }
+    const Outcome& outcome = *job->outcome;
+    if (waiters.empty() && !job->error && options.log.write)  // no exchange's line will tell
+        log_line(Json::object()
+                     .set("response", job->stored.id)
+                     .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
+                 outcome.usage, outcome.timings);
+    for (const uint64_t number : waiters) {
+        Exchange* exchange = find_exchange(number);
+        if (!exchange) continue;
+        exchange->usage = outcome.usage;
+        exchange->timings = outcome.timings;
+        if (job->error) refuse(*exchange, *job->error);
+        else if (exchange->removes) remove(*exchange, job->stored.id);
+        else answer(*exchange, 200, *job->stored.object);
+    }
+    if (!again || stopping) return;
+    job->error.reset();  // a full disk: the outcome is kept here until there is room
+    unsaved.push_back(std::move(job));
+}
+
+// ---- Removing and cancelling -------------------------------------------------------------------
+
+void ServerLoop::delete_response(Exchange& exchange, HttpRequest&) {
+    const auto found = live.find(exchange.argument);
+    if (found == live.end() || found->second.organisation != exchange.organisation ||
+        found->second.unkept)
+        return remove(exchange, exchange.argument);
+    exchange.removes = true;
+    wait_for(exchange, found->first, found->second);
+    cancel(found->first, found->second);
+}
+
+void ServerLoop::remove(Exchange& exchange, const std::string& id) {
+    JobPtr job = make_job(exchange, nullptr);
+    job->stored.id = id;
+    store->erase(exchange.organisation, id, true, unix_time_ms(),
+                 on_kept(std::move(job), &ServerLoop::remove_done));
+}
+
+void ServerLoop::remove_done(JobPtr job) {
+    const std::string& id = job->stored.id;
+    if (job->error && job->error->kind == ErrorKind::not_found)
+        job->error = server_no_response(id);
+    job->text = Json::object().set("id", id).set("object", "response").set("deleted", true).write();
+    answer_job(std::move(job));
+}
+
+namespace {
+}  // namespace
+
+Error server_not_background() {
+    return server_field("invalid_value", "response_id",
+                        "only responses with 'background': true can be cancelled");
+}
+
+void ServerLoop::post_cancel(Exchange& exchange, HttpRequest&) {
+    const auto found = live.find(exchange.argument);
+    if (found == live.end() || found->second.organisation != exchange.organisation)
+        return show(exchange, exchange.argument, 200, true);
+    if (!found->second.background) return refuse(exchange, server_not_background());
+    wait_for(exchange, found->first, found->second);
+    cancel(found->first, found->second);
+}
+
+// ---- After a restart ---------------------------------------------------------------------------
+
+/// Whatever the last process left unfinished is live again before the first request comes.
+void ServerLoop::recover_all() {
+    std::vector<StoredResponse> left = store->unfinished();
+    sort_items(left, [](const StoredResponse& a, const StoredResponse& b) {
+        return a.created_at_ms < b.created_at_ms;
+    });
+    for (const StoredResponse& stored : left) {
+        Live& entry = live[stored.id];
+        entry.state = Live::State::waiting;
+        entry.organisation = stored.organisation;
+        entry.background = stored.background;
+        entry.resumable = stored.background || !stored.reservation.empty();
+        entry.attempts = stored.attempts;
+        entry.begun = false;
+        ++queued;
+        if (entry.resumable && entry.attempts < server_max_attempts) {
+            recoverable.push_back(stored.id);
+            continue;
+        }
+        auto outcome = std::make_shared<Outcome>();
+        outcome->status = Status::failed;
+        outcome->error = make_error(ErrorKind::closed, "the server was restarted", "server_restarted");
+        finish(stored.id, entry, std::move(outcome));
+    }
+    recover_some();
+}
+
+void ServerLoop::recover_some() {
+    while (!stopping && recovering < server_recovering && !recoverable.empty()) {
+        auto job = std::make_unique<Job>();
+        job->stored.id = recoverable.front();
+        recoverable.pop_front();
+        const auto found = live.find(job->stored.id);
+        if (found == live.end() || found->second.state != Live::State::waiting) continue;
+        job->stored.organisation = found->second.organisation;
+        ++recovering;
+        send_job(std::move(job), &ServerLoop::recover_work, &ServerLoop::recover_keep);
+    }
+}
+
+/// The same request with the seed that was drawn for it.
+void ServerLoop::recover_work(Job& job) {
+    const auto prepare = [&]() -> Result<void> {
+        auto stored = store->find(job.stored.organisation, job.stored.id);
+        if (!stored) return server_no_response(job.stored.id);
+        const ResponseRecord record = server_record(*stored, Status::pending);
+        auto request = parse_response_request(record.request, options.dialect);
+        if (!request) return request.error();
+        if (!request->previous_response_id.empty()) {
+            auto added = add_previous(record.organisation, &*request, record.request);
+            if (!added) return added.error();
+        }
+        request->organisation = record.organisation;
+        request->seed = record.seed;
+        job.responder = find_responder(request->model);
+        if (!job.responder) return server_no_model(request->model);
+        auto prepared = job.responder->prepare(*request);
+        if (!prepared) return prepared.error();
+        job.prepared = std::move(*prepared);
+        return {};
+    };
+    if (auto prepared = prepare(); !prepared) job.error = std::move(prepared.error());
+}
+
+void ServerLoop::recover_keep(JobPtr job) {
+    const std::string id = job->stored.id;
+    const auto found = live.find(id);
+    if (found == live.end()) return recover_done(std::move(job));  // cancelled, and gone
+    Live& entry = found->second;
+    const bool on = entry.state == Live::State::waiting && !job->error;
+    if (!on || std::exchange(entry.begun, true)) return recover_done(std::move(job));
+    store->begin(id, ++entry.attempts, on_kept(std::move(job), &ServerLoop::recover_done));
+}
+
+void ServerLoop::recover_done(JobPtr job) {
+    --recovering;
+    const std::string id = job->stored.id;
+    const auto found = live.find(id);
+    if (found == live.end() || found->second.state != Live::State::waiting) return;  // cancelled
+    Live& entry = found->second;
+    if (!job->error) {
+        entry.responder = job->responder;
+        auto submitted = entry.responder->submit(std::move(job->prepared), id);
+        if (submitted) {
+            entry.state = Live::State::working;
+            take_events(id);
+            return recover_some();
+        }
+        job->error = std::move(submitted.error());
+    }
+    if (job->error->kind == ErrorKind::overloaded) {  // no room yet: again with the next tick
+        recoverable.push_back(id);
+        return;
+    }
+    auto outcome = std::make_shared<Outcome>();
+    outcome->status = Status::failed;
+    outcome->error = std::move(job->error);
+    finish(id, entry, std::move(outcome));
+    recover_some();
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER

@@ -1,0 +1,29 @@
+// Words, ids and errors that several parts of the server say.
+#pragma once
+
+#include "base/internal.hpp"
+#include "digest_internal.hpp"
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+std::string server_lower(std::string_view text);
+std::string_view server_trim(std::string_view text);
+std::string server_printable(std::string_view text);
+std::optional<std::string> server_unescape(std::string_view text);
+Result<std::string> server_new_id(std::string id);
+double server_rounded(double value);
+std::string server_uuid(uint8_t* bytes);
+Error server_not_found(std::string message);
+Error server_no_model(std::string_view model);
+Error server_overloaded(std::string message);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

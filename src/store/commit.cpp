@@ -1,0 +1,434 @@
+#include "prologue.hpp"
+
+#include "store/journal.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#ifndef VALAR_NO_STORE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Commits
+
+/// Appends a record to the commit; `place` is where it will lie.
+Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t died_ms,
+                                 JournalPlace* place) {
+    const JournalSegment& segment = *segments.back();
+    const size_t at = out.size();
+    out.resize(at + journal_record_head);
+    journal_fields(JournalEncoder{&out}, type, record, died_ms);
+    const size_t size = out.size() - at - journal_record_head;
+    if (size > journal_max_payload) {
+        out.resize(at);
+        return make_error(ErrorKind::too_large, "a record is larger than the journal can hold");
+    }
+    std::string head;
+    journal_put(&head, journal_magic);
+    journal_put(&head, uint32_t{type});
+    journal_put(&head, uint32_t(size));
+    journal_put(&head, uint32_t(next_sequence - commit));
+    journal_put(&head, next_sequence);
+    journal_put(&head, crc32c(out.data() + at + journal_record_head, size, salt));
+    journal_put(&head, crc32c(head.data(), head.size(), salt));
+    std::memcpy(out.data() + at, head.data(), head.size());
+    *place = {written + at, segment.number, uint32_t(journal_record_head + size)};
+    ++next_sequence;
+    return {};
+}
+
+/// Decides a change and writes down the steps that it takes.
+Result<void> FileJournal::take(StoreChange& change) {
+    if (broken && change.kind != StoreChange::Kind::expire) return *broken;
+    if (write_failed) return *write_failed;
+    const size_t begin = plan->steps().size();
+    if (auto decided = plan->decide(change); !decided) return decided;
+    static constexpr uint16_t types[] = {journal_add, journal_begin, journal_finish, journal_erase};
+    for (size_t i = begin; i < plan->steps().size(); ++i) {
+        StorePlan::Step& step = plan->steps()[i];
+        if (step.expired) continue;  // follows from its end
+        JournalPlace place;
+        StoredResponse dropped;
+        dropped.id = step.id;
+        const uint16_t type = step.entry ? types[size_t(change.kind)] : uint16_t{journal_drop};
+        StoredResponse& record = step.entry ? step.entry->record : dropped;
+        if (auto put = encode(type, record, step.died_ms, &place); !put) {
+            write_failed = put.error();
+            return put;
+        }
+        if (!step.entry) continue;
+        JournalPlace StoreEntry::*const slot = type == journal_add     ? &StoreEntry::added
+                                               : type == journal_begin ? &StoreEntry::begun
+                                                                       : &StoreEntry::ended;
+        (*step.entry).*slot = place;
+        step.entry->drop_texts();
+    }
+    if (out.size() >= journal_write_bytes) flush();
+    return {};
+}
+
+void FileJournal::flush() {
+    if (write_failed || out.empty()) return;
+    if (auto put = segments.back()->file->write_at(written, out); !put) write_failed = put.error();
+    written += out.size();
+    out.clear();
+}
+
+/// All that was encoded is on the disk, or none of it is in the journal.
+Result<void> FileJournal::write() {
+    JournalSegment& segment = *segments.back();
+    flush();
+    if (write_failed) {
+        next_sequence = commit;
+        if (written != segment.bytes)
+            if (auto cut = segment.file->truncate(segment.bytes); !cut) (void)sync(cut).ok();
+        return *write_failed;
+    }
+    if (written == segment.bytes) return {};
+    if (auto synced = sync(segment.file->sync()); !synced) return *broken;
+    segment.bytes = written;
+    return {};
+}
+
+void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+    commit = next_sequence;
+    written = segments.back()->bytes;
+    out.clear();
+    write_failed.reset();
+    std::vector<Result<void>> results;
+    int64_t now_ms = 0;
+    for (StoreChange& change : changes) {
+        results.push_back(take(change));
+        if (change.kind == StoreChange::Kind::expire) now_ms = std::max(now_ms, change.now_ms);
+    }
+    auto done = write();
+    {
+        const std::lock_guard<std::mutex> lock(records->mutex);
+        if (done)
+            for (auto& step : plan->steps()) install(step.id, std::move(step.entry), step.died_ms);
+        plan->clear();
+    }
+    for (size_t i = 0; i < changes.size(); ++i) {
+        const StoreDone& call = changes[i].done;
+        if (call.call) call.call(call.context, done ? std::move(results[i]) : done);
+    }
+    if (segments.back()->bytes >= options.segment_bytes && !broken) (void)roll().ok();
+    if (now_ms != 0) upkeep(now_ms);
+}
+
+/// One turn of the store thread. True: there is more to do.
+bool FileJournal::step() {
+    std::vector<StoreChange> changes;
+    {
+        const std::lock_guard<std::mutex> lock(queue_mutex);
+        changes.swap(queue);
+    }
+    if (!changes.empty()) commit_changes(changes);
+    if (!compaction) return false;
+    auto more = compact();
+    if (more) return *more;
+    options.log(LogLevel::error, "the journal was not compacted: " + more.error().message);
+    abandon_compaction();
+    return false;
+}
+
+void FileJournal::run() {
+    for (bool more = false;;) {
+        {
+            std::unique_lock<std::mutex> lock(queue_mutex);
+            queue_filled.wait(lock, [&] { return more || ending || !queue.empty(); });
+            if (ending && queue.empty()) return;
+        }
+        more = step();
+    }
+}
+
+void FileJournal::close() {
+    if (thread.joinable()) {
+        {
+            const std::lock_guard<std::mutex> lock(queue_mutex);
+            ending = true;
+        }
+        queue_filled.notify_one();
+        thread.join();
+    }
+    if (!ready) return;
+    step();
+    abandon_compaction();
+    if (broken) return;
+    commit = next_sequence;
+    written = segments.back()->bytes;
+    JournalPlace place;
+    StoredResponse nothing;
+    write_failed.reset();
+    if (encode(journal_close, nothing, 0, &place)) (void)write().ok();
+}
+
+// ---- Segments and compaction
+
+Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_sequence) {
+    if (next_number > journal_last_number)
+        return make_error(ErrorKind::unsupported, "the journal's segment numbers are used up");
+    auto segment = std::make_shared<JournalSegment>();
+    segment->number = next_number++;
+    segment->first_sequence = first_sequence;
+    std::string head = "valarjnl";
+    journal_put(&head, journal_version);
+    journal_put(&head, salt);
+    journal_put(&head, segment->number);
+    journal_put(&head, first_sequence);
+    journal_put(&head, crc32c(head.data(), head.size()));
+    segment->bytes = head.size();
+    auto file = folder->open_file(segment->name(), true);
+    if (!file) return file.error();
+    segment->file = std::move(*file);
+    Result<void> made = segment->file->write_at(0, head);
+    if (made) made = sync(segment->file->sync());
+    if (made) made = sync(folder->sync());
+    if (made) return segment;
+    segment->file.reset();
+    (void)folder->remove(segment->name()).ok();
+    return made.error();
+}
+
+Result<void> FileJournal::write_manifest(const JournalSegments& listed) {
+    std::string bytes = "valarman";
+    journal_put(&bytes, journal_version);
+    journal_put(&bytes, salt);
+    journal_put(&bytes, uint32_t(listed.size()));
+    for (const auto& segment : listed) {
+        journal_put(&bytes, segment->number);
+        journal_put(&bytes, segment->first_sequence);
+        journal_put(&bytes, segment == listed.back() ? uint64_t{0} : segment->bytes);
+    }
+    journal_put(&bytes, crc32c(bytes.data(), bytes.size()));
+    auto file = folder->open_file("manifest.new", true);
+    if (!file) return file.error();
+    if (auto put = (*file)->write_at(0, bytes); !put) return put;
+    if (auto synced = sync((*file)->sync()); !synced) return synced;
+    file->reset();  // before it is renamed
+    if (auto renamed = folder->rename("manifest.new", "manifest"); !renamed) return renamed;
+    return sync(folder->sync());
+}
+
+/// The newest segment ends and a new one begins.
+Result<void> FileJournal::roll() {
+    auto made = new_segment(next_sequence);
+    if (!made) return made.error();
+    JournalSegments listed = segments;
+    listed.push_back(*made);
+    auto put = write_manifest(listed);
+    if (!put && !broken) (void)folder->remove((*made)->name()).ok();
+    if (!put) return put;
+    const std::lock_guard<std::mutex> lock(records->mutex);
+    segments = std::move(listed);
+    return {};
+}
+
+/// Begins a compaction when texts have been dead for long, or half of the journal is dead.
+void FileJournal::upkeep(int64_t now_ms) {
+    if (compaction || broken) return;
+    size_t inputs = 0;
+    uint64_t dead = 0, live = 0;
+    for (size_t i = 0; i < segments.size(); ++i) {
+        const JournalSegment& segment = *segments[i];
+        if (segment.dead_since_ms != 0 && segment.dead_since_ms <= now_ms - journal_dead_ms)
+            inputs = i + 1;
+        live += segment.live;
+        dead += segment.bytes - segment.live;
+    }
+    if (dead > live + options.segment_bytes) inputs = std::max(inputs, segments.size() - 1);
+    if (inputs == 0 || (inputs == segments.size() && !roll())) return;
+    begin_compaction(inputs, now_ms);
+}
+
+void FileJournal::begin_compaction(size_t inputs, int64_t now_ms) {
+    compaction.emplace();
+    compaction->inputs = inputs;
+    compaction->began_ms = now_ms;
+    std::unordered_map<uint32_t, size_t> order;
+    for (size_t i = 0; i < inputs; ++i) order[segments[i]->number] = i;
+    for (const auto& [id, entry] : records->index.entries())
+        for (const auto slot : journal_slots)
+            if (order.count((entry.*slot).segment))
+                compaction->moves.push_back({id, slot, entry.*slot, {}});
+    sort_items(compaction->moves, [&](const auto& a, const auto& b) {
+        return std::pair(order[a.from.segment], a.from.offset) <
+               std::pair(order[b.from.segment], b.from.offset);
+    });
+}
+
+Result<bool> FileJournal::compact() {
+    JournalSegments& outputs = compaction->outputs;
+    std::string copied;
+    while (compaction->next < compaction->moves.size() && copied.size() < journal_copy_bytes) {
+        auto& move = compaction->moves[compaction->next];
+        auto bytes = read_record(*find_segment(move.from.segment), move.from);
+        if (!bytes) return bytes.error();
+        if (outputs.empty() || outputs.back()->bytes >= options.segment_bytes) {
+            if (!copied.empty()) break;  // of the segment before
+            auto made = new_segment(journal_get<uint64_t>(bytes->data() + 16));
+            if (!made) return made.error();
+            outputs.push_back(*made);
+        }
+        move.to = {outputs.back()->bytes + copied.size(), outputs.back()->number, move.from.size};
+        copied += *bytes;
+        ++compaction->next;
+    }
+    if (!copied.empty()) {
+        JournalSegment& output = *outputs.back();
+        if (auto put = output.file->write_at(output.bytes, copied); !put) return put.error();
+        output.bytes += copied.size();
+    }
+    if (compaction->next < compaction->moves.size()) return true;
+    if (auto finished = finish_compaction(); !finished) return finished.error();
+    return false;
+}
+
+Result<void> FileJournal::finish_compaction() {
+    for (const auto& output : compaction->outputs)
+        if (auto synced = sync(output->file->sync()); !synced) return synced;
+    JournalSegments listed = compaction->outputs, old;
+    listed.insert(listed.end(), segments.begin() + std::ptrdiff_t(compaction->inputs), segments.end());
+    if (auto put = write_manifest(listed); !put) return put;
+    {
+        const std::lock_guard<std::mutex> lock(records->mutex);
+        old.assign(segments.begin(), segments.begin() + std::ptrdiff_t(compaction->inputs));
+        segments = std::move(listed);
+        for (const auto& move : compaction->moves) {
+            StoreEntry* entry = records->index.find(move.id);
+            JournalSegment& output = *find_segment(move.to.segment);
+            if (!entry || !((*entry).*move.slot == move.from)) {
+                output.note_dead(compaction->began_ms);
+                continue;
+            }
+            (*entry).*move.slot = move.to;
+            output.live += move.to.size;
+        }
+    }
+    compaction.reset();
+    for (const auto& segment : old) {
+        const std::string name = segment->name();
+        if (segment->damaged) (void)folder->rename(name, name + ".damaged").ok();
+        else (void)folder->remove(name).ok();
+    }
+    return sync(folder->sync());
+}
+
+/// The manifest may already name the outputs when a sync failed: then they stay.
+void FileJournal::abandon_compaction() {
+    if (!compaction) return;
+    for (const auto& output : compaction->outputs) {
+        output->file.reset();
+        if (!broken) (void)folder->remove(output->name()).ok();
+    }
+    compaction.reset();
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+
+// ---- FileStore -------------------------------------------------------------------------------
+
+struct FileStore::State : detail::FileJournal {};
+
+FileStore::FileStore(std::unique_ptr<State> state) : state_(std::move(state)) {}
+FileStore::~FileStore() { state_->close(); }
+
+Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& options) {
+    auto folder = detail::Folder::open(options.path);
+    if (!folder) return folder.error();
+    return open(options, std::move(*folder));
+}
+
+Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& options,
+                                                   std::unique_ptr<detail::Folder> folder) {
+    std::unique_ptr<FileStore> store(new FileStore(std::make_unique<State>()));
+    State& state = *store->state_;
+    state.options = options;
+    state.folder = std::move(folder);
+    state.records = store->records_.get();
+    state.plan.emplace(&state.records->index, options.max_bytes, options.retention_s,
+                       &state.records->serial);
+    if (auto loaded = state.load(); !loaded) return loaded.error();
+    state.ready = true;
+    if (!options.own_thread) return store;
+    const auto run = [](void* self) { static_cast<State*>(self)->run(); };
+    auto thread = detail::Thread::start(run, &state, "valar store");
+    if (!thread) return thread.error();
+    state.thread = std::move(*thread);
+    return store;
+}
+
+void FileStore::change(detail::StoreChange change) {
+    bool first = false;
+    {
+        const std::lock_guard<std::mutex> lock(state_->queue_mutex);
+        first = state_->queue.empty();
+        state_->queue.push_back(std::move(change));
+    }
+    if (first) state_->queue_filled.notify_one();
+}
+
+bool FileStore::step() { return state_->step(); }
+
+uint64_t FileStore::disk_bytes() const {
+    const std::lock_guard<std::mutex> lock(records_->mutex);
+    uint64_t bytes = 0;
+    for (const auto& segment : state_->segments) bytes += segment->bytes;
+    return bytes;
+}
+
+std::optional<StoredResponse> FileStore::find(std::string_view organisation,
+                                              const std::string& id) {
+    std::optional<StoredResponse> found;
+    detail::JournalPlace places[2];
+    std::shared_ptr<detail::JournalSegment> segments[2];  // stay readable when compacted away
+    {
+        const std::lock_guard<std::mutex> lock(records_->mutex);
+        const detail::StoreEntry* entry = std::as_const(records_->index).find(id);
+        if (!entry || entry->erased || entry->record.organisation != organisation)
+            return std::nullopt;
+        found = entry->record;
+        places[0] = entry->added;
+        places[1] = entry->ended;
+        for (int i = 0; i < 2; ++i) segments[i] = state_->find_segment(places[i].segment);
+    }
+    for (int i = 0; i < 2; ++i) {
+        if (!segments[i]) continue;
+        auto bytes = state_->read_record(*segments[i], places[i]);
+        if (!bytes) {
+            state_->options.log(LogLevel::error, bytes.error().message);
+            return std::nullopt;
+        }
+        StoredResponse read;
+        int64_t died_ms = 0;
+        bool good = false;
+        const detail::JournalDecoder payload{
+            std::string_view(*bytes).substr(detail::journal_record_head)};
+        const uint16_t type = i == 0 ? detail::journal_add : detail::journal_finish;
+        detail::journal_fields(payload, type, read, died_ms, &good);
+        if (i == 0) found->head = read.head, found->request = read.request;
+        else found->object = read.object;
+    }
+    return found;
+}
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_STORE

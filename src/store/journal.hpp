@@ -1,0 +1,262 @@
+#pragma once
+
+#include "store/index.hpp"
+#include "digest_internal.hpp"
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+// ---- The journal -----------------------------------------------------------------------------
+// A directory holds `manifest` (which segments there are, in order), segments `00000001.journal` and
+// `lock`. Numbers are little-endian.
+//
+//     manifest: "valarman", u32 version, u32 salt, u32 count, then for each segment
+//               u32 number, u64 first sequence, u64 bytes (0: the newest, still growing);
+//               u32 CRC of all before
+//     segment:  "valarjnl", u32 version, u32 salt, u32 number, u64 first sequence, u32 CRC; records
+//     record:   u32 magic, u16 type, u16 zero, u32 payload bytes, u32 back, u64 sequence,
+//               u32 CRC of the payload, u32 CRC of the 28 bytes before; payload
+//
+// Sequence numbers ascend; in the newest segment by one. `back` counts the records before this one
+// in its commit, which is what one sync covered: a commit begins only when the one before it is on
+// the disk. So a bad record is a torn tail if no valid record of a later commit follows: a crash
+// may lose any part of a commit, but nothing before it. An orderly close writes a commit of its own.
+// CRC-32C begins with the salt: no text that a client sends can look like a record.
+//
+// Compaction copies what is live in the oldest segments to new ones, byte for byte, and puts those
+// in their place. It always begins with the oldest segment: a record that ends another's life never
+// goes before that other does.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr uint32_t journal_version       = 1;
+inline constexpr uint32_t journal_last_number   = 99'999'999;  // a name has eight digits
+inline constexpr size_t   journal_segment_head  = 32;
+inline constexpr size_t   journal_record_head   = 32;
+inline constexpr uint32_t journal_magic         = 0x315f4a56;  // "VJ_1"
+inline constexpr uint64_t journal_max_payload   = uint64_t{1} << 30;
+inline constexpr size_t   journal_write_bytes   = size_t{4} << 20;  // gathered before a write
+inline constexpr size_t   journal_copy_bytes    = size_t{1} << 20;  // of compaction, between commits
+inline constexpr int64_t  journal_dead_ms       = 12 * 3600 * 1000;  // then what died leaves the disk
+
+enum JournalType : uint16_t {
+    journal_add = 1, journal_begin, journal_finish, journal_erase, journal_drop, journal_close,
+    journal_types
+};
+
+template <class T>
+void journal_put(std::string* out, T value) {
+    out->append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+template <class T>
+T journal_get(const char* at) {
+    T value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+
+/// Payloads are fields in a row: numbers of 7 bits a byte, the last byte below 128; texts behind
+/// their size.
+struct JournalEncoder {
+    std::string* out;
+    template <class Number>
+    void number(Number& value) {
+        uint64_t left = static_cast<uint64_t>(value);
+        for (; left >= 128; left >>= 7) *out += static_cast<char>(left | 128);
+        *out += static_cast<char>(left);
+    }
+    void text(const std::string& value) {
+        size_t size = value.size();
+        number(size);
+        *out += value;
+    }
+    void shared(const std::shared_ptr<const std::string>& value) { text(value ? *value : ""); }
+};
+
+struct JournalDecoder {
+    std::string_view left;
+    bool good = true;
+
+    uint64_t take_number() {
+        uint64_t value = 0;
+        for (int shift = 0; shift < 64 && !left.empty(); shift += 7) {
+            const auto byte = static_cast<uint8_t>(left.front());
+            left.remove_prefix(1);
+            value |= uint64_t{byte & 127u} << shift;
+            if (byte < 128) return value;
+        }
+        good = false;
+        return 0;
+    }
+    template <class Number>
+    void number(Number& value) {
+        const uint64_t taken = take_number();
+        value = static_cast<Number>(taken);
+        good = good && static_cast<uint64_t>(value) == taken;
+    }
+    void text(std::string& value) {
+        const uint64_t size = take_number();
+        good = good && size <= left.size();
+        if (!good) return;
+        value = left.substr(0, size_t(size));
+        left.remove_prefix(size_t(size));
+    }
+    void shared(std::shared_ptr<const std::string>& value) {
+        std::string taken;
+        text(taken);
+        value = std::make_shared<const std::string>(std::move(taken));
+    }
+};
+
+/// The fields of each type, for writing and for reading.
+template <class Codec>
+void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t& died_ms,
+                    bool* good = nullptr) {
+    if (type != journal_close) codec.text(record.id);
+    if (type == journal_add || type == journal_erase) {
+        codec.text(record.organisation);
+        codec.text(record.reservation);
+        codec.text(record.fingerprint);
+        codec.number(record.created_at_ms);
+    }
+    if (type == journal_add) codec.number(record.background);
+    if (type == journal_add || type == journal_begin) codec.number(record.attempts);
+    if (type == journal_finish || type == journal_erase) codec.number(record.ended_at_ms);
+    if (type == journal_erase || type == journal_drop) codec.number(died_ms);
+    if (type == journal_add) {
+        codec.shared(record.head);
+        codec.shared(record.request);
+    }
+    if (type == journal_finish) codec.shared(record.object);
+    if constexpr (std::is_same_v<Codec, JournalDecoder>) *good = codec.good && codec.left.empty();
+}
+
+struct JournalRecord {
+    uint16_t type = 0;
+    uint64_t sequence = 0, commit = 0;  // `commit`: the sequence that its commit began with
+    std::string_view payload = {};
+    size_t   size = 0;  // with the head
+};
+
+bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalRecord* record);
+
+size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t commit,
+                      uint64_t sequence);
+
+struct JournalSegment {
+    uint32_t number = 0;
+    uint64_t first_sequence = 0;
+    uint64_t bytes = 0;  // that are committed
+    uint64_t live  = 0;  // of records that the index points to
+    int64_t  dead_since_ms = 0;  // since when texts in it are dead; 0: none are
+    bool     damaged = false;
+    std::unique_ptr<FolderFile> file = {};
+
+    std::string name() const { return format("%08u.journal", unsigned(number)); }
+    void note_dead(int64_t since_ms) {
+        if (dead_since_ms == 0 || since_ms < dead_since_ms) dead_since_ms = since_ms;
+    }
+};
+using JournalSegments = std::vector<std::shared_ptr<JournalSegment>>;
+
+Error journal_damage(const std::string& name, uint64_t offset, const char* what);
+
+Error journal_newer(const std::string& name);
+
+/// A copy of live records out of segments [0, inputs).
+struct JournalCompaction {
+    struct Move {
+        std::string               id;
+        JournalPlace StoreEntry::*slot;
+        JournalPlace              from, to;
+    };
+    size_t            inputs = 0;
+    int64_t           began_ms = 0;
+    std::vector<Move> moves = {};
+    size_t            next = 0;
+    JournalSegments   outputs = {};
+};
+
+inline bool operator==(const JournalPlace& a, const JournalPlace& b) {
+    return a.segment == b.segment && a.offset == b.offset;
+}
+
+inline constexpr JournalPlace StoreEntry::*journal_slots[] = {&StoreEntry::added, &StoreEntry::begun,
+                                                       &StoreEntry::ended};
+
+/// What the store thread owns. Only it changes index and segments, under the lock of the records; it
+/// reads them without.
+struct FileJournal {
+    FileStoreOptions        options;
+    std::unique_ptr<Folder> folder;
+    StoreRecords*           records = nullptr;
+    std::optional<StorePlan> plan;
+    uint32_t salt = 0, next_number = 1;
+    uint64_t next_sequence = 1;
+    JournalSegments segments;  // in order, the newest last
+    std::optional<JournalCompaction> compaction;
+    std::optional<Error> broken;  // after a sync that failed
+
+    // one commit
+    std::string out;
+    uint64_t    written = 0, commit = 1;
+    std::optional<Error> write_failed;
+
+    std::mutex               queue_mutex;
+    std::condition_variable  queue_filled;
+    std::vector<StoreChange> queue;
+    bool                     ending = false, ready = false;
+    Thread                   thread;
+
+    Result<void> load();
+    Result<void> load_manifest(const std::vector<std::string>& names);
+    Result<void> read_manifest(std::string_view bytes);
+    Result<void> salvage_manifest(const std::vector<std::string>& names);
+    Result<void> load_segment(JournalSegment& segment, uint64_t expected_bytes, bool newest);
+    Result<bool> check_head(JournalSegment& segment, std::string_view bytes);
+    Result<void> replay(JournalSegment& segment, std::string_view bytes, bool newest);
+    Result<bool> replay_record(JournalSegment& segment, const JournalRecord& record, size_t offset);
+    void apply(JournalSegment& segment, uint16_t type, StoredResponse record, int64_t died_ms,
+               JournalPlace place);
+    Result<void> leave_damaged();
+    void remove_strangers(const std::vector<std::string>& names);
+
+    bool step();
+    void run();
+    void close();
+    void commit_changes(std::vector<StoreChange>& changes);
+    Result<void> take(StoreChange& change);
+    Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms, JournalPlace* place);
+    void flush();
+    Result<void> write();
+    void install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms);
+
+    Result<std::shared_ptr<JournalSegment>> new_segment(uint64_t first_sequence);
+    Result<void> write_manifest(const JournalSegments& listed);
+    Result<void> roll();
+    Result<void> sync(Result<void> synced);
+    void upkeep(int64_t now_ms);
+    void begin_compaction(size_t inputs, int64_t now_ms);
+    Result<bool> compact();  // a piece; true: there is more
+    Result<void> finish_compaction();
+    void abandon_compaction();
+    std::shared_ptr<JournalSegment> find_segment(uint32_t number) const;
+    Result<std::string> read_record(const JournalSegment& segment, const JournalPlace& place) const;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

@@ -1,0 +1,757 @@
+#include "prologue.hpp"
+
+#include "template/parser.hpp"
+#include "json_internal.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
+// ---- lexer ----------------------------------------------------------------------------------
+
+std::vector<Lexeme> Lexer::run() {
+    while (at_ < s_.size() && !error_) {
+        const size_t opener = next_opener();
+        if (opener == s_.size()) {
+            push(Lexeme::Type::text, opener);
+            break;
+        }
+        const char kind = s_[opener + 1];
+        const char next = opener + 2 < s_.size() ? s_[opener + 2] : '\0';
+        const char sign = next == '-' || next == '+' ? next : '\0';
+        text_before(opener, sign, kind != '{');
+        advance(opener + (sign ? 3 : 2));
+        const size_t raw_begin = kind == '%' ? raw_tag(at_, "raw") : std::string_view::npos;
+        if (kind == '#') comment();
+        else if (raw_begin != std::string_view::npos) raw(raw_begin);
+        else inside(kind);
+    }
+    out_.push_back({Lexeme::Type::end, {}, line_});
+    return std::move(out_);
+}
+
+void Lexer::advance(size_t to) {
+    line_ += uint32_t(std::count(s_.begin() + ptrdiff_t(at_), s_.begin() + ptrdiff_t(to), '\n'));
+    at_ = to;
+}
+
+void Lexer::push(Lexeme::Type type, size_t to) {
+    if (type != Lexeme::Type::text || to > at_)
+        out_.push_back({type, s_.substr(at_, to - at_), line_});
+    advance(to);
+}
+
+size_t Lexer::next_opener() const {
+    for (size_t i = at_; i + 1 < s_.size(); ++i)
+        if (s_[i] == '{' && (s_[i + 1] == '{' || s_[i + 1] == '%' || s_[i + 1] == '#')) return i;
+    return s_.size();
+}
+
+/// The text up to `opener`, without its end where a sign or, before a tag that stands first in its
+/// line, lstrip_blocks takes it away.
+void Lexer::text_before(size_t opener, char sign, bool tag) {
+    const std::string_view text = s_.substr(at_, opener - at_);
+    size_t keep = text.size();
+    if (sign == '-') keep = stripped(text, nullptr, 2).end;
+    else if (sign != '+' && tag) {
+        const size_t line = text.rfind('\n') + 1;  // 0 when there is none
+        const bool blank = stripped(text.substr(line), nullptr, 2).end == 0;
+        if ((line > 0 || line_start_) && blank) keep = line;
+    }
+    push(Lexeme::Type::text, at_ + keep);
+    advance(opener);
+}
+
+/// Behind the closer at `at`, and the white space it takes away; npos when none is there.
+size_t Lexer::closed_at(size_t at, char kind) const {
+    const char sign = s_[at] == '-' || (s_[at] == '+' && kind != '{') ? s_[at] : '\0';
+    const size_t closer = at + (sign ? 1 : 0);
+    if (closer + 1 >= s_.size() || s_[closer + 1] != '}') return std::string_view::npos;
+    if (s_[closer] != (kind == '{' ? '}' : kind)) return std::string_view::npos;
+    const size_t end = closer + 2;
+    if (sign == '-') return end + stripped(s_.substr(end), nullptr, 1).begin;
+    return end + (kind != '{' && !sign && end < s_.size() && s_[end] == '\n');
+}
+
+void Lexer::comment() {
+    size_t end = s_.find("#}", at_);
+    if (end == std::string_view::npos) return fail("a comment without end");
+    if (end > at_ && (s_[end - 1] == '-' || s_[end - 1] == '+')) --end;
+    advance(closed_at(end, '#'));
+    line_start_ = s_[at_ - 1] == '\n';
+}
+
+/// Behind "word %}" at `at`; npos when something else is there.
+size_t Lexer::raw_tag(size_t at, std::string_view word) const {
+    const auto skip = [&] { while (at < s_.size() && is_space(s_[at])) ++at; };
+    skip();
+    if (s_.substr(at, word.size()) != word) return std::string_view::npos;
+    at += word.size();
+    skip();
+    return at < s_.size() ? closed_at(at, '%') : std::string_view::npos;
+}
+
+/// {% raw %} ... {% endraw %}: text, whatever it looks like.
+void Lexer::raw(size_t begin) {
+    // The newline behind {% raw %} stays, unlike behind any other tag.
+    if (s_[begin - 1] == '\n' && s_.substr(begin - 3, 2) == "%}" && s_[begin - 4] != '-') --begin;
+    advance(begin);
+    line_start_ = false;
+    for (size_t i = begin; (i = s_.find("{%", i)) != std::string_view::npos; i += 2) {
+        const char sign =
+            i + 2 < s_.size() && (s_[i + 2] == '-' || s_[i + 2] == '+') ? s_[i + 2] : '\0';
+        const size_t end = raw_tag(i + (sign ? 3 : 2), "endraw");
+        if (end == std::string_view::npos) continue;
+        text_before(i, sign, true);
+        advance(end);
+        line_start_ = s_[at_ - 1] == '\n';
+        return;
+    }
+    fail("raw without endraw");
+}
+
+/// From behind an opener to behind its closer.
+void Lexer::inside(char kind) {
+    const bool print = kind == '{';
+    out_.push_back({print ? Lexeme::Type::begin_print : Lexeme::Type::begin_tag, {}, line_});
+    open_.clear();
+    while (!error_) {
+        size_t next = at_;
+        while (next < s_.size() && is_space(s_[next])) ++next;
+        advance(next);
+        if (at_ == s_.size()) return fail("a tag without end");
+        const size_t end = open_.empty() ? closed_at(at_, kind) : std::string_view::npos;
+        if (end == std::string_view::npos) {
+            lexeme();
+            continue;
+        }
+        out_.push_back({print ? Lexeme::Type::end_print : Lexeme::Type::end_tag, {}, line_});
+        advance(end);
+        line_start_ = s_[at_ - 1] == '\n';
+        return;
+    }
+}
+
+/// The end of the number at at_: an integer of any base, or digits with a fraction or an exponent.
+size_t Lexer::number_end(bool* real) const {
+    const auto digits = [&](size_t i) {
+        while (i < s_.size() && (is_digit(s_[i]) || s_[i] == '_')) ++i;
+        return i;
+    };
+    const auto digit_at = [&](size_t i) { return i < s_.size() && is_digit(s_[i]); };
+    if (s_[at_] == '0' && at_ + 1 < s_.size() && std::strchr("xXoObB", s_[at_ + 1])) {
+        size_t i = at_ + 2;
+        while (i < s_.size() && is_name_char(s_[i])) ++i;
+        return i;
+    }
+    size_t end = digits(at_);
+    if (at_ > 0 && s_[at_ - 1] == '.') return end;  // the 0 of list.0.name
+    if (end < s_.size() && s_[end] == '.' && digit_at(end + 1)) *real = true, end = digits(end + 1);
+    if (end < s_.size() && (s_[end] == 'e' || s_[end] == 'E')) {
+        const size_t sign = end + 1 < s_.size() && (s_[end + 1] == '+' || s_[end + 1] == '-');
+        if (digit_at(end + 1 + sign)) *real = true, end = digits(end + 1 + sign);
+    }
+    return end;
+}
+
+/// Keeps track of brackets: inside of them }} and %} do not end a tag.
+bool Lexer::bracket(char c) {
+    if (c == '(' || c == '[' || c == '{') open_ += c == '(' ? ')' : c == '[' ? ']' : '}';
+    if (c != ')' && c != ']' && c != '}') return true;
+    if (open_.empty() || open_.back() != c) return false;
+    open_.pop_back();
+    return true;
+}
+
+void Lexer::lexeme() {
+    const char c = s_[at_];
+    if (is_digit(c)) {
+        bool real = false;
+        const size_t end = number_end(&real);
+        return push(real ? Lexeme::Type::real : Lexeme::Type::integer, end);
+    }
+    if (is_name_char(c)) {
+        size_t end = at_;
+        while (end < s_.size() && is_name_char(s_[end])) ++end;
+        return push(Lexeme::Type::name, end);
+    }
+    if (c == '"' || c == '\'') {
+        size_t end = at_ + 1;
+        while (end < s_.size() && s_[end] != c) end += s_[end] == '\\' ? 2 : 1;
+        if (end >= s_.size()) return fail("a string without end");
+        return push(Lexeme::Type::string, end + 1);
+    }
+    static const char* const pairs[] = {"//", "**", "==", "!=", ">=", "<="};
+    for (const char* pair : pairs)
+        if (s_.substr(at_, 2) == pair) return push(Lexeme::Type::symbol, at_ + 2);
+    if (c == '\0' || !std::strchr("+-/*%~[](){}><=.:|,;", c) || !bracket(c))
+        return fail(format("unexpected character \"%c\"", c >= ' ' && c < 127 ? c : '?'));
+    push(Lexeme::Type::symbol, at_ + 1);
+}
+
+// ---- parser ---------------------------------------------------------------------------------
+// Recursive descent in Jinja's own order of precedence. What chains from left to right becomes one
+// node with many children, so that the tree is as deep as the source nests, no deeper. After the
+// first error the parser stands at the end of the lexemes, where all loops end.
+
+Lexeme Parser::next() {
+    const Lexeme lexeme = now();
+    if (at_ + 1 < lexemes_.size()) ++at_;
+    return lexeme;
+}
+
+uint32_t Parser::fail(const std::string& what) {
+    if (!error_) error_ = template_error(ErrorKind::bad_data, now().line, what);
+    at_ = lexemes_.size() - 1;
+    return 0;
+}
+
+bool Parser::take(const char* symbol) { return is(symbol) && (next(), true); }
+bool Parser::take_word(const char* word) { return is_word(word) && (next(), true); }
+
+void Parser::expect(const char* symbol) {
+    if (!take(symbol)) fail("expected \"" + std::string(symbol) + "\"");
+}
+void Parser::expect_word(const char* word) {
+    if (!take_word(word)) fail("expected \"" + std::string(word) + "\"");
+}
+void Parser::expect(Type type, const char* what) {
+    if (now().type == type) next();
+    else fail("expected " + std::string(what));
+}
+
+uint32_t Parser::node(Op op, uint32_t line, uint32_t value, const Ids& children, bool flag) {
+    const uint32_t first = uint32_t(p_.links.size());
+    p_.links.insert(p_.links.end(), children.begin(), children.end());
+    p_.nodes.push_back({op, flag, line, value, first, uint32_t(children.size())});
+    return uint32_t(p_.nodes.size() - 1);
+}
+
+uint32_t Parser::name_id(std::string_view name) {
+    const auto [place, fresh] = name_ids_.try_emplace(std::string(name), uint32_t(p_.names.size()));
+    if (fresh) p_.names.emplace_back(name);
+    return place->second;
+}
+
+uint32_t Parser::expect_name() {
+    if (now().type != Type::name) return fail("expected a name");
+    return name_id(next().text);
+}
+
+uint32_t Parser::constant(Value value, uint32_t line) {
+    p_.constants.push_back(std::move(value));
+    return node(Op::constant, line, uint32_t(p_.constants.size() - 1), {});
+}
+
+// statements
+
+const Parser::Statement Parser::statements[] = {
+    {"if", &Parser::if_statement},
+    {"for", &Parser::for_statement},
+    {"set", &Parser::set_statement},
+    {"macro", &Parser::macro_statement},
+    {"filter", &Parser::filter_statement},
+    {"with", &Parser::with_statement},
+    {"generation", &Parser::generation_statement},
+    {"break", &Parser::break_statement},
+    {"continue", &Parser::continue_statement},
+};
+
+/// Statements up to the tag that begins with one of `ends`, and stops at that word; with no ends,
+/// up to the end of the source.
+uint32_t Parser::body(std::initializer_list<const char*> ends) {
+    const Nested nested(*this);
+    const uint32_t line = now().line;
+    Ids children;
+    while (now().type != Type::end) {
+        const Lexeme lexeme = next();
+        if (lexeme.type == Type::text) {
+            p_.texts.emplace_back(lexeme.text);
+            children.push_back(node(Op::text, lexeme.line, uint32_t(p_.texts.size() - 1), {}));
+        } else if (lexeme.type == Type::begin_print) {
+            const uint32_t value = tuple(true);
+            children.push_back(node(Op::print, lexeme.line, 0, {value}));
+            expect(Type::end_print, "\"}}\"");
+        } else {
+            for (const char* end : ends)
+                if (is_word(end)) return node(Op::body, line, 0, children);
+            children.push_back(statement());
+        }
+    }
+    if (ends.size() > 0)
+        return fail("expected \"" + std::string(*(ends.end() - 1)) + "\" before the end");
+    return node(Op::body, line, 0, children);
+}
+
+uint32_t Parser::statement() {
+    if (now().type != Type::name) return fail("expected the name of a statement");
+    for (const Statement& s : statements) {
+        if (!is_word(s.name)) continue;
+        const uint32_t line = next().line;
+        const uint32_t made = (this->*s.parse)(line);
+        expect(Type::end_tag, "\"%}\"");
+        return made;
+    }
+    return fail("unknown statement \"" + std::string(now().text) + "\"");
+}
+
+/// "%} statements {% end", behind the end's name.
+uint32_t Parser::end_block(std::initializer_list<const char*> ends) {
+    expect(Type::end_tag, "\"%}\"");
+    const uint32_t made = body(ends);
+    next();
+    return made;
+}
+
+uint32_t Parser::if_statement(uint32_t line) {
+    Ids children;
+    for (;;) {
+        children.push_back(tuple(false));
+        expect(Type::end_tag, "\"%}\"");
+        children.push_back(body({"elif", "else", "endif"}));
+        if (!take_word("elif")) break;
+    }
+    children.push_back(take_word("else") ? end_block({"endif"}) : (next(), 0u));
+    return node(Op::choice, line, 0, children);
+}
+
+uint32_t Parser::for_statement(uint32_t line) {
+    const uint32_t what = target(false);
+    expect_word("in");
+    const uint32_t iterable = tuple(false);
+    const uint32_t condition = take_word("if") ? expression() : 0;
+    if (is_word("recursive")) return fail("recursive loops are not supported");
+    expect(Type::end_tag, "\"%}\"");
+    ++loops_;
+    const uint32_t inner = body({"else", "endfor"});
+    --loops_;
+    const uint32_t otherwise = take_word("else") ? end_block({"endfor"}) : (next(), 0u);
+    return node(Op::loop, line, 0, {what, iterable, condition, inner, otherwise});
+}
+
+uint32_t Parser::set_statement(uint32_t line) {
+    const uint32_t what = target(true);
+    if (take("=")) return node(Op::set, line, 0, {what, tuple(true)});
+    Ids children = {what, 0};
+    const Ids pipes = filters();
+    children.insert(children.end(), pipes.begin(), pipes.end());
+    children[1] = end_block({"endset"});
+    return node(Op::set_block, line, 0, children);
+}
+
+uint32_t Parser::macro_statement(uint32_t line) {
+    const uint32_t name = expect_name();
+    Ids children = {0};
+    expect("(");
+    while (!take(")") && now().type != Type::end) {
+        if (children.size() > 1) expect(",");
+        const uint32_t at = now().line, parameter = expect_name();
+        children.push_back(node(Op::keyword, at, parameter, {take("=") ? expression() : 0}));
+    }
+    const uint32_t loops = std::exchange(loops_, 0);
+    children[0] = end_block({"endmacro"});
+    loops_ = loops;
+    return node(Op::macro, line, name, children);
+}
+
+uint32_t Parser::filter_statement(uint32_t line) {
+    const uint32_t first_line = now().line, name = expect_name();
+    Ids children = {0, node(Op::filter, first_line, name, arguments())};
+    const Ids pipes = filters();
+    children.insert(children.end(), pipes.begin(), pipes.end());
+    children[0] = end_block({"endfilter"});
+    return node(Op::filter_block, line, 0, children);
+}
+
+/// {% with a = 1, b = 2 %}: a scope that begins with assignments.
+uint32_t Parser::with_statement(uint32_t line) {
+    Ids children;
+    while (now().type == Type::name) {
+        const uint32_t at = now().line, what = single_target(false);
+        expect("=");
+        children.push_back(node(Op::set, at, 0, {what, expression()}));
+        if (!take(",")) break;
+    }
+    children.push_back(end_block({"endwith"}));
+    return node(Op::scope, line, 0, {node(Op::body, line, 0, children)});
+}
+
+/// Marks what the assistant says, for training; here it only bounds the life of variables.
+uint32_t Parser::generation_statement(uint32_t line) {
+    return node(Op::scope, line, 0, {end_block({"endgeneration"})});
+}
+
+uint32_t Parser::break_statement(uint32_t line) {
+    if (loops_ == 0) return fail("break outside of a loop");
+    return node(Op::break_loop, line, 0, {});
+}
+
+uint32_t Parser::continue_statement(uint32_t line) {
+    if (loops_ == 0) return fail("continue outside of a loop");
+    return node(Op::continue_loop, line, 0, {});
+}
+
+/// What is assigned to: a name, names for the items of a list, a field of a namespace.
+uint32_t Parser::target(bool fields) {
+    const uint32_t line = now().line;
+    Ids items = {single_target(fields)};
+    if (!is(",")) return items[0];
+    while (take(","))
+        if (now().type == Type::name || is("(")) {
+            if (is_word("in")) break;
+            items.push_back(single_target(fields));
+        }
+    return node(Op::tuple, line, 0, items);
+}
+
+uint32_t Parser::single_target(bool fields) {
+    const Nested nested(*this);
+    const uint32_t line = now().line;
+    if (take("(")) {
+        const uint32_t inner = target(fields);
+        expect(")");
+        return inner;
+    }
+    static const char* const reserved[] = {"true", "false", "none", "True", "False", "None"};
+    for (const char* w : reserved)
+        if (is_word(w)) return fail("cannot assign to " + std::string(w));
+    const uint32_t name = node(Op::name, line, expect_name(), {});
+    return fields && take(".") ? node(Op::field, line, expect_name(), {name}) : name;
+}
+
+// expressions
+
+/// "then if condition else otherwise", or what it is made of.
+uint32_t Parser::expression(bool conditionals) {
+    const Nested nested(*this);
+    const uint32_t line = now().line;
+    uint32_t made = logic(Op::any);
+    while (conditionals && take_word("if")) {
+        const uint32_t condition = logic(Op::any);
+        const uint32_t otherwise = take_word("else") ? expression() : 0;
+        made = node(Op::conditional, line, 0, {condition, made, otherwise});
+    }
+    return made;
+}
+
+/// Expressions with commas between them; a single one without comma is itself.
+uint32_t Parser::tuple(bool conditionals, bool parenthesised) {
+    const uint32_t line = now().line;
+    Ids items;
+    bool comma = false;
+    do {
+        if (now().type == Type::end_print || now().type == Type::end_tag || is(")")) break;
+        items.push_back(expression(conditionals));
+    } while (take(",") && (comma = true));
+    if (comma || (items.empty() && parenthesised)) return node(Op::tuple, line, 0, items);
+    return items.empty() ? fail("expected an expression") : items[0];
+}
+
+uint32_t Parser::logic(Op op) {
+    const uint32_t line = now().line;
+    const auto operand = [&] { return op == Op::any ? logic(Op::all) : negation(); };
+    Ids items = {operand()};
+    while (take_word(op == Op::any ? "or" : "and")) items.push_back(operand());
+    return items.size() == 1 ? items[0] : node(op, line, 0, items);
+}
+
+uint32_t Parser::negation() {
+    const uint32_t line = now().line;
+    if (!take_word("not")) return comparison();
+    const Nested nested(*this);
+    return node(Op::negation, line, 0, {negation()});
+}
+
+uint32_t Parser::comparison() {
+    static const struct {
+        const char* symbol;
+        Op          op;
+    } operators[] = {{"==", Op::equal}, {"!=", Op::not_equal}, {"<", Op::less},
+                     {"<=", Op::less_equal}, {">", Op::greater}, {">=", Op::greater_equal}};
+    const uint32_t begin = now().line;
+    Ids items = {arithmetic(0)};
+    for (;;) {
+        const uint32_t line = now().line;
+        Op op = Op::body;
+        for (const auto& o : operators)
+            if (take(o.symbol)) op = o.op;
+        if (op == Op::body && take_word("in")) op = Op::in;
+        if (op == Op::body && is_word("not") && peek().type == Type::name && peek().text == "in")
+            next(), next(), op = Op::not_in;
+        if (op == Op::body) break;
+        items.push_back(node(op, line, 0, {arithmetic(0)}));
+    }
+    return items.size() == 1 ? items[0] : node(Op::comparison, begin, 0, items);
+}
+
+uint32_t Parser::arithmetic(size_t level) {
+    static const struct {
+        const char* symbol;
+        size_t      level;
+        Op          op;
+    } operators[] = {{"+", 0, Op::add}, {"-", 0, Op::subtract}, {"~", 1, Op::concat},
+                     {"*", 2, Op::multiply}, {"//", 2, Op::floor_divide}, {"/", 2, Op::divide},
+                     {"%", 2, Op::modulo}, {"**", 3, Op::power}};
+    if (level == 4) return unary(true);
+    const uint32_t begin = now().line;
+    Ids chain = {arithmetic(level + 1)};
+    for (bool found = true; found;) {
+        found = false;
+        for (const auto& o : operators) {
+            const uint32_t line = now().line;
+            if (o.level != level || !take(o.symbol)) continue;
+            chain.push_back(node(o.op, line, 0, {arithmetic(level + 1)}));
+            found = true;
+        }
+    }
+    return chained(begin, chain);
+}
+
+uint32_t Parser::chained(uint32_t line, const Ids& chain) {
+    return chain.size() == 1 ? chain[0] : node(Op::chain, line, 0, chain);
+}
+
+uint32_t Parser::unary(bool with_filters) {
+    const uint32_t line = now().line;
+    const bool minus = is("-");
+    Ids chain;
+    if (minus || is("+")) {
+        const Nested nested(*this);
+        next();
+        chain = {node(minus ? Op::minus : Op::plus, line, 0, {unary(false)})};
+    } else {
+        chain = {primary()};
+    }
+    while (postfix(chain)) {}
+    while (with_filters && filter_or_test(chain)) {}
+    return chained(line, chain);
+}
+
+uint32_t Parser::primary() {
+    switch (now().type) {
+        case Type::name: return word();
+        case Type::string: return string();
+        case Type::integer:
+        case Type::real: return number();
+        default: break;
+    }
+    if (is("[")) return list();
+    if (is("{")) return dict();
+    if (!take("(")) return fail("expected an expression");
+    const uint32_t made = tuple(true, true);
+    expect(")");
+    return made;
+}
+
+uint32_t Parser::word() {
+    static const struct {
+        const char* word;
+        Kind        kind;
+        int64_t     value;
+    } constants[] = {{"true", Kind::boolean, 1}, {"True", Kind::boolean, 1},
+                     {"false", Kind::boolean, 0}, {"False", Kind::boolean, 0},
+                     {"none", Kind::none, 0}, {"None", Kind::none, 0}};
+    const Lexeme lexeme = next();
+    for (const auto& c : constants)
+        if (lexeme.text == c.word) return constant(make_kind(c.kind, c.value), lexeme.line);
+    return node(Op::name, lexeme.line, name_id(lexeme.text), {});
+}
+
+/// Appends the escape behind the backslash at s[at - 1]; gives the place behind it, 0 when it is
+/// malformed. As in Python, an unknown escape stands for itself.
+size_t unescape(std::string_view s, size_t at, std::string& out) {
+    static const char plain[] = "n\nt\tr\r\\\\'\'\"\"a\ab\bf\fv\v";
+    const char c = s[at];
+    for (size_t i = 0; plain[i]; i += 2)
+        if (plain[i] == c) return out += plain[i + 1], at + 1;
+    if (c == '\n') return at + 1;
+    const bool octal = c >= '0' && c <= '7';
+    const size_t digits = octal ? 3 : c == 'x' ? 2 : c == 'u' ? 4 : c == 'U' ? 8 : 0;
+    if (digits == 0) return out += '\\', at;
+    uint32_t code = 0;
+    size_t i = octal ? at : at + 1, end = std::min(i + digits, s.size());
+    for (; i < end; ++i) {
+        const char d = s[i];
+        const int digit = is_digit(d) ? d - '0' : d >= 'a' && d <= 'f' ? d - 'a' + 10
+                        : d >= 'A' && d <= 'F' ? d - 'A' + 10 : 16;
+        if (digit >= (octal ? 8 : 16)) break;
+        code = code * (octal ? 8 : 16) + uint32_t(digit);
+    }
+    if ((!octal && i != at + 1 + digits) || code > 0x10ffff) return 0;
+    utf8_append(out, char32_t(code));
+    return i;
+}
+
+/// A string literal, or several in a row, which are one.
+uint32_t Parser::string() {
+    const uint32_t line = now().line;
+    std::string out;
+    while (now().type == Type::string) {
+        const std::string_view s = now().text.substr(1, now().text.size() - 2);
+        for (size_t i = 0; i < s.size();) {
+            if (s[i] != '\\') out += s[i++];
+            else if (i = unescape(s, i + 1, out); i == 0) return fail("a malformed escape");
+        }
+        next();
+    }
+    return constant(make_text(Text{std::move(out), {}}), line);
+}
+
+uint32_t Parser::number() {
+    const Lexeme lexeme = next();
+    std::string digits;
+    for (char c : lexeme.text)
+        if (c != '_') digits += c;
+    if (lexeme.type == Type::real) {
+        const auto real = parse_double(digits);
+        return real ? constant(make_real(*real), lexeme.line) : fail("a malformed number");
+    }
+    const char mark = digits.size() > 1 && digits[0] == '0' ? char(digits[1] | 32) : '\0';
+    const int base = mark == 'x' ? 16 : mark == 'o' ? 8 : mark == 'b' ? 2 : 10;
+    const char* begin = digits.c_str() + (base == 10 ? 0 : 2);
+    char* end = nullptr;
+    errno = 0;
+    const long long value = std::strtoll(begin, &end, base);
+    if (errno != 0 || *end != '\0' || end == begin) return fail("a malformed or too large number");
+    return constant(make_int(value), lexeme.line);
+}
+
+uint32_t Parser::list() {
+    const uint32_t line = next().line;
+    Ids items;
+    while (!take("]") && now().type != Type::end) {
+        if (!items.empty()) expect(",");
+        if (take("]")) break;
+        items.push_back(expression());
+    }
+    return node(Op::list, line, 0, items);
+}
+
+uint32_t Parser::dict() {
+    const uint32_t line = next().line;
+    Ids items;
+    while (!take("}") && now().type != Type::end) {
+        if (!items.empty()) expect(",");
+        if (take("}")) break;
+        items.push_back(expression());
+        expect(":");
+        items.push_back(expression());
+    }
+    return node(Op::dict, line, 0, items);
+}
+
+bool Parser::postfix(Ids& chain) {
+    const uint32_t line = now().line;
+    if (take(".")) {
+        if (now().type == Type::integer) chain.push_back(node(Op::item, line, 0, {number()}));
+        else chain.push_back(node(Op::attribute, line, expect_name(), {}));
+    } else if (is("[")) {
+        chain.push_back(subscript());
+    } else if (is("(")) {
+        chain.push_back(node(Op::call, line, 0, arguments()));
+    } else {
+        return false;
+    }
+    return true;
+}
+
+bool Parser::filter_or_test(Ids& chain) {
+    const uint32_t line = now().line;
+    if (is("|")) {
+        const Ids pipes = filters();
+        chain.insert(chain.end(), pipes.begin(), pipes.end());
+    } else if (take_word("is")) {
+        chain.push_back(test());
+    } else if (is("(")) {
+        chain.push_back(node(Op::call, line, 0, arguments()));
+    } else {
+        return false;
+    }
+    return true;
+}
+
+uint32_t Parser::subscript() {
+    const Nested nested(*this);
+    const uint32_t line = next().line;
+    uint32_t parts[3] = {};
+    size_t count = 0;
+    bool slice = false;
+    for (; count < 3; ++count) {
+        if (!is(":") && !is("]")) parts[count] = expression();
+        if (!take(":")) break;
+        slice = true;
+    }
+    expect("]");
+    if (slice) return node(Op::slice, line, 0, {parts[0], parts[1], parts[2]});
+    return parts[0] ? node(Op::item, line, 0, {parts[0]}) : fail("expected an index");
+}
+
+Parser::Ids Parser::filters() {
+    Ids made;
+    while (take("|")) {
+        const uint32_t line = now().line, name = expect_name();
+        made.push_back(node(Op::filter, line, name, arguments()));
+    }
+    return made;
+}
+
+/// Behind "is". One argument may stand without parentheses: `x is divisibleby 3`.
+uint32_t Parser::test() {
+    const uint32_t line = now().line;
+    const bool negated = take_word("not");
+    const uint32_t name = expect_name();
+    Ids values;
+    if (is("(")) values = arguments();
+    else if (now().type == Type::string || now().type == Type::integer ||
+             now().type == Type::real || is("[") || is("{") ||
+             (now().type == Type::name && !is_word("else") && !is_word("or") && !is_word("and"))) {
+        if (is_word("is")) return fail("a test of a test");
+        Ids chain = {primary()};
+        while (postfix(chain)) {}
+        values = {chained(line, chain)};
+    }
+    return node(Op::test, line, name, values, negated);
+}
+
+/// "(a, b, name = c)", or nothing at all.
+Parser::Ids Parser::arguments() {
+    Ids made;
+    if (!take("(")) return made;
+    bool keywords = false;
+    while (!take(")") && now().type != Type::end) {
+        if (!made.empty()) expect(",");
+        if (take(")")) break;
+        const uint32_t line = now().line;
+        const bool keyword =
+            now().type == Type::name && peek().type == Type::symbol && peek().text == "=";
+        if (is("*") || is("**")) fail("arguments from a list or dict are not supported");
+        if (keywords && !keyword) fail("an argument without name behind one with a name");
+        keywords = keyword;
+        const uint32_t name = keyword ? expect_name() : 0;
+        if (keyword) next();
+        const uint32_t value = expression();
+        made.push_back(keyword ? node(Op::keyword, line, name, {value}) : value);
+    }
+    return made;
+}
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE

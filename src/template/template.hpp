@@ -1,0 +1,80 @@
+// >>template
+// Owns: the chat-template interpreter (Jinja as Hugging Face runs it: sandboxed and immutable,
+//       trim_blocks, lstrip_blocks, break and continue) and the way from a request to a prompt.
+// Assumes: nothing about the template (it comes from a model file), nothing about the request.
+// Promises: every byte of the prompt that a request brought is marked as such, whatever the
+// template
+//           did to it; bounded steps, memory, depth and output; the same text for the same input.
+#pragma once
+
+#include "api.hpp"
+#include "base/internal.hpp"
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+namespace valar {
+inline namespace v1 {
+
+namespace detail {
+struct TemplateProgram;
+}
+
+/// What a template sees: one variable for each member of the two objects; of a name that stands in
+/// both, the one of `own`. The strings, keys included, numbers and punctuation of `request` are
+/// text of the request wherever they or pieces of them are printed; `own` is as trusted as the
+/// template. One exception: the `role` of a message that is one of the six roles of Role is the
+/// template's, for there are templates that build a control token around it ('<|' + role + '|>').
+struct TemplateInput {
+    Json    request = Json::object();  ///< messages, tools
+    Json    own     = Json::object();  ///< bos_token, eos_token, add_generation_prompt ...
+    int64_t now_s   = 0;               ///< what strftime_now shows: unix time + the zone's offset
+};
+
+/// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
+/// when it is parsed, a filter, test or method when it is used.
+/// Threads: immutable after `parse`; every member from any thread. Copies share the program.
+class VALAR_API ChatTemplate {
+public:
+    static constexpr size_t   max_source_bytes = size_t{1} << 20;
+    static constexpr uint32_t max_nesting = 100;      ///< of blocks and brackets in the source
+    static constexpr uint32_t max_calls   = 100;      ///< macros that call macros
+    static constexpr uint32_t max_levels  = 600;      ///< of evaluation: 256 KiB of stack suffice
+    static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
+    static constexpr uint32_t max_range   = 100'000;  ///< of range(), as in Jinja's sandbox
+    static constexpr size_t   max_output_bytes = size_t{16} << 20;  ///< of any one string
+    /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
+    /// bound time and memory at once.
+    static constexpr uint64_t max_steps = 1'000'000;
+    static constexpr uint64_t bytes_per_step = 128;
+
+    /// Errors: bad_data, with the line.
+    static Result<ChatTemplate> parse(std::string source);
+    /// The template of a model: its own, or without one ChatML, provided that the vocabulary has
+    /// ChatML's two control tokens. Errors: as `parse`; unsupported.
+    static Result<ChatTemplate> open(std::string source, bool has_chatml_tokens);
+
+    /// Errors: invalid_request, with the line; what the template itself raises: its words alone.
+    Result<MarkedText> render(const TemplateInput& input) const;
+
+    const std::string& source() const;
+    /// Whether a string literal of the template holds `word`: how one sees what it knows of.
+    bool mentions(std::string_view word) const;
+
+private:
+    explicit ChatTemplate(std::shared_ptr<const detail::TemplateProgram> program);
+    std::shared_ptr<const detail::TemplateProgram> program_;
+};
+
+/// The variables for `request`: messages (instructions first, as a system message; parts of text
+/// joined; reasoning left out), add_generation_prompt, bos_token, eos_token, and tools and
+/// documents as null. The role `developer` becomes `system` unless the template mentions it.
+/// Errors: unsupported, with the item's path, for calls of tools and their outputs.
+Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
+                                 std::string_view bos, std::string_view eos, int64_t now_s);
+
+}  // namespace v1
+}  // namespace valar

@@ -1,0 +1,119 @@
+#include "prologue.hpp"
+
+#include "template/values.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
+bool truth(const Value& v) {
+    switch (v.kind) {
+        case Kind::undefined:
+        case Kind::none: return false;
+        case Kind::boolean:
+        case Kind::integer: return v.integer != 0;
+        case Kind::real: return v.real != 0;
+        case Kind::string: return !chars(v).empty();
+        case Kind::list:
+        case Kind::tuple: return !list_in(v).empty();
+        case Kind::dict: return !dict_in(v).empty();
+        default: return true;  // as Python's generators
+    }
+}
+
+const char* kind_name(const Value& v) {
+    static const char* const names[] = {"Undefined", "None", "bool", "int", "float", "str", "list",
+        "tuple", "generator", "dict", "Namespace", "LoopContext", "Macro", "function"};
+    return names[size_t(v.kind)];
+}
+
+void add_mark(Text& out, size_t begin, size_t end) {
+    if (begin == end) return;
+    auto& marks = out.from_request;
+    if (!marks.empty() && marks.back().end == begin) marks.back().end = end;
+    else marks.push_back({begin, end});
+}
+
+/// The byte at which code point `index` begins; the size when there are fewer.
+size_t byte_of(std::string_view s, size_t index) {
+    size_t at = 0;
+    for (; at < s.size(); ++at)
+        if (starts_code_point(s[at]) && index-- == 0) break;
+    return at;
+}
+
+size_t count_code_points(std::string_view s) {
+    return size_t(std::count_if(s.begin(), s.end(), starts_code_point));
+}
+
+size_t previous_code_point(std::string_view s, size_t at) {
+    do --at;
+    while (at > 0 && !starts_code_point(s[at]));
+    return at;
+}
+
+/// What is left of s after stripping; `set` null: white space. Sides: 1 left, 2 right.
+ByteRange stripped(std::string_view s, const std::string* set, int sides) {
+    const auto drops = [&](char32_t c, std::string_view bytes) {
+        return set ? set->find(bytes) != std::string::npos : python_space(c);
+    };
+    ByteRange r{0, s.size()};
+    while ((sides & 1) && r.begin < r.end) {
+        size_t next = r.begin;
+        const char32_t c = utf8_next(s, &next);
+        if (!drops(c, s.substr(r.begin, next - r.begin))) break;
+        r.begin = next;
+    }
+    while ((sides & 2) && r.begin < r.end) {
+        const size_t before = previous_code_point(s, r.end);
+        size_t at = before;
+        const char32_t c = utf8_next(s, &at);
+        if (!drops(c, s.substr(before, r.end - before))) break;
+        r.end = before;
+    }
+    return r;
+}
+
+/// Where `needle` begins in `text` at or after `from`, or npos, in linear time: a request may bring
+/// both. (Knuth, Morris, Pratt 1977; the library's search is quadratic but fast for short needles.)
+size_t find_text(std::string_view text, std::string_view needle, size_t from) {
+    if (needle.size() <= 32 || needle.size() > text.size()) return text.find(needle, from);
+    std::vector<uint32_t> border(needle.size() + 1, 0);  // of needle's first i bytes
+    for (uint32_t i = 1, k = 0; i < needle.size(); ++i) {
+        while (k > 0 && needle[i] != needle[k]) k = border[k];
+        if (needle[i] == needle[k]) ++k;
+        border[i + 1] = k;
+    }
+    uint32_t k = 0;
+    for (size_t i = from; i < text.size(); ++i) {
+        while (k > 0 && text[i] != needle[k]) k = border[k];
+        if (text[i] == needle[k] && ++k == needle.size()) return i + 1 - k;
+    }
+    return std::string_view::npos;
+}
+
+std::string number_text(const Value& v) {
+    if (is_int(v)) return std::to_string(v.integer);
+    if (std::isfinite(v.real)) return write_double(v.real);
+    return std::isnan(v.real) ? "nan" : v.real > 0 ? "inf" : "-inf";
+}
+
+Error template_error(ErrorKind kind, uint32_t line, std::string_view what) {
+    constexpr size_t limit = 1000;  // names in it may be of any length
+    what = what.substr(0, what.size() > limit ? utf8_valid_prefix(what.substr(0, limit)) : limit);
+    return make_error(kind, format("chat template, line %u: ", unsigned(line)) + std::string(what));
+}
+
+bool python_space(char32_t c) { return is_whitespace(c) || (c >= 0x1c && c <= 0x1f); }
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
