@@ -160,11 +160,11 @@ enum class ErrorKind : uint8_t {
 /// `code` is a stable word for programs ("context_length_exceeded"), empty when there is none;
 /// `param` is the dotted path of the field at fault, empty when there is none.
 struct Error {
-    ErrorKind   kind = ErrorKind::internal;
+    ErrorKind kind = ErrorKind::internal;
     std::string message;
-    std::string code  = {};
+    std::string code = {};
     std::string param = {};
-    uint32_t    retry_after_s = 0;  ///< of overloaded: when another try is worth it; 0: unknown
+    uint32_t retry_after_s = 0;  ///< of overloaded: when another try is worth it; 0: unknown
 };
 
 /// A value or an Error. Tests true when it holds a value; `->` and `*` reach it.
@@ -197,7 +197,7 @@ public:
     T& operator*() & { return value_; }
     const T& operator*() const& { return value_; }
     T operator*() && { return std::move(value_); }  // by value: a temporary ends
-    Error& error() { return error_; }  // only when !ok()
+    Error& error() { return error_; }               // only when !ok()
     const Error& error() const { return error_; }
 
 private:
@@ -210,7 +210,7 @@ private:
         else error_.~Error();
     }
     union {
-        T     value_;
+        T value_;
         Error error_;
     };
     bool ok_;
@@ -263,20 +263,22 @@ inline constexpr uint32_t json_depth_limit = 128;
 inline constexpr uint32_t json_value_limit = 2'000'000;
 
 struct JsonLimits {
-    uint32_t depth  = json_depth_limit;
+    uint32_t depth = json_depth_limit;
     uint32_t values = json_value_limit;
 };
 
 /// How a Json is written. Default: compact, {"a":[1,2]}. All keep non-ASCII characters.
 struct JsonStyle {
     bool spaced = false;  ///< ", " and ": " as Python's json.dumps
-    int  indent = -1;     ///< 0 and more: one item a line, so many spaces a level, and ": "
+    int indent = -1;      ///< 0 and more: one item a line, so many spaces a level, and ": "
 };
 inline constexpr JsonStyle json_pretty{false, 2};
 inline constexpr JsonStyle json_python{true, -1};  ///< json.dumps(x, ensure_ascii=False)
 
 struct JsonMember;
-namespace detail { class JsonParser; }
+namespace detail {
+class JsonParser;
+}
 
 /// A JSON value of 16 bytes. Objects keep the order of their members. Nothing converts silently:
 /// an `as_` accessor of another kind gives its fallback, `[]` of a missing place gives null.
@@ -288,8 +290,9 @@ public:
 
     Json() noexcept = default;
     Json(std::nullptr_t) noexcept {}
-    template <class T> requires std::is_arithmetic_v<T>
-    Json(T value) noexcept {
+    template <class T>
+    requires std::is_arithmetic_v<T> Json(T value)
+    noexcept {
         if constexpr (std::is_same_v<T, bool>) store(Kind::boolean, value);
         else if constexpr (std::is_floating_point_v<T>) store(Kind::real, double(value));
         else if constexpr (std::is_signed_v<T>) store(Kind::int64, int64_t(value));
@@ -303,8 +306,13 @@ public:
     Json(const void*) = delete;  // a pointer is not a boolean
     Json(Json&& other) noexcept : node_(std::exchange(other.node_, Node{})) {}
     Json(const Json& other);
-    Json& operator=(Json other) noexcept { swap(other); return *this; }
-    ~Json() { if (kind() >= Kind::string) destroy(); }
+    Json& operator=(Json other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~Json() {
+        if (kind() >= Kind::string) destroy();
+    }
 
     static Json array() { return Json(Kind::array); }
     static Json object() { return Json(Kind::object); }
@@ -323,10 +331,10 @@ public:
     bool is_array() const { return node_.kind == Kind::array; }
     bool is_object() const { return node_.kind == Kind::object; }
 
-    bool     as_bool(bool fallback = false) const;
-    int64_t  as_int(int64_t fallback = 0) const;     ///< an integer within int64_t
-    uint64_t as_uint(uint64_t fallback = 0) const;   ///< an integer that is not negative
-    double   as_double(double fallback = 0) const;   ///< any number, to the nearest double
+    bool as_bool(bool fallback = false) const;
+    int64_t as_int(int64_t fallback = 0) const;     ///< an integer within int64_t
+    uint64_t as_uint(uint64_t fallback = 0) const;  ///< an integer that is not negative
+    double as_double(double fallback = 0) const;    ///< any number, to the nearest double
     /// Borrowed until this value is changed, moved or destroyed.
     std::string_view as_string(std::string_view fallback = {}) const;
     std::string take_string();  ///< moves a string out and leaves null; not a string: empty
@@ -336,7 +344,7 @@ public:
     std::span<const Json> items() const;  ///< of an array, else none
     std::span<Json> items();
     std::span<const JsonMember> members() const;  ///< of an object, in order, else none
-    const Json& operator[](size_t index) const;  ///< null when there is no such item
+    const Json& operator[](size_t index) const;   ///< null when there is no such item
     const Json& operator[](int index) const { return (*this)[size_t(index)]; }
     const Json& operator[](std::string_view key) const;  ///< null when there is no such member
     const Json& operator[](const char* key) const { return (*this)[std::string_view(key)]; }
@@ -346,7 +354,10 @@ public:
 
     /// Adds an item; null becomes an array first; any other kind is replaced by one.
     Json& push(Json value) &;
-    Json push(Json value) && { push(std::move(value)); return std::move(*this); }
+    Json push(Json value) && {
+        push(std::move(value));
+        return std::move(*this);
+    }
     /// Adds or, in its place, replaces a member; null becomes an object first; any other kind is
     /// replaced by one. Returns *this: Json::object().set("a", 1).set("b", Json::array()).
     Json& set(std::string_view key, Json value) &;
@@ -372,12 +383,18 @@ private:
     struct Node {
         alignas(8) char bytes[14] = {};  // a scalar, a pointer, or a string of up to 14 bytes
         uint8_t short_size = 0;          // of that string; long_string: the bytes hold a pointer
-        Kind    kind = Kind::null;
+        Kind kind = Kind::null;
     };
     static constexpr uint8_t long_string = 255;
     explicit Json(Kind kind) noexcept { node_.kind = kind; }  // an empty array or object
-    template <class T> T load() const { T v; std::memcpy(&v, node_.bytes, sizeof v); return v; }
-    template <class T> void store(Kind kind, T v) {
+    template <class T>
+    T load() const {
+        T v;
+        std::memcpy(&v, node_.bytes, sizeof v);
+        return v;
+    }
+    template <class T>
+    void store(Kind kind, T v) {
         node_.kind = kind;
         std::memcpy(node_.bytes, &v, sizeof v);
     }
@@ -392,7 +409,7 @@ private:
 
 struct JsonMember {
     std::string key;
-    Json        value;
+    Json value;
 };
 
 }  // namespace v1
@@ -417,12 +434,13 @@ enum class Role : uint8_t { system, developer, user, assistant, tool, function }
 /// A piece of an item's content; all of them are text in this version.
 struct ContentPart {
     enum class Kind : uint8_t { input_text, output_text, refusal };
-    Kind        kind = Kind::input_text;
+    Kind kind = Kind::input_text;
     std::string text = {};
 };
 
 /// One item of a conversation: what was said, by whom (contract, 3.2).
 struct Item {
+    // clang-format off
     enum class Kind : uint8_t { message, reasoning, function_call, function_call_output,
                                 custom_tool_call, custom_tool_call_output };
     Kind                     kind      = Kind::message;
@@ -431,6 +449,7 @@ struct Item {
     std::string              call_id   = {};  ///< calls and their outputs
     std::string              name      = {};  ///< calls
     std::string              arguments = {};  ///< calls: JSON in a string, or custom input
+    // clang-format on
 
     static Item message(Role role, std::string text);
     std::string text() const;  ///< all parts of content, joined
@@ -444,7 +463,7 @@ struct Input {
     Input(std::string_view words) : text(words) {}
     Input(std::vector<Item> turns) : items(std::move(turns)) {}
 
-    std::string       text  = {};  ///< used when items is empty
+    std::string text = {};  ///< used when items is empty
     std::vector<Item> items = {};
     bool empty() const { return text.empty() && items.empty(); }
 };
@@ -456,32 +475,32 @@ enum class Window : uint8_t { asap, standard, flex };
 /// A request for one answer, in C++ or from POST /v1/responses. Field by field as contract.md,
 /// section 3; what is absent takes the model's own default.
 struct Request {
-    std::string           model             = {};  ///< empty: the responder's only or first model
-    std::string           instructions      = {};  ///< becomes the first system message
-    Input                 input             = {};
+    std::string model = {};         ///< empty: the responder's only or first model
+    std::string instructions = {};  ///< becomes the first system message
+    Input input = {};
     std::optional<uint32_t> max_output_tokens = {};  ///< none: until the context is full
-    std::optional<double> temperature       = {};  ///< 0..2; 0 is greedy
-    std::optional<double> top_p             = {};  ///< 0..1; 0 keeps only the most likely token
-    std::optional<int64_t> seed             = {};  ///< none: drawn at acceptance
-    uint32_t              top_logprobs      = 0;   ///< 0..20 alternatives of each token
-    bool                  logprobs          = false;  ///< return log-probabilities
-    std::string           prompt_cache_key  = {};  ///< prefixes of one key are kept together
-    std::string           user              = {};
+    std::optional<double> temperature = {};          ///< 0..2; 0 is greedy
+    std::optional<double> top_p = {};                ///< 0..1; 0 keeps only the most likely token
+    std::optional<int64_t> seed = {};                ///< none: drawn at acceptance
+    uint32_t top_logprobs = 0;                       ///< 0..20 alternatives of each token
+    bool logprobs = false;                           ///< return log-probabilities
+    std::string prompt_cache_key = {};               ///< prefixes of one key are kept together
+    std::string user = {};
     std::vector<std::pair<std::string, std::string>> metadata = {};
-    std::optional<uint32_t> top_k           = {};  ///< C++ only; 0: no limit
-    std::optional<double> min_p             = {};  ///< C++ only; 0: no limit
-    std::string           organisation      = {};  ///< set by the server from the key
-    Window                window            = Window::standard;
-    std::vector<std::string> stop           = {};  ///< ends the answer before the first of these
+    std::optional<uint32_t> top_k = {};  ///< C++ only; 0: no limit
+    std::optional<double> min_p = {};    ///< C++ only; 0: no limit
+    std::string organisation = {};       ///< set by the server from the key
+    Window window = Window::standard;
+    std::vector<std::string> stop = {};  ///< ends the answer before the first of these
     /// Added to the logits of these tokens: -100..100.
     std::vector<std::pair<int32_t, double>> logit_bias = {};
-    double presence_penalty   = 0;  ///< -2..2: off the logit of every token the answer has
-    double frequency_penalty  = 0;  ///< -2..2: the same, times how often it has it
+    double presence_penalty = 0;    ///< -2..2: off the logit of every token the answer has
+    double frequency_penalty = 0;   ///< -2..2: the same, times how often it has it
     double repetition_penalty = 1;  ///< 0.1..10: divides logits above 0, multiplies those below, of
                                     ///< every token of prompt and answer
-    bool                  background        = false;  ///< of the server: answered at once with 202
-    bool                  store             = true;   ///< of the server: kept once answered
-    std::string           previous_response_id = {};  ///< of the server: its turns come first
+    bool background = false;        ///< of the server: answered at once with 202
+    bool store = true;              ///< of the server: kept once answered
+    std::string previous_response_id = {};  ///< of the server: its turns come first
 };
 
 /// How far a response is. It never moves back.
@@ -490,9 +509,9 @@ constexpr bool is_terminal(Status status) { return status >= Status::completed; 
 
 /// Tokens in and out (contract, 3.1).
 struct Usage {
-    uint32_t input_tokens     = 0;
-    uint32_t cached_tokens    = 0;  ///< of the input, found in the prefix cache
-    uint32_t output_tokens    = 0;
+    uint32_t input_tokens = 0;
+    uint32_t cached_tokens = 0;  ///< of the input, found in the prefix cache
+    uint32_t output_tokens = 0;
     uint32_t reasoning_tokens = 0;  ///< of the output
 };
 
@@ -500,11 +519,11 @@ struct Usage {
 struct TokenLogprob {
     struct Alternative {
         std::string bytes = {};
-        float       logprob = 0;
+        float logprob = 0;
     };
-    std::string              bytes   = {};  ///< of the token; may be part of a character
-    float                    logprob = 0;
-    std::vector<Alternative> top     = {};  ///< most likely first
+    std::string bytes = {};  ///< of the token; may be part of a character
+    float logprob = 0;
+    std::vector<Alternative> top = {};  ///< most likely first
 };
 
 /// Where the time of one request went.
@@ -514,22 +533,22 @@ struct Timings {
 
 /// The end of a response. `text` is the whole answer, valid UTF-8.
 struct Outcome {
-    Status      status     = Status::completed;  ///< terminal
-    std::string text       = {};
-    bool        cut        = false;  ///< ended by max_output_tokens or by a full context
-    Usage       usage      = {};
-    Timings     timings    = {};
+    Status status = Status::completed;  ///< terminal
+    std::string text = {};
+    bool cut = false;  ///< ended by max_output_tokens or by a full context
+    Usage usage = {};
+    Timings timings = {};
     std::vector<TokenLogprob> logprobs = {};  ///< when asked for, a token each
-    std::optional<Error>      error    = {};  ///< when failed or cancelled
-    std::string               stopped_by = {};  ///< the one of Request::stop that ended it
+    std::optional<Error> error = {};          ///< when failed or cancelled
+    std::string stopped_by = {};              ///< the one of Request::stop that ended it
 };
 
 /// What happened to a response, in order: started once, text_delta any number, finished once.
 struct Event {
     enum class Kind : uint8_t { started, text_delta, finished };
-    Kind        kind = Kind::started;
-    std::string text = {};                               ///< of a text_delta: whole characters
-    std::shared_ptr<const Outcome> outcome = {};         ///< of finished
+    Kind kind = Kind::started;
+    std::string text = {};                        ///< of a text_delta: whole characters
+    std::shared_ptr<const Outcome> outcome = {};  ///< of finished
     /// Of a text_delta, when asked for: the tokens since the one before; the text may be empty.
     std::vector<TokenLogprob> logprobs = {};
 
@@ -542,12 +561,12 @@ struct Event {
 
 /// A model that a Responder serves.
 struct ModelInfo {
-    std::string              id;
-    std::vector<std::string> aliases  = {};
-    int64_t                  created  = 0;  ///< unix seconds
-    std::string              owned_by = "valar";
-    uint32_t                 context_tokens = 0;
-    std::vector<std::string> windows  = {"asap", "standard", "flex"};
+    std::string id;
+    std::vector<std::string> aliases = {};
+    int64_t created = 0;  ///< unix seconds
+    std::string owned_by = "valar";
+    uint32_t context_tokens = 0;
+    std::vector<std::string> windows = {"asap", "standard", "flex"};
     bool image = false, tools = false, thinking = false;
     bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
 };
@@ -557,11 +576,11 @@ struct ModelInfo {
 class Prepared {
 public:
     virtual ~Prepared() = default;
-    std::string model;             ///< the id of the model that will answer
-    uint32_t    input_tokens = 0;
-    double      temperature  = 1;  ///< effective
-    double      top_p        = 1;  ///< effective
-    int64_t     seed         = 0;  ///< effective
+    std::string model;  ///< the id of the model that will answer
+    uint32_t input_tokens = 0;
+    double temperature = 1;  ///< effective
+    double top_p = 1;        ///< effective
+    int64_t seed = 0;        ///< effective
 };
 
 /// How busy a Responder is, and what it did so far.
@@ -569,14 +588,14 @@ struct ResponderStats {
     uint32_t queued = 0, running = 0;
     uint64_t completed = 0, failed = 0, cancelled = 0;
     uint64_t input_tokens = 0, output_tokens = 0;
-    uint64_t cached_tokens = 0;    ///< of the input, found in the prefix cache
-    uint32_t pages = 0;            ///< of keys and values, in all
-    uint32_t pages_used = 0;       ///< by running requests
-    uint32_t pages_cached = 0;     ///< used by none, kept for prefixes
-    uint32_t pages_shared = 0;     ///< used by several
-    uint64_t preempted = 0;        ///< times a request gave way to be resumed later
+    uint64_t cached_tokens = 0;            ///< of the input, found in the prefix cache
+    uint32_t pages = 0;                    ///< of keys and values, in all
+    uint32_t pages_used = 0;               ///< by running requests
+    uint32_t pages_cached = 0;             ///< used by none, kept for prefixes
+    uint32_t pages_shared = 0;             ///< used by several
+    uint64_t preempted = 0;                ///< times a request gave way to be resumed later
     uint64_t batches = 0, batch_rows = 0;  ///< computed: forward passes, and tokens in them
-    uint64_t drafted_tokens = 0, accepted_tokens = 0;  ///< of those: guessed, and guessed right
+    uint64_t drafted_tokens = 0, accepted_tokens = 0;      ///< of those: guessed, and guessed right
     uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;  ///< sums over finished requests
 };
 
@@ -608,17 +627,17 @@ enum class Dialect : uint8_t { valar, openai };
 
 /// A response as GET /v1/responses/{id} shows it: the request's echo and what became of it.
 struct ResponseRecord {
-    std::string id;                 ///< "resp_" + 24 of [0-9a-z]
+    std::string id;  ///< "resp_" + 24 of [0-9a-z]
     std::string organisation;
-    std::string message_id;         ///< "msg_" + 24 of [0-9a-z]
-    int64_t     created_at   = 0;   ///< unix seconds
-    int64_t     completed_at = 0;   ///< 0 until terminal
-    Status      status       = Status::pending;
-    std::string model;              ///< as the request spelled it
-    Json        request = {};       ///< the body as received, for the echoed fields
-    double      temperature  = 1;   ///< effective
-    double      top_p        = 1;
-    int64_t     seed         = 0;
+    std::string message_id;    ///< "msg_" + 24 of [0-9a-z]
+    int64_t created_at = 0;    ///< unix seconds
+    int64_t completed_at = 0;  ///< 0 until terminal
+    Status status = Status::pending;
+    std::string model;       ///< as the request spelled it
+    Json request = {};       ///< the body as received, for the echoed fields
+    double temperature = 1;  ///< effective
+    double top_p = 1;
+    int64_t seed = 0;
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
 
@@ -647,14 +666,14 @@ inline namespace v1 {
 
 struct ByteRange {
     size_t begin = 0;
-    size_t end   = 0;
+    size_t end = 0;
 };
 
 /// A rendered prompt with provenance: `from_request` (ascending, disjoint, not touching) lists the
 /// bytes that came from a request; all others came from the chat template. Control tokens are
 /// recognised only in bytes of the template (design: no user text can forge one).
 struct MarkedText {
-    std::string            text;
+    std::string text;
     std::vector<ByteRange> from_request;
 };
 
@@ -671,7 +690,8 @@ Error make_error(ErrorKind kind, std::string message, std::string code = {},
 #if defined(__GNUC__) && !defined(_WIN32)  // mingw's check knows no %zu; its printf does
 __attribute__((format(printf, 1, 2)))
 #endif
-std::string format(const char* pattern, ...);
+std::string
+format(const char* pattern, ...);
 
 /// The indices 0 .. count - 1 in ascending order of what they stand for; equals keep their order.
 using IndexLess = bool (*)(const void* context, uint32_t a, uint32_t b);
@@ -700,9 +720,9 @@ void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_
 /// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
 Error os_error(std::string what);
 
-uint64_t monotonic_ns();     ///< for durations
-uint64_t thread_cpu_ns();    ///< CPU time of the calling thread
-int64_t  unix_time_ms();     ///< for records
+uint64_t monotonic_ns();   ///< for durations
+uint64_t thread_cpu_ns();  ///< CPU time of the calling thread
+int64_t unix_time_ms();    ///< for records
 
 /// product and sum that refuse to wrap
 bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product);
@@ -720,11 +740,14 @@ public:
     ~Buffer();
     std::byte* data() const { return data_; }
     size_t size() const { return size_; }
-    template <class T> T* as() const { return reinterpret_cast<T*>(data_); }
+    template <class T>
+    T* as() const {
+        return reinterpret_cast<T*>(data_);
+    }
 
 private:
     std::byte* data_ = nullptr;
-    size_t     size_ = 0;
+    size_t size_ = 0;
 };
 
 /// A whole file, mapped read-only. The bytes stay put when the object moves.
@@ -741,7 +764,7 @@ public:
 
 private:
     const std::byte* data_ = nullptr;
-    size_t           size_ = 0;
+    size_t size_ = 0;
 };
 
 Result<std::string> read_file(const std::string& path, uint64_t limit);
@@ -760,7 +783,7 @@ public:
 private:
     NewFile() = default;
     std::string path_, temporary_;
-    intptr_t    handle_ = -1;
+    intptr_t handle_ = -1;
 };
 Result<void> write_file(const std::string& path, std::span<const std::byte> bytes);
 
@@ -806,8 +829,8 @@ private:
     uintptr_t handle_ = 0;
 };
 
-int  physical_cores();  ///< at least 1; respects the process's CPU mask
-void pause();           ///< one spin-wait hint to the CPU
+int physical_cores();  ///< at least 1; respects the process's CPU mask
+void pause();          ///< one spin-wait hint to the CPU
 
 /// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there
 /// is one. `wake` wakes every sleeper on the word.
@@ -836,10 +859,12 @@ inline namespace v1 {
 
 /// How a tensor's numbers are stored; the values are those in the file.
 enum class TensorType : uint32_t {
+    // clang-format off
     f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11,
     q4_k = 12, q5_k = 13, q6_k = 14, iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19,
     iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, i8 = 24, i16 = 25, i32 = 26, i64 = 27,
     f64 = 28, iq1_m = 29, bf16 = 30, tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40, q1_0 = 41,
+    // clang-format on
 };
 
 /// A row is stored in blocks of `block_size` values, `block_bytes` each. A packed tensor has tiles
@@ -866,18 +891,20 @@ VALAR_API const TypeInfo* type_info(TensorType type);
 struct TensorInfo {
     std::string_view name;
     TensorType type = TensorType::f32;
-    uint32_t n_dims = 0;                 // 1 to 4; the rest of dims is 1
+    uint32_t n_dims = 0;  // 1 to 4; the rest of dims is 1
     uint64_t dims[4] = {1, 1, 1, 1};
-    uint64_t offset = 0;                 // from the start of its file
+    uint64_t offset = 0;  // from the start of its file
     uint64_t bytes = 0;
-    uint32_t file = 0;                   // index of the split file, 0 first
-    bool packed = false;                 // a matrix in the tiles that kernels read: TypeInfo
+    uint32_t file = 0;    // index of the split file, 0 first
+    bool packed = false;  // a matrix in the tiles that kernels read: TypeInfo
 };
 
 /// Kinds of metadata values; the values are those in the file.
 enum class GgufType : uint32_t {
+    // clang-format off
     u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, f32 = 6, boolean = 7, string = 8,
     array = 9, u64 = 10, i64 = 11, f64 = 12,
+    // clang-format on
 };
 
 /// The strings of an array, in order; each is a view: for (std::string_view text : strings).
@@ -941,7 +968,8 @@ public:
     }
 
 private:
-    template <class Stored> T load(size_t i) const {
+    template <class Stored>
+    T load(size_t i) const {
         Stored value;
         std::memcpy(&value, data_ + i * sizeof value, sizeof value);  // the file does not align
         return static_cast<T>(value);
@@ -956,8 +984,8 @@ struct GgufKey {
     std::string_view name;
     GgufType type = GgufType::u8;
     bool is_array = false;
-    size_t count = 1;                       // elements
-    std::span<const std::byte> data = {};   // as in the file; each string with its length before it
+    size_t count = 1;                      // elements
+    std::span<const std::byte> data = {};  // as in the file; each string with its length before it
 };
 
 /// Bytes fetched on demand, for a model inside an archive. `read` fills `dst` with `size` bytes
@@ -975,7 +1003,7 @@ class VALAR_API Gguf {
 public:
     static constexpr uint64_t max_keys = 65536;
     static constexpr uint64_t max_tensors = 262144;
-    static constexpr uint64_t max_name_bytes = 255;       // of a key or a tensor
+    static constexpr uint64_t max_name_bytes = 255;  // of a key or a tensor
     static constexpr uint64_t max_alignment = 1 << 20;
     static constexpr uint64_t max_split_files = 1024;
     static constexpr uint64_t max_header_bytes = 1 << 28;  // metadata and directory of a file
@@ -994,17 +1022,17 @@ public:
     // another type, or a sign or size that does not fit.
     const std::vector<GgufKey>& keys() const { return keys_; }  // in the order of the file
     const GgufKey* find(std::string_view key) const;
-    Result<uint64_t> get_uint(std::string_view key) const;      // any integer type, not negative
+    Result<uint64_t> get_uint(std::string_view key) const;  // any integer type, not negative
     Result<uint64_t> get_uint(std::string_view key, uint64_t fallback) const;
-    Result<double> get_float(std::string_view key) const;       // f32 or f64
+    Result<double> get_float(std::string_view key) const;  // f32 or f64
     Result<double> get_float(std::string_view key, double fallback) const;
     Result<bool> get_bool(std::string_view key) const;
     Result<bool> get_bool(std::string_view key, bool fallback) const;
     Result<std::string_view> get_string(std::string_view key) const;  // any bytes, maybe not UTF-8
     Result<std::string_view> get_string(std::string_view key, std::string_view fallback) const;
     Result<GgufStrings> get_strings(std::string_view key) const;
-    Result<GgufNumbers<int64_t>> get_ints(std::string_view key) const;    // integers but u64, bools
-    Result<GgufNumbers<double>> get_floats(std::string_view key) const;   // f32 or f64
+    Result<GgufNumbers<int64_t>> get_ints(std::string_view key) const;   // integers but u64, bools
+    Result<GgufNumbers<double>> get_floats(std::string_view key) const;  // f32 or f64
 
     const std::vector<TensorInfo>& tensors() const { return tensors_; }  // in the order of files
     const TensorInfo* find_tensor(std::string_view name) const;
@@ -1024,7 +1052,7 @@ private:
         uint64_t size = 0;
         std::span<const std::byte> bytes;  // the whole file; for a reader, its header
         detail::MappedFile map;
-        detail::Buffer header;             // owns `bytes` for a reader
+        detail::Buffer header;  // owns `bytes` for a reader
         GgufReader reader;
     };
     static Result<Gguf> parse_first(File file, const std::string& path);
@@ -1064,10 +1092,12 @@ public:
     void set_string(std::string_view key, std::string_view value);
     void set_strings(std::string_view key, std::span<const std::string_view> values);
     /// T is bool, float, double or an integer of 8 to 64 bits, and chooses the type in the file.
-    template <class T> void set(std::string_view key, T value) {
+    template <class T>
+    void set(std::string_view key, T value) {
         put(key, type_of<T>(), false, 1, {reinterpret_cast<const char*>(&value), sizeof value});
     }
-    template <class T> void set_array(std::string_view key, std::span<const T> values) {
+    template <class T>
+    void set_array(std::string_view key, std::span<const T> values) {
         put(key, type_of<T>(), true, values.size(),
             {reinterpret_cast<const char*>(values.data()), values.size_bytes()});
     }
@@ -1088,13 +1118,14 @@ private:
         std::string name;
         TensorInfo info;  // its name is empty: the string above may move
         std::span<const std::byte> bytes;
-        GgufFill fill;    // instead of bytes
+        GgufFill fill;  // instead of bytes
     };
     struct Sink {
         Result<void> (*append)(void* context, std::span<const std::byte> bytes);
         void* context;
     };
-    template <class T> static constexpr GgufType type_of() {
+    template <class T>
+    static constexpr GgufType type_of() {
         static_assert(std::is_integral_v<T> || std::is_same_v<T, float> ||
                       std::is_same_v<T, double>);
         if constexpr (std::is_same_v<T, bool>) return GgufType::boolean;
@@ -1113,7 +1144,7 @@ private:
     Result<void> write_tensor(Sink sink, const Tensor& tensor) const;
     uint64_t padded(uint64_t n) const { return (n + alignment_ - 1) / alignment_ * alignment_; }
 
-    std::string keys_;   // encoded as in the file
+    std::string keys_;  // encoded as in the file
     uint64_t n_keys_ = 0;
     std::vector<Tensor> tensors_;
     uint32_t alignment_;
@@ -1204,9 +1235,9 @@ public:
     /// gpt2 and llama or an unknown tokenizer.ggml.pre, (bad_data) for a malformed vocabulary.
     static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {});
 
-    size_t size() const;                      ///< ids are 0 .. size() - 1
+    size_t size() const;                        ///< ids are 0 .. size() - 1
     std::string_view piece(Token token) const;  ///< the bytes it stands for; empty if out of range
-    TokenKind kind(Token token) const;        ///< unused if out of range
+    TokenKind kind(Token token) const;          ///< unused if out of range
     /// The token of these bytes, an ordinary one before a special one.
     std::optional<Token> find(std::string_view piece) const;
 
@@ -1277,9 +1308,9 @@ struct TemplateProgram;
 /// template. One exception: the `role` of a message that is one of the six roles of Role is the
 /// template's, for there are templates that build a control token around it ('<|' + role + '|>').
 struct TemplateInput {
-    Json    request = Json::object();  ///< messages, tools
-    Json    own     = Json::object();  ///< bos_token, eos_token, add_generation_prompt ...
-    int64_t now_s   = 0;               ///< what strftime_now shows: unix time + the zone's offset
+    Json request = Json::object();  ///< messages, tools
+    Json own = Json::object();      ///< bos_token, eos_token, add_generation_prompt ...
+    int64_t now_s = 0;              ///< what strftime_now shows: unix time + the zone's offset
 };
 
 /// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
@@ -1287,13 +1318,13 @@ struct TemplateInput {
 /// Threads: immutable after `parse`; every member from any thread. Copies share the program.
 class VALAR_API ChatTemplate {
 public:
-    static constexpr size_t   max_source_bytes = size_t{1} << 20;
+    static constexpr size_t max_source_bytes = size_t{1} << 20;
     static constexpr uint32_t max_nesting = 100;      ///< of blocks and brackets in the source
-    static constexpr uint32_t max_calls   = 100;      ///< macros that call macros
-    static constexpr uint32_t max_levels  = 600;      ///< of evaluation: 256 KiB of stack suffice
+    static constexpr uint32_t max_calls = 100;        ///< macros that call macros
+    static constexpr uint32_t max_levels = 600;       ///< of evaluation: 256 KiB of stack suffice
     static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
-    static constexpr uint32_t max_range   = 100'000;  ///< of range(), as in Jinja's sandbox
-    static constexpr size_t   max_output_bytes = size_t{16} << 20;  ///< of any one string
+    static constexpr uint32_t max_range = 100'000;    ///< of range(), as in Jinja's sandbox
+    static constexpr size_t max_output_bytes = size_t{16} << 20;  ///< of any one string
     /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
     /// bound time and memory at once.
     static constexpr uint64_t max_steps = 1'000'000;
@@ -1349,40 +1380,40 @@ enum class RopeKind : uint8_t {
 /// is ModelSpec::rope_factors[i], or 1 where that is empty.
 struct RopeSpec {
     RopeKind kind = RopeKind::norm;
-    uint32_t dims = 0;   // the first `dims` values of a head turn, the rest stay; even
+    uint32_t dims = 0;  // the first `dims` values of a head turn, the rest stay; even
     float base = 10000;
-    float scale = 1;     // linear scaling: 1 / factor
+    float scale = 1;  // linear scaling: 1 / factor
 };
 
 /// One layer: x += attention(rms_norm(x)); x += down(silu(gate(y)) * up(y)), y = rms_norm(x).
 struct LayerSpec {
-    uint32_t n_heads = 0;        // query heads; n_heads / n_kv_heads of them share a key head
+    uint32_t n_heads = 0;  // query heads; n_heads / n_kv_heads of them share a key head
     uint32_t n_kv_heads = 0;
-    uint32_t head_dim = 0;       // of queries, keys and values
-    uint32_t n_ff = 0;           // rows of gate and up
+    uint32_t head_dim = 0;  // of queries, keys and values
+    uint32_t n_ff = 0;      // rows of gate and up
     bool qkv_bias = false;
-    float attention_scale = 0;   // of query . key; 1 / sqrt(head_dim) unless the file says so
-    uint32_t window = 0;         // a position sees itself and window - 1 before it; 0: all
+    float attention_scale = 0;  // of query . key; 1 / sqrt(head_dim) unless the file says so
+    uint32_t window = 0;        // a position sees itself and window - 1 before it; 0: all
     RopeSpec rope;
 };
 
 /// What the network is. The embedding is multiplied by embedding_scale, the logits by logit_scale.
 struct ModelSpec {
     static constexpr uint64_t max_layers = 1024;
-    static constexpr uint64_t max_width = 1 << 20;    // n_embd, n_ff, n_heads * head_dim
+    static constexpr uint64_t max_width = 1 << 20;  // n_embd, n_ff, n_heads * head_dim
     static constexpr uint64_t max_vocab = 1 << 24;
     static constexpr uint64_t max_context = 1 << 24;  // positions are exact in float up to here
 
     std::string architecture;
-    std::string name;            // for people, may be empty
+    std::string name;  // for people, may be empty
     uint32_t n_vocab = 0;
-    uint32_t n_embd = 0;         // width of the residual stream
-    uint32_t n_context = 0;      // positions it was trained for
-    float norm_eps = 0;          // of every RMS norm
+    uint32_t n_embd = 0;     // width of the residual stream
+    uint32_t n_context = 0;  // positions it was trained for
+    float norm_eps = 0;      // of every RMS norm
     float embedding_scale = 1;
     float logit_scale = 1;
     std::vector<float> rope_factors;  // (dims / 2), positive, the same for all layers; or empty
-    bool tied_output = false;    // the output matrix is the token embedding
+    bool tied_output = false;         // the output matrix is the token embedding
     std::vector<LayerSpec> layers;
 };
 
@@ -1441,26 +1472,26 @@ enum class Weights : uint8_t { packed, mapped };
 /// How a model is held and computed. `kv_type` and `precision` are the options that may change
 /// bits.
 struct BackendOptions {
-    Precision   precision      = Precision::fast;
-    KvType      kv_type        = KvType::f16;
-    uint32_t    kv_pages       = 0;   ///< pages in the pool
-    uint32_t    page_tokens    = 16;  ///< positions a page, a multiple of 16
-    uint32_t    max_batch_rows = 512; ///< rows of one batch at most
-    uint32_t    max_logit_rows = 1;   ///< rows of one batch that may want logits
-    uint32_t    max_positions  = 0;   ///< of one sequence; 0: as many as all pages hold (more is of
-                                      ///< use where all layers have windows)
-    int         threads        = -1;  ///< helpers beside the caller; -1: physical cores - 1
-    ParallelFor parallel_for   = nullptr;  ///< the host's job system instead of own threads
-    void*       parallel_for_host = nullptr;
-    Weights     weights        = Weights::packed;
+    Precision precision = Precision::fast;
+    KvType kv_type = KvType::f16;
+    uint32_t kv_pages = 0;          ///< pages in the pool
+    uint32_t page_tokens = 16;      ///< positions a page, a multiple of 16
+    uint32_t max_batch_rows = 512;  ///< rows of one batch at most
+    uint32_t max_logit_rows = 1;    ///< rows of one batch that may want logits
+    uint32_t max_positions = 0;     ///< of one sequence; 0: as many as all pages hold (more is of
+                                    ///< use where all layers have windows)
+    int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
+    ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
+    void* parallel_for_host = nullptr;
+    Weights weights = Weights::packed;
 };
 
 /// Bytes that a loaded model takes.
 struct MemoryPlan {
     uint64_t weights = 0;  ///< a private copy
-    uint64_t kv      = 0;
+    uint64_t kv = 0;
     uint64_t scratch = 0;
-    uint64_t mapped  = 0;  ///< of the file, read in place; not part of total()
+    uint64_t mapped = 0;  ///< of the file, read in place; not part of total()
     uint64_t total() const { return weights + kv + scratch; }
 };
 
@@ -1483,41 +1514,43 @@ inline namespace v1 {
 
 /// What an engine is made of. What a caller types first stands first.
 struct EngineOptions {
-    std::string  model_path     = {};   ///< a GGUF file (the first of a split one)
+    std::string model_path = {};            ///< a GGUF file (the first of a split one)
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
-    std::string  model_id       = {};   ///< default: the file's general.name, else the file's name
+    std::string model_id = {};    ///< default: the file's general.name, else the file's name
     uint32_t context_tokens = 0;  ///< positions a request may use; 0: the model's, at most 8,192
     int threads = -1;             ///< helpers beside the caller; -1: physical cores - 1; 0: none.
                                   ///< Single tokens use as many of them as are fastest, found by
                                   ///< trying: small models one
-    Precision    precision      = Precision::fast;
-    KvType       kv_type        = KvType::f16;
-    uint32_t     max_queued     = 1000; ///< waiting requests; past it `overloaded`
-    uint32_t     step_tokens    = 512;  ///< prompt tokens a batch at most, of all requests
+    Precision precision = Precision::fast;
+    KvType kv_type = KvType::f16;
+    uint32_t max_queued = 1000;  ///< waiting requests; past it `overloaded`
+    uint32_t step_tokens = 512;  ///< prompt tokens a batch at most, of all requests
     std::span<const std::byte> model_bytes =
-        {};                             ///< instead of a path; borrowed for the engine's life
-    GgufReader   model_reader   = {};   ///< instead of a path
-    std::string  chat_template  = {};   ///< instead of the file's own
-    ParallelFor  parallel_for   = nullptr;  ///< the host's job system instead of own threads
-    void*        parallel_for_host = nullptr;
-    LogSink      log            = {};
-    uint32_t     max_running    = 16;   ///< requests computed side by side
-    uint64_t     memory_limit   = 0;    ///< bytes of all that memory_plan() counts; what weights
-                                        ///< and scratch leave is for keys and values. 0: keys and
-                                        ///< values of two full contexts (of a model whose layers
-                                        ///< all have windows: of these and a batch)
-    uint32_t     page_tokens    = 16;   ///< positions a page of keys and values, a multiple of 16
-    bool         prefix_cache   = true; ///< keep what was computed for requests that begin alike
-    bool         share_prefixes = false;  ///< among organisations too: for a single tenant
-    uint32_t     standard_target_ms = 60'000;   ///< after this wait standard counts as asap
-    uint32_t     flex_target_ms     = 300'000;  ///< after this wait flex counts as standard
+        {};                              ///< instead of a path; borrowed for the engine's life
+    GgufReader model_reader = {};        ///< instead of a path
+    std::string chat_template = {};      ///< instead of the file's own
+    ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
+    void* parallel_for_host = nullptr;
+    LogSink log = {};
+    uint32_t max_running = 16;    ///< requests computed side by side
+    uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights
+                                  ///< and scratch leave is for keys and values. 0: keys and
+                                  ///< values of two full contexts (of a model whose layers
+                                  ///< all have windows: of these and a batch)
+    uint32_t page_tokens = 16;    ///< positions a page of keys and values, a multiple of 16
+    bool prefix_cache = true;     ///< keep what was computed for requests that begin alike
+    bool share_prefixes = false;  ///< among organisations too: for a single tenant
+    uint32_t standard_target_ms = 60'000;  ///< after this wait standard counts as asap
+    uint32_t flex_target_ms = 300'000;     ///< after this wait flex counts as standard
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};  ///< served here
-    bool         speculation    = true; ///< guess tokens that the text had before and verify the
-                                        ///< guesses: faster where it repeats, the same answer
-    Weights      weights        = Weights::packed;
+    bool speculation = true;  ///< guess tokens that the text had before and verify the
+                              ///< guesses: faster where it repeats, the same answer
+    Weights weights = Weights::packed;
 };
 
-namespace detail { struct Mailbox; }
+namespace detail {
+struct Mailbox;
+}
 
 /// The handle of one request. Movable; may outlive the Engine (then finished with `engine_closed`).
 /// Dropping it cancels the request unless detach()ed. One made by hand is finished, with nothing.
@@ -1535,11 +1568,11 @@ public:
     /// Waits for the end while somebody else steps (start(), another thread); false after
     /// timeout_ms (-1: no limit). Events stay to be polled.
     bool wait(int64_t timeout_ms = -1);
-    bool finished() const;        ///< the outcome is there; events may be left to poll
+    bool finished() const;  ///< the outcome is there; events may be left to poll
     /// The outcome; only once finished(). Valid while the Reply lives.
     const Outcome& outcome() const;
-    void cancel();                ///< at the next step; what came so far stays
-    void detach();                ///< dropping this handle no longer cancels
+    void cancel();  ///< at the next step; what came so far stays
+    void detach();  ///< dropping this handle no longer cancels
     const std::string& id() const;
 
 private:
@@ -1578,7 +1611,7 @@ public:
     Result<void> start();
     void stop();  ///< returns when the thread has ended; unfinished requests stay
 
-    bool  is_loaded() const;
+    bool is_loaded() const;
     float load_progress() const;  ///< 0..1
     const ModelSpec& spec() const;
     const Tokenizer& tokenizer() const;
@@ -1659,22 +1692,22 @@ using HttpHeaders = std::vector<std::pair<std::string, std::string>>;
 
 /// A reply, sent or received. The server adds Date, Content-Length and Connection by itself.
 struct HttpReply {
-    int         status = 200;
+    int status = 200;
     HttpHeaders headers;
     std::string body;
-    bool        close = false;  ///< end the connection after this reply
+    bool close = false;  ///< end the connection after this reply
 };
 
 /// One request of the blocking client.
 struct HttpCall {
-    std::string host    = "127.0.0.1";  ///< a numeric address or "localhost"
-    uint16_t    port    = 80;
-    std::string method  = "GET";
-    std::string target  = "/";
+    std::string host = "127.0.0.1";  ///< a numeric address or "localhost"
+    uint16_t port = 80;
+    std::string method = "GET";
+    std::string target = "/";
     HttpHeaders headers = {};
-    std::string body    = {};
-    int         timeout_ms      = 600'000;              ///< for the whole call
-    uint64_t    max_reply_bytes = uint64_t{64} << 20;
+    std::string body = {};
+    int timeout_ms = 600'000;  ///< for the whole call
+    uint64_t max_reply_bytes = uint64_t{64} << 20;
 };
 
 /// Sends one request on a connection of its own and waits for the whole reply, whatever its status.
@@ -1704,23 +1737,24 @@ class Folder;
 struct StoredResponse {
     std::string id;
     std::string organisation;
-    std::string reservation;  ///< key id and idempotency key; empty: none. Unique in its organisation
+    std::string
+        reservation;  ///< key id and idempotency key; empty: none. Unique in its organisation
     std::string fingerprint;  ///< of the request that reserved it
-    bool        background    = false;
-    bool        terminal      = false;
-    uint32_t    attempts      = 0;  ///< how often its work was begun
-    int64_t     created_at_ms = 0;  ///< unix time
-    int64_t     ended_at_ms   = 0;  ///< unix time; 0 until terminal
-    std::shared_ptr<const std::string> head    = {};  ///< JSON: what acceptance resolved
+    bool background = false;
+    bool terminal = false;
+    uint32_t attempts = 0;                            ///< how often its work was begun
+    int64_t created_at_ms = 0;                        ///< unix time
+    int64_t ended_at_ms = 0;                          ///< unix time; 0 until terminal
+    std::shared_ptr<const std::string> head = {};     ///< JSON: what acceptance resolved
     std::shared_ptr<const std::string> request = {};  ///< JSON: the body as received
-    std::shared_ptr<const std::string> object  = {};  ///< JSON: as answered; null until terminal
+    std::shared_ptr<const std::string> object = {};   ///< JSON: as answered; null until terminal
 };
 
 /// Who holds a reservation.
 struct Reservation {
     std::string id;
     std::string fingerprint;
-    bool        deleted = false;  ///< the response is gone; the key stays taken until it expires
+    bool deleted = false;  ///< the response is gone; the key stays taken until it expires
 };
 
 /// How a Store reports that a change is kept, or is not: one call, from any thread, also from inside
@@ -1769,11 +1803,11 @@ namespace detail {
 /// What a Store is asked to change.
 struct StoreChange {
     enum class Kind : uint8_t { add, begin, finish, erase, expire };
-    Kind           kind      = Kind::expire;
-    StoredResponse record    = {};
-    bool           tombstone = false;
-    int64_t        now_ms    = 0;
-    StoreDone      done      = {};
+    Kind kind = Kind::expire;
+    StoredResponse record = {};
+    bool tombstone = false;
+    int64_t now_ms = 0;
+    StoreDone done = {};
 };
 
 struct StoreRecords;
@@ -1791,8 +1825,8 @@ public:
                int64_t now_ms, StoreDone done) override;
     std::optional<Reservation> reserved(const std::string& organisation,
                                         const std::string& reservation) override;
-    Result<std::vector<std::string>> list(const std::string& organisation,
-                                          const std::string& after, size_t limit) override;
+    Result<std::vector<std::string>> list(const std::string& organisation, const std::string& after,
+                                          size_t limit) override;
     std::vector<StoredResponse> unfinished() override;
     void expire(int64_t now_ms) override;
     uint64_t bytes() const override;
@@ -1805,8 +1839,8 @@ protected:
 }  // namespace detail
 
 struct MemoryStoreOptions {
-    uint64_t max_bytes   = uint64_t{256} << 20;  ///< past it the oldest terminal records go early
-    int64_t  retention_s = 48 * 3600;            ///< of a terminal record and its reservation
+    uint64_t max_bytes = uint64_t{256} << 20;  ///< past it the oldest terminal records go early
+    int64_t retention_s = 48 * 3600;           ///< of a terminal record and its reservation
 };
 
 /// Records in memory, until the process ends.
@@ -1824,14 +1858,14 @@ private:
 };
 
 struct FileStoreOptions {
-    std::string path        = {};                 ///< a directory of its own; made where absent
-    uint64_t    max_bytes   = uint64_t{4} << 30;  ///< past it the oldest terminal records go early
-    int64_t     retention_s = 48 * 3600;          ///< of a terminal record and its reservation
+    std::string path = {};                   ///< a directory of its own; made where absent
+    uint64_t max_bytes = uint64_t{4} << 30;  ///< past it the oldest terminal records go early
+    int64_t retention_s = 48 * 3600;         ///< of a terminal record and its reservation
     /// Opens a damaged journal with what is whole in it; the damaged files stay beside, renamed.
-    bool     recover       = false;
-    bool     own_thread    = true;                 ///< false: the host calls step()
-    uint64_t segment_bytes = uint64_t{32} << 20;   ///< of one file of the journal, about
-    LogSink  log           = {};
+    bool recover = false;
+    bool own_thread = true;                       ///< false: the host calls step()
+    uint64_t segment_bytes = uint64_t{32} << 20;  ///< of one file of the journal, about
+    LogSink log = {};
 };
 
 /// Records in a directory: an append-only journal in files of segment_bytes, and an index in memory.
@@ -1879,11 +1913,11 @@ inline namespace v1 {
 
 /// Who may use a server. Of the secret only its SHA-256 is kept.
 struct ApiKey {
-    std::string id           = {};         ///< for people: names the key, not secret
+    std::string id = {};                   ///< for people: names the key, not secret
     std::string organisation = "default";  ///< whose records these are
-    std::string secret       = {};         ///< 16 visible ASCII characters or more
+    std::string secret = {};               ///< 16 visible ASCII characters or more
     std::string secret_sha256 = {};        ///< in place of the secret: 64 hex digits
-    uint32_t    requests_per_minute = 0;   ///< then 429 with Retry-After; 0: no limit
+    uint32_t requests_per_minute = 0;      ///< then 429 with Retry-After; 0: no limit
 };
 
 /// Reads a file of keys: a line each, `id organisation sha256 [requests-per-minute]`; empty lines
@@ -1892,9 +1926,9 @@ Result<std::vector<ApiKey>> read_key_file(const std::string& path);
 
 /// What a server is made of. What a caller types first stands first.
 struct ServerOptions {
-    uint16_t            port = 8080;         ///< 0: any free one
-    std::string         host = "127.0.0.1";  ///< a numeric address or "localhost"
-    std::vector<ApiKey> keys = {};  ///< none: anybody on this machine, organisation "default"
+    uint16_t port = 8080;            ///< 0: any free one
+    std::string host = "127.0.0.1";  ///< a numeric address or "localhost"
+    std::vector<ApiKey> keys = {};   ///< none: anybody on this machine, organisation "default"
     bool allow_open = false;  ///< listen beyond loopback addresses although there are no keys
     /// Without keys the Host of a request must be localhost, 127.0.0.1, [::1] or one of these
     /// ("name", or "name:port").
@@ -1902,18 +1936,18 @@ struct ServerOptions {
     /// Web pages of these origins ("https://example.org") may call. All others may not.
     std::vector<std::string> cors_origins = {};
     Dialect dialect = Dialect::valar;
-    uint32_t sync_timeout_ms  = 600'000;  ///< then 504, and the work goes on
-    uint32_t drain_timeout_ms = 10'000;   ///< after stop(); then what still runs is cancelled
-    uint64_t max_body_bytes          = uint64_t{32} << 20;   ///< 413
-    uint32_t max_connections         = 10'000;               ///< an idle one makes room, else 503
+    uint32_t sync_timeout_ms = 600'000;  ///< then 504, and the work goes on
+    uint32_t drain_timeout_ms = 10'000;  ///< after stop(); then what still runs is cancelled
+    uint64_t max_body_bytes = uint64_t{32} << 20;            ///< 413
+    uint32_t max_connections = 10'000;                       ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< 503
-    LogSink log   = {};       ///< a line a request: id, method, path, status, times, tokens
+    LogSink log = {};  ///< a line a request: id, method, path, status, times, tokens
     /// Must outlive the server; null: a MemoryStore of its own. What it holds unfinished is taken up
     /// again, as the contract's section 6 says.
-    Store*  store = nullptr;
+    Store* store = nullptr;
     MemoryStoreOptions memory_store = {};  ///< of that one
-    uint32_t max_queued = 1000;   ///< requests accepted but not begun; then 503
-    bool     log_json   = false;  ///< the lines of requests are JSON objects
+    uint32_t max_queued = 1000;            ///< requests accepted but not begun; then 503
+    bool log_json = false;                 ///< the lines of requests are JSON objects
 };
 
 /// Serves Responders over HTTP. Movable handle over an object with a stable address.
@@ -1997,10 +2031,12 @@ private:
 #ifndef NOMINMAX
 #define NOMINMAX
 #endif
+// clang-format off: windows.h wants winsock2.h before it
+#include <bcrypt.h>
+#include <windows.h>
 #include <winsock2.h>
 #include <ws2tcpip.h>
-#include <windows.h>
-#include <bcrypt.h>
+// clang-format on
 #else
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -2128,8 +2164,8 @@ Error os_error(std::string what) {
     char text[512];
     const DWORD flags = FORMAT_MESSAGE_FROM_SYSTEM | FORMAT_MESSAGE_IGNORE_INSERTS;
     const DWORD count = FormatMessageW(flags, nullptr, code, 0, wide, 256, nullptr);
-    int size =
-        WideCharToMultiByte(CP_UTF8, 0, wide, int(count), text, sizeof text, nullptr, nullptr);
+    int size = WideCharToMultiByte(CP_UTF8, 0, wide, int(count), text, sizeof text, nullptr,
+                                   nullptr);
     while (size > 0 && (text[size - 1] == '\n' || text[size - 1] == '\r')) --size;
     what += size > 0 ? ": " + std::string(text, size_t(size)) : format(": error %lu", code);
     return make_error(kind, std::move(what));
@@ -2250,7 +2286,9 @@ void unmap_pages(void* data, size_t) { VirtualFree(data, 0, MEM_RELEASE); }
 
 struct FileHandle {  // closes itself
     HANDLE handle = INVALID_HANDLE_VALUE;
-    ~FileHandle() { if (ok()) CloseHandle(handle); }
+    ~FileHandle() {
+        if (ok()) CloseHandle(handle);
+    }
     bool ok() const { return handle != INVALID_HANDLE_VALUE && handle != nullptr; }
 };
 
@@ -2273,7 +2311,9 @@ void unmap_pages(void* data, size_t size) { munmap(data, size); }
 
 struct FileHandle {  // closes itself
     int fd = -1;
-    ~FileHandle() { if (ok()) ::close(fd); }
+    ~FileHandle() {
+        if (ok()) ::close(fd);
+    }
     bool ok() const { return fd >= 0; }
 };
 
@@ -2354,7 +2394,9 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
     return mapped;
 }
 
-MappedFile::~MappedFile() { if (data_) UnmapViewOfFile(data_); }
+MappedFile::~MappedFile() {
+    if (data_) UnmapViewOfFile(data_);
+}
 
 void MappedFile::release(size_t offset, size_t length) const {
     // Unlocking pages that are not locked fails, and takes them out of the working set.
@@ -2367,7 +2409,7 @@ void MappedFile::release(size_t offset, size_t length) const {
 Result<MappedFile> MappedFile::open(const std::string& path) {
     if (auto checked = check_path(path); !checked) return checked.error();
     FileHandle file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-    struct stat status{};
+    struct stat status {};
     if (!file.ok() || fstat(file.fd, &status) != 0) return os_error("cannot open '" + path + "'");
     if (!S_ISREG(status.st_mode))
         return make_error(ErrorKind::io, "cannot map '" + path + "': not a regular file");
@@ -2382,7 +2424,9 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
     return mapped;
 }
 
-MappedFile::~MappedFile() { if (data_) munmap(const_cast<std::byte*>(data_), size_); }
+MappedFile::~MappedFile() {
+    if (data_) munmap(const_cast<std::byte*>(data_), size_);
+}
 
 void MappedFile::release(size_t offset, size_t length) const {
     if (offset > size_ || length > size_ - offset) return;
@@ -2512,7 +2556,8 @@ Result<NewFile> NewFile::create(const std::string& path) {
 }
 
 NewFile::NewFile(NewFile&& other) noexcept
-    : path_(std::move(other.path_)), temporary_(std::exchange(other.temporary_, {})),
+    : path_(std::move(other.path_)),
+      temporary_(std::exchange(other.temporary_, {})),
       handle_(std::exchange(other.handle_, -1)) {}
 
 NewFile::~NewFile() {
@@ -2592,9 +2637,9 @@ public:
     Result<void> truncate(uint64_t size) override {
         LARGE_INTEGER end{};
         end.QuadPart = LONGLONG(size);
-        return system_result(SetFilePointerEx(file_.handle, end, nullptr, FILE_BEGIN) &&
-                                 SetEndOfFile(file_.handle),
-                             "truncate", path_);
+        return system_result(
+            SetFilePointerEx(file_.handle, end, nullptr, FILE_BEGIN) && SetEndOfFile(file_.handle),
+            "truncate", path_);
     }
     Result<void> sync() override {
         return system_result(FlushFileBuffers(file_.handle), "sync", path_);
@@ -2608,7 +2653,7 @@ private:
         return where;
     }
     std::string path_;
-    FileHandle  file_;
+    FileHandle file_;
 };
 
 Result<void> make_folder(const std::string& path) {
@@ -2659,7 +2704,7 @@ class SystemFile : public FolderFile {
 public:
     SystemFile(std::string path, int fd) : path_(std::move(path)), file_{fd} {}
     Result<uint64_t> size() override {
-        struct stat status{};
+        struct stat status {};
         if (fstat(file_.fd, &status) != 0) return os_error("cannot measure '" + path_ + "'");
         return uint64_t(status.st_size);
     }
@@ -2700,7 +2745,7 @@ public:
 
 private:
     std::string path_;
-    FileHandle  file_;
+    FileHandle file_;
 };
 
 Result<void> make_folder(const std::string& path) {
@@ -2716,7 +2761,8 @@ void lock_file(const std::string& path, FileHandle* file) {
 }
 
 bool open_in_folder(const std::string& path, bool create, std::unique_ptr<FolderFile>* file) {
-    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0), 0600);
+    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0),
+                          0600);
     if (fd < 0) return false;
     *file = std::make_unique<SystemFile>(path, fd);
     return true;
@@ -2772,7 +2818,7 @@ public:
 
 private:
     std::string path_;
-    FileHandle  lock_;
+    FileHandle lock_;
 };
 
 }  // namespace
@@ -2802,7 +2848,7 @@ namespace {
 struct ThreadStart {
     void (*function)(void*);
     void* context;
-    char  name[16];  // Linux takes 15 bytes and the NUL
+    char name[16];  // Linux takes 15 bytes and the NUL
 };
 
 void run_thread(void* start) {
@@ -2950,8 +2996,8 @@ constexpr uint64_t wait_limit_ns = 1'000'000'000;  // a sleeper looks at its wor
 namespace {
 // Windows 8 has them in a library that mingw and older projects do not link.
 struct AddressWait {
-    BOOL (WINAPI* wait)(volatile void*, void*, SIZE_T, DWORD) = nullptr;
-    void (WINAPI* wake_all)(void*) = nullptr;
+    BOOL(WINAPI* wait)(volatile void*, void*, SIZE_T, DWORD) = nullptr;
+    void(WINAPI* wake_all)(void*) = nullptr;
 };
 
 const AddressWait& address_wait() {
@@ -3007,8 +3053,8 @@ void wait_on(const std::atomic<uint32_t>* word, uint32_t expected, uint64_t time
 }
 
 void wake(const std::atomic<uint32_t>* word) {
-    __ulock_wake(ulock_compare_and_wait | ulock_wake_all,
-                 const_cast<std::atomic<uint32_t>*>(word), 0);
+    __ulock_wake(ulock_compare_and_wait | ulock_wake_all, const_cast<std::atomic<uint32_t>*>(word),
+                 0);
 }
 
 #else
@@ -3058,9 +3104,9 @@ namespace detail {
 
 /// An IP address and a TCP port. IPv4 is held as ::ffff:a.b.c.d.
 struct NetAddress {
-    uint8_t  ip[16] = {};
-    uint16_t port   = 0;
-    bool     v4     = false;
+    uint8_t ip[16] = {};
+    uint16_t port = 0;
+    bool v4 = false;
 
     /// "127.0.0.1", "::1", "[::1]" or "localhost" (which is 127.0.0.1); anything else is an Error.
     static Result<NetAddress> parse(std::string_view host, uint16_t port);
@@ -3075,7 +3121,7 @@ enum class IoStatus : uint8_t { done, again, closed, full, failed };
 
 struct IoResult {
     IoStatus status = IoStatus::failed;
-    size_t   bytes  = 0;  ///< > 0 when done; `closed` is the peer's end of stream, or a reset
+    size_t bytes = 0;  ///< > 0 when done; `closed` is the peer's end of stream, or a reset
 };
 
 /// A non-blocking TCP socket that closes itself. Threads: one at a time.
@@ -3110,10 +3156,10 @@ private:
 };
 
 struct PollEvent {
-    uint64_t tag      = 0;
-    bool     readable = false;  ///< bytes, an end of stream or an error wait to be read
-    bool     writable = false;
-    bool     hangup   = false;  ///< the peer sends no more, or is gone
+    uint64_t tag = 0;
+    bool readable = false;  ///< bytes, an end of stream or an error wait to be read
+    bool writable = false;
+    bool hangup = false;  ///< the peer sends no more, or is gone
 };
 
 /// What a socket is watched for. poll_hangup tells an end of stream behind bytes that nobody reads
@@ -3231,13 +3277,13 @@ NetLength net_pack(const NetAddress& address, sockaddr_storage* storage) {
     if (address.v4) {
         auto* out = reinterpret_cast<sockaddr_in*>(storage);
         out->sin_family = AF_INET;
-        out->sin_port   = htons(address.port);
+        out->sin_port = htons(address.port);
         std::memcpy(&out->sin_addr, address.ip + 12, 4);
         return static_cast<NetLength>(sizeof *out);
     }
     auto* out = reinterpret_cast<sockaddr_in6*>(storage);
     out->sin6_family = AF_INET6;
-    out->sin6_port   = htons(address.port);
+    out->sin6_port = htons(address.port);
     std::memcpy(&out->sin6_addr, address.ip, 16);
     return static_cast<NetLength>(sizeof *out);
 }
@@ -3246,7 +3292,7 @@ NetAddress net_unpack(const sockaddr_storage& storage) {
     NetAddress address;
     if (storage.ss_family == AF_INET) {
         const auto& in = reinterpret_cast<const sockaddr_in&>(storage);
-        address.v4   = true;
+        address.v4 = true;
         address.port = ntohs(in.sin_port);
         std::memcpy(address.ip, mapped_prefix, 12);
         std::memcpy(address.ip + 12, &in.sin_addr, 4);
@@ -3362,8 +3408,8 @@ IoStatus Socket::connected() const {
 IoStatus Socket::accept(Socket* accepted, NetAddress* peer) {
     sockaddr_storage storage = {};
     NetLength length = sizeof storage;
-    const NetHandle native =
-        ::accept(net_native(handle_), reinterpret_cast<sockaddr*>(&storage), &length);
+    const NetHandle native = ::accept(net_native(handle_), reinterpret_cast<sockaddr*>(&storage),
+                                      &length);
     const auto handle = static_cast<uintptr_t>(native);
     if (handle == none) {
         const int error = net_errno();
@@ -3403,7 +3449,7 @@ IoResult Socket::write(std::string_view head, std::string_view body) {
     };
     iovec parts[2] = {part(head), part(body)};
     msghdr message = {};
-    message.msg_iov    = parts;
+    message.msg_iov = parts;
     message.msg_iovlen = 2;
 #if defined(MSG_NOSIGNAL)
     const auto sent = ::sendmsg(net_native(handle_), &message, MSG_NOSIGNAL);
@@ -3438,7 +3484,7 @@ Result<NetAddress> Socket::local() const {
 namespace {
 
 constexpr uint64_t wake_tag = UINT64_MAX;  // never a user's
-constexpr size_t   max_events_per_wait = 256;
+constexpr size_t max_events_per_wait = 256;
 
 }  // namespace
 
@@ -3458,7 +3504,7 @@ Result<Poller> Poller::open() {
     state->epoll = ::epoll_create1(EPOLL_CLOEXEC);
     state->event = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     epoll_event interest = {};
-    interest.events   = EPOLLIN;
+    interest.events = EPOLLIN;
     interest.data.u64 = wake_tag;
     if (state->epoll < 0 || state->event < 0 ||
         ::epoll_ctl(state->epoll, EPOLL_CTL_ADD, state->event, &interest) != 0)
@@ -3569,9 +3615,7 @@ Result<void> Poller::wait(int timeout_ms, std::vector<PollEvent>* events) {
     return {};
 }
 
-void Poller::wake() {
-    [[maybe_unused]] auto sent = ::write(state_->ends[1], "", 1);
-}
+void Poller::wake() { [[maybe_unused]] auto sent = ::write(state_->ends[1], "", 1); }
 
 #else  // poll: Windows, and whatever else there is
 
@@ -3607,7 +3651,7 @@ bool net_open_self(NetHandle* handle) {
 struct Poller::State {
     NetHandle self = net_native(Socket::none);
     std::vector<NetPollEntry> entries;
-    std::vector<uint64_t>     tags;
+    std::vector<uint64_t> tags;
     std::unordered_map<uintptr_t, size_t> places;
     ~State() {
         if (static_cast<uintptr_t>(self) != Socket::none) net_close(self);
@@ -3618,7 +3662,7 @@ Result<Poller> Poller::open() {
     auto state = std::make_unique<State>();
     if (!net_open_self(&state->self)) return net_error("cannot watch sockets");
     NetPollEntry entry = {};
-    entry.fd     = state->self;
+    entry.fd = state->self;
     entry.events = POLLIN;
     state->entries.push_back(entry);
     state->tags.push_back(wake_tag);
@@ -3633,7 +3677,7 @@ Result<void> Poller::set(const Socket& socket, uint64_t tag, unsigned interest) 
     }
     const size_t place = found.first->second;
     NetPollEntry& entry = state_->entries[place];
-    entry.fd     = net_native(socket.handle());
+    entry.fd = net_native(socket.handle());
     entry.events = static_cast<short>(((interest & poll_read) ? POLLIN : 0) |
                                       ((interest & poll_write) ? POLLOUT : 0));
     state_->tags[place] = tag;
@@ -3719,7 +3763,7 @@ private:
     void compress(const uint8_t* block);
     uint32_t state_[8];
     uint64_t length_ = 0;  // bytes taken so far
-    uint8_t  pending_[64];
+    uint8_t pending_[64];
 };
 
 Hash256 sha256(const void* data, size_t size);
@@ -4025,6 +4069,7 @@ std::string utf8_repair(std::string_view text);  ///< each malformed subpart bec
 
 /// General categories, in the order of their groups: the comparisons below rely on it.
 enum class Category : uint8_t {
+    // clang-format off
     Lu, Ll, Lt, Lm, Lo,          // letters
     Mn, Mc, Me,                  // marks
     Nd, Nl, No,                  // numbers
@@ -4032,6 +4077,7 @@ enum class Category : uint8_t {
     Sm, Sc, Sk, So,              // symbols
     Zs, Zl, Zp,                  // separators
     Cc, Cf, Cs, Co, Cn,          // others; bad_utf8 and whatever is not assigned: Cn
+    // clang-format on
 };
 
 Category category(char32_t c);
@@ -4542,7 +4588,7 @@ constexpr uint32_t hangul_count = hangul_l_count * hangul_v_count * hangul_t_cou
 
 struct NormalChar {
     char32_t code;
-    uint8_t  order;
+    uint8_t order;
 };
 
 void decompose(std::vector<NormalChar>& out, char32_t c) {
@@ -4577,9 +4623,9 @@ char32_t compose_pair(char32_t a, char32_t b) {  // 0: they do not compose
     const auto key = [](uint16_t place) {
         return uint64_t(unicode_decomposition[place].a) << 32 | unicode_decomposition[place].b;
     };
-    const auto found =
-        std::lower_bound(unicode_composition.begin(), unicode_composition.end(), pair,
-                         [&](uint16_t place, uint64_t p) { return key(place) < p; });
+    const auto found = std::lower_bound(unicode_composition.begin(), unicode_composition.end(),
+                                        pair,
+                                        [&](uint16_t place, uint64_t p) { return key(place) < p; });
     if (found == unicode_composition.end() || key(*found) != pair) return 0;
     return unicode_decomposition[*found].first;
 }
@@ -4599,8 +4645,8 @@ void flush_normal(std::string& out, std::vector<NormalChar>& run) {
         const NormalChar c = run[i];
         const bool blocked = starter != none && kept - starter > 1 &&
                              run[kept - 1].order >= c.order;
-        const char32_t whole =
-            starter == none || blocked ? 0 : compose_pair(run[starter].code, c.code);
+        const char32_t whole = starter == none || blocked ? 0
+                                                          : compose_pair(run[starter].code, c.code);
         if (whole != 0) {
             run[starter].code = whole;
             continue;
@@ -4730,12 +4776,12 @@ constexpr auto powers_of_ten = [] {
 // ---- reading numbers ------------------------------------------------------------------------
 
 struct Decimal {
-    uint64_t digits   = 0;  // the first that fit
-    int64_t  exponent = 0;  // value = digits * 10^exponent, and more where `dropped` > 0
-    uint64_t dropped  = 0;  // digits that did not fit
+    uint64_t digits = 0;   // the first that fit
+    int64_t exponent = 0;  // value = digits * 10^exponent, and more where `dropped` > 0
+    uint64_t dropped = 0;  // digits that did not fit
     bool negative = false, integer = true;
     const char* first = nullptr;  // all digits and the point
-    const char* last  = nullptr;
+    const char* last = nullptr;
 };
 
 bool is_digit(const char* p, const char* end) { return p < end && uint8_t(*p - '0') < 10; }
@@ -4784,7 +4830,7 @@ const char* scan_decimal(const char* p, const char* end, Decimal& number) {
 // 2800, because 801 digits and the shortest exponents bound them.
 struct BigNumber {
     uint32_t words[100] = {};
-    size_t   count      = 0;
+    size_t count = 0;
 
     void multiply_add(uint32_t factor, uint32_t carry) {
         uint64_t sum = carry;
@@ -4866,8 +4912,8 @@ double nearest_double(const Decimal& number) {
     const int scale = power_exponent(n) - 127 + 64 - zeros;
     const int top = 127 - std::countl_zero(x.high) + scale;  // 2^top <= value < 2^(top + 1)
     if (top > 1023) return infinity;
-    const int exponent = std::max(top - 52, -1074);          // of the last bit of the result
-    const int cut = exponent - scale - 64;                   // bits of x.high that do not fit
+    const int exponent = std::max(top - 52, -1074);  // of the last bit of the result
+    const int cut = exponent - scale - 64;           // bits of x.high that do not fit
     if (cut > 64) return zero;
     uint64_t mantissa = cut == 64 ? 0 : x.high >> cut;
     const uint64_t rest = x.high - (cut == 64 ? 0 : mantissa << cut);
@@ -4901,7 +4947,7 @@ uint64_t multiply_to_odd(Wide128 g, uint64_t c) {
 
 struct ShortDecimal {
     uint64_t digits;
-    int      exponent;
+    int exponent;
 };
 
 // The shortest decimal inside the interval that reads back as `value` (finite, above 0), the
@@ -5008,8 +5054,8 @@ Result<double> parse_double(std::string_view text) {
 struct Json::Object {
     static constexpr size_t none = SIZE_MAX, few = 16;
     std::vector<JsonMember> members;
-    std::vector<uint32_t>   slots;  // place + 1, 0: free; empty while few
-    uint64_t                seed = 0;
+    std::vector<uint32_t> slots;  // place + 1, 0: free; empty while few
+    uint64_t seed = 0;
 
     size_t find(std::string_view key) const {
         if (!slots.empty()) return size_t(slots[slot_of(key)]) - 1;  // 0 - 1 is none
@@ -5223,17 +5269,17 @@ void Json::reserve(size_t count) {
 bool Json::operator==(const Json& other) const {
     if (kind() != other.kind()) return false;
     switch (kind()) {
-    case Kind::null: return true;
-    case Kind::boolean: return load<bool>() == other.load<bool>();
-    case Kind::int64:
-    case Kind::uint64: return load<uint64_t>() == other.load<uint64_t>();
-    case Kind::real: return load<double>() == other.load<double>();
-    case Kind::string: return as_string() == other.as_string();
-    case Kind::array: {
-        const std::span<const Json> a = items(), b = other.items();
-        return std::equal(a.begin(), a.end(), b.begin(), b.end());
-    }
-    case Kind::object: break;
+        case Kind::null: return true;
+        case Kind::boolean: return load<bool>() == other.load<bool>();
+        case Kind::int64:
+        case Kind::uint64: return load<uint64_t>() == other.load<uint64_t>();
+        case Kind::real: return load<double>() == other.load<double>();
+        case Kind::string: return as_string() == other.as_string();
+        case Kind::array: {
+            const std::span<const Json> a = items(), b = other.items();
+            return std::equal(a.begin(), a.end(), b.begin(), b.end());
+        }
+        case Kind::object: break;
     }
     if (size() != other.size()) return false;
     for (const JsonMember& member : members()) {
@@ -5284,7 +5330,7 @@ public:
 
 private:
     struct Pending {
-        JsonMember  member;
+        JsonMember member;
         const char* at;  // its key
     };
 
@@ -5320,13 +5366,13 @@ private:
         if (p_ == end_) return fail("expected a value, found the end");
         if (++values_ > limits_.values) return fail(format("more than %u values", limits_.values));
         switch (*p_) {
-        case '{': return parse_nested(out, &JsonParser::parse_object);
-        case '[': return parse_nested(out, &JsonParser::parse_array);
-        case '"': return parse_string() && (out.store_text(text_), true);
-        case 't': return parse_word("true", out, true);
-        case 'f': return parse_word("false", out, false);
-        case 'n': return parse_word("null", out, nullptr);
-        default: return parse_number(out);
+            case '{': return parse_nested(out, &JsonParser::parse_object);
+            case '[': return parse_nested(out, &JsonParser::parse_array);
+            case '"': return parse_string() && (out.store_text(text_), true);
+            case 't': return parse_word("true", out, true);
+            case 'f': return parse_word("false", out, false);
+            case 'n': return parse_word("null", out, nullptr);
+            default: return parse_number(out);
         }
     }
 
@@ -5483,12 +5529,12 @@ private:
     const char* begin_;
     const char* p_;
     const char* end_;
-    JsonLimits  limits_;
-    uint32_t    depth_ = 0, values_ = 0;
-    std::string_view     text_;    // the last string, until the next
-    std::string          buffer_;
-    std::string          message_;
-    std::vector<Json>    items_;
+    JsonLimits limits_;
+    uint32_t depth_ = 0, values_ = 0;
+    std::string_view text_;  // the last string, until the next
+    std::string buffer_;
+    std::string message_;
+    std::vector<Json> items_;
     std::vector<Pending> pending_;
 };
 
@@ -5511,14 +5557,14 @@ public:
 
     void write(const Json& value) {
         switch (value.kind()) {
-        case Json::Kind::null: out_ += "null"; break;
-        case Json::Kind::boolean: out_ += value.as_bool() ? "true" : "false"; break;
-        case Json::Kind::int64: append_signed(out_, value.as_int()); break;
-        case Json::Kind::uint64: append_unsigned(out_, value.as_uint()); break;
-        case Json::Kind::real: write_real(value.as_double()); break;
-        case Json::Kind::string: write_json_string(out_, value.as_string()); break;
-        case Json::Kind::array: write_array(value.items()); break;
-        case Json::Kind::object: write_object(value.members()); break;
+            case Json::Kind::null: out_ += "null"; break;
+            case Json::Kind::boolean: out_ += value.as_bool() ? "true" : "false"; break;
+            case Json::Kind::int64: append_signed(out_, value.as_int()); break;
+            case Json::Kind::uint64: append_unsigned(out_, value.as_uint()); break;
+            case Json::Kind::real: write_real(value.as_double()); break;
+            case Json::Kind::string: write_json_string(out_, value.as_string()); break;
+            case Json::Kind::array: write_array(value.items()); break;
+            case Json::Kind::object: write_object(value.members()); break;
         }
     }
 
@@ -5581,9 +5627,9 @@ private:
     }
 
     std::string& out_;
-    JsonStyle    style_;
-    bool         canonical_;
-    size_t       depth_ = 0;
+    JsonStyle style_;
+    bool canonical_;
+    size_t depth_ = 0;
 };
 
 }  // namespace
@@ -5644,9 +5690,9 @@ struct DialectWords {
     const char* status[5];
     const char* cut;       // the status of an answer that was cut
     const char* cut_item;  // and of its message
-    bool        echo;      // `input` and `user`
-    bool        usage_extras;
-    const char* failure;   // the code of a failed response; null: the error's own
+    bool echo;             // `input` and `user`
+    bool usage_extras;
+    const char* failure;  // the code of a failed response; null: the error's own
 };
 
 const DialectWords& words_of(Dialect dialect);
@@ -5669,9 +5715,9 @@ inline namespace v1 {
 Item Item::message(Role role, std::string text) {
     Item item;
     item.role = role;
-    item.content.push_back({role == Role::assistant ? ContentPart::Kind::output_text
-                                                    : ContentPart::Kind::input_text,
-                            std::move(text)});
+    item.content.push_back(
+        {role == Role::assistant ? ContentPart::Kind::output_text : ContentPart::Kind::input_text,
+         std::move(text)});
     return item;
 }
 
@@ -5685,11 +5731,11 @@ namespace detail {
 namespace {
 
 struct ApiKind {
-    ErrorKind   kind;
-    int         status;
+    ErrorKind kind;
+    int status;
     const char* type;
     const char* code;  // where the error brings none
-    bool        ours;  // our own fault: its message may name a path and is not sent
+    bool ours;         // our own fault: its message may name a path and is not sent
 };
 constexpr ApiKind api_kinds[] = {
     {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", false},
@@ -5723,26 +5769,28 @@ Error api_error(const char* code, std::string param, std::string message) {
 // What was received, for messages: short, never a whole document.
 std::string api_shown(const Json& value) {
     switch (value.kind()) {
-    case Json::Kind::null: return "null";
-    case Json::Kind::array: return "an array";
-    case Json::Kind::object: return "an object";
-    case Json::Kind::string: {
-        if (value.as_string().size() > 60) return "a string";
-        return value.write();
-    }
-    default: return value.write();
+        case Json::Kind::null: return "null";
+        case Json::Kind::array: return "an array";
+        case Json::Kind::object: return "an object";
+        case Json::Kind::string: {
+            if (value.as_string().size() > 60) return "a string";
+            return value.write();
+        }
+        default: return value.write();
     }
 }
 
 Error api_wrong_type(const std::string& path, const char* expected, const Json& got) {
-    return api_error("invalid_type", path,
-                     "'" + path + "' must be " + expected + ", but " + api_shown(got) + " was received");
+    return api_error(
+        "invalid_type", path,
+        "'" + path + "' must be " + expected + ", but " + api_shown(got) + " was received");
 }
 
 Error api_wrong_value(const char* code, const std::string& path, const std::string& allowed,
                       const Json& got) {
-    return api_error(code, path,
-                     "'" + path + "' must be " + allowed + ", but " + api_shown(got) + " was received");
+    return api_error(
+        code, path,
+        "'" + path + "' must be " + allowed + ", but " + api_shown(got) + " was received");
 }
 
 Error api_missing(const std::string& path) {
@@ -5767,9 +5815,9 @@ Fault check_text(const Json& value, const std::string& path, size_t least, size_
     if (length < least)
         return api_error("string_below_min_length", path, "'" + path + "' must not be empty");
     if (length > most)
-        return api_error("string_above_max_length", path,
-                         format("'%s' has %zu characters; at most %zu are allowed", path.c_str(),
-                                length, most));
+        return api_error(
+            "string_above_max_length", path,
+            format("'%s' has %zu characters; at most %zu are allowed", path.c_str(), length, most));
     return {};
 }
 
@@ -5777,17 +5825,17 @@ Fault check_integer(const Json& value, const std::string& path, int64_t least, i
     if (!value.is_integer()) return api_wrong_type(path, "an integer", value);
     const bool above = !value.is_int() || value.as_int() > most;
     if (!above && value.as_int() >= least) return {};
-    return api_wrong_value(above ? "integer_above_max_value" : "integer_below_min_value", path,
-                           above ? "at most " + std::to_string(most)
-                                 : "at least " + std::to_string(least),
-                           value);
+    return api_wrong_value(
+        above ? "integer_above_max_value" : "integer_below_min_value", path,
+        above ? "at most " + std::to_string(most) : "at least " + std::to_string(least), value);
 }
 
 Fault check_number(const Json& value, const std::string& path, double least, double most) {
     if (!value.is_number()) return api_wrong_type(path, "a number", value);
     const double number = value.as_double();
     if (number < least)
-        return api_wrong_value("decimal_below_min_value", path, format("at least %g", least), value);
+        return api_wrong_value("decimal_below_min_value", path, format("at least %g", least),
+                               value);
     if (number > most)
         return api_wrong_value("decimal_above_max_value", path, format("at most %g", most), value);
     return {};
@@ -5812,12 +5860,12 @@ Fault check_choice(const Json& value, const std::string& path,
 
 // ---- Items (contract, 3.2) ---------------------------------------------------------------------
 
-constexpr std::string_view role_names[] = {"system", "developer", "user", "assistant", "tool",
-                                           "function"};
+constexpr std::string_view role_names[] = {"system",    "developer", "user",
+                                           "assistant", "tool",      "function"};
 
 struct ItemType {
     std::string_view name;
-    Item::Kind       kind;
+    Item::Kind kind;
 };
 constexpr ItemType item_types[] = {
     {"message", Item::Kind::message},
@@ -5829,10 +5877,10 @@ constexpr ItemType item_types[] = {
 };
 
 struct PartType {
-    std::string_view  name;
-    std::string_view  field;
+    std::string_view name;
+    std::string_view field;
     ContentPart::Kind kind;
-    bool              replayed;  // only in what the assistant said
+    bool replayed;  // only in what the assistant said
 };
 constexpr PartType part_types[] = {
     {"input_text", "text", ContentPart::Kind::input_text, false},
@@ -5843,7 +5891,8 @@ constexpr PartType part_types[] = {
     {"reasoning_text", "text", ContentPart::Kind::output_text, true},
 };
 
-Fault read_string_field(const Json& object, const char* key, const std::string& path, std::string* out) {
+Fault read_string_field(const Json& object, const char* key, const std::string& path,
+                        std::string* out) {
     const Json& value = object[key];
     const std::string field = path + "." + key;
     if (value.is_null()) return api_missing(field);
@@ -5866,19 +5915,19 @@ Fault read_part(const Json& part, const std::string& path, bool assistant, Item*
         return {};
     }
     const bool known = type == "input_audio" || type == "input_file";
-    return api_wrong_value(known ? "unsupported_value" : "invalid_value", path + ".type",
-                           assistant ? "\"output_text\", \"refusal\" or \"input_text\""
-                                     : "\"input_text\"",
-                           part["type"]);
+    return api_wrong_value(
+        known ? "unsupported_value" : "invalid_value", path + ".type",
+        assistant ? "\"output_text\", \"refusal\" or \"input_text\"" : "\"input_text\"",
+        part["type"]);
 }
 
 // A string, or an array of parts.
 Fault read_content(const Json& content, const std::string& path, bool assistant, Item* item) {
     if (content.is_null()) return api_missing(path);
     if (content.is_string()) {
-        item->content.push_back({assistant ? ContentPart::Kind::output_text
-                                           : ContentPart::Kind::input_text,
-                                 std::string(content.as_string())});
+        item->content.push_back(
+            {assistant ? ContentPart::Kind::output_text : ContentPart::Kind::input_text,
+             std::string(content.as_string())});
         return {};
     }
     if (!content.is_array()) return api_wrong_type(path, "a string or an array of parts", content);
@@ -5892,10 +5941,11 @@ Fault read_message(const Json& json, const std::string& path, Item* item) {
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
     const auto* found = std::find(std::begin(role_names), std::end(role_names), role);
     if (found == std::end(role_names))
-        return api_wrong_value("invalid_value", path + ".role",
-                               "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\", "
-                               "\"function\"",
-                               json["role"]);
+        return api_wrong_value(
+            "invalid_value", path + ".role",
+            "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\", "
+            "\"function\"",
+            json["role"]);
     item->role = static_cast<Role>(found - role_names);
     return read_content(json["content"], path + ".content", item->role == Role::assistant, item);
 }
@@ -5925,24 +5975,26 @@ Fault read_call_output(const Json& json, const std::string& path, Item* item) {
 Fault read_item(const Json& json, const std::string& path, Item* item) {
     if (!json.is_object()) return api_wrong_type(path, "an object", json);
     const Json& type = json["type"];
-    if (!type.is_null() && !type.is_string()) return api_wrong_type(path + ".type", "a string", type);
+    if (!type.is_null() && !type.is_string())
+        return api_wrong_type(path + ".type", "a string", type);
     const ItemType* found = nullptr;
     for (const ItemType& row : item_types)
         if (type.as_string("message") == row.name) found = &row;
     if (!found)
-        return api_wrong_value(type.as_string() == "item_reference" ? "unsupported_value" : "invalid_value",
-                               path + ".type",
-                               "one of \"message\", \"reasoning\", \"function_call\", "
-                               "\"function_call_output\", \"custom_tool_call\", "
-                               "\"custom_tool_call_output\"",
-                               type);
+        return api_wrong_value(
+            type.as_string() == "item_reference" ? "unsupported_value" : "invalid_value",
+            path + ".type",
+            "one of \"message\", \"reasoning\", \"function_call\", "
+            "\"function_call_output\", \"custom_tool_call\", "
+            "\"custom_tool_call_output\"",
+            type);
     item->kind = found->kind;
     switch (item->kind) {
-    case Item::Kind::message: return read_message(json, path, item);
-    case Item::Kind::reasoning: return read_reasoning(json, path, item);
-    case Item::Kind::function_call:
-    case Item::Kind::custom_tool_call: return read_call(json, path, item);
-    default: return read_call_output(json, path, item);
+        case Item::Kind::message: return read_message(json, path, item);
+        case Item::Kind::reasoning: return read_reasoning(json, path, item);
+        case Item::Kind::function_call:
+        case Item::Kind::custom_tool_call: return read_call(json, path, item);
+        default: return read_call_output(json, path, item);
     }
 }
 
@@ -5987,7 +6039,8 @@ Fault field_input(const Json& value, Request* request) {
     }
     if (value.is_array()) return read_items(value, "input", request);
     if (!value.is_object())
-        return api_wrong_type("input", "a string, an array of items or {\"messages\": [...]}", value);
+        return api_wrong_type("input", "a string, an array of items or {\"messages\": [...]}",
+                              value);
     const Json& messages = value["messages"];
     if (messages.is_null()) return api_missing("input.messages");
     if (!messages.is_array()) return api_wrong_type("input.messages", "an array", messages);
@@ -6027,7 +6080,8 @@ Fault field_text(const Json& value, Request*) {
     if (!form.is_object()) return api_wrong_type("text.format", "an object", form);
     if (form["type"].is_null()) return api_missing("text.format.type");
     if (form["type"].as_string() == "json_schema")
-        return api_error("unsupported_parameter", "text.format", "json_schema: not in this version");
+        return api_error("unsupported_parameter", "text.format",
+                         "json_schema: not in this version");
     const bool json_object = form["type"].as_string() == "json_object";
     return check_choice(form["type"], "text.format.type", {"text", "json_schema"},
                         json_object ? "unsupported_value" : "invalid_value");
@@ -6098,14 +6152,16 @@ Window window_of(std::string_view name) {
 Fault check_metadata(const std::string& key, const Json& value) {
     const std::string path = "metadata." + key;
     if (utf8_count(key) > metadata_max_key)
-        return api_error("string_above_max_length", "metadata",
-                         format("a key of 'metadata' has more than %zu characters", metadata_max_key));
+        return api_error(
+            "string_above_max_length", "metadata",
+            format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
     if (key == "completion_window") return check_choice(value, path, {"asap", "standard", "flex"});
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
-    const bool plain = std::all_of(token.begin(), token.end(), [](char c) { return c > ' ' && c < 127; });
+    const bool plain = std::all_of(token.begin(), token.end(),
+                                   [](char c) { return c > ' ' && c < 127; });
     if (token.size() <= 512 && plain) return {};
     return api_error("invalid_value", path,
                      "'" + path + "' must be at most 512 visible ASCII characters");
@@ -6120,7 +6176,8 @@ Fault field_metadata(const Json& value, Request* request) {
     for (const JsonMember& member : value.members()) {
         if (Fault fault = check_metadata(member.key, member.value)) return fault;
         request->metadata.emplace_back(member.key, member.value.as_string());
-        if (member.key == "completion_window") request->window = window_of(member.value.as_string());
+        if (member.key == "completion_window")
+            request->window = window_of(member.value.as_string());
     }
     return {};
 }
@@ -6169,8 +6226,8 @@ struct RequestField {
     using Check = Fault (*)(const Json& value, Request* request);
     std::string_view name;
     Check check;  // null: not supported at all
-    bool  required = false;
-    Check openai   = nullptr;  // where that dialect differs
+    bool required = false;
+    Check openai = nullptr;  // where that dialect differs
 };
 constexpr RequestField request_fields[] = {
     {"model", field_model, true},
@@ -6210,7 +6267,8 @@ const RequestField* find_request_field(std::string_view name) {
 Fault check_tool_choice(const Json& choice) {
     const bool demands = choice.is_object() || choice.as_string() == "required";
     if (!demands) return {};
-    return api_error("invalid_value", "tool_choice", "'tool_choice' demands a tool, but 'tools' is empty");
+    return api_error("invalid_value", "tool_choice",
+                     "'tool_choice' demands a tool, but 'tools' is empty");
 }
 
 Fault check_background(const Request& request) {
@@ -6227,9 +6285,17 @@ Fault check_background(const Request& request) {
 // How objects differ between the dialects: one row each.
 constexpr DialectWords dialect_words[] = {
     {{"pending", "running", "completed", "failed", "cancelled"},
-     "completed", "completed", true, true, nullptr},
+     "completed",
+     "completed",
+     true,
+     true,
+     nullptr},
     {{"queued", "in_progress", "completed", "failed", "cancelled"},
-     "incomplete", "incomplete", false, false, "server_error"},
+     "incomplete",
+     "incomplete",
+     false,
+     false,
+     "server_error"},
 };
 
 // JSON has no infinity: a token that cannot be drawn gets the number that OpenAI gives it.
@@ -6299,16 +6365,16 @@ std::string input_item_id(const char* prefix, const std::string& response_id, si
 
 Json render_input_item(const Json& given, const std::string& response_id, size_t place) {
     static constexpr const char* prefixes[] = {"msg_", "rs_", "fc_", "fco_", "ctc_", "ctco_"};
-    static constexpr const char* kept[] = {"role", "content", "phase", "summary", "call_id", "name",
-                                           "arguments", "input", "output"};
+    static constexpr const char* kept[] = {"role", "content",   "phase", "summary", "call_id",
+                                           "name", "arguments", "input", "output"};
     const std::string_view type = given["type"].as_string("message");
     const auto* row = std::find_if(std::begin(item_types), std::end(item_types),
                                    [&](const ItemType& one) { return one.name == type; });
     if (row == std::end(item_types)) return given;
     const bool own = given["id"].is_string() && !given["id"].as_string().empty();
     Json item = Json::object().set(
-        "id", own ? given["id"]
-                  : Json(input_item_id(prefixes[row - item_types], response_id, place)));
+        "id",
+        own ? given["id"] : Json(input_item_id(prefixes[row - item_types], response_id, place)));
     item.set("type", type);
     item.set("status", given["status"].is_string() ? given["status"] : Json("completed"));
     for (const char* key : kept)
@@ -6316,8 +6382,8 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
     if (row->kind == Item::Kind::reasoning && !item.contains("summary"))
         item.set("summary", Json::array());
     if (row->kind == Item::Kind::message)
-        item.set("content", render_input_content(given["content"],
-                                                 given["role"].as_string() == "assistant"));
+        item.set("content",
+                 render_input_content(given["content"], given["role"].as_string() == "assistant"));
     return item;
 }
 
@@ -6326,7 +6392,8 @@ Json render_usage(const Usage& usage, const DialectWords& words) {
     Json out = Json::object().set("reasoning_tokens", usage.reasoning_tokens);
     if (words.usage_extras) {
         in.set("reasoning_tokens", 0);
-        out = Json::object().set("cached_tokens", 0).set("reasoning_tokens", usage.reasoning_tokens);
+        out =
+            Json::object().set("cached_tokens", 0).set("reasoning_tokens", usage.reasoning_tokens);
     } else {
         in.set("cache_write_tokens", 0);
     }
@@ -6359,17 +6426,21 @@ Json render_failure(const Outcome& outcome, const DialectWords& words) {
 }  // namespace
 
 const char* status_name(Status status, bool cut, const DialectWords& words) {
-    return cut && status == Status::completed ? words.cut : words.status[static_cast<size_t>(status)];
+    return cut && status == Status::completed ? words.cut
+                                              : words.status[static_cast<size_t>(status)];
 }
 
-const DialectWords& words_of(Dialect dialect) { return dialect_words[static_cast<size_t>(dialect)]; }
+const DialectWords& words_of(Dialect dialect) {
+    return dialect_words[static_cast<size_t>(dialect)];
+}
 }  // namespace detail
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     using namespace detail;
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
     for (const RequestField& field : request_fields)
-        if (field.required && body[field.name].is_null()) return api_missing(std::string(field.name));
+        if (field.required && body[field.name].is_null())
+            return api_missing(std::string(field.name));
     Request request;
     for (const JsonMember& member : body.members()) {
         const RequestField* field = find_request_field(member.key);
@@ -6377,7 +6448,8 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect) {
         const bool differs = dialect == Dialect::openai && field->openai;
         const RequestField::Check check = differs ? field->openai : field->check;
         if (!check)
-            return api_error("unsupported_parameter", member.key, "'" + member.key + "' is not supported");
+            return api_error("unsupported_parameter", member.key,
+                             "'" + member.key + "' is not supported");
         if (Fault fault = check(member.value, &request)) return std::move(*fault);
     }
     const char* items = body["input"].is_object() ? "input.messages" : "input";
@@ -6420,9 +6492,8 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
         .set("incomplete_details", std::move(cut))
         .set("max_output_tokens", asked["max_output_tokens"])
         .set("max_tool_calls", nullptr)
-        .set("reasoning", Json::object()
-                              .set("effort", reasoning["effort"])
-                              .set("summary", reasoning[summary]))
+        .set("reasoning",
+             Json::object().set("effort", reasoning["effort"]).set("summary", reasoning[summary]))
         .set("text", Json::object().set("format", std::move(form)))
         .set("store", echo("store", true))
         .set("temperature", record.temperature)
@@ -6461,11 +6532,12 @@ Json render_error(const Error& error) {
     const detail::ApiKind& kind = detail::api_kind(error.kind);
     const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
     return Json::object().set(
-        "error", Json::object()
-                     .set("message", kind.ours ? "something went wrong on the server" : error.message)
-                     .set("type", kind.type)
-                     .set("param", or_null(error.param))
-                     .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
+        "error",
+        Json::object()
+            .set("message", kind.ours ? "something went wrong on the server" : error.message)
+            .set("type", kind.type)
+            .set("param", or_null(error.param))
+            .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
 }
 
 int http_status(ErrorKind kind) { return detail::api_kind(kind).status; }
@@ -6495,10 +6567,10 @@ constexpr uint64_t gguf_write_piece = 4 << 20;   // bytes of a tensor made at a 
 constexpr uint32_t gguf_value_bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};  // by GgufType
 
 constexpr uint32_t gguf_bit(GgufType type) { return 1u << static_cast<uint32_t>(type); }
-constexpr uint32_t gguf_integers =
-    gguf_bit(GgufType::u8) | gguf_bit(GgufType::i8) | gguf_bit(GgufType::u16) |
-    gguf_bit(GgufType::i16) | gguf_bit(GgufType::u32) | gguf_bit(GgufType::i32) |
-    gguf_bit(GgufType::u64) | gguf_bit(GgufType::i64);
+constexpr uint32_t gguf_integers = gguf_bit(GgufType::u8) | gguf_bit(GgufType::i8) |
+                                   gguf_bit(GgufType::u16) | gguf_bit(GgufType::i16) |
+                                   gguf_bit(GgufType::u32) | gguf_bit(GgufType::i32) |
+                                   gguf_bit(GgufType::u64) | gguf_bit(GgufType::i64);
 constexpr uint32_t gguf_floats = gguf_bit(GgufType::f32) | gguf_bit(GgufType::f64);
 
 struct TypeRow {
@@ -6506,6 +6578,7 @@ struct TypeRow {
     TypeInfo info;
 };
 constexpr TypeRow type_rows[] = {
+    // clang-format off
     {TensorType::f32, {"F32", 1, 4, 64}},        {TensorType::f16, {"F16", 1, 2, 32}},
     {TensorType::q4_0, {"Q4_0", 32, 18, 288}},   {TensorType::q4_1, {"Q4_1", 32, 20, 320}},
     {TensorType::q5_0, {"Q5_0", 32, 22, 352}},   {TensorType::q5_1, {"Q5_1", 32, 24}},
@@ -6522,6 +6595,7 @@ constexpr TypeRow type_rows[] = {
     {TensorType::f64, {"F64", 1, 8}},            {TensorType::iq1_m, {"IQ1_M", 256, 56}},
     {TensorType::tq2_0, {"TQ2_0", 256, 66}},     {TensorType::mxfp4, {"MXFP4", 32, 17}},
     {TensorType::nvfp4, {"NVFP4", 64, 36}},      {TensorType::q1_0, {"Q1_0", 128, 18}},
+    // clang-format on
 };
 
 /// Sets tensor.bytes from type and dims; returns what is wrong, or null.
@@ -6536,9 +6610,11 @@ const char* size_tensor(TensorInfo& tensor) {
     if (tensor.dims[0] % type->block_size != 0) return "has rows that are not whole blocks";
     uint64_t pieces = values / type->block_size, piece_bytes = type->block_bytes;
     if (tensor.packed) {
-        if (tensor.n_dims != 2 || !type->tile_block_bytes) return "is of a kind that is never packed";
+        if (tensor.n_dims != 2 || !type->tile_block_bytes)
+            return "is of a kind that is never packed";
         pieces = tensor.dims[1] / 16 + (tensor.dims[1] % 16 != 0);
-        if (mul_overflows(tensor.dims[0] / type->block_size, type->tile_block_bytes, &piece_bytes) ||
+        if (mul_overflows(tensor.dims[0] / type->block_size, type->tile_block_bytes,
+                          &piece_bytes) ||
             add_overflows(piece_bytes, 63, &piece_bytes))
             return "has too many bytes";
         piece_bytes = piece_bytes / 64 * 64;
@@ -6597,8 +6673,8 @@ struct GgufParser {
         return false;
     }
     bool fail(const char* noun, std::string_view name, const char* what) {
-        return fail(format("%s '%.*s' %s", noun, static_cast<int>(name.size()), name.data(), what)
-                        .c_str());
+        return fail(
+            format("%s '%.*s' %s", noun, static_cast<int>(name.size()), name.data(), what).c_str());
     }
     bool has(uint64_t n) {
         if (n <= bytes.size() - at) return true;
@@ -6608,7 +6684,8 @@ struct GgufParser {
         short_of_bytes = true;
         return false;
     }
-    template <class T> bool number(T& value) {
+    template <class T>
+    bool number(T& value) {
         if (!has(sizeof value)) return false;
         std::memcpy(&value, bytes.data() + at, sizeof value);
         at += sizeof value;
@@ -6715,10 +6792,12 @@ struct GgufParser {
         tensor.type = static_cast<TensorType>(type & ~kPackedTensor);
         if (const char* wrong = size_tensor(tensor)) return fail("tensor", tensor.name, wrong);
         if (tensor.packed && uint_key("valar.packed") != kPackedVersion)
-            return fail(format("tensor '%.*s' is packed, but not in version %u of the layout: make "
-                               "the file again from the original",
-                               static_cast<int>(tensor.name.size()), tensor.name.data(),
-                               kPackedVersion).c_str(), ErrorKind::unsupported);
+            return fail(
+                format("tensor '%.*s' is packed, but not in version %u of the layout: make "
+                       "the file again from the original",
+                       static_cast<int>(tensor.name.size()), tensor.name.data(), kPackedVersion)
+                    .c_str(),
+                ErrorKind::unsupported);
         if (tensor.offset % alignment != 0)
             return fail("tensor", tensor.name, "has an offset that is not aligned");
         return true;
@@ -6818,8 +6897,9 @@ Result<void> Gguf::parse_file(File file) {
         } else if (parser.uint_key("split.no") != index ||
                    parser.uint_key("split.count") != get_uint("split.count").value()) {
             return detail::make_error(ErrorKind::bad_data,
-                                      file.name + ": keys 'split.no' and 'split.count' say that "
-                                                  "it is another part");
+                                      file.name +
+                                          ": keys 'split.no' and 'split.count' say that "
+                                          "it is another part");
         }
         for (TensorInfo& tensor : parser.tensors) tensor.file = index;
         tensors_.insert(tensors_.end(), parser.tensors.begin(), parser.tensors.end());
@@ -6830,8 +6910,8 @@ Result<void> Gguf::parse_file(File file) {
 
 Result<void> Gguf::fetch_header(File& file, uint64_t length) {
     if (file.size == 0) return {};
-    auto header =
-        detail::Buffer::allocate(std::min({length, file.size, max_header_bytes}), "GGUF header");
+    auto header = detail::Buffer::allocate(std::min({length, file.size, max_header_bytes}),
+                                           "GGUF header");
     if (!header) return header.error();
     if (!file.reader.read(file.reader.context, 0, header->data(), header->size()))
         return detail::make_error(ErrorKind::io, file.name + ": the reader failed at byte 0");
@@ -6895,10 +6975,9 @@ Error Gguf::fail(ErrorKind kind, std::string_view key, const char* what) const {
 }
 
 Error Gguf::fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const {
-    return detail::make_error(kind, detail::format("%s: tensor '%.*s' %s",
-                                                   files_[tensor.file].name.c_str(),
-                                                   static_cast<int>(tensor.name.size()),
-                                                   tensor.name.data(), what));
+    return detail::make_error(
+        kind, detail::format("%s: tensor '%.*s' %s", files_[tensor.file].name.c_str(),
+                             static_cast<int>(tensor.name.size()), tensor.name.data(), what));
 }
 
 const GgufKey* Gguf::find(std::string_view key) const {
@@ -7041,8 +7120,8 @@ void GgufWriter::set_strings(std::string_view key, std::span<const std::string_v
     put(key, GgufType::string, true, values.size(), data);
 }
 
-void GgufWriter::add_tensor(std::string_view name, TensorType type,
-                            std::span<const uint64_t> dims, std::span<const std::byte> bytes) {
+void GgufWriter::add_tensor(std::string_view name, TensorType type, std::span<const uint64_t> dims,
+                            std::span<const std::byte> bytes) {
     TensorInfo info;
     info.type = type;
     info.n_dims = static_cast<uint32_t>(dims.size());  // more than 4 are refused when it is read
@@ -7096,9 +7175,9 @@ Result<void> GgufWriter::check(std::string_view header, uint64_t file_bytes) con
     if (auto done = gguf.parse_file(std::move(file)); !done) return done;
     for (size_t i = 0; i < tensors_.size(); ++i)
         if (!tensors_[i].fill.fill && gguf.tensors()[i].bytes != tensors_[i].bytes.size())
-            return detail::make_error(ErrorKind::invalid_request,
-                                      "tensor '" + tensors_[i].name +
-                                          "' has another size than its shape and type say");
+            return detail::make_error(
+                ErrorKind::invalid_request,
+                "tensor '" + tensors_[i].name + "' has another size than its shape and type say");
     return gguf.index_tensors();
 }
 
@@ -7271,18 +7350,18 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr int      kNumerics        = 1;    ///< version of the numeric definition
-inline constexpr uint32_t kTileRows        = 16;   ///< rows of a packed tile: a lane is a row
+inline constexpr int kNumerics = 1;        ///< version of the numeric definition
+inline constexpr uint32_t kTileRows = 16;  ///< rows of a packed tile: a lane is a row
 inline constexpr uint32_t kActivationBlock = 32;
-inline constexpr uint32_t kSegment         = 256;  ///< positions of an attention segment
-inline constexpr uint32_t kKeyGroup        = 16;   ///< keys stored side by side
+inline constexpr uint32_t kSegment = 256;  ///< positions of an attention segment
+inline constexpr uint32_t kKeyGroup = 16;  ///< keys stored side by side
 
 /// A block of one activation plane (definition, 1).
 struct ActivationBlock {
-    float   d;       ///< scale
-    float   s;       ///< d * float(sum of all q)
+    float d;         ///< scale
+    float s;         ///< d * float(sum of all q)
     int32_t sum[2];  ///< sums of q[0..15] and q[16..31]
-    int8_t  q[32];   ///< -127..127
+    int8_t q[32];    ///< -127..127
 };
 static_assert(sizeof(ActivationBlock) == 48);
 
@@ -7292,7 +7371,7 @@ static_assert(sizeof(ActivationBlock) == 48);
 struct ActivationLayout {
     static constexpr uint32_t kGroup = 8;
     uint32_t count;
-    size_t   blocks;
+    size_t blocks;
     size_t step() const { return count < kGroup ? count : kGroup; }  ///< from a block to the next
     size_t at(uint32_t plane) const { return plane / kGroup * kGroup * blocks + plane % kGroup; }
     size_t size() const { return (count + step() - 1) / step() * step() * blocks; }
@@ -7302,14 +7381,14 @@ struct ActivationLayout {
 /// columns, each with its scales beside it (layouts: implementation part, "packed layouts"). F32,
 /// F16, BF16: (column, 16 rows). The last tile's missing rows are zero weights.
 struct PackedMatrix {
-    TensorType       type = TensorType::f32;
-    uint32_t         rows = 0;
-    uint32_t         cols = 0;
+    TensorType type = TensorType::f32;
+    uint32_t rows = 0;
+    uint32_t cols = 0;
     const std::byte* data = nullptr;  ///< 64-byte aligned; borrowed
     uint32_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
 };
 
-bool     kernel_type_supported(TensorType type);
+bool kernel_type_supported(TensorType type);
 uint64_t packed_tile_bytes(TensorType type, uint32_t cols);  ///< a multiple of 64
 /// Packs tiles first_tile .. last_tile - 1. `source` holds the matrix's rows in GGUF layout from
 /// row first_tile * 16 on; `out` is where tile `first_tile` goes.
@@ -7321,35 +7400,35 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out);
 /// Vectors x (columns, x_stride) of n values each to planes (definition, 1):
 /// out[block * step + column * planes + plane].
 struct QuantizeTask {
-    const float*     x;
-    size_t           x_stride;
-    uint32_t         columns;
-    uint32_t         planes;
-    size_t           n;
-    size_t           step;
+    const float* x;
+    size_t x_stride;
+    uint32_t columns;
+    uint32_t planes;
+    size_t n;
+    size_t step;
     ActivationBlock* out;
 };
 
 /// weights * x for the rows of tiles first_tile .. last_tile - 1 (rows past the matrix's end are
 /// not written), all columns, and what becomes of it while it is in the nearest cache.
 struct MatmulTask {
-    const PackedMatrix*    weights;
-    uint32_t               first_tile;
-    uint32_t               last_tile;
-    uint32_t               columns;
-    uint32_t               planes;         ///< 1 or 2, quantized weights
-    const ActivationBlock* blocks;         ///< ActivationLayout {columns * planes, cols / 32}
-    const float*           x;              ///< (columns, x_stride), F32 F16 BF16 weights
-    size_t                 x_stride;
-    float*                 y;              ///< [column * y_stride + row]
-    size_t                 y_stride;
-    bool                   add = false;    ///< y += weights * x: a residual
+    const PackedMatrix* weights;
+    uint32_t first_tile;
+    uint32_t last_tile;
+    uint32_t columns;
+    uint32_t planes;                ///< 1 or 2, quantized weights
+    const ActivationBlock* blocks;  ///< ActivationLayout {columns * planes, cols / 32}
+    const float* x;                 ///< (columns, x_stride), F32 F16 BF16 weights
+    size_t x_stride;
+    float* y;  ///< [column * y_stride + row]
+    size_t y_stride;
+    bool add = false;  ///< y += weights * x: a residual
     /// Not null, of the shape of `weights`: silu(weights * x) * (up * x) instead (definition, 8).
-    const PackedMatrix*    up = nullptr;
+    const PackedMatrix* up = nullptr;
     /// Not null: to planes (definition, 1) instead of y, ActivationLayout {columns * planes,
     /// out_blocks}, blocks of 32 rows; first_tile is even, the rows are a multiple of 32.
-    ActivationBlock*       out = nullptr;
-    size_t                 out_blocks = 0;
+    ActivationBlock* out = nullptr;
+    size_t out_blocks = 0;
 };
 
 /// Bytes of the keys, and as many of the values, of one head at kKeyGroup neighbouring positions. In
@@ -7359,19 +7438,19 @@ size_t kv_group_bytes(KvType type, uint32_t head_dim);
 
 /// One segment of attention for queries that share a key/value head (definition, 10).
 struct AttentionTask {
-    KvType             kv_type;   ///< f16 or f32
-    uint32_t           head_dim;
-    uint32_t           queries;
-    const float*       q;         ///< (queries, q_stride), rotated and scaled
-    size_t             q_stride;
-    const uint16_t*    begin;     ///< (queries) first visible position, within the segment: 0..256
-    const uint16_t*    end;       ///< (queries) one past the last; begin == end: none visible
-    const void* const* keys;      ///< (16) groups of 16 positions: (head_dim, 16) elements each;
-    const void* const* values;    ///< (16) groups: (16, head_dim); null where nobody looks
-    float*             max;       ///< (queries) outputs; queries that see nothing are left alone
-    float*             sum;       ///< (queries)
-    float*             out;       ///< (queries, out_stride)
-    size_t             out_stride;
+    KvType kv_type;  ///< f16 or f32
+    uint32_t head_dim;
+    uint32_t queries;
+    const float* q;  ///< (queries, q_stride), rotated and scaled
+    size_t q_stride;
+    const uint16_t* begin;      ///< (queries) first visible position, within the segment: 0..256
+    const uint16_t* end;        ///< (queries) one past the last; begin == end: none visible
+    const void* const* keys;    ///< (16) groups of 16 positions: (head_dim, 16) elements each;
+    const void* const* values;  ///< (16) groups: (16, head_dim); null where nobody looks
+    float* max;                 ///< (queries) outputs; queries that see nothing are left alone
+    float* sum;                 ///< (queries)
+    float* out;                 ///< (queries, out_stride)
+    size_t out_stride;
 };
 
 /// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
@@ -7384,9 +7463,9 @@ struct Kernels {
     /// In place over heads (n_heads, head_dim); cos_sin (n_rot / 2, 2) of this position.
     void (*rope)(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
                  const float* cos_sin);
-    void (*scale)(float* x, float factor, size_t n);            ///< x_i *= factor
-    void (*add)(float* x, const float* y, size_t n);            ///< x_i += y_i
-    void (*silu_mul)(float* gate, const float* up, size_t n);   ///< gate_i = silu(gate_i) * up_i
+    void (*scale)(float* x, float factor, size_t n);           ///< x_i *= factor
+    void (*add)(float* x, const float* y, size_t n);           ///< x_i += y_i
+    void (*silu_mul)(float* gate, const float* up, size_t n);  ///< gate_i = silu(gate_i) * up_i
     /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
     void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
                      void* key_group, void* value_group);
@@ -7406,14 +7485,14 @@ std::span<const Kernels* const> available_kernels();
 Result<const Kernels*> choose_kernels();
 
 /// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
-float  exact_fma(float a, float b, float c);     ///< a * b + c, rounded once
-float  exact_exp(float x);                       ///< definition, 7
-double exact_exp2(double x);                     ///< rope_math
+float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
+float exact_exp(float x);                    ///< definition, 7
+double exact_exp2(double x);                 ///< rope_math
 double exact_log2(double x);
-double exact_log(double x);                      ///< exact_log2(x) * ln 2, for log-probabilities
-void   exact_sincos(double x, double* sine, double* cosine);
-float  half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);             ///< nearest even
+double exact_log(double x);  ///< exact_log2(x) * ln 2, for log-probabilities
+void exact_sincos(double x, double* sine, double* cosine);
+float half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);  ///< nearest even
 
 /// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
 /// traps) while the object lives: hosts set flush-to-zero.
@@ -7874,9 +7953,10 @@ void pack_float_tile(const std::byte* source, size_t row_bytes, uint32_t rows, s
 
 using PackTile = void (*)(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
                           std::byte* out);
-constexpr PackTile pack_functions[] = {  // in the order of packed_layouts
-    pack_tile<0>, pack_tile<1>, pack_tile<2>, pack_tile<3>, pack_tile<4>, pack_tile<5>,
-    pack_tile<6>, pack_float_tile<4>, pack_float_tile<2>, pack_float_tile<2>,
+constexpr PackTile pack_functions[] = {
+    // in the order of packed_layouts
+    pack_tile<0>, pack_tile<1>, pack_tile<2>,       pack_tile<3>,       pack_tile<4>,
+    pack_tile<5>, pack_tile<6>, pack_float_tile<4>, pack_float_tile<2>, pack_float_tile<2>,
 };
 static_assert(std::size(pack_functions) == std::size(packed_layouts));
 
@@ -7922,12 +8002,12 @@ namespace detail {
 
 namespace scalar {
 extern const Kernels kernels;
-void  quantize_block(const float* x, uint32_t planes, ActivationBlock* out);
-void  rotate(float& a, float& b, float c, float s);
-void  store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
-               void* key_group, void* value_group);
-void  expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
-                float* values);
+void quantize_block(const float* x, uint32_t planes, ActivationBlock* out);
+void rotate(float& a, float& b, float c, float s);
+void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+              void* key_group, void* value_group);
+void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
+               float* values);
 float read_kv(KvType type, const void* group, size_t index);
 }  // namespace scalar
 
@@ -8015,8 +8095,8 @@ struct ProductParts {
 // How a matrix meets a task's columns: a row of sums a plane of a column.
 struct Factor {
     const PackedMatrix* matrix;
-    uint32_t            planes;  // 1 for floats
-    ColumnBatch         batch;   // planes of columns first .. first + columns - 1
+    uint32_t planes;    // 1 for floats
+    ColumnBatch batch;  // planes of columns first .. first + columns - 1
 
     Factor(const PackedMatrix* of, const MatmulTask& task, uint32_t first, uint32_t columns)
         : matrix(of) {
@@ -8035,8 +8115,10 @@ struct Factor {
     TilePair pair(uint32_t tile, const PackedMatrix& other, uint32_t other_tile,
                   uint32_t step) const {
         const size_t bytes = static_cast<size_t>(packed_tile_bytes(matrix->type, matrix->cols));
-        return {find_layout(matrix->type), matrix->cols,
-                {matrix->data + tile * bytes, other.data + other_tile * bytes}, step * bytes};
+        return {find_layout(matrix->type),
+                matrix->cols,
+                {matrix->data + tile * bytes, other.data + other_tile * bytes},
+                step * bytes};
     }
 };
 
@@ -8155,8 +8237,8 @@ struct RowBlock {
 void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
                 RowBlock& out) {
     const std::byte* head = tile + block / layout.blocks * packed_super_bytes(layout);
-    const std::byte* at =
-        head + layout.head_bytes + block % layout.blocks * packed_block_bytes(layout);
+    const std::byte* at = head + layout.head_bytes +
+                          block % layout.blocks * packed_block_bytes(layout);
     uint32_t words[8];
     load_codes(layout, at + layout.scale_bytes, row, words);
     for (uint32_t i = 0; i < kActivationBlock; i++)
@@ -8215,8 +8297,8 @@ int32_t dot_integers(const int32_t* w, const int8_t* h) {
 
 float dot_block(const PackedLayout& layout, const RowBlock& row, const ActivationBlock& a,
                 float acc) {
-    const int32_t sum =
-        row.sub[0] * dot_integers(row.w, a.q) + row.sub[1] * dot_integers(row.w + 16, a.q + 16);
+    const int32_t sum = row.sub[0] * dot_integers(row.w, a.q) +
+                        row.sub[1] * dot_integers(row.w + 16, a.q + 16);
     acc = fma_once(static_cast<float>(sum), row.scale * a.d, acc);
     return layout.minimum ? fma_once(row.minimum, a.s, acc) : acc;
 }
@@ -8250,10 +8332,11 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
         if (!layout.float_bytes)
             dot_row(layout, tile, row, pair.cols / kActivationBlock, batch, acc);
         for (uint32_t c = 0; c < batch.count; c++)
-            sums[c][r / kTileRows][row] =
-                !layout.float_bytes ? acc[c]
-                                    : dot_float_row(layout.type, tile, row, pair.cols,
-                                                    reinterpret_cast<const float*>(batch.column(c)));
+            sums[c][r / kTileRows][row] = !layout.float_bytes
+                                              ? acc[c]
+                                              : dot_float_row(layout.type, tile, row, pair.cols,
+                                                              reinterpret_cast<const float*>(
+                                                                  batch.column(c)));
     }
 }
 
@@ -8302,8 +8385,9 @@ void matmul(const MatmulTask& task) { multiply_tiles(task, {product, quantize, a
 void store_q8_0(const float* k, const float* v, uint32_t head_dim, uint32_t slot, void* key_group,
                 void* value_group) {
     const size_t codes = head_dim * kKeyGroup, blocks = head_dim / kActivationBlock;
-    std::byte *const keys = static_cast<std::byte*>(key_group),
-              *const values = static_cast<std::byte*>(value_group);
+    std::byte *const keys = static_cast<std::byte*>(key_group), *const values =
+                                                                    static_cast<std::byte*>(
+                                                                        value_group);
     for (size_t b = 0; b < blocks; b++) {
         ActivationBlock key, value;
         quantize_block(k + b * kActivationBlock, 1, &key);
@@ -8322,7 +8406,7 @@ void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim
     const int8_t *k = static_cast<const int8_t*>(key_group),
                  *v = static_cast<const int8_t*>(value_group);
     const std::byte *const k_scales = static_cast<const std::byte*>(key_group) + codes,
-                    *const v_scales = static_cast<const std::byte*>(value_group) + codes;
+                           *const v_scales = static_cast<const std::byte*>(value_group) + codes;
     for (size_t b = 0; b < head_dim / kActivationBlock; b++) {
         float scales[kKeyGroup];
         for (size_t j = 0; j < kKeyGroup; j++)
@@ -8399,8 +8483,8 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (size_t e = 0; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-constexpr Kernels kernels = {"scalar", quantize, matmul,    rms_norm,  rope,           scale, add,
-                             silu_mul, store_kv, expand_kv, attention, attention_merge};
+constexpr Kernels kernels = {"scalar", quantize, matmul,   rms_norm,  rope,      scale,
+                             add,      silu_mul, store_kv, expand_kv, attention, attention_merge};
 
 }  // namespace scalar
 
@@ -8501,9 +8585,9 @@ struct TileStep {
     const std::byte* const* tiles;    // (2) where each goes on: at the head of a super-block
     const std::byte* const* columns;  // (C) ActivationBlocks, `unit` bytes apart, or floats
     size_t unit;
-    size_t count;                     // of blocks, or floats
-    float (*sums)[2][16];             // (C)
-    bool fresh;                       // the sums start at 0
+    size_t count;          // of blocks, or floats
+    float (*sums)[2][16];  // (C)
+    bool fresh;            // the sums start at 0
     // To prefetch: at every `every`th block one block of each tile, from `next` of the first on.
     const std::byte* next;
     size_t every;
@@ -8515,9 +8599,10 @@ struct TileKernels {
     } shapes[4];  // few columns to many
 };
 
-inline constexpr size_t kChunk = 32;           // blocks that stay in a near cache for all columns
+inline constexpr size_t kChunk = 32;  // blocks that stay in a near cache for all columns
 inline constexpr size_t kChunkFloats = 512;
-inline constexpr size_t kAheadOne = 4096;  // best prefetch distances measured: for one or two columns,
+inline constexpr size_t kAheadOne =
+    4096;  // best prefetch distances measured: for one or two columns,
 inline constexpr size_t kAheadFew = 8192;  // for as many as one call takes
 
 // The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
@@ -8556,9 +8641,9 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
                       last ? units - u : chunk,
                       sums,
                       u == 0,
-                      at[0] + (once    ? batch.count > 2 ? kAheadFew : kAheadOne
+                      at[0] + (once   ? batch.count > 2 ? kAheadFew : kAheadOne
                                : last ? pair.next - done
-                                       : chunk_bytes),
+                                      : chunk_bytes),
                       calls};
         for (uint32_t v = 0; v < batch.count; step.next += chunk_bytes / calls) {
             const TileKernels::Shape& shape = next_shape(k, batch.count - v);
@@ -8595,8 +8680,8 @@ struct AttentionParts {
     RangeOfSome* add_values[2][kTileQueries];  // out += p * values, of queries from `query` on
 };
 
-inline void attend_tile(const AttentionParts& parts, const AttentionTask& task, const QueryTile& tile,
-                 const uint32_t* query, uint32_t count) {
+inline void attend_tile(const AttentionParts& parts, const AttentionTask& task,
+                        const QueryTile& tile, const uint32_t* query, uint32_t count) {
     uint32_t first = kSegment, last = 0, together = 0, apart = kSegment;
     for (uint32_t i = 0; i < count; i++) {
         first = std::min(first, tile.begin[i]);
@@ -8717,8 +8802,8 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
                 _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half))));
     } else if constexpr (L.head_bytes != 0) {
-        const __m256 m =
-            _mm256_mul_ps(load_halves(head + 32 + 16 * half), load_small_ints(at + 16 + 8 * half));
+        const __m256 m = _mm256_mul_ps(load_halves(head + 32 + 16 * half),
+                                       load_small_ints(at + 16 + 8 * half));
         out.dw = _mm256_mul_ps(load_halves(head + 16 * half), load_small_ints(at + 8 * half));
         out.m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
     } else {
@@ -8734,8 +8819,8 @@ VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m256i pair = load_bytes(codes + g / 2 * 64);
-    const __m256i low =
-        _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair, _mm256_set1_epi8(15));
+    const __m256i low = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair,
+                                         _mm256_set1_epi8(15));
     if constexpr (high == 0 || bits == 8) return low;
     const __m256i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
@@ -8775,8 +8860,8 @@ void dot_tiles(const TileStep& step) {
     constexpr int H = L.bits == 4 || (L.bits != 6 && kVnni != Vnni::none) ? 2 : 1;
     constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
     const ActivationBlock* a[C];
-    VALAR_UNROLL for (int c = 0; c < C; c++) a[c] =
-        reinterpret_cast<const ActivationBlock*>(step.columns[c]);
+    VALAR_UNROLL for (int c = 0; c < C; c++)
+        a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
     const size_t stride = step.unit / sizeof(ActivationBlock);
     if (step.fresh) std::memset(step.sums, 0, C * sizeof *step.sums);
     const std::byte* next = step.next;
@@ -8800,14 +8885,14 @@ void dot_tiles(const TileStep& step) {
             VALAR_UNROLL for (int c = 0; c < C; c++) {  // what the codes' bias adds, negated
                 const int32_t* sum = a[c]->sum;
                 VALAR_UNROLL for (int p = 0; p < kParts; p++) {
-                    VALAR_UNROLL for (int h = 0; h < H; h++) total[p][c][h] =
-                        _mm256_set1_epi32(-L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
+                    VALAR_UNROLL for (int h = 0; h < H; h++) total[p][c][h] = _mm256_set1_epi32(
+                        -L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
                 }
             }
             VALAR_UNROLL for (int g = 0; g < 8; g++) {
                 __m256i codes[H];
-                VALAR_UNROLL for (int h = 0; h < H; h++) codes[h] =
-                    load_group<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
+                VALAR_UNROLL for (int h = 0; h < H; h++)
+                    codes[h] = load_group<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     const __m256i x = broadcast4(a[c]->q + 4 * g);
                     VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
@@ -8853,23 +8938,24 @@ void dot_floats(const TileStep& step) {
     VALAR_UNROLL for (int c = 0; c < C; c++) x[c] = reinterpret_cast<const float*>(step.columns[c]);
     for (int v = 0; v < 4; v += H) {
         __m256 acc[C][H];
-        VALAR_UNROLL for (int i = 0; i < C * H; i++) acc[i / H][i % H] =
-            step.fresh ? _mm256_setzero_ps()
-                       : _mm256_load_ps(&step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8]);
+        VALAR_UNROLL for (int i = 0; i < C * H; i++)
+            acc[i / H][i % H] = step.fresh
+                                    ? _mm256_setzero_ps()
+                                    : _mm256_load_ps(
+                                          &step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8]);
         const std::byte *low = step.tiles[v / 2], *high = step.tiles[1];
         for (size_t k = 0; k < step.count; k++) {
             __m256 w[H];
-            VALAR_UNROLL for (int h = 0; h < H; h++) w[h] =
-                load_floats<kType>(h < 2 ? low : high, 16 * k + (h % 2 ? 8 : 0));
+            VALAR_UNROLL for (int h = 0; h < H; h++)
+                w[h] = load_floats<kType>(h < 2 ? low : high, 16 * k + (h % 2 ? 8 : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m256 at_k = _mm256_broadcast_ss(x[c] + k);
-                VALAR_UNROLL for (int h = 0; h < H; h++) acc[c][h] =
-                    _mm256_fmadd_ps(w[h], at_k, acc[c][h]);
+                VALAR_UNROLL for (int h = 0; h < H; h++)
+                    acc[c][h] = _mm256_fmadd_ps(w[h], at_k, acc[c][h]);
             }
         }
-        VALAR_UNROLL for (int i = 0; i < C * H; i++)
-            _mm256_store_ps(&step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8],
-                            acc[i / H][i % H]);
+        VALAR_UNROLL for (int i = 0; i < C * H; i++) _mm256_store_ps(
+            &step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8], acc[i / H][i % H]);
     }
 }
 
@@ -8905,11 +8991,11 @@ VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
     VALAR_UNROLL for (int i = 0; i < 2; i++) sum[i] = _mm256_add_epi32(h[2 * i], h[2 * i + 1]);
     const __m256i pairs = _mm256_hadd_epi32(sum[0], sum[1]),
                   quads = _mm256_hadd_epi32(pairs, pairs);
-    const __m128i sums =
-        _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(quads),
+                                       _mm256_extracti128_si256(quads, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out.sum), sums);
-    const __m256i bytes =
-        _mm256_packs_epi16(_mm256_packs_epi32(h[0], h[1]), _mm256_packs_epi32(h[2], h[3]));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(h[0], h[1]),
+                                             _mm256_packs_epi32(h[2], h[3]));
     _mm256_storeu_si256(
         reinterpret_cast<__m256i*>(out.q),
         _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
@@ -8925,8 +9011,7 @@ VALAR_FORCE_INLINE float largest_lane(__m256i bits) {
     return _mm_cvtss_f32(_mm_castsi128_ps(four));
 }
 
-void quantize_column(const float* x, size_t n, uint32_t planes, size_t step,
-                     ActivationBlock* out) {
+void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, ActivationBlock* out) {
     for (size_t b = 0; b < n / kActivationBlock; b++, x += kActivationBlock, out += step) {
         __m256 v[4];
         __m256i largest = _mm256_setzero_si256();
@@ -9022,8 +9107,8 @@ VALAR_FORCE_INLINE __m256 exp8(__m256 x) {
     __m256 r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2High), v);
     r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Low), r);
     __m256 p = _mm256_set1_ps(exp_coefficients[6]);
-    VALAR_UNROLL for (int i = 5; i >= 0; i--) p =
-        _mm256_fmadd_ps(p, r, _mm256_set1_ps(exp_coefficients[i]));
+    VALAR_UNROLL for (int i = 5; i >= 0; i--)
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(exp_coefficients[i]));
     const __m256i exponent = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
     p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
     return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(kExpLeast), _CMP_LT_OQ), p);
@@ -9079,7 +9164,7 @@ void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim
                float* values) {
     const size_t codes = head_dim * kKeyGroup;
     const std::byte *const k = static_cast<const std::byte*>(key_group),
-                    *const v = static_cast<const std::byte*>(value_group);
+                           *const v = static_cast<const std::byte*>(value_group);
     for (size_t i = 0; i < codes; i += kKeyGroup) {
         const size_t block = i / kKeyGroup / kActivationBlock;
         for (size_t j = 0; j < kKeyGroup; j += 8)
@@ -9150,16 +9235,16 @@ template <bool kHalf, uint32_t Q, uint32_t W>
 VALAR_FORCE_INLINE void add_values(const AttentionTask& task, const QueryTile& tile, uint32_t query,
                                    size_t e0, uint32_t first, uint32_t last) {
     __m256 acc[Q][W];
-    VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) acc[i / W][i % W] =
-        _mm256_loadu_ps(tile.out[query + i / W] + e0 + 8 * (i % W));
+    VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++)
+        acc[i / W][i % W] = _mm256_loadu_ps(tile.out[query + i / W] + e0 + 8 * (i % W));
     for (uint32_t j = first; j < last; j++) {
         __m256 v[W];
-        VALAR_UNROLL for (uint32_t w = 0; w < W; w++) v[w] =
-            load_kv<kHalf>(task.values[j / 16], j % 16 * task.head_dim + e0 + 8 * w);
+        VALAR_UNROLL for (uint32_t w = 0; w < W; w++)
+            v[w] = load_kv<kHalf>(task.values[j / 16], j % 16 * task.head_dim + e0 + 8 * w);
         VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
             const __m256 p = _mm256_broadcast_ss(tile.p[query + i] + j);
-            VALAR_UNROLL for (uint32_t w = 0; w < W; w++) acc[i][w] =
-                _mm256_fmadd_ps(p, v[w], acc[i][w]);
+            VALAR_UNROLL for (uint32_t w = 0; w < W; w++)
+                acc[i][w] = _mm256_fmadd_ps(p, v[w], acc[i][w]);
         }
     }
     VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++)
@@ -9195,9 +9280,7 @@ constexpr AttentionParts attention_parts = {
      {add_value_range<false, 1>, add_value_range<false, 2>, add_value_range<false, 3>,
       add_value_range<false, 4>}}};
 
-void attention(const AttentionTask& task) {
-    attend(attention_parts, task);
-}
+void attention(const AttentionTask& task) { attend(attention_parts, task); }
 
 void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
                      size_t n) {
@@ -9214,13 +9297,13 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
                          _mm256_fmadd_ps(_mm256_loadu_ps(o + e), new_weight,
                                          _mm256_mul_ps(_mm256_loadu_ps(out + e), old_weight)));
     for (; e < n; e++)
-        out[e] =
-            fma_once(o[e], _mm256_cvtss_f32(new_weight), out[e] * _mm256_cvtss_f32(old_weight));
+        out[e] = fma_once(o[e], _mm256_cvtss_f32(new_weight),
+                          out[e] * _mm256_cvtss_f32(old_weight));
 }
 
 constexpr Kernels kernels_with(const char* name, void (*product)(const MatmulTask&)) {
-    return {name,     quantize, product,   rms_norm,  rope,           scale, add,
-            silu_mul, store_kv, expand_kv, attention, attention_merge};
+    return {name, quantize, product,  rms_norm,  rope,      scale,
+            add,  silu_mul, store_kv, expand_kv, attention, attention_merge};
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
 constexpr Kernels vnni_kernels = kernels_with("avxvnni", matmul<Vnni::vex>);
@@ -9299,8 +9382,8 @@ VALAR_FORCE_INLINE __m512i load_group(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m512i pair = load_bytes(codes + g / 2 * 64);
-    const __m512i low =
-        _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
+    const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair,
+                                         _mm512_set1_epi8(15));
     if constexpr (high == 0) return low;
     const __m512i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
@@ -9320,8 +9403,8 @@ void dot_tiles(const TileStep& step) {
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
-        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
-            step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
+        VALAR_UNROLL for (int t = 0; t < 2; t++)
+            acc[c][t] = step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
     const size_t stride = step.unit / sizeof(ActivationBlock);
     const ptrdiff_t apart = step.tiles[1] - step.tiles[0];
@@ -9343,13 +9426,14 @@ void dot_tiles(const TileStep& step) {
         __m512i total[kParts][C][2];  // starts as what the codes' bias adds, negated
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const int32_t* sum = a[c]->sum;
-            VALAR_UNROLL for (int p = 0; p < kParts; p++) total[p][c][0] = total[p][c][1] =
-                _mm512_set1_epi32(-L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
+            VALAR_UNROLL for (int p = 0; p < kParts; p++)
+                total[p][c][0] = total[p][c][1] = _mm512_set1_epi32(
+                    -L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
         }
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[2];
-            VALAR_UNROLL for (int t = 0; t < 2; t++) w[t] =
-                load_group<I>(at + (t ? apart : 0) + L.scale_bytes, g);
+            VALAR_UNROLL for (int t = 0; t < 2; t++)
+                w[t] = load_group<I>(at + (t ? apart : 0) + L.scale_bytes, g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
@@ -9366,8 +9450,8 @@ void dot_tiles(const TileStep& step) {
                     sum = _mm512_fmadd_ps(
                         sum, scales.sub[0],
                         _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.sub[1]));
-                acc[c][t] = _mm512_fmadd_ps(
-                    sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c]->d)), acc[c][t]);
+                acc[c][t] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c]->d)),
+                                            acc[c][t]);
                 if constexpr (L.minimum)
                     acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c]->s), acc[c][t]);
             }
@@ -9396,16 +9480,16 @@ void dot_floats(const TileStep& step) {
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
         x[c] = reinterpret_cast<const float*>(step.columns[c]);
-        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
-            step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
+        VALAR_UNROLL for (int t = 0; t < 2; t++)
+            acc[c][t] = step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
     const std::byte *low = step.tiles[0], *high = step.tiles[1];
     for (size_t k = 0; k < step.count; k++) {
         const __m512 w[2] = {load_floats<kType>(low, 16 * k), load_floats<kType>(high, 16 * k)};
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const __m512 v = _mm512_set1_ps(x[c][k]);
-            VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
-                _mm512_fmadd_ps(w[t], v, acc[c][t]);
+            VALAR_UNROLL for (int t = 0; t < 2; t++)
+                acc[c][t] = _mm512_fmadd_ps(w[t], v, acc[c][t]);
         }
     }
     VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -9472,8 +9556,8 @@ void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first
             VALAR_UNROLL for (uint32_t g = 0; g < G; g++) k[g] = load_kv<kHalf>(keys[g], 16 * e);
             VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
                 const __m512 q = _mm512_set1_ps(tile.q[i][e]);
-                VALAR_UNROLL for (uint32_t g = 0; g < G; g++) acc[i][g] =
-                    _mm512_fmadd_ps(q, k[g], acc[i][g]);
+                VALAR_UNROLL for (uint32_t g = 0; g < G; g++)
+                    acc[i][g] = _mm512_fmadd_ps(q, k[g], acc[i][g]);
             }
         }
         VALAR_UNROLL for (uint32_t i = 0; i < Q * G; i++)
@@ -9488,8 +9572,8 @@ VALAR_FORCE_INLINE __m512 exp16(__m512 x) {
     __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2High), v);
     r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2Low), r);
     __m512 p = _mm512_set1_ps(exp_coefficients[6]);
-    VALAR_UNROLL for (int i = 5; i >= 0; i--) p =
-        _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp_coefficients[i]));
+    VALAR_UNROLL for (int i = 5; i >= 0; i--)
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp_coefficients[i]));
     const __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kExpLeast), _CMP_NLT_UQ);
     return _mm512_maskz_scalef_ps(visible, p, k);
 }
@@ -9553,8 +9637,8 @@ void quantize_four(const float* x, size_t x_stride, uint32_t planes, ActivationB
     __m512 v[4][2];
     __m256i eight[4];  // largest magnitudes, which order like their bits
     VALAR_UNROLL for (size_t c = 0; c < 4; c++) {
-        VALAR_UNROLL for (size_t i = 0; i < 2; i++) v[c][i] =
-            _mm512_loadu_ps(x + c * x_stride + 16 * i);
+        VALAR_UNROLL for (size_t i = 0; i < 2; i++)
+            v[c][i] = _mm512_loadu_ps(x + c * x_stride + 16 * i);
         const __m512 largest = _mm512_castsi512_ps(
             _mm512_maskz_max_epi32(  // GCC 12 warns of its own header where there is no mask
                 0xffff, _mm512_and_si512(_mm512_castps_si512(v[c][0]), magnitude),
@@ -9563,9 +9647,9 @@ void quantize_four(const float* x, size_t x_stride, uint32_t planes, ActivationB
                                     _mm256_castps_si256(half_of<1>(largest)));
     }
     __m256i pairs[2];
-    VALAR_UNROLL for (int i = 0; i < 2; i++) pairs[i] =
-        _mm256_max_epi32(_mm256_unpacklo_epi32(eight[2 * i], eight[2 * i + 1]),
-                         _mm256_unpackhi_epi32(eight[2 * i], eight[2 * i + 1]));
+    VALAR_UNROLL for (int i = 0; i < 2; i++)
+        pairs[i] = _mm256_max_epi32(_mm256_unpacklo_epi32(eight[2 * i], eight[2 * i + 1]),
+                                    _mm256_unpackhi_epi32(eight[2 * i], eight[2 * i + 1]));
     const __m256i all = _mm256_max_epi32(_mm256_unpacklo_epi64(pairs[0], pairs[1]),
                                          _mm256_unpackhi_epi64(pairs[0], pairs[1]));
     const __m128 amax = _mm_castsi128_ps(
@@ -9637,12 +9721,13 @@ VALAR_FORCE_INLINE void add_values(const AttentionTask& task, const QueryTile& t
         const void* group = task.values[j / 16];
         const size_t at = j % 16 * size_t{task.head_dim} + e0;
         __m512 v[W];
-        VALAR_UNROLL for (uint32_t w = 0; w < W; w++) v[w] =
-            W > 1 ? load_kv<kHalf>(group, at + 16 * w) : load_some_kv<kHalf>(some, group, at);
+        VALAR_UNROLL for (uint32_t w = 0; w < W; w++)
+            v[w] = W > 1 ? load_kv<kHalf>(group, at + 16 * w)
+                         : load_some_kv<kHalf>(some, group, at);
         VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
             const __m512 p = _mm512_set1_ps(tile.p[query + i][j]);
-            VALAR_UNROLL for (uint32_t w = 0; w < W; w++) acc[i][w] =
-                _mm512_fmadd_ps(p, v[w], acc[i][w]);
+            VALAR_UNROLL for (uint32_t w = 0; w < W; w++)
+                acc[i][w] = _mm512_fmadd_ps(p, v[w], acc[i][w]);
         }
     }
     VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) {
@@ -9676,9 +9761,7 @@ constexpr AttentionParts attention_parts = {
     {VALAR_EACH_TILE(add_value_range, true), VALAR_EACH_TILE(add_value_range, false)}};
 #undef VALAR_EACH_TILE
 
-void attention(const AttentionTask& task) {
-    attend(attention_parts, task);
-}
+void attention(const AttentionTask& task) { attend(attention_parts, task); }
 
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     multiply_pair(tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
@@ -9687,9 +9770,9 @@ void matmul(const MatmulTask& task) {
     multiply_tiles(task, {product, quantize, avx2::add, silu_mul});
 }
 
-constexpr Kernels kernels = {
-    "avx512",  quantize, matmul,         avx2::rms_norm,  avx2::rope, avx2::scale,
-    avx2::add, silu_mul, avx2::store_kv, avx2::expand_kv, attention,  avx2::attention_merge};
+constexpr Kernels kernels = {"avx512",       quantize,        matmul,    avx2::rms_norm,
+                             avx2::rope,     avx2::scale,     avx2::add, silu_mul,
+                             avx2::store_kv, avx2::expand_kv, attention, avx2::attention_merge};
 
 }  // namespace avx512
 
@@ -9932,8 +10015,8 @@ VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
         const B16 low = G % 2 ? byte_shift<-4>(pair) : bit_and(pair, byte_splat(15));
         if constexpr (high == 0) return low;
         else {
-            const B16 rest =
-                byte_shift<4 - G * high % 8>(load_bytes(codes + 256 + G * high / 8 * 64));
+            const B16 rest = byte_shift<4 - G * high % 8>(
+                load_bytes(codes + 256 + G * high / 8 * 64));
             return bit_or(low, bit_and(rest, byte_splat(high == 1 ? 16 : 48)));
         }
     }
@@ -10012,8 +10095,8 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
         for (size_t v = 0; v < 4; v++) {
             I4 part[parts][C];  // starts as what the codes' bias adds, negated
             VALAR_UNROLL for (int c = 0; c < C; c++) {
-                VALAR_UNROLL for (int p = 0; p < parts; p++) part[p][c] =
-                    int_splat(-bias * (parts == 2 ? a[c]->sum[p] : a[c]->sum[0] + a[c]->sum[1]));
+                VALAR_UNROLL for (int p = 0; p < parts; p++) part[p][c] = int_splat(
+                    -bias * (parts == 2 ? a[c]->sum[p] : a[c]->sum[0] + a[c]->sum[1]));
             }
             K::template multiply<I, P, C>(x, at + (P ? 0 : L.scale_bytes) + 16 * v, part);
             Scales s;
@@ -10115,8 +10198,7 @@ VALAR_FORCE_INLINE void quantize_plane(F4 (&x)[8], float d, float inverse, Activ
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-void quantize_column(const float* x, size_t n, uint32_t planes, size_t step,
-                     ActivationBlock* out) {
+void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, ActivationBlock* out) {
     for (size_t b = 0; b < n / kActivationBlock; b++, x += kActivationBlock, out += step) {
         F4 v[8];
         I4 largest = int_splat(0);
@@ -10278,8 +10360,8 @@ void attend(const AttentionTask& task, uint32_t query) {
         VALAR_UNROLL for (uint32_t i = 0; i < 4 * Q; i++) acc[i / 4][i % 4] = splat(0);
         for (size_t e = 0; e < task.head_dim; e++) {
             F4 key[4];
-            VALAR_UNROLL for (size_t v = 0; v < 4; v++) key[v] =
-                load_kv<kType>(task.keys[group], 16 * e + 4 * v);
+            VALAR_UNROLL for (size_t v = 0; v < 4; v++)
+                key[v] = load_kv<kType>(task.keys[group], 16 * e + 4 * v);
             VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
                 const F4 one = splat(q[i * task.q_stride + e]);
                 VALAR_UNROLL for (size_t v = 0; v < 4; v++) acc[i][v] = fma(one, key[v], acc[i][v]);
@@ -10297,12 +10379,12 @@ void attend(const AttentionTask& task, uint32_t query) {
         VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) acc[i / W][i % W] = splat(0);
         for (uint32_t j = begin; j < end; j++) {
             F4 value[W];
-            VALAR_UNROLL for (size_t v = 0; v < W; v++) value[v] =
-                load_kv<kType>(task.values[j / 16], j % 16 * task.head_dim + e + 4 * v);
+            VALAR_UNROLL for (size_t v = 0; v < W; v++)
+                value[v] = load_kv<kType>(task.values[j / 16], j % 16 * task.head_dim + e + 4 * v);
             VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
                 const F4 one = splat(p[i][j]);
-                VALAR_UNROLL for (size_t v = 0; v < W; v++) acc[i][v] =
-                    fma(one, value[v], acc[i][v]);
+                VALAR_UNROLL for (size_t v = 0; v < W; v++)
+                    acc[i][v] = fma(one, value[v], acc[i][v]);
             }
         }
         VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++)
@@ -10385,8 +10467,8 @@ void matmul(const MatmulTask& task) {
 
 template <class K>
 constexpr Kernels kernels_with(const char* name) {
-    return {name,     quantize, matmul<K>,         rms_norm,  rope,           scale, add_to,
-            silu_mul, store_kv, scalar::expand_kv, attention, attention_merge};
+    return {name,   quantize, matmul<K>, rms_norm,          rope,      scale,
+            add_to, silu_mul, store_kv,  scalar::expand_kv, attention, attention_merge};
 }
 
 }  // namespace lanes4
@@ -11060,7 +11142,8 @@ struct Team::State {
     }
 
     void run_with_helpers() {
-        const uint32_t now = next_ticket_to_publish(true), count = parts.load(std::memory_order_relaxed);
+        const uint32_t now = next_ticket_to_publish(true),
+                       count = parts.load(std::memory_order_relaxed);
         running.store(count - 1, std::memory_order_relaxed);
         for (uint32_t i = 0; i + 1 < count; i++)
             helpers[i].open.store(now, std::memory_order_release);
@@ -11273,7 +11356,8 @@ public:
         if (!spelling.empty()) entries_.push_back({spelling, token, template_only});
     }
     void build() {
-        sort_items(entries_, [](const Entry& a, const Entry& b) { return a.spelling < b.spelling; });
+        sort_items(entries_,
+                   [](const Entry& a, const Entry& b) { return a.spelling < b.spelling; });
         size_t at = 0;
         for (size_t byte = 0; byte < 256; ++byte) {
             first_[byte] = at;
@@ -11320,11 +11404,11 @@ private:
 struct SplitRules {
     std::string_view name;  // tokenizer.ggml.pre
     bool modern;
-    size_t digits;          // at most so many in one word
-    bool digits_apart;      // each digit is cut out first: what is around it does not see it
-    bool compose;           // NFC before anything else
-    bool whole_words;       // a word that is a token is taken without merging
-    bool add_bos;           // unless the file says otherwise
+    size_t digits;      // at most so many in one word
+    bool digits_apart;  // each digit is cut out first: what is around it does not see it
+    bool compose;       // NFC before anything else
+    bool whole_words;   // a word that is a token is taken without merging
+    bool add_bos;       // unless the file says otherwise
 };
 
 namespace {
@@ -11572,15 +11656,15 @@ private:
 struct Vocabulary {
     PieceTable pieces;
     std::vector<TokenKind> kinds;
-    std::vector<bool> from_text;      // merging and whole words may make it
-    std::vector<bool> ends;           // see is_end
-    std::vector<uint32_t> ranks;      // SentencePiece: position of its score, highest first
-    PairTable pairs;                  // byte-level
-    std::array<Token, 256> bytes;     // the token of a single byte, or no_token
-    SpellingMatcher specials;         // cut out of the text first
-    SpellingMatcher whole;            // SentencePiece: user-defined tokens of any text
+    std::vector<bool> from_text;        // merging and whole words may make it
+    std::vector<bool> ends;             // see is_end
+    std::vector<uint32_t> ranks;        // SentencePiece: position of its score, highest first
+    PairTable pairs;                    // byte-level
+    std::array<Token, 256> bytes;       // the token of a single byte, or no_token
+    SpellingMatcher specials;           // cut out of the text first
+    SpellingMatcher whole;              // SentencePiece: user-defined tokens of any text
     const SplitRules* rules = nullptr;  // null: SentencePiece
-    size_t longest = 0;               // bytes of the longest piece that from_text marks
+    size_t longest = 0;                 // bytes of the longest piece that from_text marks
     Token bos = no_token, eos = no_token, unknown = no_token;
     bool add_bos = false, add_eos = false, add_space_prefix = false;
 };
@@ -11619,9 +11703,9 @@ private:
                           file_.name() + ": tokenizer.ggml." + key + ": " + what);
     }
     Error unsupported(const char* key, std::string_view value) const {
-        return make_error(ErrorKind::unsupported,
-                          file_.name() + ": tokenizer.ggml." + key + " = \"" +
-                              utf8_repair(value.substr(0, 64)) + "\" is not supported");
+        return make_error(ErrorKind::unsupported, file_.name() + ": tokenizer.ggml." + key +
+                                                      " = \"" + utf8_repair(value.substr(0, 64)) +
+                                                      "\" is not supported");
     }
     bool is_sentencepiece() const { return v_.rules == nullptr; }
 
@@ -11657,8 +11741,8 @@ private:
         auto types = file_.get_ints("tokenizer.ggml.token_type");
         if (!types) return types.error();
         if (types->size() != tokens->size())
-            return bad("token_type", format("%zu types for %zu tokens", types->size(),
-                                            tokens->size()));
+            return bad("token_type",
+                       format("%zu types for %zu tokens", types->size(), tokens->size()));
         for (size_t id = 0; id < v_.kinds.size(); ++id) {
             const int64_t type = (*types)[id];
             if (type < 0 || type > 6)
@@ -11694,9 +11778,7 @@ private:
         return kind == TokenKind::user_defined ? std::string(text) : from_printable(text);
     }
     static std::string byte_spelled(std::string_view text) {  // <0x0A>
-        auto digit = [&](size_t at) {
-            return std::string_view("0123456789ABCDEF").find(text[at]);
-        };
+        auto digit = [&](size_t at) { return std::string_view("0123456789ABCDEF").find(text[at]); };
         if (text.size() != 6 || text.substr(0, 3) != "<0x" || text[5] != '>') return {};
         if (digit(3) > 15 || digit(4) > 15) return {};
         return std::string(1, char(digit(3) * 16 + digit(4)));
@@ -11709,8 +11791,8 @@ private:
             const char32_t c = utf8_next(text, &at);
             const bool itself = (c > 0x20 && c < 0x7F) || (c > 0xA0 && c < 0x100 && c != 0xAD);
             if (itself) bytes += char(c);
-            else if (c >= 0x100 && c <= 0x120) bytes += char(c - 0x100);           // 00..20
-            else if (c > 0x120 && c <= 0x142) bytes += char(c - 0x121 + 0x7F);     // 7F..A0
+            else if (c >= 0x100 && c <= 0x120) bytes += char(c - 0x100);        // 00..20
+            else if (c > 0x120 && c <= 0x142) bytes += char(c - 0x121 + 0x7F);  // 7F..A0
             else if (c == 0x143) bytes += '\xAD';
             else return std::string(text);
         }
@@ -11723,36 +11805,40 @@ private:
         auto value = file_.get_uint(name);
         if (!value) return value.error();
         if (*value >= v_.kinds.size())
-            return bad(key, format("%llu, of %zu tokens", (unsigned long long)*value,
-                                   v_.kinds.size()));
+            return bad(key,
+                       format("%llu, of %zu tokens", (unsigned long long)*value, v_.kinds.size()));
         *id = Token(*value);
         return {};
     }
 
     Result<void> read_ids() {
         Token turn = no_token, message = no_token;
-        const std::pair<const char*, Token*> ids[] = {
-            {"bos_token_id", &v_.bos}, {"eos_token_id", &v_.eos}, {"eot_token_id", &turn},
-            {"eom_token_id", &message}, {"unknown_token_id", &v_.unknown}};
+        const std::pair<const char*, Token*> ids[] = {{"bos_token_id", &v_.bos},
+                                                      {"eos_token_id", &v_.eos},
+                                                      {"eot_token_id", &turn},
+                                                      {"eom_token_id", &message},
+                                                      {"unknown_token_id", &v_.unknown}};
         for (auto [key, id] : ids)
             if (auto result = read_id(key, id); !result) return result;
         for (Token id : {v_.bos, v_.eos, turn, message})  // files call some of them normal
             if (id != no_token && v_.pieces[size_t(id)].size() > 1)
                 v_.kinds[size_t(id)] = TokenKind::control;
         mark_ends({v_.eos, turn, message});
-        if (v_.unknown != no_token && (v_.kinds[size_t(v_.unknown)] == TokenKind::control ||
-                                       v_.ends[size_t(v_.unknown)]))
+        if (v_.unknown != no_token &&
+            (v_.kinds[size_t(v_.unknown)] == TokenKind::control || v_.ends[size_t(v_.unknown)]))
             v_.unknown = no_token;  // text must not make it
         return {};
     }
 
     void mark_ends(std::initializer_list<Token> ends) {
         static constexpr std::string_view spellings[] = {
+            // clang-format off
             "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
             "<|end|>", "<|return|>", "<|call|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>",
             "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|end_of_role|>", "<end_of_utterance>",
             "<|user|>", "<|observation|>", "<EOT>", "</s>", "<eos>", "[EOS]",
             "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
+        // clang-format on
         v_.ends.assign(v_.kinds.size(), false);
         for (Token id : ends)
             if (id != no_token) v_.ends[size_t(id)] = true;
@@ -11835,8 +11921,8 @@ private:
         auto scores = file_.get_floats("tokenizer.ggml.scores");
         if (!scores) return scores.error();
         if (scores->size() != v_.kinds.size())
-            return bad("scores", format("%zu scores for %zu tokens", scores->size(),
-                                        v_.kinds.size()));
+            return bad("scores",
+                       format("%zu scores for %zu tokens", scores->size(), v_.kinds.size()));
         std::vector<std::pair<double, Token>> order(scores->size());
         for (size_t id = 0; id < order.size(); ++id) {
             order[id] = {-(*scores)[id], Token(id)};
@@ -11847,8 +11933,8 @@ private:
         v_.ranks.resize(order.size());
         for (size_t i = 0; i < order.size(); ++i) {
             const bool tie = i > 0 && order[i].first == order[i - 1].first;
-            v_.ranks[size_t(order[i].second)] =
-                tie ? v_.ranks[size_t(order[i - 1].second)] : uint32_t(i);
+            v_.ranks[size_t(order[i].second)] = tie ? v_.ranks[size_t(order[i - 1].second)]
+                                                    : uint32_t(i);
         }
         return {};
     }
@@ -11919,8 +12005,8 @@ private:
             SpellingMatcher::Match match;
             if (matcher.may_begin(text[at])) {
                 while (range < request.size() && request[range].end <= at) ++range;
-                match = matcher.longest(text, at, range < request.size() ? request[range].begin
-                                                                         : text.size());
+                match = matcher.longest(
+                    text, at, range < request.size() ? request[range].begin : text.size());
             }
             if (match.length == 0) {
                 ++at;
@@ -11939,7 +12025,8 @@ private:
         if (!v_.rules) return encode_sentences(text);
         // no character before U+0300 (lead byte CC) is changed by NFC unless one after it is there
         const bool composed = !v_.rules->compose ||
-            std::none_of(text.begin(), text.end(), [](char c) { return uint8_t(c) >= 0xCC; });
+                              std::none_of(text.begin(), text.end(),
+                                           [](char c) { return uint8_t(c) >= 0xCC; });
         return composed ? encode_words(text) : encode_words(nfc(text));
     }
 
@@ -12005,8 +12092,7 @@ private:
     // SentencePiece: a space in front where the model wants it, then user-defined tokens are cut
     // out, then the rest is merged.
     Result<void> encode_sentences(std::string_view raw) {
-        const std::string text =
-            (v_.add_space_prefix ? " " : "") + with_spaces(raw);
+        const std::string text = (v_.add_space_prefix ? " " : "") + with_spaces(raw);
         return cut_out(v_.whole, text, {}, [this](std::string_view run) -> Result<void> {
             after_unknown_ = false;
             auto symbols = symbols_for(run.size());
@@ -12023,8 +12109,8 @@ private:
         for (size_t at = 0; at < text.size(); ++count) {
             symbols[count] = {.begin = uint32_t(at)};
             utf8_next(text, &at);
-            symbols[count].token = piece_made(text.substr(symbols[count].begin,
-                                                          at - symbols[count].begin));
+            symbols[count].token = piece_made(
+                text.substr(symbols[count].begin, at - symbols[count].begin));
         }
         symbols = symbols.first(count);
         longest = std::min(longest, v_.longest);
@@ -12206,17 +12292,19 @@ namespace jinja {
 // values form no cycles. Containers know how deep they nest: recursion over them is bounded.
 
 enum class Kind : uint8_t {
+    // clang-format off
     undefined, none, boolean, integer, real, string, list, tuple, iterator, dict,
     name_space, loop, macro, function,
+    // clang-format on
 };
 
 struct Value {
-    Kind     kind    = Kind::undefined;
-    bool     request = false;  // it came from the request; of a string its marks say so, not this
-    uint16_t depth   = 0;      // of a container
+    Kind kind = Kind::undefined;
+    bool request = false;  // it came from the request; of a string its marks say so, not this
+    uint16_t depth = 0;    // of a container
     union {
-        int64_t integer = 0;   // boolean, integer; undefined: its node; name_space: its index
-        double  real;
+        int64_t integer = 0;  // boolean, integer; undefined: its node; name_space: its index
+        double real;
     };
     std::shared_ptr<void> object = {};
 };
@@ -12323,23 +12411,26 @@ std::string number_text(const Value& v);
 
 enum class Op : uint8_t {
     // statements; children in comments, those in brackets may be node 0: nothing
-    body,         // statements
-    text,         // value: index into texts
-    print,        // expression
-    choice,       // condition, body, condition, body ..., [body of else]: an odd number of children
-    loop,         // target, iterable, [condition], body, [body of else]
-    set,          // target, expression
-    set_block,    // target, body, filters ...
-    macro,        // value: name; body, parameters (keyword) ...
-    filter_block, // body, filters ...
-    scope,        // body
-    break_loop, continue_loop,
+    body,       // statements
+    text,       // value: index into texts
+    print,      // expression
+    choice,     // condition, body, condition, body ..., [body of else]: an odd number of children
+    loop,       // target, iterable, [condition], body, [body of else]
+    set,        // target, expression
+    set_block,  // target, body, filters ...
+    macro,      // value: name; body, parameters (keyword) ...
+    filter_block,  // body, filters ...
+    scope,         // body
+    break_loop,
+    continue_loop,
     // expressions
-    constant,     // value: index into constants
-    name,         // value: name
-    list, tuple,  // expressions
+    constant,  // value: index into constants
+    name,      // value: name
+    list,
+    tuple,        // expressions
     dict,         // key, value, key, value ...
     conditional,  // condition, then, [else]
+    // clang-format off
     any, all,     // expressions: or, and
     negation,     // expression: not
     minus, plus,  // expression
@@ -12355,12 +12446,13 @@ enum class Op : uint8_t {
     equal, not_equal, less, less_equal, greater, greater_equal, in, not_in,  // expression
     keyword,      // value: name; [expression]
     field,        // a target: value: name of the attribute; name of the namespace
+    // clang-format on
 };
 
 struct Node {
-    Op       op    = Op::body;
-    bool     flag  = false;
-    uint32_t line  = 0;
+    Op op = Op::body;
+    bool flag = false;
+    uint32_t line = 0;
     uint32_t value = 0;
     uint32_t first = 0;  // of its children in links
     uint32_t count = 0;
@@ -12376,14 +12468,14 @@ inline namespace v1 {
 namespace detail {
 
 struct TemplateProgram {
-    std::string                 source;
-    std::vector<jinja::Node>    nodes = {jinja::Node{}};
-    std::vector<uint32_t>       links;
-    std::vector<jinja::Value>   constants;
-    std::vector<std::string>    texts;  // outside of tags
-    std::vector<std::string>    names;
-    std::optional<uint32_t>     loop_name;  // of "loop", where the template uses it
-    uint32_t                    root = 0;
+    std::string source;
+    std::vector<jinja::Node> nodes = {jinja::Node{}};
+    std::vector<uint32_t> links;
+    std::vector<jinja::Value> constants;
+    std::vector<std::string> texts;  // outside of tags
+    std::vector<std::string> names;
+    std::optional<uint32_t> loop_name;  // of "loop", where the template uses it
+    uint32_t root = 0;
 
     std::span<const uint32_t> children(const jinja::Node& node) const {
         return std::span(links).subspan(node.first, node.count);
@@ -12437,8 +12529,9 @@ bool truth(const Value& v) {
 }
 
 const char* kind_name(const Value& v) {
-    static const char* const names[] = {"Undefined", "None", "bool", "int", "float", "str", "list",
-        "tuple", "generator", "dict", "Namespace", "LoopContext", "Macro", "function"};
+    static const char* const names[] = {"Undefined", "None",        "bool",  "int",       "float",
+                                        "str",       "list",        "tuple", "generator", "dict",
+                                        "Namespace", "LoopContext", "Macro", "function"};
     return names[size_t(v.kind)];
 }
 
@@ -12535,11 +12628,13 @@ namespace detail {
 namespace jinja {
 
 struct Lexeme {
+    // clang-format off
     enum class Type : uint8_t { text, begin_print, end_print, begin_tag, end_tag, name, string,
                                 integer, real, symbol, end };
     Type             type = Type::end;
+    // clang-format on
     std::string_view text = {};
-    uint32_t         line = 1;
+    uint32_t line = 1;
 };
 
 /// Cuts the source into text, tags and what stands in tags, and takes away the white space that
@@ -12567,12 +12662,12 @@ private:
     size_t number_end(bool* real) const;
     bool bracket(char c);
 
-    std::string_view     s_;
-    size_t               at_ = 0;
-    uint32_t             line_ = 1;
-    bool                 line_start_ = true;  // what was cut off last ended with a line
-    std::string          open_ = {};          // the closers of brackets that are open
-    std::vector<Lexeme>  out_ = {};
+    std::string_view s_;
+    size_t at_ = 0;
+    uint32_t line_ = 1;
+    bool line_start_ = true;  // what was cut off last ended with a line
+    std::string open_ = {};   // the closers of brackets that are open
+    std::vector<Lexeme> out_ = {};
     std::optional<Error> error_ = {};
 };
 
@@ -12662,13 +12757,13 @@ private:
     Ids filters();
     uint32_t chained(uint32_t line, const Ids& chain);
 
-    TemplateProgram&                          p_;
-    std::vector<Lexeme>                       lexemes_;
+    TemplateProgram& p_;
+    std::vector<Lexeme> lexemes_;
     std::unordered_map<std::string, uint32_t> name_ids_ = {};
-    size_t                                    at_ = 0;
-    uint32_t                                  depth_ = 0;
-    uint32_t                                  loops_ = 0;  // around this place
-    std::optional<Error>                      error_ = {};
+    size_t at_ = 0;
+    uint32_t depth_ = 0;
+    uint32_t loops_ = 0;  // around this place
+    std::optional<Error> error_ = {};
 };
 
 }  // namespace jinja
@@ -12760,7 +12855,9 @@ void Lexer::comment() {
 
 /// Behind "word %}" at `at`; npos when something else is there.
 size_t Lexer::raw_tag(size_t at, std::string_view word) const {
-    const auto skip = [&] { while (at < s_.size() && is_space(s_[at])) ++at; };
+    const auto skip = [&] {
+        while (at < s_.size() && is_space(s_[at])) ++at;
+    };
     skip();
     if (s_.substr(at, word.size()) != word) return std::string_view::npos;
     at += word.size();
@@ -12775,8 +12872,8 @@ void Lexer::raw(size_t begin) {
     advance(begin);
     line_start_ = false;
     for (size_t i = begin; (i = s_.find("{%", i)) != std::string_view::npos; i += 2) {
-        const char sign =
-            i + 2 < s_.size() && (s_[i + 2] == '-' || s_[i + 2] == '+') ? s_[i + 2] : '\0';
+        const char sign = i + 2 < s_.size() && (s_[i + 2] == '-' || s_[i + 2] == '+') ? s_[i + 2]
+                                                                                      : '\0';
         const size_t end = raw_tag(i + (sign ? 3 : 2), "endraw");
         if (end == std::string_view::npos) continue;
         text_before(i, sign, true);
@@ -13142,9 +13239,9 @@ uint32_t Parser::negation() {
 uint32_t Parser::comparison() {
     static const struct {
         const char* symbol;
-        Op          op;
-    } operators[] = {{"==", Op::equal}, {"!=", Op::not_equal}, {"<", Op::less},
-                     {"<=", Op::less_equal}, {">", Op::greater}, {">=", Op::greater_equal}};
+        Op op;
+    } operators[] = {{"==", Op::equal},      {"!=", Op::not_equal}, {"<", Op::less},
+                     {"<=", Op::less_equal}, {">", Op::greater},    {">=", Op::greater_equal}};
     const uint32_t begin = now().line;
     Ids items = {arithmetic(0)};
     for (;;) {
@@ -13164,11 +13261,11 @@ uint32_t Parser::comparison() {
 uint32_t Parser::arithmetic(size_t level) {
     static const struct {
         const char* symbol;
-        size_t      level;
-        Op          op;
-    } operators[] = {{"+", 0, Op::add}, {"-", 0, Op::subtract}, {"~", 1, Op::concat},
+        size_t level;
+        Op op;
+    } operators[] = {{"+", 0, Op::add},      {"-", 0, Op::subtract},      {"~", 1, Op::concat},
                      {"*", 2, Op::multiply}, {"//", 2, Op::floor_divide}, {"/", 2, Op::divide},
-                     {"%", 2, Op::modulo}, {"**", 3, Op::power}};
+                     {"%", 2, Op::modulo},   {"**", 3, Op::power}};
     if (level == 4) return unary(true);
     const uint32_t begin = now().line;
     Ids chain = {arithmetic(level + 1)};
@@ -13223,11 +13320,11 @@ uint32_t Parser::primary() {
 uint32_t Parser::word() {
     static const struct {
         const char* word;
-        Kind        kind;
-        int64_t     value;
-    } constants[] = {{"true", Kind::boolean, 1}, {"True", Kind::boolean, 1},
+        Kind kind;
+        int64_t value;
+    } constants[] = {{"true", Kind::boolean, 1},  {"True", Kind::boolean, 1},
                      {"false", Kind::boolean, 0}, {"False", Kind::boolean, 0},
-                     {"none", Kind::none, 0}, {"None", Kind::none, 0}};
+                     {"none", Kind::none, 0},     {"None", Kind::none, 0}};
     const Lexeme lexeme = next();
     for (const auto& c : constants)
         if (lexeme.text == c.word) return constant(make_kind(c.kind, c.value), lexeme.line);
@@ -13249,8 +13346,10 @@ size_t unescape(std::string_view s, size_t at, std::string& out) {
     size_t i = octal ? at : at + 1, end = std::min(i + digits, s.size());
     for (; i < end; ++i) {
         const char d = s[i];
-        const int digit = is_digit(d) ? d - '0' : d >= 'a' && d <= 'f' ? d - 'a' + 10
-                        : d >= 'A' && d <= 'F' ? d - 'A' + 10 : 16;
+        const int digit = is_digit(d)            ? d - '0'
+                          : d >= 'a' && d <= 'f' ? d - 'a' + 10
+                          : d >= 'A' && d <= 'F' ? d - 'A' + 10
+                                                 : 16;
         if (digit >= (octal ? 8 : 16)) break;
         code = code * (octal ? 8 : 16) + uint32_t(digit);
     }
@@ -13399,8 +13498,8 @@ Parser::Ids Parser::arguments() {
         if (!made.empty()) expect(",");
         if (take(")")) break;
         const uint32_t line = now().line;
-        const bool keyword =
-            now().type == Type::name && peek().type == Type::symbol && peek().text == "=";
+        const bool keyword = now().type == Type::name && peek().type == Type::symbol &&
+                             peek().text == "=";
         if (is("*") || is("**")) fail("arguments from a list or dict are not supported");
         if (keywords && !keyword) fail("an argument without name behind one with a name");
         keywords = keyword;
@@ -13428,8 +13527,8 @@ namespace jinja {
 enum class Flow : uint8_t { next, break_loop, continue_loop };
 
 struct Arguments {
-    List                                            values = {};
-    std::vector<std::pair<std::string_view, Value>> named  = {};
+    List values = {};
+    std::vector<std::pair<std::string_view, Value>> named = {};
 };
 
 class Renderer;
@@ -13441,7 +13540,7 @@ using Function = Value (*)(Renderer& r, const Value& self, Arguments& args);
 struct Builtin {
     const char* name;
     const char* parameters;
-    Function    function;
+    Function function;
 };
 
 const Builtin* find_filter(std::string_view name);
@@ -13450,12 +13549,12 @@ const Builtin* find_method(const Value& self, std::string_view name);
 const Builtin* find_global(std::string_view name);
 
 struct Bound {  // a function value: a method with what it belongs to, or a global function
-    Value          self;
+    Value self;
     const Builtin* builtin;
 };
 
 struct Loop {  // what `loop` is
-    Value  items;
+    Value items;
     size_t at;
 };
 
@@ -13467,13 +13566,13 @@ struct Macro {
 
 /// How values are written: as Python's repr, or as json.dumps.
 struct WriteStyle {
-    bool        json   = false;
-    bool        ascii  = false;
-    bool        sorted = false;
+    bool json = false;
+    bool ascii = false;
+    bool sorted = false;
     std::string indent = {};
-    bool        lines  = false;  // one item a line
-    std::string comma  = ", ";
-    std::string colon  = ": ";
+    bool lines = false;  // one item a line
+    std::string comma = ", ";
+    std::string colon = ": ";
 };
 
 /// One rendering. What fails sets the error, gives undefined, and stops everything else.
@@ -13493,15 +13592,15 @@ public:
     bool append(Text& out, std::string_view piece, bool request);
     bool append(Text& out, const Text& from, ByteRange range);
     bool append(Text& out, const Text& from) { return append(out, from, {0, from.text.size()}); }
-    void print(Text& out, const Value& v);                        // Python's str()
+    void print(Text& out, const Value& v);  // Python's str()
     void write(Text& out, const Value& v, const WriteStyle& style, size_t level, bool request);
     Value to_string(const Value& v);
-    Value piece(const Value& string, ByteRange range);            // of a string
+    Value piece(const Value& string, ByteRange range);  // of a string
     Value list(Kind kind, List items);
     Value dict(Dict entries);
-    Value items_of(const Value& v);                               // as a list, for iteration
+    Value items_of(const Value& v);  // as a list, for iteration
     bool want(const Value& v, Kind kind);
-    std::string what(const Value& v) const;                       // for messages
+    std::string what(const Value& v) const;  // for messages
 
     bool equal(const Value& a, const Value& b);
     bool less(const Value& a, const Value& b);
@@ -13510,15 +13609,15 @@ public:
     Value binary(Op op, Value a, const Value& b);
     Value attribute(const Value& v, std::string_view name, uint32_t node = 0);
     Value subscript(const Value& v, const Value& key, uint32_t node = 0);
-    Value path(const Value& v, const Value& dotted);              // filters' attribute = "a.b"
+    Value path(const Value& v, const Value& dotted);  // filters' attribute = "a.b"
     Value slice(const Value& v, const Value& begin, const Value& end, const Value& step);
     Value call(const Builtin& builtin, const Value& self, Arguments& args);
     Value name_space(Dict fields);
 
 private:
     struct Frame {
-        uint32_t                                parent;
-        uint64_t                                serial;
+        uint32_t parent;
+        uint64_t serial;
         std::vector<std::pair<uint32_t, Value>> bindings;
     };
     /// One level of evaluation: bounds the machine's stack.
@@ -13573,16 +13672,16 @@ private:
                          bool request);
 
     const TemplateProgram& p_;
-    std::optional<Error>   error_ = {};
-    uint64_t               spent_ = 0;   // in bytes, see ChatTemplate::bytes_per_step
-    uint32_t               line_ = 1;
-    uint32_t               levels_ = 0;
-    uint32_t               calls_ = 0;
-    uint64_t               serial_ = 0;
-    Text                   output_ = {};
-    Text*                  out_ = &output_;
-    std::vector<Frame>     frames_ = {};      // the last one is where names are set
-    std::vector<Dict>      name_spaces_ = {};
+    std::optional<Error> error_ = {};
+    uint64_t spent_ = 0;  // in bytes, see ChatTemplate::bytes_per_step
+    uint32_t line_ = 1;
+    uint32_t levels_ = 0;
+    uint32_t calls_ = 0;
+    uint64_t serial_ = 0;
+    Text output_ = {};
+    Text* out_ = &output_;
+    std::vector<Frame> frames_ = {};  // the last one is where names are set
+    std::vector<Dict> name_spaces_ = {};
 };
 
 const Value* find_entry(const Dict& dict, std::string_view key);
@@ -13652,8 +13751,8 @@ bool Renderer::append(Text& out, std::string_view piece, bool request) {
 
 bool Renderer::append(Text& out, const Text& from, ByteRange range) {
     const size_t base = out.text.size();
-    const std::string_view bytes =
-        std::string_view(from.text).substr(range.begin, range.end - range.begin);
+    const std::string_view bytes = std::string_view(from.text).substr(range.begin,
+                                                                      range.end - range.begin);
     if (!append(out, bytes, false)) return false;
     const auto& marks = from.from_request;
     auto mark = std::upper_bound(marks.begin(), marks.end(), range.begin,
@@ -13791,8 +13890,8 @@ void trust_roles(const Value& messages) {
                                         "assistant", "tool",      "function"};
     if (!is_list(messages)) return;
     for (const Value& message : list_in(messages)) {
-        const Value* role =
-            message.kind == Kind::dict ? find_entry(dict_in(message), "role") : nullptr;
+        const Value* role = message.kind == Kind::dict ? find_entry(dict_in(message), "role")
+                                                       : nullptr;
         if (!role || !is_string(*role)) continue;
         for (const char* name : roles)  // the value is new: nobody else holds it
             if (chars(*role) == name) static_cast<Text*>(role->object.get())->from_request.clear();
@@ -14057,8 +14156,9 @@ Value Renderer::eval_sign(const Node& node) {
     const Value v = eval(p_.children(node)[0]);
     if (failed() || node.op == Op::plus)
         return failed() || is_number(v) ? v : fail("a sign before " + what(v));
-    return is_int(v) ? binary(Op::subtract, make_int(0), v)
-                     : is_number(v) ? make_real(-v.real) : fail("a sign before " + what(v));
+    return is_int(v)      ? binary(Op::subtract, make_int(0), v)
+           : is_number(v) ? make_real(-v.real)
+                          : fail("a sign before " + what(v));
 }
 
 Value Renderer::eval_comparison(const Node& node) {
@@ -14425,8 +14525,9 @@ Value Renderer::attribute(const Value& v, std::string_view name, uint32_t node) 
     Value made;
     if (v.kind == Kind::loop)
         made = loop_attribute(*static_cast<const Loop*>(v.object.get()), name);
-    const Dict* members = v.kind == Kind::dict ? &dict_in(v)
-                        : v.kind == Kind::name_space ? &name_spaces_[size_t(v.integer)] : nullptr;
+    const Dict* members = v.kind == Kind::dict         ? &dict_in(v)
+                          : v.kind == Kind::name_space ? &name_spaces_[size_t(v.integer)]
+                                                       : nullptr;
     if (members) charge_bytes(members->size() * 4);
     if (const Value* found = members ? find_entry(*members, name) : nullptr) return *found;
     return made.kind == Kind::undefined ? make_kind(Kind::undefined, node) : made;
@@ -14460,8 +14561,8 @@ Value Renderer::path(const Value& v, const Value& dotted) {
     for (size_t begin = 0; begin <= names.size() && !failed();) {
         const size_t end = std::min(names.find('.', begin), names.size());
         const std::string_view name = names.substr(begin, end - begin);
-        const bool digits =
-            !name.empty() && name.size() < 10 && std::all_of(name.begin(), name.end(), is_digit);
+        const bool digits = !name.empty() && name.size() < 10 &&
+                            std::all_of(name.begin(), name.end(), is_digit);
         at = subscript(at,
                        digits ? make_int(std::atoi(std::string(name).c_str())) : make_text(name));
         begin = end + 1;
@@ -14476,8 +14577,9 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
         if (bound->kind != Kind::none && !is_int(*bound)) return {};  // as Jinja does
     if (is_string(v)) charge_bytes(chars(v).size() / 8);
     const int64_t size = int64_t(is_list(v) ? list_in(v).size() : count_code_points(chars(v)));
-    const int64_t by =
-        step.kind == Kind::none ? 1 : std::clamp<int64_t>(step.integer, -size - 1, size + 1);
+    const int64_t by = step.kind == Kind::none
+                           ? 1
+                           : std::clamp<int64_t>(step.integer, -size - 1, size + 1);
     if (by == 0) return fail("a slice with step 0");
     const auto place = [&](const Value& bound, int64_t absent) {
         if (bound.kind == Kind::none) return absent;
@@ -14562,8 +14664,8 @@ void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t 
             return word(std::isnan(v.real) ? "NaN" : v.real > 0 ? "Infinity" : "-Infinity", "");
         case Kind::string: {
             const std::string& s = chars(v);
-            const bool apostrophes =
-                s.find('\'') != std::string::npos && s.find('"') == std::string::npos;
+            const bool apostrophes = s.find('\'') != std::string::npos &&
+                                     s.find('"') == std::string::npos;
             const char quote = style.json || apostrophes ? '"' : '\'';
             append(out, std::string_view(&quote, 1), request);
             each_run(text_in(v), [&](std::string_view run, bool marked) {
@@ -14750,8 +14852,8 @@ Value replace(Renderer& r, const Value& v, Arguments& a) {
     if (!r.want(a.values[0], Kind::string) || !r.want(a.values[1], Kind::string)) return {};
     if (!is_absent(a.values[2]) && !r.want(a.values[2], Kind::integer)) return {};
     const std::string &all = chars(s), &old = chars(a.values[0]);
-    int64_t left =
-        is_absent(a.values[2]) || a.values[2].integer < 0 ? INT64_MAX : a.values[2].integer;
+    int64_t left = is_absent(a.values[2]) || a.values[2].integer < 0 ? INT64_MAX
+                                                                     : a.values[2].integer;
     Text out;
     size_t begin = 0;
     r.charge_bytes(all.size() / 8 + old.size() * 4);
@@ -15097,8 +15199,8 @@ Value to_real(Renderer&, const Value& v, const Value& otherwise) {
     if (is_number(v)) return make_real(number_in(v));
     if (is_string(v)) {
         const ByteRange range = stripped(chars(v), nullptr, 3);
-        const auto real =
-            parse_double(std::string_view(chars(v)).substr(range.begin, range.end - range.begin));
+        const auto real = parse_double(
+            std::string_view(chars(v)).substr(range.begin, range.end - range.begin));
         if (real) return make_real(*real);
     }
     return otherwise.kind == Kind::undefined ? make_real(0) : otherwise;
@@ -15521,7 +15623,8 @@ const std::string& ChatTemplate::source() const { return program_->source; }
 bool ChatTemplate::mentions(std::string_view word) const {
     for (const auto& constant : program_->constants)
         if (detail::jinja::is_string(constant) &&
-            detail::jinja::chars(constant).find(word) != std::string::npos) return true;
+            detail::jinja::chars(constant).find(word) != std::string::npos)
+            return true;
     return false;
 }
 
@@ -15609,7 +15712,8 @@ struct SpecReader {
     void fail_key(ErrorKind kind, const char* key, const char* what) {
         fail(kind, format("key '%s%s' %s", prefix.c_str(), key, what));
     }
-    template <class T> T value(Result<T> result) {
+    template <class T>
+    T value(Result<T> result) {
         if (result) return *result;
         if (!error) error = result.error();
         return T{};
@@ -15676,8 +15780,7 @@ float read_rope_scale(SpecReader& in) {
     const auto type = in.value(in.gguf.get_string(in.prefix + "rope.scaling.type", "linear"));
     if (type == "none") return 1;
     if (type != "linear")
-        in.fail_key(ErrorKind::unsupported, "rope.scaling.type",
-                    "is neither 'none' nor 'linear'");
+        in.fail_key(ErrorKind::unsupported, "rope.scaling.type", "is neither 'none' nor 'linear'");
     const char* key = in.find("rope.scaling.factor") ? "rope.scaling.factor" : "rope.scale_linear";
     return 1.0f / in.positive(key, 1.0f);
 }
@@ -15740,8 +15843,8 @@ std::vector<LayerSpec> read_layers(SpecReader& in, const Architecture& row, uint
     if (in.size("attention.value_length", ModelSpec::max_width, common.head_dim) != common.head_dim)
         in.fail_key(ErrorKind::unsupported, "attention.value_length", "differs from key_length");
     common.qkv_bias = row.qkv_bias;
-    common.attention_scale =
-        in.positive("attention.scale", 1.0f / std::sqrt(static_cast<float>(common.head_dim)));
+    common.attention_scale = in.positive("attention.scale",
+                                         1.0f / std::sqrt(static_cast<float>(common.head_dim)));
     common.rope = read_rope(in, row, common.head_dim);
     std::vector<LayerSpec> layers(in.size("block_count", ModelSpec::max_layers));
     for (size_t i = 0; i < layers.size() && !in.error; ++i) layers[i] = read_layer(in, common, i);
@@ -15791,8 +15894,7 @@ struct TensorBinder {
     std::optional<Error> error = {};
 
     void fail(ErrorKind kind, const std::string& name, const std::string& what) {
-        if (!error)
-            error = make_error(kind, gguf.name() + ": tensor '" + name + "' " + what);
+        if (!error) error = make_error(kind, gguf.name() + ": tensor '" + name + "' " + what);
     }
 
     const TensorInfo* take(const std::string& name, std::span<const TensorType> types,
@@ -15854,9 +15956,9 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     if (in.error) return *in.error;
     const auto* row = detail::find_architecture(spec.architecture);
     if (!row)
-        return detail::make_error(ErrorKind::unsupported,
-                                  gguf.name() + ": architecture '" +
-                                      detail::printable(spec.architecture) + "' is not supported");
+        return detail::make_error(ErrorKind::unsupported, gguf.name() + ": architecture '" +
+                                                              detail::printable(spec.architecture) +
+                                                              "' is not supported");
     in.prefix = spec.architecture + ".";
     spec.name = in.value(gguf.get_string("general.name", ""));
     detail::refuse_unknown_options(in);
@@ -15906,11 +16008,11 @@ namespace detail {
 /// position of its sequence: those of earlier batches and those of earlier rows of this batch.
 /// Pages that lie before the windows of all layers are not looked at.
 struct BatchRow {
-    Token           token     = 0;
-    const float*    embedding = nullptr;  ///< (n_embd) instead of the token's, or null
-    uint32_t        position  = 0;
-    const uint32_t* pages     = nullptr;  ///< borrowed until the batch is done
-    bool            logits    = false;    ///< wanted for this row
+    Token token = 0;
+    const float* embedding = nullptr;  ///< (n_embd) instead of the token's, or null
+    uint32_t position = 0;
+    const uint32_t* pages = nullptr;  ///< borrowed until the batch is done
+    bool logits = false;              ///< wanted for this row
 };
 
 /// A device that runs a ModelSpec. Threads: one at a time.
@@ -15965,24 +16067,25 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-constexpr uint32_t kMaxBatchRows  = 65536;
+constexpr uint32_t kMaxBatchRows = 65536;
 constexpr uint32_t kMaxPageTokens = 4096;
-constexpr uint32_t kQueryRows     = 16;         // rows of a sequence that attend together
-constexpr uint64_t kJoinWork      = 1 << 16;    // products that are not worth a fork-join
-constexpr uint64_t kClaimColumns  = 8;          // from here on units are claimed, a few at a time
-constexpr uint64_t kClaimUnits    = 4;          // at most: units that share a read of the columns
-constexpr uint32_t kUnitTiles     = 2;          // of a matrix: what kernels take at a time
-constexpr uint64_t kSliceNs       = 200'000;    // between two looks at the deadline
-constexpr double   kSlowestWorkNs = 0.2;        // a product, before it was measured
-constexpr uint64_t kLoadBytes     = 1 << 20;    // of the file, a thread, between two looks
+constexpr uint32_t kQueryRows = 16;       // rows of a sequence that attend together
+constexpr uint64_t kJoinWork = 1 << 16;   // products that are not worth a fork-join
+constexpr uint64_t kClaimColumns = 8;     // from here on units are claimed, a few at a time
+constexpr uint64_t kClaimUnits = 4;       // at most: units that share a read of the columns
+constexpr uint32_t kUnitTiles = 2;        // of a matrix: what kernels take at a time
+constexpr uint64_t kSliceNs = 200'000;    // between two looks at the deadline
+constexpr double kSlowestWorkNs = 0.2;    // a product, before it was measured
+constexpr uint64_t kLoadBytes = 1 << 20;  // of the file, a thread, between two looks
 
 // Cuts a buffer into arrays, each on its own cache line. With base 0 it only counts, so that what a
 // plan says is what is taken.
 struct Carver {
     uintptr_t base = 0;
-    uint64_t  used = 0;
+    uint64_t used = 0;
 
-    template <class T> T* take(uint64_t count) {
+    template <class T>
+    T* take(uint64_t count) {
         const uint64_t at = used;
         used += (count * sizeof(T) + 63) / 64 * 64;  // operands are limited by check_cpu_options
         return reinterpret_cast<T*>(base + static_cast<uintptr_t>(at));
@@ -15992,8 +16095,8 @@ struct Carver {
 // A tensor of the file and where it goes: to be packed, or as it is.
 struct LoadItem {
     const TensorInfo* tensor;
-    std::byte*        out;
-    bool              pack;
+    std::byte* out;
+    bool pack;
 };
 
 // Packed, here or in the file; where `data` is null, in the file's rows.
@@ -16006,11 +16109,11 @@ struct CpuMatrix : PackedMatrix {
 
 struct CpuLayer {
     const LayerSpec* spec;
-    uint32_t     rope;           // index of its RopeTable
+    uint32_t rope;  // index of its RopeTable
     const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias;
-    CpuMatrix    q, k, v, attn_output, gate, up, down;
-    uint64_t     kv_offset;      // of its pages in the pool
-    size_t       kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
+    CpuMatrix q, k, v, attn_output, gate, up, down;
+    uint64_t kv_offset;    // of its pages in the pool
+    size_t kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
     size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
     uint32_t first_seen(uint32_t position) const {
         return spec->window && position >= spec->window ? position - spec->window + 1 : 0;
@@ -16018,33 +16121,35 @@ struct CpuLayer {
 };
 
 struct CpuWeights {
-    const Gguf*           gguf;
-    bool                  mapped;
-    uint64_t              mapped_bytes = 0;
-    uint64_t              mapped_units = 0;  // packed, the most that are needed at a time
-    CpuMatrix             token_embd, output;
-    const float*          output_norm = nullptr;
+    const Gguf* gguf;
+    bool mapped;
+    uint64_t mapped_bytes = 0;
+    uint64_t mapped_units = 0;  // packed, the most that are needed at a time
+    CpuMatrix token_embd, output;
+    const float* output_norm = nullptr;
     std::vector<CpuLayer> layers;
     std::vector<LoadItem> items;  // in the order in which they are loaded
 
     CpuMatrix matrix(Carver& carver, const TensorInfo* tensor) {
         CpuMatrix out{{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
-                       static_cast<uint32_t>(tensor->dims[0])}, tensor};
+                       static_cast<uint32_t>(tensor->dims[0])},
+                      tensor};
         out.data = packed_in_place(*tensor);
         if (out.data || (mapped && !tensor->packed)) {
             mapped_bytes += tensor->bytes;
             if (!out.data) mapped_units = std::max(mapped_units, out.unit_bytes());
             return out;
         }
-        std::byte* data =
-            carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
+        std::byte* data = carver.take<std::byte>(out.tiles() *
+                                                 packed_tile_bytes(out.type, out.cols));
         out.data = data;
         items.push_back({tensor, data, !tensor->packed});
         return out;
     }
     const std::byte* packed_in_place(const TensorInfo& tensor) const {
         const auto there = gguf->tensor_bytes(tensor);
-        if (!tensor.packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64) return nullptr;
+        if (!tensor.packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64)
+            return nullptr;
         return there->data();
     }
     const float* vector(Carver& carver, const TensorInfo* tensor) {
@@ -16075,8 +16180,7 @@ void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors
         layer.up = matrix(carver, from.up);
         layer.down = matrix(carver, from.down);
         if (!layer.gate.data || !layer.up.data)
-            mapped_units =
-                std::max(mapped_units, layer.gate.unit_bytes() + layer.up.unit_bytes());
+            mapped_units = std::max(mapped_units, layer.gate.unit_bytes() + layer.up.unit_bytes());
         layers.push_back(layer);
     }
     output_norm = vector(carver, tensors.output_norm);
@@ -16085,7 +16189,7 @@ void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors
 
 // Rotation angles a position, per pair; layers with the same RopeSpec share a table.
 struct RopeTable {
-    const RopeSpec*     spec;
+    const RopeSpec* spec;
     std::vector<double> frequencies;  // (dims / 2)
 };
 
@@ -16112,40 +16216,40 @@ struct AttentionUnit {
 
 // What a thread needs for one AttentionUnit: one segment's result and the state so far.
 struct QueryScratch {
-    float *   max, *sum, *total_max, *total_sum;  // (kQueryRows * heads of a group)
-    float*    out;                                // (the same, head_dim)
-    float*    expanded;                           // q8_0: a segment's keys, then its values
+    float *max, *sum, *total_max, *total_sum;  // (kQueryRows * heads of a group)
+    float* out;                                // (the same, head_dim)
+    float* expanded;                           // q8_0: a segment's keys, then its values
     uint16_t *begin, *end;
 };
 
 // The largest numbers that occur in any layer.
 struct CpuSizes {
     uint64_t rows, logit_rows, planes, parts, segments;
-    uint64_t split_rows;     // batches of so many rows are split over segments too
+    uint64_t split_rows;  // batches of so many rows are split over segments too
     uint64_t q = 0, kv = 0, group = 0, group_values = 0, heads = 0;
     uint64_t ff_quantized = 0, ff_values = 0;  // of h, for quantized ffn_down or not
-    uint64_t rope_values = 0;  // of all tables, for a position
-    uint64_t expanded = 0;   // of q8_0 keys and values: a segment's
-    uint64_t staging = 0;    // a tile of each thread, as the file has it
-    uint64_t mapped_units;   // bytes of a thread
+    uint64_t rope_values = 0;                  // of all tables, for a position
+    uint64_t expanded = 0;                     // of q8_0 keys and values: a segment's
+    uint64_t staging = 0;                      // a tile of each thread, as the file has it
+    uint64_t mapped_units;                     // bytes of a thread
 };
 
 struct CpuScratch {
-    float *x, *y;                      // (rows, n_embd) the residual stream; normed
-    float *q, *k, *v;                  // (rows, heads * head_dim) as they come from the weights
-    float *turned;                     // (kv heads, rows, heads of a group, head_dim) rotated q
-    float *h;                          // (rows, n_ff), in the place of q, k, v, turned; or
-    ActivationBlock* h_blocks;         // {rows * planes, n_ff / 32}, there too
-    float *attended;                   // (rows, n_heads * head_dim)
-    float *cos_sin;                    // (rows, rope_values)
+    float *x, *y;               // (rows, n_embd) the residual stream; normed
+    float *q, *k, *v;           // (rows, heads * head_dim) as they come from the weights
+    float* turned;              // (kv heads, rows, heads of a group, head_dim) rotated q
+    float* h;                   // (rows, n_ff), in the place of q, k, v, turned; or
+    ActivationBlock* h_blocks;  // {rows * planes, n_ff / 32}, there too
+    float* attended;            // (rows, n_heads * head_dim)
+    float* cos_sin;             // (rows, rope_values)
     float *part_max, *part_sum, *part_out;  // (split_rows, segments, n_heads, 1 or head_dim)
-    float *logits;                     // (logit_rows, n_vocab)
-    ActivationBlock* blocks;           // {rows * planes, n_embd or n_heads * head_dim / 32}
-    AttentionUnit*   units;
-    uint32_t*        wanted;           // (logit_rows) rows that want logits
-    BatchRow*        kept;             // (logit_rows) these
-    QueryScratch*    queries;          // (parts)
-    std::byte*       mapped_units;     // (parts, mapped_units)
+    float* logits;                          // (logit_rows, n_vocab)
+    ActivationBlock* blocks;                // {rows * planes, n_embd or n_heads * head_dim / 32}
+    AttentionUnit* units;
+    uint32_t* wanted;         // (logit_rows) rows that want logits
+    BatchRow* kept;           // (logit_rows) these
+    QueryScratch* queries;    // (parts)
+    std::byte* mapped_units;  // (parts, mapped_units)
 
     void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab) {
         const uint64_t start = carver.used;
@@ -16258,11 +16362,11 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
 
 // Everything about memory, computed the same way for a plan and for the real thing.
 struct CpuLayout {
-    CpuWeights             weights;
+    CpuWeights weights;
     std::vector<RopeTable> ropes;
-    CpuSizes               sizes{};
-    MemoryPlan             plan;
-    uint64_t               page_bytes = 0;  // of all layers
+    CpuSizes sizes{};
+    MemoryPlan plan;
+    uint64_t page_bytes = 0;  // of all layers
 };
 
 Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
@@ -16281,9 +16385,11 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
         if (options.kv_type == KvType::q8_0 && head_dim % kActivationBlock != 0)
             return make_error(ErrorKind::invalid_request,
                               format("kv_type: q8_0 wants heads of a multiple of 32 values; this "
-                                     "model's have %u", head_dim), {}, "kv_type");
-        layer.kv_head_bytes =
-            2 * kv_group_bytes(options.kv_type, head_dim) * (options.page_tokens / kKeyGroup);
+                                     "model's have %u",
+                                     head_dim),
+                              {}, "kv_type");
+        layer.kv_head_bytes = 2 * kv_group_bytes(options.kv_type, head_dim) *
+                              (options.page_tokens / kKeyGroup);
         layer.kv_offset = out.page_bytes;  // times the pages, below
         out.page_bytes += layer.kv_page_bytes();
         const RopeSpec& rope = layer.spec->rope;
@@ -16340,8 +16446,8 @@ private:
 
     uint32_t most_ = 1, fastest_ = 1, count_ = 0, pause_ = kShortPause;
     uint64_t shortest_ns_ = 0, fastest_ns_ = 0;
-    Phase    phase_ = Phase::rest;
-    bool     fewer_ = true, won_ = false;
+    Phase phase_ = Phase::rest;
+    bool fewer_ = true, won_ = false;
 };
 
 // By sixteen lanes, which compilers make vectors of.
@@ -16388,25 +16494,31 @@ private:
         bool claimed;
     };
     enum StageName : uint32_t {
-        embed, first_of_layer, store_keys = 3, last_of_layer = 9, last_stage = 11
+        embed,
+        first_of_layer,
+        store_keys = 3,
+        last_of_layer = 9,
+        last_stage = 11
     };
     static const Stage stages_[last_stage + 1];
     struct Slice {
-        CpuBackend*  self;
+        CpuBackend* self;
         const Stage* stage;
-        uint32_t     first, last;
-        uint32_t     claim_units;  // 0: each thread does its share
+        uint32_t first, last;
+        uint32_t claim_units;                                  // 0: each thread does its share
         uint32_t share(uint64_t part, uint32_t parts) const {  // where it begins
             return first + static_cast<uint32_t>((last - first) * part / parts);
         }
     };
     // How far a thread's share is claimed: by itself, a few neighbouring units at a time (what it
     // reads next it has prefetched), and, once they are done with theirs, by the others.
-    struct alignas(64) Claim { std::atomic<uint32_t> next; };
+    struct alignas(64) Claim {
+        std::atomic<uint32_t> next;
+    };
     struct PackJob {
-        const LoadItem*  item;
+        const LoadItem* item;
         const std::byte* source;  // of tile `first`
-        uint32_t         first, last;
+        uint32_t first, last;
     };
 
     const CpuLayer& layer() const { return weights_.layers[layer_]; }
@@ -16454,7 +16566,7 @@ private:
     void attend_units(uint32_t first, uint32_t last, uint32_t part);
     void attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch);
     struct SegmentResult {
-        float        max, sum;
+        float max, sum;
         const float* out;
     };
     struct AttentionState {
@@ -16486,35 +16598,35 @@ private:
     void quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first, uint32_t last,
                         uint32_t rows);
 
-    const Gguf*            gguf_ = nullptr;
-    const ModelSpec*       spec_ = nullptr;
-    BackendOptions         options_;
-    const Kernels*         kernels_ = nullptr;
-    std::unique_ptr<Team>  team_;
-    CpuWeights             weights_;
+    const Gguf* gguf_ = nullptr;
+    const ModelSpec* spec_ = nullptr;
+    BackendOptions options_;
+    const Kernels* kernels_ = nullptr;
+    std::unique_ptr<Team> team_;
+    CpuWeights weights_;
     std::vector<RopeTable> ropes_;
-    CpuSizes               sizes_{};
-    CpuScratch             scratch_{};
-    uint64_t               page_bytes_ = 0;
-    Buffer                 weights_memory_, kv_, scratch_memory_;
+    CpuSizes sizes_{};
+    CpuScratch scratch_{};
+    uint64_t page_bytes_ = 0;
+    Buffer weights_memory_, kv_, scratch_memory_;
 
-    size_t   load_item_ = 0;       // the next to load, and its next tile
+    size_t load_item_ = 0;  // the next to load, and its next tile
     uint32_t load_tile_ = 0;
     uint64_t loaded_bytes_ = 0, bytes_to_load_ = 0;
 
     std::span<const BatchRow> batch_;  // in work; empty: none
     std::span<const BatchRow> rows_;   // of it that are still computed
-    uint32_t stage_ = 0, layer_ = 0;  // what is next, and its next unit
+    uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
-    bool     has_deadline_ = false;
-    uint32_t parts_ = 1;              // threads that compute the batch
-    uint64_t batch_ns_ = 0;           // spent on it
+    bool has_deadline_ = false;
+    uint32_t parts_ = 1;     // threads that compute the batch
+    uint64_t batch_ns_ = 0;  // spent on it
     ThreadTrials trials_;
-    double   ns_per_work_[last_stage + 1][2] = {};  // of a stage, in batches of few and many rows
-    std::unique_ptr<Claim[]> claims_;  // (parts)
+    double ns_per_work_[last_stage + 1][2] = {};     // of a stage, in batches of few and many rows
+    std::unique_ptr<Claim[]> claims_;                // (parts)
     std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
-    Error    bad_numbers_;            // where the first of them came from
+    Error bad_numbers_;                              // where the first of them came from
 };
 
 // In the order in which they run; from first_of_layer to last_of_layer once a layer.
@@ -16546,7 +16658,11 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     kernels_ = kernels;
     auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
     if (!layout) return layout.error();
-    const struct { Buffer* buffer; uint64_t bytes; const char* what; } wanted[] = {
+    const struct {
+        Buffer* buffer;
+        uint64_t bytes;
+        const char* what;
+    } wanted[] = {
         {&weights_memory_, layout->plan.weights, "weights"},
         {&kv_, layout->plan.kv, "keys and values (context)"},
         {&scratch_memory_, layout->plan.scratch, "scratch"},
@@ -16703,7 +16819,8 @@ void CpuBackend::keep_wanted_rows() {
     const uint32_t count = wanted_count_;
     if (count == row_count()) return;
     const LayerSpec& spec = *layer().spec;
-    const size_t embd = spec_->n_embd, queries = size_t{spec.n_heads / spec.n_kv_heads} * spec.head_dim;
+    const size_t embd = spec_->n_embd,
+                 queries = size_t{spec.n_heads / spec.n_kv_heads} * spec.head_dim;
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t row = scratch_.wanted[i];
         scratch_.kept[i] = rows_[row];
@@ -16754,14 +16871,13 @@ void CpuBackend::run_slice() {
     const uint64_t count = last - unit_;
     // Four claims a thread even out what the threads are held up by.
     const uint64_t few = std::clamp<uint64_t>(count / (4 * parts_), 1, kClaimUnits);
-    const uint64_t claim_units = stage.claimed                   ? 1
-                                 : rows_.size() >= kClaimColumns ? few
-                                                                 : 0;
+    const uint64_t claim_units = stage.claimed ? 1 : rows_.size() >= kClaimColumns ? few : 0;
     Slice slice{this, &stage, unit_, static_cast<uint32_t>(last),
                 static_cast<uint32_t>(claim_units)};
     for (uint32_t part = 0; part < parts_; ++part)
         claims_[part].next.store(slice.share(part, parts_), std::memory_order_relaxed);
-    if (parts_ == 1 || count == 1 || count * work < kJoinWork) (this->*stage.job)(slice.first, slice.last, 0);
+    if (parts_ == 1 || count == 1 || count * work < kJoinWork)
+        (this->*stage.job)(slice.first, slice.last, 0);
     else team_->run(run_part, &slice);
     if (has_deadline_ && count * work >= kJoinWork)
         ns_per_work = static_cast<double>(monotonic_ns() - start + 1) /
@@ -16829,8 +16945,8 @@ void CpuBackend::quantize_group(const float* x, uint32_t n, uint64_t planes, uin
     if (n % kActivationBlock != 0) return;  // no matrix that meets x is quantized
     const uint32_t count = static_cast<uint32_t>(planes);
     const ActivationLayout layout{rows * count, n / kActivationBlock};
-    kernels_->quantize({x, n, last - first, count, n, layout.step(),
-                        scratch_.blocks + layout.at(first * count)});
+    kernels_->quantize(
+        {x, n, last - first, count, n, layout.step(), scratch_.blocks + layout.at(first * count)});
 }
 
 void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
@@ -16890,8 +17006,16 @@ PackedMatrix CpuBackend::pack_mapped(const CpuMatrix& matrix, uint32_t first, ui
 // y (rows, matrix.rows) = units first .. last - 1 of a matrix times every row of activations.
 MatmulTask CpuBackend::product_of(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                                   const float* x, float* y) const {
-    return {&matrix, first * kUnitTiles, std::min(last * kUnitTiles, matrix.tiles()), row_count(),
-            static_cast<uint32_t>(sizes_.planes), scratch_.blocks, x, matrix.cols, y, matrix.rows};
+    return {&matrix,
+            first * kUnitTiles,
+            std::min(last * kUnitTiles, matrix.tiles()),
+            row_count(),
+            static_cast<uint32_t>(sizes_.planes),
+            scratch_.blocks,
+            x,
+            matrix.cols,
+            y,
+            matrix.rows};
 }
 
 // The task, gated by `up` where there is one; a mapped matrix is packed unit by unit.
@@ -16925,7 +17049,11 @@ void CpuBackend::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t par
 }
 
 void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
-    const struct { const CpuMatrix* matrix; const float* bias; float* y; } three[] = {
+    const struct {
+        const CpuMatrix* matrix;
+        const float* bias;
+        float* y;
+    } three[] = {
         {&layer().q, layer().q_bias, scratch_.q},
         {&layer().k, layer().k_bias, scratch_.k},
         {&layer().v, layer().v_bias, scratch_.v},
@@ -16989,7 +17117,8 @@ void CpuBackend::plan_attention() {
             continue;
         }
         while (rows < row && rows < kQueryRows && rows_[row - 1 - rows].pages == last.pages &&
-               rows_[row - 1 - rows].position + rows == last.position) ++rows;
+               rows_[row - 1 - rows].position + rows == last.position)
+            ++rows;
         scratch_.units[unit_count_++] = {row - rows, rows, 0, segments};
     }
 }
@@ -16999,7 +17128,8 @@ uint64_t CpuBackend::work_attention() const {
     const LayerSpec& spec = *layer().spec;
     const uint32_t seen = layer().first_seen(rows_[unit.row].position) / kSegment;
     const uint32_t segments = split_over_segments()
-                                  ? 1 : unit.last_segment - std::max(unit.first_segment, seen);
+                                  ? 1
+                                  : unit.last_segment - std::max(unit.first_segment, seen);
     return uint64_t{2 * kSegment} * unit.rows * segments * (spec.n_heads / spec.n_kv_heads) *
            spec.head_dim;
 }
@@ -17058,8 +17188,8 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
             scratch.end[i] = within(position + 1);
         }
         if (split_over_segments()) {
-            const size_t at =
-                (unit.row * sizes_.segments + segment) * spec.n_heads + kv_head * group;
+            const size_t at = (unit.row * sizes_.segments + segment) * spec.n_heads +
+                              kv_head * group;
             task.max = scratch_.part_max + at;
             task.sum = scratch_.part_sum + at;
             task.out = scratch_.part_out + at * dim;
@@ -17069,7 +17199,8 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
         for (uint32_t i = 0; i < task.queries; ++i)
             if (scratch.begin[i] < scratch.end[i])
                 merge_segment(
-                    rows_[unit.row + i / group].position, segment, {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
+                    rows_[unit.row + i / group].position, segment,
+                    {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
                     {scratch.total_max + i, scratch.total_sum + i, query_output(unit, kv_head, i)});
     }
     if (split_over_segments()) return;
@@ -17221,14 +17352,14 @@ namespace detail {
 /// likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
 /// likely as the first.
 struct SamplerOptions {
-    double   temperature = 1;  ///< 0: greedy
-    double   top_p       = 1;
-    double   min_p       = 0;
-    uint32_t top_k       = 0;  ///< 0: no limit
-    int64_t  seed        = 0;
-    double   presence_penalty   = 0;  ///< as in Request
-    double   frequency_penalty  = 0;
-    double   repetition_penalty = 1;
+    double temperature = 1;  ///< 0: greedy
+    double top_p = 1;
+    double min_p = 0;
+    uint32_t top_k = 0;  ///< 0: no limit
+    int64_t seed = 0;
+    double presence_penalty = 0;  ///< as in Request
+    double frequency_penalty = 0;
+    double repetition_penalty = 1;
     std::vector<std::pair<Token, float>> logit_bias = {};
 };
 
@@ -17249,25 +17380,25 @@ private:
         Token token;
     };
     struct Seen {
-        Token    token;
+        Token token;
         uint32_t drawn;  // times; 0: in the prompt only
     };
     friend struct CandidateOrder;
     std::span<const float> adjust(std::span<const float> logits);
-    void   keep_top(std::span<const float> logits);
-    void   keep_within(std::span<const float> logits, double below);
-    Token  draw_from_all(std::span<const float> logits, double uniform);
-    Token  draw_from_best(std::span<const float> logits, double uniform);
+    void keep_top(std::span<const float> logits);
+    void keep_within(std::span<const float> logits, double below);
+    Token draw_from_all(std::span<const float> logits, double uniform);
+    Token draw_from_best(std::span<const float> logits, double uniform);
     double add_blocks(std::span<const float> logits);
 
-    SamplerOptions         options_;
-    double                 scale_;       // of a logit's distance to the highest
-    float                  highest_ = 0;
+    SamplerOptions options_;
+    double scale_;  // of a logit's distance to the highest
+    float highest_ = 0;
     std::vector<Candidate> candidates_;  // most likely first
-    std::vector<double>    sums_;        // of weights, a block of the vocabulary each
-    bool                   penalised_;
-    std::vector<Seen>      seen_;        // by token
-    std::vector<float>     adjusted_;
+    std::vector<double> sums_;           // of weights, a block of the vocabulary each
+    bool penalised_;
+    std::vector<Seen> seen_;  // by token
+    std::vector<float> adjusted_;
 };
 
 /// A number in [0, 1) that depends on (seed, position) alone, 53 bits.
@@ -17337,8 +17468,8 @@ double weigh_block(std::span<const float> logits, size_t block, float highest, d
 size_t most_likely(std::span<const float> logits) {
     size_t best = 0;
     for (size_t i = 0; i < logits.size(); i += 16) {  // a vectorisable question before a search
-        const std::span<const float> some =
-            logits.subspan(i, std::min<size_t>(16, logits.size() - i));
+        const std::span<const float> some = logits.subspan(i,
+                                                           std::min<size_t>(16, logits.size() - i));
         bool above = false;
         for (const float logit : some) above |= logit > logits[best];
         if (!above) continue;
@@ -17364,8 +17495,8 @@ struct CandidateOrder {
 
 double uniform_at(int64_t seed, uint64_t position) {
     constexpr uint64_t step = 0x9e3779b97f4a7c15u;
-    const uint64_t bits =
-        mix_bits(mix_bits(static_cast<uint64_t>(seed) + step) + (position + 1) * step);
+    const uint64_t bits = mix_bits(mix_bits(static_cast<uint64_t>(seed) + step) +
+                                   (position + 1) * step);
     return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
@@ -17490,8 +17621,8 @@ Token Sampler::draw_from_best(std::span<const float> logits, double uniform) {
     } else if (options_.top_p < 1) {
         total = add_blocks(logits);
     }
-    const double enough =
-        options_.top_p < 1 ? options_.top_p * total : std::numeric_limits<double>::infinity();
+    const double enough = options_.top_p < 1 ? options_.top_p * total
+                                             : std::numeric_limits<double>::infinity();
     size_t kept = 0;
     double sum = 0;
     for (double below = 8 * options_.temperature;; below *= 2) {
@@ -17576,12 +17707,12 @@ public:
 
 private:
     struct Page {
-        Hash256  key;
+        Hash256 key;
         uint64_t group = 0;
         uint32_t users = 0;
-        uint32_t next  = none;           // in its bucket
-        uint32_t older = 0, newer = 0;   // among the unused
-        bool     keyed = false;
+        uint32_t next = none;           // in its bucket
+        uint32_t older = 0, newer = 0;  // among the unused
+        bool keyed = false;
     };
     uint32_t& bucket(const Hash256& key) {
         uint32_t bits;
@@ -17592,7 +17723,7 @@ private:
     void unlink(uint32_t page);
     void forget_key(uint32_t page);
 
-    std::vector<Page>     pages_;  // the last one is both ends of the list of unused ones
+    std::vector<Page> pages_;  // the last one is both ends of the list of unused ones
     std::vector<uint32_t> buckets_;
     uint32_t unused_ = 0, cached_ = 0, shared_ = 0;
 };
@@ -17699,22 +17830,22 @@ inline namespace v1 {
 namespace detail {
 
 inline constexpr uint32_t kDefaultContext = 8192;
-inline constexpr uint32_t kMaxRunning     = 1024;
-inline constexpr uint32_t kMaxStepTokens  = 32768;
-inline constexpr uint32_t kMaxLogprobs    = 20;
-inline constexpr size_t   kMaxStops       = 16;           // stop strings of a request, and their bytes
-inline constexpr size_t   kMaxStopBytes   = 256;
-inline constexpr uint32_t kMaxDraft       = 15;           // with the row before them a tile of columns
-inline constexpr uint32_t kFirstDraft     = 5;            // six columns are cheap to multiply
-inline constexpr uint32_t kLeastDraft     = 2;
-inline constexpr uint32_t kMinMatch       = 3;            // tokens that must have stood together before
-inline constexpr uint32_t kMaxMatch       = 8;            // that make a better match no longer
-inline constexpr uint32_t kDraftCredit    = 64;           // a row wasted for so many that are not
-inline constexpr uint32_t kMinPromptRows  = 16;           // of a batch, however small the budget
-inline constexpr uint64_t kMixedNs        = 100'000'000;  // of a batch with prompts beside answers
-inline constexpr uint64_t kLookNs         = 10'000'000;   // between two looks at cancels
-inline constexpr uint64_t kIdleNs         = 1'000'000'000;
-inline constexpr uint64_t kNoLimit        = UINT64_MAX;
+inline constexpr uint32_t kMaxRunning = 1024;
+inline constexpr uint32_t kMaxStepTokens = 32768;
+inline constexpr uint32_t kMaxLogprobs = 20;
+inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their bytes
+inline constexpr size_t kMaxStopBytes = 256;
+inline constexpr uint32_t kMaxDraft = 15;   // with the row before them a tile of columns
+inline constexpr uint32_t kFirstDraft = 5;  // six columns are cheap to multiply
+inline constexpr uint32_t kLeastDraft = 2;
+inline constexpr uint32_t kMinMatch = 3;           // tokens that must have stood together before
+inline constexpr uint32_t kMaxMatch = 8;           // that make a better match no longer
+inline constexpr uint32_t kDraftCredit = 64;       // a row wasted for so many that are not
+inline constexpr uint32_t kMinPromptRows = 16;     // of a batch, however small the budget
+inline constexpr uint64_t kMixedNs = 100'000'000;  // of a batch with prompts beside answers
+inline constexpr uint64_t kLookNs = 10'000'000;    // between two looks at cancels
+inline constexpr uint64_t kIdleNs = 1'000'000'000;
+inline constexpr uint64_t kNoLimit = UINT64_MAX;
 
 }  // namespace detail
 }  // namespace v1
@@ -17728,7 +17859,7 @@ namespace detail {
 
 struct Doorbell {
     std::atomic<uint32_t> rings{0};
-    std::atomic<bool>     cancels{false};  // some reply was cancelled since the engine last looked
+    std::atomic<bool> cancels{false};  // some reply was cancelled since the engine last looked
     void ring() {
         rings.fetch_add(1, std::memory_order_release);
         wake(&rings);
@@ -17740,15 +17871,15 @@ struct Doorbell {
 struct Mailbox {
     std::string id;
     std::shared_ptr<Doorbell> doorbell;
-    bool        detached = false;                // the handle's
-    std::atomic<bool>     cancelled{false};
-    std::atomic<uint32_t> finished{0};           // wait() sleeps on it
+    bool detached = false;  // the handle's
+    std::atomic<bool> cancelled{false};
+    std::atomic<uint32_t> finished{0};  // wait() sleeps on it
 
-    std::mutex  mutex;                           // guards what follows
-    bool        hungry = true;                   // poll found nothing: the next event is announced
-    bool        start_pending = false, finish_taken = false;
-    std::string text;                            // not polled yet
-    std::vector<TokenLogprob> logprobs;          // the same
+    std::mutex mutex;    // guards what follows
+    bool hungry = true;  // poll found nothing: the next event is announced
+    bool start_pending = false, finish_taken = false;
+    std::string text;                    // not polled yet
+    std::vector<TokenLogprob> logprobs;  // the same
     std::shared_ptr<const Outcome> outcome;
 
     // Each returns whether to announce that there are events.
@@ -17758,8 +17889,12 @@ struct Mailbox {
             text.reserve(most_text);
         });
     }
-    bool put_text(std::string_view more) { return put([&] { text += more; }); }
-    bool put_logprob(const TokenLogprob& one) { return put([&] { logprobs.push_back(one); }); }
+    bool put_text(std::string_view more) {
+        return put([&] { text += more; });
+    }
+    bool put_logprob(const TokenLogprob& one) {
+        return put([&] { logprobs.push_back(one); });
+    }
     bool put_outcome(Outcome end) {
         auto shared = std::make_shared<const Outcome>(std::move(end));
         const bool announce = put([&] { outcome = std::move(shared); });
@@ -17767,7 +17902,8 @@ struct Mailbox {
         wake(&finished);
         return announce;
     }
-    template <class Change> bool put(Change change) {
+    template <class Change>
+    bool put(Change change) {
         const std::lock_guard<std::mutex> lock(mutex);
         change();
         return std::exchange(hungry, false);
@@ -17831,9 +17967,9 @@ private:
 };
 
 struct SaveHeader {
-    char     magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
+    char magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
     uint32_t version = 2, numerics = kNumerics;
-    Hash256  model;
+    Hash256 model;
     uint32_t precision = 0, kv_type = 0, page_tokens = 0;
     uint32_t first_page = 0, pages = 0, unused = 0;
     uint64_t page_bytes = 0, json_bytes = 0;
@@ -17844,52 +17980,52 @@ static_assert(sizeof(SaveHeader) == 88 && std::is_trivially_copyable_v<SaveHeade
 
 // What prepare() found out; becomes a Sequence.
 struct PreparedPrompt final : Prepared {
-    std::vector<Token>   tokens;
-    std::vector<Hash256> page_keys;   // of the prompt's full pages
-    Hash256        root;              // the key that stands before the first page's
-    uint64_t       group = 0;         // of prompt_cache_key; 0: none
-    std::string    organisation;
-    Window         window = Window::standard;
+    std::vector<Token> tokens;
+    std::vector<Hash256> page_keys;  // of the prompt's full pages
+    Hash256 root;                    // the key that stands before the first page's
+    uint64_t group = 0;              // of prompt_cache_key; 0: none
+    std::string organisation;
+    Window window = Window::standard;
     SamplerOptions sampling;
-    uint32_t       max_output   = 0;
-    bool           logprobs     = false;
-    uint32_t       top_logprobs = 0;
+    uint32_t max_output = 0;
+    bool logprobs = false;
+    uint32_t top_logprobs = 0;
     std::vector<std::string> stop;
 };
 
 // Organisations take turns: the one served longest ago is next.
 struct Turn {
-    uint64_t served  = 0;
+    uint64_t served = 0;
     uint32_t members = 0;  // requests that wait or run
 };
 
 inline constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
 
 struct Sequence {
-    std::shared_ptr<Mailbox>        reply;
+    std::shared_ptr<Mailbox> reply;
     std::unique_ptr<PreparedPrompt> prompt;
-    std::vector<Token>    tokens;           // the prompt and what was drawn
-    uint32_t              computed = 0;     // positions whose keys and values are there
-    uint32_t              reached  = 0;     // the most that it ever was: what is beyond counts as
-                                            // cached when the cache has it
-    uint32_t              rows     = 0;     // in the batch under way
-    int32_t               logits   = -1;    // the first of the batch's that are for it, if any
-    Token                 draft[kMaxDraft]; // the last of its rows: guesses of what comes next
-    uint32_t              drafted  = 0;
-    uint32_t              draft_most = kFirstDraft;   // follows what is accepted
-    uint32_t              credit   = 0;     // for wasted rows, in 1 / kDraftCredit
+    std::vector<Token> tokens;  // the prompt and what was drawn
+    uint32_t computed = 0;      // positions whose keys and values are there
+    uint32_t reached = 0;       // the most that it ever was: what is beyond counts as
+                                // cached when the cache has it
+    uint32_t rows = 0;          // in the batch under way
+    int32_t logits = -1;        // the first of the batch's that are for it, if any
+    Token draft[kMaxDraft];     // the last of its rows: guesses of what comes next
+    uint32_t drafted = 0;
+    uint32_t draft_most = kFirstDraft;  // follows what is accepted
+    uint32_t credit = 0;                // for wasted rows, in 1 / kDraftCredit
     std::vector<uint32_t> pages;
-    uint32_t              passed   = 0;     // of them, given back: no window reaches there any more
-    std::vector<Hash256>  page_keys;        // of the pages that its tokens fill, when needed
-    uint32_t              kept     = 0;     // pages that the cache knows
-    bool                  over     = false; // its reply has the end; its pages are still taken
+    uint32_t passed = 0;             // of them, given back: no window reaches there any more
+    std::vector<Hash256> page_keys;  // of the pages that its tokens fill, when needed
+    uint32_t kept = 0;               // pages that the cache knows
+    bool over = false;               // its reply has the end; its pages are still taken
     std::unordered_map<std::string, Turn>::value_type* turn = nullptr;
-    uint64_t    ticket = 0;                 // order of arrival
-    uint32_t    rank   = 0;                 // 0 first; see rank_of
-    Sampler     sampler;
+    uint64_t ticket = 0;  // order of arrival
+    uint32_t rank = 0;    // 0 first; see rank_of
+    Sampler sampler;
     Detokenizer detokenizer;
-    std::string held;                       // text that may begin a stop string
-    Outcome     outcome;
+    std::string held;  // text that may begin a stop string
+    Outcome outcome;
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
     uint64_t waiting_ns = queued_ns, waited_ns = 0;  // since when it waits; how long before
 
@@ -17912,8 +18048,7 @@ uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
 uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
                           uint32_t page_tokens);
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
-                                              const ModelSpec& spec,
-                                              const ModelTensors& tensors);
+                                              const ModelSpec& spec, const ModelTensors& tensors);
 Result<Hash256> fingerprint(const Gguf& gguf);
 
 Result<std::string> draw_response_id();
@@ -17940,47 +18075,47 @@ struct Engine::State final : Responder {
     using SequencePtr = std::unique_ptr<detail::Sequence>;
 
     // Set by open(), then constant.
-    EngineOptions  options;
-    Gguf           gguf;
-    ModelSpec      spec;
-    ModelTensors   tensors;
-    ModelInfo      info;
-    uint32_t       context = 0, step_tokens = 0, max_logit_rows = 0;
-    uint32_t       window_pages = 0;       // full pages that a row may see; UINT32_MAX: all
-    detail::SamplerOptions      sampling;  // where a request says nothing
-    std::optional<Tokenizer>    tokenizer;
+    EngineOptions options;
+    Gguf gguf;
+    ModelSpec spec;
+    ModelTensors tensors;
+    ModelInfo info;
+    uint32_t context = 0, step_tokens = 0, max_logit_rows = 0;
+    uint32_t window_pages = 0;        // full pages that a row may see; UINT32_MAX: all
+    detail::SamplerOptions sampling;  // where a request says nothing
+    std::optional<Tokenizer> tokenizer;
     std::optional<ChatTemplate> chat_template;
     std::shared_ptr<detail::Doorbell> doorbell = std::make_shared<detail::Doorbell>();
 
     // Of whoever steps.
     std::unique_ptr<detail::Backend> backend;
-    std::vector<SequencePtr>         waiting, running;
-    std::vector<detail::BatchRow>    batch;        // under way unless empty
-    size_t                           untaken = 0;  // last of running, with logits of a done batch
-    detail::PagePool                 pool;
+    std::vector<SequencePtr> waiting, running;
+    std::vector<detail::BatchRow> batch;  // under way unless empty
+    size_t untaken = 0;                   // last of running, with logits of a done batch
+    detail::PagePool pool;
     std::unordered_map<std::string, detail::Turn> turns;  // of those that wait or run
     uint64_t serve_clock = 0, ticket_clock = 0;
-    uint64_t batch_ns = 0, row_ns = 0;             // spent on the batch; a row takes, about
-    std::pair<Token, float>          top[detail::kMaxLogprobs];
-    std::atomic<bool>  loaded{false}, stepping{false};
+    uint64_t batch_ns = 0, row_ns = 0;  // spent on the batch; a row takes, about
+    std::pair<Token, float> top[detail::kMaxLogprobs];
+    std::atomic<bool> loaded{false}, stepping{false};
     std::atomic<float> progress{0};
-    std::optional<Error> failure;            // nothing works any more
+    std::optional<Error> failure;                      // nothing works any more
     std::optional<detail::Hash256> model_fingerprint;  // once asked for
-    detail::Thread     thread;
-    std::atomic<bool>  stop_asked{false};
+    detail::Thread thread;
+    std::atomic<bool> stop_asked{false};
 
-    mutable std::mutex      mutex;           // guards what follows
+    mutable std::mutex mutex;  // guards what follows
     std::vector<SequencePtr> arrivals;
-    uint32_t                waiting_count = 0;  // waiting.size()
-    bool                    closed = false;
-    ResponderStats          counts;             // all but queued
+    uint32_t waiting_count = 0;  // waiting.size()
+    bool closed = false;
+    ResponderStats counts;                              // all but queued
     std::unordered_map<std::string, MailboxPtr> by_id;  // those submitted through Responder
 
-    std::mutex              listener_mutex;
+    std::mutex listener_mutex;
     std::condition_variable listener_idle;
     void (*listener)(void* context, const std::string& id) = nullptr;
-    void*                   listener_context = nullptr;
-    uint32_t                listener_calls = 0;
+    void* listener_context = nullptr;
+    uint32_t listener_calls = 0;
 
     ~State() override;
     Result<void> open(const EngineOptions& from);
@@ -18072,7 +18207,11 @@ namespace {
 // The file's own recommendation, as far as it is there.
 Result<SamplerOptions> read_sampling(const Gguf& gguf) {
     SamplerOptions out;
-    const struct { const char* key; double* value; double high; } keys[] = {
+    const struct {
+        const char* key;
+        double* value;
+        double high;
+    } keys[] = {
         {"general.sampling.temp", &out.temperature, 2},
         {"general.sampling.top_p", &out.top_p, 1},
         {"general.sampling.min_p", &out.min_p, 1},
@@ -18106,7 +18245,10 @@ uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec) {
 }
 
 Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec) {
-    const struct { const char* field; uint32_t value, most; } ranges[] = {
+    const struct {
+        const char* field;
+        uint32_t value, most;
+    } ranges[] = {
         {"context_tokens", choose_context(options, spec), spec.n_context},
         {"step_tokens", options.step_tokens, kMaxStepTokens},
         {"max_running", options.max_running, kMaxRunning},
@@ -18147,8 +18289,7 @@ Result<Hash256> fingerprint(const Gguf& gguf) {
 
 // As many pages as memory_limit leaves room for: at least what one context needs.
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
-                                              const ModelSpec& spec,
-                                              const ModelTensors& tensors) {
+                                              const ModelSpec& spec, const ModelTensors& tensors) {
     auto good = check_engine_options(options, spec);
     if (!good) return good.error();
     const uint32_t context = choose_context(options, spec);
@@ -18157,13 +18298,12 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.kv_type = options.kv_type;
     out.weights = options.weights;
     out.page_tokens = options.page_tokens;
-    const uint64_t least = count_held_pages(
-        context, count_window_pages(spec, options.page_tokens), std::min(options.step_tokens, context),
-        options.page_tokens);
+    const uint64_t least = count_held_pages(context, count_window_pages(spec, options.page_tokens),
+                                            std::min(options.step_tokens, context),
+                                            options.page_tokens);
     out.kv_pages = static_cast<uint32_t>(least);
     out.max_positions = context;
-    out.max_logit_rows =
-        std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
+    out.max_logit_rows = std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
     out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
@@ -18231,8 +18371,8 @@ Result<void> Engine::State::open(const EngineOptions& from) {
     tensors = std::move(*bound);
     auto source = gguf.get_string("tokenizer.chat_template", "");
     if (!source) return source.error();
-    const std::string text =
-        options.chat_template.empty() ? std::string(*source) : options.chat_template;
+    const std::string text = options.chat_template.empty() ? std::string(*source)
+                                                           : options.chat_template;
     auto words = Tokenizer::open(gguf, text);
     if (!words) return words.error();
     tokenizer = std::move(*words);
@@ -18300,7 +18440,11 @@ Result<void> check_request(const Request& request) {
     if (request.top_logprobs > kMaxLogprobs)
         return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
                                                    request.top_logprobs, kMaxLogprobs));
-    const struct { const char* field; std::optional<double> value; double low, high; } ranges[] = {
+    const struct {
+        const char* field;
+        std::optional<double> value;
+        double low, high;
+    } ranges[] = {
         {"temperature", request.temperature, 0, 2},
         {"top_p", request.top_p, 0, 1},
         {"min_p", request.min_p, 0, 1},
@@ -18311,12 +18455,13 @@ Result<void> check_request(const Request& request) {
     for (const auto& [field, value, low, high] : ranges)
         if (auto good = check_range(field, value, low, high); !good) return good;
     if (request.stop.size() > kMaxStops)
-        return refuse_field("stop", format("stop: %zu strings are more than %zu",
-                                           request.stop.size(), kMaxStops));
+        return refuse_field(
+            "stop", format("stop: %zu strings are more than %zu", request.stop.size(), kMaxStops));
     for (const std::string& stop : request.stop)
         if (stop.empty() || stop.size() > kMaxStopBytes || !utf8_valid(stop))
             return refuse_field("stop", format("stop: a string has %zu bytes or is not UTF-8; "
-                                               "1..%zu are allowed", stop.size(), kMaxStopBytes));
+                                               "1..%zu are allowed",
+                                               stop.size(), kMaxStopBytes));
     return {};
 }
 
@@ -18487,9 +18632,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-namespace {
-
-}  // namespace
+namespace {}  // namespace
 
 // How urgent, 0 before 1 before 2. Only waiting makes a request more urgent: one that runs for long
 // still gives way.
@@ -18688,8 +18831,7 @@ void Engine::State::compute(uint64_t deadline_ns) {
         counts.batch_rows += batch.size();
     } else {
         for (const SequencePtr& sequence : running)
-            if (sequence->rows && !sequence->over)
-                finish(*sequence, Status::failed, done.error());
+            if (sequence->rows && !sequence->over) finish(*sequence, Status::failed, done.error());
     }
     batch.clear();
 }
@@ -19061,8 +19203,8 @@ void Engine::State::build_batch(uint64_t budget_ns) {
     uint32_t wanted = 0;
     for (const SequencePtr& sequence : running) add_rows(*sequence, &wanted);
     batch_ns = 0;
-    auto begun =
-        backend->begin(batch);  // a batch that it refuses is our mistake: advance() fails too
+    auto begun = backend->begin(
+        batch);  // a batch that it refuses is our mistake: advance() fails too
     if (!begun) options.log(LogLevel::error, begun.error().message);
 }
 
@@ -19084,9 +19226,8 @@ void Engine::State::count_drafts(detail::Sequence& sequence, uint32_t drafted, u
     sequence.credit = std::min(credit, 2 * detail::kMaxDraft * unit);
     if (drafted == 0) return;
     sequence.credit -= std::min(sequence.credit, (drafted - accepted) * unit);
-    sequence.draft_most = accepted == drafted
-                              ? std::min(2 * sequence.draft_most, detail::kMaxDraft)
-                              : std::max(accepted, detail::kLeastDraft);
+    sequence.draft_most = accepted == drafted ? std::min(2 * sequence.draft_most, detail::kMaxDraft)
+                                              : std::max(accepted, detail::kLeastDraft);
     const std::lock_guard<std::mutex> lock(mutex);
     counts.drafted_tokens += drafted;
     counts.accepted_tokens += accepted;
@@ -19297,7 +19438,8 @@ Result<detail::SaveHeader> Engine::State::save_header() {
 }
 
 // Makes the cache know these pages, as many as there is room for.
-void Engine::State::import_pages(std::span<const detail::Hash256> keys, std::span<const std::byte> bytes) {
+void Engine::State::import_pages(std::span<const detail::Hash256> keys,
+                                 std::span<const std::byte> bytes) {
     const size_t size = backend->page_bytes(), count = std::min(keys.size(), bytes.size() / size);
     std::vector<uint32_t> pages;
     for (size_t i = 0; i < count; ++i) {
@@ -19454,20 +19596,37 @@ namespace detail {
 namespace {
 
 // The fields of `settings` that are numbers.
-constexpr struct { const char* key; std::optional<double> Request::*field; } saved_numbers[] = {
-    {"temperature", &Request::temperature}, {"top_p", &Request::top_p}, {"min_p", &Request::min_p},
+constexpr struct {
+    const char* key;
+    std::optional<double> Request::*field;
+} saved_numbers[] = {
+    {"temperature", &Request::temperature},
+    {"top_p", &Request::top_p},
+    {"min_p", &Request::min_p},
 };
-constexpr struct { const char* key; double Request::*field; } saved_penalties[] = {
+constexpr struct {
+    const char* key;
+    double Request::*field;
+} saved_penalties[] = {
     {"presence_penalty", &Request::presence_penalty},
     {"frequency_penalty", &Request::frequency_penalty},
     {"repetition_penalty", &Request::repetition_penalty},
 };
-constexpr struct { const char* key; std::optional<uint32_t> Request::*field; } saved_counts[] = {
-    {"max_output_tokens", &Request::max_output_tokens}, {"top_k", &Request::top_k},
+constexpr struct {
+    const char* key;
+    std::optional<uint32_t> Request::*field;
+} saved_counts[] = {
+    {"max_output_tokens", &Request::max_output_tokens},
+    {"top_k", &Request::top_k},
 };
-constexpr struct { const char* key; std::string Request::*field; } saved_texts[] = {
-    {"model", &Request::model}, {"instructions", &Request::instructions},
-    {"organisation", &Request::organisation}, {"prompt_cache_key", &Request::prompt_cache_key},
+constexpr struct {
+    const char* key;
+    std::string Request::*field;
+} saved_texts[] = {
+    {"model", &Request::model},
+    {"instructions", &Request::instructions},
+    {"organisation", &Request::organisation},
+    {"prompt_cache_key", &Request::prompt_cache_key},
 };
 
 Json settings_json(const Request& from) {
@@ -19494,7 +19653,8 @@ Request read_settings(const Json& from) {
     for (const auto& [key, field] : saved_numbers)
         if (const Json* value = from.find(key)) out.*field = value->as_double();
     for (const auto& [key, field] : saved_counts)
-        if (const Json* value = from.find(key)) out.*field = static_cast<uint32_t>(value->as_uint());
+        if (const Json* value = from.find(key))
+            out.*field = static_cast<uint32_t>(value->as_uint());
     for (const auto& [key, field] : saved_penalties) out.*field = from[key].as_double(out.*field);
     for (const auto& [key, field] : saved_texts) out.*field = from[key].as_string();
     for (const Json& text : from["stop"].items()) out.stop.emplace_back(text.as_string());
@@ -19520,7 +19680,8 @@ Json item_json(const Item& item) {
         .push(std::move(parts));
 }
 
-template <class Kind> Kind read_kind(const Json& from, Kind last) {
+template <class Kind>
+Kind read_kind(const Json& from, Kind last) {
     return static_cast<Kind>(std::min<uint64_t>(from.as_uint(), static_cast<uint64_t>(last)));
 }
 
@@ -19532,8 +19693,8 @@ Item read_item(const Json& from) {
     out.name = from[3].as_string();
     out.arguments = from[4].as_string();
     for (const Json& part : from[5].items())
-        out.content.push_back({read_kind(part[0], ContentPart::Kind::refusal),
-                               std::string(part[1].as_string())});
+        out.content.push_back(
+            {read_kind(part[0], ContentPart::Kind::refusal), std::string(part[1].as_string())});
     return out;
 }
 
@@ -19546,13 +19707,13 @@ Error conversation_busy_error() {
 }  // namespace detail
 
 struct Conversation::State {
-    Engine::State*    engine = nullptr;
-    Request           settings;      // its input is items
+    Engine::State* engine = nullptr;
+    Request settings;  // its input is items
     std::vector<Item> items;
-    WhenFull          when_full = WhenFull::refuse;
-    size_t            fixed     = 0;  // of items: said before the first turn
-    uint32_t          forgotten = 0;  // turns
-    std::string       salt;           // of its pages' keys, if they came from bytes: see restore()
+    WhenFull when_full = WhenFull::refuse;
+    size_t fixed = 0;        // of items: said before the first turn
+    uint32_t forgotten = 0;  // turns
+    std::string salt;        // of its pages' keys, if they came from bytes: see restore()
     std::shared_ptr<detail::Mailbox> reply;  // of the turn under way
 
     bool settle();
@@ -19712,8 +19873,7 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     const detail::SaveHeader& here = *made;
     detail::SaveHeader header;
     uint32_t sum = 0;
-    if (saved.size() < sizeof header + sizeof sum)
-        return refuse(ErrorKind::bad_data, "too short");
+    if (saved.size() < sizeof header + sizeof sum) return refuse(ErrorKind::bad_data, "too short");
     std::memcpy(&header, saved.data(), sizeof header);
     if (std::memcmp(header.magic, here.magic, sizeof header.magic) != 0)
         return refuse(ErrorKind::bad_data, "this is none");
@@ -19722,7 +19882,8 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     const auto body = saved.subspan(sizeof header, saved.size() - sizeof header - sizeof sum);
     std::memcpy(&sum, saved.data() + saved.size() - sizeof sum, sizeof sum);
     uint64_t page_bytes;
-    if (detail::crc32c(saved.data(), saved.size() - sizeof sum) != sum || header.json_bytes > body.size() ||
+    if (detail::crc32c(saved.data(), saved.size() - sizeof sum) != sum ||
+        header.json_bytes > body.size() ||
         detail::mul_overflows(header.pages, header.page_bytes, &page_bytes) ||
         page_bytes != body.size() - header.json_bytes)
         return refuse(ErrorKind::bad_data, "damaged");
@@ -19771,19 +19932,19 @@ size_t count_headers(const HttpHeaders& headers, std::string_view name);
 /// A parsed request. Strings are as sent unless said otherwise.
 struct HttpRequest {
     std::string method;
-    std::string target;   ///< origin form, "/path?query", or "*"; absolute form is brought to it
-    std::string host;     ///< "name" or "name:port", lower case; empty only under HTTP/1.0
+    std::string target;  ///< origin form, "/path?query", or "*"; absolute form is brought to it
+    std::string host;    ///< "name" or "name:port", lower case; empty only under HTTP/1.0
     HttpHeaders headers;
     std::string body;
-    NetAddress  peer;
-    uint64_t    exchange = 0;  ///< names this request until it is answered; never used twice
-    uint64_t    max_body = 0;  ///< on_head may change it; a longer body is refused with 413
-    uint64_t    tag      = 0;  ///< the handler's own, kept from on_head to on_request
+    NetAddress peer;
+    uint64_t exchange = 0;  ///< names this request until it is answered; never used twice
+    uint64_t max_body = 0;  ///< on_head may change it; a longer body is refused with 413
+    uint64_t tag = 0;       ///< the handler's own, kept from on_head to on_request
     std::optional<uint64_t> content_length;
-    bool chunked         = false;
-    bool keep_alive      = false;
+    bool chunked = false;
+    bool keep_alive = false;
     bool expect_continue = false;
-    bool http_1_0        = false;
+    bool http_1_0 = false;
 
     bool is_head() const { return method == "HEAD"; }
     bool has_body() const { return chunked || content_length.value_or(0) > 0; }
@@ -19793,10 +19954,10 @@ struct HttpRequest {
 
 /// What bounds one message.
 struct HttpLimits {
-    uint32_t max_request_line_bytes = 8 << 10;   ///< 414; RFC 9112 asks for 8,000 or more
-    uint32_t max_head_bytes         = 16 << 10;  ///< 431; header fields: a browser's cookies, a key
-    uint32_t max_headers            = 100;       ///< 431; trailer fields are counted apart
-    uint64_t max_body_bytes         = uint64_t{32} << 20;  ///< 413, unless on_head says otherwise
+    uint32_t max_request_line_bytes = 8 << 10;  ///< 414; RFC 9112 asks for 8,000 or more
+    uint32_t max_head_bytes = 16 << 10;         ///< 431; header fields: a browser's cookies, a key
+    uint32_t max_headers = 100;                 ///< 431; trailer fields are counted apart
+    uint64_t max_body_bytes = uint64_t{32} << 20;  ///< 413, unless on_head says otherwise
 };
 
 /// An incremental parser of one message after another: fed bytes, does no I/O. What it finds does
@@ -19828,13 +19989,15 @@ public:
 
 private:
     enum class State : uint8_t {
+        // clang-format off
         start_line, header_line, body, chunk_size, chunk_data, chunk_end, trailer, until_close,
         complete, fault
+        // clang-format on
     };
     // Each step returns more to go on, or the event to report.
     Event fail(int status, const char* reason);
-    bool  take_line(std::string_view bytes, size_t* used);
-    bool  line_is_full();
+    bool take_line(std::string_view bytes, size_t* used);
+    bool line_is_full();
     Event on_line();
     Event on_request_line();
     Event on_status_line();
@@ -19847,20 +20010,20 @@ private:
     Event read_options();
     Event on_chunk_size();
     Event take_body(std::string_view bytes, size_t* used);
-    bool  grow_body(size_t bytes);
+    bool grow_body(size_t bytes);
 
     const HttpLimits* limits_;
-    std::string       line_;
-    uint64_t          body_left_    = 0;
-    uint32_t          head_bytes_   = 0;  // also trailers and chunk extensions, once in the body
-    uint32_t          fields_       = 0;
-    int               status_       = 0;
-    const char*       reason_       = "";
-    Side              side_;
-    State             state_        = State::start_line;
-    bool              carriage_     = false;  // the last byte was CR
-    bool              leading_line_ = false;  // one empty line was skipped
-    bool              no_body_      = false;
+    std::string line_;
+    uint64_t body_left_ = 0;
+    uint32_t head_bytes_ = 0;  // also trailers and chunk extensions, once in the body
+    uint32_t fields_ = 0;
+    int status_ = 0;
+    const char* reason_ = "";
+    Side side_;
+    State state_ = State::start_line;
+    bool carriage_ = false;      // the last byte was CR
+    bool leading_line_ = false;  // one empty line was skipped
+    bool no_body_ = false;
 };
 
 /// Implemented by the user of HttpServer. All calls come from inside HttpServer::step.
@@ -19890,19 +20053,19 @@ public:
 /// Options of HttpServer. Each limit says what happens beyond it.
 struct HttpOptions {
     std::string host = "127.0.0.1";
-    uint16_t    port = 0;  ///< 0: any free one
-    HttpLimits  limits = {};
-    uint32_t max_connections         = 10'000;  ///< an idle one makes room, else 503
+    uint16_t port = 0;  ///< 0: any free one
+    HttpLimits limits = {};
+    uint32_t max_connections = 10'000;                       ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< bodies not yet answered; 503
-    uint32_t idle_timeout_ms   = 60'000;  ///< between requests; closed silently
+    uint32_t idle_timeout_ms = 60'000;                       ///< between requests; closed silently
     uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
-    uint32_t body_timeout_ms   = 10'000;  ///< one window of the body's pace; 408
-    uint32_t body_min_bytes    = 4 << 10;   ///< that must arrive in each window: 400 B/s by default
-    uint32_t write_timeout_ms  = 30'000;  ///< without progress while a reply waits; closed
+    uint32_t body_timeout_ms = 10'000;    ///< one window of the body's pace; 408
+    uint32_t body_min_bytes = 4 << 10;    ///< that must arrive in each window: 400 B/s by default
+    uint32_t write_timeout_ms = 30'000;   ///< without progress while a reply waits; closed
     uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
-    uint32_t drain_timeout_ms  = 10'000;  ///< for exchanges in work after stop(); closed
-    uint32_t tick_ms           = 0;       ///< pace of on_tick; 0: never
-    int      backlog           = 1024;    ///< of listen(); the system may cap it
+    uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); closed
+    uint32_t tick_ms = 0;                 ///< pace of on_tick; 0: never
+    int backlog = 1024;                   ///< of listen(); the system may cap it
 };
 
 /// An event loop: one thread calls step(), and no call inside blocks.
@@ -20094,8 +20257,9 @@ size_t count_headers(const HttpHeaders& headers, std::string_view name) {
 
 const char* http_phrase(int status) {
     static constexpr struct {
-        int         status;
+        int status;
         const char* phrase;
+        // clang-format off
     } phrases[] = {
         {200, "OK"}, {202, "Accepted"}, {204, "No Content"}, {304, "Not Modified"},
         {400, "Bad Request"}, {401, "Unauthorized"}, {403, "Forbidden"}, {404, "Not Found"},
@@ -20105,6 +20269,7 @@ const char* http_phrase(int status) {
         {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"},
         {501, "Not Implemented"}, {502, "Bad Gateway"}, {503, "Service Unavailable"},
         {504, "Gateway Timeout"}, {505, "HTTP Version Not Supported"}};
+    // clang-format on
     for (const auto& row : phrases)
         if (row.status == status) return row.phrase;
     return "";
@@ -20116,10 +20281,11 @@ std::string http_date(int64_t unix_seconds) {
     const int64_t days = unix_seconds / 86400, second = unix_seconds % 86400;
     const int64_t from_march = days + 719468, era = from_march / 146097;
     const int64_t day_of_era = from_march % 146097;
-    const int64_t year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146096) / 365;
-    const int64_t day_of_year =
-        day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    const int64_t year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36524 -
+                                 day_of_era / 146096) /
+                                365;
+    const int64_t day_of_year = day_of_era -
+                                (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     const int64_t month_from_march = (5 * day_of_year + 2) / 153;
     const int day = static_cast<int>(day_of_year - (153 * month_from_march + 2) / 5 + 1);
     const int month = static_cast<int>((month_from_march + 2) % 12);
@@ -20183,11 +20349,11 @@ void HttpParser::reset() {
     message = {};
     message.max_body = limits_->max_body_bytes;
     line_.clear();
-    body_left_  = 0;
+    body_left_ = 0;
     head_bytes_ = fields_ = 0;
     status_ = 0;
     reason_ = "";
-    state_  = State::start_line;
+    state_ = State::start_line;
     carriage_ = leading_line_ = no_body_ = false;
 }
 
@@ -20196,7 +20362,7 @@ std::string_view HttpParser::code() const {
 }
 
 HttpParser::Event HttpParser::fail(int status, const char* reason) {
-    state_  = State::fault;
+    state_ = State::fault;
     status_ = status;
     reason_ = reason;
     return Event::fault;
@@ -20207,18 +20373,19 @@ HttpParser::Event HttpParser::feed(std::string_view bytes, size_t* used) {
     for (;;) {
         Event event = Event::more;
         switch (state_) {
-        case State::complete: return Event::complete;
-        case State::fault: return Event::fault;
-        case State::body:
-        case State::chunk_data:
-        case State::until_close:
-            event = take_body(bytes, used);
-            if (event == Event::more && *used == bytes.size()) return event;
-            break;
-        default:
-            if (!take_line(bytes, used)) return state_ == State::fault ? Event::fault : Event::more;
-            event = on_line();
-            line_.clear();
+            case State::complete: return Event::complete;
+            case State::fault: return Event::fault;
+            case State::body:
+            case State::chunk_data:
+            case State::until_close:
+                event = take_body(bytes, used);
+                if (event == Event::more && *used == bytes.size()) return event;
+                break;
+            default:
+                if (!take_line(bytes, used))
+                    return state_ == State::fault ? Event::fault : Event::more;
+                event = on_line();
+                line_.clear();
         }
         if (event != Event::more) return event;
     }
@@ -20264,29 +20431,26 @@ bool HttpParser::line_is_full() {
         if (head_bytes_ + line_.size() < limits_->max_head_bytes) return false;
         if (state_ == State::header_line || state_ == State::trailer)
             fail(431, "the header fields are too long");
-        else
-            fail(400, "a chunk's first line is too long");
+        else fail(400, "a chunk's first line is too long");
     }
     return true;
 }
 
 HttpParser::Event HttpParser::on_line() {
     switch (state_) {
-    case State::start_line:
-        if (side_ == Side::reply) return on_status_line();
-        if (!line_.empty()) return on_request_line();
-        if (leading_line_) return fail(400, "empty lines before the request line");
-        leading_line_ = true;  // RFC 9112, section 2.2: left over by old clients after a body
-        return Event::more;
-    case State::header_line:
-    case State::trailer:
-        return on_field();
-    case State::chunk_size:
-        return on_chunk_size();
-    default:
-        if (!line_.empty()) return fail(400, "a chunk longer than its size");
-        state_ = State::chunk_size;
-        return Event::more;
+        case State::start_line:
+            if (side_ == Side::reply) return on_status_line();
+            if (!line_.empty()) return on_request_line();
+            if (leading_line_) return fail(400, "empty lines before the request line");
+            leading_line_ = true;  // RFC 9112, section 2.2: left over by old clients after a body
+            return Event::more;
+        case State::header_line:
+        case State::trailer: return on_field();
+        case State::chunk_size: return on_chunk_size();
+        default:
+            if (!line_.empty()) return fail(400, "a chunk longer than its size");
+            state_ = State::chunk_size;
+            return Event::more;
     }
 }
 
@@ -20357,9 +20521,9 @@ HttpParser::Event HttpParser::on_field() {
 
 HttpParser::Event HttpParser::on_head_end() {
     using Step = Event (HttpParser::*)();
-    static constexpr Step steps[] = {
-        &HttpParser::read_transfer_encoding, &HttpParser::read_content_length,
-        &HttpParser::read_host, &HttpParser::read_target, &HttpParser::read_options};
+    static constexpr Step steps[] = {&HttpParser::read_transfer_encoding,
+                                     &HttpParser::read_content_length, &HttpParser::read_host,
+                                     &HttpParser::read_target, &HttpParser::read_options};
     const size_t count = side_ == Side::request ? std::size(steps) : 2;
     for (const Step step : std::span(steps, count))
         if ((this->*step)() != Event::more) return Event::fault;
@@ -20487,8 +20651,8 @@ bool HttpParser::grow_body(size_t bytes) {
     constexpr size_t large = 256 << 10;
     const size_t need = message.body.size() + bytes, room = message.body.capacity();
     if (need <= room) return true;
-    const size_t want = static_cast<size_t>(std::min<uint64_t>(
-        std::max<uint64_t>(need, uint64_t{room} * 2), message.max_body));
+    const size_t want = static_cast<size_t>(
+        std::min<uint64_t>(std::max<uint64_t>(need, uint64_t{room} * 2), message.max_body));
     if (want >= large) {
         std::unique_ptr<char[]> probe(new (std::nothrow) char[want + 1]);
         if (!probe) return false;
@@ -20513,16 +20677,16 @@ namespace detail {
 
 namespace {
 
-constexpr size_t   http_read_bytes      = 64 << 10;   // one read; so much may be kept for later
-constexpr size_t   http_write_bytes     = 256 << 10;  // one write, so that no reply holds the loop
-constexpr size_t   http_pipelined_bytes = 16 << 10;   // read ahead of a reply; then no more is read
-constexpr int      http_accepts_a_turn  = 64;
+constexpr size_t http_read_bytes = 64 << 10;       // one read; so much may be kept for later
+constexpr size_t http_write_bytes = 256 << 10;     // one write, so that no reply holds the loop
+constexpr size_t http_pipelined_bytes = 16 << 10;  // read ahead of a reply; then no more is read
+constexpr int http_accepts_a_turn = 64;
 constexpr uint32_t http_accept_pause_ms = 100;  // after running out of descriptors
-constexpr uint64_t http_timer_grain_ms  = 10;   // the deadlines are looked through no more often
-constexpr uint64_t http_never           = UINT64_MAX;
-constexpr uint64_t http_listener_tag    = 0;
-constexpr int      http_slot_bits       = 24;  // of an id; the rest is a serial number from 1
-constexpr uint64_t http_slot_mask       = (1u << http_slot_bits) - 1;
+constexpr uint64_t http_timer_grain_ms = 10;    // the deadlines are looked through no more often
+constexpr uint64_t http_never = UINT64_MAX;
+constexpr uint64_t http_listener_tag = 0;
+constexpr int http_slot_bits = 24;  // of an id; the rest is a serial number from 1
+constexpr uint64_t http_slot_mask = (1u << http_slot_bits) - 1;
 
 }  // namespace
 
@@ -20539,26 +20703,26 @@ enum class HttpPhase : uint8_t {
 /// What a connection needs only while it is not idle.
 struct HttpActive {
     explicit HttpActive(const HttpLimits* limits) : parser(limits) {}
-    HttpParser  parser;
+    HttpParser parser;
     std::string input;  // pipelined bytes
     std::string head, body;
-    size_t      sent    = 0;
-    bool        blocked = false;  // the socket took no more: wait until it does
+    size_t sent = 0;
+    bool blocked = false;  // the socket took no more: wait until it does
 };
 
 struct HttpConnection {
-    Socket     socket;
+    Socket socket;
     NetAddress peer;
-    HttpPhase  phase       = HttpPhase::idle;
-    uint8_t    interest    = 0;
-    bool       keep_alive  = false;  // of the request in hand
-    bool       head_only   = false;
-    bool       http_1_0    = false;
-    bool       peer_closed = false;
-    uint64_t   id         = 0;
-    uint64_t   exchange   = 0;  // accepted by on_head, neither answered nor closed
-    uint64_t   body_bytes = 0;  // counted against max_inflight_body_bytes
-    uint64_t   window     = 0;  // bytes since body_timeout_ms began
+    HttpPhase phase = HttpPhase::idle;
+    uint8_t interest = 0;
+    bool keep_alive = false;  // of the request in hand
+    bool head_only = false;
+    bool http_1_0 = false;
+    bool peer_closed = false;
+    uint64_t id = 0;
+    uint64_t exchange = 0;    // accepted by on_head, neither answered nor closed
+    uint64_t body_bytes = 0;  // counted against max_inflight_body_bytes
+    uint64_t window = 0;      // bytes since body_timeout_ms began
     std::unique_ptr<HttpActive> active;
 };
 static_assert(sizeof(HttpConnection) <= 256, "an idle connection must stay cheap");
@@ -20566,12 +20730,12 @@ static_assert(sizeof(HttpConnection) <= 256, "an idle connection must stay cheap
 struct HttpSlot {
     std::unique_ptr<HttpConnection> connection;
     uint64_t deadline = http_never;
-    bool     idle     = false;
+    bool idle = false;
 };
 
 struct HttpMessage {  // to the loop: a reply, or a call when function is set
-    uint64_t  exchange = 0;
-    HttpReply reply    = {};
+    uint64_t exchange = 0;
+    HttpReply reply = {};
     void (*function)(void*) = nullptr;
     void* context = nullptr;
 };
@@ -20580,35 +20744,35 @@ struct HttpServer::State {
     State(const HttpOptions& given, HttpHandler* user, Poller made, Socket bound)
         : options(given), handler(user), poller(std::move(made)), listener(std::move(bound)) {}
 
-    HttpOptions  options;
+    HttpOptions options;
     HttpHandler* handler;
-    Poller       poller;
-    Socket       listener;
-    NetAddress   address;
-    Stats        stats;
+    Poller poller;
+    Socket listener;
+    NetAddress address;
+    Stats stats;
 
-    std::vector<HttpSlot>  slots;
-    std::vector<uint32_t>  free_slots;
-    std::vector<uint64_t>  queue;  // connections with pipelined bytes
+    std::vector<HttpSlot> slots;
+    std::vector<uint32_t> free_slots;
+    std::vector<uint64_t> queue;  // connections with pipelined bytes
     std::vector<PollEvent> events;
-    std::vector<char>      scratch = std::vector<char>(http_read_bytes);
-    uint64_t serial       = 0;
-    uint64_t now          = http_now_ms();
-    uint64_t next_timer   = http_never;
-    uint64_t next_tick    = http_never;
+    std::vector<char> scratch = std::vector<char>(http_read_bytes);
+    uint64_t serial = 0;
+    uint64_t now = http_now_ms();
+    uint64_t next_timer = http_never;
+    uint64_t next_tick = http_never;
     uint64_t accept_again = http_never;
-    uint64_t drain_until  = http_never;  // set once stopping
-    bool     finished     = false;
+    uint64_t drain_until = http_never;  // set once stopping
+    bool finished = false;
     std::string date;
-    int64_t     date_second = -1;
+    int64_t date_second = -1;
 
-    std::mutex               mutex;  // guards the two below
+    std::mutex mutex;  // guards the two below
     std::vector<HttpMessage> inbox;
-    bool                     stop_asked = false;
-    std::atomic<bool>        sleeping   = false;  // a sender has to wake the loop; set under mutex
+    bool stop_asked = false;
+    std::atomic<bool> sleeping = false;  // a sender has to wake the loop; set under mutex
 
     bool step(int timeout_ms);
-    int  wait_ms(int timeout_ms);
+    int wait_ms(int timeout_ms);
     void send_message(HttpMessage message);
     void ask_stop();
     void take_messages();
@@ -20656,8 +20820,8 @@ Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* han
     if (!poller) return poller.error();
     auto bound = listener->local();
     if (!bound) return bound.error();
-    auto state =
-        std::make_unique<State>(options, handler, std::move(*poller), std::move(*listener));
+    auto state = std::make_unique<State>(options, handler, std::move(*poller),
+                                         std::move(*listener));
     state->address = *bound;
     if (options.tick_ms > 0) state->next_tick = state->now + options.tick_ms;
     auto watched = state->poller.set(state->listener, http_listener_tag, poll_read);
@@ -20701,8 +20865,8 @@ int HttpServer::State::wait_ms(int timeout_ms) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!queue.empty() || !inbox.empty() || stop_asked) return 0;
     sleeping = true;
-    const uint64_t next =
-        std::min(std::min(next_timer, next_tick), std::min(accept_again, drain_until));
+    const uint64_t next = std::min(std::min(next_timer, next_tick),
+                                   std::min(accept_again, drain_until));
     if (next == http_never) return timeout_ms;
     const int until = static_cast<int>(std::min<uint64_t>(next > now ? next - now : 0, 60'000));
     return timeout_ms < 0 ? until : std::min(until, timeout_ms);
@@ -20807,8 +20971,7 @@ void HttpServer::State::accept_some() {
             ++stats.accepted;
             if (stats.connections < options.max_connections || evict_idle())
                 add(std::move(socket), peer);
-            else
-                turn_away(std::move(socket));
+            else turn_away(std::move(socket));
         } else if (status == IoStatus::full && !evict_idle()) {
             // The listener stays readable: to leave it watched would be a busy loop.
             (void)poller.set(listener, http_listener_tag, 0).ok();
@@ -20880,9 +21043,10 @@ void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
     connection.phase = phase;
     connection.window = 0;
     if (phase == HttpPhase::idle || phase == HttpPhase::linger) connection.active.reset();
-    static constexpr uint32_t HttpOptions::* limits[] = {
-        &HttpOptions::idle_timeout_ms, &HttpOptions::header_timeout_ms,
-        &HttpOptions::body_timeout_ms, nullptr, &HttpOptions::write_timeout_ms, nullptr,
+    static constexpr uint32_t HttpOptions::*limits[] = {
+        &HttpOptions::idle_timeout_ms,  &HttpOptions::header_timeout_ms,
+        &HttpOptions::body_timeout_ms,  nullptr,
+        &HttpOptions::write_timeout_ms, nullptr,
         &HttpOptions::linger_timeout_ms};
     const auto limit = limits[static_cast<size_t>(phase)];
     HttpSlot& entry = slot(connection);
@@ -20924,17 +21088,15 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
     const std::string_view bytes(scratch.data(), got.bytes);
     connection.window += got.bytes;
     switch (connection.phase) {
-    case HttpPhase::linger: return;
-    case HttpPhase::work:
-    case HttpPhase::reply:
-    case HttpPhase::queued:
-        connection.active->input.append(bytes);
-        return watch(connection);
-    case HttpPhase::idle:
-        connection.active = std::make_unique<HttpActive>(&options.limits);
-        enter(connection, HttpPhase::head);
-        break;
-    default: break;
+        case HttpPhase::linger: return;
+        case HttpPhase::work:
+        case HttpPhase::reply:
+        case HttpPhase::queued: connection.active->input.append(bytes); return watch(connection);
+        case HttpPhase::idle:
+            connection.active = std::make_unique<HttpActive>(&options.limits);
+            enter(connection, HttpPhase::head);
+            break;
+        default: break;
     }
     consume(connection, bytes);
 }
@@ -20955,16 +21117,15 @@ void HttpServer::State::consume(HttpConnection& connection, std::string_view byt
         bytes.remove_prefix(used);
         if (!count_body(connection)) return;
         switch (event) {
-        case HttpParser::Event::more:
-            return send_continue(connection);
-        case HttpParser::Event::fault:
-            return refuse(connection, parser.status(), parser.code(), parser.reason());
-        case HttpParser::Event::head:
-            if (!begin_exchange(connection, bytes)) return;
-            break;
-        case HttpParser::Event::complete:
-            connection.active->input = bytes;
-            return deliver(connection);
+            case HttpParser::Event::more: return send_continue(connection);
+            case HttpParser::Event::fault:
+                return refuse(connection, parser.status(), parser.code(), parser.reason());
+            case HttpParser::Event::head:
+                if (!begin_exchange(connection, bytes)) return;
+                break;
+            case HttpParser::Event::complete:
+                connection.active->input = bytes;
+                return deliver(connection);
         }
     }
 }
@@ -21034,8 +21195,7 @@ void HttpServer::State::refuse(HttpConnection& connection, int status, std::stri
     connection.head_only = connection.active->parser.message.is_head();
     if (const uint64_t exchange = std::exchange(connection.exchange, 0))
         handler->on_closed(exchange);
-    HttpReply reply =
-        handler->on_error(connection.active->parser.message, status, code, reason);
+    HttpReply reply = handler->on_error(connection.active->parser.message, status, code, reason);
     reply.close = true;
     send(connection, std::move(reply));
 }
@@ -21131,8 +21291,7 @@ Result<std::string> http_render_call(const HttpCall& call, const NetAddress& add
         if (!http_field_ok(field)) return refuse("a header field holds invalid characters");
     std::string out;
     http_append(&out, {call.method, " ", call.target, " HTTP/1.1\r\nConnection: close\r\n"});
-    if (!find_header(call.headers, "Host"))
-        http_append(&out, {"Host: ", address.text(), "\r\n"});
+    if (!find_header(call.headers, "Host")) http_append(&out, {"Host: ", address.text(), "\r\n"});
     if (!call.body.empty() || call.method == "POST" || call.method == "PUT")
         http_append(&out, {"Content-Length: ", std::to_string(call.body.size()), "\r\n"});
     http_append_fields(&out, call.headers);
@@ -21145,11 +21304,11 @@ struct HttpExchange {
         : call(given), head(rendered), parser(limits, HttpParser::Side::reply) {
         if (call.method == "HEAD") parser.expect_no_body();
     }
-    const HttpCall&  call;
+    const HttpCall& call;
     std::string_view head;
-    HttpParser       parser;
-    size_t           sent      = 0;
-    bool             connected = false;
+    HttpParser parser;
+    size_t sent = 0;
+    bool connected = false;
 
     size_t unsent() const { return head.size() + call.body.size() - sent; }
 
@@ -21230,16 +21389,16 @@ Result<HttpReply> http_call(const HttpCall& call) {
         }
         if (!events[0].readable) continue;
         switch (exchange.read(*socket)) {
-        case HttpParser::Event::complete: {
-            HttpRequest& message = exchange.parser.message;
-            return HttpReply{exchange.parser.status(), std::move(message.headers),
-                             std::move(message.body), true};
-        }
-        case HttpParser::Event::fault:
-            return make_error(
-                exchange.parser.status() == 413 ? ErrorKind::too_large : ErrorKind::bad_data,
-                "reply from " + address->text() + ": " + std::string(exchange.parser.reason()));
-        default: break;
+            case HttpParser::Event::complete: {
+                HttpRequest& message = exchange.parser.message;
+                return HttpReply{exchange.parser.status(), std::move(message.headers),
+                                 std::move(message.body), true};
+            }
+            case HttpParser::Event::fault:
+                return make_error(
+                    exchange.parser.status() == 413 ? ErrorKind::too_large : ErrorKind::bad_data,
+                    "reply from " + address->text() + ": " + std::string(exchange.parser.reason()));
+            default: break;
         }
     }
 }
@@ -21254,21 +21413,22 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint64_t store_bookkeeping_bytes = 600;  // of one record: map nodes, strings, places
+inline constexpr uint64_t store_bookkeeping_bytes =
+    600;  // of one record: map nodes, strings, places
 
 /// Where a journal's record lies.
 struct JournalPlace {
-    uint64_t offset  = 0;
+    uint64_t offset = 0;
     uint32_t segment = 0;  // 0: nowhere
-    uint32_t size    = 0;
+    uint32_t size = 0;
 };
 
 /// A record in memory. MemoryStore keeps the texts in it, FileStore only their places.
 struct StoreEntry {
     StoredResponse record = {};
-    uint64_t     serial     = 0;  // of arrival
-    uint64_t     text_bytes = 0;
-    bool         erased     = false;  // only the reservation is left
+    uint64_t serial = 0;  // of arrival
+    uint64_t text_bytes = 0;
+    bool erased = false;  // only the reservation is left
     JournalPlace added = {}, begun = {}, ended = {};
 
     uint64_t cost() const {
@@ -21291,7 +21451,8 @@ public:
         const auto found = entries_.find(id);
         return found == entries_.end() ? nullptr : &found->second;
     }
-    const StoreEntry* holder(const std::string& organisation, const std::string& reservation) const {
+    const StoreEntry* holder(const std::string& organisation,
+                             const std::string& reservation) const {
         const auto found = reserved_.find({organisation, reservation});
         return found == reserved_.end() ? nullptr : found->second;
     }
@@ -21320,8 +21481,8 @@ public:
         if (!entry) return std::nullopt;
         return Reservation{entry->record.id, entry->record.fingerprint, entry->erased};
     }
-    Result<std::vector<std::string>> list(const std::string& organisation,
-                                          const std::string& after, size_t limit) const;
+    Result<std::vector<std::string>> list(const std::string& organisation, const std::string& after,
+                                          size_t limit) const;
     std::vector<StoredResponse> unfinished() const;
 
 private:
@@ -21330,8 +21491,8 @@ private:
 
     std::unordered_map<std::string, StoreEntry> entries_;  // its nodes stay put
     std::map<std::pair<std::string, std::string>, const StoreEntry*> reserved_;
-    std::map<std::pair<std::string, uint64_t>, const StoreEntry*>    arrivals_;
-    Aged     ended_;
+    std::map<std::pair<std::string, uint64_t>, const StoreEntry*> arrivals_;
+    Aged ended_;
     uint64_t bytes_ = 0;
 };
 
@@ -21340,13 +21501,16 @@ private:
 class StorePlan {
 public:
     struct Step {
-        std::string               id;
-        std::optional<StoreEntry> entry;     // nothing: it goes
-        int64_t                   died_ms = 0;  // when texts of it went; 0: none did
-        bool                      expired = false;
+        std::string id;
+        std::optional<StoreEntry> entry;  // nothing: it goes
+        int64_t died_ms = 0;              // when texts of it went; 0: none did
+        bool expired = false;
     };
     StorePlan(const StoreIndex* index, uint64_t max_bytes, int64_t retention_s, uint64_t* serial)
-        : index_(index), max_bytes_(max_bytes), retention_ms_(retention_s * 1000), serial_(serial) {}
+        : index_(index),
+          max_bytes_(max_bytes),
+          retention_ms_(retention_s * 1000),
+          serial_(serial) {}
 
     /// Decides one change; the steps that it takes are appended.
     Result<void> decide(const StoreChange& change);
@@ -21365,20 +21529,20 @@ private:
     bool is_reserved(const StoredResponse& record) const;
 
     const StoreIndex* index_;
-    uint64_t          max_bytes_;
-    int64_t           retention_ms_;
-    uint64_t*         serial_;
+    uint64_t max_bytes_;
+    int64_t retention_ms_;
+    uint64_t* serial_;
     std::vector<Step> steps_;
-    std::unordered_map<std::string, size_t> last_;  // step of an id
+    std::unordered_map<std::string, size_t> last_;                         // step of an id
     std::map<std::pair<std::string, std::string>, std::string> reserved_;  // by steps: id
-    int64_t           growth_ = 0;
+    int64_t growth_ = 0;
 };
 
 /// The index of a store, and the lock under which it is changed.
 struct StoreRecords {
     mutable std::mutex mutex;
     StoreIndex index;
-    uint64_t   serial = 0;  // of the last arrival
+    uint64_t serial = 0;  // of the last arrival
 
     /// The record that an organisation may see, or nothing.
     std::optional<StoreEntry> find(std::string_view organisation, const std::string& id) const {
@@ -21642,12 +21806,13 @@ inline namespace v1 {
 
 struct MemoryStore::State {
     MemoryStoreOptions options;
-    detail::StorePlan  plan;
+    detail::StorePlan plan;
 };
 
 MemoryStore::MemoryStore(const MemoryStoreOptions& options)
-    : state_(new State{options, {&records_->index, options.max_bytes, options.retention_s,
-                                 &records_->serial}}) {}
+    : state_(new State{
+          options, {&records_->index, options.max_bytes, options.retention_s, &records_->serial}}) {
+}
 MemoryStore::~MemoryStore() = default;
 
 void MemoryStore::change(detail::StoreChange change) {
@@ -21699,18 +21864,23 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint32_t journal_version       = 1;
-inline constexpr uint32_t journal_last_number   = 99'999'999;  // a name has eight digits
-inline constexpr size_t   journal_segment_head  = 32;
-inline constexpr size_t   journal_record_head   = 32;
-inline constexpr uint32_t journal_magic         = 0x315f4a56;  // "VJ_1"
-inline constexpr uint64_t journal_max_payload   = uint64_t{1} << 30;
-inline constexpr size_t   journal_write_bytes   = size_t{4} << 20;  // gathered before a write
-inline constexpr size_t   journal_copy_bytes    = size_t{1} << 20;  // of compaction, between commits
-inline constexpr int64_t  journal_dead_ms       = 12 * 3600 * 1000;  // then what died leaves the disk
+inline constexpr uint32_t journal_version = 1;
+inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
+inline constexpr size_t journal_segment_head = 32;
+inline constexpr size_t journal_record_head = 32;
+inline constexpr uint32_t journal_magic = 0x315f4a56;  // "VJ_1"
+inline constexpr uint64_t journal_max_payload = uint64_t{1} << 30;
+inline constexpr size_t journal_write_bytes = size_t{4} << 20;  // gathered before a write
+inline constexpr size_t journal_copy_bytes = size_t{1} << 20;   // of compaction, between commits
+inline constexpr int64_t journal_dead_ms = 12 * 3600 * 1000;    // then what died leaves the disk
 
 enum JournalType : uint16_t {
-    journal_add = 1, journal_begin, journal_finish, journal_erase, journal_drop, journal_close,
+    journal_add = 1,
+    journal_begin,
+    journal_finish,
+    journal_erase,
+    journal_drop,
+    journal_close,
     journal_types
 };
 
@@ -21806,7 +21976,7 @@ struct JournalRecord {
     uint16_t type = 0;
     uint64_t sequence = 0, commit = 0;  // `commit`: the sequence that its commit began with
     std::string_view payload = {};
-    size_t   size = 0;  // with the head
+    size_t size = 0;  // with the head
 };
 
 bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalRecord* record);
@@ -21817,10 +21987,10 @@ size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t
 struct JournalSegment {
     uint32_t number = 0;
     uint64_t first_sequence = 0;
-    uint64_t bytes = 0;  // that are committed
-    uint64_t live  = 0;  // of records that the index points to
-    int64_t  dead_since_ms = 0;  // since when texts in it are dead; 0: none are
-    bool     damaged = false;
+    uint64_t bytes = 0;         // that are committed
+    uint64_t live = 0;          // of records that the index points to
+    int64_t dead_since_ms = 0;  // since when texts in it are dead; 0: none are
+    bool damaged = false;
     std::unique_ptr<FolderFile> file = {};
 
     std::string name() const { return format("%08u.journal", unsigned(number)); }
@@ -21837,30 +22007,30 @@ Error journal_newer(const std::string& name);
 /// A copy of live records out of segments [0, inputs).
 struct JournalCompaction {
     struct Move {
-        std::string               id;
+        std::string id;
         JournalPlace StoreEntry::*slot;
-        JournalPlace              from, to;
+        JournalPlace from, to;
     };
-    size_t            inputs = 0;
-    int64_t           began_ms = 0;
+    size_t inputs = 0;
+    int64_t began_ms = 0;
     std::vector<Move> moves = {};
-    size_t            next = 0;
-    JournalSegments   outputs = {};
+    size_t next = 0;
+    JournalSegments outputs = {};
 };
 
 inline bool operator==(const JournalPlace& a, const JournalPlace& b) {
     return a.segment == b.segment && a.offset == b.offset;
 }
 
-inline constexpr JournalPlace StoreEntry::*journal_slots[] = {&StoreEntry::added, &StoreEntry::begun,
-                                                       &StoreEntry::ended};
+inline constexpr JournalPlace StoreEntry::*journal_slots[] = {
+    &StoreEntry::added, &StoreEntry::begun, &StoreEntry::ended};
 
 /// What the store thread owns. Only it changes index and segments, under the lock of the records; it
 /// reads them without.
 struct FileJournal {
-    FileStoreOptions        options;
+    FileStoreOptions options;
     std::unique_ptr<Folder> folder;
-    StoreRecords*           records = nullptr;
+    StoreRecords* records = nullptr;
     std::optional<StorePlan> plan;
     uint32_t salt = 0, next_number = 1;
     uint64_t next_sequence = 1;
@@ -21870,14 +22040,14 @@ struct FileJournal {
 
     // one commit
     std::string out;
-    uint64_t    written = 0, commit = 1;
+    uint64_t written = 0, commit = 1;
     std::optional<Error> write_failed;
 
-    std::mutex               queue_mutex;
-    std::condition_variable  queue_filled;
+    std::mutex queue_mutex;
+    std::condition_variable queue_filled;
     std::vector<StoreChange> queue;
-    bool                     ending = false, ready = false;
-    Thread                   thread;
+    bool ending = false, ready = false;
+    Thread thread;
 
     Result<void> load();
     Result<void> load_manifest(const std::vector<std::string>& names);
@@ -21897,7 +22067,8 @@ struct FileJournal {
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
     Result<void> take(StoreChange& change);
-    Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms, JournalPlace* place);
+    Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms,
+                        JournalPlace* place);
     void flush();
     Result<void> write();
     void install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms);
@@ -22236,9 +22407,9 @@ Result<void> FileJournal::replay(JournalSegment& segment, std::string_view bytes
     JournalRecord record;
     while (at < bytes.size()) {
         const bool whole = journal_parse(bytes, at, salt, &record);
-        const bool follows = whole && (newest && !segment.damaged
-                                           ? record.sequence == next_sequence
-                                           : record.sequence >= next_sequence);
+        const bool follows = whole &&
+                             (newest && !segment.damaged ? record.sequence == next_sequence
+                                                         : record.sequence >= next_sequence);
         bool strange = false;
         if (follows) {
             auto applied = replay_record(segment, record, at);
@@ -22598,7 +22769,8 @@ Result<void> FileJournal::finish_compaction() {
     for (const auto& output : compaction->outputs)
         if (auto synced = sync(output->file->sync()); !synced) return synced;
     JournalSegments listed = compaction->outputs, old;
-    listed.insert(listed.end(), segments.begin() + std::ptrdiff_t(compaction->inputs), segments.end());
+    listed.insert(listed.end(), segments.begin() + std::ptrdiff_t(compaction->inputs),
+                  segments.end());
     if (auto put = write_manifest(listed); !put) return put;
     {
         const std::lock_guard<std::mutex> lock(records->mutex);
@@ -22761,27 +22933,27 @@ inline namespace v1 {
 namespace detail {
 
 struct ServerKey {
-    Hash256     hash;  // of the secret
+    Hash256 hash;  // of the secret
     std::string id, organisation;
-    uint32_t    per_minute = 0;
-    double      tokens     = 0;  // requests that it may make now
-    uint64_t    filled_ns  = 0;  // when that was so
+    uint32_t per_minute = 0;
+    double tokens = 0;       // requests that it may make now
+    uint64_t filled_ns = 0;  // when that was so
 };
 
-inline constexpr size_t   server_workers             = 2;
-inline constexpr uint32_t server_tick_ms             = 100;    // how exact sync_timeout_ms is
-inline constexpr uint64_t server_get_body_bytes      = 4096;   // tolerated, and not read
-inline constexpr int64_t  server_expire_every_ms     = 60'000;
-inline constexpr size_t   server_min_secret          = 16;
-inline constexpr size_t   server_shown_bytes         = 200;    // of a path in a log line or message
-inline constexpr int      server_client_left         = 499;    // in the log only, as nginx has it
-inline constexpr uint32_t server_max_retry_s         = 60;     // advised to a client
-inline constexpr size_t   server_max_key_length      = 255;    // of an idempotency key
-inline constexpr size_t   server_list_default = 20, server_list_most = 100;
-inline constexpr size_t   server_max_turns           = 1000;   // of a chain of previous responses
-inline constexpr uint32_t server_max_attempts        = 2;      // to answer one request, after crashes
-inline constexpr size_t   server_recovering          = 16;     // taken up again at a time
-inline constexpr uint64_t server_max_key_file        = 16 << 20;
+inline constexpr size_t server_workers = 2;
+inline constexpr uint32_t server_tick_ms = 100;          // how exact sync_timeout_ms is
+inline constexpr uint64_t server_get_body_bytes = 4096;  // tolerated, and not read
+inline constexpr int64_t server_expire_every_ms = 60'000;
+inline constexpr size_t server_min_secret = 16;
+inline constexpr size_t server_shown_bytes = 200;     // of a path in a log line or message
+inline constexpr int server_client_left = 499;        // in the log only, as nginx has it
+inline constexpr uint32_t server_max_retry_s = 60;    // advised to a client
+inline constexpr size_t server_max_key_length = 255;  // of an idempotency key
+inline constexpr size_t server_list_default = 20, server_list_most = 100;
+inline constexpr size_t server_max_turns = 1000;    // of a chain of previous responses
+inline constexpr uint32_t server_max_attempts = 2;  // to answer one request, after crashes
+inline constexpr size_t server_recovering = 16;     // taken up again at a time
+inline constexpr uint64_t server_max_key_file = 16 << 20;
 
 struct ServerLoop : HttpHandler {
     struct Exchange;
@@ -22791,29 +22963,29 @@ struct ServerLoop : HttpHandler {
         std::string_view path;         // ending in '/': an argument follows
         std::string_view suffix = {};  // behind the argument
         Handle get = nullptr, post = nullptr, remove = nullptr;
-        bool   slashes = false;        // in the argument
-        bool   open    = false;        // needs no key
-        std::string allowed() const;   // the header Allow
+        bool slashes = false;         // in the argument
+        bool open = false;            // needs no key
+        std::string allowed() const;  // the header Allow
     };
     static const Route routes[];
 
     /// A request that is not answered yet.
     struct Exchange {
-        uint64_t         number = 0;  // in http
-        std::string      request_id, method, path, argument, query;
-        std::string      organisation = "default";
-        std::string      key_id       = "open";
-        std::string      cors_origin;  // to be named in the reply
-        ServerKey*       key        = nullptr;
-        const Route*     route      = nullptr;
-        Handle           handle     = nullptr;
-        uint64_t         started_ns = 0;
-        std::string      response_id;          // that it asks for or waits for
-        bool             keyed      = false;   // an idempotency key came with it
-        bool             replayed   = false;
-        bool             removes    = false;   // waits for the end, then for the record to go
-        Usage            usage      = {};      // for the log line
-        Timings          timings    = {};
+        uint64_t number = 0;  // in http
+        std::string request_id, method, path, argument, query;
+        std::string organisation = "default";
+        std::string key_id = "open";
+        std::string cors_origin;  // to be named in the reply
+        ServerKey* key = nullptr;
+        const Route* route = nullptr;
+        Handle handle = nullptr;
+        uint64_t started_ns = 0;
+        std::string response_id;  // that it asks for or waits for
+        bool keyed = false;       // an idempotency key came with it
+        bool replayed = false;
+        bool removes = false;  // waits for the end, then for the record to go
+        Usage usage = {};      // for the log line
+        Timings timings = {};
     };
 
     /// A response that is not terminal.
@@ -22825,87 +22997,87 @@ struct ServerLoop : HttpHandler {
             finishing,  // the outcome is there and is being kept
             parked,     // left for the next start
         };
-        State       state = State::reserving;
+        State state = State::reserving;
         std::string organisation;
-        bool        running    = false;
-        bool        background = false;
-        bool        resumable  = false;  // is taken up again after a crash
-        uint32_t    attempts   = 1;      // as the store has it
-        bool        begun      = true;   // the last of them is this process's
-        uint64_t    owner      = 0;      // the exchange whose end cancels it; 0: none
-        Responder*  responder  = nullptr;
-        std::vector<uint64_t> waiters;   // exchanges that want the terminal object
+        bool running = false;
+        bool background = false;
+        bool resumable = false;  // is taken up again after a crash
+        uint32_t attempts = 1;   // as the store has it
+        bool begun = true;       // the last of them is this process's
+        uint64_t owner = 0;      // the exchange whose end cancels it; 0: none
+        Responder* responder = nullptr;
+        std::vector<uint64_t> waiters;              // exchanges that want the terminal object
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
     };
 
     /// Work for a worker, or a change for the store, and what comes back.
     struct Job {
         using Step = void (ServerLoop::*)(std::unique_ptr<Job>);
-        ServerLoop*    loop = nullptr;
+        ServerLoop* loop = nullptr;
         void (ServerLoop::*work)(Job&) = nullptr;  // on a worker
-        Step           next      = nullptr;        // then on the loop
-        uint64_t       exchange  = 0;
-        int            status    = 200;    // to answer with
-        std::string    text      = {};     // a request's body; then the bytes to answer
-        std::string    key       = {};     // accept: the idempotency key's header
-        int            keys      = 0;      // and how many of them came
-        std::string    key_id    = {};
-        std::string    query     = {};
-        bool           running   = false;  // how far a live response is
-        bool           only_background = false;
-        bool           store     = true;
-        bool           more      = false;  // list: there are older ones
+        Step next = nullptr;                       // then on the loop
+        uint64_t exchange = 0;
+        int status = 200;       // to answer with
+        std::string text = {};  // a request's body; then the bytes to answer
+        std::string key = {};   // accept: the idempotency key's header
+        int keys = 0;           // and how many of them came
+        std::string key_id = {};
+        std::string query = {};
+        bool running = false;  // how far a live response is
+        bool only_background = false;
+        bool store = true;
+        bool more = false;                                   // list: there are older ones
         std::vector<std::pair<std::string, bool>> ids = {};  // list: each with `running`
-        StoredResponse stored    = {};
-        std::optional<Reservation>     replay  = {};
+        StoredResponse stored = {};
+        std::optional<Reservation> replay = {};
         std::shared_ptr<const Outcome> outcome = {};
-        Responder*     responder = nullptr;
+        Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
-        std::optional<Error>      error    = {};
+        std::optional<Error> error = {};
     };
     using JobPtr = std::unique_ptr<Job>;
 
-    ServerOptions           options;  // without secrets
-    std::vector<ServerKey>  keys;
+    ServerOptions options;  // without secrets
+    std::vector<ServerKey> keys;
     std::vector<Responder*> responders;
-    std::unique_ptr<Store>  own_store;
-    Store*                  store = nullptr;
+    std::unique_ptr<Store> own_store;
+    Store* store = nullptr;
     std::optional<HttpServer> http;
 
     // of the loop thread
     std::unordered_map<uint64_t, Exchange> exchanges;
-    std::unordered_map<std::string, Live>  live;
+    std::unordered_map<std::string, Live> live;
     std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
-    std::deque<std::string> recoverable;    // waiting, oldest first
-    std::vector<JobPtr>     unsaved;        // outcomes that the store had no room for
-    size_t   recovering     = 0;            // of them, on their way
-    size_t   finishing      = 0;
-    size_t   queued         = 0;            // live and not running
-    double   finish_gap_s   = 1;            // between two ends, on average
+    std::deque<std::string> recoverable;                 // waiting, oldest first
+    std::vector<JobPtr> unsaved;                         // outcomes that the store had no room for
+    size_t recovering = 0;                               // of them, on their way
+    size_t finishing = 0;
+    size_t queued = 0;        // live and not running
+    double finish_gap_s = 1;  // between two ends, on average
     uint64_t last_finish_ns = 0;
-    int64_t  next_expiry_ms = 0;
-    bool     drain_begun    = false;
-    std::vector<JobPtr> outgoing;           // for the workers, handed over once a turn
-    uint8_t  random[1024]   = {};           // drawn from the system at once
-    size_t   random_used    = sizeof random;
-    bool     listening      = false;        // to the Responders
+    int64_t next_expiry_ms = 0;
+    bool drain_begun = false;
+    std::vector<JobPtr> outgoing;  // for the workers, handed over once a turn
+    uint8_t random[1024] = {};     // drawn from the system at once
+    size_t random_used = sizeof random;
+    bool listening = false;                                    // to the Responders
     std::map<std::pair<std::string, int>, uint64_t> answered;  // by route and status
-    double   answer_seconds = 0;
-    uint64_t replayed       = 0;
+    double answer_seconds = 0;
+    uint64_t replayed = 0;
 
-    std::atomic<bool>     stopping = false;
-    std::atomic<uint32_t> storing  = 0;  // changes under way
+    std::atomic<bool> stopping = false;
+    std::atomic<uint32_t> storing = 0;  // changes under way
 
-    std::mutex              jobs_mutex;
+    std::mutex jobs_mutex;
     std::condition_variable jobs_waiting;
-    std::deque<JobPtr>      jobs;
-    bool                    ending = false;
-    Thread                  workers[server_workers];
+    std::deque<JobPtr> jobs;
+    bool ending = false;
+    Thread workers[server_workers];
 
-    std::mutex               inbox_mutex;
-    std::vector<JobPtr>      inbox_jobs;
-    std::vector<std::string> inbox_ready;  // ids with events
-    std::atomic<uint32_t>    inbox_count = 0;  // ever put in
+    std::mutex inbox_mutex;
+    std::vector<JobPtr> inbox_jobs;
+    std::vector<std::string> inbox_ready;   // ids with events
+    std::atomic<uint32_t> inbox_count = 0;  // ever put in
 
     ~ServerLoop() override;
     Result<void> start();
@@ -22968,7 +23140,8 @@ struct ServerLoop : HttpHandler {
     void hand_over();
     void run_jobs();
     static void on_ready(void* context, const std::string& id);
-    template <class Add> void send_to_loop(Add add);
+    template <class Add>
+    void send_to_loop(Add add);
     void take_inbox();
     Exchange* find_exchange(uint64_t number);
     void answer_job(JobPtr job);
@@ -23185,10 +23358,9 @@ Result<void> server_check_options(const ServerOptions& options) {
     auto address = NetAddress::parse(options.host, options.port);
     if (!address) return address.error();
     if (options.keys.empty() && !options.allow_open && !address->is_loopback())
-        return server_option("host",
-                             "without keys a server only listens on a loopback address, and '" +
-                                 options.host +
-                                 "' is none: pass keys, or allow_open to let anybody in");
+        return server_option(
+            "host", "without keys a server only listens on a loopback address, and '" +
+                        options.host + "' is none: pass keys, or allow_open to let anybody in");
     for (const std::string& origin : options.cors_origins) {
         const size_t host = origin.find("://");
         if (host == origin.npos || origin.find('/', host + 3) != origin.npos)
@@ -23286,8 +23458,7 @@ ServerLoop::~ServerLoop() {
     for (Thread& worker : workers) worker.join();
     for (auto& [id, entry] : live) {
         park(id, entry);
-        while (entry.responder && entry.responder->poll(id)) {
-        }
+        while (entry.responder && entry.responder->poll(id)) {}
     }
     while (const uint32_t left = storing) wait_on(&storing, left, 1'000'000);
 }
@@ -23327,7 +23498,7 @@ bool ServerLoop::step(int timeout_ms) {
 // ---- Replies ---------------------------------------------------------------------------------
 
 HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::string body,
-                                    HttpHeaders headers) {
+                                 HttpHeaders headers) {
     HttpReply reply;
     reply.status = status;
     reply.headers = std::move(headers);
@@ -23347,7 +23518,7 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
 }
 
 HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
-                                          HttpHeaders headers) {
+                                       HttpHeaders headers) {
     const int status = http_status(error.kind);
     if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
     if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
@@ -23433,12 +23604,13 @@ HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::stri
     Exchange exchange;
     exchange.request_id = make_request_id();
     exchange.method = request.method.empty() ? "-" : request.method;
-    exchange.path = request.target.empty() ? "-" : request.target.substr(0, request.target.find('?'));
+    exchange.path = request.target.empty() ? "-"
+                                           : request.target.substr(0, request.target.find('?'));
     exchange.key_id = "-";
     exchange.started_ns = monotonic_ns();
     const ErrorKind kind = status == 503 ? ErrorKind::overloaded : ErrorKind::invalid_request;
-    HttpReply reply = make_error_reply(
-        exchange, make_error(kind, std::string(message), std::string(code)));
+    HttpReply reply = make_error_reply(exchange,
+                                       make_error(kind, std::string(message), std::string(code)));
     reply.status = status;
     log_exchange(exchange, status);
     return reply;
@@ -23486,12 +23658,12 @@ void ServerLoop::on_tick() {
         std::erase(entry->second.waiters, exchange->number);
         HttpHeaders headers = {{"X-Valar-Response-Id", id}};
         if (!exchange->keyed) headers.emplace_back("x-should-retry", "false");
-        refuse(*exchange,
-               make_error(ErrorKind::timeout,
-                          "the response was not finished in time; it goes on: GET /v1/responses/" +
-                              id,
-                          "timeout"),
-               std::move(headers));
+        refuse(
+            *exchange,
+            make_error(ErrorKind::timeout,
+                       "the response was not finished in time; it goes on: GET /v1/responses/" + id,
+                       "timeout"),
+            std::move(headers));
     }
     recover_some();
     for (JobPtr& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
@@ -23692,8 +23864,7 @@ Server& Server::operator=(Server&& other) noexcept = default;
 Server::~Server() = default;
 
 Result<void> Server::run() {
-    while (state_->step(-1)) {
-    }
+    while (state_->step(-1)) {}
     return {};
 }
 
@@ -23722,9 +23893,11 @@ const ServerLoop::Route ServerLoop::routes[] = {
     {.path = "/metrics", .get = &ServerLoop::get_metrics},
     {.path = "/v1/models", .get = &ServerLoop::get_models},
     {.path = "/v1/models/", .get = &ServerLoop::get_model, .slashes = true},
-    {.path = "/v1/responses", .get = &ServerLoop::get_responses,
+    {.path = "/v1/responses",
+     .get = &ServerLoop::get_responses,
      .post = &ServerLoop::post_response},
-    {.path = "/v1/responses/", .get = &ServerLoop::get_response,
+    {.path = "/v1/responses/",
+     .get = &ServerLoop::get_response,
      .remove = &ServerLoop::delete_response},
     {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
     {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
@@ -23732,8 +23905,8 @@ const ServerLoop::Route ServerLoop::routes[] = {
 
 std::string ServerLoop::Route::allowed() const {
     std::string all;
-    for (const auto& [handler, methods] : {std::pair(get, "GET, HEAD"), std::pair(post, "POST"),
-                                           std::pair(remove, "DELETE")})
+    for (const auto& [handler, methods] :
+         {std::pair(get, "GET, HEAD"), std::pair(post, "POST"), std::pair(remove, "DELETE")})
         if (handler) all.append(all.empty() ? "" : ", ").append(methods);
     return all;
 }
@@ -23777,9 +23950,9 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
 
     using Check = Result<void> (ServerLoop::*)(const HttpRequest&, Exchange&);
     static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_origin};
-    static constexpr Check then[] = {&ServerLoop::check_key, &ServerLoop::check_route,
+    static constexpr Check then[] = {&ServerLoop::check_key,    &ServerLoop::check_route,
                                      &ServerLoop::check_method, &ServerLoop::check_size,
-                                     &ServerLoop::check_rate, &ServerLoop::check_type};
+                                     &ServerLoop::check_rate,   &ServerLoop::check_type};
     const auto run = [&](std::span<const Check> checks) -> std::optional<HttpReply> {
         for (const Check check : checks)
             if (auto checked = (this->*check)(request, exchange); !checked)
@@ -23877,15 +24050,15 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
     const Route& route = *exchange.route;
-    for (const auto& [method, handle] : {std::pair("GET", route.get), std::pair("HEAD", route.get),
-                                         std::pair("POST", route.post),
-                                         std::pair("DELETE", route.remove)})
+    for (const auto& [method, handle] :
+         {std::pair("GET", route.get), std::pair("HEAD", route.get), std::pair("POST", route.post),
+          std::pair("DELETE", route.remove)})
         if (request.method == method) exchange.handle = handle;
     if (exchange.handle) return {};
-    return make_error(ErrorKind::method_not_allowed,
-                      server_printable(request.method) + " is not allowed here; allowed: " +
-                          route.allowed(),
-                      "method_not_allowed");
+    return make_error(
+        ErrorKind::method_not_allowed,
+        server_printable(request.method) + " is not allowed here; allowed: " + route.allowed(),
+        "method_not_allowed");
 }
 
 Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
@@ -23911,10 +24084,10 @@ Result<void> ServerLoop::check_rate(const HttpRequest&, Exchange& exchange) {
         --key->tokens;
         return {};
     }
-    Error error = make_error(ErrorKind::rate_limit,
-                             "this key may make " + std::to_string(key->per_minute) +
-                                 " requests a minute",
-                             "rate_limit_exceeded");
+    Error error = make_error(
+        ErrorKind::rate_limit,
+        "this key may make " + std::to_string(key->per_minute) + " requests a minute",
+        "rate_limit_exceeded");
     error.retry_after_s = static_cast<uint32_t>(std::ceil((1 - key->tokens) / a_second));
     return error;
 }
@@ -24319,10 +24492,11 @@ void ServerLoop::finish_done(JobPtr job) {
     }
     const Outcome& outcome = *job->outcome;
     if (waiters.empty() && !job->error && options.log.write)  // no exchange's line will tell
-        log_line(Json::object()
-                     .set("response", job->stored.id)
-                     .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
-                 outcome.usage, outcome.timings);
+        log_line(
+            Json::object()
+                .set("response", job->stored.id)
+                .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
+            outcome.usage, outcome.timings);
     for (const uint64_t number : waiters) {
         Exchange* exchange = find_exchange(number);
         if (!exchange) continue;
@@ -24358,14 +24532,12 @@ void ServerLoop::remove(Exchange& exchange, const std::string& id) {
 
 void ServerLoop::remove_done(JobPtr job) {
     const std::string& id = job->stored.id;
-    if (job->error && job->error->kind == ErrorKind::not_found)
-        job->error = server_no_response(id);
+    if (job->error && job->error->kind == ErrorKind::not_found) job->error = server_no_response(id);
     job->text = Json::object().set("id", id).set("object", "response").set("deleted", true).write();
     answer_job(std::move(job));
 }
 
-namespace {
-}  // namespace
+namespace {}  // namespace
 
 Error server_not_background() {
     return server_field("invalid_value", "response_id",
@@ -24404,7 +24576,8 @@ void ServerLoop::recover_all() {
         }
         auto outcome = std::make_shared<Outcome>();
         outcome->status = Status::failed;
-        outcome->error = make_error(ErrorKind::closed, "the server was restarted", "server_restarted");
+        outcome->error = make_error(ErrorKind::closed, "the server was restarted",
+                                    "server_restarted");
         finish(stored.id, entry, std::move(outcome));
     }
     recover_some();
@@ -24499,8 +24672,8 @@ namespace detail {
 // ---- Reading -----------------------------------------------------------------------------------
 
 std::string ServerLoop::render_live(const StoredResponse& stored, bool running) const {
-    const ResponseRecord record =
-        server_record(stored, running ? Status::running : Status::pending);
+    const ResponseRecord record = server_record(stored,
+                                                running ? Status::running : Status::pending);
     return render_response(record, options.dialect).write();
 }
 
@@ -24543,18 +24716,19 @@ Result<std::optional<std::string>> server_query(std::string_view query, std::str
         if (one.substr(0, equals) != name) continue;
         auto value = server_unescape(one.substr(std::min(equals + 1, one.size())));
         if (!value || found)
-            return make_error(ErrorKind::invalid_request,
-                              "'" + std::string(name) + "' in the query is malformed or given twice",
-                              "invalid_value", std::string(name));
+            return make_error(
+                ErrorKind::invalid_request,
+                "'" + std::string(name) + "' in the query is malformed or given twice",
+                "invalid_value", std::string(name));
         found = std::move(*value);
     }
     return found;
 }
 
 struct ServerPage {
-    size_t      limit = server_list_default;
+    size_t limit = server_list_default;
     std::string after;
-    bool        ascending = false;
+    bool ascending = false;
 };
 
 Result<ServerPage> server_page(std::string_view query) {
@@ -24593,8 +24767,8 @@ std::string server_list(std::vector<Json> data, bool more) {
 }
 
 Error server_bad_after(std::string_view after) {
-    return server_field("invalid_value", "after", "'after' is '" + server_printable(after) +
-                                                      "', which is none of the list");
+    return server_field("invalid_value", "after",
+                        "'after' is '" + server_printable(after) + "', which is none of the list");
 }
 
 }  // namespace
@@ -24623,7 +24797,8 @@ void ServerLoop::list_work(Job& job) {
     for (const auto& [id, running] : job.ids) {
         const auto stored = store->find(job.stored.organisation, id);
         if (!stored) continue;  // gone meanwhile
-        auto object = Json::parse(stored->terminal ? *stored->object : render_live(*stored, running));
+        auto object = Json::parse(stored->terminal ? *stored->object
+                                                   : render_live(*stored, running));
         if (!object) continue;
         for (const char* left_out : {"input", "instructions", "tools"}) object->erase(left_out);
         data.push_back(std::move(*object));
@@ -24668,7 +24843,8 @@ void ServerLoop::items_work(Job& job) {
 namespace {
 void server_metric(std::string* out, const char* name, const char* kind, double value) {
     const Json number = value == std::floor(value) && value < 9e15
-                            ? Json(static_cast<int64_t>(value)) : Json(value);
+                            ? Json(static_cast<int64_t>(value))
+                            : Json(value);
     *out += format("# TYPE valar_%s %s\nvalar_%s ", name, kind, name) + number.write() + "\n";
 }
 }  // namespace
@@ -24678,7 +24854,8 @@ std::string ServerLoop::metrics_text() const {
     uint64_t requests = 0;
     for (const auto& [key, count] : answered) {
         out += format("valar_http_requests_total{route=\"%s\",status=\"%d\"} ", key.first.c_str(),
-                      key.second) + std::to_string(count) + "\n";
+                      key.second) +
+               std::to_string(count) + "\n";
         requests += count;
     }
     const HttpServer::Stats net = http->stats();
@@ -24692,7 +24869,7 @@ std::string ServerLoop::metrics_text() const {
     struct Row {
         const char* name;
         const char* kind;
-        double      value;
+        double value;
     };
     const auto number = [](uint64_t value) { return static_cast<double>(value); };
     const Row rows[] = {

@@ -152,9 +152,7 @@ const Multiplier multipliers[] = {
 // Reads bytes as the kernels do, in one stream or in several at once, with or without prefetch.
 #if defined(__GNUC__)
 typedef uint64_t Line __attribute__((vector_size(64), aligned(64), may_alias));
-BENCH_INLINE void fetch(const std::byte* at) {
-    __builtin_prefetch(at);
-}
+BENCH_INLINE void fetch(const std::byte* at) { __builtin_prefetch(at); }
 #else
 struct Line {
     uint64_t v[8];
@@ -231,9 +229,7 @@ bool has_table(const char* name) {
     return false;
 }
 
-double seconds_since(uint64_t start_ns) {
-    return 1e-9 * double(monotonic_ns() - start_ns);
-}
+double seconds_since(uint64_t start_ns) { return 1e-9 * double(monotonic_ns() - start_ns); }
 
 // Seconds of work(part, parts) on every thread of the team at once.
 template <class Work>
@@ -471,9 +467,8 @@ public:
             kv_bytes += 2.0 * layer.n_kv_heads / valar::detail::kKeyGroup *
                         double(valar::detail::kv_group_bytes(options_.kv_type, layer.head_dim));
         const double planes = options_.precision == valar::Precision::fine ? 2 : 1;
-        return {
-            bytes + positions_read * kv_bytes,
-            2 * (planes * products + 2 * values(*tensors_.output) * logit_rows)};
+        return {bytes + positions_read * kv_bytes,
+                2 * (planes * products + 2 * values(*tensors_.output) * logit_rows)};
     }
     const valar::MemoryPlan& plan() const { return plan_; }
     /// The likeliest token of a batch whose last row alone wanted logits.
@@ -780,7 +775,8 @@ int main(int argc, char** argv) {
     flags.add("columns", "N", &settings.columns,
               "decode 2, 4, 8 ... N sequences at once, too (default: 16)");
     flags.add("precision", "fast|fine", &settings.precision, "default: fast");
-    flags.add("kv", "f16|f32|q8_0", &settings.kv_type, "how keys and values are kept (default: f16)");
+    flags.add("kv", "f16|f32|q8_0", &settings.kv_type,
+              "how keys and values are kept (default: f16)");
     flags.add("repeat", "R", &settings.repeat, "rounds; medians are shown (default: 5)");
     flags.add("stream-mib", "M", &settings.stream_mib,
               "measure bandwidth over so much memory; 0: no limits (default: 1024)");

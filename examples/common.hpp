@@ -20,9 +20,9 @@
 #ifndef NOMINMAX
 #define NOMINMAX
 #endif
-#include <windows.h>
 #include <io.h>
 #include <shellapi.h>
+#include <windows.h>
 #if defined(_MSC_VER)
 #pragma comment(lib, "shell32")
 #endif
@@ -64,8 +64,8 @@ inline bool read_value(const std::string& text, uint64_t* out) {
     return true;
 }
 template <class Integer>
-    requires(std::is_integral_v<Integer> && sizeof(Integer) < 8)
-bool read_value(const std::string& text, Integer* out) {
+requires(std::is_integral_v<Integer> &&
+         sizeof(Integer) < 8) bool read_value(const std::string& text, Integer* out) {
     int64_t wide = 0;
     if (!read_value(text, &wide) || !std::in_range<Integer>(wide)) return false;
     *out = static_cast<Integer>(wide);
@@ -159,7 +159,7 @@ private:
         const char* name;
         const char* value;
         const char* help;
-        void*       out;
+        void* out;
         bool (*read)(const std::string& text, void* out);
     };
 
@@ -210,10 +210,10 @@ private:
         return 0;
     }
 
-    std::string       program_, summary_;
+    std::string program_, summary_;
     std::vector<Flag> flags_;
-    const char*       word_name_ = "";
-    std::string*      word_ = nullptr;
+    const char* word_name_ = "";
+    std::string* word_ = nullptr;
 };
 
 // ---- The model -------------------------------------------------------------------------------
@@ -286,8 +286,9 @@ inline valar::Result<valar::Engine> open_engine(valar::EngineOptions options) {
     if (by_default) options.model_path = cached_model();
     auto engine = valar::Engine::begin_open(options);
     if (!engine && by_default && engine.error().kind == valar::ErrorKind::not_found)
-        engine.error().message = "no model: pass --model FILE, or get a small one (98 MB) with\n"
-                                 "    python3 examples/fetch_model.py";
+        engine.error().message =
+            "no model: pass --model FILE, or get a small one (98 MB) with\n"
+            "    python3 examples/fetch_model.py";
     const bool show = is_terminal(stderr);
     while (engine && !engine->is_loaded()) {
         auto more = engine->step(50'000);

@@ -36,12 +36,12 @@ int main(int argc, char** argv) {
     auto engine = example::open_engine(options);
     if (!engine) return example::fail(engine.error().message);
 
-    valar::Reply reply =
-        engine->submit({.instructions = "You are a gruff blacksmith. Answer briefly.",
-                        .input = "Can you mend this sword before dawn?",
-                        .max_output_tokens = 60,
-                        .temperature = 0.6,
-                                         .seed = 4});
+    valar::Reply reply = engine->submit(
+        {.instructions = "You are a gruff blacksmith. Answer briefly.",
+         .input = "Can you mend this sword before dawn?",
+         .max_output_tokens = 60,
+         .temperature = 0.6,
+         .seed = 4});
     Game game;
     double longest_ms = 0;
     while (game.frame()) {

@@ -114,13 +114,13 @@ void store_f32(const float* x, std::byte* out) { std::memcpy(out, x, kBlock * si
 
 struct Target {
     TensorType type;
-    uint32_t   file_type;  // of the key general.file_type
+    uint32_t file_type;                             // of the key general.file_type
     void (*store)(const float* x, std::byte* out);  // kBlock values
 };
 constexpr Target targets[] = {
-    {TensorType::f32, 0, store_f32},       {TensorType::f16, 1, store_f16},
-    {TensorType::bf16, 32, store_bf16},    {TensorType::q8_0, 7, quantize_q8_0},
-    {TensorType::q5_0, 8, quantize_q5_0},  {TensorType::q4_1, 3, quantize_q4_1},
+    {TensorType::f32, 0, store_f32},      {TensorType::f16, 1, store_f16},
+    {TensorType::bf16, 32, store_bf16},   {TensorType::q8_0, 7, quantize_q8_0},
+    {TensorType::q5_0, 8, quantize_q5_0}, {TensorType::q4_1, 3, quantize_q4_1},
     {TensorType::q4_0, 2, quantize_q4_0},
 };
 
@@ -140,11 +140,11 @@ uint64_t row_bytes(TensorType type, uint64_t columns) {
 
 /// One tensor on its way from file to file. The writer asks for its rows when their turn comes.
 struct Job {
-    const Gguf*            from;
-    const TensorInfo*      source;
-    const Target*          target;  // null: the type stays
+    const Gguf* from;
+    const TensorInfo* source;
+    const Target* target;  // null: the type stays
     std::vector<std::byte> rows = {}, tile = {};
-    uint64_t*              done = nullptr;  // bytes of all tensors, for the progress line
+    uint64_t* done = nullptr;  // bytes of all tensors, for the progress line
 };
 
 /// Rows first .. first + count - 1 as the type that is asked for, not packed.
@@ -159,14 +159,15 @@ Result<void> make_rows(Job& job, uint64_t first, uint64_t count, std::byte* out)
     std::vector<std::byte> rows(static_cast<size_t>(count * from_bytes));
     if (auto done = read(rows.data()); !done) return done;
     const uint32_t cols = static_cast<uint32_t>(columns);
-    const uint64_t to_bytes = row_bytes(job.target->type, columns), block = to_bytes * kBlock / columns;
+    const uint64_t to_bytes = row_bytes(job.target->type, columns),
+                   block = to_bytes * kBlock / columns;
     std::vector<float> values(cols);
     job.tile.resize(static_cast<size_t>(valar::detail::packed_tile_bytes(source.type, cols)));
     for (uint64_t row = 0; row < count; ++row) {  // kernels know how to read each type, packed
         if (row % kTileRows == 0)
             valar::detail::pack_tiles(
-                source.type, static_cast<uint32_t>(std::min<uint64_t>(kTileRows, count - row)), cols,
-                rows.data() + row * from_bytes, 0, 1, job.tile.data());
+                source.type, static_cast<uint32_t>(std::min<uint64_t>(kTileRows, count - row)),
+                cols, rows.data() + row * from_bytes, 0, 1, job.tile.data());
         valar::detail::dequantize_row({source.type, kTileRows, cols, job.tile.data()},
                                       static_cast<uint32_t>(row % kTileRows), values.data());
         for (size_t i = 0; i < columns / kBlock; ++i)
@@ -196,14 +197,15 @@ Result<void> fill(void* context, const TensorInfo& tensor, uint64_t offset,
     }
     *job.done += out.size();
     if (example::is_terminal(stderr))
-        std::fprintf(stderr, "\r%6llu MB written", static_cast<unsigned long long>(*job.done >> 20));
+        std::fprintf(stderr, "\r%6llu MB written",
+                     static_cast<unsigned long long>(*job.done >> 20));
     return made;
 }
 
 struct Wish {
-    const Target* type   = nullptr;  // null: as it is
+    const Target* type = nullptr;    // null: as it is
     const Target* output = nullptr;  // of the output matrix
-    bool          packed = false;
+    bool packed = false;
 };
 
 bool is_output(const Gguf& from, const TensorInfo& tensor) {
@@ -229,8 +231,8 @@ void add_tensors(const Gguf& from, const Wish& wish, std::vector<Job>& jobs, Ggu
 void copy_keys(const Gguf& from, const Wish& wish, GgufWriter& writer) {
     for (const GgufKey& key : from.keys())
         if (key.name != "general.alignment" && !key.name.starts_with("split.") &&
-            !(wish.type && (key.name == "general.file_type" ||
-                            key.name == "general.quantization_version")))
+            !(wish.type &&
+              (key.name == "general.file_type" || key.name == "general.quantization_version")))
             writer.set(key);
     if (!wish.type) return;
     writer.set("general.file_type", wish.type->file_type);
@@ -242,23 +244,27 @@ void copy_keys(const Gguf& from, const Wish& wish, GgufWriter& writer) {
 int main(int argc, char** argv) {
     std::string model, out, type, output_type;
     Wish wish;
-    example::Flags flags("quantize",
-                         "Writes a model file again, with smaller weights or packed for quick starts.");
+    example::Flags flags(
+        "quantize", "Writes a model file again, with smaller weights or packed for quick starts.");
     flags.add("model", "FILE", &model, "a GGUF file (default: what fetch_model.py brought)");
     flags.add("out", "FILE", &out, "where to; replaced only when all is written");
     flags.add("type", "TYPE", &type, "of the matrices: f32 f16 bf16 q8_0 q5_0 q4_1 q4_0");
     flags.add("output-type", "TYPE", &output_type,
               "of the output matrix (default: q8_0 with a smaller --type)");
-    flags.add("packed", &wish.packed, "as the kernels read them: mapped, not loaded; for valar only");
+    flags.add("packed", &wish.packed,
+              "as the kernels read them: mapped, not loaded; for valar only");
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
     if (model.empty()) model = example::cached_model();
     if (out.empty()) return example::fail("quantize: --out FILE is missing (see --help)");
     if (out == model) return example::fail("quantize: --out is the model itself");
     if (type.empty() && !wish.packed)
         return example::fail("quantize: nothing to do: pass --type, --packed or both (see --help)");
-    if (output_type.empty()) output_type = type.starts_with("q") || type.starts_with("Q") ? "q8_0" : type;
-    const struct { const std::string& name; const Target*& to; } types[] = {
-        {type, wish.type}, {output_type, wish.output}};
+    if (output_type.empty())
+        output_type = type.starts_with("q") || type.starts_with("Q") ? "q8_0" : type;
+    const struct {
+        const std::string& name;
+        const Target*& to;
+    } types[] = {{type, wish.type}, {output_type, wish.output}};
     for (const auto& [name, to] : types)
         if (!name.empty() && !(to = find_target(name)))
             return example::fail("quantize: there is no type '" + name + "' to make (see --help)");

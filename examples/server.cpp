@@ -17,7 +17,7 @@ namespace {
 volatile std::sig_atomic_t interrupted = 0;
 
 struct Question {
-    std::string           text, instructions;
+    std::string text, instructions;
     std::optional<double> temperature, top_p;
     std::optional<int64_t> seed, max_output_tokens;
 };
@@ -58,7 +58,8 @@ std::string host_in_url(const std::string& host) {
 void print_ready(const std::string& host, uint16_t port, const std::string& model, bool key) {
     const std::string url = "http://" + host_in_url(host) + ":" + std::to_string(port);
     valar::Json body = valar::Json::object();
-    body.set("model", model).set("input", "Explain the key ideas behind transformer architectures.");
+    body.set("model", model)
+        .set("input", "Explain the key ideas behind transformer architectures.");
     std::printf("%s serves %s\n", url.c_str(), model.c_str());
     std::printf("curl %s/v1/responses %s--header 'Content-Type: application/json' --data '%s'\n",
                 url.c_str(), key ? "--header \"Authorization: Bearer $KEY\" " : "",
@@ -77,12 +78,12 @@ int main(int argc, char** argv) {
     valar::EngineOptions model;
     valar::ServerOptions options;
     options.port = 8080;
-    Question    question;
+    Question question;
     std::string key, keys, dialect = "valar";
     valar::FileStoreOptions journal;
-    bool        quiet = false;
-    uint32_t    sync_timeout_s = options.sync_timeout_ms / 1000;
-    uint32_t    retention_h = static_cast<uint32_t>(options.memory_store.retention_s / 3600);
+    bool quiet = false;
+    uint32_t sync_timeout_s = options.sync_timeout_ms / 1000;
+    uint32_t retention_h = static_cast<uint32_t>(options.memory_store.retention_s / 3600);
 
     example::Flags flags("server", "Serves a model over HTTP (the Valar Responses API).");
     example::add_model_flags(flags, model);
@@ -146,7 +147,8 @@ int main(int argc, char** argv) {
             status = ask(question, id, server->port(), key);
             server->stop();
         });
-        if (auto ran = server->run(); !ran) std::fprintf(stderr, "%s\n", ran.error().message.c_str());
+        if (auto ran = server->run(); !ran)
+            std::fprintf(stderr, "%s\n", ran.error().message.c_str());
         client.join();
         return status;
     }

@@ -23,9 +23,9 @@ inline namespace v1 {
 Item Item::message(Role role, std::string text) {
     Item item;
     item.role = role;
-    item.content.push_back({role == Role::assistant ? ContentPart::Kind::output_text
-                                                    : ContentPart::Kind::input_text,
-                            std::move(text)});
+    item.content.push_back(
+        {role == Role::assistant ? ContentPart::Kind::output_text : ContentPart::Kind::input_text,
+         std::move(text)});
     return item;
 }
 
@@ -39,11 +39,11 @@ namespace detail {
 namespace {
 
 struct ApiKind {
-    ErrorKind   kind;
-    int         status;
+    ErrorKind kind;
+    int status;
     const char* type;
     const char* code;  // where the error brings none
-    bool        ours;  // our own fault: its message may name a path and is not sent
+    bool ours;         // our own fault: its message may name a path and is not sent
 };
 constexpr ApiKind api_kinds[] = {
     {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", false},
@@ -77,26 +77,28 @@ Error api_error(const char* code, std::string param, std::string message) {
 // What was received, for messages: short, never a whole document.
 std::string api_shown(const Json& value) {
     switch (value.kind()) {
-    case Json::Kind::null: return "null";
-    case Json::Kind::array: return "an array";
-    case Json::Kind::object: return "an object";
-    case Json::Kind::string: {
-        if (value.as_string().size() > 60) return "a string";
-        return value.write();
-    }
-    default: return value.write();
+        case Json::Kind::null: return "null";
+        case Json::Kind::array: return "an array";
+        case Json::Kind::object: return "an object";
+        case Json::Kind::string: {
+            if (value.as_string().size() > 60) return "a string";
+            return value.write();
+        }
+        default: return value.write();
     }
 }
 
 Error api_wrong_type(const std::string& path, const char* expected, const Json& got) {
-    return api_error("invalid_type", path,
-                     "'" + path + "' must be " + expected + ", but " + api_shown(got) + " was received");
+    return api_error(
+        "invalid_type", path,
+        "'" + path + "' must be " + expected + ", but " + api_shown(got) + " was received");
 }
 
 Error api_wrong_value(const char* code, const std::string& path, const std::string& allowed,
                       const Json& got) {
-    return api_error(code, path,
-                     "'" + path + "' must be " + allowed + ", but " + api_shown(got) + " was received");
+    return api_error(
+        code, path,
+        "'" + path + "' must be " + allowed + ", but " + api_shown(got) + " was received");
 }
 
 Error api_missing(const std::string& path) {
@@ -121,9 +123,9 @@ Fault check_text(const Json& value, const std::string& path, size_t least, size_
     if (length < least)
         return api_error("string_below_min_length", path, "'" + path + "' must not be empty");
     if (length > most)
-        return api_error("string_above_max_length", path,
-                         format("'%s' has %zu characters; at most %zu are allowed", path.c_str(),
-                                length, most));
+        return api_error(
+            "string_above_max_length", path,
+            format("'%s' has %zu characters; at most %zu are allowed", path.c_str(), length, most));
     return {};
 }
 
@@ -131,17 +133,17 @@ Fault check_integer(const Json& value, const std::string& path, int64_t least, i
     if (!value.is_integer()) return api_wrong_type(path, "an integer", value);
     const bool above = !value.is_int() || value.as_int() > most;
     if (!above && value.as_int() >= least) return {};
-    return api_wrong_value(above ? "integer_above_max_value" : "integer_below_min_value", path,
-                           above ? "at most " + std::to_string(most)
-                                 : "at least " + std::to_string(least),
-                           value);
+    return api_wrong_value(
+        above ? "integer_above_max_value" : "integer_below_min_value", path,
+        above ? "at most " + std::to_string(most) : "at least " + std::to_string(least), value);
 }
 
 Fault check_number(const Json& value, const std::string& path, double least, double most) {
     if (!value.is_number()) return api_wrong_type(path, "a number", value);
     const double number = value.as_double();
     if (number < least)
-        return api_wrong_value("decimal_below_min_value", path, format("at least %g", least), value);
+        return api_wrong_value("decimal_below_min_value", path, format("at least %g", least),
+                               value);
     if (number > most)
         return api_wrong_value("decimal_above_max_value", path, format("at most %g", most), value);
     return {};
@@ -166,12 +168,12 @@ Fault check_choice(const Json& value, const std::string& path,
 
 // ---- Items (contract, 3.2) ---------------------------------------------------------------------
 
-constexpr std::string_view role_names[] = {"system", "developer", "user", "assistant", "tool",
-                                           "function"};
+constexpr std::string_view role_names[] = {"system",    "developer", "user",
+                                           "assistant", "tool",      "function"};
 
 struct ItemType {
     std::string_view name;
-    Item::Kind       kind;
+    Item::Kind kind;
 };
 constexpr ItemType item_types[] = {
     {"message", Item::Kind::message},
@@ -183,10 +185,10 @@ constexpr ItemType item_types[] = {
 };
 
 struct PartType {
-    std::string_view  name;
-    std::string_view  field;
+    std::string_view name;
+    std::string_view field;
     ContentPart::Kind kind;
-    bool              replayed;  // only in what the assistant said
+    bool replayed;  // only in what the assistant said
 };
 constexpr PartType part_types[] = {
     {"input_text", "text", ContentPart::Kind::input_text, false},
@@ -197,7 +199,8 @@ constexpr PartType part_types[] = {
     {"reasoning_text", "text", ContentPart::Kind::output_text, true},
 };
 
-Fault read_string_field(const Json& object, const char* key, const std::string& path, std::string* out) {
+Fault read_string_field(const Json& object, const char* key, const std::string& path,
+                        std::string* out) {
     const Json& value = object[key];
     const std::string field = path + "." + key;
     if (value.is_null()) return api_missing(field);
@@ -220,19 +223,19 @@ Fault read_part(const Json& part, const std::string& path, bool assistant, Item*
         return {};
     }
     const bool known = type == "input_audio" || type == "input_file";
-    return api_wrong_value(known ? "unsupported_value" : "invalid_value", path + ".type",
-                           assistant ? "\"output_text\", \"refusal\" or \"input_text\""
-                                     : "\"input_text\"",
-                           part["type"]);
+    return api_wrong_value(
+        known ? "unsupported_value" : "invalid_value", path + ".type",
+        assistant ? "\"output_text\", \"refusal\" or \"input_text\"" : "\"input_text\"",
+        part["type"]);
 }
 
 // A string, or an array of parts.
 Fault read_content(const Json& content, const std::string& path, bool assistant, Item* item) {
     if (content.is_null()) return api_missing(path);
     if (content.is_string()) {
-        item->content.push_back({assistant ? ContentPart::Kind::output_text
-                                           : ContentPart::Kind::input_text,
-                                 std::string(content.as_string())});
+        item->content.push_back(
+            {assistant ? ContentPart::Kind::output_text : ContentPart::Kind::input_text,
+             std::string(content.as_string())});
         return {};
     }
     if (!content.is_array()) return api_wrong_type(path, "a string or an array of parts", content);
@@ -246,10 +249,11 @@ Fault read_message(const Json& json, const std::string& path, Item* item) {
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
     const auto* found = std::find(std::begin(role_names), std::end(role_names), role);
     if (found == std::end(role_names))
-        return api_wrong_value("invalid_value", path + ".role",
-                               "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\", "
-                               "\"function\"",
-                               json["role"]);
+        return api_wrong_value(
+            "invalid_value", path + ".role",
+            "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\", "
+            "\"function\"",
+            json["role"]);
     item->role = static_cast<Role>(found - role_names);
     return read_content(json["content"], path + ".content", item->role == Role::assistant, item);
 }
@@ -279,24 +283,26 @@ Fault read_call_output(const Json& json, const std::string& path, Item* item) {
 Fault read_item(const Json& json, const std::string& path, Item* item) {
     if (!json.is_object()) return api_wrong_type(path, "an object", json);
     const Json& type = json["type"];
-    if (!type.is_null() && !type.is_string()) return api_wrong_type(path + ".type", "a string", type);
+    if (!type.is_null() && !type.is_string())
+        return api_wrong_type(path + ".type", "a string", type);
     const ItemType* found = nullptr;
     for (const ItemType& row : item_types)
         if (type.as_string("message") == row.name) found = &row;
     if (!found)
-        return api_wrong_value(type.as_string() == "item_reference" ? "unsupported_value" : "invalid_value",
-                               path + ".type",
-                               "one of \"message\", \"reasoning\", \"function_call\", "
-                               "\"function_call_output\", \"custom_tool_call\", "
-                               "\"custom_tool_call_output\"",
-                               type);
+        return api_wrong_value(
+            type.as_string() == "item_reference" ? "unsupported_value" : "invalid_value",
+            path + ".type",
+            "one of \"message\", \"reasoning\", \"function_call\", "
+            "\"function_call_output\", \"custom_tool_call\", "
+            "\"custom_tool_call_output\"",
+            type);
     item->kind = found->kind;
     switch (item->kind) {
-    case Item::Kind::message: return read_message(json, path, item);
-    case Item::Kind::reasoning: return read_reasoning(json, path, item);
-    case Item::Kind::function_call:
-    case Item::Kind::custom_tool_call: return read_call(json, path, item);
-    default: return read_call_output(json, path, item);
+        case Item::Kind::message: return read_message(json, path, item);
+        case Item::Kind::reasoning: return read_reasoning(json, path, item);
+        case Item::Kind::function_call:
+        case Item::Kind::custom_tool_call: return read_call(json, path, item);
+        default: return read_call_output(json, path, item);
     }
 }
 
@@ -341,7 +347,8 @@ Fault field_input(const Json& value, Request* request) {
     }
     if (value.is_array()) return read_items(value, "input", request);
     if (!value.is_object())
-        return api_wrong_type("input", "a string, an array of items or {\"messages\": [...]}", value);
+        return api_wrong_type("input", "a string, an array of items or {\"messages\": [...]}",
+                              value);
     const Json& messages = value["messages"];
     if (messages.is_null()) return api_missing("input.messages");
     if (!messages.is_array()) return api_wrong_type("input.messages", "an array", messages);
@@ -381,7 +388,8 @@ Fault field_text(const Json& value, Request*) {
     if (!form.is_object()) return api_wrong_type("text.format", "an object", form);
     if (form["type"].is_null()) return api_missing("text.format.type");
     if (form["type"].as_string() == "json_schema")
-        return api_error("unsupported_parameter", "text.format", "json_schema: not in this version");
+        return api_error("unsupported_parameter", "text.format",
+                         "json_schema: not in this version");
     const bool json_object = form["type"].as_string() == "json_object";
     return check_choice(form["type"], "text.format.type", {"text", "json_schema"},
                         json_object ? "unsupported_value" : "invalid_value");
@@ -452,14 +460,16 @@ Window window_of(std::string_view name) {
 Fault check_metadata(const std::string& key, const Json& value) {
     const std::string path = "metadata." + key;
     if (utf8_count(key) > metadata_max_key)
-        return api_error("string_above_max_length", "metadata",
-                         format("a key of 'metadata' has more than %zu characters", metadata_max_key));
+        return api_error(
+            "string_above_max_length", "metadata",
+            format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
     if (key == "completion_window") return check_choice(value, path, {"asap", "standard", "flex"});
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
-    const bool plain = std::all_of(token.begin(), token.end(), [](char c) { return c > ' ' && c < 127; });
+    const bool plain = std::all_of(token.begin(), token.end(),
+                                   [](char c) { return c > ' ' && c < 127; });
     if (token.size() <= 512 && plain) return {};
     return api_error("invalid_value", path,
                      "'" + path + "' must be at most 512 visible ASCII characters");
@@ -474,7 +484,8 @@ Fault field_metadata(const Json& value, Request* request) {
     for (const JsonMember& member : value.members()) {
         if (Fault fault = check_metadata(member.key, member.value)) return fault;
         request->metadata.emplace_back(member.key, member.value.as_string());
-        if (member.key == "completion_window") request->window = window_of(member.value.as_string());
+        if (member.key == "completion_window")
+            request->window = window_of(member.value.as_string());
     }
     return {};
 }
@@ -523,8 +534,8 @@ struct RequestField {
     using Check = Fault (*)(const Json& value, Request* request);
     std::string_view name;
     Check check;  // null: not supported at all
-    bool  required = false;
-    Check openai   = nullptr;  // where that dialect differs
+    bool required = false;
+    Check openai = nullptr;  // where that dialect differs
 };
 constexpr RequestField request_fields[] = {
     {"model", field_model, true},
@@ -564,7 +575,8 @@ const RequestField* find_request_field(std::string_view name) {
 Fault check_tool_choice(const Json& choice) {
     const bool demands = choice.is_object() || choice.as_string() == "required";
     if (!demands) return {};
-    return api_error("invalid_value", "tool_choice", "'tool_choice' demands a tool, but 'tools' is empty");
+    return api_error("invalid_value", "tool_choice",
+                     "'tool_choice' demands a tool, but 'tools' is empty");
 }
 
 Fault check_background(const Request& request) {
@@ -581,9 +593,17 @@ Fault check_background(const Request& request) {
 // How objects differ between the dialects: one row each.
 constexpr DialectWords dialect_words[] = {
     {{"pending", "running", "completed", "failed", "cancelled"},
-     "completed", "completed", true, true, nullptr},
+     "completed",
+     "completed",
+     true,
+     true,
+     nullptr},
     {{"queued", "in_progress", "completed", "failed", "cancelled"},
-     "incomplete", "incomplete", false, false, "server_error"},
+     "incomplete",
+     "incomplete",
+     false,
+     false,
+     "server_error"},
 };
 
 // JSON has no infinity: a token that cannot be drawn gets the number that OpenAI gives it.
@@ -653,16 +673,16 @@ std::string input_item_id(const char* prefix, const std::string& response_id, si
 
 Json render_input_item(const Json& given, const std::string& response_id, size_t place) {
     static constexpr const char* prefixes[] = {"msg_", "rs_", "fc_", "fco_", "ctc_", "ctco_"};
-    static constexpr const char* kept[] = {"role", "content", "phase", "summary", "call_id", "name",
-                                           "arguments", "input", "output"};
+    static constexpr const char* kept[] = {"role", "content",   "phase", "summary", "call_id",
+                                           "name", "arguments", "input", "output"};
     const std::string_view type = given["type"].as_string("message");
     const auto* row = std::find_if(std::begin(item_types), std::end(item_types),
                                    [&](const ItemType& one) { return one.name == type; });
     if (row == std::end(item_types)) return given;
     const bool own = given["id"].is_string() && !given["id"].as_string().empty();
     Json item = Json::object().set(
-        "id", own ? given["id"]
-                  : Json(input_item_id(prefixes[row - item_types], response_id, place)));
+        "id",
+        own ? given["id"] : Json(input_item_id(prefixes[row - item_types], response_id, place)));
     item.set("type", type);
     item.set("status", given["status"].is_string() ? given["status"] : Json("completed"));
     for (const char* key : kept)
@@ -670,8 +690,8 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
     if (row->kind == Item::Kind::reasoning && !item.contains("summary"))
         item.set("summary", Json::array());
     if (row->kind == Item::Kind::message)
-        item.set("content", render_input_content(given["content"],
-                                                 given["role"].as_string() == "assistant"));
+        item.set("content",
+                 render_input_content(given["content"], given["role"].as_string() == "assistant"));
     return item;
 }
 
@@ -680,7 +700,8 @@ Json render_usage(const Usage& usage, const DialectWords& words) {
     Json out = Json::object().set("reasoning_tokens", usage.reasoning_tokens);
     if (words.usage_extras) {
         in.set("reasoning_tokens", 0);
-        out = Json::object().set("cached_tokens", 0).set("reasoning_tokens", usage.reasoning_tokens);
+        out =
+            Json::object().set("cached_tokens", 0).set("reasoning_tokens", usage.reasoning_tokens);
     } else {
         in.set("cache_write_tokens", 0);
     }
@@ -713,17 +734,21 @@ Json render_failure(const Outcome& outcome, const DialectWords& words) {
 }  // namespace
 
 const char* status_name(Status status, bool cut, const DialectWords& words) {
-    return cut && status == Status::completed ? words.cut : words.status[static_cast<size_t>(status)];
+    return cut && status == Status::completed ? words.cut
+                                              : words.status[static_cast<size_t>(status)];
 }
 
-const DialectWords& words_of(Dialect dialect) { return dialect_words[static_cast<size_t>(dialect)]; }
+const DialectWords& words_of(Dialect dialect) {
+    return dialect_words[static_cast<size_t>(dialect)];
+}
 }  // namespace detail
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     using namespace detail;
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
     for (const RequestField& field : request_fields)
-        if (field.required && body[field.name].is_null()) return api_missing(std::string(field.name));
+        if (field.required && body[field.name].is_null())
+            return api_missing(std::string(field.name));
     Request request;
     for (const JsonMember& member : body.members()) {
         const RequestField* field = find_request_field(member.key);
@@ -731,7 +756,8 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect) {
         const bool differs = dialect == Dialect::openai && field->openai;
         const RequestField::Check check = differs ? field->openai : field->check;
         if (!check)
-            return api_error("unsupported_parameter", member.key, "'" + member.key + "' is not supported");
+            return api_error("unsupported_parameter", member.key,
+                             "'" + member.key + "' is not supported");
         if (Fault fault = check(member.value, &request)) return std::move(*fault);
     }
     const char* items = body["input"].is_object() ? "input.messages" : "input";
@@ -774,9 +800,8 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
         .set("incomplete_details", std::move(cut))
         .set("max_output_tokens", asked["max_output_tokens"])
         .set("max_tool_calls", nullptr)
-        .set("reasoning", Json::object()
-                              .set("effort", reasoning["effort"])
-                              .set("summary", reasoning[summary]))
+        .set("reasoning",
+             Json::object().set("effort", reasoning["effort"]).set("summary", reasoning[summary]))
         .set("text", Json::object().set("format", std::move(form)))
         .set("store", echo("store", true))
         .set("temperature", record.temperature)
@@ -815,11 +840,12 @@ Json render_error(const Error& error) {
     const detail::ApiKind& kind = detail::api_kind(error.kind);
     const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
     return Json::object().set(
-        "error", Json::object()
-                     .set("message", kind.ours ? "something went wrong on the server" : error.message)
-                     .set("type", kind.type)
-                     .set("param", or_null(error.param))
-                     .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
+        "error",
+        Json::object()
+            .set("message", kind.ours ? "something went wrong on the server" : error.message)
+            .set("type", kind.type)
+            .set("param", or_null(error.param))
+            .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
 }
 
 int http_status(ErrorKind kind) { return detail::api_kind(kind).status; }

@@ -26,12 +26,13 @@ enum class Role : uint8_t { system, developer, user, assistant, tool, function }
 /// A piece of an item's content; all of them are text in this version.
 struct ContentPart {
     enum class Kind : uint8_t { input_text, output_text, refusal };
-    Kind        kind = Kind::input_text;
+    Kind kind = Kind::input_text;
     std::string text = {};
 };
 
 /// One item of a conversation: what was said, by whom (contract, 3.2).
 struct Item {
+    // clang-format off
     enum class Kind : uint8_t { message, reasoning, function_call, function_call_output,
                                 custom_tool_call, custom_tool_call_output };
     Kind                     kind      = Kind::message;
@@ -40,6 +41,7 @@ struct Item {
     std::string              call_id   = {};  ///< calls and their outputs
     std::string              name      = {};  ///< calls
     std::string              arguments = {};  ///< calls: JSON in a string, or custom input
+    // clang-format on
 
     static Item message(Role role, std::string text);
     std::string text() const;  ///< all parts of content, joined
@@ -53,7 +55,7 @@ struct Input {
     Input(std::string_view words) : text(words) {}
     Input(std::vector<Item> turns) : items(std::move(turns)) {}
 
-    std::string       text  = {};  ///< used when items is empty
+    std::string text = {};  ///< used when items is empty
     std::vector<Item> items = {};
     bool empty() const { return text.empty() && items.empty(); }
 };
@@ -65,32 +67,32 @@ enum class Window : uint8_t { asap, standard, flex };
 /// A request for one answer, in C++ or from POST /v1/responses. Field by field as contract.md,
 /// section 3; what is absent takes the model's own default.
 struct Request {
-    std::string           model             = {};  ///< empty: the responder's only or first model
-    std::string           instructions      = {};  ///< becomes the first system message
-    Input                 input             = {};
+    std::string model = {};         ///< empty: the responder's only or first model
+    std::string instructions = {};  ///< becomes the first system message
+    Input input = {};
     std::optional<uint32_t> max_output_tokens = {};  ///< none: until the context is full
-    std::optional<double> temperature       = {};  ///< 0..2; 0 is greedy
-    std::optional<double> top_p             = {};  ///< 0..1; 0 keeps only the most likely token
-    std::optional<int64_t> seed             = {};  ///< none: drawn at acceptance
-    uint32_t              top_logprobs      = 0;   ///< 0..20 alternatives of each token
-    bool                  logprobs          = false;  ///< return log-probabilities
-    std::string           prompt_cache_key  = {};  ///< prefixes of one key are kept together
-    std::string           user              = {};
+    std::optional<double> temperature = {};          ///< 0..2; 0 is greedy
+    std::optional<double> top_p = {};                ///< 0..1; 0 keeps only the most likely token
+    std::optional<int64_t> seed = {};                ///< none: drawn at acceptance
+    uint32_t top_logprobs = 0;                       ///< 0..20 alternatives of each token
+    bool logprobs = false;                           ///< return log-probabilities
+    std::string prompt_cache_key = {};               ///< prefixes of one key are kept together
+    std::string user = {};
     std::vector<std::pair<std::string, std::string>> metadata = {};
-    std::optional<uint32_t> top_k           = {};  ///< C++ only; 0: no limit
-    std::optional<double> min_p             = {};  ///< C++ only; 0: no limit
-    std::string           organisation      = {};  ///< set by the server from the key
-    Window                window            = Window::standard;
-    std::vector<std::string> stop           = {};  ///< ends the answer before the first of these
+    std::optional<uint32_t> top_k = {};  ///< C++ only; 0: no limit
+    std::optional<double> min_p = {};    ///< C++ only; 0: no limit
+    std::string organisation = {};       ///< set by the server from the key
+    Window window = Window::standard;
+    std::vector<std::string> stop = {};  ///< ends the answer before the first of these
     /// Added to the logits of these tokens: -100..100.
     std::vector<std::pair<int32_t, double>> logit_bias = {};
-    double presence_penalty   = 0;  ///< -2..2: off the logit of every token the answer has
-    double frequency_penalty  = 0;  ///< -2..2: the same, times how often it has it
+    double presence_penalty = 0;    ///< -2..2: off the logit of every token the answer has
+    double frequency_penalty = 0;   ///< -2..2: the same, times how often it has it
     double repetition_penalty = 1;  ///< 0.1..10: divides logits above 0, multiplies those below, of
                                     ///< every token of prompt and answer
-    bool                  background        = false;  ///< of the server: answered at once with 202
-    bool                  store             = true;   ///< of the server: kept once answered
-    std::string           previous_response_id = {};  ///< of the server: its turns come first
+    bool background = false;        ///< of the server: answered at once with 202
+    bool store = true;              ///< of the server: kept once answered
+    std::string previous_response_id = {};  ///< of the server: its turns come first
 };
 
 /// How far a response is. It never moves back.
@@ -99,9 +101,9 @@ constexpr bool is_terminal(Status status) { return status >= Status::completed; 
 
 /// Tokens in and out (contract, 3.1).
 struct Usage {
-    uint32_t input_tokens     = 0;
-    uint32_t cached_tokens    = 0;  ///< of the input, found in the prefix cache
-    uint32_t output_tokens    = 0;
+    uint32_t input_tokens = 0;
+    uint32_t cached_tokens = 0;  ///< of the input, found in the prefix cache
+    uint32_t output_tokens = 0;
     uint32_t reasoning_tokens = 0;  ///< of the output
 };
 
@@ -109,11 +111,11 @@ struct Usage {
 struct TokenLogprob {
     struct Alternative {
         std::string bytes = {};
-        float       logprob = 0;
+        float logprob = 0;
     };
-    std::string              bytes   = {};  ///< of the token; may be part of a character
-    float                    logprob = 0;
-    std::vector<Alternative> top     = {};  ///< most likely first
+    std::string bytes = {};  ///< of the token; may be part of a character
+    float logprob = 0;
+    std::vector<Alternative> top = {};  ///< most likely first
 };
 
 /// Where the time of one request went.
@@ -123,22 +125,22 @@ struct Timings {
 
 /// The end of a response. `text` is the whole answer, valid UTF-8.
 struct Outcome {
-    Status      status     = Status::completed;  ///< terminal
-    std::string text       = {};
-    bool        cut        = false;  ///< ended by max_output_tokens or by a full context
-    Usage       usage      = {};
-    Timings     timings    = {};
+    Status status = Status::completed;  ///< terminal
+    std::string text = {};
+    bool cut = false;  ///< ended by max_output_tokens or by a full context
+    Usage usage = {};
+    Timings timings = {};
     std::vector<TokenLogprob> logprobs = {};  ///< when asked for, a token each
-    std::optional<Error>      error    = {};  ///< when failed or cancelled
-    std::string               stopped_by = {};  ///< the one of Request::stop that ended it
+    std::optional<Error> error = {};          ///< when failed or cancelled
+    std::string stopped_by = {};              ///< the one of Request::stop that ended it
 };
 
 /// What happened to a response, in order: started once, text_delta any number, finished once.
 struct Event {
     enum class Kind : uint8_t { started, text_delta, finished };
-    Kind        kind = Kind::started;
-    std::string text = {};                               ///< of a text_delta: whole characters
-    std::shared_ptr<const Outcome> outcome = {};         ///< of finished
+    Kind kind = Kind::started;
+    std::string text = {};                        ///< of a text_delta: whole characters
+    std::shared_ptr<const Outcome> outcome = {};  ///< of finished
     /// Of a text_delta, when asked for: the tokens since the one before; the text may be empty.
     std::vector<TokenLogprob> logprobs = {};
 
@@ -151,12 +153,12 @@ struct Event {
 
 /// A model that a Responder serves.
 struct ModelInfo {
-    std::string              id;
-    std::vector<std::string> aliases  = {};
-    int64_t                  created  = 0;  ///< unix seconds
-    std::string              owned_by = "valar";
-    uint32_t                 context_tokens = 0;
-    std::vector<std::string> windows  = {"asap", "standard", "flex"};
+    std::string id;
+    std::vector<std::string> aliases = {};
+    int64_t created = 0;  ///< unix seconds
+    std::string owned_by = "valar";
+    uint32_t context_tokens = 0;
+    std::vector<std::string> windows = {"asap", "standard", "flex"};
     bool image = false, tools = false, thinking = false;
     bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
 };
@@ -166,11 +168,11 @@ struct ModelInfo {
 class Prepared {
 public:
     virtual ~Prepared() = default;
-    std::string model;             ///< the id of the model that will answer
-    uint32_t    input_tokens = 0;
-    double      temperature  = 1;  ///< effective
-    double      top_p        = 1;  ///< effective
-    int64_t     seed         = 0;  ///< effective
+    std::string model;  ///< the id of the model that will answer
+    uint32_t input_tokens = 0;
+    double temperature = 1;  ///< effective
+    double top_p = 1;        ///< effective
+    int64_t seed = 0;        ///< effective
 };
 
 /// How busy a Responder is, and what it did so far.
@@ -178,14 +180,14 @@ struct ResponderStats {
     uint32_t queued = 0, running = 0;
     uint64_t completed = 0, failed = 0, cancelled = 0;
     uint64_t input_tokens = 0, output_tokens = 0;
-    uint64_t cached_tokens = 0;    ///< of the input, found in the prefix cache
-    uint32_t pages = 0;            ///< of keys and values, in all
-    uint32_t pages_used = 0;       ///< by running requests
-    uint32_t pages_cached = 0;     ///< used by none, kept for prefixes
-    uint32_t pages_shared = 0;     ///< used by several
-    uint64_t preempted = 0;        ///< times a request gave way to be resumed later
+    uint64_t cached_tokens = 0;            ///< of the input, found in the prefix cache
+    uint32_t pages = 0;                    ///< of keys and values, in all
+    uint32_t pages_used = 0;               ///< by running requests
+    uint32_t pages_cached = 0;             ///< used by none, kept for prefixes
+    uint32_t pages_shared = 0;             ///< used by several
+    uint64_t preempted = 0;                ///< times a request gave way to be resumed later
     uint64_t batches = 0, batch_rows = 0;  ///< computed: forward passes, and tokens in them
-    uint64_t drafted_tokens = 0, accepted_tokens = 0;  ///< of those: guessed, and guessed right
+    uint64_t drafted_tokens = 0, accepted_tokens = 0;      ///< of those: guessed, and guessed right
     uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;  ///< sums over finished requests
 };
 
@@ -217,17 +219,17 @@ enum class Dialect : uint8_t { valar, openai };
 
 /// A response as GET /v1/responses/{id} shows it: the request's echo and what became of it.
 struct ResponseRecord {
-    std::string id;                 ///< "resp_" + 24 of [0-9a-z]
+    std::string id;  ///< "resp_" + 24 of [0-9a-z]
     std::string organisation;
-    std::string message_id;         ///< "msg_" + 24 of [0-9a-z]
-    int64_t     created_at   = 0;   ///< unix seconds
-    int64_t     completed_at = 0;   ///< 0 until terminal
-    Status      status       = Status::pending;
-    std::string model;              ///< as the request spelled it
-    Json        request = {};       ///< the body as received, for the echoed fields
-    double      temperature  = 1;   ///< effective
-    double      top_p        = 1;
-    int64_t     seed         = 0;
+    std::string message_id;    ///< "msg_" + 24 of [0-9a-z]
+    int64_t created_at = 0;    ///< unix seconds
+    int64_t completed_at = 0;  ///< 0 until terminal
+    Status status = Status::pending;
+    std::string model;       ///< as the request spelled it
+    Json request = {};       ///< the body as received, for the echoed fields
+    double temperature = 1;  ///< effective
+    double top_p = 1;
+    int64_t seed = 0;
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
 

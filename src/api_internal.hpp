@@ -12,9 +12,9 @@ struct DialectWords {
     const char* status[5];
     const char* cut;       // the status of an answer that was cut
     const char* cut_item;  // and of its message
-    bool        echo;      // `input` and `user`
-    bool        usage_extras;
-    const char* failure;   // the code of a failed response; null: the error's own
+    bool echo;             // `input` and `user`
+    bool usage_extras;
+    const char* failure;  // the code of a failed response; null: the error's own
 };
 
 const DialectWords& words_of(Dialect dialect);

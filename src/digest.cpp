@@ -2,8 +2,8 @@
 // Plain loops: the largest input is a model file, read once, and the disk is slower.
 #include "prologue.hpp"
 
-#include "digest_internal.hpp"
 #include "base/system.hpp"
+#include "digest_internal.hpp"
 
 #include <algorithm>
 #include <array>

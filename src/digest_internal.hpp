@@ -35,7 +35,7 @@ private:
     void compress(const uint8_t* block);
     uint32_t state_[8];
     uint64_t length_ = 0;  // bytes taken so far
-    uint8_t  pending_[64];
+    uint8_t pending_[64];
 };
 
 Hash256 sha256(const void* data, size_t size);

@@ -34,10 +34,10 @@ constexpr uint64_t gguf_write_piece = 4 << 20;   // bytes of a tensor made at a 
 constexpr uint32_t gguf_value_bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};  // by GgufType
 
 constexpr uint32_t gguf_bit(GgufType type) { return 1u << static_cast<uint32_t>(type); }
-constexpr uint32_t gguf_integers =
-    gguf_bit(GgufType::u8) | gguf_bit(GgufType::i8) | gguf_bit(GgufType::u16) |
-    gguf_bit(GgufType::i16) | gguf_bit(GgufType::u32) | gguf_bit(GgufType::i32) |
-    gguf_bit(GgufType::u64) | gguf_bit(GgufType::i64);
+constexpr uint32_t gguf_integers = gguf_bit(GgufType::u8) | gguf_bit(GgufType::i8) |
+                                   gguf_bit(GgufType::u16) | gguf_bit(GgufType::i16) |
+                                   gguf_bit(GgufType::u32) | gguf_bit(GgufType::i32) |
+                                   gguf_bit(GgufType::u64) | gguf_bit(GgufType::i64);
 constexpr uint32_t gguf_floats = gguf_bit(GgufType::f32) | gguf_bit(GgufType::f64);
 
 struct TypeRow {
@@ -45,6 +45,7 @@ struct TypeRow {
     TypeInfo info;
 };
 constexpr TypeRow type_rows[] = {
+    // clang-format off
     {TensorType::f32, {"F32", 1, 4, 64}},        {TensorType::f16, {"F16", 1, 2, 32}},
     {TensorType::q4_0, {"Q4_0", 32, 18, 288}},   {TensorType::q4_1, {"Q4_1", 32, 20, 320}},
     {TensorType::q5_0, {"Q5_0", 32, 22, 352}},   {TensorType::q5_1, {"Q5_1", 32, 24}},
@@ -61,6 +62,7 @@ constexpr TypeRow type_rows[] = {
     {TensorType::f64, {"F64", 1, 8}},            {TensorType::iq1_m, {"IQ1_M", 256, 56}},
     {TensorType::tq2_0, {"TQ2_0", 256, 66}},     {TensorType::mxfp4, {"MXFP4", 32, 17}},
     {TensorType::nvfp4, {"NVFP4", 64, 36}},      {TensorType::q1_0, {"Q1_0", 128, 18}},
+    // clang-format on
 };
 
 /// Sets tensor.bytes from type and dims; returns what is wrong, or null.
@@ -75,9 +77,11 @@ const char* size_tensor(TensorInfo& tensor) {
     if (tensor.dims[0] % type->block_size != 0) return "has rows that are not whole blocks";
     uint64_t pieces = values / type->block_size, piece_bytes = type->block_bytes;
     if (tensor.packed) {
-        if (tensor.n_dims != 2 || !type->tile_block_bytes) return "is of a kind that is never packed";
+        if (tensor.n_dims != 2 || !type->tile_block_bytes)
+            return "is of a kind that is never packed";
         pieces = tensor.dims[1] / 16 + (tensor.dims[1] % 16 != 0);
-        if (mul_overflows(tensor.dims[0] / type->block_size, type->tile_block_bytes, &piece_bytes) ||
+        if (mul_overflows(tensor.dims[0] / type->block_size, type->tile_block_bytes,
+                          &piece_bytes) ||
             add_overflows(piece_bytes, 63, &piece_bytes))
             return "has too many bytes";
         piece_bytes = piece_bytes / 64 * 64;
@@ -136,8 +140,8 @@ struct GgufParser {
         return false;
     }
     bool fail(const char* noun, std::string_view name, const char* what) {
-        return fail(format("%s '%.*s' %s", noun, static_cast<int>(name.size()), name.data(), what)
-                        .c_str());
+        return fail(
+            format("%s '%.*s' %s", noun, static_cast<int>(name.size()), name.data(), what).c_str());
     }
     bool has(uint64_t n) {
         if (n <= bytes.size() - at) return true;
@@ -147,7 +151,8 @@ struct GgufParser {
         short_of_bytes = true;
         return false;
     }
-    template <class T> bool number(T& value) {
+    template <class T>
+    bool number(T& value) {
         if (!has(sizeof value)) return false;
         std::memcpy(&value, bytes.data() + at, sizeof value);
         at += sizeof value;
@@ -254,10 +259,12 @@ struct GgufParser {
         tensor.type = static_cast<TensorType>(type & ~kPackedTensor);
         if (const char* wrong = size_tensor(tensor)) return fail("tensor", tensor.name, wrong);
         if (tensor.packed && uint_key("valar.packed") != kPackedVersion)
-            return fail(format("tensor '%.*s' is packed, but not in version %u of the layout: make "
-                               "the file again from the original",
-                               static_cast<int>(tensor.name.size()), tensor.name.data(),
-                               kPackedVersion).c_str(), ErrorKind::unsupported);
+            return fail(
+                format("tensor '%.*s' is packed, but not in version %u of the layout: make "
+                       "the file again from the original",
+                       static_cast<int>(tensor.name.size()), tensor.name.data(), kPackedVersion)
+                    .c_str(),
+                ErrorKind::unsupported);
         if (tensor.offset % alignment != 0)
             return fail("tensor", tensor.name, "has an offset that is not aligned");
         return true;
@@ -357,8 +364,9 @@ Result<void> Gguf::parse_file(File file) {
         } else if (parser.uint_key("split.no") != index ||
                    parser.uint_key("split.count") != get_uint("split.count").value()) {
             return detail::make_error(ErrorKind::bad_data,
-                                      file.name + ": keys 'split.no' and 'split.count' say that "
-                                                  "it is another part");
+                                      file.name +
+                                          ": keys 'split.no' and 'split.count' say that "
+                                          "it is another part");
         }
         for (TensorInfo& tensor : parser.tensors) tensor.file = index;
         tensors_.insert(tensors_.end(), parser.tensors.begin(), parser.tensors.end());
@@ -369,8 +377,8 @@ Result<void> Gguf::parse_file(File file) {
 
 Result<void> Gguf::fetch_header(File& file, uint64_t length) {
     if (file.size == 0) return {};
-    auto header =
-        detail::Buffer::allocate(std::min({length, file.size, max_header_bytes}), "GGUF header");
+    auto header = detail::Buffer::allocate(std::min({length, file.size, max_header_bytes}),
+                                           "GGUF header");
     if (!header) return header.error();
     if (!file.reader.read(file.reader.context, 0, header->data(), header->size()))
         return detail::make_error(ErrorKind::io, file.name + ": the reader failed at byte 0");
@@ -434,10 +442,9 @@ Error Gguf::fail(ErrorKind kind, std::string_view key, const char* what) const {
 }
 
 Error Gguf::fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const {
-    return detail::make_error(kind, detail::format("%s: tensor '%.*s' %s",
-                                                   files_[tensor.file].name.c_str(),
-                                                   static_cast<int>(tensor.name.size()),
-                                                   tensor.name.data(), what));
+    return detail::make_error(
+        kind, detail::format("%s: tensor '%.*s' %s", files_[tensor.file].name.c_str(),
+                             static_cast<int>(tensor.name.size()), tensor.name.data(), what));
 }
 
 const GgufKey* Gguf::find(std::string_view key) const {
@@ -580,8 +587,8 @@ void GgufWriter::set_strings(std::string_view key, std::span<const std::string_v
     put(key, GgufType::string, true, values.size(), data);
 }
 
-void GgufWriter::add_tensor(std::string_view name, TensorType type,
-                            std::span<const uint64_t> dims, std::span<const std::byte> bytes) {
+void GgufWriter::add_tensor(std::string_view name, TensorType type, std::span<const uint64_t> dims,
+                            std::span<const std::byte> bytes) {
     TensorInfo info;
     info.type = type;
     info.n_dims = static_cast<uint32_t>(dims.size());  // more than 4 are refused when it is read
@@ -635,9 +642,9 @@ Result<void> GgufWriter::check(std::string_view header, uint64_t file_bytes) con
     if (auto done = gguf.parse_file(std::move(file)); !done) return done;
     for (size_t i = 0; i < tensors_.size(); ++i)
         if (!tensors_[i].fill.fill && gguf.tensors()[i].bytes != tensors_[i].bytes.size())
-            return detail::make_error(ErrorKind::invalid_request,
-                                      "tensor '" + tensors_[i].name +
-                                          "' has another size than its shape and type say");
+            return detail::make_error(
+                ErrorKind::invalid_request,
+                "tensor '" + tensors_[i].name + "' has another size than its shape and type say");
     return gguf.index_tensors();
 }
 

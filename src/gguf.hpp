@@ -23,10 +23,12 @@ inline namespace v1 {
 
 /// How a tensor's numbers are stored; the values are those in the file.
 enum class TensorType : uint32_t {
+    // clang-format off
     f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11,
     q4_k = 12, q5_k = 13, q6_k = 14, iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19,
     iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, i8 = 24, i16 = 25, i32 = 26, i64 = 27,
     f64 = 28, iq1_m = 29, bf16 = 30, tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40, q1_0 = 41,
+    // clang-format on
 };
 
 /// A row is stored in blocks of `block_size` values, `block_bytes` each. A packed tensor has tiles
@@ -53,18 +55,20 @@ VALAR_API const TypeInfo* type_info(TensorType type);
 struct TensorInfo {
     std::string_view name;
     TensorType type = TensorType::f32;
-    uint32_t n_dims = 0;                 // 1 to 4; the rest of dims is 1
+    uint32_t n_dims = 0;  // 1 to 4; the rest of dims is 1
     uint64_t dims[4] = {1, 1, 1, 1};
-    uint64_t offset = 0;                 // from the start of its file
+    uint64_t offset = 0;  // from the start of its file
     uint64_t bytes = 0;
-    uint32_t file = 0;                   // index of the split file, 0 first
-    bool packed = false;                 // a matrix in the tiles that kernels read: TypeInfo
+    uint32_t file = 0;    // index of the split file, 0 first
+    bool packed = false;  // a matrix in the tiles that kernels read: TypeInfo
 };
 
 /// Kinds of metadata values; the values are those in the file.
 enum class GgufType : uint32_t {
+    // clang-format off
     u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, f32 = 6, boolean = 7, string = 8,
     array = 9, u64 = 10, i64 = 11, f64 = 12,
+    // clang-format on
 };
 
 /// The strings of an array, in order; each is a view: for (std::string_view text : strings).
@@ -128,7 +132,8 @@ public:
     }
 
 private:
-    template <class Stored> T load(size_t i) const {
+    template <class Stored>
+    T load(size_t i) const {
         Stored value;
         std::memcpy(&value, data_ + i * sizeof value, sizeof value);  // the file does not align
         return static_cast<T>(value);
@@ -143,8 +148,8 @@ struct GgufKey {
     std::string_view name;
     GgufType type = GgufType::u8;
     bool is_array = false;
-    size_t count = 1;                       // elements
-    std::span<const std::byte> data = {};   // as in the file; each string with its length before it
+    size_t count = 1;                      // elements
+    std::span<const std::byte> data = {};  // as in the file; each string with its length before it
 };
 
 /// Bytes fetched on demand, for a model inside an archive. `read` fills `dst` with `size` bytes
@@ -162,7 +167,7 @@ class VALAR_API Gguf {
 public:
     static constexpr uint64_t max_keys = 65536;
     static constexpr uint64_t max_tensors = 262144;
-    static constexpr uint64_t max_name_bytes = 255;       // of a key or a tensor
+    static constexpr uint64_t max_name_bytes = 255;  // of a key or a tensor
     static constexpr uint64_t max_alignment = 1 << 20;
     static constexpr uint64_t max_split_files = 1024;
     static constexpr uint64_t max_header_bytes = 1 << 28;  // metadata and directory of a file
@@ -181,17 +186,17 @@ public:
     // another type, or a sign or size that does not fit.
     const std::vector<GgufKey>& keys() const { return keys_; }  // in the order of the file
     const GgufKey* find(std::string_view key) const;
-    Result<uint64_t> get_uint(std::string_view key) const;      // any integer type, not negative
+    Result<uint64_t> get_uint(std::string_view key) const;  // any integer type, not negative
     Result<uint64_t> get_uint(std::string_view key, uint64_t fallback) const;
-    Result<double> get_float(std::string_view key) const;       // f32 or f64
+    Result<double> get_float(std::string_view key) const;  // f32 or f64
     Result<double> get_float(std::string_view key, double fallback) const;
     Result<bool> get_bool(std::string_view key) const;
     Result<bool> get_bool(std::string_view key, bool fallback) const;
     Result<std::string_view> get_string(std::string_view key) const;  // any bytes, maybe not UTF-8
     Result<std::string_view> get_string(std::string_view key, std::string_view fallback) const;
     Result<GgufStrings> get_strings(std::string_view key) const;
-    Result<GgufNumbers<int64_t>> get_ints(std::string_view key) const;    // integers but u64, bools
-    Result<GgufNumbers<double>> get_floats(std::string_view key) const;   // f32 or f64
+    Result<GgufNumbers<int64_t>> get_ints(std::string_view key) const;   // integers but u64, bools
+    Result<GgufNumbers<double>> get_floats(std::string_view key) const;  // f32 or f64
 
     const std::vector<TensorInfo>& tensors() const { return tensors_; }  // in the order of files
     const TensorInfo* find_tensor(std::string_view name) const;
@@ -211,7 +216,7 @@ private:
         uint64_t size = 0;
         std::span<const std::byte> bytes;  // the whole file; for a reader, its header
         detail::MappedFile map;
-        detail::Buffer header;             // owns `bytes` for a reader
+        detail::Buffer header;  // owns `bytes` for a reader
         GgufReader reader;
     };
     static Result<Gguf> parse_first(File file, const std::string& path);
@@ -251,10 +256,12 @@ public:
     void set_string(std::string_view key, std::string_view value);
     void set_strings(std::string_view key, std::span<const std::string_view> values);
     /// T is bool, float, double or an integer of 8 to 64 bits, and chooses the type in the file.
-    template <class T> void set(std::string_view key, T value) {
+    template <class T>
+    void set(std::string_view key, T value) {
         put(key, type_of<T>(), false, 1, {reinterpret_cast<const char*>(&value), sizeof value});
     }
-    template <class T> void set_array(std::string_view key, std::span<const T> values) {
+    template <class T>
+    void set_array(std::string_view key, std::span<const T> values) {
         put(key, type_of<T>(), true, values.size(),
             {reinterpret_cast<const char*>(values.data()), values.size_bytes()});
     }
@@ -275,13 +282,14 @@ private:
         std::string name;
         TensorInfo info;  // its name is empty: the string above may move
         std::span<const std::byte> bytes;
-        GgufFill fill;    // instead of bytes
+        GgufFill fill;  // instead of bytes
     };
     struct Sink {
         Result<void> (*append)(void* context, std::span<const std::byte> bytes);
         void* context;
     };
-    template <class T> static constexpr GgufType type_of() {
+    template <class T>
+    static constexpr GgufType type_of() {
         static_assert(std::is_integral_v<T> || std::is_same_v<T, float> ||
                       std::is_same_v<T, double>);
         if constexpr (std::is_same_v<T, bool>) return GgufType::boolean;
@@ -300,7 +308,7 @@ private:
     Result<void> write_tensor(Sink sink, const Tensor& tensor) const;
     uint64_t padded(uint64_t n) const { return (n + alignment_ - 1) / alignment_ * alignment_; }
 
-    std::string keys_;   // encoded as in the file
+    std::string keys_;  // encoded as in the file
     uint64_t n_keys_ = 0;
     std::vector<Tensor> tensors_;
     uint32_t alignment_;

@@ -3,8 +3,8 @@
 // parser, the writer.
 #include "prologue.hpp"
 
-#include "json_internal.hpp"
 #include "digest_internal.hpp"
+#include "json_internal.hpp"
 
 #include <algorithm>
 #include <array>
@@ -87,12 +87,12 @@ constexpr auto powers_of_ten = [] {
 // ---- reading numbers ------------------------------------------------------------------------
 
 struct Decimal {
-    uint64_t digits   = 0;  // the first that fit
-    int64_t  exponent = 0;  // value = digits * 10^exponent, and more where `dropped` > 0
-    uint64_t dropped  = 0;  // digits that did not fit
+    uint64_t digits = 0;   // the first that fit
+    int64_t exponent = 0;  // value = digits * 10^exponent, and more where `dropped` > 0
+    uint64_t dropped = 0;  // digits that did not fit
     bool negative = false, integer = true;
     const char* first = nullptr;  // all digits and the point
-    const char* last  = nullptr;
+    const char* last = nullptr;
 };
 
 bool is_digit(const char* p, const char* end) { return p < end && uint8_t(*p - '0') < 10; }
@@ -141,7 +141,7 @@ const char* scan_decimal(const char* p, const char* end, Decimal& number) {
 // 2800, because 801 digits and the shortest exponents bound them.
 struct BigNumber {
     uint32_t words[100] = {};
-    size_t   count      = 0;
+    size_t count = 0;
 
     void multiply_add(uint32_t factor, uint32_t carry) {
         uint64_t sum = carry;
@@ -223,8 +223,8 @@ double nearest_double(const Decimal& number) {
     const int scale = power_exponent(n) - 127 + 64 - zeros;
     const int top = 127 - std::countl_zero(x.high) + scale;  // 2^top <= value < 2^(top + 1)
     if (top > 1023) return infinity;
-    const int exponent = std::max(top - 52, -1074);          // of the last bit of the result
-    const int cut = exponent - scale - 64;                   // bits of x.high that do not fit
+    const int exponent = std::max(top - 52, -1074);  // of the last bit of the result
+    const int cut = exponent - scale - 64;           // bits of x.high that do not fit
     if (cut > 64) return zero;
     uint64_t mantissa = cut == 64 ? 0 : x.high >> cut;
     const uint64_t rest = x.high - (cut == 64 ? 0 : mantissa << cut);
@@ -258,7 +258,7 @@ uint64_t multiply_to_odd(Wide128 g, uint64_t c) {
 
 struct ShortDecimal {
     uint64_t digits;
-    int      exponent;
+    int exponent;
 };
 
 // The shortest decimal inside the interval that reads back as `value` (finite, above 0), the
@@ -365,8 +365,8 @@ Result<double> parse_double(std::string_view text) {
 struct Json::Object {
     static constexpr size_t none = SIZE_MAX, few = 16;
     std::vector<JsonMember> members;
-    std::vector<uint32_t>   slots;  // place + 1, 0: free; empty while few
-    uint64_t                seed = 0;
+    std::vector<uint32_t> slots;  // place + 1, 0: free; empty while few
+    uint64_t seed = 0;
 
     size_t find(std::string_view key) const {
         if (!slots.empty()) return size_t(slots[slot_of(key)]) - 1;  // 0 - 1 is none
@@ -580,17 +580,17 @@ void Json::reserve(size_t count) {
 bool Json::operator==(const Json& other) const {
     if (kind() != other.kind()) return false;
     switch (kind()) {
-    case Kind::null: return true;
-    case Kind::boolean: return load<bool>() == other.load<bool>();
-    case Kind::int64:
-    case Kind::uint64: return load<uint64_t>() == other.load<uint64_t>();
-    case Kind::real: return load<double>() == other.load<double>();
-    case Kind::string: return as_string() == other.as_string();
-    case Kind::array: {
-        const std::span<const Json> a = items(), b = other.items();
-        return std::equal(a.begin(), a.end(), b.begin(), b.end());
-    }
-    case Kind::object: break;
+        case Kind::null: return true;
+        case Kind::boolean: return load<bool>() == other.load<bool>();
+        case Kind::int64:
+        case Kind::uint64: return load<uint64_t>() == other.load<uint64_t>();
+        case Kind::real: return load<double>() == other.load<double>();
+        case Kind::string: return as_string() == other.as_string();
+        case Kind::array: {
+            const std::span<const Json> a = items(), b = other.items();
+            return std::equal(a.begin(), a.end(), b.begin(), b.end());
+        }
+        case Kind::object: break;
     }
     if (size() != other.size()) return false;
     for (const JsonMember& member : members()) {
@@ -641,7 +641,7 @@ public:
 
 private:
     struct Pending {
-        JsonMember  member;
+        JsonMember member;
         const char* at;  // its key
     };
 
@@ -677,13 +677,13 @@ private:
         if (p_ == end_) return fail("expected a value, found the end");
         if (++values_ > limits_.values) return fail(format("more than %u values", limits_.values));
         switch (*p_) {
-        case '{': return parse_nested(out, &JsonParser::parse_object);
-        case '[': return parse_nested(out, &JsonParser::parse_array);
-        case '"': return parse_string() && (out.store_text(text_), true);
-        case 't': return parse_word("true", out, true);
-        case 'f': return parse_word("false", out, false);
-        case 'n': return parse_word("null", out, nullptr);
-        default: return parse_number(out);
+            case '{': return parse_nested(out, &JsonParser::parse_object);
+            case '[': return parse_nested(out, &JsonParser::parse_array);
+            case '"': return parse_string() && (out.store_text(text_), true);
+            case 't': return parse_word("true", out, true);
+            case 'f': return parse_word("false", out, false);
+            case 'n': return parse_word("null", out, nullptr);
+            default: return parse_number(out);
         }
     }
 
@@ -840,12 +840,12 @@ private:
     const char* begin_;
     const char* p_;
     const char* end_;
-    JsonLimits  limits_;
-    uint32_t    depth_ = 0, values_ = 0;
-    std::string_view     text_;    // the last string, until the next
-    std::string          buffer_;
-    std::string          message_;
-    std::vector<Json>    items_;
+    JsonLimits limits_;
+    uint32_t depth_ = 0, values_ = 0;
+    std::string_view text_;  // the last string, until the next
+    std::string buffer_;
+    std::string message_;
+    std::vector<Json> items_;
     std::vector<Pending> pending_;
 };
 
@@ -868,14 +868,14 @@ public:
 
     void write(const Json& value) {
         switch (value.kind()) {
-        case Json::Kind::null: out_ += "null"; break;
-        case Json::Kind::boolean: out_ += value.as_bool() ? "true" : "false"; break;
-        case Json::Kind::int64: append_signed(out_, value.as_int()); break;
-        case Json::Kind::uint64: append_unsigned(out_, value.as_uint()); break;
-        case Json::Kind::real: write_real(value.as_double()); break;
-        case Json::Kind::string: write_json_string(out_, value.as_string()); break;
-        case Json::Kind::array: write_array(value.items()); break;
-        case Json::Kind::object: write_object(value.members()); break;
+            case Json::Kind::null: out_ += "null"; break;
+            case Json::Kind::boolean: out_ += value.as_bool() ? "true" : "false"; break;
+            case Json::Kind::int64: append_signed(out_, value.as_int()); break;
+            case Json::Kind::uint64: append_unsigned(out_, value.as_uint()); break;
+            case Json::Kind::real: write_real(value.as_double()); break;
+            case Json::Kind::string: write_json_string(out_, value.as_string()); break;
+            case Json::Kind::array: write_array(value.items()); break;
+            case Json::Kind::object: write_object(value.members()); break;
         }
     }
 
@@ -938,9 +938,9 @@ private:
     }
 
     std::string& out_;
-    JsonStyle    style_;
-    bool         canonical_;
-    size_t       depth_ = 0;
+    JsonStyle style_;
+    bool canonical_;
+    size_t depth_ = 0;
 };
 
 }  // namespace

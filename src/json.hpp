@@ -26,20 +26,22 @@ inline constexpr uint32_t json_depth_limit = 128;
 inline constexpr uint32_t json_value_limit = 2'000'000;
 
 struct JsonLimits {
-    uint32_t depth  = json_depth_limit;
+    uint32_t depth = json_depth_limit;
     uint32_t values = json_value_limit;
 };
 
 /// How a Json is written. Default: compact, {"a":[1,2]}. All keep non-ASCII characters.
 struct JsonStyle {
     bool spaced = false;  ///< ", " and ": " as Python's json.dumps
-    int  indent = -1;     ///< 0 and more: one item a line, so many spaces a level, and ": "
+    int indent = -1;      ///< 0 and more: one item a line, so many spaces a level, and ": "
 };
 inline constexpr JsonStyle json_pretty{false, 2};
 inline constexpr JsonStyle json_python{true, -1};  ///< json.dumps(x, ensure_ascii=False)
 
 struct JsonMember;
-namespace detail { class JsonParser; }
+namespace detail {
+class JsonParser;
+}
 
 /// A JSON value of 16 bytes. Objects keep the order of their members. Nothing converts silently:
 /// an `as_` accessor of another kind gives its fallback, `[]` of a missing place gives null.
@@ -51,8 +53,9 @@ public:
 
     Json() noexcept = default;
     Json(std::nullptr_t) noexcept {}
-    template <class T> requires std::is_arithmetic_v<T>
-    Json(T value) noexcept {
+    template <class T>
+    requires std::is_arithmetic_v<T> Json(T value)
+    noexcept {
         if constexpr (std::is_same_v<T, bool>) store(Kind::boolean, value);
         else if constexpr (std::is_floating_point_v<T>) store(Kind::real, double(value));
         else if constexpr (std::is_signed_v<T>) store(Kind::int64, int64_t(value));
@@ -66,8 +69,13 @@ public:
     Json(const void*) = delete;  // a pointer is not a boolean
     Json(Json&& other) noexcept : node_(std::exchange(other.node_, Node{})) {}
     Json(const Json& other);
-    Json& operator=(Json other) noexcept { swap(other); return *this; }
-    ~Json() { if (kind() >= Kind::string) destroy(); }
+    Json& operator=(Json other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~Json() {
+        if (kind() >= Kind::string) destroy();
+    }
 
     static Json array() { return Json(Kind::array); }
     static Json object() { return Json(Kind::object); }
@@ -86,10 +94,10 @@ public:
     bool is_array() const { return node_.kind == Kind::array; }
     bool is_object() const { return node_.kind == Kind::object; }
 
-    bool     as_bool(bool fallback = false) const;
-    int64_t  as_int(int64_t fallback = 0) const;     ///< an integer within int64_t
-    uint64_t as_uint(uint64_t fallback = 0) const;   ///< an integer that is not negative
-    double   as_double(double fallback = 0) const;   ///< any number, to the nearest double
+    bool as_bool(bool fallback = false) const;
+    int64_t as_int(int64_t fallback = 0) const;     ///< an integer within int64_t
+    uint64_t as_uint(uint64_t fallback = 0) const;  ///< an integer that is not negative
+    double as_double(double fallback = 0) const;    ///< any number, to the nearest double
     /// Borrowed until this value is changed, moved or destroyed.
     std::string_view as_string(std::string_view fallback = {}) const;
     std::string take_string();  ///< moves a string out and leaves null; not a string: empty
@@ -99,7 +107,7 @@ public:
     std::span<const Json> items() const;  ///< of an array, else none
     std::span<Json> items();
     std::span<const JsonMember> members() const;  ///< of an object, in order, else none
-    const Json& operator[](size_t index) const;  ///< null when there is no such item
+    const Json& operator[](size_t index) const;   ///< null when there is no such item
     const Json& operator[](int index) const { return (*this)[size_t(index)]; }
     const Json& operator[](std::string_view key) const;  ///< null when there is no such member
     const Json& operator[](const char* key) const { return (*this)[std::string_view(key)]; }
@@ -109,7 +117,10 @@ public:
 
     /// Adds an item; null becomes an array first; any other kind is replaced by one.
     Json& push(Json value) &;
-    Json push(Json value) && { push(std::move(value)); return std::move(*this); }
+    Json push(Json value) && {
+        push(std::move(value));
+        return std::move(*this);
+    }
     /// Adds or, in its place, replaces a member; null becomes an object first; any other kind is
     /// replaced by one. Returns *this: Json::object().set("a", 1).set("b", Json::array()).
     Json& set(std::string_view key, Json value) &;
@@ -135,12 +146,18 @@ private:
     struct Node {
         alignas(8) char bytes[14] = {};  // a scalar, a pointer, or a string of up to 14 bytes
         uint8_t short_size = 0;          // of that string; long_string: the bytes hold a pointer
-        Kind    kind = Kind::null;
+        Kind kind = Kind::null;
     };
     static constexpr uint8_t long_string = 255;
     explicit Json(Kind kind) noexcept { node_.kind = kind; }  // an empty array or object
-    template <class T> T load() const { T v; std::memcpy(&v, node_.bytes, sizeof v); return v; }
-    template <class T> void store(Kind kind, T v) {
+    template <class T>
+    T load() const {
+        T v;
+        std::memcpy(&v, node_.bytes, sizeof v);
+        return v;
+    }
+    template <class T>
+    void store(Kind kind, T v) {
         node_.kind = kind;
         std::memcpy(node_.bytes, &v, sizeof v);
     }
@@ -155,7 +172,7 @@ private:
 
 struct JsonMember {
     std::string key;
-    Json        value;
+    Json value;
 };
 
 }  // namespace v1

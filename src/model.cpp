@@ -5,8 +5,8 @@
 // tensor that is missing, mis-shaped, unused or of an unsupported type is an error that names it.
 #include "prologue.hpp"
 
-#include "model.hpp"
 #include "kernels/internal.hpp"
+#include "model.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -60,7 +60,8 @@ struct SpecReader {
     void fail_key(ErrorKind kind, const char* key, const char* what) {
         fail(kind, format("key '%s%s' %s", prefix.c_str(), key, what));
     }
-    template <class T> T value(Result<T> result) {
+    template <class T>
+    T value(Result<T> result) {
         if (result) return *result;
         if (!error) error = result.error();
         return T{};
@@ -127,8 +128,7 @@ float read_rope_scale(SpecReader& in) {
     const auto type = in.value(in.gguf.get_string(in.prefix + "rope.scaling.type", "linear"));
     if (type == "none") return 1;
     if (type != "linear")
-        in.fail_key(ErrorKind::unsupported, "rope.scaling.type",
-                    "is neither 'none' nor 'linear'");
+        in.fail_key(ErrorKind::unsupported, "rope.scaling.type", "is neither 'none' nor 'linear'");
     const char* key = in.find("rope.scaling.factor") ? "rope.scaling.factor" : "rope.scale_linear";
     return 1.0f / in.positive(key, 1.0f);
 }
@@ -191,8 +191,8 @@ std::vector<LayerSpec> read_layers(SpecReader& in, const Architecture& row, uint
     if (in.size("attention.value_length", ModelSpec::max_width, common.head_dim) != common.head_dim)
         in.fail_key(ErrorKind::unsupported, "attention.value_length", "differs from key_length");
     common.qkv_bias = row.qkv_bias;
-    common.attention_scale =
-        in.positive("attention.scale", 1.0f / std::sqrt(static_cast<float>(common.head_dim)));
+    common.attention_scale = in.positive("attention.scale",
+                                         1.0f / std::sqrt(static_cast<float>(common.head_dim)));
     common.rope = read_rope(in, row, common.head_dim);
     std::vector<LayerSpec> layers(in.size("block_count", ModelSpec::max_layers));
     for (size_t i = 0; i < layers.size() && !in.error; ++i) layers[i] = read_layer(in, common, i);
@@ -242,8 +242,7 @@ struct TensorBinder {
     std::optional<Error> error = {};
 
     void fail(ErrorKind kind, const std::string& name, const std::string& what) {
-        if (!error)
-            error = make_error(kind, gguf.name() + ": tensor '" + name + "' " + what);
+        if (!error) error = make_error(kind, gguf.name() + ": tensor '" + name + "' " + what);
     }
 
     const TensorInfo* take(const std::string& name, std::span<const TensorType> types,
@@ -305,9 +304,9 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     if (in.error) return *in.error;
     const auto* row = detail::find_architecture(spec.architecture);
     if (!row)
-        return detail::make_error(ErrorKind::unsupported,
-                                  gguf.name() + ": architecture '" +
-                                      detail::printable(spec.architecture) + "' is not supported");
+        return detail::make_error(ErrorKind::unsupported, gguf.name() + ": architecture '" +
+                                                              detail::printable(spec.architecture) +
+                                                              "' is not supported");
     in.prefix = spec.architecture + ".";
     spec.name = in.value(gguf.get_string("general.name", ""));
     detail::refuse_unknown_options(in);

@@ -63,8 +63,8 @@ double weigh_block(std::span<const float> logits, size_t block, float highest, d
 size_t most_likely(std::span<const float> logits) {
     size_t best = 0;
     for (size_t i = 0; i < logits.size(); i += 16) {  // a vectorisable question before a search
-        const std::span<const float> some =
-            logits.subspan(i, std::min<size_t>(16, logits.size() - i));
+        const std::span<const float> some = logits.subspan(i,
+                                                           std::min<size_t>(16, logits.size() - i));
         bool above = false;
         for (const float logit : some) above |= logit > logits[best];
         if (!above) continue;
@@ -90,8 +90,8 @@ struct CandidateOrder {
 
 double uniform_at(int64_t seed, uint64_t position) {
     constexpr uint64_t step = 0x9e3779b97f4a7c15u;
-    const uint64_t bits =
-        mix_bits(mix_bits(static_cast<uint64_t>(seed) + step) + (position + 1) * step);
+    const uint64_t bits = mix_bits(mix_bits(static_cast<uint64_t>(seed) + step) +
+                                   (position + 1) * step);
     return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
@@ -216,8 +216,8 @@ Token Sampler::draw_from_best(std::span<const float> logits, double uniform) {
     } else if (options_.top_p < 1) {
         total = add_blocks(logits);
     }
-    const double enough =
-        options_.top_p < 1 ? options_.top_p * total : std::numeric_limits<double>::infinity();
+    const double enough = options_.top_p < 1 ? options_.top_p * total
+                                             : std::numeric_limits<double>::infinity();
     size_t kept = 0;
     double sum = 0;
     for (double below = 8 * options_.temperature;; below *= 2) {

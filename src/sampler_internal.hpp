@@ -6,8 +6,8 @@
 //           alone; ties go to the lower token id; no allocation after the first calls.
 #pragma once
 
-#include "tokenizer.hpp"
 #include "kernels/internal.hpp"
+#include "tokenizer.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -23,14 +23,14 @@ namespace detail {
 /// likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
 /// likely as the first.
 struct SamplerOptions {
-    double   temperature = 1;  ///< 0: greedy
-    double   top_p       = 1;
-    double   min_p       = 0;
-    uint32_t top_k       = 0;  ///< 0: no limit
-    int64_t  seed        = 0;
-    double   presence_penalty   = 0;  ///< as in Request
-    double   frequency_penalty  = 0;
-    double   repetition_penalty = 1;
+    double temperature = 1;  ///< 0: greedy
+    double top_p = 1;
+    double min_p = 0;
+    uint32_t top_k = 0;  ///< 0: no limit
+    int64_t seed = 0;
+    double presence_penalty = 0;  ///< as in Request
+    double frequency_penalty = 0;
+    double repetition_penalty = 1;
     std::vector<std::pair<Token, float>> logit_bias = {};
 };
 
@@ -51,25 +51,25 @@ private:
         Token token;
     };
     struct Seen {
-        Token    token;
+        Token token;
         uint32_t drawn;  // times; 0: in the prompt only
     };
     friend struct CandidateOrder;
     std::span<const float> adjust(std::span<const float> logits);
-    void   keep_top(std::span<const float> logits);
-    void   keep_within(std::span<const float> logits, double below);
-    Token  draw_from_all(std::span<const float> logits, double uniform);
-    Token  draw_from_best(std::span<const float> logits, double uniform);
+    void keep_top(std::span<const float> logits);
+    void keep_within(std::span<const float> logits, double below);
+    Token draw_from_all(std::span<const float> logits, double uniform);
+    Token draw_from_best(std::span<const float> logits, double uniform);
     double add_blocks(std::span<const float> logits);
 
-    SamplerOptions         options_;
-    double                 scale_;       // of a logit's distance to the highest
-    float                  highest_ = 0;
+    SamplerOptions options_;
+    double scale_;  // of a logit's distance to the highest
+    float highest_ = 0;
     std::vector<Candidate> candidates_;  // most likely first
-    std::vector<double>    sums_;        // of weights, a block of the vocabulary each
-    bool                   penalised_;
-    std::vector<Seen>      seen_;        // by token
-    std::vector<float>     adjusted_;
+    std::vector<double> sums_;           // of weights, a block of the vocabulary each
+    bool penalised_;
+    std::vector<Seen> seen_;  // by token
+    std::vector<float> adjusted_;
 };
 
 /// A number in [0, 1) that depends on (seed, position) alone, 53 bits.

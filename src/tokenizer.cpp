@@ -151,7 +151,8 @@ public:
         if (!spelling.empty()) entries_.push_back({spelling, token, template_only});
     }
     void build() {
-        sort_items(entries_, [](const Entry& a, const Entry& b) { return a.spelling < b.spelling; });
+        sort_items(entries_,
+                   [](const Entry& a, const Entry& b) { return a.spelling < b.spelling; });
         size_t at = 0;
         for (size_t byte = 0; byte < 256; ++byte) {
             first_[byte] = at;
@@ -198,11 +199,11 @@ private:
 struct SplitRules {
     std::string_view name;  // tokenizer.ggml.pre
     bool modern;
-    size_t digits;          // at most so many in one word
-    bool digits_apart;      // each digit is cut out first: what is around it does not see it
-    bool compose;           // NFC before anything else
-    bool whole_words;       // a word that is a token is taken without merging
-    bool add_bos;           // unless the file says otherwise
+    size_t digits;      // at most so many in one word
+    bool digits_apart;  // each digit is cut out first: what is around it does not see it
+    bool compose;       // NFC before anything else
+    bool whole_words;   // a word that is a token is taken without merging
+    bool add_bos;       // unless the file says otherwise
 };
 
 namespace {
@@ -450,15 +451,15 @@ private:
 struct Vocabulary {
     PieceTable pieces;
     std::vector<TokenKind> kinds;
-    std::vector<bool> from_text;      // merging and whole words may make it
-    std::vector<bool> ends;           // see is_end
-    std::vector<uint32_t> ranks;      // SentencePiece: position of its score, highest first
-    PairTable pairs;                  // byte-level
-    std::array<Token, 256> bytes;     // the token of a single byte, or no_token
-    SpellingMatcher specials;         // cut out of the text first
-    SpellingMatcher whole;            // SentencePiece: user-defined tokens of any text
+    std::vector<bool> from_text;        // merging and whole words may make it
+    std::vector<bool> ends;             // see is_end
+    std::vector<uint32_t> ranks;        // SentencePiece: position of its score, highest first
+    PairTable pairs;                    // byte-level
+    std::array<Token, 256> bytes;       // the token of a single byte, or no_token
+    SpellingMatcher specials;           // cut out of the text first
+    SpellingMatcher whole;              // SentencePiece: user-defined tokens of any text
     const SplitRules* rules = nullptr;  // null: SentencePiece
-    size_t longest = 0;               // bytes of the longest piece that from_text marks
+    size_t longest = 0;                 // bytes of the longest piece that from_text marks
     Token bos = no_token, eos = no_token, unknown = no_token;
     bool add_bos = false, add_eos = false, add_space_prefix = false;
 };
@@ -497,9 +498,9 @@ private:
                           file_.name() + ": tokenizer.ggml." + key + ": " + what);
     }
     Error unsupported(const char* key, std::string_view value) const {
-        return make_error(ErrorKind::unsupported,
-                          file_.name() + ": tokenizer.ggml." + key + " = \"" +
-                              utf8_repair(value.substr(0, 64)) + "\" is not supported");
+        return make_error(ErrorKind::unsupported, file_.name() + ": tokenizer.ggml." + key +
+                                                      " = \"" + utf8_repair(value.substr(0, 64)) +
+                                                      "\" is not supported");
     }
     bool is_sentencepiece() const { return v_.rules == nullptr; }
 
@@ -535,8 +536,8 @@ private:
         auto types = file_.get_ints("tokenizer.ggml.token_type");
         if (!types) return types.error();
         if (types->size() != tokens->size())
-            return bad("token_type", format("%zu types for %zu tokens", types->size(),
-                                            tokens->size()));
+            return bad("token_type",
+                       format("%zu types for %zu tokens", types->size(), tokens->size()));
         for (size_t id = 0; id < v_.kinds.size(); ++id) {
             const int64_t type = (*types)[id];
             if (type < 0 || type > 6)
@@ -572,9 +573,7 @@ private:
         return kind == TokenKind::user_defined ? std::string(text) : from_printable(text);
     }
     static std::string byte_spelled(std::string_view text) {  // <0x0A>
-        auto digit = [&](size_t at) {
-            return std::string_view("0123456789ABCDEF").find(text[at]);
-        };
+        auto digit = [&](size_t at) { return std::string_view("0123456789ABCDEF").find(text[at]); };
         if (text.size() != 6 || text.substr(0, 3) != "<0x" || text[5] != '>') return {};
         if (digit(3) > 15 || digit(4) > 15) return {};
         return std::string(1, char(digit(3) * 16 + digit(4)));
@@ -587,8 +586,8 @@ private:
             const char32_t c = utf8_next(text, &at);
             const bool itself = (c > 0x20 && c < 0x7F) || (c > 0xA0 && c < 0x100 && c != 0xAD);
             if (itself) bytes += char(c);
-            else if (c >= 0x100 && c <= 0x120) bytes += char(c - 0x100);           // 00..20
-            else if (c > 0x120 && c <= 0x142) bytes += char(c - 0x121 + 0x7F);     // 7F..A0
+            else if (c >= 0x100 && c <= 0x120) bytes += char(c - 0x100);        // 00..20
+            else if (c > 0x120 && c <= 0x142) bytes += char(c - 0x121 + 0x7F);  // 7F..A0
             else if (c == 0x143) bytes += '\xAD';
             else return std::string(text);
         }
@@ -601,36 +600,40 @@ private:
         auto value = file_.get_uint(name);
         if (!value) return value.error();
         if (*value >= v_.kinds.size())
-            return bad(key, format("%llu, of %zu tokens", (unsigned long long)*value,
-                                   v_.kinds.size()));
+            return bad(key,
+                       format("%llu, of %zu tokens", (unsigned long long)*value, v_.kinds.size()));
         *id = Token(*value);
         return {};
     }
 
     Result<void> read_ids() {
         Token turn = no_token, message = no_token;
-        const std::pair<const char*, Token*> ids[] = {
-            {"bos_token_id", &v_.bos}, {"eos_token_id", &v_.eos}, {"eot_token_id", &turn},
-            {"eom_token_id", &message}, {"unknown_token_id", &v_.unknown}};
+        const std::pair<const char*, Token*> ids[] = {{"bos_token_id", &v_.bos},
+                                                      {"eos_token_id", &v_.eos},
+                                                      {"eot_token_id", &turn},
+                                                      {"eom_token_id", &message},
+                                                      {"unknown_token_id", &v_.unknown}};
         for (auto [key, id] : ids)
             if (auto result = read_id(key, id); !result) return result;
         for (Token id : {v_.bos, v_.eos, turn, message})  // files call some of them normal
             if (id != no_token && v_.pieces[size_t(id)].size() > 1)
                 v_.kinds[size_t(id)] = TokenKind::control;
         mark_ends({v_.eos, turn, message});
-        if (v_.unknown != no_token && (v_.kinds[size_t(v_.unknown)] == TokenKind::control ||
-                                       v_.ends[size_t(v_.unknown)]))
+        if (v_.unknown != no_token &&
+            (v_.kinds[size_t(v_.unknown)] == TokenKind::control || v_.ends[size_t(v_.unknown)]))
             v_.unknown = no_token;  // text must not make it
         return {};
     }
 
     void mark_ends(std::initializer_list<Token> ends) {
         static constexpr std::string_view spellings[] = {
+            // clang-format off
             "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
             "<|end|>", "<|return|>", "<|call|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>",
             "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|end_of_role|>", "<end_of_utterance>",
             "<|user|>", "<|observation|>", "<EOT>", "</s>", "<eos>", "[EOS]",
             "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
+        // clang-format on
         v_.ends.assign(v_.kinds.size(), false);
         for (Token id : ends)
             if (id != no_token) v_.ends[size_t(id)] = true;
@@ -713,8 +716,8 @@ private:
         auto scores = file_.get_floats("tokenizer.ggml.scores");
         if (!scores) return scores.error();
         if (scores->size() != v_.kinds.size())
-            return bad("scores", format("%zu scores for %zu tokens", scores->size(),
-                                        v_.kinds.size()));
+            return bad("scores",
+                       format("%zu scores for %zu tokens", scores->size(), v_.kinds.size()));
         std::vector<std::pair<double, Token>> order(scores->size());
         for (size_t id = 0; id < order.size(); ++id) {
             order[id] = {-(*scores)[id], Token(id)};
@@ -725,8 +728,8 @@ private:
         v_.ranks.resize(order.size());
         for (size_t i = 0; i < order.size(); ++i) {
             const bool tie = i > 0 && order[i].first == order[i - 1].first;
-            v_.ranks[size_t(order[i].second)] =
-                tie ? v_.ranks[size_t(order[i - 1].second)] : uint32_t(i);
+            v_.ranks[size_t(order[i].second)] = tie ? v_.ranks[size_t(order[i - 1].second)]
+                                                    : uint32_t(i);
         }
         return {};
     }
@@ -797,8 +800,8 @@ private:
             SpellingMatcher::Match match;
             if (matcher.may_begin(text[at])) {
                 while (range < request.size() && request[range].end <= at) ++range;
-                match = matcher.longest(text, at, range < request.size() ? request[range].begin
-                                                                         : text.size());
+                match = matcher.longest(
+                    text, at, range < request.size() ? request[range].begin : text.size());
             }
             if (match.length == 0) {
                 ++at;
@@ -817,7 +820,8 @@ private:
         if (!v_.rules) return encode_sentences(text);
         // no character before U+0300 (lead byte CC) is changed by NFC unless one after it is there
         const bool composed = !v_.rules->compose ||
-            std::none_of(text.begin(), text.end(), [](char c) { return uint8_t(c) >= 0xCC; });
+                              std::none_of(text.begin(), text.end(),
+                                           [](char c) { return uint8_t(c) >= 0xCC; });
         return composed ? encode_words(text) : encode_words(nfc(text));
     }
 
@@ -883,8 +887,7 @@ private:
     // SentencePiece: a space in front where the model wants it, then user-defined tokens are cut
     // out, then the rest is merged.
     Result<void> encode_sentences(std::string_view raw) {
-        const std::string text =
-            (v_.add_space_prefix ? " " : "") + with_spaces(raw);
+        const std::string text = (v_.add_space_prefix ? " " : "") + with_spaces(raw);
         return cut_out(v_.whole, text, {}, [this](std::string_view run) -> Result<void> {
             after_unknown_ = false;
             auto symbols = symbols_for(run.size());
@@ -901,8 +904,8 @@ private:
         for (size_t at = 0; at < text.size(); ++count) {
             symbols[count] = {.begin = uint32_t(at)};
             utf8_next(text, &at);
-            symbols[count].token = piece_made(text.substr(symbols[count].begin,
-                                                          at - symbols[count].begin));
+            symbols[count].token = piece_made(
+                text.substr(symbols[count].begin, at - symbols[count].begin));
         }
         symbols = symbols.first(count);
         longest = std::min(longest, v_.longest);

@@ -63,9 +63,9 @@ public:
     /// gpt2 and llama or an unknown tokenizer.ggml.pre, (bad_data) for a malformed vocabulary.
     static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {});
 
-    size_t size() const;                      ///< ids are 0 .. size() - 1
+    size_t size() const;                        ///< ids are 0 .. size() - 1
     std::string_view piece(Token token) const;  ///< the bytes it stands for; empty if out of range
-    TokenKind kind(Token token) const;        ///< unused if out of range
+    TokenKind kind(Token token) const;          ///< unused if out of range
     /// The token of these bytes, an ordinary one before a special one.
     std::optional<Token> find(std::string_view piece) const;
 

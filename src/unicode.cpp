@@ -265,7 +265,7 @@ constexpr uint32_t hangul_count = hangul_l_count * hangul_v_count * hangul_t_cou
 
 struct NormalChar {
     char32_t code;
-    uint8_t  order;
+    uint8_t order;
 };
 
 void decompose(std::vector<NormalChar>& out, char32_t c) {
@@ -300,9 +300,9 @@ char32_t compose_pair(char32_t a, char32_t b) {  // 0: they do not compose
     const auto key = [](uint16_t place) {
         return uint64_t(unicode_decomposition[place].a) << 32 | unicode_decomposition[place].b;
     };
-    const auto found =
-        std::lower_bound(unicode_composition.begin(), unicode_composition.end(), pair,
-                         [&](uint16_t place, uint64_t p) { return key(place) < p; });
+    const auto found = std::lower_bound(unicode_composition.begin(), unicode_composition.end(),
+                                        pair,
+                                        [&](uint16_t place, uint64_t p) { return key(place) < p; });
     if (found == unicode_composition.end() || key(*found) != pair) return 0;
     return unicode_decomposition[*found].first;
 }
@@ -322,8 +322,8 @@ void flush_normal(std::string& out, std::vector<NormalChar>& run) {
         const NormalChar c = run[i];
         const bool blocked = starter != none && kept - starter > 1 &&
                              run[kept - 1].order >= c.order;
-        const char32_t whole =
-            starter == none || blocked ? 0 : compose_pair(run[starter].code, c.code);
+        const char32_t whole = starter == none || blocked ? 0
+                                                          : compose_pair(run[starter].code, c.code);
         if (whole != 0) {
             run[starter].code = whole;
             continue;

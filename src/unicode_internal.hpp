@@ -33,6 +33,7 @@ std::string utf8_repair(std::string_view text);  ///< each malformed subpart bec
 
 /// General categories, in the order of their groups: the comparisons below rely on it.
 enum class Category : uint8_t {
+    // clang-format off
     Lu, Ll, Lt, Lm, Lo,          // letters
     Mn, Mc, Me,                  // marks
     Nd, Nl, No,                  // numbers
@@ -40,6 +41,7 @@ enum class Category : uint8_t {
     Sm, Sc, Sk, So,              // symbols
     Zs, Zl, Zp,                  // separators
     Cc, Cf, Cs, Co, Cn,          // others; bad_utf8 and whatever is not assigned: Cn
+    // clang-format on
 };
 
 Category category(char32_t c);

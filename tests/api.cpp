@@ -80,11 +80,13 @@ TEST_CASE("fields that are refused") {
         {R"("text":{"format":{}})", "missing_required_parameter", "text.format.type"},
         {R"("text":{"format":{"type":"json_object"}})", "unsupported_value", "text.format.type"},
         {R"("text":{"format":{"type":"xml"}})", "invalid_value", "text.format.type"},
-        {R"("text":{"format":{"type":"json_schema","name":"n"}})", "unsupported_parameter", "text.format"},
+        {R"("text":{"format":{"type":"json_schema","name":"n"}})", "unsupported_parameter",
+         "text.format"},
         {R"("reasoning":[])", "invalid_type", "reasoning"},
         {R"("reasoning":{"effort":"huge"})", "invalid_value", "reasoning.effort"},
         {R"("reasoning":{"summary":1})", "invalid_type", "reasoning.summary"},
-        {R"("reasoning":{"generate_summary":"long"})", "invalid_value", "reasoning.generate_summary"},
+        {R"("reasoning":{"generate_summary":"long"})", "invalid_value",
+         "reasoning.generate_summary"},
         {R"("background":1)", "invalid_type", "background"},
         {R"("prompt_cache_key":1)", "invalid_type", "prompt_cache_key"},
         {R"("store":false)", "unsupported_value", "store"},
@@ -96,8 +98,10 @@ TEST_CASE("fields that are refused") {
         {value.c_str(), "string_above_max_length", "metadata.k"},
         {R"("metadata":[])", "invalid_type", "metadata"},
         {R"("metadata":{"k":1})", "invalid_type", "metadata.k"},
-        {R"("metadata":{"completion_window":"flex"})", "invalid_value", "metadata.completion_window"},
-        {R"("metadata":{"completion_window":"soon"})", "invalid_value", "metadata.completion_window"},
+        {R"("metadata":{"completion_window":"flex"})", "invalid_value",
+         "metadata.completion_window"},
+        {R"("metadata":{"completion_window":"soon"})", "invalid_value",
+         "metadata.completion_window"},
         {R"("metadata":{"completion_webhook":"http://x"})", "unsupported_parameter",
          "metadata.completion_webhook"},
         {R"("metadata":{"webhook_token":"a b"})", "invalid_value", "metadata.webhook_token"},
@@ -167,7 +171,8 @@ TEST_CASE("a refusal says what was wrong, what was received and what is allowed"
 }
 
 TEST_CASE("a full request is read") {
-    auto request = parse_response_request(parse(R"({"unknown":{"a":1},"model":"m","instructions":"Be brief.",
+    auto request = parse_response_request(
+        parse(R"({"unknown":{"a":1},"model":"m","instructions":"Be brief.",
         "input":[{"role":"developer","content":"d"},{"type":"message","role":"user","phase":"x","id":"msg_1",
         "content":[{"type":"input_text","text":"a"},{"type":"input_text","text":"b"}]},
         {"id":"msg_2","type":"message","role":"assistant","status":"completed",
@@ -218,6 +223,7 @@ ResponseRecord sample() {
 }  // namespace
 
 TEST_CASE("the response object has all keys in their order") {
+    // clang-format off
     const char* keys[] = {"id", "object", "created_at", "completed_at", "status", "background", "model",
                           "input", "instructions", "output", "error", "incomplete_details",
                           "max_output_tokens", "max_tool_calls", "reasoning", "text", "store",
@@ -225,6 +231,7 @@ TEST_CASE("the response object has all keys in their order") {
                           "top_logprobs", "parallel_tool_calls", "tool_choice", "tools", "truncation",
                           "service_tier", "previous_response_id", "prompt_cache_key",
                           "safety_identifier", "user", "metadata", "usage"};
+    // clang-format on
     ResponseRecord record = sample();
     Json object = render_response(record);
     REQUIRE(object.size() == std::size(keys));
@@ -248,11 +255,12 @@ TEST_CASE("the response object has all keys in their order") {
     object = render_response(record);
     CHECK(object["status"].as_string() == "completed");
     CHECK(object["incomplete_details"].write() == R"({"reason":"max_output_tokens"})");
-    CHECK(object["output"].write() ==
-          R"([{"id":"msg_a","type":"message","role":"assistant","status":"completed","content":[{)"
-          R"("type":"output_text","text":"hi","annotations":[],"logprobs":[{"token":"h)"
-          "\xef\xbf\xbd"
-          R"(","logprob":-0.5,"bytes":[104,255],"top_logprobs":[{"token":"i","logprob":-1.0,"bytes":[105]}]}]}]}])");
+    CHECK(
+        object["output"].write() ==
+        R"([{"id":"msg_a","type":"message","role":"assistant","status":"completed","content":[{)"
+        R"("type":"output_text","text":"hi","annotations":[],"logprobs":[{"token":"h)"
+        "\xef\xbf\xbd"
+        R"(","logprob":-0.5,"bytes":[104,255],"top_logprobs":[{"token":"i","logprob":-1.0,"bytes":[105]}]}]}]}])");
     CHECK(object["usage"].write() ==
           R"({"input_tokens":3,"input_tokens_details":{"cached_tokens":1,"reasoning_tokens":0},)"
           R"("output_tokens":2,"output_tokens_details":{"cached_tokens":0,"reasoning_tokens":0},)"
@@ -265,15 +273,18 @@ TEST_CASE("the response object has all keys in their order") {
     record.outcome = std::make_shared<Outcome>(outcome);
     object = render_response(record);
     CHECK(object["status"].as_string() == "failed");
-    CHECK(object["error"].write() == R"({"code":"internal_error","message":"the model could not be run"})");
+    CHECK(object["error"].write() ==
+          R"({"code":"internal_error","message":"the model could not be run"})");
     CHECK(object["output"].size() == 0);
 }
 
 TEST_CASE("errors: envelope, status, and nothing of ours leaks") {
-    CHECK(render_error({ErrorKind::not_found, "no model 'x'", "model_not_found", "model"}).write() ==
-          R"({"error":{"message":"no model 'x'","type":"not_found_error","param":"model","code":"model_not_found"}})");
-    CHECK(render_error({ErrorKind::io, "/home/me/file: denied", "", ""}).write() ==
-          R"({"error":{"message":"something went wrong on the server","type":"api_error","param":null,"code":"internal_error"}})");
+    CHECK(
+        render_error({ErrorKind::not_found, "no model 'x'", "model_not_found", "model"}).write() ==
+        R"({"error":{"message":"no model 'x'","type":"not_found_error","param":"model","code":"model_not_found"}})");
+    CHECK(
+        render_error({ErrorKind::io, "/home/me/file: denied", "", ""}).write() ==
+        R"({"error":{"message":"something went wrong on the server","type":"api_error","param":null,"code":"internal_error"}})");
     CHECK(http_status(ErrorKind::authentication) == 401);
     CHECK(http_status(ErrorKind::overloaded) == 503);
     CHECK(http_status(ErrorKind::timeout) == 504);

@@ -2,9 +2,9 @@
 #include <doctest/doctest.h>
 
 #include "digest_internal.hpp"
-#include "unicode_internal.hpp"
 #include "run_model.hpp"
 #include "tiny_model.hpp"
+#include "unicode_internal.hpp"
 
 #include <string>
 #include <thread>
@@ -32,10 +32,10 @@ constexpr std::string_view kLogitsSha256_fine_f32 =
 
 // How a prompt is computed; nothing of this may show.
 struct Way {
-    size_t      piece = 1000;
-    uint64_t    pause_ns = 0;
-    bool        backwards = false;  // pages in another order
-    bool        flush_to_zero = false;
+    size_t piece = 1000;
+    uint64_t pause_ns = 0;
+    bool backwards = false;  // pages in another order
+    bool flush_to_zero = false;
     BackendOptions options = {};
     const detail::Kernels* kernels = nullptr;
 };
@@ -98,8 +98,8 @@ std::vector<float> logits_of(const std::vector<std::byte>& bytes, size_t length,
 
 // A model with all types, biases and an output matrix of its own; long enough for two segments.
 const std::vector<std::byte>& mixed_model() {
-    static const auto bytes = tiny::model({.architecture = "qwen2", .types = tiny::all_types(),
-                                           .tied = false, .rope_factors = true});
+    static const auto bytes = tiny::model(
+        {.architecture = "qwen2", .types = tiny::all_types(), .tied = false, .rope_factors = true});
     return bytes;
 }
 
@@ -224,7 +224,8 @@ TEST_CASE("logits: weights that the file holds packed") {
         CHECK((plan->weights > bytes.size() / 2) != in_place);
     };
     for (const Weights weights : {Weights::packed, Weights::mapped})
-        for (const size_t offset : {size_t{0}, size_t{32}}) {  // the second is not where the kernels can read it
+        for (const size_t offset :
+             {size_t{0}, size_t{32}}) {  // the second is not where the kernels can read it
             std::byte* at = memory->data() + offset;
             std::memcpy(at, bytes.data(), bytes.size());
             check(Gguf::from_bytes({at, bytes.size()}), weights, offset == 0);
@@ -236,12 +237,14 @@ TEST_CASE("logits: weights that the file holds packed") {
 TEST_CASE("packed layouts change only with kPackedVersion") {
     const std::vector<std::byte> bytes = tiny::packed_copy(mixed_model());
     CHECK(kPackedVersion == 1);
-    CHECK(detail::sha256(bytes.data(), bytes.size()).hex() == "cc625ee61168ed02bf1fe0aea3b8d9cb76dcbb9e5335f9e8a325e557e50e12da");
+    CHECK(detail::sha256(bytes.data(), bytes.size()).hex() ==
+          "cc625ee61168ed02bf1fe0aea3b8d9cb76dcbb9e5335f9e8a325e557e50e12da");
 }
 
 TEST_CASE("logits: layers with a window") {
     const auto bytes = [](uint32_t window, uint32_t full_every = 0) {
-        return tiny::model({.types = {TensorType::q8_0}, .window = window, .full_every = full_every});
+        return tiny::model(
+            {.types = {TensorType::q8_0}, .window = window, .full_every = full_every});
     };
     const auto all = [&](const std::vector<std::byte>& model) { return logits_of(model, 280, {}); };
     const std::vector<float> unlimited = all(bytes(0));
@@ -282,7 +285,8 @@ TEST_CASE("logits: layers with a window") {
                     const auto part = std::span(ids).subspan(i, std::min<size_t>(piece, 280 - i));
                     REQUIRE(model.run(make_rows({part.begin(), part.end()}, i, pages, true)));
                     for (uint32_t row = 0; row < part.size(); ++row)
-                        logits.insert(logits.end(), model.logits(row).begin(), model.logits(row).end());
+                        logits.insert(logits.end(), model.logits(row).begin(),
+                                      model.logits(row).end());
                 }
                 CHECK(hash_of(logits) == hash);
             }
@@ -352,8 +356,7 @@ TEST_CASE("logits: rows that do not want them change nothing") {
     REQUIRE(model.run(rows));
     const size_t n = model.spec->n_vocab;
     CHECK(std::equal(expected.begin() + static_cast<ptrdiff_t>(7 * n),
-                     expected.begin() + static_cast<ptrdiff_t>(8 * n),
-                     model.logits(0).begin()));
+                     expected.begin() + static_cast<ptrdiff_t>(8 * n), model.logits(0).begin()));
     CHECK(std::equal(expected.begin() + static_cast<ptrdiff_t>(49 * n), expected.end(),
                      model.logits(1).begin()));
 }
@@ -383,8 +386,8 @@ TEST_CASE("logits: sequences mixed in batches equal each alone") {
             std::vector<uint32_t> owners;
             for (uint32_t i = 0; i < 3; ++i) {
                 const auto ids = prompt(lengths[i], i);
-                const uint32_t count =
-                    std::min(steps[i], static_cast<uint32_t>(lengths[i]) - done[i]);
+                const uint32_t count = std::min(steps[i],
+                                                static_cast<uint32_t>(lengths[i]) - done[i]);
                 for (const auto& row :
                      make_rows(std::span(ids).subspan(done[i], count), done[i], pages[i], true)) {
                     batch.push_back(row);
@@ -418,8 +421,7 @@ TEST_CASE("an embedding vector takes the place of a token") {
                 values.size() * sizeof(float));
     BatchRow row{5, nullptr, 0, pages.data(), true};
     REQUIRE(model.run({&row, 1}));
-    const std::vector<float> expected(model.logits(0).begin(),
-                                      model.logits(0).end());
+    const std::vector<float> expected(model.logits(0).begin(), model.logits(0).end());
     row.token = -1;
     row.embedding = values.data();
     REQUIRE(model.run({&row, 1}));
@@ -439,8 +441,7 @@ TEST_CASE("pages: copied, exported and imported") {
     }
     const auto last = std::span<const Token>(ids).subspan(39);
     REQUIRE(model.run(make_rows(last, 39, here, true)));
-    const std::vector<float> original(model.logits(0).begin(),
-                                      model.logits(0).end());
+    const std::vector<float> original(model.logits(0).begin(), model.logits(0).end());
     for (const auto& pages : {there, elsewhere}) {
         REQUIRE(model.run(make_rows(last, 39, pages, true)));
         CHECK(std::equal(original.begin(), original.end(), model.logits(0).begin()));
@@ -537,7 +538,10 @@ TEST_CASE("a reader that fails is an error") {
 }
 
 TEST_CASE("numbers that are not finite are an error that names the layer") {
-    const struct { const char* tensor; const char* place; } cases[] = {
+    const struct {
+        const char* tensor;
+        const char* place;
+    } cases[] = {
         {"blk.1.ffn_norm.weight", "layer 1 (blk.1)"},
         {"blk.0.attn_norm.weight", "layer 0 (blk.0)"},
         {"output_norm.weight", "the output matrix"},
@@ -563,7 +567,8 @@ TEST_CASE("a row whose numbers are not finite leaves the others of its batch alo
     auto bytes = tiny::model({.tied = false});
     const uint64_t offset = Gguf::from_bytes(bytes)->find_tensor("token_embd.weight")->offset;
     const float infinity = std::numeric_limits<float>::infinity();
-    std::memcpy(bytes.data() + offset + size_t{256} * 7 * 4, &infinity, sizeof infinity);  // token 7's
+    std::memcpy(bytes.data() + offset + size_t{256} * 7 * 4, &infinity,
+                sizeof infinity);  // token 7's
     Model model = open_tiny(bytes, small());
     const auto left = page_list(0, 1), right = page_list(1, 1);
     const BatchRow good{5, nullptr, 0, left.data(), true}, bad{7, nullptr, 0, right.data(), true};

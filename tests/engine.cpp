@@ -1,13 +1,13 @@
 // The engine on a tiny model: requests, replies, steps, threads, limits.
 #include <doctest/doctest.h>
 
-#include "engine/engine.hpp"
 #include "digest_internal.hpp"
+#include "engine/engine.hpp"
 #include "json_internal.hpp"
-#include "unicode_internal.hpp"
 #include "sampler_internal.hpp"
 #include "template/template.hpp"
 #include "tiny_model.hpp"
+#include "unicode_internal.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -23,7 +23,7 @@ using namespace valar;
 
 // Allocations of this thread, while they are counted.
 static thread_local bool counts_allocations = false;
-static thread_local int  allocations = 0;
+static thread_local int allocations = 0;
 
 [[gnu::noinline]] void* operator new(size_t size) {
     allocations += counts_allocations;
@@ -46,8 +46,8 @@ const std::vector<std::byte>& model_bytes() {
 
 // All layers see 40 positions; keys and values of a long text do not grow.
 const std::vector<std::byte>& windowed_bytes() {
-    static const auto bytes =
-        tiny::model({.types = {TensorType::q4_0, TensorType::q8_0}, .n_context = 2048, .window = 40});
+    static const auto bytes = tiny::model(
+        {.types = {TensorType::q4_0, TensorType::q8_0}, .n_context = 2048, .window = 40});
     return bytes;
 }
 
@@ -800,7 +800,7 @@ TEST_CASE("layers with windows give back the pages that they no longer see") {
     }();
     const std::string expected = answer(open_tiny(options), request);
     options.step_tokens = 32;
-    const uint32_t pages = 3 + 2 + 2;  // of the window, of a batch, at its ends
+    const uint32_t pages = 3 + 2 + 2;            // of the window, of a batch, at its ends
     for (const bool together : {false, true}) {  // the cache and guesses
         options.prefix_cache = options.speculation = together;
         Engine engine = open_tiny(options);
@@ -839,13 +839,15 @@ TEST_CASE("one whose numbers are not finite fails, those beside it do not") {
     EngineOptions options = tiny_options();
     options.model_bytes = bytes;
     std::vector<std::string> expected;
-    for (const char* text : {"one", "two"}) expected.push_back(answer(open_tiny(options), ask(text)));
+    for (const char* text : {"one", "two"})
+        expected.push_back(answer(open_tiny(options), ask(text)));
     const uint64_t offset = Gguf::from_bytes(bytes)->find_tensor("token_embd.weight")->offset;
     const float infinity = std::numeric_limits<float>::infinity();
     const size_t row = 3 + '~';  // the token of this byte
     std::memcpy(bytes.data() + offset + row * 256 * sizeof(float), &infinity, sizeof infinity);
     Engine engine = open_tiny(options);
-    Reply one = engine.submit(ask("one")), bad = engine.submit(ask("~")), two = engine.submit(ask("two"));
+    Reply one = engine.submit(ask("one")), bad = engine.submit(ask("~")),
+          two = engine.submit(ask("two"));
     REQUIRE(engine.step());
     CHECK(one.outcome().text == expected[0]);
     CHECK(two.outcome().text == expected[1]);
@@ -946,8 +948,7 @@ TEST_CASE("the prefix cache: a prompt of whole pages is copied before it is writ
     std::vector<Reply> replies;
     for (int i = 0; i < 5; ++i) replies.push_back(engine.submit(request));
     REQUIRE(engine.step());
-    for (const Reply& reply : replies)
-        CHECK(reply.outcome().text == answer(open_tiny(), request));
+    for (const Reply& reply : replies) CHECK(reply.outcome().text == answer(open_tiny(), request));
 }
 
 TEST_CASE("the prefix cache: requests that come together read their prefix once") {
@@ -1033,8 +1034,8 @@ Request ask_in(Window window, std::string organisation = {}) {
 }  // namespace
 
 TEST_CASE("windows: asap before standard before flex; waiting makes urgent") {
-    const std::vector<Request> requests = {ask_in(Window::flex), ask_in(Window::standard),
-                                           ask_in(Window::asap), ask_in(Window::flex),
+    const std::vector<Request> requests = {ask_in(Window::flex),     ask_in(Window::standard),
+                                           ask_in(Window::asap),     ask_in(Window::flex),
                                            ask_in(Window::standard), ask_in(Window::asap)};
     EngineOptions options = one_at_a_time();
     Engine engine = open_tiny(options);
@@ -1512,7 +1513,8 @@ TEST_CASE("conversation: save and restore with q8_0 pages, and with windows") {
         REQUIRE(saved);
         REQUIRE(bare);
         // Heads of 64: 2 layers, 2 heads, keys and values, each value a byte and a half of 32 a scale.
-        const size_t page = 2 * 2 * 2 * 16 * (64 + 2 * 2), pages = (saved->size() - bare->size()) / page;
+        const size_t page = 2 * 2 * 2 * 16 * (64 + 2 * 2),
+                     pages = (saved->size() - bare->size()) / page;
         CHECK(saved->size() == bare->size() + pages * page);
         if (windowed) CHECK(pages == 3);
         else CHECK(pages > 6);

@@ -26,8 +26,8 @@ public:
     // the script; set it before the requests
     valar::ModelInfo info;
     std::atomic<bool> ready = true;
-    std::atomic<bool> hold = false;  ///< answer only when finish() says so
-    std::atomic<bool> full = false;  ///< submit() has no room
+    std::atomic<bool> hold = false;             ///< answer only when finish() says so
+    std::atomic<bool> full = false;             ///< submit() has no room
     std::optional<valar::Error> failure;        ///< of every response
     std::optional<valar::Error> prepare_error;  ///< of every request
 
@@ -123,8 +123,8 @@ public:
 private:
     struct Task : valar::Prepared {
         std::string words;
-        int         logprobs   = -1;  // alternatives; -1: none asked for
-        uint32_t    max_output = UINT32_MAX;
+        int logprobs = -1;  // alternatives; -1: none asked for
+        uint32_t max_output = UINT32_MAX;
     };
     struct Answer {
         Task task;

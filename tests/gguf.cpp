@@ -55,10 +55,10 @@ std::string refusal(const RawFile& file) {
     return gguf.error().message;
 }
 
-#define CHECK_REFUSED(file, fragment)                                    \
-    do {                                                                 \
-        const std::string message = refusal(file);                       \
-        CHECK_MESSAGE(message.find(fragment) != std::string::npos, message);    \
+#define CHECK_REFUSED(file, fragment)                                        \
+    do {                                                                     \
+        const std::string message = refusal(file);                           \
+        CHECK_MESSAGE(message.find(fragment) != std::string::npos, message); \
     } while (0)
 
 /// A folder of its own for a test, gone when the test ends.
@@ -334,8 +334,12 @@ TEST_CASE("gguf: the tensor directory is checked") {
                   "overlaps another tensor");
     CHECK_REFUSED(RawFile().head(3, 2, 0).tensor("a", {4}, 0, 0).tensor("a", {4}, 0, 32).data(64),
                   "tensor 'a' occurs twice");
-    const RawFile wide = RawFile().head(3, 2, 1).key_u32("general.alignment", 128)
-                             .tensor("a", {4}, 0, 0).tensor("b", {4}, 0, 128).data(144, 128);
+    const RawFile wide = RawFile()
+                             .head(3, 2, 1)
+                             .key_u32("general.alignment", 128)
+                             .tensor("a", {4}, 0, 0)
+                             .tensor("b", {4}, 0, 128)
+                             .data(144, 128);
     auto aligned = Gguf::from_bytes(wide.bytes());
     REQUIRE(aligned);
     CHECK(aligned->find_tensor("b")->offset % 128 == 0);
@@ -373,8 +377,7 @@ TEST_CASE("gguf: split files") {
         writer.set("split.count", count);
         writer.set("split.tensors.count", total);
         if (number == 0) writer.set_string("general.name", "parted");
-        writer.add_tensor(tensor, TensorType::f32, dims,
-                          std::as_bytes(std::span(values)));
+        writer.add_tensor(tensor, TensorType::f32, dims, std::as_bytes(std::span(values)));
         REQUIRE(writer.write(folder.file(name)));
     };
     const auto error_of = [&](const char* name) {
@@ -461,8 +464,12 @@ TEST_CASE("gguf: the writer refuses what could not be read") {
 
 TEST_CASE("gguf: packed tensors") {
     constexpr uint32_t packed_q4_0 = kPackedTensor | 2;
-    const auto file = [](uint32_t version, std::vector<uint64_t> dims, uint32_t type, size_t bytes) {
-        return RawFile().head(3, 1, 1).key_u32("valar.packed", version).tensor("t", dims, type, 0)
+    const auto file = [](uint32_t version, std::vector<uint64_t> dims, uint32_t type,
+                         size_t bytes) {
+        return RawFile()
+            .head(3, 1, 1)
+            .key_u32("valar.packed", version)
+            .tensor("t", dims, type, 0)
             .data(bytes);
     };
     const RawFile good = file(kPackedVersion, {96, 17}, packed_q4_0, 2 * 896);
@@ -472,7 +479,8 @@ TEST_CASE("gguf: packed tensors") {
     CHECK(tensor.packed);
     CHECK(tensor.type == TensorType::q4_0);
     CHECK(tensor.bytes == 2 * 896);  // two tiles of three blocks, 864 bytes, padded
-    CHECK_REFUSED(file(kPackedVersion, {96, 17}, packed_q4_0, 2 * 896 - 1), "lies outside the file");
+    CHECK_REFUSED(file(kPackedVersion, {96, 17}, packed_q4_0, 2 * 896 - 1),
+                  "lies outside the file");
     CHECK_REFUSED(file(kPackedVersion + 1, {96, 17}, packed_q4_0, 9999), "not in version 1");
     CHECK_REFUSED(RawFile().head(3, 1, 0).tensor("t", {32, 1}, packed_q4_0, 0).data(999),
                   "not in version 1");

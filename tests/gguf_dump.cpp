@@ -1,6 +1,6 @@
 // gguf_dump PATH: prints all that a model file holds, one key or tensor a line, for gguf_check.py.
-#include "gguf.hpp"
 #include "digest_internal.hpp"
+#include "gguf.hpp"
 #include "kernels/internal.hpp"
 
 #include <cstdio>

@@ -8,8 +8,8 @@
 #include <mutex>
 #include <thread>
 
-#include "http_peer.hpp"
 #include "http/internal.hpp"
+#include "http_peer.hpp"
 
 #if !defined(_WIN32)
 #include <sys/resource.h>
@@ -402,8 +402,7 @@ struct LiveServer {
         handler.server = server.get();
         if (threaded)
             thread = std::thread([this] {
-                while (server->step(-1)) {
-                }
+                while (server->step(-1)) {}
             });
     }
     ~LiveServer() { end(); }
@@ -595,7 +594,7 @@ TEST_CASE("http server: large bodies both ways") {
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
     CHECK(slow.reply().body.size() == size_t{8} << 20);
     CHECK(slow.reply().body == "GET /a ");
-#if !defined(_WIN32)  // there an end of stream cannot be told from a broken connection
+#if !defined(_WIN32)               // there an end of stream cannot be told from a broken connection
     slow.send(request("/large"));  // a client that ends its own side still gets what is on its way
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     slow.end();

@@ -55,8 +55,7 @@ public:
 
     /// All that comes until the server ends the stream; "(timeout)" at its end if it does not.
     std::string rest() {
-        while (fill()) {
-        }
+        while (fill()) {}
         return closed_ ? input_ : input_ + "(timeout)";
     }
 
@@ -66,8 +65,8 @@ public:
 private:
     bool wait(unsigned interest) {
         std::vector<valar::detail::PollEvent> events;
-        const uint64_t limit =
-            valar::detail::monotonic_ns() + static_cast<uint64_t>(timeout_ms_) * 1'000'000;
+        const uint64_t limit = valar::detail::monotonic_ns() +
+                               static_cast<uint64_t>(timeout_ms_) * 1'000'000;
         while (valar::detail::monotonic_ns() < limit) {
             if (!poller_->set(socket_, 1, interest) || !poller_->wait(timeout_ms_, &events))
                 return false;
@@ -114,9 +113,7 @@ std::string describe_http(std::string_view bytes, valar::detail::HttpParser::Sid
             open = event != HttpParser::Event::complete || !piece.empty();
             const auto& message = parser.message;
             switch (event) {
-                case HttpParser::Event::more:
-                    more = true;
-                    break;
+                case HttpParser::Event::more: more = true; break;
                 case HttpParser::Event::fault:
                     return found + "fault " + std::to_string(parser.status());
                 case HttpParser::Event::head:

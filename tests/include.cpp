@@ -12,7 +12,6 @@
 #endif
 
 #include "valar.hpp"
-#include "valar.hpp"
 
 #if !defined(min) || !defined(max)
 #error "the header lost the host's macros"

@@ -67,6 +67,7 @@ void check_as_strtod(const std::string& text) {
 }  // namespace
 
 TEST_CASE("json: texts that are JSON") {
+    // clang-format off
     for (const char* text : {
              "null", "true", "false", "0", "-0", "7", "\"\"", "[]", "{}", " [ ] ", "\t\n\r {\n} ",
              "[1,2]", "[[],[[]],{}]", "{\"a\":1}", "{\"\":0}", "{\"a\":{\"a\":{}}}", "1.5",
@@ -77,42 +78,44 @@ TEST_CASE("json: texts that are JSON") {
              "\"\x7f\"", "\"\xc2\x80\"", "\"\xed\x9f\xbf\"", "\"\xee\x80\x80\"",
              "\"\xf4\x8f\xbf\xbf\"", "\"\xef\xbf\xbf\"", "\"\xe2\x80\xa8\"", "[\"\xef\xbb\xbf\"]",
              "{\"a\":1,\"A\":2,\"\\u0062\":3}", "[0.1,1e1,-2]"})
+        // clang-format on
         CHECK_MESSAGE(accepted(text), text);
 }
 
 TEST_CASE("json: texts that are not") {
-    for (const char* text : {
-             // nothing, or words that are nearly right
-             "", " ", "nul", "nulll", "True", "NULL", "tru", "falsey", "undefined", "NaN",
-             "Infinity", "-Infinity", "nan", "'a'", "a",
-             // numbers
-             "+1", "-", "-a", "01", "-01", "00", "1.", ".5", "-.5", "1.e5", "1e", "1e+", "1e-",
-             "1ee5", "1.5.5", "0x10", "1_000", "1,5", "1e5.5", "--1", "1 000", "1e999",
-             "-1e999", "2e308",
-             "1\xef\xbc\x91",
-             // strings
-             "\"", "\"a", "\"\\", "\"\\\"", "\"\\x41\"", "\"\\u12\"", "\"\\u12g4\"", "\"\\U0041\"",
-             "\"\\'\"", "\"\n\"", "\"\t\"", "\"\x1f\"", "\"a\\\n\"", "\"\\u\"", "\"\\u+123\"",
-             // surrogates
-             "\"\\ud800\"", "\"\\udc00\"", "\"\\ud800\\ud800\"", "\"\\ud800a\"", "\"\\ud800\\n\"",
-             "\"\\ud800\\u0041\"", "\"\\udc00\\ud800\"", "\"\\ud83d\\u\"", "\"\\ud83d\\ude0\"",
-             // UTF-8
-             "\"\x80\"", "\"\xc0\xaf\"", "\"\xc3\"", "\"\xe0\x80\xaf\"", "\"\xed\xa0\x80\"",
-             "\"\xf4\x90\x80\x80\"", "\"\xf8\x88\x80\x80\x80\"", "\"\xff\"", "\"\xf0\x9f\x98\"",
-             "{\"\xff\":1}", "\xef\xbb\xbf{}", "[\xff]", "\xff\xfe\x31",
-             // arrays
-             "[", "]", "[1", "[1,", "[1,]", "[,1]", "[,]", "[1 2]", "[1;2]", "[1]]", "[[1]", "[1}",
-             "[\"a\" \"b\"]", "[1,,2]", "[a]", "[1 true]",
-             // objects
-             "{", "}", "{a:1}", "{\"a\"}", "{\"a\":}", "{\"a\" 1}", "{\"a\":1,}", "{,}", "{1:1}",
-             "{\"a\":1 \"b\":2}", "{\"a\":1]", "{\"a\",1}", "{\"a\"::1}", "{null:1}", "{\"a\":1",
-             "{\"a\":1;}", "{\"a", "{\"a\":1}}",
-             // duplicate keys
-             "{\"a\":1,\"a\":1}", "{\"a\":1,\"b\":2,\"\\u0061\":3}", "{\"\":1,\"\":1}",
-             "[{\"x\":{\"y\":1,\"y\":2}}]",
-             // more than one value, comments
-             "1 1", "{} {}", "[] ,", "null,", "/**/1", "1//", "[1]#", "\x0b" "1", "\x0c[]",
-             "\xc2\xa0[]"})
+    for (const char* text :
+         {// nothing, or words that are nearly right
+          "", " ", "nul", "nulll", "True", "NULL", "tru", "falsey", "undefined", "NaN", "Infinity",
+          "-Infinity", "nan", "'a'", "a",
+          // numbers
+          "+1", "-", "-a", "01", "-01", "00", "1.", ".5", "-.5", "1.e5", "1e", "1e+", "1e-", "1ee5",
+          "1.5.5", "0x10", "1_000", "1,5", "1e5.5", "--1", "1 000", "1e999", "-1e999", "2e308",
+          "1\xef\xbc\x91",
+          // strings
+          "\"", "\"a", "\"\\", "\"\\\"", "\"\\x41\"", "\"\\u12\"", "\"\\u12g4\"", "\"\\U0041\"",
+          "\"\\'\"", "\"\n\"", "\"\t\"", "\"\x1f\"", "\"a\\\n\"", "\"\\u\"", "\"\\u+123\"",
+          // surrogates
+          "\"\\ud800\"", "\"\\udc00\"", "\"\\ud800\\ud800\"", "\"\\ud800a\"", "\"\\ud800\\n\"",
+          "\"\\ud800\\u0041\"", "\"\\udc00\\ud800\"", "\"\\ud83d\\u\"", "\"\\ud83d\\ude0\"",
+          // UTF-8
+          "\"\x80\"", "\"\xc0\xaf\"", "\"\xc3\"", "\"\xe0\x80\xaf\"", "\"\xed\xa0\x80\"",
+          "\"\xf4\x90\x80\x80\"", "\"\xf8\x88\x80\x80\x80\"", "\"\xff\"", "\"\xf0\x9f\x98\"",
+          "{\"\xff\":1}", "\xef\xbb\xbf{}", "[\xff]", "\xff\xfe\x31",
+          // arrays
+          "[", "]", "[1", "[1,", "[1,]", "[,1]", "[,]", "[1 2]", "[1;2]", "[1]]", "[[1]", "[1}",
+          "[\"a\" \"b\"]", "[1,,2]", "[a]", "[1 true]",
+          // objects
+          "{", "}", "{a:1}", "{\"a\"}", "{\"a\":}", "{\"a\" 1}", "{\"a\":1,}", "{,}", "{1:1}",
+          "{\"a\":1 \"b\":2}", "{\"a\":1]", "{\"a\",1}", "{\"a\"::1}", "{null:1}", "{\"a\":1",
+          "{\"a\":1;}", "{\"a", "{\"a\":1}}",
+          // duplicate keys
+          "{\"a\":1,\"a\":1}", "{\"a\":1,\"b\":2,\"\\u0061\":3}", "{\"\":1,\"\":1}",
+          "[{\"x\":{\"y\":1,\"y\":2}}]",
+          // more than one value, comments
+          "1 1", "{} {}", "[] ,", "null,", "/**/1", "1//", "[1]#",
+          "\x0b"
+          "1",
+          "\x0c[]", "\xc2\xa0[]"})
         CHECK_MESSAGE(!accepted(text), text);
     CHECK(!accepted(std::string_view("1\0", 2)));
     CHECK(!accepted(std::string_view("\"a\0b\"", 5)));
@@ -131,14 +134,12 @@ TEST_CASE("json: every prefix of a text is refused without reading behind it") {
 }
 
 TEST_CASE("json: errors say where and what") {
-    CHECK(message_of("") ==
-          "invalid JSON at line 1, column 1: expected a value, found the end");
+    CHECK(message_of("") == "invalid JSON at line 1, column 1: expected a value, found the end");
     CHECK(message_of("{\n  \"a\": 1,\n  \"b\": tru\n}") ==
           "invalid JSON at line 3, column 8: expected a value");
     CHECK(message_of("[\"\xf0\x9f\x98\x80\xc3\xa9\", x]") ==
           "invalid JSON at line 1, column 8: expected a value");  // columns count code points
-    CHECK(message_of("[\r\n\r\n01]") ==
-          "invalid JSON at line 3, column 2: expected ',' or ']'");
+    CHECK(message_of("[\r\n\r\n01]") == "invalid JSON at line 3, column 2: expected ',' or ']'");
     CHECK(message_of("{\"a\" 1}") == "invalid JSON at line 1, column 6: expected ':'");
     CHECK(message_of("{\"a\":1 1}") == "invalid JSON at line 1, column 8: expected ',' or '}'");
     CHECK(message_of("{1") == "invalid JSON at line 1, column 2: expected a key in quotes");
@@ -220,8 +221,8 @@ TEST_CASE("json: members keep their order through set and erase") {
 }
 
 TEST_CASE("json: kinds and accessors, without conversions") {
-    const Json values[] = {nullptr, true, 1, uint64_t(1) << 63, 1.5, "text", Json::array(),
-                           Json::object()};
+    const Json values[] = {nullptr,       true,          1, uint64_t(1) << 63, 1.5, "text",
+                           Json::array(), Json::object()};
     for (size_t i = 0; i < 8; ++i) {
         const Json& v = values[i];
         CHECK(size_t(v.kind()) == i);
@@ -312,9 +313,9 @@ TEST_CASE("json: values are values") {
 }
 
 TEST_CASE("json: integers are exact to 64 bits") {
-    for (const char* text : {"0", "-1", "9007199254740993", "9223372036854775807",
-                             "-9223372036854775808", "9223372036854775808",
-                             "18446744073709551615"}) {
+    for (const char* text :
+         {"0", "-1", "9007199254740993", "9223372036854775807", "-9223372036854775808",
+          "9223372036854775808", "18446744073709551615"}) {
         CHECK(rewritten(text) == text);
         CHECK(Json::parse(text)->is_integer());
     }
@@ -331,19 +332,23 @@ TEST_CASE("json: integers are exact to 64 bits") {
 
 TEST_CASE("json: doubles are spelled as Python spells them") {
     const std::pair<double, const char*> cases[] = {
+        // clang-format off
         {0.0, "0.0"}, {-0.0, "-0.0"}, {1.0, "1.0"}, {-1.5, "-1.5"}, {0.1, "0.1"}, {0.3, "0.3"},
         {0.1 + 0.2, "0.30000000000000004"}, {1e15, "1000000000000000.0"},
         {9999999999999998.0, "9999999999999998.0"}, {1e16, "1e+16"}, {1.5e16, "1.5e+16"},
         {1e22, "1e+22"}, {1e23, "1e+23"}, {1e100, "1e+100"}, {123456789.125, "123456789.125"},
         {0.0001, "0.0001"}, {0.00012345, "0.00012345"}, {0.00001, "1e-05"}, {1.25e-7, "1.25e-07"},
         {1e-100, "1e-100"}, {5e-324, "5e-324"}, {1e-323, "1e-323"},
+        // clang-format on
         {2.2250738585072014e-308, "2.2250738585072014e-308"},
         {2.225073858507201e-308, "2.225073858507201e-308"},
+        // clang-format off
         {1.7976931348623157e308, "1.7976931348623157e+308"}, {0x1p63, "9.223372036854776e+18"},
         {0x1p-1, "0.5"}, {0x1p53, "9007199254740992.0"}, {9007199254740993.0, "9007199254740992.0"},
         {2e-44, "2e-44"}, {4.35, "4.35"}, {2.0 / 3, "0.6666666666666666"}, {1e21, "1e+21"},
         {9.5367431640625e-07, "9.5367431640625e-07"}, {8.41e21, "8.41e+21"},
         {2.98023223876953125e-8, "2.9802322387695312e-08"}, {5e-320, "5e-320"}};
+    // clang-format on
     for (const auto& [value, text] : cases) CHECK(write_double(value) == text);
     CHECK(write_double(HUGE_VAL) == "null");
     CHECK(Json(std::nan("")).write() == "null");
@@ -356,6 +361,7 @@ TEST_CASE("json: hard doubles are rounded as strtod rounds them") {
           "1.00000000000000011102230246251565404236316680908203125",
           "1.00000000000000011102230246251565404236316680908203124",
           "1.00000000000000011102230246251565404236316680908203126",
+          // clang-format off
           "2.2250738585072011e-308", "2.2250738585072012e-308", "2.2250738585072014e-308",
           "4.9406564584124654e-324", "2.4703282292062327e-324", "2.4703282292062328e-324",
           "2.47032822920623272088284396434110686182e-324", "1e-325", "7e-324", "7.4e-324",
@@ -368,6 +374,7 @@ TEST_CASE("json: hard doubles are rounded as strtod rounds them") {
           "1e23", "8.5e22", "9.5e-23", "30078505129381147446200", "1777820000000000000001",
           "0.500000000000000166533453693773481063544750213623046875", "5e-324", "1e00000000001",
           "0.3e-0000000000000000000000000000001", "000"})
+        // clang-format on
         if (text[1] != '0' || text[0] != '0') check_as_strtod(text);
     // all halfway cases around powers of two, written out exactly, then a hair more and less
     for (int exponent = -1074; exponent < 1023; exponent += 61) {
@@ -376,8 +383,8 @@ TEST_CASE("json: hard doubles are rounded as strtod rounds them") {
         const double step = std::nextafter(low, HUGE_VAL) - low;
         // halfway = low + step / 2; as text: printf is exact for long double only where it has room
         if (step / 2 == 0 || LDBL_MANT_DIG < 64) continue;
-        std::snprintf(exact, sizeof exact, "%.1100Lg", static_cast<long double>(low) +
-                                                           static_cast<long double>(step) / 2);
+        std::snprintf(exact, sizeof exact, "%.1100Lg",
+                      static_cast<long double>(low) + static_cast<long double>(step) / 2);
         std::string text = exact;
         check_as_strtod(text);
         if (text.find('e') == std::string::npos && text.find('.') != std::string::npos) {
@@ -435,13 +442,18 @@ TEST_CASE("json: random decimals are read as strtod reads them") {
         double value = bits_to_double(bits);
         if (!std::isfinite(value)) value = 1;
         switch (i % 4) {
-        case 0: std::snprintf(text, sizeof text, "%.17g", value); break;
-        case 1: std::snprintf(text, sizeof text, "%llue%d", static_cast<unsigned long long>(bits),
-                              int(more % 680) - 350); break;
-        case 2: std::snprintf(text, sizeof text, "%llu%llue%d",
+            case 0: std::snprintf(text, sizeof text, "%.17g", value); break;
+            case 1:
+                std::snprintf(text, sizeof text, "%llue%d", static_cast<unsigned long long>(bits),
+                              int(more % 680) - 350);
+                break;
+            case 2:
+                std::snprintf(text, sizeof text, "%llu%llue%d",
                               static_cast<unsigned long long>(bits),
-                              static_cast<unsigned long long>(more), int(more % 640) - 350); break;
-        default: std::snprintf(text, sizeof text, "%u.%u", unsigned(bits) % 100000, unsigned(more));
+                              static_cast<unsigned long long>(more), int(more % 640) - 350);
+                break;
+            default:
+                std::snprintf(text, sizeof text, "%u.%u", unsigned(bits) % 100000, unsigned(more));
         }
         const auto read = parse_double(text);
         const double expected = std::strtod(text, nullptr);
@@ -480,8 +492,10 @@ TEST_CASE("json: written strings are escaped and always valid UTF-8") {
     CHECK(written(std::string_view("\0\x01\x1f\x7f", 4)) == "\"\\u0000\\u0001\\u001f\x7f\"");
     CHECK(written("\xc3\xa9\xf0\x9f\x98\x80 and more text") ==
           "\"\xc3\xa9\xf0\x9f\x98\x80 and more text\"");
-    CHECK(written("a\xff" "b\xed\xa0\x80") ==
-          "\"a\xef\xbf\xbd" "b\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\"");
+    CHECK(written("a\xff"
+                  "b\xed\xa0\x80") ==
+          "\"a\xef\xbf\xbd"
+          "b\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\"");
     CHECK(written("\xe2\x82") == "\"\xef\xbf\xbd\"");
     CHECK(Json::object().set("\xff\n", 1).write() == "{\"\xef\xbf\xbd\\n\":1}");
     std::string all;

@@ -31,18 +31,12 @@ struct Random {
     // Mostly ordinary; some zeros of both signs, denormals, and magnitudes far apart.
     float value() {
         switch (below(24)) {
-            case 0:
-                return 0.0f;
-            case 1:
-                return -0.0f;
-            case 2:
-                return uniform() * 0x1p-126f;
-            case 3:
-                return uniform() * 0x1p-100f;
-            case 4:
-                return uniform() * 1e4f;
-            default:
-                return uniform() * 4;
+            case 0: return 0.0f;
+            case 1: return -0.0f;
+            case 2: return uniform() * 0x1p-126f;
+            case 3: return uniform() * 0x1p-100f;
+            case 4: return uniform() * 1e4f;
+            default: return uniform() * 4;
         }
     }
     std::vector<float> values(size_t n, bool ordinary = false) {
@@ -94,15 +88,15 @@ struct WeightBlock {  // 32 columns
 
 float half_at(const uint8_t* at) {
     const int bits = at[0] | at[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const double size =
-        exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25)
+                                 : std::ldexp(fraction, -24);
     return static_cast<float>(bits & 0x8000 ? -size : size);
 }
 
 std::vector<WeightBlock> read_row(TensorType type, const uint8_t* at, uint32_t cols) {
     std::vector<WeightBlock> out;
-    const auto is_k =
-        type == TensorType::q4_k || type == TensorType::q5_k || type == TensorType::q6_k;
+    const auto is_k = type == TensorType::q4_k || type == TensorType::q5_k ||
+                      type == TensorType::q6_k;
     for (uint32_t block = 0; block < cols / (is_k ? 256 : 32); block++) {
         WeightBlock b{};
         b.sc[0] = b.sc[1] = 1;
@@ -292,8 +286,8 @@ TEST_CASE("kernels: half conversions, all 65,536 and every midpoint") {
         const uint8_t bytes[2] = {static_cast<uint8_t>(h), static_cast<uint8_t>(h >> 8)};
         if ((h & 0x7c00) == 0x7c00) {
             wrong += (h & 0x3ff) ? value == value : value != (h & 0x8000 ? -INFINITY : INFINITY);
-            wrong +=
-                (h & 0x3ff) ? (float_to_half(value) & 0x7e00) != 0x7e00 : float_to_half(value) != h;
+            wrong += (h & 0x3ff) ? (float_to_half(value) & 0x7e00) != 0x7e00
+                                 : float_to_half(value) != h;
             continue;
         }
         wrong += to_bits(value) != to_bits(half_at(bytes)) || float_to_half(value) != h;
@@ -351,8 +345,8 @@ TEST_CASE("kernels: double functions") {
     worst = 0;
     Random random{2};
     for (int i = 0; i < 100000; i++) {
-        const double x =
-            i < 1000 ? i * 0x1.921fb54442d18p-1 : random.uniform() * std::exp2(random.below(21));
+        const double x = i < 1000 ? i * 0x1.921fb54442d18p-1
+                                  : random.uniform() * std::exp2(random.below(21));
         double s, c;
         exact_sincos(x, &s, &c);
         worst = std::max({worst, std::fabs(s - std::sin(x)), std::fabs(c - std::cos(x))});
@@ -460,8 +454,8 @@ TEST_CASE("kernels: scalar matmul follows the words") {
                                  y.data(), rows});
                 for (uint32_t r = 0; r < rows; r++) {
                     const uint8_t* row = &source[r * row_bytes(type, cols)];
-                    const auto weights =
-                        is_float(type) ? std::vector<WeightBlock>{} : read_row(type, row, cols);
+                    const auto weights = is_float(type) ? std::vector<WeightBlock>{}
+                                                        : read_row(type, row, cols);
                     for (uint32_t c = 0; c < columns; c++) {
                         float total = 0;
                         if (is_float(type)) {
@@ -571,13 +565,11 @@ static std::vector<float> plain_product(const PackedMatrix& matrix, const std::v
 
 TEST_CASE("kernels: what follows a product, by every table") {
     Random random{15};
-    constexpr TensorType pairs[][2] = {{TensorType::q4_0, TensorType::q4_0},
-                                       {TensorType::q4_k, TensorType::q6_k},
-                                       {TensorType::q5_0, TensorType::q8_0},
-                                       {TensorType::f16, TensorType::bf16},
-                                       {TensorType::f16, TensorType::q4_0},
-                                       {TensorType::q8_0, TensorType::f32},
-                                       {TensorType::f32, TensorType::f32}};
+    constexpr TensorType pairs[][2] = {
+        {TensorType::q4_0, TensorType::q4_0}, {TensorType::q4_k, TensorType::q6_k},
+        {TensorType::q5_0, TensorType::q8_0}, {TensorType::f16, TensorType::bf16},
+        {TensorType::f16, TensorType::q4_0},  {TensorType::q8_0, TensorType::f32},
+        {TensorType::f32, TensorType::f32}};
     for (const auto& types : pairs)
         for (uint32_t rows : {96u, 80u, 17u})
             for (uint32_t columns : {1u, 2u, 3u, 6u, 7u, 9u, 40u, 77u})
@@ -598,8 +590,8 @@ TEST_CASE("kernels: what follows a product, by every table") {
                         h[i] = a[i] / (1.0f + exact_exp(-a[i])) * b[i];
                     }
                     const auto blocks = quantized(scalar(), x, cols, columns, planes);
-                    const MatmulTask plain{&gate, 0, gate.tiles(), columns, planes, blocks.data(),
-                                           x.data(), cols, nullptr, rows};
+                    const MatmulTask plain{&gate,         0,        gate.tiles(), columns, planes,
+                                           blocks.data(), x.data(), cols,         nullptr, rows};
                     for (const Kernels* k : available_kernels()) {
                         CAPTURE(k->name);
                         CAPTURE(type_info(types[0])->name);

@@ -15,8 +15,9 @@ namespace {
 using Bytes = std::vector<std::byte>;
 
 /// The file again, without some keys and tensors and with what `add` puts in.
-Bytes edit(const Bytes& bytes, const std::set<std::string_view>& without,
-           const std::function<void(GgufWriter&)>& add = [](GgufWriter&) {}) {
+Bytes edit(
+    const Bytes& bytes, const std::set<std::string_view>& without,
+    const std::function<void(GgufWriter&)>& add = [](GgufWriter&) {}) {
     auto gguf = Gguf::from_bytes(bytes);
     REQUIRE(gguf);
     GgufWriter writer;
@@ -55,7 +56,8 @@ const Bytes& small_model() {
 }
 
 /// The small model with a key of another value.
-template <class T> Bytes with_key(std::string_view key, T value) {
+template <class T>
+Bytes with_key(std::string_view key, T value) {
     return edit(small_model(), {key}, [&](GgufWriter& writer) { writer.set(key, value); });
 }
 
@@ -165,7 +167,8 @@ TEST_CASE("model: optional keys") {
     CHECK(fine(with_key("llama.expert_count", 0u)).layers.size() == 2);
     CHECK(fine(edit(small_model(), {"general.name"})).name.empty());
     CHECK(fine(edit(small_model(), {"llama.rope.dimension_count", "llama.rope.freq_base"}))
-              .layers[0].rope.dims == 8);
+              .layers[0]
+              .rope.dims == 8);
     CHECK(fine(edit(small_model(), {"llama.attention.head_count_kv"})).layers[0].n_kv_heads == 4);
     const Bytes unscaled = edit(small_model(), {}, [](GgufWriter& writer) {
         writer.set_string("llama.rope.scaling.type", "none");

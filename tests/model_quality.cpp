@@ -3,12 +3,12 @@
 // made from it by make_f32.py, SmolLM2-135M-Instruct.F32.gguf.
 #include <doctest/doctest.h>
 
-#include "json_internal.hpp"
 #include "digest_internal.hpp"
-#include "sampler_internal.hpp"
 #include "engine/engine.hpp"
-#include "template/template.hpp"
+#include "json_internal.hpp"
 #include "run_model.hpp"
+#include "sampler_internal.hpp"
+#include "template/template.hpp"
 
 #include <cmath>
 #include <cstdlib>
@@ -22,15 +22,16 @@ constexpr uint32_t kWindow = 512;
 constexpr size_t kWindows = 40;
 
 Json read_json(const char* name) {
-    auto text =
-        detail::read_file(std::string(VALAR_SOURCE_DIR "/tests/data/smollm2/") + name, 1 << 24);
+    auto text = detail::read_file(std::string(VALAR_SOURCE_DIR "/tests/data/smollm2/") + name,
+                                  1 << 24);
     REQUIRE(text);
     auto json = Json::parse(*text);
     REQUIRE(json);
     return std::move(*json);
 }
 
-template <class T> std::vector<T> numbers(const Json& array) {
+template <class T>
+std::vector<T> numbers(const Json& array) {
     std::vector<T> out;
     for (const Json& item : array.items()) out.push_back(static_cast<T>(item.as_double()));
     return out;
@@ -94,8 +95,8 @@ Greedy run_prompts(Model& model) {
 
 struct Text {
     double perplexity = 0;
-    double expected   = 0;  // perplexity
-    double rms        = 0;  // of the differences, nats
+    double expected = 0;  // perplexity
+    double rms = 0;       // of the differences, nats
 };
 
 Text run_text(Model& model) {

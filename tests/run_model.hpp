@@ -27,8 +27,7 @@ inline std::vector<uint32_t> page_list(uint32_t first, uint32_t count, bool back
 inline std::vector<BatchRow> make_rows(std::span<const Token> ids, uint32_t start,
                                        const std::vector<uint32_t>& pages, bool logits) {
     std::vector<BatchRow> rows;
-    for (const Token id : ids)
-        rows.push_back({id, nullptr, start++, pages.data(), logits});
+    for (const Token id : ids) rows.push_back({id, nullptr, start++, pages.data(), logits});
     return rows;
 }
 

@@ -46,9 +46,9 @@ std::vector<double> expected_distribution(const std::vector<float>& logits,
     size_t keep = options.top_k ? std::min<size_t>(options.top_k, ids.size()) : ids.size();
     double total = 0;
     for (size_t i = 0; i < keep; ++i) {
-        weights[ids[i]] =
-            std::exp((static_cast<double>(logits[ids[i]]) - static_cast<double>(logits[ids[0]])) /
-                     options.temperature);
+        weights[ids[i]] = std::exp(
+            (static_cast<double>(logits[ids[i]]) - static_cast<double>(logits[ids[0]])) /
+            options.temperature);
         total += weights[ids[i]];
     }
     double sum = 0;
@@ -136,8 +136,8 @@ TEST_CASE("distributions") {
     check_distribution(logits, {.min_p = 0.1});
     check_distribution(logits, {.temperature = 2, .min_p = 0.001});
     check_distribution(logits, {.temperature = 1.3, .top_p = 0.8, .min_p = 0.05, .top_k = 100});
-    check_distribution(std::vector<float>(50, 1.0f), {});               // all the same
-    check_distribution(std::vector<float>(50, 1.0f), {.top_p = 0.5});   // the lower ids stay
+    check_distribution(std::vector<float>(50, 1.0f), {});              // all the same
+    check_distribution(std::vector<float>(50, 1.0f), {.top_p = 0.5});  // the lower ids stay
     check_distribution({0, -1e30f, 1, -1e30f}, {});
 }
 
@@ -205,8 +205,8 @@ TEST_CASE("log-probabilities") {
     std::vector<std::pair<Token, float>> top(20);
     for (const Token token : {0, 500, 1999, static_cast<Token>(ids[0])}) {
         const float got = detail::logprob_of(logits, token, 20, top.data());
-        const double expected =
-            static_cast<double>(logits[static_cast<size_t>(token)]) - std::log(total);
+        const double expected = static_cast<double>(logits[static_cast<size_t>(token)]) -
+                                std::log(total);
         CHECK(static_cast<double>(got) == doctest::Approx(expected).epsilon(1e-6));
         CHECK(got == detail::logprob_of(logits, token, 0, nullptr));
     }

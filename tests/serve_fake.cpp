@@ -10,8 +10,8 @@
 #include <memory>
 #include <thread>
 
-#include "server/server.hpp"
 #include "fake_responder.hpp"
+#include "server/server.hpp"
 
 namespace {
 volatile std::sig_atomic_t interrupted = 0;
@@ -51,8 +51,7 @@ int main(int argc, char** argv) {
         }
     });
     std::signal(SIGTERM, [](int) { interrupted = 1; });
-    while (!interrupted && server->step(200).ok()) {
-    }
+    while (!interrupted && server->step(200).ok()) {}
     server->stop();
     const bool ran = server->run().ok();
     over = true;

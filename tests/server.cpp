@@ -7,9 +7,9 @@
 
 #include "digest_internal.hpp"
 #include "fake_responder.hpp"
+#include "http/internal.hpp"
 #include "http_peer.hpp"
 #include "server/server.hpp"
-#include "http/internal.hpp"
 
 using namespace valar;
 
@@ -171,8 +171,11 @@ TEST_CASE("server: a response, and the same bytes again") {
 TEST_CASE("server: every reply has a request id of its own") {
     Serving serving;
     std::set<std::string> seen;
-    HttpReply replies[] = {serving.get("/health"), serving.get("/nothing"), serving.post("{"),
-                           serving.post(hello), serving.call("DELETE", "/health"),
+    HttpReply replies[] = {serving.get("/health"),
+                           serving.get("/nothing"),
+                           serving.post("{"),
+                           serving.post(hello),
+                           serving.call("DELETE", "/health"),
                            serving.call("GET", "/health", {}, {{"X-Request-ID", "mine"}}),
                            serving.call("GET", "/health", {}, {{"Bad Name", "x"}})};
     HttpPeer peer(serving.server.port());
@@ -207,8 +210,8 @@ TEST_CASE("server: of several faults the one that the contract checks first is t
     const std::string long_words(410, 'w');
     const auto ask = [&] {
         HttpPeer peer(serving.server.port());
-        REQUIRE(peer.send(start + host + origin + key + type + idempotency + "Content-Length: " +
-                          std::to_string(body.size()) + "\r\n\r\n" + body));
+        REQUIRE(peer.send(start + host + origin + key + type + idempotency +
+                          "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body));
         return peer.reply();
     };
     CHECK(error_of(ask()) == "400 invalid_request_error bad_request");
@@ -371,8 +374,9 @@ TEST_CASE("server: keys") {
 
     // refused before the body is read
     HttpPeer peer(serving.server.port());
-    REQUIRE(peer.send("POST /v1/responses HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n"
-                      "Expect: 100-continue\r\n\r\n"));
+    REQUIRE(
+        peer.send("POST /v1/responses HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n"
+                  "Expect: 100-continue\r\n\r\n"));
     CHECK(error_of(peer.reply()) == "401 authentication_error invalid_api_key");
 }
 
@@ -781,8 +785,7 @@ TEST_CASE("server: pumped by hand, moved, and two of them") {
     CHECK(second.organisations().size() == 1);
     CHECK(fake.organisations().empty());
     server.stop();
-    while (*server.step(10)) {
-    }
+    while (*server.step(10)) {}
     CHECK_FALSE(*server.step(0));
 }
 
@@ -874,7 +877,9 @@ TEST_CASE("server: options that cannot work are errors that name the option") {
 
 namespace {
 
-std::string id_of(const HttpReply& reply) { return std::string(parse(reply.body)["id"].as_string()); }
+std::string id_of(const HttpReply& reply) {
+    return std::string(parse(reply.body)["id"].as_string());
+}
 std::string status_of(const HttpReply& reply) {
     return std::string(parse(reply.body)["status"].as_string());
 }
@@ -944,7 +949,8 @@ TEST_CASE("server: what is deleted is gone, what runs is cancelled first") {
     for (const char* suffix : {"", "/input_items"})
         CHECK(error_of(serving.get("/v1/responses/" + id + suffix)) ==
               "404 not_found_error not_found");
-    CHECK(error_of(serving.call("DELETE", "/v1/responses/" + id)) == "404 not_found_error not_found");
+    CHECK(error_of(serving.call("DELETE", "/v1/responses/" + id)) ==
+          "404 not_found_error not_found");
     CHECK(parse(serving.get("/v1/responses").body)["data"].size() == 0);
 
     serving.fake.hold = true;
@@ -972,13 +978,14 @@ TEST_CASE("server: the list has the newest first, page by page") {
         CHECK(list["has_more"].as_bool() == (page < 2));
         for (const Json& entry : list["data"].items()) {
             seen.emplace_back(entry["id"].as_string());
-            for (const char* key : {"input", "instructions", "tools"}) CHECK_FALSE(entry.contains(key));
+            for (const char* key : {"input", "instructions", "tools"})
+                CHECK_FALSE(entry.contains(key));
             CHECK(entry.contains("usage"));
         }
         after = "&after=" + seen.back();
     }
     CHECK(seen == ids);
-    CHECK(parse(serving.get("/v1/responses" , key_b).body).write() ==
+    CHECK(parse(serving.get("/v1/responses", key_b).body).write() ==
           R"({"object":"list","data":[],"first_id":null,"last_id":null,"has_more":false})");
     const std::pair<const char*, const char*> refused[] = {
         {"limit=0", "400 invalid_request_error integer_below_min_value limit"},
@@ -996,10 +1003,10 @@ TEST_CASE("server: the list has the newest first, page by page") {
 
 TEST_CASE("server: input items in their long form") {
     Serving serving;
-    const std::string id = id_of(serving.post(
-        R"({"model":"fake","input":[{"role":"user","content":"one"},)"
-        R"({"role":"assistant","content":"two","id":"msg_mine"},)"
-        R"({"role":"user","content":[{"type":"input_text","text":"three"}]}]})"));
+    const std::string id = id_of(
+        serving.post(R"({"model":"fake","input":[{"role":"user","content":"one"},)"
+                     R"({"role":"assistant","content":"two","id":"msg_mine"},)"
+                     R"({"role":"user","content":[{"type":"input_text","text":"three"}]}]})"));
     const std::string path = "/v1/responses/" + id + "/input_items";
     const Json list = parse(serving.get(path + "?order=asc").body);
     REQUIRE(list["data"].size() == 3);
@@ -1031,8 +1038,8 @@ TEST_CASE("server: a repeat under its key is answered from the record") {
     REQUIRE(first.status == 200);
     CHECK(field(first, "Idempotent-Replayed") == "(none)");
     // formatting does not make another request
-    const HttpReply again =
-        post_keyed(serving, "{ \"input\" : \"hello there\",\n\"model\":\"fake\" }", " k1 ", key_a);
+    const HttpReply again = post_keyed(
+        serving, "{ \"input\" : \"hello there\",\n\"model\":\"fake\" }", " k1 ", key_a);
     CHECK(again.status == 200);
     CHECK(again.body == first.body);
     CHECK(field(again, "Idempotent-Replayed") == "true");
@@ -1130,7 +1137,8 @@ TEST_CASE("server: a timed out wait under a key may be taken up again") {
     const std::string id = field(late, "X-Valar-Response-Id");
     CHECK(post_keyed(serving, hello, "k").status == 504);
     serving.fake.finish(id);
-    REQUIRE(eventually([&] { return status_of(serving.get("/v1/responses/" + id)) == "completed"; }));
+    REQUIRE(
+        eventually([&] { return status_of(serving.get("/v1/responses/" + id)) == "completed"; }));
     const HttpReply found = post_keyed(serving, hello, "k");
     CHECK(found.status == 200);
     CHECK(id_of(found) == id);
@@ -1220,7 +1228,8 @@ TEST_CASE("server: completion windows") {
     CHECK(with("asap", false).status == 200);
     CHECK(with("standard", true).status == 202);
     CHECK(with("flex", true).status == 202);
-    const std::string refused = "400 invalid_request_error invalid_value metadata.completion_window";
+    const std::string refused =
+        "400 invalid_request_error invalid_value metadata.completion_window";
     CHECK(error_of(with("flex", false)) == refused);
     CHECK(error_of(with("soon", true)) == refused);
     serving.fake.info.windows = {"standard"};
@@ -1271,7 +1280,8 @@ TEST_CASE("server: keys from a file") {
     CHECK(serving.get("/v1/models", key_b).status == 401);
     for (const std::string& text :
          {std::string("one a"), "one a " + hash + " 0", "one a " + hash + " x",
-          "one a " + hash + " 1 2", "one a " + hash.substr(1), "one a " + hash + "\none b " + hash}) {
+          "one a " + hash + " 1 2", "one a " + hash.substr(1),
+          "one a " + hash + "\none b " + hash}) {
         CAPTURE(text);
         auto refused = read(text);
         REQUIRE_FALSE(refused.ok());
@@ -1291,9 +1301,9 @@ TEST_CASE("server: openai: store:false leaves nothing, previous_response_id goes
     CHECK(unkept.status == 200);
     CHECK(parse(unkept.body)["store"].as_bool(true) == false);
     CHECK(serving.get("/v1/responses/" + id_of(unkept)).status == 404);
-    CHECK(error_of(serving.post(
-              R"({"model":"fake","input":"x","store":false,"background":true})")) ==
-          "400 invalid_request_error unsupported_value store");
+    CHECK(
+        error_of(serving.post(R"({"model":"fake","input":"x","store":false,"background":true})")) ==
+        "400 invalid_request_error unsupported_value store");
     CHECK(error_of(post_keyed(serving, R"({"model":"fake","input":"x","store":false})", "k")) ==
           "400 invalid_request_error unsupported_value store");
 
@@ -1327,7 +1337,8 @@ TEST_CASE("server: metrics and JSON log lines") {
     const HttpReply metrics = serving.get("/metrics", key_a);
     CHECK(metrics.status == 200);
     CHECK(field(metrics, "Content-Type").substr(0, 10) == "text/plain");
-    CHECK(metrics.body.find("valar_http_requests_total{route=\"/v1/responses\",status=\"200\"} 1\n") !=
+    CHECK(metrics.body.find(
+              "valar_http_requests_total{route=\"/v1/responses\",status=\"200\"} 1\n") !=
           std::string::npos);
     CHECK(metrics.body.find("\nvalar_responses_live 0\n") != std::string::npos);
     CHECK(serving.get("/metrics").status == 401);
@@ -1344,7 +1355,6 @@ TEST_CASE("server: metrics and JSON log lines") {
     CHECK(lines.find(R"("method":"GET","path":"/broken","status":400)") != std::string::npos);
     // nobody waits for a background response: its end has a line of its own
     const std::string id = id_of(serving.post(in_background, key_a));
-    const std::string end =
-        R"({"response":")" + id + R"(","ended":"completed","input_tokens":)";
+    const std::string end = R"({"response":")" + id + R"(","ended":"completed","input_tokens":)";
     CHECK(eventually([&] { return log.text().find(end) != std::string::npos; }));
 }

@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <thread>
 
-#include "store/store.hpp"
 #include "digest_internal.hpp"
+#include "store/store.hpp"
 #include "store_disk.hpp"
 
 using namespace valar;
@@ -36,8 +36,8 @@ StoredResponse record(const std::string& id, size_t bytes, const std::string& or
 /// What a StoreDone said: "" is success, "?" not called yet.
 struct Answer {
     std::string said = "?";
-    int         calls = 0;
-    ErrorKind   kind = ErrorKind::internal;
+    int calls = 0;
+    ErrorKind kind = ErrorKind::internal;
     StoreDone done() {
         return {[](void* context, Result<void> result) {
                     Answer& self = *static_cast<Answer*>(context);
@@ -53,13 +53,14 @@ struct Answer {
 
 /// A store whose changes are done when the call returns.
 struct Direct {
-    Store*     store;
+    Store* store;
     FileStore* file = nullptr;
     template <class Call>
     Answer call(Call make) {
         Answer answer;
         make(answer.done());
-        if (file) while (file->step()) {}
+        if (file)
+            while (file->step()) {}
         return answer;
     }
     Answer add(StoredResponse made) {
@@ -73,11 +74,13 @@ struct Direct {
     }
     Answer erase(const std::string& id, bool tombstone, int64_t now_ms = 5,
                  const std::string& organisation = "a") {
-        return call([&](StoreDone done) { store->erase(organisation, id, tombstone, now_ms, done); });
+        return call(
+            [&](StoreDone done) { store->erase(organisation, id, tombstone, now_ms, done); });
     }
     void expire(int64_t now_ms) {
         store->expire(now_ms);
-        if (file) while (file->step()) {}
+        if (file)
+            while (file->step()) {}
     }
     std::string ids(const std::string& organisation, const std::string& after = "",
                     size_t limit = 100) {
@@ -95,7 +98,8 @@ FileStoreOptions by_hand() {
     return options;
 }
 
-Result<std::unique_ptr<FileStore>> open_on(Disk* disk, const FileStoreOptions& options = by_hand()) {
+Result<std::unique_ptr<FileStore>> open_on(Disk* disk,
+                                           const FileStoreOptions& options = by_hand()) {
     return FileStore::open(options, std::make_unique<DiskFolder>(disk));
 }
 
@@ -241,7 +245,8 @@ TEST_CASE("store: a reservation is held until its record expires") {
 TEST_CASE("store: lists are newest first, page by page") {
     on_each_store(1 << 20, 100, [](auto reopen) {
         Direct store = reopen();
-        for (const char* id : {"r1", "r2", "r3", "r4", "r5"}) REQUIRE(store.add(record(id, 1)).ok());
+        for (const char* id : {"r1", "r2", "r3", "r4", "r5"})
+            REQUIRE(store.add(record(id, 1)).ok());
         REQUIRE(store.add(record("other", 1, "b")).ok());
         REQUIRE(store.erase("r4", true).ok());
         for (int i = 0; i < 2; ++i) {
@@ -342,10 +347,9 @@ TEST_CASE("store: from several threads") {
     MemoryStore memory({200'000, 100});
     for (Store* store : {static_cast<Store*>(&memory), static_cast<Store*>(file.get())}) {
         std::atomic<int> called = 0;
-        const StoreDone count{[](void* context, Result<void>) {
-                                  ++*static_cast<std::atomic<int>*>(context);
-                              },
-                              &called};
+        const StoreDone count{
+            [](void* context, Result<void>) { ++*static_cast<std::atomic<int>*>(context); },
+            &called};
         std::vector<std::thread> threads;
         for (int t = 0; t < 4; ++t)
             threads.emplace_back([&, t] {
@@ -592,8 +596,8 @@ TEST_CASE("store: what was deleted or expired is off the disk within a day") {
             direct = {store.get(), store.get()};
         }
     }
-    for (const char* gone : {"secret deleted.", "secret withdrawn.", "secret expired.",
-                             "answer expired"})
+    for (const char* gone :
+         {"secret deleted.", "secret withdrawn.", "secret expired.", "answer expired"})
         CHECK_FALSE(on_disk(disk, gone));
     for (int i = 0; i < 2; ++i) {
         CHECK(direct.ids("a") == "k8 k7 k6 k5 k4 k3 k2 k1");
@@ -637,9 +641,9 @@ namespace {
 /// A record as its callers know it: what they were told, and what they asked for.
 struct Known {
     std::string id, reservation, request, object;
-    Answer      added, finished, erased;
-    bool        finish_asked = false, erase_asked = false, tombstone = false;
-    int64_t     ended_ms = 0;  // or erased
+    Answer added, finished, erased;
+    bool finish_asked = false, erase_asked = false, tombstone = false;
+    int64_t ended_ms = 0;  // or erased
 };
 
 /// Life on a disk that loses its power again and again.
@@ -689,7 +693,8 @@ private:
             return store.erase("a", one.id, one.tombstone, now_ms_, one.erased.done());
         }
         if (one.finish_asked) return;
-        if (!random_.below(3)) return store.begin(one.id, 1, StoreDone{[](void*, Result<void>) {}, nullptr});
+        if (!random_.below(3))
+            return store.begin(one.id, 1, StoreDone{[](void*, Result<void>) {}, nullptr});
         one.finish_asked = true;
         one.ended_ms = now_ms_;
         one.object = words("object of ", one.id);
@@ -740,7 +745,8 @@ private:
         if (*found->request != one.request) return "has another request";
         if (*found->head != "head of " + one.id) return "has another head";
         const auto held = store.reserved("a", one.reservation);
-        if (!one.reservation.empty() && !(held && held->id == one.id)) return "lost its reservation";
+        if (!one.reservation.empty() && !(held && held->id == one.id))
+            return "lost its reservation";
         if (found->terminal && (!one.finish_asked || *found->object != one.object))
             return "has another object";
         if (found->terminal && found->ended_at_ms != one.ended_ms) return "ended at another time";
@@ -751,11 +757,11 @@ private:
         return "";
     }
 
-    Random           random_;
-    Disk             disk_;
+    Random random_;
+    Disk disk_;
     FileStoreOptions options_;
-    int64_t          now_ms_ = 1000 * hour_ms;
-    int              count_  = 0;
+    int64_t now_ms_ = 1000 * hour_ms;
+    int count_ = 0;
     std::vector<std::unique_ptr<Known>> known_;
 };
 

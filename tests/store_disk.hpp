@@ -2,8 +2,8 @@
 // after a crash any part of it may be there.
 #pragma once
 
-#include <cstring>
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <string>
@@ -30,22 +30,22 @@ class Disk {
 public:
     static constexpr size_t sector = 512;
     struct Change {
-        bool        cut    = false;  // truncates at `offset`
-        uint64_t    offset = 0;
-        std::string bytes  = {};
+        bool cut = false;  // truncates at `offset`
+        uint64_t offset = 0;
+        std::string bytes = {};
     };
     struct File {
-        std::string         now, synced;
+        std::string now, synced;
         std::vector<Change> unsynced;
     };
     using Entry = std::shared_ptr<File>;  // null: no such name
 
-    std::map<std::string, Entry>              names;
+    std::map<std::string, Entry> names;
     std::map<std::string, std::vector<Entry>> history;  // of names since the folder was synced
-    int64_t  until_crash = -1;          // operations that still work; -1: all
-    int64_t  operations  = 0;           // done so far
-    uint64_t capacity    = UINT64_MAX;  // bytes that can still be written
-    int      syncs_until_failure = -1;
+    int64_t until_crash = -1;                           // operations that still work; -1: all
+    int64_t operations = 0;                             // done so far
+    uint64_t capacity = UINT64_MAX;                     // bytes that can still be written
+    int syncs_until_failure = -1;
 
     static Result<void> failure(ErrorKind kind, const char* message) {
         return detail::make_error(kind, message);
@@ -71,7 +71,8 @@ public:
         else names.erase(name);
     }
     static void apply(std::string* text, const Change& change, uint64_t from, uint64_t to) {
-        if (change.cut) return text->resize(size_t(std::min<uint64_t>(text->size(), change.offset)));
+        if (change.cut)
+            return text->resize(size_t(std::min<uint64_t>(text->size(), change.offset)));
         if (text->size() < to) text->resize(size_t(to));
         text->replace(size_t(from), size_t(to - from), change.bytes, size_t(from - change.offset),
                       size_t(to - from));
@@ -154,7 +155,7 @@ private:
         Disk::apply(&file_->now, change, change.offset, change.offset + change.bytes.size());
         file_->unsynced.push_back(std::move(change));
     }
-    Disk*       disk_;
+    Disk* disk_;
     Disk::Entry file_;
 };
 

@@ -14,8 +14,8 @@
 #include <string>
 #include <thread>
 
-#include "store/store.hpp"
 #include "base/internal.hpp"
+#include "store/store.hpp"
 
 using namespace valar;
 
@@ -29,7 +29,7 @@ constexpr int64_t hour_ms = 3'600'000, keep_hours = 48;
 }
 
 struct Known {
-    bool    added = false, finished = false, erase_asked = false, erased = false;
+    bool added = false, finished = false, erase_asked = false, erased = false;
     int64_t finish_round = -1;  // in which it was asked for
 };
 
@@ -86,12 +86,12 @@ void wait_for(const std::atomic<bool>& flag) {
 }
 
 struct Worker {
-    FileStore*  store;
-    std::FILE*  log;
+    FileStore* store;
+    std::FILE* log;
     std::string id;
-    char        step = 'a';
-    bool        erase = false;
-    int64_t     round = 0;
+    char step = 'a';
+    bool erase = false;
+    int64_t round = 0;
     std::atomic<bool> over = false;
 
     void next() {
@@ -135,7 +135,9 @@ int work(const char* folder, const char* log_path, int64_t round, bool only_chec
     store.value()->expire(round * hour_ms);
     const auto known = read_log(log_path);
     std::atomic<bool> expired = false;  // a change behind it is done after it
-    const auto set = [](void* flag, Result<void>) { *static_cast<std::atomic<bool>*>(flag) = true; };
+    const auto set = [](void* flag, Result<void>) {
+        *static_cast<std::atomic<bool>*>(flag) = true;
+    };
     store.value()->begin("none", 0, {set, &expired});
     wait_for(expired);
     check(**store, known, round);
@@ -166,7 +168,7 @@ int fill_up(FileStore& store, int* next) {
     for (int kept = 0;; ++kept) {
         struct Told {
             std::atomic<bool> done = false;
-            Result<void>      result;
+            Result<void> result;
         } told;
         StoredResponse record = make(std::to_string(*next));
         store.add(std::move(record), {[](void* context, Result<void> result) {
@@ -177,7 +179,8 @@ int fill_up(FileStore& store, int* next) {
                                       &told});
         wait_for(told.done);
         if (!told.result) {
-            if (told.result.error().kind != ErrorKind::overloaded) fail(told.result.error().message);
+            if (told.result.error().kind != ErrorKind::overloaded)
+                fail(told.result.error().message);
             return kept;
         }
         ++*next;

@@ -4,10 +4,10 @@
 
 #include <cstdlib>
 
-#include "unicode_internal.hpp"
-#include "gguf.hpp"
 #include "engine/engine.hpp"
+#include "gguf.hpp"
 #include "template/template.hpp"
+#include "unicode_internal.hpp"
 
 using namespace valar;
 
@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t kNow = 1'790'000'000;
 
 Json data(const char* name) {
-    const auto text =
-        detail::read_file(VALAR_SOURCE_DIR "/tests/data/templates/" + std::string(name), 1 << 24);
+    const auto text = detail::read_file(
+        VALAR_SOURCE_DIR "/tests/data/templates/" + std::string(name), 1 << 24);
     REQUIRE(text);
     auto json = Json::parse(*text);
     REQUIRE(json);
@@ -52,8 +52,8 @@ std::string shown(const MarkedText& t) {
     std::string out;
     size_t at = 0;
     for (const ByteRange& r : t.from_request) {
-        out +=
-            t.text.substr(at, r.begin - at) + "^" + t.text.substr(r.begin, r.end - r.begin) + "$";
+        out += t.text.substr(at, r.begin - at) + "^" + t.text.substr(r.begin, r.end - r.begin) +
+               "$";
         at = r.end;
     }
     return out + t.text.substr(at);
@@ -161,8 +161,8 @@ TEST_CASE("template: SmolLM2's own on the prompts of the expected answers") {
     REQUIRE(source);
     const auto own = ChatTemplate::parse(std::string(*source));
     REQUIRE(own);
-    const auto text =
-        detail::read_file(VALAR_SOURCE_DIR "/tests/data/smollm2/prompts.json", 1 << 24);
+    const auto text = detail::read_file(VALAR_SOURCE_DIR "/tests/data/smollm2/prompts.json",
+                                        1 << 24);
     const auto prompts = Json::parse(*text);
     REQUIRE(prompts);
     for (const Json& p : prompts->items()) {
@@ -289,8 +289,8 @@ TEST_CASE("template: no template lets text of a request go unmarked") {
             const bool foreign = uint8_t(made->text[i]) >= 0x80, is_marked = marked(*made, i);
             // What a request's lists, dicts and nulls are written with is ASCII and marked.
             const bool values = name == "tools" || name == "parts" || name == "null_content";
-            const bool right =
-                is_marked == foreign || (is_marked && (values || made->text[i] == '\n'));
+            const bool right = is_marked == foreign ||
+                               (is_marked && (values || made->text[i] == '\n'));
             if (!right) FAIL_CHECK(shown(*made));
             if (!right) break;
         }
@@ -398,7 +398,7 @@ TEST_CASE("template: limits of a rendering") {
     CHECK(error_of("{% set ns = namespace(x=[1]) %}" + loop +
                    "{% set ns.x = [ns.x, ns.x] %}{% endfor %}") ==
           "chat template, line 1: lists nested too deep");
-    CHECK(error_of("{% set ns = namespace(x=[1]) %}{% for a in range(200) %}" 
+    CHECK(error_of("{% set ns = namespace(x=[1]) %}{% for a in range(200) %}"
                    "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}") == steps);
     CHECK(error_of("{% set ns = namespace(x=[1], y=[1]) %}{% for a in range(200) %}"
                    "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}"
@@ -478,13 +478,15 @@ TEST_CASE("template: one program, many renderings at once") {
         {&*parsed, &input, &*alone}, {&*parsed, &input, &*alone}, {&*parsed, &input, &*alone}};
     std::vector<detail::Thread> threads;
     for (Job& job : jobs) {
-        auto thread = detail::Thread::start([](void* context) {
-            Job& j = *static_cast<Job*>(context);
-            for (int i = 0; i < 50; ++i) {
-                const auto made = j.chat_template->render(*j.input);
-                j.same = j.same && made && made->text == j.expected->text;
-            }
-        }, &job, "render");
+        auto thread = detail::Thread::start(
+            [](void* context) {
+                Job& j = *static_cast<Job*>(context);
+                for (int i = 0; i < 50; ++i) {
+                    const auto made = j.chat_template->render(*j.input);
+                    j.same = j.same && made && made->text == j.expected->text;
+                }
+            },
+            &job, "render");
         REQUIRE(thread);
         threads.push_back(std::move(*thread));
     }
@@ -541,8 +543,9 @@ TEST_CASE("template: a model without a template") {
     REQUIRE(chatml);
     const auto made = chatml->render(input_of(data("contexts.json")["system"]));
     REQUIRE(made);
-    CHECK(shown(*made) == "<|im_start|>system\n^ You are a pirate. $<|im_end|>\n<|im_start|>user\n"
-                          "^Where is the treasure?$<|im_end|>\n<|im_start|>assistant\n");
+    CHECK(shown(*made) ==
+          "<|im_start|>system\n^ You are a pirate. $<|im_end|>\n<|im_start|>user\n"
+          "^Where is the treasure?$<|im_end|>\n<|im_start|>assistant\n");
     const auto none = ChatTemplate::open("", false);
     REQUIRE(!none);
     CHECK(none.error().kind == ErrorKind::unsupported);

@@ -78,15 +78,21 @@ int main(int argc, char** argv) {
         for (const detail::Kernels* table : detail::available_kernels()) std::puts(table->name);
         return 0;
     }
-    if (argc < 6) die("usage: tiny_logits --sha256 | --isas | MODEL OUT fast|fine f16|f32|q8_0 ID...");
+    if (argc < 6)
+        die("usage: tiny_logits --sha256 | --isas | MODEL OUT fast|fine f16|f32|q8_0 ID...");
     std::vector<Token> ids;
     for (int i = 5; i < argc; ++i) ids.push_back(std::atoi(argv[i]));
     const std::string precision = argv[3], kv = argv[4];
-    const auto logits = all_logits(
-        Gguf::open(first), ids, precision == "fine" ? Precision::fine : Precision::fast,
-        kv == "f32" ? KvType::f32 : kv == "q8_0" ? KvType::q8_0 : KvType::f16, 64, 1);
+    const auto logits = all_logits(Gguf::open(first), ids,
+                                   precision == "fine" ? Precision::fine : Precision::fast,
+                                   kv == "f32"    ? KvType::f32
+                                   : kv == "q8_0" ? KvType::q8_0
+                                                  : KvType::f16,
+                                   64, 1);
     std::FILE* file = std::fopen(argv[2], "wb");
-    const bool written = file && std::fwrite(logits.data(), 4, logits.size(), file) == logits.size();
-    if (!file || std::fclose(file) != 0 || !written) die(std::string(argv[2]) + ": cannot be written");
+    const bool written = file &&
+                         std::fwrite(logits.data(), 4, logits.size(), file) == logits.size();
+    if (!file || std::fclose(file) != 0 || !written)
+        die(std::string(argv[2]) + ": cannot be written");
     return 0;
 }

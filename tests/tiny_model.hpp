@@ -54,11 +54,13 @@ inline std::vector<TensorType> all_types() {
 }
 
 inline constexpr std::string_view merges[] = {
-    "\u0120 t", "h e", "i n", "r e", "o n", "\u0120 a", "\u0120t he", "e r", "a t", "\u0120 s",
-    "o u", "l l", "he ll", "hell o", "\u0120 w", "o r", "\u0120w or", "l d", "\u0120wor ld",
-    "in g", "a n", "\u0120a n", "\u0120an d", "s t", "e n", "\u0120 c", "i s", "u s", "us er",
-    "s y", "sy st", "syst e", "syste m", "a s", "as s", "ass is", "assis t", "an t",
-    "assist ant", "\u010a \u010a",
+    "\u0120 t",     "h e",      "i n",        "r e",           "o n",        "\u0120 a",
+    "\u0120t he",   "e r",      "a t",        "\u0120 s",      "o u",        "l l",
+    "he ll",        "hell o",   "\u0120 w",   "o r",           "\u0120w or", "l d",
+    "\u0120wor ld", "in g",     "a n",        "\u0120a n",     "\u0120an d", "s t",
+    "e n",          "\u0120 c", "i s",        "u s",           "us er",      "s y",
+    "sy st",        "syst e",   "syste m",    "a s",           "as s",       "ass is",
+    "assis t",      "an t",     "assist ant", "\u010a \u010a",
 };
 
 inline constexpr std::string_view chat_template =
@@ -163,14 +165,19 @@ inline void fill_block(TensorType type, Random& random, float size, std::byte* a
             std::memcpy(at, reinterpret_cast<const char*>(&value) + 2, 2);
             break;
         }
-        case TensorType::q4_0: block.half(size / 5); block.random(random, 16); break;
+        case TensorType::q4_0:
+            block.half(size / 5);
+            block.random(random, 16);
+            break;
         case TensorType::q4_1:
             block.half(size / 5);
             block.half(size * -1.5f);
             block.random(random, 16);
             break;
+        // clang-format off
         case TensorType::q5_0: block.half(size / 9); block.random(random, 20); break;
         case TensorType::q8_0: block.half(size / 74); block.random(random, 32); break;
+        // clang-format on
         case TensorType::q4_k:
             block.half(size / 256);
             block.half(size * (7.5f / 256));
@@ -227,8 +234,8 @@ private:
 inline void set_tokenizer(valar::GgufWriter& writer, bool qwen2) {
     const std::vector<std::string> tokens = vocabulary();
     const std::vector<std::string_view> views(tokens.begin(), tokens.end());
-    std::vector<int32_t> kinds(tokens.size(), 1);          // normal
-    for (size_t id = 0; id < 3; ++id) kinds[id] = 3;       // control
+    std::vector<int32_t> kinds(tokens.size(), 1);     // normal
+    for (size_t id = 0; id < 3; ++id) kinds[id] = 3;  // control
     writer.set_string("tokenizer.ggml.model", "gpt2");
     writer.set_string("tokenizer.ggml.pre", qwen2 ? "qwen2" : "smollm");
     writer.set_strings("tokenizer.ggml.tokens", views);
@@ -317,7 +324,8 @@ inline std::vector<std::byte> packed_copy(const std::vector<std::byte>& bytes) {
         const uint32_t first = static_cast<uint32_t>(offset / tile);
         const std::byte* source = from.tensor_bytes(tensor)->data();
         valar::detail::pack_tiles(to.type, rows, cols, source + first * 16 * (tensor.bytes / rows),
-                                  first, static_cast<uint32_t>(first + out.size() / tile), out.data());
+                                  first, static_cast<uint32_t>(first + out.size() / tile),
+                                  out.data());
         return {};
     };
     for (const valar::TensorInfo& tensor : gguf->tensors()) {

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "unicode_internal.hpp"
 #include "json_internal.hpp"
 #include "tokenizer.hpp"
+#include "unicode_internal.hpp"
 
 using namespace valar;
 using detail::format;
@@ -191,26 +191,47 @@ TEST_CASE("the words of each pre-tokenizer") {
     const Row rows[] = {
         {"a  b", {"a", " ", " b"}, {"a", " ", " b"}, {"a", " ", " b"}, {"a", " ", " b"}},
         {"a  ", {"a", "  "}, {"a", "  "}, {"a", "  "}, {"a", "  "}},
+        // clang-format off
         {"it's WE'LL", {"it", "'s", " WE", "'", "LL"}, {"it", "'s", " WE", "'", "LL"},
          {"it", "'s", " WE", "'LL"}, {"it", "'s", " WE", "'LL"}},
         {"'tx'rex", {"'t", "x", "'re", "x"}, {"'t", "x", "'re", "x"}, {"'t", "x", "'re", "x"},
+         // clang-format on
          {"'t", "x", "'re", "x"}},
-        {"'\xC5\xBFx", {"'", "\xC5\xBFx"}, {"'", "\xC5\xBFx"}, {"'\xC5\xBF", "x"},
+        {"'\xC5\xBFx",
+         {"'", "\xC5\xBFx"},
+         {"'", "\xC5\xBFx"},
+         {"'\xC5\xBF", "x"},
          {"'\xC5\xBF", "x"}},
-        {"x 12345", {"x", " 12345"}, {"x", " ", "1", "2", "3", "4", "5"}, {"x", " ", "123", "45"},
+        {"x 12345",
+         {"x", " 12345"},
+         {"x", " ", "1", "2", "3", "4", "5"},
+         {"x", " ", "123", "45"},
          {"x", " ", "1", "2", "3", "4", "5"}},
         {"x  1", {"x", " ", " 1"}, {"x", "  ", "1"}, {"x", " ", " ", "1"}, {"x", " ", " ", "1"}},
-        {"a\n\n  b", {"a", "\n\n ", " b"}, {"a", "\n\n ", " b"}, {"a", "\n\n", " ", " b"},
+        {"a\n\n  b",
+         {"a", "\n\n ", " b"},
+         {"a", "\n\n ", " b"},
+         {"a", "\n\n", " ", " b"},
          {"a", "\n\n", " ", " b"}},
-        {"a \n \tb", {"a", " \n ", "\t", "b"}, {"a", " \n ", "\t", "b"}, {"a", " \n", " ", "\tb"},
+        {"a \n \tb",
+         {"a", " \n ", "\t", "b"},
+         {"a", " \n ", "\t", "b"},
+         {"a", " \n", " ", "\tb"},
          {"a", " \n", " ", "\tb"}},
-        {"(f) .\r\n", {"(", "f", ")", " .", "\r\n"}, {"(", "f", ")", " .", "\r\n"},
-         {"(f", ")", " .\r\n"}, {"(f", ")", " .\r\n"}},
-        {"\xC3\xA9\xCC\x81\xD0\x96", {"\xC3\xA9", "\xCC\x81", "\xD0\x96"},
-         {"\xC3\xA9", "\xCC\x81", "\xD0\x96"}, {"\xC3\xA9", "\xCC\x81\xD0\x96"},
+        {"(f) .\r\n",
+         {"(", "f", ")", " .", "\r\n"},
+         {"(", "f", ")", " .", "\r\n"},
+         {"(f", ")", " .\r\n"},
+         {"(f", ")", " .\r\n"}},
+        {"\xC3\xA9\xCC\x81\xD0\x96",
+         {"\xC3\xA9", "\xCC\x81", "\xD0\x96"},
+         {"\xC3\xA9", "\xCC\x81", "\xD0\x96"},
+         {"\xC3\xA9", "\xCC\x81\xD0\x96"},
          {"\xC3\xA9", "\xCC\x81\xD0\x96"}},
+        // clang-format off
         {"\xC2\xA0""a\xC2\xBD", {"\xC2\xA0", "a", "\xC2\xBD"}, {"\xC2\xA0", "a", "\xC2\xBD"},
          {"\xC2\xA0""a", "\xC2\xBD"}, {"\xC2\xA0""a", "\xC2\xBD"}},
+        // clang-format on
     };
     for (const Row& row : rows) {
         CAPTURE(row.text);
@@ -432,7 +453,8 @@ TEST_CASE("begin, end and the ends of turns") {
     const Token eot = vocab.add("<turn/>", TokenKind::control);
     CHECK_FALSE(vocab.open().bos());
     CHECK_FALSE(vocab.open().eos());
-    vocab.ids = {{"bos_token_id", uint32_t(bos)}, {"eos_token_id", uint32_t(eos)},
+    vocab.ids = {{"bos_token_id", uint32_t(bos)},
+                 {"eos_token_id", uint32_t(eos)},
                  {"eot_token_id", uint32_t(eot)}};
     vocab.flags = {{"add_bos_token", true}, {"add_eos_token", true}};
     const Tokenizer tokenizer = vocab.open();
@@ -459,7 +481,7 @@ TEST_CASE("bytes that no token stands for are left out; invalid UTF-8 is kept") 
     CHECK(raw_bytes(vocab.open(), ids(vocab.open(), "axb")) == "ab");
     vocab.add("<unk>", TokenKind::unknown);
     vocab.ids["unknown_token_id"] = 255;
-    CHECK(ids(vocab.open(), "axb") == Tokens{'a', 255, 'b' });
+    CHECK(ids(vocab.open(), "axb") == Tokens{'a', 255, 'b'});
     for (const char* pre : {"gpt-2", "smollm", "llama-bpe", "qwen2"}) {
         vocab.pre = pre;
         const Tokenizer tokenizer = vocab.open();
@@ -479,7 +501,10 @@ TEST_CASE("sentencepiece: scores, spaces, bytes, unknown and unused pieces") {
     const Token b = vocab.add("b", TokenKind::normal, -11);
     const Token ab = vocab.add("ab", TokenKind::normal, -2);
     const Token ba = vocab.add("ba", TokenKind::normal, -1);
-    const Token space_a = vocab.add("\xE2\x96\x81" "a", TokenKind::normal, -3);
+    const Token space_a = vocab.add(
+        "\xE2\x96\x81"
+        "a",
+        TokenKind::normal, -3);
     const Token user = vocab.add("\xE2\x96\x81\xE2\x96\x81", TokenKind::user_defined);
     const Token step = vocab.add("bab", TokenKind::unused, -0.5f);
     const Token four = vocab.add("babb", TokenKind::normal, -0.7f);
@@ -493,9 +518,11 @@ TEST_CASE("sentencepiece: scores, spaces, bytes, unknown and unused pieces") {
     CHECK(ids(tokenizer, "a?!b\xC3") == Tokens{space_a, unknown, b, unknown});
     CHECK(ids(tokenizer, "bab") == Tokens{space, ba, b});
     CHECK(ids(tokenizer, "babb") == Tokens{space, four});
-    CHECK(ids(tokenizer, " a") == Tokens{user, a});       // "__a": the prefix and the space
+    CHECK(ids(tokenizer, " a") == Tokens{user, a});  // "__a": the prefix and the space
     CHECK(ids(tokenizer, "b  b") == Tokens{space, b, user, b});
-    CHECK(ids(tokenizer, "b\xE2\x96\x81" "a") == Tokens{space, b, space_a});
+    CHECK(ids(tokenizer,
+              "b\xE2\x96\x81"
+              "a") == Tokens{space, b, space_a});
     CHECK(ids(tokenizer, marked("<s>a<s>b")) == Tokens{bos, space_a, bos, space, b});
     CHECK(tokenizer.piece(step) == "bab");
     CHECK(tokenizer.piece(space_a) == " a");
@@ -641,8 +668,9 @@ TEST_CASE("SmolLM2: the expected ids") {
             if (!value.empty()) text.from_request.push_back({begin, text.text.size()});
         };
         if (prompt["messages"][0]["role"].as_string() != "system")
-            text.text = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained "
-                        "by Hugging Face<|im_end|>\n";
+            text.text =
+                "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained "
+                "by Hugging Face<|im_end|>\n";
         for (const Json& message : prompt["messages"].items()) {
             text.text += "<|im_start|>";
             add_request(message["role"].as_string());

@@ -4,7 +4,8 @@
 
 int main(int argc, char** argv) {
     if (argc < 2 || argc > 6) {
-        std::fprintf(stderr, "usage: %s PATH [llama|qwen2] [TYPE|mixed] [WINDOW [FULL_EVERY]]\n", argv[0]);
+        std::fprintf(stderr, "usage: %s PATH [llama|qwen2] [TYPE|mixed] [WINDOW [FULL_EVERY]]\n",
+                     argv[0]);
         return 2;
     }
     tiny::Options options;

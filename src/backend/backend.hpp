@@ -5,8 +5,8 @@
 //           (numeric definition): not of batch, chunks, pages, threads or kernels.
 #pragma once
 
-#include "model.hpp"
 #include "kernels/kernels.hpp"
+#include "model.hpp"
 
 #include <cstdint>
 
@@ -23,26 +23,26 @@ enum class Weights : uint8_t { packed, mapped };
 /// How a model is held and computed. `kv_type` and `precision` are the options that may change
 /// bits.
 struct BackendOptions {
-    Precision   precision      = Precision::fast;
-    KvType      kv_type        = KvType::f16;
-    uint32_t    kv_pages       = 0;   ///< pages in the pool
-    uint32_t    page_tokens    = 16;  ///< positions a page, a multiple of 16
-    uint32_t    max_batch_rows = 512; ///< rows of one batch at most
-    uint32_t    max_logit_rows = 1;   ///< rows of one batch that may want logits
-    uint32_t    max_positions  = 0;   ///< of one sequence; 0: as many as all pages hold (more is of
-                                      ///< use where all layers have windows)
-    int         threads        = -1;  ///< helpers beside the caller; -1: physical cores - 1
-    ParallelFor parallel_for   = nullptr;  ///< the host's job system instead of own threads
-    void*       parallel_for_host = nullptr;
-    Weights     weights        = Weights::packed;
+    Precision precision = Precision::fast;
+    KvType kv_type = KvType::f16;
+    uint32_t kv_pages = 0;          ///< pages in the pool
+    uint32_t page_tokens = 16;      ///< positions a page, a multiple of 16
+    uint32_t max_batch_rows = 512;  ///< rows of one batch at most
+    uint32_t max_logit_rows = 1;    ///< rows of one batch that may want logits
+    uint32_t max_positions = 0;     ///< of one sequence; 0: as many as all pages hold (more is of
+                                    ///< use where all layers have windows)
+    int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
+    ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
+    void* parallel_for_host = nullptr;
+    Weights weights = Weights::packed;
 };
 
 /// Bytes that a loaded model takes.
 struct MemoryPlan {
     uint64_t weights = 0;  ///< a private copy
-    uint64_t kv      = 0;
+    uint64_t kv = 0;
     uint64_t scratch = 0;
-    uint64_t mapped  = 0;  ///< of the file, read in place; not part of total()
+    uint64_t mapped = 0;  ///< of the file, read in place; not part of total()
     uint64_t total() const { return weights + kv + scratch; }
 };
 

@@ -24,24 +24,25 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-constexpr uint32_t kMaxBatchRows  = 65536;
+constexpr uint32_t kMaxBatchRows = 65536;
 constexpr uint32_t kMaxPageTokens = 4096;
-constexpr uint32_t kQueryRows     = 16;         // rows of a sequence that attend together
-constexpr uint64_t kJoinWork      = 1 << 16;    // products that are not worth a fork-join
-constexpr uint64_t kClaimColumns  = 8;          // from here on units are claimed, a few at a time
-constexpr uint64_t kClaimUnits    = 4;          // at most: units that share a read of the columns
-constexpr uint32_t kUnitTiles     = 2;          // of a matrix: what kernels take at a time
-constexpr uint64_t kSliceNs       = 200'000;    // between two looks at the deadline
-constexpr double   kSlowestWorkNs = 0.2;        // a product, before it was measured
-constexpr uint64_t kLoadBytes     = 1 << 20;    // of the file, a thread, between two looks
+constexpr uint32_t kQueryRows = 16;       // rows of a sequence that attend together
+constexpr uint64_t kJoinWork = 1 << 16;   // products that are not worth a fork-join
+constexpr uint64_t kClaimColumns = 8;     // from here on units are claimed, a few at a time
+constexpr uint64_t kClaimUnits = 4;       // at most: units that share a read of the columns
+constexpr uint32_t kUnitTiles = 2;        // of a matrix: what kernels take at a time
+constexpr uint64_t kSliceNs = 200'000;    // between two looks at the deadline
+constexpr double kSlowestWorkNs = 0.2;    // a product, before it was measured
+constexpr uint64_t kLoadBytes = 1 << 20;  // of the file, a thread, between two looks
 
 // Cuts a buffer into arrays, each on its own cache line. With base 0 it only counts, so that what a
 // plan says is what is taken.
 struct Carver {
     uintptr_t base = 0;
-    uint64_t  used = 0;
+    uint64_t used = 0;
 
-    template <class T> T* take(uint64_t count) {
+    template <class T>
+    T* take(uint64_t count) {
         const uint64_t at = used;
         used += (count * sizeof(T) + 63) / 64 * 64;  // operands are limited by check_cpu_options
         return reinterpret_cast<T*>(base + static_cast<uintptr_t>(at));
@@ -51,8 +52,8 @@ struct Carver {
 // A tensor of the file and where it goes: to be packed, or as it is.
 struct LoadItem {
     const TensorInfo* tensor;
-    std::byte*        out;
-    bool              pack;
+    std::byte* out;
+    bool pack;
 };
 
 // Packed, here or in the file; where `data` is null, in the file's rows.
@@ -65,11 +66,11 @@ struct CpuMatrix : PackedMatrix {
 
 struct CpuLayer {
     const LayerSpec* spec;
-    uint32_t     rope;           // index of its RopeTable
+    uint32_t rope;  // index of its RopeTable
     const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias;
-    CpuMatrix    q, k, v, attn_output, gate, up, down;
-    uint64_t     kv_offset;      // of its pages in the pool
-    size_t       kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
+    CpuMatrix q, k, v, attn_output, gate, up, down;
+    uint64_t kv_offset;    // of its pages in the pool
+    size_t kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
     size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
     uint32_t first_seen(uint32_t position) const {
         return spec->window && position >= spec->window ? position - spec->window + 1 : 0;
@@ -77,33 +78,35 @@ struct CpuLayer {
 };
 
 struct CpuWeights {
-    const Gguf*           gguf;
-    bool                  mapped;
-    uint64_t              mapped_bytes = 0;
-    uint64_t              mapped_units = 0;  // packed, the most that are needed at a time
-    CpuMatrix             token_embd, output;
-    const float*          output_norm = nullptr;
+    const Gguf* gguf;
+    bool mapped;
+    uint64_t mapped_bytes = 0;
+    uint64_t mapped_units = 0;  // packed, the most that are needed at a time
+    CpuMatrix token_embd, output;
+    const float* output_norm = nullptr;
     std::vector<CpuLayer> layers;
     std::vector<LoadItem> items;  // in the order in which they are loaded
 
     CpuMatrix matrix(Carver& carver, const TensorInfo* tensor) {
         CpuMatrix out{{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
-                       static_cast<uint32_t>(tensor->dims[0])}, tensor};
+                       static_cast<uint32_t>(tensor->dims[0])},
+                      tensor};
         out.data = packed_in_place(*tensor);
         if (out.data || (mapped && !tensor->packed)) {
             mapped_bytes += tensor->bytes;
             if (!out.data) mapped_units = std::max(mapped_units, out.unit_bytes());
             return out;
         }
-        std::byte* data =
-            carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
+        std::byte* data = carver.take<std::byte>(out.tiles() *
+                                                 packed_tile_bytes(out.type, out.cols));
         out.data = data;
         items.push_back({tensor, data, !tensor->packed});
         return out;
     }
     const std::byte* packed_in_place(const TensorInfo& tensor) const {
         const auto there = gguf->tensor_bytes(tensor);
-        if (!tensor.packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64) return nullptr;
+        if (!tensor.packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64)
+            return nullptr;
         return there->data();
     }
     const float* vector(Carver& carver, const TensorInfo* tensor) {
@@ -134,8 +137,7 @@ void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors
         layer.up = matrix(carver, from.up);
         layer.down = matrix(carver, from.down);
         if (!layer.gate.data || !layer.up.data)
-            mapped_units =
-                std::max(mapped_units, layer.gate.unit_bytes() + layer.up.unit_bytes());
+            mapped_units = std::max(mapped_units, layer.gate.unit_bytes() + layer.up.unit_bytes());
         layers.push_back(layer);
     }
     output_norm = vector(carver, tensors.output_norm);
@@ -144,7 +146,7 @@ void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors
 
 // Rotation angles a position, per pair; layers with the same RopeSpec share a table.
 struct RopeTable {
-    const RopeSpec*     spec;
+    const RopeSpec* spec;
     std::vector<double> frequencies;  // (dims / 2)
 };
 
@@ -171,40 +173,40 @@ struct AttentionUnit {
 
 // What a thread needs for one AttentionUnit: one segment's result and the state so far.
 struct QueryScratch {
-    float *   max, *sum, *total_max, *total_sum;  // (kQueryRows * heads of a group)
-    float*    out;                                // (the same, head_dim)
-    float*    expanded;                           // q8_0: a segment's keys, then its values
+    float *max, *sum, *total_max, *total_sum;  // (kQueryRows * heads of a group)
+    float* out;                                // (the same, head_dim)
+    float* expanded;                           // q8_0: a segment's keys, then its values
     uint16_t *begin, *end;
 };
 
 // The largest numbers that occur in any layer.
 struct CpuSizes {
     uint64_t rows, logit_rows, planes, parts, segments;
-    uint64_t split_rows;     // batches of so many rows are split over segments too
+    uint64_t split_rows;  // batches of so many rows are split over segments too
     uint64_t q = 0, kv = 0, group = 0, group_values = 0, heads = 0;
     uint64_t ff_quantized = 0, ff_values = 0;  // of h, for quantized ffn_down or not
-    uint64_t rope_values = 0;  // of all tables, for a position
-    uint64_t expanded = 0;   // of q8_0 keys and values: a segment's
-    uint64_t staging = 0;    // a tile of each thread, as the file has it
-    uint64_t mapped_units;   // bytes of a thread
+    uint64_t rope_values = 0;                  // of all tables, for a position
+    uint64_t expanded = 0;                     // of q8_0 keys and values: a segment's
+    uint64_t staging = 0;                      // a tile of each thread, as the file has it
+    uint64_t mapped_units;                     // bytes of a thread
 };
 
 struct CpuScratch {
-    float *x, *y;                      // (rows, n_embd) the residual stream; normed
-    float *q, *k, *v;                  // (rows, heads * head_dim) as they come from the weights
-    float *turned;                     // (kv heads, rows, heads of a group, head_dim) rotated q
-    float *h;                          // (rows, n_ff), in the place of q, k, v, turned; or
-    ActivationBlock* h_blocks;         // {rows * planes, n_ff / 32}, there too
-    float *attended;                   // (rows, n_heads * head_dim)
-    float *cos_sin;                    // (rows, rope_values)
+    float *x, *y;               // (rows, n_embd) the residual stream; normed
+    float *q, *k, *v;           // (rows, heads * head_dim) as they come from the weights
+    float* turned;              // (kv heads, rows, heads of a group, head_dim) rotated q
+    float* h;                   // (rows, n_ff), in the place of q, k, v, turned; or
+    ActivationBlock* h_blocks;  // {rows * planes, n_ff / 32}, there too
+    float* attended;            // (rows, n_heads * head_dim)
+    float* cos_sin;             // (rows, rope_values)
     float *part_max, *part_sum, *part_out;  // (split_rows, segments, n_heads, 1 or head_dim)
-    float *logits;                     // (logit_rows, n_vocab)
-    ActivationBlock* blocks;           // {rows * planes, n_embd or n_heads * head_dim / 32}
-    AttentionUnit*   units;
-    uint32_t*        wanted;           // (logit_rows) rows that want logits
-    BatchRow*        kept;             // (logit_rows) these
-    QueryScratch*    queries;          // (parts)
-    std::byte*       mapped_units;     // (parts, mapped_units)
+    float* logits;                          // (logit_rows, n_vocab)
+    ActivationBlock* blocks;                // {rows * planes, n_embd or n_heads * head_dim / 32}
+    AttentionUnit* units;
+    uint32_t* wanted;         // (logit_rows) rows that want logits
+    BatchRow* kept;           // (logit_rows) these
+    QueryScratch* queries;    // (parts)
+    std::byte* mapped_units;  // (parts, mapped_units)
 
     void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab) {
         const uint64_t start = carver.used;
@@ -317,11 +319,11 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
 
 // Everything about memory, computed the same way for a plan and for the real thing.
 struct CpuLayout {
-    CpuWeights             weights;
+    CpuWeights weights;
     std::vector<RopeTable> ropes;
-    CpuSizes               sizes{};
-    MemoryPlan             plan;
-    uint64_t               page_bytes = 0;  // of all layers
+    CpuSizes sizes{};
+    MemoryPlan plan;
+    uint64_t page_bytes = 0;  // of all layers
 };
 
 Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
@@ -340,9 +342,11 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
         if (options.kv_type == KvType::q8_0 && head_dim % kActivationBlock != 0)
             return make_error(ErrorKind::invalid_request,
                               format("kv_type: q8_0 wants heads of a multiple of 32 values; this "
-                                     "model's have %u", head_dim), {}, "kv_type");
-        layer.kv_head_bytes =
-            2 * kv_group_bytes(options.kv_type, head_dim) * (options.page_tokens / kKeyGroup);
+                                     "model's have %u",
+                                     head_dim),
+                              {}, "kv_type");
+        layer.kv_head_bytes = 2 * kv_group_bytes(options.kv_type, head_dim) *
+                              (options.page_tokens / kKeyGroup);
         layer.kv_offset = out.page_bytes;  // times the pages, below
         out.page_bytes += layer.kv_page_bytes();
         const RopeSpec& rope = layer.spec->rope;
@@ -399,8 +403,8 @@ private:
 
     uint32_t most_ = 1, fastest_ = 1, count_ = 0, pause_ = kShortPause;
     uint64_t shortest_ns_ = 0, fastest_ns_ = 0;
-    Phase    phase_ = Phase::rest;
-    bool     fewer_ = true, won_ = false;
+    Phase phase_ = Phase::rest;
+    bool fewer_ = true, won_ = false;
 };
 
 // By sixteen lanes, which compilers make vectors of.
@@ -447,25 +451,31 @@ private:
         bool claimed;
     };
     enum StageName : uint32_t {
-        embed, first_of_layer, store_keys = 3, last_of_layer = 9, last_stage = 11
+        embed,
+        first_of_layer,
+        store_keys = 3,
+        last_of_layer = 9,
+        last_stage = 11
     };
     static const Stage stages_[last_stage + 1];
     struct Slice {
-        CpuBackend*  self;
+        CpuBackend* self;
         const Stage* stage;
-        uint32_t     first, last;
-        uint32_t     claim_units;  // 0: each thread does its share
+        uint32_t first, last;
+        uint32_t claim_units;                                  // 0: each thread does its share
         uint32_t share(uint64_t part, uint32_t parts) const {  // where it begins
             return first + static_cast<uint32_t>((last - first) * part / parts);
         }
     };
     // How far a thread's share is claimed: by itself, a few neighbouring units at a time (what it
     // reads next it has prefetched), and, once they are done with theirs, by the others.
-    struct alignas(64) Claim { std::atomic<uint32_t> next; };
+    struct alignas(64) Claim {
+        std::atomic<uint32_t> next;
+    };
     struct PackJob {
-        const LoadItem*  item;
+        const LoadItem* item;
         const std::byte* source;  // of tile `first`
-        uint32_t         first, last;
+        uint32_t first, last;
     };
 
     const CpuLayer& layer() const { return weights_.layers[layer_]; }
@@ -513,7 +523,7 @@ private:
     void attend_units(uint32_t first, uint32_t last, uint32_t part);
     void attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch);
     struct SegmentResult {
-        float        max, sum;
+        float max, sum;
         const float* out;
     };
     struct AttentionState {
@@ -545,35 +555,35 @@ private:
     void quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first, uint32_t last,
                         uint32_t rows);
 
-    const Gguf*            gguf_ = nullptr;
-    const ModelSpec*       spec_ = nullptr;
-    BackendOptions         options_;
-    const Kernels*         kernels_ = nullptr;
-    std::unique_ptr<Team>  team_;
-    CpuWeights             weights_;
+    const Gguf* gguf_ = nullptr;
+    const ModelSpec* spec_ = nullptr;
+    BackendOptions options_;
+    const Kernels* kernels_ = nullptr;
+    std::unique_ptr<Team> team_;
+    CpuWeights weights_;
     std::vector<RopeTable> ropes_;
-    CpuSizes               sizes_{};
-    CpuScratch             scratch_{};
-    uint64_t               page_bytes_ = 0;
-    Buffer                 weights_memory_, kv_, scratch_memory_;
+    CpuSizes sizes_{};
+    CpuScratch scratch_{};
+    uint64_t page_bytes_ = 0;
+    Buffer weights_memory_, kv_, scratch_memory_;
 
-    size_t   load_item_ = 0;       // the next to load, and its next tile
+    size_t load_item_ = 0;  // the next to load, and its next tile
     uint32_t load_tile_ = 0;
     uint64_t loaded_bytes_ = 0, bytes_to_load_ = 0;
 
     std::span<const BatchRow> batch_;  // in work; empty: none
     std::span<const BatchRow> rows_;   // of it that are still computed
-    uint32_t stage_ = 0, layer_ = 0;  // what is next, and its next unit
+    uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
-    bool     has_deadline_ = false;
-    uint32_t parts_ = 1;              // threads that compute the batch
-    uint64_t batch_ns_ = 0;           // spent on it
+    bool has_deadline_ = false;
+    uint32_t parts_ = 1;     // threads that compute the batch
+    uint64_t batch_ns_ = 0;  // spent on it
     ThreadTrials trials_;
-    double   ns_per_work_[last_stage + 1][2] = {};  // of a stage, in batches of few and many rows
-    std::unique_ptr<Claim[]> claims_;  // (parts)
+    double ns_per_work_[last_stage + 1][2] = {};     // of a stage, in batches of few and many rows
+    std::unique_ptr<Claim[]> claims_;                // (parts)
     std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
-    Error    bad_numbers_;            // where the first of them came from
+    Error bad_numbers_;                              // where the first of them came from
 };
 
 // In the order in which they run; from first_of_layer to last_of_layer once a layer.
@@ -605,7 +615,11 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     kernels_ = kernels;
     auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
     if (!layout) return layout.error();
-    const struct { Buffer* buffer; uint64_t bytes; const char* what; } wanted[] = {
+    const struct {
+        Buffer* buffer;
+        uint64_t bytes;
+        const char* what;
+    } wanted[] = {
         {&weights_memory_, layout->plan.weights, "weights"},
         {&kv_, layout->plan.kv, "keys and values (context)"},
         {&scratch_memory_, layout->plan.scratch, "scratch"},
@@ -762,7 +776,8 @@ void CpuBackend::keep_wanted_rows() {
     const uint32_t count = wanted_count_;
     if (count == row_count()) return;
     const LayerSpec& spec = *layer().spec;
-    const size_t embd = spec_->n_embd, queries = size_t{spec.n_heads / spec.n_kv_heads} * spec.head_dim;
+    const size_t embd = spec_->n_embd,
+                 queries = size_t{spec.n_heads / spec.n_kv_heads} * spec.head_dim;
     for (uint32_t i = 0; i < count; ++i) {
         const uint32_t row = scratch_.wanted[i];
         scratch_.kept[i] = rows_[row];
@@ -813,14 +828,13 @@ void CpuBackend::run_slice() {
     const uint64_t count = last - unit_;
     // Four claims a thread even out what the threads are held up by.
     const uint64_t few = std::clamp<uint64_t>(count / (4 * parts_), 1, kClaimUnits);
-    const uint64_t claim_units = stage.claimed                   ? 1
-                                 : rows_.size() >= kClaimColumns ? few
-                                                                 : 0;
+    const uint64_t claim_units = stage.claimed ? 1 : rows_.size() >= kClaimColumns ? few : 0;
     Slice slice{this, &stage, unit_, static_cast<uint32_t>(last),
                 static_cast<uint32_t>(claim_units)};
     for (uint32_t part = 0; part < parts_; ++part)
         claims_[part].next.store(slice.share(part, parts_), std::memory_order_relaxed);
-    if (parts_ == 1 || count == 1 || count * work < kJoinWork) (this->*stage.job)(slice.first, slice.last, 0);
+    if (parts_ == 1 || count == 1 || count * work < kJoinWork)
+        (this->*stage.job)(slice.first, slice.last, 0);
     else team_->run(run_part, &slice);
     if (has_deadline_ && count * work >= kJoinWork)
         ns_per_work = static_cast<double>(monotonic_ns() - start + 1) /
@@ -888,8 +902,8 @@ void CpuBackend::quantize_group(const float* x, uint32_t n, uint64_t planes, uin
     if (n % kActivationBlock != 0) return;  // no matrix that meets x is quantized
     const uint32_t count = static_cast<uint32_t>(planes);
     const ActivationLayout layout{rows * count, n / kActivationBlock};
-    kernels_->quantize({x, n, last - first, count, n, layout.step(),
-                        scratch_.blocks + layout.at(first * count)});
+    kernels_->quantize(
+        {x, n, last - first, count, n, layout.step(), scratch_.blocks + layout.at(first * count)});
 }
 
 void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
@@ -949,8 +963,16 @@ PackedMatrix CpuBackend::pack_mapped(const CpuMatrix& matrix, uint32_t first, ui
 // y (rows, matrix.rows) = units first .. last - 1 of a matrix times every row of activations.
 MatmulTask CpuBackend::product_of(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                                   const float* x, float* y) const {
-    return {&matrix, first * kUnitTiles, std::min(last * kUnitTiles, matrix.tiles()), row_count(),
-            static_cast<uint32_t>(sizes_.planes), scratch_.blocks, x, matrix.cols, y, matrix.rows};
+    return {&matrix,
+            first * kUnitTiles,
+            std::min(last * kUnitTiles, matrix.tiles()),
+            row_count(),
+            static_cast<uint32_t>(sizes_.planes),
+            scratch_.blocks,
+            x,
+            matrix.cols,
+            y,
+            matrix.rows};
 }
 
 // The task, gated by `up` where there is one; a mapped matrix is packed unit by unit.
@@ -984,7 +1006,11 @@ void CpuBackend::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t par
 }
 
 void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
-    const struct { const CpuMatrix* matrix; const float* bias; float* y; } three[] = {
+    const struct {
+        const CpuMatrix* matrix;
+        const float* bias;
+        float* y;
+    } three[] = {
         {&layer().q, layer().q_bias, scratch_.q},
         {&layer().k, layer().k_bias, scratch_.k},
         {&layer().v, layer().v_bias, scratch_.v},
@@ -1048,7 +1074,8 @@ void CpuBackend::plan_attention() {
             continue;
         }
         while (rows < row && rows < kQueryRows && rows_[row - 1 - rows].pages == last.pages &&
-               rows_[row - 1 - rows].position + rows == last.position) ++rows;
+               rows_[row - 1 - rows].position + rows == last.position)
+            ++rows;
         scratch_.units[unit_count_++] = {row - rows, rows, 0, segments};
     }
 }
@@ -1058,7 +1085,8 @@ uint64_t CpuBackend::work_attention() const {
     const LayerSpec& spec = *layer().spec;
     const uint32_t seen = layer().first_seen(rows_[unit.row].position) / kSegment;
     const uint32_t segments = split_over_segments()
-                                  ? 1 : unit.last_segment - std::max(unit.first_segment, seen);
+                                  ? 1
+                                  : unit.last_segment - std::max(unit.first_segment, seen);
     return uint64_t{2 * kSegment} * unit.rows * segments * (spec.n_heads / spec.n_kv_heads) *
            spec.head_dim;
 }
@@ -1117,8 +1145,8 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
             scratch.end[i] = within(position + 1);
         }
         if (split_over_segments()) {
-            const size_t at =
-                (unit.row * sizes_.segments + segment) * spec.n_heads + kv_head * group;
+            const size_t at = (unit.row * sizes_.segments + segment) * spec.n_heads +
+                              kv_head * group;
             task.max = scratch_.part_max + at;
             task.sum = scratch_.part_sum + at;
             task.out = scratch_.part_out + at * dim;
@@ -1128,7 +1156,8 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
         for (uint32_t i = 0; i < task.queries; ++i)
             if (scratch.begin[i] < scratch.end[i])
                 merge_segment(
-                    rows_[unit.row + i / group].position, segment, {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
+                    rows_[unit.row + i / group].position, segment,
+                    {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
                     {scratch.total_max + i, scratch.total_sum + i, query_output(unit, kv_head, i)});
     }
     if (split_over_segments()) return;

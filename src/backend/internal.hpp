@@ -18,11 +18,11 @@ namespace detail {
 /// position of its sequence: those of earlier batches and those of earlier rows of this batch.
 /// Pages that lie before the windows of all layers are not looked at.
 struct BatchRow {
-    Token           token     = 0;
-    const float*    embedding = nullptr;  ///< (n_embd) instead of the token's, or null
-    uint32_t        position  = 0;
-    const uint32_t* pages     = nullptr;  ///< borrowed until the batch is done
-    bool            logits    = false;    ///< wanted for this row
+    Token token = 0;
+    const float* embedding = nullptr;  ///< (n_embd) instead of the token's, or null
+    uint32_t position = 0;
+    const uint32_t* pages = nullptr;  ///< borrowed until the batch is done
+    bool logits = false;              ///< wanted for this row
 };
 
 /// A device that runs a ModelSpec. Threads: one at a time.

@@ -75,8 +75,8 @@ Error os_error(std::string what) {
     char text[512];
     const DWORD flags = FORMAT_MESSAGE_FROM_SYSTEM | FORMAT_MESSAGE_IGNORE_INSERTS;
     const DWORD count = FormatMessageW(flags, nullptr, code, 0, wide, 256, nullptr);
-    int size =
-        WideCharToMultiByte(CP_UTF8, 0, wide, int(count), text, sizeof text, nullptr, nullptr);
+    int size = WideCharToMultiByte(CP_UTF8, 0, wide, int(count), text, sizeof text, nullptr,
+                                   nullptr);
     while (size > 0 && (text[size - 1] == '\n' || text[size - 1] == '\r')) --size;
     what += size > 0 ? ": " + std::string(text, size_t(size)) : format(": error %lu", code);
     return make_error(kind, std::move(what));

@@ -43,11 +43,11 @@ enum class ErrorKind : uint8_t {
 /// `code` is a stable word for programs ("context_length_exceeded"), empty when there is none;
 /// `param` is the dotted path of the field at fault, empty when there is none.
 struct Error {
-    ErrorKind   kind = ErrorKind::internal;
+    ErrorKind kind = ErrorKind::internal;
     std::string message;
-    std::string code  = {};
+    std::string code = {};
     std::string param = {};
-    uint32_t    retry_after_s = 0;  ///< of overloaded: when another try is worth it; 0: unknown
+    uint32_t retry_after_s = 0;  ///< of overloaded: when another try is worth it; 0: unknown
 };
 
 /// A value or an Error. Tests true when it holds a value; `->` and `*` reach it.
@@ -80,7 +80,7 @@ public:
     T& operator*() & { return value_; }
     const T& operator*() const& { return value_; }
     T operator*() && { return std::move(value_); }  // by value: a temporary ends
-    Error& error() { return error_; }  // only when !ok()
+    Error& error() { return error_; }               // only when !ok()
     const Error& error() const { return error_; }
 
 private:
@@ -93,7 +93,7 @@ private:
         else error_.~Error();
     }
     union {
-        T     value_;
+        T value_;
         Error error_;
     };
     bool ok_;

@@ -51,7 +51,9 @@ void unmap_pages(void* data, size_t) { VirtualFree(data, 0, MEM_RELEASE); }
 
 struct FileHandle {  // closes itself
     HANDLE handle = INVALID_HANDLE_VALUE;
-    ~FileHandle() { if (ok()) CloseHandle(handle); }
+    ~FileHandle() {
+        if (ok()) CloseHandle(handle);
+    }
     bool ok() const { return handle != INVALID_HANDLE_VALUE && handle != nullptr; }
 };
 
@@ -74,7 +76,9 @@ void unmap_pages(void* data, size_t size) { munmap(data, size); }
 
 struct FileHandle {  // closes itself
     int fd = -1;
-    ~FileHandle() { if (ok()) ::close(fd); }
+    ~FileHandle() {
+        if (ok()) ::close(fd);
+    }
     bool ok() const { return fd >= 0; }
 };
 
@@ -155,7 +159,9 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
     return mapped;
 }
 
-MappedFile::~MappedFile() { if (data_) UnmapViewOfFile(data_); }
+MappedFile::~MappedFile() {
+    if (data_) UnmapViewOfFile(data_);
+}
 
 void MappedFile::release(size_t offset, size_t length) const {
     // Unlocking pages that are not locked fails, and takes them out of the working set.
@@ -168,7 +174,7 @@ void MappedFile::release(size_t offset, size_t length) const {
 Result<MappedFile> MappedFile::open(const std::string& path) {
     if (auto checked = check_path(path); !checked) return checked.error();
     FileHandle file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-    struct stat status{};
+    struct stat status {};
     if (!file.ok() || fstat(file.fd, &status) != 0) return os_error("cannot open '" + path + "'");
     if (!S_ISREG(status.st_mode))
         return make_error(ErrorKind::io, "cannot map '" + path + "': not a regular file");
@@ -183,7 +189,9 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
     return mapped;
 }
 
-MappedFile::~MappedFile() { if (data_) munmap(const_cast<std::byte*>(data_), size_); }
+MappedFile::~MappedFile() {
+    if (data_) munmap(const_cast<std::byte*>(data_), size_);
+}
 
 void MappedFile::release(size_t offset, size_t length) const {
     if (offset > size_ || length > size_ - offset) return;
@@ -313,7 +321,8 @@ Result<NewFile> NewFile::create(const std::string& path) {
 }
 
 NewFile::NewFile(NewFile&& other) noexcept
-    : path_(std::move(other.path_)), temporary_(std::exchange(other.temporary_, {})),
+    : path_(std::move(other.path_)),
+      temporary_(std::exchange(other.temporary_, {})),
       handle_(std::exchange(other.handle_, -1)) {}
 
 NewFile::~NewFile() {
@@ -393,9 +402,9 @@ public:
     Result<void> truncate(uint64_t size) override {
         LARGE_INTEGER end{};
         end.QuadPart = LONGLONG(size);
-        return system_result(SetFilePointerEx(file_.handle, end, nullptr, FILE_BEGIN) &&
-                                 SetEndOfFile(file_.handle),
-                             "truncate", path_);
+        return system_result(
+            SetFilePointerEx(file_.handle, end, nullptr, FILE_BEGIN) && SetEndOfFile(file_.handle),
+            "truncate", path_);
     }
     Result<void> sync() override {
         return system_result(FlushFileBuffers(file_.handle), "sync", path_);
@@ -409,7 +418,7 @@ private:
         return where;
     }
     std::string path_;
-    FileHandle  file_;
+    FileHandle file_;
 };
 
 Result<void> make_folder(const std::string& path) {
@@ -460,7 +469,7 @@ class SystemFile : public FolderFile {
 public:
     SystemFile(std::string path, int fd) : path_(std::move(path)), file_{fd} {}
     Result<uint64_t> size() override {
-        struct stat status{};
+        struct stat status {};
         if (fstat(file_.fd, &status) != 0) return os_error("cannot measure '" + path_ + "'");
         return uint64_t(status.st_size);
     }
@@ -501,7 +510,7 @@ public:
 
 private:
     std::string path_;
-    FileHandle  file_;
+    FileHandle file_;
 };
 
 Result<void> make_folder(const std::string& path) {
@@ -517,7 +526,8 @@ void lock_file(const std::string& path, FileHandle* file) {
 }
 
 bool open_in_folder(const std::string& path, bool create, std::unique_ptr<FolderFile>* file) {
-    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0), 0600);
+    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0),
+                          0600);
     if (fd < 0) return false;
     *file = std::make_unique<SystemFile>(path, fd);
     return true;
@@ -573,7 +583,7 @@ public:
 
 private:
     std::string path_;
-    FileHandle  lock_;
+    FileHandle lock_;
 };
 
 }  // namespace

@@ -18,14 +18,14 @@ inline namespace v1 {
 
 struct ByteRange {
     size_t begin = 0;
-    size_t end   = 0;
+    size_t end = 0;
 };
 
 /// A rendered prompt with provenance: `from_request` (ascending, disjoint, not touching) lists the
 /// bytes that came from a request; all others came from the chat template. Control tokens are
 /// recognised only in bytes of the template (design: no user text can forge one).
 struct MarkedText {
-    std::string            text;
+    std::string text;
     std::vector<ByteRange> from_request;
 };
 
@@ -42,7 +42,8 @@ Error make_error(ErrorKind kind, std::string message, std::string code = {},
 #if defined(__GNUC__) && !defined(_WIN32)  // mingw's check knows no %zu; its printf does
 __attribute__((format(printf, 1, 2)))
 #endif
-std::string format(const char* pattern, ...);
+std::string
+format(const char* pattern, ...);
 
 /// The indices 0 .. count - 1 in ascending order of what they stand for; equals keep their order.
 using IndexLess = bool (*)(const void* context, uint32_t a, uint32_t b);
@@ -71,9 +72,9 @@ void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_
 /// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
 Error os_error(std::string what);
 
-uint64_t monotonic_ns();     ///< for durations
-uint64_t thread_cpu_ns();    ///< CPU time of the calling thread
-int64_t  unix_time_ms();     ///< for records
+uint64_t monotonic_ns();   ///< for durations
+uint64_t thread_cpu_ns();  ///< CPU time of the calling thread
+int64_t unix_time_ms();    ///< for records
 
 /// product and sum that refuse to wrap
 bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product);
@@ -91,11 +92,14 @@ public:
     ~Buffer();
     std::byte* data() const { return data_; }
     size_t size() const { return size_; }
-    template <class T> T* as() const { return reinterpret_cast<T*>(data_); }
+    template <class T>
+    T* as() const {
+        return reinterpret_cast<T*>(data_);
+    }
 
 private:
     std::byte* data_ = nullptr;
-    size_t     size_ = 0;
+    size_t size_ = 0;
 };
 
 /// A whole file, mapped read-only. The bytes stay put when the object moves.
@@ -112,7 +116,7 @@ public:
 
 private:
     const std::byte* data_ = nullptr;
-    size_t           size_ = 0;
+    size_t size_ = 0;
 };
 
 Result<std::string> read_file(const std::string& path, uint64_t limit);
@@ -131,7 +135,7 @@ public:
 private:
     NewFile() = default;
     std::string path_, temporary_;
-    intptr_t    handle_ = -1;
+    intptr_t handle_ = -1;
 };
 Result<void> write_file(const std::string& path, std::span<const std::byte> bytes);
 
@@ -177,8 +181,8 @@ private:
     uintptr_t handle_ = 0;
 };
 
-int  physical_cores();  ///< at least 1; respects the process's CPU mask
-void pause();           ///< one spin-wait hint to the CPU
+int physical_cores();  ///< at least 1; respects the process's CPU mask
+void pause();          ///< one spin-wait hint to the CPU
 
 /// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there
 /// is one. `wake` wakes every sleeper on the word.

@@ -99,13 +99,13 @@ NetLength net_pack(const NetAddress& address, sockaddr_storage* storage) {
     if (address.v4) {
         auto* out = reinterpret_cast<sockaddr_in*>(storage);
         out->sin_family = AF_INET;
-        out->sin_port   = htons(address.port);
+        out->sin_port = htons(address.port);
         std::memcpy(&out->sin_addr, address.ip + 12, 4);
         return static_cast<NetLength>(sizeof *out);
     }
     auto* out = reinterpret_cast<sockaddr_in6*>(storage);
     out->sin6_family = AF_INET6;
-    out->sin6_port   = htons(address.port);
+    out->sin6_port = htons(address.port);
     std::memcpy(&out->sin6_addr, address.ip, 16);
     return static_cast<NetLength>(sizeof *out);
 }
@@ -114,7 +114,7 @@ NetAddress net_unpack(const sockaddr_storage& storage) {
     NetAddress address;
     if (storage.ss_family == AF_INET) {
         const auto& in = reinterpret_cast<const sockaddr_in&>(storage);
-        address.v4   = true;
+        address.v4 = true;
         address.port = ntohs(in.sin_port);
         std::memcpy(address.ip, mapped_prefix, 12);
         std::memcpy(address.ip + 12, &in.sin_addr, 4);
@@ -230,8 +230,8 @@ IoStatus Socket::connected() const {
 IoStatus Socket::accept(Socket* accepted, NetAddress* peer) {
     sockaddr_storage storage = {};
     NetLength length = sizeof storage;
-    const NetHandle native =
-        ::accept(net_native(handle_), reinterpret_cast<sockaddr*>(&storage), &length);
+    const NetHandle native = ::accept(net_native(handle_), reinterpret_cast<sockaddr*>(&storage),
+                                      &length);
     const auto handle = static_cast<uintptr_t>(native);
     if (handle == none) {
         const int error = net_errno();
@@ -271,7 +271,7 @@ IoResult Socket::write(std::string_view head, std::string_view body) {
     };
     iovec parts[2] = {part(head), part(body)};
     msghdr message = {};
-    message.msg_iov    = parts;
+    message.msg_iov = parts;
     message.msg_iovlen = 2;
 #if defined(MSG_NOSIGNAL)
     const auto sent = ::sendmsg(net_native(handle_), &message, MSG_NOSIGNAL);
@@ -306,7 +306,7 @@ Result<NetAddress> Socket::local() const {
 namespace {
 
 constexpr uint64_t wake_tag = UINT64_MAX;  // never a user's
-constexpr size_t   max_events_per_wait = 256;
+constexpr size_t max_events_per_wait = 256;
 
 }  // namespace
 
@@ -326,7 +326,7 @@ Result<Poller> Poller::open() {
     state->epoll = ::epoll_create1(EPOLL_CLOEXEC);
     state->event = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     epoll_event interest = {};
-    interest.events   = EPOLLIN;
+    interest.events = EPOLLIN;
     interest.data.u64 = wake_tag;
     if (state->epoll < 0 || state->event < 0 ||
         ::epoll_ctl(state->epoll, EPOLL_CTL_ADD, state->event, &interest) != 0)
@@ -437,9 +437,7 @@ Result<void> Poller::wait(int timeout_ms, std::vector<PollEvent>* events) {
     return {};
 }
 
-void Poller::wake() {
-    [[maybe_unused]] auto sent = ::write(state_->ends[1], "", 1);
-}
+void Poller::wake() { [[maybe_unused]] auto sent = ::write(state_->ends[1], "", 1); }
 
 #else  // poll: Windows, and whatever else there is
 
@@ -475,7 +473,7 @@ bool net_open_self(NetHandle* handle) {
 struct Poller::State {
     NetHandle self = net_native(Socket::none);
     std::vector<NetPollEntry> entries;
-    std::vector<uint64_t>     tags;
+    std::vector<uint64_t> tags;
     std::unordered_map<uintptr_t, size_t> places;
     ~State() {
         if (static_cast<uintptr_t>(self) != Socket::none) net_close(self);
@@ -486,7 +484,7 @@ Result<Poller> Poller::open() {
     auto state = std::make_unique<State>();
     if (!net_open_self(&state->self)) return net_error("cannot watch sockets");
     NetPollEntry entry = {};
-    entry.fd     = state->self;
+    entry.fd = state->self;
     entry.events = POLLIN;
     state->entries.push_back(entry);
     state->tags.push_back(wake_tag);
@@ -501,7 +499,7 @@ Result<void> Poller::set(const Socket& socket, uint64_t tag, unsigned interest) 
     }
     const size_t place = found.first->second;
     NetPollEntry& entry = state_->entries[place];
-    entry.fd     = net_native(socket.handle());
+    entry.fd = net_native(socket.handle());
     entry.events = static_cast<short>(((interest & poll_read) ? POLLIN : 0) |
                                       ((interest & poll_write) ? POLLOUT : 0));
     state_->tags[place] = tag;

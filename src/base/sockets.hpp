@@ -21,9 +21,9 @@ namespace detail {
 
 /// An IP address and a TCP port. IPv4 is held as ::ffff:a.b.c.d.
 struct NetAddress {
-    uint8_t  ip[16] = {};
-    uint16_t port   = 0;
-    bool     v4     = false;
+    uint8_t ip[16] = {};
+    uint16_t port = 0;
+    bool v4 = false;
 
     /// "127.0.0.1", "::1", "[::1]" or "localhost" (which is 127.0.0.1); anything else is an Error.
     static Result<NetAddress> parse(std::string_view host, uint16_t port);
@@ -38,7 +38,7 @@ enum class IoStatus : uint8_t { done, again, closed, full, failed };
 
 struct IoResult {
     IoStatus status = IoStatus::failed;
-    size_t   bytes  = 0;  ///< > 0 when done; `closed` is the peer's end of stream, or a reset
+    size_t bytes = 0;  ///< > 0 when done; `closed` is the peer's end of stream, or a reset
 };
 
 /// A non-blocking TCP socket that closes itself. Threads: one at a time.
@@ -73,10 +73,10 @@ private:
 };
 
 struct PollEvent {
-    uint64_t tag      = 0;
-    bool     readable = false;  ///< bytes, an end of stream or an error wait to be read
-    bool     writable = false;
-    bool     hangup   = false;  ///< the peer sends no more, or is gone
+    uint64_t tag = 0;
+    bool readable = false;  ///< bytes, an end of stream or an error wait to be read
+    bool writable = false;
+    bool hangup = false;  ///< the peer sends no more, or is gone
 };
 
 /// What a socket is watched for. poll_hangup tells an end of stream behind bytes that nobody reads

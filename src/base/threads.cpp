@@ -26,7 +26,7 @@ namespace {
 struct ThreadStart {
     void (*function)(void*);
     void* context;
-    char  name[16];  // Linux takes 15 bytes and the NUL
+    char name[16];  // Linux takes 15 bytes and the NUL
 };
 
 void run_thread(void* start) {
@@ -174,8 +174,8 @@ constexpr uint64_t wait_limit_ns = 1'000'000'000;  // a sleeper looks at its wor
 namespace {
 // Windows 8 has them in a library that mingw and older projects do not link.
 struct AddressWait {
-    BOOL (WINAPI* wait)(volatile void*, void*, SIZE_T, DWORD) = nullptr;
-    void (WINAPI* wake_all)(void*) = nullptr;
+    BOOL(WINAPI* wait)(volatile void*, void*, SIZE_T, DWORD) = nullptr;
+    void(WINAPI* wake_all)(void*) = nullptr;
 };
 
 const AddressWait& address_wait() {
@@ -231,8 +231,8 @@ void wait_on(const std::atomic<uint32_t>* word, uint32_t expected, uint64_t time
 }
 
 void wake(const std::atomic<uint32_t>* word) {
-    __ulock_wake(ulock_compare_and_wait | ulock_wake_all,
-                 const_cast<std::atomic<uint32_t>*>(word), 0);
+    __ulock_wake(ulock_compare_and_wait | ulock_wake_all, const_cast<std::atomic<uint32_t>*>(word),
+                 0);
 }
 
 #else

@@ -119,8 +119,8 @@ void Engine::State::build_batch(uint64_t budget_ns) {
     uint32_t wanted = 0;
     for (const SequencePtr& sequence : running) add_rows(*sequence, &wanted);
     batch_ns = 0;
-    auto begun =
-        backend->begin(batch);  // a batch that it refuses is our mistake: advance() fails too
+    auto begun = backend->begin(
+        batch);  // a batch that it refuses is our mistake: advance() fails too
     if (!begun) options.log(LogLevel::error, begun.error().message);
 }
 
@@ -142,9 +142,8 @@ void Engine::State::count_drafts(detail::Sequence& sequence, uint32_t drafted, u
     sequence.credit = std::min(credit, 2 * detail::kMaxDraft * unit);
     if (drafted == 0) return;
     sequence.credit -= std::min(sequence.credit, (drafted - accepted) * unit);
-    sequence.draft_most = accepted == drafted
-                              ? std::min(2 * sequence.draft_most, detail::kMaxDraft)
-                              : std::max(accepted, detail::kLeastDraft);
+    sequence.draft_most = accepted == drafted ? std::min(2 * sequence.draft_most, detail::kMaxDraft)
+                                              : std::max(accepted, detail::kLeastDraft);
     const std::lock_guard<std::mutex> lock(mutex);
     counts.drafted_tokens += drafted;
     counts.accepted_tokens += accepted;

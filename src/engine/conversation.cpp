@@ -29,20 +29,37 @@ namespace detail {
 namespace {
 
 // The fields of `settings` that are numbers.
-constexpr struct { const char* key; std::optional<double> Request::*field; } saved_numbers[] = {
-    {"temperature", &Request::temperature}, {"top_p", &Request::top_p}, {"min_p", &Request::min_p},
+constexpr struct {
+    const char* key;
+    std::optional<double> Request::*field;
+} saved_numbers[] = {
+    {"temperature", &Request::temperature},
+    {"top_p", &Request::top_p},
+    {"min_p", &Request::min_p},
 };
-constexpr struct { const char* key; double Request::*field; } saved_penalties[] = {
+constexpr struct {
+    const char* key;
+    double Request::*field;
+} saved_penalties[] = {
     {"presence_penalty", &Request::presence_penalty},
     {"frequency_penalty", &Request::frequency_penalty},
     {"repetition_penalty", &Request::repetition_penalty},
 };
-constexpr struct { const char* key; std::optional<uint32_t> Request::*field; } saved_counts[] = {
-    {"max_output_tokens", &Request::max_output_tokens}, {"top_k", &Request::top_k},
+constexpr struct {
+    const char* key;
+    std::optional<uint32_t> Request::*field;
+} saved_counts[] = {
+    {"max_output_tokens", &Request::max_output_tokens},
+    {"top_k", &Request::top_k},
 };
-constexpr struct { const char* key; std::string Request::*field; } saved_texts[] = {
-    {"model", &Request::model}, {"instructions", &Request::instructions},
-    {"organisation", &Request::organisation}, {"prompt_cache_key", &Request::prompt_cache_key},
+constexpr struct {
+    const char* key;
+    std::string Request::*field;
+} saved_texts[] = {
+    {"model", &Request::model},
+    {"instructions", &Request::instructions},
+    {"organisation", &Request::organisation},
+    {"prompt_cache_key", &Request::prompt_cache_key},
 };
 
 Json settings_json(const Request& from) {
@@ -69,7 +86,8 @@ Request read_settings(const Json& from) {
     for (const auto& [key, field] : saved_numbers)
         if (const Json* value = from.find(key)) out.*field = value->as_double();
     for (const auto& [key, field] : saved_counts)
-        if (const Json* value = from.find(key)) out.*field = static_cast<uint32_t>(value->as_uint());
+        if (const Json* value = from.find(key))
+            out.*field = static_cast<uint32_t>(value->as_uint());
     for (const auto& [key, field] : saved_penalties) out.*field = from[key].as_double(out.*field);
     for (const auto& [key, field] : saved_texts) out.*field = from[key].as_string();
     for (const Json& text : from["stop"].items()) out.stop.emplace_back(text.as_string());
@@ -95,7 +113,8 @@ Json item_json(const Item& item) {
         .push(std::move(parts));
 }
 
-template <class Kind> Kind read_kind(const Json& from, Kind last) {
+template <class Kind>
+Kind read_kind(const Json& from, Kind last) {
     return static_cast<Kind>(std::min<uint64_t>(from.as_uint(), static_cast<uint64_t>(last)));
 }
 
@@ -107,8 +126,8 @@ Item read_item(const Json& from) {
     out.name = from[3].as_string();
     out.arguments = from[4].as_string();
     for (const Json& part : from[5].items())
-        out.content.push_back({read_kind(part[0], ContentPart::Kind::refusal),
-                               std::string(part[1].as_string())});
+        out.content.push_back(
+            {read_kind(part[0], ContentPart::Kind::refusal), std::string(part[1].as_string())});
     return out;
 }
 
@@ -121,13 +140,13 @@ Error conversation_busy_error() {
 }  // namespace detail
 
 struct Conversation::State {
-    Engine::State*    engine = nullptr;
-    Request           settings;      // its input is items
+    Engine::State* engine = nullptr;
+    Request settings;  // its input is items
     std::vector<Item> items;
-    WhenFull          when_full = WhenFull::refuse;
-    size_t            fixed     = 0;  // of items: said before the first turn
-    uint32_t          forgotten = 0;  // turns
-    std::string       salt;           // of its pages' keys, if they came from bytes: see restore()
+    WhenFull when_full = WhenFull::refuse;
+    size_t fixed = 0;        // of items: said before the first turn
+    uint32_t forgotten = 0;  // turns
+    std::string salt;        // of its pages' keys, if they came from bytes: see restore()
     std::shared_ptr<detail::Mailbox> reply;  // of the turn under way
 
     bool settle();
@@ -287,8 +306,7 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     const detail::SaveHeader& here = *made;
     detail::SaveHeader header;
     uint32_t sum = 0;
-    if (saved.size() < sizeof header + sizeof sum)
-        return refuse(ErrorKind::bad_data, "too short");
+    if (saved.size() < sizeof header + sizeof sum) return refuse(ErrorKind::bad_data, "too short");
     std::memcpy(&header, saved.data(), sizeof header);
     if (std::memcmp(header.magic, here.magic, sizeof header.magic) != 0)
         return refuse(ErrorKind::bad_data, "this is none");
@@ -297,7 +315,8 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     const auto body = saved.subspan(sizeof header, saved.size() - sizeof header - sizeof sum);
     std::memcpy(&sum, saved.data() + saved.size() - sizeof sum, sizeof sum);
     uint64_t page_bytes;
-    if (detail::crc32c(saved.data(), saved.size() - sizeof sum) != sum || header.json_bytes > body.size() ||
+    if (detail::crc32c(saved.data(), saved.size() - sizeof sum) != sum ||
+        header.json_bytes > body.size() ||
         detail::mul_overflows(header.pages, header.page_bytes, &page_bytes) ||
         page_bytes != body.size() - header.json_bytes)
         return refuse(ErrorKind::bad_data, "damaged");

@@ -64,7 +64,8 @@ Result<detail::SaveHeader> Engine::State::save_header() {
 }
 
 // Makes the cache know these pages, as many as there is room for.
-void Engine::State::import_pages(std::span<const detail::Hash256> keys, std::span<const std::byte> bytes) {
+void Engine::State::import_pages(std::span<const detail::Hash256> keys,
+                                 std::span<const std::byte> bytes) {
     const size_t size = backend->page_bytes(), count = std::min(keys.size(), bytes.size() / size);
     std::vector<uint32_t> pages;
     for (size_t i = 0; i < count; ++i) {

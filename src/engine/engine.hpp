@@ -26,41 +26,43 @@ inline namespace v1 {
 
 /// What an engine is made of. What a caller types first stands first.
 struct EngineOptions {
-    std::string  model_path     = {};   ///< a GGUF file (the first of a split one)
+    std::string model_path = {};            ///< a GGUF file (the first of a split one)
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
-    std::string  model_id       = {};   ///< default: the file's general.name, else the file's name
+    std::string model_id = {};    ///< default: the file's general.name, else the file's name
     uint32_t context_tokens = 0;  ///< positions a request may use; 0: the model's, at most 8,192
     int threads = -1;             ///< helpers beside the caller; -1: physical cores - 1; 0: none.
                                   ///< Single tokens use as many of them as are fastest, found by
                                   ///< trying: small models one
-    Precision    precision      = Precision::fast;
-    KvType       kv_type        = KvType::f16;
-    uint32_t     max_queued     = 1000; ///< waiting requests; past it `overloaded`
-    uint32_t     step_tokens    = 512;  ///< prompt tokens a batch at most, of all requests
+    Precision precision = Precision::fast;
+    KvType kv_type = KvType::f16;
+    uint32_t max_queued = 1000;  ///< waiting requests; past it `overloaded`
+    uint32_t step_tokens = 512;  ///< prompt tokens a batch at most, of all requests
     std::span<const std::byte> model_bytes =
-        {};                             ///< instead of a path; borrowed for the engine's life
-    GgufReader   model_reader   = {};   ///< instead of a path
-    std::string  chat_template  = {};   ///< instead of the file's own
-    ParallelFor  parallel_for   = nullptr;  ///< the host's job system instead of own threads
-    void*        parallel_for_host = nullptr;
-    LogSink      log            = {};
-    uint32_t     max_running    = 16;   ///< requests computed side by side
-    uint64_t     memory_limit   = 0;    ///< bytes of all that memory_plan() counts; what weights
-                                        ///< and scratch leave is for keys and values. 0: keys and
-                                        ///< values of two full contexts (of a model whose layers
-                                        ///< all have windows: of these and a batch)
-    uint32_t     page_tokens    = 16;   ///< positions a page of keys and values, a multiple of 16
-    bool         prefix_cache   = true; ///< keep what was computed for requests that begin alike
-    bool         share_prefixes = false;  ///< among organisations too: for a single tenant
-    uint32_t     standard_target_ms = 60'000;   ///< after this wait standard counts as asap
-    uint32_t     flex_target_ms     = 300'000;  ///< after this wait flex counts as standard
+        {};                              ///< instead of a path; borrowed for the engine's life
+    GgufReader model_reader = {};        ///< instead of a path
+    std::string chat_template = {};      ///< instead of the file's own
+    ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
+    void* parallel_for_host = nullptr;
+    LogSink log = {};
+    uint32_t max_running = 16;    ///< requests computed side by side
+    uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights
+                                  ///< and scratch leave is for keys and values. 0: keys and
+                                  ///< values of two full contexts (of a model whose layers
+                                  ///< all have windows: of these and a batch)
+    uint32_t page_tokens = 16;    ///< positions a page of keys and values, a multiple of 16
+    bool prefix_cache = true;     ///< keep what was computed for requests that begin alike
+    bool share_prefixes = false;  ///< among organisations too: for a single tenant
+    uint32_t standard_target_ms = 60'000;  ///< after this wait standard counts as asap
+    uint32_t flex_target_ms = 300'000;     ///< after this wait flex counts as standard
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};  ///< served here
-    bool         speculation    = true; ///< guess tokens that the text had before and verify the
-                                        ///< guesses: faster where it repeats, the same answer
-    Weights      weights        = Weights::packed;
+    bool speculation = true;  ///< guess tokens that the text had before and verify the
+                              ///< guesses: faster where it repeats, the same answer
+    Weights weights = Weights::packed;
 };
 
-namespace detail { struct Mailbox; }
+namespace detail {
+struct Mailbox;
+}
 
 /// The handle of one request. Movable; may outlive the Engine (then finished with `engine_closed`).
 /// Dropping it cancels the request unless detach()ed. One made by hand is finished, with nothing.
@@ -78,11 +80,11 @@ public:
     /// Waits for the end while somebody else steps (start(), another thread); false after
     /// timeout_ms (-1: no limit). Events stay to be polled.
     bool wait(int64_t timeout_ms = -1);
-    bool finished() const;        ///< the outcome is there; events may be left to poll
+    bool finished() const;  ///< the outcome is there; events may be left to poll
     /// The outcome; only once finished(). Valid while the Reply lives.
     const Outcome& outcome() const;
-    void cancel();                ///< at the next step; what came so far stays
-    void detach();                ///< dropping this handle no longer cancels
+    void cancel();  ///< at the next step; what came so far stays
+    void detach();  ///< dropping this handle no longer cancels
     const std::string& id() const;
 
 private:
@@ -121,7 +123,7 @@ public:
     Result<void> start();
     void stop();  ///< returns when the thread has ended; unfinished requests stay
 
-    bool  is_loaded() const;
+    bool is_loaded() const;
     float load_progress() const;  ///< 0..1
     const ModelSpec& spec() const;
     const Tokenizer& tokenizer() const;

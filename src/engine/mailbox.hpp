@@ -1,8 +1,8 @@
 #pragma once
 
+#include "base/internal.hpp"
 #include "engine/engine.hpp"
 #include "engine/limits.hpp"
-#include "base/internal.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -22,7 +22,7 @@ namespace detail {
 
 struct Doorbell {
     std::atomic<uint32_t> rings{0};
-    std::atomic<bool>     cancels{false};  // some reply was cancelled since the engine last looked
+    std::atomic<bool> cancels{false};  // some reply was cancelled since the engine last looked
     void ring() {
         rings.fetch_add(1, std::memory_order_release);
         wake(&rings);
@@ -34,15 +34,15 @@ struct Doorbell {
 struct Mailbox {
     std::string id;
     std::shared_ptr<Doorbell> doorbell;
-    bool        detached = false;                // the handle's
-    std::atomic<bool>     cancelled{false};
-    std::atomic<uint32_t> finished{0};           // wait() sleeps on it
+    bool detached = false;  // the handle's
+    std::atomic<bool> cancelled{false};
+    std::atomic<uint32_t> finished{0};  // wait() sleeps on it
 
-    std::mutex  mutex;                           // guards what follows
-    bool        hungry = true;                   // poll found nothing: the next event is announced
-    bool        start_pending = false, finish_taken = false;
-    std::string text;                            // not polled yet
-    std::vector<TokenLogprob> logprobs;          // the same
+    std::mutex mutex;    // guards what follows
+    bool hungry = true;  // poll found nothing: the next event is announced
+    bool start_pending = false, finish_taken = false;
+    std::string text;                    // not polled yet
+    std::vector<TokenLogprob> logprobs;  // the same
     std::shared_ptr<const Outcome> outcome;
 
     // Each returns whether to announce that there are events.
@@ -52,8 +52,12 @@ struct Mailbox {
             text.reserve(most_text);
         });
     }
-    bool put_text(std::string_view more) { return put([&] { text += more; }); }
-    bool put_logprob(const TokenLogprob& one) { return put([&] { logprobs.push_back(one); }); }
+    bool put_text(std::string_view more) {
+        return put([&] { text += more; });
+    }
+    bool put_logprob(const TokenLogprob& one) {
+        return put([&] { logprobs.push_back(one); });
+    }
     bool put_outcome(Outcome end) {
         auto shared = std::make_shared<const Outcome>(std::move(end));
         const bool announce = put([&] { outcome = std::move(shared); });
@@ -61,7 +65,8 @@ struct Mailbox {
         wake(&finished);
         return announce;
     }
-    template <class Change> bool put(Change change) {
+    template <class Change>
+    bool put(Change change) {
         const std::lock_guard<std::mutex> lock(mutex);
         change();
         return std::exchange(hungry, false);

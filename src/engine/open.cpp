@@ -25,7 +25,11 @@ namespace {
 // The file's own recommendation, as far as it is there.
 Result<SamplerOptions> read_sampling(const Gguf& gguf) {
     SamplerOptions out;
-    const struct { const char* key; double* value; double high; } keys[] = {
+    const struct {
+        const char* key;
+        double* value;
+        double high;
+    } keys[] = {
         {"general.sampling.temp", &out.temperature, 2},
         {"general.sampling.top_p", &out.top_p, 1},
         {"general.sampling.min_p", &out.min_p, 1},
@@ -59,7 +63,10 @@ uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec) {
 }
 
 Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec) {
-    const struct { const char* field; uint32_t value, most; } ranges[] = {
+    const struct {
+        const char* field;
+        uint32_t value, most;
+    } ranges[] = {
         {"context_tokens", choose_context(options, spec), spec.n_context},
         {"step_tokens", options.step_tokens, kMaxStepTokens},
         {"max_running", options.max_running, kMaxRunning},
@@ -100,8 +107,7 @@ Result<Hash256> fingerprint(const Gguf& gguf) {
 
 // As many pages as memory_limit leaves room for: at least what one context needs.
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
-                                              const ModelSpec& spec,
-                                              const ModelTensors& tensors) {
+                                              const ModelSpec& spec, const ModelTensors& tensors) {
     auto good = check_engine_options(options, spec);
     if (!good) return good.error();
     const uint32_t context = choose_context(options, spec);
@@ -110,13 +116,12 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.kv_type = options.kv_type;
     out.weights = options.weights;
     out.page_tokens = options.page_tokens;
-    const uint64_t least = count_held_pages(
-        context, count_window_pages(spec, options.page_tokens), std::min(options.step_tokens, context),
-        options.page_tokens);
+    const uint64_t least = count_held_pages(context, count_window_pages(spec, options.page_tokens),
+                                            std::min(options.step_tokens, context),
+                                            options.page_tokens);
     out.kv_pages = static_cast<uint32_t>(least);
     out.max_positions = context;
-    out.max_logit_rows =
-        std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
+    out.max_logit_rows = std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
     out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
@@ -184,8 +189,8 @@ Result<void> Engine::State::open(const EngineOptions& from) {
     tensors = std::move(*bound);
     auto source = gguf.get_string("tokenizer.chat_template", "");
     if (!source) return source.error();
-    const std::string text =
-        options.chat_template.empty() ? std::string(*source) : options.chat_template;
+    const std::string text = options.chat_template.empty() ? std::string(*source)
+                                                           : options.chat_template;
     auto words = Tokenizer::open(gguf, text);
     if (!words) return words.error();
     tokenizer = std::move(*words);

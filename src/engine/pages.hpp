@@ -36,12 +36,12 @@ public:
 
 private:
     struct Page {
-        Hash256  key;
+        Hash256 key;
         uint64_t group = 0;
         uint32_t users = 0;
-        uint32_t next  = none;           // in its bucket
-        uint32_t older = 0, newer = 0;   // among the unused
-        bool     keyed = false;
+        uint32_t next = none;           // in its bucket
+        uint32_t older = 0, newer = 0;  // among the unused
+        bool keyed = false;
     };
     uint32_t& bucket(const Hash256& key) {
         uint32_t bits;
@@ -52,7 +52,7 @@ private:
     void unlink(uint32_t page);
     void forget_key(uint32_t page);
 
-    std::vector<Page>     pages_;  // the last one is both ends of the list of unused ones
+    std::vector<Page> pages_;  // the last one is both ends of the list of unused ones
     std::vector<uint32_t> buckets_;
     uint32_t unused_ = 0, cached_ = 0, shared_ = 0;
 };

@@ -35,7 +35,11 @@ Result<void> check_request(const Request& request) {
     if (request.top_logprobs > kMaxLogprobs)
         return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
                                                    request.top_logprobs, kMaxLogprobs));
-    const struct { const char* field; std::optional<double> value; double low, high; } ranges[] = {
+    const struct {
+        const char* field;
+        std::optional<double> value;
+        double low, high;
+    } ranges[] = {
         {"temperature", request.temperature, 0, 2},
         {"top_p", request.top_p, 0, 1},
         {"min_p", request.min_p, 0, 1},
@@ -46,12 +50,13 @@ Result<void> check_request(const Request& request) {
     for (const auto& [field, value, low, high] : ranges)
         if (auto good = check_range(field, value, low, high); !good) return good;
     if (request.stop.size() > kMaxStops)
-        return refuse_field("stop", format("stop: %zu strings are more than %zu",
-                                           request.stop.size(), kMaxStops));
+        return refuse_field(
+            "stop", format("stop: %zu strings are more than %zu", request.stop.size(), kMaxStops));
     for (const std::string& stop : request.stop)
         if (stop.empty() || stop.size() > kMaxStopBytes || !utf8_valid(stop))
             return refuse_field("stop", format("stop: a string has %zu bytes or is not UTF-8; "
-                                               "1..%zu are allowed", stop.size(), kMaxStopBytes));
+                                               "1..%zu are allowed",
+                                               stop.size(), kMaxStopBytes));
     return {};
 }
 

@@ -19,9 +19,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-namespace {
-
-}  // namespace
+namespace {}  // namespace
 
 // How urgent, 0 before 1 before 2. Only waiting makes a request more urgent: one that runs for long
 // still gives way.
@@ -220,8 +218,7 @@ void Engine::State::compute(uint64_t deadline_ns) {
         counts.batch_rows += batch.size();
     } else {
         for (const SequencePtr& sequence : running)
-            if (sequence->rows && !sequence->over)
-                finish(*sequence, Status::failed, done.error());
+            if (sequence->rows && !sequence->over) finish(*sequence, Status::failed, done.error());
     }
     batch.clear();
 }

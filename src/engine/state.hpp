@@ -1,12 +1,12 @@
 #pragma once
 
+#include "backend/internal.hpp"
+#include "digest_internal.hpp"
 #include "engine/limits.hpp"
 #include "engine/mailbox.hpp"
 #include "engine/pages.hpp"
-#include "backend/internal.hpp"
 #include "sampler_internal.hpp"
 #include "template/template.hpp"
-#include "digest_internal.hpp"
 #include "unicode_internal.hpp"
 
 #include <atomic>
@@ -43,9 +43,9 @@ private:
 };
 
 struct SaveHeader {
-    char     magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
+    char magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
     uint32_t version = 2, numerics = kNumerics;
-    Hash256  model;
+    Hash256 model;
     uint32_t precision = 0, kv_type = 0, page_tokens = 0;
     uint32_t first_page = 0, pages = 0, unused = 0;
     uint64_t page_bytes = 0, json_bytes = 0;
@@ -56,52 +56,52 @@ static_assert(sizeof(SaveHeader) == 88 && std::is_trivially_copyable_v<SaveHeade
 
 // What prepare() found out; becomes a Sequence.
 struct PreparedPrompt final : Prepared {
-    std::vector<Token>   tokens;
-    std::vector<Hash256> page_keys;   // of the prompt's full pages
-    Hash256        root;              // the key that stands before the first page's
-    uint64_t       group = 0;         // of prompt_cache_key; 0: none
-    std::string    organisation;
-    Window         window = Window::standard;
+    std::vector<Token> tokens;
+    std::vector<Hash256> page_keys;  // of the prompt's full pages
+    Hash256 root;                    // the key that stands before the first page's
+    uint64_t group = 0;              // of prompt_cache_key; 0: none
+    std::string organisation;
+    Window window = Window::standard;
     SamplerOptions sampling;
-    uint32_t       max_output   = 0;
-    bool           logprobs     = false;
-    uint32_t       top_logprobs = 0;
+    uint32_t max_output = 0;
+    bool logprobs = false;
+    uint32_t top_logprobs = 0;
     std::vector<std::string> stop;
 };
 
 // Organisations take turns: the one served longest ago is next.
 struct Turn {
-    uint64_t served  = 0;
+    uint64_t served = 0;
     uint32_t members = 0;  // requests that wait or run
 };
 
 inline constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
 
 struct Sequence {
-    std::shared_ptr<Mailbox>        reply;
+    std::shared_ptr<Mailbox> reply;
     std::unique_ptr<PreparedPrompt> prompt;
-    std::vector<Token>    tokens;           // the prompt and what was drawn
-    uint32_t              computed = 0;     // positions whose keys and values are there
-    uint32_t              reached  = 0;     // the most that it ever was: what is beyond counts as
-                                            // cached when the cache has it
-    uint32_t              rows     = 0;     // in the batch under way
-    int32_t               logits   = -1;    // the first of the batch's that are for it, if any
-    Token                 draft[kMaxDraft]; // the last of its rows: guesses of what comes next
-    uint32_t              drafted  = 0;
-    uint32_t              draft_most = kFirstDraft;   // follows what is accepted
-    uint32_t              credit   = 0;     // for wasted rows, in 1 / kDraftCredit
+    std::vector<Token> tokens;  // the prompt and what was drawn
+    uint32_t computed = 0;      // positions whose keys and values are there
+    uint32_t reached = 0;       // the most that it ever was: what is beyond counts as
+                                // cached when the cache has it
+    uint32_t rows = 0;          // in the batch under way
+    int32_t logits = -1;        // the first of the batch's that are for it, if any
+    Token draft[kMaxDraft];     // the last of its rows: guesses of what comes next
+    uint32_t drafted = 0;
+    uint32_t draft_most = kFirstDraft;  // follows what is accepted
+    uint32_t credit = 0;                // for wasted rows, in 1 / kDraftCredit
     std::vector<uint32_t> pages;
-    uint32_t              passed   = 0;     // of them, given back: no window reaches there any more
-    std::vector<Hash256>  page_keys;        // of the pages that its tokens fill, when needed
-    uint32_t              kept     = 0;     // pages that the cache knows
-    bool                  over     = false; // its reply has the end; its pages are still taken
+    uint32_t passed = 0;             // of them, given back: no window reaches there any more
+    std::vector<Hash256> page_keys;  // of the pages that its tokens fill, when needed
+    uint32_t kept = 0;               // pages that the cache knows
+    bool over = false;               // its reply has the end; its pages are still taken
     std::unordered_map<std::string, Turn>::value_type* turn = nullptr;
-    uint64_t    ticket = 0;                 // order of arrival
-    uint32_t    rank   = 0;                 // 0 first; see rank_of
-    Sampler     sampler;
+    uint64_t ticket = 0;  // order of arrival
+    uint32_t rank = 0;    // 0 first; see rank_of
+    Sampler sampler;
     Detokenizer detokenizer;
-    std::string held;                       // text that may begin a stop string
-    Outcome     outcome;
+    std::string held;  // text that may begin a stop string
+    Outcome outcome;
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
     uint64_t waiting_ns = queued_ns, waited_ns = 0;  // since when it waits; how long before
 
@@ -124,8 +124,7 @@ uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
 uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
                           uint32_t page_tokens);
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
-                                              const ModelSpec& spec,
-                                              const ModelTensors& tensors);
+                                              const ModelSpec& spec, const ModelTensors& tensors);
 Result<Hash256> fingerprint(const Gguf& gguf);
 
 Result<std::string> draw_response_id();
@@ -152,47 +151,47 @@ struct Engine::State final : Responder {
     using SequencePtr = std::unique_ptr<detail::Sequence>;
 
     // Set by open(), then constant.
-    EngineOptions  options;
-    Gguf           gguf;
-    ModelSpec      spec;
-    ModelTensors   tensors;
-    ModelInfo      info;
-    uint32_t       context = 0, step_tokens = 0, max_logit_rows = 0;
-    uint32_t       window_pages = 0;       // full pages that a row may see; UINT32_MAX: all
-    detail::SamplerOptions      sampling;  // where a request says nothing
-    std::optional<Tokenizer>    tokenizer;
+    EngineOptions options;
+    Gguf gguf;
+    ModelSpec spec;
+    ModelTensors tensors;
+    ModelInfo info;
+    uint32_t context = 0, step_tokens = 0, max_logit_rows = 0;
+    uint32_t window_pages = 0;        // full pages that a row may see; UINT32_MAX: all
+    detail::SamplerOptions sampling;  // where a request says nothing
+    std::optional<Tokenizer> tokenizer;
     std::optional<ChatTemplate> chat_template;
     std::shared_ptr<detail::Doorbell> doorbell = std::make_shared<detail::Doorbell>();
 
     // Of whoever steps.
     std::unique_ptr<detail::Backend> backend;
-    std::vector<SequencePtr>         waiting, running;
-    std::vector<detail::BatchRow>    batch;        // under way unless empty
-    size_t                           untaken = 0;  // last of running, with logits of a done batch
-    detail::PagePool                 pool;
+    std::vector<SequencePtr> waiting, running;
+    std::vector<detail::BatchRow> batch;  // under way unless empty
+    size_t untaken = 0;                   // last of running, with logits of a done batch
+    detail::PagePool pool;
     std::unordered_map<std::string, detail::Turn> turns;  // of those that wait or run
     uint64_t serve_clock = 0, ticket_clock = 0;
-    uint64_t batch_ns = 0, row_ns = 0;             // spent on the batch; a row takes, about
-    std::pair<Token, float>          top[detail::kMaxLogprobs];
-    std::atomic<bool>  loaded{false}, stepping{false};
+    uint64_t batch_ns = 0, row_ns = 0;  // spent on the batch; a row takes, about
+    std::pair<Token, float> top[detail::kMaxLogprobs];
+    std::atomic<bool> loaded{false}, stepping{false};
     std::atomic<float> progress{0};
-    std::optional<Error> failure;            // nothing works any more
+    std::optional<Error> failure;                      // nothing works any more
     std::optional<detail::Hash256> model_fingerprint;  // once asked for
-    detail::Thread     thread;
-    std::atomic<bool>  stop_asked{false};
+    detail::Thread thread;
+    std::atomic<bool> stop_asked{false};
 
-    mutable std::mutex      mutex;           // guards what follows
+    mutable std::mutex mutex;  // guards what follows
     std::vector<SequencePtr> arrivals;
-    uint32_t                waiting_count = 0;  // waiting.size()
-    bool                    closed = false;
-    ResponderStats          counts;             // all but queued
+    uint32_t waiting_count = 0;  // waiting.size()
+    bool closed = false;
+    ResponderStats counts;                              // all but queued
     std::unordered_map<std::string, MailboxPtr> by_id;  // those submitted through Responder
 
-    std::mutex              listener_mutex;
+    std::mutex listener_mutex;
     std::condition_variable listener_idle;
     void (*listener)(void* context, const std::string& id) = nullptr;
-    void*                   listener_context = nullptr;
-    uint32_t                listener_calls = 0;
+    void* listener_context = nullptr;
+    uint32_t listener_calls = 0;
 
     ~State() override;
     Result<void> open(const EngineOptions& from);

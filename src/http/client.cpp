@@ -35,8 +35,7 @@ Result<std::string> http_render_call(const HttpCall& call, const NetAddress& add
         if (!http_field_ok(field)) return refuse("a header field holds invalid characters");
     std::string out;
     http_append(&out, {call.method, " ", call.target, " HTTP/1.1\r\nConnection: close\r\n"});
-    if (!find_header(call.headers, "Host"))
-        http_append(&out, {"Host: ", address.text(), "\r\n"});
+    if (!find_header(call.headers, "Host")) http_append(&out, {"Host: ", address.text(), "\r\n"});
     if (!call.body.empty() || call.method == "POST" || call.method == "PUT")
         http_append(&out, {"Content-Length: ", std::to_string(call.body.size()), "\r\n"});
     http_append_fields(&out, call.headers);
@@ -49,11 +48,11 @@ struct HttpExchange {
         : call(given), head(rendered), parser(limits, HttpParser::Side::reply) {
         if (call.method == "HEAD") parser.expect_no_body();
     }
-    const HttpCall&  call;
+    const HttpCall& call;
     std::string_view head;
-    HttpParser       parser;
-    size_t           sent      = 0;
-    bool             connected = false;
+    HttpParser parser;
+    size_t sent = 0;
+    bool connected = false;
 
     size_t unsent() const { return head.size() + call.body.size() - sent; }
 
@@ -134,16 +133,16 @@ Result<HttpReply> http_call(const HttpCall& call) {
         }
         if (!events[0].readable) continue;
         switch (exchange.read(*socket)) {
-        case HttpParser::Event::complete: {
-            HttpRequest& message = exchange.parser.message;
-            return HttpReply{exchange.parser.status(), std::move(message.headers),
-                             std::move(message.body), true};
-        }
-        case HttpParser::Event::fault:
-            return make_error(
-                exchange.parser.status() == 413 ? ErrorKind::too_large : ErrorKind::bad_data,
-                "reply from " + address->text() + ": " + std::string(exchange.parser.reason()));
-        default: break;
+            case HttpParser::Event::complete: {
+                HttpRequest& message = exchange.parser.message;
+                return HttpReply{exchange.parser.status(), std::move(message.headers),
+                                 std::move(message.body), true};
+            }
+            case HttpParser::Event::fault:
+                return make_error(
+                    exchange.parser.status() == 413 ? ErrorKind::too_large : ErrorKind::bad_data,
+                    "reply from " + address->text() + ": " + std::string(exchange.parser.reason()));
+            default: break;
         }
     }
 }

@@ -22,22 +22,22 @@ using HttpHeaders = std::vector<std::pair<std::string, std::string>>;
 
 /// A reply, sent or received. The server adds Date, Content-Length and Connection by itself.
 struct HttpReply {
-    int         status = 200;
+    int status = 200;
     HttpHeaders headers;
     std::string body;
-    bool        close = false;  ///< end the connection after this reply
+    bool close = false;  ///< end the connection after this reply
 };
 
 /// One request of the blocking client.
 struct HttpCall {
-    std::string host    = "127.0.0.1";  ///< a numeric address or "localhost"
-    uint16_t    port    = 80;
-    std::string method  = "GET";
-    std::string target  = "/";
+    std::string host = "127.0.0.1";  ///< a numeric address or "localhost"
+    uint16_t port = 80;
+    std::string method = "GET";
+    std::string target = "/";
     HttpHeaders headers = {};
-    std::string body    = {};
-    int         timeout_ms      = 600'000;              ///< for the whole call
-    uint64_t    max_reply_bytes = uint64_t{64} << 20;
+    std::string body = {};
+    int timeout_ms = 600'000;  ///< for the whole call
+    uint64_t max_reply_bytes = uint64_t{64} << 20;
 };
 
 /// Sends one request on a connection of its own and waits for the whole reply, whatever its status.

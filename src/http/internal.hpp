@@ -1,7 +1,7 @@
 #pragma once
 
-#include "http/http.hpp"
 #include "base/sockets.hpp"
+#include "http/http.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -21,19 +21,19 @@ size_t count_headers(const HttpHeaders& headers, std::string_view name);
 /// A parsed request. Strings are as sent unless said otherwise.
 struct HttpRequest {
     std::string method;
-    std::string target;   ///< origin form, "/path?query", or "*"; absolute form is brought to it
-    std::string host;     ///< "name" or "name:port", lower case; empty only under HTTP/1.0
+    std::string target;  ///< origin form, "/path?query", or "*"; absolute form is brought to it
+    std::string host;    ///< "name" or "name:port", lower case; empty only under HTTP/1.0
     HttpHeaders headers;
     std::string body;
-    NetAddress  peer;
-    uint64_t    exchange = 0;  ///< names this request until it is answered; never used twice
-    uint64_t    max_body = 0;  ///< on_head may change it; a longer body is refused with 413
-    uint64_t    tag      = 0;  ///< the handler's own, kept from on_head to on_request
+    NetAddress peer;
+    uint64_t exchange = 0;  ///< names this request until it is answered; never used twice
+    uint64_t max_body = 0;  ///< on_head may change it; a longer body is refused with 413
+    uint64_t tag = 0;       ///< the handler's own, kept from on_head to on_request
     std::optional<uint64_t> content_length;
-    bool chunked         = false;
-    bool keep_alive      = false;
+    bool chunked = false;
+    bool keep_alive = false;
     bool expect_continue = false;
-    bool http_1_0        = false;
+    bool http_1_0 = false;
 
     bool is_head() const { return method == "HEAD"; }
     bool has_body() const { return chunked || content_length.value_or(0) > 0; }
@@ -43,10 +43,10 @@ struct HttpRequest {
 
 /// What bounds one message.
 struct HttpLimits {
-    uint32_t max_request_line_bytes = 8 << 10;   ///< 414; RFC 9112 asks for 8,000 or more
-    uint32_t max_head_bytes         = 16 << 10;  ///< 431; header fields: a browser's cookies, a key
-    uint32_t max_headers            = 100;       ///< 431; trailer fields are counted apart
-    uint64_t max_body_bytes         = uint64_t{32} << 20;  ///< 413, unless on_head says otherwise
+    uint32_t max_request_line_bytes = 8 << 10;  ///< 414; RFC 9112 asks for 8,000 or more
+    uint32_t max_head_bytes = 16 << 10;         ///< 431; header fields: a browser's cookies, a key
+    uint32_t max_headers = 100;                 ///< 431; trailer fields are counted apart
+    uint64_t max_body_bytes = uint64_t{32} << 20;  ///< 413, unless on_head says otherwise
 };
 
 /// An incremental parser of one message after another: fed bytes, does no I/O. What it finds does
@@ -78,13 +78,15 @@ public:
 
 private:
     enum class State : uint8_t {
+        // clang-format off
         start_line, header_line, body, chunk_size, chunk_data, chunk_end, trailer, until_close,
         complete, fault
+        // clang-format on
     };
     // Each step returns more to go on, or the event to report.
     Event fail(int status, const char* reason);
-    bool  take_line(std::string_view bytes, size_t* used);
-    bool  line_is_full();
+    bool take_line(std::string_view bytes, size_t* used);
+    bool line_is_full();
     Event on_line();
     Event on_request_line();
     Event on_status_line();
@@ -97,20 +99,20 @@ private:
     Event read_options();
     Event on_chunk_size();
     Event take_body(std::string_view bytes, size_t* used);
-    bool  grow_body(size_t bytes);
+    bool grow_body(size_t bytes);
 
     const HttpLimits* limits_;
-    std::string       line_;
-    uint64_t          body_left_    = 0;
-    uint32_t          head_bytes_   = 0;  // also trailers and chunk extensions, once in the body
-    uint32_t          fields_       = 0;
-    int               status_       = 0;
-    const char*       reason_       = "";
-    Side              side_;
-    State             state_        = State::start_line;
-    bool              carriage_     = false;  // the last byte was CR
-    bool              leading_line_ = false;  // one empty line was skipped
-    bool              no_body_      = false;
+    std::string line_;
+    uint64_t body_left_ = 0;
+    uint32_t head_bytes_ = 0;  // also trailers and chunk extensions, once in the body
+    uint32_t fields_ = 0;
+    int status_ = 0;
+    const char* reason_ = "";
+    Side side_;
+    State state_ = State::start_line;
+    bool carriage_ = false;      // the last byte was CR
+    bool leading_line_ = false;  // one empty line was skipped
+    bool no_body_ = false;
 };
 
 /// Implemented by the user of HttpServer. All calls come from inside HttpServer::step.
@@ -140,19 +142,19 @@ public:
 /// Options of HttpServer. Each limit says what happens beyond it.
 struct HttpOptions {
     std::string host = "127.0.0.1";
-    uint16_t    port = 0;  ///< 0: any free one
-    HttpLimits  limits = {};
-    uint32_t max_connections         = 10'000;  ///< an idle one makes room, else 503
+    uint16_t port = 0;  ///< 0: any free one
+    HttpLimits limits = {};
+    uint32_t max_connections = 10'000;                       ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< bodies not yet answered; 503
-    uint32_t idle_timeout_ms   = 60'000;  ///< between requests; closed silently
+    uint32_t idle_timeout_ms = 60'000;                       ///< between requests; closed silently
     uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
-    uint32_t body_timeout_ms   = 10'000;  ///< one window of the body's pace; 408
-    uint32_t body_min_bytes    = 4 << 10;   ///< that must arrive in each window: 400 B/s by default
-    uint32_t write_timeout_ms  = 30'000;  ///< without progress while a reply waits; closed
+    uint32_t body_timeout_ms = 10'000;    ///< one window of the body's pace; 408
+    uint32_t body_min_bytes = 4 << 10;    ///< that must arrive in each window: 400 B/s by default
+    uint32_t write_timeout_ms = 30'000;   ///< without progress while a reply waits; closed
     uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
-    uint32_t drain_timeout_ms  = 10'000;  ///< for exchanges in work after stop(); closed
-    uint32_t tick_ms           = 0;       ///< pace of on_tick; 0: never
-    int      backlog           = 1024;    ///< of listen(); the system may cap it
+    uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); closed
+    uint32_t tick_ms = 0;                 ///< pace of on_tick; 0: never
+    int backlog = 1024;                   ///< of listen(); the system may cap it
 };
 
 /// An event loop: one thread calls step(), and no call inside blocks.

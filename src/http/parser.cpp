@@ -32,11 +32,11 @@ void HttpParser::reset() {
     message = {};
     message.max_body = limits_->max_body_bytes;
     line_.clear();
-    body_left_  = 0;
+    body_left_ = 0;
     head_bytes_ = fields_ = 0;
     status_ = 0;
     reason_ = "";
-    state_  = State::start_line;
+    state_ = State::start_line;
     carriage_ = leading_line_ = no_body_ = false;
 }
 
@@ -45,7 +45,7 @@ std::string_view HttpParser::code() const {
 }
 
 HttpParser::Event HttpParser::fail(int status, const char* reason) {
-    state_  = State::fault;
+    state_ = State::fault;
     status_ = status;
     reason_ = reason;
     return Event::fault;
@@ -56,18 +56,19 @@ HttpParser::Event HttpParser::feed(std::string_view bytes, size_t* used) {
     for (;;) {
         Event event = Event::more;
         switch (state_) {
-        case State::complete: return Event::complete;
-        case State::fault: return Event::fault;
-        case State::body:
-        case State::chunk_data:
-        case State::until_close:
-            event = take_body(bytes, used);
-            if (event == Event::more && *used == bytes.size()) return event;
-            break;
-        default:
-            if (!take_line(bytes, used)) return state_ == State::fault ? Event::fault : Event::more;
-            event = on_line();
-            line_.clear();
+            case State::complete: return Event::complete;
+            case State::fault: return Event::fault;
+            case State::body:
+            case State::chunk_data:
+            case State::until_close:
+                event = take_body(bytes, used);
+                if (event == Event::more && *used == bytes.size()) return event;
+                break;
+            default:
+                if (!take_line(bytes, used))
+                    return state_ == State::fault ? Event::fault : Event::more;
+                event = on_line();
+                line_.clear();
         }
         if (event != Event::more) return event;
     }
@@ -113,29 +114,26 @@ bool HttpParser::line_is_full() {
         if (head_bytes_ + line_.size() < limits_->max_head_bytes) return false;
         if (state_ == State::header_line || state_ == State::trailer)
             fail(431, "the header fields are too long");
-        else
-            fail(400, "a chunk's first line is too long");
+        else fail(400, "a chunk's first line is too long");
     }
     return true;
 }
 
 HttpParser::Event HttpParser::on_line() {
     switch (state_) {
-    case State::start_line:
-        if (side_ == Side::reply) return on_status_line();
-        if (!line_.empty()) return on_request_line();
-        if (leading_line_) return fail(400, "empty lines before the request line");
-        leading_line_ = true;  // RFC 9112, section 2.2: left over by old clients after a body
-        return Event::more;
-    case State::header_line:
-    case State::trailer:
-        return on_field();
-    case State::chunk_size:
-        return on_chunk_size();
-    default:
-        if (!line_.empty()) return fail(400, "a chunk longer than its size");
-        state_ = State::chunk_size;
-        return Event::more;
+        case State::start_line:
+            if (side_ == Side::reply) return on_status_line();
+            if (!line_.empty()) return on_request_line();
+            if (leading_line_) return fail(400, "empty lines before the request line");
+            leading_line_ = true;  // RFC 9112, section 2.2: left over by old clients after a body
+            return Event::more;
+        case State::header_line:
+        case State::trailer: return on_field();
+        case State::chunk_size: return on_chunk_size();
+        default:
+            if (!line_.empty()) return fail(400, "a chunk longer than its size");
+            state_ = State::chunk_size;
+            return Event::more;
     }
 }
 
@@ -206,9 +204,9 @@ HttpParser::Event HttpParser::on_field() {
 
 HttpParser::Event HttpParser::on_head_end() {
     using Step = Event (HttpParser::*)();
-    static constexpr Step steps[] = {
-        &HttpParser::read_transfer_encoding, &HttpParser::read_content_length,
-        &HttpParser::read_host, &HttpParser::read_target, &HttpParser::read_options};
+    static constexpr Step steps[] = {&HttpParser::read_transfer_encoding,
+                                     &HttpParser::read_content_length, &HttpParser::read_host,
+                                     &HttpParser::read_target, &HttpParser::read_options};
     const size_t count = side_ == Side::request ? std::size(steps) : 2;
     for (const Step step : std::span(steps, count))
         if ((this->*step)() != Event::more) return Event::fault;
@@ -336,8 +334,8 @@ bool HttpParser::grow_body(size_t bytes) {
     constexpr size_t large = 256 << 10;
     const size_t need = message.body.size() + bytes, room = message.body.capacity();
     if (need <= room) return true;
-    const size_t want = static_cast<size_t>(std::min<uint64_t>(
-        std::max<uint64_t>(need, uint64_t{room} * 2), message.max_body));
+    const size_t want = static_cast<size_t>(
+        std::min<uint64_t>(std::max<uint64_t>(need, uint64_t{room} * 2), message.max_body));
     if (want >= large) {
         std::unique_ptr<char[]> probe(new (std::nothrow) char[want + 1]);
         if (!probe) return false;

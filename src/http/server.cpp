@@ -24,16 +24,16 @@ namespace detail {
 
 namespace {
 
-constexpr size_t   http_read_bytes      = 64 << 10;   // one read; so much may be kept for later
-constexpr size_t   http_write_bytes     = 256 << 10;  // one write, so that no reply holds the loop
-constexpr size_t   http_pipelined_bytes = 16 << 10;   // read ahead of a reply; then no more is read
-constexpr int      http_accepts_a_turn  = 64;
+constexpr size_t http_read_bytes = 64 << 10;       // one read; so much may be kept for later
+constexpr size_t http_write_bytes = 256 << 10;     // one write, so that no reply holds the loop
+constexpr size_t http_pipelined_bytes = 16 << 10;  // read ahead of a reply; then no more is read
+constexpr int http_accepts_a_turn = 64;
 constexpr uint32_t http_accept_pause_ms = 100;  // after running out of descriptors
-constexpr uint64_t http_timer_grain_ms  = 10;   // the deadlines are looked through no more often
-constexpr uint64_t http_never           = UINT64_MAX;
-constexpr uint64_t http_listener_tag    = 0;
-constexpr int      http_slot_bits       = 24;  // of an id; the rest is a serial number from 1
-constexpr uint64_t http_slot_mask       = (1u << http_slot_bits) - 1;
+constexpr uint64_t http_timer_grain_ms = 10;    // the deadlines are looked through no more often
+constexpr uint64_t http_never = UINT64_MAX;
+constexpr uint64_t http_listener_tag = 0;
+constexpr int http_slot_bits = 24;  // of an id; the rest is a serial number from 1
+constexpr uint64_t http_slot_mask = (1u << http_slot_bits) - 1;
 
 }  // namespace
 
@@ -50,26 +50,26 @@ enum class HttpPhase : uint8_t {
 /// What a connection needs only while it is not idle.
 struct HttpActive {
     explicit HttpActive(const HttpLimits* limits) : parser(limits) {}
-    HttpParser  parser;
+    HttpParser parser;
     std::string input;  // pipelined bytes
     std::string head, body;
-    size_t      sent    = 0;
-    bool        blocked = false;  // the socket took no more: wait until it does
+    size_t sent = 0;
+    bool blocked = false;  // the socket took no more: wait until it does
 };
 
 struct HttpConnection {
-    Socket     socket;
+    Socket socket;
     NetAddress peer;
-    HttpPhase  phase       = HttpPhase::idle;
-    uint8_t    interest    = 0;
-    bool       keep_alive  = false;  // of the request in hand
-    bool       head_only   = false;
-    bool       http_1_0    = false;
-    bool       peer_closed = false;
-    uint64_t   id         = 0;
-    uint64_t   exchange   = 0;  // accepted by on_head, neither answered nor closed
-    uint64_t   body_bytes = 0;  // counted against max_inflight_body_bytes
-    uint64_t   window     = 0;  // bytes since body_timeout_ms began
+    HttpPhase phase = HttpPhase::idle;
+    uint8_t interest = 0;
+    bool keep_alive = false;  // of the request in hand
+    bool head_only = false;
+    bool http_1_0 = false;
+    bool peer_closed = false;
+    uint64_t id = 0;
+    uint64_t exchange = 0;    // accepted by on_head, neither answered nor closed
+    uint64_t body_bytes = 0;  // counted against max_inflight_body_bytes
+    uint64_t window = 0;      // bytes since body_timeout_ms began
     std::unique_ptr<HttpActive> active;
 };
 static_assert(sizeof(HttpConnection) <= 256, "an idle connection must stay cheap");
@@ -77,12 +77,12 @@ static_assert(sizeof(HttpConnection) <= 256, "an idle connection must stay cheap
 struct HttpSlot {
     std::unique_ptr<HttpConnection> connection;
     uint64_t deadline = http_never;
-    bool     idle     = false;
+    bool idle = false;
 };
 
 struct HttpMessage {  // to the loop: a reply, or a call when function is set
-    uint64_t  exchange = 0;
-    HttpReply reply    = {};
+    uint64_t exchange = 0;
+    HttpReply reply = {};
     void (*function)(void*) = nullptr;
     void* context = nullptr;
 };
@@ -91,35 +91,35 @@ struct HttpServer::State {
     State(const HttpOptions& given, HttpHandler* user, Poller made, Socket bound)
         : options(given), handler(user), poller(std::move(made)), listener(std::move(bound)) {}
 
-    HttpOptions  options;
+    HttpOptions options;
     HttpHandler* handler;
-    Poller       poller;
-    Socket       listener;
-    NetAddress   address;
-    Stats        stats;
+    Poller poller;
+    Socket listener;
+    NetAddress address;
+    Stats stats;
 
-    std::vector<HttpSlot>  slots;
-    std::vector<uint32_t>  free_slots;
-    std::vector<uint64_t>  queue;  // connections with pipelined bytes
+    std::vector<HttpSlot> slots;
+    std::vector<uint32_t> free_slots;
+    std::vector<uint64_t> queue;  // connections with pipelined bytes
     std::vector<PollEvent> events;
-    std::vector<char>      scratch = std::vector<char>(http_read_bytes);
-    uint64_t serial       = 0;
-    uint64_t now          = http_now_ms();
-    uint64_t next_timer   = http_never;
-    uint64_t next_tick    = http_never;
+    std::vector<char> scratch = std::vector<char>(http_read_bytes);
+    uint64_t serial = 0;
+    uint64_t now = http_now_ms();
+    uint64_t next_timer = http_never;
+    uint64_t next_tick = http_never;
     uint64_t accept_again = http_never;
-    uint64_t drain_until  = http_never;  // set once stopping
-    bool     finished     = false;
+    uint64_t drain_until = http_never;  // set once stopping
+    bool finished = false;
     std::string date;
-    int64_t     date_second = -1;
+    int64_t date_second = -1;
 
-    std::mutex               mutex;  // guards the two below
+    std::mutex mutex;  // guards the two below
     std::vector<HttpMessage> inbox;
-    bool                     stop_asked = false;
-    std::atomic<bool>        sleeping   = false;  // a sender has to wake the loop; set under mutex
+    bool stop_asked = false;
+    std::atomic<bool> sleeping = false;  // a sender has to wake the loop; set under mutex
 
     bool step(int timeout_ms);
-    int  wait_ms(int timeout_ms);
+    int wait_ms(int timeout_ms);
     void send_message(HttpMessage message);
     void ask_stop();
     void take_messages();
@@ -167,8 +167,8 @@ Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* han
     if (!poller) return poller.error();
     auto bound = listener->local();
     if (!bound) return bound.error();
-    auto state =
-        std::make_unique<State>(options, handler, std::move(*poller), std::move(*listener));
+    auto state = std::make_unique<State>(options, handler, std::move(*poller),
+                                         std::move(*listener));
     state->address = *bound;
     if (options.tick_ms > 0) state->next_tick = state->now + options.tick_ms;
     auto watched = state->poller.set(state->listener, http_listener_tag, poll_read);
@@ -212,8 +212,8 @@ int HttpServer::State::wait_ms(int timeout_ms) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!queue.empty() || !inbox.empty() || stop_asked) return 0;
     sleeping = true;
-    const uint64_t next =
-        std::min(std::min(next_timer, next_tick), std::min(accept_again, drain_until));
+    const uint64_t next = std::min(std::min(next_timer, next_tick),
+                                   std::min(accept_again, drain_until));
     if (next == http_never) return timeout_ms;
     const int until = static_cast<int>(std::min<uint64_t>(next > now ? next - now : 0, 60'000));
     return timeout_ms < 0 ? until : std::min(until, timeout_ms);
@@ -318,8 +318,7 @@ void HttpServer::State::accept_some() {
             ++stats.accepted;
             if (stats.connections < options.max_connections || evict_idle())
                 add(std::move(socket), peer);
-            else
-                turn_away(std::move(socket));
+            else turn_away(std::move(socket));
         } else if (status == IoStatus::full && !evict_idle()) {
             // The listener stays readable: to leave it watched would be a busy loop.
             (void)poller.set(listener, http_listener_tag, 0).ok();
@@ -391,9 +390,10 @@ void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
     connection.phase = phase;
     connection.window = 0;
     if (phase == HttpPhase::idle || phase == HttpPhase::linger) connection.active.reset();
-    static constexpr uint32_t HttpOptions::* limits[] = {
-        &HttpOptions::idle_timeout_ms, &HttpOptions::header_timeout_ms,
-        &HttpOptions::body_timeout_ms, nullptr, &HttpOptions::write_timeout_ms, nullptr,
+    static constexpr uint32_t HttpOptions::*limits[] = {
+        &HttpOptions::idle_timeout_ms,  &HttpOptions::header_timeout_ms,
+        &HttpOptions::body_timeout_ms,  nullptr,
+        &HttpOptions::write_timeout_ms, nullptr,
         &HttpOptions::linger_timeout_ms};
     const auto limit = limits[static_cast<size_t>(phase)];
     HttpSlot& entry = slot(connection);
@@ -435,17 +435,15 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
     const std::string_view bytes(scratch.data(), got.bytes);
     connection.window += got.bytes;
     switch (connection.phase) {
-    case HttpPhase::linger: return;
-    case HttpPhase::work:
-    case HttpPhase::reply:
-    case HttpPhase::queued:
-        connection.active->input.append(bytes);
-        return watch(connection);
-    case HttpPhase::idle:
-        connection.active = std::make_unique<HttpActive>(&options.limits);
-        enter(connection, HttpPhase::head);
-        break;
-    default: break;
+        case HttpPhase::linger: return;
+        case HttpPhase::work:
+        case HttpPhase::reply:
+        case HttpPhase::queued: connection.active->input.append(bytes); return watch(connection);
+        case HttpPhase::idle:
+            connection.active = std::make_unique<HttpActive>(&options.limits);
+            enter(connection, HttpPhase::head);
+            break;
+        default: break;
     }
     consume(connection, bytes);
 }
@@ -466,16 +464,15 @@ void HttpServer::State::consume(HttpConnection& connection, std::string_view byt
         bytes.remove_prefix(used);
         if (!count_body(connection)) return;
         switch (event) {
-        case HttpParser::Event::more:
-            return send_continue(connection);
-        case HttpParser::Event::fault:
-            return refuse(connection, parser.status(), parser.code(), parser.reason());
-        case HttpParser::Event::head:
-            if (!begin_exchange(connection, bytes)) return;
-            break;
-        case HttpParser::Event::complete:
-            connection.active->input = bytes;
-            return deliver(connection);
+            case HttpParser::Event::more: return send_continue(connection);
+            case HttpParser::Event::fault:
+                return refuse(connection, parser.status(), parser.code(), parser.reason());
+            case HttpParser::Event::head:
+                if (!begin_exchange(connection, bytes)) return;
+                break;
+            case HttpParser::Event::complete:
+                connection.active->input = bytes;
+                return deliver(connection);
         }
     }
 }
@@ -545,8 +542,7 @@ void HttpServer::State::refuse(HttpConnection& connection, int status, std::stri
     connection.head_only = connection.active->parser.message.is_head();
     if (const uint64_t exchange = std::exchange(connection.exchange, 0))
         handler->on_closed(exchange);
-    HttpReply reply =
-        handler->on_error(connection.active->parser.message, status, code, reason);
+    HttpReply reply = handler->on_error(connection.active->parser.message, status, code, reason);
     reply.close = true;
     send(connection, std::move(reply));
 }

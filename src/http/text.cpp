@@ -123,8 +123,9 @@ size_t count_headers(const HttpHeaders& headers, std::string_view name) {
 
 const char* http_phrase(int status) {
     static constexpr struct {
-        int         status;
+        int status;
         const char* phrase;
+        // clang-format off
     } phrases[] = {
         {200, "OK"}, {202, "Accepted"}, {204, "No Content"}, {304, "Not Modified"},
         {400, "Bad Request"}, {401, "Unauthorized"}, {403, "Forbidden"}, {404, "Not Found"},
@@ -134,6 +135,7 @@ const char* http_phrase(int status) {
         {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"},
         {501, "Not Implemented"}, {502, "Bad Gateway"}, {503, "Service Unavailable"},
         {504, "Gateway Timeout"}, {505, "HTTP Version Not Supported"}};
+    // clang-format on
     for (const auto& row : phrases)
         if (row.status == status) return row.phrase;
     return "";
@@ -145,10 +147,11 @@ std::string http_date(int64_t unix_seconds) {
     const int64_t days = unix_seconds / 86400, second = unix_seconds % 86400;
     const int64_t from_march = days + 719468, era = from_march / 146097;
     const int64_t day_of_era = from_march % 146097;
-    const int64_t year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146096) / 365;
-    const int64_t day_of_year =
-        day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    const int64_t year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36524 -
+                                 day_of_era / 146096) /
+                                365;
+    const int64_t day_of_year = day_of_era -
+                                (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     const int64_t month_from_march = (5 * day_of_year + 2) / 153;
     const int day = static_cast<int>(day_of_year - (153 * month_from_march + 2) / 5 + 1);
     const int month = static_cast<int>((month_from_march + 2) % 12);

@@ -69,8 +69,8 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
                 _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half))));
     } else if constexpr (L.head_bytes != 0) {
-        const __m256 m =
-            _mm256_mul_ps(load_halves(head + 32 + 16 * half), load_small_ints(at + 16 + 8 * half));
+        const __m256 m = _mm256_mul_ps(load_halves(head + 32 + 16 * half),
+                                       load_small_ints(at + 16 + 8 * half));
         out.dw = _mm256_mul_ps(load_halves(head + 16 * half), load_small_ints(at + 8 * half));
         out.m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
     } else {
@@ -86,8 +86,8 @@ VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m256i pair = load_bytes(codes + g / 2 * 64);
-    const __m256i low =
-        _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair, _mm256_set1_epi8(15));
+    const __m256i low = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair,
+                                         _mm256_set1_epi8(15));
     if constexpr (high == 0 || bits == 8) return low;
     const __m256i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
@@ -127,8 +127,8 @@ void dot_tiles(const TileStep& step) {
     constexpr int H = L.bits == 4 || (L.bits != 6 && kVnni != Vnni::none) ? 2 : 1;
     constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
     const ActivationBlock* a[C];
-    VALAR_UNROLL for (int c = 0; c < C; c++) a[c] =
-        reinterpret_cast<const ActivationBlock*>(step.columns[c]);
+    VALAR_UNROLL for (int c = 0; c < C; c++)
+        a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
     const size_t stride = step.unit / sizeof(ActivationBlock);
     if (step.fresh) std::memset(step.sums, 0, C * sizeof *step.sums);
     const std::byte* next = step.next;
@@ -152,14 +152,14 @@ void dot_tiles(const TileStep& step) {
             VALAR_UNROLL for (int c = 0; c < C; c++) {  // what the codes' bias adds, negated
                 const int32_t* sum = a[c]->sum;
                 VALAR_UNROLL for (int p = 0; p < kParts; p++) {
-                    VALAR_UNROLL for (int h = 0; h < H; h++) total[p][c][h] =
-                        _mm256_set1_epi32(-L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
+                    VALAR_UNROLL for (int h = 0; h < H; h++) total[p][c][h] = _mm256_set1_epi32(
+                        -L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
                 }
             }
             VALAR_UNROLL for (int g = 0; g < 8; g++) {
                 __m256i codes[H];
-                VALAR_UNROLL for (int h = 0; h < H; h++) codes[h] =
-                    load_group<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
+                VALAR_UNROLL for (int h = 0; h < H; h++)
+                    codes[h] = load_group<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     const __m256i x = broadcast4(a[c]->q + 4 * g);
                     VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
@@ -205,23 +205,24 @@ void dot_floats(const TileStep& step) {
     VALAR_UNROLL for (int c = 0; c < C; c++) x[c] = reinterpret_cast<const float*>(step.columns[c]);
     for (int v = 0; v < 4; v += H) {
         __m256 acc[C][H];
-        VALAR_UNROLL for (int i = 0; i < C * H; i++) acc[i / H][i % H] =
-            step.fresh ? _mm256_setzero_ps()
-                       : _mm256_load_ps(&step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8]);
+        VALAR_UNROLL for (int i = 0; i < C * H; i++)
+            acc[i / H][i % H] = step.fresh
+                                    ? _mm256_setzero_ps()
+                                    : _mm256_load_ps(
+                                          &step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8]);
         const std::byte *low = step.tiles[v / 2], *high = step.tiles[1];
         for (size_t k = 0; k < step.count; k++) {
             __m256 w[H];
-            VALAR_UNROLL for (int h = 0; h < H; h++) w[h] =
-                load_floats<kType>(h < 2 ? low : high, 16 * k + (h % 2 ? 8 : 0));
+            VALAR_UNROLL for (int h = 0; h < H; h++)
+                w[h] = load_floats<kType>(h < 2 ? low : high, 16 * k + (h % 2 ? 8 : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m256 at_k = _mm256_broadcast_ss(x[c] + k);
-                VALAR_UNROLL for (int h = 0; h < H; h++) acc[c][h] =
-                    _mm256_fmadd_ps(w[h], at_k, acc[c][h]);
+                VALAR_UNROLL for (int h = 0; h < H; h++)
+                    acc[c][h] = _mm256_fmadd_ps(w[h], at_k, acc[c][h]);
             }
         }
-        VALAR_UNROLL for (int i = 0; i < C * H; i++)
-            _mm256_store_ps(&step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8],
-                            acc[i / H][i % H]);
+        VALAR_UNROLL for (int i = 0; i < C * H; i++) _mm256_store_ps(
+            &step.sums[i / H][(v + i % H) / 2][(v + i % H) % 2 * 8], acc[i / H][i % H]);
     }
 }
 
@@ -257,11 +258,11 @@ VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
     VALAR_UNROLL for (int i = 0; i < 2; i++) sum[i] = _mm256_add_epi32(h[2 * i], h[2 * i + 1]);
     const __m256i pairs = _mm256_hadd_epi32(sum[0], sum[1]),
                   quads = _mm256_hadd_epi32(pairs, pairs);
-    const __m128i sums =
-        _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(quads),
+                                       _mm256_extracti128_si256(quads, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out.sum), sums);
-    const __m256i bytes =
-        _mm256_packs_epi16(_mm256_packs_epi32(h[0], h[1]), _mm256_packs_epi32(h[2], h[3]));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(h[0], h[1]),
+                                             _mm256_packs_epi32(h[2], h[3]));
     _mm256_storeu_si256(
         reinterpret_cast<__m256i*>(out.q),
         _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
@@ -277,8 +278,7 @@ VALAR_FORCE_INLINE float largest_lane(__m256i bits) {
     return _mm_cvtss_f32(_mm_castsi128_ps(four));
 }
 
-void quantize_column(const float* x, size_t n, uint32_t planes, size_t step,
-                     ActivationBlock* out) {
+void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, ActivationBlock* out) {
     for (size_t b = 0; b < n / kActivationBlock; b++, x += kActivationBlock, out += step) {
         __m256 v[4];
         __m256i largest = _mm256_setzero_si256();
@@ -374,8 +374,8 @@ VALAR_FORCE_INLINE __m256 exp8(__m256 x) {
     __m256 r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2High), v);
     r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Low), r);
     __m256 p = _mm256_set1_ps(exp_coefficients[6]);
-    VALAR_UNROLL for (int i = 5; i >= 0; i--) p =
-        _mm256_fmadd_ps(p, r, _mm256_set1_ps(exp_coefficients[i]));
+    VALAR_UNROLL for (int i = 5; i >= 0; i--)
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(exp_coefficients[i]));
     const __m256i exponent = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
     p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
     return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(kExpLeast), _CMP_LT_OQ), p);
@@ -431,7 +431,7 @@ void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim
                float* values) {
     const size_t codes = head_dim * kKeyGroup;
     const std::byte *const k = static_cast<const std::byte*>(key_group),
-                    *const v = static_cast<const std::byte*>(value_group);
+                           *const v = static_cast<const std::byte*>(value_group);
     for (size_t i = 0; i < codes; i += kKeyGroup) {
         const size_t block = i / kKeyGroup / kActivationBlock;
         for (size_t j = 0; j < kKeyGroup; j += 8)
@@ -502,16 +502,16 @@ template <bool kHalf, uint32_t Q, uint32_t W>
 VALAR_FORCE_INLINE void add_values(const AttentionTask& task, const QueryTile& tile, uint32_t query,
                                    size_t e0, uint32_t first, uint32_t last) {
     __m256 acc[Q][W];
-    VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) acc[i / W][i % W] =
-        _mm256_loadu_ps(tile.out[query + i / W] + e0 + 8 * (i % W));
+    VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++)
+        acc[i / W][i % W] = _mm256_loadu_ps(tile.out[query + i / W] + e0 + 8 * (i % W));
     for (uint32_t j = first; j < last; j++) {
         __m256 v[W];
-        VALAR_UNROLL for (uint32_t w = 0; w < W; w++) v[w] =
-            load_kv<kHalf>(task.values[j / 16], j % 16 * task.head_dim + e0 + 8 * w);
+        VALAR_UNROLL for (uint32_t w = 0; w < W; w++)
+            v[w] = load_kv<kHalf>(task.values[j / 16], j % 16 * task.head_dim + e0 + 8 * w);
         VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
             const __m256 p = _mm256_broadcast_ss(tile.p[query + i] + j);
-            VALAR_UNROLL for (uint32_t w = 0; w < W; w++) acc[i][w] =
-                _mm256_fmadd_ps(p, v[w], acc[i][w]);
+            VALAR_UNROLL for (uint32_t w = 0; w < W; w++)
+                acc[i][w] = _mm256_fmadd_ps(p, v[w], acc[i][w]);
         }
     }
     VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++)
@@ -547,9 +547,7 @@ constexpr AttentionParts attention_parts = {
      {add_value_range<false, 1>, add_value_range<false, 2>, add_value_range<false, 3>,
       add_value_range<false, 4>}}};
 
-void attention(const AttentionTask& task) {
-    attend(attention_parts, task);
-}
+void attention(const AttentionTask& task) { attend(attention_parts, task); }
 
 void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
                      size_t n) {
@@ -566,13 +564,13 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
                          _mm256_fmadd_ps(_mm256_loadu_ps(o + e), new_weight,
                                          _mm256_mul_ps(_mm256_loadu_ps(out + e), old_weight)));
     for (; e < n; e++)
-        out[e] =
-            fma_once(o[e], _mm256_cvtss_f32(new_weight), out[e] * _mm256_cvtss_f32(old_weight));
+        out[e] = fma_once(o[e], _mm256_cvtss_f32(new_weight),
+                          out[e] * _mm256_cvtss_f32(old_weight));
 }
 
 constexpr Kernels kernels_with(const char* name, void (*product)(const MatmulTask&)) {
-    return {name,     quantize, product,   rms_norm,  rope,           scale, add,
-            silu_mul, store_kv, expand_kv, attention, attention_merge};
+    return {name, quantize, product,  rms_norm,  rope,      scale,
+            add,  silu_mul, store_kv, expand_kv, attention, attention_merge};
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
 constexpr Kernels vnni_kernels = kernels_with("avxvnni", matmul<Vnni::vex>);

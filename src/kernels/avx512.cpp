@@ -67,8 +67,8 @@ VALAR_FORCE_INLINE __m512i load_group(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m512i pair = load_bytes(codes + g / 2 * 64);
-    const __m512i low =
-        _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
+    const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair,
+                                         _mm512_set1_epi8(15));
     if constexpr (high == 0) return low;
     const __m512i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
@@ -88,8 +88,8 @@ void dot_tiles(const TileStep& step) {
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
-        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
-            step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
+        VALAR_UNROLL for (int t = 0; t < 2; t++)
+            acc[c][t] = step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
     const size_t stride = step.unit / sizeof(ActivationBlock);
     const ptrdiff_t apart = step.tiles[1] - step.tiles[0];
@@ -111,13 +111,14 @@ void dot_tiles(const TileStep& step) {
         __m512i total[kParts][C][2];  // starts as what the codes' bias adds, negated
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const int32_t* sum = a[c]->sum;
-            VALAR_UNROLL for (int p = 0; p < kParts; p++) total[p][c][0] = total[p][c][1] =
-                _mm512_set1_epi32(-L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
+            VALAR_UNROLL for (int p = 0; p < kParts; p++)
+                total[p][c][0] = total[p][c][1] = _mm512_set1_epi32(
+                    -L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
         }
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[2];
-            VALAR_UNROLL for (int t = 0; t < 2; t++) w[t] =
-                load_group<I>(at + (t ? apart : 0) + L.scale_bytes, g);
+            VALAR_UNROLL for (int t = 0; t < 2; t++)
+                w[t] = load_group<I>(at + (t ? apart : 0) + L.scale_bytes, g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
@@ -134,8 +135,8 @@ void dot_tiles(const TileStep& step) {
                     sum = _mm512_fmadd_ps(
                         sum, scales.sub[0],
                         _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.sub[1]));
-                acc[c][t] = _mm512_fmadd_ps(
-                    sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c]->d)), acc[c][t]);
+                acc[c][t] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c]->d)),
+                                            acc[c][t]);
                 if constexpr (L.minimum)
                     acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c]->s), acc[c][t]);
             }
@@ -164,16 +165,16 @@ void dot_floats(const TileStep& step) {
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
         x[c] = reinterpret_cast<const float*>(step.columns[c]);
-        VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
-            step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
+        VALAR_UNROLL for (int t = 0; t < 2; t++)
+            acc[c][t] = step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
     const std::byte *low = step.tiles[0], *high = step.tiles[1];
     for (size_t k = 0; k < step.count; k++) {
         const __m512 w[2] = {load_floats<kType>(low, 16 * k), load_floats<kType>(high, 16 * k)};
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const __m512 v = _mm512_set1_ps(x[c][k]);
-            VALAR_UNROLL for (int t = 0; t < 2; t++) acc[c][t] =
-                _mm512_fmadd_ps(w[t], v, acc[c][t]);
+            VALAR_UNROLL for (int t = 0; t < 2; t++)
+                acc[c][t] = _mm512_fmadd_ps(w[t], v, acc[c][t]);
         }
     }
     VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -240,8 +241,8 @@ void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first
             VALAR_UNROLL for (uint32_t g = 0; g < G; g++) k[g] = load_kv<kHalf>(keys[g], 16 * e);
             VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
                 const __m512 q = _mm512_set1_ps(tile.q[i][e]);
-                VALAR_UNROLL for (uint32_t g = 0; g < G; g++) acc[i][g] =
-                    _mm512_fmadd_ps(q, k[g], acc[i][g]);
+                VALAR_UNROLL for (uint32_t g = 0; g < G; g++)
+                    acc[i][g] = _mm512_fmadd_ps(q, k[g], acc[i][g]);
             }
         }
         VALAR_UNROLL for (uint32_t i = 0; i < Q * G; i++)
@@ -256,8 +257,8 @@ VALAR_FORCE_INLINE __m512 exp16(__m512 x) {
     __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2High), v);
     r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2Low), r);
     __m512 p = _mm512_set1_ps(exp_coefficients[6]);
-    VALAR_UNROLL for (int i = 5; i >= 0; i--) p =
-        _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp_coefficients[i]));
+    VALAR_UNROLL for (int i = 5; i >= 0; i--)
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp_coefficients[i]));
     const __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kExpLeast), _CMP_NLT_UQ);
     return _mm512_maskz_scalef_ps(visible, p, k);
 }
@@ -321,8 +322,8 @@ void quantize_four(const float* x, size_t x_stride, uint32_t planes, ActivationB
     __m512 v[4][2];
     __m256i eight[4];  // largest magnitudes, which order like their bits
     VALAR_UNROLL for (size_t c = 0; c < 4; c++) {
-        VALAR_UNROLL for (size_t i = 0; i < 2; i++) v[c][i] =
-            _mm512_loadu_ps(x + c * x_stride + 16 * i);
+        VALAR_UNROLL for (size_t i = 0; i < 2; i++)
+            v[c][i] = _mm512_loadu_ps(x + c * x_stride + 16 * i);
         const __m512 largest = _mm512_castsi512_ps(
             _mm512_maskz_max_epi32(  // GCC 12 warns of its own header where there is no mask
                 0xffff, _mm512_and_si512(_mm512_castps_si512(v[c][0]), magnitude),
@@ -331,9 +332,9 @@ void quantize_four(const float* x, size_t x_stride, uint32_t planes, ActivationB
                                     _mm256_castps_si256(half_of<1>(largest)));
     }
     __m256i pairs[2];
-    VALAR_UNROLL for (int i = 0; i < 2; i++) pairs[i] =
-        _mm256_max_epi32(_mm256_unpacklo_epi32(eight[2 * i], eight[2 * i + 1]),
-                         _mm256_unpackhi_epi32(eight[2 * i], eight[2 * i + 1]));
+    VALAR_UNROLL for (int i = 0; i < 2; i++)
+        pairs[i] = _mm256_max_epi32(_mm256_unpacklo_epi32(eight[2 * i], eight[2 * i + 1]),
+                                    _mm256_unpackhi_epi32(eight[2 * i], eight[2 * i + 1]));
     const __m256i all = _mm256_max_epi32(_mm256_unpacklo_epi64(pairs[0], pairs[1]),
                                          _mm256_unpackhi_epi64(pairs[0], pairs[1]));
     const __m128 amax = _mm_castsi128_ps(
@@ -405,12 +406,13 @@ VALAR_FORCE_INLINE void add_values(const AttentionTask& task, const QueryTile& t
         const void* group = task.values[j / 16];
         const size_t at = j % 16 * size_t{task.head_dim} + e0;
         __m512 v[W];
-        VALAR_UNROLL for (uint32_t w = 0; w < W; w++) v[w] =
-            W > 1 ? load_kv<kHalf>(group, at + 16 * w) : load_some_kv<kHalf>(some, group, at);
+        VALAR_UNROLL for (uint32_t w = 0; w < W; w++)
+            v[w] = W > 1 ? load_kv<kHalf>(group, at + 16 * w)
+                         : load_some_kv<kHalf>(some, group, at);
         VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
             const __m512 p = _mm512_set1_ps(tile.p[query + i][j]);
-            VALAR_UNROLL for (uint32_t w = 0; w < W; w++) acc[i][w] =
-                _mm512_fmadd_ps(p, v[w], acc[i][w]);
+            VALAR_UNROLL for (uint32_t w = 0; w < W; w++)
+                acc[i][w] = _mm512_fmadd_ps(p, v[w], acc[i][w]);
         }
     }
     VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) {
@@ -444,9 +446,7 @@ constexpr AttentionParts attention_parts = {
     {VALAR_EACH_TILE(add_value_range, true), VALAR_EACH_TILE(add_value_range, false)}};
 #undef VALAR_EACH_TILE
 
-void attention(const AttentionTask& task) {
-    attend(attention_parts, task);
-}
+void attention(const AttentionTask& task) { attend(attention_parts, task); }
 
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     multiply_pair(tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
@@ -455,9 +455,9 @@ void matmul(const MatmulTask& task) {
     multiply_tiles(task, {product, quantize, avx2::add, silu_mul});
 }
 
-constexpr Kernels kernels = {
-    "avx512",  quantize, matmul,         avx2::rms_norm,  avx2::rope, avx2::scale,
-    avx2::add, silu_mul, avx2::store_kv, avx2::expand_kv, attention,  avx2::attention_merge};
+constexpr Kernels kernels = {"avx512",       quantize,        matmul,    avx2::rms_norm,
+                             avx2::rope,     avx2::scale,     avx2::add, silu_mul,
+                             avx2::store_kv, avx2::expand_kv, attention, avx2::attention_merge};
 
 }  // namespace avx512
 

@@ -1,8 +1,8 @@
 #include "prologue.hpp"
 
+#include "base/system.hpp"
 #include "kernels/products.hpp"
 #include "kernels/targets.hpp"
-#include "base/system.hpp"
 
 #include <cstddef>
 #include <cstdint>

@@ -113,18 +113,18 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr int      kNumerics        = 1;    ///< version of the numeric definition
-inline constexpr uint32_t kTileRows        = 16;   ///< rows of a packed tile: a lane is a row
+inline constexpr int kNumerics = 1;        ///< version of the numeric definition
+inline constexpr uint32_t kTileRows = 16;  ///< rows of a packed tile: a lane is a row
 inline constexpr uint32_t kActivationBlock = 32;
-inline constexpr uint32_t kSegment         = 256;  ///< positions of an attention segment
-inline constexpr uint32_t kKeyGroup        = 16;   ///< keys stored side by side
+inline constexpr uint32_t kSegment = 256;  ///< positions of an attention segment
+inline constexpr uint32_t kKeyGroup = 16;  ///< keys stored side by side
 
 /// A block of one activation plane (definition, 1).
 struct ActivationBlock {
-    float   d;       ///< scale
-    float   s;       ///< d * float(sum of all q)
+    float d;         ///< scale
+    float s;         ///< d * float(sum of all q)
     int32_t sum[2];  ///< sums of q[0..15] and q[16..31]
-    int8_t  q[32];   ///< -127..127
+    int8_t q[32];    ///< -127..127
 };
 static_assert(sizeof(ActivationBlock) == 48);
 
@@ -134,7 +134,7 @@ static_assert(sizeof(ActivationBlock) == 48);
 struct ActivationLayout {
     static constexpr uint32_t kGroup = 8;
     uint32_t count;
-    size_t   blocks;
+    size_t blocks;
     size_t step() const { return count < kGroup ? count : kGroup; }  ///< from a block to the next
     size_t at(uint32_t plane) const { return plane / kGroup * kGroup * blocks + plane % kGroup; }
     size_t size() const { return (count + step() - 1) / step() * step() * blocks; }
@@ -144,14 +144,14 @@ struct ActivationLayout {
 /// columns, each with its scales beside it (layouts: implementation part, "packed layouts"). F32,
 /// F16, BF16: (column, 16 rows). The last tile's missing rows are zero weights.
 struct PackedMatrix {
-    TensorType       type = TensorType::f32;
-    uint32_t         rows = 0;
-    uint32_t         cols = 0;
+    TensorType type = TensorType::f32;
+    uint32_t rows = 0;
+    uint32_t cols = 0;
     const std::byte* data = nullptr;  ///< 64-byte aligned; borrowed
     uint32_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
 };
 
-bool     kernel_type_supported(TensorType type);
+bool kernel_type_supported(TensorType type);
 uint64_t packed_tile_bytes(TensorType type, uint32_t cols);  ///< a multiple of 64
 /// Packs tiles first_tile .. last_tile - 1. `source` holds the matrix's rows in GGUF layout from
 /// row first_tile * 16 on; `out` is where tile `first_tile` goes.
@@ -163,35 +163,35 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out);
 /// Vectors x (columns, x_stride) of n values each to planes (definition, 1):
 /// out[block * step + column * planes + plane].
 struct QuantizeTask {
-    const float*     x;
-    size_t           x_stride;
-    uint32_t         columns;
-    uint32_t         planes;
-    size_t           n;
-    size_t           step;
+    const float* x;
+    size_t x_stride;
+    uint32_t columns;
+    uint32_t planes;
+    size_t n;
+    size_t step;
     ActivationBlock* out;
 };
 
 /// weights * x for the rows of tiles first_tile .. last_tile - 1 (rows past the matrix's end are
 /// not written), all columns, and what becomes of it while it is in the nearest cache.
 struct MatmulTask {
-    const PackedMatrix*    weights;
-    uint32_t               first_tile;
-    uint32_t               last_tile;
-    uint32_t               columns;
-    uint32_t               planes;         ///< 1 or 2, quantized weights
-    const ActivationBlock* blocks;         ///< ActivationLayout {columns * planes, cols / 32}
-    const float*           x;              ///< (columns, x_stride), F32 F16 BF16 weights
-    size_t                 x_stride;
-    float*                 y;              ///< [column * y_stride + row]
-    size_t                 y_stride;
-    bool                   add = false;    ///< y += weights * x: a residual
+    const PackedMatrix* weights;
+    uint32_t first_tile;
+    uint32_t last_tile;
+    uint32_t columns;
+    uint32_t planes;                ///< 1 or 2, quantized weights
+    const ActivationBlock* blocks;  ///< ActivationLayout {columns * planes, cols / 32}
+    const float* x;                 ///< (columns, x_stride), F32 F16 BF16 weights
+    size_t x_stride;
+    float* y;  ///< [column * y_stride + row]
+    size_t y_stride;
+    bool add = false;  ///< y += weights * x: a residual
     /// Not null, of the shape of `weights`: silu(weights * x) * (up * x) instead (definition, 8).
-    const PackedMatrix*    up = nullptr;
+    const PackedMatrix* up = nullptr;
     /// Not null: to planes (definition, 1) instead of y, ActivationLayout {columns * planes,
     /// out_blocks}, blocks of 32 rows; first_tile is even, the rows are a multiple of 32.
-    ActivationBlock*       out = nullptr;
-    size_t                 out_blocks = 0;
+    ActivationBlock* out = nullptr;
+    size_t out_blocks = 0;
 };
 
 /// Bytes of the keys, and as many of the values, of one head at kKeyGroup neighbouring positions. In
@@ -201,19 +201,19 @@ size_t kv_group_bytes(KvType type, uint32_t head_dim);
 
 /// One segment of attention for queries that share a key/value head (definition, 10).
 struct AttentionTask {
-    KvType             kv_type;   ///< f16 or f32
-    uint32_t           head_dim;
-    uint32_t           queries;
-    const float*       q;         ///< (queries, q_stride), rotated and scaled
-    size_t             q_stride;
-    const uint16_t*    begin;     ///< (queries) first visible position, within the segment: 0..256
-    const uint16_t*    end;       ///< (queries) one past the last; begin == end: none visible
-    const void* const* keys;      ///< (16) groups of 16 positions: (head_dim, 16) elements each;
-    const void* const* values;    ///< (16) groups: (16, head_dim); null where nobody looks
-    float*             max;       ///< (queries) outputs; queries that see nothing are left alone
-    float*             sum;       ///< (queries)
-    float*             out;       ///< (queries, out_stride)
-    size_t             out_stride;
+    KvType kv_type;  ///< f16 or f32
+    uint32_t head_dim;
+    uint32_t queries;
+    const float* q;  ///< (queries, q_stride), rotated and scaled
+    size_t q_stride;
+    const uint16_t* begin;      ///< (queries) first visible position, within the segment: 0..256
+    const uint16_t* end;        ///< (queries) one past the last; begin == end: none visible
+    const void* const* keys;    ///< (16) groups of 16 positions: (head_dim, 16) elements each;
+    const void* const* values;  ///< (16) groups: (16, head_dim); null where nobody looks
+    float* max;                 ///< (queries) outputs; queries that see nothing are left alone
+    float* sum;                 ///< (queries)
+    float* out;                 ///< (queries, out_stride)
+    size_t out_stride;
 };
 
 /// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
@@ -226,9 +226,9 @@ struct Kernels {
     /// In place over heads (n_heads, head_dim); cos_sin (n_rot / 2, 2) of this position.
     void (*rope)(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
                  const float* cos_sin);
-    void (*scale)(float* x, float factor, size_t n);            ///< x_i *= factor
-    void (*add)(float* x, const float* y, size_t n);            ///< x_i += y_i
-    void (*silu_mul)(float* gate, const float* up, size_t n);   ///< gate_i = silu(gate_i) * up_i
+    void (*scale)(float* x, float factor, size_t n);           ///< x_i *= factor
+    void (*add)(float* x, const float* y, size_t n);           ///< x_i += y_i
+    void (*silu_mul)(float* gate, const float* up, size_t n);  ///< gate_i = silu(gate_i) * up_i
     /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
     void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
                      void* key_group, void* value_group);
@@ -248,14 +248,14 @@ std::span<const Kernels* const> available_kernels();
 Result<const Kernels*> choose_kernels();
 
 /// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
-float  exact_fma(float a, float b, float c);     ///< a * b + c, rounded once
-float  exact_exp(float x);                       ///< definition, 7
-double exact_exp2(double x);                     ///< rope_math
+float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
+float exact_exp(float x);                    ///< definition, 7
+double exact_exp2(double x);                 ///< rope_math
 double exact_log2(double x);
-double exact_log(double x);                      ///< exact_log2(x) * ln 2, for log-probabilities
-void   exact_sincos(double x, double* sine, double* cosine);
-float  half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);             ///< nearest even
+double exact_log(double x);  ///< exact_log2(x) * ln 2, for log-probabilities
+void exact_sincos(double x, double* sine, double* cosine);
+float half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);  ///< nearest even
 
 /// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
 /// traps) while the object lives: hosts set flush-to-zero.

@@ -240,8 +240,8 @@ VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
         const B16 low = G % 2 ? byte_shift<-4>(pair) : bit_and(pair, byte_splat(15));
         if constexpr (high == 0) return low;
         else {
-            const B16 rest =
-                byte_shift<4 - G * high % 8>(load_bytes(codes + 256 + G * high / 8 * 64));
+            const B16 rest = byte_shift<4 - G * high % 8>(
+                load_bytes(codes + 256 + G * high / 8 * 64));
             return bit_or(low, bit_and(rest, byte_splat(high == 1 ? 16 : 48)));
         }
     }
@@ -320,8 +320,8 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
         for (size_t v = 0; v < 4; v++) {
             I4 part[parts][C];  // starts as what the codes' bias adds, negated
             VALAR_UNROLL for (int c = 0; c < C; c++) {
-                VALAR_UNROLL for (int p = 0; p < parts; p++) part[p][c] =
-                    int_splat(-bias * (parts == 2 ? a[c]->sum[p] : a[c]->sum[0] + a[c]->sum[1]));
+                VALAR_UNROLL for (int p = 0; p < parts; p++) part[p][c] = int_splat(
+                    -bias * (parts == 2 ? a[c]->sum[p] : a[c]->sum[0] + a[c]->sum[1]));
             }
             K::template multiply<I, P, C>(x, at + (P ? 0 : L.scale_bytes) + 16 * v, part);
             Scales s;
@@ -423,8 +423,7 @@ VALAR_FORCE_INLINE void quantize_plane(F4 (&x)[8], float d, float inverse, Activ
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-void quantize_column(const float* x, size_t n, uint32_t planes, size_t step,
-                     ActivationBlock* out) {
+void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, ActivationBlock* out) {
     for (size_t b = 0; b < n / kActivationBlock; b++, x += kActivationBlock, out += step) {
         F4 v[8];
         I4 largest = int_splat(0);
@@ -586,8 +585,8 @@ void attend(const AttentionTask& task, uint32_t query) {
         VALAR_UNROLL for (uint32_t i = 0; i < 4 * Q; i++) acc[i / 4][i % 4] = splat(0);
         for (size_t e = 0; e < task.head_dim; e++) {
             F4 key[4];
-            VALAR_UNROLL for (size_t v = 0; v < 4; v++) key[v] =
-                load_kv<kType>(task.keys[group], 16 * e + 4 * v);
+            VALAR_UNROLL for (size_t v = 0; v < 4; v++)
+                key[v] = load_kv<kType>(task.keys[group], 16 * e + 4 * v);
             VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
                 const F4 one = splat(q[i * task.q_stride + e]);
                 VALAR_UNROLL for (size_t v = 0; v < 4; v++) acc[i][v] = fma(one, key[v], acc[i][v]);
@@ -605,12 +604,12 @@ void attend(const AttentionTask& task, uint32_t query) {
         VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++) acc[i / W][i % W] = splat(0);
         for (uint32_t j = begin; j < end; j++) {
             F4 value[W];
-            VALAR_UNROLL for (size_t v = 0; v < W; v++) value[v] =
-                load_kv<kType>(task.values[j / 16], j % 16 * task.head_dim + e + 4 * v);
+            VALAR_UNROLL for (size_t v = 0; v < W; v++)
+                value[v] = load_kv<kType>(task.values[j / 16], j % 16 * task.head_dim + e + 4 * v);
             VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) {
                 const F4 one = splat(p[i][j]);
-                VALAR_UNROLL for (size_t v = 0; v < W; v++) acc[i][v] =
-                    fma(one, value[v], acc[i][v]);
+                VALAR_UNROLL for (size_t v = 0; v < W; v++)
+                    acc[i][v] = fma(one, value[v], acc[i][v]);
             }
         }
         VALAR_UNROLL for (uint32_t i = 0; i < Q * W; i++)
@@ -693,8 +692,8 @@ void matmul(const MatmulTask& task) {
 
 template <class K>
 constexpr Kernels kernels_with(const char* name) {
-    return {name,     quantize, matmul<K>,         rms_norm,  rope,           scale, add_to,
-            silu_mul, store_kv, scalar::expand_kv, attention, attention_merge};
+    return {name,   quantize, matmul<K>, rms_norm,          rope,      scale,
+            add_to, silu_mul, store_kv,  scalar::expand_kv, attention, attention_merge};
 }
 
 }  // namespace lanes4

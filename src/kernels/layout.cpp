@@ -152,9 +152,10 @@ void pack_float_tile(const std::byte* source, size_t row_bytes, uint32_t rows, s
 
 using PackTile = void (*)(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
                           std::byte* out);
-constexpr PackTile pack_functions[] = {  // in the order of packed_layouts
-    pack_tile<0>, pack_tile<1>, pack_tile<2>, pack_tile<3>, pack_tile<4>, pack_tile<5>,
-    pack_tile<6>, pack_float_tile<4>, pack_float_tile<2>, pack_float_tile<2>,
+constexpr PackTile pack_functions[] = {
+    // in the order of packed_layouts
+    pack_tile<0>, pack_tile<1>, pack_tile<2>,       pack_tile<3>,       pack_tile<4>,
+    pack_tile<5>, pack_tile<6>, pack_float_tile<4>, pack_float_tile<2>, pack_float_tile<2>,
 };
 static_assert(std::size(pack_functions) == std::size(packed_layouts));
 

@@ -54,8 +54,8 @@ struct ProductParts {
 // How a matrix meets a task's columns: a row of sums a plane of a column.
 struct Factor {
     const PackedMatrix* matrix;
-    uint32_t            planes;  // 1 for floats
-    ColumnBatch         batch;   // planes of columns first .. first + columns - 1
+    uint32_t planes;    // 1 for floats
+    ColumnBatch batch;  // planes of columns first .. first + columns - 1
 
     Factor(const PackedMatrix* of, const MatmulTask& task, uint32_t first, uint32_t columns)
         : matrix(of) {
@@ -74,8 +74,10 @@ struct Factor {
     TilePair pair(uint32_t tile, const PackedMatrix& other, uint32_t other_tile,
                   uint32_t step) const {
         const size_t bytes = static_cast<size_t>(packed_tile_bytes(matrix->type, matrix->cols));
-        return {find_layout(matrix->type), matrix->cols,
-                {matrix->data + tile * bytes, other.data + other_tile * bytes}, step * bytes};
+        return {find_layout(matrix->type),
+                matrix->cols,
+                {matrix->data + tile * bytes, other.data + other_tile * bytes},
+                step * bytes};
     }
 };
 

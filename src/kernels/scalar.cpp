@@ -30,8 +30,8 @@ struct RowBlock {
 void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
                 RowBlock& out) {
     const std::byte* head = tile + block / layout.blocks * packed_super_bytes(layout);
-    const std::byte* at =
-        head + layout.head_bytes + block % layout.blocks * packed_block_bytes(layout);
+    const std::byte* at = head + layout.head_bytes +
+                          block % layout.blocks * packed_block_bytes(layout);
     uint32_t words[8];
     load_codes(layout, at + layout.scale_bytes, row, words);
     for (uint32_t i = 0; i < kActivationBlock; i++)
@@ -90,8 +90,8 @@ int32_t dot_integers(const int32_t* w, const int8_t* h) {
 
 float dot_block(const PackedLayout& layout, const RowBlock& row, const ActivationBlock& a,
                 float acc) {
-    const int32_t sum =
-        row.sub[0] * dot_integers(row.w, a.q) + row.sub[1] * dot_integers(row.w + 16, a.q + 16);
+    const int32_t sum = row.sub[0] * dot_integers(row.w, a.q) +
+                        row.sub[1] * dot_integers(row.w + 16, a.q + 16);
     acc = fma_once(static_cast<float>(sum), row.scale * a.d, acc);
     return layout.minimum ? fma_once(row.minimum, a.s, acc) : acc;
 }
@@ -125,10 +125,11 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
         if (!layout.float_bytes)
             dot_row(layout, tile, row, pair.cols / kActivationBlock, batch, acc);
         for (uint32_t c = 0; c < batch.count; c++)
-            sums[c][r / kTileRows][row] =
-                !layout.float_bytes ? acc[c]
-                                    : dot_float_row(layout.type, tile, row, pair.cols,
-                                                    reinterpret_cast<const float*>(batch.column(c)));
+            sums[c][r / kTileRows][row] = !layout.float_bytes
+                                              ? acc[c]
+                                              : dot_float_row(layout.type, tile, row, pair.cols,
+                                                              reinterpret_cast<const float*>(
+                                                                  batch.column(c)));
     }
 }
 
@@ -177,8 +178,9 @@ void matmul(const MatmulTask& task) { multiply_tiles(task, {product, quantize, a
 void store_q8_0(const float* k, const float* v, uint32_t head_dim, uint32_t slot, void* key_group,
                 void* value_group) {
     const size_t codes = head_dim * kKeyGroup, blocks = head_dim / kActivationBlock;
-    std::byte *const keys = static_cast<std::byte*>(key_group),
-              *const values = static_cast<std::byte*>(value_group);
+    std::byte *const keys = static_cast<std::byte*>(key_group), *const values =
+                                                                    static_cast<std::byte*>(
+                                                                        value_group);
     for (size_t b = 0; b < blocks; b++) {
         ActivationBlock key, value;
         quantize_block(k + b * kActivationBlock, 1, &key);
@@ -197,7 +199,7 @@ void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim
     const int8_t *k = static_cast<const int8_t*>(key_group),
                  *v = static_cast<const int8_t*>(value_group);
     const std::byte *const k_scales = static_cast<const std::byte*>(key_group) + codes,
-                    *const v_scales = static_cast<const std::byte*>(value_group) + codes;
+                           *const v_scales = static_cast<const std::byte*>(value_group) + codes;
     for (size_t b = 0; b < head_dim / kActivationBlock; b++) {
         float scales[kKeyGroup];
         for (size_t j = 0; j < kKeyGroup; j++)
@@ -274,8 +276,8 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (size_t e = 0; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-constexpr Kernels kernels = {"scalar", quantize, matmul,    rms_norm,  rope,           scale, add,
-                             silu_mul, store_kv, expand_kv, attention, attention_merge};
+constexpr Kernels kernels = {"scalar", quantize, matmul,   rms_norm,  rope,      scale,
+                             add,      silu_mul, store_kv, expand_kv, attention, attention_merge};
 
 }  // namespace scalar
 

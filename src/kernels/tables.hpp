@@ -12,12 +12,12 @@ namespace detail {
 
 namespace scalar {
 extern const Kernels kernels;
-void  quantize_block(const float* x, uint32_t planes, ActivationBlock* out);
-void  rotate(float& a, float& b, float c, float s);
-void  store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
-               void* key_group, void* value_group);
-void  expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
-                float* values);
+void quantize_block(const float* x, uint32_t planes, ActivationBlock* out);
+void rotate(float& a, float& b, float c, float s);
+void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+              void* key_group, void* value_group);
+void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
+               float* values);
 float read_kv(KvType type, const void* group, size_t index);
 }  // namespace scalar
 

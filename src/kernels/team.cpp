@@ -109,7 +109,8 @@ struct Team::State {
     }
 
     void run_with_helpers() {
-        const uint32_t now = next_ticket_to_publish(true), count = parts.load(std::memory_order_relaxed);
+        const uint32_t now = next_ticket_to_publish(true),
+                       count = parts.load(std::memory_order_relaxed);
         running.store(count - 1, std::memory_order_relaxed);
         for (uint32_t i = 0; i + 1 < count; i++)
             helpers[i].open.store(now, std::memory_order_release);

@@ -20,9 +20,9 @@ struct TileStep {
     const std::byte* const* tiles;    // (2) where each goes on: at the head of a super-block
     const std::byte* const* columns;  // (C) ActivationBlocks, `unit` bytes apart, or floats
     size_t unit;
-    size_t count;                     // of blocks, or floats
-    float (*sums)[2][16];             // (C)
-    bool fresh;                       // the sums start at 0
+    size_t count;          // of blocks, or floats
+    float (*sums)[2][16];  // (C)
+    bool fresh;            // the sums start at 0
     // To prefetch: at every `every`th block one block of each tile, from `next` of the first on.
     const std::byte* next;
     size_t every;
@@ -34,9 +34,10 @@ struct TileKernels {
     } shapes[4];  // few columns to many
 };
 
-inline constexpr size_t kChunk = 32;           // blocks that stay in a near cache for all columns
+inline constexpr size_t kChunk = 32;  // blocks that stay in a near cache for all columns
 inline constexpr size_t kChunkFloats = 512;
-inline constexpr size_t kAheadOne = 4096;  // best prefetch distances measured: for one or two columns,
+inline constexpr size_t kAheadOne =
+    4096;  // best prefetch distances measured: for one or two columns,
 inline constexpr size_t kAheadFew = 8192;  // for as many as one call takes
 
 // The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
@@ -75,9 +76,9 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
                       last ? units - u : chunk,
                       sums,
                       u == 0,
-                      at[0] + (once    ? batch.count > 2 ? kAheadFew : kAheadOne
+                      at[0] + (once   ? batch.count > 2 ? kAheadFew : kAheadOne
                                : last ? pair.next - done
-                                       : chunk_bytes),
+                                      : chunk_bytes),
                       calls};
         for (uint32_t v = 0; v < batch.count; step.next += chunk_bytes / calls) {
             const TileKernels::Shape& shape = next_shape(k, batch.count - v);
@@ -114,8 +115,8 @@ struct AttentionParts {
     RangeOfSome* add_values[2][kTileQueries];  // out += p * values, of queries from `query` on
 };
 
-inline void attend_tile(const AttentionParts& parts, const AttentionTask& task, const QueryTile& tile,
-                 const uint32_t* query, uint32_t count) {
+inline void attend_tile(const AttentionParts& parts, const AttentionTask& task,
+                        const QueryTile& tile, const uint32_t* query, uint32_t count) {
     uint32_t first = kSegment, last = 0, together = 0, apart = kSegment;
     for (uint32_t i = 0; i < count; i++) {
         first = std::min(first, tile.begin[i]);

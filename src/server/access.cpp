@@ -22,9 +22,11 @@ const ServerLoop::Route ServerLoop::routes[] = {
     {.path = "/metrics", .get = &ServerLoop::get_metrics},
     {.path = "/v1/models", .get = &ServerLoop::get_models},
     {.path = "/v1/models/", .get = &ServerLoop::get_model, .slashes = true},
-    {.path = "/v1/responses", .get = &ServerLoop::get_responses,
+    {.path = "/v1/responses",
+     .get = &ServerLoop::get_responses,
      .post = &ServerLoop::post_response},
-    {.path = "/v1/responses/", .get = &ServerLoop::get_response,
+    {.path = "/v1/responses/",
+     .get = &ServerLoop::get_response,
      .remove = &ServerLoop::delete_response},
     {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
     {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
@@ -32,8 +34,8 @@ const ServerLoop::Route ServerLoop::routes[] = {
 
 std::string ServerLoop::Route::allowed() const {
     std::string all;
-    for (const auto& [handler, methods] : {std::pair(get, "GET, HEAD"), std::pair(post, "POST"),
-                                           std::pair(remove, "DELETE")})
+    for (const auto& [handler, methods] :
+         {std::pair(get, "GET, HEAD"), std::pair(post, "POST"), std::pair(remove, "DELETE")})
         if (handler) all.append(all.empty() ? "" : ", ").append(methods);
     return all;
 }
@@ -77,9 +79,9 @@ std::optional<HttpReply> ServerLoop::on_head(HttpRequest& request) {
 
     using Check = Result<void> (ServerLoop::*)(const HttpRequest&, Exchange&);
     static constexpr Check first[] = {&ServerLoop::check_host, &ServerLoop::check_origin};
-    static constexpr Check then[] = {&ServerLoop::check_key, &ServerLoop::check_route,
+    static constexpr Check then[] = {&ServerLoop::check_key,    &ServerLoop::check_route,
                                      &ServerLoop::check_method, &ServerLoop::check_size,
-                                     &ServerLoop::check_rate, &ServerLoop::check_type};
+                                     &ServerLoop::check_rate,   &ServerLoop::check_type};
     const auto run = [&](std::span<const Check> checks) -> std::optional<HttpReply> {
         for (const Check check : checks)
             if (auto checked = (this->*check)(request, exchange); !checked)
@@ -177,15 +179,15 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
     const Route& route = *exchange.route;
-    for (const auto& [method, handle] : {std::pair("GET", route.get), std::pair("HEAD", route.get),
-                                         std::pair("POST", route.post),
-                                         std::pair("DELETE", route.remove)})
+    for (const auto& [method, handle] :
+         {std::pair("GET", route.get), std::pair("HEAD", route.get), std::pair("POST", route.post),
+          std::pair("DELETE", route.remove)})
         if (request.method == method) exchange.handle = handle;
     if (exchange.handle) return {};
-    return make_error(ErrorKind::method_not_allowed,
-                      server_printable(request.method) + " is not allowed here; allowed: " +
-                          route.allowed(),
-                      "method_not_allowed");
+    return make_error(
+        ErrorKind::method_not_allowed,
+        server_printable(request.method) + " is not allowed here; allowed: " + route.allowed(),
+        "method_not_allowed");
 }
 
 Result<void> ServerLoop::check_size(const HttpRequest& request, Exchange&) {
@@ -211,10 +213,10 @@ Result<void> ServerLoop::check_rate(const HttpRequest&, Exchange& exchange) {
         --key->tokens;
         return {};
     }
-    Error error = make_error(ErrorKind::rate_limit,
-                             "this key may make " + std::to_string(key->per_minute) +
-                                 " requests a minute",
-                             "rate_limit_exceeded");
+    Error error = make_error(
+        ErrorKind::rate_limit,
+        "this key may make " + std::to_string(key->per_minute) + " requests a minute",
+        "rate_limit_exceeded");
     error.retry_after_s = static_cast<uint32_t>(std::ceil((1 - key->tokens) / a_second));
     return error;
 }

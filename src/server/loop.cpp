@@ -34,8 +34,7 @@ ServerLoop::~ServerLoop() {
     for (Thread& worker : workers) worker.join();
     for (auto& [id, entry] : live) {
         park(id, entry);
-        while (entry.responder && entry.responder->poll(id)) {
-        }
+        while (entry.responder && entry.responder->poll(id)) {}
     }
     while (const uint32_t left = storing) wait_on(&storing, left, 1'000'000);
 }
@@ -75,7 +74,7 @@ bool ServerLoop::step(int timeout_ms) {
 // ---- Replies ---------------------------------------------------------------------------------
 
 HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::string body,
-                                    HttpHeaders headers) {
+                                 HttpHeaders headers) {
     HttpReply reply;
     reply.status = status;
     reply.headers = std::move(headers);
@@ -95,7 +94,7 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
 }
 
 HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
-                                          HttpHeaders headers) {
+                                       HttpHeaders headers) {
     const int status = http_status(error.kind);
     if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
     if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
@@ -181,12 +180,13 @@ HttpReply ServerLoop::on_error(const HttpRequest& request, int status, std::stri
     Exchange exchange;
     exchange.request_id = make_request_id();
     exchange.method = request.method.empty() ? "-" : request.method;
-    exchange.path = request.target.empty() ? "-" : request.target.substr(0, request.target.find('?'));
+    exchange.path = request.target.empty() ? "-"
+                                           : request.target.substr(0, request.target.find('?'));
     exchange.key_id = "-";
     exchange.started_ns = monotonic_ns();
     const ErrorKind kind = status == 503 ? ErrorKind::overloaded : ErrorKind::invalid_request;
-    HttpReply reply = make_error_reply(
-        exchange, make_error(kind, std::string(message), std::string(code)));
+    HttpReply reply = make_error_reply(exchange,
+                                       make_error(kind, std::string(message), std::string(code)));
     reply.status = status;
     log_exchange(exchange, status);
     return reply;
@@ -234,12 +234,12 @@ void ServerLoop::on_tick() {
         std::erase(entry->second.waiters, exchange->number);
         HttpHeaders headers = {{"X-Valar-Response-Id", id}};
         if (!exchange->keyed) headers.emplace_back("x-should-retry", "false");
-        refuse(*exchange,
-               make_error(ErrorKind::timeout,
-                          "the response was not finished in time; it goes on: GET /v1/responses/" +
-                              id,
-                          "timeout"),
-               std::move(headers));
+        refuse(
+            *exchange,
+            make_error(ErrorKind::timeout,
+                       "the response was not finished in time; it goes on: GET /v1/responses/" + id,
+                       "timeout"),
+            std::move(headers));
     }
     recover_some();
     for (JobPtr& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
@@ -440,8 +440,7 @@ Server& Server::operator=(Server&& other) noexcept = default;
 Server::~Server() = default;
 
 Result<void> Server::run() {
-    while (state_->step(-1)) {
-    }
+    while (state_->step(-1)) {}
     return {};
 }
 

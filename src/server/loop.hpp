@@ -1,10 +1,10 @@
 #pragma once
 
-#include "server/server.hpp"
-#include "server/words.hpp"
-#include "http/internal.hpp"
 #include "api_internal.hpp"
 #include "digest_internal.hpp"
+#include "http/internal.hpp"
+#include "server/server.hpp"
+#include "server/words.hpp"
 #include "unicode_internal.hpp"
 
 #include <atomic>
@@ -27,27 +27,27 @@ inline namespace v1 {
 namespace detail {
 
 struct ServerKey {
-    Hash256     hash;  // of the secret
+    Hash256 hash;  // of the secret
     std::string id, organisation;
-    uint32_t    per_minute = 0;
-    double      tokens     = 0;  // requests that it may make now
-    uint64_t    filled_ns  = 0;  // when that was so
+    uint32_t per_minute = 0;
+    double tokens = 0;       // requests that it may make now
+    uint64_t filled_ns = 0;  // when that was so
 };
 
-inline constexpr size_t   server_workers             = 2;
-inline constexpr uint32_t server_tick_ms             = 100;    // how exact sync_timeout_ms is
-inline constexpr uint64_t server_get_body_bytes      = 4096;   // tolerated, and not read
-inline constexpr int64_t  server_expire_every_ms     = 60'000;
-inline constexpr size_t   server_min_secret          = 16;
-inline constexpr size_t   server_shown_bytes         = 200;    // of a path in a log line or message
-inline constexpr int      server_client_left         = 499;    // in the log only, as nginx has it
-inline constexpr uint32_t server_max_retry_s         = 60;     // advised to a client
-inline constexpr size_t   server_max_key_length      = 255;    // of an idempotency key
-inline constexpr size_t   server_list_default = 20, server_list_most = 100;
-inline constexpr size_t   server_max_turns           = 1000;   // of a chain of previous responses
-inline constexpr uint32_t server_max_attempts        = 2;      // to answer one request, after crashes
-inline constexpr size_t   server_recovering          = 16;     // taken up again at a time
-inline constexpr uint64_t server_max_key_file        = 16 << 20;
+inline constexpr size_t server_workers = 2;
+inline constexpr uint32_t server_tick_ms = 100;          // how exact sync_timeout_ms is
+inline constexpr uint64_t server_get_body_bytes = 4096;  // tolerated, and not read
+inline constexpr int64_t server_expire_every_ms = 60'000;
+inline constexpr size_t server_min_secret = 16;
+inline constexpr size_t server_shown_bytes = 200;     // of a path in a log line or message
+inline constexpr int server_client_left = 499;        // in the log only, as nginx has it
+inline constexpr uint32_t server_max_retry_s = 60;    // advised to a client
+inline constexpr size_t server_max_key_length = 255;  // of an idempotency key
+inline constexpr size_t server_list_default = 20, server_list_most = 100;
+inline constexpr size_t server_max_turns = 1000;    // of a chain of previous responses
+inline constexpr uint32_t server_max_attempts = 2;  // to answer one request, after crashes
+inline constexpr size_t server_recovering = 16;     // taken up again at a time
+inline constexpr uint64_t server_max_key_file = 16 << 20;
 
 struct ServerLoop : HttpHandler {
     struct Exchange;
@@ -57,29 +57,29 @@ struct ServerLoop : HttpHandler {
         std::string_view path;         // ending in '/': an argument follows
         std::string_view suffix = {};  // behind the argument
         Handle get = nullptr, post = nullptr, remove = nullptr;
-        bool   slashes = false;        // in the argument
-        bool   open    = false;        // needs no key
-        std::string allowed() const;   // the header Allow
+        bool slashes = false;         // in the argument
+        bool open = false;            // needs no key
+        std::string allowed() const;  // the header Allow
     };
     static const Route routes[];
 
     /// A request that is not answered yet.
     struct Exchange {
-        uint64_t         number = 0;  // in http
-        std::string      request_id, method, path, argument, query;
-        std::string      organisation = "default";
-        std::string      key_id       = "open";
-        std::string      cors_origin;  // to be named in the reply
-        ServerKey*       key        = nullptr;
-        const Route*     route      = nullptr;
-        Handle           handle     = nullptr;
-        uint64_t         started_ns = 0;
-        std::string      response_id;          // that it asks for or waits for
-        bool             keyed      = false;   // an idempotency key came with it
-        bool             replayed   = false;
-        bool             removes    = false;   // waits for the end, then for the record to go
-        Usage            usage      = {};      // for the log line
-        Timings          timings    = {};
+        uint64_t number = 0;  // in http
+        std::string request_id, method, path, argument, query;
+        std::string organisation = "default";
+        std::string key_id = "open";
+        std::string cors_origin;  // to be named in the reply
+        ServerKey* key = nullptr;
+        const Route* route = nullptr;
+        Handle handle = nullptr;
+        uint64_t started_ns = 0;
+        std::string response_id;  // that it asks for or waits for
+        bool keyed = false;       // an idempotency key came with it
+        bool replayed = false;
+        bool removes = false;  // waits for the end, then for the record to go
+        Usage usage = {};      // for the log line
+        Timings timings = {};
     };
 
     /// A response that is not terminal.
@@ -91,87 +91,87 @@ struct ServerLoop : HttpHandler {
             finishing,  // the outcome is there and is being kept
             parked,     // left for the next start
         };
-        State       state = State::reserving;
+        State state = State::reserving;
         std::string organisation;
-        bool        running    = false;
-        bool        background = false;
-        bool        resumable  = false;  // is taken up again after a crash
-        uint32_t    attempts   = 1;      // as the store has it
-        bool        begun      = true;   // the last of them is this process's
-        uint64_t    owner      = 0;      // the exchange whose end cancels it; 0: none
-        Responder*  responder  = nullptr;
-        std::vector<uint64_t> waiters;   // exchanges that want the terminal object
+        bool running = false;
+        bool background = false;
+        bool resumable = false;  // is taken up again after a crash
+        uint32_t attempts = 1;   // as the store has it
+        bool begun = true;       // the last of them is this process's
+        uint64_t owner = 0;      // the exchange whose end cancels it; 0: none
+        Responder* responder = nullptr;
+        std::vector<uint64_t> waiters;              // exchanges that want the terminal object
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
     };
 
     /// Work for a worker, or a change for the store, and what comes back.
     struct Job {
         using Step = void (ServerLoop::*)(std::unique_ptr<Job>);
-        ServerLoop*    loop = nullptr;
+        ServerLoop* loop = nullptr;
         void (ServerLoop::*work)(Job&) = nullptr;  // on a worker
-        Step           next      = nullptr;        // then on the loop
-        uint64_t       exchange  = 0;
-        int            status    = 200;    // to answer with
-        std::string    text      = {};     // a request's body; then the bytes to answer
-        std::string    key       = {};     // accept: the idempotency key's header
-        int            keys      = 0;      // and how many of them came
-        std::string    key_id    = {};
-        std::string    query     = {};
-        bool           running   = false;  // how far a live response is
-        bool           only_background = false;
-        bool           store     = true;
-        bool           more      = false;  // list: there are older ones
+        Step next = nullptr;                       // then on the loop
+        uint64_t exchange = 0;
+        int status = 200;       // to answer with
+        std::string text = {};  // a request's body; then the bytes to answer
+        std::string key = {};   // accept: the idempotency key's header
+        int keys = 0;           // and how many of them came
+        std::string key_id = {};
+        std::string query = {};
+        bool running = false;  // how far a live response is
+        bool only_background = false;
+        bool store = true;
+        bool more = false;                                   // list: there are older ones
         std::vector<std::pair<std::string, bool>> ids = {};  // list: each with `running`
-        StoredResponse stored    = {};
-        std::optional<Reservation>     replay  = {};
+        StoredResponse stored = {};
+        std::optional<Reservation> replay = {};
         std::shared_ptr<const Outcome> outcome = {};
-        Responder*     responder = nullptr;
+        Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
-        std::optional<Error>      error    = {};
+        std::optional<Error> error = {};
     };
     using JobPtr = std::unique_ptr<Job>;
 
-    ServerOptions           options;  // without secrets
-    std::vector<ServerKey>  keys;
+    ServerOptions options;  // without secrets
+    std::vector<ServerKey> keys;
     std::vector<Responder*> responders;
-    std::unique_ptr<Store>  own_store;
-    Store*                  store = nullptr;
+    std::unique_ptr<Store> own_store;
+    Store* store = nullptr;
     std::optional<HttpServer> http;
 
     // of the loop thread
     std::unordered_map<uint64_t, Exchange> exchanges;
-    std::unordered_map<std::string, Live>  live;
+    std::unordered_map<std::string, Live> live;
     std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
-    std::deque<std::string> recoverable;    // waiting, oldest first
-    std::vector<JobPtr>     unsaved;        // outcomes that the store had no room for
-    size_t   recovering     = 0;            // of them, on their way
-    size_t   finishing      = 0;
-    size_t   queued         = 0;            // live and not running
-    double   finish_gap_s   = 1;            // between two ends, on average
+    std::deque<std::string> recoverable;                 // waiting, oldest first
+    std::vector<JobPtr> unsaved;                         // outcomes that the store had no room for
+    size_t recovering = 0;                               // of them, on their way
+    size_t finishing = 0;
+    size_t queued = 0;        // live and not running
+    double finish_gap_s = 1;  // between two ends, on average
     uint64_t last_finish_ns = 0;
-    int64_t  next_expiry_ms = 0;
-    bool     drain_begun    = false;
-    std::vector<JobPtr> outgoing;           // for the workers, handed over once a turn
-    uint8_t  random[1024]   = {};           // drawn from the system at once
-    size_t   random_used    = sizeof random;
-    bool     listening      = false;        // to the Responders
+    int64_t next_expiry_ms = 0;
+    bool drain_begun = false;
+    std::vector<JobPtr> outgoing;  // for the workers, handed over once a turn
+    uint8_t random[1024] = {};     // drawn from the system at once
+    size_t random_used = sizeof random;
+    bool listening = false;                                    // to the Responders
     std::map<std::pair<std::string, int>, uint64_t> answered;  // by route and status
-    double   answer_seconds = 0;
-    uint64_t replayed       = 0;
+    double answer_seconds = 0;
+    uint64_t replayed = 0;
 
-    std::atomic<bool>     stopping = false;
-    std::atomic<uint32_t> storing  = 0;  // changes under way
+    std::atomic<bool> stopping = false;
+    std::atomic<uint32_t> storing = 0;  // changes under way
 
-    std::mutex              jobs_mutex;
+    std::mutex jobs_mutex;
     std::condition_variable jobs_waiting;
-    std::deque<JobPtr>      jobs;
-    bool                    ending = false;
-    Thread                  workers[server_workers];
+    std::deque<JobPtr> jobs;
+    bool ending = false;
+    Thread workers[server_workers];
 
-    std::mutex               inbox_mutex;
-    std::vector<JobPtr>      inbox_jobs;
-    std::vector<std::string> inbox_ready;  // ids with events
-    std::atomic<uint32_t>    inbox_count = 0;  // ever put in
+    std::mutex inbox_mutex;
+    std::vector<JobPtr> inbox_jobs;
+    std::vector<std::string> inbox_ready;   // ids with events
+    std::atomic<uint32_t> inbox_count = 0;  // ever put in
 
     ~ServerLoop() override;
     Result<void> start();
@@ -234,7 +234,8 @@ struct ServerLoop : HttpHandler {
     void hand_over();
     void run_jobs();
     static void on_ready(void* context, const std::string& id);
-    template <class Add> void send_to_loop(Add add);
+    template <class Add>
+    void send_to_loop(Add add);
     void take_inbox();
     Exchange* find_exchange(uint64_t number);
     void answer_job(JobPtr job);

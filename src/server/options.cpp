@@ -69,10 +69,9 @@ Result<void> server_check_options(const ServerOptions& options) {
     auto address = NetAddress::parse(options.host, options.port);
     if (!address) return address.error();
     if (options.keys.empty() && !options.allow_open && !address->is_loopback())
-        return server_option("host",
-                             "without keys a server only listens on a loopback address, and '" +
-                                 options.host +
-                                 "' is none: pass keys, or allow_open to let anybody in");
+        return server_option(
+            "host", "without keys a server only listens on a loopback address, and '" +
+                        options.host + "' is none: pass keys, or allow_open to let anybody in");
     for (const std::string& origin : options.cors_origins) {
         const size_t host = origin.find("://");
         if (host == origin.npos || origin.find('/', host + 3) != origin.npos)

@@ -20,8 +20,8 @@ namespace detail {
 // ---- Reading -----------------------------------------------------------------------------------
 
 std::string ServerLoop::render_live(const StoredResponse& stored, bool running) const {
-    const ResponseRecord record =
-        server_record(stored, running ? Status::running : Status::pending);
+    const ResponseRecord record = server_record(stored,
+                                                running ? Status::running : Status::pending);
     return render_response(record, options.dialect).write();
 }
 
@@ -64,18 +64,19 @@ Result<std::optional<std::string>> server_query(std::string_view query, std::str
         if (one.substr(0, equals) != name) continue;
         auto value = server_unescape(one.substr(std::min(equals + 1, one.size())));
         if (!value || found)
-            return make_error(ErrorKind::invalid_request,
-                              "'" + std::string(name) + "' in the query is malformed or given twice",
-                              "invalid_value", std::string(name));
+            return make_error(
+                ErrorKind::invalid_request,
+                "'" + std::string(name) + "' in the query is malformed or given twice",
+                "invalid_value", std::string(name));
         found = std::move(*value);
     }
     return found;
 }
 
 struct ServerPage {
-    size_t      limit = server_list_default;
+    size_t limit = server_list_default;
     std::string after;
-    bool        ascending = false;
+    bool ascending = false;
 };
 
 Result<ServerPage> server_page(std::string_view query) {
@@ -114,8 +115,8 @@ std::string server_list(std::vector<Json> data, bool more) {
 }
 
 Error server_bad_after(std::string_view after) {
-    return server_field("invalid_value", "after", "'after' is '" + server_printable(after) +
-                                                      "', which is none of the list");
+    return server_field("invalid_value", "after",
+                        "'after' is '" + server_printable(after) + "', which is none of the list");
 }
 
 }  // namespace
@@ -144,7 +145,8 @@ void ServerLoop::list_work(Job& job) {
     for (const auto& [id, running] : job.ids) {
         const auto stored = store->find(job.stored.organisation, id);
         if (!stored) continue;  // gone meanwhile
-        auto object = Json::parse(stored->terminal ? *stored->object : render_live(*stored, running));
+        auto object = Json::parse(stored->terminal ? *stored->object
+                                                   : render_live(*stored, running));
         if (!object) continue;
         for (const char* left_out : {"input", "instructions", "tools"}) object->erase(left_out);
         data.push_back(std::move(*object));
@@ -189,7 +191,8 @@ void ServerLoop::items_work(Job& job) {
 namespace {
 void server_metric(std::string* out, const char* name, const char* kind, double value) {
     const Json number = value == std::floor(value) && value < 9e15
-                            ? Json(static_cast<int64_t>(value)) : Json(value);
+                            ? Json(static_cast<int64_t>(value))
+                            : Json(value);
     *out += format("# TYPE valar_%s %s\nvalar_%s ", name, kind, name) + number.write() + "\n";
 }
 }  // namespace
@@ -199,7 +202,8 @@ std::string ServerLoop::metrics_text() const {
     uint64_t requests = 0;
     for (const auto& [key, count] : answered) {
         out += format("valar_http_requests_total{route=\"%s\",status=\"%d\"} ", key.first.c_str(),
-                      key.second) + std::to_string(count) + "\n";
+                      key.second) +
+               std::to_string(count) + "\n";
         requests += count;
     }
     const HttpServer::Stats net = http->stats();
@@ -213,7 +217,7 @@ std::string ServerLoop::metrics_text() const {
     struct Row {
         const char* name;
         const char* kind;
-        double      value;
+        double value;
     };
     const auto number = [](uint64_t value) { return static_cast<double>(value); };
     const Row rows[] = {

@@ -385,10 +385,11 @@ void ServerLoop::finish_done(JobPtr job) {
     }
     const Outcome& outcome = *job->outcome;
     if (waiters.empty() && !job->error && options.log.write)  // no exchange's line will tell
-        log_line(Json::object()
-                     .set("response", job->stored.id)
-                     .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
-                 outcome.usage, outcome.timings);
+        log_line(
+            Json::object()
+                .set("response", job->stored.id)
+                .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
+            outcome.usage, outcome.timings);
     for (const uint64_t number : waiters) {
         Exchange* exchange = find_exchange(number);
         if (!exchange) continue;
@@ -424,14 +425,12 @@ void ServerLoop::remove(Exchange& exchange, const std::string& id) {
 
 void ServerLoop::remove_done(JobPtr job) {
     const std::string& id = job->stored.id;
-    if (job->error && job->error->kind == ErrorKind::not_found)
-        job->error = server_no_response(id);
+    if (job->error && job->error->kind == ErrorKind::not_found) job->error = server_no_response(id);
     job->text = Json::object().set("id", id).set("object", "response").set("deleted", true).write();
     answer_job(std::move(job));
 }
 
-namespace {
-}  // namespace
+namespace {}  // namespace
 
 Error server_not_background() {
     return server_field("invalid_value", "response_id",
@@ -470,7 +469,8 @@ void ServerLoop::recover_all() {
         }
         auto outcome = std::make_shared<Outcome>();
         outcome->status = Status::failed;
-        outcome->error = make_error(ErrorKind::closed, "the server was restarted", "server_restarted");
+        outcome->error = make_error(ErrorKind::closed, "the server was restarted",
+                                    "server_restarted");
         finish(stored.id, entry, std::move(outcome));
     }
     recover_some();

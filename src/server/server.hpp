@@ -21,11 +21,11 @@ inline namespace v1 {
 
 /// Who may use a server. Of the secret only its SHA-256 is kept.
 struct ApiKey {
-    std::string id           = {};         ///< for people: names the key, not secret
+    std::string id = {};                   ///< for people: names the key, not secret
     std::string organisation = "default";  ///< whose records these are
-    std::string secret       = {};         ///< 16 visible ASCII characters or more
+    std::string secret = {};               ///< 16 visible ASCII characters or more
     std::string secret_sha256 = {};        ///< in place of the secret: 64 hex digits
-    uint32_t    requests_per_minute = 0;   ///< then 429 with Retry-After; 0: no limit
+    uint32_t requests_per_minute = 0;      ///< then 429 with Retry-After; 0: no limit
 };
 
 /// Reads a file of keys: a line each, `id organisation sha256 [requests-per-minute]`; empty lines
@@ -34,9 +34,9 @@ Result<std::vector<ApiKey>> read_key_file(const std::string& path);
 
 /// What a server is made of. What a caller types first stands first.
 struct ServerOptions {
-    uint16_t            port = 8080;         ///< 0: any free one
-    std::string         host = "127.0.0.1";  ///< a numeric address or "localhost"
-    std::vector<ApiKey> keys = {};  ///< none: anybody on this machine, organisation "default"
+    uint16_t port = 8080;            ///< 0: any free one
+    std::string host = "127.0.0.1";  ///< a numeric address or "localhost"
+    std::vector<ApiKey> keys = {};   ///< none: anybody on this machine, organisation "default"
     bool allow_open = false;  ///< listen beyond loopback addresses although there are no keys
     /// Without keys the Host of a request must be localhost, 127.0.0.1, [::1] or one of these
     /// ("name", or "name:port").
@@ -44,18 +44,18 @@ struct ServerOptions {
     /// Web pages of these origins ("https://example.org") may call. All others may not.
     std::vector<std::string> cors_origins = {};
     Dialect dialect = Dialect::valar;
-    uint32_t sync_timeout_ms  = 600'000;  ///< then 504, and the work goes on
-    uint32_t drain_timeout_ms = 10'000;   ///< after stop(); then what still runs is cancelled
-    uint64_t max_body_bytes          = uint64_t{32} << 20;   ///< 413
-    uint32_t max_connections         = 10'000;               ///< an idle one makes room, else 503
+    uint32_t sync_timeout_ms = 600'000;  ///< then 504, and the work goes on
+    uint32_t drain_timeout_ms = 10'000;  ///< after stop(); then what still runs is cancelled
+    uint64_t max_body_bytes = uint64_t{32} << 20;            ///< 413
+    uint32_t max_connections = 10'000;                       ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< 503
-    LogSink log   = {};       ///< a line a request: id, method, path, status, times, tokens
+    LogSink log = {};  ///< a line a request: id, method, path, status, times, tokens
     /// Must outlive the server; null: a MemoryStore of its own. What it holds unfinished is taken up
     /// again, as the contract's section 6 says.
-    Store*  store = nullptr;
+    Store* store = nullptr;
     MemoryStoreOptions memory_store = {};  ///< of that one
-    uint32_t max_queued = 1000;   ///< requests accepted but not begun; then 503
-    bool     log_json   = false;  ///< the lines of requests are JSON objects
+    uint32_t max_queued = 1000;            ///< requests accepted but not begun; then 503
+    bool log_json = false;                 ///< the lines of requests are JSON objects
 };
 
 /// Serves Responders over HTTP. Movable handle over an object with a stable address.

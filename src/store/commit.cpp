@@ -300,7 +300,8 @@ Result<void> FileJournal::finish_compaction() {
     for (const auto& output : compaction->outputs)
         if (auto synced = sync(output->file->sync()); !synced) return synced;
     JournalSegments listed = compaction->outputs, old;
-    listed.insert(listed.end(), segments.begin() + std::ptrdiff_t(compaction->inputs), segments.end());
+    listed.insert(listed.end(), segments.begin() + std::ptrdiff_t(compaction->inputs),
+                  segments.end());
     if (auto put = write_manifest(listed); !put) return put;
     {
         const std::lock_guard<std::mutex> lock(records->mutex);

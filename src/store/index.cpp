@@ -257,12 +257,13 @@ inline namespace v1 {
 
 struct MemoryStore::State {
     MemoryStoreOptions options;
-    detail::StorePlan  plan;
+    detail::StorePlan plan;
 };
 
 MemoryStore::MemoryStore(const MemoryStoreOptions& options)
-    : state_(new State{options, {&records_->index, options.max_bytes, options.retention_s,
-                                 &records_->serial}}) {}
+    : state_(new State{
+          options, {&records_->index, options.max_bytes, options.retention_s, &records_->serial}}) {
+}
 MemoryStore::~MemoryStore() = default;
 
 void MemoryStore::change(detail::StoreChange change) {

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "store/store.hpp"
 #include "base/internal.hpp"
+#include "store/store.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -19,21 +19,22 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint64_t store_bookkeeping_bytes = 600;  // of one record: map nodes, strings, places
+inline constexpr uint64_t store_bookkeeping_bytes =
+    600;  // of one record: map nodes, strings, places
 
 /// Where a journal's record lies.
 struct JournalPlace {
-    uint64_t offset  = 0;
+    uint64_t offset = 0;
     uint32_t segment = 0;  // 0: nowhere
-    uint32_t size    = 0;
+    uint32_t size = 0;
 };
 
 /// A record in memory. MemoryStore keeps the texts in it, FileStore only their places.
 struct StoreEntry {
     StoredResponse record = {};
-    uint64_t     serial     = 0;  // of arrival
-    uint64_t     text_bytes = 0;
-    bool         erased     = false;  // only the reservation is left
+    uint64_t serial = 0;  // of arrival
+    uint64_t text_bytes = 0;
+    bool erased = false;  // only the reservation is left
     JournalPlace added = {}, begun = {}, ended = {};
 
     uint64_t cost() const {
@@ -56,7 +57,8 @@ public:
         const auto found = entries_.find(id);
         return found == entries_.end() ? nullptr : &found->second;
     }
-    const StoreEntry* holder(const std::string& organisation, const std::string& reservation) const {
+    const StoreEntry* holder(const std::string& organisation,
+                             const std::string& reservation) const {
         const auto found = reserved_.find({organisation, reservation});
         return found == reserved_.end() ? nullptr : found->second;
     }
@@ -85,8 +87,8 @@ public:
         if (!entry) return std::nullopt;
         return Reservation{entry->record.id, entry->record.fingerprint, entry->erased};
     }
-    Result<std::vector<std::string>> list(const std::string& organisation,
-                                          const std::string& after, size_t limit) const;
+    Result<std::vector<std::string>> list(const std::string& organisation, const std::string& after,
+                                          size_t limit) const;
     std::vector<StoredResponse> unfinished() const;
 
 private:
@@ -95,8 +97,8 @@ private:
 
     std::unordered_map<std::string, StoreEntry> entries_;  // its nodes stay put
     std::map<std::pair<std::string, std::string>, const StoreEntry*> reserved_;
-    std::map<std::pair<std::string, uint64_t>, const StoreEntry*>    arrivals_;
-    Aged     ended_;
+    std::map<std::pair<std::string, uint64_t>, const StoreEntry*> arrivals_;
+    Aged ended_;
     uint64_t bytes_ = 0;
 };
 
@@ -105,13 +107,16 @@ private:
 class StorePlan {
 public:
     struct Step {
-        std::string               id;
-        std::optional<StoreEntry> entry;     // nothing: it goes
-        int64_t                   died_ms = 0;  // when texts of it went; 0: none did
-        bool                      expired = false;
+        std::string id;
+        std::optional<StoreEntry> entry;  // nothing: it goes
+        int64_t died_ms = 0;              // when texts of it went; 0: none did
+        bool expired = false;
     };
     StorePlan(const StoreIndex* index, uint64_t max_bytes, int64_t retention_s, uint64_t* serial)
-        : index_(index), max_bytes_(max_bytes), retention_ms_(retention_s * 1000), serial_(serial) {}
+        : index_(index),
+          max_bytes_(max_bytes),
+          retention_ms_(retention_s * 1000),
+          serial_(serial) {}
 
     /// Decides one change; the steps that it takes are appended.
     Result<void> decide(const StoreChange& change);
@@ -130,20 +135,20 @@ private:
     bool is_reserved(const StoredResponse& record) const;
 
     const StoreIndex* index_;
-    uint64_t          max_bytes_;
-    int64_t           retention_ms_;
-    uint64_t*         serial_;
+    uint64_t max_bytes_;
+    int64_t retention_ms_;
+    uint64_t* serial_;
     std::vector<Step> steps_;
-    std::unordered_map<std::string, size_t> last_;  // step of an id
+    std::unordered_map<std::string, size_t> last_;                         // step of an id
     std::map<std::pair<std::string, std::string>, std::string> reserved_;  // by steps: id
-    int64_t           growth_ = 0;
+    int64_t growth_ = 0;
 };
 
 /// The index of a store, and the lock under which it is changed.
 struct StoreRecords {
     mutable std::mutex mutex;
     StoreIndex index;
-    uint64_t   serial = 0;  // of the last arrival
+    uint64_t serial = 0;  // of the last arrival
 
     /// The record that an organisation may see, or nothing.
     std::optional<StoreEntry> find(std::string_view organisation, const std::string& id) const {

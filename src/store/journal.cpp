@@ -328,9 +328,9 @@ Result<void> FileJournal::replay(JournalSegment& segment, std::string_view bytes
     JournalRecord record;
     while (at < bytes.size()) {
         const bool whole = journal_parse(bytes, at, salt, &record);
-        const bool follows = whole && (newest && !segment.damaged
-                                           ? record.sequence == next_sequence
-                                           : record.sequence >= next_sequence);
+        const bool follows = whole &&
+                             (newest && !segment.damaged ? record.sequence == next_sequence
+                                                         : record.sequence >= next_sequence);
         bool strange = false;
         if (follows) {
             auto applied = replay_record(segment, record, at);

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "store/index.hpp"
 #include "digest_internal.hpp"
+#include "store/index.hpp"
 
 #include <condition_variable>
 #include <cstddef>
@@ -41,18 +41,23 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint32_t journal_version       = 1;
-inline constexpr uint32_t journal_last_number   = 99'999'999;  // a name has eight digits
-inline constexpr size_t   journal_segment_head  = 32;
-inline constexpr size_t   journal_record_head   = 32;
-inline constexpr uint32_t journal_magic         = 0x315f4a56;  // "VJ_1"
-inline constexpr uint64_t journal_max_payload   = uint64_t{1} << 30;
-inline constexpr size_t   journal_write_bytes   = size_t{4} << 20;  // gathered before a write
-inline constexpr size_t   journal_copy_bytes    = size_t{1} << 20;  // of compaction, between commits
-inline constexpr int64_t  journal_dead_ms       = 12 * 3600 * 1000;  // then what died leaves the disk
+inline constexpr uint32_t journal_version = 1;
+inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
+inline constexpr size_t journal_segment_head = 32;
+inline constexpr size_t journal_record_head = 32;
+inline constexpr uint32_t journal_magic = 0x315f4a56;  // "VJ_1"
+inline constexpr uint64_t journal_max_payload = uint64_t{1} << 30;
+inline constexpr size_t journal_write_bytes = size_t{4} << 20;  // gathered before a write
+inline constexpr size_t journal_copy_bytes = size_t{1} << 20;   // of compaction, between commits
+inline constexpr int64_t journal_dead_ms = 12 * 3600 * 1000;    // then what died leaves the disk
 
 enum JournalType : uint16_t {
-    journal_add = 1, journal_begin, journal_finish, journal_erase, journal_drop, journal_close,
+    journal_add = 1,
+    journal_begin,
+    journal_finish,
+    journal_erase,
+    journal_drop,
+    journal_close,
     journal_types
 };
 
@@ -148,7 +153,7 @@ struct JournalRecord {
     uint16_t type = 0;
     uint64_t sequence = 0, commit = 0;  // `commit`: the sequence that its commit began with
     std::string_view payload = {};
-    size_t   size = 0;  // with the head
+    size_t size = 0;  // with the head
 };
 
 bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalRecord* record);
@@ -159,10 +164,10 @@ size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t
 struct JournalSegment {
     uint32_t number = 0;
     uint64_t first_sequence = 0;
-    uint64_t bytes = 0;  // that are committed
-    uint64_t live  = 0;  // of records that the index points to
-    int64_t  dead_since_ms = 0;  // since when texts in it are dead; 0: none are
-    bool     damaged = false;
+    uint64_t bytes = 0;         // that are committed
+    uint64_t live = 0;          // of records that the index points to
+    int64_t dead_since_ms = 0;  // since when texts in it are dead; 0: none are
+    bool damaged = false;
     std::unique_ptr<FolderFile> file = {};
 
     std::string name() const { return format("%08u.journal", unsigned(number)); }
@@ -179,30 +184,30 @@ Error journal_newer(const std::string& name);
 /// A copy of live records out of segments [0, inputs).
 struct JournalCompaction {
     struct Move {
-        std::string               id;
+        std::string id;
         JournalPlace StoreEntry::*slot;
-        JournalPlace              from, to;
+        JournalPlace from, to;
     };
-    size_t            inputs = 0;
-    int64_t           began_ms = 0;
+    size_t inputs = 0;
+    int64_t began_ms = 0;
     std::vector<Move> moves = {};
-    size_t            next = 0;
-    JournalSegments   outputs = {};
+    size_t next = 0;
+    JournalSegments outputs = {};
 };
 
 inline bool operator==(const JournalPlace& a, const JournalPlace& b) {
     return a.segment == b.segment && a.offset == b.offset;
 }
 
-inline constexpr JournalPlace StoreEntry::*journal_slots[] = {&StoreEntry::added, &StoreEntry::begun,
-                                                       &StoreEntry::ended};
+inline constexpr JournalPlace StoreEntry::*journal_slots[] = {
+    &StoreEntry::added, &StoreEntry::begun, &StoreEntry::ended};
 
 /// What the store thread owns. Only it changes index and segments, under the lock of the records; it
 /// reads them without.
 struct FileJournal {
-    FileStoreOptions        options;
+    FileStoreOptions options;
     std::unique_ptr<Folder> folder;
-    StoreRecords*           records = nullptr;
+    StoreRecords* records = nullptr;
     std::optional<StorePlan> plan;
     uint32_t salt = 0, next_number = 1;
     uint64_t next_sequence = 1;
@@ -212,14 +217,14 @@ struct FileJournal {
 
     // one commit
     std::string out;
-    uint64_t    written = 0, commit = 1;
+    uint64_t written = 0, commit = 1;
     std::optional<Error> write_failed;
 
-    std::mutex               queue_mutex;
-    std::condition_variable  queue_filled;
+    std::mutex queue_mutex;
+    std::condition_variable queue_filled;
     std::vector<StoreChange> queue;
-    bool                     ending = false, ready = false;
-    Thread                   thread;
+    bool ending = false, ready = false;
+    Thread thread;
 
     Result<void> load();
     Result<void> load_manifest(const std::vector<std::string>& names);
@@ -239,7 +244,8 @@ struct FileJournal {
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
     Result<void> take(StoreChange& change);
-    Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms, JournalPlace* place);
+    Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms,
+                        JournalPlace* place);
     void flush();
     Result<void> write();
     void install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms);

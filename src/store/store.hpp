@@ -26,23 +26,24 @@ class Folder;
 struct StoredResponse {
     std::string id;
     std::string organisation;
-    std::string reservation;  ///< key id and idempotency key; empty: none. Unique in its organisation
+    std::string
+        reservation;  ///< key id and idempotency key; empty: none. Unique in its organisation
     std::string fingerprint;  ///< of the request that reserved it
-    bool        background    = false;
-    bool        terminal      = false;
-    uint32_t    attempts      = 0;  ///< how often its work was begun
-    int64_t     created_at_ms = 0;  ///< unix time
-    int64_t     ended_at_ms   = 0;  ///< unix time; 0 until terminal
-    std::shared_ptr<const std::string> head    = {};  ///< JSON: what acceptance resolved
+    bool background = false;
+    bool terminal = false;
+    uint32_t attempts = 0;                            ///< how often its work was begun
+    int64_t created_at_ms = 0;                        ///< unix time
+    int64_t ended_at_ms = 0;                          ///< unix time; 0 until terminal
+    std::shared_ptr<const std::string> head = {};     ///< JSON: what acceptance resolved
     std::shared_ptr<const std::string> request = {};  ///< JSON: the body as received
-    std::shared_ptr<const std::string> object  = {};  ///< JSON: as answered; null until terminal
+    std::shared_ptr<const std::string> object = {};   ///< JSON: as answered; null until terminal
 };
 
 /// Who holds a reservation.
 struct Reservation {
     std::string id;
     std::string fingerprint;
-    bool        deleted = false;  ///< the response is gone; the key stays taken until it expires
+    bool deleted = false;  ///< the response is gone; the key stays taken until it expires
 };
 
 /// How a Store reports that a change is kept, or is not: one call, from any thread, also from inside
@@ -91,11 +92,11 @@ namespace detail {
 /// What a Store is asked to change.
 struct StoreChange {
     enum class Kind : uint8_t { add, begin, finish, erase, expire };
-    Kind           kind      = Kind::expire;
-    StoredResponse record    = {};
-    bool           tombstone = false;
-    int64_t        now_ms    = 0;
-    StoreDone      done      = {};
+    Kind kind = Kind::expire;
+    StoredResponse record = {};
+    bool tombstone = false;
+    int64_t now_ms = 0;
+    StoreDone done = {};
 };
 
 struct StoreRecords;
@@ -113,8 +114,8 @@ public:
                int64_t now_ms, StoreDone done) override;
     std::optional<Reservation> reserved(const std::string& organisation,
                                         const std::string& reservation) override;
-    Result<std::vector<std::string>> list(const std::string& organisation,
-                                          const std::string& after, size_t limit) override;
+    Result<std::vector<std::string>> list(const std::string& organisation, const std::string& after,
+                                          size_t limit) override;
     std::vector<StoredResponse> unfinished() override;
     void expire(int64_t now_ms) override;
     uint64_t bytes() const override;
@@ -127,8 +128,8 @@ protected:
 }  // namespace detail
 
 struct MemoryStoreOptions {
-    uint64_t max_bytes   = uint64_t{256} << 20;  ///< past it the oldest terminal records go early
-    int64_t  retention_s = 48 * 3600;            ///< of a terminal record and its reservation
+    uint64_t max_bytes = uint64_t{256} << 20;  ///< past it the oldest terminal records go early
+    int64_t retention_s = 48 * 3600;           ///< of a terminal record and its reservation
 };
 
 /// Records in memory, until the process ends.
@@ -146,14 +147,14 @@ private:
 };
 
 struct FileStoreOptions {
-    std::string path        = {};                 ///< a directory of its own; made where absent
-    uint64_t    max_bytes   = uint64_t{4} << 30;  ///< past it the oldest terminal records go early
-    int64_t     retention_s = 48 * 3600;          ///< of a terminal record and its reservation
+    std::string path = {};                   ///< a directory of its own; made where absent
+    uint64_t max_bytes = uint64_t{4} << 30;  ///< past it the oldest terminal records go early
+    int64_t retention_s = 48 * 3600;         ///< of a terminal record and its reservation
     /// Opens a damaged journal with what is whole in it; the damaged files stay beside, renamed.
-    bool     recover       = false;
-    bool     own_thread    = true;                 ///< false: the host calls step()
-    uint64_t segment_bytes = uint64_t{32} << 20;   ///< of one file of the journal, about
-    LogSink  log           = {};
+    bool recover = false;
+    bool own_thread = true;                       ///< false: the host calls step()
+    uint64_t segment_bytes = uint64_t{32} << 20;  ///< of one file of the journal, about
+    LogSink log = {};
 };
 
 /// Records in a directory: an append-only journal in files of segment_bytes, and an index in memory.

@@ -1,7 +1,7 @@
 #include "prologue.hpp"
 
-#include "template/renderer.hpp"
 #include "json_internal.hpp"
+#include "template/renderer.hpp"
 
 #include <algorithm>
 #include <bit>
@@ -135,8 +135,8 @@ Value replace(Renderer& r, const Value& v, Arguments& a) {
     if (!r.want(a.values[0], Kind::string) || !r.want(a.values[1], Kind::string)) return {};
     if (!is_absent(a.values[2]) && !r.want(a.values[2], Kind::integer)) return {};
     const std::string &all = chars(s), &old = chars(a.values[0]);
-    int64_t left =
-        is_absent(a.values[2]) || a.values[2].integer < 0 ? INT64_MAX : a.values[2].integer;
+    int64_t left = is_absent(a.values[2]) || a.values[2].integer < 0 ? INT64_MAX
+                                                                     : a.values[2].integer;
     Text out;
     size_t begin = 0;
     r.charge_bytes(all.size() / 8 + old.size() * 4);
@@ -482,8 +482,8 @@ Value to_real(Renderer&, const Value& v, const Value& otherwise) {
     if (is_number(v)) return make_real(number_in(v));
     if (is_string(v)) {
         const ByteRange range = stripped(chars(v), nullptr, 3);
-        const auto real =
-            parse_double(std::string_view(chars(v)).substr(range.begin, range.end - range.begin));
+        const auto real = parse_double(
+            std::string_view(chars(v)).substr(range.begin, range.end - range.begin));
         if (real) return make_real(*real);
     }
     return otherwise.kind == Kind::undefined ? make_real(0) : otherwise;

@@ -1,7 +1,7 @@
 #include "prologue.hpp"
 
-#include "template/parser.hpp"
 #include "json_internal.hpp"
+#include "template/parser.hpp"
 
 #include <algorithm>
 #include <cerrno>
@@ -98,7 +98,9 @@ void Lexer::comment() {
 
 /// Behind "word %}" at `at`; npos when something else is there.
 size_t Lexer::raw_tag(size_t at, std::string_view word) const {
-    const auto skip = [&] { while (at < s_.size() && is_space(s_[at])) ++at; };
+    const auto skip = [&] {
+        while (at < s_.size() && is_space(s_[at])) ++at;
+    };
     skip();
     if (s_.substr(at, word.size()) != word) return std::string_view::npos;
     at += word.size();
@@ -113,8 +115,8 @@ void Lexer::raw(size_t begin) {
     advance(begin);
     line_start_ = false;
     for (size_t i = begin; (i = s_.find("{%", i)) != std::string_view::npos; i += 2) {
-        const char sign =
-            i + 2 < s_.size() && (s_[i + 2] == '-' || s_[i + 2] == '+') ? s_[i + 2] : '\0';
+        const char sign = i + 2 < s_.size() && (s_[i + 2] == '-' || s_[i + 2] == '+') ? s_[i + 2]
+                                                                                      : '\0';
         const size_t end = raw_tag(i + (sign ? 3 : 2), "endraw");
         if (end == std::string_view::npos) continue;
         text_before(i, sign, true);
@@ -480,9 +482,9 @@ uint32_t Parser::negation() {
 uint32_t Parser::comparison() {
     static const struct {
         const char* symbol;
-        Op          op;
-    } operators[] = {{"==", Op::equal}, {"!=", Op::not_equal}, {"<", Op::less},
-                     {"<=", Op::less_equal}, {">", Op::greater}, {">=", Op::greater_equal}};
+        Op op;
+    } operators[] = {{"==", Op::equal},      {"!=", Op::not_equal}, {"<", Op::less},
+                     {"<=", Op::less_equal}, {">", Op::greater},    {">=", Op::greater_equal}};
     const uint32_t begin = now().line;
     Ids items = {arithmetic(0)};
     for (;;) {
@@ -502,11 +504,11 @@ uint32_t Parser::comparison() {
 uint32_t Parser::arithmetic(size_t level) {
     static const struct {
         const char* symbol;
-        size_t      level;
-        Op          op;
-    } operators[] = {{"+", 0, Op::add}, {"-", 0, Op::subtract}, {"~", 1, Op::concat},
+        size_t level;
+        Op op;
+    } operators[] = {{"+", 0, Op::add},      {"-", 0, Op::subtract},      {"~", 1, Op::concat},
                      {"*", 2, Op::multiply}, {"//", 2, Op::floor_divide}, {"/", 2, Op::divide},
-                     {"%", 2, Op::modulo}, {"**", 3, Op::power}};
+                     {"%", 2, Op::modulo},   {"**", 3, Op::power}};
     if (level == 4) return unary(true);
     const uint32_t begin = now().line;
     Ids chain = {arithmetic(level + 1)};
@@ -561,11 +563,11 @@ uint32_t Parser::primary() {
 uint32_t Parser::word() {
     static const struct {
         const char* word;
-        Kind        kind;
-        int64_t     value;
-    } constants[] = {{"true", Kind::boolean, 1}, {"True", Kind::boolean, 1},
+        Kind kind;
+        int64_t value;
+    } constants[] = {{"true", Kind::boolean, 1},  {"True", Kind::boolean, 1},
                      {"false", Kind::boolean, 0}, {"False", Kind::boolean, 0},
-                     {"none", Kind::none, 0}, {"None", Kind::none, 0}};
+                     {"none", Kind::none, 0},     {"None", Kind::none, 0}};
     const Lexeme lexeme = next();
     for (const auto& c : constants)
         if (lexeme.text == c.word) return constant(make_kind(c.kind, c.value), lexeme.line);
@@ -587,8 +589,10 @@ size_t unescape(std::string_view s, size_t at, std::string& out) {
     size_t i = octal ? at : at + 1, end = std::min(i + digits, s.size());
     for (; i < end; ++i) {
         const char d = s[i];
-        const int digit = is_digit(d) ? d - '0' : d >= 'a' && d <= 'f' ? d - 'a' + 10
-                        : d >= 'A' && d <= 'F' ? d - 'A' + 10 : 16;
+        const int digit = is_digit(d)            ? d - '0'
+                          : d >= 'a' && d <= 'f' ? d - 'a' + 10
+                          : d >= 'A' && d <= 'F' ? d - 'A' + 10
+                                                 : 16;
         if (digit >= (octal ? 8 : 16)) break;
         code = code * (octal ? 8 : 16) + uint32_t(digit);
     }
@@ -737,8 +741,8 @@ Parser::Ids Parser::arguments() {
         if (!made.empty()) expect(",");
         if (take(")")) break;
         const uint32_t line = now().line;
-        const bool keyword =
-            now().type == Type::name && peek().type == Type::symbol && peek().text == "=";
+        const bool keyword = now().type == Type::name && peek().type == Type::symbol &&
+                             peek().text == "=";
         if (is("*") || is("**")) fail("arguments from a list or dict are not supported");
         if (keywords && !keyword) fail("an argument without name behind one with a name");
         keywords = keyword;

@@ -16,11 +16,13 @@ namespace detail {
 namespace jinja {
 
 struct Lexeme {
+    // clang-format off
     enum class Type : uint8_t { text, begin_print, end_print, begin_tag, end_tag, name, string,
                                 integer, real, symbol, end };
     Type             type = Type::end;
+    // clang-format on
     std::string_view text = {};
-    uint32_t         line = 1;
+    uint32_t line = 1;
 };
 
 /// Cuts the source into text, tags and what stands in tags, and takes away the white space that
@@ -48,12 +50,12 @@ private:
     size_t number_end(bool* real) const;
     bool bracket(char c);
 
-    std::string_view     s_;
-    size_t               at_ = 0;
-    uint32_t             line_ = 1;
-    bool                 line_start_ = true;  // what was cut off last ended with a line
-    std::string          open_ = {};          // the closers of brackets that are open
-    std::vector<Lexeme>  out_ = {};
+    std::string_view s_;
+    size_t at_ = 0;
+    uint32_t line_ = 1;
+    bool line_start_ = true;  // what was cut off last ended with a line
+    std::string open_ = {};   // the closers of brackets that are open
+    std::vector<Lexeme> out_ = {};
     std::optional<Error> error_ = {};
 };
 
@@ -143,13 +145,13 @@ private:
     Ids filters();
     uint32_t chained(uint32_t line, const Ids& chain);
 
-    TemplateProgram&                          p_;
-    std::vector<Lexeme>                       lexemes_;
+    TemplateProgram& p_;
+    std::vector<Lexeme> lexemes_;
     std::unordered_map<std::string, uint32_t> name_ids_ = {};
-    size_t                                    at_ = 0;
-    uint32_t                                  depth_ = 0;
-    uint32_t                                  loops_ = 0;  // around this place
-    std::optional<Error>                      error_ = {};
+    size_t at_ = 0;
+    uint32_t depth_ = 0;
+    uint32_t loops_ = 0;  // around this place
+    std::optional<Error> error_ = {};
 };
 
 }  // namespace jinja

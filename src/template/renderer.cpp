@@ -1,7 +1,7 @@
 #include "prologue.hpp"
 
-#include "template/renderer.hpp"
 #include "json_internal.hpp"
+#include "template/renderer.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -68,8 +68,8 @@ bool Renderer::append(Text& out, std::string_view piece, bool request) {
 
 bool Renderer::append(Text& out, const Text& from, ByteRange range) {
     const size_t base = out.text.size();
-    const std::string_view bytes =
-        std::string_view(from.text).substr(range.begin, range.end - range.begin);
+    const std::string_view bytes = std::string_view(from.text).substr(range.begin,
+                                                                      range.end - range.begin);
     if (!append(out, bytes, false)) return false;
     const auto& marks = from.from_request;
     auto mark = std::upper_bound(marks.begin(), marks.end(), range.begin,
@@ -207,8 +207,8 @@ void trust_roles(const Value& messages) {
                                         "assistant", "tool",      "function"};
     if (!is_list(messages)) return;
     for (const Value& message : list_in(messages)) {
-        const Value* role =
-            message.kind == Kind::dict ? find_entry(dict_in(message), "role") : nullptr;
+        const Value* role = message.kind == Kind::dict ? find_entry(dict_in(message), "role")
+                                                       : nullptr;
         if (!role || !is_string(*role)) continue;
         for (const char* name : roles)  // the value is new: nobody else holds it
             if (chars(*role) == name) static_cast<Text*>(role->object.get())->from_request.clear();
@@ -473,8 +473,9 @@ Value Renderer::eval_sign(const Node& node) {
     const Value v = eval(p_.children(node)[0]);
     if (failed() || node.op == Op::plus)
         return failed() || is_number(v) ? v : fail("a sign before " + what(v));
-    return is_int(v) ? binary(Op::subtract, make_int(0), v)
-                     : is_number(v) ? make_real(-v.real) : fail("a sign before " + what(v));
+    return is_int(v)      ? binary(Op::subtract, make_int(0), v)
+           : is_number(v) ? make_real(-v.real)
+                          : fail("a sign before " + what(v));
 }
 
 Value Renderer::eval_comparison(const Node& node) {
@@ -841,8 +842,9 @@ Value Renderer::attribute(const Value& v, std::string_view name, uint32_t node) 
     Value made;
     if (v.kind == Kind::loop)
         made = loop_attribute(*static_cast<const Loop*>(v.object.get()), name);
-    const Dict* members = v.kind == Kind::dict ? &dict_in(v)
-                        : v.kind == Kind::name_space ? &name_spaces_[size_t(v.integer)] : nullptr;
+    const Dict* members = v.kind == Kind::dict         ? &dict_in(v)
+                          : v.kind == Kind::name_space ? &name_spaces_[size_t(v.integer)]
+                                                       : nullptr;
     if (members) charge_bytes(members->size() * 4);
     if (const Value* found = members ? find_entry(*members, name) : nullptr) return *found;
     return made.kind == Kind::undefined ? make_kind(Kind::undefined, node) : made;
@@ -876,8 +878,8 @@ Value Renderer::path(const Value& v, const Value& dotted) {
     for (size_t begin = 0; begin <= names.size() && !failed();) {
         const size_t end = std::min(names.find('.', begin), names.size());
         const std::string_view name = names.substr(begin, end - begin);
-        const bool digits =
-            !name.empty() && name.size() < 10 && std::all_of(name.begin(), name.end(), is_digit);
+        const bool digits = !name.empty() && name.size() < 10 &&
+                            std::all_of(name.begin(), name.end(), is_digit);
         at = subscript(at,
                        digits ? make_int(std::atoi(std::string(name).c_str())) : make_text(name));
         begin = end + 1;
@@ -892,8 +894,9 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
         if (bound->kind != Kind::none && !is_int(*bound)) return {};  // as Jinja does
     if (is_string(v)) charge_bytes(chars(v).size() / 8);
     const int64_t size = int64_t(is_list(v) ? list_in(v).size() : count_code_points(chars(v)));
-    const int64_t by =
-        step.kind == Kind::none ? 1 : std::clamp<int64_t>(step.integer, -size - 1, size + 1);
+    const int64_t by = step.kind == Kind::none
+                           ? 1
+                           : std::clamp<int64_t>(step.integer, -size - 1, size + 1);
     if (by == 0) return fail("a slice with step 0");
     const auto place = [&](const Value& bound, int64_t absent) {
         if (bound.kind == Kind::none) return absent;
@@ -978,8 +981,8 @@ void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t 
             return word(std::isnan(v.real) ? "NaN" : v.real > 0 ? "Infinity" : "-Infinity", "");
         case Kind::string: {
             const std::string& s = chars(v);
-            const bool apostrophes =
-                s.find('\'') != std::string::npos && s.find('"') == std::string::npos;
+            const bool apostrophes = s.find('\'') != std::string::npos &&
+                                     s.find('"') == std::string::npos;
             const char quote = style.json || apostrophes ? '"' : '\'';
             append(out, std::string_view(&quote, 1), request);
             each_run(text_in(v), [&](std::string_view run, bool marked) {

@@ -18,8 +18,8 @@ namespace jinja {
 enum class Flow : uint8_t { next, break_loop, continue_loop };
 
 struct Arguments {
-    List                                            values = {};
-    std::vector<std::pair<std::string_view, Value>> named  = {};
+    List values = {};
+    std::vector<std::pair<std::string_view, Value>> named = {};
 };
 
 class Renderer;
@@ -31,7 +31,7 @@ using Function = Value (*)(Renderer& r, const Value& self, Arguments& args);
 struct Builtin {
     const char* name;
     const char* parameters;
-    Function    function;
+    Function function;
 };
 
 const Builtin* find_filter(std::string_view name);
@@ -40,12 +40,12 @@ const Builtin* find_method(const Value& self, std::string_view name);
 const Builtin* find_global(std::string_view name);
 
 struct Bound {  // a function value: a method with what it belongs to, or a global function
-    Value          self;
+    Value self;
     const Builtin* builtin;
 };
 
 struct Loop {  // what `loop` is
-    Value  items;
+    Value items;
     size_t at;
 };
 
@@ -57,13 +57,13 @@ struct Macro {
 
 /// How values are written: as Python's repr, or as json.dumps.
 struct WriteStyle {
-    bool        json   = false;
-    bool        ascii  = false;
-    bool        sorted = false;
+    bool json = false;
+    bool ascii = false;
+    bool sorted = false;
     std::string indent = {};
-    bool        lines  = false;  // one item a line
-    std::string comma  = ", ";
-    std::string colon  = ": ";
+    bool lines = false;  // one item a line
+    std::string comma = ", ";
+    std::string colon = ": ";
 };
 
 /// One rendering. What fails sets the error, gives undefined, and stops everything else.
@@ -83,15 +83,15 @@ public:
     bool append(Text& out, std::string_view piece, bool request);
     bool append(Text& out, const Text& from, ByteRange range);
     bool append(Text& out, const Text& from) { return append(out, from, {0, from.text.size()}); }
-    void print(Text& out, const Value& v);                        // Python's str()
+    void print(Text& out, const Value& v);  // Python's str()
     void write(Text& out, const Value& v, const WriteStyle& style, size_t level, bool request);
     Value to_string(const Value& v);
-    Value piece(const Value& string, ByteRange range);            // of a string
+    Value piece(const Value& string, ByteRange range);  // of a string
     Value list(Kind kind, List items);
     Value dict(Dict entries);
-    Value items_of(const Value& v);                               // as a list, for iteration
+    Value items_of(const Value& v);  // as a list, for iteration
     bool want(const Value& v, Kind kind);
-    std::string what(const Value& v) const;                       // for messages
+    std::string what(const Value& v) const;  // for messages
 
     bool equal(const Value& a, const Value& b);
     bool less(const Value& a, const Value& b);
@@ -100,15 +100,15 @@ public:
     Value binary(Op op, Value a, const Value& b);
     Value attribute(const Value& v, std::string_view name, uint32_t node = 0);
     Value subscript(const Value& v, const Value& key, uint32_t node = 0);
-    Value path(const Value& v, const Value& dotted);              // filters' attribute = "a.b"
+    Value path(const Value& v, const Value& dotted);  // filters' attribute = "a.b"
     Value slice(const Value& v, const Value& begin, const Value& end, const Value& step);
     Value call(const Builtin& builtin, const Value& self, Arguments& args);
     Value name_space(Dict fields);
 
 private:
     struct Frame {
-        uint32_t                                parent;
-        uint64_t                                serial;
+        uint32_t parent;
+        uint64_t serial;
         std::vector<std::pair<uint32_t, Value>> bindings;
     };
     /// One level of evaluation: bounds the machine's stack.
@@ -163,16 +163,16 @@ private:
                          bool request);
 
     const TemplateProgram& p_;
-    std::optional<Error>   error_ = {};
-    uint64_t               spent_ = 0;   // in bytes, see ChatTemplate::bytes_per_step
-    uint32_t               line_ = 1;
-    uint32_t               levels_ = 0;
-    uint32_t               calls_ = 0;
-    uint64_t               serial_ = 0;
-    Text                   output_ = {};
-    Text*                  out_ = &output_;
-    std::vector<Frame>     frames_ = {};      // the last one is where names are set
-    std::vector<Dict>      name_spaces_ = {};
+    std::optional<Error> error_ = {};
+    uint64_t spent_ = 0;  // in bytes, see ChatTemplate::bytes_per_step
+    uint32_t line_ = 1;
+    uint32_t levels_ = 0;
+    uint32_t calls_ = 0;
+    uint64_t serial_ = 0;
+    Text output_ = {};
+    Text* out_ = &output_;
+    std::vector<Frame> frames_ = {};  // the last one is where names are set
+    std::vector<Dict> name_spaces_ = {};
 };
 
 const Value* find_entry(const Dict& dict, std::string_view key);

@@ -80,7 +80,8 @@ const std::string& ChatTemplate::source() const { return program_->source; }
 bool ChatTemplate::mentions(std::string_view word) const {
     for (const auto& constant : program_->constants)
         if (detail::jinja::is_string(constant) &&
-            detail::jinja::chars(constant).find(word) != std::string::npos) return true;
+            detail::jinja::chars(constant).find(word) != std::string::npos)
+            return true;
     return false;
 }
 

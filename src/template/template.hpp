@@ -29,9 +29,9 @@ struct TemplateProgram;
 /// template. One exception: the `role` of a message that is one of the six roles of Role is the
 /// template's, for there are templates that build a control token around it ('<|' + role + '|>').
 struct TemplateInput {
-    Json    request = Json::object();  ///< messages, tools
-    Json    own     = Json::object();  ///< bos_token, eos_token, add_generation_prompt ...
-    int64_t now_s   = 0;               ///< what strftime_now shows: unix time + the zone's offset
+    Json request = Json::object();  ///< messages, tools
+    Json own = Json::object();      ///< bos_token, eos_token, add_generation_prompt ...
+    int64_t now_s = 0;              ///< what strftime_now shows: unix time + the zone's offset
 };
 
 /// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
@@ -39,13 +39,13 @@ struct TemplateInput {
 /// Threads: immutable after `parse`; every member from any thread. Copies share the program.
 class VALAR_API ChatTemplate {
 public:
-    static constexpr size_t   max_source_bytes = size_t{1} << 20;
+    static constexpr size_t max_source_bytes = size_t{1} << 20;
     static constexpr uint32_t max_nesting = 100;      ///< of blocks and brackets in the source
-    static constexpr uint32_t max_calls   = 100;      ///< macros that call macros
-    static constexpr uint32_t max_levels  = 600;      ///< of evaluation: 256 KiB of stack suffice
+    static constexpr uint32_t max_calls = 100;        ///< macros that call macros
+    static constexpr uint32_t max_levels = 600;       ///< of evaluation: 256 KiB of stack suffice
     static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
-    static constexpr uint32_t max_range   = 100'000;  ///< of range(), as in Jinja's sandbox
-    static constexpr size_t   max_output_bytes = size_t{16} << 20;  ///< of any one string
+    static constexpr uint32_t max_range = 100'000;    ///< of range(), as in Jinja's sandbox
+    static constexpr size_t max_output_bytes = size_t{16} << 20;  ///< of any one string
     /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
     /// bound time and memory at once.
     static constexpr uint64_t max_steps = 1'000'000;

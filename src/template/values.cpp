@@ -28,8 +28,9 @@ bool truth(const Value& v) {
 }
 
 const char* kind_name(const Value& v) {
-    static const char* const names[] = {"Undefined", "None", "bool", "int", "float", "str", "list",
-        "tuple", "generator", "dict", "Namespace", "LoopContext", "Macro", "function"};
+    static const char* const names[] = {"Undefined", "None",        "bool",  "int",       "float",
+                                        "str",       "list",        "tuple", "generator", "dict",
+                                        "Namespace", "LoopContext", "Macro", "function"};
     return names[size_t(v.kind)];
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "template/template.hpp"
 #include "json_internal.hpp"
+#include "template/template.hpp"
 #include "unicode_internal.hpp"
 
 #include <algorithm>
@@ -26,17 +26,19 @@ namespace jinja {
 // values form no cycles. Containers know how deep they nest: recursion over them is bounded.
 
 enum class Kind : uint8_t {
+    // clang-format off
     undefined, none, boolean, integer, real, string, list, tuple, iterator, dict,
     name_space, loop, macro, function,
+    // clang-format on
 };
 
 struct Value {
-    Kind     kind    = Kind::undefined;
-    bool     request = false;  // it came from the request; of a string its marks say so, not this
-    uint16_t depth   = 0;      // of a container
+    Kind kind = Kind::undefined;
+    bool request = false;  // it came from the request; of a string its marks say so, not this
+    uint16_t depth = 0;    // of a container
     union {
-        int64_t integer = 0;   // boolean, integer; undefined: its node; name_space: its index
-        double  real;
+        int64_t integer = 0;  // boolean, integer; undefined: its node; name_space: its index
+        double real;
     };
     std::shared_ptr<void> object = {};
 };
@@ -143,23 +145,26 @@ std::string number_text(const Value& v);
 
 enum class Op : uint8_t {
     // statements; children in comments, those in brackets may be node 0: nothing
-    body,         // statements
-    text,         // value: index into texts
-    print,        // expression
-    choice,       // condition, body, condition, body ..., [body of else]: an odd number of children
-    loop,         // target, iterable, [condition], body, [body of else]
-    set,          // target, expression
-    set_block,    // target, body, filters ...
-    macro,        // value: name; body, parameters (keyword) ...
-    filter_block, // body, filters ...
-    scope,        // body
-    break_loop, continue_loop,
+    body,       // statements
+    text,       // value: index into texts
+    print,      // expression
+    choice,     // condition, body, condition, body ..., [body of else]: an odd number of children
+    loop,       // target, iterable, [condition], body, [body of else]
+    set,        // target, expression
+    set_block,  // target, body, filters ...
+    macro,      // value: name; body, parameters (keyword) ...
+    filter_block,  // body, filters ...
+    scope,         // body
+    break_loop,
+    continue_loop,
     // expressions
-    constant,     // value: index into constants
-    name,         // value: name
-    list, tuple,  // expressions
+    constant,  // value: index into constants
+    name,      // value: name
+    list,
+    tuple,        // expressions
     dict,         // key, value, key, value ...
     conditional,  // condition, then, [else]
+    // clang-format off
     any, all,     // expressions: or, and
     negation,     // expression: not
     minus, plus,  // expression
@@ -175,12 +180,13 @@ enum class Op : uint8_t {
     equal, not_equal, less, less_equal, greater, greater_equal, in, not_in,  // expression
     keyword,      // value: name; [expression]
     field,        // a target: value: name of the attribute; name of the namespace
+    // clang-format on
 };
 
 struct Node {
-    Op       op    = Op::body;
-    bool     flag  = false;
-    uint32_t line  = 0;
+    Op op = Op::body;
+    bool flag = false;
+    uint32_t line = 0;
     uint32_t value = 0;
     uint32_t first = 0;  // of its children in links
     uint32_t count = 0;
@@ -196,14 +202,14 @@ inline namespace v1 {
 namespace detail {
 
 struct TemplateProgram {
-    std::string                 source;
-    std::vector<jinja::Node>    nodes = {jinja::Node{}};
-    std::vector<uint32_t>       links;
-    std::vector<jinja::Value>   constants;
-    std::vector<std::string>    texts;  // outside of tags
-    std::vector<std::string>    names;
-    std::optional<uint32_t>     loop_name;  // of "loop", where the template uses it
-    uint32_t                    root = 0;
+    std::string source;
+    std::vector<jinja::Node> nodes = {jinja::Node{}};
+    std::vector<uint32_t> links;
+    std::vector<jinja::Value> constants;
+    std::vector<std::string> texts;  // outside of tags
+    std::vector<std::string> names;
+    std::optional<uint32_t> loop_name;  // of "loop", where the template uses it
+    uint32_t root = 0;
 
     std::span<const uint32_t> children(const jinja::Node& node) const {
         return std::span(links).subspan(node.first, node.count);

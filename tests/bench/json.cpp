@@ -17,7 +17,8 @@ std::string chat_body() {
     while (body.size() < 4000)
         body += R"({"role":"user","content":[{"type":"input_text","text":"Can you mend this sword )"
                 R"(before dawn?\nThe smith at the gate says \"yes\", and pays well. Sch)"
-                "\xc3\xb6" R"(n!"}],"status":"completed","weights":[1,2.5,-30000,0.1]},)";
+                "\xc3\xb6"
+                R"(n!"}],"status":"completed","weights":[1,2.5,-30000,0.1]},)";
     body.back() = ']';
     return body + "}";
 }

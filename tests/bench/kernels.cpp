@@ -21,12 +21,8 @@ using namespace valar;
 using namespace valar::detail;
 
 static uint32_t seed = 1;
-static uint32_t next() {
-    return seed = seed * 1664525u + 1013904223u;
-}
-static float uniform() {
-    return static_cast<float>(static_cast<int32_t>(next())) * 0x1p-31f;
-}
+static uint32_t next() { return seed = seed * 1664525u + 1013904223u; }
+static float uniform() { return static_cast<float>(static_cast<int32_t>(next())) * 0x1p-31f; }
 
 struct Options {
     std::string table, type;
@@ -91,8 +87,8 @@ static void read_streams(const std::byte* at, size_t bytes) {
             }
         }
     }
-    sums[0] =
-        _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]), _mm256_xor_si256(sums[2], sums[3]));
+    sums[0] = _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]),
+                               _mm256_xor_si256(sums[2], sums[3]));
     sink = static_cast<uint64_t>(_mm256_extract_epi64(sums[0], 0));
 }
 
@@ -262,8 +258,8 @@ static double product_seconds(Team& team, const Kernels& k, const PackedWeights&
 static void bench_type(Team& team, const Kernels& k, const Limits& limits, const Options& options,
                        TensorType type, uint32_t cols) {
     const PackedWeights w = make_weights(type, cols, size_t{options.mb} << 20);
-    const bool floats =
-        type == TensorType::f32 || type == TensorType::f16 || type == TensorType::bf16;
+    const bool floats = type == TensorType::f32 || type == TensorType::f16 ||
+                        type == TensorType::bf16;
     std::printf("%-5s %5u  pack %4.1f |", type_info(type)->name, cols, w.pack_rate * 1e-9);
     for (uint32_t planes = 1; planes <= (floats ? 1u : 2u) && options.columns < 2; planes++) {
         const double s = product_seconds(team, k, w, w.tiles, 1, planes);
@@ -331,7 +327,8 @@ static void bench_vectors(const Kernels& k) {
     std::printf("1536 values, ns: quantize");
     for (uint32_t columns : {1u, 4u})
         for (uint32_t planes : {1u, 2u})
-            std::printf(" %ux%u: %.0f,", columns, planes, cycle([&] {
+            std::printf(" %ux%u: %.0f,", columns, planes,
+                        cycle([&] {
                             k.quantize({x.data(), 0, columns, planes, 1536, columns * planes,
                                         blocks.data()});
                         }) / columns);

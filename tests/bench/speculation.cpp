@@ -41,7 +41,8 @@ static const Task tasks[] = {
      "{\"id\": 7, \"name\": \"Albatross\", \"length\": 21 \"crew\": 12, \"in_port\": true\n"
      "Answer:\n"
      "{\"id\": 7, \"name\": \"Albatross\", \"length\": 21, \"crew\": 12, \"in_port\": true}\n\n"
-     "{\"boats\": [{\"id\": 1, \"name\": \"Pequod\", \"length\": 32, \"crew\": 30, \"in_port\": true},\n"
+     "{\"boats\": [{\"id\": 1, \"name\": \"Pequod\", \"length\": 32, \"crew\": 30, \"in_port\": "
+     "true},\n"
      "{\"id\": 2, \"name\": \"Rachel\", \"length\": 28, \"crew\": 26, \"in_port\": false}\n"
      "{\"id\": 3, \"name\": \"Bachelor\", \"length\": 30, \"crew\": 28, \"in_port\": true},\n"
      "{\"id\": 4, \"name\": \"Samuel Enderby\", \"length\": 34, \"crew\": 31, \"in_port\": false}\n"
@@ -49,10 +50,14 @@ static const Task tasks[] = {
      true},
     {"summary with quotes",
      "Summarize the letter, and quote the sentences that matter word for word.\n\n"
-     "Dear neighbours, the bridge over the mill stream will be closed from the third of May until the "
-     "end of August. The planks have rotted and the council has decided to replace all of them. Carts "
-     "and wagons must go by the upper road. People on foot may use the ferry, which is free of charge "
-     "on market days. Whoever wants to help with the work is welcome and will be paid two shillings a "
+     "Dear neighbours, the bridge over the mill stream will be closed from the third of May until "
+     "the "
+     "end of August. The planks have rotted and the council has decided to replace all of them. "
+     "Carts "
+     "and wagons must go by the upper road. People on foot may use the ferry, which is free of "
+     "charge "
+     "on market days. Whoever wants to help with the work is welcome and will be paid two "
+     "shillings a "
      "day. The council asks everybody to keep children away from the building site.",
      true},
     {"story", "Write a story about a lighthouse keeper who finds a bottle.", false},
@@ -122,9 +127,10 @@ int main(int argc, char** argv) {
             std::sort(values.begin(), values.end());
             return values[values.size() / 2];
         };
-        std::printf("%-20s %6.0f %8.1f %8.1f %7.2fx %9llu %9llu %7.1f%%\n", task.name, tokens / pairs,
-                    median(plain), median(guessed), median(ratios),
-                    static_cast<unsigned long long>(drafted), static_cast<unsigned long long>(accepted),
+        std::printf("%-20s %6.0f %8.1f %8.1f %7.2fx %9llu %9llu %7.1f%%\n", task.name,
+                    tokens / pairs, median(plain), median(guessed), median(ratios),
+                    static_cast<unsigned long long>(drafted),
+                    static_cast<unsigned long long>(accepted),
                     100.0 * static_cast<double>(drafted - accepted) / static_cast<double>(rows));
     }
     return 0;

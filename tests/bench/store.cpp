@@ -35,17 +35,17 @@ double sync_rate(const std::string& path) {
 
 /// Completions, handed from the store's thread to the one that asks, as a server's loop has them.
 struct Inbox {
-    std::mutex              mutex;
+    std::mutex mutex;
     std::condition_variable filled;
-    std::vector<int>        told;
-    int                     failed = 0;
+    std::vector<int> told;
+    int failed = 0;
 };
 
 struct Waiter {
     Inbox* inbox = nullptr;
-    int    index = 0;
-    int    record = 0;
-    bool   added = false;
+    int index = 0;
+    int record = 0;
+    bool added = false;
     StoreDone done() {
         return {[](void* context, Result<void> result) {
                     auto& self = *static_cast<Waiter*>(context);
@@ -113,10 +113,11 @@ int main(int argc, char** argv) {
     }
     const double spent = seconds() - begin;
     const double payload = records * double(head->size() + request->size() + object->size());
-    std::printf("%d waiters: %.0f changes/s acknowledged (%.0f responses/s), %d refused; disk %.0f "
-                "syncs/s; journal %.3f x payload\n",
-                waiters, 2 * records / spent, records / spent, inbox.failed, syncs,
-                static_cast<double>((*store)->disk_bytes()) / payload);
+    std::printf(
+        "%d waiters: %.0f changes/s acknowledged (%.0f responses/s), %d refused; disk %.0f "
+        "syncs/s; journal %.3f x payload\n",
+        waiters, 2 * records / spent, records / spent, inbox.failed, syncs,
+        static_cast<double>((*store)->disk_bytes()) / payload);
     const double reopen = seconds();
     store->reset();
     store = FileStore::open(options);

@@ -28,18 +28,18 @@ using Clock = std::chrono::steady_clock;
 
 struct Load {
     const char* name;
-    Window      window;
-    int         threads;
-    int         pause_ms;  // at most, between two requests of a thread
+    Window window;
+    int threads;
+    int pause_ms;  // at most, between two requests of a thread
 };
 constexpr Load loads[] = {{"asap", Window::asap, 8, 4000},
                           {"standard", Window::standard, 12, 500},
                           {"flex", Window::flex, 12, 0}};
 
 struct Figures {
-    std::mutex            mutex;
+    std::mutex mutex;
     std::vector<uint64_t> queue_us, total_us;
-    int                   asked = 0, completed = 0;
+    int asked = 0, completed = 0;
 };
 
 /// Bytes of anonymous memory of this process.
@@ -60,8 +60,8 @@ double share(std::vector<uint64_t>& values, double part) {  // of microseconds, 
 }
 
 Request make_request(Window window, std::mt19937& random) {
-    static constexpr const char* words[] = {"river", "stone", "amber", "lantern", "orchard", "winter",
-                                            "copper", "harbour", "violet", "thunder"};
+    static constexpr const char* words[] = {"river",  "stone",  "amber",   "lantern", "orchard",
+                                            "winter", "copper", "harbour", "violet",  "thunder"};
     std::string text = "Tell me about";
     for (auto i = 5 + random() % 200; i > 0; --i) text.append(" ").append(words[random() % 10]);
     Request request;
@@ -82,8 +82,7 @@ void ask_on(Engine& engine, const Load& load, unsigned seed, const std::atomic<b
                 std::chrono::milliseconds(random() % static_cast<unsigned>(load.pause_ms)));
         Reply reply = engine.submit(make_request(load.window, random));
         reply.wait();
-        while (reply.poll()) {
-        }
+        while (reply.poll()) {}
         const Outcome& outcome = reply.outcome();
         const Timings& spent = outcome.timings;
         const std::lock_guard<std::mutex> lock(figures.mutex);
@@ -144,17 +143,19 @@ int main(int argc, char** argv) {
 
     for (int kind = 0; kind < 3; ++kind) {
         Figures& f = figures[kind];
-        std::printf("%-9s %d threads, %d of %d completed; queue p50 %.1f, p95 %.1f, longest %.1f ms; "
-                    "whole p50 %.0f, longest %.0f ms\n",
-                    loads[kind].name, loads[kind].threads, f.completed, f.asked,
-                    share(f.queue_us, 0.5), share(f.queue_us, 0.95), share(f.queue_us, 1),
-                    share(f.total_us, 0.5), share(f.total_us, 1));
+        std::printf(
+            "%-9s %d threads, %d of %d completed; queue p50 %.1f, p95 %.1f, longest %.1f ms; "
+            "whole p50 %.0f, longest %.0f ms\n",
+            loads[kind].name, loads[kind].threads, f.completed, f.asked, share(f.queue_us, 0.5),
+            share(f.queue_us, 0.95), share(f.queue_us, 1), share(f.total_us, 0.5),
+            share(f.total_us, 1));
     }
     std::printf("a step: p50 %.1f, p95 %.1f, longest %.1f ms\n", share(steps_us, 0.5),
                 share(steps_us, 0.95), share(steps_us, 1));
     const ResponderStats stats = engine->responder()->stats();
     const size_t tenth = memory.size() / 10;  // until all have begun
-    const auto [least, most] = std::minmax_element(memory.begin() + std::ptrdiff_t(tenth), memory.end());
+    const auto [least, most] = std::minmax_element(memory.begin() + std::ptrdiff_t(tenth),
+                                                   memory.end());
     std::printf("%llu preempted; private memory %.1f to %.1f MiB (%.2f %%) after the first tenth\n",
                 static_cast<unsigned long long>(stats.preempted), double(*least) / 1048576,
                 double(*most) / 1048576, 100 * double(*most - *least) / double(*least));

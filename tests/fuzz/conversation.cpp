@@ -1,7 +1,7 @@
 // A saved conversation: any bytes as they are; then as history and pages of a save that is
 // otherwise right, which, where it is taken, goes on for some tokens and can be saved again.
-#include "engine/engine.hpp"
 #include "digest_internal.hpp"
+#include "engine/engine.hpp"
 
 #include "../tiny_model.hpp"
 

@@ -60,7 +60,7 @@ void rewrite(const Gguf& gguf) {
     }
     for (const GgufKey& key : gguf.keys())
         if (!packed || key.name != "valar.packed") writer.set(key);  // the writer's own key
-    if (gguf.find("general.alignment")) return;  // the writer's own key
+    if (gguf.find("general.alignment")) return;                      // the writer's own key
     if (gguf.find("number") || gguf.find("text") || gguf.find("texts")) return;
     const std::string_view texts[] = {"one", "two"};
     writer.set("number", gguf.version());

@@ -4,9 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../store_disk.hpp"
 #include "digest_internal.hpp"
 #include "store/store.hpp"
-#include "../store_disk.hpp"
 
 using namespace valar;
 using namespace store_disk;
@@ -41,15 +41,15 @@ void match_checksums(std::string* bytes, size_t at, uint32_t salt) {
 }
 
 void use(FileStore& store) {
-    for (const StoredResponse& open : store.unfinished()) (void)store.find(open.organisation, open.id);
+    for (const StoredResponse& open : store.unfinished())
+        (void)store.find(open.organisation, open.id);
     if (auto ids = store.list("a", "", 100))
         for (const std::string& id : *ids) {
             (void)store.find("a", id);
             store.erase("a", id, true, 1, {});
         }
     store.expire(int64_t{1} << 50);
-    for (int i = 0; i < 100 && store.step(); ++i) {
-    }
+    for (int i = 0; i < 100 && store.step(); ++i) {}
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Any bytes as a template, rendered with a fixed conversation: no crash, no hang, and marks that
 // are ascending, disjoint and inside of the text. The same again with each string of the request in
 // letters that no template of the corpus has: none of them may be without a mark.
-#include "unicode_internal.hpp"
 #include "template/template.hpp"
+#include "unicode_internal.hpp"
 
 #include <cstdint>
 #include <cstdlib>

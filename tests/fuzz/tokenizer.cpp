@@ -1,8 +1,8 @@
 // Any vocabulary opens or is refused; any text becomes tokens, and the tokens become it again.
 // Input: a mode byte, flags, then tokens (kind, length, spelling), merges (two indices), and the
 // text with the places where request and template take turns.
-#include "unicode_internal.hpp"
 #include "tokenizer.hpp"
+#include "unicode_internal.hpp"
 
 #include <cstdint>
 #include <cstdlib>
@@ -56,7 +56,9 @@ Pieces read_vocabulary(Bytes& in, bool sentences, bool sound) {
     for (int byte = 0; byte < 256; ++byte) pieces.emplace_back(1, char(byte));
     for (int i = in.byte() % 32; i > 0; --i) {
         const uint8_t head = in.byte();
-        const int32_t type = sound ? (head & 8 ? 3 : sentences ? int32_t("\1\4\5\1"[head & 3]) : 4)
+        const int32_t type = sound ? (head & 8    ? 3
+                                      : sentences ? int32_t("\1\4\5\1"[head & 3])
+                                                  : 4)
                                    : head % 9 - 1;
         const float score = float(head >> 4) - 20;
         std::string spelling = in.text(in.byte() % 24);
