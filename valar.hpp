@@ -2249,6 +2249,108 @@ int64_t unix_time_ms() { return int64_t(posix_clock_ns(CLOCK_REALTIME) / 1'000'0
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/base/text.hpp -------------------------------------------------------------------------
+
+// The one copy of each small text helper.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Without the spaces and tabs at both ends.
+std::string_view trim(std::string_view text);
+/// A to Z in lower case; all other bytes as they are.
+inline char ascii_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
+std::string ascii_lower(std::string_view text);
+/// 0 to 15, or -1 for what is no hex digit.
+int hex_value(char c);
+/// Of what came from outside, for a message or a log line: one word, no control characters, no
+/// quotes, at most so many bytes of it and then "...".
+std::string printable(std::string_view text, size_t most_bytes = 200);
+/// All of them behind one another, with one allocation.
+std::string join(std::initializer_list<std::string_view> parts);
+
+/// A moment in the proleptic Gregorian calendar, UTC.
+struct CivilTime {
+    int64_t year;
+    int month, day;  // from 1
+    int hour, minute, second;
+    int weekday;   // 0: Sunday
+    int year_day;  // from 1
+};
+/// Howard Hinnant's civil_from_days ("chrono-Compatible Low-Level Date Algorithms"); from 1970 on.
+CivilTime civil_time(int64_t unix_seconds);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/base/text.cpp -------------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+std::string_view trim(std::string_view text) {
+    const auto space = [](char c) { return c == ' ' || c == '\t'; };
+    while (!text.empty() && space(text.front())) text.remove_prefix(1);
+    while (!text.empty() && space(text.back())) text.remove_suffix(1);
+    return text;
+}
+
+std::string ascii_lower(std::string_view text) {
+    std::string lower(text);
+    for (char& c : lower) c = ascii_lower(c);
+    return lower;
+}
+
+int hex_value(char c) {
+    if (c >= '0' && c <= '9') return c - '0';
+    const char lower = ascii_lower(c);
+    return lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
+}
+
+std::string printable(std::string_view text, size_t most_bytes) {
+    std::string shown;
+    for (const char c : text.substr(0, most_bytes)) {
+        const bool plain = c > ' ' && c < 0x7f && c != '"' && c != '\\';
+        shown += plain ? std::string(1, c) : format("\\x%02x", static_cast<unsigned char>(c));
+    }
+    return text.size() > most_bytes ? shown + "..." : shown;
+}
+
+std::string join(std::initializer_list<std::string_view> parts) {
+    size_t size = 0;
+    for (const std::string_view part : parts) size += part.size();
+    std::string all;
+    all.reserve(size);
+    for (const std::string_view part : parts) all += part;
+    return all;
+}
+
+CivilTime civil_time(int64_t unix_seconds) {
+    const int64_t days = unix_seconds / 86400;
+    const int second = static_cast<int>(unix_seconds % 86400);
+    const int64_t from_march = days + 719468, era = from_march / 146097;
+    const int64_t day_of_era = from_march % 146097;
+    const int64_t leap_days = day_of_era / 1460 - day_of_era / 36524 + day_of_era / 146096;
+    const int64_t year_of_era = (day_of_era - leap_days) / 365;
+    const int day_of_year = static_cast<int>(day_of_era - 365 * year_of_era - year_of_era / 4 +
+                                             year_of_era / 100);  // from the first of March
+    const int month_from_march = (5 * day_of_year + 2) / 153;
+    const int month = month_from_march < 10 ? month_from_march + 3 : month_from_march - 9;
+    const int day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    const int64_t year = year_of_era + era * 400 + (month <= 2);
+    const bool leap = (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
+    const int year_day = month > 2 ? day_of_year + 60 + leap : day_of_year - 305;
+    const int weekday = static_cast<int>((days + 4) % 7);
+    return {year, month, day, second / 3600, second / 60 % 60, second % 60, weekday, year_day};
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/base/files.cpp ------------------------------------------------------------------------
 
 namespace valar {
@@ -3789,7 +3891,8 @@ bool constant_time_equal(std::string_view a, std::string_view b);
 /// Bytes from the operating system's generator, for ids and secrets.
 Result<void> random_bytes(void* data, size_t size);
 
-int hex_value(char c);
+/// `prefix` and 24 of [0-9a-z], 124 bits that nobody can guess.
+Result<std::string> draw_id(std::string prefix);
 
 }  // namespace detail
 }  // namespace v1
@@ -3845,13 +3948,6 @@ constexpr std::array<int8_t, 256> base64_values = [] {
 }();
 
 }  // namespace
-
-int hex_value(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
-    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
-    return -1;
-}
 
 std::string Hash256::hex() const { return hex_encode(bytes, sizeof bytes); }
 
@@ -4034,6 +4130,19 @@ Result<void> random_bytes(void* data, size_t size) {
         if (getentropy(bytes, std::min(size, size_t(256))) != 0) return os_error("getentropy");
 #endif
     return {};
+}
+
+Result<std::string> draw_id(std::string prefix) {
+    std::string id = std::move(prefix);
+    const size_t size = id.size() + 24;
+    while (id.size() < size) {
+        uint8_t random[32];
+        if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
+        for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
+            if (byte < 252 && id.size() < size)
+                id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+    }
+    return id;
 }
 
 }  // namespace detail
@@ -15235,8 +15344,7 @@ Dict fields_of(Renderer& r, Arguments& a) {
     return fields;
 }
 
-/// What strftime_now prints: the time in the caller's own zone, English names. Howard Hinnant's
-/// civil_from_days, see his "chrono-Compatible Low-Level Date Algorithms".
+/// What strftime_now prints: the time in the caller's own zone, English names.
 std::string formatted_time(int64_t seconds, std::string_view pattern) {
     static const char* const months[] = {"January",   "February", "March",    "April",
                                          "May",       "June",     "July",     "August",
@@ -15244,15 +15352,8 @@ std::string formatted_time(int64_t seconds, std::string_view pattern) {
     static const char* const week[] = {"Sunday",   "Monday", "Tuesday", "Wednesday",
                                        "Thursday", "Friday", "Saturday"};
     seconds = std::clamp<int64_t>(seconds, 0, INT64_C(253402300799));  // 1970 to 9999
-    const int64_t days = seconds / 86400, clock = seconds % 86400;
-    const int64_t z = days + 719468, era = z / 146097, doe = z % 146097;
-    const int64_t yoe = (doe - doe / 1460 + doe / 36524 - doe / 146096) / 365;
-    const int64_t doy = doe - (365 * yoe + yoe / 4 - yoe / 100), mp = (5 * doy + 2) / 153;
-    const int day = int(doy - (153 * mp + 2) / 5 + 1), month = int(mp < 10 ? mp + 3 : mp - 9);
-    const int year = int(yoe + era * 400 + (month <= 2));
-    const int hour = int(clock / 3600), hour12 = (hour + 11) % 12 + 1;
-    const bool leap = (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
-    const int year_day = int(month > 2 ? doy + 60 + leap : doy - 305);
+    const CivilTime t = civil_time(seconds);
+    const int year = static_cast<int>(t.year), hour12 = (t.hour + 11) % 12 + 1;
     std::string out;
     for (size_t i = 0; i < pattern.size(); ++i) {
         if (pattern[i] != '%' || i + 1 == pattern.size()) {
@@ -15265,19 +15366,19 @@ std::string formatted_time(int64_t seconds, std::string_view pattern) {
         switch (pattern[i]) {
             case 'Y': number(year, 4); break;
             case 'y': number(year % 100, 2); break;
-            case 'm': number(month, 2); break;
-            case 'd': number(day, 2); break;
-            case 'e': out += format("%2d", day); break;
-            case 'j': number(year_day, 3); break;
-            case 'H': number(hour, 2); break;
+            case 'm': number(t.month, 2); break;
+            case 'd': number(t.day, 2); break;
+            case 'e': out += format("%2d", t.day); break;
+            case 'j': number(t.year_day, 3); break;
+            case 'H': number(t.hour, 2); break;
             case 'I': number(hour12, 2); break;
-            case 'M': number(int(clock / 60 % 60), 2); break;
-            case 'S': number(int(clock % 60), 2); break;
-            case 'p': out += hour < 12 ? "AM" : "PM"; break;
-            case 'B': out += months[month - 1]; break;
-            case 'b': out += std::string(months[month - 1], 3); break;
-            case 'A': out += week[(days + 4) % 7]; break;
-            case 'a': out += std::string(week[(days + 4) % 7], 3); break;
+            case 'M': number(t.minute, 2); break;
+            case 'S': number(t.second, 2); break;
+            case 'p': out += t.hour < 12 ? "AM" : "PM"; break;
+            case 'B': out += months[t.month - 1]; break;
+            case 'b': out += std::string(months[t.month - 1], 3); break;
+            case 'A': out += week[t.weekday]; break;
+            case 'a': out += std::string(week[t.weekday], 3); break;
             case 'F': out += formatted_time(seconds, "%Y-%m-%d"); break;
             case 'T': out += formatted_time(seconds, "%H:%M:%S"); break;
             case '%': out += '%'; break;
@@ -15752,14 +15853,6 @@ struct SpecReader {
     }
 };
 
-/// Text of a file as a message can carry it.
-std::string printable(std::string_view text) {
-    std::string out(text.substr(0, 64));
-    for (char& c : out)
-        if (c < ' ' || c > '~') c = '?';
-    return out;
-}
-
 const Architecture* find_architecture(std::string_view name) {
     for (const Architecture& row : architectures)
         if (name == row.name) return &row;
@@ -15956,9 +16049,10 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     if (in.error) return *in.error;
     const auto* row = detail::find_architecture(spec.architecture);
     if (!row)
-        return detail::make_error(ErrorKind::unsupported, gguf.name() + ": architecture '" +
-                                                              detail::printable(spec.architecture) +
-                                                              "' is not supported");
+        return detail::make_error(ErrorKind::unsupported,
+                                  gguf.name() + ": architecture '" +
+                                      detail::printable(spec.architecture, 64) +
+                                      "' is not supported");
     in.prefix = spec.architecture + ".";
     spec.name = in.value(gguf.get_string("general.name", ""));
     detail::refuse_unknown_options(in);
@@ -18051,7 +18145,6 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
                                               const ModelSpec& spec, const ModelTensors& tensors);
 Result<Hash256> fingerprint(const Gguf& gguf);
 
-Result<std::string> draw_response_id();
 Error engine_closed_error();
 Error refuse_field(const char* param, std::string message, const char* code = "invalid_value");
 Hash256 root_key(const EngineOptions& options, const std::string& organisation,
@@ -18514,16 +18607,6 @@ Error refuse_field(const char* param, std::string message, const char* code) {
 
 Error engine_closed_error() {
     return make_error(ErrorKind::closed, "the engine was closed", "engine_closed");
-}
-
-// "resp_" and 24 of [0-9a-z], unguessable.
-Result<std::string> draw_response_id() {
-    uint8_t bytes[24];
-    auto drawn = random_bytes(bytes, sizeof bytes);
-    if (!drawn) return drawn.error();
-    std::string id = "resp_";
-    for (const uint8_t byte : bytes) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
-    return id;
 }
 
 }  // namespace detail
@@ -19408,7 +19491,7 @@ Reply Engine::State::reply_to(Result<std::unique_ptr<detail::PreparedPrompt>> pr
     auto reply = std::make_shared<detail::Mailbox>();
     reply->doorbell = doorbell;
     Result<void> good;
-    auto id = detail::draw_response_id();
+    auto id = detail::draw_id("resp_");
     if (!id) good = id.error();
     else reply->id = std::move(*id);
     if (good) good = prompt ? enqueue(std::move(*prompt), reply, false) : prompt.error();
@@ -20118,13 +20201,10 @@ enum HttpClass : uint8_t { http_token = 1, http_visible = 2, http_control = 4, h
 
 bool http_is(char c, int bits);
 bool http_all(std::string_view text, int bits);
-char http_lower(char c);
 bool http_same(std::string_view a, std::string_view b);
-std::string_view http_trim(std::string_view text);
 std::string_view http_pop(std::string_view* list);
 bool http_listed(const HttpHeaders& headers, std::string_view name, std::string_view token);
 bool http_decimal(std::string_view text, uint64_t* value);
-int http_hex(char c);
 std::string http_host(std::string_view text);
 const char* http_phrase(int status);
 std::string http_date(int64_t unix_seconds);
@@ -20174,20 +20254,11 @@ bool http_all(std::string_view text, int bits) {
     return !text.empty();
 }
 
-char http_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
-
 bool http_same(std::string_view a, std::string_view b) {
     if (a.size() != b.size()) return false;
     for (size_t i = 0; i < a.size(); ++i)
-        if (http_lower(a[i]) != http_lower(b[i])) return false;
+        if (ascii_lower(a[i]) != ascii_lower(b[i])) return false;
     return true;
-}
-
-std::string_view http_trim(std::string_view text) {
-    const auto space = [](char c) { return c == ' ' || c == '\t'; };
-    while (!text.empty() && space(text.front())) text.remove_prefix(1);
-    while (!text.empty() && space(text.back())) text.remove_suffix(1);
-    return text;
 }
 
 /// The last element of a comma-separated list, which is cut from it.
@@ -20195,7 +20266,7 @@ std::string_view http_pop(std::string_view* list) {
     const size_t comma = list->rfind(',');
     const std::string_view last = comma == list->npos ? *list : list->substr(comma + 1);
     *list = comma == list->npos ? std::string_view() : list->substr(0, comma);
-    return http_trim(last);
+    return trim(last);
 }
 
 bool http_listed(const HttpHeaders& headers, std::string_view name, std::string_view token) {
@@ -20218,12 +20289,6 @@ bool http_decimal(std::string_view text, uint64_t* value) {
     return !text.empty();
 }
 
-int http_hex(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    const char lower = http_lower(c);
-    return lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
-}
-
 /// "name", "name:port" or "[v6]:port" in lower case, an empty port dropped; empty if invalid.
 /// Narrower than RFC 3986, whose names may hold sub-delims and escapes: no DNS name does.
 std::string http_host(std::string_view text) {
@@ -20237,7 +20302,7 @@ std::string http_host(std::string_view text) {
     const bool v6 = !name.empty() && name.front() == '[' && name.back() == ']';
     if (v6 ? !NetAddress::parse(name, 0) : !http_all(name, http_name)) return {};
     std::string host(port.empty() ? name : text);
-    for (char& c : host) c = http_lower(c);
+    for (char& c : host) c = ascii_lower(c);
     return host;
 }
 
@@ -20275,25 +20340,12 @@ const char* http_phrase(int status) {
     return "";
 }
 
-/// "Sun, 06 Nov 1994 08:49:37 GMT", whatever the locale. Days to civil date: era of 400 years that
-/// begins on 1 March, so that the leap day comes last.
 std::string http_date(int64_t unix_seconds) {
-    const int64_t days = unix_seconds / 86400, second = unix_seconds % 86400;
-    const int64_t from_march = days + 719468, era = from_march / 146097;
-    const int64_t day_of_era = from_march % 146097;
-    const int64_t year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36524 -
-                                 day_of_era / 146096) /
-                                365;
-    const int64_t day_of_year = day_of_era -
-                                (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    const int64_t month_from_march = (5 * day_of_year + 2) / 153;
-    const int day = static_cast<int>(day_of_year - (153 * month_from_march + 2) / 5 + 1);
-    const int month = static_cast<int>((month_from_march + 2) % 12);
-    const int year = static_cast<int>(year_of_era + era * 400 + (month < 2));
-    return format("%.3s, %02d %.3s %04d %02d:%02d:%02d GMT", &"ThuFriSatSunMonTueWed"[days % 7 * 3],
-                  day, &"JanFebMarAprMayJunJulAugSepOctNovDec"[month * 3], year,
-                  static_cast<int>(second / 3600), static_cast<int>(second / 60 % 60),
-                  static_cast<int>(second % 60));
+    const CivilTime t = civil_time(unix_seconds);
+    return format("%.3s, %02d %.3s %04d %02d:%02d:%02d GMT",
+                  &"SunMonTueWedThuFriSat"[t.weekday * 3], t.day,
+                  &"JanFebMarAprMayJunJulAugSepOctNovDec"[(t.month - 1) * 3],
+                  static_cast<int>(t.year), t.hour, t.minute, t.second);
 }
 
 bool http_field_ok(const std::pair<std::string, std::string>& field) {
@@ -20514,8 +20566,7 @@ HttpParser::Event HttpParser::on_field() {
     if (!http_all(line.substr(0, colon), http_token))
         return fail(400, "a header field's name is not a token");
     // Trailer fields are checked and dropped: merging them could smuggle a header past on_head.
-    if (!trailer)
-        message.headers.emplace_back(line.substr(0, colon), http_trim(line.substr(colon + 1)));
+    if (!trailer) message.headers.emplace_back(line.substr(0, colon), trim(line.substr(colon + 1)));
     return Event::more;
 }
 
@@ -20612,12 +20663,12 @@ HttpParser::Event HttpParser::read_options() {
 HttpParser::Event HttpParser::on_chunk_size() {
     uint64_t size = 0;
     size_t digits = 0;
-    for (; digits < line_.size() && http_hex(line_[digits]) >= 0; ++digits) {
+    for (; digits < line_.size() && hex_value(line_[digits]) >= 0; ++digits) {
         if (digits == 16) return fail(400, "a chunk size of more than 16 digits");
-        size = size << 4 | static_cast<uint64_t>(http_hex(line_[digits]));
+        size = size << 4 | static_cast<uint64_t>(hex_value(line_[digits]));
     }
     const std::string_view extension = std::string_view(line_).substr(digits);
-    const std::string_view trimmed = http_trim(extension);
+    const std::string_view trimmed = trim(extension);
     if (digits == 0 || (!extension.empty() && (trimmed.empty() || trimmed[0] != ';')))
         return fail(400, "a malformed chunk size");
     head_bytes_ += static_cast<uint32_t>(extension.size());
@@ -22911,11 +22962,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-std::string server_lower(std::string_view text);
-std::string_view server_trim(std::string_view text);
-std::string server_printable(std::string_view text);
 std::optional<std::string> server_unescape(std::string_view text);
-Result<std::string> server_new_id(std::string id);
 double server_rounded(double value);
 std::string server_uuid(uint8_t* bytes);
 Error server_not_found(std::string message);
@@ -23213,29 +23260,6 @@ namespace detail {
 
 // ---- Words -----------------------------------------------------------------------------------
 
-std::string server_lower(std::string_view text) {
-    std::string out(text);
-    for (char& c : out)
-        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 'a' - 'A');
-    return out;
-}
-
-std::string_view server_trim(std::string_view text) {
-    while (!text.empty() && (text.front() == ' ' || text.front() == '\t')) text.remove_prefix(1);
-    while (!text.empty() && (text.back() == ' ' || text.back() == '\t')) text.remove_suffix(1);
-    return text;
-}
-
-/// Of what a client sent, for a log line: one word, no control characters, not endless.
-std::string server_printable(std::string_view text) {
-    std::string out;
-    for (const char c : text.substr(0, server_shown_bytes)) {
-        const bool plain = c > ' ' && c < 0x7f && c != '"' && c != '\\';
-        out += plain ? std::string(1, c) : format("\\x%02x", static_cast<unsigned char>(c));
-    }
-    return text.size() > server_shown_bytes ? out + "..." : out;
-}
-
 /// "%2F" is "/". Nothing when a percent sign is not followed by two hex digits.
 std::optional<std::string> server_unescape(std::string_view text) {
     std::string out;
@@ -23250,19 +23274,6 @@ std::optional<std::string> server_unescape(std::string_view text) {
         i += 2;
     }
     return out;
-}
-
-/// "resp_" and 24 of [0-9a-z]: 124 bits.
-Result<std::string> server_new_id(std::string id) {
-    const size_t size = id.size() + 24;
-    while (id.size() < size) {
-        uint8_t random[32];
-        if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
-        for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
-            if (byte < 252 && id.size() < size)
-                id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
-    }
-    return id;
 }
 
 /// A UUID of version 4 (RFC 9562). It only tells requests apart: zeros without a random source.
@@ -23572,12 +23583,12 @@ void ServerLoop::log_exchange(const Exchange& exchange, int status) {
     if (!options.log.write) return;
     Json line = Json::object();
     line.set("id", exchange.request_id)
-        .set("method", server_printable(exchange.method))
-        .set("path", server_printable(exchange.path))
+        .set("method", printable(exchange.method))
+        .set("path", printable(exchange.path))
         .set("status", status)
         .set("ms", server_rounded(ms))
         .set("key", exchange.key_id)
-        .set("response", server_printable(exchange.response_id))
+        .set("response", printable(exchange.response_id))
         .set("replayed", exchange.replayed);
     log_line(std::move(line), exchange.usage, exchange.timings);
 }
@@ -23984,9 +23995,9 @@ Result<void> ServerLoop::check_host(const HttpRequest& request, Exchange&) {
     for (const std::string_view known : {"localhost", "127.0.0.1", "[::1]"})
         if (name == known) return {};
     for (const std::string& allowed : options.allowed_hosts)
-        if (server_lower(allowed) == name || server_lower(allowed) == host) return {};
+        if (ascii_lower(allowed) == name || ascii_lower(allowed) == host) return {};
     return make_error(ErrorKind::permission,
-                      "the host '" + server_printable(host) +
+                      "the host '" + printable(host) +
                           "' is not allowed; allowed are localhost and allowed_hosts",
                       "host_not_allowed");
 }
@@ -23995,16 +24006,16 @@ Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exch
     const std::string* given = request.header("Origin");
     if (!given) return {};
     const bool alone = request.count("Origin") == 1;
-    const std::string origin = server_lower(*given);
+    const std::string origin = ascii_lower(*given);
     for (const std::string& allowed : options.cors_origins)
-        if (alone && server_lower(allowed) == origin) {
+        if (alone && ascii_lower(allowed) == origin) {
             exchange.cors_origin = *given;
             return {};
         }
     if (alone && (origin == "http://" + request.host || origin == "https://" + request.host))
         return {};
     return make_error(ErrorKind::permission,
-                      "the origin '" + server_printable(*given) + "' is not allowed",
+                      "the origin '" + printable(*given) + "' is not allowed",
                       "origin_not_allowed");
 }
 
@@ -24016,12 +24027,12 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
         return make_error(ErrorKind::authentication, message, "invalid_api_key");
     };
     for (const auto& [name, value] : request.headers) {
-        const std::string field = server_lower(name);
+        const std::string field = ascii_lower(name);
         std::string_view one = value;
         if (field == "authorization") {
-            if (server_lower(one.substr(0, 7)) != "bearer ")
+            if (ascii_lower(one.substr(0, 7)) != "bearer ")
                 return refused("the header Authorization must be 'Bearer <key>'");
-            one = server_trim(one.substr(7));
+            one = trim(one.substr(7));
         } else if (field != "x-api-key") {
             continue;
         }
@@ -24045,7 +24056,7 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
 
 Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
     if (exchange.route) return {};
-    return server_not_found("unknown path '" + server_printable(exchange.path) + "'");
+    return server_not_found("unknown path '" + printable(exchange.path) + "'");
 }
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
@@ -24057,7 +24068,7 @@ Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exch
     if (exchange.handle) return {};
     return make_error(
         ErrorKind::method_not_allowed,
-        server_printable(request.method) + " is not allowed here; allowed: " + route.allowed(),
+        printable(request.method) + " is not allowed here; allowed: " + route.allowed(),
         "method_not_allowed");
 }
 
@@ -24097,13 +24108,13 @@ Result<void> ServerLoop::check_type(const HttpRequest& request, Exchange&) {
     if (request.method != "POST" || (request.chunked && request.body.empty())) return {};
     const auto refused = [](const std::string& given, const char* allowed) {
         return make_error(ErrorKind::unsupported_media,
-                          "'" + server_printable(given) + "' is not supported; allowed: " + allowed,
+                          "'" + printable(given) + "' is not supported; allowed: " + allowed,
                           "unsupported_media_type");
     };
     for (const auto& [name, value] : request.headers) {
-        const std::string field = server_lower(name);
+        const std::string field = ascii_lower(name);
         const std::string_view type = std::string_view(value).substr(0, value.find(';'));
-        const std::string kind = server_lower(server_trim(type));
+        const std::string kind = ascii_lower(trim(type));
         if (field == "content-type" && kind != "application/json")
             return refused(value, "application/json");
         if (field == "content-encoding" && kind != "identity") return refused(value, "identity");
@@ -24168,7 +24179,7 @@ Error server_field(const char* code, const char* param, std::string message) {
 }
 
 Error server_no_response(std::string_view id) {
-    return server_not_found("no response '" + server_printable(id) + "'");
+    return server_not_found("no response '" + printable(id) + "'");
 }
 
 void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
@@ -24190,7 +24201,7 @@ Responder* ServerLoop::find_responder(const std::string& wanted) const {
 /// The idempotency key and the fingerprint of the request under it (contract, section 6).
 Result<void> ServerLoop::read_key(Job& job, const Json& body, const Request& request) const {
     if (job.keys == 0) return {};
-    const std::string_view key = server_trim(job.key);
+    const std::string_view key = trim(job.key);
     const auto refused = [](const char* code, const char* message) {
         return server_field(code, "Idempotency-Key", message);
     };
@@ -24222,7 +24233,7 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
     std::string id = request->previous_response_id;
     for (uint64_t bytes = 0; !id.empty();) {
         auto turn = store->find(organisation, id);
-        if (!turn) return refused("no previous response '" + server_printable(id) + "'");
+        if (!turn) return refused("no previous response '" + printable(id) + "'");
         if (!turn->terminal)
             return refused("the previous response '" + id + "' is not finished yet");
         bytes += turn->request->size() + turn->object->size();
@@ -24272,7 +24283,7 @@ Result<void> ServerLoop::accept(Job& job) {
     if (!prepared) return prepared.error();
     job.prepared = std::move(*prepared);
 
-    auto id = server_new_id("resp_"), message_id = server_new_id("msg_");
+    auto id = draw_id("resp_"), message_id = draw_id("msg_");
     if (!id || !message_id) return id ? message_id.error() : id.error();
     ResponseRecord record;
     record.message_id = *message_id;
@@ -24768,7 +24779,7 @@ std::string server_list(std::vector<Json> data, bool more) {
 
 Error server_bad_after(std::string_view after) {
     return server_field("invalid_value", "after",
-                        "'after' is '" + server_printable(after) + "', which is none of the list");
+                        "'after' is '" + printable(after) + "', which is none of the list");
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ TARGET = os.path.join(SRC, "..", "valar.hpp")
 # The sections in their order: public header, then the parts of the implementation. A section uses
 # only sections above it (tests/sections.py proves that from the includes).
 SECTIONS = {
-    "base": ["base/base.hpp", "base/base.cpp", "base/files.cpp", "base/threads.cpp", "base/sockets.cpp"],
+    "base": ["base/base.hpp", "base/base.cpp", "base/text.cpp", "base/files.cpp", "base/threads.cpp", "base/sockets.cpp"],
     "digest": ["digest.cpp"],
     "unicode": ["unicode.cpp"],
     "json": ["json.hpp", "json.cpp"],
@@ -47,16 +47,13 @@ SYSTEM_MARK = "// (system headers)\n"
 OWN_INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.M)
 SYSTEM_INCLUDE = re.compile(r"^#include (<[^>]+>)\n", re.M)
 
-
 def read(path):
     with open(os.path.join(SRC, path), encoding="ascii", newline="") as file:
         return file.read()
 
-
 def parts_of(kind):
     """The listed parts with that ending, in order."""
     return [part for parts in SECTIONS.values() for part in parts if part.endswith(kind)]
-
 
 class Binder:
     def __init__(self):
@@ -81,10 +78,8 @@ class Binder:
         self.system.update(wanted)
         return "".join(f"#include {header}\n" for header in wanted)
 
-
 def body_of(path):
     return read(path).replace("#pragma once\n", "", 1)
-
 
 def assemble():
     binder = Binder()
@@ -103,7 +98,6 @@ def assemble():
     out += implementation + read("closing.txt")
     return re.sub(r"\n{3,}", "\n\n", out)
 
-
 def main():
     text = assemble()
     with open(TARGET, encoding="ascii", newline="") as file:
@@ -115,7 +109,6 @@ def main():
     with open(TARGET, "w", encoding="ascii", newline="") as file:
         file.write(text)
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

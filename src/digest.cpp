@@ -61,13 +61,6 @@ constexpr std::array<int8_t, 256> base64_values = [] {
 
 }  // namespace
 
-int hex_value(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
-    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
-    return -1;
-}
-
 std::string Hash256::hex() const { return hex_encode(bytes, sizeof bytes); }
 
 Sha256::Sha256() { std::memcpy(state_, sha256_start, sizeof state_); }
@@ -249,6 +242,19 @@ Result<void> random_bytes(void* data, size_t size) {
         if (getentropy(bytes, std::min(size, size_t(256))) != 0) return os_error("getentropy");
 #endif
     return {};
+}
+
+Result<std::string> draw_id(std::string prefix) {
+    std::string id = std::move(prefix);
+    const size_t size = id.size() + 24;
+    while (id.size() < size) {
+        uint8_t random[32];
+        if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
+        for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
+            if (byte < 252 && id.size() < size)
+                id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+    }
+    return id;
 }
 
 }  // namespace detail

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "base/internal.hpp"
+#include "base/text.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -61,7 +62,8 @@ bool constant_time_equal(std::string_view a, std::string_view b);
 /// Bytes from the operating system's generator, for ids and secrets.
 Result<void> random_bytes(void* data, size_t size);
 
-int hex_value(char c);
+/// `prefix` and 24 of [0-9a-z], 124 bits that nobody can guess.
+Result<std::string> draw_id(std::string prefix);
 
 }  // namespace detail
 }  // namespace v1

@@ -5,6 +5,7 @@
 // tensor that is missing, mis-shaped, unused or of an unsupported type is an error that names it.
 #include "prologue.hpp"
 
+#include "base/text.hpp"
 #include "kernels/internal.hpp"
 #include "model.hpp"
 
@@ -99,14 +100,6 @@ struct SpecReader {
         return number;
     }
 };
-
-/// Text of a file as a message can carry it.
-std::string printable(std::string_view text) {
-    std::string out(text.substr(0, 64));
-    for (char& c : out)
-        if (c < ' ' || c > '~') c = '?';
-    return out;
-}
 
 const Architecture* find_architecture(std::string_view name) {
     for (const Architecture& row : architectures)
@@ -304,9 +297,10 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     if (in.error) return *in.error;
     const auto* row = detail::find_architecture(spec.architecture);
     if (!row)
-        return detail::make_error(ErrorKind::unsupported, gguf.name() + ": architecture '" +
-                                                              detail::printable(spec.architecture) +
-                                                              "' is not supported");
+        return detail::make_error(ErrorKind::unsupported,
+                                  gguf.name() + ": architecture '" +
+                                      detail::printable(spec.architecture, 64) +
+                                      "' is not supported");
     in.prefix = spec.architecture + ".";
     spec.name = in.value(gguf.get_string("general.name", ""));
     detail::refuse_unknown_options(in);

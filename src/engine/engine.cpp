@@ -34,7 +34,7 @@ Reply Engine::State::reply_to(Result<std::unique_ptr<detail::PreparedPrompt>> pr
     auto reply = std::make_shared<detail::Mailbox>();
     reply->doorbell = doorbell;
     Result<void> good;
-    auto id = detail::draw_response_id();
+    auto id = detail::draw_id("resp_");
     if (!id) good = id.error();
     else reply->id = std::move(*id);
     if (good) good = prompt ? enqueue(std::move(*prompt), reply, false) : prompt.error();

@@ -111,16 +111,6 @@ Error engine_closed_error() {
     return make_error(ErrorKind::closed, "the engine was closed", "engine_closed");
 }
 
-// "resp_" and 24 of [0-9a-z], unguessable.
-Result<std::string> draw_response_id() {
-    uint8_t bytes[24];
-    auto drawn = random_bytes(bytes, sizeof bytes);
-    if (!drawn) return drawn.error();
-    std::string id = "resp_";
-    for (const uint8_t byte : bytes) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
-    return id;
-}
-
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar

@@ -127,7 +127,6 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
                                               const ModelSpec& spec, const ModelTensors& tensors);
 Result<Hash256> fingerprint(const Gguf& gguf);
 
-Result<std::string> draw_response_id();
 Error engine_closed_error();
 Error refuse_field(const char* param, std::string message, const char* code = "invalid_value");
 Hash256 root_key(const EngineOptions& options, const std::string& organisation,

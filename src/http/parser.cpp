@@ -197,8 +197,7 @@ HttpParser::Event HttpParser::on_field() {
     if (!http_all(line.substr(0, colon), http_token))
         return fail(400, "a header field's name is not a token");
     // Trailer fields are checked and dropped: merging them could smuggle a header past on_head.
-    if (!trailer)
-        message.headers.emplace_back(line.substr(0, colon), http_trim(line.substr(colon + 1)));
+    if (!trailer) message.headers.emplace_back(line.substr(0, colon), trim(line.substr(colon + 1)));
     return Event::more;
 }
 
@@ -295,12 +294,12 @@ HttpParser::Event HttpParser::read_options() {
 HttpParser::Event HttpParser::on_chunk_size() {
     uint64_t size = 0;
     size_t digits = 0;
-    for (; digits < line_.size() && http_hex(line_[digits]) >= 0; ++digits) {
+    for (; digits < line_.size() && hex_value(line_[digits]) >= 0; ++digits) {
         if (digits == 16) return fail(400, "a chunk size of more than 16 digits");
-        size = size << 4 | static_cast<uint64_t>(http_hex(line_[digits]));
+        size = size << 4 | static_cast<uint64_t>(hex_value(line_[digits]));
     }
     const std::string_view extension = std::string_view(line_).substr(digits);
-    const std::string_view trimmed = http_trim(extension);
+    const std::string_view trimmed = trim(extension);
     if (digits == 0 || (!extension.empty() && (trimmed.empty() || trimmed[0] != ';')))
         return fail(400, "a malformed chunk size");
     head_bytes_ += static_cast<uint32_t>(extension.size());

@@ -40,20 +40,11 @@ bool http_all(std::string_view text, int bits) {
     return !text.empty();
 }
 
-char http_lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
-
 bool http_same(std::string_view a, std::string_view b) {
     if (a.size() != b.size()) return false;
     for (size_t i = 0; i < a.size(); ++i)
-        if (http_lower(a[i]) != http_lower(b[i])) return false;
+        if (ascii_lower(a[i]) != ascii_lower(b[i])) return false;
     return true;
-}
-
-std::string_view http_trim(std::string_view text) {
-    const auto space = [](char c) { return c == ' ' || c == '\t'; };
-    while (!text.empty() && space(text.front())) text.remove_prefix(1);
-    while (!text.empty() && space(text.back())) text.remove_suffix(1);
-    return text;
 }
 
 /// The last element of a comma-separated list, which is cut from it.
@@ -61,7 +52,7 @@ std::string_view http_pop(std::string_view* list) {
     const size_t comma = list->rfind(',');
     const std::string_view last = comma == list->npos ? *list : list->substr(comma + 1);
     *list = comma == list->npos ? std::string_view() : list->substr(0, comma);
-    return http_trim(last);
+    return trim(last);
 }
 
 bool http_listed(const HttpHeaders& headers, std::string_view name, std::string_view token) {
@@ -84,12 +75,6 @@ bool http_decimal(std::string_view text, uint64_t* value) {
     return !text.empty();
 }
 
-int http_hex(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    const char lower = http_lower(c);
-    return lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
-}
-
 /// "name", "name:port" or "[v6]:port" in lower case, an empty port dropped; empty if invalid.
 /// Narrower than RFC 3986, whose names may hold sub-delims and escapes: no DNS name does.
 std::string http_host(std::string_view text) {
@@ -103,7 +88,7 @@ std::string http_host(std::string_view text) {
     const bool v6 = !name.empty() && name.front() == '[' && name.back() == ']';
     if (v6 ? !NetAddress::parse(name, 0) : !http_all(name, http_name)) return {};
     std::string host(port.empty() ? name : text);
-    for (char& c : host) c = http_lower(c);
+    for (char& c : host) c = ascii_lower(c);
     return host;
 }
 
@@ -141,25 +126,12 @@ const char* http_phrase(int status) {
     return "";
 }
 
-/// "Sun, 06 Nov 1994 08:49:37 GMT", whatever the locale. Days to civil date: era of 400 years that
-/// begins on 1 March, so that the leap day comes last.
 std::string http_date(int64_t unix_seconds) {
-    const int64_t days = unix_seconds / 86400, second = unix_seconds % 86400;
-    const int64_t from_march = days + 719468, era = from_march / 146097;
-    const int64_t day_of_era = from_march % 146097;
-    const int64_t year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36524 -
-                                 day_of_era / 146096) /
-                                365;
-    const int64_t day_of_year = day_of_era -
-                                (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    const int64_t month_from_march = (5 * day_of_year + 2) / 153;
-    const int day = static_cast<int>(day_of_year - (153 * month_from_march + 2) / 5 + 1);
-    const int month = static_cast<int>((month_from_march + 2) % 12);
-    const int year = static_cast<int>(year_of_era + era * 400 + (month < 2));
-    return format("%.3s, %02d %.3s %04d %02d:%02d:%02d GMT", &"ThuFriSatSunMonTueWed"[days % 7 * 3],
-                  day, &"JanFebMarAprMayJunJulAugSepOctNovDec"[month * 3], year,
-                  static_cast<int>(second / 3600), static_cast<int>(second / 60 % 60),
-                  static_cast<int>(second % 60));
+    const CivilTime t = civil_time(unix_seconds);
+    return format("%.3s, %02d %.3s %04d %02d:%02d:%02d GMT",
+                  &"SunMonTueWedThuFriSat"[t.weekday * 3], t.day,
+                  &"JanFebMarAprMayJunJulAugSepOctNovDec"[(t.month - 1) * 3],
+                  static_cast<int>(t.year), t.hour, t.minute, t.second);
 }
 
 bool http_field_ok(const std::pair<std::string, std::string>& field) {

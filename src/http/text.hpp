@@ -1,6 +1,7 @@
 // Characters and lists of HTTP, and what a message is written with.
 #pragma once
 
+#include "base/text.hpp"
 #include "http/internal.hpp"
 
 #include <cstdint>
@@ -17,13 +18,10 @@ enum HttpClass : uint8_t { http_token = 1, http_visible = 2, http_control = 4, h
 
 bool http_is(char c, int bits);
 bool http_all(std::string_view text, int bits);
-char http_lower(char c);
 bool http_same(std::string_view a, std::string_view b);
-std::string_view http_trim(std::string_view text);
 std::string_view http_pop(std::string_view* list);
 bool http_listed(const HttpHeaders& headers, std::string_view name, std::string_view token);
 bool http_decimal(std::string_view text, uint64_t* value);
-int http_hex(char c);
 std::string http_host(std::string_view text);
 const char* http_phrase(int status);
 std::string http_date(int64_t unix_seconds);

@@ -113,9 +113,9 @@ Result<void> ServerLoop::check_host(const HttpRequest& request, Exchange&) {
     for (const std::string_view known : {"localhost", "127.0.0.1", "[::1]"})
         if (name == known) return {};
     for (const std::string& allowed : options.allowed_hosts)
-        if (server_lower(allowed) == name || server_lower(allowed) == host) return {};
+        if (ascii_lower(allowed) == name || ascii_lower(allowed) == host) return {};
     return make_error(ErrorKind::permission,
-                      "the host '" + server_printable(host) +
+                      "the host '" + printable(host) +
                           "' is not allowed; allowed are localhost and allowed_hosts",
                       "host_not_allowed");
 }
@@ -124,16 +124,16 @@ Result<void> ServerLoop::check_origin(const HttpRequest& request, Exchange& exch
     const std::string* given = request.header("Origin");
     if (!given) return {};
     const bool alone = request.count("Origin") == 1;
-    const std::string origin = server_lower(*given);
+    const std::string origin = ascii_lower(*given);
     for (const std::string& allowed : options.cors_origins)
-        if (alone && server_lower(allowed) == origin) {
+        if (alone && ascii_lower(allowed) == origin) {
             exchange.cors_origin = *given;
             return {};
         }
     if (alone && (origin == "http://" + request.host || origin == "https://" + request.host))
         return {};
     return make_error(ErrorKind::permission,
-                      "the origin '" + server_printable(*given) + "' is not allowed",
+                      "the origin '" + printable(*given) + "' is not allowed",
                       "origin_not_allowed");
 }
 
@@ -145,12 +145,12 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
         return make_error(ErrorKind::authentication, message, "invalid_api_key");
     };
     for (const auto& [name, value] : request.headers) {
-        const std::string field = server_lower(name);
+        const std::string field = ascii_lower(name);
         std::string_view one = value;
         if (field == "authorization") {
-            if (server_lower(one.substr(0, 7)) != "bearer ")
+            if (ascii_lower(one.substr(0, 7)) != "bearer ")
                 return refused("the header Authorization must be 'Bearer <key>'");
-            one = server_trim(one.substr(7));
+            one = trim(one.substr(7));
         } else if (field != "x-api-key") {
             continue;
         }
@@ -174,7 +174,7 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
 
 Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
     if (exchange.route) return {};
-    return server_not_found("unknown path '" + server_printable(exchange.path) + "'");
+    return server_not_found("unknown path '" + printable(exchange.path) + "'");
 }
 
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
@@ -186,7 +186,7 @@ Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exch
     if (exchange.handle) return {};
     return make_error(
         ErrorKind::method_not_allowed,
-        server_printable(request.method) + " is not allowed here; allowed: " + route.allowed(),
+        printable(request.method) + " is not allowed here; allowed: " + route.allowed(),
         "method_not_allowed");
 }
 
@@ -226,13 +226,13 @@ Result<void> ServerLoop::check_type(const HttpRequest& request, Exchange&) {
     if (request.method != "POST" || (request.chunked && request.body.empty())) return {};
     const auto refused = [](const std::string& given, const char* allowed) {
         return make_error(ErrorKind::unsupported_media,
-                          "'" + server_printable(given) + "' is not supported; allowed: " + allowed,
+                          "'" + printable(given) + "' is not supported; allowed: " + allowed,
                           "unsupported_media_type");
     };
     for (const auto& [name, value] : request.headers) {
-        const std::string field = server_lower(name);
+        const std::string field = ascii_lower(name);
         const std::string_view type = std::string_view(value).substr(0, value.find(';'));
-        const std::string kind = server_lower(server_trim(type));
+        const std::string kind = ascii_lower(trim(type));
         if (field == "content-type" && kind != "application/json")
             return refused(value, "application/json");
         if (field == "content-encoding" && kind != "identity") return refused(value, "identity");

@@ -148,12 +148,12 @@ void ServerLoop::log_exchange(const Exchange& exchange, int status) {
     if (!options.log.write) return;
     Json line = Json::object();
     line.set("id", exchange.request_id)
-        .set("method", server_printable(exchange.method))
-        .set("path", server_printable(exchange.path))
+        .set("method", printable(exchange.method))
+        .set("path", printable(exchange.path))
         .set("status", status)
         .set("ms", server_rounded(ms))
         .set("key", exchange.key_id)
-        .set("response", server_printable(exchange.response_id))
+        .set("response", printable(exchange.response_id))
         .set("replayed", exchange.replayed);
     log_line(std::move(line), exchange.usage, exchange.timings);
 }

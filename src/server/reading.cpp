@@ -116,7 +116,7 @@ std::string server_list(std::vector<Json> data, bool more) {
 
 Error server_bad_after(std::string_view after) {
     return server_field("invalid_value", "after",
-                        "'after' is '" + server_printable(after) + "', which is none of the list");
+                        "'after' is '" + printable(after) + "', which is none of the list");
 }
 
 }  // namespace

@@ -61,7 +61,7 @@ Error server_field(const char* code, const char* param, std::string message) {
 }
 
 Error server_no_response(std::string_view id) {
-    return server_not_found("no response '" + server_printable(id) + "'");
+    return server_not_found("no response '" + printable(id) + "'");
 }
 
 void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
@@ -83,7 +83,7 @@ Responder* ServerLoop::find_responder(const std::string& wanted) const {
 /// The idempotency key and the fingerprint of the request under it (contract, section 6).
 Result<void> ServerLoop::read_key(Job& job, const Json& body, const Request& request) const {
     if (job.keys == 0) return {};
-    const std::string_view key = server_trim(job.key);
+    const std::string_view key = trim(job.key);
     const auto refused = [](const char* code, const char* message) {
         return server_field(code, "Idempotency-Key", message);
     };
@@ -115,7 +115,7 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
     std::string id = request->previous_response_id;
     for (uint64_t bytes = 0; !id.empty();) {
         auto turn = store->find(organisation, id);
-        if (!turn) return refused("no previous response '" + server_printable(id) + "'");
+        if (!turn) return refused("no previous response '" + printable(id) + "'");
         if (!turn->terminal)
             return refused("the previous response '" + id + "' is not finished yet");
         bytes += turn->request->size() + turn->object->size();
@@ -165,7 +165,7 @@ Result<void> ServerLoop::accept(Job& job) {
     if (!prepared) return prepared.error();
     job.prepared = std::move(*prepared);
 
-    auto id = server_new_id("resp_"), message_id = server_new_id("msg_");
+    auto id = draw_id("resp_"), message_id = draw_id("msg_");
     if (!id || !message_id) return id ? message_id.error() : id.error();
     ResponseRecord record;
     record.message_id = *message_id;

@@ -18,29 +18,6 @@ namespace detail {
 
 // ---- Words -----------------------------------------------------------------------------------
 
-std::string server_lower(std::string_view text) {
-    std::string out(text);
-    for (char& c : out)
-        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 'a' - 'A');
-    return out;
-}
-
-std::string_view server_trim(std::string_view text) {
-    while (!text.empty() && (text.front() == ' ' || text.front() == '\t')) text.remove_prefix(1);
-    while (!text.empty() && (text.back() == ' ' || text.back() == '\t')) text.remove_suffix(1);
-    return text;
-}
-
-/// Of what a client sent, for a log line: one word, no control characters, not endless.
-std::string server_printable(std::string_view text) {
-    std::string out;
-    for (const char c : text.substr(0, server_shown_bytes)) {
-        const bool plain = c > ' ' && c < 0x7f && c != '"' && c != '\\';
-        out += plain ? std::string(1, c) : format("\\x%02x", static_cast<unsigned char>(c));
-    }
-    return text.size() > server_shown_bytes ? out + "..." : out;
-}
-
 /// "%2F" is "/". Nothing when a percent sign is not followed by two hex digits.
 std::optional<std::string> server_unescape(std::string_view text) {
     std::string out;
@@ -55,19 +32,6 @@ std::optional<std::string> server_unescape(std::string_view text) {
         i += 2;
     }
     return out;
-}
-
-/// "resp_" and 24 of [0-9a-z]: 124 bits.
-Result<std::string> server_new_id(std::string id) {
-    const size_t size = id.size() + 24;
-    while (id.size() < size) {
-        uint8_t random[32];
-        if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
-        for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
-            if (byte < 252 && id.size() < size)
-                id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
-    }
-    return id;
 }
 
 /// A UUID of version 4 (RFC 9562). It only tells requests apart: zeros without a random source.

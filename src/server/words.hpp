@@ -13,11 +13,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-std::string server_lower(std::string_view text);
-std::string_view server_trim(std::string_view text);
-std::string server_printable(std::string_view text);
 std::optional<std::string> server_unescape(std::string_view text);
-Result<std::string> server_new_id(std::string id);
 double server_rounded(double value);
 std::string server_uuid(uint8_t* bytes);
 Error server_not_found(std::string message);

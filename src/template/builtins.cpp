@@ -1,5 +1,6 @@
 #include "prologue.hpp"
 
+#include "base/text.hpp"
 #include "json_internal.hpp"
 #include "template/renderer.hpp"
 
@@ -518,8 +519,7 @@ Dict fields_of(Renderer& r, Arguments& a) {
     return fields;
 }
 
-/// What strftime_now prints: the time in the caller's own zone, English names. Howard Hinnant's
-/// civil_from_days, see his "chrono-Compatible Low-Level Date Algorithms".
+/// What strftime_now prints: the time in the caller's own zone, English names.
 std::string formatted_time(int64_t seconds, std::string_view pattern) {
     static const char* const months[] = {"January",   "February", "March",    "April",
                                          "May",       "June",     "July",     "August",
@@ -527,15 +527,8 @@ std::string formatted_time(int64_t seconds, std::string_view pattern) {
     static const char* const week[] = {"Sunday",   "Monday", "Tuesday", "Wednesday",
                                        "Thursday", "Friday", "Saturday"};
     seconds = std::clamp<int64_t>(seconds, 0, INT64_C(253402300799));  // 1970 to 9999
-    const int64_t days = seconds / 86400, clock = seconds % 86400;
-    const int64_t z = days + 719468, era = z / 146097, doe = z % 146097;
-    const int64_t yoe = (doe - doe / 1460 + doe / 36524 - doe / 146096) / 365;
-    const int64_t doy = doe - (365 * yoe + yoe / 4 - yoe / 100), mp = (5 * doy + 2) / 153;
-    const int day = int(doy - (153 * mp + 2) / 5 + 1), month = int(mp < 10 ? mp + 3 : mp - 9);
-    const int year = int(yoe + era * 400 + (month <= 2));
-    const int hour = int(clock / 3600), hour12 = (hour + 11) % 12 + 1;
-    const bool leap = (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
-    const int year_day = int(month > 2 ? doy + 60 + leap : doy - 305);
+    const CivilTime t = civil_time(seconds);
+    const int year = static_cast<int>(t.year), hour12 = (t.hour + 11) % 12 + 1;
     std::string out;
     for (size_t i = 0; i < pattern.size(); ++i) {
         if (pattern[i] != '%' || i + 1 == pattern.size()) {
@@ -548,19 +541,19 @@ std::string formatted_time(int64_t seconds, std::string_view pattern) {
         switch (pattern[i]) {
             case 'Y': number(year, 4); break;
             case 'y': number(year % 100, 2); break;
-            case 'm': number(month, 2); break;
-            case 'd': number(day, 2); break;
-            case 'e': out += format("%2d", day); break;
-            case 'j': number(year_day, 3); break;
-            case 'H': number(hour, 2); break;
+            case 'm': number(t.month, 2); break;
+            case 'd': number(t.day, 2); break;
+            case 'e': out += format("%2d", t.day); break;
+            case 'j': number(t.year_day, 3); break;
+            case 'H': number(t.hour, 2); break;
             case 'I': number(hour12, 2); break;
-            case 'M': number(int(clock / 60 % 60), 2); break;
-            case 'S': number(int(clock % 60), 2); break;
-            case 'p': out += hour < 12 ? "AM" : "PM"; break;
-            case 'B': out += months[month - 1]; break;
-            case 'b': out += std::string(months[month - 1], 3); break;
-            case 'A': out += week[(days + 4) % 7]; break;
-            case 'a': out += std::string(week[(days + 4) % 7], 3); break;
+            case 'M': number(t.minute, 2); break;
+            case 'S': number(t.second, 2); break;
+            case 'p': out += t.hour < 12 ? "AM" : "PM"; break;
+            case 'B': out += months[t.month - 1]; break;
+            case 'b': out += std::string(months[t.month - 1], 3); break;
+            case 'A': out += week[t.weekday]; break;
+            case 'a': out += std::string(week[t.weekday], 3); break;
             case 'F': out += formatted_time(seconds, "%Y-%m-%d"); break;
             case 'T': out += formatted_time(seconds, "%H:%M:%S"); break;
             case '%': out += '%'; break;
