@@ -173,6 +173,8 @@ public:
     double temperature = 1;  ///< effective
     double top_p = 1;        ///< effective
     int64_t seed = 0;        ///< effective
+    /// Where a Responder wants to know its own again: something that is its alone.
+    virtual const void* owner() const { return nullptr; }
 };
 
 /// How busy a Responder is, and what it did so far.
@@ -201,7 +203,8 @@ public:
     /// "model_not_found", param "model"), context too small (invalid_request,
     /// "context_length_exceeded", param "input"), template errors.
     virtual Result<std::unique_ptr<Prepared>> prepare(const Request& request) = 0;
-    /// Queues it under an id that is not in use. Fails with `overloaded` or `closed` only.
+    /// Queues it under an id that is not in use. Fails with `overloaded` or `closed` only, but for
+    /// what another Responder prepared.
     virtual Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) = 0;
     /// The next event of `id`; nothing when there is none now or the id is unknown. After `finished`
     /// was taken the id is forgotten.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "backend/backend.hpp"
+#include "digest_internal.hpp"
 #include "kernels/internal.hpp"
 #include "tokenizer.hpp"
 
@@ -60,6 +61,10 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
                                                   const ModelTensors& tensors,
                                                   const BackendOptions& options,
                                                   const Kernels* kernels = nullptr);
+
+/// What parts models that are alike in shape: their directory, and the first row of every tensor as
+/// numbers: a model is the same however its file holds it.
+Result<Hash256> model_fingerprint(const Gguf& gguf);
 
 }  // namespace detail
 }  // namespace v1

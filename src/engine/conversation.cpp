@@ -14,6 +14,7 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -91,8 +92,8 @@ Request read_settings(const Json& from) {
     for (const auto& [key, field] : saved_penalties) out.*field = from[key].as_double(out.*field);
     for (const auto& [key, field] : saved_texts) out.*field = from[key].as_string();
     for (const Json& text : from["stop"].items()) out.stop.emplace_back(text.as_string());
-    for (const Json& one : from["logit_bias"].items())
-        out.logit_bias.push_back({static_cast<Token>(one[0].as_int()), one[1].as_double()});
+    for (const Json& pair : from["logit_bias"].items())
+        out.logit_bias.push_back({static_cast<Token>(pair[0].as_int()), pair[1].as_double()});
     if (const Json* seed = from.find("seed")) out.seed = seed->as_int();
     out.logprobs = from["logprobs"].as_bool();
     out.top_logprobs = static_cast<uint32_t>(from["top_logprobs"].as_uint());
@@ -131,6 +132,32 @@ Item read_item(const Json& from) {
     return out;
 }
 
+// ---- What a save begins with ---------------------------------------------------------------------
+
+struct SaveHeader {
+    char magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
+    uint32_t version = 2, numerics = kNumerics;
+    Hash256 model;
+    uint32_t precision = 0, kv_type = 0, page_tokens = 0;
+    uint32_t first_page = 0, pages = 0, unused = 0;
+    uint64_t page_bytes = 0, json_bytes = 0;
+};
+static_assert(sizeof(SaveHeader) == 88 && std::is_trivially_copyable_v<SaveHeader>);
+
+// What a save must share with this engine.
+Result<SaveHeader> save_header(const LoadedModel& model, const EngineOptions& options,
+                               const PrefixCache& cache) {
+    auto hash = model.fingerprint();
+    if (!hash) return hash.error();
+    SaveHeader out;
+    out.model = *hash;
+    out.precision = static_cast<uint32_t>(options.precision);
+    out.kv_type = static_cast<uint32_t>(options.kv_type);
+    out.page_tokens = options.page_tokens;
+    out.page_bytes = cache.page_bytes();
+    return out;
+}
+
 Error conversation_busy_error() {
     return make_error(ErrorKind::invalid_request, "the last turn is not finished yet",
                       "conversation_busy");
@@ -152,7 +179,7 @@ struct Conversation::State {
     bool settle();
     Request request(std::vector<Item> said) const;
     bool forget_half();
-    Result<std::unique_ptr<detail::PreparedPrompt>> prepare(std::string_view words);
+    Result<detail::PromptPtr> prepare(std::string_view words);
     Result<std::vector<detail::Hash256>> page_keys() const;
     std::string history() const;
 };
@@ -186,14 +213,13 @@ bool Conversation::State::forget_half() {
 }
 
 // An answer should have as much room as it may take, or at least a quarter of the context.
-Result<std::unique_ptr<detail::PreparedPrompt>> Conversation::State::prepare(
-    std::string_view words) {
-    const uint32_t quarter = engine->context / 4;
+Result<detail::PromptPtr> Conversation::State::prepare(std::string_view words) {
+    const uint32_t quarter = engine->prompts.context() / 4;
     const uint32_t room = std::min(settings.max_output_tokens.value_or(quarter), quarter);
     for (;;) {
         std::vector<Item> said = items;
         said.push_back(Item::message(Role::user, std::string(words)));
-        auto prompt = engine->prepare_prompt(request(std::move(said)), salt);
+        auto prompt = engine->prompts.prepare(request(std::move(said)), salt);
         const bool full = prompt ? (*prompt)->max_output < room
                                  : prompt.error().code == "context_length_exceeded";
         if (!full || when_full == WhenFull::refuse || !forget_half()) return prompt;
@@ -202,14 +228,8 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Conversation::State::prepare(
 
 // Of the pages that what was said fills.
 Result<std::vector<detail::Hash256>> Conversation::State::page_keys() const {
-    std::vector<detail::Hash256> keys;
-    if (items.empty() || !engine->options.prefix_cache) return keys;
-    auto tokens = engine->make_prompt(request(items));
-    if (!tokens) return tokens.error();
-    const uint32_t page_tokens = engine->options.page_tokens;
-    detail::extend_page_keys(keys, detail::root_key(engine->options, settings.organisation, salt),
-                             *tokens, page_tokens, tokens->size() / page_tokens);
-    return keys;
+    if (items.empty()) return std::vector<detail::Hash256>();
+    return engine->prompts.page_keys(request(items), salt);
 }
 
 std::string Conversation::State::history() const {
@@ -269,13 +289,11 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     const std::string history = state_->history();
     auto keys = pages ? state_->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    const size_t end = engine.count_cached(*keys, 0, 0);
-    const size_t first = end - std::min<size_t>(end, engine.window_pages);
-    const auto found = std::span(*keys).subspan(first, end - first);
-    auto made = engine.save_header();
+    const auto found = engine.cache.find_end(*keys);
+    auto made = detail::save_header(*engine.model, engine.options, engine.cache);
     if (!made) return made.error();
     detail::SaveHeader header = *made;
-    header.first_page = static_cast<uint32_t>(first);
+    header.first_page = static_cast<uint32_t>(found.data() - keys->data());
     header.pages = static_cast<uint32_t>(found.size());
     header.json_bytes = history.size();
     std::vector<std::byte> out(sizeof header + history.size() + found.size() * header.page_bytes +
@@ -287,10 +305,8 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     };
     put(&header, sizeof header);
     put(history.data(), history.size());
-    for (const detail::Hash256& key : found) {
-        engine.backend->export_page(engine.pool.find(key), at);
-        at += header.page_bytes;
-    }
+    engine.cache.export_pages(found, at);
+    at += found.size() * header.page_bytes;
     const uint32_t sum = detail::crc32c(out.data(), out.size() - sizeof sum);
     put(&sum, sizeof sum);
     return out;
@@ -301,7 +317,7 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
         return detail::make_error(kind, std::string("saved conversation: ") + why);
     };
     Engine::State& engine = *to.state_;
-    auto made = engine.save_header();
+    auto made = detail::save_header(*engine.model, engine.options, engine.cache);
     if (!made) return made.error();
     const detail::SaveHeader& here = *made;
     detail::SaveHeader header;
@@ -343,8 +359,9 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     if (!turn) return turn.error();
     auto keys = header.pages ? state->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    engine.import_pages(std::span(*keys).subspan(std::min<size_t>(keys->size(), header.first_page)),
-                        body.subspan(static_cast<size_t>(header.json_bytes)));
+    engine.cache.import_pages(
+        std::span(*keys).subspan(std::min<size_t>(keys->size(), header.first_page)),
+        body.subspan(static_cast<size_t>(header.json_bytes)));
     return Conversation(std::move(state));
 }
 

@@ -1,5 +1,6 @@
 #include "prologue.hpp"
 
+#include "engine/plan.hpp"
 #include "engine/state.hpp"
 
 #include <algorithm>
@@ -17,9 +18,76 @@
 namespace valar {
 inline namespace v1 {
 
-// ---- For the handles -------------------------------------------------------------------------
+// ---- The parts of an engine ------------------------------------------------------------------
 
-// The one who steps, saves or restores.
+Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& options) {
+    auto model = detail::LoadedModel::open(options);
+    if (!model) return model.error();
+    const detail::ModelFile& file = (*model)->file();
+    auto sizes = detail::choose_backend_options(options, file);
+    if (!sizes) return sizes.error();
+    auto backend = detail::open_cpu_backend(file.gguf, file.spec, file.tensors, *sizes);
+    if (!backend) return backend.error();
+    return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes);
+}
+
+Engine::State::State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
+                     std::unique_ptr<detail::Backend> device, const BackendOptions& sizes)
+    : options(from),
+      model(std::move(opened)),
+      backend(std::move(device)),
+      prompts(*model, options, sizes.max_positions),
+      desk(options),
+      cache(options, sizes, model->spec(), *backend),
+      scheduler(options, sizes, *model, *backend, cache, desk) {}
+
+Engine::State::~State() {
+    stop();
+    scheduler.fail_all(detail::engine_closed_error());
+}
+
+void Engine::State::stop() {
+    stop_asked.store(true, std::memory_order_release);
+    desk.doorbell().ring();
+    thread.join();
+}
+
+Result<std::unique_ptr<Prepared>> Engine::State::prepare(const Request& request) {
+    auto prompt = prompts.prepare(request);
+    if (!prompt) return prompt.error();
+    return std::unique_ptr<Prepared>(std::move(*prompt));
+}
+
+Result<void> Engine::State::submit(std::unique_ptr<Prepared> prepared, std::string id) {
+    auto prompt = prompts.take_back(std::move(prepared));
+    if (!prompt) return prompt.error();
+    return enqueue(std::move(*prompt), desk.make_mailbox(std::move(id)), true);
+}
+
+Result<void> Engine::State::enqueue(detail::PromptPtr prompt, const detail::MailboxPtr& reply,
+                                    bool known) {
+    auto sequence = std::make_unique<detail::Sequence>(reply, std::move(prompt),
+                                                       model->tokenizer());
+    return desk.enqueue(std::move(sequence), known);
+}
+
+Reply Engine::State::reply_to(Result<detail::PromptPtr> prompt) {
+    auto id = detail::draw_id("resp_");
+    auto reply = desk.make_mailbox(id ? std::move(*id) : std::string());
+    Result<void> queued;
+    if (!id) queued = id.error();
+    else queued = prompt ? enqueue(std::move(*prompt), reply, false) : prompt.error();
+    if (!queued) {
+        Outcome refused;
+        refused.status = Status::failed;
+        refused.error = std::move(queued.error());
+        (void)reply->put_outcome(std::move(refused));
+    }
+    return Reply(std::move(reply));
+}
+
+// ---- The step (one thread at a time) ---------------------------------------------------------
+
 Result<detail::Exclusive> Engine::State::take_turn(const char* who) {
     const char* why = thread.joinable() ? "the engine has a thread of its own since start()"
                       : stepping.exchange(true, std::memory_order_acquire)
@@ -29,67 +97,43 @@ Result<detail::Exclusive> Engine::State::take_turn(const char* who) {
     return detail::Exclusive(&stepping);
 }
 
-// Queues the prompt; a reply that was refused is finished.
-Reply Engine::State::reply_to(Result<std::unique_ptr<detail::PreparedPrompt>> prompt) {
-    auto reply = std::make_shared<detail::Mailbox>();
-    reply->doorbell = doorbell;
-    Result<void> good;
-    auto id = detail::draw_id("resp_");
-    if (!id) good = id.error();
-    else reply->id = std::move(*id);
-    if (good) good = prompt ? enqueue(std::move(*prompt), reply, false) : prompt.error();
-    if (!good) {
-        Outcome refused;
-        refused.status = Status::failed;
-        refused.error = std::move(good.error());
-        (void)reply->put_outcome(std::move(refused));
-    }
-    return Reply(std::move(reply));
-}
-
-// What a save must share with this engine.
-Result<detail::SaveHeader> Engine::State::save_header() {
-    if (!model_fingerprint) {
-        auto hash = detail::fingerprint(gguf);
-        if (!hash) return hash.error();
-        model_fingerprint = *hash;
-    }
-    detail::SaveHeader out;
-    out.model = *model_fingerprint;
-    out.precision = static_cast<uint32_t>(options.precision);
-    out.kv_type = static_cast<uint32_t>(options.kv_type);
-    out.page_tokens = options.page_tokens;
-    out.page_bytes = backend->page_bytes();
-    return out;
-}
-
-// Makes the cache know these pages, as many as there is room for.
-void Engine::State::import_pages(std::span<const detail::Hash256> keys,
-                                 std::span<const std::byte> bytes) {
-    const size_t size = backend->page_bytes(), count = std::min(keys.size(), bytes.size() / size);
-    std::vector<uint32_t> pages;
-    for (size_t i = 0; i < count; ++i) {
-        uint32_t page = pool.find(keys[i]);
-        if (page != detail::PagePool::none) {
-            pool.share(page);
-        } else {
-            if (pool.unused() == 0) break;
-            page = pool.take();
-            backend->import_page(page, bytes.data() + i * size);
-            pool.set_key(page, keys[i], 0);
+Result<bool> Engine::State::work(uint64_t deadline_ns, uint64_t budget_ns) {
+    if (failure) return *failure;
+    while (!loaded.load(std::memory_order_relaxed)) {
+        auto done = load(std::min(deadline_ns, detail::monotonic_ns() + detail::kLookNs));
+        if (!done) {
+            failure = done.error();
+            options.log(LogLevel::error, failure->message);
+            scheduler.fail_all(*failure);
+            return *failure;
         }
-        pages.push_back(page);
+        if (!*done && time_is_up(deadline_ns)) return true;
     }
-    for (; !pages.empty(); pages.pop_back()) pool.drop(pages.back());
+    while (scheduler.work(deadline_ns, budget_ns))
+        if (time_is_up(deadline_ns)) return true;
+    return false;
+}
+
+Result<bool> Engine::State::load(uint64_t deadline_ns) {
+    const uint64_t now = detail::monotonic_ns();
+    float part = 0;
+    auto done = backend->load(deadline_ns > now ? (deadline_ns - now) / 1000 : 0, &part);
+    if (!done) return done;
+    progress.store(part, std::memory_order_relaxed);
+    if (*done) {
+        options.log(LogLevel::info, "loaded " + model->file().gguf.name());
+        loaded.store(true, std::memory_order_release);
+    }
+    return done;
 }
 
 void Engine::State::run_thread(void* self) {
     State& state = *static_cast<State*>(self);
     while (!state.stop_asked.load(std::memory_order_acquire)) {
-        const uint32_t rings = state.doorbell->rings.load(std::memory_order_acquire);
+        const uint32_t rings = state.desk.doorbell().rings.load(std::memory_order_acquire);
         auto more = state.work(detail::kNoLimit, detail::kNoLimit);
         if (more && *more) continue;
-        detail::wait_on(&state.doorbell->rings, rings, detail::kIdleNs);
+        detail::wait_on(&state.desk.doorbell().rings, rings, detail::kIdleNs);
     }
 }
 
@@ -137,10 +181,9 @@ Engine& Engine::operator=(Engine&& other) noexcept = default;
 Engine::~Engine() = default;
 
 Result<Engine> Engine::begin_open(const EngineOptions& options) {
-    auto state = std::make_unique<State>();
-    auto opened = state->open(options);
-    if (!opened) return opened.error();
-    return Engine(std::move(state));
+    auto state = State::open(options);
+    if (!state) return state.error();
+    return Engine(std::move(*state));
 }
 
 Result<Engine> Engine::open(const EngineOptions& options) {
@@ -153,23 +196,19 @@ Result<Engine> Engine::open(const EngineOptions& options) {
 }
 
 Result<MemoryPlan> Engine::memory_plan(const EngineOptions& options) {
-    auto file = detail::open_model_file(options);
-    if (!file) return file.error();
-    auto spec = read_model_spec(*file);
-    if (!spec) return spec.error();
-    auto tensors = bind_model_tensors(*file, *spec);
-    if (!tensors) return tensors.error();
-    auto chosen = detail::choose_backend_options(options, *file, *spec, *tensors);
+    detail::ModelFile file;
+    if (auto opened = file.open(options); !opened) return opened.error();
+    auto chosen = detail::choose_backend_options(options, file);
     if (!chosen) return chosen.error();
-    return detail::plan_cpu(*file, *spec, *tensors, *chosen);
+    return detail::plan_cpu(file.gguf, file.spec, file.tensors, *chosen);
 }
 
 Reply Engine::submit(const Request& request) {
-    return state_->reply_to(state_->prepare_prompt(request));
+    return state_->reply_to(state_->prompts.prepare(request));
 }
 
 Result<uint32_t> Engine::count_tokens(const Request& request) const {
-    auto tokens = state_->make_prompt(request);
+    auto tokens = state_->prompts.tokenize(request);
     if (!tokens) return tokens.error();
     return static_cast<uint32_t>(tokens->size());
 }
@@ -192,16 +231,14 @@ Result<void> Engine::start() {
 }
 
 void Engine::stop() {
-    state_->stop_asked.store(true, std::memory_order_release);
-    state_->doorbell->ring();
-    state_->thread.join();
+    state_->stop();
     state_->stop_asked.store(false, std::memory_order_release);
 }
 
 bool Engine::is_loaded() const { return state_->loaded.load(std::memory_order_acquire); }
 float Engine::load_progress() const { return state_->progress.load(std::memory_order_relaxed); }
-const ModelSpec& Engine::spec() const { return state_->spec; }
-const Tokenizer& Engine::tokenizer() const { return *state_->tokenizer; }
+const ModelSpec& Engine::spec() const { return state_->model->spec(); }
+const Tokenizer& Engine::tokenizer() const { return state_->model->tokenizer(); }
 Responder* Engine::responder() { return state_.get(); }
 
 }  // namespace v1

@@ -55,8 +55,8 @@ struct Mailbox {
     bool put_text(std::string_view more) {
         return put([&] { text += more; });
     }
-    bool put_logprob(const TokenLogprob& one) {
-        return put([&] { logprobs.push_back(one); });
+    bool put_logprob(const TokenLogprob& more) {
+        return put([&] { logprobs.push_back(more); });
     }
     bool put_outcome(Outcome end) {
         auto shared = std::make_shared<const Outcome>(std::move(end));
@@ -104,6 +104,7 @@ struct Mailbox {
         return true;
     }
 };
+using MailboxPtr = std::shared_ptr<Mailbox>;
 
 }  // namespace detail
 }  // namespace v1

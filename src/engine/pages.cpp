@@ -1,16 +1,54 @@
 #include "prologue.hpp"
 
 #include "engine/pages.hpp"
+#include "kernels/internal.hpp"
 
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <span>
+#include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
 namespace detail {
+
+// Adds the keys of the pages that `tokens` fill, up to `count` of them.
+void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
+                      std::span<const Token> tokens, uint32_t page_tokens, size_t count) {
+    while (keys.size() < count) {
+        Sha256 hash;
+        hash.update((keys.empty() ? root : keys.back()).view());
+        hash.update(tokens.data() + keys.size() * page_tokens, page_tokens * sizeof(Token));
+        keys.push_back(hash.finish());
+    }
+}
+
+uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key) {
+    if (prompt_cache_key.empty()) return 0;
+    const Hash256 hash = hmac_sha256(root.view(), prompt_cache_key);
+    uint64_t group;
+    std::memcpy(&group, hash.bytes, sizeof group);
+    return group | 1;
+}
+
+// The key that stands before that of a first page: all that may part prefixes which begin alike.
+// `salt` is empty, or stands for pages that others must not find.
+Hash256 root_key(const EngineOptions& options, const std::string& organisation,
+                 std::string_view salt) {
+    const uint32_t numbers[] = {kNumerics, static_cast<uint32_t>(options.precision),
+                                static_cast<uint32_t>(options.kv_type), options.page_tokens};
+    Sha256 hash;
+    hash.update(numbers, sizeof numbers);
+    if (!options.share_prefixes) hash.update(organisation);
+    if (!salt.empty()) hash.update(sha256(salt.data(), salt.size()).view());
+    return hash.finish();
+}
 
 void PagePool::open(uint32_t pages) {
     pages_.assign(size_t{pages} + 1, {});
@@ -53,12 +91,14 @@ uint32_t PagePool::take() {
 }
 
 void PagePool::share(uint32_t page) {
+    VALAR_ASSERT(page < pages());
     if (pages_[page].users == 0) unlink(page);
     shared_ += ++pages_[page].users == 2;
 }
 
 // What cannot be found again is the first to be taken.
 void PagePool::drop(uint32_t page) {
+    VALAR_ASSERT(page < pages() && pages_[page].users > 0);
     shared_ -= --pages_[page].users == 1;
     if (pages_[page].users) return;
     link_before(page, pages_[page].keyed ? pages() : pages_[pages()].newer);
@@ -71,12 +111,13 @@ uint32_t PagePool::find(const Hash256& key) const {
 }
 
 void PagePool::set_key(uint32_t page, const Hash256& key, uint64_t group) {
+    VALAR_ASSERT(page < pages() && pages_[page].users > 0 && !pages_[page].keyed);
     uint32_t& first = bucket(key);
-    Page& to = pages_[page];
-    to.key = key;
-    to.group = group;
-    to.keyed = true;
-    to.next = std::exchange(first, page);
+    Page& named = pages_[page];
+    named.key = key;
+    named.group = group;
+    named.keyed = true;
+    named.next = std::exchange(first, page);
 }
 
 void PagePool::refresh(uint64_t group) {

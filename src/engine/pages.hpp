@@ -1,14 +1,27 @@
 #pragma once
 
 #include "digest_internal.hpp"
+#include "engine/engine.hpp"
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
+
+// ---- Keys of pages ---------------------------------------------------------------------------
+
+Hash256 root_key(const EngineOptions& options, const std::string& organisation,
+                 std::string_view salt);
+uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key);
+void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
+                      std::span<const Token> tokens, uint32_t page_tokens, size_t count);
 
 // ---- Pages -----------------------------------------------------------------------------------
 
@@ -27,9 +40,15 @@ public:
     uint32_t take();
     void share(uint32_t page);  // a user more, a user less
     void drop(uint32_t page);
-    bool in_use(uint32_t page) const { return pages_[page].users > 0; }
+    bool in_use(uint32_t page) const {
+        VALAR_ASSERT(page < pages());
+        return pages_[page].users > 0;
+    }
     /// Whether its only user may change it.
-    bool writable(uint32_t page) const { return pages_[page].users == 1 && !pages_[page].keyed; }
+    bool writable(uint32_t page) const {
+        VALAR_ASSERT(page < pages());
+        return pages_[page].users == 1 && !pages_[page].keyed;
+    }
     uint32_t find(const Hash256& key) const;
     void set_key(uint32_t page, const Hash256& key, uint64_t group);  // of a page without one
     void refresh(uint64_t group);  // as if its pages had been used just now

@@ -1,14 +1,16 @@
 #include "prologue.hpp"
 
-#include "engine/state.hpp"
+#include "api_internal.hpp"
+#include "engine/limits.hpp"
+#include "engine/pages.hpp"
+#include "engine/prompt.hpp"
+#include "unicode_internal.hpp"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <optional>
-#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -48,7 +50,7 @@ Result<void> check_request(const Request& request) {
         {"repetition_penalty", request.repetition_penalty, 0.1, 10},
     };
     for (const auto& [field, value, low, high] : ranges)
-        if (auto good = check_range(field, value, low, high); !good) return good;
+        if (auto checked = check_range(field, value, low, high); !checked) return checked;
     if (request.stop.size() > kMaxStops)
         return refuse_field(
             "stop", format("stop: %zu strings are more than %zu", request.stop.size(), kMaxStops));
@@ -64,148 +66,139 @@ Result<void> check_bias(const Request& request, uint32_t n_vocab) {
     for (const auto& [token, bias] : request.logit_bias) {
         if (token < 0 || static_cast<uint32_t>(token) >= n_vocab)
             return refuse_field("logit_bias", format("logit_bias: there is no token %d", token));
-        if (auto good = check_range("logit_bias", bias, -100, 100); !good) return good;
+        if (auto checked = check_range("logit_bias", bias, -100, 100); !checked) return checked;
     }
     return {};
 }
 
+Result<int64_t> draw_seed() {
+    uint64_t drawn = 0;
+    if (auto random = random_bytes(&drawn, sizeof drawn); !random) return random.error();
+    return static_cast<int64_t>(drawn >> 11);  // 53 bits: exact in every JSON reader
+}
+
 }  // namespace
-
-// Adds the keys of the pages that `tokens` fill, up to `count` of them.
-void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
-                      std::span<const Token> tokens, uint32_t page_tokens, size_t count) {
-    while (keys.size() < count) {
-        Sha256 hash;
-        hash.update((keys.empty() ? root : keys.back()).view());
-        hash.update(tokens.data() + keys.size() * page_tokens, page_tokens * sizeof(Token));
-        keys.push_back(hash.finish());
-    }
-}
-
-uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key) {
-    if (prompt_cache_key.empty()) return 0;
-    const Hash256 hash = hmac_sha256(root.view(), prompt_cache_key);
-    uint64_t group;
-    std::memcpy(&group, hash.bytes, sizeof group);
-    return group | 1;
-}
-
-// The key that stands before that of a first page: all that may part prefixes which begin alike.
-// `salt` is empty, or stands for pages that others must not find.
-Hash256 root_key(const EngineOptions& options, const std::string& organisation,
-                 std::string_view salt) {
-    const uint32_t numbers[] = {kNumerics, static_cast<uint32_t>(options.precision),
-                                static_cast<uint32_t>(options.kv_type), options.page_tokens};
-    Sha256 hash;
-    hash.update(numbers, sizeof numbers);
-    if (!options.share_prefixes) hash.update(organisation);
-    if (!salt.empty()) hash.update(sha256(salt.data(), salt.size()).view());
-    return hash.finish();
-}
 
 Error refuse_field(const char* param, std::string message, const char* code) {
     return make_error(ErrorKind::invalid_request, std::move(message), code, param);
 }
 
-Error engine_closed_error() {
-    return make_error(ErrorKind::closed, "the engine was closed", "engine_closed");
-}
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-namespace valar {
-inline namespace v1 {
-
-// ---- From a request to a prompt (any thread) -------------------------------------------------
-
-Result<std::unique_ptr<Prepared>> Engine::State::prepare(const Request& request) {
-    auto prompt = prepare_prompt(request);
-    if (!prompt) return prompt.error();
-    return std::unique_ptr<Prepared>(std::move(*prompt));
-}
-
-Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
-    const Request& request, std::string_view salt) {
-    const auto& names = info.aliases;
-    if (!request.model.empty() && request.model != info.id &&
-        std::find(names.begin(), names.end(), request.model) == names.end())
-        return detail::make_error(ErrorKind::not_found,
-                                  "the model '" + request.model + "' does not exist",
-                                  "model_not_found", "model");
-    if (auto good = detail::check_request(request); !good) return good.error();
-    const auto& windows = options.windows;
-    if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
-        return detail::refuse_field("metadata.completion_window", refused_window());
-    if (auto good = detail::check_bias(request, spec.n_vocab); !good) return good.error();
-    auto tokens = make_prompt(request);
+Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view salt) const {
+    if (auto checked = check(request); !checked) return checked.error();
+    auto tokens = tokenize(request);
     if (!tokens) return tokens.error();
-    const size_t count = tokens->size();
-    if (count >= context)
-        return detail::refuse_field(
-            "input",
-            detail::format("the prompt has %zu tokens; the context of this model is %u tokens for "
-                           "prompt and answer",
-                           count, context),
-            "context_length_exceeded");
-    auto out = std::make_unique<detail::PreparedPrompt>();
-    out->sampling = sampling;
-    out->sampling.temperature = request.temperature.value_or(sampling.temperature);
-    out->sampling.top_p = request.top_p.value_or(sampling.top_p);
-    out->sampling.top_k = request.top_k.value_or(sampling.top_k);
-    out->sampling.min_p = request.min_p.value_or(sampling.min_p);
-    uint64_t drawn = 0;  // 53 bits: exact in every JSON reader
-    if (auto random = detail::random_bytes(&drawn, sizeof drawn); !random) return random.error();
-    out->sampling.seed = request.seed.value_or(static_cast<int64_t>(drawn >> 11));
-    const uint32_t room = context - static_cast<uint32_t>(count);
+    if (auto checked = check_length(tokens->size()); !checked) return checked.error();
+    auto seed = request.seed ? Result<int64_t>(*request.seed) : draw_seed();
+    if (!seed) return seed.error();
+    auto out = std::make_unique<PreparedPrompt>();
+    out->maker = this;
+    out->tokens = std::move(*tokens);
+    out->model = model_.info().id;
+    out->input_tokens = static_cast<uint32_t>(out->tokens.size());
+    const uint32_t room = context_ - out->input_tokens;
     out->max_output = std::min(request.max_output_tokens.value_or(room), room);
-    out->sampling.presence_penalty = request.presence_penalty;
-    out->sampling.frequency_penalty = request.frequency_penalty;
-    out->sampling.repetition_penalty = request.repetition_penalty;
-    for (const auto& [token, bias] : request.logit_bias)
-        out->sampling.logit_bias.emplace_back(token, static_cast<float>(bias));
     out->logprobs = request.logprobs;
     out->top_logprobs = request.top_logprobs;
     out->stop = request.stop;
     out->organisation = request.organisation;
     out->window = request.window;
-    out->root = detail::root_key(options, request.organisation, salt);
-    out->group = detail::group_of(out->root, request.prompt_cache_key);
-    if (options.prefix_cache)
-        detail::extend_page_keys(out->page_keys, out->root, *tokens, options.page_tokens,
-                                 count / options.page_tokens);
-    out->tokens = std::move(*tokens);
-    out->model = info.id;
-    out->input_tokens = static_cast<uint32_t>(count);
+    resolve_sampling(request, &out->sampling);
+    out->sampling.seed = out->seed = *seed;
     out->temperature = out->sampling.temperature;
     out->top_p = out->sampling.top_p;
-    out->seed = out->sampling.seed;
+    find_pages(request, salt, out.get());
     return out;
 }
 
-std::string Engine::State::refused_window() const {
-    std::string message = "metadata.completion_window: the model '" + info.id + "' serves";
+Result<void> PromptMaker::check(const Request& request) const {
+    if (!request.model.empty() && !model_.is_called(request.model))
+        return make_error(ErrorKind::not_found, "the model '" + request.model + "' does not exist",
+                          "model_not_found", "model");
+    if (auto checked = check_request(request); !checked) return checked;
+    const auto& windows = options_.windows;
+    if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
+        return refuse_field(kWindowField, refused_window());
+    return check_bias(request, model_.spec().n_vocab);
+}
+
+Result<void> PromptMaker::check_length(size_t tokens) const {
+    if (tokens < context_) return {};
+    return refuse_field(
+        "input",
+        format("the prompt has %zu tokens; the context of this model is %u tokens for prompt and "
+               "answer",
+               tokens, context_),
+        "context_length_exceeded");
+}
+
+std::string PromptMaker::refused_window() const {
+    const ModelInfo& info = model_.info();
+    std::string message = std::string(kWindowField) + ": the model '" + info.id + "' serves";
     for (const std::string& window : info.windows) message += " " + window;
     return message;
 }
 
-Result<std::vector<Token>> Engine::State::make_prompt(const Request& request) const {
+// What the request leaves open is the model's own default.
+void PromptMaker::resolve_sampling(const Request& request, SamplerOptions* out) const {
+    const SamplerOptions& defaults = model_.sampling();
+    *out = defaults;
+    out->temperature = request.temperature.value_or(defaults.temperature);
+    out->top_p = request.top_p.value_or(defaults.top_p);
+    out->top_k = request.top_k.value_or(defaults.top_k);
+    out->min_p = request.min_p.value_or(defaults.min_p);
+    out->presence_penalty = request.presence_penalty;
+    out->frequency_penalty = request.frequency_penalty;
+    out->repetition_penalty = request.repetition_penalty;
+    for (const auto& [token, bias] : request.logit_bias)
+        out->logit_bias.emplace_back(token, static_cast<float>(bias));
+}
+
+void PromptMaker::find_pages(const Request& request, std::string_view salt,
+                             PreparedPrompt* out) const {
+    out->root = root_key(options_, request.organisation, salt);
+    out->group = group_of(out->root, request.prompt_cache_key);
+    if (options_.prefix_cache)
+        extend_page_keys(out->page_keys, out->root, out->tokens, options_.page_tokens,
+                         out->tokens.size() / options_.page_tokens);
+}
+
+Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
+                                                    std::string_view salt) const {
+    std::vector<Hash256> keys;
+    if (!options_.prefix_cache) return keys;
+    auto tokens = tokenize(request);
+    if (!tokens) return tokens.error();
+    extend_page_keys(keys, root_key(options_, request.organisation, salt), *tokens,
+                     options_.page_tokens, tokens->size() / options_.page_tokens);
+    return keys;
+}
+
+// There is no RTTI to ask, and fields could have been copied; a virtual function tells the truth.
+Result<PromptPtr> PromptMaker::take_back(std::unique_ptr<Prepared> prepared) const {
+    if (!prepared || prepared->owner() != this)
+        return make_error(ErrorKind::invalid_request,
+                          "submit(): the request was not prepared by this engine");
+    return PromptPtr(static_cast<PreparedPrompt*>(prepared.release()));
+}
+
+Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
+    const Tokenizer& tokenizer = model_.tokenizer();
     const auto spelling = [&](std::optional<Token> token) {
-        return token ? tokenizer->piece(*token) : std::string_view();
+        return token ? tokenizer.piece(*token) : std::string_view();
     };
-    auto input = chat_input(request, *chat_template, spelling(tokenizer->bos()),
-                            spelling(tokenizer->eos()), detail::unix_time_ms() / 1000);
+    auto input = chat_input(request, model_.chat_template(), spelling(tokenizer.bos()),
+                            spelling(tokenizer.eos()), unix_time_ms() / 1000);
     if (!input) return input.error();
-    auto text = chat_template->render(*input);
+    auto text = model_.chat_template().render(*input);
     if (!text) return text.error();
-    auto tokens = tokenizer->encode(*text, tokenizer->add_bos());
+    auto tokens = tokenizer.encode(*text, tokenizer.add_bos());
     if (!tokens) return tokens.error();
     if (tokens->empty())
-        return detail::refuse_field("input", "input: the chat template made an empty prompt of it");
+        return refuse_field("input", "input: the chat template made an empty prompt of it");
     return tokens;
 }
 
+}  // namespace detail
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE

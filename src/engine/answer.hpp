@@ -1,0 +1,41 @@
+#pragma once
+
+#include "engine/desk.hpp"
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <utility>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- From tokens to the events of a reply ----------------------------------------------------
+
+// Text up to a stop string, log-probabilities, the end. Threads: only the one that steps.
+class AnswerWriter {
+public:
+    AnswerWriter(const LoadedModel& model, Desk& desk) : model_(model), desk_(desk) {}
+
+    /// Makes room for all that comes, and tells the reply that it is under way.
+    void begin(Sequence& sequence);
+    /// A token that was drawn from these logits. The end, a stop string or the limit ends the answer.
+    void add_token(Sequence& sequence, Token token, std::span<const float> logits);
+    /// The reply learns the end; the sequence is `over`.
+    void end(Sequence& sequence, Status status, std::optional<Error> error = {});
+
+private:
+    bool pass_text(Sequence& sequence, std::string_view text);
+    void emit_text(Sequence& sequence, std::string_view text);
+    void add_logprob(Sequence& sequence, std::span<const float> logits, Token token);
+
+    const LoadedModel& model_;
+    Desk& desk_;
+    std::pair<Token, float> top_[kMaxLogprobs];
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

@@ -1,0 +1,61 @@
+#pragma once
+
+#include "digest_internal.hpp"
+#include "engine/engine.hpp"
+#include "sampler_internal.hpp"
+#include "template/template.hpp"
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- A loaded model --------------------------------------------------------------------------
+
+// A model file and what its keys and tensors say: all that memory_plan() needs.
+struct ModelFile {
+    Gguf gguf;
+    ModelSpec spec;
+    ModelTensors tensors;
+
+    Result<void> open(const EngineOptions& options);
+};
+
+// What a model is but for its weights: file, tokenizer, template and names. Constant after open(),
+// so engines and threads may share it.
+class LoadedModel {
+public:
+    static Result<std::shared_ptr<const LoadedModel>> open(const EngineOptions& options);
+
+    const ModelFile& file() const { return file_; }
+    const ModelSpec& spec() const { return file_.spec; }
+    const Tokenizer& tokenizer() const { return *tokenizer_; }
+    const ChatTemplate& chat_template() const { return *chat_template_; }
+    const SamplerOptions& sampling() const { return sampling_; }  // where a request says nothing
+    const ModelInfo& info() const { return info_; }
+    bool is_called(const std::string& name) const;
+    /// A hash of the weights' shapes and first rows, made when it is first asked for. Errors: the
+    /// file cannot be read.
+    Result<Hash256> fingerprint() const;
+
+private:
+    Result<void> read(const EngineOptions& options);
+    Result<void> read_words(const EngineOptions& options);
+    void name(const EngineOptions& options);
+
+    ModelFile file_;
+    std::optional<Tokenizer> tokenizer_;
+    std::optional<ChatTemplate> chat_template_;
+    SamplerOptions sampling_;
+    ModelInfo info_;
+    mutable std::mutex mutex_;  // guards fingerprint_
+    mutable std::optional<Hash256> fingerprint_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
