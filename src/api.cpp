@@ -454,7 +454,9 @@ Fault field_user(const Json& value, Request* request) {
 constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
 
 Window window_of(std::string_view name) {
-    return name == "asap" ? Window::asap : name == "flex" ? Window::flex : Window::standard;
+    for (const Window window : {Window::asap, Window::flex})
+        if (name == window_name(window)) return window;
+    return Window::standard;
 }
 
 Fault check_metadata(const std::string& key, const Json& value) {
@@ -465,7 +467,8 @@ Fault check_metadata(const std::string& key, const Json& value) {
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
-    if (key == "completion_window") return check_choice(value, path, {"asap", "standard", "flex"});
+    if (key == "completion_window")
+        return check_choice(value, path, {kWindowNames[0], kWindowNames[1], kWindowNames[2]});
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
@@ -584,7 +587,7 @@ Fault check_background(const Request& request) {
         return api_error("unsupported_value", "store",
                          "'store' must be true with 'background', but false was received");
     if (request.background || request.window != Window::flex) return {};
-    return api_error("invalid_value", "metadata.completion_window",
+    return api_error("invalid_value", kWindowField,
                      "'metadata.completion_window' may be \"flex\" only with 'background': true");
 }
 

@@ -551,6 +551,26 @@ TEST_CASE("the Responder: ids, events, announcements") {
     CHECK(responder.stats().cancelled == 1);
 }
 
+TEST_CASE("the Responder: what another one prepared is refused") {
+    struct Copied : Prepared {
+        explicit Copied(const Prepared& from) : Prepared(from) {}
+    };
+    Engine engine = open_tiny(), other = open_tiny();
+    Responder& responder = *engine.responder();
+    auto own = responder.prepare(ask("hello"));
+    auto foreign = other.responder()->prepare(ask("hello"));
+    REQUIRE(own);
+    REQUIRE(foreign);
+    auto copied = std::make_unique<Copied>(**own);
+    for (Prepared* prepared : {static_cast<Prepared*>(copied.release()), foreign->release()}) {
+        auto submitted = responder.submit(std::unique_ptr<Prepared>(prepared), "resp_a");
+        REQUIRE_FALSE(submitted);
+        CHECK(submitted.error().kind == ErrorKind::invalid_request);
+    }
+    CHECK_FALSE(responder.submit(nullptr, "resp_a"));
+    CHECK(responder.submit(std::move(*own), "resp_a"));
+}
+
 TEST_CASE("prepared with nothing said: the file's own sampling, else 1; a drawn seed") {
     const auto plain = open_tiny().responder()->prepare(Request{.input = "hi"});
     REQUIRE(plain);

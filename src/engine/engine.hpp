@@ -24,7 +24,9 @@
 namespace valar {
 inline namespace v1 {
 
-/// What an engine is made of. What a caller types first stands first.
+/// What an engine is made of. What a caller types first stands first. Designated initialisers follow
+/// the order of declaration, as C++ wants it: {.model_path = "m.gguf", .threads = 2} compiles, the
+/// other way round it is an error. Where the order is in the way, assign the fields one by one.
 struct EngineOptions {
     std::string model_path = {};            ///< a GGUF file (the first of a split one)
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
@@ -67,7 +69,7 @@ struct Mailbox;
 /// The handle of one request. Movable; may outlive the Engine (then finished with `engine_closed`).
 /// Dropping it cancels the request unless detach()ed. One made by hand is finished, with nothing.
 /// Threads: one at a time.
-class VALAR_API Reply {
+class [[nodiscard]] VALAR_API Reply {
 public:
     Reply() = default;
     Reply(Reply&& other) noexcept;
