@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <new>
@@ -624,6 +625,43 @@ TEST_CASE("options and files that are refused, and the memory plan") {
     CHECK(Engine::memory_plan(options)->kv * 2 == plan->kv);
     options.model_id = "mine";
     CHECK(open_tiny(options).responder()->models()[0].id == "mine");
+}
+
+TEST_CASE("all memory that the plan counts comes from the allocator") {
+    struct Counter {
+        uint64_t bytes = 0, most = 0;
+        uint64_t limit = UINT64_MAX;
+    } counter;
+    EngineOptions options = tiny_options();
+    options.allocator.allocate = [](void* context, uint64_t bytes, uint64_t alignment) -> void* {
+        Counter& counts = *static_cast<Counter*>(context);
+        if (bytes > counts.limit - counts.bytes) return nullptr;
+        counts.bytes += bytes;
+        counts.most = std::max(counts.most, counts.bytes);
+        void* memory = ::operator new(bytes, std::align_val_t(alignment));
+        std::memset(memory, 0xa5, bytes);
+        return memory;
+    };
+    options.allocator.release = [](void* context, void* memory, uint64_t bytes) {
+        static_cast<Counter*>(context)->bytes -= bytes;
+        ::operator delete(memory, std::align_val_t(64));
+    };
+    options.allocator.context = &counter;
+    const auto plan = Engine::memory_plan(options);
+    REQUIRE(plan);
+    CHECK(counter.most == 0);
+    {
+        Engine engine = open_tiny(options);
+        CHECK(counter.bytes == plan->total());
+        CHECK(answer(engine, ask("hello world")) == answer(open_tiny(), ask("hello world")));
+    }
+    CHECK(counter.most == plan->total());
+    CHECK(counter.bytes == 0);
+    counter.limit = plan->total() - 1;
+    const auto refused = Engine::open(options);
+    REQUIRE_FALSE(refused);
+    CHECK(refused.error().kind == ErrorKind::out_of_memory);
+    CHECK(counter.bytes == 0);
 }
 
 // ---- Many at once ----------------------------------------------------------------------------

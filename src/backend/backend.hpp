@@ -35,6 +35,7 @@ struct BackendOptions {
     ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
     void* parallel_for_host = nullptr;
     Weights weights = Weights::packed;
+    Allocator allocator = {};  ///< of weights, keys and values, and scratch
 };
 
 /// Bytes that a loaded model takes.

@@ -625,7 +625,7 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
         {&scratch_memory_, layout->plan.scratch, "scratch"},
     };
     for (const auto& [buffer, bytes, what] : wanted) {
-        auto memory = Buffer::allocate(bytes, what, buffer == &weights_memory_);
+        auto memory = Buffer::allocate(bytes, what, buffer == &weights_memory_, options.allocator);
         if (!memory) return memory.error();
         *buffer = std::move(*memory);
     }

@@ -126,5 +126,14 @@ struct LogSink {
     }
 };
 
+/// Where memory comes from; the default is the system. `allocate` returns bytes aligned as asked, or
+/// null where there are none; what is in them does not matter. Both are called from the thread that
+/// opens or closes.
+struct Allocator {
+    void* (*allocate)(void* context, uint64_t bytes, uint64_t alignment) = nullptr;
+    void (*release)(void* context, void* memory, uint64_t bytes) = nullptr;
+    void* context = nullptr;
+};
+
 }  // namespace v1
 }  // namespace valar

@@ -85,12 +85,17 @@ struct FileHandle {  // closes itself
 #endif
 }  // namespace
 
-Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what, bool huge_pages) {
+Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what, bool huge_pages,
+                                const Allocator& allocator) {
     Buffer buffer;
     if (bytes == 0) return buffer;
     if (bytes <= SIZE_MAX / 2) {
         const size_t size = size_t(bytes);
-        if (size >= buffer_from_system) {
+        if (allocator.allocate) {
+            buffer.allocator_ = allocator;
+            void* p = allocator.allocate(allocator.context, bytes, buffer_alignment);
+            if (p != nullptr) buffer.data_ = static_cast<std::byte*>(std::memset(p, 0, size));
+        } else if (size >= buffer_from_system) {
             buffer.data_ = static_cast<std::byte*>(map_pages(size, huge_pages));
         } else {
             void* p = ::operator new(size, std::align_val_t(buffer_alignment), std::nothrow);
@@ -106,16 +111,22 @@ Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what, bool huge_page
 }
 
 Buffer::Buffer(Buffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, size_t(0))) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, size_t(0))),
+      allocator_(other.allocator_) {}
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
+    std::swap(allocator_, other.allocator_);
     return *this;
 }
 
 Buffer::~Buffer() {
-    if (size_ >= buffer_from_system) unmap_pages(data_, size_);
+    if (data_ == nullptr) return;
+    if (allocator_.allocate) {
+        if (allocator_.release) allocator_.release(allocator_.context, data_, size_);
+    } else if (size_ >= buffer_from_system) unmap_pages(data_, size_);
     else ::operator delete(data_, std::align_val_t(buffer_alignment));
 }
 

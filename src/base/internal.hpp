@@ -85,7 +85,8 @@ bool add_overflows(uint64_t a, uint64_t b, uint64_t* sum);
 /// one takes milliseconds, in the middle of a frame. Movable, frees itself.
 class Buffer {
 public:
-    static Result<Buffer> allocate(uint64_t bytes, const char* what, bool huge_pages = false);
+    static Result<Buffer> allocate(uint64_t bytes, const char* what, bool huge_pages = false,
+                                   const Allocator& allocator = {});
     Buffer() = default;
     Buffer(Buffer&& other) noexcept;
     Buffer& operator=(Buffer&& other) noexcept;
@@ -100,6 +101,7 @@ public:
 private:
     std::byte* data_ = nullptr;
     size_t size_ = 0;
+    Allocator allocator_;
 };
 
 /// A whole file, mapped read-only. The bytes stay put when the object moves.

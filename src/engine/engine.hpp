@@ -60,6 +60,7 @@ struct EngineOptions {
     bool speculation = true;  ///< guess tokens that the text had before and verify the
                               ///< guesses: faster where it repeats, the same answer
     Weights weights = Weights::packed;
+    Allocator allocator = {};  ///< of all memory that memory_plan() counts; default: the system's
 };
 
 namespace detail {
