@@ -102,6 +102,7 @@
 
 #include "base/internal.hpp"
 #include "gguf.hpp"
+#include "gguf_internal.hpp"
 #include "kernels/kernels.hpp"
 
 #include <cstddef>
@@ -113,8 +114,8 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr int kNumerics = 1;        ///< version of the numeric definition
-inline constexpr uint32_t kTileRows = 16;  ///< rows of a packed tile: a lane is a row
+inline constexpr int kNumerics = 1;                 ///< version of the numeric definition
+inline constexpr uint32_t kTileRows = packed_rows;  ///< of a packed tile: a lane is a row
 inline constexpr uint32_t kActivationBlock = 32;
 inline constexpr uint32_t kSegment = 256;  ///< positions of an attention segment
 inline constexpr uint32_t kKeyGroup = 16;  ///< keys stored side by side

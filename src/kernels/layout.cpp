@@ -159,14 +159,20 @@ constexpr PackTile pack_functions[] = {
 };
 static_assert(std::size(pack_functions) == std::size(packed_layouts));
 
+size_t used_tile_bytes(const PackedLayout& layout, uint32_t cols) {  // without the padding
+    if (layout.float_bytes) return size_t{cols} * layout.float_bytes * kTileRows;
+    return size_t{cols} / (layout.blocks * kActivationBlock) * packed_super_bytes(layout);
+}
+
 }  // namespace
 
 bool kernel_type_supported(TensorType type) { return find_layout(type) != nullptr; }
 
 uint64_t packed_tile_bytes(TensorType type, uint32_t cols) {
-    const TypeInfo* info = type_info(type);
-    if (!info) return 0;
-    return (uint64_t{cols} / info->block_size * info->tile_block_bytes + 63) / 64 * 64;
+    const PackedLayout* layout = find_layout(type);
+    if (!layout) return 0;
+    const uint64_t used = used_tile_bytes(*layout, cols);
+    return (used + packed_alignment - 1) / packed_alignment * packed_alignment;
 }
 
 void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
@@ -175,9 +181,9 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
     const size_t tile_bytes = static_cast<size_t>(packed_tile_bytes(type, cols));
     const TypeInfo& info = *type_info(type);
     const size_t row_bytes = size_t{cols} / info.block_size * info.block_bytes;
+    const size_t used = used_tile_bytes(layout, cols);
     for (uint32_t tile = first_tile; tile < last_tile; tile++) {
         const uint32_t count = std::min(kTileRows, rows - tile * kTileRows);
-        const size_t used = size_t{cols} / info.block_size * info.tile_block_bytes;
         if (count < kTileRows) std::memset(out, 0, tile_bytes);
         else std::memset(out + used, 0, tile_bytes - used);
         pack_functions[&layout - packed_layouts](source, row_bytes, count, cols, out);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 namespace valar {
 inline namespace v1 {
@@ -62,6 +63,17 @@ constexpr size_t packed_block_bytes(const PackedLayout& layout) {
 constexpr size_t packed_super_bytes(const PackedLayout& layout) {
     return layout.head_bytes + layout.blocks * packed_block_bytes(layout);
 }
+
+// Every layout has the size that a model file states for it (>>gguf).
+constexpr bool layouts_have_stated_sizes() {
+    for (const PackedLayout& layout : packed_layouts) {
+        const size_t bytes = layout.float_bytes ? size_t{layout.float_bytes} * kTileRows
+                                                : packed_super_bytes(layout);
+        if (tile_block_bytes(layout.type) != bytes) return false;
+    }
+    return std::size(packed_layouts) == std::size(packed_types);
+}
+static_assert(layouts_have_stated_sizes());
 
 inline const std::byte* packed_tile(const PackedMatrix& matrix, size_t tile) {
     return matrix.data + tile * packed_tile_bytes(matrix.type, matrix.cols);
