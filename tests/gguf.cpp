@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include "base/internal.hpp"
 #include "gguf_internal.hpp"
 #include "tiny_model.hpp"
 

@@ -255,8 +255,6 @@ double exact_exp2(double x);                 ///< rope_math
 double exact_log2(double x);
 double exact_log(double x);  ///< exact_log2(x) * ln 2, for log-probabilities
 void exact_sincos(double x, double* sine, double* cosine);
-float half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);  ///< nearest even
 
 /// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
 /// traps) while the object lives: hosts set flush-to-zero.

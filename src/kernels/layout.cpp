@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <span>
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -192,7 +193,66 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
     }
 }
 
+namespace {
+
+// Whether `values` values of a type take so many bytes in a file.
+bool fits(TensorType type, uint64_t values, uint64_t bytes) {
+    if (!find_layout(type)) return false;
+    const TypeInfo& info = *type_info(type);
+    return values % info.block_size == 0 && bytes == values / info.block_size * info.block_bytes;
+}
+
+constexpr size_t largest_super_bytes() {
+    size_t most = 0;
+    for (const PackedLayout& layout : packed_layouts)
+        most = std::max(most, packed_super_bytes(layout));
+    return (most + packed_alignment - 1) / packed_alignment * packed_alignment;
+}
+
+}  // namespace
+
 }  // namespace detail
+
+bool can_compute(TensorType type) { return detail::kernel_type_supported(type); }
+
+uint64_t packed_bytes(TensorType type, uint64_t rows, uint32_t cols) {
+    return (rows + packed_rows - 1) / packed_rows * detail::packed_tile_bytes(type, cols);
+}
+
+Result<void> pack_rows(TensorType type, uint32_t cols, std::span<const std::byte> source,
+                       std::span<std::byte> out) {
+    const TypeInfo* info = type_info(type);
+    const uint64_t row_bytes = info ? uint64_t{cols} / info->block_size * info->block_bytes : 0;
+    const uint64_t rows = row_bytes ? source.size() / row_bytes : 0;
+    if (!detail::fits(type, rows * cols, source.size()) || rows > UINT32_MAX ||
+        cols % info->block_size != 0 || out.size() != packed_bytes(type, rows, cols))
+        return detail::make_error(ErrorKind::invalid_request,
+                                  "pack_rows: type, columns and sizes do not fit together");
+    const uint32_t count = static_cast<uint32_t>(rows);
+    detail::pack_tiles(type, count, cols, source.data(), 0,
+                       detail::PackedMatrix{type, count, cols}.tiles(), out.data());
+    return {};
+}
+
+Result<void> dequantize(TensorType type, std::span<const std::byte> blocks,
+                        std::span<float> values) {
+    using namespace detail;
+    if (!fits(type, values.size(), blocks.size()))
+        return make_error(ErrorKind::invalid_request,
+                          "dequantize: type and sizes do not fit together");
+    // One implementation for both orders: a few columns are packed, as the first row of a tile.
+    const TypeInfo& info = *type_info(type);
+    const size_t most = find_layout(type)->blocks * kActivationBlock;
+    alignas(packed_alignment) std::byte tile[largest_super_bytes()];
+    for (size_t first = 0; first < values.size(); first += most) {
+        const uint32_t cols = static_cast<uint32_t>(std::min(most, values.size() - first));
+        pack_tiles(type, 1, cols, blocks.data() + first / info.block_size * info.block_bytes, 0, 1,
+                   tile);
+        dequantize_row({type, 1, cols, tile}, 0, values.data() + first);
+    }
+    return {};
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE

@@ -308,6 +308,11 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
 }
 
 }  // namespace detail
+
+uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t head_dim) {
+    return uint64_t{n_kv_heads} * 2 * detail::kv_group_bytes(type, head_dim) / detail::kKeyGroup;
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
