@@ -236,11 +236,19 @@ constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
+template <int I, Vnni kVnni>
+constexpr TileKernels kernels_of_layout() {
+    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
+    else return quantized<I, kVnni>;
+}
 template <Vnni V>
-constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
-    quantized<0, V>,         quantized<1, V>,         quantized<2, V>, quantized<3, V>,
-    quantized<4, V>,         quantized<5, V>,         quantized<6, V>, floats<TensorType::f32>,
-    floats<TensorType::f16>, floats<TensorType::bf16>};
+constexpr TileKernels tile_kernels[] = {kernels_of_layout<0, V>(), kernels_of_layout<1, V>(),
+                                        kernels_of_layout<2, V>(), kernels_of_layout<3, V>(),
+                                        kernels_of_layout<4, V>(), kernels_of_layout<5, V>(),
+                                        kernels_of_layout<6, V>(), kernels_of_layout<7, V>(),
+                                        kernels_of_layout<8, V>(), kernels_of_layout<9, V>()};
+static_assert(sizeof tile_kernels<Vnni::none> / sizeof(TileKernels) ==
+              sizeof packed_layouts / sizeof(PackedLayout));
 
 // Nearest integers of x * factor as 32 bytes, their sums, and optionally what is left: x - d * h.
 VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
@@ -398,7 +406,8 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
 }
 template <Vnni kVnni>
 void matmul(const MatmulTask& task) {
-    multiply_tiles(task, {product<kVnni>, quantize, add, silu_mul});
+    multiply_tiles(
+        task, {.product = product<kVnni>, .quantize = quantize, .add = add, .silu_mul = silu_mul});
 }
 
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
@@ -568,9 +577,21 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
                           out[e] * _mm256_cvtss_f32(old_weight));
 }
 
-constexpr Kernels kernels_with(const char* name, void (*product)(const MatmulTask&)) {
-    return {name, quantize, product,  rms_norm,  rope,      scale,
-            add,  silu_mul, store_kv, expand_kv, attention, attention_merge};
+constexpr Kernels kernels_with(const char* name, void (*matmul)(const MatmulTask&)) {
+    return {
+        .name = name,
+        .quantize = quantize,
+        .matmul = matmul,
+        .rms_norm = rms_norm,
+        .rope = rope,
+        .scale = scale,
+        .add = add,
+        .silu_mul = silu_mul,
+        .store_kv = store_kv,
+        .expand_kv = expand_kv,
+        .attention = attention,
+        .attention_merge = attention_merge,
+    };
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
 constexpr Kernels vnni_kernels = kernels_with("avxvnni", matmul<Vnni::vex>);

@@ -192,17 +192,17 @@ constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
-constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
-    quantized<0>,
-    quantized<1>,
-    quantized<2>,
-    quantized<3>,
-    quantized<4>,
-    quantized<5>,
-    quantized<6>,
-    floats<TensorType::f32>,
-    floats<TensorType::f16>,
-    floats<TensorType::bf16>};
+template <int I>
+constexpr TileKernels kernels_of_layout() {
+    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
+    else return quantized<I>;
+}
+constexpr TileKernels tile_kernels[] = {
+    kernels_of_layout<0>(), kernels_of_layout<1>(), kernels_of_layout<2>(), kernels_of_layout<3>(),
+    kernels_of_layout<4>(), kernels_of_layout<5>(), kernels_of_layout<6>(), kernels_of_layout<7>(),
+    kernels_of_layout<8>(), kernels_of_layout<9>()};
+static_assert(sizeof tile_kernels / sizeof(TileKernels) ==
+              sizeof packed_layouts / sizeof(PackedLayout));
 
 // ---- Attention: lanes are keys for scores, elements of a head for values ----------------------
 
@@ -452,12 +452,24 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     multiply_pair(tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
 }
 void matmul(const MatmulTask& task) {
-    multiply_tiles(task, {product, quantize, avx2::add, silu_mul});
+    multiply_tiles(
+        task, {.product = product, .quantize = quantize, .add = avx2::add, .silu_mul = silu_mul});
 }
 
-constexpr Kernels kernels = {"avx512",       quantize,        matmul,    avx2::rms_norm,
-                             avx2::rope,     avx2::scale,     avx2::add, silu_mul,
-                             avx2::store_kv, avx2::expand_kv, attention, avx2::attention_merge};
+constexpr Kernels kernels = {
+    .name = "avx512",
+    .quantize = quantize,
+    .matmul = matmul,
+    .rms_norm = avx2::rms_norm,
+    .rope = avx2::rope,
+    .scale = avx2::scale,
+    .add = avx2::add,
+    .silu_mul = silu_mul,
+    .store_kv = avx2::store_kv,
+    .expand_kv = avx2::expand_kv,
+    .attention = attention,
+    .attention_merge = avx2::attention_merge,
+};
 
 }  // namespace avx512
 

@@ -655,8 +655,24 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-// Panels differ by what their weights reach and by minimum: some types share theirs.
-template <class K, int I, int kTwin = I>
+// A panel holds signed weights whatever the width of their codes was. The kernels that read panels
+// need to know only whether products of two weights fit 16 bits, whether there are two sub-scales
+// and whether there is a minimum: types that agree in all three share the kernels of one of them.
+constexpr bool share_panels(const PackedLayout& a, const PackedLayout& b) {
+    return a.float_bytes == b.float_bytes && (a.bits == 8) == (b.bits == 8) &&
+           (a.bits == 6) == (b.bits == 6) && a.minimum == b.minimum;
+}
+constexpr int panel_twin(int layout) {  // the last that shares, so the one with the widest codes
+    int twin = layout, i = 0;
+    for (const PackedLayout& other : packed_layouts) {
+        if (share_panels(other, packed_layouts[layout])) twin = i;
+        i++;
+    }
+    return twin;
+}
+static_assert(panel_twin(0) == 2 && panel_twin(1) == 5 && panel_twin(4) == 5);
+
+template <class K, int I, int kTwin = panel_twin(I)>
 inline constexpr QuantKernels quant_kernels = {
     K::Narrow::template dot_tile<I, false, 1>, K::Narrow::template dot_tile<I, false, 2>,
     fill_panel<I>, K::template dot_tile<kTwin, true, 4>, K::template dot_tile<kTwin, true, 8>};
@@ -664,8 +680,9 @@ inline constexpr QuantKernels quant_kernels = {
 template <class K>
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     static constexpr QuantKernels quantized[] = {
-        quant_kernels<K, 0, 2>, quant_kernels<K, 1, 5>, quant_kernels<K, 2>, quant_kernels<K, 3>,
-        quant_kernels<K, 4, 5>, quant_kernels<K, 5>,    quant_kernels<K, 6>};
+        quant_kernels<K, 0>, quant_kernels<K, 1>, quant_kernels<K, 2>, quant_kernels<K, 3>,
+        quant_kernels<K, 4>, quant_kernels<K, 5>, quant_kernels<K, 6>};
+    static_assert(packed_layouts[6].float_bytes == 0 && packed_layouts[7].float_bytes != 0);
     std::memset(sums, 0, (batch.count + kSpareColumns) * sizeof *sums);
     for (uint32_t t = 0; t < (pair.tiles[0] == pair.tiles[1] ? 1u : 2u); t++) {
         const std::byte* tile = pair.tiles[t];
@@ -687,13 +704,26 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
 }
 template <class K>
 void matmul(const MatmulTask& task) {
-    multiply_tiles(task, {product<K>, quantize, add_to, silu_mul});
+    multiply_tiles(
+        task, {.product = product<K>, .quantize = quantize, .add = add_to, .silu_mul = silu_mul});
 }
 
 template <class K>
 constexpr Kernels kernels_with(const char* name) {
-    return {name,   quantize, matmul<K>, rms_norm,          rope,      scale,
-            add_to, silu_mul, store_kv,  scalar::expand_kv, attention, attention_merge};
+    return {
+        .name = name,
+        .quantize = quantize,
+        .matmul = matmul<K>,
+        .rms_norm = rms_norm,
+        .rope = rope,
+        .scale = scale,
+        .add = add_to,
+        .silu_mul = silu_mul,
+        .store_kv = store_kv,
+        .expand_kv = scalar::expand_kv,
+        .attention = attention,
+        .attention_merge = attention_merge,
+    };
 }
 
 }  // namespace lanes4

@@ -153,10 +153,16 @@ void pack_float_tile(const std::byte* source, size_t row_bytes, uint32_t rows, s
 
 using PackTile = void (*)(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
                           std::byte* out);
+template <size_t layout_index>
+constexpr PackTile pack_function() {
+    constexpr size_t float_bytes = packed_layouts[layout_index].float_bytes;
+    if constexpr (float_bytes != 0) return pack_float_tile<float_bytes>;
+    else return pack_tile<layout_index>;
+}
 constexpr PackTile pack_functions[] = {
-    // in the order of packed_layouts
-    pack_tile<0>, pack_tile<1>, pack_tile<2>,       pack_tile<3>,       pack_tile<4>,
-    pack_tile<5>, pack_tile<6>, pack_float_tile<4>, pack_float_tile<2>, pack_float_tile<2>,
+    pack_function<0>(), pack_function<1>(), pack_function<2>(), pack_function<3>(),
+    pack_function<4>(), pack_function<5>(), pack_function<6>(), pack_function<7>(),
+    pack_function<8>(), pack_function<9>(),
 };
 static_assert(std::size(pack_functions) == std::size(packed_layouts));
 

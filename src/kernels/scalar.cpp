@@ -173,7 +173,10 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
-void matmul(const MatmulTask& task) { multiply_tiles(task, {product, quantize, add, silu_mul}); }
+void matmul(const MatmulTask& task) {
+    multiply_tiles(task,
+                   {.product = product, .quantize = quantize, .add = add, .silu_mul = silu_mul});
+}
 
 void store_q8_0(const float* k, const float* v, uint32_t head_dim, uint32_t slot, void* key_group,
                 void* value_group) {
@@ -276,8 +279,20 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (size_t e = 0; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-constexpr Kernels kernels = {"scalar", quantize, matmul,   rms_norm,  rope,      scale,
-                             add,      silu_mul, store_kv, expand_kv, attention, attention_merge};
+constexpr Kernels kernels = {
+    .name = "scalar",
+    .quantize = quantize,
+    .matmul = matmul,
+    .rms_norm = rms_norm,
+    .rope = rope,
+    .scale = scale,
+    .add = add,
+    .silu_mul = silu_mul,
+    .store_kv = store_kv,
+    .expand_kv = expand_kv,
+    .attention = attention,
+    .attention_merge = attention_merge,
+};
 
 }  // namespace scalar
 
