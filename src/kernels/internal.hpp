@@ -92,11 +92,11 @@
 //       (Within 1e-15 relative, sin and cos 1e-15 absolute to |x| = 2^20.)
 // 13. A forward pass. x = the token's embedding row (11). In each layer: y = rms_norm(x); q, k, v =
 //     the matrix products with y (1 to 3), each plus its bias where there is one (4); rope of q and
-//     k (9); attention (10); x = x + attn_output matrix times it (plus bias); y = rms_norm(x); gate
+//     k (9); attention (10); x = x + attn_output matrix times it; y = rms_norm(x); gate
 //     and up = products with y; h as in 8; x = x + ffn_down matrix times h. Logits: the output
-//     matrix (the embedding where there is none) times rms_norm(x). base and the factors of rope
-//     are binary32 numbers of the model; attention_scale, where the model says nothing, is
-//     1 / sqrt(float(head_dim)).
+//     matrix (the embedding where there is none) times rms_norm(x); where the model scales them
+//     (logit_scale), each is multiplied once. base and the factors of rope are binary32 numbers of
+//     the model; attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
 // ----------------------------------------------------------------------------------------------
 #pragma once
 
