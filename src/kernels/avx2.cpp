@@ -60,18 +60,18 @@ struct Scales {  // of eight rows
 };
 
 template <int I>
-VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at, int half) {
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, int half) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
     if constexpr (L.bits == 6) {
-        out.dw = load_halves(head + 16 * half);
+        out.dw = load_halves(header + 16 * half);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
                 _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half))));
-    } else if constexpr (L.head_bytes != 0) {
-        const __m256 m = _mm256_mul_ps(load_halves(head + 32 + 16 * half),
+    } else if constexpr (L.header_bytes != 0) {
+        const __m256 m = _mm256_mul_ps(load_halves(header + 32 + 16 * half),
                                        load_small_ints(at + 16 + 8 * half));
-        out.dw = _mm256_mul_ps(load_halves(head + 16 * half), load_small_ints(at + 8 * half));
+        out.dw = _mm256_mul_ps(load_halves(header + 16 * half), load_small_ints(at + 8 * half));
         out.m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
     } else {
         out.dw = load_halves(at + 16 * half);
@@ -80,9 +80,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Unsigned codes of group g of eight rows.
+// Unsigned codes of quad g of eight rows.
 template <int I>
-VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int g) {
+VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m256i pair = load_bytes(codes + g / 2 * 64);
@@ -96,8 +96,8 @@ VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int g) {
                                                  _mm256_set1_epi8(high == 1 ? 16 : 48)));
 }
 
-// total (of each plane and eight rows) += codes of group g times activations. Without VNNI products
-// are added in 16 bits as long as they cannot overflow, in `part`: 8 groups of 4-bit codes, 4 of 5
+// total (of each plane and eight rows) += codes of quad g times activations. Without VNNI products
+// are added in 16 bits as long as they cannot overflow, in `part`: 8 quads of 4-bit codes, 4 of 5
 // bits, 2 of 6 bits. 8-bit codes are two of 4 bits.
 template <Vnni kVnni, int kBits>
 VALAR_FORCE_INLINE void add_products(__m256i& total, __m256i (&part)[2], __m256i codes, __m256i x,
@@ -129,15 +129,15 @@ void dot_tiles(const TileStep& step) {
     const ActivationBlock* a[C];
     VALAR_UNROLL for (int c = 0; c < C; c++)
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
-    const size_t stride = step.unit / sizeof(ActivationBlock);
+    const size_t stride = step.block_stride / sizeof(ActivationBlock);
     if (step.fresh) std::memset(step.sums, 0, C * sizeof *step.sums);
     const std::byte* next = step.next;
-    size_t head = 0, at = 0, wait = 0;
+    size_t header = 0, at = 0, wait = 0;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.head_bytes != 0) {
+        if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
-                head = at;
-                at += L.head_bytes;
+                header = at;
+                at += L.header_bytes;
             }
         }
         if (wait-- == 0) {
@@ -159,7 +159,7 @@ void dot_tiles(const TileStep& step) {
             VALAR_UNROLL for (int g = 0; g < 8; g++) {
                 __m256i codes[H];
                 VALAR_UNROLL for (int h = 0; h < H; h++)
-                    codes[h] = load_group<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
+                    codes[h] = load_quad<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     const __m256i x = broadcast4(a[c]->q + 4 * g);
                     VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
@@ -167,7 +167,7 @@ void dot_tiles(const TileStep& step) {
                 }
             }
             VALAR_UNROLL for (int h = 0; h < H; h++) {
-                const Scales scales = load_scales<I>(tile + head, tile + at, v % 2 + h);
+                const Scales scales = load_scales<I>(tile + header, tile + at, v % 2 + h);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     __m256 sum = _mm256_cvtepi32_ps(total[0][c][h]);
                     if constexpr (L.bits == 6)  // exact, being below 2^24

@@ -43,16 +43,16 @@ struct Scales {
 };
 
 template <int I>
-VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at) {
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
     if constexpr (L.bits == 6) {
-        out.dw = load_halves(head);
+        out.dw = load_halves(header);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i)));
-    } else if constexpr (L.head_bytes != 0) {
-        const __m512 m = _mm512_mul_ps(load_halves(head + 32), load_small_ints(at + 16));
-        out.dw = _mm512_mul_ps(load_halves(head), load_small_ints(at));
+    } else if constexpr (L.header_bytes != 0) {
+        const __m512 m = _mm512_mul_ps(load_halves(header + 32), load_small_ints(at + 16));
+        out.dw = _mm512_mul_ps(load_halves(header), load_small_ints(at));
         out.m = _mm512_xor_ps(m, _mm512_set1_ps(-0.0f));
     } else {
         out.dw = load_halves(at);
@@ -61,9 +61,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Unsigned codes of group g.
+// Unsigned codes of quad g.
 template <int I>
-VALAR_FORCE_INLINE __m512i load_group(const std::byte* codes, int g) {
+VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m512i pair = load_bytes(codes + g / 2 * 64);
@@ -91,15 +91,15 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int t = 0; t < 2; t++)
             acc[c][t] = step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
-    const size_t stride = step.unit / sizeof(ActivationBlock);
+    const size_t stride = step.block_stride / sizeof(ActivationBlock);
     const ptrdiff_t apart = step.tiles[1] - step.tiles[0];
-    const std::byte *at = step.tiles[0], *head = at, *next = step.next;
+    const std::byte *at = step.tiles[0], *header = at, *next = step.next;
     size_t wait = 0;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.head_bytes != 0) {
+        if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
-                head = at;
-                at += L.head_bytes;
+                header = at;
+                at += L.header_bytes;
             }
         }
         if (wait-- == 0) {
@@ -118,7 +118,7 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[2];
             VALAR_UNROLL for (int t = 0; t < 2; t++)
-                w[t] = load_group<I>(at + (t ? apart : 0) + L.scale_bytes, g);
+                w[t] = load_quad<I>(at + (t ? apart : 0) + L.scale_bytes, g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
@@ -128,7 +128,7 @@ void dot_tiles(const TileStep& step) {
             }
         }
         VALAR_UNROLL for (int t = 0; t < 2; t++) {
-            const Scales scales = load_scales<I>(head + (t ? apart : 0), at + (t ? apart : 0));
+            const Scales scales = load_scales<I>(header + (t ? apart : 0), at + (t ? apart : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 __m512 sum = _mm512_cvtepi32_ps(total[0][c][t]);
                 if constexpr (L.bits == 6)  // exact, being below 2^24

@@ -1,3 +1,32 @@
+// ---- Words ------------------------------------------------------------------------------------
+//
+// One word has one meaning in this section:
+//   row           an output row of a weight matrix: the weights whose sum of products is one number
+//   column        an input vector that meets a matrix; the backend has one for each token of a batch
+//   tile          16 rows of a matrix, packed so that a lane of a vector register is a row
+//   pair          two tiles that one kernel call multiplies, so that two streams come from memory
+//   block         32 neighbouring values of a row or of a column that share a scale
+//   super-block   8 blocks of a k-quant, under scales of their own
+//   header        the scales of a super-block, before its first block
+//   code          the unsigned integer of a weight; weight = code - bias of its type
+//   bias          of a type: what is taken from a code; of a model: what is added to a product (4)
+//   plane         a column's values as blocks of int8; with precision = fine a second one has the rest
+//   plane group   eight planes that lie beside each other, block after block
+//   quad          four neighbouring columns of weights in a packed tile: the codes of one word a row
+//   lane          an element of a vector register
+//   panel         a tile whose codes were unpacked to signed bytes, to serve many columns
+//   shape         how many columns one kernel call takes
+//   chunk         the blocks (or floats) that stay in a near cache while all columns meet them
+//   batch         the columns of a task that meet a pair of tiles one after the other
+//   head          of attention only: head_dim values of a query, a key or a value
+//   query         one query head at one position; several share the keys of one key/value head
+//   position      of a token in its sequence; it has one key and one value a key/value head
+//   key group     16 neighbouring positions, whose keys lie side by side (their values beside them)
+//   segment       256 absolute positions: the unit in which attention is computed and then merged
+//   page          the backend's unit of memory for keys and values: some key groups (>>backend)
+//   slot          a position's place in its key group
+//   part          one of the shares into which the team divides a job, one a thread
+//
 // ---- The numeric definition, numerics = 1 ----------------------------------------------------
 //
 // All arithmetic is binary32 unless "double" is said. "a + b", "a * b", "a / b", "sqrt" round once,
@@ -130,7 +159,7 @@ struct ActivationBlock {
 static_assert(sizeof(ActivationBlock) == 48);
 
 /// Columns' blocks, `count` planes of n / 32 blocks each (a column's two planes are neighbours),
-/// lie in groups of eight planes: in a group block after block, in a block plane beside plane. One
+/// lie in plane groups of eight: in a group block after block, in a block plane beside plane. One
 /// group that is not full is narrower; of several the last is padded.
 struct ActivationLayout {
     static constexpr uint32_t kGroup = 8;
@@ -209,8 +238,8 @@ struct AttentionTask {
     size_t q_stride;
     const uint16_t* begin;      ///< (queries) first visible position, within the segment: 0..256
     const uint16_t* end;        ///< (queries) one past the last; begin == end: none visible
-    const void* const* keys;    ///< (16) groups of 16 positions: (head_dim, 16) elements each;
-    const void* const* values;  ///< (16) groups: (16, head_dim); null where nobody looks
+    const void* const* keys;    ///< (16) key groups: (head_dim, 16) elements each;
+    const void* const* values;  ///< (16) and (16, head_dim); null where nobody looks
     float* max;                 ///< (queries) outputs; queries that see nothing are left alone
     float* sum;                 ///< (queries)
     float* out;                 ///< (queries, out_stride)
@@ -230,10 +259,10 @@ struct Kernels {
     void (*scale)(float* x, float factor, size_t n);           ///< x_i *= factor
     void (*add)(float* x, const float* y, size_t n);           ///< x_i += y_i
     void (*silu_mul)(float* gate, const float* up, size_t n);  ///< gate_i = silu(gate_i) * up_i
-    /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
+    /// Stores one position's key and value of one kv head into its key group, at slot 0..15.
     void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
                      void* key_group, void* value_group);
-    /// A group of q8_0 keys and one of values as binary32, in the same order.
+    /// A key group in q8_0, keys and values, as binary32, in the same order.
     void (*expand_kv)(const void* key_group, const void* value_group, uint32_t head_dim,
                       float* keys, float* values);
     void (*attention)(const AttentionTask& task);

@@ -213,16 +213,16 @@ struct Scales {
 };
 
 template <int I>
-VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at, size_t v) {
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, size_t v) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
     if constexpr (L.bits == 6) {
-        out.dw = load_halves(head + 8 * v);
+        out.dw = load_halves(header + 8 * v);
         for (size_t i = 0; i < 2; i++) out.sub[i] = load_signed_bytes(at + 16 * i + 4 * v);
-    } else if constexpr (L.head_bytes != 0) {  // six bits: signed or not
-        out.dw = mul(load_halves(head + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
+    } else if constexpr (L.header_bytes != 0) {  // six bits: signed or not
+        out.dw = mul(load_halves(header + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
         out.m = negate(
-            mul(load_halves(head + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
+            mul(load_halves(header + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
     } else {
         out.dw = load_halves(at + 8 * v);
         if constexpr (L.minimum) out.m = load_halves(at + 32 + 8 * v);
@@ -230,7 +230,7 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Codes of group G of four rows as signed bytes; those of 8 bits without their bias.
+// Codes of quad G of four rows as signed bytes; those of 8 bits without their bias.
 template <int I, int G>
 VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
@@ -262,15 +262,15 @@ VALAR_FORCE_INLINE void fill_codes(const std::byte* codes, std::byte* panel) {
 template <int I>
 void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
     constexpr PackedLayout L = packed_layouts[I];
-    const std::byte *head = tile, *at = tile;
+    const std::byte *header = tile, *at = tile;
     for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
         if (b % L.blocks == 0) {
-            head = at;
-            at += L.head_bytes;
+            header = at;
+            at += L.header_bytes;
         }
         for (size_t v = 0; v < 4; v++) {
             fill_codes<I>(at + L.scale_bytes + 16 * v, panel + 16 * v);
-            const Scales s = load_scales<I>(head, at, v);
+            const Scales s = load_scales<I>(header, at, v);
             store(reinterpret_cast<float*>(panel + 512 + 16 * v), s.dw);
             if constexpr (L.minimum) store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
             if constexpr (L.bits == 6)
@@ -291,9 +291,9 @@ VALAR_FORCE_INLINE Scales panel_scales(const std::byte* at, size_t v) {
     return out;
 }
 
-// Signed weights or codes of group G, from a panel or the packed tile.
+// Signed weights or codes of quad G, from a panel or the packed tile.
 template <int I, bool P, int G>
-VALAR_FORCE_INLINE B16 load_group(const std::byte* codes) {
+VALAR_FORCE_INLINE B16 load_quad(const std::byte* codes) {
     if constexpr (P) return load_bytes(codes + 64 * G);
     else return load_codes4<I, G>(codes);
 }
@@ -308,11 +308,11 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
                                    const ActivationBlock* const* planes, size_t step, float* sums) {
     constexpr PackedLayout L = packed_layouts[I];
     constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<I, C>;
-    const std::byte *head = tile, *at = tile;
+    const std::byte *header = tile, *at = tile;
     for (size_t b = 0; b < blocks; b++, at += P ? kPanelBytes : packed_block_bytes(L)) {
         if (!P && b % L.blocks == 0) {
-            head = at;
-            at += L.head_bytes;
+            header = at;
+            at += L.header_bytes;
         }
         const ActivationBlock* a[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c] + b * step;
@@ -326,7 +326,7 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
             K::template multiply<I, P, C>(x, at + (P ? 0 : L.scale_bytes) + 16 * v, part);
             Scales s;
             if constexpr (P) s = panel_scales<I>(at, v);
-            else s = load_scales<I>(head, at, v);
+            else s = load_scales<I>(header, at, v);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 float* sum = sums + 2 * kTileRows * c + 4 * v;
                 I4 exact = part[0][c];

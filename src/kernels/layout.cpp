@@ -122,18 +122,18 @@ void pack_tile(const std::byte* source, size_t row_bytes, uint32_t rows, size_t 
                std::byte* out) {
     constexpr const PackedLayout& layout = packed_layouts[layout_index];
     for (size_t b = 0; b < cols / kActivationBlock; b++) {
-        std::byte* head = out;
-        if (b % layout.blocks == 0) out += layout.head_bytes;
-        else head = nullptr;
+        std::byte* header = out;
+        if (b % layout.blocks == 0) out += layout.header_bytes;
+        else header = nullptr;
         for (uint32_t r = 0; r < rows; r++) {
             SourceBlock block;
             read_source_block(layout.type, source + r * row_bytes, b, block);
             store_codes(layout, out + layout.scale_bytes, r, block.words);
-            std::byte* halves = layout.head_bytes ? head : out;
+            std::byte* halves = layout.header_bytes ? header : out;
             if (halves) store16(halves + 2 * r, block.d);
             if (halves && layout.minimum) store16(halves + 32 + 2 * r, block.m);
-            if (layout.head_bytes) out[r] = std::byte{block.s0};
-            if (layout.head_bytes) out[16 + r] = std::byte{block.s1};
+            if (layout.header_bytes) out[r] = std::byte{block.s0};
+            if (layout.header_bytes) out[16 + r] = std::byte{block.s1};
         }
         out += packed_block_bytes(layout);
     }

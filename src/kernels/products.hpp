@@ -31,16 +31,18 @@ struct TilePair {
 // Columns (planes) that meet a pair of tiles, and where their data lies.
 struct ColumnBatch {
     const std::byte* data;
-    size_t group, each;  // bytes from eight columns to the next, and within them
-    size_t unit;         // bytes from a block, or a float, to the next
+    size_t group_stride;   // bytes from a plane group (of floats: eight columns) to the next
+    size_t column_stride;  // within it, from a column to the next
+    size_t block_stride;   // from a block, or a float, of a column to the next
     uint32_t count;
     const std::byte* column(uint32_t v) const {
-        return data + v / ActivationLayout::kGroup * group + v % ActivationLayout::kGroup * each;
+        return data + v / ActivationLayout::kGroup * group_stride +
+               v % ActivationLayout::kGroup * column_stride;
     }
     const ActivationBlock* plane(uint32_t v) const {
         return reinterpret_cast<const ActivationBlock*>(column(v));
     }
-    size_t step() const { return unit / sizeof(ActivationBlock); }
+    size_t step() const { return block_stride / sizeof(ActivationBlock); }
 };
 
 // What an instruction set brings: the product of a pair with columns, and what may follow it.

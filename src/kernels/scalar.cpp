@@ -29,21 +29,21 @@ struct RowBlock {
 
 void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
                 RowBlock& out) {
-    const std::byte* head = tile + block / layout.blocks * packed_super_bytes(layout);
-    const std::byte* at = head + layout.head_bytes +
+    const std::byte* header = tile + block / layout.blocks * packed_super_bytes(layout);
+    const std::byte* at = header + layout.header_bytes +
                           block % layout.blocks * packed_block_bytes(layout);
     uint32_t words[8];
     load_codes(layout, at + layout.scale_bytes, row, words);
     for (uint32_t i = 0; i < kActivationBlock; i++)
         out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
 
-    const std::byte* halves = layout.head_bytes ? head : at;
+    const std::byte* halves = layout.header_bytes ? header : at;
     out.scale = half_value(load16(halves + 2 * row));
     out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
     out.sub[0] = out.sub[1] = 1;
     if (layout.type == TensorType::q6_k) {
         for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
-    } else if (layout.head_bytes) {
+    } else if (layout.header_bytes) {
         out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
         out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
     }

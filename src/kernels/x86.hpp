@@ -17,9 +17,9 @@ namespace detail {
 
 // A tile kernel adds to `sums` the products of two tiles and C columns, in ascending order of k.
 struct TileStep {
-    const std::byte* const* tiles;    // (2) where each goes on: at the head of a super-block
-    const std::byte* const* columns;  // (C) ActivationBlocks, `unit` bytes apart, or floats
-    size_t unit;
+    const std::byte* const* tiles;    // (2) where each goes on: at the header of a super-block
+    const std::byte* const* columns;  // (C) ActivationBlocks, `block_stride` bytes apart, or floats
+    size_t block_stride;
     size_t count;          // of blocks, or floats
     float (*sums)[2][16];  // (C)
     bool fresh;            // the sums start at 0
@@ -72,7 +72,7 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
         const bool last = units - u <= chunk;
         TileStep step{at,
                       columns,
-                      batch.unit,
+                      batch.block_stride,
                       last ? units - u : chunk,
                       sums,
                       u == 0,
@@ -84,7 +84,7 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
             const TileKernels::Shape& shape = next_shape(k, batch.count - v);
             for (uint32_t c = 0; c < shape.columns; c++) {  // the last again where they run out
                 const uint32_t column = v + c < batch.count ? v + c : batch.count - 1;
-                columns[c] = batch.column(column) + u * batch.unit;
+                columns[c] = batch.column(column) + u * batch.block_stride;
             }
             step.sums = sums + v;
             shape.dot(step);
