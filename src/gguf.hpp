@@ -22,7 +22,8 @@
 namespace valar {
 inline namespace v1 {
 
-/// How a tensor's numbers are stored; the values are those in the file.
+/// How a tensor's numbers are stored; the values are those in the file. All of these are known, so
+/// that any file opens; can_compute (>>kernels) says with which ten a model runs.
 enum class TensorType : uint32_t {
     // clang-format off
     f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11,
@@ -104,7 +105,7 @@ private:
     size_t count_ = 0;
 };
 
-/// The numbers of an array, of whatever width the file has; at(i) needs i < size().
+/// The numbers of an array, of whatever width the file has; [i] needs i < size().
 template <class T>
 class GgufNumbers {
 public:
@@ -113,6 +114,7 @@ public:
         : data_(data), count_(count), type_(type) {}
     size_t size() const { return count_; }
     T operator[](size_t i) const {
+        VALAR_ASSERT(i < count_);
         switch (type_) {
             case GgufType::u8:
             case GgufType::boolean: return load<uint8_t>(i);

@@ -278,7 +278,7 @@ VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-// Of magnitudes, which order like their bits; no numbers are the largest.
+// The largest of eight magnitudes. They order like their bits; what is not a number is the largest.
 VALAR_FORCE_INLINE float largest_lane(__m256i bits) {
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
@@ -464,7 +464,7 @@ template <bool kHalf, uint32_t Q>
 void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first, uint32_t last) {
     for (uint32_t group = first / 16; group * 16 < last; group++) {
         const void* keys = task.keys[group];
-        if (!keys) continue;  // between the ranges of two queries
+        if (!keys) continue;  // no query of the tile looks here
         __m256 acc[Q][2];
         VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
         for (size_t e = 0; e < task.head_dim; e++) {
@@ -483,7 +483,8 @@ void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first
     }
 }
 
-// Scores to weights. What nobody may see in a group that is seen becomes -infinity, so weight 0.
+// Turns the scores of one query into weights and gives their maximum and sum. Scores are there for
+// whole key groups: those of positions that are not visible become -infinity, so their weight is 0.
 void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
     constexpr float hidden = -std::numeric_limits<float>::infinity();
     const uint32_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
@@ -547,14 +548,15 @@ void add_value_range(const AttentionTask& task, const QueryTile& tile, uint32_t 
 }
 
 constexpr AttentionParts attention_parts = {
-    4,
-    {{score_tile<true, 1>, score_tile<true, 2>, score_tile<true, 3>, score_tile<true, 4>},
-     {score_tile<false, 1>, score_tile<false, 2>, score_tile<false, 3>, score_tile<false, 4>}},
-    weigh,
-    {{add_value_range<true, 1>, add_value_range<true, 2>, add_value_range<true, 3>,
-      add_value_range<true, 4>},
-     {add_value_range<false, 1>, add_value_range<false, 2>, add_value_range<false, 3>,
-      add_value_range<false, 4>}}};
+    .queries = 4,
+    .score = {{score_tile<true, 1>, score_tile<true, 2>, score_tile<true, 3>, score_tile<true, 4>},
+              {score_tile<false, 1>, score_tile<false, 2>, score_tile<false, 3>,
+               score_tile<false, 4>}},
+    .weigh = weigh,
+    .add_values = {{add_value_range<true, 1>, add_value_range<true, 2>, add_value_range<true, 3>,
+                    add_value_range<true, 4>},
+                   {add_value_range<false, 1>, add_value_range<false, 2>, add_value_range<false, 3>,
+                    add_value_range<false, 4>}}};
 
 void attention(const AttentionTask& task) { attend(attention_parts, task); }
 

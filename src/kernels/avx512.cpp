@@ -219,8 +219,9 @@ VALAR_FORCE_INLINE __m512 load_some_kv(__mmask16 some, const void* group, size_t
     return _mm512_maskz_loadu_ps(some, static_cast<const float*>(group) + index);
 }
 
-// Several groups of keys at once: a sum is a chain, and one chain leaves the multiplier idle. Where
-// a group is missing at the edge of the range, another one stands in; nobody looks at its scores.
+// Several key groups at once: a sum is a chain of dependent operations, and one chain leaves the
+// multiplier idle. Where a key group is missing at the edge of the range, another one stands in, and
+// its scores are never read.
 template <bool kHalf, uint32_t Q>
 void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first, uint32_t last) {
     constexpr uint32_t G = Q > 4 ? 2 : 4;
@@ -231,7 +232,7 @@ void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first
             keys[g] = at + 16 > first && at < last ? task.keys[group + g] : nullptr;
             if (keys[g]) any = keys[g];
         }
-        if (!any) continue;  // between the ranges of two queries
+        if (!any) continue;  // no query of the tile looks here
         for (uint32_t g = 0; g < G; g++)
             if (!keys[g]) keys[g] = any;
         __m512 acc[Q][G];
@@ -365,13 +366,14 @@ void quantize(const QuantizeTask& task) {
                               task.out + c * task.planes);
 }
 
-// Those of the 16 positions from `at` on that begin .. end - 1 holds; it holds some.
+// A mask of those of the 16 positions from `at` on that lie in begin .. end - 1; at least one does.
 VALAR_FORCE_INLINE __mmask16 visible_lanes(uint32_t at, uint32_t begin, uint32_t end) {
     const uint32_t from = begin > at ? begin - at : 0, count = end - at < 16 ? end - at : 16;
     return static_cast<__mmask16>((0xffffu << from) & (0xffffu >> (16 - count)));
 }
 
-// Scores to weights; what nobody may see in a group that is seen gets weight 0.
+// Turns the scores of one query into weights and gives their maximum and sum. Scores are there for
+// whole key groups: positions that are not visible get weight 0.
 void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
     const uint32_t first = begin / 16 * 16;
     __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -440,10 +442,11 @@ void add_value_range(const AttentionTask& task, const QueryTile& tile, uint32_t 
             part<half, 7>, part<half, 8>                                                          \
     }
 constexpr AttentionParts attention_parts = {
-    kTileQueries,
-    {VALAR_EACH_TILE(score_tile, true), VALAR_EACH_TILE(score_tile, false)},
-    weigh,
-    {VALAR_EACH_TILE(add_value_range, true), VALAR_EACH_TILE(add_value_range, false)}};
+    .queries = kTileQueries,
+    .score = {VALAR_EACH_TILE(score_tile, true), VALAR_EACH_TILE(score_tile, false)},
+    .weigh = weigh,
+    .add_values = {VALAR_EACH_TILE(add_value_range, true),
+                   VALAR_EACH_TILE(add_value_range, false)}};
 #undef VALAR_EACH_TILE
 
 void attention(const AttentionTask& task) { attend(attention_parts, task); }

@@ -423,7 +423,8 @@ VALAR_FORCE_INLINE void quantize_plane(F4 (&x)[8], float d, float inverse, Activ
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, ActivationBlock* out) {
+inline void quantize_column(const float* x, size_t n, uint32_t planes, size_t step,
+                            ActivationBlock* out) {
     for (size_t b = 0; b < n / kActivationBlock; b++, x += kActivationBlock, out += step) {
         F4 v[8];
         I4 largest = int_splat(0);
@@ -445,7 +446,7 @@ void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, Act
     }
 }
 
-void quantize(const QuantizeTask& task) {
+inline void quantize(const QuantizeTask& task) {
     for (uint32_t c = 0; c < task.columns; c++)
         quantize_column(task.x + c * task.x_stride, task.n, task.planes, task.step,
                         task.out + c * task.planes);
@@ -457,7 +458,7 @@ VALAR_FORCE_INLINE float sum_of_lanes(const F4 (&lanes)[4]) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
+inline void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
     F4 lanes[4] = {splat(0), splat(0), splat(0), splat(0)};
     alignas(16) float rest[16] = {};  // 0 * 0 adds nothing
     for (size_t i = n / 16 * 16; i < n; i++) rest[i % 16] = x[i];
@@ -474,8 +475,8 @@ void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y
     for (; i < n; i++) y[i] = (x[i] * factor) * weight[i];
 }
 
-void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
-          const float* cos_sin) {
+inline void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+                 const float* cos_sin) {
     const uint32_t pairs = n_rot / 2;
     for (uint32_t head = 0; head < n_heads; head++, x += head_dim) {
         uint32_t i = 0;
@@ -495,13 +496,13 @@ void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool ne
     }
 }
 
-void scale(float* x, float factor, size_t n) {
+inline void scale(float* x, float factor, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) store(x + i, mul(load(x + i), splat(factor)));
     for (; i < n; i++) x[i] *= factor;
 }
 
-void add_to(float* x, const float* y, size_t n) {
+inline void add_to(float* x, const float* y, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) store(x + i, add(load(x + i), load(y + i)));
     for (; i < n; i++) x[i] += y[i];
@@ -517,7 +518,7 @@ VALAR_FORCE_INLINE F4 exp4(F4 x) {
     return zero_where_less(mul(p, power_of_two(k)), x, splat(kExpLeast));
 }
 
-void silu_mul(float* gate, const float* up, size_t n) {
+inline void silu_mul(float* gate, const float* up, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) {
         const F4 x = load(gate + i);
@@ -527,8 +528,8 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
-void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
-              void* key_group, void* value_group) {
+inline void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+                     void* key_group, void* value_group) {
     const size_t whole = head_dim / 4 * 4;
     if (type != KvType::f16 || whole != head_dim)
         return scalar::store_kv(type, k, v, head_dim, slot, key_group, value_group);
@@ -549,7 +550,8 @@ VALAR_FORCE_INLINE F4 load_kv(const void* group, size_t index) {
     else return load(static_cast<const float*>(group) + index);
 }
 
-// Scores of one query to weights. What nobody may see in a group that is seen gets weight 0.
+// Turns the scores of one query into weights and gives their maximum and sum. Scores are there for
+// whole key groups: those of positions that are not visible become -infinity, so their weight is 0.
 inline void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
     constexpr float hidden = -std::numeric_limits<float>::infinity();
     const uint32_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
@@ -627,7 +629,7 @@ void attend(const AttentionTask& task, uint32_t query) {
     }
 }
 
-void attention(const AttentionTask& task) {
+inline void attention(const AttentionTask& task) {
     using Attend = void (*)(const AttentionTask&, uint32_t);
     constexpr Attend together[2][4] = {{attend<KvType::f16, 1>, attend<KvType::f16, 2>,
                                         attend<KvType::f16, 3>, attend<KvType::f16, 4>},
@@ -643,8 +645,8 @@ void attention(const AttentionTask& task) {
     }
 }
 
-void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
-                     size_t n) {
+inline void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
+                            size_t n) {
     const float most = m > *max ? m : *max;
     const float a = exp_once(*max - most), b = exp_once(m - most);
     *max = most;

@@ -116,7 +116,7 @@ struct QueryTile {
     float* out[kTileQueries];
 };
 
-// What an instruction set has for tiles of 1, 2, .. `queries` queries: [f32][queries - 1].
+// What an instruction set brings for 1, 2, .. `queries` queries at once: [f32][how many - 1].
 struct AttentionParts {
     using Range = void(const AttentionTask&, const QueryTile&, uint32_t first, uint32_t last);
     using RangeOfSome = void(const AttentionTask&, const QueryTile&, uint32_t query, uint32_t first,
