@@ -1,7 +1,7 @@
 // >>kernels
 // In this order: exact building blocks, packed layouts, the scalar reference, one region per
-// instruction set, the floating-point state, the choice of a table, the worker team. Read the numeric
-// definition first, then the scalar reference.
+// instruction set, the floating-point state, the choice of a table, the worker team. Read the
+// numeric definition first, then the scalar reference.
 
 #include "prologue.hpp"
 

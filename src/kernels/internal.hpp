@@ -2,17 +2,17 @@
 //
 // One word has one meaning in this section:
 //   row           an output row of a weight matrix: the weights whose sum of products is one number
-//   column        an input vector that meets a matrix; the backend has one for each token of a batch
+//   column        an input vector that meets a matrix; the backend has one for a token of a batch
 //   tile          16 rows of a matrix, packed so that a lane of a vector register is a row
 //   pair          two tiles that one kernel call multiplies, so that two streams come from memory
 //   block         32 neighbouring values of a row or of a column that share a scale
 //   super-block   8 blocks of a k-quant, under scales of their own
 //   header        the scales of a super-block, before its first block
 //   code          the unsigned integer of a weight; weight = code - bias of its type
-//   bias          of a type: what is taken from a code; of a model: what is added to a product (4)
-//   plane         a column's values as blocks of int8; with precision = fine a second one has the rest
+//   bias          of a type: what is taken from a code; of a model: what a product gets added (4)
+//   plane         a column's values as blocks of int8; precision = fine has a second for the rest
 //   plane group   eight planes that lie beside each other, block after block
-//   quad          four neighbouring columns of weights in a packed tile: the codes of one word a row
+//   quad          four neighbouring weights of a row in a packed tile: their codes fill one word
 //   lane          an element of a vector register
 //   panel         a tile whose codes were unpacked to signed bytes, to serve many columns
 //   shape         how many columns one kernel call takes
