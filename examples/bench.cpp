@@ -464,8 +464,8 @@ public:
                 bytes += double(tensor->bytes);
             }
         for (const valar::LayerSpec& layer : spec_->layers)
-            kv_bytes += 2.0 * layer.n_kv_heads / valar::detail::kKeyGroup *
-                        double(valar::detail::kv_group_bytes(options_.kv_type, layer.head_dim));
+            kv_bytes += double(
+                valar::kv_bytes_per_token(options_.kv_type, layer.n_kv_heads, layer.head_dim));
         const double planes = options_.precision == valar::Precision::fine ? 2 : 1;
         return {bytes + positions_read * kv_bytes,
                 2 * (planes * products + 2 * values(*tensors_.output) * logit_rows)};

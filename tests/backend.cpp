@@ -234,9 +234,9 @@ TEST_CASE("logits: weights that the file holds packed") {
 }
 
 // A file made before a change of the layout must not be taken for one made after it.
-TEST_CASE("packed layouts change only with kPackedVersion") {
+TEST_CASE("packed layouts change only with packed_version") {
     const std::vector<std::byte> bytes = tiny::packed_copy(mixed_model());
-    CHECK(kPackedVersion == 1);
+    CHECK(detail::packed_version == 1);
     CHECK(detail::sha256(bytes.data(), bytes.size()).hex() ==
           "cc625ee61168ed02bf1fe0aea3b8d9cb76dcbb9e5335f9e8a325e557e50e12da");
 }

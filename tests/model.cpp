@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include "base/internal.hpp"
 #include "model.hpp"
 #include "tiny_model.hpp"
 

@@ -1,7 +1,7 @@
 // >>kernels
-// The definition stands in the declaration part. Here, in this order: exact building blocks, packed
-// layouts, the scalar reference (read this first), one region per instruction set, the
-// floating-point state, the choice of a table, the worker team.
+// In this order: exact building blocks, packed layouts, the scalar reference, one region per
+// instruction set, the floating-point state, the choice of a table, the worker team. Read the
+// numeric definition first, then the scalar reference.
 
 #include "prologue.hpp"
 
@@ -18,8 +18,6 @@ namespace detail {
 
 float exact_fma(float a, float b, float c) { return fma_once(a, b, c); }
 float exact_exp(float x) { return exp_once(x); }
-float half_to_float(uint16_t bits) { return half_value(bits); }
-uint16_t float_to_half(float value) { return half_bits(value); }
 
 double exact_exp2(double x) {
     if (x < -1022) return 0;
@@ -76,6 +74,10 @@ void exact_sincos(double x, double* sine, double* cosine) {
 }
 
 }  // namespace detail
+
+float half_to_float(uint16_t bits) { return detail::half_value(bits); }
+uint16_t float_to_half(float value) { return detail::half_bits(value); }
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
