@@ -475,7 +475,7 @@ TEST_CASE("loading in slices, from a mapped file's bytes or a reader") {
         REQUIRE(gguf);
         auto spec = read_model_spec(*gguf);
         REQUIRE(spec);
-        auto tensors = bind_model_tensors(*gguf, *spec);
+        auto tensors = detail::bind_model_tensors(*gguf, *spec);
         REQUIRE(tensors);
         auto backend = detail::open_cpu_backend(*gguf, *spec, *tensors, small());
         REQUIRE(backend);
@@ -609,7 +609,7 @@ TEST_CASE("the memory plan") {
     const auto& bytes = mixed_model();
     auto gguf = Gguf::from_bytes(bytes);
     auto spec = read_model_spec(*gguf);
-    auto tensors = bind_model_tensors(*gguf, *spec);
+    auto tensors = detail::bind_model_tensors(*gguf, *spec);
     REQUIRE(tensors);
     BackendOptions options = small();
     const auto plan = detail::plan_cpu(*gguf, *spec, *tensors, options);
@@ -643,7 +643,7 @@ TEST_CASE("the memory plan") {
 TEST_CASE("options out of range") {
     auto gguf = Gguf::from_bytes(mixed_model());
     auto spec = read_model_spec(*gguf);
-    auto tensors = bind_model_tensors(*gguf, *spec);
+    auto tensors = detail::bind_model_tensors(*gguf, *spec);
     const auto refused = [&](auto change) {
         BackendOptions options = small();
         change(options);
@@ -656,7 +656,7 @@ TEST_CASE("options out of range") {
         auto other = Gguf::from_bytes(bytes24);
         REQUIRE(other);
         auto other_spec = read_model_spec(*other);
-        auto other_tensors = bind_model_tensors(*other, *other_spec);
+        auto other_tensors = detail::bind_model_tensors(*other, *other_spec);
         REQUIRE(other_tensors);
         BackendOptions options = small();
         CHECK(detail::plan_cpu(*other, *other_spec, *other_tensors, options));

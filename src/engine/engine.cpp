@@ -157,7 +157,7 @@ Result<MemoryPlan> Engine::memory_plan(const EngineOptions& options) {
     if (!file) return file.error();
     auto spec = read_model_spec(*file);
     if (!spec) return spec.error();
-    auto tensors = bind_model_tensors(*file, *spec);
+    auto tensors = detail::bind_model_tensors(*file, *spec);
     if (!tensors) return tensors.error();
     auto chosen = detail::choose_backend_options(options, *file, *spec, *tensors);
     if (!chosen) return chosen.error();

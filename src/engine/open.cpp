@@ -184,7 +184,7 @@ Result<void> Engine::State::open(const EngineOptions& from) {
     auto read = read_model_spec(gguf);
     if (!read) return read.error();
     spec = std::move(*read);
-    auto bound = bind_model_tensors(gguf, spec);
+    auto bound = detail::bind_model_tensors(gguf, spec);
     if (!bound) return bound.error();
     tensors = std::move(*bound);
     auto source = gguf.get_string("tokenizer.chat_template", "");

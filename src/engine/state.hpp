@@ -153,7 +153,7 @@ struct Engine::State final : Responder {
     EngineOptions options;
     Gguf gguf;
     ModelSpec spec;
-    ModelTensors tensors;
+    detail::ModelTensors tensors;
     ModelInfo info;
     uint32_t context = 0, step_tokens = 0, max_logit_rows = 0;
     uint32_t window_pages = 0;        // full pages that a row may see; UINT32_MAX: all
@@ -163,10 +163,10 @@ struct Engine::State final : Responder {
     std::shared_ptr<detail::Doorbell> doorbell = std::make_shared<detail::Doorbell>();
 
     // Of whoever steps.
-    std::unique_ptr<detail::Backend> backend;
+    std::unique_ptr<Backend> backend;
     std::vector<SequencePtr> waiting, running;
-    std::vector<detail::BatchRow> batch;  // under way unless empty
-    size_t untaken = 0;                   // last of running, with logits of a done batch
+    std::vector<BatchRow> batch;  // under way unless empty
+    size_t untaken = 0;           // last of running, with logits of a done batch
     detail::PagePool pool;
     std::unordered_map<std::string, detail::Turn> turns;  // of those that wait or run
     uint64_t serve_clock = 0, ticket_clock = 0;
