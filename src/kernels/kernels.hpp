@@ -24,5 +24,13 @@ enum class KvType : uint8_t { f16, f32, q8_0 };
 using ParallelFor = void (*)(void* host, uint32_t count, void (*job)(void* context, uint32_t index),
                              void* context);
 
+/// What the numeric definition is made of beside + - * / and square roots: the same bits with every
+/// compiler and on every machine. examples/one_token.cpp is a forward pass of these.
+VALAR_API float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
+VALAR_API float exact_exp(float x);                    ///< e^x (definition, 7)
+VALAR_API double exact_exp2(double x);                 ///< 2^x (definition, 12)
+VALAR_API double exact_log2(double x);
+VALAR_API void exact_sincos(double x, double* sine, double* cosine);  ///< |x| < 2^30
+
 }  // namespace v1
 }  // namespace valar
