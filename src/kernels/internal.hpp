@@ -278,12 +278,12 @@ std::span<const Kernels* const> available_kernels();
 Result<const Kernels*> choose_kernels();
 
 /// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
-float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
-float exact_exp(float x);                    ///< definition, 7
-double exact_exp2(double x);                 ///< rope_math
-double exact_log2(double x);
+using v1::exact_exp;
+using v1::exact_exp2;
+using v1::exact_fma;
+using v1::exact_log2;
+using v1::exact_sincos;
 double exact_log(double x);  ///< exact_log2(x) * ln 2, for log-probabilities
-void exact_sincos(double x, double* sine, double* cosine);
 
 /// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
 /// traps) while the object lives: hosts set flush-to-zero.

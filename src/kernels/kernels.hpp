@@ -48,5 +48,13 @@ VALAR_API uint16_t float_to_half(float value);  // to nearest even; too large is
 /// Memory of the keys and values of one token in one layer.
 VALAR_API uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t head_dim);
 
+/// What the numeric definition is made of beside + - * / and square roots: the same bits with every
+/// compiler and on every machine. examples/one_token.cpp is a forward pass of these.
+VALAR_API float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
+VALAR_API float exact_exp(float x);                    ///< e^x (definition, 7)
+VALAR_API double exact_exp2(double x);                 ///< 2^x (definition, 12)
+VALAR_API double exact_log2(double x);
+VALAR_API void exact_sincos(double x, double* sine, double* cosine);  ///< |x| < 2^30
+
 }  // namespace v1
 }  // namespace valar
