@@ -400,7 +400,7 @@ public:
         auto spec = read_model_spec(*gguf_);
         if (!spec) return spec.error();
         spec_ = std::make_unique<valar::ModelSpec>(std::move(*spec));
-        auto tensors = bind_model_tensors(*gguf_, *spec_);
+        auto tensors = valar::detail::bind_model_tensors(*gguf_, *spec_);
         if (!tensors) return tensors.error();
         tensors_ = std::move(*tensors);
         auto tokenizer = valar::Tokenizer::open(*gguf_);  // part of what a start takes
@@ -454,7 +454,7 @@ public:
     /// What so many rows in one batch, the last of them at `position`, have to read and to compute.
     Cost cost(uint32_t rows, uint32_t logit_rows, double positions_read) const {
         double products = 0, bytes = double(tensors_.output->bytes), kv_bytes = 0;
-        for (const valar::LayerTensors& layer : tensors_.layers)
+        for (const valar::detail::LayerTensors& layer : tensors_.layers)
             for (const valar::TensorInfo* tensor :
                  {layer.k, layer.v, layer.q, layer.attn_output, layer.gate, layer.up, layer.down}) {
                 // the last layer owes the others its keys and values only
@@ -464,8 +464,8 @@ public:
                 bytes += double(tensor->bytes);
             }
         for (const valar::LayerSpec& layer : spec_->layers)
-            kv_bytes += 2.0 * layer.n_kv_heads / valar::detail::kKeyGroup *
-                        double(valar::detail::kv_group_bytes(options_.kv_type, layer.head_dim));
+            kv_bytes += double(
+                valar::kv_bytes_per_token(options_.kv_type, layer.n_kv_heads, layer.head_dim));
         const double planes = options_.precision == valar::Precision::fine ? 2 : 1;
         return {bytes + positions_read * kv_bytes,
                 2 * (planes * products + 2 * values(*tensors_.output) * logit_rows)};
@@ -501,7 +501,7 @@ private:
 
     std::unique_ptr<valar::Gguf> gguf_;  // these two stay put
     std::unique_ptr<valar::ModelSpec> spec_;
-    valar::ModelTensors tensors_;
+    valar::detail::ModelTensors tensors_;
     valar::BackendOptions options_;
     valar::MemoryPlan plan_;
     std::unique_ptr<Backend> backend_;

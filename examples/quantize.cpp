@@ -25,12 +25,11 @@ using valar::TensorInfo;
 using valar::TensorType;
 
 constexpr size_t kBlock = 32;
-constexpr uint32_t kTileRows = valar::detail::kTileRows;
 
 // ---- From 32 values to a block of a type -----------------------------------------------------
 
 void store_half(float value, std::byte* out) {
-    const uint16_t bits = valar::detail::float_to_half(value);
+    const uint16_t bits = valar::float_to_half(value);
     std::memcpy(out, &bits, sizeof bits);
 }
 
@@ -143,7 +142,7 @@ struct Job {
     const Gguf* from;
     const TensorInfo* source;
     const Target* target;  // null: the type stays
-    std::vector<std::byte> rows = {}, tile = {};
+    std::vector<std::byte> rows = {};
     uint64_t* done = nullptr;  // bytes of all tensors, for the progress line
 };
 
@@ -158,21 +157,11 @@ Result<void> make_rows(Job& job, uint64_t first, uint64_t count, std::byte* out)
     if (!job.target) return read(out);
     std::vector<std::byte> rows(static_cast<size_t>(count * from_bytes));
     if (auto done = read(rows.data()); !done) return done;
-    const uint32_t cols = static_cast<uint32_t>(columns);
-    const uint64_t to_bytes = row_bytes(job.target->type, columns),
-                   block = to_bytes * kBlock / columns;
-    std::vector<float> values(cols);
-    job.tile.resize(static_cast<size_t>(valar::detail::packed_tile_bytes(source.type, cols)));
-    for (uint64_t row = 0; row < count; ++row) {  // kernels know how to read each type, packed
-        if (row % kTileRows == 0)
-            valar::detail::pack_tiles(
-                source.type, static_cast<uint32_t>(std::min<uint64_t>(kTileRows, count - row)),
-                cols, rows.data() + row * from_bytes, 0, 1, job.tile.data());
-        valar::detail::dequantize_row({source.type, kTileRows, cols, job.tile.data()},
-                                      static_cast<uint32_t>(row % kTileRows), values.data());
-        for (size_t i = 0; i < columns / kBlock; ++i)
-            job.target->store(values.data() + i * kBlock, out + row * to_bytes + i * block);
-    }
+    std::vector<float> values(static_cast<size_t>(count * columns));
+    if (auto done = valar::dequantize(source.type, rows, values); !done) return done;
+    const uint64_t block = row_bytes(job.target->type, kBlock);
+    for (size_t i = 0; i < values.size() / kBlock; ++i)
+        job.target->store(values.data() + i * kBlock, out + i * block);
     return {};
 }
 
@@ -185,15 +174,13 @@ Result<void> fill(void* context, const TensorInfo& tensor, uint64_t offset,
         made = make_rows(job, offset / each, out.size() / each, out.data());
     } else {
         const uint32_t cols = static_cast<uint32_t>(columns);
-        const uint64_t tile = valar::detail::packed_tile_bytes(tensor.type, cols);
-        const uint64_t first = offset / tile * kTileRows;
-        const uint64_t count = std::min(out.size() / tile * kTileRows, tensor.dims[1] - first);
+        const uint64_t tile = valar::packed_bytes(tensor.type, valar::packed_rows, cols);
+        const uint64_t first = offset / tile * valar::packed_rows;
+        const uint64_t count = std::min(out.size() / tile * valar::packed_rows,
+                                        tensor.dims[1] - first);
         job.rows.resize(static_cast<size_t>(count * each));
         made = make_rows(job, first, count, job.rows.data());
-        if (made)
-            valar::detail::pack_tiles(tensor.type, static_cast<uint32_t>(count), cols,
-                                      job.rows.data(), 0, static_cast<uint32_t>(out.size() / tile),
-                                      out.data());
+        if (made) made = valar::pack_rows(tensor.type, cols, job.rows, out);
     }
     *job.done += out.size();
     if (example::is_terminal(stderr))
@@ -216,7 +203,7 @@ bool is_output(const Gguf& from, const TensorInfo& tensor) {
 void add_tensors(const Gguf& from, const Wish& wish, std::vector<Job>& jobs, GgufWriter& writer) {
     jobs.reserve(from.tensors().size());  // the writer keeps their addresses
     for (const TensorInfo& tensor : from.tensors()) {
-        const bool matrix = tensor.n_dims == 2 && valar::detail::kernel_type_supported(tensor.type);
+        const bool matrix = tensor.n_dims == 2 && valar::can_compute(tensor.type);
         const Target* target = is_output(from, tensor) ? wish.output : wish.type;
         const bool fits = matrix && target && tensor.dims[0] % kBlock == 0;
         jobs.push_back({&from, &tensor, fits && target->type != tensor.type ? target : nullptr});
@@ -274,7 +261,7 @@ int main(int argc, char** argv) {
     for (const TensorInfo& tensor : from->tensors())
         if (tensor.packed)
             return example::fail(model + ": is packed already; start from the original file");
-    GgufWriter writer(wish.packed ? 64 : 32);
+    GgufWriter writer(wish.packed ? valar::packed_alignment : 32);
     copy_keys(*from, wish, writer);
     std::vector<Job> jobs;
     add_tensors(*from, wish, jobs, writer);

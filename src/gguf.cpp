@@ -6,7 +6,9 @@
 // The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 #include "prologue.hpp"
 
+#include "base/internal.hpp"
 #include "gguf.hpp"
+#include "gguf_internal.hpp"
 #include "unicode_internal.hpp"
 
 #include <algorithm>
@@ -14,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -46,22 +49,22 @@ struct TypeRow {
 };
 constexpr TypeRow type_rows[] = {
     // clang-format off
-    {TensorType::f32, {"F32", 1, 4, 64}},        {TensorType::f16, {"F16", 1, 2, 32}},
-    {TensorType::q4_0, {"Q4_0", 32, 18, 288}},   {TensorType::q4_1, {"Q4_1", 32, 20, 320}},
-    {TensorType::q5_0, {"Q5_0", 32, 22, 352}},   {TensorType::q5_1, {"Q5_1", 32, 24}},
-    {TensorType::q8_0, {"Q8_0", 32, 34, 544}},   {TensorType::q2_k, {"Q2_K", 256, 84}},
-    {TensorType::q3_k, {"Q3_K", 256, 110}},      {TensorType::bf16, {"BF16", 1, 2, 32}},
-    {TensorType::q4_k, {"Q4_K", 256, 144, 2368}}, {TensorType::q5_k, {"Q5_K", 256, 176, 2880}},
-    {TensorType::q6_k, {"Q6_K", 256, 210, 3360}}, {TensorType::tq1_0, {"TQ1_0", 256, 54}},
-    {TensorType::iq2_xxs, {"IQ2_XXS", 256, 66}}, {TensorType::iq2_xs, {"IQ2_XS", 256, 74}},
-    {TensorType::iq3_xxs, {"IQ3_XXS", 256, 98}}, {TensorType::iq1_s, {"IQ1_S", 256, 50}},
-    {TensorType::iq4_nl, {"IQ4_NL", 32, 18}},    {TensorType::iq3_s, {"IQ3_S", 256, 110}},
-    {TensorType::iq2_s, {"IQ2_S", 256, 82}},     {TensorType::iq4_xs, {"IQ4_XS", 256, 136}},
-    {TensorType::i8, {"I8", 1, 1}},              {TensorType::i16, {"I16", 1, 2}},
-    {TensorType::i32, {"I32", 1, 4}},            {TensorType::i64, {"I64", 1, 8}},
-    {TensorType::f64, {"F64", 1, 8}},            {TensorType::iq1_m, {"IQ1_M", 256, 56}},
-    {TensorType::tq2_0, {"TQ2_0", 256, 66}},     {TensorType::mxfp4, {"MXFP4", 32, 17}},
-    {TensorType::nvfp4, {"NVFP4", 64, 36}},      {TensorType::q1_0, {"Q1_0", 128, 18}},
+    {TensorType::f32, {"F32", 1, 4}},             {TensorType::f16, {"F16", 1, 2}},
+    {TensorType::q4_0, {"Q4_0", 32, 18}},         {TensorType::q4_1, {"Q4_1", 32, 20}},
+    {TensorType::q5_0, {"Q5_0", 32, 22}},         {TensorType::q5_1, {"Q5_1", 32, 24}},
+    {TensorType::q8_0, {"Q8_0", 32, 34}},         {TensorType::q2_k, {"Q2_K", 256, 84}},
+    {TensorType::q3_k, {"Q3_K", 256, 110}},       {TensorType::bf16, {"BF16", 1, 2}},
+    {TensorType::q4_k, {"Q4_K", 256, 144}},       {TensorType::q5_k, {"Q5_K", 256, 176}},
+    {TensorType::q6_k, {"Q6_K", 256, 210}},       {TensorType::tq1_0, {"TQ1_0", 256, 54}},
+    {TensorType::iq2_xxs, {"IQ2_XXS", 256, 66}},  {TensorType::iq2_xs, {"IQ2_XS", 256, 74}},
+    {TensorType::iq3_xxs, {"IQ3_XXS", 256, 98}},  {TensorType::iq1_s, {"IQ1_S", 256, 50}},
+    {TensorType::iq4_nl, {"IQ4_NL", 32, 18}},     {TensorType::iq3_s, {"IQ3_S", 256, 110}},
+    {TensorType::iq2_s, {"IQ2_S", 256, 82}},      {TensorType::iq4_xs, {"IQ4_XS", 256, 136}},
+    {TensorType::i8, {"I8", 1, 1}},               {TensorType::i16, {"I16", 1, 2}},
+    {TensorType::i32, {"I32", 1, 4}},             {TensorType::i64, {"I64", 1, 8}},
+    {TensorType::f64, {"F64", 1, 8}},             {TensorType::iq1_m, {"IQ1_M", 256, 56}},
+    {TensorType::tq2_0, {"TQ2_0", 256, 66}},      {TensorType::mxfp4, {"MXFP4", 32, 17}},
+    {TensorType::nvfp4, {"NVFP4", 64, 36}},       {TensorType::q1_0, {"Q1_0", 128, 18}},
     // clang-format on
 };
 
@@ -77,14 +80,13 @@ const char* size_tensor(TensorInfo& tensor) {
     if (tensor.dims[0] % type->block_size != 0) return "has rows that are not whole blocks";
     uint64_t pieces = values / type->block_size, piece_bytes = type->block_bytes;
     if (tensor.packed) {
-        if (tensor.n_dims != 2 || !type->tile_block_bytes)
-            return "is of a kind that is never packed";
-        pieces = tensor.dims[1] / 16 + (tensor.dims[1] % 16 != 0);
-        if (mul_overflows(tensor.dims[0] / type->block_size, type->tile_block_bytes,
-                          &piece_bytes) ||
-            add_overflows(piece_bytes, 63, &piece_bytes))
+        const uint32_t block_bytes = tile_block_bytes(tensor.type);
+        if (tensor.n_dims != 2 || !block_bytes) return "is of a kind that is never packed";
+        pieces = tensor.dims[1] / packed_rows + (tensor.dims[1] % packed_rows != 0);
+        if (mul_overflows(tensor.dims[0] / type->block_size, block_bytes, &piece_bytes) ||
+            add_overflows(piece_bytes, packed_alignment - 1, &piece_bytes))
             return "has too many bytes";
-        piece_bytes = piece_bytes / 64 * 64;
+        piece_bytes = piece_bytes / packed_alignment * packed_alignment;
     }
     return mul_overflows(pieces, piece_bytes, &tensor.bytes) ? "has too many bytes" : nullptr;
 }
@@ -255,14 +257,14 @@ struct GgufParser {
         for (uint32_t i = 0; i < tensor.n_dims; ++i)
             if (!number(tensor.dims[i])) return false;
         if (!number(type) || !number(tensor.offset)) return false;
-        tensor.packed = (type & kPackedTensor) != 0;
-        tensor.type = static_cast<TensorType>(type & ~kPackedTensor);
+        tensor.packed = (type & packed_type_bit) != 0;
+        tensor.type = static_cast<TensorType>(type & ~packed_type_bit);
         if (const char* wrong = size_tensor(tensor)) return fail("tensor", tensor.name, wrong);
-        if (tensor.packed && uint_key("valar.packed") != kPackedVersion)
+        if (tensor.packed && uint_key("valar.packed") != packed_version)
             return fail(
                 format("tensor '%.*s' is packed, but not in version %u of the layout: make "
                        "the file again from the original",
-                       static_cast<int>(tensor.name.size()), tensor.name.data(), kPackedVersion)
+                       static_cast<int>(tensor.name.size()), tensor.name.data(), packed_version)
                     .c_str(),
                 ErrorKind::unsupported);
         if (tensor.offset % alignment != 0)
@@ -301,7 +303,49 @@ const TypeInfo* type_info(TensorType type) {
     return nullptr;
 }
 
-Result<Gguf::File> Gguf::map_file(const std::string& path) {
+/// All that an opened Gguf holds. Its address stays when the Gguf is moved.
+struct Gguf::State {
+    struct File {
+        std::string name;
+        uint64_t size = 0;
+        std::span<const std::byte> bytes;  // the whole file; for a reader, its header
+        detail::MappedFile map;
+        detail::Buffer header;  // owns `bytes` for a reader
+        GgufReader reader;
+    };
+    static Result<Gguf> open(File file, const std::string& path);
+    static Result<File> map_file(const std::string& path);
+    Result<void> parse_file(File file);
+    static Result<void> fetch_header(File& file, uint64_t length);
+    Result<void> open_splits(const std::string& path);
+    Result<void> index_tensors();
+    Error fail(ErrorKind kind, std::string_view key, const char* what) const;
+    Error fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const;
+    Result<const GgufKey*> typed(std::string_view key, bool is_array, uint32_t types,
+                                 const char* wanted) const;
+    const GgufKey* find(std::string_view key) const;
+    Result<uint64_t> get_uint(std::string_view key) const;
+    Result<uint64_t> get_uint(std::string_view key, uint64_t fallback) const;
+
+    std::vector<File> files;
+    std::vector<GgufKey> keys;
+    std::vector<uint32_t> keys_by_name;
+    std::vector<TensorInfo> tensors;
+    std::vector<uint32_t> tensors_by_name;
+    uint32_t version = 0;
+};
+
+Gguf::Gguf() : state_(std::make_unique<State>()) {}
+Gguf::Gguf(Gguf&&) noexcept = default;
+Gguf& Gguf::operator=(Gguf&&) noexcept = default;
+Gguf::~Gguf() = default;
+
+const std::string& Gguf::name() const { return state_->files[0].name; }
+uint32_t Gguf::version() const { return state_->version; }
+const std::vector<GgufKey>& Gguf::keys() const { return state_->keys; }
+const std::vector<TensorInfo>& Gguf::tensors() const { return state_->tensors; }
+
+Result<Gguf::State::File> Gguf::State::map_file(const std::string& path) {
     auto map = detail::MappedFile::open(path);
     if (!map) return map.error();
     File file;
@@ -313,40 +357,40 @@ Result<Gguf::File> Gguf::map_file(const std::string& path) {
 }
 
 Result<Gguf> Gguf::open(const std::string& path) {
-    auto file = map_file(path);
+    auto file = State::map_file(path);
     if (!file) return file.error();
-    return parse_first(std::move(*file), path);
+    return State::open(std::move(*file), path);
 }
 
 Result<Gguf> Gguf::from_bytes(std::span<const std::byte> bytes, std::string name) {
-    File file;
+    State::File file;
     file.name = std::move(name);
     file.bytes = bytes;
     file.size = bytes.size();
-    return parse_first(std::move(file), {});
+    return State::open(std::move(file), {});
 }
 
 Result<Gguf> Gguf::from_reader(GgufReader reader) {
     if (!reader.read)
         return detail::make_error(ErrorKind::invalid_request, reader.name + ": no read function");
-    File file;
+    State::File file;
     file.name = reader.name;
     file.size = reader.size;
     file.reader = std::move(reader);
-    return parse_first(std::move(file), {});
+    return State::open(std::move(file), {});
 }
 
-Result<Gguf> Gguf::parse_first(File file, const std::string& path) {
+Result<Gguf> Gguf::State::open(File file, const std::string& path) {
     Gguf gguf;
-    if (auto done = gguf.parse_file(std::move(file)); !done) return done.error();
-    if (auto done = gguf.open_splits(path); !done) return done.error();
-    if (auto done = gguf.index_tensors(); !done) return done.error();
+    if (auto done = gguf.state_->parse_file(std::move(file)); !done) return done.error();
+    if (auto done = gguf.state_->open_splits(path); !done) return done.error();
+    if (auto done = gguf.state_->index_tensors(); !done) return done.error();
     return gguf;
 }
 
 /// Appends the tensors of one more file. Its keys are kept if it is the first: split files share
 /// none but `split.*`.
-Result<void> Gguf::parse_file(File file) {
+Result<void> Gguf::State::parse_file(File file) {
     // How long a header is shows only once it is parsed: a reader gives longer and longer pieces.
     for (uint64_t length = detail::gguf_reader_chunk;; length *= 4) {
         if (file.reader.read)
@@ -356,11 +400,11 @@ Result<void> Gguf::parse_file(File file) {
             if (parser.short_of_bytes) continue;
             return *parser.error;
         }
-        const uint32_t index = static_cast<uint32_t>(files_.size());
+        const uint32_t index = static_cast<uint32_t>(files.size());
         if (index == 0) {
-            version_ = parser.version;
-            keys_ = std::move(parser.keys);
-            keys_by_name_ = std::move(parser.keys_by_name);
+            version = parser.version;
+            keys = std::move(parser.keys);
+            keys_by_name = std::move(parser.keys_by_name);
         } else if (parser.uint_key("split.no") != index ||
                    parser.uint_key("split.count") != get_uint("split.count").value()) {
             return detail::make_error(ErrorKind::bad_data,
@@ -369,13 +413,13 @@ Result<void> Gguf::parse_file(File file) {
                                           "it is another part");
         }
         for (TensorInfo& tensor : parser.tensors) tensor.file = index;
-        tensors_.insert(tensors_.end(), parser.tensors.begin(), parser.tensors.end());
-        files_.push_back(std::move(file));
+        tensors.insert(tensors.end(), parser.tensors.begin(), parser.tensors.end());
+        files.push_back(std::move(file));
         return {};
     }
 }
 
-Result<void> Gguf::fetch_header(File& file, uint64_t length) {
+Result<void> Gguf::State::fetch_header(File& file, uint64_t length) {
     if (file.size == 0) return {};
     auto header = detail::Buffer::allocate(std::min({length, file.size, max_header_bytes}),
                                            "GGUF header");
@@ -387,7 +431,7 @@ Result<void> Gguf::fetch_header(File& file, uint64_t length) {
     return {};
 }
 
-Result<void> Gguf::open_splits(const std::string& path) {
+Result<void> Gguf::State::open_splits(const std::string& path) {
     auto count = get_uint("split.count", 1);
     auto number = get_uint("split.no", 0);
     if (!count) return count.error();
@@ -410,21 +454,22 @@ Result<void> Gguf::open_splits(const std::string& path) {
         if (!file) return file.error();
         if (auto done = parse_file(std::move(*file)); !done) return done;
     }
-    auto total = get_uint("split.tensors.count", tensors_.size());
+    auto total = get_uint("split.tensors.count", tensors.size());
     if (!total) return total.error();
-    if (*total != tensors_.size())
+    if (*total != tensors.size())
         return fail(ErrorKind::bad_data, "split.tensors.count", "is not the number of tensors");
     return {};
 }
 
-Result<void> Gguf::index_tensors() {
-    if (tensors_.size() > max_tensors)
-        return detail::make_error(ErrorKind::bad_data, name() + ": too many tensors in all parts");
+Result<void> Gguf::State::index_tensors() {
+    if (tensors.size() > max_tensors)
+        return detail::make_error(ErrorKind::bad_data,
+                                  files[0].name + ": too many tensors in all parts");
     const TensorInfo* twice = nullptr;
-    tensors_by_name_ = detail::sort_by_name(tensors_, &twice);
+    tensors_by_name = detail::sort_by_name(tensors, &twice);
     if (twice) return fail(ErrorKind::bad_data, *twice, "occurs twice");
     std::vector<const TensorInfo*> placed;
-    for (const TensorInfo& tensor : tensors_) placed.push_back(&tensor);
+    for (const TensorInfo& tensor : tensors) placed.push_back(&tensor);
     detail::sort_items(placed, [](const TensorInfo* a, const TensorInfo* b) {
         return a->file != b->file ? a->file < b->file : a->offset < b->offset;
     });
@@ -436,23 +481,23 @@ Result<void> Gguf::index_tensors() {
     return {};
 }
 
-Error Gguf::fail(ErrorKind kind, std::string_view key, const char* what) const {
-    return detail::make_error(kind, detail::format("%s: key '%.*s' %s", name().c_str(),
+Error Gguf::State::fail(ErrorKind kind, std::string_view key, const char* what) const {
+    return detail::make_error(kind, detail::format("%s: key '%.*s' %s", files[0].name.c_str(),
                                                    static_cast<int>(key.size()), key.data(), what));
 }
 
-Error Gguf::fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const {
+Error Gguf::State::fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const {
     return detail::make_error(
-        kind, detail::format("%s: tensor '%.*s' %s", files_[tensor.file].name.c_str(),
+        kind, detail::format("%s: tensor '%.*s' %s", files[tensor.file].name.c_str(),
                              static_cast<int>(tensor.name.size()), tensor.name.data(), what));
 }
 
-const GgufKey* Gguf::find(std::string_view key) const {
-    return detail::find_by_name(keys_, keys_by_name_, key);
+const GgufKey* Gguf::State::find(std::string_view key) const {
+    return detail::find_by_name(keys, keys_by_name, key);
 }
 
-Result<const GgufKey*> Gguf::typed(std::string_view name, bool is_array, uint32_t types,
-                                   const char* wanted) const {
+Result<const GgufKey*> Gguf::State::typed(std::string_view name, bool is_array, uint32_t types,
+                                          const char* wanted) const {
     const GgufKey* key = find(name);
     if (!key) return fail(ErrorKind::not_found, name, "is missing");
     if (key->is_array != is_array || !(types & detail::gguf_bit(key->type)))
@@ -460,7 +505,7 @@ Result<const GgufKey*> Gguf::typed(std::string_view name, bool is_array, uint32_
     return key;
 }
 
-Result<uint64_t> Gguf::get_uint(std::string_view name) const {
+Result<uint64_t> Gguf::State::get_uint(std::string_view name) const {
     auto key = typed(name, false, detail::gguf_integers, "an integer");
     if (!key) return key.error();
     auto value = detail::gguf_uint(**key);
@@ -468,26 +513,34 @@ Result<uint64_t> Gguf::get_uint(std::string_view name) const {
     return *value;
 }
 
+Result<uint64_t> Gguf::State::get_uint(std::string_view key, uint64_t fallback) const {
+    return find(key) ? get_uint(key) : fallback;
+}
+
+const GgufKey* Gguf::find(std::string_view key) const { return state_->find(key); }
+
+Result<uint64_t> Gguf::get_uint(std::string_view key) const { return state_->get_uint(key); }
+
+Result<uint64_t> Gguf::get_uint(std::string_view key, uint64_t fallback) const {
+    return state_->get_uint(key, fallback);
+}
+
 Result<double> Gguf::get_float(std::string_view name) const {
-    auto key = typed(name, false, detail::gguf_floats, "a float");
+    auto key = state_->typed(name, false, detail::gguf_floats, "a float");
     if (!key) return key.error();
     return GgufNumbers<double>((*key)->data.data(), 1, (*key)->type)[0];
 }
 
 Result<bool> Gguf::get_bool(std::string_view name) const {
-    auto key = typed(name, false, detail::gguf_bit(GgufType::boolean), "a bool");
+    auto key = state_->typed(name, false, detail::gguf_bit(GgufType::boolean), "a bool");
     if (!key) return key.error();
     return (*key)->data[0] != std::byte{0};
 }
 
 Result<std::string_view> Gguf::get_string(std::string_view name) const {
-    auto key = typed(name, false, detail::gguf_bit(GgufType::string), "a string");
+    auto key = state_->typed(name, false, detail::gguf_bit(GgufType::string), "a string");
     if (!key) return key.error();
     return detail::as_chars((*key)->data).substr(8);
-}
-
-Result<uint64_t> Gguf::get_uint(std::string_view key, uint64_t fallback) const {
-    return find(key) ? get_uint(key) : fallback;
 }
 
 Result<double> Gguf::get_float(std::string_view key, double fallback) const {
@@ -503,7 +556,7 @@ Result<std::string_view> Gguf::get_string(std::string_view key, std::string_view
 }
 
 Result<GgufStrings> Gguf::get_strings(std::string_view name) const {
-    auto key = typed(name, true, detail::gguf_bit(GgufType::string), "an array of strings");
+    auto key = state_->typed(name, true, detail::gguf_bit(GgufType::string), "an array of strings");
     if (!key) return key.error();
     const auto data = (*key)->data;
     return GgufStrings(data.data(), data.data() + data.size(), (*key)->count);
@@ -512,23 +565,23 @@ Result<GgufStrings> Gguf::get_strings(std::string_view name) const {
 Result<GgufNumbers<int64_t>> Gguf::get_ints(std::string_view name) const {
     constexpr uint32_t types = (detail::gguf_integers & ~detail::gguf_bit(GgufType::u64)) |
                                detail::gguf_bit(GgufType::boolean);
-    auto key = typed(name, true, types, "an array of integers");
+    auto key = state_->typed(name, true, types, "an array of integers");
     if (!key) return key.error();
     return GgufNumbers<int64_t>((*key)->data.data(), (*key)->count, (*key)->type);
 }
 
 Result<GgufNumbers<double>> Gguf::get_floats(std::string_view name) const {
-    auto key = typed(name, true, detail::gguf_floats, "an array of floats");
+    auto key = state_->typed(name, true, detail::gguf_floats, "an array of floats");
     if (!key) return key.error();
     return GgufNumbers<double>((*key)->data.data(), (*key)->count, (*key)->type);
 }
 
 const TensorInfo* Gguf::find_tensor(std::string_view name) const {
-    return detail::find_by_name(tensors_, tensors_by_name_, name);
+    return detail::find_by_name(state_->tensors, state_->tensors_by_name, name);
 }
 
 Result<std::span<const std::byte>> Gguf::tensor_bytes(const TensorInfo& tensor) const {
-    const File& file = files_[tensor.file];
+    const State::File& file = state_->files[tensor.file];
     if (file.reader.read)
         return detail::make_error(ErrorKind::unsupported,
                                   file.name + ": a reader's tensors are not in memory");
@@ -538,20 +591,21 @@ Result<std::span<const std::byte>> Gguf::tensor_bytes(const TensorInfo& tensor) 
 
 Result<void> Gguf::read_tensor(const TensorInfo& tensor, uint64_t offset,
                                std::span<std::byte> dst) const {
-    const File& file = files_[tensor.file];
+    const State::File& file = state_->files[tensor.file];
     if (offset > tensor.bytes || dst.size() > tensor.bytes - offset)
-        return fail(ErrorKind::invalid_request, tensor, "is shorter than what is read of it");
+        return state_->fail(ErrorKind::invalid_request, tensor,
+                            "is shorter than what is read of it");
     if (dst.empty()) return {};
     offset += tensor.offset;
     if (!file.reader.read)
         std::memcpy(dst.data(), file.bytes.data() + static_cast<size_t>(offset), dst.size());
     else if (!file.reader.read(file.reader.context, offset, dst.data(), dst.size()))
-        return fail(ErrorKind::io, tensor, "could not be read");
+        return state_->fail(ErrorKind::io, tensor, "could not be read");
     return {};
 }
 
 void Gguf::release(const TensorInfo& tensor, uint64_t offset, uint64_t length) const {
-    const File& file = files_[tensor.file];
+    const State::File& file = state_->files[tensor.file];
     if (file.map.bytes().empty() || offset >= tensor.bytes) return;
     file.map.release(static_cast<size_t>(tensor.offset + offset),
                      static_cast<size_t>(std::min(length, tensor.bytes - offset)));
@@ -597,7 +651,7 @@ void GgufWriter::add_tensor(std::string_view name, TensorType type, std::span<co
 }
 
 void GgufWriter::add_tensor(const TensorInfo& tensor, GgufFill fill) {
-    if (tensor.packed && !packed_) set("valar.packed", kPackedVersion);
+    if (tensor.packed && !packed_) set("valar.packed", detail::packed_version);
     packed_ |= tensor.packed;
     tensors_.push_back({std::string(tensor.name), tensor, {}, fill});
     tensors_.back().info.name = {};
@@ -621,7 +675,7 @@ Result<std::string> GgufWriter::header(uint64_t* file_bytes) const {
         detail::append_gguf_number(out, info.n_dims, 4);
         for (uint32_t i = 0; i < std::min(info.n_dims, 4u); ++i)
             detail::append_gguf_number(out, info.dims[i], 8);
-        const uint32_t packed = info.packed ? kPackedTensor : 0;
+        const uint32_t packed = info.packed ? detail::packed_type_bit : 0;
         detail::append_gguf_number(out, static_cast<uint32_t>(info.type) | packed, 4);
         detail::append_gguf_number(out, offset, 8);
         offset = padded(offset + (tensor.fill.fill ? info.bytes : tensor.bytes.size()));
@@ -634,14 +688,14 @@ Result<std::string> GgufWriter::header(uint64_t* file_bytes) const {
 
 /// What Gguf refuses is not written; only whether the other split files exist is not asked.
 Result<void> GgufWriter::check(std::string_view header, uint64_t file_bytes) const {
-    Gguf gguf;
-    Gguf::File file;
+    Gguf::State gguf;
+    Gguf::State::File file;
     file.name = "written model";
     file.bytes = std::as_bytes(std::span(header));
     file.size = file_bytes;
     if (auto done = gguf.parse_file(std::move(file)); !done) return done;
     for (size_t i = 0; i < tensors_.size(); ++i)
-        if (!tensors_[i].fill.fill && gguf.tensors()[i].bytes != tensors_[i].bytes.size())
+        if (!tensors_[i].fill.fill && gguf.tensors[i].bytes != tensors_[i].bytes.size())
             return detail::make_error(
                 ErrorKind::invalid_request,
                 "tensor '" + tensors_[i].name + "' has another size than its shape and type say");
@@ -664,8 +718,9 @@ Result<void> GgufWriter::write_tensor(Sink sink, const Tensor& tensor) const {
     } else {
         bytes = info.bytes;
         const uint64_t rows = info.dims[1] * info.dims[2] * info.dims[3];
-        const uint64_t unit = info.packed ? bytes / ((rows + 15) / 16) : bytes / rows * 16;
-        const uint64_t most = unit * std::max<uint64_t>(1, detail::gguf_write_piece / unit);
+        const uint64_t tiles = (rows + packed_rows - 1) / packed_rows;
+        const uint64_t each = info.packed ? bytes / tiles : bytes / rows * packed_rows;
+        const uint64_t most = each * std::max<uint64_t>(1, detail::gguf_write_piece / each);
         auto buffer = detail::Buffer::allocate(std::min(bytes, most), "a piece of a tensor");
         if (!buffer) return buffer.error();
         for (uint64_t at = 0; done && at < bytes; at += most) {

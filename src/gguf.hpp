@@ -7,11 +7,12 @@
 // they stay valid when it is moved.
 #pragma once
 
-#include "base/internal.hpp"
+#include "base/base.hpp"
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -21,7 +22,8 @@
 namespace valar {
 inline namespace v1 {
 
-/// How a tensor's numbers are stored; the values are those in the file.
+/// How a tensor's numbers are stored; the values are those in the file. All of these are known, so
+/// that any file opens; can_compute (>>kernels) says with which ten a model runs.
 enum class TensorType : uint32_t {
     // clang-format off
     f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11,
@@ -31,21 +33,17 @@ enum class TensorType : uint32_t {
     // clang-format on
 };
 
-/// A row is stored in blocks of `block_size` values, `block_bytes` each. A packed tensor has tiles
-/// of 16 rows instead: `tile_block_bytes` for a block of each (0: never packed), the tile padded to
-/// 64 bytes.
+/// A row is stored in blocks of `block_size` values, `block_bytes` each.
 struct TypeInfo {
     const char* name;  // as people write it: "Q4_K"
     uint32_t block_size;
     uint32_t block_bytes;
-    uint32_t tile_block_bytes = 0;
 };
 
-/// Version of the packed layouts (>>kernels), the value of the key `valar.packed` of a file that has
-/// such tensors. Their type in the file is this bit and the TensorType, so that no other program
-/// takes them for what they are not.
-inline constexpr uint32_t kPackedVersion = 1;
-inline constexpr uint32_t kPackedTensor = 1 << 16;
+/// A packed tensor is a matrix in the order in which the kernels read it: tiles of so many rows (the
+/// last one filled up), each tile padded to this alignment. packed_bytes, pack_rows: >>kernels.
+inline constexpr uint32_t packed_rows = 16;
+inline constexpr uint32_t packed_alignment = 64;
 
 /// Null for a type that is not known. Being known does not mean that kernels can compute with it.
 VALAR_API const TypeInfo* type_info(TensorType type);
@@ -60,7 +58,7 @@ struct TensorInfo {
     uint64_t offset = 0;  // from the start of its file
     uint64_t bytes = 0;
     uint32_t file = 0;    // index of the split file, 0 first
-    bool packed = false;  // a matrix in the tiles that kernels read: TypeInfo
+    bool packed = false;  // a matrix in tiles of packed_rows rows
 };
 
 /// Kinds of metadata values; the values are those in the file.
@@ -107,7 +105,7 @@ private:
     size_t count_ = 0;
 };
 
-/// The numbers of an array, of whatever width the file has; at(i) needs i < size().
+/// The numbers of an array, of whatever width the file has; [i] needs i < size().
 template <class T>
 class GgufNumbers {
 public:
@@ -116,6 +114,7 @@ public:
         : data_(data), count_(count), type_(type) {}
     size_t size() const { return count_; }
     T operator[](size_t i) const {
+        VALAR_ASSERT(i < count_);
         switch (type_) {
             case GgufType::u8:
             case GgufType::boolean: return load<uint8_t>(i);
@@ -172,19 +171,24 @@ public:
     static constexpr uint64_t max_split_files = 1024;
     static constexpr uint64_t max_header_bytes = 1 << 28;  // metadata and directory of a file
 
+    Gguf();  // no file: only good to have one assigned
+    Gguf(Gguf&&) noexcept;
+    Gguf& operator=(Gguf&&) noexcept;
+    ~Gguf();
+
     /// Maps the file; of split files, name the first and all are opened.
     static Result<Gguf> open(const std::string& path);
     /// Borrows `bytes` for its lifetime. `name` is for messages.
     static Result<Gguf> from_bytes(std::span<const std::byte> bytes, std::string name = "model");
     static Result<Gguf> from_reader(GgufReader reader);
 
-    const std::string& name() const { return files_[0].name; }
-    uint32_t version() const { return version_; }
+    const std::string& name() const;
+    uint32_t version() const;
 
     // Metadata of the first file. `find` gives null for a key that is absent. A getter without
     // `fallback` fails (not_found) where the key is absent; every getter fails where it has
     // another type, or a sign or size that does not fit.
-    const std::vector<GgufKey>& keys() const { return keys_; }  // in the order of the file
+    const std::vector<GgufKey>& keys() const;  // in the order of the file
     const GgufKey* find(std::string_view key) const;
     Result<uint64_t> get_uint(std::string_view key) const;  // any integer type, not negative
     Result<uint64_t> get_uint(std::string_view key, uint64_t fallback) const;
@@ -198,7 +202,7 @@ public:
     Result<GgufNumbers<int64_t>> get_ints(std::string_view key) const;   // integers but u64, bools
     Result<GgufNumbers<double>> get_floats(std::string_view key) const;  // f32 or f64
 
-    const std::vector<TensorInfo>& tensors() const { return tensors_; }  // in the order of files
+    const std::vector<TensorInfo>& tensors() const;  // in the order of files
     const TensorInfo* find_tensor(std::string_view name) const;
     /// The bytes where they lie; `unsupported` for a reader. A mapped file keeps the alignment
     /// that the file states (32 by default); borrowed bytes only as far as the caller's span does.
@@ -211,35 +215,13 @@ public:
 
 private:
     friend class GgufWriter;
-    struct File {
-        std::string name;
-        uint64_t size = 0;
-        std::span<const std::byte> bytes;  // the whole file; for a reader, its header
-        detail::MappedFile map;
-        detail::Buffer header;  // owns `bytes` for a reader
-        GgufReader reader;
-    };
-    static Result<Gguf> parse_first(File file, const std::string& path);
-    static Result<File> map_file(const std::string& path);
-    Result<void> parse_file(File file);
-    static Result<void> fetch_header(File& file, uint64_t length);
-    Result<void> open_splits(const std::string& path);
-    Result<void> index_tensors();
-    Error fail(ErrorKind kind, std::string_view key, const char* what) const;
-    Error fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const;
-    Result<const GgufKey*> typed(std::string_view key, bool is_array, uint32_t types,
-                                 const char* wanted) const;
-
-    std::vector<File> files_;
-    std::vector<GgufKey> keys_;
-    std::vector<uint32_t> keys_by_name_;
-    std::vector<TensorInfo> tensors_;
-    std::vector<uint32_t> tensors_by_name_;
-    uint32_t version_ = 0;
+    struct State;
+    std::unique_ptr<State> state_;
 };
 
-/// Makes bytes of a tensor: those from `offset` on into all of `out`. The offset is that of a whole
-/// row whose number is a multiple of 16.
+/// Makes the bytes of a tensor piece by piece, in order: those from `offset` on into all of `out`.
+/// A piece begins at a row whose number is a multiple of packed_rows and, but for the last piece,
+/// has a multiple of packed_rows rows. `tensor` is as it was added; an error ends the writing.
 struct GgufFill {
     Result<void> (*fill)(void* context, const TensorInfo& tensor, uint64_t offset,
                          std::span<std::byte> out) = nullptr;
@@ -248,7 +230,7 @@ struct GgufFill {
 
 /// Collects keys and tensors, then writes one GGUF v3 file. Whatever Gguf would refuse (a key or
 /// tensor given twice, a size that does not match its shape) is reported by to_bytes and write.
-/// Packed tensors want an alignment of 64, and bring their key.
+/// Packed tensors want an alignment of packed_alignment, and bring their key.
 class VALAR_API GgufWriter {
 public:
     explicit GgufWriter(uint32_t alignment = 32);  // a power of two from 8 on

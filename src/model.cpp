@@ -8,6 +8,7 @@
 #include "base/text.hpp"
 #include "kernels/internal.hpp"
 #include "model.hpp"
+#include "model_internal.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -288,6 +289,24 @@ LayerTensors bind_layer(TensorBinder& in, const LayerSpec& spec, uint64_t n_embd
 }
 
 }  // namespace
+
+Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec) {
+    TensorBinder in{gguf};
+    ModelTensors out;
+    out.token_embd = in.matrix("token_embd.weight", spec.n_vocab, spec.n_embd);
+    out.output_norm = in.vector("output_norm.weight", spec.n_embd);
+    out.output = spec.tied_output ? out.token_embd
+                                  : in.matrix("output.weight", spec.n_vocab, spec.n_embd);
+    if (!spec.rope_factors.empty()) in.vector("rope_freqs.weight", spec.rope_factors.size());
+    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i)
+        out.layers.push_back(bind_layer(in, spec.layers[i], spec.n_embd, i));
+    for (size_t i = 0; i < in.taken.size(); ++i)
+        if (!in.taken[i])
+            in.fail(ErrorKind::bad_data, std::string(gguf.tensors()[i].name), "is not used");
+    if (in.error) return *in.error;
+    return out;
+}
+
 }  // namespace detail
 
 Result<ModelSpec> read_model_spec(const Gguf& gguf) {
@@ -316,23 +335,6 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     spec.rope_factors = detail::read_rope_factors(in, spec.layers[0].rope.dims);
     if (in.error) return *in.error;
     return spec;
-}
-
-Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec) {
-    detail::TensorBinder in{gguf};
-    ModelTensors out;
-    out.token_embd = in.matrix("token_embd.weight", spec.n_vocab, spec.n_embd);
-    out.output_norm = in.vector("output_norm.weight", spec.n_embd);
-    out.output = spec.tied_output ? out.token_embd
-                                  : in.matrix("output.weight", spec.n_vocab, spec.n_embd);
-    if (!spec.rope_factors.empty()) in.vector("rope_freqs.weight", spec.rope_factors.size());
-    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i)
-        out.layers.push_back(detail::bind_layer(in, spec.layers[i], spec.n_embd, i));
-    for (size_t i = 0; i < in.taken.size(); ++i)
-        if (!in.taken[i])
-            in.fail(ErrorKind::bad_data, std::string(gguf.tensors()[i].name), "is not used");
-    if (in.error) return *in.error;
-    return out;
 }
 
 }  // namespace v1

@@ -1,9 +1,7 @@
 // >>model
-// Owns: ModelSpec, which says as data what a decoder is, and the binding of a file's tensors to it.
-// Assumes: a Gguf that outlives the binding.
+// Owns: ModelSpec, which says as data what a decoder is.
 // Promises: a spec that was read has sane sizes (limits below) and only options that a backend
-// implements; a tensor that is missing, mis-shaped, unused or of an unsupported type is an error
-// that names it.
+// implements; a key that is missing or out of its limits is an error that names it.
 #pragma once
 
 #include "gguf.hpp"
@@ -31,6 +29,9 @@ struct RopeSpec {
 };
 
 /// One layer: x += attention(rms_norm(x)); x += down(silu(gate(y)) * up(y)), y = rms_norm(x).
+/// The norm is RMSNorm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), the gated
+/// network is SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202), and query heads share key
+/// heads in groups (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
 struct LayerSpec {
     uint32_t n_heads = 0;  // query heads; n_heads / n_kv_heads of them share a key head
     uint32_t n_kv_heads = 0;
@@ -62,36 +63,8 @@ struct ModelSpec {
     std::vector<LayerSpec> layers;
 };
 
-/// Tensors of one layer, shapes as (rows, columns); a row is contiguous. Never null but the
-/// biases, which are null where the layer has none. Norms and biases are F32.
-struct LayerTensors {
-    const TensorInfo* attn_norm = nullptr;    // (n_embd)
-    const TensorInfo* q = nullptr;            // (n_heads * head_dim, n_embd)
-    const TensorInfo* k = nullptr;            // (n_kv_heads * head_dim, n_embd)
-    const TensorInfo* v = nullptr;            // (n_kv_heads * head_dim, n_embd)
-    const TensorInfo* q_bias = nullptr;       // (n_heads * head_dim)
-    const TensorInfo* k_bias = nullptr;       // (n_kv_heads * head_dim)
-    const TensorInfo* v_bias = nullptr;       // (n_kv_heads * head_dim)
-    const TensorInfo* attn_output = nullptr;  // (n_embd, n_heads * head_dim)
-    const TensorInfo* ffn_norm = nullptr;     // (n_embd)
-    const TensorInfo* gate = nullptr;         // (n_ff, n_embd)
-    const TensorInfo* up = nullptr;           // (n_ff, n_embd)
-    const TensorInfo* down = nullptr;         // (n_embd, n_ff)
-};
-
-/// All tensors, pointing into Gguf::tensors(): valid while that Gguf lives, moved or not.
-struct ModelTensors {
-    const TensorInfo* token_embd = nullptr;   // (n_vocab, n_embd)
-    const TensorInfo* output_norm = nullptr;  // (n_embd)
-    const TensorInfo* output = nullptr;       // (n_vocab, n_embd); equals token_embd when tied
-    std::vector<LayerTensors> layers;
-};
-
 /// Reads what the file's architecture is: `llama` or `qwen2`.
 VALAR_API Result<ModelSpec> read_model_spec(const Gguf& gguf);
-/// Finds every tensor that the spec needs and checks shape and type. Matrices are F32, F16, BF16,
-/// Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K or Q6_K.
-VALAR_API Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec);
 
 }  // namespace v1
 }  // namespace valar

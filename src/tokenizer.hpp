@@ -5,6 +5,7 @@
 // Hugging Face tokenizers (byte-level) and of sentencepiece on the same vocabulary.
 #pragma once
 
+#include "base/internal.hpp"
 #include "gguf.hpp"
 
 #include <cstddef>

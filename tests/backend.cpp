@@ -234,9 +234,9 @@ TEST_CASE("logits: weights that the file holds packed") {
 }
 
 // A file made before a change of the layout must not be taken for one made after it.
-TEST_CASE("packed layouts change only with kPackedVersion") {
+TEST_CASE("packed layouts change only with packed_version") {
     const std::vector<std::byte> bytes = tiny::packed_copy(mixed_model());
-    CHECK(kPackedVersion == 1);
+    CHECK(detail::packed_version == 1);
     CHECK(detail::sha256(bytes.data(), bytes.size()).hex() ==
           "cc625ee61168ed02bf1fe0aea3b8d9cb76dcbb9e5335f9e8a325e557e50e12da");
 }
@@ -475,7 +475,7 @@ TEST_CASE("loading in slices, from a mapped file's bytes or a reader") {
         REQUIRE(gguf);
         auto spec = read_model_spec(*gguf);
         REQUIRE(spec);
-        auto tensors = bind_model_tensors(*gguf, *spec);
+        auto tensors = detail::bind_model_tensors(*gguf, *spec);
         REQUIRE(tensors);
         auto backend = detail::open_cpu_backend(*gguf, *spec, *tensors, small());
         REQUIRE(backend);
@@ -609,7 +609,7 @@ TEST_CASE("the memory plan") {
     const auto& bytes = mixed_model();
     auto gguf = Gguf::from_bytes(bytes);
     auto spec = read_model_spec(*gguf);
-    auto tensors = bind_model_tensors(*gguf, *spec);
+    auto tensors = detail::bind_model_tensors(*gguf, *spec);
     REQUIRE(tensors);
     BackendOptions options = small();
     const auto plan = detail::plan_cpu(*gguf, *spec, *tensors, options);
@@ -643,7 +643,7 @@ TEST_CASE("the memory plan") {
 TEST_CASE("options out of range") {
     auto gguf = Gguf::from_bytes(mixed_model());
     auto spec = read_model_spec(*gguf);
-    auto tensors = bind_model_tensors(*gguf, *spec);
+    auto tensors = detail::bind_model_tensors(*gguf, *spec);
     const auto refused = [&](auto change) {
         BackendOptions options = small();
         change(options);
@@ -656,7 +656,7 @@ TEST_CASE("options out of range") {
         auto other = Gguf::from_bytes(bytes24);
         REQUIRE(other);
         auto other_spec = read_model_spec(*other);
-        auto other_tensors = bind_model_tensors(*other, *other_spec);
+        auto other_tensors = detail::bind_model_tensors(*other, *other_spec);
         REQUIRE(other_tensors);
         BackendOptions options = small();
         CHECK(detail::plan_cpu(*other, *other_spec, *other_tensors, options));

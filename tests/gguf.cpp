@@ -1,5 +1,7 @@
 #include <doctest/doctest.h>
 
+#include "base/internal.hpp"
+#include "gguf_internal.hpp"
 #include "tiny_model.hpp"
 
 #include <algorithm>
@@ -463,7 +465,7 @@ TEST_CASE("gguf: the writer refuses what could not be read") {
 }
 
 TEST_CASE("gguf: packed tensors") {
-    constexpr uint32_t packed_q4_0 = kPackedTensor | 2;
+    constexpr uint32_t packed_q4_0 = detail::packed_type_bit | 2;
     const auto file = [](uint32_t version, std::vector<uint64_t> dims, uint32_t type,
                          size_t bytes) {
         return RawFile()
@@ -472,23 +474,25 @@ TEST_CASE("gguf: packed tensors") {
             .tensor("t", dims, type, 0)
             .data(bytes);
     };
-    const RawFile good = file(kPackedVersion, {96, 17}, packed_q4_0, 2 * 896);
+    const RawFile good = file(detail::packed_version, {96, 17}, packed_q4_0, 2 * 896);
     auto gguf = Gguf::from_bytes(good.bytes());
     REQUIRE(gguf);
     const TensorInfo& tensor = gguf->tensors()[0];
     CHECK(tensor.packed);
     CHECK(tensor.type == TensorType::q4_0);
     CHECK(tensor.bytes == 2 * 896);  // two tiles of three blocks, 864 bytes, padded
-    CHECK_REFUSED(file(kPackedVersion, {96, 17}, packed_q4_0, 2 * 896 - 1),
+    CHECK_REFUSED(file(detail::packed_version, {96, 17}, packed_q4_0, 2 * 896 - 1),
                   "lies outside the file");
-    CHECK_REFUSED(file(kPackedVersion + 1, {96, 17}, packed_q4_0, 9999), "not in version 1");
+    CHECK_REFUSED(file(detail::packed_version + 1, {96, 17}, packed_q4_0, 9999),
+                  "not in version 1");
     CHECK_REFUSED(RawFile().head(3, 1, 0).tensor("t", {32, 1}, packed_q4_0, 0).data(999),
                   "not in version 1");
     CHECK_REFUSED(file(1, {96}, packed_q4_0, 9999), "never packed");
     CHECK_REFUSED(file(1, {96, 1, 1}, packed_q4_0, 9999), "never packed");
-    CHECK_REFUSED(file(1, {256, 1}, kPackedTensor | 10, 9999), "never packed");  // Q2_K
+    CHECK_REFUSED(file(1, {256, 1}, detail::packed_type_bit | 10, 9999), "never packed");  // Q2_K
     CHECK_REFUSED(file(1, {33, 1}, packed_q4_0, 9999), "not whole blocks");
-    CHECK_REFUSED(file(1, {uint64_t{1} << 58, 32}, kPackedTensor, 9999), "too many bytes");
+    CHECK_REFUSED(file(1, {uint64_t{1} << 58, 32}, detail::packed_type_bit, 9999),
+                  "too many bytes");
 }
 
 TEST_CASE("gguf: the writer asks for tensors piece by piece") {

@@ -436,6 +436,41 @@ TEST_CASE("kernels: packing and embedding rows") {
     CHECK(packed_tile_bytes(TensorType::q6_k, 512) == 2 * (32 + 8 * 416));
 }
 
+TEST_CASE("kernels: packing and dequantizing for programs that write files") {
+    Random random{5};
+    for (TensorType type : all_types)
+        for (uint32_t cols : column_counts(type)) {
+            CAPTURE(type_info(type)->name);
+            const uint32_t rows = 37;
+            const auto source = random_matrix(type, rows, cols, random);
+            const auto file = std::as_bytes(std::span(source));
+            Buffer buffer;
+            const PackedMatrix matrix = pack(type, rows, cols, source, buffer);
+            CHECK(can_compute(type));
+            CHECK(packed_bytes(type, rows, cols) == buffer.size());
+            std::vector<std::byte> packed(buffer.size(), std::byte{0xaa});
+            CHECK(pack_rows(type, cols, file, packed));
+            CHECK(std::memcmp(packed.data(), buffer.data(), packed.size()) == 0);
+            std::vector<float> values(size_t{rows} * cols), row(cols);
+            CHECK(dequantize(type, file, values));
+            for (uint32_t r = 0; r < rows; r++) {
+                dequantize_row(matrix, r, row.data());
+                CHECK(std::memcmp(&values[r * cols], row.data(), cols * sizeof(float)) == 0);
+            }
+            CHECK_FALSE(pack_rows(type, cols, file.first(file.size() - 1), packed));
+            CHECK_FALSE(pack_rows(type, cols, file, std::span(packed).first(packed.size() - 1)));
+            CHECK_FALSE(dequantize(type, file.first(file.size() - 1), values));
+        }
+    CHECK_FALSE(can_compute(TensorType::q2_k));
+    CHECK(packed_bytes(TensorType::q2_k, 16, 256) == 0);
+    std::vector<std::byte> block(84), out(84);
+    std::vector<float> values(256);
+    CHECK_FALSE(pack_rows(TensorType::q2_k, 256, block, out));
+    CHECK_FALSE(dequantize(TensorType::q2_k, block, values));
+    CHECK(kv_bytes_per_token(KvType::f16, 3, 64) == 2 * 3 * 64 * 2);
+    CHECK(kv_bytes_per_token(KvType::q8_0, 3, 64) == 2 * 3 * (64 + 2 * 2));
+}
+
 TEST_CASE("kernels: scalar matmul follows the words") {
     Random random{5};
     for (TensorType type : all_types)

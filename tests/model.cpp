@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
-#include "model.hpp"
+#include "base/internal.hpp"
+#include "model_internal.hpp"
 #include "tiny_model.hpp"
 
 #include <algorithm>
@@ -39,7 +40,7 @@ std::string verdict(const Bytes& bytes) {
     REQUIRE(gguf);
     auto spec = read_model_spec(*gguf);
     if (!spec) return spec.error().message;
-    auto tensors = bind_model_tensors(*gguf, *spec);
+    auto tensors = detail::bind_model_tensors(*gguf, *spec);
     return tensors ? "fine" : tensors.error().message;
 }
 
@@ -111,9 +112,9 @@ TEST_CASE("model: all tensors of a layer are bound") {
     REQUIRE(gguf);
     auto spec = read_model_spec(*gguf);
     REQUIRE(spec);
-    auto tensors = bind_model_tensors(*gguf, *spec);
+    auto tensors = detail::bind_model_tensors(*gguf, *spec);
     REQUIRE_MESSAGE(tensors, tensors.error().message);
-    const LayerTensors& layer = tensors->layers.at(1);
+    const detail::LayerTensors& layer = tensors->layers.at(1);
     CHECK(layer.attn_norm->name == "blk.1.attn_norm.weight");
     CHECK(layer.q->name == "blk.1.attn_q.weight");
     CHECK(layer.k->name == "blk.1.attn_k.weight");
@@ -138,7 +139,7 @@ TEST_CASE("model: qwen2 has biases and rotates halves") {
     CHECK(spec->layers[0].qkv_bias);
     CHECK(spec->layers[0].rope.kind == RopeKind::neox);
     CHECK(!spec->tied_output);
-    auto tensors = bind_model_tensors(*gguf, *spec);
+    auto tensors = detail::bind_model_tensors(*gguf, *spec);
     REQUIRE(tensors);
     CHECK(tensors->layers[0].k_bias->name == "blk.0.attn_k.bias");
     CHECK(tensors->output->name == "output.weight");
@@ -348,7 +349,7 @@ TEST_CASE("model: the real one") {
     CHECK(spec->layers[7].head_dim == 64);
     CHECK(spec->layers[7].n_kv_heads == 3);
     CHECK(spec->layers[7].rope.base == 100000);
-    auto tensors = bind_model_tensors(*gguf, *spec);
+    auto tensors = detail::bind_model_tensors(*gguf, *spec);
     REQUIRE_MESSAGE(tensors, tensors.error().message);
     CHECK(tensors->layers[29].down->type == TensorType::q4_1);
 }

@@ -13,7 +13,6 @@
 namespace run_model {
 
 using namespace valar;
-using detail::BatchRow;
 
 /// One sequence's pages: those from `first` on, in order or backwards.
 inline std::vector<uint32_t> page_list(uint32_t first, uint32_t count, bool backwards = false) {
@@ -34,8 +33,8 @@ inline std::vector<BatchRow> make_rows(std::span<const Token> ids, uint32_t star
 struct Model {
     std::unique_ptr<Gguf> gguf;  // stays put
     std::unique_ptr<ModelSpec> spec;
-    ModelTensors tensors;
-    std::unique_ptr<detail::Backend> backend;
+    detail::ModelTensors tensors;
+    std::unique_ptr<Backend> backend;
 
     static Result<Model> open(Result<Gguf> file, const BackendOptions& options,
                               const detail::Kernels* kernels = nullptr) {
@@ -45,7 +44,7 @@ struct Model {
         auto spec = read_model_spec(*model.gguf);
         if (!spec) return spec.error();
         model.spec = std::make_unique<ModelSpec>(std::move(*spec));
-        auto tensors = bind_model_tensors(*model.gguf, *model.spec);
+        auto tensors = detail::bind_model_tensors(*model.gguf, *model.spec);
         if (!tensors) return tensors.error();
         model.tensors = std::move(*tensors);
         auto backend = detail::open_cpu_backend(*model.gguf, *model.spec, model.tensors, options,

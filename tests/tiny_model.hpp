@@ -14,7 +14,7 @@
 #define VALAR_TESTS_TINY_MODEL_HPP
 
 #include "gguf.hpp"
-#include "kernels/internal.hpp"
+#include "kernels/kernels.hpp"
 
 #include <cmath>
 #include <cstdio>
@@ -311,22 +311,23 @@ inline std::vector<std::byte> model(const Options& options = {}) {
 /// The same model as examples/quantize.cpp --packed writes it.
 inline std::vector<std::byte> packed_copy(const std::vector<std::byte>& bytes) {
     auto gguf = valar::Gguf::from_bytes(bytes);
-    valar::GgufWriter writer(64);
+    valar::GgufWriter writer(valar::packed_alignment);
     for (const valar::GgufKey& key : gguf->keys()) writer.set(key);
     const auto fill = [](void* context, const valar::TensorInfo& to, uint64_t offset,
                          std::span<std::byte> out) -> valar::Result<void> {
         const valar::Gguf& from = *static_cast<const valar::Gguf*>(context);
         const valar::TensorInfo& tensor = *from.find_tensor(to.name);
         if (!to.packed) return from.read_tensor(tensor, offset, out);
-        const uint32_t rows = static_cast<uint32_t>(to.dims[1]);
+        const uint64_t rows = to.dims[1], row_bytes = tensor.bytes / rows;
         const uint32_t cols = static_cast<uint32_t>(to.dims[0]);
-        const uint64_t tile = valar::detail::packed_tile_bytes(to.type, cols);
-        const uint32_t first = static_cast<uint32_t>(offset / tile);
-        const std::byte* source = from.tensor_bytes(tensor)->data();
-        valar::detail::pack_tiles(to.type, rows, cols, source + first * 16 * (tensor.bytes / rows),
-                                  first, static_cast<uint32_t>(first + out.size() / tile),
-                                  out.data());
-        return {};
+        const uint64_t tile = valar::packed_bytes(to.type, valar::packed_rows, cols);
+        const uint64_t first = offset / tile * valar::packed_rows;
+        const uint64_t count = std::min(rows - first, out.size() / tile * valar::packed_rows);
+        return valar::pack_rows(
+            to.type, cols,
+            from.tensor_bytes(tensor)->subspan(static_cast<size_t>(first * row_bytes),
+                                               static_cast<size_t>(count * row_bytes)),
+            out);
     };
     for (const valar::TensorInfo& tensor : gguf->tensors()) {
         valar::TensorInfo to = tensor;

@@ -7,8 +7,11 @@
 
 #include "kernels/kernels.hpp"
 #include "model.hpp"
+#include "tokenizer.hpp"
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace valar {
 inline namespace v1 {
@@ -45,6 +48,54 @@ struct MemoryPlan {
     uint64_t scratch = 0;
     uint64_t mapped = 0;  ///< of the file, read in place; not part of total()
     uint64_t total() const { return weights + kv + scratch; }
+};
+
+/// One row of a batch: a token at a position of a sequence. A row sees the positions 0 to
+/// `position` of its sequence, its own included: what earlier batches computed of them, and what
+/// earlier rows of this batch do. Rows of one sequence point to the same list of pages.
+struct BatchRow {
+    Token token = 0;                   ///< from 0 to n_vocab - 1; not read where `embedding` is set
+    const float* embedding = nullptr;  ///< (n_embd) instead of the token's, or null; borrowed
+    uint32_t position = 0;             ///< in its sequence, from 0
+    /// The numbers of the sequence's pages in the pool, in order of position: position p lies in
+    /// pages[p / page_tokens], and the page of `position` is there already. Pages before the
+    /// windows of all layers are not looked at. Borrowed until the batch is done.
+    const uint32_t* pages = nullptr;
+    bool logits = false;  ///< whether logits are wanted for this row
+};
+
+/// A device that holds a model and computes batches of rows. It keeps the keys and values of
+/// BackendOptions::kv_pages pages; who owns which page is the caller's affair.
+/// Threads: calls come one at a time, from any thread.
+class Backend {
+public:
+    virtual ~Backend() = default;
+    /// Whether logits here equal those of the numeric definition, bit for bit.
+    virtual bool exact() const = 0;
+    /// Loads weights for about `budget_us` microseconds; true when all are there. `progress` (0 to
+    /// 1) may be null. Errors: io or bad_data where the file cannot be read.
+    virtual Result<bool> load(uint64_t budget_us, float* progress) = 0;
+    /// Takes a batch of 1 to max_batch_rows rows, at most max_logit_rows of which want logits; rows
+    /// of one sequence stand in ascending order of position. The rows and what they point to are
+    /// borrowed until advance() returns true or abandon() is called. Error (internal): the model is
+    /// not loaded, or a row or a count is out of range; then nothing was begun.
+    virtual Result<void> begin(std::span<const BatchRow> rows) = 0;
+    /// Computes on and returns true when the batch is done, false at the first boundary after
+    /// `deadline_ns` on the monotonic clock (0: no deadline). Error (internal): nothing was begun.
+    virtual Result<bool> advance(uint64_t deadline_ns) = 0;
+    /// Gives up the batch that was begun, if any: its positions count as not computed.
+    virtual void abandon() = 0;
+    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin(). Error
+    /// (bad_data): some are not finite; it names the layer that the first of them came from. Other
+    /// rows are none the worse for it.
+    virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
+    /// Copies one page of all layers over another.
+    virtual void copy_page(uint32_t from, uint32_t to) = 0;
+    /// Bytes of one page of all layers, as export_page writes and import_page reads them. They do
+    /// not depend on the number of the page.
+    virtual size_t page_bytes() const = 0;
+    virtual void export_page(uint32_t page, std::byte* out) const = 0;
+    virtual void import_page(uint32_t page, const std::byte* in) = 0;
 };
 
 }  // namespace v1

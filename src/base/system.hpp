@@ -8,11 +8,12 @@
 #ifndef NOMINMAX
 #define NOMINMAX
 #endif
-// clang-format off: windows.h wants winsock2.h before it
-#include <bcrypt.h>
-#include <windows.h>
+// windows.h wants winsock2.h before it, and bcrypt.h wants windows.h.
+// clang-format off
 #include <winsock2.h>
 #include <ws2tcpip.h>
+#include <windows.h>
+#include <bcrypt.h>
 // clang-format on
 #else
 #include <arpa/inet.h>

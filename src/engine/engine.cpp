@@ -32,7 +32,7 @@ Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& 
 }
 
 Engine::State::State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-                     std::unique_ptr<detail::Backend> device, const BackendOptions& sizes)
+                     std::unique_ptr<Backend> device, const BackendOptions& sizes)
     : options(from),
       model(std::move(opened)),
       backend(std::move(device)),

@@ -2,6 +2,7 @@
 
 #include "digest_internal.hpp"
 #include "engine/engine.hpp"
+#include "model_internal.hpp"
 #include "sampler_internal.hpp"
 #include "template/template.hpp"
 

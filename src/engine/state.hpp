@@ -44,7 +44,7 @@ inline namespace v1 {
 struct Engine::State final : Responder {
     const EngineOptions options;
     const std::shared_ptr<const detail::LoadedModel> model;
-    const std::unique_ptr<detail::Backend> backend;  // borrows the model
+    const std::unique_ptr<Backend> backend;  // borrows the model
     const detail::PromptMaker prompts;
     detail::Desk desk;
     detail::PrefixCache cache;
@@ -58,7 +58,7 @@ struct Engine::State final : Responder {
 
     static Result<std::unique_ptr<State>> open(const EngineOptions& options);
     State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-          std::unique_ptr<detail::Backend> device, const BackendOptions& sizes);
+          std::unique_ptr<Backend> device, const BackendOptions& sizes);
     ~State() override;
 
     std::vector<ModelInfo> models() const override { return {model->info()}; }

@@ -32,8 +32,8 @@ struct Products {
     template <int I, bool P, int H, int C, int N>
     static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
                                                  I4 (&part)[N][C]) {
-        const B16 w[4] = {load_group<I, P, 4 * H>(codes), load_group<I, P, 4 * H + 1>(codes),
-                          load_group<I, P, 4 * H + 2>(codes), load_group<I, P, 4 * H + 3>(codes)};
+        const B16 w[4] = {load_quad<I, P, 4 * H>(codes), load_quad<I, P, 4 * H + 1>(codes),
+                          load_quad<I, P, 4 * H + 2>(codes), load_quad<I, P, 4 * H + 3>(codes)};
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const int32x4_t four = vreinterpretq_s32_s8(load_bytes(x.a[c]->q + 16 * H));
             const B16 x0 = vreinterpretq_s8_s32(vdupq_laneq_s32(four, 0)),
@@ -135,13 +135,13 @@ struct Products {
         B16 x[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) x[c] = load_bytes(operands.a[c]->q + 16 * H);
         I4(&sum)[C] = part[N == 2 ? H : 0];
-        B16 w = load_group<I, P, 4 * H>(codes);
+        B16 w = load_quad<I, P, 4 * H>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 0);
-        w = load_group<I, P, 4 * H + 1>(codes);
+        w = load_quad<I, P, 4 * H + 1>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 1);
-        w = load_group<I, P, 4 * H + 2>(codes);
+        w = load_quad<I, P, 4 * H + 2>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 2);
-        w = load_group<I, P, 4 * H + 3>(codes);
+        w = load_quad<I, P, 4 * H + 3>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 3);
     }
 
@@ -200,8 +200,8 @@ struct Products {
     template <int I, bool P, int J, int C>
     static VALAR_FORCE_INLINE void multiply_step(const Operands<C>& operands,
                                                  const std::byte* codes, I4 (&sum)[C / 2][2]) {
-        const I4 first = vreinterpretq_s32_s8(load_group<I, P, 2 * J>(codes)),
-                 second = vreinterpretq_s32_s8(load_group<I, P, 2 * J + 1>(codes));
+        const I4 first = vreinterpretq_s32_s8(load_quad<I, P, 2 * J>(codes)),
+                 second = vreinterpretq_s32_s8(load_quad<I, P, 2 * J + 1>(codes));
         const B16 low = vreinterpretq_s8_s32(vzip1q_s32(first, second)),
                   high = vreinterpretq_s8_s32(vzip2q_s32(first, second));
         VALAR_UNROLL for (int i = 0; i < C / 2; i++) {

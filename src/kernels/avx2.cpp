@@ -60,18 +60,18 @@ struct Scales {  // of eight rows
 };
 
 template <int I>
-VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at, int half) {
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, int half) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
     if constexpr (L.bits == 6) {
-        out.dw = load_halves(head + 16 * half);
+        out.dw = load_halves(header + 16 * half);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
                 _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half))));
-    } else if constexpr (L.head_bytes != 0) {
-        const __m256 m = _mm256_mul_ps(load_halves(head + 32 + 16 * half),
+    } else if constexpr (L.header_bytes != 0) {
+        const __m256 m = _mm256_mul_ps(load_halves(header + 32 + 16 * half),
                                        load_small_ints(at + 16 + 8 * half));
-        out.dw = _mm256_mul_ps(load_halves(head + 16 * half), load_small_ints(at + 8 * half));
+        out.dw = _mm256_mul_ps(load_halves(header + 16 * half), load_small_ints(at + 8 * half));
         out.m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
     } else {
         out.dw = load_halves(at + 16 * half);
@@ -80,9 +80,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Unsigned codes of group g of eight rows.
+// Unsigned codes of quad g of eight rows.
 template <int I>
-VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int g) {
+VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m256i pair = load_bytes(codes + g / 2 * 64);
@@ -96,8 +96,8 @@ VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int g) {
                                                  _mm256_set1_epi8(high == 1 ? 16 : 48)));
 }
 
-// total (of each plane and eight rows) += codes of group g times activations. Without VNNI products
-// are added in 16 bits as long as they cannot overflow, in `part`: 8 groups of 4-bit codes, 4 of 5
+// total (of each plane and eight rows) += codes of quad g times activations. Without VNNI products
+// are added in 16 bits as long as they cannot overflow, in `part`: 8 quads of 4-bit codes, 4 of 5
 // bits, 2 of 6 bits. 8-bit codes are two of 4 bits.
 template <Vnni kVnni, int kBits>
 VALAR_FORCE_INLINE void add_products(__m256i& total, __m256i (&part)[2], __m256i codes, __m256i x,
@@ -129,15 +129,15 @@ void dot_tiles(const TileStep& step) {
     const ActivationBlock* a[C];
     VALAR_UNROLL for (int c = 0; c < C; c++)
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
-    const size_t stride = step.unit / sizeof(ActivationBlock);
+    const size_t stride = step.block_stride / sizeof(ActivationBlock);
     if (step.fresh) std::memset(step.sums, 0, C * sizeof *step.sums);
     const std::byte* next = step.next;
-    size_t head = 0, at = 0, wait = 0;
+    size_t header = 0, at = 0, wait = 0;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.head_bytes != 0) {
+        if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
-                head = at;
-                at += L.head_bytes;
+                header = at;
+                at += L.header_bytes;
             }
         }
         if (wait-- == 0) {
@@ -159,7 +159,7 @@ void dot_tiles(const TileStep& step) {
             VALAR_UNROLL for (int g = 0; g < 8; g++) {
                 __m256i codes[H];
                 VALAR_UNROLL for (int h = 0; h < H; h++)
-                    codes[h] = load_group<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
+                    codes[h] = load_quad<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     const __m256i x = broadcast4(a[c]->q + 4 * g);
                     VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
@@ -167,7 +167,7 @@ void dot_tiles(const TileStep& step) {
                 }
             }
             VALAR_UNROLL for (int h = 0; h < H; h++) {
-                const Scales scales = load_scales<I>(tile + head, tile + at, v % 2 + h);
+                const Scales scales = load_scales<I>(tile + header, tile + at, v % 2 + h);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     __m256 sum = _mm256_cvtepi32_ps(total[0][c][h]);
                     if constexpr (L.bits == 6)  // exact, being below 2^24
@@ -236,11 +236,19 @@ constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
+template <int I, Vnni kVnni>
+constexpr TileKernels kernels_of_layout() {
+    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
+    else return quantized<I, kVnni>;
+}
 template <Vnni V>
-constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
-    quantized<0, V>,         quantized<1, V>,         quantized<2, V>, quantized<3, V>,
-    quantized<4, V>,         quantized<5, V>,         quantized<6, V>, floats<TensorType::f32>,
-    floats<TensorType::f16>, floats<TensorType::bf16>};
+constexpr TileKernels tile_kernels[] = {kernels_of_layout<0, V>(), kernels_of_layout<1, V>(),
+                                        kernels_of_layout<2, V>(), kernels_of_layout<3, V>(),
+                                        kernels_of_layout<4, V>(), kernels_of_layout<5, V>(),
+                                        kernels_of_layout<6, V>(), kernels_of_layout<7, V>(),
+                                        kernels_of_layout<8, V>(), kernels_of_layout<9, V>()};
+static_assert(sizeof tile_kernels<Vnni::none> / sizeof(TileKernels) ==
+              sizeof packed_layouts / sizeof(PackedLayout));
 
 // Nearest integers of x * factor as 32 bytes, their sums, and optionally what is left: x - d * h.
 VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
@@ -270,7 +278,7 @@ VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-// Of magnitudes, which order like their bits; no numbers are the largest.
+// The largest of eight magnitudes. They order like their bits; what is not a number is the largest.
 VALAR_FORCE_INLINE float largest_lane(__m256i bits) {
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
@@ -398,7 +406,8 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
 }
 template <Vnni kVnni>
 void matmul(const MatmulTask& task) {
-    multiply_tiles(task, {product<kVnni>, quantize, add, silu_mul});
+    multiply_tiles(
+        task, {.product = product<kVnni>, .quantize = quantize, .add = add, .silu_mul = silu_mul});
 }
 
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
@@ -455,7 +464,7 @@ template <bool kHalf, uint32_t Q>
 void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first, uint32_t last) {
     for (uint32_t group = first / 16; group * 16 < last; group++) {
         const void* keys = task.keys[group];
-        if (!keys) continue;  // between the ranges of two queries
+        if (!keys) continue;  // no query of the tile looks here
         __m256 acc[Q][2];
         VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
         for (size_t e = 0; e < task.head_dim; e++) {
@@ -474,7 +483,8 @@ void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first
     }
 }
 
-// Scores to weights. What nobody may see in a group that is seen becomes -infinity, so weight 0.
+// Turns the scores of one query into weights and gives their maximum and sum. Scores are there for
+// whole key groups: those of positions that are not visible become -infinity, so their weight is 0.
 void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
     constexpr float hidden = -std::numeric_limits<float>::infinity();
     const uint32_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
@@ -538,14 +548,15 @@ void add_value_range(const AttentionTask& task, const QueryTile& tile, uint32_t 
 }
 
 constexpr AttentionParts attention_parts = {
-    4,
-    {{score_tile<true, 1>, score_tile<true, 2>, score_tile<true, 3>, score_tile<true, 4>},
-     {score_tile<false, 1>, score_tile<false, 2>, score_tile<false, 3>, score_tile<false, 4>}},
-    weigh,
-    {{add_value_range<true, 1>, add_value_range<true, 2>, add_value_range<true, 3>,
-      add_value_range<true, 4>},
-     {add_value_range<false, 1>, add_value_range<false, 2>, add_value_range<false, 3>,
-      add_value_range<false, 4>}}};
+    .queries = 4,
+    .score = {{score_tile<true, 1>, score_tile<true, 2>, score_tile<true, 3>, score_tile<true, 4>},
+              {score_tile<false, 1>, score_tile<false, 2>, score_tile<false, 3>,
+               score_tile<false, 4>}},
+    .weigh = weigh,
+    .add_values = {{add_value_range<true, 1>, add_value_range<true, 2>, add_value_range<true, 3>,
+                    add_value_range<true, 4>},
+                   {add_value_range<false, 1>, add_value_range<false, 2>, add_value_range<false, 3>,
+                    add_value_range<false, 4>}}};
 
 void attention(const AttentionTask& task) { attend(attention_parts, task); }
 
@@ -568,9 +579,21 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
                           out[e] * _mm256_cvtss_f32(old_weight));
 }
 
-constexpr Kernels kernels_with(const char* name, void (*product)(const MatmulTask&)) {
-    return {name, quantize, product,  rms_norm,  rope,      scale,
-            add,  silu_mul, store_kv, expand_kv, attention, attention_merge};
+constexpr Kernels kernels_with(const char* name, void (*matmul)(const MatmulTask&)) {
+    return {
+        .name = name,
+        .quantize = quantize,
+        .matmul = matmul,
+        .rms_norm = rms_norm,
+        .rope = rope,
+        .scale = scale,
+        .add = add,
+        .silu_mul = silu_mul,
+        .store_kv = store_kv,
+        .expand_kv = expand_kv,
+        .attention = attention,
+        .attention_merge = attention_merge,
+    };
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
 constexpr Kernels vnni_kernels = kernels_with("avxvnni", matmul<Vnni::vex>);

@@ -43,16 +43,16 @@ struct Scales {
 };
 
 template <int I>
-VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at) {
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
     if constexpr (L.bits == 6) {
-        out.dw = load_halves(head);
+        out.dw = load_halves(header);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i)));
-    } else if constexpr (L.head_bytes != 0) {
-        const __m512 m = _mm512_mul_ps(load_halves(head + 32), load_small_ints(at + 16));
-        out.dw = _mm512_mul_ps(load_halves(head), load_small_ints(at));
+    } else if constexpr (L.header_bytes != 0) {
+        const __m512 m = _mm512_mul_ps(load_halves(header + 32), load_small_ints(at + 16));
+        out.dw = _mm512_mul_ps(load_halves(header), load_small_ints(at));
         out.m = _mm512_xor_ps(m, _mm512_set1_ps(-0.0f));
     } else {
         out.dw = load_halves(at);
@@ -61,9 +61,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Unsigned codes of group g.
+// Unsigned codes of quad g.
 template <int I>
-VALAR_FORCE_INLINE __m512i load_group(const std::byte* codes, int g) {
+VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m512i pair = load_bytes(codes + g / 2 * 64);
@@ -91,15 +91,15 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int t = 0; t < 2; t++)
             acc[c][t] = step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
-    const size_t stride = step.unit / sizeof(ActivationBlock);
+    const size_t stride = step.block_stride / sizeof(ActivationBlock);
     const ptrdiff_t apart = step.tiles[1] - step.tiles[0];
-    const std::byte *at = step.tiles[0], *head = at, *next = step.next;
+    const std::byte *at = step.tiles[0], *header = at, *next = step.next;
     size_t wait = 0;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.head_bytes != 0) {
+        if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
-                head = at;
-                at += L.head_bytes;
+                header = at;
+                at += L.header_bytes;
             }
         }
         if (wait-- == 0) {
@@ -118,7 +118,7 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[2];
             VALAR_UNROLL for (int t = 0; t < 2; t++)
-                w[t] = load_group<I>(at + (t ? apart : 0) + L.scale_bytes, g);
+                w[t] = load_quad<I>(at + (t ? apart : 0) + L.scale_bytes, g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
@@ -128,7 +128,7 @@ void dot_tiles(const TileStep& step) {
             }
         }
         VALAR_UNROLL for (int t = 0; t < 2; t++) {
-            const Scales scales = load_scales<I>(head + (t ? apart : 0), at + (t ? apart : 0));
+            const Scales scales = load_scales<I>(header + (t ? apart : 0), at + (t ? apart : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 __m512 sum = _mm512_cvtepi32_ps(total[0][c][t]);
                 if constexpr (L.bits == 6)  // exact, being below 2^24
@@ -192,17 +192,17 @@ constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
-constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
-    quantized<0>,
-    quantized<1>,
-    quantized<2>,
-    quantized<3>,
-    quantized<4>,
-    quantized<5>,
-    quantized<6>,
-    floats<TensorType::f32>,
-    floats<TensorType::f16>,
-    floats<TensorType::bf16>};
+template <int I>
+constexpr TileKernels kernels_of_layout() {
+    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
+    else return quantized<I>;
+}
+constexpr TileKernels tile_kernels[] = {
+    kernels_of_layout<0>(), kernels_of_layout<1>(), kernels_of_layout<2>(), kernels_of_layout<3>(),
+    kernels_of_layout<4>(), kernels_of_layout<5>(), kernels_of_layout<6>(), kernels_of_layout<7>(),
+    kernels_of_layout<8>(), kernels_of_layout<9>()};
+static_assert(sizeof tile_kernels / sizeof(TileKernels) ==
+              sizeof packed_layouts / sizeof(PackedLayout));
 
 // ---- Attention: lanes are keys for scores, elements of a head for values ----------------------
 
@@ -219,8 +219,9 @@ VALAR_FORCE_INLINE __m512 load_some_kv(__mmask16 some, const void* group, size_t
     return _mm512_maskz_loadu_ps(some, static_cast<const float*>(group) + index);
 }
 
-// Several groups of keys at once: a sum is a chain, and one chain leaves the multiplier idle. Where
-// a group is missing at the edge of the range, another one stands in; nobody looks at its scores.
+// Several key groups at once: a sum is a chain of dependent operations, and one chain leaves the
+// multiplier idle. Where a key group is missing at the edge of the range, another one stands in, and
+// its scores are never read.
 template <bool kHalf, uint32_t Q>
 void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first, uint32_t last) {
     constexpr uint32_t G = Q > 4 ? 2 : 4;
@@ -231,7 +232,7 @@ void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first
             keys[g] = at + 16 > first && at < last ? task.keys[group + g] : nullptr;
             if (keys[g]) any = keys[g];
         }
-        if (!any) continue;  // between the ranges of two queries
+        if (!any) continue;  // no query of the tile looks here
         for (uint32_t g = 0; g < G; g++)
             if (!keys[g]) keys[g] = any;
         __m512 acc[Q][G];
@@ -365,13 +366,14 @@ void quantize(const QuantizeTask& task) {
                               task.out + c * task.planes);
 }
 
-// Those of the 16 positions from `at` on that begin .. end - 1 holds; it holds some.
+// A mask of those of the 16 positions from `at` on that lie in begin .. end - 1; at least one does.
 VALAR_FORCE_INLINE __mmask16 visible_lanes(uint32_t at, uint32_t begin, uint32_t end) {
     const uint32_t from = begin > at ? begin - at : 0, count = end - at < 16 ? end - at : 16;
     return static_cast<__mmask16>((0xffffu << from) & (0xffffu >> (16 - count)));
 }
 
-// Scores to weights; what nobody may see in a group that is seen gets weight 0.
+// Turns the scores of one query into weights and gives their maximum and sum. Scores are there for
+// whole key groups: positions that are not visible get weight 0.
 void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
     const uint32_t first = begin / 16 * 16;
     __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -440,10 +442,11 @@ void add_value_range(const AttentionTask& task, const QueryTile& tile, uint32_t 
             part<half, 7>, part<half, 8>                                                          \
     }
 constexpr AttentionParts attention_parts = {
-    kTileQueries,
-    {VALAR_EACH_TILE(score_tile, true), VALAR_EACH_TILE(score_tile, false)},
-    weigh,
-    {VALAR_EACH_TILE(add_value_range, true), VALAR_EACH_TILE(add_value_range, false)}};
+    .queries = kTileQueries,
+    .score = {VALAR_EACH_TILE(score_tile, true), VALAR_EACH_TILE(score_tile, false)},
+    .weigh = weigh,
+    .add_values = {VALAR_EACH_TILE(add_value_range, true),
+                   VALAR_EACH_TILE(add_value_range, false)}};
 #undef VALAR_EACH_TILE
 
 void attention(const AttentionTask& task) { attend(attention_parts, task); }
@@ -452,12 +455,24 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     multiply_pair(tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
 }
 void matmul(const MatmulTask& task) {
-    multiply_tiles(task, {product, quantize, avx2::add, silu_mul});
+    multiply_tiles(
+        task, {.product = product, .quantize = quantize, .add = avx2::add, .silu_mul = silu_mul});
 }
 
-constexpr Kernels kernels = {"avx512",       quantize,        matmul,    avx2::rms_norm,
-                             avx2::rope,     avx2::scale,     avx2::add, silu_mul,
-                             avx2::store_kv, avx2::expand_kv, attention, avx2::attention_merge};
+constexpr Kernels kernels = {
+    .name = "avx512",
+    .quantize = quantize,
+    .matmul = matmul,
+    .rms_norm = avx2::rms_norm,
+    .rope = avx2::rope,
+    .scale = avx2::scale,
+    .add = avx2::add,
+    .silu_mul = silu_mul,
+    .store_kv = avx2::store_kv,
+    .expand_kv = avx2::expand_kv,
+    .attention = attention,
+    .attention_merge = avx2::attention_merge,
+};
 
 }  // namespace avx512
 

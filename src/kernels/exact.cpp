@@ -1,7 +1,7 @@
 // >>kernels
-// The definition stands in the declaration part. Here, in this order: exact building blocks, packed
-// layouts, the scalar reference (read this first), one region per instruction set, the
-// floating-point state, the choice of a table, the worker team.
+// In this order: exact building blocks, packed layouts, the scalar reference, one region per
+// instruction set, the floating-point state, the choice of a table, the worker team. Read the
+// numeric definition first, then the scalar reference.
 
 #include "prologue.hpp"
 
@@ -16,21 +16,23 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-float exact_fma(float a, float b, float c) { return fma_once(a, b, c); }
-float exact_exp(float x) { return exp_once(x); }
-float half_to_float(uint16_t bits) { return half_value(bits); }
-uint16_t float_to_half(float value) { return half_bits(value); }
+double exact_log(double x) { return rounded(exact_log2(x) * 0x1.62e42fefa39efp-1); }
+
+}  // namespace detail
+
+float exact_fma(float a, float b, float c) { return detail::fma_once(a, b, c); }
+float exact_exp(float x) { return detail::exp_once(x); }
 
 double exact_exp2(double x) {
     if (x < -1022) return 0;
     if (x >= 1023) return std::numeric_limits<double>::infinity();
     if (x != x) return x;
-    x = rounded(x);  // inlined, it may be the caller's product
-    const double k = nearest_integer(x);
-    const double t = rounded((x - k) * 0x1.62e42fefa39efp-1);
-    double p = inverse_factorial(13);
-    for (int n = 12; n >= 0; n--) p = rounded(p * t) + inverse_factorial(n);
-    return p * power_of_two(static_cast<int>(k));
+    x = detail::rounded(x);  // inlined, it may be the caller's product
+    const double k = detail::nearest_integer(x);
+    const double t = detail::rounded((x - k) * 0x1.62e42fefa39efp-1);
+    double p = detail::inverse_factorial(13);
+    for (int n = 12; n >= 0; n--) p = detail::rounded(p * t) + detail::inverse_factorial(n);
+    return p * detail::power_of_two(static_cast<int>(k));
 }
 
 double exact_log2(double x) {
@@ -50,32 +52,35 @@ double exact_log2(double x) {
         e += 1;
     }
     const double u = (m - 1) / (m + 1);
-    const double z = rounded(u * u);
+    const double z = detail::rounded(u * u);
     double p = 1.0 / 23;
-    for (int n = 21; n >= 1; n -= 2) p = rounded(p * z) + 1.0 / n;
-    return e + rounded(rounded(u * p) * 0x1.71547652b82fep+1);
+    for (int n = 21; n >= 1; n -= 2) p = detail::rounded(p * z) + 1.0 / n;
+    return e + detail::rounded(detail::rounded(u * p) * 0x1.71547652b82fep+1);
 }
 
-double exact_log(double x) { return rounded(exact_log2(x) * 0x1.62e42fefa39efp-1); }
-
 void exact_sincos(double x, double* sine, double* cosine) {
-    x = rounded(x);  // inlined, it may be the caller's product
-    const double k = nearest_integer(rounded(x * 0x1.45f306dc9c883p-1));
-    const double r = ((x - rounded(k * 0x1.921fb544p+0)) - rounded(k * 0x1.0b4611a6p-34)) -
-                     rounded(k * 0x1.3198a2ep-69);
-    const double z = rounded(r * r);
-    double s = inverse_factorial(17), c = inverse_factorial(16);
+    x = detail::rounded(x);  // inlined, it may be the caller's product
+    const double k = detail::nearest_integer(detail::rounded(x * 0x1.45f306dc9c883p-1));
+    const double r = ((x - detail::rounded(k * 0x1.921fb544p+0)) -
+                      detail::rounded(k * 0x1.0b4611a6p-34)) -
+                     detail::rounded(k * 0x1.3198a2ep-69);
+    const double z = detail::rounded(r * r);
+    double s = detail::inverse_factorial(17), c = detail::inverse_factorial(16);
     for (int n = 15; n >= 1; n -= 2) {
-        s = rounded(s * z) + (n & 2 ? -inverse_factorial(n) : inverse_factorial(n));
-        c = rounded(c * z) + (n & 2 ? -inverse_factorial(n - 1) : inverse_factorial(n - 1));
+        s = detail::rounded(s * z) +
+            (n & 2 ? -detail::inverse_factorial(n) : detail::inverse_factorial(n));
+        c = detail::rounded(c * z) +
+            (n & 2 ? -detail::inverse_factorial(n - 1) : detail::inverse_factorial(n - 1));
     }
-    s = rounded(r * s);
+    s = detail::rounded(r * s);
     const int64_t quarter = static_cast<int64_t>(k) & 3;
     *sine = quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c;
     *cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
 }
 
-}  // namespace detail
+float half_to_float(uint16_t bits) { return detail::half_value(bits); }
+uint16_t float_to_half(float value) { return detail::half_bits(value); }
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE

@@ -1,3 +1,32 @@
+// ---- Words ------------------------------------------------------------------------------------
+//
+// One word has one meaning in this section:
+//   row           an output row of a weight matrix: the weights whose sum of products is one number
+//   column        an input vector that meets a matrix; the backend has one for a token of a batch
+//   tile          16 rows of a matrix, packed so that a lane of a vector register is a row
+//   pair          two tiles that one kernel call multiplies, so that two streams come from memory
+//   block         32 neighbouring values of a row or of a column that share a scale
+//   super-block   8 blocks of a k-quant, under scales of their own
+//   header        the scales of a super-block, before its first block
+//   code          the unsigned integer of a weight; weight = code - bias of its type
+//   bias          of a type: what is taken from a code; of a model: what a product gets added (4)
+//   plane         a column's values as blocks of int8; precision = fine has a second for the rest
+//   plane group   eight planes that lie beside each other, block after block
+//   quad          four neighbouring weights of a row in a packed tile: their codes fill one word
+//   lane          an element of a vector register
+//   panel         a tile whose codes were unpacked to signed bytes, to serve many columns
+//   shape         how many columns one kernel call takes
+//   chunk         the blocks (or floats) that stay in a near cache while all columns meet them
+//   batch         the columns of a task that meet a pair of tiles one after the other
+//   head          of attention only: head_dim values of a query, a key or a value
+//   query         one query head at one position; several share the keys of one key/value head
+//   position      of a token in its sequence; it has one key and one value a key/value head
+//   key group     16 neighbouring positions, whose keys lie side by side (their values beside them)
+//   segment       256 absolute positions: the unit in which attention is computed and then merged
+//   page          the backend's unit of memory for keys and values: some key groups (>>backend)
+//   slot          a position's place in its key group
+//   part          one of the shares into which the team divides a job, one a thread
+//
 // ---- The numeric definition, numerics = 1 ----------------------------------------------------
 //
 // All arithmetic is binary32 unless "double" is said. "a + b", "a * b", "a / b", "sqrt" round once,
@@ -92,16 +121,17 @@
 //       (Within 1e-15 relative, sin and cos 1e-15 absolute to |x| = 2^20.)
 // 13. A forward pass. x = the token's embedding row (11). In each layer: y = rms_norm(x); q, k, v =
 //     the matrix products with y (1 to 3), each plus its bias where there is one (4); rope of q and
-//     k (9); attention (10); x = x + attn_output matrix times it (plus bias); y = rms_norm(x); gate
+//     k (9); attention (10); x = x + attn_output matrix times it; y = rms_norm(x); gate
 //     and up = products with y; h as in 8; x = x + ffn_down matrix times h. Logits: the output
-//     matrix (the embedding where there is none) times rms_norm(x). base and the factors of rope
-//     are binary32 numbers of the model; attention_scale, where the model says nothing, is
-//     1 / sqrt(float(head_dim)).
+//     matrix (the embedding where there is none) times rms_norm(x); where the model scales them
+//     (logit_scale), each is multiplied once. base and the factors of rope are binary32 numbers of
+//     the model; attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
 // ----------------------------------------------------------------------------------------------
 #pragma once
 
 #include "base/internal.hpp"
 #include "gguf.hpp"
+#include "gguf_internal.hpp"
 #include "kernels/kernels.hpp"
 
 #include <cstddef>
@@ -113,8 +143,8 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr int kNumerics = 1;        ///< version of the numeric definition
-inline constexpr uint32_t kTileRows = 16;  ///< rows of a packed tile: a lane is a row
+inline constexpr int kNumerics = 1;                 ///< version of the numeric definition
+inline constexpr uint32_t kTileRows = packed_rows;  ///< of a packed tile: a lane is a row
 inline constexpr uint32_t kActivationBlock = 32;
 inline constexpr uint32_t kSegment = 256;  ///< positions of an attention segment
 inline constexpr uint32_t kKeyGroup = 16;  ///< keys stored side by side
@@ -129,7 +159,7 @@ struct ActivationBlock {
 static_assert(sizeof(ActivationBlock) == 48);
 
 /// Columns' blocks, `count` planes of n / 32 blocks each (a column's two planes are neighbours),
-/// lie in groups of eight planes: in a group block after block, in a block plane beside plane. One
+/// lie in plane groups of eight: in a group block after block, in a block plane beside plane. One
 /// group that is not full is narrower; of several the last is padded.
 struct ActivationLayout {
     static constexpr uint32_t kGroup = 8;
@@ -208,8 +238,8 @@ struct AttentionTask {
     size_t q_stride;
     const uint16_t* begin;      ///< (queries) first visible position, within the segment: 0..256
     const uint16_t* end;        ///< (queries) one past the last; begin == end: none visible
-    const void* const* keys;    ///< (16) groups of 16 positions: (head_dim, 16) elements each;
-    const void* const* values;  ///< (16) groups: (16, head_dim); null where nobody looks
+    const void* const* keys;    ///< (16) key groups: (head_dim, 16) elements each;
+    const void* const* values;  ///< (16) and (16, head_dim); null where nobody looks
     float* max;                 ///< (queries) outputs; queries that see nothing are left alone
     float* sum;                 ///< (queries)
     float* out;                 ///< (queries, out_stride)
@@ -229,10 +259,10 @@ struct Kernels {
     void (*scale)(float* x, float factor, size_t n);           ///< x_i *= factor
     void (*add)(float* x, const float* y, size_t n);           ///< x_i += y_i
     void (*silu_mul)(float* gate, const float* up, size_t n);  ///< gate_i = silu(gate_i) * up_i
-    /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
+    /// Stores one position's key and value of one kv head into its key group, at slot 0..15.
     void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
                      void* key_group, void* value_group);
-    /// A group of q8_0 keys and one of values as binary32, in the same order.
+    /// A key group in q8_0, keys and values, as binary32, in the same order.
     void (*expand_kv)(const void* key_group, const void* value_group, uint32_t head_dim,
                       float* keys, float* values);
     void (*attention)(const AttentionTask& task);
@@ -248,14 +278,12 @@ std::span<const Kernels* const> available_kernels();
 Result<const Kernels*> choose_kernels();
 
 /// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
-float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
-float exact_exp(float x);                    ///< definition, 7
-double exact_exp2(double x);                 ///< rope_math
-double exact_log2(double x);
+using v1::exact_exp;
+using v1::exact_exp2;
+using v1::exact_fma;
+using v1::exact_log2;
+using v1::exact_sincos;
 double exact_log(double x);  ///< exact_log2(x) * ln 2, for log-probabilities
-void exact_sincos(double x, double* sine, double* cosine);
-float half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);  ///< nearest even
 
 /// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
 /// traps) while the object lives: hosts set flush-to-zero.

@@ -7,8 +7,11 @@
 #pragma once
 
 #include "base/base.hpp"
+#include "gguf.hpp"
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace valar {
 inline namespace v1 {
@@ -23,6 +26,35 @@ enum class KvType : uint8_t { f16, f32, q8_0 };
 /// order, and returns when all have returned. No job waits for another.
 using ParallelFor = void (*)(void* host, uint32_t count, void (*job)(void* context, uint32_t index),
                              void* context);
+
+// ---- For programs that write model files: examples/quantize.cpp. Any thread may call these.
+
+/// Whether kernels compute with matrices of this type; only these can be packed and dequantized.
+VALAR_API bool can_compute(TensorType type);
+/// Bytes of a packed matrix, or of some of its rows from a multiple of packed_rows on: whole tiles.
+/// 0 where the type is none that can_compute.
+VALAR_API uint64_t packed_bytes(TensorType type, uint64_t rows, uint32_t cols);
+/// Packs rows of `cols` values, of which `source` has some as a file has them, from a row on whose
+/// number is a multiple of packed_rows. `out` takes packed_bytes of so many rows. Fails
+/// (invalid_request) where type and sizes do not fit together.
+VALAR_API Result<void> pack_rows(TensorType type, uint32_t cols, std::span<const std::byte> source,
+                                 std::span<std::byte> out);
+/// The values of whole blocks that lie as a file has them, one row or many, as the kernels take
+/// them (numeric definition, 11). Fails (invalid_request) where type and sizes do not fit together.
+VALAR_API Result<void> dequantize(TensorType type, std::span<const std::byte> blocks,
+                                  std::span<float> values);
+VALAR_API float half_to_float(uint16_t bits);   // binary16
+VALAR_API uint16_t float_to_half(float value);  // to nearest even; too large is infinity
+/// Memory of the keys and values of one token in one layer.
+VALAR_API uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t head_dim);
+
+/// What the numeric definition is made of beside + - * / and square roots: the same bits with every
+/// compiler and on every machine. examples/one_token.cpp is a forward pass of these.
+VALAR_API float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
+VALAR_API float exact_exp(float x);                    ///< e^x (definition, 7)
+VALAR_API double exact_exp2(double x);                 ///< 2^x (definition, 12)
+VALAR_API double exact_log2(double x);
+VALAR_API void exact_sincos(double x, double* sine, double* cosine);  ///< |x| < 2^30
 
 }  // namespace v1
 }  // namespace valar

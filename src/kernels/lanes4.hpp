@@ -213,16 +213,16 @@ struct Scales {
 };
 
 template <int I>
-VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at, size_t v) {
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, size_t v) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
     if constexpr (L.bits == 6) {
-        out.dw = load_halves(head + 8 * v);
+        out.dw = load_halves(header + 8 * v);
         for (size_t i = 0; i < 2; i++) out.sub[i] = load_signed_bytes(at + 16 * i + 4 * v);
-    } else if constexpr (L.head_bytes != 0) {  // six bits: signed or not
-        out.dw = mul(load_halves(head + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
+    } else if constexpr (L.header_bytes != 0) {  // six bits: signed or not
+        out.dw = mul(load_halves(header + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
         out.m = negate(
-            mul(load_halves(head + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
+            mul(load_halves(header + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
     } else {
         out.dw = load_halves(at + 8 * v);
         if constexpr (L.minimum) out.m = load_halves(at + 32 + 8 * v);
@@ -230,7 +230,7 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Codes of group G of four rows as signed bytes; those of 8 bits without their bias.
+// Codes of quad G of four rows as signed bytes; those of 8 bits without their bias.
 template <int I, int G>
 VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
@@ -262,15 +262,15 @@ VALAR_FORCE_INLINE void fill_codes(const std::byte* codes, std::byte* panel) {
 template <int I>
 void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
     constexpr PackedLayout L = packed_layouts[I];
-    const std::byte *head = tile, *at = tile;
+    const std::byte *header = tile, *at = tile;
     for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
         if (b % L.blocks == 0) {
-            head = at;
-            at += L.head_bytes;
+            header = at;
+            at += L.header_bytes;
         }
         for (size_t v = 0; v < 4; v++) {
             fill_codes<I>(at + L.scale_bytes + 16 * v, panel + 16 * v);
-            const Scales s = load_scales<I>(head, at, v);
+            const Scales s = load_scales<I>(header, at, v);
             store(reinterpret_cast<float*>(panel + 512 + 16 * v), s.dw);
             if constexpr (L.minimum) store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
             if constexpr (L.bits == 6)
@@ -291,9 +291,9 @@ VALAR_FORCE_INLINE Scales panel_scales(const std::byte* at, size_t v) {
     return out;
 }
 
-// Signed weights or codes of group G, from a panel or the packed tile.
+// Signed weights or codes of quad G, from a panel or the packed tile.
 template <int I, bool P, int G>
-VALAR_FORCE_INLINE B16 load_group(const std::byte* codes) {
+VALAR_FORCE_INLINE B16 load_quad(const std::byte* codes) {
     if constexpr (P) return load_bytes(codes + 64 * G);
     else return load_codes4<I, G>(codes);
 }
@@ -308,11 +308,11 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
                                    const ActivationBlock* const* planes, size_t step, float* sums) {
     constexpr PackedLayout L = packed_layouts[I];
     constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<I, C>;
-    const std::byte *head = tile, *at = tile;
+    const std::byte *header = tile, *at = tile;
     for (size_t b = 0; b < blocks; b++, at += P ? kPanelBytes : packed_block_bytes(L)) {
         if (!P && b % L.blocks == 0) {
-            head = at;
-            at += L.head_bytes;
+            header = at;
+            at += L.header_bytes;
         }
         const ActivationBlock* a[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c] + b * step;
@@ -326,7 +326,7 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
             K::template multiply<I, P, C>(x, at + (P ? 0 : L.scale_bytes) + 16 * v, part);
             Scales s;
             if constexpr (P) s = panel_scales<I>(at, v);
-            else s = load_scales<I>(head, at, v);
+            else s = load_scales<I>(header, at, v);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 float* sum = sums + 2 * kTileRows * c + 4 * v;
                 I4 exact = part[0][c];
@@ -423,7 +423,8 @@ VALAR_FORCE_INLINE void quantize_plane(F4 (&x)[8], float d, float inverse, Activ
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, ActivationBlock* out) {
+inline void quantize_column(const float* x, size_t n, uint32_t planes, size_t step,
+                            ActivationBlock* out) {
     for (size_t b = 0; b < n / kActivationBlock; b++, x += kActivationBlock, out += step) {
         F4 v[8];
         I4 largest = int_splat(0);
@@ -445,7 +446,7 @@ void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, Act
     }
 }
 
-void quantize(const QuantizeTask& task) {
+inline void quantize(const QuantizeTask& task) {
     for (uint32_t c = 0; c < task.columns; c++)
         quantize_column(task.x + c * task.x_stride, task.n, task.planes, task.step,
                         task.out + c * task.planes);
@@ -457,7 +458,7 @@ VALAR_FORCE_INLINE float sum_of_lanes(const F4 (&lanes)[4]) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
+inline void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
     F4 lanes[4] = {splat(0), splat(0), splat(0), splat(0)};
     alignas(16) float rest[16] = {};  // 0 * 0 adds nothing
     for (size_t i = n / 16 * 16; i < n; i++) rest[i % 16] = x[i];
@@ -474,8 +475,8 @@ void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y
     for (; i < n; i++) y[i] = (x[i] * factor) * weight[i];
 }
 
-void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
-          const float* cos_sin) {
+inline void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+                 const float* cos_sin) {
     const uint32_t pairs = n_rot / 2;
     for (uint32_t head = 0; head < n_heads; head++, x += head_dim) {
         uint32_t i = 0;
@@ -495,13 +496,13 @@ void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool ne
     }
 }
 
-void scale(float* x, float factor, size_t n) {
+inline void scale(float* x, float factor, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) store(x + i, mul(load(x + i), splat(factor)));
     for (; i < n; i++) x[i] *= factor;
 }
 
-void add_to(float* x, const float* y, size_t n) {
+inline void add_to(float* x, const float* y, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) store(x + i, add(load(x + i), load(y + i)));
     for (; i < n; i++) x[i] += y[i];
@@ -517,7 +518,7 @@ VALAR_FORCE_INLINE F4 exp4(F4 x) {
     return zero_where_less(mul(p, power_of_two(k)), x, splat(kExpLeast));
 }
 
-void silu_mul(float* gate, const float* up, size_t n) {
+inline void silu_mul(float* gate, const float* up, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) {
         const F4 x = load(gate + i);
@@ -527,8 +528,8 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
-void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
-              void* key_group, void* value_group) {
+inline void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+                     void* key_group, void* value_group) {
     const size_t whole = head_dim / 4 * 4;
     if (type != KvType::f16 || whole != head_dim)
         return scalar::store_kv(type, k, v, head_dim, slot, key_group, value_group);
@@ -549,7 +550,8 @@ VALAR_FORCE_INLINE F4 load_kv(const void* group, size_t index) {
     else return load(static_cast<const float*>(group) + index);
 }
 
-// Scores of one query to weights. What nobody may see in a group that is seen gets weight 0.
+// Turns the scores of one query into weights and gives their maximum and sum. Scores are there for
+// whole key groups: those of positions that are not visible become -infinity, so their weight is 0.
 inline void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
     constexpr float hidden = -std::numeric_limits<float>::infinity();
     const uint32_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
@@ -627,7 +629,7 @@ void attend(const AttentionTask& task, uint32_t query) {
     }
 }
 
-void attention(const AttentionTask& task) {
+inline void attention(const AttentionTask& task) {
     using Attend = void (*)(const AttentionTask&, uint32_t);
     constexpr Attend together[2][4] = {{attend<KvType::f16, 1>, attend<KvType::f16, 2>,
                                         attend<KvType::f16, 3>, attend<KvType::f16, 4>},
@@ -643,8 +645,8 @@ void attention(const AttentionTask& task) {
     }
 }
 
-void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
-                     size_t n) {
+inline void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
+                            size_t n) {
     const float most = m > *max ? m : *max;
     const float a = exp_once(*max - most), b = exp_once(m - most);
     *max = most;
@@ -655,8 +657,24 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-// Panels differ by what their weights reach and by minimum: some types share theirs.
-template <class K, int I, int kTwin = I>
+// A panel holds signed weights whatever the width of their codes was. The kernels that read panels
+// need to know only whether products of two weights fit 16 bits, whether there are two sub-scales
+// and whether there is a minimum: types that agree in all three share the kernels of one of them.
+constexpr bool share_panels(const PackedLayout& a, const PackedLayout& b) {
+    return a.float_bytes == b.float_bytes && (a.bits == 8) == (b.bits == 8) &&
+           (a.bits == 6) == (b.bits == 6) && a.minimum == b.minimum;
+}
+constexpr int panel_twin(int layout) {  // the last that shares, so the one with the widest codes
+    int twin = layout, i = 0;
+    for (const PackedLayout& other : packed_layouts) {
+        if (share_panels(other, packed_layouts[layout])) twin = i;
+        i++;
+    }
+    return twin;
+}
+static_assert(panel_twin(0) == 2 && panel_twin(1) == 5 && panel_twin(4) == 5);
+
+template <class K, int I, int kTwin = panel_twin(I)>
 inline constexpr QuantKernels quant_kernels = {
     K::Narrow::template dot_tile<I, false, 1>, K::Narrow::template dot_tile<I, false, 2>,
     fill_panel<I>, K::template dot_tile<kTwin, true, 4>, K::template dot_tile<kTwin, true, 8>};
@@ -664,8 +682,9 @@ inline constexpr QuantKernels quant_kernels = {
 template <class K>
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     static constexpr QuantKernels quantized[] = {
-        quant_kernels<K, 0, 2>, quant_kernels<K, 1, 5>, quant_kernels<K, 2>, quant_kernels<K, 3>,
-        quant_kernels<K, 4, 5>, quant_kernels<K, 5>,    quant_kernels<K, 6>};
+        quant_kernels<K, 0>, quant_kernels<K, 1>, quant_kernels<K, 2>, quant_kernels<K, 3>,
+        quant_kernels<K, 4>, quant_kernels<K, 5>, quant_kernels<K, 6>};
+    static_assert(packed_layouts[6].float_bytes == 0 && packed_layouts[7].float_bytes != 0);
     std::memset(sums, 0, (batch.count + kSpareColumns) * sizeof *sums);
     for (uint32_t t = 0; t < (pair.tiles[0] == pair.tiles[1] ? 1u : 2u); t++) {
         const std::byte* tile = pair.tiles[t];
@@ -687,13 +706,26 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
 }
 template <class K>
 void matmul(const MatmulTask& task) {
-    multiply_tiles(task, {product<K>, quantize, add_to, silu_mul});
+    multiply_tiles(
+        task, {.product = product<K>, .quantize = quantize, .add = add_to, .silu_mul = silu_mul});
 }
 
 template <class K>
 constexpr Kernels kernels_with(const char* name) {
-    return {name,   quantize, matmul<K>, rms_norm,          rope,      scale,
-            add_to, silu_mul, store_kv,  scalar::expand_kv, attention, attention_merge};
+    return {
+        .name = name,
+        .quantize = quantize,
+        .matmul = matmul<K>,
+        .rms_norm = rms_norm,
+        .rope = rope,
+        .scale = scale,
+        .add = add_to,
+        .silu_mul = silu_mul,
+        .store_kv = store_kv,
+        .expand_kv = scalar::expand_kv,
+        .attention = attention,
+        .attention_merge = attention_merge,
+    };
 }
 
 }  // namespace lanes4

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <span>
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -121,18 +122,18 @@ void pack_tile(const std::byte* source, size_t row_bytes, uint32_t rows, size_t 
                std::byte* out) {
     constexpr const PackedLayout& layout = packed_layouts[layout_index];
     for (size_t b = 0; b < cols / kActivationBlock; b++) {
-        std::byte* head = out;
-        if (b % layout.blocks == 0) out += layout.head_bytes;
-        else head = nullptr;
+        std::byte* header = out;
+        if (b % layout.blocks == 0) out += layout.header_bytes;
+        else header = nullptr;
         for (uint32_t r = 0; r < rows; r++) {
             SourceBlock block;
             read_source_block(layout.type, source + r * row_bytes, b, block);
             store_codes(layout, out + layout.scale_bytes, r, block.words);
-            std::byte* halves = layout.head_bytes ? head : out;
+            std::byte* halves = layout.header_bytes ? header : out;
             if (halves) store16(halves + 2 * r, block.d);
             if (halves && layout.minimum) store16(halves + 32 + 2 * r, block.m);
-            if (layout.head_bytes) out[r] = std::byte{block.s0};
-            if (layout.head_bytes) out[16 + r] = std::byte{block.s1};
+            if (layout.header_bytes) out[r] = std::byte{block.s0};
+            if (layout.header_bytes) out[16 + r] = std::byte{block.s1};
         }
         out += packed_block_bytes(layout);
     }
@@ -152,21 +153,33 @@ void pack_float_tile(const std::byte* source, size_t row_bytes, uint32_t rows, s
 
 using PackTile = void (*)(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
                           std::byte* out);
+template <size_t layout_index>
+constexpr PackTile pack_function() {
+    constexpr size_t float_bytes = packed_layouts[layout_index].float_bytes;
+    if constexpr (float_bytes != 0) return pack_float_tile<float_bytes>;
+    else return pack_tile<layout_index>;
+}
 constexpr PackTile pack_functions[] = {
-    // in the order of packed_layouts
-    pack_tile<0>, pack_tile<1>, pack_tile<2>,       pack_tile<3>,       pack_tile<4>,
-    pack_tile<5>, pack_tile<6>, pack_float_tile<4>, pack_float_tile<2>, pack_float_tile<2>,
+    pack_function<0>(), pack_function<1>(), pack_function<2>(), pack_function<3>(),
+    pack_function<4>(), pack_function<5>(), pack_function<6>(), pack_function<7>(),
+    pack_function<8>(), pack_function<9>(),
 };
 static_assert(std::size(pack_functions) == std::size(packed_layouts));
+
+size_t used_tile_bytes(const PackedLayout& layout, uint32_t cols) {  // without the padding
+    if (layout.float_bytes) return size_t{cols} * layout.float_bytes * kTileRows;
+    return size_t{cols} / (layout.blocks * kActivationBlock) * packed_super_bytes(layout);
+}
 
 }  // namespace
 
 bool kernel_type_supported(TensorType type) { return find_layout(type) != nullptr; }
 
 uint64_t packed_tile_bytes(TensorType type, uint32_t cols) {
-    const TypeInfo* info = type_info(type);
-    if (!info) return 0;
-    return (uint64_t{cols} / info->block_size * info->tile_block_bytes + 63) / 64 * 64;
+    const PackedLayout* layout = find_layout(type);
+    if (!layout) return 0;
+    const uint64_t used = used_tile_bytes(*layout, cols);
+    return (used + packed_alignment - 1) / packed_alignment * packed_alignment;
 }
 
 void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
@@ -175,9 +188,9 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
     const size_t tile_bytes = static_cast<size_t>(packed_tile_bytes(type, cols));
     const TypeInfo& info = *type_info(type);
     const size_t row_bytes = size_t{cols} / info.block_size * info.block_bytes;
+    const size_t used = used_tile_bytes(layout, cols);
     for (uint32_t tile = first_tile; tile < last_tile; tile++) {
         const uint32_t count = std::min(kTileRows, rows - tile * kTileRows);
-        const size_t used = size_t{cols} / info.block_size * info.tile_block_bytes;
         if (count < kTileRows) std::memset(out, 0, tile_bytes);
         else std::memset(out + used, 0, tile_bytes - used);
         pack_functions[&layout - packed_layouts](source, row_bytes, count, cols, out);
@@ -186,7 +199,66 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
     }
 }
 
+namespace {
+
+// Whether `values` values of a type take so many bytes in a file.
+bool fits(TensorType type, uint64_t values, uint64_t bytes) {
+    if (!find_layout(type)) return false;
+    const TypeInfo& info = *type_info(type);
+    return values % info.block_size == 0 && bytes == values / info.block_size * info.block_bytes;
+}
+
+constexpr size_t largest_super_bytes() {
+    size_t most = 0;
+    for (const PackedLayout& layout : packed_layouts)
+        most = std::max(most, packed_super_bytes(layout));
+    return (most + packed_alignment - 1) / packed_alignment * packed_alignment;
+}
+
+}  // namespace
+
 }  // namespace detail
+
+bool can_compute(TensorType type) { return detail::kernel_type_supported(type); }
+
+uint64_t packed_bytes(TensorType type, uint64_t rows, uint32_t cols) {
+    return (rows + packed_rows - 1) / packed_rows * detail::packed_tile_bytes(type, cols);
+}
+
+Result<void> pack_rows(TensorType type, uint32_t cols, std::span<const std::byte> source,
+                       std::span<std::byte> out) {
+    const TypeInfo* info = type_info(type);
+    const uint64_t row_bytes = info ? uint64_t{cols} / info->block_size * info->block_bytes : 0;
+    const uint64_t rows = row_bytes ? source.size() / row_bytes : 0;
+    if (!detail::fits(type, rows * cols, source.size()) || rows > UINT32_MAX ||
+        cols % info->block_size != 0 || out.size() != packed_bytes(type, rows, cols))
+        return detail::make_error(ErrorKind::invalid_request,
+                                  "pack_rows: type, columns and sizes do not fit together");
+    const uint32_t count = static_cast<uint32_t>(rows);
+    detail::pack_tiles(type, count, cols, source.data(), 0,
+                       detail::PackedMatrix{type, count, cols}.tiles(), out.data());
+    return {};
+}
+
+Result<void> dequantize(TensorType type, std::span<const std::byte> blocks,
+                        std::span<float> values) {
+    using namespace detail;
+    if (!fits(type, values.size(), blocks.size()))
+        return make_error(ErrorKind::invalid_request,
+                          "dequantize: type and sizes do not fit together");
+    // One implementation for both orders: a few columns are packed, as the first row of a tile.
+    const TypeInfo& info = *type_info(type);
+    const size_t most = find_layout(type)->blocks * kActivationBlock;
+    alignas(packed_alignment) std::byte tile[largest_super_bytes()];
+    for (size_t first = 0; first < values.size(); first += most) {
+        const uint32_t cols = static_cast<uint32_t>(std::min(most, values.size() - first));
+        pack_tiles(type, 1, cols, blocks.data() + first / info.block_size * info.block_bytes, 0, 1,
+                   tile);
+        dequantize_row({type, 1, cols, tile}, 0, values.data() + first);
+    }
+    return {};
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 namespace valar {
 inline namespace v1 {
@@ -11,15 +12,15 @@ namespace detail {
 
 // ---- Packed layouts --------------------------------------------------------------------------
 //
-// A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 groups
-// of 4 columns. Word r (4 bytes) of a 64-byte vector holds one group of row r, one byte a column:
+// A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 quads
+// of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
 //     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
-//     codes    8 bits: 8 vectors, group by group; else 4 vectors: vector j holds the low four bits
-//              of group 2j in the low halves of its bytes and of group 2j+1 in the high halves
-//     high     5 bits: 1 vector, bit g of a byte belongs to group g; 6 bits: 2 vectors, groups 0..3
+//     codes    8 bits: 8 vectors, quad by quad; else 4 vectors: vector j holds the low four bits
+//              of quad 2j in the low halves of its bytes and of quad 2j+1 in the high halves
+//     high     5 bits: 1 vector, bit g of a byte belongs to quad g; 6 bits: 2 vectors, quads 0..3
 //              and 4..7, two bits each, lowest first
-// Types with super-blocks write before each 8 blocks a head: D[16], Q4_K and Q5_K also Dmin[16],
+// Types with super-blocks write before each 8 blocks a header: D[16], Q4_K and Q5_K also Dmin[16],
 // binary16. Tiles are padded to 64 bytes. Unsigned codes suit every integer instruction: the bias
 // is taken out afterwards through ActivationBlock::sum.
 
@@ -27,16 +28,16 @@ struct PackedLayout {
     TensorType type;
     uint8_t bits;  // of a code; of a value where float_bytes is set
     uint8_t bias;
-    bool minimum;         // m of the definition
-    uint8_t float_bytes;  // 0: quantized
-    uint8_t scale_bytes;  // before a block's codes
-    uint8_t head_bytes;   // before a super-block's first block
-    uint8_t blocks;       // of a super-block
+    bool minimum;          // m of the definition
+    uint8_t float_bytes;   // 0: quantized
+    uint8_t scale_bytes;   // before a block's codes
+    uint8_t header_bytes;  // before a super-block's first block
+    uint8_t blocks;        // of a super-block
 };
 
 // clang-format off
 inline constexpr PackedLayout packed_layouts[] = {
-    // type            bits bias  min   float scale head blocks
+    // type            bits bias  min   float scale header blocks
     {TensorType::q4_0,  4,   8, false, 0, 32, 0, 1},
     {TensorType::q4_1,  4,   0, true,  0, 64, 0, 1},
     {TensorType::q5_0,  5,  16, false, 0, 32, 0, 1},
@@ -60,8 +61,19 @@ constexpr size_t packed_block_bytes(const PackedLayout& layout) {
     return layout.scale_bytes + size_t{layout.bits} * 64;
 }
 constexpr size_t packed_super_bytes(const PackedLayout& layout) {
-    return layout.head_bytes + layout.blocks * packed_block_bytes(layout);
+    return layout.header_bytes + layout.blocks * packed_block_bytes(layout);
 }
+
+// Every layout has the size that a model file states for it (>>gguf).
+constexpr bool layouts_have_stated_sizes() {
+    for (const PackedLayout& layout : packed_layouts) {
+        const size_t bytes = layout.float_bytes ? size_t{layout.float_bytes} * kTileRows
+                                                : packed_super_bytes(layout);
+        if (tile_block_bytes(layout.type) != bytes) return false;
+    }
+    return std::size(packed_layouts) == std::size(packed_types);
+}
+static_assert(layouts_have_stated_sizes());
 
 inline const std::byte* packed_tile(const PackedMatrix& matrix, size_t tile) {
     return matrix.data + tile * packed_tile_bytes(matrix.type, matrix.cols);

@@ -31,16 +31,18 @@ struct TilePair {
 // Columns (planes) that meet a pair of tiles, and where their data lies.
 struct ColumnBatch {
     const std::byte* data;
-    size_t group, each;  // bytes from eight columns to the next, and within them
-    size_t unit;         // bytes from a block, or a float, to the next
+    size_t group_stride;   // bytes from a plane group (of floats: eight columns) to the next
+    size_t column_stride;  // within it, from a column to the next
+    size_t block_stride;   // from a block, or a float, of a column to the next
     uint32_t count;
     const std::byte* column(uint32_t v) const {
-        return data + v / ActivationLayout::kGroup * group + v % ActivationLayout::kGroup * each;
+        return data + v / ActivationLayout::kGroup * group_stride +
+               v % ActivationLayout::kGroup * column_stride;
     }
     const ActivationBlock* plane(uint32_t v) const {
         return reinterpret_cast<const ActivationBlock*>(column(v));
     }
-    size_t step() const { return unit / sizeof(ActivationBlock); }
+    size_t step() const { return block_stride / sizeof(ActivationBlock); }
 };
 
 // What an instruction set brings: the product of a pair with columns, and what may follow it.
@@ -51,25 +53,39 @@ struct ProductParts {
     void (*silu_mul)(float*, const float*, size_t);
 };
 
-// How a matrix meets a task's columns: a row of sums a plane of a column.
-struct Factor {
-    const PackedMatrix* matrix;
-    uint32_t planes;    // 1 for floats
-    ColumnBatch batch;  // planes of columns first .. first + columns - 1
+// The columns of a task from its first one on.
+inline ColumnBatch float_columns(const MatmulTask& task) {
+    const size_t stride = task.x_stride * sizeof(float);
+    return {.data = reinterpret_cast<const std::byte*>(task.x),
+            .group_stride = ActivationLayout::kGroup * stride,
+            .column_stride = stride,
+            .block_stride = sizeof(float),
+            .count = task.columns};
+}
+inline ColumnBatch quantized_columns(const MatmulTask& task, uint32_t cols) {
+    constexpr size_t block = sizeof(ActivationBlock);
+    const ActivationLayout layout{task.columns * task.planes, cols / kActivationBlock};
+    return {.data = reinterpret_cast<const std::byte*>(task.blocks),
+            .group_stride = ActivationLayout::kGroup * layout.blocks * block,
+            .column_stride = block,
+            .block_stride = layout.step() * block,
+            .count = layout.count};
+}
 
-    Factor(const PackedMatrix* of, const MatmulTask& task, uint32_t first, uint32_t columns)
+// A matrix and the columns that meet it, `columns` from `first` on. Floats meet a column itself;
+// quantized weights meet each of its planes, which then has sums of its own.
+struct MatrixBatch {
+    const PackedMatrix* matrix;
+    uint32_t planes;  // of a column; 1 for floats
+    ColumnBatch batch;
+
+    MatrixBatch(const PackedMatrix* of, const MatmulTask& task, uint32_t first, uint32_t columns)
         : matrix(of) {
         const bool floats = find_layout(of->type)->float_bytes != 0;
         planes = floats ? 1 : task.planes;
-        constexpr size_t eight = ActivationLayout::kGroup, block = sizeof(ActivationBlock);
-        const ActivationLayout layout{task.columns * planes, of->cols / kActivationBlock};
-        const size_t stride = task.x_stride * sizeof(float);
-        batch = floats ? ColumnBatch{reinterpret_cast<const std::byte*>(task.x), eight * stride,
-                                     stride, sizeof(float), columns}
-                       : ColumnBatch{reinterpret_cast<const std::byte*>(task.blocks),
-                                     eight * layout.blocks * block, block, layout.step() * block,
-                                     columns * planes};
+        batch = floats ? float_columns(task) : quantized_columns(task, of->cols);
         batch.data = batch.column(first * planes);
+        batch.count = columns * planes;
     }
     TilePair pair(uint32_t tile, const PackedMatrix& other, uint32_t other_tile,
                   uint32_t step) const {
@@ -81,7 +97,8 @@ struct Factor {
     }
 };
 
-// The sums of a column and one or two neighbouring tiles to where the task wants them.
+// Copies the sums of one column and one or two neighbouring tiles to where the task wants them, or
+// adds them there.
 inline void write_sums(const MatmulTask& task, const ProductParts& parts, uint32_t tile,
                        uint32_t tiles, uint32_t column, const float* sums) {
     const uint32_t row = tile * kTileRows, left = task.weights->rows - row;
@@ -92,20 +109,22 @@ inline void write_sums(const MatmulTask& task, const ProductParts& parts, uint32
     else std::memcpy(y, sums, rows * sizeof(float));
 }
 
-// The sums of a pair, one for each column: of two planes the first has both.
-inline void multiply_pair_of(const ProductParts& parts, const Factor& factor, const TilePair& pair,
-                             PairSums sums) {
+// Multiplies a pair of tiles with all columns. Where a column has two planes, the sums of the second
+// are added to those of the first.
+inline void multiply_pair_of(const ProductParts& parts, const MatrixBatch& factor,
+                             const TilePair& pair, PairSums sums) {
     parts.product(pair, factor.batch, sums);
     for (uint32_t v = 0; factor.planes == 2 && v < factor.batch.count; v += 2)
         parts.add(sums[v][0], sums[v + 1][0], 2 * kTileRows);
 }
 
-// A few columns wait for memory: two far streams are faster than one. For many, neighbours' sums
-// go to neighbouring lines.
+// y = weights * x. With few columns the product waits for memory, and two streams from places far
+// apart are faster than one: a tile of the first half of the range is paired with one of the second.
+// With many columns neighbouring tiles are paired, so that their sums go to neighbouring lines.
 inline void multiply_plain(const MatmulTask& task, const ProductParts& parts, uint32_t first,
                            uint32_t columns, PairSums sums) {
     const PackedMatrix& w = *task.weights;
-    const Factor factor(&w, task, first, columns);
+    const MatrixBatch factor(&w, task, first, columns);
     const uint32_t pairs = (task.last_tile - task.first_tile + 1) / 2;
     const bool few = factor.batch.count <= kFewColumns;
     for (uint32_t i = 0; i < pairs; i++) {
@@ -120,11 +139,12 @@ inline void multiply_plain(const MatmulTask& task, const ProductParts& parts, ui
     }
 }
 
-// h of tiles `tile` and `tile` + 1 goes where gate was: to sums[0]. For few columns the two streams
-// are gate and up, if they have one type.
-inline void multiply_gated_pair(const ProductParts& parts, const Factor& gate, const Factor& up,
-                                uint32_t tile, uint32_t tiles, uint32_t columns,
-                                PairSums (&sums)[2]) {
+// Computes h = silu(gate) * up of `tiles` tiles (one or two) from `tile` on, into sums[0], where the
+// products of gate were. With few columns a tile of gate is paired with its tile of up, two streams
+// from memory; that needs one type for both. Else two tiles of gate are a pair, then two of up.
+inline void multiply_gated_pair(const ProductParts& parts, const MatrixBatch& gate,
+                                const MatrixBatch& up, uint32_t tile, uint32_t tiles,
+                                uint32_t columns, PairSums (&sums)[2]) {
     if (gate.batch.count > kFewColumns || gate.matrix->type != up.matrix->type) {
         const uint32_t next = tile + tiles - 1;
         multiply_pair_of(parts, gate, gate.pair(tile, *gate.matrix, next, 2), sums[0]);
@@ -144,7 +164,7 @@ inline void multiply_gated_pair(const ProductParts& parts, const Factor& gate, c
 
 inline void multiply_gated(const MatmulTask& task, const ProductParts& parts, uint32_t first,
                            uint32_t columns, PairSums (&sums)[2]) {
-    const Factor gate(task.weights, task, first, columns), up(task.up, task, first, columns);
+    const MatrixBatch gate(task.weights, task, first, columns), up(task.up, task, first, columns);
     const ActivationLayout out{task.columns * task.planes, task.out_blocks};
     const uint32_t group = ActivationLayout::kGroup / std::max(task.planes, 1u);
     for (uint32_t tile = task.first_tile; tile < task.last_tile; tile += 2) {

@@ -16,6 +16,10 @@ inline namespace v1 {
 namespace detail {
 
 // ---- Scalar reference ------------------------------------------------------------------------
+//
+// Each kernel as the numeric definition says it, in plain loops: the place to begin reading. First
+// the dot product (dot_block), then quantization of activations, norm, rope, feed-forward, and the
+// cache and attention at the end. Every other table computes the same bits in another way.
 
 namespace scalar {
 
@@ -27,61 +31,7 @@ struct RowBlock {
     int32_t sub[2];  // Q6_K's scales of the two halves, else 1
 };
 
-void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
-                RowBlock& out) {
-    const std::byte* head = tile + block / layout.blocks * packed_super_bytes(layout);
-    const std::byte* at = head + layout.head_bytes +
-                          block % layout.blocks * packed_block_bytes(layout);
-    uint32_t words[8];
-    load_codes(layout, at + layout.scale_bytes, row, words);
-    for (uint32_t i = 0; i < kActivationBlock; i++)
-        out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
-
-    const std::byte* halves = layout.head_bytes ? head : at;
-    out.scale = half_value(load16(halves + 2 * row));
-    out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
-    out.sub[0] = out.sub[1] = 1;
-    if (layout.type == TensorType::q6_k) {
-        for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
-    } else if (layout.head_bytes) {
-        out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
-        out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
-    }
-}
-
-void quantize_plane(const float* x, float d, float inverse, ActivationBlock& out) {
-    out = {d, 0, {0, 0}, {}};
-    for (uint32_t i = 0; d > 0 && i < kActivationBlock; i++) {
-        const double nearest = nearest_integer(double(x[i]) * double(inverse));
-        out.q[i] = static_cast<int8_t>(std::min(127.0, std::max(-127.0, nearest)));
-        out.sum[i / 16] += out.q[i];
-    }
-    out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
-}
-
-void quantize_block(const float* x, uint32_t planes, ActivationBlock* out) {
-    uint32_t largest = 0;  // magnitudes order like their bits
-    for (uint32_t i = 0; i < kActivationBlock; i++)
-        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
-    const float amax = std::bit_cast<float>(largest);
-    const bool finite = largest < 0x7f800000u, zero = amax < 0x1p-100f;
-    const float d = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : amax / 127.0f;
-    const float inverse = finite && !zero ? 127.0f / amax : 0.0f;
-    quantize_plane(x, d, inverse, out[0]);
-    if (planes < 2) return;
-    float rest[kActivationBlock];
-    for (uint32_t i = 0; i < kActivationBlock; i++)
-        rest[i] = fma_once(-d, static_cast<float>(out[0].q[i]), x[i]);
-    quantize_plane(rest, d / 254.0f, inverse * 254.0f, out[1]);
-}
-
-void quantize(const QuantizeTask& task) {
-    for (uint32_t c = 0; c < task.columns; c++)
-        for (size_t b = 0; b < task.n / kActivationBlock; b++)
-            quantize_block(task.x + c * task.x_stride + b * kActivationBlock, task.planes,
-                           task.out + b * task.step + c * task.planes);
-}
-
+// Definition, 2: one block of a row of weights times one block of a plane.
 int32_t dot_integers(const int32_t* w, const int8_t* h) {
     int32_t sum = 0;
     for (uint32_t i = 0; i < kActivationBlock / 2; i++) sum += w[i] * h[i];
@@ -94,6 +44,29 @@ float dot_block(const PackedLayout& layout, const RowBlock& row, const Activatio
                         row.sub[1] * dot_integers(row.w + 16, a.q + 16);
     acc = fma_once(static_cast<float>(sum), row.scale * a.d, acc);
     return layout.minimum ? fma_once(row.minimum, a.s, acc) : acc;
+}
+
+// Takes one row of a block out of a packed tile: packed layouts.
+void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
+                RowBlock& out) {
+    const std::byte* header = tile + block / layout.blocks * packed_super_bytes(layout);
+    const std::byte* at = header + layout.header_bytes +
+                          block % layout.blocks * packed_block_bytes(layout);
+    uint32_t words[8];
+    load_codes(layout, at + layout.scale_bytes, row, words);
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
+
+    const std::byte* halves = layout.header_bytes ? header : at;
+    out.scale = half_value(load16(halves + 2 * row));
+    out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
+    out.sub[0] = out.sub[1] = 1;
+    if (layout.type == TensorType::q6_k) {
+        for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
+    } else if (layout.header_bytes) {
+        out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
+        out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
+    }
 }
 
 // One row against all planes of the batch.
@@ -131,6 +104,39 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
                                                               reinterpret_cast<const float*>(
                                                                   batch.column(c)));
     }
+}
+
+void quantize_plane(const float* x, float d, float inverse, ActivationBlock& out) {
+    out = {d, 0, {0, 0}, {}};
+    for (uint32_t i = 0; d > 0 && i < kActivationBlock; i++) {
+        const double nearest = nearest_integer(double(x[i]) * double(inverse));
+        out.q[i] = static_cast<int8_t>(std::min(127.0, std::max(-127.0, nearest)));
+        out.sum[i / 16] += out.q[i];
+    }
+    out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
+}
+
+void quantize_block(const float* x, uint32_t planes, ActivationBlock* out) {
+    uint32_t largest = 0;  // magnitudes order like their bits
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    const float amax = std::bit_cast<float>(largest);
+    const bool finite = largest < 0x7f800000u, zero = amax < 0x1p-100f;
+    const float d = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : amax / 127.0f;
+    const float inverse = finite && !zero ? 127.0f / amax : 0.0f;
+    quantize_plane(x, d, inverse, out[0]);
+    if (planes < 2) return;
+    float rest[kActivationBlock];
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        rest[i] = fma_once(-d, static_cast<float>(out[0].q[i]), x[i]);
+    quantize_plane(rest, d / 254.0f, inverse * 254.0f, out[1]);
+}
+
+void quantize(const QuantizeTask& task) {
+    for (uint32_t c = 0; c < task.columns; c++)
+        for (size_t b = 0; b < task.n / kActivationBlock; b++)
+            quantize_block(task.x + c * task.x_stride + b * kActivationBlock, task.planes,
+                           task.out + b * task.step + c * task.planes);
 }
 
 float sum_of_lanes(float lanes[16]) {
@@ -173,7 +179,10 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
-void matmul(const MatmulTask& task) { multiply_tiles(task, {product, quantize, add, silu_mul}); }
+void matmul(const MatmulTask& task) {
+    multiply_tiles(task,
+                   {.product = product, .quantize = quantize, .add = add, .silu_mul = silu_mul});
+}
 
 void store_q8_0(const float* k, const float* v, uint32_t head_dim, uint32_t slot, void* key_group,
                 void* value_group) {
@@ -276,8 +285,20 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (size_t e = 0; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-constexpr Kernels kernels = {"scalar", quantize, matmul,   rms_norm,  rope,      scale,
-                             add,      silu_mul, store_kv, expand_kv, attention, attention_merge};
+constexpr Kernels kernels = {
+    .name = "scalar",
+    .quantize = quantize,
+    .matmul = matmul,
+    .rms_norm = rms_norm,
+    .rope = rope,
+    .scale = scale,
+    .add = add,
+    .silu_mul = silu_mul,
+    .store_kv = store_kv,
+    .expand_kv = expand_kv,
+    .attention = attention,
+    .attention_merge = attention_merge,
+};
 
 }  // namespace scalar
 
@@ -308,6 +329,11 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
 }
 
 }  // namespace detail
+
+uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t head_dim) {
+    return uint64_t{n_kv_heads} * 2 * detail::kv_group_bytes(type, head_dim) / detail::kKeyGroup;
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE

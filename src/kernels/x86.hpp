@@ -17,9 +17,9 @@ namespace detail {
 
 // A tile kernel adds to `sums` the products of two tiles and C columns, in ascending order of k.
 struct TileStep {
-    const std::byte* const* tiles;    // (2) where each goes on: at the head of a super-block
-    const std::byte* const* columns;  // (C) ActivationBlocks, `unit` bytes apart, or floats
-    size_t unit;
+    const std::byte* const* tiles;    // (2) where each goes on: at the header of a super-block
+    const std::byte* const* columns;  // (C) ActivationBlocks, `block_stride` bytes apart, or floats
+    size_t block_stride;
     size_t count;          // of blocks, or floats
     float (*sums)[2][16];  // (C)
     bool fresh;            // the sums start at 0
@@ -36,9 +36,10 @@ struct TileKernels {
 
 inline constexpr size_t kChunk = 32;  // blocks that stay in a near cache for all columns
 inline constexpr size_t kChunkFloats = 512;
-inline constexpr size_t kAheadOne =
-    4096;  // best prefetch distances measured: for one or two columns,
-inline constexpr size_t kAheadFew = 8192;  // for as many as one call takes
+// The best prefetch distances measured, in bytes: for one or two columns, and for as many as one
+// call takes.
+inline constexpr size_t kAheadOne = 4096;
+inline constexpr size_t kAheadFew = 8192;
 
 // The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
 // and 1.
@@ -48,43 +49,54 @@ inline const TileKernels::Shape& next_shape(const TileKernels& k, uint32_t left)
     return k.shapes[left <= 2 * k.shapes[2].columns ? 2 : 3];
 }
 
-// As few chunks as may be, of one size: each is prefetched during the one before it.
-inline size_t even_chunk(size_t units, const PackedLayout& layout) {
-    const size_t most = layout.float_bytes ? kChunkFloats : kChunk;
-    const size_t chunks = (units + most - 1) / most, even = (units + chunks - 1) / chunks;
-    return (even + layout.blocks - 1) / layout.blocks * layout.blocks;
+// How k, the direction along the rows, is divided for a pair of tiles. It counts blocks, of float
+// types values.
+struct Chunks {
+    size_t total;        // of k
+    size_t chunk;        // of k in a chunk; the last chunk may have fewer
+    size_t chunk_bytes;  // of a tile
+};
+
+// One chunk where one kernel call takes all columns. Else as few chunks as may be, of one size and
+// of whole super-blocks, so that each stays in a near cache until all columns have met it.
+inline Chunks divide(const PackedLayout& layout, size_t cols, bool one_call) {
+    const size_t total = layout.float_bytes ? cols : cols / kActivationBlock;
+    const size_t most = one_call ? total : layout.float_bytes ? kChunkFloats : kChunk;
+    const size_t count = (total + most - 1) / most;
+    const size_t even = (total + count - 1) / count;
+    const size_t supers = (even + layout.blocks - 1) / layout.blocks;
+    if (layout.float_bytes) return {total, even, even * layout.float_bytes * kTileRows};
+    return {total, one_call ? total : supers * layout.blocks, supers * packed_super_bytes(layout)};
 }
 
-// Where the columns need several kernel calls, k advances in chunks that stay in a near cache; each
-// call prefetches its share of the next chunk.
+// A pair of tiles times all columns of the batch, chunk after chunk. While the columns meet a chunk,
+// each kernel call prefetches its share of what comes next: the next chunk, or after the last one
+// the beginning of the next tiles.
 inline void multiply_pair(const TileKernels& k, const TilePair& pair, const ColumnBatch& batch,
                           PairSums sums) {
-    const PackedLayout& layout = *pair.layout;
-    const size_t units = layout.float_bytes ? pair.cols : pair.cols / kActivationBlock;
     const size_t most = k.shapes[3].columns, calls = (batch.count + most - 1) / most;
-    const bool once = calls == 1;
-    const size_t chunk = once ? units : even_chunk(units, layout);
-    const size_t chunk_bytes = layout.float_bytes
-                                   ? chunk * layout.float_bytes * kTileRows
-                                   : chunk / layout.blocks * packed_super_bytes(layout);
-    for (size_t u = 0, done = 0; u < units; u += chunk, done += chunk_bytes) {
-        const std::byte *at[2] = {pair.tiles[0] + done, pair.tiles[1] + done}, *columns[8];
-        const bool last = units - u <= chunk;
-        TileStep step{at,
-                      columns,
-                      batch.unit,
-                      last ? units - u : chunk,
-                      sums,
-                      u == 0,
-                      at[0] + (once   ? batch.count > 2 ? kAheadFew : kAheadOne
-                               : last ? pair.next - done
-                                      : chunk_bytes),
-                      calls};
-        for (uint32_t v = 0; v < batch.count; step.next += chunk_bytes / calls) {
+    const Chunks chunks = divide(*pair.layout, pair.cols, calls == 1);
+    size_t done = 0;  // bytes of a tile
+    for (size_t at_k = 0; at_k < chunks.total; at_k += chunks.chunk, done += chunks.chunk_bytes) {
+        const std::byte* const tiles[2] = {pair.tiles[0] + done, pair.tiles[1] + done};
+        const std::byte* columns[8];
+        const size_t left = chunks.total - at_k;
+        const bool last = left <= chunks.chunk;
+        size_t ahead = last ? pair.next - done : chunks.chunk_bytes;
+        if (calls == 1) ahead = batch.count > 2 ? kAheadFew : kAheadOne;
+        TileStep step{.tiles = tiles,
+                      .columns = columns,
+                      .block_stride = batch.block_stride,
+                      .count = last ? left : chunks.chunk,
+                      .sums = sums,
+                      .fresh = at_k == 0,
+                      .next = tiles[0] + ahead,
+                      .every = calls};
+        for (uint32_t v = 0; v < batch.count; step.next += chunks.chunk_bytes / calls) {
             const TileKernels::Shape& shape = next_shape(k, batch.count - v);
             for (uint32_t c = 0; c < shape.columns; c++) {  // the last again where they run out
                 const uint32_t column = v + c < batch.count ? v + c : batch.count - 1;
-                columns[c] = batch.column(column) + u * batch.unit;
+                columns[c] = batch.column(column) + at_k * batch.block_stride;
             }
             step.sums = sums + v;
             shape.dot(step);
@@ -104,7 +116,7 @@ struct QueryTile {
     float* out[kTileQueries];
 };
 
-// What an instruction set has for tiles of 1, 2, .. `queries` queries: [f32][queries - 1].
+// What an instruction set brings for 1, 2, .. `queries` queries at once: [f32][how many - 1].
 struct AttentionParts {
     using Range = void(const AttentionTask&, const QueryTile&, uint32_t first, uint32_t last);
     using RangeOfSome = void(const AttentionTask&, const QueryTile&, uint32_t query, uint32_t first,
@@ -115,15 +127,19 @@ struct AttentionParts {
     RangeOfSome* add_values[2][kTileQueries];  // out += p * values, of queries from `query` on
 };
 
+// One segment for `count` queries. From all_begin to all_end every query sees every position, so a
+// value is loaded once for all of them; before and after, each query goes through its own positions
+// alone.
 inline void attend_tile(const AttentionParts& parts, const AttentionTask& task,
                         const QueryTile& tile, const uint32_t* query, uint32_t count) {
-    uint32_t first = kSegment, last = 0, together = 0, apart = kSegment;
+    uint32_t first = kSegment, last = 0, all_begin = 0, all_end = kSegment;
     for (uint32_t i = 0; i < count; i++) {
         first = std::min(first, tile.begin[i]);
         last = std::max(last, tile.end[i]);
-        together = std::max(together, tile.begin[i]);  // all look from here on
-        apart = std::min(apart, tile.end[i]);          // not all look from here on
+        all_begin = std::max(all_begin, tile.begin[i]);
+        all_end = std::min(all_end, tile.end[i]);
     }
+    if (all_end < all_begin) all_begin = all_end = last;  // nothing is seen by all: each goes alone
     const bool f32 = task.kv_type == KvType::f32;
     parts.score[f32][count - 1](task, tile, first, last);
     for (uint32_t i = 0; i < count; i++) {
@@ -131,12 +147,11 @@ inline void attend_tile(const AttentionParts& parts, const AttentionTask& task,
                     task.sum + query[i]);
         std::memset(tile.out[i], 0, task.head_dim * sizeof(float));
     }
-    if (apart < together) apart = together = last;
+    const auto add_alone = parts.add_values[f32][0];
     for (uint32_t i = 0; i < count; i++)
-        parts.add_values[f32][0](task, tile, i, tile.begin[i], std::min(together, tile.end[i]));
-    parts.add_values[f32][count - 1](task, tile, 0, together, apart);
-    for (uint32_t i = 0; i < count; i++)
-        parts.add_values[f32][0](task, tile, i, apart, tile.end[i]);
+        add_alone(task, tile, i, tile.begin[i], std::min(all_begin, tile.end[i]));
+    parts.add_values[f32][count - 1](task, tile, 0, all_begin, all_end);
+    for (uint32_t i = 0; i < count; i++) add_alone(task, tile, i, all_end, tile.end[i]);
 }
 
 inline void attend(const AttentionParts& parts, const AttentionTask& task) {

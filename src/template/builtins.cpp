@@ -571,15 +571,15 @@ Value absolute(Renderer& r, const Value& v) {
 
 /// A table's entry from a function that takes fewer arguments, or more that the entry fixes.
 template <auto function, auto... fixed>
-Value none(Renderer& r, const Value& v, Arguments&) {
+Value on_value(Renderer& r, const Value& v, Arguments&) {
     return function(r, v, fixed...);
 }
 template <auto function, auto... fixed>
-Value one(Renderer& r, const Value& v, Arguments& a) {
+Value with_argument(Renderer& r, const Value& v, Arguments& a) {
     return function(r, v, a.values[0], fixed...);
 }
 template <auto function, auto... fixed>
-Value all(Renderer& r, const Value& v, Arguments& a) {
+Value with_arguments(Renderer& r, const Value& v, Arguments& a) {
     return function(r, v, a, fixed...);
 }
 
@@ -589,40 +589,40 @@ Value otherwise(Renderer&, const Value& v, Arguments& a) {  // default_value boo
 }
 
 const Builtin filters[] = {
-    {"abs", "", none<absolute>},
-    {"capitalize", "", none<capitalized, separates_nothing>},
-    {"count", "", none<length>},
+    {"abs", "", on_value<absolute>},
+    {"capitalize", "", on_value<capitalized, separates_nothing>},
+    {"count", "", on_value<length>},
     {"d", "default_value? boolean?", otherwise},
     {"default", "default_value? boolean?", otherwise},
     {"dictsort", "case_sensitive? by? reverse?", sort_dict},
-    {"first", "", none<end_item, false>},
-    {"float", "default?", one<to_real>},
+    {"first", "", on_value<end_item, false>},
+    {"float", "default?", with_argument<to_real>},
     {"indent", "width? first? blank?", indent},
-    {"int", "default?", one<to_int>},
-    {"items", "", none<members, Kind::iterator, 0>},
+    {"int", "default?", with_argument<to_int>},
+    {"items", "", on_value<members, Kind::iterator, 0>},
     {"join", "d? attribute?", join},
-    {"last", "", none<end_item, true>},
-    {"length", "", none<length>},
-    {"list", "", none<to_list>},
-    {"lower", "", none<case_mapped, false>},
+    {"last", "", on_value<end_item, true>},
+    {"length", "", on_value<length>},
+    {"list", "", on_value<to_list>},
+    {"lower", "", on_value<case_mapped, false>},
     {"map", nullptr, mapped},
-    {"max", "case_sensitive? attribute?", all<extreme, true>},
-    {"min", "case_sensitive? attribute?", all<extreme, false>},
-    {"reject", nullptr, all<selected_items, false, false>},
-    {"rejectattr", nullptr, all<selected_items, true, false>},
+    {"max", "case_sensitive? attribute?", with_arguments<extreme, true>},
+    {"min", "case_sensitive? attribute?", with_arguments<extreme, false>},
+    {"reject", nullptr, with_arguments<selected_items, false, false>},
+    {"rejectattr", nullptr, with_arguments<selected_items, true, false>},
     {"replace", "old new count?", replace},
-    {"reverse", "", none<reversed>},
-    {"safe", "", none<to_text>},
-    {"select", nullptr, all<selected_items, false, true>},
-    {"selectattr", nullptr, all<selected_items, true, true>},
+    {"reverse", "", on_value<reversed>},
+    {"safe", "", on_value<to_text>},
+    {"select", nullptr, with_arguments<selected_items, false, true>},
+    {"selectattr", nullptr, with_arguments<selected_items, true, true>},
     {"sort", "reverse? case_sensitive? attribute?", sort},
-    {"string", "", none<to_text>},
+    {"string", "", on_value<to_text>},
     {"sum", "attribute? start?", sum},
-    {"title", "", none<capitalized, separates_words>},
+    {"title", "", on_value<capitalized, separates_words>},
     {"tojson", "ensure_ascii? indent? separators? sort_keys?", to_json},
-    {"trim", "chars?", one<strip, 3>},
+    {"trim", "chars?", with_argument<strip, 3>},
     {"unique", "case_sensitive? attribute?", unique},
-    {"upper", "", none<case_mapped, true>},
+    {"upper", "", on_value<case_mapped, true>},
 };
 
 Value compared(Renderer& r, const Value& v, const Value& other, Op op) {
@@ -667,75 +667,75 @@ Value is_known(Renderer&, const Value& v, const Builtin* (*find)(std::string_vie
 }
 
 const Builtin tests[] = {
-    {"!=", "other", one<compared, Op::not_equal>},
-    {"<", "other", one<compared, Op::less>},
-    {"<=", "other", one<compared, Op::less_equal>},
-    {"==", "other", one<compared, Op::equal>},
-    {">", "other", one<compared, Op::greater>},
-    {">=", "other", one<compared, Op::greater_equal>},
-    {"boolean", "", none<is_kind, Kind::boolean>},
-    {"callable", "", none<is_callable>},
-    {"defined", "", none<is_defined>},
-    {"divisibleby", "num", one<is_divisible>},
-    {"eq", "other", one<compared, Op::equal>},
-    {"equalto", "other", one<compared, Op::equal>},
-    {"even", "", none<is_even, true>},
-    {"false", "", none<is_boolean, false>},
-    {"filter", "", none<is_known, find_filter>},
-    {"float", "", none<is_kind, Kind::real>},
-    {"ge", "other", one<compared, Op::greater_equal>},
-    {"greaterthan", "other", one<compared, Op::greater>},
-    {"gt", "other", one<compared, Op::greater>},
-    {"in", "seq", one<compared, Op::in>},
-    {"integer", "", none<is_kind, Kind::integer>},
-    {"iterable", "", none<is_iterable, false>},
-    {"le", "other", one<compared, Op::less_equal>},
-    {"lessthan", "other", one<compared, Op::less>},
-    {"lower", "", none<has_case, false>},
-    {"lt", "other", one<compared, Op::less>},
-    {"mapping", "", none<is_kind, Kind::dict>},
-    {"ne", "other", one<compared, Op::not_equal>},
-    {"none", "", none<is_kind, Kind::none>},
-    {"number", "", none<is_numeric>},
-    {"odd", "", none<is_even, false>},
-    {"sameas", "other", one<is_same>},
-    {"sequence", "", none<is_iterable, true>},
-    {"string", "", none<is_kind, Kind::string>},
-    {"test", "", none<is_known, find_test>},
-    {"true", "", none<is_boolean, true>},
-    {"undefined", "", none<is_kind, Kind::undefined>},
-    {"upper", "", none<has_case, true>},
+    {"!=", "other", with_argument<compared, Op::not_equal>},
+    {"<", "other", with_argument<compared, Op::less>},
+    {"<=", "other", with_argument<compared, Op::less_equal>},
+    {"==", "other", with_argument<compared, Op::equal>},
+    {">", "other", with_argument<compared, Op::greater>},
+    {">=", "other", with_argument<compared, Op::greater_equal>},
+    {"boolean", "", on_value<is_kind, Kind::boolean>},
+    {"callable", "", on_value<is_callable>},
+    {"defined", "", on_value<is_defined>},
+    {"divisibleby", "num", with_argument<is_divisible>},
+    {"eq", "other", with_argument<compared, Op::equal>},
+    {"equalto", "other", with_argument<compared, Op::equal>},
+    {"even", "", on_value<is_even, true>},
+    {"false", "", on_value<is_boolean, false>},
+    {"filter", "", on_value<is_known, find_filter>},
+    {"float", "", on_value<is_kind, Kind::real>},
+    {"ge", "other", with_argument<compared, Op::greater_equal>},
+    {"greaterthan", "other", with_argument<compared, Op::greater>},
+    {"gt", "other", with_argument<compared, Op::greater>},
+    {"in", "seq", with_argument<compared, Op::in>},
+    {"integer", "", on_value<is_kind, Kind::integer>},
+    {"iterable", "", on_value<is_iterable, false>},
+    {"le", "other", with_argument<compared, Op::less_equal>},
+    {"lessthan", "other", with_argument<compared, Op::less>},
+    {"lower", "", on_value<has_case, false>},
+    {"lt", "other", with_argument<compared, Op::less>},
+    {"mapping", "", on_value<is_kind, Kind::dict>},
+    {"ne", "other", with_argument<compared, Op::not_equal>},
+    {"none", "", on_value<is_kind, Kind::none>},
+    {"number", "", on_value<is_numeric>},
+    {"odd", "", on_value<is_even, false>},
+    {"sameas", "other", with_argument<is_same>},
+    {"sequence", "", on_value<is_iterable, true>},
+    {"string", "", on_value<is_kind, Kind::string>},
+    {"test", "", on_value<is_known, find_test>},
+    {"true", "", on_value<is_boolean, true>},
+    {"undefined", "", on_value<is_kind, Kind::undefined>},
+    {"upper", "", on_value<has_case, true>},
 };
 
 bool is_alphanumeric(char32_t c) { return is_letter(c) || detail::is_number(c); }
 bool is_decimal(char32_t c) { return category(c) == Category::Nd; }
 
 const Builtin string_methods[] = {
-    {"capitalize", "", none<capitalized, separates_nothing>},
-    {"count", "sub", one<count_text>},
-    {"endswith", "suffix", one<has_affix, true>},
-    {"find", "sub", one<find_index, false>},
-    {"isalnum", "", none<all_characters, is_alphanumeric>},
-    {"isalpha", "", none<all_characters, is_letter>},
-    {"isdigit", "", none<all_characters, is_decimal>},
-    {"islower", "", none<has_case, false>},
-    {"isspace", "", none<all_characters, python_space>},
-    {"isupper", "", none<has_case, true>},
-    {"join", "iterable", one<join_strings>},
-    {"lower", "", none<case_mapped, false>},
-    {"lstrip", "chars?", one<strip, 1>},
-    {"removeprefix", "prefix", one<without_affix, false>},
-    {"removesuffix", "suffix", one<without_affix, true>},
+    {"capitalize", "", on_value<capitalized, separates_nothing>},
+    {"count", "sub", with_argument<count_text>},
+    {"endswith", "suffix", with_argument<has_affix, true>},
+    {"find", "sub", with_argument<find_index, false>},
+    {"isalnum", "", on_value<all_characters, is_alphanumeric>},
+    {"isalpha", "", on_value<all_characters, is_letter>},
+    {"isdigit", "", on_value<all_characters, is_decimal>},
+    {"islower", "", on_value<has_case, false>},
+    {"isspace", "", on_value<all_characters, python_space>},
+    {"isupper", "", on_value<has_case, true>},
+    {"join", "iterable", with_argument<join_strings>},
+    {"lower", "", on_value<case_mapped, false>},
+    {"lstrip", "chars?", with_argument<strip, 1>},
+    {"removeprefix", "prefix", with_argument<without_affix, false>},
+    {"removesuffix", "suffix", with_argument<without_affix, true>},
     {"replace", "old new count?", replace},
-    {"rfind", "sub", one<find_index, true>},
-    {"rsplit", "sep? maxsplit?", all<split, true>},
-    {"rstrip", "chars?", one<strip, 2>},
-    {"split", "sep? maxsplit?", all<split, false>},
-    {"splitlines", "keepends?", one<split_lines>},
-    {"startswith", "prefix", one<has_affix, false>},
-    {"strip", "chars?", one<strip, 3>},
-    {"title", "", none<capitalized, separates_title>},
-    {"upper", "", none<case_mapped, true>},
+    {"rfind", "sub", with_argument<find_index, true>},
+    {"rsplit", "sep? maxsplit?", with_arguments<split, true>},
+    {"rstrip", "chars?", with_argument<strip, 2>},
+    {"split", "sep? maxsplit?", with_arguments<split, false>},
+    {"splitlines", "keepends?", with_argument<split_lines>},
+    {"startswith", "prefix", with_argument<has_affix, false>},
+    {"strip", "chars?", with_argument<strip, 3>},
+    {"title", "", on_value<capitalized, separates_title>},
+    {"upper", "", on_value<case_mapped, true>},
 };
 
 Value count_item(Renderer& r, const Value& list, const Value& wanted) {
@@ -760,17 +760,17 @@ Value same_dict(Renderer&, const Value& dict) { return dict; }
 
 // Nothing here changes what it belongs to: append, pop, update and their kin do not exist.
 const Builtin list_methods[] = {
-    {"copy", "", none<to_list>},
-    {"count", "value", one<count_item>},
-    {"index", "value", one<index_of>},
+    {"copy", "", on_value<to_list>},
+    {"count", "value", with_argument<count_item>},
+    {"index", "value", with_argument<index_of>},
 };
 
 const Builtin dict_methods[] = {
-    {"copy", "", none<same_dict>},
+    {"copy", "", on_value<same_dict>},
     {"get", "key default?", get_member},
-    {"items", "", none<members, Kind::list, 0>},
-    {"keys", "", none<members, Kind::list, 1>},
-    {"values", "", none<members, Kind::list, 2>},
+    {"items", "", on_value<members, Kind::list, 0>},
+    {"keys", "", on_value<members, Kind::list, 1>},
+    {"values", "", on_value<members, Kind::list, 2>},
 };
 
 Value cycle(Renderer& r, const Value& loop, Arguments& a) {
@@ -795,9 +795,9 @@ Value strftime_now(Renderer& r, const Value&, const Value& pattern) {
 const Builtin globals[] = {
     {"dict", nullptr, new_dict},
     {"namespace", nullptr, new_space},
-    {"raise_exception", "message", one<raise_exception>},
+    {"raise_exception", "message", with_argument<raise_exception>},
     {"range", nullptr, range},
-    {"strftime_now", "format", one<strftime_now>},
+    {"strftime_now", "format", with_argument<strftime_now>},
 };
 
 const Builtin* find_builtin(std::span<const Builtin> table, std::string_view name) {

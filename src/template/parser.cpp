@@ -163,10 +163,16 @@ size_t Lexer::number_end(bool* real) const {
     }
     size_t end = digits(at_);
     if (at_ > 0 && s_[at_ - 1] == '.') return end;  // the 0 of list.0.name
-    if (end < s_.size() && s_[end] == '.' && digit_at(end + 1)) *real = true, end = digits(end + 1);
+    if (end < s_.size() && s_[end] == '.' && digit_at(end + 1)) {
+        *real = true;
+        end = digits(end + 1);
+    }
     if (end < s_.size() && (s_[end] == 'e' || s_[end] == 'E')) {
         const size_t sign = end + 1 < s_.size() && (s_[end + 1] == '+' || s_[end + 1] == '-');
-        if (digit_at(end + 1 + sign)) *real = true, end = digits(end + 1 + sign);
+        if (digit_at(end + 1 + sign)) {
+            *real = true;
+            end = digits(end + 1 + sign);
+        }
     }
     return end;
 }

@@ -1,7 +1,7 @@
 // A model file of any bytes: parsed from memory and through a reader, all keys and tensors
 // touched, the spec read and bound.
 #include "gguf.hpp"
-#include "model.hpp"
+#include "model_internal.hpp"
 
 #include <cstdlib>
 
@@ -77,7 +77,7 @@ void bind(const Gguf& gguf) {
     auto spec = read_model_spec(gguf);
     if (!spec) return;
     if (spec->layers.empty() || spec->n_embd == 0 || spec->n_vocab == 0) std::abort();
-    auto tensors = bind_model_tensors(gguf, *spec);
+    auto tensors = detail::bind_model_tensors(gguf, *spec);
     if (tensors && tensors->layers.size() != spec->layers.size()) std::abort();
 }
 

@@ -1,0 +1,39 @@
+// >>gguf
+// What the file says of packed tensors. How they are laid out is the business of >>kernels, which
+// asserts that its layouts have the sizes below.
+#pragma once
+
+#include "gguf.hpp"
+
+#include <cstdint>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Version of the packed layouts: the value of the key `valar.packed` of a file with such tensors.
+inline constexpr uint32_t packed_version = 1;
+/// Set in the type of a packed tensor, so that no other program takes it for what it is not.
+inline constexpr uint32_t packed_type_bit = 1u << 16;
+
+/// Bytes of a tile's part that holds one block of each of its packed_rows rows.
+struct PackedType {
+    TensorType type;
+    uint32_t tile_block_bytes;
+};
+inline constexpr PackedType packed_types[] = {
+    {TensorType::f32, 64},    {TensorType::f16, 32},    {TensorType::bf16, 32},
+    {TensorType::q4_0, 288},  {TensorType::q4_1, 320},  {TensorType::q5_0, 352},
+    {TensorType::q8_0, 544},  {TensorType::q4_k, 2368}, {TensorType::q5_k, 2880},
+    {TensorType::q6_k, 3360},
+};
+
+constexpr uint32_t tile_block_bytes(TensorType type) {  // 0: never packed
+    for (const PackedType& packed : packed_types)
+        if (packed.type == type) return packed.tile_block_bytes;
+    return 0;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
