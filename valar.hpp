@@ -243,6 +243,15 @@ struct LogSink {
     }
 };
 
+/// Where memory comes from; the default is the system. `allocate` returns bytes aligned as asked, or
+/// null where there are none; what is in them does not matter. Both are called from the thread that
+/// opens or closes.
+struct Allocator {
+    void* (*allocate)(void* context, uint64_t bytes, uint64_t alignment) = nullptr;
+    void (*release)(void* context, void* memory, uint64_t bytes) = nullptr;
+    void* context = nullptr;
+};
+
 }  // namespace v1
 }  // namespace valar
 
@@ -581,6 +590,8 @@ public:
     double temperature = 1;  ///< effective
     double top_p = 1;        ///< effective
     int64_t seed = 0;        ///< effective
+    /// Where a Responder wants to know its own again: something that is its alone.
+    virtual const void* owner() const { return nullptr; }
 };
 
 /// How busy a Responder is, and what it did so far.
@@ -609,7 +620,8 @@ public:
     /// "model_not_found", param "model"), context too small (invalid_request,
     /// "context_length_exceeded", param "input"), template errors.
     virtual Result<std::unique_ptr<Prepared>> prepare(const Request& request) = 0;
-    /// Queues it under an id that is not in use. Fails with `overloaded` or `closed` only.
+    /// Queues it under an id that is not in use. Fails with `overloaded` or `closed` only, but for
+    /// what another Responder prepared.
     virtual Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) = 0;
     /// The next event of `id`; nothing when there is none now or the id is unknown. After `finished`
     /// was taken the id is forgotten.
@@ -655,6 +667,352 @@ std::vector<Json> render_input_items(const Json& request, const std::string& res
 Json render_error(const Error& error);
 /// The HTTP status of an error's kind (contract, section 2).
 int http_status(ErrorKind kind);
+
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/gguf.hpp ------------------------------------------------------------------------------
+
+// >>gguf
+// Owns: the model file: metadata, tensor directory, table of tensor types; the writer.
+// Assumes: little-endian GGUF v2 or v3, in one file or in split files name-00001-of-0000N.gguf.
+// Promises: every count, length, offset and product from the file is checked before it is used;
+// errors name the file and the key or tensor. Nothing is copied: keys, strings and tensor names
+// are views into the mapped file (or the caller's bytes), valid as long as the Gguf lives, and
+// they stay valid when it is moved.
+
+namespace valar {
+inline namespace v1 {
+
+/// How a tensor's numbers are stored; the values are those in the file. All of these are known, so
+/// that any file opens; can_compute (>>kernels) says with which ten a model runs.
+enum class TensorType : uint32_t {
+    // clang-format off
+    f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11,
+    q4_k = 12, q5_k = 13, q6_k = 14, iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19,
+    iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, i8 = 24, i16 = 25, i32 = 26, i64 = 27,
+    f64 = 28, iq1_m = 29, bf16 = 30, tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40, q1_0 = 41,
+    // clang-format on
+};
+
+/// A row is stored in blocks of `block_size` values, `block_bytes` each.
+struct TypeInfo {
+    const char* name;  // as people write it: "Q4_K"
+    uint32_t block_size;
+    uint32_t block_bytes;
+};
+
+/// A packed tensor is a matrix in the order in which the kernels read it: tiles of so many rows (the
+/// last one filled up), each tile padded to this alignment. packed_bytes, pack_rows: >>kernels.
+inline constexpr uint32_t packed_rows = 16;
+inline constexpr uint32_t packed_alignment = 64;
+
+/// Null for a type that is not known. Being known does not mean that kernels can compute with it.
+VALAR_API const TypeInfo* type_info(TensorType type);
+
+/// One entry of the directory. `dims[0]` is the length of a row, the fastest index in memory:
+/// a matrix of `dims[1]` output rows by `dims[0]` input columns.
+struct TensorInfo {
+    std::string_view name;
+    TensorType type = TensorType::f32;
+    uint32_t n_dims = 0;  // 1 to 4; the rest of dims is 1
+    uint64_t dims[4] = {1, 1, 1, 1};
+    uint64_t offset = 0;  // from the start of its file
+    uint64_t bytes = 0;
+    uint32_t file = 0;    // index of the split file, 0 first
+    bool packed = false;  // a matrix in tiles of packed_rows rows
+};
+
+/// Kinds of metadata values; the values are those in the file.
+enum class GgufType : uint32_t {
+    // clang-format off
+    u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, f32 = 6, boolean = 7, string = 8,
+    array = 9, u64 = 10, i64 = 11, f64 = 12,
+    // clang-format on
+};
+
+/// The strings of an array, in order; each is a view: for (std::string_view text : strings).
+class GgufStrings {
+public:
+    class Iterator {
+    public:
+        explicit Iterator(const std::byte* at) : at_(at) {}
+        std::string_view operator*() const {
+            return {reinterpret_cast<const char*>(at_) + 8, length()};
+        }
+        Iterator& operator++() {
+            at_ += 8 + length();
+            return *this;
+        }
+        bool operator==(const Iterator& other) const { return at_ == other.at_; }
+
+    private:
+        size_t length() const {
+            uint64_t n;
+            std::memcpy(&n, at_, 8);
+            return static_cast<size_t>(n);
+        }
+        const std::byte* at_;
+    };
+    GgufStrings() = default;
+    GgufStrings(const std::byte* begin, const std::byte* end, size_t count)
+        : begin_(begin), end_(end), count_(count) {}
+    size_t size() const { return count_; }
+    Iterator begin() const { return Iterator(begin_); }
+    Iterator end() const { return Iterator(end_); }
+
+private:
+    const std::byte* begin_ = nullptr;
+    const std::byte* end_ = nullptr;
+    size_t count_ = 0;
+};
+
+/// The numbers of an array, of whatever width the file has; [i] needs i < size().
+template <class T>
+class GgufNumbers {
+public:
+    GgufNumbers() = default;
+    GgufNumbers(const std::byte* data, size_t count, GgufType type)
+        : data_(data), count_(count), type_(type) {}
+    size_t size() const { return count_; }
+    T operator[](size_t i) const {
+        VALAR_ASSERT(i < count_);
+        switch (type_) {
+            case GgufType::u8:
+            case GgufType::boolean: return load<uint8_t>(i);
+            case GgufType::i8: return load<int8_t>(i);
+            case GgufType::u16: return load<uint16_t>(i);
+            case GgufType::i16: return load<int16_t>(i);
+            case GgufType::u32: return load<uint32_t>(i);
+            case GgufType::i32: return load<int32_t>(i);
+            case GgufType::f32: return load<float>(i);
+            case GgufType::u64: return load<uint64_t>(i);
+            case GgufType::i64: return load<int64_t>(i);
+            default: return load<double>(i);
+        }
+    }
+
+private:
+    template <class Stored>
+    T load(size_t i) const {
+        Stored value;
+        std::memcpy(&value, data_ + i * sizeof value, sizeof value);  // the file does not align
+        return static_cast<T>(value);
+    }
+    const std::byte* data_ = nullptr;
+    size_t count_ = 0;
+    GgufType type_ = GgufType::u8;
+};
+
+/// One metadata entry. For an array `type` is that of its elements.
+struct GgufKey {
+    std::string_view name;
+    GgufType type = GgufType::u8;
+    bool is_array = false;
+    size_t count = 1;                      // elements
+    std::span<const std::byte> data = {};  // as in the file; each string with its length before it
+};
+
+/// Bytes fetched on demand, for a model inside an archive. `read` fills `dst` with `size` bytes
+/// from `offset` and returns whether it could; it is called from any thread that reads tensors.
+struct GgufReader {
+    bool (*read)(void* context, uint64_t offset, void* dst, size_t size) = nullptr;
+    void* context = nullptr;
+    uint64_t size = 0;           // of the whole file
+    std::string name = "model";  // for messages
+};
+
+/// A model file, opened: metadata and directory parsed, tensor bytes within reach.
+/// Threads: const members from any thread at a time.
+class VALAR_API Gguf {
+public:
+    static constexpr uint64_t max_keys = 65536;
+    static constexpr uint64_t max_tensors = 262144;
+    static constexpr uint64_t max_name_bytes = 255;  // of a key or a tensor
+    static constexpr uint64_t max_alignment = 1 << 20;
+    static constexpr uint64_t max_split_files = 1024;
+    static constexpr uint64_t max_header_bytes = 1 << 28;  // metadata and directory of a file
+
+    Gguf();  // no file: only good to have one assigned
+    Gguf(Gguf&&) noexcept;
+    Gguf& operator=(Gguf&&) noexcept;
+    ~Gguf();
+
+    /// Maps the file; of split files, name the first and all are opened.
+    static Result<Gguf> open(const std::string& path);
+    /// Borrows `bytes` for its lifetime. `name` is for messages.
+    static Result<Gguf> from_bytes(std::span<const std::byte> bytes, std::string name = "model");
+    static Result<Gguf> from_reader(GgufReader reader);
+
+    const std::string& name() const;
+    uint32_t version() const;
+
+    // Metadata of the first file. `find` gives null for a key that is absent. A getter without
+    // `fallback` fails (not_found) where the key is absent; every getter fails where it has
+    // another type, or a sign or size that does not fit.
+    const std::vector<GgufKey>& keys() const;  // in the order of the file
+    const GgufKey* find(std::string_view key) const;
+    Result<uint64_t> get_uint(std::string_view key) const;  // any integer type, not negative
+    Result<uint64_t> get_uint(std::string_view key, uint64_t fallback) const;
+    Result<double> get_float(std::string_view key) const;  // f32 or f64
+    Result<double> get_float(std::string_view key, double fallback) const;
+    Result<bool> get_bool(std::string_view key) const;
+    Result<bool> get_bool(std::string_view key, bool fallback) const;
+    Result<std::string_view> get_string(std::string_view key) const;  // any bytes, maybe not UTF-8
+    Result<std::string_view> get_string(std::string_view key, std::string_view fallback) const;
+    Result<GgufStrings> get_strings(std::string_view key) const;
+    Result<GgufNumbers<int64_t>> get_ints(std::string_view key) const;   // integers but u64, bools
+    Result<GgufNumbers<double>> get_floats(std::string_view key) const;  // f32 or f64
+
+    const std::vector<TensorInfo>& tensors() const;  // in the order of files
+    const TensorInfo* find_tensor(std::string_view name) const;
+    /// The bytes where they lie; `unsupported` for a reader. A mapped file keeps the alignment
+    /// that the file states (32 by default); borrowed bytes only as far as the caller's span does.
+    Result<std::span<const std::byte>> tensor_bytes(const TensorInfo& tensor) const;
+    /// Copies dst.size() bytes from `offset` on within the tensor; every source can.
+    Result<void> read_tensor(const TensorInfo& tensor, uint64_t offset,
+                             std::span<std::byte> dst) const;
+    /// These bytes of the tensor will not be read again soon (a hint; mapped files only).
+    void release(const TensorInfo& tensor, uint64_t offset = 0, uint64_t length = UINT64_MAX) const;
+
+private:
+    friend class GgufWriter;
+    struct State;
+    std::unique_ptr<State> state_;
+};
+
+/// Makes the bytes of a tensor piece by piece, in order: those from `offset` on into all of `out`.
+/// A piece begins at a row whose number is a multiple of packed_rows and, but for the last piece,
+/// has a multiple of packed_rows rows. `tensor` is as it was added; an error ends the writing.
+struct GgufFill {
+    Result<void> (*fill)(void* context, const TensorInfo& tensor, uint64_t offset,
+                         std::span<std::byte> out) = nullptr;
+    void* context = nullptr;
+};
+
+/// Collects keys and tensors, then writes one GGUF v3 file. Whatever Gguf would refuse (a key or
+/// tensor given twice, a size that does not match its shape) is reported by to_bytes and write.
+/// Packed tensors want an alignment of packed_alignment, and bring their key.
+class VALAR_API GgufWriter {
+public:
+    explicit GgufWriter(uint32_t alignment = 32);  // a power of two from 8 on
+
+    void set_string(std::string_view key, std::string_view value);
+    void set_strings(std::string_view key, std::span<const std::string_view> values);
+    /// T is bool, float, double or an integer of 8 to 64 bits, and chooses the type in the file.
+    template <class T>
+    void set(std::string_view key, T value) {
+        put(key, type_of<T>(), false, 1, {reinterpret_cast<const char*>(&value), sizeof value});
+    }
+    template <class T>
+    void set_array(std::string_view key, std::span<const T> values) {
+        put(key, type_of<T>(), true, values.size(),
+            {reinterpret_cast<const char*>(values.data()), values.size_bytes()});
+    }
+    void set(const GgufKey& key);  // as another file has it
+    /// `bytes` is borrowed until the file is written; dims[0] is the row length, as in TensorInfo.
+    void add_tensor(std::string_view name, TensorType type, std::span<const uint64_t> dims,
+                    std::span<const std::byte> bytes);
+    /// Name, type, shape and whether it is packed are those of `tensor`; its bytes are made when the
+    /// file is written, piece after piece.
+    void add_tensor(const TensorInfo& tensor, GgufFill fill);
+
+    Result<std::vector<std::byte>> to_bytes() const;
+    /// Holds no more than a few MiB at a time. The file is whole or as it was before.
+    Result<void> write(const std::string& path) const;
+
+private:
+    struct Tensor {
+        std::string name;
+        TensorInfo info;  // its name is empty: the string above may move
+        std::span<const std::byte> bytes;
+        GgufFill fill;  // instead of bytes
+    };
+    struct Sink {
+        Result<void> (*append)(void* context, std::span<const std::byte> bytes);
+        void* context;
+    };
+    template <class T>
+    static constexpr GgufType type_of() {
+        static_assert(std::is_integral_v<T> || std::is_same_v<T, float> ||
+                      std::is_same_v<T, double>);
+        if constexpr (std::is_same_v<T, bool>) return GgufType::boolean;
+        else if constexpr (std::is_same_v<T, float>) return GgufType::f32;
+        else if constexpr (std::is_same_v<T, double>) return GgufType::f64;
+        else if constexpr (sizeof(T) == 8) return T(-1) < T(0) ? GgufType::i64 : GgufType::u64;
+        else if constexpr (sizeof(T) == 4) return T(-1) < T(0) ? GgufType::i32 : GgufType::u32;
+        else if constexpr (sizeof(T) == 2) return T(-1) < T(0) ? GgufType::i16 : GgufType::u16;
+        else return T(-1) < T(0) ? GgufType::i8 : GgufType::u8;
+    }
+    void put(std::string_view key, GgufType type, bool is_array, uint64_t count,
+             std::string_view data);
+    Result<std::string> header(uint64_t* file_bytes) const;
+    Result<void> check(std::string_view header, uint64_t file_bytes) const;
+    Result<void> write_to(Sink sink, std::string_view header) const;
+    Result<void> write_tensor(Sink sink, const Tensor& tensor) const;
+    uint64_t padded(uint64_t n) const { return (n + alignment_ - 1) / alignment_ * alignment_; }
+
+    std::string keys_;  // encoded as in the file
+    uint64_t n_keys_ = 0;
+    std::vector<Tensor> tensors_;
+    uint32_t alignment_;
+    bool packed_ = false;
+};
+
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/kernels/kernels.hpp -------------------------------------------------------------------
+
+// >>kernels
+// Owns: the numeric definition below, the scalar reference of every kernel, one region per
+//       instruction set, the table of kernels chosen once, the worker team.
+// Assumes: little-endian IEEE 754 binary32 and binary64, round to nearest even, denormals kept.
+// Promises: every kernel of every table gives the bits of its scalar twin.
+//
+
+namespace valar {
+inline namespace v1 {
+
+/// How exactly activations meet quantized weights: one int8 plane (fast) or two (fine).
+enum class Precision : uint8_t { fast, fine };
+/// How keys and values are stored: q8_0 takes about half of f16's memory and wants heads of a
+/// multiple of 32 values.
+enum class KvType : uint8_t { f16, f32, q8_0 };
+
+/// The host's job system: calls job(context, i) for every i in 0 .. count-1, on any threads, in any
+/// order, and returns when all have returned. No job waits for another.
+using ParallelFor = void (*)(void* host, uint32_t count, void (*job)(void* context, uint32_t index),
+                             void* context);
+
+// ---- For programs that write model files: examples/quantize.cpp. Any thread may call these.
+
+/// Whether kernels compute with matrices of this type; only these can be packed and dequantized.
+VALAR_API bool can_compute(TensorType type);
+/// Bytes of a packed matrix, or of some of its rows from a multiple of packed_rows on: whole tiles.
+/// 0 where the type is none that can_compute.
+VALAR_API uint64_t packed_bytes(TensorType type, uint64_t rows, uint32_t cols);
+/// Packs rows of `cols` values, of which `source` has some as a file has them, from a row on whose
+/// number is a multiple of packed_rows. `out` takes packed_bytes of so many rows. Fails
+/// (invalid_request) where type and sizes do not fit together.
+VALAR_API Result<void> pack_rows(TensorType type, uint32_t cols, std::span<const std::byte> source,
+                                 std::span<std::byte> out);
+/// The values of whole blocks that lie as a file has them, one row or many, as the kernels take
+/// them (numeric definition, 11). Fails (invalid_request) where type and sizes do not fit together.
+VALAR_API Result<void> dequantize(TensorType type, std::span<const std::byte> blocks,
+                                  std::span<float> values);
+VALAR_API float half_to_float(uint16_t bits);   // binary16
+VALAR_API uint16_t float_to_half(float value);  // to nearest even; too large is infinity
+/// Memory of the keys and values of one token in one layer.
+VALAR_API uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t head_dim);
+
+/// What the numeric definition is made of beside + - * / and square roots: the same bits with every
+/// compiler and on every machine. examples/one_token.cpp is a forward pass of these.
+VALAR_API float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
+VALAR_API float exact_exp(float x);                    ///< e^x (definition, 7)
+VALAR_API double exact_exp2(double x);                 ///< 2^x (definition, 12)
+VALAR_API double exact_log2(double x);
+VALAR_API void exact_sincos(double x, double* sine, double* cosine);  ///< |x| < 2^30
 
 }  // namespace v1
 }  // namespace valar
@@ -733,7 +1091,8 @@ bool add_overflows(uint64_t a, uint64_t b, uint64_t* sum);
 /// one takes milliseconds, in the middle of a frame. Movable, frees itself.
 class Buffer {
 public:
-    static Result<Buffer> allocate(uint64_t bytes, const char* what, bool huge_pages = false);
+    static Result<Buffer> allocate(uint64_t bytes, const char* what, bool huge_pages = false,
+                                   const Allocator& allocator = {});
     Buffer() = default;
     Buffer(Buffer&& other) noexcept;
     Buffer& operator=(Buffer&& other) noexcept;
@@ -748,6 +1107,7 @@ public:
 private:
     std::byte* data_ = nullptr;
     size_t size_ = 0;
+    Allocator allocator_;
 };
 
 /// A whole file, mapped read-only. The bytes stay put when the object moves.
@@ -841,342 +1201,6 @@ void wake(const std::atomic<uint32_t>* word);
 std::string environment(const char* name);
 
 }  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-// ---- src/gguf.hpp ------------------------------------------------------------------------------
-
-// >>gguf
-// Owns: the model file: metadata, tensor directory, table of tensor types; the writer.
-// Assumes: little-endian GGUF v2 or v3, in one file or in split files name-00001-of-0000N.gguf.
-// Promises: every count, length, offset and product from the file is checked before it is used;
-// errors name the file and the key or tensor. Nothing is copied: keys, strings and tensor names
-// are views into the mapped file (or the caller's bytes), valid as long as the Gguf lives, and
-// they stay valid when it is moved.
-
-namespace valar {
-inline namespace v1 {
-
-/// How a tensor's numbers are stored; the values are those in the file.
-enum class TensorType : uint32_t {
-    // clang-format off
-    f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11,
-    q4_k = 12, q5_k = 13, q6_k = 14, iq2_xxs = 16, iq2_xs = 17, iq3_xxs = 18, iq1_s = 19,
-    iq4_nl = 20, iq3_s = 21, iq2_s = 22, iq4_xs = 23, i8 = 24, i16 = 25, i32 = 26, i64 = 27,
-    f64 = 28, iq1_m = 29, bf16 = 30, tq1_0 = 34, tq2_0 = 35, mxfp4 = 39, nvfp4 = 40, q1_0 = 41,
-    // clang-format on
-};
-
-/// A row is stored in blocks of `block_size` values, `block_bytes` each. A packed tensor has tiles
-/// of 16 rows instead: `tile_block_bytes` for a block of each (0: never packed), the tile padded to
-/// 64 bytes.
-struct TypeInfo {
-    const char* name;  // as people write it: "Q4_K"
-    uint32_t block_size;
-    uint32_t block_bytes;
-    uint32_t tile_block_bytes = 0;
-};
-
-/// Version of the packed layouts (>>kernels), the value of the key `valar.packed` of a file that has
-/// such tensors. Their type in the file is this bit and the TensorType, so that no other program
-/// takes them for what they are not.
-inline constexpr uint32_t kPackedVersion = 1;
-inline constexpr uint32_t kPackedTensor = 1 << 16;
-
-/// Null for a type that is not known. Being known does not mean that kernels can compute with it.
-VALAR_API const TypeInfo* type_info(TensorType type);
-
-/// One entry of the directory. `dims[0]` is the length of a row, the fastest index in memory:
-/// a matrix of `dims[1]` output rows by `dims[0]` input columns.
-struct TensorInfo {
-    std::string_view name;
-    TensorType type = TensorType::f32;
-    uint32_t n_dims = 0;  // 1 to 4; the rest of dims is 1
-    uint64_t dims[4] = {1, 1, 1, 1};
-    uint64_t offset = 0;  // from the start of its file
-    uint64_t bytes = 0;
-    uint32_t file = 0;    // index of the split file, 0 first
-    bool packed = false;  // a matrix in the tiles that kernels read: TypeInfo
-};
-
-/// Kinds of metadata values; the values are those in the file.
-enum class GgufType : uint32_t {
-    // clang-format off
-    u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, f32 = 6, boolean = 7, string = 8,
-    array = 9, u64 = 10, i64 = 11, f64 = 12,
-    // clang-format on
-};
-
-/// The strings of an array, in order; each is a view: for (std::string_view text : strings).
-class GgufStrings {
-public:
-    class Iterator {
-    public:
-        explicit Iterator(const std::byte* at) : at_(at) {}
-        std::string_view operator*() const {
-            return {reinterpret_cast<const char*>(at_) + 8, length()};
-        }
-        Iterator& operator++() {
-            at_ += 8 + length();
-            return *this;
-        }
-        bool operator==(const Iterator& other) const { return at_ == other.at_; }
-
-    private:
-        size_t length() const {
-            uint64_t n;
-            std::memcpy(&n, at_, 8);
-            return static_cast<size_t>(n);
-        }
-        const std::byte* at_;
-    };
-    GgufStrings() = default;
-    GgufStrings(const std::byte* begin, const std::byte* end, size_t count)
-        : begin_(begin), end_(end), count_(count) {}
-    size_t size() const { return count_; }
-    Iterator begin() const { return Iterator(begin_); }
-    Iterator end() const { return Iterator(end_); }
-
-private:
-    const std::byte* begin_ = nullptr;
-    const std::byte* end_ = nullptr;
-    size_t count_ = 0;
-};
-
-/// The numbers of an array, of whatever width the file has; at(i) needs i < size().
-template <class T>
-class GgufNumbers {
-public:
-    GgufNumbers() = default;
-    GgufNumbers(const std::byte* data, size_t count, GgufType type)
-        : data_(data), count_(count), type_(type) {}
-    size_t size() const { return count_; }
-    T operator[](size_t i) const {
-        switch (type_) {
-            case GgufType::u8:
-            case GgufType::boolean: return load<uint8_t>(i);
-            case GgufType::i8: return load<int8_t>(i);
-            case GgufType::u16: return load<uint16_t>(i);
-            case GgufType::i16: return load<int16_t>(i);
-            case GgufType::u32: return load<uint32_t>(i);
-            case GgufType::i32: return load<int32_t>(i);
-            case GgufType::f32: return load<float>(i);
-            case GgufType::u64: return load<uint64_t>(i);
-            case GgufType::i64: return load<int64_t>(i);
-            default: return load<double>(i);
-        }
-    }
-
-private:
-    template <class Stored>
-    T load(size_t i) const {
-        Stored value;
-        std::memcpy(&value, data_ + i * sizeof value, sizeof value);  // the file does not align
-        return static_cast<T>(value);
-    }
-    const std::byte* data_ = nullptr;
-    size_t count_ = 0;
-    GgufType type_ = GgufType::u8;
-};
-
-/// One metadata entry. For an array `type` is that of its elements.
-struct GgufKey {
-    std::string_view name;
-    GgufType type = GgufType::u8;
-    bool is_array = false;
-    size_t count = 1;                      // elements
-    std::span<const std::byte> data = {};  // as in the file; each string with its length before it
-};
-
-/// Bytes fetched on demand, for a model inside an archive. `read` fills `dst` with `size` bytes
-/// from `offset` and returns whether it could; it is called from any thread that reads tensors.
-struct GgufReader {
-    bool (*read)(void* context, uint64_t offset, void* dst, size_t size) = nullptr;
-    void* context = nullptr;
-    uint64_t size = 0;           // of the whole file
-    std::string name = "model";  // for messages
-};
-
-/// A model file, opened: metadata and directory parsed, tensor bytes within reach.
-/// Threads: const members from any thread at a time.
-class VALAR_API Gguf {
-public:
-    static constexpr uint64_t max_keys = 65536;
-    static constexpr uint64_t max_tensors = 262144;
-    static constexpr uint64_t max_name_bytes = 255;  // of a key or a tensor
-    static constexpr uint64_t max_alignment = 1 << 20;
-    static constexpr uint64_t max_split_files = 1024;
-    static constexpr uint64_t max_header_bytes = 1 << 28;  // metadata and directory of a file
-
-    /// Maps the file; of split files, name the first and all are opened.
-    static Result<Gguf> open(const std::string& path);
-    /// Borrows `bytes` for its lifetime. `name` is for messages.
-    static Result<Gguf> from_bytes(std::span<const std::byte> bytes, std::string name = "model");
-    static Result<Gguf> from_reader(GgufReader reader);
-
-    const std::string& name() const { return files_[0].name; }
-    uint32_t version() const { return version_; }
-
-    // Metadata of the first file. `find` gives null for a key that is absent. A getter without
-    // `fallback` fails (not_found) where the key is absent; every getter fails where it has
-    // another type, or a sign or size that does not fit.
-    const std::vector<GgufKey>& keys() const { return keys_; }  // in the order of the file
-    const GgufKey* find(std::string_view key) const;
-    Result<uint64_t> get_uint(std::string_view key) const;  // any integer type, not negative
-    Result<uint64_t> get_uint(std::string_view key, uint64_t fallback) const;
-    Result<double> get_float(std::string_view key) const;  // f32 or f64
-    Result<double> get_float(std::string_view key, double fallback) const;
-    Result<bool> get_bool(std::string_view key) const;
-    Result<bool> get_bool(std::string_view key, bool fallback) const;
-    Result<std::string_view> get_string(std::string_view key) const;  // any bytes, maybe not UTF-8
-    Result<std::string_view> get_string(std::string_view key, std::string_view fallback) const;
-    Result<GgufStrings> get_strings(std::string_view key) const;
-    Result<GgufNumbers<int64_t>> get_ints(std::string_view key) const;   // integers but u64, bools
-    Result<GgufNumbers<double>> get_floats(std::string_view key) const;  // f32 or f64
-
-    const std::vector<TensorInfo>& tensors() const { return tensors_; }  // in the order of files
-    const TensorInfo* find_tensor(std::string_view name) const;
-    /// The bytes where they lie; `unsupported` for a reader. A mapped file keeps the alignment
-    /// that the file states (32 by default); borrowed bytes only as far as the caller's span does.
-    Result<std::span<const std::byte>> tensor_bytes(const TensorInfo& tensor) const;
-    /// Copies dst.size() bytes from `offset` on within the tensor; every source can.
-    Result<void> read_tensor(const TensorInfo& tensor, uint64_t offset,
-                             std::span<std::byte> dst) const;
-    /// These bytes of the tensor will not be read again soon (a hint; mapped files only).
-    void release(const TensorInfo& tensor, uint64_t offset = 0, uint64_t length = UINT64_MAX) const;
-
-private:
-    friend class GgufWriter;
-    struct File {
-        std::string name;
-        uint64_t size = 0;
-        std::span<const std::byte> bytes;  // the whole file; for a reader, its header
-        detail::MappedFile map;
-        detail::Buffer header;  // owns `bytes` for a reader
-        GgufReader reader;
-    };
-    static Result<Gguf> parse_first(File file, const std::string& path);
-    static Result<File> map_file(const std::string& path);
-    Result<void> parse_file(File file);
-    static Result<void> fetch_header(File& file, uint64_t length);
-    Result<void> open_splits(const std::string& path);
-    Result<void> index_tensors();
-    Error fail(ErrorKind kind, std::string_view key, const char* what) const;
-    Error fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const;
-    Result<const GgufKey*> typed(std::string_view key, bool is_array, uint32_t types,
-                                 const char* wanted) const;
-
-    std::vector<File> files_;
-    std::vector<GgufKey> keys_;
-    std::vector<uint32_t> keys_by_name_;
-    std::vector<TensorInfo> tensors_;
-    std::vector<uint32_t> tensors_by_name_;
-    uint32_t version_ = 0;
-};
-
-/// Makes bytes of a tensor: those from `offset` on into all of `out`. The offset is that of a whole
-/// row whose number is a multiple of 16.
-struct GgufFill {
-    Result<void> (*fill)(void* context, const TensorInfo& tensor, uint64_t offset,
-                         std::span<std::byte> out) = nullptr;
-    void* context = nullptr;
-};
-
-/// Collects keys and tensors, then writes one GGUF v3 file. Whatever Gguf would refuse (a key or
-/// tensor given twice, a size that does not match its shape) is reported by to_bytes and write.
-/// Packed tensors want an alignment of 64, and bring their key.
-class VALAR_API GgufWriter {
-public:
-    explicit GgufWriter(uint32_t alignment = 32);  // a power of two from 8 on
-
-    void set_string(std::string_view key, std::string_view value);
-    void set_strings(std::string_view key, std::span<const std::string_view> values);
-    /// T is bool, float, double or an integer of 8 to 64 bits, and chooses the type in the file.
-    template <class T>
-    void set(std::string_view key, T value) {
-        put(key, type_of<T>(), false, 1, {reinterpret_cast<const char*>(&value), sizeof value});
-    }
-    template <class T>
-    void set_array(std::string_view key, std::span<const T> values) {
-        put(key, type_of<T>(), true, values.size(),
-            {reinterpret_cast<const char*>(values.data()), values.size_bytes()});
-    }
-    void set(const GgufKey& key);  // as another file has it
-    /// `bytes` is borrowed until the file is written; dims[0] is the row length, as in TensorInfo.
-    void add_tensor(std::string_view name, TensorType type, std::span<const uint64_t> dims,
-                    std::span<const std::byte> bytes);
-    /// Name, type, shape and whether it is packed are those of `tensor`; its bytes are made when the
-    /// file is written, piece after piece.
-    void add_tensor(const TensorInfo& tensor, GgufFill fill);
-
-    Result<std::vector<std::byte>> to_bytes() const;
-    /// Holds no more than a few MiB at a time. The file is whole or as it was before.
-    Result<void> write(const std::string& path) const;
-
-private:
-    struct Tensor {
-        std::string name;
-        TensorInfo info;  // its name is empty: the string above may move
-        std::span<const std::byte> bytes;
-        GgufFill fill;  // instead of bytes
-    };
-    struct Sink {
-        Result<void> (*append)(void* context, std::span<const std::byte> bytes);
-        void* context;
-    };
-    template <class T>
-    static constexpr GgufType type_of() {
-        static_assert(std::is_integral_v<T> || std::is_same_v<T, float> ||
-                      std::is_same_v<T, double>);
-        if constexpr (std::is_same_v<T, bool>) return GgufType::boolean;
-        else if constexpr (std::is_same_v<T, float>) return GgufType::f32;
-        else if constexpr (std::is_same_v<T, double>) return GgufType::f64;
-        else if constexpr (sizeof(T) == 8) return T(-1) < T(0) ? GgufType::i64 : GgufType::u64;
-        else if constexpr (sizeof(T) == 4) return T(-1) < T(0) ? GgufType::i32 : GgufType::u32;
-        else if constexpr (sizeof(T) == 2) return T(-1) < T(0) ? GgufType::i16 : GgufType::u16;
-        else return T(-1) < T(0) ? GgufType::i8 : GgufType::u8;
-    }
-    void put(std::string_view key, GgufType type, bool is_array, uint64_t count,
-             std::string_view data);
-    Result<std::string> header(uint64_t* file_bytes) const;
-    Result<void> check(std::string_view header, uint64_t file_bytes) const;
-    Result<void> write_to(Sink sink, std::string_view header) const;
-    Result<void> write_tensor(Sink sink, const Tensor& tensor) const;
-    uint64_t padded(uint64_t n) const { return (n + alignment_ - 1) / alignment_ * alignment_; }
-
-    std::string keys_;  // encoded as in the file
-    uint64_t n_keys_ = 0;
-    std::vector<Tensor> tensors_;
-    uint32_t alignment_;
-    bool packed_ = false;
-};
-
-}  // namespace v1
-}  // namespace valar
-
-// ---- src/kernels/kernels.hpp -------------------------------------------------------------------
-
-// >>kernels
-// Owns: the numeric definition below, the scalar reference of every kernel, one region per
-//       instruction set, the table of kernels chosen once, the worker team.
-// Assumes: little-endian IEEE 754 binary32 and binary64, round to nearest even, denormals kept.
-// Promises: every kernel of every table gives the bits of its scalar twin.
-//
-
-namespace valar {
-inline namespace v1 {
-
-/// How exactly activations meet quantized weights: one int8 plane (fast) or two (fine).
-enum class Precision : uint8_t { fast, fine };
-/// How keys and values are stored: q8_0 takes about half of f16's memory and wants heads of a
-/// multiple of 32 values.
-enum class KvType : uint8_t { f16, f32, q8_0 };
-
-/// The host's job system: calls job(context, i) for every i in 0 .. count-1, on any threads, in any
-/// order, and returns when all have returned. No job waits for another.
-using ParallelFor = void (*)(void* host, uint32_t count, void (*job)(void* context, uint32_t index),
-                             void* context);
-
 }  // namespace v1
 }  // namespace valar
 
@@ -1361,11 +1385,9 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
 // ---- src/model.hpp -----------------------------------------------------------------------------
 
 // >>model
-// Owns: ModelSpec, which says as data what a decoder is, and the binding of a file's tensors to it.
-// Assumes: a Gguf that outlives the binding.
+// Owns: ModelSpec, which says as data what a decoder is.
 // Promises: a spec that was read has sane sizes (limits below) and only options that a backend
-// implements; a tensor that is missing, mis-shaped, unused or of an unsupported type is an error
-// that names it.
+// implements; a key that is missing or out of its limits is an error that names it.
 
 namespace valar {
 inline namespace v1 {
@@ -1386,6 +1408,9 @@ struct RopeSpec {
 };
 
 /// One layer: x += attention(rms_norm(x)); x += down(silu(gate(y)) * up(y)), y = rms_norm(x).
+/// The norm is RMSNorm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), the gated
+/// network is SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202), and query heads share key
+/// heads in groups (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
 struct LayerSpec {
     uint32_t n_heads = 0;  // query heads; n_heads / n_kv_heads of them share a key head
     uint32_t n_kv_heads = 0;
@@ -1417,36 +1442,8 @@ struct ModelSpec {
     std::vector<LayerSpec> layers;
 };
 
-/// Tensors of one layer, shapes as (rows, columns); a row is contiguous. Never null but the
-/// biases, which are null where the layer has none. Norms and biases are F32.
-struct LayerTensors {
-    const TensorInfo* attn_norm = nullptr;    // (n_embd)
-    const TensorInfo* q = nullptr;            // (n_heads * head_dim, n_embd)
-    const TensorInfo* k = nullptr;            // (n_kv_heads * head_dim, n_embd)
-    const TensorInfo* v = nullptr;            // (n_kv_heads * head_dim, n_embd)
-    const TensorInfo* q_bias = nullptr;       // (n_heads * head_dim)
-    const TensorInfo* k_bias = nullptr;       // (n_kv_heads * head_dim)
-    const TensorInfo* v_bias = nullptr;       // (n_kv_heads * head_dim)
-    const TensorInfo* attn_output = nullptr;  // (n_embd, n_heads * head_dim)
-    const TensorInfo* ffn_norm = nullptr;     // (n_embd)
-    const TensorInfo* gate = nullptr;         // (n_ff, n_embd)
-    const TensorInfo* up = nullptr;           // (n_ff, n_embd)
-    const TensorInfo* down = nullptr;         // (n_embd, n_ff)
-};
-
-/// All tensors, pointing into Gguf::tensors(): valid while that Gguf lives, moved or not.
-struct ModelTensors {
-    const TensorInfo* token_embd = nullptr;   // (n_vocab, n_embd)
-    const TensorInfo* output_norm = nullptr;  // (n_embd)
-    const TensorInfo* output = nullptr;       // (n_vocab, n_embd); equals token_embd when tied
-    std::vector<LayerTensors> layers;
-};
-
 /// Reads what the file's architecture is: `llama` or `qwen2`.
 VALAR_API Result<ModelSpec> read_model_spec(const Gguf& gguf);
-/// Finds every tensor that the spec needs and checks shape and type. Matrices are F32, F16, BF16,
-/// Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K or Q6_K.
-VALAR_API Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec);
 
 }  // namespace v1
 }  // namespace valar
@@ -1484,6 +1481,7 @@ struct BackendOptions {
     ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
     void* parallel_for_host = nullptr;
     Weights weights = Weights::packed;
+    Allocator allocator = {};  ///< of weights, keys and values, and scratch
 };
 
 /// Bytes that a loaded model takes.
@@ -1493,6 +1491,54 @@ struct MemoryPlan {
     uint64_t scratch = 0;
     uint64_t mapped = 0;  ///< of the file, read in place; not part of total()
     uint64_t total() const { return weights + kv + scratch; }
+};
+
+/// One row of a batch: a token at a position of a sequence. A row sees the positions 0 to
+/// `position` of its sequence, its own included: what earlier batches computed of them, and what
+/// earlier rows of this batch do. Rows of one sequence point to the same list of pages.
+struct BatchRow {
+    Token token = 0;                   ///< from 0 to n_vocab - 1; not read where `embedding` is set
+    const float* embedding = nullptr;  ///< (n_embd) instead of the token's, or null; borrowed
+    uint32_t position = 0;             ///< in its sequence, from 0
+    /// The numbers of the sequence's pages in the pool, in order of position: position p lies in
+    /// pages[p / page_tokens], and the page of `position` is there already. Pages before the
+    /// windows of all layers are not looked at. Borrowed until the batch is done.
+    const uint32_t* pages = nullptr;
+    bool logits = false;  ///< whether logits are wanted for this row
+};
+
+/// A device that holds a model and computes batches of rows. It keeps the keys and values of
+/// BackendOptions::kv_pages pages; who owns which page is the caller's affair.
+/// Threads: calls come one at a time, from any thread.
+class Backend {
+public:
+    virtual ~Backend() = default;
+    /// Whether logits here equal those of the numeric definition, bit for bit.
+    virtual bool exact() const = 0;
+    /// Loads weights for about `budget_us` microseconds; true when all are there. `progress` (0 to
+    /// 1) may be null. Errors: io or bad_data where the file cannot be read.
+    virtual Result<bool> load(uint64_t budget_us, float* progress) = 0;
+    /// Takes a batch of 1 to max_batch_rows rows, at most max_logit_rows of which want logits; rows
+    /// of one sequence stand in ascending order of position. The rows and what they point to are
+    /// borrowed until advance() returns true or abandon() is called. Error (internal): the model is
+    /// not loaded, or a row or a count is out of range; then nothing was begun.
+    virtual Result<void> begin(std::span<const BatchRow> rows) = 0;
+    /// Computes on and returns true when the batch is done, false at the first boundary after
+    /// `deadline_ns` on the monotonic clock (0: no deadline). Error (internal): nothing was begun.
+    virtual Result<bool> advance(uint64_t deadline_ns) = 0;
+    /// Gives up the batch that was begun, if any: its positions count as not computed.
+    virtual void abandon() = 0;
+    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin(). Error
+    /// (bad_data): some are not finite; it names the layer that the first of them came from. Other
+    /// rows are none the worse for it.
+    virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
+    /// Copies one page of all layers over another.
+    virtual void copy_page(uint32_t from, uint32_t to) = 0;
+    /// Bytes of one page of all layers, as export_page writes and import_page reads them. They do
+    /// not depend on the number of the page.
+    virtual size_t page_bytes() const = 0;
+    virtual void export_page(uint32_t page, std::byte* out) const = 0;
+    virtual void import_page(uint32_t page, const std::byte* in) = 0;
 };
 
 }  // namespace v1
@@ -1512,7 +1558,9 @@ struct MemoryPlan {
 namespace valar {
 inline namespace v1 {
 
-/// What an engine is made of. What a caller types first stands first.
+/// What an engine is made of. What a caller types first stands first. Designated initialisers follow
+/// the order of declaration, as C++ wants it: {.model_path = "m.gguf", .threads = 2} compiles, the
+/// other way round it is an error. Where the order is in the way, assign the fields one by one.
 struct EngineOptions {
     std::string model_path = {};            ///< a GGUF file (the first of a split one)
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
@@ -1546,6 +1594,7 @@ struct EngineOptions {
     bool speculation = true;  ///< guess tokens that the text had before and verify the
                               ///< guesses: faster where it repeats, the same answer
     Weights weights = Weights::packed;
+    Allocator allocator = {};  ///< of all memory that memory_plan() counts; default: the system's
 };
 
 namespace detail {
@@ -1555,7 +1604,7 @@ struct Mailbox;
 /// The handle of one request. Movable; may outlive the Engine (then finished with `engine_closed`).
 /// Dropping it cancels the request unless detach()ed. One made by hand is finished, with nothing.
 /// Threads: one at a time.
-class VALAR_API Reply {
+class [[nodiscard]] VALAR_API Reply {
 public:
     Reply() = default;
     Reply(Reply&& other) noexcept;
@@ -2031,11 +2080,12 @@ private:
 #ifndef NOMINMAX
 #define NOMINMAX
 #endif
-// clang-format off: windows.h wants winsock2.h before it
-#include <bcrypt.h>
-#include <windows.h>
+// windows.h wants winsock2.h before it, and bcrypt.h wants windows.h.
+// clang-format off
 #include <winsock2.h>
 #include <ws2tcpip.h>
+#include <windows.h>
+#include <bcrypt.h>
 // clang-format on
 #else
 #include <arpa/inet.h>
@@ -2422,12 +2472,17 @@ struct FileHandle {  // closes itself
 #endif
 }  // namespace
 
-Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what, bool huge_pages) {
+Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what, bool huge_pages,
+                                const Allocator& allocator) {
     Buffer buffer;
     if (bytes == 0) return buffer;
     if (bytes <= SIZE_MAX / 2) {
         const size_t size = size_t(bytes);
-        if (size >= buffer_from_system) {
+        if (allocator.allocate) {
+            buffer.allocator_ = allocator;
+            void* p = allocator.allocate(allocator.context, bytes, buffer_alignment);
+            if (p != nullptr) buffer.data_ = static_cast<std::byte*>(std::memset(p, 0, size));
+        } else if (size >= buffer_from_system) {
             buffer.data_ = static_cast<std::byte*>(map_pages(size, huge_pages));
         } else {
             void* p = ::operator new(size, std::align_val_t(buffer_alignment), std::nothrow);
@@ -2443,16 +2498,22 @@ Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what, bool huge_page
 }
 
 Buffer::Buffer(Buffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, size_t(0))) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, size_t(0))),
+      allocator_(other.allocator_) {}
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
+    std::swap(allocator_, other.allocator_);
     return *this;
 }
 
 Buffer::~Buffer() {
-    if (size_ >= buffer_from_system) unmap_pages(data_, size_);
+    if (data_ == nullptr) return;
+    if (allocator_.allocate) {
+        if (allocator_.release) allocator_.release(allocator_.context, data_, size_);
+    } else if (size_ >= buffer_from_system) unmap_pages(data_, size_);
     else ::operator delete(data_, std::align_val_t(buffer_alignment));
 }
 
@@ -5807,6 +5868,13 @@ struct DialectWords {
 const DialectWords& words_of(Dialect dialect);
 const char* status_name(Status status, bool cut, const DialectWords& words);
 
+/// The words of a Window on the wire, and the field that holds them.
+inline constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
+inline constexpr const char* kWindowField = "metadata.completion_window";
+constexpr std::string_view window_name(Window window) {
+    return kWindowNames[static_cast<size_t>(window)];
+}
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
@@ -6255,7 +6323,9 @@ Fault field_user(const Json& value, Request* request) {
 constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
 
 Window window_of(std::string_view name) {
-    return name == "asap" ? Window::asap : name == "flex" ? Window::flex : Window::standard;
+    for (const Window window : {Window::asap, Window::flex})
+        if (name == window_name(window)) return window;
+    return Window::standard;
 }
 
 Fault check_metadata(const std::string& key, const Json& value) {
@@ -6266,7 +6336,8 @@ Fault check_metadata(const std::string& key, const Json& value) {
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
-    if (key == "completion_window") return check_choice(value, path, {"asap", "standard", "flex"});
+    if (key == "completion_window")
+        return check_choice(value, path, {kWindowNames[0], kWindowNames[1], kWindowNames[2]});
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
@@ -6385,7 +6456,7 @@ Fault check_background(const Request& request) {
         return api_error("unsupported_value", "store",
                          "'store' must be true with 'background', but false was received");
     if (request.background || request.window != Window::flex) return {};
-    return api_error("invalid_value", "metadata.completion_window",
+    return api_error("invalid_value", kWindowField,
                      "'metadata.completion_window' may be \"flex\" only with 'background': true");
 }
 
@@ -6654,6 +6725,43 @@ int http_status(ErrorKind kind) { return detail::api_kind(kind).status; }
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/gguf_internal.hpp ---------------------------------------------------------------------
+
+// >>gguf
+// What the file says of packed tensors. How they are laid out is the business of >>kernels, which
+// asserts that its layouts have the sizes below.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Version of the packed layouts: the value of the key `valar.packed` of a file with such tensors.
+inline constexpr uint32_t packed_version = 1;
+/// Set in the type of a packed tensor, so that no other program takes it for what it is not.
+inline constexpr uint32_t packed_type_bit = 1u << 16;
+
+/// Bytes of a tile's part that holds one block of each of its packed_rows rows.
+struct PackedType {
+    TensorType type;
+    uint32_t tile_block_bytes;
+};
+inline constexpr PackedType packed_types[] = {
+    {TensorType::f32, 64},    {TensorType::f16, 32},    {TensorType::bf16, 32},
+    {TensorType::q4_0, 288},  {TensorType::q4_1, 320},  {TensorType::q5_0, 352},
+    {TensorType::q8_0, 544},  {TensorType::q4_k, 2368}, {TensorType::q5_k, 2880},
+    {TensorType::q6_k, 3360},
+};
+
+constexpr uint32_t tile_block_bytes(TensorType type) {  // 0: never packed
+    for (const PackedType& packed : packed_types)
+        if (packed.type == type) return packed.tile_block_bytes;
+    return 0;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/gguf.cpp ------------------------------------------------------------------------------
 
 // >>gguf
@@ -6688,22 +6796,22 @@ struct TypeRow {
 };
 constexpr TypeRow type_rows[] = {
     // clang-format off
-    {TensorType::f32, {"F32", 1, 4, 64}},        {TensorType::f16, {"F16", 1, 2, 32}},
-    {TensorType::q4_0, {"Q4_0", 32, 18, 288}},   {TensorType::q4_1, {"Q4_1", 32, 20, 320}},
-    {TensorType::q5_0, {"Q5_0", 32, 22, 352}},   {TensorType::q5_1, {"Q5_1", 32, 24}},
-    {TensorType::q8_0, {"Q8_0", 32, 34, 544}},   {TensorType::q2_k, {"Q2_K", 256, 84}},
-    {TensorType::q3_k, {"Q3_K", 256, 110}},      {TensorType::bf16, {"BF16", 1, 2, 32}},
-    {TensorType::q4_k, {"Q4_K", 256, 144, 2368}}, {TensorType::q5_k, {"Q5_K", 256, 176, 2880}},
-    {TensorType::q6_k, {"Q6_K", 256, 210, 3360}}, {TensorType::tq1_0, {"TQ1_0", 256, 54}},
-    {TensorType::iq2_xxs, {"IQ2_XXS", 256, 66}}, {TensorType::iq2_xs, {"IQ2_XS", 256, 74}},
-    {TensorType::iq3_xxs, {"IQ3_XXS", 256, 98}}, {TensorType::iq1_s, {"IQ1_S", 256, 50}},
-    {TensorType::iq4_nl, {"IQ4_NL", 32, 18}},    {TensorType::iq3_s, {"IQ3_S", 256, 110}},
-    {TensorType::iq2_s, {"IQ2_S", 256, 82}},     {TensorType::iq4_xs, {"IQ4_XS", 256, 136}},
-    {TensorType::i8, {"I8", 1, 1}},              {TensorType::i16, {"I16", 1, 2}},
-    {TensorType::i32, {"I32", 1, 4}},            {TensorType::i64, {"I64", 1, 8}},
-    {TensorType::f64, {"F64", 1, 8}},            {TensorType::iq1_m, {"IQ1_M", 256, 56}},
-    {TensorType::tq2_0, {"TQ2_0", 256, 66}},     {TensorType::mxfp4, {"MXFP4", 32, 17}},
-    {TensorType::nvfp4, {"NVFP4", 64, 36}},      {TensorType::q1_0, {"Q1_0", 128, 18}},
+    {TensorType::f32, {"F32", 1, 4}},             {TensorType::f16, {"F16", 1, 2}},
+    {TensorType::q4_0, {"Q4_0", 32, 18}},         {TensorType::q4_1, {"Q4_1", 32, 20}},
+    {TensorType::q5_0, {"Q5_0", 32, 22}},         {TensorType::q5_1, {"Q5_1", 32, 24}},
+    {TensorType::q8_0, {"Q8_0", 32, 34}},         {TensorType::q2_k, {"Q2_K", 256, 84}},
+    {TensorType::q3_k, {"Q3_K", 256, 110}},       {TensorType::bf16, {"BF16", 1, 2}},
+    {TensorType::q4_k, {"Q4_K", 256, 144}},       {TensorType::q5_k, {"Q5_K", 256, 176}},
+    {TensorType::q6_k, {"Q6_K", 256, 210}},       {TensorType::tq1_0, {"TQ1_0", 256, 54}},
+    {TensorType::iq2_xxs, {"IQ2_XXS", 256, 66}},  {TensorType::iq2_xs, {"IQ2_XS", 256, 74}},
+    {TensorType::iq3_xxs, {"IQ3_XXS", 256, 98}},  {TensorType::iq1_s, {"IQ1_S", 256, 50}},
+    {TensorType::iq4_nl, {"IQ4_NL", 32, 18}},     {TensorType::iq3_s, {"IQ3_S", 256, 110}},
+    {TensorType::iq2_s, {"IQ2_S", 256, 82}},      {TensorType::iq4_xs, {"IQ4_XS", 256, 136}},
+    {TensorType::i8, {"I8", 1, 1}},               {TensorType::i16, {"I16", 1, 2}},
+    {TensorType::i32, {"I32", 1, 4}},             {TensorType::i64, {"I64", 1, 8}},
+    {TensorType::f64, {"F64", 1, 8}},             {TensorType::iq1_m, {"IQ1_M", 256, 56}},
+    {TensorType::tq2_0, {"TQ2_0", 256, 66}},      {TensorType::mxfp4, {"MXFP4", 32, 17}},
+    {TensorType::nvfp4, {"NVFP4", 64, 36}},       {TensorType::q1_0, {"Q1_0", 128, 18}},
     // clang-format on
 };
 
@@ -6719,14 +6827,13 @@ const char* size_tensor(TensorInfo& tensor) {
     if (tensor.dims[0] % type->block_size != 0) return "has rows that are not whole blocks";
     uint64_t pieces = values / type->block_size, piece_bytes = type->block_bytes;
     if (tensor.packed) {
-        if (tensor.n_dims != 2 || !type->tile_block_bytes)
-            return "is of a kind that is never packed";
-        pieces = tensor.dims[1] / 16 + (tensor.dims[1] % 16 != 0);
-        if (mul_overflows(tensor.dims[0] / type->block_size, type->tile_block_bytes,
-                          &piece_bytes) ||
-            add_overflows(piece_bytes, 63, &piece_bytes))
+        const uint32_t block_bytes = tile_block_bytes(tensor.type);
+        if (tensor.n_dims != 2 || !block_bytes) return "is of a kind that is never packed";
+        pieces = tensor.dims[1] / packed_rows + (tensor.dims[1] % packed_rows != 0);
+        if (mul_overflows(tensor.dims[0] / type->block_size, block_bytes, &piece_bytes) ||
+            add_overflows(piece_bytes, packed_alignment - 1, &piece_bytes))
             return "has too many bytes";
-        piece_bytes = piece_bytes / 64 * 64;
+        piece_bytes = piece_bytes / packed_alignment * packed_alignment;
     }
     return mul_overflows(pieces, piece_bytes, &tensor.bytes) ? "has too many bytes" : nullptr;
 }
@@ -6897,14 +7004,14 @@ struct GgufParser {
         for (uint32_t i = 0; i < tensor.n_dims; ++i)
             if (!number(tensor.dims[i])) return false;
         if (!number(type) || !number(tensor.offset)) return false;
-        tensor.packed = (type & kPackedTensor) != 0;
-        tensor.type = static_cast<TensorType>(type & ~kPackedTensor);
+        tensor.packed = (type & packed_type_bit) != 0;
+        tensor.type = static_cast<TensorType>(type & ~packed_type_bit);
         if (const char* wrong = size_tensor(tensor)) return fail("tensor", tensor.name, wrong);
-        if (tensor.packed && uint_key("valar.packed") != kPackedVersion)
+        if (tensor.packed && uint_key("valar.packed") != packed_version)
             return fail(
                 format("tensor '%.*s' is packed, but not in version %u of the layout: make "
                        "the file again from the original",
-                       static_cast<int>(tensor.name.size()), tensor.name.data(), kPackedVersion)
+                       static_cast<int>(tensor.name.size()), tensor.name.data(), packed_version)
                     .c_str(),
                 ErrorKind::unsupported);
         if (tensor.offset % alignment != 0)
@@ -6943,7 +7050,49 @@ const TypeInfo* type_info(TensorType type) {
     return nullptr;
 }
 
-Result<Gguf::File> Gguf::map_file(const std::string& path) {
+/// All that an opened Gguf holds. Its address stays when the Gguf is moved.
+struct Gguf::State {
+    struct File {
+        std::string name;
+        uint64_t size = 0;
+        std::span<const std::byte> bytes;  // the whole file; for a reader, its header
+        detail::MappedFile map;
+        detail::Buffer header;  // owns `bytes` for a reader
+        GgufReader reader;
+    };
+    static Result<Gguf> open(File file, const std::string& path);
+    static Result<File> map_file(const std::string& path);
+    Result<void> parse_file(File file);
+    static Result<void> fetch_header(File& file, uint64_t length);
+    Result<void> open_splits(const std::string& path);
+    Result<void> index_tensors();
+    Error fail(ErrorKind kind, std::string_view key, const char* what) const;
+    Error fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const;
+    Result<const GgufKey*> typed(std::string_view key, bool is_array, uint32_t types,
+                                 const char* wanted) const;
+    const GgufKey* find(std::string_view key) const;
+    Result<uint64_t> get_uint(std::string_view key) const;
+    Result<uint64_t> get_uint(std::string_view key, uint64_t fallback) const;
+
+    std::vector<File> files;
+    std::vector<GgufKey> keys;
+    std::vector<uint32_t> keys_by_name;
+    std::vector<TensorInfo> tensors;
+    std::vector<uint32_t> tensors_by_name;
+    uint32_t version = 0;
+};
+
+Gguf::Gguf() : state_(std::make_unique<State>()) {}
+Gguf::Gguf(Gguf&&) noexcept = default;
+Gguf& Gguf::operator=(Gguf&&) noexcept = default;
+Gguf::~Gguf() = default;
+
+const std::string& Gguf::name() const { return state_->files[0].name; }
+uint32_t Gguf::version() const { return state_->version; }
+const std::vector<GgufKey>& Gguf::keys() const { return state_->keys; }
+const std::vector<TensorInfo>& Gguf::tensors() const { return state_->tensors; }
+
+Result<Gguf::State::File> Gguf::State::map_file(const std::string& path) {
     auto map = detail::MappedFile::open(path);
     if (!map) return map.error();
     File file;
@@ -6955,40 +7104,40 @@ Result<Gguf::File> Gguf::map_file(const std::string& path) {
 }
 
 Result<Gguf> Gguf::open(const std::string& path) {
-    auto file = map_file(path);
+    auto file = State::map_file(path);
     if (!file) return file.error();
-    return parse_first(std::move(*file), path);
+    return State::open(std::move(*file), path);
 }
 
 Result<Gguf> Gguf::from_bytes(std::span<const std::byte> bytes, std::string name) {
-    File file;
+    State::File file;
     file.name = std::move(name);
     file.bytes = bytes;
     file.size = bytes.size();
-    return parse_first(std::move(file), {});
+    return State::open(std::move(file), {});
 }
 
 Result<Gguf> Gguf::from_reader(GgufReader reader) {
     if (!reader.read)
         return detail::make_error(ErrorKind::invalid_request, reader.name + ": no read function");
-    File file;
+    State::File file;
     file.name = reader.name;
     file.size = reader.size;
     file.reader = std::move(reader);
-    return parse_first(std::move(file), {});
+    return State::open(std::move(file), {});
 }
 
-Result<Gguf> Gguf::parse_first(File file, const std::string& path) {
+Result<Gguf> Gguf::State::open(File file, const std::string& path) {
     Gguf gguf;
-    if (auto done = gguf.parse_file(std::move(file)); !done) return done.error();
-    if (auto done = gguf.open_splits(path); !done) return done.error();
-    if (auto done = gguf.index_tensors(); !done) return done.error();
+    if (auto done = gguf.state_->parse_file(std::move(file)); !done) return done.error();
+    if (auto done = gguf.state_->open_splits(path); !done) return done.error();
+    if (auto done = gguf.state_->index_tensors(); !done) return done.error();
     return gguf;
 }
 
 /// Appends the tensors of one more file. Its keys are kept if it is the first: split files share
 /// none but `split.*`.
-Result<void> Gguf::parse_file(File file) {
+Result<void> Gguf::State::parse_file(File file) {
     // How long a header is shows only once it is parsed: a reader gives longer and longer pieces.
     for (uint64_t length = detail::gguf_reader_chunk;; length *= 4) {
         if (file.reader.read)
@@ -6998,11 +7147,11 @@ Result<void> Gguf::parse_file(File file) {
             if (parser.short_of_bytes) continue;
             return *parser.error;
         }
-        const uint32_t index = static_cast<uint32_t>(files_.size());
+        const uint32_t index = static_cast<uint32_t>(files.size());
         if (index == 0) {
-            version_ = parser.version;
-            keys_ = std::move(parser.keys);
-            keys_by_name_ = std::move(parser.keys_by_name);
+            version = parser.version;
+            keys = std::move(parser.keys);
+            keys_by_name = std::move(parser.keys_by_name);
         } else if (parser.uint_key("split.no") != index ||
                    parser.uint_key("split.count") != get_uint("split.count").value()) {
             return detail::make_error(ErrorKind::bad_data,
@@ -7011,13 +7160,13 @@ Result<void> Gguf::parse_file(File file) {
                                           "it is another part");
         }
         for (TensorInfo& tensor : parser.tensors) tensor.file = index;
-        tensors_.insert(tensors_.end(), parser.tensors.begin(), parser.tensors.end());
-        files_.push_back(std::move(file));
+        tensors.insert(tensors.end(), parser.tensors.begin(), parser.tensors.end());
+        files.push_back(std::move(file));
         return {};
     }
 }
 
-Result<void> Gguf::fetch_header(File& file, uint64_t length) {
+Result<void> Gguf::State::fetch_header(File& file, uint64_t length) {
     if (file.size == 0) return {};
     auto header = detail::Buffer::allocate(std::min({length, file.size, max_header_bytes}),
                                            "GGUF header");
@@ -7029,7 +7178,7 @@ Result<void> Gguf::fetch_header(File& file, uint64_t length) {
     return {};
 }
 
-Result<void> Gguf::open_splits(const std::string& path) {
+Result<void> Gguf::State::open_splits(const std::string& path) {
     auto count = get_uint("split.count", 1);
     auto number = get_uint("split.no", 0);
     if (!count) return count.error();
@@ -7052,21 +7201,22 @@ Result<void> Gguf::open_splits(const std::string& path) {
         if (!file) return file.error();
         if (auto done = parse_file(std::move(*file)); !done) return done;
     }
-    auto total = get_uint("split.tensors.count", tensors_.size());
+    auto total = get_uint("split.tensors.count", tensors.size());
     if (!total) return total.error();
-    if (*total != tensors_.size())
+    if (*total != tensors.size())
         return fail(ErrorKind::bad_data, "split.tensors.count", "is not the number of tensors");
     return {};
 }
 
-Result<void> Gguf::index_tensors() {
-    if (tensors_.size() > max_tensors)
-        return detail::make_error(ErrorKind::bad_data, name() + ": too many tensors in all parts");
+Result<void> Gguf::State::index_tensors() {
+    if (tensors.size() > max_tensors)
+        return detail::make_error(ErrorKind::bad_data,
+                                  files[0].name + ": too many tensors in all parts");
     const TensorInfo* twice = nullptr;
-    tensors_by_name_ = detail::sort_by_name(tensors_, &twice);
+    tensors_by_name = detail::sort_by_name(tensors, &twice);
     if (twice) return fail(ErrorKind::bad_data, *twice, "occurs twice");
     std::vector<const TensorInfo*> placed;
-    for (const TensorInfo& tensor : tensors_) placed.push_back(&tensor);
+    for (const TensorInfo& tensor : tensors) placed.push_back(&tensor);
     detail::sort_items(placed, [](const TensorInfo* a, const TensorInfo* b) {
         return a->file != b->file ? a->file < b->file : a->offset < b->offset;
     });
@@ -7078,23 +7228,23 @@ Result<void> Gguf::index_tensors() {
     return {};
 }
 
-Error Gguf::fail(ErrorKind kind, std::string_view key, const char* what) const {
-    return detail::make_error(kind, detail::format("%s: key '%.*s' %s", name().c_str(),
+Error Gguf::State::fail(ErrorKind kind, std::string_view key, const char* what) const {
+    return detail::make_error(kind, detail::format("%s: key '%.*s' %s", files[0].name.c_str(),
                                                    static_cast<int>(key.size()), key.data(), what));
 }
 
-Error Gguf::fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const {
+Error Gguf::State::fail(ErrorKind kind, const TensorInfo& tensor, const char* what) const {
     return detail::make_error(
-        kind, detail::format("%s: tensor '%.*s' %s", files_[tensor.file].name.c_str(),
+        kind, detail::format("%s: tensor '%.*s' %s", files[tensor.file].name.c_str(),
                              static_cast<int>(tensor.name.size()), tensor.name.data(), what));
 }
 
-const GgufKey* Gguf::find(std::string_view key) const {
-    return detail::find_by_name(keys_, keys_by_name_, key);
+const GgufKey* Gguf::State::find(std::string_view key) const {
+    return detail::find_by_name(keys, keys_by_name, key);
 }
 
-Result<const GgufKey*> Gguf::typed(std::string_view name, bool is_array, uint32_t types,
-                                   const char* wanted) const {
+Result<const GgufKey*> Gguf::State::typed(std::string_view name, bool is_array, uint32_t types,
+                                          const char* wanted) const {
     const GgufKey* key = find(name);
     if (!key) return fail(ErrorKind::not_found, name, "is missing");
     if (key->is_array != is_array || !(types & detail::gguf_bit(key->type)))
@@ -7102,7 +7252,7 @@ Result<const GgufKey*> Gguf::typed(std::string_view name, bool is_array, uint32_
     return key;
 }
 
-Result<uint64_t> Gguf::get_uint(std::string_view name) const {
+Result<uint64_t> Gguf::State::get_uint(std::string_view name) const {
     auto key = typed(name, false, detail::gguf_integers, "an integer");
     if (!key) return key.error();
     auto value = detail::gguf_uint(**key);
@@ -7110,26 +7260,34 @@ Result<uint64_t> Gguf::get_uint(std::string_view name) const {
     return *value;
 }
 
+Result<uint64_t> Gguf::State::get_uint(std::string_view key, uint64_t fallback) const {
+    return find(key) ? get_uint(key) : fallback;
+}
+
+const GgufKey* Gguf::find(std::string_view key) const { return state_->find(key); }
+
+Result<uint64_t> Gguf::get_uint(std::string_view key) const { return state_->get_uint(key); }
+
+Result<uint64_t> Gguf::get_uint(std::string_view key, uint64_t fallback) const {
+    return state_->get_uint(key, fallback);
+}
+
 Result<double> Gguf::get_float(std::string_view name) const {
-    auto key = typed(name, false, detail::gguf_floats, "a float");
+    auto key = state_->typed(name, false, detail::gguf_floats, "a float");
     if (!key) return key.error();
     return GgufNumbers<double>((*key)->data.data(), 1, (*key)->type)[0];
 }
 
 Result<bool> Gguf::get_bool(std::string_view name) const {
-    auto key = typed(name, false, detail::gguf_bit(GgufType::boolean), "a bool");
+    auto key = state_->typed(name, false, detail::gguf_bit(GgufType::boolean), "a bool");
     if (!key) return key.error();
     return (*key)->data[0] != std::byte{0};
 }
 
 Result<std::string_view> Gguf::get_string(std::string_view name) const {
-    auto key = typed(name, false, detail::gguf_bit(GgufType::string), "a string");
+    auto key = state_->typed(name, false, detail::gguf_bit(GgufType::string), "a string");
     if (!key) return key.error();
     return detail::as_chars((*key)->data).substr(8);
-}
-
-Result<uint64_t> Gguf::get_uint(std::string_view key, uint64_t fallback) const {
-    return find(key) ? get_uint(key) : fallback;
 }
 
 Result<double> Gguf::get_float(std::string_view key, double fallback) const {
@@ -7145,7 +7303,7 @@ Result<std::string_view> Gguf::get_string(std::string_view key, std::string_view
 }
 
 Result<GgufStrings> Gguf::get_strings(std::string_view name) const {
-    auto key = typed(name, true, detail::gguf_bit(GgufType::string), "an array of strings");
+    auto key = state_->typed(name, true, detail::gguf_bit(GgufType::string), "an array of strings");
     if (!key) return key.error();
     const auto data = (*key)->data;
     return GgufStrings(data.data(), data.data() + data.size(), (*key)->count);
@@ -7154,23 +7312,23 @@ Result<GgufStrings> Gguf::get_strings(std::string_view name) const {
 Result<GgufNumbers<int64_t>> Gguf::get_ints(std::string_view name) const {
     constexpr uint32_t types = (detail::gguf_integers & ~detail::gguf_bit(GgufType::u64)) |
                                detail::gguf_bit(GgufType::boolean);
-    auto key = typed(name, true, types, "an array of integers");
+    auto key = state_->typed(name, true, types, "an array of integers");
     if (!key) return key.error();
     return GgufNumbers<int64_t>((*key)->data.data(), (*key)->count, (*key)->type);
 }
 
 Result<GgufNumbers<double>> Gguf::get_floats(std::string_view name) const {
-    auto key = typed(name, true, detail::gguf_floats, "an array of floats");
+    auto key = state_->typed(name, true, detail::gguf_floats, "an array of floats");
     if (!key) return key.error();
     return GgufNumbers<double>((*key)->data.data(), (*key)->count, (*key)->type);
 }
 
 const TensorInfo* Gguf::find_tensor(std::string_view name) const {
-    return detail::find_by_name(tensors_, tensors_by_name_, name);
+    return detail::find_by_name(state_->tensors, state_->tensors_by_name, name);
 }
 
 Result<std::span<const std::byte>> Gguf::tensor_bytes(const TensorInfo& tensor) const {
-    const File& file = files_[tensor.file];
+    const State::File& file = state_->files[tensor.file];
     if (file.reader.read)
         return detail::make_error(ErrorKind::unsupported,
                                   file.name + ": a reader's tensors are not in memory");
@@ -7180,20 +7338,21 @@ Result<std::span<const std::byte>> Gguf::tensor_bytes(const TensorInfo& tensor) 
 
 Result<void> Gguf::read_tensor(const TensorInfo& tensor, uint64_t offset,
                                std::span<std::byte> dst) const {
-    const File& file = files_[tensor.file];
+    const State::File& file = state_->files[tensor.file];
     if (offset > tensor.bytes || dst.size() > tensor.bytes - offset)
-        return fail(ErrorKind::invalid_request, tensor, "is shorter than what is read of it");
+        return state_->fail(ErrorKind::invalid_request, tensor,
+                            "is shorter than what is read of it");
     if (dst.empty()) return {};
     offset += tensor.offset;
     if (!file.reader.read)
         std::memcpy(dst.data(), file.bytes.data() + static_cast<size_t>(offset), dst.size());
     else if (!file.reader.read(file.reader.context, offset, dst.data(), dst.size()))
-        return fail(ErrorKind::io, tensor, "could not be read");
+        return state_->fail(ErrorKind::io, tensor, "could not be read");
     return {};
 }
 
 void Gguf::release(const TensorInfo& tensor, uint64_t offset, uint64_t length) const {
-    const File& file = files_[tensor.file];
+    const State::File& file = state_->files[tensor.file];
     if (file.map.bytes().empty() || offset >= tensor.bytes) return;
     file.map.release(static_cast<size_t>(tensor.offset + offset),
                      static_cast<size_t>(std::min(length, tensor.bytes - offset)));
@@ -7239,7 +7398,7 @@ void GgufWriter::add_tensor(std::string_view name, TensorType type, std::span<co
 }
 
 void GgufWriter::add_tensor(const TensorInfo& tensor, GgufFill fill) {
-    if (tensor.packed && !packed_) set("valar.packed", kPackedVersion);
+    if (tensor.packed && !packed_) set("valar.packed", detail::packed_version);
     packed_ |= tensor.packed;
     tensors_.push_back({std::string(tensor.name), tensor, {}, fill});
     tensors_.back().info.name = {};
@@ -7263,7 +7422,7 @@ Result<std::string> GgufWriter::header(uint64_t* file_bytes) const {
         detail::append_gguf_number(out, info.n_dims, 4);
         for (uint32_t i = 0; i < std::min(info.n_dims, 4u); ++i)
             detail::append_gguf_number(out, info.dims[i], 8);
-        const uint32_t packed = info.packed ? kPackedTensor : 0;
+        const uint32_t packed = info.packed ? detail::packed_type_bit : 0;
         detail::append_gguf_number(out, static_cast<uint32_t>(info.type) | packed, 4);
         detail::append_gguf_number(out, offset, 8);
         offset = padded(offset + (tensor.fill.fill ? info.bytes : tensor.bytes.size()));
@@ -7276,14 +7435,14 @@ Result<std::string> GgufWriter::header(uint64_t* file_bytes) const {
 
 /// What Gguf refuses is not written; only whether the other split files exist is not asked.
 Result<void> GgufWriter::check(std::string_view header, uint64_t file_bytes) const {
-    Gguf gguf;
-    Gguf::File file;
+    Gguf::State gguf;
+    Gguf::State::File file;
     file.name = "written model";
     file.bytes = std::as_bytes(std::span(header));
     file.size = file_bytes;
     if (auto done = gguf.parse_file(std::move(file)); !done) return done;
     for (size_t i = 0; i < tensors_.size(); ++i)
-        if (!tensors_[i].fill.fill && gguf.tensors()[i].bytes != tensors_[i].bytes.size())
+        if (!tensors_[i].fill.fill && gguf.tensors[i].bytes != tensors_[i].bytes.size())
             return detail::make_error(
                 ErrorKind::invalid_request,
                 "tensor '" + tensors_[i].name + "' has another size than its shape and type say");
@@ -7306,8 +7465,9 @@ Result<void> GgufWriter::write_tensor(Sink sink, const Tensor& tensor) const {
     } else {
         bytes = info.bytes;
         const uint64_t rows = info.dims[1] * info.dims[2] * info.dims[3];
-        const uint64_t unit = info.packed ? bytes / ((rows + 15) / 16) : bytes / rows * 16;
-        const uint64_t most = unit * std::max<uint64_t>(1, detail::gguf_write_piece / unit);
+        const uint64_t tiles = (rows + packed_rows - 1) / packed_rows;
+        const uint64_t each = info.packed ? bytes / tiles : bytes / rows * packed_rows;
+        const uint64_t most = each * std::max<uint64_t>(1, detail::gguf_write_piece / each);
         auto buffer = detail::Buffer::allocate(std::min(bytes, most), "a piece of a tensor");
         if (!buffer) return buffer.error();
         for (uint64_t at = 0; done && at < bytes; at += most) {
@@ -7354,6 +7514,35 @@ Result<void> GgufWriter::write(const std::string& path) const {
 
 // ---- src/kernels/internal.hpp ------------------------------------------------------------------
 
+// ---- Words ------------------------------------------------------------------------------------
+//
+// One word has one meaning in this section:
+//   row           an output row of a weight matrix: the weights whose sum of products is one number
+//   column        an input vector that meets a matrix; the backend has one for a token of a batch
+//   tile          16 rows of a matrix, packed so that a lane of a vector register is a row
+//   pair          two tiles that one kernel call multiplies, so that two streams come from memory
+//   block         32 neighbouring values of a row or of a column that share a scale
+//   super-block   8 blocks of a k-quant, under scales of their own
+//   header        the scales of a super-block, before its first block
+//   code          the unsigned integer of a weight; weight = code - bias of its type
+//   bias          of a type: what is taken from a code; of a model: what a product gets added (4)
+//   plane         a column's values as blocks of int8; precision = fine has a second for the rest
+//   plane group   eight planes that lie beside each other, block after block
+//   quad          four neighbouring weights of a row in a packed tile: their codes fill one word
+//   lane          an element of a vector register
+//   panel         a tile whose codes were unpacked to signed bytes, to serve many columns
+//   shape         how many columns one kernel call takes
+//   chunk         the blocks (or floats) that stay in a near cache while all columns meet them
+//   batch         the columns of a task that meet a pair of tiles one after the other
+//   head          of attention only: head_dim values of a query, a key or a value
+//   query         one query head at one position; several share the keys of one key/value head
+//   position      of a token in its sequence; it has one key and one value a key/value head
+//   key group     16 neighbouring positions, whose keys lie side by side (their values beside them)
+//   segment       256 absolute positions: the unit in which attention is computed and then merged
+//   page          the backend's unit of memory for keys and values: some key groups (>>backend)
+//   slot          a position's place in its key group
+//   part          one of the shares into which the team divides a job, one a thread
+//
 // ---- The numeric definition, numerics = 1 ----------------------------------------------------
 //
 // All arithmetic is binary32 unless "double" is said. "a + b", "a * b", "a / b", "sqrt" round once,
@@ -7448,19 +7637,19 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //       (Within 1e-15 relative, sin and cos 1e-15 absolute to |x| = 2^20.)
 // 13. A forward pass. x = the token's embedding row (11). In each layer: y = rms_norm(x); q, k, v =
 //     the matrix products with y (1 to 3), each plus its bias where there is one (4); rope of q and
-//     k (9); attention (10); x = x + attn_output matrix times it (plus bias); y = rms_norm(x); gate
+//     k (9); attention (10); x = x + attn_output matrix times it; y = rms_norm(x); gate
 //     and up = products with y; h as in 8; x = x + ffn_down matrix times h. Logits: the output
-//     matrix (the embedding where there is none) times rms_norm(x). base and the factors of rope
-//     are binary32 numbers of the model; attention_scale, where the model says nothing, is
-//     1 / sqrt(float(head_dim)).
+//     matrix (the embedding where there is none) times rms_norm(x); where the model scales them
+//     (logit_scale), each is multiplied once. base and the factors of rope are binary32 numbers of
+//     the model; attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
 // ----------------------------------------------------------------------------------------------
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr int kNumerics = 1;        ///< version of the numeric definition
-inline constexpr uint32_t kTileRows = 16;  ///< rows of a packed tile: a lane is a row
+inline constexpr int kNumerics = 1;                 ///< version of the numeric definition
+inline constexpr uint32_t kTileRows = packed_rows;  ///< of a packed tile: a lane is a row
 inline constexpr uint32_t kActivationBlock = 32;
 inline constexpr uint32_t kSegment = 256;  ///< positions of an attention segment
 inline constexpr uint32_t kKeyGroup = 16;  ///< keys stored side by side
@@ -7475,7 +7664,7 @@ struct ActivationBlock {
 static_assert(sizeof(ActivationBlock) == 48);
 
 /// Columns' blocks, `count` planes of n / 32 blocks each (a column's two planes are neighbours),
-/// lie in groups of eight planes: in a group block after block, in a block plane beside plane. One
+/// lie in plane groups of eight: in a group block after block, in a block plane beside plane. One
 /// group that is not full is narrower; of several the last is padded.
 struct ActivationLayout {
     static constexpr uint32_t kGroup = 8;
@@ -7554,8 +7743,8 @@ struct AttentionTask {
     size_t q_stride;
     const uint16_t* begin;      ///< (queries) first visible position, within the segment: 0..256
     const uint16_t* end;        ///< (queries) one past the last; begin == end: none visible
-    const void* const* keys;    ///< (16) groups of 16 positions: (head_dim, 16) elements each;
-    const void* const* values;  ///< (16) groups: (16, head_dim); null where nobody looks
+    const void* const* keys;    ///< (16) key groups: (head_dim, 16) elements each;
+    const void* const* values;  ///< (16) and (16, head_dim); null where nobody looks
     float* max;                 ///< (queries) outputs; queries that see nothing are left alone
     float* sum;                 ///< (queries)
     float* out;                 ///< (queries, out_stride)
@@ -7575,10 +7764,10 @@ struct Kernels {
     void (*scale)(float* x, float factor, size_t n);           ///< x_i *= factor
     void (*add)(float* x, const float* y, size_t n);           ///< x_i += y_i
     void (*silu_mul)(float* gate, const float* up, size_t n);  ///< gate_i = silu(gate_i) * up_i
-    /// Stores one position's key and value of one kv head into its groups, at slot 0..15.
+    /// Stores one position's key and value of one kv head into its key group, at slot 0..15.
     void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
                      void* key_group, void* value_group);
-    /// A group of q8_0 keys and one of values as binary32, in the same order.
+    /// A key group in q8_0, keys and values, as binary32, in the same order.
     void (*expand_kv)(const void* key_group, const void* value_group, uint32_t head_dim,
                       float* keys, float* values);
     void (*attention)(const AttentionTask& task);
@@ -7594,14 +7783,12 @@ std::span<const Kernels* const> available_kernels();
 Result<const Kernels*> choose_kernels();
 
 /// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
-float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
-float exact_exp(float x);                    ///< definition, 7
-double exact_exp2(double x);                 ///< rope_math
-double exact_log2(double x);
+using v1::exact_exp;
+using v1::exact_exp2;
+using v1::exact_fma;
+using v1::exact_log2;
+using v1::exact_sincos;
 double exact_log(double x);  ///< exact_log2(x) * ln 2, for log-probabilities
-void exact_sincos(double x, double* sine, double* cosine);
-float half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);  ///< nearest even
 
 /// Floating-point control of this thread set to the default (nearest even, no flush to zero, no
 /// traps) while the object lives: hosts set flush-to-zero.
@@ -7755,30 +7942,32 @@ inline void store32(std::byte* at, uint32_t value) { std::memcpy(at, &value, siz
 // ---- src/kernels/exact.cpp ---------------------------------------------------------------------
 
 // >>kernels
-// The definition stands in the declaration part. Here, in this order: exact building blocks, packed
-// layouts, the scalar reference (read this first), one region per instruction set, the
-// floating-point state, the choice of a table, the worker team.
+// In this order: exact building blocks, packed layouts, the scalar reference, one region per
+// instruction set, the floating-point state, the choice of a table, the worker team. Read the
+// numeric definition first, then the scalar reference.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-float exact_fma(float a, float b, float c) { return fma_once(a, b, c); }
-float exact_exp(float x) { return exp_once(x); }
-float half_to_float(uint16_t bits) { return half_value(bits); }
-uint16_t float_to_half(float value) { return half_bits(value); }
+double exact_log(double x) { return rounded(exact_log2(x) * 0x1.62e42fefa39efp-1); }
+
+}  // namespace detail
+
+float exact_fma(float a, float b, float c) { return detail::fma_once(a, b, c); }
+float exact_exp(float x) { return detail::exp_once(x); }
 
 double exact_exp2(double x) {
     if (x < -1022) return 0;
     if (x >= 1023) return std::numeric_limits<double>::infinity();
     if (x != x) return x;
-    x = rounded(x);  // inlined, it may be the caller's product
-    const double k = nearest_integer(x);
-    const double t = rounded((x - k) * 0x1.62e42fefa39efp-1);
-    double p = inverse_factorial(13);
-    for (int n = 12; n >= 0; n--) p = rounded(p * t) + inverse_factorial(n);
-    return p * power_of_two(static_cast<int>(k));
+    x = detail::rounded(x);  // inlined, it may be the caller's product
+    const double k = detail::nearest_integer(x);
+    const double t = detail::rounded((x - k) * 0x1.62e42fefa39efp-1);
+    double p = detail::inverse_factorial(13);
+    for (int n = 12; n >= 0; n--) p = detail::rounded(p * t) + detail::inverse_factorial(n);
+    return p * detail::power_of_two(static_cast<int>(k));
 }
 
 double exact_log2(double x) {
@@ -7798,32 +7987,35 @@ double exact_log2(double x) {
         e += 1;
     }
     const double u = (m - 1) / (m + 1);
-    const double z = rounded(u * u);
+    const double z = detail::rounded(u * u);
     double p = 1.0 / 23;
-    for (int n = 21; n >= 1; n -= 2) p = rounded(p * z) + 1.0 / n;
-    return e + rounded(rounded(u * p) * 0x1.71547652b82fep+1);
+    for (int n = 21; n >= 1; n -= 2) p = detail::rounded(p * z) + 1.0 / n;
+    return e + detail::rounded(detail::rounded(u * p) * 0x1.71547652b82fep+1);
 }
 
-double exact_log(double x) { return rounded(exact_log2(x) * 0x1.62e42fefa39efp-1); }
-
 void exact_sincos(double x, double* sine, double* cosine) {
-    x = rounded(x);  // inlined, it may be the caller's product
-    const double k = nearest_integer(rounded(x * 0x1.45f306dc9c883p-1));
-    const double r = ((x - rounded(k * 0x1.921fb544p+0)) - rounded(k * 0x1.0b4611a6p-34)) -
-                     rounded(k * 0x1.3198a2ep-69);
-    const double z = rounded(r * r);
-    double s = inverse_factorial(17), c = inverse_factorial(16);
+    x = detail::rounded(x);  // inlined, it may be the caller's product
+    const double k = detail::nearest_integer(detail::rounded(x * 0x1.45f306dc9c883p-1));
+    const double r = ((x - detail::rounded(k * 0x1.921fb544p+0)) -
+                      detail::rounded(k * 0x1.0b4611a6p-34)) -
+                     detail::rounded(k * 0x1.3198a2ep-69);
+    const double z = detail::rounded(r * r);
+    double s = detail::inverse_factorial(17), c = detail::inverse_factorial(16);
     for (int n = 15; n >= 1; n -= 2) {
-        s = rounded(s * z) + (n & 2 ? -inverse_factorial(n) : inverse_factorial(n));
-        c = rounded(c * z) + (n & 2 ? -inverse_factorial(n - 1) : inverse_factorial(n - 1));
+        s = detail::rounded(s * z) +
+            (n & 2 ? -detail::inverse_factorial(n) : detail::inverse_factorial(n));
+        c = detail::rounded(c * z) +
+            (n & 2 ? -detail::inverse_factorial(n - 1) : detail::inverse_factorial(n - 1));
     }
-    s = rounded(r * s);
+    s = detail::rounded(r * s);
     const int64_t quarter = static_cast<int64_t>(k) & 3;
     *sine = quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c;
     *cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
 }
 
-}  // namespace detail
+float half_to_float(uint16_t bits) { return detail::half_value(bits); }
+uint16_t float_to_half(float value) { return detail::half_bits(value); }
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
@@ -7836,15 +8028,15 @@ namespace detail {
 
 // ---- Packed layouts --------------------------------------------------------------------------
 //
-// A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 groups
-// of 4 columns. Word r (4 bytes) of a 64-byte vector holds one group of row r, one byte a column:
+// A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 quads
+// of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
 //     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
-//     codes    8 bits: 8 vectors, group by group; else 4 vectors: vector j holds the low four bits
-//              of group 2j in the low halves of its bytes and of group 2j+1 in the high halves
-//     high     5 bits: 1 vector, bit g of a byte belongs to group g; 6 bits: 2 vectors, groups 0..3
+//     codes    8 bits: 8 vectors, quad by quad; else 4 vectors: vector j holds the low four bits
+//              of quad 2j in the low halves of its bytes and of quad 2j+1 in the high halves
+//     high     5 bits: 1 vector, bit g of a byte belongs to quad g; 6 bits: 2 vectors, quads 0..3
 //              and 4..7, two bits each, lowest first
-// Types with super-blocks write before each 8 blocks a head: D[16], Q4_K and Q5_K also Dmin[16],
+// Types with super-blocks write before each 8 blocks a header: D[16], Q4_K and Q5_K also Dmin[16],
 // binary16. Tiles are padded to 64 bytes. Unsigned codes suit every integer instruction: the bias
 // is taken out afterwards through ActivationBlock::sum.
 
@@ -7852,16 +8044,16 @@ struct PackedLayout {
     TensorType type;
     uint8_t bits;  // of a code; of a value where float_bytes is set
     uint8_t bias;
-    bool minimum;         // m of the definition
-    uint8_t float_bytes;  // 0: quantized
-    uint8_t scale_bytes;  // before a block's codes
-    uint8_t head_bytes;   // before a super-block's first block
-    uint8_t blocks;       // of a super-block
+    bool minimum;          // m of the definition
+    uint8_t float_bytes;   // 0: quantized
+    uint8_t scale_bytes;   // before a block's codes
+    uint8_t header_bytes;  // before a super-block's first block
+    uint8_t blocks;        // of a super-block
 };
 
 // clang-format off
 inline constexpr PackedLayout packed_layouts[] = {
-    // type            bits bias  min   float scale head blocks
+    // type            bits bias  min   float scale header blocks
     {TensorType::q4_0,  4,   8, false, 0, 32, 0, 1},
     {TensorType::q4_1,  4,   0, true,  0, 64, 0, 1},
     {TensorType::q5_0,  5,  16, false, 0, 32, 0, 1},
@@ -7885,8 +8077,19 @@ constexpr size_t packed_block_bytes(const PackedLayout& layout) {
     return layout.scale_bytes + size_t{layout.bits} * 64;
 }
 constexpr size_t packed_super_bytes(const PackedLayout& layout) {
-    return layout.head_bytes + layout.blocks * packed_block_bytes(layout);
+    return layout.header_bytes + layout.blocks * packed_block_bytes(layout);
 }
+
+// Every layout has the size that a model file states for it (>>gguf).
+constexpr bool layouts_have_stated_sizes() {
+    for (const PackedLayout& layout : packed_layouts) {
+        const size_t bytes = layout.float_bytes ? size_t{layout.float_bytes} * kTileRows
+                                                : packed_super_bytes(layout);
+        if (tile_block_bytes(layout.type) != bytes) return false;
+    }
+    return std::size(packed_layouts) == std::size(packed_types);
+}
+static_assert(layouts_have_stated_sizes());
 
 inline const std::byte* packed_tile(const PackedMatrix& matrix, size_t tile) {
     return matrix.data + tile * packed_tile_bytes(matrix.type, matrix.cols);
@@ -8031,18 +8234,18 @@ void pack_tile(const std::byte* source, size_t row_bytes, uint32_t rows, size_t 
                std::byte* out) {
     constexpr const PackedLayout& layout = packed_layouts[layout_index];
     for (size_t b = 0; b < cols / kActivationBlock; b++) {
-        std::byte* head = out;
-        if (b % layout.blocks == 0) out += layout.head_bytes;
-        else head = nullptr;
+        std::byte* header = out;
+        if (b % layout.blocks == 0) out += layout.header_bytes;
+        else header = nullptr;
         for (uint32_t r = 0; r < rows; r++) {
             SourceBlock block;
             read_source_block(layout.type, source + r * row_bytes, b, block);
             store_codes(layout, out + layout.scale_bytes, r, block.words);
-            std::byte* halves = layout.head_bytes ? head : out;
+            std::byte* halves = layout.header_bytes ? header : out;
             if (halves) store16(halves + 2 * r, block.d);
             if (halves && layout.minimum) store16(halves + 32 + 2 * r, block.m);
-            if (layout.head_bytes) out[r] = std::byte{block.s0};
-            if (layout.head_bytes) out[16 + r] = std::byte{block.s1};
+            if (layout.header_bytes) out[r] = std::byte{block.s0};
+            if (layout.header_bytes) out[16 + r] = std::byte{block.s1};
         }
         out += packed_block_bytes(layout);
     }
@@ -8062,21 +8265,33 @@ void pack_float_tile(const std::byte* source, size_t row_bytes, uint32_t rows, s
 
 using PackTile = void (*)(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
                           std::byte* out);
+template <size_t layout_index>
+constexpr PackTile pack_function() {
+    constexpr size_t float_bytes = packed_layouts[layout_index].float_bytes;
+    if constexpr (float_bytes != 0) return pack_float_tile<float_bytes>;
+    else return pack_tile<layout_index>;
+}
 constexpr PackTile pack_functions[] = {
-    // in the order of packed_layouts
-    pack_tile<0>, pack_tile<1>, pack_tile<2>,       pack_tile<3>,       pack_tile<4>,
-    pack_tile<5>, pack_tile<6>, pack_float_tile<4>, pack_float_tile<2>, pack_float_tile<2>,
+    pack_function<0>(), pack_function<1>(), pack_function<2>(), pack_function<3>(),
+    pack_function<4>(), pack_function<5>(), pack_function<6>(), pack_function<7>(),
+    pack_function<8>(), pack_function<9>(),
 };
 static_assert(std::size(pack_functions) == std::size(packed_layouts));
+
+size_t used_tile_bytes(const PackedLayout& layout, uint32_t cols) {  // without the padding
+    if (layout.float_bytes) return size_t{cols} * layout.float_bytes * kTileRows;
+    return size_t{cols} / (layout.blocks * kActivationBlock) * packed_super_bytes(layout);
+}
 
 }  // namespace
 
 bool kernel_type_supported(TensorType type) { return find_layout(type) != nullptr; }
 
 uint64_t packed_tile_bytes(TensorType type, uint32_t cols) {
-    const TypeInfo* info = type_info(type);
-    if (!info) return 0;
-    return (uint64_t{cols} / info->block_size * info->tile_block_bytes + 63) / 64 * 64;
+    const PackedLayout* layout = find_layout(type);
+    if (!layout) return 0;
+    const uint64_t used = used_tile_bytes(*layout, cols);
+    return (used + packed_alignment - 1) / packed_alignment * packed_alignment;
 }
 
 void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* source,
@@ -8085,9 +8300,9 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
     const size_t tile_bytes = static_cast<size_t>(packed_tile_bytes(type, cols));
     const TypeInfo& info = *type_info(type);
     const size_t row_bytes = size_t{cols} / info.block_size * info.block_bytes;
+    const size_t used = used_tile_bytes(layout, cols);
     for (uint32_t tile = first_tile; tile < last_tile; tile++) {
         const uint32_t count = std::min(kTileRows, rows - tile * kTileRows);
-        const size_t used = size_t{cols} / info.block_size * info.tile_block_bytes;
         if (count < kTileRows) std::memset(out, 0, tile_bytes);
         else std::memset(out + used, 0, tile_bytes - used);
         pack_functions[&layout - packed_layouts](source, row_bytes, count, cols, out);
@@ -8096,7 +8311,66 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
     }
 }
 
+namespace {
+
+// Whether `values` values of a type take so many bytes in a file.
+bool fits(TensorType type, uint64_t values, uint64_t bytes) {
+    if (!find_layout(type)) return false;
+    const TypeInfo& info = *type_info(type);
+    return values % info.block_size == 0 && bytes == values / info.block_size * info.block_bytes;
+}
+
+constexpr size_t largest_super_bytes() {
+    size_t most = 0;
+    for (const PackedLayout& layout : packed_layouts)
+        most = std::max(most, packed_super_bytes(layout));
+    return (most + packed_alignment - 1) / packed_alignment * packed_alignment;
+}
+
+}  // namespace
+
 }  // namespace detail
+
+bool can_compute(TensorType type) { return detail::kernel_type_supported(type); }
+
+uint64_t packed_bytes(TensorType type, uint64_t rows, uint32_t cols) {
+    return (rows + packed_rows - 1) / packed_rows * detail::packed_tile_bytes(type, cols);
+}
+
+Result<void> pack_rows(TensorType type, uint32_t cols, std::span<const std::byte> source,
+                       std::span<std::byte> out) {
+    const TypeInfo* info = type_info(type);
+    const uint64_t row_bytes = info ? uint64_t{cols} / info->block_size * info->block_bytes : 0;
+    const uint64_t rows = row_bytes ? source.size() / row_bytes : 0;
+    if (!detail::fits(type, rows * cols, source.size()) || rows > UINT32_MAX ||
+        cols % info->block_size != 0 || out.size() != packed_bytes(type, rows, cols))
+        return detail::make_error(ErrorKind::invalid_request,
+                                  "pack_rows: type, columns and sizes do not fit together");
+    const uint32_t count = static_cast<uint32_t>(rows);
+    detail::pack_tiles(type, count, cols, source.data(), 0,
+                       detail::PackedMatrix{type, count, cols}.tiles(), out.data());
+    return {};
+}
+
+Result<void> dequantize(TensorType type, std::span<const std::byte> blocks,
+                        std::span<float> values) {
+    using namespace detail;
+    if (!fits(type, values.size(), blocks.size()))
+        return make_error(ErrorKind::invalid_request,
+                          "dequantize: type and sizes do not fit together");
+    // One implementation for both orders: a few columns are packed, as the first row of a tile.
+    const TypeInfo& info = *type_info(type);
+    const size_t most = find_layout(type)->blocks * kActivationBlock;
+    alignas(packed_alignment) std::byte tile[largest_super_bytes()];
+    for (size_t first = 0; first < values.size(); first += most) {
+        const uint32_t cols = static_cast<uint32_t>(std::min(most, values.size() - first));
+        pack_tiles(type, 1, cols, blocks.data() + first / info.block_size * info.block_bytes, 0, 1,
+                   tile);
+        dequantize_row({type, 1, cols, tile}, 0, values.data() + first);
+    }
+    return {};
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
@@ -8181,16 +8455,18 @@ struct TilePair {
 // Columns (planes) that meet a pair of tiles, and where their data lies.
 struct ColumnBatch {
     const std::byte* data;
-    size_t group, each;  // bytes from eight columns to the next, and within them
-    size_t unit;         // bytes from a block, or a float, to the next
+    size_t group_stride;   // bytes from a plane group (of floats: eight columns) to the next
+    size_t column_stride;  // within it, from a column to the next
+    size_t block_stride;   // from a block, or a float, of a column to the next
     uint32_t count;
     const std::byte* column(uint32_t v) const {
-        return data + v / ActivationLayout::kGroup * group + v % ActivationLayout::kGroup * each;
+        return data + v / ActivationLayout::kGroup * group_stride +
+               v % ActivationLayout::kGroup * column_stride;
     }
     const ActivationBlock* plane(uint32_t v) const {
         return reinterpret_cast<const ActivationBlock*>(column(v));
     }
-    size_t step() const { return unit / sizeof(ActivationBlock); }
+    size_t step() const { return block_stride / sizeof(ActivationBlock); }
 };
 
 // What an instruction set brings: the product of a pair with columns, and what may follow it.
@@ -8201,25 +8477,39 @@ struct ProductParts {
     void (*silu_mul)(float*, const float*, size_t);
 };
 
-// How a matrix meets a task's columns: a row of sums a plane of a column.
-struct Factor {
-    const PackedMatrix* matrix;
-    uint32_t planes;    // 1 for floats
-    ColumnBatch batch;  // planes of columns first .. first + columns - 1
+// The columns of a task from its first one on.
+inline ColumnBatch float_columns(const MatmulTask& task) {
+    const size_t stride = task.x_stride * sizeof(float);
+    return {.data = reinterpret_cast<const std::byte*>(task.x),
+            .group_stride = ActivationLayout::kGroup * stride,
+            .column_stride = stride,
+            .block_stride = sizeof(float),
+            .count = task.columns};
+}
+inline ColumnBatch quantized_columns(const MatmulTask& task, uint32_t cols) {
+    constexpr size_t block = sizeof(ActivationBlock);
+    const ActivationLayout layout{task.columns * task.planes, cols / kActivationBlock};
+    return {.data = reinterpret_cast<const std::byte*>(task.blocks),
+            .group_stride = ActivationLayout::kGroup * layout.blocks * block,
+            .column_stride = block,
+            .block_stride = layout.step() * block,
+            .count = layout.count};
+}
 
-    Factor(const PackedMatrix* of, const MatmulTask& task, uint32_t first, uint32_t columns)
+// A matrix and the columns that meet it, `columns` from `first` on. Floats meet a column itself;
+// quantized weights meet each of its planes, which then has sums of its own.
+struct MatrixBatch {
+    const PackedMatrix* matrix;
+    uint32_t planes;  // of a column; 1 for floats
+    ColumnBatch batch;
+
+    MatrixBatch(const PackedMatrix* of, const MatmulTask& task, uint32_t first, uint32_t columns)
         : matrix(of) {
         const bool floats = find_layout(of->type)->float_bytes != 0;
         planes = floats ? 1 : task.planes;
-        constexpr size_t eight = ActivationLayout::kGroup, block = sizeof(ActivationBlock);
-        const ActivationLayout layout{task.columns * planes, of->cols / kActivationBlock};
-        const size_t stride = task.x_stride * sizeof(float);
-        batch = floats ? ColumnBatch{reinterpret_cast<const std::byte*>(task.x), eight * stride,
-                                     stride, sizeof(float), columns}
-                       : ColumnBatch{reinterpret_cast<const std::byte*>(task.blocks),
-                                     eight * layout.blocks * block, block, layout.step() * block,
-                                     columns * planes};
+        batch = floats ? float_columns(task) : quantized_columns(task, of->cols);
         batch.data = batch.column(first * planes);
+        batch.count = columns * planes;
     }
     TilePair pair(uint32_t tile, const PackedMatrix& other, uint32_t other_tile,
                   uint32_t step) const {
@@ -8231,7 +8521,8 @@ struct Factor {
     }
 };
 
-// The sums of a column and one or two neighbouring tiles to where the task wants them.
+// Copies the sums of one column and one or two neighbouring tiles to where the task wants them, or
+// adds them there.
 inline void write_sums(const MatmulTask& task, const ProductParts& parts, uint32_t tile,
                        uint32_t tiles, uint32_t column, const float* sums) {
     const uint32_t row = tile * kTileRows, left = task.weights->rows - row;
@@ -8242,20 +8533,22 @@ inline void write_sums(const MatmulTask& task, const ProductParts& parts, uint32
     else std::memcpy(y, sums, rows * sizeof(float));
 }
 
-// The sums of a pair, one for each column: of two planes the first has both.
-inline void multiply_pair_of(const ProductParts& parts, const Factor& factor, const TilePair& pair,
-                             PairSums sums) {
+// Multiplies a pair of tiles with all columns. Where a column has two planes, the sums of the second
+// are added to those of the first.
+inline void multiply_pair_of(const ProductParts& parts, const MatrixBatch& factor,
+                             const TilePair& pair, PairSums sums) {
     parts.product(pair, factor.batch, sums);
     for (uint32_t v = 0; factor.planes == 2 && v < factor.batch.count; v += 2)
         parts.add(sums[v][0], sums[v + 1][0], 2 * kTileRows);
 }
 
-// A few columns wait for memory: two far streams are faster than one. For many, neighbours' sums
-// go to neighbouring lines.
+// y = weights * x. With few columns the product waits for memory, and two streams from places far
+// apart are faster than one: a tile of the first half of the range is paired with one of the second.
+// With many columns neighbouring tiles are paired, so that their sums go to neighbouring lines.
 inline void multiply_plain(const MatmulTask& task, const ProductParts& parts, uint32_t first,
                            uint32_t columns, PairSums sums) {
     const PackedMatrix& w = *task.weights;
-    const Factor factor(&w, task, first, columns);
+    const MatrixBatch factor(&w, task, first, columns);
     const uint32_t pairs = (task.last_tile - task.first_tile + 1) / 2;
     const bool few = factor.batch.count <= kFewColumns;
     for (uint32_t i = 0; i < pairs; i++) {
@@ -8270,11 +8563,12 @@ inline void multiply_plain(const MatmulTask& task, const ProductParts& parts, ui
     }
 }
 
-// h of tiles `tile` and `tile` + 1 goes where gate was: to sums[0]. For few columns the two streams
-// are gate and up, if they have one type.
-inline void multiply_gated_pair(const ProductParts& parts, const Factor& gate, const Factor& up,
-                                uint32_t tile, uint32_t tiles, uint32_t columns,
-                                PairSums (&sums)[2]) {
+// Computes h = silu(gate) * up of `tiles` tiles (one or two) from `tile` on, into sums[0], where the
+// products of gate were. With few columns a tile of gate is paired with its tile of up, two streams
+// from memory; that needs one type for both. Else two tiles of gate are a pair, then two of up.
+inline void multiply_gated_pair(const ProductParts& parts, const MatrixBatch& gate,
+                                const MatrixBatch& up, uint32_t tile, uint32_t tiles,
+                                uint32_t columns, PairSums (&sums)[2]) {
     if (gate.batch.count > kFewColumns || gate.matrix->type != up.matrix->type) {
         const uint32_t next = tile + tiles - 1;
         multiply_pair_of(parts, gate, gate.pair(tile, *gate.matrix, next, 2), sums[0]);
@@ -8294,7 +8588,7 @@ inline void multiply_gated_pair(const ProductParts& parts, const Factor& gate, c
 
 inline void multiply_gated(const MatmulTask& task, const ProductParts& parts, uint32_t first,
                            uint32_t columns, PairSums (&sums)[2]) {
-    const Factor gate(task.weights, task, first, columns), up(task.up, task, first, columns);
+    const MatrixBatch gate(task.weights, task, first, columns), up(task.up, task, first, columns);
     const ActivationLayout out{task.columns * task.planes, task.out_blocks};
     const uint32_t group = ActivationLayout::kGroup / std::max(task.planes, 1u);
     for (uint32_t tile = task.first_tile; tile < task.last_tile; tile += 2) {
@@ -8332,6 +8626,10 @@ inline namespace v1 {
 namespace detail {
 
 // ---- Scalar reference ------------------------------------------------------------------------
+//
+// Each kernel as the numeric definition says it, in plain loops: the place to begin reading. First
+// the dot product (dot_block), then quantization of activations, norm, rope, feed-forward, and the
+// cache and attention at the end. Every other table computes the same bits in another way.
 
 namespace scalar {
 
@@ -8343,61 +8641,7 @@ struct RowBlock {
     int32_t sub[2];  // Q6_K's scales of the two halves, else 1
 };
 
-void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
-                RowBlock& out) {
-    const std::byte* head = tile + block / layout.blocks * packed_super_bytes(layout);
-    const std::byte* at = head + layout.head_bytes +
-                          block % layout.blocks * packed_block_bytes(layout);
-    uint32_t words[8];
-    load_codes(layout, at + layout.scale_bytes, row, words);
-    for (uint32_t i = 0; i < kActivationBlock; i++)
-        out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
-
-    const std::byte* halves = layout.head_bytes ? head : at;
-    out.scale = half_value(load16(halves + 2 * row));
-    out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
-    out.sub[0] = out.sub[1] = 1;
-    if (layout.type == TensorType::q6_k) {
-        for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
-    } else if (layout.head_bytes) {
-        out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
-        out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
-    }
-}
-
-void quantize_plane(const float* x, float d, float inverse, ActivationBlock& out) {
-    out = {d, 0, {0, 0}, {}};
-    for (uint32_t i = 0; d > 0 && i < kActivationBlock; i++) {
-        const double nearest = nearest_integer(double(x[i]) * double(inverse));
-        out.q[i] = static_cast<int8_t>(std::min(127.0, std::max(-127.0, nearest)));
-        out.sum[i / 16] += out.q[i];
-    }
-    out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
-}
-
-void quantize_block(const float* x, uint32_t planes, ActivationBlock* out) {
-    uint32_t largest = 0;  // magnitudes order like their bits
-    for (uint32_t i = 0; i < kActivationBlock; i++)
-        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
-    const float amax = std::bit_cast<float>(largest);
-    const bool finite = largest < 0x7f800000u, zero = amax < 0x1p-100f;
-    const float d = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : amax / 127.0f;
-    const float inverse = finite && !zero ? 127.0f / amax : 0.0f;
-    quantize_plane(x, d, inverse, out[0]);
-    if (planes < 2) return;
-    float rest[kActivationBlock];
-    for (uint32_t i = 0; i < kActivationBlock; i++)
-        rest[i] = fma_once(-d, static_cast<float>(out[0].q[i]), x[i]);
-    quantize_plane(rest, d / 254.0f, inverse * 254.0f, out[1]);
-}
-
-void quantize(const QuantizeTask& task) {
-    for (uint32_t c = 0; c < task.columns; c++)
-        for (size_t b = 0; b < task.n / kActivationBlock; b++)
-            quantize_block(task.x + c * task.x_stride + b * kActivationBlock, task.planes,
-                           task.out + b * task.step + c * task.planes);
-}
-
+// Definition, 2: one block of a row of weights times one block of a plane.
 int32_t dot_integers(const int32_t* w, const int8_t* h) {
     int32_t sum = 0;
     for (uint32_t i = 0; i < kActivationBlock / 2; i++) sum += w[i] * h[i];
@@ -8410,6 +8654,29 @@ float dot_block(const PackedLayout& layout, const RowBlock& row, const Activatio
                         row.sub[1] * dot_integers(row.w + 16, a.q + 16);
     acc = fma_once(static_cast<float>(sum), row.scale * a.d, acc);
     return layout.minimum ? fma_once(row.minimum, a.s, acc) : acc;
+}
+
+// Takes one row of a block out of a packed tile: packed layouts.
+void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
+                RowBlock& out) {
+    const std::byte* header = tile + block / layout.blocks * packed_super_bytes(layout);
+    const std::byte* at = header + layout.header_bytes +
+                          block % layout.blocks * packed_block_bytes(layout);
+    uint32_t words[8];
+    load_codes(layout, at + layout.scale_bytes, row, words);
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
+
+    const std::byte* halves = layout.header_bytes ? header : at;
+    out.scale = half_value(load16(halves + 2 * row));
+    out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
+    out.sub[0] = out.sub[1] = 1;
+    if (layout.type == TensorType::q6_k) {
+        for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
+    } else if (layout.header_bytes) {
+        out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
+        out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
+    }
 }
 
 // One row against all planes of the batch.
@@ -8447,6 +8714,39 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
                                                               reinterpret_cast<const float*>(
                                                                   batch.column(c)));
     }
+}
+
+void quantize_plane(const float* x, float d, float inverse, ActivationBlock& out) {
+    out = {d, 0, {0, 0}, {}};
+    for (uint32_t i = 0; d > 0 && i < kActivationBlock; i++) {
+        const double nearest = nearest_integer(double(x[i]) * double(inverse));
+        out.q[i] = static_cast<int8_t>(std::min(127.0, std::max(-127.0, nearest)));
+        out.sum[i / 16] += out.q[i];
+    }
+    out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
+}
+
+void quantize_block(const float* x, uint32_t planes, ActivationBlock* out) {
+    uint32_t largest = 0;  // magnitudes order like their bits
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    const float amax = std::bit_cast<float>(largest);
+    const bool finite = largest < 0x7f800000u, zero = amax < 0x1p-100f;
+    const float d = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : amax / 127.0f;
+    const float inverse = finite && !zero ? 127.0f / amax : 0.0f;
+    quantize_plane(x, d, inverse, out[0]);
+    if (planes < 2) return;
+    float rest[kActivationBlock];
+    for (uint32_t i = 0; i < kActivationBlock; i++)
+        rest[i] = fma_once(-d, static_cast<float>(out[0].q[i]), x[i]);
+    quantize_plane(rest, d / 254.0f, inverse * 254.0f, out[1]);
+}
+
+void quantize(const QuantizeTask& task) {
+    for (uint32_t c = 0; c < task.columns; c++)
+        for (size_t b = 0; b < task.n / kActivationBlock; b++)
+            quantize_block(task.x + c * task.x_stride + b * kActivationBlock, task.planes,
+                           task.out + b * task.step + c * task.planes);
 }
 
 float sum_of_lanes(float lanes[16]) {
@@ -8489,7 +8789,10 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
-void matmul(const MatmulTask& task) { multiply_tiles(task, {product, quantize, add, silu_mul}); }
+void matmul(const MatmulTask& task) {
+    multiply_tiles(task,
+                   {.product = product, .quantize = quantize, .add = add, .silu_mul = silu_mul});
+}
 
 void store_q8_0(const float* k, const float* v, uint32_t head_dim, uint32_t slot, void* key_group,
                 void* value_group) {
@@ -8592,8 +8895,20 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (size_t e = 0; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-constexpr Kernels kernels = {"scalar", quantize, matmul,   rms_norm,  rope,      scale,
-                             add,      silu_mul, store_kv, expand_kv, attention, attention_merge};
+constexpr Kernels kernels = {
+    .name = "scalar",
+    .quantize = quantize,
+    .matmul = matmul,
+    .rms_norm = rms_norm,
+    .rope = rope,
+    .scale = scale,
+    .add = add,
+    .silu_mul = silu_mul,
+    .store_kv = store_kv,
+    .expand_kv = expand_kv,
+    .attention = attention,
+    .attention_merge = attention_merge,
+};
 
 }  // namespace scalar
 
@@ -8624,6 +8939,11 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
 }
 
 }  // namespace detail
+
+uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t head_dim) {
+    return uint64_t{n_kv_heads} * 2 * detail::kv_group_bytes(type, head_dim) / detail::kKeyGroup;
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
@@ -8691,9 +9011,9 @@ namespace detail {
 
 // A tile kernel adds to `sums` the products of two tiles and C columns, in ascending order of k.
 struct TileStep {
-    const std::byte* const* tiles;    // (2) where each goes on: at the head of a super-block
-    const std::byte* const* columns;  // (C) ActivationBlocks, `unit` bytes apart, or floats
-    size_t unit;
+    const std::byte* const* tiles;    // (2) where each goes on: at the header of a super-block
+    const std::byte* const* columns;  // (C) ActivationBlocks, `block_stride` bytes apart, or floats
+    size_t block_stride;
     size_t count;          // of blocks, or floats
     float (*sums)[2][16];  // (C)
     bool fresh;            // the sums start at 0
@@ -8710,9 +9030,10 @@ struct TileKernels {
 
 inline constexpr size_t kChunk = 32;  // blocks that stay in a near cache for all columns
 inline constexpr size_t kChunkFloats = 512;
-inline constexpr size_t kAheadOne =
-    4096;  // best prefetch distances measured: for one or two columns,
-inline constexpr size_t kAheadFew = 8192;  // for as many as one call takes
+// The best prefetch distances measured, in bytes: for one or two columns, and for as many as one
+// call takes.
+inline constexpr size_t kAheadOne = 4096;
+inline constexpr size_t kAheadFew = 8192;
 
 // The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
 // and 1.
@@ -8722,43 +9043,54 @@ inline const TileKernels::Shape& next_shape(const TileKernels& k, uint32_t left)
     return k.shapes[left <= 2 * k.shapes[2].columns ? 2 : 3];
 }
 
-// As few chunks as may be, of one size: each is prefetched during the one before it.
-inline size_t even_chunk(size_t units, const PackedLayout& layout) {
-    const size_t most = layout.float_bytes ? kChunkFloats : kChunk;
-    const size_t chunks = (units + most - 1) / most, even = (units + chunks - 1) / chunks;
-    return (even + layout.blocks - 1) / layout.blocks * layout.blocks;
+// How k, the direction along the rows, is divided for a pair of tiles. It counts blocks, of float
+// types values.
+struct Chunks {
+    size_t total;        // of k
+    size_t chunk;        // of k in a chunk; the last chunk may have fewer
+    size_t chunk_bytes;  // of a tile
+};
+
+// One chunk where one kernel call takes all columns. Else as few chunks as may be, of one size and
+// of whole super-blocks, so that each stays in a near cache until all columns have met it.
+inline Chunks divide(const PackedLayout& layout, size_t cols, bool one_call) {
+    const size_t total = layout.float_bytes ? cols : cols / kActivationBlock;
+    const size_t most = one_call ? total : layout.float_bytes ? kChunkFloats : kChunk;
+    const size_t count = (total + most - 1) / most;
+    const size_t even = (total + count - 1) / count;
+    const size_t supers = (even + layout.blocks - 1) / layout.blocks;
+    if (layout.float_bytes) return {total, even, even * layout.float_bytes * kTileRows};
+    return {total, one_call ? total : supers * layout.blocks, supers * packed_super_bytes(layout)};
 }
 
-// Where the columns need several kernel calls, k advances in chunks that stay in a near cache; each
-// call prefetches its share of the next chunk.
+// A pair of tiles times all columns of the batch, chunk after chunk. While the columns meet a chunk,
+// each kernel call prefetches its share of what comes next: the next chunk, or after the last one
+// the beginning of the next tiles.
 inline void multiply_pair(const TileKernels& k, const TilePair& pair, const ColumnBatch& batch,
                           PairSums sums) {
-    const PackedLayout& layout = *pair.layout;
-    const size_t units = layout.float_bytes ? pair.cols : pair.cols / kActivationBlock;
     const size_t most = k.shapes[3].columns, calls = (batch.count + most - 1) / most;
-    const bool once = calls == 1;
-    const size_t chunk = once ? units : even_chunk(units, layout);
-    const size_t chunk_bytes = layout.float_bytes
-                                   ? chunk * layout.float_bytes * kTileRows
-                                   : chunk / layout.blocks * packed_super_bytes(layout);
-    for (size_t u = 0, done = 0; u < units; u += chunk, done += chunk_bytes) {
-        const std::byte *at[2] = {pair.tiles[0] + done, pair.tiles[1] + done}, *columns[8];
-        const bool last = units - u <= chunk;
-        TileStep step{at,
-                      columns,
-                      batch.unit,
-                      last ? units - u : chunk,
-                      sums,
-                      u == 0,
-                      at[0] + (once   ? batch.count > 2 ? kAheadFew : kAheadOne
-                               : last ? pair.next - done
-                                      : chunk_bytes),
-                      calls};
-        for (uint32_t v = 0; v < batch.count; step.next += chunk_bytes / calls) {
+    const Chunks chunks = divide(*pair.layout, pair.cols, calls == 1);
+    size_t done = 0;  // bytes of a tile
+    for (size_t at_k = 0; at_k < chunks.total; at_k += chunks.chunk, done += chunks.chunk_bytes) {
+        const std::byte* const tiles[2] = {pair.tiles[0] + done, pair.tiles[1] + done};
+        const std::byte* columns[8];
+        const size_t left = chunks.total - at_k;
+        const bool last = left <= chunks.chunk;
+        size_t ahead = last ? pair.next - done : chunks.chunk_bytes;
+        if (calls == 1) ahead = batch.count > 2 ? kAheadFew : kAheadOne;
+        TileStep step{.tiles = tiles,
+                      .columns = columns,
+                      .block_stride = batch.block_stride,
+                      .count = last ? left : chunks.chunk,
+                      .sums = sums,
+                      .fresh = at_k == 0,
+                      .next = tiles[0] + ahead,
+                      .every = calls};
+        for (uint32_t v = 0; v < batch.count; step.next += chunks.chunk_bytes / calls) {
             const TileKernels::Shape& shape = next_shape(k, batch.count - v);
             for (uint32_t c = 0; c < shape.columns; c++) {  // the last again where they run out
                 const uint32_t column = v + c < batch.count ? v + c : batch.count - 1;
-                columns[c] = batch.column(column) + u * batch.unit;
+                columns[c] = batch.column(column) + at_k * batch.block_stride;
             }
             step.sums = sums + v;
             shape.dot(step);
@@ -8778,7 +9110,7 @@ struct QueryTile {
     float* out[kTileQueries];
 };
 
-// What an instruction set has for tiles of 1, 2, .. `queries` queries: [f32][queries - 1].
+// What an instruction set brings for 1, 2, .. `queries` queries at once: [f32][how many - 1].
 struct AttentionParts {
     using Range = void(const AttentionTask&, const QueryTile&, uint32_t first, uint32_t last);
     using RangeOfSome = void(const AttentionTask&, const QueryTile&, uint32_t query, uint32_t first,
@@ -8789,15 +9121,19 @@ struct AttentionParts {
     RangeOfSome* add_values[2][kTileQueries];  // out += p * values, of queries from `query` on
 };
 
+// One segment for `count` queries. From all_begin to all_end every query sees every position, so a
+// value is loaded once for all of them; before and after, each query goes through its own positions
+// alone.
 inline void attend_tile(const AttentionParts& parts, const AttentionTask& task,
                         const QueryTile& tile, const uint32_t* query, uint32_t count) {
-    uint32_t first = kSegment, last = 0, together = 0, apart = kSegment;
+    uint32_t first = kSegment, last = 0, all_begin = 0, all_end = kSegment;
     for (uint32_t i = 0; i < count; i++) {
         first = std::min(first, tile.begin[i]);
         last = std::max(last, tile.end[i]);
-        together = std::max(together, tile.begin[i]);  // all look from here on
-        apart = std::min(apart, tile.end[i]);          // not all look from here on
+        all_begin = std::max(all_begin, tile.begin[i]);
+        all_end = std::min(all_end, tile.end[i]);
     }
+    if (all_end < all_begin) all_begin = all_end = last;  // nothing is seen by all: each goes alone
     const bool f32 = task.kv_type == KvType::f32;
     parts.score[f32][count - 1](task, tile, first, last);
     for (uint32_t i = 0; i < count; i++) {
@@ -8805,12 +9141,11 @@ inline void attend_tile(const AttentionParts& parts, const AttentionTask& task,
                     task.sum + query[i]);
         std::memset(tile.out[i], 0, task.head_dim * sizeof(float));
     }
-    if (apart < together) apart = together = last;
+    const auto add_alone = parts.add_values[f32][0];
     for (uint32_t i = 0; i < count; i++)
-        parts.add_values[f32][0](task, tile, i, tile.begin[i], std::min(together, tile.end[i]));
-    parts.add_values[f32][count - 1](task, tile, 0, together, apart);
-    for (uint32_t i = 0; i < count; i++)
-        parts.add_values[f32][0](task, tile, i, apart, tile.end[i]);
+        add_alone(task, tile, i, tile.begin[i], std::min(all_begin, tile.end[i]));
+    parts.add_values[f32][count - 1](task, tile, 0, all_begin, all_end);
+    for (uint32_t i = 0; i < count; i++) add_alone(task, tile, i, all_end, tile.end[i]);
 }
 
 inline void attend(const AttentionParts& parts, const AttentionTask& task) {
@@ -8902,18 +9237,18 @@ struct Scales {  // of eight rows
 };
 
 template <int I>
-VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at, int half) {
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, int half) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
     if constexpr (L.bits == 6) {
-        out.dw = load_halves(head + 16 * half);
+        out.dw = load_halves(header + 16 * half);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
                 _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half))));
-    } else if constexpr (L.head_bytes != 0) {
-        const __m256 m = _mm256_mul_ps(load_halves(head + 32 + 16 * half),
+    } else if constexpr (L.header_bytes != 0) {
+        const __m256 m = _mm256_mul_ps(load_halves(header + 32 + 16 * half),
                                        load_small_ints(at + 16 + 8 * half));
-        out.dw = _mm256_mul_ps(load_halves(head + 16 * half), load_small_ints(at + 8 * half));
+        out.dw = _mm256_mul_ps(load_halves(header + 16 * half), load_small_ints(at + 8 * half));
         out.m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
     } else {
         out.dw = load_halves(at + 16 * half);
@@ -8922,9 +9257,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Unsigned codes of group g of eight rows.
+// Unsigned codes of quad g of eight rows.
 template <int I>
-VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int g) {
+VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m256i pair = load_bytes(codes + g / 2 * 64);
@@ -8938,8 +9273,8 @@ VALAR_FORCE_INLINE __m256i load_group(const std::byte* codes, int g) {
                                                  _mm256_set1_epi8(high == 1 ? 16 : 48)));
 }
 
-// total (of each plane and eight rows) += codes of group g times activations. Without VNNI products
-// are added in 16 bits as long as they cannot overflow, in `part`: 8 groups of 4-bit codes, 4 of 5
+// total (of each plane and eight rows) += codes of quad g times activations. Without VNNI products
+// are added in 16 bits as long as they cannot overflow, in `part`: 8 quads of 4-bit codes, 4 of 5
 // bits, 2 of 6 bits. 8-bit codes are two of 4 bits.
 template <Vnni kVnni, int kBits>
 VALAR_FORCE_INLINE void add_products(__m256i& total, __m256i (&part)[2], __m256i codes, __m256i x,
@@ -8971,15 +9306,15 @@ void dot_tiles(const TileStep& step) {
     const ActivationBlock* a[C];
     VALAR_UNROLL for (int c = 0; c < C; c++)
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
-    const size_t stride = step.unit / sizeof(ActivationBlock);
+    const size_t stride = step.block_stride / sizeof(ActivationBlock);
     if (step.fresh) std::memset(step.sums, 0, C * sizeof *step.sums);
     const std::byte* next = step.next;
-    size_t head = 0, at = 0, wait = 0;
+    size_t header = 0, at = 0, wait = 0;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.head_bytes != 0) {
+        if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
-                head = at;
-                at += L.head_bytes;
+                header = at;
+                at += L.header_bytes;
             }
         }
         if (wait-- == 0) {
@@ -9001,7 +9336,7 @@ void dot_tiles(const TileStep& step) {
             VALAR_UNROLL for (int g = 0; g < 8; g++) {
                 __m256i codes[H];
                 VALAR_UNROLL for (int h = 0; h < H; h++)
-                    codes[h] = load_group<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
+                    codes[h] = load_quad<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     const __m256i x = broadcast4(a[c]->q + 4 * g);
                     VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
@@ -9009,7 +9344,7 @@ void dot_tiles(const TileStep& step) {
                 }
             }
             VALAR_UNROLL for (int h = 0; h < H; h++) {
-                const Scales scales = load_scales<I>(tile + head, tile + at, v % 2 + h);
+                const Scales scales = load_scales<I>(tile + header, tile + at, v % 2 + h);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     __m256 sum = _mm256_cvtepi32_ps(total[0][c][h]);
                     if constexpr (L.bits == 6)  // exact, being below 2^24
@@ -9078,11 +9413,19 @@ constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
+template <int I, Vnni kVnni>
+constexpr TileKernels kernels_of_layout() {
+    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
+    else return quantized<I, kVnni>;
+}
 template <Vnni V>
-constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
-    quantized<0, V>,         quantized<1, V>,         quantized<2, V>, quantized<3, V>,
-    quantized<4, V>,         quantized<5, V>,         quantized<6, V>, floats<TensorType::f32>,
-    floats<TensorType::f16>, floats<TensorType::bf16>};
+constexpr TileKernels tile_kernels[] = {kernels_of_layout<0, V>(), kernels_of_layout<1, V>(),
+                                        kernels_of_layout<2, V>(), kernels_of_layout<3, V>(),
+                                        kernels_of_layout<4, V>(), kernels_of_layout<5, V>(),
+                                        kernels_of_layout<6, V>(), kernels_of_layout<7, V>(),
+                                        kernels_of_layout<8, V>(), kernels_of_layout<9, V>()};
+static_assert(sizeof tile_kernels<Vnni::none> / sizeof(TileKernels) ==
+              sizeof packed_layouts / sizeof(PackedLayout));
 
 // Nearest integers of x * factor as 32 bytes, their sums, and optionally what is left: x - d * h.
 VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
@@ -9112,7 +9455,7 @@ VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-// Of magnitudes, which order like their bits; no numbers are the largest.
+// The largest of eight magnitudes. They order like their bits; what is not a number is the largest.
 VALAR_FORCE_INLINE float largest_lane(__m256i bits) {
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
@@ -9240,7 +9583,8 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
 }
 template <Vnni kVnni>
 void matmul(const MatmulTask& task) {
-    multiply_tiles(task, {product<kVnni>, quantize, add, silu_mul});
+    multiply_tiles(
+        task, {.product = product<kVnni>, .quantize = quantize, .add = add, .silu_mul = silu_mul});
 }
 
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
@@ -9297,7 +9641,7 @@ template <bool kHalf, uint32_t Q>
 void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first, uint32_t last) {
     for (uint32_t group = first / 16; group * 16 < last; group++) {
         const void* keys = task.keys[group];
-        if (!keys) continue;  // between the ranges of two queries
+        if (!keys) continue;  // no query of the tile looks here
         __m256 acc[Q][2];
         VALAR_UNROLL for (uint32_t i = 0; i < Q; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
         for (size_t e = 0; e < task.head_dim; e++) {
@@ -9316,7 +9660,8 @@ void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first
     }
 }
 
-// Scores to weights. What nobody may see in a group that is seen becomes -infinity, so weight 0.
+// Turns the scores of one query into weights and gives their maximum and sum. Scores are there for
+// whole key groups: those of positions that are not visible become -infinity, so their weight is 0.
 void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
     constexpr float hidden = -std::numeric_limits<float>::infinity();
     const uint32_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
@@ -9380,14 +9725,15 @@ void add_value_range(const AttentionTask& task, const QueryTile& tile, uint32_t 
 }
 
 constexpr AttentionParts attention_parts = {
-    4,
-    {{score_tile<true, 1>, score_tile<true, 2>, score_tile<true, 3>, score_tile<true, 4>},
-     {score_tile<false, 1>, score_tile<false, 2>, score_tile<false, 3>, score_tile<false, 4>}},
-    weigh,
-    {{add_value_range<true, 1>, add_value_range<true, 2>, add_value_range<true, 3>,
-      add_value_range<true, 4>},
-     {add_value_range<false, 1>, add_value_range<false, 2>, add_value_range<false, 3>,
-      add_value_range<false, 4>}}};
+    .queries = 4,
+    .score = {{score_tile<true, 1>, score_tile<true, 2>, score_tile<true, 3>, score_tile<true, 4>},
+              {score_tile<false, 1>, score_tile<false, 2>, score_tile<false, 3>,
+               score_tile<false, 4>}},
+    .weigh = weigh,
+    .add_values = {{add_value_range<true, 1>, add_value_range<true, 2>, add_value_range<true, 3>,
+                    add_value_range<true, 4>},
+                   {add_value_range<false, 1>, add_value_range<false, 2>, add_value_range<false, 3>,
+                    add_value_range<false, 4>}}};
 
 void attention(const AttentionTask& task) { attend(attention_parts, task); }
 
@@ -9410,9 +9756,21 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
                           out[e] * _mm256_cvtss_f32(old_weight));
 }
 
-constexpr Kernels kernels_with(const char* name, void (*product)(const MatmulTask&)) {
-    return {name, quantize, product,  rms_norm,  rope,      scale,
-            add,  silu_mul, store_kv, expand_kv, attention, attention_merge};
+constexpr Kernels kernels_with(const char* name, void (*matmul)(const MatmulTask&)) {
+    return {
+        .name = name,
+        .quantize = quantize,
+        .matmul = matmul,
+        .rms_norm = rms_norm,
+        .rope = rope,
+        .scale = scale,
+        .add = add,
+        .silu_mul = silu_mul,
+        .store_kv = store_kv,
+        .expand_kv = expand_kv,
+        .attention = attention,
+        .attention_merge = attention_merge,
+    };
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
 constexpr Kernels vnni_kernels = kernels_with("avxvnni", matmul<Vnni::vex>);
@@ -9467,16 +9825,16 @@ struct Scales {
 };
 
 template <int I>
-VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at) {
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
     if constexpr (L.bits == 6) {
-        out.dw = load_halves(head);
+        out.dw = load_halves(header);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i)));
-    } else if constexpr (L.head_bytes != 0) {
-        const __m512 m = _mm512_mul_ps(load_halves(head + 32), load_small_ints(at + 16));
-        out.dw = _mm512_mul_ps(load_halves(head), load_small_ints(at));
+    } else if constexpr (L.header_bytes != 0) {
+        const __m512 m = _mm512_mul_ps(load_halves(header + 32), load_small_ints(at + 16));
+        out.dw = _mm512_mul_ps(load_halves(header), load_small_ints(at));
         out.m = _mm512_xor_ps(m, _mm512_set1_ps(-0.0f));
     } else {
         out.dw = load_halves(at);
@@ -9485,9 +9843,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Unsigned codes of group g.
+// Unsigned codes of quad g.
 template <int I>
-VALAR_FORCE_INLINE __m512i load_group(const std::byte* codes, int g) {
+VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m512i pair = load_bytes(codes + g / 2 * 64);
@@ -9515,15 +9873,15 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int t = 0; t < 2; t++)
             acc[c][t] = step.fresh ? _mm512_setzero_ps() : _mm512_load_ps(step.sums[c][t]);
     }
-    const size_t stride = step.unit / sizeof(ActivationBlock);
+    const size_t stride = step.block_stride / sizeof(ActivationBlock);
     const ptrdiff_t apart = step.tiles[1] - step.tiles[0];
-    const std::byte *at = step.tiles[0], *head = at, *next = step.next;
+    const std::byte *at = step.tiles[0], *header = at, *next = step.next;
     size_t wait = 0;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.head_bytes != 0) {
+        if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
-                head = at;
-                at += L.head_bytes;
+                header = at;
+                at += L.header_bytes;
             }
         }
         if (wait-- == 0) {
@@ -9542,7 +9900,7 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[2];
             VALAR_UNROLL for (int t = 0; t < 2; t++)
-                w[t] = load_group<I>(at + (t ? apart : 0) + L.scale_bytes, g);
+                w[t] = load_quad<I>(at + (t ? apart : 0) + L.scale_bytes, g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
@@ -9552,7 +9910,7 @@ void dot_tiles(const TileStep& step) {
             }
         }
         VALAR_UNROLL for (int t = 0; t < 2; t++) {
-            const Scales scales = load_scales<I>(head + (t ? apart : 0), at + (t ? apart : 0));
+            const Scales scales = load_scales<I>(header + (t ? apart : 0), at + (t ? apart : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 __m512 sum = _mm512_cvtepi32_ps(total[0][c][t]);
                 if constexpr (L.bits == 6)  // exact, being below 2^24
@@ -9616,17 +9974,17 @@ constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
-constexpr TileKernels tile_kernels[] = {  // in the order of packed_layouts
-    quantized<0>,
-    quantized<1>,
-    quantized<2>,
-    quantized<3>,
-    quantized<4>,
-    quantized<5>,
-    quantized<6>,
-    floats<TensorType::f32>,
-    floats<TensorType::f16>,
-    floats<TensorType::bf16>};
+template <int I>
+constexpr TileKernels kernels_of_layout() {
+    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
+    else return quantized<I>;
+}
+constexpr TileKernels tile_kernels[] = {
+    kernels_of_layout<0>(), kernels_of_layout<1>(), kernels_of_layout<2>(), kernels_of_layout<3>(),
+    kernels_of_layout<4>(), kernels_of_layout<5>(), kernels_of_layout<6>(), kernels_of_layout<7>(),
+    kernels_of_layout<8>(), kernels_of_layout<9>()};
+static_assert(sizeof tile_kernels / sizeof(TileKernels) ==
+              sizeof packed_layouts / sizeof(PackedLayout));
 
 // ---- Attention: lanes are keys for scores, elements of a head for values ----------------------
 
@@ -9643,8 +10001,9 @@ VALAR_FORCE_INLINE __m512 load_some_kv(__mmask16 some, const void* group, size_t
     return _mm512_maskz_loadu_ps(some, static_cast<const float*>(group) + index);
 }
 
-// Several groups of keys at once: a sum is a chain, and one chain leaves the multiplier idle. Where
-// a group is missing at the edge of the range, another one stands in; nobody looks at its scores.
+// Several key groups at once: a sum is a chain of dependent operations, and one chain leaves the
+// multiplier idle. Where a key group is missing at the edge of the range, another one stands in, and
+// its scores are never read.
 template <bool kHalf, uint32_t Q>
 void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first, uint32_t last) {
     constexpr uint32_t G = Q > 4 ? 2 : 4;
@@ -9655,7 +10014,7 @@ void score_tile(const AttentionTask& task, const QueryTile& tile, uint32_t first
             keys[g] = at + 16 > first && at < last ? task.keys[group + g] : nullptr;
             if (keys[g]) any = keys[g];
         }
-        if (!any) continue;  // between the ranges of two queries
+        if (!any) continue;  // no query of the tile looks here
         for (uint32_t g = 0; g < G; g++)
             if (!keys[g]) keys[g] = any;
         __m512 acc[Q][G];
@@ -9789,13 +10148,14 @@ void quantize(const QuantizeTask& task) {
                               task.out + c * task.planes);
 }
 
-// Those of the 16 positions from `at` on that begin .. end - 1 holds; it holds some.
+// A mask of those of the 16 positions from `at` on that lie in begin .. end - 1; at least one does.
 VALAR_FORCE_INLINE __mmask16 visible_lanes(uint32_t at, uint32_t begin, uint32_t end) {
     const uint32_t from = begin > at ? begin - at : 0, count = end - at < 16 ? end - at : 16;
     return static_cast<__mmask16>((0xffffu << from) & (0xffffu >> (16 - count)));
 }
 
-// Scores to weights; what nobody may see in a group that is seen gets weight 0.
+// Turns the scores of one query into weights and gives their maximum and sum. Scores are there for
+// whole key groups: positions that are not visible get weight 0.
 void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
     const uint32_t first = begin / 16 * 16;
     __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -9864,10 +10224,11 @@ void add_value_range(const AttentionTask& task, const QueryTile& tile, uint32_t 
             part<half, 7>, part<half, 8>                                                          \
     }
 constexpr AttentionParts attention_parts = {
-    kTileQueries,
-    {VALAR_EACH_TILE(score_tile, true), VALAR_EACH_TILE(score_tile, false)},
-    weigh,
-    {VALAR_EACH_TILE(add_value_range, true), VALAR_EACH_TILE(add_value_range, false)}};
+    .queries = kTileQueries,
+    .score = {VALAR_EACH_TILE(score_tile, true), VALAR_EACH_TILE(score_tile, false)},
+    .weigh = weigh,
+    .add_values = {VALAR_EACH_TILE(add_value_range, true),
+                   VALAR_EACH_TILE(add_value_range, false)}};
 #undef VALAR_EACH_TILE
 
 void attention(const AttentionTask& task) { attend(attention_parts, task); }
@@ -9876,12 +10237,24 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     multiply_pair(tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
 }
 void matmul(const MatmulTask& task) {
-    multiply_tiles(task, {product, quantize, avx2::add, silu_mul});
+    multiply_tiles(
+        task, {.product = product, .quantize = quantize, .add = avx2::add, .silu_mul = silu_mul});
 }
 
-constexpr Kernels kernels = {"avx512",       quantize,        matmul,    avx2::rms_norm,
-                             avx2::rope,     avx2::scale,     avx2::add, silu_mul,
-                             avx2::store_kv, avx2::expand_kv, attention, avx2::attention_merge};
+constexpr Kernels kernels = {
+    .name = "avx512",
+    .quantize = quantize,
+    .matmul = matmul,
+    .rms_norm = avx2::rms_norm,
+    .rope = avx2::rope,
+    .scale = avx2::scale,
+    .add = avx2::add,
+    .silu_mul = silu_mul,
+    .store_kv = avx2::store_kv,
+    .expand_kv = avx2::expand_kv,
+    .attention = attention,
+    .attention_merge = avx2::attention_merge,
+};
 
 }  // namespace avx512
 
@@ -10097,16 +10470,16 @@ struct Scales {
 };
 
 template <int I>
-VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at, size_t v) {
+VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, size_t v) {
     constexpr PackedLayout L = packed_layouts[I];
     Scales out{};
     if constexpr (L.bits == 6) {
-        out.dw = load_halves(head + 8 * v);
+        out.dw = load_halves(header + 8 * v);
         for (size_t i = 0; i < 2; i++) out.sub[i] = load_signed_bytes(at + 16 * i + 4 * v);
-    } else if constexpr (L.head_bytes != 0) {  // six bits: signed or not
-        out.dw = mul(load_halves(head + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
+    } else if constexpr (L.header_bytes != 0) {  // six bits: signed or not
+        out.dw = mul(load_halves(header + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
         out.m = negate(
-            mul(load_halves(head + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
+            mul(load_halves(header + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
     } else {
         out.dw = load_halves(at + 8 * v);
         if constexpr (L.minimum) out.m = load_halves(at + 32 + 8 * v);
@@ -10114,7 +10487,7 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* head, const std::byte* at
     return out;
 }
 
-// Codes of group G of four rows as signed bytes; those of 8 bits without their bias.
+// Codes of quad G of four rows as signed bytes; those of 8 bits without their bias.
 template <int I, int G>
 VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
     constexpr int bits = packed_layouts[I].bits, high = bits - 4;
@@ -10146,15 +10519,15 @@ VALAR_FORCE_INLINE void fill_codes(const std::byte* codes, std::byte* panel) {
 template <int I>
 void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
     constexpr PackedLayout L = packed_layouts[I];
-    const std::byte *head = tile, *at = tile;
+    const std::byte *header = tile, *at = tile;
     for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
         if (b % L.blocks == 0) {
-            head = at;
-            at += L.head_bytes;
+            header = at;
+            at += L.header_bytes;
         }
         for (size_t v = 0; v < 4; v++) {
             fill_codes<I>(at + L.scale_bytes + 16 * v, panel + 16 * v);
-            const Scales s = load_scales<I>(head, at, v);
+            const Scales s = load_scales<I>(header, at, v);
             store(reinterpret_cast<float*>(panel + 512 + 16 * v), s.dw);
             if constexpr (L.minimum) store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
             if constexpr (L.bits == 6)
@@ -10175,9 +10548,9 @@ VALAR_FORCE_INLINE Scales panel_scales(const std::byte* at, size_t v) {
     return out;
 }
 
-// Signed weights or codes of group G, from a panel or the packed tile.
+// Signed weights or codes of quad G, from a panel or the packed tile.
 template <int I, bool P, int G>
-VALAR_FORCE_INLINE B16 load_group(const std::byte* codes) {
+VALAR_FORCE_INLINE B16 load_quad(const std::byte* codes) {
     if constexpr (P) return load_bytes(codes + 64 * G);
     else return load_codes4<I, G>(codes);
 }
@@ -10192,11 +10565,11 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
                                    const ActivationBlock* const* planes, size_t step, float* sums) {
     constexpr PackedLayout L = packed_layouts[I];
     constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<I, C>;
-    const std::byte *head = tile, *at = tile;
+    const std::byte *header = tile, *at = tile;
     for (size_t b = 0; b < blocks; b++, at += P ? kPanelBytes : packed_block_bytes(L)) {
         if (!P && b % L.blocks == 0) {
-            head = at;
-            at += L.head_bytes;
+            header = at;
+            at += L.header_bytes;
         }
         const ActivationBlock* a[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c] + b * step;
@@ -10210,7 +10583,7 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
             K::template multiply<I, P, C>(x, at + (P ? 0 : L.scale_bytes) + 16 * v, part);
             Scales s;
             if constexpr (P) s = panel_scales<I>(at, v);
-            else s = load_scales<I>(head, at, v);
+            else s = load_scales<I>(header, at, v);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 float* sum = sums + 2 * kTileRows * c + 4 * v;
                 I4 exact = part[0][c];
@@ -10307,7 +10680,8 @@ VALAR_FORCE_INLINE void quantize_plane(F4 (&x)[8], float d, float inverse, Activ
     out.s = d * static_cast<float>(out.sum[0] + out.sum[1]);
 }
 
-void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, ActivationBlock* out) {
+inline void quantize_column(const float* x, size_t n, uint32_t planes, size_t step,
+                            ActivationBlock* out) {
     for (size_t b = 0; b < n / kActivationBlock; b++, x += kActivationBlock, out += step) {
         F4 v[8];
         I4 largest = int_splat(0);
@@ -10329,7 +10703,7 @@ void quantize_column(const float* x, size_t n, uint32_t planes, size_t step, Act
     }
 }
 
-void quantize(const QuantizeTask& task) {
+inline void quantize(const QuantizeTask& task) {
     for (uint32_t c = 0; c < task.columns; c++)
         quantize_column(task.x + c * task.x_stride, task.n, task.planes, task.step,
                         task.out + c * task.planes);
@@ -10341,7 +10715,7 @@ VALAR_FORCE_INLINE float sum_of_lanes(const F4 (&lanes)[4]) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
+inline void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
     F4 lanes[4] = {splat(0), splat(0), splat(0), splat(0)};
     alignas(16) float rest[16] = {};  // 0 * 0 adds nothing
     for (size_t i = n / 16 * 16; i < n; i++) rest[i % 16] = x[i];
@@ -10358,8 +10732,8 @@ void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y
     for (; i < n; i++) y[i] = (x[i] * factor) * weight[i];
 }
 
-void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
-          const float* cos_sin) {
+inline void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
+                 const float* cos_sin) {
     const uint32_t pairs = n_rot / 2;
     for (uint32_t head = 0; head < n_heads; head++, x += head_dim) {
         uint32_t i = 0;
@@ -10379,13 +10753,13 @@ void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool ne
     }
 }
 
-void scale(float* x, float factor, size_t n) {
+inline void scale(float* x, float factor, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) store(x + i, mul(load(x + i), splat(factor)));
     for (; i < n; i++) x[i] *= factor;
 }
 
-void add_to(float* x, const float* y, size_t n) {
+inline void add_to(float* x, const float* y, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) store(x + i, add(load(x + i), load(y + i)));
     for (; i < n; i++) x[i] += y[i];
@@ -10401,7 +10775,7 @@ VALAR_FORCE_INLINE F4 exp4(F4 x) {
     return zero_where_less(mul(p, power_of_two(k)), x, splat(kExpLeast));
 }
 
-void silu_mul(float* gate, const float* up, size_t n) {
+inline void silu_mul(float* gate, const float* up, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) {
         const F4 x = load(gate + i);
@@ -10411,8 +10785,8 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
-void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
-              void* key_group, void* value_group) {
+inline void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
+                     void* key_group, void* value_group) {
     const size_t whole = head_dim / 4 * 4;
     if (type != KvType::f16 || whole != head_dim)
         return scalar::store_kv(type, k, v, head_dim, slot, key_group, value_group);
@@ -10433,7 +10807,8 @@ VALAR_FORCE_INLINE F4 load_kv(const void* group, size_t index) {
     else return load(static_cast<const float*>(group) + index);
 }
 
-// Scores of one query to weights. What nobody may see in a group that is seen gets weight 0.
+// Turns the scores of one query into weights and gives their maximum and sum. Scores are there for
+// whole key groups: those of positions that are not visible become -infinity, so their weight is 0.
 inline void weigh(float* p, uint32_t begin, uint32_t end, float* max, float* sum) {
     constexpr float hidden = -std::numeric_limits<float>::infinity();
     const uint32_t first = begin / 16 * 16, last = (end + 15) / 16 * 16;
@@ -10511,7 +10886,7 @@ void attend(const AttentionTask& task, uint32_t query) {
     }
 }
 
-void attention(const AttentionTask& task) {
+inline void attention(const AttentionTask& task) {
     using Attend = void (*)(const AttentionTask&, uint32_t);
     constexpr Attend together[2][4] = {{attend<KvType::f16, 1>, attend<KvType::f16, 2>,
                                         attend<KvType::f16, 3>, attend<KvType::f16, 4>},
@@ -10527,8 +10902,8 @@ void attention(const AttentionTask& task) {
     }
 }
 
-void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
-                     size_t n) {
+inline void attention_merge(float* max, float* sum, float* out, float m, float l, const float* o,
+                            size_t n) {
     const float most = m > *max ? m : *max;
     const float a = exp_once(*max - most), b = exp_once(m - most);
     *max = most;
@@ -10539,8 +10914,24 @@ void attention_merge(float* max, float* sum, float* out, float m, float l, const
     for (; e < n; e++) out[e] = fma_once(o[e], b, out[e] * a);
 }
 
-// Panels differ by what their weights reach and by minimum: some types share theirs.
-template <class K, int I, int kTwin = I>
+// A panel holds signed weights whatever the width of their codes was. The kernels that read panels
+// need to know only whether products of two weights fit 16 bits, whether there are two sub-scales
+// and whether there is a minimum: types that agree in all three share the kernels of one of them.
+constexpr bool share_panels(const PackedLayout& a, const PackedLayout& b) {
+    return a.float_bytes == b.float_bytes && (a.bits == 8) == (b.bits == 8) &&
+           (a.bits == 6) == (b.bits == 6) && a.minimum == b.minimum;
+}
+constexpr int panel_twin(int layout) {  // the last that shares, so the one with the widest codes
+    int twin = layout, i = 0;
+    for (const PackedLayout& other : packed_layouts) {
+        if (share_panels(other, packed_layouts[layout])) twin = i;
+        i++;
+    }
+    return twin;
+}
+static_assert(panel_twin(0) == 2 && panel_twin(1) == 5 && panel_twin(4) == 5);
+
+template <class K, int I, int kTwin = panel_twin(I)>
 inline constexpr QuantKernels quant_kernels = {
     K::Narrow::template dot_tile<I, false, 1>, K::Narrow::template dot_tile<I, false, 2>,
     fill_panel<I>, K::template dot_tile<kTwin, true, 4>, K::template dot_tile<kTwin, true, 8>};
@@ -10548,8 +10939,9 @@ inline constexpr QuantKernels quant_kernels = {
 template <class K>
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     static constexpr QuantKernels quantized[] = {
-        quant_kernels<K, 0, 2>, quant_kernels<K, 1, 5>, quant_kernels<K, 2>, quant_kernels<K, 3>,
-        quant_kernels<K, 4, 5>, quant_kernels<K, 5>,    quant_kernels<K, 6>};
+        quant_kernels<K, 0>, quant_kernels<K, 1>, quant_kernels<K, 2>, quant_kernels<K, 3>,
+        quant_kernels<K, 4>, quant_kernels<K, 5>, quant_kernels<K, 6>};
+    static_assert(packed_layouts[6].float_bytes == 0 && packed_layouts[7].float_bytes != 0);
     std::memset(sums, 0, (batch.count + kSpareColumns) * sizeof *sums);
     for (uint32_t t = 0; t < (pair.tiles[0] == pair.tiles[1] ? 1u : 2u); t++) {
         const std::byte* tile = pair.tiles[t];
@@ -10571,13 +10963,26 @@ void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
 }
 template <class K>
 void matmul(const MatmulTask& task) {
-    multiply_tiles(task, {product<K>, quantize, add_to, silu_mul});
+    multiply_tiles(
+        task, {.product = product<K>, .quantize = quantize, .add = add_to, .silu_mul = silu_mul});
 }
 
 template <class K>
 constexpr Kernels kernels_with(const char* name) {
-    return {name,   quantize, matmul<K>, rms_norm,          rope,      scale,
-            add_to, silu_mul, store_kv,  scalar::expand_kv, attention, attention_merge};
+    return {
+        .name = name,
+        .quantize = quantize,
+        .matmul = matmul<K>,
+        .rms_norm = rms_norm,
+        .rope = rope,
+        .scale = scale,
+        .add = add_to,
+        .silu_mul = silu_mul,
+        .store_kv = store_kv,
+        .expand_kv = scalar::expand_kv,
+        .attention = attention,
+        .attention_merge = attention_merge,
+    };
 }
 
 }  // namespace lanes4
@@ -10617,8 +11022,8 @@ struct Products {
     template <int I, bool P, int H, int C, int N>
     static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
                                                  I4 (&part)[N][C]) {
-        const B16 w[4] = {load_group<I, P, 4 * H>(codes), load_group<I, P, 4 * H + 1>(codes),
-                          load_group<I, P, 4 * H + 2>(codes), load_group<I, P, 4 * H + 3>(codes)};
+        const B16 w[4] = {load_quad<I, P, 4 * H>(codes), load_quad<I, P, 4 * H + 1>(codes),
+                          load_quad<I, P, 4 * H + 2>(codes), load_quad<I, P, 4 * H + 3>(codes)};
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const int32x4_t four = vreinterpretq_s32_s8(load_bytes(x.a[c]->q + 16 * H));
             const B16 x0 = vreinterpretq_s8_s32(vdupq_laneq_s32(four, 0)),
@@ -10720,13 +11125,13 @@ struct Products {
         B16 x[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) x[c] = load_bytes(operands.a[c]->q + 16 * H);
         I4(&sum)[C] = part[N == 2 ? H : 0];
-        B16 w = load_group<I, P, 4 * H>(codes);
+        B16 w = load_quad<I, P, 4 * H>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 0);
-        w = load_group<I, P, 4 * H + 1>(codes);
+        w = load_quad<I, P, 4 * H + 1>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 1);
-        w = load_group<I, P, 4 * H + 2>(codes);
+        w = load_quad<I, P, 4 * H + 2>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 2);
-        w = load_group<I, P, 4 * H + 3>(codes);
+        w = load_quad<I, P, 4 * H + 3>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 3);
     }
 
@@ -10785,8 +11190,8 @@ struct Products {
     template <int I, bool P, int J, int C>
     static VALAR_FORCE_INLINE void multiply_step(const Operands<C>& operands,
                                                  const std::byte* codes, I4 (&sum)[C / 2][2]) {
-        const I4 first = vreinterpretq_s32_s8(load_group<I, P, 2 * J>(codes)),
-                 second = vreinterpretq_s32_s8(load_group<I, P, 2 * J + 1>(codes));
+        const I4 first = vreinterpretq_s32_s8(load_quad<I, P, 2 * J>(codes)),
+                 second = vreinterpretq_s32_s8(load_quad<I, P, 2 * J + 1>(codes));
         const B16 low = vreinterpretq_s8_s32(vzip1q_s32(first, second)),
                   high = vreinterpretq_s8_s32(vzip2q_s32(first, second));
         VALAR_UNROLL for (int i = 0; i < C / 2; i++) {
@@ -10861,9 +11266,9 @@ struct Products {
     };
 
     template <int I, bool P, int G, int C>
-    static VALAR_FORCE_INLINE void multiply_group(const Operands<C>& operands,
-                                                  const std::byte* codes, I4 (&sum)[C][2]) {
-        const B16 w = load_group<I, P, G>(codes);
+    static VALAR_FORCE_INLINE void multiply_quad(const Operands<C>& operands,
+                                                 const std::byte* codes, I4 (&sum)[C][2]) {
+        const B16 w = load_quad<I, P, G>(codes);
         const v128_t low = wasm_i16x8_extend_low_i8x16(w), high = wasm_i16x8_extend_high_i8x16(w);
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const v128_t x = wasm_v128_load64_splat(operands.x[c] + 4 * G);
@@ -10877,10 +11282,10 @@ struct Products {
                                                  I4 (&part)[N][C]) {
         I4 sum[C][2];
         VALAR_UNROLL for (int i = 0; i < 2 * C; i++) sum[i / 2][i % 2] = int_splat(0);
-        multiply_group<I, P, 4 * H>(x, codes, sum);
-        multiply_group<I, P, 4 * H + 1>(x, codes, sum);
-        multiply_group<I, P, 4 * H + 2>(x, codes, sum);
-        multiply_group<I, P, 4 * H + 3>(x, codes, sum);
+        multiply_quad<I, P, 4 * H>(x, codes, sum);
+        multiply_quad<I, P, 4 * H + 1>(x, codes, sum);
+        multiply_quad<I, P, 4 * H + 2>(x, codes, sum);
+        multiply_quad<I, P, 4 * H + 3>(x, codes, sum);
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             I4& all = part[N == 2 ? H : 0][c];
             all = int_add(
@@ -13029,10 +13434,16 @@ size_t Lexer::number_end(bool* real) const {
     }
     size_t end = digits(at_);
     if (at_ > 0 && s_[at_ - 1] == '.') return end;  // the 0 of list.0.name
-    if (end < s_.size() && s_[end] == '.' && digit_at(end + 1)) *real = true, end = digits(end + 1);
+    if (end < s_.size() && s_[end] == '.' && digit_at(end + 1)) {
+        *real = true;
+        end = digits(end + 1);
+    }
     if (end < s_.size() && (s_[end] == 'e' || s_[end] == 'E')) {
         const size_t sign = end + 1 < s_.size() && (s_[end + 1] == '+' || s_[end + 1] == '-');
-        if (digit_at(end + 1 + sign)) *real = true, end = digits(end + 1 + sign);
+        if (digit_at(end + 1 + sign)) {
+            *real = true;
+            end = digits(end + 1 + sign);
+        }
     }
     return end;
 }
@@ -15396,15 +15807,15 @@ Value absolute(Renderer& r, const Value& v) {
 
 /// A table's entry from a function that takes fewer arguments, or more that the entry fixes.
 template <auto function, auto... fixed>
-Value none(Renderer& r, const Value& v, Arguments&) {
+Value on_value(Renderer& r, const Value& v, Arguments&) {
     return function(r, v, fixed...);
 }
 template <auto function, auto... fixed>
-Value one(Renderer& r, const Value& v, Arguments& a) {
+Value with_argument(Renderer& r, const Value& v, Arguments& a) {
     return function(r, v, a.values[0], fixed...);
 }
 template <auto function, auto... fixed>
-Value all(Renderer& r, const Value& v, Arguments& a) {
+Value with_arguments(Renderer& r, const Value& v, Arguments& a) {
     return function(r, v, a, fixed...);
 }
 
@@ -15414,40 +15825,40 @@ Value otherwise(Renderer&, const Value& v, Arguments& a) {  // default_value boo
 }
 
 const Builtin filters[] = {
-    {"abs", "", none<absolute>},
-    {"capitalize", "", none<capitalized, separates_nothing>},
-    {"count", "", none<length>},
+    {"abs", "", on_value<absolute>},
+    {"capitalize", "", on_value<capitalized, separates_nothing>},
+    {"count", "", on_value<length>},
     {"d", "default_value? boolean?", otherwise},
     {"default", "default_value? boolean?", otherwise},
     {"dictsort", "case_sensitive? by? reverse?", sort_dict},
-    {"first", "", none<end_item, false>},
-    {"float", "default?", one<to_real>},
+    {"first", "", on_value<end_item, false>},
+    {"float", "default?", with_argument<to_real>},
     {"indent", "width? first? blank?", indent},
-    {"int", "default?", one<to_int>},
-    {"items", "", none<members, Kind::iterator, 0>},
+    {"int", "default?", with_argument<to_int>},
+    {"items", "", on_value<members, Kind::iterator, 0>},
     {"join", "d? attribute?", join},
-    {"last", "", none<end_item, true>},
-    {"length", "", none<length>},
-    {"list", "", none<to_list>},
-    {"lower", "", none<case_mapped, false>},
+    {"last", "", on_value<end_item, true>},
+    {"length", "", on_value<length>},
+    {"list", "", on_value<to_list>},
+    {"lower", "", on_value<case_mapped, false>},
     {"map", nullptr, mapped},
-    {"max", "case_sensitive? attribute?", all<extreme, true>},
-    {"min", "case_sensitive? attribute?", all<extreme, false>},
-    {"reject", nullptr, all<selected_items, false, false>},
-    {"rejectattr", nullptr, all<selected_items, true, false>},
+    {"max", "case_sensitive? attribute?", with_arguments<extreme, true>},
+    {"min", "case_sensitive? attribute?", with_arguments<extreme, false>},
+    {"reject", nullptr, with_arguments<selected_items, false, false>},
+    {"rejectattr", nullptr, with_arguments<selected_items, true, false>},
     {"replace", "old new count?", replace},
-    {"reverse", "", none<reversed>},
-    {"safe", "", none<to_text>},
-    {"select", nullptr, all<selected_items, false, true>},
-    {"selectattr", nullptr, all<selected_items, true, true>},
+    {"reverse", "", on_value<reversed>},
+    {"safe", "", on_value<to_text>},
+    {"select", nullptr, with_arguments<selected_items, false, true>},
+    {"selectattr", nullptr, with_arguments<selected_items, true, true>},
     {"sort", "reverse? case_sensitive? attribute?", sort},
-    {"string", "", none<to_text>},
+    {"string", "", on_value<to_text>},
     {"sum", "attribute? start?", sum},
-    {"title", "", none<capitalized, separates_words>},
+    {"title", "", on_value<capitalized, separates_words>},
     {"tojson", "ensure_ascii? indent? separators? sort_keys?", to_json},
-    {"trim", "chars?", one<strip, 3>},
+    {"trim", "chars?", with_argument<strip, 3>},
     {"unique", "case_sensitive? attribute?", unique},
-    {"upper", "", none<case_mapped, true>},
+    {"upper", "", on_value<case_mapped, true>},
 };
 
 Value compared(Renderer& r, const Value& v, const Value& other, Op op) {
@@ -15492,75 +15903,75 @@ Value is_known(Renderer&, const Value& v, const Builtin* (*find)(std::string_vie
 }
 
 const Builtin tests[] = {
-    {"!=", "other", one<compared, Op::not_equal>},
-    {"<", "other", one<compared, Op::less>},
-    {"<=", "other", one<compared, Op::less_equal>},
-    {"==", "other", one<compared, Op::equal>},
-    {">", "other", one<compared, Op::greater>},
-    {">=", "other", one<compared, Op::greater_equal>},
-    {"boolean", "", none<is_kind, Kind::boolean>},
-    {"callable", "", none<is_callable>},
-    {"defined", "", none<is_defined>},
-    {"divisibleby", "num", one<is_divisible>},
-    {"eq", "other", one<compared, Op::equal>},
-    {"equalto", "other", one<compared, Op::equal>},
-    {"even", "", none<is_even, true>},
-    {"false", "", none<is_boolean, false>},
-    {"filter", "", none<is_known, find_filter>},
-    {"float", "", none<is_kind, Kind::real>},
-    {"ge", "other", one<compared, Op::greater_equal>},
-    {"greaterthan", "other", one<compared, Op::greater>},
-    {"gt", "other", one<compared, Op::greater>},
-    {"in", "seq", one<compared, Op::in>},
-    {"integer", "", none<is_kind, Kind::integer>},
-    {"iterable", "", none<is_iterable, false>},
-    {"le", "other", one<compared, Op::less_equal>},
-    {"lessthan", "other", one<compared, Op::less>},
-    {"lower", "", none<has_case, false>},
-    {"lt", "other", one<compared, Op::less>},
-    {"mapping", "", none<is_kind, Kind::dict>},
-    {"ne", "other", one<compared, Op::not_equal>},
-    {"none", "", none<is_kind, Kind::none>},
-    {"number", "", none<is_numeric>},
-    {"odd", "", none<is_even, false>},
-    {"sameas", "other", one<is_same>},
-    {"sequence", "", none<is_iterable, true>},
-    {"string", "", none<is_kind, Kind::string>},
-    {"test", "", none<is_known, find_test>},
-    {"true", "", none<is_boolean, true>},
-    {"undefined", "", none<is_kind, Kind::undefined>},
-    {"upper", "", none<has_case, true>},
+    {"!=", "other", with_argument<compared, Op::not_equal>},
+    {"<", "other", with_argument<compared, Op::less>},
+    {"<=", "other", with_argument<compared, Op::less_equal>},
+    {"==", "other", with_argument<compared, Op::equal>},
+    {">", "other", with_argument<compared, Op::greater>},
+    {">=", "other", with_argument<compared, Op::greater_equal>},
+    {"boolean", "", on_value<is_kind, Kind::boolean>},
+    {"callable", "", on_value<is_callable>},
+    {"defined", "", on_value<is_defined>},
+    {"divisibleby", "num", with_argument<is_divisible>},
+    {"eq", "other", with_argument<compared, Op::equal>},
+    {"equalto", "other", with_argument<compared, Op::equal>},
+    {"even", "", on_value<is_even, true>},
+    {"false", "", on_value<is_boolean, false>},
+    {"filter", "", on_value<is_known, find_filter>},
+    {"float", "", on_value<is_kind, Kind::real>},
+    {"ge", "other", with_argument<compared, Op::greater_equal>},
+    {"greaterthan", "other", with_argument<compared, Op::greater>},
+    {"gt", "other", with_argument<compared, Op::greater>},
+    {"in", "seq", with_argument<compared, Op::in>},
+    {"integer", "", on_value<is_kind, Kind::integer>},
+    {"iterable", "", on_value<is_iterable, false>},
+    {"le", "other", with_argument<compared, Op::less_equal>},
+    {"lessthan", "other", with_argument<compared, Op::less>},
+    {"lower", "", on_value<has_case, false>},
+    {"lt", "other", with_argument<compared, Op::less>},
+    {"mapping", "", on_value<is_kind, Kind::dict>},
+    {"ne", "other", with_argument<compared, Op::not_equal>},
+    {"none", "", on_value<is_kind, Kind::none>},
+    {"number", "", on_value<is_numeric>},
+    {"odd", "", on_value<is_even, false>},
+    {"sameas", "other", with_argument<is_same>},
+    {"sequence", "", on_value<is_iterable, true>},
+    {"string", "", on_value<is_kind, Kind::string>},
+    {"test", "", on_value<is_known, find_test>},
+    {"true", "", on_value<is_boolean, true>},
+    {"undefined", "", on_value<is_kind, Kind::undefined>},
+    {"upper", "", on_value<has_case, true>},
 };
 
 bool is_alphanumeric(char32_t c) { return is_letter(c) || detail::is_number(c); }
 bool is_decimal(char32_t c) { return category(c) == Category::Nd; }
 
 const Builtin string_methods[] = {
-    {"capitalize", "", none<capitalized, separates_nothing>},
-    {"count", "sub", one<count_text>},
-    {"endswith", "suffix", one<has_affix, true>},
-    {"find", "sub", one<find_index, false>},
-    {"isalnum", "", none<all_characters, is_alphanumeric>},
-    {"isalpha", "", none<all_characters, is_letter>},
-    {"isdigit", "", none<all_characters, is_decimal>},
-    {"islower", "", none<has_case, false>},
-    {"isspace", "", none<all_characters, python_space>},
-    {"isupper", "", none<has_case, true>},
-    {"join", "iterable", one<join_strings>},
-    {"lower", "", none<case_mapped, false>},
-    {"lstrip", "chars?", one<strip, 1>},
-    {"removeprefix", "prefix", one<without_affix, false>},
-    {"removesuffix", "suffix", one<without_affix, true>},
+    {"capitalize", "", on_value<capitalized, separates_nothing>},
+    {"count", "sub", with_argument<count_text>},
+    {"endswith", "suffix", with_argument<has_affix, true>},
+    {"find", "sub", with_argument<find_index, false>},
+    {"isalnum", "", on_value<all_characters, is_alphanumeric>},
+    {"isalpha", "", on_value<all_characters, is_letter>},
+    {"isdigit", "", on_value<all_characters, is_decimal>},
+    {"islower", "", on_value<has_case, false>},
+    {"isspace", "", on_value<all_characters, python_space>},
+    {"isupper", "", on_value<has_case, true>},
+    {"join", "iterable", with_argument<join_strings>},
+    {"lower", "", on_value<case_mapped, false>},
+    {"lstrip", "chars?", with_argument<strip, 1>},
+    {"removeprefix", "prefix", with_argument<without_affix, false>},
+    {"removesuffix", "suffix", with_argument<without_affix, true>},
     {"replace", "old new count?", replace},
-    {"rfind", "sub", one<find_index, true>},
-    {"rsplit", "sep? maxsplit?", all<split, true>},
-    {"rstrip", "chars?", one<strip, 2>},
-    {"split", "sep? maxsplit?", all<split, false>},
-    {"splitlines", "keepends?", one<split_lines>},
-    {"startswith", "prefix", one<has_affix, false>},
-    {"strip", "chars?", one<strip, 3>},
-    {"title", "", none<capitalized, separates_title>},
-    {"upper", "", none<case_mapped, true>},
+    {"rfind", "sub", with_argument<find_index, true>},
+    {"rsplit", "sep? maxsplit?", with_arguments<split, true>},
+    {"rstrip", "chars?", with_argument<strip, 2>},
+    {"split", "sep? maxsplit?", with_arguments<split, false>},
+    {"splitlines", "keepends?", with_argument<split_lines>},
+    {"startswith", "prefix", with_argument<has_affix, false>},
+    {"strip", "chars?", with_argument<strip, 3>},
+    {"title", "", on_value<capitalized, separates_title>},
+    {"upper", "", on_value<case_mapped, true>},
 };
 
 Value count_item(Renderer& r, const Value& list, const Value& wanted) {
@@ -15585,17 +15996,17 @@ Value same_dict(Renderer&, const Value& dict) { return dict; }
 
 // Nothing here changes what it belongs to: append, pop, update and their kin do not exist.
 const Builtin list_methods[] = {
-    {"copy", "", none<to_list>},
-    {"count", "value", one<count_item>},
-    {"index", "value", one<index_of>},
+    {"copy", "", on_value<to_list>},
+    {"count", "value", with_argument<count_item>},
+    {"index", "value", with_argument<index_of>},
 };
 
 const Builtin dict_methods[] = {
-    {"copy", "", none<same_dict>},
+    {"copy", "", on_value<same_dict>},
     {"get", "key default?", get_member},
-    {"items", "", none<members, Kind::list, 0>},
-    {"keys", "", none<members, Kind::list, 1>},
-    {"values", "", none<members, Kind::list, 2>},
+    {"items", "", on_value<members, Kind::list, 0>},
+    {"keys", "", on_value<members, Kind::list, 1>},
+    {"values", "", on_value<members, Kind::list, 2>},
 };
 
 Value cycle(Renderer& r, const Value& loop, Arguments& a) {
@@ -15620,9 +16031,9 @@ Value strftime_now(Renderer& r, const Value&, const Value& pattern) {
 const Builtin globals[] = {
     {"dict", nullptr, new_dict},
     {"namespace", nullptr, new_space},
-    {"raise_exception", "message", one<raise_exception>},
+    {"raise_exception", "message", with_argument<raise_exception>},
     {"range", nullptr, range},
-    {"strftime_now", "format", one<strftime_now>},
+    {"strftime_now", "format", with_argument<strftime_now>},
 };
 
 const Builtin* find_builtin(std::span<const Builtin> table, std::string_view name) {
@@ -15762,6 +16173,45 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
+
+// ---- src/model_internal.hpp --------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Tensors of one layer, shapes as (rows, columns); a row is contiguous. Never null but the
+/// biases, which are null where the layer has none. Norms and biases are F32.
+struct LayerTensors {
+    const TensorInfo* attn_norm = nullptr;    // (n_embd)
+    const TensorInfo* q = nullptr;            // (n_heads * head_dim, n_embd)
+    const TensorInfo* k = nullptr;            // (n_kv_heads * head_dim, n_embd)
+    const TensorInfo* v = nullptr;            // (n_kv_heads * head_dim, n_embd)
+    const TensorInfo* q_bias = nullptr;       // (n_heads * head_dim)
+    const TensorInfo* k_bias = nullptr;       // (n_kv_heads * head_dim)
+    const TensorInfo* v_bias = nullptr;       // (n_kv_heads * head_dim)
+    const TensorInfo* attn_output = nullptr;  // (n_embd, n_heads * head_dim)
+    const TensorInfo* ffn_norm = nullptr;     // (n_embd)
+    const TensorInfo* gate = nullptr;         // (n_ff, n_embd)
+    const TensorInfo* up = nullptr;           // (n_ff, n_embd)
+    const TensorInfo* down = nullptr;         // (n_embd, n_ff)
+};
+
+/// All tensors, pointing into Gguf::tensors(): valid while that Gguf lives, moved or not.
+struct ModelTensors {
+    const TensorInfo* token_embd = nullptr;   // (n_vocab, n_embd)
+    const TensorInfo* output_norm = nullptr;  // (n_embd)
+    const TensorInfo* output = nullptr;       // (n_vocab, n_embd); equals token_embd when tied
+    std::vector<LayerTensors> layers;
+};
+
+/// Finds every tensor that the spec needs and checks shape and type. Matrices are F32, F16, BF16,
+/// Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K or Q6_K.
+Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
 
 // ---- src/model.cpp -----------------------------------------------------------------------------
 
@@ -16040,6 +16490,24 @@ LayerTensors bind_layer(TensorBinder& in, const LayerSpec& spec, uint64_t n_embd
 }
 
 }  // namespace
+
+Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec) {
+    TensorBinder in{gguf};
+    ModelTensors out;
+    out.token_embd = in.matrix("token_embd.weight", spec.n_vocab, spec.n_embd);
+    out.output_norm = in.vector("output_norm.weight", spec.n_embd);
+    out.output = spec.tied_output ? out.token_embd
+                                  : in.matrix("output.weight", spec.n_vocab, spec.n_embd);
+    if (!spec.rope_factors.empty()) in.vector("rope_freqs.weight", spec.rope_factors.size());
+    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i)
+        out.layers.push_back(bind_layer(in, spec.layers[i], spec.n_embd, i));
+    for (size_t i = 0; i < in.taken.size(); ++i)
+        if (!in.taken[i])
+            in.fail(ErrorKind::bad_data, std::string(gguf.tensors()[i].name), "is not used");
+    if (in.error) return *in.error;
+    return out;
+}
+
 }  // namespace detail
 
 Result<ModelSpec> read_model_spec(const Gguf& gguf) {
@@ -16070,23 +16538,6 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     return spec;
 }
 
-Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec) {
-    detail::TensorBinder in{gguf};
-    ModelTensors out;
-    out.token_embd = in.matrix("token_embd.weight", spec.n_vocab, spec.n_embd);
-    out.output_norm = in.vector("output_norm.weight", spec.n_embd);
-    out.output = spec.tied_output ? out.token_embd
-                                  : in.matrix("output.weight", spec.n_vocab, spec.n_embd);
-    if (!spec.rope_factors.empty()) in.vector("rope_freqs.weight", spec.rope_factors.size());
-    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i)
-        out.layers.push_back(detail::bind_layer(in, spec.layers[i], spec.n_embd, i));
-    for (size_t i = 0; i < in.taken.size(); ++i)
-        if (!in.taken[i])
-            in.fail(ErrorKind::bad_data, std::string(gguf.tensors()[i].name), "is not used");
-    if (in.error) return *in.error;
-    return out;
-}
-
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
@@ -16096,44 +16547,6 @@ Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec)
 namespace valar {
 inline namespace v1 {
 namespace detail {
-
-/// One row of a batch: a token at a position of a sequence. `pages` lists the sequence's pages, in
-/// order of position; the page of `position` is already there. A row sees the positions 0 ..
-/// position of its sequence: those of earlier batches and those of earlier rows of this batch.
-/// Pages that lie before the windows of all layers are not looked at.
-struct BatchRow {
-    Token token = 0;
-    const float* embedding = nullptr;  ///< (n_embd) instead of the token's, or null
-    uint32_t position = 0;
-    const uint32_t* pages = nullptr;  ///< borrowed until the batch is done
-    bool logits = false;              ///< wanted for this row
-};
-
-/// A device that runs a ModelSpec. Threads: one at a time.
-class Backend {
-public:
-    virtual ~Backend() = default;
-    /// Whether the numeric promise holds here.
-    virtual bool exact() const = 0;
-    /// Loads the next slice of weights; true when all is there. `progress` (0..1) may be null.
-    virtual Result<bool> load(uint64_t budget_us, float* progress) = 0;
-    /// Takes a batch; the rows of one sequence in ascending order of position. Rows are borrowed
-    /// until advance() says done.
-    virtual Result<void> begin(std::span<const BatchRow> rows) = 0;
-    /// Computes on until done (true), or until the first boundary past the deadline (false; 0: no
-    /// deadline). Error: nothing was begun.
-    virtual Result<bool> advance(uint64_t deadline_ns) = 0;
-    /// Gives up a batch that was begun: its positions count as not computed.
-    virtual void abandon() = 0;
-    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin(). Error: some
-    /// are not finite; it names the layer. Other rows are none the worse for it.
-    virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
-    /// Copies whole pages inside the pool; bytes of one page out and in (position-free layout).
-    virtual void copy_page(uint32_t from, uint32_t to) = 0;
-    virtual size_t page_bytes() const = 0;
-    virtual void export_page(uint32_t page, std::byte* out) const = 0;
-    virtual void import_page(uint32_t page, const std::byte* in) = 0;
-};
 
 /// What the CPU backend would take, to the byte; takes nothing. Errors: an option out of range.
 Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
@@ -16145,32 +16558,23 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
                                                   const BackendOptions& options,
                                                   const Kernels* kernels = nullptr);
 
+/// What parts models that are alike in shape: their directory, and the first row of every tensor as
+/// numbers: a model is the same however its file holds it.
+Result<Hash256> model_fingerprint(const Gguf& gguf);
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
 
-// ---- src/backend/cpu.cpp -----------------------------------------------------------------------
-
-// >>backend
-// The CPU backend, top to bottom: how memory is laid out, loading, the batch as a machine of
-// stages, the stages in the order in which they run. The formulas are in >>kernels.
+// ---- src/backend/cpu_layout.hpp ----------------------------------------------------------------
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
 namespace detail {
-namespace {
 
-constexpr uint32_t kMaxBatchRows = 65536;
-constexpr uint32_t kMaxPageTokens = 4096;
-constexpr uint32_t kQueryRows = 16;       // rows of a sequence that attend together
-constexpr uint64_t kJoinWork = 1 << 16;   // products that are not worth a fork-join
-constexpr uint64_t kClaimColumns = 8;     // from here on units are claimed, a few at a time
-constexpr uint64_t kClaimUnits = 4;       // at most: units that share a read of the columns
-constexpr uint32_t kUnitTiles = 2;        // of a matrix: what kernels take at a time
-constexpr uint64_t kSliceNs = 200'000;    // between two looks at the deadline
-constexpr double kSlowestWorkNs = 0.2;    // a product, before it was measured
-constexpr uint64_t kLoadBytes = 1 << 20;  // of the file, a thread, between two looks
+constexpr uint32_t kQueryRows = 16;  // rows of a sequence that attend together
+constexpr uint32_t kUnitTiles = 2;   // tiles of a matrix that kernels take at a time
 
 // Cuts a buffer into arrays, each on its own cache line. With base 0 it only counts, so that what a
 // plan says is what is taken.
@@ -16224,84 +16628,17 @@ struct CpuWeights {
     std::vector<CpuLayer> layers;
     std::vector<LoadItem> items;  // in the order in which they are loaded
 
-    CpuMatrix matrix(Carver& carver, const TensorInfo* tensor) {
-        CpuMatrix out{{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
-                       static_cast<uint32_t>(tensor->dims[0])},
-                      tensor};
-        out.data = packed_in_place(*tensor);
-        if (out.data || (mapped && !tensor->packed)) {
-            mapped_bytes += tensor->bytes;
-            if (!out.data) mapped_units = std::max(mapped_units, out.unit_bytes());
-            return out;
-        }
-        std::byte* data = carver.take<std::byte>(out.tiles() *
-                                                 packed_tile_bytes(out.type, out.cols));
-        out.data = data;
-        items.push_back({tensor, data, !tensor->packed});
-        return out;
-    }
-    const std::byte* packed_in_place(const TensorInfo& tensor) const {
-        const auto there = gguf->tensor_bytes(tensor);
-        if (!tensor.packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64)
-            return nullptr;
-        return there->data();
-    }
-    const float* vector(Carver& carver, const TensorInfo* tensor) {
-        if (!tensor) return nullptr;
-        float* data = carver.take<float>(tensor->dims[0]);
-        items.push_back({tensor, reinterpret_cast<std::byte*>(data), false});
-        return data;
-    }
+    CpuMatrix matrix(Carver& carver, const TensorInfo* tensor);
+    const std::byte* packed_in_place(const TensorInfo& tensor) const;
+    const float* vector(Carver& carver, const TensorInfo* tensor);
     void place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors);
 };
-
-void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors) {
-    token_embd = matrix(carver, tensors.token_embd);
-    for (size_t i = 0; i < spec.layers.size(); ++i) {
-        const LayerTensors& from = tensors.layers[i];
-        CpuLayer layer{};
-        layer.spec = &spec.layers[i];
-        layer.attn_norm = vector(carver, from.attn_norm);
-        layer.q = matrix(carver, from.q);
-        layer.k = matrix(carver, from.k);
-        layer.v = matrix(carver, from.v);
-        layer.q_bias = vector(carver, from.q_bias);
-        layer.k_bias = vector(carver, from.k_bias);
-        layer.v_bias = vector(carver, from.v_bias);
-        layer.attn_output = matrix(carver, from.attn_output);
-        layer.ffn_norm = vector(carver, from.ffn_norm);
-        layer.gate = matrix(carver, from.gate);
-        layer.up = matrix(carver, from.up);
-        layer.down = matrix(carver, from.down);
-        if (!layer.gate.data || !layer.up.data)
-            mapped_units = std::max(mapped_units, layer.gate.unit_bytes() + layer.up.unit_bytes());
-        layers.push_back(layer);
-    }
-    output_norm = vector(carver, tensors.output_norm);
-    output = tensors.output == tensors.token_embd ? token_embd : matrix(carver, tensors.output);
-}
 
 // Rotation angles a position, per pair; layers with the same RopeSpec share a table.
 struct RopeTable {
     const RopeSpec* spec;
     std::vector<double> frequencies;  // (dims / 2)
 };
-
-RopeTable make_rope_table(const RopeSpec& rope, const std::vector<float>& factors) {
-    RopeTable table{&rope, std::vector<double>(rope.dims / 2)};
-    const double log2_base = exact_log2(static_cast<double>(rope.base));
-    for (uint32_t i = 0; i < rope.dims / 2; ++i) {
-        double f = exact_exp2(-(2.0 * i / rope.dims) * log2_base);
-        if (rope.scale != 1) f *= static_cast<double>(rope.scale);
-        if (!factors.empty()) f /= static_cast<double>(factors[i]);
-        table.frequencies[i] = f;
-    }
-    return table;
-}
-
-bool same_rope(const RopeSpec& a, const RopeSpec& b) {
-    return a.kind == b.kind && a.dims == b.dims && a.base == b.base && a.scale == b.scale;
-}
 
 // Attention of `rows` neighbours of one sequence to segments first .. last - 1, one kv head a time.
 struct AttentionUnit {
@@ -16345,48 +16682,162 @@ struct CpuScratch {
     QueryScratch* queries;    // (parts)
     std::byte* mapped_units;  // (parts, mapped_units)
 
-    void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab) {
-        const uint64_t start = carver.used;
-        x = carver.take<float>(n.rows * n_embd);
-        y = carver.take<float>(n.rows * n_embd);
-        attended = carver.take<float>(n.rows * n.q);
-        cos_sin = carver.take<float>(n.rows * n.rope_values);
-        part_max = carver.take<float>(n.split_rows * n.segments * n.heads);
-        part_sum = carver.take<float>(n.split_rows * n.segments * n.heads);
-        part_out = carver.take<float>(n.split_rows * n.segments * n.q);
-        logits = carver.take<float>(n.logit_rows * n_vocab);
-        const auto blocks_of = [](uint64_t planes, uint64_t values) {
-            const size_t each = static_cast<size_t>(values / kActivationBlock);
-            return ActivationLayout{static_cast<uint32_t>(planes), each}.size();
-        };
-        blocks = carver.take<ActivationBlock>(
-            std::max(blocks_of(n.rows * n.planes, std::max(n.q, n_embd)),
-                     blocks_of(n.logit_rows * 2, n_embd)));
-        units = carver.take<AttentionUnit>(std::max(n.rows, n.split_rows * n.segments));
-        wanted = carver.take<uint32_t>(n.logit_rows);
-        kept = carver.take<BatchRow>(n.logit_rows);
-        mapped_units = carver.take<std::byte>(n.parts * n.mapped_units);
-        queries = carver.take<QueryScratch>(n.parts);
-        for (uint64_t part = 0; part < n.parts; ++part) {
-            QueryScratch one;
-            for (float** array : {&one.max, &one.sum, &one.total_max, &one.total_sum})
-                *array = carver.take<float>(kQueryRows * n.group);
-            one.out = carver.take<float>(kQueryRows * n.group_values);
-            one.expanded = carver.take<float>(n.expanded);
-            one.begin = carver.take<uint16_t>(kQueryRows * n.group);
-            one.end = carver.take<uint16_t>(kQueryRows * n.group);
-            if (carver.base) queries[part] = one;
-        }
-        Carver other = carver;
-        q = carver.take<float>(n.rows * n.q);
-        k = carver.take<float>(n.rows * n.kv);
-        v = carver.take<float>(n.rows * n.kv);
-        turned = carver.take<float>(n.rows * n.q);
-        h = other.take<float>(n.rows * n.ff_values);
-        h_blocks = other.take<ActivationBlock>(blocks_of(n.rows * n.planes, n.ff_quantized));
-        carver.used = std::max({carver.used, other.used, start + n.parts * n.staging});
-    }
+    void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab);
 };
+
+// Everything about memory, computed the same way for a plan and for the real thing.
+struct CpuLayout {
+    CpuWeights weights;
+    std::vector<RopeTable> ropes;
+    CpuSizes sizes{};
+    MemoryPlan plan;
+    uint64_t page_bytes = 0;  // of all layers
+};
+
+// Positions that one sequence may have.
+uint64_t cpu_positions(const BackendOptions& options);
+// Where everything lies. With `weights_base` 0 it only counts. Errors: an option out of range.
+Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                              const BackendOptions& options, uintptr_t weights_base);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/cpu_layout.cpp ----------------------------------------------------------------
+
+// >>backend
+// Where the weights, the keys and values and the scratch arrays of the CPU backend lie. A plan and
+// the real thing are computed by the same code, so that a plan is right to the byte.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+CpuMatrix CpuWeights::matrix(Carver& carver, const TensorInfo* tensor) {
+    CpuMatrix out{{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
+                   static_cast<uint32_t>(tensor->dims[0])},
+                  tensor};
+    out.data = packed_in_place(*tensor);
+    if (out.data || (mapped && !tensor->packed)) {
+        mapped_bytes += tensor->bytes;
+        if (!out.data) mapped_units = std::max(mapped_units, out.unit_bytes());
+        return out;
+    }
+    std::byte* data = carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
+    out.data = data;
+    items.push_back({tensor, data, !tensor->packed});
+    return out;
+}
+
+const std::byte* CpuWeights::packed_in_place(const TensorInfo& tensor) const {
+    const auto there = gguf->tensor_bytes(tensor);
+    if (!tensor.packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64) return nullptr;
+    return there->data();
+}
+
+const float* CpuWeights::vector(Carver& carver, const TensorInfo* tensor) {
+    if (!tensor) return nullptr;
+    float* data = carver.take<float>(tensor->dims[0]);
+    items.push_back({tensor, reinterpret_cast<std::byte*>(data), false});
+    return data;
+}
+
+void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors) {
+    token_embd = matrix(carver, tensors.token_embd);
+    for (size_t i = 0; i < spec.layers.size(); ++i) {
+        const LayerTensors& from = tensors.layers[i];
+        CpuLayer layer{};
+        layer.spec = &spec.layers[i];
+        layer.attn_norm = vector(carver, from.attn_norm);
+        layer.q = matrix(carver, from.q);
+        layer.k = matrix(carver, from.k);
+        layer.v = matrix(carver, from.v);
+        layer.q_bias = vector(carver, from.q_bias);
+        layer.k_bias = vector(carver, from.k_bias);
+        layer.v_bias = vector(carver, from.v_bias);
+        layer.attn_output = matrix(carver, from.attn_output);
+        layer.ffn_norm = vector(carver, from.ffn_norm);
+        layer.gate = matrix(carver, from.gate);
+        layer.up = matrix(carver, from.up);
+        layer.down = matrix(carver, from.down);
+        if (!layer.gate.data || !layer.up.data)
+            mapped_units = std::max(mapped_units, layer.gate.unit_bytes() + layer.up.unit_bytes());
+        layers.push_back(layer);
+    }
+    output_norm = vector(carver, tensors.output_norm);
+    output = tensors.output == tensors.token_embd ? token_embd : matrix(carver, tensors.output);
+}
+
+uint64_t cpu_positions(const BackendOptions& options) {
+    return std::min(options.max_positions ? options.max_positions
+                                          : uint64_t{options.kv_pages} * options.page_tokens,
+                    ModelSpec::max_context);
+}
+
+void CpuScratch::place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab) {
+    const uint64_t start = carver.used;
+    x = carver.take<float>(n.rows * n_embd);
+    y = carver.take<float>(n.rows * n_embd);
+    attended = carver.take<float>(n.rows * n.q);
+    cos_sin = carver.take<float>(n.rows * n.rope_values);
+    part_max = carver.take<float>(n.split_rows * n.segments * n.heads);
+    part_sum = carver.take<float>(n.split_rows * n.segments * n.heads);
+    part_out = carver.take<float>(n.split_rows * n.segments * n.q);
+    logits = carver.take<float>(n.logit_rows * n_vocab);
+    const auto blocks_of = [](uint64_t planes, uint64_t values) {
+        const size_t each = static_cast<size_t>(values / kActivationBlock);
+        return ActivationLayout{static_cast<uint32_t>(planes), each}.size();
+    };
+    blocks = carver.take<ActivationBlock>(std::max(
+        blocks_of(n.rows * n.planes, std::max(n.q, n_embd)), blocks_of(n.logit_rows * 2, n_embd)));
+    units = carver.take<AttentionUnit>(std::max(n.rows, n.split_rows * n.segments));
+    wanted = carver.take<uint32_t>(n.logit_rows);
+    kept = carver.take<BatchRow>(n.logit_rows);
+    mapped_units = carver.take<std::byte>(n.parts * n.mapped_units);
+    queries = carver.take<QueryScratch>(n.parts);
+    for (uint64_t part = 0; part < n.parts; ++part) {
+        QueryScratch one;
+        for (float** array : {&one.max, &one.sum, &one.total_max, &one.total_sum})
+            *array = carver.take<float>(kQueryRows * n.group);
+        one.out = carver.take<float>(kQueryRows * n.group_values);
+        one.expanded = carver.take<float>(n.expanded);
+        one.begin = carver.take<uint16_t>(kQueryRows * n.group);
+        one.end = carver.take<uint16_t>(kQueryRows * n.group);
+        if (carver.base) queries[part] = one;
+    }
+    Carver other = carver;
+    q = carver.take<float>(n.rows * n.q);
+    k = carver.take<float>(n.rows * n.kv);
+    v = carver.take<float>(n.rows * n.kv);
+    turned = carver.take<float>(n.rows * n.q);
+    h = other.take<float>(n.rows * n.ff_values);
+    h_blocks = other.take<ActivationBlock>(blocks_of(n.rows * n.planes, n.ff_quantized));
+    carver.used = std::max({carver.used, other.used, start + n.parts * n.staging});
+}
+
+namespace {
+
+constexpr uint32_t kMaxBatchRows = 65536;
+constexpr uint32_t kMaxPageTokens = 4096;
+
+RopeTable make_rope_table(const RopeSpec& rope, const std::vector<float>& factors) {
+    RopeTable table{&rope, std::vector<double>(rope.dims / 2)};
+    const double log2_base = exact_log2(static_cast<double>(rope.base));
+    for (uint32_t i = 0; i < rope.dims / 2; ++i) {
+        double f = exact_exp2(-(2.0 * i / rope.dims) * log2_base);
+        if (rope.scale != 1) f *= static_cast<double>(rope.scale);
+        if (!factors.empty()) f /= static_cast<double>(factors[i]);
+        table.frequencies[i] = f;
+    }
+    return table;
+}
+
+bool same_rope(const RopeSpec& a, const RopeSpec& b) {
+    return a.kind == b.kind && a.dims == b.dims && a.base == b.base && a.scale == b.scale;
+}
 
 Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions& options) {
     const auto refuse = [](const char* field, unsigned long long value, const char* wanted) {
@@ -16414,12 +16865,6 @@ Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions
 uint32_t cpu_parts(const BackendOptions& options) {
     const int helpers = options.threads < 0 ? physical_cores() - 1 : options.threads;
     return static_cast<uint32_t>(helpers) + 1;
-}
-
-uint64_t cpu_positions(const BackendOptions& options) {
-    return std::min(options.max_positions ? options.max_positions
-                                          : uint64_t{options.kv_pages} * options.page_tokens,
-                    ModelSpec::max_context);
 }
 
 CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
@@ -16454,14 +16899,7 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
     return n;
 }
 
-// Everything about memory, computed the same way for a plan and for the real thing.
-struct CpuLayout {
-    CpuWeights weights;
-    std::vector<RopeTable> ropes;
-    CpuSizes sizes{};
-    MemoryPlan plan;
-    uint64_t page_bytes = 0;  // of all layers
-};
+}  // namespace
 
 Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
                               const BackendOptions& options, uintptr_t weights_base) {
@@ -16501,6 +16939,37 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
     out.plan.scratch = scratch.used;
     return out;
 }
+
+Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                            const BackendOptions& options) {
+    auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
+    if (!layout) return layout.error();
+    return layout->plan;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/cpu.cpp -----------------------------------------------------------------------
+
+// >>backend
+// The CPU backend, top to bottom: loading, the batch as a machine of stages, the stages in the
+// order in which they run. The formulas are in >>kernels.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr uint64_t kJoinWork = 1 << 16;   // products that are not worth a fork-join
+constexpr uint64_t kClaimColumns = 8;     // from here on units are claimed, a few at a time
+constexpr uint64_t kClaimUnits = 4;       // at most: units that share a read of the columns
+constexpr uint64_t kSliceNs = 200'000;    // between two looks at the deadline
+constexpr double kSlowestWorkNs = 0.2;    // a product, before it was measured
+constexpr uint64_t kLoadBytes = 1 << 20;  // of the file, a thread, between two looks
 
 // How many threads are fastest for a batch of few rows is found by trying: a few use up the
 // memory's bandwidth, and where a model is small, or others want the cores, they wait for each
@@ -16762,7 +17231,7 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
         {&scratch_memory_, layout->plan.scratch, "scratch"},
     };
     for (const auto& [buffer, bytes, what] : wanted) {
-        auto memory = Buffer::allocate(bytes, what, buffer == &weights_memory_);
+        auto memory = Buffer::allocate(bytes, what, buffer == &weights_memory_, options.allocator);
         if (!memory) return memory.error();
         *buffer = std::move(*memory);
     }
@@ -17407,13 +17876,6 @@ void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
 
 }  // namespace
 
-Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
-                            const BackendOptions& options) {
-    auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
-    if (!layout) return layout.error();
-    return layout->plan;
-}
-
 Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
                                                   const ModelTensors& tensors,
                                                   const BackendOptions& options,
@@ -17422,6 +17884,52 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
     auto opened = backend->open(gguf, spec, tensors, options, kernels);
     if (!opened) return opened.error();
     return std::unique_ptr<Backend>(std::move(backend));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/fingerprint.cpp ---------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+// The first row of a tensor, as numbers.
+Result<std::vector<float>> read_first_row(const Gguf& gguf, const TensorInfo& tensor) {
+    const uint32_t cols = static_cast<uint32_t>(tensor.dims[0]);
+    const uint32_t rows = static_cast<uint32_t>(std::min<uint64_t>(tensor.dims[1], kTileRows));
+    const uint64_t tile_bytes = packed_tile_bytes(tensor.type, cols);
+    auto tile = Buffer::allocate(tile_bytes, "a fingerprint");
+    if (!tile) return tile.error();
+    std::vector<std::byte> source(
+        static_cast<size_t>(tensor.packed ? tile_bytes : tensor.bytes / tensor.dims[1] * rows));
+    if (auto read = gguf.read_tensor(tensor, 0, source); !read) return read.error();
+    if (tensor.packed) std::memcpy(tile->data(), source.data(), source.size());
+    else pack_tiles(tensor.type, rows, cols, source.data(), 0, 1, tile->data());
+    std::vector<float> row(cols);
+    dequantize_row({tensor.type, rows, cols, tile->data()}, 0, row.data());
+    return row;
+}
+
+}  // namespace
+
+Result<Hash256> model_fingerprint(const Gguf& gguf) {
+    Sha256 hash;
+    for (const TensorInfo& tensor : gguf.tensors()) {
+        auto row = read_first_row(gguf, tensor);
+        if (!row) return row.error();
+        hash.update(tensor.name);
+        hash.update(&tensor.type, sizeof tensor.type);
+        hash.update(tensor.dims, sizeof tensor.dims);
+        hash.update(row->data(), row->size() * sizeof(float));
+    }
+    return hash.finish();
 }
 
 }  // namespace detail
@@ -17769,11 +18277,342 @@ float logprob_of(std::span<const float> logits, Token token, uint32_t count,
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
+// ---- src/engine/loaded_model.hpp ---------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- A loaded model --------------------------------------------------------------------------
+
+// A model file and what its keys and tensors say: all that memory_plan() needs.
+struct ModelFile {
+    Gguf gguf;
+    ModelSpec spec;
+    ModelTensors tensors;
+
+    Result<void> open(const EngineOptions& options);
+};
+
+// What a model is but for its weights: file, tokenizer, template and names. Constant after open(),
+// so engines and threads may share it.
+class LoadedModel {
+public:
+    static Result<std::shared_ptr<const LoadedModel>> open(const EngineOptions& options);
+
+    const ModelFile& file() const { return file_; }
+    const ModelSpec& spec() const { return file_.spec; }
+    const Tokenizer& tokenizer() const { return *tokenizer_; }
+    const ChatTemplate& chat_template() const { return *chat_template_; }
+    const SamplerOptions& sampling() const { return sampling_; }  // where a request says nothing
+    const ModelInfo& info() const { return info_; }
+    bool is_called(const std::string& name) const;
+    /// A hash of the weights' shapes and first rows, made when it is first asked for. Errors: the
+    /// file cannot be read.
+    Result<Hash256> fingerprint() const;
+
+private:
+    Result<void> read(const EngineOptions& options);
+    Result<void> read_words(const EngineOptions& options);
+    void name(const EngineOptions& options);
+
+    ModelFile file_;
+    std::optional<Tokenizer> tokenizer_;
+    std::optional<ChatTemplate> chat_template_;
+    SamplerOptions sampling_;
+    ModelInfo info_;
+    mutable std::mutex mutex_;  // guards fingerprint_
+    mutable std::optional<Hash256> fingerprint_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/plan.hpp -----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Sizes that follow from options and model ------------------------------------------------
+
+/// Positions that a request may use.
+uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec);
+/// As many pages as memory_limit leaves room for: at least what one context needs.
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file);
+/// Full pages before a position that some layer may see from there; UINT32_MAX: all.
+uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
+/// Pages that a sequence holds at once, with so many positions: where all layers have windows, those
+/// that they reach from a batch's first row, and the batch's.
+uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
+                          uint32_t page_tokens);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/loaded_model.cpp ---------------------------------------------------------------
+
+// >>engine
+// In this order: a loaded model; the sizes that follow from it; from a request to tokens; guesses;
+// pages and the prefix cache; the desk, where requests arrive; answers; the scheduler: who runs, the
+// batch, its results; the handles; conversations.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+// The file's own recommendation, as far as it is there.
+Result<SamplerOptions> read_sampling(const Gguf& gguf) {
+    SamplerOptions out;
+    const struct {
+        const char* key;
+        double* value;
+        double high;
+    } keys[] = {
+        {"general.sampling.temp", &out.temperature, 2},
+        {"general.sampling.top_p", &out.top_p, 1},
+        {"general.sampling.min_p", &out.min_p, 1},
+    };
+    for (const auto& [key, value, high] : keys) {
+        auto found = gguf.get_float(key, *value);
+        if (!found) return found.error();
+        if (!(*found >= 0 && *found <= high))
+            return make_error(
+                ErrorKind::bad_data,
+                gguf.name() + format(": key '%s' is %g, not in 0..%g", key, *found, high));
+        *value = *found;
+    }
+    auto top_k = gguf.get_uint("general.sampling.top_k", 0);
+    if (!top_k) return top_k.error();
+    out.top_k = static_cast<uint32_t>(std::min<uint64_t>(*top_k, UINT32_MAX));
+    return out;
+}
+
+std::string choose_model_id(const EngineOptions& options, const ModelSpec& spec) {
+    if (!options.model_id.empty()) return options.model_id;
+    if (!spec.name.empty() && utf8_valid(spec.name)) return spec.name;
+    std::string name = options.model_path.substr(options.model_path.find_last_of("/\\") + 1);
+    if (name.ends_with(".gguf")) name.resize(name.size() - 5);
+    return name.empty() ? "model" : name;
+}
+
+Result<Gguf> open_model_file(const EngineOptions& options) {
+    if (!options.model_bytes.empty()) return Gguf::from_bytes(options.model_bytes);
+    if (options.model_reader.read) return Gguf::from_reader(options.model_reader);
+    if (options.model_path.empty())
+        return make_error(ErrorKind::invalid_request, "model_path: missing", {}, "model_path");
+    return Gguf::open(options.model_path);
+}
+
+}  // namespace
+
+Result<void> ModelFile::open(const EngineOptions& options) {
+    auto opened = open_model_file(options);
+    if (!opened) return opened.error();
+    gguf = std::move(*opened);
+    auto read = read_model_spec(gguf);
+    if (!read) return read.error();
+    spec = std::move(*read);
+    auto bound = bind_model_tensors(gguf, spec);
+    if (!bound) return bound.error();
+    tensors = std::move(*bound);
+    return {};
+}
+
+Result<std::shared_ptr<const LoadedModel>> LoadedModel::open(const EngineOptions& options) {
+    auto model = std::make_shared<LoadedModel>();
+    if (auto read = model->read(options); !read) return read.error();
+    return std::shared_ptr<const LoadedModel>(std::move(model));
+}
+
+Result<void> LoadedModel::read(const EngineOptions& options) {
+    if (auto opened = file_.open(options); !opened) return opened;
+    if (auto words = read_words(options); !words) return words;
+    auto defaults = read_sampling(file_.gguf);
+    if (!defaults) return defaults.error();
+    sampling_ = *defaults;
+    name(options);
+    return {};
+}
+
+Result<void> LoadedModel::read_words(const EngineOptions& options) {
+    auto source = file_.gguf.get_string("tokenizer.chat_template", "");
+    if (!source) return source.error();
+    const std::string text = options.chat_template.empty() ? std::string(*source)
+                                                           : options.chat_template;
+    auto words = Tokenizer::open(file_.gguf, text);
+    if (!words) return words.error();
+    tokenizer_ = std::move(*words);
+    const bool has_chatml = tokenizer_->find("<|im_start|>") && tokenizer_->find("<|im_end|>");
+    auto parsed = ChatTemplate::open(text, has_chatml);
+    if (!parsed) return parsed.error();
+    chat_template_ = std::move(*parsed);
+    return {};
+}
+
+void LoadedModel::name(const EngineOptions& options) {
+    info_.id = choose_model_id(options, spec());
+    info_.aliases = options.aliases;
+    info_.created = unix_time_ms() / 1000;
+    info_.context_tokens = choose_context(options, spec());
+    info_.windows.clear();
+    for (const Window window : options.windows) info_.windows.emplace_back(window_name(window));
+}
+
+bool LoadedModel::is_called(const std::string& name) const {
+    const auto& aliases = info_.aliases;
+    return name == info_.id || std::find(aliases.begin(), aliases.end(), name) != aliases.end();
+}
+
+Result<Hash256> LoadedModel::fingerprint() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!fingerprint_) {
+        auto hash = model_fingerprint(file_.gguf);
+        if (!hash) return hash.error();
+        fingerprint_ = *hash;
+    }
+    return *fingerprint_;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/limits.hpp ---------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr uint32_t kDefaultContext = 8192;
+inline constexpr uint32_t kMaxRunning = 1024;
+inline constexpr uint32_t kMaxStepTokens = 32768;
+inline constexpr uint32_t kMaxLogprobs = 20;
+inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their bytes
+inline constexpr size_t kMaxStopBytes = 256;
+inline constexpr uint32_t kMaxDraft = 15;   // with the row before them a tile of columns
+inline constexpr uint32_t kFirstDraft = 5;  // six columns are cheap to multiply
+inline constexpr uint32_t kLeastDraft = 2;
+inline constexpr uint32_t kMinMatch = 3;           // tokens that must have stood together before
+inline constexpr uint32_t kMaxMatch = 8;           // that make a better match no longer
+inline constexpr uint32_t kDraftCredit = 64;       // a row wasted for so many that are not
+inline constexpr uint32_t kMinPromptRows = 16;     // of a batch, however small the budget
+inline constexpr uint64_t kMixedNs = 100'000'000;  // of a batch with prompts beside answers
+inline constexpr uint64_t kLookNs = 10'000'000;    // between two looks at cancels
+inline constexpr uint64_t kIdleNs = 1'000'000'000;
+inline constexpr uint64_t kNoLimit = UINT64_MAX;
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/plan.cpp -----------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec) {
+    const struct {
+        const char* field;
+        uint32_t value, most;
+    } ranges[] = {
+        {"context_tokens", choose_context(options, spec), spec.n_context},
+        {"step_tokens", options.step_tokens, kMaxStepTokens},
+        {"max_running", options.max_running, kMaxRunning},
+    };
+    for (const auto& [field, value, most] : ranges)
+        if (value == 0 || value > most)
+            return make_error(ErrorKind::invalid_request,
+                              format("%s: %u is not in 1..%u", field, value, most), {}, field);
+    return {};
+}
+
+}  // namespace
+
+uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec) {
+    return options.context_tokens ? options.context_tokens
+                                  : std::min(spec.n_context, kDefaultContext);
+}
+
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file) {
+    const ModelSpec& spec = file.spec;
+    auto good = check_engine_options(options, spec);
+    if (!good) return good.error();
+    const uint32_t context = choose_context(options, spec);
+    BackendOptions out;
+    out.precision = options.precision;
+    out.kv_type = options.kv_type;
+    out.weights = options.weights;
+    out.page_tokens = options.page_tokens;
+    const uint64_t least = count_held_pages(context, count_window_pages(spec, options.page_tokens),
+                                            std::min(options.step_tokens, context),
+                                            options.page_tokens);
+    out.kv_pages = static_cast<uint32_t>(least);
+    out.max_positions = context;
+    out.max_logit_rows = std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
+    out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
+    out.threads = options.threads;
+    out.parallel_for = options.parallel_for;
+    out.parallel_for_host = options.parallel_for_host;
+    out.allocator = options.allocator;
+    auto plan = plan_cpu(file.gguf, spec, file.tensors, out);
+    if (!plan) return plan.error();
+    uint64_t pages = least * std::min(options.max_running, 2u);
+    if (const uint64_t limit = options.memory_limit) {
+        if (plan->total() > limit)
+            return make_error(ErrorKind::out_of_memory,
+                              format("memory_limit: %llu bytes; this model takes %llu with a "
+                                     "context of %u tokens",
+                                     static_cast<unsigned long long>(limit),
+                                     static_cast<unsigned long long>(plan->total()), context),
+                              {}, "memory_limit");
+        pages = std::min(least * options.max_running,
+                         least + (limit - plan->total()) / std::max<uint64_t>(plan->kv / least, 1));
+    }
+    out.kv_pages = static_cast<uint32_t>(std::min<uint64_t>(pages, UINT32_MAX - 1));
+    return out;
+}
+
+uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
+                          uint32_t page_tokens) {
+    const uint64_t page = std::max(page_tokens, 1u), all = (positions + page - 1) / page;
+    return static_cast<uint32_t>(std::min(all, window_pages + batch_rows / page + 2));
+}
+
+uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens) {
+    uint32_t most = 0;
+    for (const LayerSpec& layer : spec.layers) most = std::max(most, layer.window - 1);
+    return most == UINT32_MAX ? most : most / std::max(page_tokens, 1u) + 1;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
 // ---- src/engine/pages.hpp ----------------------------------------------------------------------
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
+
+// ---- Keys of pages ---------------------------------------------------------------------------
+
+Hash256 root_key(const EngineOptions& options, const std::string& organisation,
+                 std::string_view salt);
+uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key);
+void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
+                      std::span<const Token> tokens, uint32_t page_tokens, size_t count);
 
 // ---- Pages -----------------------------------------------------------------------------------
 
@@ -17792,9 +18631,15 @@ public:
     uint32_t take();
     void share(uint32_t page);  // a user more, a user less
     void drop(uint32_t page);
-    bool in_use(uint32_t page) const { return pages_[page].users > 0; }
+    bool in_use(uint32_t page) const {
+        VALAR_ASSERT(page < pages());
+        return pages_[page].users > 0;
+    }
     /// Whether its only user may change it.
-    bool writable(uint32_t page) const { return pages_[page].users == 1 && !pages_[page].keyed; }
+    bool writable(uint32_t page) const {
+        VALAR_ASSERT(page < pages());
+        return pages_[page].users == 1 && !pages_[page].keyed;
+    }
     uint32_t find(const Hash256& key) const;
     void set_key(uint32_t page, const Hash256& key, uint64_t group);  // of a page without one
     void refresh(uint64_t group);  // as if its pages had been used just now
@@ -17832,6 +18677,38 @@ private:
 namespace valar {
 inline namespace v1 {
 namespace detail {
+
+// Adds the keys of the pages that `tokens` fill, up to `count` of them.
+void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
+                      std::span<const Token> tokens, uint32_t page_tokens, size_t count) {
+    while (keys.size() < count) {
+        Sha256 hash;
+        hash.update((keys.empty() ? root : keys.back()).view());
+        hash.update(tokens.data() + keys.size() * page_tokens, page_tokens * sizeof(Token));
+        keys.push_back(hash.finish());
+    }
+}
+
+uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key) {
+    if (prompt_cache_key.empty()) return 0;
+    const Hash256 hash = hmac_sha256(root.view(), prompt_cache_key);
+    uint64_t group;
+    std::memcpy(&group, hash.bytes, sizeof group);
+    return group | 1;
+}
+
+// The key that stands before that of a first page: all that may part prefixes which begin alike.
+// `salt` is empty, or stands for pages that others must not find.
+Hash256 root_key(const EngineOptions& options, const std::string& organisation,
+                 std::string_view salt) {
+    const uint32_t numbers[] = {kNumerics, static_cast<uint32_t>(options.precision),
+                                static_cast<uint32_t>(options.kv_type), options.page_tokens};
+    Sha256 hash;
+    hash.update(numbers, sizeof numbers);
+    if (!options.share_prefixes) hash.update(organisation);
+    if (!salt.empty()) hash.update(sha256(salt.data(), salt.size()).view());
+    return hash.finish();
+}
 
 void PagePool::open(uint32_t pages) {
     pages_.assign(size_t{pages} + 1, {});
@@ -17874,12 +18751,14 @@ uint32_t PagePool::take() {
 }
 
 void PagePool::share(uint32_t page) {
+    VALAR_ASSERT(page < pages());
     if (pages_[page].users == 0) unlink(page);
     shared_ += ++pages_[page].users == 2;
 }
 
 // What cannot be found again is the first to be taken.
 void PagePool::drop(uint32_t page) {
+    VALAR_ASSERT(page < pages() && pages_[page].users > 0);
     shared_ -= --pages_[page].users == 1;
     if (pages_[page].users) return;
     link_before(page, pages_[page].keyed ? pages() : pages_[pages()].newer);
@@ -17892,12 +18771,13 @@ uint32_t PagePool::find(const Hash256& key) const {
 }
 
 void PagePool::set_key(uint32_t page, const Hash256& key, uint64_t group) {
+    VALAR_ASSERT(page < pages() && pages_[page].users > 0 && !pages_[page].keyed);
     uint32_t& first = bucket(key);
-    Page& to = pages_[page];
-    to.key = key;
-    to.group = group;
-    to.keyed = true;
-    to.next = std::exchange(first, page);
+    Page& named = pages_[page];
+    named.key = key;
+    named.group = group;
+    named.keyed = true;
+    named.next = std::exchange(first, page);
 }
 
 void PagePool::refresh(uint64_t group) {
@@ -17917,33 +18797,335 @@ void PagePool::refresh(uint64_t group) {
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// ---- src/engine/limits.hpp ---------------------------------------------------------------------
+// ---- src/engine/prompt.hpp ---------------------------------------------------------------------
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint32_t kDefaultContext = 8192;
-inline constexpr uint32_t kMaxRunning = 1024;
-inline constexpr uint32_t kMaxStepTokens = 32768;
-inline constexpr uint32_t kMaxLogprobs = 20;
-inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their bytes
-inline constexpr size_t kMaxStopBytes = 256;
-inline constexpr uint32_t kMaxDraft = 15;   // with the row before them a tile of columns
-inline constexpr uint32_t kFirstDraft = 5;  // six columns are cheap to multiply
-inline constexpr uint32_t kLeastDraft = 2;
-inline constexpr uint32_t kMinMatch = 3;           // tokens that must have stood together before
-inline constexpr uint32_t kMaxMatch = 8;           // that make a better match no longer
-inline constexpr uint32_t kDraftCredit = 64;       // a row wasted for so many that are not
-inline constexpr uint32_t kMinPromptRows = 16;     // of a batch, however small the budget
-inline constexpr uint64_t kMixedNs = 100'000'000;  // of a batch with prompts beside answers
-inline constexpr uint64_t kLookNs = 10'000'000;    // between two looks at cancels
-inline constexpr uint64_t kIdleNs = 1'000'000'000;
-inline constexpr uint64_t kNoLimit = UINT64_MAX;
+// ---- From a request to a prompt --------------------------------------------------------------
+
+// What prepare() found out; becomes a Sequence.
+struct PreparedPrompt final : Prepared {
+    const void* maker = nullptr;  // the PromptMaker
+    std::vector<Token> tokens;
+    std::vector<Hash256> page_keys;  // of the prompt's full pages
+    Hash256 root;                    // the key that stands before the first page's
+    uint64_t group = 0;              // of prompt_cache_key; 0: none
+    std::string organisation;
+    Window window = Window::standard;
+    SamplerOptions sampling;
+    uint32_t max_output = 0;
+    bool logprobs = false;
+    uint32_t top_logprobs = 0;
+    std::vector<std::string> stop;
+
+    const void* owner() const override { return maker; }
+};
+using PromptPtr = std::unique_ptr<PreparedPrompt>;
+
+// Checks requests and makes tokens of them. Threads: any. Options and model are borrowed.
+class PromptMaker {
+public:
+    PromptMaker(const LoadedModel& model, const EngineOptions& options, uint32_t context)
+        : model_(model), options_(options), context_(context) {}
+
+    /// `salt` parts the pages of this prompt from those of others; see root_key().
+    Result<PromptPtr> prepare(const Request& request, std::string_view salt = {}) const;
+    Result<std::vector<Token>> tokenize(const Request& request) const;
+    /// Of the pages that this request's prompt fills; none without a prefix cache.
+    Result<std::vector<Hash256>> page_keys(const Request& request, std::string_view salt) const;
+    /// The prompt that prepare() gave away as a Prepared. Error: this was made by another.
+    Result<PromptPtr> take_back(std::unique_ptr<Prepared> prepared) const;
+    uint32_t context() const { return context_; }
+
+private:
+    Result<void> check(const Request& request) const;
+    Result<void> check_length(size_t tokens) const;
+    std::string refused_window() const;
+    void resolve_sampling(const Request& request, SamplerOptions* out) const;
+    void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
+
+    const LoadedModel& model_;
+    const EngineOptions& options_;
+    uint32_t context_;
+};
+
+Error refuse_field(const char* param, std::string message, const char* code = "invalid_value");
 
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
+
+// ---- src/engine/prompt.cpp ---------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+Result<void> check_range(const char* field, std::optional<double> value, double low, double high) {
+    if (!value || (*value >= low && *value <= high)) return {};
+    return refuse_field(field, format("%s: %g is not in %g..%g", field, *value, low, high));
+}
+
+// What the wire has checked already; a C++ caller's request comes straight here.
+Result<void> check_request(const Request& request) {
+    if (request.input.empty())
+        return refuse_field("input", "input: missing or empty", "missing_required_parameter");
+    if (request.max_output_tokens == 0u)
+        return refuse_field("max_output_tokens", "max_output_tokens: 0 is not positive");
+    if (request.top_logprobs > kMaxLogprobs)
+        return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
+                                                   request.top_logprobs, kMaxLogprobs));
+    const struct {
+        const char* field;
+        std::optional<double> value;
+        double low, high;
+    } ranges[] = {
+        {"temperature", request.temperature, 0, 2},
+        {"top_p", request.top_p, 0, 1},
+        {"min_p", request.min_p, 0, 1},
+        {"presence_penalty", request.presence_penalty, -2, 2},
+        {"frequency_penalty", request.frequency_penalty, -2, 2},
+        {"repetition_penalty", request.repetition_penalty, 0.1, 10},
+    };
+    for (const auto& [field, value, low, high] : ranges)
+        if (auto checked = check_range(field, value, low, high); !checked) return checked;
+    if (request.stop.size() > kMaxStops)
+        return refuse_field(
+            "stop", format("stop: %zu strings are more than %zu", request.stop.size(), kMaxStops));
+    for (const std::string& stop : request.stop)
+        if (stop.empty() || stop.size() > kMaxStopBytes || !utf8_valid(stop))
+            return refuse_field("stop", format("stop: a string has %zu bytes or is not UTF-8; "
+                                               "1..%zu are allowed",
+                                               stop.size(), kMaxStopBytes));
+    return {};
+}
+
+Result<void> check_bias(const Request& request, uint32_t n_vocab) {
+    for (const auto& [token, bias] : request.logit_bias) {
+        if (token < 0 || static_cast<uint32_t>(token) >= n_vocab)
+            return refuse_field("logit_bias", format("logit_bias: there is no token %d", token));
+        if (auto checked = check_range("logit_bias", bias, -100, 100); !checked) return checked;
+    }
+    return {};
+}
+
+Result<int64_t> draw_seed() {
+    uint64_t drawn = 0;
+    if (auto random = random_bytes(&drawn, sizeof drawn); !random) return random.error();
+    return static_cast<int64_t>(drawn >> 11);  // 53 bits: exact in every JSON reader
+}
+
+}  // namespace
+
+Error refuse_field(const char* param, std::string message, const char* code) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, param);
+}
+
+Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view salt) const {
+    if (auto checked = check(request); !checked) return checked.error();
+    auto tokens = tokenize(request);
+    if (!tokens) return tokens.error();
+    if (auto checked = check_length(tokens->size()); !checked) return checked.error();
+    auto seed = request.seed ? Result<int64_t>(*request.seed) : draw_seed();
+    if (!seed) return seed.error();
+    auto out = std::make_unique<PreparedPrompt>();
+    out->maker = this;
+    out->tokens = std::move(*tokens);
+    out->model = model_.info().id;
+    out->input_tokens = static_cast<uint32_t>(out->tokens.size());
+    const uint32_t room = context_ - out->input_tokens;
+    out->max_output = std::min(request.max_output_tokens.value_or(room), room);
+    out->logprobs = request.logprobs;
+    out->top_logprobs = request.top_logprobs;
+    out->stop = request.stop;
+    out->organisation = request.organisation;
+    out->window = request.window;
+    resolve_sampling(request, &out->sampling);
+    out->sampling.seed = out->seed = *seed;
+    out->temperature = out->sampling.temperature;
+    out->top_p = out->sampling.top_p;
+    find_pages(request, salt, out.get());
+    return out;
+}
+
+Result<void> PromptMaker::check(const Request& request) const {
+    if (!request.model.empty() && !model_.is_called(request.model))
+        return make_error(ErrorKind::not_found, "the model '" + request.model + "' does not exist",
+                          "model_not_found", "model");
+    if (auto checked = check_request(request); !checked) return checked;
+    const auto& windows = options_.windows;
+    if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
+        return refuse_field(kWindowField, refused_window());
+    return check_bias(request, model_.spec().n_vocab);
+}
+
+Result<void> PromptMaker::check_length(size_t tokens) const {
+    if (tokens < context_) return {};
+    return refuse_field(
+        "input",
+        format("the prompt has %zu tokens; the context of this model is %u tokens for prompt and "
+               "answer",
+               tokens, context_),
+        "context_length_exceeded");
+}
+
+std::string PromptMaker::refused_window() const {
+    const ModelInfo& info = model_.info();
+    std::string message = std::string(kWindowField) + ": the model '" + info.id + "' serves";
+    for (const std::string& window : info.windows) message += " " + window;
+    return message;
+}
+
+// What the request leaves open is the model's own default.
+void PromptMaker::resolve_sampling(const Request& request, SamplerOptions* out) const {
+    const SamplerOptions& defaults = model_.sampling();
+    *out = defaults;
+    out->temperature = request.temperature.value_or(defaults.temperature);
+    out->top_p = request.top_p.value_or(defaults.top_p);
+    out->top_k = request.top_k.value_or(defaults.top_k);
+    out->min_p = request.min_p.value_or(defaults.min_p);
+    out->presence_penalty = request.presence_penalty;
+    out->frequency_penalty = request.frequency_penalty;
+    out->repetition_penalty = request.repetition_penalty;
+    for (const auto& [token, bias] : request.logit_bias)
+        out->logit_bias.emplace_back(token, static_cast<float>(bias));
+}
+
+void PromptMaker::find_pages(const Request& request, std::string_view salt,
+                             PreparedPrompt* out) const {
+    out->root = root_key(options_, request.organisation, salt);
+    out->group = group_of(out->root, request.prompt_cache_key);
+    if (options_.prefix_cache)
+        extend_page_keys(out->page_keys, out->root, out->tokens, options_.page_tokens,
+                         out->tokens.size() / options_.page_tokens);
+}
+
+Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
+                                                    std::string_view salt) const {
+    std::vector<Hash256> keys;
+    if (!options_.prefix_cache) return keys;
+    auto tokens = tokenize(request);
+    if (!tokens) return tokens.error();
+    extend_page_keys(keys, root_key(options_, request.organisation, salt), *tokens,
+                     options_.page_tokens, tokens->size() / options_.page_tokens);
+    return keys;
+}
+
+// There is no RTTI to ask, and fields could have been copied; a virtual function tells the truth.
+Result<PromptPtr> PromptMaker::take_back(std::unique_ptr<Prepared> prepared) const {
+    if (!prepared || prepared->owner() != this)
+        return make_error(ErrorKind::invalid_request,
+                          "submit(): the request was not prepared by this engine");
+    return PromptPtr(static_cast<PreparedPrompt*>(prepared.release()));
+}
+
+Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
+    const Tokenizer& tokenizer = model_.tokenizer();
+    const auto spelling = [&](std::optional<Token> token) {
+        return token ? tokenizer.piece(*token) : std::string_view();
+    };
+    auto input = chat_input(request, model_.chat_template(), spelling(tokenizer.bos()),
+                            spelling(tokenizer.eos()), unix_time_ms() / 1000);
+    if (!input) return input.error();
+    auto text = model_.chat_template().render(*input);
+    if (!text) return text.error();
+    auto tokens = tokenizer.encode(*text, tokenizer.add_bos());
+    if (!tokens) return tokens.error();
+    if (tokens->empty())
+        return refuse_field("input", "input: the chat template made an empty prompt of it");
+    return tokens;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/draft.hpp ----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Guesses of what comes next --------------------------------------------------------------
+
+// The guesses of one sequence. One that is right saves a batch, one that is wrong wastes a row: so
+// only credit that right ones earned is spent on them.
+struct Drafts {
+    Token tokens[kMaxDraft];
+    uint32_t count = 0;           // of tokens; they are the last of the sequence's rows
+    uint32_t most = kFirstDraft;  // follows what is accepted
+    uint32_t credit = 0;          // for wasted rows, in 1 / kDraftCredit
+
+    /// Guesses what follows `text`, at most `room` tokens.
+    void guess(std::span<const Token> text, uint32_t room);
+    /// So many of the last guesses were right.
+    void settle(uint32_t drafted, uint32_t accepted);
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/draft.cpp ----------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+// What may come next: what followed the last tokens where they stood before, at the longest match,
+// of several the latest (prompt lookup decoding, Saxena 2023). Text that repeats itself up to its
+// end goes on repeating. Returns how many of `most` it put into `out`.
+uint32_t find_draft(std::span<const Token> tokens, uint32_t most, Token* out) {
+    const size_t last = tokens.size() - 1;
+    size_t next = 0;
+    uint32_t longest = kMinMatch - 1;
+    for (size_t at = last; at-- > longest && longest < kMaxMatch;) {
+        if (tokens[at] != tokens[last]) continue;
+        uint32_t match = 1;
+        while (match < kMaxMatch && match <= at && tokens[at - match] == tokens[last - match])
+            ++match;
+        if (match <= longest) continue;
+        longest = match;
+        next = at + 1;
+    }
+    if (next == 0) return 0;
+    for (size_t i = 0; i < most; ++i)
+        out[i] = next + i <= last ? tokens[next + i] : out[next + i - last - 1];
+    return most;
+}
+
+}  // namespace
+
+// There are no more guesses than the credit pays for if all of them are wrong.
+void Drafts::guess(std::span<const Token> text, uint32_t room) {
+    const uint32_t length = static_cast<uint32_t>(text.size());
+    const uint32_t affordable = std::min({most, credit / kDraftCredit, room, length});
+    VALAR_ASSERT(affordable <= kMaxDraft);
+    count = affordable == 0 ? 0 : find_draft(text, affordable, tokens);
+}
+
+// A guess that is accepted earns credit, and so does, a little, every token.
+void Drafts::settle(uint32_t drafted, uint32_t accepted) {
+    VALAR_ASSERT(accepted <= drafted && drafted <= kMaxDraft);
+    credit = std::min(credit + 1 + accepted * kDraftCredit, 2 * kMaxDraft * kDraftCredit);
+    if (drafted == 0) return;
+    credit -= std::min(credit, (drafted - accepted) * kDraftCredit);
+    most = accepted == drafted ? std::min(2 * most, kMaxDraft) : std::max(accepted, kLeastDraft);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
 
 // ---- src/engine/mailbox.hpp --------------------------------------------------------------------
 
@@ -17986,8 +19168,8 @@ struct Mailbox {
     bool put_text(std::string_view more) {
         return put([&] { text += more; });
     }
-    bool put_logprob(const TokenLogprob& one) {
-        return put([&] { logprobs.push_back(one); });
+    bool put_logprob(const TokenLogprob& more) {
+        return put([&] { logprobs.push_back(more); });
     }
     bool put_outcome(Outcome end) {
         auto shared = std::make_shared<const Outcome>(std::move(end));
@@ -18035,57 +19217,19 @@ struct Mailbox {
         return true;
     }
 };
+using MailboxPtr = std::shared_ptr<Mailbox>;
 
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
 
-// ---- src/engine/state.hpp ----------------------------------------------------------------------
+// ---- src/engine/sequence.hpp -------------------------------------------------------------------
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// ---- Who steps, and what a save begins with ----------------------------------------------------
-
-class Exclusive {
-public:
-    explicit Exclusive(std::atomic<bool>* taken) : taken_(taken) {}
-    Exclusive(Exclusive&& other) noexcept : taken_(std::exchange(other.taken_, nullptr)) {}
-    ~Exclusive() {
-        if (taken_) taken_->store(false, std::memory_order_release);
-    }
-
-private:
-    std::atomic<bool>* taken_;
-};
-
-struct SaveHeader {
-    char magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
-    uint32_t version = 2, numerics = kNumerics;
-    Hash256 model;
-    uint32_t precision = 0, kv_type = 0, page_tokens = 0;
-    uint32_t first_page = 0, pages = 0, unused = 0;
-    uint64_t page_bytes = 0, json_bytes = 0;
-};
-static_assert(sizeof(SaveHeader) == 88 && std::is_trivially_copyable_v<SaveHeader>);
-
 // ---- A request being answered ----------------------------------------------------------------
-
-// What prepare() found out; becomes a Sequence.
-struct PreparedPrompt final : Prepared {
-    std::vector<Token> tokens;
-    std::vector<Hash256> page_keys;  // of the prompt's full pages
-    Hash256 root;                    // the key that stands before the first page's
-    uint64_t group = 0;              // of prompt_cache_key; 0: none
-    std::string organisation;
-    Window window = Window::standard;
-    SamplerOptions sampling;
-    uint32_t max_output = 0;
-    bool logprobs = false;
-    uint32_t top_logprobs = 0;
-    std::vector<std::string> stop;
-};
 
 // Organisations take turns: the one served longest ago is next.
 struct Turn {
@@ -18093,21 +19237,16 @@ struct Turn {
     uint32_t members = 0;  // requests that wait or run
 };
 
-inline constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
-
 struct Sequence {
-    std::shared_ptr<Mailbox> reply;
-    std::unique_ptr<PreparedPrompt> prompt;
+    MailboxPtr reply;
+    PromptPtr prompt;
     std::vector<Token> tokens;  // the prompt and what was drawn
     uint32_t computed = 0;      // positions whose keys and values are there
-    uint32_t reached = 0;       // the most that it ever was: what is beyond counts as
+    uint32_t reached = 0;       // the most that `computed` ever was: what is beyond counts as
                                 // cached when the cache has it
     uint32_t rows = 0;          // in the batch under way
     int32_t logits = -1;        // the first of the batch's that are for it, if any
-    Token draft[kMaxDraft];     // the last of its rows: guesses of what comes next
-    uint32_t drafted = 0;
-    uint32_t draft_most = kFirstDraft;  // follows what is accepted
-    uint32_t credit = 0;                // for wasted rows, in 1 / kDraftCredit
+    Drafts drafts;
     std::vector<uint32_t> pages;
     uint32_t passed = 0;             // of them, given back: no window reaches there any more
     std::vector<Hash256> page_keys;  // of the pages that its tokens fill, when needed
@@ -18115,7 +19254,7 @@ struct Sequence {
     bool over = false;               // its reply has the end; its pages are still taken
     std::unordered_map<std::string, Turn>::value_type* turn = nullptr;
     uint64_t ticket = 0;  // order of arrival
-    uint32_t rank = 0;    // 0 first; see rank_of
+    uint32_t rank = 0;    // 0 is the most urgent; see rank_of
     Sampler sampler;
     Detokenizer detokenizer;
     std::string held;  // text that may begin a stop string
@@ -18123,1016 +19262,151 @@ struct Sequence {
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
     uint64_t waiting_ns = queued_ns, waited_ns = 0;  // since when it waits; how long before
 
-    Sequence(std::shared_ptr<Mailbox> to, std::unique_ptr<PreparedPrompt> from,
-             const Tokenizer& tokenizer)
-        : reply(std::move(to)),
+    Sequence(MailboxPtr answer_to, PromptPtr from, const Tokenizer& tokenizer)
+        : reply(std::move(answer_to)),
           prompt(std::move(from)),
           tokens(std::move(prompt->tokens)),
           page_keys(std::move(prompt->page_keys)),
           sampler(prompt->sampling),
           detokenizer(tokenizer) {
-        outcome.usage.input_tokens = credit = length();
+        outcome.usage.input_tokens = drafts.credit = length();
     }
     uint32_t length() const { return static_cast<uint32_t>(tokens.size()); }
-    uint32_t left() const { return length() - computed; }
+    uint32_t left() const {
+        VALAR_ASSERT(computed <= length());
+        return length() - computed;
+    }
 };
-
-Result<Gguf> open_model_file(const EngineOptions& options);
-uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
-uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
-                          uint32_t page_tokens);
-Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
-                                              const ModelSpec& spec, const ModelTensors& tensors);
-Result<Hash256> fingerprint(const Gguf& gguf);
-
-Error engine_closed_error();
-Error refuse_field(const char* param, std::string message, const char* code = "invalid_value");
-Hash256 root_key(const EngineOptions& options, const std::string& organisation,
-                 std::string_view salt);
-uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key);
-void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
-                      std::span<const Token> tokens, uint32_t page_tokens, size_t count);
-
-uint32_t find_draft(std::span<const Token> tokens, uint32_t most, Token* out);
-uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_t now);
+using SequencePtr = std::unique_ptr<Sequence>;
 
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
 
-namespace valar {
-inline namespace v1 {
+// ---- src/engine/prefix_cache.hpp ---------------------------------------------------------------
 
-struct Engine::State final : Responder {
-    using MailboxPtr = std::shared_ptr<detail::Mailbox>;
-    using SequencePtr = std::unique_ptr<detail::Sequence>;
-
-    // Set by open(), then constant.
-    EngineOptions options;
-    Gguf gguf;
-    ModelSpec spec;
-    ModelTensors tensors;
-    ModelInfo info;
-    uint32_t context = 0, step_tokens = 0, max_logit_rows = 0;
-    uint32_t window_pages = 0;        // full pages that a row may see; UINT32_MAX: all
-    detail::SamplerOptions sampling;  // where a request says nothing
-    std::optional<Tokenizer> tokenizer;
-    std::optional<ChatTemplate> chat_template;
-    std::shared_ptr<detail::Doorbell> doorbell = std::make_shared<detail::Doorbell>();
-
-    // Of whoever steps.
-    std::unique_ptr<detail::Backend> backend;
-    std::vector<SequencePtr> waiting, running;
-    std::vector<detail::BatchRow> batch;  // under way unless empty
-    size_t untaken = 0;                   // last of running, with logits of a done batch
-    detail::PagePool pool;
-    std::unordered_map<std::string, detail::Turn> turns;  // of those that wait or run
-    uint64_t serve_clock = 0, ticket_clock = 0;
-    uint64_t batch_ns = 0, row_ns = 0;  // spent on the batch; a row takes, about
-    std::pair<Token, float> top[detail::kMaxLogprobs];
-    std::atomic<bool> loaded{false}, stepping{false};
-    std::atomic<float> progress{0};
-    std::optional<Error> failure;                      // nothing works any more
-    std::optional<detail::Hash256> model_fingerprint;  // once asked for
-    detail::Thread thread;
-    std::atomic<bool> stop_asked{false};
-
-    mutable std::mutex mutex;  // guards what follows
-    std::vector<SequencePtr> arrivals;
-    uint32_t waiting_count = 0;  // waiting.size()
-    bool closed = false;
-    ResponderStats counts;                              // all but queued
-    std::unordered_map<std::string, MailboxPtr> by_id;  // those submitted through Responder
-
-    std::mutex listener_mutex;
-    std::condition_variable listener_idle;
-    void (*listener)(void* context, const std::string& id) = nullptr;
-    void* listener_context = nullptr;
-    uint32_t listener_calls = 0;
-
-    ~State() override;
-    Result<void> open(const EngineOptions& from);
-
-    std::vector<ModelInfo> models() const override { return {info}; }
-    Result<std::unique_ptr<Prepared>> prepare(const Request& request) override;
-    Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) override;
-    std::optional<Event> poll(const std::string& id) override;
-    void cancel(const std::string& id) override;
-    ResponderStats stats() const override;
-    void on_ready(void (*ready)(void* context, const std::string& id), void* context) override;
-
-    Result<std::unique_ptr<detail::PreparedPrompt>> prepare_prompt(const Request& request,
-                                                                   std::string_view salt = {});
-    Result<std::vector<Token>> make_prompt(const Request& request) const;
-    std::string refused_window() const;
-    Result<void> enqueue(std::unique_ptr<detail::PreparedPrompt> prompt, const MailboxPtr& reply,
-                         bool known);
-    MailboxPtr find(const std::string& id) const;
-    void announce(const detail::Mailbox& reply);
-    uint32_t retry_after_s() const;
-
-    bool time_is_up(uint64_t deadline_ns) const {
-        return detail::monotonic_ns() >= deadline_ns || stop_asked.load(std::memory_order_relaxed);
-    }
-    Result<bool> work(uint64_t deadline_ns, uint64_t budget_ns);
-    Result<bool> load(uint64_t deadline_ns);
-    bool work_on_batch(uint64_t deadline_ns, uint64_t budget_ns);
-    void compute(uint64_t deadline_ns);
-    void drop_cancelled();
-    void take_arrivals();
-    void admit();
-    SequencePtr* next_waiting();
-    bool make_place(const detail::Sequence& next);
-    bool fits(const detail::Sequence& next) const;
-    uint32_t pages_for(uint32_t positions) const;
-    uint32_t held_for(uint32_t positions) const;
-    void start_sequence(SequencePtr sequence);
-    void preempt_last();
-    void release_pages(detail::Sequence& sequence);
-    void leave(detail::Sequence& sequence);
-    void sweep();
-    void join_cached(detail::Sequence& sequence);
-    void keep_pages(detail::Sequence& sequence);
-    size_t count_cached(std::span<const detail::Hash256> keys, size_t computed, size_t held) const;
-    void drop_passed(detail::Sequence& sequence);
-    void extend_keys(detail::Sequence& sequence, size_t count) const;
-    uint32_t prompt_rows(bool answers, uint64_t budget_ns) const;
-    void share_prompt_rows(uint32_t budget);
-    detail::Sequence* next_prompt() const;
-    bool computes_the_same(const detail::Sequence& prompt) const;
-    void reserve_pages(size_t index);
-    void build_batch(uint64_t budget_ns);
-    void draft(detail::Sequence& sequence, uint32_t* spare);
-    void add_rows(detail::Sequence& sequence, uint32_t* wanted);
-    void take_results(detail::Sequence& sequence);
-    Token take_token(detail::Sequence& sequence, uint32_t logits_row);
-    void count_drafts(detail::Sequence& sequence, uint32_t drafted, uint32_t accepted);
-    bool pass_text(detail::Sequence& sequence, std::string_view text);
-    void emit_text(detail::Sequence& sequence, std::string_view text);
-    void add_logprob(detail::Sequence& sequence, std::span<const float> logits, Token token);
-    void finish(detail::Sequence& sequence, Status status, std::optional<Error> error = {});
-    void fail_all(const Error& error);
-    static void run_thread(void* self);
-
-    Result<detail::Exclusive> take_turn(const char* who);
-    Reply reply_to(Result<std::unique_ptr<detail::PreparedPrompt>> prompt);
-    Result<detail::SaveHeader> save_header();
-    void import_pages(std::span<const detail::Hash256> keys, std::span<const std::byte> bytes);
-};
-
-}  // namespace v1
-}  // namespace valar
-
-// ---- src/engine/open.cpp -----------------------------------------------------------------------
-
-// >>engine
-// In this order: the mailbox of a reply; pages; a sequence; opening; from a request to tokens; the
-// queue; the step: who runs, the batch, tokens and text; the handles. Locks are held briefly and
-// never while something is called.
-
-#ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
 namespace detail {
-
-namespace {
-
-// The file's own recommendation, as far as it is there.
-Result<SamplerOptions> read_sampling(const Gguf& gguf) {
-    SamplerOptions out;
-    const struct {
-        const char* key;
-        double* value;
-        double high;
-    } keys[] = {
-        {"general.sampling.temp", &out.temperature, 2},
-        {"general.sampling.top_p", &out.top_p, 1},
-        {"general.sampling.min_p", &out.min_p, 1},
-    };
-    for (const auto& [key, value, high] : keys) {
-        auto found = gguf.get_float(key, *value);
-        if (!found) return found.error();
-        if (!(*found >= 0 && *found <= high))
-            return make_error(
-                ErrorKind::bad_data,
-                gguf.name() + format(": key '%s' is %g, not in 0..%g", key, *found, high));
-        *value = *found;
-    }
-    auto top_k = gguf.get_uint("general.sampling.top_k", 0);
-    if (!top_k) return top_k.error();
-    out.top_k = static_cast<uint32_t>(std::min<uint64_t>(*top_k, UINT32_MAX));
-    return out;
-}
-
-std::string choose_model_id(const EngineOptions& options, const ModelSpec& spec) {
-    if (!options.model_id.empty()) return options.model_id;
-    if (!spec.name.empty() && utf8_valid(spec.name)) return spec.name;
-    std::string name = options.model_path.substr(options.model_path.find_last_of("/\\") + 1);
-    if (name.ends_with(".gguf")) name.resize(name.size() - 5);
-    return name.empty() ? "model" : name;
-}
-
-uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec) {
-    return options.context_tokens ? options.context_tokens
-                                  : std::min(spec.n_context, kDefaultContext);
-}
-
-Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec) {
-    const struct {
-        const char* field;
-        uint32_t value, most;
-    } ranges[] = {
-        {"context_tokens", choose_context(options, spec), spec.n_context},
-        {"step_tokens", options.step_tokens, kMaxStepTokens},
-        {"max_running", options.max_running, kMaxRunning},
-    };
-    for (const auto& [field, value, most] : ranges)
-        if (value == 0 || value > most)
-            return make_error(ErrorKind::invalid_request,
-                              format("%s: %u is not in 1..%u", field, value, most), {}, field);
-    return {};
-}
-
-}  // namespace
-
-// What parts models that are alike in shape: their directory, and the first row of every tensor as
-// numbers: a model is the same however its file holds it.
-Result<Hash256> fingerprint(const Gguf& gguf) {
-    Sha256 hash;
-    for (const TensorInfo& tensor : gguf.tensors()) {
-        const uint32_t cols = static_cast<uint32_t>(tensor.dims[0]);
-        const uint32_t rows = static_cast<uint32_t>(std::min<uint64_t>(tensor.dims[1], kTileRows));
-        const uint64_t tile_bytes = packed_tile_bytes(tensor.type, cols);
-        auto tile = Buffer::allocate(tile_bytes, "a fingerprint");
-        if (!tile) return tile.error();
-        std::vector<std::byte> source(
-            static_cast<size_t>(tensor.packed ? tile_bytes : tensor.bytes / tensor.dims[1] * rows));
-        if (auto read = gguf.read_tensor(tensor, 0, source); !read) return read.error();
-        if (tensor.packed) std::memcpy(tile->data(), source.data(), source.size());
-        else pack_tiles(tensor.type, rows, cols, source.data(), 0, 1, tile->data());
-        std::vector<float> row(cols);
-        dequantize_row({tensor.type, rows, cols, tile->data()}, 0, row.data());
-        hash.update(tensor.name);
-        hash.update(&tensor.type, sizeof tensor.type);
-        hash.update(tensor.dims, sizeof tensor.dims);
-        hash.update(row.data(), row.size() * sizeof(float));
-    }
-    return hash.finish();
-}
-
-// As many pages as memory_limit leaves room for: at least what one context needs.
-Result<BackendOptions> choose_backend_options(const EngineOptions& options, const Gguf& gguf,
-                                              const ModelSpec& spec, const ModelTensors& tensors) {
-    auto good = check_engine_options(options, spec);
-    if (!good) return good.error();
-    const uint32_t context = choose_context(options, spec);
-    BackendOptions out;
-    out.precision = options.precision;
-    out.kv_type = options.kv_type;
-    out.weights = options.weights;
-    out.page_tokens = options.page_tokens;
-    const uint64_t least = count_held_pages(context, count_window_pages(spec, options.page_tokens),
-                                            std::min(options.step_tokens, context),
-                                            options.page_tokens);
-    out.kv_pages = static_cast<uint32_t>(least);
-    out.max_positions = context;
-    out.max_logit_rows = std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
-    out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
-    out.threads = options.threads;
-    out.parallel_for = options.parallel_for;
-    out.parallel_for_host = options.parallel_for_host;
-    auto plan = plan_cpu(gguf, spec, tensors, out);
-    if (!plan) return plan.error();
-    uint64_t pages = least * std::min(options.max_running, 2u);
-    if (const uint64_t limit = options.memory_limit) {
-        if (plan->total() > limit)
-            return make_error(ErrorKind::out_of_memory,
-                              format("memory_limit: %llu bytes; this model takes %llu with a "
-                                     "context of %u tokens",
-                                     static_cast<unsigned long long>(limit),
-                                     static_cast<unsigned long long>(plan->total()), context),
-                              {}, "memory_limit");
-        pages = std::min(least * options.max_running,
-                         least + (limit - plan->total()) / std::max<uint64_t>(plan->kv / least, 1));
-    }
-    out.kv_pages = static_cast<uint32_t>(std::min<uint64_t>(pages, UINT32_MAX - 1));
-    return out;
-}
-
-// Pages that a sequence holds at once, with so many positions: where all layers have windows, those
-// that they reach from a batch's first row, and the batch's.
-uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
-                          uint32_t page_tokens) {
-    const uint64_t page = std::max(page_tokens, 1u), all = (positions + page - 1) / page;
-    return static_cast<uint32_t>(std::min(all, window_pages + batch_rows / page + 2));
-}
-
-// Full pages before a position that some layer may see from there; UINT32_MAX: all.
-uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens) {
-    uint32_t most = 0;
-    for (const LayerSpec& layer : spec.layers) most = std::max(most, layer.window - 1);
-    return most == UINT32_MAX ? most : most / std::max(page_tokens, 1u) + 1;
-}
-
-Result<Gguf> open_model_file(const EngineOptions& options) {
-    if (!options.model_bytes.empty()) return Gguf::from_bytes(options.model_bytes);
-    if (options.model_reader.read) return Gguf::from_reader(options.model_reader);
-    if (options.model_path.empty())
-        return make_error(ErrorKind::invalid_request, "model_path: missing", {}, "model_path");
-    return Gguf::open(options.model_path);
-}
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-namespace valar {
-inline namespace v1 {
-
-// ---- Opening ---------------------------------------------------------------------------------
-
-Result<void> Engine::State::open(const EngineOptions& from) {
-    options = from;
-    auto file = detail::open_model_file(options);
-    if (!file) return file.error();
-    gguf = std::move(*file);
-    auto read = read_model_spec(gguf);
-    if (!read) return read.error();
-    spec = std::move(*read);
-    auto bound = bind_model_tensors(gguf, spec);
-    if (!bound) return bound.error();
-    tensors = std::move(*bound);
-    auto source = gguf.get_string("tokenizer.chat_template", "");
-    if (!source) return source.error();
-    const std::string text = options.chat_template.empty() ? std::string(*source)
-                                                           : options.chat_template;
-    auto words = Tokenizer::open(gguf, text);
-    if (!words) return words.error();
-    tokenizer = std::move(*words);
-    const bool has_chatml = tokenizer->find("<|im_start|>") && tokenizer->find("<|im_end|>");
-    auto parsed = ChatTemplate::open(text, has_chatml);
-    if (!parsed) return parsed.error();
-    chat_template = std::move(*parsed);
-    auto defaults = detail::read_sampling(gguf);
-    if (!defaults) return defaults.error();
-    sampling = *defaults;
-    auto chosen = detail::choose_backend_options(options, gguf, spec, tensors);
-    if (!chosen) return chosen.error();
-    auto opened = detail::open_cpu_backend(gguf, spec, tensors, *chosen);
-    if (!opened) return opened.error();
-    backend = std::move(*opened);
-    context = chosen->max_positions;
-    max_logit_rows = chosen->max_logit_rows;
-    step_tokens = chosen->max_batch_rows - max_logit_rows;
-    window_pages = detail::count_window_pages(spec, options.page_tokens);
-    batch.reserve(chosen->max_batch_rows);
-    running.reserve(options.max_running);
-    pool.open(chosen->kv_pages);
-    counts.pages = chosen->kv_pages;
-    info.id = detail::choose_model_id(options, spec);
-    info.aliases = options.aliases;
-    info.created = detail::unix_time_ms() / 1000;
-    info.context_tokens = context;
-    info.windows.clear();
-    for (const Window window : options.windows)
-        info.windows.push_back(detail::kWindowNames[static_cast<size_t>(window)]);
-    return {};
-}
-
-Engine::State::~State() {
-    stop_asked.store(true, std::memory_order_release);
-    doorbell->ring();
-    thread.join();
-    fail_all(detail::engine_closed_error());
-}
-
-}  // namespace v1
-}  // namespace valar
-#endif  // VALAR_NO_INFERENCE
-
-// ---- src/engine/prompt.cpp ---------------------------------------------------------------------
-
-#ifndef VALAR_NO_INFERENCE
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-namespace {
-
-Result<void> check_range(const char* field, std::optional<double> value, double low, double high) {
-    if (!value || (*value >= low && *value <= high)) return {};
-    return refuse_field(field, format("%s: %g is not in %g..%g", field, *value, low, high));
-}
-
-// What the wire has checked already; a C++ caller's request comes straight here.
-Result<void> check_request(const Request& request) {
-    if (request.input.empty())
-        return refuse_field("input", "input: missing or empty", "missing_required_parameter");
-    if (request.max_output_tokens == 0u)
-        return refuse_field("max_output_tokens", "max_output_tokens: 0 is not positive");
-    if (request.top_logprobs > kMaxLogprobs)
-        return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
-                                                   request.top_logprobs, kMaxLogprobs));
-    const struct {
-        const char* field;
-        std::optional<double> value;
-        double low, high;
-    } ranges[] = {
-        {"temperature", request.temperature, 0, 2},
-        {"top_p", request.top_p, 0, 1},
-        {"min_p", request.min_p, 0, 1},
-        {"presence_penalty", request.presence_penalty, -2, 2},
-        {"frequency_penalty", request.frequency_penalty, -2, 2},
-        {"repetition_penalty", request.repetition_penalty, 0.1, 10},
-    };
-    for (const auto& [field, value, low, high] : ranges)
-        if (auto good = check_range(field, value, low, high); !good) return good;
-    if (request.stop.size() > kMaxStops)
-        return refuse_field(
-            "stop", format("stop: %zu strings are more than %zu", request.stop.size(), kMaxStops));
-    for (const std::string& stop : request.stop)
-        if (stop.empty() || stop.size() > kMaxStopBytes || !utf8_valid(stop))
-            return refuse_field("stop", format("stop: a string has %zu bytes or is not UTF-8; "
-                                               "1..%zu are allowed",
-                                               stop.size(), kMaxStopBytes));
-    return {};
-}
-
-Result<void> check_bias(const Request& request, uint32_t n_vocab) {
-    for (const auto& [token, bias] : request.logit_bias) {
-        if (token < 0 || static_cast<uint32_t>(token) >= n_vocab)
-            return refuse_field("logit_bias", format("logit_bias: there is no token %d", token));
-        if (auto good = check_range("logit_bias", bias, -100, 100); !good) return good;
-    }
-    return {};
-}
-
-}  // namespace
-
-// Adds the keys of the pages that `tokens` fill, up to `count` of them.
-void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
-                      std::span<const Token> tokens, uint32_t page_tokens, size_t count) {
-    while (keys.size() < count) {
-        Sha256 hash;
-        hash.update((keys.empty() ? root : keys.back()).view());
-        hash.update(tokens.data() + keys.size() * page_tokens, page_tokens * sizeof(Token));
-        keys.push_back(hash.finish());
-    }
-}
-
-uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key) {
-    if (prompt_cache_key.empty()) return 0;
-    const Hash256 hash = hmac_sha256(root.view(), prompt_cache_key);
-    uint64_t group;
-    std::memcpy(&group, hash.bytes, sizeof group);
-    return group | 1;
-}
-
-// The key that stands before that of a first page: all that may part prefixes which begin alike.
-// `salt` is empty, or stands for pages that others must not find.
-Hash256 root_key(const EngineOptions& options, const std::string& organisation,
-                 std::string_view salt) {
-    const uint32_t numbers[] = {kNumerics, static_cast<uint32_t>(options.precision),
-                                static_cast<uint32_t>(options.kv_type), options.page_tokens};
-    Sha256 hash;
-    hash.update(numbers, sizeof numbers);
-    if (!options.share_prefixes) hash.update(organisation);
-    if (!salt.empty()) hash.update(sha256(salt.data(), salt.size()).view());
-    return hash.finish();
-}
-
-Error refuse_field(const char* param, std::string message, const char* code) {
-    return make_error(ErrorKind::invalid_request, std::move(message), code, param);
-}
-
-Error engine_closed_error() {
-    return make_error(ErrorKind::closed, "the engine was closed", "engine_closed");
-}
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-namespace valar {
-inline namespace v1 {
-
-// ---- From a request to a prompt (any thread) -------------------------------------------------
-
-Result<std::unique_ptr<Prepared>> Engine::State::prepare(const Request& request) {
-    auto prompt = prepare_prompt(request);
-    if (!prompt) return prompt.error();
-    return std::unique_ptr<Prepared>(std::move(*prompt));
-}
-
-Result<std::unique_ptr<detail::PreparedPrompt>> Engine::State::prepare_prompt(
-    const Request& request, std::string_view salt) {
-    const auto& names = info.aliases;
-    if (!request.model.empty() && request.model != info.id &&
-        std::find(names.begin(), names.end(), request.model) == names.end())
-        return detail::make_error(ErrorKind::not_found,
-                                  "the model '" + request.model + "' does not exist",
-                                  "model_not_found", "model");
-    if (auto good = detail::check_request(request); !good) return good.error();
-    const auto& windows = options.windows;
-    if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
-        return detail::refuse_field("metadata.completion_window", refused_window());
-    if (auto good = detail::check_bias(request, spec.n_vocab); !good) return good.error();
-    auto tokens = make_prompt(request);
-    if (!tokens) return tokens.error();
-    const size_t count = tokens->size();
-    if (count >= context)
-        return detail::refuse_field(
-            "input",
-            detail::format("the prompt has %zu tokens; the context of this model is %u tokens for "
-                           "prompt and answer",
-                           count, context),
-            "context_length_exceeded");
-    auto out = std::make_unique<detail::PreparedPrompt>();
-    out->sampling = sampling;
-    out->sampling.temperature = request.temperature.value_or(sampling.temperature);
-    out->sampling.top_p = request.top_p.value_or(sampling.top_p);
-    out->sampling.top_k = request.top_k.value_or(sampling.top_k);
-    out->sampling.min_p = request.min_p.value_or(sampling.min_p);
-    uint64_t drawn = 0;  // 53 bits: exact in every JSON reader
-    if (auto random = detail::random_bytes(&drawn, sizeof drawn); !random) return random.error();
-    out->sampling.seed = request.seed.value_or(static_cast<int64_t>(drawn >> 11));
-    const uint32_t room = context - static_cast<uint32_t>(count);
-    out->max_output = std::min(request.max_output_tokens.value_or(room), room);
-    out->sampling.presence_penalty = request.presence_penalty;
-    out->sampling.frequency_penalty = request.frequency_penalty;
-    out->sampling.repetition_penalty = request.repetition_penalty;
-    for (const auto& [token, bias] : request.logit_bias)
-        out->sampling.logit_bias.emplace_back(token, static_cast<float>(bias));
-    out->logprobs = request.logprobs;
-    out->top_logprobs = request.top_logprobs;
-    out->stop = request.stop;
-    out->organisation = request.organisation;
-    out->window = request.window;
-    out->root = detail::root_key(options, request.organisation, salt);
-    out->group = detail::group_of(out->root, request.prompt_cache_key);
-    if (options.prefix_cache)
-        detail::extend_page_keys(out->page_keys, out->root, *tokens, options.page_tokens,
-                                 count / options.page_tokens);
-    out->tokens = std::move(*tokens);
-    out->model = info.id;
-    out->input_tokens = static_cast<uint32_t>(count);
-    out->temperature = out->sampling.temperature;
-    out->top_p = out->sampling.top_p;
-    out->seed = out->sampling.seed;
-    return out;
-}
-
-std::string Engine::State::refused_window() const {
-    std::string message = "metadata.completion_window: the model '" + info.id + "' serves";
-    for (const std::string& window : info.windows) message += " " + window;
-    return message;
-}
-
-Result<std::vector<Token>> Engine::State::make_prompt(const Request& request) const {
-    const auto spelling = [&](std::optional<Token> token) {
-        return token ? tokenizer->piece(*token) : std::string_view();
-    };
-    auto input = chat_input(request, *chat_template, spelling(tokenizer->bos()),
-                            spelling(tokenizer->eos()), detail::unix_time_ms() / 1000);
-    if (!input) return input.error();
-    auto text = chat_template->render(*input);
-    if (!text) return text.error();
-    auto tokens = tokenizer->encode(*text, tokenizer->add_bos());
-    if (!tokens) return tokens.error();
-    if (tokens->empty())
-        return detail::refuse_field("input", "input: the chat template made an empty prompt of it");
-    return tokens;
-}
-
-}  // namespace v1
-}  // namespace valar
-#endif  // VALAR_NO_INFERENCE
-
-// ---- src/engine/scheduler.cpp ------------------------------------------------------------------
-
-#ifndef VALAR_NO_INFERENCE
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-namespace {}  // namespace
-
-// How urgent, 0 before 1 before 2. Only waiting makes a request more urgent: one that runs for long
-// still gives way.
-uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_t now) {
-    constexpr uint64_t ms = 1'000'000;
-    uint64_t waited = sequence.waited_ns + (sequence.waiting_ns ? now - sequence.waiting_ns : 0);
-    uint32_t rank = static_cast<uint32_t>(sequence.prompt->window);
-    if (rank == 2 && waited >= options.flex_target_ms * ms) {
-        rank = 1;
-        waited -= options.flex_target_ms * ms;
-    }
-    if (rank == 1 && waited >= options.standard_target_ms * ms) rank = 0;
-    return rank;
-}
-
-// What may come next: what followed the last tokens where they stood before, at the longest match,
-// of several the latest (prompt lookup decoding, Saxena 2023). Text that repeats itself up to its
-// end goes on repeating. Returns how many of `most` it put into `out`.
-uint32_t find_draft(std::span<const Token> tokens, uint32_t most, Token* out) {
-    const size_t last = tokens.size() - 1;
-    size_t next = 0;
-    uint32_t longest = kMinMatch - 1;
-    for (size_t at = last; at-- > longest && longest < kMaxMatch;) {
-        if (tokens[at] != tokens[last]) continue;
-        uint32_t match = 1;
-        while (match < kMaxMatch && match <= at && tokens[at - match] == tokens[last - match])
-            ++match;
-        if (match <= longest) continue;
-        longest = match;
-        next = at + 1;
-    }
-    if (next == 0) return 0;
-    for (size_t i = 0; i < most; ++i)
-        out[i] = next + i <= last ? tokens[next + i] : out[next + i - last - 1];
-    return most;
-}
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-namespace valar {
-inline namespace v1 {
-
-// ---- The queue, and Responder (any thread) ---------------------------------------------------
-
-Result<void> Engine::State::enqueue(std::unique_ptr<detail::PreparedPrompt> prompt,
-                                    const MailboxPtr& reply, bool known) {
-    auto sequence = std::make_unique<detail::Sequence>(reply, std::move(prompt), *tokenizer);
-    {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (closed) return detail::engine_closed_error();
-        const size_t queued = arrivals.size() + waiting_count;
-        if (queued >= options.max_queued) {
-            Error error = detail::make_error(
-                ErrorKind::overloaded, detail::format("%zu requests are waiting already", queued),
-                "overloaded");
-            error.retry_after_s = retry_after_s();
-            return error;
-        }
-        if (known && !by_id.emplace(reply->id, reply).second)
-            return detail::make_error(ErrorKind::internal, "the id " + reply->id + " is in use");
-        arrivals.push_back(std::move(sequence));
-    }
-    doorbell->ring();
-    return {};
-}
-
-// When half of the queue will have gone, as fast as requests were answered so far.
-uint32_t Engine::State::retry_after_s() const {
-    const uint64_t done = std::max<uint64_t>(counts.completed, 1);
-    const uint64_t one_us = (counts.prefill_us + counts.decode_us) / done;
-    const uint64_t queued = arrivals.size() + waiting_count;
-    const uint64_t seconds = one_us * queued / 2 / options.max_running / 1'000'000;
-    return static_cast<uint32_t>(std::clamp<uint64_t>(seconds, 1, 60));
-}
-
-Result<void> Engine::State::submit(std::unique_ptr<Prepared> prepared, std::string id) {
-    auto reply = std::make_shared<detail::Mailbox>();
-    reply->id = std::move(id);
-    reply->doorbell = doorbell;
-    std::unique_ptr<detail::PreparedPrompt> prompt(
-        static_cast<detail::PreparedPrompt*>(prepared.release()));
-    return enqueue(std::move(prompt), reply, true);
-}
-
-Engine::State::MailboxPtr Engine::State::find(const std::string& id) const {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = by_id.find(id);
-    return found == by_id.end() ? nullptr : found->second;
-}
-
-std::optional<Event> Engine::State::poll(const std::string& id) {
-    const MailboxPtr reply = find(id);
-    if (!reply) return std::nullopt;
-    auto event = reply->take();
-    if (event && event->kind == Event::Kind::finished) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        by_id.erase(id);
-    }
-    return event;
-}
-
-void Engine::State::cancel(const std::string& id) {
-    if (const MailboxPtr reply = find(id)) reply->cancel();
-}
-
-ResponderStats Engine::State::stats() const {
-    const std::lock_guard<std::mutex> lock(mutex);
-    ResponderStats out = counts;
-    out.queued = static_cast<uint32_t>(arrivals.size()) + waiting_count;
-    return out;
-}
-
-void Engine::State::on_ready(void (*ready)(void* context, const std::string& id), void* to) {
-    std::unique_lock<std::mutex> lock(listener_mutex);
-    listener = ready;
-    listener_context = to;
-    listener_idle.wait(lock, [&] { return listener_calls == 0; });
-}
-
-void Engine::State::announce(const detail::Mailbox& reply) {
-    std::unique_lock<std::mutex> lock(listener_mutex);
-    if (!listener) return;
-    const auto call = listener;
-    void* to = listener_context;
-    ++listener_calls;
-    lock.unlock();
-    call(to, reply.id);
-    lock.lock();
-    if (--listener_calls == 0) listener_idle.notify_all();
-}
-
-// ---- The step (one thread at a time) ---------------------------------------------------------
-
-// Works until the deadline or until nothing is left; true while something is. `budget_ns` is what a
-// step may take: batches are made so that they do not take many steps.
-Result<bool> Engine::State::work(uint64_t deadline_ns, uint64_t budget_ns) {
-    if (failure) return *failure;
-    while (!loaded.load(std::memory_order_relaxed)) {
-        auto done = load(std::min(deadline_ns, detail::monotonic_ns() + detail::kLookNs));
-        if (!done) {
-            failure = done.error();
-            options.log(LogLevel::error, failure->message);
-            fail_all(*failure);
-            return *failure;
-        }
-        if (!*done && time_is_up(deadline_ns)) return true;
-    }
-    while (work_on_batch(deadline_ns, budget_ns))
-        if (time_is_up(deadline_ns)) return true;
-    return false;
-}
-
-Result<bool> Engine::State::load(uint64_t deadline_ns) {
-    const uint64_t now = detail::monotonic_ns();
-    float part = 0;
-    auto done = backend->load(deadline_ns > now ? (deadline_ns - now) / 1000 : 0, &part);
-    if (!done) return done;
-    progress.store(part, std::memory_order_relaxed);
-    if (*done) {
-        options.log(LogLevel::info, "loaded " + gguf.name());
-        loaded.store(true, std::memory_order_release);
-    }
-    return done;
-}
-
-// One piece of work: a sequence's results, a part of a batch or the next batch. False: there is
-// nothing to do.
-bool Engine::State::work_on_batch(uint64_t deadline_ns, uint64_t budget_ns) {
-    if (doorbell->cancels.exchange(false, std::memory_order_acquire)) drop_cancelled();
-    if (untaken > 0) {
-        take_results(*running[running.size() - untaken]);
-        --untaken;
-    } else if (!batch.empty()) {
-        compute(deadline_ns);
-    } else {
-        sweep();
-        admit();
-        if (running.empty()) return false;
-        build_batch(budget_ns);
-    }
-    return true;
-}
-
-void Engine::State::compute(uint64_t deadline_ns) {
-    const uint64_t start = detail::monotonic_ns();
-    auto done = backend->advance(std::min(deadline_ns, start + detail::kLookNs));
-    batch_ns += detail::monotonic_ns() - start;
-    if (done && !*done) return;
-    if (done) {
-        if (batch.size() >= detail::kMinPromptRows) row_ns = batch_ns / batch.size();
-        untaken = running.size();
-        const std::lock_guard<std::mutex> lock(mutex);
-        ++counts.batches;
-        counts.batch_rows += batch.size();
-    } else {
-        for (const SequencePtr& sequence : running)
-            if (sequence->rows && !sequence->over) finish(*sequence, Status::failed, done.error());
-    }
-    batch.clear();
-}
-
-// Replies learn at once; pages that a batch is using go when it is done.
-void Engine::State::drop_cancelled() {
-    const auto end = [&](const SequencePtr& sequence) {
-        if (!sequence->over && sequence->reply->cancelled.load(std::memory_order_acquire))
-            finish(*sequence, Status::cancelled,
-                   detail::make_error(ErrorKind::cancelled, "cancelled", "cancelled"));
-        return sequence->over;
-    };
-    take_arrivals();
-    for (SequencePtr& sequence : waiting)
-        if (end(sequence)) {
-            leave(*sequence);
-            sequence.reset();
-        }
-    std::erase(waiting, nullptr);
-    bool any_left = false;
-    for (const SequencePtr& sequence : running) any_left |= !end(sequence) && sequence->rows;
-    if (!batch.empty() && !any_left) {
-        backend->abandon();
-        batch.clear();
-    }
-    const std::lock_guard<std::mutex> lock(mutex);
-    waiting_count = static_cast<uint32_t>(waiting.size());
-}
-
-// ---- Who runs --------------------------------------------------------------------------------
-
-void Engine::State::take_arrivals() {
-    const size_t before = waiting.size();
-    {
-        const std::lock_guard<std::mutex> lock(mutex);
-        for (SequencePtr& sequence : arrivals) waiting.push_back(std::move(sequence));
-        arrivals.clear();
-        waiting_count = static_cast<uint32_t>(waiting.size());
-    }
-    for (size_t i = before; i < waiting.size(); ++i) {
-        detail::Sequence& sequence = *waiting[i];
-        sequence.ticket = ++ticket_clock;
-        sequence.turn = &*turns.try_emplace(sequence.prompt->organisation).first;
-        ++sequence.turn->second.members;
-    }
-}
-
-void Engine::State::leave(detail::Sequence& sequence) {
-    if (--sequence.turn->second.members == 0) turns.erase(std::string(sequence.turn->first));
-}
-
-// The one to start next, or null: by rank, then the organisation served longest ago, then first
-// come.
-Engine::State::SequencePtr* Engine::State::next_waiting() {
-    SequencePtr* best = nullptr;
-    const uint64_t now = detail::monotonic_ns();
-    const auto order = [](const detail::Sequence& sequence) {
-        return std::tuple(sequence.rank, sequence.turn->second.served, sequence.ticket);
-    };
-    for (SequencePtr& sequence : waiting) {
-        sequence->rank = detail::rank_of(*sequence, options, now);
-        if (!best || order(*sequence) < order(**best)) best = &sequence;
-    }
-    return best;
-}
-
-// Starts what there is room for. Who does not fit is waited for: it would never be its turn else.
-void Engine::State::admit() {
-    take_arrivals();
-    while (SequencePtr* next = next_waiting()) {
-        const uint64_t ticket = (*next)->ticket;
-        if (!make_place(**next)) break;
-        next = std::find_if(waiting.data(), waiting.data() + waiting.size(),
-                            [&](const SequencePtr& one) { return one->ticket == ticket; });
-        SequencePtr sequence = std::move(*next);
-        waiting.erase(waiting.begin() + (next - waiting.data()));
-        start_sequence(std::move(sequence));
-    }
-    std::sort(running.begin(), running.end(), [](const SequencePtr& a, const SequencePtr& b) {
-        return std::tuple(a->rank, a->ticket) < std::tuple(b->rank, b->ticket);
-    });
-    const std::lock_guard<std::mutex> lock(mutex);
-    waiting_count = static_cast<uint32_t>(waiting.size());
-    counts.running = static_cast<uint32_t>(running.size());
-    counts.pages_used = pool.pages() - pool.unused();
-    counts.pages_cached = pool.cached();
-    counts.pages_shared = pool.shared();
-}
-
-// Lower ranks give way.
-bool Engine::State::make_place(const detail::Sequence& next) {
-    while (running.size() == options.max_running || !fits(next)) {
-        const auto last = std::max_element(
-            running.begin(), running.end(), [](const SequencePtr& a, const SequencePtr& b) {
-                return std::tuple(a->rank, a->ticket) < std::tuple(b->rank, b->ticket);
-            });
-        if ((*last)->rank <= next.rank) return false;
-        std::swap(*last, running.back());
-        preempt_last();
-    }
-    return true;
-}
-
-uint32_t Engine::State::pages_for(uint32_t positions) const {
-    return (positions + options.page_tokens - 1) / options.page_tokens;
-}
-
-uint32_t Engine::State::held_for(uint32_t positions) const {
-    return detail::count_held_pages(positions, window_pages, step_tokens, options.page_tokens);
-}
-
-// Whether there are pages for it and for what the others still have to read.
-bool Engine::State::fits(const detail::Sequence& next) const {
-    uint64_t wanted = held_for(next.length() + 1);
-    for (const detail::Hash256& key : next.page_keys) {
-        const uint32_t page = pool.find(key);
-        if (wanted == 0 || page == detail::PagePool::none || !pool.in_use(page)) break;
-        --wanted;
-    }
-    for (const SequencePtr& other : running) {
-        const size_t needed = held_for(other->length() + 1),
-                     there = other->pages.size() - other->passed;
-        wanted += needed - std::min(needed, there);
-    }
-    return running.empty() || wanted <= pool.unused();
-}
-
-// All that grows later gets its room here.
-void Engine::State::start_sequence(SequencePtr sequence) {
-    const uint64_t now = detail::monotonic_ns();
-    sequence->waited_ns += now - std::exchange(sequence->waiting_ns, 0);
-    sequence->turn->second.served = ++serve_clock;
-    if (sequence->prompt->group) pool.refresh(sequence->prompt->group);
-    if (sequence->started_ns == 0) {
-        sequence->started_ns = now;
-        const uint32_t most = sequence->length() + sequence->prompt->max_output;
-        const size_t most_text = size_t{sequence->prompt->max_output} * 4;
-        sequence->tokens.reserve(most);
-        sequence->pages.reserve(pages_for(most));
-        if (options.prefix_cache) sequence->page_keys.reserve(pages_for(most));
-        sequence->outcome.text.reserve(most_text);
-        sequence->held.reserve(2 * detail::kMaxStopBytes);
-        sequence->sampler.see_prompt(sequence->tokens, sequence->prompt->max_output);
-        if (sequence->prompt->logprobs)
-            sequence->outcome.logprobs.reserve(sequence->prompt->max_output);
-        if (sequence->reply->put_start(most_text)) announce(*sequence->reply);
-    }
-    running.push_back(std::move(sequence));
-}
-
-// The last of those that run gives way: it goes on later with what the cache still has of it, and
-// computes the rest again. Nothing that was drawn changes.
-void Engine::State::preempt_last() {
-    SequencePtr sequence = std::move(running.back());
-    running.pop_back();
-    release_pages(*sequence);
-    sequence->drafted = 0;
-    sequence->waiting_ns = detail::monotonic_ns();
-    waiting.push_back(std::move(sequence));
-    const std::lock_guard<std::mutex> lock(mutex);
-    waiting_count = static_cast<uint32_t>(waiting.size());
-    ++counts.preempted;
-}
-
-// From the last to the first: what begins a prefix is to outlive what ends it.
-void Engine::State::release_pages(detail::Sequence& sequence) {
-    for (; sequence.pages.size() > sequence.passed; sequence.pages.pop_back())
-        pool.drop(sequence.pages.back());
-    sequence.pages.clear();
-    sequence.computed = sequence.rows = sequence.kept = sequence.passed = 0;
-}
-
-void Engine::State::sweep() {
-    for (SequencePtr& sequence : running)
-        if (sequence->over) {
-            release_pages(*sequence);
-            leave(*sequence);
-            sequence.reset();
-        }
-    std::erase(running, nullptr);
-}
 
 // ---- The prefix cache ------------------------------------------------------------------------
 
+// Which pages of keys and values each sequence has, and which of those that nobody uses any more
+// hold the beginning of another prompt. Threads: only the one that steps.
+class PrefixCache {
+public:
+    PrefixCache(const EngineOptions& options, const BackendOptions& sizes, const ModelSpec& spec,
+                Backend& backend);
+
+    uint32_t unused() const { return pool_.unused(); }  // pages that can be taken
+    uint32_t pages_for(uint32_t positions) const;
+    /// Pages to take until a sequence that waits has read all its tokens and one more; of one that
+    /// runs.
+    uint64_t needed_to_start(const Sequence& sequence) const;
+    uint64_t needed_to_go_on(const Sequence& sequence) const;
+
+    /// Takes over what the cache has of the tokens that come next.
+    void join(Sequence& sequence);
+    /// Pages to take before the sequence's rows can be computed; takes them.
+    uint32_t lacking(const Sequence& sequence) const;
+    void take_pages(Sequence& sequence);
+    /// Makes the pages that are full now known to the cache.
+    void keep(Sequence& sequence);
+    /// Gives back the pages that no window reaches from the next row; gives back all.
+    void drop_passed(Sequence& sequence);
+    void release(Sequence& sequence);
+    /// As if the pages of this group of requests had been used just now.
+    void refresh(uint64_t group) { pool_.refresh(group); }
+
+    /// Of these keys the pages that the cache has and that a text which goes on there needs.
+    std::span<const Hash256> find_end(std::span<const Hash256> keys) const;
+    /// The bytes of such pages; and makes the cache know pages, as many as there is room for.
+    void export_pages(std::span<const Hash256> keys, std::byte* out) const;
+    void import_pages(std::span<const Hash256> keys, std::span<const std::byte> bytes);
+    size_t page_bytes() const { return backend_.page_bytes(); }
+
+    void report(ResponderStats* counts) const;
+
+private:
+    size_t count_cached(std::span<const Hash256> keys, size_t computed, size_t held) const;
+    uint32_t held_for(uint32_t positions) const;
+    bool copies_first(const Sequence& sequence) const;
+    void extend_keys(Sequence& sequence, size_t count) const;
+    void share_cached(Sequence& sequence);
+
+    Backend& backend_;
+    PagePool pool_;
+    uint32_t page_tokens_, step_tokens_;
+    uint32_t window_pages_;  // full pages that a row may see; UINT32_MAX: all
+    bool enabled_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/prefix_cache.cpp ---------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+PrefixCache::PrefixCache(const EngineOptions& options, const BackendOptions& sizes,
+                         const ModelSpec& spec, Backend& backend)
+    : backend_(backend),
+      page_tokens_(options.page_tokens),
+      step_tokens_(sizes.max_batch_rows - sizes.max_logit_rows),
+      window_pages_(count_window_pages(spec, options.page_tokens)),
+      enabled_(options.prefix_cache) {
+    pool_.open(sizes.kv_pages);
+}
+
+uint32_t PrefixCache::pages_for(uint32_t positions) const {
+    return (positions + page_tokens_ - 1) / page_tokens_;
+}
+
+uint32_t PrefixCache::held_for(uint32_t positions) const {
+    return count_held_pages(positions, window_pages_, step_tokens_, page_tokens_);
+}
+
+// What others use already is not taken again.
+uint64_t PrefixCache::needed_to_start(const Sequence& sequence) const {
+    uint64_t needed = held_for(sequence.length() + 1);
+    for (const Hash256& key : sequence.page_keys) {
+        const uint32_t page = pool_.find(key);
+        if (needed == 0 || page == PagePool::none || !pool_.in_use(page)) break;
+        --needed;
+    }
+    return needed;
+}
+
+uint64_t PrefixCache::needed_to_go_on(const Sequence& sequence) const {
+    VALAR_ASSERT(sequence.passed <= sequence.pages.size());
+    const size_t needed = held_for(sequence.length() + 1),
+                 held = sequence.pages.size() - sequence.passed;
+    return needed - std::min(needed, held);
+}
+
 // The most pages with these keys, at least `computed` (of which the last `held` are there), that
 // need not be computed: the cache has those of them that a window still reaches.
-size_t Engine::State::count_cached(std::span<const detail::Hash256> keys, size_t computed,
-                                   size_t held) const {
+size_t PrefixCache::count_cached(std::span<const Hash256> keys, size_t computed,
+                                 size_t held) const {
     size_t found = computed;
     for (size_t i = computed; i < keys.size(); ++i) {
-        const bool there = pool.find(keys[i]) != detail::PagePool::none;
-        held = there ? held + 1 : 0;
-        if (held >= std::min<size_t>(i + 1, window_pages)) found = i + 1;
-        else if (window_pages == UINT32_MAX) break;
+        const bool cached = pool_.find(keys[i]) != PagePool::none;
+        held = cached ? held + 1 : 0;
+        if (held >= std::min<size_t>(i + 1, window_pages_)) found = i + 1;
+        else if (window_pages_ == UINT32_MAX) break;
     }
     return found;
 }
 
-// Takes over what the cache has of the tokens that come next; the last one is left to compute (and
-// sees no page that the one after it would not).
-void Engine::State::join_cached(detail::Sequence& sequence) {
-    const uint32_t page_tokens = options.page_tokens;
-    if (!options.prefix_cache) return;
-    if (sequence.computed % page_tokens == 0 && sequence.left() >= page_tokens) {
-        const size_t from = sequence.computed / page_tokens;
-        extend_keys(sequence, sequence.length() / page_tokens);
-        const size_t to = count_cached(sequence.page_keys, from, from - sequence.passed);
-        for (size_t i = from; i < to; ++i) {
-            const uint32_t page = window_pages < to - i ? detail::PagePool::none
-                                                        : pool.find(sequence.page_keys[i]);
-            if (page != detail::PagePool::none) pool.share(page);
-            if (i < sequence.pages.size()) pool.drop(std::exchange(sequence.pages[i], page));
-            else sequence.pages.push_back(page);
-        }
-        if (to > from) sequence.kept = static_cast<uint32_t>(to);
-        sequence.computed = static_cast<uint32_t>(to * page_tokens);
-        drop_passed(sequence);
-    }
+// The last token is left to compute (and sees no page that the one after it would not).
+void PrefixCache::join(Sequence& sequence) {
+    if (!enabled_) return;
+    if (sequence.computed % page_tokens_ == 0 && sequence.left() >= page_tokens_)
+        share_cached(sequence);
     if (sequence.left() == 0) --sequence.computed;
     const uint32_t found = std::min(sequence.computed, sequence.outcome.usage.input_tokens);
     if (found > sequence.reached) {
@@ -19141,239 +19415,393 @@ void Engine::State::join_cached(detail::Sequence& sequence) {
     }
 }
 
-// Makes the pages that are full now known to the cache; of two with the same content one is kept.
-void Engine::State::keep_pages(detail::Sequence& sequence) {
-    const uint32_t full = sequence.computed / options.page_tokens;
-    if (!options.prefix_cache) return;
+void PrefixCache::share_cached(Sequence& sequence) {
+    const size_t begin = sequence.computed / page_tokens_;
+    extend_keys(sequence, sequence.length() / page_tokens_);
+    const size_t end = count_cached(sequence.page_keys, begin, begin - sequence.passed);
+    for (size_t i = begin; i < end; ++i) {
+        const uint32_t page = window_pages_ < end - i ? PagePool::none
+                                                      : pool_.find(sequence.page_keys[i]);
+        if (page != PagePool::none) pool_.share(page);
+        if (i < sequence.pages.size()) pool_.drop(std::exchange(sequence.pages[i], page));
+        else sequence.pages.push_back(page);
+    }
+    if (end > begin) sequence.kept = static_cast<uint32_t>(end);
+    sequence.computed = static_cast<uint32_t>(end * page_tokens_);
+    drop_passed(sequence);
+}
+
+// Whether the page that the next row goes to is known to the cache or used by others.
+bool PrefixCache::copies_first(const Sequence& sequence) const {
+    const size_t begun = sequence.computed / page_tokens_;
+    return begun < sequence.pages.size() && !pool_.writable(sequence.pages[begun]);
+}
+
+uint32_t PrefixCache::lacking(const Sequence& sequence) const {
+    const uint32_t held = static_cast<uint32_t>(sequence.pages.size());
+    const uint32_t needed = pages_for(sequence.computed + sequence.rows) + copies_first(sequence);
+    return needed - std::min(needed, held);
+}
+
+void PrefixCache::take_pages(Sequence& sequence) {
+    VALAR_ASSERT(lacking(sequence) <= pool_.unused());
+    if (copies_first(sequence)) {
+        const uint32_t begun = sequence.computed / page_tokens_;
+        const uint32_t shared = std::exchange(sequence.pages[begun], pool_.take());
+        backend_.copy_page(shared, sequence.pages[begun]);
+        pool_.drop(shared);
+        sequence.kept = begun;
+    }
+    while (lacking(sequence) > 0) sequence.pages.push_back(pool_.take());
+}
+
+// Of two pages with the same content one is kept.
+void PrefixCache::keep(Sequence& sequence) {
+    const uint32_t full = sequence.computed / page_tokens_;
+    if (!enabled_) return;
     extend_keys(sequence, full);
     for (; sequence.kept < full; ++sequence.kept) {
+        VALAR_ASSERT(sequence.kept < sequence.pages.size());
         uint32_t& page = sequence.pages[sequence.kept];
-        const detail::Hash256& key = sequence.page_keys[sequence.kept];
-        const uint32_t known = pool.find(key);
-        if (known == detail::PagePool::none) {
-            pool.set_key(page, key, sequence.prompt->group);
+        const Hash256& key = sequence.page_keys[sequence.kept];
+        const uint32_t known = pool_.find(key);
+        if (known == PagePool::none) {
+            pool_.set_key(page, key, sequence.prompt->group);
         } else {
-            pool.share(known);
-            pool.drop(std::exchange(page, known));
+            pool_.share(known);
+            pool_.drop(std::exchange(page, known));
         }
     }
 }
 
-// Gives back what no window reaches from the next row.
-void Engine::State::drop_passed(detail::Sequence& sequence) {
-    const uint32_t full = sequence.computed / options.page_tokens;
-    for (; full > window_pages && sequence.passed < full - window_pages; ++sequence.passed) {
+void PrefixCache::drop_passed(Sequence& sequence) {
+    const uint32_t full = sequence.computed / page_tokens_;
+    for (; full > window_pages_ && sequence.passed < full - window_pages_; ++sequence.passed) {
+        VALAR_ASSERT(sequence.passed < sequence.pages.size());
         uint32_t& page = sequence.pages[sequence.passed];
-        if (page != detail::PagePool::none) pool.drop(page);
-        page = detail::PagePool::none;
+        if (page != PagePool::none) pool_.drop(page);
+        page = PagePool::none;
     }
 }
 
-void Engine::State::extend_keys(detail::Sequence& sequence, size_t count) const {
-    detail::extend_page_keys(sequence.page_keys, sequence.prompt->root, sequence.tokens,
-                             options.page_tokens, count);
+// From the last to the first: what begins a prefix is to outlive what ends it.
+void PrefixCache::release(Sequence& sequence) {
+    for (; sequence.pages.size() > sequence.passed; sequence.pages.pop_back())
+        pool_.drop(sequence.pages.back());
+    sequence.pages.clear();
+    sequence.computed = sequence.rows = sequence.kept = sequence.passed = 0;
 }
 
+void PrefixCache::extend_keys(Sequence& sequence, size_t count) const {
+    extend_page_keys(sequence.page_keys, sequence.prompt->root, sequence.tokens, page_tokens_,
+                     count);
+}
+
+std::span<const Hash256> PrefixCache::find_end(std::span<const Hash256> keys) const {
+    const size_t end = count_cached(keys, 0, 0);
+    const size_t first = end - std::min<size_t>(end, window_pages_);
+    return keys.subspan(first, end - first);
+}
+
+void PrefixCache::export_pages(std::span<const Hash256> keys, std::byte* out) const {
+    for (const Hash256& key : keys) {
+        const uint32_t page = pool_.find(key);
+        VALAR_ASSERT(page != PagePool::none);
+        backend_.export_page(page, out);
+        out += page_bytes();
+    }
+}
+
+void PrefixCache::import_pages(std::span<const Hash256> keys, std::span<const std::byte> bytes) {
+    const size_t size = page_bytes(), count = std::min(keys.size(), bytes.size() / size);
+    std::vector<uint32_t> pages;
+    for (size_t i = 0; i < count; ++i) {
+        uint32_t page = pool_.find(keys[i]);
+        if (page != PagePool::none) {
+            pool_.share(page);
+        } else {
+            if (pool_.unused() == 0) break;
+            page = pool_.take();
+            backend_.import_page(page, bytes.data() + i * size);
+            pool_.set_key(page, keys[i], 0);
+        }
+        pages.push_back(page);
+    }
+    for (; !pages.empty(); pages.pop_back()) pool_.drop(pages.back());
+}
+
+void PrefixCache::report(ResponderStats* counts) const {
+    counts->pages = pool_.pages();
+    counts->pages_used = pool_.pages() - pool_.unused();
+    counts->pages_cached = pool_.cached();
+    counts->pages_shared = pool_.shared();
+}
+
+}  // namespace detail
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// ---- src/engine/batch.cpp ----------------------------------------------------------------------
+// ---- src/engine/desk.hpp -----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+Error engine_closed_error();
+
+// ---- The desk --------------------------------------------------------------------------------
+
+// Where requests arrive and replies are fetched: mailboxes by id, arrivals that the scheduler has
+// not seen yet, the listener, statistics. Locks are held briefly and never while something is
+// called. Options are borrowed.
+class Desk {
+public:
+    explicit Desk(const EngineOptions& options) : options_(options) {}
+
+    // From any thread.
+    MailboxPtr make_mailbox(std::string id) const;
+    /// Errors: `overloaded`, `closed`; with `known`, the id is in use. Known ids can be polled.
+    Result<void> enqueue(SequencePtr sequence, bool known);
+    std::optional<Event> poll(const std::string& id);
+    void cancel(const std::string& id);
+    ResponderStats stats() const;
+    void on_ready(void (*ready)(void* context, const std::string& id), void* context);
+    Doorbell& doorbell() const { return *doorbell_; }
+
+    // From the thread that steps.
+    /// Whether a reply was cancelled since the last call.
+    bool take_cancels() { return doorbell_->cancels.exchange(false, std::memory_order_acquire); }
+    /// Moves arrivals to the end of `waiting`.
+    void take_arrivals(std::vector<SequencePtr>* waiting);
+    void announce(const Mailbox& reply);
+    /// Changes the statistics; their `queued` is the number of those waiting.
+    template <class Change>
+    void count(Change change) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        change(counts_);
+    }
+    void close();  // nothing is taken from now on
+
+private:
+    MailboxPtr find(const std::string& id) const;
+    uint32_t retry_after_s() const;
+    size_t queued() const { return arrivals_.size() + counts_.queued; }
+
+    const EngineOptions& options_;
+    const std::shared_ptr<Doorbell> doorbell_ = std::make_shared<Doorbell>();
+
+    mutable std::mutex mutex_;  // guards what follows
+    std::vector<SequencePtr> arrivals_;
+    bool closed_ = false;
+    ResponderStats counts_;
+    std::unordered_map<std::string, MailboxPtr> by_id_;  // those submitted through Responder
+
+    std::mutex listener_mutex_;  // guards what follows
+    std::condition_variable listener_idle_;
+    void (*listener_)(void* context, const std::string& id) = nullptr;
+    void* listener_context_ = nullptr;
+    uint32_t listener_calls_ = 0;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/desk.cpp -----------------------------------------------------------------------
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
+namespace detail {
 
-// ---- The batch -------------------------------------------------------------------------------
-
-// Prompt tokens for the next batch: less where it would take longer than the caller's budget or
-// hold up answers.
-uint32_t Engine::State::prompt_rows(bool answers, uint64_t budget_ns) const {
-    const uint64_t target = answers ? std::min(budget_ns, detail::kMixedNs) : budget_ns;
-    const uint32_t most = step_tokens;
-    if (target == detail::kNoLimit) return most;
-    const uint64_t fit = row_ns ? target / row_ns : 0;
-    return static_cast<uint32_t>(
-        std::clamp<uint64_t>(fit, std::min(detail::kMinPromptRows, most), most));
+Error engine_closed_error() {
+    return make_error(ErrorKind::closed, "the engine was closed", "engine_closed");
 }
 
-// Whether another prompt of this batch computes what this one needs next: then it is in the cache
-// for the next batch.
-bool Engine::State::computes_the_same(const detail::Sequence& prompt) const {
-    const size_t index = prompt.computed / options.page_tokens;
-    if (!options.prefix_cache || prompt.computed % options.page_tokens ||
-        index >= prompt.page_keys.size())
-        return false;
-    for (const SequencePtr& other : running)
-        if (other->rows && other->computed == prompt.computed && index < other->page_keys.size() &&
-            other->page_keys[index] == prompt.page_keys[index])
-            return true;
-    return false;
+MailboxPtr Desk::make_mailbox(std::string id) const {
+    auto reply = std::make_shared<Mailbox>();
+    reply->id = std::move(id);
+    reply->doorbell = doorbell_;
+    return reply;
 }
 
-// The prompt that gets rows next: of the best rank the one that needs least, so that few wait for
-// one that is long.
-detail::Sequence* Engine::State::next_prompt() const {
-    detail::Sequence* best = nullptr;
-    const auto order = [](const detail::Sequence& one) {
-        return std::tuple(one.rank, one.left() - one.rows);
-    };
-    for (const SequencePtr& one : running)
-        if (one->rows < one->left() && (!best || order(*one) < order(*best)) &&
-            (one->rows || !computes_the_same(*one)))
-            best = one.get();
-    return best;
-}
-
-// A quarter goes to the first of the prompts, so that the long ones are read too.
-void Engine::State::share_prompt_rows(uint32_t budget) {
-    const auto give = [&](detail::Sequence& to, uint32_t most) {
-        const uint32_t rows = std::min(to.left() - to.rows, most);
-        to.rows += rows;
-        budget -= rows;
-    };
-    const auto first = std::find_if(running.begin(), running.end(),
-                                    [](const SequencePtr& one) { return one->rows == 0; });
-    if (first != running.end()) give(**first, std::max(budget / 4, 1u));
-    while (budget > 0) {
-        detail::Sequence* next = next_prompt();
-        if (!next) break;
-        give(*next, budget);
-    }
-}
-
-// Pages for the rows of the index-th that runs; those after it give way. What does not fit even so
-// waits for a later batch.
-void Engine::State::reserve_pages(size_t index) {
-    detail::Sequence& sequence = *running[index];
-    const uint32_t page_tokens = options.page_tokens, begun = sequence.computed / page_tokens;
-    if (sequence.rows == 0) return;
-    bool copy = begun < sequence.pages.size() && !pool.writable(sequence.pages[begun]);
-    const auto lacking = [&] {
-        const uint32_t needed = pages_for(sequence.computed + sequence.rows) + copy,
-                       there = static_cast<uint32_t>(sequence.pages.size());
-        return needed - std::min(needed, there);
-    };
-    if (pool.unused() < lacking()) sequence.rows -= std::exchange(sequence.drafted, 0);
-    while (pool.unused() < lacking() && running.size() > index + 1) preempt_last();
-    while (sequence.rows && pool.unused() < lacking()) --sequence.rows;
-    if (sequence.rows == 0) return;
-    if (copy) {
-        const uint32_t from = std::exchange(sequence.pages[begun], pool.take());
-        backend->copy_page(from, sequence.pages[begun]);
-        pool.drop(from);
-        sequence.kept = begun;
-        copy = false;
-    }
-    while (lacking() > 0) sequence.pages.push_back(pool.take());
-}
-
-// Sequences that decode get a row each and some for guesses; the rest is for prompts.
-void Engine::State::build_batch(uint64_t budget_ns) {
-    bool answers = false;
-    uint32_t spare = max_logit_rows - static_cast<uint32_t>(running.size());
-    for (const SequencePtr& sequence : running) {
-        join_cached(*sequence);
-        drop_passed(*sequence);
-        sequence->rows = 0;
-        if (sequence->left() > 1) continue;
-        answers = true;
-        draft(*sequence, &spare);
-        sequence->rows = 1 + sequence->drafted;
-    }
-    share_prompt_rows(prompt_rows(answers, budget_ns));
-    for (size_t i = 0; i < running.size(); ++i) reserve_pages(i);
-    uint32_t wanted = 0;
-    for (const SequencePtr& sequence : running) add_rows(*sequence, &wanted);
-    batch_ns = 0;
-    auto begun = backend->begin(
-        batch);  // a batch that it refuses is our mistake: advance() fails too
-    if (!begun) options.log(LogLevel::error, begun.error().message);
-}
-
-// No more than its credit says would be wasted if all of them were wrong.
-void Engine::State::draft(detail::Sequence& sequence, uint32_t* spare) {
-    const uint32_t left = sequence.prompt->max_output - sequence.outcome.usage.output_tokens;
-    const uint32_t most = std::min({sequence.draft_most, sequence.credit / detail::kDraftCredit,
-                                    *spare, left - 1, sequence.length()});
-    sequence.drafted = 0;
-    if (!options.speculation || most == 0) return;
-    sequence.drafted = detail::find_draft(sequence.tokens, most, sequence.draft);
-    *spare -= sequence.drafted;
-}
-
-// What is accepted earns credit, and so does, a little, every token.
-void Engine::State::count_drafts(detail::Sequence& sequence, uint32_t drafted, uint32_t accepted) {
-    constexpr uint32_t unit = detail::kDraftCredit;
-    const uint32_t credit = sequence.credit + 1 + accepted * unit;
-    sequence.credit = std::min(credit, 2 * detail::kMaxDraft * unit);
-    if (drafted == 0) return;
-    sequence.credit -= std::min(sequence.credit, (drafted - accepted) * unit);
-    sequence.draft_most = accepted == drafted ? std::min(2 * sequence.draft_most, detail::kMaxDraft)
-                                              : std::max(accepted, detail::kLeastDraft);
-    const std::lock_guard<std::mutex> lock(mutex);
-    counts.drafted_tokens += drafted;
-    counts.accepted_tokens += accepted;
-}
-
-void Engine::State::add_rows(detail::Sequence& sequence, uint32_t* wanted) {
-    const uint32_t end = sequence.computed + sequence.rows, length = sequence.length();
-    sequence.logits = end < length ? -1 : static_cast<int32_t>(*wanted);
-    for (uint32_t position = sequence.computed; position < end; ++position) {
-        const Token token = position < length ? sequence.tokens[position]
-                                              : sequence.draft[position - length];
-        const bool logits = position + 1 >= length;
-        batch.push_back({token, nullptr, position, sequence.pages.data(), logits});
-        *wanted += logits;
-    }
-}
-
-// Draws a token, and more as long as they are what was guessed.
-void Engine::State::take_results(detail::Sequence& sequence) {
-    if (sequence.over || sequence.rows == 0) return;
-    const uint32_t drafted = std::exchange(sequence.drafted, 0);
-    sequence.computed += std::exchange(sequence.rows, 0) - drafted;
-    if (sequence.logits >= 0) {
-        const uint32_t row = static_cast<uint32_t>(sequence.logits);
-        uint32_t accepted = 0;
-        for (;; ++accepted) {
-            const Token token = take_token(sequence, row + accepted);
-            if (sequence.over || accepted == drafted || token != sequence.draft[accepted]) break;
+Result<void> Desk::enqueue(SequencePtr sequence, bool known) {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (closed_) return engine_closed_error();
+        if (queued() >= options_.max_queued) {
+            Error error = make_error(ErrorKind::overloaded,
+                                     format("%zu requests are waiting already", queued()),
+                                     "overloaded");
+            error.retry_after_s = retry_after_s();
+            return error;
         }
-        sequence.computed += accepted;
-        count_drafts(sequence, drafted, accepted);
+        const MailboxPtr& reply = sequence->reply;
+        if (known && !by_id_.emplace(reply->id, reply).second)
+            return make_error(ErrorKind::internal, "the id " + reply->id + " is in use");
+        arrivals_.push_back(std::move(sequence));
     }
-    sequence.reached = std::max(sequence.reached, sequence.computed);
-    keep_pages(sequence);
+    doorbell_->ring();
+    return {};
 }
 
-// Draws a token. The end, a stop string or the limit finishes the sequence.
-Token Engine::State::take_token(detail::Sequence& sequence, uint32_t logits_row) {
-    const auto finite = backend->logits(logits_row);
-    if (!finite) {
-        finish(sequence, Status::failed, finite.error());
-        return -1;
+// When half of the queue will have gone, as fast as requests were answered so far.
+uint32_t Desk::retry_after_s() const {
+    const uint64_t done = std::max<uint64_t>(counts_.completed, 1);
+    const uint64_t request_us = (counts_.prefill_us + counts_.decode_us) / done;
+    const uint64_t seconds = request_us * queued() / 2 / options_.max_running / 1'000'000;
+    return static_cast<uint32_t>(std::clamp<uint64_t>(seconds, 1, 60));
+}
+
+MailboxPtr Desk::find(const std::string& id) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = by_id_.find(id);
+    return found == by_id_.end() ? nullptr : found->second;
+}
+
+std::optional<Event> Desk::poll(const std::string& id) {
+    const MailboxPtr reply = find(id);
+    if (!reply) return std::nullopt;
+    auto event = reply->take();
+    if (event && event->kind == Event::Kind::finished) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        by_id_.erase(id);
     }
-    const std::span<const float> logits = *finite;
-    const Token token = sequence.sampler.sample(logits, sequence.length());
-    if (sequence.first_token_ns == 0) sequence.first_token_ns = detail::monotonic_ns();
-    sequence.tokens.push_back(token);
-    sequence.sampler.see(token);
-    ++sequence.outcome.usage.output_tokens;
-    if (tokenizer->is_end(token)) {
-        finish(sequence, Status::completed);
-        return token;
-    }
+    return event;
+}
+
+void Desk::cancel(const std::string& id) {
+    if (const MailboxPtr reply = find(id)) reply->cancel();
+}
+
+ResponderStats Desk::stats() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ResponderStats out = counts_;
+    out.queued = static_cast<uint32_t>(queued());
+    return out;
+}
+
+void Desk::on_ready(void (*ready)(void* context, const std::string& id), void* context) {
+    std::unique_lock<std::mutex> lock(listener_mutex_);
+    listener_ = ready;
+    listener_context_ = context;
+    listener_idle_.wait(lock, [&] { return listener_calls_ == 0; });
+}
+
+void Desk::announce(const Mailbox& reply) {
+    std::unique_lock<std::mutex> lock(listener_mutex_);
+    if (!listener_) return;
+    const auto call = listener_;
+    void* context = listener_context_;
+    ++listener_calls_;
+    lock.unlock();
+    call(context, reply.id);
+    lock.lock();
+    VALAR_ASSERT(listener_calls_ > 0);
+    if (--listener_calls_ == 0) listener_idle_.notify_all();
+}
+
+void Desk::take_arrivals(std::vector<SequencePtr>* waiting) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SequencePtr& sequence : arrivals_) waiting->push_back(std::move(sequence));
+    arrivals_.clear();
+    counts_.queued = static_cast<uint32_t>(waiting->size());
+}
+
+void Desk::close() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    closed_ = true;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/answer.hpp ---------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- From tokens to the events of a reply ----------------------------------------------------
+
+// Text up to a stop string, log-probabilities, the end. Threads: only the one that steps.
+class AnswerWriter {
+public:
+    AnswerWriter(const LoadedModel& model, Desk& desk) : model_(model), desk_(desk) {}
+
+    /// Makes room for all that comes, and tells the reply that it is under way.
+    void begin(Sequence& sequence);
+    /// A token that was drawn from these logits. The end, a stop string or the limit ends the answer.
+    void add_token(Sequence& sequence, Token token, std::span<const float> logits);
+    /// The reply learns the end; the sequence is `over`.
+    void end(Sequence& sequence, Status status, std::optional<Error> error = {});
+
+private:
+    bool pass_text(Sequence& sequence, std::string_view text);
+    void emit_text(Sequence& sequence, std::string_view text);
+    void add_logprob(Sequence& sequence, std::span<const float> logits, Token token);
+
+    const LoadedModel& model_;
+    Desk& desk_;
+    std::pair<Token, float> top_[kMaxLogprobs];
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/answer.cpp ---------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+void add_outcome(const Sequence& sequence, ResponderStats* counts) {
+    const Outcome& outcome = sequence.outcome;
+    ++(outcome.status == Status::completed ? counts->completed
+       : outcome.status == Status::failed  ? counts->failed
+                                           : counts->cancelled);
+    counts->input_tokens += sequence.started_ns ? outcome.usage.input_tokens : 0;
+    counts->output_tokens += outcome.usage.output_tokens;
+    counts->cached_tokens += outcome.usage.cached_tokens;
+    counts->queue_us += outcome.timings.queue_us;
+    counts->prefill_us += outcome.timings.prefill_us;
+    counts->decode_us += outcome.timings.decode_us;
+    if (sequence.waiting_ns == 0) --counts->running;
+}
+
+}  // namespace
+
+// All that grows later gets its room here: nothing is allocated for a token.
+void AnswerWriter::begin(Sequence& sequence) {
+    const uint32_t most = sequence.prompt->max_output;
+    const size_t most_text = size_t{most} * 4;
+    sequence.tokens.reserve(sequence.length() + most);
+    sequence.outcome.text.reserve(most_text);
+    sequence.held.reserve(2 * kMaxStopBytes);
+    sequence.sampler.see_prompt(sequence.tokens, most);
+    if (sequence.prompt->logprobs) sequence.outcome.logprobs.reserve(most);
+    if (sequence.reply->put_start(most_text)) desk_.announce(*sequence.reply);
+}
+
+void AnswerWriter::add_token(Sequence& sequence, Token token, std::span<const float> logits) {
+    VALAR_ASSERT(!sequence.over);
+    if (model_.tokenizer().is_end(token)) return end(sequence, Status::completed);
     if (sequence.prompt->logprobs) add_logprob(sequence, logits, token);
     const bool stopped = pass_text(sequence, sequence.detokenizer.push(token));
     const bool full = sequence.outcome.usage.output_tokens == sequence.prompt->max_output;
     sequence.outcome.cut = full && !stopped;
-    if (full || stopped) finish(sequence, Status::completed);
-    return token;
+    if (full || stopped) end(sequence, Status::completed);
 }
 
 // Lets text out up to the first stop string (then true), or to where one may begin.
-bool Engine::State::pass_text(detail::Sequence& sequence, std::string_view text) {
+bool AnswerWriter::pass_text(Sequence& sequence, std::string_view text) {
     const auto& stops = sequence.prompt->stop;
     std::string& held = sequence.held;
     if (stops.empty()) {
@@ -19397,76 +19825,618 @@ bool Engine::State::pass_text(detail::Sequence& sequence, std::string_view text)
     return stopped;
 }
 
-void Engine::State::emit_text(detail::Sequence& sequence, std::string_view text) {
+void AnswerWriter::emit_text(Sequence& sequence, std::string_view text) {
     if (text.empty()) return;
     sequence.outcome.text += text;
-    if (sequence.reply->put_text(text)) announce(*sequence.reply);
+    if (sequence.reply->put_text(text)) desk_.announce(*sequence.reply);
 }
 
-void Engine::State::add_logprob(detail::Sequence& sequence, std::span<const float> logits,
-                                Token token) {
-    TokenLogprob one;
-    const uint32_t count = std::min(sequence.prompt->top_logprobs, spec.n_vocab);
-    one.logprob = detail::logprob_of(logits, token, count, top);
-    one.bytes = tokenizer->piece(token);
+void AnswerWriter::add_logprob(Sequence& sequence, std::span<const float> logits, Token token) {
+    const Tokenizer& tokenizer = model_.tokenizer();
+    TokenLogprob entry;
+    const uint32_t count = std::min(sequence.prompt->top_logprobs, model_.spec().n_vocab);
+    VALAR_ASSERT(count <= kMaxLogprobs);
+    entry.logprob = logprob_of(logits, token, count, top_);
+    entry.bytes = tokenizer.piece(token);
     for (uint32_t i = 0; i < count; ++i)
-        one.top.push_back({std::string(tokenizer->piece(top[i].first)), top[i].second});
-    if (sequence.reply->put_logprob(one)) announce(*sequence.reply);
-    sequence.outcome.logprobs.push_back(std::move(one));
+        entry.top.push_back({std::string(tokenizer.piece(top_[i].first)), top_[i].second});
+    if (sequence.reply->put_logprob(entry)) desk_.announce(*sequence.reply);
+    sequence.outcome.logprobs.push_back(std::move(entry));
 }
 
-// The reply learns the end; sweep() takes the sequence away when no batch uses its pages.
-void Engine::State::finish(detail::Sequence& sequence, Status status, std::optional<Error> error) {
+void AnswerWriter::end(Sequence& sequence, Status status, std::optional<Error> error) {
+    VALAR_ASSERT(!sequence.over && is_terminal(status));
     if (sequence.outcome.stopped_by.empty() && !pass_text(sequence, sequence.detokenizer.flush()))
         emit_text(sequence, sequence.held);
     sequence.over = true;
     Outcome& outcome = sequence.outcome;
     outcome.status = status;
     outcome.error = std::move(error);
-    const uint64_t now = detail::monotonic_ns();
+    const uint64_t now = monotonic_ns();
     const uint64_t started = sequence.started_ns ? sequence.started_ns : now;
     const uint64_t first = sequence.first_token_ns ? sequence.first_token_ns : now;
     outcome.timings.queue_us = (started - sequence.queued_ns) / 1000;
     outcome.timings.prefill_us = (first - started) / 1000;
     outcome.timings.decode_us = (now - first) / 1000;
-    {
-        const std::lock_guard<std::mutex> lock(mutex);
-        ++(status == Status::completed ? counts.completed
-           : status == Status::failed  ? counts.failed
-                                       : counts.cancelled);
-        counts.input_tokens += sequence.started_ns ? outcome.usage.input_tokens : 0;
-        counts.output_tokens += outcome.usage.output_tokens;
-        counts.cached_tokens += outcome.usage.cached_tokens;
-        counts.queue_us += outcome.timings.queue_us;
-        counts.prefill_us += outcome.timings.prefill_us;
-        counts.decode_us += outcome.timings.decode_us;
-        if (sequence.waiting_ns == 0) --counts.running;
-    }
-    if (sequence.reply->put_outcome(std::move(outcome))) announce(*sequence.reply);
+    desk_.count([&](ResponderStats& counts) { add_outcome(sequence, &counts); });
+    if (sequence.reply->put_outcome(std::move(outcome))) desk_.announce(*sequence.reply);
 }
 
-// The end of everything: nothing is taken from now on.
-void Engine::State::fail_all(const Error& error) {
-    {
-        const std::lock_guard<std::mutex> lock(mutex);
-        closed = true;
-    }
-    take_arrivals();
-    if (!batch.empty()) backend->abandon();
-    batch.clear();
-    untaken = 0;
-    for (auto* list : {&running, &waiting}) {
-        for (const SequencePtr& sequence : *list)
-            if (!sequence->over) finish(*sequence, Status::failed, error);
-        list->clear();
-    }
-    const std::lock_guard<std::mutex> lock(mutex);
-    waiting_count = 0;
-}
-
+}  // namespace detail
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/scheduler.hpp ------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- The scheduler ---------------------------------------------------------------------------
+
+// Which requests run, what the next batch computes, and what becomes of its results. Threads: only
+// the one that steps. What it is made of is borrowed.
+class Scheduler {
+public:
+    Scheduler(const EngineOptions& options, const BackendOptions& sizes, const LoadedModel& model,
+              Backend& backend, PrefixCache& cache, Desk& desk);
+
+    /// One piece of work: a sequence's results, a part of a batch or the next batch, which is made
+    /// to take about `budget_ns`. False: there is nothing to do.
+    bool work(uint64_t deadline_ns, uint64_t budget_ns);
+    /// The end of everything: every request ends with this error, nothing is taken from now on.
+    void fail_all(const Error& error);
+
+private:
+    void compute(uint64_t deadline_ns);
+    void end_batch();
+    void drop_cancelled();
+
+    void take_arrivals();
+    void admit();
+    void count_running();
+    SequencePtr* next_waiting();
+    bool make_place(const Sequence& next);
+    bool fits(const Sequence& next) const;
+    void start(SequencePtr sequence);
+    void preempt_last();
+    void leave(Sequence& sequence);
+    void sweep();
+
+    void build_batch(uint64_t budget_ns);
+    uint32_t prompt_rows(bool answers, uint64_t budget_ns) const;
+    void share_prompt_rows(uint32_t budget);
+    Sequence* next_prompt() const;
+    bool computes_the_same(const Sequence& prompt) const;
+    void draft(Sequence& sequence, uint32_t* spare);
+    void reserve_pages(size_t index);
+    void add_rows(Sequence& sequence, uint32_t* logit_rows);
+
+    void take_results(Sequence& sequence);
+    std::optional<Token> draw_token(Sequence& sequence, uint32_t logits_row);
+
+    const EngineOptions& options_;
+    const LoadedModel& model_;
+    Backend& backend_;
+    PrefixCache& cache_;
+    Desk& desk_;
+    AnswerWriter answers_;
+    const uint32_t step_tokens_, max_logit_rows_;
+
+    std::vector<SequencePtr> waiting_, running_;
+    std::vector<BatchRow> batch_;                  // under way unless empty
+    size_t untaken_ = 0;                           // last of running, with logits of a done batch
+    std::unordered_map<std::string, Turn> turns_;  // of those that wait or run
+    uint64_t serve_clock_ = 0, ticket_clock_ = 0;
+    uint64_t batch_ns_ = 0, row_ns_ = 0;  // spent on the batch; about what a row takes
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/scheduler.cpp ------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+// How urgent, 0 before 1 before 2. Only waiting makes a request more urgent: one that runs for long
+// still gives way.
+uint32_t rank_of(const Sequence& sequence, const EngineOptions& options, uint64_t now) {
+    constexpr uint64_t ms = 1'000'000;
+    uint64_t waited = sequence.waited_ns + (sequence.waiting_ns ? now - sequence.waiting_ns : 0);
+    uint32_t rank = static_cast<uint32_t>(sequence.prompt->window);
+    if (rank == 2 && waited >= options.flex_target_ms * ms) {
+        rank = 1;
+        waited -= options.flex_target_ms * ms;
+    }
+    if (rank == 1 && waited >= options.standard_target_ms * ms) rank = 0;
+    return rank;
+}
+
+bool runs_before(const SequencePtr& a, const SequencePtr& b) {
+    return std::tuple(a->rank, a->ticket) < std::tuple(b->rank, b->ticket);
+}
+
+}  // namespace
+
+Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
+                     const LoadedModel& model, Backend& backend, PrefixCache& cache, Desk& desk)
+    : options_(options),
+      model_(model),
+      backend_(backend),
+      cache_(cache),
+      desk_(desk),
+      answers_(model, desk),
+      step_tokens_(sizes.max_batch_rows - sizes.max_logit_rows),
+      max_logit_rows_(sizes.max_logit_rows) {
+    batch_.reserve(sizes.max_batch_rows);
+    running_.reserve(options.max_running);
+    desk_.count([&](ResponderStats& counts) { cache_.report(&counts); });
+}
+
+// ---- The step --------------------------------------------------------------------------------
+
+bool Scheduler::work(uint64_t deadline_ns, uint64_t budget_ns) {
+    if (desk_.take_cancels()) drop_cancelled();
+    if (untaken_ > 0) {
+        VALAR_ASSERT(untaken_ <= running_.size());
+        take_results(*running_[running_.size() - untaken_]);
+        --untaken_;
+    } else if (!batch_.empty()) {
+        compute(deadline_ns);
+    } else {
+        sweep();
+        admit();
+        if (running_.empty()) return false;
+        build_batch(budget_ns);
+    }
+    return true;
+}
+
+void Scheduler::compute(uint64_t deadline_ns) {
+    const uint64_t start = monotonic_ns();
+    auto done = backend_.advance(std::min(deadline_ns, start + kLookNs));
+    batch_ns_ += monotonic_ns() - start;
+    if (done && !*done) return;
+    if (done) {
+        end_batch();
+    } else {
+        for (const SequencePtr& sequence : running_)
+            if (sequence->rows && !sequence->over)
+                answers_.end(*sequence, Status::failed, done.error());
+    }
+    batch_.clear();
+}
+
+void Scheduler::end_batch() {
+    if (batch_.size() >= kMinPromptRows) row_ns_ = batch_ns_ / batch_.size();
+    untaken_ = running_.size();
+    desk_.count([&](ResponderStats& counts) {
+        ++counts.batches;
+        counts.batch_rows += batch_.size();
+    });
+}
+
+// Replies learn at once; pages that a batch is using go when it is done.
+void Scheduler::drop_cancelled() {
+    const auto end = [&](const SequencePtr& sequence) {
+        if (!sequence->over && sequence->reply->cancelled.load(std::memory_order_acquire))
+            answers_.end(*sequence, Status::cancelled,
+                         make_error(ErrorKind::cancelled, "cancelled", "cancelled"));
+        return sequence->over;
+    };
+    take_arrivals();
+    for (SequencePtr& sequence : waiting_)
+        if (end(sequence)) {
+            leave(*sequence);
+            sequence.reset();
+        }
+    std::erase(waiting_, nullptr);
+    bool any_left = false;
+    for (const SequencePtr& sequence : running_) any_left |= !end(sequence) && sequence->rows;
+    if (!batch_.empty() && !any_left) {
+        backend_.abandon();
+        batch_.clear();
+    }
+    desk_.count(
+        [&](ResponderStats& counts) { counts.queued = static_cast<uint32_t>(waiting_.size()); });
+}
+
+void Scheduler::fail_all(const Error& error) {
+    desk_.close();
+    take_arrivals();
+    if (!batch_.empty()) backend_.abandon();
+    batch_.clear();
+    untaken_ = 0;
+    for (auto* list : {&running_, &waiting_}) {
+        for (const SequencePtr& sequence : *list)
+            if (!sequence->over) answers_.end(*sequence, Status::failed, error);
+        list->clear();
+    }
+    desk_.count([](ResponderStats& counts) { counts.queued = 0; });
+}
+
+// ---- Admission and preemption ----------------------------------------------------------------
+
+void Scheduler::take_arrivals() {
+    const size_t before = waiting_.size();
+    desk_.take_arrivals(&waiting_);
+    for (size_t i = before; i < waiting_.size(); ++i) {
+        Sequence& sequence = *waiting_[i];
+        sequence.ticket = ++ticket_clock_;
+        sequence.turn = &*turns_.try_emplace(sequence.prompt->organisation).first;
+        ++sequence.turn->second.members;
+    }
+}
+
+void Scheduler::leave(Sequence& sequence) {
+    VALAR_ASSERT(sequence.turn && sequence.turn->second.members > 0);
+    if (--sequence.turn->second.members == 0) turns_.erase(std::string(sequence.turn->first));
+}
+
+// The one to start next, or null: by rank, then the organisation served longest ago, then first
+// come.
+SequencePtr* Scheduler::next_waiting() {
+    SequencePtr* best = nullptr;
+    const uint64_t now = monotonic_ns();
+    const auto order = [](const Sequence& sequence) {
+        return std::tuple(sequence.rank, sequence.turn->second.served, sequence.ticket);
+    };
+    for (SequencePtr& sequence : waiting_) {
+        sequence->rank = rank_of(*sequence, options_, now);
+        if (!best || order(*sequence) < order(**best)) best = &sequence;
+    }
+    return best;
+}
+
+// Starts requests while there is room for them. If the next one does not fit, none after it is
+// started: smaller ones would pass it again and again, and it would never run.
+void Scheduler::admit() {
+    take_arrivals();
+    while (SequencePtr* next = next_waiting()) {
+        const uint64_t ticket = (*next)->ticket;
+        if (!make_place(**next)) break;
+        // Whoever gave way waits too: the vector may have moved.
+        next = std::find_if(waiting_.data(), waiting_.data() + waiting_.size(),
+                            [&](const SequencePtr& other) { return other->ticket == ticket; });
+        SequencePtr sequence = std::move(*next);
+        waiting_.erase(waiting_.begin() + (next - waiting_.data()));
+        start(std::move(sequence));
+    }
+    std::sort(running_.begin(), running_.end(), runs_before);
+    count_running();
+}
+
+void Scheduler::count_running() {
+    desk_.count([&](ResponderStats& counts) {
+        counts.queued = static_cast<uint32_t>(waiting_.size());
+        counts.running = static_cast<uint32_t>(running_.size());
+        cache_.report(&counts);
+    });
+}
+
+// Sequences of lower rank give way until the next one fits; false if it still does not.
+bool Scheduler::make_place(const Sequence& next) {
+    while (running_.size() == options_.max_running || !fits(next)) {
+        const auto last = std::max_element(running_.begin(), running_.end(), runs_before);
+        if ((*last)->rank <= next.rank) return false;
+        std::swap(*last, running_.back());
+        preempt_last();
+    }
+    return true;
+}
+
+// Whether there are pages for it and for what the others still have to read.
+bool Scheduler::fits(const Sequence& next) const {
+    uint64_t needed = cache_.needed_to_start(next);
+    for (const SequencePtr& other : running_) needed += cache_.needed_to_go_on(*other);
+    return running_.empty() || needed <= cache_.unused();
+}
+
+void Scheduler::start(SequencePtr sequence) {
+    const uint64_t now = monotonic_ns();
+    sequence->waited_ns += now - std::exchange(sequence->waiting_ns, 0);
+    sequence->turn->second.served = ++serve_clock_;
+    if (sequence->prompt->group) cache_.refresh(sequence->prompt->group);
+    if (sequence->started_ns == 0) {
+        sequence->started_ns = now;
+        const uint32_t pages = cache_.pages_for(sequence->length() + sequence->prompt->max_output);
+        sequence->pages.reserve(pages);
+        if (options_.prefix_cache) sequence->page_keys.reserve(pages);
+        answers_.begin(*sequence);
+    }
+    running_.push_back(std::move(sequence));
+}
+
+// The last of those that run gives way: it goes on later with what the cache still has of it, and
+// computes the rest again. Nothing that was drawn changes.
+void Scheduler::preempt_last() {
+    VALAR_ASSERT(!running_.empty() && untaken_ == 0 && batch_.empty());
+    SequencePtr sequence = std::move(running_.back());
+    running_.pop_back();
+    cache_.release(*sequence);
+    sequence->drafts.count = 0;
+    sequence->waiting_ns = monotonic_ns();
+    waiting_.push_back(std::move(sequence));
+    desk_.count([&](ResponderStats& counts) {
+        counts.queued = static_cast<uint32_t>(waiting_.size());
+        ++counts.preempted;
+    });
+}
+
+// Takes away the sequences that are over, now that no batch uses their pages.
+void Scheduler::sweep() {
+    for (SequencePtr& sequence : running_)
+        if (sequence->over) {
+            cache_.release(*sequence);
+            leave(*sequence);
+            sequence.reset();
+        }
+    std::erase(running_, nullptr);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/batch.cpp ----------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- The next batch --------------------------------------------------------------------------
+
+// Sequences that decode get a row each and some for guesses; the rest is for prompts.
+void Scheduler::build_batch(uint64_t budget_ns) {
+    VALAR_ASSERT(batch_.empty() && untaken_ == 0 && running_.size() <= max_logit_rows_);
+    bool answers = false;
+    uint32_t spare = max_logit_rows_ - static_cast<uint32_t>(running_.size());
+    for (const SequencePtr& sequence : running_) {
+        cache_.join(*sequence);
+        cache_.drop_passed(*sequence);
+        sequence->rows = 0;
+        if (sequence->left() > 1) continue;
+        answers = true;
+        draft(*sequence, &spare);
+        sequence->rows = 1 + sequence->drafts.count;
+    }
+    share_prompt_rows(prompt_rows(answers, budget_ns));
+    for (size_t i = 0; i < running_.size(); ++i) reserve_pages(i);
+    uint32_t logit_rows = 0;
+    for (const SequencePtr& sequence : running_) add_rows(*sequence, &logit_rows);
+    VALAR_ASSERT(logit_rows <= max_logit_rows_);
+    batch_ns_ = 0;
+    // A batch that the backend refuses is our own mistake; advance() will fail as well.
+    auto begun = backend_.begin(batch_);
+    if (!begun) options_.log(LogLevel::error, begun.error().message);
+}
+
+// Prompt tokens for the next batch: less where it would take longer than the caller's budget or
+// hold up answers.
+uint32_t Scheduler::prompt_rows(bool answers, uint64_t budget_ns) const {
+    const uint64_t target = answers ? std::min(budget_ns, kMixedNs) : budget_ns;
+    if (target == kNoLimit) return step_tokens_;
+    const uint64_t fit = row_ns_ ? target / row_ns_ : 0;
+    return static_cast<uint32_t>(
+        std::clamp<uint64_t>(fit, std::min(kMinPromptRows, step_tokens_), step_tokens_));
+}
+
+// A quarter goes to the first of the prompts, so that the long ones are read too.
+void Scheduler::share_prompt_rows(uint32_t budget) {
+    const auto give = [&](Sequence& prompt, uint32_t most) {
+        VALAR_ASSERT(prompt.rows <= prompt.left());
+        const uint32_t rows = std::min(prompt.left() - prompt.rows, most);
+        prompt.rows += rows;
+        budget -= rows;
+    };
+    const auto first = std::find_if(
+        running_.begin(), running_.end(),
+        [](const SequencePtr& sequence) { return sequence->rows == 0; });
+    if (first != running_.end()) give(**first, std::max(budget / 4, 1u));
+    while (budget > 0) {
+        Sequence* next = next_prompt();
+        if (!next) break;
+        give(*next, budget);
+    }
+}
+
+// The prompt that gets rows next: of the best rank the one that needs least, so that few wait for
+// one that is long.
+Sequence* Scheduler::next_prompt() const {
+    Sequence* best = nullptr;
+    const auto order = [](const Sequence& prompt) {
+        return std::tuple(prompt.rank, prompt.left() - prompt.rows);
+    };
+    for (const SequencePtr& prompt : running_)
+        if (prompt->rows < prompt->left() && (!best || order(*prompt) < order(*best)) &&
+            (prompt->rows || !computes_the_same(*prompt)))
+            best = prompt.get();
+    return best;
+}
+
+// Whether another prompt of this batch computes what this one needs next: then it is in the cache
+// for the next batch.
+bool Scheduler::computes_the_same(const Sequence& prompt) const {
+    const size_t index = prompt.computed / options_.page_tokens;
+    if (!options_.prefix_cache || prompt.computed % options_.page_tokens ||
+        index >= prompt.page_keys.size())
+        return false;
+    for (const SequencePtr& other : running_)
+        if (other->rows && other->computed == prompt.computed && index < other->page_keys.size() &&
+            other->page_keys[index] == prompt.page_keys[index])
+            return true;
+    return false;
+}
+
+void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
+    sequence.drafts.count = 0;
+    if (!options_.speculation) return;
+    const uint32_t left = sequence.prompt->max_output - sequence.outcome.usage.output_tokens;
+    VALAR_ASSERT(left > 0);
+    sequence.drafts.guess(sequence.tokens, std::min(*spare, left - 1));
+    *spare -= sequence.drafts.count;
+}
+
+// Pages for the rows of the index-th that runs; those after it give way. What does not fit even so
+// waits for a later batch.
+void Scheduler::reserve_pages(size_t index) {
+    Sequence& sequence = *running_[index];
+    const auto is_short = [&] { return cache_.unused() < cache_.lacking(sequence); };
+    if (sequence.rows == 0) return;
+    if (is_short()) sequence.rows -= std::exchange(sequence.drafts.count, 0);
+    while (is_short() && running_.size() > index + 1) preempt_last();
+    while (sequence.rows && is_short()) --sequence.rows;
+    if (sequence.rows) cache_.take_pages(sequence);
+}
+
+void Scheduler::add_rows(Sequence& sequence, uint32_t* logit_rows) {
+    const uint32_t end = sequence.computed + sequence.rows, length = sequence.length();
+    VALAR_ASSERT(end <= length + sequence.drafts.count);
+    sequence.logits = end < length ? -1 : static_cast<int32_t>(*logit_rows);
+    for (uint32_t position = sequence.computed; position < end; ++position) {
+        const Token token = position < length ? sequence.tokens[position]
+                                              : sequence.drafts.tokens[position - length];
+        const bool logits = position + 1 >= length;
+        batch_.push_back({token, nullptr, position, sequence.pages.data(), logits});
+        *logit_rows += logits;
+    }
+}
+
+// ---- Its results -----------------------------------------------------------------------------
+
+// Draws a token, and more as long as they are what was guessed.
+void Scheduler::take_results(Sequence& sequence) {
+    if (sequence.over || sequence.rows == 0) return;
+    const uint32_t drafted = std::exchange(sequence.drafts.count, 0);
+    sequence.computed += std::exchange(sequence.rows, 0) - drafted;
+    if (sequence.logits >= 0) {
+        const uint32_t row = static_cast<uint32_t>(sequence.logits);
+        uint32_t accepted = 0;
+        for (;; ++accepted) {
+            const auto token = draw_token(sequence, row + accepted);
+            if (sequence.over || accepted == drafted || token != sequence.drafts.tokens[accepted])
+                break;
+        }
+        sequence.computed += accepted;
+        sequence.drafts.settle(drafted, accepted);
+        if (drafted > 0)
+            desk_.count([&](ResponderStats& counts) {
+                counts.drafted_tokens += drafted;
+                counts.accepted_tokens += accepted;
+            });
+    }
+    sequence.reached = std::max(sequence.reached, sequence.computed);
+    cache_.keep(sequence);
+}
+
+// Nothing where the logits are not finite: then the sequence is over.
+std::optional<Token> Scheduler::draw_token(Sequence& sequence, uint32_t logits_row) {
+    const auto logits = backend_.logits(logits_row);
+    if (!logits) {
+        answers_.end(sequence, Status::failed, logits.error());
+        return std::nullopt;
+    }
+    const Token token = sequence.sampler.sample(*logits, sequence.length());
+    if (sequence.first_token_ns == 0) sequence.first_token_ns = monotonic_ns();
+    sequence.tokens.push_back(token);
+    sequence.sampler.see(token);
+    ++sequence.outcome.usage.output_tokens;
+    answers_.add_token(sequence, token, *logits);
+    return token;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/state.hpp ----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Taking turns with step() ----------------------------------------------------------------
+
+class Exclusive {
+public:
+    explicit Exclusive(std::atomic<bool>* taken) : taken_(taken) {}
+    Exclusive(Exclusive&& other) noexcept : taken_(std::exchange(other.taken_, nullptr)) {}
+    ~Exclusive() {
+        if (taken_) taken_->store(false, std::memory_order_release);
+    }
+
+private:
+    std::atomic<bool>* taken_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+namespace valar {
+inline namespace v1 {
+
+// What an engine is made of, and the thread that steps it. Its address is stable: the parts borrow
+// options and one another.
+struct Engine::State final : Responder {
+    const EngineOptions options;
+    const std::shared_ptr<const detail::LoadedModel> model;
+    const std::unique_ptr<Backend> backend;  // borrows the model
+    const detail::PromptMaker prompts;
+    detail::Desk desk;
+    detail::PrefixCache cache;
+    detail::Scheduler scheduler;
+
+    std::atomic<bool> loaded{false}, stepping{false};
+    std::atomic<float> progress{0};
+    std::optional<Error> failure;  // nothing works any more
+    detail::Thread thread;
+    std::atomic<bool> stop_asked{false};
+
+    static Result<std::unique_ptr<State>> open(const EngineOptions& options);
+    State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
+          std::unique_ptr<Backend> device, const BackendOptions& sizes);
+    ~State() override;
+
+    std::vector<ModelInfo> models() const override { return {model->info()}; }
+    Result<std::unique_ptr<Prepared>> prepare(const Request& request) override;
+    Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) override;
+    std::optional<Event> poll(const std::string& id) override { return desk.poll(id); }
+    void cancel(const std::string& id) override { desk.cancel(id); }
+    ResponderStats stats() const override { return desk.stats(); }
+    void on_ready(void (*ready)(void* context, const std::string& id), void* context) override {
+        desk.on_ready(ready, context);
+    }
+
+    /// For step(), save() and restore(), one at a time.
+    Result<detail::Exclusive> take_turn(const char* who);
+    /// Queues the prompt; a reply that was refused is finished.
+    Reply reply_to(Result<detail::PromptPtr> prompt);
+    /// Works until the deadline or until nothing is left; true while something is. `budget_ns` is
+    /// what a step may take: batches are made so that they do not take many steps.
+    Result<bool> work(uint64_t deadline_ns, uint64_t budget_ns);
+    void stop();
+
+    Result<void> enqueue(detail::PromptPtr prompt, const detail::MailboxPtr& reply, bool known);
+    Result<bool> load(uint64_t deadline_ns);
+    bool time_is_up(uint64_t deadline_ns) const {
+        return detail::monotonic_ns() >= deadline_ns || stop_asked.load(std::memory_order_relaxed);
+    }
+    static void run_thread(void* self);
+};
+
+}  // namespace v1
+}  // namespace valar
 
 // ---- src/engine/engine.cpp ---------------------------------------------------------------------
 
@@ -19474,9 +20444,76 @@ void Engine::State::fail_all(const Error& error) {
 namespace valar {
 inline namespace v1 {
 
-// ---- For the handles -------------------------------------------------------------------------
+// ---- The parts of an engine ------------------------------------------------------------------
 
-// The one who steps, saves or restores.
+Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& options) {
+    auto model = detail::LoadedModel::open(options);
+    if (!model) return model.error();
+    const detail::ModelFile& file = (*model)->file();
+    auto sizes = detail::choose_backend_options(options, file);
+    if (!sizes) return sizes.error();
+    auto backend = detail::open_cpu_backend(file.gguf, file.spec, file.tensors, *sizes);
+    if (!backend) return backend.error();
+    return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes);
+}
+
+Engine::State::State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
+                     std::unique_ptr<Backend> device, const BackendOptions& sizes)
+    : options(from),
+      model(std::move(opened)),
+      backend(std::move(device)),
+      prompts(*model, options, sizes.max_positions),
+      desk(options),
+      cache(options, sizes, model->spec(), *backend),
+      scheduler(options, sizes, *model, *backend, cache, desk) {}
+
+Engine::State::~State() {
+    stop();
+    scheduler.fail_all(detail::engine_closed_error());
+}
+
+void Engine::State::stop() {
+    stop_asked.store(true, std::memory_order_release);
+    desk.doorbell().ring();
+    thread.join();
+}
+
+Result<std::unique_ptr<Prepared>> Engine::State::prepare(const Request& request) {
+    auto prompt = prompts.prepare(request);
+    if (!prompt) return prompt.error();
+    return std::unique_ptr<Prepared>(std::move(*prompt));
+}
+
+Result<void> Engine::State::submit(std::unique_ptr<Prepared> prepared, std::string id) {
+    auto prompt = prompts.take_back(std::move(prepared));
+    if (!prompt) return prompt.error();
+    return enqueue(std::move(*prompt), desk.make_mailbox(std::move(id)), true);
+}
+
+Result<void> Engine::State::enqueue(detail::PromptPtr prompt, const detail::MailboxPtr& reply,
+                                    bool known) {
+    auto sequence = std::make_unique<detail::Sequence>(reply, std::move(prompt),
+                                                       model->tokenizer());
+    return desk.enqueue(std::move(sequence), known);
+}
+
+Reply Engine::State::reply_to(Result<detail::PromptPtr> prompt) {
+    auto id = detail::draw_id("resp_");
+    auto reply = desk.make_mailbox(id ? std::move(*id) : std::string());
+    Result<void> queued;
+    if (!id) queued = id.error();
+    else queued = prompt ? enqueue(std::move(*prompt), reply, false) : prompt.error();
+    if (!queued) {
+        Outcome refused;
+        refused.status = Status::failed;
+        refused.error = std::move(queued.error());
+        (void)reply->put_outcome(std::move(refused));
+    }
+    return Reply(std::move(reply));
+}
+
+// ---- The step (one thread at a time) ---------------------------------------------------------
+
 Result<detail::Exclusive> Engine::State::take_turn(const char* who) {
     const char* why = thread.joinable() ? "the engine has a thread of its own since start()"
                       : stepping.exchange(true, std::memory_order_acquire)
@@ -19486,67 +20523,43 @@ Result<detail::Exclusive> Engine::State::take_turn(const char* who) {
     return detail::Exclusive(&stepping);
 }
 
-// Queues the prompt; a reply that was refused is finished.
-Reply Engine::State::reply_to(Result<std::unique_ptr<detail::PreparedPrompt>> prompt) {
-    auto reply = std::make_shared<detail::Mailbox>();
-    reply->doorbell = doorbell;
-    Result<void> good;
-    auto id = detail::draw_id("resp_");
-    if (!id) good = id.error();
-    else reply->id = std::move(*id);
-    if (good) good = prompt ? enqueue(std::move(*prompt), reply, false) : prompt.error();
-    if (!good) {
-        Outcome refused;
-        refused.status = Status::failed;
-        refused.error = std::move(good.error());
-        (void)reply->put_outcome(std::move(refused));
-    }
-    return Reply(std::move(reply));
-}
-
-// What a save must share with this engine.
-Result<detail::SaveHeader> Engine::State::save_header() {
-    if (!model_fingerprint) {
-        auto hash = detail::fingerprint(gguf);
-        if (!hash) return hash.error();
-        model_fingerprint = *hash;
-    }
-    detail::SaveHeader out;
-    out.model = *model_fingerprint;
-    out.precision = static_cast<uint32_t>(options.precision);
-    out.kv_type = static_cast<uint32_t>(options.kv_type);
-    out.page_tokens = options.page_tokens;
-    out.page_bytes = backend->page_bytes();
-    return out;
-}
-
-// Makes the cache know these pages, as many as there is room for.
-void Engine::State::import_pages(std::span<const detail::Hash256> keys,
-                                 std::span<const std::byte> bytes) {
-    const size_t size = backend->page_bytes(), count = std::min(keys.size(), bytes.size() / size);
-    std::vector<uint32_t> pages;
-    for (size_t i = 0; i < count; ++i) {
-        uint32_t page = pool.find(keys[i]);
-        if (page != detail::PagePool::none) {
-            pool.share(page);
-        } else {
-            if (pool.unused() == 0) break;
-            page = pool.take();
-            backend->import_page(page, bytes.data() + i * size);
-            pool.set_key(page, keys[i], 0);
+Result<bool> Engine::State::work(uint64_t deadline_ns, uint64_t budget_ns) {
+    if (failure) return *failure;
+    while (!loaded.load(std::memory_order_relaxed)) {
+        auto done = load(std::min(deadline_ns, detail::monotonic_ns() + detail::kLookNs));
+        if (!done) {
+            failure = done.error();
+            options.log(LogLevel::error, failure->message);
+            scheduler.fail_all(*failure);
+            return *failure;
         }
-        pages.push_back(page);
+        if (!*done && time_is_up(deadline_ns)) return true;
     }
-    for (; !pages.empty(); pages.pop_back()) pool.drop(pages.back());
+    while (scheduler.work(deadline_ns, budget_ns))
+        if (time_is_up(deadline_ns)) return true;
+    return false;
+}
+
+Result<bool> Engine::State::load(uint64_t deadline_ns) {
+    const uint64_t now = detail::monotonic_ns();
+    float part = 0;
+    auto done = backend->load(deadline_ns > now ? (deadline_ns - now) / 1000 : 0, &part);
+    if (!done) return done;
+    progress.store(part, std::memory_order_relaxed);
+    if (*done) {
+        options.log(LogLevel::info, "loaded " + model->file().gguf.name());
+        loaded.store(true, std::memory_order_release);
+    }
+    return done;
 }
 
 void Engine::State::run_thread(void* self) {
     State& state = *static_cast<State*>(self);
     while (!state.stop_asked.load(std::memory_order_acquire)) {
-        const uint32_t rings = state.doorbell->rings.load(std::memory_order_acquire);
+        const uint32_t rings = state.desk.doorbell().rings.load(std::memory_order_acquire);
         auto more = state.work(detail::kNoLimit, detail::kNoLimit);
         if (more && *more) continue;
-        detail::wait_on(&state.doorbell->rings, rings, detail::kIdleNs);
+        detail::wait_on(&state.desk.doorbell().rings, rings, detail::kIdleNs);
     }
 }
 
@@ -19594,10 +20607,9 @@ Engine& Engine::operator=(Engine&& other) noexcept = default;
 Engine::~Engine() = default;
 
 Result<Engine> Engine::begin_open(const EngineOptions& options) {
-    auto state = std::make_unique<State>();
-    auto opened = state->open(options);
-    if (!opened) return opened.error();
-    return Engine(std::move(state));
+    auto state = State::open(options);
+    if (!state) return state.error();
+    return Engine(std::move(*state));
 }
 
 Result<Engine> Engine::open(const EngineOptions& options) {
@@ -19610,23 +20622,19 @@ Result<Engine> Engine::open(const EngineOptions& options) {
 }
 
 Result<MemoryPlan> Engine::memory_plan(const EngineOptions& options) {
-    auto file = detail::open_model_file(options);
-    if (!file) return file.error();
-    auto spec = read_model_spec(*file);
-    if (!spec) return spec.error();
-    auto tensors = bind_model_tensors(*file, *spec);
-    if (!tensors) return tensors.error();
-    auto chosen = detail::choose_backend_options(options, *file, *spec, *tensors);
+    detail::ModelFile file;
+    if (auto opened = file.open(options); !opened) return opened.error();
+    auto chosen = detail::choose_backend_options(options, file);
     if (!chosen) return chosen.error();
-    return detail::plan_cpu(*file, *spec, *tensors, *chosen);
+    return detail::plan_cpu(file.gguf, file.spec, file.tensors, *chosen);
 }
 
 Reply Engine::submit(const Request& request) {
-    return state_->reply_to(state_->prepare_prompt(request));
+    return state_->reply_to(state_->prompts.prepare(request));
 }
 
 Result<uint32_t> Engine::count_tokens(const Request& request) const {
-    auto tokens = state_->make_prompt(request);
+    auto tokens = state_->prompts.tokenize(request);
     if (!tokens) return tokens.error();
     return static_cast<uint32_t>(tokens->size());
 }
@@ -19649,16 +20657,14 @@ Result<void> Engine::start() {
 }
 
 void Engine::stop() {
-    state_->stop_asked.store(true, std::memory_order_release);
-    state_->doorbell->ring();
-    state_->thread.join();
+    state_->stop();
     state_->stop_asked.store(false, std::memory_order_release);
 }
 
 bool Engine::is_loaded() const { return state_->loaded.load(std::memory_order_acquire); }
 float Engine::load_progress() const { return state_->progress.load(std::memory_order_relaxed); }
-const ModelSpec& Engine::spec() const { return state_->spec; }
-const Tokenizer& Engine::tokenizer() const { return *state_->tokenizer; }
+const ModelSpec& Engine::spec() const { return state_->model->spec(); }
+const Tokenizer& Engine::tokenizer() const { return state_->model->tokenizer(); }
 Responder* Engine::responder() { return state_.get(); }
 
 }  // namespace v1
@@ -19741,8 +20747,8 @@ Request read_settings(const Json& from) {
     for (const auto& [key, field] : saved_penalties) out.*field = from[key].as_double(out.*field);
     for (const auto& [key, field] : saved_texts) out.*field = from[key].as_string();
     for (const Json& text : from["stop"].items()) out.stop.emplace_back(text.as_string());
-    for (const Json& one : from["logit_bias"].items())
-        out.logit_bias.push_back({static_cast<Token>(one[0].as_int()), one[1].as_double()});
+    for (const Json& pair : from["logit_bias"].items())
+        out.logit_bias.push_back({static_cast<Token>(pair[0].as_int()), pair[1].as_double()});
     if (const Json* seed = from.find("seed")) out.seed = seed->as_int();
     out.logprobs = from["logprobs"].as_bool();
     out.top_logprobs = static_cast<uint32_t>(from["top_logprobs"].as_uint());
@@ -19781,6 +20787,32 @@ Item read_item(const Json& from) {
     return out;
 }
 
+// ---- What a save begins with ---------------------------------------------------------------------
+
+struct SaveHeader {
+    char magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
+    uint32_t version = 2, numerics = kNumerics;
+    Hash256 model;
+    uint32_t precision = 0, kv_type = 0, page_tokens = 0;
+    uint32_t first_page = 0, pages = 0, unused = 0;
+    uint64_t page_bytes = 0, json_bytes = 0;
+};
+static_assert(sizeof(SaveHeader) == 88 && std::is_trivially_copyable_v<SaveHeader>);
+
+// What a save must share with this engine.
+Result<SaveHeader> save_header(const LoadedModel& model, const EngineOptions& options,
+                               const PrefixCache& cache) {
+    auto hash = model.fingerprint();
+    if (!hash) return hash.error();
+    SaveHeader out;
+    out.model = *hash;
+    out.precision = static_cast<uint32_t>(options.precision);
+    out.kv_type = static_cast<uint32_t>(options.kv_type);
+    out.page_tokens = options.page_tokens;
+    out.page_bytes = cache.page_bytes();
+    return out;
+}
+
 Error conversation_busy_error() {
     return make_error(ErrorKind::invalid_request, "the last turn is not finished yet",
                       "conversation_busy");
@@ -19802,7 +20834,7 @@ struct Conversation::State {
     bool settle();
     Request request(std::vector<Item> said) const;
     bool forget_half();
-    Result<std::unique_ptr<detail::PreparedPrompt>> prepare(std::string_view words);
+    Result<detail::PromptPtr> prepare(std::string_view words);
     Result<std::vector<detail::Hash256>> page_keys() const;
     std::string history() const;
 };
@@ -19836,14 +20868,13 @@ bool Conversation::State::forget_half() {
 }
 
 // An answer should have as much room as it may take, or at least a quarter of the context.
-Result<std::unique_ptr<detail::PreparedPrompt>> Conversation::State::prepare(
-    std::string_view words) {
-    const uint32_t quarter = engine->context / 4;
+Result<detail::PromptPtr> Conversation::State::prepare(std::string_view words) {
+    const uint32_t quarter = engine->prompts.context() / 4;
     const uint32_t room = std::min(settings.max_output_tokens.value_or(quarter), quarter);
     for (;;) {
         std::vector<Item> said = items;
         said.push_back(Item::message(Role::user, std::string(words)));
-        auto prompt = engine->prepare_prompt(request(std::move(said)), salt);
+        auto prompt = engine->prompts.prepare(request(std::move(said)), salt);
         const bool full = prompt ? (*prompt)->max_output < room
                                  : prompt.error().code == "context_length_exceeded";
         if (!full || when_full == WhenFull::refuse || !forget_half()) return prompt;
@@ -19852,14 +20883,8 @@ Result<std::unique_ptr<detail::PreparedPrompt>> Conversation::State::prepare(
 
 // Of the pages that what was said fills.
 Result<std::vector<detail::Hash256>> Conversation::State::page_keys() const {
-    std::vector<detail::Hash256> keys;
-    if (items.empty() || !engine->options.prefix_cache) return keys;
-    auto tokens = engine->make_prompt(request(items));
-    if (!tokens) return tokens.error();
-    const uint32_t page_tokens = engine->options.page_tokens;
-    detail::extend_page_keys(keys, detail::root_key(engine->options, settings.organisation, salt),
-                             *tokens, page_tokens, tokens->size() / page_tokens);
-    return keys;
+    if (items.empty()) return std::vector<detail::Hash256>();
+    return engine->prompts.page_keys(request(items), salt);
 }
 
 std::string Conversation::State::history() const {
@@ -19919,13 +20944,11 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     const std::string history = state_->history();
     auto keys = pages ? state_->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    const size_t end = engine.count_cached(*keys, 0, 0);
-    const size_t first = end - std::min<size_t>(end, engine.window_pages);
-    const auto found = std::span(*keys).subspan(first, end - first);
-    auto made = engine.save_header();
+    const auto found = engine.cache.find_end(*keys);
+    auto made = detail::save_header(*engine.model, engine.options, engine.cache);
     if (!made) return made.error();
     detail::SaveHeader header = *made;
-    header.first_page = static_cast<uint32_t>(first);
+    header.first_page = static_cast<uint32_t>(found.data() - keys->data());
     header.pages = static_cast<uint32_t>(found.size());
     header.json_bytes = history.size();
     std::vector<std::byte> out(sizeof header + history.size() + found.size() * header.page_bytes +
@@ -19937,10 +20960,8 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     };
     put(&header, sizeof header);
     put(history.data(), history.size());
-    for (const detail::Hash256& key : found) {
-        engine.backend->export_page(engine.pool.find(key), at);
-        at += header.page_bytes;
-    }
+    engine.cache.export_pages(found, at);
+    at += found.size() * header.page_bytes;
     const uint32_t sum = detail::crc32c(out.data(), out.size() - sizeof sum);
     put(&sum, sizeof sum);
     return out;
@@ -19951,7 +20972,7 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
         return detail::make_error(kind, std::string("saved conversation: ") + why);
     };
     Engine::State& engine = *to.state_;
-    auto made = engine.save_header();
+    auto made = detail::save_header(*engine.model, engine.options, engine.cache);
     if (!made) return made.error();
     const detail::SaveHeader& here = *made;
     detail::SaveHeader header;
@@ -19993,8 +21014,9 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     if (!turn) return turn.error();
     auto keys = header.pages ? state->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    engine.import_pages(std::span(*keys).subspan(std::min<size_t>(keys->size(), header.first_page)),
-                        body.subspan(static_cast<size_t>(header.json_bytes)));
+    engine.cache.import_pages(
+        std::span(*keys).subspan(std::min<size_t>(keys->size(), header.first_page)),
+        body.subspan(static_cast<size_t>(header.json_bytes)));
     return Conversation(std::move(state));
 }
 

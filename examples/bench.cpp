@@ -483,7 +483,7 @@ private:
         return double(matrix.dims[0]) * double(matrix.dims[1]);
     }
     void add_row(uint32_t sequence, uint32_t position, bool logits) {
-        BatchRow row;
+        valar::BatchRow row;
         row.token = valar::Token((uint64_t{position} * 37 + sequence * 101 + 11) % spec_->n_vocab);
         row.position = position;
         row.pages = pages_.data() + (sequence ? first_pages_ + (sequence - 1) * other_pages_ : 0);
@@ -504,10 +504,10 @@ private:
     valar::detail::ModelTensors tensors_;
     valar::BackendOptions options_;
     valar::MemoryPlan plan_;
-    std::unique_ptr<Backend> backend_;
+    std::unique_ptr<valar::Backend> backend_;
     uint32_t first_pages_ = 0, other_pages_ = 0;
     std::vector<uint32_t> pages_;
-    std::vector<BatchRow> rows_;
+    std::vector<valar::BatchRow> rows_;
 };
 
 // ---- Measurements ----------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 // quits.
 //
 //     c++ -std=c++20 -O2 -pthread -I. examples/chat.cpp -o chat && ./chat
+#ifndef VALAR_LINKED  // set where a library brings the implementation
 #define VALAR_IMPLEMENTATION
+#endif
 #include "valar.hpp"
 
 #include "common.hpp"

@@ -2,7 +2,9 @@
 // same time; in the middle the game is saved and loaded. At the end: what the frames took.
 //
 //     c++ -std=c++20 -O2 -pthread -I. examples/game_npc.cpp -o game_npc && ./game_npc
+#ifndef VALAR_LINKED  // set where a library brings the implementation
 #define VALAR_IMPLEMENTATION
+#endif
 #include "valar.hpp"
 
 #include "common.hpp"

@@ -1,7 +1,9 @@
 // hello_frame: a model inside a game loop. Every frame gives it at most 2 ms; the game never waits.
 //
 //     c++ -std=c++20 -O2 -pthread -I. examples/hello_frame.cpp -o hello_frame && ./hello_frame
+#ifndef VALAR_LINKED  // set where a library brings the implementation
 #define VALAR_IMPLEMENTATION
+#endif
 #include "valar.hpp"
 
 #include "common.hpp"

@@ -9,7 +9,9 @@
 // numeric definition" in valar.hpp, whose numbers stand in brackets here).
 //
 // Shapes are written (rows, columns), a row's values being neighbours in memory.
+#ifndef VALAR_LINKED  // set where a library brings the implementation
 #define VALAR_IMPLEMENTATION
+#endif
 #include "valar.hpp"
 
 #include "common.hpp"
@@ -220,38 +222,47 @@ std::vector<float> logits_of(const Model& model, const std::vector<float>& x) {
 valar::Result<Model> open_model(const valar::Gguf& file) {
     auto spec = valar::read_model_spec(file);
     if (!spec) return spec.error();
-    auto tensors = valar::bind_model_tensors(file, *spec);
-    if (!tensors) return tensors.error();
-    for (const valar::TensorInfo& tensor : file.tensors())
-        if (tensor.type != valar::TensorType::f32 || tensor.packed)
-            return valar::Error{valar::ErrorKind::unsupported,
-                                "tensor '" + std::string(tensor.name) + "' is not F32"};
-    const auto data = [&file](const valar::TensorInfo* tensor) -> const float* {
-        if (!tensor) return nullptr;
-        const auto bytes = file.tensor_bytes(*tensor);
+    // Each tensor by its name in the file; the first that is missing or no F32 of that size is told.
+    std::string fault;
+    const auto data = [&](const std::string& name, uint64_t values) -> const float* {
+        const valar::TensorInfo* tensor = file.find_tensor(name);
+        const bool fits = tensor && tensor->type == valar::TensorType::f32 && !tensor->packed &&
+                          tensor->bytes == values * sizeof(float);
+        const auto bytes = fits ? file.tensor_bytes(*tensor)
+                                : valar::Result<std::span<const std::byte>>(valar::Error{});
+        if (!bytes && fault.empty()) fault = name;
         return bytes ? reinterpret_cast<const float*>(bytes->data()) : nullptr;
     };
-    Model model{std::move(*spec),
-                data(tensors->token_embd),
-                data(tensors->output_norm),
-                data(tensors->output),
-                {}};
-    for (const valar::LayerTensors& of : tensors->layers)
-        model.layers.push_back({model.spec.layers[model.layers.size()],
-                                data(of.attn_norm),
-                                data(of.q),
-                                data(of.k),
-                                data(of.v),
-                                data(of.q_bias),
-                                data(of.k_bias),
-                                data(of.v_bias),
-                                data(of.attn_output),
-                                data(of.ffn_norm),
-                                data(of.gate),
-                                data(of.up),
-                                data(of.down),
+    const uint64_t n_embd = spec->n_embd, n_vocab = spec->n_vocab;
+    Model model{};
+    model.token_embd = data("token_embd.weight", n_vocab * n_embd);
+    model.output_norm = data("output_norm.weight", n_embd);
+    model.output = spec->tied_output ? model.token_embd : data("output.weight", n_vocab * n_embd);
+    model.spec = std::move(*spec);
+    for (const valar::LayerSpec& layer : model.spec.layers) {
+        const std::string blk = "blk." + std::to_string(model.layers.size()) + ".";
+        const uint64_t q = uint64_t{layer.n_heads} * layer.head_dim,
+                       kv = uint64_t{layer.n_kv_heads} * layer.head_dim, ff = layer.n_ff;
+        const bool bias = layer.qkv_bias;
+        model.layers.push_back({layer,
+                                data(blk + "attn_norm.weight", n_embd),
+                                data(blk + "attn_q.weight", q * n_embd),
+                                data(blk + "attn_k.weight", kv * n_embd),
+                                data(blk + "attn_v.weight", kv * n_embd),
+                                bias ? data(blk + "attn_q.bias", q) : nullptr,
+                                bias ? data(blk + "attn_k.bias", kv) : nullptr,
+                                bias ? data(blk + "attn_v.bias", kv) : nullptr,
+                                data(blk + "attn_output.weight", n_embd * q),
+                                data(blk + "ffn_norm.weight", n_embd),
+                                data(blk + "ffn_gate.weight", ff * n_embd),
+                                data(blk + "ffn_up.weight", ff * n_embd),
+                                data(blk + "ffn_down.weight", n_embd * ff),
                                 {},
                                 {}});
+    }
+    if (!fault.empty())
+        return valar::Error{valar::ErrorKind::unsupported,
+                            "tensor '" + fault + "' is missing, or not F32 of the right size"};
     return model;
 }
 

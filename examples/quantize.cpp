@@ -7,7 +7,9 @@
 // reference; models whose makers offer Q4_K or Q6_K files are better taken from there). --packed
 // stores matrices in the order in which the kernels read them: such a file is not loaded but mapped,
 // it starts at once and takes no memory of its own. Only valar reads it; keep the original.
+#ifndef VALAR_LINKED  // set where a library brings the implementation
 #define VALAR_IMPLEMENTATION
+#endif
 #include "valar.hpp"
 
 #include "common.hpp"

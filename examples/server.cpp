@@ -4,7 +4,9 @@
 //     server --ask "What is the capital of France?" --temperature 0
 //
 // With --ask it starts, posts the request to itself, prints the response object and ends.
+#ifndef VALAR_LINKED  // set where a library brings the implementation
 #define VALAR_IMPLEMENTATION
+#endif
 #include "valar.hpp"
 
 #include "common.hpp"

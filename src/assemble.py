@@ -32,7 +32,7 @@ SECTIONS = {
     "template": ["template/template.hpp", "template/values.cpp", "template/parser.cpp",
                  "template/renderer.cpp", "template/builtins.cpp", "template/template.cpp"],
     "model": ["model.hpp", "model.cpp"],
-    "backend": ["backend/backend.hpp", "backend/cpu.cpp",
+    "backend": ["backend/backend.hpp", "backend/cpu_layout.cpp", "backend/cpu.cpp",
                 "backend/fingerprint.cpp"],
     "sampler": ["sampler.cpp"],
     "engine": ["engine/engine.hpp", "engine/loaded_model.cpp", "engine/plan.cpp", "engine/pages.cpp",

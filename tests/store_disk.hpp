@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,7 @@ public:
         std::string bytes = {};
     };
     struct File {
+        std::mutex mutex;  // guards `now`: a FolderFile is read from any thread while one writes
         std::string now, synced;
         std::vector<Change> unsynced;
     };
@@ -118,8 +120,12 @@ inline Disk Disk::after_crash(Random& random) const {
 class DiskFile : public detail::FolderFile {
 public:
     DiskFile(Disk* disk, Disk::Entry file) : disk_(disk), file_(std::move(file)) {}
-    Result<uint64_t> size() override { return uint64_t{file_->now.size()}; }
+    Result<uint64_t> size() override {
+        const std::lock_guard<std::mutex> lock(file_->mutex);
+        return uint64_t{file_->now.size()};
+    }
     Result<void> read_at(uint64_t offset, void* bytes, size_t size) override {
+        const std::lock_guard<std::mutex> lock(file_->mutex);
         if (offset > file_->now.size() || size > file_->now.size() - offset)
             return Disk::failure(ErrorKind::io, "the file ends too early");
         if (size) std::memcpy(bytes, file_->now.data() + offset, size);
@@ -145,6 +151,7 @@ public:
     }
     Result<void> sync() override {
         if (auto done = disk_->sync(); !done) return done;
+        const std::lock_guard<std::mutex> lock(file_->mutex);
         file_->synced = file_->now;
         file_->unsynced.clear();
         return {};
@@ -152,6 +159,7 @@ public:
 
 private:
     void change(Disk::Change change) {
+        const std::lock_guard<std::mutex> lock(file_->mutex);
         Disk::apply(&file_->now, change, change.offset, change.offset + change.bytes.size());
         file_->unsynced.push_back(std::move(change));
     }

@@ -1,0 +1,146 @@
+#pragma once
+
+#include "backend/internal.hpp"
+#include "base/internal.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+constexpr uint32_t kQueryRows = 16;  // rows of a sequence that attend together
+constexpr uint32_t kUnitTiles = 2;   // tiles of a matrix that kernels take at a time
+
+// Cuts a buffer into arrays, each on its own cache line. With base 0 it only counts, so that what a
+// plan says is what is taken.
+struct Carver {
+    uintptr_t base = 0;
+    uint64_t used = 0;
+
+    template <class T>
+    T* take(uint64_t count) {
+        const uint64_t at = used;
+        used += (count * sizeof(T) + 63) / 64 * 64;  // operands are limited by check_cpu_options
+        return reinterpret_cast<T*>(base + static_cast<uintptr_t>(at));
+    }
+};
+
+// A tensor of the file and where it goes: to be packed, or as it is.
+struct LoadItem {
+    const TensorInfo* tensor;
+    std::byte* out;
+    bool pack;
+};
+
+// Packed, here or in the file; where `data` is null, in the file's rows.
+struct CpuMatrix : PackedMatrix {
+    const TensorInfo* tensor = nullptr;
+    uint32_t units() const { return (tiles() + kUnitTiles - 1) / kUnitTiles; }
+    uint64_t unit_bytes() const { return kUnitTiles * packed_tile_bytes(type, cols); }
+    bool quantized() const { return type_info(type)->block_size > 1; }
+};
+
+struct CpuLayer {
+    const LayerSpec* spec;
+    uint32_t rope;  // index of its RopeTable
+    const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias;
+    CpuMatrix q, k, v, attn_output, gate, up, down;
+    uint64_t kv_offset;    // of its pages in the pool
+    size_t kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
+    size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
+    uint32_t first_seen(uint32_t position) const {
+        return spec->window && position >= spec->window ? position - spec->window + 1 : 0;
+    }
+};
+
+struct CpuWeights {
+    const Gguf* gguf;
+    bool mapped;
+    uint64_t mapped_bytes = 0;
+    uint64_t mapped_units = 0;  // packed, the most that are needed at a time
+    CpuMatrix token_embd, output;
+    const float* output_norm = nullptr;
+    std::vector<CpuLayer> layers;
+    std::vector<LoadItem> items;  // in the order in which they are loaded
+
+    CpuMatrix matrix(Carver& carver, const TensorInfo* tensor);
+    const std::byte* packed_in_place(const TensorInfo& tensor) const;
+    const float* vector(Carver& carver, const TensorInfo* tensor);
+    void place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors);
+};
+
+// Rotation angles a position, per pair; layers with the same RopeSpec share a table.
+struct RopeTable {
+    const RopeSpec* spec;
+    std::vector<double> frequencies;  // (dims / 2)
+};
+
+// Attention of `rows` neighbours of one sequence to segments first .. last - 1, one kv head a time.
+struct AttentionUnit {
+    uint32_t row, rows, first_segment, last_segment;
+};
+
+// What a thread needs for one AttentionUnit: one segment's result and the state so far.
+struct QueryScratch {
+    float *max, *sum, *total_max, *total_sum;  // (kQueryRows * heads of a group)
+    float* out;                                // (the same, head_dim)
+    float* expanded;                           // q8_0: a segment's keys, then its values
+    uint16_t *begin, *end;
+};
+
+// The largest numbers that occur in any layer.
+struct CpuSizes {
+    uint64_t rows, logit_rows, planes, parts, segments;
+    uint64_t split_rows;  // batches of so many rows are split over segments too
+    uint64_t q = 0, kv = 0, group = 0, group_values = 0, heads = 0;
+    uint64_t ff_quantized = 0, ff_values = 0;  // of h, for quantized ffn_down or not
+    uint64_t rope_values = 0;                  // of all tables, for a position
+    uint64_t expanded = 0;                     // of q8_0 keys and values: a segment's
+    uint64_t staging = 0;                      // a tile of each thread, as the file has it
+    uint64_t mapped_units;                     // bytes of a thread
+};
+
+struct CpuScratch {
+    float *x, *y;               // (rows, n_embd) the residual stream; normed
+    float *q, *k, *v;           // (rows, heads * head_dim) as they come from the weights
+    float* turned;              // (kv heads, rows, heads of a group, head_dim) rotated q
+    float* h;                   // (rows, n_ff), in the place of q, k, v, turned; or
+    ActivationBlock* h_blocks;  // {rows * planes, n_ff / 32}, there too
+    float* attended;            // (rows, n_heads * head_dim)
+    float* cos_sin;             // (rows, rope_values)
+    float *part_max, *part_sum, *part_out;  // (split_rows, segments, n_heads, 1 or head_dim)
+    float* logits;                          // (logit_rows, n_vocab)
+    ActivationBlock* blocks;                // {rows * planes, n_embd or n_heads * head_dim / 32}
+    AttentionUnit* units;
+    uint32_t* wanted;         // (logit_rows) rows that want logits
+    BatchRow* kept;           // (logit_rows) these
+    QueryScratch* queries;    // (parts)
+    std::byte* mapped_units;  // (parts, mapped_units)
+
+    void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab);
+};
+
+// Everything about memory, computed the same way for a plan and for the real thing.
+struct CpuLayout {
+    CpuWeights weights;
+    std::vector<RopeTable> ropes;
+    CpuSizes sizes{};
+    MemoryPlan plan;
+    uint64_t page_bytes = 0;  // of all layers
+};
+
+// Positions that one sequence may have.
+uint64_t cpu_positions(const BackendOptions& options);
+// Where everything lies. With `weights_base` 0 it only counts. Errors: an option out of range.
+Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                              const BackendOptions& options, uintptr_t weights_base);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
