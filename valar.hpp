@@ -1197,6 +1197,11 @@ void pause();          ///< one spin-wait hint to the CPU
 void wait_on(const std::atomic<uint32_t>* word, uint32_t expected, uint64_t timeout_ns);
 void wake(const std::atomic<uint32_t>* word);
 
+#if defined(_WIN32)
+/// What the system's wide calls take.
+std::wstring utf16_from(std::string_view text);
+#endif
+
 /// A value of the environment, empty when unset.
 std::string environment(const char* name);
 
@@ -2407,6 +2412,15 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+#if defined(_WIN32)
+std::wstring utf16_from(std::string_view text) {
+    const int count = MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), nullptr, 0);
+    std::wstring wide(size_t(count > 0 ? count : 0), L'\0');
+    MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), wide.data(), count);
+    return wide;
+}
+#endif
+
 // ---- memory and files -----------------------------------------------------------------------
 
 namespace {
@@ -2422,13 +2436,6 @@ Result<void> check_path(const std::string& path) {
 }
 
 #if defined(_WIN32)
-
-std::wstring utf16_from(std::string_view text) {
-    const int count = MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), nullptr, 0);
-    std::wstring wide(size_t(count > 0 ? count : 0), L'\0');
-    MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), wide.data(), count);
-    return wide;
-}
 
 void* map_pages(size_t size, bool) {
     return VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
@@ -19917,7 +19924,6 @@ private:
     std::optional<Token> draw_token(Sequence& sequence, uint32_t logits_row);
 
     const EngineOptions& options_;
-    const LoadedModel& model_;
     Backend& backend_;
     PrefixCache& cache_;
     Desk& desk_;
@@ -19968,7 +19974,6 @@ bool runs_before(const SequencePtr& a, const SequencePtr& b) {
 Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
                      const LoadedModel& model, Backend& backend, PrefixCache& cache, Desk& desk)
     : options_(options),
-      model_(model),
       backend_(backend),
       cache_(cache),
       desk_(desk),

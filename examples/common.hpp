@@ -21,8 +21,9 @@
 #define NOMINMAX
 #endif
 #include <io.h>
-#include <shellapi.h>
 #include <windows.h>
+
+#include <shellapi.h>  // wants windows.h before it
 #if defined(_MSC_VER)
 #pragma comment(lib, "shell32")
 #endif

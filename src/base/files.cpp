@@ -20,6 +20,15 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+#if defined(_WIN32)
+std::wstring utf16_from(std::string_view text) {
+    const int count = MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), nullptr, 0);
+    std::wstring wide(size_t(count > 0 ? count : 0), L'\0');
+    MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), wide.data(), count);
+    return wide;
+}
+#endif
+
 // ---- memory and files -----------------------------------------------------------------------
 
 namespace {
@@ -35,13 +44,6 @@ Result<void> check_path(const std::string& path) {
 }
 
 #if defined(_WIN32)
-
-std::wstring utf16_from(std::string_view text) {
-    const int count = MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), nullptr, 0);
-    std::wstring wide(size_t(count > 0 ? count : 0), L'\0');
-    MultiByteToWideChar(CP_UTF8, 0, text.data(), int(text.size()), wide.data(), count);
-    return wide;
-}
 
 void* map_pages(size_t size, bool) {
     return VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);

@@ -191,6 +191,11 @@ void pause();          ///< one spin-wait hint to the CPU
 void wait_on(const std::atomic<uint32_t>* word, uint32_t expected, uint64_t timeout_ns);
 void wake(const std::atomic<uint32_t>* word);
 
+#if defined(_WIN32)
+/// What the system's wide calls take.
+std::wstring utf16_from(std::string_view text);
+#endif
+
 /// A value of the environment, empty when unset.
 std::string environment(const char* name);
 

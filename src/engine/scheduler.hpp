@@ -58,7 +58,6 @@ private:
     std::optional<Token> draw_token(Sequence& sequence, uint32_t logits_row);
 
     const EngineOptions& options_;
-    const LoadedModel& model_;
     Backend& backend_;
     PrefixCache& cache_;
     Desk& desk_;
