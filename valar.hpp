@@ -167,17 +167,26 @@ struct Error {
     uint32_t retry_after_s = 0;  ///< of overloaded: when another try is worth it; 0: unknown
 };
 
-/// A value or an Error. Tests true when it holds a value; `->` and `*` reach it.
+namespace detail {
+// An Error travels in a box: results stay small, and what makes, copies and frees it is compiled once.
+VALAR_API Error* box_error(Error&& error);
+VALAR_API Error* copy_error(const Error* error);
+VALAR_API void free_error(Error* error) noexcept;
+}  // namespace detail
+
+/// A value or an Error. Tests true when it holds a value; `->` and `*` reach it. value(), `->` and `*`
+/// only when ok(), error() only when not (VALAR_ASSERT checks both). One that was moved from can only
+/// be assigned to and destroyed.
 /// Threads: as safe as the value it holds.
 template <class T>
 class [[nodiscard]] Result {
 public:
     Result(T value) : ok_(true) { new (&value_) T(std::move(value)); }
-    Result(Error error) : ok_(false) { new (&error_) Error(std::move(error)); }
+    Result(Error error) : error_(detail::box_error(std::move(error))), ok_(false) {}
     Result(Result&& other) noexcept : ok_(other.ok_) { take(std::move(other)); }
     Result(const Result& other) : ok_(other.ok_) {
         if (ok_) new (&value_) T(other.value_);
-        else new (&error_) Error(other.error_);
+        else error_ = detail::copy_error(other.error_);
     }
     Result& operator=(Result other) noexcept {
         destroy();
@@ -189,46 +198,72 @@ public:
 
     explicit operator bool() const noexcept { return ok_; }
     bool ok() const noexcept { return ok_; }
-    T& value() & { return value_; }  // only when ok()
-    const T& value() const& { return value_; }
-    T value() && { return std::move(value_); }
-    T* operator->() { return &value_; }
-    const T* operator->() const { return &value_; }
-    T& operator*() & { return value_; }
-    const T& operator*() const& { return value_; }
-    T operator*() && { return std::move(value_); }  // by value: a temporary ends
-    Error& error() { return error_; }               // only when !ok()
-    const Error& error() const { return error_; }
+    T& value() & { return checked(*this); }
+    const T& value() const& { return checked(*this); }
+    T value() && { return std::move(checked(*this)); }
+    T* operator->() { return &checked(*this); }
+    const T* operator->() const { return &checked(*this); }
+    T& operator*() & { return checked(*this); }
+    const T& operator*() const& { return checked(*this); }
+    T operator*() && { return std::move(checked(*this)); }  // by value: a temporary ends
+    Error& error() {
+        VALAR_ASSERT(!ok_ && error_);
+        return *error_;
+    }
+    const Error& error() const {
+        VALAR_ASSERT(!ok_ && error_);
+        return *error_;
+    }
 
 private:
+    template <class Self>
+    static auto& checked(Self& self) {
+        VALAR_ASSERT(self.ok_);
+        return self.value_;
+    }
     void take(Result&& other) noexcept {
         if (ok_) new (&value_) T(std::move(other.value_));
-        else new (&error_) Error(std::move(other.error_));
+        else error_ = std::exchange(other.error_, nullptr);
     }
     void destroy() noexcept {
         if (ok_) value_.~T();
-        else error_.~Error();
+        else detail::free_error(error_);
     }
     union {
         T value_;
-        Error error_;
+        Error* error_;
     };
     bool ok_;
 };
 
-/// Success without a value, or an Error.
+/// Success without a value, or an Error. One that was moved from is a success.
 template <>
 class [[nodiscard]] Result<void> {
 public:
     Result() = default;
-    Result(Error error) : error_(std::move(error)) {}
+    Result(Error error) : error_(detail::box_error(std::move(error))) {}
+    Result(Result&& other) noexcept : error_(std::exchange(other.error_, nullptr)) {}
+    Result(const Result& other) : error_(detail::copy_error(other.error_)) {}
+    Result& operator=(Result other) noexcept {
+        std::swap(error_, other.error_);
+        return *this;
+    }
+    ~Result() {
+        if (error_) detail::free_error(error_);
+    }
     explicit operator bool() const noexcept { return !error_; }
     bool ok() const noexcept { return !error_; }
-    Error& error() { return *error_; }
-    const Error& error() const { return *error_; }
+    Error& error() {
+        VALAR_ASSERT(error_);
+        return *error_;
+    }
+    const Error& error() const {
+        VALAR_ASSERT(error_);
+        return *error_;
+    }
 
 private:
-    std::optional<Error> error_;
+    Error* error_ = nullptr;
 };
 
 /// How serious a log line is.
@@ -2165,6 +2200,10 @@ private:
 namespace valar {
 inline namespace v1 {
 namespace detail {
+
+Error* box_error(Error&& error) { return new Error(std::move(error)); }
+Error* copy_error(const Error* error) { return error ? new Error(*error) : nullptr; }
+void free_error(Error* error) noexcept { delete error; }
 
 Error make_error(ErrorKind kind, std::string message, std::string code, std::string param) {
     return Error{kind, std::move(message), std::move(code), std::move(param)};
