@@ -108,8 +108,6 @@
 #error "valar runs on little-endian machines only"
 #endif
 
-#include <atomic>
-#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -669,39 +667,9 @@ public:
     virtual void on_ready(void (*ready)(void* context, const std::string& id), void* context) = 0;
 };
 
-/// Which of the two dialects of the contract (section 13 lists the differences).
+/// In which of two dialects a server speaks: its own, or the one that OpenAI's clients expect. They
+/// differ in names of states and in what they take; README.md lists the differences.
 enum class Dialect : uint8_t { valar, openai };
-
-/// A response as GET /v1/responses/{id} shows it: the request's echo and what became of it.
-struct ResponseRecord {
-    std::string id;  ///< "resp_" + 24 of [0-9a-z]
-    std::string organisation;
-    std::string message_id;    ///< "msg_" + 24 of [0-9a-z]
-    int64_t created_at = 0;    ///< unix seconds
-    int64_t completed_at = 0;  ///< 0 until terminal
-    Status status = Status::pending;
-    std::string model;       ///< as the request spelled it
-    Json request = {};       ///< the body as received, for the echoed fields
-    double temperature = 1;  ///< effective
-    double top_p = 1;
-    int64_t seed = 0;
-    std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
-};
-
-/// A body of POST /v1/responses, checked in the contract's order: missing required fields in table
-/// order, other fields in document order, rules across fields. Errors: invalid_request with code and
-/// param; the message says what is wrong, what was received and what is allowed.
-Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
-/// The response object, all keys of contract 3.1 in their order.
-Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
-/// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
-/// in their long form, those without an id with one made of `response_id` and their place.
-std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
-/// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
-/// itself: it may name a file.
-Json render_error(const Error& error);
-/// The HTTP status of an error's kind (contract, section 2).
-int http_status(ErrorKind kind);
 
 }  // namespace v1
 }  // namespace valar
@@ -1052,198 +1020,6 @@ VALAR_API void exact_sincos(double x, double* sine, double* cosine);  ///< |x| <
 }  // namespace v1
 }  // namespace valar
 
-// ---- src/base/internal.hpp ---------------------------------------------------------------------
-
-namespace valar {
-inline namespace v1 {
-
-struct ByteRange {
-    size_t begin = 0;
-    size_t end = 0;
-};
-
-/// A rendered prompt with provenance: `from_request` (ascending, disjoint, not touching) lists the
-/// bytes that came from a request; all others came from the chat template. Control tokens are
-/// recognised only in bytes of the template (design: no user text can forge one).
-struct MarkedText {
-    std::string text;
-    std::vector<ByteRange> from_request;
-};
-
-}  // namespace v1
-}  // namespace valar
-
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-Error make_error(ErrorKind kind, std::string message, std::string code = {},
-                 std::string param = {});
-/// printf into a std::string, for messages; never for numbers that are parsed again.
-#if defined(__GNUC__) && !defined(_WIN32)  // mingw's check knows no %zu; its printf does
-__attribute__((format(printf, 1, 2)))
-#endif
-std::string
-format(const char* pattern, ...);
-
-/// The indices 0 .. count - 1 in ascending order of what they stand for; equals keep their order.
-using IndexLess = bool (*)(const void* context, uint32_t a, uint32_t b);
-std::vector<uint32_t> sorted_order(size_t count, IndexLess less, const void* context);
-
-/// std::stable_sort of items first .. last - 1, for where speed does not matter: all types share the
-/// sort of their indices, and each saves a fifth of a second of compiling.
-template <class T, class Less>
-void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_t last = SIZE_MAX) {
-    last = last < items.size() ? last : items.size();
-    if (last - first < 2) return;
-    const auto by_index = [&](uint32_t a, uint32_t b) {
-        return less(items[first + a], items[first + b]);
-    };
-    const auto call = [](const void* context, uint32_t a, uint32_t b) {
-        return (*static_cast<const decltype(by_index)*>(context))(a, b);
-    };
-    std::vector<T> sorted;
-    sorted.reserve(last - first);
-    for (const uint32_t i : sorted_order(last - first, call, &by_index))
-        sorted.push_back(std::move(items[first + i]));
-    for (size_t i = first; i < last; ++i) items[i] = std::move(sorted[i - first]);
-}
-
-/// "what: reason", where the reason is errno's or, on Windows, GetLastError's, read first thing.
-/// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
-Error os_error(std::string what);
-
-uint64_t monotonic_ns();   ///< for durations
-uint64_t thread_cpu_ns();  ///< CPU time of the calling thread
-int64_t unix_time_ms();    ///< for records
-
-/// product and sum that refuse to wrap
-bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product);
-bool add_overflows(uint64_t a, uint64_t b, uint64_t* sum);
-
-/// Bytes whose number comes from a file, a request or an option. 64-byte aligned, zeroed when
-/// fresh from the OS (`allocate`). Huge pages are quicker to read through; but the first touch of
-/// one takes milliseconds, in the middle of a frame. Movable, frees itself.
-class Buffer {
-public:
-    static Result<Buffer> allocate(uint64_t bytes, const char* what, bool huge_pages = false,
-                                   const Allocator& allocator = {});
-    Buffer() = default;
-    Buffer(Buffer&& other) noexcept;
-    Buffer& operator=(Buffer&& other) noexcept;
-    ~Buffer();
-    std::byte* data() const { return data_; }
-    size_t size() const { return size_; }
-    template <class T>
-    T* as() const {
-        return reinterpret_cast<T*>(data_);
-    }
-
-private:
-    std::byte* data_ = nullptr;
-    size_t size_ = 0;
-    Allocator allocator_;
-};
-
-/// A whole file, mapped read-only. The bytes stay put when the object moves.
-class MappedFile {
-public:
-    static Result<MappedFile> open(const std::string& path);  ///< path in UTF-8 on every system
-    MappedFile() = default;
-    MappedFile(MappedFile&& other) noexcept;
-    MappedFile& operator=(MappedFile&& other) noexcept;
-    ~MappedFile();
-    std::span<const std::byte> bytes() const { return {data_, size_}; }
-    /// The pages of this range will not be read again soon: the system may take them back.
-    void release(size_t offset, size_t length) const;
-
-private:
-    const std::byte* data_ = nullptr;
-    size_t size_ = 0;
-};
-
-Result<std::string> read_file(const std::string& path, uint64_t limit);
-
-/// A file in the making: a temporary beside `path` that takes its name in commit(). So the file is
-/// whole or as it was before; without commit() nothing is left.
-class NewFile {
-public:
-    static Result<NewFile> create(const std::string& path);
-    NewFile(NewFile&& other) noexcept;
-    NewFile& operator=(NewFile&& other) = delete;
-    ~NewFile();
-    Result<void> append(std::span<const std::byte> bytes);
-    Result<void> commit();  ///< once; bytes and name are on the disk afterwards
-
-private:
-    NewFile() = default;
-    std::string path_, temporary_;
-    intptr_t handle_ = -1;
-};
-Result<void> write_file(const std::string& path, std::span<const std::byte> bytes);
-
-/// An open file of a Folder. Threads: read_at from any, the rest from one at a time.
-class FolderFile {
-public:
-    virtual ~FolderFile() = default;
-    virtual Result<uint64_t> size() = 0;
-    virtual Result<void> read_at(uint64_t offset, void* bytes, size_t size) = 0;  ///< all of them
-    virtual Result<void> write_at(uint64_t offset, std::string_view bytes) = 0;   ///< all of them
-    virtual Result<void> truncate(uint64_t size) = 0;
-    virtual Result<void> sync() = 0;  ///< bytes and size are on the disk, not the name
-};
-
-/// The files of one directory: the seam under which tests put a disk that forgets.
-/// Threads: one at a time.
-class Folder {
-public:
-    /// Makes it where it is absent, for this user only, and locks it against other processes and
-    /// Folders as long as it lives. Errors: io names who holds it.
-    static Result<std::unique_ptr<Folder>> open(const std::string& path);
-    virtual ~Folder() = default;
-    virtual Result<std::vector<std::string>> list() = 0;  ///< names, in no order
-    /// For reading and writing; `create` makes it, or empties it. Errors: not_found.
-    virtual Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) = 0;
-    virtual Result<void> rename(const std::string& from, const std::string& to) = 0;
-    virtual Result<void> remove(const std::string& name) = 0;
-    virtual Result<void> sync() = 0;  ///< names made, changed and removed so far are on the disk
-};
-
-/// A thread started by the OS call (std::thread throws where threads are refused).
-class Thread {
-public:
-    static Result<Thread> start(void (*function)(void*), void* context, const char* name);
-    Thread() = default;
-    Thread(Thread&& other) noexcept;
-    Thread& operator=(Thread&& other) noexcept;
-    ~Thread();  ///< joins
-    void join();
-    bool joinable() const { return handle_ != 0; }
-
-private:
-    uintptr_t handle_ = 0;
-};
-
-int physical_cores();  ///< at least 1; respects the process's CPU mask
-void pause();          ///< one spin-wait hint to the CPU
-
-/// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there
-/// is one. `wake` wakes every sleeper on the word.
-void wait_on(const std::atomic<uint32_t>* word, uint32_t expected, uint64_t timeout_ns);
-void wake(const std::atomic<uint32_t>* word);
-
-#if defined(_WIN32)
-/// What the system's wide calls take.
-std::wstring utf16_from(std::string_view text);
-#endif
-
-/// A value of the environment, empty when unset.
-std::string environment(const char* name);
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
 // ---- src/tokenizer.hpp -------------------------------------------------------------------------
 
 // >>tokenizer
@@ -1270,7 +1046,9 @@ enum class TokenKind : uint8_t {
 
 namespace detail {
 struct Vocabulary;
-}
+struct ByteRange;
+struct MarkedText;
+}  // namespace detail
 
 /// Text to tokens and back, for the vocabulary of one model.
 ///
@@ -1314,14 +1092,15 @@ public:
     bool is_end(Token token) const;
 
     /// A rendered prompt. `add_bos` puts bos in front unless the text itself begins with it.
-    Result<std::vector<Token>> encode(const MarkedText& text, bool add_bos = false) const;
+    Result<std::vector<Token>> encode(const detail::MarkedText& text, bool add_bos = false) const;
     /// Plain text, all of it as if a request had brought it.
     Result<std::vector<Token>> encode(std::string_view text, bool add_bos = false) const;
 
 private:
     friend class Detokenizer;
     explicit Tokenizer(std::shared_ptr<const detail::Vocabulary> vocabulary);
-    Result<std::vector<Token>> encode(std::string_view text, std::span<const ByteRange> request,
+    Result<std::vector<Token>> encode(std::string_view text,
+                                      std::span<const detail::ByteRange> request,
                                       bool add_bos) const;
     std::shared_ptr<const detail::Vocabulary> vocabulary_;
 };
@@ -1345,79 +1124,6 @@ private:
     std::string held_;
     bool at_start_;
 };
-
-}  // namespace v1
-}  // namespace valar
-
-// ---- src/template/template.hpp -----------------------------------------------------------------
-
-// >>template
-// Owns: the chat-template interpreter (Jinja as Hugging Face runs it: sandboxed and immutable,
-//       trim_blocks, lstrip_blocks, break and continue) and the way from a request to a prompt.
-// Assumes: nothing about the template (it comes from a model file), nothing about the request.
-// Promises: every byte of the prompt that a request brought is marked as such, whatever the
-// template
-//           did to it; bounded steps, memory, depth and output; the same text for the same input.
-
-namespace valar {
-inline namespace v1 {
-
-namespace detail {
-struct TemplateProgram;
-}
-
-/// What a template sees: one variable for each member of the two objects; of a name that stands in
-/// both, the one of `own`. The strings, keys included, numbers and punctuation of `request` are
-/// text of the request wherever they or pieces of them are printed; `own` is as trusted as the
-/// template. One exception: the `role` of a message that is one of the six roles of Role is the
-/// template's, for there are templates that build a control token around it ('<|' + role + '|>').
-struct TemplateInput {
-    Json request = Json::object();  ///< messages, tools
-    Json own = Json::object();      ///< bos_token, eos_token, add_generation_prompt ...
-    int64_t now_s = 0;              ///< what strftime_now shows: unix time + the zone's offset
-};
-
-/// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
-/// when it is parsed, a filter, test or method when it is used.
-/// Threads: immutable after `parse`; every member from any thread. Copies share the program.
-class VALAR_API ChatTemplate {
-public:
-    static constexpr size_t max_source_bytes = size_t{1} << 20;
-    static constexpr uint32_t max_nesting = 100;      ///< of blocks and brackets in the source
-    static constexpr uint32_t max_calls = 100;        ///< macros that call macros
-    static constexpr uint32_t max_levels = 600;       ///< of evaluation: 256 KiB of stack suffice
-    static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
-    static constexpr uint32_t max_range = 100'000;    ///< of range(), as in Jinja's sandbox
-    static constexpr size_t max_output_bytes = size_t{16} << 20;  ///< of any one string
-    /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
-    /// bound time and memory at once.
-    static constexpr uint64_t max_steps = 1'000'000;
-    static constexpr uint64_t bytes_per_step = 128;
-
-    /// Errors: bad_data, with the line.
-    static Result<ChatTemplate> parse(std::string source);
-    /// The template of a model: its own, or without one ChatML, provided that the vocabulary has
-    /// ChatML's two control tokens. Errors: as `parse`; unsupported.
-    static Result<ChatTemplate> open(std::string source, bool has_chatml_tokens);
-
-    /// Errors: invalid_request, with the line; what the template itself raises: its words alone.
-    Result<MarkedText> render(const TemplateInput& input) const;
-
-    const std::string& source() const;
-    /// Whether a string literal of the template holds `word`: how one sees what it knows of.
-    bool mentions(std::string_view word) const;
-
-private:
-    explicit ChatTemplate(std::shared_ptr<const detail::TemplateProgram> program);
-    std::shared_ptr<const detail::TemplateProgram> program_;
-};
-
-/// The variables for `request`: messages (instructions first, as a system message; parts of text
-/// joined; reasoning left out), add_generation_prompt, bos_token, eos_token, and tools and
-/// documents as null. The role `developer` becomes `system` unless the template mentions it.
-/// Errors: unsupported, with the item's path, for calls of tools and their outputs.
-Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
-                                 std::string_view bos, std::string_view eos, int64_t now_s);
 
 }  // namespace v1
 }  // namespace valar
@@ -2094,7 +1800,9 @@ private:
 // leak that region's instructions into shared functions.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
+#include <cerrno>
 #include <cmath>
 #include <condition_variable>
 #include <cstdarg>
@@ -2190,6 +1898,179 @@ private:
 #elif defined(_MSC_VER)
 #pragma fp_contract(off)
 #endif
+
+// ---- src/base/internal.hpp ---------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+Error make_error(ErrorKind kind, std::string message, std::string code = {},
+                 std::string param = {});
+/// printf into a std::string, for messages; never for numbers that are parsed again.
+#if defined(__GNUC__) && !defined(_WIN32)  // mingw's check knows no %zu; its printf does
+__attribute__((format(printf, 1, 2)))
+#endif
+std::string
+format(const char* pattern, ...);
+
+/// The indices 0 .. count - 1 in ascending order of what they stand for; equals keep their order.
+using IndexLess = bool (*)(const void* context, uint32_t a, uint32_t b);
+std::vector<uint32_t> sorted_order(size_t count, IndexLess less, const void* context);
+
+/// std::stable_sort of items first .. last - 1, for where speed does not matter: all types share the
+/// sort of their indices, and each saves a fifth of a second of compiling.
+template <class T, class Less>
+void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_t last = SIZE_MAX) {
+    last = last < items.size() ? last : items.size();
+    if (last - first < 2) return;
+    const auto by_index = [&](uint32_t a, uint32_t b) {
+        return less(items[first + a], items[first + b]);
+    };
+    const auto call = [](const void* context, uint32_t a, uint32_t b) {
+        return (*static_cast<const decltype(by_index)*>(context))(a, b);
+    };
+    std::vector<T> sorted;
+    sorted.reserve(last - first);
+    for (const uint32_t i : sorted_order(last - first, call, &by_index))
+        sorted.push_back(std::move(items[first + i]));
+    for (size_t i = first; i < last; ++i) items[i] = std::move(sorted[i - first]);
+}
+
+/// "what: reason", where the reason is errno's or, on Windows, GetLastError's, read first thing.
+/// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
+Error os_error(std::string what);
+
+uint64_t monotonic_ns();   ///< for durations
+uint64_t thread_cpu_ns();  ///< CPU time of the calling thread
+int64_t unix_time_ms();    ///< for records
+
+/// product and sum that refuse to wrap
+bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product);
+bool add_overflows(uint64_t a, uint64_t b, uint64_t* sum);
+
+/// Bytes whose number comes from a file, a request or an option. 64-byte aligned, zeroed when
+/// fresh from the OS (`allocate`). Huge pages are quicker to read through; but the first touch of
+/// one takes milliseconds, in the middle of a frame. Movable, frees itself.
+class Buffer {
+public:
+    static Result<Buffer> allocate(uint64_t bytes, const char* what, bool huge_pages = false,
+                                   const Allocator& allocator = {});
+    Buffer() = default;
+    Buffer(Buffer&& other) noexcept;
+    Buffer& operator=(Buffer&& other) noexcept;
+    ~Buffer();
+    std::byte* data() const { return data_; }
+    size_t size() const { return size_; }
+    template <class T>
+    T* as() const {
+        return reinterpret_cast<T*>(data_);
+    }
+
+private:
+    std::byte* data_ = nullptr;
+    size_t size_ = 0;
+    Allocator allocator_;
+};
+
+/// A whole file, mapped read-only. The bytes stay put when the object moves.
+class MappedFile {
+public:
+    static Result<MappedFile> open(const std::string& path);  ///< path in UTF-8 on every system
+    MappedFile() = default;
+    MappedFile(MappedFile&& other) noexcept;
+    MappedFile& operator=(MappedFile&& other) noexcept;
+    ~MappedFile();
+    std::span<const std::byte> bytes() const { return {data_, size_}; }
+    /// The pages of this range will not be read again soon: the system may take them back.
+    void release(size_t offset, size_t length) const;
+
+private:
+    const std::byte* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+Result<std::string> read_file(const std::string& path, uint64_t limit);
+
+/// A file in the making: a temporary beside `path` that takes its name in commit(). So the file is
+/// whole or as it was before; without commit() nothing is left.
+class NewFile {
+public:
+    static Result<NewFile> create(const std::string& path);
+    NewFile(NewFile&& other) noexcept;
+    NewFile& operator=(NewFile&& other) = delete;
+    ~NewFile();
+    Result<void> append(std::span<const std::byte> bytes);
+    Result<void> commit();  ///< once; bytes and name are on the disk afterwards
+
+private:
+    NewFile() = default;
+    std::string path_, temporary_;
+    intptr_t handle_ = -1;
+};
+Result<void> write_file(const std::string& path, std::span<const std::byte> bytes);
+
+/// An open file of a Folder. Threads: read_at from any, the rest from one at a time.
+class FolderFile {
+public:
+    virtual ~FolderFile() = default;
+    virtual Result<uint64_t> size() = 0;
+    virtual Result<void> read_at(uint64_t offset, void* bytes, size_t size) = 0;  ///< all of them
+    virtual Result<void> write_at(uint64_t offset, std::string_view bytes) = 0;   ///< all of them
+    virtual Result<void> truncate(uint64_t size) = 0;
+    virtual Result<void> sync() = 0;  ///< bytes and size are on the disk, not the name
+};
+
+/// The files of one directory: the seam under which tests put a disk that forgets.
+/// Threads: one at a time.
+class Folder {
+public:
+    /// Makes it where it is absent, for this user only, and locks it against other processes and
+    /// Folders as long as it lives. Errors: io names who holds it.
+    static Result<std::unique_ptr<Folder>> open(const std::string& path);
+    virtual ~Folder() = default;
+    virtual Result<std::vector<std::string>> list() = 0;  ///< names, in no order
+    /// For reading and writing; `create` makes it, or empties it. Errors: not_found.
+    virtual Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) = 0;
+    virtual Result<void> rename(const std::string& from, const std::string& to) = 0;
+    virtual Result<void> remove(const std::string& name) = 0;
+    virtual Result<void> sync() = 0;  ///< names made, changed and removed so far are on the disk
+};
+
+/// A thread started by the OS call (std::thread throws where threads are refused).
+class Thread {
+public:
+    static Result<Thread> start(void (*function)(void*), void* context, const char* name);
+    Thread() = default;
+    Thread(Thread&& other) noexcept;
+    Thread& operator=(Thread&& other) noexcept;
+    ~Thread();  ///< joins
+    void join();
+    bool joinable() const { return handle_ != 0; }
+
+private:
+    uintptr_t handle_ = 0;
+};
+
+int physical_cores();  ///< at least 1; respects the process's CPU mask
+void pause();          ///< one spin-wait hint to the CPU
+
+/// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there
+/// is one. `wake` wakes every sleeper on the word.
+void wait_on(const std::atomic<uint32_t>* word, uint32_t expected, uint64_t timeout_ns);
+void wake(const std::atomic<uint32_t>* word);
+
+#if defined(_WIN32)
+/// What the system's wide calls take.
+std::wstring utf16_from(std::string_view text);
+#endif
+
+/// A value of the environment, empty when unset.
+std::string environment(const char* name);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
 
 // ---- src/base/base.cpp -------------------------------------------------------------------------
 
@@ -5902,6 +5783,37 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+/// A response as GET /v1/responses/{id} shows it: the request's echo and what became of it.
+struct ResponseRecord {
+    std::string id;  ///< "resp_" + 24 of [0-9a-z]
+    std::string organisation;
+    std::string message_id;    ///< "msg_" + 24 of [0-9a-z]
+    int64_t created_at = 0;    ///< unix seconds
+    int64_t completed_at = 0;  ///< 0 until terminal
+    Status status = Status::pending;
+    std::string model;       ///< as the request spelled it
+    Json request = {};       ///< the body as received, for the echoed fields
+    double temperature = 1;  ///< effective
+    double top_p = 1;
+    int64_t seed = 0;
+    std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
+};
+
+/// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
+/// order, other fields in document order, rules across fields. Errors: invalid_request with code and
+/// param; the message says what is wrong, what was received and what is allowed.
+Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
+/// The response object, all its keys in their order.
+Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
+/// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
+/// in their long form, those without an id with one made of `response_id` and their place.
+std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
+/// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
+/// itself: it may name a file.
+Json render_error(const Error& error);
+/// The HTTP status of an error's kind (the table of kinds in api.cpp).
+int http_status(ErrorKind kind);
+
 struct DialectWords {
     const char* status[5];
     const char* cut;       // the status of an answer that was cut
@@ -6659,10 +6571,8 @@ const char* status_name(Status status, bool cut, const DialectWords& words) {
 const DialectWords& words_of(Dialect dialect) {
     return dialect_words[static_cast<size_t>(dialect)];
 }
-}  // namespace detail
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
-    using namespace detail;
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
     for (const RequestField& field : request_fields)
         if (field.required && body[field.name].is_null())
@@ -6686,7 +6596,6 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect) {
 }
 
 Json render_response(const ResponseRecord& record, Dialect dialect) {
-    using namespace detail;
     const DialectWords& words = words_of(dialect);
     const Json& asked = record.request;
     const Outcome nothing;
@@ -6742,7 +6651,6 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
 }
 
 std::vector<Json> render_input_items(const Json& request, const std::string& response_id) {
-    using namespace detail;
     const Json& input = request["input"];
     std::vector<Json> items;
     if (input.is_string()) {
@@ -6755,7 +6663,7 @@ std::vector<Json> render_input_items(const Json& request, const std::string& res
 }
 
 Json render_error(const Error& error) {
-    const detail::ApiKind& kind = detail::api_kind(error.kind);
+    const ApiKind& kind = api_kind(error.kind);
     const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
     return Json::object().set(
         "error",
@@ -6766,8 +6674,9 @@ Json render_error(const Error& error) {
             .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
 }
 
-int http_status(ErrorKind kind) { return detail::api_kind(kind).status; }
+int http_status(ErrorKind kind) { return api_kind(kind).status; }
 
+}  // namespace detail
 }  // namespace v1
 }  // namespace valar
 
@@ -11782,6 +11691,32 @@ void Team::run(void (*job)(void* context, uint32_t part, uint32_t parts), void* 
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
+// ---- src/tokenizer_internal.hpp ----------------------------------------------------------------
+
+// What a rendered prompt is: text with provenance.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// A half-open range of bytes.
+struct ByteRange {
+    size_t begin = 0;
+    size_t end = 0;
+};
+
+/// A rendered prompt with provenance: `from_request` (ascending, disjoint, not touching) lists the
+/// bytes that came from a request; all others came from the chat template. Control tokens are
+/// recognised only in bytes of the template: no user text can forge one.
+struct MarkedText {
+    std::string text;
+    std::vector<ByteRange> from_request;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/tokenizer.cpp -------------------------------------------------------------------------
 
 // >>tokenizer
@@ -12781,17 +12716,17 @@ std::optional<Token> Tokenizer::find(std::string_view piece) const {
     return detail::token_or_nothing(vocabulary_->pieces.find(piece));
 }
 
-Result<std::vector<Token>> Tokenizer::encode(const MarkedText& text, bool add_bos) const {
+Result<std::vector<Token>> Tokenizer::encode(const detail::MarkedText& text, bool add_bos) const {
     return encode(text.text, text.from_request, add_bos);
 }
 
 Result<std::vector<Token>> Tokenizer::encode(std::string_view text, bool add_bos) const {
-    const ByteRange everything{0, text.size()};
+    const detail::ByteRange everything{0, text.size()};
     return encode(text, {&everything, 1}, add_bos);
 }
 
 Result<std::vector<Token>> Tokenizer::encode(std::string_view text,
-                                             std::span<const ByteRange> request,
+                                             std::span<const detail::ByteRange> request,
                                              bool add_bos) const {
     if (text.size() > max_text_bytes)
         return detail::make_error(ErrorKind::too_large,
@@ -12839,6 +12774,78 @@ void Detokenizer::take_ready(size_t count) {
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/internal.hpp -----------------------------------------------------------------
+
+// >>template
+// Owns: the chat-template interpreter (Jinja as Hugging Face runs it: sandboxed and immutable,
+//       trim_blocks, lstrip_blocks, break and continue) and the way from a request to a prompt.
+// Assumes: nothing about the template (it comes from a model file), nothing about the request.
+// Promises: every byte of the prompt that a request brought is marked as such, whatever the
+//           template did to it; bounded steps, memory, depth and output; the same text for the same input.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+struct TemplateProgram;
+
+/// What a template sees: one variable for each member of the two objects; of a name that stands in
+/// both, the one of `own`. The strings, keys included, numbers and punctuation of `request` are
+/// text of the request wherever they or pieces of them are printed; `own` is as trusted as the
+/// template. One exception: the `role` of a message that is one of the six roles of Role is the
+/// template's, for there are templates that build a control token around it ('<|' + role + '|>').
+struct TemplateInput {
+    Json request = Json::object();  ///< messages, tools
+    Json own = Json::object();      ///< bos_token, eos_token, add_generation_prompt ...
+    int64_t now_s = 0;              ///< what strftime_now shows: unix time + the zone's offset
+};
+
+/// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
+/// when it is parsed, a filter, test or method when it is used.
+/// Threads: immutable after `parse`; every member from any thread. Copies share the program.
+class ChatTemplate {
+public:
+    static constexpr size_t max_source_bytes = size_t{1} << 20;
+    static constexpr uint32_t max_nesting = 100;      ///< of blocks and brackets in the source
+    static constexpr uint32_t max_calls = 100;        ///< macros that call macros
+    static constexpr uint32_t max_levels = 600;       ///< of evaluation: 256 KiB of stack suffice
+    static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
+    static constexpr uint32_t max_range = 100'000;    ///< of range(), as in Jinja's sandbox
+    static constexpr size_t max_output_bytes = size_t{16} << 20;  ///< of any one string
+    /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
+    /// bound time and memory at once.
+    static constexpr uint64_t max_steps = 1'000'000;
+    static constexpr uint64_t bytes_per_step = 128;
+
+    /// Errors: bad_data, with the line.
+    static Result<ChatTemplate> parse(std::string source);
+    /// The template of a model: its own, or without one ChatML, provided that the vocabulary has
+    /// ChatML's two control tokens. Errors: as `parse`; unsupported.
+    static Result<ChatTemplate> open(std::string source, bool has_chatml_tokens);
+
+    /// Errors: invalid_request, with the line; what the template itself raises: its words alone.
+    Result<MarkedText> render(const TemplateInput& input) const;
+
+    const std::string& source() const;
+    /// Whether a string literal of the template holds `word`: how one sees what it knows of.
+    bool mentions(std::string_view word) const;
+
+private:
+    explicit ChatTemplate(std::shared_ptr<const TemplateProgram> program);
+    std::shared_ptr<const TemplateProgram> program_;
+};
+
+/// The variables for `request`: messages (instructions first, as a system message; parts of text
+/// joined; reasoning left out), add_generation_prompt, bos_token, eos_token, and tools and
+/// documents as null. The role `developer` becomes `system` unless the template mentions it.
+/// Errors: unsupported, with the item's path, for calls of tools and their outputs.
+Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
+                                 std::string_view bos, std::string_view eos, int64_t now_s);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
 
 // ---- src/template/values.hpp -------------------------------------------------------------------
 
@@ -16133,20 +16140,13 @@ std::string normalized_lines(std::string_view source) {
 }
 
 }  // namespace jinja
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
 
-namespace valar {
-inline namespace v1 {
+// ---- from a request to a prompt ---------------------------------------------------------------
 
-// ---- the public face ------------------------------------------------------------------------
-
-ChatTemplate::ChatTemplate(std::shared_ptr<const detail::TemplateProgram> program)
+ChatTemplate::ChatTemplate(std::shared_ptr<const TemplateProgram> program)
     : program_(std::move(program)) {}
 
 Result<ChatTemplate> ChatTemplate::parse(std::string source) {
-    using namespace detail;
     if (source.size() > max_source_bytes)
         return make_error(ErrorKind::bad_data, "chat template: over 1 MiB");
     if (!utf8_valid(source)) return make_error(ErrorKind::bad_data, "chat template: not UTF-8");
@@ -16164,24 +16164,23 @@ Result<ChatTemplate> ChatTemplate::parse(std::string source) {
 Result<ChatTemplate> ChatTemplate::open(std::string source, bool has_chatml_tokens) {
     if (!source.empty()) return parse(std::move(source));
     if (!has_chatml_tokens)
-        return detail::make_error(ErrorKind::unsupported,
-                                  "the model has no chat template (tokenizer.chat_template) and no "
-                                  "tokens <|im_start|> and <|im_end|> for the default one");
+        return make_error(ErrorKind::unsupported,
+                          "the model has no chat template (tokenizer.chat_template) and no "
+                          "tokens <|im_start|> and <|im_end|> for the default one");
     return parse(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}");
 }
 
 Result<MarkedText> ChatTemplate::render(const TemplateInput& input) const {
-    return detail::jinja::Renderer(*program_, input.now_s).run(input);
+    return jinja::Renderer(*program_, input.now_s).run(input);
 }
 
 const std::string& ChatTemplate::source() const { return program_->source; }
 
 bool ChatTemplate::mentions(std::string_view word) const {
     for (const auto& constant : program_->constants)
-        if (detail::jinja::is_string(constant) &&
-            detail::jinja::chars(constant).find(word) != std::string::npos)
+        if (jinja::is_string(constant) && jinja::chars(constant).find(word) != std::string::npos)
             return true;
     return false;
 }
@@ -16203,9 +16202,8 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
         const Item& item = request.input.items[i];
         if (item.kind == Item::Kind::message) add(item.role, item.text());
         else if (item.kind != Item::Kind::reasoning)
-            return detail::make_error(
-                ErrorKind::unsupported, "calls of tools are not in this version",
-                "unsupported_parameter", detail::format("input[%zu].type", i));
+            return make_error(ErrorKind::unsupported, "calls of tools are not in this version",
+                              "unsupported_parameter", format("input[%zu].type", i));
     }
     TemplateInput input;
     input.request.set("messages", std::move(messages))
@@ -16216,6 +16214,7 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
     return input;
 }
 
+}  // namespace detail
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE

@@ -744,10 +744,8 @@ const char* status_name(Status status, bool cut, const DialectWords& words) {
 const DialectWords& words_of(Dialect dialect) {
     return dialect_words[static_cast<size_t>(dialect)];
 }
-}  // namespace detail
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
-    using namespace detail;
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
     for (const RequestField& field : request_fields)
         if (field.required && body[field.name].is_null())
@@ -771,7 +769,6 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect) {
 }
 
 Json render_response(const ResponseRecord& record, Dialect dialect) {
-    using namespace detail;
     const DialectWords& words = words_of(dialect);
     const Json& asked = record.request;
     const Outcome nothing;
@@ -827,7 +824,6 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
 }
 
 std::vector<Json> render_input_items(const Json& request, const std::string& response_id) {
-    using namespace detail;
     const Json& input = request["input"];
     std::vector<Json> items;
     if (input.is_string()) {
@@ -840,7 +836,7 @@ std::vector<Json> render_input_items(const Json& request, const std::string& res
 }
 
 Json render_error(const Error& error) {
-    const detail::ApiKind& kind = detail::api_kind(error.kind);
+    const ApiKind& kind = api_kind(error.kind);
     const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
     return Json::object().set(
         "error",
@@ -851,7 +847,8 @@ Json render_error(const Error& error) {
             .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
 }
 
-int http_status(ErrorKind kind) { return detail::api_kind(kind).status; }
+int http_status(ErrorKind kind) { return api_kind(kind).status; }
 
+}  // namespace detail
 }  // namespace v1
 }  // namespace valar

@@ -217,39 +217,9 @@ public:
     virtual void on_ready(void (*ready)(void* context, const std::string& id), void* context) = 0;
 };
 
-/// Which of the two dialects of the contract (section 13 lists the differences).
+/// In which of two dialects a server speaks: its own, or the one that OpenAI's clients expect. They
+/// differ in names of states and in what they take; README.md lists the differences.
 enum class Dialect : uint8_t { valar, openai };
-
-/// A response as GET /v1/responses/{id} shows it: the request's echo and what became of it.
-struct ResponseRecord {
-    std::string id;  ///< "resp_" + 24 of [0-9a-z]
-    std::string organisation;
-    std::string message_id;    ///< "msg_" + 24 of [0-9a-z]
-    int64_t created_at = 0;    ///< unix seconds
-    int64_t completed_at = 0;  ///< 0 until terminal
-    Status status = Status::pending;
-    std::string model;       ///< as the request spelled it
-    Json request = {};       ///< the body as received, for the echoed fields
-    double temperature = 1;  ///< effective
-    double top_p = 1;
-    int64_t seed = 0;
-    std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
-};
-
-/// A body of POST /v1/responses, checked in the contract's order: missing required fields in table
-/// order, other fields in document order, rules across fields. Errors: invalid_request with code and
-/// param; the message says what is wrong, what was received and what is allowed.
-Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
-/// The response object, all keys of contract 3.1 in their order.
-Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
-/// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
-/// in their long form, those without an id with one made of `response_id` and their place.
-std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
-/// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
-/// itself: it may name a file.
-Json render_error(const Error& error);
-/// The HTTP status of an error's kind (contract, section 2).
-int http_status(ErrorKind kind);
 
 }  // namespace v1
 }  // namespace valar

@@ -29,7 +29,7 @@ SECTIONS = {
                 "kernels/avx2.cpp", "kernels/avx512.cpp", "kernels/arm.cpp", "kernels/wasm.cpp",
                 "kernels/choice.cpp", "kernels/team.cpp"],
     "tokenizer": ["tokenizer.hpp", "tokenizer.cpp"],
-    "template": ["template/template.hpp", "template/values.cpp", "template/parser.cpp",
+    "template": ["template/values.cpp", "template/parser.cpp",
                  "template/renderer.cpp", "template/builtins.cpp", "template/template.cpp"],
     "model": ["model.hpp", "model.cpp"],
     "backend": ["backend/backend.hpp", "backend/cpu_layout.cpp", "backend/cpu.cpp",
@@ -88,7 +88,10 @@ def assemble():
     binder = Binder()
     config, headers = body_of("config.hpp").strip() + "\n", set()
     binder.bound.add("config.hpp")
-    declarations = "".join(binder.bind(part, headers) for part in parts_of(".hpp"))
+    public = parts_of(".hpp")
+    declarations = "".join(binder.bind(part, headers) for part in public)
+    if hidden := binder.bound - {"config.hpp", "prologue.hpp", *SYSTEM, *public}:
+        sys.exit(f"public headers include internal ones: {', '.join(sorted(hidden))}")
     out = read("opening.txt") + "#ifndef VALAR_HPP\n#define VALAR_HPP\n\n"
     out += config + "\n" + binder.include(headers) + "\n" + declarations
     out += '#pragma pop_macro("max")\n#pragma pop_macro("min")\n#endif  // VALAR_HPP\n\n'

@@ -7,7 +7,8 @@
 // U+2581 of SentencePiece gets past `open`.
 #include "prologue.hpp"
 
-#include "tokenizer.hpp"
+#include "base/internal.hpp"
+#include "tokenizer_internal.hpp"
 #include "unicode_internal.hpp"
 
 #include <algorithm>
@@ -1016,17 +1017,17 @@ std::optional<Token> Tokenizer::find(std::string_view piece) const {
     return detail::token_or_nothing(vocabulary_->pieces.find(piece));
 }
 
-Result<std::vector<Token>> Tokenizer::encode(const MarkedText& text, bool add_bos) const {
+Result<std::vector<Token>> Tokenizer::encode(const detail::MarkedText& text, bool add_bos) const {
     return encode(text.text, text.from_request, add_bos);
 }
 
 Result<std::vector<Token>> Tokenizer::encode(std::string_view text, bool add_bos) const {
-    const ByteRange everything{0, text.size()};
+    const detail::ByteRange everything{0, text.size()};
     return encode(text, {&everything, 1}, add_bos);
 }
 
 Result<std::vector<Token>> Tokenizer::encode(std::string_view text,
-                                             std::span<const ByteRange> request,
+                                             std::span<const detail::ByteRange> request,
                                              bool add_bos) const {
     if (text.size() > max_text_bytes)
         return detail::make_error(ErrorKind::too_large,

@@ -5,7 +5,6 @@
 // Hugging Face tokenizers (byte-level) and of sentencepiece on the same vocabulary.
 #pragma once
 
-#include "base/internal.hpp"
 #include "gguf.hpp"
 
 #include <cstddef>
@@ -35,7 +34,9 @@ enum class TokenKind : uint8_t {
 
 namespace detail {
 struct Vocabulary;
-}
+struct ByteRange;
+struct MarkedText;
+}  // namespace detail
 
 /// Text to tokens and back, for the vocabulary of one model.
 ///
@@ -79,14 +80,15 @@ public:
     bool is_end(Token token) const;
 
     /// A rendered prompt. `add_bos` puts bos in front unless the text itself begins with it.
-    Result<std::vector<Token>> encode(const MarkedText& text, bool add_bos = false) const;
+    Result<std::vector<Token>> encode(const detail::MarkedText& text, bool add_bos = false) const;
     /// Plain text, all of it as if a request had brought it.
     Result<std::vector<Token>> encode(std::string_view text, bool add_bos = false) const;
 
 private:
     friend class Detokenizer;
     explicit Tokenizer(std::shared_ptr<const detail::Vocabulary> vocabulary);
-    Result<std::vector<Token>> encode(std::string_view text, std::span<const ByteRange> request,
+    Result<std::vector<Token>> encode(std::string_view text,
+                                      std::span<const detail::ByteRange> request,
                                       bool add_bos) const;
     std::shared_ptr<const detail::Vocabulary> vocabulary_;
 };

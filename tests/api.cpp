@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 using namespace valar;
+using namespace valar::detail;
 
 namespace {
 

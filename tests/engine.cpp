@@ -5,7 +5,7 @@
 #include "engine/engine.hpp"
 #include "json_internal.hpp"
 #include "sampler_internal.hpp"
-#include "template/template.hpp"
+#include "template/internal.hpp"
 #include "tiny_model.hpp"
 #include "unicode_internal.hpp"
 

@@ -8,7 +8,7 @@
 #include "json_internal.hpp"
 #include "run_model.hpp"
 #include "sampler_internal.hpp"
-#include "template/template.hpp"
+#include "template/internal.hpp"
 
 #include <cmath>
 #include <cstdlib>

@@ -6,10 +6,11 @@
 
 #include "engine/engine.hpp"
 #include "gguf.hpp"
-#include "template/template.hpp"
+#include "template/internal.hpp"
 #include "unicode_internal.hpp"
 
 using namespace valar;
+using namespace valar::detail;
 
 namespace {
 

@@ -2,10 +2,12 @@
 // {"error":...}. CASES is an array of {"template", "request", "own"}. Used by template_check.py.
 #include <cstdio>
 
-#include "template/template.hpp"
+#include "base/internal.hpp"
+#include "template/internal.hpp"
 
 int main(int argc, char** argv) {
     using namespace valar;
+    using namespace valar::detail;
     if (argc != 2) return std::fputs("usage: template_dump CASES\n", stderr), 2;
     const auto text = detail::read_file(argv[1], uint64_t{1} << 30);
     const auto cases = text ? Json::parse(*text) : Result<Json>(text.error());

@@ -8,10 +8,11 @@
 #include <vector>
 
 #include "json_internal.hpp"
-#include "tokenizer.hpp"
+#include "tokenizer_internal.hpp"
 #include "unicode_internal.hpp"
 
 using namespace valar;
+using namespace valar::detail;
 using detail::format;
 
 namespace {

@@ -4,7 +4,8 @@
 #include <cstdio>
 #include <cstring>
 
-#include "tokenizer.hpp"
+#include "base/internal.hpp"
+#include "tokenizer_internal.hpp"
 
 int main(int argc, char** argv) {
     if (argc < 3) return std::fputs("usage: tokenizer_dump MODEL TEXTS [--template]\n", stderr), 2;
@@ -24,7 +25,7 @@ int main(int argc, char** argv) {
         std::memcpy(&size, texts->data() + at, 8);
         const std::string text = texts->substr(at + 8, size_t(size));
         at += 8 + size_t(size);
-        auto ids = is_template ? tokenizer->encode(valar::MarkedText{text, {}})
+        auto ids = is_template ? tokenizer->encode(valar::detail::MarkedText{text, {}})
                                : tokenizer->encode(text);
         if (!ids) return fail(ids.error());
         for (valar::Token id : *ids) std::printf("%d ", int(id));

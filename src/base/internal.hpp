@@ -15,25 +15,6 @@
 
 namespace valar {
 inline namespace v1 {
-
-struct ByteRange {
-    size_t begin = 0;
-    size_t end = 0;
-};
-
-/// A rendered prompt with provenance: `from_request` (ascending, disjoint, not touching) lists the
-/// bytes that came from a request; all others came from the chat template. Control tokens are
-/// recognised only in bytes of the template (design: no user text can forge one).
-struct MarkedText {
-    std::string text;
-    std::vector<ByteRange> from_request;
-};
-
-}  // namespace v1
-}  // namespace valar
-
-namespace valar {
-inline namespace v1 {
 namespace detail {
 
 Error make_error(ErrorKind kind, std::string message, std::string code = {},

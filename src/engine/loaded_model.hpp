@@ -4,7 +4,7 @@
 #include "engine/engine.hpp"
 #include "model_internal.hpp"
 #include "sampler_internal.hpp"
-#include "template/template.hpp"
+#include "template/internal.hpp"
 
 #include <memory>
 #include <mutex>

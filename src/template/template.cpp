@@ -32,20 +32,13 @@ std::string normalized_lines(std::string_view source) {
 }
 
 }  // namespace jinja
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
 
-namespace valar {
-inline namespace v1 {
+// ---- from a request to a prompt ---------------------------------------------------------------
 
-// ---- the public face ------------------------------------------------------------------------
-
-ChatTemplate::ChatTemplate(std::shared_ptr<const detail::TemplateProgram> program)
+ChatTemplate::ChatTemplate(std::shared_ptr<const TemplateProgram> program)
     : program_(std::move(program)) {}
 
 Result<ChatTemplate> ChatTemplate::parse(std::string source) {
-    using namespace detail;
     if (source.size() > max_source_bytes)
         return make_error(ErrorKind::bad_data, "chat template: over 1 MiB");
     if (!utf8_valid(source)) return make_error(ErrorKind::bad_data, "chat template: not UTF-8");
@@ -63,24 +56,23 @@ Result<ChatTemplate> ChatTemplate::parse(std::string source) {
 Result<ChatTemplate> ChatTemplate::open(std::string source, bool has_chatml_tokens) {
     if (!source.empty()) return parse(std::move(source));
     if (!has_chatml_tokens)
-        return detail::make_error(ErrorKind::unsupported,
-                                  "the model has no chat template (tokenizer.chat_template) and no "
-                                  "tokens <|im_start|> and <|im_end|> for the default one");
+        return make_error(ErrorKind::unsupported,
+                          "the model has no chat template (tokenizer.chat_template) and no "
+                          "tokens <|im_start|> and <|im_end|> for the default one");
     return parse(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}");
 }
 
 Result<MarkedText> ChatTemplate::render(const TemplateInput& input) const {
-    return detail::jinja::Renderer(*program_, input.now_s).run(input);
+    return jinja::Renderer(*program_, input.now_s).run(input);
 }
 
 const std::string& ChatTemplate::source() const { return program_->source; }
 
 bool ChatTemplate::mentions(std::string_view word) const {
     for (const auto& constant : program_->constants)
-        if (detail::jinja::is_string(constant) &&
-            detail::jinja::chars(constant).find(word) != std::string::npos)
+        if (jinja::is_string(constant) && jinja::chars(constant).find(word) != std::string::npos)
             return true;
     return false;
 }
@@ -102,9 +94,8 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
         const Item& item = request.input.items[i];
         if (item.kind == Item::Kind::message) add(item.role, item.text());
         else if (item.kind != Item::Kind::reasoning)
-            return detail::make_error(
-                ErrorKind::unsupported, "calls of tools are not in this version",
-                "unsupported_parameter", detail::format("input[%zu].type", i));
+            return make_error(ErrorKind::unsupported, "calls of tools are not in this version",
+                              "unsupported_parameter", format("input[%zu].type", i));
     }
     TemplateInput input;
     input.request.set("messages", std::move(messages))
@@ -115,6 +106,7 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
     return input;
 }
 
+}  // namespace detail
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE

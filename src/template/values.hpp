@@ -1,7 +1,7 @@
 #pragma once
 
 #include "json_internal.hpp"
-#include "template/template.hpp"
+#include "template/internal.hpp"
 #include "unicode_internal.hpp"
 
 #include <algorithm>

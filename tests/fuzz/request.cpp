@@ -7,21 +7,21 @@
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     auto body = valar::Json::parse({reinterpret_cast<const char*>(data), size});
     if (!body) return 0;
-    (void)valar::parse_response_request(*body, valar::Dialect::openai).ok();
-    auto request = valar::parse_response_request(*body);
+    (void)valar::detail::parse_response_request(*body, valar::Dialect::openai).ok();
+    auto request = valar::detail::parse_response_request(*body);
     if (!request) {
         if (request.error().code.empty() || request.error().message.empty()) std::abort();
-        (void)valar::render_error(request.error()).write();
+        (void)valar::detail::render_error(request.error()).write();
         return 0;
     }
     if (request->model.empty() || request->input.empty()) std::abort();
     // What input_items shows is a valid input again, and says the same.
     const valar::Dialect openai = valar::Dialect::openai;
-    valar::Json items = valar::render_input_items(*body, "resp_1");
+    valar::Json items = valar::detail::render_input_items(*body, "resp_1");
     body->set("input", items);
-    auto again = valar::parse_response_request(*body, openai);
+    auto again = valar::detail::parse_response_request(*body, openai);
     if (!again || again->input.items.size() != items.size()) std::abort();
-    valar::ResponseRecord record;
+    valar::detail::ResponseRecord record;
     record.request = std::move(*body);
     record.model = request->model;
     for (const valar::Status status : {valar::Status::pending, valar::Status::completed,
@@ -35,7 +35,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             outcome.error = valar::Error{valar::ErrorKind::internal, "x", "", ""};
         record.outcome = std::make_shared<valar::Outcome>(outcome);
         for (const valar::Dialect dialect : {valar::Dialect::valar, valar::Dialect::openai})
-            if (!valar::Json::parse(valar::render_response(record, dialect).write())) std::abort();
+            if (!valar::Json::parse(valar::detail::render_response(record, dialect).write()))
+                std::abort();
     }
     return 0;
 }

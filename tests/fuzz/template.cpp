@@ -1,7 +1,7 @@
 // Any bytes as a template, rendered with a fixed conversation: no crash, no hang, and marks that
 // are ascending, disjoint and inside of the text. The same again with each string of the request in
 // letters that no template of the corpus has: none of them may be without a mark.
-#include "template/template.hpp"
+#include "template/internal.hpp"
 #include "unicode_internal.hpp"
 
 #include <cstdint>
@@ -13,9 +13,9 @@ void require(bool condition) {
     if (!condition) std::abort();
 }
 
-const valar::TemplateInput& input() {
-    static const valar::TemplateInput made = [] {
-        valar::TemplateInput in;
+const valar::detail::TemplateInput& input() {
+    static const valar::detail::TemplateInput made = [] {
+        valar::detail::TemplateInput in;
         auto request = valar::Json::parse(
             R"({"messages": [{"role": "system", "content": "\u0411\u0423\u0414\u042c \u043a\u0440"},
                 {"role": "user", "content": "  \u043f\u0440\u0438,\u043c\u0438\u0440\n\u0434\u0430 "},
@@ -37,7 +37,7 @@ const valar::TemplateInput& input() {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const std::string source(reinterpret_cast<const char*>(data), size);
-    const auto parsed = valar::ChatTemplate::parse(source);
+    const auto parsed = valar::detail::ChatTemplate::parse(source);
     if (!parsed) return 0;
     const auto made = parsed->render(input());
     if (!made)
@@ -45,7 +45,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                0;
     size_t end = 0;
     bool first = true;
-    for (const valar::ByteRange& r : made->from_request) {
+    for (const valar::detail::ByteRange& r : made->from_request) {
         require(r.begin < r.end && r.end <= made->text.size() && (first || r.begin > end));
         end = r.end;
         first = false;

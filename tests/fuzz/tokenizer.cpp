@@ -1,7 +1,7 @@
 // Any vocabulary opens or is refused; any text becomes tokens, and the tokens become it again.
 // Input: a mode byte, flags, then tokens (kind, length, spelling), merges (two indices), and the
 // text with the places where request and template take turns.
-#include "tokenizer.hpp"
+#include "tokenizer_internal.hpp"
 #include "unicode_internal.hpp"
 
 #include <cstdint>
@@ -103,8 +103,8 @@ std::vector<std::byte> write_file(const Pieces& vocabulary, Bytes& in, bool sent
     return *bytes;
 }
 
-valar::MarkedText read_text(Bytes& in) {
-    valar::MarkedText text;
+valar::detail::MarkedText read_text(Bytes& in) {
+    valar::detail::MarkedText text;
     const uint8_t repeat = in.byte();
     for (bool request = in.byte() & 1; in.at < in.end; request = !request) {
         const std::string part = in.text(in.byte() % 64 + 1u);
@@ -119,6 +119,7 @@ valar::MarkedText read_text(Bytes& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     using namespace valar;
+    using namespace valar::detail;
     static constexpr std::string_view pres[] = {"gpt-2", "smollm", "llama-bpe", "qwen2", "other"};
     Bytes in{data, data + size};
     const uint8_t mode = in.byte();

@@ -3,12 +3,11 @@
 //       trim_blocks, lstrip_blocks, break and continue) and the way from a request to a prompt.
 // Assumes: nothing about the template (it comes from a model file), nothing about the request.
 // Promises: every byte of the prompt that a request brought is marked as such, whatever the
-// template
-//           did to it; bounded steps, memory, depth and output; the same text for the same input.
+//           template did to it; bounded steps, memory, depth and output; the same text for the same input.
 #pragma once
 
 #include "api.hpp"
-#include "base/internal.hpp"
+#include "tokenizer_internal.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -18,10 +17,9 @@
 
 namespace valar {
 inline namespace v1 {
-
 namespace detail {
+
 struct TemplateProgram;
-}
 
 /// What a template sees: one variable for each member of the two objects; of a name that stands in
 /// both, the one of `own`. The strings, keys included, numbers and punctuation of `request` are
@@ -37,7 +35,7 @@ struct TemplateInput {
 /// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
 /// when it is parsed, a filter, test or method when it is used.
 /// Threads: immutable after `parse`; every member from any thread. Copies share the program.
-class VALAR_API ChatTemplate {
+class ChatTemplate {
 public:
     static constexpr size_t max_source_bytes = size_t{1} << 20;
     static constexpr uint32_t max_nesting = 100;      ///< of blocks and brackets in the source
@@ -65,8 +63,8 @@ public:
     bool mentions(std::string_view word) const;
 
 private:
-    explicit ChatTemplate(std::shared_ptr<const detail::TemplateProgram> program);
-    std::shared_ptr<const detail::TemplateProgram> program_;
+    explicit ChatTemplate(std::shared_ptr<const TemplateProgram> program);
+    std::shared_ptr<const TemplateProgram> program_;
 };
 
 /// The variables for `request`: messages (instructions first, as a system message; parts of text
@@ -76,5 +74,6 @@ private:
 Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
                                  std::string_view bos, std::string_view eos, int64_t now_s);
 
+}  // namespace detail
 }  // namespace v1
 }  // namespace valar
