@@ -326,7 +326,7 @@ class JsonParser;
 /// an `as_` accessor of another kind gives its fallback, `[]` of a missing place gives null.
 /// Copies are deep; copy, compare, write and destroy recurse as deep as the value nests.
 /// Threads: const use from any number; otherwise one at a time.
-class Json {
+class VALAR_API Json {
 public:
     enum class Kind : uint8_t { null, boolean, int64, uint64, real, string, array, object };
 
@@ -481,7 +481,7 @@ struct ContentPart {
 };
 
 /// One item of a conversation: what was said, by whom (contract, 3.2).
-struct Item {
+struct VALAR_API Item {
     // clang-format off
     enum class Kind : uint8_t { message, reasoning, function_call, function_call_output,
                                 custom_tool_call, custom_tool_call_output };
@@ -615,7 +615,7 @@ struct ModelInfo {
 
 /// A request that a Responder found acceptable, with all that it resolved. Cheap to hold: bounded by
 /// the prompt's tokens.
-class Prepared {
+class VALAR_API Prepared {
 public:
     virtual ~Prepared() = default;
     std::string model;  ///< the id of the model that will answer
@@ -645,7 +645,7 @@ struct ResponderStats {
 
 /// Something that answers requests: the Engine, a scripted fake in tests, a proxy.
 /// Threads: every member from any thread. It outlives the Server that uses it.
-class Responder {
+class VALAR_API Responder {
 public:
     virtual ~Responder() = default;
     virtual std::vector<ModelInfo> models() const = 0;
@@ -1256,7 +1256,7 @@ struct BatchRow {
 /// A device that holds a model and computes batches of rows. It keeps the keys and values of
 /// BackendOptions::kv_pages pages; who owns which page is the caller's affair.
 /// Threads: calls come one at a time, from any thread.
-class Backend {
+class VALAR_API Backend {
 public:
     virtual ~Backend() = default;
     /// Whether logits here equal those of the numeric definition, bit for bit.
@@ -1350,7 +1350,7 @@ struct Mailbox;
 /// The handle of one request. Movable; may outlive the Engine (then finished with `engine_closed`).
 /// Dropping it cancels the request unless detach()ed. One made by hand is finished, with nothing.
 /// Threads: one at a time.
-class [[nodiscard]] VALAR_API Reply {
+class VALAR_API Reply {
 public:
     Reply() = default;
     Reply(Reply&& other) noexcept;
@@ -1394,7 +1394,7 @@ public:
     Engine& operator=(Engine&& other) noexcept;
     ~Engine();  ///< unfinished replies end with `engine_closed`
 
-    Reply submit(const Request& request);
+    [[nodiscard]] Reply submit(const Request& request);
     /// Tokens of the prompt that this request makes. Errors: as of submit().
     Result<uint32_t> count_tokens(const Request& request) const;
     /// Works for about `budget_us` (stops at the first boundary past it; -1: until nothing is left
@@ -1442,7 +1442,7 @@ public:
     /// The next turn. While the last one is not finished it is refused: "conversation_busy". An
     /// answer that was cut or cancelled counts as far as it came; a turn that failed, or was
     /// cancelled before its first word, was never said.
-    Reply say(std::string_view words);
+    [[nodiscard]] Reply say(std::string_view words);
     /// What was said and is not forgotten, oldest first, without a turn that is not finished.
     std::span<const Item> items();
     uint32_t forgotten_turns() const;
@@ -1508,7 +1508,7 @@ struct HttpCall {
 /// Sends one request on a connection of its own and waits for the whole reply, whatever its status.
 /// Errors: invalid_request (the call itself), io, timeout, bad_data (not HTTP), too_large.
 /// Threads: any.
-Result<HttpReply> http_call(const HttpCall& call);
+VALAR_API Result<HttpReply> http_call(const HttpCall& call);
 
 }  // namespace v1
 }  // namespace valar
@@ -1562,7 +1562,7 @@ struct StoreDone {
 /// Where a Server keeps its records: MemoryStore, FileStore, or one of your own.
 /// Threads: every member from any thread. Those with a StoreDone return at once and report when the
 /// change cannot be lost any more; find may wait for a disk; the rest answer from memory.
-class Store {
+class VALAR_API Store {
 public:
     virtual ~Store() = default;
     /// A new record, not terminal, and its reservation, both or none. Errors: idempotency when the
@@ -1717,7 +1717,7 @@ struct ApiKey {
 
 /// Reads a file of keys: a line each, `id organisation sha256 [requests-per-minute]`; empty lines
 /// and those that begin with # are skipped. Errors: bad_data names the line; io, not_found.
-Result<std::vector<ApiKey>> read_key_file(const std::string& path);
+VALAR_API Result<std::vector<ApiKey>> read_key_file(const std::string& path);
 
 /// What a server is made of. What a caller types first stands first.
 struct ServerOptions {

@@ -31,7 +31,7 @@ struct ContentPart {
 };
 
 /// One item of a conversation: what was said, by whom (contract, 3.2).
-struct Item {
+struct VALAR_API Item {
     // clang-format off
     enum class Kind : uint8_t { message, reasoning, function_call, function_call_output,
                                 custom_tool_call, custom_tool_call_output };
@@ -165,7 +165,7 @@ struct ModelInfo {
 
 /// A request that a Responder found acceptable, with all that it resolved. Cheap to hold: bounded by
 /// the prompt's tokens.
-class Prepared {
+class VALAR_API Prepared {
 public:
     virtual ~Prepared() = default;
     std::string model;  ///< the id of the model that will answer
@@ -195,7 +195,7 @@ struct ResponderStats {
 
 /// Something that answers requests: the Engine, a scripted fake in tests, a proxy.
 /// Threads: every member from any thread. It outlives the Server that uses it.
-class Responder {
+class VALAR_API Responder {
 public:
     virtual ~Responder() = default;
     virtual std::vector<ModelInfo> models() const = 0;

@@ -47,7 +47,7 @@ class JsonParser;
 /// an `as_` accessor of another kind gives its fallback, `[]` of a missing place gives null.
 /// Copies are deep; copy, compare, write and destroy recurse as deep as the value nests.
 /// Threads: const use from any number; otherwise one at a time.
-class Json {
+class VALAR_API Json {
 public:
     enum class Kind : uint8_t { null, boolean, int64, uint64, real, string, array, object };
 

@@ -67,7 +67,7 @@ struct BatchRow {
 /// A device that holds a model and computes batches of rows. It keeps the keys and values of
 /// BackendOptions::kv_pages pages; who owns which page is the caller's affair.
 /// Threads: calls come one at a time, from any thread.
-class Backend {
+class VALAR_API Backend {
 public:
     virtual ~Backend() = default;
     /// Whether logits here equal those of the numeric definition, bit for bit.

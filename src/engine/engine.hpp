@@ -70,7 +70,7 @@ struct Mailbox;
 /// The handle of one request. Movable; may outlive the Engine (then finished with `engine_closed`).
 /// Dropping it cancels the request unless detach()ed. One made by hand is finished, with nothing.
 /// Threads: one at a time.
-class [[nodiscard]] VALAR_API Reply {
+class VALAR_API Reply {
 public:
     Reply() = default;
     Reply(Reply&& other) noexcept;
@@ -114,7 +114,7 @@ public:
     Engine& operator=(Engine&& other) noexcept;
     ~Engine();  ///< unfinished replies end with `engine_closed`
 
-    Reply submit(const Request& request);
+    [[nodiscard]] Reply submit(const Request& request);
     /// Tokens of the prompt that this request makes. Errors: as of submit().
     Result<uint32_t> count_tokens(const Request& request) const;
     /// Works for about `budget_us` (stops at the first boundary past it; -1: until nothing is left
@@ -162,7 +162,7 @@ public:
     /// The next turn. While the last one is not finished it is refused: "conversation_busy". An
     /// answer that was cut or cancelled counts as far as it came; a turn that failed, or was
     /// cancelled before its first word, was never said.
-    Reply say(std::string_view words);
+    [[nodiscard]] Reply say(std::string_view words);
     /// What was said and is not forgotten, oldest first, without a turn that is not finished.
     std::span<const Item> items();
     uint32_t forgotten_turns() const;

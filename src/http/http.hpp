@@ -43,7 +43,7 @@ struct HttpCall {
 /// Sends one request on a connection of its own and waits for the whole reply, whatever its status.
 /// Errors: invalid_request (the call itself), io, timeout, bad_data (not HTTP), too_large.
 /// Threads: any.
-Result<HttpReply> http_call(const HttpCall& call);
+VALAR_API Result<HttpReply> http_call(const HttpCall& call);
 
 }  // namespace v1
 }  // namespace valar

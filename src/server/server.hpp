@@ -30,7 +30,7 @@ struct ApiKey {
 
 /// Reads a file of keys: a line each, `id organisation sha256 [requests-per-minute]`; empty lines
 /// and those that begin with # are skipped. Errors: bad_data names the line; io, not_found.
-Result<std::vector<ApiKey>> read_key_file(const std::string& path);
+VALAR_API Result<std::vector<ApiKey>> read_key_file(const std::string& path);
 
 /// What a server is made of. What a caller types first stands first.
 struct ServerOptions {

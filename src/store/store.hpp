@@ -56,7 +56,7 @@ struct StoreDone {
 /// Where a Server keeps its records: MemoryStore, FileStore, or one of your own.
 /// Threads: every member from any thread. Those with a StoreDone return at once and report when the
 /// change cannot be lost any more; find may wait for a disk; the rest answer from memory.
-class Store {
+class VALAR_API Store {
 public:
     virtual ~Store() = default;
     /// A new record, not terminal, and its reservation, both or none. Errors: idempotency when the
