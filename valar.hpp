@@ -51,8 +51,9 @@
 //     >>store       the records of responses, in memory or in a journal on the disk
 //     >>server      the routes of the Responses API
 //
-// READING IT TO LEARN: start at the numeric definition in >>kernels (the whole forward pass in words),
-// then the scalar kernels, then CpuBackend in >>backend, then Engine::step.
+// READING IT TO LEARN: start with examples/one_token.cpp, a forward pass in plain loops; then the
+// numeric definition (the same in words: search for "The numeric definition"), the scalar kernels
+// (src/kernels/scalar.cpp), the stages of src/backend/cpu.cpp, and Scheduler in src/engine.
 //
 // CONFIGURATION, before the implementation is included. Declarations never change; to use a class that
 // was cut is a link error.
@@ -22776,6 +22777,13 @@ void StorePlan::make_room(uint64_t wanted, const std::string& keep, int64_t now_
         if (int64_t(index_->bytes() + wanted) + growth_ <= int64_t(max_bytes_)) return;
         const std::string& id = entry->record.id;
         if (id != keep && find(id)) step(id, std::nullopt, now_ms);
+    }
+    // Then those that ended in this very commit: the index does not list them yet.
+    for (size_t i = 0, count = steps_.size(); i < count; ++i) {
+        if (int64_t(index_->bytes() + wanted) + growth_ <= int64_t(max_bytes_)) return;
+        const std::string id = steps_[i].id;
+        const bool ended = steps_[i].entry && steps_[i].entry->record.terminal && last_[id] == i;
+        if (ended && id != keep) step(id, std::nullopt, now_ms);
     }
 }
 

@@ -338,6 +338,27 @@ TEST_CASE("store: changes that are asked for together see each other") {
     }
 }
 
+TEST_CASE("store: what ends in one commit stays within the limit") {
+    Disk disk;
+    FileStoreOptions options = by_hand();
+    options.max_bytes = 20'000;
+    auto store = *open_on(&disk, options);
+    Answer added[10], finished[10];
+    for (int i = 0; i < 10; ++i) store->add(record("r" + std::to_string(i), 100), added[i].done());
+    while (store->step()) {}
+    for (int i = 0; i < 10; ++i)
+        store->finish("r" + std::to_string(i), text(std::string(5000, 'y')), i, finished[i].done());
+    while (store->step()) {}
+    for (const Answer& answer : finished) CHECK(answer.ok());
+    CHECK(store->bytes() <= options.max_bytes);
+    CHECK(store->find("a", "r9"));
+    CHECK_FALSE(store->find("a", "r0"));
+    store.reset();
+    store = *open_on(&disk, options);
+    CHECK(store->find("a", "r9"));
+    CHECK_FALSE(store->find("a", "r0"));
+}
+
 TEST_CASE("store: from several threads") {
     Disk disk;
     FileStoreOptions options;

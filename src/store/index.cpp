@@ -112,6 +112,13 @@ void StorePlan::make_room(uint64_t wanted, const std::string& keep, int64_t now_
         const std::string& id = entry->record.id;
         if (id != keep && find(id)) step(id, std::nullopt, now_ms);
     }
+    // Then those that ended in this very commit: the index does not list them yet.
+    for (size_t i = 0, count = steps_.size(); i < count; ++i) {
+        if (int64_t(index_->bytes() + wanted) + growth_ <= int64_t(max_bytes_)) return;
+        const std::string id = steps_[i].id;
+        const bool ended = steps_[i].entry && steps_[i].entry->record.terminal && last_[id] == i;
+        if (ended && id != keep) step(id, std::nullopt, now_ms);
+    }
 }
 
 Result<void> StorePlan::decide(const StoreChange& change) {
