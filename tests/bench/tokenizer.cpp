@@ -1,9 +1,11 @@
 // bench_tokenizer MODEL TEXT: time to open the vocabulary, speed on a text, and the three hard
 // cases of 10 MB. CPU time of the calling thread; best of five where it is short.
+//   c++ -std=c++20 -O2 -I. tests/bench/tokenizer.cpp -o bench_tokenizer -pthread
 #include <algorithm>
 #include <cstdio>
 #include <string>
 
+#define VALAR_IMPLEMENTATION
 #include "valar.hpp"
 
 int main(int argc, char** argv) {
