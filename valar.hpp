@@ -16998,24 +16998,12 @@ Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const Model
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// ---- src/backend/cpu.cpp -----------------------------------------------------------------------
-
-// >>backend
-// The CPU backend, top to bottom: loading, the batch as a machine of stages, the stages in the
-// order in which they run. The formulas are in >>kernels.
+// ---- src/backend/cpu_machine.hpp ---------------------------------------------------------------
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
 namespace detail {
-namespace {
-
-constexpr uint64_t kJoinWork = 1 << 16;   // products that are not worth a fork-join
-constexpr uint64_t kClaimColumns = 8;     // from here on units are claimed, a few at a time
-constexpr uint64_t kClaimUnits = 4;       // at most: units that share a read of the columns
-constexpr uint64_t kSliceNs = 200'000;    // between two looks at the deadline
-constexpr double kSlowestWorkNs = 0.2;    // a product, before it was measured
-constexpr uint64_t kLoadBytes = 1 << 20;  // of the file, a thread, between two looks
 
 // How many threads are fastest for a batch of few rows is found by trying: a few use up the
 // memory's bandwidth, and where a model is small, or others want the cores, they wait for each
@@ -17059,60 +17047,47 @@ private:
     bool fewer_ = true, won_ = false;
 };
 
-// By sixteen lanes, which compilers make vectors of.
-bool all_finite(const float* x, size_t n) {
-    constexpr uint32_t exponent = 0x7f800000u;  // all of it: infinite or no number
-    const auto bad = [](float value) {
-        return uint32_t{(std::bit_cast<uint32_t>(value) & exponent) == exponent};
-    };
-    uint32_t lanes[16] = {};
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (size_t j = 0; j < 16; ++j) lanes[j] |= bad(x[i + j]);
-    for (; i < n; ++i) lanes[0] |= bad(x[i]);
-    return std::all_of(lanes, lanes + 16, [](uint32_t lane) { return lane == 0; });
-}
+// How the units of a step come to the threads.
+enum class CpuClaims : uint8_t {
+    shares,     // each thread does an equal share
+    few_units,  // a thread claims a few neighbouring units at a time
+    one_unit,   // a thread claims one unit at a time: units differ much in their work
+};
 
-class CpuBackend final : public Backend {
+// A step of a computation, cut into units that may run at the same time in any order.
+struct CpuStep {
+    uint64_t units;
+    uint64_t work;  // products of a unit, about
+    uint32_t kind;  // steps of one kind take about the same time for the same work
+    CpuClaims claims;
+    void (*job)(void* context, uint32_t first, uint32_t last, uint32_t part);
+    void* context;  // first .. last - 1 are units; `part` is the thread
+};
+
+// Runs steps on a team of threads and stops near a deadline. It knows steps and units only, nothing
+// of what is computed.
+class CpuMachine {
 public:
-    bool exact() const override { return true; }
-    Result<bool> load(uint64_t budget_us, float* progress) override;
-    Result<void> begin(std::span<const BatchRow> rows) override;
-    Result<bool> advance(uint64_t deadline_ns) override;
-    void abandon() override { batch_ = rows_ = {}; }
-    Result<std::span<const float>> logits(uint32_t i) const override {
-        if (bad_rows_[i].load(std::memory_order_relaxed)) return bad_numbers_;
-        return std::span<const float>(scratch_.logits + size_t{i} * spec_->n_vocab, spec_->n_vocab);
-    }
-    void copy_page(uint32_t from, uint32_t to) override;
-    size_t page_bytes() const override { return static_cast<size_t>(page_bytes_); }
-    void export_page(uint32_t page, std::byte* out) const override;
-    void import_page(uint32_t page, const std::byte* in) override;
+    Result<void> open(uint32_t parts, uint32_t kinds, ParallelFor parallel_for, void* host);
+    Team& team() { return *team_; }
 
-    Result<void> open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
-                      const BackendOptions& options, const Kernels* kernels);
+    // A batch is done in turns. `tries_threads`: so few rows that the number of threads is tried.
+    void begin_batch(bool tries_threads);
+    void begin_turn(uint64_t deadline_ns);
+    bool turn_is_over() const { return deadline_ns_ && monotonic_ns() >= deadline_ns_; }
+    void forget_deadline() { deadline_ns_ = 0; }
+    void end_turn();
+    // The batch's time counts for the choice of the number of threads.
+    void count_batch() { trials_.add(batch_ns_); }
+
+    // Does units of the step from `first` on: all, or, where there is a deadline, about kSliceNs of
+    // them. Returns the first that is not done.
+    uint32_t run(const CpuStep& step, uint32_t first);
 
 private:
-    // A stage is cut into units: rows, pairs of tiles or attention units. `job` does units
-    // first .. last - 1; it is called once for each thread's share, or, where `claimed`, for one
-    // unit at a time.
-    struct Stage {
-        uint64_t (CpuBackend::*units)() const;
-        uint64_t (CpuBackend::*work)() const;  // products of a unit, about
-        void (CpuBackend::*job)(uint32_t first, uint32_t last, uint32_t part);
-        bool claimed;
-    };
-    enum StageName : uint32_t {
-        embed,
-        first_of_layer,
-        store_keys = 3,
-        last_of_layer = 9,
-        last_stage = 11
-    };
-    static const Stage stages_[last_stage + 1];
     struct Slice {
-        CpuBackend* self;
-        const Stage* stage;
+        CpuMachine* self;
+        const CpuStep* step;
         uint32_t first, last;
         uint32_t claim_units;                                  // 0: each thread does its share
         uint32_t share(uint64_t part, uint32_t parts) const {  // where it begins
@@ -17124,27 +17099,234 @@ private:
     struct alignas(64) Claim {
         std::atomic<uint32_t> next;
     };
+
+    uint32_t slice_end(const CpuStep& step, uint32_t first) const;
+    uint32_t claim_units(const CpuStep& step, uint64_t count) const;
+    void share_out(const Slice& slice);
+    static void run_part(void* context, uint32_t part, uint32_t parts);
+
+    std::unique_ptr<Team> team_;
+    ThreadTrials trials_;
+    std::unique_ptr<Claim[]> claims_;  // (parts)
+    std::vector<double> ns_per_work_;  // (kinds) measured, of a product
+    uint32_t parts_ = 1;               // threads that compute the batch
+    uint64_t batch_ns_ = 0;            // spent on it, and when the turn began
+    uint64_t turn_start_ns_ = 0;
+    uint64_t deadline_ns_ = 0;  // 0: none
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/cpu_machine.cpp ---------------------------------------------------------------
+
+// >>backend
+// Steps on threads: how units are shared out and claimed, how long a slice of a step may be, and how
+// many threads are worth their while. No bit of any result depends on what is decided here.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr uint64_t kJoinWork = 1 << 16;   // products that are not worth a fork-join
+constexpr uint64_t kClaimUnits = 4;       // at most: units that share a read of the columns
+constexpr uint64_t kClaimsOfAThread = 4;  // even out what the threads are held up by
+constexpr uint64_t kSliceNs = 200'000;    // between two looks at the deadline
+constexpr double kSlowestWorkNs = 0.2;    // a product, before it was measured
+
+}  // namespace
+
+Result<void> CpuMachine::open(uint32_t parts, uint32_t kinds, ParallelFor parallel_for,
+                              void* host) {
+    auto team = Team::create(static_cast<int>(parts) - 1, parallel_for, host);
+    if (!team) return team.error();
+    team_ = std::move(*team);
+    trials_.open(team_->parts());
+    claims_ = std::make_unique<Claim[]>(parts);
+    ns_per_work_.assign(kinds, kSlowestWorkNs);
+    return {};
+}
+
+void CpuMachine::begin_batch(bool tries_threads) {
+    parts_ = tries_threads ? trials_.parts() : team_->parts();
+    batch_ns_ = 0;
+}
+
+void CpuMachine::begin_turn(uint64_t deadline_ns) {
+    turn_start_ns_ = monotonic_ns();
+    deadline_ns_ = deadline_ns;
+    team_->begin(parts_);
+}
+
+void CpuMachine::end_turn() {
+    team_->end();
+    batch_ns_ += monotonic_ns() - turn_start_ns_;
+}
+
+uint32_t CpuMachine::run(const CpuStep& step, uint32_t first) {
+    VALAR_ASSERT(first <= step.units && step.kind < ns_per_work_.size());
+    const uint32_t last = slice_end(step, first);
+    const uint64_t count = last - first;
+    const bool is_measured = deadline_ns_ && count * step.work >= kJoinWork;
+    const uint64_t start = is_measured ? monotonic_ns() : 0;
+    if (parts_ == 1 || count == 1 || count * step.work < kJoinWork)
+        step.job(step.context, first, last, 0);
+    else share_out({this, &step, first, last, claim_units(step, count)});
+    if (is_measured)
+        ns_per_work_[step.kind] = static_cast<double>(monotonic_ns() - start + 1) /
+                                  static_cast<double>(count * step.work);
+    return last;
+}
+
+uint32_t CpuMachine::slice_end(const CpuStep& step, uint32_t first) const {
+    if (!deadline_ns_) return static_cast<uint32_t>(step.units);
+    const double unit_ns = ns_per_work_[step.kind] * static_cast<double>((step.work + 1) * parts_);
+    const uint64_t rounds = 1 + static_cast<uint64_t>(static_cast<double>(kSliceNs) / unit_ns);
+    return static_cast<uint32_t>(std::min(step.units, first + parts_ * rounds));
+}
+
+uint32_t CpuMachine::claim_units(const CpuStep& step, uint64_t count) const {
+    if (step.claims == CpuClaims::shares) return 0;
+    if (step.claims == CpuClaims::one_unit) return 1;
+    return static_cast<uint32_t>(
+        std::clamp<uint64_t>(count / (kClaimsOfAThread * parts_), 1, kClaimUnits));
+}
+
+void CpuMachine::share_out(const Slice& slice) {
+    for (uint32_t part = 0; part < parts_; ++part)
+        claims_[part].next.store(slice.share(part, parts_), std::memory_order_relaxed);
+    Slice shared = slice;
+    team_->run(run_part, &shared);
+}
+
+void CpuMachine::run_part(void* context, uint32_t part, uint32_t parts) {
+    const Slice& slice = *static_cast<const Slice*>(context);
+    const CpuStep& step = *slice.step;
+    const uint32_t n = slice.claim_units;
+    if (n == 0) {
+        const uint32_t first = slice.share(part, parts), last = slice.share(part + 1, parts);
+        if (first < last) step.job(step.context, first, last, part);
+        return;
+    }
+    for (uint32_t i = 0; i < parts; ++i) {
+        const uint32_t of = (part + i) % parts, last = slice.share(of + 1, parts);
+        std::atomic<uint32_t>& next = slice.self->claims_[of].next;
+        for (uint32_t unit; (unit = next.fetch_add(n, std::memory_order_relaxed)) < last;)
+            step.job(step.context, unit, std::min(unit + n, last), part);
+    }
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/cpu_decoder.hpp ---------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// Whether each of n numbers is finite.
+bool all_finite(const float* x, size_t n);
+
+// Fills the weights from the file, slice by slice.
+class CpuLoader {
+public:
+    void open(const Gguf& gguf, const CpuWeights& weights, std::span<std::byte> staging,
+              uint32_t parts);
+    bool done() const { return item_ == weights_->items.size(); }
+    // 0 to 1
+    float progress() const {
+        return static_cast<float>(static_cast<double>(loaded_bytes_) /
+                                  static_cast<double>(bytes_to_load_));
+    }
+    Result<void> load(uint64_t budget_us, Team& team);
+
+private:
     struct PackJob {
         const LoadItem* item;
         const std::byte* source;  // of tile `first`
         uint32_t first, last;
     };
+    Result<void> load_item_slice(Team& team);
+    static void pack_part(void* context, uint32_t part, uint32_t parts);
 
-    const CpuLayer& layer() const { return weights_.layers[layer_]; }
-    uint32_t row_count() const { return static_cast<uint32_t>(rows_.size()); }
-    bool split_over_segments() const { return row_count() <= sizes_.split_rows; }
+    const Gguf* gguf_ = nullptr;
+    const CpuWeights* weights_ = nullptr;
+    std::span<std::byte> staging_;
+    uint64_t parts_ = 1;
+    size_t item_ = 0;  // the next to load, and its next tile
+    uint32_t tile_ = 0;
+    uint64_t loaded_bytes_ = 0, bytes_to_load_ = 0;
+};
+
+// The forward pass: weights, scratch arrays and the stages that a batch goes through. A stage's unit
+// is a row, a pair of tiles of a matrix or an AttentionUnit of one key head.
+class CpuDecoder {
+public:
+    Result<void> open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                      const BackendOptions& options, const Kernels& kernels);
+    const CpuWeights& weights() const { return weights_; }
+    uint32_t parts() const { return static_cast<uint32_t>(sizes_.parts); }
+    std::span<std::byte> staging() const {
+        return {scratch_memory_.data(), scratch_memory_.size()};
+    }
+    static uint32_t step_kinds();
+
+    Result<void> begin(std::span<const BatchRow> rows);
+    void abandon() { batch_ = rows_ = {}; }
+    std::span<const BatchRow> batch() const { return batch_; }  // in work; empty: none
+    bool tries_threads() const;
+    bool done() const;
+    void run_slice(CpuMachine& machine);  // a part of the stage that is next
+    void check_logits(CpuMachine& machine);
+    Result<std::span<const float>> logits(uint32_t i) const;
+
     std::byte* kv_page(const CpuLayer& in, uint32_t page) const {
+        VALAR_ASSERT(page < options_.kv_pages);
         return kv_.data() + in.kv_offset + page * in.kv_page_bytes();
     }
+    size_t page_bytes() const { return static_cast<size_t>(page_bytes_); }
 
-    Result<void> load_item_slice();
-    static void pack_part(void* context, uint32_t part, uint32_t parts);
-    void plan_attention();
+private:
+    // `job` does units first .. last - 1. The flags say where layers begin and end.
+    struct Stage {
+        uint64_t (CpuDecoder::*units)() const;
+        uint64_t (CpuDecoder::*work)() const;  // products of a unit, about
+        void (CpuDecoder::*job)(uint32_t first, uint32_t last, uint32_t part);
+        uint32_t flags;
+    };
+    enum StageFlag : uint32_t {
+        begins_layer = 1,
+        stores_keys = 2,
+        uneven_units = 4,  // claimed one by one
+        ends_layer = 8,
+        embeds = 16,
+    };
+    static const Stage stages_[];
+    static uint32_t stage_count();
+    static uint32_t stage_with(StageFlag flag);
+
+    const CpuLayer& layer() const {
+        VALAR_ASSERT(layer_ < weights_.layers.size());
+        return weights_.layers[layer_];
+    }
+    bool in_last_layer() const { return layer_ + 1 == weights_.layers.size(); }
+    uint32_t row_count() const { return static_cast<uint32_t>(rows_.size()); }
+
+    Result<void> allocate(const MemoryPlan& plan);
+    Result<void> check_row(const BatchRow& row) const;
     void start_batch();
+    static void run_job(void* context, uint32_t first, uint32_t last, uint32_t part);
+    void finish_stage();
     void keep_wanted_rows();
-    void run_slice();
-    static void run_part(void* context, uint32_t part, uint32_t parts);
-    Error locate_bad_numbers();
+    Error locate_bad_numbers(CpuMachine& machine);
     bool residual_is_finite() const;
 
     uint64_t count_rows() const { return row_count(); }
@@ -17167,13 +17349,9 @@ private:
         return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * wanted_count_;
     }
 
-    void embed_rows(uint32_t first, uint32_t last, uint32_t part);
-    void norm_rows(uint32_t first, uint32_t last, const float* weight);
-    void norm_for_attention(uint32_t first, uint32_t last, uint32_t part);
-    void multiply_qkv(uint32_t first, uint32_t last, uint32_t part);
-    void rotate_and_store(uint32_t first, uint32_t last, uint32_t part);
-    void attend_units(uint32_t first, uint32_t last, uint32_t part);
-    void attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch);
+    // Attention (cpu_attention.cpp).
+    bool split_over_segments() const { return row_count() <= sizes_.split_rows; }
+    void plan_attention();
     struct SegmentResult {
         float max, sum;
         const float* out;
@@ -17181,10 +17359,18 @@ private:
     struct AttentionState {
         float *max, *sum, *out;
     };
+    void attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch);
     float* query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const;
     void merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
                        const AttentionState& to);
     void merge_parts(uint32_t row);
+
+    // The stages, in the order of stages_ (cpu_stages.cpp).
+    void embed_rows(uint32_t first, uint32_t last, uint32_t part);
+    void norm_for_attention(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_qkv(uint32_t first, uint32_t last, uint32_t part);
+    void rotate_and_store(uint32_t first, uint32_t last, uint32_t part);
+    void attend_units(uint32_t first, uint32_t last, uint32_t part);
     void finish_attention(uint32_t first, uint32_t last, uint32_t part);
     void project_attention(uint32_t first, uint32_t last, uint32_t part);
     void norm_for_ffn(uint32_t first, uint32_t last, uint32_t part);
@@ -17192,6 +17378,10 @@ private:
     void project_ffn(uint32_t first, uint32_t last, uint32_t part);
     void norm_wanted(uint32_t first, uint32_t last, uint32_t part);
     void multiply_logits(uint32_t first, uint32_t last, uint32_t part);
+
+    void embed_row(const BatchRow& row, float* x, uint32_t part);
+    void find_angles(uint32_t position, float* cos_sin) const;
+    void norm_rows(uint32_t first, uint32_t last, const float* weight);
     PackedMatrix pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                              std::byte* packed);
     std::byte* mapped_units(uint32_t part) const {
@@ -17211,7 +17401,6 @@ private:
     const ModelSpec* spec_ = nullptr;
     BackendOptions options_;
     const Kernels* kernels_ = nullptr;
-    std::unique_ptr<Team> team_;
     CpuWeights weights_;
     std::vector<RopeTable> ropes_;
     CpuSizes sizes_{};
@@ -17219,141 +17408,91 @@ private:
     uint64_t page_bytes_ = 0;
     Buffer weights_memory_, kv_, scratch_memory_;
 
-    size_t load_item_ = 0;  // the next to load, and its next tile
-    uint32_t load_tile_ = 0;
-    uint64_t loaded_bytes_ = 0, bytes_to_load_ = 0;
-
     std::span<const BatchRow> batch_;  // in work; empty: none
     std::span<const BatchRow> rows_;   // of it that are still computed
     uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
-    bool has_deadline_ = false;
-    uint32_t parts_ = 1;     // threads that compute the batch
-    uint64_t batch_ns_ = 0;  // spent on it
-    ThreadTrials trials_;
-    double ns_per_work_[last_stage + 1][2] = {};     // of a stage, in batches of few and many rows
-    std::unique_ptr<Claim[]> claims_;                // (parts)
     std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
     Error bad_numbers_;                              // where the first of them came from
 };
 
-// In the order in which they run; from first_of_layer to last_of_layer once a layer.
-const CpuBackend::Stage CpuBackend::stages_[] = {
-    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::embed_rows, false},
-    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::norm_for_attention, false},
-    {&CpuBackend::count_qkv, &CpuBackend::work_qkv, &CpuBackend::multiply_qkv, false},
-    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::rotate_and_store, false},
-    {&CpuBackend::count_attention, &CpuBackend::work_attention, &CpuBackend::attend_units, true},
-    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::finish_attention, false},
-    {&CpuBackend::count_embd, &CpuBackend::work_output, &CpuBackend::project_attention, false},
-    {&CpuBackend::count_rows, &CpuBackend::work_row, &CpuBackend::norm_for_ffn, false},
-    {&CpuBackend::count_ff, &CpuBackend::work_gate_up, &CpuBackend::multiply_gate_up, false},
-    {&CpuBackend::count_embd, &CpuBackend::work_down, &CpuBackend::project_ffn, false},
-    {&CpuBackend::count_wanted, &CpuBackend::work_row, &CpuBackend::norm_wanted, false},
-    {&CpuBackend::count_vocab, &CpuBackend::work_logits, &CpuBackend::multiply_logits, false},
-};
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
 
-Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
-                              const BackendOptions& options, const Kernels* kernels) {
+// ---- src/backend/cpu_loading.cpp ---------------------------------------------------------------
+
+// >>backend
+// Loading: weights go from the file into memory, packed where the kernels want it.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+constexpr uint64_t kLoadBytes = 1 << 20;  // of the file, a thread, between two looks at the clock
+
+}  // namespace
+
+void CpuLoader::open(const Gguf& gguf, const CpuWeights& weights, std::span<std::byte> staging,
+                     uint32_t parts) {
     gguf_ = &gguf;
-    spec_ = &spec;
-    options_ = options;
-    if (!kernels) {
-        auto chosen = choose_kernels();
-        if (!chosen) return chosen.error();
-        kernels = *chosen;
-    }
-    kernels_ = kernels;
-    auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
-    if (!layout) return layout.error();
-    const struct {
-        Buffer* buffer;
-        uint64_t bytes;
-        const char* what;
-    } wanted[] = {
-        {&weights_memory_, layout->plan.weights, "weights"},
-        {&kv_, layout->plan.kv, "keys and values (context)"},
-        {&scratch_memory_, layout->plan.scratch, "scratch"},
-    };
-    for (const auto& [buffer, bytes, what] : wanted) {
-        auto memory = Buffer::allocate(bytes, what, buffer == &weights_memory_, options.allocator);
-        if (!memory) return memory.error();
-        *buffer = std::move(*memory);
-    }
-    layout = lay_out_cpu(gguf, spec, tensors, options,
-                         reinterpret_cast<uintptr_t>(weights_memory_.data()));
-    weights_ = std::move(layout->weights);
-    ropes_ = std::move(layout->ropes);
-    sizes_ = layout->sizes;
-    page_bytes_ = layout->page_bytes;
-    Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
-    scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
-    bad_rows_ = std::make_unique<std::atomic<bool>[]>(options.max_logit_rows);
-    claims_ = std::make_unique<Claim[]>(sizes_.parts);
-    for (const LoadItem& item : weights_.items) bytes_to_load_ += item.tensor->bytes;
-    if (auto there = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !there)
-        return there.error();
-    auto team = Team::create(static_cast<int>(sizes_.parts) - 1, options.parallel_for,
-                             options.parallel_for_host);
-    if (!team) return team.error();
-    team_ = std::move(*team);
-    trials_.open(team_->parts());
-    return {};
+    weights_ = &weights;
+    staging_ = staging;
+    parts_ = parts;
+    for (const LoadItem& item : weights.items) bytes_to_load_ += item.tensor->bytes;
 }
 
-// ---- Loading ---------------------------------------------------------------------------------
-
-Result<bool> CpuBackend::load(uint64_t budget_us, float* progress) {
+Result<void> CpuLoader::load(uint64_t budget_us, Team& team) {
     const uint64_t start = monotonic_ns();
-    team_->begin();
+    team.begin();
     Result<void> good;
-    while (good && load_item_ < weights_.items.size()) {
-        good = load_item_slice();
+    while (good && !done()) {
+        good = load_item_slice(team);
         if ((monotonic_ns() - start) / 1000 >= budget_us) break;
     }
-    team_->end();
-    if (!good) return good.error();
-    if (progress)
-        *progress = static_cast<float>(static_cast<double>(loaded_bytes_) /
-                                       static_cast<double>(bytes_to_load_));
-    return load_item_ == weights_.items.size();
+    team.end();
+    return good;
 }
 
-// As many tiles as the threads take at a time, or about as many bytes. What was read is released at
-// once.
-Result<void> CpuBackend::load_item_slice() {
-    const LoadItem& item = weights_.items[load_item_];
+// Loads as many tiles as the threads take at a time, or about as many bytes, and releases at once
+// what was read of the file.
+Result<void> CpuLoader::load_item_slice(Team& team) {
+    const LoadItem& item = weights_->items[item_];
     const TensorInfo& tensor = *item.tensor;
     const uint64_t tile_bytes = item.pack ? tensor.bytes / tensor.dims[1] * kTileRows : kLoadBytes;
     const uint32_t tiles = static_cast<uint32_t>((tensor.bytes + tile_bytes - 1) / tile_bytes);
-    const uint64_t step = sizes_.parts * std::max<uint64_t>(1, kLoadBytes / tile_bytes);
-    uint32_t last = static_cast<uint32_t>(std::min<uint64_t>(tiles, load_tile_ + step));
-    const uint64_t offset = load_tile_ * tile_bytes;
+    const uint64_t step = parts_ * std::max<uint64_t>(1, kLoadBytes / tile_bytes);
+    uint32_t last = static_cast<uint32_t>(std::min<uint64_t>(tiles, tile_ + step));
+    const uint64_t offset = tile_ * tile_bytes;
     auto there = gguf_->tensor_bytes(tensor);
     const bool staged = item.pack && !there;  // a reader: by way of the scratch memory
     if (staged)
         last = static_cast<uint32_t>(
-            std::min<uint64_t>(last, load_tile_ + scratch_memory_.size() / tile_bytes));
+            std::min<uint64_t>(last, tile_ + staging_.size() / tile_bytes));
     const size_t bytes = static_cast<size_t>(std::min(tensor.bytes, last * tile_bytes) - offset);
-    std::byte* const to = item.pack ? scratch_memory_.data() : item.out + offset;
+    std::byte* const to = item.pack ? staging_.data() : item.out + offset;
     if (staged || !item.pack)
         if (auto read = gguf_->read_tensor(tensor, offset, {to, bytes}); !read) return read;
     if (item.pack) {
-        PackJob job{&item, staged ? to : there->data() + offset, load_tile_, last};
-        team_->run(pack_part, &job);
+        PackJob job{&item, staged ? to : there->data() + offset, tile_, last};
+        team.run(pack_part, &job);
     }
     gguf_->release(tensor, offset, bytes);
     loaded_bytes_ += bytes;
-    load_tile_ = last;
+    tile_ = last;
     if (last == tiles) {
-        ++load_item_;
-        load_tile_ = 0;
+        ++item_;
+        tile_ = 0;
     }
     return {};
 }
 
-void CpuBackend::pack_part(void* context, uint32_t part, uint32_t parts) {
+void CpuLoader::pack_part(void* context, uint32_t part, uint32_t parts) {
     const PackJob& job = *static_cast<const PackJob*>(context);
     const TensorInfo& tensor = *job.item->tensor;
     const uint32_t rows = static_cast<uint32_t>(tensor.dims[1]),
@@ -17366,43 +17505,124 @@ void CpuBackend::pack_part(void* context, uint32_t part, uint32_t parts) {
                first, last, job.item->out + first * packed_tile_bytes(tensor.type, cols));
 }
 
-// ---- Pages -----------------------------------------------------------------------------------
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
 
-void CpuBackend::copy_page(uint32_t from, uint32_t to) {
-    for (const CpuLayer& in : weights_.layers)
-        std::memcpy(kv_page(in, to), kv_page(in, from), in.kv_page_bytes());
+// ---- src/backend/cpu_decoder.cpp ---------------------------------------------------------------
+
+// >>backend
+// The decoder: the table of its stages, and a batch's way through them. The stages themselves are in
+// cpu_stages.cpp and cpu_attention.cpp.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr size_t kTryThreadsRows = 8;  // below: how many threads are fastest is found by trying
+constexpr size_t kClaimRows = 8;       // from here on units are claimed, a few at a time
+constexpr size_t kManyRows = 8;        // from here on a product is timed apart: it costs less
+
+}  // namespace
+
+// By sixteen lanes, which compilers make vectors of.
+bool all_finite(const float* x, size_t n) {
+    constexpr uint32_t exponent = 0x7f800000u;  // all of it: infinite or no number
+    const auto bad = [](float value) {
+        return uint32_t{(std::bit_cast<uint32_t>(value) & exponent) == exponent};
+    };
+    uint32_t lanes[16] = {};
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (size_t j = 0; j < 16; ++j) lanes[j] |= bad(x[i + j]);
+    for (; i < n; ++i) lanes[0] |= bad(x[i]);
+    return std::all_of(lanes, lanes + 16, [](uint32_t lane) { return lane == 0; });
 }
 
-void CpuBackend::export_page(uint32_t page, std::byte* out) const {
-    for (const CpuLayer& in : weights_.layers) {
-        std::memcpy(out, kv_page(in, page), in.kv_page_bytes());
-        out += in.kv_page_bytes();
-    }
+// In the order in which they run; from begins_layer to ends_layer once a layer. All matrices meet
+// quantized activations, unless they are of F32, F16 or BF16.
+const CpuDecoder::Stage CpuDecoder::stages_[] = {
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_rows, embeds},
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_for_attention, begins_layer},
+    {&CpuDecoder::count_qkv, &CpuDecoder::work_qkv, &CpuDecoder::multiply_qkv, 0},
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_and_store, stores_keys},
+    {&CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend_units,
+     uneven_units},
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::finish_attention, 0},
+    {&CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention, 0},
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_for_ffn, 0},
+    {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::multiply_gate_up, 0},
+    {&CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn, ends_layer},
+    {&CpuDecoder::count_wanted, &CpuDecoder::work_row, &CpuDecoder::norm_wanted, 0},
+    {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits, 0},
+};
+
+uint32_t CpuDecoder::stage_count() { return static_cast<uint32_t>(std::size(stages_)); }
+
+uint32_t CpuDecoder::stage_with(StageFlag flag) {
+    uint32_t stage = 0;
+    while (!(stages_[stage].flags & flag)) ++stage;
+    return stage;
 }
 
-void CpuBackend::import_page(uint32_t page, const std::byte* bytes) {
-    for (const CpuLayer& in : weights_.layers) {
-        std::memcpy(kv_page(in, page), bytes, in.kv_page_bytes());
-        bytes += in.kv_page_bytes();
+uint32_t CpuDecoder::step_kinds() { return 2 * stage_count(); }
+
+Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                              const BackendOptions& options, const Kernels& kernels) {
+    gguf_ = &gguf;
+    spec_ = &spec;
+    options_ = options;
+    kernels_ = &kernels;
+    auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
+    if (!layout) return layout.error();
+    if (auto done = allocate(layout->plan); !done) return done;
+    layout = lay_out_cpu(gguf, spec, tensors, options,
+                         reinterpret_cast<uintptr_t>(weights_memory_.data()));
+    weights_ = std::move(layout->weights);
+    ropes_ = std::move(layout->ropes);
+    sizes_ = layout->sizes;
+    page_bytes_ = layout->page_bytes;
+    Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
+    scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
+    bad_rows_ = std::make_unique<std::atomic<bool>[]>(options.max_logit_rows);
+    if (auto bytes = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !bytes)
+        return bytes.error();
+    return {};
+}
+
+Result<void> CpuDecoder::allocate(const MemoryPlan& plan) {
+    const struct {
+        Buffer* buffer;
+        uint64_t bytes;
+        const char* what;
+    } wanted[] = {
+        {&weights_memory_, plan.weights, "weights"},
+        {&kv_, plan.kv, "keys and values (context)"},
+        {&scratch_memory_, plan.scratch, "scratch"},
+    };
+    for (const auto& [buffer, bytes, what] : wanted) {
+        auto memory = Buffer::allocate(bytes, what, buffer == &weights_memory_, options_.allocator);
+        if (!memory) return memory.error();
+        *buffer = std::move(*memory);
     }
+    return {};
 }
 
 // ---- A batch, stage after stage --------------------------------------------------------------
 
-Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
+Result<void> CpuDecoder::begin(std::span<const BatchRow> rows) {
     const auto refuse = [](std::string what) {
         return make_error(ErrorKind::internal, std::move(what));
     };
-    if (load_item_ < weights_.items.size()) return refuse("batch: the model is not loaded yet");
     if (rows.empty() || rows.size() > options_.max_batch_rows)
         return refuse(
             format("batch: %zu rows are not in 1..%u", rows.size(), options_.max_batch_rows));
     uint32_t wanted = 0;
     for (const BatchRow& row : rows) {
-        if (!row.embedding && (row.token < 0 || static_cast<uint32_t>(row.token) >= spec_->n_vocab))
-            return refuse(format("batch: there is no token %d", row.token));
-        if (row.position >= cpu_positions(options_))
-            return refuse(format("batch: there is no position %u", row.position));
+        if (auto good = check_row(row); !good) return good;
         if (!row.logits) continue;
         if (wanted == options_.max_logit_rows)
             return refuse(format("batch: more than %u rows want logits", wanted));
@@ -17410,21 +17630,72 @@ Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
     }
     batch_ = rows;
     wanted_count_ = wanted;
-    parts_ = rows.size() < kClaimColumns ? trials_.parts() : team_->parts();
-    batch_ns_ = 0;
     for (uint32_t i = 0; i < wanted; ++i) bad_rows_[i].store(false, std::memory_order_relaxed);
     start_batch();
     return {};
 }
 
-void CpuBackend::start_batch() {
+Result<void> CpuDecoder::check_row(const BatchRow& row) const {
+    if (!row.embedding && (row.token < 0 || static_cast<uint32_t>(row.token) >= spec_->n_vocab))
+        return make_error(ErrorKind::internal, format("batch: there is no token %d", row.token));
+    if (row.position >= cpu_positions(options_))
+        return make_error(ErrorKind::internal,
+                          format("batch: there is no position %u", row.position));
+    return {};
+}
+
+bool CpuDecoder::tries_threads() const { return batch_.size() < kTryThreadsRows; }
+
+bool CpuDecoder::done() const { return stage_ == stage_count(); }
+
+void CpuDecoder::start_batch() {
     rows_ = batch_;
     stage_ = layer_ = unit_ = 0;
     plan_attention();
 }
 
+void CpuDecoder::run_slice(CpuMachine& machine) {
+    VALAR_ASSERT(!done());
+    const Stage& stage = stages_[stage_];
+    CpuStep step{};
+    step.units = (this->*stage.units)();
+    step.work = (this->*stage.work)();
+    step.kind = 2 * stage_ + (rows_.size() >= kManyRows);
+    step.claims = stage.flags & uneven_units   ? CpuClaims::one_unit
+                  : rows_.size() >= kClaimRows ? CpuClaims::few_units
+                                               : CpuClaims::shares;
+    step.job = run_job;
+    step.context = this;
+    unit_ = machine.run(step, unit_);
+    if (unit_ == step.units) finish_stage();
+}
+
+void CpuDecoder::run_job(void* context, uint32_t first, uint32_t last, uint32_t part) {
+    CpuDecoder* self = static_cast<CpuDecoder*>(context);
+    (self->*stages_[self->stage_].job)(first, last, part);
+}
+
+// The only place that knows which stage comes next.
+void CpuDecoder::finish_stage() {
+    const uint32_t flags = stages_[stage_].flags;
+    unit_ = 0;
+    if (flags & stores_keys && in_last_layer()) {
+        keep_wanted_rows();
+        if (rows_.empty()) {  // nobody asks for what would come next
+            stage_ = stage_count();
+            return;
+        }
+    }
+    if (flags & ends_layer && !in_last_layer()) {
+        ++layer_;
+        stage_ = stage_with(begins_layer);
+    } else {
+        ++stage_;
+    }
+}
+
 // Once the last layer has its keys and values only rows that want logits matter.
-void CpuBackend::keep_wanted_rows() {
+void CpuDecoder::keep_wanted_rows() {
     const uint32_t count = wanted_count_;
     if (count == row_count()) return;
     const LayerSpec& spec = *layer().spec;
@@ -17442,114 +17713,75 @@ void CpuBackend::keep_wanted_rows() {
                          queries * sizeof(float));
     rows_ = {scratch_.kept, count};
     plan_attention();
-    if (count == 0) stage_ = last_stage;  // nobody asks what comes behind
 }
 
-Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
-    if (batch_.empty()) return make_error(ErrorKind::internal, "batch: none was begun");
-    const FloatState float_state;
-    const uint64_t start = monotonic_ns();
-    has_deadline_ = deadline_ns != 0;
-    team_->begin(parts_);
-    do run_slice();
-    while (stage_ <= last_stage && !(has_deadline_ && monotonic_ns() >= deadline_ns));
-    const bool done = stage_ > last_stage;
-    if (done && std::any_of(bad_rows_.get(), bad_rows_.get() + wanted_count_,
-                            [](const std::atomic<bool>& bad) { return bad.load(); }))
-        bad_numbers_ = locate_bad_numbers();
-    team_->end();
-    batch_ns_ += monotonic_ns() - start;
-    if (done && batch_.size() == 1) trials_.add(batch_ns_);
-    if (done) abandon();
-    return done;
+// Where logits are not finite, finds out where that began.
+void CpuDecoder::check_logits(CpuMachine& machine) {
+    if (std::any_of(bad_rows_.get(), bad_rows_.get() + wanted_count_,
+                    [](const std::atomic<bool>& bad) { return bad.load(); }))
+        bad_numbers_ = locate_bad_numbers(machine);
 }
 
-// All that is left of the stage, or, where there is a deadline, about kSliceNs of it.
-void CpuBackend::run_slice() {
-    const Stage& stage = stages_[stage_];
-    const uint64_t units = (this->*stage.units)(), work = (this->*stage.work)();
-    double& ns_per_work = ns_per_work_[stage_][rows_.size() >= kClaimColumns];
-    if (ns_per_work == 0) ns_per_work = kSlowestWorkNs;
-    uint64_t last = units;
-    if (has_deadline_) {
-        const double fits = static_cast<double>(kSliceNs) /
-                            (ns_per_work * static_cast<double>((work + 1) * parts_));
-        last = std::min(units, unit_ + parts_ * (1 + static_cast<uint64_t>(fits)));
-    }
-    const uint64_t start = has_deadline_ ? monotonic_ns() : 0;
-    const uint64_t count = last - unit_;
-    // Four claims a thread even out what the threads are held up by.
-    const uint64_t few = std::clamp<uint64_t>(count / (4 * parts_), 1, kClaimUnits);
-    const uint64_t claim_units = stage.claimed ? 1 : rows_.size() >= kClaimColumns ? few : 0;
-    Slice slice{this, &stage, unit_, static_cast<uint32_t>(last),
-                static_cast<uint32_t>(claim_units)};
-    for (uint32_t part = 0; part < parts_; ++part)
-        claims_[part].next.store(slice.share(part, parts_), std::memory_order_relaxed);
-    if (parts_ == 1 || count == 1 || count * work < kJoinWork)
-        (this->*stage.job)(slice.first, slice.last, 0);
-    else team_->run(run_part, &slice);
-    if (has_deadline_ && count * work >= kJoinWork)
-        ns_per_work = static_cast<double>(monotonic_ns() - start + 1) /
-                      static_cast<double>(count * work);
-    unit_ = slice.last;
-    if (last < units) return;
-    unit_ = 0;
-    if (stage_ == store_keys && layer_ + 1 == weights_.layers.size()) keep_wanted_rows();
-    if (stage_ == last_of_layer && ++layer_ < weights_.layers.size()) stage_ = first_of_layer;
-    else ++stage_;
-    if (stage_ > last_of_layer) layer_ = 0;  // no layer's: any will do for what asks its sizes
-}
-
-void CpuBackend::run_part(void* context, uint32_t part, uint32_t parts) {
-    Slice& slice = *static_cast<Slice*>(context);
-    const auto job = slice.stage->job;
-    const uint32_t n = slice.claim_units;
-    if (n == 0) {
-        const uint32_t first = slice.share(part, parts), last = slice.share(part + 1, parts);
-        if (first < last) (slice.self->*job)(first, last, part);
-        return;
-    }
-    for (uint32_t i = 0; i < parts; ++i) {
-        const uint32_t of = (part + i) % parts, last = slice.share(of + 1, parts);
-        std::atomic<uint32_t>& next = slice.self->claims_[of].next;
-        for (uint32_t unit; (unit = next.fetch_add(n, std::memory_order_relaxed)) < last;)
-            (slice.self->*job)(unit, std::min(unit + n, last), part);
-    }
-}
-
-// Computes the batch again (it gives the same) and looks after every layer.
-Error CpuBackend::locate_bad_numbers() {
+// Computes the batch once more, which gives the same numbers, and looks at them after every layer.
+Error CpuDecoder::locate_bad_numbers(CpuMachine& machine) {
     start_batch();
-    has_deadline_ = false;
+    machine.forget_deadline();
+    const uint32_t last = stage_with(ends_layer);
     std::string where = "the output matrix";
-    while (stage_ <= last_of_layer) {
-        const uint32_t stage = stage_, in = layer_;
-        run_slice();
-        if ((stage != embed && stage != last_of_layer) || residual_is_finite()) continue;
-        where = stage == embed ? "the token embedding" : format("layer %u (blk.%u)", in, in);
+    while (stage_ <= last) {
+        const uint32_t flags = stages_[stage_].flags, in = layer_;
+        run_slice(machine);
+        if (!(flags & (embeds | ends_layer)) || residual_is_finite()) continue;
+        where = flags & embeds ? "the token embedding" : format("layer %u (blk.%u)", in, in);
         break;
     }
-    stage_ = last_stage + 1;
+    stage_ = stage_count();
     return make_error(ErrorKind::bad_data, gguf_->name() +
                                                ": the logits are not finite; the first number "
                                                "that is not came from " +
                                                where);
 }
 
-bool CpuBackend::residual_is_finite() const {
+bool CpuDecoder::residual_is_finite() const {
     return all_finite(scratch_.x, rows_.size() * spec_->n_embd);
 }
 
-// ---- The stages ------------------------------------------------------------------------------
+Result<std::span<const float>> CpuDecoder::logits(uint32_t i) const {
+    VALAR_ASSERT(i < wanted_count_);
+    if (bad_rows_[i].load(std::memory_order_relaxed)) return bad_numbers_;
+    return std::span<const float>(scratch_.logits + size_t{i} * spec_->n_vocab, spec_->n_vocab);
+}
 
-// Where the group of rows whose planes lie side by side ends that `row` begins or is in.
-uint32_t CpuBackend::group_end(uint32_t row, uint32_t last, uint64_t planes) const {
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/cpu_stages.cpp ----------------------------------------------------------------
+
+// >>backend
+// The stages of the forward pass, in the order in which they run, and what they have in common:
+// products with packed or mapped weights and the quantization of activations. The stages of
+// attention between rotate_and_store and finish_attention are in cpu_attention.cpp; the formulas
+// are in >>kernels.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- What stages have in common --------------------------------------------------------------
+
+// The planes of a few neighbouring rows lie side by side. Returns where the group of rows ends that
+// `row` belongs to.
+uint32_t CpuDecoder::group_end(uint32_t row, uint32_t last, uint64_t planes) const {
     const uint32_t rows = ActivationLayout::kGroup / static_cast<uint32_t>(planes);
     return std::min(last, (row / rows + 1) * rows);
 }
 
-// x, (last - first, n) of one group, to scratch_.blocks; of all there are `rows`.
-void CpuBackend::quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first,
+// Quantizes x, the rows first .. last - 1 of one group, (last - first, n), to scratch_.blocks, which
+// holds `rows` rows in all.
+void CpuDecoder::quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first,
                                 uint32_t last, uint32_t rows) {
     if (n % kActivationBlock != 0) return;  // no matrix that meets x is quantized
     const uint32_t count = static_cast<uint32_t>(planes);
@@ -17558,51 +17790,8 @@ void CpuBackend::quantize_group(const float* x, uint32_t n, uint64_t planes, uin
         {x, n, last - first, count, n, layout.step(), scratch_.blocks + layout.at(first * count)});
 }
 
-void CpuBackend::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
-    const size_t n = spec_->n_embd;
-    for (uint32_t row = first; row < last; ++row) {
-        PackedMatrix matrix = weights_.token_embd;
-        const BatchRow& from = rows_[row];
-        float* x = scratch_.x + row * n;
-        if (from.embedding) std::memcpy(x, from.embedding, n * sizeof(float));
-        else {
-            uint32_t token = static_cast<uint32_t>(from.token);
-            if (!matrix.data) {
-                const uint32_t tile = token / kTileRows;
-                matrix = pack_mapped(weights_.token_embd, tile, tile + 1, mapped_units(part));
-                token %= kTileRows;
-            }
-            dequantize_row(matrix, token, x);
-        }
-        if (!from.embedding && spec_->embedding_scale != 1)
-            kernels_->scale(x, spec_->embedding_scale, n);
-        float* cos_sin = scratch_.cos_sin + row * sizes_.rope_values;
-        for (const RopeTable& rope : ropes_)
-            for (const double frequency : rope.frequencies) {
-                double sine, cosine;
-                exact_sincos(static_cast<double>(from.position) * frequency, &sine, &cosine);
-                *cos_sin++ = static_cast<float>(cosine);
-                *cos_sin++ = static_cast<float>(sine);
-            }
-    }
-}
-
-void CpuBackend::norm_rows(uint32_t first, uint32_t last, const float* weight) {
-    const size_t n = spec_->n_embd;
-    for (uint32_t row = first, end; row < last; row = end) {
-        end = group_end(row, last, sizes_.planes);
-        for (uint32_t i = row; i < end; ++i)
-            kernels_->rms_norm(scratch_.x + i * n, weight, spec_->norm_eps, n, scratch_.y + i * n);
-        quantize_group(scratch_.y + row * n, spec_->n_embd, sizes_.planes, row, end, row_count());
-    }
-}
-
-void CpuBackend::norm_for_attention(uint32_t first, uint32_t last, uint32_t) {
-    norm_rows(first, last, layer().attn_norm);
-}
-
-// Tiles first .. last - 1 from the file's bytes.
-PackedMatrix CpuBackend::pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+// Packs the tiles first .. last - 1 of a matrix from the file's bytes.
+PackedMatrix CpuDecoder::pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                                      std::byte* packed) {
     const size_t row_bytes = static_cast<size_t>(matrix.tensor->bytes / matrix.rows);
     const std::byte* source = gguf_->tensor_bytes(*matrix.tensor)->data();
@@ -17612,8 +17801,8 @@ PackedMatrix CpuBackend::pack_mapped(const CpuMatrix& matrix, uint32_t first, ui
     return {matrix.type, std::min(last * kTileRows, matrix.rows) - row, matrix.cols, packed};
 }
 
-// y (rows, matrix.rows) = units first .. last - 1 of a matrix times every row of activations.
-MatmulTask CpuBackend::product_of(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+// The task y (rows, matrix.rows) = units first .. last - 1 of a matrix times every row of x.
+MatmulTask CpuDecoder::product_of(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                                   const float* x, float* y) const {
     return {&matrix,
             first * kUnitTiles,
@@ -17627,8 +17816,8 @@ MatmulTask CpuBackend::product_of(const CpuMatrix& matrix, uint32_t first, uint3
             matrix.rows};
 }
 
-// The task, gated by `up` where there is one; a mapped matrix is packed unit by unit.
-void CpuBackend::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
+// Does a task, gated by `up` where there is one. A mapped matrix is packed unit by unit.
+void CpuDecoder::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
                           const CpuMatrix* up) {
     task.up = up;
     if (matrix.data && (!up || up->data)) return kernels_->matmul(task);
@@ -17657,7 +17846,58 @@ void CpuBackend::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t par
     }
 }
 
-void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
+// ---- The stages ------------------------------------------------------------------------------
+
+void CpuDecoder::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
+    for (uint32_t row = first; row < last; ++row) {
+        embed_row(rows_[row], scratch_.x + row * size_t{spec_->n_embd}, part);
+        find_angles(rows_[row].position, scratch_.cos_sin + row * sizes_.rope_values);
+    }
+}
+
+void CpuDecoder::embed_row(const BatchRow& row, float* x, uint32_t part) {
+    const size_t n = spec_->n_embd;
+    if (row.embedding) {
+        std::memcpy(x, row.embedding, n * sizeof(float));
+        return;
+    }
+    PackedMatrix matrix = weights_.token_embd;
+    uint32_t token = static_cast<uint32_t>(row.token);
+    if (!matrix.data) {
+        const uint32_t tile = token / kTileRows;
+        matrix = pack_mapped(weights_.token_embd, tile, tile + 1, mapped_units(part));
+        token %= kTileRows;
+    }
+    dequantize_row(matrix, token, x);
+    if (spec_->embedding_scale != 1) kernels_->scale(x, spec_->embedding_scale, n);
+}
+
+// Cosine and sine of each pair's rotation at a position, for each of the tables.
+void CpuDecoder::find_angles(uint32_t position, float* cos_sin) const {
+    for (const RopeTable& rope : ropes_)
+        for (const double frequency : rope.frequencies) {
+            double sine, cosine;
+            exact_sincos(static_cast<double>(position) * frequency, &sine, &cosine);
+            *cos_sin++ = static_cast<float>(cosine);
+            *cos_sin++ = static_cast<float>(sine);
+        }
+}
+
+void CpuDecoder::norm_rows(uint32_t first, uint32_t last, const float* weight) {
+    const size_t n = spec_->n_embd;
+    for (uint32_t row = first, end; row < last; row = end) {
+        end = group_end(row, last, sizes_.planes);
+        for (uint32_t i = row; i < end; ++i)
+            kernels_->rms_norm(scratch_.x + i * n, weight, spec_->norm_eps, n, scratch_.y + i * n);
+        quantize_group(scratch_.y + row * n, spec_->n_embd, sizes_.planes, row, end, row_count());
+    }
+}
+
+void CpuDecoder::norm_for_attention(uint32_t first, uint32_t last, uint32_t) {
+    norm_rows(first, last, layer().attn_norm);
+}
+
+void CpuDecoder::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
     const struct {
         const CpuMatrix* matrix;
         const float* bias;
@@ -17683,7 +17923,7 @@ void CpuBackend::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
     }
 }
 
-void CpuBackend::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
+void CpuDecoder::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
     const LayerSpec& spec = *layer().spec;
     const RopeSpec& rope = spec.rope;
     const bool neox = rope.kind == RopeKind::neox;
@@ -17712,9 +17952,91 @@ void CpuBackend::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
     }
 }
 
+void CpuDecoder::finish_attention(uint32_t first, uint32_t last, uint32_t) {
+    const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
+    for (uint32_t row = first, end; row < last; row = end) {
+        end = group_end(row, last, sizes_.planes);
+        for (uint32_t i = row; i < end && split_over_segments(); ++i) merge_parts(i);
+        quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end,
+                       row_count());
+    }
+}
+
+// Adds some units of a matrix times activations to the residual stream.
+void CpuDecoder::project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
+                         uint32_t first, uint32_t last, uint32_t part) {
+    MatmulTask task = product_of(matrix, first, last, x, scratch_.x);
+    task.blocks = blocks;
+    task.add = true;
+    multiply(matrix, task, part);
+}
+
+void CpuDecoder::project_attention(uint32_t first, uint32_t last, uint32_t part) {
+    project(layer().attn_output, scratch_.blocks, scratch_.attended, first, last, part);
+}
+
+void CpuDecoder::norm_for_ffn(uint32_t first, uint32_t last, uint32_t) {
+    norm_rows(first, last, layer().ffn_norm);
+}
+
+void CpuDecoder::multiply_gate_up(uint32_t first, uint32_t last, uint32_t part) {
+    MatmulTask task = product_of(layer().gate, first, last, scratch_.y, scratch_.h);
+    if (layer().down.quantized()) task.out = scratch_.h_blocks;
+    task.out_blocks = layer().down.cols / kActivationBlock;
+    multiply(layer().gate, task, part, &layer().up);
+}
+
+void CpuDecoder::project_ffn(uint32_t first, uint32_t last, uint32_t part) {
+    project(layer().down, scratch_.h_blocks, scratch_.h, first, last, part);
+}
+
+// The output matrix always meets activations of two planes.
+void CpuDecoder::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
+    const size_t n = spec_->n_embd;
+    for (uint32_t i = first, end; i < last; i = end) {
+        end = group_end(i, last, 2);
+        for (uint32_t j = i; j < end; ++j)
+            kernels_->rms_norm(scratch_.x + j * n, weights_.output_norm, spec_->norm_eps, n,
+                               scratch_.y + j * n);
+        quantize_group(scratch_.y + i * n, spec_->n_embd, 2, i, end, wanted_count_);
+    }
+}
+
+void CpuDecoder::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
+    const CpuMatrix& matrix = weights_.output;
+    MatmulTask task = product_of(matrix, first, last, scratch_.y, scratch_.logits);
+    task.columns = wanted_count_;
+    task.planes = 2;
+    multiply(matrix, task, part);
+    const size_t begin = size_t{task.first_tile} * kTileRows,
+                 end = std::min<size_t>(size_t{task.last_tile} * kTileRows, matrix.rows);
+    for (uint32_t i = 0; i < wanted_count_; ++i) {
+        float* logits = scratch_.logits + size_t{i} * matrix.rows;
+        if (spec_->logit_scale != 1)
+            kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
+        if (!all_finite(logits + begin, end - begin))
+            bad_rows_[i].store(true, std::memory_order_relaxed);
+    }
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/cpu_attention.cpp -------------------------------------------------------------
+
+// >>backend
+// Attention: how it is cut into units, and what a unit does.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
 // Rows that are neighbours in their sequence attend together. A batch of few rows is cut by
 // segments too, so that all threads have something to do; finish_attention() merges the parts.
-void CpuBackend::plan_attention() {
+void CpuDecoder::plan_attention() {
     unit_count_ = 0;
     for (uint32_t row = row_count(), rows; row > 0; row -= rows) {  // the longest first
         const BatchRow& last = rows_[row - 1];
@@ -17732,7 +18054,7 @@ void CpuBackend::plan_attention() {
     }
 }
 
-uint64_t CpuBackend::work_attention() const {
+uint64_t CpuDecoder::work_attention() const {
     const AttentionUnit& unit = scratch_.units[0];
     const LayerSpec& spec = *layer().spec;
     const uint32_t seen = layer().first_seen(rows_[unit.row].position) / kSegment;
@@ -17743,13 +18065,13 @@ uint64_t CpuBackend::work_attention() const {
            spec.head_dim;
 }
 
-void CpuBackend::attend_units(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::attend_units(uint32_t first, uint32_t last, uint32_t part) {
     const uint32_t kv_heads = layer().spec->n_kv_heads;
     for (uint32_t i = first; i < last; ++i)
         attend_unit(scratch_.units[i / kv_heads], i % kv_heads, scratch_.queries[part]);
 }
 
-void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch) {
+void CpuDecoder::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch) {
     const LayerSpec& spec = *layer().spec;
     const uint32_t dim = spec.head_dim, group = spec.n_heads / spec.n_kv_heads;
     const uint32_t page_tokens = options_.page_tokens,
@@ -17817,14 +18139,14 @@ void CpuBackend::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
         kernels_->scale(query_output(unit, kv_head, i), 1 / scratch.total_sum[i], dim);
 }
 
-float* CpuBackend::query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const {
+float* CpuDecoder::query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const {
     const LayerSpec& spec = *layer().spec;
     const uint32_t group = spec.n_heads / spec.n_kv_heads;
     const size_t row = unit.row + query / group, head = kv_head * group + query % group;
     return scratch_.attended + (row * spec.n_heads + head) * spec.head_dim;
 }
 
-void CpuBackend::merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
+void CpuDecoder::merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
                                const AttentionState& to) {
     const size_t dim = layer().spec->head_dim;
     if (segment != layer().first_seen(position) / kSegment)
@@ -17834,7 +18156,7 @@ void CpuBackend::merge_segment(uint32_t position, uint32_t segment, const Segmen
     std::memcpy(to.out, from.out, dim * sizeof(float));
 }
 
-void CpuBackend::merge_parts(uint32_t row) {
+void CpuDecoder::merge_parts(uint32_t row) {
     const LayerSpec& spec = *layer().spec;
     const size_t dim = spec.head_dim;
     for (uint32_t head = 0; head < spec.n_heads; ++head) {
@@ -17853,70 +18175,102 @@ void CpuBackend::merge_parts(uint32_t row) {
     }
 }
 
-void CpuBackend::finish_attention(uint32_t first, uint32_t last, uint32_t) {
-    const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
-    for (uint32_t row = first, end; row < last; row = end) {
-        end = group_end(row, last, sizes_.planes);
-        for (uint32_t i = row; i < end && split_over_segments(); ++i) merge_parts(i);
-        quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end,
-                       row_count());
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/cpu.cpp -----------------------------------------------------------------------
+
+// >>backend
+// The CPU backend: a decoder, which knows what is computed, on a machine, which knows threads and
+// time. Read cpu_decoder.cpp for the forward pass.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+class CpuBackend final : public Backend {
+public:
+    bool exact() const override { return true; }
+    Result<bool> load(uint64_t budget_us, float* progress) override;
+    Result<void> begin(std::span<const BatchRow> rows) override;
+    Result<bool> advance(uint64_t deadline_ns) override;
+    void abandon() override { decoder_.abandon(); }
+    Result<std::span<const float>> logits(uint32_t i) const override { return decoder_.logits(i); }
+    void copy_page(uint32_t from, uint32_t to) override;
+    size_t page_bytes() const override { return decoder_.page_bytes(); }
+    void export_page(uint32_t page, std::byte* out) const override;
+    void import_page(uint32_t page, const std::byte* in) override;
+
+    Result<void> open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                      const BackendOptions& options, const Kernels* kernels);
+
+private:
+    CpuMachine machine_;
+    CpuDecoder decoder_;
+    CpuLoader loader_;
+};
+
+Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                              const BackendOptions& options, const Kernels* kernels) {
+    if (!kernels) {
+        auto chosen = choose_kernels();
+        if (!chosen) return chosen.error();
+        kernels = *chosen;
+    }
+    if (auto done = decoder_.open(gguf, spec, tensors, options, *kernels); !done) return done;
+    loader_.open(gguf, decoder_.weights(), decoder_.staging(), decoder_.parts());
+    return machine_.open(decoder_.parts(), CpuDecoder::step_kinds(), options.parallel_for,
+                         options.parallel_for_host);
+}
+
+Result<bool> CpuBackend::load(uint64_t budget_us, float* progress) {
+    if (auto good = loader_.load(budget_us, machine_.team()); !good) return good.error();
+    if (progress) *progress = loader_.progress();
+    return loader_.done();
+}
+
+Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
+    if (!loader_.done())
+        return make_error(ErrorKind::internal, "batch: the model is not loaded yet");
+    if (auto begun = decoder_.begin(rows); !begun) return begun;
+    machine_.begin_batch(decoder_.tries_threads());
+    return {};
+}
+
+Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
+    if (decoder_.batch().empty()) return make_error(ErrorKind::internal, "batch: none was begun");
+    const FloatState float_state;
+    machine_.begin_turn(deadline_ns);
+    do decoder_.run_slice(machine_);
+    while (!decoder_.done() && !machine_.turn_is_over());
+    const bool done = decoder_.done();
+    if (done) decoder_.check_logits(machine_);
+    machine_.end_turn();
+    if (done && decoder_.batch().size() == 1) machine_.count_batch();
+    if (done) abandon();
+    return done;
+}
+
+void CpuBackend::copy_page(uint32_t from, uint32_t to) {
+    for (const CpuLayer& in : decoder_.weights().layers)
+        std::memcpy(decoder_.kv_page(in, to), decoder_.kv_page(in, from), in.kv_page_bytes());
+}
+
+void CpuBackend::export_page(uint32_t page, std::byte* out) const {
+    for (const CpuLayer& in : decoder_.weights().layers) {
+        std::memcpy(out, decoder_.kv_page(in, page), in.kv_page_bytes());
+        out += in.kv_page_bytes();
     }
 }
 
-// The residual stream += some units of a matrix times activations.
-void CpuBackend::project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
-                         uint32_t first, uint32_t last, uint32_t part) {
-    MatmulTask task = product_of(matrix, first, last, x, scratch_.x);
-    task.blocks = blocks;
-    task.add = true;
-    multiply(matrix, task, part);
-}
-
-void CpuBackend::project_attention(uint32_t first, uint32_t last, uint32_t part) {
-    project(layer().attn_output, scratch_.blocks, scratch_.attended, first, last, part);
-}
-
-void CpuBackend::norm_for_ffn(uint32_t first, uint32_t last, uint32_t) {
-    norm_rows(first, last, layer().ffn_norm);
-}
-
-void CpuBackend::multiply_gate_up(uint32_t first, uint32_t last, uint32_t part) {
-    MatmulTask task = product_of(layer().gate, first, last, scratch_.y, scratch_.h);
-    if (layer().down.quantized()) task.out = scratch_.h_blocks;
-    task.out_blocks = layer().down.cols / kActivationBlock;
-    multiply(layer().gate, task, part, &layer().up);
-}
-
-void CpuBackend::project_ffn(uint32_t first, uint32_t last, uint32_t part) {
-    project(layer().down, scratch_.h_blocks, scratch_.h, first, last, part);
-}
-
-// The output matrix always meets two planes.
-void CpuBackend::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
-    const size_t n = spec_->n_embd;
-    for (uint32_t i = first, end; i < last; i = end) {
-        end = group_end(i, last, 2);
-        for (uint32_t j = i; j < end; ++j)
-            kernels_->rms_norm(scratch_.x + j * n, weights_.output_norm, spec_->norm_eps, n,
-                               scratch_.y + j * n);
-        quantize_group(scratch_.y + i * n, spec_->n_embd, 2, i, end, wanted_count_);
-    }
-}
-
-void CpuBackend::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
-    const CpuMatrix& matrix = weights_.output;
-    MatmulTask task = product_of(matrix, first, last, scratch_.y, scratch_.logits);
-    task.columns = wanted_count_;
-    task.planes = 2;
-    multiply(matrix, task, part);
-    const size_t begin = size_t{task.first_tile} * kTileRows,
-                 end = std::min<size_t>(size_t{task.last_tile} * kTileRows, matrix.rows);
-    for (uint32_t i = 0; i < wanted_count_; ++i) {
-        float* logits = scratch_.logits + size_t{i} * matrix.rows;
-        if (spec_->logit_scale != 1)
-            kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
-        if (!all_finite(logits + begin, end - begin))
-            bad_rows_[i].store(true, std::memory_order_relaxed);
+void CpuBackend::import_page(uint32_t page, const std::byte* bytes) {
+    for (const CpuLayer& in : decoder_.weights().layers) {
+        std::memcpy(decoder_.kv_page(in, page), bytes, in.kv_page_bytes());
+        bytes += in.kv_page_bytes();
     }
 }
 

@@ -1,0 +1,206 @@
+#pragma once
+
+#include "backend/cpu_layout.hpp"
+#include "backend/cpu_machine.hpp"
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// Whether each of n numbers is finite.
+bool all_finite(const float* x, size_t n);
+
+// Fills the weights from the file, slice by slice.
+class CpuLoader {
+public:
+    void open(const Gguf& gguf, const CpuWeights& weights, std::span<std::byte> staging,
+              uint32_t parts);
+    bool done() const { return item_ == weights_->items.size(); }
+    // 0 to 1
+    float progress() const {
+        return static_cast<float>(static_cast<double>(loaded_bytes_) /
+                                  static_cast<double>(bytes_to_load_));
+    }
+    Result<void> load(uint64_t budget_us, Team& team);
+
+private:
+    struct PackJob {
+        const LoadItem* item;
+        const std::byte* source;  // of tile `first`
+        uint32_t first, last;
+    };
+    Result<void> load_item_slice(Team& team);
+    static void pack_part(void* context, uint32_t part, uint32_t parts);
+
+    const Gguf* gguf_ = nullptr;
+    const CpuWeights* weights_ = nullptr;
+    std::span<std::byte> staging_;
+    uint64_t parts_ = 1;
+    size_t item_ = 0;  // the next to load, and its next tile
+    uint32_t tile_ = 0;
+    uint64_t loaded_bytes_ = 0, bytes_to_load_ = 0;
+};
+
+// The forward pass: weights, scratch arrays and the stages that a batch goes through. A stage's unit
+// is a row, a pair of tiles of a matrix or an AttentionUnit of one key head.
+class CpuDecoder {
+public:
+    Result<void> open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
+                      const BackendOptions& options, const Kernels& kernels);
+    const CpuWeights& weights() const { return weights_; }
+    uint32_t parts() const { return static_cast<uint32_t>(sizes_.parts); }
+    std::span<std::byte> staging() const {
+        return {scratch_memory_.data(), scratch_memory_.size()};
+    }
+    static uint32_t step_kinds();
+
+    Result<void> begin(std::span<const BatchRow> rows);
+    void abandon() { batch_ = rows_ = {}; }
+    std::span<const BatchRow> batch() const { return batch_; }  // in work; empty: none
+    bool tries_threads() const;
+    bool done() const;
+    void run_slice(CpuMachine& machine);  // a part of the stage that is next
+    void check_logits(CpuMachine& machine);
+    Result<std::span<const float>> logits(uint32_t i) const;
+
+    std::byte* kv_page(const CpuLayer& in, uint32_t page) const {
+        VALAR_ASSERT(page < options_.kv_pages);
+        return kv_.data() + in.kv_offset + page * in.kv_page_bytes();
+    }
+    size_t page_bytes() const { return static_cast<size_t>(page_bytes_); }
+
+private:
+    // `job` does units first .. last - 1. The flags say where layers begin and end.
+    struct Stage {
+        uint64_t (CpuDecoder::*units)() const;
+        uint64_t (CpuDecoder::*work)() const;  // products of a unit, about
+        void (CpuDecoder::*job)(uint32_t first, uint32_t last, uint32_t part);
+        uint32_t flags;
+    };
+    enum StageFlag : uint32_t {
+        begins_layer = 1,
+        stores_keys = 2,
+        uneven_units = 4,  // claimed one by one
+        ends_layer = 8,
+        embeds = 16,
+    };
+    static const Stage stages_[];
+    static uint32_t stage_count();
+    static uint32_t stage_with(StageFlag flag);
+
+    const CpuLayer& layer() const {
+        VALAR_ASSERT(layer_ < weights_.layers.size());
+        return weights_.layers[layer_];
+    }
+    bool in_last_layer() const { return layer_ + 1 == weights_.layers.size(); }
+    uint32_t row_count() const { return static_cast<uint32_t>(rows_.size()); }
+
+    Result<void> allocate(const MemoryPlan& plan);
+    Result<void> check_row(const BatchRow& row) const;
+    void start_batch();
+    static void run_job(void* context, uint32_t first, uint32_t last, uint32_t part);
+    void finish_stage();
+    void keep_wanted_rows();
+    Error locate_bad_numbers(CpuMachine& machine);
+    bool residual_is_finite() const;
+
+    uint64_t count_rows() const { return row_count(); }
+    uint64_t count_qkv() const { return layer().q.units() + layer().k.units() + layer().v.units(); }
+    uint64_t count_attention() const { return uint64_t{unit_count_} * layer().spec->n_kv_heads; }
+    uint64_t count_embd() const { return layer().down.units(); }
+    uint64_t count_ff() const { return layer().up.units(); }
+    uint64_t count_wanted() const { return wanted_count_; }
+    uint64_t count_vocab() const { return wanted_count_ ? weights_.output.units() : 0; }
+    uint64_t work_row() const { return uint64_t{spec_->n_embd} * 8; }
+    uint64_t work_unit(uint64_t columns) const {
+        return kUnitTiles * kTileRows * columns * rows_.size() * sizes_.planes;
+    }
+    uint64_t work_qkv() const { return work_unit(spec_->n_embd); }
+    uint64_t work_attention() const;
+    uint64_t work_output() const { return work_unit(layer().attn_output.cols); }
+    uint64_t work_gate_up() const { return 2 * work_unit(spec_->n_embd); }
+    uint64_t work_down() const { return work_unit(layer().down.cols); }
+    uint64_t work_logits() const {
+        return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * wanted_count_;
+    }
+
+    // Attention (cpu_attention.cpp).
+    bool split_over_segments() const { return row_count() <= sizes_.split_rows; }
+    void plan_attention();
+    struct SegmentResult {
+        float max, sum;
+        const float* out;
+    };
+    struct AttentionState {
+        float *max, *sum, *out;
+    };
+    void attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch);
+    float* query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const;
+    void merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
+                       const AttentionState& to);
+    void merge_parts(uint32_t row);
+
+    // The stages, in the order of stages_ (cpu_stages.cpp).
+    void embed_rows(uint32_t first, uint32_t last, uint32_t part);
+    void norm_for_attention(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_qkv(uint32_t first, uint32_t last, uint32_t part);
+    void rotate_and_store(uint32_t first, uint32_t last, uint32_t part);
+    void attend_units(uint32_t first, uint32_t last, uint32_t part);
+    void finish_attention(uint32_t first, uint32_t last, uint32_t part);
+    void project_attention(uint32_t first, uint32_t last, uint32_t part);
+    void norm_for_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_gate_up(uint32_t first, uint32_t last, uint32_t part);
+    void project_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void norm_wanted(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_logits(uint32_t first, uint32_t last, uint32_t part);
+
+    void embed_row(const BatchRow& row, float* x, uint32_t part);
+    void find_angles(uint32_t position, float* cos_sin) const;
+    void norm_rows(uint32_t first, uint32_t last, const float* weight);
+    PackedMatrix pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+                             std::byte* packed);
+    std::byte* mapped_units(uint32_t part) const {
+        return scratch_.mapped_units + part * sizes_.mapped_units;
+    }
+    MatmulTask product_of(const CpuMatrix& matrix, uint32_t first, uint32_t last, const float* x,
+                          float* y) const;
+    void multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
+                  const CpuMatrix* up = nullptr);
+    void project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
+                 uint32_t first, uint32_t last, uint32_t part);
+    uint32_t group_end(uint32_t row, uint32_t last, uint64_t planes) const;
+    void quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first, uint32_t last,
+                        uint32_t rows);
+
+    const Gguf* gguf_ = nullptr;
+    const ModelSpec* spec_ = nullptr;
+    BackendOptions options_;
+    const Kernels* kernels_ = nullptr;
+    CpuWeights weights_;
+    std::vector<RopeTable> ropes_;
+    CpuSizes sizes_{};
+    CpuScratch scratch_{};
+    uint64_t page_bytes_ = 0;
+    Buffer weights_memory_, kv_, scratch_memory_;
+
+    std::span<const BatchRow> batch_;  // in work; empty: none
+    std::span<const BatchRow> rows_;   // of it that are still computed
+    uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
+    uint32_t unit_ = 0;
+    uint32_t unit_count_ = 0, wanted_count_ = 0;
+    std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
+    Error bad_numbers_;                              // where the first of them came from
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE

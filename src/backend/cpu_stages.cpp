@@ -1,0 +1,274 @@
+// >>backend
+// The stages of the forward pass, in the order in which they run, and what they have in common:
+// products with packed or mapped weights and the quantization of activations. The stages of
+// attention between rotate_and_store and finish_attention are in cpu_attention.cpp; the formulas
+// are in >>kernels.
+#include "prologue.hpp"
+
+#include "backend/cpu_decoder.hpp"
+#include "base/internal.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- What stages have in common --------------------------------------------------------------
+
+// The planes of a few neighbouring rows lie side by side. Returns where the group of rows ends that
+// `row` belongs to.
+uint32_t CpuDecoder::group_end(uint32_t row, uint32_t last, uint64_t planes) const {
+    const uint32_t rows = ActivationLayout::kGroup / static_cast<uint32_t>(planes);
+    return std::min(last, (row / rows + 1) * rows);
+}
+
+// Quantizes x, the rows first .. last - 1 of one group, (last - first, n), to scratch_.blocks, which
+// holds `rows` rows in all.
+void CpuDecoder::quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first,
+                                uint32_t last, uint32_t rows) {
+    if (n % kActivationBlock != 0) return;  // no matrix that meets x is quantized
+    const uint32_t count = static_cast<uint32_t>(planes);
+    const ActivationLayout layout{rows * count, n / kActivationBlock};
+    kernels_->quantize(
+        {x, n, last - first, count, n, layout.step(), scratch_.blocks + layout.at(first * count)});
+}
+
+// Packs the tiles first .. last - 1 of a matrix from the file's bytes.
+PackedMatrix CpuDecoder::pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+                                     std::byte* packed) {
+    const size_t row_bytes = static_cast<size_t>(matrix.tensor->bytes / matrix.rows);
+    const std::byte* source = gguf_->tensor_bytes(*matrix.tensor)->data();
+    const uint32_t row = first * kTileRows;
+    pack_tiles(matrix.type, matrix.rows, matrix.cols, source + row * row_bytes, first, last,
+               packed);
+    return {matrix.type, std::min(last * kTileRows, matrix.rows) - row, matrix.cols, packed};
+}
+
+// The task y (rows, matrix.rows) = units first .. last - 1 of a matrix times every row of x.
+MatmulTask CpuDecoder::product_of(const CpuMatrix& matrix, uint32_t first, uint32_t last,
+                                  const float* x, float* y) const {
+    return {&matrix,
+            first * kUnitTiles,
+            std::min(last * kUnitTiles, matrix.tiles()),
+            row_count(),
+            static_cast<uint32_t>(sizes_.planes),
+            scratch_.blocks,
+            x,
+            matrix.cols,
+            y,
+            matrix.rows};
+}
+
+// Does a task, gated by `up` where there is one. A mapped matrix is packed unit by unit.
+void CpuDecoder::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
+                          const CpuMatrix* up) {
+    task.up = up;
+    if (matrix.data && (!up || up->data)) return kernels_->matmul(task);
+    const uint32_t end = task.last_tile;
+    const MatmulTask whole = task;
+    for (uint32_t tile = task.first_tile; tile < end; tile += kUnitTiles) {
+        const uint32_t count = std::min(kUnitTiles, end - tile);
+        const auto piece = [&](const CpuMatrix& of, std::byte* packed) {
+            if (!of.data) return pack_mapped(of, tile, tile + count, packed);
+            return PackedMatrix{of.type, std::min(count * kTileRows, of.rows - tile * kTileRows),
+                                of.cols, of.data + tile * packed_tile_bytes(of.type, of.cols)};
+        };
+        const PackedMatrix weights = piece(matrix, mapped_units(part)),
+                           gated_by = up ? piece(*up, mapped_units(part) + matrix.unit_bytes())
+                                         : weights;
+        task.weights = &weights;
+        if (up) task.up = &gated_by;
+        task.first_tile = 0;
+        task.last_tile = count;
+        if (whole.y) task.y = whole.y + tile * kTileRows;
+        if (whole.out)
+            task.out = whole.out +
+                       tile / kUnitTiles *
+                           ActivationLayout{task.columns * task.planes, task.out_blocks}.step();
+        kernels_->matmul(task);
+    }
+}
+
+// ---- The stages ------------------------------------------------------------------------------
+
+void CpuDecoder::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
+    for (uint32_t row = first; row < last; ++row) {
+        embed_row(rows_[row], scratch_.x + row * size_t{spec_->n_embd}, part);
+        find_angles(rows_[row].position, scratch_.cos_sin + row * sizes_.rope_values);
+    }
+}
+
+void CpuDecoder::embed_row(const BatchRow& row, float* x, uint32_t part) {
+    const size_t n = spec_->n_embd;
+    if (row.embedding) {
+        std::memcpy(x, row.embedding, n * sizeof(float));
+        return;
+    }
+    PackedMatrix matrix = weights_.token_embd;
+    uint32_t token = static_cast<uint32_t>(row.token);
+    if (!matrix.data) {
+        const uint32_t tile = token / kTileRows;
+        matrix = pack_mapped(weights_.token_embd, tile, tile + 1, mapped_units(part));
+        token %= kTileRows;
+    }
+    dequantize_row(matrix, token, x);
+    if (spec_->embedding_scale != 1) kernels_->scale(x, spec_->embedding_scale, n);
+}
+
+// Cosine and sine of each pair's rotation at a position, for each of the tables.
+void CpuDecoder::find_angles(uint32_t position, float* cos_sin) const {
+    for (const RopeTable& rope : ropes_)
+        for (const double frequency : rope.frequencies) {
+            double sine, cosine;
+            exact_sincos(static_cast<double>(position) * frequency, &sine, &cosine);
+            *cos_sin++ = static_cast<float>(cosine);
+            *cos_sin++ = static_cast<float>(sine);
+        }
+}
+
+void CpuDecoder::norm_rows(uint32_t first, uint32_t last, const float* weight) {
+    const size_t n = spec_->n_embd;
+    for (uint32_t row = first, end; row < last; row = end) {
+        end = group_end(row, last, sizes_.planes);
+        for (uint32_t i = row; i < end; ++i)
+            kernels_->rms_norm(scratch_.x + i * n, weight, spec_->norm_eps, n, scratch_.y + i * n);
+        quantize_group(scratch_.y + row * n, spec_->n_embd, sizes_.planes, row, end, row_count());
+    }
+}
+
+void CpuDecoder::norm_for_attention(uint32_t first, uint32_t last, uint32_t) {
+    norm_rows(first, last, layer().attn_norm);
+}
+
+void CpuDecoder::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
+    const struct {
+        const CpuMatrix* matrix;
+        const float* bias;
+        float* y;
+    } three[] = {
+        {&layer().q, layer().q_bias, scratch_.q},
+        {&layer().k, layer().k_bias, scratch_.k},
+        {&layer().v, layer().v_bias, scratch_.v},
+    };
+    uint32_t base = 0;
+    for (const auto& [matrix, bias, y] : three) {
+        const uint32_t end = base + matrix->units();
+        const uint32_t from = std::max(first, base), to = std::min(last, end);
+        if (from < to) {
+            const MatmulTask task = product_of(*matrix, from - base, to - base, scratch_.y, y);
+            multiply(*matrix, task, part);
+            const size_t begin = task.first_tile * kTileRows,
+                         count = std::min(task.last_tile * kTileRows, matrix->rows) - begin;
+            for (size_t row = 0; bias && row < rows_.size(); ++row)
+                kernels_->add(y + row * matrix->rows + begin, bias + begin, count);
+        }
+        base = end;
+    }
+}
+
+void CpuDecoder::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
+    const LayerSpec& spec = *layer().spec;
+    const RopeSpec& rope = spec.rope;
+    const bool neox = rope.kind == RopeKind::neox;
+    const uint32_t dim = spec.head_dim, group = spec.n_heads / spec.n_kv_heads;
+    const size_t n_q = size_t{spec.n_heads} * dim, n_kv = size_t{spec.n_kv_heads} * dim;
+    size_t table = 0;
+    for (uint32_t i = 0; i < layer().rope; ++i) table += ropes_[i].spec->dims;
+    for (uint32_t row = first; row < last; ++row) {
+        const float* cos_sin = scratch_.cos_sin + row * sizes_.rope_values + table;
+        float *q = scratch_.q + row * n_q, *k = scratch_.k + row * n_kv;
+        kernels_->rope(q, spec.n_heads, dim, rope.dims, neox, cos_sin);
+        kernels_->rope(k, spec.n_kv_heads, dim, rope.dims, neox, cos_sin);
+        kernels_->scale(q, spec.attention_scale, n_q);
+        const uint32_t position = rows_[row].position, in_page = position % options_.page_tokens;
+        std::byte* page = kv_page(layer(), rows_[row].pages[position / options_.page_tokens]);
+        const size_t half = layer().kv_head_bytes / 2;
+        const size_t group_at = in_page / kKeyGroup * (half * kKeyGroup / options_.page_tokens);
+        for (uint32_t head = 0; head < spec.n_kv_heads; ++head) {
+            std::memcpy(scratch_.turned + (size_t{head} * rows_.size() + row) * group * dim,
+                        q + size_t{head} * group * dim, group * dim * sizeof(float));
+            std::byte* keys = page + head * layer().kv_head_bytes + group_at;
+            kernels_->store_kv(options_.kv_type, k + size_t{head} * dim,
+                               scratch_.v + row * n_kv + size_t{head} * dim, dim,
+                               in_page % kKeyGroup, keys, keys + half);
+        }
+    }
+}
+
+void CpuDecoder::finish_attention(uint32_t first, uint32_t last, uint32_t) {
+    const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
+    for (uint32_t row = first, end; row < last; row = end) {
+        end = group_end(row, last, sizes_.planes);
+        for (uint32_t i = row; i < end && split_over_segments(); ++i) merge_parts(i);
+        quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end,
+                       row_count());
+    }
+}
+
+// Adds some units of a matrix times activations to the residual stream.
+void CpuDecoder::project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
+                         uint32_t first, uint32_t last, uint32_t part) {
+    MatmulTask task = product_of(matrix, first, last, x, scratch_.x);
+    task.blocks = blocks;
+    task.add = true;
+    multiply(matrix, task, part);
+}
+
+void CpuDecoder::project_attention(uint32_t first, uint32_t last, uint32_t part) {
+    project(layer().attn_output, scratch_.blocks, scratch_.attended, first, last, part);
+}
+
+void CpuDecoder::norm_for_ffn(uint32_t first, uint32_t last, uint32_t) {
+    norm_rows(first, last, layer().ffn_norm);
+}
+
+void CpuDecoder::multiply_gate_up(uint32_t first, uint32_t last, uint32_t part) {
+    MatmulTask task = product_of(layer().gate, first, last, scratch_.y, scratch_.h);
+    if (layer().down.quantized()) task.out = scratch_.h_blocks;
+    task.out_blocks = layer().down.cols / kActivationBlock;
+    multiply(layer().gate, task, part, &layer().up);
+}
+
+void CpuDecoder::project_ffn(uint32_t first, uint32_t last, uint32_t part) {
+    project(layer().down, scratch_.h_blocks, scratch_.h, first, last, part);
+}
+
+// The output matrix always meets activations of two planes.
+void CpuDecoder::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
+    const size_t n = spec_->n_embd;
+    for (uint32_t i = first, end; i < last; i = end) {
+        end = group_end(i, last, 2);
+        for (uint32_t j = i; j < end; ++j)
+            kernels_->rms_norm(scratch_.x + j * n, weights_.output_norm, spec_->norm_eps, n,
+                               scratch_.y + j * n);
+        quantize_group(scratch_.y + i * n, spec_->n_embd, 2, i, end, wanted_count_);
+    }
+}
+
+void CpuDecoder::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
+    const CpuMatrix& matrix = weights_.output;
+    MatmulTask task = product_of(matrix, first, last, scratch_.y, scratch_.logits);
+    task.columns = wanted_count_;
+    task.planes = 2;
+    multiply(matrix, task, part);
+    const size_t begin = size_t{task.first_tile} * kTileRows,
+                 end = std::min<size_t>(size_t{task.last_tile} * kTileRows, matrix.rows);
+    for (uint32_t i = 0; i < wanted_count_; ++i) {
+        float* logits = scratch_.logits + size_t{i} * matrix.rows;
+        if (spec_->logit_scale != 1)
+            kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
+        if (!all_finite(logits + begin, end - begin))
+            bad_rows_[i].store(true, std::memory_order_relaxed);
+    }
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
