@@ -17366,22 +17366,22 @@ private:
     void merge_parts(uint32_t row);
 
     // The stages, in the order of stages_ (cpu_stages.cpp).
-    void embed_rows(uint32_t first, uint32_t last, uint32_t part);
-    void norm_for_attention(uint32_t first, uint32_t last, uint32_t part);
-    void multiply_qkv(uint32_t first, uint32_t last, uint32_t part);
-    void rotate_and_store(uint32_t first, uint32_t last, uint32_t part);
-    void attend_units(uint32_t first, uint32_t last, uint32_t part);
-    void finish_attention(uint32_t first, uint32_t last, uint32_t part);
-    void project_attention(uint32_t first, uint32_t last, uint32_t part);
-    void norm_for_ffn(uint32_t first, uint32_t last, uint32_t part);
-    void multiply_gate_up(uint32_t first, uint32_t last, uint32_t part);
-    void project_ffn(uint32_t first, uint32_t last, uint32_t part);
-    void norm_wanted(uint32_t first, uint32_t last, uint32_t part);
-    void multiply_logits(uint32_t first, uint32_t last, uint32_t part);
+    void embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_quantize_for_attention(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_qkv_and_bias(uint32_t first, uint32_t last, uint32_t part);
+    void rotate_scale_store(uint32_t first, uint32_t last, uint32_t part);
+    void attend(uint32_t first, uint32_t last, uint32_t part);
+    void merge_and_quantize(uint32_t first, uint32_t last, uint32_t part);
+    void project_attention_and_add(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_quantize_for_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void gate_up_and_quantize(uint32_t first, uint32_t last, uint32_t part);
+    void project_ffn_and_add(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part);
 
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void find_angles(uint32_t position, float* cos_sin) const;
-    void norm_rows(uint32_t first, uint32_t last, const float* weight);
+    void norm_and_quantize(uint32_t first, uint32_t last, const float* weight);
     PackedMatrix pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                              std::byte* packed);
     std::byte* mapped_units(uint32_t part) const {
@@ -17545,19 +17545,31 @@ bool all_finite(const float* x, size_t n) {
 // In the order in which they run; from begins_layer to ends_layer once a layer. All matrices meet
 // quantized activations, unless they are of F32, F16 or BF16.
 const CpuDecoder::Stage CpuDecoder::stages_[] = {
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_rows, embeds},
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_for_attention, begins_layer},
-    {&CpuDecoder::count_qkv, &CpuDecoder::work_qkv, &CpuDecoder::multiply_qkv, 0},
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_and_store, stores_keys},
-    {&CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend_units,
-     uneven_units},
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::finish_attention, 0},
-    {&CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention, 0},
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_for_ffn, 0},
-    {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::multiply_gate_up, 0},
-    {&CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn, ends_layer},
-    {&CpuDecoder::count_wanted, &CpuDecoder::work_row, &CpuDecoder::norm_wanted, 0},
-    {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits, 0},
+    // x = embedding[token] * embedding_scale; cos, sin of position * frequency
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_and_find_angles, embeds},
+    // y = quantized(rms_norm(x) * attn_norm)
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_attention,
+     begins_layer},
+    // q = Wq y + bq; k = Wk y + bk; v = Wv y + bv
+    {&CpuDecoder::count_qkv, &CpuDecoder::work_qkv, &CpuDecoder::multiply_qkv_and_bias, 0},
+    // q = rope(q) * attention_scale; k = rope(k); k and v to the row's page
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_scale_store, stores_keys},
+    // a = softmax(q . keys) values, segment by segment
+    {&CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend, uneven_units},
+    // a = quantized(segments of a, merged where rows were split)
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize, 0},
+    // x += Wo a
+    {&CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add, 0},
+    // y = quantized(rms_norm(x) * ffn_norm)
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_ffn, 0},
+    // h = quantized(silu(Wgate y) * (Wup y))
+    {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize, 0},
+    // x += Wdown h
+    {&CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add, ends_layer},
+    // y = quantized(rms_norm(x) * output_norm), of rows that want logits
+    {&CpuDecoder::count_wanted, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted, 0},
+    // logits = Woutput y * logit_scale; whether they are finite
+    {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check, 0},
 };
 
 uint32_t CpuDecoder::stage_count() { return static_cast<uint32_t>(std::size(stages_)); }
@@ -17762,7 +17774,7 @@ Result<std::span<const float>> CpuDecoder::logits(uint32_t i) const {
 // >>backend
 // The stages of the forward pass, in the order in which they run, and what they have in common:
 // products with packed or mapped weights and the quantization of activations. The stages of
-// attention between rotate_and_store and finish_attention are in cpu_attention.cpp; the formulas
+// attention between rotate_scale_store and merge_and_quantize are in cpu_attention.cpp; the formulas
 // are in >>kernels.
 
 #ifndef VALAR_NO_INFERENCE
@@ -17848,7 +17860,7 @@ void CpuDecoder::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t par
 
 // ---- The stages ------------------------------------------------------------------------------
 
-void CpuDecoder::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part) {
     for (uint32_t row = first; row < last; ++row) {
         embed_row(rows_[row], scratch_.x + row * size_t{spec_->n_embd}, part);
         find_angles(rows_[row].position, scratch_.cos_sin + row * sizes_.rope_values);
@@ -17883,7 +17895,7 @@ void CpuDecoder::find_angles(uint32_t position, float* cos_sin) const {
         }
 }
 
-void CpuDecoder::norm_rows(uint32_t first, uint32_t last, const float* weight) {
+void CpuDecoder::norm_and_quantize(uint32_t first, uint32_t last, const float* weight) {
     const size_t n = spec_->n_embd;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
@@ -17893,11 +17905,11 @@ void CpuDecoder::norm_rows(uint32_t first, uint32_t last, const float* weight) {
     }
 }
 
-void CpuDecoder::norm_for_attention(uint32_t first, uint32_t last, uint32_t) {
-    norm_rows(first, last, layer().attn_norm);
+void CpuDecoder::norm_and_quantize_for_attention(uint32_t first, uint32_t last, uint32_t) {
+    norm_and_quantize(first, last, layer().attn_norm);
 }
 
-void CpuDecoder::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::multiply_qkv_and_bias(uint32_t first, uint32_t last, uint32_t part) {
     const struct {
         const CpuMatrix* matrix;
         const float* bias;
@@ -17923,7 +17935,7 @@ void CpuDecoder::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
     }
 }
 
-void CpuDecoder::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
+void CpuDecoder::rotate_scale_store(uint32_t first, uint32_t last, uint32_t) {
     const LayerSpec& spec = *layer().spec;
     const RopeSpec& rope = spec.rope;
     const bool neox = rope.kind == RopeKind::neox;
@@ -17952,7 +17964,7 @@ void CpuDecoder::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
     }
 }
 
-void CpuDecoder::finish_attention(uint32_t first, uint32_t last, uint32_t) {
+void CpuDecoder::merge_and_quantize(uint32_t first, uint32_t last, uint32_t) {
     const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
@@ -17971,27 +17983,27 @@ void CpuDecoder::project(const CpuMatrix& matrix, const ActivationBlock* blocks,
     multiply(matrix, task, part);
 }
 
-void CpuDecoder::project_attention(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::project_attention_and_add(uint32_t first, uint32_t last, uint32_t part) {
     project(layer().attn_output, scratch_.blocks, scratch_.attended, first, last, part);
 }
 
-void CpuDecoder::norm_for_ffn(uint32_t first, uint32_t last, uint32_t) {
-    norm_rows(first, last, layer().ffn_norm);
+void CpuDecoder::norm_and_quantize_for_ffn(uint32_t first, uint32_t last, uint32_t) {
+    norm_and_quantize(first, last, layer().ffn_norm);
 }
 
-void CpuDecoder::multiply_gate_up(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::gate_up_and_quantize(uint32_t first, uint32_t last, uint32_t part) {
     MatmulTask task = product_of(layer().gate, first, last, scratch_.y, scratch_.h);
     if (layer().down.quantized()) task.out = scratch_.h_blocks;
     task.out_blocks = layer().down.cols / kActivationBlock;
     multiply(layer().gate, task, part, &layer().up);
 }
 
-void CpuDecoder::project_ffn(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::project_ffn_and_add(uint32_t first, uint32_t last, uint32_t part) {
     project(layer().down, scratch_.h_blocks, scratch_.h, first, last, part);
 }
 
 // The output matrix always meets activations of two planes.
-void CpuDecoder::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
+void CpuDecoder::norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t) {
     const size_t n = spec_->n_embd;
     for (uint32_t i = first, end; i < last; i = end) {
         end = group_end(i, last, 2);
@@ -18002,7 +18014,7 @@ void CpuDecoder::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
     }
 }
 
-void CpuDecoder::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part) {
     const CpuMatrix& matrix = weights_.output;
     MatmulTask task = product_of(matrix, first, last, scratch_.y, scratch_.logits);
     task.columns = wanted_count_;
@@ -18035,7 +18047,7 @@ inline namespace v1 {
 namespace detail {
 
 // Rows that are neighbours in their sequence attend together. A batch of few rows is cut by
-// segments too, so that all threads have something to do; finish_attention() merges the parts.
+// segments too, so that all threads have something to do; merge_and_quantize() merges the parts.
 void CpuDecoder::plan_attention() {
     unit_count_ = 0;
     for (uint32_t row = row_count(), rows; row > 0; row -= rows) {  // the longest first
@@ -18065,7 +18077,7 @@ uint64_t CpuDecoder::work_attention() const {
            spec.head_dim;
 }
 
-void CpuDecoder::attend_units(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::attend(uint32_t first, uint32_t last, uint32_t part) {
     const uint32_t kv_heads = layer().spec->n_kv_heads;
     for (uint32_t i = first; i < last; ++i)
         attend_unit(scratch_.units[i / kv_heads], i % kv_heads, scratch_.queries[part]);

@@ -16,7 +16,7 @@ inline namespace v1 {
 namespace detail {
 
 // Rows that are neighbours in their sequence attend together. A batch of few rows is cut by
-// segments too, so that all threads have something to do; finish_attention() merges the parts.
+// segments too, so that all threads have something to do; merge_and_quantize() merges the parts.
 void CpuDecoder::plan_attention() {
     unit_count_ = 0;
     for (uint32_t row = row_count(), rows; row > 0; row -= rows) {  // the longest first
@@ -46,7 +46,7 @@ uint64_t CpuDecoder::work_attention() const {
            spec.head_dim;
 }
 
-void CpuDecoder::attend_units(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::attend(uint32_t first, uint32_t last, uint32_t part) {
     const uint32_t kv_heads = layer().spec->n_kv_heads;
     for (uint32_t i = first; i < last; ++i)
         attend_unit(scratch_.units[i / kv_heads], i % kv_heads, scratch_.queries[part]);

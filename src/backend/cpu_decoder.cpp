@@ -47,19 +47,31 @@ bool all_finite(const float* x, size_t n) {
 // In the order in which they run; from begins_layer to ends_layer once a layer. All matrices meet
 // quantized activations, unless they are of F32, F16 or BF16.
 const CpuDecoder::Stage CpuDecoder::stages_[] = {
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_rows, embeds},
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_for_attention, begins_layer},
-    {&CpuDecoder::count_qkv, &CpuDecoder::work_qkv, &CpuDecoder::multiply_qkv, 0},
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_and_store, stores_keys},
-    {&CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend_units,
-     uneven_units},
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::finish_attention, 0},
-    {&CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention, 0},
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_for_ffn, 0},
-    {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::multiply_gate_up, 0},
-    {&CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn, ends_layer},
-    {&CpuDecoder::count_wanted, &CpuDecoder::work_row, &CpuDecoder::norm_wanted, 0},
-    {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits, 0},
+    // x = embedding[token] * embedding_scale; cos, sin of position * frequency
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_and_find_angles, embeds},
+    // y = quantized(rms_norm(x) * attn_norm)
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_attention,
+     begins_layer},
+    // q = Wq y + bq; k = Wk y + bk; v = Wv y + bv
+    {&CpuDecoder::count_qkv, &CpuDecoder::work_qkv, &CpuDecoder::multiply_qkv_and_bias, 0},
+    // q = rope(q) * attention_scale; k = rope(k); k and v to the row's page
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_scale_store, stores_keys},
+    // a = softmax(q . keys) values, segment by segment
+    {&CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend, uneven_units},
+    // a = quantized(segments of a, merged where rows were split)
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize, 0},
+    // x += Wo a
+    {&CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add, 0},
+    // y = quantized(rms_norm(x) * ffn_norm)
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_ffn, 0},
+    // h = quantized(silu(Wgate y) * (Wup y))
+    {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize, 0},
+    // x += Wdown h
+    {&CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add, ends_layer},
+    // y = quantized(rms_norm(x) * output_norm), of rows that want logits
+    {&CpuDecoder::count_wanted, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted, 0},
+    // logits = Woutput y * logit_scale; whether they are finite
+    {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check, 0},
 };
 
 uint32_t CpuDecoder::stage_count() { return static_cast<uint32_t>(std::size(stages_)); }

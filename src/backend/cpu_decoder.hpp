@@ -149,22 +149,22 @@ private:
     void merge_parts(uint32_t row);
 
     // The stages, in the order of stages_ (cpu_stages.cpp).
-    void embed_rows(uint32_t first, uint32_t last, uint32_t part);
-    void norm_for_attention(uint32_t first, uint32_t last, uint32_t part);
-    void multiply_qkv(uint32_t first, uint32_t last, uint32_t part);
-    void rotate_and_store(uint32_t first, uint32_t last, uint32_t part);
-    void attend_units(uint32_t first, uint32_t last, uint32_t part);
-    void finish_attention(uint32_t first, uint32_t last, uint32_t part);
-    void project_attention(uint32_t first, uint32_t last, uint32_t part);
-    void norm_for_ffn(uint32_t first, uint32_t last, uint32_t part);
-    void multiply_gate_up(uint32_t first, uint32_t last, uint32_t part);
-    void project_ffn(uint32_t first, uint32_t last, uint32_t part);
-    void norm_wanted(uint32_t first, uint32_t last, uint32_t part);
-    void multiply_logits(uint32_t first, uint32_t last, uint32_t part);
+    void embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_quantize_for_attention(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_qkv_and_bias(uint32_t first, uint32_t last, uint32_t part);
+    void rotate_scale_store(uint32_t first, uint32_t last, uint32_t part);
+    void attend(uint32_t first, uint32_t last, uint32_t part);
+    void merge_and_quantize(uint32_t first, uint32_t last, uint32_t part);
+    void project_attention_and_add(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_quantize_for_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void gate_up_and_quantize(uint32_t first, uint32_t last, uint32_t part);
+    void project_ffn_and_add(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part);
 
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void find_angles(uint32_t position, float* cos_sin) const;
-    void norm_rows(uint32_t first, uint32_t last, const float* weight);
+    void norm_and_quantize(uint32_t first, uint32_t last, const float* weight);
     PackedMatrix pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                              std::byte* packed);
     std::byte* mapped_units(uint32_t part) const {

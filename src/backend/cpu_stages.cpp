@@ -1,7 +1,7 @@
 // >>backend
 // The stages of the forward pass, in the order in which they run, and what they have in common:
 // products with packed or mapped weights and the quantization of activations. The stages of
-// attention between rotate_and_store and finish_attention are in cpu_attention.cpp; the formulas
+// attention between rotate_scale_store and merge_and_quantize are in cpu_attention.cpp; the formulas
 // are in >>kernels.
 #include "prologue.hpp"
 
@@ -97,7 +97,7 @@ void CpuDecoder::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t par
 
 // ---- The stages ------------------------------------------------------------------------------
 
-void CpuDecoder::embed_rows(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part) {
     for (uint32_t row = first; row < last; ++row) {
         embed_row(rows_[row], scratch_.x + row * size_t{spec_->n_embd}, part);
         find_angles(rows_[row].position, scratch_.cos_sin + row * sizes_.rope_values);
@@ -132,7 +132,7 @@ void CpuDecoder::find_angles(uint32_t position, float* cos_sin) const {
         }
 }
 
-void CpuDecoder::norm_rows(uint32_t first, uint32_t last, const float* weight) {
+void CpuDecoder::norm_and_quantize(uint32_t first, uint32_t last, const float* weight) {
     const size_t n = spec_->n_embd;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
@@ -142,11 +142,11 @@ void CpuDecoder::norm_rows(uint32_t first, uint32_t last, const float* weight) {
     }
 }
 
-void CpuDecoder::norm_for_attention(uint32_t first, uint32_t last, uint32_t) {
-    norm_rows(first, last, layer().attn_norm);
+void CpuDecoder::norm_and_quantize_for_attention(uint32_t first, uint32_t last, uint32_t) {
+    norm_and_quantize(first, last, layer().attn_norm);
 }
 
-void CpuDecoder::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::multiply_qkv_and_bias(uint32_t first, uint32_t last, uint32_t part) {
     const struct {
         const CpuMatrix* matrix;
         const float* bias;
@@ -172,7 +172,7 @@ void CpuDecoder::multiply_qkv(uint32_t first, uint32_t last, uint32_t part) {
     }
 }
 
-void CpuDecoder::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
+void CpuDecoder::rotate_scale_store(uint32_t first, uint32_t last, uint32_t) {
     const LayerSpec& spec = *layer().spec;
     const RopeSpec& rope = spec.rope;
     const bool neox = rope.kind == RopeKind::neox;
@@ -201,7 +201,7 @@ void CpuDecoder::rotate_and_store(uint32_t first, uint32_t last, uint32_t) {
     }
 }
 
-void CpuDecoder::finish_attention(uint32_t first, uint32_t last, uint32_t) {
+void CpuDecoder::merge_and_quantize(uint32_t first, uint32_t last, uint32_t) {
     const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
@@ -220,27 +220,27 @@ void CpuDecoder::project(const CpuMatrix& matrix, const ActivationBlock* blocks,
     multiply(matrix, task, part);
 }
 
-void CpuDecoder::project_attention(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::project_attention_and_add(uint32_t first, uint32_t last, uint32_t part) {
     project(layer().attn_output, scratch_.blocks, scratch_.attended, first, last, part);
 }
 
-void CpuDecoder::norm_for_ffn(uint32_t first, uint32_t last, uint32_t) {
-    norm_rows(first, last, layer().ffn_norm);
+void CpuDecoder::norm_and_quantize_for_ffn(uint32_t first, uint32_t last, uint32_t) {
+    norm_and_quantize(first, last, layer().ffn_norm);
 }
 
-void CpuDecoder::multiply_gate_up(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::gate_up_and_quantize(uint32_t first, uint32_t last, uint32_t part) {
     MatmulTask task = product_of(layer().gate, first, last, scratch_.y, scratch_.h);
     if (layer().down.quantized()) task.out = scratch_.h_blocks;
     task.out_blocks = layer().down.cols / kActivationBlock;
     multiply(layer().gate, task, part, &layer().up);
 }
 
-void CpuDecoder::project_ffn(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::project_ffn_and_add(uint32_t first, uint32_t last, uint32_t part) {
     project(layer().down, scratch_.h_blocks, scratch_.h, first, last, part);
 }
 
 // The output matrix always meets activations of two planes.
-void CpuDecoder::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
+void CpuDecoder::norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t) {
     const size_t n = spec_->n_embd;
     for (uint32_t i = first, end; i < last; i = end) {
         end = group_end(i, last, 2);
@@ -251,7 +251,7 @@ void CpuDecoder::norm_wanted(uint32_t first, uint32_t last, uint32_t) {
     }
 }
 
-void CpuDecoder::multiply_logits(uint32_t first, uint32_t last, uint32_t part) {
+void CpuDecoder::multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part) {
     const CpuMatrix& matrix = weights_.output;
     MatmulTask task = product_of(matrix, first, last, scratch_.y, scratch_.logits);
     task.columns = wanted_count_;
