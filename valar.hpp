@@ -17349,9 +17349,13 @@ private:
         return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * wanted_count_;
     }
 
-    // Attention (cpu_attention.cpp).
-    bool split_over_segments() const { return row_count() <= sizes_.split_rows; }
+    // Two schedules of attention (cpu_attention.cpp).
     void plan_attention();
+    void plan_whole_rows();
+    void plan_split_rows();
+    struct SegmentKeys {
+        const void *keys[kSegment / kKeyGroup], *values[kSegment / kKeyGroup];
+    };
     struct SegmentResult {
         float max, sum;
         const float* out;
@@ -17359,11 +17363,19 @@ private:
     struct AttentionState {
         float *max, *sum, *out;
     };
-    void attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch);
+    AttentionTask attention_task(const AttentionUnit& unit, uint32_t kv_head,
+                                 const QueryScratch& scratch, const SegmentKeys& found) const;
+    void find_keys(const AttentionUnit& unit, uint32_t kv_head, uint32_t segment,
+                   const QueryScratch& scratch, SegmentKeys& found) const;
+    void find_visible(const AttentionUnit& unit, uint32_t segment,
+                      const QueryScratch& scratch) const;
+    void attend_whole_rows(const AttentionUnit& unit, uint32_t kv_head,
+                           const QueryScratch& scratch);
+    void attend_split_row(const AttentionUnit& unit, uint32_t kv_head, const QueryScratch& scratch);
     float* query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const;
     void merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
-                       const AttentionState& to);
-    void merge_parts(uint32_t row);
+                       const AttentionState& to) const;
+    void merge_split_row(uint32_t row);
 
     // The stages, in the order of stages_ (cpu_stages.cpp).
     void embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part);
@@ -17413,6 +17425,7 @@ private:
     uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
+    bool splits_rows_ = false;                       // attention is split over segments
     std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
     Error bad_numbers_;                              // where the first of them came from
 };
@@ -17968,7 +17981,7 @@ void CpuDecoder::merge_and_quantize(uint32_t first, uint32_t last, uint32_t) {
     const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
-        for (uint32_t i = row; i < end && split_over_segments(); ++i) merge_parts(i);
+        for (uint32_t i = row; i < end && splits_rows_; ++i) merge_split_row(i);
         quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end,
                        row_count());
     }
@@ -18039,58 +18052,53 @@ void CpuDecoder::multiply_logits_and_check(uint32_t first, uint32_t last, uint32
 // ---- src/backend/cpu_attention.cpp -------------------------------------------------------------
 
 // >>backend
-// Attention: how it is cut into units, and what a unit does.
+// Attention, in two schedules. Whole rows: neighbouring rows of a sequence attend together, to all
+// that they see, and one thread merges their segments as it goes. Split rows: in a batch of few rows
+// each segment of each row is a unit of its own, so that all threads have something to do, and
+// merge_and_quantize merges the segments. Both merge the same segments in the same order, so they
+// give the same bits. Segments are merged by online softmax (Milakov and Gimelshein 2018,
+// https://arxiv.org/abs/1805.02867); the query heads that share a key head (grouped queries, Ainslie
+// et al. 2023, https://arxiv.org/abs/2305.13245) attend together.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// Rows that are neighbours in their sequence attend together. A batch of few rows is cut by
-// segments too, so that all threads have something to do; merge_and_quantize() merges the parts.
+// ---- What both schedules need ----------------------------------------------------------------
+
 void CpuDecoder::plan_attention() {
     unit_count_ = 0;
-    for (uint32_t row = row_count(), rows; row > 0; row -= rows) {  // the longest first
-        const BatchRow& last = rows_[row - 1];
-        const uint32_t segments = last.position / kSegment + 1;
-        rows = 1;
-        if (split_over_segments()) {
-            for (uint32_t i = 0; i < segments; ++i)
-                scratch_.units[unit_count_++] = {row - 1, 1, i, i + 1};
-            continue;
-        }
-        while (rows < row && rows < kQueryRows && rows_[row - 1 - rows].pages == last.pages &&
-               rows_[row - 1 - rows].position + rows == last.position)
-            ++rows;
-        scratch_.units[unit_count_++] = {row - rows, rows, 0, segments};
-    }
+    splits_rows_ = row_count() <= sizes_.split_rows;
+    if (splits_rows_) plan_split_rows();
+    else plan_whole_rows();
 }
 
 uint64_t CpuDecoder::work_attention() const {
     const AttentionUnit& unit = scratch_.units[0];
     const LayerSpec& spec = *layer().spec;
     const uint32_t seen = layer().first_seen(rows_[unit.row].position) / kSegment;
-    const uint32_t segments = split_over_segments()
-                                  ? 1
-                                  : unit.last_segment - std::max(unit.first_segment, seen);
+    const uint32_t segments = splits_rows_ ? 1
+                                           : unit.last_segment - std::max(unit.first_segment, seen);
     return uint64_t{2 * kSegment} * unit.rows * segments * (spec.n_heads / spec.n_kv_heads) *
            spec.head_dim;
 }
 
 void CpuDecoder::attend(uint32_t first, uint32_t last, uint32_t part) {
     const uint32_t kv_heads = layer().spec->n_kv_heads;
-    for (uint32_t i = first; i < last; ++i)
-        attend_unit(scratch_.units[i / kv_heads], i % kv_heads, scratch_.queries[part]);
+    for (uint32_t i = first; i < last; ++i) {
+        VALAR_ASSERT(i / kv_heads < unit_count_);
+        const AttentionUnit& unit = scratch_.units[i / kv_heads];
+        if (splits_rows_) attend_split_row(unit, i % kv_heads, scratch_.queries[part]);
+        else attend_whole_rows(unit, i % kv_heads, scratch_.queries[part]);
+    }
 }
 
-void CpuDecoder::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch) {
+AttentionTask CpuDecoder::attention_task(const AttentionUnit& unit, uint32_t kv_head,
+                                         const QueryScratch& scratch,
+                                         const SegmentKeys& found) const {
     const LayerSpec& spec = *layer().spec;
     const uint32_t dim = spec.head_dim, group = spec.n_heads / spec.n_kv_heads;
-    const uint32_t page_tokens = options_.page_tokens,
-                   newest = rows_[unit.row + unit.rows - 1].position,
-                   oldest = layer().first_seen(rows_[unit.row].position);
-    const size_t half = layer().kv_head_bytes / 2, group_bytes = half * kKeyGroup / page_tokens;
-    const void *keys[kSegment / kKeyGroup], *values[kSegment / kKeyGroup];
     AttentionTask task{};
     task.kv_type = options_.kv_type == KvType::q8_0 ? KvType::f32 : options_.kv_type;
     task.head_dim = dim;
@@ -18099,46 +18107,89 @@ void CpuDecoder::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
     task.q_stride = task.out_stride = dim;
     task.begin = scratch.begin;
     task.end = scratch.end;
-    task.keys = keys;
-    task.values = values;
+    task.keys = found.keys;
+    task.values = found.values;
     task.max = scratch.max;
     task.sum = scratch.sum;
     task.out = scratch.out;
-    for (uint32_t segment = std::max(unit.first_segment, oldest / kSegment);
-         segment < unit.last_segment; ++segment) {
-        const uint32_t start = segment * kSegment;
-        const auto within = [start](uint32_t position) {
-            return static_cast<uint16_t>(std::clamp(position, start, start + kSegment) - start);
-        };
-        for (uint32_t i = 0; i < kSegment / kKeyGroup; ++i) {
-            const uint32_t position = start + i * kKeyGroup;
-            keys[i] = values[i] = nullptr;
-            if (position > newest || position + kKeyGroup <= oldest) continue;
-            const uint32_t page = rows_[unit.row].pages[position / page_tokens];
-            const std::byte* at = kv_page(layer(), page) + kv_head * layer().kv_head_bytes +
-                                  position % page_tokens / kKeyGroup * group_bytes;
-            keys[i] = at;
-            values[i] = at + half;
-            if (options_.kv_type != KvType::q8_0) continue;
-            float* const expanded = scratch.expanded + i * kKeyGroup * dim;
-            kernels_->expand_kv(at, at + half, dim, expanded, expanded + kSegment * dim);
-            keys[i] = expanded;
-            values[i] = expanded + kSegment * dim;
-        }
-        for (uint32_t i = 0; i < task.queries; ++i) {
-            const uint32_t position = rows_[unit.row + i / group].position;
-            scratch.begin[i] = within(layer().first_seen(position));
-            scratch.end[i] = within(position + 1);
-        }
-        if (split_over_segments()) {
-            const size_t at = (unit.row * sizes_.segments + segment) * spec.n_heads +
-                              kv_head * group;
-            task.max = scratch_.part_max + at;
-            task.sum = scratch_.part_sum + at;
-            task.out = scratch_.part_out + at * dim;
-        }
+    return task;
+}
+
+// Where a segment's keys and values are, in groups of kKeyGroup positions: in the pages, or, of
+// q8_0, expanded in the scratch memory; null where no row of the unit sees any of a group.
+void CpuDecoder::find_keys(const AttentionUnit& unit, uint32_t kv_head, uint32_t segment,
+                           const QueryScratch& scratch, SegmentKeys& found) const {
+    const uint32_t dim = layer().spec->head_dim, page_tokens = options_.page_tokens,
+                   newest = rows_[unit.row + unit.rows - 1].position,
+                   oldest = layer().first_seen(rows_[unit.row].position);
+    const size_t half = layer().kv_head_bytes / 2, group_bytes = half * kKeyGroup / page_tokens;
+    for (uint32_t i = 0; i < kSegment / kKeyGroup; ++i) {
+        const uint32_t position = segment * kSegment + i * kKeyGroup;
+        found.keys[i] = found.values[i] = nullptr;
+        if (position > newest || position + kKeyGroup <= oldest) continue;
+        const uint32_t page = rows_[unit.row].pages[position / page_tokens];
+        const std::byte* at = kv_page(layer(), page) + kv_head * layer().kv_head_bytes +
+                              position % page_tokens / kKeyGroup * group_bytes;
+        found.keys[i] = at;
+        found.values[i] = at + half;
+        if (options_.kv_type != KvType::q8_0) continue;
+        float* const expanded = scratch.expanded + i * kKeyGroup * dim;
+        kernels_->expand_kv(at, at + half, dim, expanded, expanded + kSegment * dim);
+        found.keys[i] = expanded;
+        found.values[i] = expanded + kSegment * dim;
+    }
+}
+
+// Which positions of a segment each query of a unit sees.
+void CpuDecoder::find_visible(const AttentionUnit& unit, uint32_t segment,
+                              const QueryScratch& scratch) const {
+    const uint32_t group = layer().spec->n_heads / layer().spec->n_kv_heads;
+    const uint32_t start = segment * kSegment;
+    const auto within = [start](uint32_t position) {
+        return static_cast<uint16_t>(std::clamp(position, start, start + kSegment) - start);
+    };
+    for (uint32_t i = 0; i < unit.rows * group; ++i) {
+        const uint32_t position = rows_[unit.row + i / group].position;
+        scratch.begin[i] = within(layer().first_seen(position));
+        scratch.end[i] = within(position + 1);
+    }
+}
+
+void CpuDecoder::merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
+                               const AttentionState& to) const {
+    const size_t dim = layer().spec->head_dim;
+    if (segment != layer().first_seen(position) / kSegment)
+        return kernels_->attention_merge(to.max, to.sum, to.out, from.max, from.sum, from.out, dim);
+    *to.max = from.max;
+    *to.sum = from.sum;
+    std::memcpy(to.out, from.out, dim * sizeof(float));
+}
+
+// ---- Whole rows ------------------------------------------------------------------------------
+
+// Neighbours in their sequence become a unit. The longest rows come first.
+void CpuDecoder::plan_whole_rows() {
+    for (uint32_t row = row_count(), rows; row > 0; row -= rows) {
+        const BatchRow& last = rows_[row - 1];
+        rows = 1;
+        while (rows < row && rows < kQueryRows && rows_[row - 1 - rows].pages == last.pages &&
+               rows_[row - 1 - rows].position + rows == last.position)
+            ++rows;
+        scratch_.units[unit_count_++] = {row - rows, rows, 0, last.position / kSegment + 1};
+    }
+}
+
+void CpuDecoder::attend_whole_rows(const AttentionUnit& unit, uint32_t kv_head,
+                                   const QueryScratch& scratch) {
+    const LayerSpec& spec = *layer().spec;
+    const uint32_t dim = spec.head_dim, group = spec.n_heads / spec.n_kv_heads;
+    const uint32_t oldest = layer().first_seen(rows_[unit.row].position);
+    SegmentKeys found;
+    const AttentionTask task = attention_task(unit, kv_head, scratch, found);
+    for (uint32_t segment = oldest / kSegment; segment < unit.last_segment; ++segment) {
+        find_keys(unit, kv_head, segment, scratch, found);
+        find_visible(unit, segment, scratch);
         kernels_->attention(task);
-        if (split_over_segments()) continue;
         for (uint32_t i = 0; i < task.queries; ++i)
             if (scratch.begin[i] < scratch.end[i])
                 merge_segment(
@@ -18146,7 +18197,6 @@ void CpuDecoder::attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryS
                     {scratch.max[i], scratch.sum[i], task.out + size_t{i} * dim},
                     {scratch.total_max + i, scratch.total_sum + i, query_output(unit, kv_head, i)});
     }
-    if (split_over_segments()) return;
     for (uint32_t i = 0; i < task.queries; ++i)
         kernels_->scale(query_output(unit, kv_head, i), 1 / scratch.total_sum[i], dim);
 }
@@ -18158,17 +18208,34 @@ float* CpuDecoder::query_output(const AttentionUnit& unit, uint32_t kv_head, uin
     return scratch_.attended + (row * spec.n_heads + head) * spec.head_dim;
 }
 
-void CpuDecoder::merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
-                               const AttentionState& to) {
-    const size_t dim = layer().spec->head_dim;
-    if (segment != layer().first_seen(position) / kSegment)
-        return kernels_->attention_merge(to.max, to.sum, to.out, from.max, from.sum, from.out, dim);
-    *to.max = from.max;
-    *to.sum = from.sum;
-    std::memcpy(to.out, from.out, dim * sizeof(float));
+// ---- Split rows ------------------------------------------------------------------------------
+
+void CpuDecoder::plan_split_rows() {
+    for (uint32_t row = row_count(); row > 0; --row) {
+        const uint32_t segments = rows_[row - 1].position / kSegment + 1;
+        for (uint32_t i = 0; i < segments; ++i)
+            scratch_.units[unit_count_++] = {row - 1, 1, i, i + 1};
+    }
 }
 
-void CpuDecoder::merge_parts(uint32_t row) {
+void CpuDecoder::attend_split_row(const AttentionUnit& unit, uint32_t kv_head,
+                                  const QueryScratch& scratch) {
+    const LayerSpec& spec = *layer().spec;
+    const uint32_t segment = unit.first_segment;
+    if (segment < layer().first_seen(rows_[unit.row].position) / kSegment) return;
+    SegmentKeys found;
+    AttentionTask task = attention_task(unit, kv_head, scratch, found);
+    find_keys(unit, kv_head, segment, scratch, found);
+    find_visible(unit, segment, scratch);
+    const size_t at = (unit.row * sizes_.segments + segment) * spec.n_heads +
+                      kv_head * (spec.n_heads / spec.n_kv_heads);
+    task.max = scratch_.part_max + at;
+    task.sum = scratch_.part_sum + at;
+    task.out = scratch_.part_out + at * spec.head_dim;
+    kernels_->attention(task);
+}
+
+void CpuDecoder::merge_split_row(uint32_t row) {
     const LayerSpec& spec = *layer().spec;
     const size_t dim = spec.head_dim;
     for (uint32_t head = 0; head < spec.n_heads; ++head) {

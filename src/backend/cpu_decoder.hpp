@@ -132,9 +132,13 @@ private:
         return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * wanted_count_;
     }
 
-    // Attention (cpu_attention.cpp).
-    bool split_over_segments() const { return row_count() <= sizes_.split_rows; }
+    // Two schedules of attention (cpu_attention.cpp).
     void plan_attention();
+    void plan_whole_rows();
+    void plan_split_rows();
+    struct SegmentKeys {
+        const void *keys[kSegment / kKeyGroup], *values[kSegment / kKeyGroup];
+    };
     struct SegmentResult {
         float max, sum;
         const float* out;
@@ -142,11 +146,19 @@ private:
     struct AttentionState {
         float *max, *sum, *out;
     };
-    void attend_unit(const AttentionUnit& unit, uint32_t kv_head, QueryScratch& scratch);
+    AttentionTask attention_task(const AttentionUnit& unit, uint32_t kv_head,
+                                 const QueryScratch& scratch, const SegmentKeys& found) const;
+    void find_keys(const AttentionUnit& unit, uint32_t kv_head, uint32_t segment,
+                   const QueryScratch& scratch, SegmentKeys& found) const;
+    void find_visible(const AttentionUnit& unit, uint32_t segment,
+                      const QueryScratch& scratch) const;
+    void attend_whole_rows(const AttentionUnit& unit, uint32_t kv_head,
+                           const QueryScratch& scratch);
+    void attend_split_row(const AttentionUnit& unit, uint32_t kv_head, const QueryScratch& scratch);
     float* query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const;
     void merge_segment(uint32_t position, uint32_t segment, const SegmentResult& from,
-                       const AttentionState& to);
-    void merge_parts(uint32_t row);
+                       const AttentionState& to) const;
+    void merge_split_row(uint32_t row);
 
     // The stages, in the order of stages_ (cpu_stages.cpp).
     void embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part);
@@ -196,6 +208,7 @@ private:
     uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
+    bool splits_rows_ = false;                       // attention is split over segments
     std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
     Error bad_numbers_;                              // where the first of them came from
 };

@@ -205,7 +205,7 @@ void CpuDecoder::merge_and_quantize(uint32_t first, uint32_t last, uint32_t) {
     const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
-        for (uint32_t i = row; i < end && split_over_segments(); ++i) merge_parts(i);
+        for (uint32_t i = row; i < end && splits_rows_; ++i) merge_split_row(i);
         quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end,
                        row_count());
     }
