@@ -30,6 +30,7 @@ public:
     std::atomic<bool> full = false;             ///< submit() has no room
     std::optional<valar::Error> failure;        ///< of every response
     std::optional<valar::Error> prepare_error;  ///< of every request
+    valar::ResponderStats counts;               ///< what stats() says
 
     std::vector<valar::ModelInfo> models() const override {
         valar::ModelInfo shown = info;
@@ -95,7 +96,7 @@ public:
         end(id, valar::Status::cancelled);
     }
 
-    valar::ResponderStats stats() const override { return {}; }
+    valar::ResponderStats stats() const override { return counts; }
 
     void on_ready(void (*listener)(void*, const std::string&), void* context) override {
         const std::lock_guard<std::recursive_mutex> lock(listener_mutex_);

@@ -1327,6 +1327,43 @@ TEST_CASE("server: openai: store:false leaves nothing, previous_response_id goes
     CHECK(error_of(follow(id_of(serving.post(in_background)), "x")) == refused);
 }
 
+TEST_CASE("server: every count of the Responders is a metric") {
+    Serving serving;
+    ResponderStats& counts = serving.fake.counts;
+    counts.queued = 1, counts.running = 2, counts.completed = 3, counts.failed = 4;
+    counts.cancelled = 5, counts.input_tokens = 6, counts.output_tokens = 7;
+    counts.cached_tokens = 8, counts.pages = 9, counts.pages_used = 10, counts.pages_cached = 11;
+    counts.pages_shared = 12, counts.preempted = 13, counts.batches = 14, counts.batch_rows = 15;
+    counts.drafted_tokens = 16, counts.accepted_tokens = 17;
+    counts.queue_us = 1'800'000, counts.prefill_us = 19'000'000, counts.decode_us = 2'000'000;
+    const std::string body = serving.get("/metrics").body;
+    for (const char* line : {"requests_queued 1",
+                             "requests_running 2",
+                             "requests_completed_total 3",
+                             "requests_failed_total 4",
+                             "requests_cancelled_total 5",
+                             "input_tokens_total 6",
+                             "output_tokens_total 7",
+                             "cached_tokens_total 8",
+                             "pages 9",
+                             "pages_used 10",
+                             "pages_cached 11",
+                             "pages_shared 12",
+                             "preempted_total 13",
+                             "batches_total 14",
+                             "batch_tokens_total 15",
+                             "drafted_tokens_total 16",
+                             "accepted_tokens_total 17",
+                             "queue_seconds_total 1.8",
+                             "prefill_seconds_total 19",
+                             "decode_seconds_total 2"}) {
+        CAPTURE(line);
+        CHECK(body.find("\nvalar_model_" + std::string(line) + "\n") != std::string::npos);
+    }
+    CHECK(body.find("# HELP valar_model_pages Pages of keys and values, in all.\n"
+                    "# TYPE valar_model_pages gauge\n") != std::string::npos);
+}
+
 TEST_CASE("server: metrics and JSON log lines") {
     Log log;
     ServerOptions options = with_keys();
