@@ -5816,7 +5816,7 @@ Json render_error(const Error& error);
 int http_status(ErrorKind kind);
 
 struct DialectWords {
-    const char* status[5];
+    const char *pending, *running;
     const char* cut;       // the status of an answer that was cut
     const char* cut_item;  // and of its message
     bool echo;             // `input` and `user`
@@ -5829,6 +5829,7 @@ const char* status_name(Status status, bool cut, const DialectWords& words);
 
 /// The words of a Window on the wire, and the field that holds them.
 inline constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
+static_assert(std::size(kWindowNames) == static_cast<size_t>(Window::flex) + 1);
 inline constexpr const char* kWindowField = "metadata.completion_window";
 constexpr std::string_view window_name(Window window) {
     return kWindowNames[static_cast<size_t>(window)];
@@ -5996,20 +5997,27 @@ Fault check_choice(const Json& value, const std::string& path,
 
 // ---- Items (contract, 3.2) ---------------------------------------------------------------------
 
-constexpr std::string_view role_names[] = {"system",    "developer", "user",
-                                           "assistant", "tool",      "function"};
+struct RoleName {
+    std::string_view name;
+    Role role;
+};
+constexpr RoleName role_names[] = {
+    {"system", Role::system},       {"developer", Role::developer}, {"user", Role::user},
+    {"assistant", Role::assistant}, {"tool", Role::tool},           {"function", Role::function},
+};
 
 struct ItemType {
     std::string_view name;
     Item::Kind kind;
+    const char* prefix;  // of the id of one that came without
 };
 constexpr ItemType item_types[] = {
-    {"message", Item::Kind::message},
-    {"reasoning", Item::Kind::reasoning},
-    {"function_call", Item::Kind::function_call},
-    {"function_call_output", Item::Kind::function_call_output},
-    {"custom_tool_call", Item::Kind::custom_tool_call},
-    {"custom_tool_call_output", Item::Kind::custom_tool_call_output},
+    {"message", Item::Kind::message, "msg_"},
+    {"reasoning", Item::Kind::reasoning, "rs_"},
+    {"function_call", Item::Kind::function_call, "fc_"},
+    {"function_call_output", Item::Kind::function_call_output, "fco_"},
+    {"custom_tool_call", Item::Kind::custom_tool_call, "ctc_"},
+    {"custom_tool_call_output", Item::Kind::custom_tool_call_output, "ctco_"},
 };
 
 struct PartType {
@@ -6075,14 +6083,15 @@ Fault read_content(const Json& content, const std::string& path, bool assistant,
 Fault read_message(const Json& json, const std::string& path, Item* item) {
     std::string role;
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
-    const auto* found = std::find(std::begin(role_names), std::end(role_names), role);
+    const auto* found = std::find_if(std::begin(role_names), std::end(role_names),
+                                     [&](const RoleName& row) { return row.name == role; });
     if (found == std::end(role_names))
         return api_wrong_value(
             "invalid_value", path + ".role",
             "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\", "
             "\"function\"",
             json["role"]);
-    item->role = static_cast<Role>(found - role_names);
+    item->role = found->role;
     return read_content(json["content"], path + ".content", item->role == Role::assistant, item);
 }
 
@@ -6421,20 +6430,24 @@ Fault check_background(const Request& request) {
 
 // ---- The response object (contract, 3.1) -------------------------------------------------------
 
-// How objects differ between the dialects: one row each.
-constexpr DialectWords dialect_words[] = {
-    {{"pending", "running", "completed", "failed", "cancelled"},
-     "completed",
-     "completed",
-     true,
-     true,
-     nullptr},
-    {{"queued", "in_progress", "completed", "failed", "cancelled"},
-     "incomplete",
-     "incomplete",
-     false,
-     false,
-     "server_error"},
+// How objects differ between the dialects.
+constexpr DialectWords valar_words = {
+    .pending = "pending",
+    .running = "running",
+    .cut = "completed",
+    .cut_item = "completed",
+    .echo = true,
+    .usage_extras = true,
+    .failure = nullptr,
+};
+constexpr DialectWords openai_words = {
+    .pending = "queued",
+    .running = "in_progress",
+    .cut = "incomplete",
+    .cut_item = "incomplete",
+    .echo = false,
+    .usage_extras = false,
+    .failure = "server_error",
 };
 
 // JSON has no infinity: a token that cannot be drawn gets the number that OpenAI gives it.
@@ -6503,7 +6516,6 @@ std::string input_item_id(const char* prefix, const std::string& response_id, si
 }
 
 Json render_input_item(const Json& given, const std::string& response_id, size_t place) {
-    static constexpr const char* prefixes[] = {"msg_", "rs_", "fc_", "fco_", "ctc_", "ctco_"};
     static constexpr const char* kept[] = {"role", "content",   "phase", "summary", "call_id",
                                            "name", "arguments", "input", "output"};
     const std::string_view type = given["type"].as_string("message");
@@ -6512,8 +6524,7 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
     if (row == std::end(item_types)) return given;
     const bool own = given["id"].is_string() && !given["id"].as_string().empty();
     Json item = Json::object().set(
-        "id",
-        own ? given["id"] : Json(input_item_id(prefixes[row - item_types], response_id, place)));
+        "id", own ? given["id"] : Json(input_item_id(row->prefix, response_id, place)));
     item.set("type", type);
     item.set("status", given["status"].is_string() ? given["status"] : Json("completed"));
     for (const char* key : kept)
@@ -6565,12 +6576,18 @@ Json render_failure(const Outcome& outcome, const DialectWords& words) {
 }  // namespace
 
 const char* status_name(Status status, bool cut, const DialectWords& words) {
-    return cut && status == Status::completed ? words.cut
-                                              : words.status[static_cast<size_t>(status)];
+    switch (status) {
+        case Status::pending: return words.pending;
+        case Status::running: return words.running;
+        case Status::completed: return cut ? words.cut : "completed";
+        case Status::failed: return "failed";
+        case Status::cancelled: break;
+    }
+    return "cancelled";
 }
 
 const DialectWords& words_of(Dialect dialect) {
-    return dialect_words[static_cast<size_t>(dialect)];
+    return dialect == Dialect::openai ? openai_words : valar_words;
 }
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
@@ -22250,6 +22267,19 @@ enum class HttpPhase : uint8_t {
     linger,  // our end of stream is sent; reading what still comes, so that it is no reset
 };
 
+/// How long a connection may be in a phase; in the others it waits for us, without a limit.
+struct HttpPhaseLimit {
+    HttpPhase phase;
+    uint32_t HttpOptions::*limit;
+};
+constexpr HttpPhaseLimit http_phase_limits[] = {
+    {HttpPhase::idle, &HttpOptions::idle_timeout_ms},
+    {HttpPhase::head, &HttpOptions::header_timeout_ms},
+    {HttpPhase::body, &HttpOptions::body_timeout_ms},
+    {HttpPhase::reply, &HttpOptions::write_timeout_ms},
+    {HttpPhase::linger, &HttpOptions::linger_timeout_ms},
+};
+
 /// What a connection needs only while it is not idle.
 struct HttpActive {
     explicit HttpActive(const HttpLimits* limits) : parser(limits) {}
@@ -22593,15 +22623,11 @@ void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
     connection.phase = phase;
     connection.window = 0;
     if (phase == HttpPhase::idle || phase == HttpPhase::linger) connection.active.reset();
-    static constexpr uint32_t HttpOptions::*limits[] = {
-        &HttpOptions::idle_timeout_ms,  &HttpOptions::header_timeout_ms,
-        &HttpOptions::body_timeout_ms,  nullptr,
-        &HttpOptions::write_timeout_ms, nullptr,
-        &HttpOptions::linger_timeout_ms};
-    const auto limit = limits[static_cast<size_t>(phase)];
     HttpSlot& entry = slot(connection);
     entry.idle = phase == HttpPhase::idle;
-    entry.deadline = limit ? now + options.*limit : http_never;
+    entry.deadline = http_never;
+    for (const HttpPhaseLimit& row : http_phase_limits)
+        if (row.phase == phase) entry.deadline = now + options.*row.limit;
     next_timer = std::min(next_timer, entry.deadline);
     watch(connection);
 }
@@ -24048,6 +24074,29 @@ namespace detail {
 
 // ---- Commits
 
+namespace {
+
+/// The record that a change leaves in the journal, and the place of an entry that it is kept in.
+struct JournalKind {
+    StoreChange::Kind change;
+    uint16_t type;
+    JournalPlace StoreEntry::*slot;
+};
+constexpr JournalKind journal_kinds[] = {
+    {StoreChange::Kind::add, journal_add, &StoreEntry::added},
+    {StoreChange::Kind::begin, journal_begin, &StoreEntry::begun},
+    {StoreChange::Kind::finish, journal_finish, &StoreEntry::ended},
+    {StoreChange::Kind::erase, journal_erase, &StoreEntry::ended},
+};
+
+const JournalKind& journal_kind(StoreChange::Kind change) {
+    for (const JournalKind& row : journal_kinds)
+        if (row.change == change) return row;
+    return journal_kinds[0];  // not reached: what expires leaves no entry
+}
+
+}  // namespace
+
 /// Appends a record to the commit; `place` is where it will lie.
 Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t died_ms,
                                  JournalPlace* place) {
@@ -24080,24 +24129,21 @@ Result<void> FileJournal::take(StoreChange& change) {
     if (write_failed) return *write_failed;
     const size_t begin = plan->steps().size();
     if (auto decided = plan->decide(change); !decided) return decided;
-    static constexpr uint16_t types[] = {journal_add, journal_begin, journal_finish, journal_erase};
     for (size_t i = begin; i < plan->steps().size(); ++i) {
         StorePlan::Step& step = plan->steps()[i];
         if (step.expired) continue;  // follows from its end
         JournalPlace place;
         StoredResponse dropped;
         dropped.id = step.id;
-        const uint16_t type = step.entry ? types[size_t(change.kind)] : uint16_t{journal_drop};
+        const JournalKind& kind = journal_kind(change.kind);
+        const uint16_t type = step.entry ? kind.type : uint16_t{journal_drop};
         StoredResponse& record = step.entry ? step.entry->record : dropped;
         if (auto put = encode(type, record, step.died_ms, &place); !put) {
             write_failed = put.error();
             return put;
         }
         if (!step.entry) continue;
-        JournalPlace StoreEntry::*const slot = type == journal_add     ? &StoreEntry::added
-                                               : type == journal_begin ? &StoreEntry::begun
-                                                                       : &StoreEntry::ended;
-        (*step.entry).*slot = place;
+        (*step.entry).*kind.slot = place;
         step.entry->drop_texts();
     }
     if (out.size() >= journal_write_bytes) flush();

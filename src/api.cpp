@@ -168,20 +168,27 @@ Fault check_choice(const Json& value, const std::string& path,
 
 // ---- Items (contract, 3.2) ---------------------------------------------------------------------
 
-constexpr std::string_view role_names[] = {"system",    "developer", "user",
-                                           "assistant", "tool",      "function"};
+struct RoleName {
+    std::string_view name;
+    Role role;
+};
+constexpr RoleName role_names[] = {
+    {"system", Role::system},       {"developer", Role::developer}, {"user", Role::user},
+    {"assistant", Role::assistant}, {"tool", Role::tool},           {"function", Role::function},
+};
 
 struct ItemType {
     std::string_view name;
     Item::Kind kind;
+    const char* prefix;  // of the id of one that came without
 };
 constexpr ItemType item_types[] = {
-    {"message", Item::Kind::message},
-    {"reasoning", Item::Kind::reasoning},
-    {"function_call", Item::Kind::function_call},
-    {"function_call_output", Item::Kind::function_call_output},
-    {"custom_tool_call", Item::Kind::custom_tool_call},
-    {"custom_tool_call_output", Item::Kind::custom_tool_call_output},
+    {"message", Item::Kind::message, "msg_"},
+    {"reasoning", Item::Kind::reasoning, "rs_"},
+    {"function_call", Item::Kind::function_call, "fc_"},
+    {"function_call_output", Item::Kind::function_call_output, "fco_"},
+    {"custom_tool_call", Item::Kind::custom_tool_call, "ctc_"},
+    {"custom_tool_call_output", Item::Kind::custom_tool_call_output, "ctco_"},
 };
 
 struct PartType {
@@ -247,14 +254,15 @@ Fault read_content(const Json& content, const std::string& path, bool assistant,
 Fault read_message(const Json& json, const std::string& path, Item* item) {
     std::string role;
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
-    const auto* found = std::find(std::begin(role_names), std::end(role_names), role);
+    const auto* found = std::find_if(std::begin(role_names), std::end(role_names),
+                                     [&](const RoleName& row) { return row.name == role; });
     if (found == std::end(role_names))
         return api_wrong_value(
             "invalid_value", path + ".role",
             "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\", "
             "\"function\"",
             json["role"]);
-    item->role = static_cast<Role>(found - role_names);
+    item->role = found->role;
     return read_content(json["content"], path + ".content", item->role == Role::assistant, item);
 }
 
@@ -593,20 +601,24 @@ Fault check_background(const Request& request) {
 
 // ---- The response object (contract, 3.1) -------------------------------------------------------
 
-// How objects differ between the dialects: one row each.
-constexpr DialectWords dialect_words[] = {
-    {{"pending", "running", "completed", "failed", "cancelled"},
-     "completed",
-     "completed",
-     true,
-     true,
-     nullptr},
-    {{"queued", "in_progress", "completed", "failed", "cancelled"},
-     "incomplete",
-     "incomplete",
-     false,
-     false,
-     "server_error"},
+// How objects differ between the dialects.
+constexpr DialectWords valar_words = {
+    .pending = "pending",
+    .running = "running",
+    .cut = "completed",
+    .cut_item = "completed",
+    .echo = true,
+    .usage_extras = true,
+    .failure = nullptr,
+};
+constexpr DialectWords openai_words = {
+    .pending = "queued",
+    .running = "in_progress",
+    .cut = "incomplete",
+    .cut_item = "incomplete",
+    .echo = false,
+    .usage_extras = false,
+    .failure = "server_error",
 };
 
 // JSON has no infinity: a token that cannot be drawn gets the number that OpenAI gives it.
@@ -675,7 +687,6 @@ std::string input_item_id(const char* prefix, const std::string& response_id, si
 }
 
 Json render_input_item(const Json& given, const std::string& response_id, size_t place) {
-    static constexpr const char* prefixes[] = {"msg_", "rs_", "fc_", "fco_", "ctc_", "ctco_"};
     static constexpr const char* kept[] = {"role", "content",   "phase", "summary", "call_id",
                                            "name", "arguments", "input", "output"};
     const std::string_view type = given["type"].as_string("message");
@@ -684,8 +695,7 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
     if (row == std::end(item_types)) return given;
     const bool own = given["id"].is_string() && !given["id"].as_string().empty();
     Json item = Json::object().set(
-        "id",
-        own ? given["id"] : Json(input_item_id(prefixes[row - item_types], response_id, place)));
+        "id", own ? given["id"] : Json(input_item_id(row->prefix, response_id, place)));
     item.set("type", type);
     item.set("status", given["status"].is_string() ? given["status"] : Json("completed"));
     for (const char* key : kept)
@@ -737,12 +747,18 @@ Json render_failure(const Outcome& outcome, const DialectWords& words) {
 }  // namespace
 
 const char* status_name(Status status, bool cut, const DialectWords& words) {
-    return cut && status == Status::completed ? words.cut
-                                              : words.status[static_cast<size_t>(status)];
+    switch (status) {
+        case Status::pending: return words.pending;
+        case Status::running: return words.running;
+        case Status::completed: return cut ? words.cut : "completed";
+        case Status::failed: return "failed";
+        case Status::cancelled: break;
+    }
+    return "cancelled";
 }
 
 const DialectWords& words_of(Dialect dialect) {
-    return dialect_words[static_cast<size_t>(dialect)];
+    return dialect == Dialect::openai ? openai_words : valar_words;
 }
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {

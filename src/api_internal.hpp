@@ -5,6 +5,7 @@
 #include "json_internal.hpp"
 
 #include <cstddef>
+#include <iterator>
 #include <string_view>
 
 namespace valar {
@@ -43,7 +44,7 @@ Json render_error(const Error& error);
 int http_status(ErrorKind kind);
 
 struct DialectWords {
-    const char* status[5];
+    const char *pending, *running;
     const char* cut;       // the status of an answer that was cut
     const char* cut_item;  // and of its message
     bool echo;             // `input` and `user`
@@ -56,6 +57,7 @@ const char* status_name(Status status, bool cut, const DialectWords& words);
 
 /// The words of a Window on the wire, and the field that holds them.
 inline constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
+static_assert(std::size(kWindowNames) == static_cast<size_t>(Window::flex) + 1);
 inline constexpr const char* kWindowField = "metadata.completion_window";
 constexpr std::string_view window_name(Window window) {
     return kWindowNames[static_cast<size_t>(window)];

@@ -47,6 +47,19 @@ enum class HttpPhase : uint8_t {
     linger,  // our end of stream is sent; reading what still comes, so that it is no reset
 };
 
+/// How long a connection may be in a phase; in the others it waits for us, without a limit.
+struct HttpPhaseLimit {
+    HttpPhase phase;
+    uint32_t HttpOptions::*limit;
+};
+constexpr HttpPhaseLimit http_phase_limits[] = {
+    {HttpPhase::idle, &HttpOptions::idle_timeout_ms},
+    {HttpPhase::head, &HttpOptions::header_timeout_ms},
+    {HttpPhase::body, &HttpOptions::body_timeout_ms},
+    {HttpPhase::reply, &HttpOptions::write_timeout_ms},
+    {HttpPhase::linger, &HttpOptions::linger_timeout_ms},
+};
+
 /// What a connection needs only while it is not idle.
 struct HttpActive {
     explicit HttpActive(const HttpLimits* limits) : parser(limits) {}
@@ -390,15 +403,11 @@ void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
     connection.phase = phase;
     connection.window = 0;
     if (phase == HttpPhase::idle || phase == HttpPhase::linger) connection.active.reset();
-    static constexpr uint32_t HttpOptions::*limits[] = {
-        &HttpOptions::idle_timeout_ms,  &HttpOptions::header_timeout_ms,
-        &HttpOptions::body_timeout_ms,  nullptr,
-        &HttpOptions::write_timeout_ms, nullptr,
-        &HttpOptions::linger_timeout_ms};
-    const auto limit = limits[static_cast<size_t>(phase)];
     HttpSlot& entry = slot(connection);
     entry.idle = phase == HttpPhase::idle;
-    entry.deadline = limit ? now + options.*limit : http_never;
+    entry.deadline = http_never;
+    for (const HttpPhaseLimit& row : http_phase_limits)
+        if (row.phase == phase) entry.deadline = now + options.*row.limit;
     next_timer = std::min(next_timer, entry.deadline);
     watch(connection);
 }

@@ -22,6 +22,29 @@ namespace detail {
 
 // ---- Commits
 
+namespace {
+
+/// The record that a change leaves in the journal, and the place of an entry that it is kept in.
+struct JournalKind {
+    StoreChange::Kind change;
+    uint16_t type;
+    JournalPlace StoreEntry::*slot;
+};
+constexpr JournalKind journal_kinds[] = {
+    {StoreChange::Kind::add, journal_add, &StoreEntry::added},
+    {StoreChange::Kind::begin, journal_begin, &StoreEntry::begun},
+    {StoreChange::Kind::finish, journal_finish, &StoreEntry::ended},
+    {StoreChange::Kind::erase, journal_erase, &StoreEntry::ended},
+};
+
+const JournalKind& journal_kind(StoreChange::Kind change) {
+    for (const JournalKind& row : journal_kinds)
+        if (row.change == change) return row;
+    return journal_kinds[0];  // not reached: what expires leaves no entry
+}
+
+}  // namespace
+
 /// Appends a record to the commit; `place` is where it will lie.
 Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t died_ms,
                                  JournalPlace* place) {
@@ -54,24 +77,21 @@ Result<void> FileJournal::take(StoreChange& change) {
     if (write_failed) return *write_failed;
     const size_t begin = plan->steps().size();
     if (auto decided = plan->decide(change); !decided) return decided;
-    static constexpr uint16_t types[] = {journal_add, journal_begin, journal_finish, journal_erase};
     for (size_t i = begin; i < plan->steps().size(); ++i) {
         StorePlan::Step& step = plan->steps()[i];
         if (step.expired) continue;  // follows from its end
         JournalPlace place;
         StoredResponse dropped;
         dropped.id = step.id;
-        const uint16_t type = step.entry ? types[size_t(change.kind)] : uint16_t{journal_drop};
+        const JournalKind& kind = journal_kind(change.kind);
+        const uint16_t type = step.entry ? kind.type : uint16_t{journal_drop};
         StoredResponse& record = step.entry ? step.entry->record : dropped;
         if (auto put = encode(type, record, step.died_ms, &place); !put) {
             write_failed = put.error();
             return put;
         }
         if (!step.entry) continue;
-        JournalPlace StoreEntry::*const slot = type == journal_add     ? &StoreEntry::added
-                                               : type == journal_begin ? &StoreEntry::begun
-                                                                       : &StoreEntry::ended;
-        (*step.entry).*slot = place;
+        (*step.entry).*kind.slot = place;
         step.entry->drop_texts();
     }
     if (out.size() >= journal_write_bytes) flush();
