@@ -24609,32 +24609,71 @@ struct ServerLoop : HttpHandler {
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
     };
 
-    /// Work for a worker, or a change for the store, and what comes back.
+    struct Job;
+    template <class Kind>
+    using JobPtr = std::unique_ptr<Kind>;
+
+    /// Work for a worker, or a change for the store, and what comes back. Each kind adds what it
+    /// needs; send_job and on_kept know the kind, so that a step gets the one it was written for.
     struct Job {
-        using Step = void (ServerLoop::*)(std::unique_ptr<Job>);
-        ServerLoop* loop = nullptr;
-        void (ServerLoop::*work)(Job&) = nullptr;  // on a worker
-        Step next = nullptr;                       // then on the loop
-        uint64_t exchange = 0;
-        int status = 200;       // to answer with
-        std::string text = {};  // a request's body; then the bytes to answer
-        std::string key = {};   // accept: the idempotency key's header
-        int keys = 0;           // and how many of them came
-        std::string key_id = {};
-        std::string query = {};
-        bool running = false;  // how far a live response is
-        bool only_background = false;
-        bool store = true;
-        bool more = false;                                   // list: there are older ones
-        std::vector<std::pair<std::string, bool>> ids = {};  // list: each with `running`
-        StoredResponse stored = {};
-        std::optional<Reservation> replay = {};
-        std::shared_ptr<const Outcome> outcome = {};
-        Responder* responder = nullptr;
-        std::unique_ptr<Prepared> prepared = {};
+        virtual ~Job() = default;
+        ServerLoop* loop = nullptr;                                 // for what comes from the store
+        void (*work)(ServerLoop& loop, Job& job) = nullptr;         // on a worker
+        void (*next)(ServerLoop& loop, JobPtr<Job> job) = nullptr;  // then on the loop
+        uint64_t exchange = 0;                                      // that asked for it; 0: none
         std::optional<Error> error = {};
     };
-    using JobPtr = std::unique_ptr<Job>;
+
+    struct AcceptJob : Job {
+        std::string body = {};    // of the request
+        std::string key = {};     // the idempotency key's header
+        int keys = 0;             // and how many of them came
+        std::string key_id = {};  // of the API key
+        StoredResponse stored = {};
+        bool store = true;                       // as the request has it
+        std::optional<Reservation> replay = {};  // of the idempotency key
+        Responder* responder = nullptr;
+        std::unique_ptr<Prepared> prepared = {};
+        std::string text = {};  // the object, for who does not wait for the end
+    };
+
+    struct FinishJob : Job {
+        StoredResponse stored = {};
+        bool store = true;
+        std::shared_ptr<const Outcome> outcome = {};
+    };
+
+    struct RecoverJob : Job {
+        std::string organisation = {}, id = {};
+        Responder* responder = nullptr;
+        std::unique_ptr<Prepared> prepared = {};
+    };
+
+    /// What ends with an answer to its exchange.
+    struct AnswerJob : Job {
+        int status = 200;
+        std::string text = {};
+    };
+
+    struct ShowJob : AnswerJob {
+        std::string organisation = {}, id = {};
+        bool running = false;  // how far a live response is
+        bool only_background = false;
+    };
+
+    struct ListJob : AnswerJob {
+        std::string organisation = {};
+        std::vector<std::pair<std::string, bool>> ids = {};  // each with `running`
+        bool more = false;                                   // there are older ones
+    };
+
+    struct ItemsJob : AnswerJob {
+        std::string organisation = {}, id = {}, query = {};
+    };
+
+    struct RemoveJob : AnswerJob {
+        std::string id = {};
+    };
 
     ServerOptions options;  // without secrets
     std::vector<ServerKey> keys;
@@ -24648,7 +24687,7 @@ struct ServerLoop : HttpHandler {
     std::unordered_map<std::string, Live> live;
     std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
     std::deque<std::string> recoverable;                 // waiting, oldest first
-    std::vector<JobPtr> unsaved;                         // outcomes that the store had no room for
+    std::vector<JobPtr<FinishJob>> unsaved;              // outcomes that the store had no room for
     size_t recovering = 0;                               // of them, on their way
     size_t finishing = 0;
     size_t queued = 0;        // live and not running
@@ -24656,8 +24695,8 @@ struct ServerLoop : HttpHandler {
     uint64_t last_finish_ns = 0;
     int64_t next_expiry_ms = 0;
     bool drain_begun = false;
-    std::vector<JobPtr> outgoing;  // for the workers, handed over once a turn
-    uint8_t random[1024] = {};     // drawn from the system at once
+    std::vector<JobPtr<Job>> outgoing;  // for the workers, handed over once a turn
+    uint8_t random[1024] = {};          // drawn from the system at once
     size_t random_used = sizeof random;
     bool listening = false;                                    // to the Responders
     std::map<std::pair<std::string, int>, uint64_t> answered;  // by route and status
@@ -24669,12 +24708,12 @@ struct ServerLoop : HttpHandler {
 
     std::mutex jobs_mutex;
     std::condition_variable jobs_waiting;
-    std::deque<JobPtr> jobs;
+    std::deque<JobPtr<Job>> jobs;
     bool ending = false;
     Thread workers[server_workers];
 
     std::mutex inbox_mutex;
-    std::vector<JobPtr> inbox_jobs;
+    std::vector<JobPtr<Job>> inbox_jobs;
     std::vector<std::string> inbox_ready;   // ids with events
     std::atomic<uint32_t> inbox_count = 0;  // ever put in
 
@@ -24733,9 +24772,24 @@ struct ServerLoop : HttpHandler {
     std::string metrics_text() const;
 
     // jobs
-    JobPtr make_job(const Exchange& exchange, Job::Step next);
-    void send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next);
-    StoreDone on_kept(JobPtr job, Job::Step next);
+    template <auto step, class Kind>
+    static void take_step(ServerLoop& loop, JobPtr<Job> job) {
+        (loop.*step)(JobPtr<Kind>(static_cast<Kind*>(job.release())));
+    }
+    /// `work` on a worker, then `next` on the loop.
+    template <auto work, auto next, class Kind>
+    void send_job(JobPtr<Kind> job) {
+        job->work = [](ServerLoop& loop, Job& one) { (loop.*work)(static_cast<Kind&>(one)); };
+        job->next = &take_step<next, Kind>;
+        outgoing.push_back(std::move(job));
+    }
+    /// What a change of the store ends with: `next` on the loop, with the store's error if any.
+    template <auto next, class Kind>
+    StoreDone on_kept(JobPtr<Kind> job) {
+        job->next = &take_step<next, Kind>;
+        return when_kept(std::move(job));
+    }
+    StoreDone when_kept(JobPtr<Job> job);
     void hand_over();
     void run_jobs();
     static void on_ready(void* context, const std::string& id);
@@ -24743,46 +24797,45 @@ struct ServerLoop : HttpHandler {
     void send_to_loop(Add add);
     void take_inbox();
     Exchange* find_exchange(uint64_t number);
-    void answer_job(JobPtr job);
+    void answer_job(JobPtr<AnswerJob> job);
 
     // accepting
     Responder* find_responder(const std::string& model) const;
-    Result<Request> read_request(const Job& job, const std::string& text) const;
     Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
-    Result<void> read_key(Job& job, const Json& body, const Request& request) const;
-    Result<void> accept(Job& job);
-    void accept_work(Job& job);
-    void accept_admit(JobPtr job);
-    void accept_done(JobPtr job);
+    Result<void> read_key(AcceptJob& job, const Json& body, const Request& request) const;
+    Result<void> accept(AcceptJob& job);
+    void accept_work(AcceptJob& job);
+    void accept_admit(JobPtr<AcceptJob> job);
+    void accept_done(JobPtr<AcceptJob> job);
     void replay(Exchange& exchange, const Reservation& reservation);
-    void take_back(const std::string& id, JobPtr job, Error error);
+    void take_back(const std::string& id, uint64_t exchange_number, Error error);
     void wait_for(Exchange& exchange, const std::string& id, Live& entry);
-    void begin(JobPtr job);
+    void begin(JobPtr<AcceptJob> job);
 
     // working and finishing
     void take_events(const std::string& id);
     void cancel(const std::string& id, Live& entry);
     void park(const std::string& id, Live& entry);
     void finish(const std::string& id, Live& entry, std::shared_ptr<const Outcome> outcome);
-    void finish_work(Job& job);
-    void finish_keep(JobPtr job);
-    void finish_done(JobPtr job);
+    void finish_work(FinishJob& job);
+    void finish_keep(JobPtr<FinishJob> job);
+    void finish_done(JobPtr<FinishJob> job);
     void remove(Exchange& exchange, const std::string& id);
-    void remove_done(JobPtr job);
+    void remove_done(JobPtr<RemoveJob> job);
 
     // after a restart
     void recover_all();
     void recover_some();
-    void recover_work(Job& job);
-    void recover_keep(JobPtr job);
-    void recover_done(JobPtr job);
+    void recover_work(RecoverJob& job);
+    void recover_keep(JobPtr<RecoverJob> job);
+    void recover_done(JobPtr<RecoverJob> job);
 
     // reading
     void show(Exchange& exchange, const std::string& id, int unfinished_status,
               bool only_background = false);
-    void show_work(Job& job);
-    void list_work(Job& job);
-    void items_work(Job& job);
+    void show_work(ShowJob& job);
+    void list_work(ListJob& job);
+    void items_work(ItemsJob& job);
     std::string render_live(const StoredResponse& stored, bool running) const;
 };
 
@@ -25229,7 +25282,7 @@ void ServerLoop::on_tick() {
             std::move(headers));
     }
     recover_some();
-    for (JobPtr& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
+    for (JobPtr<FinishJob>& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
     const int64_t now_ms = unix_time_ms();
     if (now_ms < next_expiry_ms) return;
     next_expiry_ms = now_ms + server_expire_every_ms;
@@ -25282,23 +25335,6 @@ void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
 
 // ---- Jobs ------------------------------------------------------------------------------------
 
-ServerLoop::JobPtr ServerLoop::make_job(const Exchange& exchange, Job::Step next) {
-    auto job = std::make_unique<Job>();
-    job->loop = this;
-    job->next = next;
-    job->exchange = exchange.number;
-    job->key_id = exchange.key_id;
-    job->query = exchange.query;
-    job->stored.organisation = exchange.organisation;
-    return job;
-}
-
-void ServerLoop::send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next) {
-    job->work = work;
-    job->next = next;
-    outgoing.push_back(std::move(job));
-}
-
 /// One wake for all of a turn: a worker that sleeps between two requests costs more than the request.
 void ServerLoop::hand_over() {
     if (outgoing.empty()) return;
@@ -25313,7 +25349,7 @@ void ServerLoop::hand_over() {
 
 void ServerLoop::run_jobs() {
     for (;;) {
-        JobPtr job;
+        JobPtr<Job> job;
         {
             std::unique_lock<std::mutex> lock(jobs_mutex);
             jobs_waiting.wait(lock, [&] { return ending || !jobs.empty(); });
@@ -25321,18 +25357,17 @@ void ServerLoop::run_jobs() {
             job = std::move(jobs.front());
             jobs.pop_front();
         }
-        (this->*job->work)(*job);
+        job->work(*this, *job);
         send_to_loop([&] { inbox_jobs.push_back(std::move(job)); });
     }
 }
 
-/// What a change of the store ends with: the job comes to the loop, with the store's error if any.
-StoreDone ServerLoop::on_kept(JobPtr job, Job::Step next) {
+/// The store calls from a thread of its own; a job without a next step ends in the loop.
+StoreDone ServerLoop::when_kept(JobPtr<Job> job) {
     job->loop = this;
-    job->next = next;
     ++storing;
     const auto call = [](void* context, Result<void> result) {
-        JobPtr kept(static_cast<Job*>(context));
+        JobPtr<Job> kept(static_cast<Job*>(context));
         ServerLoop* self = kept->loop;
         if (!result) kept->error = std::move(result.error());
         self->send_to_loop([&] { self->inbox_jobs.push_back(std::move(kept)); });
@@ -25361,22 +25396,21 @@ void ServerLoop::on_ready(void* context, const std::string& id) {
 }
 
 void ServerLoop::take_inbox() {
-    std::vector<JobPtr> done;
+    std::vector<JobPtr<Job>> done;
     std::vector<std::string> ready;
     {
         const std::lock_guard<std::mutex> lock(inbox_mutex);
         done.swap(inbox_jobs);
         ready.swap(inbox_ready);
     }
-    for (JobPtr& job : done) {
-        const Job::Step next = job->next;
-        if (next) (this->*next)(std::move(job));
+    for (JobPtr<Job>& job : done) {
+        const auto next = job->next;
+        if (next) next(*this, std::move(job));
     }
     for (const std::string& id : ready) take_events(id);
 }
 
-/// The last step of what only reads.
-void ServerLoop::answer_job(JobPtr job) {
+void ServerLoop::answer_job(JobPtr<AnswerJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (job->error) return refuse(*exchange, *job->error);
@@ -25735,12 +25769,15 @@ Error server_no_response(std::string_view id) {
 }
 
 void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
-    JobPtr job = make_job(exchange, nullptr);
-    job->text = std::move(request.body);
+    auto job = std::make_unique<AcceptJob>();
+    job->exchange = exchange.number;
+    job->key_id = exchange.key_id;
+    job->stored.organisation = exchange.organisation;
+    job->body = std::move(request.body);
     job->keys = static_cast<int>(request.count("Idempotency-Key"));
     if (const std::string* key = request.header("Idempotency-Key")) job->key = *key;
     exchange.keyed = job->keys > 0;
-    send_job(std::move(job), &ServerLoop::accept_work, &ServerLoop::accept_admit);
+    send_job<&ServerLoop::accept_work, &ServerLoop::accept_admit>(std::move(job));
 }
 
 Responder* ServerLoop::find_responder(const std::string& wanted) const {
@@ -25751,7 +25788,7 @@ Responder* ServerLoop::find_responder(const std::string& wanted) const {
 }
 
 /// The idempotency key and the fingerprint of the request under it (contract, section 6).
-Result<void> ServerLoop::read_key(Job& job, const Json& body, const Request& request) const {
+Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Request& request) const {
     if (job.keys == 0) return {};
     const std::string_view key = trim(job.key);
     const auto refused = [](const char* code, const char* message) {
@@ -25812,8 +25849,8 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
 }
 
 /// A body becomes a prepared request and a record, or an error: whichever check fails first.
-Result<void> ServerLoop::accept(Job& job) {
-    auto body = Json::parse(job.text);
+Result<void> ServerLoop::accept(AcceptJob& job) {
+    auto body = Json::parse(job.body);
     if (!body) return body.error();
     auto request = parse_response_request(*body, options.dialect);
     if (!request) return request.error();
@@ -25849,18 +25886,18 @@ Result<void> ServerLoop::accept(Job& job) {
     stored.background = request->background;
     stored.attempts = 1;
     stored.head = server_shared(server_head(record));
-    stored.request = server_shared(std::move(job.text));
+    stored.request = server_shared(std::move(job.body));
     job.store = request->store;
-    job.text = stored.background ? render_live(stored, false) : std::string();
+    if (stored.background) job.text = render_live(stored, false);
     return {};
 }
 
-void ServerLoop::accept_work(Job& job) {
+void ServerLoop::accept_work(AcceptJob& job) {
     if (auto accepted = accept(job); !accepted) job.error = std::move(accepted.error());
 }
 
 /// The last refusals; from here on the record exists.
-void ServerLoop::accept_admit(JobPtr job) {
+void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (!job->error && job->prepared && stopping)
@@ -25884,18 +25921,18 @@ void ServerLoop::accept_admit(JobPtr job) {
         return accept_done(std::move(job));
     }
     StoredResponse record = stored;
-    store->add(std::move(record), on_kept(std::move(job), &ServerLoop::accept_done));
+    store->add(std::move(record), on_kept<&ServerLoop::accept_done>(std::move(job)));
 }
 
 /// The record is kept, or the reservation was taken meanwhile, or the store had no room.
-void ServerLoop::accept_done(JobPtr job) {
+void ServerLoop::accept_done(JobPtr<AcceptJob> job) {
     const std::string id = job->stored.id;
     Exchange* exchange = find_exchange(job->exchange);
     Live& entry = live.find(id)->second;
     if (!job->error && entry.state == Live::State::parked) return;  // stopping: for the next start
     if (!job->error) {
         if (!exchange && entry.owner)
-            return take_back(id, std::move(job), make_error(ErrorKind::cancelled, "client left"));
+            return take_back(id, job->exchange, make_error(ErrorKind::cancelled, "client left"));
         entry.state = Live::State::waiting;
         return begin(std::move(job));
     }
@@ -25914,11 +25951,11 @@ void ServerLoop::accept_done(JobPtr job) {
 }
 
 /// Hands it to its Responder; who waits for it is told, or waits on.
-void ServerLoop::begin(JobPtr job) {
+void ServerLoop::begin(JobPtr<AcceptJob> job) {
     const std::string id = job->stored.id;
     Live& entry = live.find(id)->second;
     auto submitted = entry.responder->submit(std::move(job->prepared), id);
-    if (!submitted) return take_back(id, std::move(job), std::move(submitted.error()));
+    if (!submitted) return take_back(id, job->exchange, std::move(submitted.error()));
     entry.state = Live::State::working;
     if (Exchange* exchange = find_exchange(job->exchange)) {
         if (entry.background) answer(*exchange, 202, std::move(job->text));
@@ -25928,10 +25965,10 @@ void ServerLoop::begin(JobPtr job) {
 }
 
 /// Undoes an acceptance: nothing ran, and an idempotency key is free again.
-void ServerLoop::take_back(const std::string& id, JobPtr job, Error error) {
+void ServerLoop::take_back(const std::string& id, uint64_t exchange_number, Error error) {
     Live& entry = live.find(id)->second;
     std::vector<uint64_t> waiters = std::move(entry.waiters);
-    waiters.push_back(job->exchange);
+    waiters.push_back(exchange_number);
     const bool kept = !entry.unkept;
     const std::string organisation = entry.organisation;
     --queued;
@@ -25939,7 +25976,7 @@ void ServerLoop::take_back(const std::string& id, JobPtr job, Error error) {
     for (const uint64_t number : waiters)
         if (Exchange* exchange = find_exchange(number)) refuse(*exchange, error);
     if (kept)
-        store->erase(organisation, id, false, unix_time_ms(), on_kept(std::move(job), nullptr));
+        store->erase(organisation, id, false, unix_time_ms(), when_kept(std::make_unique<Job>()));
 }
 
 void ServerLoop::wait_for(Exchange& exchange, const std::string& id, Live& entry) {
@@ -25988,8 +26025,7 @@ void ServerLoop::park(const std::string& id, Live& entry) {
     if (std::exchange(entry.state, Live::State::parked) == Live::State::working)
         entry.responder->cancel(id);
     if (!entry.begun || entry.unkept || !entry.resumable) return;
-    auto job = std::make_unique<Job>();
-    store->begin(id, entry.attempts - 1, on_kept(std::move(job), nullptr));
+    store->begin(id, entry.attempts - 1, when_kept(std::make_unique<Job>()));
 }
 
 void ServerLoop::finish(const std::string& id, Live& entry,
@@ -26002,8 +26038,7 @@ void ServerLoop::finish(const std::string& id, Live& entry,
     const double gap_s = static_cast<double>(now_ns - last_finish_ns) / 1e9;
     if (std::exchange(last_finish_ns, now_ns) != 0)
         finish_gap_s += (std::min(gap_s, 60.0) - finish_gap_s) / 8;
-    auto job = std::make_unique<Job>();
-    job->loop = this;
+    auto job = std::make_unique<FinishJob>();
     job->stored.id = id;
     job->stored.organisation = entry.organisation;
     if (entry.unkept) job->stored = *entry.unkept;
@@ -26013,11 +26048,11 @@ void ServerLoop::finish(const std::string& id, Live& entry,
                     "response " + id + " failed: " +
                         (outcome->error ? outcome->error->message : "no reason given"));
     job->outcome = std::move(outcome);
-    send_job(std::move(job), &ServerLoop::finish_work, &ServerLoop::finish_keep);
+    send_job<&ServerLoop::finish_work, &ServerLoop::finish_keep>(std::move(job));
 }
 
 /// Renders the terminal object, once. What is large is freed here, not on the loop.
-void ServerLoop::finish_work(Job& job) {
+void ServerLoop::finish_work(FinishJob& job) {
     if (job.store) {
         auto stored = store->find(job.stored.organisation, job.stored.id);
         if (!stored) {
@@ -26035,16 +26070,16 @@ void ServerLoop::finish_work(Job& job) {
     job.stored.head = job.stored.request = nullptr;
 }
 
-void ServerLoop::finish_keep(JobPtr job) {
+void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
     if (job->error || !job->store) return finish_done(std::move(job));
     const std::string id = job->stored.id;
     auto object = job->stored.object;
     store->finish(id, std::move(object), unix_time_ms(),
-                  on_kept(std::move(job), &ServerLoop::finish_done));
+                  on_kept<&ServerLoop::finish_done>(std::move(job)));
 }
 
 /// The terminal object is kept: all who wait get the same bytes.
-void ServerLoop::finish_done(JobPtr job) {
+void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     const auto found = live.find(job->stored.id);
     if (found == live.end()) return;
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
@@ -26087,20 +26122,19 @@ void ServerLoop::delete_response(Exchange& exchange, HttpRequest&) {
 }
 
 void ServerLoop::remove(Exchange& exchange, const std::string& id) {
-    JobPtr job = make_job(exchange, nullptr);
-    job->stored.id = id;
+    auto job = std::make_unique<RemoveJob>();
+    job->exchange = exchange.number;
+    job->id = id;
     store->erase(exchange.organisation, id, true, unix_time_ms(),
-                 on_kept(std::move(job), &ServerLoop::remove_done));
+                 on_kept<&ServerLoop::remove_done>(std::move(job)));
 }
 
-void ServerLoop::remove_done(JobPtr job) {
-    const std::string& id = job->stored.id;
+void ServerLoop::remove_done(JobPtr<RemoveJob> job) {
+    const std::string& id = job->id;
     if (job->error && job->error->kind == ErrorKind::not_found) job->error = server_no_response(id);
     job->text = Json::object().set("id", id).set("object", "response").set("deleted", true).write();
     answer_job(std::move(job));
 }
-
-namespace {}  // namespace
 
 Error server_not_background() {
     return server_field("invalid_value", "response_id",
@@ -26148,22 +26182,22 @@ void ServerLoop::recover_all() {
 
 void ServerLoop::recover_some() {
     while (!stopping && recovering < server_recovering && !recoverable.empty()) {
-        auto job = std::make_unique<Job>();
-        job->stored.id = recoverable.front();
+        auto job = std::make_unique<RecoverJob>();
+        job->id = recoverable.front();
         recoverable.pop_front();
-        const auto found = live.find(job->stored.id);
+        const auto found = live.find(job->id);
         if (found == live.end() || found->second.state != Live::State::waiting) continue;
-        job->stored.organisation = found->second.organisation;
+        job->organisation = found->second.organisation;
         ++recovering;
-        send_job(std::move(job), &ServerLoop::recover_work, &ServerLoop::recover_keep);
+        send_job<&ServerLoop::recover_work, &ServerLoop::recover_keep>(std::move(job));
     }
 }
 
 /// The same request with the seed that was drawn for it.
-void ServerLoop::recover_work(Job& job) {
+void ServerLoop::recover_work(RecoverJob& job) {
     const auto prepare = [&]() -> Result<void> {
-        auto stored = store->find(job.stored.organisation, job.stored.id);
-        if (!stored) return server_no_response(job.stored.id);
+        auto stored = store->find(job.organisation, job.id);
+        if (!stored) return server_no_response(job.id);
         const ResponseRecord record = server_record(*stored, Status::pending);
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
@@ -26183,19 +26217,19 @@ void ServerLoop::recover_work(Job& job) {
     if (auto prepared = prepare(); !prepared) job.error = std::move(prepared.error());
 }
 
-void ServerLoop::recover_keep(JobPtr job) {
-    const std::string id = job->stored.id;
+void ServerLoop::recover_keep(JobPtr<RecoverJob> job) {
+    const std::string id = job->id;
     const auto found = live.find(id);
     if (found == live.end()) return recover_done(std::move(job));  // cancelled, and gone
     Live& entry = found->second;
     const bool on = entry.state == Live::State::waiting && !job->error;
     if (!on || std::exchange(entry.begun, true)) return recover_done(std::move(job));
-    store->begin(id, ++entry.attempts, on_kept(std::move(job), &ServerLoop::recover_done));
+    store->begin(id, ++entry.attempts, on_kept<&ServerLoop::recover_done>(std::move(job)));
 }
 
-void ServerLoop::recover_done(JobPtr job) {
+void ServerLoop::recover_done(JobPtr<RecoverJob> job) {
     --recovering;
-    const std::string id = job->stored.id;
+    const std::string id = job->id;
     const auto found = live.find(id);
     if (found == live.end() || found->second.state != Live::State::waiting) return;  // cancelled
     Live& entry = found->second;
@@ -26246,20 +26280,22 @@ void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
 
 void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_status,
                       bool only_background) {
-    JobPtr job = make_job(exchange, nullptr);
+    auto job = std::make_unique<ShowJob>();
     const auto found = live.find(id);
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
     job->running = found != live.end() && found->second.running;
     job->status = unfinished_status;
     job->only_background = only_background;
-    job->stored.id = id;
+    job->id = id;
     exchange.response_id = id;
-    send_job(std::move(job), &ServerLoop::show_work, &ServerLoop::answer_job);
+    send_job<&ServerLoop::show_work, &ServerLoop::answer_job>(std::move(job));
 }
 
-void ServerLoop::show_work(Job& job) {
-    const auto stored = store->find(job.stored.organisation, job.stored.id);
+void ServerLoop::show_work(ShowJob& job) {
+    const auto stored = store->find(job.organisation, job.id);
     if (!stored) {
-        job.error = server_no_response(job.stored.id);
+        job.error = server_no_response(job.id);
         return;
     }
     if (job.only_background && !stored->background) job.error = server_not_background();
@@ -26344,7 +26380,9 @@ void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
         return refuse(exchange, ids.error().kind == ErrorKind::not_found
                                     ? server_bad_after(page->after)
                                     : ids.error());
-    JobPtr job = make_job(exchange, nullptr);
+    auto job = std::make_unique<ListJob>();
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
     job->more = ids->size() > page->limit;
     if (job->more) ids->pop_back();
     for (std::string& id : *ids) {
@@ -26352,13 +26390,13 @@ void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
         const bool running = found != live.end() && found->second.running;
         job->ids.emplace_back(std::move(id), running);
     }
-    send_job(std::move(job), &ServerLoop::list_work, &ServerLoop::answer_job);
+    send_job<&ServerLoop::list_work, &ServerLoop::answer_job>(std::move(job));
 }
 
-void ServerLoop::list_work(Job& job) {
+void ServerLoop::list_work(ListJob& job) {
     std::vector<Json> data;
     for (const auto& [id, running] : job.ids) {
-        const auto stored = store->find(job.stored.organisation, id);
+        const auto stored = store->find(job.organisation, id);
         if (!stored) continue;  // gone meanwhile
         auto object = Json::parse(stored->terminal ? *stored->object
                                                    : render_live(*stored, running));
@@ -26370,18 +26408,21 @@ void ServerLoop::list_work(Job& job) {
 }
 
 void ServerLoop::get_input_items(Exchange& exchange, HttpRequest&) {
-    JobPtr job = make_job(exchange, nullptr);
-    job->stored.id = exchange.argument;
-    send_job(std::move(job), &ServerLoop::items_work, &ServerLoop::answer_job);
+    auto job = std::make_unique<ItemsJob>();
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
+    job->id = exchange.argument;
+    job->query = exchange.query;
+    send_job<&ServerLoop::items_work, &ServerLoop::answer_job>(std::move(job));
 }
 
 /// Newest first unless asked otherwise, as OpenAI has it.
-void ServerLoop::items_work(Job& job) {
+void ServerLoop::items_work(ItemsJob& job) {
     const auto fail = [&](Error error) { job.error = std::move(error); };
     auto page = server_page(job.query);
     if (!page) return fail(page.error());
-    const auto stored = store->find(job.stored.organisation, job.stored.id);
-    if (!stored) return fail(server_no_response(job.stored.id));
+    const auto stored = store->find(job.organisation, job.id);
+    if (!stored) return fail(server_no_response(job.id));
     auto request = Json::parse(*stored->request);
     if (!request) return fail(request.error());
     std::vector<Json> items = render_input_items(*request, stored->id);

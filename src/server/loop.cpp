@@ -242,7 +242,7 @@ void ServerLoop::on_tick() {
             std::move(headers));
     }
     recover_some();
-    for (JobPtr& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
+    for (JobPtr<FinishJob>& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
     const int64_t now_ms = unix_time_ms();
     if (now_ms < next_expiry_ms) return;
     next_expiry_ms = now_ms + server_expire_every_ms;
@@ -295,23 +295,6 @@ void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
 
 // ---- Jobs ------------------------------------------------------------------------------------
 
-ServerLoop::JobPtr ServerLoop::make_job(const Exchange& exchange, Job::Step next) {
-    auto job = std::make_unique<Job>();
-    job->loop = this;
-    job->next = next;
-    job->exchange = exchange.number;
-    job->key_id = exchange.key_id;
-    job->query = exchange.query;
-    job->stored.organisation = exchange.organisation;
-    return job;
-}
-
-void ServerLoop::send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next) {
-    job->work = work;
-    job->next = next;
-    outgoing.push_back(std::move(job));
-}
-
 /// One wake for all of a turn: a worker that sleeps between two requests costs more than the request.
 void ServerLoop::hand_over() {
     if (outgoing.empty()) return;
@@ -326,7 +309,7 @@ void ServerLoop::hand_over() {
 
 void ServerLoop::run_jobs() {
     for (;;) {
-        JobPtr job;
+        JobPtr<Job> job;
         {
             std::unique_lock<std::mutex> lock(jobs_mutex);
             jobs_waiting.wait(lock, [&] { return ending || !jobs.empty(); });
@@ -334,18 +317,17 @@ void ServerLoop::run_jobs() {
             job = std::move(jobs.front());
             jobs.pop_front();
         }
-        (this->*job->work)(*job);
+        job->work(*this, *job);
         send_to_loop([&] { inbox_jobs.push_back(std::move(job)); });
     }
 }
 
-/// What a change of the store ends with: the job comes to the loop, with the store's error if any.
-StoreDone ServerLoop::on_kept(JobPtr job, Job::Step next) {
+/// The store calls from a thread of its own; a job without a next step ends in the loop.
+StoreDone ServerLoop::when_kept(JobPtr<Job> job) {
     job->loop = this;
-    job->next = next;
     ++storing;
     const auto call = [](void* context, Result<void> result) {
-        JobPtr kept(static_cast<Job*>(context));
+        JobPtr<Job> kept(static_cast<Job*>(context));
         ServerLoop* self = kept->loop;
         if (!result) kept->error = std::move(result.error());
         self->send_to_loop([&] { self->inbox_jobs.push_back(std::move(kept)); });
@@ -374,22 +356,21 @@ void ServerLoop::on_ready(void* context, const std::string& id) {
 }
 
 void ServerLoop::take_inbox() {
-    std::vector<JobPtr> done;
+    std::vector<JobPtr<Job>> done;
     std::vector<std::string> ready;
     {
         const std::lock_guard<std::mutex> lock(inbox_mutex);
         done.swap(inbox_jobs);
         ready.swap(inbox_ready);
     }
-    for (JobPtr& job : done) {
-        const Job::Step next = job->next;
-        if (next) (this->*next)(std::move(job));
+    for (JobPtr<Job>& job : done) {
+        const auto next = job->next;
+        if (next) next(*this, std::move(job));
     }
     for (const std::string& id : ready) take_events(id);
 }
 
-/// The last step of what only reads.
-void ServerLoop::answer_job(JobPtr job) {
+void ServerLoop::answer_job(JobPtr<AnswerJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (job->error) return refuse(*exchange, *job->error);

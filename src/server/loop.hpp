@@ -104,32 +104,71 @@ struct ServerLoop : HttpHandler {
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
     };
 
-    /// Work for a worker, or a change for the store, and what comes back.
+    struct Job;
+    template <class Kind>
+    using JobPtr = std::unique_ptr<Kind>;
+
+    /// Work for a worker, or a change for the store, and what comes back. Each kind adds what it
+    /// needs; send_job and on_kept know the kind, so that a step gets the one it was written for.
     struct Job {
-        using Step = void (ServerLoop::*)(std::unique_ptr<Job>);
-        ServerLoop* loop = nullptr;
-        void (ServerLoop::*work)(Job&) = nullptr;  // on a worker
-        Step next = nullptr;                       // then on the loop
-        uint64_t exchange = 0;
-        int status = 200;       // to answer with
-        std::string text = {};  // a request's body; then the bytes to answer
-        std::string key = {};   // accept: the idempotency key's header
-        int keys = 0;           // and how many of them came
-        std::string key_id = {};
-        std::string query = {};
-        bool running = false;  // how far a live response is
-        bool only_background = false;
-        bool store = true;
-        bool more = false;                                   // list: there are older ones
-        std::vector<std::pair<std::string, bool>> ids = {};  // list: each with `running`
-        StoredResponse stored = {};
-        std::optional<Reservation> replay = {};
-        std::shared_ptr<const Outcome> outcome = {};
-        Responder* responder = nullptr;
-        std::unique_ptr<Prepared> prepared = {};
+        virtual ~Job() = default;
+        ServerLoop* loop = nullptr;                                 // for what comes from the store
+        void (*work)(ServerLoop& loop, Job& job) = nullptr;         // on a worker
+        void (*next)(ServerLoop& loop, JobPtr<Job> job) = nullptr;  // then on the loop
+        uint64_t exchange = 0;                                      // that asked for it; 0: none
         std::optional<Error> error = {};
     };
-    using JobPtr = std::unique_ptr<Job>;
+
+    struct AcceptJob : Job {
+        std::string body = {};    // of the request
+        std::string key = {};     // the idempotency key's header
+        int keys = 0;             // and how many of them came
+        std::string key_id = {};  // of the API key
+        StoredResponse stored = {};
+        bool store = true;                       // as the request has it
+        std::optional<Reservation> replay = {};  // of the idempotency key
+        Responder* responder = nullptr;
+        std::unique_ptr<Prepared> prepared = {};
+        std::string text = {};  // the object, for who does not wait for the end
+    };
+
+    struct FinishJob : Job {
+        StoredResponse stored = {};
+        bool store = true;
+        std::shared_ptr<const Outcome> outcome = {};
+    };
+
+    struct RecoverJob : Job {
+        std::string organisation = {}, id = {};
+        Responder* responder = nullptr;
+        std::unique_ptr<Prepared> prepared = {};
+    };
+
+    /// What ends with an answer to its exchange.
+    struct AnswerJob : Job {
+        int status = 200;
+        std::string text = {};
+    };
+
+    struct ShowJob : AnswerJob {
+        std::string organisation = {}, id = {};
+        bool running = false;  // how far a live response is
+        bool only_background = false;
+    };
+
+    struct ListJob : AnswerJob {
+        std::string organisation = {};
+        std::vector<std::pair<std::string, bool>> ids = {};  // each with `running`
+        bool more = false;                                   // there are older ones
+    };
+
+    struct ItemsJob : AnswerJob {
+        std::string organisation = {}, id = {}, query = {};
+    };
+
+    struct RemoveJob : AnswerJob {
+        std::string id = {};
+    };
 
     ServerOptions options;  // without secrets
     std::vector<ServerKey> keys;
@@ -143,7 +182,7 @@ struct ServerLoop : HttpHandler {
     std::unordered_map<std::string, Live> live;
     std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
     std::deque<std::string> recoverable;                 // waiting, oldest first
-    std::vector<JobPtr> unsaved;                         // outcomes that the store had no room for
+    std::vector<JobPtr<FinishJob>> unsaved;              // outcomes that the store had no room for
     size_t recovering = 0;                               // of them, on their way
     size_t finishing = 0;
     size_t queued = 0;        // live and not running
@@ -151,8 +190,8 @@ struct ServerLoop : HttpHandler {
     uint64_t last_finish_ns = 0;
     int64_t next_expiry_ms = 0;
     bool drain_begun = false;
-    std::vector<JobPtr> outgoing;  // for the workers, handed over once a turn
-    uint8_t random[1024] = {};     // drawn from the system at once
+    std::vector<JobPtr<Job>> outgoing;  // for the workers, handed over once a turn
+    uint8_t random[1024] = {};          // drawn from the system at once
     size_t random_used = sizeof random;
     bool listening = false;                                    // to the Responders
     std::map<std::pair<std::string, int>, uint64_t> answered;  // by route and status
@@ -164,12 +203,12 @@ struct ServerLoop : HttpHandler {
 
     std::mutex jobs_mutex;
     std::condition_variable jobs_waiting;
-    std::deque<JobPtr> jobs;
+    std::deque<JobPtr<Job>> jobs;
     bool ending = false;
     Thread workers[server_workers];
 
     std::mutex inbox_mutex;
-    std::vector<JobPtr> inbox_jobs;
+    std::vector<JobPtr<Job>> inbox_jobs;
     std::vector<std::string> inbox_ready;   // ids with events
     std::atomic<uint32_t> inbox_count = 0;  // ever put in
 
@@ -228,9 +267,24 @@ struct ServerLoop : HttpHandler {
     std::string metrics_text() const;
 
     // jobs
-    JobPtr make_job(const Exchange& exchange, Job::Step next);
-    void send_job(JobPtr job, void (ServerLoop::*work)(Job&), Job::Step next);
-    StoreDone on_kept(JobPtr job, Job::Step next);
+    template <auto step, class Kind>
+    static void take_step(ServerLoop& loop, JobPtr<Job> job) {
+        (loop.*step)(JobPtr<Kind>(static_cast<Kind*>(job.release())));
+    }
+    /// `work` on a worker, then `next` on the loop.
+    template <auto work, auto next, class Kind>
+    void send_job(JobPtr<Kind> job) {
+        job->work = [](ServerLoop& loop, Job& one) { (loop.*work)(static_cast<Kind&>(one)); };
+        job->next = &take_step<next, Kind>;
+        outgoing.push_back(std::move(job));
+    }
+    /// What a change of the store ends with: `next` on the loop, with the store's error if any.
+    template <auto next, class Kind>
+    StoreDone on_kept(JobPtr<Kind> job) {
+        job->next = &take_step<next, Kind>;
+        return when_kept(std::move(job));
+    }
+    StoreDone when_kept(JobPtr<Job> job);
     void hand_over();
     void run_jobs();
     static void on_ready(void* context, const std::string& id);
@@ -238,46 +292,45 @@ struct ServerLoop : HttpHandler {
     void send_to_loop(Add add);
     void take_inbox();
     Exchange* find_exchange(uint64_t number);
-    void answer_job(JobPtr job);
+    void answer_job(JobPtr<AnswerJob> job);
 
     // accepting
     Responder* find_responder(const std::string& model) const;
-    Result<Request> read_request(const Job& job, const std::string& text) const;
     Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
-    Result<void> read_key(Job& job, const Json& body, const Request& request) const;
-    Result<void> accept(Job& job);
-    void accept_work(Job& job);
-    void accept_admit(JobPtr job);
-    void accept_done(JobPtr job);
+    Result<void> read_key(AcceptJob& job, const Json& body, const Request& request) const;
+    Result<void> accept(AcceptJob& job);
+    void accept_work(AcceptJob& job);
+    void accept_admit(JobPtr<AcceptJob> job);
+    void accept_done(JobPtr<AcceptJob> job);
     void replay(Exchange& exchange, const Reservation& reservation);
-    void take_back(const std::string& id, JobPtr job, Error error);
+    void take_back(const std::string& id, uint64_t exchange_number, Error error);
     void wait_for(Exchange& exchange, const std::string& id, Live& entry);
-    void begin(JobPtr job);
+    void begin(JobPtr<AcceptJob> job);
 
     // working and finishing
     void take_events(const std::string& id);
     void cancel(const std::string& id, Live& entry);
     void park(const std::string& id, Live& entry);
     void finish(const std::string& id, Live& entry, std::shared_ptr<const Outcome> outcome);
-    void finish_work(Job& job);
-    void finish_keep(JobPtr job);
-    void finish_done(JobPtr job);
+    void finish_work(FinishJob& job);
+    void finish_keep(JobPtr<FinishJob> job);
+    void finish_done(JobPtr<FinishJob> job);
     void remove(Exchange& exchange, const std::string& id);
-    void remove_done(JobPtr job);
+    void remove_done(JobPtr<RemoveJob> job);
 
     // after a restart
     void recover_all();
     void recover_some();
-    void recover_work(Job& job);
-    void recover_keep(JobPtr job);
-    void recover_done(JobPtr job);
+    void recover_work(RecoverJob& job);
+    void recover_keep(JobPtr<RecoverJob> job);
+    void recover_done(JobPtr<RecoverJob> job);
 
     // reading
     void show(Exchange& exchange, const std::string& id, int unfinished_status,
               bool only_background = false);
-    void show_work(Job& job);
-    void list_work(Job& job);
-    void items_work(Job& job);
+    void show_work(ShowJob& job);
+    void list_work(ListJob& job);
+    void items_work(ItemsJob& job);
     std::string render_live(const StoredResponse& stored, bool running) const;
 };
 

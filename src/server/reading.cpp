@@ -31,20 +31,22 @@ void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
 
 void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_status,
                       bool only_background) {
-    JobPtr job = make_job(exchange, nullptr);
+    auto job = std::make_unique<ShowJob>();
     const auto found = live.find(id);
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
     job->running = found != live.end() && found->second.running;
     job->status = unfinished_status;
     job->only_background = only_background;
-    job->stored.id = id;
+    job->id = id;
     exchange.response_id = id;
-    send_job(std::move(job), &ServerLoop::show_work, &ServerLoop::answer_job);
+    send_job<&ServerLoop::show_work, &ServerLoop::answer_job>(std::move(job));
 }
 
-void ServerLoop::show_work(Job& job) {
-    const auto stored = store->find(job.stored.organisation, job.stored.id);
+void ServerLoop::show_work(ShowJob& job) {
+    const auto stored = store->find(job.organisation, job.id);
     if (!stored) {
-        job.error = server_no_response(job.stored.id);
+        job.error = server_no_response(job.id);
         return;
     }
     if (job.only_background && !stored->background) job.error = server_not_background();
@@ -129,7 +131,9 @@ void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
         return refuse(exchange, ids.error().kind == ErrorKind::not_found
                                     ? server_bad_after(page->after)
                                     : ids.error());
-    JobPtr job = make_job(exchange, nullptr);
+    auto job = std::make_unique<ListJob>();
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
     job->more = ids->size() > page->limit;
     if (job->more) ids->pop_back();
     for (std::string& id : *ids) {
@@ -137,13 +141,13 @@ void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
         const bool running = found != live.end() && found->second.running;
         job->ids.emplace_back(std::move(id), running);
     }
-    send_job(std::move(job), &ServerLoop::list_work, &ServerLoop::answer_job);
+    send_job<&ServerLoop::list_work, &ServerLoop::answer_job>(std::move(job));
 }
 
-void ServerLoop::list_work(Job& job) {
+void ServerLoop::list_work(ListJob& job) {
     std::vector<Json> data;
     for (const auto& [id, running] : job.ids) {
-        const auto stored = store->find(job.stored.organisation, id);
+        const auto stored = store->find(job.organisation, id);
         if (!stored) continue;  // gone meanwhile
         auto object = Json::parse(stored->terminal ? *stored->object
                                                    : render_live(*stored, running));
@@ -155,18 +159,21 @@ void ServerLoop::list_work(Job& job) {
 }
 
 void ServerLoop::get_input_items(Exchange& exchange, HttpRequest&) {
-    JobPtr job = make_job(exchange, nullptr);
-    job->stored.id = exchange.argument;
-    send_job(std::move(job), &ServerLoop::items_work, &ServerLoop::answer_job);
+    auto job = std::make_unique<ItemsJob>();
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
+    job->id = exchange.argument;
+    job->query = exchange.query;
+    send_job<&ServerLoop::items_work, &ServerLoop::answer_job>(std::move(job));
 }
 
 /// Newest first unless asked otherwise, as OpenAI has it.
-void ServerLoop::items_work(Job& job) {
+void ServerLoop::items_work(ItemsJob& job) {
     const auto fail = [&](Error error) { job.error = std::move(error); };
     auto page = server_page(job.query);
     if (!page) return fail(page.error());
-    const auto stored = store->find(job.stored.organisation, job.stored.id);
-    if (!stored) return fail(server_no_response(job.stored.id));
+    const auto stored = store->find(job.organisation, job.id);
+    if (!stored) return fail(server_no_response(job.id));
     auto request = Json::parse(*stored->request);
     if (!request) return fail(request.error());
     std::vector<Json> items = render_input_items(*request, stored->id);

@@ -65,12 +65,15 @@ Error server_no_response(std::string_view id) {
 }
 
 void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
-    JobPtr job = make_job(exchange, nullptr);
-    job->text = std::move(request.body);
+    auto job = std::make_unique<AcceptJob>();
+    job->exchange = exchange.number;
+    job->key_id = exchange.key_id;
+    job->stored.organisation = exchange.organisation;
+    job->body = std::move(request.body);
     job->keys = static_cast<int>(request.count("Idempotency-Key"));
     if (const std::string* key = request.header("Idempotency-Key")) job->key = *key;
     exchange.keyed = job->keys > 0;
-    send_job(std::move(job), &ServerLoop::accept_work, &ServerLoop::accept_admit);
+    send_job<&ServerLoop::accept_work, &ServerLoop::accept_admit>(std::move(job));
 }
 
 Responder* ServerLoop::find_responder(const std::string& wanted) const {
@@ -81,7 +84,7 @@ Responder* ServerLoop::find_responder(const std::string& wanted) const {
 }
 
 /// The idempotency key and the fingerprint of the request under it (contract, section 6).
-Result<void> ServerLoop::read_key(Job& job, const Json& body, const Request& request) const {
+Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Request& request) const {
     if (job.keys == 0) return {};
     const std::string_view key = trim(job.key);
     const auto refused = [](const char* code, const char* message) {
@@ -142,8 +145,8 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
 }
 
 /// A body becomes a prepared request and a record, or an error: whichever check fails first.
-Result<void> ServerLoop::accept(Job& job) {
-    auto body = Json::parse(job.text);
+Result<void> ServerLoop::accept(AcceptJob& job) {
+    auto body = Json::parse(job.body);
     if (!body) return body.error();
     auto request = parse_response_request(*body, options.dialect);
     if (!request) return request.error();
@@ -179,18 +182,18 @@ Result<void> ServerLoop::accept(Job& job) {
     stored.background = request->background;
     stored.attempts = 1;
     stored.head = server_shared(server_head(record));
-    stored.request = server_shared(std::move(job.text));
+    stored.request = server_shared(std::move(job.body));
     job.store = request->store;
-    job.text = stored.background ? render_live(stored, false) : std::string();
+    if (stored.background) job.text = render_live(stored, false);
     return {};
 }
 
-void ServerLoop::accept_work(Job& job) {
+void ServerLoop::accept_work(AcceptJob& job) {
     if (auto accepted = accept(job); !accepted) job.error = std::move(accepted.error());
 }
 
 /// The last refusals; from here on the record exists.
-void ServerLoop::accept_admit(JobPtr job) {
+void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (!job->error && job->prepared && stopping)
@@ -214,18 +217,18 @@ void ServerLoop::accept_admit(JobPtr job) {
         return accept_done(std::move(job));
     }
     StoredResponse record = stored;
-    store->add(std::move(record), on_kept(std::move(job), &ServerLoop::accept_done));
+    store->add(std::move(record), on_kept<&ServerLoop::accept_done>(std::move(job)));
 }
 
 /// The record is kept, or the reservation was taken meanwhile, or the store had no room.
-void ServerLoop::accept_done(JobPtr job) {
+void ServerLoop::accept_done(JobPtr<AcceptJob> job) {
     const std::string id = job->stored.id;
     Exchange* exchange = find_exchange(job->exchange);
     Live& entry = live.find(id)->second;
     if (!job->error && entry.state == Live::State::parked) return;  // stopping: for the next start
     if (!job->error) {
         if (!exchange && entry.owner)
-            return take_back(id, std::move(job), make_error(ErrorKind::cancelled, "client left"));
+            return take_back(id, job->exchange, make_error(ErrorKind::cancelled, "client left"));
         entry.state = Live::State::waiting;
         return begin(std::move(job));
     }
@@ -244,11 +247,11 @@ void ServerLoop::accept_done(JobPtr job) {
 }
 
 /// Hands it to its Responder; who waits for it is told, or waits on.
-void ServerLoop::begin(JobPtr job) {
+void ServerLoop::begin(JobPtr<AcceptJob> job) {
     const std::string id = job->stored.id;
     Live& entry = live.find(id)->second;
     auto submitted = entry.responder->submit(std::move(job->prepared), id);
-    if (!submitted) return take_back(id, std::move(job), std::move(submitted.error()));
+    if (!submitted) return take_back(id, job->exchange, std::move(submitted.error()));
     entry.state = Live::State::working;
     if (Exchange* exchange = find_exchange(job->exchange)) {
         if (entry.background) answer(*exchange, 202, std::move(job->text));
@@ -258,10 +261,10 @@ void ServerLoop::begin(JobPtr job) {
 }
 
 /// Undoes an acceptance: nothing ran, and an idempotency key is free again.
-void ServerLoop::take_back(const std::string& id, JobPtr job, Error error) {
+void ServerLoop::take_back(const std::string& id, uint64_t exchange_number, Error error) {
     Live& entry = live.find(id)->second;
     std::vector<uint64_t> waiters = std::move(entry.waiters);
-    waiters.push_back(job->exchange);
+    waiters.push_back(exchange_number);
     const bool kept = !entry.unkept;
     const std::string organisation = entry.organisation;
     --queued;
@@ -269,7 +272,7 @@ void ServerLoop::take_back(const std::string& id, JobPtr job, Error error) {
     for (const uint64_t number : waiters)
         if (Exchange* exchange = find_exchange(number)) refuse(*exchange, error);
     if (kept)
-        store->erase(organisation, id, false, unix_time_ms(), on_kept(std::move(job), nullptr));
+        store->erase(organisation, id, false, unix_time_ms(), when_kept(std::make_unique<Job>()));
 }
 
 void ServerLoop::wait_for(Exchange& exchange, const std::string& id, Live& entry) {
@@ -318,8 +321,7 @@ void ServerLoop::park(const std::string& id, Live& entry) {
     if (std::exchange(entry.state, Live::State::parked) == Live::State::working)
         entry.responder->cancel(id);
     if (!entry.begun || entry.unkept || !entry.resumable) return;
-    auto job = std::make_unique<Job>();
-    store->begin(id, entry.attempts - 1, on_kept(std::move(job), nullptr));
+    store->begin(id, entry.attempts - 1, when_kept(std::make_unique<Job>()));
 }
 
 void ServerLoop::finish(const std::string& id, Live& entry,
@@ -332,8 +334,7 @@ void ServerLoop::finish(const std::string& id, Live& entry,
     const double gap_s = static_cast<double>(now_ns - last_finish_ns) / 1e9;
     if (std::exchange(last_finish_ns, now_ns) != 0)
         finish_gap_s += (std::min(gap_s, 60.0) - finish_gap_s) / 8;
-    auto job = std::make_unique<Job>();
-    job->loop = this;
+    auto job = std::make_unique<FinishJob>();
     job->stored.id = id;
     job->stored.organisation = entry.organisation;
     if (entry.unkept) job->stored = *entry.unkept;
@@ -343,11 +344,11 @@ void ServerLoop::finish(const std::string& id, Live& entry,
                     "response " + id + " failed: " +
                         (outcome->error ? outcome->error->message : "no reason given"));
     job->outcome = std::move(outcome);
-    send_job(std::move(job), &ServerLoop::finish_work, &ServerLoop::finish_keep);
+    send_job<&ServerLoop::finish_work, &ServerLoop::finish_keep>(std::move(job));
 }
 
 /// Renders the terminal object, once. What is large is freed here, not on the loop.
-void ServerLoop::finish_work(Job& job) {
+void ServerLoop::finish_work(FinishJob& job) {
     if (job.store) {
         auto stored = store->find(job.stored.organisation, job.stored.id);
         if (!stored) {
@@ -365,16 +366,16 @@ void ServerLoop::finish_work(Job& job) {
     job.stored.head = job.stored.request = nullptr;
 }
 
-void ServerLoop::finish_keep(JobPtr job) {
+void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
     if (job->error || !job->store) return finish_done(std::move(job));
     const std::string id = job->stored.id;
     auto object = job->stored.object;
     store->finish(id, std::move(object), unix_time_ms(),
-                  on_kept(std::move(job), &ServerLoop::finish_done));
+                  on_kept<&ServerLoop::finish_done>(std::move(job)));
 }
 
 /// The terminal object is kept: all who wait get the same bytes.
-void ServerLoop::finish_done(JobPtr job) {
+void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     const auto found = live.find(job->stored.id);
     if (found == live.end()) return;
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
@@ -417,20 +418,19 @@ void ServerLoop::delete_response(Exchange& exchange, HttpRequest&) {
 }
 
 void ServerLoop::remove(Exchange& exchange, const std::string& id) {
-    JobPtr job = make_job(exchange, nullptr);
-    job->stored.id = id;
+    auto job = std::make_unique<RemoveJob>();
+    job->exchange = exchange.number;
+    job->id = id;
     store->erase(exchange.organisation, id, true, unix_time_ms(),
-                 on_kept(std::move(job), &ServerLoop::remove_done));
+                 on_kept<&ServerLoop::remove_done>(std::move(job)));
 }
 
-void ServerLoop::remove_done(JobPtr job) {
-    const std::string& id = job->stored.id;
+void ServerLoop::remove_done(JobPtr<RemoveJob> job) {
+    const std::string& id = job->id;
     if (job->error && job->error->kind == ErrorKind::not_found) job->error = server_no_response(id);
     job->text = Json::object().set("id", id).set("object", "response").set("deleted", true).write();
     answer_job(std::move(job));
 }
-
-namespace {}  // namespace
 
 Error server_not_background() {
     return server_field("invalid_value", "response_id",
@@ -478,22 +478,22 @@ void ServerLoop::recover_all() {
 
 void ServerLoop::recover_some() {
     while (!stopping && recovering < server_recovering && !recoverable.empty()) {
-        auto job = std::make_unique<Job>();
-        job->stored.id = recoverable.front();
+        auto job = std::make_unique<RecoverJob>();
+        job->id = recoverable.front();
         recoverable.pop_front();
-        const auto found = live.find(job->stored.id);
+        const auto found = live.find(job->id);
         if (found == live.end() || found->second.state != Live::State::waiting) continue;
-        job->stored.organisation = found->second.organisation;
+        job->organisation = found->second.organisation;
         ++recovering;
-        send_job(std::move(job), &ServerLoop::recover_work, &ServerLoop::recover_keep);
+        send_job<&ServerLoop::recover_work, &ServerLoop::recover_keep>(std::move(job));
     }
 }
 
 /// The same request with the seed that was drawn for it.
-void ServerLoop::recover_work(Job& job) {
+void ServerLoop::recover_work(RecoverJob& job) {
     const auto prepare = [&]() -> Result<void> {
-        auto stored = store->find(job.stored.organisation, job.stored.id);
-        if (!stored) return server_no_response(job.stored.id);
+        auto stored = store->find(job.organisation, job.id);
+        if (!stored) return server_no_response(job.id);
         const ResponseRecord record = server_record(*stored, Status::pending);
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
@@ -513,19 +513,19 @@ void ServerLoop::recover_work(Job& job) {
     if (auto prepared = prepare(); !prepared) job.error = std::move(prepared.error());
 }
 
-void ServerLoop::recover_keep(JobPtr job) {
-    const std::string id = job->stored.id;
+void ServerLoop::recover_keep(JobPtr<RecoverJob> job) {
+    const std::string id = job->id;
     const auto found = live.find(id);
     if (found == live.end()) return recover_done(std::move(job));  // cancelled, and gone
     Live& entry = found->second;
     const bool on = entry.state == Live::State::waiting && !job->error;
     if (!on || std::exchange(entry.begun, true)) return recover_done(std::move(job));
-    store->begin(id, ++entry.attempts, on_kept(std::move(job), &ServerLoop::recover_done));
+    store->begin(id, ++entry.attempts, on_kept<&ServerLoop::recover_done>(std::move(job)));
 }
 
-void ServerLoop::recover_done(JobPtr job) {
+void ServerLoop::recover_done(JobPtr<RecoverJob> job) {
     --recovering;
-    const std::string id = job->stored.id;
+    const std::string id = job->id;
     const auto found = live.find(id);
     if (found == live.end() || found->second.state != Live::State::waiting) return;  // cancelled
     Live& entry = found->second;
