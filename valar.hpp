@@ -132,27 +132,24 @@
 namespace valar {
 inline namespace v1 {
 
-/// What went wrong, coarsely; the server maps each kind to an HTTP status (contract, section 2).
+/// What went wrong, coarsely. The server answers each kind with an HTTP status of its own.
 enum class ErrorKind : uint8_t {
-    invalid_request,     ///< a caller's argument, field or option is wrong
-    bad_data,            ///< a file or byte stream is malformed
-    unsupported,         ///< well-formed, but nothing here can do it
-    io,                  ///< the operating system refused
-    out_of_memory,       ///< an allocation sized by a file, a request or an option failed
-    not_found,           ///< no such model, record, key or path
-    authentication,      ///< missing or unknown credentials
-    permission,          ///< known, but not allowed
-    method_not_allowed,  ///< known path, wrong method
-    too_large,           ///< a body over its limit
-    unsupported_media,   ///< a content type that is not read here
-    idempotency,         ///< an idempotency key used for another body
-    rate_limit,          ///< too many requests by one key
-    overloaded,          ///< a queue, store or memory limit is reached; worth a retry
-    timeout,             ///< a wait ended before its event
-    cancelled,           ///< somebody asked for the end
-    closed,              ///< the engine, server or connection is gone
-    upstream,            ///< a server that we called failed
-    internal,            ///< our own fault
+    invalid_request,  ///< a caller's argument, field or option is wrong
+    bad_data,         ///< a file or byte stream is malformed
+    unsupported,      ///< well-formed, but nothing here can do it
+    io,               ///< the operating system refused
+    out_of_memory,    ///< an allocation sized by a file, a request or an option failed
+    not_found,        ///< no such model, record, key or path
+    authentication,   ///< missing or unknown credentials
+    permission,       ///< known, but not allowed
+    too_large,        ///< a body over its limit
+    conflict,         ///< at odds with what is there: a key that is taken
+    rate_limit,       ///< too many requests by one key
+    overloaded,       ///< a queue, store or memory limit is reached; worth a retry
+    timeout,          ///< a wait ended before its event
+    cancelled,        ///< somebody asked for the end
+    closed,           ///< the engine, server or connection is gone
+    internal,         ///< our own fault
 };
 
 /// One failure. `message` is for people and names the file, tensor, JSON path or offset;
@@ -5812,8 +5809,8 @@ std::vector<Json> render_input_items(const Json& request, const std::string& res
 /// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
 /// itself: it may name a file.
 Json render_error(const Error& error);
-/// The HTTP status of an error's kind (the table of kinds in api.cpp).
-int http_status(ErrorKind kind);
+/// The HTTP status of an error: its kind's, but for two codes (the tables in api.cpp).
+int http_status(const Error& error);
 
 struct DialectWords {
     const char *pending, *running;
@@ -5877,21 +5874,25 @@ struct ApiKind {
 constexpr ApiKind api_kinds[] = {
     {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", false},
     {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", false},
-    {ErrorKind::idempotency, 400, "idempotency_error", "idempotency_key_reused", false},
+    {ErrorKind::conflict, 400, "idempotency_error", "idempotency_key_reused", false},
     {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", false},
     {ErrorKind::permission, 403, "permission_error", "host_not_allowed", false},
     {ErrorKind::not_found, 404, "not_found_error", "not_found", false},
-    {ErrorKind::method_not_allowed, 405, "invalid_request_error", "method_not_allowed", false},
     {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", false},
-    {ErrorKind::unsupported_media, 415, "invalid_request_error", "unsupported_media_type", false},
     {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", false},
-    {ErrorKind::upstream, 502, "api_error", "upstream_error", false},
     {ErrorKind::overloaded, 503, "api_error", "overloaded", false},
     {ErrorKind::out_of_memory, 503, "api_error", "overloaded", true},
     {ErrorKind::closed, 503, "api_error", "overloaded", false},
     {ErrorKind::timeout, 504, "timeout_error", "timeout", false},
     {ErrorKind::internal, 500, "api_error", "internal_error", true},
 };
+
+/// Codes of invalid_request for which HTTP has a status of its own.
+struct ApiCode {
+    std::string_view code;
+    int status;
+};
+constexpr ApiCode api_codes[] = {{"method_not_allowed", 405}, {"unsupported_media_type", 415}};
 
 const ApiKind& api_kind(ErrorKind kind) {
     for (const ApiKind& row : api_kinds)
@@ -6692,7 +6693,12 @@ Json render_error(const Error& error) {
             .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
 }
 
-int http_status(ErrorKind kind) { return api_kind(kind).status; }
+int http_status(const Error& error) {
+    if (error.kind == ErrorKind::invalid_request)
+        for (const ApiCode& row : api_codes)
+            if (row.code == error.code) return row.status;
+    return api_kind(error.kind).status;
+}
 
 }  // namespace detail
 }  // namespace v1
@@ -23257,7 +23263,7 @@ Result<void> StorePlan::decide(const StoreChange& change) {
 
 Result<void> StorePlan::add(const StoreChange& change) {
     if (is_reserved(change.record))
-        return make_error(ErrorKind::idempotency, "the idempotency key is taken",
+        return make_error(ErrorKind::conflict, "the idempotency key is taken",
                           "idempotency_key_reused");
     if (find(change.record.id))
         return make_error(ErrorKind::internal, "a response id was used twice");
@@ -25135,7 +25141,7 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
 
 HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
                                        HttpHeaders headers) {
-    const int status = http_status(error.kind);
+    const int status = http_status(error);
     if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
     if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
     if (status == 503 || status == 429) {
@@ -25653,7 +25659,7 @@ Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exch
         if (request.method == method) exchange.handle = handle;
     if (exchange.handle) return {};
     return make_error(
-        ErrorKind::method_not_allowed,
+        ErrorKind::invalid_request,
         printable(request.method) + " is not allowed here; allowed: " + route.allowed(),
         "method_not_allowed");
 }
@@ -25693,7 +25699,7 @@ Result<void> ServerLoop::check_rate(const HttpRequest&, Exchange& exchange) {
 Result<void> ServerLoop::check_type(const HttpRequest& request, Exchange&) {
     if (request.method != "POST" || (request.chunked && request.body.empty())) return {};
     const auto refused = [](const std::string& given, const char* allowed) {
-        return make_error(ErrorKind::unsupported_media,
+        return make_error(ErrorKind::invalid_request,
                           "'" + printable(given) + "' is not supported; allowed: " + allowed,
                           "unsupported_media_type");
     };
@@ -25939,11 +25945,11 @@ void ServerLoop::accept_done(JobPtr<AcceptJob> job) {
     --queued;
     live.erase(id);
     if (!exchange) return;
-    if (job->error->kind == ErrorKind::idempotency) {
+    if (job->error->kind == ErrorKind::conflict) {
         const auto holder = store->reserved(job->stored.organisation, job->stored.reservation);
         if (holder && holder->fingerprint == job->stored.fingerprint)
             return replay(*exchange, *holder);
-        job->error = make_error(ErrorKind::idempotency,
+        job->error = make_error(ErrorKind::conflict,
                                 "this idempotency key was used for another request",
                                 "idempotency_key_reused");
     }

@@ -48,21 +48,25 @@ struct ApiKind {
 constexpr ApiKind api_kinds[] = {
     {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", false},
     {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", false},
-    {ErrorKind::idempotency, 400, "idempotency_error", "idempotency_key_reused", false},
+    {ErrorKind::conflict, 400, "idempotency_error", "idempotency_key_reused", false},
     {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", false},
     {ErrorKind::permission, 403, "permission_error", "host_not_allowed", false},
     {ErrorKind::not_found, 404, "not_found_error", "not_found", false},
-    {ErrorKind::method_not_allowed, 405, "invalid_request_error", "method_not_allowed", false},
     {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", false},
-    {ErrorKind::unsupported_media, 415, "invalid_request_error", "unsupported_media_type", false},
     {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", false},
-    {ErrorKind::upstream, 502, "api_error", "upstream_error", false},
     {ErrorKind::overloaded, 503, "api_error", "overloaded", false},
     {ErrorKind::out_of_memory, 503, "api_error", "overloaded", true},
     {ErrorKind::closed, 503, "api_error", "overloaded", false},
     {ErrorKind::timeout, 504, "timeout_error", "timeout", false},
     {ErrorKind::internal, 500, "api_error", "internal_error", true},
 };
+
+/// Codes of invalid_request for which HTTP has a status of its own.
+struct ApiCode {
+    std::string_view code;
+    int status;
+};
+constexpr ApiCode api_codes[] = {{"method_not_allowed", 405}, {"unsupported_media_type", 415}};
 
 const ApiKind& api_kind(ErrorKind kind) {
     for (const ApiKind& row : api_kinds)
@@ -863,7 +867,12 @@ Json render_error(const Error& error) {
             .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
 }
 
-int http_status(ErrorKind kind) { return api_kind(kind).status; }
+int http_status(const Error& error) {
+    if (error.kind == ErrorKind::invalid_request)
+        for (const ApiCode& row : api_codes)
+            if (row.code == error.code) return row.status;
+    return api_kind(error.kind).status;
+}
 
 }  // namespace detail
 }  // namespace v1

@@ -40,8 +40,8 @@ std::vector<Json> render_input_items(const Json& request, const std::string& res
 /// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
 /// itself: it may name a file.
 Json render_error(const Error& error);
-/// The HTTP status of an error's kind (the table of kinds in api.cpp).
-int http_status(ErrorKind kind);
+/// The HTTP status of an error: its kind's, but for two codes (the tables in api.cpp).
+int http_status(const Error& error);
 
 struct DialectWords {
     const char *pending, *running;

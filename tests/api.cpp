@@ -286,9 +286,12 @@ TEST_CASE("errors: envelope, status, and nothing of ours leaks") {
     CHECK(
         render_error({ErrorKind::io, "/home/me/file: denied", "", ""}).write() ==
         R"({"error":{"message":"something went wrong on the server","type":"api_error","param":null,"code":"internal_error"}})");
-    CHECK(http_status(ErrorKind::authentication) == 401);
-    CHECK(http_status(ErrorKind::overloaded) == 503);
-    CHECK(http_status(ErrorKind::timeout) == 504);
-    CHECK(http_status(ErrorKind::bad_data) == 500);
-    CHECK(http_status(ErrorKind::invalid_request) == 400);
+    CHECK(http_status({ErrorKind::authentication, ""}) == 401);
+    CHECK(http_status({ErrorKind::overloaded, ""}) == 503);
+    CHECK(http_status({ErrorKind::timeout, ""}) == 504);
+    CHECK(http_status({ErrorKind::bad_data, ""}) == 500);
+    CHECK(http_status({ErrorKind::invalid_request, ""}) == 400);
+    CHECK(http_status({ErrorKind::conflict, ""}) == 400);
+    CHECK(http_status({ErrorKind::invalid_request, "", "method_not_allowed"}) == 405);
+    CHECK(http_status({ErrorKind::invalid_request, "", "unsupported_media_type"}) == 415);
 }

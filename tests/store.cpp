@@ -206,10 +206,10 @@ TEST_CASE("store: a reservation is held until its record expires") {
     on_each_store(1 << 20, 10, [](auto reopen) {
         Direct store = reopen();
         REQUIRE(store.add(record("r1", 10, "a", "key")).ok());
-        CHECK(store.add(record("r2", 10, "a", "key")).is(ErrorKind::idempotency));
+        CHECK(store.add(record("r2", 10, "a", "key")).is(ErrorKind::conflict));
         REQUIRE(store.add(record("r2", 10, "b", "key")).ok());
         store = reopen();
-        CHECK(store.add(record("r3", 10, "a", "key")).is(ErrorKind::idempotency));
+        CHECK(store.add(record("r3", 10, "a", "key")).is(ErrorKind::conflict));
         auto held = store.store->reserved("a", "key");
         REQUIRE(held);
         CHECK(held->id == "r1");
@@ -222,7 +222,7 @@ TEST_CASE("store: a reservation is held until its record expires") {
             REQUIRE(held);
             CHECK(held->deleted);
             CHECK(held->fingerprint == "print of r1");
-            CHECK(store.add(record("r4", 10, "a", "key")).is(ErrorKind::idempotency));
+            CHECK(store.add(record("r4", 10, "a", "key")).is(ErrorKind::conflict));
             CHECK(store.ids("a") == "");
             CHECK(store.store->unfinished().size() == 1);  // r2
             store = reopen();
@@ -324,7 +324,7 @@ TEST_CASE("store: changes that are asked for together see each other") {
     CHECK_FALSE(store->find("a", "r1"));
     while (store->step()) {}
     CHECK(first.ok());
-    CHECK(second.is(ErrorKind::idempotency));
+    CHECK(second.is(ErrorKind::conflict));
     CHECK(begun.ok());
     CHECK(finished.ok());
     CHECK(erased.ok());

@@ -15,27 +15,24 @@
 namespace valar {
 inline namespace v1 {
 
-/// What went wrong, coarsely; the server maps each kind to an HTTP status (contract, section 2).
+/// What went wrong, coarsely. The server answers each kind with an HTTP status of its own.
 enum class ErrorKind : uint8_t {
-    invalid_request,     ///< a caller's argument, field or option is wrong
-    bad_data,            ///< a file or byte stream is malformed
-    unsupported,         ///< well-formed, but nothing here can do it
-    io,                  ///< the operating system refused
-    out_of_memory,       ///< an allocation sized by a file, a request or an option failed
-    not_found,           ///< no such model, record, key or path
-    authentication,      ///< missing or unknown credentials
-    permission,          ///< known, but not allowed
-    method_not_allowed,  ///< known path, wrong method
-    too_large,           ///< a body over its limit
-    unsupported_media,   ///< a content type that is not read here
-    idempotency,         ///< an idempotency key used for another body
-    rate_limit,          ///< too many requests by one key
-    overloaded,          ///< a queue, store or memory limit is reached; worth a retry
-    timeout,             ///< a wait ended before its event
-    cancelled,           ///< somebody asked for the end
-    closed,              ///< the engine, server or connection is gone
-    upstream,            ///< a server that we called failed
-    internal,            ///< our own fault
+    invalid_request,  ///< a caller's argument, field or option is wrong
+    bad_data,         ///< a file or byte stream is malformed
+    unsupported,      ///< well-formed, but nothing here can do it
+    io,               ///< the operating system refused
+    out_of_memory,    ///< an allocation sized by a file, a request or an option failed
+    not_found,        ///< no such model, record, key or path
+    authentication,   ///< missing or unknown credentials
+    permission,       ///< known, but not allowed
+    too_large,        ///< a body over its limit
+    conflict,         ///< at odds with what is there: a key that is taken
+    rate_limit,       ///< too many requests by one key
+    overloaded,       ///< a queue, store or memory limit is reached; worth a retry
+    timeout,          ///< a wait ended before its event
+    cancelled,        ///< somebody asked for the end
+    closed,           ///< the engine, server or connection is gone
+    internal,         ///< our own fault
 };
 
 /// One failure. `message` is for people and names the file, tensor, JSON path or offset;

@@ -185,7 +185,7 @@ Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exch
         if (request.method == method) exchange.handle = handle;
     if (exchange.handle) return {};
     return make_error(
-        ErrorKind::method_not_allowed,
+        ErrorKind::invalid_request,
         printable(request.method) + " is not allowed here; allowed: " + route.allowed(),
         "method_not_allowed");
 }
@@ -225,7 +225,7 @@ Result<void> ServerLoop::check_rate(const HttpRequest&, Exchange& exchange) {
 Result<void> ServerLoop::check_type(const HttpRequest& request, Exchange&) {
     if (request.method != "POST" || (request.chunked && request.body.empty())) return {};
     const auto refused = [](const std::string& given, const char* allowed) {
-        return make_error(ErrorKind::unsupported_media,
+        return make_error(ErrorKind::invalid_request,
                           "'" + printable(given) + "' is not supported; allowed: " + allowed,
                           "unsupported_media_type");
     };

@@ -95,7 +95,7 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
 
 HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
                                        HttpHeaders headers) {
-    const int status = http_status(error.kind);
+    const int status = http_status(error);
     if (status == 401) headers.emplace_back("WWW-Authenticate", "Bearer");
     if (status == 405) headers.emplace_back("Allow", exchange.route->allowed());
     if (status == 503 || status == 429) {

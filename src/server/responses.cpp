@@ -235,11 +235,11 @@ void ServerLoop::accept_done(JobPtr<AcceptJob> job) {
     --queued;
     live.erase(id);
     if (!exchange) return;
-    if (job->error->kind == ErrorKind::idempotency) {
+    if (job->error->kind == ErrorKind::conflict) {
         const auto holder = store->reserved(job->stored.organisation, job->stored.reservation);
         if (holder && holder->fingerprint == job->stored.fingerprint)
             return replay(*exchange, *holder);
-        job->error = make_error(ErrorKind::idempotency,
+        job->error = make_error(ErrorKind::conflict,
                                 "this idempotency key was used for another request",
                                 "idempotency_key_reused");
     }

@@ -132,7 +132,7 @@ Result<void> StorePlan::decide(const StoreChange& change) {
 
 Result<void> StorePlan::add(const StoreChange& change) {
     if (is_reserved(change.record))
-        return make_error(ErrorKind::idempotency, "the idempotency key is taken",
+        return make_error(ErrorKind::conflict, "the idempotency key is taken",
                           "idempotency_key_reused");
     if (find(change.record.id))
         return make_error(ErrorKind::internal, "a response id was used twice");
