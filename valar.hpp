@@ -1071,9 +1071,10 @@ public:
     static constexpr size_t max_text_bytes = size_t{1} << 30;
 
     /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
-    /// where it is not the file's own. Fails (unsupported) for a tokenizer.ggml.model other than
+    /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Fails (unsupported) for a tokenizer.ggml.model other than
     /// gpt2 and llama or an unknown tokenizer.ggml.pre, (bad_data) for a malformed vocabulary.
-    static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {});
+    static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {},
+                                  std::span<const std::string_view> ends = {});
 
     size_t size() const;                        ///< ids are 0 .. size() - 1
     std::string_view piece(Token token) const;  ///< the bytes it stands for; empty if out of range
@@ -1086,7 +1087,8 @@ public:
     bool add_bos() const;              ///< whether the model expects bos before a text
     bool add_eos() const;
     /// Ends an answer: the file's eos, eot and eom, and every control or user-defined token that
-    /// is spelled like one of the known ends of turns (<|im_end|>, <|eot_id|>, <end_of_turn> ...).
+    /// is spelled like one of the `ends` of open. The engine gives open those of the known families
+    /// of chat templates (<|im_end|>, <|eot_id|>, <end_of_turn> ...).
     bool is_end(Token token) const;
 
     /// A rendered prompt. `add_bos` puts bos in front unless the text itself begins with it.
@@ -12205,8 +12207,9 @@ std::string with_spaces(std::string_view text) {  // SentencePiece writes a spac
 // Merges that name no piece are refused; those of special tokens are skipped.
 class VocabularyReader {
 public:
-    VocabularyReader(const Gguf& file, std::string_view chat_template, Vocabulary& vocabulary)
-        : file_(file), chat_template_(chat_template), v_(vocabulary) {}
+    VocabularyReader(const Gguf& file, std::string_view chat_template,
+                     std::span<const std::string_view> ends, Vocabulary& vocabulary)
+        : file_(file), chat_template_(chat_template), ends_(ends), v_(vocabulary) {}
     Result<void> read() {
         for (auto step : {&VocabularyReader::read_model, &VocabularyReader::read_kinds,
                           &VocabularyReader::read_pieces, &VocabularyReader::read_ids,
@@ -12350,20 +12353,12 @@ private:
     }
 
     void mark_ends(std::initializer_list<Token> ends) {
-        static constexpr std::string_view spellings[] = {
-            // clang-format off
-            "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
-            "<|end|>", "<|return|>", "<|call|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>",
-            "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|end_of_role|>", "<end_of_utterance>",
-            "<|user|>", "<|observation|>", "<EOT>", "</s>", "<eos>", "[EOS]",
-            "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
-        // clang-format on
         v_.ends.assign(v_.kinds.size(), false);
         for (Token id : ends)
             if (id != no_token) v_.ends[size_t(id)] = true;
         for (size_t id = 0; id < v_.kinds.size(); ++id)
             if (v_.kinds[id] == TokenKind::control || v_.kinds[id] == TokenKind::user_defined)
-                for (std::string_view spelling : spellings)
+                for (std::string_view spelling : ends_)
                     if (v_.pieces[id] == spelling) v_.ends[id] = true;
     }
 
@@ -12487,6 +12482,7 @@ private:
 
     const Gguf& file_;
     std::string_view chat_template_;
+    std::span<const std::string_view> ends_;
     Vocabulary& v_;
 };
 
@@ -12701,9 +12697,11 @@ Result<void> check_ranges(size_t text_bytes, std::span<const ByteRange> ranges) 
 Tokenizer::Tokenizer(std::shared_ptr<const detail::Vocabulary> vocabulary)
     : vocabulary_(std::move(vocabulary)) {}
 
-Result<Tokenizer> Tokenizer::open(const Gguf& file, std::string_view chat_template) {
+Result<Tokenizer> Tokenizer::open(const Gguf& file, std::string_view chat_template,
+                                  std::span<const std::string_view> ends) {
     auto vocabulary = std::make_shared<detail::Vocabulary>();
-    if (auto result = detail::VocabularyReader(file, chat_template, *vocabulary).read(); !result)
+    if (auto result = detail::VocabularyReader(file, chat_template, ends, *vocabulary).read();
+        !result)
         return result.error();
     return Tokenizer(std::move(vocabulary));
 }
@@ -18854,6 +18852,31 @@ uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t ba
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/template/families.hpp -----------------------------------------------------------------
+
+// What is known of the families of chat templates.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// How the families spell the tokens that end a turn: files often name only one of them, or none.
+inline std::span<const std::string_view> family_end_tokens() {
+    static constexpr std::string_view spellings[] = {
+        // clang-format off
+        "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
+        "<|end|>", "<|return|>", "<|call|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>",
+        "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|end_of_role|>", "<end_of_utterance>",
+        "<|user|>", "<|observation|>", "<EOT>", "</s>", "<eos>", "[EOS]",
+        "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
+    // clang-format on
+    return spellings;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/engine/loaded_model.cpp ---------------------------------------------------------------
 
 // >>engine
@@ -18947,7 +18970,7 @@ Result<void> LoadedModel::read_words(const EngineOptions& options) {
     if (!source) return source.error();
     const std::string text = options.chat_template.empty() ? std::string(*source)
                                                            : options.chat_template;
-    auto words = Tokenizer::open(file_.gguf, text);
+    auto words = Tokenizer::open(file_.gguf, text, family_end_tokens());
     if (!words) return words.error();
     tokenizer_ = std::move(*words);
     const bool has_chatml = tokenizer_->find("<|im_start|>") && tokenizer_->find("<|im_end|>");

@@ -482,8 +482,9 @@ std::string with_spaces(std::string_view text) {  // SentencePiece writes a spac
 // Merges that name no piece are refused; those of special tokens are skipped.
 class VocabularyReader {
 public:
-    VocabularyReader(const Gguf& file, std::string_view chat_template, Vocabulary& vocabulary)
-        : file_(file), chat_template_(chat_template), v_(vocabulary) {}
+    VocabularyReader(const Gguf& file, std::string_view chat_template,
+                     std::span<const std::string_view> ends, Vocabulary& vocabulary)
+        : file_(file), chat_template_(chat_template), ends_(ends), v_(vocabulary) {}
     Result<void> read() {
         for (auto step : {&VocabularyReader::read_model, &VocabularyReader::read_kinds,
                           &VocabularyReader::read_pieces, &VocabularyReader::read_ids,
@@ -627,20 +628,12 @@ private:
     }
 
     void mark_ends(std::initializer_list<Token> ends) {
-        static constexpr std::string_view spellings[] = {
-            // clang-format off
-            "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
-            "<|end|>", "<|return|>", "<|call|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>",
-            "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|end_of_role|>", "<end_of_utterance>",
-            "<|user|>", "<|observation|>", "<EOT>", "</s>", "<eos>", "[EOS]",
-            "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
-        // clang-format on
         v_.ends.assign(v_.kinds.size(), false);
         for (Token id : ends)
             if (id != no_token) v_.ends[size_t(id)] = true;
         for (size_t id = 0; id < v_.kinds.size(); ++id)
             if (v_.kinds[id] == TokenKind::control || v_.kinds[id] == TokenKind::user_defined)
-                for (std::string_view spelling : spellings)
+                for (std::string_view spelling : ends_)
                     if (v_.pieces[id] == spelling) v_.ends[id] = true;
     }
 
@@ -764,6 +757,7 @@ private:
 
     const Gguf& file_;
     std::string_view chat_template_;
+    std::span<const std::string_view> ends_;
     Vocabulary& v_;
 };
 
@@ -978,9 +972,11 @@ Result<void> check_ranges(size_t text_bytes, std::span<const ByteRange> ranges) 
 Tokenizer::Tokenizer(std::shared_ptr<const detail::Vocabulary> vocabulary)
     : vocabulary_(std::move(vocabulary)) {}
 
-Result<Tokenizer> Tokenizer::open(const Gguf& file, std::string_view chat_template) {
+Result<Tokenizer> Tokenizer::open(const Gguf& file, std::string_view chat_template,
+                                  std::span<const std::string_view> ends) {
     auto vocabulary = std::make_shared<detail::Vocabulary>();
-    if (auto result = detail::VocabularyReader(file, chat_template, *vocabulary).read(); !result)
+    if (auto result = detail::VocabularyReader(file, chat_template, ends, *vocabulary).read();
+        !result)
         return result.error();
     return Tokenizer(std::move(vocabulary));
 }

@@ -61,9 +61,10 @@ public:
     static constexpr size_t max_text_bytes = size_t{1} << 30;
 
     /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
-    /// where it is not the file's own. Fails (unsupported) for a tokenizer.ggml.model other than
+    /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Fails (unsupported) for a tokenizer.ggml.model other than
     /// gpt2 and llama or an unknown tokenizer.ggml.pre, (bad_data) for a malformed vocabulary.
-    static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {});
+    static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {},
+                                  std::span<const std::string_view> ends = {});
 
     size_t size() const;                        ///< ids are 0 .. size() - 1
     std::string_view piece(Token token) const;  ///< the bytes it stands for; empty if out of range
@@ -76,7 +77,8 @@ public:
     bool add_bos() const;              ///< whether the model expects bos before a text
     bool add_eos() const;
     /// Ends an answer: the file's eos, eot and eom, and every control or user-defined token that
-    /// is spelled like one of the known ends of turns (<|im_end|>, <|eot_id|>, <end_of_turn> ...).
+    /// is spelled like one of the `ends` of open. The engine gives open those of the known families
+    /// of chat templates (<|im_end|>, <|eot_id|>, <end_of_turn> ...).
     bool is_end(Token token) const;
 
     /// A rendered prompt. `add_bos` puts bos in front unless the text itself begins with it.

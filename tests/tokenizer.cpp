@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "json_internal.hpp"
+#include "template/families.hpp"
 #include "tokenizer_internal.hpp"
 #include "unicode_internal.hpp"
 
@@ -76,7 +77,7 @@ struct Vocab {
         const auto data = bytes();
         auto file = Gguf::from_bytes(data, "test.gguf");
         REQUIRE(file.ok());
-        return Tokenizer::open(*file, other_template);
+        return Tokenizer::open(*file, other_template, detail::family_end_tokens());
     }
     Tokenizer open(std::string_view other_template = {}) const {
         auto tokenizer = try_open(other_template);

@@ -8,6 +8,7 @@
 #include "backend/internal.hpp"
 #include "engine/loaded_model.hpp"
 #include "engine/plan.hpp"
+#include "template/families.hpp"
 #include "unicode_internal.hpp"
 
 #include <algorithm>
@@ -103,7 +104,7 @@ Result<void> LoadedModel::read_words(const EngineOptions& options) {
     if (!source) return source.error();
     const std::string text = options.chat_template.empty() ? std::string(*source)
                                                            : options.chat_template;
-    auto words = Tokenizer::open(file_.gguf, text);
+    auto words = Tokenizer::open(file_.gguf, text, family_end_tokens());
     if (!words) return words.error();
     tokenizer_ = std::move(*words);
     const bool has_chatml = tokenizer_->find("<|im_start|>") && tokenizer_->find("<|im_end|>");

@@ -1,6 +1,7 @@
 // Any vocabulary opens or is refused; any text becomes tokens, and the tokens become it again.
 // Input: a mode byte, flags, then tokens (kind, length, spelling), merges (two indices), and the
 // text with the places where request and template take turns.
+#include "template/families.hpp"
 #include "tokenizer_internal.hpp"
 #include "unicode_internal.hpp"
 
@@ -129,7 +130,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const auto bytes = write_file(vocabulary, in, sentences, pre, sound);
     auto file = Gguf::from_bytes(bytes);
     require(file.ok());
-    auto tokenizer = Tokenizer::open(*file);
+    auto tokenizer = Tokenizer::open(*file, {}, family_end_tokens());
     require(tokenizer.ok() || !sound);
     if (!tokenizer) return 0;
 
