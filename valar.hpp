@@ -13216,6 +13216,25 @@ inline namespace v1 {
 namespace detail {
 namespace jinja {
 
+/// Fills `program`, all but its source, from a source with normalized lines.
+Result<void> parse(TemplateProgram& program, std::string_view source);
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/template/parser.cpp -------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+namespace {
+
+// ---- lexer ----------------------------------------------------------------------------------
+
 struct Lexeme {
     // clang-format off
     enum class Type : uint8_t { text, begin_print, end_print, begin_tag, end_tag, name, string,
@@ -13259,116 +13278,6 @@ private:
     std::vector<Lexeme> out_ = {};
     std::optional<Error> error_ = {};
 };
-
-class Parser {
-public:
-    explicit Parser(TemplateProgram& program, std::vector<Lexeme> lexemes)
-        : p_(program), lexemes_(std::move(lexemes)) {}
-    Result<void> run() {
-        p_.root = body({});
-        if (const auto loop = name_ids_.find("loop"); loop != name_ids_.end())
-            p_.loop_name = loop->second;
-        if (error_) return *error_;
-        return {};
-    }
-
-private:
-    using Type = Lexeme::Type;
-    using Ids = std::vector<uint32_t>;
-    struct Statement {
-        const char* name;
-        uint32_t (Parser::*parse)(uint32_t line);
-    };
-    static const Statement statements[];
-
-    /// One level of nesting of the source.
-    struct Nested {
-        explicit Nested(Parser& parser) : parser_(parser) {
-            if (++parser_.depth_ > ChatTemplate::max_nesting) parser_.fail("nested too deep");
-        }
-        ~Nested() { --parser_.depth_; }
-        Nested(const Nested&) = delete;
-        Parser& parser_;
-    };
-
-    const Lexeme& now() const { return lexemes_[at_]; }
-    const Lexeme& peek() const { return lexemes_[std::min(at_ + 1, lexemes_.size() - 1)]; }
-    Lexeme next();
-    uint32_t fail(const std::string& what);
-    bool is(Type type, std::string_view text) const {
-        return now().type == type && now().text == text;
-    }
-    bool is(const char* symbol) const { return is(Type::symbol, symbol); }
-    bool is_word(const char* word) const { return is(Type::name, word); }
-    bool take(const char* symbol);
-    bool take_word(const char* word);
-    void expect(const char* symbol);
-    void expect_word(const char* word);
-    void expect(Type type, const char* what);
-    uint32_t node(Op op, uint32_t line, uint32_t value, const Ids& children, bool flag = false);
-    uint32_t name_id(std::string_view name);
-    uint32_t expect_name();
-    uint32_t constant(Value value, uint32_t line);
-
-    uint32_t body(std::initializer_list<const char*> ends);
-    uint32_t statement();
-    uint32_t end_block(std::initializer_list<const char*> ends);
-    uint32_t if_statement(uint32_t line);
-    uint32_t for_statement(uint32_t line);
-    uint32_t set_statement(uint32_t line);
-    uint32_t macro_statement(uint32_t line);
-    uint32_t filter_statement(uint32_t line);
-    uint32_t with_statement(uint32_t line);
-    uint32_t generation_statement(uint32_t line);
-    uint32_t break_statement(uint32_t line);
-    uint32_t continue_statement(uint32_t line);
-    uint32_t target(bool fields);
-    uint32_t single_target(bool fields);
-
-    uint32_t expression(bool conditionals = true);
-    uint32_t tuple(bool conditionals, bool parenthesised = false);
-    uint32_t logic(Op op);
-    uint32_t negation();
-    uint32_t comparison();
-    uint32_t arithmetic(size_t level);
-    uint32_t unary(bool filters);
-    uint32_t primary();
-    uint32_t word();
-    uint32_t string();
-    uint32_t number();
-    uint32_t list();
-    uint32_t dict();
-    bool postfix(Ids& chain);
-    bool filter_or_test(Ids& chain);
-    uint32_t subscript();
-    uint32_t test();
-    Ids arguments();
-    Ids filters();
-    uint32_t chained(uint32_t line, const Ids& chain);
-
-    TemplateProgram& p_;
-    std::vector<Lexeme> lexemes_;
-    std::unordered_map<std::string, uint32_t> name_ids_ = {};
-    size_t at_ = 0;
-    uint32_t depth_ = 0;
-    uint32_t loops_ = 0;  // around this place
-    std::optional<Error> error_ = {};
-};
-
-}  // namespace jinja
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-// ---- src/template/parser.cpp -------------------------------------------------------------------
-
-#ifndef VALAR_NO_INFERENCE
-namespace valar {
-inline namespace v1 {
-namespace detail {
-namespace jinja {
-
-// ---- lexer ----------------------------------------------------------------------------------
 
 std::vector<Lexeme> Lexer::run() {
     while (at_ < s_.size() && !error_) {
@@ -13562,6 +13471,101 @@ void Lexer::lexeme() {
 // Recursive descent in Jinja's own order of precedence. What chains from left to right becomes one
 // node with many children, so that the tree is as deep as the source nests, no deeper. After the
 // first error the parser stands at the end of the lexemes, where all loops end.
+
+class Parser {
+public:
+    explicit Parser(TemplateProgram& program, std::vector<Lexeme> lexemes)
+        : p_(program), lexemes_(std::move(lexemes)) {}
+    Result<void> run() {
+        p_.root = body({});
+        if (const auto loop = name_ids_.find("loop"); loop != name_ids_.end())
+            p_.loop_name = loop->second;
+        if (error_) return *error_;
+        return {};
+    }
+
+private:
+    using Type = Lexeme::Type;
+    using Ids = std::vector<uint32_t>;
+    struct Statement {
+        const char* name;
+        uint32_t (Parser::*parse)(uint32_t line);
+    };
+    static const Statement statements[];
+
+    /// One level of nesting of the source.
+    struct Nested {
+        explicit Nested(Parser& parser) : parser_(parser) {
+            if (++parser_.depth_ > ChatTemplate::max_nesting) parser_.fail("nested too deep");
+        }
+        ~Nested() { --parser_.depth_; }
+        Nested(const Nested&) = delete;
+        Parser& parser_;
+    };
+
+    const Lexeme& now() const { return lexemes_[at_]; }
+    const Lexeme& peek() const { return lexemes_[std::min(at_ + 1, lexemes_.size() - 1)]; }
+    Lexeme next();
+    uint32_t fail(const std::string& what);
+    bool is(Type type, std::string_view text) const {
+        return now().type == type && now().text == text;
+    }
+    bool is(const char* symbol) const { return is(Type::symbol, symbol); }
+    bool is_word(const char* word) const { return is(Type::name, word); }
+    bool take(const char* symbol);
+    bool take_word(const char* word);
+    void expect(const char* symbol);
+    void expect_word(const char* word);
+    void expect(Type type, const char* what);
+    uint32_t node(Op op, uint32_t line, uint32_t value, const Ids& children, bool flag = false);
+    uint32_t name_id(std::string_view name);
+    uint32_t expect_name();
+    uint32_t constant(Value value, uint32_t line);
+
+    uint32_t body(std::initializer_list<const char*> ends);
+    uint32_t statement();
+    uint32_t end_block(std::initializer_list<const char*> ends);
+    uint32_t if_statement(uint32_t line);
+    uint32_t for_statement(uint32_t line);
+    uint32_t set_statement(uint32_t line);
+    uint32_t macro_statement(uint32_t line);
+    uint32_t filter_statement(uint32_t line);
+    uint32_t with_statement(uint32_t line);
+    uint32_t generation_statement(uint32_t line);
+    uint32_t break_statement(uint32_t line);
+    uint32_t continue_statement(uint32_t line);
+    uint32_t target(bool fields);
+    uint32_t single_target(bool fields);
+
+    uint32_t expression(bool conditionals = true);
+    uint32_t tuple(bool conditionals, bool parenthesised = false);
+    uint32_t logic(Op op);
+    uint32_t negation();
+    uint32_t comparison();
+    uint32_t arithmetic(size_t level);
+    uint32_t unary(bool filters);
+    uint32_t primary();
+    uint32_t word();
+    uint32_t string();
+    uint32_t number();
+    uint32_t list();
+    uint32_t dict();
+    bool postfix(Ids& chain);
+    bool filter_or_test(Ids& chain);
+    uint32_t subscript();
+    uint32_t test();
+    Ids arguments();
+    Ids filters();
+    uint32_t chained(uint32_t line, const Ids& chain);
+
+    TemplateProgram& p_;
+    std::vector<Lexeme> lexemes_;
+    std::unordered_map<std::string, uint32_t> name_ids_ = {};
+    size_t at_ = 0;
+    uint32_t depth_ = 0;
+    uint32_t loops_ = 0;  // around this place
+    std::optional<Error> error_ = {};
+};
 
 Lexeme Parser::next() {
     const Lexeme lexeme = now();
@@ -14106,6 +14110,15 @@ Parser::Ids Parser::arguments() {
     return made;
 }
 
+}  // namespace
+
+Result<void> parse(TemplateProgram& program, std::string_view source) {
+    Lexer lexer(source);
+    std::vector<Lexeme> lexemes = lexer.run();
+    if (lexer.error()) return *lexer.error();
+    return Parser(program, std::move(lexemes)).run();
+}
+
 }  // namespace jinja
 }  // namespace detail
 }  // namespace v1
@@ -14479,6 +14492,8 @@ Value Renderer::from_json(const Json& json, bool request) {
     return v;
 }
 
+namespace {
+
 /// A role that spells one of the six is a word of the template's.
 void trust_roles(const Value& messages) {
     static const char* const roles[] = {"system",    "developer", "user",
@@ -14492,6 +14507,8 @@ void trust_roles(const Value& messages) {
             if (chars(*role) == name) static_cast<Text*>(role->object.get())->from_request.clear();
     }
 }
+
+}  // namespace
 
 /// Those members that the template names become variables.
 void Renderer::bind_context(const Json& object, bool request) {
@@ -15040,6 +15057,8 @@ Value Renderer::repeated(const Value& v, int64_t times) {
     return is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(items));
 }
 
+namespace {
+
 /// a op b for 64-bit integers; false: it does not fit, or is no integer.
 bool integer_result(Op op, int64_t a, int64_t b, int64_t* out) {
     const uint64_t x = uint64_t(a), y = uint64_t(b);
@@ -15069,6 +15088,8 @@ bool integer_result(Op op, int64_t a, int64_t b, int64_t* out) {
         default: return false;
     }
 }
+
+}  // namespace
 
 Value Renderer::arithmetic(Op op, const Value& a, const Value& b) {
     const bool divides = op == Op::divide || op == Op::floor_divide || op == Op::modulo;
@@ -15200,6 +15221,8 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
 
 // writing
 
+namespace {
+
 void write_unicode_escape(std::string& out, char32_t c) {
     if (c >= 0x10000) {
         write_unicode_escape(out, 0xd800 + ((c - 0x10000) >> 10));
@@ -15241,6 +15264,8 @@ std::string python_escaped(std::string_view s, char quote) {
     }
     return out;
 }
+
+}  // namespace
 
 void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t level,
                      bool request) {
@@ -15331,6 +15356,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 namespace jinja {
+namespace {
 
 // ---- filters, tests, methods, functions -----------------------------------------------------
 // What a table entry shares with another or needs more than two lines for stands before the tables.
@@ -16117,6 +16143,8 @@ const Builtin* find_builtin(std::span<const Builtin> table, std::string_view nam
     return nullptr;
 }
 
+}  // namespace
+
 const Builtin* find_filter(std::string_view name) { return find_builtin(filters, name); }
 const Builtin* find_test(std::string_view name) { return find_builtin(tests, name); }
 const Builtin* find_global(std::string_view name) { return find_builtin(globals, name); }
@@ -16148,7 +16176,7 @@ const Builtin* find_method(const Value& self, std::string_view name) {
 namespace valar {
 inline namespace v1 {
 namespace detail {
-namespace jinja {
+namespace {
 
 /// As Jinja reads it: every kind of line end is \n, and the last one does not count.
 std::string normalized_lines(std::string_view source) {
@@ -16161,7 +16189,7 @@ std::string normalized_lines(std::string_view source) {
     return out;
 }
 
-}  // namespace jinja
+}  // namespace
 
 // ---- from a request to a prompt ---------------------------------------------------------------
 
@@ -16172,14 +16200,10 @@ Result<ChatTemplate> ChatTemplate::parse(std::string source) {
     if (source.size() > max_source_bytes)
         return make_error(ErrorKind::bad_data, "chat template: over 1 MiB");
     if (!utf8_valid(source)) return make_error(ErrorKind::bad_data, "chat template: not UTF-8");
-    const std::string text = jinja::normalized_lines(source);
-    jinja::Lexer lexer(text);
-    std::vector<jinja::Lexeme> lexemes = lexer.run();
-    if (lexer.error()) return *lexer.error();
+    const std::string text = normalized_lines(source);
     const auto program = std::make_shared<TemplateProgram>();
     program->source = std::move(source);
-    const auto parsed = jinja::Parser(*program, std::move(lexemes)).run();
-    if (!parsed) return parsed.error();
+    if (auto parsed = jinja::parse(*program, text); !parsed) return parsed.error();
     return ChatTemplate(program);
 }
 

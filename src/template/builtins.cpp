@@ -20,6 +20,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 namespace jinja {
+namespace {
 
 // ---- filters, tests, methods, functions -----------------------------------------------------
 // What a table entry shares with another or needs more than two lines for stands before the tables.
@@ -805,6 +806,8 @@ const Builtin* find_builtin(std::span<const Builtin> table, std::string_view nam
         if (name == b.name) return &b;
     return nullptr;
 }
+
+}  // namespace
 
 const Builtin* find_filter(std::string_view name) { return find_builtin(filters, name); }
 const Builtin* find_test(std::string_view name) { return find_builtin(tests, name); }

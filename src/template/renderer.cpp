@@ -201,6 +201,8 @@ Value Renderer::from_json(const Json& json, bool request) {
     return v;
 }
 
+namespace {
+
 /// A role that spells one of the six is a word of the template's.
 void trust_roles(const Value& messages) {
     static const char* const roles[] = {"system",    "developer", "user",
@@ -214,6 +216,8 @@ void trust_roles(const Value& messages) {
             if (chars(*role) == name) static_cast<Text*>(role->object.get())->from_request.clear();
     }
 }
+
+}  // namespace
 
 /// Those members that the template names become variables.
 void Renderer::bind_context(const Json& object, bool request) {
@@ -762,6 +766,8 @@ Value Renderer::repeated(const Value& v, int64_t times) {
     return is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(items));
 }
 
+namespace {
+
 /// a op b for 64-bit integers; false: it does not fit, or is no integer.
 bool integer_result(Op op, int64_t a, int64_t b, int64_t* out) {
     const uint64_t x = uint64_t(a), y = uint64_t(b);
@@ -791,6 +797,8 @@ bool integer_result(Op op, int64_t a, int64_t b, int64_t* out) {
         default: return false;
     }
 }
+
+}  // namespace
 
 Value Renderer::arithmetic(Op op, const Value& a, const Value& b) {
     const bool divides = op == Op::divide || op == Op::floor_divide || op == Op::modulo;
@@ -922,6 +930,8 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
 
 // writing
 
+namespace {
+
 void write_unicode_escape(std::string& out, char32_t c) {
     if (c >= 0x10000) {
         write_unicode_escape(out, 0xd800 + ((c - 0x10000) >> 10));
@@ -963,6 +973,8 @@ std::string python_escaped(std::string_view s, char quote) {
     }
     return out;
 }
+
+}  // namespace
 
 void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t level,
                      bool request) {

@@ -12,13 +12,12 @@
 #include <string>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
 namespace detail {
-namespace jinja {
+namespace {
 
 /// As Jinja reads it: every kind of line end is \n, and the last one does not count.
 std::string normalized_lines(std::string_view source) {
@@ -31,7 +30,7 @@ std::string normalized_lines(std::string_view source) {
     return out;
 }
 
-}  // namespace jinja
+}  // namespace
 
 // ---- from a request to a prompt ---------------------------------------------------------------
 
@@ -42,14 +41,10 @@ Result<ChatTemplate> ChatTemplate::parse(std::string source) {
     if (source.size() > max_source_bytes)
         return make_error(ErrorKind::bad_data, "chat template: over 1 MiB");
     if (!utf8_valid(source)) return make_error(ErrorKind::bad_data, "chat template: not UTF-8");
-    const std::string text = jinja::normalized_lines(source);
-    jinja::Lexer lexer(text);
-    std::vector<jinja::Lexeme> lexemes = lexer.run();
-    if (lexer.error()) return *lexer.error();
+    const std::string text = normalized_lines(source);
     const auto program = std::make_shared<TemplateProgram>();
     program->source = std::move(source);
-    const auto parsed = jinja::Parser(*program, std::move(lexemes)).run();
-    if (!parsed) return parsed.error();
+    if (auto parsed = jinja::parse(*program, text); !parsed) return parsed.error();
     return ChatTemplate(program);
 }
 
