@@ -12009,7 +12009,10 @@ size_t old_word_end(std::string_view text, size_t at, const SplitRules& rules) {
         const SplitChar next = split_char(text, c.next);
         const bool joins = next.what == SplitClass::other || next.what == SplitClass::letter ||
                            (next.what == SplitClass::number && !rules.digits_apart);
-        if (joins) at = c.next, c = next;
+        if (joins) {
+            at = c.next;
+            c = next;
+        }
     }
     if (c.what >= SplitClass::space) return space_end(text, at, rules);
     return run_end(text, at, c.what, c.what == SplitClass::number ? rules.digits : SIZE_MAX);
@@ -12574,8 +12577,10 @@ private:
     Result<void> merge_word(std::string_view word) {
         if (v_.rules->whole_words && word.size() <= v_.longest) {
             const Token token = v_.pieces.find(word);
-            if (token != no_token && v_.from_text[size_t(token)])
-                return tokens.push_back(token), Result<void>();
+            if (token != no_token && v_.from_text[size_t(token)]) {
+                tokens.push_back(token);
+                return {};
+            }
         }
         auto symbols = symbols_for(word.size());
         if (!symbols) return symbols.error();
@@ -13525,6 +13530,7 @@ private:
     uint32_t body(std::initializer_list<const char*> ends);
     uint32_t statement();
     uint32_t end_block(std::initializer_list<const char*> ends);
+    uint32_t else_block(const char* end);
     uint32_t if_statement(uint32_t line);
     uint32_t for_statement(uint32_t line);
     uint32_t set_statement(uint32_t line);
@@ -13579,8 +13585,16 @@ uint32_t Parser::fail(const std::string& what) {
     return 0;
 }
 
-bool Parser::take(const char* symbol) { return is(symbol) && (next(), true); }
-bool Parser::take_word(const char* word) { return is_word(word) && (next(), true); }
+bool Parser::take(const char* symbol) {
+    const bool found = is(symbol);
+    if (found) next();
+    return found;
+}
+bool Parser::take_word(const char* word) {
+    const bool found = is_word(word);
+    if (found) next();
+    return found;
+}
 
 void Parser::expect(const char* symbol) {
     if (!take(symbol)) fail("expected \"" + std::string(symbol) + "\"");
@@ -13676,6 +13690,13 @@ uint32_t Parser::end_block(std::initializer_list<const char*> ends) {
     return made;
 }
 
+/// The block behind "else", where there is one, up to behind the word `end`.
+uint32_t Parser::else_block(const char* end) {
+    if (take_word("else")) return end_block({end});
+    next();
+    return 0;
+}
+
 uint32_t Parser::if_statement(uint32_t line) {
     Ids children;
     for (;;) {
@@ -13684,7 +13705,7 @@ uint32_t Parser::if_statement(uint32_t line) {
         children.push_back(body({"elif", "else", "endif"}));
         if (!take_word("elif")) break;
     }
-    children.push_back(take_word("else") ? end_block({"endif"}) : (next(), 0u));
+    children.push_back(else_block("endif"));
     return node(Op::choice, line, 0, children);
 }
 
@@ -13698,7 +13719,7 @@ uint32_t Parser::for_statement(uint32_t line) {
     ++loops_;
     const uint32_t inner = body({"else", "endfor"});
     --loops_;
-    const uint32_t otherwise = take_word("else") ? end_block({"endfor"}) : (next(), 0u);
+    const uint32_t otherwise = else_block("endfor");
     return node(Op::loop, line, 0, {what, iterable, condition, inner, otherwise});
 }
 
@@ -13812,10 +13833,12 @@ uint32_t Parser::tuple(bool conditionals, bool parenthesised) {
     const uint32_t line = now().line;
     Ids items;
     bool comma = false;
-    do {
+    for (bool more = true; more;) {
         if (now().type == Type::end_print || now().type == Type::end_tag || is(")")) break;
         items.push_back(expression(conditionals));
-    } while (take(",") && (comma = true));
+        more = take(",");
+        comma = comma || more;
+    }
     if (comma || (items.empty() && parenthesised)) return node(Op::tuple, line, 0, items);
     return items.empty() ? fail("expected an expression") : items[0];
 }
@@ -13849,8 +13872,11 @@ uint32_t Parser::comparison() {
         for (const auto& o : operators)
             if (take(o.symbol)) op = o.op;
         if (op == Op::body && take_word("in")) op = Op::in;
-        if (op == Op::body && is_word("not") && peek().type == Type::name && peek().text == "in")
-            next(), next(), op = Op::not_in;
+        if (op == Op::body && is_word("not") && peek().type == Type::name && peek().text == "in") {
+            next();
+            next();
+            op = Op::not_in;
+        }
         if (op == Op::body) break;
         items.push_back(node(op, line, 0, {arithmetic(0)}));
     }
@@ -13935,12 +13961,18 @@ uint32_t Parser::word() {
 size_t unescape(std::string_view s, size_t at, std::string& out) {
     static const char plain[] = "n\nt\tr\r\\\\'\'\"\"a\ab\bf\fv\v";
     const char c = s[at];
-    for (size_t i = 0; plain[i]; i += 2)
-        if (plain[i] == c) return out += plain[i + 1], at + 1;
+    for (size_t i = 0; plain[i]; i += 2) {
+        if (plain[i] != c) continue;
+        out += plain[i + 1];
+        return at + 1;
+    }
     if (c == '\n') return at + 1;
     const bool octal = c >= '0' && c <= '7';
     const size_t digits = octal ? 3 : c == 'x' ? 2 : c == 'u' ? 4 : c == 'U' ? 8 : 0;
-    if (digits == 0) return out += '\\', at;
+    if (digits == 0) {
+        out += '\\';
+        return at;
+    }
     uint32_t code = 0;
     size_t i = octal ? at : at + 1, end = std::min(i + digits, s.size());
     for (; i < end; ++i) {
@@ -14350,8 +14382,10 @@ bool Renderer::want(const Value& v, Kind kind) {
 
 bool Renderer::append(Text& out, std::string_view piece, bool request) {
     if (!charge_bytes(piece.size() + 16)) return false;  // 16: of a mark
-    if (piece.size() > ChatTemplate::max_output_bytes - out.text.size())
-        return fail("a text of over 16 MiB"), false;
+    if (piece.size() > ChatTemplate::max_output_bytes - out.text.size()) {
+        fail("a text of over 16 MiB");
+        return false;
+    }
     if (request) add_mark(out, out.text.size(), out.text.size() + piece.size());
     out.text += piece;
     return true;
@@ -14927,8 +14961,10 @@ Value Renderer::call_macro(const Macro& macro, Arguments& args) {
 
 bool Renderer::bind_parameters(const Node& node, Arguments& args) {
     const auto parameters = p_.children(node).subspan(1);
-    if (args.values.size() > parameters.size())
-        return fail("too many arguments for '" + p_.names[node.value] + "'"), false;
+    if (args.values.size() > parameters.size()) {
+        fail("too many arguments for '" + p_.names[node.value] + "'");
+        return false;
+    }
     size_t used = 0;
     for (size_t i = 0; i < parameters.size() && !failed(); ++i) {
         const Node& parameter = p_.nodes[parameters[i]];
@@ -14937,9 +14973,14 @@ bool Renderer::bind_parameters(const Node& node, Arguments& args) {
         charge_bytes(args.named.size());
         const auto named = std::find_if(args.named.begin(), args.named.end(),
                                         [&](const auto& n) { return n.first == name; });
-        if (i < args.values.size()) v = args.values[i];
-        else if (named != args.named.end()) v = named->second, ++used;
-        else if (p_.children(parameter)[0]) v = eval(p_.children(parameter)[0]);
+        if (i < args.values.size()) {
+            v = args.values[i];
+        } else if (named != args.named.end()) {
+            v = named->second;
+            ++used;
+        } else if (p_.children(parameter)[0]) {
+            v = eval(p_.children(parameter)[0]);
+        }
         assign_name(parameter.value, std::move(v));
     }
     if (used != args.named.size() && !failed())
@@ -15078,9 +15119,11 @@ bool integer_result(Op op, int64_t a, int64_t b, int64_t* out) {
             return true;
         case Op::power: {
             if (b < 0) return false;
+            if (a >= -1 && a <= 1) {
+                *out = b == 0 || (a == -1 && b % 2 == 0) ? 1 : a;
+                return true;
+            }
             *out = 1;
-            if (a == 0 || a == 1) return *out = b == 0 ? 1 : a, true;
-            if (a == -1) return *out = b % 2 ? -1 : 1, true;
             for (int64_t i = 0; i < b; ++i)  // at most 63 times
                 if (!integer_result(Op::multiply, *out, a, out)) return false;
             return true;
@@ -15255,7 +15298,7 @@ std::string python_escaped(std::string_view s, char quote) {
         const size_t begin = at;
         const char32_t c = utf8_next(s, &at);
         const Category k = category(c);
-        if (c == char32_t(quote) || c == '\\') out += '\\', out += char(c);
+        if (c == char32_t(quote) || c == '\\') (out += '\\') += char(c);
         else if (c == '\n' || c == '\r' || c == '\t')
             out += c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t";
         else if (c == ' ' || k < Category::Zs) out += s.substr(begin, at - begin);
@@ -15856,16 +15899,51 @@ Dict fields_of(Renderer& r, Arguments& a) {
     return fields;
 }
 
-/// What strftime_now prints: the time in the caller's own zone, English names.
-std::string formatted_time(int64_t seconds, std::string_view pattern) {
+/// A directive of strftime that prints a number, filled up with zeros.
+struct TimeNumber {
+    char letter;
+    int width;
+    int (*value)(const CivilTime& t);
+};
+const TimeNumber time_numbers[] = {
+    {'Y', 4, [](const CivilTime& t) { return int(t.year); }},
+    {'y', 2, [](const CivilTime& t) { return int(t.year % 100); }},
+    {'m', 2, [](const CivilTime& t) { return t.month; }},
+    {'d', 2, [](const CivilTime& t) { return t.day; }},
+    {'j', 3, [](const CivilTime& t) { return t.year_day; }},
+    {'H', 2, [](const CivilTime& t) { return t.hour; }},
+    {'I', 2, [](const CivilTime& t) { return (t.hour + 11) % 12 + 1; }},
+    {'M', 2, [](const CivilTime& t) { return t.minute; }},
+    {'S', 2, [](const CivilTime& t) { return t.second; }},
+};
+
+/// What %letter stands for, or `bare`, without zeros, what %-letter does. English names.
+std::string time_directive(const CivilTime& t, char letter, bool bare) {
     static const char* const months[] = {"January",   "February", "March",    "April",
                                          "May",       "June",     "July",     "August",
                                          "September", "October",  "November", "December"};
     static const char* const week[] = {"Sunday",   "Monday", "Tuesday", "Wednesday",
                                        "Thursday", "Friday", "Saturday"};
+    for (const TimeNumber& n : time_numbers)
+        if (n.letter == letter) return format("%0*d", bare ? 1 : n.width, n.value(t));
+    switch (letter) {
+        case 'e': return format("%2d", t.day);
+        case 'p': return t.hour < 12 ? "AM" : "PM";
+        case 'B': return months[t.month - 1];
+        case 'b': return std::string(months[t.month - 1], 3);
+        case 'A': return week[t.weekday];
+        case 'a': return std::string(week[t.weekday], 3);
+        case 'F': return format("%04d-%02d-%02d", int(t.year), t.month, t.day);
+        case 'T': return format("%02d:%02d:%02d", t.hour, t.minute, t.second);
+        case '%': return "%";
+        default: return std::string("%") + letter;
+    }
+}
+
+/// What strftime_now prints: the time in the caller's own zone.
+std::string formatted_time(int64_t seconds, std::string_view pattern) {
     seconds = std::clamp<int64_t>(seconds, 0, INT64_C(253402300799));  // 1970 to 9999
     const CivilTime t = civil_time(seconds);
-    const int year = static_cast<int>(t.year), hour12 = (t.hour + 11) % 12 + 1;
     std::string out;
     for (size_t i = 0; i < pattern.size(); ++i) {
         if (pattern[i] != '%' || i + 1 == pattern.size()) {
@@ -15874,28 +15952,7 @@ std::string formatted_time(int64_t seconds, std::string_view pattern) {
         }
         const bool bare = pattern[i + 1] == '-' && i + 2 < pattern.size();
         i += bare ? 2 : 1;
-        const auto number = [&](int n, int width) { out += format("%0*d", bare ? 1 : width, n); };
-        switch (pattern[i]) {
-            case 'Y': number(year, 4); break;
-            case 'y': number(year % 100, 2); break;
-            case 'm': number(t.month, 2); break;
-            case 'd': number(t.day, 2); break;
-            case 'e': out += format("%2d", t.day); break;
-            case 'j': number(t.year_day, 3); break;
-            case 'H': number(t.hour, 2); break;
-            case 'I': number(hour12, 2); break;
-            case 'M': number(t.minute, 2); break;
-            case 'S': number(t.second, 2); break;
-            case 'p': out += t.hour < 12 ? "AM" : "PM"; break;
-            case 'B': out += months[t.month - 1]; break;
-            case 'b': out += std::string(months[t.month - 1], 3); break;
-            case 'A': out += week[t.weekday]; break;
-            case 'a': out += std::string(week[t.weekday], 3); break;
-            case 'F': out += formatted_time(seconds, "%Y-%m-%d"); break;
-            case 'T': out += formatted_time(seconds, "%H:%M:%S"); break;
-            case '%': out += '%'; break;
-            default: out += '%', out += pattern[i];
-        }
+        out += time_directive(t, pattern[i], bare);
     }
     return out;
 }

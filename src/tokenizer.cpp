@@ -284,7 +284,10 @@ size_t old_word_end(std::string_view text, size_t at, const SplitRules& rules) {
         const SplitChar next = split_char(text, c.next);
         const bool joins = next.what == SplitClass::other || next.what == SplitClass::letter ||
                            (next.what == SplitClass::number && !rules.digits_apart);
-        if (joins) at = c.next, c = next;
+        if (joins) {
+            at = c.next;
+            c = next;
+        }
     }
     if (c.what >= SplitClass::space) return space_end(text, at, rules);
     return run_end(text, at, c.what, c.what == SplitClass::number ? rules.digits : SIZE_MAX);
@@ -849,8 +852,10 @@ private:
     Result<void> merge_word(std::string_view word) {
         if (v_.rules->whole_words && word.size() <= v_.longest) {
             const Token token = v_.pieces.find(word);
-            if (token != no_token && v_.from_text[size_t(token)])
-                return tokens.push_back(token), Result<void>();
+            if (token != no_token && v_.from_text[size_t(token)]) {
+                tokens.push_back(token);
+                return {};
+            }
         }
         auto symbols = symbols_for(word.size());
         if (!symbols) return symbols.error();

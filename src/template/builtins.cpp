@@ -520,16 +520,51 @@ Dict fields_of(Renderer& r, Arguments& a) {
     return fields;
 }
 
-/// What strftime_now prints: the time in the caller's own zone, English names.
-std::string formatted_time(int64_t seconds, std::string_view pattern) {
+/// A directive of strftime that prints a number, filled up with zeros.
+struct TimeNumber {
+    char letter;
+    int width;
+    int (*value)(const CivilTime& t);
+};
+const TimeNumber time_numbers[] = {
+    {'Y', 4, [](const CivilTime& t) { return int(t.year); }},
+    {'y', 2, [](const CivilTime& t) { return int(t.year % 100); }},
+    {'m', 2, [](const CivilTime& t) { return t.month; }},
+    {'d', 2, [](const CivilTime& t) { return t.day; }},
+    {'j', 3, [](const CivilTime& t) { return t.year_day; }},
+    {'H', 2, [](const CivilTime& t) { return t.hour; }},
+    {'I', 2, [](const CivilTime& t) { return (t.hour + 11) % 12 + 1; }},
+    {'M', 2, [](const CivilTime& t) { return t.minute; }},
+    {'S', 2, [](const CivilTime& t) { return t.second; }},
+};
+
+/// What %letter stands for, or `bare`, without zeros, what %-letter does. English names.
+std::string time_directive(const CivilTime& t, char letter, bool bare) {
     static const char* const months[] = {"January",   "February", "March",    "April",
                                          "May",       "June",     "July",     "August",
                                          "September", "October",  "November", "December"};
     static const char* const week[] = {"Sunday",   "Monday", "Tuesday", "Wednesday",
                                        "Thursday", "Friday", "Saturday"};
+    for (const TimeNumber& n : time_numbers)
+        if (n.letter == letter) return format("%0*d", bare ? 1 : n.width, n.value(t));
+    switch (letter) {
+        case 'e': return format("%2d", t.day);
+        case 'p': return t.hour < 12 ? "AM" : "PM";
+        case 'B': return months[t.month - 1];
+        case 'b': return std::string(months[t.month - 1], 3);
+        case 'A': return week[t.weekday];
+        case 'a': return std::string(week[t.weekday], 3);
+        case 'F': return format("%04d-%02d-%02d", int(t.year), t.month, t.day);
+        case 'T': return format("%02d:%02d:%02d", t.hour, t.minute, t.second);
+        case '%': return "%";
+        default: return std::string("%") + letter;
+    }
+}
+
+/// What strftime_now prints: the time in the caller's own zone.
+std::string formatted_time(int64_t seconds, std::string_view pattern) {
     seconds = std::clamp<int64_t>(seconds, 0, INT64_C(253402300799));  // 1970 to 9999
     const CivilTime t = civil_time(seconds);
-    const int year = static_cast<int>(t.year), hour12 = (t.hour + 11) % 12 + 1;
     std::string out;
     for (size_t i = 0; i < pattern.size(); ++i) {
         if (pattern[i] != '%' || i + 1 == pattern.size()) {
@@ -538,28 +573,7 @@ std::string formatted_time(int64_t seconds, std::string_view pattern) {
         }
         const bool bare = pattern[i + 1] == '-' && i + 2 < pattern.size();
         i += bare ? 2 : 1;
-        const auto number = [&](int n, int width) { out += format("%0*d", bare ? 1 : width, n); };
-        switch (pattern[i]) {
-            case 'Y': number(year, 4); break;
-            case 'y': number(year % 100, 2); break;
-            case 'm': number(t.month, 2); break;
-            case 'd': number(t.day, 2); break;
-            case 'e': out += format("%2d", t.day); break;
-            case 'j': number(t.year_day, 3); break;
-            case 'H': number(t.hour, 2); break;
-            case 'I': number(hour12, 2); break;
-            case 'M': number(t.minute, 2); break;
-            case 'S': number(t.second, 2); break;
-            case 'p': out += t.hour < 12 ? "AM" : "PM"; break;
-            case 'B': out += months[t.month - 1]; break;
-            case 'b': out += std::string(months[t.month - 1], 3); break;
-            case 'A': out += week[t.weekday]; break;
-            case 'a': out += std::string(week[t.weekday], 3); break;
-            case 'F': out += formatted_time(seconds, "%Y-%m-%d"); break;
-            case 'T': out += formatted_time(seconds, "%H:%M:%S"); break;
-            case '%': out += '%'; break;
-            default: out += '%', out += pattern[i];
-        }
+        out += time_directive(t, pattern[i], bare);
     }
     return out;
 }

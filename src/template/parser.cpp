@@ -315,6 +315,7 @@ private:
     uint32_t body(std::initializer_list<const char*> ends);
     uint32_t statement();
     uint32_t end_block(std::initializer_list<const char*> ends);
+    uint32_t else_block(const char* end);
     uint32_t if_statement(uint32_t line);
     uint32_t for_statement(uint32_t line);
     uint32_t set_statement(uint32_t line);
@@ -369,8 +370,16 @@ uint32_t Parser::fail(const std::string& what) {
     return 0;
 }
 
-bool Parser::take(const char* symbol) { return is(symbol) && (next(), true); }
-bool Parser::take_word(const char* word) { return is_word(word) && (next(), true); }
+bool Parser::take(const char* symbol) {
+    const bool found = is(symbol);
+    if (found) next();
+    return found;
+}
+bool Parser::take_word(const char* word) {
+    const bool found = is_word(word);
+    if (found) next();
+    return found;
+}
 
 void Parser::expect(const char* symbol) {
     if (!take(symbol)) fail("expected \"" + std::string(symbol) + "\"");
@@ -466,6 +475,13 @@ uint32_t Parser::end_block(std::initializer_list<const char*> ends) {
     return made;
 }
 
+/// The block behind "else", where there is one, up to behind the word `end`.
+uint32_t Parser::else_block(const char* end) {
+    if (take_word("else")) return end_block({end});
+    next();
+    return 0;
+}
+
 uint32_t Parser::if_statement(uint32_t line) {
     Ids children;
     for (;;) {
@@ -474,7 +490,7 @@ uint32_t Parser::if_statement(uint32_t line) {
         children.push_back(body({"elif", "else", "endif"}));
         if (!take_word("elif")) break;
     }
-    children.push_back(take_word("else") ? end_block({"endif"}) : (next(), 0u));
+    children.push_back(else_block("endif"));
     return node(Op::choice, line, 0, children);
 }
 
@@ -488,7 +504,7 @@ uint32_t Parser::for_statement(uint32_t line) {
     ++loops_;
     const uint32_t inner = body({"else", "endfor"});
     --loops_;
-    const uint32_t otherwise = take_word("else") ? end_block({"endfor"}) : (next(), 0u);
+    const uint32_t otherwise = else_block("endfor");
     return node(Op::loop, line, 0, {what, iterable, condition, inner, otherwise});
 }
 
@@ -602,10 +618,12 @@ uint32_t Parser::tuple(bool conditionals, bool parenthesised) {
     const uint32_t line = now().line;
     Ids items;
     bool comma = false;
-    do {
+    for (bool more = true; more;) {
         if (now().type == Type::end_print || now().type == Type::end_tag || is(")")) break;
         items.push_back(expression(conditionals));
-    } while (take(",") && (comma = true));
+        more = take(",");
+        comma = comma || more;
+    }
     if (comma || (items.empty() && parenthesised)) return node(Op::tuple, line, 0, items);
     return items.empty() ? fail("expected an expression") : items[0];
 }
@@ -639,8 +657,11 @@ uint32_t Parser::comparison() {
         for (const auto& o : operators)
             if (take(o.symbol)) op = o.op;
         if (op == Op::body && take_word("in")) op = Op::in;
-        if (op == Op::body && is_word("not") && peek().type == Type::name && peek().text == "in")
-            next(), next(), op = Op::not_in;
+        if (op == Op::body && is_word("not") && peek().type == Type::name && peek().text == "in") {
+            next();
+            next();
+            op = Op::not_in;
+        }
         if (op == Op::body) break;
         items.push_back(node(op, line, 0, {arithmetic(0)}));
     }
@@ -725,12 +746,18 @@ uint32_t Parser::word() {
 size_t unescape(std::string_view s, size_t at, std::string& out) {
     static const char plain[] = "n\nt\tr\r\\\\'\'\"\"a\ab\bf\fv\v";
     const char c = s[at];
-    for (size_t i = 0; plain[i]; i += 2)
-        if (plain[i] == c) return out += plain[i + 1], at + 1;
+    for (size_t i = 0; plain[i]; i += 2) {
+        if (plain[i] != c) continue;
+        out += plain[i + 1];
+        return at + 1;
+    }
     if (c == '\n') return at + 1;
     const bool octal = c >= '0' && c <= '7';
     const size_t digits = octal ? 3 : c == 'x' ? 2 : c == 'u' ? 4 : c == 'U' ? 8 : 0;
-    if (digits == 0) return out += '\\', at;
+    if (digits == 0) {
+        out += '\\';
+        return at;
+    }
     uint32_t code = 0;
     size_t i = octal ? at : at + 1, end = std::min(i + digits, s.size());
     for (; i < end; ++i) {

@@ -59,8 +59,10 @@ bool Renderer::want(const Value& v, Kind kind) {
 
 bool Renderer::append(Text& out, std::string_view piece, bool request) {
     if (!charge_bytes(piece.size() + 16)) return false;  // 16: of a mark
-    if (piece.size() > ChatTemplate::max_output_bytes - out.text.size())
-        return fail("a text of over 16 MiB"), false;
+    if (piece.size() > ChatTemplate::max_output_bytes - out.text.size()) {
+        fail("a text of over 16 MiB");
+        return false;
+    }
     if (request) add_mark(out, out.text.size(), out.text.size() + piece.size());
     out.text += piece;
     return true;
@@ -636,8 +638,10 @@ Value Renderer::call_macro(const Macro& macro, Arguments& args) {
 
 bool Renderer::bind_parameters(const Node& node, Arguments& args) {
     const auto parameters = p_.children(node).subspan(1);
-    if (args.values.size() > parameters.size())
-        return fail("too many arguments for '" + p_.names[node.value] + "'"), false;
+    if (args.values.size() > parameters.size()) {
+        fail("too many arguments for '" + p_.names[node.value] + "'");
+        return false;
+    }
     size_t used = 0;
     for (size_t i = 0; i < parameters.size() && !failed(); ++i) {
         const Node& parameter = p_.nodes[parameters[i]];
@@ -646,9 +650,14 @@ bool Renderer::bind_parameters(const Node& node, Arguments& args) {
         charge_bytes(args.named.size());
         const auto named = std::find_if(args.named.begin(), args.named.end(),
                                         [&](const auto& n) { return n.first == name; });
-        if (i < args.values.size()) v = args.values[i];
-        else if (named != args.named.end()) v = named->second, ++used;
-        else if (p_.children(parameter)[0]) v = eval(p_.children(parameter)[0]);
+        if (i < args.values.size()) {
+            v = args.values[i];
+        } else if (named != args.named.end()) {
+            v = named->second;
+            ++used;
+        } else if (p_.children(parameter)[0]) {
+            v = eval(p_.children(parameter)[0]);
+        }
         assign_name(parameter.value, std::move(v));
     }
     if (used != args.named.size() && !failed())
@@ -787,9 +796,11 @@ bool integer_result(Op op, int64_t a, int64_t b, int64_t* out) {
             return true;
         case Op::power: {
             if (b < 0) return false;
+            if (a >= -1 && a <= 1) {
+                *out = b == 0 || (a == -1 && b % 2 == 0) ? 1 : a;
+                return true;
+            }
             *out = 1;
-            if (a == 0 || a == 1) return *out = b == 0 ? 1 : a, true;
-            if (a == -1) return *out = b % 2 ? -1 : 1, true;
             for (int64_t i = 0; i < b; ++i)  // at most 63 times
                 if (!integer_result(Op::multiply, *out, a, out)) return false;
             return true;
@@ -964,7 +975,7 @@ std::string python_escaped(std::string_view s, char quote) {
         const size_t begin = at;
         const char32_t c = utf8_next(s, &at);
         const Category k = category(c);
-        if (c == char32_t(quote) || c == '\\') out += '\\', out += char(c);
+        if (c == char32_t(quote) || c == '\\') (out += '\\') += char(c);
         else if (c == '\n' || c == '\r' || c == '\t')
             out += c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t";
         else if (c == ' ' || k < Category::Zs) out += s.substr(begin, at - begin);
