@@ -2,6 +2,8 @@
 //
 //     c++ -std=c++20 -O2 -pthread -I. examples/hello.cpp -o hello && ./hello "Tell me a joke."
 #define VALAR_IMPLEMENTATION
+#define VALAR_NO_SERVER  // what a program does not use it need not compile
+#define VALAR_NO_STORE
 #include "valar.hpp"
 
 #include "common.hpp"
