@@ -478,7 +478,7 @@ struct ContentPart {
     std::string text = {};
 };
 
-/// One item of a conversation: what was said, by whom (contract, 3.2).
+/// One item of a conversation: what was said, by whom.
 struct VALAR_API Item {
     // clang-format off
     enum class Kind : uint8_t { message, reasoning, function_call, function_call_output,
@@ -508,12 +508,12 @@ struct Input {
     bool empty() const { return text.empty() && items.empty(); }
 };
 
-/// When an answer is wanted (contract, section 7): ahead of everything; fair among themselves; when
-/// nothing else waits. Waiting makes a request more urgent, so that nothing starves.
+/// When an answer is wanted: ahead of everything; fair among themselves; when nothing else waits.
+/// Waiting makes a request more urgent, so that nothing starves.
 enum class Window : uint8_t { asap, standard, flex };
 
-/// A request for one answer, in C++ or from POST /v1/responses. Field by field as contract.md,
-/// section 3; what is absent takes the model's own default.
+/// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
+/// names. What is absent takes the model's own default.
 struct Request {
     std::string model = {};         ///< empty: the responder's only or first model
     std::string instructions = {};  ///< becomes the first system message
@@ -547,7 +547,7 @@ struct Request {
 enum class Status : uint8_t { pending, running, completed, failed, cancelled };
 constexpr bool is_terminal(Status status) { return status >= Status::completed; }
 
-/// Tokens in and out (contract, 3.1).
+/// Tokens in and out.
 struct Usage {
     uint32_t input_tokens = 0;
     uint32_t cached_tokens = 0;  ///< of the input, found in the prefix cache
@@ -1699,9 +1699,9 @@ private:
 // Owns: the routes of the Responses API: who may ask, what is asked, what is answered. Joins http,
 //       a Store and any Responder; knows no engine.
 // Assumes: Responders that outlive it, and a thread that calls run() or step().
-// Promises: the contract's order of checks; an envelope and an X-Request-ID on every reply; the
-//           loop never waits (two worker threads parse, validate, prepare and render); a terminal
-//           object is rendered once; no body, prompt or key is ever logged.
+// Promises: one order of checks (ServerLoop::on_head, accept); an envelope and an X-Request-ID on
+//           every reply; the loop never waits (two worker threads parse, validate, prepare, render);
+//           a terminal object is rendered once; no body, prompt or key is ever logged.
 
 namespace valar {
 inline namespace v1 {
@@ -1737,8 +1737,8 @@ struct ServerOptions {
     uint32_t max_connections = 10'000;                       ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< 503
     LogSink log = {};  ///< a line a request: id, method, path, status, times, tokens
-    /// Must outlive the server; null: a MemoryStore of its own. What it holds unfinished is taken up
-    /// again, as the contract's section 6 says.
+    /// Must outlive the server; null: a MemoryStore of its own. What it holds unfinished runs again
+    /// with the same seed if it is in the background or has an idempotency key, or else has failed.
     Store* store = nullptr;
     MemoryStoreOptions memory_store = {};  ///< of that one
     uint32_t max_queued = 1000;            ///< requests accepted but not begun; then 503
@@ -5843,7 +5843,8 @@ constexpr std::string_view window_name(Window window) {
 // >>api
 // Owns: the table of request fields and their checks, the response object, the error envelope.
 // Assumes: bodies were parsed by >>json, so they are valid UTF-8 without duplicate keys.
-// Promises: the first fault in the contract's order is the one that is reported.
+// Promises: the first fault is the one that is reported: missing fields in the order of the table,
+//           then the others as the body has them, then rules across fields.
 
 namespace valar {
 inline namespace v1 {
@@ -5998,7 +5999,7 @@ Fault check_choice(const Json& value, const std::string& path,
     return api_wrong_value(code, path, (choices.size() > 1 ? "one of " : "") + allowed, value);
 }
 
-// ---- Items (contract, 3.2) ---------------------------------------------------------------------
+// ---- Items ------------------------------------------------------------------------------------
 
 struct RoleName {
     std::string_view name;
@@ -6173,7 +6174,7 @@ Fault check_calls(const Request& request, const std::string& path) {
     return {};
 }
 
-// ---- The fields of a request (contract, 3) -----------------------------------------------------
+// ---- The fields of a request ------------------------------------------------------------------
 
 Fault field_model(const Json& value, Request* request) {
     request->model = value.as_string();
@@ -6431,7 +6432,7 @@ Fault check_background(const Request& request) {
                      "'metadata.completion_window' may be \"flex\" only with 'background': true");
 }
 
-// ---- The response object (contract, 3.1) -------------------------------------------------------
+// ---- The response object ----------------------------------------------------------------------
 
 // How objects differ between the dialects.
 constexpr DialectWords valar_words = {
@@ -24839,7 +24840,7 @@ struct ServerLoop : HttpHandler {
                        std::string_view message) override;
     void on_tick() override;
 
-    // checks of a head, in the contract's order
+    // checks of a head, in the order in which on_head runs them
     std::string make_request_id();
     void find_route(Exchange& exchange);
     Result<void> check_host(const HttpRequest& request, Exchange& exchange);
@@ -25897,7 +25898,8 @@ Responder* ServerLoop::find_responder(const std::string& wanted) const {
     return nullptr;
 }
 
-/// The idempotency key and the fingerprint of the request under it (contract, section 6).
+/// The idempotency key and the fingerprint of the request under it: a hash of the route and of the
+/// body in canonical form, so that a body that is only written differently is the same request.
 Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Request& request) const {
     if (job.keys == 0) return {};
     const std::string_view key = trim(job.key);

@@ -1,7 +1,8 @@
 // >>api
 // Owns: the table of request fields and their checks, the response object, the error envelope.
 // Assumes: bodies were parsed by >>json, so they are valid UTF-8 without duplicate keys.
-// Promises: the first fault in the contract's order is the one that is reported.
+// Promises: the first fault is the one that is reported: missing fields in the order of the table,
+//           then the others as the body has them, then rules across fields.
 #include "prologue.hpp"
 
 #include "api_internal.hpp"
@@ -170,7 +171,7 @@ Fault check_choice(const Json& value, const std::string& path,
     return api_wrong_value(code, path, (choices.size() > 1 ? "one of " : "") + allowed, value);
 }
 
-// ---- Items (contract, 3.2) ---------------------------------------------------------------------
+// ---- Items ------------------------------------------------------------------------------------
 
 struct RoleName {
     std::string_view name;
@@ -345,7 +346,7 @@ Fault check_calls(const Request& request, const std::string& path) {
     return {};
 }
 
-// ---- The fields of a request (contract, 3) -----------------------------------------------------
+// ---- The fields of a request ------------------------------------------------------------------
 
 Fault field_model(const Json& value, Request* request) {
     request->model = value.as_string();
@@ -603,7 +604,7 @@ Fault check_background(const Request& request) {
                      "'metadata.completion_window' may be \"flex\" only with 'background': true");
 }
 
-// ---- The response object (contract, 3.1) -------------------------------------------------------
+// ---- The response object ----------------------------------------------------------------------
 
 // How objects differ between the dialects.
 constexpr DialectWords valar_words = {

@@ -30,7 +30,7 @@ struct ContentPart {
     std::string text = {};
 };
 
-/// One item of a conversation: what was said, by whom (contract, 3.2).
+/// One item of a conversation: what was said, by whom.
 struct VALAR_API Item {
     // clang-format off
     enum class Kind : uint8_t { message, reasoning, function_call, function_call_output,
@@ -60,12 +60,12 @@ struct Input {
     bool empty() const { return text.empty() && items.empty(); }
 };
 
-/// When an answer is wanted (contract, section 7): ahead of everything; fair among themselves; when
-/// nothing else waits. Waiting makes a request more urgent, so that nothing starves.
+/// When an answer is wanted: ahead of everything; fair among themselves; when nothing else waits.
+/// Waiting makes a request more urgent, so that nothing starves.
 enum class Window : uint8_t { asap, standard, flex };
 
-/// A request for one answer, in C++ or from POST /v1/responses. Field by field as contract.md,
-/// section 3; what is absent takes the model's own default.
+/// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
+/// names. What is absent takes the model's own default.
 struct Request {
     std::string model = {};         ///< empty: the responder's only or first model
     std::string instructions = {};  ///< becomes the first system message
@@ -99,7 +99,7 @@ struct Request {
 enum class Status : uint8_t { pending, running, completed, failed, cancelled };
 constexpr bool is_terminal(Status status) { return status >= Status::completed; }
 
-/// Tokens in and out (contract, 3.1).
+/// Tokens in and out.
 struct Usage {
     uint32_t input_tokens = 0;
     uint32_t cached_tokens = 0;  ///< of the input, found in the prefix cache

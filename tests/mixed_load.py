@@ -2,7 +2,7 @@
 
 Each client does one thing after another, drawn by its seed: asks, in the background or not, with keys
 that others use too, reads, lists, deletes, cancels, sends nonsense, leaves in the middle. Every answer
-must be one that the contract allows; at the end the server must still be well and stop with code 0.
+must be one that the API allows; at the end the server must still be well and stop with code 0.
 """
 import asyncio
 import json

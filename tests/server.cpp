@@ -193,7 +193,7 @@ TEST_CASE("server: every reply has a request id of its own") {
     }
 }
 
-TEST_CASE("server: of several faults the one that the contract checks first is told") {
+TEST_CASE("server: of several faults the one that is checked first is told") {
     ServerOptions options = with_keys();
     options.max_body_bytes = 400;
     options.memory_store.max_bytes = 2000;

@@ -224,7 +224,7 @@ struct ServerLoop : HttpHandler {
                        std::string_view message) override;
     void on_tick() override;
 
-    // checks of a head, in the contract's order
+    // checks of a head, in the order in which on_head runs them
     std::string make_request_id();
     void find_route(Exchange& exchange);
     Result<void> check_host(const HttpRequest& request, Exchange& exchange);

@@ -83,7 +83,8 @@ Responder* ServerLoop::find_responder(const std::string& wanted) const {
     return nullptr;
 }
 
-/// The idempotency key and the fingerprint of the request under it (contract, section 6).
+/// The idempotency key and the fingerprint of the request under it: a hash of the route and of the
+/// body in canonical form, so that a body that is only written differently is the same request.
 Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Request& request) const {
     if (job.keys == 0) return {};
     const std::string_view key = trim(job.key);

@@ -2,9 +2,9 @@
 // Owns: the routes of the Responses API: who may ask, what is asked, what is answered. Joins http,
 //       a Store and any Responder; knows no engine.
 // Assumes: Responders that outlive it, and a thread that calls run() or step().
-// Promises: the contract's order of checks; an envelope and an X-Request-ID on every reply; the
-//           loop never waits (two worker threads parse, validate, prepare and render); a terminal
-//           object is rendered once; no body, prompt or key is ever logged.
+// Promises: one order of checks (ServerLoop::on_head, accept); an envelope and an X-Request-ID on
+//           every reply; the loop never waits (two worker threads parse, validate, prepare, render);
+//           a terminal object is rendered once; no body, prompt or key is ever logged.
 #pragma once
 
 #include "api.hpp"
@@ -50,8 +50,8 @@ struct ServerOptions {
     uint32_t max_connections = 10'000;                       ///< an idle one makes room, else 503
     uint64_t max_inflight_body_bytes = uint64_t{512} << 20;  ///< 503
     LogSink log = {};  ///< a line a request: id, method, path, status, times, tokens
-    /// Must outlive the server; null: a MemoryStore of its own. What it holds unfinished is taken up
-    /// again, as the contract's section 6 says.
+    /// Must outlive the server; null: a MemoryStore of its own. What it holds unfinished runs again
+    /// with the same seed if it is in the background or has an idempotency key, or else has failed.
     Store* store = nullptr;
     MemoryStoreOptions memory_store = {};  ///< of that one
     uint32_t max_queued = 1000;            ///< requests accepted but not begun; then 503
