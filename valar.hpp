@@ -265,7 +265,8 @@ private:
 /// How serious a log line is.
 enum class LogLevel : uint8_t { debug, info, warning, error };
 
-/// Where log lines go; the default is nowhere. `write` may be called from any thread.
+/// Where log lines go; the default is nowhere. `write` may be called from any thread. Every callback
+/// is a struct like this: functions, and the `context` of yours that they are given first.
 struct LogSink {
     void (*write)(void* context, LogLevel level, std::string_view line) = nullptr;
     void* context = nullptr;
@@ -275,8 +276,7 @@ struct LogSink {
 };
 
 /// Where memory comes from; the default is the system. `allocate` returns bytes aligned as asked, or
-/// null where there are none; what is in them does not matter. Both are called from the thread that
-/// opens or closes.
+/// null where there are none, with any content. Both are called by the thread that opens or closes.
 struct Allocator {
     void* (*allocate)(void* context, uint64_t bytes, uint64_t alignment) = nullptr;
     void (*release)(void* context, void* memory, uint64_t bytes) = nullptr;
@@ -513,7 +513,7 @@ struct Input {
 enum class Window : uint8_t { asap, standard, flex };
 
 /// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
-/// names. What is absent takes the model's own default.
+/// names. What is absent takes the model's own default. Designated initialisers follow this order.
 struct Request {
     std::string model = {};         ///< empty: the responder's only or first model
     std::string instructions = {};  ///< becomes the first system message
@@ -611,8 +611,7 @@ struct ModelInfo {
     bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
 };
 
-/// A request that a Responder found acceptable, with all that it resolved. Cheap to hold: bounded by
-/// the prompt's tokens.
+/// A request that a Responder accepts, with all that it resolved. It is as large as its prompt.
 class VALAR_API Prepared {
 public:
     virtual ~Prepared() = default;
@@ -641,6 +640,12 @@ struct ResponderStats {
     uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;  ///< sums over finished requests
 };
 
+/// Who is told that a response has events: one call, from any thread and without locks held.
+struct ReadyListener {
+    void (*call)(void* context, const std::string& id) = nullptr;
+    void* context = nullptr;
+};
+
 /// Something that answers requests: the Engine, a scripted fake in tests, a proxy.
 /// Threads: every member from any thread. It outlives the Server that uses it.
 class VALAR_API Responder {
@@ -651,18 +656,16 @@ public:
     /// "model_not_found", param "model"), context too small (invalid_request,
     /// "context_length_exceeded", param "input"), template errors.
     virtual Result<std::unique_ptr<Prepared>> prepare(const Request& request) = 0;
-    /// Queues it under an id that is not in use. Fails with `overloaded` or `closed` only, but for
-    /// what another Responder prepared.
+    /// Queues it under an unused id. Errors: `overloaded`; `closed`; another Responder prepared it.
     virtual Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) = 0;
-    /// The next event of `id`; nothing when there is none now or the id is unknown. After `finished`
-    /// was taken the id is forgotten.
+    /// The next event of `id`, if it is known and has one now. Taking `finished` forgets the id.
     virtual std::optional<Event> poll(const std::string& id) = 0;
     /// Ends it at the next step with status cancelled; unknown and finished ids are ignored.
     virtual void cancel(const std::string& id) = 0;
     virtual ResponderStats stats() const = 0;
-    /// `ready(context, id)` is called, from any thread and without locks held, when `id` has events
-    /// after poll said it had none. One listener; null takes it away and waits for calls under way.
-    virtual void on_ready(void (*ready)(void* context, const std::string& id), void* context) = 0;
+    /// One listener, which is called when `id` has events after poll said it had none. One without
+    /// a function takes it away and waits for calls under way.
+    virtual void on_ready(const ReadyListener& listener) = 0;
 };
 
 /// In which of two dialects a server speaks: its own, or the one that OpenAI's clients expect. They
@@ -981,10 +984,13 @@ enum class Precision : uint8_t { fast, fine };
 /// multiple of 32 values.
 enum class KvType : uint8_t { f16, f32, q8_0 };
 
-/// The host's job system: calls job(context, i) for every i in 0 .. count-1, on any threads, in any
-/// order, and returns when all have returned. No job waits for another.
-using ParallelFor = void (*)(void* host, uint32_t count, void (*job)(void* context, uint32_t index),
-                             void* context);
+/// The host's job system: `run` calls job(argument, i) for every i in 0 .. count-1, on any threads, in
+/// any order, and returns when all have returned. No job waits for another.
+struct ParallelFor {
+    void (*run)(void* context, uint32_t count, void (*job)(void* argument, uint32_t index),
+                void* argument) = nullptr;
+    void* context = nullptr;
+};
 
 // ---- For programs that write model files: examples/quantize.cpp. Any thread may call these.
 
@@ -1224,8 +1230,7 @@ struct BackendOptions {
     uint32_t max_positions = 0;     ///< of one sequence; 0: as many as all pages hold (more is of
                                     ///< use where all layers have windows)
     int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
-    ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
-    void* parallel_for_host = nullptr;
+    ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
     Allocator allocator = {};  ///< of weights, keys and values, and scratch
 };
@@ -1319,12 +1324,10 @@ struct EngineOptions {
     KvType kv_type = KvType::f16;
     uint32_t max_queued = 1000;  ///< waiting requests; past it `overloaded`
     uint32_t step_tokens = 512;  ///< prompt tokens a batch at most, of all requests
-    std::span<const std::byte> model_bytes =
-        {};                              ///< instead of a path; borrowed for the engine's life
-    GgufReader model_reader = {};        ///< instead of a path
-    std::string chat_template = {};      ///< instead of the file's own
-    ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
-    void* parallel_for_host = nullptr;
+    std::span<const std::byte> model_bytes = {};  ///< instead of a path; borrowed for its life
+    GgufReader model_reader = {};                 ///< instead of a path
+    std::string chat_template = {};               ///< instead of the file's own
+    ParallelFor parallel_for = {};                ///< the host's job system instead of own threads
     LogSink log = {};
     uint32_t max_running = 16;    ///< requests computed side by side
     uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights
@@ -1532,8 +1535,7 @@ class Folder;
 struct StoredResponse {
     std::string id;
     std::string organisation;
-    std::string
-        reservation;  ///< key id and idempotency key; empty: none. Unique in its organisation
+    std::string reservation;  ///< key id and idempotency key, unique in its organisation; or empty
     std::string fingerprint;  ///< of the request that reserved it
     bool background = false;
     bool terminal = false;
@@ -1552,8 +1554,7 @@ struct Reservation {
     bool deleted = false;  ///< the response is gone; the key stays taken until it expires
 };
 
-/// How a Store reports that a change is kept, or is not: one call, from any thread, also from inside
-/// the call that asked for the change.
+/// How a Store reports that a change is kept, or is not: one call, from any thread, maybe at once.
 struct StoreDone {
     void (*call)(void* context, Result<void> result) = nullptr;
     void* context = nullptr;
@@ -1725,8 +1726,7 @@ struct ServerOptions {
     std::string host = "127.0.0.1";  ///< a numeric address or "localhost"
     std::vector<ApiKey> keys = {};   ///< none: anybody on this machine, organisation "default"
     bool allow_open = false;  ///< listen beyond loopback addresses although there are no keys
-    /// Without keys the Host of a request must be localhost, 127.0.0.1, [::1] or one of these
-    /// ("name", or "name:port").
+    /// Without keys the Host must be localhost, 127.0.0.1, [::1] or one of these ("name[:port]").
     std::vector<std::string> allowed_hosts = {};
     /// Web pages of these origins ("https://example.org") may call. All others may not.
     std::vector<std::string> cors_origins = {};
@@ -7792,7 +7792,7 @@ private:
 /// one caller at a time. Every job runs under FloatState.
 class Team {
 public:
-    static Result<std::unique_ptr<Team>> create(int helpers, ParallelFor parallel_for, void* host);
+    static Result<std::unique_ptr<Team>> create(int helpers, const ParallelFor& parallel_for = {});
     ~Team();
     uint32_t parts() const;
     void begin();
@@ -11571,8 +11571,7 @@ struct Team::State {
         std::atomic<uint32_t> open{0};
         Thread thread;
     };
-    ParallelFor parallel_for = nullptr;
-    void* host = nullptr;
+    ParallelFor parallel_for;
     uint32_t most = 1;
     std::atomic<uint32_t> parts{1};  // of the next runs; helpers past it sleep until it changes
     void (*job)(void*, uint32_t, uint32_t) = nullptr;
@@ -11658,7 +11657,7 @@ struct Team::State {
 
 Team::Team(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
-Result<std::unique_ptr<Team>> Team::create(int helpers, ParallelFor parallel_for, void* host) {
+Result<std::unique_ptr<Team>> Team::create(int helpers, const ParallelFor& parallel_for) {
     if (helpers < 0 || helpers > 1023)
         return make_error(ErrorKind::invalid_request,
                           format("threads: %d is not in 0..1023", helpers), {}, "threads");
@@ -11666,8 +11665,7 @@ Result<std::unique_ptr<Team>> Team::create(int helpers, ParallelFor parallel_for
     State& state = *team->state_;
     state.parts = state.most = static_cast<uint32_t>(helpers) + 1;
     state.parallel_for = parallel_for;
-    state.host = host;
-    if (parallel_for) return team;
+    if (parallel_for.run) return team;
     state.helpers = std::make_unique<State::Helper[]>(static_cast<size_t>(helpers));
     for (uint32_t i = 0; i < static_cast<uint32_t>(helpers); i++) {
         State::Helper& helper = state.helpers[i];
@@ -11706,9 +11704,9 @@ void Team::run(void (*job)(void* context, uint32_t part, uint32_t parts), void* 
     State& state = *state_;
     state.job = job;
     state.context = context;
-    if (state.parallel_for)
-        return state.parallel_for(state.host, state.parts.load(std::memory_order_relaxed),
-                                  State::host_job, &state);
+    if (const ParallelFor& host = state.parallel_for; host.run)
+        return host.run(host.context, state.parts.load(std::memory_order_relaxed), State::host_job,
+                        &state);
     FloatState float_state;
     state.run_with_helpers();
 }
@@ -17171,7 +17169,7 @@ struct CpuStep {
 // of what is computed.
 class CpuMachine {
 public:
-    Result<void> open(uint32_t parts, uint32_t kinds, ParallelFor parallel_for, void* host);
+    Result<void> open(uint32_t parts, uint32_t kinds, const ParallelFor& parallel_for);
     Team& team() { return *team_; }
 
     // A batch is done in turns. `tries_threads`: so few rows that the number of threads is tried.
@@ -17243,9 +17241,8 @@ constexpr double kSlowestWorkNs = 0.2;    // a product, before it was measured
 
 }  // namespace
 
-Result<void> CpuMachine::open(uint32_t parts, uint32_t kinds, ParallelFor parallel_for,
-                              void* host) {
-    auto team = Team::create(static_cast<int>(parts) - 1, parallel_for, host);
+Result<void> CpuMachine::open(uint32_t parts, uint32_t kinds, const ParallelFor& parallel_for) {
+    auto team = Team::create(static_cast<int>(parts) - 1, parallel_for);
     if (!team) return team.error();
     team_ = std::move(*team);
     trials_.open(team_->parts());
@@ -18405,8 +18402,7 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     }
     if (auto done = decoder_.open(gguf, spec, tensors, options, *kernels); !done) return done;
     loader_.open(gguf, decoder_.weights(), decoder_.staging(), decoder_.parts());
-    return machine_.open(decoder_.parts(), CpuDecoder::step_kinds(), options.parallel_for,
-                         options.parallel_for_host);
+    return machine_.open(decoder_.parts(), CpuDecoder::step_kinds(), options.parallel_for);
 }
 
 Result<bool> CpuBackend::load(uint64_t budget_us, float* progress) {
@@ -19170,7 +19166,6 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
-    out.parallel_for_host = options.parallel_for_host;
     out.allocator = options.allocator;
     auto plan = plan_cpu(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();
@@ -20173,7 +20168,7 @@ public:
     std::optional<Event> poll(const std::string& id);
     void cancel(const std::string& id);
     ResponderStats stats() const;
-    void on_ready(void (*ready)(void* context, const std::string& id), void* context);
+    void on_ready(const ReadyListener& listener);
     Doorbell& doorbell() const { return *doorbell_; }
 
     // From the thread that steps.
@@ -20206,8 +20201,7 @@ private:
 
     std::mutex listener_mutex_;  // guards what follows
     std::condition_variable listener_idle_;
-    void (*listener_)(void* context, const std::string& id) = nullptr;
-    void* listener_context_ = nullptr;
+    ReadyListener listener_;
     uint32_t listener_calls_ = 0;
 };
 
@@ -20289,21 +20283,19 @@ ResponderStats Desk::stats() const {
     return out;
 }
 
-void Desk::on_ready(void (*ready)(void* context, const std::string& id), void* context) {
+void Desk::on_ready(const ReadyListener& listener) {
     std::unique_lock<std::mutex> lock(listener_mutex_);
-    listener_ = ready;
-    listener_context_ = context;
+    listener_ = listener;
     listener_idle_.wait(lock, [&] { return listener_calls_ == 0; });
 }
 
 void Desk::announce(const Mailbox& reply) {
     std::unique_lock<std::mutex> lock(listener_mutex_);
-    if (!listener_) return;
-    const auto call = listener_;
-    void* context = listener_context_;
+    if (!listener_.call) return;
+    const ReadyListener listener = listener_;
     ++listener_calls_;
     lock.unlock();
-    call(context, reply.id);
+    listener.call(listener.context, reply.id);
     lock.lock();
     VALAR_ASSERT(listener_calls_ > 0);
     if (--listener_calls_ == 0) listener_idle_.notify_all();
@@ -21019,9 +21011,7 @@ struct Engine::State final : Responder {
     std::optional<Event> poll(const std::string& id) override { return desk.poll(id); }
     void cancel(const std::string& id) override { desk.cancel(id); }
     ResponderStats stats() const override { return desk.stats(); }
-    void on_ready(void (*ready)(void* context, const std::string& id), void* context) override {
-        desk.on_ready(ready, context);
-    }
+    void on_ready(const ReadyListener& listener) override { desk.on_ready(listener); }
 
     /// For step(), save() and restore(), one at a time.
     Result<detail::Exclusive> take_turn(const char* who);
@@ -25176,7 +25166,7 @@ namespace detail {
 
 ServerLoop::~ServerLoop() {
     if (listening)
-        for (Responder* responder : responders) responder->on_ready(nullptr, nullptr);
+        for (Responder* responder : responders) responder->on_ready({});
     {
         const std::lock_guard<std::mutex> lock(jobs_mutex);
         ending = true;
@@ -25200,7 +25190,7 @@ Result<void> ServerLoop::start() {
         if (!started) return started.error();
         worker = std::move(*started);
     }
-    for (Responder* responder : responders) responder->on_ready(&ServerLoop::on_ready, this);
+    for (Responder* responder : responders) responder->on_ready({&ServerLoop::on_ready, this});
     listening = true;
     recover_all();
     hand_over();

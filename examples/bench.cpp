@@ -258,7 +258,7 @@ class Machine {
 public:
     Result<void> open(uint32_t threads, uint64_t stream_bytes) {
         for (uint32_t i = 0; i < 2; ++i) {
-            auto team = Team::create(i ? 0 : static_cast<int>(threads) - 1, nullptr, nullptr);
+            auto team = Team::create(i ? 0 : static_cast<int>(threads) - 1, {});
             if (!team) return team.error();
             teams_[i] = std::move(*team);
         }

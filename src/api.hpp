@@ -65,7 +65,7 @@ struct Input {
 enum class Window : uint8_t { asap, standard, flex };
 
 /// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
-/// names. What is absent takes the model's own default.
+/// names. What is absent takes the model's own default. Designated initialisers follow this order.
 struct Request {
     std::string model = {};         ///< empty: the responder's only or first model
     std::string instructions = {};  ///< becomes the first system message
@@ -163,8 +163,7 @@ struct ModelInfo {
     bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
 };
 
-/// A request that a Responder found acceptable, with all that it resolved. Cheap to hold: bounded by
-/// the prompt's tokens.
+/// A request that a Responder accepts, with all that it resolved. It is as large as its prompt.
 class VALAR_API Prepared {
 public:
     virtual ~Prepared() = default;
@@ -193,6 +192,12 @@ struct ResponderStats {
     uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;  ///< sums over finished requests
 };
 
+/// Who is told that a response has events: one call, from any thread and without locks held.
+struct ReadyListener {
+    void (*call)(void* context, const std::string& id) = nullptr;
+    void* context = nullptr;
+};
+
 /// Something that answers requests: the Engine, a scripted fake in tests, a proxy.
 /// Threads: every member from any thread. It outlives the Server that uses it.
 class VALAR_API Responder {
@@ -203,18 +208,16 @@ public:
     /// "model_not_found", param "model"), context too small (invalid_request,
     /// "context_length_exceeded", param "input"), template errors.
     virtual Result<std::unique_ptr<Prepared>> prepare(const Request& request) = 0;
-    /// Queues it under an id that is not in use. Fails with `overloaded` or `closed` only, but for
-    /// what another Responder prepared.
+    /// Queues it under an unused id. Errors: `overloaded`; `closed`; another Responder prepared it.
     virtual Result<void> submit(std::unique_ptr<Prepared> prepared, std::string id) = 0;
-    /// The next event of `id`; nothing when there is none now or the id is unknown. After `finished`
-    /// was taken the id is forgotten.
+    /// The next event of `id`, if it is known and has one now. Taking `finished` forgets the id.
     virtual std::optional<Event> poll(const std::string& id) = 0;
     /// Ends it at the next step with status cancelled; unknown and finished ids are ignored.
     virtual void cancel(const std::string& id) = 0;
     virtual ResponderStats stats() const = 0;
-    /// `ready(context, id)` is called, from any thread and without locks held, when `id` has events
-    /// after poll said it had none. One listener; null takes it away and waits for calls under way.
-    virtual void on_ready(void (*ready)(void* context, const std::string& id), void* context) = 0;
+    /// One listener, which is called when `id` has events after poll said it had none. One without
+    /// a function takes it away and waits for calls under way.
+    virtual void on_ready(const ReadyListener& listener) = 0;
 };
 
 /// In which of two dialects a server speaks: its own, or the one that OpenAI's clients expect. They

@@ -129,11 +129,12 @@ void check_way(const Way& way) {
 }
 
 // A host's job system: a thread a job, the last one first.
-void host_parallel_for(void* host, uint32_t count, void (*job)(void*, uint32_t), void* context) {
+void host_parallel_for(void* context, uint32_t count, void (*job)(void*, uint32_t),
+                       void* argument) {
     std::vector<std::thread> threads;
-    for (uint32_t i = count; i-- > 0;) threads.emplace_back(job, context, i);
+    for (uint32_t i = count; i-- > 0;) threads.emplace_back(job, argument, i);
     for (std::thread& thread : threads) thread.join();
-    ++*static_cast<int*>(host);
+    ++*static_cast<int*>(context);
 }
 
 }  // namespace
@@ -309,8 +310,7 @@ TEST_CASE("logits: the host's job system") {
     int joins = 0;
     Way way;
     way.options.threads = 2;
-    way.options.parallel_for = host_parallel_for;
-    way.options.parallel_for_host = &joins;
+    way.options.parallel_for = {host_parallel_for, &joins};
     check_way(way);
     CHECK(joins > 0);
 }

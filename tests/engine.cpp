@@ -484,18 +484,17 @@ TEST_CASE("step: one at a time, also from a callback") {
     };
     Engine engine = open_tiny();
     Inside inside{&engine};
-    engine.responder()->on_ready(
-        [](void* context, const std::string&) {
-            Inside& self = *static_cast<Inside*>(context);
-            self.refused = !self.engine->step(0);
-        },
-        &inside);
+    engine.responder()->on_ready({[](void* context, const std::string&) {
+                                      Inside& self = *static_cast<Inside*>(context);
+                                      self.refused = !self.engine->step(0);
+                                  },
+                                  &inside});
     auto prepared = engine.responder()->prepare(ask("hello"));
     REQUIRE(prepared);
     REQUIRE(engine.responder()->submit(std::move(*prepared), "x"));
     REQUIRE(engine.step());
     CHECK(inside.refused);
-    engine.responder()->on_ready(nullptr, nullptr);
+    engine.responder()->on_ready({});
 }
 
 TEST_CASE("the Responder: ids, events, announcements") {
@@ -510,13 +509,12 @@ TEST_CASE("the Responder: ids, events, announcements") {
         std::mutex mutex;
         std::vector<std::string> ids;
     } heard;
-    responder.on_ready(
-        [](void* context, const std::string& id) {
-            Heard& to = *static_cast<Heard*>(context);
-            const std::lock_guard<std::mutex> lock(to.mutex);
-            to.ids.push_back(id);
-        },
-        &heard);
+    responder.on_ready({[](void* context, const std::string& id) {
+                            Heard& to = *static_cast<Heard*>(context);
+                            const std::lock_guard<std::mutex> lock(to.mutex);
+                            to.ids.push_back(id);
+                        },
+                        &heard});
     auto prepared = responder.prepare(ask("hello"));
     REQUIRE(prepared);
     CHECK((*prepared)->model == "Tiny");
@@ -541,7 +539,7 @@ TEST_CASE("the Responder: ids, events, announcements") {
     prepared = responder.prepare(ask("again", 50));
     CHECK_FALSE(responder.submit(std::move(*prepared), "resp_a"));  // in use
     responder.cancel("resp_a");
-    responder.on_ready(nullptr, nullptr);
+    responder.on_ready({});
     heard.ids.clear();
     REQUIRE(engine.step());
     CHECK(heard.ids.empty());
@@ -789,9 +787,9 @@ TEST_CASE("many at once: chunks, threads, page sizes, a host's job system") {
             }
     EngineOptions options = tiny_options();
     options.threads = 2;
-    options.parallel_for = [](void*, uint32_t n, void (*job)(void*, uint32_t), void* context) {
+    options.parallel_for.run = [](void*, uint32_t n, void (*job)(void*, uint32_t), void* argument) {
         std::vector<std::thread> threads;
-        for (uint32_t i = 0; i < n; ++i) threads.emplace_back(job, context, i);
+        for (uint32_t i = 0; i < n; ++i) threads.emplace_back(job, argument, i);
         for (std::thread& thread : threads) thread.join();
     };
     run_mixed(options, 6, ++seed);

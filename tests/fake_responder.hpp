@@ -98,10 +98,9 @@ public:
 
     valar::ResponderStats stats() const override { return counts; }
 
-    void on_ready(void (*listener)(void*, const std::string&), void* context) override {
+    void on_ready(const valar::ReadyListener& listener) override {
         const std::lock_guard<std::recursive_mutex> lock(listener_mutex_);
         listener_ = listener;
-        context_ = context;
     }
 
     // what a test does while requests are held
@@ -183,15 +182,14 @@ private:
 
     void notify(const std::string& id) {
         const std::lock_guard<std::recursive_mutex> lock(listener_mutex_);
-        if (listener_) listener_(context_, id);
+        if (listener_.call) listener_.call(listener_.context, id);
     }
 
     mutable std::mutex mutex_;
     std::map<std::string, Answer> answers_;
     std::vector<std::string> organisations_;
     std::recursive_mutex listener_mutex_;  // held during calls, so that taking it away waits
-    void (*listener_)(void*, const std::string&) = nullptr;
-    void* context_ = nullptr;
+    valar::ReadyListener listener_;
 };
 
 #endif

@@ -1039,7 +1039,7 @@ TEST_CASE("kernels: the caller's flush-to-zero and rounding do not matter") {
     } job{};
     set_state(flush_to_zero);
     {
-        auto team = Team::create(2, nullptr, nullptr);
+        auto team = Team::create(2);
         (*team)->run([](void* context, uint32_t part,
                         uint32_t) { static_cast<Job*>(context)->found[part] = get_state(); },
                      &job);
@@ -1088,7 +1088,7 @@ void count_job(void* context, uint32_t part, uint32_t parts) {
 
 TEST_CASE("kernels: the team") {
     for (int helpers : {0, 1, 3}) {
-        auto team = Team::create(helpers, nullptr, nullptr);
+        auto team = Team::create(helpers);
         REQUIRE(team.ok());
         const uint32_t parts = static_cast<uint32_t>(helpers) + 1;
         CHECK((*team)->parts() == parts);
@@ -1127,10 +1127,10 @@ TEST_CASE("kernels: the team") {
             job(argument, i);
         }
     };
-    auto team = Team::create(3, parallel_for, &host);
+    auto team = Team::create(3, {parallel_for, &host});
     Count count;
     (*team)->run(count_job, &count);
     CHECK(host.jobs == 4);
     CHECK(count.calls == 4);
-    CHECK_FALSE(Team::create(-1, nullptr, nullptr).ok());
+    CHECK_FALSE(Team::create(-1).ok());
 }

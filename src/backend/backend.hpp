@@ -35,8 +35,7 @@ struct BackendOptions {
     uint32_t max_positions = 0;     ///< of one sequence; 0: as many as all pages hold (more is of
                                     ///< use where all layers have windows)
     int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
-    ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
-    void* parallel_for_host = nullptr;
+    ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
     Allocator allocator = {};  ///< of weights, keys and values, and scratch
 };

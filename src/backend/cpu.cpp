@@ -52,8 +52,7 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     }
     if (auto done = decoder_.open(gguf, spec, tensors, options, *kernels); !done) return done;
     loader_.open(gguf, decoder_.weights(), decoder_.staging(), decoder_.parts());
-    return machine_.open(decoder_.parts(), CpuDecoder::step_kinds(), options.parallel_for,
-                         options.parallel_for_host);
+    return machine_.open(decoder_.parts(), CpuDecoder::step_kinds(), options.parallel_for);
 }
 
 Result<bool> CpuBackend::load(uint64_t budget_us, float* progress) {

@@ -27,9 +27,8 @@ constexpr double kSlowestWorkNs = 0.2;    // a product, before it was measured
 
 }  // namespace
 
-Result<void> CpuMachine::open(uint32_t parts, uint32_t kinds, ParallelFor parallel_for,
-                              void* host) {
-    auto team = Team::create(static_cast<int>(parts) - 1, parallel_for, host);
+Result<void> CpuMachine::open(uint32_t parts, uint32_t kinds, const ParallelFor& parallel_for) {
+    auto team = Team::create(static_cast<int>(parts) - 1, parallel_for);
     if (!team) return team.error();
     team_ = std::move(*team);
     trials_.open(team_->parts());

@@ -77,7 +77,7 @@ struct CpuStep {
 // of what is computed.
 class CpuMachine {
 public:
-    Result<void> open(uint32_t parts, uint32_t kinds, ParallelFor parallel_for, void* host);
+    Result<void> open(uint32_t parts, uint32_t kinds, const ParallelFor& parallel_for);
     Team& team() { return *team_; }
 
     // A batch is done in turns. `tries_threads`: so few rows that the number of threads is tried.

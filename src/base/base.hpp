@@ -148,7 +148,8 @@ private:
 /// How serious a log line is.
 enum class LogLevel : uint8_t { debug, info, warning, error };
 
-/// Where log lines go; the default is nowhere. `write` may be called from any thread.
+/// Where log lines go; the default is nowhere. `write` may be called from any thread. Every callback
+/// is a struct like this: functions, and the `context` of yours that they are given first.
 struct LogSink {
     void (*write)(void* context, LogLevel level, std::string_view line) = nullptr;
     void* context = nullptr;
@@ -158,8 +159,7 @@ struct LogSink {
 };
 
 /// Where memory comes from; the default is the system. `allocate` returns bytes aligned as asked, or
-/// null where there are none; what is in them does not matter. Both are called from the thread that
-/// opens or closes.
+/// null where there are none, with any content. Both are called by the thread that opens or closes.
 struct Allocator {
     void* (*allocate)(void* context, uint64_t bytes, uint64_t alignment) = nullptr;
     void (*release)(void* context, void* memory, uint64_t bytes) = nullptr;

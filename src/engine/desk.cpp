@@ -84,21 +84,19 @@ ResponderStats Desk::stats() const {
     return out;
 }
 
-void Desk::on_ready(void (*ready)(void* context, const std::string& id), void* context) {
+void Desk::on_ready(const ReadyListener& listener) {
     std::unique_lock<std::mutex> lock(listener_mutex_);
-    listener_ = ready;
-    listener_context_ = context;
+    listener_ = listener;
     listener_idle_.wait(lock, [&] { return listener_calls_ == 0; });
 }
 
 void Desk::announce(const Mailbox& reply) {
     std::unique_lock<std::mutex> lock(listener_mutex_);
-    if (!listener_) return;
-    const auto call = listener_;
-    void* context = listener_context_;
+    if (!listener_.call) return;
+    const ReadyListener listener = listener_;
     ++listener_calls_;
     lock.unlock();
-    call(context, reply.id);
+    listener.call(listener.context, reply.id);
     lock.lock();
     VALAR_ASSERT(listener_calls_ > 0);
     if (--listener_calls_ == 0) listener_idle_.notify_all();

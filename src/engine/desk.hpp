@@ -33,7 +33,7 @@ public:
     std::optional<Event> poll(const std::string& id);
     void cancel(const std::string& id);
     ResponderStats stats() const;
-    void on_ready(void (*ready)(void* context, const std::string& id), void* context);
+    void on_ready(const ReadyListener& listener);
     Doorbell& doorbell() const { return *doorbell_; }
 
     // From the thread that steps.
@@ -66,8 +66,7 @@ private:
 
     std::mutex listener_mutex_;  // guards what follows
     std::condition_variable listener_idle_;
-    void (*listener_)(void* context, const std::string& id) = nullptr;
-    void* listener_context_ = nullptr;
+    ReadyListener listener_;
     uint32_t listener_calls_ = 0;
 };
 

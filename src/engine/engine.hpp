@@ -39,12 +39,10 @@ struct EngineOptions {
     KvType kv_type = KvType::f16;
     uint32_t max_queued = 1000;  ///< waiting requests; past it `overloaded`
     uint32_t step_tokens = 512;  ///< prompt tokens a batch at most, of all requests
-    std::span<const std::byte> model_bytes =
-        {};                              ///< instead of a path; borrowed for the engine's life
-    GgufReader model_reader = {};        ///< instead of a path
-    std::string chat_template = {};      ///< instead of the file's own
-    ParallelFor parallel_for = nullptr;  ///< the host's job system instead of own threads
-    void* parallel_for_host = nullptr;
+    std::span<const std::byte> model_bytes = {};  ///< instead of a path; borrowed for its life
+    GgufReader model_reader = {};                 ///< instead of a path
+    std::string chat_template = {};               ///< instead of the file's own
+    ParallelFor parallel_for = {};                ///< the host's job system instead of own threads
     LogSink log = {};
     uint32_t max_running = 16;    ///< requests computed side by side
     uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights

@@ -55,7 +55,6 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
-    out.parallel_for_host = options.parallel_for_host;
     out.allocator = options.allocator;
     auto plan = plan_cpu(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();

@@ -67,9 +67,7 @@ struct Engine::State final : Responder {
     std::optional<Event> poll(const std::string& id) override { return desk.poll(id); }
     void cancel(const std::string& id) override { desk.cancel(id); }
     ResponderStats stats() const override { return desk.stats(); }
-    void on_ready(void (*ready)(void* context, const std::string& id), void* context) override {
-        desk.on_ready(ready, context);
-    }
+    void on_ready(const ReadyListener& listener) override { desk.on_ready(listener); }
 
     /// For step(), save() and restore(), one at a time.
     Result<detail::Exclusive> take_turn(const char* who);

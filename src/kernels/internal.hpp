@@ -305,7 +305,7 @@ private:
 /// one caller at a time. Every job runs under FloatState.
 class Team {
 public:
-    static Result<std::unique_ptr<Team>> create(int helpers, ParallelFor parallel_for, void* host);
+    static Result<std::unique_ptr<Team>> create(int helpers, const ParallelFor& parallel_for = {});
     ~Team();
     uint32_t parts() const;
     void begin();

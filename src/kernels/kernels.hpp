@@ -22,10 +22,13 @@ enum class Precision : uint8_t { fast, fine };
 /// multiple of 32 values.
 enum class KvType : uint8_t { f16, f32, q8_0 };
 
-/// The host's job system: calls job(context, i) for every i in 0 .. count-1, on any threads, in any
-/// order, and returns when all have returned. No job waits for another.
-using ParallelFor = void (*)(void* host, uint32_t count, void (*job)(void* context, uint32_t index),
-                             void* context);
+/// The host's job system: `run` calls job(argument, i) for every i in 0 .. count-1, on any threads, in
+/// any order, and returns when all have returned. No job waits for another.
+struct ParallelFor {
+    void (*run)(void* context, uint32_t count, void (*job)(void* argument, uint32_t index),
+                void* argument) = nullptr;
+    void* context = nullptr;
+};
 
 // ---- For programs that write model files: examples/quantize.cpp. Any thread may call these.
 

@@ -42,8 +42,7 @@ struct Team::State {
         std::atomic<uint32_t> open{0};
         Thread thread;
     };
-    ParallelFor parallel_for = nullptr;
-    void* host = nullptr;
+    ParallelFor parallel_for;
     uint32_t most = 1;
     std::atomic<uint32_t> parts{1};  // of the next runs; helpers past it sleep until it changes
     void (*job)(void*, uint32_t, uint32_t) = nullptr;
@@ -129,7 +128,7 @@ struct Team::State {
 
 Team::Team(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
-Result<std::unique_ptr<Team>> Team::create(int helpers, ParallelFor parallel_for, void* host) {
+Result<std::unique_ptr<Team>> Team::create(int helpers, const ParallelFor& parallel_for) {
     if (helpers < 0 || helpers > 1023)
         return make_error(ErrorKind::invalid_request,
                           format("threads: %d is not in 0..1023", helpers), {}, "threads");
@@ -137,8 +136,7 @@ Result<std::unique_ptr<Team>> Team::create(int helpers, ParallelFor parallel_for
     State& state = *team->state_;
     state.parts = state.most = static_cast<uint32_t>(helpers) + 1;
     state.parallel_for = parallel_for;
-    state.host = host;
-    if (parallel_for) return team;
+    if (parallel_for.run) return team;
     state.helpers = std::make_unique<State::Helper[]>(static_cast<size_t>(helpers));
     for (uint32_t i = 0; i < static_cast<uint32_t>(helpers); i++) {
         State::Helper& helper = state.helpers[i];
@@ -177,9 +175,9 @@ void Team::run(void (*job)(void* context, uint32_t part, uint32_t parts), void* 
     State& state = *state_;
     state.job = job;
     state.context = context;
-    if (state.parallel_for)
-        return state.parallel_for(state.host, state.parts.load(std::memory_order_relaxed),
-                                  State::host_job, &state);
+    if (const ParallelFor& host = state.parallel_for; host.run)
+        return host.run(host.context, state.parts.load(std::memory_order_relaxed), State::host_job,
+                        &state);
     FloatState float_state;
     state.run_with_helpers();
 }

@@ -25,7 +25,7 @@ namespace detail {
 
 ServerLoop::~ServerLoop() {
     if (listening)
-        for (Responder* responder : responders) responder->on_ready(nullptr, nullptr);
+        for (Responder* responder : responders) responder->on_ready({});
     {
         const std::lock_guard<std::mutex> lock(jobs_mutex);
         ending = true;
@@ -49,7 +49,7 @@ Result<void> ServerLoop::start() {
         if (!started) return started.error();
         worker = std::move(*started);
     }
-    for (Responder* responder : responders) responder->on_ready(&ServerLoop::on_ready, this);
+    for (Responder* responder : responders) responder->on_ready({&ServerLoop::on_ready, this});
     listening = true;
     recover_all();
     hand_over();

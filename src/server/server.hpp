@@ -38,8 +38,7 @@ struct ServerOptions {
     std::string host = "127.0.0.1";  ///< a numeric address or "localhost"
     std::vector<ApiKey> keys = {};   ///< none: anybody on this machine, organisation "default"
     bool allow_open = false;  ///< listen beyond loopback addresses although there are no keys
-    /// Without keys the Host of a request must be localhost, 127.0.0.1, [::1] or one of these
-    /// ("name", or "name:port").
+    /// Without keys the Host must be localhost, 127.0.0.1, [::1] or one of these ("name[:port]").
     std::vector<std::string> allowed_hosts = {};
     /// Web pages of these origins ("https://example.org") may call. All others may not.
     std::vector<std::string> cors_origins = {};

@@ -26,8 +26,7 @@ class Folder;
 struct StoredResponse {
     std::string id;
     std::string organisation;
-    std::string
-        reservation;  ///< key id and idempotency key; empty: none. Unique in its organisation
+    std::string reservation;  ///< key id and idempotency key, unique in its organisation; or empty
     std::string fingerprint;  ///< of the request that reserved it
     bool background = false;
     bool terminal = false;
@@ -46,8 +45,7 @@ struct Reservation {
     bool deleted = false;  ///< the response is gone; the key stays taken until it expires
 };
 
-/// How a Store reports that a change is kept, or is not: one call, from any thread, also from inside
-/// the call that asked for the change.
+/// How a Store reports that a change is kept, or is not: one call, from any thread, maybe at once.
 struct StoreDone {
     void (*call)(void* context, Result<void> result) = nullptr;
     void* context = nullptr;

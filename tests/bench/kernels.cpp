@@ -369,7 +369,7 @@ int main(int argc, char** argv) {
     const Kernels* k = available_kernels().back();
     for (const Kernels* table : available_kernels())
         if (options.table == table->name) k = table;
-    auto team = *Team::create(static_cast<int>(options.threads) - 1, nullptr, nullptr);
+    auto team = *Team::create(static_cast<int>(options.threads) - 1, {});
     team->begin();
     FloatState state;
     const Limits limits = measure_limits(*team, *k, size_t{options.mb} << 20);
