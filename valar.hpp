@@ -1758,10 +1758,10 @@ public:
     Server& operator=(Server&& other) noexcept;
     ~Server();  ///< closes what is open and cancels what runs
 
-    /// Serves until stop(), then lets what runs finish (drain_timeout_ms).
+    /// Serves until stop(), then lets what runs finish (drain_timeout_ms). Errors: none yet.
     Result<void> run();
     /// Serves what is ready, waiting at most timeout_ms for it (-1: until something happens). False
-    /// once stopped and drained.
+    /// once stopped and drained. Errors: none yet.
     Result<bool> step(int timeout_ms);
     void stop();
     uint16_t port() const;
@@ -2170,7 +2170,7 @@ Error os_error(std::string what) {
 
 #endif
 
-// ---- clocks ---------------------------------------------------------------------------------
+// ---- Clocks ----------------------------------------------------------------------------------
 
 #if defined(_WIN32)
 
@@ -2341,7 +2341,7 @@ std::wstring utf16_from(std::string_view text) {
 }
 #endif
 
-// ---- memory and files -----------------------------------------------------------------------
+// ---- Memory and files ------------------------------------------------------------------------
 
 namespace {
 
@@ -2675,7 +2675,7 @@ Result<void> write_file(const std::string& path, std::span<const std::byte> byte
     return file->commit();
 }
 
-// ---- folders --------------------------------------------------------------------------------
+// ---- Folders ---------------------------------------------------------------------------------
 
 namespace {
 
@@ -2931,7 +2931,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// ---- threads --------------------------------------------------------------------------------
+// ---- Threads ---------------------------------------------------------------------------------
 
 namespace {
 
@@ -3568,7 +3568,7 @@ Result<NetAddress> Socket::local() const {
     return net_unpack(storage);
 }
 
-// -- readiness --------------------------------------------------------------------------------
+// ---- Readiness -------------------------------------------------------------------------------
 // Three systems, one shape: State owns the handles; open, set, remove, wait, wake.
 
 namespace {
@@ -18959,8 +18959,8 @@ inline std::span<const std::string_view> family_end_tokens() {
 
 // >>engine
 // In this order: a loaded model; the sizes that follow from it; from a request to tokens; guesses;
-// pages and the prefix cache; the desk, where requests arrive; answers; the scheduler: who runs, the
-// batch, its results; the handles; conversations.
+// pages and the prefix cache; the desk, where requests arrive; answers; the scheduler: admission,
+// the batch, its results; the handles; conversations.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -19990,8 +19990,9 @@ uint64_t PrefixCache::needed_to_go_on(const Sequence& sequence) const {
     return needed - std::min(needed, held);
 }
 
-// The most pages with these keys, at least `computed` (of which the last `held` are there), that
-// need not be computed: the cache has those of them that a window still reaches.
+// How many of the first pages with these keys need not be computed: the largest number for which the
+// cache has every page that a window still reaches. That is so for `computed`; `held` counts the
+// pages that are there right before it.
 size_t PrefixCache::count_cached(std::span<const Hash256> keys, size_t computed,
                                  size_t held) const {
     size_t found = computed;
@@ -21382,7 +21383,7 @@ Item read_item(const Json& from) {
     return out;
 }
 
-// ---- What a save begins with ---------------------------------------------------------------------
+// ---- The format of a save --------------------------------------------------------------------
 
 struct SaveHeader {
     char magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
@@ -21842,7 +21843,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// -- characters (RFC 9110, section 5.6.2; RFC 3986, section 3.2.2) ------------------------------
+// ---- Characters (RFC 9110, section 5.6.2; RFC 3986, section 3.2.2) ---------------------------
 
 namespace {
 constexpr auto http_classes = [] {
@@ -21935,7 +21936,7 @@ size_t count_headers(const HttpHeaders& headers, std::string_view name) {
     return count;
 }
 
-// -- writing ----------------------------------------------------------------------------------
+// ---- Writing ---------------------------------------------------------------------------------
 
 const char* http_phrase(int status) {
     static constexpr struct {
@@ -22008,7 +22009,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// -- the parser -------------------------------------------------------------------------------
+// ---- The parser ------------------------------------------------------------------------------
 
 HttpParser::HttpParser(const HttpLimits* limits, Side side) : limits_(limits), side_(side) {
     reset();
@@ -22341,7 +22342,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// -- the server -------------------------------------------------------------------------------
+// ---- The server ------------------------------------------------------------------------------
 
 namespace {
 
@@ -22947,7 +22948,7 @@ void HttpServer::State::finish(HttpConnection& connection) {
 namespace valar {
 inline namespace v1 {
 
-// -- the client -------------------------------------------------------------------------------
+// ---- The client ------------------------------------------------------------------------------
 
 }  // namespace v1
 }  // namespace valar
@@ -23848,7 +23849,7 @@ Result<std::string> FileJournal::read_record(const JournalSegment& segment,
     return bytes;
 }
 
-// ---- Changes of the index
+// ---- Changes of the index --------------------------------------------------------------------
 
 /// Puts an entry into the index and counts what that leaves alive in each segment.
 void FileJournal::install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms) {
@@ -23916,7 +23917,7 @@ void FileJournal::apply(JournalSegment& segment, uint16_t type, StoredResponse r
     install(id, std::move(entry), died_ms);
 }
 
-// ---- Opening
+// ---- Opening ---------------------------------------------------------------------------------
 
 Result<void> FileJournal::load() {
     auto names = folder->list();
@@ -24173,7 +24174,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// ---- Commits
+// ---- Commits ---------------------------------------------------------------------------------
 
 namespace {
 
@@ -24348,7 +24349,7 @@ void FileJournal::close() {
     if (encode(journal_close, nothing, 0, &place)) (void)write().ok();
 }
 
-// ---- Segments and compaction
+// ---- Segments and compaction -----------------------------------------------------------------
 
 Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_sequence) {
     if (next_number > journal_last_number)
@@ -24735,7 +24736,7 @@ struct ServerLoop : HttpHandler {
         std::optional<Reservation> replay = {};  // of the idempotency key
         Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
-        std::string text = {};  // the object, for who does not wait for the end
+        std::string text = {};  // the object, for a caller that does not wait for the end
     };
 
     struct FinishJob : Job {
@@ -24982,10 +24983,11 @@ std::optional<std::string> server_unescape(std::string_view text) {
     return out;
 }
 
-/// A UUID of version 4 (RFC 9562). It only tells requests apart: zeros without a random source.
+/// To a tenth, for log lines.
 double server_rounded(double value) { return std::round(value * 10) / 10; }
 
-/// Version 4 of RFC 9562, of 16 random bytes.
+/// A UUID of version 4 (RFC 9562) of 16 random bytes. It only tells requests apart: zeros will do
+/// where there is no random source.
 std::string server_uuid(uint8_t* bytes) {
     bytes[6] = static_cast<uint8_t>((bytes[6] & 0x0f) | 0x40);
     bytes[8] = static_cast<uint8_t>((bytes[8] & 0x3f) | 0x80);
@@ -25106,7 +25108,7 @@ HttpOptions server_http_options(const ServerOptions& options) {
 namespace valar {
 inline namespace v1 {
 
-// ---- Server ----------------------------------------------------------------------------------
+// ---- The file of keys ------------------------------------------------------------------------
 
 Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
     using namespace detail;
@@ -25609,7 +25611,7 @@ std::string ServerLoop::Route::allowed() const {
     return all;
 }
 
-// ---- Who may ask, and for what ---------------------------------------------------------------
+// ---- Authentication and routing --------------------------------------------------------------
 
 /// Fills in what the target says.
 void ServerLoop::find_route(Exchange& exchange) {
@@ -26052,7 +26054,7 @@ void ServerLoop::accept_done(JobPtr<AcceptJob> job) {
     refuse(*exchange, *job->error);
 }
 
-/// Hands it to its Responder; who waits for it is told, or waits on.
+/// Hands it to its Responder. A caller that asked for the background is answered, others wait.
 void ServerLoop::begin(JobPtr<AcceptJob> job) {
     const std::string id = job->stored.id;
     Live& entry = live.find(id)->second;
@@ -26180,7 +26182,7 @@ void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
                   on_kept<&ServerLoop::finish_done>(std::move(job)));
 }
 
-/// The terminal object is kept: all who wait get the same bytes.
+/// The terminal object is kept: all that wait for it get the same bytes.
 void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     const auto found = live.find(job->stored.id);
     if (found == live.end()) return;

@@ -29,7 +29,7 @@ std::wstring utf16_from(std::string_view text) {
 }
 #endif
 
-// ---- memory and files -----------------------------------------------------------------------
+// ---- Memory and files ------------------------------------------------------------------------
 
 namespace {
 
@@ -363,7 +363,7 @@ Result<void> write_file(const std::string& path, std::span<const std::byte> byte
     return file->commit();
 }
 
-// ---- folders --------------------------------------------------------------------------------
+// ---- Folders ---------------------------------------------------------------------------------
 
 namespace {
 

@@ -300,7 +300,7 @@ Result<NetAddress> Socket::local() const {
     return net_unpack(storage);
 }
 
-// -- readiness --------------------------------------------------------------------------------
+// ---- Readiness -------------------------------------------------------------------------------
 // Three systems, one shape: State owns the handles; open, set, remove, wait, wake.
 
 namespace {

@@ -132,7 +132,7 @@ Item read_item(const Json& from) {
     return out;
 }
 
-// ---- What a save begins with ---------------------------------------------------------------------
+// ---- The format of a save --------------------------------------------------------------------
 
 struct SaveHeader {
     char magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};

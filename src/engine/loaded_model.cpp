@@ -1,7 +1,7 @@
 // >>engine
 // In this order: a loaded model; the sizes that follow from it; from a request to tokens; guesses;
-// pages and the prefix cache; the desk, where requests arrive; answers; the scheduler: who runs, the
-// batch, its results; the handles; conversations.
+// pages and the prefix cache; the desk, where requests arrive; answers; the scheduler: admission,
+// the batch, its results; the handles; conversations.
 #include "prologue.hpp"
 
 #include "api_internal.hpp"

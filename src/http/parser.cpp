@@ -22,7 +22,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// -- the parser -------------------------------------------------------------------------------
+// ---- The parser ------------------------------------------------------------------------------
 
 HttpParser::HttpParser(const HttpLimits* limits, Side side) : limits_(limits), side_(side) {
     reset();

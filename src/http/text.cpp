@@ -11,7 +11,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// -- characters (RFC 9110, section 5.6.2; RFC 3986, section 3.2.2) ------------------------------
+// ---- Characters (RFC 9110, section 5.6.2; RFC 3986, section 3.2.2) ---------------------------
 
 namespace {
 constexpr auto http_classes = [] {
@@ -104,7 +104,7 @@ size_t count_headers(const HttpHeaders& headers, std::string_view name) {
     return count;
 }
 
-// -- writing ----------------------------------------------------------------------------------
+// ---- Writing ---------------------------------------------------------------------------------
 
 const char* http_phrase(int status) {
     static constexpr struct {

@@ -40,7 +40,7 @@ std::string ServerLoop::Route::allowed() const {
     return all;
 }
 
-// ---- Who may ask, and for what ---------------------------------------------------------------
+// ---- Authentication and routing --------------------------------------------------------------
 
 /// Fills in what the target says.
 void ServerLoop::find_route(Exchange& exchange) {

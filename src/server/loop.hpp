@@ -129,7 +129,7 @@ struct ServerLoop : HttpHandler {
         std::optional<Reservation> replay = {};  // of the idempotency key
         Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
-        std::string text = {};  // the object, for who does not wait for the end
+        std::string text = {};  // the object, for a caller that does not wait for the end
     };
 
     struct FinishJob : Job {

@@ -100,7 +100,7 @@ HttpOptions server_http_options(const ServerOptions& options) {
 namespace valar {
 inline namespace v1 {
 
-// ---- Server ----------------------------------------------------------------------------------
+// ---- The file of keys ------------------------------------------------------------------------
 
 Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
     using namespace detail;

@@ -247,7 +247,7 @@ void ServerLoop::accept_done(JobPtr<AcceptJob> job) {
     refuse(*exchange, *job->error);
 }
 
-/// Hands it to its Responder; who waits for it is told, or waits on.
+/// Hands it to its Responder. A caller that asked for the background is answered, others wait.
 void ServerLoop::begin(JobPtr<AcceptJob> job) {
     const std::string id = job->stored.id;
     Live& entry = live.find(id)->second;
@@ -375,7 +375,7 @@ void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
                   on_kept<&ServerLoop::finish_done>(std::move(job)));
 }
 
-/// The terminal object is kept: all who wait get the same bytes.
+/// The terminal object is kept: all that wait for it get the same bytes.
 void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     const auto found = live.find(job->stored.id);
     if (found == live.end()) return;

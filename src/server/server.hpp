@@ -70,10 +70,10 @@ public:
     Server& operator=(Server&& other) noexcept;
     ~Server();  ///< closes what is open and cancels what runs
 
-    /// Serves until stop(), then lets what runs finish (drain_timeout_ms).
+    /// Serves until stop(), then lets what runs finish (drain_timeout_ms). Errors: none yet.
     Result<void> run();
     /// Serves what is ready, waiting at most timeout_ms for it (-1: until something happens). False
-    /// once stopped and drained.
+    /// once stopped and drained. Errors: none yet.
     Result<bool> step(int timeout_ms);
     void stop();
     uint16_t port() const;

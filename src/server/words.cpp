@@ -34,10 +34,11 @@ std::optional<std::string> server_unescape(std::string_view text) {
     return out;
 }
 
-/// A UUID of version 4 (RFC 9562). It only tells requests apart: zeros without a random source.
+/// To a tenth, for log lines.
 double server_rounded(double value) { return std::round(value * 10) / 10; }
 
-/// Version 4 of RFC 9562, of 16 random bytes.
+/// A UUID of version 4 (RFC 9562) of 16 random bytes. It only tells requests apart: zeros will do
+/// where there is no random source.
 std::string server_uuid(uint8_t* bytes) {
     bytes[6] = static_cast<uint8_t>((bytes[6] & 0x0f) | 0x40);
     bytes[8] = static_cast<uint8_t>((bytes[8] & 0x3f) | 0x80);

@@ -20,7 +20,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// ---- Commits
+// ---- Commits ---------------------------------------------------------------------------------
 
 namespace {
 
@@ -195,7 +195,7 @@ void FileJournal::close() {
     if (encode(journal_close, nothing, 0, &place)) (void)write().ok();
 }
 
-// ---- Segments and compaction
+// ---- Segments and compaction -----------------------------------------------------------------
 
 Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_sequence) {
     if (next_number > journal_last_number)

@@ -85,7 +85,7 @@ Result<std::string> FileJournal::read_record(const JournalSegment& segment,
     return bytes;
 }
 
-// ---- Changes of the index
+// ---- Changes of the index --------------------------------------------------------------------
 
 /// Puts an entry into the index and counts what that leaves alive in each segment.
 void FileJournal::install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms) {
@@ -153,7 +153,7 @@ void FileJournal::apply(JournalSegment& segment, uint16_t type, StoredResponse r
     install(id, std::move(entry), died_ms);
 }
 
-// ---- Opening
+// ---- Opening ---------------------------------------------------------------------------------
 
 Result<void> FileJournal::load() {
     auto names = folder->list();
