@@ -19990,9 +19990,9 @@ uint64_t PrefixCache::needed_to_go_on(const Sequence& sequence) const {
     return needed - std::min(needed, held);
 }
 
-// How many of the first pages with these keys need not be computed: the largest number for which the
-// cache has every page that a window still reaches. That is so for `computed`; `held` counts the
-// pages that are there right before it.
+// How many of the first pages with these keys need not be computed: the largest number for which
+// the cache has every page that a window still reaches. That is so for `computed`; `held` counts
+// the pages that are there right before it.
 size_t PrefixCache::count_cached(std::span<const Hash256> keys, size_t computed,
                                  size_t held) const {
     size_t found = computed;
@@ -23751,7 +23751,8 @@ struct FileJournal {
     void run();
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
-    Result<void> take(StoreChange& change);
+    Result<void> add_to_commit(StoreChange& change);
+    Result<void> encode_step(StoreChange::Kind change, StorePlan::Step& step);
     Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms,
                         JournalPlace* place);
     void flush();
@@ -23761,7 +23762,7 @@ struct FileJournal {
     Result<std::shared_ptr<JournalSegment>> new_segment(uint64_t first_sequence);
     Result<void> write_manifest(const JournalSegments& listed);
     Result<void> roll();
-    Result<void> sync(Result<void> synced);
+    Result<void> stop_if_failed(Result<void> synced);
     void upkeep(int64_t now_ms);
     void begin_compaction(size_t inputs, int64_t now_ms);
     Result<bool> compact();  // a piece; true: there is more
@@ -23823,8 +23824,9 @@ Error journal_newer(const std::string& name) {
                       "'" + name + "' was written by a newer version; nothing was changed");
 }
 
-/// After one of them failed what is on the disk is unknown: nothing more is accepted.
-Result<void> FileJournal::sync(Result<void> synced) {
+/// Passes on what a sync returned. After one that failed what is on the disk is unknown, so nothing
+/// more is accepted.
+Result<void> FileJournal::stop_if_failed(Result<void> synced) {
     if (!synced && !broken) {
         broken = make_error(ErrorKind::io, "the journal takes no more: " + synced.error().message);
         options.log(LogLevel::error, broken->message);
@@ -24115,7 +24117,7 @@ Result<void> FileJournal::replay(JournalSegment& segment, std::string_view bytes
             segment.bytes = at;
             options.log(LogLevel::warning,
                         format("the journal's torn tail of %zu bytes was cut", bytes.size() - at));
-            return sync(segment.file->sync());
+            return stop_if_failed(segment.file->sync());
         }
         const Error damage = journal_damage(segment.name(), at, "no record that belongs here");
         if (!options.recover) return damage;
@@ -24225,28 +24227,33 @@ Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t 
     return {};
 }
 
-/// Decides a change and writes down the steps that it takes.
-Result<void> FileJournal::take(StoreChange& change) {
+/// Appends the record of a step that `change` takes; the step's entry then knows where it lies.
+Result<void> FileJournal::encode_step(StoreChange::Kind change, StorePlan::Step& step) {
+    if (step.expired) return {};  // follows from its end
+    JournalPlace place;
+    if (!step.entry) {
+        StoredResponse dropped;
+        dropped.id = step.id;
+        return encode(journal_drop, dropped, step.died_ms, &place);
+    }
+    const JournalKind& kind = journal_kind(change);
+    if (auto put = encode(kind.type, step.entry->record, step.died_ms, &place); !put) return put;
+    (*step.entry).*kind.slot = place;
+    step.entry->drop_texts();
+    return {};
+}
+
+/// Decides a change and adds the records of its steps to the commit.
+Result<void> FileJournal::add_to_commit(StoreChange& change) {
     if (broken && change.kind != StoreChange::Kind::expire) return *broken;
     if (write_failed) return *write_failed;
     const size_t begin = plan->steps().size();
     if (auto decided = plan->decide(change); !decided) return decided;
     for (size_t i = begin; i < plan->steps().size(); ++i) {
-        StorePlan::Step& step = plan->steps()[i];
-        if (step.expired) continue;  // follows from its end
-        JournalPlace place;
-        StoredResponse dropped;
-        dropped.id = step.id;
-        const JournalKind& kind = journal_kind(change.kind);
-        const uint16_t type = step.entry ? kind.type : uint16_t{journal_drop};
-        StoredResponse& record = step.entry ? step.entry->record : dropped;
-        if (auto put = encode(type, record, step.died_ms, &place); !put) {
-            write_failed = put.error();
-            return put;
-        }
-        if (!step.entry) continue;
-        (*step.entry).*kind.slot = place;
-        step.entry->drop_texts();
+        auto put = encode_step(change.kind, plan->steps()[i]);
+        if (put) continue;
+        write_failed = put.error();
+        return put;
     }
     if (out.size() >= journal_write_bytes) flush();
     return {};
@@ -24266,11 +24273,12 @@ Result<void> FileJournal::write() {
     if (write_failed) {
         next_sequence = commit;
         if (written != segment.bytes)
-            if (auto cut = segment.file->truncate(segment.bytes); !cut) (void)sync(cut).ok();
+            if (auto cut = segment.file->truncate(segment.bytes); !cut)
+                (void)stop_if_failed(cut).ok();
         return *write_failed;
     }
     if (written == segment.bytes) return {};
-    if (auto synced = sync(segment.file->sync()); !synced) return *broken;
+    if (auto synced = stop_if_failed(segment.file->sync()); !synced) return *broken;
     segment.bytes = written;
     return {};
 }
@@ -24283,7 +24291,7 @@ void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
     std::vector<Result<void>> results;
     int64_t now_ms = 0;
     for (StoreChange& change : changes) {
-        results.push_back(take(change));
+        results.push_back(add_to_commit(change));
         if (change.kind == StoreChange::Kind::expire) now_ms = std::max(now_ms, change.now_ms);
     }
     auto done = write();
@@ -24368,8 +24376,8 @@ Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_
     if (!file) return file.error();
     segment->file = std::move(*file);
     Result<void> made = segment->file->write_at(0, head);
-    if (made) made = sync(segment->file->sync());
-    if (made) made = sync(folder->sync());
+    if (made) made = stop_if_failed(segment->file->sync());
+    if (made) made = stop_if_failed(folder->sync());
     if (made) return segment;
     segment->file.reset();
     (void)folder->remove(segment->name()).ok();
@@ -24390,10 +24398,10 @@ Result<void> FileJournal::write_manifest(const JournalSegments& listed) {
     auto file = folder->open_file("manifest.new", true);
     if (!file) return file.error();
     if (auto put = (*file)->write_at(0, bytes); !put) return put;
-    if (auto synced = sync((*file)->sync()); !synced) return synced;
+    if (auto synced = stop_if_failed((*file)->sync()); !synced) return synced;
     file->reset();  // before it is renamed
     if (auto renamed = folder->rename("manifest.new", "manifest"); !renamed) return renamed;
-    return sync(folder->sync());
+    return stop_if_failed(folder->sync());
 }
 
 /// The newest segment ends and a new one begins.
@@ -24472,7 +24480,7 @@ Result<bool> FileJournal::compact() {
 
 Result<void> FileJournal::finish_compaction() {
     for (const auto& output : compaction->outputs)
-        if (auto synced = sync(output->file->sync()); !synced) return synced;
+        if (auto synced = stop_if_failed(output->file->sync()); !synced) return synced;
     JournalSegments listed = compaction->outputs, old;
     listed.insert(listed.end(), segments.begin() + std::ptrdiff_t(compaction->inputs),
                   segments.end());
@@ -24498,7 +24506,7 @@ Result<void> FileJournal::finish_compaction() {
         if (segment->damaged) (void)folder->rename(name, name + ".damaged").ok();
         else (void)folder->remove(name).ok();
     }
-    return sync(folder->sync());
+    return stop_if_failed(folder->sync());
 }
 
 /// The manifest may already name the outputs when a sync failed: then they stay.

@@ -51,9 +51,9 @@ uint64_t PrefixCache::needed_to_go_on(const Sequence& sequence) const {
     return needed - std::min(needed, held);
 }
 
-// How many of the first pages with these keys need not be computed: the largest number for which the
-// cache has every page that a window still reaches. That is so for `computed`; `held` counts the
-// pages that are there right before it.
+// How many of the first pages with these keys need not be computed: the largest number for which
+// the cache has every page that a window still reaches. That is so for `computed`; `held` counts
+// the pages that are there right before it.
 size_t PrefixCache::count_cached(std::span<const Hash256> keys, size_t computed,
                                  size_t held) const {
     size_t found = computed;

@@ -71,28 +71,33 @@ Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t 
     return {};
 }
 
-/// Decides a change and writes down the steps that it takes.
-Result<void> FileJournal::take(StoreChange& change) {
+/// Appends the record of a step that `change` takes; the step's entry then knows where it lies.
+Result<void> FileJournal::encode_step(StoreChange::Kind change, StorePlan::Step& step) {
+    if (step.expired) return {};  // follows from its end
+    JournalPlace place;
+    if (!step.entry) {
+        StoredResponse dropped;
+        dropped.id = step.id;
+        return encode(journal_drop, dropped, step.died_ms, &place);
+    }
+    const JournalKind& kind = journal_kind(change);
+    if (auto put = encode(kind.type, step.entry->record, step.died_ms, &place); !put) return put;
+    (*step.entry).*kind.slot = place;
+    step.entry->drop_texts();
+    return {};
+}
+
+/// Decides a change and adds the records of its steps to the commit.
+Result<void> FileJournal::add_to_commit(StoreChange& change) {
     if (broken && change.kind != StoreChange::Kind::expire) return *broken;
     if (write_failed) return *write_failed;
     const size_t begin = plan->steps().size();
     if (auto decided = plan->decide(change); !decided) return decided;
     for (size_t i = begin; i < plan->steps().size(); ++i) {
-        StorePlan::Step& step = plan->steps()[i];
-        if (step.expired) continue;  // follows from its end
-        JournalPlace place;
-        StoredResponse dropped;
-        dropped.id = step.id;
-        const JournalKind& kind = journal_kind(change.kind);
-        const uint16_t type = step.entry ? kind.type : uint16_t{journal_drop};
-        StoredResponse& record = step.entry ? step.entry->record : dropped;
-        if (auto put = encode(type, record, step.died_ms, &place); !put) {
-            write_failed = put.error();
-            return put;
-        }
-        if (!step.entry) continue;
-        (*step.entry).*kind.slot = place;
-        step.entry->drop_texts();
+        auto put = encode_step(change.kind, plan->steps()[i]);
+        if (put) continue;
+        write_failed = put.error();
+        return put;
     }
     if (out.size() >= journal_write_bytes) flush();
     return {};
@@ -112,11 +117,12 @@ Result<void> FileJournal::write() {
     if (write_failed) {
         next_sequence = commit;
         if (written != segment.bytes)
-            if (auto cut = segment.file->truncate(segment.bytes); !cut) (void)sync(cut).ok();
+            if (auto cut = segment.file->truncate(segment.bytes); !cut)
+                (void)stop_if_failed(cut).ok();
         return *write_failed;
     }
     if (written == segment.bytes) return {};
-    if (auto synced = sync(segment.file->sync()); !synced) return *broken;
+    if (auto synced = stop_if_failed(segment.file->sync()); !synced) return *broken;
     segment.bytes = written;
     return {};
 }
@@ -129,7 +135,7 @@ void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
     std::vector<Result<void>> results;
     int64_t now_ms = 0;
     for (StoreChange& change : changes) {
-        results.push_back(take(change));
+        results.push_back(add_to_commit(change));
         if (change.kind == StoreChange::Kind::expire) now_ms = std::max(now_ms, change.now_ms);
     }
     auto done = write();
@@ -214,8 +220,8 @@ Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_
     if (!file) return file.error();
     segment->file = std::move(*file);
     Result<void> made = segment->file->write_at(0, head);
-    if (made) made = sync(segment->file->sync());
-    if (made) made = sync(folder->sync());
+    if (made) made = stop_if_failed(segment->file->sync());
+    if (made) made = stop_if_failed(folder->sync());
     if (made) return segment;
     segment->file.reset();
     (void)folder->remove(segment->name()).ok();
@@ -236,10 +242,10 @@ Result<void> FileJournal::write_manifest(const JournalSegments& listed) {
     auto file = folder->open_file("manifest.new", true);
     if (!file) return file.error();
     if (auto put = (*file)->write_at(0, bytes); !put) return put;
-    if (auto synced = sync((*file)->sync()); !synced) return synced;
+    if (auto synced = stop_if_failed((*file)->sync()); !synced) return synced;
     file->reset();  // before it is renamed
     if (auto renamed = folder->rename("manifest.new", "manifest"); !renamed) return renamed;
-    return sync(folder->sync());
+    return stop_if_failed(folder->sync());
 }
 
 /// The newest segment ends and a new one begins.
@@ -318,7 +324,7 @@ Result<bool> FileJournal::compact() {
 
 Result<void> FileJournal::finish_compaction() {
     for (const auto& output : compaction->outputs)
-        if (auto synced = sync(output->file->sync()); !synced) return synced;
+        if (auto synced = stop_if_failed(output->file->sync()); !synced) return synced;
     JournalSegments listed = compaction->outputs, old;
     listed.insert(listed.end(), segments.begin() + std::ptrdiff_t(compaction->inputs),
                   segments.end());
@@ -344,7 +350,7 @@ Result<void> FileJournal::finish_compaction() {
         if (segment->damaged) (void)folder->rename(name, name + ".damaged").ok();
         else (void)folder->remove(name).ok();
     }
-    return sync(folder->sync());
+    return stop_if_failed(folder->sync());
 }
 
 /// The manifest may already name the outputs when a sync failed: then they stay.

@@ -59,8 +59,9 @@ Error journal_newer(const std::string& name) {
                       "'" + name + "' was written by a newer version; nothing was changed");
 }
 
-/// After one of them failed what is on the disk is unknown: nothing more is accepted.
-Result<void> FileJournal::sync(Result<void> synced) {
+/// Passes on what a sync returned. After one that failed what is on the disk is unknown, so nothing
+/// more is accepted.
+Result<void> FileJournal::stop_if_failed(Result<void> synced) {
     if (!synced && !broken) {
         broken = make_error(ErrorKind::io, "the journal takes no more: " + synced.error().message);
         options.log(LogLevel::error, broken->message);
@@ -351,7 +352,7 @@ Result<void> FileJournal::replay(JournalSegment& segment, std::string_view bytes
             segment.bytes = at;
             options.log(LogLevel::warning,
                         format("the journal's torn tail of %zu bytes was cut", bytes.size() - at));
-            return sync(segment.file->sync());
+            return stop_if_failed(segment.file->sync());
         }
         const Error damage = journal_damage(segment.name(), at, "no record that belongs here");
         if (!options.recover) return damage;

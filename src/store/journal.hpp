@@ -243,7 +243,8 @@ struct FileJournal {
     void run();
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
-    Result<void> take(StoreChange& change);
+    Result<void> add_to_commit(StoreChange& change);
+    Result<void> encode_step(StoreChange::Kind change, StorePlan::Step& step);
     Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms,
                         JournalPlace* place);
     void flush();
@@ -253,7 +254,7 @@ struct FileJournal {
     Result<std::shared_ptr<JournalSegment>> new_segment(uint64_t first_sequence);
     Result<void> write_manifest(const JournalSegments& listed);
     Result<void> roll();
-    Result<void> sync(Result<void> synced);
+    Result<void> stop_if_failed(Result<void> synced);
     void upkeep(int64_t now_ms);
     void begin_compaction(size_t inputs, int64_t now_ms);
     Result<bool> compact();  // a piece; true: there is more
