@@ -35,6 +35,8 @@ namespace {
 
 constexpr size_t buffer_alignment = 64;
 constexpr size_t buffer_from_system = size_t(1) << 20;  // from here on pages, not the heap
+constexpr size_t transfer_bytes = size_t(1) << 30;      // of one call: systems take less than 2 GiB
+constexpr uint64_t at_position = UINT64_MAX;            // an offset: where the file stands
 
 // A path for the system: text that a NUL would cut short is refused.
 Result<void> check_path(const std::string& path) {
@@ -51,13 +53,40 @@ void* map_pages(size_t size, bool) {
 
 void unmap_pages(void* data, size_t) { VirtualFree(data, 0, MEM_RELEASE); }
 
-struct FileHandle {  // closes itself
-    HANDLE handle = INVALID_HANDLE_VALUE;
-    ~FileHandle() {
-        if (ok()) CloseHandle(handle);
-    }
-    bool ok() const { return handle != INVALID_HANDLE_VALUE && handle != nullptr; }
-};
+using SystemHandle = HANDLE;
+const SystemHandle no_handle = INVALID_HANDLE_VALUE;
+
+bool is_open(SystemHandle file) { return file != no_handle && file != nullptr; }
+void close_handle(SystemHandle file) { CloseHandle(file); }
+
+SystemHandle open_to_read(const std::string& path) {
+    return CreateFileW(utf16_from(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr,
+                       OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
+}
+
+OVERLAPPED place(uint64_t offset) {
+    OVERLAPPED where{};
+    where.Offset = DWORD(offset);
+    where.OffsetHigh = DWORD(offset >> 32);
+    return where;
+}
+
+// One call of the system: how many bytes it moved, 0 at the end of the file, -1 when it failed.
+int64_t read_some(SystemHandle file, uint64_t offset, void* bytes, size_t size) {
+    OVERLAPPED where = place(offset);
+    DWORD got = 0;
+    const DWORD want = DWORD(std::min(size, transfer_bytes));
+    const bool placed = offset != at_position;
+    return ReadFile(file, bytes, want, &got, placed ? &where : nullptr) ? int64_t(got) : -1;
+}
+
+int64_t write_some(SystemHandle file, uint64_t offset, const void* bytes, size_t size) {
+    OVERLAPPED where = place(offset);
+    DWORD put = 0;
+    const DWORD want = DWORD(std::min(size, transfer_bytes));
+    const bool placed = offset != at_position;
+    return WriteFile(file, bytes, want, &put, placed ? &where : nullptr) ? int64_t(put) : -1;
+}
 
 #else
 
@@ -76,15 +105,58 @@ void* map_pages(size_t size, [[maybe_unused]] bool huge) {
 
 void unmap_pages(void* data, size_t size) { munmap(data, size); }
 
-struct FileHandle {  // closes itself
-    int fd = -1;
-    ~FileHandle() {
-        if (ok()) ::close(fd);
+using SystemHandle = int;
+constexpr SystemHandle no_handle = -1;
+
+bool is_open(SystemHandle file) { return file >= 0; }
+void close_handle(SystemHandle file) { ::close(file); }
+
+SystemHandle open_to_read(const std::string& path) {
+    return ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+}
+
+// One call of the system, again after a signal: how many bytes it moved, 0 at the end of the file,
+// -1 when it failed.
+int64_t read_some(SystemHandle file, uint64_t offset, void* bytes, size_t size) {
+    const size_t want = std::min(size, transfer_bytes);
+    for (;;) {
+        const ssize_t got = offset == at_position ? ::read(file, bytes, want)
+                                                  : pread(file, bytes, want, off_t(offset));
+        if (got >= 0 || errno != EINTR) return got;
     }
-    bool ok() const { return fd >= 0; }
-};
+}
+
+int64_t write_some(SystemHandle file, uint64_t offset, const void* bytes, size_t size) {
+    const size_t want = std::min(size, transfer_bytes);
+    for (;;) {
+        const ssize_t put = offset == at_position ? ::write(file, bytes, want)
+                                                  : pwrite(file, bytes, want, off_t(offset));
+        if (put >= 0 || errno != EINTR) return put;
+    }
+}
 
 #endif
+
+struct FileHandle {  // closes itself
+    FileHandle(SystemHandle opened = no_handle) : handle(opened) {}
+    FileHandle(FileHandle&& other) noexcept : handle(std::exchange(other.handle, no_handle)) {}
+    ~FileHandle() {
+        if (ok()) close_handle(handle);
+    }
+    bool ok() const { return is_open(handle); }
+    SystemHandle handle;
+};
+
+// All of the bytes, from `offset` on or where the file stands.
+bool write_all(SystemHandle file, uint64_t offset, const char* bytes, size_t size) {
+    for (size_t done = 0; done < size;) {
+        const uint64_t at = offset == at_position ? offset : offset + done;
+        const int64_t put = write_some(file, at, bytes + done, size - done);
+        if (put < 0) return false;
+        done += size_t(put);
+    }
+    return true;
+}
 }  // namespace
 
 Result<Buffer> Buffer::allocate(uint64_t bytes, const char* what, bool huge_pages,
@@ -186,16 +258,17 @@ void MappedFile::release(size_t offset, size_t length) const {
 
 Result<MappedFile> MappedFile::open(const std::string& path) {
     if (auto checked = check_path(path); !checked) return checked.error();
-    FileHandle file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+    const FileHandle file = open_to_read(path);
     struct stat status {};
-    if (!file.ok() || fstat(file.fd, &status) != 0) return os_error("cannot open '" + path + "'");
+    if (!file.ok() || fstat(file.handle, &status) != 0)
+        return os_error("cannot open '" + path + "'");
     if (!S_ISREG(status.st_mode))
         return make_error(ErrorKind::io, "cannot map '" + path + "': not a regular file");
     MappedFile mapped;
     const uint64_t size = uint64_t(status.st_size);
     if (size == 0) return mapped;
     if (size > SIZE_MAX / 2) return file_too_large(path, size);
-    void* data = mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file.fd, 0);
+    void* data = mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file.handle, 0);
     if (data == MAP_FAILED) return os_error("cannot map '" + path + "'");
     mapped.data_ = static_cast<const std::byte*>(data);
     mapped.size_ = size_t(size);
@@ -219,25 +292,13 @@ void MappedFile::release(size_t offset, size_t length) const {
 
 Result<std::string> read_file(const std::string& path, uint64_t limit) {
     if (auto checked = check_path(path); !checked) return checked.error();
-#if defined(_WIN32)
-    FileHandle file{CreateFileW(utf16_from(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr,
-                                OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr)};
-#else
-    FileHandle file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-#endif
+    const FileHandle file = open_to_read(path);
     if (!file.ok()) return os_error("cannot open '" + path + "'");
     std::string text;
     char piece[16384];
     for (;;) {
-#if defined(_WIN32)
-        DWORD got = 0;
-        if (!ReadFile(file.handle, piece, sizeof piece, &got, nullptr))
-#else
-        const ssize_t got = ::read(file.fd, piece, sizeof piece);
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0)
-#endif
-            return os_error("cannot read '" + path + "'");
+        const int64_t got = read_some(file.handle, at_position, piece, sizeof piece);
+        if (got < 0) return os_error("cannot read '" + path + "'");
         if (got == 0) return text;
         if (uint64_t(got) > limit - text.size())
             return make_error(ErrorKind::too_large,
@@ -257,19 +318,8 @@ intptr_t create_file(const std::string& path) {
                                                   nullptr));
 }
 
-bool append_file(intptr_t file, std::span<const std::byte> bytes) {
-    while (!bytes.empty()) {
-        DWORD put = 0;
-        const DWORD want = DWORD(std::min(bytes.size(), size_t(1) << 30));
-        if (!WriteFile(reinterpret_cast<HANDLE>(file), bytes.data(), want, &put, nullptr))
-            return false;
-        bytes = bytes.subspan(put);
-    }
-    return true;
-}
-
-bool sync_file(intptr_t file) { return FlushFileBuffers(reinterpret_cast<HANDLE>(file)) != 0; }
-void close_file(intptr_t file) { CloseHandle(reinterpret_cast<HANDLE>(file)); }
+SystemHandle system_handle(intptr_t file) { return reinterpret_cast<HANDLE>(file); }
+bool sync_file(intptr_t file) { return FlushFileBuffers(system_handle(file)) != 0; }
 
 bool replace_file(const std::string& from, const std::string& to) {
     return MoveFileExW(utf16_from(from).c_str(), utf16_from(to).c_str(),
@@ -288,26 +338,15 @@ intptr_t create_file(const std::string& path) {
     return ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
 }
 
-bool append_file(intptr_t file, std::span<const std::byte> bytes) {
-    while (!bytes.empty()) {
-        const size_t want = std::min(bytes.size(), size_t(1) << 30);
-        const ssize_t put = ::write(static_cast<int>(file), bytes.data(), want);
-        if (put < 0 && errno == EINTR) continue;
-        if (put < 0) return false;
-        bytes = bytes.subspan(size_t(put));
-    }
-    return true;
-}
-
-bool sync_file(intptr_t file) { return fsync(static_cast<int>(file)) == 0; }
-void close_file(intptr_t file) { ::close(static_cast<int>(file)); }
+SystemHandle system_handle(intptr_t file) { return static_cast<int>(file); }
+bool sync_file(intptr_t file) { return fsync(system_handle(file)) == 0; }
 
 bool replace_file(const std::string& from, const std::string& to) {
     if (rename(from.c_str(), to.c_str()) != 0) return false;
     const size_t slash = to.rfind('/');  // the new name is safe once its folder is
     const std::string folder = slash == std::string::npos ? "." : to.substr(0, slash + 1);
-    FileHandle opened{::open(folder.c_str(), O_RDONLY | O_CLOEXEC)};
-    if (opened.ok()) fsync(opened.fd);
+    const FileHandle opened = open_to_read(folder);
+    if (opened.ok()) fsync(opened.handle);
     return true;
 }
 
@@ -339,18 +378,20 @@ NewFile::NewFile(NewFile&& other) noexcept
       handle_(std::exchange(other.handle_, -1)) {}
 
 NewFile::~NewFile() {
-    if (handle_ != -1) close_file(handle_);
+    if (handle_ != -1) close_handle(system_handle(handle_));
     if (!temporary_.empty()) remove_file(temporary_);
 }
 
 Result<void> NewFile::append(std::span<const std::byte> bytes) {
-    if (append_file(handle_, bytes)) return {};
+    const char* text = reinterpret_cast<const char*>(bytes.data());
+    if (write_all(system_handle(handle_), at_position, text, bytes.size())) return {};
     return os_error("cannot write '" + path_ + "'");
 }
 
 Result<void> NewFile::commit() {
     if (!sync_file(handle_)) return os_error("cannot write '" + path_ + "'");
-    close_file(std::exchange(handle_, -1));  // Windows renames no file that is open
+    close_handle(
+        system_handle(std::exchange(handle_, -1)));  // Windows renames no file that is open
     if (!replace_file(temporary_, path_)) return os_error("cannot write '" + path_ + "'");
     temporary_.clear();
     return {};
@@ -369,86 +410,38 @@ namespace {
 
 #if defined(_WIN32)
 
-Result<void> system_result(BOOL done, const std::string& what, const std::string& path) {
-    if (done) return {};
-    return os_error("cannot " + what + " '" + path + "'");
-}
-
 HANDLE open_handle(const std::string& path, DWORD share, DWORD disposition) {
     return CreateFileW(utf16_from(path).c_str(), GENERIC_READ | GENERIC_WRITE, share, nullptr,
                        disposition, FILE_ATTRIBUTE_NORMAL, nullptr);
 }
 
-class SystemFile : public FolderFile {
-public:
-    SystemFile(std::string path, HANDLE handle) : path_(std::move(path)), file_{handle} {}
-    Result<uint64_t> size() override {
-        LARGE_INTEGER size{};
-        if (!GetFileSizeEx(file_.handle, &size)) return os_error("cannot measure '" + path_ + "'");
-        return uint64_t(size.QuadPart);
-    }
-    Result<void> read_at(uint64_t offset, void* bytes, size_t size) override {
-        for (char* at = static_cast<char*>(bytes); size > 0;) {
-            OVERLAPPED where = place(offset);
-            DWORD got = 0;
-            const DWORD want = DWORD(std::min(size, size_t(1) << 30));
-            if (!ReadFile(file_.handle, at, want, &got, &where) || got == 0)
-                return os_error("cannot read '" + path_ + "'");
-            at += got;
-            offset += got;
-            size -= got;
-        }
-        return {};
-    }
-    Result<void> write_at(uint64_t offset, std::string_view bytes) override {
-        while (!bytes.empty()) {
-            OVERLAPPED where = place(offset);
-            DWORD put = 0;
-            const DWORD want = DWORD(std::min(bytes.size(), size_t(1) << 30));
-            if (!WriteFile(file_.handle, bytes.data(), want, &put, &where))
-                return os_error("cannot write '" + path_ + "'");
-            bytes.remove_prefix(put);
-            offset += put;
-        }
-        return {};
-    }
-    Result<void> truncate(uint64_t size) override {
-        LARGE_INTEGER end{};
-        end.QuadPart = LONGLONG(size);
-        return system_result(
-            SetFilePointerEx(file_.handle, end, nullptr, FILE_BEGIN) && SetEndOfFile(file_.handle),
-            "truncate", path_);
-    }
-    Result<void> sync() override {
-        return system_result(FlushFileBuffers(file_.handle), "sync", path_);
-    }
+bool file_size(SystemHandle file, uint64_t* size) {
+    LARGE_INTEGER got{};
+    if (!GetFileSizeEx(file, &got)) return false;
+    *size = uint64_t(got.QuadPart);
+    return true;
+}
 
-private:
-    static OVERLAPPED place(uint64_t offset) {
-        OVERLAPPED where{};
-        where.Offset = DWORD(offset);
-        where.OffsetHigh = DWORD(offset >> 32);
-        return where;
-    }
-    std::string path_;
-    FileHandle file_;
-};
+bool truncate_file(SystemHandle file, uint64_t size) {
+    LARGE_INTEGER end{};
+    end.QuadPart = LONGLONG(size);
+    return SetFilePointerEx(file, end, nullptr, FILE_BEGIN) && SetEndOfFile(file);
+}
 
-Result<void> make_folder(const std::string& path) {
-    const bool made = CreateDirectoryW(utf16_from(path).c_str(), nullptr) != 0;
-    return system_result(made || GetLastError() == ERROR_ALREADY_EXISTS, "make folder", path);
+bool sync_data(SystemHandle file) { return FlushFileBuffers(file) != 0; }
+
+bool make_folder(const std::string& path) {
+    return CreateDirectoryW(utf16_from(path).c_str(), nullptr) != 0 ||
+           GetLastError() == ERROR_ALREADY_EXISTS;
 }
 
 void lock_file(const std::string& path, FileHandle* file) {
     file->handle = open_handle(path, 0, OPEN_ALWAYS);  // shared with nobody
 }
 
-bool open_in_folder(const std::string& path, bool create, std::unique_ptr<FolderFile>* file) {
-    const HANDLE handle = open_handle(path, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
-                                      create ? CREATE_ALWAYS : OPEN_EXISTING);
-    if (handle == INVALID_HANDLE_VALUE) return false;
-    *file = std::make_unique<SystemFile>(path, handle);
-    return true;
+FileHandle open_in_folder(const std::string& path, bool create) {
+    return open_handle(path, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
+                       create ? CREATE_ALWAYS : OPEN_EXISTING);
 }
 
 bool unlink_path(const std::string& path) { return DeleteFileW(utf16_from(path).c_str()) != 0; }
@@ -473,84 +466,44 @@ Result<std::vector<std::string>> list_names(const std::string& path) {
 
 #else
 
-Result<void> system_result(bool done, const std::string& what, const std::string& path) {
-    if (done) return {};
-    return os_error("cannot " + what + " '" + path + "'");
+bool file_size(SystemHandle file, uint64_t* size) {
+    struct stat status {};
+    if (fstat(file, &status) != 0) return false;
+    *size = uint64_t(status.st_size);
+    return true;
 }
 
-class SystemFile : public FolderFile {
-public:
-    SystemFile(std::string path, int fd) : path_(std::move(path)), file_{fd} {}
-    Result<uint64_t> size() override {
-        struct stat status {};
-        if (fstat(file_.fd, &status) != 0) return os_error("cannot measure '" + path_ + "'");
-        return uint64_t(status.st_size);
-    }
-    Result<void> read_at(uint64_t offset, void* bytes, size_t size) override {
-        for (char* at = static_cast<char*>(bytes); size > 0;) {
-            const ssize_t got = pread(file_.fd, at, std::min(size, size_t(1) << 30), off_t(offset));
-            if (got < 0 && errno == EINTR) continue;
-            if (got < 0) return os_error("cannot read '" + path_ + "'");
-            if (got == 0) return make_error(ErrorKind::io, "'" + path_ + "' ends too early");
-            at += got;
-            offset += uint64_t(got);
-            size -= size_t(got);
-        }
-        return {};
-    }
-    Result<void> write_at(uint64_t offset, std::string_view bytes) override {
-        while (!bytes.empty()) {
-            const size_t want = std::min(bytes.size(), size_t(1) << 30);
-            const ssize_t put = pwrite(file_.fd, bytes.data(), want, off_t(offset));
-            if (put < 0 && errno == EINTR) continue;
-            if (put < 0) return os_error("cannot write '" + path_ + "'");
-            bytes.remove_prefix(size_t(put));
-            offset += uint64_t(put);
-        }
-        return {};
-    }
-    Result<void> truncate(uint64_t size) override {
-        return system_result(ftruncate(file_.fd, off_t(size)) == 0, "truncate", path_);
-    }
-    Result<void> sync() override {
+bool truncate_file(SystemHandle file, uint64_t size) { return ftruncate(file, off_t(size)) == 0; }
+
+bool sync_data(SystemHandle file) {
 #if defined(__APPLE__)
-        const int failed = fcntl(file_.fd, F_FULLFSYNC);  // fsync leaves it in the drive's cache
+    return fcntl(file, F_FULLFSYNC) != -1;  // fsync leaves it in the drive's cache
 #else
-        const int failed = fdatasync(file_.fd);
+    return fdatasync(file) == 0;
 #endif
-        return system_result(failed != -1, "sync", path_);
-    }
+}
 
-private:
-    std::string path_;
-    FileHandle file_;
-};
-
-Result<void> make_folder(const std::string& path) {
-    return system_result(mkdir(path.c_str(), 0700) == 0 || errno == EEXIST, "make folder", path);
+bool make_folder(const std::string& path) {
+    return mkdir(path.c_str(), 0700) == 0 || errno == EEXIST;
 }
 
 void lock_file(const std::string& path, FileHandle* file) {
-    file->fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    if (file->ok() && flock(file->fd, LOCK_EX | LOCK_NB) == 0) return;
+    file->handle = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (file->ok() && flock(file->handle, LOCK_EX | LOCK_NB) == 0) return;
     const int cause = errno;
-    if (file->ok()) ::close(std::exchange(file->fd, -1));
+    if (file->ok()) close_handle(std::exchange(file->handle, no_handle));
     errno = cause;
 }
 
-bool open_in_folder(const std::string& path, bool create, std::unique_ptr<FolderFile>* file) {
-    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0),
-                          0600);
-    if (fd < 0) return false;
-    *file = std::make_unique<SystemFile>(path, fd);
-    return true;
+FileHandle open_in_folder(const std::string& path, bool create) {
+    return ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0), 0600);
 }
 
 bool unlink_path(const std::string& path) { return unlink(path.c_str()) == 0; }
 
 bool sync_folder(const std::string& path) {
-    const FileHandle folder{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-    return folder.ok() && fsync(folder.fd) == 0;
+    const FileHandle folder = open_to_read(path);
+    return folder.ok() && fsync(folder.handle) == 0;
 }
 
 bool rename_path(const std::string& from, const std::string& to) {
@@ -568,6 +521,45 @@ Result<std::vector<std::string>> list_names(const std::string& path) {
 
 #endif
 
+Result<void> system_result(bool done, const std::string& what, const std::string& path) {
+    if (done) return {};
+    return os_error("cannot " + what + " '" + path + "'");
+}
+
+class SystemFile : public FolderFile {
+public:
+    SystemFile(std::string path, FileHandle file)
+        : path_(std::move(path)), file_(std::move(file)) {}
+    Result<uint64_t> size() override {
+        uint64_t size = 0;
+        if (!file_size(file_.handle, &size)) return os_error("cannot measure '" + path_ + "'");
+        return size;
+    }
+    Result<void> read_at(uint64_t offset, void* bytes, size_t size) override {
+        for (char* at = static_cast<char*>(bytes); size > 0;) {
+            const int64_t got = read_some(file_.handle, offset, at, size);
+            if (got < 0) return os_error("cannot read '" + path_ + "'");
+            if (got == 0) return make_error(ErrorKind::io, "'" + path_ + "' ends too early");
+            at += got;
+            offset += uint64_t(got);
+            size -= size_t(got);
+        }
+        return {};
+    }
+    Result<void> write_at(uint64_t offset, std::string_view bytes) override {
+        return system_result(write_all(file_.handle, offset, bytes.data(), bytes.size()), "write",
+                             path_);
+    }
+    Result<void> truncate(uint64_t size) override {
+        return system_result(truncate_file(file_.handle, size), "truncate", path_);
+    }
+    Result<void> sync() override { return system_result(sync_data(file_.handle), "sync", path_); }
+
+private:
+    std::string path_;
+    FileHandle file_;
+};
+
 class SystemFolder : public Folder {
 public:
     SystemFolder(const std::string& path) : path_(path) {}
@@ -580,10 +572,10 @@ public:
     }
     Result<std::vector<std::string>> list() override { return list_names(path_); }
     Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) override {
-        std::unique_ptr<FolderFile> file;
-        if (!open_in_folder(path_ + "/" + name, create, &file))
-            return os_error("cannot open '" + path_ + "/" + name + "'");
-        return file;
+        const std::string path = path_ + "/" + name;
+        FileHandle file = open_in_folder(path, create);
+        if (!file.ok()) return os_error("cannot open '" + path + "'");
+        return std::unique_ptr<FolderFile>(std::make_unique<SystemFile>(path, std::move(file)));
     }
     Result<void> rename(const std::string& from, const std::string& to) override {
         return system_result(rename_path(path_ + "/" + from, path_ + "/" + to), "rename",
@@ -603,7 +595,7 @@ private:
 
 Result<std::unique_ptr<Folder>> Folder::open(const std::string& path) {
     if (auto checked = check_path(path); !checked) return checked.error();
-    if (auto made = make_folder(path); !made) return made.error();
+    if (!make_folder(path)) return os_error("cannot make folder '" + path + "'");
     auto folder = std::make_unique<SystemFolder>(path);
     if (auto locked = folder->lock(); !locked) return locked.error();
     return std::unique_ptr<Folder>(std::move(folder));
