@@ -606,7 +606,7 @@ struct ModelInfo {
     int64_t created = 0;  ///< unix seconds
     std::string owned_by = "valar";
     uint32_t context_tokens = 0;
-    std::vector<std::string> windows = {"asap", "standard", "flex"};
+    std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};
     bool image = false, tools = false, thinking = false;
     bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
 };
@@ -5818,8 +5818,14 @@ struct DialectWords {
 const DialectWords& words_of(Dialect dialect);
 const char* status_name(Status status, bool cut, const DialectWords& words);
 
+/// The words of a Role on the wire, which are those of chat templates too.
+inline constexpr std::string_view kRoleNames[] = {"system",    "developer", "user",
+                                                  "assistant", "tool",      "function"};
+static_assert(std::size(kRoleNames) == static_cast<size_t>(Role::function) + 1);
+constexpr std::string_view role_name(Role role) { return kRoleNames[static_cast<size_t>(role)]; }
+
 /// The words of a Window on the wire, and the field that holds them.
-inline constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
+inline constexpr std::string_view kWindowNames[] = {"asap", "standard", "flex"};
 static_assert(std::size(kWindowNames) == static_cast<size_t>(Window::flex) + 1);
 inline constexpr const char* kWindowField = "metadata.completion_window";
 constexpr std::string_view window_name(Window window) {
@@ -5980,8 +5986,7 @@ Fault check_bool(const Json& value, const std::string& path) {
 }
 
 Fault check_choice(const Json& value, const std::string& path,
-                   std::initializer_list<std::string_view> choices,
-                   const char* code = "invalid_value") {
+                   std::span<const std::string_view> choices, const char* code = "invalid_value") {
     if (!value.is_string()) return api_wrong_type(path, "a string", value);
     std::string allowed;
     for (const std::string_view choice : choices) {
@@ -5991,16 +5996,13 @@ Fault check_choice(const Json& value, const std::string& path,
     return api_wrong_value(code, path, (choices.size() > 1 ? "one of " : "") + allowed, value);
 }
 
-// ---- Items ------------------------------------------------------------------------------------
+Fault check_choice(const Json& value, const std::string& path,
+                   std::initializer_list<std::string_view> choices,
+                   const char* code = "invalid_value") {
+    return check_choice(value, path, std::span(choices.begin(), choices.size()), code);
+}
 
-struct RoleName {
-    std::string_view name;
-    Role role;
-};
-constexpr RoleName role_names[] = {
-    {"system", Role::system},       {"developer", Role::developer}, {"user", Role::user},
-    {"assistant", Role::assistant}, {"tool", Role::tool},           {"function", Role::function},
-};
+// ---- Items ------------------------------------------------------------------------------------
 
 struct ItemType {
     std::string_view name;
@@ -6079,15 +6081,9 @@ Fault read_content(const Json& content, const std::string& path, bool assistant,
 Fault read_message(const Json& json, const std::string& path, Item* item) {
     std::string role;
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
-    const auto* found = std::find_if(std::begin(role_names), std::end(role_names),
-                                     [&](const RoleName& row) { return row.name == role; });
-    if (found == std::end(role_names))
-        return api_wrong_value(
-            "invalid_value", path + ".role",
-            "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\", "
-            "\"function\"",
-            json["role"]);
-    item->role = found->role;
+    if (Fault fault = check_choice(json["role"], path + ".role", kRoleNames)) return fault;
+    const auto* found = std::find(std::begin(kRoleNames), std::end(kRoleNames), role);
+    item->role = static_cast<Role>(found - std::begin(kRoleNames));
     return read_content(json["content"], path + ".content", item->role == Role::assistant, item);
 }
 
@@ -6287,9 +6283,9 @@ Fault field_user(const Json& value, Request* request) {
 constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
 
 Window window_of(std::string_view name) {
-    for (const Window window : {Window::asap, Window::flex})
-        if (name == window_name(window)) return window;
-    return Window::standard;
+    const auto* found = std::find(std::begin(kWindowNames), std::end(kWindowNames), name);
+    return found == std::end(kWindowNames) ? Window::standard
+                                           : static_cast<Window>(found - std::begin(kWindowNames));
 }
 
 Fault check_metadata(const std::string& key, const Json& value) {
@@ -6300,8 +6296,7 @@ Fault check_metadata(const std::string& key, const Json& value) {
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
-    if (key == "completion_window")
-        return check_choice(value, path, {kWindowNames[0], kWindowNames[1], kWindowNames[2]});
+    if (key == "completion_window") return check_choice(value, path, kWindowNames);
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
@@ -6483,7 +6478,7 @@ Json render_output(const ResponseRecord& record, const Outcome& outcome,
     output.push(Json::object()
                     .set("id", record.message_id)
                     .set("type", "message")
-                    .set("role", "assistant")
+                    .set("role", role_name(Role::assistant))
                     .set("status", status)
                     .set("content", Json::array().push(std::move(part))));
     return output;
@@ -6527,9 +6522,10 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
         if (!given[key].is_null()) item.set(key, given[key]);
     if (row->kind == Item::Kind::reasoning && !item.contains("summary"))
         item.set("summary", Json::array());
-    if (row->kind == Item::Kind::message)
-        item.set("content",
-                 render_input_content(given["content"], given["role"].as_string() == "assistant"));
+    if (row->kind == Item::Kind::message) {
+        const bool assistant = given["role"].as_string() == role_name(Role::assistant);
+        item.set("content", render_input_content(given["content"], assistant));
+    }
     return item;
 }
 
@@ -14521,14 +14517,12 @@ namespace {
 
 /// A role that spells one of the six is a word of the template's.
 void trust_roles(const Value& messages) {
-    static const char* const roles[] = {"system",    "developer", "user",
-                                        "assistant", "tool",      "function"};
     if (!is_list(messages)) return;
     for (const Value& message : list_in(messages)) {
         const Value* role = message.kind == Kind::dict ? find_entry(dict_in(message), "role")
                                                        : nullptr;
         if (!role || !is_string(*role)) continue;
-        for (const char* name : roles)  // the value is new: nobody else holds it
+        for (const std::string_view name : kRoleNames)  // the value is new: nobody else holds it
             if (chars(*role) == name) static_cast<Text*>(role->object.get())->from_request.clear();
     }
 }
@@ -16281,14 +16275,11 @@ bool ChatTemplate::mentions(std::string_view word) const {
 
 Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
                                  std::string_view bos, std::string_view eos, int64_t now_s) {
-    static const char* const roles[] = {"system",    "developer", "user",
-                                        "assistant", "tool",      "function"};
-    const bool knows_developer = chat_template.mentions("developer");
+    const bool knows_developer = chat_template.mentions(role_name(Role::developer));
     Json messages = Json::array();
     const auto add = [&](Role role, std::string text) {
         if (role == Role::developer && !knows_developer) role = Role::system;
-        messages.push(
-            Json::object().set("role", roles[size_t(role)]).set("content", std::move(text)));
+        messages.push(Json::object().set("role", role_name(role)).set("content", std::move(text)));
     };
     if (!request.instructions.empty()) add(Role::system, request.instructions);
     if (request.input.items.empty()) add(Role::user, request.input.text);
@@ -19055,8 +19046,7 @@ void LoadedModel::name(const EngineOptions& options) {
     info_.aliases = options.aliases;
     info_.created = unix_time_ms() / 1000;
     info_.context_tokens = choose_context(options, spec());
-    info_.windows.clear();
-    for (const Window window : options.windows) info_.windows.emplace_back(window_name(window));
+    info_.windows = options.windows;
 }
 
 bool LoadedModel::is_called(const std::string& name) const {
@@ -19571,7 +19561,7 @@ Result<void> PromptMaker::check_length(size_t tokens) const {
 std::string PromptMaker::refused_window() const {
     const ModelInfo& info = model_.info();
     std::string message = std::string(kWindowField) + ": the model '" + info.id + "' serves";
-    for (const std::string& window : info.windows) message += " " + window;
+    for (const Window window : info.windows) message.append(" ").append(window_name(window));
     return message;
 }
 

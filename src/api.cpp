@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_set>
@@ -160,8 +161,7 @@ Fault check_bool(const Json& value, const std::string& path) {
 }
 
 Fault check_choice(const Json& value, const std::string& path,
-                   std::initializer_list<std::string_view> choices,
-                   const char* code = "invalid_value") {
+                   std::span<const std::string_view> choices, const char* code = "invalid_value") {
     if (!value.is_string()) return api_wrong_type(path, "a string", value);
     std::string allowed;
     for (const std::string_view choice : choices) {
@@ -171,16 +171,13 @@ Fault check_choice(const Json& value, const std::string& path,
     return api_wrong_value(code, path, (choices.size() > 1 ? "one of " : "") + allowed, value);
 }
 
-// ---- Items ------------------------------------------------------------------------------------
+Fault check_choice(const Json& value, const std::string& path,
+                   std::initializer_list<std::string_view> choices,
+                   const char* code = "invalid_value") {
+    return check_choice(value, path, std::span(choices.begin(), choices.size()), code);
+}
 
-struct RoleName {
-    std::string_view name;
-    Role role;
-};
-constexpr RoleName role_names[] = {
-    {"system", Role::system},       {"developer", Role::developer}, {"user", Role::user},
-    {"assistant", Role::assistant}, {"tool", Role::tool},           {"function", Role::function},
-};
+// ---- Items ------------------------------------------------------------------------------------
 
 struct ItemType {
     std::string_view name;
@@ -259,15 +256,9 @@ Fault read_content(const Json& content, const std::string& path, bool assistant,
 Fault read_message(const Json& json, const std::string& path, Item* item) {
     std::string role;
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
-    const auto* found = std::find_if(std::begin(role_names), std::end(role_names),
-                                     [&](const RoleName& row) { return row.name == role; });
-    if (found == std::end(role_names))
-        return api_wrong_value(
-            "invalid_value", path + ".role",
-            "one of \"system\", \"developer\", \"user\", \"assistant\", \"tool\", "
-            "\"function\"",
-            json["role"]);
-    item->role = found->role;
+    if (Fault fault = check_choice(json["role"], path + ".role", kRoleNames)) return fault;
+    const auto* found = std::find(std::begin(kRoleNames), std::end(kRoleNames), role);
+    item->role = static_cast<Role>(found - std::begin(kRoleNames));
     return read_content(json["content"], path + ".content", item->role == Role::assistant, item);
 }
 
@@ -467,9 +458,9 @@ Fault field_user(const Json& value, Request* request) {
 constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
 
 Window window_of(std::string_view name) {
-    for (const Window window : {Window::asap, Window::flex})
-        if (name == window_name(window)) return window;
-    return Window::standard;
+    const auto* found = std::find(std::begin(kWindowNames), std::end(kWindowNames), name);
+    return found == std::end(kWindowNames) ? Window::standard
+                                           : static_cast<Window>(found - std::begin(kWindowNames));
 }
 
 Fault check_metadata(const std::string& key, const Json& value) {
@@ -480,8 +471,7 @@ Fault check_metadata(const std::string& key, const Json& value) {
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
-    if (key == "completion_window")
-        return check_choice(value, path, {kWindowNames[0], kWindowNames[1], kWindowNames[2]});
+    if (key == "completion_window") return check_choice(value, path, kWindowNames);
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
@@ -663,7 +653,7 @@ Json render_output(const ResponseRecord& record, const Outcome& outcome,
     output.push(Json::object()
                     .set("id", record.message_id)
                     .set("type", "message")
-                    .set("role", "assistant")
+                    .set("role", role_name(Role::assistant))
                     .set("status", status)
                     .set("content", Json::array().push(std::move(part))));
     return output;
@@ -707,9 +697,10 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
         if (!given[key].is_null()) item.set(key, given[key]);
     if (row->kind == Item::Kind::reasoning && !item.contains("summary"))
         item.set("summary", Json::array());
-    if (row->kind == Item::Kind::message)
-        item.set("content",
-                 render_input_content(given["content"], given["role"].as_string() == "assistant"));
+    if (row->kind == Item::Kind::message) {
+        const bool assistant = given["role"].as_string() == role_name(Role::assistant);
+        item.set("content", render_input_content(given["content"], assistant));
+    }
     return item;
 }
 

@@ -158,7 +158,7 @@ struct ModelInfo {
     int64_t created = 0;  ///< unix seconds
     std::string owned_by = "valar";
     uint32_t context_tokens = 0;
-    std::vector<std::string> windows = {"asap", "standard", "flex"};
+    std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};
     bool image = false, tools = false, thinking = false;
     bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
 };

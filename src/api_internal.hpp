@@ -55,8 +55,14 @@ struct DialectWords {
 const DialectWords& words_of(Dialect dialect);
 const char* status_name(Status status, bool cut, const DialectWords& words);
 
+/// The words of a Role on the wire, which are those of chat templates too.
+inline constexpr std::string_view kRoleNames[] = {"system",    "developer", "user",
+                                                  "assistant", "tool",      "function"};
+static_assert(std::size(kRoleNames) == static_cast<size_t>(Role::function) + 1);
+constexpr std::string_view role_name(Role role) { return kRoleNames[static_cast<size_t>(role)]; }
+
 /// The words of a Window on the wire, and the field that holds them.
-inline constexpr const char* kWindowNames[] = {"asap", "standard", "flex"};
+inline constexpr std::string_view kWindowNames[] = {"asap", "standard", "flex"};
 static_assert(std::size(kWindowNames) == static_cast<size_t>(Window::flex) + 1);
 inline constexpr const char* kWindowField = "metadata.completion_window";
 constexpr std::string_view window_name(Window window) {

@@ -1133,7 +1133,7 @@ TEST_CASE("windows: a model may serve fewer") {
     EngineOptions options = tiny_options();
     options.windows = {Window::asap, Window::standard};
     Engine engine = open_tiny(options);
-    CHECK(engine.responder()->models()[0].windows == std::vector<std::string>{"asap", "standard"});
+    CHECK(engine.responder()->models()[0].windows == std::vector{Window::asap, Window::standard});
     Reply reply = engine.submit(ask_in(Window::flex));
     REQUIRE(reply.finished());
     CHECK(reply.outcome().error->param == "metadata.completion_window");

@@ -52,7 +52,8 @@ public:
                                              "context_length_exceeded", "input");
         const char* const names[] = {"asap", "standard", "flex"};
         const std::string window = names[static_cast<size_t>(request.window)];
-        if (std::find(info.windows.begin(), info.windows.end(), window) == info.windows.end())
+        if (std::find(info.windows.begin(), info.windows.end(), request.window) ==
+            info.windows.end())
             return valar::detail::make_error(valar::ErrorKind::invalid_request,
                                              "this model has no window " + window, "invalid_value",
                                              "metadata.completion_window");

@@ -1232,7 +1232,7 @@ TEST_CASE("server: completion windows") {
         "400 invalid_request_error invalid_value metadata.completion_window";
     CHECK(error_of(with("flex", false)) == refused);
     CHECK(error_of(with("soon", true)) == refused);
-    serving.fake.info.windows = {"standard"};
+    serving.fake.info.windows = {Window::standard};
     CHECK(error_of(with("asap", false)) == refused);
 }
 

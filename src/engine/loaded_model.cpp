@@ -119,8 +119,7 @@ void LoadedModel::name(const EngineOptions& options) {
     info_.aliases = options.aliases;
     info_.created = unix_time_ms() / 1000;
     info_.context_tokens = choose_context(options, spec());
-    info_.windows.clear();
-    for (const Window window : options.windows) info_.windows.emplace_back(window_name(window));
+    info_.windows = options.windows;
 }
 
 bool LoadedModel::is_called(const std::string& name) const {

@@ -134,7 +134,7 @@ Result<void> PromptMaker::check_length(size_t tokens) const {
 std::string PromptMaker::refused_window() const {
     const ModelInfo& info = model_.info();
     std::string message = std::string(kWindowField) + ": the model '" + info.id + "' serves";
-    for (const std::string& window : info.windows) message += " " + window;
+    for (const Window window : info.windows) message.append(" ").append(window_name(window));
     return message;
 }
 

@@ -1,5 +1,6 @@
 #include "prologue.hpp"
 
+#include "api_internal.hpp"
 #include "json_internal.hpp"
 #include "template/renderer.hpp"
 
@@ -207,14 +208,12 @@ namespace {
 
 /// A role that spells one of the six is a word of the template's.
 void trust_roles(const Value& messages) {
-    static const char* const roles[] = {"system",    "developer", "user",
-                                        "assistant", "tool",      "function"};
     if (!is_list(messages)) return;
     for (const Value& message : list_in(messages)) {
         const Value* role = message.kind == Kind::dict ? find_entry(dict_in(message), "role")
                                                        : nullptr;
         if (!role || !is_string(*role)) continue;
-        for (const char* name : roles)  // the value is new: nobody else holds it
+        for (const std::string_view name : kRoleNames)  // the value is new: nobody else holds it
             if (chars(*role) == name) static_cast<Text*>(role->object.get())->from_request.clear();
     }
 }

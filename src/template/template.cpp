@@ -3,6 +3,7 @@
 // filters, tests, methods and functions, and last the way from a request to a prompt.
 #include "prologue.hpp"
 
+#include "api_internal.hpp"
 #include "template/parser.hpp"
 #include "template/renderer.hpp"
 
@@ -74,14 +75,11 @@ bool ChatTemplate::mentions(std::string_view word) const {
 
 Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
                                  std::string_view bos, std::string_view eos, int64_t now_s) {
-    static const char* const roles[] = {"system",    "developer", "user",
-                                        "assistant", "tool",      "function"};
-    const bool knows_developer = chat_template.mentions("developer");
+    const bool knows_developer = chat_template.mentions(role_name(Role::developer));
     Json messages = Json::array();
     const auto add = [&](Role role, std::string text) {
         if (role == Role::developer && !knows_developer) role = Role::system;
-        messages.push(
-            Json::object().set("role", roles[size_t(role)]).set("content", std::move(text)));
+        messages.push(Json::object().set("role", role_name(role)).set("content", std::move(text)));
     };
     if (!request.instructions.empty()) add(Role::system, request.instructions);
     if (request.input.items.empty()) add(Role::user, request.input.text);
