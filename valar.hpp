@@ -164,15 +164,15 @@ struct Error {
 };
 
 namespace detail {
-// An Error travels in a box: results stay small, and what makes, copies and frees it is compiled once.
+// An Error travels in a box: results stay small; what makes, copies and frees it is compiled once.
 VALAR_API Error* box_error(Error&& error);
 VALAR_API Error* copy_error(const Error* error);
 VALAR_API void free_error(Error* error) noexcept;
 }  // namespace detail
 
-/// A value or an Error. Tests true when it holds a value; `->` and `*` reach it. value(), `->` and `*`
-/// only when ok(), error() only when not (VALAR_ASSERT checks both). One that was moved from can only
-/// be assigned to and destroyed.
+/// A value or an Error. Tests true when it holds a value; `->` and `*` reach it. value(), `->` and
+/// `*` only when ok(), error() only when not (VALAR_ASSERT checks both). One that was moved from
+/// can only be assigned to and destroyed.
 /// Threads: as safe as the value it holds.
 template <class T>
 class [[nodiscard]] Result {
@@ -265,8 +265,8 @@ private:
 /// How serious a log line is.
 enum class LogLevel : uint8_t { debug, info, warning, error };
 
-/// Where log lines go; the default is nowhere. `write` may be called from any thread. Every callback
-/// is a struct like this: functions, and the `context` of yours that they are given first.
+/// Where log lines go; the default is nowhere. `write` may be called from any thread. A callback is
+/// always a struct like this: functions, and the `context` of yours that they are given first.
 struct LogSink {
     void (*write)(void* context, LogLevel level, std::string_view line) = nullptr;
     void* context = nullptr;
@@ -275,8 +275,8 @@ struct LogSink {
     }
 };
 
-/// Where memory comes from; the default is the system. `allocate` returns bytes aligned as asked, or
-/// null where there are none, with any content. Both are called by the thread that opens or closes.
+/// Where memory comes from; the default is the system. `allocate` returns bytes aligned as asked,
+/// with any content, or null. Both are called by the thread that opens or closes.
 struct Allocator {
     void* (*allocate)(void* context, uint64_t bytes, uint64_t alignment) = nullptr;
     void (*release)(void* context, void* memory, uint64_t bytes) = nullptr;
@@ -1309,7 +1309,7 @@ public:
 namespace valar {
 inline namespace v1 {
 
-/// What an engine is made of. What a caller types first stands first. Designated initialisers follow
+/// What an engine is made of; what a caller types first stands first. Designated initialisers keep
 /// the order of declaration, as C++ wants it: {.model_path = "m.gguf", .threads = 2} compiles, the
 /// other way round it is an error. Where the order is in the way, assign the fields one by one.
 struct EngineOptions {
@@ -1454,8 +1454,8 @@ public:
 
     /// All of it as bytes, for a save game: settings and what was said and, with `pages`, the keys
     /// and values that the cache has of it (KvType and layers decide: 12 KiB a token and more), so
-    /// that nothing needs to be computed again. Errors: "conversation_busy", memory, a model file that
-    /// cannot be read.
+    /// that nothing needs to be computed again. Errors: "conversation_busy"; no memory; a model file
+    /// that cannot be read.
     Result<std::vector<std::byte>> save(bool pages = true);
     /// What save() wrote. Errors (bad_data): a byte that is not as it was written; (unsupported):
     /// another version or model, or pages of an engine with other options.
@@ -1519,8 +1519,8 @@ VALAR_API Result<HttpReply> http_call(const HttpCall& call);
 // ---- src/store/store.hpp -----------------------------------------------------------------------
 
 // >>store
-// Owns: the responses that a server has accepted: the request as received, what was resolved when it
-//       was accepted, the object that was answered; the reservations of idempotency keys.
+// Owns: the responses that a server has accepted: the request as received, what was resolved when
+//       it was accepted, the object that was answered; the reservations of idempotency keys.
 // Assumes: ids that nobody can guess and that are never used twice.
 // Promises: a record is seen by its own organisation only; what is not terminal never goes early;
 //           what a completion reported is kept.
@@ -1664,11 +1664,11 @@ struct FileStoreOptions {
     LogSink log = {};
 };
 
-/// Records in a directory: an append-only journal in files of segment_bytes, and an index in memory.
-/// What a StoreDone reported is on the disk. All that waits is synced at once. Deleted and expired
-/// texts are off the disk within a day, as long as expire() is called. After a sync that failed
-/// nothing is accepted any more; on a full disk changes fail with `overloaded`, reads go on. The
-/// directory takes up to twice max_bytes and two segments.
+/// Records in a directory: an append-only journal in files of segment_bytes, and an index in
+/// memory. What a StoreDone reported is on the disk. All that waits is synced at once. Deleted and
+/// expired texts are off the disk within a day, as long as expire() is called. After a sync that
+/// failed nothing is accepted any more; on a full disk changes fail with `overloaded`, reads go on.
+/// The directory takes up to twice max_bytes and two segments.
 class VALAR_API FileStore : public detail::IndexedStore {
 public:
     /// Errors: io (also: held by another process), bad_data naming file and offset of damage,
@@ -1701,7 +1701,7 @@ private:
 //       a Store and any Responder; knows no engine.
 // Assumes: Responders that outlive it, and a thread that calls run() or step().
 // Promises: one order of checks (ServerLoop::on_head, accept); an envelope and an X-Request-ID on
-//           every reply; the loop never waits (two worker threads parse, validate, prepare, render);
+//           every reply; the loop never waits (two workers parse, validate, prepare and render);
 //           a terminal object is rendered once; no body, prompt or key is ever logged.
 
 namespace valar {
@@ -1918,7 +1918,7 @@ format(const char* pattern, ...);
 using IndexLess = bool (*)(const void* context, uint32_t a, uint32_t b);
 std::vector<uint32_t> sorted_order(size_t count, IndexLess less, const void* context);
 
-/// std::stable_sort of items first .. last - 1, for where speed does not matter: all types share the
+/// std::stable_sort of items first .. last - 1, where speed does not matter: all types share the
 /// sort of their indices, and each saves a fifth of a second of compiling.
 template <class T, class Less>
 void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_t last = SIZE_MAX) {
@@ -5792,8 +5792,8 @@ struct ResponseRecord {
 };
 
 /// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
-/// order, other fields in document order, rules across fields. Errors: invalid_request with code and
-/// param; the message says what is wrong, what was received and what is allowed.
+/// order, other fields in document order, rules across fields. Errors: invalid_request with code
+/// and param; the message says what is wrong, what was received and what is allowed.
 Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
 /// The response object, all its keys in their order.
 Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
@@ -18904,8 +18904,8 @@ uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec);
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file);
 /// Full pages before a position that some layer may see from there; UINT32_MAX: all.
 uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
-/// Pages that a sequence holds at once, with so many positions: where all layers have windows, those
-/// that they reach from a batch's first row, and the batch's.
+/// Pages that a sequence holds at once, with so many positions: where all layers have windows,
+/// those that they reach from a batch's first row, and the batch's.
 uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
                           uint32_t page_tokens);
 
@@ -20316,7 +20316,7 @@ public:
 
     /// Makes room for all that comes, and tells the reply that it is under way.
     void begin(Sequence& sequence);
-    /// A token that was drawn from these logits. The end, a stop string or the limit ends the answer.
+    /// A token drawn from these logits. The end, a stop string or the limit ends the answer.
     void add_token(Sequence& sequence, Token token, std::span<const float> logits);
     /// The reply learns the end; the sequence is `over`.
     void end(Sequence& sequence, Status status, std::optional<Error> error = {});
@@ -23221,8 +23221,8 @@ struct StoreRecords {
 // ---- src/store/index.cpp -----------------------------------------------------------------------
 
 // >>store
-// One index holds the records of either store and the rules for changing them; what differs is where
-// texts lie. FileStore adds the journal: see "The journal" below for its format.
+// One index holds the records of either store and the rules for changing them; what differs is
+// where texts lie. FileStore adds the journal: see "The journal" below for its format.
 
 #ifndef VALAR_NO_STORE
 namespace valar {
@@ -23507,8 +23507,8 @@ std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
 // ---- src/store/journal.hpp ---------------------------------------------------------------------
 
 // ---- The journal -----------------------------------------------------------------------------
-// A directory holds `manifest` (which segments there are, in order), segments `00000001.journal` and
-// `lock`. Numbers are little-endian.
+// A directory holds `manifest` (which segments there are, in order), segments `00000001.journal`
+// and `lock`. Numbers are little-endian.
 //
 //     manifest: "valarman", u32 version, u32 salt, u32 count, then for each segment
 //               u32 number, u64 first sequence, u64 bytes (0: the newest, still growing);
@@ -23520,8 +23520,8 @@ std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
 // Sequence numbers ascend; in the newest segment by one. `back` counts the records before this one
 // in its commit, which is what one sync covered: a commit begins only when the one before it is on
 // the disk. So a bad record is a torn tail if no valid record of a later commit follows: a crash
-// may lose any part of a commit, but nothing before it. An orderly close writes a commit of its own.
-// CRC-32C begins with the salt: no text that a client sends can look like a record.
+// may lose any part of a commit, but nothing before it. An orderly close writes a commit of its
+// own. CRC-32C begins with the salt: no text that a client sends can look like a record.
 //
 // Compaction copies what is live in the oldest segments to new ones, byte for byte, and puts those
 // in their place. It always begins with the oldest segment: a record that ends another's life never
@@ -23692,8 +23692,8 @@ inline bool operator==(const JournalPlace& a, const JournalPlace& b) {
 inline constexpr JournalPlace StoreEntry::*journal_slots[] = {
     &StoreEntry::added, &StoreEntry::begun, &StoreEntry::ended};
 
-/// What the store thread owns. Only it changes index and segments, under the lock of the records; it
-/// reads them without.
+/// What the store thread owns. Only it changes index and segments, under the lock of the records;
+/// it reads them without.
 struct FileJournal {
     FileStoreOptions options;
     std::unique_ptr<Folder> folder;
@@ -25428,7 +25428,7 @@ void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
 
 // ---- Jobs ------------------------------------------------------------------------------------
 
-/// One wake for all of a turn: a worker that sleeps between two requests costs more than the request.
+/// One wake for all of a turn: waking a worker for each request would cost more than the request.
 void ServerLoop::hand_over() {
     if (outgoing.empty()) return;
     const bool one = outgoing.size() == 1;

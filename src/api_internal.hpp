@@ -29,8 +29,8 @@ struct ResponseRecord {
 };
 
 /// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
-/// order, other fields in document order, rules across fields. Errors: invalid_request with code and
-/// param; the message says what is wrong, what was received and what is allowed.
+/// order, other fields in document order, rules across fields. Errors: invalid_request with code
+/// and param; the message says what is wrong, what was received and what is allowed.
 Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
 /// The response object, all its keys in their order.
 Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);

@@ -47,15 +47,15 @@ struct Error {
 };
 
 namespace detail {
-// An Error travels in a box: results stay small, and what makes, copies and frees it is compiled once.
+// An Error travels in a box: results stay small; what makes, copies and frees it is compiled once.
 VALAR_API Error* box_error(Error&& error);
 VALAR_API Error* copy_error(const Error* error);
 VALAR_API void free_error(Error* error) noexcept;
 }  // namespace detail
 
-/// A value or an Error. Tests true when it holds a value; `->` and `*` reach it. value(), `->` and `*`
-/// only when ok(), error() only when not (VALAR_ASSERT checks both). One that was moved from can only
-/// be assigned to and destroyed.
+/// A value or an Error. Tests true when it holds a value; `->` and `*` reach it. value(), `->` and
+/// `*` only when ok(), error() only when not (VALAR_ASSERT checks both). One that was moved from
+/// can only be assigned to and destroyed.
 /// Threads: as safe as the value it holds.
 template <class T>
 class [[nodiscard]] Result {
@@ -148,8 +148,8 @@ private:
 /// How serious a log line is.
 enum class LogLevel : uint8_t { debug, info, warning, error };
 
-/// Where log lines go; the default is nowhere. `write` may be called from any thread. Every callback
-/// is a struct like this: functions, and the `context` of yours that they are given first.
+/// Where log lines go; the default is nowhere. `write` may be called from any thread. A callback is
+/// always a struct like this: functions, and the `context` of yours that they are given first.
 struct LogSink {
     void (*write)(void* context, LogLevel level, std::string_view line) = nullptr;
     void* context = nullptr;
@@ -158,8 +158,8 @@ struct LogSink {
     }
 };
 
-/// Where memory comes from; the default is the system. `allocate` returns bytes aligned as asked, or
-/// null where there are none, with any content. Both are called by the thread that opens or closes.
+/// Where memory comes from; the default is the system. `allocate` returns bytes aligned as asked,
+/// with any content, or null. Both are called by the thread that opens or closes.
 struct Allocator {
     void* (*allocate)(void* context, uint64_t bytes, uint64_t alignment) = nullptr;
     void (*release)(void* context, void* memory, uint64_t bytes) = nullptr;

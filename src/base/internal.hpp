@@ -30,7 +30,7 @@ format(const char* pattern, ...);
 using IndexLess = bool (*)(const void* context, uint32_t a, uint32_t b);
 std::vector<uint32_t> sorted_order(size_t count, IndexLess less, const void* context);
 
-/// std::stable_sort of items first .. last - 1, for where speed does not matter: all types share the
+/// std::stable_sort of items first .. last - 1, where speed does not matter: all types share the
 /// sort of their indices, and each saves a fifth of a second of compiling.
 template <class T, class Less>
 void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_t last = SIZE_MAX) {

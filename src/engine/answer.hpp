@@ -21,7 +21,7 @@ public:
 
     /// Makes room for all that comes, and tells the reply that it is under way.
     void begin(Sequence& sequence);
-    /// A token that was drawn from these logits. The end, a stop string or the limit ends the answer.
+    /// A token drawn from these logits. The end, a stop string or the limit ends the answer.
     void add_token(Sequence& sequence, Token token, std::span<const float> logits);
     /// The reply learns the end; the sequence is `over`.
     void end(Sequence& sequence, Status status, std::optional<Error> error = {});

@@ -17,8 +17,8 @@ uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec);
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file);
 /// Full pages before a position that some layer may see from there; UINT32_MAX: all.
 uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
-/// Pages that a sequence holds at once, with so many positions: where all layers have windows, those
-/// that they reach from a batch's first row, and the batch's.
+/// Pages that a sequence holds at once, with so many positions: where all layers have windows,
+/// those that they reach from a batch's first row, and the batch's.
 uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
                           uint32_t page_tokens);
 

@@ -295,7 +295,7 @@ void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
 
 // ---- Jobs ------------------------------------------------------------------------------------
 
-/// One wake for all of a turn: a worker that sleeps between two requests costs more than the request.
+/// One wake for all of a turn: waking a worker for each request would cost more than the request.
 void ServerLoop::hand_over() {
     if (outgoing.empty()) return;
     const bool one = outgoing.size() == 1;

@@ -3,7 +3,7 @@
 //       a Store and any Responder; knows no engine.
 // Assumes: Responders that outlive it, and a thread that calls run() or step().
 // Promises: one order of checks (ServerLoop::on_head, accept); an envelope and an X-Request-ID on
-//           every reply; the loop never waits (two worker threads parse, validate, prepare, render);
+//           every reply; the loop never waits (two workers parse, validate, prepare and render);
 //           a terminal object is rendered once; no body, prompt or key is ever logged.
 #pragma once
 

@@ -1,6 +1,6 @@
 // >>store
-// One index holds the records of either store and the rules for changing them; what differs is where
-// texts lie. FileStore adds the journal: see "The journal" below for its format.
+// One index holds the records of either store and the rules for changing them; what differs is
+// where texts lie. FileStore adds the journal: see "The journal" below for its format.
 #include "prologue.hpp"
 
 #include "store/index.hpp"

@@ -17,8 +17,8 @@
 #include <vector>
 
 // ---- The journal -----------------------------------------------------------------------------
-// A directory holds `manifest` (which segments there are, in order), segments `00000001.journal` and
-// `lock`. Numbers are little-endian.
+// A directory holds `manifest` (which segments there are, in order), segments `00000001.journal`
+// and `lock`. Numbers are little-endian.
 //
 //     manifest: "valarman", u32 version, u32 salt, u32 count, then for each segment
 //               u32 number, u64 first sequence, u64 bytes (0: the newest, still growing);
@@ -30,8 +30,8 @@
 // Sequence numbers ascend; in the newest segment by one. `back` counts the records before this one
 // in its commit, which is what one sync covered: a commit begins only when the one before it is on
 // the disk. So a bad record is a torn tail if no valid record of a later commit follows: a crash
-// may lose any part of a commit, but nothing before it. An orderly close writes a commit of its own.
-// CRC-32C begins with the salt: no text that a client sends can look like a record.
+// may lose any part of a commit, but nothing before it. An orderly close writes a commit of its
+// own. CRC-32C begins with the salt: no text that a client sends can look like a record.
 //
 // Compaction copies what is live in the oldest segments to new ones, byte for byte, and puts those
 // in their place. It always begins with the oldest segment: a record that ends another's life never
@@ -202,8 +202,8 @@ inline bool operator==(const JournalPlace& a, const JournalPlace& b) {
 inline constexpr JournalPlace StoreEntry::*journal_slots[] = {
     &StoreEntry::added, &StoreEntry::begun, &StoreEntry::ended};
 
-/// What the store thread owns. Only it changes index and segments, under the lock of the records; it
-/// reads them without.
+/// What the store thread owns. Only it changes index and segments, under the lock of the records;
+/// it reads them without.
 struct FileJournal {
     FileStoreOptions options;
     std::unique_ptr<Folder> folder;

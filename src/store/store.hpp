@@ -1,6 +1,6 @@
 // >>store
-// Owns: the responses that a server has accepted: the request as received, what was resolved when it
-//       was accepted, the object that was answered; the reservations of idempotency keys.
+// Owns: the responses that a server has accepted: the request as received, what was resolved when
+//       it was accepted, the object that was answered; the reservations of idempotency keys.
 // Assumes: ids that nobody can guess and that are never used twice.
 // Promises: a record is seen by its own organisation only; what is not terminal never goes early;
 //           what a completion reported is kept.
@@ -155,11 +155,11 @@ struct FileStoreOptions {
     LogSink log = {};
 };
 
-/// Records in a directory: an append-only journal in files of segment_bytes, and an index in memory.
-/// What a StoreDone reported is on the disk. All that waits is synced at once. Deleted and expired
-/// texts are off the disk within a day, as long as expire() is called. After a sync that failed
-/// nothing is accepted any more; on a full disk changes fail with `overloaded`, reads go on. The
-/// directory takes up to twice max_bytes and two segments.
+/// Records in a directory: an append-only journal in files of segment_bytes, and an index in
+/// memory. What a StoreDone reported is on the disk. All that waits is synced at once. Deleted and
+/// expired texts are off the disk within a day, as long as expire() is called. After a sync that
+/// failed nothing is accepted any more; on a full disk changes fail with `overloaded`, reads go on.
+/// The directory takes up to twice max_bytes and two segments.
 class VALAR_API FileStore : public detail::IndexedStore {
 public:
     /// Errors: io (also: held by another process), bad_data naming file and offset of damage,
