@@ -160,7 +160,7 @@ struct Error {
     std::string message;
     std::string code = {};
     std::string param = {};
-    uint32_t retry_after_s = 0;  ///< of overloaded: when another try is worth it; 0: unknown
+    uint32_t retry_after_s = 0;  ///< until another try is worth it; 0: unknown
 };
 
 namespace detail {
@@ -984,8 +984,8 @@ enum class Precision : uint8_t { fast, fine };
 /// multiple of 32 values.
 enum class KvType : uint8_t { f16, f32, q8_0 };
 
-/// The host's job system: `run` calls job(argument, i) for every i in 0 .. count-1, on any threads, in
-/// any order, and returns when all have returned. No job waits for another.
+/// The host's job system: `run` calls job(argument, i) for every i in 0 .. count-1, on any threads,
+/// in any order, and returns when all have returned. No job waits for another.
 struct ParallelFor {
     void (*run)(void* context, uint32_t count, void (*job)(void* argument, uint32_t index),
                 void* argument) = nullptr;
@@ -1454,8 +1454,8 @@ public:
 
     /// All of it as bytes, for a save game: settings and what was said and, with `pages`, the keys
     /// and values that the cache has of it (KvType and layers decide: 12 KiB a token and more), so
-    /// that nothing needs to be computed again. Errors: "conversation_busy"; no memory; a model file
-    /// that cannot be read.
+    /// that nothing needs to be computed again. Errors: "conversation_busy"; no memory; a model
+    /// file that cannot be read.
     Result<std::vector<std::byte>> save(bool pages = true);
     /// What save() wrote. Errors (bad_data): a byte that is not as it was written; (unsupported):
     /// another version or model, or pages of an engine with other options.
@@ -6288,15 +6288,17 @@ Window window_of(std::string_view name) {
                                            : static_cast<Window>(found - std::begin(kWindowNames));
 }
 
+std::string metadata_path(const std::string& key) { return "metadata." + key; }
+
 Fault check_metadata(const std::string& key, const Json& value) {
-    const std::string path = "metadata." + key;
+    const std::string path = metadata_path(key);
     if (utf8_count(key) > metadata_max_key)
         return api_error(
             "string_above_max_length", "metadata",
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
-    if (key == "completion_window") return check_choice(value, path, kWindowNames);
+    if (path == kWindowField) return check_choice(value, path, kWindowNames);
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
@@ -6315,7 +6317,7 @@ Fault field_metadata(const Json& value, Request* request) {
     for (const JsonMember& member : value.members()) {
         if (Fault fault = check_metadata(member.key, member.value)) return fault;
         request->metadata.emplace_back(member.key, member.value.as_string());
-        if (member.key == "completion_window")
+        if (metadata_path(member.key) == kWindowField)
             request->window = window_of(member.value.as_string());
     }
     return {};
@@ -6416,7 +6418,7 @@ Fault check_background(const Request& request) {
                          "'store' must be true with 'background', but false was received");
     if (request.background || request.window != Window::flex) return {};
     return api_error("invalid_value", kWindowField,
-                     "'metadata.completion_window' may be \"flex\" only with 'background': true");
+                     format("'%s' may be \"flex\" only with 'background': true", kWindowField));
 }
 
 // ---- The response object ----------------------------------------------------------------------

@@ -463,15 +463,17 @@ Window window_of(std::string_view name) {
                                            : static_cast<Window>(found - std::begin(kWindowNames));
 }
 
+std::string metadata_path(const std::string& key) { return "metadata." + key; }
+
 Fault check_metadata(const std::string& key, const Json& value) {
-    const std::string path = "metadata." + key;
+    const std::string path = metadata_path(key);
     if (utf8_count(key) > metadata_max_key)
         return api_error(
             "string_above_max_length", "metadata",
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
-    if (key == "completion_window") return check_choice(value, path, kWindowNames);
+    if (path == kWindowField) return check_choice(value, path, kWindowNames);
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
@@ -490,7 +492,7 @@ Fault field_metadata(const Json& value, Request* request) {
     for (const JsonMember& member : value.members()) {
         if (Fault fault = check_metadata(member.key, member.value)) return fault;
         request->metadata.emplace_back(member.key, member.value.as_string());
-        if (member.key == "completion_window")
+        if (metadata_path(member.key) == kWindowField)
             request->window = window_of(member.value.as_string());
     }
     return {};
@@ -591,7 +593,7 @@ Fault check_background(const Request& request) {
                          "'store' must be true with 'background', but false was received");
     if (request.background || request.window != Window::flex) return {};
     return api_error("invalid_value", kWindowField,
-                     "'metadata.completion_window' may be \"flex\" only with 'background': true");
+                     format("'%s' may be \"flex\" only with 'background': true", kWindowField));
 }
 
 // ---- The response object ----------------------------------------------------------------------

@@ -43,7 +43,7 @@ struct Error {
     std::string message;
     std::string code = {};
     std::string param = {};
-    uint32_t retry_after_s = 0;  ///< of overloaded: when another try is worth it; 0: unknown
+    uint32_t retry_after_s = 0;  ///< until another try is worth it; 0: unknown
 };
 
 namespace detail {

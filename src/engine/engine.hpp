@@ -169,8 +169,8 @@ public:
 
     /// All of it as bytes, for a save game: settings and what was said and, with `pages`, the keys
     /// and values that the cache has of it (KvType and layers decide: 12 KiB a token and more), so
-    /// that nothing needs to be computed again. Errors: "conversation_busy"; no memory; a model file
-    /// that cannot be read.
+    /// that nothing needs to be computed again. Errors: "conversation_busy"; no memory; a model
+    /// file that cannot be read.
     Result<std::vector<std::byte>> save(bool pages = true);
     /// What save() wrote. Errors (bad_data): a byte that is not as it was written; (unsupported):
     /// another version or model, or pages of an engine with other options.

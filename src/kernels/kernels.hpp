@@ -22,8 +22,8 @@ enum class Precision : uint8_t { fast, fine };
 /// multiple of 32 values.
 enum class KvType : uint8_t { f16, f32, q8_0 };
 
-/// The host's job system: `run` calls job(argument, i) for every i in 0 .. count-1, on any threads, in
-/// any order, and returns when all have returned. No job waits for another.
+/// The host's job system: `run` calls job(argument, i) for every i in 0 .. count-1, on any threads,
+/// in any order, and returns when all have returned. No job waits for another.
 struct ParallelFor {
     void (*run)(void* context, uint32_t count, void (*job)(void* argument, uint32_t index),
                 void* argument) = nullptr;
