@@ -4786,6 +4786,8 @@ std::string write_double(double value);
 Result<double> parse_double(std::string_view text);
 /// Appends `text` as a JSON string with its quotes; bytes that are not UTF-8 become U+FFFD.
 void write_json_string(std::string& out, std::string_view text);
+/// The same without the quotes. `ascii`: all but printable ASCII becomes \u escapes.
+void write_json_escaped(std::string& out, std::string_view text, bool ascii = false);
 
 }  // namespace detail
 }  // namespace v1
@@ -5721,31 +5723,48 @@ private:
     size_t depth_ = 0;
 };
 
+void write_utf16_escape(std::string& out, char32_t unit) {
+    out += "\\u";
+    for (int shift = 12; shift >= 0; shift -= 4) out += "0123456789abcdef"[unit >> shift & 15];
+}
+
+void write_json_escape(std::string& out, char32_t c) {
+    constexpr std::string_view letters = "\"\\bfnrt", meanings = "\"\\\b\f\n\r\t";
+    const size_t which = c < 0x80 ? meanings.find(char(c)) : std::string_view::npos;
+    if (which != std::string_view::npos) {
+        (out += '\\') += letters[which];
+    } else if (c < 0x10000) {
+        write_utf16_escape(out, c);
+    } else {
+        write_utf16_escape(out, 0xd800 + ((c - 0x10000) >> 10));
+        write_utf16_escape(out, 0xdc00 + ((c - 0x10000) & 0x3ff));
+    }
+}
+
 }  // namespace
 
 void write_json_string(std::string& out, std::string_view text) {
-    const char *p = text.data(), *end = p + text.size(), *start = p;
     out += '"';
+    write_json_escaped(out, text);
+    out += '"';
+}
+
+void write_json_escaped(std::string& out, std::string_view text, bool ascii) {
+    const char *p = text.data(), *const end = p + text.size(), *start = p;
     for (;;) {
-        p = skip_plain_text(p, end);
-        const char* at = p;
-        if (p < end && uint8_t(*p) >= 0x80) {
-            size_t length = 0;
-            const char32_t c = utf8_next({p, size_t(end - p)}, &length);
-            p += length;
-            if (c != bad_utf8) continue;
-        }
-        out.append(start, at);
-        if (at == end) break;
-        if (p == at) ++p;
+        if (!ascii) p = skip_plain_text(p, end);
+        if (p == end) break;
+        size_t length = 0;
+        char32_t c = utf8_next({p, size_t(end - p)}, &length);
+        p += length;
+        if (c >= 0x20 && c != '"' && c != '\\' && c < (ascii ? 0x7f : bad_utf8)) continue;
+        out.append(start, p - length);
         start = p;
-        constexpr std::string_view letters = "\"\\bfnrt", meanings = "\"\\\b\f\n\r\t";
-        const size_t which = meanings.find(*at);
-        if (uint8_t(*at) >= 0x80) utf8_append(out, 0xfffd);
-        else if (which != std::string_view::npos) (out += '\\') += letters[which];
-        else (out += "\\u00") += hex_encode(at, 1);
+        if (c == bad_utf8) c = 0xfffd;
+        if (c < 0x80 || ascii) write_json_escape(out, c);
+        else utf8_append(out, c);
     }
-    out += '"';
+    out.append(start, end);
 }
 
 }  // namespace detail
@@ -15253,31 +15272,6 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
 
 namespace {
 
-void write_unicode_escape(std::string& out, char32_t c) {
-    if (c >= 0x10000) {
-        write_unicode_escape(out, 0xd800 + ((c - 0x10000) >> 10));
-        c = 0xdc00 + ((c - 0x10000) & 0x3ff);
-    }
-    out += format("\\u%04x", unsigned(c));
-}
-
-/// The inside of a JSON string.
-std::string json_escaped(std::string_view s, bool ascii) {
-    static const char short_escapes[] = "\"\"\\\\n\nt\tr\rb\bf\f";
-    std::string out;
-    for (size_t at = 0; at < s.size();) {
-        const size_t begin = at;
-        const char32_t c = utf8_next(s, &at);
-        const char* found = nullptr;
-        for (const char* e = short_escapes; *e && !found; e += 2)
-            if (c == char32_t(e[1])) found = e;
-        if (found) out += '\\', out += *found;
-        else if (c < 0x20 || (ascii && c > 0x7e)) write_unicode_escape(out, c);
-        else out += s.substr(begin, at - begin);
-    }
-    return out;
-}
-
 /// The inside of Python's repr of a string.
 std::string python_escaped(std::string_view s, char quote) {
     std::string out;
@@ -15321,9 +15315,10 @@ void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t 
             each_run(text_in(v), [&](std::string_view run, bool marked) {
                 charge_bytes(run.size());
                 if (failed()) return;
-                append(out,
-                       style.json ? json_escaped(run, style.ascii) : python_escaped(run, quote),
-                       request || marked);
+                std::string escaped;
+                if (style.json) write_json_escaped(escaped, run, style.ascii);
+                else escaped = python_escaped(run, quote);
+                append(out, escaped, request || marked);
             });
             append(out, std::string_view(&quote, 1), request);
             return;

@@ -18,6 +18,8 @@ std::string write_double(double value);
 Result<double> parse_double(std::string_view text);
 /// Appends `text` as a JSON string with its quotes; bytes that are not UTF-8 become U+FFFD.
 void write_json_string(std::string& out, std::string_view text);
+/// The same without the quotes. `ascii`: all but printable ASCII becomes \u escapes.
+void write_json_escaped(std::string& out, std::string_view text, bool ascii = false);
 
 }  // namespace detail
 }  // namespace v1

@@ -942,31 +942,6 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
 
 namespace {
 
-void write_unicode_escape(std::string& out, char32_t c) {
-    if (c >= 0x10000) {
-        write_unicode_escape(out, 0xd800 + ((c - 0x10000) >> 10));
-        c = 0xdc00 + ((c - 0x10000) & 0x3ff);
-    }
-    out += format("\\u%04x", unsigned(c));
-}
-
-/// The inside of a JSON string.
-std::string json_escaped(std::string_view s, bool ascii) {
-    static const char short_escapes[] = "\"\"\\\\n\nt\tr\rb\bf\f";
-    std::string out;
-    for (size_t at = 0; at < s.size();) {
-        const size_t begin = at;
-        const char32_t c = utf8_next(s, &at);
-        const char* found = nullptr;
-        for (const char* e = short_escapes; *e && !found; e += 2)
-            if (c == char32_t(e[1])) found = e;
-        if (found) out += '\\', out += *found;
-        else if (c < 0x20 || (ascii && c > 0x7e)) write_unicode_escape(out, c);
-        else out += s.substr(begin, at - begin);
-    }
-    return out;
-}
-
 /// The inside of Python's repr of a string.
 std::string python_escaped(std::string_view s, char quote) {
     std::string out;
@@ -1010,9 +985,10 @@ void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t 
             each_run(text_in(v), [&](std::string_view run, bool marked) {
                 charge_bytes(run.size());
                 if (failed()) return;
-                append(out,
-                       style.json ? json_escaped(run, style.ascii) : python_escaped(run, quote),
-                       request || marked);
+                std::string escaped;
+                if (style.json) write_json_escaped(escaped, run, style.ascii);
+                else escaped = python_escaped(run, quote);
+                append(out, escaped, request || marked);
             });
             append(out, std::string_view(&quote, 1), request);
             return;
