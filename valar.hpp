@@ -4156,6 +4156,13 @@ size_t utf8_incomplete_suffix(std::string_view text);
 size_t utf8_count(std::string_view text);
 std::string utf8_repair(std::string_view text);  ///< each malformed subpart becomes U+FFFD
 
+// Of valid UTF-8, where a byte alone tells whether a code point begins:
+inline bool utf8_begins(char c) { return (uint8_t(c) & 0xc0) != 0x80; }
+/// Where code point `index` begins; text.size() when there are fewer.
+size_t utf8_offset(std::string_view text, size_t index);
+/// Where the code point before `at` begins; at > 0.
+size_t utf8_previous(std::string_view text, size_t at);
+
 /// General categories, in the order of their groups: the comparisons below rely on it.
 enum class Category : uint8_t {
     // clang-format off
@@ -4628,9 +4635,23 @@ size_t utf8_incomplete_suffix(std::string_view text) {
 }
 
 size_t utf8_count(std::string_view text) {
-    size_t count = 0;
-    for (size_t at = 0; at < text.size(); ++count) utf8_next(text, &at);
+    size_t at = utf8_valid_prefix(text);
+    size_t count = size_t(std::count_if(text.begin(), text.begin() + ptrdiff_t(at), utf8_begins));
+    for (; at < text.size(); ++count) utf8_next(text, &at);
     return count;
+}
+
+size_t utf8_offset(std::string_view text, size_t index) {
+    size_t at = 0;
+    for (; at < text.size(); ++at)
+        if (utf8_begins(text[at]) && index-- == 0) break;
+    return at;
+}
+
+size_t utf8_previous(std::string_view text, size_t at) {
+    do --at;
+    while (at > 0 && !utf8_begins(text[at]));
+    return at;
 }
 
 std::string utf8_repair(std::string_view text) {
@@ -12995,14 +13016,6 @@ void each_run(const Text& t, Each each) {
 
 bool python_space(char32_t c);
 
-inline bool starts_code_point(char c) { return (uint8_t(c) & 0xc0) != 0x80; }
-
-size_t byte_of(std::string_view s, size_t index);
-
-size_t count_code_points(std::string_view s);
-
-size_t previous_code_point(std::string_view s, size_t at);
-
 ByteRange stripped(std::string_view s, const std::string* set, int sides);
 
 size_t find_text(std::string_view text, std::string_view needle, size_t from = 0);
@@ -13144,24 +13157,6 @@ void add_mark(Text& out, size_t begin, size_t end) {
     else marks.push_back({begin, end});
 }
 
-/// The byte at which code point `index` begins; the size when there are fewer.
-size_t byte_of(std::string_view s, size_t index) {
-    size_t at = 0;
-    for (; at < s.size(); ++at)
-        if (starts_code_point(s[at]) && index-- == 0) break;
-    return at;
-}
-
-size_t count_code_points(std::string_view s) {
-    return size_t(std::count_if(s.begin(), s.end(), starts_code_point));
-}
-
-size_t previous_code_point(std::string_view s, size_t at) {
-    do --at;
-    while (at > 0 && !starts_code_point(s[at]));
-    return at;
-}
-
 /// What is left of s after stripping; `set` null: white space. Sides: 1 left, 2 right.
 ByteRange stripped(std::string_view s, const std::string* set, int sides) {
     const auto drops = [&](char32_t c, std::string_view bytes) {
@@ -13175,7 +13170,7 @@ ByteRange stripped(std::string_view s, const std::string* set, int sides) {
         r.begin = next;
     }
     while ((sides & 2) && r.begin < r.end) {
-        const size_t before = previous_code_point(s, r.end);
+        const size_t before = utf8_previous(s, r.end);
         size_t at = before;
         const char32_t c = utf8_next(s, &at);
         if (!drops(c, s.substr(before, r.end - before))) break;
@@ -15209,11 +15204,11 @@ Value Renderer::subscript(const Value& v, const Value& key, uint32_t node) {
     const Value missing = make_kind(Kind::undefined, node);
     if (!is_int(key) || !(is_list(v) || is_string(v))) return missing;
     if (is_string(v)) charge_bytes(chars(v).size() / 8);
-    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : count_code_points(chars(v)));
+    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : utf8_count(chars(v)));
     const int64_t at = key.integer < 0 ? key.integer + size : key.integer;
     if (at < 0 || at >= size) return missing;
     if (is_list(v)) return list_in(v)[size_t(at)];
-    const size_t begin = byte_of(chars(v), size_t(at));
+    const size_t begin = utf8_offset(chars(v), size_t(at));
     size_t end = begin;
     utf8_next(chars(v), &end);
     return piece(v, {begin, end});
@@ -15241,7 +15236,7 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
     for (const Value* bound : {&begin, &end, &step})
         if (bound->kind != Kind::none && !is_int(*bound)) return {};  // as Jinja does
     if (is_string(v)) charge_bytes(chars(v).size() / 8);
-    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : count_code_points(chars(v)));
+    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : utf8_count(chars(v)));
     const int64_t by = step.kind == Kind::none
                            ? 1
                            : std::clamp<int64_t>(step.integer, -size - 1, size + 1);
@@ -15253,9 +15248,10 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
     };
     const int64_t from = place(begin, by > 0 ? 0 : size - 1), to = place(end, by > 0 ? size : -1);
     if (is_string(v) && by == 1) {
-        const size_t first = byte_of(chars(v), size_t(from));
+        const size_t first = utf8_offset(chars(v), size_t(from));
         const size_t count = size_t(std::max<int64_t>(to - from, 0));
-        return piece(v, {first, first + byte_of(std::string_view(chars(v)).substr(first), count)});
+        return piece(v,
+                     {first, first + utf8_offset(std::string_view(chars(v)).substr(first), count)});
     }
     const Value items = items_of(v);
     List kept;
@@ -15530,14 +15526,14 @@ Value find_index(Renderer& r, const Value& s, const Value& needle, bool last) {
         at = at < all.size() ? find_text(all, chars(needle), at + 1) : std::string::npos;
     }
     if (found == std::string::npos) return make_int(-1);
-    return make_int(int64_t(count_code_points(std::string_view(all).substr(0, found))));
+    return make_int(int64_t(utf8_count(std::string_view(all).substr(0, found))));
 }
 
 Value count_text(Renderer& r, const Value& s, const Value& needle) {
     if (!r.want(needle, Kind::string)) return {};
     if (!r.charge_bytes(chars(s).size() + chars(needle).size() * 4)) return {};
     const std::string &all = chars(s), &what = chars(needle);
-    if (what.empty()) return make_int(int64_t(count_code_points(all)) + 1);
+    if (what.empty()) return make_int(int64_t(utf8_count(all)) + 1);
     int64_t count = 0;
     for (size_t at = 0; (at = find_text(all, what, at)) != std::string::npos; at += what.size())
         ++count;
@@ -15660,7 +15656,7 @@ Value length(Renderer& r, const Value& v) {
         case Kind::undefined: return make_int(0);
         case Kind::string:
             r.charge_bytes(chars(v).size() / 8);
-            return make_int(int64_t(count_code_points(chars(v))));
+            return make_int(int64_t(utf8_count(chars(v))));
         case Kind::list:
         case Kind::tuple: return make_int(int64_t(list_in(v).size()));
         case Kind::dict: return make_int(int64_t(dict_in(v).size()));

@@ -216,9 +216,23 @@ size_t utf8_incomplete_suffix(std::string_view text) {
 }
 
 size_t utf8_count(std::string_view text) {
-    size_t count = 0;
-    for (size_t at = 0; at < text.size(); ++count) utf8_next(text, &at);
+    size_t at = utf8_valid_prefix(text);
+    size_t count = size_t(std::count_if(text.begin(), text.begin() + ptrdiff_t(at), utf8_begins));
+    for (; at < text.size(); ++count) utf8_next(text, &at);
     return count;
+}
+
+size_t utf8_offset(std::string_view text, size_t index) {
+    size_t at = 0;
+    for (; at < text.size(); ++at)
+        if (utf8_begins(text[at]) && index-- == 0) break;
+    return at;
+}
+
+size_t utf8_previous(std::string_view text, size_t at) {
+    do --at;
+    while (at > 0 && !utf8_begins(text[at]));
+    return at;
 }
 
 std::string utf8_repair(std::string_view text) {

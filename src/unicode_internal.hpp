@@ -31,6 +31,13 @@ size_t utf8_incomplete_suffix(std::string_view text);
 size_t utf8_count(std::string_view text);
 std::string utf8_repair(std::string_view text);  ///< each malformed subpart becomes U+FFFD
 
+// Of valid UTF-8, where a byte alone tells whether a code point begins:
+inline bool utf8_begins(char c) { return (uint8_t(c) & 0xc0) != 0x80; }
+/// Where code point `index` begins; text.size() when there are fewer.
+size_t utf8_offset(std::string_view text, size_t index);
+/// Where the code point before `at` begins; at > 0.
+size_t utf8_previous(std::string_view text, size_t at);
+
 /// General categories, in the order of their groups: the comparisons below rely on it.
 enum class Category : uint8_t {
     // clang-format off

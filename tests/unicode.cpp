@@ -55,6 +55,15 @@ TEST_CASE("unicode: malformed bytes and their maximal subparts") {
     CHECK(utf8_repair("a\xffz\xe2\x82") == "a\xef\xbf\xbdz\xef\xbf\xbd");
 }
 
+TEST_CASE("unicode: places of code points in valid text") {
+    const std::string text = "z\xc3\xa9\xf0\x9f\x98\x80.";  // they begin at 0, 1, 3 and 7
+    CHECK(utf8_count(text) == 4);
+    const size_t begins[] = {0, 1, 3, 7, text.size(), text.size()};
+    for (size_t i = 0; i < 6; ++i) CHECK(utf8_offset(text, i) == begins[i]);
+    for (size_t i = 1; i < 5; ++i) CHECK(utf8_previous(text, begins[i]) == begins[i - 1]);
+    CHECK(utf8_offset("", 0) == 0);
+}
+
 TEST_CASE("unicode: the incomplete end of a stream") {
     const std::string text = "z\xf0\x9f\x98\x80";
     CHECK(utf8_incomplete_suffix("") == 0);

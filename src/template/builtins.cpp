@@ -169,14 +169,14 @@ Value find_index(Renderer& r, const Value& s, const Value& needle, bool last) {
         at = at < all.size() ? find_text(all, chars(needle), at + 1) : std::string::npos;
     }
     if (found == std::string::npos) return make_int(-1);
-    return make_int(int64_t(count_code_points(std::string_view(all).substr(0, found))));
+    return make_int(int64_t(utf8_count(std::string_view(all).substr(0, found))));
 }
 
 Value count_text(Renderer& r, const Value& s, const Value& needle) {
     if (!r.want(needle, Kind::string)) return {};
     if (!r.charge_bytes(chars(s).size() + chars(needle).size() * 4)) return {};
     const std::string &all = chars(s), &what = chars(needle);
-    if (what.empty()) return make_int(int64_t(count_code_points(all)) + 1);
+    if (what.empty()) return make_int(int64_t(utf8_count(all)) + 1);
     int64_t count = 0;
     for (size_t at = 0; (at = find_text(all, what, at)) != std::string::npos; at += what.size())
         ++count;
@@ -299,7 +299,7 @@ Value length(Renderer& r, const Value& v) {
         case Kind::undefined: return make_int(0);
         case Kind::string:
             r.charge_bytes(chars(v).size() / 8);
-            return make_int(int64_t(count_code_points(chars(v))));
+            return make_int(int64_t(utf8_count(chars(v))));
         case Kind::list:
         case Kind::tuple: return make_int(int64_t(list_in(v).size()));
         case Kind::dict: return make_int(int64_t(dict_in(v).size()));

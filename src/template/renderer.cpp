@@ -879,11 +879,11 @@ Value Renderer::subscript(const Value& v, const Value& key, uint32_t node) {
     const Value missing = make_kind(Kind::undefined, node);
     if (!is_int(key) || !(is_list(v) || is_string(v))) return missing;
     if (is_string(v)) charge_bytes(chars(v).size() / 8);
-    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : count_code_points(chars(v)));
+    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : utf8_count(chars(v)));
     const int64_t at = key.integer < 0 ? key.integer + size : key.integer;
     if (at < 0 || at >= size) return missing;
     if (is_list(v)) return list_in(v)[size_t(at)];
-    const size_t begin = byte_of(chars(v), size_t(at));
+    const size_t begin = utf8_offset(chars(v), size_t(at));
     size_t end = begin;
     utf8_next(chars(v), &end);
     return piece(v, {begin, end});
@@ -911,7 +911,7 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
     for (const Value* bound : {&begin, &end, &step})
         if (bound->kind != Kind::none && !is_int(*bound)) return {};  // as Jinja does
     if (is_string(v)) charge_bytes(chars(v).size() / 8);
-    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : count_code_points(chars(v)));
+    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : utf8_count(chars(v)));
     const int64_t by = step.kind == Kind::none
                            ? 1
                            : std::clamp<int64_t>(step.integer, -size - 1, size + 1);
@@ -923,9 +923,10 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
     };
     const int64_t from = place(begin, by > 0 ? 0 : size - 1), to = place(end, by > 0 ? size : -1);
     if (is_string(v) && by == 1) {
-        const size_t first = byte_of(chars(v), size_t(from));
+        const size_t first = utf8_offset(chars(v), size_t(from));
         const size_t count = size_t(std::max<int64_t>(to - from, 0));
-        return piece(v, {first, first + byte_of(std::string_view(chars(v)).substr(first), count)});
+        return piece(v,
+                     {first, first + utf8_offset(std::string_view(chars(v)).substr(first), count)});
     }
     const Value items = items_of(v);
     List kept;

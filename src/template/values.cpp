@@ -2,7 +2,6 @@
 
 #include "template/values.hpp"
 
-#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -41,24 +40,6 @@ void add_mark(Text& out, size_t begin, size_t end) {
     else marks.push_back({begin, end});
 }
 
-/// The byte at which code point `index` begins; the size when there are fewer.
-size_t byte_of(std::string_view s, size_t index) {
-    size_t at = 0;
-    for (; at < s.size(); ++at)
-        if (starts_code_point(s[at]) && index-- == 0) break;
-    return at;
-}
-
-size_t count_code_points(std::string_view s) {
-    return size_t(std::count_if(s.begin(), s.end(), starts_code_point));
-}
-
-size_t previous_code_point(std::string_view s, size_t at) {
-    do --at;
-    while (at > 0 && !starts_code_point(s[at]));
-    return at;
-}
-
 /// What is left of s after stripping; `set` null: white space. Sides: 1 left, 2 right.
 ByteRange stripped(std::string_view s, const std::string* set, int sides) {
     const auto drops = [&](char32_t c, std::string_view bytes) {
@@ -72,7 +53,7 @@ ByteRange stripped(std::string_view s, const std::string* set, int sides) {
         r.begin = next;
     }
     while ((sides & 2) && r.begin < r.end) {
-        const size_t before = previous_code_point(s, r.end);
+        const size_t before = utf8_previous(s, r.end);
         size_t at = before;
         const char32_t c = utf8_next(s, &at);
         if (!drops(c, s.substr(before, r.end - before))) break;

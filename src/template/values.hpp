@@ -127,14 +127,6 @@ void each_run(const Text& t, Each each) {
 
 bool python_space(char32_t c);
 
-inline bool starts_code_point(char c) { return (uint8_t(c) & 0xc0) != 0x80; }
-
-size_t byte_of(std::string_view s, size_t index);
-
-size_t count_code_points(std::string_view s);
-
-size_t previous_code_point(std::string_view s, size_t at);
-
 ByteRange stripped(std::string_view s, const std::string* set, int sides);
 
 size_t find_text(std::string_view text, std::string_view needle, size_t from = 0);
