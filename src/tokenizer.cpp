@@ -193,30 +193,19 @@ private:
     std::array<size_t, 257> first_ = {};
 };
 
-// The regular expressions these rules stand for, with \p{N} as `digits` says:
-//   old:    's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-//   modern: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
-//           ` ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
-struct SplitRules {
-    std::string_view name;  // tokenizer.ggml.pre
-    bool modern;
-    size_t digits;      // at most so many in one word
-    bool digits_apart;  // each digit is cut out first: what is around it does not see it
-    bool compose;       // NFC before anything else
-    bool whole_words;   // a word that is a token is taken without merging
-    bool add_bos;       // unless the file says otherwise
+// What becomes of the text between special tokens, by tokenizer.ggml.pre.
+struct PreTokenizer {
+    std::string_view name;
+    // Where the word that begins at `at` ends.
+    size_t (*word_end)(std::string_view text, size_t at);
+    bool compose;      // NFC before anything else
+    bool whole_words;  // a word that is a token is taken without merging
+    bool add_bos;      // unless the file says otherwise
 };
 
 namespace {
 
 // ---- pre-tokenizers -------------------------------------------------------------------------
-
-constexpr SplitRules split_rules[] = {
-    {"gpt-2", false, SIZE_MAX, false, false, false, false},
-    {"smollm", false, 1, true, false, false, false},
-    {"llama-bpe", true, 3, false, false, true, true},
-    {"qwen2", true, 1, false, true, false, false},
-};
 
 enum class SplitClass : uint8_t { end, other, letter, number, space, newline };
 
@@ -262,41 +251,65 @@ size_t contraction_length(std::string_view text, bool any_case) {
     return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
 }
 
-// White space up to a word leaves its last character to that word (\s+(?!\S)); if there is a line
-// end in it, modern rules stop behind the last one.
-size_t space_end(std::string_view text, size_t at, const SplitRules& rules) {
-    size_t end = at, last = at, line_end = 0;
+// A run of white space: where it ends, where its last character begins, where the last line end
+// in it ends (0: there is none), and what stands behind it.
+struct SpaceRun {
+    size_t end, last, line_end;
+    SplitClass behind;
+};
+
+SpaceRun space_run(std::string_view text, size_t at) {
+    SpaceRun run = {at, at, 0, SplitClass::end};
     SplitChar c = split_char(text, at);
-    for (; c.what >= SplitClass::space; c = split_char(text, end)) {
-        last = end;
-        end = c.next;
-        if (c.what == SplitClass::newline) line_end = end;
+    for (; c.what >= SplitClass::space; c = split_char(text, run.end)) {
+        run.last = run.end;
+        run.end = c.next;
+        if (c.what == SplitClass::newline) run.line_end = run.end;
     }
-    if (rules.modern && line_end) return line_end;
-    const bool keep = c.what == SplitClass::end || last == at ||
-                      (rules.digits_apart && c.what == SplitClass::number);
-    return keep ? end : last;
+    run.behind = c.what;
+    return run;
 }
 
-size_t old_word_end(std::string_view text, size_t at, const SplitRules& rules) {
+// \s+(?!\S)|\s+ -- up to a word the run leaves its last character to that word.
+size_t space_end(const SpaceRun& run, size_t at, SplitClass stop = SplitClass::end) {
+    const bool whole = run.behind == SplitClass::end || run.behind == stop || run.last == at;
+    return whole ? run.end : run.last;
+}
+
+// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+// Characters of class `stop` are cut out first, one by one: what is around them does not see them.
+size_t old_word_end(std::string_view text, size_t at, SplitClass stop) {
+    if (text[at] == '\'')
+        if (const size_t length = contraction_length(text.substr(at), false)) return at + length;
     SplitChar c = split_char(text, at);
     if (text[at] == ' ') {
         const SplitChar next = split_char(text, c.next);
-        const bool joins = next.what == SplitClass::other || next.what == SplitClass::letter ||
-                           (next.what == SplitClass::number && !rules.digits_apart);
-        if (joins) {
+        const bool ends = next.what == SplitClass::end || next.what == stop;
+        if (!ends && next.what < SplitClass::space) {
             at = c.next;
             c = next;
         }
     }
-    if (c.what >= SplitClass::space) return space_end(text, at, rules);
-    return run_end(text, at, c.what, c.what == SplitClass::number ? rules.digits : SIZE_MAX);
+    if (c.what >= SplitClass::space) return space_end(space_run(text, at), at, stop);
+    return c.what == stop ? c.next : run_end(text, at, c.what);
 }
 
-size_t modern_word_end(std::string_view text, size_t at, const SplitRules& rules) {
+size_t gpt2_word_end(std::string_view text, size_t at) {
+    return old_word_end(text, at, SplitClass::end);
+}
+
+size_t smollm_word_end(std::string_view text, size_t at) {
+    return old_word_end(text, at, SplitClass::number);
+}
+
+// (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
+// ` ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
+size_t modern_word_end(std::string_view text, size_t at, size_t digits) {
+    if (text[at] == '\'')
+        if (const size_t length = contraction_length(text.substr(at), true)) return at + length;
     const SplitChar c = split_char(text, at), next = split_char(text, c.next);
     if (c.what == SplitClass::letter) return run_end(text, at, SplitClass::letter);
-    if (c.what == SplitClass::number) return run_end(text, at, SplitClass::number, rules.digits);
+    if (c.what == SplitClass::number) return run_end(text, at, SplitClass::number, digits);
     if (next.what == SplitClass::letter && c.what != SplitClass::newline)
         return run_end(text, c.next, SplitClass::letter);
     if (c.what == SplitClass::other || (text[at] == ' ' && next.what == SplitClass::other)) {
@@ -304,16 +317,23 @@ size_t modern_word_end(std::string_view text, size_t at, const SplitRules& rules
         while (end < text.size() && (text[end] == '\r' || text[end] == '\n')) ++end;
         return end;
     }
-    return space_end(text, at, rules);
+    const SpaceRun run = space_run(text, at);
+    return run.line_end ? run.line_end : space_end(run, at);
 }
 
-// Where the word that begins at `at` ends.
-size_t word_end(std::string_view text, size_t at, const SplitRules& rules) {
-    if (text[at] == '\'')
-        if (const size_t length = contraction_length(text.substr(at), rules.modern))
-            return at + length;
-    return rules.modern ? modern_word_end(text, at, rules) : old_word_end(text, at, rules);
-}
+size_t llama3_word_end(std::string_view text, size_t at) { return modern_word_end(text, at, 3); }
+size_t qwen2_word_end(std::string_view text, size_t at) { return modern_word_end(text, at, 1); }
+
+// A new pre-tokenizer is one more row and, if it splits as none of these does, a function.
+constexpr PreTokenizer pre_tokenizers[] = {
+    // clang-format off
+    // name       word_end         compose  whole_words  add_bos
+    {"gpt-2",     gpt2_word_end,   false,   false,       false},
+    {"smollm",    smollm_word_end, false,   false,       false},
+    {"llama-bpe", llama3_word_end, false,   true,        true},
+    {"qwen2",     qwen2_word_end,  true,    false,       false},
+    // clang-format on
+};
 
 // ---- merging --------------------------------------------------------------------------------
 
@@ -462,7 +482,7 @@ struct Vocabulary {
     std::array<Token, 256> bytes;       // the token of a single byte, or no_token
     SpellingMatcher specials;           // cut out of the text first
     SpellingMatcher whole;              // SentencePiece: user-defined tokens of any text
-    const SplitRules* rules = nullptr;  // null: SentencePiece
+    const PreTokenizer* pre = nullptr;  // null: SentencePiece
     size_t longest = 0;                 // bytes of the longest piece that from_text marks
     Token bos = no_token, eos = no_token, unknown = no_token;
     bool add_bos = false, add_eos = false, add_space_prefix = false;
@@ -507,7 +527,7 @@ private:
                                                       " = \"" + utf8_repair(value.substr(0, 64)) +
                                                       "\" is not supported");
     }
-    bool is_sentencepiece() const { return v_.rules == nullptr; }
+    bool is_sentencepiece() const { return v_.pre == nullptr; }
 
     Result<void> read_model() {
         auto model = file_.get_string("tokenizer.ggml.model");
@@ -516,9 +536,9 @@ private:
         if (*model != "gpt2") return unsupported("model", *model);
         auto pre = file_.get_string("tokenizer.ggml.pre");
         if (!pre) return pre.error();
-        for (const SplitRules& rules : split_rules)
-            if (rules.name == *pre) v_.rules = &rules;
-        if (!v_.rules) return unsupported("pre", *pre);
+        for (const PreTokenizer& row : pre_tokenizers)
+            if (row.name == *pre) v_.pre = &row;
+        if (!v_.pre) return unsupported("pre", *pre);
         return {};
     }
 
@@ -642,7 +662,7 @@ private:
 
     Result<void> read_flags() {
         const bool plain = is_sentencepiece();
-        v_.add_bos = plain || v_.rules->add_bos;
+        v_.add_bos = plain || v_.pre->add_bos;
         v_.add_space_prefix = plain;
         const std::pair<const char*, bool*> flags[] = {
             {"tokenizer.ggml.add_bos_token", &v_.add_bos},
@@ -770,7 +790,7 @@ private:
 class TextEncoder {
 public:
     TextEncoder(const Vocabulary& vocabulary, size_t text_bytes) : v_(vocabulary) {
-        if (v_.rules) cache_.resize(std::bit_ceil(std::clamp<size_t>(text_bytes / 16, 1, 4096)));
+        if (v_.pre) cache_.resize(std::bit_ceil(std::clamp<size_t>(text_bytes / 16, 1, 4096)));
         tokens.reserve(text_bytes / 4 + 4);
     }
     std::vector<Token> tokens;
@@ -815,9 +835,9 @@ private:
 
     Result<void> encode_run(std::string_view text) {
         if (text.empty()) return {};
-        if (!v_.rules) return encode_sentences(text);
+        if (!v_.pre) return encode_sentences(text);
         // no character before U+0300 (lead byte CC) is changed by NFC unless one after it is there
-        const bool composed = !v_.rules->compose ||
+        const bool composed = !v_.pre->compose ||
                               std::none_of(text.begin(), text.end(),
                                            [](char c) { return uint8_t(c) >= 0xCC; });
         return composed ? encode_words(text) : encode_words(nfc(text));
@@ -825,7 +845,7 @@ private:
 
     Result<void> encode_words(std::string_view text) {
         for (size_t at = 0; at < text.size();) {
-            const size_t end = word_end(text, at, *v_.rules);
+            const size_t end = v_.pre->word_end(text, at);
             if (auto result = encode_word(text.substr(at, end - at)); !result) return result;
             at = end;
         }
@@ -850,7 +870,7 @@ private:
     }
 
     Result<void> merge_word(std::string_view word) {
-        if (v_.rules->whole_words && word.size() <= v_.longest) {
+        if (v_.pre->whole_words && word.size() <= v_.longest) {
             const Token token = v_.pieces.find(word);
             if (token != no_token && v_.from_text[size_t(token)]) {
                 tokens.push_back(token);
