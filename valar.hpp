@@ -5863,6 +5863,11 @@ inline constexpr std::string_view kRoleNames[] = {"system",    "developer", "use
                                                   "assistant", "tool",      "function"};
 static_assert(std::size(kRoleNames) == static_cast<size_t>(Role::function) + 1);
 constexpr std::string_view role_name(Role role) { return kRoleNames[static_cast<size_t>(role)]; }
+constexpr std::optional<Role> role_named(std::string_view name) {
+    for (size_t i = 0; i < std::size(kRoleNames); ++i)
+        if (kRoleNames[i] == name) return static_cast<Role>(i);
+    return std::nullopt;
+}
 
 /// The words of a Window on the wire, and the field that holds them.
 inline constexpr std::string_view kWindowNames[] = {"asap", "standard", "flex"};
@@ -6122,8 +6127,7 @@ Fault read_message(const Json& json, const std::string& path, Item* item) {
     std::string role;
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
     if (Fault fault = check_choice(json["role"], path + ".role", kRoleNames)) return fault;
-    const auto* found = std::find(std::begin(kRoleNames), std::end(kRoleNames), role);
-    item->role = static_cast<Role>(found - std::begin(kRoleNames));
+    item->role = *role_named(role);
     return read_content(json["content"], path + ".content", item->role == Role::assistant, item);
 }
 
@@ -14558,8 +14562,8 @@ void trust_roles(const Value& messages) {
         const Value* role = message.kind == Kind::dict ? find_entry(dict_in(message), "role")
                                                        : nullptr;
         if (!role || !is_string(*role)) continue;
-        for (const std::string_view name : kRoleNames)  // the value is new: nobody else holds it
-            if (chars(*role) == name) static_cast<Text*>(role->object.get())->from_request.clear();
+        if (role_named(chars(*role)))  // the value is new: nobody else holds it
+            static_cast<Text*>(role->object.get())->from_request.clear();
     }
 }
 

@@ -257,8 +257,7 @@ Fault read_message(const Json& json, const std::string& path, Item* item) {
     std::string role;
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
     if (Fault fault = check_choice(json["role"], path + ".role", kRoleNames)) return fault;
-    const auto* found = std::find(std::begin(kRoleNames), std::end(kRoleNames), role);
-    item->role = static_cast<Role>(found - std::begin(kRoleNames));
+    item->role = *role_named(role);
     return read_content(json["content"], path + ".content", item->role == Role::assistant, item);
 }
 

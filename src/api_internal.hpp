@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <iterator>
+#include <optional>
 #include <string_view>
 
 namespace valar {
@@ -60,6 +61,11 @@ inline constexpr std::string_view kRoleNames[] = {"system",    "developer", "use
                                                   "assistant", "tool",      "function"};
 static_assert(std::size(kRoleNames) == static_cast<size_t>(Role::function) + 1);
 constexpr std::string_view role_name(Role role) { return kRoleNames[static_cast<size_t>(role)]; }
+constexpr std::optional<Role> role_named(std::string_view name) {
+    for (size_t i = 0; i < std::size(kRoleNames); ++i)
+        if (kRoleNames[i] == name) return static_cast<Role>(i);
+    return std::nullopt;
+}
 
 /// The words of a Window on the wire, and the field that holds them.
 inline constexpr std::string_view kWindowNames[] = {"asap", "standard", "flex"};

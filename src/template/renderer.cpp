@@ -213,8 +213,8 @@ void trust_roles(const Value& messages) {
         const Value* role = message.kind == Kind::dict ? find_entry(dict_in(message), "role")
                                                        : nullptr;
         if (!role || !is_string(*role)) continue;
-        for (const std::string_view name : kRoleNames)  // the value is new: nobody else holds it
-            if (chars(*role) == name) static_cast<Text*>(role->object.get())->from_request.clear();
+        if (role_named(chars(*role)))  // the value is new: nobody else holds it
+            static_cast<Text*>(role->object.get())->from_request.clear();
     }
 }
 
