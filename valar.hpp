@@ -12946,6 +12946,13 @@ enum class Kind : uint8_t {
 };
 
 struct Value {
+    Value() = default;
+    Value(const Value& other);  // these are long, and used in a thousand places: never inline
+    Value(Value&& other) noexcept;
+    Value& operator=(const Value& other);
+    Value& operator=(Value&& other) noexcept;
+    ~Value();
+
     Kind kind = Kind::undefined;
     bool request = false;  // it came from the request; of a string its marks say so, not this
     uint16_t depth = 0;    // of a container
@@ -12991,30 +12998,10 @@ inline Value make_real(double d) {
     v.real = d;
     return v;
 }
-inline Value make_text(Text text) {
-    Value v;
-    v.kind = Kind::string;
-    v.object = std::make_shared<Text>(std::move(text));
-    return v;
-}
-inline Value make_text(std::string_view text) { return make_text(Text{std::string(text), {}}); }
-
-inline Value make_list(Kind kind, List items) {
-    Value v;
-    v.kind = kind;
-    for (const Value& item : items) v.depth = std::max(v.depth, item.depth);
-    ++v.depth;
-    v.object = std::make_shared<List>(std::move(items));
-    return v;
-}
-inline Value make_dict(Dict entries) {
-    Value v;
-    v.kind = Kind::dict;
-    for (const Entry& e : entries) v.depth = std::max({v.depth, e.key.depth, e.value.depth});
-    ++v.depth;
-    v.object = std::make_shared<Dict>(std::move(entries));
-    return v;
-}
+Value make_text(Text text);
+Value make_text(std::string_view text);
+Value make_list(Kind kind, List items);
+Value make_dict(Dict entries);
 
 bool truth(const Value& v);
 
@@ -13151,6 +13138,39 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 namespace jinja {
+
+Value::Value(const Value&) = default;
+Value::Value(Value&&) noexcept = default;
+Value& Value::operator=(const Value&) = default;
+Value& Value::operator=(Value&&) noexcept = default;
+Value::~Value() = default;
+
+Value make_text(Text text) {
+    Value v;
+    v.kind = Kind::string;
+    v.object = std::make_shared<Text>(std::move(text));
+    return v;
+}
+
+Value make_text(std::string_view text) { return make_text(Text{std::string(text), {}}); }
+
+Value make_list(Kind kind, List items) {
+    Value v;
+    v.kind = kind;
+    for (const Value& item : items) v.depth = std::max(v.depth, item.depth);
+    ++v.depth;
+    v.object = std::make_shared<List>(std::move(items));
+    return v;
+}
+
+Value make_dict(Dict entries) {
+    Value v;
+    v.kind = Kind::dict;
+    for (const Entry& e : entries) v.depth = std::max({v.depth, e.key.depth, e.value.depth});
+    ++v.depth;
+    v.object = std::make_shared<Dict>(std::move(entries));
+    return v;
+}
 
 bool truth(const Value& v) {
     switch (v.kind) {

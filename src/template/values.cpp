@@ -11,6 +11,39 @@ inline namespace v1 {
 namespace detail {
 namespace jinja {
 
+Value::Value(const Value&) = default;
+Value::Value(Value&&) noexcept = default;
+Value& Value::operator=(const Value&) = default;
+Value& Value::operator=(Value&&) noexcept = default;
+Value::~Value() = default;
+
+Value make_text(Text text) {
+    Value v;
+    v.kind = Kind::string;
+    v.object = std::make_shared<Text>(std::move(text));
+    return v;
+}
+
+Value make_text(std::string_view text) { return make_text(Text{std::string(text), {}}); }
+
+Value make_list(Kind kind, List items) {
+    Value v;
+    v.kind = kind;
+    for (const Value& item : items) v.depth = std::max(v.depth, item.depth);
+    ++v.depth;
+    v.object = std::make_shared<List>(std::move(items));
+    return v;
+}
+
+Value make_dict(Dict entries) {
+    Value v;
+    v.kind = Kind::dict;
+    for (const Entry& e : entries) v.depth = std::max({v.depth, e.key.depth, e.value.depth});
+    ++v.depth;
+    v.object = std::make_shared<Dict>(std::move(entries));
+    return v;
+}
+
 bool truth(const Value& v) {
     switch (v.kind) {
         case Kind::undefined:
