@@ -13308,9 +13308,7 @@ public:
 private:
     void advance(size_t to);
     void push(Lexeme::Type type, size_t to);
-    void fail(const std::string& what) {
-        error_ = template_error(ErrorKind::bad_data, line_, what);
-    }
+    void fail(std::string_view what) { error_ = template_error(ErrorKind::bad_data, line_, what); }
     size_t next_opener() const;
     void text_before(size_t opener, char sign, bool tag);
     size_t closed_at(size_t at, char kind) const;
@@ -13558,7 +13556,7 @@ private:
     const Lexeme& now() const { return lexemes_[at_]; }
     const Lexeme& peek() const { return lexemes_[std::min(at_ + 1, lexemes_.size() - 1)]; }
     Lexeme next();
-    uint32_t fail(const std::string& what);
+    uint32_t fail(std::string_view what);
     bool is(Type type, std::string_view text) const {
         return now().type == type && now().text == text;
     }
@@ -13569,7 +13567,11 @@ private:
     void expect(const char* symbol);
     void expect_word(const char* word);
     void expect(Type type, const char* what);
-    uint32_t node(Op op, uint32_t line, uint32_t value, const Ids& children, bool flag = false);
+    uint32_t node(Op op, uint32_t line, uint32_t value, std::span<const uint32_t> children,
+                  bool flag = false);
+    uint32_t node(Op op, uint32_t line, uint32_t value, std::initializer_list<uint32_t> children) {
+        return node(op, line, value, std::span(children.begin(), children.size()));
+    }
     uint32_t name_id(std::string_view name);
     uint32_t expect_name();
     uint32_t constant(Value value, uint32_t line);
@@ -13626,7 +13628,7 @@ Lexeme Parser::next() {
     return lexeme;
 }
 
-uint32_t Parser::fail(const std::string& what) {
+uint32_t Parser::fail(std::string_view what) {
     if (!error_) error_ = template_error(ErrorKind::bad_data, now().line, what);
     at_ = lexemes_.size() - 1;
     return 0;
@@ -13644,17 +13646,18 @@ bool Parser::take_word(const char* word) {
 }
 
 void Parser::expect(const char* symbol) {
-    if (!take(symbol)) fail("expected \"" + std::string(symbol) + "\"");
+    if (!take(symbol)) fail(join({"expected \"", symbol, "\""}));
 }
 void Parser::expect_word(const char* word) {
-    if (!take_word(word)) fail("expected \"" + std::string(word) + "\"");
+    if (!take_word(word)) fail(join({"expected \"", word, "\""}));
 }
 void Parser::expect(Type type, const char* what) {
     if (now().type == type) next();
-    else fail("expected " + std::string(what));
+    else fail(join({"expected ", what}));
 }
 
-uint32_t Parser::node(Op op, uint32_t line, uint32_t value, const Ids& children, bool flag) {
+uint32_t Parser::node(Op op, uint32_t line, uint32_t value, std::span<const uint32_t> children,
+                      bool flag) {
     const uint32_t first = uint32_t(p_.links.size());
     p_.links.insert(p_.links.end(), children.begin(), children.end());
     p_.nodes.push_back({op, flag, line, value, first, uint32_t(children.size())});
@@ -13712,8 +13715,7 @@ uint32_t Parser::body(std::initializer_list<const char*> ends) {
             children.push_back(statement());
         }
     }
-    if (ends.size() > 0)
-        return fail("expected \"" + std::string(*(ends.end() - 1)) + "\" before the end");
+    if (ends.size() > 0) return fail(join({"expected \"", *(ends.end() - 1), "\" before the end"}));
     return node(Op::body, line, 0, children);
 }
 
@@ -13726,7 +13728,7 @@ uint32_t Parser::statement() {
         expect(Type::end_tag, "\"%}\"");
         return made;
     }
-    return fail("unknown statement \"" + std::string(now().text) + "\"");
+    return fail(join({"unknown statement \"", now().text, "\""}));
 }
 
 /// "%} statements {% end", behind the end's name.
@@ -13855,7 +13857,7 @@ uint32_t Parser::single_target(bool fields) {
     }
     static const char* const reserved[] = {"true", "false", "none", "True", "False", "None"};
     for (const char* w : reserved)
-        if (is_word(w)) return fail("cannot assign to " + std::string(w));
+        if (is_word(w)) return fail(join({"cannot assign to ", w}));
     const uint32_t name = node(Op::name, line, expect_name(), {});
     return fields && take(".") ? node(Op::field, line, expect_name(), {name}) : name;
 }
