@@ -12276,14 +12276,14 @@ public:
     }
 
 private:
-    Error bad(const char* key, const std::string& what) const {
+    Error bad(const char* key, std::string_view what) const {
         return make_error(ErrorKind::bad_data,
-                          file_.name() + ": tokenizer.ggml." + key + ": " + what);
+                          join({file_.name(), ": tokenizer.ggml.", key, ": ", what}));
     }
     Error unsupported(const char* key, std::string_view value) const {
-        return make_error(ErrorKind::unsupported, file_.name() + ": tokenizer.ggml." + key +
-                                                      " = \"" + utf8_repair(value.substr(0, 64)) +
-                                                      "\" is not supported");
+        return make_error(ErrorKind::unsupported,
+                          join({file_.name(), ": tokenizer.ggml.", key, " = \"",
+                                utf8_repair(value.substr(0, 64)), "\" is not supported"}));
     }
     bool is_sentencepiece() const { return v_.pre == nullptr; }
 
@@ -12378,7 +12378,7 @@ private:
     }
 
     Result<void> read_id(const char* key, Token* id) {
-        const std::string name = std::string("tokenizer.ggml.") + key;
+        const std::string name = join({"tokenizer.ggml.", key});
         if (!file_.find(name)) return {};
         auto value = file_.get_uint(name);
         if (!value) return value.error();
@@ -12665,7 +12665,7 @@ private:
     // SentencePiece: a space in front where the model wants it, then user-defined tokens are cut
     // out, then the rest is merged.
     Result<void> encode_sentences(std::string_view raw) {
-        const std::string text = (v_.add_space_prefix ? " " : "") + with_spaces(raw);
+        const std::string text = join({v_.add_space_prefix ? " " : "", with_spaces(raw)});
         return cut_out(v_.whole, text, {}, [this](std::string_view run) -> Result<void> {
             after_unknown_ = false;
             auto symbols = symbols_for(run.size());
@@ -14415,15 +14415,16 @@ std::string Renderer::what(const Value& v) const {
     if (v.kind != Kind::undefined) return kind_name(v);
     const Node& node = p_.nodes[size_t(v.integer)];
     if (node.op == Op::name || node.op == Op::keyword)
-        return "'" + p_.names[node.value] + "' is undefined";
-    if (node.op == Op::attribute) return "there is no attribute '" + p_.names[node.value] + "'";
+        return join({"'", p_.names[node.value], "' is undefined"});
+    if (node.op == Op::attribute)
+        return join({"there is no attribute '", p_.names[node.value], "'"});
     return node.op == Op::item ? "there is no such item" : "the value is undefined";
 }
 
 bool Renderer::want(const Value& v, Kind kind) {
     if (v.kind == kind || (kind == Kind::integer && v.kind == Kind::boolean)) return true;
-    fail("expected " + std::string(kind_name(make_kind(kind, 0))) + ", but " +
-         (v.kind == Kind::undefined ? "" : "got ") + what(v));
+    fail(join({"expected ", kind_name(make_kind(kind, 0)), ", but ",
+               v.kind == Kind::undefined ? "" : "got ", what(v)}));
     return false;
 }
 
@@ -14531,7 +14532,7 @@ Value Renderer::items_of(const Value& v) {
                 items.push_back(piece(v, {at, end}));
             }
             break;
-        default: return fail("'" + what(v) + "' is not iterable");
+        default: return fail(join({"'", what(v), "' is not iterable"}));
     }
     return list(Kind::list, std::move(items));
 }
@@ -14821,7 +14822,7 @@ Value Renderer::eval_dict(const Node& node) {
     Dict entries;
     for (size_t i = 0; i + 1 < children.size() && !failed(); i += 2) {
         Value key = eval(children[i]);
-        if (key.depth > 0) return fail("unhashable type: '" + what(key) + "'");
+        if (key.depth > 0) return fail(join({"unhashable type: '", what(key), "'"}));
         charge_bytes(entries.size() * 4);
         set_entry(entries, std::move(key), eval(children[i + 1]));
     }
@@ -14848,10 +14849,10 @@ Value Renderer::eval_logic(const Node& node) {
 Value Renderer::eval_sign(const Node& node) {
     const Value v = eval(p_.children(node)[0]);
     if (failed() || node.op == Op::plus)
-        return failed() || is_number(v) ? v : fail("a sign before " + what(v));
+        return failed() || is_number(v) ? v : fail(join({"a sign before ", what(v)}));
     return is_int(v)      ? binary(Op::subtract, make_int(0), v)
            : is_number(v) ? make_real(-v.real)
-                          : fail("a sign before " + what(v));
+                          : fail(join({"a sign before ", what(v)}));
 }
 
 Value Renderer::eval_comparison(const Node& node) {
@@ -14927,8 +14928,7 @@ Value Renderer::apply_builtin(const Value& v, const Node& node) {
     const bool test = node.op == Op::test;
     const std::string& name = p_.names[node.value];
     const Builtin* builtin = test ? find_test(name) : find_filter(name);
-    if (!builtin)
-        return fail(std::string("no ") + (test ? "test" : "filter") + " named '" + name + "'");
+    if (!builtin) return fail(join({"no ", test ? "test" : "filter", " named '", name, "'"}));
     Arguments args = eval_arguments(node);
     line_ = node.line;
     if (failed()) return {};
@@ -14952,7 +14952,7 @@ Arguments Renderer::eval_arguments(const Node& node) {
 bool Renderer::bind(const Builtin& builtin, Arguments& args) {
     if (!builtin.parameters) return true;
     const auto refuse = [&](std::string_view why) {
-        fail(std::string(builtin.name) + ": " + std::string(why));
+        fail(join({builtin.name, ": ", why}));
         return false;
     };
     std::string_view rest = builtin.parameters;
@@ -14966,7 +14966,7 @@ bool Renderer::bind(const Builtin& builtin, Arguments& args) {
         if (count < given) continue;
         const auto named = std::find_if(args.named.begin(), args.named.end(),
                                         [&](const auto& n) { return n.first == name; });
-        if (named == args.named.end() && !optional) return refuse("needs " + std::string(name));
+        if (named == args.named.end() && !optional) return refuse(join({"needs ", name}));
         args.values.push_back(named == args.named.end() ? Value{} : named->second);
         used += named != args.named.end();
     }
@@ -14982,8 +14982,9 @@ Value Renderer::call_value(const Value& callee, Arguments& args) {
     if (callee.kind == Kind::macro)
         return call_macro(*static_cast<const Macro*>(callee.object.get()), args);
     if (callee.kind != Kind::function)
-        return fail(callee.kind == Kind::undefined ? what(callee)
-                                                   : "'" + what(callee) + "' is not callable");
+        return fail(callee.kind == Kind::undefined
+                        ? what(callee)
+                        : join({"'", what(callee), "' is not callable"}));
     const Bound& bound = *static_cast<const Bound*>(callee.object.get());
     return call(*bound.builtin, bound.self, args);
 }
@@ -14993,8 +14994,8 @@ Value Renderer::call_macro(const Macro& macro, Arguments& args) {
     const Node& node = p_.nodes[macro.node];
     if (calls_ >= ChatTemplate::max_calls) return fail("macros call each other too deep");
     if (macro.frame >= frames_.size() || frames_[macro.frame].serial != macro.serial)
-        return fail("'" + p_.names[node.value] +
-                    "' is called outside of the block that defines it");
+        return fail(
+            join({"'", p_.names[node.value], "' is called outside of the block that defines it"}));
     const uint32_t line = line_;
     ++calls_;
     push_frame(macro.frame);
@@ -15009,7 +15010,7 @@ Value Renderer::call_macro(const Macro& macro, Arguments& args) {
 bool Renderer::bind_parameters(const Node& node, Arguments& args) {
     const auto parameters = p_.children(node).subspan(1);
     if (args.values.size() > parameters.size()) {
-        fail("too many arguments for '" + p_.names[node.value] + "'");
+        fail(join({"too many arguments for '", p_.names[node.value], "'"}));
         return false;
     }
     size_t used = 0;
@@ -15031,7 +15032,7 @@ bool Renderer::bind_parameters(const Node& node, Arguments& args) {
         assign_name(parameter.value, std::move(v));
     }
     if (used != args.named.size() && !failed())
-        fail("an unknown argument for '" + p_.names[node.value] + "', or one given twice");
+        fail(join({"an unknown argument for '", p_.names[node.value], "', or one given twice"}));
     return !failed();
 }
 
@@ -15077,7 +15078,7 @@ bool Renderer::less(const Value& a, const Value& b) {
             if (!equal(x[i], y[i])) return less(x[i], y[i]);
         return x.size() < y.size();
     }
-    fail("no order between " + what(a) + " and " + what(b));
+    fail(join({"no order between ", what(a), " and ", what(b)}));
     return false;
 }
 
@@ -15131,7 +15132,7 @@ Value Renderer::binary(Op op, Value a, const Value& b) {
         return repeated(b, a.integer);
     if (a.kind == Kind::undefined || b.kind == Kind::undefined)
         return fail(what(a.kind == Kind::undefined ? a : b));
-    return fail("cannot combine " + what(a) + " and " + what(b));
+    return fail(join({"cannot combine ", what(a), " and ", what(b)}));
 }
 
 Value Renderer::repeated(const Value& v, int64_t times) {
@@ -15369,8 +15370,8 @@ void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t 
         case Kind::tuple:
         case Kind::dict: return write_container(out, v, style, level, request);
         default:
-            if (style.json) fail("a value of type " + what(v) + " has no JSON");
-            else append(out, std::string("<") + kind_name(v) + ">", false);
+            if (style.json) fail(join({"a value of type ", what(v), " has no JSON"}));
+            else append(out, join({"<", kind_name(v), ">"}), false);
     }
 }
 
@@ -15623,7 +15624,7 @@ Value has_case(Renderer& r, const Value& v, bool upper) {
     return make_bool(all == other && all != (upper ? to_lower(all) : to_upper(all)));
 }
 
-Value join(Renderer& r, const Value& items, Arguments& a) {  // d attribute
+Value joined(Renderer& r, const Value& items, Arguments& a) {  // d attribute
     const Value list = r.items_of(items), between = r.to_string(a.values[0]);
     const Value& attribute = a.values[1];
     if (r.failed()) return {};
@@ -15638,13 +15639,13 @@ Value join(Renderer& r, const Value& items, Arguments& a) {  // d attribute
 }
 
 /// The method: all items must be strings.
-Value join_strings(Renderer& r, const Value& separator, const Value& items) {
+Value joined_strings(Renderer& r, const Value& separator, const Value& items) {
     const Value list = r.items_of(items);
     if (r.failed()) return {};
     for (const Value& item : list_in(list))
         if (!r.want(item, Kind::string)) return {};
     Arguments as_filter{{separator, {}}, {}};
-    return join(r, list, as_filter);
+    return joined(r, list, as_filter);
 }
 
 Value indent(Renderer& r, const Value& v, Arguments& a) {
@@ -15706,7 +15707,7 @@ Value length(Renderer& r, const Value& v) {
         case Kind::list:
         case Kind::tuple: return make_int(int64_t(list_in(v).size()));
         case Kind::dict: return make_int(int64_t(dict_in(v).size()));
-        default: return r.fail("'" + r.what(v) + "' has no length");
+        default: return r.fail(join({"'", r.what(v), "' has no length"}));
     }
 }
 
@@ -15820,7 +15821,7 @@ Value selected_items(Renderer& r, const Value& v, Arguments& a, bool by_attribut
     if (a.values.size() > skip) {
         if (!r.want(a.values[skip], Kind::string)) return {};
         test = find_test(chars(a.values[skip]));
-        if (!test) return r.fail("no test named '" + chars(a.values[skip]) + "'");
+        if (!test) return r.fail(join({"no test named '", chars(a.values[skip]), "'"}));
     }
     const Value items = r.items_of(v);
     if (r.failed()) return {};
@@ -15849,7 +15850,7 @@ Value mapped(Renderer& r, const Value& v, Arguments& a) {
         if (a.values.empty()) return r.fail("map: needs a filter or an attribute");
         if (!r.want(a.values[0], Kind::string)) return {};
         filter = find_filter(chars(a.values[0]));
-        if (!filter) return r.fail("no filter named '" + chars(a.values[0]) + "'");
+        if (!filter) return r.fail(join({"no filter named '", chars(a.values[0]), "'"}));
     }
     const Value items = r.items_of(v);
     if (r.failed()) return {};
@@ -16018,7 +16019,7 @@ const Builtin filters[] = {
     {"indent", "width? first? blank?", indent},
     {"int", "default?", with_argument<to_int>},
     {"items", "", on_value<members, Kind::iterator, 0>},
-    {"join", "d? attribute?", join},
+    {"join", "d? attribute?", joined},
     {"last", "", on_value<end_item, true>},
     {"length", "", on_value<length>},
     {"list", "", on_value<to_list>},
@@ -16139,7 +16140,7 @@ const Builtin string_methods[] = {
     {"islower", "", on_value<has_case, false>},
     {"isspace", "", on_value<all_characters, python_space>},
     {"isupper", "", on_value<has_case, true>},
-    {"join", "iterable", with_argument<join_strings>},
+    {"join", "iterable", with_argument<joined_strings>},
     {"lower", "", on_value<case_mapped, false>},
     {"lstrip", "chars?", with_argument<strip, 1>},
     {"removeprefix", "prefix", with_argument<without_affix, false>},
@@ -16426,8 +16427,8 @@ struct SpecReader {
     std::string prefix = {};
     std::optional<Error> error = {};
 
-    void fail(ErrorKind kind, const std::string& what) {
-        if (!error) error = make_error(kind, gguf.name() + ": " + what);
+    void fail(ErrorKind kind, std::string_view what) {
+        if (!error) error = make_error(kind, join({gguf.name(), ": ", what}));
     }
     void fail_key(ErrorKind kind, const char* key, const char* what) {
         fail(kind, format("key '%s%s' %s", prefix.c_str(), key, what));
@@ -16602,15 +16603,17 @@ uint32_t read_vocab_size(SpecReader& in) {
 /// Takes tensors of a file by name, checks them, and remembers which were taken.
 struct TensorBinder {
     const Gguf& gguf;
+    std::string prefix = {};  // of the names that are asked for
     std::vector<bool> taken = std::vector<bool>(gguf.tensors().size());
     std::optional<Error> error = {};
 
-    void fail(ErrorKind kind, const std::string& name, const std::string& what) {
-        if (!error) error = make_error(kind, gguf.name() + ": tensor '" + name + "' " + what);
+    void fail(ErrorKind kind, std::string_view name, std::string_view what) {
+        if (!error) error = make_error(kind, join({gguf.name(), ": tensor '", name, "' ", what}));
     }
 
-    const TensorInfo* take(const std::string& name, std::span<const TensorType> types,
-                           uint32_t n_dims, uint64_t rows, uint64_t columns) {
+    const TensorInfo* take(const char* suffix, std::span<const TensorType> types, uint32_t n_dims,
+                           uint64_t rows, uint64_t columns) {
+        const std::string name = prefix + suffix;
         const TensorInfo* tensor = gguf.find_tensor(name);
         if (!tensor) {
             fail(ErrorKind::bad_data, name, "is missing");
@@ -16627,34 +16630,34 @@ struct TensorBinder {
                  format("has type %s, which is not supported here", type_info(tensor->type)->name));
         return tensor;
     }
-    const TensorInfo* matrix(const std::string& name, uint64_t rows, uint64_t columns) {
+    const TensorInfo* matrix(const char* name, uint64_t rows, uint64_t columns) {
         return take(name, matrix_types, 2, rows, columns);
     }
-    const TensorInfo* vector(const std::string& name, uint64_t length) {
+    const TensorInfo* vector(const char* name, uint64_t length) {
         return take(name, vector_types, 1, 1, length);
     }
     static unsigned long long ull(uint64_t n) { return n; }
 };
 
 LayerTensors bind_layer(TensorBinder& in, const LayerSpec& spec, uint64_t n_embd, size_t index) {
-    const std::string layer = format("blk.%u.", static_cast<unsigned>(index));
+    in.prefix = format("blk.%u.", static_cast<unsigned>(index));
     const uint64_t n_q = uint64_t{spec.n_heads} * spec.head_dim;
     const uint64_t n_kv = uint64_t{spec.n_kv_heads} * spec.head_dim;
     LayerTensors out;
-    out.attn_norm = in.vector(layer + "attn_norm.weight", n_embd);
-    out.q = in.matrix(layer + "attn_q.weight", n_q, n_embd);
-    out.k = in.matrix(layer + "attn_k.weight", n_kv, n_embd);
-    out.v = in.matrix(layer + "attn_v.weight", n_kv, n_embd);
+    out.attn_norm = in.vector("attn_norm.weight", n_embd);
+    out.q = in.matrix("attn_q.weight", n_q, n_embd);
+    out.k = in.matrix("attn_k.weight", n_kv, n_embd);
+    out.v = in.matrix("attn_v.weight", n_kv, n_embd);
     if (spec.qkv_bias) {
-        out.q_bias = in.vector(layer + "attn_q.bias", n_q);
-        out.k_bias = in.vector(layer + "attn_k.bias", n_kv);
-        out.v_bias = in.vector(layer + "attn_v.bias", n_kv);
+        out.q_bias = in.vector("attn_q.bias", n_q);
+        out.k_bias = in.vector("attn_k.bias", n_kv);
+        out.v_bias = in.vector("attn_v.bias", n_kv);
     }
-    out.attn_output = in.matrix(layer + "attn_output.weight", n_embd, n_q);
-    out.ffn_norm = in.vector(layer + "ffn_norm.weight", n_embd);
-    out.gate = in.matrix(layer + "ffn_gate.weight", spec.n_ff, n_embd);
-    out.up = in.matrix(layer + "ffn_up.weight", spec.n_ff, n_embd);
-    out.down = in.matrix(layer + "ffn_down.weight", n_embd, spec.n_ff);
+    out.attn_output = in.matrix("attn_output.weight", n_embd, n_q);
+    out.ffn_norm = in.vector("ffn_norm.weight", n_embd);
+    out.gate = in.matrix("ffn_gate.weight", spec.n_ff, n_embd);
+    out.up = in.matrix("ffn_up.weight", spec.n_ff, n_embd);
+    out.down = in.matrix("ffn_down.weight", n_embd, spec.n_ff);
     return out;
 }
 
@@ -16671,8 +16674,7 @@ Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec)
     for (size_t i = 0; i < spec.layers.size() && !in.error; ++i)
         out.layers.push_back(bind_layer(in, spec.layers[i], spec.n_embd, i));
     for (size_t i = 0; i < in.taken.size(); ++i)
-        if (!in.taken[i])
-            in.fail(ErrorKind::bad_data, std::string(gguf.tensors()[i].name), "is not used");
+        if (!in.taken[i]) in.fail(ErrorKind::bad_data, gguf.tensors()[i].name, "is not used");
     if (in.error) return *in.error;
     return out;
 }
@@ -16686,10 +16688,10 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     if (in.error) return *in.error;
     const auto* row = detail::find_architecture(spec.architecture);
     if (!row)
-        return detail::make_error(ErrorKind::unsupported,
-                                  gguf.name() + ": architecture '" +
-                                      detail::printable(spec.architecture, 64) +
-                                      "' is not supported");
+        return detail::make_error(
+            ErrorKind::unsupported,
+            detail::join({gguf.name(), ": architecture '", detail::printable(spec.architecture, 64),
+                          "' is not supported"}));
     in.prefix = spec.architecture + ".";
     spec.name = in.value(gguf.get_string("general.name", ""));
     detail::refuse_unknown_options(in);

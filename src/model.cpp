@@ -56,8 +56,8 @@ struct SpecReader {
     std::string prefix = {};
     std::optional<Error> error = {};
 
-    void fail(ErrorKind kind, const std::string& what) {
-        if (!error) error = make_error(kind, gguf.name() + ": " + what);
+    void fail(ErrorKind kind, std::string_view what) {
+        if (!error) error = make_error(kind, join({gguf.name(), ": ", what}));
     }
     void fail_key(ErrorKind kind, const char* key, const char* what) {
         fail(kind, format("key '%s%s' %s", prefix.c_str(), key, what));
@@ -232,15 +232,17 @@ uint32_t read_vocab_size(SpecReader& in) {
 /// Takes tensors of a file by name, checks them, and remembers which were taken.
 struct TensorBinder {
     const Gguf& gguf;
+    std::string prefix = {};  // of the names that are asked for
     std::vector<bool> taken = std::vector<bool>(gguf.tensors().size());
     std::optional<Error> error = {};
 
-    void fail(ErrorKind kind, const std::string& name, const std::string& what) {
-        if (!error) error = make_error(kind, gguf.name() + ": tensor '" + name + "' " + what);
+    void fail(ErrorKind kind, std::string_view name, std::string_view what) {
+        if (!error) error = make_error(kind, join({gguf.name(), ": tensor '", name, "' ", what}));
     }
 
-    const TensorInfo* take(const std::string& name, std::span<const TensorType> types,
-                           uint32_t n_dims, uint64_t rows, uint64_t columns) {
+    const TensorInfo* take(const char* suffix, std::span<const TensorType> types, uint32_t n_dims,
+                           uint64_t rows, uint64_t columns) {
+        const std::string name = prefix + suffix;
         const TensorInfo* tensor = gguf.find_tensor(name);
         if (!tensor) {
             fail(ErrorKind::bad_data, name, "is missing");
@@ -257,34 +259,34 @@ struct TensorBinder {
                  format("has type %s, which is not supported here", type_info(tensor->type)->name));
         return tensor;
     }
-    const TensorInfo* matrix(const std::string& name, uint64_t rows, uint64_t columns) {
+    const TensorInfo* matrix(const char* name, uint64_t rows, uint64_t columns) {
         return take(name, matrix_types, 2, rows, columns);
     }
-    const TensorInfo* vector(const std::string& name, uint64_t length) {
+    const TensorInfo* vector(const char* name, uint64_t length) {
         return take(name, vector_types, 1, 1, length);
     }
     static unsigned long long ull(uint64_t n) { return n; }
 };
 
 LayerTensors bind_layer(TensorBinder& in, const LayerSpec& spec, uint64_t n_embd, size_t index) {
-    const std::string layer = format("blk.%u.", static_cast<unsigned>(index));
+    in.prefix = format("blk.%u.", static_cast<unsigned>(index));
     const uint64_t n_q = uint64_t{spec.n_heads} * spec.head_dim;
     const uint64_t n_kv = uint64_t{spec.n_kv_heads} * spec.head_dim;
     LayerTensors out;
-    out.attn_norm = in.vector(layer + "attn_norm.weight", n_embd);
-    out.q = in.matrix(layer + "attn_q.weight", n_q, n_embd);
-    out.k = in.matrix(layer + "attn_k.weight", n_kv, n_embd);
-    out.v = in.matrix(layer + "attn_v.weight", n_kv, n_embd);
+    out.attn_norm = in.vector("attn_norm.weight", n_embd);
+    out.q = in.matrix("attn_q.weight", n_q, n_embd);
+    out.k = in.matrix("attn_k.weight", n_kv, n_embd);
+    out.v = in.matrix("attn_v.weight", n_kv, n_embd);
     if (spec.qkv_bias) {
-        out.q_bias = in.vector(layer + "attn_q.bias", n_q);
-        out.k_bias = in.vector(layer + "attn_k.bias", n_kv);
-        out.v_bias = in.vector(layer + "attn_v.bias", n_kv);
+        out.q_bias = in.vector("attn_q.bias", n_q);
+        out.k_bias = in.vector("attn_k.bias", n_kv);
+        out.v_bias = in.vector("attn_v.bias", n_kv);
     }
-    out.attn_output = in.matrix(layer + "attn_output.weight", n_embd, n_q);
-    out.ffn_norm = in.vector(layer + "ffn_norm.weight", n_embd);
-    out.gate = in.matrix(layer + "ffn_gate.weight", spec.n_ff, n_embd);
-    out.up = in.matrix(layer + "ffn_up.weight", spec.n_ff, n_embd);
-    out.down = in.matrix(layer + "ffn_down.weight", n_embd, spec.n_ff);
+    out.attn_output = in.matrix("attn_output.weight", n_embd, n_q);
+    out.ffn_norm = in.vector("ffn_norm.weight", n_embd);
+    out.gate = in.matrix("ffn_gate.weight", spec.n_ff, n_embd);
+    out.up = in.matrix("ffn_up.weight", spec.n_ff, n_embd);
+    out.down = in.matrix("ffn_down.weight", n_embd, spec.n_ff);
     return out;
 }
 
@@ -301,8 +303,7 @@ Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec)
     for (size_t i = 0; i < spec.layers.size() && !in.error; ++i)
         out.layers.push_back(bind_layer(in, spec.layers[i], spec.n_embd, i));
     for (size_t i = 0; i < in.taken.size(); ++i)
-        if (!in.taken[i])
-            in.fail(ErrorKind::bad_data, std::string(gguf.tensors()[i].name), "is not used");
+        if (!in.taken[i]) in.fail(ErrorKind::bad_data, gguf.tensors()[i].name, "is not used");
     if (in.error) return *in.error;
     return out;
 }
@@ -316,10 +317,10 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     if (in.error) return *in.error;
     const auto* row = detail::find_architecture(spec.architecture);
     if (!row)
-        return detail::make_error(ErrorKind::unsupported,
-                                  gguf.name() + ": architecture '" +
-                                      detail::printable(spec.architecture, 64) +
-                                      "' is not supported");
+        return detail::make_error(
+            ErrorKind::unsupported,
+            detail::join({gguf.name(), ": architecture '", detail::printable(spec.architecture, 64),
+                          "' is not supported"}));
     in.prefix = spec.architecture + ".";
     spec.name = in.value(gguf.get_string("general.name", ""));
     detail::refuse_unknown_options(in);

@@ -8,6 +8,7 @@
 #include "prologue.hpp"
 
 #include "base/internal.hpp"
+#include "base/text.hpp"
 #include "tokenizer_internal.hpp"
 #include "unicode_internal.hpp"
 
@@ -518,14 +519,14 @@ public:
     }
 
 private:
-    Error bad(const char* key, const std::string& what) const {
+    Error bad(const char* key, std::string_view what) const {
         return make_error(ErrorKind::bad_data,
-                          file_.name() + ": tokenizer.ggml." + key + ": " + what);
+                          join({file_.name(), ": tokenizer.ggml.", key, ": ", what}));
     }
     Error unsupported(const char* key, std::string_view value) const {
-        return make_error(ErrorKind::unsupported, file_.name() + ": tokenizer.ggml." + key +
-                                                      " = \"" + utf8_repair(value.substr(0, 64)) +
-                                                      "\" is not supported");
+        return make_error(ErrorKind::unsupported,
+                          join({file_.name(), ": tokenizer.ggml.", key, " = \"",
+                                utf8_repair(value.substr(0, 64)), "\" is not supported"}));
     }
     bool is_sentencepiece() const { return v_.pre == nullptr; }
 
@@ -620,7 +621,7 @@ private:
     }
 
     Result<void> read_id(const char* key, Token* id) {
-        const std::string name = std::string("tokenizer.ggml.") + key;
+        const std::string name = join({"tokenizer.ggml.", key});
         if (!file_.find(name)) return {};
         auto value = file_.get_uint(name);
         if (!value) return value.error();
@@ -907,7 +908,7 @@ private:
     // SentencePiece: a space in front where the model wants it, then user-defined tokens are cut
     // out, then the rest is merged.
     Result<void> encode_sentences(std::string_view raw) {
-        const std::string text = (v_.add_space_prefix ? " " : "") + with_spaces(raw);
+        const std::string text = join({v_.add_space_prefix ? " " : "", with_spaces(raw)});
         return cut_out(v_.whole, text, {}, [this](std::string_view run) -> Result<void> {
             after_unknown_ = false;
             auto symbols = symbols_for(run.size());

@@ -220,7 +220,7 @@ Value has_case(Renderer& r, const Value& v, bool upper) {
     return make_bool(all == other && all != (upper ? to_lower(all) : to_upper(all)));
 }
 
-Value join(Renderer& r, const Value& items, Arguments& a) {  // d attribute
+Value joined(Renderer& r, const Value& items, Arguments& a) {  // d attribute
     const Value list = r.items_of(items), between = r.to_string(a.values[0]);
     const Value& attribute = a.values[1];
     if (r.failed()) return {};
@@ -235,13 +235,13 @@ Value join(Renderer& r, const Value& items, Arguments& a) {  // d attribute
 }
 
 /// The method: all items must be strings.
-Value join_strings(Renderer& r, const Value& separator, const Value& items) {
+Value joined_strings(Renderer& r, const Value& separator, const Value& items) {
     const Value list = r.items_of(items);
     if (r.failed()) return {};
     for (const Value& item : list_in(list))
         if (!r.want(item, Kind::string)) return {};
     Arguments as_filter{{separator, {}}, {}};
-    return join(r, list, as_filter);
+    return joined(r, list, as_filter);
 }
 
 Value indent(Renderer& r, const Value& v, Arguments& a) {
@@ -303,7 +303,7 @@ Value length(Renderer& r, const Value& v) {
         case Kind::list:
         case Kind::tuple: return make_int(int64_t(list_in(v).size()));
         case Kind::dict: return make_int(int64_t(dict_in(v).size()));
-        default: return r.fail("'" + r.what(v) + "' has no length");
+        default: return r.fail(join({"'", r.what(v), "' has no length"}));
     }
 }
 
@@ -417,7 +417,7 @@ Value selected_items(Renderer& r, const Value& v, Arguments& a, bool by_attribut
     if (a.values.size() > skip) {
         if (!r.want(a.values[skip], Kind::string)) return {};
         test = find_test(chars(a.values[skip]));
-        if (!test) return r.fail("no test named '" + chars(a.values[skip]) + "'");
+        if (!test) return r.fail(join({"no test named '", chars(a.values[skip]), "'"}));
     }
     const Value items = r.items_of(v);
     if (r.failed()) return {};
@@ -446,7 +446,7 @@ Value mapped(Renderer& r, const Value& v, Arguments& a) {
         if (a.values.empty()) return r.fail("map: needs a filter or an attribute");
         if (!r.want(a.values[0], Kind::string)) return {};
         filter = find_filter(chars(a.values[0]));
-        if (!filter) return r.fail("no filter named '" + chars(a.values[0]) + "'");
+        if (!filter) return r.fail(join({"no filter named '", chars(a.values[0]), "'"}));
     }
     const Value items = r.items_of(v);
     if (r.failed()) return {};
@@ -615,7 +615,7 @@ const Builtin filters[] = {
     {"indent", "width? first? blank?", indent},
     {"int", "default?", with_argument<to_int>},
     {"items", "", on_value<members, Kind::iterator, 0>},
-    {"join", "d? attribute?", join},
+    {"join", "d? attribute?", joined},
     {"last", "", on_value<end_item, true>},
     {"length", "", on_value<length>},
     {"list", "", on_value<to_list>},
@@ -736,7 +736,7 @@ const Builtin string_methods[] = {
     {"islower", "", on_value<has_case, false>},
     {"isspace", "", on_value<all_characters, python_space>},
     {"isupper", "", on_value<has_case, true>},
-    {"join", "iterable", with_argument<join_strings>},
+    {"join", "iterable", with_argument<joined_strings>},
     {"lower", "", on_value<case_mapped, false>},
     {"lstrip", "chars?", with_argument<strip, 1>},
     {"removeprefix", "prefix", with_argument<without_affix, false>},

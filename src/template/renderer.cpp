@@ -1,6 +1,7 @@
 #include "prologue.hpp"
 
 #include "api_internal.hpp"
+#include "base/text.hpp"
 #include "json_internal.hpp"
 #include "template/renderer.hpp"
 
@@ -44,15 +45,16 @@ std::string Renderer::what(const Value& v) const {
     if (v.kind != Kind::undefined) return kind_name(v);
     const Node& node = p_.nodes[size_t(v.integer)];
     if (node.op == Op::name || node.op == Op::keyword)
-        return "'" + p_.names[node.value] + "' is undefined";
-    if (node.op == Op::attribute) return "there is no attribute '" + p_.names[node.value] + "'";
+        return join({"'", p_.names[node.value], "' is undefined"});
+    if (node.op == Op::attribute)
+        return join({"there is no attribute '", p_.names[node.value], "'"});
     return node.op == Op::item ? "there is no such item" : "the value is undefined";
 }
 
 bool Renderer::want(const Value& v, Kind kind) {
     if (v.kind == kind || (kind == Kind::integer && v.kind == Kind::boolean)) return true;
-    fail("expected " + std::string(kind_name(make_kind(kind, 0))) + ", but " +
-         (v.kind == Kind::undefined ? "" : "got ") + what(v));
+    fail(join({"expected ", kind_name(make_kind(kind, 0)), ", but ",
+               v.kind == Kind::undefined ? "" : "got ", what(v)}));
     return false;
 }
 
@@ -160,7 +162,7 @@ Value Renderer::items_of(const Value& v) {
                 items.push_back(piece(v, {at, end}));
             }
             break;
-        default: return fail("'" + what(v) + "' is not iterable");
+        default: return fail(join({"'", what(v), "' is not iterable"}));
     }
     return list(Kind::list, std::move(items));
 }
@@ -450,7 +452,7 @@ Value Renderer::eval_dict(const Node& node) {
     Dict entries;
     for (size_t i = 0; i + 1 < children.size() && !failed(); i += 2) {
         Value key = eval(children[i]);
-        if (key.depth > 0) return fail("unhashable type: '" + what(key) + "'");
+        if (key.depth > 0) return fail(join({"unhashable type: '", what(key), "'"}));
         charge_bytes(entries.size() * 4);
         set_entry(entries, std::move(key), eval(children[i + 1]));
     }
@@ -477,10 +479,10 @@ Value Renderer::eval_logic(const Node& node) {
 Value Renderer::eval_sign(const Node& node) {
     const Value v = eval(p_.children(node)[0]);
     if (failed() || node.op == Op::plus)
-        return failed() || is_number(v) ? v : fail("a sign before " + what(v));
+        return failed() || is_number(v) ? v : fail(join({"a sign before ", what(v)}));
     return is_int(v)      ? binary(Op::subtract, make_int(0), v)
            : is_number(v) ? make_real(-v.real)
-                          : fail("a sign before " + what(v));
+                          : fail(join({"a sign before ", what(v)}));
 }
 
 Value Renderer::eval_comparison(const Node& node) {
@@ -556,8 +558,7 @@ Value Renderer::apply_builtin(const Value& v, const Node& node) {
     const bool test = node.op == Op::test;
     const std::string& name = p_.names[node.value];
     const Builtin* builtin = test ? find_test(name) : find_filter(name);
-    if (!builtin)
-        return fail(std::string("no ") + (test ? "test" : "filter") + " named '" + name + "'");
+    if (!builtin) return fail(join({"no ", test ? "test" : "filter", " named '", name, "'"}));
     Arguments args = eval_arguments(node);
     line_ = node.line;
     if (failed()) return {};
@@ -581,7 +582,7 @@ Arguments Renderer::eval_arguments(const Node& node) {
 bool Renderer::bind(const Builtin& builtin, Arguments& args) {
     if (!builtin.parameters) return true;
     const auto refuse = [&](std::string_view why) {
-        fail(std::string(builtin.name) + ": " + std::string(why));
+        fail(join({builtin.name, ": ", why}));
         return false;
     };
     std::string_view rest = builtin.parameters;
@@ -595,7 +596,7 @@ bool Renderer::bind(const Builtin& builtin, Arguments& args) {
         if (count < given) continue;
         const auto named = std::find_if(args.named.begin(), args.named.end(),
                                         [&](const auto& n) { return n.first == name; });
-        if (named == args.named.end() && !optional) return refuse("needs " + std::string(name));
+        if (named == args.named.end() && !optional) return refuse(join({"needs ", name}));
         args.values.push_back(named == args.named.end() ? Value{} : named->second);
         used += named != args.named.end();
     }
@@ -611,8 +612,9 @@ Value Renderer::call_value(const Value& callee, Arguments& args) {
     if (callee.kind == Kind::macro)
         return call_macro(*static_cast<const Macro*>(callee.object.get()), args);
     if (callee.kind != Kind::function)
-        return fail(callee.kind == Kind::undefined ? what(callee)
-                                                   : "'" + what(callee) + "' is not callable");
+        return fail(callee.kind == Kind::undefined
+                        ? what(callee)
+                        : join({"'", what(callee), "' is not callable"}));
     const Bound& bound = *static_cast<const Bound*>(callee.object.get());
     return call(*bound.builtin, bound.self, args);
 }
@@ -622,8 +624,8 @@ Value Renderer::call_macro(const Macro& macro, Arguments& args) {
     const Node& node = p_.nodes[macro.node];
     if (calls_ >= ChatTemplate::max_calls) return fail("macros call each other too deep");
     if (macro.frame >= frames_.size() || frames_[macro.frame].serial != macro.serial)
-        return fail("'" + p_.names[node.value] +
-                    "' is called outside of the block that defines it");
+        return fail(
+            join({"'", p_.names[node.value], "' is called outside of the block that defines it"}));
     const uint32_t line = line_;
     ++calls_;
     push_frame(macro.frame);
@@ -638,7 +640,7 @@ Value Renderer::call_macro(const Macro& macro, Arguments& args) {
 bool Renderer::bind_parameters(const Node& node, Arguments& args) {
     const auto parameters = p_.children(node).subspan(1);
     if (args.values.size() > parameters.size()) {
-        fail("too many arguments for '" + p_.names[node.value] + "'");
+        fail(join({"too many arguments for '", p_.names[node.value], "'"}));
         return false;
     }
     size_t used = 0;
@@ -660,7 +662,7 @@ bool Renderer::bind_parameters(const Node& node, Arguments& args) {
         assign_name(parameter.value, std::move(v));
     }
     if (used != args.named.size() && !failed())
-        fail("an unknown argument for '" + p_.names[node.value] + "', or one given twice");
+        fail(join({"an unknown argument for '", p_.names[node.value], "', or one given twice"}));
     return !failed();
 }
 
@@ -706,7 +708,7 @@ bool Renderer::less(const Value& a, const Value& b) {
             if (!equal(x[i], y[i])) return less(x[i], y[i]);
         return x.size() < y.size();
     }
-    fail("no order between " + what(a) + " and " + what(b));
+    fail(join({"no order between ", what(a), " and ", what(b)}));
     return false;
 }
 
@@ -760,7 +762,7 @@ Value Renderer::binary(Op op, Value a, const Value& b) {
         return repeated(b, a.integer);
     if (a.kind == Kind::undefined || b.kind == Kind::undefined)
         return fail(what(a.kind == Kind::undefined ? a : b));
-    return fail("cannot combine " + what(a) + " and " + what(b));
+    return fail(join({"cannot combine ", what(a), " and ", what(b)}));
 }
 
 Value Renderer::repeated(const Value& v, int64_t times) {
@@ -998,8 +1000,8 @@ void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t 
         case Kind::tuple:
         case Kind::dict: return write_container(out, v, style, level, request);
         default:
-            if (style.json) fail("a value of type " + what(v) + " has no JSON");
-            else append(out, std::string("<") + kind_name(v) + ">", false);
+            if (style.json) fail(join({"a value of type ", what(v), " has no JSON"}));
+            else append(out, join({"<", kind_name(v), ">"}), false);
     }
 }
 
