@@ -645,10 +645,10 @@ private:
         const char* at;  // its key
     };
 
-    bool fail(std::string message) { return fail(p_, std::move(message)); }
-    bool fail(const char* at, std::string message) {
+    bool fail(std::string_view message) { return fail(p_, message); }
+    bool fail(const char* at, std::string_view message) {
         p_ = at;
-        message_ = std::move(message);
+        message_ = message;
         return false;
     }
 
@@ -770,7 +770,7 @@ private:
         if (twice != Json::Object::none) {
             std::string message = "duplicate key ";
             write_json_string(message, object->members[twice].key.substr(0, 64));
-            return fail(pending_[base + twice].at, std::move(message));
+            return fail(pending_[base + twice].at, message);
         }
         pending_.erase(pending_.begin() + std::ptrdiff_t(base), pending_.end());
         return true;
@@ -974,11 +974,15 @@ void write_json_escaped(std::string& out, std::string_view text, bool ascii) {
     for (;;) {
         if (!ascii) p = skip_plain_text(p, end);
         if (p == end) break;
-        size_t length = 0;
-        char32_t c = utf8_next({p, size_t(end - p)}, &length);
-        p += length;
+        const char* at = p;
+        char32_t c = uint8_t(*p++);
+        if (c >= 0x80) {
+            size_t length = 0;
+            c = utf8_next({at, size_t(end - at)}, &length);
+            p = at + length;
+        }
         if (c >= 0x20 && c != '"' && c != '\\' && c < (ascii ? 0x7f : bad_utf8)) continue;
-        out.append(start, p - length);
+        out.append(start, at);
         start = p;
         if (c == bad_utf8) c = 0xfffd;
         if (c < 0x80 || ascii) write_json_escape(out, c);
