@@ -12413,7 +12413,7 @@ private:
     }
 
     void mark_ends(std::initializer_list<Token> ends) {
-        v_.ends.assign(v_.kinds.size(), false);
+        v_.ends = std::vector<bool>(v_.kinds.size());
         for (Token id : ends)
             if (id != no_token) v_.ends[size_t(id)] = true;
         for (size_t id = 0; id < v_.kinds.size(); ++id)
@@ -12442,7 +12442,7 @@ private:
     // Which tokens are recognised by their spelling, and where; what is left, merging may make.
     Result<void> read_specials() {
         const std::vector<std::string_view> templates = chat_templates();
-        v_.from_text.assign(v_.kinds.size(), false);
+        v_.from_text = std::vector<bool>(v_.kinds.size());
         for (size_t id = 0; id < v_.kinds.size(); ++id) {
             const std::string_view piece = v_.pieces[id];
             const TokenKind kind = v_.kinds[id];
