@@ -578,6 +578,12 @@ Arguments Renderer::eval_arguments(const Node& node) {
     return args;
 }
 
+const Value* Arguments::find(std::string_view name) const {
+    for (const auto& [given, value] : named)
+        if (given == name) return &value;
+    return nullptr;
+}
+
 /// Puts the named arguments into their places.
 bool Renderer::bind(const Builtin& builtin, Arguments& args) {
     if (!builtin.parameters) return true;
@@ -594,11 +600,10 @@ bool Renderer::bind(const Builtin& builtin, Arguments& args) {
         const bool optional = name.back() == '?';
         name.remove_suffix(optional);
         if (count < given) continue;
-        const auto named = std::find_if(args.named.begin(), args.named.end(),
-                                        [&](const auto& n) { return n.first == name; });
-        if (named == args.named.end() && !optional) return refuse(join({"needs ", name}));
-        args.values.push_back(named == args.named.end() ? Value{} : named->second);
-        used += named != args.named.end();
+        const Value* named = args.find(name);
+        if (!named && !optional) return refuse(join({"needs ", name}));
+        args.values.push_back(named ? *named : Value{});
+        used += named != nullptr;
     }
     if (given > count) return refuse("too many arguments");
     return used == args.named.size() || refuse("an unknown argument, or one given twice");
@@ -649,12 +654,11 @@ bool Renderer::bind_parameters(const Node& node, Arguments& args) {
         const std::string& name = p_.names[parameter.value];
         Value v = make_kind(Kind::undefined, parameters[i]);
         charge_bytes(args.named.size());
-        const auto named = std::find_if(args.named.begin(), args.named.end(),
-                                        [&](const auto& n) { return n.first == name; });
+        const Value* named = args.find(name);
         if (i < args.values.size()) {
             v = args.values[i];
-        } else if (named != args.named.end()) {
-            v = named->second;
+        } else if (named) {
+            v = *named;
             ++used;
         } else if (p_.children(parameter)[0]) {
             v = eval(p_.children(parameter)[0]);

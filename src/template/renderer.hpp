@@ -20,6 +20,8 @@ enum class Flow : uint8_t { next, break_loop, continue_loop };
 struct Arguments {
     List values = {};
     std::vector<std::pair<std::string_view, Value>> named = {};
+
+    const Value* find(std::string_view name) const;  // among the named ones, or null
 };
 
 class Renderer;
