@@ -5120,22 +5120,21 @@ void append_double(std::string& out, double value) {
     }
     ShortDecimal decimal = shortest_decimal(std::fabs(value));
     for (; decimal.digits % 10 == 0; decimal.digits /= 10) ++decimal.exponent;
-    std::string digits;  // at most 17: no allocation on the common libraries
-    append_unsigned(digits, decimal.digits);
-    const int count = int(digits.size()), point = count + decimal.exponent;
+    const size_t begin = out.size();
+    append_unsigned(out, decimal.digits);
+    const int count = int(out.size() - begin), point = count + decimal.exponent;
     if (point > 16 || point < -3) {
-        out += digits[0];
-        if (count > 1) out.append(".").append(digits, 1);
+        if (count > 1) out.insert(begin + 1, ".");
         const int exponent = std::abs(point - 1);
         out += point > 0 ? "e+" : "e-";
         if (exponent < 10) out += '0';
         append_unsigned(out, uint64_t(exponent));
     } else if (point <= 0) {
-        out.append("0.").append(size_t(-point), '0').append(digits);
+        out.insert(begin, "0.000", size_t(2 - point));
     } else if (point >= count) {
-        out.append(digits).append(size_t(point - count), '0').append(".0");
+        out.append(size_t(point - count), '0').append(".0");
     } else {
-        out.append(digits, 0, size_t(point)).append(".").append(digits, size_t(point));
+        out.insert(begin + size_t(point), ".");
     }
 }
 
