@@ -178,7 +178,8 @@ template <class T>
 class [[nodiscard]] Result {
 public:
     Result(T value) : ok_(true) { new (&value_) T(std::move(value)); }
-    Result(Error error) : error_(detail::box_error(std::move(error))), ok_(false) {}
+    Result(Error&& error) : error_(detail::box_error(std::move(error))), ok_(false) {}
+    Result(const Error& error) : error_(detail::copy_error(&error)), ok_(false) {}
     Result(Result&& other) noexcept : ok_(other.ok_) { take(std::move(other)); }
     Result(const Result& other) : ok_(other.ok_) {
         if (ok_) new (&value_) T(other.value_);
@@ -237,7 +238,8 @@ template <>
 class [[nodiscard]] Result<void> {
 public:
     Result() = default;
-    Result(Error error) : error_(detail::box_error(std::move(error))) {}
+    Result(Error&& error) : error_(detail::box_error(std::move(error))) {}
+    Result(const Error& error) : error_(detail::copy_error(&error)) {}
     Result(Result&& other) noexcept : error_(std::exchange(other.error_, nullptr)) {}
     Result(const Result& other) : error_(detail::copy_error(other.error_)) {}
     Result& operator=(Result other) noexcept {
@@ -1790,6 +1792,7 @@ private:
 #pragma GCC diagnostic push  // false alarms of GCC 12 inside its own headers
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wrestrict"
+#pragma GCC diagnostic ignored "-Wstringop-overflow"
 #endif
 #pragma push_macro("min")
 #pragma push_macro("max")
@@ -1905,8 +1908,8 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-Error make_error(ErrorKind kind, std::string message, std::string code = {},
-                 std::string param = {});
+Error make_error(ErrorKind kind, std::string_view message, std::string_view code = {},
+                 std::string_view param = {});
 /// printf into a std::string, for messages; never for numbers that are parsed again.
 #if defined(__GNUC__) && !defined(_WIN32)  // mingw's check knows no %zu; its printf does
 __attribute__((format(printf, 1, 2)))
@@ -2086,8 +2089,9 @@ Error* box_error(Error&& error) { return new Error(std::move(error)); }
 Error* copy_error(const Error* error) { return error ? new Error(*error) : nullptr; }
 void free_error(Error* error) noexcept { delete error; }
 
-Error make_error(ErrorKind kind, std::string message, std::string code, std::string param) {
-    return Error{kind, std::move(message), std::move(code), std::move(param)};
+Error make_error(ErrorKind kind, std::string_view message, std::string_view code,
+                 std::string_view param) {
+    return Error{kind, std::string(message), std::string(code), std::string(param)};
 }
 
 std::string format(const char* pattern, ...) {

@@ -9,6 +9,7 @@
 #pragma GCC diagnostic push  // false alarms of GCC 12 inside its own headers
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wrestrict"
+#pragma GCC diagnostic ignored "-Wstringop-overflow"
 #endif
 #pragma push_macro("min")
 #pragma push_macro("max")

@@ -26,8 +26,9 @@ Error* box_error(Error&& error) { return new Error(std::move(error)); }
 Error* copy_error(const Error* error) { return error ? new Error(*error) : nullptr; }
 void free_error(Error* error) noexcept { delete error; }
 
-Error make_error(ErrorKind kind, std::string message, std::string code, std::string param) {
-    return Error{kind, std::move(message), std::move(code), std::move(param)};
+Error make_error(ErrorKind kind, std::string_view message, std::string_view code,
+                 std::string_view param) {
+    return Error{kind, std::string(message), std::string(code), std::string(param)};
 }
 
 std::string format(const char* pattern, ...) {

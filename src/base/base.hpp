@@ -61,7 +61,8 @@ template <class T>
 class [[nodiscard]] Result {
 public:
     Result(T value) : ok_(true) { new (&value_) T(std::move(value)); }
-    Result(Error error) : error_(detail::box_error(std::move(error))), ok_(false) {}
+    Result(Error&& error) : error_(detail::box_error(std::move(error))), ok_(false) {}
+    Result(const Error& error) : error_(detail::copy_error(&error)), ok_(false) {}
     Result(Result&& other) noexcept : ok_(other.ok_) { take(std::move(other)); }
     Result(const Result& other) : ok_(other.ok_) {
         if (ok_) new (&value_) T(other.value_);
@@ -120,7 +121,8 @@ template <>
 class [[nodiscard]] Result<void> {
 public:
     Result() = default;
-    Result(Error error) : error_(detail::box_error(std::move(error))) {}
+    Result(Error&& error) : error_(detail::box_error(std::move(error))) {}
+    Result(const Error& error) : error_(detail::copy_error(&error)) {}
     Result(Result&& other) noexcept : error_(std::exchange(other.error_, nullptr)) {}
     Result(const Result& other) : error_(detail::copy_error(other.error_)) {}
     Result& operator=(Result other) noexcept {

@@ -17,8 +17,8 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-Error make_error(ErrorKind kind, std::string message, std::string code = {},
-                 std::string param = {});
+Error make_error(ErrorKind kind, std::string_view message, std::string_view code = {},
+                 std::string_view param = {});
 /// printf into a std::string, for messages; never for numbers that are parsed again.
 #if defined(__GNUC__) && !defined(_WIN32)  // mingw's check knows no %zu; its printf does
 __attribute__((format(printf, 1, 2)))
