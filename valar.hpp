@@ -285,6 +285,9 @@ struct Allocator {
     void* context = nullptr;
 };
 
+/// Cores that this process may run on, at least 1; threads that share a core count once.
+VALAR_API int physical_cores();
+
 }  // namespace v1
 }  // namespace valar
 
@@ -971,19 +974,16 @@ private:
 // ---- src/kernels/kernels.hpp -------------------------------------------------------------------
 
 // >>kernels
-// Owns: the numeric definition below, the scalar reference of every kernel, one region per
-//       instruction set, the table of kernels chosen once, the worker team.
+// Owns: the numeric definition, the kernels of every instruction set, the worker team.
 // Assumes: little-endian IEEE 754 binary32 and binary64, round to nearest even, denormals kept.
 // Promises: every kernel of every table gives the bits of its scalar twin.
-//
 
 namespace valar {
 inline namespace v1 {
 
 /// How exactly activations meet quantized weights: one int8 plane (fast) or two (fine).
 enum class Precision : uint8_t { fast, fine };
-/// How keys and values are stored: q8_0 takes about half of f16's memory and wants heads of a
-/// multiple of 32 values.
+/// How keys and values are stored; q8_0, about half of f16, wants heads of a multiple of 32 values.
 enum class KvType : uint8_t { f16, f32, q8_0 };
 
 /// The host's job system: `run` calls job(argument, i) for every i in 0 .. count-1, on any threads,
@@ -994,7 +994,13 @@ struct ParallelFor {
     void* context = nullptr;
 };
 
-// ---- For programs that write model files: examples/quantize.cpp. Any thread may call these.
+/// The kernel tables that this build has for this CPU, by name, slowest first; and the one that
+/// computes: the last, or what the environment's VALAR_ISA says (Error: no such table).
+VALAR_API std::span<const char* const> kernel_names();
+VALAR_API Result<const char*> kernels_in_use();
+
+// ---- For programs that write model files: examples/quantize.cpp. Any thread may call these. A
+// Result is an Error (invalid_request) where type and sizes do not fit together.
 
 /// Whether kernels compute with matrices of this type; only these can be packed and dequantized.
 VALAR_API bool can_compute(TensorType type);
@@ -1002,12 +1008,10 @@ VALAR_API bool can_compute(TensorType type);
 /// 0 where the type is none that can_compute.
 VALAR_API uint64_t packed_bytes(TensorType type, uint64_t rows, uint32_t cols);
 /// Packs rows of `cols` values, of which `source` has some as a file has them, from a row on whose
-/// number is a multiple of packed_rows. `out` takes packed_bytes of so many rows. Fails
-/// (invalid_request) where type and sizes do not fit together.
+/// number is a multiple of packed_rows. `out` takes packed_bytes of so many rows.
 VALAR_API Result<void> pack_rows(TensorType type, uint32_t cols, std::span<const std::byte> source,
                                  std::span<std::byte> out);
-/// The values of whole blocks that lie as a file has them, one row or many, as the kernels take
-/// them (numeric definition, 11). Fails (invalid_request) where type and sizes do not fit together.
+/// The values of whole blocks as a file has them, one row or many (numeric definition, 11).
 VALAR_API Result<void> dequantize(TensorType type, std::span<const std::byte> blocks,
                                   std::span<float> values);
 VALAR_API float half_to_float(uint16_t bits);   // binary16
@@ -1215,13 +1219,11 @@ inline namespace v1 {
 
 /// packed: a private copy of the weights as the kernels want them; fastest. mapped: none, a few rows
 /// are packed each time they are used, from the file's pages or model_bytes (a GgufReader is refused);
-/// the same bits, several times slower: for hosts that count megabytes. Weights that the file holds
-/// packed (examples/quantize.cpp --packed) are read in place with either, at full speed; copied only
-/// where they come from a GgufReader or lie in model_bytes off a multiple of 64.
+/// the same bits, several times slower. Weights that the file holds packed (quantize --packed) are
+/// read in place with either; copied if from a GgufReader, or off a multiple of 64 in model_bytes.
 enum class Weights : uint8_t { packed, mapped };
 
-/// How a model is held and computed. `kv_type` and `precision` are the options that may change
-/// bits.
+/// How a model is held and computed. No option changes bits but `kv_type` and `precision`.
 struct BackendOptions {
     Precision precision = Precision::fast;
     KvType kv_type = KvType::f16;
@@ -1229,8 +1231,7 @@ struct BackendOptions {
     uint32_t page_tokens = 16;      ///< positions a page, a multiple of 16
     uint32_t max_batch_rows = 512;  ///< rows of one batch at most
     uint32_t max_logit_rows = 1;    ///< rows of one batch that may want logits
-    uint32_t max_positions = 0;     ///< of one sequence; 0: as many as all pages hold (more is of
-                                    ///< use where all layers have windows)
+    uint32_t max_positions = 0;     ///< of a sequence; 0: as all pages hold (windows need fewer)
     int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
     ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
@@ -1246,23 +1247,20 @@ struct MemoryPlan {
     uint64_t total() const { return weights + kv + scratch; }
 };
 
-/// One row of a batch: a token at a position of a sequence. A row sees the positions 0 to
-/// `position` of its sequence, its own included: what earlier batches computed of them, and what
-/// earlier rows of this batch do. Rows of one sequence point to the same list of pages.
+/// A token at a position of a sequence: it sees itself and the positions before it, as earlier
+/// batches and earlier rows of this batch compute them. Rows of one sequence share a list of pages.
 struct BatchRow {
     Token token = 0;                   ///< from 0 to n_vocab - 1; not read where `embedding` is set
     const float* embedding = nullptr;  ///< (n_embd) instead of the token's, or null; borrowed
     uint32_t position = 0;             ///< in its sequence, from 0
-    /// The numbers of the sequence's pages in the pool, in order of position: position p lies in
-    /// pages[p / page_tokens], and the page of `position` is there already. Pages before the
-    /// windows of all layers are not looked at. Borrowed until the batch is done.
+    /// Numbers of pages in the pool: position p of the sequence lies in pages[p / page_tokens],
+    /// and that of `position` is there already. Pages before all layers' windows are not looked at.
     const uint32_t* pages = nullptr;
     bool logits = false;  ///< whether logits are wanted for this row
 };
 
-/// A device that holds a model and computes batches of rows. It keeps the keys and values of
-/// BackendOptions::kv_pages pages; who owns which page is the caller's affair.
-/// Threads: calls come one at a time, from any thread.
+/// A device that holds a model and computes batches of rows. It keeps kv_pages pages of keys and
+/// values; whose they are is the caller's affair. Threads: calls one at a time, from any thread.
 class VALAR_API Backend {
 public:
     virtual ~Backend() = default;
@@ -1281,18 +1279,24 @@ public:
     virtual Result<bool> advance(uint64_t deadline_ns) = 0;
     /// Gives up the batch that was begun, if any: its positions count as not computed.
     virtual void abandon() = 0;
-    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin(). Error
-    /// (bad_data): some are not finite; it names the layer that the first of them came from. Other
-    /// rows are none the worse for it.
+    /// The logits (n_vocab) of the i-th row that wanted them, until the next begin(). Error
+    /// (bad_data): some are not finite; names the layer where that began; other rows are unharmed.
     virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
     /// Copies one page of all layers over another.
     virtual void copy_page(uint32_t from, uint32_t to) = 0;
-    /// Bytes of one page of all layers, as export_page writes and import_page reads them. They do
-    /// not depend on the number of the page.
+    /// Bytes of one page of all layers, as export_page writes them; import_page takes any page's.
     virtual size_t page_bytes() const = 0;
     virtual void export_page(uint32_t page, std::byte* out) const = 0;
     virtual void import_page(uint32_t page, const std::byte* in) = 0;
 };
+
+/// What the CPU backend would take, to the byte. `spec` is what read_model_spec says of `gguf`.
+/// Errors: an option is out of range, or a tensor is missing or of another shape than `spec` says.
+VALAR_API Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                              const BackendOptions& options);
+/// The CPU backend; nothing is loaded yet. Borrows `gguf` and `spec`, which stay where they are.
+VALAR_API Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                                            const BackendOptions& options);
 
 }  // namespace v1
 }  // namespace valar
@@ -2055,8 +2059,7 @@ private:
     uintptr_t handle_ = 0;
 };
 
-int physical_cores();  ///< at least 1; respects the process's CPU mask
-void pause();          ///< one spin-wait hint to the CPU
+void pause();  ///< one spin-wait hint to the CPU
 
 /// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there
 /// is one. `wake` wakes every sleeper on the word.
@@ -3025,44 +3028,6 @@ void Thread::join() {
     handle_ = 0;
 }
 
-int physical_cores() {
-    int cores = 0;
-#if defined(_WIN32)
-    DWORD_PTR allowed = 0, system = 0;
-    GetProcessAffinityMask(GetCurrentProcess(), &allowed, &system);
-    DWORD bytes = 0;
-    GetLogicalProcessorInformation(nullptr, &bytes);
-    std::vector<SYSTEM_LOGICAL_PROCESSOR_INFORMATION> list(bytes / sizeof list[0] + 1);
-    bytes = DWORD(list.size() * sizeof list[0]);
-    if (!GetLogicalProcessorInformation(list.data(), &bytes)) bytes = 0;
-    list.resize(bytes / sizeof list[0]);
-    for (const auto& entry : list)
-        cores += entry.Relationship == RelationProcessorCore && (entry.ProcessorMask & allowed);
-#elif defined(__APPLE__)
-    size_t size = sizeof cores;
-    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, nullptr, 0) != 0)
-        sysctlbyname("hw.physicalcpu", &cores, &size, nullptr, 0);
-#elif defined(__linux__)
-    // Logical CPUs of one core list the same siblings.
-    cpu_set_t allowed;
-    std::vector<std::string> seen;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) CPU_ZERO(&allowed);
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (!CPU_ISSET(cpu, &allowed)) continue;
-        auto siblings = read_file(
-            format("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu), 4096);
-        std::string text = siblings ? std::move(*siblings) : format("%d", cpu);
-        if (std::find(seen.begin(), seen.end(), text) == seen.end())
-            seen.push_back(std::move(text));
-    }
-    cores = int(seen.size());
-#endif
-#if !defined(_WIN32)
-    if (cores < 1) cores = int(sysconf(_SC_NPROCESSORS_ONLN));
-#endif
-    return std::max(cores, 1);
-}
-
 void pause() {
 #if defined(_WIN32)
     YieldProcessor();
@@ -3173,6 +3138,46 @@ std::string environment(const char* name) {
 }
 
 }  // namespace detail
+
+int physical_cores() {
+    int cores = 0;
+#if defined(_WIN32)
+    DWORD_PTR allowed = 0, system = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &allowed, &system);
+    DWORD bytes = 0;
+    GetLogicalProcessorInformation(nullptr, &bytes);
+    std::vector<SYSTEM_LOGICAL_PROCESSOR_INFORMATION> list(bytes / sizeof list[0] + 1);
+    bytes = DWORD(list.size() * sizeof list[0]);
+    if (!GetLogicalProcessorInformation(list.data(), &bytes)) bytes = 0;
+    list.resize(bytes / sizeof list[0]);
+    for (const auto& entry : list)
+        cores += entry.Relationship == RelationProcessorCore && (entry.ProcessorMask & allowed);
+#elif defined(__APPLE__)
+    size_t size = sizeof cores;
+    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, nullptr, 0) != 0)
+        sysctlbyname("hw.physicalcpu", &cores, &size, nullptr, 0);
+#elif defined(__linux__)
+    // Logical CPUs of one core list the same siblings.
+    cpu_set_t allowed;
+    std::vector<std::string> seen;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) CPU_ZERO(&allowed);
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (!CPU_ISSET(cpu, &allowed)) continue;
+        auto siblings = detail::read_file(
+            detail::format("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu),
+            4096);
+        std::string text = siblings ? std::move(*siblings) : detail::format("%d", cpu);
+        if (std::find(seen.begin(), seen.end(), text) == seen.end())
+            seen.push_back(std::move(text));
+    }
+    cores = int(seen.size());
+#endif
+#if !defined(_WIN32)
+    if (cores < 1) cores = int(sysconf(_SC_NPROCESSORS_ONLN));
+#endif
+    return std::max(cores, 1);
+}
+
 }  // namespace v1
 }  // namespace valar
 
@@ -11468,6 +11473,7 @@ namespace {
 
 struct KernelList {
     const Kernels* tables[5] = {&scalar::kernels};
+    const char* names[5];
     size_t count = 1;
     KernelList() {
 #if VALAR_X86_KERNELS
@@ -11486,8 +11492,14 @@ struct KernelList {
 #elif VALAR_WASM_KERNELS
         tables[count++] = &wasm::kernels;
 #endif
+        for (size_t i = 0; i < count; i++) names[i] = tables[i]->name;
     }
 };
+
+const KernelList& kernel_list() {
+    static const KernelList list;
+    return list;
+}
 
 uint64_t fingerprint_bytes(const void* data, size_t size, uint64_t hash) {  // FNV-1a
     for (size_t i = 0; i < size; i++)
@@ -11546,8 +11558,7 @@ constexpr uint64_t kKernelFingerprint = 0x3f6e8bd4e70d35fb;
 }  // namespace
 
 std::span<const Kernels* const> available_kernels() {
-    static const KernelList list;
-    return {list.tables, list.count};
+    return {kernel_list().tables, kernel_list().count};
 }
 
 Result<const Kernels*> choose_kernels() {
@@ -11572,6 +11583,17 @@ Result<const Kernels*> choose_kernels() {
 }
 
 }  // namespace detail
+
+std::span<const char* const> kernel_names() {
+    return {detail::kernel_list().names, detail::kernel_list().count};
+}
+
+Result<const char*> kernels_in_use() {
+    const auto chosen = detail::choose_kernels();
+    if (!chosen) return chosen.error();
+    return (*chosen)->name;
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
@@ -16732,11 +16754,10 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// What the CPU backend would take, to the byte; takes nothing. Errors: an option out of range.
-Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
-                            const BackendOptions& options);
-/// The CPU backend, with its worker team. Nothing is loaded yet: call load() until it says true.
-/// `gguf`, `spec` and `tensors` are borrowed for its life. Kernels: choose_kernels() unless given.
+/// The public functions of these names, for tensors that are bound already: they are looked at by
+/// the call only. Kernels: choose_kernels() unless given.
+Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                    const ModelTensors& tensors, const BackendOptions& options);
 Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
                                                   const ModelTensors& tensors,
                                                   const BackendOptions& options,
@@ -17124,8 +17145,8 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
     return out;
 }
 
-Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
-                            const BackendOptions& options) {
+Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                    const ModelTensors& tensors, const BackendOptions& options) {
     auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
     if (!layout) return layout.error();
     return layout->plan;
@@ -18502,6 +18523,21 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
 }
 
 }  // namespace detail
+
+Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                    const BackendOptions& options) {
+    const auto tensors = detail::bind_model_tensors(gguf, spec);
+    if (!tensors) return tensors.error();
+    return detail::plan_cpu_backend(gguf, spec, *tensors, options);
+}
+
+Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                                  const BackendOptions& options) {
+    const auto tensors = detail::bind_model_tensors(gguf, spec);
+    if (!tensors) return tensors.error();
+    return detail::open_cpu_backend(gguf, spec, *tensors, options);
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
@@ -19203,7 +19239,7 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
     out.allocator = options.allocator;
-    auto plan = plan_cpu(file.gguf, spec, file.tensors, out);
+    auto plan = plan_cpu_backend(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();
     uint64_t pages = least * std::min(options.max_running, 2u);
     if (const uint64_t limit = options.memory_limit) {
@@ -21258,7 +21294,7 @@ Result<MemoryPlan> Engine::memory_plan(const EngineOptions& options) {
     if (auto opened = file.open(options); !opened) return opened.error();
     auto chosen = detail::choose_backend_options(options, file);
     if (!chosen) return chosen.error();
-    return detail::plan_cpu(file.gguf, file.spec, file.tensors, *chosen);
+    return detail::plan_cpu_backend(file.gguf, file.spec, file.tensors, *chosen);
 }
 
 Reply Engine::submit(const Request& request) {

@@ -7,16 +7,22 @@
 // model, by loops that do nothing else; a result's share is limit time / measured time, for the
 // limit that is reached first. Bytes are those of the file's tensors plus the keys and values of
 // the depth; operations are two (multiply, add) a weight and plane; attention's are not counted.
+#ifndef VALAR_LINKED  // set where a library brings the implementation
 #define VALAR_IMPLEMENTATION
 #define VALAR_NO_SERVER
 #define VALAR_NO_STORE
+#endif
 #include "valar.hpp"
 
 #include "common.hpp"
 
+#include <atomic>
+#include <chrono>
+#include <cmath>
 #include <cstring>
-#include <iterator>
 #include <memory>
+#include <new>
+#include <thread>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -26,6 +32,7 @@
 #if defined(_WIN32)
 #include <psapi.h>
 #else
+#include <sys/mman.h>
 #include <sys/resource.h>
 #endif
 
@@ -41,9 +48,9 @@
 
 namespace {
 
-using namespace valar::detail;
 using valar::Json;
 using valar::Result;
+using Clock = std::chrono::steady_clock;
 
 // ---- What the machine can do -----------------------------------------------------------------
 
@@ -224,22 +231,101 @@ const Reader readers[] = {
 };
 
 bool has_table(const char* name) {
-    for (const Kernels* table : available_kernels())
-        if (!std::strcmp(table->name, name)) return true;
+    for (const char* each : valar::kernel_names())
+        if (!std::strcmp(each, name)) return true;
     return false;
 }
 
-double seconds_since(uint64_t start_ns) { return 1e-9 * double(monotonic_ns() - start_ns); }
-
-// Seconds of work(part, parts) on every thread of the team at once.
-template <class Work>
-double seconds_of(Team& team, Work& work) {
-    const uint64_t start = monotonic_ns();
-    team.run([](void* context, uint32_t part,
-                uint32_t parts) { (*static_cast<Work*>(context))(part, parts); },
-             &work);
-    return seconds_since(start);
+double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
 }
+
+/// Threads that do a pass together, the caller among them. A pass may take less than a millisecond,
+/// so helpers spin for the next one; they live no longer than a measurement, or they would hold up
+/// the model. Nobody waits for a helper that lost its core: who is done takes its part.
+class Crew {
+public:
+    explicit Crew(uint32_t threads) : parts_(threads), next_(threads) {
+        while (helpers_.size() + 1 < threads) helpers_.emplace_back([this] { help(); });
+    }
+    ~Crew() {
+        quit_.store(true, std::memory_order_relaxed);
+        for (std::thread& helper : helpers_) helper.join();
+    }
+    uint32_t size() const { return parts_; }
+
+    /// Seconds of work(part) for every part, on all threads at once.
+    template <class Work>
+    double seconds_of(Work& work) {
+        context_ = &work;
+        work_ = [](void* context, uint32_t part) { (*static_cast<Work*>(context))(part); };
+        done_.store(0, std::memory_order_relaxed);
+        const Clock::time_point start = Clock::now();
+        next_.store(0, std::memory_order_release);
+        take_parts();
+        spin_until([&] { return done_.load(std::memory_order_acquire) == parts_; });
+        return seconds_since(start);
+    }
+
+private:
+    // A while; then others may have the core: there may be more threads than cores.
+    template <class Done>
+    static void spin_until(Done done) {
+        for (uint32_t polls = 0; !done(); ++polls)
+            if (polls > 100'000) std::this_thread::yield();
+    }
+    bool has_parts() const { return next_.load(std::memory_order_relaxed) < parts_; }
+    void take_parts() {
+        while (has_parts()) {
+            const uint32_t part = next_.fetch_add(1, std::memory_order_acquire);
+            if (part >= parts_) return;
+            work_(context_, part);
+            done_.fetch_add(1, std::memory_order_release);
+        }
+    }
+    void help() {
+        while (!quit_.load(std::memory_order_relaxed)) {
+            spin_until([&] { return has_parts() || quit_.load(std::memory_order_relaxed); });
+            take_parts();
+        }
+    }
+
+    const uint32_t parts_;
+    void (*work_)(void* context, uint32_t part) = nullptr;
+    void* context_ = nullptr;
+    std::atomic<bool> quit_{false};
+    alignas(64) std::atomic<uint32_t> next_;     // the part that nobody has begun
+    alignas(64) std::atomic<uint32_t> done_{0};  // parts of the pass
+    std::vector<std::thread> helpers_;
+};
+
+/// Memory larger than any cache, in huge pages where there are any.
+class Stream {
+public:
+    Result<void> open(uint64_t bytes) {
+        memory_.reset(static_cast<std::byte*>(
+            ::operator new(static_cast<size_t>(bytes), kAlignment, std::nothrow)));
+        if (!memory_)
+            return valar::Error{valar::ErrorKind::out_of_memory,
+                                "out of memory: the buffer that measures bandwidth"};
+        size_ = static_cast<size_t>(bytes);
+#if defined(MADV_HUGEPAGE)
+        madvise(memory_.get(), size_, MADV_HUGEPAGE);  // a wish: failing is fine
+#endif
+        std::memset(memory_.get(), 1, size_);
+        return {};
+    }
+    const std::byte* data() const { return memory_.get(); }
+    size_t size() const { return size_; }
+
+private:
+    static constexpr std::align_val_t kAlignment{2 << 20};  // of a huge page
+    struct Free {
+        void operator()(std::byte* memory) const { ::operator delete(memory, kAlignment); }
+    };
+    std::unique_ptr<std::byte, Free> memory_;
+    size_t size_ = 0;
+};
 
 struct Limit {
     double best = 0;  // bytes or operations a second
@@ -257,62 +343,51 @@ struct Limits {
 class Machine {
 public:
     Result<void> open(uint32_t threads, uint64_t stream_bytes) {
-        for (uint32_t i = 0; i < 2; ++i) {
-            auto team = Team::create(i ? 0 : static_cast<int>(threads) - 1, {});
-            if (!team) return team.error();
-            teams_[i] = std::move(*team);
-        }
-        // Larger than any cache, read a window after the other; huge pages where there are any.
-        auto buffer = Buffer::allocate(stream_bytes, "the buffer that measures bandwidth", true);
-        if (!buffer) return buffer.error();
-        stream_ = std::move(*buffer);
-        for (size_t i = 0; i < stream_.size(); i += 4096) stream_.data()[i] = std::byte(i >> 12);
-        return {};
+        threads_ = threads;
+        return stream_.open(stream_bytes);
     }
     bool is_open() const { return stream_.size() > 0; }
     /// Raises the limits to what is measured now.
     void measure(Limits& all, Limits& one) {
-        measure(*teams_[0], all);
-        measure(*teams_[1], one);
+        measure(threads_, all);
+        measure(1, one);
     }
 
 private:
-    void measure(Team& team, Limits& limits) {
-        team.begin();
+    void measure(uint32_t threads, Limits& limits) {
+        Crew crew(threads);
         for (int again = 0; again < kPasses; ++again) {
             for (const Reader& reader : readers)
-                if (has_table(reader.table)) measure_reader(team, reader, limits.bandwidth);
+                if (has_table(reader.table)) measure_reader(crew, reader, limits.bandwidth);
             for (const Multiplier& multiplier : multipliers)
                 if (has_table(multiplier.table))
-                    measure_multiplier(team, multiplier, limits.integers);
+                    measure_multiplier(crew, multiplier, limits.integers);
         }
-        team.end();
     }
-    void measure_reader(Team& team, const Reader& reader, Limit& limit) {
+    // A window of the stream after the other.
+    void measure_reader(Crew& crew, const Reader& reader, Limit& limit) {
         constexpr size_t unit = 4 * kReadStep;
-        const size_t bytes = stream_.size() / kWindows / team.parts() / unit * unit;
-        const std::byte* begin = stream_.data() + window_ * team.parts() * bytes;
+        const size_t bytes = stream_.size() / kWindows / crew.size() / unit * unit;
+        const std::byte* begin = stream_.data() + window_ * crew.size() * bytes;
         window_ = (window_ + 1) % kWindows;
-        auto work = [&](uint32_t part, uint32_t) {
-            sink_.fetch_or(reader.run(begin + part * bytes, bytes));
-        };
-        limit.take(double(bytes) * team.parts() / seconds_of(team, work), reader.name);
+        auto work = [&](uint32_t part) { sink_.fetch_or(reader.run(begin + part * bytes, bytes)); };
+        limit.take(double(bytes) * crew.size() / crew.seconds_of(work), reader.name);
     }
-    void measure_multiplier(Team& team, const Multiplier& multiplier, Limit& limit) {
+    void measure_multiplier(Crew& crew, const Multiplier& multiplier, Limit& limit) {
         constexpr uint64_t rounds = 200'000;
-        auto work = [&](uint32_t, uint32_t) {
+        auto work = [&](uint32_t) {
             sink_.fetch_or(static_cast<uint32_t>(multiplier.run(rounds)));
         };
         const double operations = double(rounds) * kChains * multiplier.operations;
-        limit.take(operations * team.parts() / seconds_of(team, work), multiplier.instruction);
+        limit.take(operations * crew.size() / crew.seconds_of(work), multiplier.instruction);
     }
 
     // Short passes, of which the best counts: any of them may be disturbed.
     static constexpr int kPasses = 4;
     static constexpr size_t kWindows = 5;
 
-    std::unique_ptr<Team> teams_[2];
-    Buffer stream_;
+    uint32_t threads_ = 1;
+    Stream stream_;
     size_t window_ = 0;
     std::atomic<uint64_t> sink_{0};  // what is computed must seem to be wanted
 };
@@ -369,7 +444,7 @@ bool read_value(const std::string& text, Numbers* out) {
 
 struct Settings {
     std::string model;
-    uint32_t threads = static_cast<uint32_t>(physical_cores());
+    uint32_t threads = static_cast<uint32_t>(valar::physical_cores());
     uint32_t prompt = 512;
     uint32_t decode = 64;
     Numbers depths = {{0}};
@@ -397,12 +472,9 @@ public:
         auto gguf = valar::Gguf::open(settings.model);
         if (!gguf) return gguf.error();
         gguf_ = std::make_unique<valar::Gguf>(std::move(*gguf));
-        auto spec = read_model_spec(*gguf_);
+        auto spec = valar::read_model_spec(*gguf_);
         if (!spec) return spec.error();
         spec_ = std::make_unique<valar::ModelSpec>(std::move(*spec));
-        auto tensors = valar::detail::bind_model_tensors(*gguf_, *spec_);
-        if (!tensors) return tensors.error();
-        tensors_ = std::move(*tensors);
         auto tokenizer = valar::Tokenizer::open(*gguf_);  // part of what a start takes
         if (!tokenizer) return tokenizer.error();
 
@@ -418,10 +490,10 @@ public:
         options_.max_batch_rows = std::max(options_.max_batch_rows, settings.columns);
         options_.max_logit_rows = settings.columns;
         options_.threads = static_cast<int>(settings.threads) - 1;
-        auto plan = plan_cpu(*gguf_, *spec_, tensors_, options_);
+        auto plan = valar::plan_cpu_backend(*gguf_, *spec_, options_);
         if (!plan) return plan.error();
         plan_ = *plan;
-        auto backend = open_cpu_backend(*gguf_, *spec_, tensors_, options_);
+        auto backend = valar::open_cpu_backend(*gguf_, *spec_, options_);
         if (!backend) return backend.error();
         backend_ = std::move(*backend);
         for (;;) {
@@ -453,22 +525,26 @@ public:
     }
     /// What so many rows in one batch, the last of them at `position`, have to read and to compute.
     Cost cost(uint32_t rows, uint32_t logit_rows, double positions_read) const {
-        double products = 0, bytes = double(tensors_.output->bytes), kv_bytes = 0;
-        for (const valar::detail::LayerTensors& layer : tensors_.layers)
-            for (const valar::TensorInfo* tensor :
-                 {layer.k, layer.v, layer.q, layer.attn_output, layer.gate, layer.up, layer.down}) {
+        const valar::TensorInfo& output = tensor(spec_->tied_output ? "token_embd.weight"
+                                                                    : "output.weight");
+        double products = 0, bytes = double(output.bytes), kv_bytes = 0;
+        for (size_t layer = 0; layer < spec_->layers.size(); ++layer)
+            for (const char* name :
+                 {"attn_k", "attn_v", "attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}) {
+                const valar::TensorInfo& matrix = tensor("blk." + std::to_string(layer) + "." +
+                                                         name + ".weight");
                 // the last layer owes the others its keys and values only
-                const bool all = &layer != &tensors_.layers.back() || tensor == layer.k ||
-                                 tensor == layer.v;
-                products += values(*tensor) * (all ? rows : logit_rows);
-                bytes += double(tensor->bytes);
+                const bool all = layer + 1 < spec_->layers.size() || !std::strcmp(name, "attn_k") ||
+                                 !std::strcmp(name, "attn_v");
+                products += values(matrix) * (all ? rows : logit_rows);
+                bytes += double(matrix.bytes);
             }
         for (const valar::LayerSpec& layer : spec_->layers)
             kv_bytes += double(
                 valar::kv_bytes_per_token(options_.kv_type, layer.n_kv_heads, layer.head_dim));
         const double planes = options_.precision == valar::Precision::fine ? 2 : 1;
         return {bytes + positions_read * kv_bytes,
-                2 * (planes * products + 2 * values(*tensors_.output) * logit_rows)};
+                2 * (planes * products + 2 * values(output) * logit_rows)};
     }
     const valar::MemoryPlan& plan() const { return plan_; }
     /// The likeliest token of a batch whose last row alone wanted logits.
@@ -479,6 +555,10 @@ public:
     }
 
 private:
+    // The backend has found all of them.
+    const valar::TensorInfo& tensor(const std::string& name) const {
+        return *gguf_->find_tensor(name);
+    }
     static double values(const valar::TensorInfo& matrix) {
         return double(matrix.dims[0]) * double(matrix.dims[1]);
     }
@@ -501,7 +581,6 @@ private:
 
     std::unique_ptr<valar::Gguf> gguf_;  // these two stay put
     std::unique_ptr<valar::ModelSpec> spec_;
-    valar::detail::ModelTensors tensors_;
     valar::BackendOptions options_;
     valar::MemoryPlan plan_;
     std::unique_ptr<valar::Backend> backend_;
@@ -537,21 +616,21 @@ struct Measurement {
 
 class Bench {
 public:
-    Bench(const Settings& settings, uint64_t start_ns) : settings_(settings), start_ns_(start_ns) {}
+    Bench(const Settings& settings, Clock::time_point start) : settings_(settings), start_(start) {}
 
     /// Loads and computes the first short prompt, as a program that was just started would.
     Result<void> start() {
-        auto kernels = choose_kernels();
+        auto kernels = valar::kernels_in_use();
         if (!kernels) return kernels.error();
-        kernels_ = (*kernels)->name;
+        kernels_ = *kernels;
         if (auto opened = model_.open(settings_); !opened) return opened;
-        load_s_ = seconds_since(start_ns_);
+        load_s_ = seconds_since(start_);
         plan("prefill", kStartTokens, 0, 1);
         if (auto ran = measure(measurements_[0]); !ran) return ran;
         auto token = model_.next_token();
         if (!token) return token.error();
         first_token_ = *token;
-        first_token_s_ = seconds_since(start_ns_);
+        first_token_s_ = seconds_since(start_);
 
         uint32_t deepest = 0;
         if (settings_.prompt) plan("prefill", settings_.prompt, 0, 1);
@@ -607,7 +686,7 @@ public:
         return Json::object()
             .set("machine", Json::object()
                                 .set("cpu", cpu_name())
-                                .set("cores", physical_cores())
+                                .set("cores", valar::physical_cores())
                                 .set("kernels", kernels_)
                                 .set("compiler", compiler())
                                 .set("valar", VALAR_VERSION))
@@ -626,7 +705,7 @@ private:
             {test, tokens, depth, columns, {cost.bytes * runs, cost.operations * runs}});
     }
     Result<void> measure(Measurement& each) {
-        const uint64_t start = monotonic_ns();
+        const Clock::time_point start = Clock::now();
         if (*each.test == 'p') {
             if (auto ran = model_.run_prompt(0, each.tokens); !ran) return ran;
         } else {
@@ -683,7 +762,7 @@ private:
     }
 
     const Settings& settings_;
-    uint64_t start_ns_;
+    Clock::time_point start_;
     Model model_;
     Machine machine_;
     const char* kernels_ = "";
@@ -760,7 +839,7 @@ const char* wrong_setting(const Settings& settings) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const uint64_t start_ns = monotonic_ns();
+    const Clock::time_point start = Clock::now();
     Settings settings;
     example::Flags flags("bench",
                          "Measures a model: prefill, decode, start, memory; and what the machine "
@@ -788,7 +867,7 @@ int main(int argc, char** argv) {
     if (const char* wrong = wrong_setting(settings)) return example::fail(wrong);
     if (settings.model.empty()) settings.model = example::cached_model();
 
-    Bench bench(settings, start_ns);
+    Bench bench(settings, start);
     auto ran = bench.start();
     if (settings.turns) return ran ? take_turns(bench) : example::fail(ran.error().message);
     for (uint32_t i = 0; ran && i < settings.repeat; ++i) ran = bench.round();

@@ -220,7 +220,8 @@ TEST_CASE("logits: weights that the file holds packed") {
         auto model = Model::open(std::move(gguf), way.options);
         REQUIRE(model);
         CHECK(hash_of(all_logits(*model, prompt(280), way)) == mixed_hash());
-        const auto plan = detail::plan_cpu(*model->gguf, *model->spec, model->tensors, way.options);
+        const auto plan = detail::plan_cpu_backend(*model->gguf, *model->spec, model->tensors,
+                                                   way.options);
         CHECK((plan->mapped > bytes.size() / 2) == in_place);
         CHECK((plan->weights > bytes.size() / 2) != in_place);
     };
@@ -612,7 +613,7 @@ TEST_CASE("the memory plan") {
     auto tensors = detail::bind_model_tensors(*gguf, *spec);
     REQUIRE(tensors);
     BackendOptions options = small();
-    const auto plan = detail::plan_cpu(*gguf, *spec, *tensors, options);
+    const auto plan = detail::plan_cpu_backend(*gguf, *spec, *tensors, options);
     REQUIRE(plan);
     auto backend = detail::open_cpu_backend(*gguf, *spec, *tensors, options);
     REQUIRE(backend);
@@ -624,7 +625,7 @@ TEST_CASE("the memory plan") {
     CHECK(plan->weights >= file);
     CHECK(plan->weights < file + file / 4);
     options.weights = Weights::mapped;
-    const auto mapped = detail::plan_cpu(*gguf, *spec, *tensors, options);
+    const auto mapped = detail::plan_cpu_backend(*gguf, *spec, *tensors, options);
     CHECK(plan->mapped == 0);
     CHECK(mapped->mapped < file);
     CHECK(mapped->mapped + mapped->weights > file - file / 100);
@@ -632,12 +633,44 @@ TEST_CASE("the memory plan") {
     CHECK(mapped->scratch < plan->scratch + (64 << 10));
     options.weights = Weights::packed;
     options.kv_type = KvType::f32;
-    CHECK(detail::plan_cpu(*gguf, *spec, *tensors, options)->kv == 2 * plan->kv);
+    CHECK(detail::plan_cpu_backend(*gguf, *spec, *tensors, options)->kv == 2 * plan->kv);
     options.kv_type = KvType::q8_0;
-    CHECK(detail::plan_cpu(*gguf, *spec, *tensors, options)->kv == plan->kv / 32 * 17);
+    CHECK(detail::plan_cpu_backend(*gguf, *spec, *tensors, options)->kv == plan->kv / 32 * 17);
     options.max_batch_rows = 8;
     options.max_logit_rows = 1;
-    CHECK(detail::plan_cpu(*gguf, *spec, *tensors, options)->scratch < plan->scratch / 8);
+    CHECK(detail::plan_cpu_backend(*gguf, *spec, *tensors, options)->scratch < plan->scratch / 8);
+}
+
+TEST_CASE("the public way to a backend") {
+    const auto& bytes = mixed_model();
+    auto gguf = Gguf::from_bytes(bytes);
+    auto spec = read_model_spec(*gguf);
+    auto tensors = detail::bind_model_tensors(*gguf, *spec);
+    BackendOptions options = small();
+    const auto plan = plan_cpu_backend(*gguf, *spec, options);
+    REQUIRE(plan);
+    CHECK(plan->total() == detail::plan_cpu_backend(*gguf, *spec, *tensors, options)->total());
+    auto backend = open_cpu_backend(*gguf, *spec, options);
+    REQUIRE(backend);
+    REQUIRE(*(*backend)->load(UINT64_MAX, nullptr));
+    const auto ids = prompt(8);
+    const auto pages = page_list(0, 1);
+    const auto rows = make_rows(ids, 0, pages, true);
+    REQUIRE((*backend)->begin(rows));
+    REQUIRE(*(*backend)->advance(0));
+    Model model = open_tiny(bytes, options);
+    const auto expected = all_logits(model, ids, {.options = options});
+    const auto logits = (*backend)->logits(7);
+    REQUIRE(logits);
+    CHECK(std::equal(logits->begin(), logits->end(), expected.end() - spec->n_vocab));
+
+    options.kv_pages = 0;
+    CHECK(plan_cpu_backend(*gguf, *spec, options).error().param == "kv_pages");
+    CHECK(open_cpu_backend(*gguf, *spec, options).error().param == "kv_pages");
+    spec->layers.push_back(spec->layers[0]);  // the file has no such tensors
+    for (const Error& error : {plan_cpu_backend(*gguf, *spec, small()).error(),
+                               open_cpu_backend(*gguf, *spec, small()).error()})
+        CHECK(error.message.find("blk.2.") != std::string::npos);
 }
 
 TEST_CASE("options out of range") {
@@ -647,7 +680,7 @@ TEST_CASE("options out of range") {
     const auto refused = [&](auto change) {
         BackendOptions options = small();
         change(options);
-        const auto plan = detail::plan_cpu(*gguf, *spec, *tensors, options);
+        const auto plan = detail::plan_cpu_backend(*gguf, *spec, *tensors, options);
         return !plan && !detail::open_cpu_backend(*gguf, *spec, *tensors, options);
     };
     CHECK(refused([](BackendOptions& o) { o.page_tokens = 24; }));
@@ -659,9 +692,9 @@ TEST_CASE("options out of range") {
         auto other_tensors = detail::bind_model_tensors(*other, *other_spec);
         REQUIRE(other_tensors);
         BackendOptions options = small();
-        CHECK(detail::plan_cpu(*other, *other_spec, *other_tensors, options));
+        CHECK(detail::plan_cpu_backend(*other, *other_spec, *other_tensors, options));
         options.kv_type = KvType::q8_0;
-        const auto plan = detail::plan_cpu(*other, *other_spec, *other_tensors, options);
+        const auto plan = detail::plan_cpu_backend(*other, *other_spec, *other_tensors, options);
         REQUIRE(!plan);
         CHECK(plan.error().param == "kv_type");
         CHECK(plan.error().message.find("have 24") != std::string::npos);

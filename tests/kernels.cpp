@@ -1055,6 +1055,9 @@ TEST_CASE("kernels: choosing a table") {
     const auto tables = available_kernels();
     REQUIRE(tables.size() >= 1);
     CHECK(std::string(tables[0]->name) == "scalar");
+    REQUIRE(kernel_names().size() == tables.size());
+    for (size_t i = 0; i < tables.size(); ++i)
+        CHECK(std::string(kernel_names()[i]) == tables[i]->name);
 #if !defined(_WIN32)
     const std::string kept = environment("VALAR_ISA");
     for (const Kernels* table : tables) {
@@ -1062,11 +1065,13 @@ TEST_CASE("kernels: choosing a table") {
         const auto chosen = choose_kernels();
         REQUIRE(chosen.ok());
         CHECK(*chosen == table);
+        CHECK(std::string(*kernels_in_use()) == table->name);
     }
     setenv("VALAR_ISA", "abacus", 1);
     const auto refused = choose_kernels();
     REQUIRE_FALSE(refused.ok());
     CHECK(refused.error().kind == ErrorKind::unsupported);
+    CHECK(kernels_in_use().error().message == refused.error().message);
     CHECK(refused.error().message.find("abacus") != std::string::npos);
     unsetenv("VALAR_ISA");
     CHECK(*choose_kernels() == tables.back());

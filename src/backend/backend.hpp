@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 
 namespace valar {
@@ -18,13 +19,11 @@ inline namespace v1 {
 
 /// packed: a private copy of the weights as the kernels want them; fastest. mapped: none, a few rows
 /// are packed each time they are used, from the file's pages or model_bytes (a GgufReader is refused);
-/// the same bits, several times slower: for hosts that count megabytes. Weights that the file holds
-/// packed (examples/quantize.cpp --packed) are read in place with either, at full speed; copied only
-/// where they come from a GgufReader or lie in model_bytes off a multiple of 64.
+/// the same bits, several times slower. Weights that the file holds packed (quantize --packed) are
+/// read in place with either; copied if from a GgufReader, or off a multiple of 64 in model_bytes.
 enum class Weights : uint8_t { packed, mapped };
 
-/// How a model is held and computed. `kv_type` and `precision` are the options that may change
-/// bits.
+/// How a model is held and computed. No option changes bits but `kv_type` and `precision`.
 struct BackendOptions {
     Precision precision = Precision::fast;
     KvType kv_type = KvType::f16;
@@ -32,8 +31,7 @@ struct BackendOptions {
     uint32_t page_tokens = 16;      ///< positions a page, a multiple of 16
     uint32_t max_batch_rows = 512;  ///< rows of one batch at most
     uint32_t max_logit_rows = 1;    ///< rows of one batch that may want logits
-    uint32_t max_positions = 0;     ///< of one sequence; 0: as many as all pages hold (more is of
-                                    ///< use where all layers have windows)
+    uint32_t max_positions = 0;     ///< of a sequence; 0: as all pages hold (windows need fewer)
     int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
     ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
@@ -49,23 +47,20 @@ struct MemoryPlan {
     uint64_t total() const { return weights + kv + scratch; }
 };
 
-/// One row of a batch: a token at a position of a sequence. A row sees the positions 0 to
-/// `position` of its sequence, its own included: what earlier batches computed of them, and what
-/// earlier rows of this batch do. Rows of one sequence point to the same list of pages.
+/// A token at a position of a sequence: it sees itself and the positions before it, as earlier
+/// batches and earlier rows of this batch compute them. Rows of one sequence share a list of pages.
 struct BatchRow {
     Token token = 0;                   ///< from 0 to n_vocab - 1; not read where `embedding` is set
     const float* embedding = nullptr;  ///< (n_embd) instead of the token's, or null; borrowed
     uint32_t position = 0;             ///< in its sequence, from 0
-    /// The numbers of the sequence's pages in the pool, in order of position: position p lies in
-    /// pages[p / page_tokens], and the page of `position` is there already. Pages before the
-    /// windows of all layers are not looked at. Borrowed until the batch is done.
+    /// Numbers of pages in the pool: position p of the sequence lies in pages[p / page_tokens],
+    /// and that of `position` is there already. Pages before all layers' windows are not looked at.
     const uint32_t* pages = nullptr;
     bool logits = false;  ///< whether logits are wanted for this row
 };
 
-/// A device that holds a model and computes batches of rows. It keeps the keys and values of
-/// BackendOptions::kv_pages pages; who owns which page is the caller's affair.
-/// Threads: calls come one at a time, from any thread.
+/// A device that holds a model and computes batches of rows. It keeps kv_pages pages of keys and
+/// values; whose they are is the caller's affair. Threads: calls one at a time, from any thread.
 class VALAR_API Backend {
 public:
     virtual ~Backend() = default;
@@ -84,18 +79,24 @@ public:
     virtual Result<bool> advance(uint64_t deadline_ns) = 0;
     /// Gives up the batch that was begun, if any: its positions count as not computed.
     virtual void abandon() = 0;
-    /// The logits (n_vocab) of the i-th row that wanted them; valid until the next begin(). Error
-    /// (bad_data): some are not finite; it names the layer that the first of them came from. Other
-    /// rows are none the worse for it.
+    /// The logits (n_vocab) of the i-th row that wanted them, until the next begin(). Error
+    /// (bad_data): some are not finite; names the layer where that began; other rows are unharmed.
     virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
     /// Copies one page of all layers over another.
     virtual void copy_page(uint32_t from, uint32_t to) = 0;
-    /// Bytes of one page of all layers, as export_page writes and import_page reads them. They do
-    /// not depend on the number of the page.
+    /// Bytes of one page of all layers, as export_page writes them; import_page takes any page's.
     virtual size_t page_bytes() const = 0;
     virtual void export_page(uint32_t page, std::byte* out) const = 0;
     virtual void import_page(uint32_t page, const std::byte* in) = 0;
 };
+
+/// What the CPU backend would take, to the byte. `spec` is what read_model_spec says of `gguf`.
+/// Errors: an option is out of range, or a tensor is missing or of another shape than `spec` says.
+VALAR_API Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                              const BackendOptions& options);
+/// The CPU backend; nothing is loaded yet. Borrows `gguf` and `spec`, which stay where they are.
+VALAR_API Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                                            const BackendOptions& options);
 
 }  // namespace v1
 }  // namespace valar

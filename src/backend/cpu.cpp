@@ -115,6 +115,21 @@ Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelS
 }
 
 }  // namespace detail
+
+Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                    const BackendOptions& options) {
+    const auto tensors = detail::bind_model_tensors(gguf, spec);
+    if (!tensors) return tensors.error();
+    return detail::plan_cpu_backend(gguf, spec, *tensors, options);
+}
+
+Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                                  const BackendOptions& options) {
+    const auto tensors = detail::bind_model_tensors(gguf, spec);
+    if (!tensors) return tensors.error();
+    return detail::open_cpu_backend(gguf, spec, *tensors, options);
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE

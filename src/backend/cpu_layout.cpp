@@ -242,8 +242,8 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
     return out;
 }
 
-Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
-                            const BackendOptions& options) {
+Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                    const ModelTensors& tensors, const BackendOptions& options) {
     auto layout = lay_out_cpu(gguf, spec, tensors, options, 0);
     if (!layout) return layout.error();
     return layout->plan;

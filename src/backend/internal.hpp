@@ -11,11 +11,10 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// What the CPU backend would take, to the byte; takes nothing. Errors: an option out of range.
-Result<MemoryPlan> plan_cpu(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
-                            const BackendOptions& options);
-/// The CPU backend, with its worker team. Nothing is loaded yet: call load() until it says true.
-/// `gguf`, `spec` and `tensors` are borrowed for its life. Kernels: choose_kernels() unless given.
+/// The public functions of these names, for tensors that are bound already: they are looked at by
+/// the call only. Kernels: choose_kernels() unless given.
+Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
+                                    const ModelTensors& tensors, const BackendOptions& options);
 Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
                                                   const ModelTensors& tensors,
                                                   const BackendOptions& options,

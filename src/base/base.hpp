@@ -168,5 +168,8 @@ struct Allocator {
     void* context = nullptr;
 };
 
+/// Cores that this process may run on, at least 1; threads that share a core count once.
+VALAR_API int physical_cores();
+
 }  // namespace v1
 }  // namespace valar

@@ -164,8 +164,7 @@ private:
     uintptr_t handle_ = 0;
 };
 
-int physical_cores();  ///< at least 1; respects the process's CPU mask
-void pause();          ///< one spin-wait hint to the CPU
+void pause();  ///< one spin-wait hint to the CPU
 
 /// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there
 /// is one. `wake` wakes every sleeper on the word.

@@ -117,44 +117,6 @@ void Thread::join() {
     handle_ = 0;
 }
 
-int physical_cores() {
-    int cores = 0;
-#if defined(_WIN32)
-    DWORD_PTR allowed = 0, system = 0;
-    GetProcessAffinityMask(GetCurrentProcess(), &allowed, &system);
-    DWORD bytes = 0;
-    GetLogicalProcessorInformation(nullptr, &bytes);
-    std::vector<SYSTEM_LOGICAL_PROCESSOR_INFORMATION> list(bytes / sizeof list[0] + 1);
-    bytes = DWORD(list.size() * sizeof list[0]);
-    if (!GetLogicalProcessorInformation(list.data(), &bytes)) bytes = 0;
-    list.resize(bytes / sizeof list[0]);
-    for (const auto& entry : list)
-        cores += entry.Relationship == RelationProcessorCore && (entry.ProcessorMask & allowed);
-#elif defined(__APPLE__)
-    size_t size = sizeof cores;
-    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, nullptr, 0) != 0)
-        sysctlbyname("hw.physicalcpu", &cores, &size, nullptr, 0);
-#elif defined(__linux__)
-    // Logical CPUs of one core list the same siblings.
-    cpu_set_t allowed;
-    std::vector<std::string> seen;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) CPU_ZERO(&allowed);
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (!CPU_ISSET(cpu, &allowed)) continue;
-        auto siblings = read_file(
-            format("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu), 4096);
-        std::string text = siblings ? std::move(*siblings) : format("%d", cpu);
-        if (std::find(seen.begin(), seen.end(), text) == seen.end())
-            seen.push_back(std::move(text));
-    }
-    cores = int(seen.size());
-#endif
-#if !defined(_WIN32)
-    if (cores < 1) cores = int(sysconf(_SC_NPROCESSORS_ONLN));
-#endif
-    return std::max(cores, 1);
-}
-
 void pause() {
 #if defined(_WIN32)
     YieldProcessor();
@@ -265,5 +227,45 @@ std::string environment(const char* name) {
 }
 
 }  // namespace detail
+
+int physical_cores() {
+    int cores = 0;
+#if defined(_WIN32)
+    DWORD_PTR allowed = 0, system = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &allowed, &system);
+    DWORD bytes = 0;
+    GetLogicalProcessorInformation(nullptr, &bytes);
+    std::vector<SYSTEM_LOGICAL_PROCESSOR_INFORMATION> list(bytes / sizeof list[0] + 1);
+    bytes = DWORD(list.size() * sizeof list[0]);
+    if (!GetLogicalProcessorInformation(list.data(), &bytes)) bytes = 0;
+    list.resize(bytes / sizeof list[0]);
+    for (const auto& entry : list)
+        cores += entry.Relationship == RelationProcessorCore && (entry.ProcessorMask & allowed);
+#elif defined(__APPLE__)
+    size_t size = sizeof cores;
+    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, nullptr, 0) != 0)
+        sysctlbyname("hw.physicalcpu", &cores, &size, nullptr, 0);
+#elif defined(__linux__)
+    // Logical CPUs of one core list the same siblings.
+    cpu_set_t allowed;
+    std::vector<std::string> seen;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) CPU_ZERO(&allowed);
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (!CPU_ISSET(cpu, &allowed)) continue;
+        auto siblings = detail::read_file(
+            detail::format("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu),
+            4096);
+        std::string text = siblings ? std::move(*siblings) : detail::format("%d", cpu);
+        if (std::find(seen.begin(), seen.end(), text) == seen.end())
+            seen.push_back(std::move(text));
+    }
+    cores = int(seen.size());
+#endif
+#if !defined(_WIN32)
+    if (cores < 1) cores = int(sysconf(_SC_NPROCESSORS_ONLN));
+#endif
+    return std::max(cores, 1);
+}
+
 }  // namespace v1
 }  // namespace valar

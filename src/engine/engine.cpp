@@ -200,7 +200,7 @@ Result<MemoryPlan> Engine::memory_plan(const EngineOptions& options) {
     if (auto opened = file.open(options); !opened) return opened.error();
     auto chosen = detail::choose_backend_options(options, file);
     if (!chosen) return chosen.error();
-    return detail::plan_cpu(file.gguf, file.spec, file.tensors, *chosen);
+    return detail::plan_cpu_backend(file.gguf, file.spec, file.tensors, *chosen);
 }
 
 Reply Engine::submit(const Request& request) {

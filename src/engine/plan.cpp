@@ -56,7 +56,7 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
     out.allocator = options.allocator;
-    auto plan = plan_cpu(file.gguf, spec, file.tensors, out);
+    auto plan = plan_cpu_backend(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();
     uint64_t pages = least * std::min(options.max_running, 2u);
     if (const uint64_t limit = options.memory_limit) {

@@ -137,6 +137,7 @@ namespace {
 
 struct KernelList {
     const Kernels* tables[5] = {&scalar::kernels};
+    const char* names[5];
     size_t count = 1;
     KernelList() {
 #if VALAR_X86_KERNELS
@@ -155,8 +156,14 @@ struct KernelList {
 #elif VALAR_WASM_KERNELS
         tables[count++] = &wasm::kernels;
 #endif
+        for (size_t i = 0; i < count; i++) names[i] = tables[i]->name;
     }
 };
+
+const KernelList& kernel_list() {
+    static const KernelList list;
+    return list;
+}
 
 uint64_t fingerprint_bytes(const void* data, size_t size, uint64_t hash) {  // FNV-1a
     for (size_t i = 0; i < size; i++)
@@ -215,8 +222,7 @@ constexpr uint64_t kKernelFingerprint = 0x3f6e8bd4e70d35fb;
 }  // namespace
 
 std::span<const Kernels* const> available_kernels() {
-    static const KernelList list;
-    return {list.tables, list.count};
+    return {kernel_list().tables, kernel_list().count};
 }
 
 Result<const Kernels*> choose_kernels() {
@@ -241,6 +247,17 @@ Result<const Kernels*> choose_kernels() {
 }
 
 }  // namespace detail
+
+std::span<const char* const> kernel_names() {
+    return {detail::kernel_list().names, detail::kernel_list().count};
+}
+
+Result<const char*> kernels_in_use() {
+    const auto chosen = detail::choose_kernels();
+    if (!chosen) return chosen.error();
+    return (*chosen)->name;
+}
+
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE

@@ -1,9 +1,7 @@
 // >>kernels
-// Owns: the numeric definition below, the scalar reference of every kernel, one region per
-//       instruction set, the table of kernels chosen once, the worker team.
+// Owns: the numeric definition, the kernels of every instruction set, the worker team.
 // Assumes: little-endian IEEE 754 binary32 and binary64, round to nearest even, denormals kept.
 // Promises: every kernel of every table gives the bits of its scalar twin.
-//
 #pragma once
 
 #include "base/base.hpp"
@@ -18,8 +16,7 @@ inline namespace v1 {
 
 /// How exactly activations meet quantized weights: one int8 plane (fast) or two (fine).
 enum class Precision : uint8_t { fast, fine };
-/// How keys and values are stored: q8_0 takes about half of f16's memory and wants heads of a
-/// multiple of 32 values.
+/// How keys and values are stored; q8_0, about half of f16, wants heads of a multiple of 32 values.
 enum class KvType : uint8_t { f16, f32, q8_0 };
 
 /// The host's job system: `run` calls job(argument, i) for every i in 0 .. count-1, on any threads,
@@ -30,7 +27,13 @@ struct ParallelFor {
     void* context = nullptr;
 };
 
-// ---- For programs that write model files: examples/quantize.cpp. Any thread may call these.
+/// The kernel tables that this build has for this CPU, by name, slowest first; and the one that
+/// computes: the last, or what the environment's VALAR_ISA says (Error: no such table).
+VALAR_API std::span<const char* const> kernel_names();
+VALAR_API Result<const char*> kernels_in_use();
+
+// ---- For programs that write model files: examples/quantize.cpp. Any thread may call these. A
+// Result is an Error (invalid_request) where type and sizes do not fit together.
 
 /// Whether kernels compute with matrices of this type; only these can be packed and dequantized.
 VALAR_API bool can_compute(TensorType type);
@@ -38,12 +41,10 @@ VALAR_API bool can_compute(TensorType type);
 /// 0 where the type is none that can_compute.
 VALAR_API uint64_t packed_bytes(TensorType type, uint64_t rows, uint32_t cols);
 /// Packs rows of `cols` values, of which `source` has some as a file has them, from a row on whose
-/// number is a multiple of packed_rows. `out` takes packed_bytes of so many rows. Fails
-/// (invalid_request) where type and sizes do not fit together.
+/// number is a multiple of packed_rows. `out` takes packed_bytes of so many rows.
 VALAR_API Result<void> pack_rows(TensorType type, uint32_t cols, std::span<const std::byte> source,
                                  std::span<std::byte> out);
-/// The values of whole blocks that lie as a file has them, one row or many, as the kernels take
-/// them (numeric definition, 11). Fails (invalid_request) where type and sizes do not fit together.
+/// The values of whole blocks as a file has them, one row or many (numeric definition, 11).
 VALAR_API Result<void> dequantize(TensorType type, std::span<const std::byte> blocks,
                                   std::span<float> values);
 VALAR_API float half_to_float(uint16_t bits);   // binary16
