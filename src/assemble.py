@@ -45,6 +45,9 @@ SECTIONS = {
     "server": ["server/server.hpp", "server/words.cpp", "server/options.cpp", "server/loop.cpp",
                "server/access.cpp", "server/responses.cpp", "server/reading.cpp"],
 }
+# Who uses valar.hpp reads its declaration part from end to end: it stays short enough for that. What it
+# lacks room for belongs into an internal header, or replaces something.
+MOST_DECLARATION_LINES = 1700
 SYSTEM = ["base/system.hpp", "kernels/intrinsics.hpp"]  # conditional system headers: to the prologue
 SYSTEM_MARK = "// (system headers)\n"
 
@@ -85,6 +88,10 @@ class Binder:
 def body_of(path):
     return read(path).replace("#pragma once\n", "", 1)
 
+def tidy(text):
+    """No more than one empty line in a row."""
+    return re.sub(r"\n{3,}", "\n\n", text)
+
 def assemble():
     binder = Binder()
     config, headers = body_of("config.hpp").strip() + "\n", set()
@@ -93,9 +100,13 @@ def assemble():
     declarations = "".join(binder.bind(part, headers) for part in public)
     if hidden := binder.bound - {"config.hpp", "prologue.hpp", *SYSTEM, *public}:
         sys.exit(f"public headers include internal ones: {', '.join(sorted(hidden))}")
-    out = read("opening.txt") + "#ifndef VALAR_HPP\n#define VALAR_HPP\n\n"
+    out = "#ifndef VALAR_HPP\n#define VALAR_HPP\n\n"
     out += config + "\n" + binder.include(headers) + "\n" + declarations
     out += '#pragma pop_macro("max")\n#pragma pop_macro("min")\n#endif  // VALAR_HPP\n\n'
+    if (lines := tidy(out).count("\n")) > MOST_DECLARATION_LINES:
+        sys.exit(f"the declaration part of valar.hpp has {lines:,} lines, {MOST_DECLARATION_LINES:,} are "
+                 "the limit: move what only the implementation needs to internal headers")
+    out = read("opening.txt") + out
 
     headers = set()
     implementation = "".join(binder.bind(part, headers) for part in parts_of(".cpp"))
@@ -103,7 +114,7 @@ def assemble():
     system = binder.include(headers) + "\n" + "".join(body_of(part).strip() + "\n" for part in SYSTEM)
     out += "#ifdef VALAR_IMPLEMENTATION\n" + prologue.replace(SYSTEM_MARK, system) + "\n"
     out += implementation + read("closing.txt")
-    return re.sub(r"\n{3,}", "\n\n", out)
+    return tidy(out)
 
 def main():
     text = assemble()
