@@ -53,7 +53,8 @@
 //
 // READING IT TO LEARN: start with examples/one_token.cpp, a forward pass in plain loops; then the
 // numeric definition (the same in words: search for "The numeric definition"), the scalar kernels
-// (src/kernels/scalar.cpp), the stages of src/backend/cpu.cpp, and Scheduler in src/engine.
+// (src/kernels/scalar.cpp), the table of stages in src/backend/cpu_decoder.cpp, and
+// Scheduler in src/engine.
 //
 // CONFIGURATION, before the implementation is included. Declarations never change; to use a class that
 // was cut is a link error.
