@@ -17478,6 +17478,7 @@ private:
     }
     bool in_last_layer() const { return layer_ + 1 == weights_.layers.size(); }
     uint32_t row_count() const { return static_cast<uint32_t>(rows_.size()); }
+    bool splits_rows() const { return row_count() <= sizes_.split_rows; }  // attention's schedule
 
     Result<void> allocate(const MemoryPlan& plan);
     Result<void> check_row(const BatchRow& row) const;
@@ -17493,8 +17494,7 @@ private:
     uint64_t count_attention() const { return uint64_t{unit_count_} * layer().spec->n_kv_heads; }
     uint64_t count_embd() const { return layer().down.units(); }
     uint64_t count_ff() const { return layer().up.units(); }
-    uint64_t count_wanted() const { return wanted_count_; }
-    uint64_t count_vocab() const { return wanted_count_ ? weights_.output.units() : 0; }
+    uint64_t count_vocab() const { return weights_.output.units(); }
     uint64_t work_row() const { return uint64_t{spec_->n_embd} * 8; }
     uint64_t work_unit(uint64_t columns) const {
         return kUnitTiles * kTileRows * columns * rows_.size() * sizes_.planes;
@@ -17505,7 +17505,7 @@ private:
     uint64_t work_gate_up() const { return 2 * work_unit(spec_->n_embd); }
     uint64_t work_down() const { return work_unit(layer().down.cols); }
     uint64_t work_logits() const {
-        return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * wanted_count_;
+        return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * row_count();
     }
 
     // Two schedules of attention (cpu_attention.cpp).
@@ -17552,7 +17552,7 @@ private:
 
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void find_angles(uint32_t position, float* cos_sin) const;
-    void norm_and_quantize(uint32_t first, uint32_t last, const float* weight);
+    void norm_and_quantize(uint32_t first, uint32_t last, const float* weight, uint64_t planes);
     PackedMatrix pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                              std::byte* packed);
     std::byte* mapped_units(uint32_t part) const {
@@ -17584,7 +17584,6 @@ private:
     uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
-    bool splits_rows_ = false;                       // attention is split over segments
     std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
     Error bad_numbers_;                              // where the first of them came from
 };
@@ -17738,8 +17737,8 @@ const CpuDecoder::Stage CpuDecoder::stages_[] = {
     {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize, 0},
     // x += Wdown h
     {&CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add, ends_layer},
-    // y = quantized(rms_norm(x) * output_norm), of rows that want logits
-    {&CpuDecoder::count_wanted, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted, 0},
+    // y = quantized(rms_norm(x) * output_norm); from here on all rows want logits
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted, 0},
     // logits = Woutput y * logit_scale; whether they are finite
     {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check, 0},
 };
@@ -18067,18 +18066,19 @@ void CpuDecoder::find_angles(uint32_t position, float* cos_sin) const {
         }
 }
 
-void CpuDecoder::norm_and_quantize(uint32_t first, uint32_t last, const float* weight) {
+void CpuDecoder::norm_and_quantize(uint32_t first, uint32_t last, const float* weight,
+                                   uint64_t planes) {
     const size_t n = spec_->n_embd;
     for (uint32_t row = first, end; row < last; row = end) {
-        end = group_end(row, last, sizes_.planes);
+        end = group_end(row, last, planes);
         for (uint32_t i = row; i < end; ++i)
             kernels_->rms_norm(scratch_.x + i * n, weight, spec_->norm_eps, n, scratch_.y + i * n);
-        quantize_group(scratch_.y + row * n, spec_->n_embd, sizes_.planes, row, end, row_count());
+        quantize_group(scratch_.y + row * n, spec_->n_embd, planes, row, end, row_count());
     }
 }
 
 void CpuDecoder::norm_and_quantize_for_attention(uint32_t first, uint32_t last, uint32_t) {
-    norm_and_quantize(first, last, layer().attn_norm);
+    norm_and_quantize(first, last, layer().attn_norm, sizes_.planes);
 }
 
 void CpuDecoder::multiply_qkv_and_bias(uint32_t first, uint32_t last, uint32_t part) {
@@ -18140,7 +18140,7 @@ void CpuDecoder::merge_and_quantize(uint32_t first, uint32_t last, uint32_t) {
     const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
-        for (uint32_t i = row; i < end && splits_rows_; ++i) merge_split_row(i);
+        for (uint32_t i = row; i < end && splits_rows(); ++i) merge_split_row(i);
         quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end,
                        row_count());
     }
@@ -18160,7 +18160,7 @@ void CpuDecoder::project_attention_and_add(uint32_t first, uint32_t last, uint32
 }
 
 void CpuDecoder::norm_and_quantize_for_ffn(uint32_t first, uint32_t last, uint32_t) {
-    norm_and_quantize(first, last, layer().ffn_norm);
+    norm_and_quantize(first, last, layer().ffn_norm, sizes_.planes);
 }
 
 void CpuDecoder::gate_up_and_quantize(uint32_t first, uint32_t last, uint32_t part) {
@@ -18176,25 +18176,17 @@ void CpuDecoder::project_ffn_and_add(uint32_t first, uint32_t last, uint32_t par
 
 // The output matrix always meets activations of two planes.
 void CpuDecoder::norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t) {
-    const size_t n = spec_->n_embd;
-    for (uint32_t i = first, end; i < last; i = end) {
-        end = group_end(i, last, 2);
-        for (uint32_t j = i; j < end; ++j)
-            kernels_->rms_norm(scratch_.x + j * n, weights_.output_norm, spec_->norm_eps, n,
-                               scratch_.y + j * n);
-        quantize_group(scratch_.y + i * n, spec_->n_embd, 2, i, end, wanted_count_);
-    }
+    norm_and_quantize(first, last, weights_.output_norm, 2);
 }
 
 void CpuDecoder::multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part) {
     const CpuMatrix& matrix = weights_.output;
     MatmulTask task = product_of(matrix, first, last, scratch_.y, scratch_.logits);
-    task.columns = wanted_count_;
     task.planes = 2;
     multiply(matrix, task, part);
     const size_t begin = size_t{task.first_tile} * kTileRows,
                  end = std::min<size_t>(size_t{task.last_tile} * kTileRows, matrix.rows);
-    for (uint32_t i = 0; i < wanted_count_; ++i) {
+    for (uint32_t i = 0; i < row_count(); ++i) {
         float* logits = scratch_.logits + size_t{i} * matrix.rows;
         if (spec_->logit_scale != 1)
             kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
@@ -18228,8 +18220,7 @@ namespace detail {
 
 void CpuDecoder::plan_attention() {
     unit_count_ = 0;
-    splits_rows_ = row_count() <= sizes_.split_rows;
-    if (splits_rows_) plan_split_rows();
+    if (splits_rows()) plan_split_rows();
     else plan_whole_rows();
 }
 
@@ -18237,8 +18228,9 @@ uint64_t CpuDecoder::work_attention() const {
     const AttentionUnit& unit = scratch_.units[0];
     const LayerSpec& spec = *layer().spec;
     const uint32_t seen = layer().first_seen(rows_[unit.row].position) / kSegment;
-    const uint32_t segments = splits_rows_ ? 1
-                                           : unit.last_segment - std::max(unit.first_segment, seen);
+    const uint32_t segments = splits_rows()
+                                  ? 1
+                                  : unit.last_segment - std::max(unit.first_segment, seen);
     return uint64_t{2 * kSegment} * unit.rows * segments * (spec.n_heads / spec.n_kv_heads) *
            spec.head_dim;
 }
@@ -18248,7 +18240,7 @@ void CpuDecoder::attend(uint32_t first, uint32_t last, uint32_t part) {
     for (uint32_t i = first; i < last; ++i) {
         VALAR_ASSERT(i / kv_heads < unit_count_);
         const AttentionUnit& unit = scratch_.units[i / kv_heads];
-        if (splits_rows_) attend_split_row(unit, i % kv_heads, scratch_.queries[part]);
+        if (splits_rows()) attend_split_row(unit, i % kv_heads, scratch_.queries[part]);
         else attend_whole_rows(unit, i % kv_heads, scratch_.queries[part]);
     }
 }

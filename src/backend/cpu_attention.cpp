@@ -25,8 +25,7 @@ namespace detail {
 
 void CpuDecoder::plan_attention() {
     unit_count_ = 0;
-    splits_rows_ = row_count() <= sizes_.split_rows;
-    if (splits_rows_) plan_split_rows();
+    if (splits_rows()) plan_split_rows();
     else plan_whole_rows();
 }
 
@@ -34,8 +33,9 @@ uint64_t CpuDecoder::work_attention() const {
     const AttentionUnit& unit = scratch_.units[0];
     const LayerSpec& spec = *layer().spec;
     const uint32_t seen = layer().first_seen(rows_[unit.row].position) / kSegment;
-    const uint32_t segments = splits_rows_ ? 1
-                                           : unit.last_segment - std::max(unit.first_segment, seen);
+    const uint32_t segments = splits_rows()
+                                  ? 1
+                                  : unit.last_segment - std::max(unit.first_segment, seen);
     return uint64_t{2 * kSegment} * unit.rows * segments * (spec.n_heads / spec.n_kv_heads) *
            spec.head_dim;
 }
@@ -45,7 +45,7 @@ void CpuDecoder::attend(uint32_t first, uint32_t last, uint32_t part) {
     for (uint32_t i = first; i < last; ++i) {
         VALAR_ASSERT(i / kv_heads < unit_count_);
         const AttentionUnit& unit = scratch_.units[i / kv_heads];
-        if (splits_rows_) attend_split_row(unit, i % kv_heads, scratch_.queries[part]);
+        if (splits_rows()) attend_split_row(unit, i % kv_heads, scratch_.queries[part]);
         else attend_whole_rows(unit, i % kv_heads, scratch_.queries[part]);
     }
 }

@@ -68,8 +68,8 @@ const CpuDecoder::Stage CpuDecoder::stages_[] = {
     {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize, 0},
     // x += Wdown h
     {&CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add, ends_layer},
-    // y = quantized(rms_norm(x) * output_norm), of rows that want logits
-    {&CpuDecoder::count_wanted, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted, 0},
+    // y = quantized(rms_norm(x) * output_norm); from here on all rows want logits
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted, 0},
     // logits = Woutput y * logit_scale; whether they are finite
     {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check, 0},
 };

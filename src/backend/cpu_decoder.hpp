@@ -102,6 +102,7 @@ private:
     }
     bool in_last_layer() const { return layer_ + 1 == weights_.layers.size(); }
     uint32_t row_count() const { return static_cast<uint32_t>(rows_.size()); }
+    bool splits_rows() const { return row_count() <= sizes_.split_rows; }  // attention's schedule
 
     Result<void> allocate(const MemoryPlan& plan);
     Result<void> check_row(const BatchRow& row) const;
@@ -117,8 +118,7 @@ private:
     uint64_t count_attention() const { return uint64_t{unit_count_} * layer().spec->n_kv_heads; }
     uint64_t count_embd() const { return layer().down.units(); }
     uint64_t count_ff() const { return layer().up.units(); }
-    uint64_t count_wanted() const { return wanted_count_; }
-    uint64_t count_vocab() const { return wanted_count_ ? weights_.output.units() : 0; }
+    uint64_t count_vocab() const { return weights_.output.units(); }
     uint64_t work_row() const { return uint64_t{spec_->n_embd} * 8; }
     uint64_t work_unit(uint64_t columns) const {
         return kUnitTiles * kTileRows * columns * rows_.size() * sizes_.planes;
@@ -129,7 +129,7 @@ private:
     uint64_t work_gate_up() const { return 2 * work_unit(spec_->n_embd); }
     uint64_t work_down() const { return work_unit(layer().down.cols); }
     uint64_t work_logits() const {
-        return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * wanted_count_;
+        return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * row_count();
     }
 
     // Two schedules of attention (cpu_attention.cpp).
@@ -176,7 +176,7 @@ private:
 
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void find_angles(uint32_t position, float* cos_sin) const;
-    void norm_and_quantize(uint32_t first, uint32_t last, const float* weight);
+    void norm_and_quantize(uint32_t first, uint32_t last, const float* weight, uint64_t planes);
     PackedMatrix pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                              std::byte* packed);
     std::byte* mapped_units(uint32_t part) const {
@@ -208,7 +208,6 @@ private:
     uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
-    bool splits_rows_ = false;                       // attention is split over segments
     std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
     Error bad_numbers_;                              // where the first of them came from
 };

@@ -132,18 +132,19 @@ void CpuDecoder::find_angles(uint32_t position, float* cos_sin) const {
         }
 }
 
-void CpuDecoder::norm_and_quantize(uint32_t first, uint32_t last, const float* weight) {
+void CpuDecoder::norm_and_quantize(uint32_t first, uint32_t last, const float* weight,
+                                   uint64_t planes) {
     const size_t n = spec_->n_embd;
     for (uint32_t row = first, end; row < last; row = end) {
-        end = group_end(row, last, sizes_.planes);
+        end = group_end(row, last, planes);
         for (uint32_t i = row; i < end; ++i)
             kernels_->rms_norm(scratch_.x + i * n, weight, spec_->norm_eps, n, scratch_.y + i * n);
-        quantize_group(scratch_.y + row * n, spec_->n_embd, sizes_.planes, row, end, row_count());
+        quantize_group(scratch_.y + row * n, spec_->n_embd, planes, row, end, row_count());
     }
 }
 
 void CpuDecoder::norm_and_quantize_for_attention(uint32_t first, uint32_t last, uint32_t) {
-    norm_and_quantize(first, last, layer().attn_norm);
+    norm_and_quantize(first, last, layer().attn_norm, sizes_.planes);
 }
 
 void CpuDecoder::multiply_qkv_and_bias(uint32_t first, uint32_t last, uint32_t part) {
@@ -205,7 +206,7 @@ void CpuDecoder::merge_and_quantize(uint32_t first, uint32_t last, uint32_t) {
     const uint32_t n = layer().spec->n_heads * layer().spec->head_dim;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
-        for (uint32_t i = row; i < end && splits_rows_; ++i) merge_split_row(i);
+        for (uint32_t i = row; i < end && splits_rows(); ++i) merge_split_row(i);
         quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end,
                        row_count());
     }
@@ -225,7 +226,7 @@ void CpuDecoder::project_attention_and_add(uint32_t first, uint32_t last, uint32
 }
 
 void CpuDecoder::norm_and_quantize_for_ffn(uint32_t first, uint32_t last, uint32_t) {
-    norm_and_quantize(first, last, layer().ffn_norm);
+    norm_and_quantize(first, last, layer().ffn_norm, sizes_.planes);
 }
 
 void CpuDecoder::gate_up_and_quantize(uint32_t first, uint32_t last, uint32_t part) {
@@ -241,25 +242,17 @@ void CpuDecoder::project_ffn_and_add(uint32_t first, uint32_t last, uint32_t par
 
 // The output matrix always meets activations of two planes.
 void CpuDecoder::norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t) {
-    const size_t n = spec_->n_embd;
-    for (uint32_t i = first, end; i < last; i = end) {
-        end = group_end(i, last, 2);
-        for (uint32_t j = i; j < end; ++j)
-            kernels_->rms_norm(scratch_.x + j * n, weights_.output_norm, spec_->norm_eps, n,
-                               scratch_.y + j * n);
-        quantize_group(scratch_.y + i * n, spec_->n_embd, 2, i, end, wanted_count_);
-    }
+    norm_and_quantize(first, last, weights_.output_norm, 2);
 }
 
 void CpuDecoder::multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part) {
     const CpuMatrix& matrix = weights_.output;
     MatmulTask task = product_of(matrix, first, last, scratch_.y, scratch_.logits);
-    task.columns = wanted_count_;
     task.planes = 2;
     multiply(matrix, task, part);
     const size_t begin = size_t{task.first_tile} * kTileRows,
                  end = std::min<size_t>(size_t{task.last_tile} * kTileRows, matrix.rows);
-    for (uint32_t i = 0; i < wanted_count_; ++i) {
+    for (uint32_t i = 0; i < row_count(); ++i) {
         float* logits = scratch_.logits + size_t{i} * matrix.rows;
         if (spec_->logit_scale != 1)
             kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
