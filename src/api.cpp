@@ -462,17 +462,15 @@ Window window_of(std::string_view name) {
                                            : static_cast<Window>(found - std::begin(kWindowNames));
 }
 
-std::string metadata_path(const std::string& key) { return "metadata." + key; }
-
 Fault check_metadata(const std::string& key, const Json& value) {
-    const std::string path = metadata_path(key);
+    const std::string path = "metadata." + key;
     if (utf8_count(key) > metadata_max_key)
         return api_error(
             "string_above_max_length", "metadata",
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
     if (key == "completion_webhook") return api_later(path);
-    if (path == kWindowField) return check_choice(value, path, kWindowNames);
+    if (key == kWindowKey) return check_choice(value, path, kWindowNames);
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
@@ -491,8 +489,7 @@ Fault field_metadata(const Json& value, Request* request) {
     for (const JsonMember& member : value.members()) {
         if (Fault fault = check_metadata(member.key, member.value)) return fault;
         request->metadata.emplace_back(member.key, member.value.as_string());
-        if (metadata_path(member.key) == kWindowField)
-            request->window = window_of(member.value.as_string());
+        if (member.key == kWindowKey) request->window = window_of(member.value.as_string());
     }
     return {};
 }

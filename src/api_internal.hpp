@@ -70,6 +70,7 @@ constexpr std::optional<Role> role_named(std::string_view name) {
 /// The words of a Window on the wire, and the field that holds them.
 inline constexpr std::string_view kWindowNames[] = {"asap", "standard", "flex"};
 static_assert(std::size(kWindowNames) == static_cast<size_t>(Window::flex) + 1);
+inline constexpr std::string_view kWindowKey = "completion_window";  // in a request's metadata
 inline constexpr const char* kWindowField = "metadata.completion_window";
 constexpr std::string_view window_name(Window window) {
     return kWindowNames[static_cast<size_t>(window)];
