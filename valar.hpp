@@ -133,7 +133,7 @@
 namespace valar {
 inline namespace v1 {
 
-/// What went wrong, coarsely. The server answers each kind with an HTTP status of its own.
+/// What went wrong, coarsely. The server maps each kind to an HTTP status.
 enum class ErrorKind : uint8_t {
     invalid_request,  ///< a caller's argument, field or option is wrong
     bad_data,         ///< a file or byte stream is malformed
@@ -173,8 +173,7 @@ VALAR_API void free_error(Error* error) noexcept;
 
 /// A value or an Error. Tests true when it holds a value; `->` and `*` reach it. value(), `->` and
 /// `*` only when ok(), error() only when not (VALAR_ASSERT checks both). One that was moved from
-/// can only be assigned to and destroyed.
-/// Threads: as safe as the value it holds.
+/// can only be assigned to and destroyed. Threads: as safe as the value it holds.
 template <class T>
 class [[nodiscard]] Result {
 public:
@@ -1084,8 +1083,8 @@ public:
     static constexpr size_t max_text_bytes = size_t{1} << 30;
 
     /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
-    /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Fails (unsupported) for a tokenizer.ggml.model other than
-    /// gpt2 and llama or an unknown tokenizer.ggml.pre, (bad_data) for a malformed vocabulary.
+    /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Errors:
+    /// unsupported (model is not gpt2 or llama, or pre is unknown), bad_data (a bad vocabulary).
     static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {},
                                   std::span<const std::string_view> ends = {});
 
@@ -1232,7 +1231,7 @@ struct BackendOptions {
     uint32_t page_tokens = 16;      ///< positions a page, a multiple of 16
     uint32_t max_batch_rows = 512;  ///< rows of one batch at most
     uint32_t max_logit_rows = 1;    ///< rows of one batch that may want logits
-    uint32_t max_positions = 0;     ///< of a sequence; 0: as all pages hold (windows need fewer)
+    uint32_t max_positions = 0;     ///< of a sequence; 0: as all pages hold (windows allow more)
     int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
     ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
@@ -1291,11 +1290,12 @@ public:
     virtual void import_page(uint32_t page, const std::byte* in) = 0;
 };
 
-/// What the CPU backend would take, to the byte. `spec` is what read_model_spec says of `gguf`.
-/// Errors: an option is out of range, or a tensor is missing or of another shape than `spec` says.
+/// What the CPU backend would take, to the byte, for read_model_spec(gguf). Any thread may ask.
+/// Errors: an option is out of range, or a tensor is missing or not shaped as `spec` says.
 VALAR_API Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
                                               const BackendOptions& options);
-/// The CPU backend; nothing is loaded yet. Borrows `gguf` and `spec`, which stay where they are.
+/// The CPU backend, not loaded yet. Borrows `gguf` and `spec`, which stay where they are. Any
+/// thread. Errors: as plan_cpu_backend and kernels_in_use; out_of_memory; io: no thread starts.
 VALAR_API Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
                                                             const BackendOptions& options);
 

@@ -61,8 +61,8 @@ public:
     static constexpr size_t max_text_bytes = size_t{1} << 30;
 
     /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
-    /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Fails (unsupported) for a tokenizer.ggml.model other than
-    /// gpt2 and llama or an unknown tokenizer.ggml.pre, (bad_data) for a malformed vocabulary.
+    /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Errors:
+    /// unsupported (model is not gpt2 or llama, or pre is unknown), bad_data (a bad vocabulary).
     static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {},
                                   std::span<const std::string_view> ends = {});
 

@@ -31,7 +31,7 @@ struct BackendOptions {
     uint32_t page_tokens = 16;      ///< positions a page, a multiple of 16
     uint32_t max_batch_rows = 512;  ///< rows of one batch at most
     uint32_t max_logit_rows = 1;    ///< rows of one batch that may want logits
-    uint32_t max_positions = 0;     ///< of a sequence; 0: as all pages hold (windows need fewer)
+    uint32_t max_positions = 0;     ///< of a sequence; 0: as all pages hold (windows allow more)
     int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
     ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
@@ -90,11 +90,12 @@ public:
     virtual void import_page(uint32_t page, const std::byte* in) = 0;
 };
 
-/// What the CPU backend would take, to the byte. `spec` is what read_model_spec says of `gguf`.
-/// Errors: an option is out of range, or a tensor is missing or of another shape than `spec` says.
+/// What the CPU backend would take, to the byte, for read_model_spec(gguf). Any thread may ask.
+/// Errors: an option is out of range, or a tensor is missing or not shaped as `spec` says.
 VALAR_API Result<MemoryPlan> plan_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
                                               const BackendOptions& options);
-/// The CPU backend; nothing is loaded yet. Borrows `gguf` and `spec`, which stay where they are.
+/// The CPU backend, not loaded yet. Borrows `gguf` and `spec`, which stay where they are. Any
+/// thread. Errors: as plan_cpu_backend and kernels_in_use; out_of_memory; io: no thread starts.
 VALAR_API Result<std::unique_ptr<Backend>> open_cpu_backend(const Gguf& gguf, const ModelSpec& spec,
                                                             const BackendOptions& options);
 

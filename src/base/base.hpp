@@ -15,7 +15,7 @@
 namespace valar {
 inline namespace v1 {
 
-/// What went wrong, coarsely. The server answers each kind with an HTTP status of its own.
+/// What went wrong, coarsely. The server maps each kind to an HTTP status.
 enum class ErrorKind : uint8_t {
     invalid_request,  ///< a caller's argument, field or option is wrong
     bad_data,         ///< a file or byte stream is malformed
@@ -55,8 +55,7 @@ VALAR_API void free_error(Error* error) noexcept;
 
 /// A value or an Error. Tests true when it holds a value; `->` and `*` reach it. value(), `->` and
 /// `*` only when ok(), error() only when not (VALAR_ASSERT checks both). One that was moved from
-/// can only be assigned to and destroyed.
-/// Threads: as safe as the value it holds.
+/// can only be assigned to and destroyed. Threads: as safe as the value it holds.
 template <class T>
 class [[nodiscard]] Result {
 public:
