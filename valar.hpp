@@ -7465,7 +7465,7 @@ Result<void> GgufWriter::check(std::string_view header, uint64_t file_bytes) con
     Gguf::State gguf;
     Gguf::State::File file;
     file.name = "written model";
-    file.bytes = std::as_bytes(std::span(header));
+    file.bytes = std::as_bytes(std::span(header.data(), header.size()));
     file.size = file_bytes;
     if (auto done = gguf.parse_file(std::move(file)); !done) return done;
     for (size_t i = 0; i < tensors_.size(); ++i)
@@ -7477,7 +7477,7 @@ Result<void> GgufWriter::check(std::string_view header, uint64_t file_bytes) con
 }
 
 Result<void> GgufWriter::write_to(Sink sink, std::string_view header) const {
-    auto done = sink.append(sink.context, std::as_bytes(std::span(header)));
+    auto done = sink.append(sink.context, std::as_bytes(std::span(header.data(), header.size())));
     for (size_t i = 0; done && i < tensors_.size(); ++i) done = write_tensor(sink, tensors_[i]);
     return done;
 }
