@@ -1949,6 +1949,13 @@ void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_
 /// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
 Error os_error(std::string what);
 
+#if !defined(_WIN32)
+/// Takes what open, socket and their kin returned, at once: 0 to 2 are the host's standard streams,
+/// and where it closed them the system hands out their numbers, so that what it prints would land
+/// in our file. -1 with errno where no other number is free.
+int own_descriptor(int descriptor);
+#endif
+
 uint64_t monotonic_ns();   ///< for durations
 uint64_t thread_cpu_ns();  ///< CPU time of the calling thread
 int64_t unix_time_ms();    ///< for records
@@ -2178,6 +2185,24 @@ Error os_error(std::string what) {
 
 #endif
 
+#if !defined(_WIN32)
+
+int own_descriptor(int descriptor) {
+    constexpr int first = 3;
+    if (descriptor < 0 || descriptor >= first) return descriptor;
+#if defined(__wasi__)  // there the streams cannot be closed
+    return descriptor;
+#else
+    const int moved = fcntl(descriptor, F_DUPFD_CLOEXEC, first);
+    const int cause = errno;
+    close(descriptor);
+    errno = cause;
+    return moved;
+#endif
+}
+
+#endif
+
 // ---- Clocks ----------------------------------------------------------------------------------
 
 #if defined(_WIN32)
@@ -2380,9 +2405,11 @@ bool is_open(SystemHandle file) { return file != no_handle && file != nullptr; }
 void close_handle(SystemHandle file) { CloseHandle(file); }
 
 SystemHandle open_to_read(const std::string& path) {
-    return CreateFileW(utf16_from(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr,
-                       OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
+    return CreateFileW(utf16_from(path).c_str(), GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE,
+                       nullptr, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
 }
+
+bool is_regular(SystemHandle file) { return GetFileType(file) == FILE_TYPE_DISK; }
 
 OVERLAPPED place(uint64_t offset) {
     OVERLAPPED where{};
@@ -2431,8 +2458,43 @@ constexpr SystemHandle no_handle = -1;
 bool is_open(SystemHandle file) { return file >= 0; }
 void close_handle(SystemHandle file) { ::close(file); }
 
+// By the name that ends at no 2 GiB: where off_t has 32 bits the plain calls refuse such files.
+#if !defined(__LP64__) && (defined(__GLIBC__) || defined(__ANDROID__))
+using FileStatus = struct stat64;
+constexpr int large_file = O_LARGEFILE;
+int status_of(int file, FileStatus* status) { return fstat64(file, status); }
+ssize_t read_from(int file, void* bytes, size_t size, uint64_t offset) {
+    return pread64(file, bytes, size, off64_t(offset));
+}
+ssize_t write_to(int file, const void* bytes, size_t size, uint64_t offset) {
+    return pwrite64(file, bytes, size, off64_t(offset));
+}
+int set_size(int file, uint64_t size) { return ftruncate64(file, off64_t(size)); }
+#else
+using FileStatus = struct stat;
+constexpr int large_file = 0;
+int status_of(int file, FileStatus* status) { return fstat(file, status); }
+ssize_t read_from(int file, void* bytes, size_t size, uint64_t offset) {
+    return pread(file, bytes, size, off_t(offset));
+}
+ssize_t write_to(int file, const void* bytes, size_t size, uint64_t offset) {
+    return pwrite(file, bytes, size, off_t(offset));
+}
+int set_size(int file, uint64_t size) { return ftruncate(file, off_t(size)); }
+#endif
+
+SystemHandle open_path(const std::string& path, int flags, mode_t mode = 0) {
+    return own_descriptor(::open(path.c_str(), flags | large_file | O_CLOEXEC, mode));
+}
+
+// Not waiting: a FIFO would keep us until somebody writes to it. Regular files take no notice.
 SystemHandle open_to_read(const std::string& path) {
-    return ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    return open_path(path, O_RDONLY | O_NONBLOCK);
+}
+
+bool is_regular(SystemHandle file) {
+    FileStatus status{};
+    return status_of(file, &status) == 0 && S_ISREG(status.st_mode);
 }
 
 // One call of the system, again after a signal: how many bytes it moved, 0 at the end of the file,
@@ -2441,7 +2503,7 @@ int64_t read_some(SystemHandle file, uint64_t offset, void* bytes, size_t size) 
     const size_t want = std::min(size, transfer_bytes);
     for (;;) {
         const ssize_t got = offset == at_position ? ::read(file, bytes, want)
-                                                  : pread(file, bytes, want, off_t(offset));
+                                                  : read_from(file, bytes, want, offset);
         if (got >= 0 || errno != EINTR) return got;
     }
 }
@@ -2450,7 +2512,7 @@ int64_t write_some(SystemHandle file, uint64_t offset, const void* bytes, size_t
     const size_t want = std::min(size, transfer_bytes);
     for (;;) {
         const ssize_t put = offset == at_position ? ::write(file, bytes, want)
-                                                  : pwrite(file, bytes, want, off_t(offset));
+                                                  : write_to(file, bytes, want, offset);
         if (put >= 0 || errno != EINTR) return put;
     }
 }
@@ -2466,6 +2528,15 @@ struct FileHandle {  // closes itself
     bool ok() const { return is_open(handle); }
     SystemHandle handle;
 };
+
+/// A file that holds its bytes: no folder, pipe, socket or device.
+Result<FileHandle> open_regular(const std::string& path) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+    FileHandle file = open_to_read(path);
+    if (!file.ok()) return os_error("cannot open '" + path + "'");
+    if (is_regular(file.handle)) return file;
+    return make_error(ErrorKind::io, "cannot read '" + path + "': not a regular file");
+}
 
 // All of the bytes, from `offset` on or where the file stands.
 bool write_all(SystemHandle file, uint64_t offset, const char* bytes, size_t size) {
@@ -2535,27 +2606,25 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 
 namespace {
 Error file_too_large(const std::string& path, uint64_t size) {
-    return make_error(ErrorKind::unsupported,
-                      format("'%s' has %llu bytes: more than this process can address",
-                             path.c_str(), static_cast<unsigned long long>(size)));
+    return make_error(
+        ErrorKind::unsupported,
+        format("'%s' has %llu bytes: more than a process of %u bits can map", path.c_str(),
+               static_cast<unsigned long long>(size), static_cast<unsigned>(sizeof(void*) * 8)));
 }
 }  // namespace
 
 #if defined(_WIN32)
 
 Result<MappedFile> MappedFile::open(const std::string& path) {
-    if (auto checked = check_path(path); !checked) return checked.error();
-    FileHandle file{CreateFileW(utf16_from(path).c_str(), GENERIC_READ,
-                                FILE_SHARE_READ | FILE_SHARE_DELETE, nullptr, OPEN_EXISTING,
-                                FILE_ATTRIBUTE_NORMAL, nullptr)};
+    auto file = open_regular(path);
+    if (!file) return file.error();
     LARGE_INTEGER size{};
-    if (!file.ok() || !GetFileSizeEx(file.handle, &size))
-        return os_error("cannot open '" + path + "'");
+    if (!GetFileSizeEx(file->handle, &size)) return os_error("cannot open '" + path + "'");
     MappedFile mapped;
     if (size.QuadPart == 0) return mapped;
     const uint64_t bytes = uint64_t(size.QuadPart);
     if (bytes > SIZE_MAX / 2) return file_too_large(path, bytes);
-    FileHandle section{CreateFileMappingW(file.handle, nullptr, PAGE_READONLY, 0, 0, nullptr)};
+    FileHandle section{CreateFileMappingW(file->handle, nullptr, PAGE_READONLY, 0, 0, nullptr)};
     const void* data = nullptr;
     if (section.ok()) data = MapViewOfFile(section.handle, FILE_MAP_READ, 0, 0, 0);
     if (data == nullptr) return os_error("cannot map '" + path + "'");
@@ -2577,18 +2646,15 @@ void MappedFile::release(size_t offset, size_t length) const {
 #else
 
 Result<MappedFile> MappedFile::open(const std::string& path) {
-    if (auto checked = check_path(path); !checked) return checked.error();
-    const FileHandle file = open_to_read(path);
-    struct stat status {};
-    if (!file.ok() || fstat(file.handle, &status) != 0)
-        return os_error("cannot open '" + path + "'");
-    if (!S_ISREG(status.st_mode))
-        return make_error(ErrorKind::io, "cannot map '" + path + "': not a regular file");
+    auto file = open_regular(path);
+    if (!file) return file.error();
+    FileStatus status{};
+    if (status_of(file->handle, &status) != 0) return os_error("cannot open '" + path + "'");
     MappedFile mapped;
     const uint64_t size = uint64_t(status.st_size);
     if (size == 0) return mapped;
     if (size > SIZE_MAX / 2) return file_too_large(path, size);
-    void* data = mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file.handle, 0);
+    void* data = mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file->handle, 0);
     if (data == MAP_FAILED) return os_error("cannot map '" + path + "'");
     mapped.data_ = static_cast<const std::byte*>(data);
     mapped.size_ = size_t(size);
@@ -2611,13 +2677,12 @@ void MappedFile::release(size_t offset, size_t length) const {
 #endif
 
 Result<std::string> read_file(const std::string& path, uint64_t limit) {
-    if (auto checked = check_path(path); !checked) return checked.error();
-    const FileHandle file = open_to_read(path);
-    if (!file.ok()) return os_error("cannot open '" + path + "'");
+    const auto file = open_regular(path);
+    if (!file) return file.error();
     std::string text;
     char piece[16384];
     for (;;) {
-        const int64_t got = read_some(file.handle, at_position, piece, sizeof piece);
+        const int64_t got = read_some(file->handle, at_position, piece, sizeof piece);
         if (got < 0) return os_error("cannot read '" + path + "'");
         if (got == 0) return text;
         if (uint64_t(got) > limit - text.size())
@@ -2655,7 +2720,7 @@ void remove_file(const std::string& path) {
 #else
 
 intptr_t create_file(const std::string& path) {
-    return ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    return open_path(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
 }
 
 SystemHandle system_handle(intptr_t file) { return static_cast<int>(file); }
@@ -2787,13 +2852,13 @@ Result<std::vector<std::string>> list_names(const std::string& path) {
 #else
 
 bool file_size(SystemHandle file, uint64_t* size) {
-    struct stat status {};
-    if (fstat(file, &status) != 0) return false;
+    FileStatus status{};
+    if (status_of(file, &status) != 0) return false;
     *size = uint64_t(status.st_size);
     return true;
 }
 
-bool truncate_file(SystemHandle file, uint64_t size) { return ftruncate(file, off_t(size)) == 0; }
+bool truncate_file(SystemHandle file, uint64_t size) { return set_size(file, size) == 0; }
 
 bool sync_data(SystemHandle file) {
 #if defined(__APPLE__)
@@ -2808,7 +2873,7 @@ bool make_folder(const std::string& path) {
 }
 
 void lock_file(const std::string& path, FileHandle* file) {
-    file->handle = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    file->handle = open_path(path, O_RDWR | O_CREAT, 0600);
     if (file->ok() && flock(file->handle, LOCK_EX | LOCK_NB) == 0) return;
     const int cause = errno;
     if (file->ok()) close_handle(std::exchange(file->handle, no_handle));
@@ -2816,7 +2881,7 @@ void lock_file(const std::string& path, FileHandle* file) {
 }
 
 FileHandle open_in_folder(const std::string& path, bool create) {
-    return ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0), 0600);
+    return open_path(path, O_RDWR | (create ? O_CREAT | O_TRUNC : 0), 0600);
 }
 
 bool unlink_path(const std::string& path) { return unlink(path.c_str()) == 0; }
@@ -2832,8 +2897,13 @@ bool rename_path(const std::string& from, const std::string& to) {
 
 Result<std::vector<std::string>> list_names(const std::string& path) {
     std::vector<std::string> names;
-    DIR* folder = opendir(path.c_str());
-    if (!folder) return os_error("cannot list '" + path + "'");
+    const SystemHandle opened = open_to_read(path);
+    DIR* folder = is_open(opened) ? fdopendir(opened) : nullptr;
+    if (!folder) {
+        const Error error = os_error("cannot list '" + path + "'");
+        if (is_open(opened)) close_handle(opened);
+        return error;
+    }
     while (const dirent* entry = readdir(folder)) names.emplace_back(entry->d_name);
     closedir(folder);
     return names;
@@ -3347,6 +3417,33 @@ void net_close(NetHandle handle) {
 #endif
 }
 
+// Not inherited by child processes from the first moment on, where the system can do that: another
+// thread of the host may fork between two calls.
+#if defined(_WIN32)
+NetHandle net_socket(int family, int type, int protocol) {
+    return ::socket(family, type, protocol);
+}
+NetHandle net_accept(NetHandle handle, sockaddr* name, NetLength* length) {
+    return ::accept(handle, name, length);
+}
+#else
+#if defined(SOCK_CLOEXEC)
+constexpr int net_private = SOCK_CLOEXEC;
+#else
+constexpr int net_private = 0;  // net_prepare sees to it
+#endif
+NetHandle net_socket(int family, int type, int protocol) {
+    return own_descriptor(::socket(family, type | net_private, protocol));
+}
+NetHandle net_accept(NetHandle handle, sockaddr* name, NetLength* length) {
+#if defined(__linux__) || defined(__FreeBSD__) || defined(__OpenBSD__)
+    return own_descriptor(::accept4(handle, name, length, net_private));
+#else
+    return own_descriptor(::accept(handle, name, length));
+#endif
+}
+#endif
+
 /// Non-blocking, not inherited by child processes, no SIGPIPE, no delay for small replies.
 bool net_prepare(NetHandle handle) {
     const int on = 1;
@@ -3398,7 +3495,7 @@ NetAddress net_unpack(const sockaddr_storage& storage) {
 
 Result<uintptr_t> net_new_socket(const NetAddress& address) {
     if (!net_start()) return net_error("cannot start the system's sockets");
-    const NetHandle handle = ::socket(address.v4 ? AF_INET : AF_INET6, SOCK_STREAM, IPPROTO_TCP);
+    const NetHandle handle = net_socket(address.v4 ? AF_INET : AF_INET6, SOCK_STREAM, IPPROTO_TCP);
     const auto value = static_cast<uintptr_t>(handle);
     if (value == Socket::none) return net_error("cannot make a socket");
     if (net_prepare(handle)) return value;
@@ -3500,8 +3597,8 @@ IoStatus Socket::connected() const {
 IoStatus Socket::accept(Socket* accepted, NetAddress* peer) {
     sockaddr_storage storage = {};
     NetLength length = sizeof storage;
-    const NetHandle native = ::accept(net_native(handle_), reinterpret_cast<sockaddr*>(&storage),
-                                      &length);
+    const NetHandle native = net_accept(net_native(handle_), reinterpret_cast<sockaddr*>(&storage),
+                                        &length);
     const auto handle = static_cast<uintptr_t>(native);
     if (handle == none) {
         const int error = net_errno();
@@ -3593,8 +3690,8 @@ struct Poller::State {
 
 Result<Poller> Poller::open() {
     auto state = std::make_unique<State>();
-    state->epoll = ::epoll_create1(EPOLL_CLOEXEC);
-    state->event = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    state->epoll = own_descriptor(::epoll_create1(EPOLL_CLOEXEC));
+    state->event = own_descriptor(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
     epoll_event interest = {};
     interest.events = EPOLLIN;
     interest.data.u64 = wake_tag;
@@ -3665,8 +3762,10 @@ struct Poller::State {
 Result<Poller> Poller::open() {
     static_assert(sizeof(void*) == 8, "kqueue carries the 64-bit tag in its pointer");
     auto state = std::make_unique<State>();
-    state->queue = ::kqueue();
-    if (state->queue < 0 || ::pipe(state->ends) != 0 || !net_prepare(state->ends[0]) ||
+    state->queue = own_descriptor(::kqueue());
+    const bool piped = state->queue >= 0 && ::pipe(state->ends) == 0;
+    for (int& end : state->ends) end = own_descriptor(end);
+    if (!piped || ::fcntl(state->queue, F_SETFD, FD_CLOEXEC) != 0 || !net_prepare(state->ends[0]) ||
         !net_prepare(state->ends[1]) ||
         !state->change(static_cast<uintptr_t>(state->ends[0]), EVFILT_READ, EV_ADD, wake_tag))
         return net_error("cannot watch sockets");
@@ -3732,7 +3831,7 @@ bool net_open_self(NetHandle* handle) {
     sockaddr_storage storage;
     NetLength length = net_pack(*NetAddress::parse("127.0.0.1", 0), &storage);
     auto* name = reinterpret_cast<sockaddr*>(&storage);
-    *handle = ::socket(AF_INET, SOCK_DGRAM, IPPROTO_UDP);
+    *handle = net_socket(AF_INET, SOCK_DGRAM, IPPROTO_UDP);
     return static_cast<uintptr_t>(*handle) != Socket::none && net_prepare(*handle) &&
            ::bind(*handle, name, length) == 0 && ::getsockname(*handle, name, &length) == 0 &&
            ::connect(*handle, name, length) == 0;

@@ -2,9 +2,14 @@
 #include <cstring>
 
 #include "base/internal.hpp"
+#include "base/sockets.hpp"
 
 #include <cstdio>
 #include <string>
+
+#if !defined(_WIN32)
+#include "base/system.hpp"
+#endif
 
 using namespace valar;
 using namespace valar::detail;
@@ -208,3 +213,62 @@ TEST_CASE("base: cores and environment") {
     CHECK(environment("VALAR_SURELY_NOT_SET").empty());
     CHECK(!environment("PATH").empty());
 }
+
+#if !defined(_WIN32)
+
+TEST_CASE("base: what is no regular file is refused, and nobody waits for it") {
+    const std::string fifo = fresh_path("fifo");
+    REQUIRE(mkfifo(fifo.c_str(), 0600) == 0);
+    for (const std::string& path : {fifo, std::string("/dev/zero"), std::string(".")}) {
+        CAPTURE(path);
+        const auto text = read_file(path, 1000);
+        REQUIRE_FALSE(text);
+        CHECK(text.error().message == "cannot read '" + path + "': not a regular file");
+        CHECK_FALSE(MappedFile::open(path));
+    }
+    unlink(fifo.c_str());
+}
+
+TEST_CASE("base: no file or socket of ours is a standard stream, or goes to a child") {
+    int kept[3];
+    bool taken[3], known[100], inherited = false;
+    std::fflush(stdout);
+    for (int i = 0; i < 100; ++i) known[i] = fcntl(i, F_GETFD) != -1;  // the test's own
+    for (int i = 0; i < 3; ++i) kept[i] = fcntl(i, F_DUPFD_CLOEXEC, 100);
+    for (int i = 0; i < 3; ++i) close(i);
+    const std::string path = fresh_path("streams");
+    bool made = true;
+    {
+        auto folder = Folder::open(path);
+        auto file = folder ? (*folder)->open_file("a", true) : folder.error();
+        auto fresh = NewFile::create(path + "/b");
+        auto names = folder ? (*folder)->list() : folder.error();
+        const bool synced = folder && (*folder)->sync();
+        auto mapped = MappedFile::open(path + "/a");
+        auto text = read_file(path + "/a", 10);
+        made = file && fresh && names && synced && mapped && text;
+        auto listener = Socket::listen(*NetAddress::parse("127.0.0.1", 0), 8);
+        auto client = listener ? Socket::connect(*listener->local()) : listener.error();
+        auto poller = Poller::open();
+        Socket accepted;
+        NetAddress peer;
+        std::vector<PollEvent> events;
+        made = made && client && poller && poller->set(*listener, 1, poll_read) &&
+               poller->wait(10'000, &events) &&
+               listener->accept(&accepted, &peer) == IoStatus::done;
+        for (int i = 0; i < 3; ++i) taken[i] = fcntl(i, F_GETFD) != -1;
+        for (int i = 3; i < 100; ++i) {
+            const int flags = fcntl(i, F_GETFD);
+            if (flags != -1 && !known[i]) inherited = inherited || !(flags & FD_CLOEXEC);
+        }
+        if (folder)
+            for (const char* name : {"a", "lock"}) (void)(*folder)->remove(name).ok();
+    }
+    rmdir(path.c_str());
+    for (int i = 0; i < 3; ++i) dup2(kept[i], i), close(kept[i]);
+    CHECK(made);
+    for (const bool one : taken) CHECK_FALSE(one);
+    CHECK_FALSE(inherited);
+}
+
+#endif

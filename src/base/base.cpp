@@ -111,6 +111,24 @@ Error os_error(std::string what) {
 
 #endif
 
+#if !defined(_WIN32)
+
+int own_descriptor(int descriptor) {
+    constexpr int first = 3;
+    if (descriptor < 0 || descriptor >= first) return descriptor;
+#if defined(__wasi__)  // there the streams cannot be closed
+    return descriptor;
+#else
+    const int moved = fcntl(descriptor, F_DUPFD_CLOEXEC, first);
+    const int cause = errno;
+    close(descriptor);
+    errno = cause;
+    return moved;
+#endif
+}
+
+#endif
+
 // ---- Clocks ----------------------------------------------------------------------------------
 
 #if defined(_WIN32)

@@ -60,9 +60,11 @@ bool is_open(SystemHandle file) { return file != no_handle && file != nullptr; }
 void close_handle(SystemHandle file) { CloseHandle(file); }
 
 SystemHandle open_to_read(const std::string& path) {
-    return CreateFileW(utf16_from(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr,
-                       OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
+    return CreateFileW(utf16_from(path).c_str(), GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE,
+                       nullptr, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
 }
+
+bool is_regular(SystemHandle file) { return GetFileType(file) == FILE_TYPE_DISK; }
 
 OVERLAPPED place(uint64_t offset) {
     OVERLAPPED where{};
@@ -111,8 +113,43 @@ constexpr SystemHandle no_handle = -1;
 bool is_open(SystemHandle file) { return file >= 0; }
 void close_handle(SystemHandle file) { ::close(file); }
 
+// By the name that ends at no 2 GiB: where off_t has 32 bits the plain calls refuse such files.
+#if !defined(__LP64__) && (defined(__GLIBC__) || defined(__ANDROID__))
+using FileStatus = struct stat64;
+constexpr int large_file = O_LARGEFILE;
+int status_of(int file, FileStatus* status) { return fstat64(file, status); }
+ssize_t read_from(int file, void* bytes, size_t size, uint64_t offset) {
+    return pread64(file, bytes, size, off64_t(offset));
+}
+ssize_t write_to(int file, const void* bytes, size_t size, uint64_t offset) {
+    return pwrite64(file, bytes, size, off64_t(offset));
+}
+int set_size(int file, uint64_t size) { return ftruncate64(file, off64_t(size)); }
+#else
+using FileStatus = struct stat;
+constexpr int large_file = 0;
+int status_of(int file, FileStatus* status) { return fstat(file, status); }
+ssize_t read_from(int file, void* bytes, size_t size, uint64_t offset) {
+    return pread(file, bytes, size, off_t(offset));
+}
+ssize_t write_to(int file, const void* bytes, size_t size, uint64_t offset) {
+    return pwrite(file, bytes, size, off_t(offset));
+}
+int set_size(int file, uint64_t size) { return ftruncate(file, off_t(size)); }
+#endif
+
+SystemHandle open_path(const std::string& path, int flags, mode_t mode = 0) {
+    return own_descriptor(::open(path.c_str(), flags | large_file | O_CLOEXEC, mode));
+}
+
+// Not waiting: a FIFO would keep us until somebody writes to it. Regular files take no notice.
 SystemHandle open_to_read(const std::string& path) {
-    return ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    return open_path(path, O_RDONLY | O_NONBLOCK);
+}
+
+bool is_regular(SystemHandle file) {
+    FileStatus status{};
+    return status_of(file, &status) == 0 && S_ISREG(status.st_mode);
 }
 
 // One call of the system, again after a signal: how many bytes it moved, 0 at the end of the file,
@@ -121,7 +158,7 @@ int64_t read_some(SystemHandle file, uint64_t offset, void* bytes, size_t size) 
     const size_t want = std::min(size, transfer_bytes);
     for (;;) {
         const ssize_t got = offset == at_position ? ::read(file, bytes, want)
-                                                  : pread(file, bytes, want, off_t(offset));
+                                                  : read_from(file, bytes, want, offset);
         if (got >= 0 || errno != EINTR) return got;
     }
 }
@@ -130,7 +167,7 @@ int64_t write_some(SystemHandle file, uint64_t offset, const void* bytes, size_t
     const size_t want = std::min(size, transfer_bytes);
     for (;;) {
         const ssize_t put = offset == at_position ? ::write(file, bytes, want)
-                                                  : pwrite(file, bytes, want, off_t(offset));
+                                                  : write_to(file, bytes, want, offset);
         if (put >= 0 || errno != EINTR) return put;
     }
 }
@@ -146,6 +183,15 @@ struct FileHandle {  // closes itself
     bool ok() const { return is_open(handle); }
     SystemHandle handle;
 };
+
+/// A file that holds its bytes: no folder, pipe, socket or device.
+Result<FileHandle> open_regular(const std::string& path) {
+    if (auto checked = check_path(path); !checked) return checked.error();
+    FileHandle file = open_to_read(path);
+    if (!file.ok()) return os_error("cannot open '" + path + "'");
+    if (is_regular(file.handle)) return file;
+    return make_error(ErrorKind::io, "cannot read '" + path + "': not a regular file");
+}
 
 // All of the bytes, from `offset` on or where the file stands.
 bool write_all(SystemHandle file, uint64_t offset, const char* bytes, size_t size) {
@@ -215,27 +261,25 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 
 namespace {
 Error file_too_large(const std::string& path, uint64_t size) {
-    return make_error(ErrorKind::unsupported,
-                      format("'%s' has %llu bytes: more than this process can address",
-                             path.c_str(), static_cast<unsigned long long>(size)));
+    return make_error(
+        ErrorKind::unsupported,
+        format("'%s' has %llu bytes: more than a process of %u bits can map", path.c_str(),
+               static_cast<unsigned long long>(size), static_cast<unsigned>(sizeof(void*) * 8)));
 }
 }  // namespace
 
 #if defined(_WIN32)
 
 Result<MappedFile> MappedFile::open(const std::string& path) {
-    if (auto checked = check_path(path); !checked) return checked.error();
-    FileHandle file{CreateFileW(utf16_from(path).c_str(), GENERIC_READ,
-                                FILE_SHARE_READ | FILE_SHARE_DELETE, nullptr, OPEN_EXISTING,
-                                FILE_ATTRIBUTE_NORMAL, nullptr)};
+    auto file = open_regular(path);
+    if (!file) return file.error();
     LARGE_INTEGER size{};
-    if (!file.ok() || !GetFileSizeEx(file.handle, &size))
-        return os_error("cannot open '" + path + "'");
+    if (!GetFileSizeEx(file->handle, &size)) return os_error("cannot open '" + path + "'");
     MappedFile mapped;
     if (size.QuadPart == 0) return mapped;
     const uint64_t bytes = uint64_t(size.QuadPart);
     if (bytes > SIZE_MAX / 2) return file_too_large(path, bytes);
-    FileHandle section{CreateFileMappingW(file.handle, nullptr, PAGE_READONLY, 0, 0, nullptr)};
+    FileHandle section{CreateFileMappingW(file->handle, nullptr, PAGE_READONLY, 0, 0, nullptr)};
     const void* data = nullptr;
     if (section.ok()) data = MapViewOfFile(section.handle, FILE_MAP_READ, 0, 0, 0);
     if (data == nullptr) return os_error("cannot map '" + path + "'");
@@ -257,18 +301,15 @@ void MappedFile::release(size_t offset, size_t length) const {
 #else
 
 Result<MappedFile> MappedFile::open(const std::string& path) {
-    if (auto checked = check_path(path); !checked) return checked.error();
-    const FileHandle file = open_to_read(path);
-    struct stat status {};
-    if (!file.ok() || fstat(file.handle, &status) != 0)
-        return os_error("cannot open '" + path + "'");
-    if (!S_ISREG(status.st_mode))
-        return make_error(ErrorKind::io, "cannot map '" + path + "': not a regular file");
+    auto file = open_regular(path);
+    if (!file) return file.error();
+    FileStatus status{};
+    if (status_of(file->handle, &status) != 0) return os_error("cannot open '" + path + "'");
     MappedFile mapped;
     const uint64_t size = uint64_t(status.st_size);
     if (size == 0) return mapped;
     if (size > SIZE_MAX / 2) return file_too_large(path, size);
-    void* data = mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file.handle, 0);
+    void* data = mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file->handle, 0);
     if (data == MAP_FAILED) return os_error("cannot map '" + path + "'");
     mapped.data_ = static_cast<const std::byte*>(data);
     mapped.size_ = size_t(size);
@@ -291,13 +332,12 @@ void MappedFile::release(size_t offset, size_t length) const {
 #endif
 
 Result<std::string> read_file(const std::string& path, uint64_t limit) {
-    if (auto checked = check_path(path); !checked) return checked.error();
-    const FileHandle file = open_to_read(path);
-    if (!file.ok()) return os_error("cannot open '" + path + "'");
+    const auto file = open_regular(path);
+    if (!file) return file.error();
     std::string text;
     char piece[16384];
     for (;;) {
-        const int64_t got = read_some(file.handle, at_position, piece, sizeof piece);
+        const int64_t got = read_some(file->handle, at_position, piece, sizeof piece);
         if (got < 0) return os_error("cannot read '" + path + "'");
         if (got == 0) return text;
         if (uint64_t(got) > limit - text.size())
@@ -335,7 +375,7 @@ void remove_file(const std::string& path) {
 #else
 
 intptr_t create_file(const std::string& path) {
-    return ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    return open_path(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
 }
 
 SystemHandle system_handle(intptr_t file) { return static_cast<int>(file); }
@@ -467,13 +507,13 @@ Result<std::vector<std::string>> list_names(const std::string& path) {
 #else
 
 bool file_size(SystemHandle file, uint64_t* size) {
-    struct stat status {};
-    if (fstat(file, &status) != 0) return false;
+    FileStatus status{};
+    if (status_of(file, &status) != 0) return false;
     *size = uint64_t(status.st_size);
     return true;
 }
 
-bool truncate_file(SystemHandle file, uint64_t size) { return ftruncate(file, off_t(size)) == 0; }
+bool truncate_file(SystemHandle file, uint64_t size) { return set_size(file, size) == 0; }
 
 bool sync_data(SystemHandle file) {
 #if defined(__APPLE__)
@@ -488,7 +528,7 @@ bool make_folder(const std::string& path) {
 }
 
 void lock_file(const std::string& path, FileHandle* file) {
-    file->handle = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    file->handle = open_path(path, O_RDWR | O_CREAT, 0600);
     if (file->ok() && flock(file->handle, LOCK_EX | LOCK_NB) == 0) return;
     const int cause = errno;
     if (file->ok()) close_handle(std::exchange(file->handle, no_handle));
@@ -496,7 +536,7 @@ void lock_file(const std::string& path, FileHandle* file) {
 }
 
 FileHandle open_in_folder(const std::string& path, bool create) {
-    return ::open(path.c_str(), O_RDWR | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0), 0600);
+    return open_path(path, O_RDWR | (create ? O_CREAT | O_TRUNC : 0), 0600);
 }
 
 bool unlink_path(const std::string& path) { return unlink(path.c_str()) == 0; }
@@ -512,8 +552,13 @@ bool rename_path(const std::string& from, const std::string& to) {
 
 Result<std::vector<std::string>> list_names(const std::string& path) {
     std::vector<std::string> names;
-    DIR* folder = opendir(path.c_str());
-    if (!folder) return os_error("cannot list '" + path + "'");
+    const SystemHandle opened = open_to_read(path);
+    DIR* folder = is_open(opened) ? fdopendir(opened) : nullptr;
+    if (!folder) {
+        const Error error = os_error("cannot list '" + path + "'");
+        if (is_open(opened)) close_handle(opened);
+        return error;
+    }
     while (const dirent* entry = readdir(folder)) names.emplace_back(entry->d_name);
     closedir(folder);
     return names;

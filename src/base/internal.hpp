@@ -53,6 +53,13 @@ void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_
 /// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
 Error os_error(std::string what);
 
+#if !defined(_WIN32)
+/// Takes what open, socket and their kin returned, at once: 0 to 2 are the host's standard streams,
+/// and where it closed them the system hands out their numbers, so that what it prints would land
+/// in our file. -1 with errno where no other number is free.
+int own_descriptor(int descriptor);
+#endif
+
 uint64_t monotonic_ns();   ///< for durations
 uint64_t thread_cpu_ns();  ///< CPU time of the calling thread
 int64_t unix_time_ms();    ///< for records

@@ -77,6 +77,33 @@ void net_close(NetHandle handle) {
 #endif
 }
 
+// Not inherited by child processes from the first moment on, where the system can do that: another
+// thread of the host may fork between two calls.
+#if defined(_WIN32)
+NetHandle net_socket(int family, int type, int protocol) {
+    return ::socket(family, type, protocol);
+}
+NetHandle net_accept(NetHandle handle, sockaddr* name, NetLength* length) {
+    return ::accept(handle, name, length);
+}
+#else
+#if defined(SOCK_CLOEXEC)
+constexpr int net_private = SOCK_CLOEXEC;
+#else
+constexpr int net_private = 0;  // net_prepare sees to it
+#endif
+NetHandle net_socket(int family, int type, int protocol) {
+    return own_descriptor(::socket(family, type | net_private, protocol));
+}
+NetHandle net_accept(NetHandle handle, sockaddr* name, NetLength* length) {
+#if defined(__linux__) || defined(__FreeBSD__) || defined(__OpenBSD__)
+    return own_descriptor(::accept4(handle, name, length, net_private));
+#else
+    return own_descriptor(::accept(handle, name, length));
+#endif
+}
+#endif
+
 /// Non-blocking, not inherited by child processes, no SIGPIPE, no delay for small replies.
 bool net_prepare(NetHandle handle) {
     const int on = 1;
@@ -128,7 +155,7 @@ NetAddress net_unpack(const sockaddr_storage& storage) {
 
 Result<uintptr_t> net_new_socket(const NetAddress& address) {
     if (!net_start()) return net_error("cannot start the system's sockets");
-    const NetHandle handle = ::socket(address.v4 ? AF_INET : AF_INET6, SOCK_STREAM, IPPROTO_TCP);
+    const NetHandle handle = net_socket(address.v4 ? AF_INET : AF_INET6, SOCK_STREAM, IPPROTO_TCP);
     const auto value = static_cast<uintptr_t>(handle);
     if (value == Socket::none) return net_error("cannot make a socket");
     if (net_prepare(handle)) return value;
@@ -230,8 +257,8 @@ IoStatus Socket::connected() const {
 IoStatus Socket::accept(Socket* accepted, NetAddress* peer) {
     sockaddr_storage storage = {};
     NetLength length = sizeof storage;
-    const NetHandle native = ::accept(net_native(handle_), reinterpret_cast<sockaddr*>(&storage),
-                                      &length);
+    const NetHandle native = net_accept(net_native(handle_), reinterpret_cast<sockaddr*>(&storage),
+                                        &length);
     const auto handle = static_cast<uintptr_t>(native);
     if (handle == none) {
         const int error = net_errno();
@@ -323,8 +350,8 @@ struct Poller::State {
 
 Result<Poller> Poller::open() {
     auto state = std::make_unique<State>();
-    state->epoll = ::epoll_create1(EPOLL_CLOEXEC);
-    state->event = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    state->epoll = own_descriptor(::epoll_create1(EPOLL_CLOEXEC));
+    state->event = own_descriptor(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
     epoll_event interest = {};
     interest.events = EPOLLIN;
     interest.data.u64 = wake_tag;
@@ -395,8 +422,10 @@ struct Poller::State {
 Result<Poller> Poller::open() {
     static_assert(sizeof(void*) == 8, "kqueue carries the 64-bit tag in its pointer");
     auto state = std::make_unique<State>();
-    state->queue = ::kqueue();
-    if (state->queue < 0 || ::pipe(state->ends) != 0 || !net_prepare(state->ends[0]) ||
+    state->queue = own_descriptor(::kqueue());
+    const bool piped = state->queue >= 0 && ::pipe(state->ends) == 0;
+    for (int& end : state->ends) end = own_descriptor(end);
+    if (!piped || ::fcntl(state->queue, F_SETFD, FD_CLOEXEC) != 0 || !net_prepare(state->ends[0]) ||
         !net_prepare(state->ends[1]) ||
         !state->change(static_cast<uintptr_t>(state->ends[0]), EVFILT_READ, EV_ADD, wake_tag))
         return net_error("cannot watch sockets");
@@ -462,7 +491,7 @@ bool net_open_self(NetHandle* handle) {
     sockaddr_storage storage;
     NetLength length = net_pack(*NetAddress::parse("127.0.0.1", 0), &storage);
     auto* name = reinterpret_cast<sockaddr*>(&storage);
-    *handle = ::socket(AF_INET, SOCK_DGRAM, IPPROTO_UDP);
+    *handle = net_socket(AF_INET, SOCK_DGRAM, IPPROTO_UDP);
     return static_cast<uintptr_t>(*handle) != Socket::none && net_prepare(*handle) &&
            ::bind(*handle, name, length) == 0 && ::getsockname(*handle, name, &length) == 0 &&
            ::connect(*handle, name, length) == 0;
