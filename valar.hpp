@@ -23687,17 +23687,19 @@ std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
 // ---- src/store/journal.hpp ---------------------------------------------------------------------
 
 // ---- The journal -----------------------------------------------------------------------------
-// A directory holds `manifest` (which segments there are, in order), segments `00000001.journal`
-// and `lock`. Numbers are little-endian.
+// A directory holds `manifest` (which segments there are, in order), segments that grew
+// (`00000001.journal`) or were copied by a compaction (`00000002.copy`), and `lock`. Numbers are
+// little-endian.
 //
-//     manifest: "valarman", u32 version, u32 salt, u32 count, then for each segment
-//               u32 number, u64 first sequence, u64 bytes (0: the newest, still growing);
-//               u32 CRC of all before
+//     manifest: "valarman", u32 version, u32 salt, u32 count, u32 next number, u32 planned number
+//               (0: none), then for each segment u32 number, u32 kind (0: grew, 1: copied), u64
+//               first sequence, u64 bytes, u32 records, u32 CRC of the heads of its records: all of
+//               it, of the newest segment what it had then; u32 CRC of all before
 //     segment:  "valarjnl", u32 version, u32 salt, u32 number, u64 first sequence, u32 CRC; records
 //     record:   u32 magic, u16 type, u16 zero, u32 payload bytes, u32 back, u64 sequence,
 //               u32 CRC of the payload, u32 CRC of the 28 bytes before; payload
 //
-// Sequence numbers ascend; in the newest segment by one. `back` counts the records before this one
+// Sequence numbers ascend; in a segment that grew by one. `back` counts the records before this one
 // in its commit, which is what one sync covered: a commit begins only when the one before it is on
 // the disk. So a bad record is a torn tail if no valid record of a later commit follows: a crash
 // may lose any part of a commit, but nothing before it. An orderly close writes a commit of its
@@ -23706,12 +23708,25 @@ std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
 // Compaction copies what is live in the oldest segments to new ones, byte for byte, and puts those
 // in their place. It always begins with the oldest segment: a record that ends another's life never
 // goes before that other does.
+//
+// Files that come from different moments (half of a backup, a disk that lost some) contradict each
+// other, so that no record is lost without an error:
+// * A segment that no longer grows is in the manifest with its size and checksum.
+// * The manifest plans the number of the next segment before that file is made, and names it only
+//   when its head is on the disk. A segment beyond the manifest's numbers is newer than it; one
+//   that it names is never without a head.
+// * Between the two the segment before gets a record which says that another follows: a manifest
+//   that neither names nor plans one is older than that.
+// * A copy begins with the sequence number that the journal had reached: one that is left over
+//   shows when the rest is older.
+// What cannot be told is the newest segment alone put back to an earlier moment of its own.
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint32_t journal_version = 1;
+inline constexpr uint32_t journal_version = 1;               // of segments
+inline constexpr uint32_t journal_manifest_version = 2;      // 1 had sizes, and no more to compare
 inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
 inline constexpr size_t journal_segment_head = 32;
 inline constexpr size_t journal_record_head = 32;
@@ -23728,6 +23743,8 @@ enum JournalType : uint16_t {
     journal_erase,
     journal_drop,
     journal_close,
+    journal_roll,    // another segment follows
+    journal_copied,  // first in a copy: u64, the sequence that the journal had reached
     journal_types
 };
 
@@ -23800,7 +23817,7 @@ struct JournalDecoder {
 template <class Codec>
 void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t& died_ms,
                     bool* good = nullptr) {
-    if (type != journal_close) codec.text(record.id);
+    if (type < journal_close) codec.text(record.id);
     if (type == journal_add || type == journal_erase) {
         codec.text(record.organisation);
         codec.text(record.reservation);
@@ -23832,24 +23849,44 @@ size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t
                       uint64_t sequence);
 
 struct JournalSegment {
+    std::string name = {};
     uint32_t number = 0;
+    bool copied = false;
     uint64_t first_sequence = 0;
     uint64_t bytes = 0;         // that are committed
-    uint64_t live = 0;          // of records that the index points to
+    uint32_t records = 0;       // in them
+    uint32_t digest = 0;        // CRC of their heads
+    uint64_t live = 0;          // bytes of records that the index points to
     int64_t dead_since_ms = 0;  // since when texts in it are dead; 0: none are
-    bool damaged = false;
+    std::string aside = {};     // what it is renamed to when it is compacted; empty: it is removed
     std::unique_ptr<FolderFile> file = {};
 
-    std::string name() const { return format("%08u.journal", unsigned(number)); }
     void note_dead(int64_t since_ms) {
         if (dead_since_ms == 0 || since_ms < dead_since_ms) dead_since_ms = since_ms;
+    }
+    /// Counts a record that begins with these bytes.
+    void count(const char* head) {
+        ++records;
+        digest = crc32c(head, journal_record_head, digest);
     }
 };
 using JournalSegments = std::vector<std::shared_ptr<JournalSegment>>;
 
-Error journal_damage(const std::string& name, uint64_t offset, const char* what);
+inline std::string journal_name(uint32_t number, bool copied) {
+    return format(copied ? "%08u.copy" : "%08u.journal", unsigned(number));
+}
+
+/// A segment by its file's name; null when it is none.
+std::shared_ptr<JournalSegment> journal_segment(const std::string& name);
+
+Error journal_damage(const std::string& name, uint64_t offset, std::string_view what);
 
 Error journal_newer(const std::string& name);
+
+Result<Buffer> journal_read(FolderFile& file);
+
+/// A name for a damaged file, which joins `names`.
+std::string journal_aside(std::vector<std::string>* names, const std::string& name);
 
 /// A copy of live records out of segments [0, inputs).
 struct JournalCompaction {
@@ -23880,6 +23917,8 @@ struct FileJournal {
     StoreRecords* records = nullptr;
     std::optional<StorePlan> plan;
     uint32_t salt = 0, next_number = 1;
+    uint32_t planned = 0;           // a number whose file may be there without being named
+    uint32_t manifest_version = 0;  // of the one that was read; 0: there was none
     uint64_t next_sequence = 1;
     JournalSegments segments;  // in order, the newest last
     std::optional<JournalCompaction> compaction;
@@ -23888,6 +23927,7 @@ struct FileJournal {
     // one commit
     std::string out;
     uint64_t written = 0, commit = 1;
+    uint32_t digest = 0;
     std::optional<Error> write_failed;
 
     std::mutex queue_mutex;
@@ -23896,23 +23936,30 @@ struct FileJournal {
     bool ending = false, ready = false;
     Thread thread;
 
+    // opening: what is whole
     Result<void> load();
+    Result<void> load_whole(const std::vector<std::string>& names);
     Result<void> load_manifest(const std::vector<std::string>& names);
     Result<void> read_manifest(std::string_view bytes);
-    Result<void> salvage_manifest(const std::vector<std::string>& names);
-    Result<void> load_segment(JournalSegment& segment, uint64_t expected_bytes, bool newest);
-    Result<bool> check_head(JournalSegment& segment, std::string_view bytes);
+    Result<void> check_numbers(const std::vector<std::string>& names) const;
+    Result<void> load_segment(JournalSegment& segment, bool newest);
+    Result<void> check_head(const JournalSegment& segment, std::string_view bytes) const;
     Result<void> replay(JournalSegment& segment, std::string_view bytes, bool newest);
     Result<bool> replay_record(JournalSegment& segment, const JournalRecord& record, size_t offset);
     void apply(JournalSegment& segment, uint16_t type, StoredResponse record, int64_t died_ms,
                JournalPlace place);
-    Result<void> leave_damaged();
-    void remove_strangers(const std::vector<std::string>& names);
+    Result<std::vector<std::string>> find_strangers(const std::vector<std::string>& names) const;
+    Result<void> check_stranger(const JournalSegment& segment, std::string_view bytes) const;
+    Result<void> settle(const std::vector<std::string>& strangers);
+    // opening: what is damaged
+    Result<void> recover(const std::vector<std::string>& names);
 
     bool step();
     void run();
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
+    void begin_commit();
+    Result<void> append(uint16_t type);
     Result<void> add_to_commit(StoreChange& change);
     Result<void> encode_step(StoreChange::Kind change, StorePlan::Step& step);
     Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms,
@@ -23921,13 +23968,16 @@ struct FileJournal {
     Result<void> write();
     void install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms);
 
-    Result<std::shared_ptr<JournalSegment>> new_segment(uint64_t first_sequence);
+    Result<uint32_t> take_number();
+    Result<std::shared_ptr<JournalSegment>> new_segment(uint32_t number, uint64_t first_sequence,
+                                                        bool copied);
     Result<void> write_manifest(const JournalSegments& listed);
     Result<void> roll();
     Result<void> stop_if_failed(Result<void> synced);
     void upkeep(int64_t now_ms);
     void begin_compaction(size_t inputs, int64_t now_ms);
-    Result<bool> compact();  // a piece; true: there is more
+    Result<bool> compact();     // a piece; true: there is more
+    Result<bool> copy_piece();  // likewise, without the end
     Result<void> finish_compaction();
     void abandon_compaction();
     std::shared_ptr<JournalSegment> find_segment(uint32_t number) const;
@@ -23959,7 +24009,8 @@ bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalReco
     record->commit = record->sequence - back;
     record->payload = bytes.substr(at + journal_record_head, size);
     record->size = journal_record_head + size;
-    return crc32c(record->payload.data(), size, salt) == journal_get<uint32_t>(head + 24);
+    return record->sequence < UINT64_MAX &&
+           crc32c(record->payload.data(), size, salt) == journal_get<uint32_t>(head + 24);
 }
 
 /// Where the first whole record behind `at` lies whose commit began after `commit` and whose
@@ -23975,10 +24026,25 @@ size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t
     return bytes.size();
 }
 
-Error journal_damage(const std::string& name, uint64_t offset, const char* what) {
+std::shared_ptr<JournalSegment> journal_segment(const std::string& name) {
+    uint32_t number = 0;
+    for (const char digit : name.substr(0, 8)) number = number * 10 + uint32_t(digit - '0');
+    for (const bool copied : {false, true}) {
+        if (number > journal_last_number || name != journal_name(number, copied)) continue;
+        auto segment = std::make_shared<JournalSegment>();
+        segment->name = name;
+        segment->number = number;
+        segment->copied = copied;
+        return segment;
+    }
+    return nullptr;
+}
+
+Error journal_damage(const std::string& name, uint64_t offset, std::string_view what) {
     return make_error(ErrorKind::bad_data,
-                      format("the journal is damaged: '%s' at offset %llu: %s", name.c_str(),
-                             static_cast<unsigned long long>(offset), what));
+                      format("the journal is damaged: '%s' at offset %llu: ", name.c_str(),
+                             static_cast<unsigned long long>(offset)) +
+                          std::string(what));
 }
 
 Error journal_newer(const std::string& name) {
@@ -24009,7 +24075,7 @@ Result<std::string> FileJournal::read_record(const JournalSegment& segment,
         return read.error();
     JournalRecord record;
     if (!journal_parse(bytes, 0, salt, &record) || record.size != bytes.size())
-        return journal_damage(segment.name(), place.offset, "a record changed");
+        return journal_damage(segment.name, place.offset, "a record changed");
     return bytes;
 }
 
@@ -24083,218 +24149,195 @@ void FileJournal::apply(JournalSegment& segment, uint16_t type, StoredResponse r
 
 // ---- Opening ---------------------------------------------------------------------------------
 
+namespace {
+
+constexpr size_t manifest_heads[] = {20, 28}, manifest_rows[] = {20, 32};  // by version - 1
+
+std::string beside_manifest(const char* what) {
+    return std::string(what) + "; it and 'manifest' come from different moments";
+}
+
+}  // namespace
+
+/// The bytes of a file.
+Result<Buffer> journal_read(FolderFile& file) {
+    auto size = file.size();
+    if (!size) return size.error();
+    auto bytes = Buffer::allocate(*size, "a file of the journal");
+    if (!bytes) return bytes.error();
+    if (auto read = file.read_at(0, bytes->data(), bytes->size()); !read) return read.error();
+    return bytes;
+}
+
+std::string journal_aside(std::vector<std::string>* names, const std::string& name) {
+    std::string aside = name + ".damaged";
+    for (int i = 2; std::find(names->begin(), names->end(), aside) != names->end(); ++i)
+        aside = name + format(".damaged.%d", i);
+    names->push_back(aside);
+    return aside;
+}
+
 Result<void> FileJournal::load() {
     auto names = folder->list();
     if (!names) return names.error();
-    if (auto listed = load_manifest(*names); !listed) return listed;
-    if (segments.empty()) {
+    auto loaded = load_whole(*names);
+    if (loaded || loaded.error().kind != ErrorKind::bad_data || !options.recover) return loaded;
+    options.log(LogLevel::warning, loaded.error().message);
+    return recover(*names);
+}
+
+/// Changes nothing before all of it was found to be whole.
+Result<void> FileJournal::load_whole(const std::vector<std::string>& names) {
+    if (auto listed = load_manifest(names); !listed) return listed;
+    if (auto checked = check_numbers(names); !checked) return checked;
+    for (const auto& segment : segments) {
+        const bool newest = segment == segments.back();
+        if (auto loaded = load_segment(*segment, newest); !loaded) return loaded;
+    }
+    auto strangers = find_strangers(names);
+    if (!strangers) return strangers.error();
+    return settle(*strangers);
+}
+
+/// Fills `segments`, as the manifest says they are; nothing where the journal is new.
+Result<void> FileJournal::load_manifest(const std::vector<std::string>& names) {
+    if (std::find(names.begin(), names.end(), "manifest") == names.end()) {
+        for (const std::string& name : names)
+            if (journal_segment(name))
+                return journal_damage("manifest", 0, "it is missing, and '" + name + "' is there");
         uint8_t random[4];
         if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn;
         std::memcpy(&salt, random, sizeof salt);
-        auto made = new_segment(next_sequence);
-        if (!made) return made.error();
-        segments.push_back(*made);
-        if (auto put = write_manifest(segments); !put) return put;
-    } else {
-        for (size_t i = 0; i < segments.size(); ++i) {
-            JournalSegment& segment = *segments[i];
-            const uint64_t bytes = std::exchange(segment.bytes, 0);
-            const bool newest = i + 1 == segments.size();
-            if (auto loaded = load_segment(segment, bytes, newest); !loaded) return loaded;
-        }
-        next_sequence = std::max(next_sequence, segments.back()->first_sequence);
-    }
-    remove_strangers(*names);
-    const auto damaged = [](const auto& segment) { return segment->damaged; };
-    if (std::any_of(segments.begin(), segments.end(), damaged)) return leave_damaged();
-    return {};
-}
-
-bool journal_is_segment(const std::string& name) {
-    return name.size() == 16 && name.substr(8) == ".journal" &&
-           name.find_first_not_of("0123456789") == 8;
-}
-
-/// Fills `segments`, with their sizes in `bytes`; nothing where the journal is new.
-Result<void> FileJournal::load_manifest(const std::vector<std::string>& names) {
-    const auto has = [&](const auto& wanted) {
-        return std::find_if(names.begin(), names.end(), wanted) != names.end();
-    };
-    Result<void> read = journal_damage("manifest", 0, "it is missing");
-    if (has([](const std::string& name) { return name == "manifest"; })) {
-        auto file = folder->open_file("manifest", false);
-        if (!file) return file.error();
-        auto size = (*file)->size();
-        if (!size) return size.error();
-        auto bytes = Buffer::allocate(*size, "the journal's manifest");
-        if (!bytes) return bytes.error();
-        if (auto got = (*file)->read_at(0, bytes->data(), bytes->size()); !got) return got;
-        read = read_manifest({bytes->as<const char>(), bytes->size()});
-        if (!read && read.error().kind == ErrorKind::unsupported) return read;
-    } else if (!has(journal_is_segment)) {
         return {};
     }
-    if (read) return read;
-    bool empty = true;  // a first segment whose manifest was never written holds nothing
-    for (const std::string& name : names) {
-        if (!journal_is_segment(name)) continue;
-        auto file = folder->open_file(name, false);
-        auto size = file ? (*file)->size() : Result<uint64_t>(file.error());
-        if (!size) return size.error();
-        empty = empty && *size <= journal_segment_head;
-    }
-    segments.clear();
-    if (empty && !has([](const std::string& name) { return name == "manifest"; })) return {};
-    return options.recover ? salvage_manifest(names) : std::move(read);
+    auto file = folder->open_file("manifest", false);
+    if (!file) return file.error();
+    auto bytes = journal_read(**file);
+    if (!bytes) return bytes.error();
+    return read_manifest({bytes->as<const char>(), bytes->size()});
 }
 
 Result<void> FileJournal::read_manifest(std::string_view bytes) {
-    constexpr size_t head = 20, row = 20;
-    if (bytes.size() >= 12 && bytes.substr(0, 8) == "valarman" &&
-        journal_get<uint32_t>(bytes.data() + 8) > journal_version)
-        return journal_newer("manifest");
+    if (bytes.size() < 12 || bytes.substr(0, 8) != "valarman")
+        return journal_damage("manifest", 0, "it does not begin as a manifest of ours does");
     const char* at = bytes.data();
-    if (bytes.size() < head + row + 4 || (bytes.size() - head - 4) % row != 0 ||
-        bytes.substr(0, 8) != "valarman" || journal_get<uint32_t>(at + 8) != journal_version ||
+    const uint32_t version = journal_get<uint32_t>(at + 8);
+    if (version > journal_manifest_version) return journal_newer("manifest");
+    const size_t head = manifest_heads[version == 2], row = manifest_rows[version == 2];
+    if (bytes.size() < head + 4 || (bytes.size() - head - 4) % row != 0 || version == 0 ||
         journal_get<uint32_t>(at + 16) != (bytes.size() - head - 4) / row ||
         journal_get<uint32_t>(at + bytes.size() - 4) != crc32c(at, bytes.size() - 4))
         return journal_damage("manifest", 0, "its checksum does not match");
+    const Error impossible = journal_damage("manifest", 0, "a segment's number cannot be");
     salt = journal_get<uint32_t>(at + 12);
-    for (at += head; at + 4 < bytes.data() + bytes.size(); at += row) {
+    manifest_version = version;
+    uint32_t most = 0;
+    for (const char *end = at + bytes.size() - 4, *next = at + head; next < end; next += row) {
         auto segment = std::make_shared<JournalSegment>();
-        segment->number = journal_get<uint32_t>(at);
-        segment->first_sequence = journal_get<uint64_t>(at + 4);
-        segment->bytes = journal_get<uint64_t>(at + 12);
+        segment->number = journal_get<uint32_t>(next);
+        segment->copied = version == 2 && journal_get<uint32_t>(next + 4) != 0;
+        const char* rest = next + (version == 2 ? 8 : 4);
+        segment->first_sequence = journal_get<uint64_t>(rest);
+        segment->bytes = std::max<uint64_t>(journal_get<uint64_t>(rest + 8), journal_segment_head);
+        if (version == 2) segment->records = journal_get<uint32_t>(rest + 16);
+        if (version == 2) segment->digest = journal_get<uint32_t>(rest + 20);
         if (segment->number == 0 || segment->number > journal_last_number ||
             find_segment(segment->number))
-            return journal_damage("manifest", 0, "a segment's number cannot be");
-        next_number = std::max(next_number, segment->number + 1);
+            return impossible;
+        segment->name = journal_name(segment->number, segment->copied);
+        most = std::max(most, segment->number);
         segments.push_back(std::move(segment));
     }
+    next_number = version == 2 ? journal_get<uint32_t>(at + 20) : most + 1;
+    planned = version == 2 ? journal_get<uint32_t>(at + 24) : 0;
+    const bool growing = segments.empty() ? planned != 0 : !segments.back()->copied;
+    if (!growing || next_number <= most || next_number > journal_last_number + 1 ||
+        planned >= next_number || find_segment(planned))
+        return impossible;
     return {};
 }
 
-/// Takes every segment that is there, in the order of their first records.
-Result<void> FileJournal::salvage_manifest(const std::vector<std::string>& names) {
-    options.log(LogLevel::warning, "the journal's manifest is lost: all segments are read");
+/// A segment that grew has a number which a manifest of its time or later knows.
+Result<void> FileJournal::check_numbers(const std::vector<std::string>& names) const {
+    if (manifest_version < 2) return {};
     for (const std::string& name : names) {
-        if (!journal_is_segment(name)) continue;
-        auto file = folder->open_file(name, false);
-        if (!file) return file.error();
-        char head[journal_segment_head] = {};
-        const bool read = (*file)->read_at(0, head, sizeof head).ok();
-        auto segment = std::make_shared<JournalSegment>();
-        for (const char digit : name.substr(0, 8))
-            segment->number = segment->number * 10 + uint32_t(digit - '0');
-        segment->first_sequence = read ? journal_get<uint64_t>(head + 20) : 0;
-        segment->damaged = true;
-        if (read && journal_get<uint32_t>(head + 28) == crc32c(head, 28))
-            salt = journal_get<uint32_t>(head + 12);
-        next_number = std::max(next_number, segment->number + 1);
-        segments.push_back(std::move(segment));
+        const auto found = journal_segment(name);
+        if (found && !found->copied && found->number >= next_number)
+            return journal_damage(name, 0, "it is newer than 'manifest', which does not name it");
     }
-    sort_items(segments, [](const auto& a, const auto& b) {
-        return std::pair(a->first_sequence, a->number) < std::pair(b->first_sequence, b->number);
-    });
     return {};
 }
 
-/// `expected_bytes` is 0 for one that was still growing.
-Result<void> FileJournal::load_segment(JournalSegment& segment, uint64_t expected_bytes,
-                                       bool newest) {
-    auto file = folder->open_file(segment.name(), false);
-    if (!file && !options.recover)
-        return file.error().kind == ErrorKind::not_found
-                   ? journal_damage(segment.name(), 0, "it is missing")
-                   : file.error();
-    segment.damaged = segment.damaged || !file;
-    if (!file) return {};
+Result<void> FileJournal::load_segment(JournalSegment& segment, bool newest) {
+    auto file = folder->open_file(segment.name, false);
+    if (!file && file.error().kind != ErrorKind::not_found) return file.error();
+    if (!file)
+        return journal_damage(segment.name, 0, "it is missing, or 'manifest' is of another moment");
     segment.file = std::move(*file);
-    auto size = segment.file->size();
-    if (!size) return size.error();
-    auto bytes = Buffer::allocate(*size, "a segment of the journal");
+    auto bytes = journal_read(*segment.file);
     if (!bytes) return bytes.error();
-    if (auto read = segment.file->read_at(0, bytes->data(), bytes->size()); !read) return read;
     const std::string_view text(bytes->as<const char>(), bytes->size());
-    if (newest && text.size() < journal_segment_head) {  // torn as early as that
-        next_sequence = std::max(next_sequence, segment.first_sequence);
-        segments.pop_back();
-        return roll();
-    }
-    if (expected_bytes != 0 && expected_bytes != *size) {
-        if (!options.recover)
-            return journal_damage(segment.name(), std::min(*size, expected_bytes),
-                                  "it has not the size that the manifest says");
-        segment.damaged = true;
-    }
-    auto head = check_head(segment, text);
-    if (!head) return head.error();
-    segment.damaged = segment.damaged || !*head;
+    if (auto head = check_head(segment, text); !head) return head;
+    if (newest ? text.size() < segment.bytes : text.size() != segment.bytes)
+        return journal_damage(segment.name, std::min<uint64_t>(text.size(), segment.bytes),
+                              beside_manifest("it has not the size that 'manifest' says"));
     return replay(segment, text, newest);
 }
 
-/// False: damaged, and options.recover.
-Result<bool> FileJournal::check_head(JournalSegment& segment, std::string_view bytes) {
+Result<void> FileJournal::check_head(const JournalSegment& segment, std::string_view bytes) const {
     const char* at = bytes.data();
     if (bytes.size() >= 12 && bytes.substr(0, 8) == "valarjnl" &&
         journal_get<uint32_t>(at + 8) > journal_version)
-        return journal_newer(segment.name());
-    if (bytes.size() >= journal_segment_head && bytes.substr(0, 8) == "valarjnl" &&
-        journal_get<uint32_t>(at + 8) == journal_version &&
+        return journal_newer(segment.name);
+    if (bytes.size() < journal_segment_head)
+        return journal_damage(segment.name, bytes.size(), "it ends within its head");
+    if (bytes.substr(0, 8) == "valarjnl" && journal_get<uint32_t>(at + 8) == journal_version &&
         journal_get<uint32_t>(at + 12) == salt &&
         journal_get<uint32_t>(at + 16) == segment.number &&
         journal_get<uint64_t>(at + 20) == segment.first_sequence &&
         journal_get<uint32_t>(at + 28) == crc32c(at, 28))
-        return true;
-    if (options.recover) return false;
-    return journal_damage(segment.name(), 0, "its head does not match");
+        return {};
+    return journal_damage(segment.name, 0, "its head does not match");
 }
 
+/// `segment` comes as the manifest has it and goes as it is.
 Result<void> FileJournal::replay(JournalSegment& segment, std::string_view bytes, bool newest) {
-    size_t at = std::min(journal_segment_head, bytes.size());
+    const uint64_t named_bytes = std::exchange(segment.bytes, journal_segment_head);
+    const uint32_t named_digest = std::exchange(segment.digest, 0);
+    segment.records = 0;
     if (newest) next_sequence = std::max(next_sequence, segment.first_sequence);
     JournalRecord record;
-    while (at < bytes.size()) {
+    for (size_t at = journal_segment_head; at < bytes.size(); at = size_t(segment.bytes)) {
         const bool whole = journal_parse(bytes, at, salt, &record);
-        const bool follows = whole &&
-                             (newest && !segment.damaged ? record.sequence == next_sequence
-                                                         : record.sequence >= next_sequence);
-        bool strange = false;
-        if (follows) {
-            auto applied = replay_record(segment, record, at);
-            if (!applied) return applied.error();
-            if (*applied) {
-                next_sequence = record.sequence + 1;
-                at += record.size;
-                segment.bytes = at;
-                continue;
-            }
-            strange = true;
-        }
+        const bool follows = whole && (newest ? record.sequence == next_sequence
+                                              : record.sequence >= next_sequence);
         // of this record's commit nothing was reported, unless a later commit follows
-        if (newest && !strange &&
-            journal_search(bytes, at, salt, next_sequence, 0) == bytes.size()) {
-            if (segment.damaged) break;
-            if (auto cut = segment.file->truncate(at); !cut) return cut;
-            segment.bytes = at;
-            options.log(LogLevel::warning,
-                        format("the journal's torn tail of %zu bytes was cut", bytes.size() - at));
-            return stop_if_failed(segment.file->sync());
-        }
-        const Error damage = journal_damage(segment.name(), at, "no record that belongs here");
-        if (!options.recover) return damage;
-        options.log(LogLevel::warning, damage.message);
-        segment.damaged = true;
-        at = journal_search(bytes, at, salt, 0, next_sequence - 1);
+        if (newest && !follows && at >= named_bytes &&
+            journal_search(bytes, at, salt, next_sequence, 0) == bytes.size())
+            break;
+        auto applied = follows ? replay_record(segment, record, at) : Result<bool>(false);
+        if (!applied) return applied.error();
+        if (!*applied) return journal_damage(segment.name, at, "no record that belongs here");
+        if (newest && record.type == journal_roll && at >= named_bytes && !planned)
+            return journal_damage(
+                "manifest", 0,
+                "it is older than '" + segment.name + "', which another segment follows");
+        segment.bytes = at + record.size;
+        segment.count(bytes.data() + at);
+        if (record.type != journal_copied) next_sequence = record.sequence + 1;
+        if (at < named_bytes && segment.bytes >= named_bytes && manifest_version == 2 &&
+            (segment.bytes > named_bytes || segment.digest != named_digest))
+            return journal_damage(segment.name, 0,
+                                  beside_manifest("its checksum is not that in 'manifest'"));
     }
-    segment.bytes = bytes.size();
     return {};
 }
 
 /// False: it is whole, but says nothing that could be understood.
 Result<bool> FileJournal::replay_record(JournalSegment& segment, const JournalRecord& record,
                                         size_t offset) {
-    if (record.type == 0 || record.type >= journal_types) return journal_newer(segment.name());
+    if (record.type == 0 || record.type >= journal_types) return journal_newer(segment.name);
+    if (record.type == journal_copied) return record.payload.size() == 8;
     StoredResponse read;
     int64_t died_ms = 0;
     bool good = false;
@@ -24305,25 +24348,401 @@ Result<bool> FileJournal::replay_record(JournalSegment& segment, const JournalRe
     return true;
 }
 
-/// What is whole moves to new segments; the damaged ones stay beside.
-Result<void> FileJournal::leave_damaged() {
-    if (auto rolled = roll(); !rolled) return rolled;
-    begin_compaction(segments.size() - 1, 0);
-    for (;;) {
-        auto more = compact();
-        if (!more) return more.error();
-        if (!*more) return {};
+/// Files that a compaction, or the beginning of a segment, left when it was interrupted. Damage
+/// where one holds more than copies of what is there.
+Result<std::vector<std::string>> FileJournal::find_strangers(
+    const std::vector<std::string>& names) const {
+    std::vector<std::string> strangers;
+    for (const std::string& name : names) {
+        const auto segment = journal_segment(name);
+        const auto known = [&](const auto& one) { return one->name == name; };
+        if (std::any_of(segments.begin(), segments.end(), known)) continue;
+        if (segment) {
+            auto file = folder->open_file(name, false);
+            if (!file) return file.error();
+            auto bytes = journal_read(**file);
+            if (!bytes) return bytes.error();
+            auto old = check_stranger(*segment, {bytes->as<const char>(), bytes->size()});
+            if (!old) return old.error();
+        }
+        if (segment || name == "manifest.new") strangers.push_back(name);
+    }
+    return strangers;
+}
+
+Result<void> FileJournal::check_stranger(const JournalSegment& segment,
+                                         std::string_view bytes) const {
+    const char* newer = "'manifest' does not name it, and it is newer than what is named";
+    const size_t head = journal_segment_head;
+    const bool is_planned = !segment.copied && segment.number == planned;
+    if (is_planned && bytes.size() > head) return journal_damage(segment.name, head, newer);
+    size_t at = 0;
+    if (bytes.size() > head) at = journal_search(bytes, head - 1, salt, 0, next_sequence - 1);
+    if (bytes.size() > head && at < bytes.size()) return journal_damage(segment.name, at, newer);
+    JournalRecord first;
+    if (segment.copied && bytes.size() > head && journal_parse(bytes, head, salt, &first) &&
+        first.type == journal_copied && first.payload.size() == 8 &&
+        journal_get<uint64_t>(first.payload.data()) > next_sequence)
+        return journal_damage(segment.name, head,
+                              "it was copied when the journal had more records than are there");
+    return {};
+}
+
+/// The directory becomes what a journal in use is.
+Result<void> FileJournal::settle(const std::vector<std::string>& strangers) {
+    for (const std::string& name : strangers)
+        if (auto removed = folder->remove(name); !removed) return removed;
+    if (!strangers.empty())
+        if (auto synced = stop_if_failed(folder->sync()); !synced) return synced;
+    if (segments.empty()) return roll();
+    JournalSegment& newest = *segments.back();
+    auto size = newest.file->size();
+    if (!size) return size.error();
+    if (*size > newest.bytes) {
+        if (auto cut = newest.file->truncate(newest.bytes); !cut) return cut;
+        options.log(LogLevel::warning,
+                    format("the journal's torn tail of %llu bytes was cut",
+                           static_cast<unsigned long long>(*size - newest.bytes)));
+        if (auto synced = stop_if_failed(newest.file->sync()); !synced) return synced;
+    }
+    if (!planned && manifest_version == journal_manifest_version) return {};
+    const uint32_t number = std::exchange(planned, 0);
+    if (write_manifest(segments)) return {};
+    planned = number;  // on a full disk the one that is there will do
+    return broken ? Result<void>(*broken) : Result<void>();
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_STORE
+
+// ---- src/store/recover.cpp ---------------------------------------------------------------------
+
+#ifndef VALAR_NO_STORE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Recovery --------------------------------------------------------------------------------
+// Of a damaged journal every file is read, whatever the manifest names, and every whole record in
+// them is done again in the order of the sequence numbers, each once. What then lives moves to new
+// segments. Files that are damaged or that the manifest does not name stay beside, renamed.
+
+namespace {
+
+struct WholeRecord {
+    uint64_t sequence = 0, offset = 0;
+    uint32_t checksum = 0, size = 0;  // the checksum is of its head, and so of all of it
+    uint16_t type = 0;
+    size_t source = 0;
+};
+
+/// A file of the journal, or one that the manifest names and that is missing.
+struct RecoverySource {
+    std::string name;
+    std::shared_ptr<JournalSegment> segment = {};          // null: it is missing
+    const JournalSegment* named = nullptr;                 // as the manifest has it
+    std::string fault = {};                                // the first one
+    size_t whole = 0;                                      // records
+    std::vector<std::pair<uint64_t, uint64_t>> gaps = {};  // sequence numbers: first and last
+    bool open_end = true;  // what lay behind its last record cannot be told
+    uint64_t lost = 0;     // records, at most
+
+    void blame(std::string what) {
+        if (fault.empty()) fault = std::move(what);
+    }
+    void note_gap(uint64_t first, uint64_t end) {
+        if (first < end) gaps.emplace_back(first, end - 1);
+    }
+};
+
+class Recovery {
+public:
+    Recovery(FileJournal* journal, const std::vector<std::string>& names)
+        : journal_(*journal), names_(names) {}
+    Result<void> run() {
+        if (auto begun = begin(); !begun) return begun;
+        for (size_t i = 0; i < sources_.size(); ++i)
+            if (auto read = read_source(i); !read) return read;
+        if (auto replayed = replay(); !replayed) return replayed;
+        count_losses();
+        if (auto rebuilt = rebuild(); !rebuilt) {
+            journal_.abandon_compaction();
+            return rebuilt;
+        }
+        report();
+        return {};
+    }
+
+private:
+    Result<void> begin();
+    Result<void> find_salt();
+    Result<void> read_source(size_t index);
+    Result<void> scan(size_t index, std::string_view bytes);
+    void compare(RecoverySource& source, uint32_t digest);
+    Result<void> replay();
+    void count_losses();
+    Result<void> rebuild();
+    Result<void> put_manifest_aside();
+    void report() const;
+
+    FileJournal& journal_;
+    std::vector<std::string> names_;
+    bool manifest_read_ = false;
+    JournalSegments named_;
+    std::vector<RecoverySource> sources_;
+    std::vector<WholeRecord> records_;  // in the end by sequence
+    std::string manifest_aside_;
+};
+
+/// Forgets what was read, and lists the files.
+Result<void> Recovery::begin() {
+    journal_.records->index = {};
+    journal_.records->serial = 0;
+    journal_.next_sequence = journal_.next_number = 1;
+    journal_.segments.clear();
+    auto read = journal_.load_manifest(names_);
+    if (!read && read.error().kind != ErrorKind::bad_data) return read;
+    manifest_read_ = read.ok();
+    if (manifest_read_) named_ = journal_.segments;
+    journal_.segments.clear();
+    for (const std::string& name : names_)
+        if (auto segment = journal_segment(name)) sources_.push_back({name, std::move(segment)});
+    for (const auto& named : named_) {
+        const auto same = [&](const auto& source) { return source.name == named->name; };
+        auto source = std::find_if(sources_.begin(), sources_.end(), same);
+        if (source == sources_.end()) source = sources_.insert(source, {named->name});
+        source->named = named.get();
+    }
+    for (auto& source : sources_) {
+        if (!source.segment) continue;
+        auto file = journal_.folder->open_file(source.name, false);
+        if (!file) return file.error();
+        source.segment->file = std::move(*file);
+        journal_.next_number = std::max(journal_.next_number, source.segment->number + 1);
+    }
+    const auto count = static_cast<uint32_t>(sources_.size());  // read_source numbers them anew
+    journal_.next_number = std::max(journal_.next_number, count + 1);
+    return manifest_read_ ? Result<void>() : find_salt();
+}
+
+/// Without a manifest the first head that is whole has it.
+Result<void> Recovery::find_salt() {
+    for (const auto& source : sources_) {
+        char head[journal_segment_head];
+        if (!source.segment->file->read_at(0, head, sizeof head)) continue;
+        if (std::memcmp(head, "valarjnl", 8) ||
+            journal_get<uint32_t>(head + 28) != crc32c(head, 28))
+            continue;
+        journal_.salt = journal_get<uint32_t>(head + 12);
+        return {};
+    }
+    return {};
+}
+
+Result<void> Recovery::read_source(size_t index) {
+    RecoverySource& source = sources_[index];
+    if (!source.segment) {
+        source.fault = "it is missing";
+        compare(source, 0);
+        return {};
+    }
+    JournalSegment& segment = *source.segment;
+    auto bytes = journal_read(*segment.file);
+    if (!bytes) return bytes.error();
+    const std::string_view text(bytes->as<const char>(), bytes->size());
+    if (source.named) segment.first_sequence = source.named->first_sequence;
+    else if (text.size() >= journal_segment_head)
+        segment.first_sequence = journal_get<uint64_t>(text.data() + 20);
+    if (manifest_read_ && !source.named) source.blame("'manifest' does not name it");
+    if (!manifest_read_) source.blame("the manifest that named it is lost");
+    auto scanned = scan(index, text);
+    segment.number = static_cast<uint32_t>(index + 1);  // a number may be there twice
+    journal_.segments.push_back(source.segment);
+    return scanned;
+}
+
+/// Every whole record of a file, and what lies between them.
+Result<void> Recovery::scan(size_t index, std::string_view bytes) {
+    RecoverySource& source = sources_[index];
+    JournalSegment& segment = *source.segment;
+    auto head = journal_.check_head(segment, bytes);
+    if (!head && head.error().kind != ErrorKind::bad_data) return head;
+    if (!head) source.fault = head.error().message;
+    uint32_t digest = 0;  // where the manifest's ends
+    uint64_t next = segment.first_sequence;
+    bool gap = false;
+    JournalRecord record;
+    for (size_t at = head ? journal_segment_head : 0; at < bytes.size();) {
+        if (!journal_parse(bytes, at, journal_.salt, &record)) {
+            source.blame(format("no whole record at offset %zu", at));
+            gap = true;
+            at = journal_search(bytes, at, journal_.salt, 0, 0);
+            continue;
+        }
+        if (record.type == 0 || record.type >= journal_types) return journal_newer(source.name);
+        segment.count(bytes.data() + at);
+        if (record.type == journal_copied) {
+            if (record.payload.size() == 8)
+                journal_.next_sequence = std::max(journal_.next_sequence,
+                                                  journal_get<uint64_t>(record.payload.data()));
+        } else {
+            if (gap) source.note_gap(next, record.sequence);
+            records_.push_back({record.sequence, at, journal_get<uint32_t>(bytes.data() + at + 28),
+                                uint32_t(record.size), record.type, index});
+            next = record.sequence + 1;
+            gap = false;
+            ++source.whole;
+        }
+        at += record.size;
+        if (source.named && at == source.named->bytes) digest = segment.digest;
+    }
+    segment.bytes = bytes.size();
+    compare(source, digest);
+    return {};
+}
+
+/// With what the manifest says of it.
+void Recovery::compare(RecoverySource& source, uint32_t digest) {
+    if (!source.named) return;
+    const JournalSegment& named = *source.named;
+    const bool full = journal_.manifest_version == 2;  // it has more than sizes
+    const bool newest = source.named == named_.back().get();
+    uint64_t end = newest ? named.first_sequence + named.records : 0;
+    for (size_t i = 0; i + 1 < named_.size(); ++i)
+        if (named_[i].get() == source.named) end = named_[i + 1]->first_sequence;
+    source.open_end = newest;
+    const bool have = source.whole != 0;
+    source.note_gap(have ? records_.back().sequence + 1 : named.first_sequence, end);
+    if (!source.segment) return;
+    const uint64_t bytes = source.segment->bytes;
+    if (newest ? bytes < named.bytes : bytes != named.bytes)
+        source.blame("it has not the size that 'manifest' says");
+    else if (full && digest != named.digest) source.blame("its checksum is not that in 'manifest'");
+}
+
+/// Does the records again, each once, though copies of it may be there too.
+Result<void> Recovery::replay() {
+    sort_items(records_, [](const WholeRecord& a, const WholeRecord& b) {
+        return std::pair(a.sequence, a.checksum) < std::pair(b.sequence, b.checksum);
+    });
+    const auto same = [](const WholeRecord& a, const WholeRecord& b) {
+        return a.sequence == b.sequence && a.checksum == b.checksum;
+    };
+    records_.erase(std::unique(records_.begin(), records_.end(), same), records_.end());
+    for (const WholeRecord& whole : records_) {
+        RecoverySource& source = sources_[whole.source];
+        JournalSegment& segment = *source.segment;
+        journal_.next_sequence = std::max(journal_.next_sequence, whole.sequence + 1);
+        auto bytes = journal_.read_record(segment, {whole.offset, segment.number, whole.size});
+        if (!bytes) return bytes.error();
+        JournalRecord record;
+        journal_parse(*bytes, 0, journal_.salt, &record);
+        auto applied = journal_.replay_record(segment, record, size_t(whole.offset));
+        if (!applied) return applied.error();
+        if (*applied) continue;
+        source.blame(format("no record that belongs here at offset %llu",
+                            static_cast<unsigned long long>(whole.offset)));
+        source.gaps.emplace_back(whole.sequence, whole.sequence);
+        ++source.lost;
+    }
+    return {};
+}
+
+/// What is missing in a file may be in another.
+void Recovery::count_losses() {
+    for (RecoverySource& source : sources_) {
+        uint64_t missing = 0;
+        for (const auto& [first, last] : source.gaps) {
+            missing += last - first + 1;
+            for (const WholeRecord& whole : records_)
+                missing -= whole.sequence >= first && whole.sequence <= last;
+        }
+        source.lost += missing;
     }
 }
 
-/// Files that an interrupted compaction left.
-void FileJournal::remove_strangers(const std::vector<std::string>& names) {
-    for (const std::string& name : names) {
-        const auto known = [&](const auto& segment) { return segment->name() == name; };
-        const bool stranger = journal_is_segment(name) &&
-                              std::none_of(segments.begin(), segments.end(), known);
-        if (stranger || name == "manifest.new") (void)folder->remove(name).ok();
+Result<void> Recovery::put_manifest_aside() {
+    const auto odd = [](const auto& source) { return !source.named || !source.segment; };
+    if (manifest_read_ && std::none_of(sources_.begin(), sources_.end(), odd)) return {};
+    if (std::find(names_.begin(), names_.end(), "manifest") == names_.end()) return {};
+    auto file = journal_.folder->open_file("manifest", false);
+    if (!file) return file.error();
+    auto bytes = journal_read(**file);
+    if (!bytes) return bytes.error();
+    manifest_aside_ = journal_aside(&names_, "manifest");
+    auto copy = journal_.folder->open_file(manifest_aside_, true);
+    if (!copy) return copy.error();
+    auto put = (*copy)->write_at(0, {bytes->as<const char>(), bytes->size()});
+    return put ? (*copy)->sync() : put;
+}
+
+/// What lives moves to new segments. A crash in between leaves the journal as it was.
+Result<void> Recovery::rebuild() {
+    if (auto put = put_manifest_aside(); !put) return put;
+    for (RecoverySource& source : sources_)
+        if (source.segment && !source.fault.empty())
+            source.segment->aside = journal_aside(&names_, source.name);
+    journal_.planned = 0;
+    journal_.begin_compaction(journal_.segments.size(), 0);
+    for (bool more = true; more;) {
+        auto copied = journal_.copy_piece();
+        if (!copied) return copied.error();
+        more = *copied;
     }
+    auto number = journal_.take_number();
+    if (!number) return number.error();
+    auto newest = journal_.new_segment(*number, journal_.next_sequence, false);
+    if (!newest) return newest.error();
+    journal_.compaction->outputs.push_back(*newest);
+    return journal_.finish_compaction();
+}
+
+void Recovery::report() const {
+    const auto say = [&](const std::string& line) {
+        journal_.options.log(LogLevel::warning, "recovery: " + line);
+    };
+    uint64_t lost = 0, first = UINT64_MAX, last = 0;
+    bool open_end = false;
+    for (const RecoverySource& source : sources_) {
+        if (source.fault.empty()) continue;
+        std::string line = format("'%s': ", source.name.c_str()) + source.fault +
+                           format("; %zu whole records", source.whole);
+        for (const auto& [from, to] : source.gaps) {
+            first = std::min(first, from);
+            last = std::max(last, to);
+            line += format("; without sequence numbers %llu to %llu",
+                           static_cast<unsigned long long>(from),
+                           static_cast<unsigned long long>(to));
+        }
+        if (source.open_end) line += "; whether more followed its last record cannot be told";
+        if (source.segment) line += "; it lies beside as '" + source.segment->aside + "'";
+        say(line);
+        lost += source.lost;
+        open_end = open_end || source.open_end;
+    }
+    if (!manifest_aside_.empty())
+        say("'manifest' does not fit the rest; it lies beside as '" + manifest_aside_ + "'");
+    size_t kept = 0, unfinished = 0;
+    for (const auto& [id, entry] : journal_.records->index.entries()) {
+        kept += !entry.erased;
+        unfinished += !entry.record.terminal;
+    }
+    std::string line = format("%zu responses are kept, %zu of them unfinished; ", kept, unfinished);
+    if (lost)
+        line += format("up to %llu records of the journal are lost, sequence numbers %llu to %llu",
+                       static_cast<unsigned long long>(lost),
+                       static_cast<unsigned long long>(first),
+                       static_cast<unsigned long long>(last));
+    else line += open_end ? "no record is known to be lost" : "no record is lost";
+    say(line);
+}
+
+}  // namespace
+
+Result<void> FileJournal::recover(const std::vector<std::string>& names) {
+    return Recovery(this, names).run();
 }
 
 }  // namespace detail
@@ -24362,6 +24781,20 @@ const JournalKind& journal_kind(StoreChange::Kind change) {
     return journal_kinds[0];
 }
 
+/// Fills in the head of a record that begins at `at` and whose payload ends the bytes.
+void journal_put_head(std::string* bytes, size_t at, const JournalRecord& record, uint32_t salt) {
+    const size_t size = bytes->size() - at - journal_record_head;
+    std::string head;
+    journal_put(&head, journal_magic);
+    journal_put(&head, uint32_t{record.type});
+    journal_put(&head, uint32_t(size));
+    journal_put(&head, uint32_t(record.sequence - record.commit));
+    journal_put(&head, record.sequence);
+    journal_put(&head, crc32c(bytes->data() + at + journal_record_head, size, salt));
+    journal_put(&head, crc32c(head.data(), head.size(), salt));
+    std::memcpy(bytes->data() + at, head.data(), head.size());
+}
+
 }  // namespace
 
 /// Appends a record to the commit; `place` is where it will lie.
@@ -24376,15 +24809,8 @@ Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t 
         out.resize(at);
         return make_error(ErrorKind::too_large, "a record is larger than the journal can hold");
     }
-    std::string head;
-    journal_put(&head, journal_magic);
-    journal_put(&head, uint32_t{type});
-    journal_put(&head, uint32_t(size));
-    journal_put(&head, uint32_t(next_sequence - commit));
-    journal_put(&head, next_sequence);
-    journal_put(&head, crc32c(out.data() + at + journal_record_head, size, salt));
-    journal_put(&head, crc32c(head.data(), head.size(), salt));
-    std::memcpy(out.data() + at, head.data(), head.size());
+    journal_put_head(&out, at, {type, next_sequence, commit}, salt);
+    digest = crc32c(out.data() + at, journal_record_head, digest);
     *place = {written + at, segment.number, uint32_t(journal_record_head + size)};
     ++next_sequence;
     return {};
@@ -24443,14 +24869,30 @@ Result<void> FileJournal::write() {
     if (written == segment.bytes) return {};
     if (auto synced = stop_if_failed(segment.file->sync()); !synced) return *broken;
     segment.bytes = written;
+    segment.records += uint32_t(next_sequence - commit);
+    segment.digest = digest;
     return {};
 }
 
-void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+void FileJournal::begin_commit() {
     commit = next_sequence;
     written = segments.back()->bytes;
+    digest = segments.back()->digest;
     out.clear();
     write_failed.reset();
+}
+
+/// A record without fields, in a commit of its own.
+Result<void> FileJournal::append(uint16_t type) {
+    begin_commit();
+    JournalPlace place;
+    StoredResponse nothing;
+    if (auto put = encode(type, nothing, 0, &place); !put) return put;
+    return write();
+}
+
+void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+    begin_commit();
     std::vector<Result<void>> results;
     int64_t now_ms = 0;
     for (StoreChange& change : changes) {
@@ -24480,7 +24922,7 @@ bool FileJournal::step() {
         changes.swap(queue);
     }
     if (!changes.empty()) commit_changes(changes);
-    if (!compaction) return false;
+    if (!compaction || broken) return false;
     auto more = compact();
     if (more) return *more;
     options.log(LogLevel::error, "the journal was not compacted: " + more.error().message);
@@ -24511,31 +24953,40 @@ void FileJournal::close() {
     if (!ready) return;
     step();
     abandon_compaction();
-    if (broken) return;
-    commit = next_sequence;
-    written = segments.back()->bytes;
-    JournalPlace place;
-    StoredResponse nothing;
-    write_failed.reset();
-    if (encode(journal_close, nothing, 0, &place)) (void)write().ok();
+    if (!broken) (void)append(journal_close).ok();
 }
 
 // ---- Segments and compaction -----------------------------------------------------------------
 
-Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_sequence) {
-    if (next_number > journal_last_number)
-        return make_error(ErrorKind::unsupported, "the journal's segment numbers are used up");
+Result<uint32_t> FileJournal::take_number() {
+    if (next_number <= journal_last_number) return next_number++;
+    return make_error(ErrorKind::unsupported, "the journal's segment numbers are used up");
+}
+
+/// A file with a head, both on the disk.
+Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint32_t number,
+                                                                 uint64_t first_sequence,
+                                                                 bool copied) {
     auto segment = std::make_shared<JournalSegment>();
-    segment->number = next_number++;
+    segment->name = journal_name(number, copied);
+    segment->number = number;
+    segment->copied = copied;
     segment->first_sequence = first_sequence;
     std::string head = "valarjnl";
     journal_put(&head, journal_version);
     journal_put(&head, salt);
-    journal_put(&head, segment->number);
+    journal_put(&head, number);
     journal_put(&head, first_sequence);
     journal_put(&head, crc32c(head.data(), head.size()));
+    if (copied) {
+        const size_t at = head.size();
+        head.resize(at + journal_record_head);
+        journal_put(&head, next_sequence);
+        journal_put_head(&head, at, {journal_copied, first_sequence, first_sequence}, salt);
+        segment->count(head.data() + at);
+    }
     segment->bytes = head.size();
-    auto file = folder->open_file(segment->name(), true);
+    auto file = folder->open_file(segment->name, true);
     if (!file) return file.error();
     segment->file = std::move(*file);
     Result<void> made = segment->file->write_at(0, head);
@@ -24543,19 +24994,24 @@ Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_
     if (made) made = stop_if_failed(folder->sync());
     if (made) return segment;
     segment->file.reset();
-    (void)folder->remove(segment->name()).ok();
+    (void)folder->remove(segment->name).ok();
     return made.error();
 }
 
 Result<void> FileJournal::write_manifest(const JournalSegments& listed) {
     std::string bytes = "valarman";
-    journal_put(&bytes, journal_version);
+    journal_put(&bytes, journal_manifest_version);
     journal_put(&bytes, salt);
     journal_put(&bytes, uint32_t(listed.size()));
+    journal_put(&bytes, next_number);
+    journal_put(&bytes, planned);
     for (const auto& segment : listed) {
         journal_put(&bytes, segment->number);
+        journal_put(&bytes, uint32_t{segment->copied});
         journal_put(&bytes, segment->first_sequence);
-        journal_put(&bytes, segment == listed.back() ? uint64_t{0} : segment->bytes);
+        journal_put(&bytes, segment->bytes);
+        journal_put(&bytes, segment->records);
+        journal_put(&bytes, segment->digest);
     }
     journal_put(&bytes, crc32c(bytes.data(), bytes.size()));
     auto file = folder->open_file("manifest.new", true);
@@ -24567,15 +25023,26 @@ Result<void> FileJournal::write_manifest(const JournalSegments& listed) {
     return stop_if_failed(folder->sync());
 }
 
-/// The newest segment ends and a new one begins.
+/// The newest segment ends and a new one begins. The order is what damage is told by: see "The
+/// journal". A number stays planned until a manifest names it.
 Result<void> FileJournal::roll() {
-    auto made = new_segment(next_sequence);
+    auto number = planned ? Result<uint32_t>(planned) : take_number();
+    if (!number) return number.error();
+    planned = *number;
+    if (auto put = write_manifest(segments); !put) return put;
+    // where there is one before, this follows the record that says so
+    auto made = new_segment(planned, next_sequence + (segments.empty() ? 0 : 1), false);
     if (!made) return made.error();
+    Result<void> put = segments.empty() ? Result<void>() : append(journal_roll);
     JournalSegments listed = segments;
     listed.push_back(*made);
-    auto put = write_manifest(listed);
-    if (!put && !broken) (void)folder->remove((*made)->name()).ok();
-    if (!put) return put;
+    planned = 0;
+    if (put) put = write_manifest(listed);
+    if (!put) {
+        planned = *number;
+        if (!broken) (void)folder->remove((*made)->name).ok();
+        return put;
+    }
     const std::lock_guard<std::mutex> lock(records->mutex);
     segments = std::move(listed);
     return {};
@@ -24614,7 +25081,7 @@ void FileJournal::begin_compaction(size_t inputs, int64_t now_ms) {
     });
 }
 
-Result<bool> FileJournal::compact() {
+Result<bool> FileJournal::copy_piece() {
     JournalSegments& outputs = compaction->outputs;
     std::string copied;
     while (compaction->next < compaction->moves.size() && copied.size() < journal_copy_bytes) {
@@ -24623,12 +25090,15 @@ Result<bool> FileJournal::compact() {
         if (!bytes) return bytes.error();
         if (outputs.empty() || outputs.back()->bytes >= options.segment_bytes) {
             if (!copied.empty()) break;  // of the segment before
-            auto made = new_segment(journal_get<uint64_t>(bytes->data() + 16));
+            auto number = take_number();
+            if (!number) return number.error();
+            auto made = new_segment(*number, journal_get<uint64_t>(bytes->data() + 16), true);
             if (!made) return made.error();
             outputs.push_back(*made);
         }
         move.to = {outputs.back()->bytes + copied.size(), outputs.back()->number, move.from.size};
         copied += *bytes;
+        outputs.back()->count(bytes->data());
         ++compaction->next;
     }
     if (!copied.empty()) {
@@ -24636,7 +25106,12 @@ Result<bool> FileJournal::compact() {
         if (auto put = output.file->write_at(output.bytes, copied); !put) return put.error();
         output.bytes += copied.size();
     }
-    if (compaction->next < compaction->moves.size()) return true;
+    return compaction->next < compaction->moves.size();
+}
+
+Result<bool> FileJournal::compact() {
+    auto more = copy_piece();
+    if (!more || *more) return more;
     if (auto finished = finish_compaction(); !finished) return finished.error();
     return false;
 }
@@ -24665,9 +25140,8 @@ Result<void> FileJournal::finish_compaction() {
     }
     compaction.reset();
     for (const auto& segment : old) {
-        const std::string name = segment->name();
-        if (segment->damaged) (void)folder->rename(name, name + ".damaged").ok();
-        else (void)folder->remove(name).ok();
+        if (segment->aside.empty()) (void)folder->remove(segment->name).ok();
+        else (void)folder->rename(segment->name, segment->aside).ok();
     }
     return stop_if_failed(folder->sync());
 }
@@ -24677,7 +25151,7 @@ void FileJournal::abandon_compaction() {
     if (!compaction) return;
     for (const auto& output : compaction->outputs) {
         output->file.reset();
-        if (!broken) (void)folder->remove(output->name()).ok();
+        if (!broken) (void)folder->remove(output->name).ok();
     }
     compaction.reset();
 }

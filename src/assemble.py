@@ -41,7 +41,8 @@ SECTIONS = {
                "engine/answer.cpp", "engine/scheduler.cpp", "engine/batch.cpp", "engine/engine.cpp",
                "engine/conversation.cpp"],
     "http": ["http/http.hpp", "http/text.cpp", "http/parser.cpp", "http/server.cpp", "http/client.cpp"],
-    "store": ["store/store.hpp", "store/index.cpp", "store/journal.cpp", "store/commit.cpp"],
+    "store": ["store/store.hpp", "store/index.cpp", "store/journal.cpp", "store/recover.cpp",
+              "store/commit.cpp"],
     "server": ["server/server.hpp", "server/words.cpp", "server/options.cpp", "server/loop.cpp",
                "server/access.cpp", "server/responses.cpp", "server/reading.cpp"],
 }

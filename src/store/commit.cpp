@@ -44,6 +44,20 @@ const JournalKind& journal_kind(StoreChange::Kind change) {
     return journal_kinds[0];
 }
 
+/// Fills in the head of a record that begins at `at` and whose payload ends the bytes.
+void journal_put_head(std::string* bytes, size_t at, const JournalRecord& record, uint32_t salt) {
+    const size_t size = bytes->size() - at - journal_record_head;
+    std::string head;
+    journal_put(&head, journal_magic);
+    journal_put(&head, uint32_t{record.type});
+    journal_put(&head, uint32_t(size));
+    journal_put(&head, uint32_t(record.sequence - record.commit));
+    journal_put(&head, record.sequence);
+    journal_put(&head, crc32c(bytes->data() + at + journal_record_head, size, salt));
+    journal_put(&head, crc32c(head.data(), head.size(), salt));
+    std::memcpy(bytes->data() + at, head.data(), head.size());
+}
+
 }  // namespace
 
 /// Appends a record to the commit; `place` is where it will lie.
@@ -58,15 +72,8 @@ Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t 
         out.resize(at);
         return make_error(ErrorKind::too_large, "a record is larger than the journal can hold");
     }
-    std::string head;
-    journal_put(&head, journal_magic);
-    journal_put(&head, uint32_t{type});
-    journal_put(&head, uint32_t(size));
-    journal_put(&head, uint32_t(next_sequence - commit));
-    journal_put(&head, next_sequence);
-    journal_put(&head, crc32c(out.data() + at + journal_record_head, size, salt));
-    journal_put(&head, crc32c(head.data(), head.size(), salt));
-    std::memcpy(out.data() + at, head.data(), head.size());
+    journal_put_head(&out, at, {type, next_sequence, commit}, salt);
+    digest = crc32c(out.data() + at, journal_record_head, digest);
     *place = {written + at, segment.number, uint32_t(journal_record_head + size)};
     ++next_sequence;
     return {};
@@ -125,14 +132,30 @@ Result<void> FileJournal::write() {
     if (written == segment.bytes) return {};
     if (auto synced = stop_if_failed(segment.file->sync()); !synced) return *broken;
     segment.bytes = written;
+    segment.records += uint32_t(next_sequence - commit);
+    segment.digest = digest;
     return {};
 }
 
-void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+void FileJournal::begin_commit() {
     commit = next_sequence;
     written = segments.back()->bytes;
+    digest = segments.back()->digest;
     out.clear();
     write_failed.reset();
+}
+
+/// A record without fields, in a commit of its own.
+Result<void> FileJournal::append(uint16_t type) {
+    begin_commit();
+    JournalPlace place;
+    StoredResponse nothing;
+    if (auto put = encode(type, nothing, 0, &place); !put) return put;
+    return write();
+}
+
+void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
+    begin_commit();
     std::vector<Result<void>> results;
     int64_t now_ms = 0;
     for (StoreChange& change : changes) {
@@ -162,7 +185,7 @@ bool FileJournal::step() {
         changes.swap(queue);
     }
     if (!changes.empty()) commit_changes(changes);
-    if (!compaction) return false;
+    if (!compaction || broken) return false;
     auto more = compact();
     if (more) return *more;
     options.log(LogLevel::error, "the journal was not compacted: " + more.error().message);
@@ -193,31 +216,40 @@ void FileJournal::close() {
     if (!ready) return;
     step();
     abandon_compaction();
-    if (broken) return;
-    commit = next_sequence;
-    written = segments.back()->bytes;
-    JournalPlace place;
-    StoredResponse nothing;
-    write_failed.reset();
-    if (encode(journal_close, nothing, 0, &place)) (void)write().ok();
+    if (!broken) (void)append(journal_close).ok();
 }
 
 // ---- Segments and compaction -----------------------------------------------------------------
 
-Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_sequence) {
-    if (next_number > journal_last_number)
-        return make_error(ErrorKind::unsupported, "the journal's segment numbers are used up");
+Result<uint32_t> FileJournal::take_number() {
+    if (next_number <= journal_last_number) return next_number++;
+    return make_error(ErrorKind::unsupported, "the journal's segment numbers are used up");
+}
+
+/// A file with a head, both on the disk.
+Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint32_t number,
+                                                                 uint64_t first_sequence,
+                                                                 bool copied) {
     auto segment = std::make_shared<JournalSegment>();
-    segment->number = next_number++;
+    segment->name = journal_name(number, copied);
+    segment->number = number;
+    segment->copied = copied;
     segment->first_sequence = first_sequence;
     std::string head = "valarjnl";
     journal_put(&head, journal_version);
     journal_put(&head, salt);
-    journal_put(&head, segment->number);
+    journal_put(&head, number);
     journal_put(&head, first_sequence);
     journal_put(&head, crc32c(head.data(), head.size()));
+    if (copied) {
+        const size_t at = head.size();
+        head.resize(at + journal_record_head);
+        journal_put(&head, next_sequence);
+        journal_put_head(&head, at, {journal_copied, first_sequence, first_sequence}, salt);
+        segment->count(head.data() + at);
+    }
     segment->bytes = head.size();
-    auto file = folder->open_file(segment->name(), true);
+    auto file = folder->open_file(segment->name, true);
     if (!file) return file.error();
     segment->file = std::move(*file);
     Result<void> made = segment->file->write_at(0, head);
@@ -225,19 +257,24 @@ Result<std::shared_ptr<JournalSegment>> FileJournal::new_segment(uint64_t first_
     if (made) made = stop_if_failed(folder->sync());
     if (made) return segment;
     segment->file.reset();
-    (void)folder->remove(segment->name()).ok();
+    (void)folder->remove(segment->name).ok();
     return made.error();
 }
 
 Result<void> FileJournal::write_manifest(const JournalSegments& listed) {
     std::string bytes = "valarman";
-    journal_put(&bytes, journal_version);
+    journal_put(&bytes, journal_manifest_version);
     journal_put(&bytes, salt);
     journal_put(&bytes, uint32_t(listed.size()));
+    journal_put(&bytes, next_number);
+    journal_put(&bytes, planned);
     for (const auto& segment : listed) {
         journal_put(&bytes, segment->number);
+        journal_put(&bytes, uint32_t{segment->copied});
         journal_put(&bytes, segment->first_sequence);
-        journal_put(&bytes, segment == listed.back() ? uint64_t{0} : segment->bytes);
+        journal_put(&bytes, segment->bytes);
+        journal_put(&bytes, segment->records);
+        journal_put(&bytes, segment->digest);
     }
     journal_put(&bytes, crc32c(bytes.data(), bytes.size()));
     auto file = folder->open_file("manifest.new", true);
@@ -249,15 +286,26 @@ Result<void> FileJournal::write_manifest(const JournalSegments& listed) {
     return stop_if_failed(folder->sync());
 }
 
-/// The newest segment ends and a new one begins.
+/// The newest segment ends and a new one begins. The order is what damage is told by: see "The
+/// journal". A number stays planned until a manifest names it.
 Result<void> FileJournal::roll() {
-    auto made = new_segment(next_sequence);
+    auto number = planned ? Result<uint32_t>(planned) : take_number();
+    if (!number) return number.error();
+    planned = *number;
+    if (auto put = write_manifest(segments); !put) return put;
+    // where there is one before, this follows the record that says so
+    auto made = new_segment(planned, next_sequence + (segments.empty() ? 0 : 1), false);
     if (!made) return made.error();
+    Result<void> put = segments.empty() ? Result<void>() : append(journal_roll);
     JournalSegments listed = segments;
     listed.push_back(*made);
-    auto put = write_manifest(listed);
-    if (!put && !broken) (void)folder->remove((*made)->name()).ok();
-    if (!put) return put;
+    planned = 0;
+    if (put) put = write_manifest(listed);
+    if (!put) {
+        planned = *number;
+        if (!broken) (void)folder->remove((*made)->name).ok();
+        return put;
+    }
     const std::lock_guard<std::mutex> lock(records->mutex);
     segments = std::move(listed);
     return {};
@@ -296,7 +344,7 @@ void FileJournal::begin_compaction(size_t inputs, int64_t now_ms) {
     });
 }
 
-Result<bool> FileJournal::compact() {
+Result<bool> FileJournal::copy_piece() {
     JournalSegments& outputs = compaction->outputs;
     std::string copied;
     while (compaction->next < compaction->moves.size() && copied.size() < journal_copy_bytes) {
@@ -305,12 +353,15 @@ Result<bool> FileJournal::compact() {
         if (!bytes) return bytes.error();
         if (outputs.empty() || outputs.back()->bytes >= options.segment_bytes) {
             if (!copied.empty()) break;  // of the segment before
-            auto made = new_segment(journal_get<uint64_t>(bytes->data() + 16));
+            auto number = take_number();
+            if (!number) return number.error();
+            auto made = new_segment(*number, journal_get<uint64_t>(bytes->data() + 16), true);
             if (!made) return made.error();
             outputs.push_back(*made);
         }
         move.to = {outputs.back()->bytes + copied.size(), outputs.back()->number, move.from.size};
         copied += *bytes;
+        outputs.back()->count(bytes->data());
         ++compaction->next;
     }
     if (!copied.empty()) {
@@ -318,7 +369,12 @@ Result<bool> FileJournal::compact() {
         if (auto put = output.file->write_at(output.bytes, copied); !put) return put.error();
         output.bytes += copied.size();
     }
-    if (compaction->next < compaction->moves.size()) return true;
+    return compaction->next < compaction->moves.size();
+}
+
+Result<bool> FileJournal::compact() {
+    auto more = copy_piece();
+    if (!more || *more) return more;
     if (auto finished = finish_compaction(); !finished) return finished.error();
     return false;
 }
@@ -347,9 +403,8 @@ Result<void> FileJournal::finish_compaction() {
     }
     compaction.reset();
     for (const auto& segment : old) {
-        const std::string name = segment->name();
-        if (segment->damaged) (void)folder->rename(name, name + ".damaged").ok();
-        else (void)folder->remove(name).ok();
+        if (segment->aside.empty()) (void)folder->remove(segment->name).ok();
+        else (void)folder->rename(segment->name, segment->aside).ok();
     }
     return stop_if_failed(folder->sync());
 }
@@ -359,7 +414,7 @@ void FileJournal::abandon_compaction() {
     if (!compaction) return;
     for (const auto& output : compaction->outputs) {
         output->file.reset();
-        if (!broken) (void)folder->remove(output->name()).ok();
+        if (!broken) (void)folder->remove(output->name).ok();
     }
     compaction.reset();
 }

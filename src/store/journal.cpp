@@ -32,7 +32,8 @@ bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalReco
     record->commit = record->sequence - back;
     record->payload = bytes.substr(at + journal_record_head, size);
     record->size = journal_record_head + size;
-    return crc32c(record->payload.data(), size, salt) == journal_get<uint32_t>(head + 24);
+    return record->sequence < UINT64_MAX &&
+           crc32c(record->payload.data(), size, salt) == journal_get<uint32_t>(head + 24);
 }
 
 /// Where the first whole record behind `at` lies whose commit began after `commit` and whose
@@ -48,10 +49,25 @@ size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t
     return bytes.size();
 }
 
-Error journal_damage(const std::string& name, uint64_t offset, const char* what) {
+std::shared_ptr<JournalSegment> journal_segment(const std::string& name) {
+    uint32_t number = 0;
+    for (const char digit : name.substr(0, 8)) number = number * 10 + uint32_t(digit - '0');
+    for (const bool copied : {false, true}) {
+        if (number > journal_last_number || name != journal_name(number, copied)) continue;
+        auto segment = std::make_shared<JournalSegment>();
+        segment->name = name;
+        segment->number = number;
+        segment->copied = copied;
+        return segment;
+    }
+    return nullptr;
+}
+
+Error journal_damage(const std::string& name, uint64_t offset, std::string_view what) {
     return make_error(ErrorKind::bad_data,
-                      format("the journal is damaged: '%s' at offset %llu: %s", name.c_str(),
-                             static_cast<unsigned long long>(offset), what));
+                      format("the journal is damaged: '%s' at offset %llu: ", name.c_str(),
+                             static_cast<unsigned long long>(offset)) +
+                          std::string(what));
 }
 
 Error journal_newer(const std::string& name) {
@@ -82,7 +98,7 @@ Result<std::string> FileJournal::read_record(const JournalSegment& segment,
         return read.error();
     JournalRecord record;
     if (!journal_parse(bytes, 0, salt, &record) || record.size != bytes.size())
-        return journal_damage(segment.name(), place.offset, "a record changed");
+        return journal_damage(segment.name, place.offset, "a record changed");
     return bytes;
 }
 
@@ -156,218 +172,195 @@ void FileJournal::apply(JournalSegment& segment, uint16_t type, StoredResponse r
 
 // ---- Opening ---------------------------------------------------------------------------------
 
+namespace {
+
+constexpr size_t manifest_heads[] = {20, 28}, manifest_rows[] = {20, 32};  // by version - 1
+
+std::string beside_manifest(const char* what) {
+    return std::string(what) + "; it and 'manifest' come from different moments";
+}
+
+}  // namespace
+
+/// The bytes of a file.
+Result<Buffer> journal_read(FolderFile& file) {
+    auto size = file.size();
+    if (!size) return size.error();
+    auto bytes = Buffer::allocate(*size, "a file of the journal");
+    if (!bytes) return bytes.error();
+    if (auto read = file.read_at(0, bytes->data(), bytes->size()); !read) return read.error();
+    return bytes;
+}
+
+std::string journal_aside(std::vector<std::string>* names, const std::string& name) {
+    std::string aside = name + ".damaged";
+    for (int i = 2; std::find(names->begin(), names->end(), aside) != names->end(); ++i)
+        aside = name + format(".damaged.%d", i);
+    names->push_back(aside);
+    return aside;
+}
+
 Result<void> FileJournal::load() {
     auto names = folder->list();
     if (!names) return names.error();
-    if (auto listed = load_manifest(*names); !listed) return listed;
-    if (segments.empty()) {
+    auto loaded = load_whole(*names);
+    if (loaded || loaded.error().kind != ErrorKind::bad_data || !options.recover) return loaded;
+    options.log(LogLevel::warning, loaded.error().message);
+    return recover(*names);
+}
+
+/// Changes nothing before all of it was found to be whole.
+Result<void> FileJournal::load_whole(const std::vector<std::string>& names) {
+    if (auto listed = load_manifest(names); !listed) return listed;
+    if (auto checked = check_numbers(names); !checked) return checked;
+    for (const auto& segment : segments) {
+        const bool newest = segment == segments.back();
+        if (auto loaded = load_segment(*segment, newest); !loaded) return loaded;
+    }
+    auto strangers = find_strangers(names);
+    if (!strangers) return strangers.error();
+    return settle(*strangers);
+}
+
+/// Fills `segments`, as the manifest says they are; nothing where the journal is new.
+Result<void> FileJournal::load_manifest(const std::vector<std::string>& names) {
+    if (std::find(names.begin(), names.end(), "manifest") == names.end()) {
+        for (const std::string& name : names)
+            if (journal_segment(name))
+                return journal_damage("manifest", 0, "it is missing, and '" + name + "' is there");
         uint8_t random[4];
         if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn;
         std::memcpy(&salt, random, sizeof salt);
-        auto made = new_segment(next_sequence);
-        if (!made) return made.error();
-        segments.push_back(*made);
-        if (auto put = write_manifest(segments); !put) return put;
-    } else {
-        for (size_t i = 0; i < segments.size(); ++i) {
-            JournalSegment& segment = *segments[i];
-            const uint64_t bytes = std::exchange(segment.bytes, 0);
-            const bool newest = i + 1 == segments.size();
-            if (auto loaded = load_segment(segment, bytes, newest); !loaded) return loaded;
-        }
-        next_sequence = std::max(next_sequence, segments.back()->first_sequence);
-    }
-    remove_strangers(*names);
-    const auto damaged = [](const auto& segment) { return segment->damaged; };
-    if (std::any_of(segments.begin(), segments.end(), damaged)) return leave_damaged();
-    return {};
-}
-
-bool journal_is_segment(const std::string& name) {
-    return name.size() == 16 && name.substr(8) == ".journal" &&
-           name.find_first_not_of("0123456789") == 8;
-}
-
-/// Fills `segments`, with their sizes in `bytes`; nothing where the journal is new.
-Result<void> FileJournal::load_manifest(const std::vector<std::string>& names) {
-    const auto has = [&](const auto& wanted) {
-        return std::find_if(names.begin(), names.end(), wanted) != names.end();
-    };
-    Result<void> read = journal_damage("manifest", 0, "it is missing");
-    if (has([](const std::string& name) { return name == "manifest"; })) {
-        auto file = folder->open_file("manifest", false);
-        if (!file) return file.error();
-        auto size = (*file)->size();
-        if (!size) return size.error();
-        auto bytes = Buffer::allocate(*size, "the journal's manifest");
-        if (!bytes) return bytes.error();
-        if (auto got = (*file)->read_at(0, bytes->data(), bytes->size()); !got) return got;
-        read = read_manifest({bytes->as<const char>(), bytes->size()});
-        if (!read && read.error().kind == ErrorKind::unsupported) return read;
-    } else if (!has(journal_is_segment)) {
         return {};
     }
-    if (read) return read;
-    bool empty = true;  // a first segment whose manifest was never written holds nothing
-    for (const std::string& name : names) {
-        if (!journal_is_segment(name)) continue;
-        auto file = folder->open_file(name, false);
-        auto size = file ? (*file)->size() : Result<uint64_t>(file.error());
-        if (!size) return size.error();
-        empty = empty && *size <= journal_segment_head;
-    }
-    segments.clear();
-    if (empty && !has([](const std::string& name) { return name == "manifest"; })) return {};
-    return options.recover ? salvage_manifest(names) : std::move(read);
+    auto file = folder->open_file("manifest", false);
+    if (!file) return file.error();
+    auto bytes = journal_read(**file);
+    if (!bytes) return bytes.error();
+    return read_manifest({bytes->as<const char>(), bytes->size()});
 }
 
 Result<void> FileJournal::read_manifest(std::string_view bytes) {
-    constexpr size_t head = 20, row = 20;
-    if (bytes.size() >= 12 && bytes.substr(0, 8) == "valarman" &&
-        journal_get<uint32_t>(bytes.data() + 8) > journal_version)
-        return journal_newer("manifest");
+    if (bytes.size() < 12 || bytes.substr(0, 8) != "valarman")
+        return journal_damage("manifest", 0, "it does not begin as a manifest of ours does");
     const char* at = bytes.data();
-    if (bytes.size() < head + row + 4 || (bytes.size() - head - 4) % row != 0 ||
-        bytes.substr(0, 8) != "valarman" || journal_get<uint32_t>(at + 8) != journal_version ||
+    const uint32_t version = journal_get<uint32_t>(at + 8);
+    if (version > journal_manifest_version) return journal_newer("manifest");
+    const size_t head = manifest_heads[version == 2], row = manifest_rows[version == 2];
+    if (bytes.size() < head + 4 || (bytes.size() - head - 4) % row != 0 || version == 0 ||
         journal_get<uint32_t>(at + 16) != (bytes.size() - head - 4) / row ||
         journal_get<uint32_t>(at + bytes.size() - 4) != crc32c(at, bytes.size() - 4))
         return journal_damage("manifest", 0, "its checksum does not match");
+    const Error impossible = journal_damage("manifest", 0, "a segment's number cannot be");
     salt = journal_get<uint32_t>(at + 12);
-    for (at += head; at + 4 < bytes.data() + bytes.size(); at += row) {
+    manifest_version = version;
+    uint32_t most = 0;
+    for (const char *end = at + bytes.size() - 4, *next = at + head; next < end; next += row) {
         auto segment = std::make_shared<JournalSegment>();
-        segment->number = journal_get<uint32_t>(at);
-        segment->first_sequence = journal_get<uint64_t>(at + 4);
-        segment->bytes = journal_get<uint64_t>(at + 12);
+        segment->number = journal_get<uint32_t>(next);
+        segment->copied = version == 2 && journal_get<uint32_t>(next + 4) != 0;
+        const char* rest = next + (version == 2 ? 8 : 4);
+        segment->first_sequence = journal_get<uint64_t>(rest);
+        segment->bytes = std::max<uint64_t>(journal_get<uint64_t>(rest + 8), journal_segment_head);
+        if (version == 2) segment->records = journal_get<uint32_t>(rest + 16);
+        if (version == 2) segment->digest = journal_get<uint32_t>(rest + 20);
         if (segment->number == 0 || segment->number > journal_last_number ||
             find_segment(segment->number))
-            return journal_damage("manifest", 0, "a segment's number cannot be");
-        next_number = std::max(next_number, segment->number + 1);
+            return impossible;
+        segment->name = journal_name(segment->number, segment->copied);
+        most = std::max(most, segment->number);
         segments.push_back(std::move(segment));
     }
+    next_number = version == 2 ? journal_get<uint32_t>(at + 20) : most + 1;
+    planned = version == 2 ? journal_get<uint32_t>(at + 24) : 0;
+    const bool growing = segments.empty() ? planned != 0 : !segments.back()->copied;
+    if (!growing || next_number <= most || next_number > journal_last_number + 1 ||
+        planned >= next_number || find_segment(planned))
+        return impossible;
     return {};
 }
 
-/// Takes every segment that is there, in the order of their first records.
-Result<void> FileJournal::salvage_manifest(const std::vector<std::string>& names) {
-    options.log(LogLevel::warning, "the journal's manifest is lost: all segments are read");
+/// A segment that grew has a number which a manifest of its time or later knows.
+Result<void> FileJournal::check_numbers(const std::vector<std::string>& names) const {
+    if (manifest_version < 2) return {};
     for (const std::string& name : names) {
-        if (!journal_is_segment(name)) continue;
-        auto file = folder->open_file(name, false);
-        if (!file) return file.error();
-        char head[journal_segment_head] = {};
-        const bool read = (*file)->read_at(0, head, sizeof head).ok();
-        auto segment = std::make_shared<JournalSegment>();
-        for (const char digit : name.substr(0, 8))
-            segment->number = segment->number * 10 + uint32_t(digit - '0');
-        segment->first_sequence = read ? journal_get<uint64_t>(head + 20) : 0;
-        segment->damaged = true;
-        if (read && journal_get<uint32_t>(head + 28) == crc32c(head, 28))
-            salt = journal_get<uint32_t>(head + 12);
-        next_number = std::max(next_number, segment->number + 1);
-        segments.push_back(std::move(segment));
+        const auto found = journal_segment(name);
+        if (found && !found->copied && found->number >= next_number)
+            return journal_damage(name, 0, "it is newer than 'manifest', which does not name it");
     }
-    sort_items(segments, [](const auto& a, const auto& b) {
-        return std::pair(a->first_sequence, a->number) < std::pair(b->first_sequence, b->number);
-    });
     return {};
 }
 
-/// `expected_bytes` is 0 for one that was still growing.
-Result<void> FileJournal::load_segment(JournalSegment& segment, uint64_t expected_bytes,
-                                       bool newest) {
-    auto file = folder->open_file(segment.name(), false);
-    if (!file && !options.recover)
-        return file.error().kind == ErrorKind::not_found
-                   ? journal_damage(segment.name(), 0, "it is missing")
-                   : file.error();
-    segment.damaged = segment.damaged || !file;
-    if (!file) return {};
+Result<void> FileJournal::load_segment(JournalSegment& segment, bool newest) {
+    auto file = folder->open_file(segment.name, false);
+    if (!file && file.error().kind != ErrorKind::not_found) return file.error();
+    if (!file)
+        return journal_damage(segment.name, 0, "it is missing, or 'manifest' is of another moment");
     segment.file = std::move(*file);
-    auto size = segment.file->size();
-    if (!size) return size.error();
-    auto bytes = Buffer::allocate(*size, "a segment of the journal");
+    auto bytes = journal_read(*segment.file);
     if (!bytes) return bytes.error();
-    if (auto read = segment.file->read_at(0, bytes->data(), bytes->size()); !read) return read;
     const std::string_view text(bytes->as<const char>(), bytes->size());
-    if (newest && text.size() < journal_segment_head) {  // torn as early as that
-        next_sequence = std::max(next_sequence, segment.first_sequence);
-        segments.pop_back();
-        return roll();
-    }
-    if (expected_bytes != 0 && expected_bytes != *size) {
-        if (!options.recover)
-            return journal_damage(segment.name(), std::min(*size, expected_bytes),
-                                  "it has not the size that the manifest says");
-        segment.damaged = true;
-    }
-    auto head = check_head(segment, text);
-    if (!head) return head.error();
-    segment.damaged = segment.damaged || !*head;
+    if (auto head = check_head(segment, text); !head) return head;
+    if (newest ? text.size() < segment.bytes : text.size() != segment.bytes)
+        return journal_damage(segment.name, std::min<uint64_t>(text.size(), segment.bytes),
+                              beside_manifest("it has not the size that 'manifest' says"));
     return replay(segment, text, newest);
 }
 
-/// False: damaged, and options.recover.
-Result<bool> FileJournal::check_head(JournalSegment& segment, std::string_view bytes) {
+Result<void> FileJournal::check_head(const JournalSegment& segment, std::string_view bytes) const {
     const char* at = bytes.data();
     if (bytes.size() >= 12 && bytes.substr(0, 8) == "valarjnl" &&
         journal_get<uint32_t>(at + 8) > journal_version)
-        return journal_newer(segment.name());
-    if (bytes.size() >= journal_segment_head && bytes.substr(0, 8) == "valarjnl" &&
-        journal_get<uint32_t>(at + 8) == journal_version &&
+        return journal_newer(segment.name);
+    if (bytes.size() < journal_segment_head)
+        return journal_damage(segment.name, bytes.size(), "it ends within its head");
+    if (bytes.substr(0, 8) == "valarjnl" && journal_get<uint32_t>(at + 8) == journal_version &&
         journal_get<uint32_t>(at + 12) == salt &&
         journal_get<uint32_t>(at + 16) == segment.number &&
         journal_get<uint64_t>(at + 20) == segment.first_sequence &&
         journal_get<uint32_t>(at + 28) == crc32c(at, 28))
-        return true;
-    if (options.recover) return false;
-    return journal_damage(segment.name(), 0, "its head does not match");
+        return {};
+    return journal_damage(segment.name, 0, "its head does not match");
 }
 
+/// `segment` comes as the manifest has it and goes as it is.
 Result<void> FileJournal::replay(JournalSegment& segment, std::string_view bytes, bool newest) {
-    size_t at = std::min(journal_segment_head, bytes.size());
+    const uint64_t named_bytes = std::exchange(segment.bytes, journal_segment_head);
+    const uint32_t named_digest = std::exchange(segment.digest, 0);
+    segment.records = 0;
     if (newest) next_sequence = std::max(next_sequence, segment.first_sequence);
     JournalRecord record;
-    while (at < bytes.size()) {
+    for (size_t at = journal_segment_head; at < bytes.size(); at = size_t(segment.bytes)) {
         const bool whole = journal_parse(bytes, at, salt, &record);
-        const bool follows = whole &&
-                             (newest && !segment.damaged ? record.sequence == next_sequence
-                                                         : record.sequence >= next_sequence);
-        bool strange = false;
-        if (follows) {
-            auto applied = replay_record(segment, record, at);
-            if (!applied) return applied.error();
-            if (*applied) {
-                next_sequence = record.sequence + 1;
-                at += record.size;
-                segment.bytes = at;
-                continue;
-            }
-            strange = true;
-        }
+        const bool follows = whole && (newest ? record.sequence == next_sequence
+                                              : record.sequence >= next_sequence);
         // of this record's commit nothing was reported, unless a later commit follows
-        if (newest && !strange &&
-            journal_search(bytes, at, salt, next_sequence, 0) == bytes.size()) {
-            if (segment.damaged) break;
-            if (auto cut = segment.file->truncate(at); !cut) return cut;
-            segment.bytes = at;
-            options.log(LogLevel::warning,
-                        format("the journal's torn tail of %zu bytes was cut", bytes.size() - at));
-            return stop_if_failed(segment.file->sync());
-        }
-        const Error damage = journal_damage(segment.name(), at, "no record that belongs here");
-        if (!options.recover) return damage;
-        options.log(LogLevel::warning, damage.message);
-        segment.damaged = true;
-        at = journal_search(bytes, at, salt, 0, next_sequence - 1);
+        if (newest && !follows && at >= named_bytes &&
+            journal_search(bytes, at, salt, next_sequence, 0) == bytes.size())
+            break;
+        auto applied = follows ? replay_record(segment, record, at) : Result<bool>(false);
+        if (!applied) return applied.error();
+        if (!*applied) return journal_damage(segment.name, at, "no record that belongs here");
+        if (newest && record.type == journal_roll && at >= named_bytes && !planned)
+            return journal_damage(
+                "manifest", 0,
+                "it is older than '" + segment.name + "', which another segment follows");
+        segment.bytes = at + record.size;
+        segment.count(bytes.data() + at);
+        if (record.type != journal_copied) next_sequence = record.sequence + 1;
+        if (at < named_bytes && segment.bytes >= named_bytes && manifest_version == 2 &&
+            (segment.bytes > named_bytes || segment.digest != named_digest))
+            return journal_damage(segment.name, 0,
+                                  beside_manifest("its checksum is not that in 'manifest'"));
     }
-    segment.bytes = bytes.size();
     return {};
 }
 
 /// False: it is whole, but says nothing that could be understood.
 Result<bool> FileJournal::replay_record(JournalSegment& segment, const JournalRecord& record,
                                         size_t offset) {
-    if (record.type == 0 || record.type >= journal_types) return journal_newer(segment.name());
+    if (record.type == 0 || record.type >= journal_types) return journal_newer(segment.name);
+    if (record.type == journal_copied) return record.payload.size() == 8;
     StoredResponse read;
     int64_t died_ms = 0;
     bool good = false;
@@ -378,25 +371,68 @@ Result<bool> FileJournal::replay_record(JournalSegment& segment, const JournalRe
     return true;
 }
 
-/// What is whole moves to new segments; the damaged ones stay beside.
-Result<void> FileJournal::leave_damaged() {
-    if (auto rolled = roll(); !rolled) return rolled;
-    begin_compaction(segments.size() - 1, 0);
-    for (;;) {
-        auto more = compact();
-        if (!more) return more.error();
-        if (!*more) return {};
+/// Files that a compaction, or the beginning of a segment, left when it was interrupted. Damage
+/// where one holds more than copies of what is there.
+Result<std::vector<std::string>> FileJournal::find_strangers(
+    const std::vector<std::string>& names) const {
+    std::vector<std::string> strangers;
+    for (const std::string& name : names) {
+        const auto segment = journal_segment(name);
+        const auto known = [&](const auto& one) { return one->name == name; };
+        if (std::any_of(segments.begin(), segments.end(), known)) continue;
+        if (segment) {
+            auto file = folder->open_file(name, false);
+            if (!file) return file.error();
+            auto bytes = journal_read(**file);
+            if (!bytes) return bytes.error();
+            auto old = check_stranger(*segment, {bytes->as<const char>(), bytes->size()});
+            if (!old) return old.error();
+        }
+        if (segment || name == "manifest.new") strangers.push_back(name);
     }
+    return strangers;
 }
 
-/// Files that an interrupted compaction left.
-void FileJournal::remove_strangers(const std::vector<std::string>& names) {
-    for (const std::string& name : names) {
-        const auto known = [&](const auto& segment) { return segment->name() == name; };
-        const bool stranger = journal_is_segment(name) &&
-                              std::none_of(segments.begin(), segments.end(), known);
-        if (stranger || name == "manifest.new") (void)folder->remove(name).ok();
+Result<void> FileJournal::check_stranger(const JournalSegment& segment,
+                                         std::string_view bytes) const {
+    const char* newer = "'manifest' does not name it, and it is newer than what is named";
+    const size_t head = journal_segment_head;
+    const bool is_planned = !segment.copied && segment.number == planned;
+    if (is_planned && bytes.size() > head) return journal_damage(segment.name, head, newer);
+    size_t at = 0;
+    if (bytes.size() > head) at = journal_search(bytes, head - 1, salt, 0, next_sequence - 1);
+    if (bytes.size() > head && at < bytes.size()) return journal_damage(segment.name, at, newer);
+    JournalRecord first;
+    if (segment.copied && bytes.size() > head && journal_parse(bytes, head, salt, &first) &&
+        first.type == journal_copied && first.payload.size() == 8 &&
+        journal_get<uint64_t>(first.payload.data()) > next_sequence)
+        return journal_damage(segment.name, head,
+                              "it was copied when the journal had more records than are there");
+    return {};
+}
+
+/// The directory becomes what a journal in use is.
+Result<void> FileJournal::settle(const std::vector<std::string>& strangers) {
+    for (const std::string& name : strangers)
+        if (auto removed = folder->remove(name); !removed) return removed;
+    if (!strangers.empty())
+        if (auto synced = stop_if_failed(folder->sync()); !synced) return synced;
+    if (segments.empty()) return roll();
+    JournalSegment& newest = *segments.back();
+    auto size = newest.file->size();
+    if (!size) return size.error();
+    if (*size > newest.bytes) {
+        if (auto cut = newest.file->truncate(newest.bytes); !cut) return cut;
+        options.log(LogLevel::warning,
+                    format("the journal's torn tail of %llu bytes was cut",
+                           static_cast<unsigned long long>(*size - newest.bytes)));
+        if (auto synced = stop_if_failed(newest.file->sync()); !synced) return synced;
     }
+    if (!planned && manifest_version == journal_manifest_version) return {};
+    const uint32_t number = std::exchange(planned, 0);
+    if (write_manifest(segments)) return {};
+    planned = number;  // on a full disk the one that is there will do
+    return broken ? Result<void>(*broken) : Result<void>();
 }
 
 }  // namespace detail

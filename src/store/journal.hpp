@@ -17,17 +17,19 @@
 #include <vector>
 
 // ---- The journal -----------------------------------------------------------------------------
-// A directory holds `manifest` (which segments there are, in order), segments `00000001.journal`
-// and `lock`. Numbers are little-endian.
+// A directory holds `manifest` (which segments there are, in order), segments that grew
+// (`00000001.journal`) or were copied by a compaction (`00000002.copy`), and `lock`. Numbers are
+// little-endian.
 //
-//     manifest: "valarman", u32 version, u32 salt, u32 count, then for each segment
-//               u32 number, u64 first sequence, u64 bytes (0: the newest, still growing);
-//               u32 CRC of all before
+//     manifest: "valarman", u32 version, u32 salt, u32 count, u32 next number, u32 planned number
+//               (0: none), then for each segment u32 number, u32 kind (0: grew, 1: copied), u64
+//               first sequence, u64 bytes, u32 records, u32 CRC of the heads of its records: all of
+//               it, of the newest segment what it had then; u32 CRC of all before
 //     segment:  "valarjnl", u32 version, u32 salt, u32 number, u64 first sequence, u32 CRC; records
 //     record:   u32 magic, u16 type, u16 zero, u32 payload bytes, u32 back, u64 sequence,
 //               u32 CRC of the payload, u32 CRC of the 28 bytes before; payload
 //
-// Sequence numbers ascend; in the newest segment by one. `back` counts the records before this one
+// Sequence numbers ascend; in a segment that grew by one. `back` counts the records before this one
 // in its commit, which is what one sync covered: a commit begins only when the one before it is on
 // the disk. So a bad record is a torn tail if no valid record of a later commit follows: a crash
 // may lose any part of a commit, but nothing before it. An orderly close writes a commit of its
@@ -36,12 +38,25 @@
 // Compaction copies what is live in the oldest segments to new ones, byte for byte, and puts those
 // in their place. It always begins with the oldest segment: a record that ends another's life never
 // goes before that other does.
+//
+// Files that come from different moments (half of a backup, a disk that lost some) contradict each
+// other, so that no record is lost without an error:
+// * A segment that no longer grows is in the manifest with its size and checksum.
+// * The manifest plans the number of the next segment before that file is made, and names it only
+//   when its head is on the disk. A segment beyond the manifest's numbers is newer than it; one
+//   that it names is never without a head.
+// * Between the two the segment before gets a record which says that another follows: a manifest
+//   that neither names nor plans one is older than that.
+// * A copy begins with the sequence number that the journal had reached: one that is left over
+//   shows when the rest is older.
+// What cannot be told is the newest segment alone put back to an earlier moment of its own.
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint32_t journal_version = 1;
+inline constexpr uint32_t journal_version = 1;               // of segments
+inline constexpr uint32_t journal_manifest_version = 2;      // 1 had sizes, and no more to compare
 inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
 inline constexpr size_t journal_segment_head = 32;
 inline constexpr size_t journal_record_head = 32;
@@ -58,6 +73,8 @@ enum JournalType : uint16_t {
     journal_erase,
     journal_drop,
     journal_close,
+    journal_roll,    // another segment follows
+    journal_copied,  // first in a copy: u64, the sequence that the journal had reached
     journal_types
 };
 
@@ -130,7 +147,7 @@ struct JournalDecoder {
 template <class Codec>
 void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t& died_ms,
                     bool* good = nullptr) {
-    if (type != journal_close) codec.text(record.id);
+    if (type < journal_close) codec.text(record.id);
     if (type == journal_add || type == journal_erase) {
         codec.text(record.organisation);
         codec.text(record.reservation);
@@ -162,24 +179,44 @@ size_t journal_search(std::string_view bytes, size_t at, uint32_t salt, uint64_t
                       uint64_t sequence);
 
 struct JournalSegment {
+    std::string name = {};
     uint32_t number = 0;
+    bool copied = false;
     uint64_t first_sequence = 0;
     uint64_t bytes = 0;         // that are committed
-    uint64_t live = 0;          // of records that the index points to
+    uint32_t records = 0;       // in them
+    uint32_t digest = 0;        // CRC of their heads
+    uint64_t live = 0;          // bytes of records that the index points to
     int64_t dead_since_ms = 0;  // since when texts in it are dead; 0: none are
-    bool damaged = false;
+    std::string aside = {};     // what it is renamed to when it is compacted; empty: it is removed
     std::unique_ptr<FolderFile> file = {};
 
-    std::string name() const { return format("%08u.journal", unsigned(number)); }
     void note_dead(int64_t since_ms) {
         if (dead_since_ms == 0 || since_ms < dead_since_ms) dead_since_ms = since_ms;
+    }
+    /// Counts a record that begins with these bytes.
+    void count(const char* head) {
+        ++records;
+        digest = crc32c(head, journal_record_head, digest);
     }
 };
 using JournalSegments = std::vector<std::shared_ptr<JournalSegment>>;
 
-Error journal_damage(const std::string& name, uint64_t offset, const char* what);
+inline std::string journal_name(uint32_t number, bool copied) {
+    return format(copied ? "%08u.copy" : "%08u.journal", unsigned(number));
+}
+
+/// A segment by its file's name; null when it is none.
+std::shared_ptr<JournalSegment> journal_segment(const std::string& name);
+
+Error journal_damage(const std::string& name, uint64_t offset, std::string_view what);
 
 Error journal_newer(const std::string& name);
+
+Result<Buffer> journal_read(FolderFile& file);
+
+/// A name for a damaged file, which joins `names`.
+std::string journal_aside(std::vector<std::string>* names, const std::string& name);
 
 /// A copy of live records out of segments [0, inputs).
 struct JournalCompaction {
@@ -210,6 +247,8 @@ struct FileJournal {
     StoreRecords* records = nullptr;
     std::optional<StorePlan> plan;
     uint32_t salt = 0, next_number = 1;
+    uint32_t planned = 0;           // a number whose file may be there without being named
+    uint32_t manifest_version = 0;  // of the one that was read; 0: there was none
     uint64_t next_sequence = 1;
     JournalSegments segments;  // in order, the newest last
     std::optional<JournalCompaction> compaction;
@@ -218,6 +257,7 @@ struct FileJournal {
     // one commit
     std::string out;
     uint64_t written = 0, commit = 1;
+    uint32_t digest = 0;
     std::optional<Error> write_failed;
 
     std::mutex queue_mutex;
@@ -226,23 +266,30 @@ struct FileJournal {
     bool ending = false, ready = false;
     Thread thread;
 
+    // opening: what is whole
     Result<void> load();
+    Result<void> load_whole(const std::vector<std::string>& names);
     Result<void> load_manifest(const std::vector<std::string>& names);
     Result<void> read_manifest(std::string_view bytes);
-    Result<void> salvage_manifest(const std::vector<std::string>& names);
-    Result<void> load_segment(JournalSegment& segment, uint64_t expected_bytes, bool newest);
-    Result<bool> check_head(JournalSegment& segment, std::string_view bytes);
+    Result<void> check_numbers(const std::vector<std::string>& names) const;
+    Result<void> load_segment(JournalSegment& segment, bool newest);
+    Result<void> check_head(const JournalSegment& segment, std::string_view bytes) const;
     Result<void> replay(JournalSegment& segment, std::string_view bytes, bool newest);
     Result<bool> replay_record(JournalSegment& segment, const JournalRecord& record, size_t offset);
     void apply(JournalSegment& segment, uint16_t type, StoredResponse record, int64_t died_ms,
                JournalPlace place);
-    Result<void> leave_damaged();
-    void remove_strangers(const std::vector<std::string>& names);
+    Result<std::vector<std::string>> find_strangers(const std::vector<std::string>& names) const;
+    Result<void> check_stranger(const JournalSegment& segment, std::string_view bytes) const;
+    Result<void> settle(const std::vector<std::string>& strangers);
+    // opening: what is damaged
+    Result<void> recover(const std::vector<std::string>& names);
 
     bool step();
     void run();
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
+    void begin_commit();
+    Result<void> append(uint16_t type);
     Result<void> add_to_commit(StoreChange& change);
     Result<void> encode_step(StoreChange::Kind change, StorePlan::Step& step);
     Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms,
@@ -251,13 +298,16 @@ struct FileJournal {
     Result<void> write();
     void install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms);
 
-    Result<std::shared_ptr<JournalSegment>> new_segment(uint64_t first_sequence);
+    Result<uint32_t> take_number();
+    Result<std::shared_ptr<JournalSegment>> new_segment(uint32_t number, uint64_t first_sequence,
+                                                        bool copied);
     Result<void> write_manifest(const JournalSegments& listed);
     Result<void> roll();
     Result<void> stop_if_failed(Result<void> synced);
     void upkeep(int64_t now_ms);
     void begin_compaction(size_t inputs, int64_t now_ms);
-    Result<bool> compact();  // a piece; true: there is more
+    Result<bool> compact();     // a piece; true: there is more
+    Result<bool> copy_piece();  // likewise, without the end
     Result<void> finish_compaction();
     void abandon_compaction();
     std::shared_ptr<JournalSegment> find_segment(uint32_t number) const;
