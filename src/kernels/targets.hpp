@@ -33,10 +33,22 @@
 #define VALAR_IN_ORDER(vector) ((void)0)
 #endif
 
-// GCC for Windows does not align spilled 32-byte registers (its bug 54412): no AVX there.
-#if (defined(__x86_64__) || defined(_M_X64)) && !defined(VALAR_NO_SIMD) && \
-    !(defined(__MINGW32__) && !defined(__clang__))
-#define VALAR_X86_KERNELS 1
+// GCC for Windows does not align what it spills of registers wider than 16 bytes (its bug 54412), and
+// moves it as if it did. The assembler can write every aligned move as an unaligned one, which is no
+// slower; VALAR_UNALIGNED_MOVES says that it was told to.
+#if defined(__GNUC__) && !defined(__clang__) && (defined(_WIN32) || defined(__CYGWIN__)) && \
+    !defined(VALAR_UNALIGNED_MOVES)
+#define VALAR_MISALIGNED_SPILLS 1
+#else
+#define VALAR_MISALIGNED_SPILLS 0
+#endif
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(VALAR_NO_SIMD)
+#define VALAR_X86_KERNELS (!VALAR_MISALIGNED_SPILLS)
+#if VALAR_MISALIGNED_SPILLS
+#pragma message(                                \
+    "valar: slow scalar kernels; compile with " \
+    "-Wa,-muse-unaligned-vector-move -DVALAR_UNALIGNED_MOVES")
+#endif
 #else
 #define VALAR_X86_KERNELS 0
 #endif
