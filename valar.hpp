@@ -1798,6 +1798,7 @@ private:
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wrestrict"
 #pragma GCC diagnostic ignored "-Wstringop-overflow"
+#pragma GCC diagnostic ignored "-Wpsabi"  // 32-bit ARM: GCC 7.1 passes spans as it should
 #endif
 #pragma push_macro("min")
 #pragma push_macro("max")
@@ -11754,7 +11755,7 @@ struct Team::State {
     std::atomic<bool> hot{false}, quit{false};
     alignas(64) std::atomic<uint32_t> running{0};  // parts of helpers that are not done
     std::atomic<uint32_t> caller_sleeps{0};
-    std::unique_ptr<Helper[]> helpers;
+    std::vector<Helper> helpers;
     uint32_t n_helpers = 0;
 
     uint32_t next_ticket_to_publish(bool with_job) const {
@@ -11839,7 +11840,7 @@ Result<std::unique_ptr<Team>> Team::create(int helpers, const ParallelFor& paral
     state.parts = state.most = static_cast<uint32_t>(helpers) + 1;
     state.parallel_for = parallel_for;
     if (parallel_for.run) return team;
-    state.helpers = std::make_unique<State::Helper[]>(static_cast<size_t>(helpers));
+    state.helpers = std::vector<State::Helper>(static_cast<size_t>(helpers));
     for (uint32_t i = 0; i < static_cast<uint32_t>(helpers); i++) {
         State::Helper& helper = state.helpers[i];
         helper.state = &state;
@@ -17376,7 +17377,7 @@ private:
 
     std::unique_ptr<Team> team_;
     ThreadTrials trials_;
-    std::unique_ptr<Claim[]> claims_;  // (parts)
+    std::vector<Claim> claims_;        // (parts)
     std::vector<double> ns_per_work_;  // (kinds) measured, of a product
     uint32_t parts_ = 1;               // threads that compute the batch
     uint64_t batch_ns_ = 0;            // spent on it, and when the turn began
@@ -17414,7 +17415,7 @@ Result<void> CpuMachine::open(uint32_t parts, uint32_t kinds, const ParallelFor&
     if (!team) return team.error();
     team_ = std::move(*team);
     trials_.open(team_->parts());
-    claims_ = std::make_unique<Claim[]>(parts);
+    claims_ = std::vector<Claim>(parts);
     ns_per_work_.assign(kinds, kSlowestWorkNs);
     return {};
 }
@@ -17693,8 +17694,8 @@ private:
     uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
-    std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
-    Error bad_numbers_;                              // where the first of them came from
+    std::vector<std::atomic<bool>> bad_rows_;  // (max_logit_rows) have numbers not finite
+    Error bad_numbers_;                        // where the first of them came from
 };
 
 }  // namespace detail
@@ -17879,7 +17880,7 @@ Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     page_bytes_ = layout->page_bytes;
     Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
     scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
-    bad_rows_ = std::make_unique<std::atomic<bool>[]>(options.max_logit_rows);
+    bad_rows_ = std::vector<std::atomic<bool>>(options.max_logit_rows);
     if (auto bytes = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !bytes)
         return bytes.error();
     return {};
@@ -18009,7 +18010,7 @@ void CpuDecoder::keep_wanted_rows() {
 
 // Where logits are not finite, finds out where that began.
 void CpuDecoder::check_logits(CpuMachine& machine) {
-    if (std::any_of(bad_rows_.get(), bad_rows_.get() + wanted_count_,
+    if (std::any_of(bad_rows_.begin(), bad_rows_.begin() + wanted_count_,
                     [](const std::atomic<bool>& bad) { return bad.load(); }))
         bad_numbers_ = locate_bad_numbers(machine);
 }

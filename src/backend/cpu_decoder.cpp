@@ -101,7 +101,7 @@ Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     page_bytes_ = layout->page_bytes;
     Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
     scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
-    bad_rows_ = std::make_unique<std::atomic<bool>[]>(options.max_logit_rows);
+    bad_rows_ = std::vector<std::atomic<bool>>(options.max_logit_rows);
     if (auto bytes = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !bytes)
         return bytes.error();
     return {};
@@ -231,7 +231,7 @@ void CpuDecoder::keep_wanted_rows() {
 
 // Where logits are not finite, finds out where that began.
 void CpuDecoder::check_logits(CpuMachine& machine) {
-    if (std::any_of(bad_rows_.get(), bad_rows_.get() + wanted_count_,
+    if (std::any_of(bad_rows_.begin(), bad_rows_.begin() + wanted_count_,
                     [](const std::atomic<bool>& bad) { return bad.load(); }))
         bad_numbers_ = locate_bad_numbers(machine);
 }

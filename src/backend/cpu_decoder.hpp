@@ -208,8 +208,8 @@ private:
     uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
-    std::unique_ptr<std::atomic<bool>[]> bad_rows_;  // (max_logit_rows) have numbers not finite
-    Error bad_numbers_;                              // where the first of them came from
+    std::vector<std::atomic<bool>> bad_rows_;  // (max_logit_rows) have numbers not finite
+    Error bad_numbers_;                        // where the first of them came from
 };
 
 }  // namespace detail

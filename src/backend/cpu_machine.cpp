@@ -32,7 +32,7 @@ Result<void> CpuMachine::open(uint32_t parts, uint32_t kinds, const ParallelFor&
     if (!team) return team.error();
     team_ = std::move(*team);
     trials_.open(team_->parts());
-    claims_ = std::make_unique<Claim[]>(parts);
+    claims_ = std::vector<Claim>(parts);
     ns_per_work_.assign(kinds, kSlowestWorkNs);
     return {};
 }

@@ -116,7 +116,7 @@ private:
 
     std::unique_ptr<Team> team_;
     ThreadTrials trials_;
-    std::unique_ptr<Claim[]> claims_;  // (parts)
+    std::vector<Claim> claims_;        // (parts)
     std::vector<double> ns_per_work_;  // (kinds) measured, of a product
     uint32_t parts_ = 1;               // threads that compute the batch
     uint64_t batch_ns_ = 0;            // spent on it, and when the turn began

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -52,7 +53,7 @@ struct Team::State {
     std::atomic<bool> hot{false}, quit{false};
     alignas(64) std::atomic<uint32_t> running{0};  // parts of helpers that are not done
     std::atomic<uint32_t> caller_sleeps{0};
-    std::unique_ptr<Helper[]> helpers;
+    std::vector<Helper> helpers;
     uint32_t n_helpers = 0;
 
     uint32_t next_ticket_to_publish(bool with_job) const {
@@ -137,7 +138,7 @@ Result<std::unique_ptr<Team>> Team::create(int helpers, const ParallelFor& paral
     state.parts = state.most = static_cast<uint32_t>(helpers) + 1;
     state.parallel_for = parallel_for;
     if (parallel_for.run) return team;
-    state.helpers = std::make_unique<State::Helper[]>(static_cast<size_t>(helpers));
+    state.helpers = std::vector<State::Helper>(static_cast<size_t>(helpers));
     for (uint32_t i = 0; i < static_cast<uint32_t>(helpers); i++) {
         State::Helper& helper = state.helpers[i];
         helper.state = &state;
