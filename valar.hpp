@@ -86,6 +86,10 @@
 // version leaves to later ones is listed in README.md, "Limits".
 //
 // Licence: MIT, at the end of this file.
+#if defined(__GNUC__) && defined(__arm__) && !defined(__clang__)
+#pragma GCC diagnostic push  // spans are passed as GCC 7.1 and later do: hundreds of notes say so
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
 #ifndef VALAR_HPP
 #define VALAR_HPP
 
@@ -1944,6 +1948,12 @@ void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_
     for (const uint32_t i : sorted_order(last - first, call, &by_index))
         sorted.push_back(std::move(items[first + i]));
     for (size_t i = first; i < last; ++i) items[i] = std::move(sorted[i - first]);
+}
+
+/// std::bit_cast, which libc++ has from version 14 on, of what every compiler has.
+template <class To, class From>
+constexpr To bit_cast(const From& from) {
+    return __builtin_bit_cast(To, from);
 }
 
 /// "what: reason", where the reason is errno's or, on Windows, GetLastError's, read first thing.
@@ -5148,7 +5158,7 @@ double nearest_double(const Decimal& number) {
         mantissa += order > 0 || (order == 0 && mantissa % 2 == 1);
     }
     // adding lets a mantissa that was rounded up to 2^53 carry into the exponent
-    const double value = std::bit_cast<double>((uint64_t(exponent + 1074) << 52) + mantissa);
+    const double value = bit_cast<double>((uint64_t(exponent + 1074) << 52) + mantissa);
     return number.negative ? -value : value;
 }
 
@@ -5175,7 +5185,7 @@ struct ShortDecimal {
 // The shortest decimal inside the interval that reads back as `value` (finite, above 0), the
 // nearest of them when there are several. (R. Giulietti, "The Schubfach way to render doubles".)
 ShortDecimal shortest_decimal(double value) {
-    const uint64_t bits = std::bit_cast<uint64_t>(value);
+    const uint64_t bits = bit_cast<uint64_t>(value);
     const uint64_t fraction = bits & ((uint64_t(1) << 52) - 1);
     const int biased = int(bits >> 52);
     const uint64_t c = biased == 0 ? fraction : fraction | uint64_t(1) << 52;
@@ -7974,10 +7984,10 @@ inline float emulated_fma(float a, float b, float c) {
     const double sum = product + double(c);
     const double other = sum - product;
     const double error = (product - (sum - other)) + (double(c) - other);
-    uint64_t bits = std::bit_cast<uint64_t>(sum);
+    uint64_t bits = bit_cast<uint64_t>(sum);
     const bool finite = (bits >> 52 & 0x7ff) != 0x7ff;
     if (finite && error != 0 && !(bits & 1)) bits += (error > 0) == (sum > 0) ? 1u : ~uint64_t{0};
-    return static_cast<float>(std::bit_cast<double>(bits));
+    return static_cast<float>(bit_cast<double>(bits));
 }
 
 inline float fma_once(float a, float b, float c) {
@@ -8004,7 +8014,7 @@ inline float exp_once(float x) {
     const float r = fma_once(-k, kLn2Low, fma_once(-k, kLn2High, x));
     float p = exp_coefficients[6];
     for (int i = 5; i >= 0; i--) p = fma_once(p, r, exp_coefficients[i]);
-    return p * std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
+    return p * bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
 }
 
 inline float silu_once(float x) { return x / (1.0f + exp_once(-x)); }
@@ -8022,7 +8032,7 @@ inline double inverse_factorial(int n) {
 }
 
 inline double power_of_two(int k) {  // -1022 <= k <= 1023
-    return std::bit_cast<double>(static_cast<uint64_t>(k + 1023) << 52);
+    return bit_cast<double>(static_cast<uint64_t>(k + 1023) << 52);
 }
 
 inline float half_value(uint16_t half) {
@@ -8032,22 +8042,22 @@ inline float half_value(uint16_t half) {
         const float value = static_cast<float>(fraction) * 0x1p-24f;
         return sign ? -value : value;
     }
-    if (exponent < 31) return std::bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
-    return std::bit_cast<float>(sign | 0x7f800000u | fraction << 13 | (fraction ? 0x400000u : 0u));
+    if (exponent < 31) return bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
+    return bit_cast<float>(sign | 0x7f800000u | fraction << 13 | (fraction ? 0x400000u : 0u));
 }
 
 inline uint16_t half_bits(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
+    const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
     uint32_t magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) magnitude = 0x7e00u | (magnitude >> 13 & 0x3ffu);
     else if (magnitude >= 0x477ff000u) magnitude = 0x7c00u;  // 65520 and more
     else if (magnitude < 0x38800000u)  // below 2^-14: beside 0.5 the last bit is worth 2^-24
-        magnitude = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+        magnitude = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     else magnitude = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
     return static_cast<uint16_t>(sign | magnitude);
 }
 
-inline float bfloat_value(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+inline float bfloat_value(uint16_t bits) { return bit_cast<float>(uint32_t{bits} << 16); }
 
 inline uint16_t load16(const std::byte* at) {
     uint16_t value;
@@ -8106,9 +8116,9 @@ double exact_log2(double x) {
         x *= 0x1p54;
         e = -54;
     }
-    const uint64_t bits = std::bit_cast<uint64_t>(x);
+    const uint64_t bits = detail::bit_cast<uint64_t>(x);
     e += static_cast<double>(static_cast<int>(bits >> 52) - 1023);
-    double m = std::bit_cast<double>((bits & 0xfffffffffffffu) | 0x3ff0000000000000u);
+    double m = detail::bit_cast<double>((bits & 0xfffffffffffffu) | 0x3ff0000000000000u);
     if (m > 0x1.6a09e667f3bcdp+0) {
         m /= 2;
         e += 1;
@@ -8238,7 +8248,7 @@ inline void load_codes(const PackedLayout& layout, const std::byte* codes, uint3
 }
 
 inline float packed_float(TensorType type, const std::byte* tile, size_t index) {
-    if (type == TensorType::f32) return std::bit_cast<float>(load32(tile + 4 * index));
+    if (type == TensorType::f32) return bit_cast<float>(load32(tile + 4 * index));
     const uint16_t bits = load16(tile + 2 * index);
     return type == TensorType::f16 ? half_value(bits) : bfloat_value(bits);
 }
@@ -8856,8 +8866,8 @@ void quantize_plane(const float* x, float d, float inverse, ActivationBlock& out
 void quantize_block(const float* x, uint32_t planes, ActivationBlock* out) {
     uint32_t largest = 0;  // magnitudes order like their bits
     for (uint32_t i = 0; i < kActivationBlock; i++)
-        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
-    const float amax = std::bit_cast<float>(largest);
+        largest = std::max(largest, bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    const float amax = bit_cast<float>(largest);
     const bool finite = largest < 0x7f800000u, zero = amax < 0x1p-100f;
     const float d = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : amax / 127.0f;
     const float inverse = finite && !zero ? 127.0f / amax : 0.0f;
@@ -10831,7 +10841,7 @@ inline void quantize_column(const float* x, size_t n, uint32_t planes, size_t st
         int32_t lanes[4], top = 0;
         std::memcpy(lanes, &largest, sizeof lanes);
         for (int32_t lane : lanes) top = lane > top ? lane : top;
-        const float amax = std::bit_cast<float>(top);
+        const float amax = bit_cast<float>(top);
         if (!(amax >= 0x1p-100f && amax <= 0x1.fffffep127f)) {  // zero, or not finite: rare
             scalar::quantize_block(x, planes, out);
             continue;
@@ -17813,7 +17823,7 @@ constexpr size_t kManyRows = 8;        // from here on a product is timed apart:
 bool all_finite(const float* x, size_t n) {
     constexpr uint32_t exponent = 0x7f800000u;  // all of it: infinite or no number
     const auto bad = [](float value) {
-        return uint32_t{(std::bit_cast<uint32_t>(value) & exponent) == exponent};
+        return uint32_t{(bit_cast<uint32_t>(value) & exponent) == exponent};
     };
     uint32_t lanes[16] = {};
     size_t i = 0;
@@ -18810,7 +18820,7 @@ double weight_of(const WeightTables& tables, float logit, float highest, double 
     if (!(steps < 1000.0 * 1048576)) return 0;
     const uint64_t n = static_cast<uint64_t>(steps);
     const double fraction = tables.coarse[n >> 10 & 1023] * tables.fine[n & 1023];
-    return fraction * std::bit_cast<double>((1023 - (n >> 20)) << 52);
+    return fraction * bit_cast<double>((1023 - (n >> 20)) << 52);
 }
 
 double weigh_block(std::span<const float> logits, size_t block, float highest, double scale) {
@@ -27336,6 +27346,9 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 #pragma pop_macro("max")
 #pragma pop_macro("min")
 #endif  // VALAR_IMPLEMENTATION
+#if defined(__GNUC__) && defined(__arm__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 // MIT License
 //

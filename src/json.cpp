@@ -237,7 +237,7 @@ double nearest_double(const Decimal& number) {
         mantissa += order > 0 || (order == 0 && mantissa % 2 == 1);
     }
     // adding lets a mantissa that was rounded up to 2^53 carry into the exponent
-    const double value = std::bit_cast<double>((uint64_t(exponent + 1074) << 52) + mantissa);
+    const double value = bit_cast<double>((uint64_t(exponent + 1074) << 52) + mantissa);
     return number.negative ? -value : value;
 }
 
@@ -264,7 +264,7 @@ struct ShortDecimal {
 // The shortest decimal inside the interval that reads back as `value` (finite, above 0), the
 // nearest of them when there are several. (R. Giulietti, "The Schubfach way to render doubles".)
 ShortDecimal shortest_decimal(double value) {
-    const uint64_t bits = std::bit_cast<uint64_t>(value);
+    const uint64_t bits = bit_cast<uint64_t>(value);
     const uint64_t fraction = bits & ((uint64_t(1) << 52) - 1);
     const int biased = int(bits >> 52);
     const uint64_t c = biased == 0 ? fraction : fraction | uint64_t(1) << 52;

@@ -8,7 +8,6 @@
 #include "sampler_internal.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -49,7 +48,7 @@ double weight_of(const WeightTables& tables, float logit, float highest, double 
     if (!(steps < 1000.0 * 1048576)) return 0;
     const uint64_t n = static_cast<uint64_t>(steps);
     const double fraction = tables.coarse[n >> 10 & 1023] * tables.fine[n & 1023];
-    return fraction * std::bit_cast<double>((1023 - (n >> 20)) << 52);
+    return fraction * bit_cast<double>((1023 - (n >> 20)) << 52);
 }
 
 double weigh_block(std::span<const float> logits, size_t block, float highest, double scale) {

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -34,7 +33,7 @@ constexpr size_t kManyRows = 8;        // from here on a product is timed apart:
 bool all_finite(const float* x, size_t n) {
     constexpr uint32_t exponent = 0x7f800000u;  // all of it: infinite or no number
     const auto bad = [](float value) {
-        return uint32_t{(std::bit_cast<uint32_t>(value) & exponent) == exponent};
+        return uint32_t{(bit_cast<uint32_t>(value) & exponent) == exponent};
     };
     uint32_t lanes[16] = {};
     size_t i = 0;

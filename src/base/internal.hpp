@@ -49,6 +49,12 @@ void sort_items(std::vector<T>& items, const Less& less, size_t first = 0, size_
     for (size_t i = first; i < last; ++i) items[i] = std::move(sorted[i - first]);
 }
 
+/// std::bit_cast, which libc++ has from version 14 on, of what every compiler has.
+template <class To, class From>
+constexpr To bit_cast(const From& from) {
+    return __builtin_bit_cast(To, from);
+}
+
 /// "what: reason", where the reason is errno's or, on Windows, GetLastError's, read first thing.
 /// Kind not_found, out_of_memory, overloaded (a full disk) or else io.
 Error os_error(std::string what);

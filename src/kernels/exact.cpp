@@ -7,7 +7,6 @@
 
 #include "kernels/exact.hpp"
 
-#include <bit>
 #include <cstdint>
 #include <limits>
 
@@ -44,9 +43,9 @@ double exact_log2(double x) {
         x *= 0x1p54;
         e = -54;
     }
-    const uint64_t bits = std::bit_cast<uint64_t>(x);
+    const uint64_t bits = detail::bit_cast<uint64_t>(x);
     e += static_cast<double>(static_cast<int>(bits >> 52) - 1023);
-    double m = std::bit_cast<double>((bits & 0xfffffffffffffu) | 0x3ff0000000000000u);
+    double m = detail::bit_cast<double>((bits & 0xfffffffffffffu) | 0x3ff0000000000000u);
     if (m > 0x1.6a09e667f3bcdp+0) {
         m /= 2;
         e += 1;

@@ -25,10 +25,10 @@ inline float emulated_fma(float a, float b, float c) {
     const double sum = product + double(c);
     const double other = sum - product;
     const double error = (product - (sum - other)) + (double(c) - other);
-    uint64_t bits = std::bit_cast<uint64_t>(sum);
+    uint64_t bits = bit_cast<uint64_t>(sum);
     const bool finite = (bits >> 52 & 0x7ff) != 0x7ff;
     if (finite && error != 0 && !(bits & 1)) bits += (error > 0) == (sum > 0) ? 1u : ~uint64_t{0};
-    return static_cast<float>(std::bit_cast<double>(bits));
+    return static_cast<float>(bit_cast<double>(bits));
 }
 
 inline float fma_once(float a, float b, float c) {
@@ -55,7 +55,7 @@ inline float exp_once(float x) {
     const float r = fma_once(-k, kLn2Low, fma_once(-k, kLn2High, x));
     float p = exp_coefficients[6];
     for (int i = 5; i >= 0; i--) p = fma_once(p, r, exp_coefficients[i]);
-    return p * std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
+    return p * bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
 }
 
 inline float silu_once(float x) { return x / (1.0f + exp_once(-x)); }
@@ -73,7 +73,7 @@ inline double inverse_factorial(int n) {
 }
 
 inline double power_of_two(int k) {  // -1022 <= k <= 1023
-    return std::bit_cast<double>(static_cast<uint64_t>(k + 1023) << 52);
+    return bit_cast<double>(static_cast<uint64_t>(k + 1023) << 52);
 }
 
 inline float half_value(uint16_t half) {
@@ -83,22 +83,22 @@ inline float half_value(uint16_t half) {
         const float value = static_cast<float>(fraction) * 0x1p-24f;
         return sign ? -value : value;
     }
-    if (exponent < 31) return std::bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
-    return std::bit_cast<float>(sign | 0x7f800000u | fraction << 13 | (fraction ? 0x400000u : 0u));
+    if (exponent < 31) return bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
+    return bit_cast<float>(sign | 0x7f800000u | fraction << 13 | (fraction ? 0x400000u : 0u));
 }
 
 inline uint16_t half_bits(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
+    const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
     uint32_t magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) magnitude = 0x7e00u | (magnitude >> 13 & 0x3ffu);
     else if (magnitude >= 0x477ff000u) magnitude = 0x7c00u;  // 65520 and more
     else if (magnitude < 0x38800000u)  // below 2^-14: beside 0.5 the last bit is worth 2^-24
-        magnitude = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+        magnitude = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     else magnitude = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
     return static_cast<uint16_t>(sign | magnitude);
 }
 
-inline float bfloat_value(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+inline float bfloat_value(uint16_t bits) { return bit_cast<float>(uint32_t{bits} << 16); }
 
 inline uint16_t load16(const std::byte* at) {
     uint16_t value;

@@ -3,7 +3,6 @@
 #include "kernels/products.hpp"
 #include "kernels/targets.hpp"
 
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -435,7 +434,7 @@ inline void quantize_column(const float* x, size_t n, uint32_t planes, size_t st
         int32_t lanes[4], top = 0;
         std::memcpy(lanes, &largest, sizeof lanes);
         for (int32_t lane : lanes) top = lane > top ? lane : top;
-        const float amax = std::bit_cast<float>(top);
+        const float amax = bit_cast<float>(top);
         if (!(amax >= 0x1p-100f && amax <= 0x1.fffffep127f)) {  // zero, or not finite: rare
             scalar::quantize_block(x, planes, out);
             continue;

@@ -95,7 +95,7 @@ inline void load_codes(const PackedLayout& layout, const std::byte* codes, uint3
 }
 
 inline float packed_float(TensorType type, const std::byte* tile, size_t index) {
-    if (type == TensorType::f32) return std::bit_cast<float>(load32(tile + 4 * index));
+    if (type == TensorType::f32) return bit_cast<float>(load32(tile + 4 * index));
     const uint16_t bits = load16(tile + 2 * index);
     return type == TensorType::f16 ? half_value(bits) : bfloat_value(bits);
 }

@@ -3,7 +3,6 @@
 #include "kernels/products.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -119,8 +118,8 @@ void quantize_plane(const float* x, float d, float inverse, ActivationBlock& out
 void quantize_block(const float* x, uint32_t planes, ActivationBlock* out) {
     uint32_t largest = 0;  // magnitudes order like their bits
     for (uint32_t i = 0; i < kActivationBlock; i++)
-        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
-    const float amax = std::bit_cast<float>(largest);
+        largest = std::max(largest, bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    const float amax = bit_cast<float>(largest);
     const bool finite = largest < 0x7f800000u, zero = amax < 0x1p-100f;
     const float d = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0.0f : amax / 127.0f;
     const float inverse = finite && !zero ? 127.0f / amax : 0.0f;
