@@ -66,11 +66,13 @@
 //     VALAR_ASSERT(x)      checks of our own mistakes; off unless you define it
 //     VALAR_API            export marks for a shared library
 //
-// In the environment VALAR_ISA=scalar (or another name of a kernel table) forces a path, for tests.
+// In the environment VALAR_ISA=scalar (or another name of a kernel table) forces a path, for tests;
+// VALAR_PREFETCH=4096, or 0, a prefetch distance in bytes for one column, else found by trying.
 //
 // THREADS. Engine: submit and everything of its Responder from any thread; step(), start(), stop() from
 // one at a time. Reply: one thread at a time. Server: stop() from any, step() or run() from one.
-// Helpers of an engine compute only inside step() (or always after start()).
+// Helpers of an engine compute only inside step() (or always after start()). A template that nests
+// deeply takes up to 256 KiB of stack in submit(). After fork() the child may only exec or _exit.
 //
 // OWNERSHIP. Engine, Server and Reply are movable handles; what they own stays put. string_view and
 // span borrow, and the declaration says until when. A Reply may outlive its Engine; a Responder must
@@ -7790,6 +7792,8 @@ inline constexpr uint32_t kTileRows = packed_rows;  ///< of a packed tile: a lan
 inline constexpr uint32_t kActivationBlock = 32;
 inline constexpr uint32_t kSegment = 256;  ///< positions of an attention segment
 inline constexpr uint32_t kKeyGroup = 16;  ///< keys stored side by side
+inline constexpr size_t kPrefetchAhead =
+    4096;  ///< bytes; the best distance where prefetching helps
 
 /// A block of one activation plane (definition, 1).
 struct ActivationBlock {
@@ -7864,6 +7868,9 @@ struct MatmulTask {
     /// out_blocks}, blocks of 32 rows; first_tile is even, the rows are a multiple of 32.
     ActivationBlock* out = nullptr;
     size_t out_blocks = 0;
+    /// Bytes of weights to prefetch ahead of their use by one or two columns (planes); 0: none, the
+    /// CPU's own prefetcher is quicker on some. More columns have a distance of their own.
+    size_t ahead = kPrefetchAhead;
 };
 
 /// Bytes of the keys, and as many of the values, of one head at kKeyGroup neighbouring positions. In
@@ -7911,6 +7918,7 @@ struct Kernels {
     /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
     void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
                             size_t n);
+    bool prefetches = false;  ///< whether matmul heeds MatmulTask::ahead
 };
 
 /// The tables that this build and this CPU have, best last; [0] is the scalar reference.
@@ -7918,6 +7926,9 @@ std::span<const Kernels* const> available_kernels();
 /// The best table, or the one that the environment's VALAR_ISA names; unknown or unusable: an
 /// Error.
 Result<const Kernels*> choose_kernels();
+/// The prefetch distance that the environment's VALAR_PREFETCH says, in bytes; -1: nothing. Error: no
+/// number, or too large a one.
+Result<int64_t> forced_prefetch();
 
 /// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
 using v1::exact_exp;
@@ -8596,6 +8607,7 @@ struct ColumnBatch {
     size_t column_stride;  // within it, from a column to the next
     size_t block_stride;   // from a block, or a float, of a column to the next
     uint32_t count;
+    size_t ahead = 0;  // MatmulTask::ahead
     const std::byte* column(uint32_t v) const {
         return data + v / ActivationLayout::kGroup * group_stride +
                v % ActivationLayout::kGroup * column_stride;
@@ -8647,6 +8659,7 @@ struct MatrixBatch {
         batch = floats ? float_columns(task) : quantized_columns(task, of->cols);
         batch.data = batch.column(first * planes);
         batch.count = columns * planes;
+        batch.ahead = task.ahead;
     }
     TilePair pair(uint32_t tile, const PackedMatrix& other, uint32_t other_tile,
                   uint32_t step) const {
@@ -9166,7 +9179,8 @@ struct TileStep {
     size_t count;          // of blocks, or floats
     float (*sums)[2][16];  // (C)
     bool fresh;            // the sums start at 0
-    // To prefetch: at every `every`th block one block of each tile, from `next` of the first on.
+    // To prefetch: at every `every`th block one block of each tile, from `next` of the first on;
+    // 0: nothing.
     const std::byte* next;
     size_t every;
 };
@@ -9179,9 +9193,8 @@ struct TileKernels {
 
 inline constexpr size_t kChunk = 32;  // blocks that stay in a near cache for all columns
 inline constexpr size_t kChunkFloats = 512;
-// The best prefetch distances measured, in bytes: for one or two columns, and for as many as one
-// call takes.
-inline constexpr size_t kAheadOne = 4096;
+// The best prefetch distance measured for as many columns as one call takes, in bytes. For one or
+// two the task says it.
 inline constexpr size_t kAheadFew = 8192;
 
 // The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
@@ -9226,7 +9239,7 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
         const size_t left = chunks.total - at_k;
         const bool last = left <= chunks.chunk;
         size_t ahead = last ? pair.next - done : chunks.chunk_bytes;
-        if (calls == 1) ahead = batch.count > 2 ? kAheadFew : kAheadOne;
+        if (calls == 1) ahead = batch.count > 2 ? kAheadFew : batch.ahead;
         TileStep step{.tiles = tiles,
                       .columns = columns,
                       .block_stride = batch.block_stride,
@@ -9234,7 +9247,7 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
                       .sums = sums,
                       .fresh = at_k == 0,
                       .next = tiles[0] + ahead,
-                      .every = calls};
+                      .every = ahead ? calls : 0};
         for (uint32_t v = 0; v < batch.count; step.next += chunks.chunk_bytes / calls) {
             const TileKernels::Shape& shape = next_shape(k, batch.count - v);
             for (uint32_t c = 0; c < shape.columns; c++) {  // the last again where they run out
@@ -9458,7 +9471,7 @@ void dot_tiles(const TileStep& step) {
     const size_t stride = step.block_stride / sizeof(ActivationBlock);
     if (step.fresh) std::memset(step.sums, 0, C * sizeof *step.sums);
     const std::byte* next = step.next;
-    size_t header = 0, at = 0, wait = 0;
+    size_t header = 0, at = 0, wait = step.every ? 0 : SIZE_MAX;
     for (size_t b = 0; b < step.count; b++) {
         if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
@@ -9919,6 +9932,7 @@ constexpr Kernels kernels_with(const char* name, void (*matmul)(const MatmulTask
         .expand_kv = expand_kv,
         .attention = attention,
         .attention_merge = attention_merge,
+        .prefetches = true,
     };
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
@@ -10025,7 +10039,7 @@ void dot_tiles(const TileStep& step) {
     const size_t stride = step.block_stride / sizeof(ActivationBlock);
     const ptrdiff_t apart = step.tiles[1] - step.tiles[0];
     const std::byte *at = step.tiles[0], *header = at, *next = step.next;
-    size_t wait = 0;
+    size_t wait = step.every ? 0 : SIZE_MAX;
     for (size_t b = 0; b < step.count; b++) {
         if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
@@ -10403,6 +10417,7 @@ constexpr Kernels kernels = {
     .expand_kv = avx2::expand_kv,
     .attention = attention,
     .attention_merge = avx2::attention_merge,
+    .prefetches = true,
 };
 
 }  // namespace avx512
@@ -11701,6 +11716,20 @@ Result<const Kernels*> choose_kernels() {
                                  "(%016llx): was this compiled with unsafe floating-point options?",
                                  chosen->name, static_cast<unsigned long long>(found)));
     return chosen;
+}
+
+Result<int64_t> forced_prefetch() {
+    constexpr int64_t most = 1 << 20;
+    const std::string wanted = environment("VALAR_PREFETCH");
+    int64_t bytes = 0;
+    for (const char c : wanted) {
+        bytes = c >= '0' && c <= '9' ? bytes * 10 + (c - '0') : most + 1;
+        if (bytes > most)
+            return make_error(
+                ErrorKind::unsupported,
+                "VALAR_PREFETCH=" + wanted + ": is not a number of bytes, 0 to 1048576");
+    }
+    return wanted.empty() ? int64_t{-1} : bytes;
 }
 
 }  // namespace detail
@@ -17285,48 +17314,6 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-// How many threads are fastest for a batch of few rows is found by trying: a few use up the
-// memory's bandwidth, and where a model is small, or others want the cores, they wait for each
-// other longer than they work. All of them at first; now and then half or twice as many are tried,
-// which must be faster twice to be taken: a busy moment decides nothing. No bit depends on it.
-class ThreadTrials {
-public:
-    void open(uint32_t parts) { most_ = fastest_ = parts; }
-    uint32_t parts() const { return phase_ == Phase::other ? other() : fastest_; }
-    /// A batch of one row took so long.
-    void add(uint64_t ns) {
-        if (most_ == 1) return;
-        shortest_ns_ = count_++ ? std::min(shortest_ns_, ns) : ns;
-        const bool hopeless = phase_ == Phase::other && ns > fastest_ns_ + fastest_ns_ / 4;
-        if (count_ < (phase_ == Phase::rest ? pause_ : kBatches) && !hopeless) return;
-        count_ = 0;
-        if (phase_ == Phase::fastest) fastest_ns_ = shortest_ns_;
-        if (phase_ == Phase::other) judge(shortest_ns_ + shortest_ns_ / 32 < fastest_ns_);
-        else phase_ = phase_ == Phase::rest ? Phase::fastest : Phase::other;
-    }
-
-private:
-    static constexpr uint32_t kBatches = 4, kShortPause = 8, kLongPause = 1024;
-    enum class Phase { rest, fastest, other };
-
-    uint32_t other() const {
-        return fewer_ ? std::max(fastest_ / 2, 1u) : std::min(fastest_ * 2, most_);
-    }
-    void judge(bool faster) {
-        if (faster && won_) fastest_ = other();
-        pause_ = faster ? kShortPause : std::min(pause_ * 2, kLongPause);
-        won_ = faster && !won_;
-        if (!faster) fewer_ = !fewer_;
-        if (other() == fastest_) fewer_ = !fewer_;
-        phase_ = Phase::rest;
-    }
-
-    uint32_t most_ = 1, fastest_ = 1, count_ = 0, pause_ = kShortPause;
-    uint64_t shortest_ns_ = 0, fastest_ns_ = 0;
-    Phase phase_ = Phase::rest;
-    bool fewer_ = true, won_ = false;
-};
-
 // How the units of a step come to the threads.
 enum class CpuClaims : uint8_t {
     shares,     // each thread does an equal share
@@ -17351,14 +17338,13 @@ public:
     Result<void> open(uint32_t parts, uint32_t kinds, const ParallelFor& parallel_for);
     Team& team() { return *team_; }
 
-    // A batch is done in turns. `tries_threads`: so few rows that the number of threads is tried.
-    void begin_batch(bool tries_threads);
+    // A batch is done in turns, by so many threads.
+    void begin_batch(uint32_t parts);
     void begin_turn(uint64_t deadline_ns);
     bool turn_is_over() const { return deadline_ns_ && monotonic_ns() >= deadline_ns_; }
     void forget_deadline() { deadline_ns_ = 0; }
     void end_turn();
-    // The batch's time counts for the choice of the number of threads.
-    void count_batch() { trials_.add(batch_ns_); }
+    uint64_t batch_ns() const { return batch_ns_; }  // spent on it so far
 
     // Does units of the step from `first` on: all, or, where there is a deadline, about kSliceNs of
     // them. Returns the first that is not done.
@@ -17386,7 +17372,6 @@ private:
     static void run_part(void* context, uint32_t part, uint32_t parts);
 
     std::unique_ptr<Team> team_;
-    ThreadTrials trials_;
     std::vector<Claim> claims_;        // (parts)
     std::vector<double> ns_per_work_;  // (kinds) measured, of a product
     uint32_t parts_ = 1;               // threads that compute the batch
@@ -17403,8 +17388,8 @@ private:
 // ---- src/backend/cpu_machine.cpp ---------------------------------------------------------------
 
 // >>backend
-// Steps on threads: how units are shared out and claimed, how long a slice of a step may be, and how
-// many threads are worth their while. No bit of any result depends on what is decided here.
+// Steps on threads: how units are shared out and claimed, and how long a slice of a step may be. No
+// bit of any result depends on what is decided here.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -17424,14 +17409,13 @@ Result<void> CpuMachine::open(uint32_t parts, uint32_t kinds, const ParallelFor&
     auto team = Team::create(static_cast<int>(parts) - 1, parallel_for);
     if (!team) return team.error();
     team_ = std::move(*team);
-    trials_.open(team_->parts());
     claims_ = std::vector<Claim>(parts);
     ns_per_work_.assign(kinds, kSlowestWorkNs);
     return {};
 }
 
-void CpuMachine::begin_batch(bool tries_threads) {
-    parts_ = tries_threads ? trials_.parts() : team_->parts();
+void CpuMachine::begin_batch(uint32_t parts) {
+    parts_ = parts;
     batch_ns_ = 0;
 }
 
@@ -17504,6 +17488,165 @@ void CpuMachine::run_part(void* context, uint32_t part, uint32_t parts) {
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
+// ---- src/backend/cpu_trials.hpp ----------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// What may vary without changing a bit of any result is set to what is fastest on this machine now,
+// found by trying: how many threads compute a batch of few rows (a few use up the memory's bandwidth;
+// where a model is small, or others want the cores, they wait for each other longer than they work),
+// and how far ahead weights of each type are prefetched (some CPUs are a quarter slower with it).
+
+// One thing that varies, in steps of two: 1, 2, 4 .. most. Half or twice as much must be faster
+// twice to be taken: a busy moment decides nothing.
+class Trial {
+public:
+    void open(uint32_t most) { most_ = fastest_ = most; }
+    bool varies() const { return most_ > 1; }
+    uint32_t fastest() const { return fastest_; }
+    uint32_t other() const {
+        return fewer_ ? std::max(fastest_ / 2, 1u) : std::min(fastest_ * 2, most_);
+    }
+    // A batch cost so much, with the fastest or the other; nothing where it was not measured. False
+    // where the other is not worth another batch.
+    bool add(bool is_other, double cost) {
+        double& least = least_[is_other];
+        if (cost > 0) least = least > 0 ? std::min(least, cost) : cost;
+        return !is_other || cost <= least_[0] * 1.25;
+    }
+    // Whether the other was faster.
+    bool judge() {
+        const bool faster = least_[1] > 0 && least_[1] * (1 + 1.0 / 32) < least_[0];
+        if (faster && won_) fastest_ = other();
+        won_ = faster && !won_;
+        if (!faster) fewer_ = !fewer_;
+        if (other() == fastest_) fewer_ = !fewer_;
+        least_[0] = least_[1] = 0;
+        return faster;
+    }
+
+private:
+    uint32_t most_ = 1, fastest_ = 1;
+    bool fewer_ = true, won_ = false;
+    double least_[2] = {};  // cost of a batch with the fastest and with the other
+};
+
+// Trials made side by side, each judged by a cost of its own: a few batches with what was fastest, a
+// few with the other, then a rest, which is short after a success and longer after each failure.
+class TrialGroup {
+public:
+    static constexpr uint32_t kShortPause = 8, kLongPause = 128;  // batches
+
+    // `count` trials; the first begins after a rest of `pause` batches.
+    void open(uint32_t count, uint32_t most, uint32_t batches, uint32_t pause) {
+        trials_.assign(count, {});
+        for (Trial& trial : trials_) trial.open(most);
+        batches_ = batches;
+        pause_ = pause;
+    }
+    bool rests() const { return phase_ == Phase::rest; }
+    uint32_t value(uint32_t i) const {
+        return phase_ == Phase::other ? trials_[i].other() : trials_[i].fastest();
+    }
+    // A batch went by at rest. True: it is time for the next trial, which has begun.
+    bool rest() {
+        if (trials_.empty() || !trials_[0].varies() || ++count_ < pause_) return false;
+        next_phase(Phase::fastest);
+        return true;
+    }
+    void forget_failures() { pause_ = std::min(pause_, kShortPause); }
+    void add(std::span<const double> costs) {
+        bool worth_it = false;
+        for (size_t i = 0; i < trials_.size(); ++i)
+            worth_it |= trials_[i].add(phase_ == Phase::other, costs[i]) && costs[i] > 0;
+        if (++count_ < batches_ && worth_it) return;
+        if (phase_ == Phase::fastest) return next_phase(Phase::other);
+        bool faster = false;
+        for (Trial& trial : trials_) faster |= trial.judge();
+        pause_ = faster ? kShortPause : std::clamp(pause_ * 2, kShortPause, kLongPause);
+        next_phase(Phase::rest);
+    }
+
+private:
+    enum class Phase : uint8_t { rest, fastest, other };
+    void next_phase(Phase phase) {
+        phase_ = phase;
+        count_ = 0;
+    }
+
+    std::vector<Trial> trials_;
+    uint32_t batches_ = 1, count_ = 0, pause_ = kShortPause;
+    Phase phase_ = Phase::rest;
+};
+
+inline constexpr uint32_t kWeightTypes = std::size(packed_layouts);
+
+// What a batch of one row cost.
+struct BatchCost {
+    uint64_t ns = 0;
+    double type_ns[kWeightTypes] = {};  // of a product with weights of a type; 0: not measured
+};
+
+// All trials of a backend. One group is on trial at a time, so that none disturbs another.
+class CpuTrials {
+public:
+    // `ahead`: the prefetch distance of all types, in bytes; below 0: it is found by trying.
+    void open(uint32_t parts, int64_t ahead) {
+        ahead_ = ahead;
+        groups_[kPrefetch].open(kWeightTypes, ahead < 0 ? 2 : 1, kPrefetchBatches, 1);
+        groups_[kThreads].open(1, parts, kThreadBatches, TrialGroup::kShortPause);
+    }
+    uint32_t parts() const { return groups_[kThreads].value(0); }
+    size_t ahead(uint32_t type) const {
+        if (ahead_ >= 0) return static_cast<size_t>(ahead_);
+        return groups_[kPrefetch].value(type) == 1 ? 0 : kPrefetchAhead;
+    }
+    bool times_types() const { return !groups_[kPrefetch].rests(); }
+    // A batch of one row was computed.
+    void add(const BatchCost& cost) {
+        const double ns[] = {static_cast<double>(cost.ns)};
+        if (times_types()) return groups_[kPrefetch].add(cost.type_ns);
+        if (!groups_[kThreads].rests()) return groups_[kThreads].add(ns);
+        const bool changed = speed_changed(cost.ns);
+        for (TrialGroup& group : groups_) {
+            if (changed) group.forget_failures();
+            if (group.rest()) return;
+        }
+    }
+
+private:
+    enum : uint32_t { kPrefetch, kThreads };
+    // A wrong distance costs every batch, and a model of seconds a token shall not wait long. Threads
+    // that come back take a batch to wake up.
+    static constexpr uint32_t kPrefetchBatches = 2, kThreadBatches = 4;
+    static constexpr uint32_t kWindow = 16;  // batches
+
+    // Whether the last batches at rest took half as long again as those before, or the other way
+    // round: somebody takes or gives back the cores, and what was found out no longer holds.
+    bool speed_changed(uint64_t ns) {
+        window_ns_ += ns;
+        if (++window_count_ < kWindow) return false;
+        const uint64_t before = last_window_ns_, now = window_ns_;
+        last_window_ns_ = now;
+        window_ns_ = 0;
+        window_count_ = 0;
+        return before && (now > before + before / 2 || before > now + now / 2);
+    }
+
+    TrialGroup groups_[2];
+    int64_t ahead_ = -1;
+    uint64_t window_ns_ = 0, last_window_ns_ = 0;
+    uint32_t window_count_ = 0;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
 // ---- src/backend/cpu_decoder.hpp ---------------------------------------------------------------
 
 #ifndef VALAR_NO_INFERENCE
@@ -17561,7 +17704,9 @@ public:
     Result<void> begin(std::span<const BatchRow> rows);
     void abandon() { batch_ = rows_ = {}; }
     std::span<const BatchRow> batch() const { return batch_; }  // in work; empty: none
-    bool tries_threads() const;
+    bool has_few_rows() const;  // then its speed depends on what CpuTrials tries
+    void set_prefetch(const CpuTrials& trials);
+    BatchCost add_times(BatchCost cost) const;  // of products, by the type of their weights
     bool done() const;
     void run_slice(CpuMachine& machine);  // a part of the stage that is next
     void check_logits(CpuMachine& machine);
@@ -17682,6 +17827,7 @@ private:
                           float* y) const;
     void multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
                   const CpuMatrix* up = nullptr);
+    void multiply_packed(MatmulTask task, uint32_t part);
     void project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
                  uint32_t first, uint32_t last, uint32_t part);
     uint32_t group_end(uint32_t row, uint32_t last, uint64_t planes) const;
@@ -17704,6 +17850,12 @@ private:
     uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
+    struct ProductTime {
+        uint64_t ns = 0, work = 0;
+    };
+    bool times_types_ = false;
+    size_t ahead_[kWeightTypes] = {};          // prefetch distances
+    std::vector<ProductTime> product_times_;   // (parts, kWeightTypes) of this batch
     std::vector<std::atomic<bool>> bad_rows_;  // (max_logit_rows) have numbers not finite
     Error bad_numbers_;                        // where the first of them came from
 };
@@ -17813,9 +17965,9 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-constexpr size_t kTryThreadsRows = 8;  // below: how many threads are fastest is found by trying
-constexpr size_t kClaimRows = 8;       // from here on units are claimed, a few at a time
-constexpr size_t kManyRows = 8;        // from here on a product is timed apart: it costs less
+constexpr size_t kFewRows = 8;    // below: memory is what a batch waits for
+constexpr size_t kClaimRows = 8;  // from here on units are claimed, a few at a time
+constexpr size_t kManyRows = 8;   // from here on a product is timed apart: it costs less
 
 }  // namespace
 
@@ -17890,6 +18042,7 @@ Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     page_bytes_ = layout->page_bytes;
     Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
     scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
+    product_times_.resize(parts() * kWeightTypes);
     bad_rows_ = std::vector<std::atomic<bool>>(options.max_logit_rows);
     if (auto bytes = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !bytes)
         return bytes.error();
@@ -17947,7 +18100,27 @@ Result<void> CpuDecoder::check_row(const BatchRow& row) const {
     return {};
 }
 
-bool CpuDecoder::tries_threads() const { return batch_.size() < kTryThreadsRows; }
+bool CpuDecoder::has_few_rows() const { return batch_.size() < kFewRows; }
+
+void CpuDecoder::set_prefetch(const CpuTrials& trials) {
+    for (uint32_t type = 0; type < kWeightTypes; ++type) ahead_[type] = trials.ahead(type);
+    times_types_ = trials.times_types() && batch_.size() == 1;
+    if (times_types_) std::fill(product_times_.begin(), product_times_.end(), ProductTime{});
+}
+
+BatchCost CpuDecoder::add_times(BatchCost cost) const {
+    for (uint32_t type = 0; times_types_ && type < kWeightTypes; ++type) {
+        ProductTime sum;
+        for (uint32_t part = 0; part < parts(); ++part) {
+            const ProductTime& time = product_times_[part * kWeightTypes + type];
+            sum.ns += time.ns;
+            sum.work += time.work;
+        }
+        if (sum.work)
+            cost.type_ns[type] = static_cast<double>(sum.ns) / static_cast<double>(sum.work);
+    }
+    return cost;
+}
 
 bool CpuDecoder::done() const { return stage_ == stage_count(); }
 
@@ -18123,7 +18296,7 @@ MatmulTask CpuDecoder::product_of(const CpuMatrix& matrix, uint32_t first, uint3
 void CpuDecoder::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
                           const CpuMatrix* up) {
     task.up = up;
-    if (matrix.data && (!up || up->data)) return kernels_->matmul(task);
+    if (matrix.data && (!up || up->data)) return multiply_packed(task, part);
     const uint32_t end = task.last_tile;
     const MatmulTask whole = task;
     for (uint32_t tile = task.first_tile; tile < end; tile += kUnitTiles) {
@@ -18147,6 +18320,18 @@ void CpuDecoder::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t par
                            ActivationLayout{task.columns * task.planes, task.out_blocks}.step();
         kernels_->matmul(task);
     }
+}
+
+// While prefetch distances are on trial, products are timed by the type of their weights.
+void CpuDecoder::multiply_packed(MatmulTask task, uint32_t part) {
+    const auto type = static_cast<uint32_t>(find_layout(task.weights->type) - packed_layouts);
+    task.ahead = ahead_[type];
+    if (!times_types_) return kernels_->matmul(task);
+    const uint64_t start = monotonic_ns();
+    kernels_->matmul(task);
+    ProductTime& time = product_times_[part * kWeightTypes + type];
+    time.ns += monotonic_ns() - start;
+    time.work += uint64_t{task.last_tile - task.first_tile} * task.weights->cols;
 }
 
 // ---- The stages ------------------------------------------------------------------------------
@@ -18562,6 +18747,7 @@ private:
     CpuMachine machine_;
     CpuDecoder decoder_;
     CpuLoader loader_;
+    CpuTrials trials_;
 };
 
 Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
@@ -18571,7 +18757,10 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
         if (!chosen) return chosen.error();
         kernels = *chosen;
     }
+    auto ahead = forced_prefetch();
+    if (!ahead) return ahead.error();
     if (auto done = decoder_.open(gguf, spec, tensors, options, *kernels); !done) return done;
+    trials_.open(decoder_.parts(), kernels->prefetches || *ahead >= 0 ? *ahead : 0);
     loader_.open(gguf, decoder_.weights(), decoder_.staging(), decoder_.parts());
     return machine_.open(decoder_.parts(), CpuDecoder::step_kinds(), options.parallel_for);
 }
@@ -18586,7 +18775,8 @@ Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
     if (!loader_.done())
         return make_error(ErrorKind::internal, "batch: the model is not loaded yet");
     if (auto begun = decoder_.begin(rows); !begun) return begun;
-    machine_.begin_batch(decoder_.tries_threads());
+    decoder_.set_prefetch(trials_);
+    machine_.begin_batch(decoder_.has_few_rows() ? trials_.parts() : machine_.team().parts());
     return {};
 }
 
@@ -18599,7 +18789,8 @@ Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
     const bool done = decoder_.done();
     if (done) decoder_.check_logits(machine_);
     machine_.end_turn();
-    if (done && decoder_.batch().size() == 1) machine_.count_batch();
+    if (done && decoder_.batch().size() == 1)
+        trials_.add(decoder_.add_times({.ns = machine_.batch_ns()}));
     if (done) abandon();
     return done;
 }

@@ -1,11 +1,13 @@
 // The CPU backend: one set of bits, however the work is cut up.
 #include <doctest/doctest.h>
 
+#include "backend/cpu_trials.hpp"
 #include "digest_internal.hpp"
 #include "run_model.hpp"
 #include "tiny_model.hpp"
 #include "unicode_internal.hpp"
 
+#include <cmath>
 #include <string>
 #include <thread>
 
@@ -711,4 +713,91 @@ TEST_CASE("options out of range") {
     const auto opened = detail::open_cpu_backend(*gguf, *spec, *tensors, huge);
     REQUIRE_FALSE(opened);
     CHECK(opened.error().kind == ErrorKind::out_of_memory);
+}
+
+namespace {
+
+// A machine on which one token takes `work_ns` on one thread, less on more of them until `most` use
+// up the memory's bandwidth, and whose quota gives `quota` of a CPU in each period of 100 ms.
+struct ThrottledMachine {
+    double work_ns;
+    uint32_t most;
+    double quota = 1e9;
+    bool one_core = false;  // others take all but one, for which threads then wait
+    double now = 0, period_end = 0, used = 0;  // CPU time of the period
+
+    double token(uint32_t threads) {
+        const double start = now, period = 1e8;
+        const double time = work_ns / std::min(threads, most);
+        for (double left = one_core && threads > 1 ? work_ns * 1.3 : time; left > 0;) {
+            if (now >= period_end) {
+                period_end += period;
+                used = 0;
+            }
+            const double run = std::min(
+                {left, period_end - now, std::max(quota * period - used, 0.0) / threads});
+            now += run;
+            used += run * threads;
+            left -= run;
+            if (left > 0) now = period_end;
+        }
+        return now - start;
+    }
+};
+
+}  // namespace
+
+TEST_CASE("trials: as fast as before soon after a minute of throttling") {
+    for (const double work_ns : {2e6, 16e6, 150e6})
+        for (const uint32_t parts : {2u, 6u, 16u})
+            for (const double quota : {0.05, 0.3, 0.5, 1.5, 1e9}) {  // the last: one core is left
+                CAPTURE(work_ns);
+                CAPTURE(parts);
+                CAPTURE(quota);
+                ThrottledMachine machine{work_ns, parts};
+                detail::CpuTrials trials;
+                trials.open(parts, 0);
+                const auto run = [&](uint32_t tokens, double until) {
+                    const double start = machine.now;
+                    for (uint32_t i = 0; i < tokens && machine.now < until; ++i)
+                        trials.add({.ns = static_cast<uint64_t>(machine.token(trials.parts()))});
+                    return machine.now - start;
+                };
+                run(2000, 1e18);
+                const double before = run(300, 1e18);
+                machine.quota = quota;
+                machine.one_core = quota == 1e9;
+                run(UINT32_MAX, machine.now + 60e9);
+                machine.quota = 1e9;
+                machine.one_core = false;
+                run(200, 1e18);
+                CHECK(run(300, 1e18) < before * 1.03);
+            }
+}
+
+TEST_CASE("trials: each weight type gets the faster prefetch distance in a few tokens") {
+    constexpr size_t near = 0, far = detail::kPrefetchAhead;
+    detail::CpuTrials trials;
+    trials.open(1, -1);
+    // Faster without; faster with; no difference; not in the model.
+    const double with[] = {1.25, 0.9, 1.0, 0}, without[] = {1.0, 1.0, 1.0, 0};
+    const auto cost = [&](uint32_t token) {
+        detail::BatchCost batch{.ns = 1000};
+        for (uint32_t type = 0; type < 4 && trials.times_types(); ++type)
+            batch.type_ns[type] = (trials.ahead(type) == far ? with : without)[type] *
+                                  (token % 7 == 3 ? 1.5 : 1.0);  // now and then somebody disturbs
+        return batch;
+    };
+    uint32_t token = 0;
+    for (; token < 24; ++token) trials.add(cost(token));
+    uint32_t right = 0;
+    for (; token < 2000; ++token) {
+        trials.add(cost(token));
+        right += trials.ahead(0) == near && trials.ahead(1) == far;
+    }
+    CHECK(right > 1976 * 97 / 100);
+    trials.open(1, 64);
+    CHECK(trials.ahead(0) == 64);
+    for (token = 0; token < 100; ++token) trials.add(cost(token));
+    CHECK(trials.ahead(0) == 64);
 }

@@ -5,6 +5,7 @@
 
 #include "backend/cpu_decoder.hpp"
 #include "backend/cpu_machine.hpp"
+#include "backend/cpu_trials.hpp"
 #include "backend/internal.hpp"
 #include "base/internal.hpp"
 
@@ -41,6 +42,7 @@ private:
     CpuMachine machine_;
     CpuDecoder decoder_;
     CpuLoader loader_;
+    CpuTrials trials_;
 };
 
 Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
@@ -50,7 +52,10 @@ Result<void> CpuBackend::open(const Gguf& gguf, const ModelSpec& spec, const Mod
         if (!chosen) return chosen.error();
         kernels = *chosen;
     }
+    auto ahead = forced_prefetch();
+    if (!ahead) return ahead.error();
     if (auto done = decoder_.open(gguf, spec, tensors, options, *kernels); !done) return done;
+    trials_.open(decoder_.parts(), kernels->prefetches || *ahead >= 0 ? *ahead : 0);
     loader_.open(gguf, decoder_.weights(), decoder_.staging(), decoder_.parts());
     return machine_.open(decoder_.parts(), CpuDecoder::step_kinds(), options.parallel_for);
 }
@@ -65,7 +70,8 @@ Result<void> CpuBackend::begin(std::span<const BatchRow> rows) {
     if (!loader_.done())
         return make_error(ErrorKind::internal, "batch: the model is not loaded yet");
     if (auto begun = decoder_.begin(rows); !begun) return begun;
-    machine_.begin_batch(decoder_.tries_threads());
+    decoder_.set_prefetch(trials_);
+    machine_.begin_batch(decoder_.has_few_rows() ? trials_.parts() : machine_.team().parts());
     return {};
 }
 
@@ -78,7 +84,8 @@ Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
     const bool done = decoder_.done();
     if (done) decoder_.check_logits(machine_);
     machine_.end_turn();
-    if (done && decoder_.batch().size() == 1) machine_.count_batch();
+    if (done && decoder_.batch().size() == 1)
+        trials_.add(decoder_.add_times({.ns = machine_.batch_ns()}));
     if (done) abandon();
     return done;
 }

@@ -23,9 +23,9 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-constexpr size_t kTryThreadsRows = 8;  // below: how many threads are fastest is found by trying
-constexpr size_t kClaimRows = 8;       // from here on units are claimed, a few at a time
-constexpr size_t kManyRows = 8;        // from here on a product is timed apart: it costs less
+constexpr size_t kFewRows = 8;    // below: memory is what a batch waits for
+constexpr size_t kClaimRows = 8;  // from here on units are claimed, a few at a time
+constexpr size_t kManyRows = 8;   // from here on a product is timed apart: it costs less
 
 }  // namespace
 
@@ -100,6 +100,7 @@ Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     page_bytes_ = layout->page_bytes;
     Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
     scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
+    product_times_.resize(parts() * kWeightTypes);
     bad_rows_ = std::vector<std::atomic<bool>>(options.max_logit_rows);
     if (auto bytes = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !bytes)
         return bytes.error();
@@ -157,7 +158,27 @@ Result<void> CpuDecoder::check_row(const BatchRow& row) const {
     return {};
 }
 
-bool CpuDecoder::tries_threads() const { return batch_.size() < kTryThreadsRows; }
+bool CpuDecoder::has_few_rows() const { return batch_.size() < kFewRows; }
+
+void CpuDecoder::set_prefetch(const CpuTrials& trials) {
+    for (uint32_t type = 0; type < kWeightTypes; ++type) ahead_[type] = trials.ahead(type);
+    times_types_ = trials.times_types() && batch_.size() == 1;
+    if (times_types_) std::fill(product_times_.begin(), product_times_.end(), ProductTime{});
+}
+
+BatchCost CpuDecoder::add_times(BatchCost cost) const {
+    for (uint32_t type = 0; times_types_ && type < kWeightTypes; ++type) {
+        ProductTime sum;
+        for (uint32_t part = 0; part < parts(); ++part) {
+            const ProductTime& time = product_times_[part * kWeightTypes + type];
+            sum.ns += time.ns;
+            sum.work += time.work;
+        }
+        if (sum.work)
+            cost.type_ns[type] = static_cast<double>(sum.ns) / static_cast<double>(sum.work);
+    }
+    return cost;
+}
 
 bool CpuDecoder::done() const { return stage_ == stage_count(); }
 

@@ -2,6 +2,7 @@
 
 #include "backend/cpu_layout.hpp"
 #include "backend/cpu_machine.hpp"
+#include "backend/cpu_trials.hpp"
 
 #include <atomic>
 #include <cstddef>
@@ -65,7 +66,9 @@ public:
     Result<void> begin(std::span<const BatchRow> rows);
     void abandon() { batch_ = rows_ = {}; }
     std::span<const BatchRow> batch() const { return batch_; }  // in work; empty: none
-    bool tries_threads() const;
+    bool has_few_rows() const;  // then its speed depends on what CpuTrials tries
+    void set_prefetch(const CpuTrials& trials);
+    BatchCost add_times(BatchCost cost) const;  // of products, by the type of their weights
     bool done() const;
     void run_slice(CpuMachine& machine);  // a part of the stage that is next
     void check_logits(CpuMachine& machine);
@@ -186,6 +189,7 @@ private:
                           float* y) const;
     void multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
                   const CpuMatrix* up = nullptr);
+    void multiply_packed(MatmulTask task, uint32_t part);
     void project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
                  uint32_t first, uint32_t last, uint32_t part);
     uint32_t group_end(uint32_t row, uint32_t last, uint64_t planes) const;
@@ -208,6 +212,12 @@ private:
     uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
     uint32_t unit_ = 0;
     uint32_t unit_count_ = 0, wanted_count_ = 0;
+    struct ProductTime {
+        uint64_t ns = 0, work = 0;
+    };
+    bool times_types_ = false;
+    size_t ahead_[kWeightTypes] = {};          // prefetch distances
+    std::vector<ProductTime> product_times_;   // (parts, kWeightTypes) of this batch
     std::vector<std::atomic<bool>> bad_rows_;  // (max_logit_rows) have numbers not finite
     Error bad_numbers_;                        // where the first of them came from
 };

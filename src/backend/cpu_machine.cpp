@@ -1,6 +1,6 @@
 // >>backend
-// Steps on threads: how units are shared out and claimed, how long a slice of a step may be, and how
-// many threads are worth their while. No bit of any result depends on what is decided here.
+// Steps on threads: how units are shared out and claimed, and how long a slice of a step may be. No
+// bit of any result depends on what is decided here.
 #include "prologue.hpp"
 
 #include "backend/cpu_machine.hpp"
@@ -31,14 +31,13 @@ Result<void> CpuMachine::open(uint32_t parts, uint32_t kinds, const ParallelFor&
     auto team = Team::create(static_cast<int>(parts) - 1, parallel_for);
     if (!team) return team.error();
     team_ = std::move(*team);
-    trials_.open(team_->parts());
     claims_ = std::vector<Claim>(parts);
     ns_per_work_.assign(kinds, kSlowestWorkNs);
     return {};
 }
 
-void CpuMachine::begin_batch(bool tries_threads) {
-    parts_ = tries_threads ? trials_.parts() : team_->parts();
+void CpuMachine::begin_batch(uint32_t parts) {
+    parts_ = parts;
     batch_ns_ = 0;
 }
 

@@ -3,7 +3,6 @@
 #include "backend/internal.hpp"
 #include "base/internal.hpp"
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -13,48 +12,6 @@
 namespace valar {
 inline namespace v1 {
 namespace detail {
-
-// How many threads are fastest for a batch of few rows is found by trying: a few use up the
-// memory's bandwidth, and where a model is small, or others want the cores, they wait for each
-// other longer than they work. All of them at first; now and then half or twice as many are tried,
-// which must be faster twice to be taken: a busy moment decides nothing. No bit depends on it.
-class ThreadTrials {
-public:
-    void open(uint32_t parts) { most_ = fastest_ = parts; }
-    uint32_t parts() const { return phase_ == Phase::other ? other() : fastest_; }
-    /// A batch of one row took so long.
-    void add(uint64_t ns) {
-        if (most_ == 1) return;
-        shortest_ns_ = count_++ ? std::min(shortest_ns_, ns) : ns;
-        const bool hopeless = phase_ == Phase::other && ns > fastest_ns_ + fastest_ns_ / 4;
-        if (count_ < (phase_ == Phase::rest ? pause_ : kBatches) && !hopeless) return;
-        count_ = 0;
-        if (phase_ == Phase::fastest) fastest_ns_ = shortest_ns_;
-        if (phase_ == Phase::other) judge(shortest_ns_ + shortest_ns_ / 32 < fastest_ns_);
-        else phase_ = phase_ == Phase::rest ? Phase::fastest : Phase::other;
-    }
-
-private:
-    static constexpr uint32_t kBatches = 4, kShortPause = 8, kLongPause = 1024;
-    enum class Phase { rest, fastest, other };
-
-    uint32_t other() const {
-        return fewer_ ? std::max(fastest_ / 2, 1u) : std::min(fastest_ * 2, most_);
-    }
-    void judge(bool faster) {
-        if (faster && won_) fastest_ = other();
-        pause_ = faster ? kShortPause : std::min(pause_ * 2, kLongPause);
-        won_ = faster && !won_;
-        if (!faster) fewer_ = !fewer_;
-        if (other() == fastest_) fewer_ = !fewer_;
-        phase_ = Phase::rest;
-    }
-
-    uint32_t most_ = 1, fastest_ = 1, count_ = 0, pause_ = kShortPause;
-    uint64_t shortest_ns_ = 0, fastest_ns_ = 0;
-    Phase phase_ = Phase::rest;
-    bool fewer_ = true, won_ = false;
-};
 
 // How the units of a step come to the threads.
 enum class CpuClaims : uint8_t {
@@ -80,14 +37,13 @@ public:
     Result<void> open(uint32_t parts, uint32_t kinds, const ParallelFor& parallel_for);
     Team& team() { return *team_; }
 
-    // A batch is done in turns. `tries_threads`: so few rows that the number of threads is tried.
-    void begin_batch(bool tries_threads);
+    // A batch is done in turns, by so many threads.
+    void begin_batch(uint32_t parts);
     void begin_turn(uint64_t deadline_ns);
     bool turn_is_over() const { return deadline_ns_ && monotonic_ns() >= deadline_ns_; }
     void forget_deadline() { deadline_ns_ = 0; }
     void end_turn();
-    // The batch's time counts for the choice of the number of threads.
-    void count_batch() { trials_.add(batch_ns_); }
+    uint64_t batch_ns() const { return batch_ns_; }  // spent on it so far
 
     // Does units of the step from `first` on: all, or, where there is a deadline, about kSliceNs of
     // them. Returns the first that is not done.
@@ -115,7 +71,6 @@ private:
     static void run_part(void* context, uint32_t part, uint32_t parts);
 
     std::unique_ptr<Team> team_;
-    ThreadTrials trials_;
     std::vector<Claim> claims_;        // (parts)
     std::vector<double> ns_per_work_;  // (kinds) measured, of a product
     uint32_t parts_ = 1;               // threads that compute the batch

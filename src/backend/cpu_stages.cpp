@@ -69,7 +69,7 @@ MatmulTask CpuDecoder::product_of(const CpuMatrix& matrix, uint32_t first, uint3
 void CpuDecoder::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
                           const CpuMatrix* up) {
     task.up = up;
-    if (matrix.data && (!up || up->data)) return kernels_->matmul(task);
+    if (matrix.data && (!up || up->data)) return multiply_packed(task, part);
     const uint32_t end = task.last_tile;
     const MatmulTask whole = task;
     for (uint32_t tile = task.first_tile; tile < end; tile += kUnitTiles) {
@@ -93,6 +93,18 @@ void CpuDecoder::multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t par
                            ActivationLayout{task.columns * task.planes, task.out_blocks}.step();
         kernels_->matmul(task);
     }
+}
+
+// While prefetch distances are on trial, products are timed by the type of their weights.
+void CpuDecoder::multiply_packed(MatmulTask task, uint32_t part) {
+    const auto type = static_cast<uint32_t>(find_layout(task.weights->type) - packed_layouts);
+    task.ahead = ahead_[type];
+    if (!times_types_) return kernels_->matmul(task);
+    const uint64_t start = monotonic_ns();
+    kernels_->matmul(task);
+    ProductTime& time = product_times_[part * kWeightTypes + type];
+    time.ns += monotonic_ns() - start;
+    time.work += uint64_t{task.last_tile - task.first_tile} * task.weights->cols;
 }
 
 // ---- The stages ------------------------------------------------------------------------------

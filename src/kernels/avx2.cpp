@@ -132,7 +132,7 @@ void dot_tiles(const TileStep& step) {
     const size_t stride = step.block_stride / sizeof(ActivationBlock);
     if (step.fresh) std::memset(step.sums, 0, C * sizeof *step.sums);
     const std::byte* next = step.next;
-    size_t header = 0, at = 0, wait = 0;
+    size_t header = 0, at = 0, wait = step.every ? 0 : SIZE_MAX;
     for (size_t b = 0; b < step.count; b++) {
         if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
@@ -593,6 +593,7 @@ constexpr Kernels kernels_with(const char* name, void (*matmul)(const MatmulTask
         .expand_kv = expand_kv,
         .attention = attention,
         .attention_merge = attention_merge,
+        .prefetches = true,
     };
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);

@@ -94,7 +94,7 @@ void dot_tiles(const TileStep& step) {
     const size_t stride = step.block_stride / sizeof(ActivationBlock);
     const ptrdiff_t apart = step.tiles[1] - step.tiles[0];
     const std::byte *at = step.tiles[0], *header = at, *next = step.next;
-    size_t wait = 0;
+    size_t wait = step.every ? 0 : SIZE_MAX;
     for (size_t b = 0; b < step.count; b++) {
         if constexpr (L.header_bytes != 0) {
             if (b % L.blocks == 0) {
@@ -472,6 +472,7 @@ constexpr Kernels kernels = {
     .expand_kv = avx2::expand_kv,
     .attention = attention,
     .attention_merge = avx2::attention_merge,
+    .prefetches = true,
 };
 
 }  // namespace avx512

@@ -246,6 +246,20 @@ Result<const Kernels*> choose_kernels() {
     return chosen;
 }
 
+Result<int64_t> forced_prefetch() {
+    constexpr int64_t most = 1 << 20;
+    const std::string wanted = environment("VALAR_PREFETCH");
+    int64_t bytes = 0;
+    for (const char c : wanted) {
+        bytes = c >= '0' && c <= '9' ? bytes * 10 + (c - '0') : most + 1;
+        if (bytes > most)
+            return make_error(
+                ErrorKind::unsupported,
+                "VALAR_PREFETCH=" + wanted + ": is not a number of bytes, 0 to 1048576");
+    }
+    return wanted.empty() ? int64_t{-1} : bytes;
+}
+
 }  // namespace detail
 
 std::span<const char* const> kernel_names() {

@@ -148,6 +148,8 @@ inline constexpr uint32_t kTileRows = packed_rows;  ///< of a packed tile: a lan
 inline constexpr uint32_t kActivationBlock = 32;
 inline constexpr uint32_t kSegment = 256;  ///< positions of an attention segment
 inline constexpr uint32_t kKeyGroup = 16;  ///< keys stored side by side
+inline constexpr size_t kPrefetchAhead =
+    4096;  ///< bytes; the best distance where prefetching helps
 
 /// A block of one activation plane (definition, 1).
 struct ActivationBlock {
@@ -222,6 +224,9 @@ struct MatmulTask {
     /// out_blocks}, blocks of 32 rows; first_tile is even, the rows are a multiple of 32.
     ActivationBlock* out = nullptr;
     size_t out_blocks = 0;
+    /// Bytes of weights to prefetch ahead of their use by one or two columns (planes); 0: none, the
+    /// CPU's own prefetcher is quicker on some. More columns have a distance of their own.
+    size_t ahead = kPrefetchAhead;
 };
 
 /// Bytes of the keys, and as many of the values, of one head at kKeyGroup neighbouring positions. In
@@ -269,6 +274,7 @@ struct Kernels {
     /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
     void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
                             size_t n);
+    bool prefetches = false;  ///< whether matmul heeds MatmulTask::ahead
 };
 
 /// The tables that this build and this CPU have, best last; [0] is the scalar reference.
@@ -276,6 +282,9 @@ std::span<const Kernels* const> available_kernels();
 /// The best table, or the one that the environment's VALAR_ISA names; unknown or unusable: an
 /// Error.
 Result<const Kernels*> choose_kernels();
+/// The prefetch distance that the environment's VALAR_PREFETCH says, in bytes; -1: nothing. Error: no
+/// number, or too large a one.
+Result<int64_t> forced_prefetch();
 
 /// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
 using v1::exact_exp;

@@ -35,6 +35,7 @@ struct ColumnBatch {
     size_t column_stride;  // within it, from a column to the next
     size_t block_stride;   // from a block, or a float, of a column to the next
     uint32_t count;
+    size_t ahead = 0;  // MatmulTask::ahead
     const std::byte* column(uint32_t v) const {
         return data + v / ActivationLayout::kGroup * group_stride +
                v % ActivationLayout::kGroup * column_stride;
@@ -86,6 +87,7 @@ struct MatrixBatch {
         batch = floats ? float_columns(task) : quantized_columns(task, of->cols);
         batch.data = batch.column(first * planes);
         batch.count = columns * planes;
+        batch.ahead = task.ahead;
     }
     TilePair pair(uint32_t tile, const PackedMatrix& other, uint32_t other_tile,
                   uint32_t step) const {

@@ -23,7 +23,8 @@ struct TileStep {
     size_t count;          // of blocks, or floats
     float (*sums)[2][16];  // (C)
     bool fresh;            // the sums start at 0
-    // To prefetch: at every `every`th block one block of each tile, from `next` of the first on.
+    // To prefetch: at every `every`th block one block of each tile, from `next` of the first on;
+    // 0: nothing.
     const std::byte* next;
     size_t every;
 };
@@ -36,9 +37,8 @@ struct TileKernels {
 
 inline constexpr size_t kChunk = 32;  // blocks that stay in a near cache for all columns
 inline constexpr size_t kChunkFloats = 512;
-// The best prefetch distances measured, in bytes: for one or two columns, and for as many as one
-// call takes.
-inline constexpr size_t kAheadOne = 4096;
+// The best prefetch distance measured for as many columns as one call takes, in bytes. For one or
+// two the task says it.
 inline constexpr size_t kAheadFew = 8192;
 
 // The kernel for the first of the columns that are left: 7 are better served as 4 and 3 than as 6
@@ -83,7 +83,7 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
         const size_t left = chunks.total - at_k;
         const bool last = left <= chunks.chunk;
         size_t ahead = last ? pair.next - done : chunks.chunk_bytes;
-        if (calls == 1) ahead = batch.count > 2 ? kAheadFew : kAheadOne;
+        if (calls == 1) ahead = batch.count > 2 ? kAheadFew : batch.ahead;
         TileStep step{.tiles = tiles,
                       .columns = columns,
                       .block_stride = batch.block_stride,
@@ -91,7 +91,7 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
                       .sums = sums,
                       .fresh = at_k == 0,
                       .next = tiles[0] + ahead,
-                      .every = calls};
+                      .every = ahead ? calls : 0};
         for (uint32_t v = 0; v < batch.count; step.next += chunks.chunk_bytes / calls) {
             const TileKernels::Shape& shape = next_shape(k, batch.count - v);
             for (uint32_t c = 0; c < shape.columns; c++) {  // the last again where they run out
