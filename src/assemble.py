@@ -19,7 +19,7 @@ TARGET = os.path.join(SRC, "..", "valar.hpp")
 # The sections in their order: public header, then the parts of the implementation. A section uses
 # only sections above it (tests/sections.py proves that from the includes).
 SECTIONS = {
-    "base": ["base/base.hpp", "base/base.cpp", "base/text.cpp", "base/files.cpp", "base/threads.cpp", "base/sockets.cpp"],
+    "base": ["base/base.hpp", "base/base.cpp", "base/text.cpp", "base/files.cpp", "base/threads.cpp", "base/limits.cpp", "base/sockets.cpp"],
     "digest": ["digest.cpp"],
     "unicode": ["unicode.cpp"],
     "json": ["json.hpp", "json.cpp"],

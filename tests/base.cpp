@@ -3,9 +3,16 @@
 
 #include "base/internal.hpp"
 #include "base/sockets.hpp"
+#include "interrupts.hpp"
 
 #include <cstdio>
+#include <filesystem>
+#if defined(__linux__)
+#include <pthread.h>
+#endif
 #include <string>
+#include <utility>
+#include <vector>
 
 #if !defined(_WIN32)
 #include "base/system.hpp"
@@ -206,6 +213,189 @@ TEST_CASE("base: sort_items keeps the order of equals and what lies outside its 
     sort_items(none, less);
     CHECK(none.empty());
 }
+
+#if !defined(_WIN32)
+TEST_CASE("base: signals that interrupt system calls") {
+    const Interrupts interrupts;
+    const std::string path = fresh_path("interrupted"), folder = fresh_path("interrupted.folder");
+    const std::string text(3 << 20, 'x');
+    for (int round = 0; round < 5; ++round) {
+        REQUIRE(write_file(path, bytes_of(text)).ok());
+        auto read = read_file(path, text.size());
+        REQUIRE(read.ok());
+        CHECK(*read == text);
+        auto opened = Folder::open(folder);
+        REQUIRE(opened.ok());
+        auto file = (*opened)->open_file("a", true);
+        REQUIRE(file.ok());
+        CHECK((*file)->write_at(0, text).ok());
+        CHECK((*file)->sync().ok());
+        CHECK((*file)->truncate(5).ok());
+        CHECK((*opened)->rename("a", "b").ok());
+        CHECK((*opened)->sync().ok());
+        auto left = (*opened)->list();
+        REQUIRE(left.ok());
+        CHECK((*opened)->remove("b").ok());
+    }
+    std::filesystem::remove(path);
+    std::filesystem::remove_all(folder);
+}
+#endif
+
+#if defined(__linux__)
+namespace {
+
+size_t stack_bytes() {
+    pthread_attr_t attributes;
+    pthread_getattr_np(pthread_self(), &attributes);
+    size_t bytes = 0;
+    pthread_attr_getstacksize(&attributes, &bytes);
+    pthread_attr_destroy(&attributes);
+    return bytes;
+}
+
+}  // namespace
+
+TEST_CASE("base: threads have the same stack wherever they run") {
+    size_t bytes = 0;
+    auto thread = Thread::start(
+        [](void* context) { *static_cast<size_t*>(context) = stack_bytes(); }, &bytes, "stack");
+    REQUIRE(thread);
+    thread->join();
+    CHECK(bytes == 1 << 20);
+}
+
+namespace {
+
+// A tree with the files of /proc and /sys that limits are read from.
+struct LimitTree {
+    std::string root = fresh_path("limits");
+    explicit LimitTree(const std::vector<std::pair<std::string, std::string>>& files) {
+        for (const auto& [name, text] : files) {
+            for (size_t at = name.find('/', 1); at != std::string::npos;
+                 at = name.find('/', at + 1))
+                make(root + name.substr(0, at));
+            REQUIRE(write_file(root + name, bytes_of(text)).ok());
+        }
+    }
+    ~LimitTree() { std::filesystem::remove_all(root); }
+    static void make(const std::string& path) { std::filesystem::create_directories(path); }
+};
+
+}  // namespace
+
+TEST_CASE("base: limits of control groups, in the layouts of containers") {
+    const std::string v1 =
+        "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
+        "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:5 - cgroup cgroup "
+        "rw,cpuacct,cpu\n"
+        "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n";
+    const std::string v2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
+    const std::string cpu = "/sys/fs/cgroup/cpu,cpuacct", memory = "/sys/fs/cgroup/memory",
+                      unified = "/sys/fs/cgroup", none = "9223372036854771712\n";
+    const struct {
+        const char* name;
+        std::string groups, mounts;
+        std::vector<std::pair<std::string, std::string>> files;
+        int cores;  // of 8
+        uint64_t memory;
+    } layouts[] = {
+        {"no control groups", "", "", {}, 8, UINT64_MAX},
+        {"v1: no limits",
+         "4:memory:/\n3:cpu,cpuacct:/\n",
+         v1,
+         {{cpu + "/cpu.cfs_quota_us", "-1\n"},
+          {cpu + "/cpu.cfs_period_us", "100000\n"},
+          {memory + "/memory.limit_in_bytes", none}},
+         8,
+         9223372036854771712u},
+        {"v1: 150 % of a CPU, 512 MiB",
+         "4:memory:/docker/1f\n3:cpu,cpuacct:/docker/1f\n",
+         v1,
+         {{cpu + "/docker/1f/cpu.cfs_quota_us", "150000\n"},
+          {cpu + "/docker/1f/cpu.cfs_period_us", "100000\n"},
+          {memory + "/docker/1f/memory.limit_in_bytes", "536870912\n"}},
+         1,
+         536870912},
+        {"v1: bind mounts of the container's own group",
+         "4:memory:/docker/1f\n3:cpuacct,cpu:/docker/1f\n",
+         "32 31 0:29 /docker/1f /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n"
+         "35 31 0:32 /docker/1f /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n",
+         {{cpu + "/cpu.cfs_quota_us", "350000\n"},
+          {cpu + "/cpu.cfs_period_us", "100000\n"},
+          {memory + "/memory.limit_in_bytes", "1073741824"}},
+         3,
+         1073741824},
+        {"v1: the path is not below what is mounted",
+         "3:cpu,cpuacct:/docker/1f/inner\n",
+         "32 31 0:29 /other /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n",
+         {{cpu + "/cpu.cfs_quota_us", "200000\n"}, {cpu + "/cpu.cfs_period_us", "100000\n"}},
+         2,
+         UINT64_MAX},
+        {"v2 with a namespace of its own",
+         "0::/\n",
+         v2,
+         {{unified + "/cpu.max", "250000 100000\n"},
+          {unified + "/memory.max", "max\n"},
+          {unified + "/memory.high", "268435456\n"}},
+         2,
+         268435456},
+        {"v2: a pod in a slice; an ancestor's limit is the least",
+         "0::/kubepods.slice/pod7.slice/cri-1f.scope\n",
+         v2,
+         {{unified + "/kubepods.slice/cpu.max", "700000 100000\n"},
+          {unified + "/kubepods.slice/memory.max", "8589934592\n"},
+          {unified + "/kubepods.slice/pod7.slice/cpu.max", "200000 50000\n"},
+          {unified + "/kubepods.slice/pod7.slice/memory.max", "1073741824\n"},
+          {unified + "/kubepods.slice/pod7.slice/cri-1f.scope/cpu.max", "max 100000\n"},
+          {unified + "/kubepods.slice/pod7.slice/cri-1f.scope/memory.max", "2147483648\n"}},
+         4,
+         1073741824},
+        {"v2: a group outside the namespace",
+         "0::/../../other\n",
+         v2,
+         {{unified + "/cpu.max", "100000 100000\n"}, {"/other/cpu.max", "1 100000\n"}},
+         1,
+         UINT64_MAX},
+        {"hybrid: v1's cpu, v2's memory, spaces in a path",
+         "3:cpu:/a b\n0::/user.slice\n1:name=systemd:/\nnonsense\n\n",
+         "32 31 0:29 / /sys/fs/cgroup/c\\040p rw - cgroup cgroup rw,cpu\n"
+         "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\nshort\n - \n",
+         {{"/sys/fs/cgroup/c p/a b/cpu.cfs_quota_us", "99999"},
+          {"/sys/fs/cgroup/c p/a b/cpu.cfs_period_us", "100000"},
+          {"/sys/fs/cgroup/unified/user.slice/memory.max", "1000000\n"}},
+         1,
+         1000000},
+        {"v2: numbers that are none",
+         "0::/a/b/c/d\n",
+         v2,
+         {{unified + "/cpu.max", "100000 0\n"},
+          {unified + "/memory.max", "99999999999999999999999\n"},
+          {unified + "/a/cpu.max", ""},
+          {unified + "/a/memory.max", "-1"},
+          {unified + "/a/b/cpu.max", "12a 100000"},
+          {unified + "/a/b/memory.max", "\n\n5"},
+          {unified + "/a/b/c/cpu.max", "100000"},
+          {unified + "/a/b/c/memory.high", "0\n"}},
+         8,
+         UINT64_MAX},
+    };
+    for (const auto& layout : layouts) {
+        CAPTURE(layout.name);
+        auto files = layout.files;
+        files.emplace_back("/proc/self/cgroup", layout.groups);
+        files.emplace_back("/proc/self/mountinfo", layout.mounts);
+        const LimitTree tree(files);
+        const ProcessLimits limits = read_cgroup_limits(tree.root);
+        CHECK(limits.cores(8) == layout.cores);
+        CHECK(limits.memory == layout.memory);
+    }
+    CHECK(read_cgroup_limits(fresh_path("no-such-tree")).cores(8) == 8);
+    CHECK(ProcessLimits{.cpus = 0.01}.cores(8) == 1);
+    CHECK(ProcessLimits{.cpus = 64}.cores(8) == 8);
+    CHECK(usable_memory() > 1 << 20);
+}
+#endif
 
 TEST_CASE("base: cores and environment") {
     CHECK(physical_cores() >= 1);

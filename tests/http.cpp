@@ -10,6 +10,7 @@
 
 #include "http/internal.hpp"
 #include "http_peer.hpp"
+#include "interrupts.hpp"
 
 #if !defined(_WIN32)
 #include <sys/resource.h>
@@ -603,6 +604,27 @@ TEST_CASE("http server: large bodies both ways") {
     CHECK(slow.ended());
 #endif
 }
+
+#if !defined(_WIN32)
+TEST_CASE("http server: signals that interrupt system calls") {
+    LiveServer live;
+    const Interrupts interrupts;  // the loop's thread and this one take them
+    HttpCall call;
+    call.port = live.port();
+    call.method = "POST";
+    call.target = "/big";
+    call.body.assign(4 << 20, 'b');
+    for (int i = 0; i < 10; ++i) {
+        auto reply = http_call(call);
+        REQUIRE(reply);
+        CHECK(reply->body == "POST /big " + call.body);
+        HttpPeer peer(live.port());
+        peer.send(request("/large") + request("/a"));
+        CHECK(peer.reply().body.size() == size_t{8} << 20);
+        CHECK(peer.reply().body == "GET /a ");
+    }
+}
+#endif
 
 TEST_CASE("http server: timeouts") {
     HttpOptions options;

@@ -3,6 +3,9 @@
 #include <doctest/doctest.h>
 
 #include <cstdlib>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include "engine/engine.hpp"
 #include "gguf.hpp"
@@ -553,3 +556,48 @@ TEST_CASE("template: a model without a template") {
     CHECK(none.error().message.find("tokenizer.chat_template") != std::string::npos);
     CHECK(ChatTemplate::open("x", false)->render({})->text == "x");
 }
+
+#if !defined(_WIN32)
+namespace {
+
+// Parses and renders what nests as deeply as it may, or deeper.
+void* render_hostile_templates(void* failures) {
+    const auto many = [](std::string_view piece) {
+        std::string text;
+        for (int i = 0; i < 10'000; ++i) text += piece;
+        return text;
+    };
+    const std::string sources[] = {
+        "{{ " + many("(") + "1" + many(")") + " }}",
+        "{{ " + many("[") + "1" + many("]") + " }}",
+        "{{ " + many("not ") + "1 }}",
+        "{{ 1" + many(" if 1") + " }}",
+        many("{% if 1 %}") + many("{% endif %}"),
+        "{% macro f(x) %}{{ f(x + 'x') }}{% endmacro %}{{ f('') }}",
+        "{% macro f(a=f()) %}{% endmacro %}{{ f() }}",
+        "{% macro f(x) %}{% if 1 %}{% for a in [1] %}{{ [[[f([x])]]] }}{% endfor %}{% endif %}"
+        "{% endmacro %}{{ f(1) }}",
+    };
+    for (const std::string& source : sources) *static_cast<int*>(failures) += !render(source, {});
+    return nullptr;
+}
+
+}  // namespace
+
+TEST_CASE("template: hostile ones fit on the stack that is promised") {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || !defined(NDEBUG)
+    constexpr size_t bytes = 1 << 20;  // larger frames
+#else
+    constexpr size_t bytes = 256 << 10;
+#endif
+    pthread_attr_t attributes;
+    REQUIRE(pthread_attr_init(&attributes) == 0);
+    REQUIRE(pthread_attr_setstacksize(&attributes, bytes) == 0);
+    pthread_t thread;
+    int failures = 0;
+    REQUIRE(pthread_create(&thread, &attributes, render_hostile_templates, &failures) == 0);
+    pthread_join(thread, nullptr);
+    pthread_attr_destroy(&attributes);
+    CHECK(failures >= 6);
+}
+#endif

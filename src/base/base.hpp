@@ -167,7 +167,8 @@ struct Allocator {
     void* context = nullptr;
 };
 
-/// Cores that this process may run on, at least 1; threads that share a core count once.
+/// Cores that this process may run on, hardware threads of one counted once, and that the CPU quota
+/// of its cgroups or job keeps busy, rounded down; at least 1.
 VALAR_API int physical_cores();
 
 }  // namespace v1

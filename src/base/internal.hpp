@@ -189,6 +189,21 @@ void wake(const std::atomic<uint32_t>* word);
 std::wstring utf16_from(std::string_view text);
 #endif
 
+inline constexpr double kNoCpuLimit = 1e9;
+
+/// What the system grants this process at most.
+struct ProcessLimits {
+    double cpus = kNoCpuLimit;     ///< CPU time per time
+    uint64_t memory = UINT64_MAX;  ///< bytes
+    /// Of so many cores in the affinity mask, those that these limits keep busy; at least 1.
+    int cores(int of_mask) const;
+};
+/// Of the control groups that this process is in and all above them. `root` is put before every
+/// path: "", or a tree of a test's own.
+ProcessLimits read_cgroup_limits(const std::string& root);
+/// Of the machine, or what this process is limited to.
+uint64_t usable_memory();
+
 /// A value of the environment, empty when unset.
 std::string environment(const char* name);
 

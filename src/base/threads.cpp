@@ -13,7 +13,6 @@
 #include <new>
 #include <string>
 #include <utility>
-#include <vector>
 
 namespace valar {
 inline namespace v1 {
@@ -22,6 +21,9 @@ namespace detail {
 // ---- Threads ---------------------------------------------------------------------------------
 
 namespace {
+
+// Enough for the deepest nesting that parsers and templates allow; musl's default is 128 KiB.
+constexpr size_t kStackBytes = 1 << 20;
 
 struct ThreadStart {
     void (*function)(void*);
@@ -48,7 +50,8 @@ DWORD WINAPI thread_entry(void* start) {
 }
 
 uintptr_t start_thread(ThreadStart* start) {
-    return reinterpret_cast<uintptr_t>(CreateThread(nullptr, 0, thread_entry, start, 0, nullptr));
+    return reinterpret_cast<uintptr_t>(CreateThread(nullptr, kStackBytes, thread_entry, start,
+                                                    STACK_SIZE_PARAM_IS_A_RESERVATION, nullptr));
 }
 
 #else
@@ -69,8 +72,15 @@ uintptr_t start_thread(ThreadStart* start) {
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
 #endif
     pthread_t thread{};
-    errno = pthread_create(&thread, nullptr, thread_entry, start);
-    const bool started = errno == 0;
+    pthread_attr_t attributes;
+    int failed = pthread_attr_init(&attributes);
+    if (!failed) {
+        pthread_attr_setstacksize(&attributes, kStackBytes);
+        failed = pthread_create(&thread, &attributes, thread_entry, start);
+        pthread_attr_destroy(&attributes);
+    }
+    errno = failed;
+    const bool started = failed == 0;
 #if !defined(__wasi__)
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 #endif
@@ -227,45 +237,5 @@ std::string environment(const char* name) {
 }
 
 }  // namespace detail
-
-int physical_cores() {
-    int cores = 0;
-#if defined(_WIN32)
-    DWORD_PTR allowed = 0, system = 0;
-    GetProcessAffinityMask(GetCurrentProcess(), &allowed, &system);
-    DWORD bytes = 0;
-    GetLogicalProcessorInformation(nullptr, &bytes);
-    std::vector<SYSTEM_LOGICAL_PROCESSOR_INFORMATION> list(bytes / sizeof list[0] + 1);
-    bytes = DWORD(list.size() * sizeof list[0]);
-    if (!GetLogicalProcessorInformation(list.data(), &bytes)) bytes = 0;
-    list.resize(bytes / sizeof list[0]);
-    for (const auto& entry : list)
-        cores += entry.Relationship == RelationProcessorCore && (entry.ProcessorMask & allowed);
-#elif defined(__APPLE__)
-    size_t size = sizeof cores;
-    if (sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, nullptr, 0) != 0)
-        sysctlbyname("hw.physicalcpu", &cores, &size, nullptr, 0);
-#elif defined(__linux__)
-    // Logical CPUs of one core list the same siblings.
-    cpu_set_t allowed;
-    std::vector<std::string> seen;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) CPU_ZERO(&allowed);
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (!CPU_ISSET(cpu, &allowed)) continue;
-        auto siblings = detail::read_file(
-            detail::format("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu),
-            4096);
-        std::string text = siblings ? std::move(*siblings) : detail::format("%d", cpu);
-        if (std::find(seen.begin(), seen.end(), text) == seen.end())
-            seen.push_back(std::move(text));
-    }
-    cores = int(seen.size());
-#endif
-#if !defined(_WIN32)
-    if (cores < 1) cores = int(sysconf(_SC_NPROCESSORS_ONLN));
-#endif
-    return std::max(cores, 1);
-}
-
 }  // namespace v1
 }  // namespace valar
