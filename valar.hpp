@@ -291,7 +291,8 @@ struct Allocator {
     void* context = nullptr;
 };
 
-/// Cores that this process may run on, at least 1; threads that share a core count once.
+/// Cores that this process may run on, hardware threads of one counted once, and that the CPU quota
+/// of its cgroups or job keeps busy, rounded down; at least 1.
 VALAR_API int physical_cores();
 
 }  // namespace v1
@@ -1329,10 +1330,9 @@ struct EngineOptions {
     std::string model_path = {};            ///< a GGUF file (the first of a split one)
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
     std::string model_id = {};    ///< default: the file's general.name, else the file's name
-    uint32_t context_tokens = 0;  ///< positions a request may use; 0: the model's, at most 8,192
-    int threads = -1;             ///< helpers beside the caller; -1: physical cores - 1; 0: none.
-                                  ///< Single tokens use as many of them as are fastest, found by
-                                  ///< trying: small models one
+    uint32_t context_tokens = 0;  ///< that a request may use; 0: 8,192, or as model or memory allow
+    int threads = -1;             ///< helpers beside the caller; -1: physical_cores() - 1; 0: none.
+                                  ///< Single tokens use as many as are fastest, found by trying
     Precision precision = Precision::fast;
     KvType kv_type = KvType::f16;
     uint32_t max_queued = 1000;  ///< waiting requests; past it `overloaded`
@@ -1345,8 +1345,8 @@ struct EngineOptions {
     uint32_t max_running = 16;    ///< requests computed side by side
     uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights
                                   ///< and scratch leave is for keys and values. 0: keys and
-                                  ///< values of two full contexts (of a model whose layers
-                                  ///< all have windows: of these and a batch)
+                                  ///< values of two full contexts, or what there is memory for
+                                  ///< (where all layers have windows: of these and a batch)
     uint32_t page_tokens = 16;    ///< positions a page of keys and values, a multiple of 16
     bool prefix_cache = true;     ///< keep what was computed for requests that begin alike
     bool share_prefixes = false;  ///< among organisations too: for a single tenant
@@ -1818,6 +1818,7 @@ private:
 #include <atomic>
 #include <bit>
 #include <cerrno>
+#include <climits>
 #include <cmath>
 #include <condition_variable>
 #include <cstdarg>
@@ -2091,6 +2092,21 @@ void wake(const std::atomic<uint32_t>* word);
 /// What the system's wide calls take.
 std::wstring utf16_from(std::string_view text);
 #endif
+
+inline constexpr double kNoCpuLimit = 1e9;
+
+/// What the system grants this process at most.
+struct ProcessLimits {
+    double cpus = kNoCpuLimit;     ///< CPU time per time
+    uint64_t memory = UINT64_MAX;  ///< bytes
+    /// Of so many cores in the affinity mask, those that these limits keep busy; at least 1.
+    int cores(int of_mask) const;
+};
+/// Of the control groups that this process is in and all above them. `root` is put before every
+/// path: "", or a tree of a test's own.
+ProcessLimits read_cgroup_limits(const std::string& root);
+/// Of the machine, or what this process is limited to.
+uint64_t usable_memory();
 
 /// A value of the environment, empty when unset.
 std::string environment(const char* name);
@@ -3018,6 +3034,9 @@ namespace detail {
 
 namespace {
 
+// Enough for the deepest nesting that parsers and templates allow; musl's default is 128 KiB.
+constexpr size_t kStackBytes = 1 << 20;
+
 struct ThreadStart {
     void (*function)(void*);
     void* context;
@@ -3043,7 +3062,8 @@ DWORD WINAPI thread_entry(void* start) {
 }
 
 uintptr_t start_thread(ThreadStart* start) {
-    return reinterpret_cast<uintptr_t>(CreateThread(nullptr, 0, thread_entry, start, 0, nullptr));
+    return reinterpret_cast<uintptr_t>(CreateThread(nullptr, kStackBytes, thread_entry, start,
+                                                    STACK_SIZE_PARAM_IS_A_RESERVATION, nullptr));
 }
 
 #else
@@ -3064,8 +3084,15 @@ uintptr_t start_thread(ThreadStart* start) {
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
 #endif
     pthread_t thread{};
-    errno = pthread_create(&thread, nullptr, thread_entry, start);
-    const bool started = errno == 0;
+    pthread_attr_t attributes;
+    int failed = pthread_attr_init(&attributes);
+    if (!failed) {
+        pthread_attr_setstacksize(&attributes, kStackBytes);
+        failed = pthread_create(&thread, &attributes, thread_entry, start);
+        pthread_attr_destroy(&attributes);
+    }
+    errno = failed;
+    const bool started = failed == 0;
 #if !defined(__wasi__)
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 #endif
@@ -3222,8 +3249,250 @@ std::string environment(const char* name) {
 }
 
 }  // namespace detail
+}  // namespace v1
+}  // namespace valar
 
-int physical_cores() {
+// ---- src/base/limits.cpp -----------------------------------------------------------------------
+
+// >>base
+// What the process has, which may be less than what the machine has: CPUs by its affinity mask and
+// quota, memory by the limits of its container.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Control groups of Linux -----------------------------------------------------------------
+//
+// /proc/self/cgroup says for each hierarchy where in it the process is, /proc/self/mountinfo where
+// hierarchies are mounted, each perhaps from some group on only (a container sees its own as the
+// root). A limit of any group between the two holds. Version 1 has a hierarchy for each controller or
+// some of them together, version 2 one for all; both may be there, each with some controllers.
+
+namespace {
+
+constexpr uint64_t kMostListBytes = 4 << 20;
+
+// The next piece of *text before `separator`, which is taken off; all of it where there is none.
+std::string_view take_until(std::string_view* text, char separator) {
+    const size_t end = std::min(text->find(separator), text->size());
+    const std::string_view piece = text->substr(0, end);
+    text->remove_prefix(std::min(end + 1, text->size()));
+    return piece;
+}
+
+bool list_has(std::string_view list, std::string_view wanted) {
+    while (!list.empty())
+        if (take_until(&list, ',') == wanted) return true;
+    return false;
+}
+
+// mountinfo writes space, tab, newline and backslash in octal.
+std::string unescaped(std::string_view text) {
+    std::string out;
+    for (size_t i = 0; i < text.size(); ++i) {
+        const auto octal = [&](size_t at) { return text[at] >= '0' && text[at] <= '7'; };
+        if (text[i] == '\\' && text.size() - i > 3 && octal(i + 1) && octal(i + 2) &&
+            octal(i + 3)) {
+            out += static_cast<char>((text[i + 1] - '0') * 64 + (text[i + 2] - '0') * 8 +
+                                     (text[i + 3] - '0'));
+            i += 3;
+        } else {
+            out += text[i];
+        }
+    }
+    return out;
+}
+
+// A whole number above 0; else ("max", -1, nothing, garbage) UINT64_MAX: no limit.
+uint64_t limit_of(std::string_view text) {
+    text = trim(text);
+    uint64_t value = 0;
+    for (const char c : text) {
+        if (c < '0' || c > '9') return UINT64_MAX;
+        if (mul_overflows(value, 10, &value) ||
+            add_overflows(value, static_cast<uint64_t>(c - '0'), &value))
+            return UINT64_MAX;
+    }
+    return value ? value : UINT64_MAX;
+}
+
+// The first line of a file of a group; nothing where it cannot be read.
+std::string first_line(const std::string& path) {
+    auto text = read_file(path, 4096);
+    if (!text) return {};
+    text->resize(std::min(text->find('\n'), text->size()));
+    return std::move(*text);
+}
+
+double cpus_of(uint64_t quota_us, uint64_t period_us) {
+    if (quota_us == UINT64_MAX || period_us == UINT64_MAX) return kNoCpuLimit;
+    return static_cast<double>(quota_us) / static_cast<double>(period_us);
+}
+
+void read_group(const std::string& group, bool version_2, ProcessLimits* out) {
+    const auto file = [&](const char* name) { return first_line(group + "/" + name); };
+    if (version_2) {
+        const std::string line = file("cpu.max");
+        std::string_view text = line;
+        const std::string_view quota = take_until(&text, ' ');
+        out->cpus = std::min(out->cpus, cpus_of(limit_of(quota), limit_of(text)));
+        for (const char* name : {"memory.max", "memory.high"})
+            out->memory = std::min(out->memory, limit_of(file(name)));
+        return;
+    }
+    out->cpus = std::min(out->cpus, cpus_of(limit_of(file("cpu.cfs_quota_us")),
+                                            limit_of(file("cpu.cfs_period_us"))));
+    out->memory = std::min(out->memory, limit_of(file("memory.limit_in_bytes")));
+}
+
+struct CgroupMount {
+    bool version_2;
+    std::string root, point;  // where in the hierarchy what is seen begins; where it is seen
+    std::string options;      // of version 1: its controllers
+};
+
+std::vector<CgroupMount> read_mounts(std::string_view list) {
+    std::vector<CgroupMount> out;
+    while (!list.empty()) {
+        std::string_view line = take_until(&list, '\n');
+        const size_t dash = std::min(line.find(" - "), line.size());
+        std::string_view file_system = line.substr(std::min(dash + 3, line.size()));
+        const std::string_view type = take_until(&file_system, ' ');
+        if (type != "cgroup" && type != "cgroup2") continue;
+        take_until(&file_system, ' ');
+        for (int field = 0; field < 3; ++field) take_until(&line, ' ');
+        const std::string_view root = take_until(&line, ' '), point = take_until(&line, ' ');
+        out.push_back({type == "cgroup2", unescaped(root), unescaped(point),
+                       std::string(take_until(&file_system, ' '))});
+    }
+    return out;
+}
+
+// Where `group` lies below `root`: "" or "/a/b". False: nowhere.
+bool is_below(const std::string& group, std::string root, std::string* below) {
+    while (!root.empty() && root.back() == '/') root.pop_back();
+    if (group.compare(0, root.size(), root) != 0) return false;
+    *below = group.substr(root.size());
+    if (*below == "/") below->clear();
+    return (below->empty() || below->front() == '/') && (*below + "/").find("/../") == SIZE_MAX;
+}
+
+// The limits of `below` a mount point and of every group up to the mount point itself.
+void read_groups(const std::string& point, std::string below, bool version_2, ProcessLimits* out) {
+    for (;; below.resize(below.rfind('/'))) {
+        read_group(point + below, version_2, out);
+        if (below.empty()) return;
+    }
+}
+
+// A hierarchy that the process is in. Where it sees none of its groups (of another container, of
+// outside its namespace) the mount point is its own or one above it.
+void read_hierarchy(const std::string& root, const std::vector<CgroupMount>& mounts,
+                    std::string_view controllers, const std::string& group, ProcessLimits* out) {
+    const bool version_2 = controllers.empty();
+    bool found = false;
+    for (const bool is_last_resort : {false, true}) {
+        for (const CgroupMount& mount : mounts) {
+            const bool holds = version_2
+                                   ? mount.version_2
+                                   : !mount.version_2 && ((list_has(controllers, "cpu") &&
+                                                           list_has(mount.options, "cpu")) ||
+                                                          (list_has(controllers, "memory") &&
+                                                           list_has(mount.options, "memory")));
+            std::string below;
+            if (!holds) continue;
+            if (is_below(group, mount.root, &below)) found = true;
+            else if (is_last_resort) below.clear();
+            else continue;
+            read_groups(root + mount.point, below, version_2, out);
+        }
+        if (found) return;
+    }
+}
+
+}  // namespace
+
+ProcessLimits read_cgroup_limits(const std::string& root) {
+    ProcessLimits out;
+    const auto groups = read_file(root + "/proc/self/cgroup", kMostListBytes),
+               mounted = read_file(root + "/proc/self/mountinfo", kMostListBytes);
+    if (!groups || !mounted) return out;
+    const std::vector<CgroupMount> mounts = read_mounts(*mounted);
+    for (std::string_view list = *groups; !list.empty();) {
+        std::string_view line = take_until(&list, '\n');
+        take_until(&line, ':');
+        const std::string_view controllers = take_until(&line, ':');
+        if (!line.empty()) read_hierarchy(root, mounts, controllers, std::string(line), &out);
+    }
+    return out;
+}
+
+// ---- Limits of any system --------------------------------------------------------------------
+
+namespace {
+
+ProcessLimits read_process_limits() {
+    ProcessLimits out;
+#if defined(__linux__)
+    out = read_cgroup_limits("");
+#elif defined(_WIN32)
+    JOBOBJECT_CPU_RATE_CONTROL_INFORMATION rate{};
+    constexpr DWORD capped = JOB_OBJECT_CPU_RATE_CONTROL_ENABLE |
+                             JOB_OBJECT_CPU_RATE_CONTROL_HARD_CAP;
+    SYSTEM_INFO system{};
+    GetSystemInfo(&system);
+    if (QueryInformationJobObject(nullptr, JobObjectCpuRateControlInformation, &rate, sizeof rate,
+                                  nullptr) &&
+        (rate.ControlFlags & capped) == capped && rate.CpuRate)  // of 10,000: all CPUs
+        out.cpus = rate.CpuRate * 1e-4 * system.dwNumberOfProcessors;
+    JOBOBJECT_EXTENDED_LIMIT_INFORMATION job{};
+    if (QueryInformationJobObject(nullptr, JobObjectExtendedLimitInformation, &job, sizeof job,
+                                  nullptr)) {
+        const DWORD flags = job.BasicLimitInformation.LimitFlags;
+        if (flags & JOB_OBJECT_LIMIT_PROCESS_MEMORY) out.memory = job.ProcessMemoryLimit;
+        if (flags & JOB_OBJECT_LIMIT_JOB_MEMORY)
+            out.memory = std::min<uint64_t>(out.memory, job.JobMemoryLimit);
+    }
+#endif
+    return out;
+}
+
+uint64_t physical_memory() {
+#if defined(_WIN32)
+    MEMORYSTATUSEX status{};
+    status.dwLength = sizeof status;
+    return GlobalMemoryStatusEx(&status) ? status.ullTotalPhys : UINT64_MAX;
+#elif defined(__APPLE__)
+    uint64_t bytes = 0;
+    size_t size = sizeof bytes;
+    return sysctlbyname("hw.memsize", &bytes, &size, nullptr, 0) == 0 ? bytes : UINT64_MAX;
+#elif defined(_SC_PHYS_PAGES)
+    const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    return pages > 0 && page > 0 ? uint64_t(pages) * uint64_t(page) : UINT64_MAX;
+#else
+    return UINT64_MAX;
+#endif
+}
+
+#if defined(__linux__)
+// The CPUs of the affinity mask, however many the kernel was built for.
+std::vector<int> allowed_cpus() {
+    std::vector<int> out;
+    std::vector<unsigned long> mask(1024 / CHAR_BIT / sizeof(unsigned long));
+    constexpr size_t word_bits = CHAR_BIT * sizeof(unsigned long);
+    while (sched_getaffinity(0, mask.size() * sizeof mask[0],
+                             reinterpret_cast<cpu_set_t*>(mask.data())) != 0) {
+        if (errno != EINVAL || mask.size() * word_bits > (1 << 20)) return out;
+        mask.resize(mask.size() * 2);
+    }
+    for (size_t cpu = 0; cpu < mask.size() * word_bits; ++cpu)
+        if (mask[cpu / word_bits] >> cpu % word_bits & 1) out.push_back(int(cpu));
+    return out;
+}
+#endif
+
+int cores_of_mask() {
     int cores = 0;
 #if defined(_WIN32)
     DWORD_PTR allowed = 0, system = 0;
@@ -3242,25 +3511,35 @@ int physical_cores() {
         sysctlbyname("hw.physicalcpu", &cores, &size, nullptr, 0);
 #elif defined(__linux__)
     // Logical CPUs of one core list the same siblings.
-    cpu_set_t allowed;
     std::vector<std::string> seen;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) CPU_ZERO(&allowed);
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (!CPU_ISSET(cpu, &allowed)) continue;
-        auto siblings = detail::read_file(
-            detail::format("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu),
-            4096);
-        std::string text = siblings ? std::move(*siblings) : detail::format("%d", cpu);
-        if (std::find(seen.begin(), seen.end(), text) == seen.end())
-            seen.push_back(std::move(text));
+    for (const int cpu : allowed_cpus()) {
+        auto siblings = read_file(
+            format("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu), 4096);
+        seen.push_back(siblings ? std::move(*siblings) : format("%d", cpu));
     }
-    cores = int(seen.size());
+    std::sort(seen.begin(), seen.end());
+    cores = int(std::unique(seen.begin(), seen.end()) - seen.begin());
 #endif
 #if !defined(_WIN32)
     if (cores < 1) cores = int(sysconf(_SC_NPROCESSORS_ONLN));
 #endif
-    return std::max(cores, 1);
+    return cores;
 }
+
+}  // namespace
+
+// Rounded down. A thread more than the quota pays for runs it out before its period ends, and then
+// all threads stand still until the next, tens of milliseconds: in the middle of a stage, where the
+// others wait, and of a token.
+int ProcessLimits::cores(int of_mask) const {
+    return static_cast<int>(std::max(std::min(cpus, static_cast<double>(of_mask)), 1.0));
+}
+
+uint64_t usable_memory() { return std::min(physical_memory(), read_process_limits().memory); }
+
+}  // namespace detail
+
+int physical_cores() { return detail::read_process_limits().cores(detail::cores_of_mask()); }
 
 }  // namespace v1
 }  // namespace valar
@@ -19292,10 +19571,13 @@ namespace detail {
 
 // ---- Sizes that follow from options and model ------------------------------------------------
 
-/// Positions that a request may use.
-uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec);
-/// As many pages as memory_limit leaves room for: at least what one context needs.
-Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file);
+/// Positions that a request may use. Where the options do not say it, as many as `memory`, what the
+/// system has for this process, has room for.
+uint32_t choose_context(const EngineOptions& options, const ModelFile& file,
+                        uint64_t memory = usable_memory());
+/// As many pages as memory_limit, or `memory`, leaves room for: at least what one context needs.
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
+                                              uint64_t memory = usable_memory());
 /// Full pages before a position that some layer may see from there; UINT32_MAX: all.
 uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
 /// Pages that a sequence holds at once, with so many positions: where all layers have windows,
@@ -19439,7 +19721,7 @@ void LoadedModel::name(const EngineOptions& options) {
     info_.id = choose_model_id(options, spec());
     info_.aliases = options.aliases;
     info_.created = unix_time_ms() / 1000;
-    info_.context_tokens = choose_context(options, spec());
+    info_.context_tokens = choose_context(options, file_);
     info_.windows = options.windows;
 }
 
@@ -19500,12 +19782,17 @@ namespace detail {
 
 namespace {
 
-Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec) {
+// Where no limit is asked for, the system's: an eighth is left for all that a plan does not count.
+constexpr uint64_t kSpareMemory = 8;
+constexpr uint32_t kLeastDefaultContext = 512;
+
+Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec,
+                                  uint32_t context) {
     const struct {
         const char* field;
         uint32_t value, most;
     } ranges[] = {
-        {"context_tokens", choose_context(options, spec), spec.n_context},
+        {"context_tokens", context, spec.n_context},
         {"step_tokens", options.step_tokens, kMaxStepTokens},
         {"max_running", options.max_running, kMaxRunning},
     };
@@ -19516,18 +19803,9 @@ Result<void> check_engine_options(const EngineOptions& options, const ModelSpec&
     return {};
 }
 
-}  // namespace
-
-uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec) {
-    return options.context_tokens ? options.context_tokens
-                                  : std::min(spec.n_context, kDefaultContext);
-}
-
-Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file) {
-    const ModelSpec& spec = file.spec;
-    auto good = check_engine_options(options, spec);
-    if (!good) return good.error();
-    const uint32_t context = choose_context(options, spec);
+// What the options are for the backend, with keys and values of one context.
+BackendOptions options_for_context(const EngineOptions& options, const ModelSpec& spec,
+                                   uint32_t context) {
     BackendOptions out;
     out.precision = options.precision;
     out.kv_type = options.kv_type;
@@ -19543,21 +19821,48 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
     out.allocator = options.allocator;
+    return out;
+}
+
+}  // namespace
+
+uint32_t choose_context(const EngineOptions& options, const ModelFile& file, uint64_t memory) {
+    if (options.context_tokens) return options.context_tokens;
+    uint32_t context = std::min(file.spec.n_context, kDefaultContext);
+    if (options.memory_limit) return context;
+    for (; context > kLeastDefaultContext; context = std::max(context / 2, kLeastDefaultContext)) {
+        const auto plan = plan_cpu_backend(file.gguf, file.spec, file.tensors,
+                                           options_for_context(options, file.spec, context));
+        if (!plan || plan->total() <= memory - memory / kSpareMemory) break;
+    }
+    return context;
+}
+
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
+                                              uint64_t memory) {
+    const ModelSpec& spec = file.spec;
+    const uint32_t context = choose_context(options, file, memory);
+    auto good = check_engine_options(options, spec, context);
+    if (!good) return good.error();
+    BackendOptions out = options_for_context(options, spec, context);
+    const uint64_t least = out.kv_pages;
     auto plan = plan_cpu_backend(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();
-    uint64_t pages = least * std::min(options.max_running, 2u);
-    if (const uint64_t limit = options.memory_limit) {
-        if (plan->total() > limit)
-            return make_error(ErrorKind::out_of_memory,
-                              format("memory_limit: %llu bytes; this model takes %llu with a "
-                                     "context of %u tokens",
-                                     static_cast<unsigned long long>(limit),
-                                     static_cast<unsigned long long>(plan->total()), context),
-                              {}, "memory_limit");
-        pages = std::min(least * options.max_running,
-                         least + (limit - plan->total()) / std::max<uint64_t>(plan->kv / least, 1));
-    }
-    out.kv_pages = static_cast<uint32_t>(std::min<uint64_t>(pages, UINT32_MAX - 1));
+    const uint64_t limit = options.memory_limit,
+                   most = limit ? limit : memory - memory / kSpareMemory,
+                   page = std::max<uint64_t>(plan->kv / least, 1);
+    if (limit && plan->total() > limit)
+        return make_error(
+            ErrorKind::out_of_memory,
+            format("memory_limit: %llu bytes; this model takes %llu with a context of "
+                   "%u tokens",
+                   static_cast<unsigned long long>(limit),
+                   static_cast<unsigned long long>(plan->total()), context),
+            {}, "memory_limit");
+    const uint64_t contexts = limit ? options.max_running : std::min(options.max_running, 2u),
+                   more = most > plan->total() ? (most - plan->total()) / page : 0;
+    out.kv_pages = static_cast<uint32_t>(
+        std::min({least * contexts, least + more, uint64_t{UINT32_MAX} - 1}));
     return out;
 }
 

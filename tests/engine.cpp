@@ -3,6 +3,8 @@
 
 #include "digest_internal.hpp"
 #include "engine/engine.hpp"
+#include "engine/plan.hpp"
+#include "interrupts.hpp"
 #include "json_internal.hpp"
 #include "sampler_internal.hpp"
 #include "template/internal.hpp"
@@ -1587,3 +1589,53 @@ TEST_CASE("conversation: save and restore with q8_0 pages, and with windows") {
         CHECK_FALSE(Conversation::restore(different, *saved));
     }
 }
+
+TEST_CASE("engine: what the process has memory for bounds the default for keys and values") {
+    const auto bytes = tiny::model({.types = {TensorType::q8_0}, .n_context = 2048});
+    EngineOptions options;
+    options.model_bytes = bytes;
+    detail::ModelFile file;
+    REQUIRE(file.open(options).ok());
+    const auto plan = [&](uint64_t memory) {
+        auto chosen = detail::choose_backend_options(options, file, memory);
+        REQUIRE(chosen.ok());
+        auto found = detail::plan_cpu_backend(file.gguf, file.spec, file.tensors, *chosen);
+        REQUIRE(found.ok());
+        CHECK(chosen->max_positions == detail::choose_context(options, file, memory));
+        return std::make_pair(*found, chosen->max_positions);
+    };
+    const auto [two, context] = plan(UINT64_MAX);
+    const uint64_t one = two.total() - two.kv / 2;
+    CHECK(plan(two.total() * 8 / 7 + 8).first.kv == two.kv);
+    CHECK(plan(one * 8 / 7 + 8).first.kv < two.kv);
+    CHECK(plan(one * 8 / 7 + 8).second == context);
+    const auto [small, fewer] = plan(1);  // never nothing
+    CHECK(small.kv > 0);
+    CHECK(fewer == 512);
+    const auto [half, less] = plan(one);
+    CHECK(less < context);
+    CHECK(half.total() <= one - one / 8);
+    options.memory_limit = two.total();  // what the caller says is not second-guessed
+    CHECK(plan(1).first.kv >= two.kv);
+    options.memory_limit = 0;
+    options.context_tokens = context;
+    CHECK(plan(1).second == context);
+}
+
+#if !defined(_WIN32)
+TEST_CASE("engine: signals that interrupt system calls change nothing") {
+    EngineOptions options = tiny_options();
+    options.threads = 2;
+    const std::string undisturbed = answer(open_tiny(options), ask("hello world", 40));
+    const Interrupts interrupts;
+    CHECK(answer(open_tiny(options), ask("hello world", 40)) == undisturbed);
+    Engine engine = open_tiny(options);
+    REQUIRE(engine.start());
+    for (int i = 0; i < 10; ++i) {
+        Reply reply = engine.submit(ask("hello world", 40));
+        REQUIRE(reply.wait(30'000));
+        CHECK(reply.outcome().text == undisturbed);
+    }
+    engine.stop();
+}
+#endif

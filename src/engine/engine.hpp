@@ -31,10 +31,9 @@ struct EngineOptions {
     std::string model_path = {};            ///< a GGUF file (the first of a split one)
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
     std::string model_id = {};    ///< default: the file's general.name, else the file's name
-    uint32_t context_tokens = 0;  ///< positions a request may use; 0: the model's, at most 8,192
-    int threads = -1;             ///< helpers beside the caller; -1: physical cores - 1; 0: none.
-                                  ///< Single tokens use as many of them as are fastest, found by
-                                  ///< trying: small models one
+    uint32_t context_tokens = 0;  ///< that a request may use; 0: 8,192, or as model or memory allow
+    int threads = -1;             ///< helpers beside the caller; -1: physical_cores() - 1; 0: none.
+                                  ///< Single tokens use as many as are fastest, found by trying
     Precision precision = Precision::fast;
     KvType kv_type = KvType::f16;
     uint32_t max_queued = 1000;  ///< waiting requests; past it `overloaded`
@@ -47,8 +46,8 @@ struct EngineOptions {
     uint32_t max_running = 16;    ///< requests computed side by side
     uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights
                                   ///< and scratch leave is for keys and values. 0: keys and
-                                  ///< values of two full contexts (of a model whose layers
-                                  ///< all have windows: of these and a batch)
+                                  ///< values of two full contexts, or what there is memory for
+                                  ///< (where all layers have windows: of these and a batch)
     uint32_t page_tokens = 16;    ///< positions a page of keys and values, a multiple of 16
     bool prefix_cache = true;     ///< keep what was computed for requests that begin alike
     bool share_prefixes = false;  ///< among organisations too: for a single tenant

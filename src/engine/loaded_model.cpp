@@ -118,7 +118,7 @@ void LoadedModel::name(const EngineOptions& options) {
     info_.id = choose_model_id(options, spec());
     info_.aliases = options.aliases;
     info_.created = unix_time_ms() / 1000;
-    info_.context_tokens = choose_context(options, spec());
+    info_.context_tokens = choose_context(options, file_);
     info_.windows = options.windows;
 }
 

@@ -1,5 +1,6 @@
 #include "prologue.hpp"
 
+#include "base/internal.hpp"
 #include "engine/limits.hpp"
 #include "engine/plan.hpp"
 
@@ -13,12 +14,17 @@ namespace detail {
 
 namespace {
 
-Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec) {
+// Where no limit is asked for, the system's: an eighth is left for all that a plan does not count.
+constexpr uint64_t kSpareMemory = 8;
+constexpr uint32_t kLeastDefaultContext = 512;
+
+Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec,
+                                  uint32_t context) {
     const struct {
         const char* field;
         uint32_t value, most;
     } ranges[] = {
-        {"context_tokens", choose_context(options, spec), spec.n_context},
+        {"context_tokens", context, spec.n_context},
         {"step_tokens", options.step_tokens, kMaxStepTokens},
         {"max_running", options.max_running, kMaxRunning},
     };
@@ -29,18 +35,9 @@ Result<void> check_engine_options(const EngineOptions& options, const ModelSpec&
     return {};
 }
 
-}  // namespace
-
-uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec) {
-    return options.context_tokens ? options.context_tokens
-                                  : std::min(spec.n_context, kDefaultContext);
-}
-
-Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file) {
-    const ModelSpec& spec = file.spec;
-    auto good = check_engine_options(options, spec);
-    if (!good) return good.error();
-    const uint32_t context = choose_context(options, spec);
+// What the options are for the backend, with keys and values of one context.
+BackendOptions options_for_context(const EngineOptions& options, const ModelSpec& spec,
+                                   uint32_t context) {
     BackendOptions out;
     out.precision = options.precision;
     out.kv_type = options.kv_type;
@@ -56,21 +53,48 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     out.threads = options.threads;
     out.parallel_for = options.parallel_for;
     out.allocator = options.allocator;
+    return out;
+}
+
+}  // namespace
+
+uint32_t choose_context(const EngineOptions& options, const ModelFile& file, uint64_t memory) {
+    if (options.context_tokens) return options.context_tokens;
+    uint32_t context = std::min(file.spec.n_context, kDefaultContext);
+    if (options.memory_limit) return context;
+    for (; context > kLeastDefaultContext; context = std::max(context / 2, kLeastDefaultContext)) {
+        const auto plan = plan_cpu_backend(file.gguf, file.spec, file.tensors,
+                                           options_for_context(options, file.spec, context));
+        if (!plan || plan->total() <= memory - memory / kSpareMemory) break;
+    }
+    return context;
+}
+
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
+                                              uint64_t memory) {
+    const ModelSpec& spec = file.spec;
+    const uint32_t context = choose_context(options, file, memory);
+    auto good = check_engine_options(options, spec, context);
+    if (!good) return good.error();
+    BackendOptions out = options_for_context(options, spec, context);
+    const uint64_t least = out.kv_pages;
     auto plan = plan_cpu_backend(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();
-    uint64_t pages = least * std::min(options.max_running, 2u);
-    if (const uint64_t limit = options.memory_limit) {
-        if (plan->total() > limit)
-            return make_error(ErrorKind::out_of_memory,
-                              format("memory_limit: %llu bytes; this model takes %llu with a "
-                                     "context of %u tokens",
-                                     static_cast<unsigned long long>(limit),
-                                     static_cast<unsigned long long>(plan->total()), context),
-                              {}, "memory_limit");
-        pages = std::min(least * options.max_running,
-                         least + (limit - plan->total()) / std::max<uint64_t>(plan->kv / least, 1));
-    }
-    out.kv_pages = static_cast<uint32_t>(std::min<uint64_t>(pages, UINT32_MAX - 1));
+    const uint64_t limit = options.memory_limit,
+                   most = limit ? limit : memory - memory / kSpareMemory,
+                   page = std::max<uint64_t>(plan->kv / least, 1);
+    if (limit && plan->total() > limit)
+        return make_error(
+            ErrorKind::out_of_memory,
+            format("memory_limit: %llu bytes; this model takes %llu with a context of "
+                   "%u tokens",
+                   static_cast<unsigned long long>(limit),
+                   static_cast<unsigned long long>(plan->total()), context),
+            {}, "memory_limit");
+    const uint64_t contexts = limit ? options.max_running : std::min(options.max_running, 2u),
+                   more = most > plan->total() ? (most - plan->total()) / page : 0;
+    out.kv_pages = static_cast<uint32_t>(
+        std::min({least * contexts, least + more, uint64_t{UINT32_MAX} - 1}));
     return out;
 }
 

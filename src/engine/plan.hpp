@@ -1,6 +1,7 @@
 #pragma once
 
 #include "backend/internal.hpp"
+#include "base/internal.hpp"
 #include "engine/loaded_model.hpp"
 
 #include <cstdint>
@@ -11,10 +12,13 @@ namespace detail {
 
 // ---- Sizes that follow from options and model ------------------------------------------------
 
-/// Positions that a request may use.
-uint32_t choose_context(const EngineOptions& options, const ModelSpec& spec);
-/// As many pages as memory_limit leaves room for: at least what one context needs.
-Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file);
+/// Positions that a request may use. Where the options do not say it, as many as `memory`, what the
+/// system has for this process, has room for.
+uint32_t choose_context(const EngineOptions& options, const ModelFile& file,
+                        uint64_t memory = usable_memory());
+/// As many pages as memory_limit, or `memory`, leaves room for: at least what one context needs.
+Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
+                                              uint64_t memory = usable_memory());
 /// Full pages before a position that some layer may see from there; UINT32_MAX: all.
 uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
 /// Pages that a sequence holds at once, with so many positions: where all layers have windows,
