@@ -24407,6 +24407,12 @@ Result<Buffer> journal_read(FolderFile& file);
 /// A name for a damaged file, which joins `names`.
 std::string journal_aside(std::vector<std::string>* names, const std::string& name);
 
+/// A file that the journal does not need.
+struct JournalStranger {
+    std::string name;
+    std::string aside = {};  // what it is renamed to; empty: it is removed
+};
+
 /// A copy of live records out of segments [0, inputs).
 struct JournalCompaction {
     struct Move {
@@ -24467,9 +24473,9 @@ struct FileJournal {
     Result<bool> replay_record(JournalSegment& segment, const JournalRecord& record, size_t offset);
     void apply(JournalSegment& segment, uint16_t type, StoredResponse record, int64_t died_ms,
                JournalPlace place);
-    Result<std::vector<std::string>> find_strangers(const std::vector<std::string>& names) const;
+    Result<std::vector<JournalStranger>> find_strangers(std::vector<std::string> names) const;
     Result<void> check_stranger(const JournalSegment& segment, std::string_view bytes) const;
-    Result<void> settle(const std::vector<std::string>& strangers);
+    Result<void> settle(const std::vector<JournalStranger>& strangers);
     // opening: what is damaged
     Result<void> recover(const std::vector<std::string>& names);
 
@@ -24868,23 +24874,28 @@ Result<bool> FileJournal::replay_record(JournalSegment& segment, const JournalRe
 }
 
 /// Files that a compaction, or the beginning of a segment, left when it was interrupted. Damage
-/// where one holds more than copies of what is there.
-Result<std::vector<std::string>> FileJournal::find_strangers(
-    const std::vector<std::string>& names) const {
-    std::vector<std::string> strangers;
-    for (const std::string& name : names) {
+/// where one holds more than copies of what is there. What is not whole stays beside: a recovery
+/// may have left it so.
+Result<std::vector<JournalStranger>> FileJournal::find_strangers(
+    std::vector<std::string> names) const {
+    std::vector<JournalStranger> strangers;
+    for (const std::string& name : std::vector<std::string>(names)) {
         const auto segment = journal_segment(name);
         const auto known = [&](const auto& one) { return one->name == name; };
         if (std::any_of(segments.begin(), segments.end(), known)) continue;
-        if (segment) {
-            auto file = folder->open_file(name, false);
-            if (!file) return file.error();
-            auto bytes = journal_read(**file);
-            if (!bytes) return bytes.error();
-            auto old = check_stranger(*segment, {bytes->as<const char>(), bytes->size()});
-            if (!old) return old.error();
-        }
-        if (segment || name == "manifest.new") strangers.push_back(name);
+        if (segment || name == "manifest.new") strangers.push_back({name});
+        if (!segment) continue;
+        auto file = folder->open_file(name, false);
+        if (!file) return file.error();
+        auto read = journal_read(**file);
+        if (!read) return read.error();
+        const std::string_view bytes(read->as<const char>(), read->size());
+        if (auto old = check_stranger(*segment, bytes); !old) return old.error();
+        const bool torn = segment->copied || segment->number == planned || manifest_version < 2;
+        size_t at = std::min(bytes.size(), journal_segment_head);
+        for (JournalRecord record; journal_parse(bytes, at, salt, &record);) at += record.size;
+        if (!torn && (at < bytes.size() || at < journal_segment_head))
+            strangers.back().aside = journal_aside(&names, name);
     }
     return strangers;
 }
@@ -24908,9 +24919,14 @@ Result<void> FileJournal::check_stranger(const JournalSegment& segment,
 }
 
 /// The directory becomes what a journal in use is.
-Result<void> FileJournal::settle(const std::vector<std::string>& strangers) {
-    for (const std::string& name : strangers)
-        if (auto removed = folder->remove(name); !removed) return removed;
+Result<void> FileJournal::settle(const std::vector<JournalStranger>& strangers) {
+    for (const auto& [name, aside] : strangers) {
+        auto gone = aside.empty() ? folder->remove(name) : folder->rename(name, aside);
+        if (!gone) return gone;
+        if (aside.empty()) continue;
+        options.log(LogLevel::warning,
+                    "'" + name + "' is damaged and not needed; it lies beside as '" + aside + "'");
+    }
     if (!strangers.empty())
         if (auto synced = stop_if_failed(folder->sync()); !synced) return synced;
     if (segments.empty()) return roll();
@@ -24984,6 +25000,7 @@ public:
         if (auto begun = begin(); !begun) return begun;
         for (size_t i = 0; i < sources_.size(); ++i)
             if (auto read = read_source(i); !read) return read;
+        sort();
         if (auto replayed = replay(); !replayed) return replayed;
         count_losses();
         if (auto rebuilt = rebuild(); !rebuilt) {
@@ -25000,6 +25017,8 @@ private:
     Result<void> read_source(size_t index);
     Result<void> scan(size_t index, std::string_view bytes);
     void compare(RecoverySource& source, uint32_t digest);
+    void sort();
+    void lose(const WholeRecord& whole, const char* what);
     Result<void> replay();
     void count_losses();
     Result<void> rebuild();
@@ -25141,18 +25160,32 @@ void Recovery::compare(RecoverySource& source, uint32_t digest) {
     else if (full && digest != named.digest) source.blame("its checksum is not that in 'manifest'");
 }
 
-/// Does the records again, each once, though copies of it may be there too.
-Result<void> Recovery::replay() {
+/// Of copies one is enough. Of two that differ, and so come from different lives, only the first
+/// can be kept: the next journal has each number once.
+void Recovery::sort() {
     sort_items(records_, [](const WholeRecord& a, const WholeRecord& b) {
         return std::pair(a.sequence, a.checksum) < std::pair(b.sequence, b.checksum);
     });
-    const auto same = [](const WholeRecord& a, const WholeRecord& b) {
-        return a.sequence == b.sequence && a.checksum == b.checksum;
-    };
-    records_.erase(std::unique(records_.begin(), records_.end(), same), records_.end());
+    std::vector<WholeRecord> once;
     for (const WholeRecord& whole : records_) {
-        RecoverySource& source = sources_[whole.source];
-        JournalSegment& segment = *source.segment;
+        if (once.empty() || once.back().sequence != whole.sequence) once.push_back(whole);
+        else if (once.back().checksum != whole.checksum)
+            lose(whole, "a record whose sequence number another file has, too,");
+    }
+    records_ = std::move(once);
+}
+
+void Recovery::lose(const WholeRecord& whole, const char* what) {
+    RecoverySource& source = sources_[whole.source];
+    source.blame(format("%s at offset %llu", what, static_cast<unsigned long long>(whole.offset)));
+    source.gaps.emplace_back(whole.sequence, whole.sequence);
+    ++source.lost;
+}
+
+/// Does the records again.
+Result<void> Recovery::replay() {
+    for (const WholeRecord& whole : records_) {
+        JournalSegment& segment = *sources_[whole.source].segment;
         journal_.next_sequence = std::max(journal_.next_sequence, whole.sequence + 1);
         auto bytes = journal_.read_record(segment, {whole.offset, segment.number, whole.size});
         if (!bytes) return bytes.error();
@@ -25160,11 +25193,7 @@ Result<void> Recovery::replay() {
         journal_parse(*bytes, 0, journal_.salt, &record);
         auto applied = journal_.replay_record(segment, record, size_t(whole.offset));
         if (!applied) return applied.error();
-        if (*applied) continue;
-        source.blame(format("no record that belongs here at offset %llu",
-                            static_cast<unsigned long long>(whole.offset)));
-        source.gaps.emplace_back(whole.sequence, whole.sequence);
-        ++source.lost;
+        if (!*applied) lose(whole, "no record that belongs here");
     }
     return {};
 }
@@ -25175,8 +25204,12 @@ void Recovery::count_losses() {
         uint64_t missing = 0;
         for (const auto& [first, last] : source.gaps) {
             missing += last - first + 1;
-            for (const WholeRecord& whole : records_)
-                missing -= whole.sequence >= first && whole.sequence <= last;
+            const auto below = [](const WholeRecord& whole, uint64_t sequence) {
+                return whole.sequence < sequence;
+            };
+            const auto begin = records_.begin(), end = records_.end();
+            missing -= uint64_t(std::lower_bound(begin, end, last + 1, below) -
+                                std::lower_bound(begin, end, first, below));
         }
         source.lost += missing;
     }
@@ -25205,6 +25238,13 @@ Result<void> Recovery::rebuild() {
             source.segment->aside = journal_aside(&names_, source.name);
     journal_.planned = 0;
     journal_.begin_compaction(journal_.segments.size(), 0);
+    std::map<std::pair<uint32_t, uint64_t>, uint64_t> sequences;  // by place
+    for (const WholeRecord& whole : records_)
+        sequences[{uint32_t(whole.source + 1), whole.offset}] = whole.sequence;
+    sort_items(journal_.compaction->moves, [&](const auto& a, const auto& b) {
+        return sequences[{a.from.segment, a.from.offset}] <
+               sequences[{b.from.segment, b.from.offset}];
+    });
     for (bool more = true; more;) {
         auto copied = journal_.copy_piece();
         if (!copied) return copied.error();
@@ -25690,6 +25730,8 @@ FileStore::FileStore(std::unique_ptr<State> state) : state_(std::move(state)) {}
 FileStore::~FileStore() { state_->close(); }
 
 Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& options) {
+    if (options.path.find_first_not_of(" \t\r\n") == std::string::npos)
+        return detail::make_error(ErrorKind::invalid_request, "the store's path is empty");
     auto folder = detail::Folder::open(options.path);
     if (!folder) return folder.error();
     return open(options, std::move(*folder));

@@ -830,6 +830,123 @@ TEST_CASE("store: files of different moments lose no record without an error tha
     }
 }
 
+TEST_CASE("store: recover says what it kept and lost, and loses no file") {
+    for (uint64_t seed = 0; seed < 2; ++seed) {
+        const Past past(seed);
+        FileStoreOptions options = past.options;
+        std::string lines;
+        options.log.context = &lines;
+        auto changes = past.changes();
+        for (const size_t cut : {0, 1, 31, 32, 33, 40, 64})
+            changes.emplace_back(past.newest, text(past.now.at(past.newest)->substr(0, cut)));
+        for (const auto& [name, bytes] : changes) {
+            Files files = past.now;
+            files[name] = bytes;
+            Disk strict = disk_of(files), disk = disk_of(files);
+            if (open_on(&strict, past.options).ok()) continue;
+            INFO("seed " << seed << ", " << name << "@" << (bytes ? int(bytes->size()) : -1));
+            options.recover = true;
+            lines.clear();
+            auto store = open_on(&disk, options);
+            REQUIRE_MESSAGE(store.ok(), store.error().message);
+            const std::string lost = past.lost(**store);
+            const size_t kept = (*store)->list("a", "", 1000)->size();
+            INFO(lines);
+            CHECK(lines.find("recovery: " + std::to_string(kept) + " responses are kept") !=
+                  lines.npos);
+            if (!lost.empty()) CHECK(lines.find("no record is lost") == lines.npos);
+            if (lost.empty() && bytes && name == "manifest")
+                CHECK(*disk.names.at("manifest.damaged")->now.data() == 'v');
+            // what was changed lies beside under another name, byte for byte
+            if (bytes && past.now.count(name)) {
+                REQUIRE(disk.names.count(name + ".damaged") == 1);
+                CHECK(disk.names.at(name + ".damaged")->now == *bytes);
+                CHECK(lines.find("it lies beside as '" + name + ".damaged'") != lines.npos);
+            }
+            store->reset();
+            options.recover = false;
+            auto again = open_on(&disk, options);
+            REQUIRE_MESSAGE(again.ok(), again.error().message);
+            CHECK((*again)->list("a", "", 1000)->size() == kept);
+        }
+    }
+}
+
+TEST_CASE("store: recover counts what a damaged segment lost") {
+    Disk disk;
+    FileStoreOptions options = by_hand();
+    options.segment_bytes = 1000;
+    std::string lines;
+    options.log = {[](void* to, LogLevel, std::string_view line) {
+                       *static_cast<std::string*>(to) += std::string(line) + "\n";
+                   },
+                   &lines};
+    {
+        auto store = *open_on(&disk, options);
+        Direct direct{store.get(), store.get()};
+        for (int i = 0; i < 12; ++i) REQUIRE(direct.add(record("r" + std::to_string(i), 200)).ok());
+    }
+    REQUIRE(disk.names.count("00000003.journal"));
+    options.recover = true;
+    SUBCASE("one record of it") {
+        disk.names["00000001.journal"]->now[400] ^= 1;
+        auto store = open_on(&disk, options);
+        REQUIRE(store.ok());
+        CHECK((*store)->list("a", "", 100)->size() == 11);
+        CHECK(lines.find("11 responses are kept, 11 of them unfinished; up to 1 records of the "
+                         "journal are lost, sequence numbers 2 to 2") != lines.npos);
+    }
+    SUBCASE("all of it") {
+        disk.names.erase("00000002.journal");
+        auto store = open_on(&disk, options);
+        REQUIRE(store.ok());
+        CHECK(lines.find("'00000002.journal': it is missing") != lines.npos);
+        CHECK((*store)->list("a", "", 100)->size() == 8);
+        CHECK(lines.find("8 responses are kept") != lines.npos);
+        CHECK(lines.find("up to 5 records") != lines.npos);  // one says that another follows
+        CHECK(lines.find("sequence numbers 6 to 10") != lines.npos);
+    }
+    SUBCASE("twice, and each damaged file stays") {
+        const std::string first = disk.names["00000001.journal"]->now.replace(40, 4, "????");
+        REQUIRE(open_on(&disk, options).ok());
+        CHECK(disk.names.at("00000001.journal.damaged")->now == first);
+        disk.names["00000001.journal"] = disk.names.at("00000001.journal.damaged");
+        REQUIRE(open_on(&disk, options).ok());  // a leftover of a recovery that was cut short
+        CHECK(disk.names.count("00000001.journal.damaged.2") == 1);
+    }
+}
+
+TEST_CASE("store: a manifest of version 1 is read and replaced") {
+    const auto put = [](std::string* bytes, auto value) {
+        bytes->append(reinterpret_cast<const char*>(&value), sizeof value);
+    };
+    const Disk made = small_journal();
+    const std::string segment = made.names.at(segment_name)->now;
+    std::string manifest = "valarman";
+    put(&manifest, uint32_t{1});
+    manifest += segment.substr(12, 4);  // the salt
+    put(&manifest, uint32_t{1});
+    put(&manifest, uint32_t{1});
+    manifest += segment.substr(20, 8);  // the first sequence
+    put(&manifest, uint64_t{0});
+    put(&manifest, detail::crc32c(manifest.data(), manifest.size()));
+    Disk disk = with_bytes(made, "manifest", manifest);
+    disk.names["00000002.journal"] = std::make_shared<Disk::File>();  // begun, and cut off
+    disk.names["00000002.journal"]->now = "valarjnl";
+    for (int i = 0; i < 2; ++i) {
+        auto store = open_on(&disk);
+        REQUIRE_MESSAGE(store.ok(), store.error().message);
+        CHECK((*store)->list("a", "", 100)->size() == 10);
+        CHECK(disk.names.at("manifest")->now[8] == 2);
+        CHECK_FALSE(disk.names.count("00000002.journal"));
+    }
+    disk = with_bytes(made, "manifest", manifest);
+    disk.names[segment_name]->now.resize(31);
+    auto store = open_on(&disk);
+    REQUIRE_FALSE(store.ok());
+    CHECK(store.error().message.find(segment_name) != std::string::npos);
+}
+
 // ---- Power loss ----------------------------------------------------------------------------------
 
 namespace {

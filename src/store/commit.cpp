@@ -434,6 +434,8 @@ FileStore::FileStore(std::unique_ptr<State> state) : state_(std::move(state)) {}
 FileStore::~FileStore() { state_->close(); }
 
 Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& options) {
+    if (options.path.find_first_not_of(" \t\r\n") == std::string::npos)
+        return detail::make_error(ErrorKind::invalid_request, "the store's path is empty");
     auto folder = detail::Folder::open(options.path);
     if (!folder) return folder.error();
     return open(options, std::move(*folder));

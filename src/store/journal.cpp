@@ -372,23 +372,28 @@ Result<bool> FileJournal::replay_record(JournalSegment& segment, const JournalRe
 }
 
 /// Files that a compaction, or the beginning of a segment, left when it was interrupted. Damage
-/// where one holds more than copies of what is there.
-Result<std::vector<std::string>> FileJournal::find_strangers(
-    const std::vector<std::string>& names) const {
-    std::vector<std::string> strangers;
-    for (const std::string& name : names) {
+/// where one holds more than copies of what is there. What is not whole stays beside: a recovery
+/// may have left it so.
+Result<std::vector<JournalStranger>> FileJournal::find_strangers(
+    std::vector<std::string> names) const {
+    std::vector<JournalStranger> strangers;
+    for (const std::string& name : std::vector<std::string>(names)) {
         const auto segment = journal_segment(name);
         const auto known = [&](const auto& one) { return one->name == name; };
         if (std::any_of(segments.begin(), segments.end(), known)) continue;
-        if (segment) {
-            auto file = folder->open_file(name, false);
-            if (!file) return file.error();
-            auto bytes = journal_read(**file);
-            if (!bytes) return bytes.error();
-            auto old = check_stranger(*segment, {bytes->as<const char>(), bytes->size()});
-            if (!old) return old.error();
-        }
-        if (segment || name == "manifest.new") strangers.push_back(name);
+        if (segment || name == "manifest.new") strangers.push_back({name});
+        if (!segment) continue;
+        auto file = folder->open_file(name, false);
+        if (!file) return file.error();
+        auto read = journal_read(**file);
+        if (!read) return read.error();
+        const std::string_view bytes(read->as<const char>(), read->size());
+        if (auto old = check_stranger(*segment, bytes); !old) return old.error();
+        const bool torn = segment->copied || segment->number == planned || manifest_version < 2;
+        size_t at = std::min(bytes.size(), journal_segment_head);
+        for (JournalRecord record; journal_parse(bytes, at, salt, &record);) at += record.size;
+        if (!torn && (at < bytes.size() || at < journal_segment_head))
+            strangers.back().aside = journal_aside(&names, name);
     }
     return strangers;
 }
@@ -412,9 +417,14 @@ Result<void> FileJournal::check_stranger(const JournalSegment& segment,
 }
 
 /// The directory becomes what a journal in use is.
-Result<void> FileJournal::settle(const std::vector<std::string>& strangers) {
-    for (const std::string& name : strangers)
-        if (auto removed = folder->remove(name); !removed) return removed;
+Result<void> FileJournal::settle(const std::vector<JournalStranger>& strangers) {
+    for (const auto& [name, aside] : strangers) {
+        auto gone = aside.empty() ? folder->remove(name) : folder->rename(name, aside);
+        if (!gone) return gone;
+        if (aside.empty()) continue;
+        options.log(LogLevel::warning,
+                    "'" + name + "' is damaged and not needed; it lies beside as '" + aside + "'");
+    }
     if (!strangers.empty())
         if (auto synced = stop_if_failed(folder->sync()); !synced) return synced;
     if (segments.empty()) return roll();

@@ -218,6 +218,12 @@ Result<Buffer> journal_read(FolderFile& file);
 /// A name for a damaged file, which joins `names`.
 std::string journal_aside(std::vector<std::string>* names, const std::string& name);
 
+/// A file that the journal does not need.
+struct JournalStranger {
+    std::string name;
+    std::string aside = {};  // what it is renamed to; empty: it is removed
+};
+
 /// A copy of live records out of segments [0, inputs).
 struct JournalCompaction {
     struct Move {
@@ -278,9 +284,9 @@ struct FileJournal {
     Result<bool> replay_record(JournalSegment& segment, const JournalRecord& record, size_t offset);
     void apply(JournalSegment& segment, uint16_t type, StoredResponse record, int64_t died_ms,
                JournalPlace place);
-    Result<std::vector<std::string>> find_strangers(const std::vector<std::string>& names) const;
+    Result<std::vector<JournalStranger>> find_strangers(std::vector<std::string> names) const;
     Result<void> check_stranger(const JournalSegment& segment, std::string_view bytes) const;
-    Result<void> settle(const std::vector<std::string>& strangers);
+    Result<void> settle(const std::vector<JournalStranger>& strangers);
     // opening: what is damaged
     Result<void> recover(const std::vector<std::string>& names);
 

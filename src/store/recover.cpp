@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -58,6 +59,7 @@ public:
         if (auto begun = begin(); !begun) return begun;
         for (size_t i = 0; i < sources_.size(); ++i)
             if (auto read = read_source(i); !read) return read;
+        sort();
         if (auto replayed = replay(); !replayed) return replayed;
         count_losses();
         if (auto rebuilt = rebuild(); !rebuilt) {
@@ -74,6 +76,8 @@ private:
     Result<void> read_source(size_t index);
     Result<void> scan(size_t index, std::string_view bytes);
     void compare(RecoverySource& source, uint32_t digest);
+    void sort();
+    void lose(const WholeRecord& whole, const char* what);
     Result<void> replay();
     void count_losses();
     Result<void> rebuild();
@@ -215,18 +219,32 @@ void Recovery::compare(RecoverySource& source, uint32_t digest) {
     else if (full && digest != named.digest) source.blame("its checksum is not that in 'manifest'");
 }
 
-/// Does the records again, each once, though copies of it may be there too.
-Result<void> Recovery::replay() {
+/// Of copies one is enough. Of two that differ, and so come from different lives, only the first
+/// can be kept: the next journal has each number once.
+void Recovery::sort() {
     sort_items(records_, [](const WholeRecord& a, const WholeRecord& b) {
         return std::pair(a.sequence, a.checksum) < std::pair(b.sequence, b.checksum);
     });
-    const auto same = [](const WholeRecord& a, const WholeRecord& b) {
-        return a.sequence == b.sequence && a.checksum == b.checksum;
-    };
-    records_.erase(std::unique(records_.begin(), records_.end(), same), records_.end());
+    std::vector<WholeRecord> once;
     for (const WholeRecord& whole : records_) {
-        RecoverySource& source = sources_[whole.source];
-        JournalSegment& segment = *source.segment;
+        if (once.empty() || once.back().sequence != whole.sequence) once.push_back(whole);
+        else if (once.back().checksum != whole.checksum)
+            lose(whole, "a record whose sequence number another file has, too,");
+    }
+    records_ = std::move(once);
+}
+
+void Recovery::lose(const WholeRecord& whole, const char* what) {
+    RecoverySource& source = sources_[whole.source];
+    source.blame(format("%s at offset %llu", what, static_cast<unsigned long long>(whole.offset)));
+    source.gaps.emplace_back(whole.sequence, whole.sequence);
+    ++source.lost;
+}
+
+/// Does the records again.
+Result<void> Recovery::replay() {
+    for (const WholeRecord& whole : records_) {
+        JournalSegment& segment = *sources_[whole.source].segment;
         journal_.next_sequence = std::max(journal_.next_sequence, whole.sequence + 1);
         auto bytes = journal_.read_record(segment, {whole.offset, segment.number, whole.size});
         if (!bytes) return bytes.error();
@@ -234,11 +252,7 @@ Result<void> Recovery::replay() {
         journal_parse(*bytes, 0, journal_.salt, &record);
         auto applied = journal_.replay_record(segment, record, size_t(whole.offset));
         if (!applied) return applied.error();
-        if (*applied) continue;
-        source.blame(format("no record that belongs here at offset %llu",
-                            static_cast<unsigned long long>(whole.offset)));
-        source.gaps.emplace_back(whole.sequence, whole.sequence);
-        ++source.lost;
+        if (!*applied) lose(whole, "no record that belongs here");
     }
     return {};
 }
@@ -249,8 +263,12 @@ void Recovery::count_losses() {
         uint64_t missing = 0;
         for (const auto& [first, last] : source.gaps) {
             missing += last - first + 1;
-            for (const WholeRecord& whole : records_)
-                missing -= whole.sequence >= first && whole.sequence <= last;
+            const auto below = [](const WholeRecord& whole, uint64_t sequence) {
+                return whole.sequence < sequence;
+            };
+            const auto begin = records_.begin(), end = records_.end();
+            missing -= uint64_t(std::lower_bound(begin, end, last + 1, below) -
+                                std::lower_bound(begin, end, first, below));
         }
         source.lost += missing;
     }
@@ -279,6 +297,13 @@ Result<void> Recovery::rebuild() {
             source.segment->aside = journal_aside(&names_, source.name);
     journal_.planned = 0;
     journal_.begin_compaction(journal_.segments.size(), 0);
+    std::map<std::pair<uint32_t, uint64_t>, uint64_t> sequences;  // by place
+    for (const WholeRecord& whole : records_)
+        sequences[{uint32_t(whole.source + 1), whole.offset}] = whole.sequence;
+    sort_items(journal_.compaction->moves, [&](const auto& a, const auto& b) {
+        return sequences[{a.from.segment, a.from.offset}] <
+               sequences[{b.from.segment, b.from.offset}];
+    });
     for (bool more = true; more;) {
         auto copied = journal_.copy_piece();
         if (!copied) return copied.error();

@@ -1,6 +1,7 @@
 // The journal's reader: whatever a directory holds, opening it ends in a store that works or in an
-// Error, and with `recover` in one that opens again without. The first byte chooses the target file
-// and whether checksums are made to match; the rest are the bytes behind that file's head.
+// Error, and with `recover` in one that opens again without. The first byte chooses the target file,
+// whether checksums are made to match, and whether the bytes come as a file that the manifest does
+// not name; the rest are the bytes behind that file's head.
 #include <cstdlib>
 #include <cstring>
 
@@ -70,6 +71,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     } else if (manifest && (data[0] & 2) && bytes.size() >= 4) {
         const uint32_t own = detail::crc32c(bytes.data(), bytes.size() - 4);
         std::memcpy(bytes.data() + bytes.size() - 4, &own, sizeof own);
+    }
+    if (!manifest && (data[0] & 4)) {
+        const char* names[] = {"00000001.copy", "00000002.journal", "00000003.copy"};
+        Disk::Entry& stranger = disk.names[names[(data[0] >> 3) % 3]];
+        stranger = std::make_shared<Disk::File>();
+        stranger->now = stranger->synced = bytes;
+        bytes = file.synced;
     }
     file.synced = bytes;
     if (auto store = open_on(&disk, false)) {
