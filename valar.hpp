@@ -2844,6 +2844,9 @@ bool truncate_file(SystemHandle file, uint64_t size) {
 
 bool sync_data(SystemHandle file) { return FlushFileBuffers(file) != 0; }
 
+using SystemCode = DWORD;
+SystemCode system_code() { return GetLastError(); }
+
 bool make_folder(const std::string& path) {
     return CreateDirectoryW(utf16_from(path).c_str(), nullptr) != 0 ||
            GetLastError() == ERROR_ALREADY_EXISTS;
@@ -2896,6 +2899,9 @@ bool sync_data(SystemHandle file) {
     return fdatasync(file) == 0;
 #endif
 }
+
+using SystemCode = int;
+SystemCode system_code() { return errno; }
 
 bool make_folder(const std::string& path) {
     return mkdir(path.c_str(), 0700) == 0 || errno == EEXIST;
@@ -2979,15 +2985,59 @@ private:
     FileHandle file_;
 };
 
+/// Why a folder cannot be made, or not locked, where the system's own words say too little.
+struct FolderFault {
+    SystemCode code;
+    const char* making;
+    const char* locking;
+};
+constexpr const char* folder_in_use = "is in use by another process";
+constexpr const char* folder_forbidden = "may not be written by this user: its permissions";
+constexpr const char* folder_read_only = "lies on a read-only file system";
+constexpr const char* folder_orphan = "cannot be made: the directory that is to hold it is missing";
+constexpr const char* folder_is_none = "is not a directory";
+constexpr const char* folder_lockless = "lies on a file system that cannot lock files";
+constexpr const char* folder_full = "cannot be written: the disk is full";
+constexpr FolderFault folder_faults[] = {
+#if defined(_WIN32)
+    {ERROR_SHARING_VIOLATION, folder_in_use, folder_in_use},
+    {ERROR_ACCESS_DENIED, folder_forbidden, folder_forbidden},
+    {ERROR_WRITE_PROTECT, folder_read_only, folder_read_only},
+    {ERROR_PATH_NOT_FOUND, folder_orphan, folder_is_none},
+    {ERROR_FILE_NOT_FOUND, folder_orphan, folder_is_none},
+    {ERROR_DIRECTORY, folder_is_none, folder_is_none},
+    {ERROR_DISK_FULL, folder_full, folder_full},
+#else
+    {EWOULDBLOCK, folder_in_use, folder_in_use},
+    {EACCES, folder_forbidden, folder_forbidden},
+    {EPERM, folder_forbidden, folder_forbidden},
+    {EROFS, folder_read_only, folder_read_only},
+    {ENOENT, folder_orphan, folder_is_none},
+    {ENOTDIR, "cannot be made: a part of its path is not a directory", folder_is_none},
+    {ENOLCK, folder_lockless, folder_lockless},
+    {EOPNOTSUPP, folder_lockless, folder_lockless},
+    {ENOSPC, folder_full, folder_full},
+    {EDQUOT, folder_full, folder_full},
+#endif
+};
+
+Error folder_error(const std::string& path, bool made) {
+    const SystemCode code = system_code();
+    Error error = os_error("cannot use the directory '" + path + "'");
+    for (const FolderFault& fault : folder_faults)
+        if (fault.code == code)
+            error.message = "'" + path + "' " + (made ? fault.locking : fault.making);
+    if (error.kind == ErrorKind::not_found) error.kind = ErrorKind::io;
+    return error;
+}
+
 class SystemFolder : public Folder {
 public:
     SystemFolder(const std::string& path) : path_(path) {}
     Result<void> lock() {
         lock_file(path_ + "/lock", &lock_);
         if (lock_.ok()) return {};
-        Error error = os_error("another process holds '" + path_ + "', or it cannot be written");
-        error.kind = ErrorKind::io;
-        return error;
+        return folder_error(path_, true);
     }
     Result<std::vector<std::string>> list() override { return list_names(path_); }
     Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) override {
@@ -3014,7 +3064,7 @@ private:
 
 Result<std::unique_ptr<Folder>> Folder::open(const std::string& path) {
     if (auto checked = check_path(path); !checked) return checked.error();
-    if (!make_folder(path)) return os_error("cannot make folder '" + path + "'");
+    if (!make_folder(path)) return folder_error(path, false);
     auto folder = std::make_unique<SystemFolder>(path);
     if (auto locked = folder->lock(); !locked) return locked.error();
     return std::unique_ptr<Folder>(std::move(folder));

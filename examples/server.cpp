@@ -83,6 +83,7 @@ int main(int argc, char** argv) {
     Question question;
     std::string key, keys, dialect = "valar";
     valar::FileStoreOptions journal;
+    std::optional<std::string> folder;
     bool quiet = false;
     uint32_t sync_timeout_s = options.sync_timeout_ms / 1000;
     uint32_t retention_h = static_cast<uint32_t>(options.memory_store.retention_s / 3600);
@@ -93,8 +94,8 @@ int main(int argc, char** argv) {
     flags.add("port", "N", &options.port, "0: any free one (default: 8080; with --ask: 0)");
     flags.add("host", "ADDRESS", &options.host, "address to listen on (default: 127.0.0.1)");
     flags.add("api-key", "SECRET", &key, "16 characters or more; needed beyond loopback addresses");
-    flags.add("store", "DIR", &journal.path, "keep responses there; default: in memory only");
-    flags.add("recover", &journal.recover, "open a damaged store with what is whole in it");
+    flags.add("store", "DIR", &folder, "keep responses there; default: in memory only");
+    flags.add("recover", &journal.recover, "open a damaged store, say what is lost");
     flags.add("keys", "FILE", &keys, "lines of `id organisation sha256 [requests-per-minute]`");
     flags.add("dialect", "NAME", &dialect, "valar (default) or openai");
     flags.add("sync-timeout", "S", &sync_timeout_s, "then 504, the work goes on (default: 600)");
@@ -122,14 +123,16 @@ int main(int argc, char** argv) {
     options.dialect = dialect == "openai" ? valar::Dialect::openai : valar::Dialect::valar;
     options.sync_timeout_ms = sync_timeout_s * 1000;
     options.memory_store.retention_s = journal.retention_s = int64_t{retention_h} * 3600;
-    journal.log = options.log;
+    journal.log.write = print_log;  // quiet or not: what a damaged store lost is said once
 
     std::unique_ptr<valar::FileStore> store;
-    if (!journal.path.empty()) {
+    if (journal.recover && !folder) return example::fail("--recover needs --store DIR");
+    if (folder) {
+        journal.path = *folder;
         auto opened = valar::FileStore::open(journal);
         if (!opened) {
             const bool damaged = opened.error().kind == valar::ErrorKind::bad_data;
-            return example::fail(opened.error().message +
+            return example::fail("--store: " + opened.error().message +
                                  (damaged ? "; --recover keeps what is whole" : ""));
         }
         store = std::move(*opened);

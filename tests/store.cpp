@@ -2,8 +2,14 @@
 // failing disks, and where its files were damaged. VALAR_CRASH_POINTS=10000 runs all of them.
 #include <doctest/doctest.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <thread>
+
+#if !defined(_WIN32)
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
 
 #include "digest_internal.hpp"
 #include "store/store.hpp"
@@ -578,6 +584,60 @@ TEST_CASE("store: after a failed sync nothing more is acknowledged, reads go on"
     CHECK(store->find("a", "r1"));
     CHECK_FALSE(store->find("a", "r3"));
 }
+
+#if !defined(_WIN32)
+TEST_CASE("store: a directory that cannot be used says why") {
+    const char* place = std::getenv("TMPDIR");
+    std::string root = std::string(place ? place : "/tmp") + "/valar-store-XXXXXX";
+    REQUIRE(mkdtemp(root.data()));
+    const auto refusal = [&](const std::string& path) {
+        FileStoreOptions options = by_hand();
+        options.path = path;
+        auto store = FileStore::open(options);
+        return store ? std::string() : store.error().message;
+    };
+    const auto says = [&](const std::string& path, const char* words) {
+        const std::string message = refusal(path);
+        INFO(message);
+        CHECK(message.find(words) != message.npos);
+        CHECK(message.find("'" + path + "'") != message.npos);
+    };
+    for (const char* empty : {"", " ", "\t", " \n"})
+        CHECK(refusal(empty) == "the store's path is empty");
+    std::FILE* file = std::fopen((root + "/file").c_str(), "w");
+    REQUIRE(file);
+    std::fclose(file);
+    says(root + "/file", "is not a directory");
+    says(root + "/file/store", "a part of its path is not a directory");
+    says(root + "/none/store", "the directory that is to hold it is missing");
+    const std::string path = root + "/store";
+    {
+        FileStoreOptions options = by_hand();
+        options.path = path;
+        auto held = FileStore::open(options);
+        REQUIRE_MESSAGE(held.ok(), held.error().message);
+        says(path, "is in use by another process");
+    }
+    if (geteuid() != 0) {  // root may write everywhere
+        REQUIRE(chmod((path + "/lock").c_str(), 0400) == 0);
+        says(path, "may not be written by this user");
+        REQUIRE(chmod((path + "/lock").c_str(), 0600) == 0);
+        REQUIRE(chmod(root.c_str(), 0500) == 0);
+        says(root + "/other", "may not be written by this user");
+        REQUIRE(chmod(root.c_str(), 0700) == 0);
+    }
+    std::FILE* manifest = std::fopen((path + "/manifest").c_str(), "w");
+    REQUIRE(manifest);
+    std::fputs("a manifest of another program", manifest);
+    std::fclose(manifest);
+    CHECK(refusal(path).find("'manifest' at offset 0: it does not begin as a manifest of ours") !=
+          std::string::npos);
+    for (const char* name : {"/store/manifest", "/store/00000001.journal", "/store/lock", "/file"})
+        CHECK(std::remove((root + name).c_str()) == 0);
+    CHECK(rmdir(path.c_str()) == 0);
+    CHECK(rmdir(root.c_str()) == 0);
+}
+#endif
 
 // ---- Compaction ----------------------------------------------------------------------------------
 
