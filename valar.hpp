@@ -1400,8 +1400,7 @@ class VALAR_API Engine {
 public:
     /// Loads the whole model. Errors name the file, key, tensor or option.
     static Result<Engine> open(const EngineOptions& options);
-    /// Checks file and options and allocates; step() then loads in slices. Requests may be
-    /// submitted at once and wait.
+    /// Checks file and options, allocates; step() then loads in slices, requests may wait already.
     static Result<Engine> begin_open(const EngineOptions& options);
     /// What open() would take, without loading.
     static Result<MemoryPlan> memory_plan(const EngineOptions& options);
@@ -1424,6 +1423,7 @@ public:
 
     bool is_loaded() const;
     float load_progress() const;  ///< 0..1
+    const char* kernels() const;  ///< the table that computes, one of kernel_names()
     const ModelSpec& spec() const;
     const Tokenizer& tokenizer() const;
     /// The seam to a Server; lives as long as the engine.
@@ -8258,6 +8258,8 @@ Result<const Kernels*> choose_kernels();
 /// The prefetch distance that the environment's VALAR_PREFETCH says, in bytes; -1: nothing. Error: no
 /// number, or too large a one.
 Result<int64_t> forced_prefetch();
+/// Why this table is slower than this machine could be, for the log; empty where it is not.
+std::string why_slow(const Kernels& table);
 
 /// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
 using v1::exact_exp;
@@ -12059,6 +12061,39 @@ Result<int64_t> forced_prefetch() {
                 "VALAR_PREFETCH=" + wanted + ": is not a number of bytes, 0 to 1048576");
     }
     return wanted.empty() ? int64_t{-1} : bytes;
+}
+
+namespace {
+// Why there is no table but the scalar one.
+#if defined(VALAR_NO_SIMD)
+constexpr const char* kWhyScalar = "compiled with VALAR_NO_SIMD";
+#elif VALAR_MISALIGNED_SPILLS && defined(__x86_64__)
+constexpr const char* kWhyScalar =
+    "compiled by GCC for Windows without VALAR_UNALIGNED_MOVES and "
+    "-Wa,-muse-unaligned-vector-move";
+#elif VALAR_X86_KERNELS
+constexpr const char* kWhyScalar = "this CPU or its system lacks AVX2, FMA or F16C";
+#elif defined(__wasm__)
+constexpr const char* kWhyScalar = "compiled without -msimd128";
+#elif defined(__arm__) && !defined(__ARM_FEATURE_FMA)
+constexpr const char* kWhyScalar =
+    "there are none for 32-bit ARM; where the CPU has VFPv4, "
+    "-mfpu=neon-vfpv4 is faster";
+#elif defined(__i386__) || defined(_M_IX86)
+constexpr const char* kWhyScalar = "there are none for 32-bit x86, but for 64-bit";
+#else
+constexpr const char* kWhyScalar = "there are none for this architecture";
+#endif
+}  // namespace
+
+std::string why_slow(const Kernels& table) {
+    const Kernels* best = available_kernels().back();
+    if (&table != best)
+        return format("kernels \"%s\" compute, this machine has \"%s\": VALAR_ISA is set",
+                      table.name, best->name);
+    if (&table != &scalar::kernels) return {};
+    return std::string("scalar kernels compute, many times slower than vector instructions: ") +
+           kWhyScalar;
 }
 
 }  // namespace detail
@@ -21719,6 +21754,7 @@ inline namespace v1 {
 // options and one another.
 struct Engine::State final : Responder {
     const EngineOptions options;
+    const char* const kernels;  // the name of the table that computes
     const std::shared_ptr<const detail::LoadedModel> model;
     const std::unique_ptr<Backend> backend;  // borrows the model
     const detail::PromptMaker prompts;
@@ -21734,7 +21770,7 @@ struct Engine::State final : Responder {
 
     static Result<std::unique_ptr<State>> open(const EngineOptions& options);
     State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-          std::unique_ptr<Backend> device, const BackendOptions& sizes);
+          std::unique_ptr<Backend> device, const BackendOptions& sizes, const char* table);
     ~State() override;
 
     std::vector<ModelInfo> models() const override { return {model->info()}; }
@@ -21779,14 +21815,21 @@ Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& 
     const detail::ModelFile& file = (*model)->file();
     auto sizes = detail::choose_backend_options(options, file);
     if (!sizes) return sizes.error();
-    auto backend = detail::open_cpu_backend(file.gguf, file.spec, file.tensors, *sizes);
+    auto table = detail::choose_kernels();
+    if (!table) return table.error();
+    auto backend = detail::open_cpu_backend(file.gguf, file.spec, file.tensors, *sizes, *table);
     if (!backend) return backend.error();
-    return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes);
+    if (const std::string why = detail::why_slow(**table); !why.empty())
+        options.log(LogLevel::warning, why);
+    return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes,
+                                   (*table)->name);
 }
 
 Engine::State::State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-                     std::unique_ptr<Backend> device, const BackendOptions& sizes)
+                     std::unique_ptr<Backend> device, const BackendOptions& sizes,
+                     const char* table)
     : options(from),
+      kernels(table),
       model(std::move(opened)),
       backend(std::move(device)),
       prompts(*model, options, sizes.max_positions),
@@ -21874,7 +21917,8 @@ Result<bool> Engine::State::load(uint64_t deadline_ns) {
     if (!done) return done;
     progress.store(part, std::memory_order_relaxed);
     if (*done) {
-        options.log(LogLevel::info, "loaded " + model->file().gguf.name());
+        options.log(LogLevel::info,
+                    detail::join({"loaded ", model->file().gguf.name(), ", kernels ", kernels}));
         loaded.store(true, std::memory_order_release);
     }
     return done;
@@ -21990,6 +22034,7 @@ void Engine::stop() {
 
 bool Engine::is_loaded() const { return state_->loaded.load(std::memory_order_acquire); }
 float Engine::load_progress() const { return state_->progress.load(std::memory_order_relaxed); }
+const char* Engine::kernels() const { return state_->kernels; }
 const ModelSpec& Engine::spec() const { return state_->model->spec(); }
 const Tokenizer& Engine::tokenizer() const { return state_->model->tokenizer(); }
 Responder* Engine::responder() { return state_.get(); }

@@ -280,9 +280,15 @@ inline bool is_terminal(FILE* file) {
 #endif
 }
 
-/// Opens the engine, with a progress line where somebody is looking. Without a model_path the model
-/// that fetch_model.py brought is taken.
+inline void print_warning(void*, valar::LogLevel level, std::string_view line) {
+    if (level < valar::LogLevel::warning) return;
+    std::fprintf(stderr, "%.*s\n", static_cast<int>(line.size()), line.data());
+}
+
+/// Opens the engine, with a progress line where somebody is looking; its warnings go to stderr.
+/// Without a model_path the model that fetch_model.py brought is taken.
 inline valar::Result<valar::Engine> open_engine(valar::EngineOptions options) {
+    if (!options.log.write) options.log.write = print_warning;
     const bool by_default = options.model_path.empty();
     if (by_default) options.model_path = cached_model();
     auto engine = valar::Engine::begin_open(options);

@@ -139,6 +139,7 @@ int main(int argc, char** argv) {
         options.store = store.get();
     }
 
+    model.log = options.log;
     auto engine = example::open_engine(model);
     if (!engine) return example::fail(engine.error().message);
     const auto id = engine->responder()->models().front().id;

@@ -1639,3 +1639,44 @@ TEST_CASE("engine: signals that interrupt system calls change nothing") {
     engine.stop();
 }
 #endif
+
+TEST_CASE("a slow path is said once, at opening, with its reason") {
+    struct Lines {
+        std::vector<std::string> warnings, others;
+        static void write(void* self, LogLevel level, std::string_view line) {
+            auto& lines = *static_cast<Lines*>(self);
+            (level == LogLevel::warning ? lines.warnings : lines.others).emplace_back(line);
+        }
+    };
+    const auto open = [](Lines& lines) {
+        EngineOptions options = tiny_options();
+        options.log = {Lines::write, &lines};
+        Engine engine = open_tiny(options);
+        CHECK(engine.kernels() == std::string_view(*kernels_in_use()));
+        REQUIRE(lines.others.size() == 1);
+        CHECK(lines.others[0].ends_with(std::string(", kernels ") + engine.kernels()));
+    };
+    const std::string_view best = kernel_names().back();
+    const std::string kept = detail::environment("VALAR_ISA");
+    if (kept.empty()) {
+        Lines lines;
+        open(lines);
+        CHECK(lines.warnings.size() == (best == "scalar" ? 1 : 0));
+    }
+#if !defined(_WIN32)
+    for (const std::string name : kernel_names()) {
+        setenv("VALAR_ISA", name.c_str(), 1);
+        Lines lines;
+        open(lines);
+        if (name == best && best != "scalar") {
+            CHECK(lines.warnings.empty());
+            continue;
+        }
+        REQUIRE(lines.warnings.size() == 1);
+        CHECK(lines.warnings[0].find(name) != std::string::npos);
+        CHECK((lines.warnings[0].find("VALAR_ISA") == std::string::npos) == (name == best));
+    }
+    unsetenv("VALAR_ISA");
+    if (!kept.empty()) setenv("VALAR_ISA", kept.c_str(), 1);
+#endif
+}

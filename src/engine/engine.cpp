@@ -1,5 +1,6 @@
 #include "prologue.hpp"
 
+#include "base/text.hpp"
 #include "engine/plan.hpp"
 #include "engine/state.hpp"
 
@@ -26,14 +27,21 @@ Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& 
     const detail::ModelFile& file = (*model)->file();
     auto sizes = detail::choose_backend_options(options, file);
     if (!sizes) return sizes.error();
-    auto backend = detail::open_cpu_backend(file.gguf, file.spec, file.tensors, *sizes);
+    auto table = detail::choose_kernels();
+    if (!table) return table.error();
+    auto backend = detail::open_cpu_backend(file.gguf, file.spec, file.tensors, *sizes, *table);
     if (!backend) return backend.error();
-    return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes);
+    if (const std::string why = detail::why_slow(**table); !why.empty())
+        options.log(LogLevel::warning, why);
+    return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes,
+                                   (*table)->name);
 }
 
 Engine::State::State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-                     std::unique_ptr<Backend> device, const BackendOptions& sizes)
+                     std::unique_ptr<Backend> device, const BackendOptions& sizes,
+                     const char* table)
     : options(from),
+      kernels(table),
       model(std::move(opened)),
       backend(std::move(device)),
       prompts(*model, options, sizes.max_positions),
@@ -121,7 +129,8 @@ Result<bool> Engine::State::load(uint64_t deadline_ns) {
     if (!done) return done;
     progress.store(part, std::memory_order_relaxed);
     if (*done) {
-        options.log(LogLevel::info, "loaded " + model->file().gguf.name());
+        options.log(LogLevel::info,
+                    detail::join({"loaded ", model->file().gguf.name(), ", kernels ", kernels}));
         loaded.store(true, std::memory_order_release);
     }
     return done;
@@ -237,6 +246,7 @@ void Engine::stop() {
 
 bool Engine::is_loaded() const { return state_->loaded.load(std::memory_order_acquire); }
 float Engine::load_progress() const { return state_->progress.load(std::memory_order_relaxed); }
+const char* Engine::kernels() const { return state_->kernels; }
 const ModelSpec& Engine::spec() const { return state_->model->spec(); }
 const Tokenizer& Engine::tokenizer() const { return state_->model->tokenizer(); }
 Responder* Engine::responder() { return state_.get(); }

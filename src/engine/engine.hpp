@@ -101,8 +101,7 @@ class VALAR_API Engine {
 public:
     /// Loads the whole model. Errors name the file, key, tensor or option.
     static Result<Engine> open(const EngineOptions& options);
-    /// Checks file and options and allocates; step() then loads in slices. Requests may be
-    /// submitted at once and wait.
+    /// Checks file and options, allocates; step() then loads in slices, requests may wait already.
     static Result<Engine> begin_open(const EngineOptions& options);
     /// What open() would take, without loading.
     static Result<MemoryPlan> memory_plan(const EngineOptions& options);
@@ -125,6 +124,7 @@ public:
 
     bool is_loaded() const;
     float load_progress() const;  ///< 0..1
+    const char* kernels() const;  ///< the table that computes, one of kernel_names()
     const ModelSpec& spec() const;
     const Tokenizer& tokenizer() const;
     /// The seam to a Server; lives as long as the engine.

@@ -43,6 +43,7 @@ inline namespace v1 {
 // options and one another.
 struct Engine::State final : Responder {
     const EngineOptions options;
+    const char* const kernels;  // the name of the table that computes
     const std::shared_ptr<const detail::LoadedModel> model;
     const std::unique_ptr<Backend> backend;  // borrows the model
     const detail::PromptMaker prompts;
@@ -58,7 +59,7 @@ struct Engine::State final : Responder {
 
     static Result<std::unique_ptr<State>> open(const EngineOptions& options);
     State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-          std::unique_ptr<Backend> device, const BackendOptions& sizes);
+          std::unique_ptr<Backend> device, const BackendOptions& sizes, const char* table);
     ~State() override;
 
     std::vector<ModelInfo> models() const override { return {model->info()}; }

@@ -260,6 +260,39 @@ Result<int64_t> forced_prefetch() {
     return wanted.empty() ? int64_t{-1} : bytes;
 }
 
+namespace {
+// Why there is no table but the scalar one.
+#if defined(VALAR_NO_SIMD)
+constexpr const char* kWhyScalar = "compiled with VALAR_NO_SIMD";
+#elif VALAR_MISALIGNED_SPILLS && defined(__x86_64__)
+constexpr const char* kWhyScalar =
+    "compiled by GCC for Windows without VALAR_UNALIGNED_MOVES and "
+    "-Wa,-muse-unaligned-vector-move";
+#elif VALAR_X86_KERNELS
+constexpr const char* kWhyScalar = "this CPU or its system lacks AVX2, FMA or F16C";
+#elif defined(__wasm__)
+constexpr const char* kWhyScalar = "compiled without -msimd128";
+#elif defined(__arm__) && !defined(__ARM_FEATURE_FMA)
+constexpr const char* kWhyScalar =
+    "there are none for 32-bit ARM; where the CPU has VFPv4, "
+    "-mfpu=neon-vfpv4 is faster";
+#elif defined(__i386__) || defined(_M_IX86)
+constexpr const char* kWhyScalar = "there are none for 32-bit x86, but for 64-bit";
+#else
+constexpr const char* kWhyScalar = "there are none for this architecture";
+#endif
+}  // namespace
+
+std::string why_slow(const Kernels& table) {
+    const Kernels* best = available_kernels().back();
+    if (&table != best)
+        return format("kernels \"%s\" compute, this machine has \"%s\": VALAR_ISA is set",
+                      table.name, best->name);
+    if (&table != &scalar::kernels) return {};
+    return std::string("scalar kernels compute, many times slower than vector instructions: ") +
+           kWhyScalar;
+}
+
 }  // namespace detail
 
 std::span<const char* const> kernel_names() {

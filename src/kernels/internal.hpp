@@ -138,6 +138,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 
 namespace valar {
 inline namespace v1 {
@@ -285,6 +286,8 @@ Result<const Kernels*> choose_kernels();
 /// The prefetch distance that the environment's VALAR_PREFETCH says, in bytes; -1: nothing. Error: no
 /// number, or too large a one.
 Result<int64_t> forced_prefetch();
+/// Why this table is slower than this machine could be, for the log; empty where it is not.
+std::string why_slow(const Kernels& table);
 
 /// Scalar building blocks of the definition, for other sections (bit-exact everywhere).
 using v1::exact_exp;
