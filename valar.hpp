@@ -63,6 +63,9 @@
 //     VALAR_NO_SERVER      leaves out http and server: no socket code at all
 //     VALAR_NO_STORE       leaves out MemoryStore and FileStore: pass a Store of your own
 //     VALAR_NO_SIMD        leaves out every path but the scalar one: smallest, slow, the same bits
+//     VALAR_UNALIGNED_MOVES  for GCC on Windows: the assembler was given -Wa,-muse-unaligned-vector-move
+//                          (binutils 2.38), without which its AVX code crashes; CMake does both. Else
+//                          only the scalar kernels are compiled, which a note of the compiler says
 //     VALAR_ASSERT(x)      checks of our own mistakes; off unless you define it
 //     VALAR_API            export marks for a shared library
 //
