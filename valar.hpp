@@ -3197,7 +3197,7 @@ void pause() {
     YieldProcessor();
 #elif defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
-#elif defined(__aarch64__) || defined(__arm__)
+#elif defined(__aarch64__) || (defined(__ARM_ARCH) && __ARM_ARCH >= 7)
     __asm__ __volatile__("yield");
 #endif
 }
@@ -11834,6 +11834,16 @@ FloatState::FloatState() {
     __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t{0}) : "memory");
 }
 FloatState::~FloatState() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_) : "memory"); }
+#elif defined(__arm__) && defined(__ARM_FP)
+FloatState::FloatState() {
+    uint32_t mode;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(mode));
+    __asm__ volatile("vmsr fpscr, %0" : : "r"(0) : "memory");
+    saved_ = mode;
+}
+FloatState::~FloatState() {
+    __asm__ volatile("vmsr fpscr, %0" : : "r"(static_cast<uint32_t>(saved_)) : "memory");
+}
 #elif defined(_M_ARM64)
 FloatState::FloatState() : saved_(static_cast<uint64_t>(_ReadStatusReg(ARM64_FPCR))) {
     _WriteStatusReg(ARM64_FPCR, 0);

@@ -28,6 +28,16 @@ FloatState::FloatState() {
     __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t{0}) : "memory");
 }
 FloatState::~FloatState() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_) : "memory"); }
+#elif defined(__arm__) && defined(__ARM_FP)
+FloatState::FloatState() {
+    uint32_t mode;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(mode));
+    __asm__ volatile("vmsr fpscr, %0" : : "r"(0) : "memory");
+    saved_ = mode;
+}
+FloatState::~FloatState() {
+    __asm__ volatile("vmsr fpscr, %0" : : "r"(static_cast<uint32_t>(saved_)) : "memory");
+}
 #elif defined(_M_ARM64)
 FloatState::FloatState() : saved_(static_cast<uint64_t>(_ReadStatusReg(ARM64_FPCR))) {
     _WriteStatusReg(ARM64_FPCR, 0);
