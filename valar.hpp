@@ -91,10 +91,6 @@
 // version leaves to later ones is listed in README.md, "Limits".
 //
 // Licence: MIT, at the end of this file.
-#if defined(__GNUC__) && defined(__arm__) && !defined(__clang__)
-#pragma GCC diagnostic push  // spans are passed as GCC 7.1 and later do: hundreds of notes say so
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 #ifndef VALAR_HPP
 #define VALAR_HPP
 
@@ -1807,7 +1803,6 @@ private:
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wrestrict"
 #pragma GCC diagnostic ignored "-Wstringop-overflow"
-#pragma GCC diagnostic ignored "-Wpsabi"  // 32-bit ARM: GCC 7.1 passes spans as it should
 #endif
 #pragma push_macro("min")
 #pragma push_macro("max")
@@ -27992,9 +27987,6 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 #pragma pop_macro("max")
 #pragma pop_macro("min")
 #endif  // VALAR_IMPLEMENTATION
-#if defined(__GNUC__) && defined(__arm__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
 
 // MIT License
 //

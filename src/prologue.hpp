@@ -10,7 +10,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wrestrict"
 #pragma GCC diagnostic ignored "-Wstringop-overflow"
-#pragma GCC diagnostic ignored "-Wpsabi"  // 32-bit ARM: GCC 7.1 passes spans as it should
 #endif
 #pragma push_macro("min")
 #pragma push_macro("max")
