@@ -91,6 +91,1526 @@
 // version leaves to later ones is listed in README.md, "Limits".
 //
 // Licence: MIT, at the end of this file.
+// Another header's macro may have a name that stands in this text: each of these is laid down here and
+// put back as it was at the end. Declarations and implementation are read once, however often this file
+// is included; with no more to do the rest of it is skipped.
+#if !defined(VALAR_HPP) || (defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED))
+
+_Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"B16\")") _Pragma("push_macro(\"BOOL\")")
+_Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"C\")")
+_Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")")
+_Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Done\")")
+_Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")")
+_Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
+_Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"FILE\")")
+_Pragma("push_macro(\"Fault\")") _Pragma("push_macro(\"File\")") _Pragma("push_macro(\"Frame\")")
+_Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")") _Pragma("push_macro(\"H\")")
+_Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")") _Pragma("push_macro(\"I\")")
+_Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")")
+_Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_macro(\"Job\")")
+_Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Kind\")")
+_Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Level\")") _Pragma("push_macro(\"List\")")
+_Pragma("push_macro(\"Live\")") _Pragma("push_macro(\"Lo\")") _Pragma("push_macro(\"Loop\")")
+_Pragma("push_macro(\"Match\")") _Pragma("push_macro(\"Merge\")") _Pragma("push_macro(\"Move\")")
+_Pragma("push_macro(\"MultiByteToWideChar\")") _Pragma("push_macro(\"N\")")
+_Pragma("push_macro(\"Nl\")") _Pragma("push_macro(\"No\")") _Pragma("push_macro(\"Node\")")
+_Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")") _Pragma("push_macro(\"Object\")")
+_Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")") _Pragma("push_macro(\"P\")")
+_Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
+_Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")") _Pragma("push_macro(\"Pi\")")
+_Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"Range\")") _Pragma("push_macro(\"Reply\")")
+_Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Result\")")
+_Pragma("push_macro(\"Role\")") _Pragma("push_macro(\"Route\")") _Pragma("push_macro(\"SIZE_T\")")
+_Pragma("push_macro(\"SOCKET\")") _Pragma("push_macro(\"STDC\")")
+_Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Self\")")
+_Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Shape\")") _Pragma("push_macro(\"Side\")")
+_Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")") _Pragma("push_macro(\"Slice\")")
+_Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")") _Pragma("push_macro(\"Stage\")")
+_Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
+_Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"T\")")
+_Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")") _Pragma("push_macro(\"Text\")")
+_Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Turn\")")
+_Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Usage\")")
+_Pragma("push_macro(\"V\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"W\")")
+_Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
+_Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")") _Pragma("push_macro(\"a1\")")
+_Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")") _Pragma("push_macro(\"abs\")")
+_Pragma("push_macro(\"absolute\")") _Pragma("push_macro(\"accept\")")
+_Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")") _Pragma("push_macro(\"active\")")
+_Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")") _Pragma("push_macro(\"align\")")
+_Pragma("push_macro(\"alignas\")") _Pragma("push_macro(\"aligned\")")
+_Pragma("push_macro(\"aligned_alloc\")") _Pragma("push_macro(\"alignof\")")
+_Pragma("push_macro(\"all\")") _Pragma("push_macro(\"always_inline\")")
+_Pragma("push_macro(\"any\")") _Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")")
+_Pragma("push_macro(\"args\")") _Pragma("push_macro(\"argument\")")
+_Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")") _Pragma("push_macro(\"asprintf\")")
+_Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")") _Pragma("push_macro(\"atexit\")")
+_Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")") _Pragma("push_macro(\"atol\")")
+_Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")") _Pragma("push_macro(\"b\")")
+_Pragma("push_macro(\"b0\")") _Pragma("push_macro(\"b1\")") _Pragma("push_macro(\"back\")")
+_Pragma("push_macro(\"batch\")") _Pragma("push_macro(\"bcmp\")") _Pragma("push_macro(\"bcopy\")")
+_Pragma("push_macro(\"begin\")") _Pragma("push_macro(\"below\")") _Pragma("push_macro(\"bind\")")
+_Pragma("push_macro(\"bit\")") _Pragma("push_macro(\"bits\")") _Pragma("push_macro(\"blank\")")
+_Pragma("push_macro(\"block\")") _Pragma("push_macro(\"block_size\")")
+_Pragma("push_macro(\"body\")") _Pragma("push_macro(\"bool\")") _Pragma("push_macro(\"boolean\")")
+_Pragma("push_macro(\"border\")") _Pragma("push_macro(\"bound\")")
+_Pragma("push_macro(\"bounds\")") _Pragma("push_macro(\"break\")")
+_Pragma("push_macro(\"buffer\")") _Pragma("push_macro(\"by\")") _Pragma("push_macro(\"byte\")")
+_Pragma("push_macro(\"bytes\")") _Pragma("push_macro(\"bzero\")") _Pragma("push_macro(\"c\")")
+_Pragma("push_macro(\"cache\")") _Pragma("push_macro(\"call\")") _Pragma("push_macro(\"calloc\")")
+_Pragma("push_macro(\"cancel\")") _Pragma("push_macro(\"case\")") _Pragma("push_macro(\"catch\")")
+_Pragma("push_macro(\"ceil\")") _Pragma("push_macro(\"chain\")") _Pragma("push_macro(\"change\")")
+_Pragma("push_macro(\"char\")") _Pragma("push_macro(\"char16_t\")")
+_Pragma("push_macro(\"char32_t\")") _Pragma("push_macro(\"char8_t\")")
+_Pragma("push_macro(\"chdir\")") _Pragma("push_macro(\"check\")")
+_Pragma("push_macro(\"check_text\")") _Pragma("push_macro(\"check_type\")")
+_Pragma("push_macro(\"child\")") _Pragma("push_macro(\"chmod\")") _Pragma("push_macro(\"clamp\")")
+_Pragma("push_macro(\"class\")") _Pragma("push_macro(\"clear\")")
+_Pragma("push_macro(\"clearerr\")") _Pragma("push_macro(\"clock\")")
+_Pragma("push_macro(\"close\")") _Pragma("push_macro(\"closedir\")")
+_Pragma("push_macro(\"code\")") _Pragma("push_macro(\"cols\")") _Pragma("push_macro(\"column\")")
+_Pragma("push_macro(\"columns\")") _Pragma("push_macro(\"comma\")")
+_Pragma("push_macro(\"comment\")") _Pragma("push_macro(\"commit\")")
+_Pragma("push_macro(\"common\")") _Pragma("push_macro(\"compare\")")
+_Pragma("push_macro(\"complete\")") _Pragma("push_macro(\"compute\")")
+_Pragma("push_macro(\"concat\")") _Pragma("push_macro(\"concept\")")
+_Pragma("push_macro(\"condition\")") _Pragma("push_macro(\"connect\")")
+_Pragma("push_macro(\"const\")") _Pragma("push_macro(\"const_cast\")")
+_Pragma("push_macro(\"constant\")") _Pragma("push_macro(\"constants\")")
+_Pragma("push_macro(\"consteval\")") _Pragma("push_macro(\"constexpr\")")
+_Pragma("push_macro(\"constinit\")") _Pragma("push_macro(\"content\")")
+_Pragma("push_macro(\"context\")") _Pragma("push_macro(\"continue\")")
+_Pragma("push_macro(\"control\")") _Pragma("push_macro(\"copy\")") _Pragma("push_macro(\"cores\")")
+_Pragma("push_macro(\"cost\")") _Pragma("push_macro(\"count\")") _Pragma("push_macro(\"cpu\")")
+_Pragma("push_macro(\"create\")") _Pragma("push_macro(\"cs\")") _Pragma("push_macro(\"ctime\")")
+_Pragma("push_macro(\"ctype\")") _Pragma("push_macro(\"cur\")") _Pragma("push_macro(\"current\")")
+_Pragma("push_macro(\"custom\")") _Pragma("push_macro(\"cut\")") _Pragma("push_macro(\"cycle\")")
+_Pragma("push_macro(\"d\")") _Pragma("push_macro(\"data\")") _Pragma("push_macro(\"date\")")
+_Pragma("push_macro(\"day\")") _Pragma("push_macro(\"days\")") _Pragma("push_macro(\"debug\")")
+_Pragma("push_macro(\"decltype\")") _Pragma("push_macro(\"default\")")
+_Pragma("push_macro(\"delete\")") _Pragma("push_macro(\"deleted\")")
+_Pragma("push_macro(\"deprecated\")") _Pragma("push_macro(\"depth\")")
+_Pragma("push_macro(\"destroy\")") _Pragma("push_macro(\"detach\")")
+_Pragma("push_macro(\"device\")") _Pragma("push_macro(\"difference\")")
+_Pragma("push_macro(\"digit\")") _Pragma("push_macro(\"dim\")") _Pragma("push_macro(\"dims\")")
+_Pragma("push_macro(\"dirent\")") _Pragma("push_macro(\"div\")") _Pragma("push_macro(\"do\")")
+_Pragma("push_macro(\"done\")") _Pragma("push_macro(\"dot\")") _Pragma("push_macro(\"double\")")
+_Pragma("push_macro(\"down\")") _Pragma("push_macro(\"ds\")") _Pragma("push_macro(\"dst\")")
+_Pragma("push_macro(\"dup\")") _Pragma("push_macro(\"dup2\")")
+_Pragma("push_macro(\"dynamic_cast\")") _Pragma("push_macro(\"e\")")
+_Pragma("push_macro(\"eaccess\")") _Pragma("push_macro(\"each\")") _Pragma("push_macro(\"echo\")")
+_Pragma("push_macro(\"eflags\")") _Pragma("push_macro(\"eight\")") _Pragma("push_macro(\"else\")")
+_Pragma("push_macro(\"empty\")") _Pragma("push_macro(\"encode\")") _Pragma("push_macro(\"end\")")
+_Pragma("push_macro(\"engine\")") _Pragma("push_macro(\"enter\")") _Pragma("push_macro(\"entry\")")
+_Pragma("push_macro(\"enum\")") _Pragma("push_macro(\"eof\")") _Pragma("push_macro(\"eps\")")
+_Pragma("push_macro(\"epsilon\")") _Pragma("push_macro(\"erase\")") _Pragma("push_macro(\"err\")")
+_Pragma("push_macro(\"error\")") _Pragma("push_macro(\"event\")") _Pragma("push_macro(\"exact\")")
+_Pragma("push_macro(\"exchange\")") _Pragma("push_macro(\"exit\")")
+_Pragma("push_macro(\"exp2f\")") _Pragma("push_macro(\"expect\")")
+_Pragma("push_macro(\"explicit\")") _Pragma("push_macro(\"extension\")")
+_Pragma("push_macro(\"extern\")") _Pragma("push_macro(\"f\")") _Pragma("push_macro(\"f16\")")
+_Pragma("push_macro(\"f32\")") _Pragma("push_macro(\"f64\")") _Pragma("push_macro(\"fabs\")")
+_Pragma("push_macro(\"factor\")") _Pragma("push_macro(\"fail\")") _Pragma("push_macro(\"failed\")")
+_Pragma("push_macro(\"fallthrough\")") _Pragma("push_macro(\"false\")")
+_Pragma("push_macro(\"fast\")") _Pragma("push_macro(\"fault\")") _Pragma("push_macro(\"fclose\")")
+_Pragma("push_macro(\"fcntl\")") _Pragma("push_macro(\"fdatasync\")")
+_Pragma("push_macro(\"fdopen\")") _Pragma("push_macro(\"feed\")") _Pragma("push_macro(\"feof\")")
+_Pragma("push_macro(\"ferror\")") _Pragma("push_macro(\"fflush\")")
+_Pragma("push_macro(\"fgets\")") _Pragma("push_macro(\"field\")") _Pragma("push_macro(\"fields\")")
+_Pragma("push_macro(\"file\")") _Pragma("push_macro(\"fileno\")") _Pragma("push_macro(\"fill\")")
+_Pragma("push_macro(\"filter\")") _Pragma("push_macro(\"final\")")
+_Pragma("push_macro(\"find_index\")") _Pragma("push_macro(\"finite\")")
+_Pragma("push_macro(\"first\")") _Pragma("push_macro(\"fixed\")") _Pragma("push_macro(\"flag\")")
+_Pragma("push_macro(\"flags\")") _Pragma("push_macro(\"float\")") _Pragma("push_macro(\"floor\")")
+_Pragma("push_macro(\"flush\")") _Pragma("push_macro(\"fma\")") _Pragma("push_macro(\"fopen\")")
+_Pragma("push_macro(\"fopen64\")") _Pragma("push_macro(\"for\")")
+_Pragma("push_macro(\"for_each\")") _Pragma("push_macro(\"fork\")") _Pragma("push_macro(\"form\")")
+_Pragma("push_macro(\"format\")") _Pragma("push_macro(\"four\")")
+_Pragma("push_macro(\"fpclassify\")") _Pragma("push_macro(\"fpos_t\")")
+_Pragma("push_macro(\"fprintf\")") _Pragma("push_macro(\"fputs\")")
+_Pragma("push_macro(\"frame\")") _Pragma("push_macro(\"fread\")") _Pragma("push_macro(\"free\")")
+_Pragma("push_macro(\"freeaddrinfo\")") _Pragma("push_macro(\"friend\")")
+_Pragma("push_macro(\"front\")") _Pragma("push_macro(\"fs\")") _Pragma("push_macro(\"fseek\")")
+_Pragma("push_macro(\"fstat\")") _Pragma("push_macro(\"fsync\")") _Pragma("push_macro(\"ftell\")")
+_Pragma("push_macro(\"ftruncate\")") _Pragma("push_macro(\"full\")")
+_Pragma("push_macro(\"function\")") _Pragma("push_macro(\"fwrite\")") _Pragma("push_macro(\"g\")")
+_Pragma("push_macro(\"generate\")") _Pragma("push_macro(\"get\")")
+_Pragma("push_macro(\"get_string\")") _Pragma("push_macro(\"getaddrinfo\")")
+_Pragma("push_macro(\"getc\")") _Pragma("push_macro(\"getchar\")")
+_Pragma("push_macro(\"getcwd\")") _Pragma("push_macro(\"getdtablesize\")")
+_Pragma("push_macro(\"getenv\")") _Pragma("push_macro(\"gethostbyname\")")
+_Pragma("push_macro(\"getline\")") _Pragma("push_macro(\"getpeername\")")
+_Pragma("push_macro(\"getpid\")") _Pragma("push_macro(\"getsockname\")")
+_Pragma("push_macro(\"getsockopt\")") _Pragma("push_macro(\"gettimeofday\")")
+_Pragma("push_macro(\"getwc\")") _Pragma("push_macro(\"getwchar\")")
+_Pragma("push_macro(\"gid_t\")") _Pragma("push_macro(\"given\")") _Pragma("push_macro(\"global\")")
+_Pragma("push_macro(\"gmtime\")") _Pragma("push_macro(\"goto\")") _Pragma("push_macro(\"group\")")
+_Pragma("push_macro(\"gs\")") _Pragma("push_macro(\"h\")") _Pragma("push_macro(\"half\")")
+_Pragma("push_macro(\"handle\")") _Pragma("push_macro(\"hangup\")") _Pragma("push_macro(\"hash\")")
+_Pragma("push_macro(\"header\")") _Pragma("push_macro(\"help\")") _Pragma("push_macro(\"hex\")")
+_Pragma("push_macro(\"hidden\")") _Pragma("push_macro(\"high\")") _Pragma("push_macro(\"host\")")
+_Pragma("push_macro(\"hot\")") _Pragma("push_macro(\"http_version\")")
+_Pragma("push_macro(\"huge\")") _Pragma("push_macro(\"i\")") _Pragma("push_macro(\"i16\")")
+_Pragma("push_macro(\"i32\")") _Pragma("push_macro(\"i64\")") _Pragma("push_macro(\"i8\")")
+_Pragma("push_macro(\"id\")") _Pragma("push_macro(\"idle\")") _Pragma("push_macro(\"if\")")
+_Pragma("push_macro(\"ignore\")") _Pragma("push_macro(\"image\")") _Pragma("push_macro(\"in\")")
+_Pragma("push_macro(\"inbox\")") _Pragma("push_macro(\"index\")")
+_Pragma("push_macro(\"inet_ntop\")") _Pragma("push_macro(\"inet_pton\")")
+_Pragma("push_macro(\"infinity\")") _Pragma("push_macro(\"info\")") _Pragma("push_macro(\"init\")")
+_Pragma("push_macro(\"inline\")") _Pragma("push_macro(\"input\")") _Pragma("push_macro(\"int\")")
+_Pragma("push_macro(\"int64\")") _Pragma("push_macro(\"int_max\")")
+_Pragma("push_macro(\"int_min\")") _Pragma("push_macro(\"internal\")")
+_Pragma("push_macro(\"inv_pi\")") _Pragma("push_macro(\"io\")") _Pragma("push_macro(\"ip\")")
+_Pragma("push_macro(\"is\")") _Pragma("push_macro(\"isalnum\")") _Pragma("push_macro(\"isalpha\")")
+_Pragma("push_macro(\"isatty\")") _Pragma("push_macro(\"isblank\")")
+_Pragma("push_macro(\"iscntrl\")") _Pragma("push_macro(\"isdigit\")")
+_Pragma("push_macro(\"iseqsig\")") _Pragma("push_macro(\"isfinite\")")
+_Pragma("push_macro(\"isgraph\")") _Pragma("push_macro(\"isgreater\")")
+_Pragma("push_macro(\"isgreaterequal\")") _Pragma("push_macro(\"isinf\")")
+_Pragma("push_macro(\"isless\")") _Pragma("push_macro(\"islessequal\")")
+_Pragma("push_macro(\"islessgreater\")") _Pragma("push_macro(\"islower\")")
+_Pragma("push_macro(\"isnan\")") _Pragma("push_macro(\"isnormal\")")
+_Pragma("push_macro(\"isprint\")") _Pragma("push_macro(\"ispunct\")")
+_Pragma("push_macro(\"issignaling\")") _Pragma("push_macro(\"isspace\")")
+_Pragma("push_macro(\"isunordered\")") _Pragma("push_macro(\"isupper\")")
+_Pragma("push_macro(\"iswalnum\")") _Pragma("push_macro(\"iswalpha\")")
+_Pragma("push_macro(\"iswcntrl\")") _Pragma("push_macro(\"iswdigit\")")
+_Pragma("push_macro(\"iswgraph\")") _Pragma("push_macro(\"iswlower\")")
+_Pragma("push_macro(\"iswprint\")") _Pragma("push_macro(\"iswpunct\")")
+_Pragma("push_macro(\"iswspace\")") _Pragma("push_macro(\"iswupper\")")
+_Pragma("push_macro(\"iswxdigit\")") _Pragma("push_macro(\"isxdigit\")")
+_Pragma("push_macro(\"iszero\")") _Pragma("push_macro(\"item\")") _Pragma("push_macro(\"items\")")
+_Pragma("push_macro(\"iterator\")") _Pragma("push_macro(\"j\")") _Pragma("push_macro(\"job\")")
+_Pragma("push_macro(\"join\")") _Pragma("push_macro(\"json\")") _Pragma("push_macro(\"k\")")
+_Pragma("push_macro(\"keep\")") _Pragma("push_macro(\"kernel\")") _Pragma("push_macro(\"key\")")
+_Pragma("push_macro(\"kill\")") _Pragma("push_macro(\"kind\")") _Pragma("push_macro(\"l\")")
+_Pragma("push_macro(\"last\")") _Pragma("push_macro(\"layer\")") _Pragma("push_macro(\"leave\")")
+_Pragma("push_macro(\"left\")") _Pragma("push_macro(\"length\")") _Pragma("push_macro(\"lerp\")")
+_Pragma("push_macro(\"level\")") _Pragma("push_macro(\"likely\")") _Pragma("push_macro(\"limit\")")
+_Pragma("push_macro(\"line\")") _Pragma("push_macro(\"lines\")") _Pragma("push_macro(\"link\")")
+_Pragma("push_macro(\"list\")") _Pragma("push_macro(\"listen\")") _Pragma("push_macro(\"live\")")
+_Pragma("push_macro(\"load\")") _Pragma("push_macro(\"local\")")
+_Pragma("push_macro(\"localtime\")") _Pragma("push_macro(\"lock\")")
+_Pragma("push_macro(\"locked\")") _Pragma("push_macro(\"loff_t\")") _Pragma("push_macro(\"log\")")
+_Pragma("push_macro(\"logf\")") _Pragma("push_macro(\"long\")") _Pragma("push_macro(\"loop\")")
+_Pragma("push_macro(\"low\")") _Pragma("push_macro(\"lseek\")") _Pragma("push_macro(\"lseek64\")")
+_Pragma("push_macro(\"lstat\")") _Pragma("push_macro(\"m\")") _Pragma("push_macro(\"malloc\")")
+_Pragma("push_macro(\"map\")") _Pragma("push_macro(\"mark\")") _Pragma("push_macro(\"mask\")")
+_Pragma("push_macro(\"match\")") _Pragma("push_macro(\"matcher\")")
+_Pragma("push_macro(\"matrix\")") _Pragma("push_macro(\"max\")")
+_Pragma("push_macro(\"max_size\")") _Pragma("push_macro(\"maybe_unused\")")
+_Pragma("push_macro(\"mblen\")") _Pragma("push_macro(\"memccpy\")")
+_Pragma("push_macro(\"memcmp\")") _Pragma("push_macro(\"memcpy\")")
+_Pragma("push_macro(\"memmove\")") _Pragma("push_macro(\"memory\")")
+_Pragma("push_macro(\"mempcpy\")") _Pragma("push_macro(\"memset\")")
+_Pragma("push_macro(\"merge\")") _Pragma("push_macro(\"message\")")
+_Pragma("push_macro(\"method\")") _Pragma("push_macro(\"metric\")")
+_Pragma("push_macro(\"middle\")") _Pragma("push_macro(\"min\")") _Pragma("push_macro(\"minimum\")")
+_Pragma("push_macro(\"minus\")") _Pragma("push_macro(\"mix\")") _Pragma("push_macro(\"mkdir\")")
+_Pragma("push_macro(\"mktemp\")") _Pragma("push_macro(\"mktime\")") _Pragma("push_macro(\"mmap\")")
+_Pragma("push_macro(\"mode\")") _Pragma("push_macro(\"mode_t\")") _Pragma("push_macro(\"model\")")
+_Pragma("push_macro(\"move\")") _Pragma("push_macro(\"moved\")") _Pragma("push_macro(\"ms\")")
+_Pragma("push_macro(\"munmap\")") _Pragma("push_macro(\"mutable\")")
+_Pragma("push_macro(\"mutex\")") _Pragma("push_macro(\"n\")") _Pragma("push_macro(\"n_type\")")
+_Pragma("push_macro(\"name\")") _Pragma("push_macro(\"namespace\")") _Pragma("push_macro(\"nan\")")
+_Pragma("push_macro(\"nanosleep\")") _Pragma("push_macro(\"new\")")
+_Pragma("push_macro(\"newline\")") _Pragma("push_macro(\"next\")") _Pragma("push_macro(\"node\")")
+_Pragma("push_macro(\"nodes\")") _Pragma("push_macro(\"nodiscard\")")
+_Pragma("push_macro(\"noexcept\")") _Pragma("push_macro(\"noinline\")")
+_Pragma("push_macro(\"none\")") _Pragma("push_macro(\"noreturn\")") _Pragma("push_macro(\"norm\")")
+_Pragma("push_macro(\"normal\")") _Pragma("push_macro(\"nothing\")") _Pragma("push_macro(\"now\")")
+_Pragma("push_macro(\"ns\")") _Pragma("push_macro(\"null\")") _Pragma("push_macro(\"nullptr\")")
+_Pragma("push_macro(\"num\")") _Pragma("push_macro(\"number\")") _Pragma("push_macro(\"o\")")
+_Pragma("push_macro(\"object\")") _Pragma("push_macro(\"of\")") _Pragma("push_macro(\"off\")")
+_Pragma("push_macro(\"off64_t\")") _Pragma("push_macro(\"off_t\")")
+_Pragma("push_macro(\"offset\")") _Pragma("push_macro(\"ok\")") _Pragma("push_macro(\"on\")")
+_Pragma("push_macro(\"one\")") _Pragma("push_macro(\"op\")") _Pragma("push_macro(\"open\")")
+_Pragma("push_macro(\"open64\")") _Pragma("push_macro(\"opendir\")")
+_Pragma("push_macro(\"operator\")") _Pragma("push_macro(\"option\")")
+_Pragma("push_macro(\"optional\")") _Pragma("push_macro(\"options\")")
+_Pragma("push_macro(\"order\")") _Pragma("push_macro(\"other\")") _Pragma("push_macro(\"out\")")
+_Pragma("push_macro(\"out_of_memory\")") _Pragma("push_macro(\"out_of_range\")")
+_Pragma("push_macro(\"output\")") _Pragma("push_macro(\"overflow\")")
+_Pragma("push_macro(\"override\")") _Pragma("push_macro(\"p\")") _Pragma("push_macro(\"p_type\")")
+_Pragma("push_macro(\"pack\")") _Pragma("push_macro(\"packed\")") _Pragma("push_macro(\"pad\")")
+_Pragma("push_macro(\"page\")") _Pragma("push_macro(\"pages\")") _Pragma("push_macro(\"pair\")")
+_Pragma("push_macro(\"param\")") _Pragma("push_macro(\"parent\")") _Pragma("push_macro(\"parse\")")
+_Pragma("push_macro(\"parser\")") _Pragma("push_macro(\"part\")") _Pragma("push_macro(\"path\")")
+_Pragma("push_macro(\"pattern\")") _Pragma("push_macro(\"pause\")")
+_Pragma("push_macro(\"pending\")") _Pragma("push_macro(\"phase\")") _Pragma("push_macro(\"pi\")")
+_Pragma("push_macro(\"pid_t\")") _Pragma("push_macro(\"piece\")") _Pragma("push_macro(\"place\")")
+_Pragma("push_macro(\"plan\")") _Pragma("push_macro(\"plane\")") _Pragma("push_macro(\"planes\")")
+_Pragma("push_macro(\"plus\")") _Pragma("push_macro(\"point\")") _Pragma("push_macro(\"pointer\")")
+_Pragma("push_macro(\"poll\")") _Pragma("push_macro(\"pop\")") _Pragma("push_macro(\"port\")")
+_Pragma("push_macro(\"position\")") _Pragma("push_macro(\"posix_memalign\")")
+_Pragma("push_macro(\"pow\")") _Pragma("push_macro(\"power\")") _Pragma("push_macro(\"pread\")")
+_Pragma("push_macro(\"prefetch\")") _Pragma("push_macro(\"present\")")
+_Pragma("push_macro(\"prev\")") _Pragma("push_macro(\"print\")") _Pragma("push_macro(\"printf\")")
+_Pragma("push_macro(\"private\")") _Pragma("push_macro(\"prompt\")")
+_Pragma("push_macro(\"protected\")") _Pragma("push_macro(\"protocol\")")
+_Pragma("push_macro(\"ptr\")") _Pragma("push_macro(\"ptrdiff_t\")")
+_Pragma("push_macro(\"public\")") _Pragma("push_macro(\"push\")") _Pragma("push_macro(\"put\")")
+_Pragma("push_macro(\"putc\")") _Pragma("push_macro(\"putchar\")")
+_Pragma("push_macro(\"putenv\")") _Pragma("push_macro(\"puts\")") _Pragma("push_macro(\"putwc\")")
+_Pragma("push_macro(\"putwchar\")") _Pragma("push_macro(\"pwrite\")") _Pragma("push_macro(\"q\")")
+_Pragma("push_macro(\"quad_t\")") _Pragma("push_macro(\"query\")") _Pragma("push_macro(\"queue\")")
+_Pragma("push_macro(\"quote\")") _Pragma("push_macro(\"r\")") _Pragma("push_macro(\"raise\")")
+_Pragma("push_macro(\"random\")") _Pragma("push_macro(\"range\")") _Pragma("push_macro(\"rank\")")
+_Pragma("push_macro(\"rate\")") _Pragma("push_macro(\"ratio\")") _Pragma("push_macro(\"raw\")")
+_Pragma("push_macro(\"read\")") _Pragma("push_macro(\"readdir\")") _Pragma("push_macro(\"readv\")")
+_Pragma("push_macro(\"ready\")") _Pragma("push_macro(\"real\")") _Pragma("push_macro(\"realloc\")")
+_Pragma("push_macro(\"reallocarray\")") _Pragma("push_macro(\"reason\")")
+_Pragma("push_macro(\"record\")") _Pragma("push_macro(\"recv\")")
+_Pragma("push_macro(\"recvfrom\")") _Pragma("push_macro(\"recvmsg\")")
+_Pragma("push_macro(\"ref\")") _Pragma("push_macro(\"refresh\")")
+_Pragma("push_macro(\"refused\")") _Pragma("push_macro(\"reinterpret_cast\")")
+_Pragma("push_macro(\"release\")") _Pragma("push_macro(\"remove\")")
+_Pragma("push_macro(\"rename\")") _Pragma("push_macro(\"render\")")
+_Pragma("push_macro(\"replace\")") _Pragma("push_macro(\"reply\")")
+_Pragma("push_macro(\"report\")") _Pragma("push_macro(\"request\")")
+_Pragma("push_macro(\"requires\")") _Pragma("push_macro(\"reserve\")")
+_Pragma("push_macro(\"reserved\")") _Pragma("push_macro(\"reset\")")
+_Pragma("push_macro(\"rest\")") _Pragma("push_macro(\"restore\")")
+_Pragma("push_macro(\"result\")") _Pragma("push_macro(\"return\")")
+_Pragma("push_macro(\"reverse\")") _Pragma("push_macro(\"rewind\")")
+_Pragma("push_macro(\"right\")") _Pragma("push_macro(\"rindex\")") _Pragma("push_macro(\"ring\")")
+_Pragma("push_macro(\"rmdir\")") _Pragma("push_macro(\"role\")") _Pragma("push_macro(\"root\")")
+_Pragma("push_macro(\"rope\")") _Pragma("push_macro(\"rotate\")") _Pragma("push_macro(\"round\")")
+_Pragma("push_macro(\"route\")") _Pragma("push_macro(\"row\")") _Pragma("push_macro(\"rows\")")
+_Pragma("push_macro(\"run\")") _Pragma("push_macro(\"running\")") _Pragma("push_macro(\"s\")")
+_Pragma("push_macro(\"same\")") _Pragma("push_macro(\"sample\")")
+_Pragma("push_macro(\"sampler\")") _Pragma("push_macro(\"save\")")
+_Pragma("push_macro(\"scalar\")") _Pragma("push_macro(\"scale\")")
+_Pragma("push_macro(\"scandir\")") _Pragma("push_macro(\"sched_yield\")")
+_Pragma("push_macro(\"scope\")") _Pragma("push_macro(\"scores\")")
+_Pragma("push_macro(\"search\")") _Pragma("push_macro(\"second\")")
+_Pragma("push_macro(\"seconds\")") _Pragma("push_macro(\"section\")")
+_Pragma("push_macro(\"seed\")") _Pragma("push_macro(\"seek\")") _Pragma("push_macro(\"seekdir\")")
+_Pragma("push_macro(\"segment\")") _Pragma("push_macro(\"select\")")
+_Pragma("push_macro(\"selected\")") _Pragma("push_macro(\"self\")") _Pragma("push_macro(\"send\")")
+_Pragma("push_macro(\"sendmsg\")") _Pragma("push_macro(\"sendto\")")
+_Pragma("push_macro(\"serial\")") _Pragma("push_macro(\"set\")") _Pragma("push_macro(\"set_key\")")
+_Pragma("push_macro(\"set_string\")") _Pragma("push_macro(\"setenv\")")
+_Pragma("push_macro(\"setp\")") _Pragma("push_macro(\"setsockopt\")")
+_Pragma("push_macro(\"seven\")") _Pragma("push_macro(\"shape\")") _Pragma("push_macro(\"shared\")")
+_Pragma("push_macro(\"shift\")") _Pragma("push_macro(\"short\")")
+_Pragma("push_macro(\"short_size\")") _Pragma("push_macro(\"show\")")
+_Pragma("push_macro(\"shutdown\")") _Pragma("push_macro(\"side\")") _Pragma("push_macro(\"sign\")")
+_Pragma("push_macro(\"signal\")") _Pragma("push_macro(\"signbit\")")
+_Pragma("push_macro(\"signed\")") _Pragma("push_macro(\"sink\")") _Pragma("push_macro(\"size\")")
+_Pragma("push_macro(\"size_t\")") _Pragma("push_macro(\"sizeof\")") _Pragma("push_macro(\"skip\")")
+_Pragma("push_macro(\"sleep\")") _Pragma("push_macro(\"slice\")") _Pragma("push_macro(\"slot\")")
+_Pragma("push_macro(\"slots\")") _Pragma("push_macro(\"snprintf\")")
+_Pragma("push_macro(\"sockaddr_in\")") _Pragma("push_macro(\"socket\")")
+_Pragma("push_macro(\"sort\")") _Pragma("push_macro(\"source\")") _Pragma("push_macro(\"sp\")")
+_Pragma("push_macro(\"space\")") _Pragma("push_macro(\"span\")") _Pragma("push_macro(\"special\")")
+_Pragma("push_macro(\"split\")") _Pragma("push_macro(\"sprintf\")") _Pragma("push_macro(\"sqrt\")")
+_Pragma("push_macro(\"srandom\")") _Pragma("push_macro(\"src\")")
+_Pragma("push_macro(\"ssize_t\")") _Pragma("push_macro(\"stage\")")
+_Pragma("push_macro(\"start\")") _Pragma("push_macro(\"stat\")") _Pragma("push_macro(\"state\")")
+_Pragma("push_macro(\"static\")") _Pragma("push_macro(\"static_assert\")")
+_Pragma("push_macro(\"static_cast\")") _Pragma("push_macro(\"stats\")")
+_Pragma("push_macro(\"status\")") _Pragma("push_macro(\"std\")") _Pragma("push_macro(\"step\")")
+_Pragma("push_macro(\"steps\")") _Pragma("push_macro(\"stop\")") _Pragma("push_macro(\"stopped\")")
+_Pragma("push_macro(\"storage\")") _Pragma("push_macro(\"store\")")
+_Pragma("push_macro(\"stpcpy\")") _Pragma("push_macro(\"stpncpy\")")
+_Pragma("push_macro(\"strcat\")") _Pragma("push_macro(\"strchr\")")
+_Pragma("push_macro(\"strcmp\")") _Pragma("push_macro(\"strcpy\")")
+_Pragma("push_macro(\"strcspn\")") _Pragma("push_macro(\"strdup\")")
+_Pragma("push_macro(\"strerror\")") _Pragma("push_macro(\"strerror_r\")")
+_Pragma("push_macro(\"strftime\")") _Pragma("push_macro(\"strict\")")
+_Pragma("push_macro(\"string\")") _Pragma("push_macro(\"strings\")")
+_Pragma("push_macro(\"strip\")") _Pragma("push_macro(\"strlen\")")
+_Pragma("push_macro(\"strncat\")") _Pragma("push_macro(\"strncmp\")")
+_Pragma("push_macro(\"strncpy\")") _Pragma("push_macro(\"strndup\")")
+_Pragma("push_macro(\"strnlen\")") _Pragma("push_macro(\"strpbrk\")")
+_Pragma("push_macro(\"strrchr\")") _Pragma("push_macro(\"strspn\")")
+_Pragma("push_macro(\"strstr\")") _Pragma("push_macro(\"strtod\")")
+_Pragma("push_macro(\"strtol\")") _Pragma("push_macro(\"strtoll\")")
+_Pragma("push_macro(\"strtoul\")") _Pragma("push_macro(\"struct\")")
+_Pragma("push_macro(\"style\")") _Pragma("push_macro(\"submit\")")
+_Pragma("push_macro(\"suffix\")") _Pragma("push_macro(\"sum\")") _Pragma("push_macro(\"swap\")")
+_Pragma("push_macro(\"switch\")") _Pragma("push_macro(\"swprintf\")")
+_Pragma("push_macro(\"symbol\")") _Pragma("push_macro(\"sync\")") _Pragma("push_macro(\"system\")")
+_Pragma("push_macro(\"t\")") _Pragma("push_macro(\"table\")") _Pragma("push_macro(\"tag\")")
+_Pragma("push_macro(\"tail\")") _Pragma("push_macro(\"take\")") _Pragma("push_macro(\"target\")")
+_Pragma("push_macro(\"task\")") _Pragma("push_macro(\"template\")") _Pragma("push_macro(\"ten\")")
+_Pragma("push_macro(\"tensor\")") _Pragma("push_macro(\"test\")") _Pragma("push_macro(\"text\")")
+_Pragma("push_macro(\"then\")") _Pragma("push_macro(\"this\")") _Pragma("push_macro(\"thread\")")
+_Pragma("push_macro(\"three\")") _Pragma("push_macro(\"throw\")") _Pragma("push_macro(\"tick\")")
+_Pragma("push_macro(\"tie\")") _Pragma("push_macro(\"tile\")") _Pragma("push_macro(\"time\")")
+_Pragma("push_macro(\"time_t\")") _Pragma("push_macro(\"timeout\")")
+_Pragma("push_macro(\"times\")") _Pragma("push_macro(\"timeval\")")
+_Pragma("push_macro(\"tmpfile\")") _Pragma("push_macro(\"token\")")
+_Pragma("push_macro(\"tokens\")") _Pragma("push_macro(\"tolower\")")
+_Pragma("push_macro(\"tool\")") _Pragma("push_macro(\"top\")") _Pragma("push_macro(\"tops\")")
+_Pragma("push_macro(\"total\")") _Pragma("push_macro(\"toupper\")") _Pragma("push_macro(\"trim\")")
+_Pragma("push_macro(\"true\")") _Pragma("push_macro(\"trunc\")") _Pragma("push_macro(\"try\")")
+_Pragma("push_macro(\"turn\")") _Pragma("push_macro(\"two\")") _Pragma("push_macro(\"type\")")
+_Pragma("push_macro(\"typedef\")") _Pragma("push_macro(\"typeid\")")
+_Pragma("push_macro(\"typename\")") _Pragma("push_macro(\"types\")") _Pragma("push_macro(\"u\")")
+_Pragma("push_macro(\"u16\")") _Pragma("push_macro(\"u32\")") _Pragma("push_macro(\"u64\")")
+_Pragma("push_macro(\"u8\")") _Pragma("push_macro(\"u_long\")") _Pragma("push_macro(\"uid_t\")")
+_Pragma("push_macro(\"uint\")") _Pragma("push_macro(\"uint64\")") _Pragma("push_macro(\"ulong\")")
+_Pragma("push_macro(\"umask\")") _Pragma("push_macro(\"undefined\")")
+_Pragma("push_macro(\"underflow\")") _Pragma("push_macro(\"union\")")
+_Pragma("push_macro(\"unique\")") _Pragma("push_macro(\"unit\")")
+_Pragma("push_macro(\"unknown\")") _Pragma("push_macro(\"unlikely\")")
+_Pragma("push_macro(\"unlink\")") _Pragma("push_macro(\"unlock\")")
+_Pragma("push_macro(\"unroll\")") _Pragma("push_macro(\"unsigned\")")
+_Pragma("push_macro(\"until\")") _Pragma("push_macro(\"unused\")") _Pragma("push_macro(\"up\")")
+_Pragma("push_macro(\"update\")") _Pragma("push_macro(\"upper\")") _Pragma("push_macro(\"us\")")
+_Pragma("push_macro(\"usage\")") _Pragma("push_macro(\"used\")") _Pragma("push_macro(\"user\")")
+_Pragma("push_macro(\"ushort\")") _Pragma("push_macro(\"using\")")
+_Pragma("push_macro(\"usleep\")") _Pragma("push_macro(\"v\")") _Pragma("push_macro(\"va_list\")")
+_Pragma("push_macro(\"valloc\")") _Pragma("push_macro(\"value\")")
+_Pragma("push_macro(\"values\")") _Pragma("push_macro(\"vasprintf\")")
+_Pragma("push_macro(\"vector\")") _Pragma("push_macro(\"version\")")
+_Pragma("push_macro(\"view\")") _Pragma("push_macro(\"virtual\")")
+_Pragma("push_macro(\"visible\")") _Pragma("push_macro(\"void\")")
+_Pragma("push_macro(\"volatile\")") _Pragma("push_macro(\"vsnprintf\")")
+_Pragma("push_macro(\"vsprintf\")") _Pragma("push_macro(\"vswprintf\")")
+_Pragma("push_macro(\"w\")") _Pragma("push_macro(\"wait\")") _Pragma("push_macro(\"warning\")")
+_Pragma("push_macro(\"watch\")") _Pragma("push_macro(\"wchar_t\")")
+_Pragma("push_macro(\"wcscat\")") _Pragma("push_macro(\"wcscpy\")")
+_Pragma("push_macro(\"wcsdup\")") _Pragma("push_macro(\"weight\")")
+_Pragma("push_macro(\"while\")") _Pragma("push_macro(\"width\")") _Pragma("push_macro(\"window\")")
+_Pragma("push_macro(\"word\")") _Pragma("push_macro(\"work\")") _Pragma("push_macro(\"worker\")")
+_Pragma("push_macro(\"write\")") _Pragma("push_macro(\"writev\")") _Pragma("push_macro(\"x\")")
+_Pragma("push_macro(\"y\")") _Pragma("push_macro(\"yield\")") _Pragma("push_macro(\"z\")")
+_Pragma("push_macro(\"zero\")")
+#undef Add
+#undef B16
+#undef BOOL
+#undef Bound
+#undef Buffer
+#undef C
+#undef Change
+#undef Check
+#undef Count
+#undef Cs
+#undef DWORD
+#undef Done
+#undef Each
+#undef Engine
+#undef Entry
+#undef Error
+#undef Event
+#undef Exchange
+#undef FILE
+#undef Fault
+#undef File
+#undef Frame
+#undef Function
+#undef G
+#undef H
+#undef HANDLE
+#undef Handle
+#undef I
+#undef Input
+#undef Item
+#undef Iterator
+#undef J
+#undef Job
+#undef Json
+#undef K
+#undef Kind
+#undef L
+#undef Level
+#undef List
+#undef Live
+#undef Lo
+#undef Loop
+#undef Match
+#undef Merge
+#undef Move
+#undef MultiByteToWideChar
+#undef N
+#undef Nl
+#undef No
+#undef Node
+#undef Number
+#undef OFF
+#undef Object
+#undef Offset
+#undef Op
+#undef P
+#undef Page
+#undef Parser
+#undef Pending
+#undef Phase
+#undef Pi
+#undef Q
+#undef Range
+#undef Reply
+#undef Request
+#undef Result
+#undef Role
+#undef Route
+#undef SIZE_T
+#undef SOCKET
+#undef STDC
+#undef Sampler
+#undef Self
+#undef Server
+#undef Shape
+#undef Side
+#undef Sink
+#undef Sleep
+#undef Slice
+#undef Slot
+#undef Socket
+#undef Stage
+#undef State
+#undef Stats
+#undef Status
+#undef Step
+#undef Store
+#undef T
+#undef Table
+#undef Tensor
+#undef Text
+#undef Thread
+#undef Token
+#undef Turn
+#undef Type
+#undef ULONG
+#undef Usage
+#undef V
+#undef Value
+#undef W
+#undef WideCharToMultiByte
+#undef Window
+#undef a
+#undef a0
+#undef a1
+#undef abort
+#undef above
+#undef abs
+#undef absolute
+#undef accept
+#undef access
+#undef ack
+#undef active
+#undef add
+#undef address
+#undef align
+#undef alignas
+#undef aligned
+#undef aligned_alloc
+#undef alignof
+#undef all
+#undef always_inline
+#undef any
+#undef append
+#undef apply
+#undef args
+#undef argument
+#undef array
+#undef as
+#undef asprintf
+#undef assign
+#undef at
+#undef atexit
+#undef atof
+#undef atoi
+#undef atol
+#undef atomic
+#undef auto
+#undef b
+#undef b0
+#undef b1
+#undef back
+#undef batch
+#undef bcmp
+#undef bcopy
+#undef begin
+#undef below
+#undef bind
+#undef bit
+#undef bits
+#undef blank
+#undef block
+#undef block_size
+#undef body
+#undef bool
+#undef boolean
+#undef border
+#undef bound
+#undef bounds
+#undef break
+#undef buffer
+#undef by
+#undef byte
+#undef bytes
+#undef bzero
+#undef c
+#undef cache
+#undef call
+#undef calloc
+#undef cancel
+#undef case
+#undef catch
+#undef ceil
+#undef chain
+#undef change
+#undef char
+#undef char16_t
+#undef char32_t
+#undef char8_t
+#undef chdir
+#undef check
+#undef check_text
+#undef check_type
+#undef child
+#undef chmod
+#undef clamp
+#undef class
+#undef clear
+#undef clearerr
+#undef clock
+#undef close
+#undef closedir
+#undef code
+#undef cols
+#undef column
+#undef columns
+#undef comma
+#undef comment
+#undef commit
+#undef common
+#undef compare
+#undef complete
+#undef compute
+#undef concat
+#undef concept
+#undef condition
+#undef connect
+#undef const
+#undef const_cast
+#undef constant
+#undef constants
+#undef consteval
+#undef constexpr
+#undef constinit
+#undef content
+#undef context
+#undef continue
+#undef control
+#undef copy
+#undef cores
+#undef cost
+#undef count
+#undef cpu
+#undef create
+#undef cs
+#undef ctime
+#undef ctype
+#undef cur
+#undef current
+#undef custom
+#undef cut
+#undef cycle
+#undef d
+#undef data
+#undef date
+#undef day
+#undef days
+#undef debug
+#undef decltype
+#undef default
+#undef delete
+#undef deleted
+#undef deprecated
+#undef depth
+#undef destroy
+#undef detach
+#undef device
+#undef difference
+#undef digit
+#undef dim
+#undef dims
+#undef dirent
+#undef div
+#undef do
+#undef done
+#undef dot
+#undef double
+#undef down
+#undef ds
+#undef dst
+#undef dup
+#undef dup2
+#undef dynamic_cast
+#undef e
+#undef eaccess
+#undef each
+#undef echo
+#undef eflags
+#undef eight
+#undef else
+#undef empty
+#undef encode
+#undef end
+#undef engine
+#undef enter
+#undef entry
+#undef enum
+#undef eof
+#undef eps
+#undef epsilon
+#undef erase
+#undef err
+#undef error
+#undef event
+#undef exact
+#undef exchange
+#undef exit
+#undef exp2f
+#undef expect
+#undef explicit
+#undef extension
+#undef extern
+#undef f
+#undef f16
+#undef f32
+#undef f64
+#undef fabs
+#undef factor
+#undef fail
+#undef failed
+#undef fallthrough
+#undef false
+#undef fast
+#undef fault
+#undef fclose
+#undef fcntl
+#undef fdatasync
+#undef fdopen
+#undef feed
+#undef feof
+#undef ferror
+#undef fflush
+#undef fgets
+#undef field
+#undef fields
+#undef file
+#undef fileno
+#undef fill
+#undef filter
+#undef final
+#undef find_index
+#undef finite
+#undef first
+#undef fixed
+#undef flag
+#undef flags
+#undef float
+#undef floor
+#undef flush
+#undef fma
+#undef fopen
+#undef fopen64
+#undef for
+#undef for_each
+#undef fork
+#undef form
+#undef format
+#undef four
+#undef fpclassify
+#undef fpos_t
+#undef fprintf
+#undef fputs
+#undef frame
+#undef fread
+#undef free
+#undef freeaddrinfo
+#undef friend
+#undef front
+#undef fs
+#undef fseek
+#undef fstat
+#undef fsync
+#undef ftell
+#undef ftruncate
+#undef full
+#undef function
+#undef fwrite
+#undef g
+#undef generate
+#undef get
+#undef get_string
+#undef getaddrinfo
+#undef getc
+#undef getchar
+#undef getcwd
+#undef getdtablesize
+#undef getenv
+#undef gethostbyname
+#undef getline
+#undef getpeername
+#undef getpid
+#undef getsockname
+#undef getsockopt
+#undef gettimeofday
+#undef getwc
+#undef getwchar
+#undef gid_t
+#undef given
+#undef global
+#undef gmtime
+#undef goto
+#undef group
+#undef gs
+#undef h
+#undef half
+#undef handle
+#undef hangup
+#undef hash
+#undef header
+#undef help
+#undef hex
+#undef hidden
+#undef high
+#undef host
+#undef hot
+#undef http_version
+#undef huge
+#undef i
+#undef i16
+#undef i32
+#undef i64
+#undef i8
+#undef id
+#undef idle
+#undef if
+#undef ignore
+#undef image
+#undef in
+#undef inbox
+#undef index
+#undef inet_ntop
+#undef inet_pton
+#undef infinity
+#undef info
+#undef init
+#undef inline
+#undef input
+#undef int
+#undef int64
+#undef int_max
+#undef int_min
+#undef internal
+#undef inv_pi
+#undef io
+#undef ip
+#undef is
+#undef isalnum
+#undef isalpha
+#undef isatty
+#undef isblank
+#undef iscntrl
+#undef isdigit
+#undef iseqsig
+#undef isfinite
+#undef isgraph
+#undef isgreater
+#undef isgreaterequal
+#undef isinf
+#undef isless
+#undef islessequal
+#undef islessgreater
+#undef islower
+#undef isnan
+#undef isnormal
+#undef isprint
+#undef ispunct
+#undef issignaling
+#undef isspace
+#undef isunordered
+#undef isupper
+#undef iswalnum
+#undef iswalpha
+#undef iswcntrl
+#undef iswdigit
+#undef iswgraph
+#undef iswlower
+#undef iswprint
+#undef iswpunct
+#undef iswspace
+#undef iswupper
+#undef iswxdigit
+#undef isxdigit
+#undef iszero
+#undef item
+#undef items
+#undef iterator
+#undef j
+#undef job
+#undef join
+#undef json
+#undef k
+#undef keep
+#undef kernel
+#undef key
+#undef kill
+#undef kind
+#undef l
+#undef last
+#undef layer
+#undef leave
+#undef left
+#undef length
+#undef lerp
+#undef level
+#undef likely
+#undef limit
+#undef line
+#undef lines
+#undef link
+#undef list
+#undef listen
+#undef live
+#undef load
+#undef local
+#undef localtime
+#undef lock
+#undef locked
+#undef loff_t
+#undef log
+#undef logf
+#undef long
+#undef loop
+#undef low
+#undef lseek
+#undef lseek64
+#undef lstat
+#undef m
+#undef malloc
+#undef map
+#undef mark
+#undef mask
+#undef match
+#undef matcher
+#undef matrix
+#undef max
+#undef max_size
+#undef maybe_unused
+#undef mblen
+#undef memccpy
+#undef memcmp
+#undef memcpy
+#undef memmove
+#undef memory
+#undef mempcpy
+#undef memset
+#undef merge
+#undef message
+#undef method
+#undef metric
+#undef middle
+#undef min
+#undef minimum
+#undef minus
+#undef mix
+#undef mkdir
+#undef mktemp
+#undef mktime
+#undef mmap
+#undef mode
+#undef mode_t
+#undef model
+#undef move
+#undef moved
+#undef ms
+#undef munmap
+#undef mutable
+#undef mutex
+#undef n
+#undef n_type
+#undef name
+#undef namespace
+#undef nan
+#undef nanosleep
+#undef new
+#undef newline
+#undef next
+#undef node
+#undef nodes
+#undef nodiscard
+#undef noexcept
+#undef noinline
+#undef none
+#undef noreturn
+#undef norm
+#undef normal
+#undef nothing
+#undef now
+#undef ns
+#undef null
+#undef nullptr
+#undef num
+#undef number
+#undef o
+#undef object
+#undef of
+#undef off
+#undef off64_t
+#undef off_t
+#undef offset
+#undef ok
+#undef on
+#undef one
+#undef op
+#undef open
+#undef open64
+#undef opendir
+#undef operator
+#undef option
+#undef optional
+#undef options
+#undef order
+#undef other
+#undef out
+#undef out_of_memory
+#undef out_of_range
+#undef output
+#undef overflow
+#undef override
+#undef p
+#undef p_type
+#undef pack
+#undef packed
+#undef pad
+#undef page
+#undef pages
+#undef pair
+#undef param
+#undef parent
+#undef parse
+#undef parser
+#undef part
+#undef path
+#undef pattern
+#undef pause
+#undef pending
+#undef phase
+#undef pi
+#undef pid_t
+#undef piece
+#undef place
+#undef plan
+#undef plane
+#undef planes
+#undef plus
+#undef point
+#undef pointer
+#undef poll
+#undef pop
+#undef port
+#undef position
+#undef posix_memalign
+#undef pow
+#undef power
+#undef pread
+#undef prefetch
+#undef present
+#undef prev
+#undef print
+#undef printf
+#undef private
+#undef prompt
+#undef protected
+#undef protocol
+#undef ptr
+#undef ptrdiff_t
+#undef public
+#undef push
+#undef put
+#undef putc
+#undef putchar
+#undef putenv
+#undef puts
+#undef putwc
+#undef putwchar
+#undef pwrite
+#undef q
+#undef quad_t
+#undef query
+#undef queue
+#undef quote
+#undef r
+#undef raise
+#undef random
+#undef range
+#undef rank
+#undef rate
+#undef ratio
+#undef raw
+#undef read
+#undef readdir
+#undef readv
+#undef ready
+#undef real
+#undef realloc
+#undef reallocarray
+#undef reason
+#undef record
+#undef recv
+#undef recvfrom
+#undef recvmsg
+#undef ref
+#undef refresh
+#undef refused
+#undef reinterpret_cast
+#undef release
+#undef remove
+#undef rename
+#undef render
+#undef replace
+#undef reply
+#undef report
+#undef request
+#undef requires
+#undef reserve
+#undef reserved
+#undef reset
+#undef rest
+#undef restore
+#undef result
+#undef return
+#undef reverse
+#undef rewind
+#undef right
+#undef rindex
+#undef ring
+#undef rmdir
+#undef role
+#undef root
+#undef rope
+#undef rotate
+#undef round
+#undef route
+#undef row
+#undef rows
+#undef run
+#undef running
+#undef s
+#undef same
+#undef sample
+#undef sampler
+#undef save
+#undef scalar
+#undef scale
+#undef scandir
+#undef sched_yield
+#undef scope
+#undef scores
+#undef search
+#undef second
+#undef seconds
+#undef section
+#undef seed
+#undef seek
+#undef seekdir
+#undef segment
+#undef select
+#undef selected
+#undef self
+#undef send
+#undef sendmsg
+#undef sendto
+#undef serial
+#undef set
+#undef set_key
+#undef set_string
+#undef setenv
+#undef setp
+#undef setsockopt
+#undef seven
+#undef shape
+#undef shared
+#undef shift
+#undef short
+#undef short_size
+#undef show
+#undef shutdown
+#undef side
+#undef sign
+#undef signal
+#undef signbit
+#undef signed
+#undef sink
+#undef size
+#undef size_t
+#undef sizeof
+#undef skip
+#undef sleep
+#undef slice
+#undef slot
+#undef slots
+#undef snprintf
+#undef sockaddr_in
+#undef socket
+#undef sort
+#undef source
+#undef sp
+#undef space
+#undef span
+#undef special
+#undef split
+#undef sprintf
+#undef sqrt
+#undef srandom
+#undef src
+#undef ssize_t
+#undef stage
+#undef start
+#undef stat
+#undef state
+#undef static
+#undef static_assert
+#undef static_cast
+#undef stats
+#undef status
+#undef std
+#undef step
+#undef steps
+#undef stop
+#undef stopped
+#undef storage
+#undef store
+#undef stpcpy
+#undef stpncpy
+#undef strcat
+#undef strchr
+#undef strcmp
+#undef strcpy
+#undef strcspn
+#undef strdup
+#undef strerror
+#undef strerror_r
+#undef strftime
+#undef strict
+#undef string
+#undef strings
+#undef strip
+#undef strlen
+#undef strncat
+#undef strncmp
+#undef strncpy
+#undef strndup
+#undef strnlen
+#undef strpbrk
+#undef strrchr
+#undef strspn
+#undef strstr
+#undef strtod
+#undef strtol
+#undef strtoll
+#undef strtoul
+#undef struct
+#undef style
+#undef submit
+#undef suffix
+#undef sum
+#undef swap
+#undef switch
+#undef swprintf
+#undef symbol
+#undef sync
+#undef system
+#undef t
+#undef table
+#undef tag
+#undef tail
+#undef take
+#undef target
+#undef task
+#undef template
+#undef ten
+#undef tensor
+#undef test
+#undef text
+#undef then
+#undef this
+#undef thread
+#undef three
+#undef throw
+#undef tick
+#undef tie
+#undef tile
+#undef time
+#undef time_t
+#undef timeout
+#undef times
+#undef timeval
+#undef tmpfile
+#undef token
+#undef tokens
+#undef tolower
+#undef tool
+#undef top
+#undef tops
+#undef total
+#undef toupper
+#undef trim
+#undef true
+#undef trunc
+#undef try
+#undef turn
+#undef two
+#undef type
+#undef typedef
+#undef typeid
+#undef typename
+#undef types
+#undef u
+#undef u16
+#undef u32
+#undef u64
+#undef u8
+#undef u_long
+#undef uid_t
+#undef uint
+#undef uint64
+#undef ulong
+#undef umask
+#undef undefined
+#undef underflow
+#undef union
+#undef unique
+#undef unit
+#undef unknown
+#undef unlikely
+#undef unlink
+#undef unlock
+#undef unroll
+#undef unsigned
+#undef until
+#undef unused
+#undef up
+#undef update
+#undef upper
+#undef us
+#undef usage
+#undef used
+#undef user
+#undef ushort
+#undef using
+#undef usleep
+#undef v
+#undef va_list
+#undef valloc
+#undef value
+#undef values
+#undef vasprintf
+#undef vector
+#undef version
+#undef view
+#undef virtual
+#undef visible
+#undef void
+#undef volatile
+#undef vsnprintf
+#undef vsprintf
+#undef vswprintf
+#undef w
+#undef wait
+#undef warning
+#undef watch
+#undef wchar_t
+#undef wcscat
+#undef wcscpy
+#undef wcsdup
+#undef weight
+#undef while
+#undef width
+#undef window
+#undef word
+#undef work
+#undef worker
+#undef write
+#undef writev
+#undef x
+#undef y
+#undef yield
+#undef z
+#undef zero
+#if defined(_WIN32)
+_Pragma("push_macro(\"ACCESS_MASK\")") _Pragma("push_macro(\"ATOM\")")
+_Pragma("push_macro(\"BOOLEAN\")") _Pragma("push_macro(\"BYTE\")") _Pragma("push_macro(\"Beep\")")
+_Pragma("push_macro(\"Bits\")") _Pragma("push_macro(\"Byte\")") _Pragma("push_macro(\"CHAR\")")
+_Pragma("push_macro(\"CONTEXT\")") _Pragma("push_macro(\"COORD\")") _Pragma("push_macro(\"CRC\")")
+_Pragma("push_macro(\"CURSORSHAPE\")") _Pragma("push_macro(\"Control\")")
+_Pragma("push_macro(\"ControlMask\")") _Pragma("push_macro(\"Data\")")
+_Pragma("push_macro(\"Delay\")") _Pragma("push_macro(\"Dimension\")")
+_Pragma("push_macro(\"EndDoc\")") _Pragma("push_macro(\"EventID\")")
+_Pragma("push_macro(\"FIXED\")") _Pragma("push_macro(\"FLOAT\")") _Pragma("push_macro(\"Flags\")")
+_Pragma("push_macro(\"FreeResource\")") _Pragma("push_macro(\"GLYPHSET\")")
+_Pragma("push_macro(\"GROUP\")") _Pragma("push_macro(\"INPUT\")") _Pragma("push_macro(\"INT\")")
+_Pragma("push_macro(\"INT16\")") _Pragma("push_macro(\"INT32\")") _Pragma("push_macro(\"INT64\")")
+_Pragma("push_macro(\"INT8\")") _Pragma("push_macro(\"Index\")")
+_Pragma("push_macro(\"IsEqualGUID\")") _Pragma("push_macro(\"Key\")")
+_Pragma("push_macro(\"LIST_ENTRY\")") _Pragma("push_macro(\"LONG\")")
+_Pragma("push_macro(\"LONG64\")") _Pragma("push_macro(\"LPMINMAXINFO\")")
+_Pragma("push_macro(\"Length\")") _Pragma("push_macro(\"MSG\")") _Pragma("push_macro(\"Mask\")")
+_Pragma("push_macro(\"Message\")") _Pragma("push_macro(\"Msg\")")
+_Pragma("push_macro(\"PATTERN\")") _Pragma("push_macro(\"POINT\")") _Pragma("push_macro(\"PROC\")")
+_Pragma("push_macro(\"PSIZE\")") _Pragma("push_macro(\"PSTR\")") _Pragma("push_macro(\"Point\")")
+_Pragma("push_macro(\"Polygon\")") _Pragma("push_macro(\"Priority\")")
+_Pragma("push_macro(\"Protocol\")") _Pragma("push_macro(\"ProtocolRevision\")")
+_Pragma("push_macro(\"Ptr\")") _Pragma("push_macro(\"R\")") _Pragma("push_macro(\"RECT\")")
+_Pragma("push_macro(\"Rectangle\")") _Pragma("push_macro(\"Region\")")
+_Pragma("push_macro(\"Reserved\")") _Pragma("push_macro(\"S\")") _Pragma("push_macro(\"SHORT\")")
+_Pragma("push_macro(\"SIZE\")") _Pragma("push_macro(\"SLIST_ENTRY\")")
+_Pragma("push_macro(\"SOCKADDR_IN\")") _Pragma("push_macro(\"SSIZE_T\")")
+_Pragma("push_macro(\"Size\")") _Pragma("push_macro(\"String\")")
+_Pragma("push_macro(\"TIMEVAL\")") _Pragma("push_macro(\"TokenType\")")
+_Pragma("push_macro(\"UCHAR\")") _Pragma("push_macro(\"UINT\")") _Pragma("push_macro(\"UINT16\")")
+_Pragma("push_macro(\"UINT32\")") _Pragma("push_macro(\"UINT64\")")
+_Pragma("push_macro(\"UINT8\")") _Pragma("push_macro(\"USHORT\")")
+_Pragma("push_macro(\"Version\")") _Pragma("push_macro(\"WORD\")") _Pragma("push_macro(\"X\")")
+_Pragma("push_macro(\"Y\")") _Pragma("push_macro(\"Zone\")") _Pragma("push_macro(\"a2\")")
+_Pragma("push_macro(\"action\")") _Pragma("push_macro(\"arg\")") _Pragma("push_macro(\"bottom\")")
+_Pragma("push_macro(\"callback\")") _Pragma("push_macro(\"color\")")
+_Pragma("push_macro(\"config\")") _Pragma("push_macro(\"crc\")") _Pragma("push_macro(\"cursor\")")
+_Pragma("push_macro(\"cy\")") _Pragma("push_macro(\"dllimport\")")
+_Pragma("push_macro(\"errno_t\")") _Pragma("push_macro(\"fract\")") _Pragma("push_macro(\"func\")")
+_Pragma("push_macro(\"gets\")") _Pragma("push_macro(\"height\")") _Pragma("push_macro(\"hi\")")
+_Pragma("push_macro(\"htonl\")") _Pragma("push_macro(\"htons\")")
+_Pragma("push_macro(\"iswascii\")") _Pragma("push_macro(\"keyboard\")")
+_Pragma("push_macro(\"len\")") _Pragma("push_macro(\"mod\")")
+_Pragma("push_macro(\"mouse_event\")") _Pragma("push_macro(\"nonnull\")")
+_Pragma("push_macro(\"ntohl\")") _Pragma("push_macro(\"ntohs\")") _Pragma("push_macro(\"psize\")")
+_Pragma("push_macro(\"rotation\")") _Pragma("push_macro(\"st_atime\")")
+_Pragma("push_macro(\"stack\")") _Pragma("push_macro(\"str\")") _Pragma("push_macro(\"strcmpi\")")
+_Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
+#undef ACCESS_MASK
+#undef ATOM
+#undef BOOLEAN
+#undef BYTE
+#undef Beep
+#undef Bits
+#undef Byte
+#undef CHAR
+#undef CONTEXT
+#undef COORD
+#undef CRC
+#undef CURSORSHAPE
+#undef Control
+#undef ControlMask
+#undef Data
+#undef Delay
+#undef Dimension
+#undef EndDoc
+#undef EventID
+#undef FIXED
+#undef FLOAT
+#undef Flags
+#undef FreeResource
+#undef GLYPHSET
+#undef GROUP
+#undef INPUT
+#undef INT
+#undef INT16
+#undef INT32
+#undef INT64
+#undef INT8
+#undef Index
+#undef IsEqualGUID
+#undef Key
+#undef LIST_ENTRY
+#undef LONG
+#undef LONG64
+#undef LPMINMAXINFO
+#undef Length
+#undef MSG
+#undef Mask
+#undef Message
+#undef Msg
+#undef PATTERN
+#undef POINT
+#undef PROC
+#undef PSIZE
+#undef PSTR
+#undef Point
+#undef Polygon
+#undef Priority
+#undef Protocol
+#undef ProtocolRevision
+#undef Ptr
+#undef R
+#undef RECT
+#undef Rectangle
+#undef Region
+#undef Reserved
+#undef S
+#undef SHORT
+#undef SIZE
+#undef SLIST_ENTRY
+#undef SOCKADDR_IN
+#undef SSIZE_T
+#undef Size
+#undef String
+#undef TIMEVAL
+#undef TokenType
+#undef UCHAR
+#undef UINT
+#undef UINT16
+#undef UINT32
+#undef UINT64
+#undef UINT8
+#undef USHORT
+#undef Version
+#undef WORD
+#undef X
+#undef Y
+#undef Zone
+#undef a2
+#undef action
+#undef arg
+#undef bottom
+#undef callback
+#undef color
+#undef config
+#undef crc
+#undef cursor
+#undef cy
+#undef dllimport
+#undef errno_t
+#undef fract
+#undef func
+#undef gets
+#undef height
+#undef hi
+#undef htonl
+#undef htons
+#undef iswascii
+#undef keyboard
+#undef len
+#undef mod
+#undef mouse_event
+#undef nonnull
+#undef ntohl
+#undef ntohs
+#undef psize
+#undef rotation
+#undef st_atime
+#undef stack
+#undef str
+#undef strcmpi
+#undef stricmp
+#undef strnicmp
+#endif
+#if !defined(_WIN32)
+_Pragma("push_macro(\"pclose\")") _Pragma("push_macro(\"popen\")")
+_Pragma("push_macro(\"stat64\")")
+#undef pclose
+#undef popen
+#undef stat64
+#endif
+
 #ifndef VALAR_HPP
 #define VALAR_HPP
 
@@ -104,12 +1624,6 @@
 #ifndef VALAR_ASSERT
 #define VALAR_ASSERT(condition) ((void)0)
 #endif
-
-// Some headers (windows.h) define these; restored at the end.
-#pragma push_macro("min")
-#pragma push_macro("max")
-#undef min
-#undef max
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "valar runs on little-endian machines only"
@@ -1787,11 +3301,10 @@ private:
 }  // namespace v1
 }  // namespace valar
 
-#pragma pop_macro("max")
-#pragma pop_macro("min")
 #endif  // VALAR_HPP
 
-#ifdef VALAR_IMPLEMENTATION
+#if defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED)
+#define VALAR_IMPLEMENTED
 // What stands before every implementation part: the promise of exact arithmetic, kept by force.
 
 #if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
@@ -1804,10 +3317,6 @@ private:
 #pragma GCC diagnostic ignored "-Wrestrict"
 #pragma GCC diagnostic ignored "-Wstringop-overflow"
 #endif
-#pragma push_macro("min")
-#pragma push_macro("max")
-#undef min
-#undef max
 
 // In valar.hpp all system headers stand here: one that was included inside a target region would
 // leak that region's instructions into shared functions.
@@ -27984,9 +29493,408 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 #pragma GCC pop_options
 #pragma GCC diagnostic pop
 #endif
-#pragma pop_macro("max")
-#pragma pop_macro("min")
 #endif  // VALAR_IMPLEMENTATION
+
+_Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"B16\")") _Pragma("pop_macro(\"BOOL\")")
+_Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"C\")")
+_Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")")
+_Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Done\")")
+_Pragma("pop_macro(\"Each\")") _Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")")
+_Pragma("pop_macro(\"Error\")") _Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")")
+_Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")") _Pragma("pop_macro(\"File\")")
+_Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")")
+_Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")")
+_Pragma("pop_macro(\"I\")") _Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")")
+_Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")")
+_Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")")
+_Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
+_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
+_Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
+_Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
+_Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
+_Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
+_Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"P\")")
+_Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
+_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Q\")")
+_Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
+_Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")")
+_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
+_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
+_Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")")
+_Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")")
+_Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
+_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
+_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
+_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
+_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
+_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"V\")")
+_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
+_Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
+_Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
+_Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
+_Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
+_Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
+_Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")
+_Pragma("pop_macro(\"aligned_alloc\")") _Pragma("pop_macro(\"alignof\")")
+_Pragma("pop_macro(\"all\")") _Pragma("pop_macro(\"always_inline\")") _Pragma("pop_macro(\"any\")")
+_Pragma("pop_macro(\"append\")") _Pragma("pop_macro(\"apply\")") _Pragma("pop_macro(\"args\")")
+_Pragma("pop_macro(\"argument\")") _Pragma("pop_macro(\"array\")") _Pragma("pop_macro(\"as\")")
+_Pragma("pop_macro(\"asprintf\")") _Pragma("pop_macro(\"assign\")") _Pragma("pop_macro(\"at\")")
+_Pragma("pop_macro(\"atexit\")") _Pragma("pop_macro(\"atof\")") _Pragma("pop_macro(\"atoi\")")
+_Pragma("pop_macro(\"atol\")") _Pragma("pop_macro(\"atomic\")") _Pragma("pop_macro(\"auto\")")
+_Pragma("pop_macro(\"b\")") _Pragma("pop_macro(\"b0\")") _Pragma("pop_macro(\"b1\")")
+_Pragma("pop_macro(\"back\")") _Pragma("pop_macro(\"batch\")") _Pragma("pop_macro(\"bcmp\")")
+_Pragma("pop_macro(\"bcopy\")") _Pragma("pop_macro(\"begin\")") _Pragma("pop_macro(\"below\")")
+_Pragma("pop_macro(\"bind\")") _Pragma("pop_macro(\"bit\")") _Pragma("pop_macro(\"bits\")")
+_Pragma("pop_macro(\"blank\")") _Pragma("pop_macro(\"block\")")
+_Pragma("pop_macro(\"block_size\")") _Pragma("pop_macro(\"body\")") _Pragma("pop_macro(\"bool\")")
+_Pragma("pop_macro(\"boolean\")") _Pragma("pop_macro(\"border\")") _Pragma("pop_macro(\"bound\")")
+_Pragma("pop_macro(\"bounds\")") _Pragma("pop_macro(\"break\")") _Pragma("pop_macro(\"buffer\")")
+_Pragma("pop_macro(\"by\")") _Pragma("pop_macro(\"byte\")") _Pragma("pop_macro(\"bytes\")")
+_Pragma("pop_macro(\"bzero\")") _Pragma("pop_macro(\"c\")") _Pragma("pop_macro(\"cache\")")
+_Pragma("pop_macro(\"call\")") _Pragma("pop_macro(\"calloc\")") _Pragma("pop_macro(\"cancel\")")
+_Pragma("pop_macro(\"case\")") _Pragma("pop_macro(\"catch\")") _Pragma("pop_macro(\"ceil\")")
+_Pragma("pop_macro(\"chain\")") _Pragma("pop_macro(\"change\")") _Pragma("pop_macro(\"char\")")
+_Pragma("pop_macro(\"char16_t\")") _Pragma("pop_macro(\"char32_t\")")
+_Pragma("pop_macro(\"char8_t\")") _Pragma("pop_macro(\"chdir\")") _Pragma("pop_macro(\"check\")")
+_Pragma("pop_macro(\"check_text\")") _Pragma("pop_macro(\"check_type\")")
+_Pragma("pop_macro(\"child\")") _Pragma("pop_macro(\"chmod\")") _Pragma("pop_macro(\"clamp\")")
+_Pragma("pop_macro(\"class\")") _Pragma("pop_macro(\"clear\")") _Pragma("pop_macro(\"clearerr\")")
+_Pragma("pop_macro(\"clock\")") _Pragma("pop_macro(\"close\")") _Pragma("pop_macro(\"closedir\")")
+_Pragma("pop_macro(\"code\")") _Pragma("pop_macro(\"cols\")") _Pragma("pop_macro(\"column\")")
+_Pragma("pop_macro(\"columns\")") _Pragma("pop_macro(\"comma\")") _Pragma("pop_macro(\"comment\")")
+_Pragma("pop_macro(\"commit\")") _Pragma("pop_macro(\"common\")") _Pragma("pop_macro(\"compare\")")
+_Pragma("pop_macro(\"complete\")") _Pragma("pop_macro(\"compute\")")
+_Pragma("pop_macro(\"concat\")") _Pragma("pop_macro(\"concept\")")
+_Pragma("pop_macro(\"condition\")") _Pragma("pop_macro(\"connect\")")
+_Pragma("pop_macro(\"const\")") _Pragma("pop_macro(\"const_cast\")")
+_Pragma("pop_macro(\"constant\")") _Pragma("pop_macro(\"constants\")")
+_Pragma("pop_macro(\"consteval\")") _Pragma("pop_macro(\"constexpr\")")
+_Pragma("pop_macro(\"constinit\")") _Pragma("pop_macro(\"content\")")
+_Pragma("pop_macro(\"context\")") _Pragma("pop_macro(\"continue\")")
+_Pragma("pop_macro(\"control\")") _Pragma("pop_macro(\"copy\")") _Pragma("pop_macro(\"cores\")")
+_Pragma("pop_macro(\"cost\")") _Pragma("pop_macro(\"count\")") _Pragma("pop_macro(\"cpu\")")
+_Pragma("pop_macro(\"create\")") _Pragma("pop_macro(\"cs\")") _Pragma("pop_macro(\"ctime\")")
+_Pragma("pop_macro(\"ctype\")") _Pragma("pop_macro(\"cur\")") _Pragma("pop_macro(\"current\")")
+_Pragma("pop_macro(\"custom\")") _Pragma("pop_macro(\"cut\")") _Pragma("pop_macro(\"cycle\")")
+_Pragma("pop_macro(\"d\")") _Pragma("pop_macro(\"data\")") _Pragma("pop_macro(\"date\")")
+_Pragma("pop_macro(\"day\")") _Pragma("pop_macro(\"days\")") _Pragma("pop_macro(\"debug\")")
+_Pragma("pop_macro(\"decltype\")") _Pragma("pop_macro(\"default\")")
+_Pragma("pop_macro(\"delete\")") _Pragma("pop_macro(\"deleted\")")
+_Pragma("pop_macro(\"deprecated\")") _Pragma("pop_macro(\"depth\")")
+_Pragma("pop_macro(\"destroy\")") _Pragma("pop_macro(\"detach\")") _Pragma("pop_macro(\"device\")")
+_Pragma("pop_macro(\"difference\")") _Pragma("pop_macro(\"digit\")") _Pragma("pop_macro(\"dim\")")
+_Pragma("pop_macro(\"dims\")") _Pragma("pop_macro(\"dirent\")") _Pragma("pop_macro(\"div\")")
+_Pragma("pop_macro(\"do\")") _Pragma("pop_macro(\"done\")") _Pragma("pop_macro(\"dot\")")
+_Pragma("pop_macro(\"double\")") _Pragma("pop_macro(\"down\")") _Pragma("pop_macro(\"ds\")")
+_Pragma("pop_macro(\"dst\")") _Pragma("pop_macro(\"dup\")") _Pragma("pop_macro(\"dup2\")")
+_Pragma("pop_macro(\"dynamic_cast\")") _Pragma("pop_macro(\"e\")")
+_Pragma("pop_macro(\"eaccess\")") _Pragma("pop_macro(\"each\")") _Pragma("pop_macro(\"echo\")")
+_Pragma("pop_macro(\"eflags\")") _Pragma("pop_macro(\"eight\")") _Pragma("pop_macro(\"else\")")
+_Pragma("pop_macro(\"empty\")") _Pragma("pop_macro(\"encode\")") _Pragma("pop_macro(\"end\")")
+_Pragma("pop_macro(\"engine\")") _Pragma("pop_macro(\"enter\")") _Pragma("pop_macro(\"entry\")")
+_Pragma("pop_macro(\"enum\")") _Pragma("pop_macro(\"eof\")") _Pragma("pop_macro(\"eps\")")
+_Pragma("pop_macro(\"epsilon\")") _Pragma("pop_macro(\"erase\")") _Pragma("pop_macro(\"err\")")
+_Pragma("pop_macro(\"error\")") _Pragma("pop_macro(\"event\")") _Pragma("pop_macro(\"exact\")")
+_Pragma("pop_macro(\"exchange\")") _Pragma("pop_macro(\"exit\")") _Pragma("pop_macro(\"exp2f\")")
+_Pragma("pop_macro(\"expect\")") _Pragma("pop_macro(\"explicit\")")
+_Pragma("pop_macro(\"extension\")") _Pragma("pop_macro(\"extern\")") _Pragma("pop_macro(\"f\")")
+_Pragma("pop_macro(\"f16\")") _Pragma("pop_macro(\"f32\")") _Pragma("pop_macro(\"f64\")")
+_Pragma("pop_macro(\"fabs\")") _Pragma("pop_macro(\"factor\")") _Pragma("pop_macro(\"fail\")")
+_Pragma("pop_macro(\"failed\")") _Pragma("pop_macro(\"fallthrough\")")
+_Pragma("pop_macro(\"false\")") _Pragma("pop_macro(\"fast\")") _Pragma("pop_macro(\"fault\")")
+_Pragma("pop_macro(\"fclose\")") _Pragma("pop_macro(\"fcntl\")")
+_Pragma("pop_macro(\"fdatasync\")") _Pragma("pop_macro(\"fdopen\")") _Pragma("pop_macro(\"feed\")")
+_Pragma("pop_macro(\"feof\")") _Pragma("pop_macro(\"ferror\")") _Pragma("pop_macro(\"fflush\")")
+_Pragma("pop_macro(\"fgets\")") _Pragma("pop_macro(\"field\")") _Pragma("pop_macro(\"fields\")")
+_Pragma("pop_macro(\"file\")") _Pragma("pop_macro(\"fileno\")") _Pragma("pop_macro(\"fill\")")
+_Pragma("pop_macro(\"filter\")") _Pragma("pop_macro(\"final\")")
+_Pragma("pop_macro(\"find_index\")") _Pragma("pop_macro(\"finite\")")
+_Pragma("pop_macro(\"first\")") _Pragma("pop_macro(\"fixed\")") _Pragma("pop_macro(\"flag\")")
+_Pragma("pop_macro(\"flags\")") _Pragma("pop_macro(\"float\")") _Pragma("pop_macro(\"floor\")")
+_Pragma("pop_macro(\"flush\")") _Pragma("pop_macro(\"fma\")") _Pragma("pop_macro(\"fopen\")")
+_Pragma("pop_macro(\"fopen64\")") _Pragma("pop_macro(\"for\")") _Pragma("pop_macro(\"for_each\")")
+_Pragma("pop_macro(\"fork\")") _Pragma("pop_macro(\"form\")") _Pragma("pop_macro(\"format\")")
+_Pragma("pop_macro(\"four\")") _Pragma("pop_macro(\"fpclassify\")")
+_Pragma("pop_macro(\"fpos_t\")") _Pragma("pop_macro(\"fprintf\")") _Pragma("pop_macro(\"fputs\")")
+_Pragma("pop_macro(\"frame\")") _Pragma("pop_macro(\"fread\")") _Pragma("pop_macro(\"free\")")
+_Pragma("pop_macro(\"freeaddrinfo\")") _Pragma("pop_macro(\"friend\")")
+_Pragma("pop_macro(\"front\")") _Pragma("pop_macro(\"fs\")") _Pragma("pop_macro(\"fseek\")")
+_Pragma("pop_macro(\"fstat\")") _Pragma("pop_macro(\"fsync\")") _Pragma("pop_macro(\"ftell\")")
+_Pragma("pop_macro(\"ftruncate\")") _Pragma("pop_macro(\"full\")")
+_Pragma("pop_macro(\"function\")") _Pragma("pop_macro(\"fwrite\")") _Pragma("pop_macro(\"g\")")
+_Pragma("pop_macro(\"generate\")") _Pragma("pop_macro(\"get\")")
+_Pragma("pop_macro(\"get_string\")") _Pragma("pop_macro(\"getaddrinfo\")")
+_Pragma("pop_macro(\"getc\")") _Pragma("pop_macro(\"getchar\")") _Pragma("pop_macro(\"getcwd\")")
+_Pragma("pop_macro(\"getdtablesize\")") _Pragma("pop_macro(\"getenv\")")
+_Pragma("pop_macro(\"gethostbyname\")") _Pragma("pop_macro(\"getline\")")
+_Pragma("pop_macro(\"getpeername\")") _Pragma("pop_macro(\"getpid\")")
+_Pragma("pop_macro(\"getsockname\")") _Pragma("pop_macro(\"getsockopt\")")
+_Pragma("pop_macro(\"gettimeofday\")") _Pragma("pop_macro(\"getwc\")")
+_Pragma("pop_macro(\"getwchar\")") _Pragma("pop_macro(\"gid_t\")") _Pragma("pop_macro(\"given\")")
+_Pragma("pop_macro(\"global\")") _Pragma("pop_macro(\"gmtime\")") _Pragma("pop_macro(\"goto\")")
+_Pragma("pop_macro(\"group\")") _Pragma("pop_macro(\"gs\")") _Pragma("pop_macro(\"h\")")
+_Pragma("pop_macro(\"half\")") _Pragma("pop_macro(\"handle\")") _Pragma("pop_macro(\"hangup\")")
+_Pragma("pop_macro(\"hash\")") _Pragma("pop_macro(\"header\")") _Pragma("pop_macro(\"help\")")
+_Pragma("pop_macro(\"hex\")") _Pragma("pop_macro(\"hidden\")") _Pragma("pop_macro(\"high\")")
+_Pragma("pop_macro(\"host\")") _Pragma("pop_macro(\"hot\")") _Pragma("pop_macro(\"http_version\")")
+_Pragma("pop_macro(\"huge\")") _Pragma("pop_macro(\"i\")") _Pragma("pop_macro(\"i16\")")
+_Pragma("pop_macro(\"i32\")") _Pragma("pop_macro(\"i64\")") _Pragma("pop_macro(\"i8\")")
+_Pragma("pop_macro(\"id\")") _Pragma("pop_macro(\"idle\")") _Pragma("pop_macro(\"if\")")
+_Pragma("pop_macro(\"ignore\")") _Pragma("pop_macro(\"image\")") _Pragma("pop_macro(\"in\")")
+_Pragma("pop_macro(\"inbox\")") _Pragma("pop_macro(\"index\")") _Pragma("pop_macro(\"inet_ntop\")")
+_Pragma("pop_macro(\"inet_pton\")") _Pragma("pop_macro(\"infinity\")")
+_Pragma("pop_macro(\"info\")") _Pragma("pop_macro(\"init\")") _Pragma("pop_macro(\"inline\")")
+_Pragma("pop_macro(\"input\")") _Pragma("pop_macro(\"int\")") _Pragma("pop_macro(\"int64\")")
+_Pragma("pop_macro(\"int_max\")") _Pragma("pop_macro(\"int_min\")")
+_Pragma("pop_macro(\"internal\")") _Pragma("pop_macro(\"inv_pi\")") _Pragma("pop_macro(\"io\")")
+_Pragma("pop_macro(\"ip\")") _Pragma("pop_macro(\"is\")") _Pragma("pop_macro(\"isalnum\")")
+_Pragma("pop_macro(\"isalpha\")") _Pragma("pop_macro(\"isatty\")")
+_Pragma("pop_macro(\"isblank\")") _Pragma("pop_macro(\"iscntrl\")")
+_Pragma("pop_macro(\"isdigit\")") _Pragma("pop_macro(\"iseqsig\")")
+_Pragma("pop_macro(\"isfinite\")") _Pragma("pop_macro(\"isgraph\")")
+_Pragma("pop_macro(\"isgreater\")") _Pragma("pop_macro(\"isgreaterequal\")")
+_Pragma("pop_macro(\"isinf\")") _Pragma("pop_macro(\"isless\")")
+_Pragma("pop_macro(\"islessequal\")") _Pragma("pop_macro(\"islessgreater\")")
+_Pragma("pop_macro(\"islower\")") _Pragma("pop_macro(\"isnan\")")
+_Pragma("pop_macro(\"isnormal\")") _Pragma("pop_macro(\"isprint\")")
+_Pragma("pop_macro(\"ispunct\")") _Pragma("pop_macro(\"issignaling\")")
+_Pragma("pop_macro(\"isspace\")") _Pragma("pop_macro(\"isunordered\")")
+_Pragma("pop_macro(\"isupper\")") _Pragma("pop_macro(\"iswalnum\")")
+_Pragma("pop_macro(\"iswalpha\")") _Pragma("pop_macro(\"iswcntrl\")")
+_Pragma("pop_macro(\"iswdigit\")") _Pragma("pop_macro(\"iswgraph\")")
+_Pragma("pop_macro(\"iswlower\")") _Pragma("pop_macro(\"iswprint\")")
+_Pragma("pop_macro(\"iswpunct\")") _Pragma("pop_macro(\"iswspace\")")
+_Pragma("pop_macro(\"iswupper\")") _Pragma("pop_macro(\"iswxdigit\")")
+_Pragma("pop_macro(\"isxdigit\")") _Pragma("pop_macro(\"iszero\")") _Pragma("pop_macro(\"item\")")
+_Pragma("pop_macro(\"items\")") _Pragma("pop_macro(\"iterator\")") _Pragma("pop_macro(\"j\")")
+_Pragma("pop_macro(\"job\")") _Pragma("pop_macro(\"join\")") _Pragma("pop_macro(\"json\")")
+_Pragma("pop_macro(\"k\")") _Pragma("pop_macro(\"keep\")") _Pragma("pop_macro(\"kernel\")")
+_Pragma("pop_macro(\"key\")") _Pragma("pop_macro(\"kill\")") _Pragma("pop_macro(\"kind\")")
+_Pragma("pop_macro(\"l\")") _Pragma("pop_macro(\"last\")") _Pragma("pop_macro(\"layer\")")
+_Pragma("pop_macro(\"leave\")") _Pragma("pop_macro(\"left\")") _Pragma("pop_macro(\"length\")")
+_Pragma("pop_macro(\"lerp\")") _Pragma("pop_macro(\"level\")") _Pragma("pop_macro(\"likely\")")
+_Pragma("pop_macro(\"limit\")") _Pragma("pop_macro(\"line\")") _Pragma("pop_macro(\"lines\")")
+_Pragma("pop_macro(\"link\")") _Pragma("pop_macro(\"list\")") _Pragma("pop_macro(\"listen\")")
+_Pragma("pop_macro(\"live\")") _Pragma("pop_macro(\"load\")") _Pragma("pop_macro(\"local\")")
+_Pragma("pop_macro(\"localtime\")") _Pragma("pop_macro(\"lock\")") _Pragma("pop_macro(\"locked\")")
+_Pragma("pop_macro(\"loff_t\")") _Pragma("pop_macro(\"log\")") _Pragma("pop_macro(\"logf\")")
+_Pragma("pop_macro(\"long\")") _Pragma("pop_macro(\"loop\")") _Pragma("pop_macro(\"low\")")
+_Pragma("pop_macro(\"lseek\")") _Pragma("pop_macro(\"lseek64\")") _Pragma("pop_macro(\"lstat\")")
+_Pragma("pop_macro(\"m\")") _Pragma("pop_macro(\"malloc\")") _Pragma("pop_macro(\"map\")")
+_Pragma("pop_macro(\"mark\")") _Pragma("pop_macro(\"mask\")") _Pragma("pop_macro(\"match\")")
+_Pragma("pop_macro(\"matcher\")") _Pragma("pop_macro(\"matrix\")") _Pragma("pop_macro(\"max\")")
+_Pragma("pop_macro(\"max_size\")") _Pragma("pop_macro(\"maybe_unused\")")
+_Pragma("pop_macro(\"mblen\")") _Pragma("pop_macro(\"memccpy\")") _Pragma("pop_macro(\"memcmp\")")
+_Pragma("pop_macro(\"memcpy\")") _Pragma("pop_macro(\"memmove\")") _Pragma("pop_macro(\"memory\")")
+_Pragma("pop_macro(\"mempcpy\")") _Pragma("pop_macro(\"memset\")") _Pragma("pop_macro(\"merge\")")
+_Pragma("pop_macro(\"message\")") _Pragma("pop_macro(\"method\")") _Pragma("pop_macro(\"metric\")")
+_Pragma("pop_macro(\"middle\")") _Pragma("pop_macro(\"min\")") _Pragma("pop_macro(\"minimum\")")
+_Pragma("pop_macro(\"minus\")") _Pragma("pop_macro(\"mix\")") _Pragma("pop_macro(\"mkdir\")")
+_Pragma("pop_macro(\"mktemp\")") _Pragma("pop_macro(\"mktime\")") _Pragma("pop_macro(\"mmap\")")
+_Pragma("pop_macro(\"mode\")") _Pragma("pop_macro(\"mode_t\")") _Pragma("pop_macro(\"model\")")
+_Pragma("pop_macro(\"move\")") _Pragma("pop_macro(\"moved\")") _Pragma("pop_macro(\"ms\")")
+_Pragma("pop_macro(\"munmap\")") _Pragma("pop_macro(\"mutable\")") _Pragma("pop_macro(\"mutex\")")
+_Pragma("pop_macro(\"n\")") _Pragma("pop_macro(\"n_type\")") _Pragma("pop_macro(\"name\")")
+_Pragma("pop_macro(\"namespace\")") _Pragma("pop_macro(\"nan\")")
+_Pragma("pop_macro(\"nanosleep\")") _Pragma("pop_macro(\"new\")") _Pragma("pop_macro(\"newline\")")
+_Pragma("pop_macro(\"next\")") _Pragma("pop_macro(\"node\")") _Pragma("pop_macro(\"nodes\")")
+_Pragma("pop_macro(\"nodiscard\")") _Pragma("pop_macro(\"noexcept\")")
+_Pragma("pop_macro(\"noinline\")") _Pragma("pop_macro(\"none\")")
+_Pragma("pop_macro(\"noreturn\")") _Pragma("pop_macro(\"norm\")") _Pragma("pop_macro(\"normal\")")
+_Pragma("pop_macro(\"nothing\")") _Pragma("pop_macro(\"now\")") _Pragma("pop_macro(\"ns\")")
+_Pragma("pop_macro(\"null\")") _Pragma("pop_macro(\"nullptr\")") _Pragma("pop_macro(\"num\")")
+_Pragma("pop_macro(\"number\")") _Pragma("pop_macro(\"o\")") _Pragma("pop_macro(\"object\")")
+_Pragma("pop_macro(\"of\")") _Pragma("pop_macro(\"off\")") _Pragma("pop_macro(\"off64_t\")")
+_Pragma("pop_macro(\"off_t\")") _Pragma("pop_macro(\"offset\")") _Pragma("pop_macro(\"ok\")")
+_Pragma("pop_macro(\"on\")") _Pragma("pop_macro(\"one\")") _Pragma("pop_macro(\"op\")")
+_Pragma("pop_macro(\"open\")") _Pragma("pop_macro(\"open64\")") _Pragma("pop_macro(\"opendir\")")
+_Pragma("pop_macro(\"operator\")") _Pragma("pop_macro(\"option\")")
+_Pragma("pop_macro(\"optional\")") _Pragma("pop_macro(\"options\")")
+_Pragma("pop_macro(\"order\")") _Pragma("pop_macro(\"other\")") _Pragma("pop_macro(\"out\")")
+_Pragma("pop_macro(\"out_of_memory\")") _Pragma("pop_macro(\"out_of_range\")")
+_Pragma("pop_macro(\"output\")") _Pragma("pop_macro(\"overflow\")")
+_Pragma("pop_macro(\"override\")") _Pragma("pop_macro(\"p\")") _Pragma("pop_macro(\"p_type\")")
+_Pragma("pop_macro(\"pack\")") _Pragma("pop_macro(\"packed\")") _Pragma("pop_macro(\"pad\")")
+_Pragma("pop_macro(\"page\")") _Pragma("pop_macro(\"pages\")") _Pragma("pop_macro(\"pair\")")
+_Pragma("pop_macro(\"param\")") _Pragma("pop_macro(\"parent\")") _Pragma("pop_macro(\"parse\")")
+_Pragma("pop_macro(\"parser\")") _Pragma("pop_macro(\"part\")") _Pragma("pop_macro(\"path\")")
+_Pragma("pop_macro(\"pattern\")") _Pragma("pop_macro(\"pause\")") _Pragma("pop_macro(\"pending\")")
+_Pragma("pop_macro(\"phase\")") _Pragma("pop_macro(\"pi\")") _Pragma("pop_macro(\"pid_t\")")
+_Pragma("pop_macro(\"piece\")") _Pragma("pop_macro(\"place\")") _Pragma("pop_macro(\"plan\")")
+_Pragma("pop_macro(\"plane\")") _Pragma("pop_macro(\"planes\")") _Pragma("pop_macro(\"plus\")")
+_Pragma("pop_macro(\"point\")") _Pragma("pop_macro(\"pointer\")") _Pragma("pop_macro(\"poll\")")
+_Pragma("pop_macro(\"pop\")") _Pragma("pop_macro(\"port\")") _Pragma("pop_macro(\"position\")")
+_Pragma("pop_macro(\"posix_memalign\")") _Pragma("pop_macro(\"pow\")")
+_Pragma("pop_macro(\"power\")") _Pragma("pop_macro(\"pread\")") _Pragma("pop_macro(\"prefetch\")")
+_Pragma("pop_macro(\"present\")") _Pragma("pop_macro(\"prev\")") _Pragma("pop_macro(\"print\")")
+_Pragma("pop_macro(\"printf\")") _Pragma("pop_macro(\"private\")") _Pragma("pop_macro(\"prompt\")")
+_Pragma("pop_macro(\"protected\")") _Pragma("pop_macro(\"protocol\")")
+_Pragma("pop_macro(\"ptr\")") _Pragma("pop_macro(\"ptrdiff_t\")") _Pragma("pop_macro(\"public\")")
+_Pragma("pop_macro(\"push\")") _Pragma("pop_macro(\"put\")") _Pragma("pop_macro(\"putc\")")
+_Pragma("pop_macro(\"putchar\")") _Pragma("pop_macro(\"putenv\")") _Pragma("pop_macro(\"puts\")")
+_Pragma("pop_macro(\"putwc\")") _Pragma("pop_macro(\"putwchar\")") _Pragma("pop_macro(\"pwrite\")")
+_Pragma("pop_macro(\"q\")") _Pragma("pop_macro(\"quad_t\")") _Pragma("pop_macro(\"query\")")
+_Pragma("pop_macro(\"queue\")") _Pragma("pop_macro(\"quote\")") _Pragma("pop_macro(\"r\")")
+_Pragma("pop_macro(\"raise\")") _Pragma("pop_macro(\"random\")") _Pragma("pop_macro(\"range\")")
+_Pragma("pop_macro(\"rank\")") _Pragma("pop_macro(\"rate\")") _Pragma("pop_macro(\"ratio\")")
+_Pragma("pop_macro(\"raw\")") _Pragma("pop_macro(\"read\")") _Pragma("pop_macro(\"readdir\")")
+_Pragma("pop_macro(\"readv\")") _Pragma("pop_macro(\"ready\")") _Pragma("pop_macro(\"real\")")
+_Pragma("pop_macro(\"realloc\")") _Pragma("pop_macro(\"reallocarray\")")
+_Pragma("pop_macro(\"reason\")") _Pragma("pop_macro(\"record\")") _Pragma("pop_macro(\"recv\")")
+_Pragma("pop_macro(\"recvfrom\")") _Pragma("pop_macro(\"recvmsg\")") _Pragma("pop_macro(\"ref\")")
+_Pragma("pop_macro(\"refresh\")") _Pragma("pop_macro(\"refused\")")
+_Pragma("pop_macro(\"reinterpret_cast\")") _Pragma("pop_macro(\"release\")")
+_Pragma("pop_macro(\"remove\")") _Pragma("pop_macro(\"rename\")") _Pragma("pop_macro(\"render\")")
+_Pragma("pop_macro(\"replace\")") _Pragma("pop_macro(\"reply\")") _Pragma("pop_macro(\"report\")")
+_Pragma("pop_macro(\"request\")") _Pragma("pop_macro(\"requires\")")
+_Pragma("pop_macro(\"reserve\")") _Pragma("pop_macro(\"reserved\")")
+_Pragma("pop_macro(\"reset\")") _Pragma("pop_macro(\"rest\")") _Pragma("pop_macro(\"restore\")")
+_Pragma("pop_macro(\"result\")") _Pragma("pop_macro(\"return\")") _Pragma("pop_macro(\"reverse\")")
+_Pragma("pop_macro(\"rewind\")") _Pragma("pop_macro(\"right\")") _Pragma("pop_macro(\"rindex\")")
+_Pragma("pop_macro(\"ring\")") _Pragma("pop_macro(\"rmdir\")") _Pragma("pop_macro(\"role\")")
+_Pragma("pop_macro(\"root\")") _Pragma("pop_macro(\"rope\")") _Pragma("pop_macro(\"rotate\")")
+_Pragma("pop_macro(\"round\")") _Pragma("pop_macro(\"route\")") _Pragma("pop_macro(\"row\")")
+_Pragma("pop_macro(\"rows\")") _Pragma("pop_macro(\"run\")") _Pragma("pop_macro(\"running\")")
+_Pragma("pop_macro(\"s\")") _Pragma("pop_macro(\"same\")") _Pragma("pop_macro(\"sample\")")
+_Pragma("pop_macro(\"sampler\")") _Pragma("pop_macro(\"save\")") _Pragma("pop_macro(\"scalar\")")
+_Pragma("pop_macro(\"scale\")") _Pragma("pop_macro(\"scandir\")")
+_Pragma("pop_macro(\"sched_yield\")") _Pragma("pop_macro(\"scope\")")
+_Pragma("pop_macro(\"scores\")") _Pragma("pop_macro(\"search\")") _Pragma("pop_macro(\"second\")")
+_Pragma("pop_macro(\"seconds\")") _Pragma("pop_macro(\"section\")") _Pragma("pop_macro(\"seed\")")
+_Pragma("pop_macro(\"seek\")") _Pragma("pop_macro(\"seekdir\")") _Pragma("pop_macro(\"segment\")")
+_Pragma("pop_macro(\"select\")") _Pragma("pop_macro(\"selected\")") _Pragma("pop_macro(\"self\")")
+_Pragma("pop_macro(\"send\")") _Pragma("pop_macro(\"sendmsg\")") _Pragma("pop_macro(\"sendto\")")
+_Pragma("pop_macro(\"serial\")") _Pragma("pop_macro(\"set\")") _Pragma("pop_macro(\"set_key\")")
+_Pragma("pop_macro(\"set_string\")") _Pragma("pop_macro(\"setenv\")")
+_Pragma("pop_macro(\"setp\")") _Pragma("pop_macro(\"setsockopt\")") _Pragma("pop_macro(\"seven\")")
+_Pragma("pop_macro(\"shape\")") _Pragma("pop_macro(\"shared\")") _Pragma("pop_macro(\"shift\")")
+_Pragma("pop_macro(\"short\")") _Pragma("pop_macro(\"short_size\")") _Pragma("pop_macro(\"show\")")
+_Pragma("pop_macro(\"shutdown\")") _Pragma("pop_macro(\"side\")") _Pragma("pop_macro(\"sign\")")
+_Pragma("pop_macro(\"signal\")") _Pragma("pop_macro(\"signbit\")") _Pragma("pop_macro(\"signed\")")
+_Pragma("pop_macro(\"sink\")") _Pragma("pop_macro(\"size\")") _Pragma("pop_macro(\"size_t\")")
+_Pragma("pop_macro(\"sizeof\")") _Pragma("pop_macro(\"skip\")") _Pragma("pop_macro(\"sleep\")")
+_Pragma("pop_macro(\"slice\")") _Pragma("pop_macro(\"slot\")") _Pragma("pop_macro(\"slots\")")
+_Pragma("pop_macro(\"snprintf\")") _Pragma("pop_macro(\"sockaddr_in\")")
+_Pragma("pop_macro(\"socket\")") _Pragma("pop_macro(\"sort\")") _Pragma("pop_macro(\"source\")")
+_Pragma("pop_macro(\"sp\")") _Pragma("pop_macro(\"space\")") _Pragma("pop_macro(\"span\")")
+_Pragma("pop_macro(\"special\")") _Pragma("pop_macro(\"split\")") _Pragma("pop_macro(\"sprintf\")")
+_Pragma("pop_macro(\"sqrt\")") _Pragma("pop_macro(\"srandom\")") _Pragma("pop_macro(\"src\")")
+_Pragma("pop_macro(\"ssize_t\")") _Pragma("pop_macro(\"stage\")") _Pragma("pop_macro(\"start\")")
+_Pragma("pop_macro(\"stat\")") _Pragma("pop_macro(\"state\")") _Pragma("pop_macro(\"static\")")
+_Pragma("pop_macro(\"static_assert\")") _Pragma("pop_macro(\"static_cast\")")
+_Pragma("pop_macro(\"stats\")") _Pragma("pop_macro(\"status\")") _Pragma("pop_macro(\"std\")")
+_Pragma("pop_macro(\"step\")") _Pragma("pop_macro(\"steps\")") _Pragma("pop_macro(\"stop\")")
+_Pragma("pop_macro(\"stopped\")") _Pragma("pop_macro(\"storage\")") _Pragma("pop_macro(\"store\")")
+_Pragma("pop_macro(\"stpcpy\")") _Pragma("pop_macro(\"stpncpy\")") _Pragma("pop_macro(\"strcat\")")
+_Pragma("pop_macro(\"strchr\")") _Pragma("pop_macro(\"strcmp\")") _Pragma("pop_macro(\"strcpy\")")
+_Pragma("pop_macro(\"strcspn\")") _Pragma("pop_macro(\"strdup\")")
+_Pragma("pop_macro(\"strerror\")") _Pragma("pop_macro(\"strerror_r\")")
+_Pragma("pop_macro(\"strftime\")") _Pragma("pop_macro(\"strict\")")
+_Pragma("pop_macro(\"string\")") _Pragma("pop_macro(\"strings\")") _Pragma("pop_macro(\"strip\")")
+_Pragma("pop_macro(\"strlen\")") _Pragma("pop_macro(\"strncat\")")
+_Pragma("pop_macro(\"strncmp\")") _Pragma("pop_macro(\"strncpy\")")
+_Pragma("pop_macro(\"strndup\")") _Pragma("pop_macro(\"strnlen\")")
+_Pragma("pop_macro(\"strpbrk\")") _Pragma("pop_macro(\"strrchr\")")
+_Pragma("pop_macro(\"strspn\")") _Pragma("pop_macro(\"strstr\")") _Pragma("pop_macro(\"strtod\")")
+_Pragma("pop_macro(\"strtol\")") _Pragma("pop_macro(\"strtoll\")")
+_Pragma("pop_macro(\"strtoul\")") _Pragma("pop_macro(\"struct\")") _Pragma("pop_macro(\"style\")")
+_Pragma("pop_macro(\"submit\")") _Pragma("pop_macro(\"suffix\")") _Pragma("pop_macro(\"sum\")")
+_Pragma("pop_macro(\"swap\")") _Pragma("pop_macro(\"switch\")") _Pragma("pop_macro(\"swprintf\")")
+_Pragma("pop_macro(\"symbol\")") _Pragma("pop_macro(\"sync\")") _Pragma("pop_macro(\"system\")")
+_Pragma("pop_macro(\"t\")") _Pragma("pop_macro(\"table\")") _Pragma("pop_macro(\"tag\")")
+_Pragma("pop_macro(\"tail\")") _Pragma("pop_macro(\"take\")") _Pragma("pop_macro(\"target\")")
+_Pragma("pop_macro(\"task\")") _Pragma("pop_macro(\"template\")") _Pragma("pop_macro(\"ten\")")
+_Pragma("pop_macro(\"tensor\")") _Pragma("pop_macro(\"test\")") _Pragma("pop_macro(\"text\")")
+_Pragma("pop_macro(\"then\")") _Pragma("pop_macro(\"this\")") _Pragma("pop_macro(\"thread\")")
+_Pragma("pop_macro(\"three\")") _Pragma("pop_macro(\"throw\")") _Pragma("pop_macro(\"tick\")")
+_Pragma("pop_macro(\"tie\")") _Pragma("pop_macro(\"tile\")") _Pragma("pop_macro(\"time\")")
+_Pragma("pop_macro(\"time_t\")") _Pragma("pop_macro(\"timeout\")") _Pragma("pop_macro(\"times\")")
+_Pragma("pop_macro(\"timeval\")") _Pragma("pop_macro(\"tmpfile\")") _Pragma("pop_macro(\"token\")")
+_Pragma("pop_macro(\"tokens\")") _Pragma("pop_macro(\"tolower\")") _Pragma("pop_macro(\"tool\")")
+_Pragma("pop_macro(\"top\")") _Pragma("pop_macro(\"tops\")") _Pragma("pop_macro(\"total\")")
+_Pragma("pop_macro(\"toupper\")") _Pragma("pop_macro(\"trim\")") _Pragma("pop_macro(\"true\")")
+_Pragma("pop_macro(\"trunc\")") _Pragma("pop_macro(\"try\")") _Pragma("pop_macro(\"turn\")")
+_Pragma("pop_macro(\"two\")") _Pragma("pop_macro(\"type\")") _Pragma("pop_macro(\"typedef\")")
+_Pragma("pop_macro(\"typeid\")") _Pragma("pop_macro(\"typename\")") _Pragma("pop_macro(\"types\")")
+_Pragma("pop_macro(\"u\")") _Pragma("pop_macro(\"u16\")") _Pragma("pop_macro(\"u32\")")
+_Pragma("pop_macro(\"u64\")") _Pragma("pop_macro(\"u8\")") _Pragma("pop_macro(\"u_long\")")
+_Pragma("pop_macro(\"uid_t\")") _Pragma("pop_macro(\"uint\")") _Pragma("pop_macro(\"uint64\")")
+_Pragma("pop_macro(\"ulong\")") _Pragma("pop_macro(\"umask\")") _Pragma("pop_macro(\"undefined\")")
+_Pragma("pop_macro(\"underflow\")") _Pragma("pop_macro(\"union\")")
+_Pragma("pop_macro(\"unique\")") _Pragma("pop_macro(\"unit\")") _Pragma("pop_macro(\"unknown\")")
+_Pragma("pop_macro(\"unlikely\")") _Pragma("pop_macro(\"unlink\")")
+_Pragma("pop_macro(\"unlock\")") _Pragma("pop_macro(\"unroll\")")
+_Pragma("pop_macro(\"unsigned\")") _Pragma("pop_macro(\"until\")") _Pragma("pop_macro(\"unused\")")
+_Pragma("pop_macro(\"up\")") _Pragma("pop_macro(\"update\")") _Pragma("pop_macro(\"upper\")")
+_Pragma("pop_macro(\"us\")") _Pragma("pop_macro(\"usage\")") _Pragma("pop_macro(\"used\")")
+_Pragma("pop_macro(\"user\")") _Pragma("pop_macro(\"ushort\")") _Pragma("pop_macro(\"using\")")
+_Pragma("pop_macro(\"usleep\")") _Pragma("pop_macro(\"v\")") _Pragma("pop_macro(\"va_list\")")
+_Pragma("pop_macro(\"valloc\")") _Pragma("pop_macro(\"value\")") _Pragma("pop_macro(\"values\")")
+_Pragma("pop_macro(\"vasprintf\")") _Pragma("pop_macro(\"vector\")")
+_Pragma("pop_macro(\"version\")") _Pragma("pop_macro(\"view\")") _Pragma("pop_macro(\"virtual\")")
+_Pragma("pop_macro(\"visible\")") _Pragma("pop_macro(\"void\")") _Pragma("pop_macro(\"volatile\")")
+_Pragma("pop_macro(\"vsnprintf\")") _Pragma("pop_macro(\"vsprintf\")")
+_Pragma("pop_macro(\"vswprintf\")") _Pragma("pop_macro(\"w\")") _Pragma("pop_macro(\"wait\")")
+_Pragma("pop_macro(\"warning\")") _Pragma("pop_macro(\"watch\")") _Pragma("pop_macro(\"wchar_t\")")
+_Pragma("pop_macro(\"wcscat\")") _Pragma("pop_macro(\"wcscpy\")") _Pragma("pop_macro(\"wcsdup\")")
+_Pragma("pop_macro(\"weight\")") _Pragma("pop_macro(\"while\")") _Pragma("pop_macro(\"width\")")
+_Pragma("pop_macro(\"window\")") _Pragma("pop_macro(\"word\")") _Pragma("pop_macro(\"work\")")
+_Pragma("pop_macro(\"worker\")") _Pragma("pop_macro(\"write\")") _Pragma("pop_macro(\"writev\")")
+_Pragma("pop_macro(\"x\")") _Pragma("pop_macro(\"y\")") _Pragma("pop_macro(\"yield\")")
+_Pragma("pop_macro(\"z\")") _Pragma("pop_macro(\"zero\")")
+#if defined(_WIN32)
+_Pragma("pop_macro(\"ACCESS_MASK\")") _Pragma("pop_macro(\"ATOM\")")
+_Pragma("pop_macro(\"BOOLEAN\")") _Pragma("pop_macro(\"BYTE\")") _Pragma("pop_macro(\"Beep\")")
+_Pragma("pop_macro(\"Bits\")") _Pragma("pop_macro(\"Byte\")") _Pragma("pop_macro(\"CHAR\")")
+_Pragma("pop_macro(\"CONTEXT\")") _Pragma("pop_macro(\"COORD\")") _Pragma("pop_macro(\"CRC\")")
+_Pragma("pop_macro(\"CURSORSHAPE\")") _Pragma("pop_macro(\"Control\")")
+_Pragma("pop_macro(\"ControlMask\")") _Pragma("pop_macro(\"Data\")")
+_Pragma("pop_macro(\"Delay\")") _Pragma("pop_macro(\"Dimension\")")
+_Pragma("pop_macro(\"EndDoc\")") _Pragma("pop_macro(\"EventID\")") _Pragma("pop_macro(\"FIXED\")")
+_Pragma("pop_macro(\"FLOAT\")") _Pragma("pop_macro(\"Flags\")")
+_Pragma("pop_macro(\"FreeResource\")") _Pragma("pop_macro(\"GLYPHSET\")")
+_Pragma("pop_macro(\"GROUP\")") _Pragma("pop_macro(\"INPUT\")") _Pragma("pop_macro(\"INT\")")
+_Pragma("pop_macro(\"INT16\")") _Pragma("pop_macro(\"INT32\")") _Pragma("pop_macro(\"INT64\")")
+_Pragma("pop_macro(\"INT8\")") _Pragma("pop_macro(\"Index\")")
+_Pragma("pop_macro(\"IsEqualGUID\")") _Pragma("pop_macro(\"Key\")")
+_Pragma("pop_macro(\"LIST_ENTRY\")") _Pragma("pop_macro(\"LONG\")")
+_Pragma("pop_macro(\"LONG64\")") _Pragma("pop_macro(\"LPMINMAXINFO\")")
+_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"MSG\")") _Pragma("pop_macro(\"Mask\")")
+_Pragma("pop_macro(\"Message\")") _Pragma("pop_macro(\"Msg\")") _Pragma("pop_macro(\"PATTERN\")")
+_Pragma("pop_macro(\"POINT\")") _Pragma("pop_macro(\"PROC\")") _Pragma("pop_macro(\"PSIZE\")")
+_Pragma("pop_macro(\"PSTR\")") _Pragma("pop_macro(\"Point\")") _Pragma("pop_macro(\"Polygon\")")
+_Pragma("pop_macro(\"Priority\")") _Pragma("pop_macro(\"Protocol\")")
+_Pragma("pop_macro(\"ProtocolRevision\")") _Pragma("pop_macro(\"Ptr\")")
+_Pragma("pop_macro(\"R\")") _Pragma("pop_macro(\"RECT\")") _Pragma("pop_macro(\"Rectangle\")")
+_Pragma("pop_macro(\"Region\")") _Pragma("pop_macro(\"Reserved\")") _Pragma("pop_macro(\"S\")")
+_Pragma("pop_macro(\"SHORT\")") _Pragma("pop_macro(\"SIZE\")")
+_Pragma("pop_macro(\"SLIST_ENTRY\")") _Pragma("pop_macro(\"SOCKADDR_IN\")")
+_Pragma("pop_macro(\"SSIZE_T\")") _Pragma("pop_macro(\"Size\")") _Pragma("pop_macro(\"String\")")
+_Pragma("pop_macro(\"TIMEVAL\")") _Pragma("pop_macro(\"TokenType\")")
+_Pragma("pop_macro(\"UCHAR\")") _Pragma("pop_macro(\"UINT\")") _Pragma("pop_macro(\"UINT16\")")
+_Pragma("pop_macro(\"UINT32\")") _Pragma("pop_macro(\"UINT64\")") _Pragma("pop_macro(\"UINT8\")")
+_Pragma("pop_macro(\"USHORT\")") _Pragma("pop_macro(\"Version\")") _Pragma("pop_macro(\"WORD\")")
+_Pragma("pop_macro(\"X\")") _Pragma("pop_macro(\"Y\")") _Pragma("pop_macro(\"Zone\")")
+_Pragma("pop_macro(\"a2\")") _Pragma("pop_macro(\"action\")") _Pragma("pop_macro(\"arg\")")
+_Pragma("pop_macro(\"bottom\")") _Pragma("pop_macro(\"callback\")") _Pragma("pop_macro(\"color\")")
+_Pragma("pop_macro(\"config\")") _Pragma("pop_macro(\"crc\")") _Pragma("pop_macro(\"cursor\")")
+_Pragma("pop_macro(\"cy\")") _Pragma("pop_macro(\"dllimport\")") _Pragma("pop_macro(\"errno_t\")")
+_Pragma("pop_macro(\"fract\")") _Pragma("pop_macro(\"func\")") _Pragma("pop_macro(\"gets\")")
+_Pragma("pop_macro(\"height\")") _Pragma("pop_macro(\"hi\")") _Pragma("pop_macro(\"htonl\")")
+_Pragma("pop_macro(\"htons\")") _Pragma("pop_macro(\"iswascii\")")
+_Pragma("pop_macro(\"keyboard\")") _Pragma("pop_macro(\"len\")") _Pragma("pop_macro(\"mod\")")
+_Pragma("pop_macro(\"mouse_event\")") _Pragma("pop_macro(\"nonnull\")")
+_Pragma("pop_macro(\"ntohl\")") _Pragma("pop_macro(\"ntohs\")") _Pragma("pop_macro(\"psize\")")
+_Pragma("pop_macro(\"rotation\")") _Pragma("pop_macro(\"st_atime\")")
+_Pragma("pop_macro(\"stack\")") _Pragma("pop_macro(\"str\")") _Pragma("pop_macro(\"strcmpi\")")
+_Pragma("pop_macro(\"stricmp\")") _Pragma("pop_macro(\"strnicmp\")")
+#endif
+#if !defined(_WIN32)
+_Pragma("pop_macro(\"pclose\")") _Pragma("pop_macro(\"popen\")") _Pragma("pop_macro(\"stat64\")")
+#endif
+#endif  // nothing left to do
 
 // MIT License
 //

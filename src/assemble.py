@@ -7,7 +7,8 @@
 The declaration part is what the public headers (x.hpp) include, in their order; the implementation
 part is the prologue, then section by section the internal headers and .cpp files. A part appears once,
 under a banner that names its file, where it is first needed. System headers are gathered: those of
-declarations at the top, the others in the prologue, before the first instruction-set region.
+declarations at the top, the others in the prologue, before the first instruction-set region. Around all
+stands what lays the host's macros down (host_macros.txt).
 """
 import os
 import re
@@ -51,9 +52,12 @@ SECTIONS = {
 MOST_DECLARATION_LINES = 1700
 SYSTEM = ["base/system.hpp", "kernels/intrinsics.hpp"]  # conditional system headers: to the prologue
 SYSTEM_MARK = "// (system headers)\n"
+RESTORE_MARK = "// (host's macros)\n"
 
 OWN_INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.M)
 SYSTEM_INCLUDE = re.compile(r"^#include (<[^>]+>)\n", re.M)
+TOKEN = re.compile(r"//[^\n]*|/\*.*?\*/|^\s*#\s*include[^\n]*|\"(?:\\.|[^\"\\\n])*\"|\.?\d(?:'?[\w.])*|"
+                   r"'(?:\\.|[^'\\\n])+'|([A-Za-z_]\w*)", re.S | re.M)
 
 def read(path):
     with open(os.path.join(SRC, path), encoding="ascii", newline="") as file:
@@ -62,6 +66,14 @@ def read(path):
 def parts_of(kind):
     """The listed parts with that ending, in order."""
     return [part for parts in SECTIONS.values() for part in parts if part.endswith(kind)]
+
+HOST_MACROS = """\
+// Another header's macro may have a name that stands in this text: each of these is laid down here and
+// put back as it was at the end. Declarations and implementation are read once, however often this file
+// is included; with no more to do the rest of it is skipped.
+#if !defined(VALAR_HPP) || (defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED))
+
+"""
 
 class Binder:
     def __init__(self):
@@ -93,6 +105,47 @@ def tidy(text):
     """No more than one empty line in a row."""
     return re.sub(r"\n{3,}", "\n\n", text)
 
+def host_macros():
+    """The sections of host_macros.txt, each a list of names."""
+    sections = {}
+    for line in read("host_macros.txt").splitlines():
+        if line.startswith("["):
+            names = sections.setdefault(line[1:].split(":")[0].rstrip("]"), [])
+        elif line and not line.startswith("#"):
+            names += line.split(": ")[-1].split()
+    return sections
+
+def identifiers(text):
+    return {match[1] for match in TOKEN.finditer(text) if match[1]}
+
+def lines_of(words):
+    """As many words in a line as fit."""
+    out = [""]
+    for word in words:
+        if out[-1] and len(out[-1]) + len(word) > 98:
+            out.append("")
+        out[-1] += word if not out[-1] else " " + word
+    return "".join(line + "\n" for line in out)
+
+def laid_down(text):
+    """Names by the systems where their macros would break `text` or the system headers it includes."""
+    of = {title: set(names) for title, names in host_macros().items()}
+    listed = {name.lower() for name in of["names"]}
+    mine = {name for name in identifiers(text) if name.lower() in listed}
+    everywhere = (mine | of["POSIX uses"]) - of["POSIX defines"] - of["Windows defines"]
+    return {"": sorted(everywhere), "#if defined(_WIN32)\n": sorted(of["Windows uses"] - everywhere),
+            "#if !defined(_WIN32)\n": sorted(of["POSIX uses"] & of["Windows defines"])}
+
+def guarded(text, why):
+    """What stands before and behind `text`, so that no macro of the host reaches it, and none is lost."""
+    before, behind = why, ""
+    for condition, names in laid_down(text).items():
+        end = condition and "#endif\n"
+        before += condition + lines_of(f'_Pragma("push_macro(\\"{name}\\")")' for name in names)
+        before += "".join(f"#undef {name}\n" for name in names) + end
+        behind += condition + lines_of(f'_Pragma("pop_macro(\\"{name}\\")")' for name in names) + end
+    return before, behind
+
 def assemble():
     binder = Binder()
     config, headers = body_of("config.hpp").strip() + "\n", set()
@@ -103,19 +156,18 @@ def assemble():
         sys.exit(f"public headers include internal ones: {', '.join(sorted(hidden))}")
     out = "#ifndef VALAR_HPP\n#define VALAR_HPP\n\n"
     out += config + "\n" + binder.include(headers) + "\n" + declarations
-    out += '#pragma pop_macro("max")\n#pragma pop_macro("min")\n#endif  // VALAR_HPP\n\n'
+    out += "#endif  // VALAR_HPP\n\n"
     if (lines := tidy(out).count("\n")) > MOST_DECLARATION_LINES:
         sys.exit(f"the declaration part of valar.hpp has {lines:,} lines, {MOST_DECLARATION_LINES:,} are "
                  "the limit: move what only the implementation needs to internal headers")
-    out = read("opening.txt") + out
-
     headers = set()
     implementation = "".join(binder.bind(part, headers) for part in parts_of(".cpp"))
     prologue = body_of("prologue.hpp").strip() + "\n"
     system = binder.include(headers) + "\n" + "".join(body_of(part).strip() + "\n" for part in SYSTEM)
-    out += "#ifdef VALAR_IMPLEMENTATION\n" + prologue.replace(SYSTEM_MARK, system) + "\n"
-    out += implementation + read("closing.txt")
-    return tidy(out)
+    out += "#if defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED)\n#define VALAR_IMPLEMENTED\n"
+    out += prologue.replace(SYSTEM_MARK, system) + "\n" + implementation
+    before, behind = guarded(out, HOST_MACROS)
+    return tidy(read("opening.txt") + before + "\n" + out + read("closing.txt").replace(RESTORE_MARK, behind))
 
 def main():
     text = assemble()

@@ -10,12 +10,6 @@
 #define VALAR_ASSERT(condition) ((void)0)
 #endif
 
-// Some headers (windows.h) define these; restored at the end.
-#pragma push_macro("min")
-#pragma push_macro("max")
-#undef min
-#undef max
-
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "valar runs on little-endian machines only"
 #endif

@@ -11,10 +11,6 @@
 #pragma GCC diagnostic ignored "-Wrestrict"
 #pragma GCC diagnostic ignored "-Wstringop-overflow"
 #endif
-#pragma push_macro("min")
-#pragma push_macro("max")
-#undef min
-#undef max
 
 // In valar.hpp all system headers stand here: one that was included inside a target region would
 // leak that region's instructions into shared functions.
