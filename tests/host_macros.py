@@ -85,7 +85,7 @@ def write_headers(folder):
             for spelling in spellings(line.split(": ")[-1].split()):
                 where.setdefault(spelling, header)
     names = tested()
-    define = "#if defined(HOST_FUNCTIONS)\n"
+    define = "#pragma GCC system_header  // quiet about keywords\n#if defined(HOST_FUNCTIONS)\n"
     define += "".join(f"#define {name}(x) @ {i}  // {where[name]}\n" for i, name in enumerate(names))
     define += "#else\n"
     define += "".join(f"#define {name} @ {i}  // {where[name]}\n" for i, name in enumerate(names)) + "#endif\n"
