@@ -10,8 +10,9 @@
 //     #include "valar.hpp"
 //
 // and #include "valar.hpp" wherever else you need it. C++20, no dependency but the threads and
-// sockets of the operating system (link with -pthread; on Windows ws2_32 and bcrypt). Doing it twice
-// is a duplicate-symbol error, on purpose.
+// sockets of the operating system (link with -pthread; on Windows ws2_32 and bcrypt). Doing it in two
+// files is a duplicate-symbol error, on purpose; twice in one (unity builds, precompiled headers) adds
+// nothing. Macros of other headers (None, Status, check, new) may be defined before: they stay theirs.
 //
 // QUICK START
 //
