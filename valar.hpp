@@ -92,6 +92,21 @@
 // version leaves to later ones is listed in README.md, "Limits".
 //
 // Licence: MIT, at the end of this file.
+
+// A host's warnings are about its own code, so they are off in here; the parts are compiled without
+// this file and with ours on.
+#if defined(__GNUC__) && __INCLUDE_LEVEL__ > 0
+#pragma GCC system_header
+#elif defined(_MSC_VER)
+#pragma warning(push, 0)
+#endif
+
+#if !defined(__cplusplus)
+#error "valar.hpp is a C++ header: compile the files that include it as C++20"
+#elif defined(_MSVC_LANG) ? _MSVC_LANG < 202002L : __cplusplus < 202002L
+#error "valar needs C++20: GCC 11, Clang 14, MSVC 19.3 or newer, with -std=c++20 or /std:c++20"
+#else
+
 // Another header's macro may have a name that stands in this text: each of these is laid down here and
 // put back as it was at the end. Declarations and implementation are read once, however often this file
 // is included; with no more to do the rest of it is skipped.
@@ -29495,6 +29510,10 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 #pragma GCC diagnostic pop
 #endif
 #endif  // VALAR_IMPLEMENTATION
+#endif  // C++20
+#if defined(_MSC_VER) && !defined(__GNUC__)
+#pragma warning(pop)
+#endif
 
 _Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"B16\")") _Pragma("pop_macro(\"BOOL\")")
 _Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"C\")")
