@@ -25875,6 +25875,7 @@ namespace detail {
 inline constexpr uint32_t journal_version = 1;               // of segments
 inline constexpr uint32_t journal_manifest_version = 2;      // 1 had sizes, and no more to compare
 inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
+inline constexpr uint64_t journal_last_sequence = uint64_t{1} << 62;  // far from where sums wrap
 inline constexpr size_t journal_segment_head = 32;
 inline constexpr size_t journal_record_head = 32;
 inline constexpr uint32_t journal_magic = 0x315f4a56;  // "VJ_1"
@@ -26162,7 +26163,7 @@ bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalReco
     record->commit = record->sequence - back;
     record->payload = bytes.substr(at + journal_record_head, size);
     record->size = journal_record_head + size;
-    return record->sequence > 0 && record->sequence < UINT64_MAX &&  // never written
+    return record->sequence > 0 && record->sequence <= journal_last_sequence &&
            crc32c(record->payload.data(), size, salt) == journal_get<uint32_t>(head + 24);
 }
 
@@ -26751,8 +26752,9 @@ Result<void> Recovery::scan(size_t index, std::string_view bytes) {
         segment.count(bytes.data() + at);
         if (record.type == journal_copied) {
             if (record.payload.size() == 8)
-                journal_.next_sequence = std::max(journal_.next_sequence,
-                                                  journal_get<uint64_t>(record.payload.data()));
+                journal_.next_sequence = std::max(
+                    journal_.next_sequence,
+                    std::min(journal_get<uint64_t>(record.payload.data()), journal_last_sequence));
         } else {
             if (gap) source.note_gap(next, record.sequence);
             records_.push_back({record.sequence, at, journal_get<uint32_t>(bytes.data() + at + 28),

@@ -32,7 +32,7 @@ bool journal_parse(std::string_view bytes, size_t at, uint32_t salt, JournalReco
     record->commit = record->sequence - back;
     record->payload = bytes.substr(at + journal_record_head, size);
     record->size = journal_record_head + size;
-    return record->sequence > 0 && record->sequence < UINT64_MAX &&  // never written
+    return record->sequence > 0 && record->sequence <= journal_last_sequence &&
            crc32c(record->payload.data(), size, salt) == journal_get<uint32_t>(head + 24);
 }
 

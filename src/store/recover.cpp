@@ -182,8 +182,9 @@ Result<void> Recovery::scan(size_t index, std::string_view bytes) {
         segment.count(bytes.data() + at);
         if (record.type == journal_copied) {
             if (record.payload.size() == 8)
-                journal_.next_sequence = std::max(journal_.next_sequence,
-                                                  journal_get<uint64_t>(record.payload.data()));
+                journal_.next_sequence = std::max(
+                    journal_.next_sequence,
+                    std::min(journal_get<uint64_t>(record.payload.data()), journal_last_sequence));
         } else {
             if (gap) source.note_gap(next, record.sequence);
             records_.push_back({record.sequence, at, journal_get<uint32_t>(bytes.data() + at + 28),
