@@ -21,7 +21,10 @@ int threads() {
 bool try_plugin(const char* path, const char* model, int expected) {
     const int before = threads();
     void* plugin = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!plugin) return std::fprintf(stderr, "%s\n", dlerror()), false;
+    if (!plugin) {
+        std::fprintf(stderr, "%s\n", dlerror());
+        return false;
+    }
     const auto call = reinterpret_cast<decltype(&answer)>(dlsym(plugin, "answer"));
     const int bytes = call ? call(model) : -1;
     dlclose(plugin);
