@@ -113,11 +113,11 @@
 #if !defined(VALAR_HPP) || (defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED))
 
 _Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"B16\")") _Pragma("push_macro(\"BOOL\")")
-_Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"C\")")
-_Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")")
-_Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Done\")")
-_Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")")
-_Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
+_Pragma("push_macro(\"Begin\")") _Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")")
+_Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")")
+_Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")")
+_Pragma("push_macro(\"Done\")") _Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")")
+_Pragma("push_macro(\"Entry\")") _Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
 _Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"FILE\")")
 _Pragma("push_macro(\"Fault\")") _Pragma("push_macro(\"File\")") _Pragma("push_macro(\"Frame\")")
 _Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")") _Pragma("push_macro(\"H\")")
@@ -498,6 +498,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Add
 #undef B16
 #undef BOOL
+#undef Begin
 #undef Bound
 #undef Buffer
 #undef C
@@ -3082,8 +3083,8 @@ struct StoredResponse {
     bool background = false;
     bool terminal = false;
     uint32_t attempts = 0;                            ///< how often its work was begun
-    int64_t created_at_ms = 0;                        ///< unix time
-    int64_t ended_at_ms = 0;                          ///< unix time; 0 until terminal
+    int64_t created_at_ms = 0;                        ///< by Store::now_ms
+    int64_t ended_at_ms = 0;                          ///< by Store::now_ms; 0 until terminal
     std::shared_ptr<const std::string> head = {};     ///< JSON: what acceptance resolved
     std::shared_ptr<const std::string> request = {};  ///< JSON: the body as received
     std::shared_ptr<const std::string> object = {};   ///< JSON: as answered; null until terminal
@@ -3108,16 +3109,16 @@ struct StoreDone {
 class VALAR_API Store {
 public:
     virtual ~Store() = default;
-    /// A new record, not terminal, and its reservation, both or none. Errors: idempotency when the
-    /// reservation is taken; overloaded when there is no room; io.
+    /// What its times are: unix time to begin with, then the monotonic clock's, whoever sets clocks.
+    virtual int64_t now_ms() const;
+    /// A new unfinished record and its reservation, both or none. Errors: conflict, overloaded, io.
     virtual void add(StoredResponse record, StoreDone done) = 0;
     /// Work on it begins for the attempts-th time. Errors: not_found; io.
     virtual void begin(const std::string& id, uint32_t attempts, StoreDone done) = 0;
     /// Makes it terminal. Errors: not_found; overloaded; io.
     virtual void finish(const std::string& id, std::shared_ptr<const std::string> object,
                         int64_t now_ms, StoreDone done) = 0;
-    /// Drops a record. With `tombstone` its reservation stays taken as long as it would have been.
-    /// Errors: not_found, also where it is another organisation's; io.
+    /// Drops a record; with `tombstone` its reservation stays taken its time. Errors: not_found; io.
     virtual void erase(const std::string& organisation, const std::string& id, bool tombstone,
                        int64_t now_ms, StoreDone done) = 0;
     /// Nothing when there is no such record or it is another organisation's.
@@ -3221,10 +3222,10 @@ public:
     ~FileStore() override;  ///< after all that was asked for is done
     std::optional<StoredResponse> find(std::string_view organisation,
                                        const std::string& id) override;
-    /// Without own_thread: does what was asked for, and a piece of upkeep. True: there is more.
-    /// Threads: one at a time.
+    /// Without own_thread: does what was asked for and some upkeep. Not twice at once. True: more.
     bool step();
-    uint64_t disk_bytes() const;  ///< of the journal's files
+    int64_t now_ms() const override;  ///< goes on over a restart; time without power is left out
+    uint64_t disk_bytes() const;      ///< of the journal's files
 
 private:
     struct State;
@@ -3495,7 +3496,12 @@ int own_descriptor(int descriptor);
 
 uint64_t monotonic_ns();   ///< for durations
 uint64_t thread_cpu_ns();  ///< CPU time of the calling thread
-int64_t unix_time_ms();    ///< for records
+/// What the calendar shows, for people to read: from 1970 to the year 9999. It may be set at any
+/// time, by decades, so that nothing waits or ages by it.
+int64_t unix_time_ms();
+/// Names the time since the machine was started: equal in two processes, monotonic_ns() counts on
+/// from the one to the other. Empty where the system does not tell.
+std::string boot_id();
 
 /// product and sum that refuse to wrap
 bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product);
@@ -3573,7 +3579,8 @@ public:
     virtual Result<void> sync() = 0;  ///< bytes and size are on the disk, not the name
 };
 
-/// The files of one directory: the seam under which tests put a disk that forgets.
+/// The files of one directory and the clock of its machine: the seam under which tests put a disk
+/// that forgets and a clock of their own.
 /// Threads: one at a time.
 class Folder {
 public:
@@ -3586,7 +3593,9 @@ public:
     virtual Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) = 0;
     virtual Result<void> rename(const std::string& from, const std::string& to) = 0;
     virtual Result<void> remove(const std::string& name) = 0;
-    virtual Result<void> sync() = 0;  ///< names made, changed and removed so far are on the disk
+    virtual Result<void> sync() = 0;    ///< names made, changed and removed so far are on the disk
+    virtual uint64_t clock_ns() const;  ///< monotonic_ns, from any thread
+    virtual std::string boot() const;   ///< boot_id
 };
 
 /// A thread started by the OS call (std::thread throws where threads are refused).
@@ -3757,6 +3766,10 @@ int own_descriptor(int descriptor) {
 
 // ---- Clocks ----------------------------------------------------------------------------------
 
+namespace {
+constexpr int64_t last_unix_ms = INT64_C(253'402'300'799'999);  // of the year 9999
+}
+
 #if defined(_WIN32)
 
 uint64_t monotonic_ns() {
@@ -3782,8 +3795,11 @@ uint64_t thread_cpu_ns() {
 int64_t unix_time_ms() {
     FILETIME now;
     GetSystemTimeAsFileTime(&now);
-    return int64_t(filetime_ticks(now) / 10'000) - 11'644'473'600'000;  // from 1601 to 1970
+    const int64_t since_1601 = int64_t(filetime_ticks(now) / 10'000);
+    return std::clamp<int64_t>(since_1601 - 11'644'473'600'000, 0, last_unix_ms);
 }
+
+std::string boot_id() { return {}; }
 
 #else
 
@@ -3801,7 +3817,36 @@ uint64_t thread_cpu_ns() { return monotonic_ns(); }
 #else
 uint64_t thread_cpu_ns() { return posix_clock_ns(CLOCK_THREAD_CPUTIME_ID); }
 #endif
-int64_t unix_time_ms() { return int64_t(posix_clock_ns(CLOCK_REALTIME) / 1'000'000u); }
+
+int64_t unix_time_ms() {
+#if defined(SYS_clock_gettime64)  // a system of 32 bits, where libc's time_t may end in 2038
+    int64_t t[2] = {};
+    if (syscall(SYS_clock_gettime64, CLOCK_REALTIME, t) != 0) {
+        timespec old{};
+        clock_gettime(CLOCK_REALTIME, &old);
+        t[0] = old.tv_sec, t[1] = old.tv_nsec;
+    }
+    const int64_t seconds = t[0], ns = t[1];
+#else
+    timespec t{};
+    clock_gettime(CLOCK_REALTIME, &t);
+    const int64_t seconds = t.tv_sec, ns = t.tv_nsec;
+#endif
+    return std::clamp<int64_t>(seconds, 0, last_unix_ms / 1000) * 1000 + ns / 1'000'000;
+}
+
+std::string boot_id() {
+#if defined(__linux__)
+    auto id = read_file("/proc/sys/kernel/random/boot_id", 100);
+    return id ? *id : std::string();
+#elif defined(__APPLE__)
+    char id[100] = {};
+    size_t size = sizeof id - 1;
+    return sysctlbyname("kern.bootsessionuuid", id, &size, nullptr, 0) == 0 ? id : "";
+#else
+    return {};
+#endif
+}
 
 #endif
 
@@ -4584,6 +4629,9 @@ private:
 };
 
 }  // namespace
+
+uint64_t Folder::clock_ns() const { return monotonic_ns(); }
+std::string Folder::boot() const { return boot_id(); }
 
 Result<std::unique_ptr<Folder>> Folder::open(const std::string& path) {
     if (auto checked = check_path(path); !checked) return checked.error();
@@ -25425,6 +25473,11 @@ struct StoreEntry {
     void drop_texts() { record.head = record.request = record.object = nullptr; }
 };
 
+/// Whether `age_ms`, which is not negative, has passed since then. No difference overflows.
+inline bool store_is_past(int64_t since_ms, int64_t age_ms, int64_t now_ms) {
+    return now_ms >= since_ms && uint64_t(now_ms) - uint64_t(since_ms) >= uint64_t(age_ms);
+}
+
 inline uint64_t size_of_text(const std::shared_ptr<const std::string>& text) {
     return text ? text->size() : 0;
 }
@@ -25496,7 +25549,7 @@ public:
     StorePlan(const StoreIndex* index, uint64_t max_bytes, int64_t retention_s, uint64_t* serial)
         : index_(index),
           max_bytes_(max_bytes),
-          retention_ms_(retention_s * 1000),
+          retention_ms_(std::clamp<int64_t>(retention_s, 0, INT64_MAX / 1000) * 1000),
           serial_(serial) {}
 
     /// Decides one change; the steps that it takes are appended.
@@ -25550,6 +25603,24 @@ struct StoreRecords {
 // >>store
 // One index holds the records of either store and the rules for changing them; what differs is
 // where texts lie. FileStore adds the journal: see "The journal" below for its format.
+//
+// Ages go by a store's own time, Store::now_ms: what the calendar shows may be set by decades, and
+// then fresh records would be dropped, their work done again, and old ones kept for ever.
+
+namespace valar {
+inline namespace v1 {
+
+int64_t Store::now_ms() const {
+    struct Begin {
+        int64_t unix_ms = std::max<int64_t>(1, detail::unix_time_ms());  // 0 says "never"
+        uint64_t clock_ns = detail::monotonic_ns();
+    };
+    static const Begin begin;
+    return begin.unix_ms + int64_t((detail::monotonic_ns() - begin.clock_ns) / 1'000'000);
+}
+
+}  // namespace v1
+}  // namespace valar
 
 #ifndef VALAR_NO_STORE
 namespace valar {
@@ -25725,10 +25796,10 @@ Result<void> StorePlan::erase(const StoreChange& change) {
 }
 
 Result<void> StorePlan::expire(const StoreChange& change) {
-    for (const auto& [age, entry] : index_->ended()) {
-        if (age.first > change.now_ms - retention_ms_) break;
+    for (const auto& [end, entry] : index_->ended()) {
+        if (!store_is_past(end.first, retention_ms_, change.now_ms)) break;
         if (find(entry->record.id))
-            step(entry->record.id, std::nullopt, age.first + retention_ms_, true);
+            step(entry->record.id, std::nullopt, end.first + retention_ms_, true);
     }
     return {};
 }
@@ -25852,6 +25923,12 @@ std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
 // may lose any part of a commit, but nothing before it. An orderly close writes a commit of its
 // own. CRC-32C begins with the salt: no text that a client sends can look like a record.
 //
+// A mark says what the store's time was at an instant of the machine's clock. At the next opening the
+// time goes on from the newest one: with what that clock has counted since, if the machine was not
+// started again meanwhile; else from just there, since nothing tells time without power from a
+// calendar that was set. So records may be kept for longer, never for less. Where no mark is left,
+// or an older version wrote the journal, time goes on from its last record.
+//
 // Compaction copies what is live in the oldest segments to new ones, byte for byte, and puts those
 // in their place. It always begins with the oldest segment: a record that ends another's life never
 // goes before that other does.
@@ -25883,6 +25960,7 @@ inline constexpr uint64_t journal_max_payload = uint64_t{1} << 30;
 inline constexpr size_t journal_write_bytes = size_t{4} << 20;  // gathered before a write
 inline constexpr size_t journal_copy_bytes = size_t{1} << 20;   // of compaction, between commits
 inline constexpr int64_t journal_dead_ms = 12 * 3600 * 1000;    // then what died leaves the disk
+inline constexpr int64_t journal_mark_ms = 10 * 60 * 1000;      // between marks
 
 enum JournalType : uint16_t {
     journal_add = 1,
@@ -25893,6 +25971,7 @@ enum JournalType : uint16_t {
     journal_close,
     journal_roll,    // another segment follows
     journal_copied,  // first in a copy: u64, the sequence that the journal had reached
+    journal_mark,    // the time: see above
     journal_types
 };
 
@@ -25965,7 +26044,11 @@ struct JournalDecoder {
 template <class Codec>
 void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t& died_ms,
                     bool* good = nullptr) {
-    if (type < journal_close) codec.text(record.id);
+    if (type < journal_close || type == journal_mark) codec.text(record.id);  // a mark's: the boot
+    if (type == journal_mark) {
+        codec.number(record.created_at_ms);  // the store's time
+        codec.number(record.ended_at_ms);    // the machine's, since that boot
+    }
     if (type == journal_add || type == journal_erase) {
         codec.text(record.organisation);
         codec.text(record.reservation);
@@ -26063,6 +26146,21 @@ inline bool operator==(const JournalPlace& a, const JournalPlace& b) {
 inline constexpr JournalPlace StoreEntry::*journal_slots[] = {
     &StoreEntry::added, &StoreEntry::begun, &StoreEntry::ended};
 
+/// The store's time, and what is known of it while a journal is read.
+struct JournalTime {
+    std::string boot = {};
+    int64_t begin_ms = 0;   // 0: nothing is known
+    uint64_t begin_ns = 0;  // by the machine's clock
+    bool marked = false;
+    int64_t next_mark_ms = 0;
+
+    int64_t at(uint64_t clock_ns) const {
+        return begin_ms + int64_t((clock_ns - begin_ns) / 1'000'000);
+    }
+    void learn(uint16_t type, const StoredResponse& record, int64_t died_ms);
+    void begin();
+};
+
 /// What the store thread owns. Only it changes index and segments, under the lock of the records;
 /// it reads them without.
 struct FileJournal {
@@ -26075,6 +26173,7 @@ struct FileJournal {
     uint32_t manifest_version = 0;  // of the one that was read; 0: there was none
     uint64_t next_sequence = 1;
     JournalSegments segments;  // in order, the newest last
+    JournalTime time;
     std::optional<JournalCompaction> compaction;
     std::optional<Error> broken;  // after a sync that failed
 
@@ -26107,19 +26206,21 @@ struct FileJournal {
     Result<void> settle(const std::vector<JournalStranger>& strangers);
     // opening: what is damaged
     Result<void> recover(const std::vector<std::string>& names);
+    int64_t now_ms() const { return time.at(folder->clock_ns()); }
 
     bool step();
     void run();
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
     void begin_commit();
-    Result<void> append(uint16_t type);
+    Result<void> append(uint16_t type, StoredResponse record = {});
     Result<void> add_to_commit(StoreChange& change);
     Result<void> encode_step(StoreChange::Kind change, StorePlan::Step& step);
     Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms,
                         JournalPlace* place);
     void flush();
     Result<void> write();
+    void write_mark();
     void install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms);
 
     Result<uint32_t> take_number();
@@ -26231,6 +26332,26 @@ Result<std::string> FileJournal::read_record(const JournalSegment& segment,
     if (!journal_parse(bytes, 0, salt, &record) || record.size != bytes.size())
         return journal_damage(segment.name, place.offset, "a record changed");
     return bytes;
+}
+
+// ---- Time --------------------------------------------------------------------------------------
+
+/// From each record that is read, in order.
+void JournalTime::learn(uint16_t type, const StoredResponse& record, int64_t died_ms) {
+    if (type == journal_mark) {
+        const int64_t clock_ms = int64_t(begin_ns / 1'000'000), since_ms = record.ended_at_ms;
+        const bool goes_on = !boot.empty() && record.id == boot && clock_ms >= since_ms;
+        begin_ms = record.created_at_ms + (goes_on ? clock_ms - since_ms : 0);
+        marked = true;
+        return;
+    }
+    const int64_t then_ms = std::max({record.created_at_ms, record.ended_at_ms, died_ms});
+    if (then_ms > 0) begin_ms = marked ? std::max(begin_ms, then_ms) : then_ms;
+}
+
+void JournalTime::begin() {
+    constexpr int64_t last_ms = INT64_C(253'402'300'799'999);  // of the year 9999
+    begin_ms = std::clamp<int64_t>(begin_ms ? begin_ms : unix_time_ms(), 1, last_ms);
 }
 
 // ---- Changes of the index --------------------------------------------------------------------
@@ -26497,6 +26618,7 @@ Result<bool> FileJournal::replay_record(JournalSegment& segment, const JournalRe
     bool good = false;
     journal_fields(JournalDecoder{record.payload}, record.type, read, died_ms, &good);
     if (!good) return false;
+    time.learn(record.type, read, died_ms);
     const JournalPlace place{offset, segment.number, uint32_t(record.size)};
     apply(segment, record.type, std::move(read), died_ms, place);
     return true;
@@ -27071,12 +27193,11 @@ void FileJournal::begin_commit() {
     write_failed.reset();
 }
 
-/// A record without fields, in a commit of its own.
-Result<void> FileJournal::append(uint16_t type) {
+/// A record in a commit of its own.
+Result<void> FileJournal::append(uint16_t type, StoredResponse record) {
     begin_commit();
     JournalPlace place;
-    StoredResponse nothing;
-    if (auto put = encode(type, nothing, 0, &place); !put) return put;
+    if (auto put = encode(type, record, 0, &place); !put) return put;
     return write();
 }
 
@@ -27101,6 +27222,22 @@ void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
     }
     if (segments.back()->bytes >= options.segment_bytes && !broken) (void)roll().ok();
     if (now_ms != 0) upkeep(now_ms);
+    if (this->now_ms() >= time.next_mark_ms) write_mark();
+}
+
+/// While there is something that ages.
+void FileJournal::write_mark() {
+    const auto has_dead = [](const auto& segment) { return segment->dead_since_ms != 0; };
+    if (broken || (records->index.ended().empty() &&
+                   std::none_of(segments.begin(), segments.end(), has_dead)))
+        return;
+    StoredResponse mark;
+    mark.id = time.boot;
+    const uint64_t clock_ns = folder->clock_ns();
+    mark.created_at_ms = time.at(clock_ns);
+    mark.ended_at_ms = int64_t(clock_ns / 1'000'000);
+    time.next_mark_ms = mark.created_at_ms + journal_mark_ms;
+    (void)append(journal_mark, std::move(mark)).ok();  // the next one says it better
 }
 
 /// One turn of the store thread. True: there is more to do.
@@ -27142,6 +27279,7 @@ void FileJournal::close() {
     if (!ready) return;
     step();
     abandon_compaction();
+    write_mark();
     if (!broken) (void)append(journal_close).ok();
 }
 
@@ -27244,7 +27382,8 @@ void FileJournal::upkeep(int64_t now_ms) {
     uint64_t dead = 0, live = 0;
     for (size_t i = 0; i < segments.size(); ++i) {
         const JournalSegment& segment = *segments[i];
-        if (segment.dead_since_ms != 0 && segment.dead_since_ms <= now_ms - journal_dead_ms)
+        if (segment.dead_since_ms != 0 &&
+            store_is_past(segment.dead_since_ms, journal_dead_ms, now_ms))
             inputs = i + 1;
         live += segment.live;
         dead += segment.bytes - segment.live;
@@ -27328,6 +27467,7 @@ Result<void> FileJournal::finish_compaction() {
         }
     }
     compaction.reset();
+    time.next_mark_ms = 0;  // the last one may be gone
     for (const auto& segment : old) {
         if (segment->aside.empty()) (void)folder->remove(segment->name).ok();
         else (void)folder->rename(segment->name, segment->aside).ok();
@@ -27376,7 +27516,10 @@ Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& optio
     state.records = store->records_.get();
     state.plan.emplace(&state.records->index, options.max_bytes, options.retention_s,
                        &state.records->serial);
+    state.time.boot = state.folder->boot();
+    state.time.begin_ns = state.folder->clock_ns();
     if (auto loaded = state.load(); !loaded) return loaded.error();
+    state.time.begin();
     state.ready = true;
     if (!options.own_thread) return store;
     const auto run = [](void* self) { static_cast<State*>(self)->run(); };
@@ -27397,6 +27540,7 @@ void FileStore::change(detail::StoreChange change) {
 }
 
 bool FileStore::step() { return state_->step(); }
+int64_t FileStore::now_ms() const { return state_->now_ms(); }
 
 uint64_t FileStore::disk_bytes() const {
     const std::lock_guard<std::mutex> lock(records_->mutex);
@@ -27480,7 +27624,7 @@ struct ServerKey {
 inline constexpr size_t server_workers = 2;
 inline constexpr uint32_t server_tick_ms = 100;          // how exact sync_timeout_ms is
 inline constexpr uint64_t server_get_body_bytes = 4096;  // tolerated, and not read
-inline constexpr int64_t server_expire_every_ms = 60'000;
+inline constexpr uint64_t server_expire_every_ns = 60'000'000'000;
 inline constexpr size_t server_min_secret = 16;
 inline constexpr size_t server_shown_bytes = 200;     // of a path in a log line or message
 inline constexpr int server_client_left = 499;        // in the log only, as nginx has it
@@ -27631,7 +27775,7 @@ struct ServerLoop : HttpHandler {
     size_t queued = 0;        // live and not running
     double finish_gap_s = 1;  // between two ends, on average
     uint64_t last_finish_ns = 0;
-    int64_t next_expiry_ms = 0;
+    uint64_t next_expiry_ns = 0;
     bool drain_begun = false;
     std::vector<JobPtr<Job>> outgoing;  // for the workers, handed over once a turn
     uint8_t random[1024] = {};          // drawn from the system at once
@@ -28222,10 +28366,9 @@ void ServerLoop::on_tick() {
     }
     recover_some();
     for (JobPtr<FinishJob>& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
-    const int64_t now_ms = unix_time_ms();
-    if (now_ms < next_expiry_ms) return;
-    next_expiry_ms = now_ms + server_expire_every_ms;
-    store->expire(now_ms);
+    if (now_ns < next_expiry_ns) return;
+    next_expiry_ns = now_ns + server_expire_every_ns;
+    store->expire(store->now_ms());
 }
 
 void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
@@ -28820,8 +28963,8 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     record.temperature = job.prepared->temperature;
     record.top_p = job.prepared->top_p;
     record.seed = job.prepared->seed;
-    stored.created_at_ms = unix_time_ms();
-    record.created_at = stored.created_at_ms / 1000;
+    stored.created_at_ms = store->now_ms();
+    record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
     stored.background = request->background;
     stored.attempts = 1;
@@ -28916,7 +29059,7 @@ void ServerLoop::take_back(const std::string& id, uint64_t exchange_number, Erro
     for (const uint64_t number : waiters)
         if (Exchange* exchange = find_exchange(number)) refuse(*exchange, error);
     if (kept)
-        store->erase(organisation, id, false, unix_time_ms(), when_kept(std::make_unique<Job>()));
+        store->erase(organisation, id, false, store->now_ms(), when_kept(std::make_unique<Job>()));
 }
 
 void ServerLoop::wait_for(Exchange& exchange, const std::string& id, Live& entry) {
@@ -29014,7 +29157,7 @@ void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
     if (job->error || !job->store) return finish_done(std::move(job));
     const std::string id = job->stored.id;
     auto object = job->stored.object;
-    store->finish(id, std::move(object), unix_time_ms(),
+    store->finish(id, std::move(object), store->now_ms(),
                   on_kept<&ServerLoop::finish_done>(std::move(job)));
 }
 
@@ -29065,7 +29208,7 @@ void ServerLoop::remove(Exchange& exchange, const std::string& id) {
     auto job = std::make_unique<RemoveJob>();
     job->exchange = exchange.number;
     job->id = id;
-    store->erase(exchange.organisation, id, true, unix_time_ms(),
+    store->erase(exchange.organisation, id, true, store->now_ms(),
                  on_kept<&ServerLoop::remove_done>(std::move(job)));
 }
 
@@ -29518,39 +29661,39 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 #endif
 
 _Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"B16\")") _Pragma("pop_macro(\"BOOL\")")
-_Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"C\")")
-_Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")")
-_Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Done\")")
-_Pragma("pop_macro(\"Each\")") _Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")")
-_Pragma("pop_macro(\"Error\")") _Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")")
-_Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")") _Pragma("pop_macro(\"File\")")
-_Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")")
-_Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")")
-_Pragma("pop_macro(\"I\")") _Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")")
-_Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")")
-_Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")")
-_Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
-_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
-_Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
-_Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
-_Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
-_Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
-_Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"P\")")
-_Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
-_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Q\")")
-_Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
-_Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")")
-_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
-_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
-_Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")")
-_Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")")
-_Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
-_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
-_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
-_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
-_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
-_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"V\")")
-_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"Begin\")") _Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")")
+_Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")")
+_Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")")
+_Pragma("pop_macro(\"Done\")") _Pragma("pop_macro(\"Each\")") _Pragma("pop_macro(\"Engine\")")
+_Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")") _Pragma("pop_macro(\"Event\")")
+_Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")")
+_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")")
+_Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")")
+_Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"I\")") _Pragma("pop_macro(\"Input\")")
+_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")")
+_Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")")
+_Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Level\")")
+_Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")")
+_Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")")
+_Pragma("pop_macro(\"Move\")") _Pragma("pop_macro(\"MultiByteToWideChar\")")
+_Pragma("pop_macro(\"N\")") _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")")
+_Pragma("pop_macro(\"Node\")") _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")")
+_Pragma("pop_macro(\"Object\")") _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")")
+_Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")")
+_Pragma("pop_macro(\"Pending\")") _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")")
+_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")")
+_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")")
+_Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")")
+_Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Self\")")
+_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
+_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
+_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Stage\")")
+_Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")")
+_Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")")
+_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")")
+_Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Turn\")")
+_Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
+_Pragma("pop_macro(\"V\")") _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"W\")")
 _Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
 _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
 _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")

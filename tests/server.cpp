@@ -10,6 +10,7 @@
 #include "http/internal.hpp"
 #include "http_peer.hpp"
 #include "server/server.hpp"
+#include "wall_clock.hpp"
 
 using namespace valar;
 
@@ -1055,6 +1056,32 @@ TEST_CASE("server: a repeat under its key is answered from the record") {
     CHECK(error_of(post_keyed(serving, hello, "k1", key_a)) == "404 not_found_error not_found");
     CHECK(error_of(post_keyed(serving, R"({"model":"fake","input":"other"})", "k1", key_a)) ==
           "400 idempotency_error idempotency_key_reused");
+}
+
+TEST_CASE("server: a calendar that is set moves no deadline and wipes nothing") {
+    ServerOptions options = local();
+    options.sync_timeout_ms = 200;
+    Serving serving(options);
+    const std::string id = id_of(post_keyed(serving, hello, "k1"));
+    int runs = 1;
+    constexpr int64_t year_s = 365 * 24 * 3600;
+    for (const int64_t years : {30, -30, -80, 300, 9000}) {
+        CAPTURE(years);
+        wall_clock_shift_s = years * year_s;
+        std::this_thread::sleep_for(std::chrono::milliseconds(250));  // two ticks
+        const HttpReply again = post_keyed(serving, hello, "k1");
+        CHECK(again.status == 200);
+        CHECK(id_of(again) == id);
+        const Json object = parse(serving.post(hello).body);
+        CHECK(object["created_at"].as_int() >= 0);
+        CHECK(object["completed_at"].as_int() >= object["created_at"].as_int());
+        serving.fake.hold = true;
+        CHECK(serving.post(hello).status == 504);
+        serving.fake.hold = false;
+        runs += 2;
+    }
+    wall_clock_shift_s = 0;
+    CHECK(serving.fake.organisations().size() == size_t(runs));
 }
 
 TEST_CASE("server: refusals leave the key free") {

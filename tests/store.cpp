@@ -14,6 +14,7 @@
 #include "digest_internal.hpp"
 #include "store/store.hpp"
 #include "store_disk.hpp"
+#include "wall_clock.hpp"
 
 using namespace valar;
 using namespace store_disk;
@@ -1149,5 +1150,177 @@ TEST_CASE("store: whatever the power leaves of unsynced writes, what was acknowl
             const std::string fault = world.live_and_crash();
             REQUIRE_MESSAGE(fault == "", "seed " << seed << ", life " << life << ": " << fault);
         }
+    }
+}
+
+// ---- Clocks --------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int64_t year_s = 365 * 24 * 3600;
+
+/// A machine whose calendar is set, and which is killed, closed in order and started again.
+class ClockWalk {
+public:
+    explicit ClockWalk(uint64_t seed) : random_{seed} {
+        wall_clock_shift_s = step_s();
+        options_ = by_hand();
+        options_.retention_s = 48 * 3600;
+        options_.segment_bytes = 3000;
+        open();
+    }
+    ~ClockWalk() { wall_clock_shift_s = 0; }
+
+    /// The fault, or "".
+    std::string take_step() {
+        switch (random_.below(6)) {
+            case 0:
+            case 1: work(); break;
+            case 2: wall_clock_shift_s = wall_clock_shift_s + step_s(); break;
+            case 3: restart(); break;
+            default: pass(int64_t(random_.below(8))); break;
+        }
+        return check();
+    }
+    /// Everything ends and ages: nothing may be left.
+    std::string wait_for_all() {
+        for (Known& one : known_)
+            if (one.ended_ms < 0) finish(one);
+        pass(48 + 3 * int64_t(restarts_));
+        return known_.empty() || store_->bytes() == 0 ? "" : "something never expires";
+    }
+
+private:
+    struct Known {
+        std::string id;
+        int64_t ended_ms = -1, up_ms = 0;  // in truth, and while the machine ran
+        int restarts = 0;
+    };
+    int64_t step_s() { return int64_t(random_.below(60 * uint64_t(year_s))) - 30 * year_s; }
+    void open() {
+        auto opened = open_on(&disk_, options_);
+        REQUIRE_MESSAGE(opened.ok(), opened.error().message);
+        store_ = std::move(*opened);
+    }
+    Direct direct() { return {store_.get(), store_.get()}; }
+    void work() {
+        const std::string id = "r" + std::to_string(++count_);
+        StoredResponse made = record(id, 100, "a", "key " + id);
+        made.created_at_ms = store_->now_ms();
+        REQUIRE(direct().add(std::move(made)).ok());
+        known_.push_back({id});
+        Known& one = known_[size_t(random_.below(known_.size()))];
+        if (one.ended_ms < 0) finish(one);
+    }
+    void finish(Known& one) {
+        REQUIRE(direct().finish(one.id, "done", store_->now_ms()).ok());
+        one.ended_ms = true_ms_;
+        one.up_ms = up_ms_;
+        one.restarts = restarts_;
+    }
+    void restart() {
+        if (random_.below(2)) store_.reset();
+        else disk_.until_crash = 0;
+        store_.reset();
+        disk_.until_crash = -1;
+        disk_ = disk_.after_crash(random_);
+        wall_clock_shift_s = wall_clock_shift_s + (random_.below(2) ? step_s() : 0);
+        const int64_t off_ms = int64_t(random_.below(uint64_t(10 * hour_ms)));
+        true_ms_ += off_ms;
+        if (random_.below(2)) {  // the machine ran meanwhile
+            disk_.clock_ns += uint64_t(off_ms) * 1'000'000;
+            up_ms_ += off_ms;
+        } else {
+            disk_.boot = "boot " + std::to_string(++restarts_);
+            disk_.clock_ns = random_.below(2) ? 1'000'000'000 : UINT64_MAX / 4;
+        }
+        open();
+    }
+    void pass(int64_t hours) {
+        for (; hours >= 0; --hours) {
+            direct().expire(store_->now_ms());
+            if (hours == 0) return;
+            true_ms_ += hour_ms;
+            up_ms_ += hour_ms;
+            disk_.clock_ns += uint64_t(hour_ms) * 1'000'000;
+        }
+    }
+    std::string check() {
+        direct().expire(store_->now_ms());
+        for (size_t i = known_.size(); i-- > 0;) {
+            const Known& one = known_[i];
+            const bool ended = one.ended_ms >= 0;
+            const auto found = store_->find("a", one.id);
+            if (!found && (!ended || true_ms_ - one.ended_ms < 48 * hour_ms))
+                return one.id + " is lost";
+            const auto again = direct().add(record("again", 1, "a", "key " + one.id));
+            if (found && !again.is(ErrorKind::conflict)) return one.id + " would run twice";
+            if (again.ok()) REQUIRE(direct().erase("again", false, store_->now_ms()).ok());
+            const int64_t most_ms = 48 * hour_ms + (restarts_ - one.restarts) * 2 * hour_ms;
+            if (found && ended && up_ms_ - one.up_ms > most_ms) return one.id + " does not expire";
+            if (!found) known_.erase(known_.begin() + std::ptrdiff_t(i));
+        }
+        return "";
+    }
+
+    Random random_;
+    Disk disk_;
+    FileStoreOptions options_;
+    std::unique_ptr<FileStore> store_;
+    std::vector<Known> known_;
+    int64_t true_ms_ = 0, up_ms_ = 0;
+    int count_ = 0, restarts_ = 0;
+};
+
+}  // namespace
+
+TEST_CASE("store: whoever sets the calendar, ages are what they are") {
+    for (int seed = 0; seed < 1000; ++seed) {
+        ClockWalk walk{uint64_t(seed)};
+        for (int step = 0; step < 25; ++step) {
+            const std::string fault = walk.take_step();
+            REQUIRE_MESSAGE(fault == "", "seed " << seed << ", step " << step << ": " << fault);
+        }
+        REQUIRE_MESSAGE(walk.wait_for_all() == "", "seed " << seed);
+    }
+}
+
+TEST_CASE("store: its time goes on with the machine's clock, and stands still without power") {
+    Disk disk;
+    wall_clock_shift_s = 30 * year_s;
+    auto store = *open_on(&disk);
+    const int64_t begin = store->now_ms();
+    Direct direct{store.get(), store.get()};
+    REQUIRE(direct.add(record("r1", 10)).ok());
+    REQUIRE(direct.finish("r1", "done", begin).ok());
+    const auto reopen_after = [&](uint64_t clock_ns, const char* boot) {
+        store.reset();
+        disk.clock_ns = clock_ns;
+        disk.boot = boot;
+        store = *open_on(&disk);
+        return store->now_ms() - begin;
+    };
+    constexpr uint64_t second = 1'000'000'000;
+    disk.clock_ns += 5 * second;
+    wall_clock_shift_s = -60 * year_s;
+    CHECK(store->now_ms() - begin == 5000);
+    CHECK(reopen_after(6 * second, "first") == 5000);
+    CHECK(reopen_after(13 * second, "first") == 12'000);
+    CHECK(reopen_after(900'000 * second, "second") == 12'000);  // or on another machine
+    CHECK(reopen_after(900'007 * second, "") == 12'000);        // unknown to the system
+    disk.clock_ns += 7 * second;
+    wall_clock_shift_s = 0;
+    CHECK(store->now_ms() - begin == 19'000);
+    CHECK(reopen_after(900'020 * second, "") == 19'000);
+}
+
+TEST_CASE("store: retention that is too long to count, or negative") {
+    for (const int64_t retention_s : {INT64_MAX, INT64_MAX / 1000 + 1, int64_t{-1}, INT64_MIN}) {
+        MemoryStore store({1 << 20, retention_s});
+        Direct direct{&store};
+        REQUIRE(direct.add(record("r1", 10)).ok());
+        REQUIRE(direct.finish("r1", "done", 1000).ok());
+        direct.expire(2000);
+        CHECK(store.find("a", "r1").has_value() == (retention_s > 0));
     }
 }

@@ -48,6 +48,8 @@ public:
     int64_t operations = 0;                             // done so far
     uint64_t capacity = UINT64_MAX;                     // bytes that can still be written
     int syncs_until_failure = -1;
+    uint64_t clock_ns = 1'000'000'000;  // of the machine, and since which start of it
+    std::string boot = "first";
 
     static Result<void> failure(ErrorKind kind, const char* message) {
         return detail::make_error(kind, message);
@@ -85,6 +87,8 @@ public:
 
 inline Disk Disk::after_crash(Random& random) const {
     Disk disk;
+    disk.clock_ns = clock_ns;
+    disk.boot = boot;
     std::map<std::string, Entry> chosen = names;
     for (const auto& [name, values] : history) {
         const Entry& value = values[size_t(random.below(values.size()))];
@@ -203,6 +207,9 @@ public:
         disk_->history.clear();
         return {};
     }
+
+    uint64_t clock_ns() const override { return disk_->clock_ns; }
+    std::string boot() const override { return disk_->boot; }
 
 private:
     Disk* disk_;

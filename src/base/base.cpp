@@ -131,6 +131,10 @@ int own_descriptor(int descriptor) {
 
 // ---- Clocks ----------------------------------------------------------------------------------
 
+namespace {
+constexpr int64_t last_unix_ms = INT64_C(253'402'300'799'999);  // of the year 9999
+}
+
 #if defined(_WIN32)
 
 uint64_t monotonic_ns() {
@@ -156,8 +160,11 @@ uint64_t thread_cpu_ns() {
 int64_t unix_time_ms() {
     FILETIME now;
     GetSystemTimeAsFileTime(&now);
-    return int64_t(filetime_ticks(now) / 10'000) - 11'644'473'600'000;  // from 1601 to 1970
+    const int64_t since_1601 = int64_t(filetime_ticks(now) / 10'000);
+    return std::clamp<int64_t>(since_1601 - 11'644'473'600'000, 0, last_unix_ms);
 }
+
+std::string boot_id() { return {}; }
 
 #else
 
@@ -175,7 +182,36 @@ uint64_t thread_cpu_ns() { return monotonic_ns(); }
 #else
 uint64_t thread_cpu_ns() { return posix_clock_ns(CLOCK_THREAD_CPUTIME_ID); }
 #endif
-int64_t unix_time_ms() { return int64_t(posix_clock_ns(CLOCK_REALTIME) / 1'000'000u); }
+
+int64_t unix_time_ms() {
+#if defined(SYS_clock_gettime64)  // a system of 32 bits, where libc's time_t may end in 2038
+    int64_t t[2] = {};
+    if (syscall(SYS_clock_gettime64, CLOCK_REALTIME, t) != 0) {
+        timespec old{};
+        clock_gettime(CLOCK_REALTIME, &old);
+        t[0] = old.tv_sec, t[1] = old.tv_nsec;
+    }
+    const int64_t seconds = t[0], ns = t[1];
+#else
+    timespec t{};
+    clock_gettime(CLOCK_REALTIME, &t);
+    const int64_t seconds = t.tv_sec, ns = t.tv_nsec;
+#endif
+    return std::clamp<int64_t>(seconds, 0, last_unix_ms / 1000) * 1000 + ns / 1'000'000;
+}
+
+std::string boot_id() {
+#if defined(__linux__)
+    auto id = read_file("/proc/sys/kernel/random/boot_id", 100);
+    return id ? *id : std::string();
+#elif defined(__APPLE__)
+    char id[100] = {};
+    size_t size = sizeof id - 1;
+    return sysctlbyname("kern.bootsessionuuid", id, &size, nullptr, 0) == 0 ? id : "";
+#else
+    return {};
+#endif
+}
 
 #endif
 

@@ -688,6 +688,9 @@ private:
 
 }  // namespace
 
+uint64_t Folder::clock_ns() const { return monotonic_ns(); }
+std::string Folder::boot() const { return boot_id(); }
+
 Result<std::unique_ptr<Folder>> Folder::open(const std::string& path) {
     if (auto checked = check_path(path); !checked) return checked.error();
     if (!make_folder(path)) return folder_error(path, false);

@@ -68,7 +68,12 @@ int own_descriptor(int descriptor);
 
 uint64_t monotonic_ns();   ///< for durations
 uint64_t thread_cpu_ns();  ///< CPU time of the calling thread
-int64_t unix_time_ms();    ///< for records
+/// What the calendar shows, for people to read: from 1970 to the year 9999. It may be set at any
+/// time, by decades, so that nothing waits or ages by it.
+int64_t unix_time_ms();
+/// Names the time since the machine was started: equal in two processes, monotonic_ns() counts on
+/// from the one to the other. Empty where the system does not tell.
+std::string boot_id();
 
 /// product and sum that refuse to wrap
 bool mul_overflows(uint64_t a, uint64_t b, uint64_t* product);
@@ -146,7 +151,8 @@ public:
     virtual Result<void> sync() = 0;  ///< bytes and size are on the disk, not the name
 };
 
-/// The files of one directory: the seam under which tests put a disk that forgets.
+/// The files of one directory and the clock of its machine: the seam under which tests put a disk
+/// that forgets and a clock of their own.
 /// Threads: one at a time.
 class Folder {
 public:
@@ -159,7 +165,9 @@ public:
     virtual Result<std::unique_ptr<FolderFile>> open_file(const std::string& name, bool create) = 0;
     virtual Result<void> rename(const std::string& from, const std::string& to) = 0;
     virtual Result<void> remove(const std::string& name) = 0;
-    virtual Result<void> sync() = 0;  ///< names made, changed and removed so far are on the disk
+    virtual Result<void> sync() = 0;    ///< names made, changed and removed so far are on the disk
+    virtual uint64_t clock_ns() const;  ///< monotonic_ns, from any thread
+    virtual std::string boot() const;   ///< boot_id
 };
 
 /// A thread started by the OS call (std::thread throws where threads are refused).

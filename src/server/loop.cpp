@@ -243,10 +243,9 @@ void ServerLoop::on_tick() {
     }
     recover_some();
     for (JobPtr<FinishJob>& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
-    const int64_t now_ms = unix_time_ms();
-    if (now_ms < next_expiry_ms) return;
-    next_expiry_ms = now_ms + server_expire_every_ms;
-    store->expire(now_ms);
+    if (now_ns < next_expiry_ns) return;
+    next_expiry_ns = now_ns + server_expire_every_ns;
+    store->expire(store->now_ms());
 }
 
 void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {

@@ -37,7 +37,7 @@ struct ServerKey {
 inline constexpr size_t server_workers = 2;
 inline constexpr uint32_t server_tick_ms = 100;          // how exact sync_timeout_ms is
 inline constexpr uint64_t server_get_body_bytes = 4096;  // tolerated, and not read
-inline constexpr int64_t server_expire_every_ms = 60'000;
+inline constexpr uint64_t server_expire_every_ns = 60'000'000'000;
 inline constexpr size_t server_min_secret = 16;
 inline constexpr size_t server_shown_bytes = 200;     // of a path in a log line or message
 inline constexpr int server_client_left = 499;        // in the log only, as nginx has it
@@ -188,7 +188,7 @@ struct ServerLoop : HttpHandler {
     size_t queued = 0;        // live and not running
     double finish_gap_s = 1;  // between two ends, on average
     uint64_t last_finish_ns = 0;
-    int64_t next_expiry_ms = 0;
+    uint64_t next_expiry_ns = 0;
     bool drain_begun = false;
     std::vector<JobPtr<Job>> outgoing;  // for the workers, handed over once a turn
     uint8_t random[1024] = {};          // drawn from the system at once

@@ -177,8 +177,8 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     record.temperature = job.prepared->temperature;
     record.top_p = job.prepared->top_p;
     record.seed = job.prepared->seed;
-    stored.created_at_ms = unix_time_ms();
-    record.created_at = stored.created_at_ms / 1000;
+    stored.created_at_ms = store->now_ms();
+    record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
     stored.background = request->background;
     stored.attempts = 1;
@@ -273,7 +273,7 @@ void ServerLoop::take_back(const std::string& id, uint64_t exchange_number, Erro
     for (const uint64_t number : waiters)
         if (Exchange* exchange = find_exchange(number)) refuse(*exchange, error);
     if (kept)
-        store->erase(organisation, id, false, unix_time_ms(), when_kept(std::make_unique<Job>()));
+        store->erase(organisation, id, false, store->now_ms(), when_kept(std::make_unique<Job>()));
 }
 
 void ServerLoop::wait_for(Exchange& exchange, const std::string& id, Live& entry) {
@@ -371,7 +371,7 @@ void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
     if (job->error || !job->store) return finish_done(std::move(job));
     const std::string id = job->stored.id;
     auto object = job->stored.object;
-    store->finish(id, std::move(object), unix_time_ms(),
+    store->finish(id, std::move(object), store->now_ms(),
                   on_kept<&ServerLoop::finish_done>(std::move(job)));
 }
 
@@ -422,7 +422,7 @@ void ServerLoop::remove(Exchange& exchange, const std::string& id) {
     auto job = std::make_unique<RemoveJob>();
     job->exchange = exchange.number;
     job->id = id;
-    store->erase(exchange.organisation, id, true, unix_time_ms(),
+    store->erase(exchange.organisation, id, true, store->now_ms(),
                  on_kept<&ServerLoop::remove_done>(std::move(job)));
 }
 

@@ -145,12 +145,11 @@ void FileJournal::begin_commit() {
     write_failed.reset();
 }
 
-/// A record without fields, in a commit of its own.
-Result<void> FileJournal::append(uint16_t type) {
+/// A record in a commit of its own.
+Result<void> FileJournal::append(uint16_t type, StoredResponse record) {
     begin_commit();
     JournalPlace place;
-    StoredResponse nothing;
-    if (auto put = encode(type, nothing, 0, &place); !put) return put;
+    if (auto put = encode(type, record, 0, &place); !put) return put;
     return write();
 }
 
@@ -175,6 +174,22 @@ void FileJournal::commit_changes(std::vector<StoreChange>& changes) {
     }
     if (segments.back()->bytes >= options.segment_bytes && !broken) (void)roll().ok();
     if (now_ms != 0) upkeep(now_ms);
+    if (this->now_ms() >= time.next_mark_ms) write_mark();
+}
+
+/// While there is something that ages.
+void FileJournal::write_mark() {
+    const auto has_dead = [](const auto& segment) { return segment->dead_since_ms != 0; };
+    if (broken || (records->index.ended().empty() &&
+                   std::none_of(segments.begin(), segments.end(), has_dead)))
+        return;
+    StoredResponse mark;
+    mark.id = time.boot;
+    const uint64_t clock_ns = folder->clock_ns();
+    mark.created_at_ms = time.at(clock_ns);
+    mark.ended_at_ms = int64_t(clock_ns / 1'000'000);
+    time.next_mark_ms = mark.created_at_ms + journal_mark_ms;
+    (void)append(journal_mark, std::move(mark)).ok();  // the next one says it better
 }
 
 /// One turn of the store thread. True: there is more to do.
@@ -216,6 +231,7 @@ void FileJournal::close() {
     if (!ready) return;
     step();
     abandon_compaction();
+    write_mark();
     if (!broken) (void)append(journal_close).ok();
 }
 
@@ -318,7 +334,8 @@ void FileJournal::upkeep(int64_t now_ms) {
     uint64_t dead = 0, live = 0;
     for (size_t i = 0; i < segments.size(); ++i) {
         const JournalSegment& segment = *segments[i];
-        if (segment.dead_since_ms != 0 && segment.dead_since_ms <= now_ms - journal_dead_ms)
+        if (segment.dead_since_ms != 0 &&
+            store_is_past(segment.dead_since_ms, journal_dead_ms, now_ms))
             inputs = i + 1;
         live += segment.live;
         dead += segment.bytes - segment.live;
@@ -402,6 +419,7 @@ Result<void> FileJournal::finish_compaction() {
         }
     }
     compaction.reset();
+    time.next_mark_ms = 0;  // the last one may be gone
     for (const auto& segment : old) {
         if (segment->aside.empty()) (void)folder->remove(segment->name).ok();
         else (void)folder->rename(segment->name, segment->aside).ok();
@@ -450,7 +468,10 @@ Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& optio
     state.records = store->records_.get();
     state.plan.emplace(&state.records->index, options.max_bytes, options.retention_s,
                        &state.records->serial);
+    state.time.boot = state.folder->boot();
+    state.time.begin_ns = state.folder->clock_ns();
     if (auto loaded = state.load(); !loaded) return loaded.error();
+    state.time.begin();
     state.ready = true;
     if (!options.own_thread) return store;
     const auto run = [](void* self) { static_cast<State*>(self)->run(); };
@@ -471,6 +492,7 @@ void FileStore::change(detail::StoreChange change) {
 }
 
 bool FileStore::step() { return state_->step(); }
+int64_t FileStore::now_ms() const { return state_->now_ms(); }
 
 uint64_t FileStore::disk_bytes() const {
     const std::lock_guard<std::mutex> lock(records_->mutex);

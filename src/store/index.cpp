@@ -1,10 +1,14 @@
 // >>store
 // One index holds the records of either store and the rules for changing them; what differs is
 // where texts lie. FileStore adds the journal: see "The journal" below for its format.
+//
+// Ages go by a store's own time, Store::now_ms: what the calendar shows may be set by decades, and
+// then fresh records would be dropped, their work done again, and old ones kept for ever.
 #include "prologue.hpp"
 
 #include "store/index.hpp"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -14,6 +18,21 @@
 #include <string_view>
 #include <utility>
 #include <vector>
+
+namespace valar {
+inline namespace v1 {
+
+int64_t Store::now_ms() const {
+    struct Begin {
+        int64_t unix_ms = std::max<int64_t>(1, detail::unix_time_ms());  // 0 says "never"
+        uint64_t clock_ns = detail::monotonic_ns();
+    };
+    static const Begin begin;
+    return begin.unix_ms + int64_t((detail::monotonic_ns() - begin.clock_ns) / 1'000'000);
+}
+
+}  // namespace v1
+}  // namespace valar
 
 #ifndef VALAR_NO_STORE
 namespace valar {
@@ -189,10 +208,10 @@ Result<void> StorePlan::erase(const StoreChange& change) {
 }
 
 Result<void> StorePlan::expire(const StoreChange& change) {
-    for (const auto& [age, entry] : index_->ended()) {
-        if (age.first > change.now_ms - retention_ms_) break;
+    for (const auto& [end, entry] : index_->ended()) {
+        if (!store_is_past(end.first, retention_ms_, change.now_ms)) break;
         if (find(entry->record.id))
-            step(entry->record.id, std::nullopt, age.first + retention_ms_, true);
+            step(entry->record.id, std::nullopt, end.first + retention_ms_, true);
     }
     return {};
 }

@@ -3,6 +3,7 @@
 #include "base/internal.hpp"
 #include "store/store.hpp"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -43,6 +44,11 @@ struct StoreEntry {
     }
     void drop_texts() { record.head = record.request = record.object = nullptr; }
 };
+
+/// Whether `age_ms`, which is not negative, has passed since then. No difference overflows.
+inline bool store_is_past(int64_t since_ms, int64_t age_ms, int64_t now_ms) {
+    return now_ms >= since_ms && uint64_t(now_ms) - uint64_t(since_ms) >= uint64_t(age_ms);
+}
 
 inline uint64_t size_of_text(const std::shared_ptr<const std::string>& text) {
     return text ? text->size() : 0;
@@ -115,7 +121,7 @@ public:
     StorePlan(const StoreIndex* index, uint64_t max_bytes, int64_t retention_s, uint64_t* serial)
         : index_(index),
           max_bytes_(max_bytes),
-          retention_ms_(retention_s * 1000),
+          retention_ms_(std::clamp<int64_t>(retention_s, 0, INT64_MAX / 1000) * 1000),
           serial_(serial) {}
 
     /// Decides one change; the steps that it takes are appended.

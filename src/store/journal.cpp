@@ -102,6 +102,26 @@ Result<std::string> FileJournal::read_record(const JournalSegment& segment,
     return bytes;
 }
 
+// ---- Time --------------------------------------------------------------------------------------
+
+/// From each record that is read, in order.
+void JournalTime::learn(uint16_t type, const StoredResponse& record, int64_t died_ms) {
+    if (type == journal_mark) {
+        const int64_t clock_ms = int64_t(begin_ns / 1'000'000), since_ms = record.ended_at_ms;
+        const bool goes_on = !boot.empty() && record.id == boot && clock_ms >= since_ms;
+        begin_ms = record.created_at_ms + (goes_on ? clock_ms - since_ms : 0);
+        marked = true;
+        return;
+    }
+    const int64_t then_ms = std::max({record.created_at_ms, record.ended_at_ms, died_ms});
+    if (then_ms > 0) begin_ms = marked ? std::max(begin_ms, then_ms) : then_ms;
+}
+
+void JournalTime::begin() {
+    constexpr int64_t last_ms = INT64_C(253'402'300'799'999);  // of the year 9999
+    begin_ms = std::clamp<int64_t>(begin_ms ? begin_ms : unix_time_ms(), 1, last_ms);
+}
+
 // ---- Changes of the index --------------------------------------------------------------------
 
 /// Puts an entry into the index and counts what that leaves alive in each segment.
@@ -366,6 +386,7 @@ Result<bool> FileJournal::replay_record(JournalSegment& segment, const JournalRe
     bool good = false;
     journal_fields(JournalDecoder{record.payload}, record.type, read, died_ms, &good);
     if (!good) return false;
+    time.learn(record.type, read, died_ms);
     const JournalPlace place{offset, segment.number, uint32_t(record.size)};
     apply(segment, record.type, std::move(read), died_ms, place);
     return true;

@@ -35,6 +35,12 @@
 // may lose any part of a commit, but nothing before it. An orderly close writes a commit of its
 // own. CRC-32C begins with the salt: no text that a client sends can look like a record.
 //
+// A mark says what the store's time was at an instant of the machine's clock. At the next opening the
+// time goes on from the newest one: with what that clock has counted since, if the machine was not
+// started again meanwhile; else from just there, since nothing tells time without power from a
+// calendar that was set. So records may be kept for longer, never for less. Where no mark is left,
+// or an older version wrote the journal, time goes on from its last record.
+//
 // Compaction copies what is live in the oldest segments to new ones, byte for byte, and puts those
 // in their place. It always begins with the oldest segment: a record that ends another's life never
 // goes before that other does.
@@ -66,6 +72,7 @@ inline constexpr uint64_t journal_max_payload = uint64_t{1} << 30;
 inline constexpr size_t journal_write_bytes = size_t{4} << 20;  // gathered before a write
 inline constexpr size_t journal_copy_bytes = size_t{1} << 20;   // of compaction, between commits
 inline constexpr int64_t journal_dead_ms = 12 * 3600 * 1000;    // then what died leaves the disk
+inline constexpr int64_t journal_mark_ms = 10 * 60 * 1000;      // between marks
 
 enum JournalType : uint16_t {
     journal_add = 1,
@@ -76,6 +83,7 @@ enum JournalType : uint16_t {
     journal_close,
     journal_roll,    // another segment follows
     journal_copied,  // first in a copy: u64, the sequence that the journal had reached
+    journal_mark,    // the time: see above
     journal_types
 };
 
@@ -148,7 +156,11 @@ struct JournalDecoder {
 template <class Codec>
 void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t& died_ms,
                     bool* good = nullptr) {
-    if (type < journal_close) codec.text(record.id);
+    if (type < journal_close || type == journal_mark) codec.text(record.id);  // a mark's: the boot
+    if (type == journal_mark) {
+        codec.number(record.created_at_ms);  // the store's time
+        codec.number(record.ended_at_ms);    // the machine's, since that boot
+    }
     if (type == journal_add || type == journal_erase) {
         codec.text(record.organisation);
         codec.text(record.reservation);
@@ -246,6 +258,21 @@ inline bool operator==(const JournalPlace& a, const JournalPlace& b) {
 inline constexpr JournalPlace StoreEntry::*journal_slots[] = {
     &StoreEntry::added, &StoreEntry::begun, &StoreEntry::ended};
 
+/// The store's time, and what is known of it while a journal is read.
+struct JournalTime {
+    std::string boot = {};
+    int64_t begin_ms = 0;   // 0: nothing is known
+    uint64_t begin_ns = 0;  // by the machine's clock
+    bool marked = false;
+    int64_t next_mark_ms = 0;
+
+    int64_t at(uint64_t clock_ns) const {
+        return begin_ms + int64_t((clock_ns - begin_ns) / 1'000'000);
+    }
+    void learn(uint16_t type, const StoredResponse& record, int64_t died_ms);
+    void begin();
+};
+
 /// What the store thread owns. Only it changes index and segments, under the lock of the records;
 /// it reads them without.
 struct FileJournal {
@@ -258,6 +285,7 @@ struct FileJournal {
     uint32_t manifest_version = 0;  // of the one that was read; 0: there was none
     uint64_t next_sequence = 1;
     JournalSegments segments;  // in order, the newest last
+    JournalTime time;
     std::optional<JournalCompaction> compaction;
     std::optional<Error> broken;  // after a sync that failed
 
@@ -290,19 +318,21 @@ struct FileJournal {
     Result<void> settle(const std::vector<JournalStranger>& strangers);
     // opening: what is damaged
     Result<void> recover(const std::vector<std::string>& names);
+    int64_t now_ms() const { return time.at(folder->clock_ns()); }
 
     bool step();
     void run();
     void close();
     void commit_changes(std::vector<StoreChange>& changes);
     void begin_commit();
-    Result<void> append(uint16_t type);
+    Result<void> append(uint16_t type, StoredResponse record = {});
     Result<void> add_to_commit(StoreChange& change);
     Result<void> encode_step(StoreChange::Kind change, StorePlan::Step& step);
     Result<void> encode(uint16_t type, StoredResponse& record, int64_t died_ms,
                         JournalPlace* place);
     void flush();
     Result<void> write();
+    void write_mark();
     void install(const std::string& id, std::optional<StoreEntry> entry, int64_t died_ms);
 
     Result<uint32_t> take_number();

@@ -31,8 +31,8 @@ struct StoredResponse {
     bool background = false;
     bool terminal = false;
     uint32_t attempts = 0;                            ///< how often its work was begun
-    int64_t created_at_ms = 0;                        ///< unix time
-    int64_t ended_at_ms = 0;                          ///< unix time; 0 until terminal
+    int64_t created_at_ms = 0;                        ///< by Store::now_ms
+    int64_t ended_at_ms = 0;                          ///< by Store::now_ms; 0 until terminal
     std::shared_ptr<const std::string> head = {};     ///< JSON: what acceptance resolved
     std::shared_ptr<const std::string> request = {};  ///< JSON: the body as received
     std::shared_ptr<const std::string> object = {};   ///< JSON: as answered; null until terminal
@@ -57,16 +57,16 @@ struct StoreDone {
 class VALAR_API Store {
 public:
     virtual ~Store() = default;
-    /// A new record, not terminal, and its reservation, both or none. Errors: idempotency when the
-    /// reservation is taken; overloaded when there is no room; io.
+    /// What its times are: unix time to begin with, then the monotonic clock's, whoever sets clocks.
+    virtual int64_t now_ms() const;
+    /// A new unfinished record and its reservation, both or none. Errors: conflict, overloaded, io.
     virtual void add(StoredResponse record, StoreDone done) = 0;
     /// Work on it begins for the attempts-th time. Errors: not_found; io.
     virtual void begin(const std::string& id, uint32_t attempts, StoreDone done) = 0;
     /// Makes it terminal. Errors: not_found; overloaded; io.
     virtual void finish(const std::string& id, std::shared_ptr<const std::string> object,
                         int64_t now_ms, StoreDone done) = 0;
-    /// Drops a record. With `tombstone` its reservation stays taken as long as it would have been.
-    /// Errors: not_found, also where it is another organisation's; io.
+    /// Drops a record; with `tombstone` its reservation stays taken its time. Errors: not_found; io.
     virtual void erase(const std::string& organisation, const std::string& id, bool tombstone,
                        int64_t now_ms, StoreDone done) = 0;
     /// Nothing when there is no such record or it is another organisation's.
@@ -170,10 +170,10 @@ public:
     ~FileStore() override;  ///< after all that was asked for is done
     std::optional<StoredResponse> find(std::string_view organisation,
                                        const std::string& id) override;
-    /// Without own_thread: does what was asked for, and a piece of upkeep. True: there is more.
-    /// Threads: one at a time.
+    /// Without own_thread: does what was asked for and some upkeep. Not twice at once. True: more.
     bool step();
-    uint64_t disk_bytes() const;  ///< of the journal's files
+    int64_t now_ms() const override;  ///< goes on over a restart; time without power is left out
+    uint64_t disk_bytes() const;      ///< of the journal's files
 
 private:
     struct State;
