@@ -3109,16 +3109,16 @@ struct StoreDone {
 class VALAR_API Store {
 public:
     virtual ~Store() = default;
-    /// What its times are: unix time to begin with, then the monotonic clock's, whoever sets clocks.
+    /// What its times are: first unix time, then the monotonic clock's, whoever sets the calendar.
     virtual int64_t now_ms() const;
-    /// A new unfinished record and its reservation, both or none. Errors: conflict, overloaded, io.
+    /// A new unfinished record, its reservation with it. Errors: conflict, overloaded, io.
     virtual void add(StoredResponse record, StoreDone done) = 0;
     /// Work on it begins for the attempts-th time. Errors: not_found; io.
     virtual void begin(const std::string& id, uint32_t attempts, StoreDone done) = 0;
     /// Makes it terminal. Errors: not_found; overloaded; io.
     virtual void finish(const std::string& id, std::shared_ptr<const std::string> object,
                         int64_t now_ms, StoreDone done) = 0;
-    /// Drops a record; with `tombstone` its reservation stays taken its time. Errors: not_found; io.
+    /// Drops a record; with `tombstone` its reservation stays its time. Errors: not_found; io.
     virtual void erase(const std::string& organisation, const std::string& id, bool tombstone,
                        int64_t now_ms, StoreDone done) = 0;
     /// Nothing when there is no such record or it is another organisation's.
@@ -25923,8 +25923,8 @@ std::optional<StoredResponse> MemoryStore::find(std::string_view organisation,
 // may lose any part of a commit, but nothing before it. An orderly close writes a commit of its
 // own. CRC-32C begins with the salt: no text that a client sends can look like a record.
 //
-// A mark says what the store's time was at an instant of the machine's clock. At the next opening the
-// time goes on from the newest one: with what that clock has counted since, if the machine was not
+// A mark says what the store's time was at an instant of the machine's clock. The next opening
+// goes on from the newest one, with what that clock has counted since, if the machine was not
 // started again meanwhile; else from just there, since nothing tells time without power from a
 // calendar that was set. So records may be kept for longer, never for less. Where no mark is left,
 // or an older version wrote the journal, time goes on from its last record.

@@ -35,8 +35,8 @@
 // may lose any part of a commit, but nothing before it. An orderly close writes a commit of its
 // own. CRC-32C begins with the salt: no text that a client sends can look like a record.
 //
-// A mark says what the store's time was at an instant of the machine's clock. At the next opening the
-// time goes on from the newest one: with what that clock has counted since, if the machine was not
+// A mark says what the store's time was at an instant of the machine's clock. The next opening
+// goes on from the newest one, with what that clock has counted since, if the machine was not
 // started again meanwhile; else from just there, since nothing tells time without power from a
 // calendar that was set. So records may be kept for longer, never for less. Where no mark is left,
 // or an older version wrote the journal, time goes on from its last record.

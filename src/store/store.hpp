@@ -57,16 +57,16 @@ struct StoreDone {
 class VALAR_API Store {
 public:
     virtual ~Store() = default;
-    /// What its times are: unix time to begin with, then the monotonic clock's, whoever sets clocks.
+    /// What its times are: first unix time, then the monotonic clock's, whoever sets the calendar.
     virtual int64_t now_ms() const;
-    /// A new unfinished record and its reservation, both or none. Errors: conflict, overloaded, io.
+    /// A new unfinished record, its reservation with it. Errors: conflict, overloaded, io.
     virtual void add(StoredResponse record, StoreDone done) = 0;
     /// Work on it begins for the attempts-th time. Errors: not_found; io.
     virtual void begin(const std::string& id, uint32_t attempts, StoreDone done) = 0;
     /// Makes it terminal. Errors: not_found; overloaded; io.
     virtual void finish(const std::string& id, std::shared_ptr<const std::string> object,
                         int64_t now_ms, StoreDone done) = 0;
-    /// Drops a record; with `tombstone` its reservation stays taken its time. Errors: not_found; io.
+    /// Drops a record; with `tombstone` its reservation stays its time. Errors: not_found; io.
     virtual void erase(const std::string& organisation, const std::string& id, bool tombstone,
                        int64_t now_ms, StoreDone done) = 0;
     /// Nothing when there is no such record or it is another organisation's.
