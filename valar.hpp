@@ -3250,17 +3250,16 @@ private:
 namespace valar {
 inline namespace v1 {
 
-/// Who may use a server. Of the secret only its SHA-256 is kept.
-struct ApiKey {
+struct ApiKey {                            ///< who may use a server
     std::string id = {};                   ///< for people: names the key, not secret
     std::string organisation = "default";  ///< whose records these are
-    std::string secret = {};               ///< 16 visible ASCII characters or more
+    std::string secret = {};               ///< 16 visible ASCII characters or more; not kept
     std::string secret_sha256 = {};        ///< in place of the secret: 64 hex digits
     uint32_t requests_per_minute = 0;      ///< then 429 with Retry-After; 0: no limit
 };
 
 /// Reads a file of keys: a line each, `id organisation sha256 [requests-per-minute]`; empty lines
-/// and those that begin with # are skipped. Errors: bad_data names the line; io, not_found.
+/// and those that begin with # are skipped. Errors: bad_data: a line, or no key; io, not_found.
 VALAR_API Result<std::vector<ApiKey>> read_key_file(const std::string& path);
 
 /// What a server is made of. What a caller types first stands first.
@@ -3286,6 +3285,7 @@ struct ServerOptions {
     MemoryStoreOptions memory_store = {};  ///< of that one
     uint32_t max_queued = 1000;            ///< requests accepted but not begun; then 503
     bool log_json = false;                 ///< the lines of requests are JSON objects
+    bool require_keys = false;             ///< `keys` must not be empty: where a setting names them
 };
 
 /// Serves Responders over HTTP. Movable handle over an object with a stable address.
@@ -24851,8 +24851,10 @@ Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* han
     auto address = NetAddress::parse(options.host, options.port);
     if (!address) return address.error();
     if (options.max_connections == 0 || options.max_connections >= 1u << http_slot_bits)
-        return make_error(ErrorKind::invalid_request, "max_connections is out of range", {},
-                          "max_connections");
+        return make_error(ErrorKind::invalid_request,
+                          format("max_connections: %u is not in 1..%u", options.max_connections,
+                                 (1u << http_slot_bits) - 1),
+                          {}, "max_connections");
     auto listener = Socket::listen(*address, options.backlog);
     if (!listener) return listener.error();
     auto poller = Poller::open();
@@ -28037,6 +28039,8 @@ Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
     for (const ApiKey& key : given) {
         if (!server_visible(key.id))
             return server_option("keys", "the id of a key must be visible ASCII characters");
+        if (key.organisation.empty())
+            return server_option("keys", "key '" + key.id + "': the organisation is empty");
         auto hash = server_secret_hash(key);
         if (!hash) return hash.error();
         keys.push_back({*hash, key.id, key.organisation, key.requests_per_minute,
@@ -28055,14 +28059,31 @@ Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given) {
 
 Result<void> server_check_options(const ServerOptions& options) {
     auto address = NetAddress::parse(options.host, options.port);
-    if (!address) return address.error();
+    if (!address) return server_option("host", address.error().message);
+    if (options.require_keys && options.keys.empty())
+        return server_option("keys", "there is no key, and require_keys asks for one");
+    const struct {
+        const char* field;
+        uint64_t value;
+    } not_zero[] = {
+        {"sync_timeout_ms", options.sync_timeout_ms},
+        {"max_body_bytes", options.max_body_bytes},
+        {"max_inflight_body_bytes", options.max_inflight_body_bytes},
+    };
+    for (const auto& [field, value] : not_zero)
+        if (value == 0) return server_option(field, std::string(field) + ": must not be 0");
     if (options.keys.empty() && !options.allow_open && !address->is_loopback())
         return server_option(
             "host", "without keys a server only listens on a loopback address, and '" +
                         options.host + "' is none: pass keys, or allow_open to let anybody in");
+    for (const std::string& host : options.allowed_hosts)
+        if (host.empty() || !server_visible(host) || host.find('/') != host.npos)
+            return server_option("allowed_hosts",
+                                 "'" + host + "' is not a Host (\"name\" or \"name:port\")");
     for (const std::string& origin : options.cors_origins) {
         const size_t host = origin.find("://");
-        if (host == origin.npos || origin.find('/', host + 3) != origin.npos)
+        if (host == origin.npos || host == 0 || host + 3 == origin.size() ||
+            !server_visible(origin) || origin.find('/', host + 3) != origin.npos)
             return server_option("cors_origins",
                                  "'" + origin + "' is not an origin (\"https://example.org\")");
     }
@@ -28096,6 +28117,7 @@ Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
     if (!text) return text.error();
     std::vector<ApiKey> keys;
     std::string_view rest = *text;
+    if (rest.substr(0, 3) == "\xEF\xBB\xBF") rest.remove_prefix(3);  // an editor's mark of UTF-8
     for (int line = 1; !rest.empty(); ++line) {
         std::string_view words = rest.substr(0, rest.find('\n'));
         rest.remove_prefix(std::min(words.size() + 1, rest.size()));
@@ -28126,6 +28148,8 @@ Result<std::vector<ApiKey>> read_key_file(const std::string& path) {
             if (other.id == key.id) return refused("this id stands in an earlier line, too");
         keys.push_back(std::move(key));
     }
+    if (keys.empty())  // not "anybody may come in": a file of keys was asked for
+        return make_error(ErrorKind::bad_data, "'" + path + "' holds no key");
     return keys;
 }
 

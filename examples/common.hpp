@@ -4,9 +4,13 @@
 #define VALAR_EXAMPLES_COMMON_HPP
 
 #include <algorithm>
+#include <cerrno>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -28,10 +32,21 @@
 #pragma comment(lib, "shell32")
 #endif
 #else
+#include <fcntl.h>
 #include <unistd.h>
 #endif
 
 namespace example {
+
+/// Standard streams that the caller closed lead to nowhere. Else the first files that are opened
+/// get their numbers, and what is printed goes into them.
+inline void hold_standard_streams() {
+#if !defined(_WIN32)
+    int stream = 0;
+    while (stream >= 0 && stream < 3) stream = open("/dev/null", O_RDWR);
+    if (stream >= 3) close(stream);
+#endif
+}
 
 // ---- Flags -----------------------------------------------------------------------------------
 
@@ -47,12 +62,15 @@ inline bool read_value(const std::string& text, std::vector<std::string>* out) {
 inline bool read_value(const std::string& text, double* out) {
     char* end = nullptr;
     *out = std::strtod(text.c_str(), &end);
-    return end != text.c_str() && *end == 0;
+    const bool decimal = text.find_first_not_of("+-.0123456789eE") == text.npos;
+    return decimal && end != text.c_str() && *end == 0 && std::isfinite(*out);
 }
 inline bool read_value(const std::string& text, int64_t* out) {
     char* end = nullptr;
+    errno = 0;
     *out = std::strtoll(text.c_str(), &end, 10);
-    return end != text.c_str() && *end == 0;
+    const bool digits = text.find_first_not_of("+-0123456789") == text.npos;
+    return digits && end != text.c_str() && *end == 0 && errno != ERANGE;
 }
 // Bytes; K, M or G behind the number count them by 1,024.
 inline bool read_value(const std::string& text, uint64_t* out) {
@@ -60,7 +78,7 @@ inline bool read_value(const std::string& text, uint64_t* out) {
     const int shift = unit == std::string_view::npos ? 0 : 10 * (static_cast<int>(unit) + 1);
     int64_t count = 0;
     if (!read_value(shift ? text.substr(0, text.size() - 1) : text, &count)) return false;
-    if (count < 0 || count > INT64_MAX >> shift) return false;
+    if (count < 0 || count > std::numeric_limits<int64_t>::max() >> shift) return false;
     *out = static_cast<uint64_t>(count) << shift;
     return true;
 }
@@ -72,19 +90,44 @@ requires(std::is_integral_v<Integer> &&
     *out = static_cast<Integer>(wide);
     return true;
 }
+
+// A word of a list, which stands for the value at its place.
+template <class Value, size_t count>
+bool read_name(const std::string& text, const char* const (&names)[count], Value* out) {
+    const auto found = std::find(std::begin(names), std::end(names), text);
+    if (found != std::end(names)) *out = static_cast<Value>(found - std::begin(names));
+    return found != std::end(names);
+}
+inline bool read_value(const std::string& text, bool* out) {
+    constexpr const char* names[] = {"off", "on"};
+    return read_name(text, names, out);
+}
 inline bool read_value(const std::string& text, valar::Precision* out) {
-    *out = text == "fine" ? valar::Precision::fine : valar::Precision::fast;
-    return text == "fine" || text == "fast";
+    constexpr const char* names[] = {"fast", "fine"};
+    return read_name(text, names, out);
 }
 constexpr const char* kv_type_names[] = {"f16", "f32", "q8_0"};
 inline bool read_value(const std::string& text, valar::KvType* out) {
-    for (uint32_t i = 0; i < 3; ++i)
-        if (text == kv_type_names[i]) return *out = static_cast<valar::KvType>(i), true;
-    return false;
+    return read_name(text, kv_type_names, out);
 }
 inline bool read_value(const std::string& text, valar::Weights* out) {
-    *out = text == "mapped" ? valar::Weights::mapped : valar::Weights::packed;
-    return text == "mapped" || text == "packed";
+    constexpr const char* names[] = {"packed", "mapped"};
+    return read_name(text, names, out);
+}
+inline bool read_value(const std::string& text, valar::Dialect* out) {
+    constexpr const char* names[] = {"valar", "openai"};
+    return read_name(text, names, out);
+}
+inline bool read_value(const std::string& text, std::vector<valar::Window>* out) {
+    constexpr const char* names[] = {"asap", "standard", "flex"};
+    out->clear();
+    for (size_t at = 0; at <= text.size();) {
+        const size_t end = std::min(text.find(',', at), text.size());
+        if (!read_name(text.substr(at, end - at), names, &out->emplace_back())) return false;
+        if (std::count(out->begin(), out->end(), out->back()) > 1) return false;
+        at = end + 1;
+    }
+    return true;
 }
 template <class T>
 bool read_value(const std::string& text, std::optional<T>* out) {
@@ -106,24 +149,49 @@ inline size_t edit_distance(std::string_view a, std::string_view b) {
     return row[b.size()];
 }
 
-/// The flags of a program: add() them, then parse().
+template <class T>
+constexpr bool takes_many = false;
+template <class T>
+constexpr bool takes_many<std::vector<T>> = std::is_same_v<T, std::string>;
+
+/// The flags of a program: add() them, then parse(). Make it first of all: see
+/// hold_standard_streams().
 class Flags {
 public:
     Flags(std::string program, std::string summary)
-        : program_(std::move(program)), summary_(std::move(summary)) {}
+        : program_(std::move(program)), summary_(std::move(summary)) {
+        hold_standard_streams();
+    }
 
-    /// --name VALUE, or --name=VALUE; `value` is how the help calls it.
+    /// --name VALUE, or --name=VALUE; `value` is how the help calls it. `option` is what the
+    /// library calls it in its errors, where that is not the name.
     template <class T>
-    void add(const char* name, const char* value, T* out, const char* help) {
-        flags_.push_back({name, value, help, out, [](const std::string& text, void* to) {
-                              return read_value(text, static_cast<T*>(to));
-                          }});
+    void add(const char* name, const char* value, T* out, const char* help,
+             const char* option = "") {
+        const auto read = [](const std::string& text, void* to) {
+            return read_value(text, static_cast<T*>(to));
+        };
+        flags_.push_back({name, value, help, option, out, read, takes_many<T>});
+    }
+    /// The same for a number whose unit on the command line is so many of the variable's.
+    template <int64_t unit, class T>
+    void add_in(const char* name, const char* value, T* out, const char* help, const char* option) {
+        const auto read = [](const std::string& text, void* to) {
+            int64_t count = 0;
+            if (!read_value(text, &count) || count < 0) return false;
+            if (count > std::numeric_limits<int64_t>::max() / unit) return false;
+            if (!std::in_range<T>(count * unit)) return false;
+            *static_cast<T*>(to) = static_cast<T>(count * unit);
+            return true;
+        };
+        flags_.push_back({name, value, help, option, out, read, false});
     }
     /// --name alone.
-    void add(const char* name, bool* out, const char* help) {
-        flags_.push_back({name, "", help, out, [](const std::string&, void* to) {
-                              return *static_cast<bool*>(to) = true;
-                          }});
+    void add(const char* name, bool* out, const char* help, const char* option = "") {
+        const auto read = [](const std::string&, void* to) {
+            return *static_cast<bool*>(to) = true;
+        };
+        flags_.push_back({name, "", help, option, out, read, false});
     }
     /// The one word that may stand without a flag.
     void add_word(const char* value, std::string* out) {
@@ -143,16 +211,31 @@ public:
             }
             const size_t equals = words[i].find('=');
             const std::string name = words[i].substr(0, equals);
-            const Flag* flag = find(name);
+            Flag* flag = find(name);
             if (!flag) return unknown(name);
-            std::string value;
+            std::optional<std::string> value;
             if (equals != std::string::npos) value = words[i].substr(equals + 1);
-            else if (*flag->value && ++i < words.size()) value = words[i];
-            else if (*flag->value) return mistake(name + " needs " + flag->value);
-            if (!flag->read(value, flag->out))
-                return mistake(name + ": '" + value + "' is not " + flag->value);
+            else if (*flag->value && i + 1 < words.size() && words[i + 1].rfind("--", 0) != 0)
+                value = words[++i];
+            if (const auto wrong = read(*flag, name, value); !wrong.empty()) return mistake(wrong);
         }
         return std::nullopt;
+    }
+
+    /// Was it on the command line?
+    bool given(const std::string& name) const {
+        for (const Flag& flag : flags_)
+            if (name == flag.name) return flag.given;
+        return false;
+    }
+    /// Says what the library refused, by the flag that set it; the exit code.
+    int fail(const valar::Error& error) const {
+        const std::string name = error.param.empty() ? "" : names_of(error.param);
+        std::string text = error.message;
+        if (!name.empty() && text.rfind(error.param + ": ", 0) == 0)
+            text.erase(0, error.param.size() + 2);
+        std::fprintf(stderr, "%s%s%s\n", name.c_str(), name.empty() ? "" : ": ", text.c_str());
+        return 1;
     }
 
 private:
@@ -160,9 +243,38 @@ private:
         const char* name;
         const char* value;
         const char* help;
+        const char* option;
         void* out;
         bool (*read)(const std::string& text, void* out);
+        bool repeatable;
+        bool given = false;
     };
+
+    // Takes the value of one flag; what is wrong with it, else nothing. Nobody means an empty value:
+    // it is a variable of a script that is not set, and would leave, say, a server without keys.
+    static std::string read(Flag& flag, const std::string& name,
+                            const std::optional<std::string>& value) {
+        if (std::exchange(flag.given, true) && !flag.repeatable) return name + " is given twice";
+        if (!*flag.value && value) return name + " takes no value";
+        if (*flag.value && !value) return name + " needs " + flag.value;
+        if (value && value->find_first_not_of(" \t\r\n\v\f") == value->npos)
+            return name + " needs " + flag.value + ", which is empty here";
+        if (!flag.read(value.value_or(""), flag.out))
+            return name + ": '" + *value + "' is not " + flag.value;
+        return {};
+    }
+    // The flags that set an option of the library: of several those that were given.
+    std::string names_of(const std::string& option) const {
+        std::string all;
+        for (const bool only_given : {true, false})
+            for (const Flag& flag : flags_) {
+                std::string own = *flag.option ? flag.option : flag.name;
+                std::replace(own.begin(), own.end(), '-', '_');
+                if (own != option || (only_given ? !flag.given : !all.empty())) continue;
+                all += (all.empty() ? "--" : ", --") + std::string(flag.name);
+            }
+        return all;
+    }
 
     // In UTF-8 on every system; on Windows main's own are not.
     static std::vector<std::string> arguments(int argc, char** argv) {
@@ -184,8 +296,8 @@ private:
 #endif
         return words;
     }
-    const Flag* find(const std::string& name) const {
-        for (const Flag& flag : flags_)
+    Flag* find(const std::string& name) {
+        for (Flag& flag : flags_)
             if (name == std::string("--") + flag.name) return &flag;
         return nullptr;
     }
@@ -205,9 +317,9 @@ private:
         std::printf("%s [flags]%s%s\n\n%s\n\n", program_.c_str(), *word_name_ ? " " : "",
                     word_name_, summary_.c_str());
         for (const Flag& flag : flags_)
-            std::printf("  --%-26s %s\n", (std::string(flag.name) + " " + flag.value).c_str(),
+            std::printf("  --%-30s %s\n", (std::string(flag.name) + " " + flag.value).c_str(),
                         flag.help);
-        std::printf("  --%-26s %s\n", "help", "shows this");
+        std::printf("  --%-30s %s\n", "help", "shows this");
         return 0;
     }
 
@@ -224,15 +336,18 @@ private:
 inline void add_model_flags(Flags& flags, valar::EngineOptions& options) {
     options.precision = valar::Precision::fine;
     flags.add("model", "FILE", &options.model_path,
-              "a GGUF file (default: what fetch_model.py brought)");
+              "a GGUF file (default: what fetch_model.py brought)", "model_path");
     flags.add("threads", "N", &options.threads, "helpers beside the caller (default: cores - 1)");
     flags.add("ctx", "TOKENS", &options.context_tokens,
-              "prompt and answer at most (default: 8192 or the model's)");
+              "prompt and answer at most (default: 8192, or as model or memory allow)",
+              "context_tokens");
     flags.add("weights", "packed|mapped", &options.weights,
               "mapped: no private copy, slower (default: packed)");
     flags.add("memory", "BYTES", &options.memory_limit,
-              "weights, keys and values at most: 600M, 2G (default: room for two full contexts)");
-    flags.add("parallel", "N", &options.max_running, "requests side by side (default: 16)");
+              "weights, keys and values at most: 600M, 2G (default: room for two full contexts)",
+              "memory_limit");
+    flags.add("parallel", "N", &options.max_running, "requests side by side (default: 16)",
+              "max_running");
     flags.add("precision", "fast|fine", &options.precision,
               "fast: less exact, quicker with long prompts (default: fine)");
     flags.add("kv-type", "f16|f32|q8_0", &options.kv_type,
@@ -258,6 +373,25 @@ inline std::string cached_model() {
     folder += "/valar/";
 #endif
     return folder + "SmolLM2-135M-Instruct.Q4_1.gguf";
+}
+
+/// A small file as it is. Not one that would make us wait (a pipe) or that never ends (a device).
+inline valar::Result<std::string> read_text(const std::string& path) {
+    const auto name = std::filesystem::path(std::u8string(path.begin(), path.end()));
+    std::error_code none;
+    std::FILE* file = nullptr;
+    if (std::filesystem::is_regular_file(name, none))
+#if defined(_WIN32)
+        file = _wfopen(name.c_str(), L"rb");
+#else
+        file = std::fopen(name.c_str(), "rb");
+#endif
+    if (!file) return valar::Error{valar::ErrorKind::io, "cannot read the file '" + path + "'"};
+    std::string text;
+    char piece[4096];
+    while (const size_t got = std::fread(piece, 1, sizeof piece, file)) text.append(piece, got);
+    std::fclose(file);
+    return text;
 }
 
 /// To the terminal at once.

@@ -855,14 +855,40 @@ TEST_CASE("server: options that cannot work are errors that name the option") {
     CHECK(refused(options) == "keys");
     options.keys = {{"one", "a", key_a}, {"two", "b", key_a}};
     CHECK(refused(options) == "keys");
+    for (const char* secret : {"", " ", "\n", "                "}) {
+        options.keys = {{"one", "a", key_a}, {"two", "b", secret}};
+        CHECK(refused(options) == "keys");
+    }
+    options.keys = {{"one", "", key_a}};
+    CHECK(refused(options) == "keys");
+    options.keys = {};
+    options.require_keys = true;  // keys were asked for, and there are none
+    CHECK(refused(options) == "keys");
     options = local();
-    for (const char* origin : {"*", "app.example", "https://app.example/"}) {
+    for (const char* origin : {"*", "app.example", "https://app.example/", "", " ", "https://",
+                               "://app.example", "https://app example"}) {
         options.cors_origins = {origin};
         CHECK(refused(options) == "cors_origins");
     }
     options = local();
-    options.host = "no such host";
-    CHECK_FALSE(Server::open(&fake, options).ok());
+    for (const char* host : {"", " ", "http://app.example", "app example"}) {
+        options.allowed_hosts = {host};
+        CHECK(refused(options) == "allowed_hosts");
+    }
+    options = local();
+    for (const char* host : {"no such host", "", " "}) {
+        options.host = host;
+        CHECK(refused(options) == "host");
+    }
+    options = local();
+    options.sync_timeout_ms = 0;
+    CHECK(refused(options) == "sync_timeout_ms");
+    options = local();
+    options.max_body_bytes = 0;
+    CHECK(refused(options) == "max_body_bytes");
+    options = local();
+    options.max_connections = 0;
+    CHECK(refused(options) == "max_connections");
     CHECK_FALSE(Server::open(nullptr, local()).ok());
     CHECK_FALSE(Server::open(std::span<Responder* const>(), local()).ok());
 
@@ -1315,6 +1341,14 @@ TEST_CASE("server: keys from a file") {
         CHECK(refused.error().kind == ErrorKind::bad_data);
         CHECK(refused.error().message.find("line ") != std::string::npos);
     }
+    for (const char* none :
+         {"", "\n", " \t\r\n\r\n", "# one\n  # two\r\n", "\xEF\xBB\xBF", "\xEF\xBB\xBF# one"}) {
+        CAPTURE(none);
+        auto refused = read(none);
+        REQUIRE_FALSE(refused.ok());
+        CHECK(refused.error().message.find("holds no key") != std::string::npos);
+    }
+    CHECK(read("\xEF\xBB\xBFone a " + hash).ok());
     CHECK_FALSE(read_key_file("no/such/file").ok());
 }
 

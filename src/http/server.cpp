@@ -172,8 +172,10 @@ Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* han
     auto address = NetAddress::parse(options.host, options.port);
     if (!address) return address.error();
     if (options.max_connections == 0 || options.max_connections >= 1u << http_slot_bits)
-        return make_error(ErrorKind::invalid_request, "max_connections is out of range", {},
-                          "max_connections");
+        return make_error(ErrorKind::invalid_request,
+                          format("max_connections: %u is not in 1..%u", options.max_connections,
+                                 (1u << http_slot_bits) - 1),
+                          {}, "max_connections");
     auto listener = Socket::listen(*address, options.backlog);
     if (!listener) return listener.error();
     auto poller = Poller::open();

@@ -19,17 +19,16 @@
 namespace valar {
 inline namespace v1 {
 
-/// Who may use a server. Of the secret only its SHA-256 is kept.
-struct ApiKey {
+struct ApiKey {                            ///< who may use a server
     std::string id = {};                   ///< for people: names the key, not secret
     std::string organisation = "default";  ///< whose records these are
-    std::string secret = {};               ///< 16 visible ASCII characters or more
+    std::string secret = {};               ///< 16 visible ASCII characters or more; not kept
     std::string secret_sha256 = {};        ///< in place of the secret: 64 hex digits
     uint32_t requests_per_minute = 0;      ///< then 429 with Retry-After; 0: no limit
 };
 
 /// Reads a file of keys: a line each, `id organisation sha256 [requests-per-minute]`; empty lines
-/// and those that begin with # are skipped. Errors: bad_data names the line; io, not_found.
+/// and those that begin with # are skipped. Errors: bad_data: a line, or no key; io, not_found.
 VALAR_API Result<std::vector<ApiKey>> read_key_file(const std::string& path);
 
 /// What a server is made of. What a caller types first stands first.
@@ -55,6 +54,7 @@ struct ServerOptions {
     MemoryStoreOptions memory_store = {};  ///< of that one
     uint32_t max_queued = 1000;            ///< requests accepted but not begun; then 503
     bool log_json = false;                 ///< the lines of requests are JSON objects
+    bool require_keys = false;             ///< `keys` must not be empty: where a setting names them
 };
 
 /// Serves Responders over HTTP. Movable handle over an object with a stable address.

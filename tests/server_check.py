@@ -1,0 +1,238 @@
+#!/usr/bin/env python3
+"""examples/server as its users start it: with settings that are empty or wrong, and with standard
+streams closed; and that it reaches every option of the library.
+
+Usage: server_check.py SERVER WRITE_TINY_MODEL SOURCE_DIR
+"""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+server, write_tiny_model, source = sys.argv[1:4]
+KEY = "sk-valar-check-0123456789"
+
+
+def read(*path):
+    with open(os.path.join(source, *path), encoding="utf-8") as file:
+        return file.read()
+
+
+# ---- Options -------------------------------------------------------------------------------------
+
+# Options that no flag sets, and why.
+NOT_A_FLAG = {
+    "EngineOptions": {
+        "model_bytes": "for hosts: memory of theirs",
+        "model_reader": "for hosts: a callback",
+        "parallel_for": "for hosts: a callback",
+        "allocator": "for hosts: a callback",
+        "log": "--quiet and --log-json",
+        "max_queued": "the server's, with the same flag",
+        "chat_template": "--chat-template names its file",
+    },
+    "ServerOptions": {
+        "keys": "--keys names their file, --api-key one of them",
+        "require_keys": "follows from --keys and --api-key",
+        "log": "--quiet and --log-json",
+        "store": "--store names its directory",
+        "memory_store": "its own options",
+    },
+    "MemoryStoreOptions": {
+        "max_bytes": "--store-bytes, for both stores",
+        "retention_s": "--retention, for both stores",
+    },
+    "FileStoreOptions": {
+        "max_bytes": "--store-bytes, for both stores",
+        "own_thread": "for hosts: the program needs the thread",
+        "log": "--quiet and --log-json",
+    },
+}
+VARIABLES = {"EngineOptions": r"(?:model|options)", "ServerOptions": "server",
+             "MemoryStoreOptions": "memory_store", "FileStoreOptions": "journal"}
+
+
+def check_options():
+    headers = read("src", "engine", "engine.hpp") + read("src", "server", "server.hpp") \
+        + read("src", "store", "store.hpp")
+    program = read("examples", "server.cpp")
+    common = read("examples", "common.hpp")
+    common = common[common.index("add_model_flags"):common.index("add_model_flags") + 3000]
+    for struct, excepted in NOT_A_FLAG.items():
+        body = re.search(r"struct %s \{\n(.*?)\n\};" % struct, headers, re.S).group(1)
+        fields = re.findall(r"^    (?!//)[\w:<>\s*]+?[\s>*](\w+)(?: = [^;]*)?;", body, re.M)
+        assert len(fields) >= 2, (struct, fields)
+        text = program + (common if struct == "EngineOptions" else "")
+        for field in fields:
+            variable = r"&(?:settings\.)?%s\.%s\b" % (VARIABLES[struct], field)
+            set_by = re.search(r'flags\.add\w*(?:<\d+>)?\(\s*"[\w-]+",[^;]*?' + variable, text)
+            assert bool(set_by) != (field in excepted), \
+                f"{struct}::{field}: no flag sets it, or it stands among the exceptions, too"
+        assert set(excepted) <= set(fields), (struct, set(excepted) - set(fields))
+
+
+def check_readme():
+    """README's table holds what --help prints, in its order."""
+    told = subprocess.run([server, "--help"], capture_output=True, text=True, check=True).stdout
+    flags = re.findall(r"^  --([\w-]+) (\S*) +(\S.*)$", told, re.M)
+    assert len(flags) > 40, told
+    rows = [(f"--{name} {value}".strip().replace("|", "\\|"), text) for name, value, text in flags]
+    wanted = "\n".join(f"| `{flag}` | {text} |" for flag, text in rows)
+    assert wanted in read("README.md"), "README's table of flags is not:\n" + wanted
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+def check_refusals(model, folder):
+    def file(name, text):
+        path = os.path.join(folder, name)
+        with open(path, "wb") as out:
+            out.write(text)
+        return path
+
+    hash_line = b"one default " + b"0" * 64
+    secret = file("unreadable", hash_line)
+    os.chmod(secret, 0)
+    fifo = os.path.join(folder, "fifo")
+    os.mkfifo(fifo)
+    no_keys = [file("none", b""), file("comments", b"# one\n#two\n"), file("blank", b"\n \t\n\n"),
+               file("mark", b"\xef\xbb\xbf"), file("mark_comment", b"\xef\xbb\xbf# a\r\n\r\n"),
+               file("windows", b"\r\n#\r\n\r\n"), file("line", b"one default\n"),
+               folder, fifo, "/dev/null", "/dev/zero", os.path.join(folder, "absent")]
+    if os.getuid() != 0:
+        no_keys.append(secret)
+    empty = ["", " ", "\t", "\n"]
+    help_text = subprocess.run([server, "--help"], capture_output=True, text=True).stdout
+    with_value = re.findall(r"^  --([\w-]+) \S", help_text, re.M)
+    assert {"keys", "api-key", "model", "store", "cors-origin"} <= set(with_value)
+    cases = [("keys", ["--keys", path]) for path in no_keys]
+    cases += [("keys", ["--api-key", KEY, "--keys", no_keys[0]])]
+    for name in with_value:  # every one, strings and numbers alike
+        cases += [(name, [f"--{name}", text]) for text in empty[:2]]
+        cases += [(name, [f"--{name}={text}"]) for text in empty]
+        cases += [(name, [f"--{name}"]), (name, [f"--{name}", "--quiet"])]
+    cases += [
+        ("api-key", ["--api-key", "short"]), ("api-key", ["--api-key", "has a blank inside it"]),
+        ("api-key", ["--api-key", KEY, "--api-key", KEY]), ("port", ["--port", "1", "--port", "2"]),
+        ("port", ["--port", "65536"]), ("port", ["--port", "-1"]), ("port", ["--port", "8o8o"]),
+        ("port", ["--port", " 80"]), ("threads", ["--threads", "99999999999999999999"]),
+        ("threads", ["--threads", "2000"]), ("ctx", ["--ctx", "1000000"]),
+        ("parallel", ["--parallel", "0"]), ("step-tokens", ["--step-tokens", "0"]),
+        ("page-tokens", ["--page-tokens", "17"]), ("windows", ["--windows", "asap,fast"]),
+        ("windows", ["--windows", "asap,"]), ("windows", ["--windows", "asap,asap"]),
+        ("sync-timeout", ["--sync-timeout", "4294968"]), ("sync-timeout", ["--sync-timeout", "0"]),
+        ("max-connections", ["--max-connections", "0"]),
+        ("max-body-bytes", ["--max-body-bytes", "0"]),
+        ("max-queued", ["--max-queued", "-1"]), ("retention", ["--retention", "-1"]),
+        ("retention", ["--retention", "9223372036854775807"]),
+        ("memory", ["--memory", "1K"]), ("temperature", ["--temperature", "nan"]),
+        ("host", ["--host", "example.org"]), ("host", ["--host", "0.0.0.0"]),
+        ("allow-host", ["--allow-host", "http://a/"]), ("cors-origin", ["--cors-origin", "*"]),
+        ("cors-origin", ["--cors-origin", "https://"]), ("dialect", ["--dialect", "Valar"]),
+        ("chat-template", ["--chat-template", no_keys[0]]),
+        ("chat-template", ["--chat-template", fifo]),
+        ("chat-template", ["--chat-template", folder]),
+        ("chat-template", ["--chat-template", os.path.join(folder, "absent")]),
+        ("quiet", ["--quiet=no"]), ("quiet", ["--quiet", "--quiet"]),
+        ("recover", ["--recover"]), ("store", ["--store", no_keys[0]]),
+        ("kyes", ["--kyes", "x"]), ("model", ["--model", fifo]), ("model", ["--model", folder]),
+    ]
+    for flag, arguments in cases:
+        command = [server, "--port", "0", "--model", model] if flag not in ("port", "model") else \
+            [server, "--port", "0"] if flag == "model" else [server, "--model", model]
+        try:
+            done = subprocess.run(command + arguments, stdin=subprocess.DEVNULL, timeout=60,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except subprocess.TimeoutExpired:
+            sys.exit(f"it serves, or waits, with {arguments}")
+        text = done.stderr.decode()
+        if flag == "model" and arguments[0] == "--model":
+            assert done.returncode in (1, 2) and ("--model" in text or arguments[1] in text), text
+        else:
+            assert done.returncode in (1, 2) and f"--{flag}" in text, (arguments, done)
+    return len(cases)
+
+
+# ---- Standard streams ----------------------------------------------------------------------------
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def call(port, path, body=None):
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
+    if body is not None:
+        request.data = json.dumps(body).encode()
+        request.add_header("Content-Type", "application/json")
+    request.add_header("Authorization", f"Bearer {KEY}")
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)
+
+
+class Serving:
+    """The program with some of its streams closed, in a `with`."""
+
+    def __init__(self, closed, *arguments):
+        self.closed, self.arguments = closed, arguments
+
+    def __enter__(self):
+        for _ in range(5):
+            self.port = free_port()
+            streams = " ".join(f"{fd}<&-" if fd == 0 else f"{fd}>&-" for fd in self.closed)
+            self.process = subprocess.Popen(
+                ["sh", "-c", f'exec "$@" {streams}', "sh", server, "--port", str(self.port),
+                 "--alias", "tiny", "--api-key", KEY, *self.arguments],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            until = time.monotonic() + 60
+            while self.process.poll() is None and time.monotonic() < until:
+                try:
+                    call(self.port, "/health")
+                    return self
+                except (urllib.error.URLError, ConnectionError):
+                    time.sleep(0.02)
+            self.__exit__()
+        sys.exit(f"it does not start without the streams {self.closed}")
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.status = self.process.wait(60)
+
+
+def check_streams(model, folder):
+    for mask in range(8):
+        closed = [fd for fd in range(3) if mask >> fd & 1]
+        store = os.path.join(folder, f"store{mask}")
+        ids = []
+        with Serving(closed, "--model", model, "--store", store, "--log-json") as serving:
+            for text in ("One", "Two", "Three"):
+                body = {"model": "tiny", "input": text, "max_output_tokens": 2}
+                ids.append(call(serving.port, "/v1/responses", body)["id"])
+            if sys.platform == "linux":
+                for fd in range(3):
+                    leads_to = os.readlink(f"/proc/{serving.process.pid}/fd/{fd}")
+                    assert leads_to == "/dev/null", (closed, leads_to)
+        assert serving.status == 0, (closed, serving.status)
+        assert os.path.getsize(os.path.join(store, "lock")) == 0, closed
+        with Serving([], "--model", model, "--store", store) as serving:  # damage would stop it
+            kept = [one["id"] for one in call(serving.port, "/v1/responses")["data"]]
+        assert kept == ids[::-1], (closed, kept, ids)
+
+
+with tempfile.TemporaryDirectory() as folder:
+    model = os.path.join(folder, "tiny.gguf")
+    subprocess.run([write_tiny_model, model], check=True)
+    check_options()
+    check_readme()
+    count = check_refusals(model, folder)
+    check_streams(model, folder)
+    print(f"server: {count} settings refused, records kept without any of the streams")
