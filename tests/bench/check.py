@@ -16,9 +16,11 @@ with tempfile.TemporaryDirectory() as folder:
     subprocess.run([write_tiny_model, model, "llama", "Q8_0"], check=True)
 
     def run(*flags, status=0, stdin=""):
-        done = subprocess.run([bench, "--model", model, "--threads", "2", "--prompt", "40", "--decode", "3",
-                               "--columns", "5", "--repeat", "2", "--stream-mib", "4", *flags],
-                              input=stdin, capture_output=True, text=True)
+        words = [bench, *flags]
+        for name, value in (("--model", model), ("--threads", 2), ("--prompt", 40), ("--decode", 3), ("--columns", 5),
+                            ("--repeat", 2), ("--stream-mib", 4)):
+            words += [] if name in flags else [name, str(value)]
+        done = subprocess.run(words, input=stdin, capture_output=True, text=True)
         assert done.returncode == status, (flags, done)
         return done.stdout if status == 0 else done.stderr
 
