@@ -114,15 +114,15 @@
 
 _Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"B16\")") _Pragma("push_macro(\"BOOL\")")
 _Pragma("push_macro(\"Begin\")") _Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")")
-_Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")")
-_Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")")
-_Pragma("push_macro(\"Done\")") _Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")")
-_Pragma("push_macro(\"Entry\")") _Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
-_Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"FILE\")")
-_Pragma("push_macro(\"Fault\")") _Pragma("push_macro(\"File\")") _Pragma("push_macro(\"Frame\")")
-_Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")") _Pragma("push_macro(\"H\")")
-_Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")") _Pragma("push_macro(\"I\")")
-_Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")")
+_Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Call\")") _Pragma("push_macro(\"Change\")")
+_Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")")
+_Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Done\")") _Pragma("push_macro(\"Each\")")
+_Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")") _Pragma("push_macro(\"Error\")")
+_Pragma("push_macro(\"Event\")") _Pragma("push_macro(\"Exchange\")")
+_Pragma("push_macro(\"FILE\")") _Pragma("push_macro(\"Fault\")") _Pragma("push_macro(\"File\")")
+_Pragma("push_macro(\"Frame\")") _Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")")
+_Pragma("push_macro(\"H\")") _Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")")
+_Pragma("push_macro(\"I\")") _Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")")
 _Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_macro(\"Job\")")
 _Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Kind\")")
 _Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Level\")") _Pragma("push_macro(\"List\")")
@@ -156,19 +156,20 @@ _Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")") _Pragma("push_m
 _Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")") _Pragma("push_macro(\"align\")")
 _Pragma("push_macro(\"alignas\")") _Pragma("push_macro(\"aligned\")")
 _Pragma("push_macro(\"aligned_alloc\")") _Pragma("push_macro(\"alignof\")")
-_Pragma("push_macro(\"all\")") _Pragma("push_macro(\"always_inline\")")
-_Pragma("push_macro(\"any\")") _Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")")
-_Pragma("push_macro(\"args\")") _Pragma("push_macro(\"argument\")")
-_Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")") _Pragma("push_macro(\"asprintf\")")
-_Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")") _Pragma("push_macro(\"atexit\")")
-_Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")") _Pragma("push_macro(\"atol\")")
-_Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")") _Pragma("push_macro(\"b\")")
-_Pragma("push_macro(\"b0\")") _Pragma("push_macro(\"b1\")") _Pragma("push_macro(\"back\")")
-_Pragma("push_macro(\"batch\")") _Pragma("push_macro(\"bcmp\")") _Pragma("push_macro(\"bcopy\")")
-_Pragma("push_macro(\"begin\")") _Pragma("push_macro(\"below\")") _Pragma("push_macro(\"bind\")")
-_Pragma("push_macro(\"bit\")") _Pragma("push_macro(\"bits\")") _Pragma("push_macro(\"blank\")")
-_Pragma("push_macro(\"block\")") _Pragma("push_macro(\"block_size\")")
-_Pragma("push_macro(\"body\")") _Pragma("push_macro(\"bool\")") _Pragma("push_macro(\"boolean\")")
+_Pragma("push_macro(\"all\")") _Pragma("push_macro(\"always\")")
+_Pragma("push_macro(\"always_inline\")") _Pragma("push_macro(\"any\")")
+_Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")") _Pragma("push_macro(\"args\")")
+_Pragma("push_macro(\"argument\")") _Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")")
+_Pragma("push_macro(\"asprintf\")") _Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")")
+_Pragma("push_macro(\"atexit\")") _Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")")
+_Pragma("push_macro(\"atol\")") _Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")")
+_Pragma("push_macro(\"b\")") _Pragma("push_macro(\"b0\")") _Pragma("push_macro(\"b1\")")
+_Pragma("push_macro(\"back\")") _Pragma("push_macro(\"batch\")") _Pragma("push_macro(\"bcmp\")")
+_Pragma("push_macro(\"bcopy\")") _Pragma("push_macro(\"begin\")") _Pragma("push_macro(\"below\")")
+_Pragma("push_macro(\"bind\")") _Pragma("push_macro(\"bit\")") _Pragma("push_macro(\"bits\")")
+_Pragma("push_macro(\"blank\")") _Pragma("push_macro(\"block\")")
+_Pragma("push_macro(\"block_size\")") _Pragma("push_macro(\"body\")")
+_Pragma("push_macro(\"bool\")") _Pragma("push_macro(\"boolean\")")
 _Pragma("push_macro(\"border\")") _Pragma("push_macro(\"bound\")")
 _Pragma("push_macro(\"bounds\")") _Pragma("push_macro(\"break\")")
 _Pragma("push_macro(\"buffer\")") _Pragma("push_macro(\"by\")") _Pragma("push_macro(\"byte\")")
@@ -502,6 +503,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Bound
 #undef Buffer
 #undef C
+#undef Call
 #undef Change
 #undef Check
 #undef Count
@@ -617,6 +619,7 @@ _Pragma("push_macro(\"zero\")")
 #undef aligned_alloc
 #undef alignof
 #undef all
+#undef always
 #undef always_inline
 #undef any
 #undef append
@@ -2926,6 +2929,8 @@ private:
 /// A loaded model that answers requests. Movable handle over an object with a stable address.
 /// Threads: submit, count_tokens, responder, is_loaded, load_progress from any thread; step, start,
 /// stop and the destructor from one at a time. step() after start() is an error, not a race.
+/// fork(): an engine, like a server and a store, stays with the process that opened it; a child may
+/// exit, destroy its copies or start another program, and opens its own to work.
 class VALAR_API Engine {
 public:
     /// Loads the whole model. Errors name the file, key, tensor or option.
@@ -3613,6 +3618,23 @@ private:
     uintptr_t handle_ = 0;
 };
 
+/// The process that made it.
+class Process {
+public:
+    Process();
+    bool is_this() const;
+
+private:
+    uint64_t id_;
+};
+
+/// For destructors. In a child of fork the threads that `state` would wait for do not run, what they
+/// had locked stays locked, and its files are the parent's still: there it is left as it is.
+template <class State>
+void leave_to_parent(std::unique_ptr<State>& state) {
+    if (state && !state->process.is_this()) (void)state.release();
+}
+
 void pause();  ///< one spin-wait hint to the CPU
 
 /// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there
@@ -4080,8 +4102,17 @@ ssize_t write_to(int file, const void* bytes, size_t size, uint64_t offset) {
 int set_size(int file, uint64_t size) { return ftruncate(file, off_t(size)); }
 #endif
 
+// A call of the system, again after a signal.
+template <class Call>
+auto again_after_signals(Call call) {
+    auto result = call();
+    while (result < 0 && errno == EINTR) result = call();
+    return result;
+}
+
 SystemHandle open_path(const std::string& path, int flags, mode_t mode = 0) {
-    return own_descriptor(::open(path.c_str(), flags | large_file | O_CLOEXEC, mode));
+    return own_descriptor(again_after_signals(
+        [&] { return ::open(path.c_str(), flags | large_file | O_CLOEXEC, mode); }));
 }
 
 // Not waiting: a FIFO would keep us until somebody writes to it. Regular files take no notice.
@@ -4094,24 +4125,25 @@ bool is_regular(SystemHandle file) {
     return status_of(file, &status) == 0 && S_ISREG(status.st_mode);
 }
 
-// One call of the system, again after a signal: how many bytes it moved, 0 at the end of the file,
-// -1 when it failed.
+// How many bytes one call moved, 0 at the end of the file, -1 when it failed.
 int64_t read_some(SystemHandle file, uint64_t offset, void* bytes, size_t size) {
     const size_t want = std::min(size, transfer_bytes);
-    for (;;) {
-        const ssize_t got = offset == at_position ? ::read(file, bytes, want)
-                                                  : read_from(file, bytes, want, offset);
-        if (got >= 0 || errno != EINTR) return got;
-    }
+    return again_after_signals([&] {
+        return offset == at_position ? ::read(file, bytes, want)
+                                     : read_from(file, bytes, want, offset);
+    });
 }
 
 int64_t write_some(SystemHandle file, uint64_t offset, const void* bytes, size_t size) {
     const size_t want = std::min(size, transfer_bytes);
-    for (;;) {
-        const ssize_t put = offset == at_position ? ::write(file, bytes, want)
-                                                  : write_to(file, bytes, want, offset);
-        if (put >= 0 || errno != EINTR) return put;
-    }
+    return again_after_signals([&] {
+        return offset == at_position ? ::write(file, bytes, want)
+                                     : write_to(file, bytes, want, offset);
+    });
+}
+
+bool sync_all(SystemHandle file) {
+    return again_after_signals([&] { return fsync(file); }) == 0;
 }
 
 #endif
@@ -4321,14 +4353,14 @@ intptr_t create_file(const std::string& path) {
 }
 
 SystemHandle system_handle(intptr_t file) { return static_cast<int>(file); }
-bool sync_file(intptr_t file) { return fsync(system_handle(file)) == 0; }
+bool sync_file(intptr_t file) { return sync_all(system_handle(file)); }
 
 bool replace_file(const std::string& from, const std::string& to) {
     if (rename(from.c_str(), to.c_str()) != 0) return false;
     const size_t slash = to.rfind('/');  // the new name is safe once its folder is
     const std::string folder = slash == std::string::npos ? "." : to.substr(0, slash + 1);
     const FileHandle opened = open_to_read(folder);
-    if (opened.ok()) fsync(opened.handle);
+    if (opened.ok()) sync_all(opened.handle);
     return true;
 }
 
@@ -4431,7 +4463,8 @@ FileHandle open_in_folder(const std::string& path, bool create) {
 
 bool unlink_path(const std::string& path) { return DeleteFileW(utf16_from(path).c_str()) != 0; }
 
-bool sync_folder(const std::string&) { return true; }  // NTFS keeps a log of its names
+bool open_folder(const std::string&, FileHandle*) { return true; }
+bool sync_folder(const FileHandle&) { return true; }  // NTFS keeps a log of its names
 
 bool rename_path(const std::string& from, const std::string& to) { return replace_file(from, to); }
 
@@ -4462,9 +4495,10 @@ bool truncate_file(SystemHandle file, uint64_t size) { return set_size(file, siz
 
 bool sync_data(SystemHandle file) {
 #if defined(__APPLE__)
-    return fcntl(file, F_FULLFSYNC) != -1;  // fsync leaves it in the drive's cache
+    // fsync leaves it in the drive's cache
+    return again_after_signals([&] { return fcntl(file, F_FULLFSYNC); }) != -1;
 #else
-    return fdatasync(file) == 0;
+    return again_after_signals([&] { return fdatasync(file); }) == 0;
 #endif
 }
 
@@ -4489,10 +4523,11 @@ FileHandle open_in_folder(const std::string& path, bool create) {
 
 bool unlink_path(const std::string& path) { return unlink(path.c_str()) == 0; }
 
-bool sync_folder(const std::string& path) {
-    const FileHandle folder = open_to_read(path);
-    return folder.ok() && fsync(folder.handle) == 0;
+bool open_folder(const std::string& path, FileHandle* folder) {
+    folder->handle = open_to_read(path);
+    return folder->ok();
 }
+bool sync_folder(const FileHandle& folder) { return sync_all(folder.handle); }
 
 bool rename_path(const std::string& from, const std::string& to) {
     return ::rename(from.c_str(), to.c_str()) == 0;
@@ -4603,7 +4638,7 @@ class SystemFolder : public Folder {
 public:
     SystemFolder(const std::string& path) : path_(path) {}
     Result<void> lock() {
-        lock_file(path_ + "/lock", &lock_);
+        if (open_folder(path_, &self_)) lock_file(path_ + "/lock", &lock_);
         if (lock_.ok()) return {};
         return folder_error(path_, true);
     }
@@ -4621,11 +4656,11 @@ public:
     Result<void> remove(const std::string& name) override {
         return system_result(unlink_path(path_ + "/" + name), "remove", path_ + "/" + name);
     }
-    Result<void> sync() override { return system_result(sync_folder(path_), "sync", path_); }
+    Result<void> sync() override { return system_result(sync_folder(self_), "sync", path_); }
 
 private:
     std::string path_;
-    FileHandle lock_;
+    FileHandle self_, lock_;  // held: a sync that fails, for want of a descriptor too, is final
 };
 
 }  // namespace
@@ -4759,6 +4794,14 @@ void Thread::join() {
 #endif
     handle_ = 0;
 }
+
+#if defined(_WIN32) || defined(__wasi__)  // no fork
+Process::Process() : id_(0) {}
+bool Process::is_this() const { return true; }
+#else
+Process::Process() : id_(static_cast<uint64_t>(getpid())) {}
+bool Process::is_this() const { return id_ == static_cast<uint64_t>(getpid()); }
+#endif
 
 void pause() {
 #if defined(_WIN32)
@@ -7865,8 +7908,8 @@ Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::va
 /// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
 /// in their long form, those without an id with one made of `response_id` and their place.
 std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
-/// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
-/// itself: it may name a file.
+/// {"error":{message,type,param,code}}. A message that was not written for clients, which is one
+/// without a code, and that of our own fault (500) stay here: they may name a file.
 Json render_error(const Error& error);
 /// The HTTP status of an error: its kind's, but for two codes (the tables in api.cpp).
 int http_status(const Error& error);
@@ -7936,27 +7979,34 @@ std::string Item::text() const {
 namespace detail {
 namespace {
 
+/// Whether a client may read an error's message. What the operating system or a file had to say
+/// names paths, and may come as any kind that they know (a full disk is `overloaded`); but only what
+/// was written for clients has a code.
+enum class ApiShown : uint8_t { always, with_code, never };
+
 struct ApiKind {
     ErrorKind kind;
     int status;
     const char* type;
     const char* code;  // where the error brings none
-    bool ours;         // our own fault: its message may name a path and is not sent
+    ApiShown shown;
 };
 constexpr ApiKind api_kinds[] = {
-    {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", false},
-    {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", false},
-    {ErrorKind::conflict, 400, "idempotency_error", "idempotency_key_reused", false},
-    {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", false},
-    {ErrorKind::permission, 403, "permission_error", "host_not_allowed", false},
-    {ErrorKind::not_found, 404, "not_found_error", "not_found", false},
-    {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", false},
-    {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", false},
-    {ErrorKind::overloaded, 503, "api_error", "overloaded", false},
-    {ErrorKind::out_of_memory, 503, "api_error", "overloaded", true},
-    {ErrorKind::closed, 503, "api_error", "overloaded", false},
-    {ErrorKind::timeout, 504, "timeout_error", "timeout", false},
-    {ErrorKind::internal, 500, "api_error", "internal_error", true},
+    // clang-format off
+    {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", ApiShown::always},
+    {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", ApiShown::with_code},
+    {ErrorKind::conflict, 400, "idempotency_error", "idempotency_key_reused", ApiShown::with_code},
+    {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", ApiShown::always},
+    {ErrorKind::permission, 403, "permission_error", "host_not_allowed", ApiShown::with_code},
+    {ErrorKind::not_found, 404, "not_found_error", "not_found", ApiShown::with_code},
+    {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", ApiShown::with_code},
+    {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", ApiShown::always},
+    {ErrorKind::overloaded, 503, "api_error", "overloaded", ApiShown::with_code},
+    {ErrorKind::out_of_memory, 503, "api_error", "overloaded", ApiShown::never},
+    {ErrorKind::closed, 503, "api_error", "overloaded", ApiShown::with_code},
+    {ErrorKind::timeout, 504, "timeout_error", "timeout", ApiShown::with_code},
+    {ErrorKind::internal, 500, "api_error", "internal_error", ApiShown::never},
+    // clang-format on
 };
 
 /// Codes of invalid_request for which HTTP has a status of its own.
@@ -7970,6 +8020,11 @@ const ApiKind& api_kind(ErrorKind kind) {
     for (const ApiKind& row : api_kinds)
         if (row.kind == kind) return row;
     return std::end(api_kinds)[-1];  // io, bad_data, cancelled: nothing a client sent
+}
+
+bool api_shows(const ApiKind& kind, const Error& error) {
+    return kind.shown == ApiShown::always ||
+           (kind.shown == ApiShown::with_code && !error.code.empty());
 }
 
 Error api_error(const char* code, std::string param, std::string message) {
@@ -8631,7 +8686,8 @@ Json render_failure(const Outcome& outcome, const DialectWords& words) {
     const std::string own = outcome.error->code.empty() ? kind.code : outcome.error->code;
     return Json::object()
         .set("code", words.failure ? words.failure : own)
-        .set("message", kind.ours ? "the model could not be run" : outcome.error->message);
+        .set("message", api_shows(kind, *outcome.error) ? outcome.error->message
+                                                        : "the model could not be run");
 }
 
 }  // namespace
@@ -8744,13 +8800,15 @@ std::vector<Json> render_input_items(const Json& request, const std::string& res
 Json render_error(const Error& error) {
     const ApiKind& kind = api_kind(error.kind);
     const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
-    return Json::object().set(
-        "error",
-        Json::object()
-            .set("message", kind.ours ? "something went wrong on the server" : error.message)
-            .set("type", kind.type)
-            .set("param", or_null(error.param))
-            .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
+    const bool shown = api_shows(kind, error);
+    const bool own_code = kind.shown != ApiShown::never && !error.code.empty();
+    const char* instead = kind.status == 503 ? "the server has no room for this now"
+                                             : "something went wrong on the server";
+    return Json::object().set("error", Json::object()
+                                           .set("message", shown ? error.message : instead)
+                                           .set("type", kind.type)
+                                           .set("param", or_null(error.param))
+                                           .set("code", own_code ? error.code : kind.code));
 }
 
 int http_status(const Error& error) {
@@ -15028,7 +15086,8 @@ public:
     /// ChatML's two control tokens. Errors: as `parse`; unsupported.
     static Result<ChatTemplate> open(std::string source, bool has_chatml_tokens);
 
-    /// Errors: invalid_request, with the line; what the template itself raises: its words alone.
+    /// Errors: invalid_request, with the line; what the template itself raises: its words alone;
+    /// too_large: a text of over max_output_bytes.
     Result<MarkedText> render(const TemplateInput& input) const;
 
     const std::string& source() const;
@@ -16398,7 +16457,7 @@ public:
 
     const int64_t now_s;
 
-    Value fail(std::string_view what);
+    Value fail(std::string_view what, ErrorKind kind = ErrorKind::invalid_request);
     Value raise(std::string_view words);  // the template's own refusal
     bool failed() const { return error_.has_value(); }
     bool charge(uint64_t steps) { return charge_bytes(steps * ChatTemplate::bytes_per_step); }
@@ -16518,8 +16577,8 @@ namespace jinja {
 
 // ---- renderer -------------------------------------------------------------------------------
 
-Value Renderer::fail(std::string_view what) {
-    if (!error_) error_ = template_error(ErrorKind::invalid_request, line_, what);
+Value Renderer::fail(std::string_view what, ErrorKind kind) {
+    if (!error_) error_ = template_error(kind, line_, what);
     return {};
 }
 
@@ -16559,7 +16618,7 @@ bool Renderer::want(const Value& v, Kind kind) {
 bool Renderer::append(Text& out, std::string_view piece, bool request) {
     if (!charge_bytes(piece.size() + 16)) return false;  // 16: of a mark
     if (piece.size() > ChatTemplate::max_output_bytes - out.text.size()) {
-        fail("a text of over 16 MiB");
+        fail("a text of over 16 MiB", ErrorKind::too_large);
         return false;
     }
     if (request) add_mark(out, out.text.size(), out.text.size() + piece.size());
@@ -21322,11 +21381,11 @@ Result<SamplerOptions> read_sampling(const Gguf& gguf) {
 }
 
 std::string choose_model_id(const EngineOptions& options, const ModelSpec& spec) {
-    if (!options.model_id.empty()) return options.model_id;
+    if (!options.model_id.empty()) return utf8_repair(options.model_id);
     if (!spec.name.empty() && utf8_valid(spec.name)) return spec.name;
     std::string name = options.model_path.substr(options.model_path.find_last_of("/\\") + 1);
     if (name.ends_with(".gguf")) name.resize(name.size() - 5);
-    return name.empty() ? "model" : name;
+    return name.empty() ? "model" : utf8_repair(name);
 }
 
 Result<Gguf> open_model_file(const EngineOptions& options) {
@@ -21982,6 +22041,9 @@ Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
                             spelling(tokenizer.eos()), unix_time_ms() / 1000);
     if (!input) return input.error();
     auto text = model_.chat_template().render(*input);
+    if (!text && text.error().kind == ErrorKind::too_large)
+        return refuse_field("input", "the prompt has more than 16 MiB of text",
+                            "context_length_exceeded");
     if (!text) return text.error();
     auto tokens = tokenizer.encode(*text, tokenizer.add_bos());
     if (!tokens) return tokens.error();
@@ -23334,6 +23396,7 @@ inline namespace v1 {
 // What an engine is made of, and the thread that steps it. Its address is stable: the parts borrow
 // options and one another.
 struct Engine::State final : Responder {
+    const detail::Process process;
     const EngineOptions options;
     const char* const kernels;  // the name of the table that computes
     const std::shared_ptr<const detail::LoadedModel> model;
@@ -23556,7 +23619,7 @@ const std::string& Reply::id() const {
 Engine::Engine(std::unique_ptr<State> state) : state_(std::move(state)) {}
 Engine::Engine(Engine&& other) noexcept = default;
 Engine& Engine::operator=(Engine&& other) noexcept = default;
-Engine::~Engine() = default;
+Engine::~Engine() { detail::leave_to_parent(state_); }
 
 Result<Engine> Engine::begin_open(const EngineOptions& options) {
     auto state = State::open(options);
@@ -25752,7 +25815,7 @@ Result<void> StorePlan::add(const StoreChange& change) {
     const uint64_t cost = entry.cost();
     make_room(cost, {}, entry.record.created_at_ms);
     if (int64_t(index_->bytes() + cost) + growth_ > int64_t(max_bytes_))
-        return make_error(ErrorKind::overloaded, "the store of responses is full");
+        return make_error(ErrorKind::overloaded, "the store of responses is full", "overloaded");
     step(change.record.id, std::move(entry), 0);
     return {};
 }
@@ -25761,7 +25824,7 @@ Result<void> StorePlan::add(const StoreChange& change) {
 Result<void> StorePlan::update(const StoreChange& change) {
     const StoreEntry* found = find(change.record.id);
     if (!found || found->record.terminal)
-        return make_error(ErrorKind::not_found, "no unfinished response has this id");
+        return make_error(ErrorKind::not_found, "no unfinished response has this id", "not_found");
     StoreEntry entry = *found;
     if (change.kind == StoreChange::Kind::begin) {
         entry.record.attempts = change.record.attempts;
@@ -26166,6 +26229,7 @@ struct JournalTime {
 /// What the store thread owns. Only it changes index and segments, under the lock of the records;
 /// it reads them without.
 struct FileJournal {
+    Process process;
     FileStoreOptions options;
     std::unique_ptr<Folder> folder;
     StoreRecords* records = nullptr;
@@ -27499,7 +27563,10 @@ inline namespace v1 {
 struct FileStore::State : detail::FileJournal {};
 
 FileStore::FileStore(std::unique_ptr<State> state) : state_(std::move(state)) {}
-FileStore::~FileStore() { state_->close(); }
+FileStore::~FileStore() {
+    detail::leave_to_parent(state_);
+    if (state_) state_->close();
+}
 
 Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& options) {
     if (options.path.find_first_not_of(" \t\r\n") == std::string::npos)
@@ -27600,6 +27667,7 @@ namespace detail {
 
 std::optional<std::string> server_unescape(std::string_view text);
 double server_rounded(double value);
+const char* server_error_kind(ErrorKind kind);
 std::string server_uuid(uint8_t* bytes);
 Error server_not_found(std::string message);
 Error server_no_model(std::string_view model);
@@ -27628,10 +27696,11 @@ inline constexpr uint32_t server_tick_ms = 100;          // how exact sync_timeo
 inline constexpr uint64_t server_get_body_bytes = 4096;  // tolerated, and not read
 inline constexpr uint64_t server_expire_every_ns = 60'000'000'000;
 inline constexpr size_t server_min_secret = 16;
-inline constexpr size_t server_shown_bytes = 200;     // of a path in a log line or message
-inline constexpr int server_client_left = 499;        // in the log only, as nginx has it
-inline constexpr uint32_t server_max_retry_s = 60;    // advised to a client
-inline constexpr size_t server_max_key_length = 255;  // of an idempotency key
+inline constexpr size_t server_shown_bytes = 200;              // of a path in a log line or message
+inline constexpr int server_client_left = 499;                 // in the log only, as nginx has it
+inline constexpr uint32_t server_max_retry_s = 60;             // advised to a client
+inline constexpr size_t server_max_key_length = 255;           // of an idempotency key
+inline constexpr uint64_t server_trouble_ns = 60'000'000'000;  // between two lines on one trouble
 inline constexpr size_t server_list_default = 20, server_list_most = 100;
 inline constexpr size_t server_max_turns = 1000;    // of a chain of previous responses
 inline constexpr uint32_t server_max_attempts = 2;  // to answer one request, after crashes
@@ -27759,6 +27828,7 @@ struct ServerLoop : HttpHandler {
         std::string id = {};
     };
 
+    Process process;
     ServerOptions options;  // without secrets
     std::vector<ServerKey> keys;
     std::vector<Responder*> responders;
@@ -27795,6 +27865,15 @@ struct ServerLoop : HttpHandler {
     std::deque<JobPtr<Job>> jobs;
     bool ending = false;
     Thread workers[server_workers];
+
+    /// What went wrong on our side, and is not for clients to read.
+    struct Trouble {
+        uint64_t count = 0;
+        uint64_t untold = 0;  // of them, since the last line
+        uint64_t told_ns = 0;
+    };
+    mutable std::mutex trouble_mutex;
+    std::map<std::pair<std::string, ErrorKind>, Trouble> troubles;  // by where it came from
 
     std::mutex inbox_mutex;
     std::vector<JobPtr<Job>> inbox_jobs;
@@ -27850,6 +27929,8 @@ struct ServerLoop : HttpHandler {
     void answer(Exchange& exchange, HttpReply reply);
     void answer(Exchange& exchange, int status, std::string body);
     void refuse(Exchange& exchange, const Error& error, HttpHeaders headers = {});
+    void note_trouble(const char* from, const Error& error, const std::string& of = {});
+    Error store_error(const Error& error);
     void log_exchange(const Exchange& exchange, int status);
     void log_line(Json line, const Usage& usage, const Timings& timings);
     uint32_t retry_after_s() const;
@@ -27904,6 +27985,7 @@ struct ServerLoop : HttpHandler {
     void finish_work(FinishJob& job);
     void finish_keep(JobPtr<FinishJob> job);
     void finish_done(JobPtr<FinishJob> job);
+    void save_unsaved();
     void remove(Exchange& exchange, const std::string& id);
     void remove_done(JobPtr<RemoveJob> job);
 
@@ -27967,6 +28049,16 @@ std::optional<std::string> server_unescape(std::string_view text) {
 
 /// To a tenth, for log lines.
 double server_rounded(double value) { return std::round(value * 10) / 10; }
+
+/// For metrics.
+const char* server_error_kind(ErrorKind kind) {
+    static constexpr const char* names[] = {
+        "invalid_request", "bad_data",   "unsupported", "io",       "out_of_memory", "not_found",
+        "authentication",  "permission", "too_large",   "conflict", "rate_limit",    "overloaded",
+        "timeout",         "cancelled",  "closed",      "internal"};
+    static_assert(std::size(names) == static_cast<size_t>(ErrorKind::internal) + 1);
+    return names[static_cast<size_t>(kind)];
+}
 
 /// A UUID of version 4 (RFC 9562) of 16 random bytes. It only tells requests apart: zeros will do
 /// where there is no random source.
@@ -28206,9 +28298,11 @@ Result<void> ServerLoop::start() {
 bool ServerLoop::step(int timeout_ms) {
     const bool more = http->step(timeout_ms);
     hand_over();
-    if (stopping && !std::exchange(drain_begun, true))
+    if (stopping && !std::exchange(drain_begun, true)) {
         for (auto& [id, entry] : live)  // nobody is there to be answered
             if (entry.waiters.empty()) park(id, entry);
+        save_unsaved();  // the last try
+    }
     if (more || finishing == 0) return more;
     // http is done and takes no more calls; what has an outcome is still to be kept.
     const uint32_t seen = inbox_count;
@@ -28249,8 +28343,8 @@ HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& er
         const uint32_t seconds = error.retry_after_s ? error.retry_after_s : retry_after_s();
         headers.emplace_back("Retry-After", std::to_string(seconds));
     }
-    if (status == 500)
-        options.log(LogLevel::error, "request " + exchange.request_id + ": " + error.message);
+    if (status >= 500 && error.code.empty())  // what has a code was written for clients
+        note_trouble("request", error, exchange.request_id);
     return make_reply(exchange, status, render_error(error).write(), std::move(headers));
 }
 
@@ -28283,6 +28377,37 @@ void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders head
 uint32_t ServerLoop::retry_after_s() const {
     const double wait_s = std::ceil(static_cast<double>(queued) * finish_gap_s);
     return static_cast<uint32_t>(std::clamp<double>(wait_s, 1, server_max_retry_s));
+}
+
+/// What clients are not told goes to the log, once a minute for each cause, and is counted.
+void ServerLoop::note_trouble(const char* from, const Error& error, const std::string& of) {
+    const uint64_t now_ns = monotonic_ns();
+    std::string line = std::string(from) + (of.empty() ? "" : " " + of) + ": " + error.message;
+    {
+        const std::lock_guard<std::mutex> lock(trouble_mutex);
+        Trouble& trouble = troubles[{from, error.kind}];
+        if (trouble.count++ != 0 && now_ns - trouble.told_ns < server_trouble_ns) {
+            ++trouble.untold;
+            return;
+        }
+        trouble.told_ns = now_ns;
+        if (const uint64_t untold = std::exchange(trouble.untold, 0))
+            line += format(" (and %llu more of this kind since the last line)",
+                           static_cast<unsigned long long>(untold));
+    }
+    for (char& c : line)
+        if (static_cast<unsigned char>(c) < ' ' || c == 0x7f) c = ' ';  // one line
+    options.log(LogLevel::error, line);
+}
+
+/// What a client is told of the store's error: the rules of the contract as they are, else only
+/// whether another try is worth it.
+Error ServerLoop::store_error(const Error& error) {
+    if (error.kind == ErrorKind::conflict || error.kind == ErrorKind::not_found) return error;
+    note_trouble("store", error);
+    if (error.kind == ErrorKind::overloaded || error.kind == ErrorKind::out_of_memory)
+        return server_overloaded("the store has no room for another response now");
+    return make_error(ErrorKind::internal, "the store failed", "internal_error");
 }
 
 void ServerLoop::log_exchange(const Exchange& exchange, int status) {
@@ -28389,7 +28514,7 @@ void ServerLoop::on_tick() {
             std::move(headers));
     }
     recover_some();
-    for (JobPtr<FinishJob>& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
+    save_unsaved();
     if (now_ns < next_expiry_ns) return;
     next_expiry_ns = now_ns + server_expire_every_ns;
     store->expire(store->now_ms());
@@ -28475,7 +28600,7 @@ StoreDone ServerLoop::when_kept(JobPtr<Job> job) {
     const auto call = [](void* context, Result<void> result) {
         JobPtr<Job> kept(static_cast<Job*>(context));
         ServerLoop* self = kept->loop;
-        if (!result) kept->error = std::move(result.error());
+        if (!result) kept->error = self->store_error(result.error());
         self->send_to_loop([&] { self->inbox_jobs.push_back(std::move(kept)); });
         --self->storing;  // the last touch: the destructor waits for it
     };
@@ -28564,7 +28689,7 @@ Result<Server> Server::open(std::span<Responder* const> responders, const Server
 Server::Server(std::unique_ptr<State> state) : state_(std::move(state)) {}
 Server::Server(Server&& other) noexcept = default;
 Server& Server::operator=(Server&& other) noexcept = default;
-Server::~Server() = default;
+Server::~Server() { detail::leave_to_parent(state_); }
 
 Result<void> Server::run() {
     while (state_->step(-1)) {}
@@ -28880,8 +29005,10 @@ void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     job->key_id = exchange.key_id;
     job->stored.organisation = exchange.organisation;
     job->body = std::move(request.body);
-    job->keys = static_cast<int>(request.count("Idempotency-Key"));
-    if (const std::string* key = request.header("Idempotency-Key")) job->key = *key;
+    for (const char* name : {"Idempotency-Key", "Anthropic-Idempotency-Key"}) {
+        job->keys += static_cast<int>(request.count(name));
+        if (const std::string* key = request.header(name)) job->key = *key;
+    }
     exchange.keyed = job->keys > 0;
     send_job<&ServerLoop::accept_work, &ServerLoop::accept_admit>(std::move(job));
 }
@@ -28901,7 +29028,7 @@ Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Reques
     const auto refused = [](const char* code, const char* message) {
         return server_field(code, "Idempotency-Key", message);
     };
-    if (job.keys > 1) return refused("invalid_value", "more than one header Idempotency-Key");
+    if (job.keys > 1) return refused("invalid_value", "more than one header of an idempotency key");
     if (key.empty())
         return refused("string_below_min_length", "the header Idempotency-Key is empty");
     if (utf8_count(key) > server_max_key_length)
@@ -29151,9 +29278,9 @@ void ServerLoop::finish(const std::string& id, Live& entry,
     if (entry.unkept) job->stored = *entry.unkept;
     job->store = !entry.unkept;
     if (outcome->status == Status::failed)
-        options.log(LogLevel::error,
-                    "response " + id + " failed: " +
-                        (outcome->error ? outcome->error->message : "no reason given"));
+        note_trouble("response",
+                     outcome->error.value_or(make_error(ErrorKind::internal, "no reason given")),
+                     id);
     job->outcome = std::move(outcome);
     send_job<&ServerLoop::finish_work, &ServerLoop::finish_keep>(std::move(job));
 }
@@ -29190,7 +29317,7 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     const auto found = live.find(job->stored.id);
     if (found == live.end()) return;
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
-    const bool again = job->error && job->error->kind == ErrorKind::overloaded;
+    const bool again = !drain_begun && job->error && job->error->kind == ErrorKind::overloaded;
     if (!again) {
         live.erase(found);
         --finishing;
@@ -29211,9 +29338,13 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
         else if (exchange->removes) remove(*exchange, job->stored.id);
         else answer(*exchange, 200, *job->stored.object);
     }
-    if (!again || stopping) return;
+    if (!again) return;
     job->error.reset();  // a full disk: the outcome is kept here until there is room
     unsaved.push_back(std::move(job));
+}
+
+void ServerLoop::save_unsaved() {
+    for (JobPtr<FinishJob>& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
 }
 
 // ---- Removing and cancelling -------------------------------------------------------------------
@@ -29486,7 +29617,7 @@ void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
     if (!ids)
         return refuse(exchange, ids.error().kind == ErrorKind::not_found
                                     ? server_bad_after(page->after)
-                                    : ids.error());
+                                    : store_error(ids.error()));
     auto job = std::make_unique<ListJob>();
     job->exchange = exchange.number;
     job->organisation = exchange.organisation;
@@ -29654,6 +29785,19 @@ std::string ServerLoop::metrics_text() const {
         // clang-format on
     };
     for (const ServerMetric& metric : metrics) server_metric(&out, metric);
+    for (const auto& [from, help] :
+         {std::pair("request", "Requests that were refused by our own fault, by kind."),
+          std::pair("response", "Responses that failed, by kind."),
+          std::pair("store", "Changes that the store did not take, by kind.")}) {
+        out += format("# HELP valar_%s_errors_total %s\n# TYPE valar_%s_errors_total counter\n",
+                      from, help, from);
+        const std::lock_guard<std::mutex> lock(trouble_mutex);
+        for (const auto& [cause, trouble] : troubles)
+            if (cause.first == from)
+                out += format("valar_%s_errors_total{kind=\"%s\"} ", from,
+                              server_error_kind(cause.second)) +
+                       std::to_string(trouble.count) + "\n";
+    }
     std::vector<ResponderStats> of_all;
     for (const Responder* responder : responders) of_all.push_back(responder->stats());
     for (const ServerStat& stat : server_stats) {
@@ -29686,38 +29830,39 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 
 _Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"B16\")") _Pragma("pop_macro(\"BOOL\")")
 _Pragma("pop_macro(\"Begin\")") _Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")")
-_Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")")
-_Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")")
-_Pragma("pop_macro(\"Done\")") _Pragma("pop_macro(\"Each\")") _Pragma("pop_macro(\"Engine\")")
-_Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")") _Pragma("pop_macro(\"Event\")")
-_Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")")
-_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")")
-_Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")")
-_Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"I\")") _Pragma("pop_macro(\"Input\")")
-_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")")
-_Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")")
-_Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Level\")")
-_Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")")
-_Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")")
-_Pragma("pop_macro(\"Move\")") _Pragma("pop_macro(\"MultiByteToWideChar\")")
-_Pragma("pop_macro(\"N\")") _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")")
-_Pragma("pop_macro(\"Node\")") _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")")
-_Pragma("pop_macro(\"Object\")") _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")")
-_Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")")
-_Pragma("pop_macro(\"Pending\")") _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")")
-_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")")
-_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")")
-_Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")")
-_Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Self\")")
-_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
-_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
-_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Stage\")")
-_Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")")
-_Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")")
-_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")")
-_Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Turn\")")
-_Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
-_Pragma("pop_macro(\"V\")") _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"Change\")")
+_Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")")
+_Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Done\")") _Pragma("pop_macro(\"Each\")")
+_Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")")
+_Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"FILE\")")
+_Pragma("pop_macro(\"Fault\")") _Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"Frame\")")
+_Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")")
+_Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"I\")")
+_Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Iterator\")")
+_Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")")
+_Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
+_Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")")
+_Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Match\")")
+_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
+_Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
+_Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
+_Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
+_Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"P\")")
+_Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
+_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Q\")")
+_Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
+_Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")")
+_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
+_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
+_Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")")
+_Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")")
+_Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
+_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
+_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
+_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
+_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
+_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"V\")")
+_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"W\")")
 _Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
 _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
 _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
@@ -29726,7 +29871,8 @@ _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")
 _Pragma("pop_macro(\"aligned_alloc\")") _Pragma("pop_macro(\"alignof\")")
-_Pragma("pop_macro(\"all\")") _Pragma("pop_macro(\"always_inline\")") _Pragma("pop_macro(\"any\")")
+_Pragma("pop_macro(\"all\")") _Pragma("pop_macro(\"always\")")
+_Pragma("pop_macro(\"always_inline\")") _Pragma("pop_macro(\"any\")")
 _Pragma("pop_macro(\"append\")") _Pragma("pop_macro(\"apply\")") _Pragma("pop_macro(\"args\")")
 _Pragma("pop_macro(\"argument\")") _Pragma("pop_macro(\"array\")") _Pragma("pop_macro(\"as\")")
 _Pragma("pop_macro(\"asprintf\")") _Pragma("pop_macro(\"assign\")") _Pragma("pop_macro(\"at\")")

@@ -40,27 +40,34 @@ std::string Item::text() const {
 namespace detail {
 namespace {
 
+/// Whether a client may read an error's message. What the operating system or a file had to say
+/// names paths, and may come as any kind that they know (a full disk is `overloaded`); but only what
+/// was written for clients has a code.
+enum class ApiShown : uint8_t { always, with_code, never };
+
 struct ApiKind {
     ErrorKind kind;
     int status;
     const char* type;
     const char* code;  // where the error brings none
-    bool ours;         // our own fault: its message may name a path and is not sent
+    ApiShown shown;
 };
 constexpr ApiKind api_kinds[] = {
-    {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", false},
-    {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", false},
-    {ErrorKind::conflict, 400, "idempotency_error", "idempotency_key_reused", false},
-    {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", false},
-    {ErrorKind::permission, 403, "permission_error", "host_not_allowed", false},
-    {ErrorKind::not_found, 404, "not_found_error", "not_found", false},
-    {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", false},
-    {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", false},
-    {ErrorKind::overloaded, 503, "api_error", "overloaded", false},
-    {ErrorKind::out_of_memory, 503, "api_error", "overloaded", true},
-    {ErrorKind::closed, 503, "api_error", "overloaded", false},
-    {ErrorKind::timeout, 504, "timeout_error", "timeout", false},
-    {ErrorKind::internal, 500, "api_error", "internal_error", true},
+    // clang-format off
+    {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", ApiShown::always},
+    {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", ApiShown::with_code},
+    {ErrorKind::conflict, 400, "idempotency_error", "idempotency_key_reused", ApiShown::with_code},
+    {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", ApiShown::always},
+    {ErrorKind::permission, 403, "permission_error", "host_not_allowed", ApiShown::with_code},
+    {ErrorKind::not_found, 404, "not_found_error", "not_found", ApiShown::with_code},
+    {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", ApiShown::with_code},
+    {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", ApiShown::always},
+    {ErrorKind::overloaded, 503, "api_error", "overloaded", ApiShown::with_code},
+    {ErrorKind::out_of_memory, 503, "api_error", "overloaded", ApiShown::never},
+    {ErrorKind::closed, 503, "api_error", "overloaded", ApiShown::with_code},
+    {ErrorKind::timeout, 504, "timeout_error", "timeout", ApiShown::with_code},
+    {ErrorKind::internal, 500, "api_error", "internal_error", ApiShown::never},
+    // clang-format on
 };
 
 /// Codes of invalid_request for which HTTP has a status of its own.
@@ -74,6 +81,11 @@ const ApiKind& api_kind(ErrorKind kind) {
     for (const ApiKind& row : api_kinds)
         if (row.kind == kind) return row;
     return std::end(api_kinds)[-1];  // io, bad_data, cancelled: nothing a client sent
+}
+
+bool api_shows(const ApiKind& kind, const Error& error) {
+    return kind.shown == ApiShown::always ||
+           (kind.shown == ApiShown::with_code && !error.code.empty());
 }
 
 Error api_error(const char* code, std::string param, std::string message) {
@@ -735,7 +747,8 @@ Json render_failure(const Outcome& outcome, const DialectWords& words) {
     const std::string own = outcome.error->code.empty() ? kind.code : outcome.error->code;
     return Json::object()
         .set("code", words.failure ? words.failure : own)
-        .set("message", kind.ours ? "the model could not be run" : outcome.error->message);
+        .set("message", api_shows(kind, *outcome.error) ? outcome.error->message
+                                                        : "the model could not be run");
 }
 
 }  // namespace
@@ -848,13 +861,15 @@ std::vector<Json> render_input_items(const Json& request, const std::string& res
 Json render_error(const Error& error) {
     const ApiKind& kind = api_kind(error.kind);
     const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
-    return Json::object().set(
-        "error",
-        Json::object()
-            .set("message", kind.ours ? "something went wrong on the server" : error.message)
-            .set("type", kind.type)
-            .set("param", or_null(error.param))
-            .set("code", kind.ours || error.code.empty() ? std::string(kind.code) : error.code));
+    const bool shown = api_shows(kind, error);
+    const bool own_code = kind.shown != ApiShown::never && !error.code.empty();
+    const char* instead = kind.status == 503 ? "the server has no room for this now"
+                                             : "something went wrong on the server";
+    return Json::object().set("error", Json::object()
+                                           .set("message", shown ? error.message : instead)
+                                           .set("type", kind.type)
+                                           .set("param", or_null(error.param))
+                                           .set("code", own_code ? error.code : kind.code));
 }
 
 int http_status(const Error& error) {

@@ -38,8 +38,8 @@ Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::va
 /// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
 /// in their long form, those without an id with one made of `response_id` and their place.
 std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
-/// {"error":{message,type,param,code}}. An error that is our own fault (500) keeps its message to
-/// itself: it may name a file.
+/// {"error":{message,type,param,code}}. A message that was not written for clients, which is one
+/// without a code, and that of our own fault (500) stay here: they may name a file.
 Json render_error(const Error& error);
 /// The HTTP status of an error: its kind's, but for two codes (the tables in api.cpp).
 int http_status(const Error& error);

@@ -3,7 +3,7 @@
 
 #include "base/internal.hpp"
 #include "base/sockets.hpp"
-#include "interrupts.hpp"
+#include "host.hpp"
 
 #include <cstdio>
 #include <filesystem>

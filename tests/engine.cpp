@@ -4,7 +4,7 @@
 #include "digest_internal.hpp"
 #include "engine/engine.hpp"
 #include "engine/plan.hpp"
-#include "interrupts.hpp"
+#include "host.hpp"
 #include "json_internal.hpp"
 #include "sampler_internal.hpp"
 #include "template/internal.hpp"
@@ -419,6 +419,9 @@ TEST_CASE("refused requests are replies that are finished") {
     const Error full = refused(with([](Request& r) { r.input = std::string(600, 'x'); }));
     CHECK(full.code == "context_length_exceeded");
     CHECK(full.param == "input");
+    const Error huge = refused(with([](Request& r) { r.input = std::string(17 << 20, 'x'); }));
+    CHECK(huge.code == "context_length_exceeded");  // which the template finds first
+    CHECK(huge.param == "input");
     for (const char* name : {"", "Tiny", "other", "zai-org/GLM-5.1-FP8"}) {
         Request request = ask("hello");
         request.model = name;
@@ -625,6 +628,8 @@ TEST_CASE("options and files that are refused, and the memory plan") {
     CHECK(Engine::memory_plan(options)->kv * 2 == plan->kv);
     options.model_id = "mine";
     CHECK(open_tiny(options).responder()->models()[0].id == "mine");
+    options.model_id = "m\xff\xc3";  // of a file name in an old encoding, say
+    CHECK(open_tiny(options).responder()->models()[0].id == "m\xef\xbf\xbd\xef\xbf\xbd");
 }
 
 TEST_CASE("all memory that the plan counts comes from the allocator") {
@@ -1637,6 +1642,26 @@ TEST_CASE("engine: signals that interrupt system calls change nothing") {
         CHECK(reply.outcome().text == undisturbed);
     }
     engine.stop();
+}
+#endif
+
+#if !defined(_WIN32)
+TEST_CASE("engine: a child of fork ends, and the parent's goes on") {
+    EngineOptions options = tiny_options();
+    options.threads = 2;
+    auto engine = std::make_unique<Engine>(open_tiny(options));
+    auto conversation = std::make_unique<Conversation>(*engine, Request());
+    REQUIRE(engine->start());
+    for (int i = 0; i < 20; ++i) {  // in the middle of whatever
+        Reply reply = engine->submit(ask("hello world", 40));
+        CHECK(ends_in_a_child([&] {
+            const Reply dropped = std::move(reply);
+            conversation.reset();
+            engine.reset();
+        }));
+        REQUIRE(reply.wait(30'000));
+        CHECK(reply.outcome().status == Status::completed);
+    }
 }
 #endif
 

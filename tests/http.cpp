@@ -8,9 +8,9 @@
 #include <mutex>
 #include <thread>
 
+#include "host.hpp"
 #include "http/internal.hpp"
 #include "http_peer.hpp"
-#include "interrupts.hpp"
 
 #if !defined(_WIN32)
 #include <sys/resource.h>
@@ -587,7 +587,7 @@ TEST_CASE("http server: large bodies both ways") {
     call.method = "POST";
     call.target = "/big";
     call.body.assign(20 << 20, 'b');
-    auto reply = http_call(call);
+    auto reply = checked_call(call);
     REQUIRE(reply);
     CHECK(reply->body == "POST /big " + call.body);
     HttpPeer slow(live.port());  // several writes, with the next request waiting behind them
@@ -615,7 +615,7 @@ TEST_CASE("http server: signals that interrupt system calls") {
     call.target = "/big";
     call.body.assign(4 << 20, 'b');
     for (int i = 0; i < 10; ++i) {
-        auto reply = http_call(call);
+        auto reply = checked_call(call);
         REQUIRE(reply);
         CHECK(reply->body == "POST /big " + call.body);
         HttpPeer peer(live.port());
@@ -764,12 +764,8 @@ TEST_CASE("http server: a thousand idle connections do not hinder a new client")
     if (limit.rlim_cur < 4096) wanted = limit.rlim_cur / 6;
 #endif
     LiveServer live;
-    std::vector<Socket> idle;
-    for (size_t i = 0; i < wanted; ++i) {
-        auto socket = Socket::connect(*NetAddress::parse("127.0.0.1", live.port()));
-        REQUIRE(socket);
-        idle.push_back(std::move(*socket));
-    }
+    std::vector<HttpPeer> idle;
+    while (idle.size() < wanted) REQUIRE(idle.emplace_back(live.port()).connected());
     HttpPeer peer(live.port());
     peer.send(request("/a"));
     CHECK(peer.reply().body == "GET /a ");
@@ -781,17 +777,14 @@ TEST_CASE("http server: a thousand idle connections do not hinder a new client")
 TEST_CASE("http server: out of descriptors it waits, without spinning, and recovers") {
     LiveServer live({}, false);
     HttpPeer first(live.port());
-    rlimit limit = {}, none = {};
-    getrlimit(RLIMIT_NOFILE, &limit);
-    none = limit;
-    none.rlim_cur = 0;
-    setrlimit(RLIMIT_NOFILE, &none);
-    int turns = 0;
-    const uint64_t start = monotonic_ns();
-    while (monotonic_ns() - start < 250'000'000) live.server->step(1000), ++turns;
-    CHECK(turns < 20);
-    CHECK(live.server->stats().accepted == 0);
-    setrlimit(RLIMIT_NOFILE, &limit);
+    {
+        const NoDescriptors none;
+        int turns = 0;
+        const uint64_t start = monotonic_ns();
+        while (monotonic_ns() - start < 250'000'000) live.server->step(1000), ++turns;
+        CHECK(turns < 20);
+        CHECK(live.server->stats().accepted == 0);
+    }
     first.send(request("/a"));
     for (int i = 0; i < 50 && live.server->stats().requests == 0; ++i) live.server->step(100);
     live.server->step(0);
@@ -871,7 +864,7 @@ TEST_CASE("http server: over IPv6, alone and with IPv4") {
         HttpCall call;
         call.host = "[::1]";
         call.port = live.port();
-        auto reply = http_call(call);
+        auto reply = checked_call(call);
         REQUIRE(reply);
         CHECK(header(*reply, "X-Host") == "[::1]:" + std::to_string(live.port()));
         if (options.host == "::") CHECK(HttpPeer(live.port()).connected());
@@ -928,7 +921,7 @@ Result<HttpReply> ask(uint16_t port, int timeout_ms = 10'000, uint64_t limit = 1
     call.port = port;
     call.timeout_ms = timeout_ms;
     call.max_reply_bytes = limit;
-    return http_call(call);
+    return checked_call(call);
 }
 
 }  // namespace
@@ -970,11 +963,11 @@ TEST_CASE("http client: failures are errors of their own kind") {
     CHECK(refused.error().kind == ErrorKind::io);
     HttpCall call;
     call.target = "/a b";
-    CHECK(http_call(call).error().kind == ErrorKind::invalid_request);
+    CHECK(checked_call(call).error().kind == ErrorKind::invalid_request);
     call.target = "/";
     call.headers = {{"X", "a\r\nY: b"}};
-    CHECK(http_call(call).error().kind == ErrorKind::invalid_request);
+    CHECK(checked_call(call).error().kind == ErrorKind::invalid_request);
     call.headers = {};
     call.host = "nowhere";
-    CHECK(http_call(call).error().kind == ErrorKind::invalid_request);
+    CHECK(checked_call(call).error().kind == ErrorKind::invalid_request);
 }

@@ -4,10 +4,46 @@
 #define VALAR_TESTS_HTTP_PEER_HPP
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
 #include <string>
 #include <vector>
 
 #include "http/internal.hpp"
+
+/// A name that the tests give to a directory of a store or a model, or put into a message about one:
+/// no reply may hold it, nor the directories in which the tests lie and run.
+inline constexpr const char* not_for_clients = "not-for-clients";
+
+/// Ends the program where a reply names a directory. All that the tests' clients read comes by here;
+/// tests/sections.py sees to it that no test has another client.
+inline void check_names_no_directory(std::string_view bytes) {
+    static const std::vector<std::string> secret = [] {
+        std::vector<std::string> all = {not_for_clients, std::filesystem::current_path().string()};
+#if defined(VALAR_SOURCE_DIR)
+        all.emplace_back(VALAR_SOURCE_DIR);
+#endif
+        if (const char* models = std::getenv("VALAR_MODELS")) all.emplace_back(models);
+        std::erase_if(all, [](const std::string& one) { return one.size() < 4; });
+        return all;
+    }();
+    for (const std::string& one : secret)
+        if (bytes.find(one) != bytes.npos) {
+            std::fprintf(stderr, "a reply holds '%s': %.*s\n", one.c_str(),
+                         static_cast<int>(std::min<size_t>(bytes.size(), 2000)), bytes.data());
+            std::abort();
+        }
+}
+
+/// http_call for tests.
+inline valar::Result<valar::HttpReply> checked_call(const valar::HttpCall& call) {
+    auto reply = valar::http_call(call);
+    if (!reply) return reply;
+    for (const auto& [name, value] : reply->headers) check_names_no_directory(name + ": " + value);
+    check_names_no_directory(reply->body);
+    return reply;
+}
 
 /// Blocking, for tests: one connection to a port of this machine.
 class HttpPeer {
@@ -80,7 +116,11 @@ private:
         while (!closed_ && wait(valar::detail::poll_read)) {
             const auto got = socket_.read(bytes, sizeof bytes);
             closed_ = got.status == valar::detail::IoStatus::closed;
+            constexpr size_t longest_name = 4096;  // that may have come in two pieces
+            const size_t before = input_.size();
             input_.append(bytes, got.bytes);
+            check_names_no_directory(
+                std::string_view(input_).substr(before - std::min(before, longest_name)));
             if (got.bytes > 0) return true;
         }
         return false;

@@ -2,7 +2,8 @@
 
 A section is a pair of files or a folder. Each of its parts includes only parts of its own section and
 of sections above it, and system headers; each .cpp is bound into valar.hpp, and each header is
-included by some part. No part makes an array by new. Usage: sections.py SRC
+included by some part. No part makes an array by new. What the tests read of a server goes through
+http_peer.hpp, which looks for directories in it. Usage: sections.py SRC
 """
 import os
 import re
@@ -47,6 +48,13 @@ def main():
             elif other not in OPEN_TO_ALL and (mine in OPEN_TO_ALL or
                                                order.index(other) > order.index(mine)):
                 faults.append(f"{part} includes {include}, which stands below it")
+    tests = os.path.join(SRC, "..", "tests")
+    for name in sorted(os.listdir(tests)):
+        if not name.endswith((".cpp", ".hpp")) or name in ("http_peer.hpp", "base.cpp"):
+            continue
+        with open(os.path.join(tests, name), encoding="utf-8") as file:
+            faults += [f"tests/{name}: {found} reads replies past http_peer.hpp" for found in
+                       re.findall(r"\bhttp_call\(|\bSocket::connect\(|::recv\(", file.read())]
     listed = set(assemble.parts_of(".cpp"))
     faults += [f"{part} is not bound into valar.hpp" for part in parts
                if part.endswith(".cpp") and part not in listed]

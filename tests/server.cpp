@@ -7,9 +7,11 @@
 
 #include "digest_internal.hpp"
 #include "fake_responder.hpp"
+#include "host.hpp"
 #include "http/internal.hpp"
 #include "http_peer.hpp"
 #include "server/server.hpp"
+#include "server/words.hpp"
 #include "wall_clock.hpp"
 
 using namespace valar;
@@ -77,7 +79,7 @@ struct Serving {
         call.headers = std::move(headers);
         call.timeout_ms = 30'000;
         if (key) call.headers.emplace_back("Authorization", "Bearer " + std::string(key));
-        auto reply = http_call(call);
+        auto reply = checked_call(call);
         if (!reply) return {0, {}, reply.error().message, true};
         return std::move(*reply);
     }
@@ -128,6 +130,11 @@ bool eventually(Condition condition) {
 }
 
 constexpr const char* hello = R"({"model":"fake","input":"hello there"})";
+constexpr const char* in_background = R"({"model":"fake","input":"hello there","background":true})";
+
+std::string id_of(const HttpReply& reply) {
+    return std::string(parse(reply.body)["id"].as_string());
+}
 
 std::string raw_post(const std::string& body, const std::string& fields = "Host: localhost\r\n") {
     return "POST /v1/responses HTTP/1.1\r\n" + fields +
@@ -829,6 +836,110 @@ TEST_CASE("server: a store of the host's own") {
     CHECK(store.finished == 2);
 }
 
+// Every error that a Responder or a Store may come with, in the words of the operating system: a path
+// in them, and no code. What a client reads is looked at by the test's client, here and everywhere.
+TEST_CASE("server: no reply says what the operating system said") {
+    struct Failing : MemoryStore {
+        std::atomic<int> step = -1;  // that fails: 0 add, 1 finish, 2 erase, 3 list
+        std::atomic<ErrorKind> kind = ErrorKind::io;
+        Error error() const {
+            return detail::make_error(kind, std::string("cannot write '/srv/") + not_for_clients +
+                                                "/journal': no space left");
+        }
+        bool fails(int at, StoreDone done) {
+            if (step != at) return false;
+            done.call(done.context, error());
+            return true;
+        }
+        void add(StoredResponse record, StoreDone done) override {
+            if (!fails(0, done)) MemoryStore::add(std::move(record), done);
+        }
+        void finish(const std::string& id, std::shared_ptr<const std::string> object,
+                    int64_t now_ms, StoreDone done) override {
+            if (!fails(1, done)) MemoryStore::finish(id, std::move(object), now_ms, done);
+        }
+        void erase(const std::string& organisation, const std::string& id, bool tombstone,
+                   int64_t now_ms, StoreDone done) override {
+            if (!fails(2, done)) MemoryStore::erase(organisation, id, tombstone, now_ms, done);
+        }
+        Result<std::vector<std::string>> list(const std::string& organisation,
+                                              const std::string& after, size_t limit) override {
+            if (step == 3) return error();
+            return MemoryStore::list(organisation, after, limit);
+        }
+    } store;
+    Log log;
+    ServerOptions options = local();
+    options.store = &store;
+    options.log = log.sink();
+    Serving serving(options);
+    const std::string kept = id_of(serving.post(hello));
+    constexpr ErrorKind kinds[] = {
+        ErrorKind::bad_data,  ErrorKind::unsupported, ErrorKind::io,           ErrorKind::timeout,
+        ErrorKind::not_found, ErrorKind::too_large,   ErrorKind::overloaded,   ErrorKind::closed,
+        ErrorKind::internal,  ErrorKind::cancelled,   ErrorKind::out_of_memory};
+    for (const ErrorKind kind : kinds) {
+        CAPTURE(static_cast<int>(kind));
+        store.kind = kind;
+        for (store.step = 0; store.step < 4; ++store.step) {
+            const int status = serving.post(hello).status;
+            CHECK((status == 200 || status >= 404));
+            CHECK(serving.get("/v1/responses").status >= 200);
+            CHECK(serving.call("DELETE", "/v1/responses/" + kept).status >= 200);
+        }
+        store.step = -1;
+        serving.fake.prepare_error = store.error();
+        CHECK(serving.post(hello).status >= 400);
+        serving.fake.prepare_error.reset();
+        serving.fake.failure = store.error();
+        for (const std::string& body : {std::string(hello), std::string(in_background)}) {
+            const std::string id = id_of(serving.post(body));
+            CHECK(eventually([&] {
+                return parse(serving.get("/v1/responses/" + id).body)["error"].is_object();
+            }));
+        }
+        serving.fake.failure.reset();
+        const std::string metrics = serving.get("/metrics").body;
+        for (const char* from : {"request", "response"}) {
+            const bool told = kind != ErrorKind::unsupported && kind != ErrorKind::not_found &&
+                              kind != ErrorKind::too_large;  // those are 4xx
+            if (!told && from == std::string("request")) continue;
+            CAPTURE(from);
+            CHECK(metrics.find(std::string("valar_") + from + "_errors_total{kind=\"" +
+                               detail::server_error_kind(kind) + "\"} ") != std::string::npos);
+        }
+        if (kind == ErrorKind::not_found) continue;
+        CHECK(metrics.find(std::string("valar_store_errors_total{kind=\"") +
+                           detail::server_error_kind(kind) + "\"} ") != std::string::npos);
+    }
+    const std::string lines = log.text();  // the cause, once a minute for each kind and place
+    size_t told = 0;
+    for (size_t at = 0; (at = lines.find("store: cannot write", at)) != lines.npos; ++at) ++told;
+    CAPTURE(lines);
+    CHECK(told == std::size(kinds) - 1);
+    store.step = 1;  // outcomes that nothing takes do not hold the end
+    store.kind = ErrorKind::overloaded;
+    CHECK(serving.post(hello).status == 503);
+    serving.stop();
+}
+
+#if !defined(_WIN32)
+TEST_CASE("server: signals and children of fork change nothing") {
+    FakeResponder fake;
+    auto server = std::make_unique<Server>(*Server::open(&fake, local()));
+    std::thread thread([&] { (void)server->run().ok(); });
+    const Interrupts interrupts;
+    HttpPeer peer(server->port());
+    for (int i = 0; i < 20; ++i) {
+        CHECK(ends_in_a_child([&] { server.reset(); }));
+        peer.send(raw_post(hello));
+        CHECK(peer.reply().status == 200);
+    }
+    server->stop();
+    thread.join();
+}
+#endif
+
 TEST_CASE("server: options that cannot work are errors that name the option") {
     FakeResponder fake;
     const auto refused = [&](const ServerOptions& options) {
@@ -904,14 +1015,9 @@ TEST_CASE("server: options that cannot work are errors that name the option") {
 
 namespace {
 
-std::string id_of(const HttpReply& reply) {
-    return std::string(parse(reply.body)["id"].as_string());
-}
 std::string status_of(const HttpReply& reply) {
     return std::string(parse(reply.body)["status"].as_string());
 }
-
-constexpr const char* in_background = R"({"model":"fake","input":"hello there","background":true})";
 
 HttpReply post_keyed(Serving& serving, const std::string& body, const std::string& idempotency,
                      const char* key = nullptr) {
@@ -1173,6 +1279,9 @@ TEST_CASE("server: idempotency keys that cannot be one") {
           start + "string_above_max_length Idempotency-Key");
     CHECK(with({{"Idempotency-Key", "a"}, {"Idempotency-Key", "a"}}) ==
           start + "invalid_value Idempotency-Key");
+    for (const char* other : {"a", "b"})
+        CHECK(with({{"Idempotency-Key", "a"}, {"anthropic-idempotency-key", other}}) ==
+              start + "invalid_value Idempotency-Key");
     CHECK(with({{"Idempotency-Key", "a\tb"}}) == start + "invalid_value Idempotency-Key");
     CHECK(post_keyed(serving, hello, std::string(255, 'k')).status == 200);
     CHECK(post_keyed(serving, hello, "\"quoted\"").status == 200);

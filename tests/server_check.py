@@ -175,21 +175,23 @@ def call(port, path, body=None):
         request.add_header("Content-Type", "application/json")
     request.add_header("Authorization", f"Bearer {KEY}")
     with urllib.request.urlopen(request, timeout=60) as reply:
-        return json.load(reply)
+        text = reply.read()
+    assert tempfile.gettempdir().encode() not in text, text  # where model and store lie
+    return json.loads(text)
 
 
 class Serving:
     """The program with some of its streams closed, in a `with`."""
 
-    def __init__(self, closed, *arguments):
-        self.closed, self.arguments = closed, arguments
+    def __init__(self, closed, *arguments, under=()):
+        self.closed, self.arguments, self.under = closed, arguments, under
 
     def __enter__(self):
         for _ in range(5):
             self.port = free_port()
             streams = " ".join(f"{fd}<&-" if fd == 0 else f"{fd}>&-" for fd in self.closed)
             self.process = subprocess.Popen(
-                ["sh", "-c", f'exec "$@" {streams}', "sh", server, "--port", str(self.port),
+                [*self.under, "sh", "-c", f'exec "$@" {streams}', "sh", server, "--port", str(self.port),
                  "--alias", "tiny", "--api-key", KEY, *self.arguments],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             until = time.monotonic() + 60
@@ -228,6 +230,27 @@ def check_streams(model, folder):
         assert kept == ids[::-1], (closed, kept, ids)
 
 
+def check_descriptors(model, folder):
+    """A limit of 64: more clients than that, the journal among them."""
+    store = os.path.join(folder, "few")
+    few = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"]
+    with Serving([], "--model", model, "--store", store, under=few) as serving:
+        ids, idle = [], []
+        for count in (0, 20, 80):
+            idle += [socket.create_connection(("127.0.0.1", serving.port)) for _ in range(count)]
+            if count == 80:  # as many of them are taken as there is room for; the others wait
+                time.sleep(0.3)
+                for one in idle:
+                    one.close()
+            for _ in range(3):
+                body = {"model": "tiny", "input": "One", "max_output_tokens": 2}
+                ids.append(call(serving.port, "/v1/responses", body)["id"])
+    assert serving.status == 0, serving.status
+    with Serving([], "--model", model, "--store", store) as serving:
+        kept = [one["id"] for one in call(serving.port, "/v1/responses")["data"]]
+    assert kept == ids[::-1], (kept, ids)
+
+
 with tempfile.TemporaryDirectory() as folder:
     model = os.path.join(folder, "tiny.gguf")
     subprocess.run([write_tiny_model, model], check=True)
@@ -235,4 +258,5 @@ with tempfile.TemporaryDirectory() as folder:
     check_readme()
     count = check_refusals(model, folder)
     check_streams(model, folder)
+    check_descriptors(model, folder)
     print(f"server: {count} settings refused, records kept without any of the streams")

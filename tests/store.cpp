@@ -2,8 +2,11 @@
 // failing disks, and where its files were damaged. VALAR_CRASH_POINTS=10000 runs all of them.
 #include <doctest/doctest.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
+#include <optional>
 #include <thread>
 
 #if !defined(_WIN32)
@@ -12,6 +15,7 @@
 #endif
 
 #include "digest_internal.hpp"
+#include "host.hpp"
 #include "store/store.hpp"
 #include "store_disk.hpp"
 #include "wall_clock.hpp"
@@ -587,10 +591,53 @@ TEST_CASE("store: after a failed sync nothing more is acknowledged, reads go on"
 }
 
 #if !defined(_WIN32)
-TEST_CASE("store: a directory that cannot be used says why") {
+namespace {
+
+std::string fresh_directory() {
     const char* place = std::getenv("TMPDIR");
     std::string root = std::string(place ? place : "/tmp") + "/valar-store-XXXXXX";
     REQUIRE(mkdtemp(root.data()));
+    return root;
+}
+
+}  // namespace
+
+TEST_CASE("store: signals, no descriptors and children of fork lose nothing") {
+    FileStoreOptions options;
+    options.path = fresh_directory();
+    options.segment_bytes = 4096;  // so that it wants another file now and then
+    std::vector<Answer> added(300), finished(added.size());
+    const auto id = [](size_t i) { return "r" + std::to_string(i); };
+    {
+        auto store = FileStore::open(options);
+        REQUIRE(store);
+        const Interrupts interrupts;
+        for (size_t i = 0; i < added.size(); ++i) {
+            std::optional<NoDescriptors> none;
+            if (i / 50 % 2 == 1) none.emplace();
+            (*store)->add(record(id(i), 200), added[i].done());
+            (*store)->finish(id(i), text("done"), 5, finished[i].done());
+            if (i % 60 == 30) CHECK(ends_in_a_child([&] { store->reset(); }));
+            if (i % 10 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        }
+    }
+    for (size_t i = 0; i < added.size(); ++i) {
+        CHECK(added[i].said == "");
+        CHECK(finished[i].said == "");
+    }
+    auto store = FileStore::open(options);
+    REQUIRE(store);
+    for (size_t i = 0; i < added.size(); ++i) {
+        const auto found = (*store)->find("a", id(i));
+        REQUIRE(found);
+        CHECK((found->terminal && *found->object == "done"));
+    }
+    store->reset();
+    std::filesystem::remove_all(options.path);
+}
+
+TEST_CASE("store: a directory that cannot be used says why") {
+    const std::string root = fresh_directory();
     const auto refusal = [&](const std::string& path) {
         FileStoreOptions options = by_hand();
         options.path = path;

@@ -4,6 +4,7 @@ Usage: texts_check.py URL MODEL [smollm2|qwen25-coder]
        (a running server with that model, precision fine; the word is a folder in tests/data)
 """
 import json
+import os
 import pathlib
 import sys
 import urllib.request
@@ -25,7 +26,9 @@ for prompt in prompts:
     request = urllib.request.Request(url + "/v1/responses", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as reply:
-        text = json.load(reply)["output"][0]["content"][0]["text"]
+        raw = reply.read().decode()
+    assert os.environ.get("VALAR_MODELS", " ") not in raw, raw
+    text = json.loads(raw)["output"][0]["content"][0]["text"]
     same = text == prompt["text"]
     failed += not same
     print(prompt["name"], "equal" if same else f"DIFFERS: {text!r}")

@@ -138,8 +138,17 @@ ssize_t write_to(int file, const void* bytes, size_t size, uint64_t offset) {
 int set_size(int file, uint64_t size) { return ftruncate(file, off_t(size)); }
 #endif
 
+// A call of the system, again after a signal.
+template <class Call>
+auto again_after_signals(Call call) {
+    auto result = call();
+    while (result < 0 && errno == EINTR) result = call();
+    return result;
+}
+
 SystemHandle open_path(const std::string& path, int flags, mode_t mode = 0) {
-    return own_descriptor(::open(path.c_str(), flags | large_file | O_CLOEXEC, mode));
+    return own_descriptor(again_after_signals(
+        [&] { return ::open(path.c_str(), flags | large_file | O_CLOEXEC, mode); }));
 }
 
 // Not waiting: a FIFO would keep us until somebody writes to it. Regular files take no notice.
@@ -152,24 +161,25 @@ bool is_regular(SystemHandle file) {
     return status_of(file, &status) == 0 && S_ISREG(status.st_mode);
 }
 
-// One call of the system, again after a signal: how many bytes it moved, 0 at the end of the file,
-// -1 when it failed.
+// How many bytes one call moved, 0 at the end of the file, -1 when it failed.
 int64_t read_some(SystemHandle file, uint64_t offset, void* bytes, size_t size) {
     const size_t want = std::min(size, transfer_bytes);
-    for (;;) {
-        const ssize_t got = offset == at_position ? ::read(file, bytes, want)
-                                                  : read_from(file, bytes, want, offset);
-        if (got >= 0 || errno != EINTR) return got;
-    }
+    return again_after_signals([&] {
+        return offset == at_position ? ::read(file, bytes, want)
+                                     : read_from(file, bytes, want, offset);
+    });
 }
 
 int64_t write_some(SystemHandle file, uint64_t offset, const void* bytes, size_t size) {
     const size_t want = std::min(size, transfer_bytes);
-    for (;;) {
-        const ssize_t put = offset == at_position ? ::write(file, bytes, want)
-                                                  : write_to(file, bytes, want, offset);
-        if (put >= 0 || errno != EINTR) return put;
-    }
+    return again_after_signals([&] {
+        return offset == at_position ? ::write(file, bytes, want)
+                                     : write_to(file, bytes, want, offset);
+    });
+}
+
+bool sync_all(SystemHandle file) {
+    return again_after_signals([&] { return fsync(file); }) == 0;
 }
 
 #endif
@@ -379,14 +389,14 @@ intptr_t create_file(const std::string& path) {
 }
 
 SystemHandle system_handle(intptr_t file) { return static_cast<int>(file); }
-bool sync_file(intptr_t file) { return fsync(system_handle(file)) == 0; }
+bool sync_file(intptr_t file) { return sync_all(system_handle(file)); }
 
 bool replace_file(const std::string& from, const std::string& to) {
     if (rename(from.c_str(), to.c_str()) != 0) return false;
     const size_t slash = to.rfind('/');  // the new name is safe once its folder is
     const std::string folder = slash == std::string::npos ? "." : to.substr(0, slash + 1);
     const FileHandle opened = open_to_read(folder);
-    if (opened.ok()) fsync(opened.handle);
+    if (opened.ok()) sync_all(opened.handle);
     return true;
 }
 
@@ -489,7 +499,8 @@ FileHandle open_in_folder(const std::string& path, bool create) {
 
 bool unlink_path(const std::string& path) { return DeleteFileW(utf16_from(path).c_str()) != 0; }
 
-bool sync_folder(const std::string&) { return true; }  // NTFS keeps a log of its names
+bool open_folder(const std::string&, FileHandle*) { return true; }
+bool sync_folder(const FileHandle&) { return true; }  // NTFS keeps a log of its names
 
 bool rename_path(const std::string& from, const std::string& to) { return replace_file(from, to); }
 
@@ -520,9 +531,10 @@ bool truncate_file(SystemHandle file, uint64_t size) { return set_size(file, siz
 
 bool sync_data(SystemHandle file) {
 #if defined(__APPLE__)
-    return fcntl(file, F_FULLFSYNC) != -1;  // fsync leaves it in the drive's cache
+    // fsync leaves it in the drive's cache
+    return again_after_signals([&] { return fcntl(file, F_FULLFSYNC); }) != -1;
 #else
-    return fdatasync(file) == 0;
+    return again_after_signals([&] { return fdatasync(file); }) == 0;
 #endif
 }
 
@@ -547,10 +559,11 @@ FileHandle open_in_folder(const std::string& path, bool create) {
 
 bool unlink_path(const std::string& path) { return unlink(path.c_str()) == 0; }
 
-bool sync_folder(const std::string& path) {
-    const FileHandle folder = open_to_read(path);
-    return folder.ok() && fsync(folder.handle) == 0;
+bool open_folder(const std::string& path, FileHandle* folder) {
+    folder->handle = open_to_read(path);
+    return folder->ok();
 }
+bool sync_folder(const FileHandle& folder) { return sync_all(folder.handle); }
 
 bool rename_path(const std::string& from, const std::string& to) {
     return ::rename(from.c_str(), to.c_str()) == 0;
@@ -661,7 +674,7 @@ class SystemFolder : public Folder {
 public:
     SystemFolder(const std::string& path) : path_(path) {}
     Result<void> lock() {
-        lock_file(path_ + "/lock", &lock_);
+        if (open_folder(path_, &self_)) lock_file(path_ + "/lock", &lock_);
         if (lock_.ok()) return {};
         return folder_error(path_, true);
     }
@@ -679,11 +692,11 @@ public:
     Result<void> remove(const std::string& name) override {
         return system_result(unlink_path(path_ + "/" + name), "remove", path_ + "/" + name);
     }
-    Result<void> sync() override { return system_result(sync_folder(path_), "sync", path_); }
+    Result<void> sync() override { return system_result(sync_folder(self_), "sync", path_); }
 
 private:
     std::string path_;
-    FileHandle lock_;
+    FileHandle self_, lock_;  // held: a sync that fails, for want of a descriptor too, is final
 };
 
 }  // namespace

@@ -185,6 +185,23 @@ private:
     uintptr_t handle_ = 0;
 };
 
+/// The process that made it.
+class Process {
+public:
+    Process();
+    bool is_this() const;
+
+private:
+    uint64_t id_;
+};
+
+/// For destructors. In a child of fork the threads that `state` would wait for do not run, what they
+/// had locked stays locked, and its files are the parent's still: there it is left as it is.
+template <class State>
+void leave_to_parent(std::unique_ptr<State>& state) {
+    if (state && !state->process.is_this()) (void)state.release();
+}
+
 void pause();  ///< one spin-wait hint to the CPU
 
 /// Sleeps while `*word == expected`, at most timeout_ns (or spuriously less): a futex where there

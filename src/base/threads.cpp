@@ -127,6 +127,14 @@ void Thread::join() {
     handle_ = 0;
 }
 
+#if defined(_WIN32) || defined(__wasi__)  // no fork
+Process::Process() : id_(0) {}
+bool Process::is_this() const { return true; }
+#else
+Process::Process() : id_(static_cast<uint64_t>(getpid())) {}
+bool Process::is_this() const { return id_ == static_cast<uint64_t>(getpid()); }
+#endif
+
 void pause() {
 #if defined(_WIN32)
     YieldProcessor();

@@ -187,7 +187,7 @@ const std::string& Reply::id() const {
 Engine::Engine(std::unique_ptr<State> state) : state_(std::move(state)) {}
 Engine::Engine(Engine&& other) noexcept = default;
 Engine& Engine::operator=(Engine&& other) noexcept = default;
-Engine::~Engine() = default;
+Engine::~Engine() { detail::leave_to_parent(state_); }
 
 Result<Engine> Engine::begin_open(const EngineOptions& options) {
     auto state = State::open(options);

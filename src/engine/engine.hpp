@@ -97,6 +97,8 @@ private:
 /// A loaded model that answers requests. Movable handle over an object with a stable address.
 /// Threads: submit, count_tokens, responder, is_loaded, load_progress from any thread; step, start,
 /// stop and the destructor from one at a time. step() after start() is an error, not a race.
+/// fork(): an engine, like a server and a store, stays with the process that opened it; a child may
+/// exit, destroy its copies or start another program, and opens its own to work.
 class VALAR_API Engine {
 public:
     /// Loads the whole model. Errors name the file, key, tensor or option.

@@ -53,11 +53,11 @@ Result<SamplerOptions> read_sampling(const Gguf& gguf) {
 }
 
 std::string choose_model_id(const EngineOptions& options, const ModelSpec& spec) {
-    if (!options.model_id.empty()) return options.model_id;
+    if (!options.model_id.empty()) return utf8_repair(options.model_id);
     if (!spec.name.empty() && utf8_valid(spec.name)) return spec.name;
     std::string name = options.model_path.substr(options.model_path.find_last_of("/\\") + 1);
     if (name.ends_with(".gguf")) name.resize(name.size() - 5);
-    return name.empty() ? "model" : name;
+    return name.empty() ? "model" : utf8_repair(name);
 }
 
 Result<Gguf> open_model_file(const EngineOptions& options) {

@@ -190,6 +190,9 @@ Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
                             spelling(tokenizer.eos()), unix_time_ms() / 1000);
     if (!input) return input.error();
     auto text = model_.chat_template().render(*input);
+    if (!text && text.error().kind == ErrorKind::too_large)
+        return refuse_field("input", "the prompt has more than 16 MiB of text",
+                            "context_length_exceeded");
     if (!text) return text.error();
     auto tokens = tokenizer.encode(*text, tokenizer.add_bos());
     if (!tokens) return tokens.error();

@@ -42,6 +42,7 @@ inline namespace v1 {
 // What an engine is made of, and the thread that steps it. Its address is stable: the parts borrow
 // options and one another.
 struct Engine::State final : Responder {
+    const detail::Process process;
     const EngineOptions options;
     const char* const kernels;  // the name of the table that computes
     const std::shared_ptr<const detail::LoadedModel> model;

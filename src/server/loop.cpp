@@ -59,9 +59,11 @@ Result<void> ServerLoop::start() {
 bool ServerLoop::step(int timeout_ms) {
     const bool more = http->step(timeout_ms);
     hand_over();
-    if (stopping && !std::exchange(drain_begun, true))
+    if (stopping && !std::exchange(drain_begun, true)) {
         for (auto& [id, entry] : live)  // nobody is there to be answered
             if (entry.waiters.empty()) park(id, entry);
+        save_unsaved();  // the last try
+    }
     if (more || finishing == 0) return more;
     // http is done and takes no more calls; what has an outcome is still to be kept.
     const uint32_t seen = inbox_count;
@@ -102,8 +104,8 @@ HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& er
         const uint32_t seconds = error.retry_after_s ? error.retry_after_s : retry_after_s();
         headers.emplace_back("Retry-After", std::to_string(seconds));
     }
-    if (status == 500)
-        options.log(LogLevel::error, "request " + exchange.request_id + ": " + error.message);
+    if (status >= 500 && error.code.empty())  // what has a code was written for clients
+        note_trouble("request", error, exchange.request_id);
     return make_reply(exchange, status, render_error(error).write(), std::move(headers));
 }
 
@@ -136,6 +138,37 @@ void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders head
 uint32_t ServerLoop::retry_after_s() const {
     const double wait_s = std::ceil(static_cast<double>(queued) * finish_gap_s);
     return static_cast<uint32_t>(std::clamp<double>(wait_s, 1, server_max_retry_s));
+}
+
+/// What clients are not told goes to the log, once a minute for each cause, and is counted.
+void ServerLoop::note_trouble(const char* from, const Error& error, const std::string& of) {
+    const uint64_t now_ns = monotonic_ns();
+    std::string line = std::string(from) + (of.empty() ? "" : " " + of) + ": " + error.message;
+    {
+        const std::lock_guard<std::mutex> lock(trouble_mutex);
+        Trouble& trouble = troubles[{from, error.kind}];
+        if (trouble.count++ != 0 && now_ns - trouble.told_ns < server_trouble_ns) {
+            ++trouble.untold;
+            return;
+        }
+        trouble.told_ns = now_ns;
+        if (const uint64_t untold = std::exchange(trouble.untold, 0))
+            line += format(" (and %llu more of this kind since the last line)",
+                           static_cast<unsigned long long>(untold));
+    }
+    for (char& c : line)
+        if (static_cast<unsigned char>(c) < ' ' || c == 0x7f) c = ' ';  // one line
+    options.log(LogLevel::error, line);
+}
+
+/// What a client is told of the store's error: the rules of the contract as they are, else only
+/// whether another try is worth it.
+Error ServerLoop::store_error(const Error& error) {
+    if (error.kind == ErrorKind::conflict || error.kind == ErrorKind::not_found) return error;
+    note_trouble("store", error);
+    if (error.kind == ErrorKind::overloaded || error.kind == ErrorKind::out_of_memory)
+        return server_overloaded("the store has no room for another response now");
+    return make_error(ErrorKind::internal, "the store failed", "internal_error");
 }
 
 void ServerLoop::log_exchange(const Exchange& exchange, int status) {
@@ -242,7 +275,7 @@ void ServerLoop::on_tick() {
             std::move(headers));
     }
     recover_some();
-    for (JobPtr<FinishJob>& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
+    save_unsaved();
     if (now_ns < next_expiry_ns) return;
     next_expiry_ns = now_ns + server_expire_every_ns;
     store->expire(store->now_ms());
@@ -328,7 +361,7 @@ StoreDone ServerLoop::when_kept(JobPtr<Job> job) {
     const auto call = [](void* context, Result<void> result) {
         JobPtr<Job> kept(static_cast<Job*>(context));
         ServerLoop* self = kept->loop;
-        if (!result) kept->error = std::move(result.error());
+        if (!result) kept->error = self->store_error(result.error());
         self->send_to_loop([&] { self->inbox_jobs.push_back(std::move(kept)); });
         --self->storing;  // the last touch: the destructor waits for it
     };
@@ -417,7 +450,7 @@ Result<Server> Server::open(std::span<Responder* const> responders, const Server
 Server::Server(std::unique_ptr<State> state) : state_(std::move(state)) {}
 Server::Server(Server&& other) noexcept = default;
 Server& Server::operator=(Server&& other) noexcept = default;
-Server::~Server() = default;
+Server::~Server() { detail::leave_to_parent(state_); }
 
 Result<void> Server::run() {
     while (state_->step(-1)) {}

@@ -39,10 +39,11 @@ inline constexpr uint32_t server_tick_ms = 100;          // how exact sync_timeo
 inline constexpr uint64_t server_get_body_bytes = 4096;  // tolerated, and not read
 inline constexpr uint64_t server_expire_every_ns = 60'000'000'000;
 inline constexpr size_t server_min_secret = 16;
-inline constexpr size_t server_shown_bytes = 200;     // of a path in a log line or message
-inline constexpr int server_client_left = 499;        // in the log only, as nginx has it
-inline constexpr uint32_t server_max_retry_s = 60;    // advised to a client
-inline constexpr size_t server_max_key_length = 255;  // of an idempotency key
+inline constexpr size_t server_shown_bytes = 200;              // of a path in a log line or message
+inline constexpr int server_client_left = 499;                 // in the log only, as nginx has it
+inline constexpr uint32_t server_max_retry_s = 60;             // advised to a client
+inline constexpr size_t server_max_key_length = 255;           // of an idempotency key
+inline constexpr uint64_t server_trouble_ns = 60'000'000'000;  // between two lines on one trouble
 inline constexpr size_t server_list_default = 20, server_list_most = 100;
 inline constexpr size_t server_max_turns = 1000;    // of a chain of previous responses
 inline constexpr uint32_t server_max_attempts = 2;  // to answer one request, after crashes
@@ -170,6 +171,7 @@ struct ServerLoop : HttpHandler {
         std::string id = {};
     };
 
+    Process process;
     ServerOptions options;  // without secrets
     std::vector<ServerKey> keys;
     std::vector<Responder*> responders;
@@ -206,6 +208,15 @@ struct ServerLoop : HttpHandler {
     std::deque<JobPtr<Job>> jobs;
     bool ending = false;
     Thread workers[server_workers];
+
+    /// What went wrong on our side, and is not for clients to read.
+    struct Trouble {
+        uint64_t count = 0;
+        uint64_t untold = 0;  // of them, since the last line
+        uint64_t told_ns = 0;
+    };
+    mutable std::mutex trouble_mutex;
+    std::map<std::pair<std::string, ErrorKind>, Trouble> troubles;  // by where it came from
 
     std::mutex inbox_mutex;
     std::vector<JobPtr<Job>> inbox_jobs;
@@ -261,6 +272,8 @@ struct ServerLoop : HttpHandler {
     void answer(Exchange& exchange, HttpReply reply);
     void answer(Exchange& exchange, int status, std::string body);
     void refuse(Exchange& exchange, const Error& error, HttpHeaders headers = {});
+    void note_trouble(const char* from, const Error& error, const std::string& of = {});
+    Error store_error(const Error& error);
     void log_exchange(const Exchange& exchange, int status);
     void log_line(Json line, const Usage& usage, const Timings& timings);
     uint32_t retry_after_s() const;
@@ -315,6 +328,7 @@ struct ServerLoop : HttpHandler {
     void finish_work(FinishJob& job);
     void finish_keep(JobPtr<FinishJob> job);
     void finish_done(JobPtr<FinishJob> job);
+    void save_unsaved();
     void remove(Exchange& exchange, const std::string& id);
     void remove_done(JobPtr<RemoveJob> job);
 

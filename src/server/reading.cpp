@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -130,7 +131,7 @@ void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
     if (!ids)
         return refuse(exchange, ids.error().kind == ErrorKind::not_found
                                     ? server_bad_after(page->after)
-                                    : ids.error());
+                                    : store_error(ids.error()));
     auto job = std::make_unique<ListJob>();
     job->exchange = exchange.number;
     job->organisation = exchange.organisation;
@@ -298,6 +299,19 @@ std::string ServerLoop::metrics_text() const {
         // clang-format on
     };
     for (const ServerMetric& metric : metrics) server_metric(&out, metric);
+    for (const auto& [from, help] :
+         {std::pair("request", "Requests that were refused by our own fault, by kind."),
+          std::pair("response", "Responses that failed, by kind."),
+          std::pair("store", "Changes that the store did not take, by kind.")}) {
+        out += format("# HELP valar_%s_errors_total %s\n# TYPE valar_%s_errors_total counter\n",
+                      from, help, from);
+        const std::lock_guard<std::mutex> lock(trouble_mutex);
+        for (const auto& [cause, trouble] : troubles)
+            if (cause.first == from)
+                out += format("valar_%s_errors_total{kind=\"%s\"} ", from,
+                              server_error_kind(cause.second)) +
+                       std::to_string(trouble.count) + "\n";
+    }
     std::vector<ResponderStats> of_all;
     for (const Responder* responder : responders) of_all.push_back(responder->stats());
     for (const ServerStat& stat : server_stats) {

@@ -70,8 +70,10 @@ void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     job->key_id = exchange.key_id;
     job->stored.organisation = exchange.organisation;
     job->body = std::move(request.body);
-    job->keys = static_cast<int>(request.count("Idempotency-Key"));
-    if (const std::string* key = request.header("Idempotency-Key")) job->key = *key;
+    for (const char* name : {"Idempotency-Key", "Anthropic-Idempotency-Key"}) {
+        job->keys += static_cast<int>(request.count(name));
+        if (const std::string* key = request.header(name)) job->key = *key;
+    }
     exchange.keyed = job->keys > 0;
     send_job<&ServerLoop::accept_work, &ServerLoop::accept_admit>(std::move(job));
 }
@@ -91,7 +93,7 @@ Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Reques
     const auto refused = [](const char* code, const char* message) {
         return server_field(code, "Idempotency-Key", message);
     };
-    if (job.keys > 1) return refused("invalid_value", "more than one header Idempotency-Key");
+    if (job.keys > 1) return refused("invalid_value", "more than one header of an idempotency key");
     if (key.empty())
         return refused("string_below_min_length", "the header Idempotency-Key is empty");
     if (utf8_count(key) > server_max_key_length)
@@ -341,9 +343,9 @@ void ServerLoop::finish(const std::string& id, Live& entry,
     if (entry.unkept) job->stored = *entry.unkept;
     job->store = !entry.unkept;
     if (outcome->status == Status::failed)
-        options.log(LogLevel::error,
-                    "response " + id + " failed: " +
-                        (outcome->error ? outcome->error->message : "no reason given"));
+        note_trouble("response",
+                     outcome->error.value_or(make_error(ErrorKind::internal, "no reason given")),
+                     id);
     job->outcome = std::move(outcome);
     send_job<&ServerLoop::finish_work, &ServerLoop::finish_keep>(std::move(job));
 }
@@ -380,7 +382,7 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     const auto found = live.find(job->stored.id);
     if (found == live.end()) return;
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
-    const bool again = job->error && job->error->kind == ErrorKind::overloaded;
+    const bool again = !drain_begun && job->error && job->error->kind == ErrorKind::overloaded;
     if (!again) {
         live.erase(found);
         --finishing;
@@ -401,9 +403,13 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
         else if (exchange->removes) remove(*exchange, job->stored.id);
         else answer(*exchange, 200, *job->stored.object);
     }
-    if (!again || stopping) return;
+    if (!again) return;
     job->error.reset();  // a full disk: the outcome is kept here until there is room
     unsaved.push_back(std::move(job));
+}
+
+void ServerLoop::save_unsaved() {
+    for (JobPtr<FinishJob>& job : std::exchange(unsaved, {})) finish_keep(std::move(job));
 }
 
 // ---- Removing and cancelling -------------------------------------------------------------------

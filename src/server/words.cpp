@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -36,6 +37,16 @@ std::optional<std::string> server_unescape(std::string_view text) {
 
 /// To a tenth, for log lines.
 double server_rounded(double value) { return std::round(value * 10) / 10; }
+
+/// For metrics.
+const char* server_error_kind(ErrorKind kind) {
+    static constexpr const char* names[] = {
+        "invalid_request", "bad_data",   "unsupported", "io",       "out_of_memory", "not_found",
+        "authentication",  "permission", "too_large",   "conflict", "rate_limit",    "overloaded",
+        "timeout",         "cancelled",  "closed",      "internal"};
+    static_assert(std::size(names) == static_cast<size_t>(ErrorKind::internal) + 1);
+    return names[static_cast<size_t>(kind)];
+}
 
 /// A UUID of version 4 (RFC 9562) of 16 random bytes. It only tells requests apart: zeros will do
 /// where there is no random source.

@@ -15,6 +15,7 @@ namespace detail {
 
 std::optional<std::string> server_unescape(std::string_view text);
 double server_rounded(double value);
+const char* server_error_kind(ErrorKind kind);
 std::string server_uuid(uint8_t* bytes);
 Error server_not_found(std::string message);
 Error server_no_model(std::string_view model);

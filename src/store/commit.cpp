@@ -449,7 +449,10 @@ inline namespace v1 {
 struct FileStore::State : detail::FileJournal {};
 
 FileStore::FileStore(std::unique_ptr<State> state) : state_(std::move(state)) {}
-FileStore::~FileStore() { state_->close(); }
+FileStore::~FileStore() {
+    detail::leave_to_parent(state_);
+    if (state_) state_->close();
+}
 
 Result<std::unique_ptr<FileStore>> FileStore::open(const FileStoreOptions& options) {
     if (options.path.find_first_not_of(" \t\r\n") == std::string::npos)

@@ -162,7 +162,7 @@ Result<void> StorePlan::add(const StoreChange& change) {
     const uint64_t cost = entry.cost();
     make_room(cost, {}, entry.record.created_at_ms);
     if (int64_t(index_->bytes() + cost) + growth_ > int64_t(max_bytes_))
-        return make_error(ErrorKind::overloaded, "the store of responses is full");
+        return make_error(ErrorKind::overloaded, "the store of responses is full", "overloaded");
     step(change.record.id, std::move(entry), 0);
     return {};
 }
@@ -171,7 +171,7 @@ Result<void> StorePlan::add(const StoreChange& change) {
 Result<void> StorePlan::update(const StoreChange& change) {
     const StoreEntry* found = find(change.record.id);
     if (!found || found->record.terminal)
-        return make_error(ErrorKind::not_found, "no unfinished response has this id");
+        return make_error(ErrorKind::not_found, "no unfinished response has this id", "not_found");
     StoreEntry entry = *found;
     if (change.kind == StoreChange::Kind::begin) {
         entry.record.attempts = change.record.attempts;

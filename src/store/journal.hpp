@@ -276,6 +276,7 @@ struct JournalTime {
 /// What the store thread owns. Only it changes index and segments, under the lock of the records;
 /// it reads them without.
 struct FileJournal {
+    Process process;
     FileStoreOptions options;
     std::unique_ptr<Folder> folder;
     StoreRecords* records = nullptr;

@@ -55,7 +55,8 @@ public:
     /// ChatML's two control tokens. Errors: as `parse`; unsupported.
     static Result<ChatTemplate> open(std::string source, bool has_chatml_tokens);
 
-    /// Errors: invalid_request, with the line; what the template itself raises: its words alone.
+    /// Errors: invalid_request, with the line; what the template itself raises: its words alone;
+    /// too_large: a text of over max_output_bytes.
     Result<MarkedText> render(const TemplateInput& input) const;
 
     const std::string& source() const;

@@ -22,8 +22,8 @@ namespace jinja {
 
 // ---- renderer -------------------------------------------------------------------------------
 
-Value Renderer::fail(std::string_view what) {
-    if (!error_) error_ = template_error(ErrorKind::invalid_request, line_, what);
+Value Renderer::fail(std::string_view what, ErrorKind kind) {
+    if (!error_) error_ = template_error(kind, line_, what);
     return {};
 }
 
@@ -63,7 +63,7 @@ bool Renderer::want(const Value& v, Kind kind) {
 bool Renderer::append(Text& out, std::string_view piece, bool request) {
     if (!charge_bytes(piece.size() + 16)) return false;  // 16: of a mark
     if (piece.size() > ChatTemplate::max_output_bytes - out.text.size()) {
-        fail("a text of over 16 MiB");
+        fail("a text of over 16 MiB", ErrorKind::too_large);
         return false;
     }
     if (request) add_mark(out, out.text.size(), out.text.size() + piece.size());

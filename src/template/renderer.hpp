@@ -76,7 +76,7 @@ public:
 
     const int64_t now_s;
 
-    Value fail(std::string_view what);
+    Value fail(std::string_view what, ErrorKind kind = ErrorKind::invalid_request);
     Value raise(std::string_view words);  // the template's own refusal
     bool failed() const { return error_.has_value(); }
     bool charge(uint64_t steps) { return charge_bytes(steps * ChatTemplate::bytes_per_step); }

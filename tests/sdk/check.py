@@ -1,9 +1,11 @@
 """The official Python client against a running server: check.py BASE_URL KEY MODEL
 
 BASE_URL ends in /v1; KEY is one that the server knows; MODEL is an id or alias it answers to.
-Needs PyPI's openai and jsonschema. The client is used as it comes: only base URL and key are set.
+Needs PyPI's openai and jsonschema. The client is used as it comes, and no reply may name the
+directory of the models.
 """
 import json
+import os
 import pathlib
 import sys
 
@@ -13,7 +15,15 @@ import openai
 base_url, key, model = sys.argv[1:4]
 schema = json.loads((pathlib.Path(__file__).parent / "response.schema.json").read_text())
 keys = schema["required"]
-client = openai.OpenAI(base_url=base_url, api_key=key)
+
+
+def names_no_directory(reply):
+    reply.read()
+    assert os.environ.get("VALAR_MODELS", " ") not in reply.text, reply.text
+
+
+client = openai.OpenAI(base_url=base_url, api_key=key, http_client=openai.DefaultHttpxClient(
+    event_hooks={"response": [names_no_directory]}))
 checks = 0
 
 
