@@ -125,14 +125,14 @@ _Pragma("push_macro(\"H\")") _Pragma("push_macro(\"HANDLE\")") _Pragma("push_mac
 _Pragma("push_macro(\"I\")") _Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")")
 _Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_macro(\"Job\")")
 _Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Kind\")")
-_Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Level\")") _Pragma("push_macro(\"List\")")
-_Pragma("push_macro(\"Live\")") _Pragma("push_macro(\"Lo\")") _Pragma("push_macro(\"Loop\")")
-_Pragma("push_macro(\"Match\")") _Pragma("push_macro(\"Merge\")") _Pragma("push_macro(\"Move\")")
-_Pragma("push_macro(\"MultiByteToWideChar\")") _Pragma("push_macro(\"N\")")
-_Pragma("push_macro(\"Nl\")") _Pragma("push_macro(\"No\")") _Pragma("push_macro(\"Node\")")
-_Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")") _Pragma("push_macro(\"Object\")")
-_Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")") _Pragma("push_macro(\"P\")")
-_Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
+_Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Length\")") _Pragma("push_macro(\"Level\")")
+_Pragma("push_macro(\"List\")") _Pragma("push_macro(\"Live\")") _Pragma("push_macro(\"Lo\")")
+_Pragma("push_macro(\"Loop\")") _Pragma("push_macro(\"Match\")") _Pragma("push_macro(\"Merge\")")
+_Pragma("push_macro(\"Move\")") _Pragma("push_macro(\"MultiByteToWideChar\")")
+_Pragma("push_macro(\"N\")") _Pragma("push_macro(\"Nl\")") _Pragma("push_macro(\"No\")")
+_Pragma("push_macro(\"Node\")") _Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")")
+_Pragma("push_macro(\"Object\")") _Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")")
+_Pragma("push_macro(\"P\")") _Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
 _Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")") _Pragma("push_macro(\"Pi\")")
 _Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"Range\")") _Pragma("push_macro(\"Reply\")")
 _Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Result\")")
@@ -454,16 +454,16 @@ _Pragma("push_macro(\"tail\")") _Pragma("push_macro(\"take\")") _Pragma("push_ma
 _Pragma("push_macro(\"task\")") _Pragma("push_macro(\"template\")") _Pragma("push_macro(\"ten\")")
 _Pragma("push_macro(\"tensor\")") _Pragma("push_macro(\"test\")") _Pragma("push_macro(\"text\")")
 _Pragma("push_macro(\"then\")") _Pragma("push_macro(\"this\")") _Pragma("push_macro(\"thread\")")
-_Pragma("push_macro(\"three\")") _Pragma("push_macro(\"throw\")") _Pragma("push_macro(\"tick\")")
-_Pragma("push_macro(\"tie\")") _Pragma("push_macro(\"tile\")") _Pragma("push_macro(\"time\")")
-_Pragma("push_macro(\"time_t\")") _Pragma("push_macro(\"timeout\")")
-_Pragma("push_macro(\"times\")") _Pragma("push_macro(\"timeval\")")
-_Pragma("push_macro(\"tmpfile\")") _Pragma("push_macro(\"token\")")
-_Pragma("push_macro(\"tokens\")") _Pragma("push_macro(\"tolower\")")
-_Pragma("push_macro(\"tool\")") _Pragma("push_macro(\"top\")") _Pragma("push_macro(\"tops\")")
-_Pragma("push_macro(\"total\")") _Pragma("push_macro(\"toupper\")") _Pragma("push_macro(\"trim\")")
-_Pragma("push_macro(\"true\")") _Pragma("push_macro(\"trunc\")") _Pragma("push_macro(\"try\")")
-_Pragma("push_macro(\"turn\")") _Pragma("push_macro(\"two\")") _Pragma("push_macro(\"type\")")
+_Pragma("push_macro(\"throw\")") _Pragma("push_macro(\"tick\")") _Pragma("push_macro(\"tie\")")
+_Pragma("push_macro(\"tile\")") _Pragma("push_macro(\"time\")") _Pragma("push_macro(\"time_t\")")
+_Pragma("push_macro(\"timeout\")") _Pragma("push_macro(\"times\")")
+_Pragma("push_macro(\"timeval\")") _Pragma("push_macro(\"tmpfile\")")
+_Pragma("push_macro(\"token\")") _Pragma("push_macro(\"tokens\")")
+_Pragma("push_macro(\"tolower\")") _Pragma("push_macro(\"tool\")") _Pragma("push_macro(\"top\")")
+_Pragma("push_macro(\"tops\")") _Pragma("push_macro(\"total\")") _Pragma("push_macro(\"toupper\")")
+_Pragma("push_macro(\"trim\")") _Pragma("push_macro(\"true\")") _Pragma("push_macro(\"trunc\")")
+_Pragma("push_macro(\"try\")") _Pragma("push_macro(\"turn\")") _Pragma("push_macro(\"two\")")
+_Pragma("push_macro(\"two_pi\")") _Pragma("push_macro(\"type\")")
 _Pragma("push_macro(\"typedef\")") _Pragma("push_macro(\"typeid\")")
 _Pragma("push_macro(\"typename\")") _Pragma("push_macro(\"types\")") _Pragma("push_macro(\"u\")")
 _Pragma("push_macro(\"u16\")") _Pragma("push_macro(\"u32\")") _Pragma("push_macro(\"u64\")")
@@ -484,13 +484,13 @@ _Pragma("push_macro(\"valloc\")") _Pragma("push_macro(\"value\")")
 _Pragma("push_macro(\"values\")") _Pragma("push_macro(\"vasprintf\")")
 _Pragma("push_macro(\"vector\")") _Pragma("push_macro(\"version\")")
 _Pragma("push_macro(\"view\")") _Pragma("push_macro(\"virtual\")")
-_Pragma("push_macro(\"visible\")") _Pragma("push_macro(\"void\")")
+_Pragma("push_macro(\"visible\")") _Pragma("push_macro(\"vocab\")") _Pragma("push_macro(\"void\")")
 _Pragma("push_macro(\"volatile\")") _Pragma("push_macro(\"vsnprintf\")")
 _Pragma("push_macro(\"vsprintf\")") _Pragma("push_macro(\"vswprintf\")")
 _Pragma("push_macro(\"w\")") _Pragma("push_macro(\"wait\")") _Pragma("push_macro(\"warning\")")
 _Pragma("push_macro(\"watch\")") _Pragma("push_macro(\"wchar_t\")")
 _Pragma("push_macro(\"wcscat\")") _Pragma("push_macro(\"wcscpy\")")
-_Pragma("push_macro(\"wcsdup\")") _Pragma("push_macro(\"weight\")")
+_Pragma("push_macro(\"wcsdup\")") _Pragma("push_macro(\"weight\")") _Pragma("push_macro(\"when\")")
 _Pragma("push_macro(\"while\")") _Pragma("push_macro(\"width\")") _Pragma("push_macro(\"window\")")
 _Pragma("push_macro(\"word\")") _Pragma("push_macro(\"work\")") _Pragma("push_macro(\"worker\")")
 _Pragma("push_macro(\"write\")") _Pragma("push_macro(\"writev\")") _Pragma("push_macro(\"x\")")
@@ -535,6 +535,7 @@ _Pragma("push_macro(\"zero\")")
 #undef K
 #undef Kind
 #undef L
+#undef Length
 #undef Level
 #undef List
 #undef Live
@@ -1355,7 +1356,6 @@ _Pragma("push_macro(\"zero\")")
 #undef then
 #undef this
 #undef thread
-#undef three
 #undef throw
 #undef tick
 #undef tie
@@ -1380,6 +1380,7 @@ _Pragma("push_macro(\"zero\")")
 #undef try
 #undef turn
 #undef two
+#undef two_pi
 #undef type
 #undef typedef
 #undef typeid
@@ -1430,6 +1431,7 @@ _Pragma("push_macro(\"zero\")")
 #undef view
 #undef virtual
 #undef visible
+#undef vocab
 #undef void
 #undef volatile
 #undef vsnprintf
@@ -1444,6 +1446,7 @@ _Pragma("push_macro(\"zero\")")
 #undef wcscpy
 #undef wcsdup
 #undef weight
+#undef when
 #undef while
 #undef width
 #undef window
@@ -1474,25 +1477,25 @@ _Pragma("push_macro(\"INT8\")") _Pragma("push_macro(\"Index\")")
 _Pragma("push_macro(\"IsEqualGUID\")") _Pragma("push_macro(\"Key\")")
 _Pragma("push_macro(\"LIST_ENTRY\")") _Pragma("push_macro(\"LONG\")")
 _Pragma("push_macro(\"LONG64\")") _Pragma("push_macro(\"LPMINMAXINFO\")")
-_Pragma("push_macro(\"Length\")") _Pragma("push_macro(\"MSG\")") _Pragma("push_macro(\"Mask\")")
-_Pragma("push_macro(\"Message\")") _Pragma("push_macro(\"Msg\")")
-_Pragma("push_macro(\"PATTERN\")") _Pragma("push_macro(\"POINT\")") _Pragma("push_macro(\"PROC\")")
-_Pragma("push_macro(\"PSIZE\")") _Pragma("push_macro(\"PSTR\")") _Pragma("push_macro(\"Point\")")
-_Pragma("push_macro(\"Polygon\")") _Pragma("push_macro(\"Priority\")")
-_Pragma("push_macro(\"Protocol\")") _Pragma("push_macro(\"ProtocolRevision\")")
-_Pragma("push_macro(\"Ptr\")") _Pragma("push_macro(\"R\")") _Pragma("push_macro(\"RECT\")")
-_Pragma("push_macro(\"Rectangle\")") _Pragma("push_macro(\"Region\")")
-_Pragma("push_macro(\"Reserved\")") _Pragma("push_macro(\"S\")") _Pragma("push_macro(\"SHORT\")")
-_Pragma("push_macro(\"SIZE\")") _Pragma("push_macro(\"SLIST_ENTRY\")")
-_Pragma("push_macro(\"SOCKADDR_IN\")") _Pragma("push_macro(\"SSIZE_T\")")
-_Pragma("push_macro(\"Size\")") _Pragma("push_macro(\"String\")")
-_Pragma("push_macro(\"TIMEVAL\")") _Pragma("push_macro(\"TokenType\")")
-_Pragma("push_macro(\"UCHAR\")") _Pragma("push_macro(\"UINT\")") _Pragma("push_macro(\"UINT16\")")
-_Pragma("push_macro(\"UINT32\")") _Pragma("push_macro(\"UINT64\")")
-_Pragma("push_macro(\"UINT8\")") _Pragma("push_macro(\"USHORT\")")
-_Pragma("push_macro(\"Version\")") _Pragma("push_macro(\"WORD\")") _Pragma("push_macro(\"X\")")
-_Pragma("push_macro(\"Y\")") _Pragma("push_macro(\"Zone\")") _Pragma("push_macro(\"a2\")")
-_Pragma("push_macro(\"action\")") _Pragma("push_macro(\"arg\")") _Pragma("push_macro(\"bottom\")")
+_Pragma("push_macro(\"MSG\")") _Pragma("push_macro(\"Mask\")") _Pragma("push_macro(\"Message\")")
+_Pragma("push_macro(\"Msg\")") _Pragma("push_macro(\"PATTERN\")") _Pragma("push_macro(\"POINT\")")
+_Pragma("push_macro(\"PROC\")") _Pragma("push_macro(\"PSIZE\")") _Pragma("push_macro(\"PSTR\")")
+_Pragma("push_macro(\"Point\")") _Pragma("push_macro(\"Polygon\")")
+_Pragma("push_macro(\"Priority\")") _Pragma("push_macro(\"Protocol\")")
+_Pragma("push_macro(\"ProtocolRevision\")") _Pragma("push_macro(\"Ptr\")")
+_Pragma("push_macro(\"R\")") _Pragma("push_macro(\"RECT\")") _Pragma("push_macro(\"Rectangle\")")
+_Pragma("push_macro(\"Region\")") _Pragma("push_macro(\"Reserved\")") _Pragma("push_macro(\"S\")")
+_Pragma("push_macro(\"SHORT\")") _Pragma("push_macro(\"SIZE\")")
+_Pragma("push_macro(\"SLIST_ENTRY\")") _Pragma("push_macro(\"SOCKADDR_IN\")")
+_Pragma("push_macro(\"SSIZE_T\")") _Pragma("push_macro(\"Size\")")
+_Pragma("push_macro(\"String\")") _Pragma("push_macro(\"TIMEVAL\")")
+_Pragma("push_macro(\"TokenType\")") _Pragma("push_macro(\"UCHAR\")")
+_Pragma("push_macro(\"UINT\")") _Pragma("push_macro(\"UINT16\")") _Pragma("push_macro(\"UINT32\")")
+_Pragma("push_macro(\"UINT64\")") _Pragma("push_macro(\"UINT8\")")
+_Pragma("push_macro(\"USHORT\")") _Pragma("push_macro(\"Version\")")
+_Pragma("push_macro(\"WORD\")") _Pragma("push_macro(\"X\")") _Pragma("push_macro(\"Y\")")
+_Pragma("push_macro(\"Zone\")") _Pragma("push_macro(\"a2\")") _Pragma("push_macro(\"action\")")
+_Pragma("push_macro(\"arg\")") _Pragma("push_macro(\"bottom\")")
 _Pragma("push_macro(\"callback\")") _Pragma("push_macro(\"color\")")
 _Pragma("push_macro(\"config\")") _Pragma("push_macro(\"crc\")") _Pragma("push_macro(\"cursor\")")
 _Pragma("push_macro(\"cy\")") _Pragma("push_macro(\"dllimport\")")
@@ -1544,7 +1547,6 @@ _Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
 #undef LONG
 #undef LONG64
 #undef LPMINMAXINFO
-#undef Length
 #undef MSG
 #undef Mask
 #undef Message
@@ -2559,6 +2561,11 @@ VALAR_API uint16_t float_to_half(float value);  // to nearest even; too large is
 /// Memory of the keys and values of one token in one layer.
 VALAR_API uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t head_dim);
 
+/// What a feed-forward network bends its values with: x / (1 + e^-x); x times the normal distribution
+/// (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415), or its approximation by tanh; the
+/// square of what is positive.
+enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared };
+
 /// What the numeric definition is made of beside + - * / and square roots: the same bits with every
 /// compiler and on every machine. examples/one_token.cpp is a forward pass of these.
 VALAR_API float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once
@@ -2697,30 +2704,54 @@ enum class RopeKind : uint8_t {
 };
 
 /// Pair i at position p turns by p * scale * base^(-2i / dims) / factor_i radians, where factor_i
-/// is ModelSpec::rope_factors[i], or 1 where that is empty.
+/// is ModelSpec::rope_factors[i], or 1 where that is empty. YaRN (https://arxiv.org/abs/2309.00071):
+/// pairs before ramp_begin are not scaled, those from ramp_end on are, between them in part.
 struct RopeSpec {
     RopeKind kind = RopeKind::norm;
-    uint32_t dims = 0;  // the first `dims` values of a head turn, the rest stay; even
+    uint32_t dims = 0;  // the first `dims` values of a head turn, the rest stay; even; 0: none does
     float base = 10000;
-    float scale = 1;  // linear scaling: 1 / factor
+    float scale = 1;  // 1 / factor, of linear scaling and of YaRN
+    bool yarn = false;
+    float ramp_begin = 0, ramp_end = 0;
+    float magnitude = 1;  // times sine and cosine
 };
 
-/// One layer: x += attention(rms_norm(x)); x += down(silu(gate(y)) * up(y)), y = rms_norm(x).
-/// The norm is RMSNorm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), the gated
-/// network is SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202), and query heads share key
-/// heads in groups (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
+enum class NormKind : uint8_t {
+    rms,    ///< RMSNorm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)
+    layer,  ///< LayerNorm (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450)
+};
+enum class QkNorm : uint8_t {
+    none,
+    head,  ///< each head of queries and keys by itself, with one weight for all
+    row,   ///< all heads together
+    own,   ///< LayerNorm of each head by itself, with a weight of its own
+};
+
+/// One layer: x += attention(norm(x)); x += down(act(gate(y)) * up(y)), y = norm(x). With silu that
+/// is SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202); not gated it is down(act(up(y))).
+/// Query heads share key heads in groups (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
 struct LayerSpec {
     uint32_t n_heads = 0;  // query heads; n_heads / n_kv_heads of them share a key head
     uint32_t n_kv_heads = 0;
     uint32_t head_dim = 0;  // of queries, keys and values
     uint32_t n_ff = 0;      // rows of gate and up
-    bool qkv_bias = false;
+    bool qkv_bias = false, output_bias = false, ffn_bias = false;
+    bool attn_norm = true, ffn_norm = true;              // of what is read; norm(x) is x without
+    bool post_attn_norm = false, post_ffn_norm = false;  // of what is added
+    bool parallel = false;  // both read the layer's input; y = attention's without ffn_norm
+    bool gated = true;
+    Activation activation = Activation::silu;
+    QkNorm qk_norm = QkNorm::none;
+    bool qk_norm_after_rope = false;
+    bool sinks = false;         // each head has a score that takes weight and gives nothing
     float attention_scale = 0;  // of query . key; 1 / sqrt(head_dim) unless the file says so
+    float soft_cap = 0;         // scores are soft_cap * tanh(score / soft_cap); 0: as they are
     uint32_t window = 0;        // a position sees itself and window - 1 before it; 0: all
     RopeSpec rope;
 };
 
-/// What the network is. The embedding is multiplied by embedding_scale, the logits by logit_scale.
+/// What the network is. The embedding is multiplied by embedding_scale, what layers add by
+/// residual_scale, the logits by logit_scale.
 struct ModelSpec {
     static constexpr uint64_t max_layers = 1024;
     static constexpr uint64_t max_width = 1 << 20;  // n_embd, n_ff, n_heads * head_dim
@@ -2732,15 +2763,21 @@ struct ModelSpec {
     uint32_t n_vocab = 0;
     uint32_t n_embd = 0;     // width of the residual stream
     uint32_t n_context = 0;  // positions it was trained for
-    float norm_eps = 0;      // of every RMS norm
-    float embedding_scale = 1;
-    float logit_scale = 1;
+    NormKind norm = NormKind::rms;
+    bool norm_bias = false;  // LayerNorm's
+    float norm_eps = 0;      // of every norm
+    float embedding_scale = 1, residual_scale = 1, logit_scale = 1;
+    float soft_cap = 0;               // of logits, as LayerSpec::soft_cap
+    bool position_embd = false;       // learned positions, added to the embedding
     std::vector<float> rope_factors;  // (dims / 2), positive, the same for all layers; or empty
-    bool tied_output = false;         // the output matrix is the token embedding
+    std::vector<float> rope_long_factors;  // instead, where more than n_rope_context positions
+    uint32_t n_rope_context = 0;           // may come
+    bool tied_output = false;              // the output matrix is the token embedding
+    bool output_bias = false;
     std::vector<LayerSpec> layers;
 };
 
-/// Reads what the file's architecture is: `llama` or `qwen2`.
+/// Reads what the file's architecture is. Error (unsupported): an unknown one; the known are listed.
 VALAR_API Result<ModelSpec> read_model_spec(const Gguf& gguf);
 
 }  // namespace v1
@@ -9739,6 +9776,29 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //     matrix (the embedding where there is none) times rms_norm(x); where the model scales them
 //     (logit_scale), each is multiplied once. base and the factors of rope are binary32 numbers of
 //     the model; attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
+// 14. Layer norm: mean = 16-lane sum of x_i, / float(n); d_i = x_i - mean; ss = 16-lane sum where
+//     adding an element is lane = fma(d_i, d_i, lane); scale = 1 / sqrt(ss / float(n) + eps);
+//     y_i = (d_i * scale) * w_i, plus its bias where there is one.
+// 15. Soft cap of x: u = x / cap; t = 1 - 2 / (exp(u + u) + 1); cap * t. Scores are capped before
+//     their maximum is taken, logits after their scale.
+// 16. Activations other than silu:
+//       gelu_tanh(x): z = x * fma(x * x, 0x1.2444f2p-4f, 0x1.988454p+0f); x / (1 + exp(-z)).
+//       gelu(x): a = |x| * 0x1.6a09e6p-1f; t = 1 / fma(0x1.4f740ap-2f, a, 1);
+//         p = c5; p = fma(p, t, c4) .. fma(p, t, c1); e = ((t * p) * exp(-(a * a))) * 0.5;
+//         x * (x < 0 ? e : 1 - e). (Abramowitz and Stegun,
+//         7.1.26: c1 = 0.254829592, c2 = -0.284496736, c3 = 1.421413741, c4 = -1.453152027,
+//         c5 = 1.061405429, p = 0.3275911, rounded to binary32.)
+//       relu_squared(x): r = x > 0 ? x : 0; r * r.
+//     Where a bias or another activation is there, gate and up are finished products, each plus its
+//     bias, and h_i = activation(gate_i) * up_i; not gated: h_i = activation(up_i).
+// 17. Further options of a layer, in this order: queries and keys are normed (6, each head by itself,
+//     or all of a row) before rope, or after it. A sink of a head is merged last, like a segment of
+//     (m, l, o) = (sink, 1, 0). What is added to x: the product, plus its bias, normed (6), times
+//     residual_scale; where there is neither norm nor scale, x + product, plus the bias. In a parallel
+//     layer feed-forward reads the layer's input; x + feed-forward, then + attention. Rope by YaRN:
+//     r = (i - ramp_begin) / (ramp_end - ramp_begin), clamped to 0..1; f_i = f_i * scale * r + f_i *
+//     (1 - r), in double; cosine and sine times magnitude, in double. A learned position's row is
+//     added to the embedding's.
 // ----------------------------------------------------------------------------------------------
 
 namespace valar {
@@ -9851,6 +9911,7 @@ struct AttentionTask {
     float* sum;                 ///< (queries)
     float* out;                 ///< (queries, out_stride)
     size_t out_stride;
+    float soft_cap = 0;  ///< of scores (definition, 15); 0: none. Only the scalar kernel heeds it
 };
 
 /// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
@@ -9878,6 +9939,15 @@ struct Kernels {
                             size_t n);
     bool prefetches = false;  ///< whether matmul heeds MatmulTask::ahead
 };
+
+/// Operations that few models have: one code for all instruction sets (definition, 14 to 17).
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
+                float* y);
+void activate(Activation activation, float* x, const float* up, size_t n);  ///< up may be null
+void apply_soft_cap(float* x, float cap, size_t n);
+void attention_with_soft_cap(const AttentionTask& task);
+/// A score that takes weight and gives nothing, merged into the state of a query.
+void add_sink(float* max, float* sum, float* out, float score, size_t n);
 
 /// The tables that this build and this CPU have, best last; [0] is the scalar reference.
 std::span<const Kernels* const> available_kernels();
@@ -10962,6 +11032,31 @@ float read_kv(KvType type, const void* group, size_t index) {
                                : half_value(static_cast<const uint16_t*>(group)[index]);
 }
 
+float capped(float x, float cap) {
+    const float u = x / cap;
+    return cap * (1.0f - 2.0f / (exp_once(u + u) + 1.0f));
+}
+
+float gelu_tanh(float x) {
+    constexpr float linear = 0x1.988454p+0f, cubic = 0x1.2444f2p-4f;  // 2 sqrt(2 / pi), * 0.044715
+    return x / (1.0f + exp_once(-(x * fma_once(x * x, cubic, linear))));
+}
+
+float gelu(float x) {
+    constexpr float coefficients[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
+                                      0.254829592f};
+    const float a = std::fabs(x) * 0x1.6a09e6p-1f, t = 1.0f / fma_once(0.3275911f, a, 1.0f);
+    float p = 0;
+    for (const float c : coefficients) p = fma_once(p, t, c);
+    const float tail = ((t * p) * exp_once(-(a * a))) * 0.5f;
+    return x * (x < 0 ? tail : 1.0f - tail);
+}
+
+float relu_squared(float x) {
+    const float r = x > 0 ? x : 0;
+    return r * r;
+}
+
 void attend(const AttentionTask& task, uint32_t query) {
     const uint32_t begin = task.begin[query], end = task.end[query];
     const float* q = task.q + query * task.q_stride;
@@ -10971,6 +11066,7 @@ void attend(const AttentionTask& task, uint32_t query) {
         for (size_t e = 0; e < task.head_dim; e++)
             p[j] = fma_once(q[e], read_kv(task.kv_type, task.keys[j / 16], e * kKeyGroup + j % 16),
                             p[j]);
+        if (task.soft_cap != 0) p[j] = capped(p[j], task.soft_cap);
         if (p[j] > most) most = p[j];
     }
     most += 0.0f;
@@ -11021,6 +11117,42 @@ constexpr Kernels kernels = {
 };
 
 }  // namespace scalar
+
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
+                float* y) {
+    float sums[16] = {}, squares[16] = {};
+    for (size_t i = 0; i < n; i++) sums[i % 16] += x[i];
+    const float mean = scalar::sum_of_lanes(sums) / static_cast<float>(n);
+    for (size_t i = 0; i < n; i++)
+        squares[i % 16] = fma_once(x[i] - mean, x[i] - mean, squares[i % 16]);
+    const float scale = 1.0f /
+                        std::sqrt(scalar::sum_of_lanes(squares) / static_cast<float>(n) + eps);
+    for (size_t i = 0; i < n; i++) {
+        y[i] = ((x[i] - mean) * scale) * weight[i];
+        if (bias) y[i] += bias[i];
+    }
+}
+
+void activate(Activation activation, float* x, const float* up, size_t n) {
+    static constexpr float (*functions[])(float) = {silu_once, scalar::gelu, scalar::gelu_tanh,
+                                                    scalar::relu_squared};
+    float (*const act)(float) = functions[static_cast<size_t>(activation)];
+    for (size_t i = 0; i < n; i++) x[i] = up ? act(x[i]) * up[i] : act(x[i]);
+}
+
+void apply_soft_cap(float* x, float cap, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = scalar::capped(x[i], cap);
+}
+
+void attention_with_soft_cap(const AttentionTask& task) { scalar::attention(task); }
+
+void add_sink(float* max, float* sum, float* out, float score, size_t n) {
+    const float most = score > *max ? score : *max;
+    const float a = exp_once(*max - most), b = exp_once(score - most);
+    *max = most;
+    *sum = fma_once(1.0f, b, *sum * a);
+    for (size_t e = 0; e < n; e++) out[e] *= a;
+}
 
 size_t kv_group_bytes(KvType type, uint32_t head_dim) {
     const size_t values = size_t{head_dim} * kKeyGroup;
@@ -18539,33 +18671,69 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// Tensors of one layer, shapes as (rows, columns); a row is contiguous. Never null but the
-/// biases, which are null where the layer has none. Norms and biases are F32.
-struct LayerTensors {
-    const TensorInfo* attn_norm = nullptr;    // (n_embd)
-    const TensorInfo* q = nullptr;            // (n_heads * head_dim, n_embd)
-    const TensorInfo* k = nullptr;            // (n_kv_heads * head_dim, n_embd)
-    const TensorInfo* v = nullptr;            // (n_kv_heads * head_dim, n_embd)
-    const TensorInfo* q_bias = nullptr;       // (n_heads * head_dim)
-    const TensorInfo* k_bias = nullptr;       // (n_kv_heads * head_dim)
-    const TensorInfo* v_bias = nullptr;       // (n_kv_heads * head_dim)
-    const TensorInfo* attn_output = nullptr;  // (n_embd, n_heads * head_dim)
-    const TensorInfo* ffn_norm = nullptr;     // (n_embd)
-    const TensorInfo* gate = nullptr;         // (n_ff, n_embd)
-    const TensorInfo* up = nullptr;           // (n_ff, n_embd)
-    const TensorInfo* down = nullptr;         // (n_embd, n_ff)
+/// What a tensor of a model is for.
+enum class TensorRole : uint8_t {
+    none,
+    // of the model
+    token_embd,
+    position_embd,
+    output_norm,
+    output_norm_bias,
+    output,
+    output_bias,
+    // of a layer
+    attn_norm,
+    attn_norm_bias,
+    q,
+    k,
+    v,
+    q_bias,
+    k_bias,
+    v_bias,
+    q_norm,
+    k_norm,
+    sinks,
+    attn_output,
+    attn_output_bias,
+    post_attn_norm,
+    ffn_norm,
+    ffn_norm_bias,
+    gate,
+    up,
+    down,
+    gate_bias,
+    up_bias,
+    down_bias,
+    post_ffn_norm,
+};
+inline constexpr size_t kRoles = static_cast<size_t>(TensorRole::post_ffn_norm) + 1;
+
+/// Rows of a tensor, or elements of a vector; all of it, or one of several that share a tensor.
+struct TensorRows {
+    const TensorInfo* tensor = nullptr;  // null: there is none
+    uint64_t first = 0, count = 0;
+    bool matrix = false;
+    explicit operator bool() const { return tensor != nullptr; }
+};
+
+/// By role. Matrices are (rows, columns); a row is contiguous.
+class RoleTensors {
+public:
+    TensorRows& operator[](TensorRole role) { return rows_[static_cast<size_t>(role)]; }
+    const TensorRows& operator[](TensorRole role) const { return rows_[static_cast<size_t>(role)]; }
+
+private:
+    std::array<TensorRows, kRoles> rows_ = {};
 };
 
 /// All tensors, pointing into Gguf::tensors(): valid while that Gguf lives, moved or not.
 struct ModelTensors {
-    const TensorInfo* token_embd = nullptr;   // (n_vocab, n_embd)
-    const TensorInfo* output_norm = nullptr;  // (n_embd)
-    const TensorInfo* output = nullptr;       // (n_vocab, n_embd); equals token_embd when tied
-    std::vector<LayerTensors> layers;
+    RoleTensors model;  // `output` equals `token_embd` where it is tied
+    std::vector<RoleTensors> layers;
 };
 
-/// Finds every tensor that the spec needs and checks shape and type. Matrices are F32, F16, BF16,
-/// Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K or Q6_K.
+/// Finds every tensor that the spec needs and checks shape and type. Matrices are of a type that
+/// kernels read, vectors F32.
 Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec);
 
 }  // namespace detail
@@ -18586,21 +18754,37 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-/// A new family that differs only in these is one more row.
+/// What a family does differently from `llama`.
+enum Trait : uint32_t {
+    layer_norm = 1,       // LayerNorm instead of RMSNorm
+    ungated = 2,          // down(act(up(y)))
+    parallel_layer = 4,   // attention and feed-forward side by side
+    learned_places = 8,   // positions are embedded, not rotated
+    divides_logits = 16,  // logit_scale is a divisor
+    full_unrotated = 32,  // layers that see all do not rotate
+    norms_row = 64,       // q and k are normed over all heads
+    norms_rotated = 128,  // q and k are normed after they were rotated
+    post_is_ffn = 256,    // post_attention_norm is the feed-forward's own norm
+};
+
+struct SpecReader;
+
+/// A new family is one more row; `more` is for what a row cannot say.
 struct Architecture {
     const char* name;  // also the prefix of its keys
     RopeKind rope;
-    bool qkv_bias;
-};
-constexpr Architecture architectures[] = {
-    {"llama", RopeKind::norm, false},
-    {"qwen2", RopeKind::neox, true},
+    uint32_t traits = 0;
+    Activation activation = Activation::silu;
+    uint32_t full_every = 0;  // of its windowed layers, where the file does not say so
+    bool yarn_is_rounded = true;
+    void (*more)(SpecReader&, ModelSpec&) = nullptr;
 };
 
 /// Keys that change what the network computes in a way that no backend here does.
 constexpr const char* refused_model_keys[] = {
-    "expert_count",   "attn_logit_softcapping", "final_logit_softcapping",
-    "residual_scale", "attention.clamp_kqv",
+    "expert_count",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
 };
 
 constexpr TensorType matrix_types[] = {
@@ -18613,6 +18797,7 @@ constexpr TensorType vector_types[] = {TensorType::f32};
 /// use, so that a reader can go on to its end and look once.
 struct SpecReader {
     const Gguf& gguf;
+    const Architecture* row = nullptr;
     std::string prefix = {};
     std::optional<Error> error = {};
 
@@ -18629,6 +18814,9 @@ struct SpecReader {
         return T{};
     }
     const GgufKey* find(const char* key) const { return gguf.find(prefix + key); }
+    bool has_tensor(size_t layer, const char* name) const {
+        return gguf.find_tensor(format("blk.%zu.", layer) + name) != nullptr;
+    }
 
     uint32_t in_limits(const char* key, uint64_t number, uint64_t limit) {
         if (number < 1 || number > limit)
@@ -18653,6 +18841,11 @@ struct SpecReader {
             fail_key(ErrorKind::bad_data, key, "is too short for the layers");
         return error ? 1 : in_limits(key, static_cast<uint64_t>(numbers[layer]), limit);
     }
+    /// With the fallback 0: a number that may be missing, or 0 for nothing.
+    float number_or_none(const char* key) {
+        const GgufKey* found = find(key);
+        return found && value(gguf.get_float(prefix + key, 0.0)) != 0 ? positive(key, 1) : 0;
+    }
     float positive(const char* key, float fallback) {
         const float number = static_cast<float>(
             value(gguf.get_float(prefix + key, static_cast<double>(fallback))));
@@ -18661,12 +18854,6 @@ struct SpecReader {
         return number;
     }
 };
-
-const Architecture* find_architecture(std::string_view name) {
-    for (const Architecture& row : architectures)
-        if (name == row.name) return &row;
-    return nullptr;
-}
 
 void refuse_unknown_options(SpecReader& in) {
     for (const char* key : refused_model_keys) {
@@ -18677,31 +18864,76 @@ void refuse_unknown_options(SpecReader& in) {
     }
 }
 
-/// 1 / factor of linear scaling. (llama3 scaling needs no key: its factors are a tensor.)
-float read_rope_scale(SpecReader& in) {
-    const auto type = in.value(in.gguf.get_string(in.prefix + "rope.scaling.type", "linear"));
-    if (type == "none") return 1;
-    if (type != "linear")
-        in.fail_key(ErrorKind::unsupported, "rope.scaling.type", "is neither 'none' nor 'linear'");
-    const char* key = in.find("rope.scaling.factor") ? "rope.scaling.factor" : "rope.scale_linear";
-    return 1.0f / in.positive(key, 1.0f);
+// ---- Rope ------------------------------------------------------------------------------------
+
+double natural_log(double x) { return exact_log(x); }
+
+/// YaRN: which pairs turn so often in the original context that they are left alone, and which so
+/// seldom that they are scaled in full.
+void read_yarn(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
+    const double factor = 1.0 / static_cast<double>(rope.scale);
+    const double context = in.size("rope.scaling.original_context_length", ModelSpec::max_context,
+                                   n_context);
+    const double fast = static_cast<double>(in.positive("rope.scaling.yarn_beta_fast", 32.0f));
+    const double slow = static_cast<double>(in.positive("rope.scaling.yarn_beta_slow", 1.0f));
+    const double dims = rope.dims;
+    const auto pair_of = [&](double turns) {
+        constexpr double two_pi = 6.283185307179586;
+        return dims * natural_log(context / (turns * two_pi)) /
+               (2 * natural_log(static_cast<double>(rope.base)));
+    };
+    const bool whole = in.row->yarn_is_rounded;
+    const double begin = whole ? std::floor(pair_of(fast)) : pair_of(fast);
+    const double end = whole ? std::ceil(pair_of(slow)) : pair_of(slow);
+    if (!std::isfinite(begin) || !std::isfinite(end))
+        in.fail_key(ErrorKind::bad_data, "rope.freq_base", "makes no ramp of YaRN");
+    if (in.error) return;
+    rope.yarn = true;
+    rope.ramp_begin = static_cast<float>(std::max(begin, 0.0));
+    rope.ramp_end = static_cast<float>(std::min(end, dims - 1));
+    if (rope.ramp_begin == rope.ramp_end) rope.ramp_end += 0.001f;
+    const double usual = factor > 1 ? 0.1 * natural_log(factor) + 1 : 1;
+    rope.magnitude = static_cast<float>(static_cast<double>(rope.magnitude) * usual);
 }
 
-std::vector<float> read_rope_factors(SpecReader& in, uint32_t rope_dims) {
-    const TensorInfo* tensor = in.gguf.find_tensor("rope_freqs.weight");
+/// (llama3's scaling and longrope need no key but the magnitude: their factors are tensors.)
+void read_rope_scaling(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
+    const auto type = in.value(in.gguf.get_string(in.prefix + "rope.scaling.type", "linear"));
+    rope.magnitude = in.positive("rope.scaling.attn_factor", 1.0f);
+    if (type == "none" || type == "longrope") return;
+    if (type != "linear" && type != "yarn" && type != "longrope")
+        in.fail_key(ErrorKind::unsupported, "rope.scaling.type",
+                    "is none of 'none', 'linear', 'yarn', 'longrope'");
+    const char* key = in.find("rope.scaling.factor") ? "rope.scaling.factor" : "rope.scale_linear";
+    rope.scale = 1.0f / in.positive(key, 1.0f);
+    if (type == "yarn" && rope.dims > 0 && !in.error) read_yarn(in, rope, n_context);
+}
+
+std::vector<float> read_rope_factors(SpecReader& in, const char* name, uint32_t rope_dims) {
+    const TensorInfo* tensor = in.gguf.find_tensor(name);
     if (!tensor || in.error) return {};
-    if (tensor->type != TensorType::f32 || tensor->n_dims != 1 ||
-        tensor->dims[0] != rope_dims / 2) {
-        in.fail(ErrorKind::bad_data, "tensor 'rope_freqs.weight' is not F32 of half the rope dims");
-        return {};
-    }
+    const auto refuse = [&](const char* what) {
+        in.fail(ErrorKind::bad_data, format("tensor '%s' %s", name, what));
+        return std::vector<float>();
+    };
+    if (tensor->type != TensorType::f32 || tensor->n_dims != 1 || tensor->dims[0] != rope_dims / 2)
+        return refuse("is not F32 of half the rope dims");
     std::vector<float> factors(rope_dims / 2);
     const auto bytes = std::as_writable_bytes(std::span<float>(factors));
     if (auto done = in.gguf.read_tensor(*tensor, 0, bytes); !done) in.error = done.error();
     for (float factor : factors)
-        if (!(factor > 0 && std::isfinite(factor)))
-            in.fail(ErrorKind::bad_data, "tensor 'rope_freqs.weight' has a factor not positive");
+        if (!(factor > 0 && std::isfinite(factor))) return refuse("has a factor not positive");
     return factors;
+}
+
+void read_all_rope_factors(SpecReader& in, ModelSpec& spec) {
+    const uint32_t dims = spec.layers[0].rope.dims;
+    spec.rope_factors = read_rope_factors(in, "rope_freqs.weight", dims);
+    if (spec.rope_factors.empty())
+        spec.rope_factors = read_rope_factors(in, "rope_factors_short.weight", dims);
+    spec.rope_long_factors = read_rope_factors(in, "rope_factors_long.weight", dims);
+    spec.n_rope_context = in.size("rope.scaling.original_context_length", ModelSpec::max_context,
+                                  spec.n_context);
 }
 
 /// All layers have the head size of the first, also where their numbers of heads differ.
@@ -18715,14 +18947,35 @@ uint32_t read_head_dim(SpecReader& in, uint32_t n_embd) {
     return in.error ? 1 : n_embd / n_heads;
 }
 
-RopeSpec read_rope(SpecReader& in, const Architecture& row, uint32_t head_dim) {
+RopeSpec read_rope(SpecReader& in, uint32_t head_dim, uint32_t n_context) {
     RopeSpec rope;
-    rope.kind = row.rope;
+    rope.kind = in.row->rope;
+    rope.base = in.positive("rope.freq_base", 10000.0f);
+    if (in.row->traits & learned_places) return rope;
     rope.dims = in.size("rope.dimension_count", head_dim, head_dim);
     if (rope.dims % 2 != 0) in.fail_key(ErrorKind::bad_data, "rope.dimension_count", "is odd");
-    rope.base = in.positive("rope.freq_base", 10000.0f);
-    rope.scale = read_rope_scale(in);
+    read_rope_scaling(in, rope, n_context);
     return rope;
+}
+
+// ---- Layers ----------------------------------------------------------------------------------
+
+/// What a layer has by the tensors that the file gives it.
+void read_layer_tensors(SpecReader& in, LayerSpec& layer, size_t index) {
+    const auto has = [&](const char* name) { return in.has_tensor(index, name); };
+    const bool second_is_ffn = in.row->traits & post_is_ffn;
+    layer.qkv_bias = has("attn_q.bias") || has("attn_qkv.bias");
+    layer.output_bias = has("attn_output.bias");
+    layer.ffn_bias = has("ffn_down.bias");
+    layer.post_attn_norm = has("post_attention_norm.weight") && !second_is_ffn;
+    layer.post_ffn_norm = has("post_ffw_norm.weight");
+    layer.attn_norm = has("attn_norm.weight") || !layer.post_attn_norm;
+    layer.ffn_norm = has("ffn_norm.weight") || !(layer.post_ffn_norm || layer.parallel);
+    layer.sinks = has("attn_sinks.weight");
+    if (has("attn_q_norm.weight"))
+        layer.qk_norm = in.row->traits & norms_row    ? QkNorm::row
+                        : in.row->traits & layer_norm ? QkNorm::own
+                                                      : QkNorm::head;
 }
 
 /// What is the same in all layers is in `layer` already.
@@ -18736,18 +18989,25 @@ LayerSpec read_layer(SpecReader& in, LayerSpec layer, size_t index) {
         in.fail_key(ErrorKind::bad_data, "attention.head_count_kv", "does not divide head_count");
     if (uint64_t{layer.n_heads} * layer.head_dim > ModelSpec::max_width)
         in.fail_key(ErrorKind::bad_data, "attention.head_count", "times head size is too large");
+    read_layer_tensors(in, layer, index);
     return layer;
 }
 
-std::vector<LayerSpec> read_layers(SpecReader& in, const Architecture& row, uint32_t n_embd) {
+std::vector<LayerSpec> read_layers(SpecReader& in, const ModelSpec& spec) {
     LayerSpec common;
-    common.head_dim = read_head_dim(in, n_embd);
+    common.head_dim = read_head_dim(in, spec.n_embd);
     if (in.size("attention.value_length", ModelSpec::max_width, common.head_dim) != common.head_dim)
         in.fail_key(ErrorKind::unsupported, "attention.value_length", "differs from key_length");
-    common.qkv_bias = row.qkv_bias;
+    common.activation = in.row->activation;
+    common.gated = !(in.row->traits & ungated);
+    common.parallel = in.row->traits & parallel_layer;
+    if (in.find("use_parallel_residual"))
+        common.parallel = in.value(in.gguf.get_bool(in.prefix + "use_parallel_residual", false));
+    common.qk_norm_after_rope = in.row->traits & norms_rotated;
     common.attention_scale = in.positive("attention.scale",
                                          1.0f / std::sqrt(static_cast<float>(common.head_dim)));
-    common.rope = read_rope(in, row, common.head_dim);
+    common.soft_cap = in.number_or_none("attn_logit_softcapping");
+    common.rope = read_rope(in, common.head_dim, spec.n_context);
     std::vector<LayerSpec> layers(in.size("block_count", ModelSpec::max_layers));
     for (size_t i = 0; i < layers.size() && !in.error; ++i) layers[i] = read_layer(in, common, i);
     return layers;
@@ -18760,7 +19020,7 @@ void read_windows(SpecReader& in, ModelSpec& spec) {
     const uint64_t window = in.value(in.gguf.get_uint(in.prefix + "attention.sliding_window", 0));
     const GgufKey* key = in.find(pattern);
     GgufNumbers<int64_t> named;
-    uint64_t period = 0;
+    uint64_t period = in.row->full_every;
     if (key && key->is_array) named = in.value(in.gguf.get_ints(in.prefix + pattern));
     else if (key) period = in.value(in.gguf.get_uint(in.prefix + pattern));
     if (key && key->is_array && named.size() < spec.layers.size())
@@ -18769,6 +19029,110 @@ void read_windows(SpecReader& in, ModelSpec& spec) {
     for (size_t i = 0; i < spec.layers.size(); ++i)
         if (named.size() ? named[i] != 0 : period == 0 || (i + 1) % period != 0)
             spec.layers[i].window = static_cast<uint32_t>(window);
+}
+
+// ---- What a row of the table cannot say ------------------------------------------------------
+
+float inverse_root(uint32_t n) { return 1.0f / std::sqrt(static_cast<float>(n)); }
+
+void read_gemma(SpecReader&, ModelSpec& spec) {
+    spec.embedding_scale = std::sqrt(static_cast<float>(spec.n_embd));
+}
+
+/// The largest of each generation scales queries by the width of a head as if heads filled the row.
+void scale_gemma_queries(SpecReader& in, ModelSpec& spec, size_t layers_of_27b) {
+    read_gemma(in, spec);
+    if (spec.layers.size() != layers_of_27b) return;
+    for (LayerSpec& layer : spec.layers)
+        layer.attention_scale = inverse_root(spec.n_embd / layer.n_heads);
+}
+
+void read_gemma2(SpecReader& in, ModelSpec& spec) { scale_gemma_queries(in, spec, 46); }
+
+/// Layers with a window have a base of their own, and no scaling.
+void read_gemma3(SpecReader& in, ModelSpec& spec) {
+    scale_gemma_queries(in, spec, 62);
+    const float base = in.positive("rope.freq_base_swa", 10000.0f);
+    for (LayerSpec& layer : spec.layers) {
+        if (layer.window == 0) continue;
+        layer.rope.base = base;
+        layer.rope.scale = 1;
+    }
+}
+
+/// Every fourth layer does not rotate.
+void read_smollm3(SpecReader&, ModelSpec& spec) {
+    for (size_t i = 3; i < spec.layers.size(); i += 4) spec.layers[i].rope.dims = 0;
+}
+
+/// The long context's scaling is that of the layers that see all.
+void read_olmo2(SpecReader&, ModelSpec& spec) {
+    for (LayerSpec& layer : spec.layers)
+        if (layer.window) layer.rope = {layer.rope.kind, layer.rope.dims, layer.rope.base};
+}
+
+void read_minicpm(SpecReader& in, ModelSpec& spec) {
+    const float layers = static_cast<float>(spec.layers.size());
+    spec.embedding_scale = in.positive("embedding_scale", 12.0f);
+    spec.residual_scale = in.positive("residual_scale", 1.4f / std::sqrt(layers));
+    if (!in.find("logit_scale")) spec.logit_scale = 256.0f / static_cast<float>(spec.n_embd);
+}
+
+constexpr Architecture architectures[] = {
+    // clang-format off
+    {"llama",         RopeKind::norm},
+    {"qwen2",         RopeKind::neox},
+    {"qwen3",         RopeKind::neox},
+    {"gemma",         RopeKind::neox, 0, Activation::gelu_tanh, 0, true, read_gemma},
+    {"gemma2",        RopeKind::neox, 0, Activation::gelu_tanh, 2, true, read_gemma2},
+    {"gemma3",        RopeKind::neox, 0, Activation::gelu_tanh, 6, true, read_gemma3},
+    {"phi2",          RopeKind::neox, layer_norm | ungated | parallel_layer, Activation::gelu_tanh},
+    {"phi3",          RopeKind::neox},
+    {"smollm3",       RopeKind::norm, 0, Activation::silu, 0, true, read_smollm3},
+    {"olmo2",         RopeKind::neox, norms_row, Activation::silu, 4, true, read_olmo2},
+    {"granite",       RopeKind::norm, divides_logits},
+    {"glm4",          RopeKind::norm},
+    {"exaone4",       RopeKind::neox, full_unrotated, Activation::silu, 4},
+    {"cohere2",       RopeKind::norm, layer_norm | parallel_layer | full_unrotated, Activation::silu, 4},
+    {"command-r",     RopeKind::norm, layer_norm | parallel_layer},
+    {"ernie4_5",      RopeKind::norm},
+    {"hunyuan-dense", RopeKind::neox, norms_rotated},
+    {"seed_oss",      RopeKind::neox, post_is_ffn},
+    {"minicpm",       RopeKind::norm, divides_logits, Activation::silu, 0, true, read_minicpm},
+    {"internlm2",     RopeKind::norm},
+    {"stablelm",      RopeKind::neox, layer_norm},
+    {"starcoder2",    RopeKind::neox, layer_norm | ungated, Activation::gelu_tanh},
+    {"nemotron",      RopeKind::neox, layer_norm | ungated, Activation::relu_squared},
+    {"gpt2",          RopeKind::neox, layer_norm | ungated | learned_places, Activation::gelu_tanh},
+    {"gptneox",       RopeKind::neox, layer_norm | ungated, Activation::gelu},
+    {"falcon",        RopeKind::neox, layer_norm | ungated | parallel_layer, Activation::gelu},
+    // clang-format on
+};
+
+const Architecture* find_architecture(std::string_view name) {
+    for (const Architecture& row : architectures)
+        if (name == row.name) return &row;
+    return nullptr;
+}
+
+std::string known_architectures() {
+    std::string all;
+    for (const Architecture& row : architectures)
+        all += (all.empty() ? "" : ", ") + std::string(row.name);
+    return all;
+}
+
+bool has_windows(const ModelSpec& spec) {
+    return std::any_of(spec.layers.begin(), spec.layers.end(),
+                       [](const LayerSpec& layer) { return layer.window != 0; });
+}
+
+void read_norm(SpecReader& in, ModelSpec& spec) {
+    spec.norm = in.row->traits & layer_norm ? NormKind::layer : NormKind::rms;
+    spec.norm_bias = spec.norm == NormKind::layer && in.gguf.find_tensor("output_norm.bias");
+    spec.norm_eps = in.positive(spec.norm == NormKind::layer ? "attention.layer_norm_epsilon"
+                                                             : "attention.layer_norm_rms_epsilon",
+                                0.0f);
 }
 
 /// Rows of the embedding are the vocabulary: the file's own counts of it must agree.
@@ -18789,9 +19153,96 @@ uint32_t read_vocab_size(SpecReader& in) {
     return in.error ? 1 : static_cast<uint32_t>(rows);
 }
 
+// ---- Tensors: a row each ---------------------------------------------------------------------
+
+/// How long a row or a column is.
+enum class Length : uint8_t { one, vocab, embd, context, q, kv, ff, head, heads, kv_heads };
+
+using LayerHas = bool (*)(const LayerSpec& layer);
+using ModelHas = bool (*)(const ModelSpec& spec);
+
+struct TensorRow {
+    TensorRole role;
+    const char* name;
+    Length rows, columns;  // rows `one`: a vector
+    LayerHas when = nullptr;
+    ModelHas where = nullptr;
+    // Several that stand below one another in the table may lie below one another in a tensor of this
+    // name instead.
+    const char* fused = nullptr;
+};
+
+// clang-format off
+constexpr LayerHas has_attn_norm  = [](const LayerSpec& of) { return of.attn_norm; };
+constexpr LayerHas has_ffn_norm   = [](const LayerSpec& of) { return of.ffn_norm; };
+constexpr LayerHas has_post_attn  = [](const LayerSpec& of) { return of.post_attn_norm; };
+constexpr LayerHas has_post_ffn   = [](const LayerSpec& of) { return of.post_ffn_norm; };
+constexpr LayerHas has_qkv_bias   = [](const LayerSpec& of) { return of.qkv_bias; };
+constexpr LayerHas has_out_bias   = [](const LayerSpec& of) { return of.output_bias; };
+constexpr LayerHas has_ffn_bias   = [](const LayerSpec& of) { return of.ffn_bias; };
+constexpr LayerHas has_gate       = [](const LayerSpec& of) { return of.gated; };
+constexpr LayerHas has_gate_bias  = [](const LayerSpec& of) { return of.gated && of.ffn_bias; };
+constexpr LayerHas has_head_norm  = [](const LayerSpec& of) { return of.qk_norm == QkNorm::head; };
+constexpr LayerHas has_row_norm   = [](const LayerSpec& of) { return of.qk_norm == QkNorm::row; };
+constexpr LayerHas has_own_norms  = [](const LayerSpec& of) { return of.qk_norm == QkNorm::own; };
+constexpr LayerHas has_sinks      = [](const LayerSpec& of) { return of.sinks; };
+constexpr ModelHas has_norm_bias  = [](const ModelSpec& of) { return of.norm_bias; };
+constexpr ModelHas has_output     = [](const ModelSpec& of) { return !of.tied_output; };
+constexpr ModelHas has_logit_bias = [](const ModelSpec& of) { return of.output_bias; };
+constexpr ModelHas has_places     = [](const ModelSpec& of) { return of.position_embd; };
+
+constexpr TensorRow model_tensors[] = {
+    {TensorRole::token_embd,       "token_embd.weight",    Length::vocab,   Length::embd},
+    {TensorRole::position_embd,    "position_embd.weight", Length::context, Length::embd,  nullptr, has_places},
+    {TensorRole::output_norm,      "output_norm.weight",   Length::one,     Length::embd},
+    {TensorRole::output_norm_bias, "output_norm.bias",     Length::one,     Length::embd,  nullptr, has_norm_bias},
+    {TensorRole::output,           "output.weight",        Length::vocab,   Length::embd,  nullptr, has_output},
+    {TensorRole::output_bias,      "output.bias",          Length::one,     Length::vocab, nullptr, has_logit_bias},
+};
+
+constexpr const char* qkv_weights = "attn_qkv.weight";
+constexpr const char* qkv_biases = "attn_qkv.bias";
+constexpr const char* gate_and_up = "ffn_up.weight";
+
+constexpr TensorRow layer_tensors[] = {
+    {TensorRole::attn_norm,        "attn_norm.weight",           Length::one,  Length::embd, has_attn_norm},
+    {TensorRole::attn_norm_bias,   "attn_norm.bias",             Length::one,  Length::embd, has_attn_norm, has_norm_bias},
+    {TensorRole::q,                "attn_q.weight",              Length::q,    Length::embd, nullptr, nullptr, qkv_weights},
+    {TensorRole::k,                "attn_k.weight",              Length::kv,   Length::embd, nullptr, nullptr, qkv_weights},
+    {TensorRole::v,                "attn_v.weight",              Length::kv,   Length::embd, nullptr, nullptr, qkv_weights},
+    {TensorRole::q_bias,           "attn_q.bias",                Length::one,  Length::q,    has_qkv_bias, nullptr, qkv_biases},
+    {TensorRole::k_bias,           "attn_k.bias",                Length::one,  Length::kv,   has_qkv_bias, nullptr, qkv_biases},
+    {TensorRole::v_bias,           "attn_v.bias",                Length::one,  Length::kv,   has_qkv_bias, nullptr, qkv_biases},
+    {TensorRole::q_norm,           "attn_q_norm.weight",         Length::one,  Length::head, has_head_norm},
+    {TensorRole::k_norm,           "attn_k_norm.weight",         Length::one,  Length::head, has_head_norm},
+    {TensorRole::q_norm,           "attn_q_norm.weight",         Length::one,  Length::q,    has_row_norm},
+    {TensorRole::k_norm,           "attn_k_norm.weight",         Length::one,  Length::kv,   has_row_norm},
+    {TensorRole::q_norm,           "attn_q_norm.weight",         Length::heads, Length::head, has_own_norms},
+    {TensorRole::k_norm,           "attn_k_norm.weight",         Length::kv_heads, Length::head, has_own_norms},
+    {TensorRole::sinks,            "attn_sinks.weight",          Length::one,  Length::heads, has_sinks},
+    {TensorRole::attn_output,      "attn_output.weight",         Length::embd, Length::q},
+    {TensorRole::attn_output_bias, "attn_output.bias",           Length::one,  Length::embd, has_out_bias},
+    {TensorRole::post_attn_norm,   "post_attention_norm.weight", Length::one,  Length::embd, has_post_attn},
+    {TensorRole::ffn_norm,         "ffn_norm.weight",            Length::one,  Length::embd, has_ffn_norm},
+    {TensorRole::ffn_norm_bias,    "ffn_norm.bias",              Length::one,  Length::embd, has_ffn_norm, has_norm_bias},
+    {TensorRole::gate,             "ffn_gate.weight",            Length::ff,   Length::embd, has_gate, nullptr, gate_and_up},
+    {TensorRole::up,               "ffn_up.weight",              Length::ff,   Length::embd, nullptr, nullptr, gate_and_up},
+    {TensorRole::down,             "ffn_down.weight",            Length::embd, Length::ff},
+    {TensorRole::gate_bias,        "ffn_gate.bias",              Length::one,  Length::ff,   has_gate_bias},
+    {TensorRole::up_bias,          "ffn_up.bias",                Length::one,  Length::ff,   has_ffn_bias},
+    {TensorRole::down_bias,        "ffn_down.bias",              Length::one,  Length::embd, has_ffn_bias},
+    {TensorRole::post_ffn_norm,    "post_ffw_norm.weight",       Length::one,  Length::embd, has_post_ffn},
+};
+
+// Tensors that files have and nothing needs: rope angles that older converters wrote down.
+constexpr std::string_view harmless_tensors[] = {"rope_freqs.weight", "attn_rot_embd.weight",
+                                                 "rotary_emb.inv_freq"};
+// clang-format on
+
 /// Takes tensors of a file by name, checks them, and remembers which were taken.
 struct TensorBinder {
     const Gguf& gguf;
+    const ModelSpec& spec;
     std::string prefix = {};  // of the names that are asked for
     std::vector<bool> taken = std::vector<bool>(gguf.tensors().size());
     std::optional<Error> error = {};
@@ -18800,8 +19251,9 @@ struct TensorBinder {
         if (!error) error = make_error(kind, join({gguf.name(), ": tensor '", name, "' ", what}));
     }
 
-    const TensorInfo* take(const char* suffix, std::span<const TensorType> types, uint32_t n_dims,
-                           uint64_t rows, uint64_t columns) {
+    /// `rows` 0: a vector.
+    const TensorInfo* take(const char* suffix, std::span<const TensorType> types, uint64_t rows,
+                           uint64_t columns) {
         const std::string name = prefix + suffix;
         const TensorInfo* tensor = gguf.find_tensor(name);
         if (!tensor) {
@@ -18809,61 +19261,117 @@ struct TensorBinder {
             return nullptr;
         }
         taken[static_cast<size_t>(tensor - gguf.tensors().data())] = true;
-        if (tensor->n_dims != n_dims || tensor->dims[0] != columns || tensor->dims[1] != rows)
+        if (tensor->n_dims != (rows ? 2 : 1) || tensor->dims[0] != columns ||
+            tensor->dims[1] != std::max<uint64_t>(rows, 1))
             fail(ErrorKind::bad_data, name,
                  format("has the shape %llu x %llu x %llu x %llu; %llu x %llu was expected",
                         ull(tensor->dims[0]), ull(tensor->dims[1]), ull(tensor->dims[2]),
-                        ull(tensor->dims[3]), ull(columns), ull(rows)));
+                        ull(tensor->dims[3]), ull(columns), ull(std::max<uint64_t>(rows, 1))));
         if (std::find(types.begin(), types.end(), tensor->type) == types.end())
             fail(ErrorKind::unsupported, name,
                  format("has type %s, which is not supported here", type_info(tensor->type)->name));
         return tensor;
     }
-    const TensorInfo* matrix(const char* name, uint64_t rows, uint64_t columns) {
-        return take(name, matrix_types, 2, rows, columns);
+
+    uint64_t length(Length of, const LayerSpec& layer) const {
+        switch (of) {
+            case Length::one: return 1;
+            case Length::vocab: return spec.n_vocab;
+            case Length::embd: return spec.n_embd;
+            case Length::context: return spec.n_context;
+            case Length::q: return uint64_t{layer.n_heads} * layer.head_dim;
+            case Length::kv: return uint64_t{layer.n_kv_heads} * layer.head_dim;
+            case Length::ff: return layer.n_ff;
+            case Length::head: return layer.head_dim;
+            case Length::heads: return layer.n_heads;
+            case Length::kv_heads: return layer.n_kv_heads;
+        }
+        return 0;
     }
-    const TensorInfo* vector(const char* name, uint64_t length) {
-        return take(name, vector_types, 1, 1, length);
+    bool wants(const TensorRow& row, const LayerSpec& layer) const {
+        return (!row.when || row.when(layer)) && (!row.where || row.where(spec));
+    }
+
+    /// Those that share a tensor with the row at `first`.
+    void bind_fused(std::span<const TensorRow> rows, const LayerSpec& layer, RoleTensors& out) {
+        uint64_t sum = 0;
+        const bool matrix = rows[0].rows != Length::one;
+        const auto own = [&](const TensorRow& row) {
+            return length(matrix ? row.rows : row.columns, layer);
+        };
+        for (const TensorRow& row : rows) sum += own(row);
+        const TensorInfo* tensor = matrix ? take(rows[0].fused, matrix_types, sum,
+                                                 length(rows[0].columns, layer))
+                                          : take(rows[0].fused, vector_types, 0, sum);
+        if (tensor && tensor->packed && matrix)
+            for (const TensorRow& row : rows)
+                if (own(row) % packed_rows != 0)
+                    fail(ErrorKind::unsupported, tensor->name, "is packed and cannot be parted");
+        uint64_t first = 0;
+        for (const TensorRow& row : rows) {
+            out[row.role] = {tensor, first, own(row), matrix};
+            first += own(row);
+        }
+    }
+
+    void bind(std::span<const TensorRow> table, const LayerSpec& layer, RoleTensors& out) {
+        for (size_t i = 0, end; i < table.size(); i = end) {
+            const TensorRow& row = table[i];
+            end = i + 1;
+            if (!wants(row, layer)) continue;
+            while (row.fused && end < table.size() && table[end].fused == row.fused) ++end;
+            if (row.fused && !gguf.find_tensor(prefix + row.name) &&
+                gguf.find_tensor(prefix + row.fused)) {
+                bind_fused(table.subspan(i, end - i), layer, out);
+                continue;
+            }
+            end = i + 1;
+            const bool matrix = row.rows != Length::one && row.columns != Length::head;
+            const std::span<const TensorType> types =
+                matrix ? std::span<const TensorType>(matrix_types)
+                       : std::span<const TensorType>(vector_types);
+            const uint64_t rows = row.rows == Length::one ? 0 : length(row.rows, layer),
+                           columns = length(row.columns, layer);
+            out[row.role] = {take(name_of(row), types, rows, columns), 0,
+                             matrix ? rows : std::max<uint64_t>(rows, 1) * columns, matrix};
+        }
+    }
+    /// The one name that two roles share.
+    const char* name_of(const TensorRow& row) const {
+        const bool other = row.role == TensorRole::ffn_norm &&
+                           !gguf.find_tensor(prefix + row.name) &&
+                           gguf.find_tensor(prefix + "post_attention_norm.weight");
+        return other ? "post_attention_norm.weight" : row.name;
+    }
+    void bind_factors(const std::vector<float>& factors, std::initializer_list<const char*> names) {
+        for (const char* name : names)
+            if (!factors.empty() && gguf.find_tensor(name))
+                take(name, vector_types, 0, factors.size());
     }
     static unsigned long long ull(uint64_t n) { return n; }
 };
 
-LayerTensors bind_layer(TensorBinder& in, const LayerSpec& spec, uint64_t n_embd, size_t index) {
-    in.prefix = format("blk.%u.", static_cast<unsigned>(index));
-    const uint64_t n_q = uint64_t{spec.n_heads} * spec.head_dim;
-    const uint64_t n_kv = uint64_t{spec.n_kv_heads} * spec.head_dim;
-    LayerTensors out;
-    out.attn_norm = in.vector("attn_norm.weight", n_embd);
-    out.q = in.matrix("attn_q.weight", n_q, n_embd);
-    out.k = in.matrix("attn_k.weight", n_kv, n_embd);
-    out.v = in.matrix("attn_v.weight", n_kv, n_embd);
-    if (spec.qkv_bias) {
-        out.q_bias = in.vector("attn_q.bias", n_q);
-        out.k_bias = in.vector("attn_k.bias", n_kv);
-        out.v_bias = in.vector("attn_v.bias", n_kv);
-    }
-    out.attn_output = in.matrix("attn_output.weight", n_embd, n_q);
-    out.ffn_norm = in.vector("ffn_norm.weight", n_embd);
-    out.gate = in.matrix("ffn_gate.weight", spec.n_ff, n_embd);
-    out.up = in.matrix("ffn_up.weight", spec.n_ff, n_embd);
-    out.down = in.matrix("ffn_down.weight", n_embd, spec.n_ff);
-    return out;
+bool is_harmless(std::string_view tensor) {
+    return std::any_of(std::begin(harmless_tensors), std::end(harmless_tensors),
+                       [&](std::string_view end) { return tensor.ends_with(end); });
 }
 
 }  // namespace
 
 Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec) {
-    TensorBinder in{gguf};
+    TensorBinder in{gguf, spec};
     ModelTensors out;
-    out.token_embd = in.matrix("token_embd.weight", spec.n_vocab, spec.n_embd);
-    out.output_norm = in.vector("output_norm.weight", spec.n_embd);
-    out.output = spec.tied_output ? out.token_embd
-                                  : in.matrix("output.weight", spec.n_vocab, spec.n_embd);
-    if (!spec.rope_factors.empty()) in.vector("rope_freqs.weight", spec.rope_factors.size());
-    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i)
-        out.layers.push_back(bind_layer(in, spec.layers[i], spec.n_embd, i));
+    in.bind(model_tensors, {}, out.model);
+    if (spec.tied_output) out.model[TensorRole::output] = out.model[TensorRole::token_embd];
+    in.bind_factors(spec.rope_factors, {"rope_freqs.weight", "rope_factors_short.weight"});
+    in.bind_factors(spec.rope_long_factors, {"rope_factors_long.weight"});
+    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i) {
+        in.prefix = format("blk.%zu.", i);
+        in.bind(layer_tensors, spec.layers[i], out.layers.emplace_back());
+    }
     for (size_t i = 0; i < in.taken.size(); ++i)
-        if (!in.taken[i]) in.fail(ErrorKind::bad_data, gguf.tensors()[i].name, "is not used");
+        if (!in.taken[i] && !is_harmless(gguf.tensors()[i].name))
+            in.fail(ErrorKind::bad_data, gguf.tensors()[i].name, "is not used");
     if (in.error) return *in.error;
     return out;
 }
@@ -18875,25 +19383,34 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     ModelSpec spec;
     spec.architecture = in.value(gguf.get_string("general.architecture"));
     if (in.error) return *in.error;
-    const auto* row = detail::find_architecture(spec.architecture);
-    if (!row)
+    in.row = detail::find_architecture(spec.architecture);
+    if (!in.row)
         return detail::make_error(
             ErrorKind::unsupported,
             detail::join({gguf.name(), ": architecture '", detail::printable(spec.architecture, 64),
-                          "' is not supported"}));
+                          "' is not supported; these are: ", detail::known_architectures()}));
     in.prefix = spec.architecture + ".";
     spec.name = in.value(gguf.get_string("general.name", ""));
     detail::refuse_unknown_options(in);
     spec.n_embd = in.size("embedding_length", ModelSpec::max_width);
     spec.n_context = in.size("context_length", ModelSpec::max_context);
-    spec.norm_eps = in.positive("attention.layer_norm_rms_epsilon", 0.0f);
+    detail::read_norm(in, spec);
     spec.embedding_scale = in.positive("embedding_scale", 1.0f);
+    spec.residual_scale = in.positive("residual_scale", 1.0f);
     spec.logit_scale = in.positive("logit_scale", 1.0f);
+    if (in.row->traits & detail::divides_logits) spec.logit_scale = 1 / spec.logit_scale;
+    spec.soft_cap = in.number_or_none("final_logit_softcapping");
     spec.tied_output = !gguf.find_tensor("output.weight");
+    spec.output_bias = gguf.find_tensor("output.bias");
+    spec.position_embd = in.row->traits & detail::learned_places;
     spec.n_vocab = detail::read_vocab_size(in);
-    spec.layers = detail::read_layers(in, *row, spec.n_embd);
+    spec.layers = detail::read_layers(in, spec);
     detail::read_windows(in, spec);
-    spec.rope_factors = detail::read_rope_factors(in, spec.layers[0].rope.dims);
+    detail::read_all_rope_factors(in, spec);
+    for (LayerSpec& layer : spec.layers)
+        if (in.row->traits & detail::full_unrotated && detail::has_windows(spec) && !layer.window)
+            layer.rope.dims = 0;
+    if (in.row->more && !in.error) in.row->more(in, spec);
     if (in.error) return *in.error;
     return spec;
 }
@@ -18949,26 +19466,58 @@ struct Carver {
     }
 };
 
-// A tensor of the file and where it goes: to be packed, or as it is.
+// A part of a tensor of the file and where it goes: rows to be packed, or bytes as they are.
 struct LoadItem {
     const TensorInfo* tensor;
     std::byte* out;
-    bool pack;
+    uint64_t offset, bytes;  // in the file's tensor
+    uint32_t rows;           // to be packed; 0: as they are
+    bool pack() const { return rows != 0; }
+    uint64_t row_bytes() const { return bytes / rows; }
 };
 
 // Packed, here or in the file; where `data` is null, in the file's rows.
 struct CpuMatrix : PackedMatrix {
     const TensorInfo* tensor = nullptr;
+    uint64_t first_row = 0;  // of the tensor
+    uint64_t row_bytes() const {
+        return tensor->bytes / (tensor->dims[1] * tensor->dims[2] * tensor->dims[3]);
+    }
+    uint64_t first_packed_byte() const {
+        return first_row / kTileRows * packed_tile_bytes(type, cols);
+    }
     uint32_t units() const { return (tiles() + kUnitTiles - 1) / kUnitTiles; }
     uint64_t unit_bytes() const { return kUnitTiles * packed_tile_bytes(type, cols); }
     bool quantized() const { return type_info(type)->block_size > 1; }
 };
 
+// By role.
+struct CpuTensors {
+    CpuMatrix matrices[kRoles] = {};
+    const float* vectors[kRoles] = {};
+    const CpuMatrix& matrix(TensorRole role) const { return matrices[static_cast<size_t>(role)]; }
+    const float* vector(TensorRole role) const { return vectors[static_cast<size_t>(role)]; }
+};
+
 struct CpuLayer {
     const LayerSpec* spec;
     uint32_t rope;  // index of its RopeTable
-    const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias;
-    CpuMatrix q, k, v, attn_output, gate, up, down;
+    CpuTensors tensors;
+    const CpuMatrix& matrix(TensorRole role) const { return tensors.matrix(role); }
+    const float* vector(TensorRole role) const { return tensors.vector(role); }
+    // Whether one kernel multiplies by gate and up, gates, and quantizes.
+    bool gates_in_kernel() const {
+        return spec->gated && spec->activation == Activation::silu && !spec->ffn_bias;
+    }
+    bool adds_attention_later(const ModelSpec& of) const {
+        return spec->parallel || spec->post_attn_norm || of.residual_scale != 1;
+    }
+    bool adds_ffn_later(const ModelSpec& of) const {
+        return spec->post_ffn_norm || of.residual_scale != 1;
+    }
+    bool adds_later(const ModelSpec& of) const {
+        return adds_attention_later(of) || adds_ffn_later(of);
+    }
     uint64_t kv_offset;    // of its pages in the pool
     size_t kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
     size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
@@ -18982,14 +19531,14 @@ struct CpuWeights {
     bool mapped;
     uint64_t mapped_bytes = 0;
     uint64_t mapped_units = 0;  // packed, the most that are needed at a time
-    CpuMatrix token_embd, output;
-    const float* output_norm = nullptr;
+    CpuTensors model;
     std::vector<CpuLayer> layers;
     std::vector<LoadItem> items;  // in the order in which they are loaded
 
-    CpuMatrix matrix(Carver& carver, const TensorInfo* tensor);
-    const std::byte* packed_in_place(const TensorInfo& tensor) const;
-    const float* vector(Carver& carver, const TensorInfo* tensor);
+    CpuMatrix matrix(Carver& carver, const TensorRows& rows);
+    const std::byte* packed_in_place(const CpuMatrix& matrix) const;
+    const float* vector(Carver& carver, const TensorRows& elements);
+    void place_all(Carver& carver, const RoleTensors& from, CpuTensors& to);
     void place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors);
 };
 
@@ -19017,19 +19566,23 @@ struct CpuSizes {
     uint64_t rows, logit_rows, planes, parts, segments;
     uint64_t split_rows;  // batches of so many rows are split over segments too
     uint64_t q = 0, kv = 0, group = 0, group_values = 0, heads = 0;
-    uint64_t ff_quantized = 0, ff_values = 0;  // of h, for quantized ffn_down or not
-    uint64_t rope_values = 0;                  // of all tables, for a position
-    uint64_t expanded = 0;                     // of q8_0 keys and values: a segment's
-    uint64_t staging = 0;                      // a tile of each thread, as the file has it
-    uint64_t mapped_units;                     // bytes of a thread
+    uint64_t ff_quantized = 0, ff_values = 0,
+             ff_up = 0;        // of h and up, for quantized ffn_down or not
+    uint64_t added_later = 0;  // rows of z
+    uint64_t rope_values = 0;  // of all tables, for a position
+    uint64_t expanded = 0;     // of q8_0 keys and values: a segment's
+    uint64_t staging = 0;      // a tile of each thread, as the file has it
+    uint64_t mapped_units;     // bytes of a thread
 };
 
 struct CpuScratch {
     float *x, *y;               // (rows, n_embd) the residual stream; normed
     float *q, *k, *v;           // (rows, heads * head_dim) as they come from the weights
     float* turned;              // (kv heads, rows, heads of a group, head_dim) rotated q
-    float* h;                   // (rows, n_ff), in the place of q, k, v, turned; or
+    float* h;                   // (rows, n_ff), in the place of q, k, v, turned; and
+    float* up;                  // (rows, n_ff), where the gate is no kernel's; or
     ActivationBlock* h_blocks;  // {rows * planes, n_ff / 32}, there too
+    float* z;                   // (rows, n_embd) what is added to x later, after a norm or scale
     float* attended;            // (rows, n_heads * head_dim)
     float* cos_sin;             // (rows, rope_values)
     float *part_max, *part_sum, *part_out;  // (split_rows, segments, n_heads, 1 or head_dim)
@@ -19075,59 +19628,67 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-CpuMatrix CpuWeights::matrix(Carver& carver, const TensorInfo* tensor) {
-    CpuMatrix out{{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
-                   static_cast<uint32_t>(tensor->dims[0])},
-                  tensor};
-    out.data = packed_in_place(*tensor);
-    if (out.data || (mapped && !tensor->packed)) {
-        mapped_bytes += tensor->bytes;
+CpuMatrix CpuWeights::matrix(Carver& carver, const TensorRows& rows) {
+    const TensorInfo& tensor = *rows.tensor;
+    CpuMatrix out{
+        {tensor.type, static_cast<uint32_t>(rows.count), static_cast<uint32_t>(tensor.dims[0])},
+        &tensor,
+        rows.first};
+    out.data = packed_in_place(out);
+    const uint64_t row_bytes = out.row_bytes(),
+                   packed_bytes = out.tiles() * packed_tile_bytes(out.type, out.cols);
+    if (out.data || (mapped && !tensor.packed)) {
+        mapped_bytes += row_bytes * rows.count;
         if (!out.data) mapped_units = std::max(mapped_units, out.unit_bytes());
         return out;
     }
-    std::byte* data = carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
+    std::byte* data = carver.take<std::byte>(packed_bytes);
     out.data = data;
-    items.push_back({tensor, data, !tensor->packed});
+    if (tensor.packed) items.push_back({&tensor, data, out.first_packed_byte(), packed_bytes, 0});
+    else items.push_back({&tensor, data, rows.first * row_bytes, rows.count * row_bytes, out.rows});
     return out;
 }
 
-const std::byte* CpuWeights::packed_in_place(const TensorInfo& tensor) const {
-    const auto there = gguf->tensor_bytes(tensor);
-    if (!tensor.packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64) return nullptr;
-    return there->data();
+const std::byte* CpuWeights::packed_in_place(const CpuMatrix& matrix) const {
+    const auto there = gguf->tensor_bytes(*matrix.tensor);
+    if (!matrix.tensor->packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64)
+        return nullptr;
+    return there->data() + matrix.first_packed_byte();
 }
 
-const float* CpuWeights::vector(Carver& carver, const TensorInfo* tensor) {
-    if (!tensor) return nullptr;
-    float* data = carver.take<float>(tensor->dims[0]);
-    items.push_back({tensor, reinterpret_cast<std::byte*>(data), false});
+const float* CpuWeights::vector(Carver& carver, const TensorRows& elements) {
+    float* data = carver.take<float>(elements.count);
+    items.push_back({elements.tensor, reinterpret_cast<std::byte*>(data),
+                     elements.first * sizeof(float), elements.count * sizeof(float), 0});
     return data;
 }
 
-void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors) {
-    token_embd = matrix(carver, tensors.token_embd);
-    for (size_t i = 0; i < spec.layers.size(); ++i) {
-        const LayerTensors& from = tensors.layers[i];
-        CpuLayer layer{};
-        layer.spec = &spec.layers[i];
-        layer.attn_norm = vector(carver, from.attn_norm);
-        layer.q = matrix(carver, from.q);
-        layer.k = matrix(carver, from.k);
-        layer.v = matrix(carver, from.v);
-        layer.q_bias = vector(carver, from.q_bias);
-        layer.k_bias = vector(carver, from.k_bias);
-        layer.v_bias = vector(carver, from.v_bias);
-        layer.attn_output = matrix(carver, from.attn_output);
-        layer.ffn_norm = vector(carver, from.ffn_norm);
-        layer.gate = matrix(carver, from.gate);
-        layer.up = matrix(carver, from.up);
-        layer.down = matrix(carver, from.down);
-        if (!layer.gate.data || !layer.up.data)
-            mapped_units = std::max(mapped_units, layer.gate.unit_bytes() + layer.up.unit_bytes());
-        layers.push_back(layer);
+// In the order of the roles, which is about that of their use.
+void CpuWeights::place_all(Carver& carver, const RoleTensors& from, CpuTensors& to) {
+    for (size_t i = 0; i < kRoles; ++i) {
+        const TensorRows& rows = from[static_cast<TensorRole>(i)];
+        if (!rows) continue;
+        if (rows.matrix) to.matrices[i] = matrix(carver, rows);
+        else to.vectors[i] = vector(carver, rows);
     }
-    output_norm = vector(carver, tensors.output_norm);
-    output = tensors.output == tensors.token_embd ? token_embd : matrix(carver, tensors.output);
+}
+
+void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors) {
+    RoleTensors others = tensors.model;
+    const bool tied = others[TensorRole::output].tensor == others[TensorRole::token_embd].tensor;
+    if (tied) others[TensorRole::output] = {};
+    place_all(carver, others, model);
+    if (tied)
+        model.matrices[static_cast<size_t>(TensorRole::output)] = model.matrix(
+            TensorRole::token_embd);
+    for (size_t i = 0; i < spec.layers.size(); ++i) {
+        CpuLayer& layer = layers.emplace_back();
+        layer.spec = &spec.layers[i];
+        place_all(carver, tensors.layers[i], layer.tensors);
+        const CpuMatrix &gate = layer.matrix(TensorRole::gate), &up = layer.matrix(TensorRole::up);
+        if (gate.tensor && (!gate.data || !up.data))
+            mapped_units = std::max(mapped_units, gate.unit_bytes() + up.unit_bytes());
+    }
 }
 
 uint64_t cpu_positions(const BackendOptions& options) {
@@ -19140,6 +19701,7 @@ void CpuScratch::place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint6
     const uint64_t start = carver.used;
     x = carver.take<float>(n.rows * n_embd);
     y = carver.take<float>(n.rows * n_embd);
+    z = carver.take<float>(n.added_later * n_embd);
     attended = carver.take<float>(n.rows * n.q);
     cos_sin = carver.take<float>(n.rows * n.rope_values);
     part_max = carver.take<float>(n.split_rows * n.segments * n.heads);
@@ -19173,6 +19735,7 @@ void CpuScratch::place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint6
     v = carver.take<float>(n.rows * n.kv);
     turned = carver.take<float>(n.rows * n.q);
     h = other.take<float>(n.rows * n.ff_values);
+    up = other.take<float>(n.rows * n.ff_up);
     h_blocks = other.take<ActivationBlock>(blocks_of(n.rows * n.planes, n.ff_quantized));
     carver.used = std::max({carver.used, other.used, start + n.parts * n.staging});
 }
@@ -19182,12 +19745,21 @@ namespace {
 constexpr uint32_t kMaxBatchRows = 65536;
 constexpr uint32_t kMaxPageTokens = 4096;
 
+double scale_by_yarn(double frequency, uint32_t pair, const RopeSpec& rope) {
+    const double begin = static_cast<double>(rope.ramp_begin),
+                 end = static_cast<double>(rope.ramp_end);
+    const double share = std::clamp((pair - begin) / (end - begin), 0.0, 1.0);
+    const double scaled = rounded(frequency * static_cast<double>(rope.scale)) * share;
+    return rounded(scaled) + rounded(frequency * (1 - share));
+}
+
 RopeTable make_rope_table(const RopeSpec& rope, const std::vector<float>& factors) {
     RopeTable table{&rope, std::vector<double>(rope.dims / 2)};
     const double log2_base = exact_log2(static_cast<double>(rope.base));
     for (uint32_t i = 0; i < rope.dims / 2; ++i) {
         double f = exact_exp2(-(2.0 * i / rope.dims) * log2_base);
-        if (rope.scale != 1) f *= static_cast<double>(rope.scale);
+        if (rope.yarn) f = scale_by_yarn(f, i, rope);
+        else if (rope.scale != 1) f *= static_cast<double>(rope.scale);
         if (!factors.empty()) f /= static_cast<double>(factors[i]);
         table.frequencies[i] = f;
     }
@@ -19195,7 +19767,16 @@ RopeTable make_rope_table(const RopeSpec& rope, const std::vector<float>& factor
 }
 
 bool same_rope(const RopeSpec& a, const RopeSpec& b) {
-    return a.kind == b.kind && a.dims == b.dims && a.base == b.base && a.scale == b.scale;
+    return a.kind == b.kind && a.dims == b.dims && a.base == b.base && a.scale == b.scale &&
+           a.yarn == b.yarn && a.ramp_begin == b.ramp_begin && a.ramp_end == b.ramp_end &&
+           a.magnitude == b.magnitude;
+}
+
+// Of the two lists that a model may have, for all positions of a run.
+const std::vector<float>& choose_rope_factors(const ModelSpec& spec,
+                                              const BackendOptions& options) {
+    const bool is_long = cpu_positions(options) > spec.n_rope_context;
+    return is_long && !spec.rope_long_factors.empty() ? spec.rope_long_factors : spec.rope_factors;
 }
 
 Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions& options) {
@@ -19214,8 +19795,9 @@ Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions
     if (options.threads < -1 || options.threads > 1023)
         return make_error(ErrorKind::invalid_request,
                           format("threads: %d is not in -1..1023", options.threads), {}, "threads");
-    for (const TensorInfo* tensor : {tensors.token_embd, tensors.output})
-        if (!kernel_type_supported(tensor->type))
+    for (const TensorRole role : {TensorRole::token_embd, TensorRole::output})
+        if (const TensorInfo* tensor = tensors.model[role].tensor;
+            !kernel_type_supported(tensor->type))
             return make_error(ErrorKind::unsupported, "tensor '" + std::string(tensor->name) +
                                                           "' has a type that no kernel reads");
     return {};
@@ -19246,15 +19828,18 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
         fewest_kv_heads = std::min(fewest_kv_heads, uint64_t{layer.n_kv_heads});
     }
     for (const CpuLayer& layer : weights.layers) {
-        uint64_t& ff = layer.down.quantized() ? n.ff_quantized : n.ff_values;
-        ff = std::max(ff, uint64_t{layer.down.cols});
+        const CpuMatrix& down = layer.matrix(TensorRole::down);
+        const uint64_t ff = down.cols;
+        if (down.quantized()) n.ff_quantized = std::max(n.ff_quantized, ff);
+        if (!down.quantized() || !layer.gates_in_kernel()) n.ff_values = std::max(n.ff_values, ff);
+        if (layer.spec->gated && !layer.gates_in_kernel()) n.ff_up = std::max(n.ff_up, ff);
+        if (layer.adds_later(spec)) n.added_later = n.rows;
     }
     n.split_rows = std::min(n.rows, 2 * n.parts / fewest_kv_heads + 1);
     for (const RopeTable& rope : ropes) n.rope_values += rope.spec->dims;
     n.mapped_units = weights.mapped_units;
     for (const LoadItem& item : weights.items)
-        if (item.pack)
-            n.staging = std::max(n.staging, item.tensor->bytes / item.tensor->dims[1] * kTileRows);
+        if (item.pack()) n.staging = std::max(n.staging, item.row_bytes() * kTileRows);
     return n;
 }
 
@@ -19287,7 +19872,7 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
         while (layer.rope < out.ropes.size() && !same_rope(*out.ropes[layer.rope].spec, rope))
             ++layer.rope;
         if (layer.rope == out.ropes.size())
-            out.ropes.push_back(make_rope_table(rope, spec.rope_factors));
+            out.ropes.push_back(make_rope_table(rope, choose_rope_factors(spec, options)));
     }
     if (mul_overflows(out.page_bytes, options.kv_pages, &out.plan.kv))
         return make_error(ErrorKind::out_of_memory,
@@ -19723,29 +20308,34 @@ public:
     size_t page_bytes() const { return static_cast<size_t>(page_bytes_); }
 
 private:
-    // `job` does units first .. last - 1. The flags say where layers begin and end.
+    // What a step does: `job` does units first .. last - 1.
     struct Stage {
+        const char* name;
         uint64_t (CpuDecoder::*units)() const;
         uint64_t (CpuDecoder::*work)() const;  // products of a unit, about
         void (CpuDecoder::*job)(uint32_t first, uint32_t last, uint32_t part);
-        uint32_t flags;
-    };
-    enum StageFlag : uint32_t {
-        begins_layer = 1,
-        stores_keys = 2,
-        uneven_units = 4,  // claimed one by one
-        ends_layer = 8,
-        embeds = 16,
+        bool uneven = false;  // units are claimed one by one
     };
     static const Stage stages_[];
-    static uint32_t stage_count();
-    static uint32_t stage_with(StageFlag flag);
+    enum StageNumber : uint8_t;
+    enum StepFlag : uint8_t { keeps_wanted = 1, embeds = 2, ends_layer = 4 };
+    // The program of the model: what is done, one step after the other.
+    struct Step {
+        StageNumber stage;
+        uint8_t flags;
+        uint32_t layer;
+    };
+    void add_step(StageNumber stage, uint32_t layer = 0, uint8_t flags = 0) {
+        program_.push_back({stage, flags, layer});
+    }
+    void write_program();
+    void add_layer(uint32_t number);
+    const Step& step() const { return program_[step_]; }
 
     const CpuLayer& layer() const {
-        VALAR_ASSERT(layer_ < weights_.layers.size());
-        return weights_.layers[layer_];
+        VALAR_ASSERT(step_ < program_.size());
+        return weights_.layers[step().layer];
     }
-    bool in_last_layer() const { return layer_ + 1 == weights_.layers.size(); }
     uint32_t row_count() const { return static_cast<uint32_t>(rows_.size()); }
     bool splits_rows() const { return row_count() <= sizes_.split_rows; }  // attention's schedule
 
@@ -19753,26 +20343,32 @@ private:
     Result<void> check_row(const BatchRow& row) const;
     void start_batch();
     static void run_job(void* context, uint32_t first, uint32_t last, uint32_t part);
-    void finish_stage();
+    void finish_step();
     void keep_wanted_rows();
     Error locate_bad_numbers(CpuMachine& machine);
     bool residual_is_finite() const;
 
+    const CpuMatrix& matrix(TensorRole role) const { return layer().matrix(role); }
     uint64_t count_rows() const { return row_count(); }
-    uint64_t count_qkv() const { return layer().q.units() + layer().k.units() + layer().v.units(); }
+    uint64_t count_qkv() const {
+        return matrix(TensorRole::q).units() + matrix(TensorRole::k).units() +
+               matrix(TensorRole::v).units();
+    }
     uint64_t count_attention() const { return uint64_t{unit_count_} * layer().spec->n_kv_heads; }
-    uint64_t count_embd() const { return layer().down.units(); }
-    uint64_t count_ff() const { return layer().up.units(); }
-    uint64_t count_vocab() const { return weights_.output.units(); }
+    uint64_t count_embd() const { return matrix(TensorRole::down).units(); }
+    uint64_t count_ff() const { return matrix(TensorRole::up).units(); }
+    uint64_t count_gate_and_up() const { return matrix(TensorRole::gate).units() + count_ff(); }
+    uint64_t count_vocab() const { return weights_.model.matrix(TensorRole::output).units(); }
     uint64_t work_row() const { return uint64_t{spec_->n_embd} * 8; }
     uint64_t work_unit(uint64_t columns) const {
         return kUnitTiles * kTileRows * columns * rows_.size() * sizes_.planes;
     }
-    uint64_t work_qkv() const { return work_unit(spec_->n_embd); }
+    uint64_t work_embd() const { return work_unit(spec_->n_embd); }
     uint64_t work_attention() const;
-    uint64_t work_output() const { return work_unit(layer().attn_output.cols); }
+    uint64_t work_output() const { return work_unit(matrix(TensorRole::attn_output).cols); }
     uint64_t work_gate_up() const { return 2 * work_unit(spec_->n_embd); }
-    uint64_t work_down() const { return work_unit(layer().down.cols); }
+    uint64_t work_activate() const { return uint64_t{layer().spec->n_ff} * 32; }
+    uint64_t work_down() const { return work_unit(matrix(TensorRole::down).cols); }
     uint64_t work_logits() const {
         return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * row_count();
     }
@@ -19805,6 +20401,9 @@ private:
                        const AttentionState& to) const;
     void merge_split_row(uint32_t row);
 
+    void compute_attention(const AttentionTask& task) const;
+    void finish_query(uint32_t head, float max, float sum, float* out) const;
+
     // The stages, in the order of stages_ (cpu_stages.cpp).
     void embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_quantize_for_attention(uint32_t first, uint32_t last, uint32_t part);
@@ -19813,15 +20412,35 @@ private:
     void attend(uint32_t first, uint32_t last, uint32_t part);
     void merge_and_quantize(uint32_t first, uint32_t last, uint32_t part);
     void project_attention_and_add(uint32_t first, uint32_t last, uint32_t part);
+    void project_attention(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_add_attention(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_quantize_for_ffn(uint32_t first, uint32_t last, uint32_t part);
     void gate_up_and_quantize(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_gate_and_up(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_up(uint32_t first, uint32_t last, uint32_t part);
+    void activate_and_quantize(uint32_t first, uint32_t last, uint32_t part);
     void project_ffn_and_add(uint32_t first, uint32_t last, uint32_t part);
+    void project_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_add_ffn(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t part);
     void multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part);
 
     void embed_row(const BatchRow& row, float* x, uint32_t part);
+    void read_row(const CpuMatrix& matrix, uint32_t number, float* out, uint32_t part);
     void find_angles(uint32_t position, float* cos_sin) const;
-    void norm_and_quantize(uint32_t first, uint32_t last, const float* weight, uint64_t planes);
+    void norm(const float* x, const float* weight, const float* bias, float* y) const;
+    void norm_and_quantize(uint32_t first, uint32_t last, const CpuTensors& in, TensorRole weight,
+                           TensorRole bias, uint64_t planes);
+    void norm_heads(float* q, float* k) const;
+    void norm_and_add(uint32_t first, uint32_t last, TensorRole weight);
+    struct Product {
+        const CpuMatrix* matrix;
+        const float* bias;
+        float* y;
+    };
+    void multiply_several(std::span<const Product> products, uint32_t first, uint32_t last,
+                          uint32_t part);
+    void add_bias(const MatmulTask& task, const float* bias) const;
     PackedMatrix pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                              std::byte* packed);
     std::byte* mapped_units(uint32_t part) const {
@@ -19832,11 +20451,11 @@ private:
     void multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
                   const CpuMatrix* up = nullptr);
     void multiply_packed(MatmulTask task, uint32_t part);
-    void project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
-                 uint32_t first, uint32_t last, uint32_t part);
+    void project(TensorRole weights, TensorRole bias, const ActivationBlock* blocks, const float* x,
+                 float* to, uint32_t first, uint32_t last, uint32_t part);
     uint32_t group_end(uint32_t row, uint32_t last, uint64_t planes) const;
     void quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first, uint32_t last,
-                        uint32_t rows);
+                        ActivationBlock* out) const;
 
     const Gguf* gguf_ = nullptr;
     const ModelSpec* spec_ = nullptr;
@@ -19851,8 +20470,8 @@ private:
 
     std::span<const BatchRow> batch_;  // in work; empty: none
     std::span<const BatchRow> rows_;   // of it that are still computed
-    uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
-    uint32_t unit_ = 0;
+    std::vector<Step> program_;
+    uint32_t step_ = 0, unit_ = 0;  // what is next, and its next unit
     uint32_t unit_count_ = 0, wanted_count_ = 0;
     struct ProductTime {
         uint64_t ns = 0, work = 0;
@@ -19891,7 +20510,7 @@ void CpuLoader::open(const Gguf& gguf, const CpuWeights& weights, std::span<std:
     weights_ = &weights;
     staging_ = staging;
     parts_ = parts;
-    for (const LoadItem& item : weights.items) bytes_to_load_ += item.tensor->bytes;
+    for (const LoadItem& item : weights.items) bytes_to_load_ += item.bytes;
 }
 
 Result<void> CpuLoader::load(uint64_t budget_us, Team& team) {
@@ -19911,21 +20530,21 @@ Result<void> CpuLoader::load(uint64_t budget_us, Team& team) {
 Result<void> CpuLoader::load_item_slice(Team& team) {
     const LoadItem& item = weights_->items[item_];
     const TensorInfo& tensor = *item.tensor;
-    const uint64_t tile_bytes = item.pack ? tensor.bytes / tensor.dims[1] * kTileRows : kLoadBytes;
-    const uint32_t tiles = static_cast<uint32_t>((tensor.bytes + tile_bytes - 1) / tile_bytes);
+    const uint64_t tile_bytes = item.pack() ? item.row_bytes() * kTileRows : kLoadBytes;
+    const uint32_t tiles = static_cast<uint32_t>((item.bytes + tile_bytes - 1) / tile_bytes);
     const uint64_t step = parts_ * std::max<uint64_t>(1, kLoadBytes / tile_bytes);
     uint32_t last = static_cast<uint32_t>(std::min<uint64_t>(tiles, tile_ + step));
-    const uint64_t offset = tile_ * tile_bytes;
+    const uint64_t done = tile_ * tile_bytes, offset = item.offset + done;
     auto there = gguf_->tensor_bytes(tensor);
-    const bool staged = item.pack && !there;  // a reader: by way of the scratch memory
+    const bool staged = item.pack() && !there;  // a reader: by way of the scratch memory
     if (staged)
         last = static_cast<uint32_t>(
             std::min<uint64_t>(last, tile_ + staging_.size() / tile_bytes));
-    const size_t bytes = static_cast<size_t>(std::min(tensor.bytes, last * tile_bytes) - offset);
-    std::byte* const to = item.pack ? staging_.data() : item.out + offset;
-    if (staged || !item.pack)
+    const size_t bytes = static_cast<size_t>(std::min(item.bytes, last * tile_bytes) - done);
+    std::byte* const to = item.pack() ? staging_.data() : item.out + done;
+    if (staged || !item.pack())
         if (auto read = gguf_->read_tensor(tensor, offset, {to, bytes}); !read) return read;
-    if (item.pack) {
+    if (item.pack()) {
         PackJob job{&item, staged ? to : there->data() + offset, tile_, last};
         team.run(pack_part, &job);
     }
@@ -19942,9 +20561,8 @@ Result<void> CpuLoader::load_item_slice(Team& team) {
 void CpuLoader::pack_part(void* context, uint32_t part, uint32_t parts) {
     const PackJob& job = *static_cast<const PackJob*>(context);
     const TensorInfo& tensor = *job.item->tensor;
-    const uint32_t rows = static_cast<uint32_t>(tensor.dims[1]),
-                   cols = static_cast<uint32_t>(tensor.dims[0]);
-    const uint64_t count = job.last - job.first, row_bytes = tensor.bytes / rows;
+    const uint32_t rows = job.item->rows, cols = static_cast<uint32_t>(tensor.dims[0]);
+    const uint64_t count = job.last - job.first, row_bytes = job.item->row_bytes();
     const uint32_t first = job.first + static_cast<uint32_t>(count * part / parts);
     const uint32_t last = job.first + static_cast<uint32_t>(count * (part + 1) / parts);
     if (first == last) return;
@@ -19989,45 +20607,91 @@ bool all_finite(const float* x, size_t n) {
     return std::all_of(lanes, lanes + 16, [](uint32_t lane) { return lane == 0; });
 }
 
-// In the order in which they run; from begins_layer to ends_layer once a layer. All matrices meet
-// quantized activations, unless they are of F32, F16 or BF16.
-const CpuDecoder::Stage CpuDecoder::stages_[] = {
-    // x = embedding[token] * embedding_scale; cos, sin of position * frequency
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_and_find_angles, embeds},
-    // y = quantized(rms_norm(x) * attn_norm)
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_attention,
-     begins_layer},
-    // q = Wq y + bq; k = Wk y + bk; v = Wv y + bv
-    {&CpuDecoder::count_qkv, &CpuDecoder::work_qkv, &CpuDecoder::multiply_qkv_and_bias, 0},
-    // q = rope(q) * attention_scale; k = rope(k); k and v to the row's page
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_scale_store, stores_keys},
-    // a = softmax(q . keys) values, segment by segment
-    {&CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend, uneven_units},
-    // a = quantized(segments of a, merged where rows were split)
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize, 0},
-    // x += Wo a
-    {&CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add, 0},
-    // y = quantized(rms_norm(x) * ffn_norm)
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_ffn, 0},
-    // h = quantized(silu(Wgate y) * (Wup y))
-    {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize, 0},
-    // x += Wdown h
-    {&CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add, ends_layer},
-    // y = quantized(rms_norm(x) * output_norm); from here on all rows want logits
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted, 0},
-    // logits = Woutput y * logit_scale; whether they are finite
-    {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check, 0},
+// What steps do. All matrices meet quantized activations, unless they are of F32, F16 or BF16.
+// clang-format off
+enum CpuDecoder::StageNumber : uint8_t {
+    embed, norm_for_attention, qkv, rotate, attention, merge, add_attention, attention_aside,
+    attention_later, norm_for_ffn, gate_up, gate_and_up, up_alone, activation, add_ffn, ffn_aside,
+    ffn_later, norm_wanted, logits_of,
 };
+const CpuDecoder::Stage CpuDecoder::stages_[] = {
+    {"x = embedding[token] * scale; cos, sin of position * frequency",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_and_find_angles},
+    {"y = quantized(norm(x))",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_attention},
+    {"q = Wq y + bq; k = Wk y + bk; v = Wv y + bv",
+     &CpuDecoder::count_qkv, &CpuDecoder::work_embd, &CpuDecoder::multiply_qkv_and_bias},
+    {"q = rope(q) * attention_scale; k = rope(k); k and v to the row's page",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_scale_store},
+    {"a = softmax(q . keys) values, segment by segment",
+     &CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend, true},
+    {"a = quantized(segments of a, merged where rows were split)",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize},
+    {"x += Wo a + bo",
+     &CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add},
+    {"z = Wo a + bo",
+     &CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention},
+    {"x += norm(z) * residual_scale",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_attention},
+    {"y = quantized(norm(x))",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_ffn},
+    {"h = quantized(silu(Wgate y) * (Wup y))",
+     &CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize},
+    {"h = Wgate y + bgate; u = Wup y + bup",
+     &CpuDecoder::count_gate_and_up, &CpuDecoder::work_embd, &CpuDecoder::multiply_gate_and_up},
+    {"h = Wup y + bup",
+     &CpuDecoder::count_ff, &CpuDecoder::work_embd, &CpuDecoder::multiply_up},
+    {"h = quantized(act(h) * u), or quantized(act(h))",
+     &CpuDecoder::count_rows, &CpuDecoder::work_activate, &CpuDecoder::activate_and_quantize},
+    {"x += Wdown h + bdown",
+     &CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add},
+    {"z = Wdown h + bdown",
+     &CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn},
+    {"x += norm(z) * residual_scale",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_ffn},
+    {"y = quantized(norm(x)); from here on all rows want logits",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted},
+    {"logits = Woutput y * logit_scale; whether they are finite",
+     &CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check},
+};
+// clang-format on
 
-uint32_t CpuDecoder::stage_count() { return static_cast<uint32_t>(std::size(stages_)); }
+uint32_t CpuDecoder::step_kinds() { return 2 * static_cast<uint32_t>(std::size(stages_)); }
 
-uint32_t CpuDecoder::stage_with(StageFlag flag) {
-    uint32_t stage = 0;
-    while (!(stages_[stage].flags & flag)) ++stage;
-    return stage;
+// ---- The program -----------------------------------------------------------------------------
+
+void CpuDecoder::write_program() {
+    add_step(embed, 0, embeds);
+    for (uint32_t i = 0; i < weights_.layers.size(); ++i) add_layer(i);
+    add_step(norm_wanted);
+    add_step(logits_of);
 }
 
-uint32_t CpuDecoder::step_kinds() { return 2 * stage_count(); }
+void CpuDecoder::add_layer(uint32_t number) {
+    const CpuLayer& layer = weights_.layers[number];
+    const LayerSpec& spec = *layer.spec;
+    const bool is_last = number + 1 == weights_.layers.size();
+    add_step(norm_for_attention, number);
+    add_step(qkv, number);
+    add_step(rotate, number, is_last ? keeps_wanted : 0);
+    add_step(attention, number);
+    add_step(merge, number);
+    const bool later = layer.adds_attention_later(*spec_);
+    add_step(later ? attention_aside : add_attention, number);
+    if (later && !spec.parallel) add_step(attention_later, number);
+    add_step(norm_for_ffn, number);
+    if (layer.gates_in_kernel()) {
+        add_step(gate_up, number);
+    } else {
+        add_step(spec.gated ? gate_and_up : up_alone, number);
+        add_step(activation, number);
+    }
+    const bool ffn_is_later = layer.adds_ffn_later(*spec_);
+    add_step(ffn_is_later ? ffn_aside : add_ffn, number);
+    if (ffn_is_later) add_step(ffn_later, number);
+    if (spec.parallel) add_step(attention_later, number);
+    program_.back().flags |= ends_layer;
+}
 
 Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
                               const BackendOptions& options, const Kernels& kernels) {
@@ -20044,11 +20708,13 @@ Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     ropes_ = std::move(layout->ropes);
     sizes_ = layout->sizes;
     page_bytes_ = layout->page_bytes;
+    write_program();
     Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
     scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
     product_times_.resize(parts() * kWeightTypes);
     bad_rows_ = std::vector<std::atomic<bool>>(options.max_logit_rows);
-    if (auto bytes = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !bytes)
+    if (auto bytes = gguf.tensor_bytes(*tensors.model[TensorRole::token_embd].tensor);
+        weights_.mapped && !bytes)
         return bytes.error();
     return {};
 }
@@ -20126,52 +20792,40 @@ BatchCost CpuDecoder::add_times(BatchCost cost) const {
     return cost;
 }
 
-bool CpuDecoder::done() const { return stage_ == stage_count(); }
+bool CpuDecoder::done() const { return step_ == program_.size(); }
 
 void CpuDecoder::start_batch() {
     rows_ = batch_;
-    stage_ = layer_ = unit_ = 0;
+    step_ = unit_ = 0;
     plan_attention();
 }
 
 void CpuDecoder::run_slice(CpuMachine& machine) {
     VALAR_ASSERT(!done());
-    const Stage& stage = stages_[stage_];
-    CpuStep step{};
-    step.units = (this->*stage.units)();
-    step.work = (this->*stage.work)();
-    step.kind = 2 * stage_ + (rows_.size() >= kManyRows);
-    step.claims = stage.flags & uneven_units   ? CpuClaims::one_unit
+    const Stage& stage = stages_[step().stage];
+    CpuStep work{};
+    work.units = (this->*stage.units)();
+    work.work = (this->*stage.work)();
+    work.kind = 2 * uint32_t{step().stage} + (rows_.size() >= kManyRows);
+    work.claims = stage.uneven                 ? CpuClaims::one_unit
                   : rows_.size() >= kClaimRows ? CpuClaims::few_units
                                                : CpuClaims::shares;
-    step.job = run_job;
-    step.context = this;
-    unit_ = machine.run(step, unit_);
-    if (unit_ == step.units) finish_stage();
+    work.job = run_job;
+    work.context = this;
+    unit_ = machine.run(work, unit_);
+    if (unit_ == work.units) finish_step();
 }
 
 void CpuDecoder::run_job(void* context, uint32_t first, uint32_t last, uint32_t part) {
     CpuDecoder* self = static_cast<CpuDecoder*>(context);
-    (self->*stages_[self->stage_].job)(first, last, part);
+    (self->*stages_[self->step().stage].job)(first, last, part);
 }
 
-// The only place that knows which stage comes next.
-void CpuDecoder::finish_stage() {
-    const uint32_t flags = stages_[stage_].flags;
+void CpuDecoder::finish_step() {
+    if (step().flags & keeps_wanted) keep_wanted_rows();
     unit_ = 0;
-    if (flags & stores_keys && in_last_layer()) {
-        keep_wanted_rows();
-        if (rows_.empty()) {  // nobody asks for what would come next
-            stage_ = stage_count();
-            return;
-        }
-    }
-    if (flags & ends_layer && !in_last_layer()) {
-        ++layer_;
-        stage_ = stage_with(begins_layer);
-    } else {
-        ++stage_;
-    }
+    if (rows_.empty()) step_ = static_cast<uint32_t>(program_.size());  // nobody asks for the rest
+    else ++step_;
 }
 
 // Once the last layer has its keys and values only rows that want logits matter.
@@ -20206,16 +20860,17 @@ void CpuDecoder::check_logits(CpuMachine& machine) {
 Error CpuDecoder::locate_bad_numbers(CpuMachine& machine) {
     start_batch();
     machine.forget_deadline();
-    const uint32_t last = stage_with(ends_layer);
     std::string where = "the output matrix";
-    while (stage_ <= last) {
-        const uint32_t flags = stages_[stage_].flags, in = layer_;
-        run_slice(machine);
-        if (!(flags & (embeds | ends_layer)) || residual_is_finite()) continue;
-        where = flags & embeds ? "the token embedding" : format("layer %u (blk.%u)", in, in);
+    while (step().stage != norm_wanted) {
+        const Step done = step();
+        do run_slice(machine);
+        while (unit_ != 0);
+        if (!(done.flags & (embeds | ends_layer)) || residual_is_finite()) continue;
+        where = done.flags & embeds ? "the token embedding"
+                                    : format("layer %u (blk.%u)", done.layer, done.layer);
         break;
     }
-    stage_ = stage_count();
+    step_ = static_cast<uint32_t>(program_.size());
     return make_error(ErrorKind::bad_data, gguf_->name() +
                                                ": the logits are not finite; the first number "
                                                "that is not came from " +
@@ -20259,22 +20914,23 @@ uint32_t CpuDecoder::group_end(uint32_t row, uint32_t last, uint64_t planes) con
     return std::min(last, (row / rows + 1) * rows);
 }
 
-// Quantizes x, the rows first .. last - 1 of one group, (last - first, n), to scratch_.blocks, which
-// holds `rows` rows in all.
+// Quantizes x, the rows first .. last - 1 of one group, (last - first, n), to `out`, which holds all
+// rows.
 void CpuDecoder::quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first,
-                                uint32_t last, uint32_t rows) {
+                                uint32_t last, ActivationBlock* out) const {
     if (n % kActivationBlock != 0) return;  // no matrix that meets x is quantized
     const uint32_t count = static_cast<uint32_t>(planes);
-    const ActivationLayout layout{rows * count, n / kActivationBlock};
+    const ActivationLayout layout{row_count() * count, n / kActivationBlock};
     kernels_->quantize(
-        {x, n, last - first, count, n, layout.step(), scratch_.blocks + layout.at(first * count)});
+        {x, n, last - first, count, n, layout.step(), out + layout.at(first * count)});
 }
 
 // Packs the tiles first .. last - 1 of a matrix from the file's bytes.
 PackedMatrix CpuDecoder::pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                                      std::byte* packed) {
-    const size_t row_bytes = static_cast<size_t>(matrix.tensor->bytes / matrix.rows);
-    const std::byte* source = gguf_->tensor_bytes(*matrix.tensor)->data();
+    const size_t row_bytes = static_cast<size_t>(matrix.row_bytes());
+    const std::byte* source = gguf_->tensor_bytes(*matrix.tensor)->data() +
+                              matrix.first_row * row_bytes;
     const uint32_t row = first * kTileRows;
     pack_tiles(matrix.type, matrix.rows, matrix.cols, source + row * row_bytes, first, last,
                packed);
@@ -20351,17 +21007,25 @@ void CpuDecoder::embed_row(const BatchRow& row, float* x, uint32_t part) {
     const size_t n = spec_->n_embd;
     if (row.embedding) {
         std::memcpy(x, row.embedding, n * sizeof(float));
-        return;
+    } else {
+        read_row(weights_.model.matrix(TensorRole::token_embd), static_cast<uint32_t>(row.token), x,
+                 part);
+        if (spec_->embedding_scale != 1) kernels_->scale(x, spec_->embedding_scale, n);
     }
-    PackedMatrix matrix = weights_.token_embd;
-    uint32_t token = static_cast<uint32_t>(row.token);
-    if (!matrix.data) {
-        const uint32_t tile = token / kTileRows;
-        matrix = pack_mapped(weights_.token_embd, tile, tile + 1, mapped_units(part));
-        token %= kTileRows;
+    if (!spec_->position_embd) return;
+    float* const place = scratch_.y + (x - scratch_.x);
+    read_row(weights_.model.matrix(TensorRole::position_embd), row.position, place, part);
+    kernels_->add(x, place, n);
+}
+
+void CpuDecoder::read_row(const CpuMatrix& from, uint32_t number, float* out, uint32_t part) {
+    PackedMatrix packed = from;
+    if (!packed.data) {
+        const uint32_t tile = number / kTileRows;
+        packed = pack_mapped(from, tile, tile + 1, mapped_units(part));
+        number %= kTileRows;
     }
-    dequantize_row(matrix, token, x);
-    if (spec_->embedding_scale != 1) kernels_->scale(x, spec_->embedding_scale, n);
+    dequantize_row(packed, number, out);
 }
 
 // Cosine and sine of each pair's rotation at a position, for each of the tables.
@@ -20370,49 +21034,84 @@ void CpuDecoder::find_angles(uint32_t position, float* cos_sin) const {
         for (const double frequency : rope.frequencies) {
             double sine, cosine;
             exact_sincos(static_cast<double>(position) * frequency, &sine, &cosine);
-            *cos_sin++ = static_cast<float>(cosine);
-            *cos_sin++ = static_cast<float>(sine);
+            const double magnitude = static_cast<double>(rope.spec->magnitude);
+            *cos_sin++ = static_cast<float>(cosine * magnitude);
+            *cos_sin++ = static_cast<float>(sine * magnitude);
         }
 }
 
-void CpuDecoder::norm_and_quantize(uint32_t first, uint32_t last, const float* weight,
-                                   uint64_t planes) {
+void CpuDecoder::norm(const float* x, const float* weight, const float* bias, float* y) const {
+    const size_t n = spec_->n_embd;
+    if (!weight) std::memcpy(y, x, n * sizeof(float));
+    else if (spec_->norm == NormKind::layer) layer_norm(x, weight, bias, spec_->norm_eps, n, y);
+    else kernels_->rms_norm(x, weight, spec_->norm_eps, n, y);
+}
+
+void CpuDecoder::norm_and_quantize(uint32_t first, uint32_t last, const CpuTensors& in,
+                                   TensorRole weight, TensorRole bias, uint64_t planes) {
     const size_t n = spec_->n_embd;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, planes);
         for (uint32_t i = row; i < end; ++i)
-            kernels_->rms_norm(scratch_.x + i * n, weight, spec_->norm_eps, n, scratch_.y + i * n);
-        quantize_group(scratch_.y + row * n, spec_->n_embd, planes, row, end, row_count());
+            norm(scratch_.x + i * n, in.vector(weight), in.vector(bias), scratch_.y + i * n);
+        quantize_group(scratch_.y + row * n, spec_->n_embd, planes, row, end, scratch_.blocks);
     }
 }
 
 void CpuDecoder::norm_and_quantize_for_attention(uint32_t first, uint32_t last, uint32_t) {
-    norm_and_quantize(first, last, layer().attn_norm, sizes_.planes);
+    norm_and_quantize(first, last, layer().tensors, TensorRole::attn_norm,
+                      TensorRole::attn_norm_bias, sizes_.planes);
 }
 
-void CpuDecoder::multiply_qkv_and_bias(uint32_t first, uint32_t last, uint32_t part) {
-    const struct {
-        const CpuMatrix* matrix;
-        const float* bias;
-        float* y;
-    } three[] = {
-        {&layer().q, layer().q_bias, scratch_.q},
-        {&layer().k, layer().k_bias, scratch_.k},
-        {&layer().v, layer().v_bias, scratch_.v},
-    };
+// Adds a bias to the rows of a task that is done.
+void CpuDecoder::add_bias(const MatmulTask& task, const float* bias) const {
+    if (!bias) return;
+    const size_t begin = size_t{task.first_tile} * kTileRows,
+                 end = std::min<size_t>(size_t{task.last_tile} * kTileRows, task.weights->rows);
+    for (size_t row = 0; row < rows_.size(); ++row)
+        kernels_->add(task.y + row * task.y_stride + begin, bias + begin, end - begin);
+}
+
+// Products of several matrices with y, whose units are numbered one matrix after the other.
+void CpuDecoder::multiply_several(std::span<const Product> products, uint32_t first, uint32_t last,
+                                  uint32_t part) {
     uint32_t base = 0;
-    for (const auto& [matrix, bias, y] : three) {
+    for (const auto& [matrix, bias, y] : products) {
         const uint32_t end = base + matrix->units();
         const uint32_t from = std::max(first, base), to = std::min(last, end);
         if (from < to) {
             const MatmulTask task = product_of(*matrix, from - base, to - base, scratch_.y, y);
             multiply(*matrix, task, part);
-            const size_t begin = task.first_tile * kTileRows,
-                         count = std::min(task.last_tile * kTileRows, matrix->rows) - begin;
-            for (size_t row = 0; bias && row < rows_.size(); ++row)
-                kernels_->add(y + row * matrix->rows + begin, bias + begin, count);
+            add_bias(task, bias);
         }
         base = end;
+    }
+}
+
+void CpuDecoder::multiply_qkv_and_bias(uint32_t first, uint32_t last, uint32_t part) {
+    const Product products[] = {
+        {&matrix(TensorRole::q), layer().vector(TensorRole::q_bias), scratch_.q},
+        {&matrix(TensorRole::k), layer().vector(TensorRole::k_bias), scratch_.k},
+        {&matrix(TensorRole::v), layer().vector(TensorRole::v_bias), scratch_.v},
+    };
+    multiply_several(products, first, last, part);
+}
+
+// Each head by itself, or all of a row.
+void CpuDecoder::norm_heads(float* q, float* k) const {
+    const LayerSpec& spec = *layer().spec;
+    const struct {
+        float* x;
+        size_t heads;
+        const float* weight;
+    } both[] = {{q, spec.n_heads, layer().vector(TensorRole::q_norm)},
+                {k, spec.n_kv_heads, layer().vector(TensorRole::k_norm)}};
+    for (const auto& [x, heads, weight] : both) {
+        const size_t n = spec.qk_norm == QkNorm::row ? heads * spec.head_dim : spec.head_dim;
+        for (size_t at = 0; at < heads * spec.head_dim; at += n)
+            if (spec.qk_norm == QkNorm::own)
+                layer_norm(x + at, weight + at, nullptr, spec_->norm_eps, n, x + at);
+            else kernels_->rms_norm(x + at, weight, spec_->norm_eps, n, x + at);
     }
 }
 
@@ -20427,8 +21126,12 @@ void CpuDecoder::rotate_scale_store(uint32_t first, uint32_t last, uint32_t) {
     for (uint32_t row = first; row < last; ++row) {
         const float* cos_sin = scratch_.cos_sin + row * sizes_.rope_values + table;
         float *q = scratch_.q + row * n_q, *k = scratch_.k + row * n_kv;
-        kernels_->rope(q, spec.n_heads, dim, rope.dims, neox, cos_sin);
-        kernels_->rope(k, spec.n_kv_heads, dim, rope.dims, neox, cos_sin);
+        if (spec.qk_norm != QkNorm::none && !spec.qk_norm_after_rope) norm_heads(q, k);
+        if (rope.dims > 0) {
+            kernels_->rope(q, spec.n_heads, dim, rope.dims, neox, cos_sin);
+            kernels_->rope(k, spec.n_kv_heads, dim, rope.dims, neox, cos_sin);
+        }
+        if (spec.qk_norm != QkNorm::none && spec.qk_norm_after_rope) norm_heads(q, k);
         kernels_->scale(q, spec.attention_scale, n_q);
         const uint32_t position = rows_[row].position, in_page = position % options_.page_tokens;
         std::byte* page = kv_page(layer(), rows_[row].pages[position / options_.page_tokens]);
@@ -20451,54 +21154,120 @@ void CpuDecoder::merge_and_quantize(uint32_t first, uint32_t last, uint32_t) {
         end = group_end(row, last, sizes_.planes);
         for (uint32_t i = row; i < end && splits_rows(); ++i) merge_split_row(i);
         quantize_group(scratch_.attended + size_t{row} * n, n, sizes_.planes, row, end,
-                       row_count());
+                       scratch_.blocks);
     }
 }
 
-// Adds some units of a matrix times activations to the residual stream.
-void CpuDecoder::project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
-                         uint32_t first, uint32_t last, uint32_t part) {
-    MatmulTask task = product_of(matrix, first, last, x, scratch_.x);
+// Some units of a matrix times activations: added to x, or put into z.
+void CpuDecoder::project(TensorRole weights, TensorRole bias, const ActivationBlock* blocks,
+                         const float* x, float* to, uint32_t first, uint32_t last, uint32_t part) {
+    MatmulTask task = product_of(matrix(weights), first, last, x, to);
     task.blocks = blocks;
-    task.add = true;
-    multiply(matrix, task, part);
+    task.add = to == scratch_.x;
+    multiply(matrix(weights), task, part);
+    add_bias(task, layer().vector(bias));
 }
 
 void CpuDecoder::project_attention_and_add(uint32_t first, uint32_t last, uint32_t part) {
-    project(layer().attn_output, scratch_.blocks, scratch_.attended, first, last, part);
+    project(TensorRole::attn_output, TensorRole::attn_output_bias, scratch_.blocks,
+            scratch_.attended, scratch_.x, first, last, part);
+}
+
+void CpuDecoder::project_attention(uint32_t first, uint32_t last, uint32_t part) {
+    project(TensorRole::attn_output, TensorRole::attn_output_bias, scratch_.blocks,
+            scratch_.attended, scratch_.z, first, last, part);
+}
+
+void CpuDecoder::norm_and_add(uint32_t first, uint32_t last, TensorRole weight) {
+    const size_t n = spec_->n_embd;
+    for (uint32_t row = first; row < last; ++row) {
+        float *const x = scratch_.x + row * n, *const z = scratch_.z + row * n;
+        if (layer().vector(weight)) norm(z, layer().vector(weight), nullptr, z);
+        if (spec_->residual_scale != 1) kernels_->scale(z, spec_->residual_scale, n);
+        kernels_->add(x, z, n);
+    }
+}
+
+void CpuDecoder::norm_and_add_attention(uint32_t first, uint32_t last, uint32_t) {
+    norm_and_add(first, last, TensorRole::post_attn_norm);
 }
 
 void CpuDecoder::norm_and_quantize_for_ffn(uint32_t first, uint32_t last, uint32_t) {
-    norm_and_quantize(first, last, layer().ffn_norm, sizes_.planes);
+    const bool shares_norm = layer().spec->parallel && !layer().spec->ffn_norm;
+    norm_and_quantize(
+        first, last, layer().tensors, shares_norm ? TensorRole::attn_norm : TensorRole::ffn_norm,
+        shares_norm ? TensorRole::attn_norm_bias : TensorRole::ffn_norm_bias, sizes_.planes);
 }
 
 void CpuDecoder::gate_up_and_quantize(uint32_t first, uint32_t last, uint32_t part) {
-    MatmulTask task = product_of(layer().gate, first, last, scratch_.y, scratch_.h);
-    if (layer().down.quantized()) task.out = scratch_.h_blocks;
-    task.out_blocks = layer().down.cols / kActivationBlock;
-    multiply(layer().gate, task, part, &layer().up);
+    const CpuMatrix& down = matrix(TensorRole::down);
+    MatmulTask task = product_of(matrix(TensorRole::gate), first, last, scratch_.y, scratch_.h);
+    if (down.quantized()) task.out = scratch_.h_blocks;
+    task.out_blocks = down.cols / kActivationBlock;
+    multiply(matrix(TensorRole::gate), task, part, &matrix(TensorRole::up));
+}
+
+void CpuDecoder::multiply_gate_and_up(uint32_t first, uint32_t last, uint32_t part) {
+    const Product products[] = {
+        {&matrix(TensorRole::gate), layer().vector(TensorRole::gate_bias), scratch_.h},
+        {&matrix(TensorRole::up), layer().vector(TensorRole::up_bias), scratch_.up},
+    };
+    multiply_several(products, first, last, part);
+}
+
+void CpuDecoder::multiply_up(uint32_t first, uint32_t last, uint32_t part) {
+    const Product product = {&matrix(TensorRole::up), layer().vector(TensorRole::up_bias),
+                             scratch_.h};
+    multiply_several({&product, 1}, first, last, part);
+}
+
+void CpuDecoder::activate_and_quantize(uint32_t first, uint32_t last, uint32_t) {
+    const LayerSpec& spec = *layer().spec;
+    const size_t n = spec.n_ff;
+    for (uint32_t row = first, end; row < last; row = end) {
+        end = group_end(row, last, sizes_.planes);
+        for (uint32_t i = row; i < end; ++i)
+            activate(spec.activation, scratch_.h + i * n,
+                     spec.gated ? scratch_.up + i * n : nullptr, n);
+        if (matrix(TensorRole::down).quantized())
+            quantize_group(scratch_.h + row * n, spec.n_ff, sizes_.planes, row, end,
+                           scratch_.h_blocks);
+    }
 }
 
 void CpuDecoder::project_ffn_and_add(uint32_t first, uint32_t last, uint32_t part) {
-    project(layer().down, scratch_.h_blocks, scratch_.h, first, last, part);
+    project(TensorRole::down, TensorRole::down_bias, scratch_.h_blocks, scratch_.h, scratch_.x,
+            first, last, part);
+}
+
+void CpuDecoder::project_ffn(uint32_t first, uint32_t last, uint32_t part) {
+    project(TensorRole::down, TensorRole::down_bias, scratch_.h_blocks, scratch_.h, scratch_.z,
+            first, last, part);
+}
+
+void CpuDecoder::norm_and_add_ffn(uint32_t first, uint32_t last, uint32_t) {
+    norm_and_add(first, last, TensorRole::post_ffn_norm);
 }
 
 // The output matrix always meets activations of two planes.
 void CpuDecoder::norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t) {
-    norm_and_quantize(first, last, weights_.output_norm, 2);
+    norm_and_quantize(first, last, weights_.model, TensorRole::output_norm,
+                      TensorRole::output_norm_bias, 2);
 }
 
 void CpuDecoder::multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part) {
-    const CpuMatrix& matrix = weights_.output;
-    MatmulTask task = product_of(matrix, first, last, scratch_.y, scratch_.logits);
+    const CpuMatrix& output = weights_.model.matrix(TensorRole::output);
+    MatmulTask task = product_of(output, first, last, scratch_.y, scratch_.logits);
     task.planes = 2;
-    multiply(matrix, task, part);
+    multiply(output, task, part);
+    add_bias(task, weights_.model.vector(TensorRole::output_bias));
     const size_t begin = size_t{task.first_tile} * kTileRows,
-                 end = std::min<size_t>(size_t{task.last_tile} * kTileRows, matrix.rows);
+                 end = std::min<size_t>(size_t{task.last_tile} * kTileRows, output.rows);
     for (uint32_t i = 0; i < row_count(); ++i) {
-        float* logits = scratch_.logits + size_t{i} * matrix.rows;
+        float* logits = scratch_.logits + size_t{i} * output.rows;
         if (spec_->logit_scale != 1)
             kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
+        if (spec_->soft_cap != 0) apply_soft_cap(logits + begin, spec_->soft_cap, end - begin);
         if (!all_finite(logits + begin, end - begin))
             bad_rows_[i].store(true, std::memory_order_relaxed);
     }
@@ -20569,6 +21338,7 @@ AttentionTask CpuDecoder::attention_task(const AttentionUnit& unit, uint32_t kv_
     task.end = scratch.end;
     task.keys = found.keys;
     task.values = found.values;
+    task.soft_cap = spec.soft_cap;
     task.max = scratch.max;
     task.sum = scratch.sum;
     task.out = scratch.out;
@@ -20625,6 +21395,18 @@ void CpuDecoder::merge_segment(uint32_t position, uint32_t segment, const Segmen
     std::memcpy(to.out, from.out, dim * sizeof(float));
 }
 
+void CpuDecoder::compute_attention(const AttentionTask& task) const {
+    if (task.soft_cap != 0) attention_with_soft_cap(task);
+    else kernels_->attention(task);
+}
+
+void CpuDecoder::finish_query(uint32_t head, float max, float sum, float* out) const {
+    const size_t dim = layer().spec->head_dim;
+    if (const float* sinks = layer().vector(TensorRole::sinks))
+        add_sink(&max, &sum, out, sinks[head], dim);
+    kernels_->scale(out, 1 / sum, dim);
+}
+
 // ---- Whole rows ------------------------------------------------------------------------------
 
 // Neighbours in their sequence become a unit. The longest rows come first.
@@ -20649,7 +21431,7 @@ void CpuDecoder::attend_whole_rows(const AttentionUnit& unit, uint32_t kv_head,
     for (uint32_t segment = oldest / kSegment; segment < unit.last_segment; ++segment) {
         find_keys(unit, kv_head, segment, scratch, found);
         find_visible(unit, segment, scratch);
-        kernels_->attention(task);
+        compute_attention(task);
         for (uint32_t i = 0; i < task.queries; ++i)
             if (scratch.begin[i] < scratch.end[i])
                 merge_segment(
@@ -20658,7 +21440,8 @@ void CpuDecoder::attend_whole_rows(const AttentionUnit& unit, uint32_t kv_head,
                     {scratch.total_max + i, scratch.total_sum + i, query_output(unit, kv_head, i)});
     }
     for (uint32_t i = 0; i < task.queries; ++i)
-        kernels_->scale(query_output(unit, kv_head, i), 1 / scratch.total_sum[i], dim);
+        finish_query(kv_head * group + i % group, scratch.total_max[i], scratch.total_sum[i],
+                     query_output(unit, kv_head, i));
 }
 
 float* CpuDecoder::query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const {
@@ -20692,7 +21475,7 @@ void CpuDecoder::attend_split_row(const AttentionUnit& unit, uint32_t kv_head,
     task.max = scratch_.part_max + at;
     task.sum = scratch_.part_sum + at;
     task.out = scratch_.part_out + at * spec.head_dim;
-    kernels_->attention(task);
+    compute_attention(task);
 }
 
 void CpuDecoder::merge_split_row(uint32_t row) {
@@ -20710,7 +21493,7 @@ void CpuDecoder::merge_split_row(uint32_t row) {
                 {scratch_.part_max[at], scratch_.part_sum[at], scratch_.part_out + at * dim},
                 {&max, &sum, out});
         }
-        kernels_->scale(out, 1 / sum, dim);
+        finish_query(head, max, sum, out);
     }
 }
 
@@ -29841,9 +30624,9 @@ _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")") _Pragma("pop_m
 _Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Iterator\")")
 _Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")")
 _Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
-_Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")")
-_Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Match\")")
-_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
+_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
+_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
+_Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
 _Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
 _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
 _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
@@ -30143,15 +30926,15 @@ _Pragma("pop_macro(\"tail\")") _Pragma("pop_macro(\"take\")") _Pragma("pop_macro
 _Pragma("pop_macro(\"task\")") _Pragma("pop_macro(\"template\")") _Pragma("pop_macro(\"ten\")")
 _Pragma("pop_macro(\"tensor\")") _Pragma("pop_macro(\"test\")") _Pragma("pop_macro(\"text\")")
 _Pragma("pop_macro(\"then\")") _Pragma("pop_macro(\"this\")") _Pragma("pop_macro(\"thread\")")
-_Pragma("pop_macro(\"three\")") _Pragma("pop_macro(\"throw\")") _Pragma("pop_macro(\"tick\")")
-_Pragma("pop_macro(\"tie\")") _Pragma("pop_macro(\"tile\")") _Pragma("pop_macro(\"time\")")
-_Pragma("pop_macro(\"time_t\")") _Pragma("pop_macro(\"timeout\")") _Pragma("pop_macro(\"times\")")
-_Pragma("pop_macro(\"timeval\")") _Pragma("pop_macro(\"tmpfile\")") _Pragma("pop_macro(\"token\")")
-_Pragma("pop_macro(\"tokens\")") _Pragma("pop_macro(\"tolower\")") _Pragma("pop_macro(\"tool\")")
-_Pragma("pop_macro(\"top\")") _Pragma("pop_macro(\"tops\")") _Pragma("pop_macro(\"total\")")
-_Pragma("pop_macro(\"toupper\")") _Pragma("pop_macro(\"trim\")") _Pragma("pop_macro(\"true\")")
-_Pragma("pop_macro(\"trunc\")") _Pragma("pop_macro(\"try\")") _Pragma("pop_macro(\"turn\")")
-_Pragma("pop_macro(\"two\")") _Pragma("pop_macro(\"type\")") _Pragma("pop_macro(\"typedef\")")
+_Pragma("pop_macro(\"throw\")") _Pragma("pop_macro(\"tick\")") _Pragma("pop_macro(\"tie\")")
+_Pragma("pop_macro(\"tile\")") _Pragma("pop_macro(\"time\")") _Pragma("pop_macro(\"time_t\")")
+_Pragma("pop_macro(\"timeout\")") _Pragma("pop_macro(\"times\")") _Pragma("pop_macro(\"timeval\")")
+_Pragma("pop_macro(\"tmpfile\")") _Pragma("pop_macro(\"token\")") _Pragma("pop_macro(\"tokens\")")
+_Pragma("pop_macro(\"tolower\")") _Pragma("pop_macro(\"tool\")") _Pragma("pop_macro(\"top\")")
+_Pragma("pop_macro(\"tops\")") _Pragma("pop_macro(\"total\")") _Pragma("pop_macro(\"toupper\")")
+_Pragma("pop_macro(\"trim\")") _Pragma("pop_macro(\"true\")") _Pragma("pop_macro(\"trunc\")")
+_Pragma("pop_macro(\"try\")") _Pragma("pop_macro(\"turn\")") _Pragma("pop_macro(\"two\")")
+_Pragma("pop_macro(\"two_pi\")") _Pragma("pop_macro(\"type\")") _Pragma("pop_macro(\"typedef\")")
 _Pragma("pop_macro(\"typeid\")") _Pragma("pop_macro(\"typename\")") _Pragma("pop_macro(\"types\")")
 _Pragma("pop_macro(\"u\")") _Pragma("pop_macro(\"u16\")") _Pragma("pop_macro(\"u32\")")
 _Pragma("pop_macro(\"u64\")") _Pragma("pop_macro(\"u8\")") _Pragma("pop_macro(\"u_long\")")
@@ -30169,16 +30952,17 @@ _Pragma("pop_macro(\"usleep\")") _Pragma("pop_macro(\"v\")") _Pragma("pop_macro(
 _Pragma("pop_macro(\"valloc\")") _Pragma("pop_macro(\"value\")") _Pragma("pop_macro(\"values\")")
 _Pragma("pop_macro(\"vasprintf\")") _Pragma("pop_macro(\"vector\")")
 _Pragma("pop_macro(\"version\")") _Pragma("pop_macro(\"view\")") _Pragma("pop_macro(\"virtual\")")
-_Pragma("pop_macro(\"visible\")") _Pragma("pop_macro(\"void\")") _Pragma("pop_macro(\"volatile\")")
-_Pragma("pop_macro(\"vsnprintf\")") _Pragma("pop_macro(\"vsprintf\")")
-_Pragma("pop_macro(\"vswprintf\")") _Pragma("pop_macro(\"w\")") _Pragma("pop_macro(\"wait\")")
-_Pragma("pop_macro(\"warning\")") _Pragma("pop_macro(\"watch\")") _Pragma("pop_macro(\"wchar_t\")")
-_Pragma("pop_macro(\"wcscat\")") _Pragma("pop_macro(\"wcscpy\")") _Pragma("pop_macro(\"wcsdup\")")
-_Pragma("pop_macro(\"weight\")") _Pragma("pop_macro(\"while\")") _Pragma("pop_macro(\"width\")")
-_Pragma("pop_macro(\"window\")") _Pragma("pop_macro(\"word\")") _Pragma("pop_macro(\"work\")")
-_Pragma("pop_macro(\"worker\")") _Pragma("pop_macro(\"write\")") _Pragma("pop_macro(\"writev\")")
-_Pragma("pop_macro(\"x\")") _Pragma("pop_macro(\"y\")") _Pragma("pop_macro(\"yield\")")
-_Pragma("pop_macro(\"z\")") _Pragma("pop_macro(\"zero\")")
+_Pragma("pop_macro(\"visible\")") _Pragma("pop_macro(\"vocab\")") _Pragma("pop_macro(\"void\")")
+_Pragma("pop_macro(\"volatile\")") _Pragma("pop_macro(\"vsnprintf\")")
+_Pragma("pop_macro(\"vsprintf\")") _Pragma("pop_macro(\"vswprintf\")") _Pragma("pop_macro(\"w\")")
+_Pragma("pop_macro(\"wait\")") _Pragma("pop_macro(\"warning\")") _Pragma("pop_macro(\"watch\")")
+_Pragma("pop_macro(\"wchar_t\")") _Pragma("pop_macro(\"wcscat\")") _Pragma("pop_macro(\"wcscpy\")")
+_Pragma("pop_macro(\"wcsdup\")") _Pragma("pop_macro(\"weight\")") _Pragma("pop_macro(\"when\")")
+_Pragma("pop_macro(\"while\")") _Pragma("pop_macro(\"width\")") _Pragma("pop_macro(\"window\")")
+_Pragma("pop_macro(\"word\")") _Pragma("pop_macro(\"work\")") _Pragma("pop_macro(\"worker\")")
+_Pragma("pop_macro(\"write\")") _Pragma("pop_macro(\"writev\")") _Pragma("pop_macro(\"x\")")
+_Pragma("pop_macro(\"y\")") _Pragma("pop_macro(\"yield\")") _Pragma("pop_macro(\"z\")")
+_Pragma("pop_macro(\"zero\")")
 #if defined(_WIN32)
 _Pragma("pop_macro(\"ACCESS_MASK\")") _Pragma("pop_macro(\"ATOM\")")
 _Pragma("pop_macro(\"BOOLEAN\")") _Pragma("pop_macro(\"BYTE\")") _Pragma("pop_macro(\"Beep\")")
@@ -30196,10 +30980,10 @@ _Pragma("pop_macro(\"INT8\")") _Pragma("pop_macro(\"Index\")")
 _Pragma("pop_macro(\"IsEqualGUID\")") _Pragma("pop_macro(\"Key\")")
 _Pragma("pop_macro(\"LIST_ENTRY\")") _Pragma("pop_macro(\"LONG\")")
 _Pragma("pop_macro(\"LONG64\")") _Pragma("pop_macro(\"LPMINMAXINFO\")")
-_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"MSG\")") _Pragma("pop_macro(\"Mask\")")
-_Pragma("pop_macro(\"Message\")") _Pragma("pop_macro(\"Msg\")") _Pragma("pop_macro(\"PATTERN\")")
-_Pragma("pop_macro(\"POINT\")") _Pragma("pop_macro(\"PROC\")") _Pragma("pop_macro(\"PSIZE\")")
-_Pragma("pop_macro(\"PSTR\")") _Pragma("pop_macro(\"Point\")") _Pragma("pop_macro(\"Polygon\")")
+_Pragma("pop_macro(\"MSG\")") _Pragma("pop_macro(\"Mask\")") _Pragma("pop_macro(\"Message\")")
+_Pragma("pop_macro(\"Msg\")") _Pragma("pop_macro(\"PATTERN\")") _Pragma("pop_macro(\"POINT\")")
+_Pragma("pop_macro(\"PROC\")") _Pragma("pop_macro(\"PSIZE\")") _Pragma("pop_macro(\"PSTR\")")
+_Pragma("pop_macro(\"Point\")") _Pragma("pop_macro(\"Polygon\")")
 _Pragma("pop_macro(\"Priority\")") _Pragma("pop_macro(\"Protocol\")")
 _Pragma("pop_macro(\"ProtocolRevision\")") _Pragma("pop_macro(\"Ptr\")")
 _Pragma("pop_macro(\"R\")") _Pragma("pop_macro(\"RECT\")") _Pragma("pop_macro(\"Rectangle\")")

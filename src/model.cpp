@@ -26,21 +26,37 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-/// A new family that differs only in these is one more row.
+/// What a family does differently from `llama`.
+enum Trait : uint32_t {
+    layer_norm = 1,       // LayerNorm instead of RMSNorm
+    ungated = 2,          // down(act(up(y)))
+    parallel_layer = 4,   // attention and feed-forward side by side
+    learned_places = 8,   // positions are embedded, not rotated
+    divides_logits = 16,  // logit_scale is a divisor
+    full_unrotated = 32,  // layers that see all do not rotate
+    norms_row = 64,       // q and k are normed over all heads
+    norms_rotated = 128,  // q and k are normed after they were rotated
+    post_is_ffn = 256,    // post_attention_norm is the feed-forward's own norm
+};
+
+struct SpecReader;
+
+/// A new family is one more row; `more` is for what a row cannot say.
 struct Architecture {
     const char* name;  // also the prefix of its keys
     RopeKind rope;
-    bool qkv_bias;
-};
-constexpr Architecture architectures[] = {
-    {"llama", RopeKind::norm, false},
-    {"qwen2", RopeKind::neox, true},
+    uint32_t traits = 0;
+    Activation activation = Activation::silu;
+    uint32_t full_every = 0;  // of its windowed layers, where the file does not say so
+    bool yarn_is_rounded = true;
+    void (*more)(SpecReader&, ModelSpec&) = nullptr;
 };
 
 /// Keys that change what the network computes in a way that no backend here does.
 constexpr const char* refused_model_keys[] = {
-    "expert_count",   "attn_logit_softcapping", "final_logit_softcapping",
-    "residual_scale", "attention.clamp_kqv",
+    "expert_count",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
 };
 
 constexpr TensorType matrix_types[] = {
@@ -53,6 +69,7 @@ constexpr TensorType vector_types[] = {TensorType::f32};
 /// use, so that a reader can go on to its end and look once.
 struct SpecReader {
     const Gguf& gguf;
+    const Architecture* row = nullptr;
     std::string prefix = {};
     std::optional<Error> error = {};
 
@@ -69,6 +86,9 @@ struct SpecReader {
         return T{};
     }
     const GgufKey* find(const char* key) const { return gguf.find(prefix + key); }
+    bool has_tensor(size_t layer, const char* name) const {
+        return gguf.find_tensor(format("blk.%zu.", layer) + name) != nullptr;
+    }
 
     uint32_t in_limits(const char* key, uint64_t number, uint64_t limit) {
         if (number < 1 || number > limit)
@@ -93,6 +113,11 @@ struct SpecReader {
             fail_key(ErrorKind::bad_data, key, "is too short for the layers");
         return error ? 1 : in_limits(key, static_cast<uint64_t>(numbers[layer]), limit);
     }
+    /// With the fallback 0: a number that may be missing, or 0 for nothing.
+    float number_or_none(const char* key) {
+        const GgufKey* found = find(key);
+        return found && value(gguf.get_float(prefix + key, 0.0)) != 0 ? positive(key, 1) : 0;
+    }
     float positive(const char* key, float fallback) {
         const float number = static_cast<float>(
             value(gguf.get_float(prefix + key, static_cast<double>(fallback))));
@@ -101,12 +126,6 @@ struct SpecReader {
         return number;
     }
 };
-
-const Architecture* find_architecture(std::string_view name) {
-    for (const Architecture& row : architectures)
-        if (name == row.name) return &row;
-    return nullptr;
-}
 
 void refuse_unknown_options(SpecReader& in) {
     for (const char* key : refused_model_keys) {
@@ -117,31 +136,76 @@ void refuse_unknown_options(SpecReader& in) {
     }
 }
 
-/// 1 / factor of linear scaling. (llama3 scaling needs no key: its factors are a tensor.)
-float read_rope_scale(SpecReader& in) {
-    const auto type = in.value(in.gguf.get_string(in.prefix + "rope.scaling.type", "linear"));
-    if (type == "none") return 1;
-    if (type != "linear")
-        in.fail_key(ErrorKind::unsupported, "rope.scaling.type", "is neither 'none' nor 'linear'");
-    const char* key = in.find("rope.scaling.factor") ? "rope.scaling.factor" : "rope.scale_linear";
-    return 1.0f / in.positive(key, 1.0f);
+// ---- Rope ------------------------------------------------------------------------------------
+
+double natural_log(double x) { return exact_log(x); }
+
+/// YaRN: which pairs turn so often in the original context that they are left alone, and which so
+/// seldom that they are scaled in full.
+void read_yarn(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
+    const double factor = 1.0 / static_cast<double>(rope.scale);
+    const double context = in.size("rope.scaling.original_context_length", ModelSpec::max_context,
+                                   n_context);
+    const double fast = static_cast<double>(in.positive("rope.scaling.yarn_beta_fast", 32.0f));
+    const double slow = static_cast<double>(in.positive("rope.scaling.yarn_beta_slow", 1.0f));
+    const double dims = rope.dims;
+    const auto pair_of = [&](double turns) {
+        constexpr double two_pi = 6.283185307179586;
+        return dims * natural_log(context / (turns * two_pi)) /
+               (2 * natural_log(static_cast<double>(rope.base)));
+    };
+    const bool whole = in.row->yarn_is_rounded;
+    const double begin = whole ? std::floor(pair_of(fast)) : pair_of(fast);
+    const double end = whole ? std::ceil(pair_of(slow)) : pair_of(slow);
+    if (!std::isfinite(begin) || !std::isfinite(end))
+        in.fail_key(ErrorKind::bad_data, "rope.freq_base", "makes no ramp of YaRN");
+    if (in.error) return;
+    rope.yarn = true;
+    rope.ramp_begin = static_cast<float>(std::max(begin, 0.0));
+    rope.ramp_end = static_cast<float>(std::min(end, dims - 1));
+    if (rope.ramp_begin == rope.ramp_end) rope.ramp_end += 0.001f;
+    const double usual = factor > 1 ? 0.1 * natural_log(factor) + 1 : 1;
+    rope.magnitude = static_cast<float>(static_cast<double>(rope.magnitude) * usual);
 }
 
-std::vector<float> read_rope_factors(SpecReader& in, uint32_t rope_dims) {
-    const TensorInfo* tensor = in.gguf.find_tensor("rope_freqs.weight");
+/// (llama3's scaling and longrope need no key but the magnitude: their factors are tensors.)
+void read_rope_scaling(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
+    const auto type = in.value(in.gguf.get_string(in.prefix + "rope.scaling.type", "linear"));
+    rope.magnitude = in.positive("rope.scaling.attn_factor", 1.0f);
+    if (type == "none" || type == "longrope") return;
+    if (type != "linear" && type != "yarn" && type != "longrope")
+        in.fail_key(ErrorKind::unsupported, "rope.scaling.type",
+                    "is none of 'none', 'linear', 'yarn', 'longrope'");
+    const char* key = in.find("rope.scaling.factor") ? "rope.scaling.factor" : "rope.scale_linear";
+    rope.scale = 1.0f / in.positive(key, 1.0f);
+    if (type == "yarn" && rope.dims > 0 && !in.error) read_yarn(in, rope, n_context);
+}
+
+std::vector<float> read_rope_factors(SpecReader& in, const char* name, uint32_t rope_dims) {
+    const TensorInfo* tensor = in.gguf.find_tensor(name);
     if (!tensor || in.error) return {};
-    if (tensor->type != TensorType::f32 || tensor->n_dims != 1 ||
-        tensor->dims[0] != rope_dims / 2) {
-        in.fail(ErrorKind::bad_data, "tensor 'rope_freqs.weight' is not F32 of half the rope dims");
-        return {};
-    }
+    const auto refuse = [&](const char* what) {
+        in.fail(ErrorKind::bad_data, format("tensor '%s' %s", name, what));
+        return std::vector<float>();
+    };
+    if (tensor->type != TensorType::f32 || tensor->n_dims != 1 || tensor->dims[0] != rope_dims / 2)
+        return refuse("is not F32 of half the rope dims");
     std::vector<float> factors(rope_dims / 2);
     const auto bytes = std::as_writable_bytes(std::span<float>(factors));
     if (auto done = in.gguf.read_tensor(*tensor, 0, bytes); !done) in.error = done.error();
     for (float factor : factors)
-        if (!(factor > 0 && std::isfinite(factor)))
-            in.fail(ErrorKind::bad_data, "tensor 'rope_freqs.weight' has a factor not positive");
+        if (!(factor > 0 && std::isfinite(factor))) return refuse("has a factor not positive");
     return factors;
+}
+
+void read_all_rope_factors(SpecReader& in, ModelSpec& spec) {
+    const uint32_t dims = spec.layers[0].rope.dims;
+    spec.rope_factors = read_rope_factors(in, "rope_freqs.weight", dims);
+    if (spec.rope_factors.empty())
+        spec.rope_factors = read_rope_factors(in, "rope_factors_short.weight", dims);
+    spec.rope_long_factors = read_rope_factors(in, "rope_factors_long.weight", dims);
+    spec.n_rope_context = in.size("rope.scaling.original_context_length", ModelSpec::max_context,
+                                  spec.n_context);
 }
 
 /// All layers have the head size of the first, also where their numbers of heads differ.
@@ -155,14 +219,35 @@ uint32_t read_head_dim(SpecReader& in, uint32_t n_embd) {
     return in.error ? 1 : n_embd / n_heads;
 }
 
-RopeSpec read_rope(SpecReader& in, const Architecture& row, uint32_t head_dim) {
+RopeSpec read_rope(SpecReader& in, uint32_t head_dim, uint32_t n_context) {
     RopeSpec rope;
-    rope.kind = row.rope;
+    rope.kind = in.row->rope;
+    rope.base = in.positive("rope.freq_base", 10000.0f);
+    if (in.row->traits & learned_places) return rope;
     rope.dims = in.size("rope.dimension_count", head_dim, head_dim);
     if (rope.dims % 2 != 0) in.fail_key(ErrorKind::bad_data, "rope.dimension_count", "is odd");
-    rope.base = in.positive("rope.freq_base", 10000.0f);
-    rope.scale = read_rope_scale(in);
+    read_rope_scaling(in, rope, n_context);
     return rope;
+}
+
+// ---- Layers ----------------------------------------------------------------------------------
+
+/// What a layer has by the tensors that the file gives it.
+void read_layer_tensors(SpecReader& in, LayerSpec& layer, size_t index) {
+    const auto has = [&](const char* name) { return in.has_tensor(index, name); };
+    const bool second_is_ffn = in.row->traits & post_is_ffn;
+    layer.qkv_bias = has("attn_q.bias") || has("attn_qkv.bias");
+    layer.output_bias = has("attn_output.bias");
+    layer.ffn_bias = has("ffn_down.bias");
+    layer.post_attn_norm = has("post_attention_norm.weight") && !second_is_ffn;
+    layer.post_ffn_norm = has("post_ffw_norm.weight");
+    layer.attn_norm = has("attn_norm.weight") || !layer.post_attn_norm;
+    layer.ffn_norm = has("ffn_norm.weight") || !(layer.post_ffn_norm || layer.parallel);
+    layer.sinks = has("attn_sinks.weight");
+    if (has("attn_q_norm.weight"))
+        layer.qk_norm = in.row->traits & norms_row    ? QkNorm::row
+                        : in.row->traits & layer_norm ? QkNorm::own
+                                                      : QkNorm::head;
 }
 
 /// What is the same in all layers is in `layer` already.
@@ -176,18 +261,25 @@ LayerSpec read_layer(SpecReader& in, LayerSpec layer, size_t index) {
         in.fail_key(ErrorKind::bad_data, "attention.head_count_kv", "does not divide head_count");
     if (uint64_t{layer.n_heads} * layer.head_dim > ModelSpec::max_width)
         in.fail_key(ErrorKind::bad_data, "attention.head_count", "times head size is too large");
+    read_layer_tensors(in, layer, index);
     return layer;
 }
 
-std::vector<LayerSpec> read_layers(SpecReader& in, const Architecture& row, uint32_t n_embd) {
+std::vector<LayerSpec> read_layers(SpecReader& in, const ModelSpec& spec) {
     LayerSpec common;
-    common.head_dim = read_head_dim(in, n_embd);
+    common.head_dim = read_head_dim(in, spec.n_embd);
     if (in.size("attention.value_length", ModelSpec::max_width, common.head_dim) != common.head_dim)
         in.fail_key(ErrorKind::unsupported, "attention.value_length", "differs from key_length");
-    common.qkv_bias = row.qkv_bias;
+    common.activation = in.row->activation;
+    common.gated = !(in.row->traits & ungated);
+    common.parallel = in.row->traits & parallel_layer;
+    if (in.find("use_parallel_residual"))
+        common.parallel = in.value(in.gguf.get_bool(in.prefix + "use_parallel_residual", false));
+    common.qk_norm_after_rope = in.row->traits & norms_rotated;
     common.attention_scale = in.positive("attention.scale",
                                          1.0f / std::sqrt(static_cast<float>(common.head_dim)));
-    common.rope = read_rope(in, row, common.head_dim);
+    common.soft_cap = in.number_or_none("attn_logit_softcapping");
+    common.rope = read_rope(in, common.head_dim, spec.n_context);
     std::vector<LayerSpec> layers(in.size("block_count", ModelSpec::max_layers));
     for (size_t i = 0; i < layers.size() && !in.error; ++i) layers[i] = read_layer(in, common, i);
     return layers;
@@ -200,7 +292,7 @@ void read_windows(SpecReader& in, ModelSpec& spec) {
     const uint64_t window = in.value(in.gguf.get_uint(in.prefix + "attention.sliding_window", 0));
     const GgufKey* key = in.find(pattern);
     GgufNumbers<int64_t> named;
-    uint64_t period = 0;
+    uint64_t period = in.row->full_every;
     if (key && key->is_array) named = in.value(in.gguf.get_ints(in.prefix + pattern));
     else if (key) period = in.value(in.gguf.get_uint(in.prefix + pattern));
     if (key && key->is_array && named.size() < spec.layers.size())
@@ -209,6 +301,110 @@ void read_windows(SpecReader& in, ModelSpec& spec) {
     for (size_t i = 0; i < spec.layers.size(); ++i)
         if (named.size() ? named[i] != 0 : period == 0 || (i + 1) % period != 0)
             spec.layers[i].window = static_cast<uint32_t>(window);
+}
+
+// ---- What a row of the table cannot say ------------------------------------------------------
+
+float inverse_root(uint32_t n) { return 1.0f / std::sqrt(static_cast<float>(n)); }
+
+void read_gemma(SpecReader&, ModelSpec& spec) {
+    spec.embedding_scale = std::sqrt(static_cast<float>(spec.n_embd));
+}
+
+/// The largest of each generation scales queries by the width of a head as if heads filled the row.
+void scale_gemma_queries(SpecReader& in, ModelSpec& spec, size_t layers_of_27b) {
+    read_gemma(in, spec);
+    if (spec.layers.size() != layers_of_27b) return;
+    for (LayerSpec& layer : spec.layers)
+        layer.attention_scale = inverse_root(spec.n_embd / layer.n_heads);
+}
+
+void read_gemma2(SpecReader& in, ModelSpec& spec) { scale_gemma_queries(in, spec, 46); }
+
+/// Layers with a window have a base of their own, and no scaling.
+void read_gemma3(SpecReader& in, ModelSpec& spec) {
+    scale_gemma_queries(in, spec, 62);
+    const float base = in.positive("rope.freq_base_swa", 10000.0f);
+    for (LayerSpec& layer : spec.layers) {
+        if (layer.window == 0) continue;
+        layer.rope.base = base;
+        layer.rope.scale = 1;
+    }
+}
+
+/// Every fourth layer does not rotate.
+void read_smollm3(SpecReader&, ModelSpec& spec) {
+    for (size_t i = 3; i < spec.layers.size(); i += 4) spec.layers[i].rope.dims = 0;
+}
+
+/// The long context's scaling is that of the layers that see all.
+void read_olmo2(SpecReader&, ModelSpec& spec) {
+    for (LayerSpec& layer : spec.layers)
+        if (layer.window) layer.rope = {layer.rope.kind, layer.rope.dims, layer.rope.base};
+}
+
+void read_minicpm(SpecReader& in, ModelSpec& spec) {
+    const float layers = static_cast<float>(spec.layers.size());
+    spec.embedding_scale = in.positive("embedding_scale", 12.0f);
+    spec.residual_scale = in.positive("residual_scale", 1.4f / std::sqrt(layers));
+    if (!in.find("logit_scale")) spec.logit_scale = 256.0f / static_cast<float>(spec.n_embd);
+}
+
+constexpr Architecture architectures[] = {
+    // clang-format off
+    {"llama",         RopeKind::norm},
+    {"qwen2",         RopeKind::neox},
+    {"qwen3",         RopeKind::neox},
+    {"gemma",         RopeKind::neox, 0, Activation::gelu_tanh, 0, true, read_gemma},
+    {"gemma2",        RopeKind::neox, 0, Activation::gelu_tanh, 2, true, read_gemma2},
+    {"gemma3",        RopeKind::neox, 0, Activation::gelu_tanh, 6, true, read_gemma3},
+    {"phi2",          RopeKind::neox, layer_norm | ungated | parallel_layer, Activation::gelu_tanh},
+    {"phi3",          RopeKind::neox},
+    {"smollm3",       RopeKind::norm, 0, Activation::silu, 0, true, read_smollm3},
+    {"olmo2",         RopeKind::neox, norms_row, Activation::silu, 4, true, read_olmo2},
+    {"granite",       RopeKind::norm, divides_logits},
+    {"glm4",          RopeKind::norm},
+    {"exaone4",       RopeKind::neox, full_unrotated, Activation::silu, 4},
+    {"cohere2",       RopeKind::norm, layer_norm | parallel_layer | full_unrotated, Activation::silu, 4},
+    {"command-r",     RopeKind::norm, layer_norm | parallel_layer},
+    {"ernie4_5",      RopeKind::norm},
+    {"hunyuan-dense", RopeKind::neox, norms_rotated},
+    {"seed_oss",      RopeKind::neox, post_is_ffn},
+    {"minicpm",       RopeKind::norm, divides_logits, Activation::silu, 0, true, read_minicpm},
+    {"internlm2",     RopeKind::norm},
+    {"stablelm",      RopeKind::neox, layer_norm},
+    {"starcoder2",    RopeKind::neox, layer_norm | ungated, Activation::gelu_tanh},
+    {"nemotron",      RopeKind::neox, layer_norm | ungated, Activation::relu_squared},
+    {"gpt2",          RopeKind::neox, layer_norm | ungated | learned_places, Activation::gelu_tanh},
+    {"gptneox",       RopeKind::neox, layer_norm | ungated, Activation::gelu},
+    {"falcon",        RopeKind::neox, layer_norm | ungated | parallel_layer, Activation::gelu},
+    // clang-format on
+};
+
+const Architecture* find_architecture(std::string_view name) {
+    for (const Architecture& row : architectures)
+        if (name == row.name) return &row;
+    return nullptr;
+}
+
+std::string known_architectures() {
+    std::string all;
+    for (const Architecture& row : architectures)
+        all += (all.empty() ? "" : ", ") + std::string(row.name);
+    return all;
+}
+
+bool has_windows(const ModelSpec& spec) {
+    return std::any_of(spec.layers.begin(), spec.layers.end(),
+                       [](const LayerSpec& layer) { return layer.window != 0; });
+}
+
+void read_norm(SpecReader& in, ModelSpec& spec) {
+    spec.norm = in.row->traits & layer_norm ? NormKind::layer : NormKind::rms;
+    spec.norm_bias = spec.norm == NormKind::layer && in.gguf.find_tensor("output_norm.bias");
+    spec.norm_eps = in.positive(spec.norm == NormKind::layer ? "attention.layer_norm_epsilon"
+                                                             : "attention.layer_norm_rms_epsilon",
+                                0.0f);
 }
 
 /// Rows of the embedding are the vocabulary: the file's own counts of it must agree.
@@ -229,9 +425,96 @@ uint32_t read_vocab_size(SpecReader& in) {
     return in.error ? 1 : static_cast<uint32_t>(rows);
 }
 
+// ---- Tensors: a row each ---------------------------------------------------------------------
+
+/// How long a row or a column is.
+enum class Length : uint8_t { one, vocab, embd, context, q, kv, ff, head, heads, kv_heads };
+
+using LayerHas = bool (*)(const LayerSpec& layer);
+using ModelHas = bool (*)(const ModelSpec& spec);
+
+struct TensorRow {
+    TensorRole role;
+    const char* name;
+    Length rows, columns;  // rows `one`: a vector
+    LayerHas when = nullptr;
+    ModelHas where = nullptr;
+    // Several that stand below one another in the table may lie below one another in a tensor of this
+    // name instead.
+    const char* fused = nullptr;
+};
+
+// clang-format off
+constexpr LayerHas has_attn_norm  = [](const LayerSpec& of) { return of.attn_norm; };
+constexpr LayerHas has_ffn_norm   = [](const LayerSpec& of) { return of.ffn_norm; };
+constexpr LayerHas has_post_attn  = [](const LayerSpec& of) { return of.post_attn_norm; };
+constexpr LayerHas has_post_ffn   = [](const LayerSpec& of) { return of.post_ffn_norm; };
+constexpr LayerHas has_qkv_bias   = [](const LayerSpec& of) { return of.qkv_bias; };
+constexpr LayerHas has_out_bias   = [](const LayerSpec& of) { return of.output_bias; };
+constexpr LayerHas has_ffn_bias   = [](const LayerSpec& of) { return of.ffn_bias; };
+constexpr LayerHas has_gate       = [](const LayerSpec& of) { return of.gated; };
+constexpr LayerHas has_gate_bias  = [](const LayerSpec& of) { return of.gated && of.ffn_bias; };
+constexpr LayerHas has_head_norm  = [](const LayerSpec& of) { return of.qk_norm == QkNorm::head; };
+constexpr LayerHas has_row_norm   = [](const LayerSpec& of) { return of.qk_norm == QkNorm::row; };
+constexpr LayerHas has_own_norms  = [](const LayerSpec& of) { return of.qk_norm == QkNorm::own; };
+constexpr LayerHas has_sinks      = [](const LayerSpec& of) { return of.sinks; };
+constexpr ModelHas has_norm_bias  = [](const ModelSpec& of) { return of.norm_bias; };
+constexpr ModelHas has_output     = [](const ModelSpec& of) { return !of.tied_output; };
+constexpr ModelHas has_logit_bias = [](const ModelSpec& of) { return of.output_bias; };
+constexpr ModelHas has_places     = [](const ModelSpec& of) { return of.position_embd; };
+
+constexpr TensorRow model_tensors[] = {
+    {TensorRole::token_embd,       "token_embd.weight",    Length::vocab,   Length::embd},
+    {TensorRole::position_embd,    "position_embd.weight", Length::context, Length::embd,  nullptr, has_places},
+    {TensorRole::output_norm,      "output_norm.weight",   Length::one,     Length::embd},
+    {TensorRole::output_norm_bias, "output_norm.bias",     Length::one,     Length::embd,  nullptr, has_norm_bias},
+    {TensorRole::output,           "output.weight",        Length::vocab,   Length::embd,  nullptr, has_output},
+    {TensorRole::output_bias,      "output.bias",          Length::one,     Length::vocab, nullptr, has_logit_bias},
+};
+
+constexpr const char* qkv_weights = "attn_qkv.weight";
+constexpr const char* qkv_biases = "attn_qkv.bias";
+constexpr const char* gate_and_up = "ffn_up.weight";
+
+constexpr TensorRow layer_tensors[] = {
+    {TensorRole::attn_norm,        "attn_norm.weight",           Length::one,  Length::embd, has_attn_norm},
+    {TensorRole::attn_norm_bias,   "attn_norm.bias",             Length::one,  Length::embd, has_attn_norm, has_norm_bias},
+    {TensorRole::q,                "attn_q.weight",              Length::q,    Length::embd, nullptr, nullptr, qkv_weights},
+    {TensorRole::k,                "attn_k.weight",              Length::kv,   Length::embd, nullptr, nullptr, qkv_weights},
+    {TensorRole::v,                "attn_v.weight",              Length::kv,   Length::embd, nullptr, nullptr, qkv_weights},
+    {TensorRole::q_bias,           "attn_q.bias",                Length::one,  Length::q,    has_qkv_bias, nullptr, qkv_biases},
+    {TensorRole::k_bias,           "attn_k.bias",                Length::one,  Length::kv,   has_qkv_bias, nullptr, qkv_biases},
+    {TensorRole::v_bias,           "attn_v.bias",                Length::one,  Length::kv,   has_qkv_bias, nullptr, qkv_biases},
+    {TensorRole::q_norm,           "attn_q_norm.weight",         Length::one,  Length::head, has_head_norm},
+    {TensorRole::k_norm,           "attn_k_norm.weight",         Length::one,  Length::head, has_head_norm},
+    {TensorRole::q_norm,           "attn_q_norm.weight",         Length::one,  Length::q,    has_row_norm},
+    {TensorRole::k_norm,           "attn_k_norm.weight",         Length::one,  Length::kv,   has_row_norm},
+    {TensorRole::q_norm,           "attn_q_norm.weight",         Length::heads, Length::head, has_own_norms},
+    {TensorRole::k_norm,           "attn_k_norm.weight",         Length::kv_heads, Length::head, has_own_norms},
+    {TensorRole::sinks,            "attn_sinks.weight",          Length::one,  Length::heads, has_sinks},
+    {TensorRole::attn_output,      "attn_output.weight",         Length::embd, Length::q},
+    {TensorRole::attn_output_bias, "attn_output.bias",           Length::one,  Length::embd, has_out_bias},
+    {TensorRole::post_attn_norm,   "post_attention_norm.weight", Length::one,  Length::embd, has_post_attn},
+    {TensorRole::ffn_norm,         "ffn_norm.weight",            Length::one,  Length::embd, has_ffn_norm},
+    {TensorRole::ffn_norm_bias,    "ffn_norm.bias",              Length::one,  Length::embd, has_ffn_norm, has_norm_bias},
+    {TensorRole::gate,             "ffn_gate.weight",            Length::ff,   Length::embd, has_gate, nullptr, gate_and_up},
+    {TensorRole::up,               "ffn_up.weight",              Length::ff,   Length::embd, nullptr, nullptr, gate_and_up},
+    {TensorRole::down,             "ffn_down.weight",            Length::embd, Length::ff},
+    {TensorRole::gate_bias,        "ffn_gate.bias",              Length::one,  Length::ff,   has_gate_bias},
+    {TensorRole::up_bias,          "ffn_up.bias",                Length::one,  Length::ff,   has_ffn_bias},
+    {TensorRole::down_bias,        "ffn_down.bias",              Length::one,  Length::embd, has_ffn_bias},
+    {TensorRole::post_ffn_norm,    "post_ffw_norm.weight",       Length::one,  Length::embd, has_post_ffn},
+};
+
+// Tensors that files have and nothing needs: rope angles that older converters wrote down.
+constexpr std::string_view harmless_tensors[] = {"rope_freqs.weight", "attn_rot_embd.weight",
+                                                 "rotary_emb.inv_freq"};
+// clang-format on
+
 /// Takes tensors of a file by name, checks them, and remembers which were taken.
 struct TensorBinder {
     const Gguf& gguf;
+    const ModelSpec& spec;
     std::string prefix = {};  // of the names that are asked for
     std::vector<bool> taken = std::vector<bool>(gguf.tensors().size());
     std::optional<Error> error = {};
@@ -240,8 +523,9 @@ struct TensorBinder {
         if (!error) error = make_error(kind, join({gguf.name(), ": tensor '", name, "' ", what}));
     }
 
-    const TensorInfo* take(const char* suffix, std::span<const TensorType> types, uint32_t n_dims,
-                           uint64_t rows, uint64_t columns) {
+    /// `rows` 0: a vector.
+    const TensorInfo* take(const char* suffix, std::span<const TensorType> types, uint64_t rows,
+                           uint64_t columns) {
         const std::string name = prefix + suffix;
         const TensorInfo* tensor = gguf.find_tensor(name);
         if (!tensor) {
@@ -249,61 +533,117 @@ struct TensorBinder {
             return nullptr;
         }
         taken[static_cast<size_t>(tensor - gguf.tensors().data())] = true;
-        if (tensor->n_dims != n_dims || tensor->dims[0] != columns || tensor->dims[1] != rows)
+        if (tensor->n_dims != (rows ? 2 : 1) || tensor->dims[0] != columns ||
+            tensor->dims[1] != std::max<uint64_t>(rows, 1))
             fail(ErrorKind::bad_data, name,
                  format("has the shape %llu x %llu x %llu x %llu; %llu x %llu was expected",
                         ull(tensor->dims[0]), ull(tensor->dims[1]), ull(tensor->dims[2]),
-                        ull(tensor->dims[3]), ull(columns), ull(rows)));
+                        ull(tensor->dims[3]), ull(columns), ull(std::max<uint64_t>(rows, 1))));
         if (std::find(types.begin(), types.end(), tensor->type) == types.end())
             fail(ErrorKind::unsupported, name,
                  format("has type %s, which is not supported here", type_info(tensor->type)->name));
         return tensor;
     }
-    const TensorInfo* matrix(const char* name, uint64_t rows, uint64_t columns) {
-        return take(name, matrix_types, 2, rows, columns);
+
+    uint64_t length(Length of, const LayerSpec& layer) const {
+        switch (of) {
+            case Length::one: return 1;
+            case Length::vocab: return spec.n_vocab;
+            case Length::embd: return spec.n_embd;
+            case Length::context: return spec.n_context;
+            case Length::q: return uint64_t{layer.n_heads} * layer.head_dim;
+            case Length::kv: return uint64_t{layer.n_kv_heads} * layer.head_dim;
+            case Length::ff: return layer.n_ff;
+            case Length::head: return layer.head_dim;
+            case Length::heads: return layer.n_heads;
+            case Length::kv_heads: return layer.n_kv_heads;
+        }
+        return 0;
     }
-    const TensorInfo* vector(const char* name, uint64_t length) {
-        return take(name, vector_types, 1, 1, length);
+    bool wants(const TensorRow& row, const LayerSpec& layer) const {
+        return (!row.when || row.when(layer)) && (!row.where || row.where(spec));
+    }
+
+    /// Those that share a tensor with the row at `first`.
+    void bind_fused(std::span<const TensorRow> rows, const LayerSpec& layer, RoleTensors& out) {
+        uint64_t sum = 0;
+        const bool matrix = rows[0].rows != Length::one;
+        const auto own = [&](const TensorRow& row) {
+            return length(matrix ? row.rows : row.columns, layer);
+        };
+        for (const TensorRow& row : rows) sum += own(row);
+        const TensorInfo* tensor = matrix ? take(rows[0].fused, matrix_types, sum,
+                                                 length(rows[0].columns, layer))
+                                          : take(rows[0].fused, vector_types, 0, sum);
+        if (tensor && tensor->packed && matrix)
+            for (const TensorRow& row : rows)
+                if (own(row) % packed_rows != 0)
+                    fail(ErrorKind::unsupported, tensor->name, "is packed and cannot be parted");
+        uint64_t first = 0;
+        for (const TensorRow& row : rows) {
+            out[row.role] = {tensor, first, own(row), matrix};
+            first += own(row);
+        }
+    }
+
+    void bind(std::span<const TensorRow> table, const LayerSpec& layer, RoleTensors& out) {
+        for (size_t i = 0, end; i < table.size(); i = end) {
+            const TensorRow& row = table[i];
+            end = i + 1;
+            if (!wants(row, layer)) continue;
+            while (row.fused && end < table.size() && table[end].fused == row.fused) ++end;
+            if (row.fused && !gguf.find_tensor(prefix + row.name) &&
+                gguf.find_tensor(prefix + row.fused)) {
+                bind_fused(table.subspan(i, end - i), layer, out);
+                continue;
+            }
+            end = i + 1;
+            const bool matrix = row.rows != Length::one && row.columns != Length::head;
+            const std::span<const TensorType> types =
+                matrix ? std::span<const TensorType>(matrix_types)
+                       : std::span<const TensorType>(vector_types);
+            const uint64_t rows = row.rows == Length::one ? 0 : length(row.rows, layer),
+                           columns = length(row.columns, layer);
+            out[row.role] = {take(name_of(row), types, rows, columns), 0,
+                             matrix ? rows : std::max<uint64_t>(rows, 1) * columns, matrix};
+        }
+    }
+    /// The one name that two roles share.
+    const char* name_of(const TensorRow& row) const {
+        const bool other = row.role == TensorRole::ffn_norm &&
+                           !gguf.find_tensor(prefix + row.name) &&
+                           gguf.find_tensor(prefix + "post_attention_norm.weight");
+        return other ? "post_attention_norm.weight" : row.name;
+    }
+    void bind_factors(const std::vector<float>& factors, std::initializer_list<const char*> names) {
+        for (const char* name : names)
+            if (!factors.empty() && gguf.find_tensor(name))
+                take(name, vector_types, 0, factors.size());
     }
     static unsigned long long ull(uint64_t n) { return n; }
 };
 
-LayerTensors bind_layer(TensorBinder& in, const LayerSpec& spec, uint64_t n_embd, size_t index) {
-    in.prefix = format("blk.%u.", static_cast<unsigned>(index));
-    const uint64_t n_q = uint64_t{spec.n_heads} * spec.head_dim;
-    const uint64_t n_kv = uint64_t{spec.n_kv_heads} * spec.head_dim;
-    LayerTensors out;
-    out.attn_norm = in.vector("attn_norm.weight", n_embd);
-    out.q = in.matrix("attn_q.weight", n_q, n_embd);
-    out.k = in.matrix("attn_k.weight", n_kv, n_embd);
-    out.v = in.matrix("attn_v.weight", n_kv, n_embd);
-    if (spec.qkv_bias) {
-        out.q_bias = in.vector("attn_q.bias", n_q);
-        out.k_bias = in.vector("attn_k.bias", n_kv);
-        out.v_bias = in.vector("attn_v.bias", n_kv);
-    }
-    out.attn_output = in.matrix("attn_output.weight", n_embd, n_q);
-    out.ffn_norm = in.vector("ffn_norm.weight", n_embd);
-    out.gate = in.matrix("ffn_gate.weight", spec.n_ff, n_embd);
-    out.up = in.matrix("ffn_up.weight", spec.n_ff, n_embd);
-    out.down = in.matrix("ffn_down.weight", n_embd, spec.n_ff);
-    return out;
+bool is_harmless(std::string_view tensor) {
+    return std::any_of(std::begin(harmless_tensors), std::end(harmless_tensors),
+                       [&](std::string_view end) { return tensor.ends_with(end); });
 }
 
 }  // namespace
 
 Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec) {
-    TensorBinder in{gguf};
+    TensorBinder in{gguf, spec};
     ModelTensors out;
-    out.token_embd = in.matrix("token_embd.weight", spec.n_vocab, spec.n_embd);
-    out.output_norm = in.vector("output_norm.weight", spec.n_embd);
-    out.output = spec.tied_output ? out.token_embd
-                                  : in.matrix("output.weight", spec.n_vocab, spec.n_embd);
-    if (!spec.rope_factors.empty()) in.vector("rope_freqs.weight", spec.rope_factors.size());
-    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i)
-        out.layers.push_back(bind_layer(in, spec.layers[i], spec.n_embd, i));
+    in.bind(model_tensors, {}, out.model);
+    if (spec.tied_output) out.model[TensorRole::output] = out.model[TensorRole::token_embd];
+    in.bind_factors(spec.rope_factors, {"rope_freqs.weight", "rope_factors_short.weight"});
+    in.bind_factors(spec.rope_long_factors, {"rope_factors_long.weight"});
+    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i) {
+        in.prefix = format("blk.%zu.", i);
+        in.bind(layer_tensors, spec.layers[i], out.layers.emplace_back());
+    }
     for (size_t i = 0; i < in.taken.size(); ++i)
-        if (!in.taken[i]) in.fail(ErrorKind::bad_data, gguf.tensors()[i].name, "is not used");
+        if (!in.taken[i] && !is_harmless(gguf.tensors()[i].name))
+            in.fail(ErrorKind::bad_data, gguf.tensors()[i].name, "is not used");
     if (in.error) return *in.error;
     return out;
 }
@@ -315,25 +655,34 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
     ModelSpec spec;
     spec.architecture = in.value(gguf.get_string("general.architecture"));
     if (in.error) return *in.error;
-    const auto* row = detail::find_architecture(spec.architecture);
-    if (!row)
+    in.row = detail::find_architecture(spec.architecture);
+    if (!in.row)
         return detail::make_error(
             ErrorKind::unsupported,
             detail::join({gguf.name(), ": architecture '", detail::printable(spec.architecture, 64),
-                          "' is not supported"}));
+                          "' is not supported; these are: ", detail::known_architectures()}));
     in.prefix = spec.architecture + ".";
     spec.name = in.value(gguf.get_string("general.name", ""));
     detail::refuse_unknown_options(in);
     spec.n_embd = in.size("embedding_length", ModelSpec::max_width);
     spec.n_context = in.size("context_length", ModelSpec::max_context);
-    spec.norm_eps = in.positive("attention.layer_norm_rms_epsilon", 0.0f);
+    detail::read_norm(in, spec);
     spec.embedding_scale = in.positive("embedding_scale", 1.0f);
+    spec.residual_scale = in.positive("residual_scale", 1.0f);
     spec.logit_scale = in.positive("logit_scale", 1.0f);
+    if (in.row->traits & detail::divides_logits) spec.logit_scale = 1 / spec.logit_scale;
+    spec.soft_cap = in.number_or_none("final_logit_softcapping");
     spec.tied_output = !gguf.find_tensor("output.weight");
+    spec.output_bias = gguf.find_tensor("output.bias");
+    spec.position_embd = in.row->traits & detail::learned_places;
     spec.n_vocab = detail::read_vocab_size(in);
-    spec.layers = detail::read_layers(in, *row, spec.n_embd);
+    spec.layers = detail::read_layers(in, spec);
     detail::read_windows(in, spec);
-    spec.rope_factors = detail::read_rope_factors(in, spec.layers[0].rope.dims);
+    detail::read_all_rope_factors(in, spec);
+    for (LayerSpec& layer : spec.layers)
+        if (in.row->traits & detail::full_unrotated && detail::has_windows(spec) && !layer.window)
+            layer.rope.dims = 0;
+    if (in.row->more && !in.error) in.row->more(in, spec);
     if (in.error) return *in.error;
     return spec;
 }

@@ -2,39 +2,76 @@
 
 #include "model.hpp"
 
+#include <array>
 #include <vector>
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// Tensors of one layer, shapes as (rows, columns); a row is contiguous. Never null but the
-/// biases, which are null where the layer has none. Norms and biases are F32.
-struct LayerTensors {
-    const TensorInfo* attn_norm = nullptr;    // (n_embd)
-    const TensorInfo* q = nullptr;            // (n_heads * head_dim, n_embd)
-    const TensorInfo* k = nullptr;            // (n_kv_heads * head_dim, n_embd)
-    const TensorInfo* v = nullptr;            // (n_kv_heads * head_dim, n_embd)
-    const TensorInfo* q_bias = nullptr;       // (n_heads * head_dim)
-    const TensorInfo* k_bias = nullptr;       // (n_kv_heads * head_dim)
-    const TensorInfo* v_bias = nullptr;       // (n_kv_heads * head_dim)
-    const TensorInfo* attn_output = nullptr;  // (n_embd, n_heads * head_dim)
-    const TensorInfo* ffn_norm = nullptr;     // (n_embd)
-    const TensorInfo* gate = nullptr;         // (n_ff, n_embd)
-    const TensorInfo* up = nullptr;           // (n_ff, n_embd)
-    const TensorInfo* down = nullptr;         // (n_embd, n_ff)
+/// What a tensor of a model is for.
+enum class TensorRole : uint8_t {
+    none,
+    // of the model
+    token_embd,
+    position_embd,
+    output_norm,
+    output_norm_bias,
+    output,
+    output_bias,
+    // of a layer
+    attn_norm,
+    attn_norm_bias,
+    q,
+    k,
+    v,
+    q_bias,
+    k_bias,
+    v_bias,
+    q_norm,
+    k_norm,
+    sinks,
+    attn_output,
+    attn_output_bias,
+    post_attn_norm,
+    ffn_norm,
+    ffn_norm_bias,
+    gate,
+    up,
+    down,
+    gate_bias,
+    up_bias,
+    down_bias,
+    post_ffn_norm,
+};
+inline constexpr size_t kRoles = static_cast<size_t>(TensorRole::post_ffn_norm) + 1;
+
+/// Rows of a tensor, or elements of a vector; all of it, or one of several that share a tensor.
+struct TensorRows {
+    const TensorInfo* tensor = nullptr;  // null: there is none
+    uint64_t first = 0, count = 0;
+    bool matrix = false;
+    explicit operator bool() const { return tensor != nullptr; }
+};
+
+/// By role. Matrices are (rows, columns); a row is contiguous.
+class RoleTensors {
+public:
+    TensorRows& operator[](TensorRole role) { return rows_[static_cast<size_t>(role)]; }
+    const TensorRows& operator[](TensorRole role) const { return rows_[static_cast<size_t>(role)]; }
+
+private:
+    std::array<TensorRows, kRoles> rows_ = {};
 };
 
 /// All tensors, pointing into Gguf::tensors(): valid while that Gguf lives, moved or not.
 struct ModelTensors {
-    const TensorInfo* token_embd = nullptr;   // (n_vocab, n_embd)
-    const TensorInfo* output_norm = nullptr;  // (n_embd)
-    const TensorInfo* output = nullptr;       // (n_vocab, n_embd); equals token_embd when tied
-    std::vector<LayerTensors> layers;
+    RoleTensors model;  // `output` equals `token_embd` where it is tied
+    std::vector<RoleTensors> layers;
 };
 
-/// Finds every tensor that the spec needs and checks shape and type. Matrices are F32, F16, BF16,
-/// Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K or Q6_K.
+/// Finds every tensor that the spec needs and checks shape and type. Matrices are of a type that
+/// kernels read, vectors F32.
 Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec);
 
 }  // namespace detail

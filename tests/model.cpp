@@ -114,20 +114,22 @@ TEST_CASE("model: all tensors of a layer are bound") {
     REQUIRE(spec);
     auto tensors = detail::bind_model_tensors(*gguf, *spec);
     REQUIRE_MESSAGE(tensors, tensors.error().message);
-    const detail::LayerTensors& layer = tensors->layers.at(1);
-    CHECK(layer.attn_norm->name == "blk.1.attn_norm.weight");
-    CHECK(layer.q->name == "blk.1.attn_q.weight");
-    CHECK(layer.k->name == "blk.1.attn_k.weight");
-    CHECK(layer.v->name == "blk.1.attn_v.weight");
-    CHECK(layer.attn_output->name == "blk.1.attn_output.weight");
-    CHECK(layer.ffn_norm->name == "blk.1.ffn_norm.weight");
-    CHECK(layer.gate->name == "blk.1.ffn_gate.weight");
-    CHECK(layer.up->name == "blk.1.ffn_up.weight");
-    CHECK(layer.down->name == "blk.1.ffn_down.weight");
-    CHECK(!layer.q_bias);
-    CHECK(tensors->output == tensors->token_embd);
+    const detail::RoleTensors& layer = tensors->layers.at(1);
+    using detail::TensorRole;
+    CHECK(layer[TensorRole::attn_norm].tensor->name == "blk.1.attn_norm.weight");
+    CHECK(layer[TensorRole::q].tensor->name == "blk.1.attn_q.weight");
+    CHECK(layer[TensorRole::k].tensor->name == "blk.1.attn_k.weight");
+    CHECK(layer[TensorRole::v].tensor->name == "blk.1.attn_v.weight");
+    CHECK(layer[TensorRole::attn_output].tensor->name == "blk.1.attn_output.weight");
+    CHECK(layer[TensorRole::ffn_norm].tensor->name == "blk.1.ffn_norm.weight");
+    CHECK(layer[TensorRole::gate].tensor->name == "blk.1.ffn_gate.weight");
+    CHECK(layer[TensorRole::up].tensor->name == "blk.1.ffn_up.weight");
+    CHECK(layer[TensorRole::down].tensor->name == "blk.1.ffn_down.weight");
+    CHECK(!layer[TensorRole::q_bias]);
+    CHECK(tensors->model[TensorRole::output].tensor ==
+          tensors->model[TensorRole::token_embd].tensor);
     const Gguf moved = std::move(*gguf);  // what is bound stays where it is
-    CHECK(moved.find_tensor("blk.1.attn_q.weight") == layer.q);
+    CHECK(moved.find_tensor("blk.1.attn_q.weight") == layer[TensorRole::q].tensor);
 }
 
 TEST_CASE("model: qwen2 has biases and rotates halves") {
@@ -141,8 +143,8 @@ TEST_CASE("model: qwen2 has biases and rotates halves") {
     CHECK(!spec->tied_output);
     auto tensors = detail::bind_model_tensors(*gguf, *spec);
     REQUIRE(tensors);
-    CHECK(tensors->layers[0].k_bias->name == "blk.0.attn_k.bias");
-    CHECK(tensors->output->name == "output.weight");
+    CHECK(tensors->layers[0][detail::TensorRole::k_bias].tensor->name == "blk.0.attn_k.bias");
+    CHECK(tensors->model[detail::TensorRole::output].tensor->name == "output.weight");
     check_says(edit(bytes, {"blk.0.attn_k.bias"}), "tensor 'blk.0.attn_k.bias' is missing");
 }
 
@@ -212,16 +214,23 @@ TEST_CASE("model: what is not implemented is refused by name") {
             writer.set_string("general.architecture", architecture);
         });
     };
-    check_says(named("gemma3"), "architecture 'gemma3' is not supported");
+    check_says(named("gemma33"),
+               "architecture 'gemma33' is not supported; these are: llama, qwen2");
     check_says(named("a\nb"), "architecture 'a\\x0ab' is not supported");
     check_says(named(std::string(10000, 'x')), "architecture 'xxx");
     check_says(with_key("llama.expert_count", 8u), "key 'llama.expert_count' asks for");
-    check_says(with_key("llama.final_logit_softcapping", 30.0f), "final_logit_softcapping");
+    check_says(with_key("llama.attention.clamp_kqv", 30.0f), "attention.clamp_kqv");
+    check_says(with_key("llama.final_logit_softcapping", -1.0f), "final_logit_softcapping");
     check_says(with_key("llama.attention.value_length", 4u), "differs from key_length");
-    const Bytes yarn = edit(small_model(), {}, [](GgufWriter& writer) {
-        writer.set_string("llama.rope.scaling.type", "yarn");
-    });
-    check_says(yarn, "key 'llama.rope.scaling.type' is neither 'none' nor 'linear'");
+    const auto scaled = [](const char* type, float base) {
+        return edit(small_model(), {"llama.rope.freq_base"}, [&](GgufWriter& writer) {
+            writer.set_string("llama.rope.scaling.type", type);
+            writer.set("llama.rope.freq_base", base);
+        });
+    };
+    check_says(scaled("twisted", 1e4f),
+               "key 'llama.rope.scaling.type' is none of 'none', 'linear'");
+    check_says(scaled("yarn", 1), "key 'llama.rope.freq_base' makes no ramp of YaRN");
 }
 
 TEST_CASE("model: a sliding window, of all layers or of some") {
@@ -295,7 +304,9 @@ TEST_CASE("model: a tensor that is missing, mis-shaped, unused or of another typ
     check_says(edit(small_model(), {"blk.1.ffn_up.weight"}), "'blk.1.ffn_up.weight' is missing");
     check_says(with_key("llama.block_count", 3u), "'blk.2.attn_norm.weight' is missing");
     check_says(with_key("llama.block_count", 1u), "tensor 'blk.1.attn_norm.weight' is not used");
-    check_says(with_tensor("blk.0.attn_q.bias", TensorType::f32, {32}), "attn_q.bias' is not used");
+    check_says(with_tensor("blk.0.attn_q.bias", TensorType::f32, {32}), "attn_k.bias' is missing");
+    check_says(with_tensor("blk.0.attn_q.other", TensorType::f32, {32}),
+               "attn_q.other' is not used");
     check_says(with_tensor("blk.0.ffn_up.weight", TensorType::f32, {48, 32}),
                "'blk.0.ffn_up.weight' has the shape 48 x 32 x 1 x 1; 32 x 48 was expected");
     check_says(with_tensor("blk.0.ffn_up.weight", TensorType::f32, {32, 48, 2}), "has the shape");
@@ -351,5 +362,5 @@ TEST_CASE("model: the real one") {
     CHECK(spec->layers[7].rope.base == 100000);
     auto tensors = detail::bind_model_tensors(*gguf, *spec);
     REQUIRE_MESSAGE(tensors, tensors.error().message);
-    CHECK(tensors->layers[29].down->type == TensorType::q4_1);
+    CHECK(tensors->layers[29][detail::TensorRole::down].tensor->type == TensorType::q4_1);
 }

@@ -65,6 +65,7 @@ AttentionTask CpuDecoder::attention_task(const AttentionUnit& unit, uint32_t kv_
     task.end = scratch.end;
     task.keys = found.keys;
     task.values = found.values;
+    task.soft_cap = spec.soft_cap;
     task.max = scratch.max;
     task.sum = scratch.sum;
     task.out = scratch.out;
@@ -121,6 +122,18 @@ void CpuDecoder::merge_segment(uint32_t position, uint32_t segment, const Segmen
     std::memcpy(to.out, from.out, dim * sizeof(float));
 }
 
+void CpuDecoder::compute_attention(const AttentionTask& task) const {
+    if (task.soft_cap != 0) attention_with_soft_cap(task);
+    else kernels_->attention(task);
+}
+
+void CpuDecoder::finish_query(uint32_t head, float max, float sum, float* out) const {
+    const size_t dim = layer().spec->head_dim;
+    if (const float* sinks = layer().vector(TensorRole::sinks))
+        add_sink(&max, &sum, out, sinks[head], dim);
+    kernels_->scale(out, 1 / sum, dim);
+}
+
 // ---- Whole rows ------------------------------------------------------------------------------
 
 // Neighbours in their sequence become a unit. The longest rows come first.
@@ -145,7 +158,7 @@ void CpuDecoder::attend_whole_rows(const AttentionUnit& unit, uint32_t kv_head,
     for (uint32_t segment = oldest / kSegment; segment < unit.last_segment; ++segment) {
         find_keys(unit, kv_head, segment, scratch, found);
         find_visible(unit, segment, scratch);
-        kernels_->attention(task);
+        compute_attention(task);
         for (uint32_t i = 0; i < task.queries; ++i)
             if (scratch.begin[i] < scratch.end[i])
                 merge_segment(
@@ -154,7 +167,8 @@ void CpuDecoder::attend_whole_rows(const AttentionUnit& unit, uint32_t kv_head,
                     {scratch.total_max + i, scratch.total_sum + i, query_output(unit, kv_head, i)});
     }
     for (uint32_t i = 0; i < task.queries; ++i)
-        kernels_->scale(query_output(unit, kv_head, i), 1 / scratch.total_sum[i], dim);
+        finish_query(kv_head * group + i % group, scratch.total_max[i], scratch.total_sum[i],
+                     query_output(unit, kv_head, i));
 }
 
 float* CpuDecoder::query_output(const AttentionUnit& unit, uint32_t kv_head, uint32_t query) const {
@@ -188,7 +202,7 @@ void CpuDecoder::attend_split_row(const AttentionUnit& unit, uint32_t kv_head,
     task.max = scratch_.part_max + at;
     task.sum = scratch_.part_sum + at;
     task.out = scratch_.part_out + at * spec.head_dim;
-    kernels_->attention(task);
+    compute_attention(task);
 }
 
 void CpuDecoder::merge_split_row(uint32_t row) {
@@ -206,7 +220,7 @@ void CpuDecoder::merge_split_row(uint32_t row) {
                 {scratch_.part_max[at], scratch_.part_sum[at], scratch_.part_out + at * dim},
                 {&max, &sum, out});
         }
-        kernels_->scale(out, 1 / sum, dim);
+        finish_query(head, max, sum, out);
     }
 }
 

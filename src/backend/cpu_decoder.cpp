@@ -43,45 +43,91 @@ bool all_finite(const float* x, size_t n) {
     return std::all_of(lanes, lanes + 16, [](uint32_t lane) { return lane == 0; });
 }
 
-// In the order in which they run; from begins_layer to ends_layer once a layer. All matrices meet
-// quantized activations, unless they are of F32, F16 or BF16.
-const CpuDecoder::Stage CpuDecoder::stages_[] = {
-    // x = embedding[token] * embedding_scale; cos, sin of position * frequency
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_and_find_angles, embeds},
-    // y = quantized(rms_norm(x) * attn_norm)
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_attention,
-     begins_layer},
-    // q = Wq y + bq; k = Wk y + bk; v = Wv y + bv
-    {&CpuDecoder::count_qkv, &CpuDecoder::work_qkv, &CpuDecoder::multiply_qkv_and_bias, 0},
-    // q = rope(q) * attention_scale; k = rope(k); k and v to the row's page
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_scale_store, stores_keys},
-    // a = softmax(q . keys) values, segment by segment
-    {&CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend, uneven_units},
-    // a = quantized(segments of a, merged where rows were split)
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize, 0},
-    // x += Wo a
-    {&CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add, 0},
-    // y = quantized(rms_norm(x) * ffn_norm)
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_ffn, 0},
-    // h = quantized(silu(Wgate y) * (Wup y))
-    {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize, 0},
-    // x += Wdown h
-    {&CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add, ends_layer},
-    // y = quantized(rms_norm(x) * output_norm); from here on all rows want logits
-    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted, 0},
-    // logits = Woutput y * logit_scale; whether they are finite
-    {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check, 0},
+// What steps do. All matrices meet quantized activations, unless they are of F32, F16 or BF16.
+// clang-format off
+enum CpuDecoder::StageNumber : uint8_t {
+    embed, norm_for_attention, qkv, rotate, attention, merge, add_attention, attention_aside,
+    attention_later, norm_for_ffn, gate_up, gate_and_up, up_alone, activation, add_ffn, ffn_aside,
+    ffn_later, norm_wanted, logits_of,
 };
+const CpuDecoder::Stage CpuDecoder::stages_[] = {
+    {"x = embedding[token] * scale; cos, sin of position * frequency",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_and_find_angles},
+    {"y = quantized(norm(x))",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_attention},
+    {"q = Wq y + bq; k = Wk y + bk; v = Wv y + bv",
+     &CpuDecoder::count_qkv, &CpuDecoder::work_embd, &CpuDecoder::multiply_qkv_and_bias},
+    {"q = rope(q) * attention_scale; k = rope(k); k and v to the row's page",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_scale_store},
+    {"a = softmax(q . keys) values, segment by segment",
+     &CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend, true},
+    {"a = quantized(segments of a, merged where rows were split)",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize},
+    {"x += Wo a + bo",
+     &CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add},
+    {"z = Wo a + bo",
+     &CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention},
+    {"x += norm(z) * residual_scale",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_attention},
+    {"y = quantized(norm(x))",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_ffn},
+    {"h = quantized(silu(Wgate y) * (Wup y))",
+     &CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize},
+    {"h = Wgate y + bgate; u = Wup y + bup",
+     &CpuDecoder::count_gate_and_up, &CpuDecoder::work_embd, &CpuDecoder::multiply_gate_and_up},
+    {"h = Wup y + bup",
+     &CpuDecoder::count_ff, &CpuDecoder::work_embd, &CpuDecoder::multiply_up},
+    {"h = quantized(act(h) * u), or quantized(act(h))",
+     &CpuDecoder::count_rows, &CpuDecoder::work_activate, &CpuDecoder::activate_and_quantize},
+    {"x += Wdown h + bdown",
+     &CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add},
+    {"z = Wdown h + bdown",
+     &CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn},
+    {"x += norm(z) * residual_scale",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_ffn},
+    {"y = quantized(norm(x)); from here on all rows want logits",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted},
+    {"logits = Woutput y * logit_scale; whether they are finite",
+     &CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check},
+};
+// clang-format on
 
-uint32_t CpuDecoder::stage_count() { return static_cast<uint32_t>(std::size(stages_)); }
+uint32_t CpuDecoder::step_kinds() { return 2 * static_cast<uint32_t>(std::size(stages_)); }
 
-uint32_t CpuDecoder::stage_with(StageFlag flag) {
-    uint32_t stage = 0;
-    while (!(stages_[stage].flags & flag)) ++stage;
-    return stage;
+// ---- The program -----------------------------------------------------------------------------
+
+void CpuDecoder::write_program() {
+    add_step(embed, 0, embeds);
+    for (uint32_t i = 0; i < weights_.layers.size(); ++i) add_layer(i);
+    add_step(norm_wanted);
+    add_step(logits_of);
 }
 
-uint32_t CpuDecoder::step_kinds() { return 2 * stage_count(); }
+void CpuDecoder::add_layer(uint32_t number) {
+    const CpuLayer& layer = weights_.layers[number];
+    const LayerSpec& spec = *layer.spec;
+    const bool is_last = number + 1 == weights_.layers.size();
+    add_step(norm_for_attention, number);
+    add_step(qkv, number);
+    add_step(rotate, number, is_last ? keeps_wanted : 0);
+    add_step(attention, number);
+    add_step(merge, number);
+    const bool later = layer.adds_attention_later(*spec_);
+    add_step(later ? attention_aside : add_attention, number);
+    if (later && !spec.parallel) add_step(attention_later, number);
+    add_step(norm_for_ffn, number);
+    if (layer.gates_in_kernel()) {
+        add_step(gate_up, number);
+    } else {
+        add_step(spec.gated ? gate_and_up : up_alone, number);
+        add_step(activation, number);
+    }
+    const bool ffn_is_later = layer.adds_ffn_later(*spec_);
+    add_step(ffn_is_later ? ffn_aside : add_ffn, number);
+    if (ffn_is_later) add_step(ffn_later, number);
+    if (spec.parallel) add_step(attention_later, number);
+    program_.back().flags |= ends_layer;
+}
 
 Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
                               const BackendOptions& options, const Kernels& kernels) {
@@ -98,11 +144,13 @@ Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const Mod
     ropes_ = std::move(layout->ropes);
     sizes_ = layout->sizes;
     page_bytes_ = layout->page_bytes;
+    write_program();
     Carver carver{reinterpret_cast<uintptr_t>(scratch_memory_.data())};
     scratch_.place(carver, sizes_, spec.n_embd, spec.n_vocab);
     product_times_.resize(parts() * kWeightTypes);
     bad_rows_ = std::vector<std::atomic<bool>>(options.max_logit_rows);
-    if (auto bytes = gguf.tensor_bytes(*tensors.token_embd); weights_.mapped && !bytes)
+    if (auto bytes = gguf.tensor_bytes(*tensors.model[TensorRole::token_embd].tensor);
+        weights_.mapped && !bytes)
         return bytes.error();
     return {};
 }
@@ -180,52 +228,40 @@ BatchCost CpuDecoder::add_times(BatchCost cost) const {
     return cost;
 }
 
-bool CpuDecoder::done() const { return stage_ == stage_count(); }
+bool CpuDecoder::done() const { return step_ == program_.size(); }
 
 void CpuDecoder::start_batch() {
     rows_ = batch_;
-    stage_ = layer_ = unit_ = 0;
+    step_ = unit_ = 0;
     plan_attention();
 }
 
 void CpuDecoder::run_slice(CpuMachine& machine) {
     VALAR_ASSERT(!done());
-    const Stage& stage = stages_[stage_];
-    CpuStep step{};
-    step.units = (this->*stage.units)();
-    step.work = (this->*stage.work)();
-    step.kind = 2 * stage_ + (rows_.size() >= kManyRows);
-    step.claims = stage.flags & uneven_units   ? CpuClaims::one_unit
+    const Stage& stage = stages_[step().stage];
+    CpuStep work{};
+    work.units = (this->*stage.units)();
+    work.work = (this->*stage.work)();
+    work.kind = 2 * uint32_t{step().stage} + (rows_.size() >= kManyRows);
+    work.claims = stage.uneven                 ? CpuClaims::one_unit
                   : rows_.size() >= kClaimRows ? CpuClaims::few_units
                                                : CpuClaims::shares;
-    step.job = run_job;
-    step.context = this;
-    unit_ = machine.run(step, unit_);
-    if (unit_ == step.units) finish_stage();
+    work.job = run_job;
+    work.context = this;
+    unit_ = machine.run(work, unit_);
+    if (unit_ == work.units) finish_step();
 }
 
 void CpuDecoder::run_job(void* context, uint32_t first, uint32_t last, uint32_t part) {
     CpuDecoder* self = static_cast<CpuDecoder*>(context);
-    (self->*stages_[self->stage_].job)(first, last, part);
+    (self->*stages_[self->step().stage].job)(first, last, part);
 }
 
-// The only place that knows which stage comes next.
-void CpuDecoder::finish_stage() {
-    const uint32_t flags = stages_[stage_].flags;
+void CpuDecoder::finish_step() {
+    if (step().flags & keeps_wanted) keep_wanted_rows();
     unit_ = 0;
-    if (flags & stores_keys && in_last_layer()) {
-        keep_wanted_rows();
-        if (rows_.empty()) {  // nobody asks for what would come next
-            stage_ = stage_count();
-            return;
-        }
-    }
-    if (flags & ends_layer && !in_last_layer()) {
-        ++layer_;
-        stage_ = stage_with(begins_layer);
-    } else {
-        ++stage_;
-    }
+    if (rows_.empty()) step_ = static_cast<uint32_t>(program_.size());  // nobody asks for the rest
+    else ++step_;
 }
 
 // Once the last layer has its keys and values only rows that want logits matter.
@@ -260,16 +296,17 @@ void CpuDecoder::check_logits(CpuMachine& machine) {
 Error CpuDecoder::locate_bad_numbers(CpuMachine& machine) {
     start_batch();
     machine.forget_deadline();
-    const uint32_t last = stage_with(ends_layer);
     std::string where = "the output matrix";
-    while (stage_ <= last) {
-        const uint32_t flags = stages_[stage_].flags, in = layer_;
-        run_slice(machine);
-        if (!(flags & (embeds | ends_layer)) || residual_is_finite()) continue;
-        where = flags & embeds ? "the token embedding" : format("layer %u (blk.%u)", in, in);
+    while (step().stage != norm_wanted) {
+        const Step done = step();
+        do run_slice(machine);
+        while (unit_ != 0);
+        if (!(done.flags & (embeds | ends_layer)) || residual_is_finite()) continue;
+        where = done.flags & embeds ? "the token embedding"
+                                    : format("layer %u (blk.%u)", done.layer, done.layer);
         break;
     }
-    stage_ = stage_count();
+    step_ = static_cast<uint32_t>(program_.size());
     return make_error(ErrorKind::bad_data, gguf_->name() +
                                                ": the logits are not finite; the first number "
                                                "that is not came from " +

@@ -81,29 +81,34 @@ public:
     size_t page_bytes() const { return static_cast<size_t>(page_bytes_); }
 
 private:
-    // `job` does units first .. last - 1. The flags say where layers begin and end.
+    // What a step does: `job` does units first .. last - 1.
     struct Stage {
+        const char* name;
         uint64_t (CpuDecoder::*units)() const;
         uint64_t (CpuDecoder::*work)() const;  // products of a unit, about
         void (CpuDecoder::*job)(uint32_t first, uint32_t last, uint32_t part);
-        uint32_t flags;
-    };
-    enum StageFlag : uint32_t {
-        begins_layer = 1,
-        stores_keys = 2,
-        uneven_units = 4,  // claimed one by one
-        ends_layer = 8,
-        embeds = 16,
+        bool uneven = false;  // units are claimed one by one
     };
     static const Stage stages_[];
-    static uint32_t stage_count();
-    static uint32_t stage_with(StageFlag flag);
+    enum StageNumber : uint8_t;
+    enum StepFlag : uint8_t { keeps_wanted = 1, embeds = 2, ends_layer = 4 };
+    // The program of the model: what is done, one step after the other.
+    struct Step {
+        StageNumber stage;
+        uint8_t flags;
+        uint32_t layer;
+    };
+    void add_step(StageNumber stage, uint32_t layer = 0, uint8_t flags = 0) {
+        program_.push_back({stage, flags, layer});
+    }
+    void write_program();
+    void add_layer(uint32_t number);
+    const Step& step() const { return program_[step_]; }
 
     const CpuLayer& layer() const {
-        VALAR_ASSERT(layer_ < weights_.layers.size());
-        return weights_.layers[layer_];
+        VALAR_ASSERT(step_ < program_.size());
+        return weights_.layers[step().layer];
     }
-    bool in_last_layer() const { return layer_ + 1 == weights_.layers.size(); }
     uint32_t row_count() const { return static_cast<uint32_t>(rows_.size()); }
     bool splits_rows() const { return row_count() <= sizes_.split_rows; }  // attention's schedule
 
@@ -111,26 +116,32 @@ private:
     Result<void> check_row(const BatchRow& row) const;
     void start_batch();
     static void run_job(void* context, uint32_t first, uint32_t last, uint32_t part);
-    void finish_stage();
+    void finish_step();
     void keep_wanted_rows();
     Error locate_bad_numbers(CpuMachine& machine);
     bool residual_is_finite() const;
 
+    const CpuMatrix& matrix(TensorRole role) const { return layer().matrix(role); }
     uint64_t count_rows() const { return row_count(); }
-    uint64_t count_qkv() const { return layer().q.units() + layer().k.units() + layer().v.units(); }
+    uint64_t count_qkv() const {
+        return matrix(TensorRole::q).units() + matrix(TensorRole::k).units() +
+               matrix(TensorRole::v).units();
+    }
     uint64_t count_attention() const { return uint64_t{unit_count_} * layer().spec->n_kv_heads; }
-    uint64_t count_embd() const { return layer().down.units(); }
-    uint64_t count_ff() const { return layer().up.units(); }
-    uint64_t count_vocab() const { return weights_.output.units(); }
+    uint64_t count_embd() const { return matrix(TensorRole::down).units(); }
+    uint64_t count_ff() const { return matrix(TensorRole::up).units(); }
+    uint64_t count_gate_and_up() const { return matrix(TensorRole::gate).units() + count_ff(); }
+    uint64_t count_vocab() const { return weights_.model.matrix(TensorRole::output).units(); }
     uint64_t work_row() const { return uint64_t{spec_->n_embd} * 8; }
     uint64_t work_unit(uint64_t columns) const {
         return kUnitTiles * kTileRows * columns * rows_.size() * sizes_.planes;
     }
-    uint64_t work_qkv() const { return work_unit(spec_->n_embd); }
+    uint64_t work_embd() const { return work_unit(spec_->n_embd); }
     uint64_t work_attention() const;
-    uint64_t work_output() const { return work_unit(layer().attn_output.cols); }
+    uint64_t work_output() const { return work_unit(matrix(TensorRole::attn_output).cols); }
     uint64_t work_gate_up() const { return 2 * work_unit(spec_->n_embd); }
-    uint64_t work_down() const { return work_unit(layer().down.cols); }
+    uint64_t work_activate() const { return uint64_t{layer().spec->n_ff} * 32; }
+    uint64_t work_down() const { return work_unit(matrix(TensorRole::down).cols); }
     uint64_t work_logits() const {
         return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * row_count();
     }
@@ -163,6 +174,9 @@ private:
                        const AttentionState& to) const;
     void merge_split_row(uint32_t row);
 
+    void compute_attention(const AttentionTask& task) const;
+    void finish_query(uint32_t head, float max, float sum, float* out) const;
+
     // The stages, in the order of stages_ (cpu_stages.cpp).
     void embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_quantize_for_attention(uint32_t first, uint32_t last, uint32_t part);
@@ -171,15 +185,35 @@ private:
     void attend(uint32_t first, uint32_t last, uint32_t part);
     void merge_and_quantize(uint32_t first, uint32_t last, uint32_t part);
     void project_attention_and_add(uint32_t first, uint32_t last, uint32_t part);
+    void project_attention(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_add_attention(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_quantize_for_ffn(uint32_t first, uint32_t last, uint32_t part);
     void gate_up_and_quantize(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_gate_and_up(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_up(uint32_t first, uint32_t last, uint32_t part);
+    void activate_and_quantize(uint32_t first, uint32_t last, uint32_t part);
     void project_ffn_and_add(uint32_t first, uint32_t last, uint32_t part);
+    void project_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void norm_and_add_ffn(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t part);
     void multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part);
 
     void embed_row(const BatchRow& row, float* x, uint32_t part);
+    void read_row(const CpuMatrix& matrix, uint32_t number, float* out, uint32_t part);
     void find_angles(uint32_t position, float* cos_sin) const;
-    void norm_and_quantize(uint32_t first, uint32_t last, const float* weight, uint64_t planes);
+    void norm(const float* x, const float* weight, const float* bias, float* y) const;
+    void norm_and_quantize(uint32_t first, uint32_t last, const CpuTensors& in, TensorRole weight,
+                           TensorRole bias, uint64_t planes);
+    void norm_heads(float* q, float* k) const;
+    void norm_and_add(uint32_t first, uint32_t last, TensorRole weight);
+    struct Product {
+        const CpuMatrix* matrix;
+        const float* bias;
+        float* y;
+    };
+    void multiply_several(std::span<const Product> products, uint32_t first, uint32_t last,
+                          uint32_t part);
+    void add_bias(const MatmulTask& task, const float* bias) const;
     PackedMatrix pack_mapped(const CpuMatrix& matrix, uint32_t first, uint32_t last,
                              std::byte* packed);
     std::byte* mapped_units(uint32_t part) const {
@@ -190,11 +224,11 @@ private:
     void multiply(const CpuMatrix& matrix, MatmulTask task, uint32_t part,
                   const CpuMatrix* up = nullptr);
     void multiply_packed(MatmulTask task, uint32_t part);
-    void project(const CpuMatrix& matrix, const ActivationBlock* blocks, const float* x,
-                 uint32_t first, uint32_t last, uint32_t part);
+    void project(TensorRole weights, TensorRole bias, const ActivationBlock* blocks, const float* x,
+                 float* to, uint32_t first, uint32_t last, uint32_t part);
     uint32_t group_end(uint32_t row, uint32_t last, uint64_t planes) const;
     void quantize_group(const float* x, uint32_t n, uint64_t planes, uint32_t first, uint32_t last,
-                        uint32_t rows);
+                        ActivationBlock* out) const;
 
     const Gguf* gguf_ = nullptr;
     const ModelSpec* spec_ = nullptr;
@@ -209,8 +243,8 @@ private:
 
     std::span<const BatchRow> batch_;  // in work; empty: none
     std::span<const BatchRow> rows_;   // of it that are still computed
-    uint32_t stage_ = 0, layer_ = 0;   // what is next, and its next unit
-    uint32_t unit_ = 0;
+    std::vector<Step> program_;
+    uint32_t step_ = 0, unit_ = 0;  // what is next, and its next unit
     uint32_t unit_count_ = 0, wanted_count_ = 0;
     struct ProductTime {
         uint64_t ns = 0, work = 0;

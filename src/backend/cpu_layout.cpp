@@ -6,6 +6,7 @@
 #include "backend/cpu_layout.hpp"
 #include "backend/internal.hpp"
 #include "base/internal.hpp"
+#include "kernels/exact.hpp"
 
 #include <algorithm>
 #include <cstddef>
@@ -18,59 +19,67 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-CpuMatrix CpuWeights::matrix(Carver& carver, const TensorInfo* tensor) {
-    CpuMatrix out{{tensor->type, static_cast<uint32_t>(tensor->dims[1]),
-                   static_cast<uint32_t>(tensor->dims[0])},
-                  tensor};
-    out.data = packed_in_place(*tensor);
-    if (out.data || (mapped && !tensor->packed)) {
-        mapped_bytes += tensor->bytes;
+CpuMatrix CpuWeights::matrix(Carver& carver, const TensorRows& rows) {
+    const TensorInfo& tensor = *rows.tensor;
+    CpuMatrix out{
+        {tensor.type, static_cast<uint32_t>(rows.count), static_cast<uint32_t>(tensor.dims[0])},
+        &tensor,
+        rows.first};
+    out.data = packed_in_place(out);
+    const uint64_t row_bytes = out.row_bytes(),
+                   packed_bytes = out.tiles() * packed_tile_bytes(out.type, out.cols);
+    if (out.data || (mapped && !tensor.packed)) {
+        mapped_bytes += row_bytes * rows.count;
         if (!out.data) mapped_units = std::max(mapped_units, out.unit_bytes());
         return out;
     }
-    std::byte* data = carver.take<std::byte>(out.tiles() * packed_tile_bytes(out.type, out.cols));
+    std::byte* data = carver.take<std::byte>(packed_bytes);
     out.data = data;
-    items.push_back({tensor, data, !tensor->packed});
+    if (tensor.packed) items.push_back({&tensor, data, out.first_packed_byte(), packed_bytes, 0});
+    else items.push_back({&tensor, data, rows.first * row_bytes, rows.count * row_bytes, out.rows});
     return out;
 }
 
-const std::byte* CpuWeights::packed_in_place(const TensorInfo& tensor) const {
-    const auto there = gguf->tensor_bytes(tensor);
-    if (!tensor.packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64) return nullptr;
-    return there->data();
+const std::byte* CpuWeights::packed_in_place(const CpuMatrix& matrix) const {
+    const auto there = gguf->tensor_bytes(*matrix.tensor);
+    if (!matrix.tensor->packed || !there || reinterpret_cast<uintptr_t>(there->data()) % 64)
+        return nullptr;
+    return there->data() + matrix.first_packed_byte();
 }
 
-const float* CpuWeights::vector(Carver& carver, const TensorInfo* tensor) {
-    if (!tensor) return nullptr;
-    float* data = carver.take<float>(tensor->dims[0]);
-    items.push_back({tensor, reinterpret_cast<std::byte*>(data), false});
+const float* CpuWeights::vector(Carver& carver, const TensorRows& elements) {
+    float* data = carver.take<float>(elements.count);
+    items.push_back({elements.tensor, reinterpret_cast<std::byte*>(data),
+                     elements.first * sizeof(float), elements.count * sizeof(float), 0});
     return data;
 }
 
-void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors) {
-    token_embd = matrix(carver, tensors.token_embd);
-    for (size_t i = 0; i < spec.layers.size(); ++i) {
-        const LayerTensors& from = tensors.layers[i];
-        CpuLayer layer{};
-        layer.spec = &spec.layers[i];
-        layer.attn_norm = vector(carver, from.attn_norm);
-        layer.q = matrix(carver, from.q);
-        layer.k = matrix(carver, from.k);
-        layer.v = matrix(carver, from.v);
-        layer.q_bias = vector(carver, from.q_bias);
-        layer.k_bias = vector(carver, from.k_bias);
-        layer.v_bias = vector(carver, from.v_bias);
-        layer.attn_output = matrix(carver, from.attn_output);
-        layer.ffn_norm = vector(carver, from.ffn_norm);
-        layer.gate = matrix(carver, from.gate);
-        layer.up = matrix(carver, from.up);
-        layer.down = matrix(carver, from.down);
-        if (!layer.gate.data || !layer.up.data)
-            mapped_units = std::max(mapped_units, layer.gate.unit_bytes() + layer.up.unit_bytes());
-        layers.push_back(layer);
+// In the order of the roles, which is about that of their use.
+void CpuWeights::place_all(Carver& carver, const RoleTensors& from, CpuTensors& to) {
+    for (size_t i = 0; i < kRoles; ++i) {
+        const TensorRows& rows = from[static_cast<TensorRole>(i)];
+        if (!rows) continue;
+        if (rows.matrix) to.matrices[i] = matrix(carver, rows);
+        else to.vectors[i] = vector(carver, rows);
     }
-    output_norm = vector(carver, tensors.output_norm);
-    output = tensors.output == tensors.token_embd ? token_embd : matrix(carver, tensors.output);
+}
+
+void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors) {
+    RoleTensors others = tensors.model;
+    const bool tied = others[TensorRole::output].tensor == others[TensorRole::token_embd].tensor;
+    if (tied) others[TensorRole::output] = {};
+    place_all(carver, others, model);
+    if (tied)
+        model.matrices[static_cast<size_t>(TensorRole::output)] = model.matrix(
+            TensorRole::token_embd);
+    for (size_t i = 0; i < spec.layers.size(); ++i) {
+        CpuLayer& layer = layers.emplace_back();
+        layer.spec = &spec.layers[i];
+        place_all(carver, tensors.layers[i], layer.tensors);
+        const CpuMatrix &gate = layer.matrix(TensorRole::gate), &up = layer.matrix(TensorRole::up);
+        if (gate.tensor && (!gate.data || !up.data))
+            mapped_units = std::max(mapped_units, gate.unit_bytes() + up.unit_bytes());
+    }
 }
 
 uint64_t cpu_positions(const BackendOptions& options) {
@@ -83,6 +92,7 @@ void CpuScratch::place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint6
     const uint64_t start = carver.used;
     x = carver.take<float>(n.rows * n_embd);
     y = carver.take<float>(n.rows * n_embd);
+    z = carver.take<float>(n.added_later * n_embd);
     attended = carver.take<float>(n.rows * n.q);
     cos_sin = carver.take<float>(n.rows * n.rope_values);
     part_max = carver.take<float>(n.split_rows * n.segments * n.heads);
@@ -116,6 +126,7 @@ void CpuScratch::place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint6
     v = carver.take<float>(n.rows * n.kv);
     turned = carver.take<float>(n.rows * n.q);
     h = other.take<float>(n.rows * n.ff_values);
+    up = other.take<float>(n.rows * n.ff_up);
     h_blocks = other.take<ActivationBlock>(blocks_of(n.rows * n.planes, n.ff_quantized));
     carver.used = std::max({carver.used, other.used, start + n.parts * n.staging});
 }
@@ -125,12 +136,21 @@ namespace {
 constexpr uint32_t kMaxBatchRows = 65536;
 constexpr uint32_t kMaxPageTokens = 4096;
 
+double scale_by_yarn(double frequency, uint32_t pair, const RopeSpec& rope) {
+    const double begin = static_cast<double>(rope.ramp_begin),
+                 end = static_cast<double>(rope.ramp_end);
+    const double share = std::clamp((pair - begin) / (end - begin), 0.0, 1.0);
+    const double scaled = rounded(frequency * static_cast<double>(rope.scale)) * share;
+    return rounded(scaled) + rounded(frequency * (1 - share));
+}
+
 RopeTable make_rope_table(const RopeSpec& rope, const std::vector<float>& factors) {
     RopeTable table{&rope, std::vector<double>(rope.dims / 2)};
     const double log2_base = exact_log2(static_cast<double>(rope.base));
     for (uint32_t i = 0; i < rope.dims / 2; ++i) {
         double f = exact_exp2(-(2.0 * i / rope.dims) * log2_base);
-        if (rope.scale != 1) f *= static_cast<double>(rope.scale);
+        if (rope.yarn) f = scale_by_yarn(f, i, rope);
+        else if (rope.scale != 1) f *= static_cast<double>(rope.scale);
         if (!factors.empty()) f /= static_cast<double>(factors[i]);
         table.frequencies[i] = f;
     }
@@ -138,7 +158,16 @@ RopeTable make_rope_table(const RopeSpec& rope, const std::vector<float>& factor
 }
 
 bool same_rope(const RopeSpec& a, const RopeSpec& b) {
-    return a.kind == b.kind && a.dims == b.dims && a.base == b.base && a.scale == b.scale;
+    return a.kind == b.kind && a.dims == b.dims && a.base == b.base && a.scale == b.scale &&
+           a.yarn == b.yarn && a.ramp_begin == b.ramp_begin && a.ramp_end == b.ramp_end &&
+           a.magnitude == b.magnitude;
+}
+
+// Of the two lists that a model may have, for all positions of a run.
+const std::vector<float>& choose_rope_factors(const ModelSpec& spec,
+                                              const BackendOptions& options) {
+    const bool is_long = cpu_positions(options) > spec.n_rope_context;
+    return is_long && !spec.rope_long_factors.empty() ? spec.rope_long_factors : spec.rope_factors;
 }
 
 Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions& options) {
@@ -157,8 +186,9 @@ Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions
     if (options.threads < -1 || options.threads > 1023)
         return make_error(ErrorKind::invalid_request,
                           format("threads: %d is not in -1..1023", options.threads), {}, "threads");
-    for (const TensorInfo* tensor : {tensors.token_embd, tensors.output})
-        if (!kernel_type_supported(tensor->type))
+    for (const TensorRole role : {TensorRole::token_embd, TensorRole::output})
+        if (const TensorInfo* tensor = tensors.model[role].tensor;
+            !kernel_type_supported(tensor->type))
             return make_error(ErrorKind::unsupported, "tensor '" + std::string(tensor->name) +
                                                           "' has a type that no kernel reads");
     return {};
@@ -189,15 +219,18 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
         fewest_kv_heads = std::min(fewest_kv_heads, uint64_t{layer.n_kv_heads});
     }
     for (const CpuLayer& layer : weights.layers) {
-        uint64_t& ff = layer.down.quantized() ? n.ff_quantized : n.ff_values;
-        ff = std::max(ff, uint64_t{layer.down.cols});
+        const CpuMatrix& down = layer.matrix(TensorRole::down);
+        const uint64_t ff = down.cols;
+        if (down.quantized()) n.ff_quantized = std::max(n.ff_quantized, ff);
+        if (!down.quantized() || !layer.gates_in_kernel()) n.ff_values = std::max(n.ff_values, ff);
+        if (layer.spec->gated && !layer.gates_in_kernel()) n.ff_up = std::max(n.ff_up, ff);
+        if (layer.adds_later(spec)) n.added_later = n.rows;
     }
     n.split_rows = std::min(n.rows, 2 * n.parts / fewest_kv_heads + 1);
     for (const RopeTable& rope : ropes) n.rope_values += rope.spec->dims;
     n.mapped_units = weights.mapped_units;
     for (const LoadItem& item : weights.items)
-        if (item.pack)
-            n.staging = std::max(n.staging, item.tensor->bytes / item.tensor->dims[1] * kTileRows);
+        if (item.pack()) n.staging = std::max(n.staging, item.row_bytes() * kTileRows);
     return n;
 }
 
@@ -230,7 +263,7 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
         while (layer.rope < out.ropes.size() && !same_rope(*out.ropes[layer.rope].spec, rope))
             ++layer.rope;
         if (layer.rope == out.ropes.size())
-            out.ropes.push_back(make_rope_table(rope, spec.rope_factors));
+            out.ropes.push_back(make_rope_table(rope, choose_rope_factors(spec, options)));
     }
     if (mul_overflows(out.page_bytes, options.kv_pages, &out.plan.kv))
         return make_error(ErrorKind::out_of_memory,

@@ -30,26 +30,58 @@ struct Carver {
     }
 };
 
-// A tensor of the file and where it goes: to be packed, or as it is.
+// A part of a tensor of the file and where it goes: rows to be packed, or bytes as they are.
 struct LoadItem {
     const TensorInfo* tensor;
     std::byte* out;
-    bool pack;
+    uint64_t offset, bytes;  // in the file's tensor
+    uint32_t rows;           // to be packed; 0: as they are
+    bool pack() const { return rows != 0; }
+    uint64_t row_bytes() const { return bytes / rows; }
 };
 
 // Packed, here or in the file; where `data` is null, in the file's rows.
 struct CpuMatrix : PackedMatrix {
     const TensorInfo* tensor = nullptr;
+    uint64_t first_row = 0;  // of the tensor
+    uint64_t row_bytes() const {
+        return tensor->bytes / (tensor->dims[1] * tensor->dims[2] * tensor->dims[3]);
+    }
+    uint64_t first_packed_byte() const {
+        return first_row / kTileRows * packed_tile_bytes(type, cols);
+    }
     uint32_t units() const { return (tiles() + kUnitTiles - 1) / kUnitTiles; }
     uint64_t unit_bytes() const { return kUnitTiles * packed_tile_bytes(type, cols); }
     bool quantized() const { return type_info(type)->block_size > 1; }
 };
 
+// By role.
+struct CpuTensors {
+    CpuMatrix matrices[kRoles] = {};
+    const float* vectors[kRoles] = {};
+    const CpuMatrix& matrix(TensorRole role) const { return matrices[static_cast<size_t>(role)]; }
+    const float* vector(TensorRole role) const { return vectors[static_cast<size_t>(role)]; }
+};
+
 struct CpuLayer {
     const LayerSpec* spec;
     uint32_t rope;  // index of its RopeTable
-    const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias;
-    CpuMatrix q, k, v, attn_output, gate, up, down;
+    CpuTensors tensors;
+    const CpuMatrix& matrix(TensorRole role) const { return tensors.matrix(role); }
+    const float* vector(TensorRole role) const { return tensors.vector(role); }
+    // Whether one kernel multiplies by gate and up, gates, and quantizes.
+    bool gates_in_kernel() const {
+        return spec->gated && spec->activation == Activation::silu && !spec->ffn_bias;
+    }
+    bool adds_attention_later(const ModelSpec& of) const {
+        return spec->parallel || spec->post_attn_norm || of.residual_scale != 1;
+    }
+    bool adds_ffn_later(const ModelSpec& of) const {
+        return spec->post_ffn_norm || of.residual_scale != 1;
+    }
+    bool adds_later(const ModelSpec& of) const {
+        return adds_attention_later(of) || adds_ffn_later(of);
+    }
     uint64_t kv_offset;    // of its pages in the pool
     size_t kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
     size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
@@ -63,14 +95,14 @@ struct CpuWeights {
     bool mapped;
     uint64_t mapped_bytes = 0;
     uint64_t mapped_units = 0;  // packed, the most that are needed at a time
-    CpuMatrix token_embd, output;
-    const float* output_norm = nullptr;
+    CpuTensors model;
     std::vector<CpuLayer> layers;
     std::vector<LoadItem> items;  // in the order in which they are loaded
 
-    CpuMatrix matrix(Carver& carver, const TensorInfo* tensor);
-    const std::byte* packed_in_place(const TensorInfo& tensor) const;
-    const float* vector(Carver& carver, const TensorInfo* tensor);
+    CpuMatrix matrix(Carver& carver, const TensorRows& rows);
+    const std::byte* packed_in_place(const CpuMatrix& matrix) const;
+    const float* vector(Carver& carver, const TensorRows& elements);
+    void place_all(Carver& carver, const RoleTensors& from, CpuTensors& to);
     void place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors);
 };
 
@@ -98,19 +130,23 @@ struct CpuSizes {
     uint64_t rows, logit_rows, planes, parts, segments;
     uint64_t split_rows;  // batches of so many rows are split over segments too
     uint64_t q = 0, kv = 0, group = 0, group_values = 0, heads = 0;
-    uint64_t ff_quantized = 0, ff_values = 0;  // of h, for quantized ffn_down or not
-    uint64_t rope_values = 0;                  // of all tables, for a position
-    uint64_t expanded = 0;                     // of q8_0 keys and values: a segment's
-    uint64_t staging = 0;                      // a tile of each thread, as the file has it
-    uint64_t mapped_units;                     // bytes of a thread
+    uint64_t ff_quantized = 0, ff_values = 0,
+             ff_up = 0;        // of h and up, for quantized ffn_down or not
+    uint64_t added_later = 0;  // rows of z
+    uint64_t rope_values = 0;  // of all tables, for a position
+    uint64_t expanded = 0;     // of q8_0 keys and values: a segment's
+    uint64_t staging = 0;      // a tile of each thread, as the file has it
+    uint64_t mapped_units;     // bytes of a thread
 };
 
 struct CpuScratch {
     float *x, *y;               // (rows, n_embd) the residual stream; normed
     float *q, *k, *v;           // (rows, heads * head_dim) as they come from the weights
     float* turned;              // (kv heads, rows, heads of a group, head_dim) rotated q
-    float* h;                   // (rows, n_ff), in the place of q, k, v, turned; or
+    float* h;                   // (rows, n_ff), in the place of q, k, v, turned; and
+    float* up;                  // (rows, n_ff), where the gate is no kernel's; or
     ActivationBlock* h_blocks;  // {rows * planes, n_ff / 32}, there too
+    float* z;                   // (rows, n_embd) what is added to x later, after a norm or scale
     float* attended;            // (rows, n_heads * head_dim)
     float* cos_sin;             // (rows, rope_values)
     float *part_max, *part_sum, *part_out;  // (split_rows, segments, n_heads, 1 or head_dim)

@@ -27,7 +27,7 @@ void CpuLoader::open(const Gguf& gguf, const CpuWeights& weights, std::span<std:
     weights_ = &weights;
     staging_ = staging;
     parts_ = parts;
-    for (const LoadItem& item : weights.items) bytes_to_load_ += item.tensor->bytes;
+    for (const LoadItem& item : weights.items) bytes_to_load_ += item.bytes;
 }
 
 Result<void> CpuLoader::load(uint64_t budget_us, Team& team) {
@@ -47,21 +47,21 @@ Result<void> CpuLoader::load(uint64_t budget_us, Team& team) {
 Result<void> CpuLoader::load_item_slice(Team& team) {
     const LoadItem& item = weights_->items[item_];
     const TensorInfo& tensor = *item.tensor;
-    const uint64_t tile_bytes = item.pack ? tensor.bytes / tensor.dims[1] * kTileRows : kLoadBytes;
-    const uint32_t tiles = static_cast<uint32_t>((tensor.bytes + tile_bytes - 1) / tile_bytes);
+    const uint64_t tile_bytes = item.pack() ? item.row_bytes() * kTileRows : kLoadBytes;
+    const uint32_t tiles = static_cast<uint32_t>((item.bytes + tile_bytes - 1) / tile_bytes);
     const uint64_t step = parts_ * std::max<uint64_t>(1, kLoadBytes / tile_bytes);
     uint32_t last = static_cast<uint32_t>(std::min<uint64_t>(tiles, tile_ + step));
-    const uint64_t offset = tile_ * tile_bytes;
+    const uint64_t done = tile_ * tile_bytes, offset = item.offset + done;
     auto there = gguf_->tensor_bytes(tensor);
-    const bool staged = item.pack && !there;  // a reader: by way of the scratch memory
+    const bool staged = item.pack() && !there;  // a reader: by way of the scratch memory
     if (staged)
         last = static_cast<uint32_t>(
             std::min<uint64_t>(last, tile_ + staging_.size() / tile_bytes));
-    const size_t bytes = static_cast<size_t>(std::min(tensor.bytes, last * tile_bytes) - offset);
-    std::byte* const to = item.pack ? staging_.data() : item.out + offset;
-    if (staged || !item.pack)
+    const size_t bytes = static_cast<size_t>(std::min(item.bytes, last * tile_bytes) - done);
+    std::byte* const to = item.pack() ? staging_.data() : item.out + done;
+    if (staged || !item.pack())
         if (auto read = gguf_->read_tensor(tensor, offset, {to, bytes}); !read) return read;
-    if (item.pack) {
+    if (item.pack()) {
         PackJob job{&item, staged ? to : there->data() + offset, tile_, last};
         team.run(pack_part, &job);
     }
@@ -78,9 +78,8 @@ Result<void> CpuLoader::load_item_slice(Team& team) {
 void CpuLoader::pack_part(void* context, uint32_t part, uint32_t parts) {
     const PackJob& job = *static_cast<const PackJob*>(context);
     const TensorInfo& tensor = *job.item->tensor;
-    const uint32_t rows = static_cast<uint32_t>(tensor.dims[1]),
-                   cols = static_cast<uint32_t>(tensor.dims[0]);
-    const uint64_t count = job.last - job.first, row_bytes = tensor.bytes / rows;
+    const uint32_t rows = job.item->rows, cols = static_cast<uint32_t>(tensor.dims[0]);
+    const uint64_t count = job.last - job.first, row_bytes = job.item->row_bytes();
     const uint32_t first = job.first + static_cast<uint32_t>(count * part / parts);
     const uint32_t last = job.first + static_cast<uint32_t>(count * (part + 1) / parts);
     if (first == last) return;

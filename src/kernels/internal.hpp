@@ -126,6 +126,29 @@
 //     matrix (the embedding where there is none) times rms_norm(x); where the model scales them
 //     (logit_scale), each is multiplied once. base and the factors of rope are binary32 numbers of
 //     the model; attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
+// 14. Layer norm: mean = 16-lane sum of x_i, / float(n); d_i = x_i - mean; ss = 16-lane sum where
+//     adding an element is lane = fma(d_i, d_i, lane); scale = 1 / sqrt(ss / float(n) + eps);
+//     y_i = (d_i * scale) * w_i, plus its bias where there is one.
+// 15. Soft cap of x: u = x / cap; t = 1 - 2 / (exp(u + u) + 1); cap * t. Scores are capped before
+//     their maximum is taken, logits after their scale.
+// 16. Activations other than silu:
+//       gelu_tanh(x): z = x * fma(x * x, 0x1.2444f2p-4f, 0x1.988454p+0f); x / (1 + exp(-z)).
+//       gelu(x): a = |x| * 0x1.6a09e6p-1f; t = 1 / fma(0x1.4f740ap-2f, a, 1);
+//         p = c5; p = fma(p, t, c4) .. fma(p, t, c1); e = ((t * p) * exp(-(a * a))) * 0.5;
+//         x * (x < 0 ? e : 1 - e). (Abramowitz and Stegun,
+//         7.1.26: c1 = 0.254829592, c2 = -0.284496736, c3 = 1.421413741, c4 = -1.453152027,
+//         c5 = 1.061405429, p = 0.3275911, rounded to binary32.)
+//       relu_squared(x): r = x > 0 ? x : 0; r * r.
+//     Where a bias or another activation is there, gate and up are finished products, each plus its
+//     bias, and h_i = activation(gate_i) * up_i; not gated: h_i = activation(up_i).
+// 17. Further options of a layer, in this order: queries and keys are normed (6, each head by itself,
+//     or all of a row) before rope, or after it. A sink of a head is merged last, like a segment of
+//     (m, l, o) = (sink, 1, 0). What is added to x: the product, plus its bias, normed (6), times
+//     residual_scale; where there is neither norm nor scale, x + product, plus the bias. In a parallel
+//     layer feed-forward reads the layer's input; x + feed-forward, then + attention. Rope by YaRN:
+//     r = (i - ramp_begin) / (ramp_end - ramp_begin), clamped to 0..1; f_i = f_i * scale * r + f_i *
+//     (1 - r), in double; cosine and sine times magnitude, in double. A learned position's row is
+//     added to the embedding's.
 // ----------------------------------------------------------------------------------------------
 #pragma once
 
@@ -250,6 +273,7 @@ struct AttentionTask {
     float* sum;                 ///< (queries)
     float* out;                 ///< (queries, out_stride)
     size_t out_stride;
+    float soft_cap = 0;  ///< of scores (definition, 15); 0: none. Only the scalar kernel heeds it
 };
 
 /// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
@@ -277,6 +301,15 @@ struct Kernels {
                             size_t n);
     bool prefetches = false;  ///< whether matmul heeds MatmulTask::ahead
 };
+
+/// Operations that few models have: one code for all instruction sets (definition, 14 to 17).
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
+                float* y);
+void activate(Activation activation, float* x, const float* up, size_t n);  ///< up may be null
+void apply_soft_cap(float* x, float cap, size_t n);
+void attention_with_soft_cap(const AttentionTask& task);
+/// A score that takes weight and gives nothing, merged into the state of a query.
+void add_sink(float* max, float* sum, float* out, float score, size_t n);
 
 /// The tables that this build and this CPU have, best last; [0] is the scalar reference.
 std::span<const Kernels* const> available_kernels();

@@ -52,6 +52,11 @@ VALAR_API uint16_t float_to_half(float value);  // to nearest even; too large is
 /// Memory of the keys and values of one token in one layer.
 VALAR_API uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t head_dim);
 
+/// What a feed-forward network bends its values with: x / (1 + e^-x); x times the normal distribution
+/// (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415), or its approximation by tanh; the
+/// square of what is positive.
+enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared };
+
 /// What the numeric definition is made of beside + - * / and square roots: the same bits with every
 /// compiler and on every machine. examples/one_token.cpp is a forward pass of these.
 VALAR_API float exact_fma(float a, float b, float c);  ///< a * b + c, rounded once

@@ -241,6 +241,31 @@ float read_kv(KvType type, const void* group, size_t index) {
                                : half_value(static_cast<const uint16_t*>(group)[index]);
 }
 
+float capped(float x, float cap) {
+    const float u = x / cap;
+    return cap * (1.0f - 2.0f / (exp_once(u + u) + 1.0f));
+}
+
+float gelu_tanh(float x) {
+    constexpr float linear = 0x1.988454p+0f, cubic = 0x1.2444f2p-4f;  // 2 sqrt(2 / pi), * 0.044715
+    return x / (1.0f + exp_once(-(x * fma_once(x * x, cubic, linear))));
+}
+
+float gelu(float x) {
+    constexpr float coefficients[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
+                                      0.254829592f};
+    const float a = std::fabs(x) * 0x1.6a09e6p-1f, t = 1.0f / fma_once(0.3275911f, a, 1.0f);
+    float p = 0;
+    for (const float c : coefficients) p = fma_once(p, t, c);
+    const float tail = ((t * p) * exp_once(-(a * a))) * 0.5f;
+    return x * (x < 0 ? tail : 1.0f - tail);
+}
+
+float relu_squared(float x) {
+    const float r = x > 0 ? x : 0;
+    return r * r;
+}
+
 void attend(const AttentionTask& task, uint32_t query) {
     const uint32_t begin = task.begin[query], end = task.end[query];
     const float* q = task.q + query * task.q_stride;
@@ -250,6 +275,7 @@ void attend(const AttentionTask& task, uint32_t query) {
         for (size_t e = 0; e < task.head_dim; e++)
             p[j] = fma_once(q[e], read_kv(task.kv_type, task.keys[j / 16], e * kKeyGroup + j % 16),
                             p[j]);
+        if (task.soft_cap != 0) p[j] = capped(p[j], task.soft_cap);
         if (p[j] > most) most = p[j];
     }
     most += 0.0f;
@@ -300,6 +326,42 @@ constexpr Kernels kernels = {
 };
 
 }  // namespace scalar
+
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
+                float* y) {
+    float sums[16] = {}, squares[16] = {};
+    for (size_t i = 0; i < n; i++) sums[i % 16] += x[i];
+    const float mean = scalar::sum_of_lanes(sums) / static_cast<float>(n);
+    for (size_t i = 0; i < n; i++)
+        squares[i % 16] = fma_once(x[i] - mean, x[i] - mean, squares[i % 16]);
+    const float scale = 1.0f /
+                        std::sqrt(scalar::sum_of_lanes(squares) / static_cast<float>(n) + eps);
+    for (size_t i = 0; i < n; i++) {
+        y[i] = ((x[i] - mean) * scale) * weight[i];
+        if (bias) y[i] += bias[i];
+    }
+}
+
+void activate(Activation activation, float* x, const float* up, size_t n) {
+    static constexpr float (*functions[])(float) = {silu_once, scalar::gelu, scalar::gelu_tanh,
+                                                    scalar::relu_squared};
+    float (*const act)(float) = functions[static_cast<size_t>(activation)];
+    for (size_t i = 0; i < n; i++) x[i] = up ? act(x[i]) * up[i] : act(x[i]);
+}
+
+void apply_soft_cap(float* x, float cap, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = scalar::capped(x[i], cap);
+}
+
+void attention_with_soft_cap(const AttentionTask& task) { scalar::attention(task); }
+
+void add_sink(float* max, float* sum, float* out, float score, size_t n) {
+    const float most = score > *max ? score : *max;
+    const float a = exp_once(*max - most), b = exp_once(score - most);
+    *max = most;
+    *sum = fma_once(1.0f, b, *sum * a);
+    for (size_t e = 0; e < n; e++) out[e] *= a;
+}
 
 size_t kv_group_bytes(KvType type, uint32_t head_dim) {
     const size_t values = size_t{head_dim} * kKeyGroup;
