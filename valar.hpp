@@ -454,24 +454,24 @@ _Pragma("push_macro(\"tail\")") _Pragma("push_macro(\"take\")") _Pragma("push_ma
 _Pragma("push_macro(\"task\")") _Pragma("push_macro(\"template\")") _Pragma("push_macro(\"ten\")")
 _Pragma("push_macro(\"tensor\")") _Pragma("push_macro(\"test\")") _Pragma("push_macro(\"text\")")
 _Pragma("push_macro(\"then\")") _Pragma("push_macro(\"this\")") _Pragma("push_macro(\"thread\")")
-_Pragma("push_macro(\"throw\")") _Pragma("push_macro(\"tick\")") _Pragma("push_macro(\"tie\")")
-_Pragma("push_macro(\"tile\")") _Pragma("push_macro(\"time\")") _Pragma("push_macro(\"time_t\")")
-_Pragma("push_macro(\"timeout\")") _Pragma("push_macro(\"times\")")
-_Pragma("push_macro(\"timeval\")") _Pragma("push_macro(\"tmpfile\")")
-_Pragma("push_macro(\"token\")") _Pragma("push_macro(\"tokens\")")
-_Pragma("push_macro(\"tolower\")") _Pragma("push_macro(\"tool\")") _Pragma("push_macro(\"top\")")
-_Pragma("push_macro(\"tops\")") _Pragma("push_macro(\"total\")") _Pragma("push_macro(\"toupper\")")
-_Pragma("push_macro(\"trim\")") _Pragma("push_macro(\"true\")") _Pragma("push_macro(\"trunc\")")
-_Pragma("push_macro(\"try\")") _Pragma("push_macro(\"turn\")") _Pragma("push_macro(\"two\")")
-_Pragma("push_macro(\"two_pi\")") _Pragma("push_macro(\"type\")")
-_Pragma("push_macro(\"typedef\")") _Pragma("push_macro(\"typeid\")")
-_Pragma("push_macro(\"typename\")") _Pragma("push_macro(\"types\")") _Pragma("push_macro(\"u\")")
-_Pragma("push_macro(\"u16\")") _Pragma("push_macro(\"u32\")") _Pragma("push_macro(\"u64\")")
-_Pragma("push_macro(\"u8\")") _Pragma("push_macro(\"u_long\")") _Pragma("push_macro(\"uid_t\")")
-_Pragma("push_macro(\"uint\")") _Pragma("push_macro(\"uint64\")") _Pragma("push_macro(\"ulong\")")
-_Pragma("push_macro(\"umask\")") _Pragma("push_macro(\"undefined\")")
-_Pragma("push_macro(\"underflow\")") _Pragma("push_macro(\"union\")")
-_Pragma("push_macro(\"unique\")") _Pragma("push_macro(\"unit\")")
+_Pragma("push_macro(\"three\")") _Pragma("push_macro(\"throw\")") _Pragma("push_macro(\"tick\")")
+_Pragma("push_macro(\"tie\")") _Pragma("push_macro(\"tile\")") _Pragma("push_macro(\"time\")")
+_Pragma("push_macro(\"time_t\")") _Pragma("push_macro(\"timeout\")")
+_Pragma("push_macro(\"times\")") _Pragma("push_macro(\"timeval\")")
+_Pragma("push_macro(\"tmpfile\")") _Pragma("push_macro(\"token\")")
+_Pragma("push_macro(\"tokens\")") _Pragma("push_macro(\"tolower\")")
+_Pragma("push_macro(\"tool\")") _Pragma("push_macro(\"top\")") _Pragma("push_macro(\"tops\")")
+_Pragma("push_macro(\"total\")") _Pragma("push_macro(\"toupper\")") _Pragma("push_macro(\"trim\")")
+_Pragma("push_macro(\"true\")") _Pragma("push_macro(\"trunc\")") _Pragma("push_macro(\"try\")")
+_Pragma("push_macro(\"turn\")") _Pragma("push_macro(\"two\")") _Pragma("push_macro(\"two_pi\")")
+_Pragma("push_macro(\"type\")") _Pragma("push_macro(\"typedef\")")
+_Pragma("push_macro(\"typeid\")") _Pragma("push_macro(\"typename\")")
+_Pragma("push_macro(\"types\")") _Pragma("push_macro(\"u\")") _Pragma("push_macro(\"u16\")")
+_Pragma("push_macro(\"u32\")") _Pragma("push_macro(\"u64\")") _Pragma("push_macro(\"u8\")")
+_Pragma("push_macro(\"u_long\")") _Pragma("push_macro(\"uid_t\")") _Pragma("push_macro(\"uint\")")
+_Pragma("push_macro(\"uint64\")") _Pragma("push_macro(\"ulong\")") _Pragma("push_macro(\"umask\")")
+_Pragma("push_macro(\"undefined\")") _Pragma("push_macro(\"underflow\")")
+_Pragma("push_macro(\"union\")") _Pragma("push_macro(\"unique\")") _Pragma("push_macro(\"unit\")")
 _Pragma("push_macro(\"unknown\")") _Pragma("push_macro(\"unlikely\")")
 _Pragma("push_macro(\"unlink\")") _Pragma("push_macro(\"unlock\")")
 _Pragma("push_macro(\"unroll\")") _Pragma("push_macro(\"unsigned\")")
@@ -1356,6 +1356,7 @@ _Pragma("push_macro(\"zero\")")
 #undef then
 #undef this
 #undef thread
+#undef three
 #undef throw
 #undef tick
 #undef tie
@@ -2563,8 +2564,8 @@ VALAR_API uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t
 
 /// What a feed-forward network bends its values with: x / (1 + e^-x); x times the normal distribution
 /// (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415), or its approximation by tanh; the
-/// square of what is positive.
-enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared };
+/// square of what is positive; gpt-oss's gate.
+enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared, silu_clamped };
 
 /// What the numeric definition is made of beside + - * / and square roots: the same bits with every
 /// compiler and on every machine. examples/one_token.cpp is a forward pass of these.
@@ -2727,6 +2728,21 @@ enum class QkNorm : uint8_t {
     own,   ///< LayerNorm of each head by itself, with a weight of its own
 };
 
+/// Experts (Shazeer et al. 2017, https://arxiv.org/abs/1701.06538): networks of which a router picks
+/// some for each token; what they give is added, by the router's weights.
+struct ExpertSpec {
+    uint32_t count = 0;                    // 0: none, a layer has one network for all tokens
+    uint32_t used = 0;                     // by a token
+    uint32_t n_ff = 0;                     // rows of an expert's gate and up
+    uint32_t groups = 1, groups_used = 1;  // only experts of the best groups may be picked
+    bool sigmoid = false;                  // of the router's numbers; else softmax over them
+    bool normalized = true;                // weights of those picked sum to 1, before their scale
+    float scale = 1;
+    bool choice_bias = false;  // added to weights where they are compared, nowhere else
+    bool router_bias = false, bias = false;
+    bool shared_gate = false;  // the shared network's output times sigmoid(gate . y)
+};
+
 /// One layer: x += attention(norm(x)); x += down(act(gate(y)) * up(y)), y = norm(x). With silu that
 /// is SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202); not gated it is down(act(up(y))).
 /// Query heads share key heads in groups (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
@@ -2734,7 +2750,7 @@ struct LayerSpec {
     uint32_t n_heads = 0;  // query heads; n_heads / n_kv_heads of them share a key head
     uint32_t n_kv_heads = 0;
     uint32_t head_dim = 0;  // of queries, keys and values
-    uint32_t n_ff = 0;      // rows of gate and up
+    uint32_t n_ff = 0;  // rows of gate and up; beside experts: of the network that all share, or 0
     bool qkv_bias = false, output_bias = false, ffn_bias = false;
     bool attn_norm = true, ffn_norm = true;              // of what is read; norm(x) is x without
     bool post_attn_norm = false, post_ffn_norm = false;  // of what is added
@@ -2748,6 +2764,7 @@ struct LayerSpec {
     float soft_cap = 0;         // scores are soft_cap * tanh(score / soft_cap); 0: as they are
     uint32_t window = 0;        // a position sees itself and window - 1 before it; 0: all
     RopeSpec rope;
+    ExpertSpec experts;
 };
 
 /// What the network is. The embedding is multiplied by embedding_scale, what layers add by
@@ -9789,6 +9806,8 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //         7.1.26: c1 = 0.254829592, c2 = -0.284496736, c3 = 1.421413741, c4 = -1.453152027,
 //         c5 = 1.061405429, p = 0.3275911, rounded to binary32.)
 //       relu_squared(x): r = x > 0 ? x : 0; r * r.
+//       silu_clamped, of gate and up: g = min(gate, 7), u = up clamped to -7..7;
+//         h = (u + 1) * (g / (1 + exp(-(g * 1.702)))).
 //     Where a bias or another activation is there, gate and up are finished products, each plus its
 //     bias, and h_i = activation(gate_i) * up_i; not gated: h_i = activation(up_i).
 // 17. Further options of a layer, in this order: queries and keys are normed (6, each head by itself,
@@ -9799,6 +9818,13 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //     r = (i - ramp_begin) / (ramp_end - ramp_begin), clamped to 0..1; f_i = f_i * scale * r + f_i *
 //     (1 - r), in double; cosine and sine times magnitude, in double. A learned position's row is
 //     added to the embedding's.
+// 18. Experts. r = router's products with y (1 to 3), plus its bias. Softmax: m = max r; p_i = exp(r_i
+//     - m); p_i / (16-lane sum of p). Sigmoid: p_i = 1 / (1 + exp(-r_i)). Compared is p_i, plus a bias
+//     where there is one; equal ones go to the lower index. Of groups the two best sums of each count,
+//     (best + second). Picked are the best, in order of rank; weights w = p; normalized: w / (sum in
+//     order of rank, from 0); times scale where it is not 1. o = expert's network of y (each product
+//     plus its bias); s = w_1 * o_1; s = fma(w_r, o_r, s) for the next ranks. x + s, then the shared
+//     network's output; gated: its h times 1 / (1 + exp(-(g . y))), g . y as in 3.
 // ----------------------------------------------------------------------------------------------
 
 namespace valar {
@@ -11052,6 +11078,14 @@ float gelu(float x) {
     return x * (x < 0 ? tail : 1.0f - tail);
 }
 
+void clamped_gate(float* gate, const float* up, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const float g = gate[i] < 7.0f ? gate[i] : 7.0f;
+        const float u = up[i] < -7.0f ? -7.0f : up[i] > 7.0f ? 7.0f : up[i];
+        gate[i] = (u + 1.0f) * (g / (1.0f + exp_once(-(g * 1.702f))));
+    }
+}
+
 float relu_squared(float x) {
     const float r = x > 0 ? x : 0;
     return r * r;
@@ -11136,6 +11170,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 void activate(Activation activation, float* x, const float* up, size_t n) {
     static constexpr float (*functions[])(float) = {silu_once, scalar::gelu, scalar::gelu_tanh,
                                                     scalar::relu_squared};
+    if (activation == Activation::silu_clamped) return scalar::clamped_gate(x, up, n);
     float (*const act)(float) = functions[static_cast<size_t>(activation)];
     for (size_t i = 0; i < n; i++) x[i] = up ? act(x[i]) * up[i] : act(x[i]);
 }
@@ -18705,8 +18740,18 @@ enum class TensorRole : uint8_t {
     up_bias,
     down_bias,
     post_ffn_norm,
+    router,
+    router_bias,
+    choice_bias,
+    shared_gate,
+    expert_gate_bias,
+    expert_up_bias,
+    expert_down_bias,
+    expert_gate,
+    expert_up,
+    expert_down,
 };
-inline constexpr size_t kRoles = static_cast<size_t>(TensorRole::post_ffn_norm) + 1;
+inline constexpr size_t kRoles = static_cast<size_t>(TensorRole::expert_down) + 1;
 
 /// Rows of a tensor, or elements of a vector; all of it, or one of several that share a tensor.
 struct TensorRows {
@@ -18756,15 +18801,17 @@ namespace {
 
 /// What a family does differently from `llama`.
 enum Trait : uint32_t {
-    layer_norm = 1,       // LayerNorm instead of RMSNorm
-    ungated = 2,          // down(act(up(y)))
-    parallel_layer = 4,   // attention and feed-forward side by side
-    learned_places = 8,   // positions are embedded, not rotated
-    divides_logits = 16,  // logit_scale is a divisor
-    full_unrotated = 32,  // layers that see all do not rotate
-    norms_row = 64,       // q and k are normed over all heads
-    norms_rotated = 128,  // q and k are normed after they were rotated
-    post_is_ffn = 256,    // post_attention_norm is the feed-forward's own norm
+    layer_norm = 1,              // LayerNorm instead of RMSNorm
+    ungated = 2,                 // down(act(up(y)))
+    parallel_layer = 4,          // attention and feed-forward side by side
+    learned_places = 8,          // positions are embedded, not rotated
+    divides_logits = 16,         // logit_scale is a divisor
+    full_unrotated = 32,         // layers that see all do not rotate
+    norms_row = 64,              // q and k are normed over all heads
+    norms_rotated = 128,         // q and k are normed after they were rotated
+    post_is_ffn = 256,           // post_attention_norm is the feed-forward's own norm
+    gates_apart = 512,           // the router's numbers become weights by sigmoid, each by itself
+    weights_as_they_are = 1024,  // of experts: they do not sum to 1
 };
 
 struct SpecReader;
@@ -18782,7 +18829,6 @@ struct Architecture {
 
 /// Keys that change what the network computes in a way that no backend here does.
 constexpr const char* refused_model_keys[] = {
-    "expert_count",
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
 };
@@ -18978,6 +19024,53 @@ void read_layer_tensors(SpecReader& in, LayerSpec& layer, size_t index) {
                                                       : QkNorm::head;
 }
 
+/// Of all layers that have a router.
+ExpertSpec read_experts(SpecReader& in) {
+    ExpertSpec out;
+    constexpr uint64_t most = 65536;
+    if (!in.find("expert_count") || in.value(in.gguf.get_uint(in.prefix + "expert_count")) == 0)
+        return out;
+    out.count = in.size("expert_count", most);
+    out.used = in.size("expert_used_count", out.count);
+    out.n_ff = in.find("expert_feed_forward_length")
+                   ? in.size("expert_feed_forward_length", ModelSpec::max_width)
+                   : in.layer_size("feed_forward_length", 0, ModelSpec::max_width);
+    out.groups = in.size("expert_group_count", out.count, 1);
+    out.groups_used = in.size("expert_group_used_count", out.groups, 1);
+    if (out.count % out.groups != 0)
+        in.fail_key(ErrorKind::bad_data, "expert_group_count", "does not divide expert_count");
+    if (uint64_t{out.groups_used} * (out.count / out.groups) < out.used)
+        in.fail_key(ErrorKind::bad_data, "expert_used_count", "is more than the groups have");
+    // 1: softmax, 2: sigmoid, 3: softmax over those that are picked
+    const uint64_t function = in.size("expert_gating_func", 3,
+                                      in.row->traits & gates_apart ? 2 : 1);
+    out.sigmoid = function == 2;
+    const bool sums_to_1 = !(in.row->traits & weights_as_they_are);
+    out.normalized = function == 3 ||
+                     in.value(in.gguf.get_bool(in.prefix + "expert_weights_norm", sums_to_1));
+    out.scale = in.positive("expert_weights_scale", 1.0f);
+    return out;
+}
+
+/// In a layer with experts: theirs, and the width of the network that all tokens share.
+void read_layer_experts(SpecReader& in, LayerSpec& layer, size_t index) {
+    if (!in.has_tensor(index, "ffn_gate_inp.weight")) {
+        layer.experts = {};
+        return;
+    }
+    ExpertSpec& experts = layer.experts;
+    if (experts.count == 0) in.fail_key(ErrorKind::bad_data, "expert_count", "is missing");
+    const auto has = [&](const char* name) { return in.has_tensor(index, name); };
+    experts.router_bias = has("ffn_gate_inp.bias");
+    experts.choice_bias = has("exp_probs_b.bias");
+    experts.bias = has("ffn_gate_exps.bias");
+    experts.shared_gate = has("ffn_gate_inp_shexp.weight");
+    layer.n_ff = 0;
+    if (const TensorInfo* shared = in.gguf.find_tensor(
+            format("blk.%zu.ffn_up_shexp.weight", index)))
+        layer.n_ff = static_cast<uint32_t>(std::min(shared->dims[1], ModelSpec::max_width));
+}
+
 /// What is the same in all layers is in `layer` already.
 LayerSpec read_layer(SpecReader& in, LayerSpec layer, size_t index) {
     layer.n_heads = in.layer_size("attention.head_count", index, ModelSpec::max_width);
@@ -18990,7 +19083,15 @@ LayerSpec read_layer(SpecReader& in, LayerSpec layer, size_t index) {
     if (uint64_t{layer.n_heads} * layer.head_dim > ModelSpec::max_width)
         in.fail_key(ErrorKind::bad_data, "attention.head_count", "times head size is too large");
     read_layer_tensors(in, layer, index);
+    read_layer_experts(in, layer, index);
     return layer;
+}
+
+uint32_t guessing_blocks(SpecReader& in, uint32_t blocks) {
+    const uint64_t count = in.value(in.gguf.get_uint(in.prefix + "nextn_predict_layers", 0));
+    if (count >= blocks)
+        in.fail_key(ErrorKind::bad_data, "nextn_predict_layers", "leaves no layers");
+    return in.error ? 0 : static_cast<uint32_t>(count);
 }
 
 std::vector<LayerSpec> read_layers(SpecReader& in, const ModelSpec& spec) {
@@ -19008,7 +19109,11 @@ std::vector<LayerSpec> read_layers(SpecReader& in, const ModelSpec& spec) {
                                          1.0f / std::sqrt(static_cast<float>(common.head_dim)));
     common.soft_cap = in.number_or_none("attn_logit_softcapping");
     common.rope = read_rope(in, common.head_dim, spec.n_context);
-    std::vector<LayerSpec> layers(in.size("block_count", ModelSpec::max_layers));
+    common.experts = read_experts(in);
+    // the last blocks of some files guess the tokens after the next
+    const uint32_t blocks = in.size("block_count", ModelSpec::max_layers),
+                   others = guessing_blocks(in, blocks);
+    std::vector<LayerSpec> layers(blocks - others);
     for (size_t i = 0; i < layers.size() && !in.error; ++i) layers[i] = read_layer(in, common, i);
     return layers;
 }
@@ -19098,6 +19203,15 @@ constexpr Architecture architectures[] = {
     {"ernie4_5",      RopeKind::norm},
     {"hunyuan-dense", RopeKind::neox, norms_rotated},
     {"seed_oss",      RopeKind::neox, post_is_ffn},
+    {"qwen2moe",      RopeKind::neox, weights_as_they_are},
+    {"qwen3moe",      RopeKind::neox},
+    {"gpt-oss",       RopeKind::neox, post_is_ffn, Activation::silu_clamped, 2, false},
+    {"granitemoe",    RopeKind::norm, divides_logits},
+    {"olmoe",         RopeKind::neox, norms_row | weights_as_they_are},
+    {"glm4moe",       RopeKind::neox, post_is_ffn | gates_apart},
+    {"ernie4_5-moe",  RopeKind::norm},
+    {"bailingmoe2",   RopeKind::neox, gates_apart},
+    {"minimax-m2",    RopeKind::neox, norms_row | gates_apart},
     {"minicpm",       RopeKind::norm, divides_logits, Activation::silu, 0, true, read_minicpm},
     {"internlm2",     RopeKind::norm},
     {"stablelm",      RopeKind::neox, layer_norm},
@@ -19156,7 +19270,21 @@ uint32_t read_vocab_size(SpecReader& in) {
 // ---- Tensors: a row each ---------------------------------------------------------------------
 
 /// How long a row or a column is.
-enum class Length : uint8_t { one, vocab, embd, context, q, kv, ff, head, heads, kv_heads };
+enum class Length : uint8_t {
+    one,
+    single,
+    vocab,
+    embd,
+    context,
+    q,
+    kv,
+    ff,
+    head,
+    heads,
+    kv_heads,
+    experts,
+    expert_ff,
+};
 
 using LayerHas = bool (*)(const LayerSpec& layer);
 using ModelHas = bool (*)(const ModelSpec& spec);
@@ -19180,7 +19308,14 @@ constexpr LayerHas has_post_ffn   = [](const LayerSpec& of) { return of.post_ffn
 constexpr LayerHas has_qkv_bias   = [](const LayerSpec& of) { return of.qkv_bias; };
 constexpr LayerHas has_out_bias   = [](const LayerSpec& of) { return of.output_bias; };
 constexpr LayerHas has_ffn_bias   = [](const LayerSpec& of) { return of.ffn_bias; };
-constexpr LayerHas has_gate       = [](const LayerSpec& of) { return of.gated; };
+constexpr LayerHas has_one_ffn    = [](const LayerSpec& of) { return of.experts.count == 0; };
+constexpr LayerHas has_gate       = [](const LayerSpec& of) { return of.gated && of.experts.count == 0; };
+constexpr LayerHas has_shared     = [](const LayerSpec& of) { return of.experts.count && of.n_ff; };
+constexpr LayerHas has_experts    = [](const LayerSpec& of) { return of.experts.count != 0; };
+constexpr LayerHas has_exp_bias   = [](const LayerSpec& of) { return of.experts.bias; };
+constexpr LayerHas has_route_bias = [](const LayerSpec& of) { return of.experts.router_bias; };
+constexpr LayerHas has_choice     = [](const LayerSpec& of) { return of.experts.choice_bias; };
+constexpr LayerHas has_share_gate = [](const LayerSpec& of) { return of.experts.shared_gate; };
 constexpr LayerHas has_gate_bias  = [](const LayerSpec& of) { return of.gated && of.ffn_bias; };
 constexpr LayerHas has_head_norm  = [](const LayerSpec& of) { return of.qk_norm == QkNorm::head; };
 constexpr LayerHas has_row_norm   = [](const LayerSpec& of) { return of.qk_norm == QkNorm::row; };
@@ -19226,12 +19361,25 @@ constexpr TensorRow layer_tensors[] = {
     {TensorRole::ffn_norm,         "ffn_norm.weight",            Length::one,  Length::embd, has_ffn_norm},
     {TensorRole::ffn_norm_bias,    "ffn_norm.bias",              Length::one,  Length::embd, has_ffn_norm, has_norm_bias},
     {TensorRole::gate,             "ffn_gate.weight",            Length::ff,   Length::embd, has_gate, nullptr, gate_and_up},
-    {TensorRole::up,               "ffn_up.weight",              Length::ff,   Length::embd, nullptr, nullptr, gate_and_up},
-    {TensorRole::down,             "ffn_down.weight",            Length::embd, Length::ff},
+    {TensorRole::up,               "ffn_up.weight",              Length::ff,   Length::embd, has_one_ffn, nullptr, gate_and_up},
+    {TensorRole::down,             "ffn_down.weight",            Length::embd, Length::ff, has_one_ffn},
     {TensorRole::gate_bias,        "ffn_gate.bias",              Length::one,  Length::ff,   has_gate_bias},
     {TensorRole::up_bias,          "ffn_up.bias",                Length::one,  Length::ff,   has_ffn_bias},
     {TensorRole::down_bias,        "ffn_down.bias",              Length::one,  Length::embd, has_ffn_bias},
     {TensorRole::post_ffn_norm,    "post_ffw_norm.weight",       Length::one,  Length::embd, has_post_ffn},
+    {TensorRole::router,           "ffn_gate_inp.weight",        Length::experts, Length::embd, has_experts},
+    {TensorRole::router_bias,      "ffn_gate_inp.bias",          Length::one,  Length::experts, has_route_bias},
+    {TensorRole::choice_bias,      "exp_probs_b.bias",           Length::one,  Length::experts, has_choice},
+    {TensorRole::expert_gate,      "ffn_gate_exps.weight",       Length::expert_ff, Length::embd, has_experts},
+    {TensorRole::expert_up,        "ffn_up_exps.weight",         Length::expert_ff, Length::embd, has_experts},
+    {TensorRole::expert_down,      "ffn_down_exps.weight",       Length::embd, Length::expert_ff, has_experts},
+    {TensorRole::expert_gate_bias, "ffn_gate_exps.bias",         Length::experts, Length::expert_ff, has_exp_bias},
+    {TensorRole::expert_up_bias,   "ffn_up_exps.bias",           Length::experts, Length::expert_ff, has_exp_bias},
+    {TensorRole::expert_down_bias, "ffn_down_exps.bias",         Length::experts, Length::embd, has_exp_bias},
+    {TensorRole::shared_gate,      "ffn_gate_inp_shexp.weight",  Length::single, Length::embd, has_share_gate},
+    {TensorRole::gate,             "ffn_gate_shexp.weight",      Length::ff,   Length::embd, has_shared},
+    {TensorRole::up,               "ffn_up_shexp.weight",        Length::ff,   Length::embd, has_shared},
+    {TensorRole::down,             "ffn_down_shexp.weight",      Length::embd, Length::ff, has_shared},
 };
 
 // Tensors that files have and nothing needs: rope angles that older converters wrote down.
@@ -19253,7 +19401,7 @@ struct TensorBinder {
 
     /// `rows` 0: a vector.
     const TensorInfo* take(const char* suffix, std::span<const TensorType> types, uint64_t rows,
-                           uint64_t columns) {
+                           uint64_t columns, uint64_t matrices = 1) {
         const std::string name = prefix + suffix;
         const TensorInfo* tensor = gguf.find_tensor(name);
         if (!tensor) {
@@ -19261,7 +19409,7 @@ struct TensorBinder {
             return nullptr;
         }
         taken[static_cast<size_t>(tensor - gguf.tensors().data())] = true;
-        if (tensor->n_dims != (rows ? 2 : 1) || tensor->dims[0] != columns ||
+        if (tensor->dims[3] != 1 || tensor->dims[2] != matrices || tensor->dims[0] != columns ||
             tensor->dims[1] != std::max<uint64_t>(rows, 1))
             fail(ErrorKind::bad_data, name,
                  format("has the shape %llu x %llu x %llu x %llu; %llu x %llu was expected",
@@ -19285,6 +19433,9 @@ struct TensorBinder {
             case Length::head: return layer.head_dim;
             case Length::heads: return layer.n_heads;
             case Length::kv_heads: return layer.n_kv_heads;
+            case Length::single: return 1;
+            case Length::experts: return layer.experts.count;
+            case Length::expert_ff: return layer.experts.n_ff;
         }
         return 0;
     }
@@ -19326,15 +19477,23 @@ struct TensorBinder {
                 continue;
             }
             end = i + 1;
-            const bool matrix = row.rows != Length::one && row.columns != Length::head;
+            const bool matrix = is_matrix(row);
+            const uint64_t matrices = is_expert(row) ? layer.experts.count : 1;
             const std::span<const TensorType> types =
                 matrix ? std::span<const TensorType>(matrix_types)
                        : std::span<const TensorType>(vector_types);
             const uint64_t rows = row.rows == Length::one ? 0 : length(row.rows, layer),
                            columns = length(row.columns, layer);
-            out[row.role] = {take(name_of(row), types, rows, columns), 0,
+            out[row.role] = {take(name_of(row), types, rows, columns, matrices), 0,
                              matrix ? rows : std::max<uint64_t>(rows, 1) * columns, matrix};
         }
+    }
+    static bool is_expert(const TensorRow& row) { return row.role >= TensorRole::expert_gate; }
+    /// What is no product is a vector, though files may have it in two dimensions.
+    static bool is_matrix(const TensorRow& row) {
+        const bool bias = row.role >= TensorRole::expert_gate_bias && !is_expert(row);
+        return row.rows != Length::one && row.rows != Length::single &&
+               row.columns != Length::head && !bias;
     }
     /// The one name that two roles share.
     const char* name_of(const TensorRow& row) const {
@@ -19347,6 +19506,13 @@ struct TensorBinder {
         for (const char* name : names)
             if (!factors.empty() && gguf.find_tensor(name))
                 take(name, vector_types, 0, factors.size());
+    }
+    /// Whether a tensor belongs to the blocks behind the layers, which guess further tokens.
+    bool guesses(std::string_view name) const {
+        const auto blocks = gguf.get_uint(spec.architecture + ".nextn_predict_layers", 0);
+        for (uint64_t i = 0; blocks && i < *blocks; ++i)
+            if (name.starts_with(format("blk.%zu.", size_t(spec.layers.size() + i)))) return true;
+        return false;
     }
     static unsigned long long ull(uint64_t n) { return n; }
 };
@@ -19370,7 +19536,8 @@ Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec)
         in.bind(layer_tensors, spec.layers[i], out.layers.emplace_back());
     }
     for (size_t i = 0; i < in.taken.size(); ++i)
-        if (!in.taken[i] && !is_harmless(gguf.tensors()[i].name))
+        if (!in.taken[i] && !is_harmless(gguf.tensors()[i].name) &&
+            !in.guesses(gguf.tensors()[i].name))
             in.fail(ErrorKind::bad_data, gguf.tensors()[i].name, "is not used");
     if (in.error) return *in.error;
     return out;
@@ -19503,11 +19670,13 @@ struct CpuLayer {
     const LayerSpec* spec;
     uint32_t rope;  // index of its RopeTable
     CpuTensors tensors;
+    std::vector<CpuMatrix> gates, ups, downs;  // of each expert
     const CpuMatrix& matrix(TensorRole role) const { return tensors.matrix(role); }
     const float* vector(TensorRole role) const { return tensors.vector(role); }
     // Whether one kernel multiplies by gate and up, gates, and quantizes.
     bool gates_in_kernel() const {
-        return spec->gated && spec->activation == Activation::silu && !spec->ffn_bias;
+        return spec->gated && spec->activation == Activation::silu && !spec->ffn_bias &&
+               !spec->experts.shared_gate;
     }
     bool adds_attention_later(const ModelSpec& of) const {
         return spec->parallel || spec->post_attn_norm || of.residual_scale != 1;
@@ -19515,6 +19684,7 @@ struct CpuLayer {
     bool adds_ffn_later(const ModelSpec& of) const {
         return spec->post_ffn_norm || of.residual_scale != 1;
     }
+    bool has_experts() const { return spec->experts.count != 0; }
     bool adds_later(const ModelSpec& of) const {
         return adds_attention_later(of) || adds_ffn_later(of);
     }
@@ -19539,6 +19709,7 @@ struct CpuWeights {
     const std::byte* packed_in_place(const CpuMatrix& matrix) const;
     const float* vector(Carver& carver, const TensorRows& elements);
     void place_all(Carver& carver, const RoleTensors& from, CpuTensors& to);
+    void place_experts(Carver& carver, const RoleTensors& from, CpuLayer& to);
     void place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors);
 };
 
@@ -19551,6 +19722,11 @@ struct RopeTable {
 // Attention of `rows` neighbours of one sequence to segments first .. last - 1, one kv head a time.
 struct AttentionUnit {
     uint32_t row, rows, first_segment, last_segment;
+};
+
+// The rows that picked an expert: first .. first + rows - 1 of all picks, ordered by expert.
+struct ExpertGroup {
+    uint32_t expert, first, rows;
 };
 
 // What a thread needs for one AttentionUnit: one segment's result and the state so far.
@@ -19567,24 +19743,34 @@ struct CpuSizes {
     uint64_t split_rows;  // batches of so many rows are split over segments too
     uint64_t q = 0, kv = 0, group = 0, group_values = 0, heads = 0;
     uint64_t ff_quantized = 0, ff_values = 0,
-             ff_up = 0;        // of h and up, for quantized ffn_down or not
-    uint64_t added_later = 0;  // rows of z
-    uint64_t rope_values = 0;  // of all tables, for a position
-    uint64_t expanded = 0;     // of q8_0 keys and values: a segment's
-    uint64_t staging = 0;      // a tile of each thread, as the file has it
-    uint64_t mapped_units;     // bytes of a thread
+             ff_up = 0;                              // of h and up, for quantized ffn_down or not
+    uint64_t added_later = 0;                        // rows of z
+    uint64_t experts = 0, picks = 0, expert_ff = 0;  // of a layer; rows times experts used
+    uint64_t rope_values = 0;                        // of all tables, for a position
+    uint64_t expanded = 0;                           // of q8_0 keys and values: a segment's
+    uint64_t staging = 0;                            // a tile of each thread, as the file has it
+    uint64_t mapped_units;                           // bytes of a thread
 };
 
 struct CpuScratch {
-    float *x, *y;               // (rows, n_embd) the residual stream; normed
-    float *q, *k, *v;           // (rows, heads * head_dim) as they come from the weights
-    float* turned;              // (kv heads, rows, heads of a group, head_dim) rotated q
-    float* h;                   // (rows, n_ff), in the place of q, k, v, turned; and
-    float* up;                  // (rows, n_ff), where the gate is no kernel's; or
-    ActivationBlock* h_blocks;  // {rows * planes, n_ff / 32}, there too
-    float* z;                   // (rows, n_embd) what is added to x later, after a norm or scale
-    float* attended;            // (rows, n_heads * head_dim)
-    float* cos_sin;             // (rows, rope_values)
+    float *x, *y;                 // (rows, n_embd) the residual stream; normed
+    float *q, *k, *v;             // (rows, heads * head_dim) as they come from the weights
+    float* turned;                // (kv heads, rows, heads of a group, head_dim) rotated q
+    float* h;                     // (rows, n_ff), in the place of q, k, v, turned; and
+    float* up;                    // (rows, n_ff), where the gate is no kernel's; or
+    ActivationBlock* h_blocks;    // {rows * planes, n_ff / 32}, there too
+    float* routes;                // (rows, experts) the router's numbers, then weights
+    uint32_t *picked, *place_of;  // (rows, used) experts by rank; where a pick lies among all picks
+    float* weights;               // (rows, used)
+    uint32_t* picked_by;          // (picks) rows
+    uint32_t* group_ends;         // (experts)
+    ExpertGroup* groups;          // (experts)
+    float* inputs;                // (picks, n_embd) y of the rows, then what their experts give
+    float *gates, *ups;           // (picks, expert_ff)
+    ActivationBlock* input_blocks;  // of inputs, then of gates, a group after the other
+    float* z;         // (rows, n_embd) what is added to x later, after a norm or scale
+    float* attended;  // (rows, n_heads * head_dim)
+    float* cos_sin;   // (rows, rope_values)
     float *part_max, *part_sum, *part_out;  // (split_rows, segments, n_heads, 1 or head_dim)
     float* logits;                          // (logit_rows, n_vocab)
     ActivationBlock* blocks;                // {rows * planes, n_embd or n_heads * head_dim / 32}
@@ -19667,10 +19853,25 @@ const float* CpuWeights::vector(Carver& carver, const TensorRows& elements) {
 void CpuWeights::place_all(Carver& carver, const RoleTensors& from, CpuTensors& to) {
     for (size_t i = 0; i < kRoles; ++i) {
         const TensorRows& rows = from[static_cast<TensorRole>(i)];
-        if (!rows) continue;
+        if (!rows || i >= static_cast<size_t>(TensorRole::expert_gate)) continue;
         if (rows.matrix) to.matrices[i] = matrix(carver, rows);
         else to.vectors[i] = vector(carver, rows);
     }
+}
+
+void CpuWeights::place_experts(Carver& carver, const RoleTensors& from, CpuLayer& to) {
+    const struct {
+        TensorRole role;
+        std::vector<CpuMatrix>* matrices;
+    } three[] = {{TensorRole::expert_gate, &to.gates},
+                 {TensorRole::expert_up, &to.ups},
+                 {TensorRole::expert_down, &to.downs}};
+    for (const auto& [role, matrices] : three)
+        for (uint32_t i = 0; i < to.spec->experts.count; ++i) {
+            TensorRows rows = from[role];
+            rows.first = i * rows.count;
+            matrices->push_back(matrix(carver, rows));
+        }
 }
 
 void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors) {
@@ -19685,6 +19886,7 @@ void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors
         CpuLayer& layer = layers.emplace_back();
         layer.spec = &spec.layers[i];
         place_all(carver, tensors.layers[i], layer.tensors);
+        place_experts(carver, tensors.layers[i], layer);
         const CpuMatrix &gate = layer.matrix(TensorRole::gate), &up = layer.matrix(TensorRole::up);
         if (gate.tensor && (!gate.data || !up.data))
             mapped_units = std::max(mapped_units, gate.unit_bytes() + up.unit_bytes());
@@ -19702,6 +19904,20 @@ void CpuScratch::place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint6
     x = carver.take<float>(n.rows * n_embd);
     y = carver.take<float>(n.rows * n_embd);
     z = carver.take<float>(n.added_later * n_embd);
+    routes = carver.take<float>(n.rows * n.experts);
+    picked = carver.take<uint32_t>(n.picks);
+    place_of = carver.take<uint32_t>(n.picks);
+    weights = carver.take<float>(n.picks);
+    picked_by = carver.take<uint32_t>(n.picks);
+    group_ends = carver.take<uint32_t>(n.experts);
+    groups = carver.take<ExpertGroup>(n.experts);
+    inputs = carver.take<float>(n.picks * n_embd);
+    gates = carver.take<float>(n.picks * n.expert_ff);
+    ups = carver.take<float>(n.picks * n.expert_ff);
+    const uint64_t pick_planes = n.picks ? n.picks * n.planes + n.experts * ActivationLayout::kGroup
+                                         : 0;
+    input_blocks = carver.take<ActivationBlock>(pick_planes * std::max(n_embd, n.expert_ff) /
+                                                kActivationBlock);
     attended = carver.take<float>(n.rows * n.q);
     cos_sin = carver.take<float>(n.rows * n.rope_values);
     part_max = carver.take<float>(n.split_rows * n.segments * n.heads);
@@ -19829,9 +20045,14 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
     }
     for (const CpuLayer& layer : weights.layers) {
         const CpuMatrix& down = layer.matrix(TensorRole::down);
-        const uint64_t ff = down.cols;
-        if (down.quantized()) n.ff_quantized = std::max(n.ff_quantized, ff);
-        if (!down.quantized() || !layer.gates_in_kernel()) n.ff_values = std::max(n.ff_values, ff);
+        const ExpertSpec& experts = layer.spec->experts;
+        n.experts = std::max(n.experts, uint64_t{experts.count});
+        n.picks = std::max(n.picks, n.rows * experts.used);
+        n.expert_ff = std::max(n.expert_ff, uint64_t{experts.n_ff});
+        const uint64_t ff = down.cols;  // 0: experts alone
+        if (down.tensor && down.quantized()) n.ff_quantized = std::max(n.ff_quantized, ff);
+        if (down.tensor && !(down.quantized() && layer.gates_in_kernel()))
+            n.ff_values = std::max(n.ff_values, ff);
         if (layer.spec->gated && !layer.gates_in_kernel()) n.ff_up = std::max(n.ff_up, ff);
         if (layer.adds_later(spec)) n.added_later = n.rows;
     }
@@ -20318,7 +20539,7 @@ private:
     };
     static const Stage stages_[];
     enum StageNumber : uint8_t;
-    enum StepFlag : uint8_t { keeps_wanted = 1, embeds = 2, ends_layer = 4 };
+    enum StepFlag : uint8_t { keeps_wanted = 1, embeds = 2, ends_layer = 4, groups_picks = 8 };
     // The program of the model: what is done, one step after the other.
     struct Step {
         StageNumber stage;
@@ -20330,6 +20551,7 @@ private:
     }
     void write_program();
     void add_layer(uint32_t number);
+    void add_experts(uint32_t number);
     const Step& step() const { return program_[step_]; }
 
     const CpuLayer& layer() const {
@@ -20355,7 +20577,8 @@ private:
                matrix(TensorRole::v).units();
     }
     uint64_t count_attention() const { return uint64_t{unit_count_} * layer().spec->n_kv_heads; }
-    uint64_t count_embd() const { return matrix(TensorRole::down).units(); }
+    uint64_t count_output() const { return matrix(TensorRole::attn_output).units(); }
+    uint64_t count_down() const { return matrix(TensorRole::down).units(); }
     uint64_t count_ff() const { return matrix(TensorRole::up).units(); }
     uint64_t count_gate_and_up() const { return matrix(TensorRole::gate).units() + count_ff(); }
     uint64_t count_vocab() const { return weights_.model.matrix(TensorRole::output).units(); }
@@ -20369,6 +20592,18 @@ private:
     uint64_t work_gate_up() const { return 2 * work_unit(spec_->n_embd); }
     uint64_t work_activate() const { return uint64_t{layer().spec->n_ff} * 32; }
     uint64_t work_down() const { return work_unit(matrix(TensorRole::down).cols); }
+    uint64_t count_experts() const { return matrix(TensorRole::router).units(); }
+    uint64_t count_groups() const { return group_count_; }
+    uint64_t count_expert_ff() const {
+        return uint64_t{group_count_} * layer().gates[0].units() * 2;
+    }
+    uint64_t count_expert_embd() const { return uint64_t{group_count_} * layer().downs[0].units(); }
+    uint64_t work_group() const { return work_row() * rows_.size(); }
+    uint64_t work_expert(uint64_t columns) const {
+        return work_unit(columns) * layer().spec->experts.used / std::max(group_count_, 1u);
+    }
+    uint64_t work_expert_ff() const { return work_expert(spec_->n_embd); }
+    uint64_t work_expert_embd() const { return work_expert(layer().downs[0].cols); }
     uint64_t work_logits() const {
         return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * row_count();
     }
@@ -20422,9 +20657,23 @@ private:
     void project_ffn_and_add(uint32_t first, uint32_t last, uint32_t part);
     void project_ffn(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_add_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void route(uint32_t first, uint32_t last, uint32_t part);
+    void pick_experts(uint32_t first, uint32_t last, uint32_t part);
+    void gather_and_quantize(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_expert_ff(uint32_t first, uint32_t last, uint32_t part);
+    void activate_experts(uint32_t first, uint32_t last, uint32_t part);
+    void project_experts(uint32_t first, uint32_t last, uint32_t part);
+    void add_picked(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t part);
     void multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part);
 
+    void pick(uint32_t row);
+    void group_picks();
+    void weigh_shared(uint32_t row, float* h) const;
+    ActivationBlock* group_blocks(const ExpertGroup& group, size_t columns) const;
+    void quantize_expert(const ExpertGroup& group, const float* x, size_t columns);
+    void multiply_expert(const ExpertGroup& group, const CpuMatrix& matrix, const float* bias,
+                         uint32_t unit, const float* x, float* y, uint32_t part);
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void read_row(const CpuMatrix& matrix, uint32_t number, float* out, uint32_t part);
     void find_angles(uint32_t position, float* cos_sin) const;
@@ -20472,7 +20721,7 @@ private:
     std::span<const BatchRow> rows_;   // of it that are still computed
     std::vector<Step> program_;
     uint32_t step_ = 0, unit_ = 0;  // what is next, and its next unit
-    uint32_t unit_count_ = 0, wanted_count_ = 0;
+    uint32_t unit_count_ = 0, wanted_count_ = 0, group_count_ = 0;
     struct ProductTime {
         uint64_t ns = 0, work = 0;
     };
@@ -20612,7 +20861,8 @@ bool all_finite(const float* x, size_t n) {
 enum CpuDecoder::StageNumber : uint8_t {
     embed, norm_for_attention, qkv, rotate, attention, merge, add_attention, attention_aside,
     attention_later, norm_for_ffn, gate_up, gate_and_up, up_alone, activation, add_ffn, ffn_aside,
-    ffn_later, norm_wanted, logits_of,
+    ffn_later, experts_of, picks, expert_inputs, expert_ff, expert_activation, expert_outputs,
+    picks_added, norm_wanted, logits_of,
 };
 const CpuDecoder::Stage CpuDecoder::stages_[] = {
     {"x = embedding[token] * scale; cos, sin of position * frequency",
@@ -20628,9 +20878,9 @@ const CpuDecoder::Stage CpuDecoder::stages_[] = {
     {"a = quantized(segments of a, merged where rows were split)",
      &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize},
     {"x += Wo a + bo",
-     &CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add},
+     &CpuDecoder::count_output, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add},
     {"z = Wo a + bo",
-     &CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention},
+     &CpuDecoder::count_output, &CpuDecoder::work_output, &CpuDecoder::project_attention},
     {"x += norm(z) * residual_scale",
      &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_attention},
     {"y = quantized(norm(x))",
@@ -20644,11 +20894,25 @@ const CpuDecoder::Stage CpuDecoder::stages_[] = {
     {"h = quantized(act(h) * u), or quantized(act(h))",
      &CpuDecoder::count_rows, &CpuDecoder::work_activate, &CpuDecoder::activate_and_quantize},
     {"x += Wdown h + bdown",
-     &CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add},
+     &CpuDecoder::count_down, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add},
     {"z = Wdown h + bdown",
-     &CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn},
+     &CpuDecoder::count_down, &CpuDecoder::work_down, &CpuDecoder::project_ffn},
     {"x += norm(z) * residual_scale",
      &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_ffn},
+    {"r = Wrouter y + b",
+     &CpuDecoder::count_experts, &CpuDecoder::work_embd, &CpuDecoder::route},
+    {"the experts that each row uses, and their weights",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::pick_experts},
+    {"quantized(y of the rows that use an expert)",
+     &CpuDecoder::count_groups, &CpuDecoder::work_group, &CpuDecoder::gather_and_quantize, true},
+    {"gate and up of each expert times these, plus biases",
+     &CpuDecoder::count_expert_ff, &CpuDecoder::work_expert_ff, &CpuDecoder::multiply_expert_ff},
+    {"h = quantized(act(gate) * up)",
+     &CpuDecoder::count_groups, &CpuDecoder::work_group, &CpuDecoder::activate_experts, true},
+    {"o = down of each expert times h, plus bias",
+     &CpuDecoder::count_expert_embd, &CpuDecoder::work_expert_embd, &CpuDecoder::project_experts},
+    {"x += sum of weight * o, or z =",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::add_picked},
     {"y = quantized(norm(x)); from here on all rows want logits",
      &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted},
     {"logits = Woutput y * logit_scale; whether they are finite",
@@ -20680,17 +20944,26 @@ void CpuDecoder::add_layer(uint32_t number) {
     add_step(later ? attention_aside : add_attention, number);
     if (later && !spec.parallel) add_step(attention_later, number);
     add_step(norm_for_ffn, number);
-    if (layer.gates_in_kernel()) {
-        add_step(gate_up, number);
-    } else {
-        add_step(spec.gated ? gate_and_up : up_alone, number);
-        add_step(activation, number);
-    }
+    if (layer.has_experts()) add_experts(number);
     const bool ffn_is_later = layer.adds_ffn_later(*spec_);
-    add_step(ffn_is_later ? ffn_aside : add_ffn, number);
+    if (spec.n_ff) {
+        if (!layer.gates_in_kernel()) add_step(spec.gated ? gate_and_up : up_alone, number);
+        add_step(layer.gates_in_kernel() ? gate_up : activation, number);
+        add_step(ffn_is_later ? ffn_aside : add_ffn, number);
+    }
     if (ffn_is_later) add_step(ffn_later, number);
     if (spec.parallel) add_step(attention_later, number);
     program_.back().flags |= ends_layer;
+}
+
+void CpuDecoder::add_experts(uint32_t number) {
+    add_step(experts_of, number);
+    add_step(picks, number, groups_picks);
+    add_step(expert_inputs, number);
+    add_step(expert_ff, number);
+    add_step(expert_activation, number);
+    add_step(expert_outputs, number);
+    add_step(picks_added, number);
 }
 
 Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
@@ -20823,6 +21096,7 @@ void CpuDecoder::run_job(void* context, uint32_t first, uint32_t last, uint32_t 
 
 void CpuDecoder::finish_step() {
     if (step().flags & keeps_wanted) keep_wanted_rows();
+    if (step().flags & groups_picks) group_picks();
     unit_ = 0;
     if (rows_.empty()) step_ = static_cast<uint32_t>(program_.size());  // nobody asks for the rest
     else ++step_;
@@ -21068,7 +21342,7 @@ void CpuDecoder::add_bias(const MatmulTask& task, const float* bias) const {
     if (!bias) return;
     const size_t begin = size_t{task.first_tile} * kTileRows,
                  end = std::min<size_t>(size_t{task.last_tile} * kTileRows, task.weights->rows);
-    for (size_t row = 0; row < rows_.size(); ++row)
+    for (size_t row = 0; row < task.columns; ++row)
         kernels_->add(task.y + row * task.y_stride + begin, bias + begin, end - begin);
 }
 
@@ -21163,7 +21437,7 @@ void CpuDecoder::project(TensorRole weights, TensorRole bias, const ActivationBl
                          const float* x, float* to, uint32_t first, uint32_t last, uint32_t part) {
     MatmulTask task = product_of(matrix(weights), first, last, x, to);
     task.blocks = blocks;
-    task.add = to == scratch_.x;
+    task.add = to == scratch_.x || (weights == TensorRole::down && layer().has_experts());
     multiply(matrix(weights), task, part);
     add_bias(task, layer().vector(bias));
 }
@@ -21226,9 +21500,11 @@ void CpuDecoder::activate_and_quantize(uint32_t first, uint32_t last, uint32_t) 
     const size_t n = spec.n_ff;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
-        for (uint32_t i = row; i < end; ++i)
-            activate(spec.activation, scratch_.h + i * n,
-                     spec.gated ? scratch_.up + i * n : nullptr, n);
+        for (uint32_t i = row; i < end; ++i) {
+            float* const h = scratch_.h + i * n;
+            activate(spec.activation, h, spec.gated ? scratch_.up + i * n : nullptr, n);
+            weigh_shared(i, h);
+        }
         if (matrix(TensorRole::down).quantized())
             quantize_group(scratch_.h + row * n, spec.n_ff, sizes_.planes, row, end,
                            scratch_.h_blocks);
@@ -21271,6 +21547,231 @@ void CpuDecoder::multiply_logits_and_check(uint32_t first, uint32_t last, uint32
         if (!all_finite(logits + begin, end - begin))
             bad_rows_[i].store(true, std::memory_order_relaxed);
     }
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/backend/cpu_experts.cpp ---------------------------------------------------------------
+
+// >>backend
+// The stages of layers with experts: each row picks some, the rows that picked an expert meet its
+// matrices together, and each row adds what its experts gave, in order of rank.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+// In place: the router's numbers become weights.
+void weigh(std::span<float> numbers, bool sigmoid) {
+    if (sigmoid) {
+        for (float& x : numbers) x = 1.0f / (1.0f + exp_once(-x));
+        return;
+    }
+    const float most = *std::max_element(numbers.begin(), numbers.end());
+    float lanes[16] = {};
+    for (size_t i = 0; i < numbers.size(); ++i) {
+        numbers[i] = exp_once(numbers[i] - most);
+        lanes[i % 16] += numbers[i];
+    }
+    for (size_t half = 8; half > 0; half /= 2)
+        for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    for (float& x : numbers) x /= lanes[0];
+}
+
+// What the experts of a row are compared by.
+struct ExpertScores {
+    const ExpertSpec& spec;
+    const float *weights, *bias;
+
+    float of(uint32_t expert) const {
+        return bias ? weights[expert] + bias[expert] : weights[expert];
+    }
+    uint32_t group_size() const { return spec.count / spec.groups; }
+    // The two best of a group, together.
+    float of_group(uint32_t group) const {
+        float best = -INFINITY, second = -INFINITY;
+        for (uint32_t i = group * group_size(); i < (group + 1) * group_size(); ++i) {
+            const float score = of(i);
+            second = std::max(second, std::min(best, score));
+            best = std::max(best, score);
+        }
+        return group_size() > 1 ? best + second : best;
+    }
+    // Whether fewer than groups_used others are better.
+    bool is_open(uint32_t group) const {
+        if (spec.groups_used == spec.groups) return true;
+        const float own = of_group(group);
+        uint32_t better = 0;
+        for (uint32_t i = 0; i < spec.groups; ++i) {
+            const float other = of_group(i);
+            better += other > own || (other == own && i < group);
+        }
+        return better < spec.groups_used;
+    }
+};
+
+}  // namespace
+
+void CpuDecoder::route(uint32_t first, uint32_t last, uint32_t part) {
+    const Product product = {&matrix(TensorRole::router), layer().vector(TensorRole::router_bias),
+                             scratch_.routes};
+    multiply_several({&product, 1}, first, last, part);
+}
+
+void CpuDecoder::pick_experts(uint32_t first, uint32_t last, uint32_t) {
+    for (uint32_t row = first; row < last; ++row) pick(row);
+}
+
+// Of equal experts the one with the lower number comes first; one that is no number comes last.
+void CpuDecoder::pick(uint32_t row) {
+    const ExpertSpec& spec = layer().spec->experts;
+    float* const numbers = scratch_.routes + size_t{row} * spec.count;
+    weigh({numbers, spec.count}, spec.sigmoid);
+    const ExpertScores scores{spec, numbers, layer().vector(TensorRole::choice_bias)};
+    uint32_t* const picked = scratch_.picked + size_t{row} * spec.used;
+    float* const weights = scratch_.weights + size_t{row} * spec.used;
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < spec.count; ++i) {
+        if (i % scores.group_size() == 0 && !scores.is_open(i / scores.group_size())) {
+            i += scores.group_size() - 1;
+            continue;
+        }
+        uint32_t rank = count;  // where it belongs among the best so far
+        while (rank > 0 && scores.of(i) > scores.of(picked[rank - 1])) --rank;
+        if (rank == spec.used) continue;
+        count = std::min(count + 1, spec.used);
+        for (uint32_t j = count - 1; j > rank; --j) picked[j] = picked[j - 1];
+        picked[rank] = i;
+    }
+    float sum = 0;
+    for (uint32_t rank = 0; rank < spec.used; ++rank) sum += numbers[picked[rank]];
+    for (uint32_t rank = 0; rank < spec.used; ++rank) {
+        weights[rank] = spec.normalized ? numbers[picked[rank]] / sum : numbers[picked[rank]];
+        if (spec.scale != 1) weights[rank] *= spec.scale;
+    }
+}
+
+// Orders all picks by expert, and by row for an expert.
+void CpuDecoder::group_picks() {
+    const ExpertSpec& spec = layer().spec->experts;
+    const uint32_t picks = row_count() * spec.used;
+    uint32_t* const ends = scratch_.group_ends;
+    std::fill(ends, ends + spec.count, 0u);
+    for (uint32_t i = 0; i < picks; ++i) ++ends[scratch_.picked[i]];
+    uint32_t first = 0;
+    group_count_ = 0;
+    for (uint32_t expert = 0; expert < spec.count; ++expert) {
+        if (ends[expert]) scratch_.groups[group_count_++] = {expert, first, ends[expert]};
+        first += std::exchange(ends[expert], first);
+    }
+    for (uint32_t i = 0; i < picks; ++i) {
+        scratch_.place_of[i] = ends[scratch_.picked[i]]++;
+        scratch_.picked_by[scratch_.place_of[i]] = i / spec.used;
+    }
+}
+
+// Each group's blocks begin where those before it, each rounded up to whole plane groups, end.
+ActivationBlock* CpuDecoder::group_blocks(const ExpertGroup& group, size_t columns) const {
+    const size_t number = static_cast<size_t>(&group - scratch_.groups);
+    const size_t planes = group.first * sizes_.planes + number * ActivationLayout::kGroup;
+    return scratch_.input_blocks + planes * (columns / kActivationBlock);
+}
+
+void CpuDecoder::quantize_expert(const ExpertGroup& group, const float* x, size_t columns) {
+    if (columns % kActivationBlock != 0) return;  // no matrix that meets x is quantized
+    const uint32_t planes = static_cast<uint32_t>(sizes_.planes);
+    const ActivationLayout layout{group.rows * planes, columns / kActivationBlock};
+    for (uint32_t row = 0, end; row < group.rows; row = end) {
+        end = group_end(row, group.rows, planes);
+        kernels_->quantize({x + row * columns, columns, end - row, planes, columns, layout.step(),
+                            group_blocks(group, columns) + layout.at(row * planes)});
+    }
+}
+
+void CpuDecoder::gather_and_quantize(uint32_t first, uint32_t last, uint32_t) {
+    const size_t n = spec_->n_embd;
+    for (uint32_t i = first; i < last; ++i) {
+        const ExpertGroup& group = scratch_.groups[i];
+        float* const to = scratch_.inputs + group.first * n;
+        for (uint32_t row = 0; row < group.rows; ++row)
+            std::memcpy(to + row * n, scratch_.y + scratch_.picked_by[group.first + row] * n,
+                        n * sizeof(float));
+        quantize_expert(group, to, n);
+    }
+}
+
+void CpuDecoder::multiply_expert(const ExpertGroup& group, const CpuMatrix& weights,
+                                 const float* bias, uint32_t unit, const float* x, float* y,
+                                 uint32_t part) {
+    MatmulTask task = product_of(weights, unit, unit + 1, x + size_t{group.first} * weights.cols,
+                                 y + size_t{group.first} * weights.rows);
+    task.columns = group.rows;
+    task.blocks = group_blocks(group, weights.cols);
+    multiply(weights, task, part);
+    if (bias) add_bias(task, bias + size_t{group.expert} * weights.rows);
+}
+
+void CpuDecoder::multiply_expert_ff(uint32_t first, uint32_t last, uint32_t part) {
+    const uint32_t units = layer().gates[0].units();
+    for (uint32_t i = first; i < last; ++i) {
+        const ExpertGroup& group = scratch_.groups[i / (2 * units)];
+        const bool up = i / units % 2;
+        multiply_expert(
+            group, (up ? layer().ups : layer().gates)[group.expert],
+            layer().vector(up ? TensorRole::expert_up_bias : TensorRole::expert_gate_bias),
+            i % units, scratch_.inputs, up ? scratch_.ups : scratch_.gates, part);
+    }
+}
+
+void CpuDecoder::activate_experts(uint32_t first, uint32_t last, uint32_t) {
+    const size_t n = layer().spec->experts.n_ff;
+    for (uint32_t i = first; i < last; ++i) {
+        const ExpertGroup& group = scratch_.groups[i];
+        float* const h = scratch_.gates + group.first * n;
+        activate(layer().spec->activation, h, scratch_.ups + group.first * n, group.rows * n);
+        quantize_expert(group, h, n);
+    }
+}
+
+void CpuDecoder::project_experts(uint32_t first, uint32_t last, uint32_t part) {
+    const uint32_t units = layer().downs[0].units();
+    for (uint32_t i = first; i < last; ++i) {
+        const ExpertGroup& group = scratch_.groups[i / units];
+        multiply_expert(group, layer().downs[group.expert],
+                        layer().vector(TensorRole::expert_down_bias), i % units, scratch_.gates,
+                        scratch_.inputs, part);
+    }
+}
+
+void CpuDecoder::add_picked(uint32_t first, uint32_t last, uint32_t) {
+    const size_t n = spec_->n_embd, used = layer().spec->experts.used;
+    for (uint32_t row = first; row < last; ++row) {
+        const uint32_t* const place = scratch_.place_of + row * used;
+        const float* const weights = scratch_.weights + row * used;
+        float* const sum = scratch_.inputs + place[0] * n;
+        kernels_->scale(sum, weights[0], n);
+        for (size_t rank = 1; rank < used; ++rank)
+            for (size_t i = 0; i < n; ++i)
+                sum[i] = fma_once(weights[rank], scratch_.inputs[place[rank] * n + i], sum[i]);
+        if (layer().adds_ffn_later(*spec_))
+            std::memcpy(scratch_.z + row * n, sum, n * sizeof(float));
+        else kernels_->add(scratch_.x + row * n, sum, n);
+    }
+}
+
+// The rows of h, each times a weight of its own: sigmoid(gate . y).
+void CpuDecoder::weigh_shared(uint32_t row, float* h) const {
+    const float* const gate = layer().vector(TensorRole::shared_gate);
+    if (!gate) return;
+    const float* const y = scratch_.y + row * size_t{spec_->n_embd};
+    float sum = 0;
+    for (size_t i = 0; i < spec_->n_embd; ++i) sum = fma_once(gate[i], y[i], sum);
+    kernels_->scale(h, 1.0f / (1.0f + exp_once(-sum)), layer().spec->n_ff);
 }
 
 }  // namespace detail
@@ -30926,20 +31427,21 @@ _Pragma("pop_macro(\"tail\")") _Pragma("pop_macro(\"take\")") _Pragma("pop_macro
 _Pragma("pop_macro(\"task\")") _Pragma("pop_macro(\"template\")") _Pragma("pop_macro(\"ten\")")
 _Pragma("pop_macro(\"tensor\")") _Pragma("pop_macro(\"test\")") _Pragma("pop_macro(\"text\")")
 _Pragma("pop_macro(\"then\")") _Pragma("pop_macro(\"this\")") _Pragma("pop_macro(\"thread\")")
-_Pragma("pop_macro(\"throw\")") _Pragma("pop_macro(\"tick\")") _Pragma("pop_macro(\"tie\")")
-_Pragma("pop_macro(\"tile\")") _Pragma("pop_macro(\"time\")") _Pragma("pop_macro(\"time_t\")")
-_Pragma("pop_macro(\"timeout\")") _Pragma("pop_macro(\"times\")") _Pragma("pop_macro(\"timeval\")")
-_Pragma("pop_macro(\"tmpfile\")") _Pragma("pop_macro(\"token\")") _Pragma("pop_macro(\"tokens\")")
-_Pragma("pop_macro(\"tolower\")") _Pragma("pop_macro(\"tool\")") _Pragma("pop_macro(\"top\")")
-_Pragma("pop_macro(\"tops\")") _Pragma("pop_macro(\"total\")") _Pragma("pop_macro(\"toupper\")")
-_Pragma("pop_macro(\"trim\")") _Pragma("pop_macro(\"true\")") _Pragma("pop_macro(\"trunc\")")
-_Pragma("pop_macro(\"try\")") _Pragma("pop_macro(\"turn\")") _Pragma("pop_macro(\"two\")")
-_Pragma("pop_macro(\"two_pi\")") _Pragma("pop_macro(\"type\")") _Pragma("pop_macro(\"typedef\")")
-_Pragma("pop_macro(\"typeid\")") _Pragma("pop_macro(\"typename\")") _Pragma("pop_macro(\"types\")")
-_Pragma("pop_macro(\"u\")") _Pragma("pop_macro(\"u16\")") _Pragma("pop_macro(\"u32\")")
-_Pragma("pop_macro(\"u64\")") _Pragma("pop_macro(\"u8\")") _Pragma("pop_macro(\"u_long\")")
-_Pragma("pop_macro(\"uid_t\")") _Pragma("pop_macro(\"uint\")") _Pragma("pop_macro(\"uint64\")")
-_Pragma("pop_macro(\"ulong\")") _Pragma("pop_macro(\"umask\")") _Pragma("pop_macro(\"undefined\")")
+_Pragma("pop_macro(\"three\")") _Pragma("pop_macro(\"throw\")") _Pragma("pop_macro(\"tick\")")
+_Pragma("pop_macro(\"tie\")") _Pragma("pop_macro(\"tile\")") _Pragma("pop_macro(\"time\")")
+_Pragma("pop_macro(\"time_t\")") _Pragma("pop_macro(\"timeout\")") _Pragma("pop_macro(\"times\")")
+_Pragma("pop_macro(\"timeval\")") _Pragma("pop_macro(\"tmpfile\")") _Pragma("pop_macro(\"token\")")
+_Pragma("pop_macro(\"tokens\")") _Pragma("pop_macro(\"tolower\")") _Pragma("pop_macro(\"tool\")")
+_Pragma("pop_macro(\"top\")") _Pragma("pop_macro(\"tops\")") _Pragma("pop_macro(\"total\")")
+_Pragma("pop_macro(\"toupper\")") _Pragma("pop_macro(\"trim\")") _Pragma("pop_macro(\"true\")")
+_Pragma("pop_macro(\"trunc\")") _Pragma("pop_macro(\"try\")") _Pragma("pop_macro(\"turn\")")
+_Pragma("pop_macro(\"two\")") _Pragma("pop_macro(\"two_pi\")") _Pragma("pop_macro(\"type\")")
+_Pragma("pop_macro(\"typedef\")") _Pragma("pop_macro(\"typeid\")")
+_Pragma("pop_macro(\"typename\")") _Pragma("pop_macro(\"types\")") _Pragma("pop_macro(\"u\")")
+_Pragma("pop_macro(\"u16\")") _Pragma("pop_macro(\"u32\")") _Pragma("pop_macro(\"u64\")")
+_Pragma("pop_macro(\"u8\")") _Pragma("pop_macro(\"u_long\")") _Pragma("pop_macro(\"uid_t\")")
+_Pragma("pop_macro(\"uint\")") _Pragma("pop_macro(\"uint64\")") _Pragma("pop_macro(\"ulong\")")
+_Pragma("pop_macro(\"umask\")") _Pragma("pop_macro(\"undefined\")")
 _Pragma("pop_macro(\"underflow\")") _Pragma("pop_macro(\"union\")")
 _Pragma("pop_macro(\"unique\")") _Pragma("pop_macro(\"unit\")") _Pragma("pop_macro(\"unknown\")")
 _Pragma("pop_macro(\"unlikely\")") _Pragma("pop_macro(\"unlink\")")

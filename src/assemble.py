@@ -34,7 +34,7 @@ SECTIONS = {
                  "template/renderer.cpp", "template/builtins.cpp", "template/template.cpp"],
     "model": ["model.hpp", "model.cpp"],
     "backend": ["backend/backend.hpp", "backend/cpu_layout.cpp", "backend/cpu_machine.cpp",
-                "backend/cpu_loading.cpp", "backend/cpu_decoder.cpp", "backend/cpu_stages.cpp",
+                "backend/cpu_loading.cpp", "backend/cpu_decoder.cpp", "backend/cpu_stages.cpp", "backend/cpu_experts.cpp",
                 "backend/cpu_attention.cpp", "backend/cpu.cpp", "backend/fingerprint.cpp"],
     "sampler": ["sampler.cpp"],
     "engine": ["engine/engine.hpp", "engine/loaded_model.cpp", "engine/plan.cpp", "engine/pages.cpp",

@@ -28,15 +28,17 @@ namespace {
 
 /// What a family does differently from `llama`.
 enum Trait : uint32_t {
-    layer_norm = 1,       // LayerNorm instead of RMSNorm
-    ungated = 2,          // down(act(up(y)))
-    parallel_layer = 4,   // attention and feed-forward side by side
-    learned_places = 8,   // positions are embedded, not rotated
-    divides_logits = 16,  // logit_scale is a divisor
-    full_unrotated = 32,  // layers that see all do not rotate
-    norms_row = 64,       // q and k are normed over all heads
-    norms_rotated = 128,  // q and k are normed after they were rotated
-    post_is_ffn = 256,    // post_attention_norm is the feed-forward's own norm
+    layer_norm = 1,              // LayerNorm instead of RMSNorm
+    ungated = 2,                 // down(act(up(y)))
+    parallel_layer = 4,          // attention and feed-forward side by side
+    learned_places = 8,          // positions are embedded, not rotated
+    divides_logits = 16,         // logit_scale is a divisor
+    full_unrotated = 32,         // layers that see all do not rotate
+    norms_row = 64,              // q and k are normed over all heads
+    norms_rotated = 128,         // q and k are normed after they were rotated
+    post_is_ffn = 256,           // post_attention_norm is the feed-forward's own norm
+    gates_apart = 512,           // the router's numbers become weights by sigmoid, each by itself
+    weights_as_they_are = 1024,  // of experts: they do not sum to 1
 };
 
 struct SpecReader;
@@ -54,7 +56,6 @@ struct Architecture {
 
 /// Keys that change what the network computes in a way that no backend here does.
 constexpr const char* refused_model_keys[] = {
-    "expert_count",
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
 };
@@ -250,6 +251,53 @@ void read_layer_tensors(SpecReader& in, LayerSpec& layer, size_t index) {
                                                       : QkNorm::head;
 }
 
+/// Of all layers that have a router.
+ExpertSpec read_experts(SpecReader& in) {
+    ExpertSpec out;
+    constexpr uint64_t most = 65536;
+    if (!in.find("expert_count") || in.value(in.gguf.get_uint(in.prefix + "expert_count")) == 0)
+        return out;
+    out.count = in.size("expert_count", most);
+    out.used = in.size("expert_used_count", out.count);
+    out.n_ff = in.find("expert_feed_forward_length")
+                   ? in.size("expert_feed_forward_length", ModelSpec::max_width)
+                   : in.layer_size("feed_forward_length", 0, ModelSpec::max_width);
+    out.groups = in.size("expert_group_count", out.count, 1);
+    out.groups_used = in.size("expert_group_used_count", out.groups, 1);
+    if (out.count % out.groups != 0)
+        in.fail_key(ErrorKind::bad_data, "expert_group_count", "does not divide expert_count");
+    if (uint64_t{out.groups_used} * (out.count / out.groups) < out.used)
+        in.fail_key(ErrorKind::bad_data, "expert_used_count", "is more than the groups have");
+    // 1: softmax, 2: sigmoid, 3: softmax over those that are picked
+    const uint64_t function = in.size("expert_gating_func", 3,
+                                      in.row->traits & gates_apart ? 2 : 1);
+    out.sigmoid = function == 2;
+    const bool sums_to_1 = !(in.row->traits & weights_as_they_are);
+    out.normalized = function == 3 ||
+                     in.value(in.gguf.get_bool(in.prefix + "expert_weights_norm", sums_to_1));
+    out.scale = in.positive("expert_weights_scale", 1.0f);
+    return out;
+}
+
+/// In a layer with experts: theirs, and the width of the network that all tokens share.
+void read_layer_experts(SpecReader& in, LayerSpec& layer, size_t index) {
+    if (!in.has_tensor(index, "ffn_gate_inp.weight")) {
+        layer.experts = {};
+        return;
+    }
+    ExpertSpec& experts = layer.experts;
+    if (experts.count == 0) in.fail_key(ErrorKind::bad_data, "expert_count", "is missing");
+    const auto has = [&](const char* name) { return in.has_tensor(index, name); };
+    experts.router_bias = has("ffn_gate_inp.bias");
+    experts.choice_bias = has("exp_probs_b.bias");
+    experts.bias = has("ffn_gate_exps.bias");
+    experts.shared_gate = has("ffn_gate_inp_shexp.weight");
+    layer.n_ff = 0;
+    if (const TensorInfo* shared = in.gguf.find_tensor(
+            format("blk.%zu.ffn_up_shexp.weight", index)))
+        layer.n_ff = static_cast<uint32_t>(std::min(shared->dims[1], ModelSpec::max_width));
+}
+
 /// What is the same in all layers is in `layer` already.
 LayerSpec read_layer(SpecReader& in, LayerSpec layer, size_t index) {
     layer.n_heads = in.layer_size("attention.head_count", index, ModelSpec::max_width);
@@ -262,7 +310,15 @@ LayerSpec read_layer(SpecReader& in, LayerSpec layer, size_t index) {
     if (uint64_t{layer.n_heads} * layer.head_dim > ModelSpec::max_width)
         in.fail_key(ErrorKind::bad_data, "attention.head_count", "times head size is too large");
     read_layer_tensors(in, layer, index);
+    read_layer_experts(in, layer, index);
     return layer;
+}
+
+uint32_t guessing_blocks(SpecReader& in, uint32_t blocks) {
+    const uint64_t count = in.value(in.gguf.get_uint(in.prefix + "nextn_predict_layers", 0));
+    if (count >= blocks)
+        in.fail_key(ErrorKind::bad_data, "nextn_predict_layers", "leaves no layers");
+    return in.error ? 0 : static_cast<uint32_t>(count);
 }
 
 std::vector<LayerSpec> read_layers(SpecReader& in, const ModelSpec& spec) {
@@ -280,7 +336,11 @@ std::vector<LayerSpec> read_layers(SpecReader& in, const ModelSpec& spec) {
                                          1.0f / std::sqrt(static_cast<float>(common.head_dim)));
     common.soft_cap = in.number_or_none("attn_logit_softcapping");
     common.rope = read_rope(in, common.head_dim, spec.n_context);
-    std::vector<LayerSpec> layers(in.size("block_count", ModelSpec::max_layers));
+    common.experts = read_experts(in);
+    // the last blocks of some files guess the tokens after the next
+    const uint32_t blocks = in.size("block_count", ModelSpec::max_layers),
+                   others = guessing_blocks(in, blocks);
+    std::vector<LayerSpec> layers(blocks - others);
     for (size_t i = 0; i < layers.size() && !in.error; ++i) layers[i] = read_layer(in, common, i);
     return layers;
 }
@@ -370,6 +430,15 @@ constexpr Architecture architectures[] = {
     {"ernie4_5",      RopeKind::norm},
     {"hunyuan-dense", RopeKind::neox, norms_rotated},
     {"seed_oss",      RopeKind::neox, post_is_ffn},
+    {"qwen2moe",      RopeKind::neox, weights_as_they_are},
+    {"qwen3moe",      RopeKind::neox},
+    {"gpt-oss",       RopeKind::neox, post_is_ffn, Activation::silu_clamped, 2, false},
+    {"granitemoe",    RopeKind::norm, divides_logits},
+    {"olmoe",         RopeKind::neox, norms_row | weights_as_they_are},
+    {"glm4moe",       RopeKind::neox, post_is_ffn | gates_apart},
+    {"ernie4_5-moe",  RopeKind::norm},
+    {"bailingmoe2",   RopeKind::neox, gates_apart},
+    {"minimax-m2",    RopeKind::neox, norms_row | gates_apart},
     {"minicpm",       RopeKind::norm, divides_logits, Activation::silu, 0, true, read_minicpm},
     {"internlm2",     RopeKind::norm},
     {"stablelm",      RopeKind::neox, layer_norm},
@@ -428,7 +497,21 @@ uint32_t read_vocab_size(SpecReader& in) {
 // ---- Tensors: a row each ---------------------------------------------------------------------
 
 /// How long a row or a column is.
-enum class Length : uint8_t { one, vocab, embd, context, q, kv, ff, head, heads, kv_heads };
+enum class Length : uint8_t {
+    one,
+    single,
+    vocab,
+    embd,
+    context,
+    q,
+    kv,
+    ff,
+    head,
+    heads,
+    kv_heads,
+    experts,
+    expert_ff,
+};
 
 using LayerHas = bool (*)(const LayerSpec& layer);
 using ModelHas = bool (*)(const ModelSpec& spec);
@@ -452,7 +535,14 @@ constexpr LayerHas has_post_ffn   = [](const LayerSpec& of) { return of.post_ffn
 constexpr LayerHas has_qkv_bias   = [](const LayerSpec& of) { return of.qkv_bias; };
 constexpr LayerHas has_out_bias   = [](const LayerSpec& of) { return of.output_bias; };
 constexpr LayerHas has_ffn_bias   = [](const LayerSpec& of) { return of.ffn_bias; };
-constexpr LayerHas has_gate       = [](const LayerSpec& of) { return of.gated; };
+constexpr LayerHas has_one_ffn    = [](const LayerSpec& of) { return of.experts.count == 0; };
+constexpr LayerHas has_gate       = [](const LayerSpec& of) { return of.gated && of.experts.count == 0; };
+constexpr LayerHas has_shared     = [](const LayerSpec& of) { return of.experts.count && of.n_ff; };
+constexpr LayerHas has_experts    = [](const LayerSpec& of) { return of.experts.count != 0; };
+constexpr LayerHas has_exp_bias   = [](const LayerSpec& of) { return of.experts.bias; };
+constexpr LayerHas has_route_bias = [](const LayerSpec& of) { return of.experts.router_bias; };
+constexpr LayerHas has_choice     = [](const LayerSpec& of) { return of.experts.choice_bias; };
+constexpr LayerHas has_share_gate = [](const LayerSpec& of) { return of.experts.shared_gate; };
 constexpr LayerHas has_gate_bias  = [](const LayerSpec& of) { return of.gated && of.ffn_bias; };
 constexpr LayerHas has_head_norm  = [](const LayerSpec& of) { return of.qk_norm == QkNorm::head; };
 constexpr LayerHas has_row_norm   = [](const LayerSpec& of) { return of.qk_norm == QkNorm::row; };
@@ -498,12 +588,25 @@ constexpr TensorRow layer_tensors[] = {
     {TensorRole::ffn_norm,         "ffn_norm.weight",            Length::one,  Length::embd, has_ffn_norm},
     {TensorRole::ffn_norm_bias,    "ffn_norm.bias",              Length::one,  Length::embd, has_ffn_norm, has_norm_bias},
     {TensorRole::gate,             "ffn_gate.weight",            Length::ff,   Length::embd, has_gate, nullptr, gate_and_up},
-    {TensorRole::up,               "ffn_up.weight",              Length::ff,   Length::embd, nullptr, nullptr, gate_and_up},
-    {TensorRole::down,             "ffn_down.weight",            Length::embd, Length::ff},
+    {TensorRole::up,               "ffn_up.weight",              Length::ff,   Length::embd, has_one_ffn, nullptr, gate_and_up},
+    {TensorRole::down,             "ffn_down.weight",            Length::embd, Length::ff, has_one_ffn},
     {TensorRole::gate_bias,        "ffn_gate.bias",              Length::one,  Length::ff,   has_gate_bias},
     {TensorRole::up_bias,          "ffn_up.bias",                Length::one,  Length::ff,   has_ffn_bias},
     {TensorRole::down_bias,        "ffn_down.bias",              Length::one,  Length::embd, has_ffn_bias},
     {TensorRole::post_ffn_norm,    "post_ffw_norm.weight",       Length::one,  Length::embd, has_post_ffn},
+    {TensorRole::router,           "ffn_gate_inp.weight",        Length::experts, Length::embd, has_experts},
+    {TensorRole::router_bias,      "ffn_gate_inp.bias",          Length::one,  Length::experts, has_route_bias},
+    {TensorRole::choice_bias,      "exp_probs_b.bias",           Length::one,  Length::experts, has_choice},
+    {TensorRole::expert_gate,      "ffn_gate_exps.weight",       Length::expert_ff, Length::embd, has_experts},
+    {TensorRole::expert_up,        "ffn_up_exps.weight",         Length::expert_ff, Length::embd, has_experts},
+    {TensorRole::expert_down,      "ffn_down_exps.weight",       Length::embd, Length::expert_ff, has_experts},
+    {TensorRole::expert_gate_bias, "ffn_gate_exps.bias",         Length::experts, Length::expert_ff, has_exp_bias},
+    {TensorRole::expert_up_bias,   "ffn_up_exps.bias",           Length::experts, Length::expert_ff, has_exp_bias},
+    {TensorRole::expert_down_bias, "ffn_down_exps.bias",         Length::experts, Length::embd, has_exp_bias},
+    {TensorRole::shared_gate,      "ffn_gate_inp_shexp.weight",  Length::single, Length::embd, has_share_gate},
+    {TensorRole::gate,             "ffn_gate_shexp.weight",      Length::ff,   Length::embd, has_shared},
+    {TensorRole::up,               "ffn_up_shexp.weight",        Length::ff,   Length::embd, has_shared},
+    {TensorRole::down,             "ffn_down_shexp.weight",      Length::embd, Length::ff, has_shared},
 };
 
 // Tensors that files have and nothing needs: rope angles that older converters wrote down.
@@ -525,7 +628,7 @@ struct TensorBinder {
 
     /// `rows` 0: a vector.
     const TensorInfo* take(const char* suffix, std::span<const TensorType> types, uint64_t rows,
-                           uint64_t columns) {
+                           uint64_t columns, uint64_t matrices = 1) {
         const std::string name = prefix + suffix;
         const TensorInfo* tensor = gguf.find_tensor(name);
         if (!tensor) {
@@ -533,7 +636,7 @@ struct TensorBinder {
             return nullptr;
         }
         taken[static_cast<size_t>(tensor - gguf.tensors().data())] = true;
-        if (tensor->n_dims != (rows ? 2 : 1) || tensor->dims[0] != columns ||
+        if (tensor->dims[3] != 1 || tensor->dims[2] != matrices || tensor->dims[0] != columns ||
             tensor->dims[1] != std::max<uint64_t>(rows, 1))
             fail(ErrorKind::bad_data, name,
                  format("has the shape %llu x %llu x %llu x %llu; %llu x %llu was expected",
@@ -557,6 +660,9 @@ struct TensorBinder {
             case Length::head: return layer.head_dim;
             case Length::heads: return layer.n_heads;
             case Length::kv_heads: return layer.n_kv_heads;
+            case Length::single: return 1;
+            case Length::experts: return layer.experts.count;
+            case Length::expert_ff: return layer.experts.n_ff;
         }
         return 0;
     }
@@ -598,15 +704,23 @@ struct TensorBinder {
                 continue;
             }
             end = i + 1;
-            const bool matrix = row.rows != Length::one && row.columns != Length::head;
+            const bool matrix = is_matrix(row);
+            const uint64_t matrices = is_expert(row) ? layer.experts.count : 1;
             const std::span<const TensorType> types =
                 matrix ? std::span<const TensorType>(matrix_types)
                        : std::span<const TensorType>(vector_types);
             const uint64_t rows = row.rows == Length::one ? 0 : length(row.rows, layer),
                            columns = length(row.columns, layer);
-            out[row.role] = {take(name_of(row), types, rows, columns), 0,
+            out[row.role] = {take(name_of(row), types, rows, columns, matrices), 0,
                              matrix ? rows : std::max<uint64_t>(rows, 1) * columns, matrix};
         }
+    }
+    static bool is_expert(const TensorRow& row) { return row.role >= TensorRole::expert_gate; }
+    /// What is no product is a vector, though files may have it in two dimensions.
+    static bool is_matrix(const TensorRow& row) {
+        const bool bias = row.role >= TensorRole::expert_gate_bias && !is_expert(row);
+        return row.rows != Length::one && row.rows != Length::single &&
+               row.columns != Length::head && !bias;
     }
     /// The one name that two roles share.
     const char* name_of(const TensorRow& row) const {
@@ -619,6 +733,13 @@ struct TensorBinder {
         for (const char* name : names)
             if (!factors.empty() && gguf.find_tensor(name))
                 take(name, vector_types, 0, factors.size());
+    }
+    /// Whether a tensor belongs to the blocks behind the layers, which guess further tokens.
+    bool guesses(std::string_view name) const {
+        const auto blocks = gguf.get_uint(spec.architecture + ".nextn_predict_layers", 0);
+        for (uint64_t i = 0; blocks && i < *blocks; ++i)
+            if (name.starts_with(format("blk.%zu.", size_t(spec.layers.size() + i)))) return true;
+        return false;
     }
     static unsigned long long ull(uint64_t n) { return n; }
 };
@@ -642,7 +763,8 @@ Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec)
         in.bind(layer_tensors, spec.layers[i], out.layers.emplace_back());
     }
     for (size_t i = 0; i < in.taken.size(); ++i)
-        if (!in.taken[i] && !is_harmless(gguf.tensors()[i].name))
+        if (!in.taken[i] && !is_harmless(gguf.tensors()[i].name) &&
+            !in.guesses(gguf.tensors()[i].name))
             in.fail(ErrorKind::bad_data, gguf.tensors()[i].name, "is not used");
     if (in.error) return *in.error;
     return out;

@@ -44,6 +44,21 @@ enum class QkNorm : uint8_t {
     own,   ///< LayerNorm of each head by itself, with a weight of its own
 };
 
+/// Experts (Shazeer et al. 2017, https://arxiv.org/abs/1701.06538): networks of which a router picks
+/// some for each token; what they give is added, by the router's weights.
+struct ExpertSpec {
+    uint32_t count = 0;                    // 0: none, a layer has one network for all tokens
+    uint32_t used = 0;                     // by a token
+    uint32_t n_ff = 0;                     // rows of an expert's gate and up
+    uint32_t groups = 1, groups_used = 1;  // only experts of the best groups may be picked
+    bool sigmoid = false;                  // of the router's numbers; else softmax over them
+    bool normalized = true;                // weights of those picked sum to 1, before their scale
+    float scale = 1;
+    bool choice_bias = false;  // added to weights where they are compared, nowhere else
+    bool router_bias = false, bias = false;
+    bool shared_gate = false;  // the shared network's output times sigmoid(gate . y)
+};
+
 /// One layer: x += attention(norm(x)); x += down(act(gate(y)) * up(y)), y = norm(x). With silu that
 /// is SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202); not gated it is down(act(up(y))).
 /// Query heads share key heads in groups (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
@@ -51,7 +66,7 @@ struct LayerSpec {
     uint32_t n_heads = 0;  // query heads; n_heads / n_kv_heads of them share a key head
     uint32_t n_kv_heads = 0;
     uint32_t head_dim = 0;  // of queries, keys and values
-    uint32_t n_ff = 0;      // rows of gate and up
+    uint32_t n_ff = 0;  // rows of gate and up; beside experts: of the network that all share, or 0
     bool qkv_bias = false, output_bias = false, ffn_bias = false;
     bool attn_norm = true, ffn_norm = true;              // of what is read; norm(x) is x without
     bool post_attn_norm = false, post_ffn_norm = false;  // of what is added
@@ -65,6 +80,7 @@ struct LayerSpec {
     float soft_cap = 0;         // scores are soft_cap * tanh(score / soft_cap); 0: as they are
     uint32_t window = 0;        // a position sees itself and window - 1 before it; 0: all
     RopeSpec rope;
+    ExpertSpec experts;
 };
 
 /// What the network is. The embedding is multiplied by embedding_scale, what layers add by

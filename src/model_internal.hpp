@@ -43,8 +43,18 @@ enum class TensorRole : uint8_t {
     up_bias,
     down_bias,
     post_ffn_norm,
+    router,
+    router_bias,
+    choice_bias,
+    shared_gate,
+    expert_gate_bias,
+    expert_up_bias,
+    expert_down_bias,
+    expert_gate,
+    expert_up,
+    expert_down,
 };
-inline constexpr size_t kRoles = static_cast<size_t>(TensorRole::post_ffn_norm) + 1;
+inline constexpr size_t kRoles = static_cast<size_t>(TensorRole::expert_down) + 1;
 
 /// Rows of a tensor, or elements of a vector; all of it, or one of several that share a tensor.
 struct TensorRows {

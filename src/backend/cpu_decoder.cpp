@@ -48,7 +48,8 @@ bool all_finite(const float* x, size_t n) {
 enum CpuDecoder::StageNumber : uint8_t {
     embed, norm_for_attention, qkv, rotate, attention, merge, add_attention, attention_aside,
     attention_later, norm_for_ffn, gate_up, gate_and_up, up_alone, activation, add_ffn, ffn_aside,
-    ffn_later, norm_wanted, logits_of,
+    ffn_later, experts_of, picks, expert_inputs, expert_ff, expert_activation, expert_outputs,
+    picks_added, norm_wanted, logits_of,
 };
 const CpuDecoder::Stage CpuDecoder::stages_[] = {
     {"x = embedding[token] * scale; cos, sin of position * frequency",
@@ -64,9 +65,9 @@ const CpuDecoder::Stage CpuDecoder::stages_[] = {
     {"a = quantized(segments of a, merged where rows were split)",
      &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize},
     {"x += Wo a + bo",
-     &CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add},
+     &CpuDecoder::count_output, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add},
     {"z = Wo a + bo",
-     &CpuDecoder::count_embd, &CpuDecoder::work_output, &CpuDecoder::project_attention},
+     &CpuDecoder::count_output, &CpuDecoder::work_output, &CpuDecoder::project_attention},
     {"x += norm(z) * residual_scale",
      &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_attention},
     {"y = quantized(norm(x))",
@@ -80,11 +81,25 @@ const CpuDecoder::Stage CpuDecoder::stages_[] = {
     {"h = quantized(act(h) * u), or quantized(act(h))",
      &CpuDecoder::count_rows, &CpuDecoder::work_activate, &CpuDecoder::activate_and_quantize},
     {"x += Wdown h + bdown",
-     &CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add},
+     &CpuDecoder::count_down, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add},
     {"z = Wdown h + bdown",
-     &CpuDecoder::count_embd, &CpuDecoder::work_down, &CpuDecoder::project_ffn},
+     &CpuDecoder::count_down, &CpuDecoder::work_down, &CpuDecoder::project_ffn},
     {"x += norm(z) * residual_scale",
      &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_ffn},
+    {"r = Wrouter y + b",
+     &CpuDecoder::count_experts, &CpuDecoder::work_embd, &CpuDecoder::route},
+    {"the experts that each row uses, and their weights",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::pick_experts},
+    {"quantized(y of the rows that use an expert)",
+     &CpuDecoder::count_groups, &CpuDecoder::work_group, &CpuDecoder::gather_and_quantize, true},
+    {"gate and up of each expert times these, plus biases",
+     &CpuDecoder::count_expert_ff, &CpuDecoder::work_expert_ff, &CpuDecoder::multiply_expert_ff},
+    {"h = quantized(act(gate) * up)",
+     &CpuDecoder::count_groups, &CpuDecoder::work_group, &CpuDecoder::activate_experts, true},
+    {"o = down of each expert times h, plus bias",
+     &CpuDecoder::count_expert_embd, &CpuDecoder::work_expert_embd, &CpuDecoder::project_experts},
+    {"x += sum of weight * o, or z =",
+     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::add_picked},
     {"y = quantized(norm(x)); from here on all rows want logits",
      &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted},
     {"logits = Woutput y * logit_scale; whether they are finite",
@@ -116,17 +131,26 @@ void CpuDecoder::add_layer(uint32_t number) {
     add_step(later ? attention_aside : add_attention, number);
     if (later && !spec.parallel) add_step(attention_later, number);
     add_step(norm_for_ffn, number);
-    if (layer.gates_in_kernel()) {
-        add_step(gate_up, number);
-    } else {
-        add_step(spec.gated ? gate_and_up : up_alone, number);
-        add_step(activation, number);
-    }
+    if (layer.has_experts()) add_experts(number);
     const bool ffn_is_later = layer.adds_ffn_later(*spec_);
-    add_step(ffn_is_later ? ffn_aside : add_ffn, number);
+    if (spec.n_ff) {
+        if (!layer.gates_in_kernel()) add_step(spec.gated ? gate_and_up : up_alone, number);
+        add_step(layer.gates_in_kernel() ? gate_up : activation, number);
+        add_step(ffn_is_later ? ffn_aside : add_ffn, number);
+    }
     if (ffn_is_later) add_step(ffn_later, number);
     if (spec.parallel) add_step(attention_later, number);
     program_.back().flags |= ends_layer;
+}
+
+void CpuDecoder::add_experts(uint32_t number) {
+    add_step(experts_of, number);
+    add_step(picks, number, groups_picks);
+    add_step(expert_inputs, number);
+    add_step(expert_ff, number);
+    add_step(expert_activation, number);
+    add_step(expert_outputs, number);
+    add_step(picks_added, number);
 }
 
 Result<void> CpuDecoder::open(const Gguf& gguf, const ModelSpec& spec, const ModelTensors& tensors,
@@ -259,6 +283,7 @@ void CpuDecoder::run_job(void* context, uint32_t first, uint32_t last, uint32_t 
 
 void CpuDecoder::finish_step() {
     if (step().flags & keeps_wanted) keep_wanted_rows();
+    if (step().flags & groups_picks) group_picks();
     unit_ = 0;
     if (rows_.empty()) step_ = static_cast<uint32_t>(program_.size());  // nobody asks for the rest
     else ++step_;

@@ -91,7 +91,7 @@ private:
     };
     static const Stage stages_[];
     enum StageNumber : uint8_t;
-    enum StepFlag : uint8_t { keeps_wanted = 1, embeds = 2, ends_layer = 4 };
+    enum StepFlag : uint8_t { keeps_wanted = 1, embeds = 2, ends_layer = 4, groups_picks = 8 };
     // The program of the model: what is done, one step after the other.
     struct Step {
         StageNumber stage;
@@ -103,6 +103,7 @@ private:
     }
     void write_program();
     void add_layer(uint32_t number);
+    void add_experts(uint32_t number);
     const Step& step() const { return program_[step_]; }
 
     const CpuLayer& layer() const {
@@ -128,7 +129,8 @@ private:
                matrix(TensorRole::v).units();
     }
     uint64_t count_attention() const { return uint64_t{unit_count_} * layer().spec->n_kv_heads; }
-    uint64_t count_embd() const { return matrix(TensorRole::down).units(); }
+    uint64_t count_output() const { return matrix(TensorRole::attn_output).units(); }
+    uint64_t count_down() const { return matrix(TensorRole::down).units(); }
     uint64_t count_ff() const { return matrix(TensorRole::up).units(); }
     uint64_t count_gate_and_up() const { return matrix(TensorRole::gate).units() + count_ff(); }
     uint64_t count_vocab() const { return weights_.model.matrix(TensorRole::output).units(); }
@@ -142,6 +144,18 @@ private:
     uint64_t work_gate_up() const { return 2 * work_unit(spec_->n_embd); }
     uint64_t work_activate() const { return uint64_t{layer().spec->n_ff} * 32; }
     uint64_t work_down() const { return work_unit(matrix(TensorRole::down).cols); }
+    uint64_t count_experts() const { return matrix(TensorRole::router).units(); }
+    uint64_t count_groups() const { return group_count_; }
+    uint64_t count_expert_ff() const {
+        return uint64_t{group_count_} * layer().gates[0].units() * 2;
+    }
+    uint64_t count_expert_embd() const { return uint64_t{group_count_} * layer().downs[0].units(); }
+    uint64_t work_group() const { return work_row() * rows_.size(); }
+    uint64_t work_expert(uint64_t columns) const {
+        return work_unit(columns) * layer().spec->experts.used / std::max(group_count_, 1u);
+    }
+    uint64_t work_expert_ff() const { return work_expert(spec_->n_embd); }
+    uint64_t work_expert_embd() const { return work_expert(layer().downs[0].cols); }
     uint64_t work_logits() const {
         return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * row_count();
     }
@@ -195,9 +209,23 @@ private:
     void project_ffn_and_add(uint32_t first, uint32_t last, uint32_t part);
     void project_ffn(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_add_ffn(uint32_t first, uint32_t last, uint32_t part);
+    void route(uint32_t first, uint32_t last, uint32_t part);
+    void pick_experts(uint32_t first, uint32_t last, uint32_t part);
+    void gather_and_quantize(uint32_t first, uint32_t last, uint32_t part);
+    void multiply_expert_ff(uint32_t first, uint32_t last, uint32_t part);
+    void activate_experts(uint32_t first, uint32_t last, uint32_t part);
+    void project_experts(uint32_t first, uint32_t last, uint32_t part);
+    void add_picked(uint32_t first, uint32_t last, uint32_t part);
     void norm_and_quantize_wanted(uint32_t first, uint32_t last, uint32_t part);
     void multiply_logits_and_check(uint32_t first, uint32_t last, uint32_t part);
 
+    void pick(uint32_t row);
+    void group_picks();
+    void weigh_shared(uint32_t row, float* h) const;
+    ActivationBlock* group_blocks(const ExpertGroup& group, size_t columns) const;
+    void quantize_expert(const ExpertGroup& group, const float* x, size_t columns);
+    void multiply_expert(const ExpertGroup& group, const CpuMatrix& matrix, const float* bias,
+                         uint32_t unit, const float* x, float* y, uint32_t part);
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void read_row(const CpuMatrix& matrix, uint32_t number, float* out, uint32_t part);
     void find_angles(uint32_t position, float* cos_sin) const;
@@ -245,7 +273,7 @@ private:
     std::span<const BatchRow> rows_;   // of it that are still computed
     std::vector<Step> program_;
     uint32_t step_ = 0, unit_ = 0;  // what is next, and its next unit
-    uint32_t unit_count_ = 0, wanted_count_ = 0;
+    uint32_t unit_count_ = 0, wanted_count_ = 0, group_count_ = 0;
     struct ProductTime {
         uint64_t ns = 0, work = 0;
     };

@@ -58,10 +58,25 @@ const float* CpuWeights::vector(Carver& carver, const TensorRows& elements) {
 void CpuWeights::place_all(Carver& carver, const RoleTensors& from, CpuTensors& to) {
     for (size_t i = 0; i < kRoles; ++i) {
         const TensorRows& rows = from[static_cast<TensorRole>(i)];
-        if (!rows) continue;
+        if (!rows || i >= static_cast<size_t>(TensorRole::expert_gate)) continue;
         if (rows.matrix) to.matrices[i] = matrix(carver, rows);
         else to.vectors[i] = vector(carver, rows);
     }
+}
+
+void CpuWeights::place_experts(Carver& carver, const RoleTensors& from, CpuLayer& to) {
+    const struct {
+        TensorRole role;
+        std::vector<CpuMatrix>* matrices;
+    } three[] = {{TensorRole::expert_gate, &to.gates},
+                 {TensorRole::expert_up, &to.ups},
+                 {TensorRole::expert_down, &to.downs}};
+    for (const auto& [role, matrices] : three)
+        for (uint32_t i = 0; i < to.spec->experts.count; ++i) {
+            TensorRows rows = from[role];
+            rows.first = i * rows.count;
+            matrices->push_back(matrix(carver, rows));
+        }
 }
 
 void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors) {
@@ -76,6 +91,7 @@ void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors
         CpuLayer& layer = layers.emplace_back();
         layer.spec = &spec.layers[i];
         place_all(carver, tensors.layers[i], layer.tensors);
+        place_experts(carver, tensors.layers[i], layer);
         const CpuMatrix &gate = layer.matrix(TensorRole::gate), &up = layer.matrix(TensorRole::up);
         if (gate.tensor && (!gate.data || !up.data))
             mapped_units = std::max(mapped_units, gate.unit_bytes() + up.unit_bytes());
@@ -93,6 +109,20 @@ void CpuScratch::place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint6
     x = carver.take<float>(n.rows * n_embd);
     y = carver.take<float>(n.rows * n_embd);
     z = carver.take<float>(n.added_later * n_embd);
+    routes = carver.take<float>(n.rows * n.experts);
+    picked = carver.take<uint32_t>(n.picks);
+    place_of = carver.take<uint32_t>(n.picks);
+    weights = carver.take<float>(n.picks);
+    picked_by = carver.take<uint32_t>(n.picks);
+    group_ends = carver.take<uint32_t>(n.experts);
+    groups = carver.take<ExpertGroup>(n.experts);
+    inputs = carver.take<float>(n.picks * n_embd);
+    gates = carver.take<float>(n.picks * n.expert_ff);
+    ups = carver.take<float>(n.picks * n.expert_ff);
+    const uint64_t pick_planes = n.picks ? n.picks * n.planes + n.experts * ActivationLayout::kGroup
+                                         : 0;
+    input_blocks = carver.take<ActivationBlock>(pick_planes * std::max(n_embd, n.expert_ff) /
+                                                kActivationBlock);
     attended = carver.take<float>(n.rows * n.q);
     cos_sin = carver.take<float>(n.rows * n.rope_values);
     part_max = carver.take<float>(n.split_rows * n.segments * n.heads);
@@ -220,9 +250,14 @@ CpuSizes measure_cpu(const ModelSpec& spec, const BackendOptions& options,
     }
     for (const CpuLayer& layer : weights.layers) {
         const CpuMatrix& down = layer.matrix(TensorRole::down);
-        const uint64_t ff = down.cols;
-        if (down.quantized()) n.ff_quantized = std::max(n.ff_quantized, ff);
-        if (!down.quantized() || !layer.gates_in_kernel()) n.ff_values = std::max(n.ff_values, ff);
+        const ExpertSpec& experts = layer.spec->experts;
+        n.experts = std::max(n.experts, uint64_t{experts.count});
+        n.picks = std::max(n.picks, n.rows * experts.used);
+        n.expert_ff = std::max(n.expert_ff, uint64_t{experts.n_ff});
+        const uint64_t ff = down.cols;  // 0: experts alone
+        if (down.tensor && down.quantized()) n.ff_quantized = std::max(n.ff_quantized, ff);
+        if (down.tensor && !(down.quantized() && layer.gates_in_kernel()))
+            n.ff_values = std::max(n.ff_values, ff);
         if (layer.spec->gated && !layer.gates_in_kernel()) n.ff_up = std::max(n.ff_up, ff);
         if (layer.adds_later(spec)) n.added_later = n.rows;
     }

@@ -67,11 +67,13 @@ struct CpuLayer {
     const LayerSpec* spec;
     uint32_t rope;  // index of its RopeTable
     CpuTensors tensors;
+    std::vector<CpuMatrix> gates, ups, downs;  // of each expert
     const CpuMatrix& matrix(TensorRole role) const { return tensors.matrix(role); }
     const float* vector(TensorRole role) const { return tensors.vector(role); }
     // Whether one kernel multiplies by gate and up, gates, and quantizes.
     bool gates_in_kernel() const {
-        return spec->gated && spec->activation == Activation::silu && !spec->ffn_bias;
+        return spec->gated && spec->activation == Activation::silu && !spec->ffn_bias &&
+               !spec->experts.shared_gate;
     }
     bool adds_attention_later(const ModelSpec& of) const {
         return spec->parallel || spec->post_attn_norm || of.residual_scale != 1;
@@ -79,6 +81,7 @@ struct CpuLayer {
     bool adds_ffn_later(const ModelSpec& of) const {
         return spec->post_ffn_norm || of.residual_scale != 1;
     }
+    bool has_experts() const { return spec->experts.count != 0; }
     bool adds_later(const ModelSpec& of) const {
         return adds_attention_later(of) || adds_ffn_later(of);
     }
@@ -103,6 +106,7 @@ struct CpuWeights {
     const std::byte* packed_in_place(const CpuMatrix& matrix) const;
     const float* vector(Carver& carver, const TensorRows& elements);
     void place_all(Carver& carver, const RoleTensors& from, CpuTensors& to);
+    void place_experts(Carver& carver, const RoleTensors& from, CpuLayer& to);
     void place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors);
 };
 
@@ -115,6 +119,11 @@ struct RopeTable {
 // Attention of `rows` neighbours of one sequence to segments first .. last - 1, one kv head a time.
 struct AttentionUnit {
     uint32_t row, rows, first_segment, last_segment;
+};
+
+// The rows that picked an expert: first .. first + rows - 1 of all picks, ordered by expert.
+struct ExpertGroup {
+    uint32_t expert, first, rows;
 };
 
 // What a thread needs for one AttentionUnit: one segment's result and the state so far.
@@ -131,24 +140,34 @@ struct CpuSizes {
     uint64_t split_rows;  // batches of so many rows are split over segments too
     uint64_t q = 0, kv = 0, group = 0, group_values = 0, heads = 0;
     uint64_t ff_quantized = 0, ff_values = 0,
-             ff_up = 0;        // of h and up, for quantized ffn_down or not
-    uint64_t added_later = 0;  // rows of z
-    uint64_t rope_values = 0;  // of all tables, for a position
-    uint64_t expanded = 0;     // of q8_0 keys and values: a segment's
-    uint64_t staging = 0;      // a tile of each thread, as the file has it
-    uint64_t mapped_units;     // bytes of a thread
+             ff_up = 0;                              // of h and up, for quantized ffn_down or not
+    uint64_t added_later = 0;                        // rows of z
+    uint64_t experts = 0, picks = 0, expert_ff = 0;  // of a layer; rows times experts used
+    uint64_t rope_values = 0;                        // of all tables, for a position
+    uint64_t expanded = 0;                           // of q8_0 keys and values: a segment's
+    uint64_t staging = 0;                            // a tile of each thread, as the file has it
+    uint64_t mapped_units;                           // bytes of a thread
 };
 
 struct CpuScratch {
-    float *x, *y;               // (rows, n_embd) the residual stream; normed
-    float *q, *k, *v;           // (rows, heads * head_dim) as they come from the weights
-    float* turned;              // (kv heads, rows, heads of a group, head_dim) rotated q
-    float* h;                   // (rows, n_ff), in the place of q, k, v, turned; and
-    float* up;                  // (rows, n_ff), where the gate is no kernel's; or
-    ActivationBlock* h_blocks;  // {rows * planes, n_ff / 32}, there too
-    float* z;                   // (rows, n_embd) what is added to x later, after a norm or scale
-    float* attended;            // (rows, n_heads * head_dim)
-    float* cos_sin;             // (rows, rope_values)
+    float *x, *y;                 // (rows, n_embd) the residual stream; normed
+    float *q, *k, *v;             // (rows, heads * head_dim) as they come from the weights
+    float* turned;                // (kv heads, rows, heads of a group, head_dim) rotated q
+    float* h;                     // (rows, n_ff), in the place of q, k, v, turned; and
+    float* up;                    // (rows, n_ff), where the gate is no kernel's; or
+    ActivationBlock* h_blocks;    // {rows * planes, n_ff / 32}, there too
+    float* routes;                // (rows, experts) the router's numbers, then weights
+    uint32_t *picked, *place_of;  // (rows, used) experts by rank; where a pick lies among all picks
+    float* weights;               // (rows, used)
+    uint32_t* picked_by;          // (picks) rows
+    uint32_t* group_ends;         // (experts)
+    ExpertGroup* groups;          // (experts)
+    float* inputs;                // (picks, n_embd) y of the rows, then what their experts give
+    float *gates, *ups;           // (picks, expert_ff)
+    ActivationBlock* input_blocks;  // of inputs, then of gates, a group after the other
+    float* z;         // (rows, n_embd) what is added to x later, after a norm or scale
+    float* attended;  // (rows, n_heads * head_dim)
+    float* cos_sin;   // (rows, rope_values)
     float *part_max, *part_sum, *part_out;  // (split_rows, segments, n_heads, 1 or head_dim)
     float* logits;                          // (logit_rows, n_vocab)
     ActivationBlock* blocks;                // {rows * planes, n_embd or n_heads * head_dim / 32}

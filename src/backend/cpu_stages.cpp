@@ -182,7 +182,7 @@ void CpuDecoder::add_bias(const MatmulTask& task, const float* bias) const {
     if (!bias) return;
     const size_t begin = size_t{task.first_tile} * kTileRows,
                  end = std::min<size_t>(size_t{task.last_tile} * kTileRows, task.weights->rows);
-    for (size_t row = 0; row < rows_.size(); ++row)
+    for (size_t row = 0; row < task.columns; ++row)
         kernels_->add(task.y + row * task.y_stride + begin, bias + begin, end - begin);
 }
 
@@ -277,7 +277,7 @@ void CpuDecoder::project(TensorRole weights, TensorRole bias, const ActivationBl
                          const float* x, float* to, uint32_t first, uint32_t last, uint32_t part) {
     MatmulTask task = product_of(matrix(weights), first, last, x, to);
     task.blocks = blocks;
-    task.add = to == scratch_.x;
+    task.add = to == scratch_.x || (weights == TensorRole::down && layer().has_experts());
     multiply(matrix(weights), task, part);
     add_bias(task, layer().vector(bias));
 }
@@ -340,9 +340,11 @@ void CpuDecoder::activate_and_quantize(uint32_t first, uint32_t last, uint32_t) 
     const size_t n = spec.n_ff;
     for (uint32_t row = first, end; row < last; row = end) {
         end = group_end(row, last, sizes_.planes);
-        for (uint32_t i = row; i < end; ++i)
-            activate(spec.activation, scratch_.h + i * n,
-                     spec.gated ? scratch_.up + i * n : nullptr, n);
+        for (uint32_t i = row; i < end; ++i) {
+            float* const h = scratch_.h + i * n;
+            activate(spec.activation, h, spec.gated ? scratch_.up + i * n : nullptr, n);
+            weigh_shared(i, h);
+        }
         if (matrix(TensorRole::down).quantized())
             quantize_group(scratch_.h + row * n, spec.n_ff, sizes_.planes, row, end,
                            scratch_.h_blocks);

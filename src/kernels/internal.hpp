@@ -139,6 +139,8 @@
 //         7.1.26: c1 = 0.254829592, c2 = -0.284496736, c3 = 1.421413741, c4 = -1.453152027,
 //         c5 = 1.061405429, p = 0.3275911, rounded to binary32.)
 //       relu_squared(x): r = x > 0 ? x : 0; r * r.
+//       silu_clamped, of gate and up: g = min(gate, 7), u = up clamped to -7..7;
+//         h = (u + 1) * (g / (1 + exp(-(g * 1.702)))).
 //     Where a bias or another activation is there, gate and up are finished products, each plus its
 //     bias, and h_i = activation(gate_i) * up_i; not gated: h_i = activation(up_i).
 // 17. Further options of a layer, in this order: queries and keys are normed (6, each head by itself,
@@ -149,6 +151,13 @@
 //     r = (i - ramp_begin) / (ramp_end - ramp_begin), clamped to 0..1; f_i = f_i * scale * r + f_i *
 //     (1 - r), in double; cosine and sine times magnitude, in double. A learned position's row is
 //     added to the embedding's.
+// 18. Experts. r = router's products with y (1 to 3), plus its bias. Softmax: m = max r; p_i = exp(r_i
+//     - m); p_i / (16-lane sum of p). Sigmoid: p_i = 1 / (1 + exp(-r_i)). Compared is p_i, plus a bias
+//     where there is one; equal ones go to the lower index. Of groups the two best sums of each count,
+//     (best + second). Picked are the best, in order of rank; weights w = p; normalized: w / (sum in
+//     order of rank, from 0); times scale where it is not 1. o = expert's network of y (each product
+//     plus its bias); s = w_1 * o_1; s = fma(w_r, o_r, s) for the next ranks. x + s, then the shared
+//     network's output; gated: its h times 1 / (1 + exp(-(g . y))), g . y as in 3.
 // ----------------------------------------------------------------------------------------------
 #pragma once
 

@@ -54,8 +54,8 @@ VALAR_API uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t
 
 /// What a feed-forward network bends its values with: x / (1 + e^-x); x times the normal distribution
 /// (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415), or its approximation by tanh; the
-/// square of what is positive.
-enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared };
+/// square of what is positive; gpt-oss's gate.
+enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared, silu_clamped };
 
 /// What the numeric definition is made of beside + - * / and square roots: the same bits with every
 /// compiler and on every machine. examples/one_token.cpp is a forward pass of these.

@@ -261,6 +261,14 @@ float gelu(float x) {
     return x * (x < 0 ? tail : 1.0f - tail);
 }
 
+void clamped_gate(float* gate, const float* up, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const float g = gate[i] < 7.0f ? gate[i] : 7.0f;
+        const float u = up[i] < -7.0f ? -7.0f : up[i] > 7.0f ? 7.0f : up[i];
+        gate[i] = (u + 1.0f) * (g / (1.0f + exp_once(-(g * 1.702f))));
+    }
+}
+
 float relu_squared(float x) {
     const float r = x > 0 ? x : 0;
     return r * r;
@@ -345,6 +353,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 void activate(Activation activation, float* x, const float* up, size_t n) {
     static constexpr float (*functions[])(float) = {silu_once, scalar::gelu, scalar::gelu_tanh,
                                                     scalar::relu_squared};
+    if (activation == Activation::silu_clamped) return scalar::clamped_gate(x, up, n);
     float (*const act)(float) = functions[static_cast<size_t>(activation)];
     for (size_t i = 0; i < n; i++) x[i] = up ? act(x[i]) * up[i] : act(x[i]);
 }
