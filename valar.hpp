@@ -2564,8 +2564,12 @@ VALAR_API uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t
 
 /// What a feed-forward network bends its values with: x / (1 + e^-x); x times the normal distribution
 /// (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415), or its approximation by tanh; the
-/// square of what is positive; gpt-oss's gate.
-enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared, silu_clamped };
+/// square of what is positive; gpt-oss's gate; xIELU (Huang and Schlag 2024,
+/// https://arxiv.org/abs/2411.13010), which has parameters.
+enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared, silu_clamped, xielu };
+struct ActivationSpec {
+    float negative = 0, positive = 0, linear = 0, most = 0;
+};
 
 /// What the numeric definition is made of beside + - * / and square roots: the same bits with every
 /// compiler and on every machine. examples/one_token.cpp is a forward pass of these.
@@ -2764,6 +2768,10 @@ struct LayerSpec {
     float soft_cap = 0;         // scores are soft_cap * tanh(score / soft_cap); 0: as they are
     uint32_t window = 0;        // a position sees itself and window - 1 before it; 0: all
     RopeSpec rope;
+    // Queries at position p are scaled by 1 + temperature * ln(1 + floor(p / temperature_length)).
+    float temperature = 0;
+    uint32_t temperature_length = 1;
+    ActivationSpec bend;  // of Activation::xielu
     ExpertSpec experts;
 };
 
@@ -9808,6 +9816,8 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //       relu_squared(x): r = x > 0 ? x : 0; r * r.
 //       silu_clamped, of gate and up: g = min(gate, 7), u = up clamped to -7..7;
 //         h = (u + 1) * (g / (1 + exp(-(g * 1.702)))).
+//       xielu(x), x > 0: (positive * x) * x + linear * x; else with e = exp(min(x, most)) - 1:
+//         (e - x) * negative + linear * x; the four are binary32 numbers of the model.
 //     Where a bias or another activation is there, gate and up are finished products, each plus its
 //     bias, and h_i = activation(gate_i) * up_i; not gated: h_i = activation(up_i).
 // 17. Further options of a layer, in this order: queries and keys are normed (6, each head by itself,
@@ -9816,8 +9826,9 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //     residual_scale; where there is neither norm nor scale, x + product, plus the bias. In a parallel
 //     layer feed-forward reads the layer's input; x + feed-forward, then + attention. Rope by YaRN:
 //     r = (i - ramp_begin) / (ramp_end - ramp_begin), clamped to 0..1; f_i = f_i * scale * r + f_i *
-//     (1 - r), in double; cosine and sine times magnitude, in double. A learned position's row is
-//     added to the embedding's.
+//     (1 - r), in double; cosine and sine times magnitude, in double. Where the model has a
+//     temperature, attention_scale * (1 + temperature * log(1 + floor(p / length))), in double, takes
+//     attention_scale's place. A learned position's row is added to the embedding's.
 // 18. Experts. r = router's products with y (1 to 3), plus its bias. Softmax: m = max r; p_i = exp(r_i
 //     - m); p_i / (16-lane sum of p). Sigmoid: p_i = 1 / (1 + exp(-r_i)). Compared is p_i, plus a bias
 //     where there is one; equal ones go to the lower index. Of groups the two best sums of each count,
@@ -9969,7 +9980,8 @@ struct Kernels {
 /// Operations that few models have: one code for all instruction sets (definition, 14 to 17).
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
                 float* y);
-void activate(Activation activation, float* x, const float* up, size_t n);  ///< up may be null
+void activate(Activation activation, const ActivationSpec& spec, float* x, const float* up,
+              size_t n);  ///< up may be null
 void apply_soft_cap(float* x, float cap, size_t n);
 void attention_with_soft_cap(const AttentionTask& task);
 /// A score that takes weight and gives nothing, merged into the state of a query.
@@ -11086,6 +11098,15 @@ void clamped_gate(float* gate, const float* up, size_t n) {
     }
 }
 
+void xielu(const ActivationSpec& spec, float* x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const float straight = spec.linear * x[i];
+        const float e = exp_once(x[i] < spec.most ? x[i] : spec.most) - 1.0f;
+        const float bent = x[i] > 0 ? (spec.positive * x[i]) * x[i] : (e - x[i]) * spec.negative;
+        x[i] = bent + straight;
+    }
+}
+
 float relu_squared(float x) {
     const float r = x > 0 ? x : 0;
     return r * r;
@@ -11167,10 +11188,12 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
     }
 }
 
-void activate(Activation activation, float* x, const float* up, size_t n) {
+void activate(Activation activation, const ActivationSpec& spec, float* x, const float* up,
+              size_t n) {
     static constexpr float (*functions[])(float) = {silu_once, scalar::gelu, scalar::gelu_tanh,
                                                     scalar::relu_squared};
     if (activation == Activation::silu_clamped) return scalar::clamped_gate(x, up, n);
+    if (activation == Activation::xielu) return scalar::xielu(spec, x, n);
     float (*const act)(float) = functions[static_cast<size_t>(activation)];
     for (size_t i = 0; i < n; i++) x[i] = up ? act(x[i]) * up[i] : act(x[i]);
 }
@@ -18939,6 +18962,8 @@ void read_yarn(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
     rope.ramp_end = static_cast<float>(std::min(end, dims - 1));
     if (rope.ramp_begin == rope.ramp_end) rope.ramp_end += 0.001f;
     const double usual = factor > 1 ? 0.1 * natural_log(factor) + 1 : 1;
+    // the multiplier says that the usual magnitude is taken back
+    if (in.number_or_none("rope.scaling.yarn_log_multiplier") != 0) return;
     rope.magnitude = static_cast<float>(static_cast<double>(rope.magnitude) * usual);
 }
 
@@ -19016,7 +19041,8 @@ void read_layer_tensors(SpecReader& in, LayerSpec& layer, size_t index) {
     layer.post_attn_norm = has("post_attention_norm.weight") && !second_is_ffn;
     layer.post_ffn_norm = has("post_ffw_norm.weight");
     layer.attn_norm = has("attn_norm.weight") || !layer.post_attn_norm;
-    layer.ffn_norm = has("ffn_norm.weight") || !(layer.post_ffn_norm || layer.parallel);
+    layer.ffn_norm = has("ffn_norm.weight") || has("attn_norm_2.weight") ||
+                     !(layer.post_ffn_norm || layer.parallel);
     layer.sinks = has("attn_sinks.weight");
     if (has("attn_q_norm.weight"))
         layer.qk_norm = in.row->traits & norms_row    ? QkNorm::row
@@ -19176,6 +19202,35 @@ void read_olmo2(SpecReader&, ModelSpec& spec) {
         if (layer.window) layer.rope = {layer.rope.kind, layer.rope.dims, layer.rope.base};
 }
 
+double softplus(double x) { return natural_log(1 + exact_exp2(x * 1.4426950408889634)); }
+
+/// Each layer's activation has numbers of its own.
+void read_apertus(SpecReader& in, ModelSpec& spec) {
+    const auto numbers = [&](const char* key) {
+        auto found = in.value(in.gguf.get_floats(key));
+        if (!in.error && found.size() < spec.layers.size())
+            in.fail(ErrorKind::bad_data, format("key '%s' is too short for the layers", key));
+        return found;
+    };
+    const auto negative = numbers("xielu.alpha_n"), positive = numbers("xielu.alpha_p"),
+               linear = numbers("xielu.beta"), most = numbers("xielu.eps");
+    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i) {
+        ActivationSpec& bend = spec.layers[i].bend;
+        bend.negative = static_cast<float>(linear[i] + softplus(negative[i]));
+        bend.positive = static_cast<float>(softplus(positive[i]));
+        bend.linear = static_cast<float>(linear[i]);
+        bend.most = static_cast<float>(most[i]);
+    }
+}
+
+void read_mistral3(SpecReader& in, ModelSpec& spec) {
+    const float scale = in.number_or_none("attention.temperature_scale");
+    for (LayerSpec& layer : spec.layers) {
+        layer.temperature = scale;
+        layer.temperature_length = spec.n_rope_context;
+    }
+}
+
 void read_minicpm(SpecReader& in, ModelSpec& spec) {
     const float layers = static_cast<float>(spec.layers.size());
     spec.embedding_scale = in.positive("embedding_scale", 12.0f);
@@ -19219,6 +19274,8 @@ constexpr Architecture architectures[] = {
     {"nemotron",      RopeKind::neox, layer_norm | ungated, Activation::relu_squared},
     {"gpt2",          RopeKind::neox, layer_norm | ungated | learned_places, Activation::gelu_tanh},
     {"gptneox",       RopeKind::neox, layer_norm | ungated, Activation::gelu},
+    {"mistral3",      RopeKind::norm, 0, Activation::silu, 0, true, read_mistral3},
+    {"apertus",       RopeKind::neox, ungated, Activation::xielu, 0, true, read_apertus},
     {"falcon",        RopeKind::neox, layer_norm | ungated | parallel_layer, Activation::gelu},
     // clang-format on
 };
@@ -19495,12 +19552,23 @@ struct TensorBinder {
         return row.rows != Length::one && row.rows != Length::single &&
                row.columns != Length::head && !bias;
     }
-    /// The one name that two roles share.
+    /// Some files call a tensor of a role otherwise; where they do, another tensor says so.
     const char* name_of(const TensorRow& row) const {
-        const bool other = row.role == TensorRole::ffn_norm &&
-                           !gguf.find_tensor(prefix + row.name) &&
-                           gguf.find_tensor(prefix + "post_attention_norm.weight");
-        return other ? "post_attention_norm.weight" : row.name;
+        static constexpr struct {
+            TensorRole role;
+            const char *name, *sign;
+        } others[] = {
+            {TensorRole::attn_norm, "attn_norm_2.weight", "attn_norm_2.weight"},
+            {TensorRole::attn_norm_bias, "attn_norm_2.bias", "attn_norm_2.weight"},
+            {TensorRole::ffn_norm, "attn_norm.weight", "attn_norm_2.weight"},
+            {TensorRole::ffn_norm_bias, "attn_norm.bias", "attn_norm_2.weight"},
+            {TensorRole::ffn_norm, "post_attention_norm.weight", "post_attention_norm.weight"},
+        };
+        for (const auto& [role, name, sign] : others)
+            if (row.role == role && gguf.find_tensor(prefix + sign) &&
+                (role != TensorRole::ffn_norm || !gguf.find_tensor(prefix + row.name)))
+                return name;
+        return row.name;
     }
     void bind_factors(const std::vector<float>& factors, std::initializer_list<const char*> names) {
         for (const char* name : names)
@@ -20681,6 +20749,7 @@ private:
     void norm_and_quantize(uint32_t first, uint32_t last, const CpuTensors& in, TensorRole weight,
                            TensorRole bias, uint64_t planes);
     void norm_heads(float* q, float* k) const;
+    float query_scale(uint32_t position) const;
     void norm_and_add(uint32_t first, uint32_t last, TensorRole weight);
     struct Product {
         const CpuMatrix* matrix;
@@ -21389,6 +21458,14 @@ void CpuDecoder::norm_heads(float* q, float* k) const {
     }
 }
 
+float CpuDecoder::query_scale(uint32_t position) const {
+    const LayerSpec& spec = *layer().spec;
+    if (spec.temperature == 0) return spec.attention_scale;
+    const double times = exact_log(1.0 + position / spec.temperature_length);
+    const double warmer = 1 + rounded(static_cast<double>(spec.temperature) * times);
+    return static_cast<float>(rounded(static_cast<double>(spec.attention_scale) * warmer));
+}
+
 void CpuDecoder::rotate_scale_store(uint32_t first, uint32_t last, uint32_t) {
     const LayerSpec& spec = *layer().spec;
     const RopeSpec& rope = spec.rope;
@@ -21406,7 +21483,7 @@ void CpuDecoder::rotate_scale_store(uint32_t first, uint32_t last, uint32_t) {
             kernels_->rope(k, spec.n_kv_heads, dim, rope.dims, neox, cos_sin);
         }
         if (spec.qk_norm != QkNorm::none && spec.qk_norm_after_rope) norm_heads(q, k);
-        kernels_->scale(q, spec.attention_scale, n_q);
+        kernels_->scale(q, query_scale(rows_[row].position), n_q);
         const uint32_t position = rows_[row].position, in_page = position % options_.page_tokens;
         std::byte* page = kv_page(layer(), rows_[row].pages[position / options_.page_tokens]);
         const size_t half = layer().kv_head_bytes / 2;
@@ -21502,7 +21579,7 @@ void CpuDecoder::activate_and_quantize(uint32_t first, uint32_t last, uint32_t) 
         end = group_end(row, last, sizes_.planes);
         for (uint32_t i = row; i < end; ++i) {
             float* const h = scratch_.h + i * n;
-            activate(spec.activation, h, spec.gated ? scratch_.up + i * n : nullptr, n);
+            activate(spec.activation, spec.bend, h, spec.gated ? scratch_.up + i * n : nullptr, n);
             weigh_shared(i, h);
         }
         if (matrix(TensorRole::down).quantized())
@@ -21733,7 +21810,8 @@ void CpuDecoder::activate_experts(uint32_t first, uint32_t last, uint32_t) {
     for (uint32_t i = first; i < last; ++i) {
         const ExpertGroup& group = scratch_.groups[i];
         float* const h = scratch_.gates + group.first * n;
-        activate(layer().spec->activation, h, scratch_.ups + group.first * n, group.rows * n);
+        activate(layer().spec->activation, layer().spec->bend, h, scratch_.ups + group.first * n,
+                 group.rows * n);
         quantize_expert(group, h, n);
     }
 }

@@ -166,6 +166,8 @@ void read_yarn(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
     rope.ramp_end = static_cast<float>(std::min(end, dims - 1));
     if (rope.ramp_begin == rope.ramp_end) rope.ramp_end += 0.001f;
     const double usual = factor > 1 ? 0.1 * natural_log(factor) + 1 : 1;
+    // the multiplier says that the usual magnitude is taken back
+    if (in.number_or_none("rope.scaling.yarn_log_multiplier") != 0) return;
     rope.magnitude = static_cast<float>(static_cast<double>(rope.magnitude) * usual);
 }
 
@@ -243,7 +245,8 @@ void read_layer_tensors(SpecReader& in, LayerSpec& layer, size_t index) {
     layer.post_attn_norm = has("post_attention_norm.weight") && !second_is_ffn;
     layer.post_ffn_norm = has("post_ffw_norm.weight");
     layer.attn_norm = has("attn_norm.weight") || !layer.post_attn_norm;
-    layer.ffn_norm = has("ffn_norm.weight") || !(layer.post_ffn_norm || layer.parallel);
+    layer.ffn_norm = has("ffn_norm.weight") || has("attn_norm_2.weight") ||
+                     !(layer.post_ffn_norm || layer.parallel);
     layer.sinks = has("attn_sinks.weight");
     if (has("attn_q_norm.weight"))
         layer.qk_norm = in.row->traits & norms_row    ? QkNorm::row
@@ -403,6 +406,35 @@ void read_olmo2(SpecReader&, ModelSpec& spec) {
         if (layer.window) layer.rope = {layer.rope.kind, layer.rope.dims, layer.rope.base};
 }
 
+double softplus(double x) { return natural_log(1 + exact_exp2(x * 1.4426950408889634)); }
+
+/// Each layer's activation has numbers of its own.
+void read_apertus(SpecReader& in, ModelSpec& spec) {
+    const auto numbers = [&](const char* key) {
+        auto found = in.value(in.gguf.get_floats(key));
+        if (!in.error && found.size() < spec.layers.size())
+            in.fail(ErrorKind::bad_data, format("key '%s' is too short for the layers", key));
+        return found;
+    };
+    const auto negative = numbers("xielu.alpha_n"), positive = numbers("xielu.alpha_p"),
+               linear = numbers("xielu.beta"), most = numbers("xielu.eps");
+    for (size_t i = 0; i < spec.layers.size() && !in.error; ++i) {
+        ActivationSpec& bend = spec.layers[i].bend;
+        bend.negative = static_cast<float>(linear[i] + softplus(negative[i]));
+        bend.positive = static_cast<float>(softplus(positive[i]));
+        bend.linear = static_cast<float>(linear[i]);
+        bend.most = static_cast<float>(most[i]);
+    }
+}
+
+void read_mistral3(SpecReader& in, ModelSpec& spec) {
+    const float scale = in.number_or_none("attention.temperature_scale");
+    for (LayerSpec& layer : spec.layers) {
+        layer.temperature = scale;
+        layer.temperature_length = spec.n_rope_context;
+    }
+}
+
 void read_minicpm(SpecReader& in, ModelSpec& spec) {
     const float layers = static_cast<float>(spec.layers.size());
     spec.embedding_scale = in.positive("embedding_scale", 12.0f);
@@ -446,6 +478,8 @@ constexpr Architecture architectures[] = {
     {"nemotron",      RopeKind::neox, layer_norm | ungated, Activation::relu_squared},
     {"gpt2",          RopeKind::neox, layer_norm | ungated | learned_places, Activation::gelu_tanh},
     {"gptneox",       RopeKind::neox, layer_norm | ungated, Activation::gelu},
+    {"mistral3",      RopeKind::norm, 0, Activation::silu, 0, true, read_mistral3},
+    {"apertus",       RopeKind::neox, ungated, Activation::xielu, 0, true, read_apertus},
     {"falcon",        RopeKind::neox, layer_norm | ungated | parallel_layer, Activation::gelu},
     // clang-format on
 };
@@ -722,12 +756,23 @@ struct TensorBinder {
         return row.rows != Length::one && row.rows != Length::single &&
                row.columns != Length::head && !bias;
     }
-    /// The one name that two roles share.
+    /// Some files call a tensor of a role otherwise; where they do, another tensor says so.
     const char* name_of(const TensorRow& row) const {
-        const bool other = row.role == TensorRole::ffn_norm &&
-                           !gguf.find_tensor(prefix + row.name) &&
-                           gguf.find_tensor(prefix + "post_attention_norm.weight");
-        return other ? "post_attention_norm.weight" : row.name;
+        static constexpr struct {
+            TensorRole role;
+            const char *name, *sign;
+        } others[] = {
+            {TensorRole::attn_norm, "attn_norm_2.weight", "attn_norm_2.weight"},
+            {TensorRole::attn_norm_bias, "attn_norm_2.bias", "attn_norm_2.weight"},
+            {TensorRole::ffn_norm, "attn_norm.weight", "attn_norm_2.weight"},
+            {TensorRole::ffn_norm_bias, "attn_norm.bias", "attn_norm_2.weight"},
+            {TensorRole::ffn_norm, "post_attention_norm.weight", "post_attention_norm.weight"},
+        };
+        for (const auto& [role, name, sign] : others)
+            if (row.role == role && gguf.find_tensor(prefix + sign) &&
+                (role != TensorRole::ffn_norm || !gguf.find_tensor(prefix + row.name)))
+                return name;
+        return row.name;
     }
     void bind_factors(const std::vector<float>& factors, std::initializer_list<const char*> names) {
         for (const char* name : names)

@@ -80,6 +80,10 @@ struct LayerSpec {
     float soft_cap = 0;         // scores are soft_cap * tanh(score / soft_cap); 0: as they are
     uint32_t window = 0;        // a position sees itself and window - 1 before it; 0: all
     RopeSpec rope;
+    // Queries at position p are scaled by 1 + temperature * ln(1 + floor(p / temperature_length)).
+    float temperature = 0;
+    uint32_t temperature_length = 1;
+    ActivationSpec bend;  // of Activation::xielu
     ExpertSpec experts;
 };
 

@@ -418,7 +418,8 @@ TEST_CASE("an embedding vector takes the place of a token") {
     const auto bytes = tiny::model();
     Model model = open_tiny(bytes, small());
     const auto pages = page_list(0, 4);
-    const auto tensor = model.gguf->tensor_bytes(*model.tensors.model[detail::TensorRole::token_embd].tensor);
+    const auto tensor = model.gguf->tensor_bytes(
+        *model.tensors.model[detail::TensorRole::token_embd].tensor);
     std::vector<float> values(model.spec->n_embd);
     std::memcpy(values.data(), tensor->data() + 5 * values.size() * sizeof(float),
                 values.size() * sizeof(float));

@@ -233,6 +233,7 @@ private:
     void norm_and_quantize(uint32_t first, uint32_t last, const CpuTensors& in, TensorRole weight,
                            TensorRole bias, uint64_t planes);
     void norm_heads(float* q, float* k) const;
+    float query_scale(uint32_t position) const;
     void norm_and_add(uint32_t first, uint32_t last, TensorRole weight);
     struct Product {
         const CpuMatrix* matrix;

@@ -7,6 +7,7 @@
 
 #include "backend/cpu_decoder.hpp"
 #include "base/internal.hpp"
+#include "kernels/exact.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -229,6 +230,14 @@ void CpuDecoder::norm_heads(float* q, float* k) const {
     }
 }
 
+float CpuDecoder::query_scale(uint32_t position) const {
+    const LayerSpec& spec = *layer().spec;
+    if (spec.temperature == 0) return spec.attention_scale;
+    const double times = exact_log(1.0 + position / spec.temperature_length);
+    const double warmer = 1 + rounded(static_cast<double>(spec.temperature) * times);
+    return static_cast<float>(rounded(static_cast<double>(spec.attention_scale) * warmer));
+}
+
 void CpuDecoder::rotate_scale_store(uint32_t first, uint32_t last, uint32_t) {
     const LayerSpec& spec = *layer().spec;
     const RopeSpec& rope = spec.rope;
@@ -246,7 +255,7 @@ void CpuDecoder::rotate_scale_store(uint32_t first, uint32_t last, uint32_t) {
             kernels_->rope(k, spec.n_kv_heads, dim, rope.dims, neox, cos_sin);
         }
         if (spec.qk_norm != QkNorm::none && spec.qk_norm_after_rope) norm_heads(q, k);
-        kernels_->scale(q, spec.attention_scale, n_q);
+        kernels_->scale(q, query_scale(rows_[row].position), n_q);
         const uint32_t position = rows_[row].position, in_page = position % options_.page_tokens;
         std::byte* page = kv_page(layer(), rows_[row].pages[position / options_.page_tokens]);
         const size_t half = layer().kv_head_bytes / 2;
@@ -342,7 +351,7 @@ void CpuDecoder::activate_and_quantize(uint32_t first, uint32_t last, uint32_t) 
         end = group_end(row, last, sizes_.planes);
         for (uint32_t i = row; i < end; ++i) {
             float* const h = scratch_.h + i * n;
-            activate(spec.activation, h, spec.gated ? scratch_.up + i * n : nullptr, n);
+            activate(spec.activation, spec.bend, h, spec.gated ? scratch_.up + i * n : nullptr, n);
             weigh_shared(i, h);
         }
         if (matrix(TensorRole::down).quantized())

@@ -141,6 +141,8 @@
 //       relu_squared(x): r = x > 0 ? x : 0; r * r.
 //       silu_clamped, of gate and up: g = min(gate, 7), u = up clamped to -7..7;
 //         h = (u + 1) * (g / (1 + exp(-(g * 1.702)))).
+//       xielu(x), x > 0: (positive * x) * x + linear * x; else with e = exp(min(x, most)) - 1:
+//         (e - x) * negative + linear * x; the four are binary32 numbers of the model.
 //     Where a bias or another activation is there, gate and up are finished products, each plus its
 //     bias, and h_i = activation(gate_i) * up_i; not gated: h_i = activation(up_i).
 // 17. Further options of a layer, in this order: queries and keys are normed (6, each head by itself,
@@ -149,8 +151,9 @@
 //     residual_scale; where there is neither norm nor scale, x + product, plus the bias. In a parallel
 //     layer feed-forward reads the layer's input; x + feed-forward, then + attention. Rope by YaRN:
 //     r = (i - ramp_begin) / (ramp_end - ramp_begin), clamped to 0..1; f_i = f_i * scale * r + f_i *
-//     (1 - r), in double; cosine and sine times magnitude, in double. A learned position's row is
-//     added to the embedding's.
+//     (1 - r), in double; cosine and sine times magnitude, in double. Where the model has a
+//     temperature, attention_scale * (1 + temperature * log(1 + floor(p / length))), in double, takes
+//     attention_scale's place. A learned position's row is added to the embedding's.
 // 18. Experts. r = router's products with y (1 to 3), plus its bias. Softmax: m = max r; p_i = exp(r_i
 //     - m); p_i / (16-lane sum of p). Sigmoid: p_i = 1 / (1 + exp(-r_i)). Compared is p_i, plus a bias
 //     where there is one; equal ones go to the lower index. Of groups the two best sums of each count,
@@ -314,7 +317,8 @@ struct Kernels {
 /// Operations that few models have: one code for all instruction sets (definition, 14 to 17).
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
                 float* y);
-void activate(Activation activation, float* x, const float* up, size_t n);  ///< up may be null
+void activate(Activation activation, const ActivationSpec& spec, float* x, const float* up,
+              size_t n);  ///< up may be null
 void apply_soft_cap(float* x, float cap, size_t n);
 void attention_with_soft_cap(const AttentionTask& task);
 /// A score that takes weight and gives nothing, merged into the state of a query.

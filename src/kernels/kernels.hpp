@@ -54,8 +54,12 @@ VALAR_API uint64_t kv_bytes_per_token(KvType type, uint32_t n_kv_heads, uint32_t
 
 /// What a feed-forward network bends its values with: x / (1 + e^-x); x times the normal distribution
 /// (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415), or its approximation by tanh; the
-/// square of what is positive; gpt-oss's gate.
-enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared, silu_clamped };
+/// square of what is positive; gpt-oss's gate; xIELU (Huang and Schlag 2024,
+/// https://arxiv.org/abs/2411.13010), which has parameters.
+enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu_squared, silu_clamped, xielu };
+struct ActivationSpec {
+    float negative = 0, positive = 0, linear = 0, most = 0;
+};
 
 /// What the numeric definition is made of beside + - * / and square roots: the same bits with every
 /// compiler and on every machine. examples/one_token.cpp is a forward pass of these.

@@ -269,6 +269,15 @@ void clamped_gate(float* gate, const float* up, size_t n) {
     }
 }
 
+void xielu(const ActivationSpec& spec, float* x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const float straight = spec.linear * x[i];
+        const float e = exp_once(x[i] < spec.most ? x[i] : spec.most) - 1.0f;
+        const float bent = x[i] > 0 ? (spec.positive * x[i]) * x[i] : (e - x[i]) * spec.negative;
+        x[i] = bent + straight;
+    }
+}
+
 float relu_squared(float x) {
     const float r = x > 0 ? x : 0;
     return r * r;
@@ -350,10 +359,12 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
     }
 }
 
-void activate(Activation activation, float* x, const float* up, size_t n) {
+void activate(Activation activation, const ActivationSpec& spec, float* x, const float* up,
+              size_t n) {
     static constexpr float (*functions[])(float) = {silu_once, scalar::gelu, scalar::gelu_tanh,
                                                     scalar::relu_squared};
     if (activation == Activation::silu_clamped) return scalar::clamped_gate(x, up, n);
+    if (activation == Activation::xielu) return scalar::xielu(spec, x, n);
     float (*const act)(float) = functions[static_cast<size_t>(activation)];
     for (size_t i = 0; i < n; i++) x[i] = up ? act(x[i]) * up[i] : act(x[i]);
 }
