@@ -17,6 +17,7 @@ of the tensors of the first layers.
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -27,6 +28,7 @@ import tempfile
 import traceback
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 
@@ -40,6 +42,8 @@ USUAL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_
              tie_word_embeddings=False)
 # Classes without a size of heads of their own.
 PLAIN = {**{key: value for key, value in USUAL.items() if key != "head_dim"}}
+
+FEW = dict(num_hidden_layers=3)  # layers, where experts make them large
 
 
 def rope(theta=10000.0, **scaling):
@@ -68,16 +72,16 @@ def long_rope(half, original, **more):
 # Name: (class, its configuration, what config.json needs beside it for the converter).
 CASES = {
     "llama": ("LlamaForCausalLM", {**USUAL, **rope()}, {}),
-    "llama-rope3": ("LlamaForCausalLM", {**USUAL, **LLAMA3}, {}),
-    "llama-linear": ("LlamaForCausalLM", {**PLAIN, **rope(rope_type="linear", factor=4.0),
+    "llama-rope3": ("LlamaForCausalLM", {**USUAL, **FEW, **LLAMA3}, {}),
+    "llama-linear": ("LlamaForCausalLM", {**PLAIN, **FEW, **rope(rope_type="linear", factor=4.0),
                                           "tie_word_embeddings": True}, {}),
-    "llama-yarn": ("LlamaForCausalLM", {**USUAL, **rope(**YARN)}, {}),
+    "llama-yarn": ("LlamaForCausalLM", {**USUAL, **FEW, **rope(**YARN)}, {}),
     "mistral": ("MistralForCausalLM", {**USUAL, **rope(), "sliding_window": 24},
                 {"sliding_window": 24}),
     "qwen2": ("Qwen2ForCausalLM", {**PLAIN, **rope(1e6), "num_attention_heads": 2,
                                    "num_key_value_heads": 1}, {}),
-    "qwen3": ("Qwen3ForCausalLM", {**USUAL, **rope(1e6)}, {}),
-    "gemma": ("GemmaForCausalLM", {**USUAL, **rope(), "num_key_value_heads": 1,
+    "qwen3": ("Qwen3ForCausalLM", {**USUAL, **FEW, **rope(1e6)}, {}),
+    "gemma": ("GemmaForCausalLM", {**USUAL, **FEW, **rope(), "num_key_value_heads": 1,
                                    "hidden_activation": "gelu_pytorch_tanh",
                                    "tie_word_embeddings": True}, {}),
     "gemma2": ("Gemma2ForCausalLM", {**USUAL, **rope(), "sliding_window": 20,
@@ -93,26 +97,206 @@ CASES = {
     "phi3": ("Phi3ForCausalLM", {**PLAIN, **rope(original_max_position_embeddings=128),
                                  "original_max_position_embeddings": 128, "sliding_window": 24},
              {}),
-    "phi3-short": ("Phi3ForCausalLM", {**PLAIN, **long_rope(4, 96)}, {}),
+    "phi3-short": ("Phi3ForCausalLM", {**PLAIN, **FEW, **long_rope(4, 96)}, {}),
     "phi4-mini": ("Phi3ForCausalLM", {**PLAIN, "num_hidden_layers": 4,
                                       **long_rope(3, 16, partial_rotary_factor=0.75),
                                       "tie_word_embeddings": True}, {}),
-    "phi2": ("PhiForCausalLM", {**PLAIN, "intermediate_size": 128, "num_hidden_layers": 4,
+    "phi2": ("PhiForCausalLM", {**PLAIN, **FEW, "intermediate_size": 128,
                                 "num_key_value_heads": 4,
                                 **rope(partial_rotary_factor=0.5)}, {}),
     "smollm3": ("SmolLM3ForCausalLM", {**PLAIN, **rope(2e6), "no_rope_layer_interval": 4,
                                        "use_sliding_window": False,
                                        "tie_word_embeddings": True}, {}),
-    "olmo2": ("Olmo2ForCausalLM", {**PLAIN, **rope(500000.0)}, {}),
-    "olmo3": ("Olmo3ForCausalLM", {**PLAIN, **layer_types("sssfs"), "sliding_window": 20,
-                                   **rope(500000.0, **YARN)}, {}),
-    "granite": ("GraniteForCausalLM", {**PLAIN, **rope(), "embedding_multiplier": 3.0,
+    "olmo2": ("Olmo2ForCausalLM", {**PLAIN, **FEW, **rope(500000.0)}, {}),
+    "olmo3": ("Olmo3ForCausalLM", {
+        **PLAIN, **layer_types("sssfs"), "sliding_window": 20,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 500000.0, **YARN},
+            "sliding_attention": {"rope_theta": 500000.0, "rope_type": "default"}}}, {}),
+    "granite": ("GraniteForCausalLM", {**PLAIN, **FEW, **rope(), "embedding_multiplier": 3.0,
                                        "residual_multiplier": 0.4, "logits_scaling": 2.5,
                                        "attention_multiplier": 0.21,
                                        "tie_word_embeddings": True}, {}),
-    "glm4": ("Glm4ForCausalLM", {**USUAL, "attention_bias": True,
+    "glm4": ("Glm4ForCausalLM", {**USUAL, **FEW, "attention_bias": True,
                                  **rope(partial_rotary_factor=0.5)}, {}),
+    "exaone4": ("Exaone4ForCausalLM", {**PLAIN, **layer_types("sssfs"), "sliding_window": 20,
+                                       "sliding_window_pattern": "LLLG", **LLAMA3}, {}),
+    "exaone4-full": ("Exaone4ForCausalLM", {**PLAIN, **FEW, **rope(1e6),
+                                            "sliding_window": None,
+                                            "sliding_window_pattern": None,
+                                            **layer_types("fff"),
+                                            "tie_word_embeddings": True}, {}),
+    "cohere2": ("Cohere2ForCausalLM", {**PLAIN, **rope(50000.0), **layer_types("sssfs"),
+                                       "sliding_window": 20, "logit_scale": 0.25,
+                                       "tie_word_embeddings": True}, {"rotary_pct": 1.0}),
+    "command-r": ("CohereForCausalLM", {**PLAIN, **FEW, **rope(), "logit_scale": 0.25,
+                                        "tie_word_embeddings": True}, {}),
+    "command-r-plus": ("CohereForCausalLM", {**PLAIN, **FEW, **rope(),
+                                             "logit_scale": 0.5, "use_qk_norm": True,
+                                             "tie_word_embeddings": True}, {}),
+    "ernie4_5": ("Ernie4_5ForCausalLM", {**USUAL, **FEW, **rope(500000.0),
+                                         "tie_word_embeddings": True}, {}),
+    "hunyuan-dense": ("HunYuanDenseV1ForCausalLM", {
+        **USUAL, **FEW, **rope(rope_type="dynamic", alpha=1000.0, factor=1.0),
+        "max_position_embeddings": 32768, "tie_word_embeddings": True}, {}),
+    "seed_oss": ("SeedOssForCausalLM", {**USUAL, **FEW, **rope(1e7), "attention_bias": True,
+                                        "attention_out_bias": False}, {}),
+    "minicpm": ("GraniteForCausalLM", {
+        **PLAIN, **FEW, **rope(), "embedding_multiplier": 5.0, "logits_scaling": 4.0,
+        "residual_multiplier": 1.4 / 3 ** 0.5, "attention_multiplier": 8 ** -0.5,
+        "tie_word_embeddings": True}, {}),
+    "internlm2": ("LlamaForCausalLM", {**PLAIN, **FEW, **rope(1e6)}, {}),
+    "stablelm": ("StableLmForCausalLM", {**PLAIN, **FEW, **rope(partial_rotary_factor=0.5),
+                                         "use_qkv_bias": True}, {}),
+    "stablelm-parallel": ("StableLmForCausalLM", {
+        **PLAIN, **FEW, **rope(partial_rotary_factor=0.25),
+        "use_parallel_residual": True, "qk_layernorm": True}, {}),
+    "starcoder2": ("Starcoder2ForCausalLM", {**PLAIN, **FEW, **rope(1e6), "use_bias": True,
+                                             "tie_word_embeddings": True}, {}),
+    "nemotron": ("NemotronForCausalLM", {**PLAIN, **FEW, **rope(partial_rotary_factor=0.5)}, {}),
+    "apertus": ("ApertusForCausalLM", {**PLAIN, **FEW, **LLAMA3}, {}),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_positions": 128, "n_embd": 32,
+                                 "n_layer": 3, "n_head": 4, "bos_token_id": 256,
+                                 "eos_token_id": 257}, {"n_ctx": 128}),
+    "gptneox": ("GPTNeoXForCausalLM", {**PLAIN, **FEW, **rope(partial_rotary_factor=0.25)},
+                {"rotary_pct": 0.25}),
+    "gptneox-serial": ("GPTNeoXForCausalLM", {
+        **PLAIN, **FEW, **rope(partial_rotary_factor=1.0),
+        "use_parallel_residual": False}, {"rotary_pct": 1.0}),
+    "falcon": ("FalconForCausalLM", {**PLAIN, **FEW, **rope(),
+                                     "tie_word_embeddings": True}, {"num_kv_heads": 1}),
+    "falcon-40b": ("FalconForCausalLM", {**PLAIN, **FEW, **rope(),
+                                         "new_decoder_architecture": True, "num_kv_heads": 2,
+                                         "tie_word_embeddings": False}, {}),
+    "mistral3": ("Ministral3ForCausalLM", {
+        **USUAL, **FEW, **rope(1e6, **YARN, mscale=1.0, mscale_all_dim=1.0,
+                               llama_4_scaling_beta=0.1, max_position_embeddings=128)}, {}),
+    "mixtral": ("MixtralForCausalLM", {**USUAL, **FEW, **rope(1e6), "num_local_experts": 4,
+                                       "intermediate_size": 20, "num_experts_per_tok": 2, "sliding_window": None}, {}),
+    "qwen2moe": ("Qwen2MoeForCausalLM", {
+        **PLAIN, **FEW, **rope(1e6), "num_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20,
+        "norm_topk_prob": False}, {}),
+    "qwen3moe": ("Qwen3MoeForCausalLM", {**USUAL, **FEW, **rope(1e6), "num_experts": 8,
+                                         "num_experts_per_tok": 3, "moe_intermediate_size": 12,
+                                         "norm_topk_prob": True}, {}),
+    "gpt-oss": ("GptOssForCausalLM", {
+        **USUAL, **FEW, "num_hidden_layers": 4, "intermediate_size": 16, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "sliding_window": 20,
+        **rope(150000.0, **{**YARN, "factor": 8.0}, truncate=False)}, {}),
+    "granitemoe": ("GraniteMoeForCausalLM", {
+        **PLAIN, **FEW, **rope(), "intermediate_size": 12, "num_local_experts": 6,
+        "num_experts_per_tok": 3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+        "logits_scaling": 2.5, "attention_multiplier": 0.21, "tie_word_embeddings": True}, {}),
+    "olmoe": ("OlmoeForCausalLM", {**PLAIN, **FEW, **rope(), "intermediate_size": 12,
+                                   "num_experts": 6, "num_experts_per_tok": 3,
+                                   "norm_topk_prob": False}, {}),
+    "glm4moe": ("Glm4MoeForCausalLM", {
+        **USUAL, **FEW, **rope(1e6, partial_rotary_factor=0.5), "attention_bias": True,
+        "use_qk_norm": True, "n_routed_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5, "norm_topk_prob": True}, {"num_nextn_predict_layers": 1}),
+    "ernie4_5-moe": ("Ernie4_5_MoeForCausalLM", {
+        **PLAIN, **FEW, **rope(500000.0), "moe_num_experts": 6, "moe_k": 2,
+        "moe_intermediate_size": 10, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+        "moe_layer_interval": 1, "tie_word_embeddings": True}, {}),
+    "bailingmoe2": ("Glm4MoeForCausalLM", {
+        **USUAL, **FEW, **rope(600000.0, partial_rotary_factor=0.5), "use_qk_norm": True,
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 10,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+        "n_group": 4, "topk_group": 2, "norm_topk_prob": True}, {}),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", {
+        **USUAL, **FEW, **rope(5e6, partial_rotary_factor=0.5), "intermediate_size": 12,
+        "num_local_experts": 6, "num_experts_per_tok": 2}, {"rotary_dim": 6}),
 }
+
+
+def as_minicpm(tensors, config):
+    """MiniCPM's own class is not on PyPI; it is Granite's with other words for its scales."""
+    config.update(architectures=["MiniCPMForCausalLM"], model_type="minicpm", scale_emb=5.0,
+                  scale_depth=1.4, dim_model_base=8, rope_theta=10000.0)
+    return tensors
+
+
+def as_internlm2(tensors, config):
+    """Llama's, but that the heads of a group lie together: its queries, its key, its value."""
+    config.update(architectures=["InternLM2ForCausalLM"], model_type="internlm2", rope_theta=1e6)
+    names = {"embed_tokens": "tok_embeddings", "self_attn.o_proj": "attention.wo",
+             "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+             "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+             "mlp.down_proj": "feed_forward.w2", "lm_head": "output"}
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    width = config["hidden_size"]
+    out = {}
+    for name, value in tensors.items():
+        if ".q_proj" in name:
+            parts = [value.reshape(groups, -1, width)]
+            parts += [tensors[name.replace("q_proj", other)].reshape(groups, -1, width)
+                      for other in ("k_proj", "v_proj")]
+            name = name.replace("self_attn.q_proj", "attention.wqkv")
+            value = torch.cat(parts, dim=1).reshape((heads + 2 * groups) * (width // heads), width)
+        elif "k_proj" in name or "v_proj" in name:
+            continue
+        for old, new in names.items():
+            name = name.replace(old, new)
+        out[name] = value.contiguous()
+    return out
+
+
+def as_bailing(tensors, config):
+    """Ling 2.0, whose own class is not on PyPI: GLM-4.5's with q, k and v in one matrix."""
+    config.update(architectures=["BailingMoeV2ForCausalLM"], model_type="bailing_moe",
+                  num_experts=config["n_routed_experts"], num_shared_experts=1,
+                  rope_theta=600000.0, partial_rotary_factor=0.5, use_qk_norm=True)
+    names = {"self_attn.o_proj": "attention.dense", "self_attn.q_norm": "attention.query_layernorm",
+             "self_attn.k_norm": "attention.key_layernorm", "embed_tokens": "word_embeddings",
+             "gate.e_score_correction_bias": "gate.expert_bias"}
+    out = {}
+    for name, value in tensors.items():
+        if ".q_proj" in name:
+            value = torch.cat([value] + [tensors[name.replace("q_proj", other)]
+                                         for other in ("k_proj", "v_proj")])
+            name = name.replace("self_attn.q_proj", "attention.query_key_value")
+        elif "k_proj" in name or "v_proj" in name:
+            continue
+        for old, new in names.items():
+            name = name.replace(old, new)
+        out[name] = value.contiguous()
+    return out
+
+
+def with_next_token_layer(tensors, config):
+    """One more layer at the end, as published: it is of no use to who predicts a token only."""
+    last, width = config["num_hidden_layers"], config["hidden_size"]
+    config["num_nextn_predict_layers"] = 1
+    out = dict(tensors)
+    for name, value in tensors.items():
+        if f"layers.{last - 1}." in name:
+            out[name.replace(f"layers.{last - 1}.", f"layers.{last}.")] = value.clone()
+    prefix = f"model.layers.{last}."
+    out[prefix + "eh_proj.weight"] = torch.randn(width, 2 * width)
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        out[prefix + norm + ".weight"] = torch.randn(width)
+    return out
+
+
+def with_stacked_norms(tensors, config):
+    """One matrix for the norms of all heads, which the converter means to make and forgets."""
+    out = {}
+    for name, value in tensors.items():
+        stem, found, _ = name.partition(".norms.")
+        if not found:
+            out[name] = value
+        elif name.endswith(".norms.0.weight"):
+            heads = range(sum(other.startswith(stem + ".norms.") for other in tensors))
+            out[stem + ".weight"] = torch.stack([tensors[f"{stem}.norms.{i}.weight"]
+                                                 for i in heads])
+    return out
+
+
+CHANGES = {"stablelm-parallel": with_stacked_norms, "minicpm": as_minicpm,
+           "internlm2": as_internlm2, "bailingmoe2": as_bailing,
+           "glm4moe": with_next_token_layer}
 
 
 def load_converter(folder):
@@ -163,6 +347,14 @@ def make_model(name, class_name, settings):
     model = cls(config).eval().float()
     randomize(model, sum(name.encode()))
     return model
+
+
+def change(folder, function):
+    config = json.loads((folder / "config.json").read_text())
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors = function(tensors, config)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def convert(folder, out, file_type, extra):
@@ -225,6 +417,8 @@ def make(name, out, f32):
         folder = pathlib.Path(temporary) / "tiny"
         model.save_pretrained(folder)
         save_tokenizer(folder)
+        if name in CHANGES:
+            change(folder, CHANGES[name])
         convert(folder, out / f"{name}.gguf", "MOSTLY_F16", extra)
         if f32:
             convert(folder, f32 / f"{name}.gguf", "ALL_F32", extra)
@@ -247,7 +441,7 @@ def main():
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--f32", type=pathlib.Path)
     parser.add_argument("names", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     load_converter(arguments.llama_cpp)
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
