@@ -1,0 +1,204 @@
+// Tiny models of every architecture against the class of PyPI's transformers: data/references,
+// made by make_references.py. Nothing here or there was written by who wrote the library's layers.
+#include <doctest/doctest.h>
+
+#include "base/internal.hpp"
+#include "run_model.hpp"
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <string>
+
+using namespace run_model;
+
+namespace {
+
+using Bytes = std::vector<std::byte>;
+
+constexpr size_t kPositions = 64;
+
+constexpr const char* references[] = {
+    "apertus",
+    "bailingmoe2",
+    "cohere2",
+    "command-r",
+    "command-r-plus",
+    "ernie4_5",
+    "ernie4_5-moe",
+    "exaone4",
+    "exaone4-full",
+    "falcon",
+    "falcon-40b",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "glm4",
+    "glm4moe",
+    "gpt-oss",
+    "gpt2",
+    "gptneox",
+    "gptneox-serial",
+    "granite",
+    "granitemoe",
+    "hunyuan-dense",
+    "internlm2",
+    "llama",
+    "llama-linear",
+    "llama-rope3",
+    "llama-yarn",
+    "minicpm",
+    "minimax-m2",
+    "mistral",
+    "mistral3",
+    "mixtral",
+    "nemotron",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "phi2",
+    "phi3",
+    "phi3-short",
+    "phi4-mini",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "stablelm-parallel",
+    "starcoder2",
+};
+
+// Those that are refused still. To be emptied.
+constexpr const char* refused[] = {
+    "apertus",        "bailingmoe2", "cohere2",       "command-r",
+    "command-r-plus", "ernie4_5",    "ernie4_5-moe",  "exaone4",
+    "exaone4-full",   "falcon",      "falcon-40b",    "gemma",
+    "gemma2",         "gemma3",      "glm4",          "glm4moe",
+    "gpt-oss",        "gpt2",        "gptneox",       "gptneox-serial",
+    "granite",        "granitemoe",  "hunyuan-dense", "internlm2",
+    "llama-yarn",     "minicpm",     "minimax-m2",    "mistral3",
+    "mixtral",        "nemotron",    "olmo2",         "olmo3",
+    "olmoe",          "phi2",        "phi3",          "phi3-short",
+    "phi4-mini",      "qwen2moe",    "qwen3",         "qwen3moe",
+    "seed_oss",       "smollm3",     "stablelm",      "stablelm-parallel",
+    "starcoder2",
+};
+
+std::string path_of(const std::string& name, const char* suffix) {
+    return VALAR_SOURCE_DIR "/tests/data/references/" + name + suffix;
+}
+
+std::vector<float> expected_logits(const std::string& name) {
+    auto bytes = detail::read_file(path_of(name, ".logits"), 1 << 24);
+    REQUIRE_MESSAGE(bytes, bytes.error().message);
+    std::vector<float> out(bytes->size() / sizeof(float));
+    std::memcpy(out.data(), bytes->data(), out.size() * sizeof(float));
+    return out;
+}
+
+float half_to_float(uint16_t half) {
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const float size = exponent ? std::ldexp(float(1024 + fraction), exponent - 25)
+                                : std::ldexp(float(fraction), -24);
+    return half >> 15 ? -size : size;
+}
+
+/// The same file with F32 matrices: their values are exact in both.
+Bytes widened(const std::string& name) {
+    auto gguf = Gguf::open(path_of(name, ".gguf"));
+    REQUIRE_MESSAGE(gguf, gguf.error().message);
+    GgufWriter writer;
+    std::vector<std::vector<float>> kept;  // the writer borrows them
+    for (const GgufKey& key : gguf->keys()) writer.set(key);
+    for (const TensorInfo& tensor : gguf->tensors()) {
+        const std::span<const uint64_t> dims(tensor.dims, tensor.n_dims);
+        const auto bytes = *gguf->tensor_bytes(tensor);
+        if (tensor.type != TensorType::f16) {
+            writer.add_tensor(tensor.name, tensor.type, dims, bytes);
+            continue;
+        }
+        auto& values = kept.emplace_back(bytes.size() / 2);
+        for (size_t i = 0; i < values.size(); ++i) {
+            uint16_t half;
+            std::memcpy(&half, bytes.data() + 2 * i, 2);
+            values[i] = half_to_float(half);
+        }
+        writer.add_tensor(tensor.name, TensorType::f32, dims, std::as_bytes(std::span(values)));
+    }
+    auto out = writer.to_bytes();
+    REQUIRE_MESSAGE(out, out.error().message);
+    return *out;
+}
+
+Result<Model> open(Result<Gguf> file) {
+    BackendOptions options;
+    options.kv_type = KvType::f32;
+    options.kv_pages = kPositions / 16;
+    options.max_logit_rows = options.max_batch_rows;
+    options.threads = 0;
+    return Model::open(std::move(file), options);
+}
+
+/// Logits of all positions; the ids in batches of `piece`.
+std::vector<float> all_logits(Model& model, size_t piece) {
+    std::vector<Token> ids(kPositions);
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = Token((i * 37 + 11) % model.spec->n_vocab);
+    const auto pages = page_list(0, kPositions / 16, true);
+    std::vector<float> out;
+    for (size_t at = 0; at < ids.size(); at += piece) {
+        const auto part = std::span(ids).subspan(at, std::min(piece, ids.size() - at));
+        const auto rows = make_rows(part, uint32_t(at), pages, true);
+        auto ran = model.run(rows);
+        REQUIRE_MESSAGE(ran, ran.error().message);
+        for (uint32_t row = 0; row < rows.size(); ++row) {
+            const auto logits = model.logits(row);
+            out.insert(out.end(), logits.begin(), logits.end());
+        }
+    }
+    return out;
+}
+
+/// Within 1e-4 of the largest logit; the best token the same where the second is 1e-3 away.
+void compare(const std::vector<float>& ours, const std::vector<float>& expected) {
+    REQUIRE(ours.size() == expected.size());
+    const size_t n_vocab = expected.size() / kPositions;
+    float largest = 0, difference = 0;
+    for (size_t i = 0; i < expected.size(); ++i) {
+        largest = std::max(largest, std::abs(expected[i]));
+        difference = std::max(difference, std::abs(ours[i] - expected[i]));
+    }
+    CHECK(difference <= 1e-4f * largest);
+    for (size_t i = 0; i < kPositions; ++i) {
+        const auto row = std::span(expected).subspan(i * n_vocab, n_vocab);
+        const auto own = std::span(ours).subspan(i * n_vocab, n_vocab);
+        const auto best = std::max_element(row.begin(), row.end()) - row.begin();
+        std::vector<float> sorted(row.begin(), row.end());
+        std::nth_element(sorted.begin(), sorted.begin() + 1, sorted.end(), std::greater<>());
+        if (sorted[0] - sorted[1] > 1e-3f)
+            CHECK(std::max_element(own.begin(), own.end()) - own.begin() == best);
+    }
+}
+
+}  // namespace
+
+TEST_CASE("references: the logits of another implementation") {
+    for (const std::string name : references) {
+        CAPTURE(name);
+        const bool is_refused = std::count(std::begin(refused), std::end(refused), name) > 0;
+        auto half = open(Gguf::open(path_of(name, ".gguf")));
+        CHECK_MESSAGE(bool(half) != is_refused, (half ? "loads now" : half.error().message));
+        if (!half) {
+            CHECK(half.error().kind == ErrorKind::unsupported);
+            continue;
+        }
+        const auto expected = expected_logits(name);
+        const Bytes bytes = widened(name);  // borrowed
+        auto full = open(Gguf::from_bytes(bytes));
+        REQUIRE_MESSAGE(full, full.error().message);
+        compare(all_logits(*full, kPositions), expected);
+        compare(all_logits(*half, 7), expected);  // F16 as it lies there, in pieces
+    }
+}
