@@ -12,8 +12,8 @@ llama.cpp's own converter, so the files are laid out as publishers lay them out.
 matrices whose values are exact (a test widens them to F32), NAME.logits the logits of 64 positions
 as raw binary32: of the ids (i * 37 + 11) % n_vocab for i = 0 .. 63.
 
---f32 FOLDER writes there each file with F32 matrices too, and NAME.txt, a listing of its keys and
-of the tensors of the first layers.
+--f32 FOLDER writes there each file with F32 matrices too. listing.txt gets the keys and tensors of
+all files; what the classes compute is written down in README.md beside it.
 """
 
 import argparse
@@ -172,7 +172,8 @@ CASES = {
         **USUAL, **FEW, **rope(1e6, **YARN, mscale=1.0, mscale_all_dim=1.0,
                                llama_4_scaling_beta=0.1, max_position_embeddings=128)}, {}),
     "mixtral": ("MixtralForCausalLM", {**USUAL, **FEW, **rope(1e6), "num_local_experts": 4,
-                                       "intermediate_size": 20, "num_experts_per_tok": 2, "sliding_window": None}, {}),
+                                       "intermediate_size": 20, "num_experts_per_tok": 2,
+                                       "sliding_window": None}, {}),
     "qwen2moe": ("Qwen2MoeForCausalLM", {
         **PLAIN, **FEW, **rope(1e6), "num_experts": 6, "num_experts_per_tok": 2,
         "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20,
@@ -247,7 +248,8 @@ def as_bailing(tensors, config):
     """Ling 2.0, whose own class is not on PyPI: GLM-4.5's with q, k and v in one matrix."""
     config.update(architectures=["BailingMoeV2ForCausalLM"], model_type="bailing_moe",
                   num_experts=config["n_routed_experts"], num_shared_experts=1,
-                  rope_theta=600000.0, partial_rotary_factor=0.5, use_qk_norm=True)
+                  num_nextn_predict_layers=0, rope_theta=600000.0, partial_rotary_factor=0.5,
+                  use_qk_norm=True)
     names = {"self_attn.o_proj": "attention.dense", "self_attn.q_norm": "attention.query_layernorm",
              "self_attn.k_norm": "attention.key_layernorm", "embed_tokens": "word_embeddings",
              "gate.e_score_correction_bias": "gate.expert_bias"}
@@ -394,20 +396,33 @@ def float64_logits(model):
 
 
 def listing(path):
+    """Keys with their values, and tensors with their shapes; of equal layers the first."""
     import gguf
 
     reader = gguf.GGUFReader(path)
-    lines = []
     for name, field in reader.fields.items():
-        if name.startswith(("GGUF.", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type",
-                            "tokenizer.ggml.merges")):
-            continue
-        lines.append(f"key {name} = {field.contents()!r} "
-                     f"({', '.join(kind.name for kind in field.types)})")
+        if not name.startswith(("GGUF.", "general.", "tokenizer.")):
+            yield f"    {name} = {field.contents()!r}, {'/'.join(k.name for k in field.types)}"
+    layers = {}
     for tensor in reader.tensors:
-        lines.append(f"tensor {tensor.name} {tensor.tensor_type.name} "
-                     f"{'x'.join(str(int(n)) for n in tensor.shape)}")
-    return lines
+        shape = "x".join(str(int(n)) for n in tensor.shape)
+        block, dot, rest = tensor.name.removeprefix("blk.").partition(".")
+        if block.isdecimal():
+            layers.setdefault(int(block), []).append(f"        {rest} {shape}")
+        else:
+            yield f"    {tensor.name} {shape}"
+    for layer in sorted(layers):
+        if layer == 0 or layers[layer] != layers[layer - 1]:
+            yield f"    blk.{layer}."
+            yield from layers[layer]
+
+
+def write_listing(folder):
+    lines = ["What make_references.py wrote: keys, and tensors as GGUF has their shapes (the row's",
+             "length first). Layers that are as the one before are left out.", ""]
+    for path in sorted(folder.glob("*.gguf")):
+        lines += [path.stem, *listing(path), ""]
+    (folder / "listing.txt").write_text("\n".join(lines))
 
 
 def make(name, out, f32):
@@ -422,7 +437,6 @@ def make(name, out, f32):
         convert(folder, out / f"{name}.gguf", "MOSTLY_F16", extra)
         if f32:
             convert(folder, f32 / f"{name}.gguf", "ALL_F32", extra)
-            (f32 / f"{name}.config.json").write_text((folder / "config.json").read_text())
     logits = float64_logits(model)
     (out / f"{name}.logits").write_bytes(logits.tobytes())
     top = np.sort(logits, axis=1)
@@ -431,7 +445,6 @@ def make(name, out, f32):
           f"{(out / f'{name}.gguf').stat().st_size} bytes")
     if f32:
         shutil.copy(out / f"{name}.logits", f32)
-        (f32 / f"{name}.txt").write_text("\n".join(listing(f32 / f"{name}.gguf")) + "\n")
 
 
 def main():
@@ -459,6 +472,7 @@ def main():
                 os._exit(1)
         if os.waitpid(child, 0)[1] != 0:
             failed.append(name)
+    write_listing(arguments.out)
     sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
 
 
