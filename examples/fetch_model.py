@@ -166,8 +166,9 @@ def alone_in(folder):
         except BlockingIOError:
             say(f"another run is at work in {folder}; waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
+        except OSError:  # a file system without locks
+            yield
+            return
         for left in folder.glob(WORK_FOLDER + "*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         yield

@@ -186,7 +186,7 @@ std::optional<uint64_t> take_layer(std::string& name) {
     if (!name.starts_with("blk.")) return std::nullopt;
     const size_t end = name.find('.', 4);
     int64_t layer = 0;
-    if (end == name.npos || !example::read_value(name.substr(4, end - 4), &layer))
+    if (end == name.npos || !example::read_value(name.substr(4, end - 4), &layer) || layer < 0)
         return std::nullopt;
     name.replace(4, end - 4, "*");
     return static_cast<uint64_t>(layer);
