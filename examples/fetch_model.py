@@ -385,7 +385,10 @@ class Hub:
         for attempt in range(TRIES):
             try:
                 with self.open(url) as answer:
-                    return json.loads(answer.read(64 << 20)), answer.headers
+                    text = answer.read(64 << 20)
+                    if answer.length:  # more was promised
+                        raise http.client.IncompleteRead(text, answer.length)
+                    return json.loads(text), answer.headers
             except LOST as error:
                 if attempt + 1 == TRIES:
                     raise Failure(f"{url}: {error}")

@@ -548,6 +548,10 @@ int main(int argc, char** argv) {
     }
     const auto gguf = Gguf::open(options.model_path);
     if (!gguf) return example::fail(gguf.error().message);
+    if (flags.given("ctx"))
+        if (const auto plan = valar::Engine::memory_plan(options);
+            !plan && plan.error().param == "context_tokens")
+            return flags.fail(plan.error());
     Json notes = Json::array();
     const Words words = open_words(*gguf, options.chat_template, notes);
     if (flags.given("tokenize") || flags.given("render")) {

@@ -127,6 +127,7 @@ class FakeHub:
     def __init__(self, files):
         self.files = dict(files)  # bytes by path
         self.listed = None        # instead of the true listing
+        self.cut_listings = 0     # so many end early
         self.faults = []          # of the next answers of the store
         self.seen = []            # (port's name, path, Range, Authorization)
         self.closed = False       # to who has no token
@@ -177,6 +178,10 @@ class FakeHub:
             self.send(to, 200, json.dumps({"id": "o/r"}).encode())
         elif path.startswith(listing) and self.listed is not None:
             self.send(to, 200, self.listed)
+        elif path == listing and self.cut_listings:
+            self.cut_listings -= 1
+            self.send(to, 200, json.dumps(self.entries())[:99].encode(), 1000)
+            to.connection.close()
         elif path == listing:
             following = f"{self.here}{path}&cursor=2" if self.endless else f"{path}&cursor=2"
             self.send(to, 200, json.dumps(self.entries()[:2]).encode(),
@@ -274,6 +279,11 @@ def check_hub(folder):
     for fault in ("no ranges", "wrong start", "416"):
         hub.faults = ["cut", fault]
         assert fetch("").read_bytes() == tiny, fault
+
+    hub.cut_listings = fetch_model.TRIES - 1
+    assert fetch("").read_bytes() == tiny
+    hub.cut_listings = fetch_model.TRIES
+    refused("more expected", fetch, "")
 
     # A wrong byte is seen; once it may have come from an old piece.
     hub.faults = ["wrong byte"]

@@ -42,6 +42,7 @@ def check_report(path):
     half = report_of(path, "--ctx", "64", "--kv-type", "f16")["memory"]
     whole = report_of(path, "--ctx", "64", "--kv-type", "f32")["memory"]
     assert len(half) == 1 and whole[0]["keys_and_values"] == 2 * half[0]["keys_and_values"] > 0
+    assert "--ctx" in run(path, "--ctx", "513", status=1)
     tokenizer = report["tokenizer"]
     assert sum(tokenizer["kinds"].values()) == tokenizer["size"] == spec["vocabulary"]
     assert any(token["ends_answer"] for token in tokenizer["special"])
