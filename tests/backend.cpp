@@ -32,6 +32,25 @@ constexpr std::string_view kLogitsSha256_fine_q8_0 =
 constexpr std::string_view kLogitsSha256_fine_f32 =
     "174dd6b2c4c814dc3ff13ed3578803666144d13eb0b95ec1fc8c04fef05b4b5e";
 
+// The same of one weight type each, whatever the table of kernels. A type that is new gets a row here
+// and changes none of those above.
+struct TypeDigest {
+    TensorType type;
+    std::string_view sha256;
+};
+constexpr TypeDigest type_digests[] = {
+    {TensorType::q8_0, "4be34f1b88a0e11d35ae8d63b5449f9b53a248341d56367d733df0fba19ee5d3"},
+    {TensorType::q4_k, "60ebf160ab6d43277966f17addb4dc72df29efd5acfb56454c906126e0248b39"},
+    {TensorType::q6_k, "99123b75aac6f354b9a93d0360fcd30f53121980615f3298bfbb631998b8ffd6"},
+    {TensorType::q4_1, "cec138b2b88b4b0165971ffdf75b588fc503b9f7180851744ab65ea040a4151f"},
+    {TensorType::q5_k, "a4734edbf88c0d65c2e919715558857ab2ece980a22fd78614da8a71ca75707a"},
+    {TensorType::q4_0, "065add12ec1ef198108a7ee4586942d677202c22006030a5852e8c560a003380"},
+    {TensorType::q5_0, "0a712076cc9f3d5d90408daf911bea5ef73e4aa07a053143726eff0971515c80"},
+    {TensorType::f16, "17e5eaca1fd57e38b77c50a06a7f6f6babfaac500272da462f657ef24b0caecb"},
+    {TensorType::bf16, "1644260d7ec3d493e8e3d2ec7eee2534fabf5303d1686d5088e856eb23d6461e"},
+    {TensorType::f32, "fe15d701690812c10e79724cf4d53c48bd050d5813f91e276f871a72a9d4aa02"},
+};
+
 // How a prompt is computed; nothing of this may show.
 struct Way {
     size_t piece = 1000;
@@ -148,6 +167,17 @@ TEST_CASE("logits: one SHA-256 for every kernel table") {
         way.kernels = kernels;
         CHECK(hash_all_types(way) == kLogitsSha256);
     }
+}
+
+TEST_CASE("logits: one SHA-256 for every weight type") {
+    for (const TypeDigest& row : type_digests)
+        for (const detail::Kernels* kernels : detail::available_kernels()) {
+            CAPTURE(std::string(type_info(row.type)->name));
+            CAPTURE(std::string(kernels->name));
+            Way way;
+            way.kernels = kernels;
+            CHECK(hash_of(logits_of(tiny::model({.types = {row.type}}), 20, way)) == row.sha256);
+        }
 }
 
 TEST_CASE("logits: kv_type and precision are the options that change bits") {
