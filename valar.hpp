@@ -118,11 +118,12 @@ _Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Call\")") _Pragma("push_macro
 _Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")")
 _Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Done\")") _Pragma("push_macro(\"Each\")")
 _Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")") _Pragma("push_macro(\"Error\")")
-_Pragma("push_macro(\"Event\")") _Pragma("push_macro(\"Exchange\")")
-_Pragma("push_macro(\"FILE\")") _Pragma("push_macro(\"Fault\")") _Pragma("push_macro(\"File\")")
-_Pragma("push_macro(\"Frame\")") _Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")")
-_Pragma("push_macro(\"H\")") _Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")")
-_Pragma("push_macro(\"I\")") _Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")")
+_Pragma("push_macro(\"Event\")") _Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"F16\")")
+_Pragma("push_macro(\"F32\")") _Pragma("push_macro(\"FILE\")") _Pragma("push_macro(\"Fault\")")
+_Pragma("push_macro(\"File\")") _Pragma("push_macro(\"First\")") _Pragma("push_macro(\"Frame\")")
+_Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")") _Pragma("push_macro(\"H\")")
+_Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")")
+_Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")")
 _Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_macro(\"Job\")")
 _Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Kind\")")
 _Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Length\")") _Pragma("push_macro(\"Level\")")
@@ -135,10 +136,10 @@ _Pragma("push_macro(\"Object\")") _Pragma("push_macro(\"Offset\")") _Pragma("pus
 _Pragma("push_macro(\"P\")") _Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
 _Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")") _Pragma("push_macro(\"Pi\")")
 _Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"Range\")") _Pragma("push_macro(\"Reply\")")
-_Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Result\")")
-_Pragma("push_macro(\"Role\")") _Pragma("push_macro(\"Route\")") _Pragma("push_macro(\"SIZE_T\")")
-_Pragma("push_macro(\"SOCKET\")") _Pragma("push_macro(\"STDC\")")
-_Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Self\")")
+_Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Rest\")")
+_Pragma("push_macro(\"Result\")") _Pragma("push_macro(\"Role\")") _Pragma("push_macro(\"Route\")")
+_Pragma("push_macro(\"Row\")") _Pragma("push_macro(\"SIZE_T\")") _Pragma("push_macro(\"SOCKET\")")
+_Pragma("push_macro(\"STDC\")") _Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Self\")")
 _Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Shape\")") _Pragma("push_macro(\"Side\")")
 _Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")") _Pragma("push_macro(\"Slice\")")
 _Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")") _Pragma("push_macro(\"Stage\")")
@@ -146,8 +147,8 @@ _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_
 _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"T\")")
 _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")") _Pragma("push_macro(\"Text\")")
 _Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Turn\")")
-_Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Usage\")")
-_Pragma("push_macro(\"V\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"W\")")
+_Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"ULONG\")")
+_Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"W\")")
 _Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
 _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")") _Pragma("push_macro(\"a1\")")
 _Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")") _Pragma("push_macro(\"abs\")")
@@ -516,16 +517,18 @@ _Pragma("push_macro(\"zero\")")
 #undef Error
 #undef Event
 #undef Exchange
+#undef F16
+#undef F32
 #undef FILE
 #undef Fault
 #undef File
+#undef First
 #undef Frame
 #undef Function
 #undef G
 #undef H
 #undef HANDLE
 #undef Handle
-#undef I
 #undef Input
 #undef Item
 #undef Iterator
@@ -564,9 +567,11 @@ _Pragma("push_macro(\"zero\")")
 #undef Range
 #undef Reply
 #undef Request
+#undef Rest
 #undef Result
 #undef Role
 #undef Route
+#undef Row
 #undef SIZE_T
 #undef SOCKET
 #undef STDC
@@ -594,9 +599,9 @@ _Pragma("push_macro(\"zero\")")
 #undef Token
 #undef Turn
 #undef Type
+#undef Types
 #undef ULONG
 #undef Usage
-#undef V
 #undef Value
 #undef W
 #undef WideCharToMultiByte
@@ -10236,6 +10241,120 @@ uint16_t float_to_half(float value) { return detail::half_bits(value); }
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
+// ---- src/kernels/weight_types.hpp --------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Weight types ----------------------------------------------------------------------------
+//
+// A weight type is a struct: how its tiles are laid out, and how a block is taken out of a row as a
+// file has it. A new one is such a struct and an entry in WeightTypes: every table, of layouts, of
+// packing, of kernels, is expanded from that list.
+
+struct PackedLayout {
+    TensorType type;
+    uint8_t bits;             // of a code; of a value where float_bytes is set
+    uint8_t bias = 0;         // weight = code - bias
+    bool minimum = false;     // m of the definition
+    uint8_t sub_scales = 0;   // of a block: bytes under a super-block's scale
+    uint8_t float_bytes = 0;  // 0: quantized
+    uint8_t blocks = 1;       // of a super-block
+
+    constexpr size_t scales() const {  // D and Dmin, or d and m
+        return float_bytes ? 0 : size_t{32} * (minimum ? 2 : 1);
+    }
+    constexpr size_t header_bytes() const { return sub_scales ? scales() : 0; }
+    constexpr size_t scale_bytes() const {  // before a block's codes
+        return sub_scales ? size_t{16} * sub_scales * (minimum ? 2 : 1) : scales();
+    }
+    constexpr size_t block_bytes() const { return scale_bytes() + size_t{bits} * 64; }
+    constexpr size_t super_bytes() const { return header_bytes() + blocks * block_bytes(); }
+};
+
+// One block of a row as the GGUF file has it, decoded as far as all types are alike.
+struct SourceBlock {
+    uint32_t words[8];  // codes, four a word
+    uint16_t d, m;      // binary16: d, m or D, Dmin
+    uint8_t sub[4];     // sub-scales, behind them as many of the minimum
+};
+
+// clang-format off
+struct Q4_0 {
+    static constexpr PackedLayout layout{.type = TensorType::q4_0, .bits = 4, .bias = 8};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
+struct Q4_1 {
+    static constexpr PackedLayout layout{.type = TensorType::q4_1, .bits = 4, .minimum = true};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
+struct Q5_0 {
+    static constexpr PackedLayout layout{.type = TensorType::q5_0, .bits = 5, .bias = 16};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
+struct Q8_0 {
+    static constexpr PackedLayout layout{.type = TensorType::q8_0, .bits = 8, .bias = 128};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
+struct Q4_K {
+    static constexpr PackedLayout layout{
+        .type = TensorType::q4_k, .bits = 4, .minimum = true, .sub_scales = 1, .blocks = 8};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
+struct Q5_K {
+    static constexpr PackedLayout layout{
+        .type = TensorType::q5_k, .bits = 5, .minimum = true, .sub_scales = 1, .blocks = 8};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
+struct Q6_K {
+    static constexpr PackedLayout layout{
+        .type = TensorType::q6_k, .bits = 6, .bias = 32, .sub_scales = 2, .blocks = 8};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
+struct F32 {
+    static constexpr PackedLayout layout{.type = TensorType::f32, .bits = 32, .float_bytes = 4};
+};
+struct F16 {
+    static constexpr PackedLayout layout{.type = TensorType::f16, .bits = 16, .float_bytes = 2};
+};
+struct BF16 {
+    static constexpr PackedLayout layout{.type = TensorType::bf16, .bits = 16, .float_bytes = 2};
+};
+// clang-format on
+
+template <class... T>
+struct Types {};
+using WeightTypes = Types<Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K, F32, F16, BF16>;
+
+// A table with one row a weight type: Row<T>::value.
+template <class Value, template <class> class Row, class List = WeightTypes>
+struct TableOf;
+template <class Value, template <class> class Row, class... T>
+struct TableOf<Value, Row, Types<T...>> {
+    static constexpr Value rows[] = {Row<T>::value...};
+};
+
+// The first weight type that `alike` says T may stand for: types whose kernels would be the same
+// share those of one.
+using Alike = bool (*)(const PackedLayout&, const PackedLayout&);
+template <class T, Alike alike, class List = WeightTypes>
+struct FirstAlike;
+template <class T, Alike alike, class First, class... Rest>
+struct FirstAlike<T, alike, Types<First, Rest...>>
+    : std::conditional_t<alike(First::layout, T::layout), std::type_identity<First>,
+                         FirstAlike<T, alike, Types<Rest...>>> {};
+
+template <class T>
+struct LayoutOf {
+    static constexpr PackedLayout value = T::layout;
+};
+inline constexpr auto& packed_layouts = TableOf<PackedLayout, LayoutOf>::rows;
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/kernels/layout.hpp --------------------------------------------------------------------
 
 namespace valar {
@@ -10256,51 +10375,17 @@ namespace detail {
 // binary16. Tiles are padded to 64 bytes. Unsigned codes suit every integer instruction: the bias
 // is taken out afterwards through ActivationBlock::sum.
 
-struct PackedLayout {
-    TensorType type;
-    uint8_t bits;  // of a code; of a value where float_bytes is set
-    uint8_t bias;
-    bool minimum;          // m of the definition
-    uint8_t float_bytes;   // 0: quantized
-    uint8_t scale_bytes;   // before a block's codes
-    uint8_t header_bytes;  // before a super-block's first block
-    uint8_t blocks;        // of a super-block
-};
-
-// clang-format off
-inline constexpr PackedLayout packed_layouts[] = {
-    // type            bits bias  min   float scale header blocks
-    {TensorType::q4_0,  4,   8, false, 0, 32, 0, 1},
-    {TensorType::q4_1,  4,   0, true,  0, 64, 0, 1},
-    {TensorType::q5_0,  5,  16, false, 0, 32, 0, 1},
-    {TensorType::q8_0,  8, 128, false, 0, 32, 0, 1},
-    {TensorType::q4_k,  4,   0, true,  0, 32, 64, 8},
-    {TensorType::q5_k,  5,   0, true,  0, 32, 64, 8},
-    {TensorType::q6_k,  6,  32, false, 0, 32, 32, 8},
-    {TensorType::f32,  32,   0, false, 4, 0, 0, 1},
-    {TensorType::f16,  16,   0, false, 2, 0, 0, 1},
-    {TensorType::bf16, 16,   0, false, 2, 0, 0, 1},
-};
-// clang-format on
-
 inline const PackedLayout* find_layout(TensorType type) {
     for (const PackedLayout& layout : packed_layouts)
         if (layout.type == type) return &layout;
     return nullptr;
 }
 
-constexpr size_t packed_block_bytes(const PackedLayout& layout) {
-    return layout.scale_bytes + size_t{layout.bits} * 64;
-}
-constexpr size_t packed_super_bytes(const PackedLayout& layout) {
-    return layout.header_bytes + layout.blocks * packed_block_bytes(layout);
-}
-
 // Every layout has the size that a model file states for it (>>gguf).
 constexpr bool layouts_have_stated_sizes() {
     for (const PackedLayout& layout : packed_layouts) {
         const size_t bytes = layout.float_bytes ? size_t{layout.float_bytes} * kTileRows
-                                                : packed_super_bytes(layout);
+                                                : layout.super_bytes();
         if (tile_block_bytes(layout.type) != bytes) return false;
     }
     return std::size(packed_layouts) == std::size(packed_types);
@@ -10362,21 +10447,14 @@ inline void store_codes(const PackedLayout& layout, std::byte* codes, uint32_t r
     for (uint32_t i = 0; i < high; i++) store32(codes + 256 + 64 * i, bits[i]);
 }
 
-// One block of a row as the GGUF file has it, decoded as far as all types are alike.
-struct SourceBlock {
-    uint32_t words[8];  // unsigned codes, four a word
-    uint16_t d, m;      // binary16: d, m or D, Dmin
-    uint8_t s0, s1;     // sc, mn or sc0, sc1
-};
-
 // The k-quants' eight 6-bit scales and minimums in 12 bytes.
 inline void read_k_scales(const uint8_t* q, size_t s, SourceBlock& out) {
     if (s < 4) {
-        out.s0 = q[s] & 63;
-        out.s1 = q[s + 4] & 63;
+        out.sub[0] = q[s] & 63;
+        out.sub[1] = q[s + 4] & 63;
     } else {
-        out.s0 = static_cast<uint8_t>((q[s + 4] & 15) | (q[s - 4] >> 6) << 4);
-        out.s1 = static_cast<uint8_t>(q[s + 4] >> 4 | (q[s] >> 6) << 4);
+        out.sub[0] = static_cast<uint8_t>((q[s + 4] & 15) | (q[s - 4] >> 6) << 4);
+        out.sub[1] = static_cast<uint8_t>(q[s + 4] >> 4 | (q[s] >> 6) << 4);
     }
 }
 
@@ -10388,82 +10466,94 @@ inline void read_nibbles(const std::byte* at, SourceBlock& out) {  // 16 bytes: 
     }
 }
 
-inline void read_source_block(TensorType type, const std::byte* row, size_t block,
-                              SourceBlock& out) {
-    const std::byte* at = row;
-    const size_t s = block % 8;
-    const uint32_t shift = s & 1 ? 4 : 0;
-    switch (type) {
-        case TensorType::q4_0:
-            at += block * 18;
-            out.d = load16(at);
-            return read_nibbles(at + 2, out);
-        case TensorType::q4_1:
-            at += block * 20;
-            out.d = load16(at);
-            out.m = load16(at + 2);
-            return read_nibbles(at + 4, out);
-        case TensorType::q5_0:
-            at += block * 22;
-            out.d = load16(at);
-            read_nibbles(at + 6, out);
-            for (uint32_t g = 0; g < 8; g++)  // spreads four bits over four bytes
-                out.words[g] |= ((load32(at + 2) >> 4 * g & 15) * 0x204081u & 0x01010101u) << 4;
-            return;
-        case TensorType::q8_0:
-            at += block * 34;
-            out.d = load16(at);
-            for (uint32_t g = 0; g < 8; g++) out.words[g] = load32(at + 2 + 4 * g) ^ 0x80808080u;
-            return;
-        case TensorType::q4_k:
-        case TensorType::q5_k: {
-            at += block / 8 * (type == TensorType::q4_k ? 144 : 176);
-            out.d = load16(at);
-            out.m = load16(at + 2);
-            read_k_scales(reinterpret_cast<const uint8_t*>(at) + 4, s, out);
-            const std::byte* low = at + (type == TensorType::q4_k ? 16 : 48) + s / 2 * 32;
-            for (uint32_t g = 0; g < 8; g++) {
-                out.words[g] = load32(low + 4 * g) >> shift & 0x0f0f0f0fu;
-                if (type == TensorType::q5_k)
-                    out.words[g] |= (load32(at + 16 + 4 * g) >> s & 0x01010101u) << 4;
-            }
-            return;
-        }
-        default: {  // q6_k
-            at += block / 8 * 210;
-            out.d = load16(at + 208);
-            out.s0 = static_cast<uint8_t>(at[192 + 2 * s]);
-            out.s1 = static_cast<uint8_t>(at[192 + 2 * s + 1]);
-            const std::byte* low = at + s / 4 * 64 + s % 2 * 32;
-            const std::byte* high = at + 128 + s / 4 * 32;
-            for (uint32_t g = 0; g < 8; g++)
-                out.words[g] = (load32(low + 4 * g) >> s % 4 / 2 * 4 & 0x0f0f0f0fu) |
-                               (load32(high + 4 * g) >> s % 4 * 2 & 0x03030303u) << 4;
-            return;
-        }
-    }
+inline void add_fifth_bits(uint32_t bits, SourceBlock& out) {
+    for (uint32_t g = 0; g < 8; g++)  // spreads four bits over four bytes
+        out.words[g] |= ((bits >> 4 * g & 15) * 0x204081u & 0x01010101u) << 4;
 }
 
+// Scales, minimums and low four bits of block s of a super-block of Q4_K or Q5_K; these four bits
+// begin at `codes`.
+inline void read_k_block(const std::byte* at, size_t codes, size_t s, SourceBlock& out) {
+    out.d = load16(at);
+    out.m = load16(at + 2);
+    read_k_scales(reinterpret_cast<const uint8_t*>(at) + 4, s, out);
+    for (uint32_t g = 0; g < 8; g++)
+        out.words[g] = load32(at + codes + s / 2 * 32 + 4 * g) >> s % 2 * 4 & 0x0f0f0f0fu;
+}
+
+}  // namespace
+
+void Q4_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 18;
+    out.d = load16(at);
+    read_nibbles(at + 2, out);
+}
+
+void Q4_1::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 20;
+    out.d = load16(at);
+    out.m = load16(at + 2);
+    read_nibbles(at + 4, out);
+}
+
+void Q5_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 22;
+    out.d = load16(at);
+    read_nibbles(at + 6, out);
+    add_fifth_bits(load32(at + 2), out);
+}
+
+void Q8_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 34;
+    out.d = load16(at);
+    for (uint32_t g = 0; g < 8; g++) out.words[g] = load32(at + 2 + 4 * g) ^ 0x80808080u;
+}
+
+void Q4_K::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    read_k_block(row + block / 8 * 144, 16, block % 8, out);
+}
+
+void Q5_K::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block / 8 * 176;
+    read_k_block(at, 48, block % 8, out);
+    for (uint32_t g = 0; g < 8; g++)
+        out.words[g] |= (load32(at + 16 + 4 * g) >> block % 8 & 0x01010101u) << 4;
+}
+
+void Q6_K::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block / 8 * 210;
+    const size_t s = block % 8;
+    out.d = load16(at + 208);
+    for (size_t i = 0; i < 2; i++) out.sub[i] = static_cast<uint8_t>(at[192 + 2 * s + i]);
+    const std::byte* low = at + s / 4 * 64 + s % 2 * 32;
+    const std::byte* high = at + 128 + s / 4 * 32;
+    for (uint32_t g = 0; g < 8; g++)
+        out.words[g] = (load32(low + 4 * g) >> s % 4 / 2 * 4 & 0x0f0f0f0fu) |
+                       (load32(high + 4 * g) >> s % 4 * 2 & 0x03030303u) << 4;
+}
+
+namespace {
+
 // One function a type: with the layout a constant, the loops below have no branches left.
-template <size_t layout_index>
+template <class T>
 void pack_tile(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
                std::byte* out) {
-    constexpr const PackedLayout& layout = packed_layouts[layout_index];
+    constexpr const PackedLayout& layout = T::layout;
+    constexpr uint32_t sub_bytes = layout.sub_scales * (layout.minimum ? 2u : 1u);
     for (size_t b = 0; b < cols / kActivationBlock; b++) {
         std::byte* header = out;
-        if (b % layout.blocks == 0) out += layout.header_bytes;
+        if (b % layout.blocks == 0) out += layout.header_bytes();
         else header = nullptr;
         for (uint32_t r = 0; r < rows; r++) {
             SourceBlock block;
-            read_source_block(layout.type, source + r * row_bytes, b, block);
-            store_codes(layout, out + layout.scale_bytes, r, block.words);
-            std::byte* halves = layout.header_bytes ? header : out;
+            T::unpack(source + r * row_bytes, b, block);
+            store_codes(layout, out + layout.scale_bytes(), r, block.words);
+            std::byte* halves = layout.header_bytes() ? header : out;
             if (halves) store16(halves + 2 * r, block.d);
             if (halves && layout.minimum) store16(halves + 32 + 2 * r, block.m);
-            if (layout.header_bytes) out[r] = std::byte{block.s0};
-            if (layout.header_bytes) out[16 + r] = std::byte{block.s1};
+            for (uint32_t i = 0; i < sub_bytes; i++) out[16 * i + r] = std::byte{block.sub[i]};
         }
-        out += packed_block_bytes(layout);
+        out += layout.block_bytes();
     }
 }
 
@@ -10481,22 +10571,19 @@ void pack_float_tile(const std::byte* source, size_t row_bytes, uint32_t rows, s
 
 using PackTile = void (*)(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
                           std::byte* out);
-template <size_t layout_index>
+template <class T>
 constexpr PackTile pack_function() {
-    constexpr size_t float_bytes = packed_layouts[layout_index].float_bytes;
-    if constexpr (float_bytes != 0) return pack_float_tile<float_bytes>;
-    else return pack_tile<layout_index>;
+    if constexpr (T::layout.float_bytes != 0) return pack_float_tile<T::layout.float_bytes>;
+    else return pack_tile<T>;
 }
-constexpr PackTile pack_functions[] = {
-    pack_function<0>(), pack_function<1>(), pack_function<2>(), pack_function<3>(),
-    pack_function<4>(), pack_function<5>(), pack_function<6>(), pack_function<7>(),
-    pack_function<8>(), pack_function<9>(),
+template <class T>
+struct PackTileOf {
+    static constexpr PackTile value = pack_function<T>();
 };
-static_assert(std::size(pack_functions) == std::size(packed_layouts));
 
 size_t used_tile_bytes(const PackedLayout& layout, uint32_t cols) {  // without the padding
     if (layout.float_bytes) return size_t{cols} * layout.float_bytes * kTileRows;
-    return size_t{cols} / (layout.blocks * kActivationBlock) * packed_super_bytes(layout);
+    return size_t{cols} / (layout.blocks * kActivationBlock) * layout.super_bytes();
 }
 
 }  // namespace
@@ -10521,7 +10608,8 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
         const uint32_t count = std::min(kTileRows, rows - tile * kTileRows);
         if (count < kTileRows) std::memset(out, 0, tile_bytes);
         else std::memset(out + used, 0, tile_bytes - used);
-        pack_functions[&layout - packed_layouts](source, row_bytes, count, cols, out);
+        TableOf<PackTile, PackTileOf>::rows[&layout - packed_layouts](source, row_bytes, count,
+                                                                      cols, out);
         source += row_bytes * kTileRows;
         out += tile_bytes;
     }
@@ -10538,8 +10626,7 @@ bool fits(TensorType type, uint64_t values, uint64_t bytes) {
 
 constexpr size_t largest_super_bytes() {
     size_t most = 0;
-    for (const PackedLayout& layout : packed_layouts)
-        most = std::max(most, packed_super_bytes(layout));
+    for (const PackedLayout& layout : packed_layouts) most = std::max(most, layout.super_bytes());
     return (most + packed_alignment - 1) / packed_alignment * packed_alignment;
 }
 
@@ -10877,21 +10964,21 @@ float dot_block(const PackedLayout& layout, const RowBlock& row, const Activatio
 // Takes one row of a block out of a packed tile: packed layouts.
 void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
                 RowBlock& out) {
-    const std::byte* header = tile + block / layout.blocks * packed_super_bytes(layout);
-    const std::byte* at = header + layout.header_bytes +
-                          block % layout.blocks * packed_block_bytes(layout);
+    const std::byte* header = tile + block / layout.blocks * layout.super_bytes();
+    const std::byte* at = header + layout.header_bytes() +
+                          block % layout.blocks * layout.block_bytes();
     uint32_t words[8];
-    load_codes(layout, at + layout.scale_bytes, row, words);
+    load_codes(layout, at + layout.scale_bytes(), row, words);
     for (uint32_t i = 0; i < kActivationBlock; i++)
         out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
 
-    const std::byte* halves = layout.header_bytes ? header : at;
+    const std::byte* halves = layout.header_bytes() ? header : at;
     out.scale = half_value(load16(halves + 2 * row));
     out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
     out.sub[0] = out.sub[1] = 1;
-    if (layout.type == TensorType::q6_k) {
+    if (layout.sub_scales == 2) {
         for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
-    } else if (layout.header_bytes) {
+    } else if (layout.header_bytes()) {
         out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
         out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
     }
@@ -11372,7 +11459,7 @@ inline Chunks divide(const PackedLayout& layout, size_t cols, bool one_call) {
     const size_t even = (total + count - 1) / count;
     const size_t supers = (even + layout.blocks - 1) / layout.blocks;
     if (layout.float_bytes) return {total, even, even * layout.float_bytes * kTileRows};
-    return {total, one_call ? total : supers * layout.blocks, supers * packed_super_bytes(layout)};
+    return {total, one_call ? total : supers * layout.blocks, supers * layout.super_bytes()};
 }
 
 // A pair of tiles times all columns of the batch, chunk after chunk. While the columns meet a chunk,
@@ -11410,6 +11497,15 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
         }
     }
 }
+
+// Types of one tile layout share their kernels.
+constexpr bool same_tiles(const PackedLayout& a, const PackedLayout& b) {
+    if (a.float_bytes || b.float_bytes) return a.type == b.type;
+    return a.bits == b.bits && a.bias == b.bias && a.minimum == b.minimum &&
+           a.sub_scales == b.sub_scales;
+}
+template <class T>
+using TilesOf = typename FirstAlike<T, same_tiles>::type;
 
 // ---- Attention of the vector paths -----------------------------------------------------------
 
@@ -11548,16 +11644,16 @@ struct Scales {  // of eight rows
     __m256 sub[2];  // Q6_K
 };
 
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, int half) {
-    constexpr PackedLayout L = packed_layouts[I];
+    constexpr PackedLayout L = T::layout;
     Scales out{};
-    if constexpr (L.bits == 6) {
+    if constexpr (L.sub_scales == 2) {
         out.dw = load_halves(header + 16 * half);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
                 _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half))));
-    } else if constexpr (L.header_bytes != 0) {
+    } else if constexpr (L.header_bytes() != 0) {
         const __m256 m = _mm256_mul_ps(load_halves(header + 32 + 16 * half),
                                        load_small_ints(at + 16 + 8 * half));
         out.dw = _mm256_mul_ps(load_halves(header + 16 * half), load_small_ints(at + 8 * half));
@@ -11570,9 +11666,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
 }
 
 // Unsigned codes of quad g of eight rows.
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g) {
-    constexpr int bits = packed_layouts[I].bits, high = bits - 4;
+    constexpr int bits = T::layout.bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m256i pair = load_bytes(codes + g / 2 * 64);
     const __m256i low = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair,
@@ -11609,12 +11705,12 @@ VALAR_FORCE_INLINE void add_products(__m256i& total, __m256i (&part)[2], __m256i
 }
 
 // sums += two tiles times C planes, H times eight rows at a time: registers decide.
-template <int I, Vnni kVnni, int C>
+template <class T, Vnni kVnni, int C>
 void dot_tiles(const TileStep& step) {
-    constexpr PackedLayout L = packed_layouts[I];
-    constexpr int kParts = L.bits == 6 ? 2 : 1;  // sums of 16 codes that have a scale each
-    constexpr int H = L.bits == 4 || (L.bits != 6 && kVnni != Vnni::none) ? 2 : 1;
-    constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
+    constexpr PackedLayout L = T::layout;
+    constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
+    constexpr int H = L.bits == 4 || (L.sub_scales != 2 && kVnni != Vnni::none) ? 2 : 1;
+    constexpr size_t kLines = (L.block_bytes() + 63) / 64;
     const ActivationBlock* a[C];
     VALAR_UNROLL for (int c = 0; c < C; c++)
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
@@ -11623,17 +11719,17 @@ void dot_tiles(const TileStep& step) {
     const std::byte* next = step.next;
     size_t header = 0, at = 0, wait = step.every ? 0 : SIZE_MAX;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.header_bytes != 0) {
+        if constexpr (L.header_bytes() != 0) {
             if (b % L.blocks == 0) {
                 header = at;
-                at += L.header_bytes;
+                at += L.header_bytes();
             }
         }
         if (wait-- == 0) {
             wait = step.every - 1;
             VALAR_UNROLL for (size_t i = 0; i < 2 * kLines; i++)
                 prefetch(next + (i % 2 ? step.tiles[1] - step.tiles[0] : 0) + i / 2 * 64);
-            next += packed_super_bytes(L) / L.blocks;
+            next += L.super_bytes() / L.blocks;
         }
         for (int v = 0; v < 4; v += H) {  // of the tiles' 32 rows
             const std::byte* tile = step.tiles[v / 2];
@@ -11648,7 +11744,7 @@ void dot_tiles(const TileStep& step) {
             VALAR_UNROLL for (int g = 0; g < 8; g++) {
                 __m256i codes[H];
                 VALAR_UNROLL for (int h = 0; h < H; h++)
-                    codes[h] = load_quad<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
+                    codes[h] = load_quad<T>(tile + at + L.scale_bytes() + 32 * (v % 2 + h), g);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     const __m256i x = broadcast4(a[c]->q + 4 * g);
                     VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
@@ -11656,10 +11752,10 @@ void dot_tiles(const TileStep& step) {
                 }
             }
             VALAR_UNROLL for (int h = 0; h < H; h++) {
-                const Scales scales = load_scales<I>(tile + header, tile + at, v % 2 + h);
+                const Scales scales = load_scales<T>(tile + header, tile + at, v % 2 + h);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     __m256 sum = _mm256_cvtepi32_ps(total[0][c][h]);
-                    if constexpr (L.bits == 6)  // exact, being below 2^24
+                    if constexpr (L.sub_scales == 2)  // exact, being below 2^24
                         sum = _mm256_fmadd_ps(
                             sum, scales.sub[0],
                             _mm256_mul_ps(_mm256_cvtepi32_ps(total[1][c][h]), scales.sub[1]));
@@ -11672,7 +11768,7 @@ void dot_tiles(const TileStep& step) {
                 }
             }
         }
-        at += packed_block_bytes(L);
+        at += L.block_bytes();
         VALAR_UNROLL for (int c = 0; c < C; c++) a[c] += stride;
     }
 }
@@ -11715,29 +11811,29 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <int I, Vnni kVnni, int kMost = kVnni == Vnni::none ? 4 : 6>
-constexpr TileKernels quantized = {{{1, dot_tiles<I, kVnni, 1>},
-                                    {2, dot_tiles<I, kVnni, 2>},
-                                    {4, dot_tiles<I, kVnni, 4>},
-                                    {kMost, dot_tiles<I, kVnni, kMost>}}};
+template <class T, Vnni kVnni, int kMost = kVnni == Vnni::none ? 4 : 6>
+constexpr TileKernels quantized = {{{1, dot_tiles<T, kVnni, 1>},
+                                    {2, dot_tiles<T, kVnni, 2>},
+                                    {4, dot_tiles<T, kVnni, 4>},
+                                    {kMost, dot_tiles<T, kVnni, kMost>}}};
 template <TensorType kType>
 constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
-template <int I, Vnni kVnni>
-constexpr TileKernels kernels_of_layout() {
-    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
-    else return quantized<I, kVnni>;
-}
-template <Vnni V>
-constexpr TileKernels tile_kernels[] = {kernels_of_layout<0, V>(), kernels_of_layout<1, V>(),
-                                        kernels_of_layout<2, V>(), kernels_of_layout<3, V>(),
-                                        kernels_of_layout<4, V>(), kernels_of_layout<5, V>(),
-                                        kernels_of_layout<6, V>(), kernels_of_layout<7, V>(),
-                                        kernels_of_layout<8, V>(), kernels_of_layout<9, V>()};
-static_assert(sizeof tile_kernels<Vnni::none> / sizeof(TileKernels) ==
-              sizeof packed_layouts / sizeof(PackedLayout));
+template <Vnni kVnni>
+struct With {
+    template <class T>
+    static constexpr TileKernels choose() {
+        if constexpr (T::layout.float_bytes != 0) return floats<T::layout.type>;
+        else return quantized<TilesOf<T>, kVnni>;
+    }
+    template <class T>
+    struct KernelsOf {
+        static constexpr TileKernels value = choose<T>();
+    };
+    static constexpr auto& tile_kernels = TableOf<TileKernels, KernelsOf>::rows;
+};
 
 // Nearest integers of x * factor as 32 bytes, their sums, and optionally what is left: x - d * h.
 VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
@@ -11891,7 +11987,7 @@ void silu_mul(float* gate, const float* up, size_t n) {
 
 template <Vnni kVnni>
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
-    multiply_pair(tile_kernels<kVnni>[pair.layout - packed_layouts], pair, batch, sums);
+    multiply_pair(With<kVnni>::tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
 }
 template <Vnni kVnni>
 void matmul(const MatmulTask& task) {
@@ -12137,15 +12233,15 @@ struct Scales {
     __m512 sub[2];  // Q6_K
 };
 
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at) {
-    constexpr PackedLayout L = packed_layouts[I];
+    constexpr PackedLayout L = T::layout;
     Scales out{};
-    if constexpr (L.bits == 6) {
+    if constexpr (L.sub_scales == 2) {
         out.dw = load_halves(header);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i)));
-    } else if constexpr (L.header_bytes != 0) {
+    } else if constexpr (L.header_bytes() != 0) {
         const __m512 m = _mm512_mul_ps(load_halves(header + 32), load_small_ints(at + 16));
         out.dw = _mm512_mul_ps(load_halves(header), load_small_ints(at));
         out.m = _mm512_xor_ps(m, _mm512_set1_ps(-0.0f));
@@ -12157,9 +12253,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
 }
 
 // Unsigned codes of quad g.
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g) {
-    constexpr int bits = packed_layouts[I].bits, high = bits - 4;
+    constexpr int bits = T::layout.bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m512i pair = load_bytes(codes + g / 2 * 64);
     const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair,
@@ -12174,11 +12270,11 @@ VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g) {
 }
 
 // sums += two tiles times C planes.
-template <int I, int C>
+template <class T, int C>
 void dot_tiles(const TileStep& step) {
-    constexpr PackedLayout L = packed_layouts[I];
-    constexpr int kParts = L.bits == 6 ? 2 : 1;  // sums of 16 codes that have a scale each
-    constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
+    constexpr PackedLayout L = T::layout;
+    constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
+    constexpr size_t kLines = (L.block_bytes() + 63) / 64;
     const ActivationBlock* a[C];
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -12191,17 +12287,17 @@ void dot_tiles(const TileStep& step) {
     const std::byte *at = step.tiles[0], *header = at, *next = step.next;
     size_t wait = step.every ? 0 : SIZE_MAX;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.header_bytes != 0) {
+        if constexpr (L.header_bytes() != 0) {
             if (b % L.blocks == 0) {
                 header = at;
-                at += L.header_bytes;
+                at += L.header_bytes();
             }
         }
         if (wait-- == 0) {
             wait = step.every - 1;
             VALAR_UNROLL for (size_t i = 0; i < 2 * kLines; i++)
                 prefetch(next + (i % 2 ? apart : 0) + i / 2 * 64);
-            next += packed_super_bytes(L) / L.blocks;
+            next += L.super_bytes() / L.blocks;
         }
         __m512i total[kParts][C][2];  // starts as what the codes' bias adds, negated
         VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -12213,7 +12309,7 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[2];
             VALAR_UNROLL for (int t = 0; t < 2; t++)
-                w[t] = load_quad<I>(at + (t ? apart : 0) + L.scale_bytes, g);
+                w[t] = load_quad<T>(at + (t ? apart : 0) + L.scale_bytes(), g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
@@ -12223,10 +12319,10 @@ void dot_tiles(const TileStep& step) {
             }
         }
         VALAR_UNROLL for (int t = 0; t < 2; t++) {
-            const Scales scales = load_scales<I>(header + (t ? apart : 0), at + (t ? apart : 0));
+            const Scales scales = load_scales<T>(header + (t ? apart : 0), at + (t ? apart : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 __m512 sum = _mm512_cvtepi32_ps(total[0][c][t]);
-                if constexpr (L.bits == 6)  // exact, being below 2^24
+                if constexpr (L.sub_scales == 2)  // exact, being below 2^24
                     sum = _mm512_fmadd_ps(
                         sum, scales.sub[0],
                         _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.sub[1]));
@@ -12236,7 +12332,7 @@ void dot_tiles(const TileStep& step) {
                     acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c]->s), acc[c][t]);
             }
         }
-        at += packed_block_bytes(L);
+        at += L.block_bytes();
         VALAR_UNROLL for (int c = 0; c < C; c++) a[c] += stride;
     }
     VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -12277,27 +12373,26 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <int I, int kMost = packed_layouts[I].bits == 6 ? 4 : 6>  // as registers allow
-constexpr TileKernels quantized = {{{1, dot_tiles<I, 1>},
-                                    {2, dot_tiles<I, 2>},
-                                    {4, dot_tiles<I, 4>},
-                                    {kMost, dot_tiles<I, kMost>}}};
+template <class T, int kMost = T::layout.sub_scales == 2 ? 4 : 6>  // as registers allow
+constexpr TileKernels quantized = {{{1, dot_tiles<T, 1>},
+                                    {2, dot_tiles<T, 2>},
+                                    {4, dot_tiles<T, 4>},
+                                    {kMost, dot_tiles<T, kMost>}}};
 template <TensorType kType>
 constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
-template <int I>
-constexpr TileKernels kernels_of_layout() {
-    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
-    else return quantized<I>;
+template <class T>
+constexpr TileKernels kernels_for() {
+    if constexpr (T::layout.float_bytes != 0) return floats<T::layout.type>;
+    else return quantized<TilesOf<T>>;
 }
-constexpr TileKernels tile_kernels[] = {
-    kernels_of_layout<0>(), kernels_of_layout<1>(), kernels_of_layout<2>(), kernels_of_layout<3>(),
-    kernels_of_layout<4>(), kernels_of_layout<5>(), kernels_of_layout<6>(), kernels_of_layout<7>(),
-    kernels_of_layout<8>(), kernels_of_layout<9>()};
-static_assert(sizeof tile_kernels / sizeof(TileKernels) ==
-              sizeof packed_layouts / sizeof(PackedLayout));
+template <class T>
+struct KernelsOf {
+    static constexpr TileKernels value = kernels_for<T>();
+};
+constexpr auto& tile_kernels = TableOf<TileKernels, KernelsOf>::rows;
 
 // ---- Attention: lanes are keys for scores, elements of a head for values ----------------------
 
@@ -12783,14 +12878,14 @@ struct Scales {
     I4 sub[2];  // Q6_K
 };
 
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, size_t v) {
-    constexpr PackedLayout L = packed_layouts[I];
+    constexpr PackedLayout L = T::layout;
     Scales out{};
-    if constexpr (L.bits == 6) {
+    if constexpr (L.sub_scales == 2) {
         out.dw = load_halves(header + 8 * v);
         for (size_t i = 0; i < 2; i++) out.sub[i] = load_signed_bytes(at + 16 * i + 4 * v);
-    } else if constexpr (L.header_bytes != 0) {  // six bits: signed or not
+    } else if constexpr (L.header_bytes() != 0) {  // six bits: signed or not
         out.dw = mul(load_halves(header + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
         out.m = negate(
             mul(load_halves(header + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
@@ -12802,9 +12897,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
 }
 
 // Codes of quad G of four rows as signed bytes; those of 8 bits without their bias.
-template <int I, int G>
+template <class T, int G>
 VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
-    constexpr int bits = packed_layouts[I].bits, high = bits - 4;
+    constexpr int bits = T::layout.bits, high = bits - 4;
     if constexpr (bits == 8) return bit_xor(load_bytes(codes + 64 * G), byte_splat(-128));
     else {
         const B16 pair = load_bytes(codes + G / 2 * 64);
@@ -12823,67 +12918,67 @@ VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
 inline constexpr size_t kPanelBytes = 704;
 inline constexpr size_t kPanelBlocks = 24;
 
-template <int I, int G = 0>
+template <class T, int G = 0>
 VALAR_FORCE_INLINE void fill_codes(const std::byte* codes, std::byte* panel) {
-    constexpr int bias = packed_layouts[I].bits == 8 ? 0 : packed_layouts[I].bias;
-    store_bytes(panel + 64 * G, byte_sub(load_codes4<I, G>(codes), byte_splat(bias)));
-    if constexpr (G < 7) fill_codes<I, G + 1>(codes, panel);
+    constexpr int bias = T::layout.bits == 8 ? 0 : T::layout.bias;
+    store_bytes(panel + 64 * G, byte_sub(load_codes4<T, G>(codes), byte_splat(bias)));
+    if constexpr (G < 7) fill_codes<T, G + 1>(codes, panel);
 }
 
-template <int I>
+template <class T>
 void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
-    constexpr PackedLayout L = packed_layouts[I];
+    constexpr PackedLayout L = T::layout;
     const std::byte *header = tile, *at = tile;
-    for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
+    for (size_t b = 0; b < blocks; b++, at += L.block_bytes(), panel += kPanelBytes) {
         if (b % L.blocks == 0) {
             header = at;
-            at += L.header_bytes;
+            at += L.header_bytes();
         }
         for (size_t v = 0; v < 4; v++) {
-            fill_codes<I>(at + L.scale_bytes + 16 * v, panel + 16 * v);
-            const Scales s = load_scales<I>(header, at, v);
+            fill_codes<T>(at + L.scale_bytes() + 16 * v, panel + 16 * v);
+            const Scales s = load_scales<T>(header, at, v);
             store(reinterpret_cast<float*>(panel + 512 + 16 * v), s.dw);
             if constexpr (L.minimum) store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
-            if constexpr (L.bits == 6)
+            if constexpr (L.sub_scales == 2)
                 for (size_t i = 0; i < 2; i++)
                     std::memcpy(panel + 576 + 64 * i + 16 * v, &s.sub[i], 16);
         }
     }
 }
 
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE Scales panel_scales(const std::byte* at, size_t v) {
     Scales out{};
     out.dw = load(reinterpret_cast<const float*>(at + 512 + 16 * v));
-    if constexpr (packed_layouts[I].minimum)
+    if constexpr (T::layout.minimum)
         out.m = load(reinterpret_cast<const float*>(at + 576 + 16 * v));
-    if constexpr (packed_layouts[I].bits == 6)
+    if constexpr (T::layout.sub_scales == 2)
         for (size_t i = 0; i < 2; i++) std::memcpy(&out.sub[i], at + 576 + 64 * i + 16 * v, 16);
     return out;
 }
 
 // Signed weights or codes of quad G, from a panel or the packed tile.
-template <int I, bool P, int G>
+template <class T, bool P, int G>
 VALAR_FORCE_INLINE B16 load_quad(const std::byte* codes) {
     if constexpr (P) return load_bytes(codes + 64 * G);
-    else return load_codes4<I, G>(codes);
+    else return load_codes4<T, G>(codes);
 }
 
 // sums (C, 16) += tile (16 rows) x C planes, block after block. P: the tile is a panel. K: the
 // products; `part` has the sums of columns 0..15 and 16..31 apart where a type or latency asks.
-template <int I, int C>
-inline constexpr int sum_parts = packed_layouts[I].bits == 6 || C <= 4 ? 2 : 1;
+template <class T, int C>
+inline constexpr int sum_parts = T::layout.sub_scales == 2 || C <= 4 ? 2 : 1;
 
-template <class K, int I, bool P, int C>
+template <class K, class T, bool P, int C>
 VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
                                    const ActivationBlock* const* planes, size_t step, float* sums) {
-    constexpr PackedLayout L = packed_layouts[I];
-    constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<I, C>;
+    constexpr PackedLayout L = T::layout;
+    constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<T, C>;
     const std::byte *header = tile, *at = tile;
-    for (size_t b = 0; b < blocks; b++, at += P ? kPanelBytes : packed_block_bytes(L)) {
+    for (size_t b = 0; b < blocks; b++, at += P ? kPanelBytes : L.block_bytes()) {
         if (!P && b % L.blocks == 0) {
             header = at;
-            at += L.header_bytes;
+            at += L.header_bytes();
         }
         const ActivationBlock* a[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c] + b * step;
@@ -12894,14 +12989,14 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
                 VALAR_UNROLL for (int p = 0; p < parts; p++) part[p][c] = int_splat(
                     -bias * (parts == 2 ? a[c]->sum[p] : a[c]->sum[0] + a[c]->sum[1]));
             }
-            K::template multiply<I, P, C>(x, at + (P ? 0 : L.scale_bytes) + 16 * v, part);
+            K::template multiply<T, P, C>(x, at + (P ? 0 : L.scale_bytes()) + 16 * v, part);
             Scales s;
-            if constexpr (P) s = panel_scales<I>(at, v);
-            else s = load_scales<I>(header, at, v);
+            if constexpr (P) s = panel_scales<T>(at, v);
+            else s = load_scales<T>(header, at, v);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 float* sum = sums + 2 * kTileRows * c + 4 * v;
                 I4 exact = part[0][c];
-                if constexpr (L.bits == 6)
+                if constexpr (L.sub_scales == 2)
                     exact = int_add(int_mul(exact, s.sub[0]), int_mul(part[1][c], s.sub[1]));
                 else if constexpr (parts == 2) exact = int_add(exact, part[1][c]);
                 F4 acc = fma(to_float(exact), mul(s.dw, splat(a[c]->d)), load(sum));
@@ -12930,7 +13025,7 @@ inline void multiply_quantized(const PackedLayout& layout, size_t blocks, const 
     if (count <= 2) return (count == 1 ? k.dot1 : k.dot2)(tile, blocks, planes, step, sums);
     for (size_t b = 0; b < blocks; b += kPanelBlocks) {
         const size_t n = blocks - b < kPanelBlocks ? blocks - b : kPanelBlocks;
-        k.fill(tile + b / layout.blocks * packed_super_bytes(layout), n, panel);
+        k.fill(tile + b / layout.blocks * layout.super_bytes(), n, panel);
         for (uint32_t v = 0; v < count; v += 8) {
             for (uint32_t c = 0; c < 8; c++)  // the last one again to the end
                 planes[c] = batch.plane(v + c < count ? v + c : count - 1) + b * step;
@@ -13233,47 +13328,43 @@ inline void attention_merge(float* max, float* sum, float* out, float m, float l
 // and whether there is a minimum: types that agree in all three share the kernels of one of them.
 constexpr bool share_panels(const PackedLayout& a, const PackedLayout& b) {
     return a.float_bytes == b.float_bytes && (a.bits == 8) == (b.bits == 8) &&
-           (a.bits == 6) == (b.bits == 6) && a.minimum == b.minimum;
+           (a.sub_scales == 2) == (b.sub_scales == 2) && a.minimum == b.minimum;
 }
-constexpr int panel_twin(int layout) {  // the last that shares, so the one with the widest codes
-    int twin = layout, i = 0;
-    for (const PackedLayout& other : packed_layouts) {
-        if (share_panels(other, packed_layouts[layout])) twin = i;
-        i++;
-    }
-    return twin;
-}
-static_assert(panel_twin(0) == 2 && panel_twin(1) == 5 && panel_twin(4) == 5);
+template <class T>
+using PanelsOf = typename FirstAlike<T, share_panels>::type;
 
-template <class K, int I, int kTwin = panel_twin(I)>
+template <class K, class T>
 inline constexpr QuantKernels quant_kernels = {
-    K::Narrow::template dot_tile<I, false, 1>, K::Narrow::template dot_tile<I, false, 2>,
-    fill_panel<I>, K::template dot_tile<kTwin, true, 4>, K::template dot_tile<kTwin, true, 8>};
+    K::Narrow::template dot_tile<T, false, 1>, K::Narrow::template dot_tile<T, false, 2>,
+    fill_panel<T>, K::template dot_tile<PanelsOf<T>, true, 4>,
+    K::template dot_tile<PanelsOf<T>, true, 8>};
+
+using MultiplyTile = void (*)(const TilePair& pair, const std::byte* tile, const ColumnBatch& batch,
+                              float* sums);
+template <class K, class T>
+void multiply_tile(const TilePair& pair, const std::byte* tile, const ColumnBatch& batch,
+                   float* sums) {
+    if constexpr (T::layout.float_bytes != 0)
+        multiply_values<T::layout.type>(pair.cols, tile, batch, sums);
+    else
+        multiply_quantized(T::layout, pair.cols / kActivationBlock, tile, quant_kernels<K, T>,
+                           batch, sums);
+}
+template <class K>
+struct With {
+    template <class T>
+    struct MultiplyOf {
+        static constexpr MultiplyTile value = multiply_tile<K, T>;
+    };
+};
 
 template <class K>
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
-    static constexpr QuantKernels quantized[] = {
-        quant_kernels<K, 0>, quant_kernels<K, 1>, quant_kernels<K, 2>, quant_kernels<K, 3>,
-        quant_kernels<K, 4>, quant_kernels<K, 5>, quant_kernels<K, 6>};
-    static_assert(packed_layouts[6].float_bytes == 0 && packed_layouts[7].float_bytes != 0);
+    const MultiplyTile multiply =
+        TableOf<MultiplyTile, With<K>::template MultiplyOf>::rows[pair.layout - packed_layouts];
     std::memset(sums, 0, (batch.count + kSpareColumns) * sizeof *sums);
-    for (uint32_t t = 0; t < (pair.tiles[0] == pair.tiles[1] ? 1u : 2u); t++) {
-        const std::byte* tile = pair.tiles[t];
-        switch (pair.layout->type) {
-            case TensorType::f32:
-                multiply_values<TensorType::f32>(pair.cols, tile, batch, sums[0][t]);
-                break;
-            case TensorType::f16:
-                multiply_values<TensorType::f16>(pair.cols, tile, batch, sums[0][t]);
-                break;
-            case TensorType::bf16:
-                multiply_values<TensorType::bf16>(pair.cols, tile, batch, sums[0][t]);
-                break;
-            default:
-                multiply_quantized(*pair.layout, pair.cols / kActivationBlock, tile,
-                                   quantized[pair.layout - packed_layouts], batch, sums[0][t]);
-        }
-    }
+    for (uint32_t t = 0; t < (pair.tiles[0] == pair.tiles[1] ? 1u : 2u); t++)
+        multiply(pair, pair.tiles[t], batch, sums[0][t]);
 }
 template <class K>
 void matmul(const MatmulTask& task) {
@@ -13333,11 +13424,11 @@ struct Products {
     }
 
     // Sixteen bits hold four products of codes of up to 6 bits (63 * 127 * 4), or two of 8 bits.
-    template <int I, bool P, int H, int C, int N>
+    template <class T, bool P, int H, int C, int N>
     static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
                                                  I4 (&part)[N][C]) {
-        const B16 w[4] = {load_quad<I, P, 4 * H>(codes), load_quad<I, P, 4 * H + 1>(codes),
-                          load_quad<I, P, 4 * H + 2>(codes), load_quad<I, P, 4 * H + 3>(codes)};
+        const B16 w[4] = {load_quad<T, P, 4 * H>(codes), load_quad<T, P, 4 * H + 1>(codes),
+                          load_quad<T, P, 4 * H + 2>(codes), load_quad<T, P, 4 * H + 3>(codes)};
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const int32x4_t four = vreinterpretq_s32_s8(load_bytes(x.a[c]->q + 16 * H));
             const B16 x0 = vreinterpretq_s8_s32(vdupq_laneq_s32(four, 0)),
@@ -13348,7 +13439,7 @@ struct Products {
                       high = vmull_high_s8(w[0], x0);
             add_products(low, high, w[1], x1);
             I4 low_sums, high_sums;
-            if constexpr (packed_layouts[I].bits == 8) {
+            if constexpr (T::layout.bits == 8) {
                 low_sums = vpaddlq_s16(low);
                 high_sums = vpaddlq_s16(high);
                 low = vmull_s8(vget_low_s8(w[2]), vget_low_s8(x2));
@@ -13367,17 +13458,17 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int C, int N>
+    template <class T, bool P, int C, int N>
     static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const std::byte* codes,
                                             I4 (&part)[N][C]) {
-        multiply_half<I, P, 0>(x, codes, part);
-        multiply_half<I, P, 1>(x, codes, part);
+        multiply_half<T, P, 0>(x, codes, part);
+        multiply_half<T, P, 1>(x, codes, part);
     }
 
-    template <int I, bool P, int C>
+    template <class T, bool P, int C>
     static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
                          size_t step, float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -13433,33 +13524,33 @@ struct Products {
         explicit Operands(const ActivationBlock* const* blocks) : a(blocks) {}
     };
 
-    template <int I, bool P, int H, int C, int N>
+    template <class T, bool P, int H, int C, int N>
     static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& operands,
                                                  const std::byte* codes, I4 (&part)[N][C]) {
         B16 x[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) x[c] = load_bytes(operands.a[c]->q + 16 * H);
         I4(&sum)[C] = part[N == 2 ? H : 0];
-        B16 w = load_quad<I, P, 4 * H>(codes);
+        B16 w = load_quad<T, P, 4 * H>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 0);
-        w = load_quad<I, P, 4 * H + 1>(codes);
+        w = load_quad<T, P, 4 * H + 1>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 1);
-        w = load_quad<I, P, 4 * H + 2>(codes);
+        w = load_quad<T, P, 4 * H + 2>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 2);
-        w = load_quad<I, P, 4 * H + 3>(codes);
+        w = load_quad<T, P, 4 * H + 3>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 3);
     }
 
-    template <int I, bool P, int C, int N>
+    template <class T, bool P, int C, int N>
     static inline void multiply(const Operands<C>& x, const std::byte* codes, I4 (&part)[N][C]) {
-        multiply_half<I, P, 0>(x, codes, part);
-        multiply_half<I, P, 1>(x, codes, part);
+        multiply_half<T, P, 0>(x, codes, part);
+        multiply_half<T, P, 1>(x, codes, part);
     }
 
-    template <int I, bool P, int C>
+    template <class T, bool P, int C>
     VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
                                        const ActivationBlock* const* planes, size_t step,
                                        float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -13501,11 +13592,11 @@ struct Products {
     };
 
     // Columns 8 J to 8 J + 7 of four rows. A sum is (row 0, row 1) x (column 2i, column 2i + 1).
-    template <int I, bool P, int J, int C>
+    template <class T, bool P, int J, int C>
     static VALAR_FORCE_INLINE void multiply_step(const Operands<C>& operands,
                                                  const std::byte* codes, I4 (&sum)[C / 2][2]) {
-        const I4 first = vreinterpretq_s32_s8(load_quad<I, P, 2 * J>(codes)),
-                 second = vreinterpretq_s32_s8(load_quad<I, P, 2 * J + 1>(codes));
+        const I4 first = vreinterpretq_s32_s8(load_quad<T, P, 2 * J>(codes)),
+                 second = vreinterpretq_s32_s8(load_quad<T, P, 2 * J + 1>(codes));
         const B16 low = vreinterpretq_s8_s32(vzip1q_s32(first, second)),
                   high = vreinterpretq_s8_s32(vzip2q_s32(first, second));
         VALAR_UNROLL for (int i = 0; i < C / 2; i++) {
@@ -13514,15 +13605,15 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int C, int N>
+    template <class T, bool P, int C, int N>
     static inline void multiply(const Operands<C>& x, const std::byte* codes, I4 (&part)[N][C]) {
         I4 sum[C / 2][2];
         VALAR_UNROLL for (int i = 0; i < C; i++) sum[i / 2][i % 2] = int_splat(0);
-        multiply_step<I, P, 0>(x, codes, sum);
-        multiply_step<I, P, 1>(x, codes, sum);
+        multiply_step<T, P, 0>(x, codes, sum);
+        multiply_step<T, P, 1>(x, codes, sum);
         if constexpr (N == 2) take<0>(sum, part);
-        multiply_step<I, P, 2>(x, codes, sum);
-        multiply_step<I, P, 3>(x, codes, sum);
+        multiply_step<T, P, 2>(x, codes, sum);
+        multiply_step<T, P, 3>(x, codes, sum);
         take<N - 1>(sum, part);
     }
 
@@ -13536,11 +13627,11 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int C>
+    template <class T, bool P, int C>
     VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
                                        const ActivationBlock* const* planes, size_t step,
                                        float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -13579,10 +13670,10 @@ struct Products {
         }
     };
 
-    template <int I, bool P, int G, int C>
+    template <class T, bool P, int G, int C>
     static VALAR_FORCE_INLINE void multiply_quad(const Operands<C>& operands,
                                                  const std::byte* codes, I4 (&sum)[C][2]) {
-        const B16 w = load_quad<I, P, G>(codes);
+        const B16 w = load_quad<T, P, G>(codes);
         const v128_t low = wasm_i16x8_extend_low_i8x16(w), high = wasm_i16x8_extend_high_i8x16(w);
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const v128_t x = wasm_v128_load64_splat(operands.x[c] + 4 * G);
@@ -13591,15 +13682,15 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int H, int C, int N>
+    template <class T, bool P, int H, int C, int N>
     static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
                                                  I4 (&part)[N][C]) {
         I4 sum[C][2];
         VALAR_UNROLL for (int i = 0; i < 2 * C; i++) sum[i / 2][i % 2] = int_splat(0);
-        multiply_quad<I, P, 4 * H>(x, codes, sum);
-        multiply_quad<I, P, 4 * H + 1>(x, codes, sum);
-        multiply_quad<I, P, 4 * H + 2>(x, codes, sum);
-        multiply_quad<I, P, 4 * H + 3>(x, codes, sum);
+        multiply_quad<T, P, 4 * H>(x, codes, sum);
+        multiply_quad<T, P, 4 * H + 1>(x, codes, sum);
+        multiply_quad<T, P, 4 * H + 2>(x, codes, sum);
+        multiply_quad<T, P, 4 * H + 3>(x, codes, sum);
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             I4& all = part[N == 2 ? H : 0][c];
             all = int_add(
@@ -13607,17 +13698,17 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int C, int N>
+    template <class T, bool P, int C, int N>
     static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const std::byte* codes,
                                             I4 (&part)[N][C]) {
-        multiply_half<I, P, 0>(x, codes, part);
-        multiply_half<I, P, 1>(x, codes, part);
+        multiply_half<T, P, 0>(x, codes, part);
+        multiply_half<T, P, 1>(x, codes, part);
     }
 
-    template <int I, bool P, int C>
+    template <class T, bool P, int C>
     static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
                          size_t step, float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -31196,16 +31287,17 @@ _Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"
 _Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")")
 _Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Done\")") _Pragma("pop_macro(\"Each\")")
 _Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")")
-_Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"FILE\")")
-_Pragma("pop_macro(\"Fault\")") _Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"Frame\")")
+_Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"F16\")")
+_Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")")
+_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")") _Pragma("pop_macro(\"Frame\")")
 _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")")
-_Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"I\")")
-_Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Iterator\")")
-_Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")")
-_Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
-_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
-_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
-_Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
+_Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"Input\")")
+_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")")
+_Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")")
+_Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Length\")")
+_Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")")
+_Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Match\")")
+_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
 _Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
 _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
 _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
@@ -31213,22 +31305,22 @@ _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro
 _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
 _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Q\")")
 _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
-_Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")")
-_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
-_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
-_Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")")
-_Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")")
-_Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
-_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
-_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
-_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
-_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
-_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"V\")")
-_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"W\")")
-_Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
-_Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
-_Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
-_Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
+_Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")")
+_Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")")
+_Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")")
+_Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")")
+_Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")")
+_Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
+_Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")")
+_Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")")
+_Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")")
+_Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")")
+_Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")")
+_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")")
+_Pragma("pop_macro(\"W\")") _Pragma("pop_macro(\"WideCharToMultiByte\")")
+_Pragma("pop_macro(\"Window\")") _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")")
+_Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")")
+_Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
 _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")

@@ -29,11 +29,11 @@ struct Products {
     }
 
     // Sixteen bits hold four products of codes of up to 6 bits (63 * 127 * 4), or two of 8 bits.
-    template <int I, bool P, int H, int C, int N>
+    template <class T, bool P, int H, int C, int N>
     static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
                                                  I4 (&part)[N][C]) {
-        const B16 w[4] = {load_quad<I, P, 4 * H>(codes), load_quad<I, P, 4 * H + 1>(codes),
-                          load_quad<I, P, 4 * H + 2>(codes), load_quad<I, P, 4 * H + 3>(codes)};
+        const B16 w[4] = {load_quad<T, P, 4 * H>(codes), load_quad<T, P, 4 * H + 1>(codes),
+                          load_quad<T, P, 4 * H + 2>(codes), load_quad<T, P, 4 * H + 3>(codes)};
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const int32x4_t four = vreinterpretq_s32_s8(load_bytes(x.a[c]->q + 16 * H));
             const B16 x0 = vreinterpretq_s8_s32(vdupq_laneq_s32(four, 0)),
@@ -44,7 +44,7 @@ struct Products {
                       high = vmull_high_s8(w[0], x0);
             add_products(low, high, w[1], x1);
             I4 low_sums, high_sums;
-            if constexpr (packed_layouts[I].bits == 8) {
+            if constexpr (T::layout.bits == 8) {
                 low_sums = vpaddlq_s16(low);
                 high_sums = vpaddlq_s16(high);
                 low = vmull_s8(vget_low_s8(w[2]), vget_low_s8(x2));
@@ -63,17 +63,17 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int C, int N>
+    template <class T, bool P, int C, int N>
     static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const std::byte* codes,
                                             I4 (&part)[N][C]) {
-        multiply_half<I, P, 0>(x, codes, part);
-        multiply_half<I, P, 1>(x, codes, part);
+        multiply_half<T, P, 0>(x, codes, part);
+        multiply_half<T, P, 1>(x, codes, part);
     }
 
-    template <int I, bool P, int C>
+    template <class T, bool P, int C>
     static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
                          size_t step, float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -129,33 +129,33 @@ struct Products {
         explicit Operands(const ActivationBlock* const* blocks) : a(blocks) {}
     };
 
-    template <int I, bool P, int H, int C, int N>
+    template <class T, bool P, int H, int C, int N>
     static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& operands,
                                                  const std::byte* codes, I4 (&part)[N][C]) {
         B16 x[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) x[c] = load_bytes(operands.a[c]->q + 16 * H);
         I4(&sum)[C] = part[N == 2 ? H : 0];
-        B16 w = load_quad<I, P, 4 * H>(codes);
+        B16 w = load_quad<T, P, 4 * H>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 0);
-        w = load_quad<I, P, 4 * H + 1>(codes);
+        w = load_quad<T, P, 4 * H + 1>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 1);
-        w = load_quad<I, P, 4 * H + 2>(codes);
+        w = load_quad<T, P, 4 * H + 2>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 2);
-        w = load_quad<I, P, 4 * H + 3>(codes);
+        w = load_quad<T, P, 4 * H + 3>(codes);
         VALAR_UNROLL for (int c = 0; c < C; c++) VALAR_SDOT(sum[c], w, x[c], 3);
     }
 
-    template <int I, bool P, int C, int N>
+    template <class T, bool P, int C, int N>
     static inline void multiply(const Operands<C>& x, const std::byte* codes, I4 (&part)[N][C]) {
-        multiply_half<I, P, 0>(x, codes, part);
-        multiply_half<I, P, 1>(x, codes, part);
+        multiply_half<T, P, 0>(x, codes, part);
+        multiply_half<T, P, 1>(x, codes, part);
     }
 
-    template <int I, bool P, int C>
+    template <class T, bool P, int C>
     VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
                                        const ActivationBlock* const* planes, size_t step,
                                        float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
     }
 };
 
@@ -197,11 +197,11 @@ struct Products {
     };
 
     // Columns 8 J to 8 J + 7 of four rows. A sum is (row 0, row 1) x (column 2i, column 2i + 1).
-    template <int I, bool P, int J, int C>
+    template <class T, bool P, int J, int C>
     static VALAR_FORCE_INLINE void multiply_step(const Operands<C>& operands,
                                                  const std::byte* codes, I4 (&sum)[C / 2][2]) {
-        const I4 first = vreinterpretq_s32_s8(load_quad<I, P, 2 * J>(codes)),
-                 second = vreinterpretq_s32_s8(load_quad<I, P, 2 * J + 1>(codes));
+        const I4 first = vreinterpretq_s32_s8(load_quad<T, P, 2 * J>(codes)),
+                 second = vreinterpretq_s32_s8(load_quad<T, P, 2 * J + 1>(codes));
         const B16 low = vreinterpretq_s8_s32(vzip1q_s32(first, second)),
                   high = vreinterpretq_s8_s32(vzip2q_s32(first, second));
         VALAR_UNROLL for (int i = 0; i < C / 2; i++) {
@@ -210,15 +210,15 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int C, int N>
+    template <class T, bool P, int C, int N>
     static inline void multiply(const Operands<C>& x, const std::byte* codes, I4 (&part)[N][C]) {
         I4 sum[C / 2][2];
         VALAR_UNROLL for (int i = 0; i < C; i++) sum[i / 2][i % 2] = int_splat(0);
-        multiply_step<I, P, 0>(x, codes, sum);
-        multiply_step<I, P, 1>(x, codes, sum);
+        multiply_step<T, P, 0>(x, codes, sum);
+        multiply_step<T, P, 1>(x, codes, sum);
         if constexpr (N == 2) take<0>(sum, part);
-        multiply_step<I, P, 2>(x, codes, sum);
-        multiply_step<I, P, 3>(x, codes, sum);
+        multiply_step<T, P, 2>(x, codes, sum);
+        multiply_step<T, P, 3>(x, codes, sum);
         take<N - 1>(sum, part);
     }
 
@@ -232,11 +232,11 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int C>
+    template <class T, bool P, int C>
     VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
                                        const ActivationBlock* const* planes, size_t step,
                                        float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
     }
 };
 

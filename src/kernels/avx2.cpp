@@ -59,16 +59,16 @@ struct Scales {  // of eight rows
     __m256 sub[2];  // Q6_K
 };
 
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, int half) {
-    constexpr PackedLayout L = packed_layouts[I];
+    constexpr PackedLayout L = T::layout;
     Scales out{};
-    if constexpr (L.bits == 6) {
+    if constexpr (L.sub_scales == 2) {
         out.dw = load_halves(header + 16 * half);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
                 _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half))));
-    } else if constexpr (L.header_bytes != 0) {
+    } else if constexpr (L.header_bytes() != 0) {
         const __m256 m = _mm256_mul_ps(load_halves(header + 32 + 16 * half),
                                        load_small_ints(at + 16 + 8 * half));
         out.dw = _mm256_mul_ps(load_halves(header + 16 * half), load_small_ints(at + 8 * half));
@@ -81,9 +81,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
 }
 
 // Unsigned codes of quad g of eight rows.
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g) {
-    constexpr int bits = packed_layouts[I].bits, high = bits - 4;
+    constexpr int bits = T::layout.bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m256i pair = load_bytes(codes + g / 2 * 64);
     const __m256i low = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair,
@@ -120,12 +120,12 @@ VALAR_FORCE_INLINE void add_products(__m256i& total, __m256i (&part)[2], __m256i
 }
 
 // sums += two tiles times C planes, H times eight rows at a time: registers decide.
-template <int I, Vnni kVnni, int C>
+template <class T, Vnni kVnni, int C>
 void dot_tiles(const TileStep& step) {
-    constexpr PackedLayout L = packed_layouts[I];
-    constexpr int kParts = L.bits == 6 ? 2 : 1;  // sums of 16 codes that have a scale each
-    constexpr int H = L.bits == 4 || (L.bits != 6 && kVnni != Vnni::none) ? 2 : 1;
-    constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
+    constexpr PackedLayout L = T::layout;
+    constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
+    constexpr int H = L.bits == 4 || (L.sub_scales != 2 && kVnni != Vnni::none) ? 2 : 1;
+    constexpr size_t kLines = (L.block_bytes() + 63) / 64;
     const ActivationBlock* a[C];
     VALAR_UNROLL for (int c = 0; c < C; c++)
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
@@ -134,17 +134,17 @@ void dot_tiles(const TileStep& step) {
     const std::byte* next = step.next;
     size_t header = 0, at = 0, wait = step.every ? 0 : SIZE_MAX;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.header_bytes != 0) {
+        if constexpr (L.header_bytes() != 0) {
             if (b % L.blocks == 0) {
                 header = at;
-                at += L.header_bytes;
+                at += L.header_bytes();
             }
         }
         if (wait-- == 0) {
             wait = step.every - 1;
             VALAR_UNROLL for (size_t i = 0; i < 2 * kLines; i++)
                 prefetch(next + (i % 2 ? step.tiles[1] - step.tiles[0] : 0) + i / 2 * 64);
-            next += packed_super_bytes(L) / L.blocks;
+            next += L.super_bytes() / L.blocks;
         }
         for (int v = 0; v < 4; v += H) {  // of the tiles' 32 rows
             const std::byte* tile = step.tiles[v / 2];
@@ -159,7 +159,7 @@ void dot_tiles(const TileStep& step) {
             VALAR_UNROLL for (int g = 0; g < 8; g++) {
                 __m256i codes[H];
                 VALAR_UNROLL for (int h = 0; h < H; h++)
-                    codes[h] = load_quad<I>(tile + at + L.scale_bytes + 32 * (v % 2 + h), g);
+                    codes[h] = load_quad<T>(tile + at + L.scale_bytes() + 32 * (v % 2 + h), g);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     const __m256i x = broadcast4(a[c]->q + 4 * g);
                     VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
@@ -167,10 +167,10 @@ void dot_tiles(const TileStep& step) {
                 }
             }
             VALAR_UNROLL for (int h = 0; h < H; h++) {
-                const Scales scales = load_scales<I>(tile + header, tile + at, v % 2 + h);
+                const Scales scales = load_scales<T>(tile + header, tile + at, v % 2 + h);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     __m256 sum = _mm256_cvtepi32_ps(total[0][c][h]);
-                    if constexpr (L.bits == 6)  // exact, being below 2^24
+                    if constexpr (L.sub_scales == 2)  // exact, being below 2^24
                         sum = _mm256_fmadd_ps(
                             sum, scales.sub[0],
                             _mm256_mul_ps(_mm256_cvtepi32_ps(total[1][c][h]), scales.sub[1]));
@@ -183,7 +183,7 @@ void dot_tiles(const TileStep& step) {
                 }
             }
         }
-        at += packed_block_bytes(L);
+        at += L.block_bytes();
         VALAR_UNROLL for (int c = 0; c < C; c++) a[c] += stride;
     }
 }
@@ -226,29 +226,29 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <int I, Vnni kVnni, int kMost = kVnni == Vnni::none ? 4 : 6>
-constexpr TileKernels quantized = {{{1, dot_tiles<I, kVnni, 1>},
-                                    {2, dot_tiles<I, kVnni, 2>},
-                                    {4, dot_tiles<I, kVnni, 4>},
-                                    {kMost, dot_tiles<I, kVnni, kMost>}}};
+template <class T, Vnni kVnni, int kMost = kVnni == Vnni::none ? 4 : 6>
+constexpr TileKernels quantized = {{{1, dot_tiles<T, kVnni, 1>},
+                                    {2, dot_tiles<T, kVnni, 2>},
+                                    {4, dot_tiles<T, kVnni, 4>},
+                                    {kMost, dot_tiles<T, kVnni, kMost>}}};
 template <TensorType kType>
 constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
-template <int I, Vnni kVnni>
-constexpr TileKernels kernels_of_layout() {
-    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
-    else return quantized<I, kVnni>;
-}
-template <Vnni V>
-constexpr TileKernels tile_kernels[] = {kernels_of_layout<0, V>(), kernels_of_layout<1, V>(),
-                                        kernels_of_layout<2, V>(), kernels_of_layout<3, V>(),
-                                        kernels_of_layout<4, V>(), kernels_of_layout<5, V>(),
-                                        kernels_of_layout<6, V>(), kernels_of_layout<7, V>(),
-                                        kernels_of_layout<8, V>(), kernels_of_layout<9, V>()};
-static_assert(sizeof tile_kernels<Vnni::none> / sizeof(TileKernels) ==
-              sizeof packed_layouts / sizeof(PackedLayout));
+template <Vnni kVnni>
+struct With {
+    template <class T>
+    static constexpr TileKernels choose() {
+        if constexpr (T::layout.float_bytes != 0) return floats<T::layout.type>;
+        else return quantized<TilesOf<T>, kVnni>;
+    }
+    template <class T>
+    struct KernelsOf {
+        static constexpr TileKernels value = choose<T>();
+    };
+    static constexpr auto& tile_kernels = TableOf<TileKernels, KernelsOf>::rows;
+};
 
 // Nearest integers of x * factor as 32 bytes, their sums, and optionally what is left: x - d * h.
 VALAR_FORCE_INLINE void quantize_plane(__m256 (&x)[4], float d, float inverse,
@@ -402,7 +402,7 @@ void silu_mul(float* gate, const float* up, size_t n) {
 
 template <Vnni kVnni>
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
-    multiply_pair(tile_kernels<kVnni>[pair.layout - packed_layouts], pair, batch, sums);
+    multiply_pair(With<kVnni>::tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
 }
 template <Vnni kVnni>
 void matmul(const MatmulTask& task) {

@@ -42,15 +42,15 @@ struct Scales {
     __m512 sub[2];  // Q6_K
 };
 
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at) {
-    constexpr PackedLayout L = packed_layouts[I];
+    constexpr PackedLayout L = T::layout;
     Scales out{};
-    if constexpr (L.bits == 6) {
+    if constexpr (L.sub_scales == 2) {
         out.dw = load_halves(header);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i)));
-    } else if constexpr (L.header_bytes != 0) {
+    } else if constexpr (L.header_bytes() != 0) {
         const __m512 m = _mm512_mul_ps(load_halves(header + 32), load_small_ints(at + 16));
         out.dw = _mm512_mul_ps(load_halves(header), load_small_ints(at));
         out.m = _mm512_xor_ps(m, _mm512_set1_ps(-0.0f));
@@ -62,9 +62,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
 }
 
 // Unsigned codes of quad g.
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g) {
-    constexpr int bits = packed_layouts[I].bits, high = bits - 4;
+    constexpr int bits = T::layout.bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
     const __m512i pair = load_bytes(codes + g / 2 * 64);
     const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair,
@@ -79,11 +79,11 @@ VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g) {
 }
 
 // sums += two tiles times C planes.
-template <int I, int C>
+template <class T, int C>
 void dot_tiles(const TileStep& step) {
-    constexpr PackedLayout L = packed_layouts[I];
-    constexpr int kParts = L.bits == 6 ? 2 : 1;  // sums of 16 codes that have a scale each
-    constexpr size_t kLines = (packed_block_bytes(L) + 63) / 64;
+    constexpr PackedLayout L = T::layout;
+    constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
+    constexpr size_t kLines = (L.block_bytes() + 63) / 64;
     const ActivationBlock* a[C];
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -96,17 +96,17 @@ void dot_tiles(const TileStep& step) {
     const std::byte *at = step.tiles[0], *header = at, *next = step.next;
     size_t wait = step.every ? 0 : SIZE_MAX;
     for (size_t b = 0; b < step.count; b++) {
-        if constexpr (L.header_bytes != 0) {
+        if constexpr (L.header_bytes() != 0) {
             if (b % L.blocks == 0) {
                 header = at;
-                at += L.header_bytes;
+                at += L.header_bytes();
             }
         }
         if (wait-- == 0) {
             wait = step.every - 1;
             VALAR_UNROLL for (size_t i = 0; i < 2 * kLines; i++)
                 prefetch(next + (i % 2 ? apart : 0) + i / 2 * 64);
-            next += packed_super_bytes(L) / L.blocks;
+            next += L.super_bytes() / L.blocks;
         }
         __m512i total[kParts][C][2];  // starts as what the codes' bias adds, negated
         VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -118,7 +118,7 @@ void dot_tiles(const TileStep& step) {
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[2];
             VALAR_UNROLL for (int t = 0; t < 2; t++)
-                w[t] = load_quad<I>(at + (t ? apart : 0) + L.scale_bytes, g);
+                w[t] = load_quad<T>(at + (t ? apart : 0) + L.scale_bytes(), g);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
@@ -128,10 +128,10 @@ void dot_tiles(const TileStep& step) {
             }
         }
         VALAR_UNROLL for (int t = 0; t < 2; t++) {
-            const Scales scales = load_scales<I>(header + (t ? apart : 0), at + (t ? apart : 0));
+            const Scales scales = load_scales<T>(header + (t ? apart : 0), at + (t ? apart : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 __m512 sum = _mm512_cvtepi32_ps(total[0][c][t]);
-                if constexpr (L.bits == 6)  // exact, being below 2^24
+                if constexpr (L.sub_scales == 2)  // exact, being below 2^24
                     sum = _mm512_fmadd_ps(
                         sum, scales.sub[0],
                         _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.sub[1]));
@@ -141,7 +141,7 @@ void dot_tiles(const TileStep& step) {
                     acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c]->s), acc[c][t]);
             }
         }
-        at += packed_block_bytes(L);
+        at += L.block_bytes();
         VALAR_UNROLL for (int c = 0; c < C; c++) a[c] += stride;
     }
     VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -182,27 +182,26 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <int I, int kMost = packed_layouts[I].bits == 6 ? 4 : 6>  // as registers allow
-constexpr TileKernels quantized = {{{1, dot_tiles<I, 1>},
-                                    {2, dot_tiles<I, 2>},
-                                    {4, dot_tiles<I, 4>},
-                                    {kMost, dot_tiles<I, kMost>}}};
+template <class T, int kMost = T::layout.sub_scales == 2 ? 4 : 6>  // as registers allow
+constexpr TileKernels quantized = {{{1, dot_tiles<T, 1>},
+                                    {2, dot_tiles<T, 2>},
+                                    {4, dot_tiles<T, 4>},
+                                    {kMost, dot_tiles<T, kMost>}}};
 template <TensorType kType>
 constexpr TileKernels floats = {{{1, dot_floats<kType, 1>},
                                  {2, dot_floats<kType, 2>},
                                  {4, dot_floats<kType, 4>},
                                  {6, dot_floats<kType, 6>}}};
-template <int I>
-constexpr TileKernels kernels_of_layout() {
-    if constexpr (packed_layouts[I].float_bytes != 0) return floats<packed_layouts[I].type>;
-    else return quantized<I>;
+template <class T>
+constexpr TileKernels kernels_for() {
+    if constexpr (T::layout.float_bytes != 0) return floats<T::layout.type>;
+    else return quantized<TilesOf<T>>;
 }
-constexpr TileKernels tile_kernels[] = {
-    kernels_of_layout<0>(), kernels_of_layout<1>(), kernels_of_layout<2>(), kernels_of_layout<3>(),
-    kernels_of_layout<4>(), kernels_of_layout<5>(), kernels_of_layout<6>(), kernels_of_layout<7>(),
-    kernels_of_layout<8>(), kernels_of_layout<9>()};
-static_assert(sizeof tile_kernels / sizeof(TileKernels) ==
-              sizeof packed_layouts / sizeof(PackedLayout));
+template <class T>
+struct KernelsOf {
+    static constexpr TileKernels value = kernels_for<T>();
+};
+constexpr auto& tile_kernels = TableOf<TileKernels, KernelsOf>::rows;
 
 // ---- Attention: lanes are keys for scores, elements of a head for values ----------------------
 

@@ -211,14 +211,14 @@ struct Scales {
     I4 sub[2];  // Q6_K
 };
 
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, size_t v) {
-    constexpr PackedLayout L = packed_layouts[I];
+    constexpr PackedLayout L = T::layout;
     Scales out{};
-    if constexpr (L.bits == 6) {
+    if constexpr (L.sub_scales == 2) {
         out.dw = load_halves(header + 8 * v);
         for (size_t i = 0; i < 2; i++) out.sub[i] = load_signed_bytes(at + 16 * i + 4 * v);
-    } else if constexpr (L.header_bytes != 0) {  // six bits: signed or not
+    } else if constexpr (L.header_bytes() != 0) {  // six bits: signed or not
         out.dw = mul(load_halves(header + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
         out.m = negate(
             mul(load_halves(header + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
@@ -230,9 +230,9 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
 }
 
 // Codes of quad G of four rows as signed bytes; those of 8 bits without their bias.
-template <int I, int G>
+template <class T, int G>
 VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
-    constexpr int bits = packed_layouts[I].bits, high = bits - 4;
+    constexpr int bits = T::layout.bits, high = bits - 4;
     if constexpr (bits == 8) return bit_xor(load_bytes(codes + 64 * G), byte_splat(-128));
     else {
         const B16 pair = load_bytes(codes + G / 2 * 64);
@@ -251,67 +251,67 @@ VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
 inline constexpr size_t kPanelBytes = 704;
 inline constexpr size_t kPanelBlocks = 24;
 
-template <int I, int G = 0>
+template <class T, int G = 0>
 VALAR_FORCE_INLINE void fill_codes(const std::byte* codes, std::byte* panel) {
-    constexpr int bias = packed_layouts[I].bits == 8 ? 0 : packed_layouts[I].bias;
-    store_bytes(panel + 64 * G, byte_sub(load_codes4<I, G>(codes), byte_splat(bias)));
-    if constexpr (G < 7) fill_codes<I, G + 1>(codes, panel);
+    constexpr int bias = T::layout.bits == 8 ? 0 : T::layout.bias;
+    store_bytes(panel + 64 * G, byte_sub(load_codes4<T, G>(codes), byte_splat(bias)));
+    if constexpr (G < 7) fill_codes<T, G + 1>(codes, panel);
 }
 
-template <int I>
+template <class T>
 void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
-    constexpr PackedLayout L = packed_layouts[I];
+    constexpr PackedLayout L = T::layout;
     const std::byte *header = tile, *at = tile;
-    for (size_t b = 0; b < blocks; b++, at += packed_block_bytes(L), panel += kPanelBytes) {
+    for (size_t b = 0; b < blocks; b++, at += L.block_bytes(), panel += kPanelBytes) {
         if (b % L.blocks == 0) {
             header = at;
-            at += L.header_bytes;
+            at += L.header_bytes();
         }
         for (size_t v = 0; v < 4; v++) {
-            fill_codes<I>(at + L.scale_bytes + 16 * v, panel + 16 * v);
-            const Scales s = load_scales<I>(header, at, v);
+            fill_codes<T>(at + L.scale_bytes() + 16 * v, panel + 16 * v);
+            const Scales s = load_scales<T>(header, at, v);
             store(reinterpret_cast<float*>(panel + 512 + 16 * v), s.dw);
             if constexpr (L.minimum) store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
-            if constexpr (L.bits == 6)
+            if constexpr (L.sub_scales == 2)
                 for (size_t i = 0; i < 2; i++)
                     std::memcpy(panel + 576 + 64 * i + 16 * v, &s.sub[i], 16);
         }
     }
 }
 
-template <int I>
+template <class T>
 VALAR_FORCE_INLINE Scales panel_scales(const std::byte* at, size_t v) {
     Scales out{};
     out.dw = load(reinterpret_cast<const float*>(at + 512 + 16 * v));
-    if constexpr (packed_layouts[I].minimum)
+    if constexpr (T::layout.minimum)
         out.m = load(reinterpret_cast<const float*>(at + 576 + 16 * v));
-    if constexpr (packed_layouts[I].bits == 6)
+    if constexpr (T::layout.sub_scales == 2)
         for (size_t i = 0; i < 2; i++) std::memcpy(&out.sub[i], at + 576 + 64 * i + 16 * v, 16);
     return out;
 }
 
 // Signed weights or codes of quad G, from a panel or the packed tile.
-template <int I, bool P, int G>
+template <class T, bool P, int G>
 VALAR_FORCE_INLINE B16 load_quad(const std::byte* codes) {
     if constexpr (P) return load_bytes(codes + 64 * G);
-    else return load_codes4<I, G>(codes);
+    else return load_codes4<T, G>(codes);
 }
 
 // sums (C, 16) += tile (16 rows) x C planes, block after block. P: the tile is a panel. K: the
 // products; `part` has the sums of columns 0..15 and 16..31 apart where a type or latency asks.
-template <int I, int C>
-inline constexpr int sum_parts = packed_layouts[I].bits == 6 || C <= 4 ? 2 : 1;
+template <class T, int C>
+inline constexpr int sum_parts = T::layout.sub_scales == 2 || C <= 4 ? 2 : 1;
 
-template <class K, int I, bool P, int C>
+template <class K, class T, bool P, int C>
 VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
                                    const ActivationBlock* const* planes, size_t step, float* sums) {
-    constexpr PackedLayout L = packed_layouts[I];
-    constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<I, C>;
+    constexpr PackedLayout L = T::layout;
+    constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<T, C>;
     const std::byte *header = tile, *at = tile;
-    for (size_t b = 0; b < blocks; b++, at += P ? kPanelBytes : packed_block_bytes(L)) {
+    for (size_t b = 0; b < blocks; b++, at += P ? kPanelBytes : L.block_bytes()) {
         if (!P && b % L.blocks == 0) {
             header = at;
-            at += L.header_bytes;
+            at += L.header_bytes();
         }
         const ActivationBlock* a[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) a[c] = planes[c] + b * step;
@@ -322,14 +322,14 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
                 VALAR_UNROLL for (int p = 0; p < parts; p++) part[p][c] = int_splat(
                     -bias * (parts == 2 ? a[c]->sum[p] : a[c]->sum[0] + a[c]->sum[1]));
             }
-            K::template multiply<I, P, C>(x, at + (P ? 0 : L.scale_bytes) + 16 * v, part);
+            K::template multiply<T, P, C>(x, at + (P ? 0 : L.scale_bytes()) + 16 * v, part);
             Scales s;
-            if constexpr (P) s = panel_scales<I>(at, v);
-            else s = load_scales<I>(header, at, v);
+            if constexpr (P) s = panel_scales<T>(at, v);
+            else s = load_scales<T>(header, at, v);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 float* sum = sums + 2 * kTileRows * c + 4 * v;
                 I4 exact = part[0][c];
-                if constexpr (L.bits == 6)
+                if constexpr (L.sub_scales == 2)
                     exact = int_add(int_mul(exact, s.sub[0]), int_mul(part[1][c], s.sub[1]));
                 else if constexpr (parts == 2) exact = int_add(exact, part[1][c]);
                 F4 acc = fma(to_float(exact), mul(s.dw, splat(a[c]->d)), load(sum));
@@ -358,7 +358,7 @@ inline void multiply_quantized(const PackedLayout& layout, size_t blocks, const 
     if (count <= 2) return (count == 1 ? k.dot1 : k.dot2)(tile, blocks, planes, step, sums);
     for (size_t b = 0; b < blocks; b += kPanelBlocks) {
         const size_t n = blocks - b < kPanelBlocks ? blocks - b : kPanelBlocks;
-        k.fill(tile + b / layout.blocks * packed_super_bytes(layout), n, panel);
+        k.fill(tile + b / layout.blocks * layout.super_bytes(), n, panel);
         for (uint32_t v = 0; v < count; v += 8) {
             for (uint32_t c = 0; c < 8; c++)  // the last one again to the end
                 planes[c] = batch.plane(v + c < count ? v + c : count - 1) + b * step;
@@ -661,47 +661,43 @@ inline void attention_merge(float* max, float* sum, float* out, float m, float l
 // and whether there is a minimum: types that agree in all three share the kernels of one of them.
 constexpr bool share_panels(const PackedLayout& a, const PackedLayout& b) {
     return a.float_bytes == b.float_bytes && (a.bits == 8) == (b.bits == 8) &&
-           (a.bits == 6) == (b.bits == 6) && a.minimum == b.minimum;
+           (a.sub_scales == 2) == (b.sub_scales == 2) && a.minimum == b.minimum;
 }
-constexpr int panel_twin(int layout) {  // the last that shares, so the one with the widest codes
-    int twin = layout, i = 0;
-    for (const PackedLayout& other : packed_layouts) {
-        if (share_panels(other, packed_layouts[layout])) twin = i;
-        i++;
-    }
-    return twin;
-}
-static_assert(panel_twin(0) == 2 && panel_twin(1) == 5 && panel_twin(4) == 5);
+template <class T>
+using PanelsOf = typename FirstAlike<T, share_panels>::type;
 
-template <class K, int I, int kTwin = panel_twin(I)>
+template <class K, class T>
 inline constexpr QuantKernels quant_kernels = {
-    K::Narrow::template dot_tile<I, false, 1>, K::Narrow::template dot_tile<I, false, 2>,
-    fill_panel<I>, K::template dot_tile<kTwin, true, 4>, K::template dot_tile<kTwin, true, 8>};
+    K::Narrow::template dot_tile<T, false, 1>, K::Narrow::template dot_tile<T, false, 2>,
+    fill_panel<T>, K::template dot_tile<PanelsOf<T>, true, 4>,
+    K::template dot_tile<PanelsOf<T>, true, 8>};
+
+using MultiplyTile = void (*)(const TilePair& pair, const std::byte* tile, const ColumnBatch& batch,
+                              float* sums);
+template <class K, class T>
+void multiply_tile(const TilePair& pair, const std::byte* tile, const ColumnBatch& batch,
+                   float* sums) {
+    if constexpr (T::layout.float_bytes != 0)
+        multiply_values<T::layout.type>(pair.cols, tile, batch, sums);
+    else
+        multiply_quantized(T::layout, pair.cols / kActivationBlock, tile, quant_kernels<K, T>,
+                           batch, sums);
+}
+template <class K>
+struct With {
+    template <class T>
+    struct MultiplyOf {
+        static constexpr MultiplyTile value = multiply_tile<K, T>;
+    };
+};
 
 template <class K>
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
-    static constexpr QuantKernels quantized[] = {
-        quant_kernels<K, 0>, quant_kernels<K, 1>, quant_kernels<K, 2>, quant_kernels<K, 3>,
-        quant_kernels<K, 4>, quant_kernels<K, 5>, quant_kernels<K, 6>};
-    static_assert(packed_layouts[6].float_bytes == 0 && packed_layouts[7].float_bytes != 0);
+    const MultiplyTile multiply =
+        TableOf<MultiplyTile, With<K>::template MultiplyOf>::rows[pair.layout - packed_layouts];
     std::memset(sums, 0, (batch.count + kSpareColumns) * sizeof *sums);
-    for (uint32_t t = 0; t < (pair.tiles[0] == pair.tiles[1] ? 1u : 2u); t++) {
-        const std::byte* tile = pair.tiles[t];
-        switch (pair.layout->type) {
-            case TensorType::f32:
-                multiply_values<TensorType::f32>(pair.cols, tile, batch, sums[0][t]);
-                break;
-            case TensorType::f16:
-                multiply_values<TensorType::f16>(pair.cols, tile, batch, sums[0][t]);
-                break;
-            case TensorType::bf16:
-                multiply_values<TensorType::bf16>(pair.cols, tile, batch, sums[0][t]);
-                break;
-            default:
-                multiply_quantized(*pair.layout, pair.cols / kActivationBlock, tile,
-                                   quantized[pair.layout - packed_layouts], batch, sums[0][t]);
-        }
-    }
+    for (uint32_t t = 0; t < (pair.tiles[0] == pair.tiles[1] ? 1u : 2u); t++)
+        multiply(pair, pair.tiles[t], batch, sums[0][t]);
 }
 template <class K>
 void matmul(const MatmulTask& task) {

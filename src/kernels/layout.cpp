@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <iterator>
 #include <span>
 
 #ifndef VALAR_NO_INFERENCE
@@ -34,21 +33,14 @@ inline void store_codes(const PackedLayout& layout, std::byte* codes, uint32_t r
     for (uint32_t i = 0; i < high; i++) store32(codes + 256 + 64 * i, bits[i]);
 }
 
-// One block of a row as the GGUF file has it, decoded as far as all types are alike.
-struct SourceBlock {
-    uint32_t words[8];  // unsigned codes, four a word
-    uint16_t d, m;      // binary16: d, m or D, Dmin
-    uint8_t s0, s1;     // sc, mn or sc0, sc1
-};
-
 // The k-quants' eight 6-bit scales and minimums in 12 bytes.
 inline void read_k_scales(const uint8_t* q, size_t s, SourceBlock& out) {
     if (s < 4) {
-        out.s0 = q[s] & 63;
-        out.s1 = q[s + 4] & 63;
+        out.sub[0] = q[s] & 63;
+        out.sub[1] = q[s + 4] & 63;
     } else {
-        out.s0 = static_cast<uint8_t>((q[s + 4] & 15) | (q[s - 4] >> 6) << 4);
-        out.s1 = static_cast<uint8_t>(q[s + 4] >> 4 | (q[s] >> 6) << 4);
+        out.sub[0] = static_cast<uint8_t>((q[s + 4] & 15) | (q[s - 4] >> 6) << 4);
+        out.sub[1] = static_cast<uint8_t>(q[s + 4] >> 4 | (q[s] >> 6) << 4);
     }
 }
 
@@ -60,82 +52,94 @@ inline void read_nibbles(const std::byte* at, SourceBlock& out) {  // 16 bytes: 
     }
 }
 
-inline void read_source_block(TensorType type, const std::byte* row, size_t block,
-                              SourceBlock& out) {
-    const std::byte* at = row;
-    const size_t s = block % 8;
-    const uint32_t shift = s & 1 ? 4 : 0;
-    switch (type) {
-        case TensorType::q4_0:
-            at += block * 18;
-            out.d = load16(at);
-            return read_nibbles(at + 2, out);
-        case TensorType::q4_1:
-            at += block * 20;
-            out.d = load16(at);
-            out.m = load16(at + 2);
-            return read_nibbles(at + 4, out);
-        case TensorType::q5_0:
-            at += block * 22;
-            out.d = load16(at);
-            read_nibbles(at + 6, out);
-            for (uint32_t g = 0; g < 8; g++)  // spreads four bits over four bytes
-                out.words[g] |= ((load32(at + 2) >> 4 * g & 15) * 0x204081u & 0x01010101u) << 4;
-            return;
-        case TensorType::q8_0:
-            at += block * 34;
-            out.d = load16(at);
-            for (uint32_t g = 0; g < 8; g++) out.words[g] = load32(at + 2 + 4 * g) ^ 0x80808080u;
-            return;
-        case TensorType::q4_k:
-        case TensorType::q5_k: {
-            at += block / 8 * (type == TensorType::q4_k ? 144 : 176);
-            out.d = load16(at);
-            out.m = load16(at + 2);
-            read_k_scales(reinterpret_cast<const uint8_t*>(at) + 4, s, out);
-            const std::byte* low = at + (type == TensorType::q4_k ? 16 : 48) + s / 2 * 32;
-            for (uint32_t g = 0; g < 8; g++) {
-                out.words[g] = load32(low + 4 * g) >> shift & 0x0f0f0f0fu;
-                if (type == TensorType::q5_k)
-                    out.words[g] |= (load32(at + 16 + 4 * g) >> s & 0x01010101u) << 4;
-            }
-            return;
-        }
-        default: {  // q6_k
-            at += block / 8 * 210;
-            out.d = load16(at + 208);
-            out.s0 = static_cast<uint8_t>(at[192 + 2 * s]);
-            out.s1 = static_cast<uint8_t>(at[192 + 2 * s + 1]);
-            const std::byte* low = at + s / 4 * 64 + s % 2 * 32;
-            const std::byte* high = at + 128 + s / 4 * 32;
-            for (uint32_t g = 0; g < 8; g++)
-                out.words[g] = (load32(low + 4 * g) >> s % 4 / 2 * 4 & 0x0f0f0f0fu) |
-                               (load32(high + 4 * g) >> s % 4 * 2 & 0x03030303u) << 4;
-            return;
-        }
-    }
+inline void add_fifth_bits(uint32_t bits, SourceBlock& out) {
+    for (uint32_t g = 0; g < 8; g++)  // spreads four bits over four bytes
+        out.words[g] |= ((bits >> 4 * g & 15) * 0x204081u & 0x01010101u) << 4;
 }
 
+// Scales, minimums and low four bits of block s of a super-block of Q4_K or Q5_K; these four bits
+// begin at `codes`.
+inline void read_k_block(const std::byte* at, size_t codes, size_t s, SourceBlock& out) {
+    out.d = load16(at);
+    out.m = load16(at + 2);
+    read_k_scales(reinterpret_cast<const uint8_t*>(at) + 4, s, out);
+    for (uint32_t g = 0; g < 8; g++)
+        out.words[g] = load32(at + codes + s / 2 * 32 + 4 * g) >> s % 2 * 4 & 0x0f0f0f0fu;
+}
+
+}  // namespace
+
+void Q4_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 18;
+    out.d = load16(at);
+    read_nibbles(at + 2, out);
+}
+
+void Q4_1::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 20;
+    out.d = load16(at);
+    out.m = load16(at + 2);
+    read_nibbles(at + 4, out);
+}
+
+void Q5_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 22;
+    out.d = load16(at);
+    read_nibbles(at + 6, out);
+    add_fifth_bits(load32(at + 2), out);
+}
+
+void Q8_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 34;
+    out.d = load16(at);
+    for (uint32_t g = 0; g < 8; g++) out.words[g] = load32(at + 2 + 4 * g) ^ 0x80808080u;
+}
+
+void Q4_K::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    read_k_block(row + block / 8 * 144, 16, block % 8, out);
+}
+
+void Q5_K::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block / 8 * 176;
+    read_k_block(at, 48, block % 8, out);
+    for (uint32_t g = 0; g < 8; g++)
+        out.words[g] |= (load32(at + 16 + 4 * g) >> block % 8 & 0x01010101u) << 4;
+}
+
+void Q6_K::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block / 8 * 210;
+    const size_t s = block % 8;
+    out.d = load16(at + 208);
+    for (size_t i = 0; i < 2; i++) out.sub[i] = static_cast<uint8_t>(at[192 + 2 * s + i]);
+    const std::byte* low = at + s / 4 * 64 + s % 2 * 32;
+    const std::byte* high = at + 128 + s / 4 * 32;
+    for (uint32_t g = 0; g < 8; g++)
+        out.words[g] = (load32(low + 4 * g) >> s % 4 / 2 * 4 & 0x0f0f0f0fu) |
+                       (load32(high + 4 * g) >> s % 4 * 2 & 0x03030303u) << 4;
+}
+
+namespace {
+
 // One function a type: with the layout a constant, the loops below have no branches left.
-template <size_t layout_index>
+template <class T>
 void pack_tile(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
                std::byte* out) {
-    constexpr const PackedLayout& layout = packed_layouts[layout_index];
+    constexpr const PackedLayout& layout = T::layout;
+    constexpr uint32_t sub_bytes = layout.sub_scales * (layout.minimum ? 2u : 1u);
     for (size_t b = 0; b < cols / kActivationBlock; b++) {
         std::byte* header = out;
-        if (b % layout.blocks == 0) out += layout.header_bytes;
+        if (b % layout.blocks == 0) out += layout.header_bytes();
         else header = nullptr;
         for (uint32_t r = 0; r < rows; r++) {
             SourceBlock block;
-            read_source_block(layout.type, source + r * row_bytes, b, block);
-            store_codes(layout, out + layout.scale_bytes, r, block.words);
-            std::byte* halves = layout.header_bytes ? header : out;
+            T::unpack(source + r * row_bytes, b, block);
+            store_codes(layout, out + layout.scale_bytes(), r, block.words);
+            std::byte* halves = layout.header_bytes() ? header : out;
             if (halves) store16(halves + 2 * r, block.d);
             if (halves && layout.minimum) store16(halves + 32 + 2 * r, block.m);
-            if (layout.header_bytes) out[r] = std::byte{block.s0};
-            if (layout.header_bytes) out[16 + r] = std::byte{block.s1};
+            for (uint32_t i = 0; i < sub_bytes; i++) out[16 * i + r] = std::byte{block.sub[i]};
         }
-        out += packed_block_bytes(layout);
+        out += layout.block_bytes();
     }
 }
 
@@ -153,22 +157,19 @@ void pack_float_tile(const std::byte* source, size_t row_bytes, uint32_t rows, s
 
 using PackTile = void (*)(const std::byte* source, size_t row_bytes, uint32_t rows, size_t cols,
                           std::byte* out);
-template <size_t layout_index>
+template <class T>
 constexpr PackTile pack_function() {
-    constexpr size_t float_bytes = packed_layouts[layout_index].float_bytes;
-    if constexpr (float_bytes != 0) return pack_float_tile<float_bytes>;
-    else return pack_tile<layout_index>;
+    if constexpr (T::layout.float_bytes != 0) return pack_float_tile<T::layout.float_bytes>;
+    else return pack_tile<T>;
 }
-constexpr PackTile pack_functions[] = {
-    pack_function<0>(), pack_function<1>(), pack_function<2>(), pack_function<3>(),
-    pack_function<4>(), pack_function<5>(), pack_function<6>(), pack_function<7>(),
-    pack_function<8>(), pack_function<9>(),
+template <class T>
+struct PackTileOf {
+    static constexpr PackTile value = pack_function<T>();
 };
-static_assert(std::size(pack_functions) == std::size(packed_layouts));
 
 size_t used_tile_bytes(const PackedLayout& layout, uint32_t cols) {  // without the padding
     if (layout.float_bytes) return size_t{cols} * layout.float_bytes * kTileRows;
-    return size_t{cols} / (layout.blocks * kActivationBlock) * packed_super_bytes(layout);
+    return size_t{cols} / (layout.blocks * kActivationBlock) * layout.super_bytes();
 }
 
 }  // namespace
@@ -193,7 +194,8 @@ void pack_tiles(TensorType type, uint32_t rows, uint32_t cols, const std::byte* 
         const uint32_t count = std::min(kTileRows, rows - tile * kTileRows);
         if (count < kTileRows) std::memset(out, 0, tile_bytes);
         else std::memset(out + used, 0, tile_bytes - used);
-        pack_functions[&layout - packed_layouts](source, row_bytes, count, cols, out);
+        TableOf<PackTile, PackTileOf>::rows[&layout - packed_layouts](source, row_bytes, count,
+                                                                      cols, out);
         source += row_bytes * kTileRows;
         out += tile_bytes;
     }
@@ -210,8 +212,7 @@ bool fits(TensorType type, uint64_t values, uint64_t bytes) {
 
 constexpr size_t largest_super_bytes() {
     size_t most = 0;
-    for (const PackedLayout& layout : packed_layouts)
-        most = std::max(most, packed_super_bytes(layout));
+    for (const PackedLayout& layout : packed_layouts) most = std::max(most, layout.super_bytes());
     return (most + packed_alignment - 1) / packed_alignment * packed_alignment;
 }
 

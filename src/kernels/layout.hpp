@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/exact.hpp"
+#include "kernels/weight_types.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -24,51 +25,17 @@ namespace detail {
 // binary16. Tiles are padded to 64 bytes. Unsigned codes suit every integer instruction: the bias
 // is taken out afterwards through ActivationBlock::sum.
 
-struct PackedLayout {
-    TensorType type;
-    uint8_t bits;  // of a code; of a value where float_bytes is set
-    uint8_t bias;
-    bool minimum;          // m of the definition
-    uint8_t float_bytes;   // 0: quantized
-    uint8_t scale_bytes;   // before a block's codes
-    uint8_t header_bytes;  // before a super-block's first block
-    uint8_t blocks;        // of a super-block
-};
-
-// clang-format off
-inline constexpr PackedLayout packed_layouts[] = {
-    // type            bits bias  min   float scale header blocks
-    {TensorType::q4_0,  4,   8, false, 0, 32, 0, 1},
-    {TensorType::q4_1,  4,   0, true,  0, 64, 0, 1},
-    {TensorType::q5_0,  5,  16, false, 0, 32, 0, 1},
-    {TensorType::q8_0,  8, 128, false, 0, 32, 0, 1},
-    {TensorType::q4_k,  4,   0, true,  0, 32, 64, 8},
-    {TensorType::q5_k,  5,   0, true,  0, 32, 64, 8},
-    {TensorType::q6_k,  6,  32, false, 0, 32, 32, 8},
-    {TensorType::f32,  32,   0, false, 4, 0, 0, 1},
-    {TensorType::f16,  16,   0, false, 2, 0, 0, 1},
-    {TensorType::bf16, 16,   0, false, 2, 0, 0, 1},
-};
-// clang-format on
-
 inline const PackedLayout* find_layout(TensorType type) {
     for (const PackedLayout& layout : packed_layouts)
         if (layout.type == type) return &layout;
     return nullptr;
 }
 
-constexpr size_t packed_block_bytes(const PackedLayout& layout) {
-    return layout.scale_bytes + size_t{layout.bits} * 64;
-}
-constexpr size_t packed_super_bytes(const PackedLayout& layout) {
-    return layout.header_bytes + layout.blocks * packed_block_bytes(layout);
-}
-
 // Every layout has the size that a model file states for it (>>gguf).
 constexpr bool layouts_have_stated_sizes() {
     for (const PackedLayout& layout : packed_layouts) {
         const size_t bytes = layout.float_bytes ? size_t{layout.float_bytes} * kTileRows
-                                                : packed_super_bytes(layout);
+                                                : layout.super_bytes();
         if (tile_block_bytes(layout.type) != bytes) return false;
     }
     return std::size(packed_layouts) == std::size(packed_types);

@@ -48,21 +48,21 @@ float dot_block(const PackedLayout& layout, const RowBlock& row, const Activatio
 // Takes one row of a block out of a packed tile: packed layouts.
 void read_block(const PackedLayout& layout, const std::byte* tile, size_t block, uint32_t row,
                 RowBlock& out) {
-    const std::byte* header = tile + block / layout.blocks * packed_super_bytes(layout);
-    const std::byte* at = header + layout.header_bytes +
-                          block % layout.blocks * packed_block_bytes(layout);
+    const std::byte* header = tile + block / layout.blocks * layout.super_bytes();
+    const std::byte* at = header + layout.header_bytes() +
+                          block % layout.blocks * layout.block_bytes();
     uint32_t words[8];
-    load_codes(layout, at + layout.scale_bytes, row, words);
+    load_codes(layout, at + layout.scale_bytes(), row, words);
     for (uint32_t i = 0; i < kActivationBlock; i++)
         out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
 
-    const std::byte* halves = layout.header_bytes ? header : at;
+    const std::byte* halves = layout.header_bytes() ? header : at;
     out.scale = half_value(load16(halves + 2 * row));
     out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
     out.sub[0] = out.sub[1] = 1;
-    if (layout.type == TensorType::q6_k) {
+    if (layout.sub_scales == 2) {
         for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
-    } else if (layout.header_bytes) {
+    } else if (layout.header_bytes()) {
         out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
         out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
     }

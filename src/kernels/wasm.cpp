@@ -27,10 +27,10 @@ struct Products {
         }
     };
 
-    template <int I, bool P, int G, int C>
+    template <class T, bool P, int G, int C>
     static VALAR_FORCE_INLINE void multiply_quad(const Operands<C>& operands,
                                                  const std::byte* codes, I4 (&sum)[C][2]) {
-        const B16 w = load_quad<I, P, G>(codes);
+        const B16 w = load_quad<T, P, G>(codes);
         const v128_t low = wasm_i16x8_extend_low_i8x16(w), high = wasm_i16x8_extend_high_i8x16(w);
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             const v128_t x = wasm_v128_load64_splat(operands.x[c] + 4 * G);
@@ -39,15 +39,15 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int H, int C, int N>
+    template <class T, bool P, int H, int C, int N>
     static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
                                                  I4 (&part)[N][C]) {
         I4 sum[C][2];
         VALAR_UNROLL for (int i = 0; i < 2 * C; i++) sum[i / 2][i % 2] = int_splat(0);
-        multiply_quad<I, P, 4 * H>(x, codes, sum);
-        multiply_quad<I, P, 4 * H + 1>(x, codes, sum);
-        multiply_quad<I, P, 4 * H + 2>(x, codes, sum);
-        multiply_quad<I, P, 4 * H + 3>(x, codes, sum);
+        multiply_quad<T, P, 4 * H>(x, codes, sum);
+        multiply_quad<T, P, 4 * H + 1>(x, codes, sum);
+        multiply_quad<T, P, 4 * H + 2>(x, codes, sum);
+        multiply_quad<T, P, 4 * H + 3>(x, codes, sum);
         VALAR_UNROLL for (int c = 0; c < C; c++) {
             I4& all = part[N == 2 ? H : 0][c];
             all = int_add(
@@ -55,17 +55,17 @@ struct Products {
         }
     }
 
-    template <int I, bool P, int C, int N>
+    template <class T, bool P, int C, int N>
     static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const std::byte* codes,
                                             I4 (&part)[N][C]) {
-        multiply_half<I, P, 0>(x, codes, part);
-        multiply_half<I, P, 1>(x, codes, part);
+        multiply_half<T, P, 0>(x, codes, part);
+        multiply_half<T, P, 1>(x, codes, part);
     }
 
-    template <int I, bool P, int C>
+    template <class T, bool P, int C>
     static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
                          size_t step, float* sums) {
-        dot_blocks<Products, I, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
     }
 };
 

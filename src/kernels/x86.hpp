@@ -66,7 +66,7 @@ inline Chunks divide(const PackedLayout& layout, size_t cols, bool one_call) {
     const size_t even = (total + count - 1) / count;
     const size_t supers = (even + layout.blocks - 1) / layout.blocks;
     if (layout.float_bytes) return {total, even, even * layout.float_bytes * kTileRows};
-    return {total, one_call ? total : supers * layout.blocks, supers * packed_super_bytes(layout)};
+    return {total, one_call ? total : supers * layout.blocks, supers * layout.super_bytes()};
 }
 
 // A pair of tiles times all columns of the batch, chunk after chunk. While the columns meet a chunk,
@@ -104,6 +104,15 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
         }
     }
 }
+
+// Types of one tile layout share their kernels.
+constexpr bool same_tiles(const PackedLayout& a, const PackedLayout& b) {
+    if (a.float_bytes || b.float_bytes) return a.type == b.type;
+    return a.bits == b.bits && a.bias == b.bias && a.minimum == b.minimum &&
+           a.sub_scales == b.sub_scales;
+}
+template <class T>
+using TilesOf = typename FirstAlike<T, same_tiles>::type;
 
 // ---- Attention of the vector paths -----------------------------------------------------------
 
