@@ -8909,12 +8909,23 @@ struct PackedType {
     TensorType type;
     uint32_t tile_block_bytes;
 };
+// clang-format off
 inline constexpr PackedType packed_types[] = {
     {TensorType::f32, 64},    {TensorType::f16, 32},    {TensorType::bf16, 32},
     {TensorType::q4_0, 288},  {TensorType::q4_1, 320},  {TensorType::q5_0, 352},
-    {TensorType::q8_0, 544},  {TensorType::q4_k, 2368}, {TensorType::q5_k, 2880},
-    {TensorType::q6_k, 3360},
+    {TensorType::q5_1, 384},  {TensorType::q8_0, 544},  {TensorType::q4_k, 2368},
+    {TensorType::q5_k, 2880}, {TensorType::q6_k, 3360},
 };
+// clang-format on
+
+/// The types of the tensors that a model's matrices may have.
+struct MatrixTypes {
+    TensorType types[sizeof packed_types / sizeof packed_types[0]] = {};
+    constexpr MatrixTypes() {
+        for (size_t i = 0; const PackedType& packed : packed_types) types[i++] = packed.type;
+    }
+};
+inline constexpr MatrixTypes matrix_types;
 
 constexpr uint32_t tile_block_bytes(TensorType type) {  // 0: never packed
     for (const PackedType& packed : packed_types)
@@ -9728,7 +9739,7 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //     binary32, exact):
 //       Q4_0 (w = nibble - 8), Q5_0 (w = 5 bits - 16), Q8_0 (w = int8):
 //           acc = fma(float(sum w_i h_i), dw * d, acc)
-//       Q4_1 (w = nibble):
+//       Q4_1 (w = nibble), Q5_1 (w = 5 bits):
 //           acc = fma(float(sum w_i h_i), dw * d, acc); acc = fma(m, s, acc)
 //       Q4_K (w = nibble), Q5_K (w = 5 bits): a block is one of the eight sub-blocks of 32, dw = D
 //           * sc, m = -(Dmin * mn), with D, Dmin the super-block's scales and sc, mn the
@@ -10293,6 +10304,10 @@ struct Q5_0 {
     static constexpr PackedLayout layout{.type = TensorType::q5_0, .bits = 5, .bias = 16};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
+struct Q5_1 {
+    static constexpr PackedLayout layout{.type = TensorType::q5_1, .bits = 5, .minimum = true};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
 struct Q8_0 {
     static constexpr PackedLayout layout{.type = TensorType::q8_0, .bits = 8, .bias = 128};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
@@ -10325,7 +10340,7 @@ struct BF16 {
 
 template <class... T>
 struct Types {};
-using WeightTypes = Types<Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K, F32, F16, BF16>;
+using WeightTypes = Types<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, F32, F16, BF16>;
 
 // A table with one row a weight type: Row<T>::value.
 template <class Value, template <class> class Row, class List = WeightTypes>
@@ -10365,7 +10380,7 @@ namespace detail {
 //
 // A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 quads
 // of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
-//     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1: d[16] m[16], binary16
+//     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1 Q5_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
 //     codes    8 bits: 8 vectors, quad by quad; else 4 vectors: vector j holds the low four bits
 //              of quad 2j in the low halves of its bytes and of quad 2j+1 in the high halves
@@ -10501,6 +10516,14 @@ void Q5_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
     out.d = load16(at);
     read_nibbles(at + 6, out);
     add_fifth_bits(load32(at + 2), out);
+}
+
+void Q5_1::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 24;
+    out.d = load16(at);
+    out.m = load16(at + 2);
+    read_nibbles(at + 8, out);
+    add_fifth_bits(load32(at + 4), out);
 }
 
 void Q8_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
@@ -18947,10 +18970,6 @@ constexpr const char* refused_model_keys[] = {
     "attention.max_alibi_bias",
 };
 
-constexpr TensorType matrix_types[] = {
-    TensorType::f32,  TensorType::f16,  TensorType::bf16, TensorType::q4_0, TensorType::q4_1,
-    TensorType::q5_0, TensorType::q8_0, TensorType::q4_k, TensorType::q5_k, TensorType::q6_k,
-};
 constexpr TensorType vector_types[] = {TensorType::f32};
 
 /// Reads keys into a spec. After the first failure `error` is set and what is returned is of no
@@ -19599,7 +19618,7 @@ struct TensorBinder {
             return length(matrix ? row.rows : row.columns, layer);
         };
         for (const TensorRow& row : rows) sum += own(row);
-        const TensorInfo* tensor = matrix ? take(rows[0].fused, matrix_types, sum,
+        const TensorInfo* tensor = matrix ? take(rows[0].fused, matrix_types.types, sum,
                                                  length(rows[0].columns, layer))
                                           : take(rows[0].fused, vector_types, 0, sum);
         if (tensor && tensor->packed && matrix)
@@ -19628,7 +19647,7 @@ struct TensorBinder {
             const bool matrix = is_matrix(row);
             const uint64_t matrices = is_expert(row) ? layer.experts.count : 1;
             const std::span<const TensorType> types =
-                matrix ? std::span<const TensorType>(matrix_types)
+                matrix ? std::span<const TensorType>(matrix_types.types)
                        : std::span<const TensorType>(vector_types);
             const uint64_t rows = row.rows == Length::one ? 0 : length(row.rows, layer),
                            columns = length(row.columns, layer);

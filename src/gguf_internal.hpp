@@ -5,6 +5,7 @@
 
 #include "gguf.hpp"
 
+#include <cstddef>
 #include <cstdint>
 
 namespace valar {
@@ -21,12 +22,23 @@ struct PackedType {
     TensorType type;
     uint32_t tile_block_bytes;
 };
+// clang-format off
 inline constexpr PackedType packed_types[] = {
     {TensorType::f32, 64},    {TensorType::f16, 32},    {TensorType::bf16, 32},
     {TensorType::q4_0, 288},  {TensorType::q4_1, 320},  {TensorType::q5_0, 352},
-    {TensorType::q8_0, 544},  {TensorType::q4_k, 2368}, {TensorType::q5_k, 2880},
-    {TensorType::q6_k, 3360},
+    {TensorType::q5_1, 384},  {TensorType::q8_0, 544},  {TensorType::q4_k, 2368},
+    {TensorType::q5_k, 2880}, {TensorType::q6_k, 3360},
 };
+// clang-format on
+
+/// The types of the tensors that a model's matrices may have.
+struct MatrixTypes {
+    TensorType types[sizeof packed_types / sizeof packed_types[0]] = {};
+    constexpr MatrixTypes() {
+        for (size_t i = 0; const PackedType& packed : packed_types) types[i++] = packed.type;
+    }
+};
+inline constexpr MatrixTypes matrix_types;
 
 constexpr uint32_t tile_block_bytes(TensorType type) {  // 0: never packed
     for (const PackedType& packed : packed_types)

@@ -60,10 +60,6 @@ constexpr const char* refused_model_keys[] = {
     "attention.max_alibi_bias",
 };
 
-constexpr TensorType matrix_types[] = {
-    TensorType::f32,  TensorType::f16,  TensorType::bf16, TensorType::q4_0, TensorType::q4_1,
-    TensorType::q5_0, TensorType::q8_0, TensorType::q4_k, TensorType::q5_k, TensorType::q6_k,
-};
 constexpr TensorType vector_types[] = {TensorType::f32};
 
 /// Reads keys into a spec. After the first failure `error` is set and what is returned is of no
@@ -712,7 +708,7 @@ struct TensorBinder {
             return length(matrix ? row.rows : row.columns, layer);
         };
         for (const TensorRow& row : rows) sum += own(row);
-        const TensorInfo* tensor = matrix ? take(rows[0].fused, matrix_types, sum,
+        const TensorInfo* tensor = matrix ? take(rows[0].fused, matrix_types.types, sum,
                                                  length(rows[0].columns, layer))
                                           : take(rows[0].fused, vector_types, 0, sum);
         if (tensor && tensor->packed && matrix)
@@ -741,7 +737,7 @@ struct TensorBinder {
             const bool matrix = is_matrix(row);
             const uint64_t matrices = is_expert(row) ? layer.experts.count : 1;
             const std::span<const TensorType> types =
-                matrix ? std::span<const TensorType>(matrix_types)
+                matrix ? std::span<const TensorType>(matrix_types.types)
                        : std::span<const TensorType>(vector_types);
             const uint64_t rows = row.rows == Length::one ? 0 : length(row.rows, layer),
                            columns = length(row.columns, layer);

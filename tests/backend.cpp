@@ -49,6 +49,7 @@ constexpr TypeDigest type_digests[] = {
     {TensorType::f16, "17e5eaca1fd57e38b77c50a06a7f6f6babfaac500272da462f657ef24b0caecb"},
     {TensorType::bf16, "1644260d7ec3d493e8e3d2ec7eee2534fabf5303d1686d5088e856eb23d6461e"},
     {TensorType::f32, "fe15d701690812c10e79724cf4d53c48bd050d5813f91e276f871a72a9d4aa02"},
+    {TensorType::q5_1, "14f3df025e20cb206214889f9b7b6843a9a4848083cce3be45ae2c1f2f0da09e"},
 };
 
 // How a prompt is computed; nothing of this may show.

@@ -69,9 +69,10 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 
 const Kernels& scalar() { return *available_kernels()[0]; }
 
-constexpr TensorType all_types[] = {
-    TensorType::q4_0, TensorType::q4_1, TensorType::q5_0, TensorType::q8_0, TensorType::q4_k,
-    TensorType::q5_k, TensorType::q6_k, TensorType::f32,  TensorType::f16,  TensorType::bf16};
+constexpr TensorType all_types[] = {TensorType::q4_0, TensorType::q4_1, TensorType::q5_0,
+                                    TensorType::q5_1, TensorType::q8_0, TensorType::q4_k,
+                                    TensorType::q5_k, TensorType::q6_k, TensorType::f32,
+                                    TensorType::f16,  TensorType::bf16};
 
 bool is_float(TensorType type) {
     return type == TensorType::f32 || type == TensorType::f16 || type == TensorType::bf16;
@@ -100,15 +101,17 @@ std::vector<WeightBlock> read_row(TensorType type, const uint8_t* at, uint32_t c
     for (uint32_t block = 0; block < cols / (is_k ? 256 : 32); block++) {
         WeightBlock b{};
         b.sc[0] = b.sc[1] = 1;
-        if (type == TensorType::q4_0 || type == TensorType::q4_1 || type == TensorType::q5_0) {
-            const int header = type == TensorType::q4_0 ? 2 : type == TensorType::q4_1 ? 4 : 6;
+        if (type == TensorType::q4_0 || type == TensorType::q4_1 || type == TensorType::q5_0 ||
+            type == TensorType::q5_1) {
+            const bool five = type == TensorType::q5_0 || type == TensorType::q5_1;
             b.dw = half_at(at);
-            b.minimum = type == TensorType::q4_1;
+            b.minimum = type == TensorType::q4_1 || type == TensorType::q5_1;
+            const int high = b.minimum ? 4 : 2, header = five ? high + 4 : high;
             if (b.minimum) b.m = half_at(at + 2);
             for (int i = 0; i < 32; i++) {
                 int code = i < 16 ? at[header + i] & 15 : at[header + i - 16] >> 4;
-                if (type == TensorType::q5_0) code += (at[2 + i / 8] >> i % 8 & 1) * 16 - 8;
-                b.w[i] = code - (b.minimum ? 0 : 8);
+                if (five) code += (at[high + i / 8] >> i % 8 & 1) * 16;
+                b.w[i] = code - (b.minimum ? 0 : five ? 16 : 8);
             }
             out.push_back(b);
             at += header + 16;
@@ -162,6 +165,22 @@ size_t row_bytes(TensorType type, uint32_t cols) {
     return size_t{cols} / type_info(type)->block_size * type_info(type)->block_bytes;
 }
 
+// Where a block has its binary16 scales.
+std::vector<size_t> half_scales(TensorType type) {
+    switch (type) {
+        case TensorType::q4_0:
+        case TensorType::q5_0:
+        case TensorType::q8_0: return {0};
+        case TensorType::q6_k: return {208};
+        default: return {0, 2};
+    }
+}
+bool in_scale(TensorType type, size_t at) {
+    const auto scales = half_scales(type);
+    return std::any_of(scales.begin(), scales.end(),
+                       [at](size_t scale) { return at == scale || at == scale + 1; });
+}
+
 // Random codes under finite scales (some zero, negative or denormal).
 std::vector<uint8_t> random_matrix(TensorType type, uint32_t rows, uint32_t cols, Random& random) {
     std::vector<uint8_t> bytes(rows * row_bytes(type, cols));
@@ -179,20 +198,14 @@ std::vector<uint8_t> random_matrix(TensorType type, uint32_t rows, uint32_t cols
     for (uint8_t& b : bytes) b = static_cast<uint8_t>(random.bits());
     const size_t block = type_info(type)->block_bytes;
     for (size_t i = 0; i < bytes.size(); i += block)
-        for (size_t at : {size_t{0}, size_t{2}}) {
-            if (type == TensorType::q6_k) at += 206;
-            if (type == TensorType::q6_k && at == 206) continue;
-            if (at == 2 &&
-                (type == TensorType::q4_0 || type == TensorType::q5_0 || type == TensorType::q8_0))
-                continue;
+        for (const size_t at : half_scales(type)) {
             uint8_t& top = bytes[i + at + 1];
             top = static_cast<uint8_t>((top & 0x83) |
                                        (random.below(12) ? 0x20 + 4 * random.below(5) : 0));
         }
     // Extremes of codes and scales in the first row.
     for (size_t i = 0; i < row_bytes(type, cols); i++)
-        if (i % block >= 4 && (type != TensorType::q6_k || i % block < 208))
-            bytes[i] = i / block % 2 ? 0xff : 0x80;
+        if (!in_scale(type, i % block)) bytes[i] = i / block % 2 ? 0xff : 0x80;
     return bytes;
 }
 
@@ -679,8 +692,7 @@ TEST_CASE("kernels: the largest codes and activations do not saturate") {
         for (int code : {0x00, 0x7f, 0x80, 0x81, 0xff}) {
             auto source = random_matrix(type, rows, cols, random);
             for (size_t i = 0; i < source.size(); i++)  // all but the binary16 scales
-                if (i % block >= 4 && (type != TensorType::q6_k || i % block < 208))
-                    source[i] = static_cast<uint8_t>(code);
+                if (!in_scale(type, i % block)) source[i] = static_cast<uint8_t>(code);
             Buffer buffer;
             const PackedMatrix matrix = pack(type, rows, cols, source, buffer);
             std::vector<float> expected(columns * rows), y(columns * rows);

@@ -111,7 +111,7 @@ class Matrix:
             self.f32 = (raw.view(np.uint16).astype(np.uint32) << 16).view(F)
             return
         self.f32 = None
-        size = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+        size = {"Q4_0": 18, "Q5_1": 24, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
         b = raw.reshape(rows, -1, size[self.kind])
         getattr(self, "read_" + self.kind.lower())(b)
 
@@ -124,6 +124,10 @@ class Matrix:
     def read_q5_0(self, b):
         high = np.unpackbits(b[..., 2:6], axis=-1, bitorder="little").astype(np.int32)
         self.dw, self.w = half(b[..., 0:2]), (nibbles(b[..., 6:]) | high << 4) - 16
+
+    def read_q5_1(self, b):
+        high = np.unpackbits(b[..., 4:8], axis=-1, bitorder="little").astype(np.int32)
+        self.dw, self.m, self.w = half(b[..., 0:2]), half(b[..., 2:4]), nibbles(b[..., 8:]) | high << 4
 
     def read_q8_0(self, b):
         self.dw, self.w = half(b[..., 0:2]), b[..., 2:].view(np.int8).astype(np.int32)
@@ -366,7 +370,7 @@ def main():
              ("qwen2", "F32", "fast", "q8_0"), ("llama", "Q8_0 20", "fast", "f16"),
              ("qwen2", "F32 13 2", "fast", "q8_0")]  # with a window; every second layer without
     cases += [("llama", t, "fast", "f16") for t in
-              ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")]
+              ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")]
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         path, dump = os.path.join(folder, "tiny.gguf"), os.path.join(folder, "logits")

@@ -46,6 +46,8 @@ int main(int argc, char** argv) {
     if (argc > 4) options.window = static_cast<uint32_t>(std::atoi(argv[4]));
     if (argc > 5) options.full_every = static_cast<uint32_t>(std::atoi(argv[5]));
     options.types.clear();
+    for (tiny::TensorType each : tiny::later_types())
+        if (type == valar::type_info(each)->name) options.types.push_back(each);
     for (tiny::TensorType each : tiny::all_types())
         if (type == "mixed" || type == valar::type_info(each)->name) options.types.push_back(each);
     if (options.types.empty()) {

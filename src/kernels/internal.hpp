@@ -48,7 +48,7 @@
 //     binary32, exact):
 //       Q4_0 (w = nibble - 8), Q5_0 (w = 5 bits - 16), Q8_0 (w = int8):
 //           acc = fma(float(sum w_i h_i), dw * d, acc)
-//       Q4_1 (w = nibble):
+//       Q4_1 (w = nibble), Q5_1 (w = 5 bits):
 //           acc = fma(float(sum w_i h_i), dw * d, acc); acc = fma(m, s, acc)
 //       Q4_K (w = nibble), Q5_K (w = 5 bits): a block is one of the eight sub-blocks of 32, dw = D
 //           * sc, m = -(Dmin * mn), with D, Dmin the super-block's scales and sc, mn the

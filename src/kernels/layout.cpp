@@ -89,6 +89,14 @@ void Q5_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
     add_fifth_bits(load32(at + 2), out);
 }
 
+void Q5_1::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block * 24;
+    out.d = load16(at);
+    out.m = load16(at + 2);
+    read_nibbles(at + 8, out);
+    add_fifth_bits(load32(at + 4), out);
+}
+
 void Q8_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
     const std::byte* at = row + block * 34;
     out.d = load16(at);

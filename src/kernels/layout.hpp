@@ -15,7 +15,7 @@ namespace detail {
 //
 // A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 quads
 // of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
-//     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1: d[16] m[16], binary16
+//     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1 Q5_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
 //     codes    8 bits: 8 vectors, quad by quad; else 4 vectors: vector j holds the low four bits
 //              of quad 2j in the low halves of its bytes and of quad 2j+1 in the high halves

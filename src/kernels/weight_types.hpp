@@ -56,6 +56,10 @@ struct Q5_0 {
     static constexpr PackedLayout layout{.type = TensorType::q5_0, .bits = 5, .bias = 16};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
+struct Q5_1 {
+    static constexpr PackedLayout layout{.type = TensorType::q5_1, .bits = 5, .minimum = true};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
 struct Q8_0 {
     static constexpr PackedLayout layout{.type = TensorType::q8_0, .bits = 8, .bias = 128};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
@@ -88,7 +92,7 @@ struct BF16 {
 
 template <class... T>
 struct Types {};
-using WeightTypes = Types<Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K, F32, F16, BF16>;
+using WeightTypes = Types<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, F32, F16, BF16>;
 
 // A table with one row a weight type: Row<T>::value.
 template <class Value, template <class> class Row, class List = WeightTypes>
