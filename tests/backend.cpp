@@ -50,6 +50,20 @@ constexpr TypeDigest type_digests[] = {
     {TensorType::bf16, "1644260d7ec3d493e8e3d2ec7eee2534fabf5303d1686d5088e856eb23d6461e"},
     {TensorType::f32, "fe15d701690812c10e79724cf4d53c48bd050d5813f91e276f871a72a9d4aa02"},
     {TensorType::q5_1, "14f3df025e20cb206214889f9b7b6843a9a4848083cce3be45ae2c1f2f0da09e"},
+    {TensorType::iq4_nl, "4929421f568ee681c2a8c0079346d67ba7ef01e90e2e6f5e4bf3bb97c5a73361"},
+    {TensorType::mxfp4, "df5652d8cbbbd3cc5ea301b19ec5baca1c0fdf25f65fdb753b3abad833552824"},
+    {TensorType::q2_k, "471348a9ebac319127064448c5c65cdb05730b84c33aadff801edc2d56869513"},
+    {TensorType::q3_k, "8b1f58ff6a51bf6857a9a61f8e9b8877894ff21745fdcef5c950e3cb0892c562"},
+    {TensorType::iq4_xs, "a93d63146ecabb546e729b59c459178d9aaac9cb65b4afece98bc508e8ffc05a"},
+    {TensorType::iq3_s, "fdbd96292f1958228d80e46b5225c4d33ec15046264ba5e1ad2eb72686d6957c"},
+    {TensorType::iq3_xxs, "0175e77862114350e219a11d66e07e092146de1a87a6b0d2d80cfe3d433e1148"},
+    {TensorType::iq2_s, "d9ca6399d89fbb69ab3aa35a6a5363bae6916414f200de0da35034bcccfb5771"},
+    {TensorType::iq2_xs, "8e11123d652c66576a154f590a358d825f3681bc215dd339af424378c4d5f1c7"},
+    {TensorType::iq2_xxs, "50aa5e5d3a83e365db1237cbda3e81bc50f106f49ea81ed77f93e69855654cdd"},
+    {TensorType::iq1_s, "1c1157577836b6273d818b0805c10ee1e1b32e6fcc25a938bd4eb6707d28592d"},
+    {TensorType::iq1_m, "2ca5eaf7ef5119193e311c490367f456f466aec8ed6456f794d2ae9ee7653f49"},
+    {TensorType::tq1_0, "f47a34613566f6cddf44c31693c25a39556a9ead509c87727dd3e55725492a19"},
+    {TensorType::tq2_0, "0c4dcce046c71e8c206bf3cbb519fc98052027dfdf90323dd93c09997ab8a808"},
 };
 
 // How a prompt is computed; nothing of this may show.

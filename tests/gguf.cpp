@@ -489,7 +489,7 @@ TEST_CASE("gguf: packed tensors") {
                   "not in version 1");
     CHECK_REFUSED(file(1, {96}, packed_q4_0, 9999), "never packed");
     CHECK_REFUSED(file(1, {96, 1, 1}, packed_q4_0, 9999), "never packed");
-    CHECK_REFUSED(file(1, {256, 1}, detail::packed_type_bit | 10, 9999), "never packed");  // Q2_K
+    CHECK_REFUSED(file(1, {256, 1}, detail::packed_type_bit | 41, 9999), "never packed");  // Q1_0
     CHECK_REFUSED(file(1, {33, 1}, packed_q4_0, 9999), "not whole blocks");
     CHECK_REFUSED(file(1, {uint64_t{1} << 58, 32}, detail::packed_type_bit, 9999),
                   "too many bytes");

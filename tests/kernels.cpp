@@ -69,10 +69,21 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 
 const Kernels& scalar() { return *available_kernels()[0]; }
 
-constexpr TensorType all_types[] = {TensorType::q4_0, TensorType::q4_1, TensorType::q5_0,
-                                    TensorType::q5_1, TensorType::q8_0, TensorType::q4_k,
-                                    TensorType::q5_k, TensorType::q6_k, TensorType::f32,
-                                    TensorType::f16,  TensorType::bf16};
+// Types that read_row reads as the format says.
+constexpr TensorType written_types[] = {
+    TensorType::q4_0,   TensorType::q4_1,  TensorType::q5_0, TensorType::q5_1, TensorType::q8_0,
+    TensorType::iq4_nl, TensorType::mxfp4, TensorType::q2_k, TensorType::q3_k, TensorType::iq4_xs,
+    TensorType::tq2_0,  TensorType::q4_k,  TensorType::q5_k, TensorType::q6_k, TensorType::f32,
+    TensorType::f16,    TensorType::bf16};
+// Those and the types with code books: what these mean is compared with PyPI's gguf (weights_check.py).
+constexpr TensorType all_types[] = {
+    TensorType::q4_0,  TensorType::q4_1,   TensorType::q5_0,    TensorType::q5_1,
+    TensorType::q8_0,  TensorType::iq4_nl, TensorType::mxfp4,   TensorType::q2_k,
+    TensorType::q3_k,  TensorType::iq4_xs, TensorType::tq2_0,   TensorType::q4_k,
+    TensorType::q5_k,  TensorType::q6_k,   TensorType::f32,     TensorType::f16,
+    TensorType::bf16,  TensorType::tq1_0,  TensorType::iq3_s,   TensorType::iq3_xxs,
+    TensorType::iq2_s, TensorType::iq2_xs, TensorType::iq2_xxs, TensorType::iq1_s,
+    TensorType::iq1_m};
 
 bool is_float(TensorType type) {
     return type == TensorType::f32 || type == TensorType::f16 || type == TensorType::bf16;
@@ -83,8 +94,8 @@ bool is_float(TensorType type) {
 struct WeightBlock {  // 32 columns
     int w[32];
     float dw, m;
-    int sc[2];
-    bool minimum;
+    int sc[2], mn[2];  // mn: in units of m, where there are two
+    bool minimum, two_minimums;
 };
 
 float half_at(const uint8_t* at) {
@@ -96,11 +107,76 @@ float half_at(const uint8_t* at) {
 
 std::vector<WeightBlock> read_row(TensorType type, const uint8_t* at, uint32_t cols) {
     std::vector<WeightBlock> out;
-    const auto is_k = type == TensorType::q4_k || type == TensorType::q5_k ||
-                      type == TensorType::q6_k;
-    for (uint32_t block = 0; block < cols / (is_k ? 256 : 32); block++) {
+    constexpr int iq4[] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                           1,    13,   25,  38,  53,  69,  89,  113};
+    constexpr int fp4[] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    for (uint32_t block = 0; block < cols / type_info(type)->block_size; block++) {
         WeightBlock b{};
         b.sc[0] = b.sc[1] = 1;
+        if (type == TensorType::iq4_nl || type == TensorType::mxfp4) {
+            const bool mx = type == TensorType::mxfp4;
+            b.dw = mx ? static_cast<float>(std::ldexp(1.0, at[0] - 128)) : half_at(at);
+            at += mx ? 1 : 2;
+            for (int i = 0; i < 32; i++) {
+                const int code = i < 16 ? at[i] & 15 : at[i - 16] >> 4;
+                b.w[i] = mx ? fp4[code] : iq4[code];
+            }
+            out.push_back(b);
+            at += 16;
+            continue;
+        }
+        if (type == TensorType::q2_k) {
+            for (int s = 0; s < 8; s++) {
+                b.minimum = b.two_minimums = true;
+                b.dw = half_at(at + 80);
+                b.m = -half_at(at + 82);
+                for (int i = 0; i < 2; i++) {
+                    b.sc[i] = at[2 * s + i] & 15;
+                    b.mn[i] = at[2 * s + i] >> 4;
+                }
+                for (int i = 0; i < 32; i++) b.w[i] = at[16 + 32 * (s / 4) + i] >> 2 * (s % 4) & 3;
+                out.push_back(b);
+            }
+            at += 84;
+            continue;
+        }
+        if (type == TensorType::q3_k) {
+            for (int s = 0; s < 8; s++) {
+                b.dw = half_at(at + 108);
+                for (int i = 0; i < 2; i++) {
+                    const int j = 2 * s + i;
+                    b.sc[i] = (at[96 + j % 8] >> 4 * (j / 8) & 15) +
+                              (at[104 + j % 4] >> 2 * (j / 4) & 3) * 16 - 32;
+                }
+                for (int i = 0; i < 32; i++)
+                    b.w[i] = (at[32 + 32 * (s / 4) + i] >> 2 * (s % 4) & 3) -
+                             (at[i] >> s & 1 ? 0 : 4);
+                out.push_back(b);
+            }
+            at += 110;
+            continue;
+        }
+        if (type == TensorType::iq4_xs) {
+            for (int s = 0; s < 8; s++) {
+                b.dw = half_at(at);
+                b.sc[0] = b.sc[1] = (at[4 + s / 2] >> 4 * (s % 2) & 15) +
+                                    ((at[2] | at[3] << 8) >> 2 * s & 3) * 16 - 32;
+                for (int i = 0; i < 32; i++)
+                    b.w[i] = iq4[at[8 + 16 * s + i % 16] >> (i < 16 ? 0 : 4) & 15];
+                out.push_back(b);
+            }
+            at += 136;
+            continue;
+        }
+        if (type == TensorType::tq2_0) {
+            for (int s = 0; s < 8; s++) {
+                b.dw = half_at(at + 64);
+                for (int i = 0; i < 32; i++) b.w[i] = (at[32 * (s / 4) + i] >> 2 * (s % 4) & 3) - 1;
+                out.push_back(b);
+            }
+            at += 66;
+            continue;
+        }
         if (type == TensorType::q4_0 || type == TensorType::q4_1 || type == TensorType::q5_0 ||
             type == TensorType::q5_1) {
             const bool five = type == TensorType::q5_0 || type == TensorType::q5_1;
@@ -153,6 +229,13 @@ std::vector<WeightBlock> read_row(TensorType type, const uint8_t* at, uint32_t c
     return out;
 }
 
+// Definition, 11.
+float dequantized(const WeightBlock& b, int i) {
+    const float scale = b.dw * static_cast<float>(b.sc[i / 16]), w = static_cast<float>(b.w[i]);
+    if (!b.minimum) return scale * w;
+    return std::fmaf(scale, w, b.two_minimums ? b.m * static_cast<float>(b.mn[i / 16]) : b.m);
+}
+
 float read_float(TensorType type, const uint8_t* at, size_t i) {
     if (type == TensorType::f16) return half_at(at + 2 * i);
     uint32_t bits = 0;
@@ -171,11 +254,33 @@ std::vector<size_t> half_scales(TensorType type) {
         case TensorType::q4_0:
         case TensorType::q5_0:
         case TensorType::q8_0: return {0};
+        case TensorType::iq4_nl:
+        case TensorType::iq4_xs:
+        case TensorType::iq3_s:
+        case TensorType::iq3_xxs:
+        case TensorType::iq2_s:
+        case TensorType::iq2_xs:
+        case TensorType::iq2_xxs:
+        case TensorType::iq1_s: return {0};
+        case TensorType::mxfp4:
+        case TensorType::iq1_m: return {};  // set_other_scale
+        case TensorType::q2_k: return {80, 82};
+        case TensorType::q3_k: return {108};
+        case TensorType::tq1_0: return {52};
+        case TensorType::tq2_0: return {64};
         case TensorType::q6_k: return {208};
         default: return {0, 2};
     }
 }
+// Makes scales of other kinds of moderate size.
+void set_other_scale(TensorType type, uint8_t* block) {
+    if (type == TensorType::mxfp4) block[0] = static_cast<uint8_t>(96 + block[0] % 48);
+    if (type == TensorType::iq1_m)
+        block[55] = static_cast<uint8_t>((block[55] & 0x8f) | 0x20);  // of binary16, the upper bits
+}
 bool in_scale(TensorType type, size_t at) {
+    if (type == TensorType::mxfp4) return at == 0;
+    if (type == TensorType::iq1_m) return at == 55 || at == 53;
     const auto scales = half_scales(type);
     return std::any_of(scales.begin(), scales.end(),
                        [at](size_t scale) { return at == scale || at == scale + 1; });
@@ -197,12 +302,14 @@ std::vector<uint8_t> random_matrix(TensorType type, uint32_t rows, uint32_t cols
     }
     for (uint8_t& b : bytes) b = static_cast<uint8_t>(random.bits());
     const size_t block = type_info(type)->block_bytes;
-    for (size_t i = 0; i < bytes.size(); i += block)
+    for (size_t i = 0; i < bytes.size(); i += block) {
+        set_other_scale(type, &bytes[i]);
         for (const size_t at : half_scales(type)) {
             uint8_t& top = bytes[i + at + 1];
             top = static_cast<uint8_t>((top & 0x83) |
                                        (random.below(12) ? 0x20 + 4 * random.below(5) : 0));
         }
+    }
     // Extremes of codes and scales in the first row.
     for (size_t i = 0; i < row_bytes(type, cols); i++)
         if (!in_scale(type, i % block)) bytes[i] = i / block % 2 ? 0xff : 0x80;
@@ -412,7 +519,7 @@ TEST_CASE("kernels: quantize follows the words") {
 
 TEST_CASE("kernels: packing and embedding rows") {
     Random random{4};
-    for (TensorType type : all_types)
+    for (TensorType type : written_types)
         for (uint32_t cols : column_counts(type)) {
             CAPTURE(type_info(type)->name);
             CHECK(packed_tile_bytes(type, cols) % 64 == 0);
@@ -430,16 +537,12 @@ TEST_CASE("kernels: packing and embedding rows") {
                         expected.push_back(read_float(type, row, c));
                 else
                     for (const WeightBlock& b : read_row(type, row, cols))
-                        for (int i = 0; i < 32; i++)
-                            expected.push_back(
-                                b.minimum ? std::fmaf(b.dw, static_cast<float>(b.w[i]), b.m)
-                                          : (b.dw * static_cast<float>(b.sc[i / 16])) *
-                                                static_cast<float>(b.w[i]));
+                        for (int i = 0; i < 32; i++) expected.push_back(dequantized(b, i));
                 REQUIRE(same(expected, got));
             }
         }
-    CHECK_FALSE(kernel_type_supported(TensorType::q2_k));
-    CHECK(packed_tile_bytes(TensorType::q2_k, 256) == 0);
+    CHECK_FALSE(kernel_type_supported(TensorType::q1_0));
+    CHECK(packed_tile_bytes(TensorType::q1_0, 256) == 0);
     CHECK(packed_tile_bytes(TensorType::q4_0, 64) == 2 * 288);
     CHECK(packed_tile_bytes(TensorType::q4_1, 32) == 320);
     CHECK(packed_tile_bytes(TensorType::q5_0, 64) == 2 * 352);
@@ -474,19 +577,19 @@ TEST_CASE("kernels: packing and dequantizing for programs that write files") {
             CHECK_FALSE(pack_rows(type, cols, file, std::span(packed).first(packed.size() - 1)));
             CHECK_FALSE(dequantize(type, file.first(file.size() - 1), values));
         }
-    CHECK_FALSE(can_compute(TensorType::q2_k));
-    CHECK(packed_bytes(TensorType::q2_k, 16, 256) == 0);
-    std::vector<std::byte> block(84), out(84);
+    CHECK_FALSE(can_compute(TensorType::q1_0));
+    CHECK(packed_bytes(TensorType::q1_0, 16, 256) == 0);
+    std::vector<std::byte> block(36), out(36);
     std::vector<float> values(256);
-    CHECK_FALSE(pack_rows(TensorType::q2_k, 256, block, out));
-    CHECK_FALSE(dequantize(TensorType::q2_k, block, values));
+    CHECK_FALSE(pack_rows(TensorType::q1_0, 256, block, out));
+    CHECK_FALSE(dequantize(TensorType::q1_0, block, values));
     CHECK(kv_bytes_per_token(KvType::f16, 3, 64) == 2 * 3 * 64 * 2);
     CHECK(kv_bytes_per_token(KvType::q8_0, 3, 64) == 2 * 3 * (64 + 2 * 2));
 }
 
 TEST_CASE("kernels: scalar matmul follows the words") {
     Random random{5};
-    for (TensorType type : all_types)
+    for (TensorType type : written_types)
         for (uint32_t cols : column_counts(type)) {
             CAPTURE(type_info(type)->name);
             const uint32_t rows = 19, columns = 3;
@@ -522,7 +625,11 @@ TEST_CASE("kernels: scalar matmul follows the words") {
                                 for (int i = 0; i < 32; i++)
                                     sum += int64_t{w.sc[i / 16]} * w.w[i] * a.q[i];
                                 acc = std::fmaf(static_cast<float>(sum), w.dw * a.d, acc);
-                                if (w.minimum) acc = std::fmaf(w.m, a.s, acc);
+                                if (w.two_minimums)
+                                    acc = std::fmaf(
+                                        static_cast<float>(w.mn[0] * a.sum[0] + w.mn[1] * a.sum[1]),
+                                        w.m * a.d, acc);
+                                else if (w.minimum) acc = std::fmaf(w.m, a.s, acc);
                             }
                             total = plane ? total + acc : acc;
                         }

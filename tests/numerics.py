@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGML_QUANT_SIZES, GGUFReader, quants
 
 F, D = np.float32, np.float64
 PROMPT = 280  # positions: crosses a segment of 256
@@ -95,6 +95,20 @@ def nibbles(q):  # low halves first
     return np.concatenate([q & 15, q >> 4], -1).astype(np.int32)
 
 
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+
+
+def even_signs(seven):  # an eighth makes the number of signs even
+    parity = np.unpackbits(seven.astype(np.uint8)[..., None], axis=-1).sum(-1) & 1
+    return (seven | parity << 7).astype(np.uint8)
+
+
+def eight_signs(rest):  # four times seven bits
+    return even_signs(np.stack([rest >> s & 127 for s in (0, 7, 14, 21)], -1).astype(np.int64)) \
+        .reshape(*rest.shape[:2], 32)
+
+
 class Matrix:
     """Weights as the definition sees them: w (rows, blocks, 32), dw and m (rows, blocks), or f32."""
 
@@ -102,7 +116,7 @@ class Matrix:
         self.kind = tensor.tensor_type.name
         data = np.asarray(tensor.data)
         rows = int(tensor.shape[1]) if len(tensor.shape) > 1 else 1
-        self.scales = self.m = None
+        self.scales = self.m = self.low = None
         if self.kind in ("F32", "F16"):
             self.f32 = data.reshape(rows, -1).astype(F)
             return
@@ -111,8 +125,7 @@ class Matrix:
             self.f32 = (raw.view(np.uint16).astype(np.uint32) << 16).view(F)
             return
         self.f32 = None
-        size = {"Q4_0": 18, "Q5_1": 24, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-        b = raw.reshape(rows, -1, size[self.kind])
+        b = raw.reshape(rows, -1, GGML_QUANT_SIZES[tensor.tensor_type][1])
         getattr(self, "read_" + self.kind.lower())(b)
 
     def read_q4_0(self, b):
@@ -161,6 +174,109 @@ class Matrix:
         self.scales = b[..., 192:208].view(np.int8).astype(np.int32).reshape(rows, -1, 2)
         self.dw = np.repeat(half(b[..., 208:210]), 8, axis=1)
 
+    def read_iq4_nl(self, b):
+        self.dw, self.w = half(b[..., 0:2]), IQ4[nibbles(b[..., 2:])]
+
+    def read_mxfp4(self, b):
+        self.dw = np.ldexp(F(1), b[..., 0].astype(np.int32) - 128).astype(F)
+        self.w = FP4[nibbles(b[..., 1:])]
+
+    def under_sub_scales(self, d, unit, scales, w):
+        """d (rows, supers), scales and w any shape in order."""
+        rows = len(d)
+        self.dw = np.repeat(d * F(unit), 8, axis=1)
+        self.scales = scales.astype(np.int32).reshape(rows, -1, 2)
+        self.w = w.astype(np.int32).reshape(rows, -1, 32)
+
+    def read_q2_k(self, b):
+        q = b[..., 16:80].reshape(*b.shape[:2], 2, 32)
+        codes = np.stack([q >> s & 3 for s in (0, 2, 4, 6)], 3)
+        self.under_sub_scales(half(b[..., 80:82]), 1, b[..., :16] & 15, codes)
+        self.low = (b[..., :16] >> 4).astype(np.int32).reshape(len(b), -1, 2)
+        self.m = np.repeat(-half(b[..., 82:84]), 8, axis=1)
+
+    def read_q3_k(self, b):
+        q = b[..., 32:96].reshape(*b.shape[:2], 2, 32)
+        low = np.stack([q >> s & 3 for s in (0, 2, 4, 6)], 3).reshape(*b.shape[:2], 8, 32)
+        high = np.stack([b[..., :32] >> s & 1 for s in range(8)], 2)
+        bits, more = b[..., 96:104], b[..., 104:108]
+        scales = np.concatenate([bits & 15, bits >> 4], -1).astype(np.int32)
+        scales |= np.concatenate([more >> s & 3 for s in (0, 2, 4, 6)], -1).astype(np.int32) << 4
+        self.under_sub_scales(half(b[..., 108:110]), 1, scales - 32, (low | high << 2).astype(np.int32) - 4)
+
+    def read_iq4_xs(self, b):
+        high = np.ascontiguousarray(b[..., 2:4]).view(np.uint16)
+        low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], -1).reshape(*b.shape[:2], 8)
+        scales = (low | (high >> np.arange(0, 16, 2) & 3) << 4).astype(np.int32) - 32
+        codes = nibbles(b[..., 8:].reshape(*b.shape[:2], 8, 16))
+        self.under_sub_scales(half(b[..., 0:2]), 1, np.repeat(scales, 2, -1), IQ4[codes])
+
+    def read_tq2_0(self, b):
+        q = b[..., :64].reshape(*b.shape[:2], 2, 32)
+        codes = np.stack([q >> s & 3 for s in (0, 2, 4, 6)], 3).astype(np.int32)
+        self.under_sub_scales(half(b[..., 64:66]), 1, np.ones((*b.shape[:2], 16)), codes - 1)
+
+    def read_tq1_0(self, b):
+        def digits(bytes_, count):
+            q = bytes_[..., None, :].astype(np.int32) * (3 ** np.arange(count))[:, None] & 255
+            return (q * 3 >> 8).reshape(*b.shape[:2], -1)
+        codes = np.concatenate([digits(b[..., :32], 5), digits(b[..., 32:48], 5), digits(b[..., 48:52], 4)], -1)
+        self.under_sub_scales(half(b[..., 52:54]), 1, np.ones((*b.shape[:2], 16)), codes - 1)
+
+    def by_grid(self, kind, d, unit, scales, entries, signs):
+        """The code book is gguf's; entries (.., n), signs (.., 32) as bytes with eight signs each."""
+        kind.init_grid()
+        w = kind.grid[0, 0][entries].reshape(*signs.shape, 8)
+        negative = np.unpackbits(signs[..., None], axis=-1, bitorder="little")
+        self.under_sub_scales(d, unit, 2 * scales.astype(np.int32) + 1, np.where(negative, -w, w))
+
+    def read_iq3_s(self, b):
+        high = np.unpackbits(b[..., 66:74], axis=-1, bitorder="little").astype(np.int32)
+        s = np.stack([b[..., 106:110] & 15, b[..., 106:110] >> 4], -1).reshape(*b.shape[:2], 8)
+        self.by_grid(quants.IQ3_S, half(b[..., 0:2]), 1, np.repeat(s, 2, -1),
+                     b[..., 2:66] | high << 8, b[..., 74:106])
+
+    def read_iq3_xxs(self, b):
+        rest = np.ascontiguousarray(b[..., 66:98]).view(np.uint32)
+        self.by_grid(quants.IQ3_XXS, half(b[..., 0:2]), 0.25, np.repeat(rest >> 28, 2, -1),
+                     b[..., 2:66].astype(np.int32), eight_signs(rest))
+
+    def read_iq2_s(self, b):
+        high = np.stack([b[..., 66:74] >> s & 3 for s in (0, 2, 4, 6)], -1).reshape(*b.shape[:2], 32)
+        s = np.stack([b[..., 74:82] & 15, b[..., 74:82] >> 4], -1)
+        self.by_grid(quants.IQ2_S, half(b[..., 0:2]), 0.125, s,
+                     b[..., 2:34] | high.astype(np.int32) << 8, b[..., 34:66])
+
+    def read_iq2_xs(self, b):
+        entries = np.ascontiguousarray(b[..., 2:66]).view(np.uint16).astype(np.int32)
+        s = np.stack([b[..., 66:74] & 15, b[..., 66:74] >> 4], -1)
+        self.by_grid(quants.IQ2_XS, half(b[..., 0:2]), 0.125, s, entries & 511, even_signs(entries >> 9))
+
+    def read_iq2_xxs(self, b):
+        words = np.ascontiguousarray(b[..., 2:66]).view(np.uint32).reshape(*b.shape[:2], 8, 2)
+        entries = np.ascontiguousarray(words[..., 0]).view(np.uint8).astype(np.int32)
+        self.by_grid(quants.IQ2_XXS, half(b[..., 0:2]), 0.125, np.repeat(words[..., 1] >> 28, 2, -1),
+                     entries, eight_signs(words[..., 1]))
+
+    def with_eighths(self, d, scales, entries, negative):
+        """IQ1: 8 * (-1, 0, 1) and +1, or -1 where `negative` (.., 32) says so."""
+        quants.IQ1_S.init_grid()
+        w = 8 * quants.IQ1_S.grid[0, 0][entries] + np.where(negative, -1, 1)[..., None]
+        self.under_sub_scales(d, 0.125, 2 * scales.astype(np.int32) + 1, w)
+
+    def read_iq1_s(self, b):
+        rest = np.ascontiguousarray(b[..., 34:50]).view(np.uint16).astype(np.int32)
+        high = np.stack([rest >> s & 7 for s in (0, 3, 6, 9)], -1).reshape(*b.shape[:2], 32)
+        self.with_eighths(half(b[..., 0:2]), np.repeat(rest >> 12 & 7, 2, -1), b[..., 2:34] | high << 8,
+                          np.repeat(rest >> 15, 4, -1))
+
+    def read_iq1_m(self, b):
+        q = np.ascontiguousarray(b[..., 48:56]).view(np.uint16).astype(np.int32)
+        d = ((q >> 12) << np.arange(0, 16, 4)).sum(-1).astype(np.uint16).view(np.float16).astype(F)
+        scales = np.stack([q >> s & 7 for s in (0, 3, 6, 9)], -1).reshape(*b.shape[:2], 16)
+        high = np.stack([b[..., 32:48] & 15, b[..., 32:48] >> 4], -1).reshape(*b.shape[:2], 32).astype(np.int32)
+        self.with_eighths(d, scales, b[..., :32] | (high & 7) << 8, high >> 3)
+
     def times(self, x, planes):
         """y (columns, rows) for x (columns, n)."""
         if self.f32 is not None:  # 3
@@ -182,7 +298,11 @@ class Matrix:
             else:
                 total = products.sum(-1)
             acc = fma(total.astype(F), self.dw[None, :, b] * d[:, b, None], acc)
-            if self.m is not None:
+            if self.low is not None:
+                halves = h[:, b].reshape(len(d), 1, 2, 16).sum(-1)
+                low = (halves * self.low[None, :, b, :]).sum(-1)
+                acc = fma(low.astype(F), self.m[None, :, b] * d[:, b, None], acc)
+            elif self.m is not None:
                 acc = fma(self.m[None, :, b], s[:, b, None], acc)
         return acc
 
@@ -192,6 +312,9 @@ class Matrix:
         w = self.w[r].astype(F)
         if self.scales is not None:
             scale = np.repeat(self.dw[r][:, None] * self.scales[r].astype(F), 16, axis=1)
+            if self.low is not None:
+                low = np.repeat(self.m[r][:, None] * self.low[r].astype(F), 16, axis=1)
+                return fma(scale, w, low).ravel()
             return (scale * w).ravel()
         if self.m is not None:
             return fma(self.dw[r][:, None], w, self.m[r][:, None]).ravel()
@@ -370,7 +493,9 @@ def main():
              ("qwen2", "F32", "fast", "q8_0"), ("llama", "Q8_0 20", "fast", "f16"),
              ("qwen2", "F32 13 2", "fast", "q8_0")]  # with a window; every second layer without
     cases += [("llama", t, "fast", "f16") for t in
-              ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")]
+              ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K",
+               "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+               "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0")]
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         path, dump = os.path.join(folder, "tiny.gguf"), os.path.join(folder, "logits")

@@ -54,7 +54,12 @@ inline std::vector<TensorType> all_types() {
 }
 
 /// Types that came after the digests of all_types: each has a digest of its own (backend.cpp).
-inline std::vector<TensorType> later_types() { return {TensorType::q5_1}; }
+inline std::vector<TensorType> later_types() {
+    return {TensorType::q5_1,  TensorType::iq4_nl, TensorType::mxfp4,   TensorType::q2_k,
+            TensorType::q3_k,  TensorType::iq4_xs, TensorType::iq3_s,   TensorType::iq3_xxs,
+            TensorType::iq2_s, TensorType::iq2_xs, TensorType::iq2_xxs, TensorType::iq1_s,
+            TensorType::iq1_m, TensorType::tq1_0,  TensorType::tq2_0};
+}
 
 inline constexpr std::string_view merges[] = {
     "\u0120 t",     "h e",      "i n",        "r e",           "o n",        "\u0120 a",
@@ -181,6 +186,58 @@ inline void fill_block(TensorType type, Random& random, float size, std::byte* a
             block.half(size / 9);
             block.half(size * (-15.5f / 9));
             block.random(random, 20);
+            break;
+        case TensorType::iq4_nl:
+            block.half(size / 69);
+            block.random(random, 16);
+            break;
+        case TensorType::mxfp4: {  // a power of two near size / 6
+            uint32_t bits;
+            std::memcpy(&bits, &size, 4);
+            block.byte(static_cast<int>(bits >> 23 & 0xff) - 1);
+            block.random(random, 16);
+            break;
+        }
+        case TensorType::q2_k:
+            block.random(random, 80);
+            block.half(size / 8);
+            block.half(size * (1.5f / 8));
+            break;
+        case TensorType::q3_k:
+            block.random(random, 108);
+            block.half(size / 40);
+            break;
+        case TensorType::iq4_xs:
+            block.half(size / 1200);
+            block.random(random, 134);
+            break;
+        case TensorType::iq3_s:
+        case TensorType::iq3_xxs:
+        case TensorType::iq2_s:
+        case TensorType::iq2_xs:
+        case TensorType::iq2_xxs:
+        case TensorType::iq1_s:
+            block.half(size / (type == TensorType::iq3_s   ? 150
+                               : type == TensorType::iq1_s ? 6
+                                                           : 90));
+            block.random(random, static_cast<int>(valar::type_info(type)->block_bytes) - 2);
+            break;
+        case TensorType::iq1_m: {  // the scale lies in the upper halves of the last bytes
+            const uint16_t bits = to_half(size / 6);
+            block.random(random, 48);
+            for (int i = 0; i < 4; ++i) {
+                block.random(random, 1);
+                block.byte((bits >> 4 * i & 15) << 4 | (random.byte() & 15));
+            }
+            break;
+        }
+        case TensorType::tq1_0:
+            block.random(random, 52);
+            block.half(size);
+            break;
+        case TensorType::tq2_0:
+            block.random(random, 64);
+            block.half(size);
             break;
         // clang-format off
         case TensorType::q5_0: block.half(size / 9); block.random(random, 20); break;

@@ -30,7 +30,7 @@ struct Products {
 
     // Sixteen bits hold four products of codes of up to 6 bits (63 * 127 * 4), or two of 8 bits.
     template <class T, bool P, int H, int C, int N>
-    static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
+    static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const Codes& codes,
                                                  I4 (&part)[N][C]) {
         const B16 w[4] = {load_quad<T, P, 4 * H>(codes), load_quad<T, P, 4 * H + 1>(codes),
                           load_quad<T, P, 4 * H + 2>(codes), load_quad<T, P, 4 * H + 3>(codes)};
@@ -44,7 +44,7 @@ struct Products {
                       high = vmull_high_s8(w[0], x0);
             add_products(low, high, w[1], x1);
             I4 low_sums, high_sums;
-            if constexpr (T::layout.bits == 8) {
+            if constexpr (T::layout.byte_bits() == 8) {
                 low_sums = vpaddlq_s16(low);
                 high_sums = vpaddlq_s16(high);
                 low = vmull_s8(vget_low_s8(w[2]), vget_low_s8(x2));
@@ -64,16 +64,16 @@ struct Products {
     }
 
     template <class T, bool P, int C, int N>
-    static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const std::byte* codes,
+    static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const Codes& codes,
                                             I4 (&part)[N][C]) {
         multiply_half<T, P, 0>(x, codes, part);
         multiply_half<T, P, 1>(x, codes, part);
     }
 
     template <class T, bool P, int C>
-    static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
-                         size_t step, float* sums) {
-        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
+    static void dot_tile(const std::byte* tile, const int8_t* values, size_t blocks,
+                         const ActivationBlock* const* planes, size_t step, float* sums) {
+        dot_blocks<Products, T, P, C>(tile, values, blocks, planes, step, sums);
     }
 };
 
@@ -130,8 +130,8 @@ struct Products {
     };
 
     template <class T, bool P, int H, int C, int N>
-    static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& operands,
-                                                 const std::byte* codes, I4 (&part)[N][C]) {
+    static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& operands, const Codes& codes,
+                                                 I4 (&part)[N][C]) {
         B16 x[C];
         VALAR_UNROLL for (int c = 0; c < C; c++) x[c] = load_bytes(operands.a[c]->q + 16 * H);
         I4(&sum)[C] = part[N == 2 ? H : 0];
@@ -146,16 +146,16 @@ struct Products {
     }
 
     template <class T, bool P, int C, int N>
-    static inline void multiply(const Operands<C>& x, const std::byte* codes, I4 (&part)[N][C]) {
+    static inline void multiply(const Operands<C>& x, const Codes& codes, I4 (&part)[N][C]) {
         multiply_half<T, P, 0>(x, codes, part);
         multiply_half<T, P, 1>(x, codes, part);
     }
 
     template <class T, bool P, int C>
-    VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
+    VALAR_FLATTEN static void dot_tile(const std::byte* tile, const int8_t* values, size_t blocks,
                                        const ActivationBlock* const* planes, size_t step,
                                        float* sums) {
-        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, values, blocks, planes, step, sums);
     }
 };
 
@@ -198,8 +198,8 @@ struct Products {
 
     // Columns 8 J to 8 J + 7 of four rows. A sum is (row 0, row 1) x (column 2i, column 2i + 1).
     template <class T, bool P, int J, int C>
-    static VALAR_FORCE_INLINE void multiply_step(const Operands<C>& operands,
-                                                 const std::byte* codes, I4 (&sum)[C / 2][2]) {
+    static VALAR_FORCE_INLINE void multiply_step(const Operands<C>& operands, const Codes& codes,
+                                                 I4 (&sum)[C / 2][2]) {
         const I4 first = vreinterpretq_s32_s8(load_quad<T, P, 2 * J>(codes)),
                  second = vreinterpretq_s32_s8(load_quad<T, P, 2 * J + 1>(codes));
         const B16 low = vreinterpretq_s8_s32(vzip1q_s32(first, second)),
@@ -211,7 +211,7 @@ struct Products {
     }
 
     template <class T, bool P, int C, int N>
-    static inline void multiply(const Operands<C>& x, const std::byte* codes, I4 (&part)[N][C]) {
+    static inline void multiply(const Operands<C>& x, const Codes& codes, I4 (&part)[N][C]) {
         I4 sum[C / 2][2];
         VALAR_UNROLL for (int i = 0; i < C; i++) sum[i / 2][i % 2] = int_splat(0);
         multiply_step<T, P, 0>(x, codes, sum);
@@ -233,10 +233,10 @@ struct Products {
     }
 
     template <class T, bool P, int C>
-    VALAR_FLATTEN static void dot_tile(const std::byte* tile, size_t blocks,
+    VALAR_FLATTEN static void dot_tile(const std::byte* tile, const int8_t* values, size_t blocks,
                                        const ActivationBlock* const* planes, size_t step,
                                        float* sums) {
-        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
+        dot_blocks<Products, T, P, C>(tile, values, blocks, planes, step, sums);
     }
 };
 

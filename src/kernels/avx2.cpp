@@ -56,39 +56,62 @@ VALAR_FORCE_INLINE __m256i dot4(__m256i acc, __m256i u, __m256i s) {
 
 struct Scales {  // of eight rows
     __m256 dw, m;
-    __m256 sub[2];  // Q6_K
+    __m256 sub[2], low[2];  // of the halves of a block
 };
+
+template <Scale kFormat>
+VALAR_FORCE_INLINE __m256 load_scale(const std::byte* scales, int half) {
+    if constexpr (kFormat == Scale::half) return load_halves(scales + 16 * half);
+    if constexpr (kFormat == Scale::single)
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(scales + 32 * half));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 16 * half))),
+        16));
+}
 
 template <class T>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, int half) {
     constexpr PackedLayout L = T::layout;
     Scales out{};
+    const std::byte* scales = L.sub_scales ? header : at;
+    constexpr size_t width = L.scale_width();
+    out.dw = load_scale<L.scale>(scales, half);
+    if constexpr (L.minimum) out.m = load_scale<L.scale>(scales + 16 * width, half);
     if constexpr (L.sub_scales == 2) {
-        out.dw = load_halves(header + 16 * half);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
                 _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 16 * i + 8 * half))));
-    } else if constexpr (L.header_bytes() != 0) {
-        const __m256 m = _mm256_mul_ps(load_halves(header + 32 + 16 * half),
-                                       load_small_ints(at + 16 + 8 * half));
-        out.dw = _mm256_mul_ps(load_halves(header + 16 * half), load_small_ints(at + 8 * half));
-        out.m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
-    } else {
-        out.dw = load_halves(at + 16 * half);
-        if constexpr (L.minimum) out.m = load_halves(at + 32 + 16 * half);
+        for (int i = 0; L.minimum && i < 2; i++)
+            out.low[i] = load_small_ints(at + 32 + 16 * i + 8 * half);
+    } else if constexpr (L.sub_scales == 1) {
+        out.dw = _mm256_mul_ps(out.dw, load_small_ints(at + 8 * half));
+        out.m = _mm256_mul_ps(out.m, load_small_ints(at + 16 + 8 * half));
     }
+    if constexpr (L.sub_scales != 0 && L.minimum)
+        out.m = _mm256_xor_ps(out.m, _mm256_set1_ps(-0.0f));
     return out;
 }
 
-// Unsigned codes of quad g of eight rows.
+// A table of values, made unsigned, for both halves of a register.
+VALAR_FORCE_INLINE __m256i load_values(const int8_t* values) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    return _mm256_broadcastsi128_si256(_mm_xor_si128(bytes, _mm_set1_epi8(-128)));
+}
+
+// Unsigned codes, or values, of quad g of eight rows.
 template <class T>
-VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g) {
+VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g, __m256i values) {
     constexpr int bits = T::layout.bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
+    if constexpr (bits == 2)
+        return _mm256_and_si256(_mm256_srli_epi16(load_bytes(codes + g / 4 * 64), g % 4 * 2),
+                                _mm256_set1_epi8(3));
     const __m256i pair = load_bytes(codes + g / 2 * 64);
     const __m256i low = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair,
                                          _mm256_set1_epi8(15));
-    if constexpr (high == 0 || bits == 8) return low;
+    if constexpr (T::layout.coded()) return _mm256_shuffle_epi8(values, low);
+    if constexpr (high <= 0 || bits == 8) return low;
     const __m256i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
     return _mm256_or_si256(low, _mm256_and_si256(at < 4 ? _mm256_slli_epi16(rest, 4 - at)
@@ -98,15 +121,15 @@ VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g) {
 
 // total (of each plane and eight rows) += codes of quad g times activations. Without VNNI products
 // are added in 16 bits as long as they cannot overflow, in `part`: 8 quads of 4-bit codes, 4 of 5
-// bits, 2 of 6 bits. 8-bit codes are two of 4 bits.
-template <Vnni kVnni, int kBits>
+// bits, 2 of 6 bits; not beyond a half that has sums of its own. 8-bit codes are two of 4 bits.
+template <Vnni kVnni, int kBits, int kParts>
 VALAR_FORCE_INLINE void add_products(__m256i& total, __m256i (&part)[2], __m256i codes, __m256i x,
                                      int g) {
     if constexpr (kVnni != Vnni::none) {
         total = dot4<kVnni>(total, codes, x);
         return;
     }
-    constexpr int kRun = kBits == 5 ? 4 : kBits == 6 ? 2 : 8;
+    constexpr int kRun = kBits == 6 ? 2 : kBits == 5 || kParts == 2 ? 4 : 8;
     const __m256i low = _mm256_set1_epi8(15);
     VALAR_UNROLL for (int i = 0; i < (kBits == 8 ? 2 : 1); i++) {
         const __m256i four = i ? _mm256_srli_epi16(codes, 4) : codes;
@@ -119,13 +142,24 @@ VALAR_FORCE_INLINE void add_products(__m256i& total, __m256i (&part)[2], __m256i
     }
 }
 
+// The sums of a plane's two halves times the minimums of theirs: exact, being below 2^24.
+VALAR_FORCE_INLINE __m256 weighted_sums(const __m256 (&low)[2], const ActivationBlock& a) {
+    const __m256 first = _mm256_set1_ps(static_cast<float>(a.sum[0])),
+                 last = _mm256_set1_ps(static_cast<float>(a.sum[1]));
+    return _mm256_fmadd_ps(low[0], first, _mm256_mul_ps(low[1], last));
+}
+
 // sums += two tiles times C planes, H times eight rows at a time: registers decide.
 template <class T, Vnni kVnni, int C>
 void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
     constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
-    constexpr int H = L.bits == 4 || (L.sub_scales != 2 && kVnni != Vnni::none) ? 2 : 1;
+    constexpr int H = (L.byte_bits() == 4 && L.sub_scales != 2) ||
+                              (L.sub_scales != 2 && kVnni != Vnni::none)
+                          ? 2
+                          : 1;
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
+    const __m256i values = L.coded() ? load_values(step.values) : _mm256_setzero_si256();
     const ActivationBlock* a[C];
     VALAR_UNROLL for (int c = 0; c < C; c++)
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
@@ -153,17 +187,18 @@ void dot_tiles(const TileStep& step) {
                 const int32_t* sum = a[c]->sum;
                 VALAR_UNROLL for (int p = 0; p < kParts; p++) {
                     VALAR_UNROLL for (int h = 0; h < H; h++) total[p][c][h] = _mm256_set1_epi32(
-                        -L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
+                        -L.byte_bias() * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
                 }
             }
             VALAR_UNROLL for (int g = 0; g < 8; g++) {
                 __m256i codes[H];
-                VALAR_UNROLL for (int h = 0; h < H; h++)
-                    codes[h] = load_quad<T>(tile + at + L.scale_bytes() + 32 * (v % 2 + h), g);
+                VALAR_UNROLL for (int h = 0; h < H; h++) codes[h] = load_quad<T>(
+                    tile + at + L.scale_bytes() + 32 * (v % 2 + h), g, values);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     const __m256i x = broadcast4(a[c]->q + 4 * g);
-                    VALAR_UNROLL for (int h = 0; h < H; h++) add_products<kVnni, L.bits>(
-                        total[g / 4 * (kParts - 1)][c][h], part[c][h], codes[h], x, g);
+                    VALAR_UNROLL for (int h = 0; h < H; h++)
+                        add_products<kVnni, L.byte_bits(), kParts>(
+                            total[g / 4 * (kParts - 1)][c][h], part[c][h], codes[h], x, g);
                 }
             }
             VALAR_UNROLL for (int h = 0; h < H; h++) {
@@ -177,7 +212,11 @@ void dot_tiles(const TileStep& step) {
                     float* acc = &step.sums[c][(v + h) / 2][(v + h) % 2 * 8];
                     sum = _mm256_fmadd_ps(sum, _mm256_mul_ps(scales.dw, _mm256_set1_ps(a[c]->d)),
                                           _mm256_load_ps(acc));
-                    if constexpr (L.minimum)
+                    if constexpr (L.minimum && L.sub_scales == 2)
+                        sum = _mm256_fmadd_ps(weighted_sums(scales.low, *a[c]),
+                                              _mm256_mul_ps(scales.m, _mm256_set1_ps(a[c]->d)),
+                                              sum);
+                    else if constexpr (L.minimum)
                         sum = _mm256_fmadd_ps(scales.m, _mm256_set1_ps(a[c]->s), sum);
                     _mm256_store_ps(acc, sum);
                 }

@@ -39,37 +39,57 @@ VALAR_FORCE_INLINE __m512i broadcast4(const int8_t* at) {
 
 struct Scales {
     __m512 dw, m;
-    __m512 sub[2];  // Q6_K
+    __m512 sub[2], low[2];  // of the halves of a block
 };
+
+template <Scale kFormat>
+VALAR_FORCE_INLINE __m512 load_scale(const std::byte* scales) {
+    if constexpr (kFormat == Scale::half) return load_halves(scales);
+    if constexpr (kFormat == Scale::single) return _mm512_loadu_ps(scales);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales))), 16));
+}
 
 template <class T>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at) {
     constexpr PackedLayout L = T::layout;
     Scales out{};
+    const std::byte* scales = L.sub_scales ? header : at;
+    out.dw = load_scale<L.scale>(scales);
+    if constexpr (L.minimum) out.m = load_scale<L.scale>(scales + 16 * L.scale_width());
     if constexpr (L.sub_scales == 2) {
-        out.dw = load_halves(header);
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i)));
-    } else if constexpr (L.header_bytes() != 0) {
-        const __m512 m = _mm512_mul_ps(load_halves(header + 32), load_small_ints(at + 16));
-        out.dw = _mm512_mul_ps(load_halves(header), load_small_ints(at));
-        out.m = _mm512_xor_ps(m, _mm512_set1_ps(-0.0f));
-    } else {
-        out.dw = load_halves(at);
-        if constexpr (L.minimum) out.m = load_halves(at + 32);
+        for (int i = 0; L.minimum && i < 2; i++) out.low[i] = load_small_ints(at + 32 + 16 * i);
+    } else if constexpr (L.sub_scales == 1) {
+        out.dw = _mm512_mul_ps(out.dw, load_small_ints(at));
+        out.m = _mm512_mul_ps(out.m, load_small_ints(at + 16));
     }
+    if constexpr (L.sub_scales != 0 && L.minimum)
+        out.m = _mm512_xor_ps(out.m, _mm512_set1_ps(-0.0f));
     return out;
 }
 
-// Unsigned codes of quad g.
+// A table of values, made unsigned, for each quarter of a register.
+VALAR_FORCE_INLINE __m512i load_values(const int8_t* values) {
+    const __m128i bytes = _mm_xor_si128(load_scale_bytes(values), _mm_set1_epi8(-128));
+    return _mm512_maskz_broadcast_i32x4(0xffff, bytes);
+}
+
+// Unsigned codes, or values, of quad g.
 template <class T>
-VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g) {
+VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g, __m512i values) {
     constexpr int bits = T::layout.bits, high = bits - 4;
     if constexpr (bits == 8) return load_bytes(codes + 64 * g);
+    if constexpr (bits == 2)
+        return _mm512_and_si512(
+            _mm512_srli_epi16(load_bytes(codes + g / 4 * 64), static_cast<unsigned>(g) % 4 * 2),
+            _mm512_set1_epi8(3));
     const __m512i pair = load_bytes(codes + g / 2 * 64);
     const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair,
                                          _mm512_set1_epi8(15));
-    if constexpr (high == 0) return low;
+    if constexpr (T::layout.coded()) return _mm512_maskz_shuffle_epi8(~__mmask64{0}, values, low);
+    if constexpr (high <= 0) return low;
     const __m512i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
     const __m512i moved = at < 4 ? _mm512_slli_epi16(rest, static_cast<unsigned>(4 - at) & 7)
@@ -78,12 +98,20 @@ VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g) {
     return _mm512_ternarylogic_epi32(low, moved, _mm512_set1_epi8(high == 1 ? 16 : 48), 0xf8);
 }
 
+// The sums of a plane's two halves times the minimums of theirs: exact, being below 2^24.
+VALAR_FORCE_INLINE __m512 weighted_sums(const __m512 (&low)[2], const ActivationBlock& a) {
+    const __m512 first = _mm512_set1_ps(static_cast<float>(a.sum[0])),
+                 last = _mm512_set1_ps(static_cast<float>(a.sum[1]));
+    return _mm512_fmadd_ps(low[0], first, _mm512_mul_ps(low[1], last));
+}
+
 // sums += two tiles times C planes.
 template <class T, int C>
 void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
     constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
+    const __m512i values = L.coded() ? load_values(step.values) : _mm512_setzero_si512();
     const ActivationBlock* a[C];
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -113,12 +141,12 @@ void dot_tiles(const TileStep& step) {
             const int32_t* sum = a[c]->sum;
             VALAR_UNROLL for (int p = 0; p < kParts; p++)
                 total[p][c][0] = total[p][c][1] = _mm512_set1_epi32(
-                    -L.bias * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
+                    -L.byte_bias() * (kParts == 2 ? sum[p] : sum[0] + sum[1]));
         }
         VALAR_UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[2];
             VALAR_UNROLL for (int t = 0; t < 2; t++)
-                w[t] = load_quad<T>(at + (t ? apart : 0) + L.scale_bytes(), g);
+                w[t] = load_quad<T>(at + (t ? apart : 0) + L.scale_bytes(), g, values);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 const __m512i x = broadcast4(a[c]->q + 4 * g);
                 VALAR_UNROLL for (int t = 0; t < 2; t++) {
@@ -137,7 +165,11 @@ void dot_tiles(const TileStep& step) {
                         _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.sub[1]));
                 acc[c][t] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c]->d)),
                                             acc[c][t]);
-                if constexpr (L.minimum)
+                if constexpr (L.minimum && L.sub_scales == 2)
+                    acc[c][t] = _mm512_fmadd_ps(weighted_sums(scales.low, *a[c]),
+                                                _mm512_mul_ps(scales.m, _mm512_set1_ps(a[c]->d)),
+                                                acc[c][t]);
+                else if constexpr (L.minimum)
                     acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c]->s), acc[c][t]);
             }
         }

@@ -46,7 +46,8 @@
 //  2. Dot product of a row of quantized weights and one plane: acc = 0, then block after block, in
 //     ascending order, with w_i the integers of the row's block and dw, m its scales (binary16 made
 //     binary32, exact):
-//       Q4_0 (w = nibble - 8), Q5_0 (w = 5 bits - 16), Q8_0 (w = int8):
+//       Q4_0 (w = nibble - 8), Q5_0 (w = 5 bits - 16), Q8_0 (w = int8), IQ4_NL (w = the value that
+//       the nibble stands for), MXFP4 (likewise; its scale is 2^(e - 128)):
 //           acc = fma(float(sum w_i h_i), dw * d, acc)
 //       Q4_1 (w = nibble), Q5_1 (w = 5 bits):
 //           acc = fma(float(sum w_i h_i), dw * d, acc); acc = fma(m, s, acc)
@@ -57,6 +58,14 @@
 //           S = sc0 * sum w_i h_i (first 16) + sc1 * sum w_i h_i (last 16) (exact integer, below
 //             2^24)
 //           acc = fma(float(S), dw * d, acc)
+//       Q3_K, IQ4_XS, IQ3_S, IQ3_XXS, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_S, IQ1_M, TQ1_0, TQ2_0: as Q6_K.
+//           w is an integer of at most 8 bits that the codes stand for (kernels/weight_types.hpp);
+//           sc0, sc1: Q3_K 6 bits - 32; IQ4_XS sc0 = sc1 = 6 bits - 32; IQ1 to IQ3 2 s + 1, s being
+//           the 3 or 4 bits of the file; TQ 1. D is the super-block's scale; of IQ3_XXS a quarter,
+//           of IQ2 and IQ1 an eighth of it.
+//       Q2_K (w = 2 bits): S and dw as Q6_K, with 4-bit scales; besides two 4-bit minimums mn0, mn1:
+//           acc = fma(float(S), dw * d, acc); M = mn0 * (sum of the first 16 h_i) + mn1 * (of the
+//             last 16); acc = fma(float(M), -Dmin * d, acc)
 //     Two planes: y = acc of plane one + acc of plane two.
 //     The output matrix (logits) always uses two planes, whatever the precision.
 //  3. F32, F16 and BF16 rows meet the unquantized x: acc = 0; acc = fma(w_k, x_k, acc) for
@@ -100,8 +109,9 @@
 //       M' = max(M, m); a = exp(M - M'); b = exp(m - M'); L = fma(l, b, L * a);
 //       O_e = fma(o_e, b, O_e * a); M = M'.
 //     Result: O_e * (1 / L). A segment without visible positions is skipped.
-// 11. An embedding row is dequantized: d * w for types without minimum (Q6_K: (D * sc) * w, D * sc
-//     exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2); F16, BF16, F32: the value.
+// 11. An embedding row is dequantized: d * w for types without minimum (those with sub-scales: (D *
+//     sc) * w, D * sc exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2; Q2_K: D * sc,
+//     -(Dmin * mn)); F16, BF16, F32: the value.
 //     Where the model scales it (embedding_scale), each value is multiplied once.
 // 12. rope_math: functions in double, from + - * / that round once each, never fused. nearest(x) is
 //     the nearest integer, ties to even. 1/n! and 1/n are one quotient (n! is exact).

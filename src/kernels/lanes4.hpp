@@ -95,6 +95,9 @@ VALAR_FORCE_INLINE B16 byte_shift(B16 x) {
     else if constexpr (kShift < 0) return vreinterpretq_s8_u8(vshrq_n_u8(bits, -kShift));
     else return x;
 }
+VALAR_FORCE_INLINE B16 look_up(B16 values, B16 codes) {
+    return vqtbl1q_s8(values, vreinterpretq_u8_s8(codes));
+}
 #endif  // VALAR_NEON_KERNELS
 
 #if VALAR_WASM_KERNELS
@@ -202,65 +205,93 @@ VALAR_FORCE_INLINE B16 byte_shift(B16 x) {
     else if constexpr (kShift < 0) return wasm_u8x16_shr(x, -kShift);
     else return x;
 }
+VALAR_FORCE_INLINE B16 look_up(B16 values, B16 codes) {
+    return wasm_i8x16_swizzle(values, codes);
+}
 #endif  // VALAR_WASM_KERNELS
 // clang-format on
 
 // Scales of four rows (definition, 2).
 struct Scales {
     F4 dw, m;
-    I4 sub[2];  // Q6_K
+    I4 sub[2], low[2];  // of the halves of a block
 };
+
+template <Scale kFormat>
+VALAR_FORCE_INLINE F4 load_scale(const std::byte* scales, size_t v) {
+    if constexpr (kFormat == Scale::half) return load_halves(scales + 8 * v);
+    else if constexpr (kFormat == Scale::bfloat) return load_bfloats(scales + 8 * v);
+    else return load(reinterpret_cast<const float*>(scales) + 4 * v);
+}
 
 template <class T>
 VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* at, size_t v) {
     constexpr PackedLayout L = T::layout;
+    const std::byte* scales = L.sub_scales ? header : at;
     Scales out{};
-    if constexpr (L.sub_scales == 2) {
-        out.dw = load_halves(header + 8 * v);
+    out.dw = load_scale<L.scale>(scales, v);
+    if constexpr (L.minimum) out.m = load_scale<L.scale>(scales + 16 * L.scale_width(), v);
+    if constexpr (L.sub_scales == 2) {  // minimums have a few bits: signed or not
         for (size_t i = 0; i < 2; i++) out.sub[i] = load_signed_bytes(at + 16 * i + 4 * v);
-    } else if constexpr (L.header_bytes() != 0) {  // six bits: signed or not
-        out.dw = mul(load_halves(header + 8 * v), to_float(load_signed_bytes(at + 4 * v)));
-        out.m = negate(
-            mul(load_halves(header + 32 + 8 * v), to_float(load_signed_bytes(at + 16 + 4 * v))));
-    } else {
-        out.dw = load_halves(at + 8 * v);
-        if constexpr (L.minimum) out.m = load_halves(at + 32 + 8 * v);
+        for (size_t i = 0; L.minimum && i < 2; i++)
+            out.low[i] = load_signed_bytes(at + 32 + 16 * i + 4 * v);
+    } else if constexpr (L.sub_scales == 1) {  // six bits: signed or not
+        out.dw = mul(out.dw, to_float(load_signed_bytes(at + 4 * v)));
+        out.m = mul(out.m, to_float(load_signed_bytes(at + 16 + 4 * v)));
     }
+    if constexpr (L.sub_scales != 0 && L.minimum) out.m = negate(out.m);
     return out;
 }
 
+// Where codes lie, and the values that they stand for where the type has a table of them.
+struct Codes {
+    const std::byte* at;
+    B16 values;
+};
+
 // Codes of quad G of four rows as signed bytes; those of 8 bits without their bias.
 template <class T, int G>
-VALAR_FORCE_INLINE B16 load_codes4(const std::byte* codes) {
+VALAR_FORCE_INLINE B16 load_codes4(const Codes& codes) {
     constexpr int bits = T::layout.bits, high = bits - 4;
-    if constexpr (bits == 8) return bit_xor(load_bytes(codes + 64 * G), byte_splat(-128));
+    if constexpr (bits == 8) return bit_xor(load_bytes(codes.at + 64 * G), byte_splat(-128));
+    else if constexpr (bits == 2)
+        return bit_and(byte_shift<-(G % 4) * 2>(load_bytes(codes.at + G / 4 * 64)), byte_splat(3));
     else {
-        const B16 pair = load_bytes(codes + G / 2 * 64);
+        const B16 pair = load_bytes(codes.at + G / 2 * 64);
         const B16 low = G % 2 ? byte_shift<-4>(pair) : bit_and(pair, byte_splat(15));
-        if constexpr (high == 0) return low;
+        if constexpr (T::layout.coded()) return look_up(codes.values, low);
+        else if constexpr (high == 0) return low;
         else {
             const B16 rest = byte_shift<4 - G * high % 8>(
-                load_bytes(codes + 256 + G * high / 8 * 64));
+                load_bytes(codes.at + 256 + G * high / 8 * 64));
             return bit_or(low, bit_and(rest, byte_splat(high == 1 ? 16 : 48)));
         }
     }
 }
 
+// What is taken from a signed byte of load_codes4.
+template <class T>
+inline constexpr int signed_bias = T::layout.byte_bits() == 8 ? 0 : T::layout.bias;
+
 // A tile whose blocks were unpacked for many columns: 512 weights (bias taken out), a byte each in
-// the order of 8-bit codes; 16 dw; 16 m, or 16 + 16 sub-scales as integers.
-inline constexpr size_t kPanelBytes = 704;
+// the order of 8-bit codes; 16 dw; 16 m; 16 + 16 sub-scales and as many of the minimum, as integers.
+inline constexpr size_t kPanelBytes = 896;
 inline constexpr size_t kPanelBlocks = 24;
 
 template <class T, int G = 0>
-VALAR_FORCE_INLINE void fill_codes(const std::byte* codes, std::byte* panel) {
-    constexpr int bias = T::layout.bits == 8 ? 0 : T::layout.bias;
-    store_bytes(panel + 64 * G, byte_sub(load_codes4<T, G>(codes), byte_splat(bias)));
+VALAR_FORCE_INLINE void fill_codes(const Codes& codes, std::byte* panel) {
+    store_bytes(panel + 64 * G, byte_sub(load_codes4<T, G>(codes), byte_splat(signed_bias<T>)));
     if constexpr (G < 7) fill_codes<T, G + 1>(codes, panel);
 }
 
+VALAR_FORCE_INLINE B16 load_table(const int8_t* values) {
+    return values ? load_bytes(values) : byte_splat(0);
+}
+
 template <class T>
-void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
+void fill_panel(const std::byte* tile, const int8_t* values, size_t blocks, std::byte* panel) {
     constexpr PackedLayout L = T::layout;
+    const B16 table = load_table(values);
     const std::byte *header = tile, *at = tile;
     for (size_t b = 0; b < blocks; b++, at += L.block_bytes(), panel += kPanelBytes) {
         if (b % L.blocks == 0) {
@@ -268,32 +299,35 @@ void fill_panel(const std::byte* tile, size_t blocks, std::byte* panel) {
             at += L.header_bytes();
         }
         for (size_t v = 0; v < 4; v++) {
-            fill_codes<T>(at + L.scale_bytes() + 16 * v, panel + 16 * v);
+            fill_codes<T>({at + L.scale_bytes() + 16 * v, table}, panel + 16 * v);
             const Scales s = load_scales<T>(header, at, v);
             store(reinterpret_cast<float*>(panel + 512 + 16 * v), s.dw);
             if constexpr (L.minimum) store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
-            if constexpr (L.sub_scales == 2)
-                for (size_t i = 0; i < 2; i++)
-                    std::memcpy(panel + 576 + 64 * i + 16 * v, &s.sub[i], 16);
+            for (size_t i = 0; L.sub_scales == 2 && i < 2; i++) {
+                std::memcpy(panel + 640 + 64 * i + 16 * v, &s.sub[i], 16);
+                if constexpr (L.minimum) std::memcpy(panel + 768 + 64 * i + 16 * v, &s.low[i], 16);
+            }
         }
     }
 }
 
 template <class T>
 VALAR_FORCE_INLINE Scales panel_scales(const std::byte* at, size_t v) {
+    constexpr PackedLayout L = T::layout;
     Scales out{};
     out.dw = load(reinterpret_cast<const float*>(at + 512 + 16 * v));
-    if constexpr (T::layout.minimum)
-        out.m = load(reinterpret_cast<const float*>(at + 576 + 16 * v));
-    if constexpr (T::layout.sub_scales == 2)
-        for (size_t i = 0; i < 2; i++) std::memcpy(&out.sub[i], at + 576 + 64 * i + 16 * v, 16);
+    if constexpr (L.minimum) out.m = load(reinterpret_cast<const float*>(at + 576 + 16 * v));
+    for (size_t i = 0; L.sub_scales == 2 && i < 2; i++) {
+        std::memcpy(&out.sub[i], at + 640 + 64 * i + 16 * v, 16);
+        if constexpr (L.minimum) std::memcpy(&out.low[i], at + 768 + 64 * i + 16 * v, 16);
+    }
     return out;
 }
 
 // Signed weights or codes of quad G, from a panel or the packed tile.
 template <class T, bool P, int G>
-VALAR_FORCE_INLINE B16 load_quad(const std::byte* codes) {
-    if constexpr (P) return load_bytes(codes + 64 * G);
+VALAR_FORCE_INLINE B16 load_quad(const Codes& codes) {
+    if constexpr (P) return load_bytes(codes.at + 64 * G);
     else return load_codes4<T, G>(codes);
 }
 
@@ -303,10 +337,11 @@ template <class T, int C>
 inline constexpr int sum_parts = T::layout.sub_scales == 2 || C <= 4 ? 2 : 1;
 
 template <class K, class T, bool P, int C>
-VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
+VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, const int8_t* values, size_t blocks,
                                    const ActivationBlock* const* planes, size_t step, float* sums) {
     constexpr PackedLayout L = T::layout;
-    constexpr int bias = P || L.bits == 8 ? 0 : L.bias, parts = sum_parts<T, C>;
+    constexpr int bias = P ? 0 : signed_bias<T>, parts = sum_parts<T, C>;
+    const B16 table = load_table(values);
     const std::byte *header = tile, *at = tile;
     for (size_t b = 0; b < blocks; b++, at += P ? kPanelBytes : L.block_bytes()) {
         if (!P && b % L.blocks == 0) {
@@ -322,7 +357,8 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
                 VALAR_UNROLL for (int p = 0; p < parts; p++) part[p][c] = int_splat(
                     -bias * (parts == 2 ? a[c]->sum[p] : a[c]->sum[0] + a[c]->sum[1]));
             }
-            K::template multiply<T, P, C>(x, at + (P ? 0 : L.scale_bytes()) + 16 * v, part);
+            K::template multiply<T, P, C>(x, {at + (P ? 0 : L.scale_bytes()) + 16 * v, table},
+                                          part);
             Scales s;
             if constexpr (P) s = panel_scales<T>(at, v);
             else s = load_scales<T>(header, at, v);
@@ -333,18 +369,22 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, size_t blocks,
                     exact = int_add(int_mul(exact, s.sub[0]), int_mul(part[1][c], s.sub[1]));
                 else if constexpr (parts == 2) exact = int_add(exact, part[1][c]);
                 F4 acc = fma(to_float(exact), mul(s.dw, splat(a[c]->d)), load(sum));
-                if constexpr (L.minimum) acc = fma(s.m, splat(a[c]->s), acc);
+                if constexpr (L.minimum && L.sub_scales == 2) {
+                    const I4 low = int_add(int_mul(s.low[0], int_splat(a[c]->sum[0])),
+                                           int_mul(s.low[1], int_splat(a[c]->sum[1])));
+                    acc = fma(to_float(low), mul(s.m, splat(a[c]->d)), acc);
+                } else if constexpr (L.minimum) acc = fma(s.m, splat(a[c]->s), acc);
                 store(sum, acc);
             }
         }
     }
 }
 
-using TileDot = void (*)(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
-                         size_t step, float* sums);
+using TileDot = void (*)(const std::byte* tile, const int8_t* values, size_t blocks,
+                         const ActivationBlock* const* planes, size_t step, float* sums);
 struct QuantKernels {
     TileDot dot1, dot2;  // from the packed tile
-    void (*fill)(const std::byte* tile, size_t blocks, std::byte* panel);
+    void (*fill)(const std::byte* tile, const int8_t* values, size_t blocks, std::byte* panel);
     TileDot dot4, dot8;  // from the panel that `fill` made
 };
 
@@ -355,14 +395,16 @@ inline void multiply_quantized(const PackedLayout& layout, size_t blocks, const 
     const uint32_t count = batch.count;
     const size_t step = batch.step();
     const ActivationBlock* planes[8] = {batch.plane(0), batch.plane(1)};
-    if (count <= 2) return (count == 1 ? k.dot1 : k.dot2)(tile, blocks, planes, step, sums);
+    if (count <= 2)
+        return (count == 1 ? k.dot1 : k.dot2)(tile, layout.values, blocks, planes, step, sums);
     for (size_t b = 0; b < blocks; b += kPanelBlocks) {
         const size_t n = blocks - b < kPanelBlocks ? blocks - b : kPanelBlocks;
-        k.fill(tile + b / layout.blocks * layout.super_bytes(), n, panel);
+        k.fill(tile + b / layout.blocks * layout.super_bytes(), layout.values, n, panel);
         for (uint32_t v = 0; v < count; v += 8) {
             for (uint32_t c = 0; c < 8; c++)  // the last one again to the end
                 planes[c] = batch.plane(v + c < count ? v + c : count - 1) + b * step;
-            (count - v > 4 ? k.dot8 : k.dot4)(panel, n, planes, step, sums + 2 * kTileRows * v);
+            (count - v > 4 ? k.dot8 : k.dot4)(panel, nullptr, n, planes, step,
+                                              sums + 2 * kTileRows * v);
         }
     }
 }
@@ -660,7 +702,7 @@ inline void attention_merge(float* max, float* sum, float* out, float m, float l
 // need to know only whether products of two weights fit 16 bits, whether there are two sub-scales
 // and whether there is a minimum: types that agree in all three share the kernels of one of them.
 constexpr bool share_panels(const PackedLayout& a, const PackedLayout& b) {
-    return a.float_bytes == b.float_bytes && (a.bits == 8) == (b.bits == 8) &&
+    return a.float_bytes == b.float_bytes && (a.byte_bits() == 8) == (b.byte_bits() == 8) &&
            (a.sub_scales == 2) == (b.sub_scales == 2) && a.minimum == b.minimum;
 }
 template <class T>
@@ -668,9 +710,9 @@ using PanelsOf = typename FirstAlike<T, share_panels>::type;
 
 template <class K, class T>
 inline constexpr QuantKernels quant_kernels = {
-    K::Narrow::template dot_tile<T, false, 1>, K::Narrow::template dot_tile<T, false, 2>,
-    fill_panel<T>, K::template dot_tile<PanelsOf<T>, true, 4>,
-    K::template dot_tile<PanelsOf<T>, true, 8>};
+    K::Narrow::template dot_tile<TilesOf<T>, false, 1>,
+    K::Narrow::template dot_tile<TilesOf<T>, false, 2>, fill_panel<TilesOf<T>>,
+    K::template dot_tile<PanelsOf<T>, true, 4>, K::template dot_tile<PanelsOf<T>, true, 8>};
 
 using MultiplyTile = void (*)(const TilePair& pair, const std::byte* tile, const ColumnBatch& batch,
                               float* sums);

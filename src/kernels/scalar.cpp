@@ -27,7 +27,8 @@ struct RowBlock {
     int32_t w[kActivationBlock];
     float scale;     // dw
     float minimum;   // m
-    int32_t sub[2];  // Q6_K's scales of the two halves, else 1
+    int32_t sub[2];  // scales of the two halves, else 1
+    int32_t low[2];  // Q2_K's minimums of the two halves, in units of `minimum`
 };
 
 // Definition, 2: one block of a row of weights times one block of a plane.
@@ -42,7 +43,10 @@ float dot_block(const PackedLayout& layout, const RowBlock& row, const Activatio
     const int32_t sum = row.sub[0] * dot_integers(row.w, a.q) +
                         row.sub[1] * dot_integers(row.w + 16, a.q + 16);
     acc = fma_once(static_cast<float>(sum), row.scale * a.d, acc);
-    return layout.minimum ? fma_once(row.minimum, a.s, acc) : acc;
+    if (!layout.minimum) return acc;
+    if (layout.sub_scales < 2) return fma_once(row.minimum, a.s, acc);
+    const int32_t low = row.low[0] * a.sum[0] + row.low[1] * a.sum[1];
+    return fma_once(static_cast<float>(low), row.minimum * a.d, acc);
 }
 
 // Takes one row of a block out of a packed tile: packed layouts.
@@ -53,19 +57,25 @@ void read_block(const PackedLayout& layout, const std::byte* tile, size_t block,
                           block % layout.blocks * layout.block_bytes();
     uint32_t words[8];
     load_codes(layout, at + layout.scale_bytes(), row, words);
-    for (uint32_t i = 0; i < kActivationBlock; i++)
-        out.w[i] = static_cast<int32_t>(words[i / 4] >> i % 4 * 8 & 255) - layout.bias;
-
-    const std::byte* halves = layout.header_bytes() ? header : at;
-    out.scale = half_value(load16(halves + 2 * row));
-    out.minimum = layout.minimum ? half_value(load16(halves + 32 + 2 * row)) : 0.0f;
-    out.sub[0] = out.sub[1] = 1;
-    if (layout.sub_scales == 2) {
-        for (uint32_t i = 0; i < 2; i++) out.sub[i] = static_cast<int8_t>(at[16 * i + row]);
-    } else if (layout.header_bytes()) {
-        out.scale *= static_cast<float>(static_cast<uint8_t>(at[row]));
-        out.minimum = -(out.minimum * static_cast<float>(static_cast<uint8_t>(at[16 + row])));
+    for (uint32_t i = 0; i < kActivationBlock; i++) {
+        const uint32_t code = words[i / 4] >> i % 4 * 8 & 255;
+        out.w[i] = layout.values ? layout.values[code] : static_cast<int32_t>(code) - layout.bias;
     }
+    const std::byte* scales = layout.header_bytes() ? header : at;
+    const auto sub = [&](uint32_t i) { return static_cast<int32_t>(at[16 * i + row]); };
+    out.scale = scale_value(layout.scale, scales, row);
+    out.minimum = layout.minimum ? scale_value(layout.scale, scales, kTileRows + row) : 0.0f;
+    out.sub[0] = out.sub[1] = 1;
+    out.low[0] = out.low[1] = 1;
+    for (uint32_t i = 0; layout.sub_scales == 2 && i < 2; i++) {
+        out.sub[i] = static_cast<int8_t>(sub(i));
+        if (layout.minimum) out.low[i] = sub(2 + i);
+    }
+    if (layout.sub_scales == 1) {
+        out.scale *= static_cast<float>(sub(0));
+        out.minimum *= static_cast<float>(sub(1));
+    }
+    if (layout.sub_scales && layout.minimum) out.minimum = -out.minimum;
 }
 
 // One row against all planes of the batch.
@@ -403,8 +413,9 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
         scalar::read_block(layout, tile, b, lane, block);
         for (uint32_t i = 0; i < kActivationBlock; i++) {
             const float w = static_cast<float>(block.w[i]);
-            *out++ = layout.minimum ? fma_once(block.scale, w, block.minimum)
-                                    : block.scale * static_cast<float>(block.sub[i / 16]) * w;
+            const float scale = block.scale * static_cast<float>(block.sub[i / 16]),
+                        low = block.minimum * static_cast<float>(block.low[i / 16]);
+            *out++ = layout.minimum ? fma_once(scale, w, low) : scale * w;
         }
     }
 }

@@ -28,8 +28,8 @@ struct Products {
     };
 
     template <class T, bool P, int G, int C>
-    static VALAR_FORCE_INLINE void multiply_quad(const Operands<C>& operands,
-                                                 const std::byte* codes, I4 (&sum)[C][2]) {
+    static VALAR_FORCE_INLINE void multiply_quad(const Operands<C>& operands, const Codes& codes,
+                                                 I4 (&sum)[C][2]) {
         const B16 w = load_quad<T, P, G>(codes);
         const v128_t low = wasm_i16x8_extend_low_i8x16(w), high = wasm_i16x8_extend_high_i8x16(w);
         VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -40,7 +40,7 @@ struct Products {
     }
 
     template <class T, bool P, int H, int C, int N>
-    static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const std::byte* codes,
+    static VALAR_FORCE_INLINE void multiply_half(const Operands<C>& x, const Codes& codes,
                                                  I4 (&part)[N][C]) {
         I4 sum[C][2];
         VALAR_UNROLL for (int i = 0; i < 2 * C; i++) sum[i / 2][i % 2] = int_splat(0);
@@ -56,16 +56,16 @@ struct Products {
     }
 
     template <class T, bool P, int C, int N>
-    static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const std::byte* codes,
+    static VALAR_FORCE_INLINE void multiply(const Operands<C>& x, const Codes& codes,
                                             I4 (&part)[N][C]) {
         multiply_half<T, P, 0>(x, codes, part);
         multiply_half<T, P, 1>(x, codes, part);
     }
 
     template <class T, bool P, int C>
-    static void dot_tile(const std::byte* tile, size_t blocks, const ActivationBlock* const* planes,
-                         size_t step, float* sums) {
-        dot_blocks<Products, T, P, C>(tile, blocks, planes, step, sums);
+    static void dot_tile(const std::byte* tile, const int8_t* values, size_t blocks,
+                         const ActivationBlock* const* planes, size_t step, float* sums) {
+        dot_blocks<Products, T, P, C>(tile, values, blocks, planes, step, sums);
     }
 };
 

@@ -23,6 +23,7 @@ struct TileStep {
     size_t count;          // of blocks, or floats
     float (*sums)[2][16];  // (C)
     bool fresh;            // the sums start at 0
+    const int8_t* values;  // of the codes, where the type has a table of them
     // To prefetch: at every `every`th block one block of each tile, from `next` of the first on;
     // 0: nothing.
     const std::byte* next;
@@ -90,6 +91,7 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
                       .count = last ? left : chunks.chunk,
                       .sums = sums,
                       .fresh = at_k == 0,
+                      .values = pair.layout->values,
                       .next = tiles[0] + ahead,
                       .every = ahead ? calls : 0};
         for (uint32_t v = 0; v < batch.count; step.next += chunks.chunk_bytes / calls) {
@@ -104,15 +106,6 @@ inline void multiply_pair(const TileKernels& k, const TilePair& pair, const Colu
         }
     }
 }
-
-// Types of one tile layout share their kernels.
-constexpr bool same_tiles(const PackedLayout& a, const PackedLayout& b) {
-    if (a.float_bytes || b.float_bytes) return a.type == b.type;
-    return a.bits == b.bits && a.bias == b.bias && a.minimum == b.minimum &&
-           a.sub_scales == b.sub_scales;
-}
-template <class T>
-using TilesOf = typename FirstAlike<T, same_tiles>::type;
 
 // ---- Attention of the vector paths -----------------------------------------------------------
 
