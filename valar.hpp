@@ -2588,7 +2588,7 @@ VALAR_API void exact_sincos(double x, double* sine, double* cosine);  ///< |x| <
 }  // namespace v1
 }  // namespace valar
 
-// ---- src/tokenizer.hpp -------------------------------------------------------------------------
+// ---- src/tokenizer/tokenizer.hpp ---------------------------------------------------------------
 
 // >>tokenizer
 // Owns: tokens: byte-level BPE, SentencePiece BPE, special tokens, the streaming detokenizer.
@@ -15116,53 +15116,195 @@ void Team::run(void (*job)(void* context, uint32_t part, uint32_t parts), void* 
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// ---- src/tokenizer_internal.hpp ----------------------------------------------------------------
+// ---- src/tokenizer/split.hpp -------------------------------------------------------------------
 
-// What a rendered prompt is: text with provenance.
+// How a text falls into the words within which byte-level BPE merges.
 
 namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// A half-open range of bytes.
-struct ByteRange {
-    size_t begin = 0;
-    size_t end = 0;
+// What becomes of the text between special tokens, by tokenizer.ggml.pre.
+struct PreTokenizer {
+    std::string_view name;
+    // Where the word that begins at `at` ends.
+    size_t (*word_end)(std::string_view text, size_t at);
+    bool compose;      // NFC before anything else
+    bool whole_words;  // a word that is a token is taken without merging
+    bool add_bos;      // unless the file says otherwise
 };
 
-/// A rendered prompt with provenance: `from_request` (ascending, disjoint, not touching) lists the
-/// bytes that came from a request; all others came from the chat template. Control tokens are
-/// recognised only in bytes of the template: no user text can forge one.
-struct MarkedText {
-    std::string text;
-    std::vector<ByteRange> from_request;
-};
+/// The row of that name, or null.
+const PreTokenizer* find_pre_tokenizer(std::string_view name);
 
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
 
-// ---- src/tokenizer.cpp -------------------------------------------------------------------------
+// ---- src/tokenizer/split.cpp -------------------------------------------------------------------
 
-// >>tokenizer
-// Owns: the vocabulary in memory, the splitters, the merge loop, the matcher of special tokens.
-// Byte-level BPE: special tokens are cut out, the text between them goes through the splitter of
-// its pre-tokenizer, and each word is merged pair by pair, lowest rank first (Sennrich 2016).
-// SentencePiece BPE: no words; pairs are ranked by the score of the piece that they make.
-// Pieces are kept as the bytes they stand for: neither the printable alphabet of GPT-2 nor the
-// U+2581 of SentencePiece gets past `open`.
+// The pre-tokenizers: a row each, by the names in tokenizer.ggml.pre.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
 inline namespace v1 {
 namespace detail {
+
 namespace {
 
-constexpr Token no_token = -1;
-constexpr uint32_t no_rank = UINT32_MAX;
-constexpr uint32_t no_symbol = UINT32_MAX;
+enum class SplitClass : uint8_t { end, other, letter, number, space, newline };
 
-uint64_t hash_piece(std::string_view piece) {
+struct SplitChar {
+    SplitClass what;
+    size_t next;  // where the next character begins
+};
+
+SplitClass split_class(char32_t c) {
+    if (c == '\r' || c == '\n') return SplitClass::newline;
+    if (is_letter(c)) return SplitClass::letter;
+    if (is_number(c)) return SplitClass::number;
+    return is_whitespace(c) ? SplitClass::space : SplitClass::other;
+}
+
+SplitChar split_char(std::string_view text, size_t at) {
+    if (at >= text.size()) return {SplitClass::end, at};
+    const uint8_t c = uint8_t(text[at]);
+    if (c < 0x80) {
+        if (unsigned(c | 0x20) - 'a' < 26) return {SplitClass::letter, at + 1};
+        if (unsigned(c) - '0' < 10) return {SplitClass::number, at + 1};
+        if (c > ' ') return {SplitClass::other, at + 1};
+    }
+    const char32_t code_point = utf8_next(text, &at);
+    return {split_class(code_point), at};
+}
+
+size_t run_end(std::string_view text, size_t at, SplitClass what, size_t most = SIZE_MAX) {
+    SplitChar c = split_char(text, at);
+    for (; c.what == what && most > 0; --most) c = split_char(text, at = c.next);
+    return at;
+}
+
+// The length of the English contraction at the apostrophe text[0], or 0.
+size_t contraction_length(std::string_view text, bool any_case) {
+    if (any_case && text.substr(1, 2) == "\xC5\xBF") return 3;  // U+017F folds to s
+    auto letter = [&](size_t at) {
+        const char c = at < text.size() ? text[at] : '\0';
+        return any_case && c >= 'A' && c <= 'Z' ? char(c + 32) : c;
+    };
+    const char a = letter(1), b = letter(2);
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+}
+
+// A run of white space: where it ends, where its last character begins, where the last line end
+// in it ends (0: there is none), and what stands behind it.
+struct SpaceRun {
+    size_t end, last, line_end;
+    SplitClass behind;
+};
+
+SpaceRun space_run(std::string_view text, size_t at) {
+    SpaceRun run = {at, at, 0, SplitClass::end};
+    SplitChar c = split_char(text, at);
+    for (; c.what >= SplitClass::space; c = split_char(text, run.end)) {
+        run.last = run.end;
+        run.end = c.next;
+        if (c.what == SplitClass::newline) run.line_end = run.end;
+    }
+    run.behind = c.what;
+    return run;
+}
+
+// \s+(?!\S)|\s+ -- up to a word the run leaves its last character to that word.
+size_t space_end(const SpaceRun& run, size_t at, SplitClass stop = SplitClass::end) {
+    const bool whole = run.behind == SplitClass::end || run.behind == stop || run.last == at;
+    return whole ? run.end : run.last;
+}
+
+// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+// Characters of class `stop` are cut out first, one by one: what is around them does not see them.
+size_t old_word_end(std::string_view text, size_t at, SplitClass stop) {
+    if (text[at] == '\'')
+        if (const size_t length = contraction_length(text.substr(at), false)) return at + length;
+    SplitChar c = split_char(text, at);
+    if (text[at] == ' ') {
+        const SplitChar next = split_char(text, c.next);
+        const bool ends = next.what == SplitClass::end || next.what == stop;
+        if (!ends && next.what < SplitClass::space) {
+            at = c.next;
+            c = next;
+        }
+    }
+    if (c.what >= SplitClass::space) return space_end(space_run(text, at), at, stop);
+    return c.what == stop ? c.next : run_end(text, at, c.what);
+}
+
+size_t gpt2_word_end(std::string_view text, size_t at) {
+    return old_word_end(text, at, SplitClass::end);
+}
+
+size_t smollm_word_end(std::string_view text, size_t at) {
+    return old_word_end(text, at, SplitClass::number);
+}
+
+// (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
+// ` ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
+size_t modern_word_end(std::string_view text, size_t at, size_t digits) {
+    if (text[at] == '\'')
+        if (const size_t length = contraction_length(text.substr(at), true)) return at + length;
+    const SplitChar c = split_char(text, at), next = split_char(text, c.next);
+    if (c.what == SplitClass::letter) return run_end(text, at, SplitClass::letter);
+    if (c.what == SplitClass::number) return run_end(text, at, SplitClass::number, digits);
+    if (next.what == SplitClass::letter && c.what != SplitClass::newline)
+        return run_end(text, c.next, SplitClass::letter);
+    if (c.what == SplitClass::other || (text[at] == ' ' && next.what == SplitClass::other)) {
+        size_t end = run_end(text, c.next, SplitClass::other);
+        while (end < text.size() && (text[end] == '\r' || text[end] == '\n')) ++end;
+        return end;
+    }
+    const SpaceRun run = space_run(text, at);
+    return run.line_end ? run.line_end : space_end(run, at);
+}
+
+size_t llama3_word_end(std::string_view text, size_t at) { return modern_word_end(text, at, 3); }
+size_t qwen2_word_end(std::string_view text, size_t at) { return modern_word_end(text, at, 1); }
+
+// A new pre-tokenizer is one more row and, if it splits as none of these does, a function.
+constexpr PreTokenizer pre_tokenizers[] = {
+    // clang-format off
+    // name       word_end         compose  whole_words  add_bos
+    {"gpt-2",     gpt2_word_end,   false,   false,       false},
+    {"smollm",    smollm_word_end, false,   false,       false},
+    {"llama-bpe", llama3_word_end, false,   true,        true},
+    {"qwen2",     qwen2_word_end,  true,    false,       false},
+    // clang-format on
+};
+
+}  // namespace
+
+const PreTokenizer* find_pre_tokenizer(std::string_view name) {
+    for (const PreTokenizer& row : pre_tokenizers)
+        if (row.name == name) return &row;
+    return nullptr;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/tokenizer/tables.hpp ------------------------------------------------------------------
+
+// The tables of a vocabulary: pieces by their bytes, merges by their halves, spellings of special tokens.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr Token no_token = -1;
+inline constexpr uint32_t no_rank = UINT32_MAX;
+
+inline uint64_t hash_piece(std::string_view piece) {
     constexpr uint64_t factor = 0x9E3779B97F4A7C15u;
     uint64_t hash = piece.size() * factor;
     auto mix = [&hash](uint64_t word) {
@@ -15180,10 +15322,6 @@ uint64_t hash_piece(std::string_view piece) {
     mix(word);
     return hash;
 }
-
-}  // namespace
-
-// ---- tables of a vocabulary -----------------------------------------------------------------
 
 // All pieces back to back, and a hash from the bytes of a piece to its id. Of equal pieces the
 // first that is inserted is found.
@@ -15317,284 +15455,17 @@ private:
     std::array<size_t, 257> first_ = {};
 };
 
-// What becomes of the text between special tokens, by tokenizer.ggml.pre.
-struct PreTokenizer {
-    std::string_view name;
-    // Where the word that begins at `at` ends.
-    size_t (*word_end)(std::string_view text, size_t at);
-    bool compose;      // NFC before anything else
-    bool whole_words;  // a word that is a token is taken without merging
-    bool add_bos;      // unless the file says otherwise
-};
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
 
-namespace {
+// ---- src/tokenizer/vocabulary.hpp --------------------------------------------------------------
 
-// ---- pre-tokenizers -------------------------------------------------------------------------
+// The vocabulary of one model in memory.
 
-enum class SplitClass : uint8_t { end, other, letter, number, space, newline };
-
-struct SplitChar {
-    SplitClass what;
-    size_t next;  // where the next character begins
-};
-
-SplitClass split_class(char32_t c) {
-    if (c == '\r' || c == '\n') return SplitClass::newline;
-    if (is_letter(c)) return SplitClass::letter;
-    if (is_number(c)) return SplitClass::number;
-    return is_whitespace(c) ? SplitClass::space : SplitClass::other;
-}
-
-SplitChar split_char(std::string_view text, size_t at) {
-    if (at >= text.size()) return {SplitClass::end, at};
-    const uint8_t c = uint8_t(text[at]);
-    if (c < 0x80) {
-        if (unsigned(c | 0x20) - 'a' < 26) return {SplitClass::letter, at + 1};
-        if (unsigned(c) - '0' < 10) return {SplitClass::number, at + 1};
-        if (c > ' ') return {SplitClass::other, at + 1};
-    }
-    const char32_t code_point = utf8_next(text, &at);
-    return {split_class(code_point), at};
-}
-
-size_t run_end(std::string_view text, size_t at, SplitClass what, size_t most = SIZE_MAX) {
-    SplitChar c = split_char(text, at);
-    for (; c.what == what && most > 0; --most) c = split_char(text, at = c.next);
-    return at;
-}
-
-// The length of the English contraction at the apostrophe text[0], or 0.
-size_t contraction_length(std::string_view text, bool any_case) {
-    if (any_case && text.substr(1, 2) == "\xC5\xBF") return 3;  // U+017F folds to s
-    auto letter = [&](size_t at) {
-        const char c = at < text.size() ? text[at] : '\0';
-        return any_case && c >= 'A' && c <= 'Z' ? char(c + 32) : c;
-    };
-    const char a = letter(1), b = letter(2);
-    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
-    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
-}
-
-// A run of white space: where it ends, where its last character begins, where the last line end
-// in it ends (0: there is none), and what stands behind it.
-struct SpaceRun {
-    size_t end, last, line_end;
-    SplitClass behind;
-};
-
-SpaceRun space_run(std::string_view text, size_t at) {
-    SpaceRun run = {at, at, 0, SplitClass::end};
-    SplitChar c = split_char(text, at);
-    for (; c.what >= SplitClass::space; c = split_char(text, run.end)) {
-        run.last = run.end;
-        run.end = c.next;
-        if (c.what == SplitClass::newline) run.line_end = run.end;
-    }
-    run.behind = c.what;
-    return run;
-}
-
-// \s+(?!\S)|\s+ -- up to a word the run leaves its last character to that word.
-size_t space_end(const SpaceRun& run, size_t at, SplitClass stop = SplitClass::end) {
-    const bool whole = run.behind == SplitClass::end || run.behind == stop || run.last == at;
-    return whole ? run.end : run.last;
-}
-
-// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-// Characters of class `stop` are cut out first, one by one: what is around them does not see them.
-size_t old_word_end(std::string_view text, size_t at, SplitClass stop) {
-    if (text[at] == '\'')
-        if (const size_t length = contraction_length(text.substr(at), false)) return at + length;
-    SplitChar c = split_char(text, at);
-    if (text[at] == ' ') {
-        const SplitChar next = split_char(text, c.next);
-        const bool ends = next.what == SplitClass::end || next.what == stop;
-        if (!ends && next.what < SplitClass::space) {
-            at = c.next;
-            c = next;
-        }
-    }
-    if (c.what >= SplitClass::space) return space_end(space_run(text, at), at, stop);
-    return c.what == stop ? c.next : run_end(text, at, c.what);
-}
-
-size_t gpt2_word_end(std::string_view text, size_t at) {
-    return old_word_end(text, at, SplitClass::end);
-}
-
-size_t smollm_word_end(std::string_view text, size_t at) {
-    return old_word_end(text, at, SplitClass::number);
-}
-
-// (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
-// ` ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
-size_t modern_word_end(std::string_view text, size_t at, size_t digits) {
-    if (text[at] == '\'')
-        if (const size_t length = contraction_length(text.substr(at), true)) return at + length;
-    const SplitChar c = split_char(text, at), next = split_char(text, c.next);
-    if (c.what == SplitClass::letter) return run_end(text, at, SplitClass::letter);
-    if (c.what == SplitClass::number) return run_end(text, at, SplitClass::number, digits);
-    if (next.what == SplitClass::letter && c.what != SplitClass::newline)
-        return run_end(text, c.next, SplitClass::letter);
-    if (c.what == SplitClass::other || (text[at] == ' ' && next.what == SplitClass::other)) {
-        size_t end = run_end(text, c.next, SplitClass::other);
-        while (end < text.size() && (text[end] == '\r' || text[end] == '\n')) ++end;
-        return end;
-    }
-    const SpaceRun run = space_run(text, at);
-    return run.line_end ? run.line_end : space_end(run, at);
-}
-
-size_t llama3_word_end(std::string_view text, size_t at) { return modern_word_end(text, at, 3); }
-size_t qwen2_word_end(std::string_view text, size_t at) { return modern_word_end(text, at, 1); }
-
-// A new pre-tokenizer is one more row and, if it splits as none of these does, a function.
-constexpr PreTokenizer pre_tokenizers[] = {
-    // clang-format off
-    // name       word_end         compose  whole_words  add_bos
-    {"gpt-2",     gpt2_word_end,   false,   false,       false},
-    {"smollm",    smollm_word_end, false,   false,       false},
-    {"llama-bpe", llama3_word_end, false,   true,        true},
-    {"qwen2",     qwen2_word_end,  true,    false,       false},
-    // clang-format on
-};
-
-// ---- merging --------------------------------------------------------------------------------
-
-// A stretch of text that is one piece so far; those alive form a list. The pair that begins here
-// has `rank` (no_rank: cannot merge) and would become `merged`.
-struct MergeSymbol {
-    uint32_t begin = 0;  // of its bytes
-    uint32_t previous = no_symbol;
-    uint32_t next = no_symbol;
-    Token token = no_token;
-    uint32_t rank = no_rank;
-    Token merged = no_token;
-};
-
-struct LaterPlace {
-    bool operator()(uint32_t a, uint32_t b) const { return a > b; }
-};
-
-// Pending merges: lowest rank first, then leftmost. The places of one rank nearly always come in
-// ascending order, so a rank's list is read from front to back, and turns into a heap only when
-// a place comes too early: ten million equal letters cost little more than copying them.
-class MergeQueue {
-public:
-    void push(uint32_t rank, uint32_t place) {
-        if (!list_ || rank != list_rank_) list_ = &lists_[list_rank_ = rank];
-        std::vector<uint32_t>& places = list_->places;
-        if (list_->empty()) add_rank(rank);
-        else if (!list_->is_heap && place < places.back()) list_->make_heap();
-        places.push_back(place);
-        if (list_->is_heap) std::push_heap(places.begin(), places.end(), LaterPlace());
-    }
-    bool pop(uint32_t* rank, uint32_t* place) {
-        if (ranks_.empty()) return false;
-        *rank = ranks_.front();
-        if (!list_ || *rank != list_rank_) list_ = &lists_[list_rank_ = *rank];
-        *place = list_->take_first();
-        if (list_->empty()) drop_lowest_rank();
-        return true;
-    }
-
-private:
-    struct List {
-        std::vector<uint32_t> places;
-        size_t first = 0;
-        bool is_heap = false;
-        bool empty() const { return first == places.size(); }
-        void make_heap() {  // what is sorted is a heap already
-            places.erase(places.begin(), places.begin() + ptrdiff_t(first));
-            first = 0;
-            is_heap = true;
-        }
-        uint32_t take_first() {
-            if (!is_heap) return places[first++];
-            std::pop_heap(places.begin(), places.end(), LaterPlace());
-            const uint32_t place = places.back();
-            places.pop_back();
-            return place;
-        }
-    };
-    void add_rank(uint32_t rank) {
-        ranks_.push_back(rank);
-        std::push_heap(ranks_.begin(), ranks_.end(), LaterPlace());
-    }
-    void drop_lowest_rank() {
-        std::pop_heap(ranks_.begin(), ranks_.end(), LaterPlace());
-        ranks_.pop_back();
-        list_->places.clear();
-        list_->first = 0;
-        list_->is_heap = false;
-    }
-    std::unordered_map<uint32_t, List> lists_;
-    std::vector<uint32_t> ranks_;  // a heap of those whose lists are not empty
-    List* list_ = nullptr;         // of list_rank_, the last one used
-    uint32_t list_rank_ = 0;
-};
-
-// Merges neighbours until no pair can merge. `pairs(symbols, left, right)` gives a pair's Merge.
-template <class Pairs>
-class MergeLoop {
-public:
-    MergeLoop(std::span<MergeSymbol> symbols, const Pairs& pairs)
-        : symbols_(symbols), pairs_(pairs) {}
-    void run() {
-        if (symbols_.empty()) return;
-        for (uint32_t at = 0; at < symbols_.size(); ++at) {
-            symbols_[at].previous = at - 1;  // of the first: no_symbol
-            symbols_[at].next = at + 1 < symbols_.size() ? at + 1 : no_symbol;
-        }
-        if (symbols_.size() <= short_word) run_short();
-        else run_long();
-    }
-
-private:
-    static constexpr size_t short_word = 32;  // up to here looking at every pair is faster
-    void run_short() {
-        for (uint32_t at = 0; at < symbols_.size(); ++at) rate(at);
-        for (;;) {
-            uint32_t best = 0;
-            for (uint32_t at = 0; at != no_symbol; at = symbols_[at].next)
-                if (symbols_[at].rank < symbols_[best].rank) best = at;
-            if (symbols_[best].rank == no_rank) return;
-            merge(best);
-        }
-    }
-    void run_long() {
-        queue_.emplace();
-        for (uint32_t at = 0; at < symbols_.size(); ++at) rate(at);
-        uint32_t rank = 0, at = 0;
-        while (queue_->pop(&rank, &at))
-            if (symbols_[at].rank == rank) merge(at);  // else it was overtaken
-    }
-    void merge(uint32_t at) {
-        MergeSymbol& left = symbols_[at];
-        MergeSymbol& right = symbols_[left.next];
-        left.token = left.merged;
-        left.next = right.next;
-        right.rank = no_rank;
-        if (left.next != no_symbol) symbols_[left.next].previous = at;
-        if (left.previous != no_symbol) rate(left.previous);
-        rate(at);
-    }
-    void rate(uint32_t at) {
-        MergeSymbol& left = symbols_[at];
-        Merge merge;
-        if (left.next != no_symbol) merge = pairs_(left, symbols_[left.next]);
-        left.rank = merge.rank;
-        left.merged = merge.token;
-        if (queue_ && merge.rank != no_rank) queue_->push(merge.rank, at);
-    }
-    std::span<MergeSymbol> symbols_;
-    const Pairs& pairs_;
-    std::optional<MergeQueue> queue_;
-};
-
-}  // namespace
-
-// ---- the vocabulary -------------------------------------------------------------------------
+namespace valar {
+inline namespace v1 {
+namespace detail {
 
 struct Vocabulary {
     PieceTable pieces;
@@ -15612,9 +15483,27 @@ struct Vocabulary {
     bool add_bos = false, add_eos = false, add_space_prefix = false;
 };
 
-namespace {
+/// A copy of `text` with SentencePiece's spelling of a space, U+2581, as a space.
+std::string with_spaces(std::string_view text);
 
-std::string with_spaces(std::string_view text) {  // SentencePiece writes a space as U+2581
+/// Reads tokenizer.ggml.*; see Tokenizer::open.
+Result<void> read_vocabulary(const Gguf& file, std::string_view chat_template,
+                             std::span<const std::string_view> ends, Vocabulary& vocabulary);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/tokenizer/vocabulary.cpp --------------------------------------------------------------
+
+// Reads a vocabulary from a model file.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+std::string with_spaces(std::string_view text) {
     std::string spaced;
     spaced.reserve(text.size());
     for (size_t at = 0; at < text.size(); ++at) {
@@ -15624,6 +15513,8 @@ std::string with_spaces(std::string_view text) {  // SentencePiece writes a spac
     }
     return spaced;
 }
+
+namespace {
 
 // Reads tokenizer.ggml.* into a Vocabulary. Of equal pieces the lowest id is made from text.
 // Merges that name no piece are refused; those of special tokens are skipped.
@@ -15660,8 +15551,7 @@ private:
         if (*model != "gpt2") return unsupported("model", *model);
         auto pre = file_.get_string("tokenizer.ggml.pre");
         if (!pre) return pre.error();
-        for (const PreTokenizer& row : pre_tokenizers)
-            if (row.name == *pre) v_.pre = &row;
+        v_.pre = find_pre_tokenizer(*pre);
         if (!v_.pre) return unsupported("pre", *pre);
         return {};
     }
@@ -15908,7 +15798,205 @@ private:
     Vocabulary& v_;
 };
 
-// ---- encoding -------------------------------------------------------------------------------
+}  // namespace
+
+Result<void> read_vocabulary(const Gguf& file, std::string_view chat_template,
+                             std::span<const std::string_view> ends, Vocabulary& vocabulary) {
+    return VocabularyReader(file, chat_template, ends, vocabulary).read();
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/tokenizer/internal.hpp ----------------------------------------------------------------
+
+// What a rendered prompt is: text with provenance.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// A half-open range of bytes.
+struct ByteRange {
+    size_t begin = 0;
+    size_t end = 0;
+};
+
+/// A rendered prompt with provenance: `from_request` (ascending, disjoint, not touching) lists the
+/// bytes that came from a request; all others came from the chat template. Control tokens are
+/// recognised only in bytes of the template: no user text can forge one.
+struct MarkedText {
+    std::string text;
+    std::vector<ByteRange> from_request;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/tokenizer/merge.hpp -------------------------------------------------------------------
+
+// The merge loop of both kinds of BPE.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr uint32_t no_symbol = UINT32_MAX;
+
+// A stretch of text that is one piece so far; those alive form a list. The pair that begins here
+// has `rank` (no_rank: cannot merge) and would become `merged`.
+struct MergeSymbol {
+    uint32_t begin = 0;  // of its bytes
+    uint32_t previous = no_symbol;
+    uint32_t next = no_symbol;
+    Token token = no_token;
+    uint32_t rank = no_rank;
+    Token merged = no_token;
+};
+
+struct LaterPlace {
+    bool operator()(uint32_t a, uint32_t b) const { return a > b; }
+};
+
+// Pending merges: lowest rank first, then leftmost. The places of one rank nearly always come in
+// ascending order, so a rank's list is read from front to back, and turns into a heap only when
+// a place comes too early: ten million equal letters cost little more than copying them.
+class MergeQueue {
+public:
+    void push(uint32_t rank, uint32_t place) {
+        if (!list_ || rank != list_rank_) list_ = &lists_[list_rank_ = rank];
+        std::vector<uint32_t>& places = list_->places;
+        if (list_->empty()) add_rank(rank);
+        else if (!list_->is_heap && place < places.back()) list_->make_heap();
+        places.push_back(place);
+        if (list_->is_heap) std::push_heap(places.begin(), places.end(), LaterPlace());
+    }
+    bool pop(uint32_t* rank, uint32_t* place) {
+        if (ranks_.empty()) return false;
+        *rank = ranks_.front();
+        if (!list_ || *rank != list_rank_) list_ = &lists_[list_rank_ = *rank];
+        *place = list_->take_first();
+        if (list_->empty()) drop_lowest_rank();
+        return true;
+    }
+
+private:
+    struct List {
+        std::vector<uint32_t> places;
+        size_t first = 0;
+        bool is_heap = false;
+        bool empty() const { return first == places.size(); }
+        void make_heap() {  // what is sorted is a heap already
+            places.erase(places.begin(), places.begin() + ptrdiff_t(first));
+            first = 0;
+            is_heap = true;
+        }
+        uint32_t take_first() {
+            if (!is_heap) return places[first++];
+            std::pop_heap(places.begin(), places.end(), LaterPlace());
+            const uint32_t place = places.back();
+            places.pop_back();
+            return place;
+        }
+    };
+    void add_rank(uint32_t rank) {
+        ranks_.push_back(rank);
+        std::push_heap(ranks_.begin(), ranks_.end(), LaterPlace());
+    }
+    void drop_lowest_rank() {
+        std::pop_heap(ranks_.begin(), ranks_.end(), LaterPlace());
+        ranks_.pop_back();
+        list_->places.clear();
+        list_->first = 0;
+        list_->is_heap = false;
+    }
+    std::unordered_map<uint32_t, List> lists_;
+    std::vector<uint32_t> ranks_;  // a heap of those whose lists are not empty
+    List* list_ = nullptr;         // of list_rank_, the last one used
+    uint32_t list_rank_ = 0;
+};
+
+// Merges neighbours until no pair can merge. `pairs(symbols, left, right)` gives a pair's Merge.
+template <class Pairs>
+class MergeLoop {
+public:
+    MergeLoop(std::span<MergeSymbol> symbols, const Pairs& pairs)
+        : symbols_(symbols), pairs_(pairs) {}
+    void run() {
+        if (symbols_.empty()) return;
+        for (uint32_t at = 0; at < symbols_.size(); ++at) {
+            symbols_[at].previous = at - 1;  // of the first: no_symbol
+            symbols_[at].next = at + 1 < symbols_.size() ? at + 1 : no_symbol;
+        }
+        if (symbols_.size() <= short_word) run_short();
+        else run_long();
+    }
+
+private:
+    static constexpr size_t short_word = 32;  // up to here looking at every pair is faster
+    void run_short() {
+        for (uint32_t at = 0; at < symbols_.size(); ++at) rate(at);
+        for (;;) {
+            uint32_t best = 0;
+            for (uint32_t at = 0; at != no_symbol; at = symbols_[at].next)
+                if (symbols_[at].rank < symbols_[best].rank) best = at;
+            if (symbols_[best].rank == no_rank) return;
+            merge(best);
+        }
+    }
+    void run_long() {
+        queue_.emplace();
+        for (uint32_t at = 0; at < symbols_.size(); ++at) rate(at);
+        uint32_t rank = 0, at = 0;
+        while (queue_->pop(&rank, &at))
+            if (symbols_[at].rank == rank) merge(at);  // else it was overtaken
+    }
+    void merge(uint32_t at) {
+        MergeSymbol& left = symbols_[at];
+        MergeSymbol& right = symbols_[left.next];
+        left.token = left.merged;
+        left.next = right.next;
+        right.rank = no_rank;
+        if (left.next != no_symbol) symbols_[left.next].previous = at;
+        if (left.previous != no_symbol) rate(left.previous);
+        rate(at);
+    }
+    void rate(uint32_t at) {
+        MergeSymbol& left = symbols_[at];
+        Merge merge;
+        if (left.next != no_symbol) merge = pairs_(left, symbols_[left.next]);
+        left.rank = merge.rank;
+        left.merged = merge.token;
+        if (queue_ && merge.rank != no_rank) queue_->push(merge.rank, at);
+    }
+    std::span<MergeSymbol> symbols_;
+    const Pairs& pairs_;
+    std::optional<MergeQueue> queue_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/tokenizer/tokenizer.cpp ---------------------------------------------------------------
+
+// >>tokenizer
+// Owns: the vocabulary in memory, the splitters, the merge loop, the matcher of special tokens.
+// Byte-level BPE: special tokens are cut out, the text between them goes through the splitter of
+// its pre-tokenizer, and each word is merged pair by pair, lowest rank first (Sennrich 2016).
+// SentencePiece BPE: no words; pairs are ranked by the score of the piece that they make.
+// Pieces are kept as the bytes they stand for: neither the printable alphabet of GPT-2 nor the
+// U+2581 of SentencePiece gets past `open`.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
 
 // One text on its way to tokens.
 class TextEncoder {
@@ -16124,8 +16212,7 @@ Tokenizer::Tokenizer(std::shared_ptr<const detail::Vocabulary> vocabulary)
 Result<Tokenizer> Tokenizer::open(const Gguf& file, std::string_view chat_template,
                                   std::span<const std::string_view> ends) {
     auto vocabulary = std::make_shared<detail::Vocabulary>();
-    if (auto result = detail::VocabularyReader(file, chat_template, ends, *vocabulary).read();
-        !result)
+    if (auto result = detail::read_vocabulary(file, chat_template, ends, *vocabulary); !result)
         return result.error();
     return Tokenizer(std::move(vocabulary));
 }

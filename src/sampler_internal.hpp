@@ -7,7 +7,7 @@
 #pragma once
 
 #include "kernels/internal.hpp"
-#include "tokenizer.hpp"
+#include "tokenizer/tokenizer.hpp"
 
 #include <cstddef>
 #include <cstdint>

@@ -9,7 +9,7 @@
 
 #include "json_internal.hpp"
 #include "template/families.hpp"
-#include "tokenizer_internal.hpp"
+#include "tokenizer/internal.hpp"
 #include "unicode_internal.hpp"
 
 using namespace valar;

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "base/internal.hpp"
-#include "tokenizer_internal.hpp"
+#include "tokenizer/internal.hpp"
 
 int main(int argc, char** argv) {
     if (argc < 3) return std::fputs("usage: tokenizer_dump MODEL TEXTS [--template]\n", stderr), 2;

@@ -7,7 +7,7 @@
 
 #include "kernels/kernels.hpp"
 #include "model.hpp"
-#include "tokenizer.hpp"
+#include "tokenizer/tokenizer.hpp"
 
 #include <cstddef>
 #include <cstdint>

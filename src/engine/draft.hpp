@@ -1,7 +1,7 @@
 #pragma once
 
 #include "engine/limits.hpp"
-#include "tokenizer.hpp"
+#include "tokenizer/tokenizer.hpp"
 
 #include <cstdint>
 #include <span>

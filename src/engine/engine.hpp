@@ -10,7 +10,7 @@
 
 #include "api.hpp"
 #include "backend/backend.hpp"
-#include "tokenizer.hpp"
+#include "tokenizer/tokenizer.hpp"
 
 #include <cstddef>
 #include <cstdint>

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "api.hpp"
-#include "tokenizer_internal.hpp"
+#include "tokenizer/internal.hpp"
 
 #include <cstddef>
 #include <cstdint>

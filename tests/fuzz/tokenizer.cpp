@@ -2,7 +2,7 @@
 // Input: a mode byte, flags, then tokens (kind, length, spelling), merges (two indices), and the
 // text with the places where request and template take turns.
 #include "template/families.hpp"
-#include "tokenizer_internal.hpp"
+#include "tokenizer/internal.hpp"
 #include "unicode_internal.hpp"
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // What a rendered prompt is: text with provenance.
 #pragma once
 
-#include "tokenizer.hpp"
+#include "tokenizer/tokenizer.hpp"
 
 #include <cstddef>
 #include <string>

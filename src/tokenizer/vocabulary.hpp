@@ -1,0 +1,44 @@
+// The vocabulary of one model in memory.
+#pragma once
+
+#include "tokenizer/split.hpp"
+#include "tokenizer/tables.hpp"
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+struct Vocabulary {
+    PieceTable pieces;
+    std::vector<TokenKind> kinds;
+    std::vector<bool> from_text;        // merging and whole words may make it
+    std::vector<bool> ends;             // see is_end
+    std::vector<uint32_t> ranks;        // SentencePiece: position of its score, highest first
+    PairTable pairs;                    // byte-level
+    std::array<Token, 256> bytes;       // the token of a single byte, or no_token
+    SpellingMatcher specials;           // cut out of the text first
+    SpellingMatcher whole;              // SentencePiece: user-defined tokens of any text
+    const PreTokenizer* pre = nullptr;  // null: SentencePiece
+    size_t longest = 0;                 // bytes of the longest piece that from_text marks
+    Token bos = no_token, eos = no_token, unknown = no_token;
+    bool add_bos = false, add_eos = false, add_space_prefix = false;
+};
+
+/// A copy of `text` with SentencePiece's spelling of a space, U+2581, as a space.
+std::string with_spaces(std::string_view text);
+
+/// Reads tokenizer.ggml.*; see Tokenizer::open.
+Result<void> read_vocabulary(const Gguf& file, std::string_view chat_template,
+                             std::span<const std::string_view> ends, Vocabulary& vocabulary);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
