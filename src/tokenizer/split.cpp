@@ -79,40 +79,44 @@ SpaceRun space_run(std::string_view text, size_t at) {
 }
 
 // \s+(?!\S)|\s+ -- up to a word the run leaves its last character to that word.
-size_t space_end(const SpaceRun& run, size_t at, SplitClass stop = SplitClass::end) {
-    const bool whole = run.behind == SplitClass::end || run.behind == stop || run.last == at;
+size_t space_end(const SpaceRun& run, size_t at) {
+    const bool whole = run.behind == SplitClass::end || run.last == at;
     return whole ? run.end : run.last;
 }
 
+// ---- steps ----------------------------------------------------------------------------------
+
+// What Belongs says yes to, at most `most` characters at a time, and what lies between.
+template <bool (*Belongs)(char32_t), size_t most = SIZE_MAX>
+size_t cut_out(std::string_view text, size_t at) {
+    const bool inside = Belongs(utf8_next(text, &at));
+    for (size_t count = 1, next = at; at < text.size(); at = next, ++count) {
+        const bool belongs = Belongs(utf8_next(text, &next));
+        if (belongs != inside || (inside && count == most)) break;
+    }
+    return at;
+}
+
 // 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-// Characters of class `stop` are cut out first, one by one: what is around them does not see them.
-size_t old_word_end(std::string_view text, size_t at, SplitClass stop) {
+size_t gpt2_words(std::string_view text, size_t at) {
     if (text[at] == '\'')
         if (const size_t length = contraction_length(text.substr(at), false)) return at + length;
     SplitChar c = split_char(text, at);
     if (text[at] == ' ') {
         const SplitChar next = split_char(text, c.next);
-        const bool ends = next.what == SplitClass::end || next.what == stop;
-        if (!ends && next.what < SplitClass::space) {
+        if (next.what != SplitClass::end && next.what < SplitClass::space) {
             at = c.next;
             c = next;
         }
     }
-    if (c.what >= SplitClass::space) return space_end(space_run(text, at), at, stop);
-    return c.what == stop ? c.next : run_end(text, at, c.what);
-}
-
-size_t gpt2_word_end(std::string_view text, size_t at) {
-    return old_word_end(text, at, SplitClass::end);
-}
-
-size_t smollm_word_end(std::string_view text, size_t at) {
-    return old_word_end(text, at, SplitClass::number);
+    if (c.what >= SplitClass::space) return space_end(space_run(text, at), at);
+    return run_end(text, at, c.what);
 }
 
 // (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
 // ` ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
-size_t modern_word_end(std::string_view text, size_t at, size_t digits) {
+template <size_t digits>
+size_t modern_words(std::string_view text, size_t at) {
     if (text[at] == '\'')
         if (const size_t length = contraction_length(text.substr(at), true)) return at + length;
     const SplitChar c = split_char(text, at), next = split_char(text, c.next);
@@ -129,17 +133,14 @@ size_t modern_word_end(std::string_view text, size_t at, size_t digits) {
     return run.line_end ? run.line_end : space_end(run, at);
 }
 
-size_t llama3_word_end(std::string_view text, size_t at) { return modern_word_end(text, at, 3); }
-size_t qwen2_word_end(std::string_view text, size_t at) { return modern_word_end(text, at, 1); }
-
-// A new pre-tokenizer is one more row and, if it splits as none of these does, a function.
+// A new pre-tokenizer is one more row and, if it splits as none of these does, a step.
 constexpr PreTokenizer pre_tokenizers[] = {
     // clang-format off
-    // name       word_end         compose  whole_words  add_bos
-    {"gpt-2",     gpt2_word_end,   false,   false,       false},
-    {"smollm",    smollm_word_end, false,   false,       false},
-    {"llama-bpe", llama3_word_end, false,   true,        true},
-    {"qwen2",     qwen2_word_end,  true,    false,       false},
+    // name       steps                                  compose  whole_words  add_bos
+    {"gpt-2",     {gpt2_words},                          false,   false,       false},
+    {"smollm",    {cut_out<is_number, 1>, gpt2_words},   false,   false,       false},
+    {"llama-bpe", {modern_words<3>},                     false,   true,        true},
+    {"qwen2",     {modern_words<1>},                     true,    false,       false},
     // clang-format on
 };
 

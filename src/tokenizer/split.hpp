@@ -8,14 +8,16 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+// Where the stretch of `text` that begins at `at` ends. It sees nothing but `text`.
+using SplitStep = size_t (*)(std::string_view text, size_t at);
+
 // What becomes of the text between special tokens, by tokenizer.ggml.pre.
 struct PreTokenizer {
     std::string_view name;
-    // Where the word that begins at `at` ends.
-    size_t (*word_end)(std::string_view text, size_t at);
-    bool compose;      // NFC before anything else
-    bool whole_words;  // a word that is a token is taken without merging
-    bool add_bos;      // unless the file says otherwise
+    SplitStep steps[7];  // each cuts what the one before it made; up to the first null
+    bool compose;        // NFC before anything else
+    bool whole_words;    // a word that is a token is taken without merging
+    bool add_bos;        // unless the file says otherwise
 };
 
 /// The row of that name, or null.

@@ -89,13 +89,16 @@ private:
         const bool composed = !v_.pre->compose ||
                               std::none_of(text.begin(), text.end(),
                                            [](char c) { return uint8_t(c) >= 0xCC; });
-        return composed ? encode_words(text) : encode_words(nfc(text));
+        const SplitStep* steps = v_.pre->steps;
+        return composed ? encode_words(text, steps) : encode_words(nfc(text), steps);
     }
 
-    Result<void> encode_words(std::string_view text) {
+    Result<void> encode_words(std::string_view text, const SplitStep* step) {
         for (size_t at = 0; at < text.size();) {
-            const size_t end = v_.pre->word_end(text, at);
-            if (auto result = encode_word(text.substr(at, end - at)); !result) return result;
+            const size_t end = (*step)(text, at);
+            const std::string_view part = text.substr(at, end - at);
+            auto result = step[1] ? encode_words(part, step + 1) : encode_word(part);
+            if (!result) return result;
             at = end;
         }
         return {};
