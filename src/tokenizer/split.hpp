@@ -13,14 +13,14 @@ using SplitStep = size_t (*)(std::string_view text, size_t at);
 
 // What becomes of the text between special tokens, by tokenizer.ggml.pre.
 struct PreTokenizer {
-    std::string_view name;
-    SplitStep steps[7];  // each cuts what the one before it made; up to the first null
-    bool compose;        // NFC before anything else
-    bool whole_words;    // a word that is a token is taken without merging
-    bool add_bos;        // unless the file says otherwise
+    std::string_view names;  // with a space between two
+    SplitStep steps[8];      // each cuts what the one before it made; up to the first null
+    bool compose;            // NFC before anything else
+    bool whole_words;        // a word that is a token is taken without merging
+    bool add_bos;            // unless the file says otherwise
 };
 
-/// The row of that name, or null.
+/// The row that has this name, or null.
 const PreTokenizer* find_pre_tokenizer(std::string_view name);
 
 }  // namespace detail

@@ -68,10 +68,14 @@ private:
         if (!model) return model.error();
         if (*model == "llama") return read_normalizer();
         if (*model != "gpt2") return unsupported("model", *model);
-        auto pre = file_.get_string("tokenizer.ggml.pre");
-        if (!pre) return pre.error();
-        v_.pre = find_pre_tokenizer(*pre);
-        if (!v_.pre) return unsupported("pre", *pre);
+        std::string pre = "default";  // files of before there were names
+        if (file_.find("tokenizer.ggml.pre")) {
+            auto named = file_.get_string("tokenizer.ggml.pre");
+            if (!named) return named.error();
+            pre = *named;
+        }
+        v_.pre = find_pre_tokenizer(pre);
+        if (!v_.pre) return unsupported("pre", pre);
         return {};
     }
 
