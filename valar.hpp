@@ -3425,6 +3425,7 @@ private:
 #include <initializer_list>
 #include <iterator>
 #include <limits>
+#include <list>
 #include <map>
 #include <mutex>
 #include <system_error>
@@ -15721,17 +15722,26 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+// How a run of text becomes tokens.
+enum class Algorithm : uint8_t {
+    byte_bpe,      // words of a pre-tokenizer, bytes merged by rank
+    spaced_bpe,    // no words: all characters merged by rank (Gemma 4)
+    sentence_bpe,  // no words: characters merged by the score of what they make (SentencePiece)
+};
+
 struct Vocabulary {
+    Algorithm algorithm = Algorithm::byte_bpe;
     PieceTable pieces;
     std::vector<TokenKind> kinds;
     std::vector<bool> from_text;        // merging and whole words may make it
     std::vector<bool> ends;             // see is_end
     std::vector<uint32_t> ranks;        // SentencePiece: position of its score, highest first
-    PairTable pairs;                    // byte-level
+    PairTable pairs;                    // byte_bpe, spaced_bpe
     std::array<Token, 256> bytes;       // the token of a single byte, or no_token
     SpellingMatcher specials;           // cut out of the text first
+    std::list<std::string> spellings;   // what specials borrows and pieces spell otherwise
     SpellingMatcher whole;              // SentencePiece: user-defined tokens of any text
-    const PreTokenizer* pre = nullptr;  // null: SentencePiece
+    const PreTokenizer* pre = nullptr;  // byte_bpe
     size_t longest = 0;                 // bytes of the longest piece that from_text marks
     Token bos = no_token, eos = no_token, unknown = no_token;
     bool add_bos = false, add_eos = false, add_space_prefix = false;
@@ -15796,25 +15806,37 @@ private:
                           join({file_.name(), ": tokenizer.ggml.", key, " = \"",
                                 utf8_repair(value.substr(0, 64)), "\" is not supported"}));
     }
-    bool is_sentencepiece() const { return v_.pre == nullptr; }
+    bool is_sentencepiece() const { return v_.algorithm == Algorithm::sentence_bpe; }
+    bool has_printable_bytes() const { return v_.algorithm == Algorithm::byte_bpe; }
 
     Result<void> read_model() {
         auto model = file_.get_string("tokenizer.ggml.model");
         if (!model) return model.error();
-        if (*model == "llama") return read_normalizer();
-        if (*model != "gpt2") return unsupported("model", *model);
+        if (*model == "gpt2") return read_pre();
+        for (const auto& [name, algorithm] : models) {
+            if (*model != name) continue;
+            v_.algorithm = algorithm;
+            return read_normalizer();
+        }
+        return unsupported("model", *model);
+    }
+    static constexpr std::pair<std::string_view, Algorithm> models[] = {
+        {"llama", Algorithm::sentence_bpe}, {"gemma4", Algorithm::spaced_bpe}};
+
+    Result<void> read_pre() {
         std::string pre = "default";  // files of before there were names
         if (file_.find("tokenizer.ggml.pre")) {
             auto named = file_.get_string("tokenizer.ggml.pre");
             if (!named) return named.error();
             pre = *named;
         }
-        v_.pre = find_pre_tokenizer(pre);
-        if (!v_.pre) return unsupported("pre", pre);
+        if (pre == "gemma4") v_.algorithm = Algorithm::spaced_bpe;
+        else v_.pre = find_pre_tokenizer(pre);
+        if (!v_.pre && has_printable_bytes()) return unsupported("pre", pre);
         return {};
     }
 
-    Result<void> read_normalizer() const {  // of SentencePiece: the identity or nothing
+    Result<void> read_normalizer() const {  // the identity or nothing
         auto trims = file_.get_bool("tokenizer.ggml.remove_extra_whitespaces", false);
         if (!trims) return trims.error();
         if (*trims) return unsupported("remove_extra_whitespaces", "true");
@@ -15866,7 +15888,7 @@ private:
     std::string piece_bytes(std::string_view text, TokenKind kind) const {
         if (kind == TokenKind::byte) return byte_spelled(text);
         if (kind == TokenKind::control || kind == TokenKind::unknown) return std::string(text);
-        if (is_sentencepiece()) return with_spaces(text);
+        if (!has_printable_bytes()) return with_spaces(text);
         return kind == TokenKind::user_defined ? std::string(text) : from_printable(text);
     }
     static std::string byte_spelled(std::string_view text) {  // <0x0A>
@@ -15934,7 +15956,7 @@ private:
 
     Result<void> read_flags() {
         const bool plain = is_sentencepiece();
-        v_.add_bos = plain || v_.pre->add_bos;
+        v_.add_bos = !v_.pre || v_.pre->add_bos;
         v_.add_space_prefix = plain;
         const std::pair<const char*, bool*> flags[] = {
             {"tokenizer.ggml.add_bos_token", &v_.add_bos},
@@ -15946,6 +15968,7 @@ private:
             *flag = *value;
         }
         v_.add_space_prefix &= plain;
+        v_.add_bos |= v_.algorithm == Algorithm::spaced_bpe;  // the first files of Gemma 4 deny it
         return {};
     }
 
@@ -15963,11 +15986,19 @@ private:
                                (is_sentencepiece() && kind == TokenKind::unused);
             if (v_.from_text[id]) v_.longest = std::max(v_.longest, piece.size());
             if (user && !guarded && is_sentencepiece()) v_.whole.add(piece, Token(id), false);
-            else if (control || user) v_.specials.add(piece, Token(id), guarded);
+            else if (control || user) v_.specials.add(spelling(piece), Token(id), guarded);
         }
         v_.specials.build();
         v_.whole.build();
         return {};
+    }
+    // How the text must spell a special token: Gemma 4's are looked for before spaces are replaced.
+    std::string_view spelling(std::string_view piece) {
+        if (v_.algorithm != Algorithm::spaced_bpe || piece.find(' ') == std::string_view::npos)
+            return piece;
+        std::string& marked = v_.spellings.emplace_back();
+        for (char c : piece) marked += c == ' ' ? "\xE2\x96\x81" : std::string(1, c);
+        return marked;
     }
     std::vector<std::string_view> chat_templates() const {
         std::vector<std::string_view> templates = {chat_template_};
@@ -15991,8 +16022,9 @@ private:
                 if (v_.from_text[id] == from_text && !v_.pieces[id].empty())
                     v_.pieces.insert(Token(id));
         for (size_t id = 0; id < v_.kinds.size(); ++id) {
-            const bool single = is_sentencepiece() ? v_.kinds[id] == TokenKind::byte
-                                                   : v_.from_text[id] && v_.pieces[id].size() == 1;
+            const bool single = has_printable_bytes()
+                                    ? v_.from_text[id] && v_.pieces[id].size() == 1
+                                    : v_.kinds[id] == TokenKind::byte;
             Token& token = v_.bytes[single ? uint8_t(v_.pieces[id][0]) : 0];
             if (single && token == no_token) token = Token(id);
         }
@@ -16034,8 +16066,9 @@ private:
             const size_t space = merge.find(' ', 1);
             if (space == std::string_view::npos)
                 return bad("merges", format("merge %u is not a pair of pieces", rank));
-            const std::string left = from_printable(merge.substr(0, space));
-            const std::string right = from_printable(merge.substr(space + 1));
+            const auto bytes = has_printable_bytes() ? from_printable : with_spaces;
+            const std::string left = bytes(merge.substr(0, space));
+            const std::string right = bytes(merge.substr(space + 1));
             const Token ids[] = {v_.pieces.find(left), v_.pieces.find(right),
                                  v_.pieces.find(left + right)};
             bool usable = true;
@@ -16305,7 +16338,8 @@ private:
 
     Result<void> encode_run(std::string_view text) {
         if (text.empty()) return {};
-        if (!v_.pre) return encode_sentences(text);
+        if (v_.algorithm == Algorithm::sentence_bpe) return encode_sentences(text);
+        if (v_.algorithm == Algorithm::spaced_bpe) return merge_characters(with_spaces(text));
         // no character before U+0300 (lead byte CC) is changed by NFC unless one after it is there
         const bool composed = !v_.pre->compose ||
                               std::none_of(text.begin(), text.end(),
@@ -16358,13 +16392,43 @@ private:
             if (token != no_token) (*symbols)[count++].token = token;
             else if (v_.unknown != no_token) (*symbols)[count++].token = v_.unknown;
         }
+        merge_by_rank(symbols->first(count));
+        return {};
+    }
+
+    // Gemma 4: what is no token is spelled in bytes before the merging.
+    Result<void> merge_characters(std::string_view text) {
+        auto symbols = symbols_for(text.size());
+        if (!symbols) return symbols.error();
+        size_t count = 0;
+        for (size_t at = 0; at < text.size();) {
+            const size_t begin = at;
+            utf8_next(text, &at);
+            const std::string_view character = text.substr(begin, at - begin);
+            (*symbols)[count].token = piece_made(character);
+            if ((*symbols)[count].token != no_token) {
+                ++count;
+                continue;
+            }
+            for (char c : character) {
+                const Token byte = v_.bytes[uint8_t(c)];
+                const Token token = byte != no_token ? byte : v_.unknown;
+                const bool again = byte == no_token && count &&
+                                   (*symbols)[count - 1].token == token;
+                if (token != no_token && !again) (*symbols)[count++].token = token;
+            }
+        }
+        merge_by_rank(symbols->first(count));
+        return {};
+    }
+
+    void merge_by_rank(std::span<MergeSymbol> symbols) {
         auto pairs = [this](const MergeSymbol& left, const MergeSymbol& right) {
             return v_.pairs.find(left.token, right.token);
         };
-        MergeLoop(symbols->first(count), pairs).run();
-        for (size_t at = 0; count && at != no_symbol; at = (*symbols)[at].next)
-            tokens.push_back((*symbols)[at].token);
-        return {};
+        MergeLoop(symbols, pairs).run();
+        for (size_t at = 0; !symbols.empty() && at != no_symbol; at = symbols[at].next)
+            tokens.push_back(symbols[at].token);
     }
 
     Result<std::span<MergeSymbol>> symbols_for(size_t count) {

@@ -65,7 +65,7 @@ struct Vocab {
         };
         set_strings("tokenizer.ggml.tokens", tokens);
         writer.set_array<int32_t>("tokenizer.ggml.token_type", types);
-        if (model == "gpt2") set_strings("tokenizer.ggml.merges", merges);
+        if (model != "llama") set_strings("tokenizer.ggml.merges", merges);
         else writer.set_array<float>("tokenizer.ggml.scores", scores);
         for (const auto& [key, id] : ids) writer.set("tokenizer.ggml." + key, id);
         for (const auto& [key, flag] : flags) writer.set("tokenizer.ggml." + key, flag);
@@ -721,6 +721,42 @@ TEST_CASE("sentencepiece: scores, spaces, bytes, unknown and unused pieces") {
     CHECK(bytes.piece(zero + 10) == "\n");
     CHECK(bytes.find("\n") == zero + 10);
     CHECK(bytes.find("a") == a);
+}
+
+TEST_CASE("gemma4: characters are merged by rank, spaces among them") {
+    Vocab vocab;
+    vocab.model = "gemma4";
+    const Token unknown = vocab.add("<unk>", TokenKind::unknown);
+    const Token bos = vocab.add("<bos>", TokenKind::control);
+    vocab.ids = {{"unknown_token_id", 0}, {"bos_token_id", 1}};
+    vocab.flags["add_bos_token"] = false;
+    const std::string mark = "\xE2\x96\x81", e_acute = "\xC3\xA9";
+    const Token two = vocab.add(mark + mark, TokenKind::user_defined);
+    const Token lines = vocab.add("\n\n", TokenKind::user_defined);
+    const Token space = vocab.add(mark), a = vocab.add("a"), line = vocab.add("\n");
+    const Token e = vocab.add(e_acute), ae = vocab.add("a" + e_acute),
+                space_a = vocab.add(mark + "a");
+    const Token three = vocab.add(mark + mark + mark), line_a = vocab.add("\na");
+    vocab.merges = {mark + mark + " " + mark, mark + " " + mark, "\n a", mark + " a",
+                    "a " + e_acute};
+    CHECK(ids(vocab.open(), "x" + e_acute + "yz") == Tokens{unknown, e, unknown});
+    for (int byte = 0; byte < 256; ++byte) vocab.add(format("<0x%02X>", byte), TokenKind::byte);
+    const Tokenizer tokenizer = vocab.open();
+    const Token zero = line_a + 1;
+    CHECK(tokenizer.add_bos());  // whatever the file says
+    CHECK(ids(tokenizer, " a" + e_acute + "a", true) == Tokens{bos, space_a, e, a});
+    CHECK(ids(tokenizer, "a" + e_acute) == Tokens{ae});
+    CHECK(ids(tokenizer, "   a") == Tokens{three, a});
+    CHECK(ids(tokenizer, mark + "  ") == Tokens{three});
+    CHECK(ids(tokenizer, mark + mark + " ") == Tokens{two, space});
+    CHECK(ids(tokenizer, "\n\na\na\n") == Tokens{lines, a, line_a, line});
+    CHECK(ids(tokenizer, "<0x41>z\xFF") == Tokens{zero + '<', zero + '0', zero + 'x', zero + '4',
+                                                  zero + '1', zero + '>', zero + 'z', zero + 0xFF});
+    CHECK(decode(tokenizer, ids(tokenizer, " a z")) == " a z");
+    CHECK(tokenizer.piece(two) == "  ");
+    vocab.model = "gpt2";  // the same by its other name
+    vocab.pre = "gemma4";
+    CHECK(ids(vocab.open(), "   a") == Tokens{three, a});
 }
 
 TEST_CASE("the detokenizer gives whole characters") {

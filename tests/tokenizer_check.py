@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -282,9 +283,10 @@ def check_sentencepiece(program, folder, prefix, fallback, inputs, unused=False)
     return compare(name, inputs, dump(program, path, inputs), [theirs.encode(t) for t in inputs])
 
 
-# Published vocabularies, by the names of their folders: the pre of their models' files.
+# Published vocabularies, by the names of their folders: the pre of their models' files. Gemma 3's stands
+# in for Gemma 4's, which nobody packs: the same normalizer, alphabet and algorithm.
 PUBLISHED = {"deepseek_v3": "deepseek-v3", "gpt4o": "gpt-4o", "gptoss": "gpt-4o", "llama3": "llama-bpe",
-             "qwen3": "qwen2"}
+             "qwen3": "qwen2", "gemma3": "gemma4"}
 
 
 def check_published(program, folder, path, inputs):
@@ -299,7 +301,10 @@ def check_published(program, folder, path, inputs):
     tokens = [theirs.id_to_token(i) or f"[unused {i}]" for i in range(size)]
     gguf_path = f"{folder}/{path.parent.name}.gguf"
     merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
-    write_gguf(gguf_path, "gpt2", pre, tokens, [kinds.get(t, 1) for t in tokens], token_merges=merges)
+    types = [kinds.get(t, 6 if pre == "gemma4" and re.fullmatch("<0x..>", t) else 1) for t in tokens]
+    ids = {"unk_token_id": tokens.index("<unk>")} if "<unk>" in tokens else {}
+    write_gguf(gguf_path, "gemma4" if pre == "gemma4" else "gpt2", pre, tokens, types, token_merges=merges,
+               **ids)
 
     def ids(tokenizer):
         return [e.ids for e in tokenizer.encode_batch(inputs, add_special_tokens=False)]

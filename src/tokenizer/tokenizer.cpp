@@ -84,7 +84,8 @@ private:
 
     Result<void> encode_run(std::string_view text) {
         if (text.empty()) return {};
-        if (!v_.pre) return encode_sentences(text);
+        if (v_.algorithm == Algorithm::sentence_bpe) return encode_sentences(text);
+        if (v_.algorithm == Algorithm::spaced_bpe) return merge_characters(with_spaces(text));
         // no character before U+0300 (lead byte CC) is changed by NFC unless one after it is there
         const bool composed = !v_.pre->compose ||
                               std::none_of(text.begin(), text.end(),
@@ -137,13 +138,43 @@ private:
             if (token != no_token) (*symbols)[count++].token = token;
             else if (v_.unknown != no_token) (*symbols)[count++].token = v_.unknown;
         }
+        merge_by_rank(symbols->first(count));
+        return {};
+    }
+
+    // Gemma 4: what is no token is spelled in bytes before the merging.
+    Result<void> merge_characters(std::string_view text) {
+        auto symbols = symbols_for(text.size());
+        if (!symbols) return symbols.error();
+        size_t count = 0;
+        for (size_t at = 0; at < text.size();) {
+            const size_t begin = at;
+            utf8_next(text, &at);
+            const std::string_view character = text.substr(begin, at - begin);
+            (*symbols)[count].token = piece_made(character);
+            if ((*symbols)[count].token != no_token) {
+                ++count;
+                continue;
+            }
+            for (char c : character) {
+                const Token byte = v_.bytes[uint8_t(c)];
+                const Token token = byte != no_token ? byte : v_.unknown;
+                const bool again = byte == no_token && count &&
+                                   (*symbols)[count - 1].token == token;
+                if (token != no_token && !again) (*symbols)[count++].token = token;
+            }
+        }
+        merge_by_rank(symbols->first(count));
+        return {};
+    }
+
+    void merge_by_rank(std::span<MergeSymbol> symbols) {
         auto pairs = [this](const MergeSymbol& left, const MergeSymbol& right) {
             return v_.pairs.find(left.token, right.token);
         };
-        MergeLoop(symbols->first(count), pairs).run();
-        for (size_t at = 0; count && at != no_symbol; at = (*symbols)[at].next)
-            tokens.push_back((*symbols)[at].token);
-        return {};
+        MergeLoop(symbols, pairs).run();
+        for (size_t at = 0; !symbols.empty() && at != no_symbol; at = symbols[at].next)
+            tokens.push_back(symbols[at].token);
     }
 
     Result<std::span<MergeSymbol>> symbols_for(size_t count) {

@@ -61,25 +61,37 @@ private:
                           join({file_.name(), ": tokenizer.ggml.", key, " = \"",
                                 utf8_repair(value.substr(0, 64)), "\" is not supported"}));
     }
-    bool is_sentencepiece() const { return v_.pre == nullptr; }
+    bool is_sentencepiece() const { return v_.algorithm == Algorithm::sentence_bpe; }
+    bool has_printable_bytes() const { return v_.algorithm == Algorithm::byte_bpe; }
 
     Result<void> read_model() {
         auto model = file_.get_string("tokenizer.ggml.model");
         if (!model) return model.error();
-        if (*model == "llama") return read_normalizer();
-        if (*model != "gpt2") return unsupported("model", *model);
+        if (*model == "gpt2") return read_pre();
+        for (const auto& [name, algorithm] : models) {
+            if (*model != name) continue;
+            v_.algorithm = algorithm;
+            return read_normalizer();
+        }
+        return unsupported("model", *model);
+    }
+    static constexpr std::pair<std::string_view, Algorithm> models[] = {
+        {"llama", Algorithm::sentence_bpe}, {"gemma4", Algorithm::spaced_bpe}};
+
+    Result<void> read_pre() {
         std::string pre = "default";  // files of before there were names
         if (file_.find("tokenizer.ggml.pre")) {
             auto named = file_.get_string("tokenizer.ggml.pre");
             if (!named) return named.error();
             pre = *named;
         }
-        v_.pre = find_pre_tokenizer(pre);
-        if (!v_.pre) return unsupported("pre", pre);
+        if (pre == "gemma4") v_.algorithm = Algorithm::spaced_bpe;
+        else v_.pre = find_pre_tokenizer(pre);
+        if (!v_.pre && has_printable_bytes()) return unsupported("pre", pre);
         return {};
     }
 
-    Result<void> read_normalizer() const {  // of SentencePiece: the identity or nothing
+    Result<void> read_normalizer() const {  // the identity or nothing
         auto trims = file_.get_bool("tokenizer.ggml.remove_extra_whitespaces", false);
         if (!trims) return trims.error();
         if (*trims) return unsupported("remove_extra_whitespaces", "true");
@@ -131,7 +143,7 @@ private:
     std::string piece_bytes(std::string_view text, TokenKind kind) const {
         if (kind == TokenKind::byte) return byte_spelled(text);
         if (kind == TokenKind::control || kind == TokenKind::unknown) return std::string(text);
-        if (is_sentencepiece()) return with_spaces(text);
+        if (!has_printable_bytes()) return with_spaces(text);
         return kind == TokenKind::user_defined ? std::string(text) : from_printable(text);
     }
     static std::string byte_spelled(std::string_view text) {  // <0x0A>
@@ -199,7 +211,7 @@ private:
 
     Result<void> read_flags() {
         const bool plain = is_sentencepiece();
-        v_.add_bos = plain || v_.pre->add_bos;
+        v_.add_bos = !v_.pre || v_.pre->add_bos;
         v_.add_space_prefix = plain;
         const std::pair<const char*, bool*> flags[] = {
             {"tokenizer.ggml.add_bos_token", &v_.add_bos},
@@ -211,6 +223,7 @@ private:
             *flag = *value;
         }
         v_.add_space_prefix &= plain;
+        v_.add_bos |= v_.algorithm == Algorithm::spaced_bpe;  // the first files of Gemma 4 deny it
         return {};
     }
 
@@ -228,11 +241,19 @@ private:
                                (is_sentencepiece() && kind == TokenKind::unused);
             if (v_.from_text[id]) v_.longest = std::max(v_.longest, piece.size());
             if (user && !guarded && is_sentencepiece()) v_.whole.add(piece, Token(id), false);
-            else if (control || user) v_.specials.add(piece, Token(id), guarded);
+            else if (control || user) v_.specials.add(spelling(piece), Token(id), guarded);
         }
         v_.specials.build();
         v_.whole.build();
         return {};
+    }
+    // How the text must spell a special token: Gemma 4's are looked for before spaces are replaced.
+    std::string_view spelling(std::string_view piece) {
+        if (v_.algorithm != Algorithm::spaced_bpe || piece.find(' ') == std::string_view::npos)
+            return piece;
+        std::string& marked = v_.spellings.emplace_back();
+        for (char c : piece) marked += c == ' ' ? "\xE2\x96\x81" : std::string(1, c);
+        return marked;
     }
     std::vector<std::string_view> chat_templates() const {
         std::vector<std::string_view> templates = {chat_template_};
@@ -256,8 +277,9 @@ private:
                 if (v_.from_text[id] == from_text && !v_.pieces[id].empty())
                     v_.pieces.insert(Token(id));
         for (size_t id = 0; id < v_.kinds.size(); ++id) {
-            const bool single = is_sentencepiece() ? v_.kinds[id] == TokenKind::byte
-                                                   : v_.from_text[id] && v_.pieces[id].size() == 1;
+            const bool single = has_printable_bytes()
+                                    ? v_.from_text[id] && v_.pieces[id].size() == 1
+                                    : v_.kinds[id] == TokenKind::byte;
             Token& token = v_.bytes[single ? uint8_t(v_.pieces[id][0]) : 0];
             if (single && token == no_token) token = Token(id);
         }
@@ -299,8 +321,9 @@ private:
             const size_t space = merge.find(' ', 1);
             if (space == std::string_view::npos)
                 return bad("merges", format("merge %u is not a pair of pieces", rank));
-            const std::string left = from_printable(merge.substr(0, space));
-            const std::string right = from_printable(merge.substr(space + 1));
+            const auto bytes = has_printable_bytes() ? from_printable : with_spaces;
+            const std::string left = bytes(merge.substr(0, space));
+            const std::string right = bytes(merge.substr(space + 1));
             const Token ids[] = {v_.pieces.find(left), v_.pieces.find(right),
                                  v_.pieces.find(left + right)};
             bool usable = true;

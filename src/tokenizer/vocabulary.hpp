@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <span>
 #include <string>
 #include <string_view>
@@ -16,17 +17,26 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+// How a run of text becomes tokens.
+enum class Algorithm : uint8_t {
+    byte_bpe,      // words of a pre-tokenizer, bytes merged by rank
+    spaced_bpe,    // no words: all characters merged by rank (Gemma 4)
+    sentence_bpe,  // no words: characters merged by the score of what they make (SentencePiece)
+};
+
 struct Vocabulary {
+    Algorithm algorithm = Algorithm::byte_bpe;
     PieceTable pieces;
     std::vector<TokenKind> kinds;
     std::vector<bool> from_text;        // merging and whole words may make it
     std::vector<bool> ends;             // see is_end
     std::vector<uint32_t> ranks;        // SentencePiece: position of its score, highest first
-    PairTable pairs;                    // byte-level
+    PairTable pairs;                    // byte_bpe, spaced_bpe
     std::array<Token, 256> bytes;       // the token of a single byte, or no_token
     SpellingMatcher specials;           // cut out of the text first
+    std::list<std::string> spellings;   // what specials borrows and pieces spell otherwise
     SpellingMatcher whole;              // SentencePiece: user-defined tokens of any text
-    const PreTokenizer* pre = nullptr;  // null: SentencePiece
+    const PreTokenizer* pre = nullptr;  // byte_bpe
     size_t longest = 0;                 // bytes of the longest piece that from_text marks
     Token bos = no_token, eos = no_token, unknown = no_token;
     bool add_bos = false, add_eos = false, add_space_prefix = false;
