@@ -135,20 +135,21 @@ _Pragma("push_macro(\"Node\")") _Pragma("push_macro(\"Number\")") _Pragma("push_
 _Pragma("push_macro(\"Object\")") _Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")")
 _Pragma("push_macro(\"P\")") _Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
 _Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")") _Pragma("push_macro(\"Pi\")")
-_Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"Range\")") _Pragma("push_macro(\"Reply\")")
-_Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Rest\")")
+_Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"Range\")")
+_Pragma("push_macro(\"Reply\")") _Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Rest\")")
 _Pragma("push_macro(\"Result\")") _Pragma("push_macro(\"Role\")") _Pragma("push_macro(\"Route\")")
 _Pragma("push_macro(\"Row\")") _Pragma("push_macro(\"SIZE_T\")") _Pragma("push_macro(\"SOCKET\")")
 _Pragma("push_macro(\"STDC\")") _Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Scale\")")
 _Pragma("push_macro(\"Self\")") _Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Shape\")")
 _Pragma("push_macro(\"Side\")") _Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")")
 _Pragma("push_macro(\"Slice\")") _Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")")
-_Pragma("push_macro(\"Stage\")") _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")")
-_Pragma("push_macro(\"Status\")") _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")")
-_Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")")
-_Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")")
-_Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")")
-_Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")")
+_Pragma("push_macro(\"Special\")") _Pragma("push_macro(\"Stage\")")
+_Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
+_Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"T\")")
+_Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")") _Pragma("push_macro(\"Text\")")
+_Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Turn\")")
+_Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"ULONG\")")
+_Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")")
 _Pragma("push_macro(\"W\")") _Pragma("push_macro(\"WideCharToMultiByte\")")
 _Pragma("push_macro(\"Window\")") _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")")
 _Pragma("push_macro(\"a1\")") _Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")")
@@ -157,7 +158,8 @@ _Pragma("push_macro(\"accept\")") _Pragma("push_macro(\"access\")") _Pragma("pus
 _Pragma("push_macro(\"active\")") _Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")")
 _Pragma("push_macro(\"align\")") _Pragma("push_macro(\"alignas\")")
 _Pragma("push_macro(\"aligned\")") _Pragma("push_macro(\"aligned_alloc\")")
-_Pragma("push_macro(\"alignof\")") _Pragma("push_macro(\"all\")") _Pragma("push_macro(\"always\")")
+_Pragma("push_macro(\"alignof\")") _Pragma("push_macro(\"all\")")
+_Pragma("push_macro(\"alternate\")") _Pragma("push_macro(\"always\")")
 _Pragma("push_macro(\"always_inline\")") _Pragma("push_macro(\"any\")")
 _Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")") _Pragma("push_macro(\"args\")")
 _Pragma("push_macro(\"argument\")") _Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")")
@@ -563,6 +565,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Pending
 #undef Phase
 #undef Pi
+#undef Place
 #undef Q
 #undef Range
 #undef Reply
@@ -586,6 +589,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Slice
 #undef Slot
 #undef Socket
+#undef Special
 #undef Stage
 #undef State
 #undef Stats
@@ -604,6 +608,7 @@ _Pragma("push_macro(\"zero\")")
 #undef ULONG
 #undef Usage
 #undef Value
+#undef View
 #undef W
 #undef WideCharToMultiByte
 #undef Window
@@ -626,6 +631,7 @@ _Pragma("push_macro(\"zero\")")
 #undef aligned_alloc
 #undef alignof
 #undef all
+#undef alternate
 #undef always
 #undef always_inline
 #undef any
@@ -16724,6 +16730,9 @@ enum class Kind : uint8_t {
     // clang-format on
 };
 
+/// What an iterator is: a generator gives its items once, a view of a dict gives them always.
+enum class View : uint8_t { generator, items, keys, values };
+
 struct Value {
     Value() = default;
     Value(const Value& other);  // these are long, and used in a thousand places: never inline
@@ -16734,9 +16743,12 @@ struct Value {
 
     Kind kind = Kind::undefined;
     bool request = false;  // it came from the request; of a string its marks say so, not this
+    bool markup = false;   // a string that `safe` or `escape` made: what joins it is escaped
     uint16_t depth = 0;    // of a container
     union {
-        int64_t integer = 0;  // boolean, integer; undefined: its node; name_space: its index
+        // boolean, integer; undefined: its node; name_space: its index; iterator: its View;
+        // tuple: 1 when groupby made it; list: 1 when range did
+        int64_t integer = 0;
         double real;
     };
     std::shared_ptr<void> object = {};
@@ -16759,6 +16771,9 @@ inline bool is_list(const Value& v) { return v.kind == Kind::list || v.kind == K
 inline bool is_int(const Value& v) { return v.kind == Kind::integer || v.kind == Kind::boolean; }
 inline bool is_number(const Value& v) { return is_int(v) || v.kind == Kind::real; }
 inline bool is_string(const Value& v) { return v.kind == Kind::string; }
+inline bool is_view(const Value& v) {
+    return v.kind == Kind::iterator && View(v.integer) != View::generator;
+}
 inline bool is_absent(const Value& v) { return v.kind <= Kind::none; }  // as an optional argument
 inline double number_in(const Value& v) { return is_int(v) ? double(v.integer) : v.real; }
 
@@ -16816,14 +16831,15 @@ std::string number_text(const Value& v);
 
 enum class Op : uint8_t {
     // statements; children in comments, those in brackets may be node 0: nothing
-    body,       // statements
-    text,       // value: index into texts
-    print,      // expression
-    choice,     // condition, body, condition, body ..., [body of else]: an odd number of children
-    loop,       // target, iterable, [condition], body, [body of else]
-    set,        // target, expression
-    set_block,  // target, body, filters ...
-    macro,      // value: name; body, parameters (keyword) ...
+    body,        // statements
+    text,        // value: index into texts
+    print,       // expression
+    choice,      // condition, body, condition, body ..., [body of else]: an odd number of children
+    loop,        // target, iterable, [condition], body, [body of else]; flag: recursive
+    set,         // target, expression
+    set_block,   // target, body, filters ...
+    macro,       // value: name; body, Special, parameters (keyword) ...
+    call_block,  // call, macro
     filter_block,  // body, filters ...
     scope,         // body
     break_loop,
@@ -16844,15 +16860,19 @@ enum class Op : uint8_t {
     add, subtract, multiply, divide, floor_divide, modulo, power, concat,  // expression
     attribute,    // value: name
     item,         // expression
-    slice,        // [begin], [end], [step]
+    slice,        // [begin], [end], [step]; flag: of a constant
     call,         // expressions and keywords
     filter,       // value: name; expressions and keywords
     test,         // value: name; expressions and keywords; flag: negated
     equal, not_equal, less, less_equal, greater, greater_equal, in, not_in,  // expression
     keyword,      // value: name; [expression]
+    spread,       // expression: arguments of a call; flag: a dict of keywords
     field,        // a target: value: name of the attribute; name of the namespace
     // clang-format on
 };
+
+/// Names that a macro has without saying so; a set of them is a sum of bits.
+enum Special : uint32_t { special_caller = 1, special_kwargs = 2, special_varargs = 4 };
 
 struct Node {
     Op op = Op::body;
@@ -16879,7 +16899,8 @@ struct TemplateProgram {
     std::vector<jinja::Value> constants;
     std::vector<std::string> texts;  // outside of tags
     std::vector<std::string> names;
-    std::optional<uint32_t> loop_name;  // of "loop", where the template uses it
+    // Where the template uses them: names that the renderer sets.
+    std::optional<uint32_t> loop_name, caller_name, kwargs_name, varargs_name;
     uint32_t root = 0;
 
     std::span<const uint32_t> children(const jinja::Node& node) const {
@@ -16962,6 +16983,7 @@ bool truth(const Value& v) {
         case Kind::list:
         case Kind::tuple: return !list_in(v).empty();
         case Kind::dict: return !dict_in(v).empty();
+        case Kind::iterator: return !is_view(v) || !list_in(v).empty();
         default: return true;  // as Python's generators
     }
 }
@@ -17307,8 +17329,10 @@ public:
         : p_(program), lexemes_(std::move(lexemes)) {}
     Result<void> run() {
         p_.root = body({});
-        if (const auto loop = name_ids_.find("loop"); loop != name_ids_.end())
-            p_.loop_name = loop->second;
+        p_.loop_name = known_name("loop");
+        p_.caller_name = known_name("caller");
+        p_.kwargs_name = known_name("kwargs");
+        p_.varargs_name = known_name("varargs");
         if (error_) return *error_;
         return {};
     }
@@ -17352,6 +17376,7 @@ private:
         return node(op, line, value, std::span(children.begin(), children.size()));
     }
     uint32_t name_id(std::string_view name);
+    std::optional<uint32_t> known_name(const char* name) const;
     uint32_t expect_name();
     uint32_t constant(Value value, uint32_t line);
 
@@ -17363,6 +17388,9 @@ private:
     uint32_t for_statement(uint32_t line);
     uint32_t set_statement(uint32_t line);
     uint32_t macro_statement(uint32_t line);
+    void parameters(Ids& children);
+    uint32_t macro(uint32_t line, uint32_t name, Ids children, const char* end);
+    uint32_t call_statement(uint32_t line);
     uint32_t filter_statement(uint32_t line);
     uint32_t with_statement(uint32_t line);
     uint32_t generation_statement(uint32_t line);
@@ -17389,6 +17417,7 @@ private:
     uint32_t subscript();
     uint32_t test();
     Ids arguments();
+    uint32_t argument(Op* kind);
     Ids filters();
     uint32_t chained(uint32_t line, const Ids& chain);
 
@@ -17397,7 +17426,8 @@ private:
     std::unordered_map<std::string, uint32_t> name_ids_ = {};
     size_t at_ = 0;
     uint32_t depth_ = 0;
-    uint32_t loops_ = 0;  // around this place
+    uint32_t loops_ = 0;    // around this place
+    uint32_t special_ = 0;  // Special names that were used in the macro around this place
     std::optional<Error> error_ = {};
 };
 
@@ -17449,6 +17479,11 @@ uint32_t Parser::name_id(std::string_view name) {
     return place->second;
 }
 
+std::optional<uint32_t> Parser::known_name(const char* name) const {
+    const auto found = name_ids_.find(name);
+    return found == name_ids_.end() ? std::nullopt : std::optional(found->second);
+}
+
 uint32_t Parser::expect_name() {
     if (now().type != Type::name) return fail("expected a name");
     return name_id(next().text);
@@ -17462,15 +17497,11 @@ uint32_t Parser::constant(Value value, uint32_t line) {
 // statements
 
 const Parser::Statement Parser::statements[] = {
-    {"if", &Parser::if_statement},
-    {"for", &Parser::for_statement},
-    {"set", &Parser::set_statement},
-    {"macro", &Parser::macro_statement},
-    {"filter", &Parser::filter_statement},
-    {"with", &Parser::with_statement},
-    {"generation", &Parser::generation_statement},
-    {"break", &Parser::break_statement},
-    {"continue", &Parser::continue_statement},
+    {"if", &Parser::if_statement},       {"for", &Parser::for_statement},
+    {"set", &Parser::set_statement},     {"macro", &Parser::macro_statement},
+    {"call", &Parser::call_statement},   {"filter", &Parser::filter_statement},
+    {"with", &Parser::with_statement},   {"generation", &Parser::generation_statement},
+    {"break", &Parser::break_statement}, {"continue", &Parser::continue_statement},
 };
 
 /// Statements up to the tag that begins with one of `ends`, and stops at that word; with no ends,
@@ -17542,13 +17573,14 @@ uint32_t Parser::for_statement(uint32_t line) {
     expect_word("in");
     const uint32_t iterable = tuple(false);
     const uint32_t condition = take_word("if") ? expression() : 0;
-    if (is_word("recursive")) return fail("recursive loops are not supported");
+    const bool recursive = take_word("recursive");
     expect(Type::end_tag, "\"%}\"");
     ++loops_;
     const uint32_t inner = body({"else", "endfor"});
     --loops_;
     const uint32_t otherwise = else_block("endfor");
-    return node(Op::loop, line, 0, {what, iterable, condition, inner, otherwise});
+    const uint32_t children[] = {what, iterable, condition, inner, otherwise};
+    return node(Op::loop, line, 0, children, recursive);
 }
 
 uint32_t Parser::set_statement(uint32_t line) {
@@ -17563,17 +17595,52 @@ uint32_t Parser::set_statement(uint32_t line) {
 
 uint32_t Parser::macro_statement(uint32_t line) {
     const uint32_t name = expect_name();
-    Ids children = {0};
+    Ids children = {0, 0};
+    parameters(children);
+    return macro(line, name, std::move(children), "endmacro");
+}
+
+/// "(a, b = c)". Behind a parameter with a default all need one.
+void Parser::parameters(Ids& children) {
     expect("(");
-    while (!take(")") && now().type != Type::end) {
-        if (children.size() > 1) expect(",");
+    bool defaults = false;
+    for (const size_t first = children.size(); !take(")") && now().type != Type::end;) {
+        if (children.size() > first) expect(",");
         const uint32_t at = now().line, parameter = expect_name();
-        children.push_back(node(Op::keyword, at, parameter, {take("=") ? expression() : 0}));
+        const bool has_default = take("=");
+        if (defaults && !has_default) fail("a parameter without default behind one with a default");
+        defaults = has_default;
+        children.push_back(node(Op::keyword, at, parameter, {has_default ? expression() : 0}));
     }
-    const uint32_t loops = std::exchange(loops_, 0);
-    children[0] = end_block({"endmacro"});
+}
+
+uint32_t Parser::macro(uint32_t line, uint32_t name, Ids children, const char* end) {
+    const uint32_t loops = std::exchange(loops_, 0), special = std::exchange(special_, 0);
+    children[0] = end_block({end});
+    for (uint32_t parameter : std::span(children).subspan(2)) {  // those with that name are it
+        const Node& p = p_.nodes[parameter];
+        const std::string& called = p_.names[p.value];
+        if (called == "kwargs") special_ &= ~uint32_t(special_kwargs);
+        if (called == "varargs") special_ &= ~uint32_t(special_varargs);
+        if (called == "caller" && (special_ & special_caller) && !p_.children(p)[0])
+            return fail("the parameter caller needs a default");
+    }
+    children[1] = special_;
     loops_ = loops;
+    special_ |= special;
     return node(Op::macro, line, name, children);
+}
+
+/// {% call(a, b) f(c) %} body {% endcall %}: the body is a macro, which f knows as `caller`.
+uint32_t Parser::call_statement(uint32_t line) {
+    Ids children = {0, 0};
+    if (is("(")) parameters(children);
+    const uint32_t callee = unary(true);
+    const auto& chain = p_.nodes[callee];
+    if (chain.op != Op::chain || p_.nodes[p_.children(chain).back()].op != Op::call)
+        return fail("expected a call");
+    const uint32_t body = macro(line, name_id("caller"), std::move(children), "endcall");
+    return node(Op::call_block, line, 0, {callee, body});
 }
 
 uint32_t Parser::filter_statement(uint32_t line) {
@@ -17781,6 +17848,8 @@ uint32_t Parser::word() {
     const Lexeme lexeme = next();
     for (const auto& c : constants)
         if (lexeme.text == c.word) return constant(make_kind(c.kind, c.value), lexeme.line);
+    static const char* const special[] = {"caller", "kwargs", "varargs"};
+    for (size_t i = 0; i < 3; ++i) special_ |= uint32_t(lexeme.text == special[i]) << i;
     return node(Op::name, lexeme.line, name_id(lexeme.text), {});
 }
 
@@ -17881,7 +17950,12 @@ bool Parser::postfix(Ids& chain) {
         if (now().type == Type::integer) chain.push_back(node(Op::item, line, 0, {number()}));
         else chain.push_back(node(Op::attribute, line, expect_name(), {}));
     } else if (is("[")) {
-        chain.push_back(subscript());
+        const Op of = p_.nodes[chain[0]].op;
+        const bool constant = chain.size() == 1 && (of == Op::constant || of == Op::list ||
+                                                    of == Op::tuple || of == Op::dict);
+        const uint32_t made = subscript();
+        chain.push_back(made);
+        if (constant && p_.nodes[made].op == Op::slice) p_.nodes[made].flag = true;
     } else if (is("(")) {
         chain.push_back(node(Op::call, line, 0, arguments()));
     } else {
@@ -17948,26 +18022,43 @@ uint32_t Parser::test() {
     return node(Op::test, line, name, values, negated);
 }
 
-/// "(a, b, name = c)", or nothing at all.
+/// "(a, b, name = c, *list, **dict)", or nothing at all.
 Parser::Ids Parser::arguments() {
     Ids made;
     if (!take("(")) return made;
-    bool keywords = false;
+    Op last = Op::body;  // then keyword, spread
+    bool all = false;    // a ** was there
     while (!take(")") && now().type != Type::end) {
         if (!made.empty()) expect(",");
         if (take(")")) break;
-        const uint32_t line = now().line;
-        const bool keyword = now().type == Type::name && peek().type == Type::symbol &&
-                             peek().text == "=";
-        if (is("*") || is("**")) fail("arguments from a list or dict are not supported");
-        if (keywords && !keyword) fail("an argument without name behind one with a name");
-        keywords = keyword;
-        const uint32_t name = keyword ? expect_name() : 0;
-        if (keyword) next();
-        const uint32_t value = expression();
-        made.push_back(keyword ? node(Op::keyword, line, name, {value}) : value);
+        Op kind = Op::body;
+        const uint32_t id = argument(&kind);
+        const bool mapping = kind == Op::spread && p_.nodes[id].flag;
+        if (all || (kind == Op::body && last != Op::body) ||
+            (kind == Op::spread && !mapping && last == Op::spread))
+            fail("an argument behind one that must be last");
+        all = mapping;
+        last = std::max(last, kind);
+        made.push_back(id);
     }
     return made;
+}
+
+uint32_t Parser::argument(Op* kind) {
+    const uint32_t line = now().line;
+    const bool mapping = is("**");
+    if (mapping || is("*")) {
+        next();
+        *kind = Op::spread;
+        const uint32_t value = expression();
+        return node(Op::spread, line, 0, std::span(&value, 1), mapping);
+    }
+    if (now().type != Type::name || peek().type != Type::symbol || peek().text != "=")
+        return expression();
+    *kind = Op::keyword;
+    const uint32_t name = expect_name();
+    next();
+    return node(Op::keyword, line, name, {expression()});
 }
 
 }  // namespace
@@ -17996,9 +18087,10 @@ enum class Flow : uint8_t { next, break_loop, continue_loop };
 
 struct Arguments {
     List values = {};
-    std::vector<std::pair<std::string_view, Value>> named = {};
+    Dict named = {};
 
     const Value* find(std::string_view name) const;  // among the named ones, or null
+    bool take(std::string_view name, Value* value);  // out of the named ones
 };
 
 class Renderer;
@@ -18023,15 +18115,18 @@ struct Bound {  // a function value: a method with what it belongs to, or a glob
     const Builtin* builtin;
 };
 
-struct Loop {  // what `loop` is
-    Value items;
-    size_t at;
-};
-
-struct Macro {
+struct Place {  // of a macro or a loop
     uint32_t node;
     uint32_t frame;   // where it was defined
     uint64_t serial;  // of that frame
+};
+
+struct Loop {  // what `loop` is
+    Value items;
+    size_t at;
+    Place place;
+    uint32_t nesting;          // of a recursive one
+    std::optional<List> last;  // what `changed` was given last
 };
 
 /// How values are written: as Python's repr, or as json.dumps.
@@ -18065,6 +18160,7 @@ public:
     void print(Text& out, const Value& v);  // Python's str()
     void write(Text& out, const Value& v, const WriteStyle& style, size_t level, bool request);
     Value to_string(const Value& v);
+    Value escaped(const Value& v);  // as markup: <, >, &, " and ' in HTML's spelling
     Value piece(const Value& string, ByteRange range);  // of a string
     Value list(Kind kind, List items);
     Value dict(Dict entries);
@@ -18080,9 +18176,11 @@ public:
     Value attribute(const Value& v, std::string_view name, uint32_t node = 0);
     Value subscript(const Value& v, const Value& key, uint32_t node = 0);
     Value path(const Value& v, const Value& dotted);  // filters' attribute = "a.b"
-    Value slice(const Value& v, const Value& begin, const Value& end, const Value& step);
+    Value slice(const Value& v, const Value& begin, const Value& end, const Value& step,
+                bool constant = false);
     Value call(const Builtin& builtin, const Value& self, Arguments& args);
     Value name_space(Dict fields);
+    Dict& fields(const Value& name_space) { return name_spaces_[size_t(name_space.integer)]; }
 
 private:
     struct Frame {
@@ -18115,6 +18213,7 @@ private:
     Flow execute_loop(const Node& node);
     Flow execute_scope(uint32_t body);
     Flow execute_capture(const Node& node);
+    Flow run_loop(const Place& place, Value items, uint32_t depth);
     List selected(const Node& node, const List& items);
     Flow captured(uint32_t body, Value* value);
 
@@ -18130,14 +18229,24 @@ private:
     Value apply_slice(const Value& v, const Node& node);
     Value apply_builtin(const Value& v, const Node& node);
     Arguments eval_arguments(const Node& node);
+    void spread(const Node& node, Arguments& args);
+    Value eval_call_block(const Node& node);
+    Value new_macro(uint32_t node);
+    bool can_call(const Place& place);
+    Value call_loop(const Loop& loop, Arguments& args);
     bool bind(const Builtin& builtin, Arguments& args);
     Value call_value(const Value& callee, Arguments& args);
-    Value call_macro(const Macro& macro, Arguments& args);
+    Value call_macro(const Place& macro, Arguments& args);
     bool bind_parameters(const Node& node, Arguments& args);
+    bool bind_special(const Node& node, bool has_caller, List rest, Arguments& args);
     Value loop_attribute(const Loop& loop, std::string_view name);
+    Value macro_attribute(const Place& macro, std::string_view name);
     Value concatenated(Value a, const Value& b);
+    Value joined_markup(const Value& a, const Value& b);
     Value arithmetic(Op op, const Value& a, const Value& b);
     Value repeated(const Value& v, int64_t times);
+    void write_object(Text& out, const Value& v, size_t level, bool request);
+    void write_view(Text& out, const Value& v, size_t level, bool request);
     void write_container(Text& out, const Value& v, const WriteStyle& style, size_t level,
                          bool request);
 
@@ -18250,6 +18359,25 @@ Value Renderer::to_string(const Value& v) {
     return make_text(std::move(text));
 }
 
+Value Renderer::escaped(const Value& v) {
+    if (is_string(v) && v.markup) return v;
+    static const char entities[][7] = {"&amp;", "&lt;", "&gt;", "&#34;", "&#39;"};
+    const std::string_view marked = "&<>\"'";
+    const Value s = to_string(v);
+    Text out;
+    each_run(text_in(s), [&](std::string_view run, bool request) {
+        while (!run.empty() && !failed()) {
+            const size_t at = std::min(run.find_first_of(marked), run.size());
+            append(out, run.substr(0, at), request);
+            if (at < run.size()) append(out, entities[marked.find(run[at])], request);
+            run.remove_prefix(std::min(at + 1, run.size()));
+        }
+    });
+    Value made = make_text(std::move(out));
+    made.markup = true;
+    return made;
+}
+
 Value Renderer::piece(const Value& string, ByteRange range) {
     Text text;
     charge(1);
@@ -18299,9 +18427,13 @@ void set_entry(Dict& dict, Value key, Value value) {
 Value Renderer::items_of(const Value& v) {
     List items;
     switch (v.kind) {
+        case Kind::iterator: {  // a generator gives its items once
+            if (is_view(v)) return v;
+            List& left = *static_cast<List*>(v.object.get());
+            return make_list(Kind::list, std::exchange(left, {}));
+        }
         case Kind::list:
-        case Kind::tuple:
-        case Kind::iterator: return v;
+        case Kind::tuple: return v;
         case Kind::undefined: break;
         case Kind::dict:
             for (const Entry& e : dict_in(v)) items.push_back(e.key);
@@ -18326,7 +18458,7 @@ Value Renderer::from_json(const Json& json, bool request) {
         case Json::Kind::null: v = make_none(); break;
         case Json::Kind::boolean: v = make_bool(json.as_bool()); break;
         case Json::Kind::int64: v = make_int(json.as_int()); break;
-        case Json::Kind::uint64:  // over 63 bits
+        case Json::Kind::uint64: return fail("an integer over 63 bits");
         case Json::Kind::real: v = make_real(json.as_double()); break;
         case Json::Kind::string: {
             Text text{std::string(json.as_string()), {}};
@@ -18466,9 +18598,12 @@ Flow Renderer::execute(uint32_t id) {
         case Op::set_block:
         case Op::filter_block: return execute_capture(node);
         case Op::macro: {
-            Value v = make_kind(Kind::macro, 0);
-            v.object = std::make_shared<Macro>(Macro{id, frame(), frames_.back().serial});
-            assign_name(node.value, std::move(v));
+            assign_name(node.value, new_macro(id));
+            break;
+        }
+        case Op::call_block: {
+            const Value v = eval_call_block(node);
+            if (!failed()) print(*out_, v);
             break;
         }
         case Op::scope: return execute_scope(p_.children(node)[0]);
@@ -18524,23 +18659,33 @@ Flow Renderer::execute_loop(const Node& node) {
     const auto children = p_.children(node);  // target, iterable, condition, body, else
     Value items = items_of(eval(children[1]));
     if (failed()) return Flow::next;
+    const Place place{uint32_t(&node - p_.nodes.data()), frame(), frames_.back().serial};
+    return run_loop(place, std::move(items), 0);
+}
+
+/// The loop that stands at `place`; `depth`: of a recursive one.
+Flow Renderer::run_loop(const Place& place, Value items, uint32_t depth) {
+    const Node& node = p_.nodes[place.node];
+    const auto children = p_.children(node);
     if (children[2]) items = list(Kind::list, selected(node, list_in(items)));
     if (failed()) return Flow::next;
-    const auto state = std::make_shared<Loop>(Loop{items, 0});
+    const auto state = std::make_shared<Loop>(Loop{items, 0, place, depth, std::nullopt});
     Value loop = make_kind(Kind::loop, 0);
     loop.depth = uint16_t(items.depth + 1);
     loop.object = state;
     if (list_in(items).empty()) return execute_scope(children[4]);
-    push_frame(frame());
+    push_frame(place.frame);
     Flow flow = Flow::next;
     for (; state->at < list_in(items).size() && !failed() && flow != Flow::break_loop;
          ++state->at) {
         frames_.back().bindings.clear();
+        // What `changed` remembers may hold the loop: such a ring is cut below.
         if (p_.loop_name) assign_name(*p_.loop_name, loop);
         assign(children[0], list_in(items)[state->at]);
         if (!failed()) flow = execute(children[3]);
     }
     frames_.pop_back();
+    state->last.reset();
     return Flow::next;
 }
 
@@ -18629,11 +18774,12 @@ Value Renderer::eval_logic(const Node& node) {
 
 Value Renderer::eval_sign(const Node& node) {
     const Value v = eval(p_.children(node)[0]);
-    if (failed() || node.op == Op::plus)
-        return failed() || is_number(v) ? v : fail(join({"a sign before ", what(v)}));
-    return is_int(v)      ? binary(Op::subtract, make_int(0), v)
-           : is_number(v) ? make_real(-v.real)
-                          : fail(join({"a sign before ", what(v)}));
+    if (failed()) return {};
+    if (!is_number(v)) return fail(join({"a sign before ", what(v)}));
+    if (is_int(v)) return binary(node.op == Op::plus ? Op::add : Op::subtract, make_int(0), v);
+    Value made = make_real(node.op == Op::plus ? v.real : -v.real);
+    made.request = v.request;
+    return made;
 }
 
 Value Renderer::eval_comparison(const Node& node) {
@@ -18702,7 +18848,7 @@ Value Renderer::apply_slice(const Value& v, const Node& node) {
     for (size_t i = 0; i < 3; ++i)
         if (children[i]) bounds[i] = eval(children[i]);
     line_ = node.line;
-    return failed() ? Value{} : slice(v, bounds[0], bounds[1], bounds[2]);
+    return failed() ? Value{} : slice(v, bounds[0], bounds[1], bounds[2], node.flag);
 }
 
 Value Renderer::apply_builtin(const Value& v, const Node& node) {
@@ -18723,16 +18869,42 @@ Arguments Renderer::eval_arguments(const Node& node) {
     Arguments args;
     for (uint32_t id : p_.children(node)) {
         const Node& child = p_.nodes[id];
-        if (child.op != Op::keyword) args.values.push_back(eval(id));
-        else args.named.emplace_back(p_.names[child.value], eval(p_.children(child)[0]));
+        if (child.op == Op::spread) spread(child, args);
+        else if (child.op != Op::keyword) args.values.push_back(eval(id));
+        else args.named.push_back({make_text(p_.names[child.value]), eval(p_.children(child)[0])});
     }
     return args;
 }
 
-const Value* Arguments::find(std::string_view name) const {
-    for (const auto& [given, value] : named)
-        if (given == name) return &value;
-    return nullptr;
+/// *list or **dict. A dict's keys keep their marks: they may be printed again.
+void Renderer::spread(const Node& node, Arguments& args) {
+    const Value v = eval(p_.children(node)[0]);
+    if (!failed() && !node.flag) {
+        const Value items = items_of(v);
+        if (failed() || !charge_bytes(list_in(items).size() * sizeof(Value))) return;
+        args.values.insert(args.values.end(), list_in(items).begin(), list_in(items).end());
+        return;
+    }
+    if (failed() || !want(v, Kind::dict)) return;
+    for (const Entry& e : dict_in(v)) {
+        if (!want(e.key, Kind::string) || !charge_bytes(sizeof(Entry) + args.named.size() * 4))
+            return;
+        if (args.find(chars(e.key)))
+            return void(fail(join({"the argument '", chars(e.key), "' was given twice"})));
+        args.named.push_back(e);
+    }
+}
+
+const Value* Arguments::find(std::string_view name) const { return find_entry(named, name); }
+
+bool Arguments::take(std::string_view name, Value* value) {
+    for (size_t i = 0; i < named.size(); ++i) {
+        if (chars(named[i].key) != name) continue;
+        *value = std::move(named[i].value);
+        named.erase(named.begin() + ptrdiff_t(i));
+        return true;
+    }
+    return false;
 }
 
 /// Puts the named arguments into their places.
@@ -18761,27 +18933,88 @@ bool Renderer::bind(const Builtin& builtin, Arguments& args) {
 }
 
 Value Renderer::call(const Builtin& builtin, const Value& self, Arguments& args) {
-    return bind(builtin, args) ? builtin.function(*this, self, args) : Value{};
+    if (!bind(builtin, args)) return {};
+    return builtin.function(*this, self, args);
 }
+
+namespace {
+
+/// What a method of a string that is markup gives is markup too.
+void pass_markup_on(Value& made) {
+    if (is_string(made)) made.markup = true;
+    if (!is_list(made)) return;
+    for (Value& item : *static_cast<List*>(made.object.get())) pass_markup_on(item);
+}
+
+}  // namespace
 
 Value Renderer::call_value(const Value& callee, Arguments& args) {
     if (callee.kind == Kind::macro)
-        return call_macro(*static_cast<const Macro*>(callee.object.get()), args);
+        return call_macro(*static_cast<const Place*>(callee.object.get()), args);
+    if (callee.kind == Kind::loop)
+        return call_loop(*static_cast<const Loop*>(callee.object.get()), args);
     if (callee.kind != Kind::function)
         return fail(callee.kind == Kind::undefined
                         ? what(callee)
                         : join({"'", what(callee), "' is not callable"}));
     const Bound& bound = *static_cast<const Bound*>(callee.object.get());
-    return call(*bound.builtin, bound.self, args);
+    Value made = call(*bound.builtin, bound.self, args);
+    if (bound.self.markup) pass_markup_on(made);
+    return made;
 }
 
-Value Renderer::call_macro(const Macro& macro, Arguments& args) {
+/// Whether the block around a macro or loop still runs, and nothing calls itself without end.
+bool Renderer::can_call(const Place& place) {
+    if (calls_ >= ChatTemplate::max_calls) fail("macros call each other too deep");
+    if (place.frame >= frames_.size() || frames_[place.frame].serial != place.serial)
+        fail(join(
+            {"'",
+             p_.nodes[place.node].op == Op::macro ? p_.names[p_.nodes[place.node].value] : "loop",
+             "' is called outside of the block that defines it"}));
+    return !failed();
+}
+
+/// loop(items) in a recursive loop: what it prints for these.
+Value Renderer::call_loop(const Loop& loop, Arguments& args) {
+    const Level level(*this);
+    const Place place = loop.place;
+    if (!p_.nodes[place.node].flag) return fail("loop: is called, but not recursive");
+    if (args.values.size() != 1 || !args.named.empty()) return fail("loop: needs the items");
+    Value items = items_of(args.values[0]);
+    if (failed() || !can_call(place)) return {};
+    const uint32_t line = line_;
+    Text text;
+    Text* const outer = std::exchange(out_, &text);
+    ++calls_;
+    run_loop(place, std::move(items), loop.nesting + 1);
+    --calls_;
+    out_ = outer;
+    line_ = line;
+    return make_text(std::move(text));
+}
+
+/// The call of {% call %}, with the block's body as `caller`.
+Value Renderer::eval_call_block(const Node& node) {
+    const auto children = p_.children(node), chain = p_.children(p_.nodes[children[0]]);
+    Value callee = eval(chain[0]);
+    for (uint32_t id : chain.subspan(1, chain.size() - 2))
+        if (!failed()) callee = apply(std::move(callee), id);
+    if (failed()) return {};
+    Arguments args = eval_arguments(p_.nodes[chain.back()]);
+    args.named.push_back({make_text("caller"), new_macro(children[1])});
+    return failed() ? Value{} : call_value(callee, args);
+}
+
+Value Renderer::new_macro(uint32_t node) {
+    Value v = make_kind(Kind::macro, 0);
+    v.object = std::make_shared<Place>(Place{node, frame(), frames_.back().serial});
+    return v;
+}
+
+Value Renderer::call_macro(const Place& macro, Arguments& args) {
     const Level level(*this);
     const Node& node = p_.nodes[macro.node];
-    if (calls_ >= ChatTemplate::max_calls) return fail("macros call each other too deep");
-    if (macro.frame >= frames_.size() || frames_[macro.frame].serial != macro.serial)
-        return fail(
-            join({"'", p_.names[node.value], "' is called outside of the block that defines it"}));
+    if (!can_call(macro)) return {};
     const uint32_t line = line_;
     ++calls_;
     push_frame(macro.frame);
@@ -18794,32 +19027,79 @@ Value Renderer::call_macro(const Macro& macro, Arguments& args) {
 }
 
 bool Renderer::bind_parameters(const Node& node, Arguments& args) {
-    const auto parameters = p_.children(node).subspan(1);
-    if (args.values.size() > parameters.size()) {
-        fail(join({"too many arguments for '", p_.names[node.value], "'"}));
-        return false;
-    }
-    size_t used = 0;
+    const auto parameters = p_.children(node).subspan(2);
+    bool has_caller = false;
     for (size_t i = 0; i < parameters.size() && !failed(); ++i) {
         const Node& parameter = p_.nodes[parameters[i]];
-        const std::string& name = p_.names[parameter.value];
+        has_caller = has_caller || p_.names[parameter.value] == "caller";
         Value v = make_kind(Kind::undefined, parameters[i]);
         charge_bytes(args.named.size());
-        const Value* named = args.find(name);
-        if (i < args.values.size()) {
-            v = args.values[i];
-        } else if (named) {
-            v = *named;
-            ++used;
-        } else if (p_.children(parameter)[0]) {
+        if (i < args.values.size()) v = args.values[i];
+        else if (!args.take(p_.names[parameter.value], &v) && p_.children(parameter)[0])
             v = eval(p_.children(parameter)[0]);
-        }
         assign_name(parameter.value, std::move(v));
     }
-    if (used != args.named.size() && !failed())
-        fail(join({"an unknown argument for '", p_.names[node.value], "', or one given twice"}));
+    List rest;
+    for (size_t i = parameters.size(); i < args.values.size(); ++i) rest.push_back(args.values[i]);
+    return bind_special(node, has_caller, std::move(rest), args);
+}
+
+/// caller, kwargs and varargs, of which a macro has those that it uses.
+bool Renderer::bind_special(const Node& node, bool has_caller, List rest, Arguments& args) {
+    const uint32_t special = p_.children(node)[1];
+    const std::string& name = p_.names[node.value];
+    if ((special & special_caller) && !has_caller) {
+        Value caller;
+        args.take("caller", &caller);
+        assign_name(*p_.caller_name, std::move(caller));
+    }
+    if (special & special_kwargs) assign_name(*p_.kwargs_name, dict(std::move(args.named)));
+    else if (!args.named.empty() && !failed())
+        fail(join({"an unknown argument for '", name, "', or one given twice"}));
+    if (special & special_varargs)
+        assign_name(*p_.varargs_name, list(Kind::tuple, std::move(rest)));
+    else if (!rest.empty()) fail(join({"too many arguments for '", name, "'"}));
     return !failed();
 }
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/formatting.hpp ---------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
+// Python's ways to format: what they give has the marks of what it is made of.
+
+/// format % values
+Value percent_format(Renderer& r, const Value& format, const Value& values);
+/// "...".format(values, names = values)
+Value brace_format(Renderer& r, const Value& format, Arguments& args);
+/// `text` with as much of `fill` before (align `>`), behind (`<`) or around it (`^`; `|`: as
+/// str.center, which rounds the other way) as fills `width` characters.
+void append_padded(Renderer& r, Text& out, const Text& text, int64_t width, char align,
+                   const Text& fill);
+/// Rounded to so many decimals as Python does: exactly, ties to even.
+double rounded(double value, int decimals);
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/template/operations.cpp ---------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
 
 // operators
 
@@ -18882,6 +19162,15 @@ bool Renderer::contains(const Value& container, const Value& v) {
     return false;
 }
 
+/// What is joined with markup is escaped; of markup is what comes of it.
+Value Renderer::joined_markup(const Value& a, const Value& b) {
+    Text text;
+    append(text, text_in(escaped(a))) && append(text, text_in(escaped(b)));
+    Value made = make_text(std::move(text));
+    made.markup = true;
+    return made;
+}
+
 Value Renderer::concatenated(Value a, const Value& b) {
     // A string that nobody else holds grows in place: a + b + c copies each of them once.
     if (a.object.use_count() == 1 && a.object != b.object) {
@@ -18898,6 +19187,7 @@ Value Renderer::binary(Op op, Value a, const Value& b) {
     if (op == Op::concat) {
         const Value right = to_string(b);
         Value left = is_string(a) ? std::move(a) : to_string(a);
+        left.markup = false;  // as jinja2 without autoescape
         return failed() ? Value{} : concatenated(std::move(left), right);
     }
     if (is_number(a) && is_number(b)) {
@@ -18905,7 +19195,9 @@ Value Renderer::binary(Op op, Value a, const Value& b) {
         v.request = a.request || b.request;
         return v;
     }
-    if (op == Op::add && is_string(a) && is_string(b)) return concatenated(std::move(a), b);
+    if (op == Op::modulo && is_string(a)) return percent_format(*this, a, b);
+    if (op == Op::add && is_string(a) && is_string(b))
+        return a.markup || b.markup ? joined_markup(a, b) : concatenated(std::move(a), b);
     if (op == Op::add && is_list(a) && a.kind == b.kind) {
         List items = list_in(a);
         items.insert(items.end(), list_in(b).begin(), list_in(b).end());
@@ -18928,7 +19220,10 @@ Value Renderer::repeated(const Value& v, int64_t times) {
         else if (charge_bytes(list_in(v).size() * sizeof(Value)))
             items.insert(items.end(), list_in(v).begin(), list_in(v).end());
     }
-    return is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(items));
+    if (!is_string(v)) return list(v.kind, std::move(items));
+    Value made = make_text(std::move(text));
+    made.markup = v.markup;
+    return made;
 }
 
 namespace {
@@ -18998,11 +19293,25 @@ Value Renderer::loop_attribute(const Loop& loop, std::string_view name) {
     if (name == "first") return make_bool(at == 0);
     if (name == "last") return make_bool(at + 1 >= size);
     if (name == "length") return make_int(size);
-    if (name == "depth") return make_int(1);
-    if (name == "depth0") return make_int(0);
+    if (name == "depth") return make_int(int64_t(loop.nesting) + 1);
+    if (name == "depth0") return make_int(int64_t(loop.nesting));
     if (name == "previtem" && at > 0) return items[size_t(at) - 1];
     if (name == "nextitem" && at + 1 < size) return items[size_t(at) + 1];
     return {};
+}
+
+Value Renderer::macro_attribute(const Place& macro, std::string_view name) {
+    const Node& node = p_.nodes[macro.node];
+    const auto children = p_.children(node);
+    if (name == "name") return make_text(p_.names[node.value]);
+    if (name == "catch_kwargs") return make_bool(children[1] & special_kwargs);
+    if (name == "catch_varargs") return make_bool(children[1] & special_varargs);
+    if (name == "caller") return make_bool(children[1] & special_caller);
+    if (name != "arguments") return {};
+    List names;
+    for (uint32_t id : children.subspan(2))
+        names.push_back(make_text(p_.names[p_.nodes[id].value]));
+    return list(Kind::tuple, std::move(names));
 }
 
 /// v.name: a method first, then a member, as Jinja does.
@@ -19017,6 +19326,10 @@ Value Renderer::attribute(const Value& v, std::string_view name, uint32_t node) 
     Value made;
     if (v.kind == Kind::loop)
         made = loop_attribute(*static_cast<const Loop*>(v.object.get()), name);
+    if (v.kind == Kind::macro)
+        made = macro_attribute(*static_cast<const Place*>(v.object.get()), name);
+    if (v.kind == Kind::tuple && v.integer == 1 && (name == "grouper" || name == "list"))
+        made = list_in(v)[name == "list"];
     const Dict* members = v.kind == Kind::dict         ? &dict_in(v)
                           : v.kind == Kind::name_space ? &name_spaces_[size_t(v.integer)]
                                                        : nullptr;
@@ -19043,7 +19356,9 @@ Value Renderer::subscript(const Value& v, const Value& key, uint32_t node) {
     const size_t begin = utf8_offset(chars(v), size_t(at));
     size_t end = begin;
     utf8_next(chars(v), &end);
-    return piece(v, {begin, end});
+    Value made = piece(v, {begin, end});
+    made.markup = v.markup;
+    return made;
 }
 
 Value Renderer::path(const Value& v, const Value& dotted) {
@@ -19063,10 +19378,17 @@ Value Renderer::path(const Value& v, const Value& dotted) {
 }
 
 /// Python's rules: negative places count from the end, and what is outside is cut off.
-Value Renderer::slice(const Value& v, const Value& begin, const Value& end, const Value& step) {
-    if (!is_string(v) && !is_list(v)) return v.kind == Kind::undefined ? fail(what(v)) : Value{};
+/// `constant`: what is refused at rendering is undefined for Jinja when it folds constants.
+Value Renderer::slice(const Value& v, const Value& begin, const Value& end, const Value& step,
+                      bool constant) {
+    if (!is_string(v) && !is_list(v))
+        return constant
+                   ? Value{}
+                   : fail(v.kind == Kind::undefined ? what(v)
+                                                    : join({"'", what(v), "' cannot be sliced"}));
     for (const Value* bound : {&begin, &end, &step})
-        if (bound->kind != Kind::none && !is_int(*bound)) return {};  // as Jinja does
+        if (bound->kind != Kind::none && !is_int(*bound))
+            return constant ? Value{} : fail("the bounds of a slice must be integers");
     if (is_string(v)) charge_bytes(chars(v).size() / 8);
     const int64_t size = int64_t(is_list(v) ? list_in(v).size() : utf8_count(chars(v)));
     const int64_t by = step.kind == Kind::none
@@ -19082,8 +19404,10 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
     if (is_string(v) && by == 1) {
         const size_t first = utf8_offset(chars(v), size_t(from));
         const size_t count = size_t(std::max<int64_t>(to - from, 0));
-        return piece(v,
-                     {first, first + utf8_offset(std::string_view(chars(v)).substr(first), count)});
+        const size_t last = first + utf8_offset(std::string_view(chars(v)).substr(first), count);
+        Value made = piece(v, {first, last});
+        made.markup = v.markup;
+        return made;
     }
     const Value items = items_of(v);
     List kept;
@@ -19093,7 +19417,10 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
         if (is_string(v)) append(text, text_in(item));
         else kept.push_back(item);
     }
-    return is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(kept));
+    Value made = is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(kept));
+    if (v.kind == Kind::list) made.integer = v.integer;
+    made.markup = v.markup;
+    return made;
 }
 
 // writing
@@ -19139,6 +19466,8 @@ void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t 
             const bool apostrophes = s.find('\'') != std::string::npos &&
                                      s.find('"') == std::string::npos;
             const char quote = style.json || apostrophes ? '"' : '\'';
+            const bool markup = v.markup && !style.json;
+            if (markup) append(out, "Markup(", false);
             append(out, std::string_view(&quote, 1), request);
             each_run(text_in(v), [&](std::string_view run, bool marked) {
                 charge_bytes(run.size());
@@ -19149,15 +19478,47 @@ void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t 
                 append(out, escaped, request || marked);
             });
             append(out, std::string_view(&quote, 1), request);
+            if (markup) append(out, ")", false);
             return;
         }
         case Kind::list:
+            if (v.integer == 1) return void(fail("a range cannot be printed"));
+            return write_container(out, v, style, level, request);
         case Kind::tuple:
         case Kind::dict: return write_container(out, v, style, level, request);
         default:
-            if (style.json) fail(join({"a value of type ", what(v), " has no JSON"}));
-            else append(out, join({"<", kind_name(v), ">"}), false);
+            if (style.json) return void(fail(join({"a value of type ", what(v), " has no JSON"})));
+            write_object(out, v, level, request);
     }
+}
+
+void Renderer::write_object(Text& out, const Value& v, size_t level, bool request) {
+    if (is_view(v)) return write_view(out, v, level, request);
+    if (v.kind == Kind::macro) {
+        const Place& macro = *static_cast<const Place*>(v.object.get());
+        const std::string& name = p_.names[p_.nodes[macro.node].value];
+        return void(append(out, join({"<Macro '", name, "'>"}), false));
+    }
+    if (v.kind == Kind::loop) {
+        const Loop& loop = *static_cast<const Loop*>(v.object.get());
+        const size_t size = list_in(loop.items).size();
+        return void(append(out, format("<LoopContext %zu/%zu>", loop.at + 1, size), false));
+    }
+    if (v.kind != Kind::name_space) return void(fail(join({"a ", what(v), " cannot be printed"})));
+    append(out, "<Namespace ", false);
+    const Value members = dict(fields(v));
+    if (!failed()) write(out, members, {}, level, request);
+    append(out, ">", false);
+}
+
+void Renderer::write_view(Text& out, const Value& v, size_t level, bool request) {
+    static const char* const names[] = {"", "dict_items(", "dict_keys(", "dict_values("};
+    append(out, names[v.integer], request);
+    Value items = v;
+    items.kind = Kind::list;
+    items.integer = 0;
+    write(out, items, {}, level, request);
+    append(out, ")", request);
 }
 
 void Renderer::write_container(Text& out, const Value& v, const WriteStyle& style, size_t level,
@@ -19202,7 +19563,7 @@ void Renderer::write_container(Text& out, const Value& v, const WriteStyle& styl
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// ---- src/template/builtins.cpp -----------------------------------------------------------------
+// ---- src/template/formatting.cpp ---------------------------------------------------------------
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -19211,10 +19572,580 @@ namespace detail {
 namespace jinja {
 namespace {
 
-// ---- filters, tests, methods, functions -----------------------------------------------------
-// What a table entry shares with another or needs more than two lines for stands before the tables.
+constexpr int64_t most_width = 1'000'000;
+constexpr int64_t most_decimals = 300;
+
+/// What stands behind the colon of a field, or between % and its letter.
+struct Spec {
+    Text fill = {" ", {}};
+    char align = '\0';  // < > ^ =
+    char sign = '-';
+    bool alternate = false;
+    bool zeros = false;
+    char grouping = '\0';
+    int64_t width = 0;
+    int64_t precision = -1;
+    char type = '\0';
+};
+
+/// The number at *at, or -1 where none is.
+int64_t digits_at(std::string_view s, size_t* at) {
+    int64_t n = -1;
+    for (; *at < s.size() && is_digit(s[*at]); ++*at)
+        n = std::min<int64_t>(std::max<int64_t>(n, 0) * 10 + (s[*at] - '0'), most_width + 1);
+    return n;
+}
+
+/// printf's %e, %f and %g, with a point whatever the locale says.
+std::string printed(double value, char type, int64_t precision, bool alternate) {
+    if (!std::isfinite(value)) return std::isnan(value) ? "nan" : value < 0 ? "-inf" : "inf";
+    const char pattern[] = {'%',
+                            alternate ? '#' : '.',
+                            alternate ? '.' : '*',
+                            alternate ? '*' : type,
+                            alternate ? type : '\0',
+                            '\0'};
+    std::string text = format(pattern, int(std::min(precision, most_decimals)), value), out;
+    bool point = false;
+    for (char c : text) {
+        const bool plain = is_digit(c) || c == '-' || c == '+' || c == 'e' || c == 'E';
+        if (plain) out += c;
+        else if (!std::exchange(point, true)) out += '.';
+    }
+    return out;
+}
+
+/// As Python writes a float without a type: as %g, but always with a point.
+std::string general(double value, int64_t precision) {
+    precision = std::max<int64_t>(precision, 1);
+    const std::string shape = printed(value, 'e', precision - 1, false);
+    const size_t e = shape.find('e');
+    if (e == std::string::npos) return shape;
+    const int exponent = std::atoi(shape.c_str() + e + 1);
+    std::string digits = shape.substr(0, e);
+    if (exponent < -4 || exponent >= precision - 1) {
+        if (digits.find('.') != std::string::npos)
+            while (digits.back() == '0' || digits.back() == '.') {
+                const bool point = digits.back() == '.';
+                digits.pop_back();
+                if (point) break;
+            }
+        return digits + shape.substr(e);
+    }
+    const std::string text = printed(value, 'g', precision, false);
+    return text.find('.') == std::string::npos ? text + ".0" : text;
+}
+
+std::string in_base(uint64_t n, unsigned base) {
+    std::string digits;
+    do digits += "0123456789abcdef"[n % base];
+    while ((n /= base) > 0);
+    return {digits.rbegin(), digits.rend()};
+}
+
+std::string grouped(std::string_view digits, char separator, size_t every) {
+    std::string out;
+    for (size_t i = 0; i < digits.size(); ++i) {
+        if (i > 0 && (digits.size() - i) % every == 0) out += separator;
+        out += digits[i];
+    }
+    return out;
+}
+
+/// A number's text before it is padded.
+struct NumberText {
+    std::string sign;  // and a prefix: 0x
+    std::string digits;
+    bool fine = false;
+};
+
+NumberText integer_text(const Spec& spec, int64_t value) {
+    static const struct {
+        char type;
+        unsigned base;
+        const char* prefix;
+    } bases[] = {{'\0', 10, ""}, {'d', 10, ""},   {'n', 10, ""},  {'b', 2, "0b"},
+                 {'o', 8, "0o"}, {'x', 16, "0x"}, {'X', 16, "0X"}};
+    for (const auto& b : bases) {
+        if (b.type != spec.type) continue;
+        NumberText made{value < 0 ? "-" : "", "", spec.precision < 0};
+        if (spec.alternate) made.sign += b.prefix;
+        made.digits = in_base(value < 0 ? 0 - uint64_t(value) : uint64_t(value), b.base);
+        if (b.type == 'X') made.digits = to_upper(made.digits);
+        if (spec.grouping) made.digits = grouped(made.digits, spec.grouping, b.base == 10 ? 3 : 4);
+        made.fine = made.fine && (b.base == 10 || spec.grouping != ',');
+        return made;
+    }
+    return {};
+}
+
+NumberText real_text(const Spec& spec, double value) {
+    const bool percent = spec.type == '%';
+    if (spec.type && std::string_view("eEfFgGn%").find(spec.type) == std::string_view::npos)
+        return {};
+    const char lower = percent ? 'f' : spec.type == 'n' ? 'g' : ascii_lower(spec.type);
+    const int64_t precision = spec.precision < 0 ? 6 : spec.precision;
+    std::string text = !spec.type && spec.precision < 0 ? number_text(make_real(value))
+                       : !spec.type
+                           ? general(value, precision)
+                           : printed(percent ? value * 100 : value, lower,
+                                     lower == 'g' ? std::max<int64_t>(precision, 1) : precision,
+                                     spec.alternate);
+    if (spec.type >= 'A' && spec.type <= 'Z') text = to_upper(text);
+    if (percent) text += '%';
+    NumberText made{"", std::move(text), true};
+    if (made.digits[0] == '-') {
+        made.sign = "-";
+        made.digits.erase(0, 1);
+    }
+    if (spec.grouping) {
+        size_t whole = 0;
+        while (whole < made.digits.size() && is_digit(made.digits[whole])) ++whole;
+        made.digits = grouped(std::string_view(made.digits).substr(0, whole), spec.grouping, 3) +
+                      made.digits.substr(whole);
+    }
+    return made;
+}
+
+void append_number(Renderer& r, Text& out, const Spec& spec, const Value& v) {
+    const bool as_real = v.kind == Kind::real ||
+                         (spec.type &&
+                          std::string_view("eEfFgG%").find(spec.type) != std::string_view::npos);
+    NumberText number = as_real ? real_text(spec, number_in(v)) : integer_text(spec, v.integer);
+    if (!number.fine || (spec.zeros && spec.grouping))
+        return void(r.fail("a number cannot be formatted with this specification"));
+    if (number.sign.empty() || number.sign[0] != '-')
+        if (spec.sign != '-') number.sign.insert(0, 1, spec.sign);
+    Text text;
+    const bool inside = spec.align == '=';
+    const int64_t width = spec.width - (inside ? int64_t(number.sign.size()) : 0);
+    if (inside) r.append(out, number.sign, v.request);
+    r.append(text, (inside ? "" : number.sign) + number.digits, v.request);
+    append_padded(r, out, text, width, spec.align && !inside ? spec.align : '>', spec.fill);
+}
+
+/// %c and {:c}: a character by its number.
+void append_character(Renderer& r, Text& out, const Spec& spec, const Value& v) {
+    Text text;
+    std::string bytes;
+    if (!is_int(v) || v.integer < 0 || v.integer > 0x10ffff)
+        return void(r.fail("a character's number is wanted"));
+    utf8_append(bytes, char32_t(v.integer));
+    r.append(text, bytes, v.request);
+    append_padded(r, out, text, spec.width, spec.align ? spec.align : '<', spec.fill);
+}
+
+void append_cut(Renderer& r, Text& out, const Spec& spec, const Text& text, char align) {
+    if (spec.precision < 0) return append_padded(r, out, text, spec.width, align, spec.fill);
+    Text cut;
+    r.append(cut, text, {0, utf8_offset(text.text, size_t(spec.precision))});
+    append_padded(r, out, cut, spec.width, align, spec.fill);
+}
+
+// ---- str.format -----------------------------------------------------------------------------
+
+/// [[fill]align][sign][#][0][width][,][.precision][type]
+bool read_spec(Renderer& r, const Text& text, Spec* spec) {
+    const std::string& s = text.text;
+    const auto is_align = [&](size_t i) {
+        return i < s.size() && std::string_view("<>^=").find(s[i]) != std::string_view::npos;
+    };
+    size_t at = 0, second = 0;
+    if (!s.empty()) utf8_next(s, &second);
+    const bool filled = is_align(second);
+    if (filled) {
+        spec->fill = {};
+        r.append(spec->fill, text, {0, second});
+        at = second;
+    }
+    if (is_align(at)) spec->align = s[at++];
+    const auto take = [&](std::string_view any) {
+        const bool found = at < s.size() && any.find(s[at]) != std::string_view::npos;
+        return found ? s[at++] : '\0';
+    };
+    if (const char sign = take("+- ")) spec->sign = sign;
+    spec->alternate = take("#");
+    if (at < s.size() && s[at] == '0' && !spec->align) {
+        spec->zeros = true;
+        spec->align = '=';
+        spec->fill = {"0", {}};
+    } else if (at < s.size() && s[at] == '0' && !filled) {
+        spec->fill = {"0", {}};
+    }
+    spec->width = std::max<int64_t>(digits_at(s, &at), 0);
+    spec->grouping = take(",_");
+    if (take(".") && (spec->precision = digits_at(s, &at)) < 0) at = s.size() + 1;
+    spec->type = take("bcdeEfFgGnosxX%");
+    const bool fine = at == s.size() && spec->width <= most_width &&
+                      (spec->precision <= most_decimals || spec->type == 's' || !spec->type);
+    if (!fine) r.fail(join({"'", printable(s, 40), "' is no format that is known"}));
+    return fine;
+}
+
+void append_formatted(Renderer& r, Text& out, const Value& v, const Text& spec_text) {
+    Spec spec;
+    if (spec_text.text.empty()) return r.print(out, v);
+    if (!read_spec(r, spec_text, &spec)) return;
+    if (is_number(v) && spec.type == 'c') return append_character(r, out, spec, v);
+    if (is_number(v)) return append_number(r, out, spec, v);
+    const bool text = is_string(v) && (!spec.type || spec.type == 's') && spec.sign == '-' &&
+                      !spec.alternate && !spec.grouping && (spec.align != '=' || spec.zeros);
+    if (!text) return void(r.fail(join({"this format is not for ", r.what(v)})));
+    append_cut(r, out, spec, text_in(v), spec.align && !spec.zeros ? spec.align : '<');
+}
+
+/// The fields of one format string.
+class BraceFormat {
+public:
+    BraceFormat(Renderer& r, const Value& format, const Arguments& args)
+        : r_(r), f_(text_in(format)), markup_(format.markup), args_(args) {}
+    void run(Text& out, ByteRange range, int depth);
+
+private:
+    void field(Text& out, ByteRange range, int depth);
+    Value first(std::string_view name);
+    Value named(std::string_view whole);
+    size_t end_of_field(size_t at, size_t end) const;
+
+    Renderer& r_;
+    const Text& f_;
+    const bool markup_;
+    const Arguments& args_;
+    size_t next_ = 0;  // of fields without a number
+    bool numbered_ = false, counted_ = false;
+};
+
+/// Behind the brace that closes the one before `at`; 0 where none does.
+size_t BraceFormat::end_of_field(size_t at, size_t end) const {
+    for (int open = 1; at < end; ++at) {
+        open += f_.text[at] == '{' ? 1 : f_.text[at] == '}' ? -1 : 0;
+        if (open == 0) return at + 1;
+    }
+    return 0;
+}
+
+void BraceFormat::run(Text& out, ByteRange range, int depth) {
+    if (depth > 2) return void(r_.fail("format: nested too deep"));
+    for (size_t at = range.begin; at < range.end && !r_.failed();) {
+        const size_t brace = std::min(f_.text.find_first_of("{}", at), range.end);
+        r_.append(out, f_, {at, brace});
+        if (brace == range.end) return;
+        if (brace + 1 < range.end && f_.text[brace + 1] == f_.text[brace]) {
+            r_.append(out, f_, {brace, brace + 1});
+            at = brace + 2;
+            continue;
+        }
+        at = f_.text[brace] == '{' ? end_of_field(brace + 1, range.end) : 0;
+        if (at == 0) return void(r_.fail("format: a brace without its other"));
+        field(out, {brace + 1, at - 1}, depth);
+    }
+}
+
+/// name[key].attribute!conversion:specification
+void BraceFormat::field(Text& out, ByteRange range, int depth) {
+    r_.charge(1);
+    size_t at = range.begin;
+    for (bool inside = false; at < range.end; ++at) {
+        const char c = f_.text[at];
+        if (c == '[' || c == ']') inside = c == '[';
+        if (!inside && (c == '!' || c == ':')) break;
+    }
+    Value v = named(std::string_view(f_.text).substr(range.begin, at - range.begin));
+    if (r_.failed()) return;
+    if (at < range.end && f_.text[at] == '!') {
+        const char how = at + 1 < range.end ? f_.text[at + 1] : '\0';
+        at += 2;
+        Text text;
+        if (how == 's') r_.print(text, v);
+        else if (how == 'r') r_.write(text, v, {}, 0, false);
+        else return void(r_.fail("format: a conversion that is not known"));
+        v = make_text(std::move(text));
+        if (at < range.end && f_.text[at] != ':')
+            return void(r_.fail("format: expected a colon behind the conversion"));
+    }
+    Text spec, made;
+    if (at < range.end) run(spec, {at + 1, range.end}, depth + 1);
+    if (r_.failed()) return;
+    append_formatted(r_, made, v, spec);
+    const bool escape = markup_ && !v.markup && !r_.failed();
+    r_.append(out, escape ? text_in(r_.escaped(make_text(std::move(made)))) : made);
+}
+
+Value BraceFormat::first(std::string_view name) {
+    size_t at = 0;
+    int64_t index = digits_at(name, &at);
+    if (name.empty()) index = int64_t(next_++);
+    (name.empty() ? counted_ : numbered_) |= name.empty() || at == name.size();
+    if (numbered_ && counted_) return r_.fail("format: some fields have numbers, some have not");
+    if (!name.empty() && at != name.size()) {
+        const Value* found = args_.find(name);
+        return found ? *found : r_.fail(join({"format: no argument '", printable(name, 40), "'"}));
+    }
+    if (size_t(index) < args_.values.size()) return args_.values[size_t(index)];
+    return r_.fail("format: too few arguments");
+}
+
+Value BraceFormat::named(std::string_view whole) {
+    size_t at = std::min(whole.find_first_of(".["), whole.size());
+    Value v = first(whole.substr(0, at));
+    while (at < whole.size() && !r_.failed()) {
+        const bool item = whole[at] == '[';
+        const size_t end = item ? whole.find(']', at)
+                                : std::min(whole.find_first_of(".[", at + 1), whole.size());
+        if (end == std::string_view::npos || end == at + 1 || (!item && whole[at] != '.'))
+            return r_.fail("format: a malformed name of a field");
+        const std::string_view part = whole.substr(at + 1, end - at - 1);
+        size_t digits = 0;
+        const int64_t index = digits_at(part, &digits);
+        v = !item                   ? r_.attribute(v, part)
+            : digits == part.size() ? r_.subscript(v, make_int(index))
+                                    : r_.subscript(v, make_text(part));
+        at = end + item;
+    }
+    return v;
+}
+
+// ---- % --------------------------------------------------------------------------------------
+
+class PercentFormat {
+public:
+    PercentFormat(Renderer& r, const Value& format, const Value& values)
+        : r_(r), f_(text_in(format)), markup_(format.markup), values_(values) {}
+    void run(Text& out);
+
+private:
+    Value next();
+    int64_t width(size_t* at);
+    Value chosen(size_t* at);
+    void flags(size_t* at, Spec* spec);
+    void convert(Text& out, Spec& spec, const Value& v);
+
+    Renderer& r_;
+    const Text& f_;
+    const bool markup_;
+    const Value& values_;
+    size_t used_ = 0;
+    bool by_name_ = false;
+};
+
+Value PercentFormat::next() {
+    const bool several = values_.kind == Kind::tuple;
+    if (used_ >= (several ? list_in(values_).size() : 1))
+        return r_.fail("%: not enough values for the format");
+    return several ? list_in(values_)[used_++] : (++used_, values_);
+}
+
+int64_t PercentFormat::width(size_t* at) {
+    if (*at >= f_.text.size() || f_.text[*at] != '*') return digits_at(f_.text, at);
+    ++*at;
+    const Value v = next();
+    return !r_.failed() && r_.want(v, Kind::integer) ? v.integer : 0;
+}
+
+/// The value that "(name)" at *at chooses; undefined where nothing does.
+Value PercentFormat::chosen(size_t* at) {
+    if (*at >= f_.text.size() || f_.text[*at] != '(') return {};
+    const size_t begin = *at + 1, end = f_.text.find(')', begin);
+    by_name_ = true;
+    if (end == std::string::npos || !r_.want(values_, Kind::dict))
+        return r_.fail("%: a name in the format wants a dict");
+    *at = end + 1;
+    const std::string name = f_.text.substr(begin, end - begin);
+    const Value* found = find_entry(dict_in(values_), name);
+    return found ? *found : r_.fail(join({"%: no value '", printable(name, 40), "'"}));
+}
+
+void PercentFormat::flags(size_t* at, Spec* spec) {
+    for (; *at < f_.text.size(); ++*at) {
+        const char c = f_.text[*at];
+        if (c == '-') spec->align = '<';
+        else if (c == '+' || (c == ' ' && spec->sign == '-')) spec->sign = c;
+        else if (c == '#') spec->alternate = true;
+        else if (c == '0') spec->zeros = true;
+        else if (c != ' ') break;
+    }
+}
+
+void PercentFormat::run(Text& out) {
+    const std::string& s = f_.text;
+    for (size_t at = 0; at < s.size() && !r_.failed();) {
+        const size_t percent = std::min(s.find('%', at), s.size());
+        r_.append(out, f_, {at, percent});
+        if (percent == s.size()) break;
+        at = percent + 1;
+        if (at < s.size() && s[at] == '%') {
+            r_.append(out, f_, {at, at + 1});
+            ++at;
+            continue;
+        }
+        Spec spec;
+        Value v = chosen(&at);
+        flags(&at, &spec);
+        spec.width = std::max<int64_t>(width(&at), 0);
+        if (at < s.size() && s[at] == '.') spec.precision = std::max<int64_t>(width(&++at), 0);
+        while (at < s.size() && (s[at] == 'h' || s[at] == 'l' || s[at] == 'L')) ++at;
+        if (at == s.size()) return void(r_.fail("%: an incomplete format"));
+        spec.type = s[at++];
+        if (!by_name_ && !r_.failed()) v = next();
+        if (spec.width > most_width || spec.precision > most_width) r_.fail("%: too wide");
+        if (!r_.failed()) convert(out, spec, v);
+    }
+    const bool mapping = values_.kind == Kind::dict || values_.kind == Kind::list ||
+                         values_.kind == Kind::undefined;
+    const size_t given = values_.kind == Kind::tuple ? list_in(values_).size() : 1;
+    if (!mapping && used_ < given) r_.fail("%: not all values were used");
+}
+
+void PercentFormat::convert(Text& out, Spec& spec, const Value& v) {
+    if (spec.type == 's' || spec.type == 'r' || (spec.type == 'c' && is_string(v))) {
+        Text text;
+        if (spec.type == 'r') r_.write(text, v, {}, 0, false);
+        else r_.print(text, v);
+        if (spec.type == 'c' && utf8_count(text.text) != 1) r_.fail("%c: one character is wanted");
+        if (r_.failed()) return;
+        if (markup_) text = text_in(r_.escaped(v.markup ? v : make_text(std::move(text))));
+        return append_cut(r_, out, spec, text, spec.align ? spec.align : '>');
+    }
+    if (spec.type == 'c') return append_character(r_, out, spec, v);
+    const bool whole = std::string_view("diuxXo").find(spec.type) != std::string_view::npos;
+    if (!is_number(v) ||
+        (!whole && std::string_view("eEfFgG").find(spec.type) == std::string_view::npos))
+        return void(r_.fail(join({"%: this format is not for ", r_.what(v)})));
+    Value number = v;
+    if (whole && v.kind == Kind::real) {
+        if (std::string_view("diu").find(spec.type) == std::string_view::npos ||
+            !(std::fabs(v.real) < 9.2e18))
+            return void(r_.fail("%: a whole number is wanted"));
+        number = make_int(int64_t(v.real));
+        number.request = v.request;
+    }
+    if (whole && (spec.type == 'i' || spec.type == 'u')) spec.type = 'd';
+    if (spec.zeros && !spec.align) {
+        spec.align = '=';
+        spec.fill = {"0", {}};
+    }
+    if (whole && spec.precision > 0) return void(r_.fail("%: no precision for a whole number"));
+    if (whole) spec.precision = -1;
+    append_number(r_, out, spec, number);
+}
+
+}  // namespace
+
+void append_padded(Renderer& r, Text& out, const Text& text, int64_t width, char align,
+                   const Text& fill) {
+    r.charge_bytes(text.text.size() / 8);
+    const int64_t missing = std::max<int64_t>(width - int64_t(utf8_count(text.text)), 0);
+    const int64_t before = align == '>'   ? missing
+                           : align == '^' ? missing / 2
+                           : align == '|' ? missing / 2 + (missing & width & 1)
+                                          : 0;
+    for (int64_t i = 0; i < before && !r.failed(); ++i) r.append(out, fill);
+    r.append(out, text);
+    for (int64_t i = before; i < missing && !r.failed(); ++i) r.append(out, fill);
+}
+
+double rounded(double value, int decimals) {
+    if (!std::isfinite(value) || decimals > 300) return value;
+    if (decimals >= 0) {
+        const auto near = parse_double(printed(value, 'f', decimals, false));
+        return near ? *near : value;
+    }
+    const double unit = std::pow(10.0, std::min(-decimals, 308));
+    return std::nearbyint(value / unit) * unit;
+}
+
+Value percent_format(Renderer& r, const Value& format, const Value& values) {
+    Text out;
+    PercentFormat(r, format, values).run(out);
+    Value made = make_text(std::move(out));
+    made.markup = format.markup;
+    return made;
+}
+
+Value brace_format(Renderer& r, const Value& format, Arguments& args) {
+    Text out;
+    BraceFormat(r, format, args).run(out, {0, chars(format).size()}, 1);
+    return make_text(std::move(out));
+}
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/text_builtins.hpp ------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+
+// What the tables of builtins share, and the functions on text that are filters and methods.
+
+/// A table's entry from a function that takes fewer arguments, or more that the entry fixes.
+template <auto function, auto... fixed>
+Value on_value(Renderer& r, const Value& v, Arguments&) {
+    return function(r, v, fixed...);
+}
+template <auto function, auto... fixed>
+Value with_argument(Renderer& r, const Value& v, Arguments& a) {
+    return function(r, v, a.values[0], fixed...);
+}
+template <auto function, auto... fixed>
+Value with_arguments(Renderer& r, const Value& v, Arguments& a) {
+    return function(r, v, a, fixed...);
+}
+
+inline const Builtin* find_builtin(std::span<const Builtin> table, std::string_view name) {
+    for (const Builtin& b : table)
+        if (name == b.name) return &b;
+    return nullptr;
+}
+
+const Builtin* find_string_method(std::string_view name);
+
+Value strip(Renderer& r, const Value& v, const Value& set, int sides);
+Value case_mapped(Renderer& r, const Value& v, bool upper);
+bool separates_nothing(char32_t c);
+bool separates_words(char32_t c);  // of the filter
+/// Upper case at the start and after each character for which `separates` holds, else lower case.
+Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t));
+Value replaced(Renderer& r, const Value& v, Arguments& a);  // old new count
+/// islower and isupper: some letter has a case, and it is this one everywhere.
+Value has_case(Renderer& r, const Value& v, bool upper);
+Value joined(Renderer& r, const Value& items, Arguments& a);  // d attribute
+Value indented(Renderer& r, const Value& v, Arguments& a);    // width first blank
+Value truncated(Renderer& r, const Value& v, Arguments& a);   // length killwords end leeway
+Value url_encoded(Renderer& r, const Value& v);
+Value count_words(Renderer& r, const Value& v);
+Value centered(Renderer& r, const Value& v, const Value& width);
+Value format_filter(Renderer& r, const Value& v, Arguments& a);
+Value to_text(Renderer& r, const Value& v);
+Value to_markup(Renderer& r, const Value& v);
+/// As it is printed with sorted keys, where that fits into a line of 80.
+Value pretty(Renderer& r, const Value& v);
+bool has_marks(const Value& v);  // whether something of it is the request's
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/template/text_builtins.cpp ------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+namespace {
+
+// ---- what filters and methods do to text ----------------------------------------------------
 
 const std::string* chosen_characters(const Value& v) { return is_string(v) ? &chars(v) : nullptr; }
+
+}  // namespace
 
 Value strip(Renderer& r, const Value& v, const Value& set, int sides) {
     const Value s = r.to_string(v);
@@ -19227,12 +20158,15 @@ Value case_mapped(Renderer& r, const Value& v, bool upper) {
     const Value s = r.to_string(v);
     Text out;
     each_run(text_in(s), [&](std::string_view run, bool request) {
-        if (!r.failed()) r.append(out, upper ? to_upper(run) : to_lower(run), request);
+        if (!r.charge_bytes(run.size())) return;
+        std::string made = upper ? to_upper(run) : to_lower(run);
+        for (size_t at = 0; upper && (at = made.find("\u00df", at)) != std::string::npos;)
+            made.replace(at, 2, "SS");
+        r.append(out, made, request);
     });
     return make_text(std::move(out));
 }
 
-/// Upper case at the start and after each character for which `separates` holds, else lower case.
 Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
     const Value s = r.to_string(v);
     Text out;
@@ -19242,7 +20176,8 @@ Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
         r.charge_bytes(run.size());
         for (size_t at = 0; at < run.size() && !r.failed();) {
             const char32_t c = utf8_next(run, &at);
-            utf8_append(mapped, start ? to_upper(c) : to_lower(c));
+            if (start && c == 0xdf) mapped += "Ss";
+            else utf8_append(mapped, start ? to_upper(c) : to_lower(c));
             start = separates(c);
         }
         r.append(out, mapped, request);
@@ -19250,13 +20185,19 @@ Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
     return make_text(std::move(out));
 }
 bool separates_nothing(char32_t) { return false; }
+namespace {
+
 bool separates_title(char32_t c) {  // of the method
     const Category k = category(c);
     return k > Category::Lt;
 }
+}  // namespace
+
 bool separates_words(char32_t c) {  // of the filter
     return python_space(c) || c == '-' || c == '(' || c == '{' || c == '[' || c == '<';
 }
+
+namespace {
 
 /// Where `separator`, or white space when it is null, divides s, at most `limit` times.
 std::vector<ByteRange> split_places(Renderer& r, std::string_view s, const std::string* separator,
@@ -19321,7 +20262,9 @@ Value split_lines(Renderer& r, const Value& s, const Value& keep_ends) {
     return r.list(Kind::list, std::move(lines));
 }
 
-Value replace(Renderer& r, const Value& v, Arguments& a) {
+}  // namespace
+
+Value replaced(Renderer& r, const Value& v, Arguments& a) {
     const Value s = r.to_string(v);
     if (!r.want(a.values[0], Kind::string) || !r.want(a.values[1], Kind::string)) return {};
     if (!is_absent(a.values[2]) && !r.want(a.values[2], Kind::integer)) return {};
@@ -19346,6 +20289,8 @@ Value replace(Renderer& r, const Value& v, Arguments& a) {
     r.append(out, text_in(s), {begin, all.size()});
     return make_text(std::move(out));
 }
+
+namespace {
 
 /// Python's find and rfind: an index in code points, or -1.
 Value find_index(Renderer& r, const Value& s, const Value& needle, bool last) {
@@ -19401,7 +20346,8 @@ Value all_characters(Renderer& r, const Value& s, bool (*holds)(char32_t)) {
     return make_bool(!chars(s).empty());
 }
 
-/// islower and isupper: some letter has a case, and it is this one everywhere.
+}  // namespace
+
 Value has_case(Renderer& r, const Value& v, bool upper) {
     const Value s = r.to_string(v);
     const std::string &all = chars(s), other = upper ? to_upper(all) : to_lower(all);
@@ -19423,17 +20369,25 @@ Value joined(Renderer& r, const Value& items, Arguments& a) {  // d attribute
     return make_text(std::move(out));
 }
 
+namespace {
+
 /// The method: all items must be strings.
 Value joined_strings(Renderer& r, const Value& separator, const Value& items) {
     const Value list = r.items_of(items);
     if (r.failed()) return {};
-    for (const Value& item : list_in(list))
+    List made;
+    for (const Value& item : list_in(list)) {
         if (!r.want(item, Kind::string)) return {};
+        made.push_back(separator.markup ? r.escaped(item) : item);
+    }
     Arguments as_filter{{separator, {}}, {}};
-    return joined(r, list, as_filter);
+    return joined(r, r.list(Kind::list, std::move(made)), as_filter);
 }
 
-Value indent(Renderer& r, const Value& v, Arguments& a) {
+}  // namespace
+
+Value indented(Renderer& r, const Value& v, Arguments& a) {
+    if (!r.want(v, Kind::string)) return {};
     Text margin;
     if (is_string(a.values[0])) r.append(margin, text_in(a.values[0]));
     const int64_t width = is_absent(a.values[0]) ? 4
@@ -19445,6 +20399,7 @@ Value indent(Renderer& r, const Value& v, Arguments& a) {
     r.append(text, "\n", false);  // as Jinja does: else a last empty line would be lost
     const Value lines = split_lines(r, make_text(std::move(text)), {});
     if (r.failed()) return {};
+    if (v.markup) margin = text_in(r.escaped(make_text(std::move(margin))));
     Text out;
     for (size_t i = 0; i < list_in(lines).size() && !r.failed(); ++i) {
         const Value& line = list_in(lines)[i];
@@ -19452,8 +20407,409 @@ Value indent(Renderer& r, const Value& v, Arguments& a) {
         if (i == 0 ? truth(a.values[1]) : truth(line) || truth(a.values[2])) r.append(out, margin);
         r.append(out, text_in(line));
     }
+    Value made = make_text(std::move(out));
+    made.markup = v.markup;
+    return made;
+}
+
+Value to_text(Renderer& r, const Value& v) { return r.to_string(v); }
+
+Value to_markup(Renderer& r, const Value& v) {
+    Value made = r.to_string(v);
+    made.markup = true;
+    return made;
+}
+
+bool has_marks(const Value& v) {
+    if (is_string(v)) return !text_in(v).from_request.empty();
+    if (v.request || !is_list(v)) return v.request;
+    return std::any_of(list_in(v).begin(), list_in(v).end(), has_marks);
+}
+
+Value centered(Renderer& r, const Value& v, const Value& width) {
+    const Value s = r.to_string(v);
+    if (!is_absent(width) && !r.want(width, Kind::integer)) return {};
+    Text out;
+    append_padded(r, out, text_in(s), is_absent(width) ? 80 : width.integer, '|', {" ", {}});
+    Value made = make_text(std::move(out));
+    made.markup = s.markup;
+    return made;
+}
+
+/// Cut at a space, unless `killwords`, where it is over `length` + `leeway` long; `end` behind.
+Value truncated(Renderer& r, const Value& v, Arguments& a) {  // length killwords end leeway
+    const bool sized = is_list(v) || v.kind == Kind::dict || v.kind == Kind::undefined;
+    if (!sized && !r.want(v, Kind::string)) return {};
+    const Value s = is_string(v) ? v : make_text("");
+    for (size_t i : {size_t{0}, size_t{3}})
+        if (!is_absent(a.values[i]) && !r.want(a.values[i], Kind::integer)) return {};
+    const Value end = is_absent(a.values[2]) ? make_text("...") : a.values[2];
+    if (!r.want(end, Kind::string) || !r.charge_bytes(chars(s).size() / 4)) return {};
+    const int64_t length = is_absent(a.values[0]) ? 255 : a.values[0].integer;
+    const int64_t leeway = is_absent(a.values[3]) ? 5 : a.values[3].integer;
+    const int64_t kept = length - int64_t(utf8_count(chars(end)));
+    if (kept < 0 || leeway < 0) return r.fail("truncate: the length is too small");
+    const size_t size = is_list(v)             ? list_in(v).size()
+                        : v.kind == Kind::dict ? dict_in(v).size()
+                                               : utf8_count(chars(s));
+    if (int64_t(size) <= std::min(length, INT64_MAX - leeway) + leeway) return v;
+    if (!is_string(v)) return r.fail(join({"truncate: cannot cut ", r.what(v)}));
+    size_t cut = utf8_offset(chars(s), size_t(kept));
+    const size_t space = truth(a.values[1]) || cut == 0 ? std::string::npos
+                                                        : chars(s).rfind(' ', cut - 1);
+    if (space != std::string::npos) cut = space;
+    Value piece = r.piece(s, {0, cut});
+    piece.markup = s.markup;
+    return r.failed() ? Value{} : r.binary(Op::add, std::move(piece), end);
+}
+
+namespace {
+
+Value quoted_url(Renderer& r, const Value& v, bool query) {
+    const Value s = r.to_string(v);
+    Text out;
+    each_run(text_in(s), [&](std::string_view run, bool request) {
+        std::string made;
+        if (!r.charge_bytes(run.size() * 3)) return;
+        for (char c : run) {
+            const bool plain = (uint8_t(c) < 0x80 && is_name_char(c)) || c == '.' || c == '-' ||
+                               c == '~' || (c == '/' && !query);
+            if (plain) made += c;
+            else if (c == ' ' && query) made += '+';
+            else made += format("%%%02X", unsigned(uint8_t(c)));
+        }
+        r.append(out, made, request);
+    });
     return make_text(std::move(out));
 }
+
+bool is_word_character(char32_t c) { return c == '_' || is_letter(c) || detail::is_number(c); }
+
+}  // namespace
+
+/// A string, or pairs as the query of an URL.
+Value url_encoded(Renderer& r, const Value& v) {
+    const bool pairs = v.kind == Kind::dict || is_list(v) || v.kind == Kind::iterator;
+    if (!pairs) return quoted_url(r, v, false);
+    List items;
+    if (v.kind == Kind::dict)
+        for (const Entry& e : dict_in(v)) items.push_back(make_list(Kind::tuple, {e.key, e.value}));
+    else items = list_in(r.items_of(v));
+    Text out;
+    for (const Value& item : items) {
+        const Value pair = r.items_of(item);
+        if (r.failed()) return {};
+        if (list_in(pair).size() != 2) return r.fail("urlencode: pairs are wanted");
+        if (!out.text.empty()) r.append(out, "&", false);
+        r.append(out, text_in(quoted_url(r, list_in(pair)[0], true)));
+        r.append(out, "=", false);
+        r.append(out, text_in(quoted_url(r, list_in(pair)[1], true)));
+    }
+    return make_text(std::move(out));
+}
+
+Value count_words(Renderer& r, const Value& v) {
+    const Value s = r.to_string(v);
+    int64_t count = 0;
+    bool inside = false;
+    r.charge_bytes(chars(s).size());
+    for (size_t at = 0; at < chars(s).size() && !r.failed();) {
+        const bool word = is_word_character(utf8_next(chars(s), &at));
+        count += word && !inside;
+        inside = word;
+    }
+    return make_int(count);
+}
+
+/// "%s %(name)s"|format(value, name = value)
+Value format_filter(Renderer& r, const Value& v, Arguments& a) {
+    const Value s = r.to_string(v);
+    if (!a.values.empty() && !a.named.empty())
+        return r.fail("format: values with names and without");
+    const Value values = a.named.empty() ? r.list(Kind::tuple, std::move(a.values))
+                                         : r.dict(std::move(a.named));
+    return r.failed() ? Value{} : percent_format(r, s, values);
+}
+
+Value pretty(Renderer& r, const Value& v) {
+    WriteStyle style;
+    style.sorted = true;
+    Text out;
+    if (v.kind != Kind::undefined) r.write(out, v, style, 0, false);
+    else r.append(out, "Undefined", false);
+    if (utf8_count(out.text) > 80) return r.fail("pprint: over 80 characters are not supported");
+    return make_text(std::move(out));
+}
+
+namespace {
+
+bool is_alphanumeric(char32_t c) { return is_letter(c) || detail::is_number(c); }
+bool is_decimal(char32_t c) { return category(c) == Category::Nd; }
+
+bool is_numeric_character(char32_t c) { return detail::is_number(c); }
+
+/// The method: what it puts in is escaped in markup.
+Value replace_method(Renderer& r, const Value& s, Arguments& a) {
+    if (s.markup && is_string(a.values[1])) a.values[1] = r.escaped(a.values[1]);
+    return replaced(r, s, a);
+}
+
+Value case_folded(Renderer& r, const Value& v) {
+    Text out;
+    each_run(text_in(v), [&](std::string_view run, bool request) {
+        std::string made;
+        if (!r.charge_bytes(run.size())) return;
+        for (size_t at = 0; at < run.size();) {
+            const char32_t c = utf8_next(run, &at);
+            if (c == 0xdf || c == 0x1e9e) made += "ss";
+            else utf8_append(made, to_lower(c == 0x3c2 ? char32_t(0x3c3) : c));
+        }
+        r.append(out, made, request);
+    });
+    return make_text(std::move(out));
+}
+
+Value case_swapped(Renderer& r, const Value& v) {
+    Text out;
+    each_run(text_in(v), [&](std::string_view run, bool request) {
+        std::string made;
+        if (!r.charge_bytes(run.size())) return;
+        for (size_t at = 0; at < run.size();) {
+            const char32_t c = utf8_next(run, &at);
+            if (c == 0xdf) made += "SS";
+            else utf8_append(made, category(c) == Category::Lu ? to_lower(c) : to_upper(c));
+        }
+        r.append(out, made, request);
+    });
+    return make_text(std::move(out));
+}
+
+Value justified(Renderer& r, const Value& s, Arguments& a, char align) {  // width fillchar
+    if (!r.want(a.values[0], Kind::integer)) return {};
+    Value fill = is_absent(a.values[1]) ? make_text(" ") : a.values[1];
+    if (!r.want(fill, Kind::string)) return {};
+    if (s.markup) fill = r.escaped(fill);
+    if (utf8_count(chars(fill)) != 1) return r.fail("to fill up, one character is wanted");
+    Text out;
+    append_padded(r, out, text_in(s), a.values[0].integer, align, text_in(fill));
+    return make_text(std::move(out));
+}
+
+/// Zeros behind the sign.
+Value zero_filled(Renderer& r, const Value& s, const Value& width) {
+    if (!r.want(width, Kind::integer)) return {};
+    const size_t sign = !chars(s).empty() && (chars(s)[0] == '-' || chars(s)[0] == '+');
+    Text out, rest;
+    r.append(out, text_in(s), {0, sign});
+    r.append(rest, text_in(s), {sign, chars(s).size()});
+    append_padded(r, out, rest, width.integer - int64_t(sign), '>', {"0", {}});
+    return make_text(std::move(out));
+}
+
+/// Spaces up to the next column that is a multiple of `size`, with the origin of their tab.
+Value tabs_expanded(Renderer& r, const Value& s, const Value& size) {
+    if (!is_absent(size) && !r.want(size, Kind::integer)) return {};
+    const int64_t every = is_absent(size) ? 8 : size.integer;
+    if (every > 1000) return r.fail("expandtabs: over 1,000 columns");
+    Text out;
+    int64_t column = 0;
+    each_run(text_in(s), [&](std::string_view run, bool request) {
+        std::string made;
+        for (char c : run) {
+            const int64_t spaces = c == '\t' && every > 0 ? every - column % every : 0;
+            if (c == '\t') made.append(size_t(spaces), ' ');
+            else made += c;
+            column = c == '\n' || c == '\r' ? 0 : column + spaces + (c != '\t' && utf8_begins(c));
+            if (!r.charge_bytes(uint64_t(spaces) + 1)) return;
+        }
+        r.append(out, made, request);
+    });
+    return make_text(std::move(out));
+}
+
+Value partitioned(Renderer& r, const Value& s, const Value& separator, bool last) {
+    if (!r.want(separator, Kind::string)) return {};
+    const std::string &all = chars(s), &by = chars(separator);
+    if (by.empty()) return r.fail("partition: an empty separator");
+    if (!r.charge_bytes(all.size() + by.size() * 4)) return {};
+    size_t found = find_text(all, by);
+    for (size_t at = found; last && at != std::string::npos && r.charge_bytes(16);) {
+        found = at;
+        at = find_text(all, by, at + 1);
+    }
+    const Value none = make_text("");
+    if (found == std::string::npos)
+        return r.list(Kind::tuple, last ? List{none, none, s} : List{s, none, none});
+    return r.list(Kind::tuple,
+                  {r.piece(s, {0, found}), separator, r.piece(s, {found + by.size(), all.size()})});
+}
+
+using OfPart = Value (*)(Renderer& r, const Value& s, const Value& what);
+
+/// The part of s between two places that count characters; where it begins, in *offset. Undefined:
+/// it begins behind the end.
+Value part_of(Renderer& r, const Value& s, const Value& begin, const Value& end, int64_t* offset) {
+    for (const Value* place : {&begin, &end})
+        if (!is_absent(*place) && !r.want(*place, Kind::integer)) return {};
+    const int64_t size = int64_t(utf8_count(chars(s)));
+    const auto at = [&](const Value& place, int64_t absent) {
+        if (is_absent(place)) return absent;
+        return std::max<int64_t>(place.integer < 0 ? place.integer + size : place.integer, 0);
+    };
+    const int64_t from = at(begin, 0), to = std::min(at(end, size), size);
+    *offset = from;
+    if (from > size || from > to) return {};
+    return r.slice(s, make_int(from), make_int(to), make_none());
+}
+
+Value in_part(Renderer& r, const Value& s, Arguments& a, OfPart function) {  // what start end
+    if (is_absent(a.values[1]) && is_absent(a.values[2])) return function(r, s, a.values[0]);
+    int64_t offset = 0;
+    const Value part = part_of(r, s, a.values[1], a.values[2], &offset);
+    if (r.failed()) return {};
+    if (part.kind != Kind::undefined) return function(r, part, a.values[0]);
+    return function == &count_text ? make_int(0) : make_bool(false);
+}
+
+Value starts_with(Renderer& r, const Value& s, const Value& affix) {
+    return has_affix(r, s, affix, false);
+}
+Value ends_with(Renderer& r, const Value& s, const Value& affix) {
+    return has_affix(r, s, affix, true);
+}
+
+Value find_in(Renderer& r, const Value& s, Arguments& a, bool last) {  // sub start end
+    if (is_absent(a.values[1]) && is_absent(a.values[2]))
+        return find_index(r, s, a.values[0], last);
+    int64_t offset = 0;
+    const Value part = part_of(r, s, a.values[1], a.values[2], &offset);
+    if (r.failed() || part.kind == Kind::undefined) return make_int(-1);
+    const Value found = find_index(r, part, a.values[0], last);
+    return found.integer < 0 ? found : make_int(found.integer + offset);
+}
+
+Value index_in(Renderer& r, const Value& s, Arguments& a, bool last) {
+    const Value found = find_in(r, s, a, last);
+    return found.integer < 0 ? r.fail("index: the text was not found") : found;
+}
+
+Value is_ascii(Renderer& r, const Value& s) {
+    r.charge_bytes(chars(s).size() / 8);
+    return make_bool(
+        std::all_of(chars(s).begin(), chars(s).end(), [](char c) { return uint8_t(c) < 0x80; }));
+}
+
+Value is_identifier(Renderer& r, const Value& s) {
+    r.charge_bytes(chars(s).size());
+    for (size_t at = 0; at < chars(s).size() && !r.failed();) {
+        const bool first = at == 0;
+        const char32_t c = utf8_next(chars(s), &at);
+        const Category k = category(c);
+        const bool letter = c == '_' || is_letter(c) || k == Category::Nl;
+        const bool later = k == Category::Mn || k == Category::Mc || k == Category::Nd ||
+                           k == Category::Pc;
+        if (!letter && (first || !later)) return make_bool(false);
+    }
+    return make_bool(!chars(s).empty());
+}
+
+bool is_printable_character(char32_t c) { return c == ' ' || category(c) < Category::Zs; }
+Value is_printable(Renderer& r, const Value& s) {
+    return chars(s).empty() ? make_bool(true) : all_characters(r, s, is_printable_character);
+}
+
+/// Capitals begin words, and only these.
+Value is_title(Renderer& r, const Value& s) {
+    bool inside = false, some = false;
+    r.charge_bytes(chars(s).size());
+    for (size_t at = 0; at < chars(s).size() && !r.failed();) {
+        const Category k = category(utf8_next(chars(s), &at));
+        const bool cased = k <= Category::Lt;
+        if (cased && inside != (k == Category::Ll)) return make_bool(false);
+        some = some || cased;
+        inside = cased;
+    }
+    return make_bool(some);
+}
+
+Value format_map(Renderer& r, const Value& s, const Value& mapping) {
+    if (!r.want(mapping, Kind::dict)) return {};
+    Arguments named{{}, dict_in(mapping)};
+    for (const Entry& e : named.named)
+        if (!r.want(e.key, Kind::string)) return {};
+    return brace_format(r, s, named);
+}
+
+const Builtin string_methods[] = {
+    {"capitalize", "", on_value<capitalized, separates_nothing>},
+    {"casefold", "", on_value<case_folded>},
+    {"center", "width fillchar?", with_arguments<justified, '|'>},
+    {"count", "sub start? end?", with_arguments<in_part, count_text>},
+    {"endswith", "suffix start? end?", with_arguments<in_part, ends_with>},
+    {"expandtabs", "tabsize?", with_argument<tabs_expanded>},
+    {"find", "sub start? end?", with_arguments<find_in, false>},
+    {"format", nullptr, brace_format},
+    {"format_map", "mapping", with_argument<format_map>},
+    {"index", "sub start? end?", with_arguments<index_in, false>},
+    {"isalnum", "", on_value<all_characters, is_alphanumeric>},
+    {"isalpha", "", on_value<all_characters, is_letter>},
+    {"isascii", "", on_value<is_ascii>},
+    {"isdecimal", "", on_value<all_characters, is_decimal>},
+    {"isdigit", "", on_value<all_characters, is_decimal>},
+    {"isidentifier", "", on_value<is_identifier>},
+    {"islower", "", on_value<has_case, false>},
+    {"isnumeric", "", on_value<all_characters, is_numeric_character>},
+    {"isprintable", "", on_value<is_printable>},
+    {"isspace", "", on_value<all_characters, python_space>},
+    {"istitle", "", on_value<is_title>},
+    {"isupper", "", on_value<has_case, true>},
+    {"join", "iterable", with_argument<joined_strings>},
+    {"ljust", "width fillchar?", with_arguments<justified, '<'>},
+    {"lower", "", on_value<case_mapped, false>},
+    {"lstrip", "chars?", with_argument<strip, 1>},
+    {"partition", "sep", with_argument<partitioned, false>},
+    {"removeprefix", "prefix", with_argument<without_affix, false>},
+    {"removesuffix", "suffix", with_argument<without_affix, true>},
+    {"replace", "old new count?", replace_method},
+    {"rfind", "sub start? end?", with_arguments<find_in, true>},
+    {"rindex", "sub start? end?", with_arguments<index_in, true>},
+    {"rjust", "width fillchar?", with_arguments<justified, '>'>},
+    {"rpartition", "sep", with_argument<partitioned, true>},
+    {"rsplit", "sep? maxsplit?", with_arguments<split, true>},
+    {"rstrip", "chars?", with_argument<strip, 2>},
+    {"split", "sep? maxsplit?", with_arguments<split, false>},
+    {"splitlines", "keepends?", with_argument<split_lines>},
+    {"startswith", "prefix start? end?", with_arguments<in_part, starts_with>},
+    {"strip", "chars?", with_argument<strip, 3>},
+    {"swapcase", "", on_value<case_swapped>},
+    {"title", "", on_value<capitalized, separates_title>},
+    {"upper", "", on_value<case_mapped, true>},
+    {"zfill", "width", with_argument<zero_filled>},
+};
+
+}  // namespace
+
+const Builtin* find_string_method(std::string_view name) {
+    return find_builtin(string_methods, name);
+}
+
+}  // namespace jinja
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/builtins.cpp -----------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace jinja {
+namespace {
+
+// ---- filters, tests, methods, functions -----------------------------------------------------
+// What a table entry shares with another or needs more than two lines for stands before the tables.
 
 Value to_json(Renderer& r, const Value& v,
               Arguments& a) {  // ensure_ascii indent separators sort_keys
@@ -19479,7 +20835,7 @@ Value to_json(Renderer& r, const Value& v,
         style.colon = chars(list_in(pair)[1]);
     }
     Text out;
-    r.write(out, v, style, 0, false);
+    r.write(out, v, style, 0, has_marks(a.values[1]) || has_marks(a.values[2]));
     return make_text(std::move(out));
 }
 
@@ -19491,6 +20847,9 @@ Value length(Renderer& r, const Value& v) {
             return make_int(int64_t(utf8_count(chars(v))));
         case Kind::list:
         case Kind::tuple: return make_int(int64_t(list_in(v).size()));
+        case Kind::iterator:
+            if (is_view(v)) return make_int(int64_t(list_in(v).size()));
+            return r.fail("a generator has no length");
         case Kind::dict: return make_int(int64_t(dict_in(v).size()));
         default: return r.fail(join({"'", r.what(v), "' has no length"}));
     }
@@ -19502,6 +20861,15 @@ Value to_list(Renderer& r, const Value& v) {
 }
 
 Value end_item(Renderer& r, const Value& v, bool last) {
+    const bool generator = v.kind == Kind::iterator && !is_view(v);
+    if (generator && last) return r.fail("last: a generator cannot be reversed");
+    if (generator) {  // the others stay
+        List& left = *static_cast<List*>(v.object.get());
+        if (left.empty() || !r.charge_bytes(left.size() * sizeof(Value))) return {};
+        Value first = std::move(left.front());
+        left.erase(left.begin());
+        return first;
+    }
     const Value items = r.items_of(v);
     if (r.failed() || list_in(items).empty()) return {};
     return last ? list_in(items).back() : list_in(items).front();
@@ -19511,21 +20879,26 @@ Value reversed(Renderer& r, const Value& v) {
     if (is_string(v)) return r.slice(v, make_none(), make_none(), make_int(-1));
     const Value items = r.items_of(v);
     if (r.failed()) return {};
-    return r.list(Kind::iterator, List(list_in(items).rbegin(), list_in(items).rend()));
+    const bool generator = v.kind == Kind::iterator && !is_view(v);
+    return r.list(generator ? Kind::list : Kind::iterator,
+                  List(list_in(items).rbegin(), list_in(items).rend()));
 }
 
-/// A dict's members as pairs; `part` 0: pairs, 1: keys, 2: values.
-Value members(Renderer& r, const Value& v, Kind kind, int part) {
-    if (v.kind == Kind::undefined) return r.list(kind, {});
+/// A dict's members, as that view of them or, for a filter, as the generator of their pairs.
+Value members(Renderer& r, const Value& v, View view) {
+    const View part = view == View::generator ? View::items : view;
+    if (v.kind == Kind::undefined) return r.list(Kind::iterator, {});
     if (!r.want(v, Kind::dict)) return {};
     List made;
     for (const Entry& e : dict_in(v)) {
         if (!r.charge(1)) return {};
-        made.push_back(part == 0   ? make_list(Kind::tuple, {e.key, e.value})
-                       : part == 1 ? e.key
-                                   : e.value);
+        made.push_back(part == View::items  ? make_list(Kind::tuple, {e.key, e.value})
+                       : part == View::keys ? e.key
+                                            : e.value);
     }
-    return r.list(kind, std::move(made));
+    Value all = r.list(Kind::iterator, std::move(made));
+    if (!r.failed()) all.integer = int64_t(view);
+    return all;
 }
 
 /// What filters compare: an attribute, if asked for, and letters without their case.
@@ -19534,12 +20907,27 @@ Value comparison_key(Renderer& r, const Value& item, const Value& attribute, boo
     return is_string(key) && !case_sensitive ? case_mapped(r, key, false) : key;
 }
 
+/// What sort compares: as above, or a list of such for "a,b".
+Value sort_key(Renderer& r, const Value& item, const Value& attributes, bool case_sensitive) {
+    if (!is_string(attributes) || chars(attributes).find(',') == std::string::npos)
+        return comparison_key(r, item, attributes, case_sensitive);
+    List keys;
+    const std::string& names = chars(attributes);
+    for (size_t begin = 0; begin <= names.size() && !r.failed();) {
+        const size_t end = std::min(names.find(',', begin), names.size());
+        const Value name = make_text(std::string_view(names).substr(begin, end - begin));
+        keys.push_back(comparison_key(r, item, name, case_sensitive));
+        begin = end + 1;
+    }
+    return r.list(Kind::list, std::move(keys));
+}
+
 Value sorted(Renderer& r, const List& items, const Value& attribute, bool case_sensitive,
              bool reverse) {
     Dict keyed;
     for (const Value& item : items) {
         if (!r.charge(1 + size_t(std::bit_width(items.size())))) return {};
-        keyed.push_back({comparison_key(r, item, attribute, case_sensitive), item});
+        keyed.push_back({sort_key(r, item, attribute, case_sensitive), item});
     }
     sort_items(keyed, [&](const Entry& a, const Entry& b) {
         return !r.failed() && (reverse ? r.less(b.key, a.key) : r.less(a.key, b.key));
@@ -19556,10 +20944,117 @@ Value sort(Renderer& r, const Value& v, Arguments& a) {  // reverse case_sensiti
 }
 
 Value sort_dict(Renderer& r, const Value& v, Arguments& a) {  // case_sensitive by reverse
-    const Value pairs = members(r, v, Kind::list, 0);
+    if (!r.want(v, Kind::dict)) return {};
+    const Value pairs = members(r, v, View::items);
     const bool by_value = is_string(a.values[1]) && chars(a.values[1]) == "value";
     if (r.failed()) return {};
+    if (!by_value && !is_absent(a.values[1]) &&
+        !(is_string(a.values[1]) && chars(a.values[1]) == "key"))
+        return r.fail("dictsort: by is key or value");
     return sorted(r, list_in(pairs), make_int(by_value), truth(a.values[0]), truth(a.values[2]));
+}
+
+/// Tuples of a value of the attribute and the list of what has it, in the order of the values.
+Value grouped_by(Renderer& r, const Value& v, Arguments& a) {  // attribute default case_sensitive
+    const Value items = r.items_of(v);
+    const bool case_sensitive = truth(a.values[2]);
+    if (r.failed()) return {};
+    List with_key;
+    for (const Value& item : list_in(items)) {
+        Value key = r.path(item, a.values[0]);
+        if (key.kind == Kind::undefined) key = a.values[1];
+        with_key.push_back(r.list(Kind::tuple, {std::move(key), item}));
+        if (r.failed()) return {};
+    }
+    const Value order = sorted(r, with_key, make_int(0), case_sensitive, false);
+    if (r.failed()) return {};
+    List made, group;
+    Value key, compared;
+    const auto close = [&] {
+        if (group.empty()) return;
+        Value both = r.list(Kind::tuple, {key, r.list(Kind::list, std::exchange(group, {}))});
+        if (!r.failed()) both.integer = 1;
+        made.push_back(std::move(both));
+    };
+    for (const Value& pair : list_in(order)) {
+        const Value next = comparison_key(r, pair, make_int(0), case_sensitive);
+        if (!group.empty() && !r.equal(next, compared)) close();
+        if (r.failed()) return {};
+        if (group.empty()) key = list_in(pair)[0];
+        compared = next;
+        group.push_back(list_in(pair)[1]);
+    }
+    close();
+    return r.list(Kind::list, std::move(made));
+}
+
+/// Lists of so many items; the last one filled up.
+Value batched(Renderer& r, const Value& v, Arguments& a) {  // linecount fill_with
+    if (!r.want(a.values[0], Kind::integer)) return {};
+    const Value items = r.items_of(v);
+    const int64_t size = a.values[0].integer;
+    if (r.failed()) return {};
+    List made, row;
+    for (const Value& item : list_in(items)) {
+        if (!row.empty() && int64_t(row.size()) == size)
+            made.push_back(r.list(Kind::list, std::exchange(row, {})));
+        row.push_back(item);
+        if (!r.charge(1)) return {};
+    }
+    while (!row.empty() && !is_absent(a.values[1]) && int64_t(row.size()) < size &&
+           r.charge_bytes(sizeof(Value)))
+        row.push_back(a.values[1]);
+    if (!row.empty()) made.push_back(r.list(Kind::list, std::move(row)));
+    return r.list(Kind::iterator, std::move(made));
+}
+
+/// So many lists, as equal as can be; the shorter ones filled up.
+Value sliced(Renderer& r, const Value& v, Arguments& a) {  // slices fill_with
+    if (!r.want(a.values[0], Kind::integer)) return {};
+    const Value items = r.items_of(v);
+    const int64_t slices = a.values[0].integer;
+    if (r.failed()) return {};
+    if (slices == 0) return r.fail("slice: division by zero");
+    const int64_t size = int64_t(list_in(items).size());
+    List made;
+    auto at = list_in(items).begin();
+    for (int64_t i = 0; i < slices && r.charge_bytes(sizeof(Value)); ++i) {
+        const int64_t count = size / slices + (i < size % slices);
+        List row(at, at + count);
+        at += count;
+        if (!is_absent(a.values[1]) && i >= size % slices) row.push_back(a.values[1]);
+        made.push_back(r.list(Kind::list, std::move(row)));
+    }
+    return r.list(Kind::iterator, std::move(made));
+}
+
+Value named_attribute(Renderer& r, const Value& v, const Value& name) {
+    if (v.kind == Kind::undefined) return r.fail(r.what(v));
+    const std::string& called = chars(r.to_string(name));
+    if (v.kind == Kind::dict && !find_method(v, called)) return {};  // not its members
+    return r.attribute(v, called);
+}
+
+Value round_filter(Renderer& r, const Value& v, Arguments& a) {  // precision method
+    const std::string method = is_absent(a.values[1]) ? "common" : chars(r.to_string(a.values[1]));
+    if (!is_absent(a.values[0]) && !r.want(a.values[0], Kind::integer)) return {};
+    const int64_t digits = is_absent(a.values[0])
+                               ? 0
+                               : std::clamp<int64_t>(a.values[0].integer, -400, 400);
+    if (!is_number(v)) return r.fail(join({"round: a number is wanted, not ", r.what(v)}));
+    const double d = number_in(v), unit = std::pow(10.0, double(digits));
+    Value made;
+    if (method == "common") {
+        if (is_int(v) && digits >= 0) made = make_int(v.integer);
+        else if (is_int(v)) return r.fail("round: of a whole number, decimals only");
+        else made = make_real(rounded(d, int(digits)));
+    } else if (method == "ceil" || method == "floor") {
+        made = make_real((method == "ceil" ? std::ceil(d * unit) : std::floor(d * unit)) / unit);
+    } else {
+        return r.fail("round: the method must be common, ceil or floor");
+    }
+    made.request = v.request;
+    return made;
 }
 
 Value unique(Renderer& r, const Value& v, Arguments& a) {  // case_sensitive attribute
@@ -19568,6 +21063,8 @@ Value unique(Renderer& r, const Value& v, Arguments& a) {  // case_sensitive att
     List keys, made;
     for (const Value& item : list_in(items)) {
         const Value key = comparison_key(r, item, a.values[1], truth(a.values[0]));
+        if (key.kind == Kind::list || key.kind == Kind::dict)
+            return r.fail(join({"unhashable type: '", r.what(key), "'"}));
         const bool seen = std::any_of(keys.begin(), keys.end(), [&](const Value& k) {
             return !r.failed() && r.equal(k, key);
         });
@@ -19600,6 +21097,7 @@ Value sum(Renderer& r, const Value& v, Arguments& a) {  // attribute start
 
 /// select, reject and, with an attribute first, selectattr, rejectattr.
 Value selected_items(Renderer& r, const Value& v, Arguments& a, bool by_attribute, bool wanted) {
+    if (!truth(v)) return r.list(Kind::iterator, {});  // None and undefined too
     const size_t skip = by_attribute ? 1 : 0;
     const Builtin* test = nullptr;
     if (a.values.size() < skip) return r.fail("the name of an attribute is missing");
@@ -19625,11 +21123,10 @@ Value selected_items(Renderer& r, const Value& v, Arguments& a, bool by_attribut
 
 /// map("filter", arguments ...), or map(attribute = "a.b", default = x).
 Value mapped(Renderer& r, const Value& v, Arguments& a) {
+    if (!truth(v)) return r.list(Kind::iterator, {});  // None and undefined too
     Value attribute, otherwise;
-    for (auto& [name, value] : a.named) {
-        if (name == "attribute") attribute = value;
-        if (name == "default") otherwise = value;
-    }
+    if (const Value* given = a.find("attribute")) attribute = *given;
+    if (const Value* given = a.find("default")) otherwise = *given;
     const Builtin* filter = nullptr;
     if (is_absent(attribute)) {
         if (a.values.empty()) return r.fail("map: needs a filter or an attribute");
@@ -19647,36 +21144,77 @@ Value mapped(Renderer& r, const Value& v, Arguments& a) {
             made.push_back(r.call(*filter, item, rest));
         } else {
             Value part = r.path(item, attribute);
+            if (r.failed()) return {};
             made.push_back(part.kind == Kind::undefined ? otherwise : std::move(part));
         }
     }
     return r.list(Kind::iterator, std::move(made));
 }
 
-Value to_int(Renderer& r, const Value& v, const Value& otherwise) {
-    if (is_int(v)) return make_int(v.integer);
-    double d = v.kind == Kind::real ? v.real : std::nan("");
-    if (is_string(v)) {
-        const ByteRange range = stripped(chars(v), nullptr, 3);
-        const std::string text = chars(v).substr(range.begin, range.end - range.begin);
-        char* end = nullptr;
-        errno = 0;
-        const long long value = std::strtoll(text.c_str(), &end, 10);
-        if (!text.empty() && *end == '\0' && errno == 0) return make_int(value);
-        if (const auto real = parse_double(text)) d = *real;
+/// An integer as Python's int(text, base) reads it: white space around, _ between digits.
+bool read_integer(Renderer& r, std::string_view text, int64_t base, int64_t* value) {
+    const bool negative = !text.empty() && text[0] == '-';
+    if (!text.empty() && (text[0] == '-' || text[0] == '+')) text.remove_prefix(1);
+    const char mark = text.size() > 2 && text[0] == '0' ? ascii_lower(text[1]) : '\0';
+    const int64_t marked = mark == 'x' ? 16 : mark == 'o' ? 8 : mark == 'b' ? 2 : 0;
+    if (marked && (base == marked || base == 0)) {
+        text.remove_prefix(2);
+        base = marked;
     }
-    if (d > -9.2e18 && d < 9.2e18) return make_int(int64_t(d));
-    return otherwise.kind == Kind::undefined && !r.failed() ? make_int(0) : otherwise;
+    if (base == 0) base = 10;
+    uint64_t n = 0;
+    bool fits = true, digit_before = false;
+    for (char c : text) {
+        const char low = ascii_lower(c);
+        const int digit = is_digit(c) ? c - '0' : low >= 'a' && low <= 'z' ? low - 'a' + 10 : 99;
+        if (c == '_' && digit_before) {
+            digit_before = false;
+            continue;
+        }
+        if (digit >= base) return false;
+        fits = fits && n <= (uint64_t(INT64_MAX) - uint64_t(digit)) / uint64_t(base);
+        n = n * uint64_t(base) + uint64_t(digit);
+        digit_before = true;
+    }
+    if (!digit_before) return false;
+    if (!fits) r.fail("an integer over 63 bits");
+    *value = negative ? -int64_t(n) : int64_t(n);
+    return true;
 }
 
-Value to_real(Renderer&, const Value& v, const Value& otherwise) {
-    if (is_number(v)) return make_real(number_in(v));
+Value of_origin(Value made, const Value& v) {
+    made.request = has_marks(v);
+    return made;
+}
+
+std::string_view without_space(const Value& v) {
+    const ByteRange range = stripped(chars(v), nullptr, 3);
+    return std::string_view(chars(v)).substr(range.begin, range.end - range.begin);
+}
+
+Value to_int(Renderer& r, const Value& v, Arguments& a) {  // default base
+    if (v.kind == Kind::undefined) return r.fail(r.what(v));
+    if (!is_absent(a.values[1]) && !r.want(a.values[1], Kind::integer)) return {};
+    const int64_t base = is_absent(a.values[1]) ? 10 : a.values[1].integer;
+    if (base < 0 || base == 1 || base > 36) return r.fail("int: the base must be 2 to 36, or 0");
+    if (is_int(v)) return of_origin(make_int(v.integer), v);
+    double d = v.kind == Kind::real ? v.real : std::nan("");
     if (is_string(v)) {
-        const ByteRange range = stripped(chars(v), nullptr, 3);
-        const auto real = parse_double(
-            std::string_view(chars(v)).substr(range.begin, range.end - range.begin));
-        if (real) return make_real(*real);
+        r.charge_bytes(chars(v).size());
+        int64_t value = 0;
+        if (read_integer(r, without_space(v), base, &value)) return of_origin(make_int(value), v);
+        if (const auto real = parse_double(without_space(v))) d = *real;
     }
+    if (std::isfinite(d) && !(std::fabs(d) < 9.2e18)) return r.fail("an integer over 63 bits");
+    if (std::isfinite(d)) return of_origin(make_int(int64_t(d)), v);
+    return a.values[0].kind == Kind::undefined ? make_int(0) : a.values[0];
+}
+
+Value to_real(Renderer& r, const Value& v, const Value& otherwise) {
+    if (v.kind == Kind::undefined) return r.fail(r.what(v));
+    if (is_number(v)) return of_origin(make_real(number_in(v)), v);
+    if (is_string(v))
+        if (const auto real = parse_double(without_space(v))) return of_origin(make_real(*real), v);
     return otherwise.kind == Kind::undefined ? make_real(0) : otherwise;
 }
 
@@ -19695,17 +21233,35 @@ Value range(Renderer& r, const Value&, Arguments& a) {
     if (count > int64_t(ChatTemplate::max_range)) return r.fail("range: over 100,000 numbers");
     List items;
     for (int64_t i = 0; i < count; ++i) items.push_back(make_int(from + i * by));
-    return r.list(Kind::list, std::move(items));
+    Value made = r.list(Kind::list, std::move(items));
+    made.integer = 1;
+    return made;
 }
 
-/// namespace(a = 1), dict(a = 1), and both from a dict.
+void add_pair(Renderer& r, Dict& fields, const Value& v) {
+    const Value pair = r.items_of(v);
+    if (r.failed() || !r.charge_bytes(fields.size() * 4)) return;
+    if (list_in(pair).size() != 2 || list_in(pair)[0].depth > 0)
+        return void(r.fail("dict: pairs of a key and a value are wanted"));
+    set_entry(fields, list_in(pair)[0], list_in(pair)[1]);
+}
+
+/// namespace(a = 1), dict(a = 1), and both from a dict or from pairs.
 Dict fields_of(Renderer& r, Arguments& a) {
     Dict fields;
-    for (const Value& v : a.values)
-        if (r.want(v, Kind::dict))
-            fields.insert(fields.end(), dict_in(v).begin(), dict_in(v).end());
-    for (auto& [name, value] : a.named)
-        if (r.charge_bytes(fields.size() * 4)) set_entry(fields, make_text(name), std::move(value));
+    if (a.values.size() > 1) r.fail("one dict is wanted");
+    for (const Value& v : a.values) {
+        if (v.kind == Kind::dict) {
+            fields = dict_in(v);
+            continue;
+        }
+        const Value pairs = r.items_of(v);
+        if (r.failed()) return {};
+        for (const Value& pair : list_in(pairs)) add_pair(r, fields, pair);
+    }
+    for (Entry& e : a.named)
+        if (r.charge_bytes(fields.size() * 4))
+            set_entry(fields, std::move(e.key), std::move(e.value));
     return fields;
 }
 
@@ -19727,27 +21283,90 @@ const TimeNumber time_numbers[] = {
     {'S', 2, [](const CivilTime& t) { return t.second; }},
 };
 
-/// What %letter stands for, or `bare`, without zeros, what %-letter does. English names.
-std::string time_directive(const CivilTime& t, char letter, bool bare) {
-    static const char* const months[] = {"January",   "February", "March",    "April",
-                                         "May",       "June",     "July",     "August",
-                                         "September", "October",  "November", "December"};
-    static const char* const week[] = {"Sunday",   "Monday", "Tuesday", "Wednesday",
-                                       "Thursday", "Friday", "Saturday"};
+constexpr const char* month_names[] = {"January",   "February", "March",    "April",
+                                       "May",       "June",     "July",     "August",
+                                       "September", "October",  "November", "December"};
+constexpr const char* day_names[] = {"Sunday",   "Monday", "Tuesday", "Wednesday",
+                                     "Thursday", "Friday", "Saturday"};
+
+/// ISO 8601: weeks begin on Monday, and the first one has the year's first Thursday.
+int iso_week(const CivilTime& t, int64_t* year) {
+    const auto leap = [](int64_t y) { return y % 4 == 0 && (y % 100 != 0 || y % 400 == 0); };
+    const int day = t.weekday == 0 ? 7 : t.weekday;
+    *year = t.year;
+    int week = (t.year_day - day + 10) / 7;
+    if (week < 1) {
+        --*year;
+        week = (t.year_day + 365 + leap(*year) - day + 10) / 7;
+    } else if (week == 53 && t.year_day - day + 4 > 365 + leap(t.year)) {
+        ++*year;
+        week = 1;
+    }
+    return week;
+}
+
+/// A directive that is made of others.
+const struct {
+    char letter;
+    const char* pattern;
+} time_patterns[] = {{'c', "%a %b %e %H:%M:%S %Y"},
+                     {'x', "%m/%d/%y"},
+                     {'X', "%H:%M:%S"},
+                     {'D', "%m/%d/%y"},
+                     {'F', "%Y-%m-%d"},
+                     {'T', "%H:%M:%S"},
+                     {'R', "%H:%M"},
+                     {'r', "%I:%M:%S %p"}};
+
+std::string formatted_time(int64_t seconds, std::string_view pattern);
+
+/// What %letter stands for, English names; empty with *known false for what Python does not know.
+std::string time_directive(const CivilTime& t, int64_t seconds, char letter, bool* known) {
+    int64_t year = 0;
+    const int week = iso_week(t, &year);
     for (const TimeNumber& n : time_numbers)
-        if (n.letter == letter) return format("%0*d", bare ? 1 : n.width, n.value(t));
+        if (n.letter == letter) return format("%0*d", n.width, n.value(t));
+    for (const auto& p : time_patterns)
+        if (p.letter == letter) return formatted_time(seconds, p.pattern);
     switch (letter) {
         case 'e': return format("%2d", t.day);
+        case 'k': return format("%2d", t.hour);
+        case 'l': return format("%2d", (t.hour + 11) % 12 + 1);
         case 'p': return t.hour < 12 ? "AM" : "PM";
-        case 'B': return months[t.month - 1];
-        case 'b': return std::string(months[t.month - 1], 3);
-        case 'A': return week[t.weekday];
-        case 'a': return std::string(week[t.weekday], 3);
-        case 'F': return format("%04d-%02d-%02d", int(t.year), t.month, t.day);
-        case 'T': return format("%02d:%02d:%02d", t.hour, t.minute, t.second);
+        case 'P': return t.hour < 12 ? "am" : "pm";
+        case 'B': return month_names[t.month - 1];
+        case 'b':
+        case 'h': return std::string(month_names[t.month - 1], 3);
+        case 'A': return day_names[t.weekday];
+        case 'a': return std::string(day_names[t.weekday], 3);
+        case 'C': return format("%02d", int(t.year / 100));
+        case 'G': return format("%04d", int(year));
+        case 'g': return format("%02d", int(year % 100));
+        case 'V': return format("%02d", week);
+        case 'U': return format("%02d", (t.year_day + 6 - t.weekday) / 7);
+        case 'W': return format("%02d", (t.year_day + 6 - (t.weekday + 6) % 7) / 7);
+        case 'u': return format("%d", t.weekday == 0 ? 7 : t.weekday);
+        case 'w': return format("%d", t.weekday);
+        case 's': return format("%lld", static_cast<long long>(seconds));
+        case 'f': return "000000";
+        case 'n': return "\n";
+        case 't': return "\t";
+        case 'z':
+        case 'Z': return "";  // the time has no zone
         case '%': return "%";
-        default: return std::string("%") + letter;
+        default: *known = false; return "";
     }
+}
+
+/// %-d has no zeros before it, %_d spaces, %0e zeros, %^a capitals.
+std::string with_flag(std::string text, char flag) {
+    if (flag == '^') return to_upper(text);
+    const char wanted = flag == '_' ? ' ' : flag == '0' ? '0' : '\0';
+    size_t at = 0;
+    if (text.empty() || !(is_digit(text[0]) || text[0] == ' ')) return text;
+    for (; at + 1 < text.size() && (text[at] == '0' || text[at] == ' '); ++at)
+        if (wanted) text[at] = wanted;
+    return flag == '-' ? text.substr(at) : text;
 }
 
 /// What strftime_now prints: the time in the caller's own zone.
@@ -19756,35 +21375,23 @@ std::string formatted_time(int64_t seconds, std::string_view pattern) {
     const CivilTime t = civil_time(seconds);
     std::string out;
     for (size_t i = 0; i < pattern.size(); ++i) {
-        if (pattern[i] != '%' || i + 1 == pattern.size()) {
-            out += pattern[i];
-            continue;
-        }
-        const bool bare = pattern[i + 1] == '-' && i + 2 < pattern.size();
-        i += bare ? 2 : 1;
-        out += time_directive(t, pattern[i], bare);
+        const size_t begin = i;
+        const bool flagged = i + 2 < pattern.size() && std::strchr("-_0^", pattern[i + 1]);
+        const size_t at = i + (flagged ? 2 : 1);
+        bool known = pattern[i] == '%' && at < pattern.size();
+        std::string text;
+        if (known) text = time_directive(t, seconds, pattern[at], &known);
+        if (known) i = at;
+        out += !known    ? std::string(1, pattern[begin])
+               : flagged ? with_flag(std::move(text), pattern[begin + 1])
+                         : text;
     }
     return out;
 }
 
-Value to_text(Renderer& r, const Value& v) { return r.to_string(v); }
-
 Value absolute(Renderer& r, const Value& v) {
+    if (!is_number(v)) return r.fail(join({"abs: a number is wanted, not ", r.what(v)}));
     return r.binary(Op::multiply, v, make_int(is_number(v) && number_in(v) < 0 ? -1 : 1));
-}
-
-/// A table's entry from a function that takes fewer arguments, or more that the entry fixes.
-template <auto function, auto... fixed>
-Value on_value(Renderer& r, const Value& v, Arguments&) {
-    return function(r, v, fixed...);
-}
-template <auto function, auto... fixed>
-Value with_argument(Renderer& r, const Value& v, Arguments& a) {
-    return function(r, v, a.values[0], fixed...);
-}
-template <auto function, auto... fixed>
-Value with_arguments(Renderer& r, const Value& v, Arguments& a) {
-    return function(r, v, a, fixed...);
 }
 
 Value otherwise(Renderer&, const Value& v, Arguments& a) {  // default_value boolean
@@ -19792,41 +21399,77 @@ Value otherwise(Renderer&, const Value& v, Arguments& a) {  // default_value boo
     return !missing ? v : a.values[0].kind == Kind::undefined ? make_text("") : a.values[0];
 }
 
+// These keep that a string is markup, as its methods do.
+
+Value kept(const Value& v, Value made) {
+    made.markup = is_string(made) && v.markup;
+    return made;
+}
+Value upper_case(Renderer& r, const Value& v) { return kept(v, case_mapped(r, v, true)); }
+Value lower_case(Renderer& r, const Value& v) { return kept(v, case_mapped(r, v, false)); }
+Value capital_case(Renderer& r, const Value& v) {
+    return kept(v, capitalized(r, v, separates_nothing));
+}
+Value trim(Renderer& r, const Value& v, Arguments& a) {
+    return kept(v, strip(r, v, a.values[0], 3));
+}
+
+Value escape(Renderer& r, const Value& v) { return r.escaped(v); }
+Value force_escape(Renderer& r, const Value& v) {
+    Value plain = r.to_string(v);
+    plain.markup = false;
+    return r.escaped(plain);
+}
+
 const Builtin filters[] = {
     {"abs", "", on_value<absolute>},
-    {"capitalize", "", on_value<capitalized, separates_nothing>},
+    {"attr", "name", with_argument<named_attribute>},
+    {"batch", "linecount fill_with?", batched},
+    {"capitalize", "", on_value<capital_case>},
+    {"center", "width?", with_argument<centered>},
     {"count", "", on_value<length>},
     {"d", "default_value? boolean?", otherwise},
     {"default", "default_value? boolean?", otherwise},
     {"dictsort", "case_sensitive? by? reverse?", sort_dict},
+    {"e", "", on_value<escape>},
+    {"escape", "", on_value<escape>},
     {"first", "", on_value<end_item, false>},
     {"float", "default?", with_argument<to_real>},
-    {"indent", "width? first? blank?", indent},
-    {"int", "default?", with_argument<to_int>},
-    {"items", "", on_value<members, Kind::iterator, 0>},
+    {"forceescape", "", on_value<force_escape>},
+    {"format", nullptr, format_filter},
+    {"groupby", "attribute default? case_sensitive?", grouped_by},
+    {"indent", "width? first? blank?", indented},
+    {"int", "default? base?", to_int},
+    {"items", "", on_value<members, View::generator>},
     {"join", "d? attribute?", joined},
     {"last", "", on_value<end_item, true>},
     {"length", "", on_value<length>},
     {"list", "", on_value<to_list>},
-    {"lower", "", on_value<case_mapped, false>},
+    {"lower", "", on_value<lower_case>},
     {"map", nullptr, mapped},
     {"max", "case_sensitive? attribute?", with_arguments<extreme, true>},
     {"min", "case_sensitive? attribute?", with_arguments<extreme, false>},
+    {"pprint", "", on_value<pretty>},
     {"reject", nullptr, with_arguments<selected_items, false, false>},
     {"rejectattr", nullptr, with_arguments<selected_items, true, false>},
-    {"replace", "old new count?", replace},
+    {"replace", "old new count?", replaced},
     {"reverse", "", on_value<reversed>},
-    {"safe", "", on_value<to_text>},
+    {"round", "precision? method?", round_filter},
+    {"safe", "", on_value<to_markup>},
     {"select", nullptr, with_arguments<selected_items, false, true>},
     {"selectattr", nullptr, with_arguments<selected_items, true, true>},
+    {"slice", "slices fill_with?", sliced},
     {"sort", "reverse? case_sensitive? attribute?", sort},
     {"string", "", on_value<to_text>},
     {"sum", "attribute? start?", sum},
     {"title", "", on_value<capitalized, separates_words>},
     {"tojson", "ensure_ascii? indent? separators? sort_keys?", to_json},
-    {"trim", "chars?", with_argument<strip, 3>},
+    {"trim", "chars?", trim},
+    {"truncate", "length? killwords? end? leeway?", truncated},
     {"unique", "case_sensitive? attribute?", unique},
-    {"upper", "", on_value<case_mapped, true>},
+    {"upper", "", on_value<upper_case>},
+    {"urlencode", "", on_value<url_encoded>},
+    {"wordcount", "", on_value<count_words>},
 };
 
 Value compared(Renderer& r, const Value& v, const Value& other, Op op) {
@@ -19853,6 +21496,8 @@ Value is_boolean(Renderer&, const Value& v, bool which) {
     return make_bool(v.kind == Kind::boolean && (v.integer != 0) == which);
 }
 
+Value is_escaped(Renderer&, const Value& v) { return make_bool(is_string(v) && v.markup); }
+
 Value is_same(Renderer& r, const Value& v, const Value& other) {
     return make_bool(v.kind == other.kind && r.equal(v, other));
 }
@@ -19863,10 +21508,13 @@ Value is_divisible(Renderer& r, const Value& v, const Value& by) {
 }
 
 Value is_even(Renderer& r, const Value& v, bool even) {
-    return make_bool(truth(is_divisible(r, v, make_int(2))) == even);
+    const Value rest = r.binary(Op::modulo, v, make_int(2));
+    return make_bool(is_number(rest) && number_in(rest) == (even ? 0 : 1));
 }
 
-Value is_known(Renderer&, const Value& v, const Builtin* (*find)(std::string_view)) {
+Value is_known(Renderer& r, const Value& v, const Builtin* (*find)(std::string_view)) {
+    if (v.kind == Kind::list || v.kind == Kind::dict)
+        return r.fail(join({"unhashable type: '", r.what(v), "'"}));
     return make_bool(is_string(v) && find(chars(v)));
 }
 
@@ -19883,6 +21531,7 @@ const Builtin tests[] = {
     {"divisibleby", "num", with_argument<is_divisible>},
     {"eq", "other", with_argument<compared, Op::equal>},
     {"equalto", "other", with_argument<compared, Op::equal>},
+    {"escaped", "", on_value<is_escaped>},
     {"even", "", on_value<is_even, true>},
     {"false", "", on_value<is_boolean, false>},
     {"filter", "", on_value<is_known, find_filter>},
@@ -19909,37 +21558,6 @@ const Builtin tests[] = {
     {"true", "", on_value<is_boolean, true>},
     {"undefined", "", on_value<is_kind, Kind::undefined>},
     {"upper", "", on_value<has_case, true>},
-};
-
-bool is_alphanumeric(char32_t c) { return is_letter(c) || detail::is_number(c); }
-bool is_decimal(char32_t c) { return category(c) == Category::Nd; }
-
-const Builtin string_methods[] = {
-    {"capitalize", "", on_value<capitalized, separates_nothing>},
-    {"count", "sub", with_argument<count_text>},
-    {"endswith", "suffix", with_argument<has_affix, true>},
-    {"find", "sub", with_argument<find_index, false>},
-    {"isalnum", "", on_value<all_characters, is_alphanumeric>},
-    {"isalpha", "", on_value<all_characters, is_letter>},
-    {"isdigit", "", on_value<all_characters, is_decimal>},
-    {"islower", "", on_value<has_case, false>},
-    {"isspace", "", on_value<all_characters, python_space>},
-    {"isupper", "", on_value<has_case, true>},
-    {"join", "iterable", with_argument<joined_strings>},
-    {"lower", "", on_value<case_mapped, false>},
-    {"lstrip", "chars?", with_argument<strip, 1>},
-    {"removeprefix", "prefix", with_argument<without_affix, false>},
-    {"removesuffix", "suffix", with_argument<without_affix, true>},
-    {"replace", "old new count?", replace},
-    {"rfind", "sub", with_argument<find_index, true>},
-    {"rsplit", "sep? maxsplit?", with_arguments<split, true>},
-    {"rstrip", "chars?", with_argument<strip, 2>},
-    {"split", "sep? maxsplit?", with_arguments<split, false>},
-    {"splitlines", "keepends?", with_argument<split_lines>},
-    {"startswith", "prefix", with_argument<has_affix, false>},
-    {"strip", "chars?", with_argument<strip, 3>},
-    {"title", "", on_value<capitalized, separates_title>},
-    {"upper", "", on_value<case_mapped, true>},
 };
 
 Value count_item(Renderer& r, const Value& list, const Value& wanted) {
@@ -19972,9 +21590,9 @@ const Builtin list_methods[] = {
 const Builtin dict_methods[] = {
     {"copy", "", on_value<same_dict>},
     {"get", "key default?", get_member},
-    {"items", "", on_value<members, Kind::list, 0>},
-    {"keys", "", on_value<members, Kind::list, 1>},
-    {"values", "", on_value<members, Kind::list, 2>},
+    {"items", "", on_value<members, View::items>},
+    {"keys", "", on_value<members, View::keys>},
+    {"values", "", on_value<members, View::values>},
 };
 
 Value cycle(Renderer& r, const Value& loop, Arguments& a) {
@@ -19982,7 +21600,61 @@ Value cycle(Renderer& r, const Value& loop, Arguments& a) {
     return a.values[static_cast<const Loop*>(loop.object.get())->at % a.values.size()];
 }
 
-const Builtin loop_methods[] = {{"cycle", nullptr, cycle}};
+/// loop.changed(values): whether they are others than the last time.
+Value changed(Renderer& r, const Value& loop, Arguments& a) {
+    Loop& state = *static_cast<Loop*>(loop.object.get());
+    bool same = state.last && state.last->size() == a.values.size();
+    for (size_t i = 0; same && i < a.values.size(); ++i)
+        same = r.equal((*state.last)[i], a.values[i]);
+    state.last = std::move(a.values);
+    return make_bool(!same);
+}
+
+const Builtin loop_methods[] = {{"changed", nullptr, changed}, {"cycle", nullptr, cycle}};
+
+// cycler(...) and joiner(...): what they remember stands in the fields of a namespace.
+
+Value method_of(const Value& fields, const Builtin& builtin) {
+    Value made = make_kind(Kind::function, 0);
+    made.object = std::make_shared<Bound>(Bound{fields, &builtin});
+    return made;
+}
+
+Value turned(Renderer& r, const Value& fields, Arguments&, bool reset) {
+    Dict& state = r.fields(fields);
+    const List& items = list_in(state[0].value);
+    const Value given = state[2].value;
+    int64_t& at = state[1].value.integer;
+    at = reset ? 0 : (at + 1) % int64_t(items.size());
+    state[2].value = items[size_t(at)];
+    return reset ? make_none() : given;
+}
+const Builtin next_turn = {"next", "", with_arguments<turned, false>};
+const Builtin first_turn = {"reset", "", with_arguments<turned, true>};
+
+Value new_cycler(Renderer& r, const Value&, Arguments& a) {
+    if (a.values.empty() || !a.named.empty()) return r.fail("cycler: needs values");
+    const Value first = a.values[0];
+    const Value made = r.name_space({});
+    r.fields(made) = {{make_text("items"), r.list(Kind::tuple, std::move(a.values))},
+                      {make_text("pos"), make_int(0)},
+                      {make_text("current"), first},
+                      {make_text("next"), method_of(made, next_turn)},
+                      {make_text("reset"), method_of(made, first_turn)}};
+    return r.failed() ? Value{} : made;
+}
+
+Value separator(Renderer& r, const Value& fields, Arguments&) {
+    Dict& state = r.fields(fields);
+    return std::exchange(state[1].value.integer, 1) ? state[0].value : make_text("");
+}
+const Builtin next_separator = {"joiner", "", separator};
+
+Value new_joiner(Renderer& r, const Value&, const Value& text) {
+    const Value made = r.name_space({{make_text("sep"), is_absent(text) ? make_text(", ") : text},
+                                     {make_text("used"), make_bool(false)}});
+    return method_of(made, next_separator);
+}
 
 Value new_dict(Renderer& r, const Value&, Arguments& a) { return r.dict(fields_of(r, a)); }
 Value new_space(Renderer& r, const Value&, Arguments& a) { return r.name_space(fields_of(r, a)); }
@@ -19993,22 +21665,20 @@ Value raise_exception(Renderer& r, const Value&, const Value& message) {
 
 Value strftime_now(Renderer& r, const Value&, const Value& pattern) {
     if (!r.want(pattern, Kind::string) || !r.charge_bytes(chars(pattern).size() * 16)) return {};
-    return make_text(formatted_time(r.now_s, chars(pattern)));
+    Text out;
+    r.append(out, formatted_time(r.now_s, chars(pattern)), has_marks(pattern));
+    return make_text(std::move(out));
 }
 
 const Builtin globals[] = {
+    {"cycler", nullptr, new_cycler},
     {"dict", nullptr, new_dict},
+    {"joiner", "sep?", with_argument<new_joiner>},
     {"namespace", nullptr, new_space},
     {"raise_exception", "message", with_argument<raise_exception>},
     {"range", nullptr, range},
     {"strftime_now", "format", with_argument<strftime_now>},
 };
-
-const Builtin* find_builtin(std::span<const Builtin> table, std::string_view name) {
-    for (const Builtin& b : table)
-        if (name == b.name) return &b;
-    return nullptr;
-}
 
 }  // namespace
 
@@ -20018,7 +21688,7 @@ const Builtin* find_global(std::string_view name) { return find_builtin(globals,
 
 const Builtin* find_method(const Value& self, std::string_view name) {
     switch (self.kind) {
-        case Kind::string: return find_builtin(string_methods, name);
+        case Kind::string: return find_string_method(name);
         case Kind::list: return find_builtin(list_methods, name);
         case Kind::tuple: return find_builtin(std::span(list_methods).subspan(1), name);  // no copy
         case Kind::dict: return find_builtin(dict_methods, name);
@@ -20036,7 +21706,8 @@ const Builtin* find_method(const Value& self, std::string_view name) {
 // ---- src/template/template.cpp -----------------------------------------------------------------
 
 // >>template
-// In this order: values, the program (a flat syntax tree), lexer, parser, renderer, the tables of
+// In this order: values, the program (a flat syntax tree), lexer, parser, renderer, what operators and
+// formats do, the tables of
 // filters, tests, methods and functions, and last the way from a request to a prompt.
 
 #ifndef VALAR_NO_INFERENCE
@@ -32614,21 +34285,22 @@ _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"N
 _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
 _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"P\")")
 _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
-_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Q\")")
-_Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
-_Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")")
-_Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")")
-_Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")")
-_Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
-_Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")")
-_Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")")
-_Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
-_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
-_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
-_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
-_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
-_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
-_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
+_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")")
+_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")")
+_Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")")
+_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
+_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")")
+_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
+_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
+_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")")
+_Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")")
+_Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")")
+_Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")")
+_Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")")
+_Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")")
+_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")")
+_Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
 _Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
 _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
 _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
@@ -32637,7 +34309,7 @@ _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")
 _Pragma("pop_macro(\"aligned_alloc\")") _Pragma("pop_macro(\"alignof\")")
-_Pragma("pop_macro(\"all\")") _Pragma("pop_macro(\"always\")")
+_Pragma("pop_macro(\"all\")") _Pragma("pop_macro(\"alternate\")") _Pragma("pop_macro(\"always\")")
 _Pragma("pop_macro(\"always_inline\")") _Pragma("pop_macro(\"any\")")
 _Pragma("pop_macro(\"append\")") _Pragma("pop_macro(\"apply\")") _Pragma("pop_macro(\"args\")")
 _Pragma("pop_macro(\"argument\")") _Pragma("pop_macro(\"array\")") _Pragma("pop_macro(\"as\")")

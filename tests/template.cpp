@@ -237,6 +237,35 @@ TEST_CASE("template: what an operation does to text it does to its marks") {
     CHECK(marks("{{ e }}{{ '<|' + e + '|>' }}", x) == "<||>");
 }
 
+TEST_CASE("template: marks through formatting, spread arguments and markup") {
+    const char* const x = R"({"x": "a<b", "n": 7, "d": {"k": "v", "role": "r"}, "f": "<%s|{}>"})";
+    CHECK(marks("{{ '<%s>' % x }}{{ '%5s|%.2s' % (x, x) }}{{ '%d' % n }}{{ '%c' % (n + 60) }}",
+                x) == "<^a<b$>  ^a<b$|^a<7C$");
+    CHECK(marks("{{ f % 1 }}{{ f.format(own) }}{{ '%(k)s' % d }}{{ '%r' % x }}", x) ==
+          "^<$1^|{}><%s|$own^>v$'^a<b$'");
+    CHECK(marks("{{ '<{}|{:>5}|{:05}>'.format(x, x, n) }}{{ '{0[k]}{k}'.format(d, **d) }}", x) ==
+          "<^a<b$|  ^a<b$|0000^7$>^vv$");
+    CHECK(marks("{{ dict(**d) }}{% macro m() %}{{ kwargs }}{% endmacro %}{{ m(**d) }}", x) ==
+          "{'^k$': '^v$', '^role$': '^r$'}{'^k$': '^v$', '^role$': '^r$'}");
+    CHECK(marks("{% macro m() %}<{{ caller(x) }}>{% endmacro %}{% call(a) m() %}{{ a }}!"
+                "{% endcall %}",
+                x) == "<^a<b$!>");
+    CHECK(marks("{{ x|e }}{{ '<p>'|safe + x }}{{ (x|safe) + '<' }}", x) ==
+          "^a&lt;b$<p>^a&lt;ba<b$&lt;");
+    CHECK(marks("{{ x.center(7, '-') }}{{ x.partition('<') }}{{ x.zfill(5) }}{{ x.swapcase() }}",
+                x) == "--^a<b$--('^a$', '<', '^b$')00^a<bA<B$");
+    CHECK(marks("{{ '12'|int }}{{ n|float }}{{ '%s' % (n|round) }}{{ (n|string)|int + 1 }}", x) ==
+          "12^7.078$");
+    CHECK(marks("{{ [{'g': x}]|groupby('g') }}{{ x|truncate(2, true, '', 0) }}{{ x|urlencode }}",
+                x) == "[('^a<b$', [{'g': '^a<b$'}])]^a<a%3Cb$");
+    CHECK(marks("{{ ['a']|tojson(indent=x) }}{{ x|batch(2)|list }}{{ strftime_now(x) }}", x) ==
+          "^[\na<b\"a\"\n]$[['^a$', '^<$'], ['^b$']]^a<b$");
+    CHECK(marks("{% set c = cycler(x, 'o') %}{{ c.next() }}{{ c.next() }}{% set j = joiner(x) %}"
+                "{{ j() }}{{ j() }}{% for i in [[x]] recursive %}{{ loop(i) if i is not string "
+                "else i }}{% endfor %}",
+                x) == "^a<b$o^a<ba<b$");
+}
+
 TEST_CASE("template: marks of written values") {
     const char* const x =
         R"({"x": "a\"\n", "d": {"k": [1, "v", true, null]}, "n": 12, "t": true, "z": null, "f": 0.5})";
@@ -348,9 +377,18 @@ TEST_CASE("template: errors name the line") {
     CHECK(error_of("{{ raise_exception('only ' ~ 2) }}") == "only 2");
     CHECK(error_of("{{ [].append(1) }}") ==
           "chat template, line 1: there is no attribute 'append'");
+    CHECK(error_of("{{ [1]|reverse }}") == "chat template, line 1: a generator cannot be printed");
+    CHECK(error_of("{{ ['" + repeated("x", 99) + "']|pprint }}") ==
+          "chat template, line 1: pprint: over 80 characters are not supported");
+    CHECK(error_of("{{ 9223372036854775807 + 1 }}") ==
+          "chat template, line 1: an integer over 63 bits");
+    CHECK(error_of("{{ '99999999999999999999'|int }}") ==
+          "chat template, line 1: an integer over 63 bits");
+    TemplateInput large;
+    large.request.set("x", uint64_t{1} << 63);
+    CHECK(error_of("{{ x }}", large) == "chat template, line 1: an integer over 63 bits");
     CHECK(error_of("\xff") == "chat template: not UTF-8");
-    CHECK(error_of("{{ f(*a) }}") ==
-          "chat template, line 1: arguments from a list or dict are not supported");
+    CHECK(error_of("{{ 1|xmlattr }}") == "chat template, line 1: no filter named 'xmlattr'");
     const auto parsed = ChatTemplate::parse("{{");
     CHECK(parsed.error().kind == ErrorKind::bad_data);
     CHECK(render("{{ raise_exception('x') }}", {}).error().kind == ErrorKind::invalid_request);

@@ -268,8 +268,10 @@ public:
         : p_(program), lexemes_(std::move(lexemes)) {}
     Result<void> run() {
         p_.root = body({});
-        if (const auto loop = name_ids_.find("loop"); loop != name_ids_.end())
-            p_.loop_name = loop->second;
+        p_.loop_name = known_name("loop");
+        p_.caller_name = known_name("caller");
+        p_.kwargs_name = known_name("kwargs");
+        p_.varargs_name = known_name("varargs");
         if (error_) return *error_;
         return {};
     }
@@ -313,6 +315,7 @@ private:
         return node(op, line, value, std::span(children.begin(), children.size()));
     }
     uint32_t name_id(std::string_view name);
+    std::optional<uint32_t> known_name(const char* name) const;
     uint32_t expect_name();
     uint32_t constant(Value value, uint32_t line);
 
@@ -324,6 +327,9 @@ private:
     uint32_t for_statement(uint32_t line);
     uint32_t set_statement(uint32_t line);
     uint32_t macro_statement(uint32_t line);
+    void parameters(Ids& children);
+    uint32_t macro(uint32_t line, uint32_t name, Ids children, const char* end);
+    uint32_t call_statement(uint32_t line);
     uint32_t filter_statement(uint32_t line);
     uint32_t with_statement(uint32_t line);
     uint32_t generation_statement(uint32_t line);
@@ -350,6 +356,7 @@ private:
     uint32_t subscript();
     uint32_t test();
     Ids arguments();
+    uint32_t argument(Op* kind);
     Ids filters();
     uint32_t chained(uint32_t line, const Ids& chain);
 
@@ -358,7 +365,8 @@ private:
     std::unordered_map<std::string, uint32_t> name_ids_ = {};
     size_t at_ = 0;
     uint32_t depth_ = 0;
-    uint32_t loops_ = 0;  // around this place
+    uint32_t loops_ = 0;    // around this place
+    uint32_t special_ = 0;  // Special names that were used in the macro around this place
     std::optional<Error> error_ = {};
 };
 
@@ -410,6 +418,11 @@ uint32_t Parser::name_id(std::string_view name) {
     return place->second;
 }
 
+std::optional<uint32_t> Parser::known_name(const char* name) const {
+    const auto found = name_ids_.find(name);
+    return found == name_ids_.end() ? std::nullopt : std::optional(found->second);
+}
+
 uint32_t Parser::expect_name() {
     if (now().type != Type::name) return fail("expected a name");
     return name_id(next().text);
@@ -423,15 +436,11 @@ uint32_t Parser::constant(Value value, uint32_t line) {
 // statements
 
 const Parser::Statement Parser::statements[] = {
-    {"if", &Parser::if_statement},
-    {"for", &Parser::for_statement},
-    {"set", &Parser::set_statement},
-    {"macro", &Parser::macro_statement},
-    {"filter", &Parser::filter_statement},
-    {"with", &Parser::with_statement},
-    {"generation", &Parser::generation_statement},
-    {"break", &Parser::break_statement},
-    {"continue", &Parser::continue_statement},
+    {"if", &Parser::if_statement},       {"for", &Parser::for_statement},
+    {"set", &Parser::set_statement},     {"macro", &Parser::macro_statement},
+    {"call", &Parser::call_statement},   {"filter", &Parser::filter_statement},
+    {"with", &Parser::with_statement},   {"generation", &Parser::generation_statement},
+    {"break", &Parser::break_statement}, {"continue", &Parser::continue_statement},
 };
 
 /// Statements up to the tag that begins with one of `ends`, and stops at that word; with no ends,
@@ -503,13 +512,14 @@ uint32_t Parser::for_statement(uint32_t line) {
     expect_word("in");
     const uint32_t iterable = tuple(false);
     const uint32_t condition = take_word("if") ? expression() : 0;
-    if (is_word("recursive")) return fail("recursive loops are not supported");
+    const bool recursive = take_word("recursive");
     expect(Type::end_tag, "\"%}\"");
     ++loops_;
     const uint32_t inner = body({"else", "endfor"});
     --loops_;
     const uint32_t otherwise = else_block("endfor");
-    return node(Op::loop, line, 0, {what, iterable, condition, inner, otherwise});
+    const uint32_t children[] = {what, iterable, condition, inner, otherwise};
+    return node(Op::loop, line, 0, children, recursive);
 }
 
 uint32_t Parser::set_statement(uint32_t line) {
@@ -524,17 +534,52 @@ uint32_t Parser::set_statement(uint32_t line) {
 
 uint32_t Parser::macro_statement(uint32_t line) {
     const uint32_t name = expect_name();
-    Ids children = {0};
+    Ids children = {0, 0};
+    parameters(children);
+    return macro(line, name, std::move(children), "endmacro");
+}
+
+/// "(a, b = c)". Behind a parameter with a default all need one.
+void Parser::parameters(Ids& children) {
     expect("(");
-    while (!take(")") && now().type != Type::end) {
-        if (children.size() > 1) expect(",");
+    bool defaults = false;
+    for (const size_t first = children.size(); !take(")") && now().type != Type::end;) {
+        if (children.size() > first) expect(",");
         const uint32_t at = now().line, parameter = expect_name();
-        children.push_back(node(Op::keyword, at, parameter, {take("=") ? expression() : 0}));
+        const bool has_default = take("=");
+        if (defaults && !has_default) fail("a parameter without default behind one with a default");
+        defaults = has_default;
+        children.push_back(node(Op::keyword, at, parameter, {has_default ? expression() : 0}));
     }
-    const uint32_t loops = std::exchange(loops_, 0);
-    children[0] = end_block({"endmacro"});
+}
+
+uint32_t Parser::macro(uint32_t line, uint32_t name, Ids children, const char* end) {
+    const uint32_t loops = std::exchange(loops_, 0), special = std::exchange(special_, 0);
+    children[0] = end_block({end});
+    for (uint32_t parameter : std::span(children).subspan(2)) {  // those with that name are it
+        const Node& p = p_.nodes[parameter];
+        const std::string& called = p_.names[p.value];
+        if (called == "kwargs") special_ &= ~uint32_t(special_kwargs);
+        if (called == "varargs") special_ &= ~uint32_t(special_varargs);
+        if (called == "caller" && (special_ & special_caller) && !p_.children(p)[0])
+            return fail("the parameter caller needs a default");
+    }
+    children[1] = special_;
     loops_ = loops;
+    special_ |= special;
     return node(Op::macro, line, name, children);
+}
+
+/// {% call(a, b) f(c) %} body {% endcall %}: the body is a macro, which f knows as `caller`.
+uint32_t Parser::call_statement(uint32_t line) {
+    Ids children = {0, 0};
+    if (is("(")) parameters(children);
+    const uint32_t callee = unary(true);
+    const auto& chain = p_.nodes[callee];
+    if (chain.op != Op::chain || p_.nodes[p_.children(chain).back()].op != Op::call)
+        return fail("expected a call");
+    const uint32_t body = macro(line, name_id("caller"), std::move(children), "endcall");
+    return node(Op::call_block, line, 0, {callee, body});
 }
 
 uint32_t Parser::filter_statement(uint32_t line) {
@@ -742,6 +787,8 @@ uint32_t Parser::word() {
     const Lexeme lexeme = next();
     for (const auto& c : constants)
         if (lexeme.text == c.word) return constant(make_kind(c.kind, c.value), lexeme.line);
+    static const char* const special[] = {"caller", "kwargs", "varargs"};
+    for (size_t i = 0; i < 3; ++i) special_ |= uint32_t(lexeme.text == special[i]) << i;
     return node(Op::name, lexeme.line, name_id(lexeme.text), {});
 }
 
@@ -842,7 +889,12 @@ bool Parser::postfix(Ids& chain) {
         if (now().type == Type::integer) chain.push_back(node(Op::item, line, 0, {number()}));
         else chain.push_back(node(Op::attribute, line, expect_name(), {}));
     } else if (is("[")) {
-        chain.push_back(subscript());
+        const Op of = p_.nodes[chain[0]].op;
+        const bool constant = chain.size() == 1 && (of == Op::constant || of == Op::list ||
+                                                    of == Op::tuple || of == Op::dict);
+        const uint32_t made = subscript();
+        chain.push_back(made);
+        if (constant && p_.nodes[made].op == Op::slice) p_.nodes[made].flag = true;
     } else if (is("(")) {
         chain.push_back(node(Op::call, line, 0, arguments()));
     } else {
@@ -909,26 +961,43 @@ uint32_t Parser::test() {
     return node(Op::test, line, name, values, negated);
 }
 
-/// "(a, b, name = c)", or nothing at all.
+/// "(a, b, name = c, *list, **dict)", or nothing at all.
 Parser::Ids Parser::arguments() {
     Ids made;
     if (!take("(")) return made;
-    bool keywords = false;
+    Op last = Op::body;  // then keyword, spread
+    bool all = false;    // a ** was there
     while (!take(")") && now().type != Type::end) {
         if (!made.empty()) expect(",");
         if (take(")")) break;
-        const uint32_t line = now().line;
-        const bool keyword = now().type == Type::name && peek().type == Type::symbol &&
-                             peek().text == "=";
-        if (is("*") || is("**")) fail("arguments from a list or dict are not supported");
-        if (keywords && !keyword) fail("an argument without name behind one with a name");
-        keywords = keyword;
-        const uint32_t name = keyword ? expect_name() : 0;
-        if (keyword) next();
-        const uint32_t value = expression();
-        made.push_back(keyword ? node(Op::keyword, line, name, {value}) : value);
+        Op kind = Op::body;
+        const uint32_t id = argument(&kind);
+        const bool mapping = kind == Op::spread && p_.nodes[id].flag;
+        if (all || (kind == Op::body && last != Op::body) ||
+            (kind == Op::spread && !mapping && last == Op::spread))
+            fail("an argument behind one that must be last");
+        all = mapping;
+        last = std::max(last, kind);
+        made.push_back(id);
     }
     return made;
+}
+
+uint32_t Parser::argument(Op* kind) {
+    const uint32_t line = now().line;
+    const bool mapping = is("**");
+    if (mapping || is("*")) {
+        next();
+        *kind = Op::spread;
+        const uint32_t value = expression();
+        return node(Op::spread, line, 0, std::span(&value, 1), mapping);
+    }
+    if (now().type != Type::name || peek().type != Type::symbol || peek().text != "=")
+        return expression();
+    *kind = Op::keyword;
+    const uint32_t name = expect_name();
+    next();
+    return node(Op::keyword, line, name, {expression()});
 }
 
 }  // namespace

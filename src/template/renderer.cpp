@@ -6,7 +6,6 @@
 #include "template/renderer.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -99,6 +98,25 @@ Value Renderer::to_string(const Value& v) {
     return make_text(std::move(text));
 }
 
+Value Renderer::escaped(const Value& v) {
+    if (is_string(v) && v.markup) return v;
+    static const char entities[][7] = {"&amp;", "&lt;", "&gt;", "&#34;", "&#39;"};
+    const std::string_view marked = "&<>\"'";
+    const Value s = to_string(v);
+    Text out;
+    each_run(text_in(s), [&](std::string_view run, bool request) {
+        while (!run.empty() && !failed()) {
+            const size_t at = std::min(run.find_first_of(marked), run.size());
+            append(out, run.substr(0, at), request);
+            if (at < run.size()) append(out, entities[marked.find(run[at])], request);
+            run.remove_prefix(std::min(at + 1, run.size()));
+        }
+    });
+    Value made = make_text(std::move(out));
+    made.markup = true;
+    return made;
+}
+
 Value Renderer::piece(const Value& string, ByteRange range) {
     Text text;
     charge(1);
@@ -148,9 +166,13 @@ void set_entry(Dict& dict, Value key, Value value) {
 Value Renderer::items_of(const Value& v) {
     List items;
     switch (v.kind) {
+        case Kind::iterator: {  // a generator gives its items once
+            if (is_view(v)) return v;
+            List& left = *static_cast<List*>(v.object.get());
+            return make_list(Kind::list, std::exchange(left, {}));
+        }
         case Kind::list:
-        case Kind::tuple:
-        case Kind::iterator: return v;
+        case Kind::tuple: return v;
         case Kind::undefined: break;
         case Kind::dict:
             for (const Entry& e : dict_in(v)) items.push_back(e.key);
@@ -175,7 +197,7 @@ Value Renderer::from_json(const Json& json, bool request) {
         case Json::Kind::null: v = make_none(); break;
         case Json::Kind::boolean: v = make_bool(json.as_bool()); break;
         case Json::Kind::int64: v = make_int(json.as_int()); break;
-        case Json::Kind::uint64:  // over 63 bits
+        case Json::Kind::uint64: return fail("an integer over 63 bits");
         case Json::Kind::real: v = make_real(json.as_double()); break;
         case Json::Kind::string: {
             Text text{std::string(json.as_string()), {}};
@@ -315,9 +337,12 @@ Flow Renderer::execute(uint32_t id) {
         case Op::set_block:
         case Op::filter_block: return execute_capture(node);
         case Op::macro: {
-            Value v = make_kind(Kind::macro, 0);
-            v.object = std::make_shared<Macro>(Macro{id, frame(), frames_.back().serial});
-            assign_name(node.value, std::move(v));
+            assign_name(node.value, new_macro(id));
+            break;
+        }
+        case Op::call_block: {
+            const Value v = eval_call_block(node);
+            if (!failed()) print(*out_, v);
             break;
         }
         case Op::scope: return execute_scope(p_.children(node)[0]);
@@ -373,23 +398,33 @@ Flow Renderer::execute_loop(const Node& node) {
     const auto children = p_.children(node);  // target, iterable, condition, body, else
     Value items = items_of(eval(children[1]));
     if (failed()) return Flow::next;
+    const Place place{uint32_t(&node - p_.nodes.data()), frame(), frames_.back().serial};
+    return run_loop(place, std::move(items), 0);
+}
+
+/// The loop that stands at `place`; `depth`: of a recursive one.
+Flow Renderer::run_loop(const Place& place, Value items, uint32_t depth) {
+    const Node& node = p_.nodes[place.node];
+    const auto children = p_.children(node);
     if (children[2]) items = list(Kind::list, selected(node, list_in(items)));
     if (failed()) return Flow::next;
-    const auto state = std::make_shared<Loop>(Loop{items, 0});
+    const auto state = std::make_shared<Loop>(Loop{items, 0, place, depth, std::nullopt});
     Value loop = make_kind(Kind::loop, 0);
     loop.depth = uint16_t(items.depth + 1);
     loop.object = state;
     if (list_in(items).empty()) return execute_scope(children[4]);
-    push_frame(frame());
+    push_frame(place.frame);
     Flow flow = Flow::next;
     for (; state->at < list_in(items).size() && !failed() && flow != Flow::break_loop;
          ++state->at) {
         frames_.back().bindings.clear();
+        // What `changed` remembers may hold the loop: such a ring is cut below.
         if (p_.loop_name) assign_name(*p_.loop_name, loop);
         assign(children[0], list_in(items)[state->at]);
         if (!failed()) flow = execute(children[3]);
     }
     frames_.pop_back();
+    state->last.reset();
     return Flow::next;
 }
 
@@ -478,11 +513,12 @@ Value Renderer::eval_logic(const Node& node) {
 
 Value Renderer::eval_sign(const Node& node) {
     const Value v = eval(p_.children(node)[0]);
-    if (failed() || node.op == Op::plus)
-        return failed() || is_number(v) ? v : fail(join({"a sign before ", what(v)}));
-    return is_int(v)      ? binary(Op::subtract, make_int(0), v)
-           : is_number(v) ? make_real(-v.real)
-                          : fail(join({"a sign before ", what(v)}));
+    if (failed()) return {};
+    if (!is_number(v)) return fail(join({"a sign before ", what(v)}));
+    if (is_int(v)) return binary(node.op == Op::plus ? Op::add : Op::subtract, make_int(0), v);
+    Value made = make_real(node.op == Op::plus ? v.real : -v.real);
+    made.request = v.request;
+    return made;
 }
 
 Value Renderer::eval_comparison(const Node& node) {
@@ -551,7 +587,7 @@ Value Renderer::apply_slice(const Value& v, const Node& node) {
     for (size_t i = 0; i < 3; ++i)
         if (children[i]) bounds[i] = eval(children[i]);
     line_ = node.line;
-    return failed() ? Value{} : slice(v, bounds[0], bounds[1], bounds[2]);
+    return failed() ? Value{} : slice(v, bounds[0], bounds[1], bounds[2], node.flag);
 }
 
 Value Renderer::apply_builtin(const Value& v, const Node& node) {
@@ -572,16 +608,42 @@ Arguments Renderer::eval_arguments(const Node& node) {
     Arguments args;
     for (uint32_t id : p_.children(node)) {
         const Node& child = p_.nodes[id];
-        if (child.op != Op::keyword) args.values.push_back(eval(id));
-        else args.named.emplace_back(p_.names[child.value], eval(p_.children(child)[0]));
+        if (child.op == Op::spread) spread(child, args);
+        else if (child.op != Op::keyword) args.values.push_back(eval(id));
+        else args.named.push_back({make_text(p_.names[child.value]), eval(p_.children(child)[0])});
     }
     return args;
 }
 
-const Value* Arguments::find(std::string_view name) const {
-    for (const auto& [given, value] : named)
-        if (given == name) return &value;
-    return nullptr;
+/// *list or **dict. A dict's keys keep their marks: they may be printed again.
+void Renderer::spread(const Node& node, Arguments& args) {
+    const Value v = eval(p_.children(node)[0]);
+    if (!failed() && !node.flag) {
+        const Value items = items_of(v);
+        if (failed() || !charge_bytes(list_in(items).size() * sizeof(Value))) return;
+        args.values.insert(args.values.end(), list_in(items).begin(), list_in(items).end());
+        return;
+    }
+    if (failed() || !want(v, Kind::dict)) return;
+    for (const Entry& e : dict_in(v)) {
+        if (!want(e.key, Kind::string) || !charge_bytes(sizeof(Entry) + args.named.size() * 4))
+            return;
+        if (args.find(chars(e.key)))
+            return void(fail(join({"the argument '", chars(e.key), "' was given twice"})));
+        args.named.push_back(e);
+    }
+}
+
+const Value* Arguments::find(std::string_view name) const { return find_entry(named, name); }
+
+bool Arguments::take(std::string_view name, Value* value) {
+    for (size_t i = 0; i < named.size(); ++i) {
+        if (chars(named[i].key) != name) continue;
+        *value = std::move(named[i].value);
+        named.erase(named.begin() + ptrdiff_t(i));
+        return true;
+    }
+    return false;
 }
 
 /// Puts the named arguments into their places.
@@ -610,27 +672,88 @@ bool Renderer::bind(const Builtin& builtin, Arguments& args) {
 }
 
 Value Renderer::call(const Builtin& builtin, const Value& self, Arguments& args) {
-    return bind(builtin, args) ? builtin.function(*this, self, args) : Value{};
+    if (!bind(builtin, args)) return {};
+    return builtin.function(*this, self, args);
 }
+
+namespace {
+
+/// What a method of a string that is markup gives is markup too.
+void pass_markup_on(Value& made) {
+    if (is_string(made)) made.markup = true;
+    if (!is_list(made)) return;
+    for (Value& item : *static_cast<List*>(made.object.get())) pass_markup_on(item);
+}
+
+}  // namespace
 
 Value Renderer::call_value(const Value& callee, Arguments& args) {
     if (callee.kind == Kind::macro)
-        return call_macro(*static_cast<const Macro*>(callee.object.get()), args);
+        return call_macro(*static_cast<const Place*>(callee.object.get()), args);
+    if (callee.kind == Kind::loop)
+        return call_loop(*static_cast<const Loop*>(callee.object.get()), args);
     if (callee.kind != Kind::function)
         return fail(callee.kind == Kind::undefined
                         ? what(callee)
                         : join({"'", what(callee), "' is not callable"}));
     const Bound& bound = *static_cast<const Bound*>(callee.object.get());
-    return call(*bound.builtin, bound.self, args);
+    Value made = call(*bound.builtin, bound.self, args);
+    if (bound.self.markup) pass_markup_on(made);
+    return made;
 }
 
-Value Renderer::call_macro(const Macro& macro, Arguments& args) {
+/// Whether the block around a macro or loop still runs, and nothing calls itself without end.
+bool Renderer::can_call(const Place& place) {
+    if (calls_ >= ChatTemplate::max_calls) fail("macros call each other too deep");
+    if (place.frame >= frames_.size() || frames_[place.frame].serial != place.serial)
+        fail(join(
+            {"'",
+             p_.nodes[place.node].op == Op::macro ? p_.names[p_.nodes[place.node].value] : "loop",
+             "' is called outside of the block that defines it"}));
+    return !failed();
+}
+
+/// loop(items) in a recursive loop: what it prints for these.
+Value Renderer::call_loop(const Loop& loop, Arguments& args) {
+    const Level level(*this);
+    const Place place = loop.place;
+    if (!p_.nodes[place.node].flag) return fail("loop: is called, but not recursive");
+    if (args.values.size() != 1 || !args.named.empty()) return fail("loop: needs the items");
+    Value items = items_of(args.values[0]);
+    if (failed() || !can_call(place)) return {};
+    const uint32_t line = line_;
+    Text text;
+    Text* const outer = std::exchange(out_, &text);
+    ++calls_;
+    run_loop(place, std::move(items), loop.nesting + 1);
+    --calls_;
+    out_ = outer;
+    line_ = line;
+    return make_text(std::move(text));
+}
+
+/// The call of {% call %}, with the block's body as `caller`.
+Value Renderer::eval_call_block(const Node& node) {
+    const auto children = p_.children(node), chain = p_.children(p_.nodes[children[0]]);
+    Value callee = eval(chain[0]);
+    for (uint32_t id : chain.subspan(1, chain.size() - 2))
+        if (!failed()) callee = apply(std::move(callee), id);
+    if (failed()) return {};
+    Arguments args = eval_arguments(p_.nodes[chain.back()]);
+    args.named.push_back({make_text("caller"), new_macro(children[1])});
+    return failed() ? Value{} : call_value(callee, args);
+}
+
+Value Renderer::new_macro(uint32_t node) {
+    Value v = make_kind(Kind::macro, 0);
+    v.object = std::make_shared<Place>(Place{node, frame(), frames_.back().serial});
+    return v;
+}
+
+Value Renderer::call_macro(const Place& macro, Arguments& args) {
     const Level level(*this);
     const Node& node = p_.nodes[macro.node];
-    if (calls_ >= ChatTemplate::max_calls) return fail("macros call each other too deep");
-    if (macro.frame >= frames_.size() || frames_[macro.frame].serial != macro.serial)
-        return fail(
-            join({"'", p_.names[node.value], "' is called outside of the block that defines it"}));
+    if (!can_call(macro)) return {};
     const uint32_t line = line_;
     ++calls_;
     push_frame(macro.frame);
@@ -643,406 +766,39 @@ Value Renderer::call_macro(const Macro& macro, Arguments& args) {
 }
 
 bool Renderer::bind_parameters(const Node& node, Arguments& args) {
-    const auto parameters = p_.children(node).subspan(1);
-    if (args.values.size() > parameters.size()) {
-        fail(join({"too many arguments for '", p_.names[node.value], "'"}));
-        return false;
-    }
-    size_t used = 0;
+    const auto parameters = p_.children(node).subspan(2);
+    bool has_caller = false;
     for (size_t i = 0; i < parameters.size() && !failed(); ++i) {
         const Node& parameter = p_.nodes[parameters[i]];
-        const std::string& name = p_.names[parameter.value];
+        has_caller = has_caller || p_.names[parameter.value] == "caller";
         Value v = make_kind(Kind::undefined, parameters[i]);
         charge_bytes(args.named.size());
-        const Value* named = args.find(name);
-        if (i < args.values.size()) {
-            v = args.values[i];
-        } else if (named) {
-            v = *named;
-            ++used;
-        } else if (p_.children(parameter)[0]) {
+        if (i < args.values.size()) v = args.values[i];
+        else if (!args.take(p_.names[parameter.value], &v) && p_.children(parameter)[0])
             v = eval(p_.children(parameter)[0]);
-        }
         assign_name(parameter.value, std::move(v));
     }
-    if (used != args.named.size() && !failed())
-        fail(join({"an unknown argument for '", p_.names[node.value], "', or one given twice"}));
+    List rest;
+    for (size_t i = parameters.size(); i < args.values.size(); ++i) rest.push_back(args.values[i]);
+    return bind_special(node, has_caller, std::move(rest), args);
+}
+
+/// caller, kwargs and varargs, of which a macro has those that it uses.
+bool Renderer::bind_special(const Node& node, bool has_caller, List rest, Arguments& args) {
+    const uint32_t special = p_.children(node)[1];
+    const std::string& name = p_.names[node.value];
+    if ((special & special_caller) && !has_caller) {
+        Value caller;
+        args.take("caller", &caller);
+        assign_name(*p_.caller_name, std::move(caller));
+    }
+    if (special & special_kwargs) assign_name(*p_.kwargs_name, dict(std::move(args.named)));
+    else if (!args.named.empty() && !failed())
+        fail(join({"an unknown argument for '", name, "', or one given twice"}));
+    if (special & special_varargs)
+        assign_name(*p_.varargs_name, list(Kind::tuple, std::move(rest)));
+    else if (!rest.empty()) fail(join({"too many arguments for '", name, "'"}));
     return !failed();
-}
-
-// operators
-
-bool Renderer::equal(const Value& a, const Value& b) {
-    if (!charge(1)) return false;
-    if (is_number(a) && is_number(b))
-        return is_int(a) && is_int(b) ? a.integer == b.integer : number_in(a) == number_in(b);
-    if (a.kind != b.kind) return false;
-    switch (a.kind) {
-        case Kind::undefined:
-        case Kind::none: return true;
-        case Kind::string: return charge_bytes(chars(a).size() / 8) && chars(a) == chars(b);
-        case Kind::name_space: return a.integer == b.integer;
-        case Kind::dict: {
-            if (dict_in(a).size() != dict_in(b).size()) return false;
-            for (const Entry& e : dict_in(a)) {
-                const Value other = subscript(b, e.key);
-                if (failed() || other.kind == Kind::undefined || !equal(e.value, other))
-                    return false;
-            }
-            return true;
-        }
-        case Kind::list:
-        case Kind::tuple:
-            return list_in(a).size() == list_in(b).size() &&
-                   std::equal(list_in(a).begin(), list_in(a).end(), list_in(b).begin(),
-                              [&](const Value& x, const Value& y) { return equal(x, y); });
-        default: return a.object == b.object;
-    }
-}
-
-bool Renderer::less(const Value& a, const Value& b) {
-    if (!charge(1)) return false;
-    if (is_number(a) && is_number(b))
-        return is_int(a) && is_int(b) ? a.integer < b.integer : number_in(a) < number_in(b);
-    if (is_string(a) && is_string(b))  // the order of UTF-8 is that of code points
-        return charge_bytes(std::min(chars(a).size(), chars(b).size()) / 8) && chars(a) < chars(b);
-    if (is_list(a) && a.kind == b.kind) {
-        const List &x = list_in(a), &y = list_in(b);
-        for (size_t i = 0; i < std::min(x.size(), y.size()) && !failed(); ++i)
-            if (!equal(x[i], y[i])) return less(x[i], y[i]);
-        return x.size() < y.size();
-    }
-    fail(join({"no order between ", what(a), " and ", what(b)}));
-    return false;
-}
-
-bool Renderer::contains(const Value& container, const Value& v) {
-    if (is_string(container)) {
-        if (!want(v, Kind::string)) return false;
-        if (!charge_bytes(chars(container).size() / 8 + chars(v).size() * 4)) return false;
-        return find_text(chars(container), chars(v)) != std::string::npos;
-    }
-    if (container.kind == Kind::dict)
-        return charge_bytes(dict_in(container).size() * 4) && find_entry(dict_in(container), v);
-    const Value items = items_of(container);
-    if (failed()) return false;
-    for (const Value& item : list_in(items))
-        if (failed() || equal(item, v)) return !failed();
-    return false;
-}
-
-Value Renderer::concatenated(Value a, const Value& b) {
-    // A string that nobody else holds grows in place: a + b + c copies each of them once.
-    if (a.object.use_count() == 1 && a.object != b.object) {
-        append(*static_cast<Text*>(a.object.get()), text_in(b));
-        return a;
-    }
-    Text text;
-    text.text.reserve(chars(a).size() + chars(b).size());
-    append(text, text_in(a)) && append(text, text_in(b));
-    return make_text(std::move(text));
-}
-
-Value Renderer::binary(Op op, Value a, const Value& b) {
-    if (op == Op::concat) {
-        const Value right = to_string(b);
-        Value left = is_string(a) ? std::move(a) : to_string(a);
-        return failed() ? Value{} : concatenated(std::move(left), right);
-    }
-    if (is_number(a) && is_number(b)) {
-        Value v = arithmetic(op, a, b);
-        v.request = a.request || b.request;
-        return v;
-    }
-    if (op == Op::add && is_string(a) && is_string(b)) return concatenated(std::move(a), b);
-    if (op == Op::add && is_list(a) && a.kind == b.kind) {
-        List items = list_in(a);
-        items.insert(items.end(), list_in(b).begin(), list_in(b).end());
-        return list(a.kind, std::move(items));
-    }
-    if (op == Op::multiply && (is_string(a) || is_list(a)) && is_int(b))
-        return repeated(a, b.integer);
-    if (op == Op::multiply && (is_string(b) || is_list(b)) && is_int(a))
-        return repeated(b, a.integer);
-    if (a.kind == Kind::undefined || b.kind == Kind::undefined)
-        return fail(what(a.kind == Kind::undefined ? a : b));
-    return fail(join({"cannot combine ", what(a), " and ", what(b)}));
-}
-
-Value Renderer::repeated(const Value& v, int64_t times) {
-    List items;
-    Text text;
-    for (int64_t i = 0; i < times && charge(1); ++i) {
-        if (is_string(v)) append(text, text_in(v));
-        else if (charge_bytes(list_in(v).size() * sizeof(Value)))
-            items.insert(items.end(), list_in(v).begin(), list_in(v).end());
-    }
-    return is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(items));
-}
-
-namespace {
-
-/// a op b for 64-bit integers; false: it does not fit, or is no integer.
-bool integer_result(Op op, int64_t a, int64_t b, int64_t* out) {
-    const uint64_t x = uint64_t(a), y = uint64_t(b);
-    switch (op) {
-        case Op::add: *out = int64_t(x + y); return ((a ^ *out) & (b ^ *out)) >= 0;
-        case Op::subtract: *out = int64_t(x - y); return ((a ^ b) & (a ^ *out)) >= 0;
-        case Op::multiply:
-            *out = int64_t(x * y);
-            return a == 0 || (*out / a == b && a != INT64_MIN && b != INT64_MIN);
-        case Op::floor_divide:
-            if (a == INT64_MIN) return false;
-            *out = a / b - (a % b != 0 && (a < 0) != (b < 0));
-            return true;
-        case Op::modulo:
-            if (a == INT64_MIN) return false;
-            *out = a % b + (a % b != 0 && (a < 0) != (b < 0) ? b : 0);
-            return true;
-        case Op::power: {
-            if (b < 0) return false;
-            if (a >= -1 && a <= 1) {
-                *out = b == 0 || (a == -1 && b % 2 == 0) ? 1 : a;
-                return true;
-            }
-            *out = 1;
-            for (int64_t i = 0; i < b; ++i)  // at most 63 times
-                if (!integer_result(Op::multiply, *out, a, out)) return false;
-            return true;
-        }
-        default: return false;
-    }
-}
-
-}  // namespace
-
-Value Renderer::arithmetic(Op op, const Value& a, const Value& b) {
-    const bool divides = op == Op::divide || op == Op::floor_divide || op == Op::modulo;
-    const double x = number_in(a), y = number_in(b);
-    if (divides && y == 0) return fail("division by zero");
-    const bool integers = is_int(a) && is_int(b) && op != Op::divide;
-    int64_t i = 0;
-    if (integers && integer_result(op, a.integer, b.integer, &i)) return make_int(i);
-    if (integers && !(op == Op::power && b.integer < 0)) return fail("an integer over 63 bits");
-    switch (op) {
-        case Op::add: return make_real(x + y);
-        case Op::subtract: return make_real(x - y);
-        case Op::multiply: return make_real(x * y);
-        case Op::divide: return make_real(x / y);
-        case Op::floor_divide: return make_real(std::floor(x / y));
-        case Op::modulo: return make_real(x - y * std::floor(x / y));
-        default: return make_real(std::pow(x, y));
-    }
-}
-
-// parts of values
-
-Value Renderer::loop_attribute(const Loop& loop, std::string_view name) {
-    const List& items = list_in(loop.items);
-    const int64_t at = int64_t(loop.at), size = int64_t(items.size());
-    if (name == "index") return make_int(at + 1);
-    if (name == "index0") return make_int(at);
-    if (name == "revindex") return make_int(size - at);
-    if (name == "revindex0") return make_int(size - at - 1);
-    if (name == "first") return make_bool(at == 0);
-    if (name == "last") return make_bool(at + 1 >= size);
-    if (name == "length") return make_int(size);
-    if (name == "depth") return make_int(1);
-    if (name == "depth0") return make_int(0);
-    if (name == "previtem" && at > 0) return items[size_t(at) - 1];
-    if (name == "nextitem" && at + 1 < size) return items[size_t(at) + 1];
-    return {};
-}
-
-/// v.name: a method first, then a member, as Jinja does.
-Value Renderer::attribute(const Value& v, std::string_view name, uint32_t node) {
-    if (v.kind == Kind::undefined) return fail(what(v));
-    if (const Builtin* method = find_method(v, name)) {
-        Value made = make_kind(Kind::function, 0);
-        made.depth = uint16_t(v.depth + 1);
-        made.object = std::make_shared<Bound>(Bound{v, method});
-        return made;
-    }
-    Value made;
-    if (v.kind == Kind::loop)
-        made = loop_attribute(*static_cast<const Loop*>(v.object.get()), name);
-    const Dict* members = v.kind == Kind::dict         ? &dict_in(v)
-                          : v.kind == Kind::name_space ? &name_spaces_[size_t(v.integer)]
-                                                       : nullptr;
-    if (members) charge_bytes(members->size() * 4);
-    if (const Value* found = members ? find_entry(*members, name) : nullptr) return *found;
-    return made.kind == Kind::undefined ? make_kind(Kind::undefined, node) : made;
-}
-
-/// v[key]: a member or an item first, then what v.key is.
-Value Renderer::subscript(const Value& v, const Value& key, uint32_t node) {
-    if (v.kind == Kind::undefined) return fail(what(v));
-    if (v.kind == Kind::dict) {
-        charge_bytes(dict_in(v).size() * 4);
-        if (const Value* found = find_entry(dict_in(v), key)) return *found;
-    }
-    if (is_string(key)) return attribute(v, chars(key), node);
-    const Value missing = make_kind(Kind::undefined, node);
-    if (!is_int(key) || !(is_list(v) || is_string(v))) return missing;
-    if (is_string(v)) charge_bytes(chars(v).size() / 8);
-    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : utf8_count(chars(v)));
-    const int64_t at = key.integer < 0 ? key.integer + size : key.integer;
-    if (at < 0 || at >= size) return missing;
-    if (is_list(v)) return list_in(v)[size_t(at)];
-    const size_t begin = utf8_offset(chars(v), size_t(at));
-    size_t end = begin;
-    utf8_next(chars(v), &end);
-    return piece(v, {begin, end});
-}
-
-Value Renderer::path(const Value& v, const Value& dotted) {
-    if (!is_string(dotted)) return subscript(v, dotted);
-    const std::string_view names = chars(dotted);
-    Value at = v;
-    for (size_t begin = 0; begin <= names.size() && !failed();) {
-        const size_t end = std::min(names.find('.', begin), names.size());
-        const std::string_view name = names.substr(begin, end - begin);
-        const bool digits = !name.empty() && name.size() < 10 &&
-                            std::all_of(name.begin(), name.end(), is_digit);
-        at = subscript(at,
-                       digits ? make_int(std::atoi(std::string(name).c_str())) : make_text(name));
-        begin = end + 1;
-    }
-    return at;
-}
-
-/// Python's rules: negative places count from the end, and what is outside is cut off.
-Value Renderer::slice(const Value& v, const Value& begin, const Value& end, const Value& step) {
-    if (!is_string(v) && !is_list(v)) return v.kind == Kind::undefined ? fail(what(v)) : Value{};
-    for (const Value* bound : {&begin, &end, &step})
-        if (bound->kind != Kind::none && !is_int(*bound)) return {};  // as Jinja does
-    if (is_string(v)) charge_bytes(chars(v).size() / 8);
-    const int64_t size = int64_t(is_list(v) ? list_in(v).size() : utf8_count(chars(v)));
-    const int64_t by = step.kind == Kind::none
-                           ? 1
-                           : std::clamp<int64_t>(step.integer, -size - 1, size + 1);
-    if (by == 0) return fail("a slice with step 0");
-    const auto place = [&](const Value& bound, int64_t absent) {
-        if (bound.kind == Kind::none) return absent;
-        const int64_t at = bound.integer < 0 ? bound.integer + size : bound.integer;
-        return std::clamp<int64_t>(at, by > 0 ? 0 : -1, by > 0 ? size : size - 1);
-    };
-    const int64_t from = place(begin, by > 0 ? 0 : size - 1), to = place(end, by > 0 ? size : -1);
-    if (is_string(v) && by == 1) {
-        const size_t first = utf8_offset(chars(v), size_t(from));
-        const size_t count = size_t(std::max<int64_t>(to - from, 0));
-        return piece(v,
-                     {first, first + utf8_offset(std::string_view(chars(v)).substr(first), count)});
-    }
-    const Value items = items_of(v);
-    List kept;
-    Text text;
-    for (int64_t i = from; (by > 0 ? i < to : i > to) && !failed(); i += by) {
-        const Value& item = list_in(items)[size_t(i)];
-        if (is_string(v)) append(text, text_in(item));
-        else kept.push_back(item);
-    }
-    return is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(kept));
-}
-
-// writing
-
-namespace {
-
-/// The inside of Python's repr of a string.
-std::string python_escaped(std::string_view s, char quote) {
-    std::string out;
-    for (size_t at = 0; at < s.size();) {
-        const size_t begin = at;
-        const char32_t c = utf8_next(s, &at);
-        const Category k = category(c);
-        if (c == char32_t(quote) || c == '\\') (out += '\\') += char(c);
-        else if (c == '\n' || c == '\r' || c == '\t')
-            out += c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t";
-        else if (c == ' ' || k < Category::Zs) out += s.substr(begin, at - begin);
-        else if (c > 0xffff) out += format("\\U%08x", unsigned(c));
-        else out += format(c > 0xff ? "\\u%04x" : "\\x%02x", unsigned(c));
-    }
-    return out;
-}
-
-}  // namespace
-
-void Renderer::write(Text& out, const Value& v, const WriteStyle& style, size_t level,
-                     bool request) {
-    if (!charge(1)) return;
-    request = request || v.request;
-    const auto word = [&](const char* json, const char* python) {
-        append(out, style.json ? json : python, request);
-    };
-    switch (v.kind) {
-        case Kind::none: return word("null", "None");
-        case Kind::boolean: return v.integer ? word("true", "True") : word("false", "False");
-        case Kind::integer: return void(append(out, number_text(v), request));
-        case Kind::real:
-            if (!style.json || std::isfinite(v.real))
-                return void(append(out, number_text(v), request));
-            return word(std::isnan(v.real) ? "NaN" : v.real > 0 ? "Infinity" : "-Infinity", "");
-        case Kind::string: {
-            const std::string& s = chars(v);
-            const bool apostrophes = s.find('\'') != std::string::npos &&
-                                     s.find('"') == std::string::npos;
-            const char quote = style.json || apostrophes ? '"' : '\'';
-            append(out, std::string_view(&quote, 1), request);
-            each_run(text_in(v), [&](std::string_view run, bool marked) {
-                charge_bytes(run.size());
-                if (failed()) return;
-                std::string escaped;
-                if (style.json) write_json_escaped(escaped, run, style.ascii);
-                else escaped = python_escaped(run, quote);
-                append(out, escaped, request || marked);
-            });
-            append(out, std::string_view(&quote, 1), request);
-            return;
-        }
-        case Kind::list:
-        case Kind::tuple:
-        case Kind::dict: return write_container(out, v, style, level, request);
-        default:
-            if (style.json) fail(join({"a value of type ", what(v), " has no JSON"}));
-            else append(out, join({"<", kind_name(v), ">"}), false);
-    }
-}
-
-void Renderer::write_container(Text& out, const Value& v, const WriteStyle& style, size_t level,
-                               bool request) {
-    const bool is_dict = v.kind == Kind::dict;
-    const bool round = v.kind == Kind::tuple && !style.json;
-    const size_t size = is_dict ? dict_in(v).size() : list_in(v).size();
-    const auto new_line = [&](size_t depth) {
-        if (!style.lines || size == 0) return;
-        append(out, "\n", request);
-        for (size_t i = 0; i < depth && !failed(); ++i) append(out, style.indent, request);
-    };
-    Dict entries;
-    if (is_dict && style.sorted) {
-        entries = dict_in(v);
-        sort_items(entries, [&](const Entry& a, const Entry& b) { return less(a.key, b.key); });
-    }
-    append(out, is_dict ? "{" : round ? "(" : "[", request);
-    for (size_t i = 0; i < size && !failed(); ++i) {
-        if (i > 0) append(out, style.comma, request);
-        new_line(level + 1);
-        if (!is_dict) {
-            write(out, list_in(v)[i], style, level + 1, request);
-            continue;
-        }
-        const Entry& e = style.sorted ? entries[i] : dict_in(v)[i];
-        const bool quoted = style.json && !is_string(e.key);  // {1: 2} is {"1": 2}
-        if (quoted) append(out, "\"", request);
-        write(out, e.key, style, level + 1, request);
-        if (quoted) append(out, "\"", request);
-        append(out, style.colon, request);
-        write(out, e.value, style, level + 1, request);
-    }
-    if (round && size == 1) append(out, ",", request);
-    new_line(level);
-    append(out, is_dict ? "}" : round ? ")" : "]", request);
 }
 
 }  // namespace jinja

@@ -19,9 +19,10 @@ enum class Flow : uint8_t { next, break_loop, continue_loop };
 
 struct Arguments {
     List values = {};
-    std::vector<std::pair<std::string_view, Value>> named = {};
+    Dict named = {};
 
     const Value* find(std::string_view name) const;  // among the named ones, or null
+    bool take(std::string_view name, Value* value);  // out of the named ones
 };
 
 class Renderer;
@@ -46,15 +47,18 @@ struct Bound {  // a function value: a method with what it belongs to, or a glob
     const Builtin* builtin;
 };
 
-struct Loop {  // what `loop` is
-    Value items;
-    size_t at;
-};
-
-struct Macro {
+struct Place {  // of a macro or a loop
     uint32_t node;
     uint32_t frame;   // where it was defined
     uint64_t serial;  // of that frame
+};
+
+struct Loop {  // what `loop` is
+    Value items;
+    size_t at;
+    Place place;
+    uint32_t nesting;          // of a recursive one
+    std::optional<List> last;  // what `changed` was given last
 };
 
 /// How values are written: as Python's repr, or as json.dumps.
@@ -88,6 +92,7 @@ public:
     void print(Text& out, const Value& v);  // Python's str()
     void write(Text& out, const Value& v, const WriteStyle& style, size_t level, bool request);
     Value to_string(const Value& v);
+    Value escaped(const Value& v);  // as markup: <, >, &, " and ' in HTML's spelling
     Value piece(const Value& string, ByteRange range);  // of a string
     Value list(Kind kind, List items);
     Value dict(Dict entries);
@@ -103,9 +108,11 @@ public:
     Value attribute(const Value& v, std::string_view name, uint32_t node = 0);
     Value subscript(const Value& v, const Value& key, uint32_t node = 0);
     Value path(const Value& v, const Value& dotted);  // filters' attribute = "a.b"
-    Value slice(const Value& v, const Value& begin, const Value& end, const Value& step);
+    Value slice(const Value& v, const Value& begin, const Value& end, const Value& step,
+                bool constant = false);
     Value call(const Builtin& builtin, const Value& self, Arguments& args);
     Value name_space(Dict fields);
+    Dict& fields(const Value& name_space) { return name_spaces_[size_t(name_space.integer)]; }
 
 private:
     struct Frame {
@@ -138,6 +145,7 @@ private:
     Flow execute_loop(const Node& node);
     Flow execute_scope(uint32_t body);
     Flow execute_capture(const Node& node);
+    Flow run_loop(const Place& place, Value items, uint32_t depth);
     List selected(const Node& node, const List& items);
     Flow captured(uint32_t body, Value* value);
 
@@ -153,14 +161,24 @@ private:
     Value apply_slice(const Value& v, const Node& node);
     Value apply_builtin(const Value& v, const Node& node);
     Arguments eval_arguments(const Node& node);
+    void spread(const Node& node, Arguments& args);
+    Value eval_call_block(const Node& node);
+    Value new_macro(uint32_t node);
+    bool can_call(const Place& place);
+    Value call_loop(const Loop& loop, Arguments& args);
     bool bind(const Builtin& builtin, Arguments& args);
     Value call_value(const Value& callee, Arguments& args);
-    Value call_macro(const Macro& macro, Arguments& args);
+    Value call_macro(const Place& macro, Arguments& args);
     bool bind_parameters(const Node& node, Arguments& args);
+    bool bind_special(const Node& node, bool has_caller, List rest, Arguments& args);
     Value loop_attribute(const Loop& loop, std::string_view name);
+    Value macro_attribute(const Place& macro, std::string_view name);
     Value concatenated(Value a, const Value& b);
+    Value joined_markup(const Value& a, const Value& b);
     Value arithmetic(Op op, const Value& a, const Value& b);
     Value repeated(const Value& v, int64_t times);
+    void write_object(Text& out, const Value& v, size_t level, bool request);
+    void write_view(Text& out, const Value& v, size_t level, bool request);
     void write_container(Text& out, const Value& v, const WriteStyle& style, size_t level,
                          bool request);
 

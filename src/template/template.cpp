@@ -1,5 +1,6 @@
 // >>template
-// In this order: values, the program (a flat syntax tree), lexer, parser, renderer, the tables of
+// In this order: values, the program (a flat syntax tree), lexer, parser, renderer, what operators and
+// formats do, the tables of
 // filters, tests, methods and functions, and last the way from a request to a prompt.
 #include "prologue.hpp"
 

@@ -55,6 +55,7 @@ bool truth(const Value& v) {
         case Kind::list:
         case Kind::tuple: return !list_in(v).empty();
         case Kind::dict: return !dict_in(v).empty();
+        case Kind::iterator: return !is_view(v) || !list_in(v).empty();
         default: return true;  // as Python's generators
     }
 }

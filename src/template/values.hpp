@@ -32,6 +32,9 @@ enum class Kind : uint8_t {
     // clang-format on
 };
 
+/// What an iterator is: a generator gives its items once, a view of a dict gives them always.
+enum class View : uint8_t { generator, items, keys, values };
+
 struct Value {
     Value() = default;
     Value(const Value& other);  // these are long, and used in a thousand places: never inline
@@ -42,9 +45,12 @@ struct Value {
 
     Kind kind = Kind::undefined;
     bool request = false;  // it came from the request; of a string its marks say so, not this
+    bool markup = false;   // a string that `safe` or `escape` made: what joins it is escaped
     uint16_t depth = 0;    // of a container
     union {
-        int64_t integer = 0;  // boolean, integer; undefined: its node; name_space: its index
+        // boolean, integer; undefined: its node; name_space: its index; iterator: its View;
+        // tuple: 1 when groupby made it; list: 1 when range did
+        int64_t integer = 0;
         double real;
     };
     std::shared_ptr<void> object = {};
@@ -67,6 +73,9 @@ inline bool is_list(const Value& v) { return v.kind == Kind::list || v.kind == K
 inline bool is_int(const Value& v) { return v.kind == Kind::integer || v.kind == Kind::boolean; }
 inline bool is_number(const Value& v) { return is_int(v) || v.kind == Kind::real; }
 inline bool is_string(const Value& v) { return v.kind == Kind::string; }
+inline bool is_view(const Value& v) {
+    return v.kind == Kind::iterator && View(v.integer) != View::generator;
+}
 inline bool is_absent(const Value& v) { return v.kind <= Kind::none; }  // as an optional argument
 inline double number_in(const Value& v) { return is_int(v) ? double(v.integer) : v.real; }
 
@@ -124,14 +133,15 @@ std::string number_text(const Value& v);
 
 enum class Op : uint8_t {
     // statements; children in comments, those in brackets may be node 0: nothing
-    body,       // statements
-    text,       // value: index into texts
-    print,      // expression
-    choice,     // condition, body, condition, body ..., [body of else]: an odd number of children
-    loop,       // target, iterable, [condition], body, [body of else]
-    set,        // target, expression
-    set_block,  // target, body, filters ...
-    macro,      // value: name; body, parameters (keyword) ...
+    body,        // statements
+    text,        // value: index into texts
+    print,       // expression
+    choice,      // condition, body, condition, body ..., [body of else]: an odd number of children
+    loop,        // target, iterable, [condition], body, [body of else]; flag: recursive
+    set,         // target, expression
+    set_block,   // target, body, filters ...
+    macro,       // value: name; body, Special, parameters (keyword) ...
+    call_block,  // call, macro
     filter_block,  // body, filters ...
     scope,         // body
     break_loop,
@@ -152,15 +162,19 @@ enum class Op : uint8_t {
     add, subtract, multiply, divide, floor_divide, modulo, power, concat,  // expression
     attribute,    // value: name
     item,         // expression
-    slice,        // [begin], [end], [step]
+    slice,        // [begin], [end], [step]; flag: of a constant
     call,         // expressions and keywords
     filter,       // value: name; expressions and keywords
     test,         // value: name; expressions and keywords; flag: negated
     equal, not_equal, less, less_equal, greater, greater_equal, in, not_in,  // expression
     keyword,      // value: name; [expression]
+    spread,       // expression: arguments of a call; flag: a dict of keywords
     field,        // a target: value: name of the attribute; name of the namespace
     // clang-format on
 };
+
+/// Names that a macro has without saying so; a set of them is a sum of bits.
+enum Special : uint32_t { special_caller = 1, special_kwargs = 2, special_varargs = 4 };
 
 struct Node {
     Op op = Op::body;
@@ -187,7 +201,8 @@ struct TemplateProgram {
     std::vector<jinja::Value> constants;
     std::vector<std::string> texts;  // outside of tags
     std::vector<std::string> names;
-    std::optional<uint32_t> loop_name;  // of "loop", where the template uses it
+    // Where the template uses them: names that the renderer sets.
+    std::optional<uint32_t> loop_name, caller_name, kwargs_name, varargs_name;
     uint32_t root = 0;
 
     std::span<const uint32_t> children(const jinja::Node& node) const {
