@@ -2946,7 +2946,7 @@ struct EngineOptions {
     uint32_t step_tokens = 512;  ///< prompt tokens a batch at most, of all requests
     std::span<const std::byte> model_bytes = {};  ///< instead of a path; borrowed for its life
     GgufReader model_reader = {};                 ///< instead of a path
-    std::string chat_template = {};               ///< instead of the file's own
+    std::string chat_template = {};               ///< Jinja or a known name (README)
     ParallelFor parallel_for = {};                ///< the host's job system instead of own threads
     LogSink log = {};
     uint32_t max_running = 16;    ///< requests computed side by side
@@ -16665,6 +16665,15 @@ struct TemplateInput {
     int64_t now_s = 0;              ///< what strftime_now shows: unix time + the zone's offset
 };
 
+/// What a template takes of a conversation; `chat_input` brings it into that shape.
+struct TemplateShape {
+    bool system = true;       ///< a system message; else its text goes before the next user text
+    bool late_system = true;  ///< also one that is not the first message
+    bool developer = false;   ///< a role of its own; else it is a system message
+    bool parts = false;       ///< content is a list of parts; a string would be lost
+    bool joins = false;       ///< it refuses neighbours of one role: they are joined
+};
+
 /// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
 /// when it is parsed, a filter, test or method when it is used.
 /// Threads: immutable after `parse`; every member from any thread. Copies share the program.
@@ -16684,26 +16693,29 @@ public:
 
     /// Errors: bad_data, with the line.
     static Result<ChatTemplate> parse(std::string source);
-    /// The template of a model: its own, or without one ChatML, provided that the vocabulary has
-    /// ChatML's two control tokens. Errors: as `parse`; unsupported.
-    static Result<ChatTemplate> open(std::string source, bool has_chatml_tokens);
+    /// As `parse`, and finds its shape: it renders a few short conversations.
+    static Result<ChatTemplate> open(std::string source);
 
     /// Errors: invalid_request, with the line; what the template itself raises: its words alone;
     /// too_large: a text of over max_output_bytes.
     Result<MarkedText> render(const TemplateInput& input) const;
 
+    const TemplateShape& shape() const { return shape_; }
     const std::string& source() const;
     /// Whether a string literal of the template holds `word`: how one sees what it knows of.
     bool mentions(std::string_view word) const;
 
 private:
     explicit ChatTemplate(std::shared_ptr<const TemplateProgram> program);
+    bool takes(const Json& messages, std::string_view word) const;
+    void find_shape();
     std::shared_ptr<const TemplateProgram> program_;
+    TemplateShape shape_ = {};
 };
 
 /// The variables for `request`: messages (instructions first, as a system message; parts of text
-/// joined; reasoning left out), add_generation_prompt, bos_token, eos_token, and tools and
-/// documents as null. The role `developer` becomes `system` unless the template mentions it.
+/// joined; reasoning left out; all as the template's shape wants it), add_generation_prompt,
+/// bos_token, eos_token, and tools and documents as null.
 /// Errors: unsupported, with the item's path, for calls of tools and their outputs.
 Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
                                  std::string_view bos, std::string_view eos, int64_t now_s);
@@ -21706,9 +21718,9 @@ const Builtin* find_method(const Value& self, std::string_view name) {
 // ---- src/template/template.cpp -----------------------------------------------------------------
 
 // >>template
-// In this order: values, the program (a flat syntax tree), lexer, parser, renderer, what operators and
-// formats do, the tables of
-// filters, tests, methods and functions, and last the way from a request to a prompt.
+// In this order: values, the program (a flat syntax tree), lexer, parser, renderer, what operators
+// and formats do, the tables of filters, tests, methods and functions, and last the way from a
+// request to a prompt.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -21742,18 +21754,9 @@ Result<ChatTemplate> ChatTemplate::parse(std::string source) {
     const auto program = std::make_shared<TemplateProgram>();
     program->source = std::move(source);
     if (auto parsed = jinja::parse(*program, text); !parsed) return parsed.error();
-    return ChatTemplate(program);
-}
-
-Result<ChatTemplate> ChatTemplate::open(std::string source, bool has_chatml_tokens) {
-    if (!source.empty()) return parse(std::move(source));
-    if (!has_chatml_tokens)
-        return make_error(ErrorKind::unsupported,
-                          "the model has no chat template (tokenizer.chat_template) and no "
-                          "tokens <|im_start|> and <|im_end|> for the default one");
-    return parse(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}");
+    ChatTemplate made(program);
+    made.shape_.developer = made.mentions("developer");
+    return made;
 }
 
 Result<MarkedText> ChatTemplate::render(const TemplateInput& input) const {
@@ -21769,23 +21772,41 @@ bool ChatTemplate::mentions(std::string_view word) const {
     return false;
 }
 
-Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
-                                 std::string_view bos, std::string_view eos, int64_t now_s) {
-    const bool knows_developer = chat_template.mentions(role_name(Role::developer));
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/messages.cpp -----------------------------------------------------------------
+
+// From the items of a request to the messages that a template expects.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+struct ChatTurn {
+    Role role;
+    std::string text;
+};
+
+Json message_of(const ChatTurn& turn, bool parts) {
+    Json message = Json::object().set("role", role_name(turn.role));
+    if (!parts) return message.set("content", turn.text);
+    Json part = Json::object().set("type", "text").set("text", turn.text);
+    return message.set("content", Json::array().push(std::move(part)));
+}
+
+Json messages_of(const std::vector<ChatTurn>& turns, bool parts) {
     Json messages = Json::array();
-    const auto add = [&](Role role, std::string text) {
-        if (role == Role::developer && !knows_developer) role = Role::system;
-        messages.push(Json::object().set("role", role_name(role)).set("content", std::move(text)));
-    };
-    if (!request.instructions.empty()) add(Role::system, request.instructions);
-    if (request.input.items.empty()) add(Role::user, request.input.text);
-    for (size_t i = 0; i < request.input.items.size(); ++i) {
-        const Item& item = request.input.items[i];
-        if (item.kind == Item::Kind::message) add(item.role, item.text());
-        else if (item.kind != Item::Kind::reasoning)
-            return make_error(ErrorKind::unsupported, "calls of tools are not in this version",
-                              "unsupported_parameter", format("input[%zu].type", i));
-    }
+    for (const ChatTurn& turn : turns) messages.push(message_of(turn, parts));
+    return messages;
+}
+
+TemplateInput input_of_messages(Json messages, std::string_view bos, std::string_view eos,
+                                int64_t now_s) {
     TemplateInput input;
     input.request.set("messages", std::move(messages))
         .set("tools", nullptr)
@@ -21793,6 +21814,110 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
     input.own.set("add_generation_prompt", true).set("bos_token", bos).set("eos_token", eos);
     input.now_s = now_s;
     return input;
+}
+
+void add_text(std::string& text, const std::string& more) {
+    if (!text.empty() && !more.empty()) text += "\n\n";
+    text += more;
+}
+
+// ---- what a template takes --------------------------------------------------------------------
+
+// Texts that no template has: found in what it renders, they were not lost.
+constexpr const char* probe_system = "probe-of-system";
+constexpr const char* probe_first = "probe-of-user";
+constexpr const char* probe_answer = "probe-of-assistant";
+constexpr const char* probe_second = "probe-of-second";
+
+}  // namespace
+
+/// Whether it renders these messages and `word` is in what it makes of them.
+bool ChatTemplate::takes(const Json& messages, std::string_view word) const {
+    const auto made = render(input_of_messages(messages, "<s>", "</s>", 0));
+    return made && made->text.find(word) != std::string::npos;
+}
+
+void ChatTemplate::find_shape() {
+    const ChatTurn system{Role::system, probe_system}, first{Role::user, probe_first};
+    const ChatTurn answer{Role::assistant, probe_answer}, second{Role::user, probe_second};
+    const auto turns = [&](std::vector<ChatTurn> these, std::string_view word) {
+        return takes(messages_of(these, shape_.parts), word);
+    };
+    if (!turns({first}, probe_first)) {
+        shape_.parts = true;
+        if (!turns({first}, probe_first)) {
+            // It takes neither way: what it says of a request is clearer than what is said here.
+            shape_.parts = false;
+            return;
+        }
+    }
+    const ChatTurn both{Role::user, std::string(probe_system) + "\n\n" + probe_first};
+    shape_.system = turns({system, first}, probe_system) || !turns({both}, probe_system);
+    shape_.late_system = shape_.system && turns({first, answer, system, second}, probe_system);
+    shape_.joins = !turns({first, second}, probe_second) ||
+                   !turns({first, answer, answer, second}, probe_second) ||
+                   (shape_.system && !turns({system, system, first}, probe_first));
+    shape_.developer = shape_.developer &&
+                       turns({{Role::developer, probe_system}, first}, probe_system);
+}
+
+Result<ChatTemplate> ChatTemplate::open(std::string source) {
+    auto made = parse(std::move(source));
+    if (made) made->find_shape();
+    return made;
+}
+
+namespace {
+
+/// Texts of system messages that it does not take go before the user's next text.
+std::vector<ChatTurn> with_known_roles(std::vector<ChatTurn> turns, const TemplateShape& shape) {
+    std::vector<ChatTurn> made;
+    std::string waiting;
+    for (ChatTurn& turn : turns) {
+        if (turn.role == Role::developer && !shape.developer) turn.role = Role::system;
+        const bool leading = made.empty() || made.back().role == Role::system;
+        const bool taken = shape.system && (shape.late_system || leading);
+        if (turn.role == Role::system && !taken) {
+            add_text(waiting, turn.text);
+            continue;
+        }
+        if (turn.role == Role::user && !waiting.empty()) {
+            add_text(waiting, turn.text);
+            turn.text = std::exchange(waiting, {});
+        }
+        made.push_back(std::move(turn));
+    }
+    if (!waiting.empty()) made.push_back({Role::user, std::move(waiting)});
+    return made;
+}
+
+std::vector<ChatTurn> with_neighbours_joined(std::vector<ChatTurn> turns) {
+    std::vector<ChatTurn> made;
+    for (ChatTurn& turn : turns) {
+        if (made.empty() || made.back().role != turn.role) made.push_back(std::move(turn));
+        else add_text(made.back().text, turn.text);
+    }
+    return made;
+}
+
+}  // namespace
+
+Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
+                                 std::string_view bos, std::string_view eos, int64_t now_s) {
+    std::vector<ChatTurn> turns;
+    if (!request.instructions.empty()) turns.push_back({Role::system, request.instructions});
+    if (request.input.items.empty()) turns.push_back({Role::user, request.input.text});
+    for (size_t i = 0; i < request.input.items.size(); ++i) {
+        const Item& item = request.input.items[i];
+        if (item.kind == Item::Kind::message) turns.push_back({item.role, item.text()});
+        else if (item.kind != Item::Kind::reasoning)
+            return make_error(ErrorKind::unsupported, "calls of tools are not in this version",
+                              "unsupported_parameter", format("input[%zu].type", i));
+    }
+    const TemplateShape& shape = chat_template.shape();
+    turns = with_known_roles(std::move(turns), shape);
+    if (shape.joins) turns = with_neighbours_joined(std::move(turns));
+    return input_of_messages(messages_of(turns, shape.parts), bos, eos, now_s);
 }
 
 }  // namespace detail
@@ -25708,6 +25833,7 @@ public:
 private:
     Result<void> read(const EngineOptions& options);
     Result<void> read_words(const EngineOptions& options);
+    Result<void> read_tokenizer(std::string_view chat_template);
     void name(const EngineOptions& options);
 
     ModelFile file_;
@@ -25768,6 +25894,119 @@ inline std::span<const std::string_view> family_end_tokens() {
         "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
     // clang-format on
     return spellings;
+}
+
+/// A template by its name. A model without one gets the first whose tokens its vocabulary has and
+/// whose architecture is its own; those of "-" are there to be asked for.
+struct KnownTemplate {
+    std::string_view name;
+    std::string_view architecture;  // empty: any
+    std::string_view tokens;        // with a space between them
+    std::string_view source;
+};
+
+inline std::span<const KnownTemplate> known_templates() {
+    static constexpr KnownTemplate templates[] = {
+        {"chatml", "", "<|im_start|> <|im_end|>",
+         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"},
+        {"llama3", "", "<|start_header_id|> <|end_header_id|> <|eot_id|>",
+         "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+         "\n\n{{ m.content|trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+         "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"},
+        {"gemma", "", "<start_of_turn> <end_of_turn>",
+         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+         "{{ raise_exception('System role not supported') }}{% endif %}<start_of_turn>"
+         "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content|trim }}<end_of_turn>\n"
+         "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"},
+        {"phi3", "phi3", "<|user|> <|assistant|> <|end|>",
+         "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"},
+        {"granite", "", "<|start_of_role|> <|end_of_role|> <|end_of_text|>",
+         "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}"
+         "<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}"
+         "<|start_of_role|>assistant<|end_of_role|>{% endif %}"},
+        {"command-r", "", "<|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|>",
+         "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{{ '<|CHATBOT_TOKEN|>' if "
+         "m.role == 'assistant' else '<|SYSTEM_TOKEN|>' if m.role == 'system' else "
+         "'<|USER_TOKEN|>' }}{{ m.content|trim }}<|END_OF_TURN_TOKEN|>{% endfor %}"
+         "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"},
+        {"glm4", "", "[gMASK] <sop> <|user|> <|assistant|>",
+         "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"},
+        {"deepseek", "",
+         "<\xEF\xBD\x9CUser\xEF\xBD\x9C> <\xEF\xBD\x9C"
+         "Assistant\xEF\xBD\x9C>",
+         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' "
+         "%}<\xEF\xBD\x9CUser\xEF\xBD\x9C>"
+         "{{ m.content }}{% elif m.role == 'assistant' %}<\xEF\xBD\x9C"
+         "Assistant\xEF\xBD\x9C>"
+         "{{ m.content }}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}<\xEF\xBD\x9C"
+         "Assistant\xEF\xBD\x9C>{% endif %}"},
+        {"mistral", "", "[INST] [/INST]",
+         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}"
+         "[/INST]{% elif m.role == 'assistant' %} {{ m.content|trim }}{{ eos_token }}{% else %}"
+         "{{ raise_exception('Only user and assistant roles are supported') }}{% endif %}"
+         "{% endfor %}"},
+        {"phi2", "phi2", "",
+         "{% for m in messages %}{% if m.role == 'user' %}Instruct: {{ m.content }}\n"
+         "{% elif m.role == 'assistant' %}Output: {{ m.content }}\n{% else %}{{ m.content }}\n"
+         "{% endif %}{% endfor %}{% if add_generation_prompt %}Output:{% endif %}"},
+        {"falcon", "falcon", "",
+         "{% for m in messages %}{{ {'user': 'User: ', 'assistant': 'Falcon: '}[m.role] or '' }}"
+         "{{ m.content|trim }}\n{% endfor %}{% if add_generation_prompt %}Falcon:{% endif %}"},
+        {"llama2", "-", "",
+         "{% for m in messages %}{% if m.role == 'system' %}{{ bos_token }}[INST] <<SYS>>\n"
+         "{{ m.content|trim }}\n<</SYS>>\n\n{% elif m.role == 'user' %}{% if loop.previtem is "
+         "undefined or loop.previtem.role != 'system' %}{{ bos_token }}[INST] {% endif %}"
+         "{{ m.content|trim }} [/INST]{% else %} {{ m.content|trim }} {{ eos_token }}{% endif %}"
+         "{% endfor %}"},
+        {"zephyr", "-", "",
+         "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"},
+        {"vicuna", "-", "",
+         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content|trim "
+         "}}\n"
+         "{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content|trim }}{{ eos_token }}\n{% else "
+         "%}"
+         "{{ m.content|trim }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:"
+         "{% endif %}"},
+        {"alpaca", "-", "",
+         "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content|trim "
+         "}}\n\n"
+         "{% elif m.role == 'assistant' %}### Response:\n{{ m.content|trim }}{{ eos_token }}\n\n"
+         "{% else %}{{ m.content|trim }}\n\n{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}### Response:\n{% endif %}"},
+        {"plain", "-", "",
+         "{% for m in messages %}{{ m.role|capitalize }}: {{ m.content|trim }}\n{% endfor %}"
+         "{% if add_generation_prompt %}Assistant:{% endif %}"},
+    };
+    return templates;
+}
+
+inline const KnownTemplate* known_template(std::string_view name) {
+    for (const KnownTemplate& known : known_templates())
+        if (known.name == name) return &known;
+    return nullptr;
+}
+
+/// For a model without a template, or null. `has(token)`: whether its vocabulary has this one.
+template <class Has>
+const KnownTemplate* fallback_template(std::string_view architecture, Has has) {
+    const auto has_all = [&](std::string_view tokens) {
+        while (!tokens.empty()) {
+            const size_t end = std::min(tokens.find(' '), tokens.size());
+            if (!has(tokens.substr(0, end))) return false;
+            tokens.remove_prefix(std::min(end + 1, tokens.size()));
+        }
+        return true;
+    };
+    for (const KnownTemplate& known : known_templates())
+        if ((known.architecture.empty() || known.architecture == architecture) &&
+            has_all(known.tokens))
+            return &known;
+    return nullptr;
 }
 
 }  // namespace detail
@@ -25862,16 +26101,45 @@ Result<void> LoadedModel::read(const EngineOptions& options) {
     return {};
 }
 
+namespace {
+
+std::string template_names() {
+    std::string names;
+    for (const KnownTemplate& known : known_templates())
+        names += (names.empty() ? " " : ", ") + std::string(known.name);
+    return names;
+}
+
+}  // namespace
+
+Result<void> LoadedModel::read_tokenizer(std::string_view chat_template) {
+    auto words = Tokenizer::open(file_.gguf, chat_template, family_end_tokens());
+    if (!words) return words.error();
+    tokenizer_ = std::move(*words);
+    return {};
+}
+
 Result<void> LoadedModel::read_words(const EngineOptions& options) {
     auto source = file_.gguf.get_string("tokenizer.chat_template", "");
     if (!source) return source.error();
-    const std::string text = options.chat_template.empty() ? std::string(*source)
-                                                           : options.chat_template;
-    auto words = Tokenizer::open(file_.gguf, text, family_end_tokens());
-    if (!words) return words.error();
-    tokenizer_ = std::move(*words);
-    const bool has_chatml = tokenizer_->find("<|im_start|>") && tokenizer_->find("<|im_end|>");
-    auto parsed = ChatTemplate::open(text, has_chatml);
+    std::string text = options.chat_template.empty() ? std::string(*source) : options.chat_template;
+    if (const KnownTemplate* known = known_template(text)) text = known->source;
+    else if (!options.chat_template.empty() && text.find('{') == text.npos)
+        return make_error(ErrorKind::invalid_request,
+                          "chat_template is neither Jinja nor one of" + template_names());
+    if (auto words = read_tokenizer(text); !words) return words;
+    if (text.empty()) {
+        const KnownTemplate* known = fallback_template(
+            spec().architecture, [&](std::string_view token) { return !!tokenizer_->find(token); });
+        if (!known)
+            return make_error(ErrorKind::unsupported,
+                              "the model has no chat template (tokenizer.chat_template), and no "
+                              "tokens of a known one; chat_template may be one of" +
+                                  template_names());
+        text = known->source;
+        if (auto words = read_tokenizer(text); !words) return words;  // its words end turns
+    }
+    auto parsed = ChatTemplate::open(std::move(text));
     if (!parsed) return parsed.error();
     chat_template_ = std::move(*parsed);
     return {};

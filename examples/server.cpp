@@ -136,8 +136,8 @@ void add_engine_flags(example::Flags& flags, Settings& settings) {
     flags.add("model-id", "ID", &model.model_id, "its name (default: as its file has it)");
     flags.add("alias", "ID", &model.aliases, "a further id that it answers to (repeatable)",
               "aliases");
-    flags.add("chat-template", "FILE", &settings.template_file,
-              "Jinja, in place of the model's own");
+    flags.add("chat-template", "FILE|NAME", &settings.template_file,
+              "Jinja, or the name of a known one, in place of the model's own");
     flags.add("step-tokens", "N", &model.step_tokens,
               "of prompts in one pass, at most (default: 512)");
     flags.add("page-tokens", "N", &model.page_tokens,
@@ -182,7 +182,11 @@ valar::Result<void> complete(const example::Flags& flags, Settings& settings) {
     if (flags.given("api-key")) server.keys.push_back({"key", "default", settings.key});
     server.require_keys = flags.given("keys") || flags.given("api-key");
     if (flags.given("chat-template")) {
-        auto text = example::read_text(settings.template_file);
+        std::error_code none;
+        const std::string& file = settings.template_file;
+        const bool name = file.find_first_of("./\\") == file.npos &&
+                          !std::filesystem::exists(file, none);
+        auto text = name ? valar::Result<std::string>(file) : example::read_text(file);
         if (!text) return wrong("chat_template", text.error().message);
         if (text->find_first_not_of(" \t\r\n") == text->npos)
             return wrong("chat_template", "'" + settings.template_file + "' is empty");

@@ -9,6 +9,7 @@
 
 #include "engine/engine.hpp"
 #include "gguf.hpp"
+#include "template/families.hpp"
 #include "template/internal.hpp"
 #include "unicode_internal.hpp"
 
@@ -540,8 +541,8 @@ TEST_CASE("template: a request becomes messages") {
     Request request;
     request.instructions = "Be brief.";
     request.input = "Hello";
-    const auto plain = ChatTemplate::parse(jinja("smollm2"));
-    const auto knows = ChatTemplate::parse(jinja("qwen3"));
+    const auto plain = ChatTemplate::open(jinja("smollm2"));
+    const auto knows = ChatTemplate::open(jinja("qwen3"));
     REQUIRE((plain && knows));
     CHECK(!plain->mentions("developer"));
     CHECK(knows->mentions("developer"));
@@ -580,19 +581,101 @@ TEST_CASE("template: a request becomes messages") {
     CHECK(input.error().param == "input[1].type");
 }
 
+TEST_CASE("template: messages take the shape that a template takes") {
+    Request request;
+    request.instructions = "I";
+    request.input = std::vector<Item>{
+        Item::message(Role::user, "a"), Item::message(Role::user, "b"),
+        Item::message(Role::assistant, "c"), Item::message(Role::system, "s"),
+        Item::message(Role::user, "d")};
+    const auto messages = [&](const std::string& source) {
+        const auto made = ChatTemplate::open(source);
+        REQUIRE(made);
+        const auto input = chat_input(request, *made, "<s>", "</s>", kNow);
+        REQUIRE(input);
+        std::string out;
+        for (const Json& m : input->request["messages"].items())
+            out += std::string(m["role"].as_string()) + ":" +
+                   (m["content"].is_string() ? std::string(m["content"].as_string())
+                                             : m["content"].write()) +
+                   ";";
+        CHECK(made->render(*input));
+        return out;
+    };
+    const std::string print = "{{ m.role }}{{ m.content }}{% endfor %}";
+    const std::string alternate =
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('must alternate') }}{% endif %}";
+    CHECK(messages("{% for m in messages %}" + print) ==
+          "system:I;user:a;user:b;assistant:c;system:s;user:d;");
+    CHECK(messages(alternate + print) == "user:I\n\na\n\nb;assistant:c;user:s\n\nd;");
+    CHECK(messages("{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+                   "{% set messages = messages[1:] %}{% endif %}" +
+                   alternate + print) == "system:I;user:a\n\nb;assistant:c;user:s\n\nd;");
+    // A system message that is dropped in silence would be lost.
+    CHECK(messages("{% for m in messages if m.role != 'system' %}" + print) ==
+          "user:I\n\na;user:b;assistant:c;user:s\n\nd;");
+    CHECK(messages("{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
+              .find("system:[{\"type\":\"text\",\"text\":\"I\"}];user:[") == 0);
+    CHECK(messages("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+                   "{% endfor %}")
+              .find("user:[{\"type\":\"text\",\"text\":\"b\"}];") != std::string::npos);
+    // What takes nothing is left as it is: its own words say why.
+    const auto refuses = ChatTemplate::open("{{ raise_exception('never') }}");
+    REQUIRE(refuses);
+    CHECK(refuses->shape().system);
+    CHECK(!refuses->shape().joins);
+    request.input = std::vector<Item>{Item::message(Role::assistant, "c")};
+    const auto gemma = ChatTemplate::open(jinja("gemma"));
+    REQUIRE(gemma);
+    CHECK(!gemma->shape().system);
+    request.input = "Hello";
+    const auto input = chat_input(request, *gemma, "<bos>", "<eos>", kNow);
+    REQUIRE(input);
+    CHECK(shown(*gemma->render(*input)) ==
+          "<bos><start_of_turn>user\n^I\n\nHello$<end_of_turn>\n<start_of_turn>model\n");
+}
+
 TEST_CASE("template: a model without a template") {
-    const auto chatml = ChatTemplate::open("", true);
+    const auto words_of = [](std::string_view words) {
+        return [words](std::string_view token) {
+            return (" " + std::string(words) + " ").find(" " + std::string(token) + " ") !=
+                   std::string::npos;
+        };
+    };
+    const auto named = [&](const char* architecture, std::string_view words) {
+        const KnownTemplate* known = fallback_template(architecture, words_of(words));
+        return known ? std::string(known->name) : std::string();
+    };
+    CHECK(named("qwen2", "<|im_start|> <|im_end|>") == "chatml");
+    CHECK(named("llama", "<|eot_id|> <|start_header_id|> <|end_header_id|>") == "llama3");
+    CHECK(named("gemma2", "<start_of_turn> <end_of_turn>") == "gemma");
+    CHECK(named("phi3", "<|user|> <|assistant|> <|end|>") == "phi3");
+    CHECK(named("phi2", "") == "phi2");
+    CHECK(named("llama", "<s> </s>").empty());
+    for (const KnownTemplate& known : known_templates()) {
+        const auto made = ChatTemplate::open(std::string(known.source));
+        REQUIRE_MESSAGE(made, known.name);
+        Request request;
+        request.instructions = "Be brief.";
+        request.input = std::vector<Item>{Item::message(Role::user, "Hello"),
+                                          Item::message(Role::assistant, "Yes?"),
+                                          Item::message(Role::user, "Why?")};
+        const auto input = chat_input(request, *made, "<s>", "</s>", kNow);
+        REQUIRE(input);
+        const auto text = made->render(*input);
+        REQUIRE_MESSAGE(text, known.name);
+        for (const char* part : {"Be brief.", "Hello", "Yes?", "Why?"})
+            CHECK(text->text.find(part) != std::string::npos);
+    }
+    const auto chatml = ChatTemplate::open(std::string(known_template("chatml")->source));
     REQUIRE(chatml);
     const auto made = chatml->render(input_of(data("contexts.json")["system"]));
     REQUIRE(made);
     CHECK(shown(*made) ==
           "<|im_start|>system\n^ You are a pirate. $<|im_end|>\n<|im_start|>user\n"
           "^Where is the treasure?$<|im_end|>\n<|im_start|>assistant\n");
-    const auto none = ChatTemplate::open("", false);
-    REQUIRE(!none);
-    CHECK(none.error().kind == ErrorKind::unsupported);
-    CHECK(none.error().message.find("tokenizer.chat_template") != std::string::npos);
-    CHECK(ChatTemplate::open("x", false)->render({})->text == "x");
+    CHECK(ChatTemplate::open("x")->render({})->text == "x");
 }
 
 #if !defined(_WIN32)

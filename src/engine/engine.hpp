@@ -40,7 +40,7 @@ struct EngineOptions {
     uint32_t step_tokens = 512;  ///< prompt tokens a batch at most, of all requests
     std::span<const std::byte> model_bytes = {};  ///< instead of a path; borrowed for its life
     GgufReader model_reader = {};                 ///< instead of a path
-    std::string chat_template = {};               ///< instead of the file's own
+    std::string chat_template = {};               ///< Jinja or a known name (README)
     ParallelFor parallel_for = {};                ///< the host's job system instead of own threads
     LogSink log = {};
     uint32_t max_running = 16;    ///< requests computed side by side

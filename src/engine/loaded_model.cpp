@@ -99,16 +99,45 @@ Result<void> LoadedModel::read(const EngineOptions& options) {
     return {};
 }
 
+namespace {
+
+std::string template_names() {
+    std::string names;
+    for (const KnownTemplate& known : known_templates())
+        names += (names.empty() ? " " : ", ") + std::string(known.name);
+    return names;
+}
+
+}  // namespace
+
+Result<void> LoadedModel::read_tokenizer(std::string_view chat_template) {
+    auto words = Tokenizer::open(file_.gguf, chat_template, family_end_tokens());
+    if (!words) return words.error();
+    tokenizer_ = std::move(*words);
+    return {};
+}
+
 Result<void> LoadedModel::read_words(const EngineOptions& options) {
     auto source = file_.gguf.get_string("tokenizer.chat_template", "");
     if (!source) return source.error();
-    const std::string text = options.chat_template.empty() ? std::string(*source)
-                                                           : options.chat_template;
-    auto words = Tokenizer::open(file_.gguf, text, family_end_tokens());
-    if (!words) return words.error();
-    tokenizer_ = std::move(*words);
-    const bool has_chatml = tokenizer_->find("<|im_start|>") && tokenizer_->find("<|im_end|>");
-    auto parsed = ChatTemplate::open(text, has_chatml);
+    std::string text = options.chat_template.empty() ? std::string(*source) : options.chat_template;
+    if (const KnownTemplate* known = known_template(text)) text = known->source;
+    else if (!options.chat_template.empty() && text.find('{') == text.npos)
+        return make_error(ErrorKind::invalid_request,
+                          "chat_template is neither Jinja nor one of" + template_names());
+    if (auto words = read_tokenizer(text); !words) return words;
+    if (text.empty()) {
+        const KnownTemplate* known = fallback_template(
+            spec().architecture, [&](std::string_view token) { return !!tokenizer_->find(token); });
+        if (!known)
+            return make_error(ErrorKind::unsupported,
+                              "the model has no chat template (tokenizer.chat_template), and no "
+                              "tokens of a known one; chat_template may be one of" +
+                                  template_names());
+        text = known->source;
+        if (auto words = read_tokenizer(text); !words) return words;  // its words end turns
+    }
+    auto parsed = ChatTemplate::open(std::move(text));
     if (!parsed) return parsed.error();
     chat_template_ = std::move(*parsed);
     return {};

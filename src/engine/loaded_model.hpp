@@ -46,6 +46,7 @@ public:
 private:
     Result<void> read(const EngineOptions& options);
     Result<void> read_words(const EngineOptions& options);
+    Result<void> read_tokenizer(std::string_view chat_template);
     void name(const EngineOptions& options);
 
     ModelFile file_;

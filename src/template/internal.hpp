@@ -32,6 +32,15 @@ struct TemplateInput {
     int64_t now_s = 0;              ///< what strftime_now shows: unix time + the zone's offset
 };
 
+/// What a template takes of a conversation; `chat_input` brings it into that shape.
+struct TemplateShape {
+    bool system = true;       ///< a system message; else its text goes before the next user text
+    bool late_system = true;  ///< also one that is not the first message
+    bool developer = false;   ///< a role of its own; else it is a system message
+    bool parts = false;       ///< content is a list of parts; a string would be lost
+    bool joins = false;       ///< it refuses neighbours of one role: they are joined
+};
+
 /// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
 /// when it is parsed, a filter, test or method when it is used.
 /// Threads: immutable after `parse`; every member from any thread. Copies share the program.
@@ -51,26 +60,29 @@ public:
 
     /// Errors: bad_data, with the line.
     static Result<ChatTemplate> parse(std::string source);
-    /// The template of a model: its own, or without one ChatML, provided that the vocabulary has
-    /// ChatML's two control tokens. Errors: as `parse`; unsupported.
-    static Result<ChatTemplate> open(std::string source, bool has_chatml_tokens);
+    /// As `parse`, and finds its shape: it renders a few short conversations.
+    static Result<ChatTemplate> open(std::string source);
 
     /// Errors: invalid_request, with the line; what the template itself raises: its words alone;
     /// too_large: a text of over max_output_bytes.
     Result<MarkedText> render(const TemplateInput& input) const;
 
+    const TemplateShape& shape() const { return shape_; }
     const std::string& source() const;
     /// Whether a string literal of the template holds `word`: how one sees what it knows of.
     bool mentions(std::string_view word) const;
 
 private:
     explicit ChatTemplate(std::shared_ptr<const TemplateProgram> program);
+    bool takes(const Json& messages, std::string_view word) const;
+    void find_shape();
     std::shared_ptr<const TemplateProgram> program_;
+    TemplateShape shape_ = {};
 };
 
 /// The variables for `request`: messages (instructions first, as a system message; parts of text
-/// joined; reasoning left out), add_generation_prompt, bos_token, eos_token, and tools and
-/// documents as null. The role `developer` becomes `system` unless the template mentions it.
+/// joined; reasoning left out; all as the template's shape wants it), add_generation_prompt,
+/// bos_token, eos_token, and tools and documents as null.
 /// Errors: unsupported, with the item's path, for calls of tools and their outputs.
 Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
                                  std::string_view bos, std::string_view eos, int64_t now_s);
