@@ -22026,7 +22026,7 @@ namespace {
 
 /// What a family does differently from `llama`.
 enum Trait : uint32_t {
-    layer_norm = 1,              // LayerNorm instead of RMSNorm
+    norms_by_layer = 1,          // LayerNorm instead of RMSNorm
     ungated = 2,                 // down(act(up(y)))
     parallel_layer = 4,          // attention and feed-forward side by side
     learned_places = 8,          // positions are embedded, not rotated
@@ -22243,9 +22243,9 @@ void read_layer_tensors(SpecReader& in, LayerSpec& layer, size_t index) {
                      !(layer.post_ffn_norm || layer.parallel);
     layer.sinks = has("attn_sinks.weight");
     if (has("attn_q_norm.weight"))
-        layer.qk_norm = in.row->traits & norms_row    ? QkNorm::row
-                        : in.row->traits & layer_norm ? QkNorm::own
-                                                      : QkNorm::head;
+        layer.qk_norm = in.row->traits & norms_row        ? QkNorm::row
+                        : in.row->traits & norms_by_layer ? QkNorm::own
+                                                          : QkNorm::head;
 }
 
 /// Of all layers that have a router.
@@ -22444,15 +22444,15 @@ constexpr Architecture architectures[] = {
     {"gemma",         RopeKind::neox, 0, Activation::gelu_tanh, 0, true, read_gemma},
     {"gemma2",        RopeKind::neox, 0, Activation::gelu_tanh, 2, true, read_gemma2},
     {"gemma3",        RopeKind::neox, 0, Activation::gelu_tanh, 6, true, read_gemma3},
-    {"phi2",          RopeKind::neox, layer_norm | ungated | parallel_layer, Activation::gelu_tanh},
+    {"phi2",          RopeKind::neox, norms_by_layer | ungated | parallel_layer, Activation::gelu_tanh},
     {"phi3",          RopeKind::neox},
     {"smollm3",       RopeKind::norm, 0, Activation::silu, 0, true, read_smollm3},
     {"olmo2",         RopeKind::neox, norms_row, Activation::silu, 4, true, read_olmo2},
     {"granite",       RopeKind::norm, divides_logits},
     {"glm4",          RopeKind::norm},
     {"exaone4",       RopeKind::neox, full_unrotated, Activation::silu, 4},
-    {"cohere2",       RopeKind::norm, layer_norm | parallel_layer | full_unrotated, Activation::silu, 4},
-    {"command-r",     RopeKind::norm, layer_norm | parallel_layer},
+    {"cohere2",       RopeKind::norm, norms_by_layer | parallel_layer | full_unrotated, Activation::silu, 4},
+    {"command-r",     RopeKind::norm, norms_by_layer | parallel_layer},
     {"ernie4_5",      RopeKind::norm},
     {"hunyuan-dense", RopeKind::neox, norms_rotated},
     {"seed_oss",      RopeKind::neox, post_is_ffn},
@@ -22467,14 +22467,14 @@ constexpr Architecture architectures[] = {
     {"minimax-m2",    RopeKind::neox, norms_row | gates_apart},
     {"minicpm",       RopeKind::norm, divides_logits, Activation::silu, 0, true, read_minicpm},
     {"internlm2",     RopeKind::norm},
-    {"stablelm",      RopeKind::neox, layer_norm},
-    {"starcoder2",    RopeKind::neox, layer_norm | ungated, Activation::gelu_tanh},
-    {"nemotron",      RopeKind::neox, layer_norm | ungated, Activation::relu_squared},
-    {"gpt2",          RopeKind::neox, layer_norm | ungated | learned_places, Activation::gelu_tanh},
-    {"gptneox",       RopeKind::neox, layer_norm | ungated, Activation::gelu},
+    {"stablelm",      RopeKind::neox, norms_by_layer},
+    {"starcoder2",    RopeKind::neox, norms_by_layer | ungated, Activation::gelu_tanh},
+    {"nemotron",      RopeKind::neox, norms_by_layer | ungated, Activation::relu_squared},
+    {"gpt2",          RopeKind::neox, norms_by_layer | ungated | learned_places, Activation::gelu_tanh},
+    {"gptneox",       RopeKind::neox, norms_by_layer | ungated, Activation::gelu},
     {"mistral3",      RopeKind::norm, 0, Activation::silu, 0, true, read_mistral3},
     {"apertus",       RopeKind::neox, ungated, Activation::xielu, 0, true, read_apertus},
-    {"falcon",        RopeKind::neox, layer_norm | ungated | parallel_layer, Activation::gelu},
+    {"falcon",        RopeKind::neox, norms_by_layer | ungated | parallel_layer, Activation::gelu},
     // clang-format on
 };
 
@@ -22497,7 +22497,7 @@ bool has_windows(const ModelSpec& spec) {
 }
 
 void read_norm(SpecReader& in, ModelSpec& spec) {
-    spec.norm = in.row->traits & layer_norm ? NormKind::layer : NormKind::rms;
+    spec.norm = in.row->traits & norms_by_layer ? NormKind::layer : NormKind::rms;
     spec.norm_bias = spec.norm == NormKind::layer && in.gguf.find_tensor("output_norm.bias");
     spec.norm_eps = in.positive(spec.norm == NormKind::layer ? "attention.layer_norm_epsilon"
                                                              : "attention.layer_norm_rms_epsilon",
@@ -22590,16 +22590,16 @@ constexpr TensorRow model_tensors[] = {
     {TensorRole::output_bias,      "output.bias",          Length::one,     Length::vocab, nullptr, has_logit_bias},
 };
 
-constexpr const char* qkv_weights = "attn_qkv.weight";
+constexpr const char* qkv_rows = "attn_qkv.weight";
 constexpr const char* qkv_biases = "attn_qkv.bias";
-constexpr const char* gate_and_up = "ffn_up.weight";
+constexpr const char* gate_and_up_rows = "ffn_up.weight";
 
 constexpr TensorRow layer_tensors[] = {
     {TensorRole::attn_norm,        "attn_norm.weight",           Length::one,  Length::embd, has_attn_norm},
     {TensorRole::attn_norm_bias,   "attn_norm.bias",             Length::one,  Length::embd, has_attn_norm, has_norm_bias},
-    {TensorRole::q,                "attn_q.weight",              Length::q,    Length::embd, nullptr, nullptr, qkv_weights},
-    {TensorRole::k,                "attn_k.weight",              Length::kv,   Length::embd, nullptr, nullptr, qkv_weights},
-    {TensorRole::v,                "attn_v.weight",              Length::kv,   Length::embd, nullptr, nullptr, qkv_weights},
+    {TensorRole::q,                "attn_q.weight",              Length::q,    Length::embd, nullptr, nullptr, qkv_rows},
+    {TensorRole::k,                "attn_k.weight",              Length::kv,   Length::embd, nullptr, nullptr, qkv_rows},
+    {TensorRole::v,                "attn_v.weight",              Length::kv,   Length::embd, nullptr, nullptr, qkv_rows},
     {TensorRole::q_bias,           "attn_q.bias",                Length::one,  Length::q,    has_qkv_bias, nullptr, qkv_biases},
     {TensorRole::k_bias,           "attn_k.bias",                Length::one,  Length::kv,   has_qkv_bias, nullptr, qkv_biases},
     {TensorRole::v_bias,           "attn_v.bias",                Length::one,  Length::kv,   has_qkv_bias, nullptr, qkv_biases},
@@ -22615,8 +22615,8 @@ constexpr TensorRow layer_tensors[] = {
     {TensorRole::post_attn_norm,   "post_attention_norm.weight", Length::one,  Length::embd, has_post_attn},
     {TensorRole::ffn_norm,         "ffn_norm.weight",            Length::one,  Length::embd, has_ffn_norm},
     {TensorRole::ffn_norm_bias,    "ffn_norm.bias",              Length::one,  Length::embd, has_ffn_norm, has_norm_bias},
-    {TensorRole::gate,             "ffn_gate.weight",            Length::ff,   Length::embd, has_gate, nullptr, gate_and_up},
-    {TensorRole::up,               "ffn_up.weight",              Length::ff,   Length::embd, has_one_ffn, nullptr, gate_and_up},
+    {TensorRole::gate,             "ffn_gate.weight",            Length::ff,   Length::embd, has_gate, nullptr, gate_and_up_rows},
+    {TensorRole::up,               "ffn_up.weight",              Length::ff,   Length::embd, has_one_ffn, nullptr, gate_and_up_rows},
     {TensorRole::down,             "ffn_down.weight",            Length::embd, Length::ff, has_one_ffn},
     {TensorRole::gate_bias,        "ffn_gate.bias",              Length::one,  Length::ff,   has_gate_bias},
     {TensorRole::up_bias,          "ffn_up.bias",                Length::one,  Length::ff,   has_ffn_bias},
@@ -24934,17 +24934,17 @@ void CpuDecoder::pick(uint32_t row) {
 // Orders all picks by expert, and by row for an expert.
 void CpuDecoder::group_picks() {
     const ExpertSpec& spec = layer().spec->experts;
-    const uint32_t picks = row_count() * spec.used;
+    const uint32_t count = row_count() * spec.used;
     uint32_t* const ends = scratch_.group_ends;
     std::fill(ends, ends + spec.count, 0u);
-    for (uint32_t i = 0; i < picks; ++i) ++ends[scratch_.picked[i]];
+    for (uint32_t i = 0; i < count; ++i) ++ends[scratch_.picked[i]];
     uint32_t first = 0;
     group_count_ = 0;
     for (uint32_t expert = 0; expert < spec.count; ++expert) {
         if (ends[expert]) scratch_.groups[group_count_++] = {expert, first, ends[expert]};
         first += std::exchange(ends[expert], first);
     }
-    for (uint32_t i = 0; i < picks; ++i) {
+    for (uint32_t i = 0; i < count; ++i) {
         scratch_.place_of[i] = ends[scratch_.picked[i]]++;
         scratch_.picked_by[scratch_.place_of[i]] = i / spec.used;
     }

@@ -113,17 +113,17 @@ void CpuDecoder::pick(uint32_t row) {
 // Orders all picks by expert, and by row for an expert.
 void CpuDecoder::group_picks() {
     const ExpertSpec& spec = layer().spec->experts;
-    const uint32_t picks = row_count() * spec.used;
+    const uint32_t count = row_count() * spec.used;
     uint32_t* const ends = scratch_.group_ends;
     std::fill(ends, ends + spec.count, 0u);
-    for (uint32_t i = 0; i < picks; ++i) ++ends[scratch_.picked[i]];
+    for (uint32_t i = 0; i < count; ++i) ++ends[scratch_.picked[i]];
     uint32_t first = 0;
     group_count_ = 0;
     for (uint32_t expert = 0; expert < spec.count; ++expert) {
         if (ends[expert]) scratch_.groups[group_count_++] = {expert, first, ends[expert]};
         first += std::exchange(ends[expert], first);
     }
-    for (uint32_t i = 0; i < picks; ++i) {
+    for (uint32_t i = 0; i < count; ++i) {
         scratch_.place_of[i] = ends[scratch_.picked[i]]++;
         scratch_.picked_by[scratch_.place_of[i]] = i / spec.used;
     }
