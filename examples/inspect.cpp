@@ -232,15 +232,27 @@ struct Words {
 /// As the engine opens them; what cannot be opened becomes a note.
 Words open_words(const Gguf& gguf, const std::string& own_template, Json& notes) {
     Words out;
-    const std::string source = own_template.empty()
-                                   ? std::string(text_of(gguf, "tokenizer.chat_template"))
-                                   : own_template;
-    auto tokenizer = valar::Tokenizer::open(gguf, source, valar::detail::family_end_tokens());
-    if (tokenizer) out.tokenizer = *tokenizer;
-    else notes.push(tokenizer.error().message);
-    const bool chatml = tokenizer && tokenizer->find("<|im_start|>") &&
-                        tokenizer->find("<|im_end|>");
-    auto parsed = valar::detail::ChatTemplate::open(source, chatml);
+    std::string source = own_template.empty()
+                             ? std::string(text_of(gguf, "tokenizer.chat_template"))
+                             : own_template;
+    const auto read_tokenizer = [&] {
+        auto read = valar::Tokenizer::open(gguf, source, valar::detail::family_end_tokens());
+        if (read) out.tokenizer = *read;
+        else notes.push(read.error().message);
+    };
+    const auto* known = valar::detail::known_template(source);
+    if (known) source = known->source;
+    read_tokenizer();
+    if (source.empty() && out.tokenizer) {
+        known = valar::detail::fallback_template(
+            text_of(gguf, "general.architecture"),
+            [&](std::string_view token) { return out.tokenizer->find(token).has_value(); });
+        if (!known) notes.push("the model has no chat template, and no tokens of a known one");
+        else source = known->source;
+        if (known) read_tokenizer();
+    }
+    if (source.empty()) return out;
+    auto parsed = valar::detail::ChatTemplate::open(source);
     if (parsed) out.chat_template = *parsed;
     else notes.push(parsed.error().message);
     return out;
