@@ -22162,6 +22162,10 @@ void read_yarn(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
     const double usual = factor > 1 ? 0.1 * natural_log(factor) + 1 : 1;
     // the multiplier says that the usual magnitude is taken back
     if (in.number_or_none("rope.scaling.yarn_log_multiplier") != 0) return;
+    if (in.find("rope.scaling.yarn_attn_factor")) {
+        rope.magnitude = in.positive("rope.scaling.yarn_attn_factor", 1);
+        return;
+    }
     rope.magnitude = static_cast<float>(static_cast<double>(rope.magnitude) * usual);
 }
 

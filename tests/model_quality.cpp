@@ -1,6 +1,6 @@
-// How close real weights come to an independent float32 forward pass (data/smollm2, made without
-// this library), in figures. Needs VALAR_MODELS, a folder with SmolLM2-135M-Instruct.Q4_1.gguf and,
-// made from it by make_f32.py, SmolLM2-135M-Instruct.F32.gguf.
+// How close real weights come to an independent float32 forward pass (data/smollm2 and data/gemma3,
+// made without this library), in figures. Needs VALAR_MODELS, a folder with files that
+// examples/fetch_model.py fetches and SmolLM2-135M-Instruct.F32.gguf, made by make_f32.py.
 #include <doctest/doctest.h>
 
 #include "digest_internal.hpp"
@@ -21,9 +21,19 @@ namespace {
 constexpr uint32_t kWindow = 512;
 constexpr size_t kWindows = 40;
 
-Json read_json(const char* name) {
-    auto text = detail::read_file(std::string(VALAR_SOURCE_DIR "/tests/data/smollm2/") + name,
-                                  1 << 24);
+// What is expected of a model: its folder in tests/data.
+struct Expected {
+    std::string folder;
+    std::optional<Token> bos;  // stands before each window of text, which is a token shorter
+    size_t steps;
+    double perplexity;
+};
+const Expected smollm2 = {"smollm2", std::nullopt, 1149, 55.7777};
+const Expected gemma3 = {"gemma3", 2, 384, 54.9036};
+
+Json read_json(const Expected& from, const char* name) {
+    auto text = detail::read_file(
+        std::string(VALAR_SOURCE_DIR "/tests/data/") + from.folder + "/" + name, 1 << 24);
     REQUIRE(text);
     auto json = Json::parse(*text);
     REQUIRE(json);
@@ -64,14 +74,15 @@ std::optional<Model> open_model(const char* name, Precision precision, KvType kv
 }
 
 struct Greedy {
+    const Expected& expected;
     size_t steps = 0, same = 0;
     double largest_gap = 0;  // of a step where another id was the highest
 };
 
 // Feeds each conversation's expected ids and asks at every step which id is the highest.
-Greedy run_prompts(Model& model) {
-    Greedy result;
-    const Json prompts = read_json("prompts.json");
+Greedy run_prompts(Model& model, const Expected& expected = smollm2) {
+    Greedy result{.expected = expected};
+    const Json prompts = read_json(expected, "prompts.json");
     const auto pages = page_list(0, 64);
     for (const Json& prompt : prompts.items()) {
         std::vector<Token> ids = numbers<Token>(prompt["ids"]);
@@ -94,19 +105,24 @@ Greedy run_prompts(Model& model) {
 }
 
 struct Text {
+    const Expected& by;
     double perplexity = 0;
     double expected = 0;  // perplexity
     double rms = 0;       // of the differences, nats
 };
 
-Text run_text(Model& model) {
-    const auto ids = numbers<Token>(read_json("moby-dick-ids.json"));
-    const auto expected = numbers<double>(read_json("nll.json"));
+Text run_text(Model& model, const Expected& by = smollm2) {
+    const auto ids = numbers<Token>(read_json(by, "moby-dick-ids.json"));
+    const auto expected = numbers<double>(read_json(by, "nll.json"));
     const auto pages = page_list(0, 64);
+    const size_t each = kWindow - (by.bos ? 1 : 0);
     double sum = 0, expected_sum = 0, squares = 0;
     size_t scored = 0;
     for (size_t window = 0; window < kWindows; ++window) {
-        const std::span<const Token> part(ids.data() + window * kWindow, kWindow);
+        std::vector<Token> part;
+        if (by.bos) part.push_back(*by.bos);
+        const auto first = ids.begin() + static_cast<ptrdiff_t>(window * each);
+        part.insert(part.end(), first, first + static_cast<ptrdiff_t>(each));
         REQUIRE(model.run(make_rows(part, 0, pages, true)));
         for (uint32_t i = 0; i + 1 < kWindow; ++i, ++scored) {
             const double nll = -static_cast<double>(
@@ -118,22 +134,23 @@ Text run_text(Model& model) {
     }
     REQUIRE(scored == expected.size());
     const double n = static_cast<double>(scored);
-    return {std::exp(sum / n), std::exp(expected_sum / n), std::sqrt(squares / n)};
+    return {by, std::exp(sum / n), std::exp(expected_sum / n), std::sqrt(squares / n)};
 }
 
 void report(const Greedy& greedy) {
     MESSAGE(greedy.same << " of " << greedy.steps << " steps, largest gap lost "
                         << greedy.largest_gap);
-    CHECK(greedy.steps == 1149);
+    CHECK(greedy.steps == greedy.expected.steps);
 }
 
 void report(const Text& text) {
     MESSAGE("perplexity " << text.perplexity << " (" << text.expected << " expected), nll within "
                           << text.rms);
-    CHECK(std::abs(text.expected - 55.7777) < 1e-3);
+    CHECK(std::abs(text.expected - text.by.perplexity) < 1e-3);
 }
 
 constexpr const char* kFile = "SmolLM2-135M-Instruct.Q4_1.gguf";
+constexpr const char* kGemma = "gemma-3-270m-q4_k_m.gguf";
 constexpr const char* kF32 = "SmolLM2-135M-Instruct.F32.gguf";
 
 }  // namespace
@@ -190,8 +207,33 @@ TEST_CASE("SmolLM2, precision fine: log-probabilities") {
     CHECK(text.rms <= 0.002);
 }
 
+TEST_CASE("Gemma 3, the file as it is: greedy ids") {
+    auto model = open_model(kGemma, Precision::fast, KvType::f16);
+    if (!model) return;
+    const Greedy greedy = run_prompts(*model, gemma3);
+    report(greedy);
+    CHECK(static_cast<double>(greedy.same) >= 0.965 * static_cast<double>(greedy.steps));
+}
+
+TEST_CASE("Gemma 3, the file as it is: log-probabilities") {
+    auto model = open_model(kGemma, Precision::fast, KvType::f16);
+    if (!model) return;
+    const Text text = run_text(*model, gemma3);
+    report(text);
+    CHECK(text.perplexity <= 55.21);
+    CHECK(text.rms <= 0.112);
+}
+
+TEST_CASE("Gemma 3, precision fine: greedy ids") {
+    auto model = open_model(kGemma, Precision::fine, KvType::f32);
+    if (!model) return;
+    const Greedy greedy = run_prompts(*model, gemma3);
+    report(greedy);
+    CHECK(greedy.largest_gap < 0.02);
+}
+
 TEST_CASE("SmolLM2: scalar kernels once, the others in pieces and with threads, are equal") {
-    const auto ids = numbers<Token>(read_json("moby-dick-ids.json"));
+    const auto ids = numbers<Token>(read_json(smollm2, "moby-dick-ids.json"));
     const std::span<const Token> text(ids.data(), 10);
     const auto pages = page_list(0, 1);
     std::string expected;

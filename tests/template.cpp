@@ -707,7 +707,7 @@ void* render_hostile_templates(void* failures) {
 
 TEST_CASE("template: hostile ones fit on the stack that is promised") {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || !defined(NDEBUG)
-    constexpr size_t bytes = 1 << 20;  // larger frames
+    constexpr size_t bytes = 4 << 20;  // larger frames
 #else
     constexpr size_t bytes = 256 << 10;
 #endif
