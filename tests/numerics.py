@@ -100,7 +100,7 @@ FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 
 
 def even_signs(seven):  # an eighth makes the number of signs even
-    parity = np.unpackbits(seven.astype(np.uint8)[..., None], axis=-1).sum(-1) & 1
+    parity = np.unpackbits(seven.astype(np.uint8)[..., None], axis=-1).sum(-1).astype(np.int64) & 1
     return (seven | parity << 7).astype(np.uint8)
 
 
