@@ -2249,7 +2249,7 @@ namespace valar {
 inline namespace v1 {
 
 /// How a tensor's numbers are stored; the values are those in the file. All of these are known, so
-/// that any file opens; can_compute (>>kernels) says with which ten a model runs.
+/// that any file opens; can_compute (>>kernels) says with which a model runs.
 enum class TensorType : uint32_t {
     // clang-format off
     f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11,
@@ -8923,7 +8923,7 @@ inline constexpr PackedType packed_types[] = {
     {TensorType::q4_0, 288},  {TensorType::q4_1, 320},  {TensorType::q5_0, 352},
     {TensorType::q5_1, 384},  {TensorType::q8_0, 544},  {TensorType::q4_k, 2368},
     {TensorType::q5_k, 2880}, {TensorType::q6_k, 3360},
-    {TensorType::iq4_nl, 288}, {TensorType::mxfp4, 288}, {TensorType::q2_k, 1600},
+    {TensorType::iq4_nl, 288}, {TensorType::mxfp4, 288}, {TensorType::nvfp4, 640}, {TensorType::q2_k, 1600},
     {TensorType::q3_k, 2368}, {TensorType::iq4_xs, 2368}, {TensorType::iq3_s, 2368},
     {TensorType::iq3_xxs, 2368}, {TensorType::iq2_s, 2368}, {TensorType::iq2_xs, 2368},
     {TensorType::iq2_xxs, 2368}, {TensorType::iq1_s, 2368}, {TensorType::iq1_m, 2368},
@@ -9770,6 +9770,9 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //       Q2_K (w = 2 bits): S and dw as Q6_K, with 4-bit scales; besides two 4-bit minimums mn0, mn1:
 //           acc = fma(float(S), dw * d, acc); M = mn0 * (sum of the first 16 h_i) + mn1 * (of the
 //             last 16); acc = fma(float(M), -Dmin * d, acc)
+//       NVFP4 (w as MXFP4): two halves of 16 with scales d0, d1, halves of the file's numbers in E4M3:
+//           S = fma(float(sum w_i h_i of the first), d0, float(sum w_i h_i of the last) * d1)
+//           acc = fma(S, d, acc)
 //     Two planes: y = acc of plane one + acc of plane two.
 //     The output matrix (logits) always uses two planes, whatever the precision.
 //  3. F32, F16 and BF16 rows meet the unquantized x: acc = 0; acc = fma(w_k, x_k, acc) for
@@ -10712,17 +10715,21 @@ struct PackedLayout {
     const int8_t* values = nullptr;  // (16) weight = values[code], of 4 bits
     bool minimum = false;            // m of the definition
     uint8_t sub_scales = 0;          // of a block: bytes under a super-block's scale
+    bool two_scales = false;         // d of the first 16 values of a block, and of the last
     Scale scale = Scale::half;       // of D, d, m
     uint8_t float_bytes = 0;         // 0: quantized
     uint8_t blocks = 1;              // of a super-block
 
+    // A second scale a row is stored where the minimum's is; two sums a block are kept apart.
+    constexpr bool second_scale() const { return minimum || two_scales; }
+    constexpr bool two_sums() const { return sub_scales == 2 || two_scales; }
     constexpr bool coded() const { return values != nullptr; }
     // Unsigned bytes, as instructions want them: the code, or a value and what makes it unsigned.
     constexpr int byte_bits() const { return coded() ? 8 : bits; }
     constexpr int byte_bias() const { return coded() ? 128 : bias; }
     constexpr size_t scale_width() const { return scale == Scale::single ? 4 : 2; }
     constexpr size_t scales() const {  // D and Dmin, or d and m
-        return float_bytes ? 0 : size_t{packed_rows} * scale_width() * (minimum ? 2 : 1);
+        return float_bytes ? 0 : size_t{packed_rows} * scale_width() * (second_scale() ? 2 : 1);
     }
     constexpr size_t header_bytes() const { return sub_scales ? scales() : 0; }
     constexpr size_t scale_bytes() const {  // before a block's codes
@@ -10810,6 +10817,10 @@ struct MXFP4 {
         .type = TensorType::mxfp4, .bits = 4, .values = fp4_values, .scale = Scale::bfloat};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
+struct NVFP4 {
+    static constexpr PackedLayout layout{.type = TensorType::nvfp4, .bits = 4, .values = fp4_values, .two_scales = true, .blocks = 2};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
 struct Q2_K {
     static constexpr PackedLayout layout{
         .type = TensorType::q2_k, .bits = 2, .minimum = true, .sub_scales = 2, .blocks = 8};
@@ -10873,8 +10884,8 @@ struct BF16 {
 template <class... T>
 struct Types {};
 using WeightTypes =
-    Types<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ3_S,
-          IQ3_XXS, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_S, IQ1_M, TQ1_0, TQ2_0, F32, F16, BF16>;
+    Types<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, NVFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS,
+          IQ3_S, IQ3_XXS, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_S, IQ1_M, TQ1_0, TQ2_0, F32, F16, BF16>;
 
 // A table with one row a weight type: Row<T>::value.
 template <class Value, template <class> class Row, class List = WeightTypes>
@@ -10898,7 +10909,8 @@ struct FirstAlike<T, alike, Types<First, Rest...>>
 constexpr bool same_tiles(const PackedLayout& a, const PackedLayout& b) {
     if (a.float_bytes || b.float_bytes) return a.type == b.type;
     return a.bits == b.bits && a.byte_bias() == b.byte_bias() && a.coded() == b.coded() &&
-           a.minimum == b.minimum && a.sub_scales == b.sub_scales && a.scale == b.scale;
+           a.minimum == b.minimum && a.two_scales == b.two_scales && a.sub_scales == b.sub_scales &&
+           a.scale == b.scale;
 }
 template <class T>
 using TilesOf = typename FirstAlike<T, same_tiles>::type;
@@ -10925,7 +10937,7 @@ namespace detail {
 // of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
 //     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1 Q5_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
-//              of IQ4_NL: d[16], MXFP4: d[16], bfloat16
+//              of IQ4_NL: d[16], NVFP4: d0[16] d1[16], binary16, MXFP4: d[16], bfloat16
 //              of IQ4_XS Q3_K TQ1_0 TQ2_0 and the grids (IQ1 to IQ3): sc0[16] sc1[16]
 //              of Q2_K: sc0[16] sc1[16] mn0[16] mn1[16]
 //     codes    8 bits: 8 vectors, quad by quad; 2 bits: 2 vectors of 4 quads, lowest first; else
@@ -11062,6 +11074,15 @@ inline uint32_t bits_of_half(uint16_t half, float unit) {
     return bit_cast<uint32_t>(half_value(half) * unit);
 }
 
+inline uint32_t half_of_e4m3(uint32_t byte) {
+    const uint32_t exponent = byte >> 3 & 15, fraction = byte & 7;
+    if (byte == 127) return 0;
+    const float value = exponent ? static_cast<float>(8 + fraction) *
+                                       static_cast<float>(1u << exponent) * 0x1p-11f
+                                 : static_cast<float>(fraction) * 0x1p-10f;
+    return half_bits(value);
+}
+
 // What the grid types write as s means 2 s + 1 units.
 inline void set_odd_scales(uint32_t s, SourceBlock& out) {
     out.sub[0] = out.sub[1] = static_cast<uint8_t>(2 * s + 1);
@@ -11173,6 +11194,21 @@ void MXFP4::unpack(const std::byte* row, size_t block, SourceBlock& out) {
     const uint32_t e = byte_at(at);
     out.d = e < 2 ? 0x20u << e : (e - 1) << 7;  // bfloat16
     read_nibbles(at + 1, out);
+}
+
+// The scale's byte is E4M3 without a sign, halved as the values are doubled; 127 counts as zero. A
+// block of the file has four parts of 16 values, each with a scale of its own.
+void NVFP4::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block / 2 * 36;
+    for (size_t i = 0; i < 2; i++) {
+        const size_t part = block % 2 * 2 + i;
+        (i ? out.m : out.d) = half_of_e4m3(byte_at(at + part));
+        for (size_t g = 0; g < 2; g++) {
+            const uint32_t word = load32(at + 4 + 8 * part + 4 * g);
+            out.words[4 * i + g] = word & 0x0f0f0f0fu;
+            out.words[4 * i + 2 + g] = word >> 4 & 0x0f0f0f0fu;
+        }
+    }
 }
 
 void Q2_K::unpack(const std::byte* row, size_t block, SourceBlock& out) {
@@ -11342,7 +11378,7 @@ void pack_tile(const std::byte* source, size_t row_bytes, uint32_t rows, size_t 
             store_codes(layout, out + layout.scale_bytes(), r, block.words);
             std::byte* scales = layout.header_bytes() ? header : out;
             if (scales) store_scale(layout, scales + width * r, block.d);
-            if (scales && layout.minimum)
+            if (scales && layout.second_scale())
                 store_scale(layout, scales + width * (kTileRows + r), block.m);
             for (uint32_t i = 0; i < sub_bytes; i++) out[16 * i + r] = std::byte{block.sub[i]};
         }
@@ -11735,7 +11771,7 @@ namespace scalar {
 struct RowBlock {
     int32_t w[kActivationBlock];
     float scale;     // dw
-    float minimum;   // m
+    float minimum;   // m; of two scales, the second
     int32_t sub[2];  // scales of the two halves, else 1
     int32_t low[2];  // Q2_K's minimums of the two halves, in units of `minimum`
 };
@@ -11749,6 +11785,11 @@ int32_t dot_integers(const int32_t* w, const int8_t* h) {
 
 float dot_block(const PackedLayout& layout, const RowBlock& row, const ActivationBlock& a,
                 float acc) {
+    if (layout.two_scales) {
+        const float first = static_cast<float>(dot_integers(row.w, a.q)),
+                    last = static_cast<float>(dot_integers(row.w + 16, a.q + 16));
+        return fma_once(fma_once(first, row.scale, last * row.minimum), a.d, acc);
+    }
     const int32_t sum = row.sub[0] * dot_integers(row.w, a.q) +
                         row.sub[1] * dot_integers(row.w + 16, a.q + 16);
     acc = fma_once(static_cast<float>(sum), row.scale * a.d, acc);
@@ -11773,7 +11814,7 @@ void read_block(const PackedLayout& layout, const std::byte* tile, size_t block,
     const std::byte* scales = layout.header_bytes() ? header : at;
     const auto sub = [&](uint32_t i) { return static_cast<int32_t>(at[16 * i + row]); };
     out.scale = scale_value(layout.scale, scales, row);
-    out.minimum = layout.minimum ? scale_value(layout.scale, scales, kTileRows + row) : 0.0f;
+    out.minimum = layout.second_scale() ? scale_value(layout.scale, scales, kTileRows + row) : 0.0f;
     out.sub[0] = out.sub[1] = 1;
     out.low[0] = out.low[1] = 1;
     for (uint32_t i = 0; layout.sub_scales == 2 && i < 2; i++) {
@@ -12122,7 +12163,8 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
         scalar::read_block(layout, tile, b, lane, block);
         for (uint32_t i = 0; i < kActivationBlock; i++) {
             const float w = static_cast<float>(block.w[i]);
-            const float scale = block.scale * static_cast<float>(block.sub[i / 16]),
+            const float d = layout.two_scales && i >= 16 ? block.minimum : block.scale,
+                        scale = d * static_cast<float>(block.sub[i / 16]),
                         low = block.minimum * static_cast<float>(block.low[i / 16]);
             *out++ = layout.minimum ? fma_once(scale, w, low) : scale * w;
         }
@@ -12459,7 +12501,7 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
     const std::byte* scales = L.sub_scales ? header : at;
     constexpr size_t width = L.scale_width();
     out.dw = load_scale<L.scale>(scales, half);
-    if constexpr (L.minimum) out.m = load_scale<L.scale>(scales + 16 * width, half);
+    if constexpr (L.second_scale()) out.m = load_scale<L.scale>(scales + 16 * width, half);
     if constexpr (L.sub_scales == 2) {
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
@@ -12535,9 +12577,9 @@ VALAR_FORCE_INLINE __m256 weighted_sums(const __m256 (&low)[2], const Activation
 template <class T, Vnni kVnni, int C>
 void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
-    constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
-    constexpr int H = (L.byte_bits() == 4 && L.sub_scales != 2) ||
-                              (L.sub_scales != 2 && kVnni != Vnni::none)
+    constexpr int kParts = L.two_sums() ? 2 : 1;  // sums of 16 codes that have a scale each
+    constexpr int H = (L.byte_bits() == 4 && !L.two_sums()) ||
+                              (!L.two_sums() && kVnni != Vnni::none)
                           ? 2
                           : 1;
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
@@ -12587,17 +12629,21 @@ void dot_tiles(const TileStep& step) {
                 const Scales scales = load_scales<T>(tile + header, tile + at, v % 2 + h);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     __m256 sum = _mm256_cvtepi32_ps(total[0][c][h]);
-                    if constexpr (L.sub_scales == 2)  // exact, being below 2^24
+                    if constexpr (L.two_scales)
+                        sum = _mm256_fmadd_ps(
+                            sum, scales.dw,
+                            _mm256_mul_ps(_mm256_cvtepi32_ps(total[1][c][h]), scales.m));
+                    else if constexpr (L.sub_scales == 2)  // exact, being below 2^24
                         sum = _mm256_fmadd_ps(
                             sum, scales.sub[0],
                             _mm256_mul_ps(_mm256_cvtepi32_ps(total[1][c][h]), scales.sub[1]));
+                    const __m256 d = _mm256_set1_ps(a[c]->d),
+                                 factor = L.two_scales ? d : _mm256_mul_ps(scales.dw, d);
                     float* acc = &step.sums[c][(v + h) / 2][(v + h) % 2 * 8];
-                    sum = _mm256_fmadd_ps(sum, _mm256_mul_ps(scales.dw, _mm256_set1_ps(a[c]->d)),
-                                          _mm256_load_ps(acc));
+                    sum = _mm256_fmadd_ps(sum, factor, _mm256_load_ps(acc));
                     if constexpr (L.minimum && L.sub_scales == 2)
                         sum = _mm256_fmadd_ps(weighted_sums(scales.low, *a[c]),
-                                              _mm256_mul_ps(scales.m, _mm256_set1_ps(a[c]->d)),
-                                              sum);
+                                              _mm256_mul_ps(scales.m, d), sum);
                     else if constexpr (L.minimum)
                         sum = _mm256_fmadd_ps(scales.m, _mm256_set1_ps(a[c]->s), sum);
                     _mm256_store_ps(acc, sum);
@@ -13083,7 +13129,7 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
     Scales out{};
     const std::byte* scales = L.sub_scales ? header : at;
     out.dw = load_scale<L.scale>(scales);
-    if constexpr (L.minimum) out.m = load_scale<L.scale>(scales + 16 * L.scale_width());
+    if constexpr (L.second_scale()) out.m = load_scale<L.scale>(scales + 16 * L.scale_width());
     if constexpr (L.sub_scales == 2) {
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i)));
@@ -13136,7 +13182,7 @@ VALAR_FORCE_INLINE __m512 weighted_sums(const __m512 (&low)[2], const Activation
 template <class T, int C>
 void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
-    constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
+    constexpr int kParts = L.two_sums() ? 2 : 1;  // sums of 16 codes that have a scale each
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
     const __m512i values = L.coded() ? load_values(step.values) : _mm512_setzero_si512();
     const ActivationBlock* a[C];
@@ -13186,16 +13232,20 @@ void dot_tiles(const TileStep& step) {
             const Scales scales = load_scales<T>(header + (t ? apart : 0), at + (t ? apart : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 __m512 sum = _mm512_cvtepi32_ps(total[0][c][t]);
-                if constexpr (L.sub_scales == 2)  // exact, being below 2^24
+                const __m512 d = _mm512_set1_ps(a[c]->d),
+                             factor = L.two_scales ? d : _mm512_mul_ps(scales.dw, d);
+                if constexpr (L.two_scales)
+                    sum = _mm512_fmadd_ps(
+                        sum, scales.dw,
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.m));
+                else if constexpr (L.sub_scales == 2)  // exact, being below 2^24
                     sum = _mm512_fmadd_ps(
                         sum, scales.sub[0],
                         _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.sub[1]));
-                acc[c][t] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c]->d)),
-                                            acc[c][t]);
+                acc[c][t] = _mm512_fmadd_ps(sum, factor, acc[c][t]);
                 if constexpr (L.minimum && L.sub_scales == 2)
                     acc[c][t] = _mm512_fmadd_ps(weighted_sums(scales.low, *a[c]),
-                                                _mm512_mul_ps(scales.m, _mm512_set1_ps(a[c]->d)),
-                                                acc[c][t]);
+                                                _mm512_mul_ps(scales.m, d), acc[c][t]);
                 else if constexpr (L.minimum)
                     acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c]->s), acc[c][t]);
             }
@@ -13241,7 +13291,7 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, int kMost = T::layout.sub_scales == 2 ? 4 : 6>  // as registers allow
+template <class T, int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
 constexpr TileKernels quantized = {{{1, dot_tiles<T, 1>},
                                     {2, dot_tiles<T, 2>},
                                     {4, dot_tiles<T, 4>},
@@ -13765,7 +13815,7 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
     const std::byte* scales = L.sub_scales ? header : at;
     Scales out{};
     out.dw = load_scale<L.scale>(scales, v);
-    if constexpr (L.minimum) out.m = load_scale<L.scale>(scales + 16 * L.scale_width(), v);
+    if constexpr (L.second_scale()) out.m = load_scale<L.scale>(scales + 16 * L.scale_width(), v);
     if constexpr (L.sub_scales == 2) {  // minimums have a few bits: signed or not
         for (size_t i = 0; i < 2; i++) out.sub[i] = load_signed_bytes(at + 16 * i + 4 * v);
         for (size_t i = 0; L.minimum && i < 2; i++)
@@ -13837,7 +13887,8 @@ void fill_panel(const std::byte* tile, const int8_t* values, size_t blocks, std:
             fill_codes<T>({at + L.scale_bytes() + 16 * v, table}, panel + 16 * v);
             const Scales s = load_scales<T>(header, at, v);
             store(reinterpret_cast<float*>(panel + 512 + 16 * v), s.dw);
-            if constexpr (L.minimum) store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
+            if constexpr (L.second_scale())
+                store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
             for (size_t i = 0; L.sub_scales == 2 && i < 2; i++) {
                 std::memcpy(panel + 640 + 64 * i + 16 * v, &s.sub[i], 16);
                 if constexpr (L.minimum) std::memcpy(panel + 768 + 64 * i + 16 * v, &s.low[i], 16);
@@ -13851,7 +13902,7 @@ VALAR_FORCE_INLINE Scales panel_scales(const std::byte* at, size_t v) {
     constexpr PackedLayout L = T::layout;
     Scales out{};
     out.dw = load(reinterpret_cast<const float*>(at + 512 + 16 * v));
-    if constexpr (L.minimum) out.m = load(reinterpret_cast<const float*>(at + 576 + 16 * v));
+    if constexpr (L.second_scale()) out.m = load(reinterpret_cast<const float*>(at + 576 + 16 * v));
     for (size_t i = 0; L.sub_scales == 2 && i < 2; i++) {
         std::memcpy(&out.sub[i], at + 640 + 64 * i + 16 * v, 16);
         if constexpr (L.minimum) std::memcpy(&out.low[i], at + 768 + 64 * i + 16 * v, 16);
@@ -13869,7 +13920,7 @@ VALAR_FORCE_INLINE B16 load_quad(const Codes& codes) {
 // sums (C, 16) += tile (16 rows) x C planes, block after block. P: the tile is a panel. K: the
 // products; `part` has the sums of columns 0..15 and 16..31 apart where a type or latency asks.
 template <class T, int C>
-inline constexpr int sum_parts = T::layout.sub_scales == 2 || C <= 4 ? 2 : 1;
+inline constexpr int sum_parts = T::layout.two_sums() || C <= 4 ? 2 : 1;
 
 template <class K, class T, bool P, int C>
 VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, const int8_t* values, size_t blocks,
@@ -13899,6 +13950,12 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, const int8_t* values, 
             else s = load_scales<T>(header, at, v);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 float* sum = sums + 2 * kTileRows * c + 4 * v;
+                if constexpr (L.two_scales) {
+                    const F4 both = fma(to_float(part[0][c]), s.dw,
+                                        mul(to_float(part[parts - 1][c]), s.m));
+                    store(sum, fma(both, splat(a[c]->d), load(sum)));
+                    continue;
+                }
                 I4 exact = part[0][c];
                 if constexpr (L.sub_scales == 2)
                     exact = int_add(int_mul(exact, s.sub[0]), int_mul(part[1][c], s.sub[1]));
@@ -14238,7 +14295,8 @@ inline void attention_merge(float* max, float* sum, float* out, float m, float l
 // and whether there is a minimum: types that agree in all three share the kernels of one of them.
 constexpr bool share_panels(const PackedLayout& a, const PackedLayout& b) {
     return a.float_bytes == b.float_bytes && (a.byte_bits() == 8) == (b.byte_bits() == 8) &&
-           (a.sub_scales == 2) == (b.sub_scales == 2) && a.minimum == b.minimum;
+           a.two_scales == b.two_scales && (a.sub_scales == 2) == (b.sub_scales == 2) &&
+           a.minimum == b.minimum;
 }
 template <class T>
 using PanelsOf = typename FirstAlike<T, share_panels>::type;

@@ -23,7 +23,7 @@ namespace valar {
 inline namespace v1 {
 
 /// How a tensor's numbers are stored; the values are those in the file. All of these are known, so
-/// that any file opens; can_compute (>>kernels) says with which ten a model runs.
+/// that any file opens; can_compute (>>kernels) says with which a model runs.
 enum class TensorType : uint32_t {
     // clang-format off
     f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11,

@@ -52,6 +52,7 @@ constexpr TypeDigest type_digests[] = {
     {TensorType::q5_1, "14f3df025e20cb206214889f9b7b6843a9a4848083cce3be45ae2c1f2f0da09e"},
     {TensorType::iq4_nl, "4929421f568ee681c2a8c0079346d67ba7ef01e90e2e6f5e4bf3bb97c5a73361"},
     {TensorType::mxfp4, "df5652d8cbbbd3cc5ea301b19ec5baca1c0fdf25f65fdb753b3abad833552824"},
+    {TensorType::nvfp4, "ffe49c1993545c123b90381943031b34bdf9fbf2f8637dfb21ff8bb7929a225d"},
     {TensorType::q2_k, "471348a9ebac319127064448c5c65cdb05730b84c33aadff801edc2d56869513"},
     {TensorType::q3_k, "8b1f58ff6a51bf6857a9a61f8e9b8877894ff21745fdcef5c950e3cb0892c562"},
     {TensorType::iq4_xs, "a93d63146ecabb546e729b59c459178d9aaac9cb65b4afece98bc508e8ffc05a"},

@@ -77,13 +77,13 @@ constexpr TensorType written_types[] = {
     TensorType::f16,    TensorType::bf16};
 // Those and the types with code books: what these mean is compared with PyPI's gguf (weights_check.py).
 constexpr TensorType all_types[] = {
-    TensorType::q4_0,  TensorType::q4_1,   TensorType::q5_0,    TensorType::q5_1,
-    TensorType::q8_0,  TensorType::iq4_nl, TensorType::mxfp4,   TensorType::q2_k,
-    TensorType::q3_k,  TensorType::iq4_xs, TensorType::tq2_0,   TensorType::q4_k,
-    TensorType::q5_k,  TensorType::q6_k,   TensorType::f32,     TensorType::f16,
-    TensorType::bf16,  TensorType::tq1_0,  TensorType::iq3_s,   TensorType::iq3_xxs,
-    TensorType::iq2_s, TensorType::iq2_xs, TensorType::iq2_xxs, TensorType::iq1_s,
-    TensorType::iq1_m};
+    TensorType::q4_0,    TensorType::q4_1,   TensorType::q5_0,   TensorType::q5_1,
+    TensorType::q8_0,    TensorType::iq4_nl, TensorType::mxfp4,  TensorType::q2_k,
+    TensorType::q3_k,    TensorType::iq4_xs, TensorType::tq2_0,  TensorType::q4_k,
+    TensorType::q5_k,    TensorType::q6_k,   TensorType::f32,    TensorType::f16,
+    TensorType::bf16,    TensorType::tq1_0,  TensorType::nvfp4,  TensorType::iq3_s,
+    TensorType::iq3_xxs, TensorType::iq2_s,  TensorType::iq2_xs, TensorType::iq2_xxs,
+    TensorType::iq1_s,   TensorType::iq1_m};
 
 bool is_float(TensorType type) {
     return type == TensorType::f32 || type == TensorType::f16 || type == TensorType::bf16;
@@ -263,6 +263,7 @@ std::vector<size_t> half_scales(TensorType type) {
         case TensorType::iq2_xxs:
         case TensorType::iq1_s: return {0};
         case TensorType::mxfp4:
+        case TensorType::nvfp4:
         case TensorType::iq1_m: return {};  // set_other_scale
         case TensorType::q2_k: return {80, 82};
         case TensorType::q3_k: return {108};
@@ -280,6 +281,7 @@ void set_other_scale(TensorType type, uint8_t* block) {
 }
 bool in_scale(TensorType type, size_t at) {
     if (type == TensorType::mxfp4) return at == 0;
+    if (type == TensorType::nvfp4) return at < 4;
     if (type == TensorType::iq1_m) return at == 55 || at == 53;
     const auto scales = half_scales(type);
     return std::any_of(scales.begin(), scales.end(),
@@ -347,7 +349,8 @@ std::vector<uint32_t> column_counts(TensorType type) {
     return is_float(type) ? std::vector<uint32_t>{24, 96}
            : row_bytes(type, 64) == 0 || type_info(type)->block_size == 256
                ? std::vector<uint32_t>{256, 1536}
-               : std::vector<uint32_t>{32, 64, 576, 896};
+           : type_info(type)->block_size == 64 ? std::vector<uint32_t>{64, 576, 896}
+                                               : std::vector<uint32_t>{32, 64, 576, 896};
 }
 
 }  // namespace
@@ -702,8 +705,8 @@ TEST_CASE("kernels: every table's matmul is the scalar one") {
             }
     }
     for (TensorType type : all_types)  // what sampling must not leave out: each kernel by itself
-        compare_products(type, 49, type_info(type)->block_size == 256 ? 256 : 96, {1, 2, 4, 6},
-                         random);
+        compare_products(type, 49, type_info(type)->block_size == 32 || is_float(type) ? 96 : 256,
+                         {1, 2, 4, 6}, random);
 }
 
 // A product of each row and column, by a task of its own without anything after it.

@@ -116,7 +116,7 @@ class Matrix:
         self.kind = tensor.tensor_type.name
         data = np.asarray(tensor.data)
         rows = int(tensor.shape[1]) if len(tensor.shape) > 1 else 1
-        self.scales = self.m = self.low = None
+        self.scales = self.m = self.low = self.two = None
         if self.kind in ("F32", "F16"):
             self.f32 = data.reshape(rows, -1).astype(F)
             return
@@ -180,6 +180,12 @@ class Matrix:
     def read_mxfp4(self, b):
         self.dw = np.ldexp(F(1), b[..., 0].astype(np.int32) - 128).astype(F)
         self.w = FP4[nibbles(b[..., 1:])]
+
+    def read_nvfp4(self, b):
+        e, f = b[..., :4] >> 3 & 15, (b[..., :4] & 7).astype(F)
+        d = np.where(e == 0, f / F(1024), (F(1) + f / F(8)) * np.exp2(e.astype(F) - F(8))).astype(F)
+        self.two = np.where(b[..., :4] == 127, F(0), d).reshape(len(b), -1, 2)
+        self.w = FP4[nibbles(b[..., 4:].reshape(*b.shape[:2], 4, 8))].reshape(len(b), -1, 32)
 
     def under_sub_scales(self, d, unit, scales, w):
         """d (rows, supers), scales and w any shape in order."""
@@ -292,6 +298,10 @@ class Matrix:
         acc = np.zeros((len(d), len(self.w)), F)
         for b in range(self.w.shape[1]):
             products = self.w[None, :, b, :] * h[:, None, b, :]
+            if self.two is not None:
+                first, last = np.moveaxis(products.reshape(*products.shape[:2], 2, 16).sum(-1).astype(F), -1, 0)
+                acc = fma(fma(first, self.two[None, :, b, 0], last * self.two[None, :, b, 1]), d[:, b, None], acc)
+                continue
             if self.scales is not None:
                 halves = products.reshape(*products.shape[:2], 2, 16).sum(-1)
                 total = (halves * self.scales[None, :, b, :]).sum(-1)
@@ -310,6 +320,8 @@ class Matrix:
         if self.f32 is not None:
             return self.f32[r]
         w = self.w[r].astype(F)
+        if self.two is not None:
+            return (np.repeat(self.two[r], 16, axis=1) * w).ravel()
         if self.scales is not None:
             scale = np.repeat(self.dw[r][:, None] * self.scales[r].astype(F), 16, axis=1)
             if self.low is not None:
@@ -494,7 +506,7 @@ def main():
              ("qwen2", "F32 13 2", "fast", "q8_0")]  # with a window; every second layer without
     cases += [("llama", t, "fast", "f16") for t in
               ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K",
-               "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+               "IQ4_NL", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
                "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0")]
     failed = 0
     with tempfile.TemporaryDirectory() as folder:

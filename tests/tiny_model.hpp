@@ -55,10 +55,10 @@ inline std::vector<TensorType> all_types() {
 
 /// Types that came after the digests of all_types: each has a digest of its own (backend.cpp).
 inline std::vector<TensorType> later_types() {
-    return {TensorType::q5_1,  TensorType::iq4_nl, TensorType::mxfp4,   TensorType::q2_k,
-            TensorType::q3_k,  TensorType::iq4_xs, TensorType::iq3_s,   TensorType::iq3_xxs,
-            TensorType::iq2_s, TensorType::iq2_xs, TensorType::iq2_xxs, TensorType::iq1_s,
-            TensorType::iq1_m, TensorType::tq1_0,  TensorType::tq2_0};
+    return {TensorType::q5_1,    TensorType::iq4_nl, TensorType::mxfp4,  TensorType::nvfp4,
+            TensorType::q2_k,    TensorType::q3_k,   TensorType::iq4_xs, TensorType::iq3_s,
+            TensorType::iq3_xxs, TensorType::iq2_s,  TensorType::iq2_xs, TensorType::iq2_xxs,
+            TensorType::iq1_s,   TensorType::iq1_m,  TensorType::tq1_0,  TensorType::tq2_0};
 }
 
 inline constexpr std::string_view merges[] = {
@@ -196,6 +196,15 @@ inline void fill_block(TensorType type, Random& random, float size, std::byte* a
             std::memcpy(&bits, &size, 4);
             block.byte(static_cast<int>(bits >> 23 & 0xff) - 1);
             block.random(random, 16);
+            break;
+        }
+        case TensorType::nvfp4: {  // E4M3: a power of two near size / 3, and a fraction
+            uint32_t bits;
+            std::memcpy(&bits, &size, 4);
+            const int exponent = static_cast<int>(bits >> 23 & 0xff) - 127 + 5;
+            for (int i = 0; i < 4; ++i)
+                block.byte((exponent > 1 ? exponent : 1) << 3 | (random.byte() & 7));
+            block.random(random, 32);
             break;
         }
         case TensorType::q2_k:

@@ -77,7 +77,7 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
     const std::byte* scales = L.sub_scales ? header : at;
     constexpr size_t width = L.scale_width();
     out.dw = load_scale<L.scale>(scales, half);
-    if constexpr (L.minimum) out.m = load_scale<L.scale>(scales + 16 * width, half);
+    if constexpr (L.second_scale()) out.m = load_scale<L.scale>(scales + 16 * width, half);
     if constexpr (L.sub_scales == 2) {
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
@@ -153,9 +153,9 @@ VALAR_FORCE_INLINE __m256 weighted_sums(const __m256 (&low)[2], const Activation
 template <class T, Vnni kVnni, int C>
 void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
-    constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
-    constexpr int H = (L.byte_bits() == 4 && L.sub_scales != 2) ||
-                              (L.sub_scales != 2 && kVnni != Vnni::none)
+    constexpr int kParts = L.two_sums() ? 2 : 1;  // sums of 16 codes that have a scale each
+    constexpr int H = (L.byte_bits() == 4 && !L.two_sums()) ||
+                              (!L.two_sums() && kVnni != Vnni::none)
                           ? 2
                           : 1;
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
@@ -205,17 +205,21 @@ void dot_tiles(const TileStep& step) {
                 const Scales scales = load_scales<T>(tile + header, tile + at, v % 2 + h);
                 VALAR_UNROLL for (int c = 0; c < C; c++) {
                     __m256 sum = _mm256_cvtepi32_ps(total[0][c][h]);
-                    if constexpr (L.sub_scales == 2)  // exact, being below 2^24
+                    if constexpr (L.two_scales)
+                        sum = _mm256_fmadd_ps(
+                            sum, scales.dw,
+                            _mm256_mul_ps(_mm256_cvtepi32_ps(total[1][c][h]), scales.m));
+                    else if constexpr (L.sub_scales == 2)  // exact, being below 2^24
                         sum = _mm256_fmadd_ps(
                             sum, scales.sub[0],
                             _mm256_mul_ps(_mm256_cvtepi32_ps(total[1][c][h]), scales.sub[1]));
+                    const __m256 d = _mm256_set1_ps(a[c]->d),
+                                 factor = L.two_scales ? d : _mm256_mul_ps(scales.dw, d);
                     float* acc = &step.sums[c][(v + h) / 2][(v + h) % 2 * 8];
-                    sum = _mm256_fmadd_ps(sum, _mm256_mul_ps(scales.dw, _mm256_set1_ps(a[c]->d)),
-                                          _mm256_load_ps(acc));
+                    sum = _mm256_fmadd_ps(sum, factor, _mm256_load_ps(acc));
                     if constexpr (L.minimum && L.sub_scales == 2)
                         sum = _mm256_fmadd_ps(weighted_sums(scales.low, *a[c]),
-                                              _mm256_mul_ps(scales.m, _mm256_set1_ps(a[c]->d)),
-                                              sum);
+                                              _mm256_mul_ps(scales.m, d), sum);
                     else if constexpr (L.minimum)
                         sum = _mm256_fmadd_ps(scales.m, _mm256_set1_ps(a[c]->s), sum);
                     _mm256_store_ps(acc, sum);

@@ -56,7 +56,7 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
     Scales out{};
     const std::byte* scales = L.sub_scales ? header : at;
     out.dw = load_scale<L.scale>(scales);
-    if constexpr (L.minimum) out.m = load_scale<L.scale>(scales + 16 * L.scale_width());
+    if constexpr (L.second_scale()) out.m = load_scale<L.scale>(scales + 16 * L.scale_width());
     if constexpr (L.sub_scales == 2) {
         for (int i = 0; i < 2; i++)
             out.sub[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_scale_bytes(at + 16 * i)));
@@ -109,7 +109,7 @@ VALAR_FORCE_INLINE __m512 weighted_sums(const __m512 (&low)[2], const Activation
 template <class T, int C>
 void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
-    constexpr int kParts = L.sub_scales == 2 ? 2 : 1;  // sums of 16 codes that have a scale each
+    constexpr int kParts = L.two_sums() ? 2 : 1;  // sums of 16 codes that have a scale each
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
     const __m512i values = L.coded() ? load_values(step.values) : _mm512_setzero_si512();
     const ActivationBlock* a[C];
@@ -159,16 +159,20 @@ void dot_tiles(const TileStep& step) {
             const Scales scales = load_scales<T>(header + (t ? apart : 0), at + (t ? apart : 0));
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 __m512 sum = _mm512_cvtepi32_ps(total[0][c][t]);
-                if constexpr (L.sub_scales == 2)  // exact, being below 2^24
+                const __m512 d = _mm512_set1_ps(a[c]->d),
+                             factor = L.two_scales ? d : _mm512_mul_ps(scales.dw, d);
+                if constexpr (L.two_scales)
+                    sum = _mm512_fmadd_ps(
+                        sum, scales.dw,
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.m));
+                else if constexpr (L.sub_scales == 2)  // exact, being below 2^24
                     sum = _mm512_fmadd_ps(
                         sum, scales.sub[0],
                         _mm512_mul_ps(_mm512_cvtepi32_ps(total[1][c][t]), scales.sub[1]));
-                acc[c][t] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scales.dw, _mm512_set1_ps(a[c]->d)),
-                                            acc[c][t]);
+                acc[c][t] = _mm512_fmadd_ps(sum, factor, acc[c][t]);
                 if constexpr (L.minimum && L.sub_scales == 2)
                     acc[c][t] = _mm512_fmadd_ps(weighted_sums(scales.low, *a[c]),
-                                                _mm512_mul_ps(scales.m, _mm512_set1_ps(a[c]->d)),
-                                                acc[c][t]);
+                                                _mm512_mul_ps(scales.m, d), acc[c][t]);
                 else if constexpr (L.minimum)
                     acc[c][t] = _mm512_fmadd_ps(scales.m, _mm512_set1_ps(a[c]->s), acc[c][t]);
             }
@@ -214,7 +218,7 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, int kMost = T::layout.sub_scales == 2 ? 4 : 6>  // as registers allow
+template <class T, int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
 constexpr TileKernels quantized = {{{1, dot_tiles<T, 1>},
                                     {2, dot_tiles<T, 2>},
                                     {4, dot_tiles<T, 4>},

@@ -66,6 +66,9 @@
 //       Q2_K (w = 2 bits): S and dw as Q6_K, with 4-bit scales; besides two 4-bit minimums mn0, mn1:
 //           acc = fma(float(S), dw * d, acc); M = mn0 * (sum of the first 16 h_i) + mn1 * (of the
 //             last 16); acc = fma(float(M), -Dmin * d, acc)
+//       NVFP4 (w as MXFP4): two halves of 16 with scales d0, d1, halves of the file's numbers in E4M3:
+//           S = fma(float(sum w_i h_i of the first), d0, float(sum w_i h_i of the last) * d1)
+//           acc = fma(S, d, acc)
 //     Two planes: y = acc of plane one + acc of plane two.
 //     The output matrix (logits) always uses two planes, whatever the precision.
 //  3. F32, F16 and BF16 rows meet the unquantized x: acc = 0; acc = fma(w_k, x_k, acc) for

@@ -230,7 +230,7 @@ VALAR_FORCE_INLINE Scales load_scales(const std::byte* header, const std::byte* 
     const std::byte* scales = L.sub_scales ? header : at;
     Scales out{};
     out.dw = load_scale<L.scale>(scales, v);
-    if constexpr (L.minimum) out.m = load_scale<L.scale>(scales + 16 * L.scale_width(), v);
+    if constexpr (L.second_scale()) out.m = load_scale<L.scale>(scales + 16 * L.scale_width(), v);
     if constexpr (L.sub_scales == 2) {  // minimums have a few bits: signed or not
         for (size_t i = 0; i < 2; i++) out.sub[i] = load_signed_bytes(at + 16 * i + 4 * v);
         for (size_t i = 0; L.minimum && i < 2; i++)
@@ -302,7 +302,8 @@ void fill_panel(const std::byte* tile, const int8_t* values, size_t blocks, std:
             fill_codes<T>({at + L.scale_bytes() + 16 * v, table}, panel + 16 * v);
             const Scales s = load_scales<T>(header, at, v);
             store(reinterpret_cast<float*>(panel + 512 + 16 * v), s.dw);
-            if constexpr (L.minimum) store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
+            if constexpr (L.second_scale())
+                store(reinterpret_cast<float*>(panel + 576 + 16 * v), s.m);
             for (size_t i = 0; L.sub_scales == 2 && i < 2; i++) {
                 std::memcpy(panel + 640 + 64 * i + 16 * v, &s.sub[i], 16);
                 if constexpr (L.minimum) std::memcpy(panel + 768 + 64 * i + 16 * v, &s.low[i], 16);
@@ -316,7 +317,7 @@ VALAR_FORCE_INLINE Scales panel_scales(const std::byte* at, size_t v) {
     constexpr PackedLayout L = T::layout;
     Scales out{};
     out.dw = load(reinterpret_cast<const float*>(at + 512 + 16 * v));
-    if constexpr (L.minimum) out.m = load(reinterpret_cast<const float*>(at + 576 + 16 * v));
+    if constexpr (L.second_scale()) out.m = load(reinterpret_cast<const float*>(at + 576 + 16 * v));
     for (size_t i = 0; L.sub_scales == 2 && i < 2; i++) {
         std::memcpy(&out.sub[i], at + 640 + 64 * i + 16 * v, 16);
         if constexpr (L.minimum) std::memcpy(&out.low[i], at + 768 + 64 * i + 16 * v, 16);
@@ -334,7 +335,7 @@ VALAR_FORCE_INLINE B16 load_quad(const Codes& codes) {
 // sums (C, 16) += tile (16 rows) x C planes, block after block. P: the tile is a panel. K: the
 // products; `part` has the sums of columns 0..15 and 16..31 apart where a type or latency asks.
 template <class T, int C>
-inline constexpr int sum_parts = T::layout.sub_scales == 2 || C <= 4 ? 2 : 1;
+inline constexpr int sum_parts = T::layout.two_sums() || C <= 4 ? 2 : 1;
 
 template <class K, class T, bool P, int C>
 VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, const int8_t* values, size_t blocks,
@@ -364,6 +365,12 @@ VALAR_FORCE_INLINE void dot_blocks(const std::byte* tile, const int8_t* values, 
             else s = load_scales<T>(header, at, v);
             VALAR_UNROLL for (int c = 0; c < C; c++) {
                 float* sum = sums + 2 * kTileRows * c + 4 * v;
+                if constexpr (L.two_scales) {
+                    const F4 both = fma(to_float(part[0][c]), s.dw,
+                                        mul(to_float(part[parts - 1][c]), s.m));
+                    store(sum, fma(both, splat(a[c]->d), load(sum)));
+                    continue;
+                }
                 I4 exact = part[0][c];
                 if constexpr (L.sub_scales == 2)
                     exact = int_add(int_mul(exact, s.sub[0]), int_mul(part[1][c], s.sub[1]));
@@ -703,7 +710,8 @@ inline void attention_merge(float* max, float* sum, float* out, float m, float l
 // and whether there is a minimum: types that agree in all three share the kernels of one of them.
 constexpr bool share_panels(const PackedLayout& a, const PackedLayout& b) {
     return a.float_bytes == b.float_bytes && (a.byte_bits() == 8) == (b.byte_bits() == 8) &&
-           (a.sub_scales == 2) == (b.sub_scales == 2) && a.minimum == b.minimum;
+           a.two_scales == b.two_scales && (a.sub_scales == 2) == (b.sub_scales == 2) &&
+           a.minimum == b.minimum;
 }
 template <class T>
 using PanelsOf = typename FirstAlike<T, share_panels>::type;

@@ -76,6 +76,15 @@ inline uint32_t bits_of_half(uint16_t half, float unit) {
     return bit_cast<uint32_t>(half_value(half) * unit);
 }
 
+inline uint32_t half_of_e4m3(uint32_t byte) {
+    const uint32_t exponent = byte >> 3 & 15, fraction = byte & 7;
+    if (byte == 127) return 0;
+    const float value = exponent ? static_cast<float>(8 + fraction) *
+                                       static_cast<float>(1u << exponent) * 0x1p-11f
+                                 : static_cast<float>(fraction) * 0x1p-10f;
+    return half_bits(value);
+}
+
 // What the grid types write as s means 2 s + 1 units.
 inline void set_odd_scales(uint32_t s, SourceBlock& out) {
     out.sub[0] = out.sub[1] = static_cast<uint8_t>(2 * s + 1);
@@ -187,6 +196,21 @@ void MXFP4::unpack(const std::byte* row, size_t block, SourceBlock& out) {
     const uint32_t e = byte_at(at);
     out.d = e < 2 ? 0x20u << e : (e - 1) << 7;  // bfloat16
     read_nibbles(at + 1, out);
+}
+
+// The scale's byte is E4M3 without a sign, halved as the values are doubled; 127 counts as zero. A
+// block of the file has four parts of 16 values, each with a scale of its own.
+void NVFP4::unpack(const std::byte* row, size_t block, SourceBlock& out) {
+    const std::byte* at = row + block / 2 * 36;
+    for (size_t i = 0; i < 2; i++) {
+        const size_t part = block % 2 * 2 + i;
+        (i ? out.m : out.d) = half_of_e4m3(byte_at(at + part));
+        for (size_t g = 0; g < 2; g++) {
+            const uint32_t word = load32(at + 4 + 8 * part + 4 * g);
+            out.words[4 * i + g] = word & 0x0f0f0f0fu;
+            out.words[4 * i + 2 + g] = word >> 4 & 0x0f0f0f0fu;
+        }
+    }
 }
 
 void Q2_K::unpack(const std::byte* row, size_t block, SourceBlock& out) {
@@ -356,7 +380,7 @@ void pack_tile(const std::byte* source, size_t row_bytes, uint32_t rows, size_t 
             store_codes(layout, out + layout.scale_bytes(), r, block.words);
             std::byte* scales = layout.header_bytes() ? header : out;
             if (scales) store_scale(layout, scales + width * r, block.d);
-            if (scales && layout.minimum)
+            if (scales && layout.second_scale())
                 store_scale(layout, scales + width * (kTileRows + r), block.m);
             for (uint32_t i = 0; i < sub_bytes; i++) out[16 * i + r] = std::byte{block.sub[i]};
         }

@@ -17,7 +17,7 @@ namespace detail {
 // of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
 //     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1 Q5_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
-//              of IQ4_NL: d[16], MXFP4: d[16], bfloat16
+//              of IQ4_NL: d[16], NVFP4: d0[16] d1[16], binary16, MXFP4: d[16], bfloat16
 //              of IQ4_XS Q3_K TQ1_0 TQ2_0 and the grids (IQ1 to IQ3): sc0[16] sc1[16]
 //              of Q2_K: sc0[16] sc1[16] mn0[16] mn1[16]
 //     codes    8 bits: 8 vectors, quad by quad; 2 bits: 2 vectors of 4 quads, lowest first; else

@@ -26,7 +26,7 @@ namespace scalar {
 struct RowBlock {
     int32_t w[kActivationBlock];
     float scale;     // dw
-    float minimum;   // m
+    float minimum;   // m; of two scales, the second
     int32_t sub[2];  // scales of the two halves, else 1
     int32_t low[2];  // Q2_K's minimums of the two halves, in units of `minimum`
 };
@@ -40,6 +40,11 @@ int32_t dot_integers(const int32_t* w, const int8_t* h) {
 
 float dot_block(const PackedLayout& layout, const RowBlock& row, const ActivationBlock& a,
                 float acc) {
+    if (layout.two_scales) {
+        const float first = static_cast<float>(dot_integers(row.w, a.q)),
+                    last = static_cast<float>(dot_integers(row.w + 16, a.q + 16));
+        return fma_once(fma_once(first, row.scale, last * row.minimum), a.d, acc);
+    }
     const int32_t sum = row.sub[0] * dot_integers(row.w, a.q) +
                         row.sub[1] * dot_integers(row.w + 16, a.q + 16);
     acc = fma_once(static_cast<float>(sum), row.scale * a.d, acc);
@@ -64,7 +69,7 @@ void read_block(const PackedLayout& layout, const std::byte* tile, size_t block,
     const std::byte* scales = layout.header_bytes() ? header : at;
     const auto sub = [&](uint32_t i) { return static_cast<int32_t>(at[16 * i + row]); };
     out.scale = scale_value(layout.scale, scales, row);
-    out.minimum = layout.minimum ? scale_value(layout.scale, scales, kTileRows + row) : 0.0f;
+    out.minimum = layout.second_scale() ? scale_value(layout.scale, scales, kTileRows + row) : 0.0f;
     out.sub[0] = out.sub[1] = 1;
     out.low[0] = out.low[1] = 1;
     for (uint32_t i = 0; layout.sub_scales == 2 && i < 2; i++) {
@@ -413,7 +418,8 @@ void dequantize_row(const PackedMatrix& matrix, uint32_t row, float* out) {
         scalar::read_block(layout, tile, b, lane, block);
         for (uint32_t i = 0; i < kActivationBlock; i++) {
             const float w = static_cast<float>(block.w[i]);
-            const float scale = block.scale * static_cast<float>(block.sub[i / 16]),
+            const float d = layout.two_scales && i >= 16 ? block.minimum : block.scale,
+                        scale = d * static_cast<float>(block.sub[i / 16]),
                         low = block.minimum * static_cast<float>(block.low[i / 16]);
             *out++ = layout.minimum ? fma_once(scale, w, low) : scale * w;
         }

@@ -25,17 +25,21 @@ struct PackedLayout {
     const int8_t* values = nullptr;  // (16) weight = values[code], of 4 bits
     bool minimum = false;            // m of the definition
     uint8_t sub_scales = 0;          // of a block: bytes under a super-block's scale
+    bool two_scales = false;         // d of the first 16 values of a block, and of the last
     Scale scale = Scale::half;       // of D, d, m
     uint8_t float_bytes = 0;         // 0: quantized
     uint8_t blocks = 1;              // of a super-block
 
+    // A second scale a row is stored where the minimum's is; two sums a block are kept apart.
+    constexpr bool second_scale() const { return minimum || two_scales; }
+    constexpr bool two_sums() const { return sub_scales == 2 || two_scales; }
     constexpr bool coded() const { return values != nullptr; }
     // Unsigned bytes, as instructions want them: the code, or a value and what makes it unsigned.
     constexpr int byte_bits() const { return coded() ? 8 : bits; }
     constexpr int byte_bias() const { return coded() ? 128 : bias; }
     constexpr size_t scale_width() const { return scale == Scale::single ? 4 : 2; }
     constexpr size_t scales() const {  // D and Dmin, or d and m
-        return float_bytes ? 0 : size_t{packed_rows} * scale_width() * (minimum ? 2 : 1);
+        return float_bytes ? 0 : size_t{packed_rows} * scale_width() * (second_scale() ? 2 : 1);
     }
     constexpr size_t header_bytes() const { return sub_scales ? scales() : 0; }
     constexpr size_t scale_bytes() const {  // before a block's codes
@@ -123,6 +127,10 @@ struct MXFP4 {
         .type = TensorType::mxfp4, .bits = 4, .values = fp4_values, .scale = Scale::bfloat};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
+struct NVFP4 {
+    static constexpr PackedLayout layout{.type = TensorType::nvfp4, .bits = 4, .values = fp4_values, .two_scales = true, .blocks = 2};
+    static void unpack(const std::byte* row, size_t block, SourceBlock& out);
+};
 struct Q2_K {
     static constexpr PackedLayout layout{
         .type = TensorType::q2_k, .bits = 2, .minimum = true, .sub_scales = 2, .blocks = 8};
@@ -186,8 +194,8 @@ struct BF16 {
 template <class... T>
 struct Types {};
 using WeightTypes =
-    Types<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ3_S,
-          IQ3_XXS, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_S, IQ1_M, TQ1_0, TQ2_0, F32, F16, BF16>;
+    Types<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, NVFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS,
+          IQ3_S, IQ3_XXS, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_S, IQ1_M, TQ1_0, TQ2_0, F32, F16, BF16>;
 
 // A table with one row a weight type: Row<T>::value.
 template <class Value, template <class> class Row, class List = WeightTypes>
@@ -211,7 +219,8 @@ struct FirstAlike<T, alike, Types<First, Rest...>>
 constexpr bool same_tiles(const PackedLayout& a, const PackedLayout& b) {
     if (a.float_bytes || b.float_bytes) return a.type == b.type;
     return a.bits == b.bits && a.byte_bias() == b.byte_bias() && a.coded() == b.coded() &&
-           a.minimum == b.minimum && a.sub_scales == b.sub_scales && a.scale == b.scale;
+           a.minimum == b.minimum && a.two_scales == b.two_scales && a.sub_scales == b.sub_scales &&
+           a.scale == b.scale;
 }
 template <class T>
 using TilesOf = typename FirstAlike<T, same_tiles>::type;
