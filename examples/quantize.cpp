@@ -67,24 +67,87 @@ void quantize_q4_0(const float* x, std::byte* out) {
     store_nibbles(codes, out + 2);
 }
 
-void quantize_q4_1(const float* x, std::byte* out) {
+// Codes 0 .. most from the least value to the largest; stores the scale and the least value.
+void codes_from_least(const float* x, float most, uint8_t* codes, std::byte* out) {
     const float least = *std::min_element(x, x + kBlock);
-    const float d = (*std::max_element(x, x + kBlock) - least) / 15;
+    const float d = (*std::max_element(x, x + kBlock) - least) / most;
     const float inverse = d != 0 ? 1 / d : 0.0f;
-    uint8_t codes[kBlock];
-    for (size_t i = 0; i < kBlock; ++i) codes[i] = code_of((x[i] - least) * inverse + 0.5f, 15);
+    for (size_t i = 0; i < kBlock; ++i) codes[i] = code_of((x[i] - least) * inverse + 0.5f, most);
     store_half(d, out);
     store_half(least, out + 2);
+}
+
+void quantize_q4_1(const float* x, std::byte* out) {
+    uint8_t codes[kBlock];
+    codes_from_least(x, 15, codes, out);
     store_nibbles(codes, out + 4);
+}
+
+// The fifth bits of all codes in 4 bytes, then the lower four.
+void store_five_bits(const uint8_t* codes, std::byte* out) {
+    uint32_t high = 0;
+    for (size_t i = 0; i < kBlock; ++i) high |= static_cast<uint32_t>(codes[i] >> 4) << i;
+    std::memcpy(out, &high, sizeof high);
+    store_nibbles(codes, out + 4);
+}
+
+void quantize_q5_1(const float* x, std::byte* out) {
+    uint8_t codes[kBlock];
+    codes_from_least(x, 31, codes, out);
+    store_five_bits(codes, out + 4);
 }
 
 void quantize_q5_0(const float* x, std::byte* out) {
     uint8_t codes[kBlock];
     store_half(symmetric_codes(x, 16, codes), out);
-    uint32_t high = 0;
-    for (size_t i = 0; i < kBlock; ++i) high |= static_cast<uint32_t>(codes[i] >> 4) << i;
-    std::memcpy(out + 2, &high, sizeof high);
-    store_nibbles(codes, out + 6);
+    store_five_bits(codes, out + 2);
+}
+
+// The code of the value nearest to x; of two, the lower code.
+uint8_t nearest_code(const float (&values)[16], float x) {
+    size_t best = 0;
+    for (size_t i = 1; i < 16; ++i)
+        if (std::fabs(values[i] - x) < std::fabs(values[best] - x)) best = i;
+    return static_cast<uint8_t>(best);
+}
+
+// Numbers of 4 bits, doubled, under a power of two that the largest magnitude chooses.
+void quantize_mxfp4(const float* x, std::byte* out) {
+    constexpr float doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    const float most = std::fabs(largest_magnitude(x));
+    const int exponent = most > 0 ? std::clamp(std::ilogb(most) - 2 + 127, 0, 254) : 0;
+    float values[16];
+    for (size_t i = 0; i < 16; ++i) values[i] = std::ldexp(doubled[i], exponent - 128);
+    uint8_t codes[kBlock];
+    for (size_t i = 0; i < kBlock; ++i) codes[i] = nearest_code(values, x[i]);
+    out[0] = static_cast<std::byte>(exponent);
+    store_nibbles(codes, out + 1);
+}
+
+// Sixteen values that lie closer near zero. Of fifteen scales around the one that gives the largest
+// magnitude an end of the range, the one whose values are nearest, large ones counting more.
+void quantize_iq4_nl(const float* x, std::byte* out) {
+    constexpr float values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                  1,    13,   25,  38,  53,  69,  89,  113};
+    const float most = largest_magnitude(x);
+    float best = 0, d = 0;
+    for (int end = -134; most != 0 && end <= -120; ++end) {
+        const float inverse = static_cast<float>(end) / most;
+        float qx = 0, q2 = 0;  // weighted sums of value * x and of value^2
+        for (size_t i = 0; i < kBlock; ++i) {
+            const float value = values[nearest_code(values, x[i] * inverse)], weight = x[i] * x[i];
+            qx += weight * value * x[i];
+            q2 += weight * value * value;
+        }
+        if (q2 <= 0 || qx * qx <= best * q2) continue;
+        best = qx * qx / q2;
+        d = qx / q2;
+    }
+    const float inverse = d != 0 ? 1 / d : 0.0f;
+    uint8_t codes[kBlock];
+    for (size_t i = 0; i < kBlock; ++i) codes[i] = nearest_code(values, x[i] * inverse);
+    store_half(d, out);
+    store_nibbles(codes, out + 2);
 }
 
 void quantize_q8_0(const float* x, std::byte* out) {
@@ -119,10 +182,11 @@ struct Target {
     void (*store)(const float* x, std::byte* out);  // kBlock values
 };
 constexpr Target targets[] = {
-    {TensorType::f32, 0, store_f32},      {TensorType::f16, 1, store_f16},
-    {TensorType::bf16, 32, store_bf16},   {TensorType::q8_0, 7, quantize_q8_0},
-    {TensorType::q5_0, 8, quantize_q5_0}, {TensorType::q4_1, 3, quantize_q4_1},
-    {TensorType::q4_0, 2, quantize_q4_0},
+    {TensorType::f32, 0, store_f32},           {TensorType::f16, 1, store_f16},
+    {TensorType::bf16, 32, store_bf16},        {TensorType::q8_0, 7, quantize_q8_0},
+    {TensorType::q5_0, 8, quantize_q5_0},      {TensorType::q4_1, 3, quantize_q4_1},
+    {TensorType::q4_0, 2, quantize_q4_0},      {TensorType::q5_1, 9, quantize_q5_1},
+    {TensorType::iq4_nl, 25, quantize_iq4_nl}, {TensorType::mxfp4, 38, quantize_mxfp4},
 };
 
 const Target* find_target(std::string name) {
@@ -237,7 +301,8 @@ int main(int argc, char** argv) {
         "quantize", "Writes a model file again, with smaller weights or packed for quick starts.");
     flags.add("model", "FILE", &model, "a GGUF file (default: what fetch_model.py brought)");
     flags.add("out", "FILE", &out, "where to; replaced only when all is written");
-    flags.add("type", "TYPE", &type, "of the matrices: f32 f16 bf16 q8_0 q5_0 q4_1 q4_0");
+    flags.add("type", "TYPE", &type,
+              "of the matrices: f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0 iq4_nl mxfp4");
     flags.add("output-type", "TYPE", &output_type,
               "of the output matrix (default: q8_0 with a smaller --type)");
     flags.add("packed", &wish.packed,
@@ -248,8 +313,9 @@ int main(int argc, char** argv) {
     if (out == model) return example::fail("quantize: --out is the model itself");
     if (type.empty() && !wish.packed)
         return example::fail("quantize: nothing to do: pass --type, --packed or both (see --help)");
+    const Target* smaller = find_target(type);
     if (output_type.empty())
-        output_type = type.starts_with("q") || type.starts_with("Q") ? "q8_0" : type;
+        output_type = smaller && valar::type_info(smaller->type)->block_size > 1 ? "q8_0" : type;
     const struct {
         const std::string& name;
         const Target*& to;
