@@ -4,6 +4,9 @@
     pip install jinja2
     template_check.py PATH/TO/template_dump      every case: the same text, or both fail
     template_check.py --write                    writes jinja2's answers into the data files
+    template_check.py PATH/TO/template_dump ARCHIVE ...    every *.jinja in these archives, too
+
+Published templates stand in archives that pip downloads (data/templates/published.txt says which).
 
 Cases: tests/data/templates/snippets.json (one template a line, with its context and the answer),
 and each *.jinja there with each context of contexts.json (answers in renders.json). The C++ tests
@@ -16,7 +19,9 @@ import datetime
 import json
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 import jinja2
@@ -100,6 +105,20 @@ def answer(env, template, context):
         return None
 
 
+def published(archive):
+    """Name and text of each template in a wheel or an sdist."""
+    if archive.endswith(".whl"):
+        with zipfile.ZipFile(archive) as file:
+            for name in sorted(file.namelist()):
+                if name.endswith(".jinja"):
+                    yield name, file.read(name).decode()
+        return
+    with tarfile.open(archive) as file:
+        for member in sorted(file.getmembers(), key=lambda m: m.name):
+            if member.name.endswith(".jinja") and "/templates/" in member.name:
+                yield member.name, file.extractfile(member).read().decode()
+
+
 def main():
     snippets = json.loads((DATA / "snippets.json").read_text())
     contexts = json.loads((DATA / "contexts.json").read_text())
@@ -117,6 +136,13 @@ def main():
             if sys.argv[1] == "--write":
                 renders[key] = theirs
             cases.append((key, source, context, renders.get(key), theirs))
+    for archive in sys.argv[2:]:
+        found = {source: name for name, source in published(archive)}  # each text once
+        print(f"{archive}: {len(found)} templates")
+        for source, file in found.items():
+            for name, context in contexts.items():
+                theirs = answer(env, source, {**OWN, **copy.deepcopy(context)})
+                cases.append((f"{file}/{name}", source, context, theirs, theirs))
     if sys.argv[1] != "--write":
         for source in grid():
             context = copy.deepcopy(GRID_CONTEXT)  # `indent` changes a list
