@@ -123,7 +123,7 @@ _Pragma("push_macro(\"F32\")") _Pragma("push_macro(\"FILE\")") _Pragma("push_mac
 _Pragma("push_macro(\"File\")") _Pragma("push_macro(\"First\")") _Pragma("push_macro(\"Frame\")")
 _Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")") _Pragma("push_macro(\"H\")")
 _Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")")
-_Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")")
+_Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")") _Pragma("push_macro(\"Items\")")
 _Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_macro(\"Job\")")
 _Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Kind\")")
 _Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Length\")") _Pragma("push_macro(\"Level\")")
@@ -533,6 +533,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Handle
 #undef Input
 #undef Item
+#undef Items
 #undef Iterator
 #undef J
 #undef Job
@@ -16743,10 +16744,11 @@ public:
     static constexpr uint32_t max_levels = 600;       ///< of evaluation: 256 KiB of stack suffice
     static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
     static constexpr uint32_t max_range = 100'000;    ///< of range(), as in Jinja's sandbox
+    static constexpr size_t max_live_bytes = size_t{12} << 20;    ///< of lists and dicts at once
     static constexpr size_t max_output_bytes = size_t{16} << 20;  ///< of any one string
     /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
     /// bound time and memory at once.
-    static constexpr uint64_t max_steps = 1'000'000;
+    static constexpr uint64_t max_steps = 800'000;
     static constexpr uint64_t bytes_per_step = 128;
 
     /// Errors: bad_data, with the line.
@@ -18223,6 +18225,7 @@ public:
     bool failed() const { return error_.has_value(); }
     bool charge(uint64_t steps) { return charge_bytes(steps * ChatTemplate::bytes_per_step); }
     bool charge_bytes(uint64_t bytes);
+    bool room(uint64_t values);  // whether so many more may live at once
 
     bool append(Text& out, std::string_view piece, bool request);
     bool append(Text& out, const Text& from, ByteRange range);
@@ -18321,6 +18324,7 @@ private:
                          bool request);
 
     const TemplateProgram& p_;
+    uint64_t live_ = 0;  // bytes of the lists and dicts that were made; outlives them all
     std::optional<Error> error_ = {};
     uint64_t spent_ = 0;  // in bytes, see ChatTemplate::bytes_per_step
     uint32_t line_ = 1;
@@ -18457,19 +18461,57 @@ Value Renderer::piece(const Value& string, ByteRange range) {
 
 // containers
 
+namespace {
+
+/// A container that is counted while it lives.
+template <class Items>
+struct Counted : Items {
+    Counted(Items&& items, uint64_t* total)
+        : Items(std::move(items)),
+          live(total),
+          bytes(this->capacity() * sizeof(typename Items::value_type) + 64) {
+        *live += bytes;
+    }
+    ~Counted() { *live -= bytes; }
+    Counted(const Counted&) = delete;
+    uint64_t* live;
+    uint64_t bytes;
+};
+
+template <class Items>
+void count(Value& made, uint64_t* live) {
+    Items& items = *static_cast<Items*>(made.object.get());
+    std::shared_ptr<Items> counted = std::make_shared<Counted<Items>>(std::move(items), live);
+    made.object = std::move(counted);
+}
+
+}  // namespace
+
+bool Renderer::room(uint64_t values) {
+    if (values > (ChatTemplate::max_live_bytes - std::min(live_, ChatTemplate::max_live_bytes)) /
+                     sizeof(Value))
+        fail("lists of over 12 MiB");
+    return !failed();
+}
+
 Value Renderer::list(Kind kind, List items) {
     charge_bytes(items.size() * sizeof(Value));
     Value made = make_list(kind, std::move(items));
+    count<List>(made, &live_);
+    if (!room(1)) return {};
     return made.depth > ChatTemplate::max_value_depth ? fail("lists nested too deep") : made;
 }
 
 Value Renderer::dict(Dict entries) {
     charge_bytes(entries.size() * sizeof(Entry));
     Value made = make_dict(std::move(entries));
+    count<Dict>(made, &live_);
+    if (!room(1)) return {};
     return made.depth > ChatTemplate::max_value_depth ? fail("dicts nested too deep") : made;
 }
 
 Value Renderer::name_space(Dict fields) {
+    charge(4 + fields.size() * 8);  // they stay to the end
     name_spaces_.push_back(std::move(fields));
     return make_kind(Kind::name_space, int64_t(name_spaces_.size() - 1));
 }
@@ -18599,7 +18641,7 @@ Result<Text> Renderer::run(const TemplateInput& input) {
 // names
 
 void Renderer::assign_name(uint32_t name, Value value) {
-    charge_bytes(frames_.back().bindings.size());
+    charge_bytes(frames_.back().bindings.size() * 2);
     for (auto& [id, old] : frames_.back().bindings)
         if (id == name) {
             old = std::move(value);
@@ -18610,7 +18652,7 @@ void Renderer::assign_name(uint32_t name, Value value) {
 
 Value Renderer::lookup(const Node& node, uint32_t id) {
     for (uint32_t f = frame();; f = frames_[f].parent) {
-        charge_bytes(frames_[f].bindings.size() + 1);
+        charge_bytes(frames_[f].bindings.size() * 2 + 1);
         for (const auto& [name, value] : frames_[f].bindings)
             if (name == node.value) return value;
         if (f == 0) break;
@@ -18951,13 +18993,15 @@ void Renderer::spread(const Node& node, Arguments& args) {
     const Value v = eval(p_.children(node)[0]);
     if (!failed() && !node.flag) {
         const Value items = items_of(v);
-        if (failed() || !charge_bytes(list_in(items).size() * sizeof(Value))) return;
+        if (failed() || !room(list_in(items).size()) ||
+            !charge_bytes(list_in(items).size() * sizeof(Value) * 2))
+            return;
         args.values.insert(args.values.end(), list_in(items).begin(), list_in(items).end());
         return;
     }
     if (failed() || !want(v, Kind::dict)) return;
     for (const Entry& e : dict_in(v)) {
-        if (!want(e.key, Kind::string) || !charge_bytes(sizeof(Entry) + args.named.size() * 4))
+        if (!want(e.key, Kind::string) || !charge_bytes(sizeof(Entry) + args.named.size() * 8))
             return;
         if (args.find(chars(e.key)))
             return void(fail(join({"the argument '", chars(e.key), "' was given twice"})));
@@ -19269,6 +19313,7 @@ Value Renderer::binary(Op op, Value a, const Value& b) {
     if (op == Op::add && is_string(a) && is_string(b))
         return a.markup || b.markup ? joined_markup(a, b) : concatenated(std::move(a), b);
     if (op == Op::add && is_list(a) && a.kind == b.kind) {
+        if (!room(list_in(a).size() + list_in(b).size())) return {};
         List items = list_in(a);
         items.insert(items.end(), list_in(b).begin(), list_in(b).end());
         return list(a.kind, std::move(items));
@@ -19285,6 +19330,9 @@ Value Renderer::binary(Op op, Value a, const Value& b) {
 Value Renderer::repeated(const Value& v, int64_t times) {
     List items;
     Text text;
+    const uint64_t size = is_string(v) ? 0 : list_in(v).size();
+    if (size > 0 && times > 0 && !room(size * std::min(uint64_t(times), uint64_t{1} << 32)))
+        return {};
     for (int64_t i = 0; i < times && charge(1); ++i) {
         if (is_string(v)) append(text, text_in(v));
         else if (charge_bytes(list_in(v).size() * sizeof(Value)))
@@ -20099,6 +20147,14 @@ void PercentFormat::convert(Text& out, Spec& spec, const Value& v) {
     append_number(r_, out, spec, number);
 }
 
+void append_repeated(Renderer& r, Text& out, const Text& text, int64_t times) {
+    constexpr int64_t several = 1024;
+    Text many;
+    for (int64_t i = 0; i < several && times > several && !r.failed(); ++i) r.append(many, text);
+    for (; times > several && !r.failed(); times -= several) r.append(out, many);
+    for (; times > 0 && !r.failed(); --times) r.append(out, text);
+}
+
 }  // namespace
 
 void append_padded(Renderer& r, Text& out, const Text& text, int64_t width, char align,
@@ -20109,9 +20165,9 @@ void append_padded(Renderer& r, Text& out, const Text& text, int64_t width, char
                            : align == '^' ? missing / 2
                            : align == '|' ? missing / 2 + (missing & width & 1)
                                           : 0;
-    for (int64_t i = 0; i < before && !r.failed(); ++i) r.append(out, fill);
+    append_repeated(r, out, fill, before);
     r.append(out, text);
-    for (int64_t i = before; i < missing && !r.failed(); ++i) r.append(out, fill);
+    append_repeated(r, out, fill, missing - before);
 }
 
 double rounded(double value, int decimals) {
@@ -20690,6 +20746,10 @@ Value tabs_expanded(Renderer& r, const Value& s, const Value& size) {
             if (c == '\t') made.append(size_t(spaces), ' ');
             else made += c;
             column = c == '\n' || c == '\r' ? 0 : column + spaces + (c != '\t' && utf8_begins(c));
+            if (made.size() > 4096) {
+                r.append(out, made, request);
+                made.clear();
+            }
             if (!r.charge_bytes(uint64_t(spaces) + 1)) return;
         }
         r.append(out, made, request);
@@ -21072,7 +21132,7 @@ Value batched(Renderer& r, const Value& v, Arguments& a) {  // linecount fill_wi
         if (!r.charge(1)) return {};
     }
     while (!row.empty() && !is_absent(a.values[1]) && int64_t(row.size()) < size &&
-           r.charge_bytes(sizeof(Value)))
+           r.charge_bytes(sizeof(Value)) && r.room(row.size() * 2))
         row.push_back(a.values[1]);
     if (!row.empty()) made.push_back(r.list(Kind::list, std::move(row)));
     return r.list(Kind::iterator, std::move(made));
@@ -21088,7 +21148,7 @@ Value sliced(Renderer& r, const Value& v, Arguments& a) {  // slices fill_with
     const int64_t size = int64_t(list_in(items).size());
     List made;
     auto at = list_in(items).begin();
-    for (int64_t i = 0; i < slices && r.charge_bytes(sizeof(Value)); ++i) {
+    for (int64_t i = 0; i < slices && r.charge(1) && r.room(made.size() * 2); ++i) {
         const int64_t count = size / slices + (i < size % slices);
         List row(at, at + count);
         at += count;
@@ -21302,6 +21362,7 @@ Value range(Renderer& r, const Value&, Arguments& a) {
     const int64_t count = std::max<int64_t>(0, (to - from + by - (by > 0 ? 1 : -1)) / by);
     if (count > int64_t(ChatTemplate::max_range)) return r.fail("range: over 100,000 numbers");
     List items;
+    if (!r.charge_bytes(uint64_t(count) * 96)) return {};
     for (int64_t i = 0; i < count; ++i) items.push_back(make_int(from + i * by));
     Value made = r.list(Kind::list, std::move(items));
     made.integer = 1;
@@ -21330,7 +21391,7 @@ Dict fields_of(Renderer& r, Arguments& a) {
         for (const Value& pair : list_in(pairs)) add_pair(r, fields, pair);
     }
     for (Entry& e : a.named)
-        if (r.charge_bytes(fields.size() * 4))
+        if (r.charge_bytes(fields.size() * 8))
             set_entry(fields, std::move(e.key), std::move(e.value));
     return fields;
 }
@@ -21706,6 +21767,7 @@ Value new_cycler(Renderer& r, const Value&, Arguments& a) {
     if (a.values.empty() || !a.named.empty()) return r.fail("cycler: needs values");
     const Value first = a.values[0];
     const Value made = r.name_space({});
+    r.charge(64);
     r.fields(made) = {{make_text("items"), r.list(Kind::tuple, std::move(a.values))},
                       {make_text("pos"), make_int(0)},
                       {make_text("current"), first},
@@ -21734,7 +21796,7 @@ Value raise_exception(Renderer& r, const Value&, const Value& message) {
 }
 
 Value strftime_now(Renderer& r, const Value&, const Value& pattern) {
-    if (!r.want(pattern, Kind::string) || !r.charge_bytes(chars(pattern).size() * 16)) return {};
+    if (!r.want(pattern, Kind::string) || !r.charge_bytes(chars(pattern).size() * 512)) return {};
     Text out;
     r.append(out, formatted_time(r.now_s, chars(pattern)), has_marks(pattern));
     return make_text(std::move(out));
@@ -34604,12 +34666,12 @@ _Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(
 _Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")") _Pragma("pop_macro(\"Frame\")")
 _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")")
 _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"Input\")")
-_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")")
-_Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")")
-_Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Length\")")
-_Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")")
-_Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Match\")")
-_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
+_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")")
+_Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")")
+_Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
+_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
+_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
+_Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
 _Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
 _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
 _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")

@@ -219,7 +219,7 @@ Value batched(Renderer& r, const Value& v, Arguments& a) {  // linecount fill_wi
         if (!r.charge(1)) return {};
     }
     while (!row.empty() && !is_absent(a.values[1]) && int64_t(row.size()) < size &&
-           r.charge_bytes(sizeof(Value)))
+           r.charge_bytes(sizeof(Value)) && r.room(row.size() * 2))
         row.push_back(a.values[1]);
     if (!row.empty()) made.push_back(r.list(Kind::list, std::move(row)));
     return r.list(Kind::iterator, std::move(made));
@@ -235,7 +235,7 @@ Value sliced(Renderer& r, const Value& v, Arguments& a) {  // slices fill_with
     const int64_t size = int64_t(list_in(items).size());
     List made;
     auto at = list_in(items).begin();
-    for (int64_t i = 0; i < slices && r.charge_bytes(sizeof(Value)); ++i) {
+    for (int64_t i = 0; i < slices && r.charge(1) && r.room(made.size() * 2); ++i) {
         const int64_t count = size / slices + (i < size % slices);
         List row(at, at + count);
         at += count;
@@ -449,6 +449,7 @@ Value range(Renderer& r, const Value&, Arguments& a) {
     const int64_t count = std::max<int64_t>(0, (to - from + by - (by > 0 ? 1 : -1)) / by);
     if (count > int64_t(ChatTemplate::max_range)) return r.fail("range: over 100,000 numbers");
     List items;
+    if (!r.charge_bytes(uint64_t(count) * 96)) return {};
     for (int64_t i = 0; i < count; ++i) items.push_back(make_int(from + i * by));
     Value made = r.list(Kind::list, std::move(items));
     made.integer = 1;
@@ -477,7 +478,7 @@ Dict fields_of(Renderer& r, Arguments& a) {
         for (const Value& pair : list_in(pairs)) add_pair(r, fields, pair);
     }
     for (Entry& e : a.named)
-        if (r.charge_bytes(fields.size() * 4))
+        if (r.charge_bytes(fields.size() * 8))
             set_entry(fields, std::move(e.key), std::move(e.value));
     return fields;
 }
@@ -853,6 +854,7 @@ Value new_cycler(Renderer& r, const Value&, Arguments& a) {
     if (a.values.empty() || !a.named.empty()) return r.fail("cycler: needs values");
     const Value first = a.values[0];
     const Value made = r.name_space({});
+    r.charge(64);
     r.fields(made) = {{make_text("items"), r.list(Kind::tuple, std::move(a.values))},
                       {make_text("pos"), make_int(0)},
                       {make_text("current"), first},
@@ -881,7 +883,7 @@ Value raise_exception(Renderer& r, const Value&, const Value& message) {
 }
 
 Value strftime_now(Renderer& r, const Value&, const Value& pattern) {
-    if (!r.want(pattern, Kind::string) || !r.charge_bytes(chars(pattern).size() * 16)) return {};
+    if (!r.want(pattern, Kind::string) || !r.charge_bytes(chars(pattern).size() * 512)) return {};
     Text out;
     r.append(out, formatted_time(r.now_s, chars(pattern)), has_marks(pattern));
     return make_text(std::move(out));

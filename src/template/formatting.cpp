@@ -477,6 +477,14 @@ void PercentFormat::convert(Text& out, Spec& spec, const Value& v) {
     append_number(r_, out, spec, number);
 }
 
+void append_repeated(Renderer& r, Text& out, const Text& text, int64_t times) {
+    constexpr int64_t several = 1024;
+    Text many;
+    for (int64_t i = 0; i < several && times > several && !r.failed(); ++i) r.append(many, text);
+    for (; times > several && !r.failed(); times -= several) r.append(out, many);
+    for (; times > 0 && !r.failed(); --times) r.append(out, text);
+}
+
 }  // namespace
 
 void append_padded(Renderer& r, Text& out, const Text& text, int64_t width, char align,
@@ -487,9 +495,9 @@ void append_padded(Renderer& r, Text& out, const Text& text, int64_t width, char
                            : align == '^' ? missing / 2
                            : align == '|' ? missing / 2 + (missing & width & 1)
                                           : 0;
-    for (int64_t i = 0; i < before && !r.failed(); ++i) r.append(out, fill);
+    append_repeated(r, out, fill, before);
     r.append(out, text);
-    for (int64_t i = before; i < missing && !r.failed(); ++i) r.append(out, fill);
+    append_repeated(r, out, fill, missing - before);
 }
 
 double rounded(double value, int decimals) {

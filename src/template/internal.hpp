@@ -52,10 +52,11 @@ public:
     static constexpr uint32_t max_levels = 600;       ///< of evaluation: 256 KiB of stack suffice
     static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
     static constexpr uint32_t max_range = 100'000;    ///< of range(), as in Jinja's sandbox
+    static constexpr size_t max_live_bytes = size_t{12} << 20;    ///< of lists and dicts at once
     static constexpr size_t max_output_bytes = size_t{16} << 20;  ///< of any one string
     /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
     /// bound time and memory at once.
-    static constexpr uint64_t max_steps = 1'000'000;
+    static constexpr uint64_t max_steps = 800'000;
     static constexpr uint64_t bytes_per_step = 128;
 
     /// Errors: bad_data, with the line.

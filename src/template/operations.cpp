@@ -117,6 +117,7 @@ Value Renderer::binary(Op op, Value a, const Value& b) {
     if (op == Op::add && is_string(a) && is_string(b))
         return a.markup || b.markup ? joined_markup(a, b) : concatenated(std::move(a), b);
     if (op == Op::add && is_list(a) && a.kind == b.kind) {
+        if (!room(list_in(a).size() + list_in(b).size())) return {};
         List items = list_in(a);
         items.insert(items.end(), list_in(b).begin(), list_in(b).end());
         return list(a.kind, std::move(items));
@@ -133,6 +134,9 @@ Value Renderer::binary(Op op, Value a, const Value& b) {
 Value Renderer::repeated(const Value& v, int64_t times) {
     List items;
     Text text;
+    const uint64_t size = is_string(v) ? 0 : list_in(v).size();
+    if (size > 0 && times > 0 && !room(size * std::min(uint64_t(times), uint64_t{1} << 32)))
+        return {};
     for (int64_t i = 0; i < times && charge(1); ++i) {
         if (is_string(v)) append(text, text_in(v));
         else if (charge_bytes(list_in(v).size() * sizeof(Value)))

@@ -126,19 +126,57 @@ Value Renderer::piece(const Value& string, ByteRange range) {
 
 // containers
 
+namespace {
+
+/// A container that is counted while it lives.
+template <class Items>
+struct Counted : Items {
+    Counted(Items&& items, uint64_t* total)
+        : Items(std::move(items)),
+          live(total),
+          bytes(this->capacity() * sizeof(typename Items::value_type) + 64) {
+        *live += bytes;
+    }
+    ~Counted() { *live -= bytes; }
+    Counted(const Counted&) = delete;
+    uint64_t* live;
+    uint64_t bytes;
+};
+
+template <class Items>
+void count(Value& made, uint64_t* live) {
+    Items& items = *static_cast<Items*>(made.object.get());
+    std::shared_ptr<Items> counted = std::make_shared<Counted<Items>>(std::move(items), live);
+    made.object = std::move(counted);
+}
+
+}  // namespace
+
+bool Renderer::room(uint64_t values) {
+    if (values > (ChatTemplate::max_live_bytes - std::min(live_, ChatTemplate::max_live_bytes)) /
+                     sizeof(Value))
+        fail("lists of over 12 MiB");
+    return !failed();
+}
+
 Value Renderer::list(Kind kind, List items) {
     charge_bytes(items.size() * sizeof(Value));
     Value made = make_list(kind, std::move(items));
+    count<List>(made, &live_);
+    if (!room(1)) return {};
     return made.depth > ChatTemplate::max_value_depth ? fail("lists nested too deep") : made;
 }
 
 Value Renderer::dict(Dict entries) {
     charge_bytes(entries.size() * sizeof(Entry));
     Value made = make_dict(std::move(entries));
+    count<Dict>(made, &live_);
+    if (!room(1)) return {};
     return made.depth > ChatTemplate::max_value_depth ? fail("dicts nested too deep") : made;
 }
 
 Value Renderer::name_space(Dict fields) {
+    charge(4 + fields.size() * 8);  // they stay to the end
     name_spaces_.push_back(std::move(fields));
     return make_kind(Kind::name_space, int64_t(name_spaces_.size() - 1));
 }
@@ -268,7 +306,7 @@ Result<Text> Renderer::run(const TemplateInput& input) {
 // names
 
 void Renderer::assign_name(uint32_t name, Value value) {
-    charge_bytes(frames_.back().bindings.size());
+    charge_bytes(frames_.back().bindings.size() * 2);
     for (auto& [id, old] : frames_.back().bindings)
         if (id == name) {
             old = std::move(value);
@@ -279,7 +317,7 @@ void Renderer::assign_name(uint32_t name, Value value) {
 
 Value Renderer::lookup(const Node& node, uint32_t id) {
     for (uint32_t f = frame();; f = frames_[f].parent) {
-        charge_bytes(frames_[f].bindings.size() + 1);
+        charge_bytes(frames_[f].bindings.size() * 2 + 1);
         for (const auto& [name, value] : frames_[f].bindings)
             if (name == node.value) return value;
         if (f == 0) break;
@@ -620,13 +658,15 @@ void Renderer::spread(const Node& node, Arguments& args) {
     const Value v = eval(p_.children(node)[0]);
     if (!failed() && !node.flag) {
         const Value items = items_of(v);
-        if (failed() || !charge_bytes(list_in(items).size() * sizeof(Value))) return;
+        if (failed() || !room(list_in(items).size()) ||
+            !charge_bytes(list_in(items).size() * sizeof(Value) * 2))
+            return;
         args.values.insert(args.values.end(), list_in(items).begin(), list_in(items).end());
         return;
     }
     if (failed() || !want(v, Kind::dict)) return;
     for (const Entry& e : dict_in(v)) {
-        if (!want(e.key, Kind::string) || !charge_bytes(sizeof(Entry) + args.named.size() * 4))
+        if (!want(e.key, Kind::string) || !charge_bytes(sizeof(Entry) + args.named.size() * 8))
             return;
         if (args.find(chars(e.key)))
             return void(fail(join({"the argument '", chars(e.key), "' was given twice"})));

@@ -85,6 +85,7 @@ public:
     bool failed() const { return error_.has_value(); }
     bool charge(uint64_t steps) { return charge_bytes(steps * ChatTemplate::bytes_per_step); }
     bool charge_bytes(uint64_t bytes);
+    bool room(uint64_t values);  // whether so many more may live at once
 
     bool append(Text& out, std::string_view piece, bool request);
     bool append(Text& out, const Text& from, ByteRange range);
@@ -183,6 +184,7 @@ private:
                          bool request);
 
     const TemplateProgram& p_;
+    uint64_t live_ = 0;  // bytes of the lists and dicts that were made; outlives them all
     std::optional<Error> error_ = {};
     uint64_t spent_ = 0;  // in bytes, see ChatTemplate::bytes_per_step
     uint32_t line_ = 1;

@@ -498,6 +498,10 @@ Value tabs_expanded(Renderer& r, const Value& s, const Value& size) {
             if (c == '\t') made.append(size_t(spaces), ' ');
             else made += c;
             column = c == '\n' || c == '\r' ? 0 : column + spaces + (c != '\t' && utf8_begins(c));
+            if (made.size() > 4096) {
+                r.append(out, made, request);
+                made.clear();
+            }
             if (!r.charge_bytes(uint64_t(spaces) + 1)) return;
         }
         r.append(out, made, request);
