@@ -643,6 +643,13 @@ TEST_CASE("template: messages take the shape that a template takes") {
     CHECK(messages("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}"
                    "{% endfor %}")
               .find("user:[{\"type\":\"text\",\"text\":\"b\"}];") != std::string::npos);
+    CHECK(messages("{% for t in tools %}{% endfor %}{% for m in messages %}" + print)
+              .find("system:I;user:a;") == 0);
+    // Only the last system message counts there: the others would be lost.
+    CHECK(messages("{% set ns = namespace(s='') %}{% for m in messages %}"
+                   "{% if m.role == 'system' %}{% set ns.s = m.content %}{% endif %}{% endfor %}"
+                   "{{ ns.s }}{% for m in messages if m.role != 'system' %}" +
+                   print) == "system:I;user:a;user:b;assistant:c;user:s\n\nd;");
     // What takes nothing is left as it is: its own words say why.
     const auto refuses = ChatTemplate::open("{{ raise_exception('never') }}");
     REQUIRE(refuses);

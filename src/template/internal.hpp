@@ -34,11 +34,12 @@ struct TemplateInput {
 
 /// What a template takes of a conversation; `chat_input` brings it into that shape.
 struct TemplateShape {
-    bool system = true;       ///< a system message; else its text goes before the next user text
-    bool late_system = true;  ///< also one that is not the first message
-    bool developer = false;   ///< a role of its own; else it is a system message
-    bool parts = false;       ///< content is a list of parts; a string would be lost
-    bool joins = false;       ///< it refuses neighbours of one role: they are joined
+    bool system = true;        ///< a system message; else its text goes before the next user text
+    bool late_system = true;   ///< also one that is not the first message
+    bool developer = false;    ///< a role of its own; else it is a system message
+    bool parts = false;        ///< content is a list of parts; a string would be lost
+    bool empty_tools = false;  ///< `tools` is an empty list where there are none, not null
+    bool joins = false;        ///< it refuses neighbours of one role: they are joined
 };
 
 /// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
@@ -75,8 +76,6 @@ public:
 
 private:
     explicit ChatTemplate(std::shared_ptr<const TemplateProgram> program);
-    bool takes(const Json& messages, std::string_view word) const;
-    void find_shape();
     std::shared_ptr<const TemplateProgram> program_;
     TemplateShape shape_ = {};
 };

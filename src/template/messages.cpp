@@ -35,11 +35,11 @@ Json messages_of(const std::vector<ChatTurn>& turns, bool parts) {
     return messages;
 }
 
-TemplateInput input_of_messages(Json messages, std::string_view bos, std::string_view eos,
-                                int64_t now_s) {
+TemplateInput input_of_turns(const std::vector<ChatTurn>& turns, const TemplateShape& shape,
+                             std::string_view bos, std::string_view eos, int64_t now_s) {
     TemplateInput input;
-    input.request.set("messages", std::move(messages))
-        .set("tools", nullptr)
+    input.request.set("messages", messages_of(turns, shape.parts))
+        .set("tools", shape.empty_tools ? Json::array() : Json())
         .set("documents", nullptr);
     input.own.set("add_generation_prompt", true).set("bos_token", bos).set("eos_token", eos);
     input.now_s = now_s;
@@ -53,47 +53,50 @@ void add_text(std::string& text, const std::string& more) {
 
 // ---- what a template takes --------------------------------------------------------------------
 
-// Texts that no template has: found in what it renders, they were not lost.
-constexpr const char* probe_system = "probe-of-system";
-constexpr const char* probe_first = "probe-of-user";
-constexpr const char* probe_answer = "probe-of-assistant";
-constexpr const char* probe_second = "probe-of-second";
+/// Whether it renders these messages and loses none of their texts.
+bool takes(const ChatTemplate& chat_template, const std::vector<ChatTurn>& turns,
+           const TemplateShape& shape) {
+    const auto made = chat_template.render(input_of_turns(turns, shape, "<s>", "</s>", 0));
+    for (const ChatTurn& turn : turns)
+        if (!made || made->text.find(turn.text) == std::string::npos) return false;
+    return true;
+}
+
+/// How it takes a user's text alone; false: in no way that is known here.
+bool find_content(const ChatTemplate& chat_template, TemplateShape* shape) {
+    for (int way = 0; way < 4; ++way) {
+        shape->parts = way & 1;
+        shape->empty_tools = way & 2;
+        if (takes(chat_template, {{Role::user, "probe-of-user"}}, *shape)) return true;
+    }
+    shape->parts = shape->empty_tools = false;
+    return false;
+}
+
+TemplateShape shape_of(const ChatTemplate& chat_template, TemplateShape shape) {
+    const ChatTurn system{Role::system, "probe-of-system"}, late{Role::system, "probe-of-late"};
+    const ChatTurn first{Role::user, "probe-of-user"}, second{Role::user, "probe-of-second"};
+    const ChatTurn answer{Role::assistant, "probe-of-assistant"};
+    const ChatTurn developer{Role::developer, "probe-of-developer"};
+    const auto all = [&](const std::vector<ChatTurn>& turns) {
+        return takes(chat_template, turns, shape);
+    };
+    // Where it takes nothing, its own words on a request are clearer than what is said here.
+    if (!find_content(chat_template, &shape)) return shape;
+    shape.system = all({system, first});
+    shape.developer = shape.developer && all({developer, first});
+    shape.late_system = shape.system && all({system, first, answer, late, second}) &&
+                        all({system, late, first}) &&
+                        (!shape.developer || all({system, first, answer, developer, second}));
+    shape.joins = !all({first, second}) || !all({first, answer, answer, second});
+    return shape;
+}
 
 }  // namespace
 
-/// Whether it renders these messages and `word` is in what it makes of them.
-bool ChatTemplate::takes(const Json& messages, std::string_view word) const {
-    const auto made = render(input_of_messages(messages, "<s>", "</s>", 0));
-    return made && made->text.find(word) != std::string::npos;
-}
-
-void ChatTemplate::find_shape() {
-    const ChatTurn system{Role::system, probe_system}, first{Role::user, probe_first};
-    const ChatTurn answer{Role::assistant, probe_answer}, second{Role::user, probe_second};
-    const auto turns = [&](std::vector<ChatTurn> these, std::string_view word) {
-        return takes(messages_of(these, shape_.parts), word);
-    };
-    if (!turns({first}, probe_first)) {
-        shape_.parts = true;
-        if (!turns({first}, probe_first)) {
-            // It takes neither way: what it says of a request is clearer than what is said here.
-            shape_.parts = false;
-            return;
-        }
-    }
-    const ChatTurn both{Role::user, std::string(probe_system) + "\n\n" + probe_first};
-    shape_.system = turns({system, first}, probe_system) || !turns({both}, probe_system);
-    shape_.late_system = shape_.system && turns({first, answer, system, second}, probe_system);
-    shape_.joins = !turns({first, second}, probe_second) ||
-                   !turns({first, answer, answer, second}, probe_second) ||
-                   (shape_.system && !turns({system, system, first}, probe_first));
-    shape_.developer = shape_.developer &&
-                       turns({{Role::developer, probe_system}, first}, probe_system);
-}
-
 Result<ChatTemplate> ChatTemplate::open(std::string source) {
     auto made = parse(std::move(source));
-    if (made) made->find_shape();
+    if (made) made->shape_ = shape_of(*made, made->shape_);
     return made;
 }
 
@@ -105,10 +108,16 @@ std::vector<ChatTurn> with_known_roles(std::vector<ChatTurn> turns, const Templa
     std::string waiting;
     for (ChatTurn& turn : turns) {
         if (turn.role == Role::developer && !shape.developer) turn.role = Role::system;
-        const bool leading = made.empty() || made.back().role == Role::system;
-        const bool taken = shape.system && (shape.late_system || leading);
-        if (turn.role == Role::system && !taken) {
+        const bool orders = turn.role == Role::system || turn.role == Role::developer;
+        const bool leading = made.empty() || made.back().role == Role::system ||
+                             made.back().role == Role::developer;
+        const bool known = turn.role == Role::developer || shape.system;
+        if (orders && !(known && (shape.late_system || leading))) {
             add_text(waiting, turn.text);
+            continue;
+        }
+        if (orders && !shape.late_system && !made.empty() && made.back().role == turn.role) {
+            add_text(made.back().text, turn.text);
             continue;
         }
         if (turn.role == Role::user && !waiting.empty()) {
@@ -147,7 +156,7 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
     const TemplateShape& shape = chat_template.shape();
     turns = with_known_roles(std::move(turns), shape);
     if (shape.joins) turns = with_neighbours_joined(std::move(turns));
-    return input_of_messages(messages_of(turns, shape.parts), bos, eos, now_s);
+    return input_of_turns(turns, shape, bos, eos, now_s);
 }
 
 }  // namespace detail
