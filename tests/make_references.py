@@ -43,6 +43,7 @@ USUAL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_
 # Classes without a size of heads of their own.
 PLAIN = {**{key: value for key, value in USUAL.items() if key != "head_dim"}}
 
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 FEW = dict(num_hidden_layers=3)  # layers, where experts make them large
 
 
@@ -52,8 +53,9 @@ def rope(theta=10000.0, **scaling):
 
 LLAMA3 = rope(500000.0, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=32.0,
-            beta_slow=1.0)
+# With a base of 1000 the ramp begins and ends between two whole numbers, in the middle of the head.
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24, beta_fast=2.0,
+            beta_slow=0.1)
 
 
 def layer_types(pattern):
@@ -75,7 +77,7 @@ CASES = {
     "llama-rope3": ("LlamaForCausalLM", {**USUAL, **FEW, **LLAMA3}, {}),
     "llama-linear": ("LlamaForCausalLM", {**PLAIN, **FEW, **rope(rope_type="linear", factor=4.0),
                                           "tie_word_embeddings": True}, {}),
-    "llama-yarn": ("LlamaForCausalLM", {**USUAL, **FEW, **rope(**YARN)}, {}),
+    "llama-yarn": ("LlamaForCausalLM", {**USUAL, **FEW, **rope(1000.0, **YARN)}, {}),
     "mistral": ("MistralForCausalLM", {**USUAL, **rope(), "sliding_window": 24},
                 {"sliding_window": 24}),
     "qwen2": ("Qwen2ForCausalLM", {**PLAIN, **rope(1e6), "num_attention_heads": 2,
@@ -111,8 +113,8 @@ CASES = {
     "olmo3": ("Olmo3ForCausalLM", {
         **PLAIN, **layer_types("sssfs"), "sliding_window": 20,
         "rope_parameters": {
-            "full_attention": {"rope_theta": 500000.0, **YARN},
-            "sliding_attention": {"rope_theta": 500000.0, "rope_type": "default"}}}, {}),
+            "full_attention": {"rope_theta": 1000.0, **YARN},
+            "sliding_attention": {"rope_theta": 1000.0, "rope_type": "default"}}}, {}),
     "granite": ("GraniteForCausalLM", {**PLAIN, **FEW, **rope(), "embedding_multiplier": 3.0,
                                        "residual_multiplier": 0.4, "logits_scaling": 2.5,
                                        "attention_multiplier": 0.21,
@@ -158,8 +160,8 @@ CASES = {
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_positions": 128, "n_embd": 32,
                                  "n_layer": 3, "n_head": 4, "bos_token_id": 256,
                                  "eos_token_id": 257}, {"n_ctx": 128}),
-    "gptneox": ("GPTNeoXForCausalLM", {**PLAIN, **FEW, **rope(partial_rotary_factor=0.25)},
-                {"rotary_pct": 0.25}),
+    "gptneox": ("GPTNeoXForCausalLM", {**PLAIN, **FEW, **rope(partial_rotary_factor=0.5)},
+                {"rotary_pct": 0.5}),
     "gptneox-serial": ("GPTNeoXForCausalLM", {
         **PLAIN, **FEW, **rope(partial_rotary_factor=1.0),
         "use_parallel_residual": False}, {"rotary_pct": 1.0}),
@@ -169,7 +171,7 @@ CASES = {
                                          "new_decoder_architecture": True, "num_kv_heads": 2,
                                          "tie_word_embeddings": False}, {}),
     "mistral3": ("Ministral3ForCausalLM", {
-        **USUAL, **FEW, **rope(1e6, **YARN, mscale=1.0, mscale_all_dim=1.0,
+        **USUAL, **FEW, **rope(1000.0, **YARN, mscale=1.0, mscale_all_dim=1.0,
                                llama_4_scaling_beta=0.1, max_position_embeddings=128)}, {}),
     "mixtral": ("MixtralForCausalLM", {**USUAL, **FEW, **rope(1e6), "num_local_experts": 4,
                                        "intermediate_size": 20, "num_experts_per_tok": 2,
@@ -184,7 +186,7 @@ CASES = {
     "gpt-oss": ("GptOssForCausalLM", {
         **USUAL, **FEW, "num_hidden_layers": 4, "intermediate_size": 16, "num_local_experts": 4,
         "num_experts_per_tok": 2, "sliding_window": 20,
-        **rope(150000.0, **{**YARN, "factor": 8.0}, truncate=False)}, {}),
+        **rope(1000.0, **{**YARN, "factor": 8.0}, truncate=False)}, {}),
     "granitemoe": ("GraniteMoeForCausalLM", {
         **PLAIN, **FEW, **rope(), "intermediate_size": 12, "num_local_experts": 6,
         "num_experts_per_tok": 3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
@@ -338,12 +340,17 @@ def randomize(model, seed):
             continue
         embedding = value.shape[0] == VOCAB and not model.config.tie_word_embeddings
         size = 1.0 if embedding and "head" not in name else 1.3 / math.sqrt(value.shape[-1])
+        if model.config.model_type == "gpt_oss" and name.endswith("gate_up_proj"):
+            size *= 4  # so that both ends of the clamp are met
         value.copy_((size * noise).half().float())
 
 
 def make_model(name, class_name, settings):
     cls = getattr(transformers, class_name)
     config = cls.config_class(**settings)
+    for key in EPSILONS:
+        if hasattr(config, key) and name != "olmoe":  # of which the converter writes 1e-5
+            setattr(config, key, 2e-3)  # large enough that the logits show it
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     model = cls(config).eval().float()
