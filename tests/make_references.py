@@ -38,7 +38,7 @@ POSITIONS = 64
 # What most of the classes call it: heads of a size that is not n_embd / heads, groups of 2.
 USUAL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=5,
              num_attention_heads=4, num_key_value_heads=2, head_dim=12,
-             max_position_embeddings=128, bos_token_id=256, eos_token_id=257, pad_token_id=259,
+             max_position_embeddings=128, bos_token_id=257, eos_token_id=258, pad_token_id=259,
              tie_word_embeddings=False)
 # Classes without a size of heads of their own.
 PLAIN = {**{key: value for key, value in USUAL.items() if key != "head_dim"}}
@@ -158,8 +158,8 @@ CASES = {
     "nemotron": ("NemotronForCausalLM", {**PLAIN, **FEW, **rope(partial_rotary_factor=0.5)}, {}),
     "apertus": ("ApertusForCausalLM", {**PLAIN, **FEW, **LLAMA3}, {}),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_positions": 128, "n_embd": 32,
-                                 "n_layer": 3, "n_head": 4, "bos_token_id": 256,
-                                 "eos_token_id": 257}, {"n_ctx": 128}),
+                                 "n_layer": 3, "n_head": 4, "bos_token_id": 257,
+                                 "eos_token_id": 258}, {"n_ctx": 128}),
     "gptneox": ("GPTNeoXForCausalLM", {**PLAIN, **FEW, **rope(partial_rotary_factor=0.5)},
                 {"rotary_pct": 0.5}),
     "gptneox-serial": ("GPTNeoXForCausalLM", {
@@ -313,16 +313,17 @@ def load_converter(folder):
 
 
 def save_tokenizer(folder):
-    """Byte level: the 256 bytes, and four special tokens."""
+    """Byte level: the 256 bytes, a merge (there has to be one) and three special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    vocab = {token: i for i, token in enumerate([*alphabet, "th"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>")
+        unk_token="</s>")
     assert len(fast) == VOCAB
     fast.save_pretrained(folder)
 
