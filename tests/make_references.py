@@ -90,6 +90,11 @@ CASES = {
                                      "query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0,
                                      "final_logit_softcapping": 3.0,
                                      "tie_word_embeddings": True}, {}),
+    # Which of them the 27B is, only the number of its layers says: its query scale is another.
+    "gemma2-27b": ("Gemma2ForCausalLM", {
+        **USUAL, **rope(), "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 46,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "sliding_window": 20,
+        "query_pre_attn_scalar": 8, "tie_word_embeddings": True}, {}),
     "gemma3": ("Gemma3ForCausalLM", {
         **USUAL, "num_hidden_layers": 7, "sliding_window": 20, "query_pre_attn_scalar": 12,
         **layer_types("sssssfs"), "tie_word_embeddings": True,
@@ -123,17 +128,17 @@ CASES = {
                                  **rope(partial_rotary_factor=0.5)}, {}),
     "exaone4": ("Exaone4ForCausalLM", {**PLAIN, **layer_types("sssfs"), "sliding_window": 20,
                                        "sliding_window_pattern": "LLLG", **LLAMA3}, {}),
-    "exaone4-full": ("Exaone4ForCausalLM", {**PLAIN, **FEW, **rope(1e6),
+    "exaone4-full": ("Exaone4ForCausalLM", {**PLAIN, "num_hidden_layers": 2, **rope(1e6),
                                             "sliding_window": None,
                                             "sliding_window_pattern": None,
-                                            **layer_types("fff"),
+                                            **layer_types("ff"),
                                             "tie_word_embeddings": True}, {}),
     "cohere2": ("Cohere2ForCausalLM", {**PLAIN, **rope(50000.0), **layer_types("sssfs"),
                                        "sliding_window": 20, "logit_scale": 0.25,
                                        "tie_word_embeddings": True}, {"rotary_pct": 1.0}),
     "command-r": ("CohereForCausalLM", {**PLAIN, **FEW, **rope(), "logit_scale": 0.25,
                                         "tie_word_embeddings": True}, {}),
-    "command-r-plus": ("CohereForCausalLM", {**PLAIN, **FEW, **rope(),
+    "command-r-plus": ("CohereForCausalLM", {**PLAIN, "num_hidden_layers": 2, **rope(),
                                              "logit_scale": 0.5, "use_qk_norm": True,
                                              "tie_word_embeddings": True}, {}),
     "ernie4_5": ("Ernie4_5ForCausalLM", {**USUAL, **FEW, **rope(500000.0),
@@ -151,7 +156,7 @@ CASES = {
     "stablelm": ("StableLmForCausalLM", {**PLAIN, **FEW, **rope(partial_rotary_factor=0.5),
                                          "use_qkv_bias": True}, {}),
     "stablelm-parallel": ("StableLmForCausalLM", {
-        **PLAIN, **FEW, **rope(partial_rotary_factor=0.25),
+        **PLAIN, "num_hidden_layers": 2, **rope(partial_rotary_factor=0.25),
         "use_parallel_residual": True, "qk_layernorm": True}, {}),
     "starcoder2": ("Starcoder2ForCausalLM", {**PLAIN, **FEW, **rope(1e6), "use_bias": True,
                                              "tie_word_embeddings": True}, {}),
@@ -163,11 +168,11 @@ CASES = {
     "gptneox": ("GPTNeoXForCausalLM", {**PLAIN, **FEW, **rope(partial_rotary_factor=0.5)},
                 {"rotary_pct": 0.5}),
     "gptneox-serial": ("GPTNeoXForCausalLM", {
-        **PLAIN, **FEW, **rope(partial_rotary_factor=1.0),
+        **PLAIN, "num_hidden_layers": 2, **rope(partial_rotary_factor=1.0),
         "use_parallel_residual": False}, {"rotary_pct": 1.0}),
     "falcon": ("FalconForCausalLM", {**PLAIN, **FEW, **rope(),
                                      "tie_word_embeddings": True}, {"num_kv_heads": 1}),
-    "falcon-40b": ("FalconForCausalLM", {**PLAIN, **FEW, **rope(),
+    "falcon-40b": ("FalconForCausalLM", {**PLAIN, "num_hidden_layers": 2, **rope(),
                                          "new_decoder_architecture": True, "num_kv_heads": 2,
                                          "tie_word_embeddings": False}, {}),
     "mistral3": ("Ministral3ForCausalLM", {
@@ -338,6 +343,8 @@ def randomize(model, seed):
         noise = torch.randn(value.shape)
         if value.dim() == 1:
             value.add_(0.25 * noise)
+            if model.config.num_hidden_layers > 40 and "post_" in name:
+                value.sub_(0.8)  # or rounding in one layer is large after that many
             continue
         embedding = value.shape[0] == VOCAB and not model.config.tie_word_embeddings
         size = 1.0 if embedding and "head" not in name else 1.3 / math.sqrt(value.shape[-1])
