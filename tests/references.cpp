@@ -108,7 +108,8 @@ std::vector<float> all_logits(Model& model, size_t piece) {
 
 /// Within 1e-4 of the largest logit; the best token the same where the second is 1e-3 away.
 void compare(const std::vector<float>& ours, const std::vector<float>& expected) {
-    REQUIRE(ours.size() == expected.size());
+    CHECK(ours.size() == expected.size());  // not where some are not finite
+    if (ours.size() != expected.size()) return;
     const size_t n_vocab = expected.size() / kPositions;
     float largest = 0, difference = 0;
     for (size_t i = 0; i < expected.size(); ++i) {
@@ -137,8 +138,8 @@ TEST_CASE("references: the logits of another implementation") {
         const auto expected = expected_logits(name);
         const Bytes bytes = widened(name);  // borrowed
         auto full = open(Gguf::from_bytes(bytes));
-        REQUIRE_MESSAGE(full, full.error().message);
-        compare(all_logits(*full, kPositions), expected);
+        CHECK_MESSAGE(full, full.error().message);
+        if (full) compare(all_logits(*full, kPositions), expected);
         compare(all_logits(*half, 7), expected);  // F16 as it lies there, in pieces
     }
 }
