@@ -10713,7 +10713,8 @@ struct PackedLayout {
     TensorType type;
     uint8_t bits;                    // of a code; of a value where float_bytes is set
     uint8_t bias = 0;                // weight = code - bias, or
-    const int8_t* values = nullptr;  // (16) weight = values[code], of 4 bits
+    bool coded = false;              // weight = values[code], of 4 bits
+    const int8_t* values = nullptr;  // (16)
     bool minimum = false;            // m of the definition
     uint8_t sub_scales = 0;          // of a block: bytes under a super-block's scale
     bool two_scales = false;         // d of the first 16 values of a block, and of the last
@@ -10724,10 +10725,9 @@ struct PackedLayout {
     // A second scale a row is stored where the minimum's is; two sums a block are kept apart.
     constexpr bool second_scale() const { return minimum || two_scales; }
     constexpr bool two_sums() const { return sub_scales == 2 || two_scales; }
-    constexpr bool coded() const { return values != nullptr; }
     // Unsigned bytes, as instructions want them: the code, or a value and what makes it unsigned.
-    constexpr int byte_bits() const { return coded() ? 8 : bits; }
-    constexpr int byte_bias() const { return coded() ? 128 : bias; }
+    constexpr int byte_bits() const { return coded ? 8 : bits; }
+    constexpr int byte_bias() const { return coded ? 128 : bias; }
     constexpr size_t scale_width() const { return scale == Scale::single ? 4 : 2; }
     constexpr size_t scales() const {  // D and Dmin, or d and m
         return float_bytes ? 0 : size_t{packed_rows} * scale_width() * (second_scale() ? 2 : 1);
@@ -10767,6 +10767,7 @@ inline constexpr int8_t iq3_s_values[16] = {1,  3,  5,  7,  9,  11,  13,  15,
 constexpr PackedLayout table_layout(TensorType type, const int8_t* values) {
     return {.type = type,
             .bits = 4,
+            .coded = true,
             .values = values,
             .sub_scales = 2,
             .scale = Scale::single,
@@ -10810,16 +10811,20 @@ struct Q6_K {
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ4_NL {
-    static constexpr PackedLayout layout{.type = TensorType::iq4_nl, .bits = 4, .values = iq4_values};
+    static constexpr PackedLayout layout{
+        .type = TensorType::iq4_nl, .bits = 4, .coded = true, .values = iq4_values};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct MXFP4 {
     static constexpr PackedLayout layout{
-        .type = TensorType::mxfp4, .bits = 4, .values = fp4_values, .scale = Scale::bfloat};
+        .type = TensorType::mxfp4, .bits = 4, .coded = true, .values = fp4_values,
+        .scale = Scale::bfloat};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct NVFP4 {
-    static constexpr PackedLayout layout{.type = TensorType::nvfp4, .bits = 4, .values = fp4_values, .two_scales = true, .blocks = 2};
+    static constexpr PackedLayout layout{
+        .type = TensorType::nvfp4, .bits = 4, .coded = true, .values = fp4_values,
+        .two_scales = true, .blocks = 2};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct Q2_K {
@@ -10909,7 +10914,7 @@ struct FirstAlike<T, alike, Types<First, Rest...>>
 // Types of one tile layout: which values a table has matters to no kernel.
 constexpr bool same_tiles(const PackedLayout& a, const PackedLayout& b) {
     if (a.float_bytes || b.float_bytes) return a.type == b.type;
-    return a.bits == b.bits && a.byte_bias() == b.byte_bias() && a.coded() == b.coded() &&
+    return a.bits == b.bits && a.byte_bias() == b.byte_bias() && a.coded == b.coded &&
            a.minimum == b.minimum && a.two_scales == b.two_scales && a.sub_scales == b.sub_scales &&
            a.scale == b.scale;
 }
@@ -12535,7 +12540,7 @@ VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g, __m256i valu
     const __m256i pair = load_bytes(codes + g / 2 * 64);
     const __m256i low = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair,
                                          _mm256_set1_epi8(15));
-    if constexpr (T::layout.coded()) return _mm256_shuffle_epi8(values, low);
+    if constexpr (T::layout.coded) return _mm256_shuffle_epi8(values, low);
     if constexpr (high <= 0 || bits == 8) return low;
     const __m256i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
@@ -12584,7 +12589,7 @@ void dot_tiles(const TileStep& step) {
                           ? 2
                           : 1;
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
-    const __m256i values = L.coded() ? load_values(step.values) : _mm256_setzero_si256();
+    const __m256i values = L.coded ? load_values(step.values) : _mm256_setzero_si256();
     const ActivationBlock* a[C];
     VALAR_UNROLL for (int c = 0; c < C; c++)
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);
@@ -13162,7 +13167,7 @@ VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g, __m512i valu
     const __m512i pair = load_bytes(codes + g / 2 * 64);
     const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair,
                                          _mm512_set1_epi8(15));
-    if constexpr (T::layout.coded()) return _mm512_maskz_shuffle_epi8(~__mmask64{0}, values, low);
+    if constexpr (T::layout.coded) return _mm512_maskz_shuffle_epi8(~__mmask64{0}, values, low);
     if constexpr (high <= 0) return low;
     const __m512i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
@@ -13185,7 +13190,7 @@ void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
     constexpr int kParts = L.two_sums() ? 2 : 1;  // sums of 16 codes that have a scale each
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
-    const __m512i values = L.coded() ? load_values(step.values) : _mm512_setzero_si512();
+    const __m512i values = L.coded ? load_values(step.values) : _mm512_setzero_si512();
     const ActivationBlock* a[C];
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {
@@ -13845,7 +13850,7 @@ VALAR_FORCE_INLINE B16 load_codes4(const Codes& codes) {
     else {
         const B16 pair = load_bytes(codes.at + G / 2 * 64);
         const B16 low = G % 2 ? byte_shift<-4>(pair) : bit_and(pair, byte_splat(15));
-        if constexpr (T::layout.coded()) return look_up(codes.values, low);
+        if constexpr (T::layout.coded) return look_up(codes.values, low);
         else if constexpr (high == 0) return low;
         else {
             const B16 rest = byte_shift<4 - G * high % 8>(

@@ -110,7 +110,7 @@ VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g, __m256i valu
     const __m256i pair = load_bytes(codes + g / 2 * 64);
     const __m256i low = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair,
                                          _mm256_set1_epi8(15));
-    if constexpr (T::layout.coded()) return _mm256_shuffle_epi8(values, low);
+    if constexpr (T::layout.coded) return _mm256_shuffle_epi8(values, low);
     if constexpr (high <= 0 || bits == 8) return low;
     const __m256i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
@@ -159,7 +159,7 @@ void dot_tiles(const TileStep& step) {
                           ? 2
                           : 1;
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
-    const __m256i values = L.coded() ? load_values(step.values) : _mm256_setzero_si256();
+    const __m256i values = L.coded ? load_values(step.values) : _mm256_setzero_si256();
     const ActivationBlock* a[C];
     VALAR_UNROLL for (int c = 0; c < C; c++)
         a[c] = reinterpret_cast<const ActivationBlock*>(step.columns[c]);

@@ -88,7 +88,7 @@ VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g, __m512i valu
     const __m512i pair = load_bytes(codes + g / 2 * 64);
     const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair,
                                          _mm512_set1_epi8(15));
-    if constexpr (T::layout.coded()) return _mm512_maskz_shuffle_epi8(~__mmask64{0}, values, low);
+    if constexpr (T::layout.coded) return _mm512_maskz_shuffle_epi8(~__mmask64{0}, values, low);
     if constexpr (high <= 0) return low;
     const __m512i rest = load_bytes(codes + 256 + g * high / 8 * 64);
     const int at = g * high % 8;
@@ -111,7 +111,7 @@ void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
     constexpr int kParts = L.two_sums() ? 2 : 1;  // sums of 16 codes that have a scale each
     constexpr size_t kLines = (L.block_bytes() + 63) / 64;
-    const __m512i values = L.coded() ? load_values(step.values) : _mm512_setzero_si512();
+    const __m512i values = L.coded ? load_values(step.values) : _mm512_setzero_si512();
     const ActivationBlock* a[C];
     __m512 acc[C][2];
     VALAR_UNROLL for (int c = 0; c < C; c++) {

@@ -259,7 +259,7 @@ VALAR_FORCE_INLINE B16 load_codes4(const Codes& codes) {
     else {
         const B16 pair = load_bytes(codes.at + G / 2 * 64);
         const B16 low = G % 2 ? byte_shift<-4>(pair) : bit_and(pair, byte_splat(15));
-        if constexpr (T::layout.coded()) return look_up(codes.values, low);
+        if constexpr (T::layout.coded) return look_up(codes.values, low);
         else if constexpr (high == 0) return low;
         else {
             const B16 rest = byte_shift<4 - G * high % 8>(

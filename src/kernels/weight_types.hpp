@@ -22,7 +22,8 @@ struct PackedLayout {
     TensorType type;
     uint8_t bits;                    // of a code; of a value where float_bytes is set
     uint8_t bias = 0;                // weight = code - bias, or
-    const int8_t* values = nullptr;  // (16) weight = values[code], of 4 bits
+    bool coded = false;              // weight = values[code], of 4 bits
+    const int8_t* values = nullptr;  // (16)
     bool minimum = false;            // m of the definition
     uint8_t sub_scales = 0;          // of a block: bytes under a super-block's scale
     bool two_scales = false;         // d of the first 16 values of a block, and of the last
@@ -33,10 +34,9 @@ struct PackedLayout {
     // A second scale a row is stored where the minimum's is; two sums a block are kept apart.
     constexpr bool second_scale() const { return minimum || two_scales; }
     constexpr bool two_sums() const { return sub_scales == 2 || two_scales; }
-    constexpr bool coded() const { return values != nullptr; }
     // Unsigned bytes, as instructions want them: the code, or a value and what makes it unsigned.
-    constexpr int byte_bits() const { return coded() ? 8 : bits; }
-    constexpr int byte_bias() const { return coded() ? 128 : bias; }
+    constexpr int byte_bits() const { return coded ? 8 : bits; }
+    constexpr int byte_bias() const { return coded ? 128 : bias; }
     constexpr size_t scale_width() const { return scale == Scale::single ? 4 : 2; }
     constexpr size_t scales() const {  // D and Dmin, or d and m
         return float_bytes ? 0 : size_t{packed_rows} * scale_width() * (second_scale() ? 2 : 1);
@@ -76,6 +76,7 @@ inline constexpr int8_t iq3_s_values[16] = {1,  3,  5,  7,  9,  11,  13,  15,
 constexpr PackedLayout table_layout(TensorType type, const int8_t* values) {
     return {.type = type,
             .bits = 4,
+            .coded = true,
             .values = values,
             .sub_scales = 2,
             .scale = Scale::single,
@@ -119,16 +120,20 @@ struct Q6_K {
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ4_NL {
-    static constexpr PackedLayout layout{.type = TensorType::iq4_nl, .bits = 4, .values = iq4_values};
+    static constexpr PackedLayout layout{
+        .type = TensorType::iq4_nl, .bits = 4, .coded = true, .values = iq4_values};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct MXFP4 {
     static constexpr PackedLayout layout{
-        .type = TensorType::mxfp4, .bits = 4, .values = fp4_values, .scale = Scale::bfloat};
+        .type = TensorType::mxfp4, .bits = 4, .coded = true, .values = fp4_values,
+        .scale = Scale::bfloat};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct NVFP4 {
-    static constexpr PackedLayout layout{.type = TensorType::nvfp4, .bits = 4, .values = fp4_values, .two_scales = true, .blocks = 2};
+    static constexpr PackedLayout layout{
+        .type = TensorType::nvfp4, .bits = 4, .coded = true, .values = fp4_values,
+        .two_scales = true, .blocks = 2};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct Q2_K {
@@ -218,7 +223,7 @@ struct FirstAlike<T, alike, Types<First, Rest...>>
 // Types of one tile layout: which values a table has matters to no kernel.
 constexpr bool same_tiles(const PackedLayout& a, const PackedLayout& b) {
     if (a.float_bytes || b.float_bytes) return a.type == b.type;
-    return a.bits == b.bits && a.byte_bias() == b.byte_bias() && a.coded() == b.coded() &&
+    return a.bits == b.bits && a.byte_bias() == b.byte_bias() && a.coded == b.coded &&
            a.minimum == b.minimum && a.two_scales == b.two_scales && a.sub_scales == b.sub_scales &&
            a.scale == b.scale;
 }
