@@ -8924,11 +8924,11 @@ inline constexpr PackedType packed_types[] = {
     {TensorType::q4_0, 288},  {TensorType::q4_1, 320},  {TensorType::q5_0, 352},
     {TensorType::q5_1, 384},  {TensorType::q8_0, 544},  {TensorType::q4_k, 2368},
     {TensorType::q5_k, 2880}, {TensorType::q6_k, 3360},
-    {TensorType::iq4_nl, 288}, {TensorType::mxfp4, 288}, {TensorType::nvfp4, 640}, {TensorType::q2_k, 1600},
-    {TensorType::q3_k, 2368}, {TensorType::iq4_xs, 2368}, {TensorType::iq3_s, 2368},
-    {TensorType::iq3_xxs, 2368}, {TensorType::iq2_s, 2368}, {TensorType::iq2_xs, 2368},
-    {TensorType::iq2_xxs, 2368}, {TensorType::iq1_s, 2368}, {TensorType::iq1_m, 2368},
-    {TensorType::tq1_0, 2368}, {TensorType::tq2_0, 2368},
+    {TensorType::iq4_nl, 288}, {TensorType::mxfp4, 288}, {TensorType::nvfp4, 640},
+    {TensorType::q2_k, 1600}, {TensorType::q3_k, 2368}, {TensorType::iq4_xs, 2368},
+    {TensorType::iq3_s, 2368}, {TensorType::iq3_xxs, 2368}, {TensorType::iq2_s, 2368},
+    {TensorType::iq2_xs, 2368}, {TensorType::iq2_xxs, 2368}, {TensorType::iq1_s, 2368},
+    {TensorType::iq1_m, 2368}, {TensorType::tq1_0, 2368}, {TensorType::tq2_0, 2368},
 };
 // clang-format on
 
@@ -9768,10 +9768,10 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //           sc0, sc1: Q3_K 6 bits - 32; IQ4_XS sc0 = sc1 = 6 bits - 32; IQ1 to IQ3 2 s + 1, s being
 //           the 3 or 4 bits of the file; TQ 1. D is the super-block's scale; of IQ3_XXS a quarter,
 //           of IQ2 and IQ1 an eighth of it.
-//       Q2_K (w = 2 bits): S and dw as Q6_K, with 4-bit scales; besides two 4-bit minimums mn0, mn1:
+//       Q2_K (w = 2 bits): S and dw as Q6_K, sc0 and sc1 of 4 bits; besides 4-bit minimums mn0, mn1:
 //           acc = fma(float(S), dw * d, acc); M = mn0 * (sum of the first 16 h_i) + mn1 * (of the
 //             last 16); acc = fma(float(M), -Dmin * d, acc)
-//       NVFP4 (w as MXFP4): two halves of 16 with scales d0, d1, halves of the file's numbers in E4M3:
+//       NVFP4 (w as MXFP4): two halves with scales d0, d1, each half of the file's number (E4M3):
 //           S = fma(float(sum w_i h_i of the first), d0, float(sum w_i h_i of the last) * d1)
 //           acc = fma(S, d, acc)
 //     Two planes: y = acc of plane one + acc of plane two.
@@ -9818,8 +9818,8 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //       O_e = fma(o_e, b, O_e * a); M = M'.
 //     Result: O_e * (1 / L). A segment without visible positions is skipped.
 // 11. An embedding row is dequantized: d * w for types without minimum (those with sub-scales: (D *
-//     sc) * w, D * sc exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2; Q2_K: D * sc,
-//     -(Dmin * mn)); F16, BF16, F32: the value.
+//     sc) * w, D * sc exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2; Q2_K: dw = D *
+//     sc, m = -(Dmin * mn)); F16, BF16, F32: the value.
 //     Where the model scales it (embedding_scale), each value is multiplied once.
 // 12. rope_math: functions in double, from + - * / that round once each, never fused. nearest(x) is
 //     the nearest integer, ties to even. 1/n! and 1/n are one quotient (n! is exact).
@@ -10747,9 +10747,9 @@ struct SourceBlock {
     uint8_t sub[4];     // sub-scales, behind them as many of the minimum
 };
 
-// The values of 4-bit codes, where a type has a table of them. Those of the grids are what a value of
-// a code book means; the upper half has the other sign (IQ1: the other sign of the eighth that is
-// added to each).
+// The values of 4-bit codes, where a type has a table of them. Those of the grids are what a value
+// of a code book means; the upper half has the other sign (IQ1: the other sign of the eighth that
+// is added to each).
 inline constexpr int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                           1,    13,   25,  38,  53,  69,  89,  113};
 inline constexpr int8_t fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
@@ -10939,21 +10939,22 @@ namespace detail {
 
 // ---- Packed layouts --------------------------------------------------------------------------
 //
-// A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 quads
-// of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
+// A weight is a code of `bits` bits; w = code - bias, or what the code stands for in a table of
+// values. A block is 32 columns of 16 rows, in 8 quads of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
 //     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1 Q5_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
 //              of IQ4_NL: d[16], NVFP4: d0[16] d1[16], binary16, MXFP4: d[16], bfloat16
 //              of IQ4_XS Q3_K TQ1_0 TQ2_0 and the grids (IQ1 to IQ3): sc0[16] sc1[16]
 //              of Q2_K: sc0[16] sc1[16] mn0[16] mn1[16]
 //     codes    8 bits: 8 vectors, quad by quad; 2 bits: 2 vectors of 4 quads, lowest first; else
-//              4 vectors: vector j holds the low four bits
-//              of quad 2j in the low halves of its bytes and of quad 2j+1 in the high halves
+//              4 vectors: vector j holds the low four bits of quad 2j in the low halves of its
+//              bytes and of quad 2j+1 in the high halves
 //     high     5 bits: 1 vector, bit g of a byte belongs to quad g; 6 bits: 2 vectors, quads 0..3
 //              and 4..7, two bits each, lowest first
 // Types with super-blocks write before each 8 blocks a header: D[16], Q2_K, Q4_K and Q5_K also
-// Dmin[16], binary16; of those whose codes stand for values of a table, D is binary32. Tiles are padded to 64 bytes. Unsigned codes suit every integer instruction: the bias
-// is taken out afterwards through ActivationBlock::sum.
+// Dmin[16], binary16; of those whose codes stand for values of a table, D is binary32. Tiles are
+// padded to 64 bytes. Unsigned codes suit every integer instruction: the bias is taken out afterwards
+// through ActivationBlock::sum.
 
 inline const PackedLayout* find_layout(TensorType type) {
     for (const PackedLayout& layout : packed_layouts)
@@ -13865,7 +13866,7 @@ template <class T>
 inline constexpr int signed_bias = T::layout.byte_bits() == 8 ? 0 : T::layout.bias;
 
 // A tile whose blocks were unpacked for many columns: 512 weights (bias taken out), a byte each in
-// the order of 8-bit codes; 16 dw; 16 m; 16 + 16 sub-scales and as many of the minimum, as integers.
+// the order of 8-bit codes; 16 dw; 16 m; 16 + 16 sub-scales, as many of the minimum, as integers.
 inline constexpr size_t kPanelBytes = 896;
 inline constexpr size_t kPanelBlocks = 24;
 

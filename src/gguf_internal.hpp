@@ -28,11 +28,11 @@ inline constexpr PackedType packed_types[] = {
     {TensorType::q4_0, 288},  {TensorType::q4_1, 320},  {TensorType::q5_0, 352},
     {TensorType::q5_1, 384},  {TensorType::q8_0, 544},  {TensorType::q4_k, 2368},
     {TensorType::q5_k, 2880}, {TensorType::q6_k, 3360},
-    {TensorType::iq4_nl, 288}, {TensorType::mxfp4, 288}, {TensorType::nvfp4, 640}, {TensorType::q2_k, 1600},
-    {TensorType::q3_k, 2368}, {TensorType::iq4_xs, 2368}, {TensorType::iq3_s, 2368},
-    {TensorType::iq3_xxs, 2368}, {TensorType::iq2_s, 2368}, {TensorType::iq2_xs, 2368},
-    {TensorType::iq2_xxs, 2368}, {TensorType::iq1_s, 2368}, {TensorType::iq1_m, 2368},
-    {TensorType::tq1_0, 2368}, {TensorType::tq2_0, 2368},
+    {TensorType::iq4_nl, 288}, {TensorType::mxfp4, 288}, {TensorType::nvfp4, 640},
+    {TensorType::q2_k, 1600}, {TensorType::q3_k, 2368}, {TensorType::iq4_xs, 2368},
+    {TensorType::iq3_s, 2368}, {TensorType::iq3_xxs, 2368}, {TensorType::iq2_s, 2368},
+    {TensorType::iq2_xs, 2368}, {TensorType::iq2_xxs, 2368}, {TensorType::iq1_s, 2368},
+    {TensorType::iq1_m, 2368}, {TensorType::tq1_0, 2368}, {TensorType::tq2_0, 2368},
 };
 // clang-format on
 

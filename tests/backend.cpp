@@ -32,8 +32,8 @@ constexpr std::string_view kLogitsSha256_fine_q8_0 =
 constexpr std::string_view kLogitsSha256_fine_f32 =
     "174dd6b2c4c814dc3ff13ed3578803666144d13eb0b95ec1fc8c04fef05b4b5e";
 
-// The same of one weight type each, whatever the table of kernels. A type that is new gets a row here
-// and changes none of those above.
+// The same of one weight type each, whatever the table of kernels. A type that is new gets a row
+// here and changes none of those above.
 struct TypeDigest {
     TensorType type;
     std::string_view sha256;

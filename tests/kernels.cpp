@@ -75,7 +75,7 @@ constexpr TensorType written_types[] = {
     TensorType::iq4_nl, TensorType::mxfp4, TensorType::q2_k, TensorType::q3_k, TensorType::iq4_xs,
     TensorType::tq2_0,  TensorType::q4_k,  TensorType::q5_k, TensorType::q6_k, TensorType::f32,
     TensorType::f16,    TensorType::bf16};
-// Those and the types with code books: what these mean is compared with PyPI's gguf (weights_check.py).
+// Those and others; what these mean is compared with PyPI's gguf (weights_check.py, numerics.py).
 constexpr TensorType all_types[] = {
     TensorType::q4_0,    TensorType::q4_1,   TensorType::q5_0,   TensorType::q5_1,
     TensorType::q8_0,    TensorType::iq4_nl, TensorType::mxfp4,  TensorType::q2_k,

@@ -63,10 +63,10 @@
 //           sc0, sc1: Q3_K 6 bits - 32; IQ4_XS sc0 = sc1 = 6 bits - 32; IQ1 to IQ3 2 s + 1, s being
 //           the 3 or 4 bits of the file; TQ 1. D is the super-block's scale; of IQ3_XXS a quarter,
 //           of IQ2 and IQ1 an eighth of it.
-//       Q2_K (w = 2 bits): S and dw as Q6_K, with 4-bit scales; besides two 4-bit minimums mn0, mn1:
+//       Q2_K (w = 2 bits): S and dw as Q6_K, sc0 and sc1 of 4 bits; besides 4-bit minimums mn0, mn1:
 //           acc = fma(float(S), dw * d, acc); M = mn0 * (sum of the first 16 h_i) + mn1 * (of the
 //             last 16); acc = fma(float(M), -Dmin * d, acc)
-//       NVFP4 (w as MXFP4): two halves of 16 with scales d0, d1, halves of the file's numbers in E4M3:
+//       NVFP4 (w as MXFP4): two halves with scales d0, d1, each half of the file's number (E4M3):
 //           S = fma(float(sum w_i h_i of the first), d0, float(sum w_i h_i of the last) * d1)
 //           acc = fma(S, d, acc)
 //     Two planes: y = acc of plane one + acc of plane two.
@@ -113,8 +113,8 @@
 //       O_e = fma(o_e, b, O_e * a); M = M'.
 //     Result: O_e * (1 / L). A segment without visible positions is skipped.
 // 11. An embedding row is dequantized: d * w for types without minimum (those with sub-scales: (D *
-//     sc) * w, D * sc exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2; Q2_K: D * sc,
-//     -(Dmin * mn)); F16, BF16, F32: the value.
+//     sc) * w, D * sc exact), fma(dw, w, m) with a minimum (Q4_K, Q5_K: dw, m as in 2; Q2_K: dw = D *
+//     sc, m = -(Dmin * mn)); F16, BF16, F32: the value.
 //     Where the model scales it (embedding_scale), each value is multiplied once.
 // 12. rope_math: functions in double, from + - * / that round once each, never fused. nearest(x) is
 //     the nearest integer, ties to even. 1/n! and 1/n are one quotient (n! is exact).

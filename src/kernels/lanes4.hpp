@@ -274,7 +274,7 @@ template <class T>
 inline constexpr int signed_bias = T::layout.byte_bits() == 8 ? 0 : T::layout.bias;
 
 // A tile whose blocks were unpacked for many columns: 512 weights (bias taken out), a byte each in
-// the order of 8-bit codes; 16 dw; 16 m; 16 + 16 sub-scales and as many of the minimum, as integers.
+// the order of 8-bit codes; 16 dw; 16 m; 16 + 16 sub-scales, as many of the minimum, as integers.
 inline constexpr size_t kPanelBytes = 896;
 inline constexpr size_t kPanelBlocks = 24;
 

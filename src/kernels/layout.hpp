@@ -13,21 +13,22 @@ namespace detail {
 
 // ---- Packed layouts --------------------------------------------------------------------------
 //
-// A weight is a code of `bits` bits; w = code - bias. A block is 32 columns of 16 rows, in 8 quads
-// of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
+// A weight is a code of `bits` bits; w = code - bias, or what the code stands for in a table of
+// values. A block is 32 columns of 16 rows, in 8 quads of 4 columns. Word r (4 bytes) of a 64-byte vector holds one quad of row r, one byte a column:
 //     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1 Q5_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
 //              of IQ4_NL: d[16], NVFP4: d0[16] d1[16], binary16, MXFP4: d[16], bfloat16
 //              of IQ4_XS Q3_K TQ1_0 TQ2_0 and the grids (IQ1 to IQ3): sc0[16] sc1[16]
 //              of Q2_K: sc0[16] sc1[16] mn0[16] mn1[16]
 //     codes    8 bits: 8 vectors, quad by quad; 2 bits: 2 vectors of 4 quads, lowest first; else
-//              4 vectors: vector j holds the low four bits
-//              of quad 2j in the low halves of its bytes and of quad 2j+1 in the high halves
+//              4 vectors: vector j holds the low four bits of quad 2j in the low halves of its
+//              bytes and of quad 2j+1 in the high halves
 //     high     5 bits: 1 vector, bit g of a byte belongs to quad g; 6 bits: 2 vectors, quads 0..3
 //              and 4..7, two bits each, lowest first
 // Types with super-blocks write before each 8 blocks a header: D[16], Q2_K, Q4_K and Q5_K also
-// Dmin[16], binary16; of those whose codes stand for values of a table, D is binary32. Tiles are padded to 64 bytes. Unsigned codes suit every integer instruction: the bias
-// is taken out afterwards through ActivationBlock::sum.
+// Dmin[16], binary16; of those whose codes stand for values of a table, D is binary32. Tiles are
+// padded to 64 bytes. Unsigned codes suit every integer instruction: the bias is taken out afterwards
+// through ActivationBlock::sum.
 
 inline const PackedLayout* find_layout(TensorType type) {
     for (const PackedLayout& layout : packed_layouts)

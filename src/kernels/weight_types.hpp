@@ -56,9 +56,9 @@ struct SourceBlock {
     uint8_t sub[4];     // sub-scales, behind them as many of the minimum
 };
 
-// The values of 4-bit codes, where a type has a table of them. Those of the grids are what a value of
-// a code book means; the upper half has the other sign (IQ1: the other sign of the eighth that is
-// added to each).
+// The values of 4-bit codes, where a type has a table of them. Those of the grids are what a value
+// of a code book means; the upper half has the other sign (IQ1: the other sign of the eighth that
+// is added to each).
 inline constexpr int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                           1,    13,   25,  38,  53,  69,  89,  113};
 inline constexpr int8_t fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
