@@ -619,6 +619,10 @@ TEST_CASE("options and files that are refused, and the memory plan") {
           }).kind == ErrorKind::not_found);
     CHECK(refused([](EngineOptions& o) { o.chat_template = "{% for %}"; }).kind ==
           ErrorKind::bad_data);
+    CHECK(refused([](EngineOptions& o) { o.chat_template = "nope"; }).param == "chat_template");
+    EngineOptions named = tiny_options();
+    named.chat_template = "llama3";
+    CHECK(Engine::open(named));
     EngineOptions options = tiny_options();
     auto plan = Engine::memory_plan(options);
     REQUIRE(plan);

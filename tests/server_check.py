@@ -36,7 +36,7 @@ NOT_A_FLAG = {
         "allocator": "for hosts: a callback",
         "log": "--quiet and --log-json",
         "max_queued": "the server's, with the same flag",
-        "chat_template": "--chat-template names its file",
+        "chat_template": "--chat-template names its file, or a known one",
     },
     "ServerOptions": {
         "keys": "--keys names their file, --api-key one of them",
@@ -140,6 +140,7 @@ def check_refusals(model, folder):
         ("chat-template", ["--chat-template", fifo]),
         ("chat-template", ["--chat-template", folder]),
         ("chat-template", ["--chat-template", os.path.join(folder, "absent")]),
+        ("chat-template", ["--chat-template", "no-such-name"]),
         ("quiet", ["--quiet=no"]), ("quiet", ["--quiet", "--quiet"]),
         ("recover", ["--recover"]), ("store", ["--store", no_keys[0]]),
         ("kyes", ["--kyes", "x"]), ("model", ["--model", fifo]), ("model", ["--model", folder]),

@@ -6,6 +6,7 @@
 
 #include "api_internal.hpp"
 #include "backend/internal.hpp"
+#include "base/text.hpp"
 #include "engine/loaded_model.hpp"
 #include "engine/plan.hpp"
 #include "template/families.hpp"
@@ -123,8 +124,11 @@ Result<void> LoadedModel::read_words(const EngineOptions& options) {
     std::string text = options.chat_template.empty() ? std::string(*source) : options.chat_template;
     if (const KnownTemplate* known = known_template(text)) text = known->source;
     else if (!options.chat_template.empty() && text.find('{') == text.npos)
-        return make_error(ErrorKind::invalid_request,
-                          "chat_template is neither Jinja nor one of" + template_names());
+        return make_error(
+            ErrorKind::invalid_request,
+            "chat_template: '" + printable(text, 40) +
+                "' is neither a template nor the name of a known one:" + template_names(),
+            {}, "chat_template");
     if (auto words = read_tokenizer(text); !words) return words;
     if (text.empty()) {
         const KnownTemplate* known = fallback_template(
