@@ -17467,6 +17467,7 @@ private:
     uint32_t macro_statement(uint32_t line);
     void parameters(Ids& children);
     uint32_t macro(uint32_t line, uint32_t name, Ids children, const char* end);
+    uint32_t special_names(uint32_t first) const;
     uint32_t call_statement(uint32_t line);
     uint32_t filter_statement(uint32_t line);
     uint32_t with_statement(uint32_t line);
@@ -17491,7 +17492,7 @@ private:
     uint32_t dict();
     bool postfix(Ids& chain);
     bool filter_or_test(Ids& chain);
-    uint32_t subscript();
+    uint32_t subscript(uint32_t of);
     uint32_t test();
     Ids arguments();
     uint32_t argument(Op* kind);
@@ -17503,8 +17504,7 @@ private:
     std::unordered_map<std::string, uint32_t> name_ids_ = {};
     size_t at_ = 0;
     uint32_t depth_ = 0;
-    uint32_t loops_ = 0;    // around this place
-    uint32_t special_ = 0;  // Special names that were used in the macro around this place
+    uint32_t loops_ = 0;  // around this place
     std::optional<Error> error_ = {};
 };
 
@@ -17691,20 +17691,31 @@ void Parser::parameters(Ids& children) {
     }
 }
 
+/// Which of the Special names stand in nodes from `first` on.
+uint32_t Parser::special_names(uint32_t first) const {
+    const std::optional<uint32_t> ids[] = {known_name("caller"), known_name("kwargs"),
+                                           known_name("varargs")};
+    uint32_t found = 0;
+    for (uint32_t i = first; i < p_.nodes.size(); ++i)
+        for (uint32_t k = 0; k < 3 && p_.nodes[i].op == Op::name; ++k)
+            if (ids[k] == p_.nodes[i].value) found |= 1u << k;
+    return found;
+}
+
 uint32_t Parser::macro(uint32_t line, uint32_t name, Ids children, const char* end) {
-    const uint32_t loops = std::exchange(loops_, 0), special = std::exchange(special_, 0);
+    const uint32_t loops = std::exchange(loops_, 0), first = uint32_t(p_.nodes.size());
     children[0] = end_block({end});
+    loops_ = loops;
+    uint32_t special = special_names(first);
     for (uint32_t parameter : std::span(children).subspan(2)) {  // those with that name are it
         const Node& p = p_.nodes[parameter];
         const std::string& called = p_.names[p.value];
-        if (called == "kwargs") special_ &= ~uint32_t(special_kwargs);
-        if (called == "varargs") special_ &= ~uint32_t(special_varargs);
-        if (called == "caller" && (special_ & special_caller) && !p_.children(p)[0])
+        if (called == "kwargs") special &= ~uint32_t(special_kwargs);
+        if (called == "varargs") special &= ~uint32_t(special_varargs);
+        if (called == "caller" && (special & special_caller) && !p_.children(p)[0])
             return fail("the parameter caller needs a default");
     }
-    children[1] = special_;
-    loops_ = loops;
-    special_ |= special;
+    children[1] = special;
     return node(Op::macro, line, name, children);
 }
 
@@ -17925,8 +17936,6 @@ uint32_t Parser::word() {
     const Lexeme lexeme = next();
     for (const auto& c : constants)
         if (lexeme.text == c.word) return constant(make_kind(c.kind, c.value), lexeme.line);
-    static const char* const special[] = {"caller", "kwargs", "varargs"};
-    for (size_t i = 0; i < 3; ++i) special_ |= uint32_t(lexeme.text == special[i]) << i;
     return node(Op::name, lexeme.line, name_id(lexeme.text), {});
 }
 
@@ -18027,12 +18036,7 @@ bool Parser::postfix(Ids& chain) {
         if (now().type == Type::integer) chain.push_back(node(Op::item, line, 0, {number()}));
         else chain.push_back(node(Op::attribute, line, expect_name(), {}));
     } else if (is("[")) {
-        const Op of = p_.nodes[chain[0]].op;
-        const bool constant = chain.size() == 1 && (of == Op::constant || of == Op::list ||
-                                                    of == Op::tuple || of == Op::dict);
-        const uint32_t made = subscript();
-        chain.push_back(made);
-        if (constant && p_.nodes[made].op == Op::slice) p_.nodes[made].flag = true;
+        chain.push_back(subscript(chain.size() == 1 ? chain[0] : 0));
     } else if (is("(")) {
         chain.push_back(node(Op::call, line, 0, arguments()));
     } else {
@@ -18056,7 +18060,8 @@ bool Parser::filter_or_test(Ids& chain) {
     return true;
 }
 
-uint32_t Parser::subscript() {
+/// `of`: the value itself, or 0 where it is no single expression.
+uint32_t Parser::subscript(uint32_t of) {
     const Nested nested(*this);
     const uint32_t line = next().line;
     uint32_t parts[3] = {};
@@ -18068,7 +18073,9 @@ uint32_t Parser::subscript() {
         slice = true;
     }
     expect("]");
-    if (slice) return node(Op::slice, line, 0, {parts[0], parts[1], parts[2]});
+    const Op op = p_.nodes[of].op;
+    const bool constant = op == Op::constant || op == Op::list || op == Op::tuple || op == Op::dict;
+    if (slice) return node(Op::slice, line, 0, parts, constant);
     return parts[0] ? node(Op::item, line, 0, {parts[0]}) : fail("expected an index");
 }
 
