@@ -2598,7 +2598,7 @@ VALAR_API void exact_sincos(double x, double* sine, double* cosine);  ///< |x| <
 // ---- src/tokenizer/tokenizer.hpp ---------------------------------------------------------------
 
 // >>tokenizer
-// Owns: tokens: byte-level BPE, SentencePiece BPE, special tokens, the streaming detokenizer.
+// Owns: tokens: byte-level BPE, SentencePiece BPE and unigram, special tokens, the detokenizer.
 // Assumes: a vocabulary may be hostile; text may be long, one single word, or not UTF-8.
 // Promises: no special token from text that a request brought; O(n log n) in the text; the ids of
 // Hugging Face tokenizers (byte-level) and of sentencepiece on the same vocabulary.
@@ -2649,7 +2649,7 @@ public:
 
     /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
     /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Errors:
-    /// unsupported (model is not gpt2 or llama, or pre is unknown), bad_data (a bad vocabulary).
+    /// unsupported (model is not gpt2, llama, t5 or gemma4, or pre is unknown), bad_data (a bad vocabulary).
     static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {},
                                   std::span<const std::string_view> ends = {});
 
@@ -3422,6 +3422,7 @@ private:
 #include <atomic>
 #include <bit>
 #include <cerrno>
+#include <cfloat>
 #include <climits>
 #include <cmath>
 #include <condition_variable>
@@ -15753,12 +15754,19 @@ public:
     // The longest spelling at text[at]; bytes before template_end are the template's.
     Match longest(std::string_view text, size_t at, size_t template_end) const {
         Match match;
+        each(text, at, [&](const Entry& entry, size_t length) {
+            if (match.length != length && (!entry.template_only || at + length <= template_end))
+                match = {entry.token, length};
+        });
+        return match;
+    }
+    // Calls visit(entry, length) for every spelling at text[at], from short to long.
+    template <class Visit>
+    void each(std::string_view text, size_t at, const Visit& visit) const {
         auto low = entries_.begin() + ptrdiff_t(first_[uint8_t(text[at])]);
         auto high = entries_.begin() + ptrdiff_t(first_[uint8_t(text[at]) + 1u]);
         for (size_t length = 1; low != high; ++length) {
-            for (; low != high && low->spelling.size() == length; ++low)
-                if (match.length != length && (!low->template_only || at + length <= template_end))
-                    match = {low->token, length};
+            for (; low != high && low->spelling.size() == length; ++low) visit(*low, length);
             if (at + length >= text.size()) break;
             const uint8_t next = uint8_t(text[at + length]);
             low = std::partition_point(low, high, [&](const Entry& entry) {
@@ -15768,7 +15776,6 @@ public:
                 return uint8_t(entry.spelling[length]) == next;
             });
         }
-        return match;
     }
 
 private:
@@ -15785,6 +15792,148 @@ private:
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/tokenizer/normalize.hpp ---------------------------------------------------------------
+
+// The normalizer of SentencePiece, as far as model files carry it.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// A copy of `text` with SentencePiece's spelling of a space, U+2581, as a space.
+std::string with_spaces(std::string_view text);
+
+/// Spellings and what they are replaced by: a double array (Aoe 1989; the layout is darts-clone's),
+/// then the replacements, each with a zero behind it.
+class CharsMap {
+public:
+    static constexpr size_t max_replacement = 64;  // bytes; the longest of NFKC has 33
+
+    /// tokenizer.ggml.precompiled_charsmap; false: it is none. What leads out of it maps nothing.
+    bool read(std::string bytes);
+    bool empty() const { return units_ == 0; }
+    struct Match {
+        size_t length = 0;  // of the longest spelling at the beginning of the text; 0: none
+        std::string_view replacement;
+    };
+    Match longest(std::string_view text) const;
+
+private:
+    uint32_t unit(size_t index) const;  // index < units_
+    std::string_view replacement(size_t begin) const;
+    std::string bytes_;
+    size_t units_ = 0;
+};
+
+struct SentenceRules {
+    CharsMap map;
+    bool add_space_prefix = false;
+    bool remove_extra_spaces = false;  // those at both ends, and all but one between words
+};
+
+/// The text as SentencePiece sees it, spaces as spaces. Tokens of `whole` are left as they are.
+std::string normalize_sentence(std::string_view text, const SentenceRules& rules,
+                               const SpellingMatcher& whole);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/tokenizer/normalize.cpp ---------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+std::string with_spaces(std::string_view text) {
+    std::string spaced;
+    spaced.reserve(text.size());
+    for (size_t at = 0; at < text.size(); ++at) {
+        const bool mark = text.substr(at, 3) == "\xE2\x96\x81";
+        spaced += mark ? ' ' : text[at];
+        if (mark) at += 2;
+    }
+    return spaced;
+}
+
+bool CharsMap::read(std::string bytes) {
+    uint32_t size = 0;
+    if (bytes.size() < sizeof size) return false;
+    std::memcpy(&size, bytes.data(), sizeof size);
+    if (size == 0 || size % 4 != 0 || size >= bytes.size() - sizeof size) return false;
+    if (bytes.back() != '\0') return false;
+    bytes_ = std::move(bytes);
+    units_ = size / 4;
+    return true;
+}
+
+uint32_t CharsMap::unit(size_t index) const {
+    uint32_t unit = 0;
+    std::memcpy(&unit, bytes_.data() + 4 + index * 4, sizeof unit);
+    return unit;
+}
+
+std::string_view CharsMap::replacement(size_t begin) const {
+    const std::string_view all = std::string_view(bytes_).substr(4 + units_ * 4);
+    if (begin >= all.size()) return {};
+    return all.substr(begin, all.find('\0', begin) - begin);
+}
+
+CharsMap::Match CharsMap::longest(std::string_view text) const {
+    const auto offset = [](uint32_t unit) { return unit >> 10 << ((unit & 1u << 9) >> 6); };
+    Match match;
+    size_t node = units_ ? offset(unit(0)) : 0;
+    for (size_t length = 1; length <= text.size(); ++length) {
+        const uint8_t c = uint8_t(text[length - 1]);
+        node ^= c;
+        if (node >= units_) break;
+        const uint32_t here = unit(node);
+        if ((here & (1u << 31 | 0xFF)) != c) break;
+        node ^= offset(here);
+        if (node >= units_) break;
+        if (!(here >> 8 & 1)) continue;
+        const std::string_view found = replacement(unit(node) & ~(1u << 31));
+        if (found.size() <= max_replacement) match = {length, found};
+    }
+    return match;
+}
+
+std::string normalize_sentence(std::string_view text, const SentenceRules& rules,
+                               const SpellingMatcher& whole) {
+    const bool trims = rules.remove_extra_spaces;
+    const std::string_view prefix = rules.add_space_prefix ? " " : "";
+    if (rules.map.empty() && !trims) return join({prefix, with_spaces(text)});
+    std::string out(trims ? "" : prefix);
+    bool begun = !trims, after_space = trims;
+    for (size_t at = 0; at < text.size();) {
+        size_t next = at;
+        utf8_next(text, &next);
+        std::string_view piece = text.substr(at, next - at);
+        size_t user = whole.may_begin(text[at]) ? whole.longest(text, at, text.size()).length : 0;
+        if (text.substr(at, user).find(' ') != std::string_view::npos) user = 0;
+        const CharsMap::Match mapped = user ? CharsMap::Match()
+                                            : rules.map.longest(text.substr(at));
+        if (user) piece = text.substr(at, user);
+        at += user ? user : mapped.length ? mapped.length : piece.size();
+        if (mapped.length) piece = mapped.replacement;
+        if (!begun && piece == " ") continue;
+        if (!begun) out = prefix;
+        begun = true;
+        while (after_space && !piece.empty() && piece[0] == ' ') piece.remove_prefix(1);
+        out += piece;
+        if (!piece.empty()) after_space = trims && piece.back() == ' ';
+    }
+    out = with_spaces(out);
+    while (trims && !out.empty() && out.back() == ' ') out.pop_back();
+    return out;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
 // ---- src/tokenizer/vocabulary.hpp --------------------------------------------------------------
 
 // The vocabulary of one model in memory.
@@ -15798,6 +15947,7 @@ enum class Algorithm : uint8_t {
     byte_bpe,      // words of a pre-tokenizer, bytes merged by rank
     spaced_bpe,    // no words: all characters merged by rank (Gemma 4)
     sentence_bpe,  // no words: characters merged by the score of what they make (SentencePiece)
+    unigram,       // SentencePiece: the pieces with the highest sum of scores (Kudo 2018)
 };
 
 struct Vocabulary {
@@ -15806,7 +15956,10 @@ struct Vocabulary {
     std::vector<TokenKind> kinds;
     std::vector<bool> from_text;        // merging and whole words may make it
     std::vector<bool> ends;             // see is_end
-    std::vector<uint32_t> ranks;        // SentencePiece: position of its score, highest first
+    std::vector<uint32_t> ranks;        // sentence_bpe: position of its score, highest first
+    std::vector<float> scores;          // unigram
+    float unknown_score = 0;            // unigram
+    SpellingMatcher lattice;            // unigram: what text may become
     PairTable pairs;                    // byte_bpe, spaced_bpe
     std::array<Token, 256> bytes;       // the token of a single byte, or no_token
     SpellingMatcher specials;           // cut out of the text first
@@ -15815,11 +15968,9 @@ struct Vocabulary {
     const PreTokenizer* pre = nullptr;  // byte_bpe
     size_t longest = 0;                 // bytes of the longest piece that from_text marks
     Token bos = no_token, eos = no_token, unknown = no_token;
-    bool add_bos = false, add_eos = false, add_space_prefix = false;
+    bool add_bos = false, add_eos = false;
+    SentenceRules sentence;  // sentence_bpe, unigram
 };
-
-/// A copy of `text` with SentencePiece's spelling of a space, U+2581, as a space.
-std::string with_spaces(std::string_view text);
 
 /// Reads tokenizer.ggml.*; see Tokenizer::open.
 Result<void> read_vocabulary(const Gguf& file, std::string_view chat_template,
@@ -15837,17 +15988,6 @@ Result<void> read_vocabulary(const Gguf& file, std::string_view chat_template,
 namespace valar {
 inline namespace v1 {
 namespace detail {
-
-std::string with_spaces(std::string_view text) {
-    std::string spaced;
-    spaced.reserve(text.size());
-    for (size_t at = 0; at < text.size(); ++at) {
-        const bool mark = text.substr(at, 3) == "\xE2\x96\x81";
-        spaced += mark ? ' ' : text[at];
-        if (mark) at += 2;
-    }
-    return spaced;
-}
 
 namespace {
 
@@ -15877,7 +16017,9 @@ private:
                           join({file_.name(), ": tokenizer.ggml.", key, " = \"",
                                 utf8_repair(value.substr(0, 64)), "\" is not supported"}));
     }
-    bool is_sentencepiece() const { return v_.algorithm == Algorithm::sentence_bpe; }
+    bool is_sentencepiece() const {
+        return v_.algorithm == Algorithm::sentence_bpe || v_.algorithm == Algorithm::unigram;
+    }
     bool has_printable_bytes() const { return v_.algorithm == Algorithm::byte_bpe; }
 
     Result<void> read_model() {
@@ -15892,7 +16034,9 @@ private:
         return unsupported("model", *model);
     }
     static constexpr std::pair<std::string_view, Algorithm> models[] = {
-        {"llama", Algorithm::sentence_bpe}, {"gemma4", Algorithm::spaced_bpe}};
+        {"llama", Algorithm::sentence_bpe},
+        {"t5", Algorithm::unigram},
+        {"gemma4", Algorithm::spaced_bpe}};
 
     Result<void> read_pre() {
         std::string pre = "default";  // files of before there were names
@@ -15907,14 +16051,23 @@ private:
         return {};
     }
 
-    Result<void> read_normalizer() const {  // the identity or nothing
+    Result<void> read_normalizer() {
         auto trims = file_.get_bool("tokenizer.ggml.remove_extra_whitespaces", false);
         if (!trims) return trims.error();
-        if (*trims) return unsupported("remove_extra_whitespaces", "true");
+        v_.sentence.remove_extra_spaces = *trims;
         const GgufKey* map = file_.find("tokenizer.ggml.precompiled_charsmap");
-        if (map && map->count > 0) return unsupported("precompiled_charsmap", "not empty");
+        if (!map || map->count == 0) return {};
+        auto numbers = file_.get_ints("tokenizer.ggml.precompiled_charsmap");
+        if (!numbers) return numbers.error();
+        if (numbers->size() > max_charsmap_bytes)
+            return bad("precompiled_charsmap", format("%zu bytes", numbers->size()));
+        std::string bytes;
+        for (size_t i = 0; i < numbers->size(); ++i) bytes += char((*numbers)[i]);
+        if (!v_.sentence.map.read(std::move(bytes)))
+            return bad("precompiled_charsmap", "it is no map of characters");
         return {};
     }
+    static constexpr size_t max_charsmap_bytes = size_t{1} << 24;
 
     Result<void> read_kinds() {
         auto tokens = file_.get_strings("tokenizer.ggml.tokens");
@@ -16009,6 +16162,10 @@ private:
             if (id != no_token && v_.pieces[size_t(id)].size() > 1)
                 v_.kinds[size_t(id)] = TokenKind::control;
         mark_ends({v_.eos, turn, message});
+        const auto unknown = std::find(v_.kinds.begin(), v_.kinds.end(), TokenKind::unknown);
+        if (v_.unknown == no_token && !has_printable_bytes() && unknown != v_.kinds.end() &&
+            !file_.find("tokenizer.ggml.unknown_token_id"))
+            v_.unknown = Token(unknown - v_.kinds.begin());
         if (v_.unknown != no_token &&
             (v_.kinds[size_t(v_.unknown)] == TokenKind::control || v_.ends[size_t(v_.unknown)]))
             v_.unknown = no_token;  // text must not make it
@@ -16027,18 +16184,21 @@ private:
 
     Result<void> read_flags() {
         const bool plain = is_sentencepiece();
-        v_.add_bos = !v_.pre || v_.pre->add_bos;
-        v_.add_space_prefix = plain;
+        const bool unigram = v_.algorithm == Algorithm::unigram;
+        bool& prefix = v_.sentence.add_space_prefix;
+        v_.add_bos = v_.pre ? v_.pre->add_bos : !unigram;
+        v_.add_eos = unigram;
+        prefix = plain;
         const std::pair<const char*, bool*> flags[] = {
             {"tokenizer.ggml.add_bos_token", &v_.add_bos},
             {"tokenizer.ggml.add_eos_token", &v_.add_eos},
-            {"tokenizer.ggml.add_space_prefix", &v_.add_space_prefix}};
+            {"tokenizer.ggml.add_space_prefix", &prefix}};
         for (auto [key, flag] : flags) {
             auto value = file_.get_bool(key, *flag);
             if (!value) return value.error();
             *flag = *value;
         }
-        v_.add_space_prefix &= plain;
+        prefix &= plain;
         v_.add_bos |= v_.algorithm == Algorithm::spaced_bpe;  // the first files of Gemma 4 deny it
         return {};
     }
@@ -16054,13 +16214,17 @@ private:
             const bool user = kind == TokenKind::user_defined;
             const bool guarded = control || (user && stands_in(templates, piece));
             v_.from_text[id] = kind == TokenKind::normal || (user && !guarded) ||
-                               (is_sentencepiece() && kind == TokenKind::unused);
+                               (v_.algorithm == Algorithm::sentence_bpe &&
+                                kind == TokenKind::unused);
+            if (v_.from_text[id] && v_.algorithm == Algorithm::unigram)
+                v_.lattice.add(piece, Token(id), false);
             if (v_.from_text[id]) v_.longest = std::max(v_.longest, piece.size());
             if (user && !guarded && is_sentencepiece()) v_.whole.add(piece, Token(id), false);
             else if (control || user) v_.specials.add(spelling(piece), Token(id), guarded);
         }
         v_.specials.build();
         v_.whole.build();
+        v_.lattice.build();
         return {};
     }
     // How the text must spell a special token: Gemma 4's are looked for before spaces are replaced.
@@ -16110,12 +16274,33 @@ private:
         if (scores->size() != v_.kinds.size())
             return bad("scores",
                        format("%zu scores for %zu tokens", scores->size(), v_.kinds.size()));
-        std::vector<std::pair<double, Token>> order(scores->size());
-        for (size_t id = 0; id < order.size(); ++id) {
-            order[id] = {-(*scores)[id], Token(id)};
-            if (!std::isfinite(order[id].first))
+        for (size_t id = 0; id < scores->size(); ++id)
+            if (!std::isfinite(float((*scores)[id])))
                 return bad("scores", format("token %zu has no finite score", id));
+        if (v_.algorithm == Algorithm::unigram) rate_pieces(*scores);
+        else rank_pieces(*scores);
+        return {};
+    }
+
+    // A user-defined piece is better than others of its bytes, and the more so the longer it is.
+    void rate_pieces(const GgufNumbers<double>& scores) {
+        float lowest = FLT_MAX;
+        for (size_t id = 0; id < scores.size(); ++id) {
+            v_.scores.push_back(float(scores[id]));
+            if (v_.kinds[id] == TokenKind::normal) lowest = std::min(lowest, v_.scores[id]);
         }
+        v_.unknown_score = lowest - 10;
+        for (size_t id = 0; id < scores.size(); ++id) {
+            if (v_.kinds[id] != TokenKind::user_defined) continue;
+            const std::string_view piece = v_.pieces[id];
+            const auto spaces = std::count(piece.begin(), piece.end(), ' ');  // of three bytes
+            v_.scores[id] = 0.1f * float(piece.size() + 2 * size_t(spaces)) - 0.1f;
+        }
+    }
+
+    void rank_pieces(const GgufNumbers<double>& scores) {
+        std::vector<std::pair<double, Token>> order(scores.size());
+        for (size_t id = 0; id < order.size(); ++id) order[id] = {-scores[id], Token(id)};
         std::sort(order.begin(), order.end());
         v_.ranks.resize(order.size());
         for (size_t i = 0; i < order.size(); ++i) {
@@ -16123,7 +16308,6 @@ private:
             v_.ranks[size_t(order[i].second)] = tie ? v_.ranks[size_t(order[i - 1].second)]
                                                     : uint32_t(i);
         }
-        return {};
     }
 
     Result<void> read_merges() {
@@ -16410,6 +16594,7 @@ private:
     Result<void> encode_run(std::string_view text) {
         if (text.empty()) return {};
         if (v_.algorithm == Algorithm::sentence_bpe) return encode_sentences(text);
+        if (v_.algorithm == Algorithm::unigram) return encode_unigram(text);
         if (v_.algorithm == Algorithm::spaced_bpe) return merge_characters(with_spaces(text));
         // no character before U+0300 (lead byte CC) is changed by NFC unless one after it is there
         const bool composed = !v_.pre->compose ||
@@ -16504,18 +16689,22 @@ private:
 
     Result<std::span<MergeSymbol>> symbols_for(size_t count) {
         if (count <= few_.size()) return std::span(few_).first(count);
-        if (count * sizeof(MergeSymbol) > many_.size()) {
-            auto buffer = Buffer::allocate(uint64_t(count) * sizeof(MergeSymbol), "tokenizer");
+        return places_for<MergeSymbol>(count);
+    }
+    template <class Place>
+    Result<std::span<Place>> places_for(size_t count) {
+        if (count * sizeof(Place) > many_.size()) {
+            auto buffer = Buffer::allocate(uint64_t(count) * sizeof(Place), "tokenizer");
             if (!buffer) return buffer.error();
             many_ = std::move(*buffer);
         }
-        return std::span(many_.as<MergeSymbol>(), count);
+        return std::span(many_.as<Place>(), count);
     }
 
-    // SentencePiece: a space in front where the model wants it, then user-defined tokens are cut
-    // out, then the rest is merged.
+    // SentencePiece: the text is normalized, then user-defined tokens are cut out, then the rest is
+    // merged.
     Result<void> encode_sentences(std::string_view raw) {
-        const std::string text = join({v_.add_space_prefix ? " " : "", with_spaces(raw)});
+        const std::string text = normalize_sentence(raw, v_.sentence, v_.whole);
         return cut_out(v_.whole, text, {}, [this](std::string_view run) -> Result<void> {
             after_unknown_ = false;
             auto symbols = symbols_for(run.size());
@@ -16568,6 +16757,52 @@ private:
         if (unused || token == no_token) return add_unknown(piece);
         tokens.push_back(token);
         after_unknown_ = false;
+    }
+
+    // The best pieces that lead to a place in a text.
+    struct Lead {
+        double score = 0;
+        uint32_t begin = no_symbol;  // of the last one; no_symbol: none leads here
+        Token token = no_token;
+    };
+
+    Result<void> encode_unigram(std::string_view raw) {
+        const std::string text = normalize_sentence(raw, v_.sentence, v_.whole);
+        auto leads = places_for<Lead>(text.size() + 1);
+        if (!leads) return leads.error();
+        for (Lead& lead : *leads) lead = {};
+        const auto offer = [&](size_t begin, size_t end, Token token, float score) {
+            const double sum = (*leads)[begin].score + double(score);
+            Lead& lead = (*leads)[end];
+            if (lead.begin == no_symbol || sum > lead.score) lead = {sum, uint32_t(begin), token};
+        };
+        for (size_t at = 0; at < text.size();) {
+            const size_t begin = at;
+            utf8_next(text, &at);
+            bool known = false;  // whether the character alone is a piece
+            v_.lattice.each(text, begin, [&](const auto& entry, size_t length) {
+                offer(begin, begin + length, entry.token, v_.scores[size_t(entry.token)]);
+                known |= begin + length == at;
+            });
+            if (!known) offer(begin, at, no_token, v_.unknown_score);
+        }
+        add_best_pieces(text, *leads);
+        return {};
+    }
+
+    void add_best_pieces(std::string_view text, std::span<const Lead> leads) {
+        std::vector<uint32_t> ends;
+        for (size_t at = text.size(); at > 0; at = leads[at].begin) ends.push_back(uint32_t(at));
+        after_unknown_ = false;
+        for (; !ends.empty(); ends.pop_back()) {
+            const Lead& lead = leads[ends.back()];
+            if (lead.token == no_token) {
+                add_unknown(text.substr(lead.begin, ends.back() - lead.begin));
+                continue;
+            }
+            tokens.push_back(lead.token);
+            after_unknown_ = false;
+        }
     }
 
     // A character that is no piece: its bytes, or one unknown token for all that follow each other.
@@ -16681,7 +16916,8 @@ std::string_view Detokenizer::push(Token token) {
     const TokenKind kind = vocabulary_->kinds[size_t(token)];
     std::string_view piece = vocabulary_->pieces[size_t(token)];
     if (kind == TokenKind::control || kind == TokenKind::unknown || piece.empty()) return ready_;
-    if (at_start_ && vocabulary_->add_space_prefix && piece[0] == ' ') piece.remove_prefix(1);
+    if (at_start_ && vocabulary_->sentence.add_space_prefix && piece[0] == ' ')
+        piece.remove_prefix(1);
     at_start_ = false;
     held_ += piece;
     take_ready(held_.size() - detail::utf8_incomplete_suffix(held_));

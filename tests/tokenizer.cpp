@@ -65,7 +65,7 @@ struct Vocab {
         };
         set_strings("tokenizer.ggml.tokens", tokens);
         writer.set_array<int32_t>("tokenizer.ggml.token_type", types);
-        if (model != "llama") set_strings("tokenizer.ggml.merges", merges);
+        if (model == "gpt2" || model == "gemma4") set_strings("tokenizer.ggml.merges", merges);
         else writer.set_array<float>("tokenizer.ggml.scores", scores);
         for (const auto& [key, id] : ids) writer.set("tokenizer.ggml." + key, id);
         for (const auto& [key, flag] : flags) writer.set("tokenizer.ggml." + key, flag);
@@ -723,6 +723,44 @@ TEST_CASE("sentencepiece: scores, spaces, bytes, unknown and unused pieces") {
     CHECK(bytes.find("a") == a);
 }
 
+TEST_CASE("unigram: the pieces with the highest sum; extra spaces go where the file says so") {
+    Vocab vocab;
+    vocab.model = "t5";
+    const std::string mark = "\xE2\x96\x81";
+    const Token unknown = vocab.add("<unk>", TokenKind::unknown);
+    const Token space = vocab.add(mark, TokenKind::normal, -2),
+                a = vocab.add("a", TokenKind::normal, -3);
+    const Token b = vocab.add("b", TokenKind::normal, -3),
+                ab = vocab.add("ab", TokenKind::normal, -5);
+    const Token space_a = vocab.add(mark + "a", TokenKind::normal, -4);
+    const Token bab = vocab.add("bab", TokenKind::normal, -8.5f);
+    const Token user = vocab.add("b b", TokenKind::user_defined);
+    vocab.add("aa", TokenKind::unused, -1);
+    const Tokenizer plain = vocab.open();
+    CHECK_FALSE(plain.add_bos());
+    CHECK(plain.add_eos());
+    CHECK(ids(plain, "") == Tokens{});
+    CHECK(ids(plain, "a") == Tokens{space_a});
+    CHECK(ids(plain, "ab") == Tokens{space, ab});  // -7, as is -4 - 3: the first found stays
+    CHECK(ids(plain, "aab") == Tokens{space_a, ab});
+    CHECK(ids(plain, "baba") == Tokens{space, b, ab, a});
+    CHECK(ids(plain, "aa") == Tokens{space_a, a});
+    CHECK(ids(plain, "xyb") == Tokens{space, unknown, b});
+    CHECK(ids(plain, "b b") == Tokens{space, user});
+    CHECK(ids(plain, " a  a ") == Tokens{space, space_a, space, space_a, space});
+    CHECK(plain.piece(bab) == "bab");
+    for (const char* model : {"t5", "llama"}) {
+        vocab.model = model;
+        vocab.flags["remove_extra_whitespaces"] = true;
+        const Tokenizer trims = vocab.open();
+        CHECK(ids(trims, " a  a ") == Tokens{space_a, space_a});
+        CHECK(ids(trims, "   ") == Tokens{});
+    }
+    vocab.model = "t5";
+    vocab.scores[2] = NAN;
+    CHECK(vocab.try_open().error().kind == ErrorKind::bad_data);
+}
+
 TEST_CASE("gemma4: characters are merged by rank, spaces among them") {
     Vocab vocab;
     vocab.model = "gemma4";
@@ -797,7 +835,7 @@ TEST_CASE("hostile vocabularies are refused by name") {
         edit(vocab);
         return vocab;
     };
-    refused(change([](Vocab& v) { v.model = "t5"; }), unsupported, "\"t5\"");
+    refused(change([](Vocab& v) { v.model = "rwkv"; }), unsupported, "\"rwkv\"");
     refused(change([](Vocab& v) { v.pre = "deepseek"; }), unsupported, "\"deepseek\"");
     refused(change([](Vocab& v) { v.types.pop_back(); }), bad, "255 types for 256");
     refused(change([](Vocab& v) { v.types[7] = 9; }), bad, "token 7");
@@ -821,9 +859,6 @@ TEST_CASE("hostile vocabularies are refused by name") {
     sentences.scores = {NAN};
     refused(sentences, bad, "token 0");
     sentences.scores = {1};
-    sentences.flags["remove_extra_whitespaces"] = true;
-    refused(sentences, unsupported, "remove_extra_whitespaces");
-    sentences.flags.clear();
     CHECK(sentences.try_open().ok());
 
     // equal pieces are tolerated: the lowest id is made; empty pieces are never made

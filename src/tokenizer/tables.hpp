@@ -144,12 +144,19 @@ public:
     // The longest spelling at text[at]; bytes before template_end are the template's.
     Match longest(std::string_view text, size_t at, size_t template_end) const {
         Match match;
+        each(text, at, [&](const Entry& entry, size_t length) {
+            if (match.length != length && (!entry.template_only || at + length <= template_end))
+                match = {entry.token, length};
+        });
+        return match;
+    }
+    // Calls visit(entry, length) for every spelling at text[at], from short to long.
+    template <class Visit>
+    void each(std::string_view text, size_t at, const Visit& visit) const {
         auto low = entries_.begin() + ptrdiff_t(first_[uint8_t(text[at])]);
         auto high = entries_.begin() + ptrdiff_t(first_[uint8_t(text[at]) + 1u]);
         for (size_t length = 1; low != high; ++length) {
-            for (; low != high && low->spelling.size() == length; ++low)
-                if (match.length != length && (!low->template_only || at + length <= template_end))
-                    match = {low->token, length};
+            for (; low != high && low->spelling.size() == length; ++low) visit(*low, length);
             if (at + length >= text.size()) break;
             const uint8_t next = uint8_t(text[at + length]);
             low = std::partition_point(low, high, [&](const Entry& entry) {
@@ -159,7 +166,6 @@ public:
                 return uint8_t(entry.spelling[length]) == next;
             });
         }
-        return match;
     }
 
 private:

@@ -85,6 +85,7 @@ private:
     Result<void> encode_run(std::string_view text) {
         if (text.empty()) return {};
         if (v_.algorithm == Algorithm::sentence_bpe) return encode_sentences(text);
+        if (v_.algorithm == Algorithm::unigram) return encode_unigram(text);
         if (v_.algorithm == Algorithm::spaced_bpe) return merge_characters(with_spaces(text));
         // no character before U+0300 (lead byte CC) is changed by NFC unless one after it is there
         const bool composed = !v_.pre->compose ||
@@ -179,18 +180,22 @@ private:
 
     Result<std::span<MergeSymbol>> symbols_for(size_t count) {
         if (count <= few_.size()) return std::span(few_).first(count);
-        if (count * sizeof(MergeSymbol) > many_.size()) {
-            auto buffer = Buffer::allocate(uint64_t(count) * sizeof(MergeSymbol), "tokenizer");
+        return places_for<MergeSymbol>(count);
+    }
+    template <class Place>
+    Result<std::span<Place>> places_for(size_t count) {
+        if (count * sizeof(Place) > many_.size()) {
+            auto buffer = Buffer::allocate(uint64_t(count) * sizeof(Place), "tokenizer");
             if (!buffer) return buffer.error();
             many_ = std::move(*buffer);
         }
-        return std::span(many_.as<MergeSymbol>(), count);
+        return std::span(many_.as<Place>(), count);
     }
 
-    // SentencePiece: a space in front where the model wants it, then user-defined tokens are cut
-    // out, then the rest is merged.
+    // SentencePiece: the text is normalized, then user-defined tokens are cut out, then the rest is
+    // merged.
     Result<void> encode_sentences(std::string_view raw) {
-        const std::string text = join({v_.add_space_prefix ? " " : "", with_spaces(raw)});
+        const std::string text = normalize_sentence(raw, v_.sentence, v_.whole);
         return cut_out(v_.whole, text, {}, [this](std::string_view run) -> Result<void> {
             after_unknown_ = false;
             auto symbols = symbols_for(run.size());
@@ -243,6 +248,52 @@ private:
         if (unused || token == no_token) return add_unknown(piece);
         tokens.push_back(token);
         after_unknown_ = false;
+    }
+
+    // The best pieces that lead to a place in a text.
+    struct Lead {
+        double score = 0;
+        uint32_t begin = no_symbol;  // of the last one; no_symbol: none leads here
+        Token token = no_token;
+    };
+
+    Result<void> encode_unigram(std::string_view raw) {
+        const std::string text = normalize_sentence(raw, v_.sentence, v_.whole);
+        auto leads = places_for<Lead>(text.size() + 1);
+        if (!leads) return leads.error();
+        for (Lead& lead : *leads) lead = {};
+        const auto offer = [&](size_t begin, size_t end, Token token, float score) {
+            const double sum = (*leads)[begin].score + double(score);
+            Lead& lead = (*leads)[end];
+            if (lead.begin == no_symbol || sum > lead.score) lead = {sum, uint32_t(begin), token};
+        };
+        for (size_t at = 0; at < text.size();) {
+            const size_t begin = at;
+            utf8_next(text, &at);
+            bool known = false;  // whether the character alone is a piece
+            v_.lattice.each(text, begin, [&](const auto& entry, size_t length) {
+                offer(begin, begin + length, entry.token, v_.scores[size_t(entry.token)]);
+                known |= begin + length == at;
+            });
+            if (!known) offer(begin, at, no_token, v_.unknown_score);
+        }
+        add_best_pieces(text, *leads);
+        return {};
+    }
+
+    void add_best_pieces(std::string_view text, std::span<const Lead> leads) {
+        std::vector<uint32_t> ends;
+        for (size_t at = text.size(); at > 0; at = leads[at].begin) ends.push_back(uint32_t(at));
+        after_unknown_ = false;
+        for (; !ends.empty(); ends.pop_back()) {
+            const Lead& lead = leads[ends.back()];
+            if (lead.token == no_token) {
+                add_unknown(text.substr(lead.begin, ends.back() - lead.begin));
+                continue;
+            }
+            tokens.push_back(lead.token);
+            after_unknown_ = false;
+        }
     }
 
     // A character that is no piece: its bytes, or one unknown token for all that follow each other.
@@ -356,7 +407,8 @@ std::string_view Detokenizer::push(Token token) {
     const TokenKind kind = vocabulary_->kinds[size_t(token)];
     std::string_view piece = vocabulary_->pieces[size_t(token)];
     if (kind == TokenKind::control || kind == TokenKind::unknown || piece.empty()) return ready_;
-    if (at_start_ && vocabulary_->add_space_prefix && piece[0] == ' ') piece.remove_prefix(1);
+    if (at_start_ && vocabulary_->sentence.add_space_prefix && piece[0] == ' ')
+        piece.remove_prefix(1);
     at_start_ = false;
     held_ += piece;
     take_ready(held_.size() - detail::utf8_incomplete_suffix(held_));

@@ -1,5 +1,5 @@
 // >>tokenizer
-// Owns: tokens: byte-level BPE, SentencePiece BPE, special tokens, the streaming detokenizer.
+// Owns: tokens: byte-level BPE, SentencePiece BPE and unigram, special tokens, the detokenizer.
 // Assumes: a vocabulary may be hostile; text may be long, one single word, or not UTF-8.
 // Promises: no special token from text that a request brought; O(n log n) in the text; the ids of
 // Hugging Face tokenizers (byte-level) and of sentencepiece on the same vocabulary.
@@ -62,7 +62,7 @@ public:
 
     /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
     /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Errors:
-    /// unsupported (model is not gpt2 or llama, or pre is unknown), bad_data (a bad vocabulary).
+    /// unsupported (model is not gpt2, llama, t5 or gemma4, or pre is unknown), bad_data (a bad vocabulary).
     static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {},
                                   std::span<const std::string_view> ends = {});
 

@@ -7,6 +7,7 @@
 #include "unicode_internal.hpp"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -21,17 +22,6 @@
 namespace valar {
 inline namespace v1 {
 namespace detail {
-
-std::string with_spaces(std::string_view text) {
-    std::string spaced;
-    spaced.reserve(text.size());
-    for (size_t at = 0; at < text.size(); ++at) {
-        const bool mark = text.substr(at, 3) == "\xE2\x96\x81";
-        spaced += mark ? ' ' : text[at];
-        if (mark) at += 2;
-    }
-    return spaced;
-}
 
 namespace {
 
@@ -61,7 +51,9 @@ private:
                           join({file_.name(), ": tokenizer.ggml.", key, " = \"",
                                 utf8_repair(value.substr(0, 64)), "\" is not supported"}));
     }
-    bool is_sentencepiece() const { return v_.algorithm == Algorithm::sentence_bpe; }
+    bool is_sentencepiece() const {
+        return v_.algorithm == Algorithm::sentence_bpe || v_.algorithm == Algorithm::unigram;
+    }
     bool has_printable_bytes() const { return v_.algorithm == Algorithm::byte_bpe; }
 
     Result<void> read_model() {
@@ -76,7 +68,9 @@ private:
         return unsupported("model", *model);
     }
     static constexpr std::pair<std::string_view, Algorithm> models[] = {
-        {"llama", Algorithm::sentence_bpe}, {"gemma4", Algorithm::spaced_bpe}};
+        {"llama", Algorithm::sentence_bpe},
+        {"t5", Algorithm::unigram},
+        {"gemma4", Algorithm::spaced_bpe}};
 
     Result<void> read_pre() {
         std::string pre = "default";  // files of before there were names
@@ -91,14 +85,23 @@ private:
         return {};
     }
 
-    Result<void> read_normalizer() const {  // the identity or nothing
+    Result<void> read_normalizer() {
         auto trims = file_.get_bool("tokenizer.ggml.remove_extra_whitespaces", false);
         if (!trims) return trims.error();
-        if (*trims) return unsupported("remove_extra_whitespaces", "true");
+        v_.sentence.remove_extra_spaces = *trims;
         const GgufKey* map = file_.find("tokenizer.ggml.precompiled_charsmap");
-        if (map && map->count > 0) return unsupported("precompiled_charsmap", "not empty");
+        if (!map || map->count == 0) return {};
+        auto numbers = file_.get_ints("tokenizer.ggml.precompiled_charsmap");
+        if (!numbers) return numbers.error();
+        if (numbers->size() > max_charsmap_bytes)
+            return bad("precompiled_charsmap", format("%zu bytes", numbers->size()));
+        std::string bytes;
+        for (size_t i = 0; i < numbers->size(); ++i) bytes += char((*numbers)[i]);
+        if (!v_.sentence.map.read(std::move(bytes)))
+            return bad("precompiled_charsmap", "it is no map of characters");
         return {};
     }
+    static constexpr size_t max_charsmap_bytes = size_t{1} << 24;
 
     Result<void> read_kinds() {
         auto tokens = file_.get_strings("tokenizer.ggml.tokens");
@@ -193,6 +196,10 @@ private:
             if (id != no_token && v_.pieces[size_t(id)].size() > 1)
                 v_.kinds[size_t(id)] = TokenKind::control;
         mark_ends({v_.eos, turn, message});
+        const auto unknown = std::find(v_.kinds.begin(), v_.kinds.end(), TokenKind::unknown);
+        if (v_.unknown == no_token && !has_printable_bytes() && unknown != v_.kinds.end() &&
+            !file_.find("tokenizer.ggml.unknown_token_id"))
+            v_.unknown = Token(unknown - v_.kinds.begin());
         if (v_.unknown != no_token &&
             (v_.kinds[size_t(v_.unknown)] == TokenKind::control || v_.ends[size_t(v_.unknown)]))
             v_.unknown = no_token;  // text must not make it
@@ -211,18 +218,21 @@ private:
 
     Result<void> read_flags() {
         const bool plain = is_sentencepiece();
-        v_.add_bos = !v_.pre || v_.pre->add_bos;
-        v_.add_space_prefix = plain;
+        const bool unigram = v_.algorithm == Algorithm::unigram;
+        bool& prefix = v_.sentence.add_space_prefix;
+        v_.add_bos = v_.pre ? v_.pre->add_bos : !unigram;
+        v_.add_eos = unigram;
+        prefix = plain;
         const std::pair<const char*, bool*> flags[] = {
             {"tokenizer.ggml.add_bos_token", &v_.add_bos},
             {"tokenizer.ggml.add_eos_token", &v_.add_eos},
-            {"tokenizer.ggml.add_space_prefix", &v_.add_space_prefix}};
+            {"tokenizer.ggml.add_space_prefix", &prefix}};
         for (auto [key, flag] : flags) {
             auto value = file_.get_bool(key, *flag);
             if (!value) return value.error();
             *flag = *value;
         }
-        v_.add_space_prefix &= plain;
+        prefix &= plain;
         v_.add_bos |= v_.algorithm == Algorithm::spaced_bpe;  // the first files of Gemma 4 deny it
         return {};
     }
@@ -238,13 +248,17 @@ private:
             const bool user = kind == TokenKind::user_defined;
             const bool guarded = control || (user && stands_in(templates, piece));
             v_.from_text[id] = kind == TokenKind::normal || (user && !guarded) ||
-                               (is_sentencepiece() && kind == TokenKind::unused);
+                               (v_.algorithm == Algorithm::sentence_bpe &&
+                                kind == TokenKind::unused);
+            if (v_.from_text[id] && v_.algorithm == Algorithm::unigram)
+                v_.lattice.add(piece, Token(id), false);
             if (v_.from_text[id]) v_.longest = std::max(v_.longest, piece.size());
             if (user && !guarded && is_sentencepiece()) v_.whole.add(piece, Token(id), false);
             else if (control || user) v_.specials.add(spelling(piece), Token(id), guarded);
         }
         v_.specials.build();
         v_.whole.build();
+        v_.lattice.build();
         return {};
     }
     // How the text must spell a special token: Gemma 4's are looked for before spaces are replaced.
@@ -294,12 +308,33 @@ private:
         if (scores->size() != v_.kinds.size())
             return bad("scores",
                        format("%zu scores for %zu tokens", scores->size(), v_.kinds.size()));
-        std::vector<std::pair<double, Token>> order(scores->size());
-        for (size_t id = 0; id < order.size(); ++id) {
-            order[id] = {-(*scores)[id], Token(id)};
-            if (!std::isfinite(order[id].first))
+        for (size_t id = 0; id < scores->size(); ++id)
+            if (!std::isfinite(float((*scores)[id])))
                 return bad("scores", format("token %zu has no finite score", id));
+        if (v_.algorithm == Algorithm::unigram) rate_pieces(*scores);
+        else rank_pieces(*scores);
+        return {};
+    }
+
+    // A user-defined piece is better than others of its bytes, and the more so the longer it is.
+    void rate_pieces(const GgufNumbers<double>& scores) {
+        float lowest = FLT_MAX;
+        for (size_t id = 0; id < scores.size(); ++id) {
+            v_.scores.push_back(float(scores[id]));
+            if (v_.kinds[id] == TokenKind::normal) lowest = std::min(lowest, v_.scores[id]);
         }
+        v_.unknown_score = lowest - 10;
+        for (size_t id = 0; id < scores.size(); ++id) {
+            if (v_.kinds[id] != TokenKind::user_defined) continue;
+            const std::string_view piece = v_.pieces[id];
+            const auto spaces = std::count(piece.begin(), piece.end(), ' ');  // of three bytes
+            v_.scores[id] = 0.1f * float(piece.size() + 2 * size_t(spaces)) - 0.1f;
+        }
+    }
+
+    void rank_pieces(const GgufNumbers<double>& scores) {
+        std::vector<std::pair<double, Token>> order(scores.size());
+        for (size_t id = 0; id < order.size(); ++id) order[id] = {-scores[id], Token(id)};
         std::sort(order.begin(), order.end());
         v_.ranks.resize(order.size());
         for (size_t i = 0; i < order.size(); ++i) {
@@ -307,7 +342,6 @@ private:
             v_.ranks[size_t(order[i].second)] = tie ? v_.ranks[size_t(order[i - 1].second)]
                                                     : uint32_t(i);
         }
-        return {};
     }
 
     Result<void> read_merges() {

@@ -1,6 +1,7 @@
 // The vocabulary of one model in memory.
 #pragma once
 
+#include "tokenizer/normalize.hpp"
 #include "tokenizer/split.hpp"
 #include "tokenizer/tables.hpp"
 
@@ -22,6 +23,7 @@ enum class Algorithm : uint8_t {
     byte_bpe,      // words of a pre-tokenizer, bytes merged by rank
     spaced_bpe,    // no words: all characters merged by rank (Gemma 4)
     sentence_bpe,  // no words: characters merged by the score of what they make (SentencePiece)
+    unigram,       // SentencePiece: the pieces with the highest sum of scores (Kudo 2018)
 };
 
 struct Vocabulary {
@@ -30,7 +32,10 @@ struct Vocabulary {
     std::vector<TokenKind> kinds;
     std::vector<bool> from_text;        // merging and whole words may make it
     std::vector<bool> ends;             // see is_end
-    std::vector<uint32_t> ranks;        // SentencePiece: position of its score, highest first
+    std::vector<uint32_t> ranks;        // sentence_bpe: position of its score, highest first
+    std::vector<float> scores;          // unigram
+    float unknown_score = 0;            // unigram
+    SpellingMatcher lattice;            // unigram: what text may become
     PairTable pairs;                    // byte_bpe, spaced_bpe
     std::array<Token, 256> bytes;       // the token of a single byte, or no_token
     SpellingMatcher specials;           // cut out of the text first
@@ -39,11 +44,9 @@ struct Vocabulary {
     const PreTokenizer* pre = nullptr;  // byte_bpe
     size_t longest = 0;                 // bytes of the longest piece that from_text marks
     Token bos = no_token, eos = no_token, unknown = no_token;
-    bool add_bos = false, add_eos = false, add_space_prefix = false;
+    bool add_bos = false, add_eos = false;
+    SentenceRules sentence;  // sentence_bpe, unigram
 };
-
-/// A copy of `text` with SentencePiece's spelling of a space, U+2581, as a space.
-std::string with_spaces(std::string_view text);
 
 /// Reads tokenizer.ggml.*; see Tokenizer::open.
 Result<void> read_vocabulary(const Gguf& file, std::string_view chat_template,
