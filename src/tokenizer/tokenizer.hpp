@@ -62,7 +62,7 @@ public:
 
     /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
     /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Errors:
-    /// unsupported (model is not gpt2, llama, t5 or gemma4, or pre is unknown), bad_data (a bad vocabulary).
+    /// unsupported (model is not gpt2, llama, t5, gemma4, or pre is unknown), bad_data.
     static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {},
                                   std::span<const std::string_view> ends = {});
 

@@ -83,7 +83,17 @@ std::vector<std::byte> write_file(const Pieces& vocabulary, Bytes& in, bool sent
                                   std::string_view pre, bool sound) {
     const uint8_t flags = in.byte();
     valar::GgufWriter writer;
-    writer.set_string("tokenizer.ggml.model", sentences ? "llama" : "gpt2");
+    const char* sentence_model = flags & 8 ? "t5" : "llama";
+    const char* byte_model = !sound && flags & 8 ? "gemma4" : "gpt2";
+    writer.set_string("tokenizer.ggml.model", sentences ? sentence_model : byte_model);
+    if (!sound && flags & 16) {  // a map of characters
+        std::vector<uint8_t> map(in.byte() % 64);
+        for (uint8_t& byte : map) byte = in.byte();
+        if (map.size() > 4) map[0] = uint8_t(map.size() / 2 & ~3u), map[1] = map[2] = map[3] = 0;
+        if (!map.empty()) map.back() = 0;
+        writer.set_array<uint8_t>("tokenizer.ggml.precompiled_charsmap", map);
+        writer.set("tokenizer.ggml.remove_extra_whitespaces", bool(flags & 32));
+    }
     writer.set_string("tokenizer.ggml.pre", pre);
     auto views = [](const std::vector<std::string>& texts) {
         return std::vector<std::string_view>(texts.begin(), texts.end());
@@ -121,11 +131,13 @@ valar::detail::MarkedText read_text(Bytes& in) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     using namespace valar;
     using namespace valar::detail;
-    static constexpr std::string_view pres[] = {"gpt-2", "smollm", "llama-bpe", "qwen2", "other"};
+    static constexpr std::string_view pres[] = {
+        "gpt-2",  "smollm", "llama-bpe", "qwen2",          "gpt-4o", "deepseek-llm", "deepseek-v3",
+        "falcon", "qwen35", "default",   "deepseek-coder", "tekken", "other"};
     Bytes in{data, data + size};
     const uint8_t mode = in.byte();
     const bool sentences = mode % 5 == 4, sound = mode & 0x80;
-    const std::string_view pre = pres[mode % 5];
+    const std::string_view pre = pres[mode % 0x40 % (std::size(pres) - sound)];
     const Pieces vocabulary = read_vocabulary(in, sentences, sound);
     const auto bytes = write_file(vocabulary, in, sentences, pre, sound);
     auto file = Gguf::from_bytes(bytes);
@@ -145,7 +157,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::string raw;
     for (Token token : *request) raw += tokenizer->piece(token);
     if (sound && !sentences) {
-        bool same = raw == text.text || pre == "qwen2";
+        bool same = raw == text.text || pre == "qwen2" || pre == "qwen35";
         require(same && detail::nfc(raw) == detail::nfc(text.text));
     }
     const bool spaced = raw.size() == text.text.size() + 1;  // the prefix
