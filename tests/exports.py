@@ -24,7 +24,7 @@ print(f"{len(names)} symbols, {len(ours)} of valar, {len(hidden)} that should be
 # The other way round: what programs can name, from the declaration part, and the library keeps to itself
 # was left without VALAR_API.
 header = open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "valar.hpp"), encoding="ascii").read()
-public = header[:header.index("VALAR_IMPLEMENTATION")]
+public = header[:header.index("#define VALAR_IMPLEMENTED")]
 declared = set(re.findall(r"^(?:class|struct) (?:VALAR_API )?(\w+)", public, re.M))
 declared |= set(re.findall(r"^(?!class|struct|enum|constexpr|inline|template)\w[^(;={]*\b(\w+)\(", public, re.M))
 objects = [os.path.join(folder, file) for folder, _, files in os.walk(sys.argv[2]) for file in files
