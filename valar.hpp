@@ -18736,8 +18736,9 @@ void count(Value& made, uint64_t* live) {
 }  // namespace
 
 bool Renderer::room(uint64_t values) {
-    if (values > (ChatTemplate::max_live_bytes - std::min(live_, ChatTemplate::max_live_bytes)) /
-                     sizeof(Value))
+    if (values >
+        (ChatTemplate::max_live_bytes - std::min<uint64_t>(live_, ChatTemplate::max_live_bytes)) /
+            sizeof(Value))
         fail("lists of over 12 MiB");
     return !failed();
 }
@@ -20421,8 +20422,8 @@ void append_padded(Renderer& r, Text& out, const Text& text, int64_t width, char
 double rounded(double value, int decimals) {
     if (!std::isfinite(value) || decimals > 300) return value;
     if (decimals >= 0) {
-        const auto near = parse_double(printed(value, 'f', decimals, false));
-        return near ? *near : value;
+        const auto nearest = parse_double(printed(value, 'f', decimals, false));
+        return nearest ? *nearest : value;
     }
     const double unit = std::pow(10.0, std::min(-decimals, 308));
     return std::nearbyint(value / unit) * unit;

@@ -503,8 +503,8 @@ void append_padded(Renderer& r, Text& out, const Text& text, int64_t width, char
 double rounded(double value, int decimals) {
     if (!std::isfinite(value) || decimals > 300) return value;
     if (decimals >= 0) {
-        const auto near = parse_double(printed(value, 'f', decimals, false));
-        return near ? *near : value;
+        const auto nearest = parse_double(printed(value, 'f', decimals, false));
+        return nearest ? *nearest : value;
     }
     const double unit = std::pow(10.0, std::min(-decimals, 308));
     return std::nearbyint(value / unit) * unit;

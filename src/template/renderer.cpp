@@ -153,8 +153,9 @@ void count(Value& made, uint64_t* live) {
 }  // namespace
 
 bool Renderer::room(uint64_t values) {
-    if (values > (ChatTemplate::max_live_bytes - std::min(live_, ChatTemplate::max_live_bytes)) /
-                     sizeof(Value))
+    if (values >
+        (ChatTemplate::max_live_bytes - std::min<uint64_t>(live_, ChatTemplate::max_live_bytes)) /
+            sizeof(Value))
         fail("lists of over 12 MiB");
     return !failed();
 }
