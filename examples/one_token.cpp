@@ -218,10 +218,28 @@ std::vector<float> logits_of(const Model& model, const std::vector<float>& x) {
     return logits;
 }
 
+// Whether the model is one of the plain ones that are computed here: LLaMA and its kin.
+bool is_plain(const valar::ModelSpec& spec) {
+    const auto plain = [](const valar::LayerSpec& of) {
+        return of.attn_norm && of.ffn_norm && !of.post_attn_norm && !of.post_ffn_norm &&
+               !of.parallel && of.gated && of.activation == valar::Activation::silu &&
+               of.qk_norm == valar::QkNorm::none && !of.output_bias && !of.ffn_bias && !of.sinks &&
+               of.soft_cap == 0 && of.temperature == 0 && of.experts.count == 0 &&
+               of.rope.dims > 0 && !of.rope.yarn && of.rope.magnitude == 1;
+    };
+    return spec.norm == valar::NormKind::rms && spec.residual_scale == 1 && spec.soft_cap == 0 &&
+           !spec.position_embd && !spec.output_bias && spec.rope_long_factors.empty() &&
+           std::all_of(spec.layers.begin(), spec.layers.end(), plain);
+}
+
 // The tensors lie in the mapped file; nothing is copied.
 valar::Result<Model> open_model(const valar::Gguf& file) {
     auto spec = valar::read_model_spec(file);
     if (!spec) return spec.error();
+    if (!is_plain(*spec))
+        return valar::Error{
+            valar::ErrorKind::unsupported,
+            "'" + spec->architecture + "' has operations that this example leaves out"};
     // Each tensor by its name in the file; the first that is missing or no F32 of that size is told.
     std::string fault;
     const auto data = [&](const std::string& name, uint64_t values) -> const float* {

@@ -61,6 +61,13 @@ def check_real(folder):
     print(f"SmolLM2, {len(ids)} tokens - {compare(folder, str(model), ids)} logits equal")
 
 
+def check_refused():
+    model = pathlib.Path(__file__).parent / "data" / "references" / "gemma3.gguf"
+    told = subprocess.run([one_token, "--model", str(model), "--tokens", "1"], capture_output=True, text=True)
+    assert told.returncode == 1 and "leaves out" in told.stderr, told
+
+
 with tempfile.TemporaryDirectory() as scratch:
     check_tiny(scratch)
+    check_refused()
     check_real(scratch)
