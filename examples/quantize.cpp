@@ -266,16 +266,23 @@ bool is_output(const Gguf& from, const TensorInfo& tensor) {
     return tensor.name == name;
 }
 
+/// What large products are made with; norms, biases and the routers of experts stay as they are.
+bool is_matrix(const TensorInfo& tensor) {
+    const auto has = [&](const char* word) { return tensor.name.find(word) != tensor.name.npos; };
+    return tensor.n_dims >= 2 && tensor.dims[1] > 1 && valar::can_compute(tensor.type) &&
+           tensor.name.ends_with(".weight") && !has("_norm") && !has("ffn_gate_inp");
+}
+
 void add_tensors(const Gguf& from, const Wish& wish, std::vector<Job>& jobs, GgufWriter& writer) {
     jobs.reserve(from.tensors().size());  // the writer keeps their addresses
     for (const TensorInfo& tensor : from.tensors()) {
-        const bool matrix = tensor.n_dims == 2 && valar::can_compute(tensor.type);
+        const bool matrix = is_matrix(tensor);
         const Target* target = is_output(from, tensor) ? wish.output : wish.type;
         const bool fits = matrix && target && tensor.dims[0] % kBlock == 0;
         jobs.push_back({&from, &tensor, fits && target->type != tensor.type ? target : nullptr});
         TensorInfo to = tensor;
         if (jobs.back().target) to.type = target->type;
-        to.packed = matrix && wish.packed;
+        to.packed = matrix && wish.packed && tensor.n_dims == 2;
         writer.add_tensor(to, {fill, &jobs.back()});
     }
 }
