@@ -945,9 +945,11 @@ TEST_CASE("store: recover says what it kept and lost, and loses no file") {
         std::string lines;
         options.log.context = &lines;
         auto changes = past.changes();
-        for (const size_t cut : {0, 1, 31, 32, 33, 40, 64})
+        for (const size_t cut : {0u, 1u, 31u, 32u, 33u, 40u, 64u})
             changes.emplace_back(past.newest, text(past.now.at(past.newest)->substr(0, cut)));
-        for (const auto& [name, bytes] : changes) {
+        for (const auto& change : changes) {
+            const auto& name = change.first;  // no binding: Clang 14 lets no lambda look at one
+            const auto& bytes = change.second;
             Files files = past.now;
             files[name] = bytes;
             Disk strict = disk_of(files), disk = disk_of(files);
