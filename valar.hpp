@@ -31105,7 +31105,8 @@ namespace detail {
 inline constexpr uint32_t journal_version = 1;               // of segments
 inline constexpr uint32_t journal_manifest_version = 2;      // 1 had sizes, and no more to compare
 inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
-inline constexpr uint64_t journal_last_sequence = uint64_t{1} << 62;  // far from where sums wrap
+inline constexpr uint64_t journal_last_sequence = uint64_t{1} << 63;  // far from where sums wrap
+inline constexpr uint64_t journal_last_start = uint64_t{1} << 62;     // no file begins behind it
 inline constexpr size_t journal_segment_head = 32;
 inline constexpr size_t journal_record_head = 32;
 inline constexpr uint32_t journal_magic = 0x315f4a56;  // "VJ_1"
@@ -31734,6 +31735,8 @@ Result<void> FileJournal::replay(JournalSegment& segment, std::string_view bytes
     const uint64_t named_bytes = std::exchange(segment.bytes, journal_segment_head);
     const uint32_t named_digest = std::exchange(segment.digest, 0);
     segment.records = 0;
+    if (segment.first_sequence > journal_last_start)
+        return journal_damage(segment.name, 20, "no journal comes so far");
     if (newest) next_sequence = std::max(next_sequence, segment.first_sequence);
     JournalRecord record;
     for (size_t at = journal_segment_head; at < bytes.size(); at = size_t(segment.bytes)) {
@@ -32018,7 +32021,8 @@ Result<void> Recovery::scan(size_t index, std::string_view bytes) {
     bool gap = false;
     JournalRecord record;
     for (size_t at = head ? journal_segment_head : 0; at < bytes.size();) {
-        if (!journal_parse(bytes, at, journal_.salt, &record)) {
+        if (!journal_parse(bytes, at, journal_.salt, &record) ||
+            record.sequence > journal_last_start) {
             source.blame(format("no whole record at offset %zu", at));
             gap = true;
             at = journal_search(bytes, at, journal_.salt, 0, 0);
@@ -32030,7 +32034,7 @@ Result<void> Recovery::scan(size_t index, std::string_view bytes) {
             if (record.payload.size() == 8)
                 journal_.next_sequence = std::max(
                     journal_.next_sequence,
-                    std::min(journal_get<uint64_t>(record.payload.data()), journal_last_sequence));
+                    std::min(journal_get<uint64_t>(record.payload.data()), journal_last_start));
         } else {
             if (gap) source.note_gap(next, record.sequence);
             records_.push_back({record.sequence, at, journal_get<uint32_t>(bytes.data() + at + 28),

@@ -348,6 +348,8 @@ Result<void> FileJournal::replay(JournalSegment& segment, std::string_view bytes
     const uint64_t named_bytes = std::exchange(segment.bytes, journal_segment_head);
     const uint32_t named_digest = std::exchange(segment.digest, 0);
     segment.records = 0;
+    if (segment.first_sequence > journal_last_start)
+        return journal_damage(segment.name, 20, "no journal comes so far");
     if (newest) next_sequence = std::max(next_sequence, segment.first_sequence);
     JournalRecord record;
     for (size_t at = journal_segment_head; at < bytes.size(); at = size_t(segment.bytes)) {

@@ -172,7 +172,8 @@ Result<void> Recovery::scan(size_t index, std::string_view bytes) {
     bool gap = false;
     JournalRecord record;
     for (size_t at = head ? journal_segment_head : 0; at < bytes.size();) {
-        if (!journal_parse(bytes, at, journal_.salt, &record)) {
+        if (!journal_parse(bytes, at, journal_.salt, &record) ||
+            record.sequence > journal_last_start) {
             source.blame(format("no whole record at offset %zu", at));
             gap = true;
             at = journal_search(bytes, at, journal_.salt, 0, 0);
@@ -184,7 +185,7 @@ Result<void> Recovery::scan(size_t index, std::string_view bytes) {
             if (record.payload.size() == 8)
                 journal_.next_sequence = std::max(
                     journal_.next_sequence,
-                    std::min(journal_get<uint64_t>(record.payload.data()), journal_last_sequence));
+                    std::min(journal_get<uint64_t>(record.payload.data()), journal_last_start));
         } else {
             if (gap) source.note_gap(next, record.sequence);
             records_.push_back({record.sequence, at, journal_get<uint32_t>(bytes.data() + at + 28),
