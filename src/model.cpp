@@ -135,8 +135,6 @@ void refuse_unknown_options(SpecReader& in) {
 
 // ---- Rope ------------------------------------------------------------------------------------
 
-double natural_log(double x) { return exact_log(x); }
-
 /// YaRN: which pairs turn so often in the original context that they are left alone, and which so
 /// seldom that they are scaled in full.
 void read_yarn(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
@@ -148,8 +146,8 @@ void read_yarn(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
     const double dims = rope.dims;
     const auto pair_of = [&](double turns) {
         constexpr double two_pi = 6.283185307179586;
-        return dims * natural_log(context / (turns * two_pi)) /
-               (2 * natural_log(static_cast<double>(rope.base)));
+        return dims * exact_log(context / (turns * two_pi)) /
+               (2 * exact_log(static_cast<double>(rope.base)));
     };
     const bool whole = in.row->yarn_is_rounded;
     const double begin = whole ? std::floor(pair_of(fast)) : pair_of(fast);
@@ -161,7 +159,7 @@ void read_yarn(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
     rope.ramp_begin = static_cast<float>(std::max(begin, 0.0));
     rope.ramp_end = static_cast<float>(std::min(end, dims - 1));
     if (rope.ramp_begin == rope.ramp_end) rope.ramp_end += 0.001f;
-    const double usual = factor > 1 ? 0.1 * natural_log(factor) + 1 : 1;
+    const double usual = factor > 1 ? 0.1 * exact_log(factor) + 1 : 1;
     // the multiplier says that the usual magnitude is taken back
     if (in.number_or_none("rope.scaling.yarn_log_multiplier") != 0) return;
     if (in.find("rope.scaling.yarn_attn_factor")) {
@@ -406,7 +404,7 @@ void read_olmo2(SpecReader&, ModelSpec& spec) {
         if (layer.window) layer.rope = {layer.rope.kind, layer.rope.dims, layer.rope.base};
 }
 
-double softplus(double x) { return natural_log(1 + exact_exp2(x * 1.4426950408889634)); }
+double softplus(double x) { return exact_log(1 + exact_exp2(x * 1.4426950408889634)); }
 
 /// Each layer's activation has numbers of its own.
 void read_apertus(SpecReader& in, ModelSpec& spec) {
