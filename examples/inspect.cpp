@@ -55,6 +55,44 @@ Json describe_spec(const valar::ModelSpec& spec) {
         .set("tied_output", spec.tied_output);
 }
 
+/// What a layer does beyond LLaMA's, in words: layers that differ in it are not folded into one row.
+std::string options_of(const valar::LayerSpec& layer) {
+    static constexpr const char* activations[] = {"silu",         "gelu",         "gelu_tanh",
+                                                  "relu_squared", "silu_clamped", "xielu"};
+    static constexpr const char* qk_norms[] = {"", "head", "row", "own"};
+    const valar::ExpertSpec& experts = layer.experts;
+    std::string out;
+    const auto add = [&](bool there, const std::string& words) {
+        if (there) out += (out.empty() ? "" : ", ") + words;
+    };
+    const auto number = [](float value) {
+        char text[32];
+        std::snprintf(text, sizeof text, "%g", static_cast<double>(value));
+        return std::string(text);
+    };
+    add(experts.count != 0, std::to_string(experts.used) + " of " + std::to_string(experts.count) +
+                                " experts of " + std::to_string(experts.n_ff));
+    add(layer.activation != valar::Activation::silu || !layer.gated,
+        std::string(activations[static_cast<size_t>(layer.activation)]) +
+            (layer.gated ? "" : " without a gate"));
+    add(layer.qk_norm != valar::QkNorm::none, std::string("q/k norm ") +
+                                                  qk_norms[static_cast<size_t>(layer.qk_norm)] +
+                                                  (layer.qk_norm_after_rope ? " after rope" : ""));
+    add(!layer.attn_norm, "no norm before attention");
+    add(!layer.ffn_norm && !layer.parallel, "no norm before feed-forward");
+    add(layer.post_attn_norm, "norm after attention");
+    add(layer.post_ffn_norm, "norm after feed-forward");
+    add(layer.parallel, "parallel");
+    add(layer.output_bias, "output bias");
+    add(layer.ffn_bias, "feed-forward bias");
+    add(layer.sinks, "sinks");
+    add(layer.soft_cap != 0, "soft cap " + number(layer.soft_cap));
+    add(layer.temperature != 0, "temperature " + number(layer.temperature));
+    add(layer.rope.yarn, "YaRN");
+    add(layer.rope.magnitude != 1, "rope magnitude " + number(layer.rope.magnitude));
+    return out;
+}
+
 Json describe_layer(const valar::LayerSpec& layer) {
     return Json::object()
         .set("heads", layer.n_heads)
@@ -67,7 +105,8 @@ Json describe_layer(const valar::LayerSpec& layer) {
         .set("rope", layer.rope.kind == valar::RopeKind::neox ? "neox" : "norm")
         .set("rope_dims", layer.rope.dims)
         .set("rope_base", layer.rope.base)
-        .set("rope_scale", layer.rope.scale);
+        .set("rope_scale", layer.rope.scale)
+        .set("options", options_of(layer));
 }
 
 // ---- Equal things of many layers in one row --------------------------------------------------
