@@ -52,58 +52,58 @@ enum CpuDecoder::StageNumber : uint8_t {
     picks_added, norm_wanted, logits_of,
 };
 const CpuDecoder::Stage CpuDecoder::stages_[] = {
-    {"x = embedding[token] * scale; cos, sin of position * frequency",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_and_find_angles},
-    {"y = quantized(norm(x))",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_attention},
-    {"q = Wq y + bq; k = Wk y + bk; v = Wv y + bv",
-     &CpuDecoder::count_qkv, &CpuDecoder::work_embd, &CpuDecoder::multiply_qkv_and_bias},
-    {"q = rope(q) * attention_scale; k = rope(k); k and v to the row's page",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_scale_store},
-    {"a = softmax(q . keys) values, segment by segment",
-     &CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend, true},
-    {"a = quantized(segments of a, merged where rows were split)",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize},
-    {"x += Wo a + bo",
-     &CpuDecoder::count_output, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add},
-    {"z = Wo a + bo",
-     &CpuDecoder::count_output, &CpuDecoder::work_output, &CpuDecoder::project_attention},
-    {"x += norm(z) * residual_scale",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_attention},
-    {"y = quantized(norm(x))",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_ffn},
-    {"h = quantized(silu(Wgate y) * (Wup y))",
-     &CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize},
-    {"h = Wgate y + bgate; u = Wup y + bup",
-     &CpuDecoder::count_gate_and_up, &CpuDecoder::work_embd, &CpuDecoder::multiply_gate_and_up},
-    {"h = Wup y + bup",
-     &CpuDecoder::count_ff, &CpuDecoder::work_embd, &CpuDecoder::multiply_up},
-    {"h = quantized(act(h) * u), or quantized(act(h))",
-     &CpuDecoder::count_rows, &CpuDecoder::work_activate, &CpuDecoder::activate_and_quantize},
-    {"x += Wdown h + bdown",
-     &CpuDecoder::count_down, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add},
-    {"z = Wdown h + bdown",
-     &CpuDecoder::count_down, &CpuDecoder::work_down, &CpuDecoder::project_ffn},
-    {"x += norm(z) * residual_scale",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_ffn},
-    {"r = Wrouter y + b",
-     &CpuDecoder::count_experts, &CpuDecoder::work_embd, &CpuDecoder::route},
-    {"the experts that each row uses, and their weights",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::pick_experts},
-    {"quantized(y of the rows that use an expert)",
-     &CpuDecoder::count_groups, &CpuDecoder::work_group, &CpuDecoder::gather_and_quantize, true},
-    {"gate and up of each expert times these, plus biases",
-     &CpuDecoder::count_expert_ff, &CpuDecoder::work_expert_ff, &CpuDecoder::multiply_expert_ff},
-    {"h = quantized(act(gate) * up)",
-     &CpuDecoder::count_groups, &CpuDecoder::work_group, &CpuDecoder::activate_experts, true},
-    {"o = down of each expert times h, plus bias",
-     &CpuDecoder::count_expert_embd, &CpuDecoder::work_expert_embd, &CpuDecoder::project_experts},
-    {"x += sum of weight * o, or z =",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::add_picked},
-    {"y = quantized(norm(x)); from here on all rows want logits",
-     &CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted},
-    {"logits = Woutput y * logit_scale; whether they are finite",
-     &CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check},
+    // x = embedding[token] * scale; cos, sin of position * frequency
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::embed_and_find_angles},
+    // y = quantized(norm(x))
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_attention},
+    // q = Wq y + bq; k = Wk y + bk; v = Wv y + bv
+    {&CpuDecoder::count_qkv, &CpuDecoder::work_embd, &CpuDecoder::multiply_qkv_and_bias},
+    // q = rope(q) * attention_scale; k = rope(k); k and v to the row's page
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::rotate_scale_store},
+    // a = softmax(q . keys) values, segment by segment
+    {&CpuDecoder::count_attention, &CpuDecoder::work_attention, &CpuDecoder::attend, true},
+    // a = quantized(segments of a, merged where rows were split)
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::merge_and_quantize},
+    // x += Wo a + bo
+    {&CpuDecoder::count_output, &CpuDecoder::work_output, &CpuDecoder::project_attention_and_add},
+    // z = Wo a + bo
+    {&CpuDecoder::count_output, &CpuDecoder::work_output, &CpuDecoder::project_attention},
+    // x += norm(z) * residual_scale
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_attention},
+    // y = quantized(norm(x))
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_for_ffn},
+    // h = quantized(silu(Wgate y) * (Wup y))
+    {&CpuDecoder::count_ff, &CpuDecoder::work_gate_up, &CpuDecoder::gate_up_and_quantize},
+    // h = Wgate y + bgate; u = Wup y + bup
+    {&CpuDecoder::count_gate_and_up, &CpuDecoder::work_embd, &CpuDecoder::multiply_gate_and_up},
+    // h = Wup y + bup
+    {&CpuDecoder::count_ff, &CpuDecoder::work_embd, &CpuDecoder::multiply_up},
+    // h = quantized(act(h) * u), or quantized(act(h))
+    {&CpuDecoder::count_rows, &CpuDecoder::work_activate, &CpuDecoder::activate_and_quantize},
+    // x += Wdown h + bdown
+    {&CpuDecoder::count_down, &CpuDecoder::work_down, &CpuDecoder::project_ffn_and_add},
+    // z = Wdown h + bdown
+    {&CpuDecoder::count_down, &CpuDecoder::work_down, &CpuDecoder::project_ffn},
+    // x += norm(z) * residual_scale
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_add_ffn},
+    // r = Wrouter y + b
+    {&CpuDecoder::count_experts, &CpuDecoder::work_embd, &CpuDecoder::route},
+    // the experts that each row uses, and their weights
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::pick_experts},
+    // quantized(y of the rows that use an expert)
+    {&CpuDecoder::count_groups, &CpuDecoder::work_group, &CpuDecoder::gather_and_quantize, true},
+    // gate and up of each expert times these, plus biases
+    {&CpuDecoder::count_expert_ff, &CpuDecoder::work_expert_ff, &CpuDecoder::multiply_expert_ff},
+    // h = quantized(act(gate) * up)
+    {&CpuDecoder::count_groups, &CpuDecoder::work_group, &CpuDecoder::activate_experts, true},
+    // o = down of each expert times h, plus bias
+    {&CpuDecoder::count_expert_embd, &CpuDecoder::work_expert_embd, &CpuDecoder::project_experts},
+    // x += sum of weight * o, or z =
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::add_picked},
+    // y = quantized(norm(x)); from here on all rows want logits
+    {&CpuDecoder::count_rows, &CpuDecoder::work_row, &CpuDecoder::norm_and_quantize_wanted},
+    // logits = Woutput y * logit_scale; whether they are finite
+    {&CpuDecoder::count_vocab, &CpuDecoder::work_logits, &CpuDecoder::multiply_logits_and_check},
 };
 // clang-format on
 

@@ -83,7 +83,6 @@ public:
 private:
     // What a step does: `job` does units first .. last - 1.
     struct Stage {
-        const char* name;
         uint64_t (CpuDecoder::*units)() const;
         uint64_t (CpuDecoder::*work)() const;  // products of a unit, about
         void (CpuDecoder::*job)(uint32_t first, uint32_t last, uint32_t part);
