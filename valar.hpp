@@ -128,12 +128,13 @@ _Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_m
 _Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Kind\")")
 _Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Length\")") _Pragma("push_macro(\"Level\")")
 _Pragma("push_macro(\"List\")") _Pragma("push_macro(\"Live\")") _Pragma("push_macro(\"Lo\")")
-_Pragma("push_macro(\"Loop\")") _Pragma("push_macro(\"Match\")") _Pragma("push_macro(\"Merge\")")
-_Pragma("push_macro(\"Move\")") _Pragma("push_macro(\"MultiByteToWideChar\")")
-_Pragma("push_macro(\"N\")") _Pragma("push_macro(\"Nl\")") _Pragma("push_macro(\"No\")")
-_Pragma("push_macro(\"Node\")") _Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")")
-_Pragma("push_macro(\"Object\")") _Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")")
-_Pragma("push_macro(\"P\")") _Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
+_Pragma("push_macro(\"Loop\")") _Pragma("push_macro(\"Map\")") _Pragma("push_macro(\"Match\")")
+_Pragma("push_macro(\"Merge\")") _Pragma("push_macro(\"Move\")")
+_Pragma("push_macro(\"MultiByteToWideChar\")") _Pragma("push_macro(\"N\")")
+_Pragma("push_macro(\"Nl\")") _Pragma("push_macro(\"No\")") _Pragma("push_macro(\"Node\")")
+_Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")") _Pragma("push_macro(\"Object\")")
+_Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")") _Pragma("push_macro(\"P\")")
+_Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
 _Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")") _Pragma("push_macro(\"Pi\")")
 _Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"Range\")")
 _Pragma("push_macro(\"Reply\")") _Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Rest\")")
@@ -547,6 +548,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Live
 #undef Lo
 #undef Loop
+#undef Map
 #undef Match
 #undef Merge
 #undef Move
@@ -20929,34 +20931,31 @@ Value replace_method(Renderer& r, const Value& s, Arguments& a) {
     return replaced(r, s, a);
 }
 
-Value case_folded(Renderer& r, const Value& v) {
+/// Each character as `map` appends it.
+template <class Map>
+Value map_characters(Renderer& r, const Value& v, Map map) {
     Text out;
     each_run(text_in(v), [&](std::string_view run, bool request) {
         std::string made;
         if (!r.charge_bytes(run.size())) return;
-        for (size_t at = 0; at < run.size();) {
-            const char32_t c = utf8_next(run, &at);
-            if (c == 0xdf || c == 0x1e9e) made += "ss";
-            else utf8_append(made, to_lower(c == 0x3c2 ? char32_t(0x3c3) : c));
-        }
+        for (size_t at = 0; at < run.size();) map(made, utf8_next(run, &at));
         r.append(out, made, request);
     });
     return make_text(std::move(out));
 }
 
-Value case_swapped(Renderer& r, const Value& v) {
-    Text out;
-    each_run(text_in(v), [&](std::string_view run, bool request) {
-        std::string made;
-        if (!r.charge_bytes(run.size())) return;
-        for (size_t at = 0; at < run.size();) {
-            const char32_t c = utf8_next(run, &at);
-            if (c == 0xdf) made += "SS";
-            else utf8_append(made, category(c) == Category::Lu ? to_lower(c) : to_upper(c));
-        }
-        r.append(out, made, request);
+Value case_folded(Renderer& r, const Value& v) {
+    return map_characters(r, v, [](std::string& made, char32_t c) {
+        if (c == 0xdf || c == 0x1e9e) made += "ss";
+        else utf8_append(made, to_lower(c == 0x3c2 ? char32_t(0x3c3) : c));
     });
-    return make_text(std::move(out));
+}
+
+Value case_swapped(Renderer& r, const Value& v) {
+    return map_characters(r, v, [](std::string& made, char32_t c) {
+        if (c == 0xdf) made += "SS";
+        else utf8_append(made, category(c) == Category::Lu ? to_lower(c) : to_upper(c));
+    });
 }
 
 Value justified(Renderer& r, const Value& s, Arguments& a, char align) {  // width fillchar
@@ -34933,28 +34932,28 @@ _Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"J
 _Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
 _Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
 _Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
-_Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Move\")")
-_Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
-_Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
-_Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
-_Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"P\")")
-_Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
-_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
-_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")")
-_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")")
-_Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")")
-_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
-_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")")
-_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
-_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
-_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")")
-_Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")")
-_Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")")
-_Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")")
-_Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")")
-_Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")")
-_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")")
-_Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")")
+_Pragma("pop_macro(\"Move\")") _Pragma("pop_macro(\"MultiByteToWideChar\")")
+_Pragma("pop_macro(\"N\")") _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")")
+_Pragma("pop_macro(\"Node\")") _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")")
+_Pragma("pop_macro(\"Object\")") _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")")
+_Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")")
+_Pragma("pop_macro(\"Pending\")") _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")")
+_Pragma("pop_macro(\"Place\")") _Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")")
+_Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")")
+_Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")")
+_Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")")
+_Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")")
+_Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")")
+_Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")")
+_Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
+_Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
+_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
+_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
+_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
+_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
+_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
+_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
 _Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
 _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
 _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")

@@ -432,34 +432,31 @@ Value replace_method(Renderer& r, const Value& s, Arguments& a) {
     return replaced(r, s, a);
 }
 
-Value case_folded(Renderer& r, const Value& v) {
+/// Each character as `map` appends it.
+template <class Map>
+Value map_characters(Renderer& r, const Value& v, Map map) {
     Text out;
     each_run(text_in(v), [&](std::string_view run, bool request) {
         std::string made;
         if (!r.charge_bytes(run.size())) return;
-        for (size_t at = 0; at < run.size();) {
-            const char32_t c = utf8_next(run, &at);
-            if (c == 0xdf || c == 0x1e9e) made += "ss";
-            else utf8_append(made, to_lower(c == 0x3c2 ? char32_t(0x3c3) : c));
-        }
+        for (size_t at = 0; at < run.size();) map(made, utf8_next(run, &at));
         r.append(out, made, request);
     });
     return make_text(std::move(out));
 }
 
-Value case_swapped(Renderer& r, const Value& v) {
-    Text out;
-    each_run(text_in(v), [&](std::string_view run, bool request) {
-        std::string made;
-        if (!r.charge_bytes(run.size())) return;
-        for (size_t at = 0; at < run.size();) {
-            const char32_t c = utf8_next(run, &at);
-            if (c == 0xdf) made += "SS";
-            else utf8_append(made, category(c) == Category::Lu ? to_lower(c) : to_upper(c));
-        }
-        r.append(out, made, request);
+Value case_folded(Renderer& r, const Value& v) {
+    return map_characters(r, v, [](std::string& made, char32_t c) {
+        if (c == 0xdf || c == 0x1e9e) made += "ss";
+        else utf8_append(made, to_lower(c == 0x3c2 ? char32_t(0x3c3) : c));
     });
-    return make_text(std::move(out));
+}
+
+Value case_swapped(Renderer& r, const Value& v) {
+    return map_characters(r, v, [](std::string& made, char32_t c) {
+        if (c == 0xdf) made += "SS";
+        else utf8_append(made, category(c) == Category::Lu ? to_lower(c) : to_upper(c));
+    });
 }
 
 Value justified(Renderer& r, const Value& s, Arguments& a, char align) {  // width fillchar
