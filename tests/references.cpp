@@ -143,3 +143,17 @@ TEST_CASE("references: the logits of another implementation") {
         compare(all_logits(*half, 7), expected);  // F16 as it lies there, in pieces
     }
 }
+
+TEST_CASE("references: learned positions end with the context") {
+    BackendOptions options;
+    options.kv_pages = 16;
+    options.threads = 0;
+    auto model = Model::open(Gguf::open(path_of("gpt2", ".gguf")), options);
+    REQUIRE_MESSAGE(model, model.error().message);
+    const auto pages = page_list(0, 16);
+    const std::vector<Token> one = {1};
+    const uint32_t end = model->spec->n_context;
+    REQUIRE(end < 256);
+    CHECK(model->run(make_rows(one, end - 1, pages, true)));
+    CHECK(model->run(make_rows(one, end, pages, true)).error().kind == ErrorKind::internal);
+}

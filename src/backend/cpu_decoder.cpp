@@ -224,7 +224,8 @@ Result<void> CpuDecoder::begin(std::span<const BatchRow> rows) {
 Result<void> CpuDecoder::check_row(const BatchRow& row) const {
     if (!row.embedding && (row.token < 0 || static_cast<uint32_t>(row.token) >= spec_->n_vocab))
         return make_error(ErrorKind::internal, format("batch: there is no token %d", row.token));
-    if (row.position >= cpu_positions(options_))
+    if (row.position >= cpu_positions(options_) ||
+        (spec_->position_embd && row.position >= spec_->n_context))
         return make_error(ErrorKind::internal,
                           format("batch: there is no position %u", row.position));
     return {};
