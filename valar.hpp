@@ -232,14 +232,13 @@ _Pragma("push_macro(\"explicit\")") _Pragma("push_macro(\"extension\")")
 _Pragma("push_macro(\"extern\")") _Pragma("push_macro(\"f\")") _Pragma("push_macro(\"f16\")")
 _Pragma("push_macro(\"f32\")") _Pragma("push_macro(\"f64\")") _Pragma("push_macro(\"fabs\")")
 _Pragma("push_macro(\"factor\")") _Pragma("push_macro(\"fail\")") _Pragma("push_macro(\"failed\")")
-_Pragma("push_macro(\"fallthrough\")") _Pragma("push_macro(\"false\")")
-_Pragma("push_macro(\"fast\")") _Pragma("push_macro(\"fault\")") _Pragma("push_macro(\"fclose\")")
-_Pragma("push_macro(\"fcntl\")") _Pragma("push_macro(\"fdatasync\")")
-_Pragma("push_macro(\"fdopen\")") _Pragma("push_macro(\"feed\")") _Pragma("push_macro(\"feof\")")
-_Pragma("push_macro(\"ferror\")") _Pragma("push_macro(\"fflush\")")
-_Pragma("push_macro(\"fgets\")") _Pragma("push_macro(\"field\")") _Pragma("push_macro(\"fields\")")
-_Pragma("push_macro(\"file\")") _Pragma("push_macro(\"fileno\")") _Pragma("push_macro(\"fill\")")
-_Pragma("push_macro(\"filter\")") _Pragma("push_macro(\"final\")")
+_Pragma("push_macro(\"false\")") _Pragma("push_macro(\"fast\")") _Pragma("push_macro(\"fault\")")
+_Pragma("push_macro(\"fclose\")") _Pragma("push_macro(\"fcntl\")")
+_Pragma("push_macro(\"fdatasync\")") _Pragma("push_macro(\"fdopen\")")
+_Pragma("push_macro(\"feed\")") _Pragma("push_macro(\"feof\")") _Pragma("push_macro(\"ferror\")")
+_Pragma("push_macro(\"fflush\")") _Pragma("push_macro(\"fgets\")") _Pragma("push_macro(\"field\")")
+_Pragma("push_macro(\"fields\")") _Pragma("push_macro(\"file\")") _Pragma("push_macro(\"fileno\")")
+_Pragma("push_macro(\"fill\")") _Pragma("push_macro(\"filter\")") _Pragma("push_macro(\"final\")")
 _Pragma("push_macro(\"find_index\")") _Pragma("push_macro(\"finite\")")
 _Pragma("push_macro(\"first\")") _Pragma("push_macro(\"fixed\")") _Pragma("push_macro(\"flag\")")
 _Pragma("push_macro(\"flags\")") _Pragma("push_macro(\"float\")") _Pragma("push_macro(\"floor\")")
@@ -265,42 +264,42 @@ _Pragma("push_macro(\"getpid\")") _Pragma("push_macro(\"getsockname\")")
 _Pragma("push_macro(\"getsockopt\")") _Pragma("push_macro(\"gettimeofday\")")
 _Pragma("push_macro(\"getwc\")") _Pragma("push_macro(\"getwchar\")")
 _Pragma("push_macro(\"gid_t\")") _Pragma("push_macro(\"given\")") _Pragma("push_macro(\"global\")")
-_Pragma("push_macro(\"gmtime\")") _Pragma("push_macro(\"goto\")") _Pragma("push_macro(\"group\")")
-_Pragma("push_macro(\"gs\")") _Pragma("push_macro(\"h\")") _Pragma("push_macro(\"half\")")
-_Pragma("push_macro(\"handle\")") _Pragma("push_macro(\"hangup\")") _Pragma("push_macro(\"hash\")")
-_Pragma("push_macro(\"header\")") _Pragma("push_macro(\"help\")") _Pragma("push_macro(\"hex\")")
-_Pragma("push_macro(\"hidden\")") _Pragma("push_macro(\"high\")") _Pragma("push_macro(\"host\")")
-_Pragma("push_macro(\"hot\")") _Pragma("push_macro(\"http_version\")")
-_Pragma("push_macro(\"huge\")") _Pragma("push_macro(\"i\")") _Pragma("push_macro(\"i16\")")
-_Pragma("push_macro(\"i32\")") _Pragma("push_macro(\"i64\")") _Pragma("push_macro(\"i8\")")
-_Pragma("push_macro(\"id\")") _Pragma("push_macro(\"idle\")") _Pragma("push_macro(\"if\")")
-_Pragma("push_macro(\"ignore\")") _Pragma("push_macro(\"image\")") _Pragma("push_macro(\"in\")")
-_Pragma("push_macro(\"inbox\")") _Pragma("push_macro(\"index\")")
-_Pragma("push_macro(\"inet_ntop\")") _Pragma("push_macro(\"inet_pton\")")
-_Pragma("push_macro(\"infinity\")") _Pragma("push_macro(\"info\")") _Pragma("push_macro(\"init\")")
-_Pragma("push_macro(\"inline\")") _Pragma("push_macro(\"input\")") _Pragma("push_macro(\"int\")")
-_Pragma("push_macro(\"int64\")") _Pragma("push_macro(\"int_max\")")
-_Pragma("push_macro(\"int_min\")") _Pragma("push_macro(\"internal\")")
-_Pragma("push_macro(\"inv_pi\")") _Pragma("push_macro(\"io\")") _Pragma("push_macro(\"ip\")")
-_Pragma("push_macro(\"is\")") _Pragma("push_macro(\"isalnum\")") _Pragma("push_macro(\"isalpha\")")
-_Pragma("push_macro(\"isatty\")") _Pragma("push_macro(\"isblank\")")
-_Pragma("push_macro(\"iscntrl\")") _Pragma("push_macro(\"isdigit\")")
-_Pragma("push_macro(\"iseqsig\")") _Pragma("push_macro(\"isfinite\")")
-_Pragma("push_macro(\"isgraph\")") _Pragma("push_macro(\"isgreater\")")
-_Pragma("push_macro(\"isgreaterequal\")") _Pragma("push_macro(\"isinf\")")
-_Pragma("push_macro(\"isless\")") _Pragma("push_macro(\"islessequal\")")
-_Pragma("push_macro(\"islessgreater\")") _Pragma("push_macro(\"islower\")")
-_Pragma("push_macro(\"isnan\")") _Pragma("push_macro(\"isnormal\")")
-_Pragma("push_macro(\"isprint\")") _Pragma("push_macro(\"ispunct\")")
-_Pragma("push_macro(\"issignaling\")") _Pragma("push_macro(\"isspace\")")
-_Pragma("push_macro(\"isunordered\")") _Pragma("push_macro(\"isupper\")")
-_Pragma("push_macro(\"iswalnum\")") _Pragma("push_macro(\"iswalpha\")")
-_Pragma("push_macro(\"iswcntrl\")") _Pragma("push_macro(\"iswdigit\")")
-_Pragma("push_macro(\"iswgraph\")") _Pragma("push_macro(\"iswlower\")")
-_Pragma("push_macro(\"iswprint\")") _Pragma("push_macro(\"iswpunct\")")
-_Pragma("push_macro(\"iswspace\")") _Pragma("push_macro(\"iswupper\")")
-_Pragma("push_macro(\"iswxdigit\")") _Pragma("push_macro(\"isxdigit\")")
-_Pragma("push_macro(\"iszero\")") _Pragma("push_macro(\"item\")") _Pragma("push_macro(\"items\")")
+_Pragma("push_macro(\"gmtime\")") _Pragma("push_macro(\"group\")") _Pragma("push_macro(\"gs\")")
+_Pragma("push_macro(\"h\")") _Pragma("push_macro(\"half\")") _Pragma("push_macro(\"handle\")")
+_Pragma("push_macro(\"hangup\")") _Pragma("push_macro(\"hash\")") _Pragma("push_macro(\"header\")")
+_Pragma("push_macro(\"help\")") _Pragma("push_macro(\"hex\")") _Pragma("push_macro(\"hidden\")")
+_Pragma("push_macro(\"high\")") _Pragma("push_macro(\"host\")") _Pragma("push_macro(\"hot\")")
+_Pragma("push_macro(\"http_version\")") _Pragma("push_macro(\"huge\")")
+_Pragma("push_macro(\"i\")") _Pragma("push_macro(\"i16\")") _Pragma("push_macro(\"i32\")")
+_Pragma("push_macro(\"i64\")") _Pragma("push_macro(\"i8\")") _Pragma("push_macro(\"id\")")
+_Pragma("push_macro(\"idle\")") _Pragma("push_macro(\"if\")") _Pragma("push_macro(\"ignore\")")
+_Pragma("push_macro(\"image\")") _Pragma("push_macro(\"in\")") _Pragma("push_macro(\"inbox\")")
+_Pragma("push_macro(\"index\")") _Pragma("push_macro(\"inet_ntop\")")
+_Pragma("push_macro(\"inet_pton\")") _Pragma("push_macro(\"infinity\")")
+_Pragma("push_macro(\"info\")") _Pragma("push_macro(\"init\")") _Pragma("push_macro(\"inline\")")
+_Pragma("push_macro(\"input\")") _Pragma("push_macro(\"int\")") _Pragma("push_macro(\"int64\")")
+_Pragma("push_macro(\"int_max\")") _Pragma("push_macro(\"int_min\")")
+_Pragma("push_macro(\"internal\")") _Pragma("push_macro(\"inv_pi\")") _Pragma("push_macro(\"io\")")
+_Pragma("push_macro(\"ip\")") _Pragma("push_macro(\"is\")") _Pragma("push_macro(\"isalnum\")")
+_Pragma("push_macro(\"isalpha\")") _Pragma("push_macro(\"isatty\")")
+_Pragma("push_macro(\"isblank\")") _Pragma("push_macro(\"iscntrl\")")
+_Pragma("push_macro(\"isdigit\")") _Pragma("push_macro(\"iseqsig\")")
+_Pragma("push_macro(\"isfinite\")") _Pragma("push_macro(\"isgraph\")")
+_Pragma("push_macro(\"isgreater\")") _Pragma("push_macro(\"isgreaterequal\")")
+_Pragma("push_macro(\"isinf\")") _Pragma("push_macro(\"isless\")")
+_Pragma("push_macro(\"islessequal\")") _Pragma("push_macro(\"islessgreater\")")
+_Pragma("push_macro(\"islower\")") _Pragma("push_macro(\"isnan\")")
+_Pragma("push_macro(\"isnormal\")") _Pragma("push_macro(\"isprint\")")
+_Pragma("push_macro(\"ispunct\")") _Pragma("push_macro(\"issignaling\")")
+_Pragma("push_macro(\"isspace\")") _Pragma("push_macro(\"isunordered\")")
+_Pragma("push_macro(\"isupper\")") _Pragma("push_macro(\"iswalnum\")")
+_Pragma("push_macro(\"iswalpha\")") _Pragma("push_macro(\"iswcntrl\")")
+_Pragma("push_macro(\"iswdigit\")") _Pragma("push_macro(\"iswgraph\")")
+_Pragma("push_macro(\"iswlower\")") _Pragma("push_macro(\"iswprint\")")
+_Pragma("push_macro(\"iswpunct\")") _Pragma("push_macro(\"iswspace\")")
+_Pragma("push_macro(\"iswupper\")") _Pragma("push_macro(\"iswxdigit\")")
+_Pragma("push_macro(\"isxdigit\")") _Pragma("push_macro(\"iszero\")")
+_Pragma("push_macro(\"item\")") _Pragma("push_macro(\"items\")")
 _Pragma("push_macro(\"iterator\")") _Pragma("push_macro(\"j\")") _Pragma("push_macro(\"job\")")
 _Pragma("push_macro(\"join\")") _Pragma("push_macro(\"json\")") _Pragma("push_macro(\"k\")")
 _Pragma("push_macro(\"keep\")") _Pragma("push_macro(\"kernel\")") _Pragma("push_macro(\"key\")")
@@ -815,7 +814,6 @@ _Pragma("push_macro(\"zero\")")
 #undef factor
 #undef fail
 #undef failed
-#undef fallthrough
 #undef false
 #undef fast
 #undef fault
@@ -895,7 +893,6 @@ _Pragma("push_macro(\"zero\")")
 #undef given
 #undef global
 #undef gmtime
-#undef goto
 #undef group
 #undef gs
 #undef h
@@ -1642,11 +1639,14 @@ _Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
 #undef strnicmp
 #endif
 #if !defined(_WIN32)
-_Pragma("push_macro(\"pclose\")") _Pragma("push_macro(\"popen\")")
-_Pragma("push_macro(\"stat64\")")
+_Pragma("push_macro(\"isascii\")") _Pragma("push_macro(\"pclose\")")
+_Pragma("push_macro(\"popen\")") _Pragma("push_macro(\"stat64\")")
+_Pragma("push_macro(\"toascii\")")
+#undef isascii
 #undef pclose
 #undef popen
 #undef stat64
+#undef toascii
 #endif
 
 #ifndef VALAR_HPP
@@ -2940,7 +2940,7 @@ struct EngineOptions {
     std::string model_path = {};            ///< a GGUF file (the first of a split one)
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
     std::string model_id = {};    ///< default: the file's general.name, else the file's name
-    uint32_t context_tokens = 0;  ///< that a request may use; 0: 8,192, or as model or memory allow
+    uint32_t context_tokens = 0;  ///< that a request may use; 0: the model's own, as memory allows
     int threads = -1;             ///< helpers beside the caller; -1: physical_cores() - 1; 0: none.
                                   ///< Single tokens use as many as are fastest, found by trying
     Precision precision = Precision::fast;
@@ -2954,8 +2954,8 @@ struct EngineOptions {
     LogSink log = {};
     uint32_t max_running = 16;    ///< requests computed side by side
     uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights
-                                  ///< and scratch leave is for keys and values. 0: keys and
-                                  ///< values of two full contexts, or what there is memory for
+                                  ///< and scratch leave is for keys and values. 0: those of two
+                                  ///< full contexts, in half of what they leave of the system's
                                   ///< (where all layers have windows: of these and a batch)
     uint32_t page_tokens = 16;    ///< positions a page of keys and values, a multiple of 16
     bool prefix_cache = true;     ///< keep what was computed for requests that begin alike
@@ -26236,11 +26236,15 @@ namespace detail {
 
 // ---- Sizes that follow from options and model ------------------------------------------------
 
-/// Positions that a request may use. Where the options do not say it, as many as `memory`, what the
-/// system has for this process, has room for.
+/// Positions that a request may use. Where the options do not say it, the model's own, but no more
+/// than memory_limit, or `memory`, what the system has for this process, has room for: weights and
+/// scratch all of it, keys and values of one context what these leave; without a limit half of that.
 uint32_t choose_context(const EngineOptions& options, const ModelFile& file,
                         uint64_t memory = usable_memory());
-/// As many pages as memory_limit, or `memory`, leaves room for: at least what one context needs.
+/// One line for people: this context, and why.
+std::string explain_context(const EngineOptions& options, const ModelSpec& spec, uint32_t context,
+                            uint64_t memory = usable_memory());
+/// As many pages as the same leaves room for: at least what one context needs.
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
                                               uint64_t memory = usable_memory());
 /// Full pages before a position that some layer may see from there; UINT32_MAX: all.
@@ -26561,7 +26565,6 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint32_t kDefaultContext = 8192;
 inline constexpr uint32_t kMaxRunning = 1024;
 inline constexpr uint32_t kMaxStepTokens = 32768;
 inline constexpr uint32_t kMaxLogprobs = 20;
@@ -26594,7 +26597,7 @@ namespace {
 
 // Where no limit is asked for, the system's: an eighth is left for all that a plan does not count.
 constexpr uint64_t kSpareMemory = 8;
-constexpr uint32_t kLeastDefaultContext = 512;
+constexpr uint32_t kContextStep = 512;  // a default that is not the model's own is a multiple
 
 Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec,
                                   uint32_t context) {
@@ -26634,18 +26637,52 @@ BackendOptions options_for_context(const EngineOptions& options, const ModelSpec
     return out;
 }
 
+// Bytes for keys and values beside the rest of a plan. Without a limit from the caller half of what is
+// left stays free for the programs beside, and weights read in place want to stay in memory too.
+uint64_t room_for_kv(const MemoryPlan& plan, uint64_t limit, uint64_t memory) {
+    const uint64_t most = limit ? limit : memory - memory / kSpareMemory,
+                   rest = plan.weights + plan.scratch + (limit ? 0 : plan.mapped),
+                   left = most - std::min(most, rest);
+    return limit ? left : left / 2;
+}
+
+// 131072 as 131,072
+std::string grouped(uint32_t number) {
+    std::string out = format("%u", number);
+    for (size_t at = out.size(); at > 3;) out.insert(at -= 3, 1, ',');
+    return out;
+}
+
 }  // namespace
 
 uint32_t choose_context(const EngineOptions& options, const ModelFile& file, uint64_t memory) {
     if (options.context_tokens) return options.context_tokens;
-    uint32_t context = std::min(file.spec.n_context, kDefaultContext);
-    if (options.memory_limit) return context;
-    for (; context > kLeastDefaultContext; context = std::max(context / 2, kLeastDefaultContext)) {
+    const auto fits = [&](uint32_t context) {
         const auto plan = plan_cpu_backend(file.gguf, file.spec, file.tensors,
                                            options_for_context(options, file.spec, context));
-        if (!plan || plan->total() <= memory - memory / kSpareMemory) break;
+        return plan && plan->kv <= room_for_kv(*plan, options.memory_limit, memory);
+    };
+    const uint32_t own = file.spec.n_context;
+    if (own <= kContextStep || fits(own)) return own;
+    uint32_t steps = 1;  // as if it fitted: if not, opening says what it takes
+    for (uint32_t most = (own - 1) / kContextStep; steps < most;) {
+        const uint32_t middle = steps + (most - steps + 1) / 2;
+        if (fits(middle * kContextStep)) steps = middle;
+        else most = middle - 1;
     }
-    return context;
+    return steps * kContextStep;
+}
+
+std::string explain_context(const EngineOptions& options, const ModelSpec& spec, uint32_t context,
+                            uint64_t memory) {
+    if (context == spec.n_context) return "context " + grouped(context) + ", the model's own";
+    std::string out = "context " + grouped(context) + " of the model's " + grouped(spec.n_context);
+    if (options.context_tokens) return out + ", as asked for";
+    const double mib = static_cast<double>(options.memory_limit ? options.memory_limit : memory) /
+                       (1 << 20);
+    return out + ": that is what " +
+           (mib < 1024 ? format("%.0f MiB", mib) : format("%.1f GiB", mib / 1024)) +
+           " have room for";
 }
 
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
@@ -26658,9 +26695,7 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     const uint64_t least = out.kv_pages;
     auto plan = plan_cpu_backend(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();
-    const uint64_t limit = options.memory_limit,
-                   most = limit ? limit : memory - memory / kSpareMemory,
-                   page = std::max<uint64_t>(plan->kv / least, 1);
+    const uint64_t limit = options.memory_limit, page = std::max<uint64_t>(plan->kv / least, 1);
     if (limit && plan->total() > limit)
         return make_error(
             ErrorKind::out_of_memory,
@@ -26670,7 +26705,8 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
                    static_cast<unsigned long long>(plan->total()), context),
             {}, "memory_limit");
     const uint64_t contexts = limit ? options.max_running : std::min(options.max_running, 2u),
-                   more = most > plan->total() ? (most - plan->total()) / page : 0;
+                   room = room_for_kv(*plan, limit, memory),
+                   more = (room - std::min(room, plan->kv)) / page;
     out.kv_pages = static_cast<uint32_t>(
         std::min({least * contexts, least + more, uint64_t{UINT32_MAX} - 1}));
     return out;
@@ -28550,6 +28586,7 @@ Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& 
     if (!backend) return backend.error();
     if (const std::string why = detail::why_slow(**table); !why.empty())
         options.log(LogLevel::warning, why);
+    options.log(LogLevel::info, detail::explain_context(options, file.spec, sizes->max_positions));
     return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes,
                                    (*table)->name);
 }
@@ -35029,9 +35066,8 @@ _Pragma("pop_macro(\"expect\")") _Pragma("pop_macro(\"explicit\")")
 _Pragma("pop_macro(\"extension\")") _Pragma("pop_macro(\"extern\")") _Pragma("pop_macro(\"f\")")
 _Pragma("pop_macro(\"f16\")") _Pragma("pop_macro(\"f32\")") _Pragma("pop_macro(\"f64\")")
 _Pragma("pop_macro(\"fabs\")") _Pragma("pop_macro(\"factor\")") _Pragma("pop_macro(\"fail\")")
-_Pragma("pop_macro(\"failed\")") _Pragma("pop_macro(\"fallthrough\")")
-_Pragma("pop_macro(\"false\")") _Pragma("pop_macro(\"fast\")") _Pragma("pop_macro(\"fault\")")
-_Pragma("pop_macro(\"fclose\")") _Pragma("pop_macro(\"fcntl\")")
+_Pragma("pop_macro(\"failed\")") _Pragma("pop_macro(\"false\")") _Pragma("pop_macro(\"fast\")")
+_Pragma("pop_macro(\"fault\")") _Pragma("pop_macro(\"fclose\")") _Pragma("pop_macro(\"fcntl\")")
 _Pragma("pop_macro(\"fdatasync\")") _Pragma("pop_macro(\"fdopen\")") _Pragma("pop_macro(\"feed\")")
 _Pragma("pop_macro(\"feof\")") _Pragma("pop_macro(\"ferror\")") _Pragma("pop_macro(\"fflush\")")
 _Pragma("pop_macro(\"fgets\")") _Pragma("pop_macro(\"field\")") _Pragma("pop_macro(\"fields\")")
@@ -35060,17 +35096,17 @@ _Pragma("pop_macro(\"getpeername\")") _Pragma("pop_macro(\"getpid\")")
 _Pragma("pop_macro(\"getsockname\")") _Pragma("pop_macro(\"getsockopt\")")
 _Pragma("pop_macro(\"gettimeofday\")") _Pragma("pop_macro(\"getwc\")")
 _Pragma("pop_macro(\"getwchar\")") _Pragma("pop_macro(\"gid_t\")") _Pragma("pop_macro(\"given\")")
-_Pragma("pop_macro(\"global\")") _Pragma("pop_macro(\"gmtime\")") _Pragma("pop_macro(\"goto\")")
-_Pragma("pop_macro(\"group\")") _Pragma("pop_macro(\"gs\")") _Pragma("pop_macro(\"h\")")
-_Pragma("pop_macro(\"half\")") _Pragma("pop_macro(\"handle\")") _Pragma("pop_macro(\"hangup\")")
-_Pragma("pop_macro(\"hash\")") _Pragma("pop_macro(\"header\")") _Pragma("pop_macro(\"help\")")
-_Pragma("pop_macro(\"hex\")") _Pragma("pop_macro(\"hidden\")") _Pragma("pop_macro(\"high\")")
-_Pragma("pop_macro(\"host\")") _Pragma("pop_macro(\"hot\")") _Pragma("pop_macro(\"http_version\")")
-_Pragma("pop_macro(\"huge\")") _Pragma("pop_macro(\"i\")") _Pragma("pop_macro(\"i16\")")
-_Pragma("pop_macro(\"i32\")") _Pragma("pop_macro(\"i64\")") _Pragma("pop_macro(\"i8\")")
-_Pragma("pop_macro(\"id\")") _Pragma("pop_macro(\"idle\")") _Pragma("pop_macro(\"if\")")
-_Pragma("pop_macro(\"ignore\")") _Pragma("pop_macro(\"image\")") _Pragma("pop_macro(\"in\")")
-_Pragma("pop_macro(\"inbox\")") _Pragma("pop_macro(\"index\")") _Pragma("pop_macro(\"inet_ntop\")")
+_Pragma("pop_macro(\"global\")") _Pragma("pop_macro(\"gmtime\")") _Pragma("pop_macro(\"group\")")
+_Pragma("pop_macro(\"gs\")") _Pragma("pop_macro(\"h\")") _Pragma("pop_macro(\"half\")")
+_Pragma("pop_macro(\"handle\")") _Pragma("pop_macro(\"hangup\")") _Pragma("pop_macro(\"hash\")")
+_Pragma("pop_macro(\"header\")") _Pragma("pop_macro(\"help\")") _Pragma("pop_macro(\"hex\")")
+_Pragma("pop_macro(\"hidden\")") _Pragma("pop_macro(\"high\")") _Pragma("pop_macro(\"host\")")
+_Pragma("pop_macro(\"hot\")") _Pragma("pop_macro(\"http_version\")") _Pragma("pop_macro(\"huge\")")
+_Pragma("pop_macro(\"i\")") _Pragma("pop_macro(\"i16\")") _Pragma("pop_macro(\"i32\")")
+_Pragma("pop_macro(\"i64\")") _Pragma("pop_macro(\"i8\")") _Pragma("pop_macro(\"id\")")
+_Pragma("pop_macro(\"idle\")") _Pragma("pop_macro(\"if\")") _Pragma("pop_macro(\"ignore\")")
+_Pragma("pop_macro(\"image\")") _Pragma("pop_macro(\"in\")") _Pragma("pop_macro(\"inbox\")")
+_Pragma("pop_macro(\"index\")") _Pragma("pop_macro(\"inet_ntop\")")
 _Pragma("pop_macro(\"inet_pton\")") _Pragma("pop_macro(\"infinity\")")
 _Pragma("pop_macro(\"info\")") _Pragma("pop_macro(\"init\")") _Pragma("pop_macro(\"inline\")")
 _Pragma("pop_macro(\"input\")") _Pragma("pop_macro(\"int\")") _Pragma("pop_macro(\"int64\")")
@@ -35321,7 +35357,8 @@ _Pragma("pop_macro(\"stack\")") _Pragma("pop_macro(\"str\")") _Pragma("pop_macro
 _Pragma("pop_macro(\"stricmp\")") _Pragma("pop_macro(\"strnicmp\")")
 #endif
 #if !defined(_WIN32)
-_Pragma("pop_macro(\"pclose\")") _Pragma("pop_macro(\"popen\")") _Pragma("pop_macro(\"stat64\")")
+_Pragma("pop_macro(\"isascii\")") _Pragma("pop_macro(\"pclose\")") _Pragma("pop_macro(\"popen\")")
+_Pragma("pop_macro(\"stat64\")") _Pragma("pop_macro(\"toascii\")")
 #endif
 #endif  // nothing left to do
 

@@ -67,6 +67,7 @@ int main(int argc, char** argv) {
     example::add_model_flags(flags, options);
     if (auto exit_code = flags.parse(argc, argv)) return *exit_code;
 
+    options.log.write = example::print_log;  // among it: which context, and why
     auto engine = example::open_engine(options);
     if (!engine) return example::fail(engine.error().message);
     std::signal(SIGINT, on_interrupt);

@@ -339,12 +339,13 @@ inline void add_model_flags(Flags& flags, valar::EngineOptions& options) {
               "a GGUF file (default: what fetch_model.py brought)", "model_path");
     flags.add("threads", "N", &options.threads, "helpers beside the caller (default: cores - 1)");
     flags.add("ctx", "TOKENS", &options.context_tokens,
-              "prompt and answer at most (default: 8192, or as model or memory allow)",
+              "prompt and answer at most (default: the model's own, as memory allows)",
               "context_tokens");
     flags.add("weights", "packed|mapped", &options.weights,
               "mapped: no private copy, slower (default: packed)");
     flags.add("memory", "BYTES", &options.memory_limit,
-              "weights, keys and values at most: 600M, 2G (default: room for two full contexts)",
+              "weights, keys and values at most: 600M, 2G (default: two full contexts, or what "
+              "memory allows)",
               "memory_limit");
     flags.add("parallel", "N", &options.max_running, "requests side by side (default: 16)",
               "max_running");
@@ -414,6 +415,10 @@ inline bool is_terminal(FILE* file) {
 #endif
 }
 
+inline void print_log(void*, valar::LogLevel level, std::string_view line) {
+    if (level == valar::LogLevel::debug) return;
+    std::fprintf(stderr, "\r%.*s\n", static_cast<int>(line.size()), line.data());
+}
 inline void print_warning(void*, valar::LogLevel level, std::string_view line) {
     if (level < valar::LogLevel::warning) return;
     std::fprintf(stderr, "%.*s\n", static_cast<int>(line.size()), line.data());

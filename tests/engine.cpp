@@ -1599,36 +1599,67 @@ TEST_CASE("conversation: save and restore with q8_0 pages, and with windows") {
     }
 }
 
-TEST_CASE("engine: what the process has memory for bounds the default for keys and values") {
-    const auto bytes = tiny::model({.types = {TensorType::q8_0}, .n_context = 2048});
+TEST_CASE("engine: what the process has memory for bounds context, keys and values") {
+    const auto bytes = tiny::model({.types = {TensorType::q8_0}, .n_context = 16384});
     EngineOptions options;
     options.model_bytes = bytes;
     detail::ModelFile file;
     REQUIRE(file.open(options).ok());
-    const auto plan = [&](uint64_t memory) {
+    struct Chosen {
+        MemoryPlan plan;
+        uint32_t context;
+        std::string why;
+    };
+    const auto choose = [&](uint64_t memory) {
         auto chosen = detail::choose_backend_options(options, file, memory);
         REQUIRE(chosen.ok());
-        auto found = detail::plan_cpu_backend(file.gguf, file.spec, file.tensors, *chosen);
-        REQUIRE(found.ok());
-        CHECK(chosen->max_positions == detail::choose_context(options, file, memory));
-        return std::make_pair(*found, chosen->max_positions);
+        auto plan = detail::plan_cpu_backend(file.gguf, file.spec, file.tensors, *chosen);
+        REQUIRE(plan.ok());
+        const uint32_t context = chosen->max_positions;
+        CHECK(context == detail::choose_context(options, file, memory));
+        return Chosen{*plan, context, detail::explain_context(options, file.spec, context, memory)};
     };
-    const auto [two, context] = plan(UINT64_MAX);
-    const uint64_t one = two.total() - two.kv / 2;
-    CHECK(plan(two.total() * 8 / 7 + 8).first.kv == two.kv);
-    CHECK(plan(one * 8 / 7 + 8).first.kv < two.kv);
-    CHECK(plan(one * 8 / 7 + 8).second == context);
-    const auto [small, fewer] = plan(1);  // never nothing
-    CHECK(small.kv > 0);
-    CHECK(fewer == 512);
-    const auto [half, less] = plan(one);
-    CHECK(less < context);
-    CHECK(half.total() <= one - one / 8);
-    options.memory_limit = two.total();  // what the caller says is not second-guessed
-    CHECK(plan(1).first.kv >= two.kv);
+    // What there must be for so many bytes of keys and values: an eighth is kept back, and half.
+    const auto memory_for = [](const MemoryPlan& plan, uint64_t kv) {
+        return (plan.weights + plan.scratch + 2 * kv) * 8 / 7 + 8;
+    };
+    const Chosen two = choose(UINT64_MAX);
+    CHECK(two.context == 16384);
+    CHECK(two.why == "context 16,384, the model's own");
+    CHECK(choose(memory_for(two.plan, two.plan.kv)).plan.kv == two.plan.kv);
+    const Chosen one = choose(memory_for(two.plan, two.plan.kv / 2));
+    CHECK(one.plan.kv == two.plan.kv / 2);
+    CHECK(one.context == 16384);
+    const Chosen capped = choose(memory_for(two.plan, two.plan.kv / 2) - 64);
+    CHECK(capped.context == 16384 - 512);
+    CHECK(capped.why.starts_with("context 15,872 of the model's 16,384: that is what "));
+    CHECK(capped.why.ends_with(" MiB have room for"));
+    CHECK(detail::explain_context(options, file.spec, 8192, uint64_t{76} << 30 >> 3) ==
+          "context 8,192 of the model's 16,384: that is what 9.5 GiB have room for");
+    const Chosen third = choose(memory_for(two.plan, two.plan.kv / 6));
+    CHECK(third.context % 512 == 0);
+    CHECK(third.context >= 16384 / 3 - 512);
+    CHECK(third.plan.kv <= two.plan.kv / 6 + (two.plan.scratch - third.plan.scratch) / 2);
+    const Chosen least = choose(1);  // never nothing
+    CHECK(least.plan.kv > 0);
+    CHECK(least.context == 512);
+
+    options.memory_limit = two.plan.total();  // what the caller says is not second-guessed
+    CHECK(choose(1).context == 16384);
+    CHECK(choose(1).plan.kv == two.plan.kv);
+    options.memory_limit = two.plan.total() - two.plan.kv * 3 / 4;
+    const Chosen half = choose(UINT64_MAX);
+    CHECK(half.context >= 8192);
+    CHECK(half.context < 8192 + 1024);
+    CHECK(half.plan.total() <= options.memory_limit);
+    options.memory_limit = 1;
+    CHECK(detail::choose_backend_options(options, file).error().param == "memory_limit");
+
     options.memory_limit = 0;
-    options.context_tokens = context;
-    CHECK(plan(1).second == context);
+    options.context_tokens = 4096;
+    CHECK(choose(1).context == 4096);
+    CHECK(choose(1).plan.kv == two.plan.kv / 8);
+    CHECK(choose(1).why == "context 4,096 of the model's 16,384, as asked for");
 }
 
 #if !defined(_WIN32)
@@ -1682,8 +1713,9 @@ TEST_CASE("a slow path is said once, at opening, with its reason") {
         options.log = {Lines::write, &lines};
         Engine engine = open_tiny(options);
         CHECK(engine.kernels() == std::string_view(*kernels_in_use()));
-        REQUIRE(lines.others.size() == 1);
-        CHECK(lines.others[0].ends_with(std::string(", kernels ") + engine.kernels()));
+        REQUIRE(lines.others.size() == 2);
+        CHECK(lines.others[0] == "context 512, the model's own");
+        CHECK(lines.others[1].ends_with(std::string(", kernels ") + engine.kernels()));
     };
     const std::string_view best = kernel_names().back();
     const std::string kept = detail::environment("VALAR_ISA");

@@ -33,6 +33,7 @@ Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& 
     if (!backend) return backend.error();
     if (const std::string why = detail::why_slow(**table); !why.empty())
         options.log(LogLevel::warning, why);
+    options.log(LogLevel::info, detail::explain_context(options, file.spec, sizes->max_positions));
     return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes,
                                    (*table)->name);
 }

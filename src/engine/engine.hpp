@@ -31,7 +31,7 @@ struct EngineOptions {
     std::string model_path = {};            ///< a GGUF file (the first of a split one)
     std::vector<std::string> aliases = {};  ///< further ids that this model answers to
     std::string model_id = {};    ///< default: the file's general.name, else the file's name
-    uint32_t context_tokens = 0;  ///< that a request may use; 0: 8,192, or as model or memory allow
+    uint32_t context_tokens = 0;  ///< that a request may use; 0: the model's own, as memory allows
     int threads = -1;             ///< helpers beside the caller; -1: physical_cores() - 1; 0: none.
                                   ///< Single tokens use as many as are fastest, found by trying
     Precision precision = Precision::fast;
@@ -45,8 +45,8 @@ struct EngineOptions {
     LogSink log = {};
     uint32_t max_running = 16;    ///< requests computed side by side
     uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights
-                                  ///< and scratch leave is for keys and values. 0: keys and
-                                  ///< values of two full contexts, or what there is memory for
+                                  ///< and scratch leave is for keys and values. 0: those of two
+                                  ///< full contexts, in half of what they leave of the system's
                                   ///< (where all layers have windows: of these and a batch)
     uint32_t page_tokens = 16;    ///< positions a page of keys and values, a multiple of 16
     bool prefix_cache = true;     ///< keep what was computed for requests that begin alike

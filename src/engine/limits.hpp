@@ -7,7 +7,6 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-inline constexpr uint32_t kDefaultContext = 8192;
 inline constexpr uint32_t kMaxRunning = 1024;
 inline constexpr uint32_t kMaxStepTokens = 32768;
 inline constexpr uint32_t kMaxLogprobs = 20;

@@ -5,7 +5,9 @@
 #include "engine/plan.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <string>
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -16,7 +18,7 @@ namespace {
 
 // Where no limit is asked for, the system's: an eighth is left for all that a plan does not count.
 constexpr uint64_t kSpareMemory = 8;
-constexpr uint32_t kLeastDefaultContext = 512;
+constexpr uint32_t kContextStep = 512;  // a default that is not the model's own is a multiple
 
 Result<void> check_engine_options(const EngineOptions& options, const ModelSpec& spec,
                                   uint32_t context) {
@@ -56,18 +58,52 @@ BackendOptions options_for_context(const EngineOptions& options, const ModelSpec
     return out;
 }
 
+// Bytes for keys and values beside the rest of a plan. Without a limit from the caller half of what is
+// left stays free for the programs beside, and weights read in place want to stay in memory too.
+uint64_t room_for_kv(const MemoryPlan& plan, uint64_t limit, uint64_t memory) {
+    const uint64_t most = limit ? limit : memory - memory / kSpareMemory,
+                   rest = plan.weights + plan.scratch + (limit ? 0 : plan.mapped),
+                   left = most - std::min(most, rest);
+    return limit ? left : left / 2;
+}
+
+// 131072 as 131,072
+std::string grouped(uint32_t number) {
+    std::string out = format("%u", number);
+    for (size_t at = out.size(); at > 3;) out.insert(at -= 3, 1, ',');
+    return out;
+}
+
 }  // namespace
 
 uint32_t choose_context(const EngineOptions& options, const ModelFile& file, uint64_t memory) {
     if (options.context_tokens) return options.context_tokens;
-    uint32_t context = std::min(file.spec.n_context, kDefaultContext);
-    if (options.memory_limit) return context;
-    for (; context > kLeastDefaultContext; context = std::max(context / 2, kLeastDefaultContext)) {
+    const auto fits = [&](uint32_t context) {
         const auto plan = plan_cpu_backend(file.gguf, file.spec, file.tensors,
                                            options_for_context(options, file.spec, context));
-        if (!plan || plan->total() <= memory - memory / kSpareMemory) break;
+        return plan && plan->kv <= room_for_kv(*plan, options.memory_limit, memory);
+    };
+    const uint32_t own = file.spec.n_context;
+    if (own <= kContextStep || fits(own)) return own;
+    uint32_t steps = 1;  // as if it fitted: if not, opening says what it takes
+    for (uint32_t most = (own - 1) / kContextStep; steps < most;) {
+        const uint32_t middle = steps + (most - steps + 1) / 2;
+        if (fits(middle * kContextStep)) steps = middle;
+        else most = middle - 1;
     }
-    return context;
+    return steps * kContextStep;
+}
+
+std::string explain_context(const EngineOptions& options, const ModelSpec& spec, uint32_t context,
+                            uint64_t memory) {
+    if (context == spec.n_context) return "context " + grouped(context) + ", the model's own";
+    std::string out = "context " + grouped(context) + " of the model's " + grouped(spec.n_context);
+    if (options.context_tokens) return out + ", as asked for";
+    const double mib = static_cast<double>(options.memory_limit ? options.memory_limit : memory) /
+                       (1 << 20);
+    return out + ": that is what " +
+           (mib < 1024 ? format("%.0f MiB", mib) : format("%.1f GiB", mib / 1024)) +
+           " have room for";
 }
 
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
@@ -80,9 +116,7 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     const uint64_t least = out.kv_pages;
     auto plan = plan_cpu_backend(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();
-    const uint64_t limit = options.memory_limit,
-                   most = limit ? limit : memory - memory / kSpareMemory,
-                   page = std::max<uint64_t>(plan->kv / least, 1);
+    const uint64_t limit = options.memory_limit, page = std::max<uint64_t>(plan->kv / least, 1);
     if (limit && plan->total() > limit)
         return make_error(
             ErrorKind::out_of_memory,
@@ -92,7 +126,8 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
                    static_cast<unsigned long long>(plan->total()), context),
             {}, "memory_limit");
     const uint64_t contexts = limit ? options.max_running : std::min(options.max_running, 2u),
-                   more = most > plan->total() ? (most - plan->total()) / page : 0;
+                   room = room_for_kv(*plan, limit, memory),
+                   more = (room - std::min(room, plan->kv)) / page;
     out.kv_pages = static_cast<uint32_t>(
         std::min({least * contexts, least + more, uint64_t{UINT32_MAX} - 1}));
     return out;

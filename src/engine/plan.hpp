@@ -5,6 +5,7 @@
 #include "engine/loaded_model.hpp"
 
 #include <cstdint>
+#include <string>
 
 namespace valar {
 inline namespace v1 {
@@ -12,11 +13,15 @@ namespace detail {
 
 // ---- Sizes that follow from options and model ------------------------------------------------
 
-/// Positions that a request may use. Where the options do not say it, as many as `memory`, what the
-/// system has for this process, has room for.
+/// Positions that a request may use. Where the options do not say it, the model's own, but no more
+/// than memory_limit, or `memory`, what the system has for this process, has room for: weights and
+/// scratch all of it, keys and values of one context what these leave; without a limit half of that.
 uint32_t choose_context(const EngineOptions& options, const ModelFile& file,
                         uint64_t memory = usable_memory());
-/// As many pages as memory_limit, or `memory`, leaves room for: at least what one context needs.
+/// One line for people: this context, and why.
+std::string explain_context(const EngineOptions& options, const ModelSpec& spec, uint32_t context,
+                            uint64_t memory = usable_memory());
+/// As many pages as the same leaves room for: at least what one context needs.
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
                                               uint64_t memory = usable_memory());
 /// Full pages before a position that some layer may see from there; UINT32_MAX: all.
