@@ -2853,6 +2853,8 @@ struct BackendOptions {
     ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
     Allocator allocator = {};  ///< of weights, keys and values, and scratch
+    /// More pages, numbered behind those, for layers with windows alone; 0: all layers share pages.
+    uint32_t window_pages = 0;
 };
 
 /// Bytes that a loaded model takes.
@@ -2873,7 +2875,8 @@ struct BatchRow {
     /// Numbers of pages in the pool: position p of the sequence lies in pages[p / page_tokens],
     /// and that of `position` is there already. Pages before all layers' windows are not looked at.
     const uint32_t* pages = nullptr;
-    bool logits = false;  ///< whether logits are wanted for this row
+    bool logits = false;                     ///< whether logits are wanted for this row
+    const uint32_t* window_pages = nullptr;  ///< the same, where layers with windows have their own
 };
 
 /// A device that holds a model and computes batches of rows. It keeps kv_pages pages of keys and
@@ -2899,10 +2902,10 @@ public:
     /// The logits (n_vocab) of the i-th row that wanted them, until the next begin(). Error
     /// (bad_data): some are not finite; names the layer where that began; other rows are unharmed.
     virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
-    /// Copies one page of all layers over another.
+    /// Copies one page of all its layers over another of its kind.
     virtual void copy_page(uint32_t from, uint32_t to) = 0;
-    /// Bytes of one page of all layers, as export_page writes them; import_page takes any page's.
-    virtual size_t page_bytes() const = 0;
+    /// Bytes of a page of all its layers, as export_page writes and import_page takes them.
+    virtual size_t page_bytes(uint32_t page) const = 0;
     virtual void export_page(uint32_t page, std::byte* out) const = 0;
     virtual void import_page(uint32_t page, const std::byte* in) = 0;
 };
@@ -2956,7 +2959,6 @@ struct EngineOptions {
     uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights
                                   ///< and scratch leave is for keys and values. 0: those of two
                                   ///< full contexts, in half of what they leave of the system's
-                                  ///< (where all layers have windows: of these and a batch)
     uint32_t page_tokens = 16;    ///< positions a page of keys and values, a multiple of 16
     bool prefix_cache = true;     ///< keep what was computed for requests that begin alike
     bool share_prefixes = false;  ///< among organisations too: for a single tenant
@@ -23333,9 +23335,11 @@ struct CpuLayer {
     bool adds_later(const ModelSpec& of) const {
         return adds_attention_later(of) || adds_ffn_later(of);
     }
-    uint64_t kv_offset;    // of its pages in the pool
+    uint32_t first_page, last_page;  // its own
+    uint64_t kv_offset;              // of its pages in the memory of all
     size_t kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
     size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
+    bool has_page(uint32_t page) const { return page >= first_page && page <= last_page; }
     uint32_t first_seen(uint32_t position) const {
         return spec->window && position >= spec->window ? position - spec->window + 1 : 0;
     }
@@ -23428,13 +23432,16 @@ struct CpuScratch {
     void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab);
 };
 
+// Of a page, of all its layers; of one for layers with windows alone.
+using PageBytes = std::array<uint64_t, 2>;
+
 // Everything about memory, computed the same way for a plan and for the real thing.
 struct CpuLayout {
     CpuWeights weights;
     std::vector<RopeTable> ropes;
     CpuSizes sizes{};
     MemoryPlan plan;
-    uint64_t page_bytes = 0;  // of all layers
+    PageBytes page_bytes{};
 };
 
 // Positions that one sequence may have.
@@ -23649,6 +23656,8 @@ Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions
         options.page_tokens > kMaxPageTokens)
         return refuse("page_tokens", options.page_tokens, "a multiple of 16 up to 4096");
     if (options.kv_pages == 0) return refuse("kv_pages", 0, "positive");
+    if (options.window_pages > UINT32_MAX - options.kv_pages)
+        return refuse("window_pages", options.window_pages, "what kv_pages leave of 32 bits");
     if (options.max_batch_rows == 0 || options.max_batch_rows > kMaxBatchRows)
         return refuse("max_batch_rows", options.max_batch_rows, "in 1..65536");
     if (options.max_logit_rows == 0 || options.max_logit_rows > options.max_batch_rows)
@@ -23732,18 +23741,27 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
                               {}, "kv_type");
         layer.kv_head_bytes = 2 * kv_group_bytes(options.kv_type, head_dim) *
                               (options.page_tokens / kKeyGroup);
-        layer.kv_offset = out.page_bytes;  // times the pages, below
-        out.page_bytes += layer.kv_page_bytes();
+        const bool own = options.window_pages && layer.spec->window;
+        layer.first_page = own ? options.kv_pages : 0;
+        layer.last_page = layer.first_page + (own ? options.window_pages : options.kv_pages) - 1;
+        layer.kv_offset = out.page_bytes[own];  // times the pages, below
+        out.page_bytes[own] += layer.kv_page_bytes();
         const RopeSpec& rope = layer.spec->rope;
         while (layer.rope < out.ropes.size() && !same_rope(*out.ropes[layer.rope].spec, rope))
             ++layer.rope;
         if (layer.rope == out.ropes.size())
             out.ropes.push_back(make_rope_table(rope, choose_rope_factors(spec, options)));
     }
-    if (mul_overflows(out.page_bytes, options.kv_pages, &out.plan.kv))
+    uint64_t others, own;
+    if (mul_overflows(out.page_bytes[0], options.kv_pages, &others) ||
+        mul_overflows(out.page_bytes[1], options.window_pages, &own) ||
+        add_overflows(others, own, &out.plan.kv))
         return make_error(ErrorKind::out_of_memory,
-                          format("out of memory: %u pages of keys and values", options.kv_pages));
-    for (CpuLayer& layer : out.weights.layers) layer.kv_offset *= options.kv_pages;
+                          format("out of memory: %u pages of keys and values",
+                                 options.kv_pages + options.window_pages));
+    for (CpuLayer& layer : out.weights.layers)
+        layer.kv_offset = layer.first_page ? others + layer.kv_offset * options.window_pages
+                                           : layer.kv_offset * options.kv_pages;
     out.sizes = measure_cpu(spec, options, out.weights, out.ropes);
     CpuScratch().place(scratch, out.sizes, spec.n_embd, spec.n_vocab);
     out.plan.scratch = scratch.used;
@@ -24168,10 +24186,12 @@ public:
     Result<std::span<const float>> logits(uint32_t i) const;
 
     std::byte* kv_page(const CpuLayer& in, uint32_t page) const {
-        VALAR_ASSERT(page < options_.kv_pages);
-        return kv_.data() + in.kv_offset + page * in.kv_page_bytes();
+        VALAR_ASSERT(in.has_page(page));
+        return kv_.data() + in.kv_offset + (page - in.first_page) * in.kv_page_bytes();
     }
-    size_t page_bytes() const { return static_cast<size_t>(page_bytes_); }
+    size_t page_bytes(uint32_t page) const {
+        return static_cast<size_t>(page_bytes_[page >= options_.kv_pages]);
+    }
 
 private:
     // What a step does: `job` does units first .. last - 1.
@@ -24214,6 +24234,10 @@ private:
     Error locate_bad_numbers(CpuMachine& machine);
     bool residual_is_finite() const;
 
+    // Of a row, the pages that this layer's keys and values go to.
+    const uint32_t* pages(const BatchRow& row) const {
+        return layer().first_page ? row.window_pages : row.pages;
+    }
     const CpuMatrix& matrix(TensorRole role) const { return layer().matrix(role); }
     uint64_t count_rows() const { return row_count(); }
     uint64_t count_qkv() const {
@@ -24359,7 +24383,7 @@ private:
     std::vector<RopeTable> ropes_;
     CpuSizes sizes_{};
     CpuScratch scratch_{};
-    uint64_t page_bytes_ = 0;
+    PageBytes page_bytes_{};
     Buffer weights_memory_, kv_, scratch_memory_;
 
     std::span<const BatchRow> batch_;  // in work; empty: none
@@ -25062,7 +25086,7 @@ void CpuDecoder::rotate_scale_store(uint32_t first, uint32_t last, uint32_t) {
         if (spec.qk_norm != QkNorm::none && spec.qk_norm_after_rope) norm_heads(q, k);
         kernels_->scale(q, query_scale(rows_[row].position), n_q);
         const uint32_t position = rows_[row].position, in_page = position % options_.page_tokens;
-        std::byte* page = kv_page(layer(), rows_[row].pages[position / options_.page_tokens]);
+        std::byte* page = kv_page(layer(), pages(rows_[row])[position / options_.page_tokens]);
         const size_t half = layer().kv_head_bytes / 2;
         const size_t group_at = in_page / kKeyGroup * (half * kKeyGroup / options_.page_tokens);
         for (uint32_t head = 0; head < spec.n_kv_heads; ++head) {
@@ -25513,7 +25537,7 @@ void CpuDecoder::find_keys(const AttentionUnit& unit, uint32_t kv_head, uint32_t
         const uint32_t position = segment * kSegment + i * kKeyGroup;
         found.keys[i] = found.values[i] = nullptr;
         if (position > newest || position + kKeyGroup <= oldest) continue;
-        const uint32_t page = rows_[unit.row].pages[position / page_tokens];
+        const uint32_t page = pages(rows_[unit.row])[position / page_tokens];
         const std::byte* at = kv_page(layer(), page) + kv_head * layer().kv_head_bytes +
                               position % page_tokens / kKeyGroup * group_bytes;
         found.keys[i] = at;
@@ -25679,7 +25703,7 @@ public:
     void abandon() override { decoder_.abandon(); }
     Result<std::span<const float>> logits(uint32_t i) const override { return decoder_.logits(i); }
     void copy_page(uint32_t from, uint32_t to) override;
-    size_t page_bytes() const override { return decoder_.page_bytes(); }
+    size_t page_bytes(uint32_t page) const override { return decoder_.page_bytes(page); }
     void export_page(uint32_t page, std::byte* out) const override;
     void import_page(uint32_t page, const std::byte* in) override;
 
@@ -25740,11 +25764,13 @@ Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
 
 void CpuBackend::copy_page(uint32_t from, uint32_t to) {
     for (const CpuLayer& in : decoder_.weights().layers)
-        std::memcpy(decoder_.kv_page(in, to), decoder_.kv_page(in, from), in.kv_page_bytes());
+        if (in.has_page(from))
+            std::memcpy(decoder_.kv_page(in, to), decoder_.kv_page(in, from), in.kv_page_bytes());
 }
 
 void CpuBackend::export_page(uint32_t page, std::byte* out) const {
     for (const CpuLayer& in : decoder_.weights().layers) {
+        if (!in.has_page(page)) continue;
         std::memcpy(out, decoder_.kv_page(in, page), in.kv_page_bytes());
         out += in.kv_page_bytes();
     }
@@ -25752,6 +25778,7 @@ void CpuBackend::export_page(uint32_t page, std::byte* out) const {
 
 void CpuBackend::import_page(uint32_t page, const std::byte* bytes) {
     for (const CpuLayer& in : decoder_.weights().layers) {
+        if (!in.has_page(page)) continue;
         std::memcpy(decoder_.kv_page(in, page), bytes, in.kv_page_bytes());
         bytes += in.kv_page_bytes();
     }
@@ -26247,10 +26274,11 @@ std::string explain_context(const EngineOptions& options, const ModelSpec& spec,
 /// As many pages as the same leaves room for: at least what one context needs.
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
                                               uint64_t memory = usable_memory());
-/// Full pages before a position that some layer may see from there; UINT32_MAX: all.
-uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
-/// Pages that a sequence holds at once, with so many positions: where all layers have windows,
-/// those that they reach from a batch's first row, and the batch's.
+/// Full pages before a position that some layer may see from there; UINT32_MAX: all. Where only some
+/// layers have windows there are two kinds of pages: for the layers without, then for those with.
+std::vector<uint32_t> count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
+/// Pages of a kind that a sequence holds at once, with so many positions: where all its layers have
+/// windows, those that they reach from a batch's first row, and the batch's.
 uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
                           uint32_t page_tokens);
 
@@ -26565,6 +26593,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+inline constexpr uint32_t kPageKinds = 2;  // a model has pages of one or two
 inline constexpr uint32_t kMaxRunning = 1024;
 inline constexpr uint32_t kMaxStepTokens = 32768;
 inline constexpr uint32_t kMaxLogprobs = 20;
@@ -26616,18 +26645,24 @@ Result<void> check_engine_options(const EngineOptions& options, const ModelSpec&
     return {};
 }
 
-// What the options are for the backend, with keys and values of one context.
+// What the options are for the backend, with keys and values of one context, and windows of so many
+// requests: of all side by side, however much of the other pages they take, where there is room.
 BackendOptions options_for_context(const EngineOptions& options, const ModelSpec& spec,
-                                   uint32_t context) {
+                                   uint32_t context, uint64_t windowed) {
     BackendOptions out;
     out.precision = options.precision;
     out.kv_type = options.kv_type;
     out.weights = options.weights;
     out.page_tokens = options.page_tokens;
-    const uint64_t least = count_held_pages(context, count_window_pages(spec, options.page_tokens),
-                                            std::min(options.step_tokens, context),
-                                            options.page_tokens);
-    out.kv_pages = static_cast<uint32_t>(least);
+    const std::vector<uint32_t> windows = count_window_pages(spec, options.page_tokens);
+    const auto held = [&](uint32_t window) {
+        return count_held_pages(context, window, std::min(options.step_tokens, context),
+                                options.page_tokens);
+    };
+    out.kv_pages = held(windows[0]);
+    if (windows.size() > 1)
+        out.window_pages = static_cast<uint32_t>(std::min<uint64_t>(
+            out.kv_pages, held(windows[1]) + (uint64_t{windows[1]} + 2) * (windowed - 1)));
     out.max_positions = context;
     out.max_logit_rows = std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
     out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
@@ -26658,8 +26693,9 @@ std::string grouped(uint32_t number) {
 uint32_t choose_context(const EngineOptions& options, const ModelFile& file, uint64_t memory) {
     if (options.context_tokens) return options.context_tokens;
     const auto fits = [&](uint32_t context) {
-        const auto plan = plan_cpu_backend(file.gguf, file.spec, file.tensors,
-                                           options_for_context(options, file.spec, context));
+        const auto plan = plan_cpu_backend(
+            file.gguf, file.spec, file.tensors,
+            options_for_context(options, file.spec, context, options.max_running));
         return plan && plan->kv <= room_for_kv(*plan, options.memory_limit, memory);
     };
     const uint32_t own = file.spec.n_context;
@@ -26691,11 +26727,11 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     const uint32_t context = choose_context(options, file, memory);
     auto good = check_engine_options(options, spec, context);
     if (!good) return good.error();
-    BackendOptions out = options_for_context(options, spec, context);
+    BackendOptions out = options_for_context(options, spec, context, 1);
     const uint64_t least = out.kv_pages;
     auto plan = plan_cpu_backend(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();
-    const uint64_t limit = options.memory_limit, page = std::max<uint64_t>(plan->kv / least, 1);
+    const uint64_t limit = options.memory_limit;
     if (limit && plan->total() > limit)
         return make_error(
             ErrorKind::out_of_memory,
@@ -26705,10 +26741,22 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
                    static_cast<unsigned long long>(plan->total()), context),
             {}, "memory_limit");
     const uint64_t contexts = limit ? options.max_running : std::min(options.max_running, 2u),
-                   room = room_for_kv(*plan, limit, memory),
-                   more = (room - std::min(room, plan->kv)) / page;
+                   room = room_for_kv(*plan, limit, memory);
+    uint64_t spare = room - std::min(room, plan->kv), page_bytes[kPageKinds] = {};
+    for (const LayerSpec& layer : spec.layers)
+        page_bytes[out.window_pages && layer.window] += kv_bytes_per_token(options.kv_type,
+                                                                           layer.n_kv_heads,
+                                                                           layer.head_dim) *
+                                                        options.page_tokens;
+    if (out.window_pages) {
+        const uint32_t most =
+            options_for_context(options, spec, context, options.max_running).window_pages;
+        const uint64_t more = std::min<uint64_t>(most - out.window_pages, spare / page_bytes[1]);
+        out.window_pages += static_cast<uint32_t>(more);
+        spare -= more * page_bytes[1];
+    }
     out.kv_pages = static_cast<uint32_t>(
-        std::min({least * contexts, least + more, uint64_t{UINT32_MAX} - 1}));
+        std::min({least * contexts, least + spare / page_bytes[0], uint64_t{UINT32_MAX} - 1}));
     return out;
 }
 
@@ -26718,10 +26766,16 @@ uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t ba
     return static_cast<uint32_t>(std::min(all, window_pages + batch_rows / page + 2));
 }
 
-uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens) {
-    uint32_t most = 0;
-    for (const LayerSpec& layer : spec.layers) most = std::max(most, layer.window - 1);
-    return most == UINT32_MAX ? most : most / std::max(page_tokens, 1u) + 1;
+std::vector<uint32_t> count_window_pages(const ModelSpec& spec, uint32_t page_tokens) {
+    uint32_t widest = 0, without = 0;
+    for (const LayerSpec& layer : spec.layers) {
+        widest = std::max(widest, layer.window);
+        without += layer.window == 0;
+    }
+    std::vector<uint32_t> out;
+    if (without) out.push_back(UINT32_MAX);
+    if (widest) out.push_back((widest - 1) / std::max(page_tokens, 1u) + 1);
+    return out;
 }
 
 }  // namespace detail
@@ -26752,23 +26806,19 @@ class PagePool {
 public:
     static constexpr uint32_t none = UINT32_MAX;
 
-    void open(uint32_t pages);
+    /// They are numbered from `first` on.
+    void open(uint32_t first, uint32_t pages);
     uint32_t pages() const { return static_cast<uint32_t>(pages_.size()) - 1; }
+    uint32_t first() const { return first_; }
     uint32_t unused() const { return unused_; }  // what take() can be called for
     uint32_t cached() const { return cached_; }  // of those, with a key
     uint32_t shared() const { return shared_; }  // with several users
     uint32_t take();
     void share(uint32_t page);  // a user more, a user less
     void drop(uint32_t page);
-    bool in_use(uint32_t page) const {
-        VALAR_ASSERT(page < pages());
-        return pages_[page].users > 0;
-    }
+    bool in_use(uint32_t page) const { return at(page).users > 0; }
     /// Whether its only user may change it.
-    bool writable(uint32_t page) const {
-        VALAR_ASSERT(page < pages());
-        return pages_[page].users == 1 && !pages_[page].keyed;
-    }
+    bool writable(uint32_t page) const { return at(page).users == 1 && !at(page).keyed; }
     uint32_t find(const Hash256& key) const;
     void set_key(uint32_t page, const Hash256& key, uint64_t group);  // of a page without one
     void refresh(uint64_t group);  // as if its pages had been used just now
@@ -26782,6 +26832,12 @@ private:
         uint32_t older = 0, newer = 0;  // among the unused
         bool keyed = false;
     };
+    Page& at(uint32_t page) {
+        VALAR_ASSERT(page - first_ < pages_.size());
+        return pages_[page - first_];
+    }
+    const Page& at(uint32_t page) const { return const_cast<PagePool*>(this)->at(page); }
+    uint32_t ends() const { return first_ + pages(); }  // of the list of unused ones, both
     uint32_t& bucket(const Hash256& key) {
         uint32_t bits;
         std::memcpy(&bits, key.bytes, sizeof bits);
@@ -26791,7 +26847,8 @@ private:
     void unlink(uint32_t page);
     void forget_key(uint32_t page);
 
-    std::vector<Page> pages_;  // the last one is both ends of the list of unused ones
+    std::vector<Page> pages_;  // and ends()
+    uint32_t first_ = 0;
     std::vector<uint32_t> buckets_;
     uint32_t unused_ = 0, cached_ = 0, shared_ = 0;
 };
@@ -26839,70 +26896,70 @@ Hash256 root_key(const EngineOptions& options, const std::string& organisation,
     return hash.finish();
 }
 
-void PagePool::open(uint32_t pages) {
+void PagePool::open(uint32_t first, uint32_t pages) {
+    first_ = first;
     pages_.assign(size_t{pages} + 1, {});
-    pages_[pages].older = pages_[pages].newer = pages;
+    at(ends()).older = at(ends()).newer = ends();
     buckets_.assign(std::bit_ceil(pages), none);
-    for (uint32_t page = 0; page < pages; ++page) link_before(page, pages);
+    for (uint32_t page = first; page < ends(); ++page) link_before(page, ends());
 }
 
 void PagePool::link_before(uint32_t page, uint32_t newer) {
-    const uint32_t older = pages_[newer].older;
-    pages_[page].older = older;
-    pages_[page].newer = newer;
-    pages_[older].newer = pages_[newer].older = page;
+    const uint32_t older = at(newer).older;
+    at(page).older = older;
+    at(page).newer = newer;
+    at(older).newer = at(newer).older = page;
     ++unused_;
-    cached_ += pages_[page].keyed;
+    cached_ += at(page).keyed;
 }
 
 void PagePool::unlink(uint32_t page) {
-    const Page& at = pages_[page];
-    pages_[at.older].newer = at.newer;
-    pages_[at.newer].older = at.older;
+    const Page& from = at(page);
+    at(from.older).newer = from.newer;
+    at(from.newer).older = from.older;
     --unused_;
-    cached_ -= at.keyed;
+    cached_ -= from.keyed;
 }
 
 void PagePool::forget_key(uint32_t page) {
-    uint32_t* at = &bucket(pages_[page].key);
-    while (*at != page) at = &pages_[*at].next;
-    *at = pages_[page].next;
-    pages_[page].keyed = false;
+    uint32_t* link = &bucket(at(page).key);
+    while (*link != page) link = &at(*link).next;
+    *link = at(page).next;
+    at(page).keyed = false;
 }
 
 uint32_t PagePool::take() {
     VALAR_ASSERT(unused_ > 0);
-    const uint32_t page = pages_[pages()].newer;
+    const uint32_t page = at(ends()).newer;
     unlink(page);
-    if (pages_[page].keyed) forget_key(page);
-    pages_[page].users = 1;
+    if (at(page).keyed) forget_key(page);
+    at(page).users = 1;
     return page;
 }
 
 void PagePool::share(uint32_t page) {
-    VALAR_ASSERT(page < pages());
-    if (pages_[page].users == 0) unlink(page);
-    shared_ += ++pages_[page].users == 2;
+    if (at(page).users == 0) unlink(page);
+    shared_ += ++at(page).users == 2;
 }
 
 // What cannot be found again is the first to be taken.
 void PagePool::drop(uint32_t page) {
-    VALAR_ASSERT(page < pages() && pages_[page].users > 0);
-    shared_ -= --pages_[page].users == 1;
-    if (pages_[page].users) return;
-    link_before(page, pages_[page].keyed ? pages() : pages_[pages()].newer);
+    VALAR_ASSERT(at(page).users > 0);
+    shared_ -= --at(page).users == 1;
+    if (at(page).users) return;
+    link_before(page, at(page).keyed ? ends() : at(ends()).newer);
 }
 
 uint32_t PagePool::find(const Hash256& key) const {
     uint32_t page = const_cast<PagePool*>(this)->bucket(key);
-    while (page != none && !(pages_[page].key == key)) page = pages_[page].next;
+    while (page != none && !(at(page).key == key)) page = at(page).next;
     return page;
 }
 
 void PagePool::set_key(uint32_t page, const Hash256& key, uint64_t group) {
-    VALAR_ASSERT(page < pages() && pages_[page].users > 0 && !pages_[page].keyed);
+    VALAR_ASSERT(at(page).users > 0 && !at(page).keyed);
     uint32_t& first = bucket(key);
-    Page& named = pages_[page];
+    Page& named = at(page);
     named.key = key;
     named.group = group;
     named.keyed = true;
@@ -26910,12 +26967,12 @@ void PagePool::set_key(uint32_t page, const Hash256& key, uint64_t group) {
 }
 
 void PagePool::refresh(uint64_t group) {
-    uint32_t page = pages_[pages()].newer;
+    uint32_t page = at(ends()).newer;
     for (uint32_t left = unused_; left > 0; --left) {
-        const uint32_t newer = pages_[page].newer;
-        if (pages_[page].keyed && pages_[page].group == group) {
+        const uint32_t newer = at(page).newer;
+        if (at(page).keyed && at(page).group == group) {
             unlink(page);
-            link_before(page, pages());
+            link_before(page, ends());
         }
         page = newer;
     }
@@ -27369,6 +27426,12 @@ struct Turn {
     uint32_t members = 0;  // requests that wait or run
 };
 
+// The pages that a sequence has of one kind.
+struct PageList {
+    std::vector<uint32_t> pages;
+    uint32_t passed = 0;  // of them, given back: no window reaches there any more
+};
+
 struct Sequence {
     MailboxPtr reply;
     PromptPtr prompt;
@@ -27379,8 +27442,7 @@ struct Sequence {
     uint32_t rows = 0;          // in the batch under way
     int32_t logits = -1;        // the first of the batch's that are for it, if any
     Drafts drafts;
-    std::vector<uint32_t> pages;
-    uint32_t passed = 0;             // of them, given back: no window reaches there any more
+    PageList lists[kPageKinds];
     std::vector<Hash256> page_keys;  // of the pages that its tokens fill, when needed
     uint32_t kept = 0;               // pages that the cache knows
     bool over = false;               // its reply has the end; its pages are still taken
@@ -27424,23 +27486,25 @@ namespace detail {
 // ---- The prefix cache ------------------------------------------------------------------------
 
 // Which pages of keys and values each sequence has, and which of those that nobody uses any more
-// hold the beginning of another prompt. Threads: only the one that steps.
+// hold the beginning of another prompt. Where only some layers have windows a position has two pages,
+// one for the layers without, one for those with, which is given back when it is out of sight; a
+// prompt is found as far as the former are all there, the latter where it goes on. Threads: only the
+// one that steps.
 class PrefixCache {
 public:
     PrefixCache(const EngineOptions& options, const BackendOptions& sizes, const ModelSpec& spec,
                 Backend& backend);
 
-    uint32_t unused() const { return pool_.unused(); }  // pages that can be taken
-    uint32_t pages_for(uint32_t positions) const;
-    /// Pages to take until a sequence that waits has read all its tokens and one more; of one that
-    /// runs.
-    uint64_t needed_to_start(const Sequence& sequence) const;
-    uint64_t needed_to_go_on(const Sequence& sequence) const;
+    /// Before a sequence starts: its lists will not grow in memory while it runs.
+    void reserve_lists(Sequence& sequence) const;
+    /// Whether there are pages for the next one and those that run to read all their tokens and one
+    /// more.
+    bool has_room(const Sequence& next, std::span<const SequencePtr> running) const;
 
     /// Takes over what the cache has of the tokens that come next.
     void join(Sequence& sequence);
-    /// Pages to take before the sequence's rows can be computed; takes them.
-    uint32_t lacking(const Sequence& sequence) const;
+    /// Whether there are pages for the sequence's rows; takes them.
+    bool has_pages(const Sequence& sequence) const;
     void take_pages(Sequence& sequence);
     /// Makes the pages that are full now known to the cache.
     void keep(Sequence& sequence);
@@ -27448,28 +27512,41 @@ public:
     void drop_passed(Sequence& sequence);
     void release(Sequence& sequence);
     /// As if the pages of this group of requests had been used just now.
-    void refresh(uint64_t group) { pool_.refresh(group); }
+    void refresh(uint64_t group);
 
-    /// Of these keys the pages that the cache has and that a text which goes on there needs.
-    std::span<const Hash256> find_end(std::span<const Hash256> keys) const;
-    /// The bytes of such pages; and makes the cache know pages, as many as there is room for.
+    /// Of these keys, how far the cache has what a text that goes on there needs.
+    size_t find_end(std::span<const Hash256> keys) const;
+    /// What that takes as bytes, of a text of so many pages; and the bytes.
+    Result<uint64_t> count_bytes(size_t end) const;
     void export_pages(std::span<const Hash256> keys, std::byte* out) const;
-    void import_pages(std::span<const Hash256> keys, std::span<const std::byte> bytes);
-    size_t page_bytes() const { return backend_.page_bytes(); }
+    /// Makes the cache know such pages of a text of `end`, as far as there are keys and room.
+    void import_pages(std::span<const Hash256> keys, size_t end, const std::byte* bytes);
+    size_t page_bytes() const;  // of a position's
 
     void report(ResponderStats* counts) const;
 
 private:
-    size_t count_cached(std::span<const Hash256> keys, size_t computed, size_t held) const;
-    uint32_t held_for(uint32_t positions) const;
-    bool copies_first(const Sequence& sequence) const;
+    // Of the pages of one kind.
+    struct Kind {
+        PagePool pool;
+        uint32_t window_pages;  // full ones that a row may see; UINT32_MAX: all
+        size_t page_bytes;
+        // Of a text of `end` pages, the first that what goes on there needs.
+        size_t first_needed(size_t end) const { return end - std::min<size_t>(end, window_pages); }
+    };
+    uint32_t pages_for(uint32_t positions) const;
+    uint64_t needed(const Kind& kind, const Sequence& sequence) const;
+    uint64_t needed_to_start(size_t kind, const Sequence& sequence) const;
+    uint64_t needed_to_go_on(size_t kind, const Sequence& sequence) const;
+    size_t count_cached(std::span<const Hash256> keys, const Sequence* from) const;
+    bool copies_first(size_t kind, const Sequence& sequence) const;
+    uint32_t lacking(size_t kind, const Sequence& sequence) const;
     void extend_keys(Sequence& sequence, size_t count) const;
     void share_cached(Sequence& sequence);
 
     Backend& backend_;
-    PagePool pool_;
+    std::vector<Kind> kinds_;  // in the order of a sequence's lists
     uint32_t page_tokens_, step_tokens_;
-    uint32_t window_pages_;  // full pages that a row may see; UINT32_MAX: all
     bool enabled_;
 };
 
@@ -27489,48 +27566,81 @@ PrefixCache::PrefixCache(const EngineOptions& options, const BackendOptions& siz
     : backend_(backend),
       page_tokens_(options.page_tokens),
       step_tokens_(sizes.max_batch_rows - sizes.max_logit_rows),
-      window_pages_(count_window_pages(spec, options.page_tokens)),
       enabled_(options.prefix_cache) {
-    pool_.open(sizes.kv_pages);
+    uint32_t first = 0, pages = sizes.kv_pages;
+    for (const uint32_t window_pages : count_window_pages(spec, options.page_tokens)) {
+        kinds_.push_back({{}, window_pages, backend.page_bytes(first)});
+        kinds_.back().pool.open(std::exchange(first, pages), pages);
+        pages = sizes.window_pages;
+    }
+    VALAR_ASSERT(kinds_.size() <= kPageKinds);
 }
 
 uint32_t PrefixCache::pages_for(uint32_t positions) const {
     return (positions + page_tokens_ - 1) / page_tokens_;
 }
 
-uint32_t PrefixCache::held_for(uint32_t positions) const {
-    return count_held_pages(positions, window_pages_, step_tokens_, page_tokens_);
+void PrefixCache::reserve_lists(Sequence& sequence) const {
+    const uint32_t pages = pages_for(sequence.length() + sequence.prompt->max_output);
+    for (size_t kind = 0; kind < kinds_.size(); ++kind) sequence.lists[kind].pages.reserve(pages);
+    if (enabled_) sequence.page_keys.reserve(pages);
+}
+
+// ---- Room ------------------------------------------------------------------------------------
+
+bool PrefixCache::has_room(const Sequence& next, std::span<const SequencePtr> running) const {
+    for (size_t kind = 0; kind < kinds_.size(); ++kind) {
+        uint64_t pages = needed_to_start(kind, next);
+        for (const SequencePtr& other : running) pages += needed_to_go_on(kind, *other);
+        if (pages > kinds_[kind].pool.unused()) return false;
+    }
+    return true;
+}
+
+// The most that it holds at a time until it has read its tokens and one more.
+uint64_t PrefixCache::needed(const Kind& kind, const Sequence& sequence) const {
+    return count_held_pages(sequence.length() + 1, kind.window_pages,
+                            std::min(step_tokens_, sequence.left() + 1), page_tokens_);
 }
 
 // What others use already is not taken again.
-uint64_t PrefixCache::needed_to_start(const Sequence& sequence) const {
-    uint64_t needed = held_for(sequence.length() + 1);
+uint64_t PrefixCache::needed_to_start(size_t kind, const Sequence& sequence) const {
+    const PagePool& pool = kinds_[kind].pool;
+    uint64_t pages = needed(kinds_[kind], sequence);
     for (const Hash256& key : sequence.page_keys) {
-        const uint32_t page = pool_.find(key);
-        if (needed == 0 || page == PagePool::none || !pool_.in_use(page)) break;
-        --needed;
+        const uint32_t page = pool.find(key);
+        if (pages == 0 || page == PagePool::none || !pool.in_use(page)) break;
+        --pages;
     }
-    return needed;
+    return pages;
 }
 
-uint64_t PrefixCache::needed_to_go_on(const Sequence& sequence) const {
-    VALAR_ASSERT(sequence.passed <= sequence.pages.size());
-    const size_t needed = held_for(sequence.length() + 1),
-                 held = sequence.pages.size() - sequence.passed;
-    return needed - std::min(needed, held);
+uint64_t PrefixCache::needed_to_go_on(size_t kind, const Sequence& sequence) const {
+    const PageList& list = sequence.lists[kind];
+    VALAR_ASSERT(list.passed <= list.pages.size());
+    const uint64_t pages = needed(kinds_[kind], sequence);
+    return pages - std::min<uint64_t>(pages, list.pages.size() - list.passed);
 }
+
+// ---- What is there already -------------------------------------------------------------------
 
 // How many of the first pages with these keys need not be computed: the largest number for which
-// the cache has every page that a window still reaches. That is so for `computed`; `held` counts
-// the pages that are there right before it.
-size_t PrefixCache::count_cached(std::span<const Hash256> keys, size_t computed,
-                                 size_t held) const {
+// the cache has every page that a window still reaches. That is so for those that `from` has computed.
+size_t PrefixCache::count_cached(std::span<const Hash256> keys, const Sequence* from) const {
+    const size_t computed = from ? from->computed / page_tokens_ : 0;
+    size_t held[kPageKinds] = {};  // that are there right before the next
+    for (size_t kind = 0; from && kind < kinds_.size(); ++kind)
+        held[kind] = computed - from->lists[kind].passed;
     size_t found = computed;
     for (size_t i = computed; i < keys.size(); ++i) {
-        const bool cached = pool_.find(keys[i]) != PagePool::none;
-        held = cached ? held + 1 : 0;
-        if (held >= std::min<size_t>(i + 1, window_pages_)) found = i + 1;
-        else if (window_pages_ == UINT32_MAX) break;
+        bool all = true;
+        for (size_t kind = 0; kind < kinds_.size(); ++kind) {
+            const bool cached = kinds_[kind].pool.find(keys[i]) != PagePool::none;
+            held[kind] = cached ? held[kind] + 1 : 0;
+            all &= held[kind] >= std::min<size_t>(i + 1, kinds_[kind].window_pages);
+        }
+        if (all) found = i + 1;
+        else if (kinds_[0].window_pages == UINT32_MAX && held[0] <= i) break;
     }
     return found;
 }
@@ -27551,41 +27661,59 @@ void PrefixCache::join(Sequence& sequence) {
 void PrefixCache::share_cached(Sequence& sequence) {
     const size_t begin = sequence.computed / page_tokens_;
     extend_keys(sequence, sequence.length() / page_tokens_);
-    const size_t end = count_cached(sequence.page_keys, begin, begin - sequence.passed);
-    for (size_t i = begin; i < end; ++i) {
-        const uint32_t page = window_pages_ < end - i ? PagePool::none
-                                                      : pool_.find(sequence.page_keys[i]);
-        if (page != PagePool::none) pool_.share(page);
-        if (i < sequence.pages.size()) pool_.drop(std::exchange(sequence.pages[i], page));
-        else sequence.pages.push_back(page);
+    const size_t end = count_cached(sequence.page_keys, &sequence);
+    for (size_t kind = 0; kind < kinds_.size(); ++kind) {
+        PagePool& pool = kinds_[kind].pool;
+        std::vector<uint32_t>& pages = sequence.lists[kind].pages;
+        const size_t first = kinds_[kind].first_needed(end);
+        for (size_t i = begin; i < end; ++i) {
+            const uint32_t page = i < first ? PagePool::none : pool.find(sequence.page_keys[i]);
+            if (page != PagePool::none) pool.share(page);
+            if (i < pages.size()) pool.drop(std::exchange(pages[i], page));
+            else pages.push_back(page);
+        }
     }
     if (end > begin) sequence.kept = static_cast<uint32_t>(end);
     sequence.computed = static_cast<uint32_t>(end * page_tokens_);
     drop_passed(sequence);
 }
 
+// ---- Pages of a sequence ---------------------------------------------------------------------
+
 // Whether the page that the next row goes to is known to the cache or used by others.
-bool PrefixCache::copies_first(const Sequence& sequence) const {
+bool PrefixCache::copies_first(size_t kind, const Sequence& sequence) const {
+    const std::vector<uint32_t>& pages = sequence.lists[kind].pages;
     const size_t begun = sequence.computed / page_tokens_;
-    return begun < sequence.pages.size() && !pool_.writable(sequence.pages[begun]);
+    return begun < pages.size() && !kinds_[kind].pool.writable(pages[begun]);
 }
 
-uint32_t PrefixCache::lacking(const Sequence& sequence) const {
-    const uint32_t held = static_cast<uint32_t>(sequence.pages.size());
-    const uint32_t needed = pages_for(sequence.computed + sequence.rows) + copies_first(sequence);
-    return needed - std::min(needed, held);
+uint32_t PrefixCache::lacking(size_t kind, const Sequence& sequence) const {
+    const uint32_t held = static_cast<uint32_t>(sequence.lists[kind].pages.size());
+    const uint32_t all = pages_for(sequence.computed + sequence.rows) +
+                         copies_first(kind, sequence);
+    return all - std::min(all, held);
+}
+
+bool PrefixCache::has_pages(const Sequence& sequence) const {
+    for (size_t kind = 0; kind < kinds_.size(); ++kind)
+        if (lacking(kind, sequence) > kinds_[kind].pool.unused()) return false;
+    return true;
 }
 
 void PrefixCache::take_pages(Sequence& sequence) {
-    VALAR_ASSERT(lacking(sequence) <= pool_.unused());
-    if (copies_first(sequence)) {
-        const uint32_t begun = sequence.computed / page_tokens_;
-        const uint32_t shared = std::exchange(sequence.pages[begun], pool_.take());
-        backend_.copy_page(shared, sequence.pages[begun]);
-        pool_.drop(shared);
-        sequence.kept = begun;
+    VALAR_ASSERT(has_pages(sequence));
+    for (size_t kind = 0; kind < kinds_.size(); ++kind) {
+        PagePool& pool = kinds_[kind].pool;
+        std::vector<uint32_t>& pages = sequence.lists[kind].pages;
+        if (copies_first(kind, sequence)) {
+            const uint32_t begun = sequence.computed / page_tokens_;
+            const uint32_t shared = std::exchange(pages[begun], pool.take());
+            backend_.copy_page(shared, pages[begun]);
+            pool.drop(shared);
+            sequence.kept = begun;
+        }
+        while (lacking(kind, sequence) > 0) pages.push_back(pool.take());
     }
-    while (lacking(sequence) > 0) sequence.pages.push_back(pool_.take());
 }
 
 // Of two pages with the same content one is kept.
@@ -27593,36 +27721,48 @@ void PrefixCache::keep(Sequence& sequence) {
     const uint32_t full = sequence.computed / page_tokens_;
     if (!enabled_) return;
     extend_keys(sequence, full);
-    for (; sequence.kept < full; ++sequence.kept) {
-        VALAR_ASSERT(sequence.kept < sequence.pages.size());
-        uint32_t& page = sequence.pages[sequence.kept];
-        const Hash256& key = sequence.page_keys[sequence.kept];
-        const uint32_t known = pool_.find(key);
-        if (known == PagePool::none) {
-            pool_.set_key(page, key, sequence.prompt->group);
-        } else {
-            pool_.share(known);
-            pool_.drop(std::exchange(page, known));
+    for (; sequence.kept < full; ++sequence.kept)
+        for (size_t kind = 0; kind < kinds_.size(); ++kind) {
+            PagePool& pool = kinds_[kind].pool;
+            VALAR_ASSERT(sequence.kept < sequence.lists[kind].pages.size());
+            uint32_t& page = sequence.lists[kind].pages[sequence.kept];
+            const Hash256& key = sequence.page_keys[sequence.kept];
+            const uint32_t known = pool.find(key);
+            if (known == PagePool::none) {
+                pool.set_key(page, key, sequence.prompt->group);
+            } else {
+                pool.share(known);
+                pool.drop(std::exchange(page, known));
+            }
         }
-    }
 }
 
 void PrefixCache::drop_passed(Sequence& sequence) {
-    const uint32_t full = sequence.computed / page_tokens_;
-    for (; full > window_pages_ && sequence.passed < full - window_pages_; ++sequence.passed) {
-        VALAR_ASSERT(sequence.passed < sequence.pages.size());
-        uint32_t& page = sequence.pages[sequence.passed];
-        if (page != PagePool::none) pool_.drop(page);
-        page = PagePool::none;
+    for (size_t kind = 0; kind < kinds_.size(); ++kind) {
+        PageList& list = sequence.lists[kind];
+        const size_t first = kinds_[kind].first_needed(sequence.computed / page_tokens_);
+        for (; list.passed < first; ++list.passed) {
+            VALAR_ASSERT(list.passed < list.pages.size());
+            uint32_t& page = list.pages[list.passed];
+            if (page != PagePool::none) kinds_[kind].pool.drop(page);
+            page = PagePool::none;
+        }
     }
 }
 
 // From the last to the first: what begins a prefix is to outlive what ends it.
 void PrefixCache::release(Sequence& sequence) {
-    for (; sequence.pages.size() > sequence.passed; sequence.pages.pop_back())
-        pool_.drop(sequence.pages.back());
-    sequence.pages.clear();
-    sequence.computed = sequence.rows = sequence.kept = sequence.passed = 0;
+    for (size_t kind = 0; kind < kinds_.size(); ++kind) {
+        auto& [pages, passed] = sequence.lists[kind];
+        for (; pages.size() > passed; pages.pop_back()) kinds_[kind].pool.drop(pages.back());
+        pages.clear();
+        passed = 0;
+    }
+    sequence.computed = sequence.rows = sequence.kept = 0;
+}
+
+void PrefixCache::refresh(uint64_t group) {
+    for (Kind& kind : kinds_) kind.pool.refresh(group);
 }
 
 void PrefixCache::extend_keys(Sequence& sequence, size_t count) const {
@@ -27630,44 +27770,68 @@ void PrefixCache::extend_keys(Sequence& sequence, size_t count) const {
                      count);
 }
 
-std::span<const Hash256> PrefixCache::find_end(std::span<const Hash256> keys) const {
-    const size_t end = count_cached(keys, 0, 0);
-    const size_t first = end - std::min<size_t>(end, window_pages_);
-    return keys.subspan(first, end - first);
+// ---- Pages as bytes --------------------------------------------------------------------------
+
+size_t PrefixCache::find_end(std::span<const Hash256> keys) const {
+    return count_cached(keys, nullptr);
+}
+
+size_t PrefixCache::page_bytes() const {
+    size_t bytes = 0;
+    for (const Kind& kind : kinds_) bytes += kind.page_bytes;
+    return bytes;
+}
+
+Result<uint64_t> PrefixCache::count_bytes(size_t end) const {
+    uint64_t all = 0;
+    for (const Kind& kind : kinds_) {
+        uint64_t bytes;
+        if (mul_overflows(end - kind.first_needed(end), kind.page_bytes, &bytes) ||
+            add_overflows(all, bytes, &all))
+            return make_error(ErrorKind::too_large, "too many pages");
+    }
+    return all;
 }
 
 void PrefixCache::export_pages(std::span<const Hash256> keys, std::byte* out) const {
-    for (const Hash256& key : keys) {
-        const uint32_t page = pool_.find(key);
-        VALAR_ASSERT(page != PagePool::none);
-        backend_.export_page(page, out);
-        out += page_bytes();
-    }
+    for (const Kind& kind : kinds_)
+        for (size_t i = kind.first_needed(keys.size()); i < keys.size(); ++i) {
+            const uint32_t page = kind.pool.find(keys[i]);
+            VALAR_ASSERT(page != PagePool::none);
+            backend_.export_page(page, out);
+            out += kind.page_bytes;
+        }
 }
 
-void PrefixCache::import_pages(std::span<const Hash256> keys, std::span<const std::byte> bytes) {
-    const size_t size = page_bytes(), count = std::min(keys.size(), bytes.size() / size);
-    std::vector<uint32_t> pages;
-    for (size_t i = 0; i < count; ++i) {
-        uint32_t page = pool_.find(keys[i]);
-        if (page != PagePool::none) {
-            pool_.share(page);
-        } else {
-            if (pool_.unused() == 0) break;
-            page = pool_.take();
-            backend_.import_page(page, bytes.data() + i * size);
-            pool_.set_key(page, keys[i], 0);
+void PrefixCache::import_pages(std::span<const Hash256> keys, size_t end, const std::byte* bytes) {
+    for (Kind& kind : kinds_) {
+        const size_t first = kind.first_needed(end);
+        std::vector<uint32_t> pages;
+        for (size_t i = first; i < std::min(end, keys.size()); ++i) {
+            uint32_t page = kind.pool.find(keys[i]);
+            if (page != PagePool::none) {
+                kind.pool.share(page);
+            } else {
+                if (kind.pool.unused() == 0) break;
+                page = kind.pool.take();
+                backend_.import_page(page, bytes + (i - first) * kind.page_bytes);
+                kind.pool.set_key(page, keys[i], 0);
+            }
+            pages.push_back(page);
         }
-        pages.push_back(page);
+        for (; !pages.empty(); pages.pop_back()) kind.pool.drop(pages.back());
+        bytes += (end - first) * kind.page_bytes;
     }
-    for (; !pages.empty(); pages.pop_back()) pool_.drop(pages.back());
 }
 
 void PrefixCache::report(ResponderStats* counts) const {
-    counts->pages = pool_.pages();
-    counts->pages_used = pool_.pages() - pool_.unused();
-    counts->pages_cached = pool_.cached();
-    counts->pages_shared = pool_.shared();
+    counts->pages = counts->pages_used = counts->pages_cached = counts->pages_shared = 0;
+    for (const Kind& kind : kinds_) {
+        counts->pages += kind.pool.pages();
+        counts->pages_used += kind.pool.pages() - kind.pool.unused();
+        counts->pages_cached += kind.pool.cached();
+        counts->pages_shared += kind.pool.shared();
+    }
 }
 
 }  // namespace detail
@@ -28028,7 +28192,6 @@ private:
     void count_running();
     SequencePtr* next_waiting();
     bool make_place(const Sequence& next);
-    bool fits(const Sequence& next) const;
     void start(SequencePtr sequence);
     void preempt_last();
     void leave(Sequence& sequence);
@@ -28251,20 +28414,14 @@ void Scheduler::count_running() {
 
 // Sequences of lower rank give way until the next one fits; false if it still does not.
 bool Scheduler::make_place(const Sequence& next) {
-    while (running_.size() == options_.max_running || !fits(next)) {
+    while (running_.size() == options_.max_running ||
+           !(running_.empty() || cache_.has_room(next, running_))) {
         const auto last = std::max_element(running_.begin(), running_.end(), runs_before);
         if ((*last)->rank <= next.rank) return false;
         std::swap(*last, running_.back());
         preempt_last();
     }
     return true;
-}
-
-// Whether there are pages for it and for what the others still have to read.
-bool Scheduler::fits(const Sequence& next) const {
-    uint64_t needed = cache_.needed_to_start(next);
-    for (const SequencePtr& other : running_) needed += cache_.needed_to_go_on(*other);
-    return running_.empty() || needed <= cache_.unused();
 }
 
 void Scheduler::start(SequencePtr sequence) {
@@ -28274,9 +28431,7 @@ void Scheduler::start(SequencePtr sequence) {
     if (sequence->prompt->group) cache_.refresh(sequence->prompt->group);
     if (sequence->started_ns == 0) {
         sequence->started_ns = now;
-        const uint32_t pages = cache_.pages_for(sequence->length() + sequence->prompt->max_output);
-        sequence->pages.reserve(pages);
-        if (options_.prefix_cache) sequence->page_keys.reserve(pages);
+        cache_.reserve_lists(*sequence);
         answers_.begin(*sequence);
     }
     running_.push_back(std::move(sequence));
@@ -28418,7 +28573,7 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
 // waits for a later batch.
 void Scheduler::reserve_pages(size_t index) {
     Sequence& sequence = *running_[index];
-    const auto is_short = [&] { return cache_.unused() < cache_.lacking(sequence); };
+    const auto is_short = [&] { return !cache_.has_pages(sequence); };
     if (sequence.rows == 0) return;
     if (is_short()) sequence.rows -= std::exchange(sequence.drafts.count, 0);
     while (is_short() && running_.size() > index + 1) preempt_last();
@@ -28434,7 +28589,8 @@ void Scheduler::add_rows(Sequence& sequence, uint32_t* logit_rows) {
         const Token token = position < length ? sequence.tokens[position]
                                               : sequence.drafts.tokens[position - length];
         const bool logits = position + 1 >= length;
-        batch_.push_back({token, nullptr, position, sequence.pages.data(), logits});
+        batch_.push_back({token, nullptr, position, sequence.lists[0].pages.data(), logits,
+                          sequence.lists[1].pages.data()});
         *logit_rows += logits;
     }
 }
@@ -28929,10 +29085,10 @@ Item read_item(const Json& from) {
 
 struct SaveHeader {
     char magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
-    uint32_t version = 2, numerics = kNumerics;
+    uint32_t version = 3, numerics = kNumerics;
     Hash256 model;
     uint32_t precision = 0, kv_type = 0, page_tokens = 0;
-    uint32_t first_page = 0, pages = 0, unused = 0;
+    uint32_t pages = 0, unused[2] = {};  // pages that the text fills
     uint64_t page_bytes = 0, json_bytes = 0;
 };
 static_assert(sizeof(SaveHeader) == 88 && std::is_trivially_copyable_v<SaveHeader>);
@@ -29082,14 +29238,15 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     const std::string history = state_->history();
     auto keys = pages ? state_->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    const auto found = engine.cache.find_end(*keys);
+    const size_t end = engine.cache.find_end(*keys);
+    auto page_bytes = engine.cache.count_bytes(end);
+    if (!page_bytes) return page_bytes.error();
     auto made = detail::save_header(*engine.model, engine.options, engine.cache);
     if (!made) return made.error();
     detail::SaveHeader header = *made;
-    header.first_page = static_cast<uint32_t>(found.data() - keys->data());
-    header.pages = static_cast<uint32_t>(found.size());
+    header.pages = static_cast<uint32_t>(end);
     header.json_bytes = history.size();
-    std::vector<std::byte> out(sizeof header + history.size() + found.size() * header.page_bytes +
+    std::vector<std::byte> out(sizeof header + history.size() + static_cast<size_t>(*page_bytes) +
                                sizeof(uint32_t));
     std::byte* at = out.data();
     const auto put = [&](const void* from, size_t size) {
@@ -29098,8 +29255,8 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     };
     put(&header, sizeof header);
     put(history.data(), history.size());
-    engine.cache.export_pages(found, at);
-    at += found.size() * header.page_bytes;
+    engine.cache.export_pages(std::span(*keys).first(end), at);
+    at += *page_bytes;
     const uint32_t sum = detail::crc32c(out.data(), out.size() - sizeof sum);
     put(&sum, sizeof sum);
     return out;
@@ -29123,11 +29280,8 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
         return refuse(ErrorKind::unsupported, "written by another version of valar");
     const auto body = saved.subspan(sizeof header, saved.size() - sizeof header - sizeof sum);
     std::memcpy(&sum, saved.data() + saved.size() - sizeof sum, sizeof sum);
-    uint64_t page_bytes;
     if (detail::crc32c(saved.data(), saved.size() - sizeof sum) != sum ||
-        header.json_bytes > body.size() ||
-        detail::mul_overflows(header.pages, header.page_bytes, &page_bytes) ||
-        page_bytes != body.size() - header.json_bytes)
+        header.json_bytes > body.size())
         return refuse(ErrorKind::bad_data, "damaged");
     if (!(header.model == here.model)) return refuse(ErrorKind::unsupported, "of another model");
     const auto options = [](const detail::SaveHeader& of) {
@@ -29135,6 +29289,9 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     };
     if (header.pages && options(header) != options(here))
         return refuse(ErrorKind::unsupported, "of an engine with other options");
+    auto page_bytes = engine.cache.count_bytes(header.pages);
+    if (!page_bytes || *page_bytes != body.size() - header.json_bytes)
+        return refuse(ErrorKind::bad_data, "damaged");
     auto json = Json::parse(
         {reinterpret_cast<const char*>(body.data()), static_cast<size_t>(header.json_bytes)});
     if (!json) return refuse(ErrorKind::bad_data, json.error().message.c_str());
@@ -29152,9 +29309,8 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     if (!turn) return turn.error();
     auto keys = header.pages ? state->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    engine.cache.import_pages(
-        std::span(*keys).subspan(std::min<size_t>(keys->size(), header.first_page)),
-        body.subspan(static_cast<size_t>(header.json_bytes)));
+    engine.cache.import_pages(*keys, header.pages,
+                              body.data() + static_cast<size_t>(header.json_bytes));
     return Conversation(std::move(state));
 }
 

@@ -483,7 +483,7 @@ TEST_CASE("pages: copied, exported and imported") {
     const auto ids = prompt(40);
     const auto expected = hash_of(all_logits(model, ids, {}));
     const auto here = page_list(0, 4), there = page_list(10, 4), elsewhere = page_list(20, 4);
-    std::vector<std::byte> bytes(model.backend->page_bytes());
+    std::vector<std::byte> bytes(model.backend->page_bytes(0));
     for (uint32_t i = 0; i < 3; ++i) {
         model.backend->copy_page(here[i], there[i]);
         model.backend->export_page(here[i], bytes.data());
@@ -495,6 +495,58 @@ TEST_CASE("pages: copied, exported and imported") {
     for (const auto& pages : {there, elsewhere}) {
         REQUIRE(model.run(make_rows(last, 39, pages, true)));
         CHECK(std::equal(original.begin(), original.end(), model.logits(0).begin()));
+    }
+}
+
+TEST_CASE("pages of their own for layers with windows") {
+    const auto bytes = tiny::model({.types = {TensorType::q8_0},
+                                    .n_layers = 5,
+                                    .n_embd = 64,
+                                    .n_ff = 64,
+                                    .n_context = 2048,
+                                    .window = 40,
+                                    .full_every = 3});
+    const auto ids = prompt(300);
+    Model shared = open_tiny(bytes, small());
+    const auto expected = hash_of(all_logits(shared, ids, {}));
+    BackendOptions options = small();
+    options.kv_pages = 19;
+    options.window_pages = 6;  // of the window, of a batch of 32, at their ends
+    Model apart = open_tiny(bytes, options);
+    const size_t page = shared.backend->page_bytes(0) / 5;
+    CHECK(apart.backend->page_bytes(18) == page);  // layer 2
+    CHECK(apart.backend->page_bytes(19) == 4 * page);
+    CHECK(plan_cpu_backend(*apart.gguf, *apart.spec, options)->kv == (19 + 4 * 6) * page);
+    std::vector<uint32_t> full = page_list(0, 19, true), windowed(19, UINT32_MAX);
+    std::vector<float> logits;
+    for (uint32_t at = 0; at < 300; at += 30) {
+        for (uint32_t i = 0; i < 19; ++i) {  // what is out of sight is not looked at
+            const bool seen = (i + 1) * 16 > at - std::min(at, 39u) && i * 16 < at + 30;
+            windowed[i] = seen ? 19 + i % 6 : UINT32_MAX;
+        }
+        auto rows = make_rows(std::span(ids).subspan(at, 30), at, full, true);
+        for (BatchRow& row : rows) row.window_pages = windowed.data();
+        REQUIRE(apart.run(rows));
+        for (uint32_t i = 0; i < 30; ++i)
+            logits.insert(logits.end(), apart.logits(i).begin(), apart.logits(i).end());
+    }
+    CHECK(hash_of(logits) == expected);
+    // A page goes elsewhere, to one that holds what is out of sight, copied or as bytes.
+    const std::vector<float> last(logits.end() - apart.spec->n_vocab, logits.end());
+    const uint32_t from = windowed[17], to = 19 + (18 + 1) % 6;
+    std::vector<std::byte> saved(4 * page);
+    apart.backend->export_page(from, saved.data());
+    windowed[17] = to;
+    BatchRow row = make_rows(std::span(ids).last(1), 299, full, true)[0];
+    row.window_pages = windowed.data();
+    for (const bool as_bytes : {false, true}) {
+        apart.backend->import_page(to, std::vector<std::byte>(4 * page).data());
+        REQUIRE(apart.run({&row, 1}));
+        CHECK_FALSE(std::equal(last.begin(), last.end(), apart.logits(0).begin()));
+        if (as_bytes) apart.backend->import_page(to, saved.data());
+        else apart.backend->copy_page(from, to);
+        REQUIRE(apart.run({&row, 1}));
+        CHECK(std::equal(last.begin(), last.end(), apart.logits(0).begin()));
     }
 }
 
@@ -666,8 +718,8 @@ TEST_CASE("the memory plan") {
     REQUIRE(plan);
     auto backend = detail::open_cpu_backend(*gguf, *spec, *tensors, options);
     REQUIRE(backend);
-    CHECK(plan->kv == options.kv_pages * (*backend)->page_bytes());
-    CHECK((*backend)->page_bytes() ==
+    CHECK(plan->kv == options.kv_pages * (*backend)->page_bytes(0));
+    CHECK((*backend)->page_bytes(0) ==
           2 * 2 * 16 * 2 * 2 * 64);  // layers, k and v, positions, f16, heads
     uint64_t file = 0;
     for (const TensorInfo& tensor : gguf->tensors()) file += tensor.bytes;
@@ -750,6 +802,7 @@ TEST_CASE("options out of range") {
     }
     CHECK(refused([](BackendOptions& o) { o.page_tokens = 0; }));
     CHECK(refused([](BackendOptions& o) { o.kv_pages = 0; }));
+    CHECK(refused([](BackendOptions& o) { o.window_pages = UINT32_MAX; }));
     CHECK(refused([](BackendOptions& o) { o.max_batch_rows = 0; }));
     CHECK(refused([](BackendOptions& o) { o.max_logit_rows = 0; }));
     CHECK(refused([](BackendOptions& o) { o.max_logit_rows = 301; }));

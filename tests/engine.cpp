@@ -54,6 +54,20 @@ const std::vector<std::byte>& windowed_bytes() {
     return bytes;
 }
 
+// Of five layers the third sees all.
+const std::vector<std::byte>& partly_windowed_bytes() {
+    static const auto bytes = tiny::model({.types = {TensorType::q4_0, TensorType::q8_0},
+                                           .n_layers = 5,
+                                           .n_embd = 128,
+                                           .n_heads = 2,
+                                           .n_kv_heads = 1,
+                                           .n_ff = 128,
+                                           .n_context = 2048,
+                                           .window = 40,
+                                           .full_every = 3});
+    return bytes;
+}
+
 EngineOptions tiny_options() {
     EngineOptions options;
     options.model_bytes = model_bytes();
@@ -829,13 +843,13 @@ TEST_CASE("many at once: a small pool makes some give way, and they go on with t
 
 TEST_CASE("many at once: keys and values in q8_0; layers with windows") {
     uint64_t seed = 300, preempted = 0;
-    for (const bool windowed : {false, true})
+    for (const auto* bytes : {&model_bytes(), &windowed_bytes(), &partly_windowed_bytes()})
         for (const KvType kv_type : {KvType::q8_0, KvType::f16})
             for (const bool cache : {false, true})
                 for (const uint32_t page_tokens : {16u, 64u}) {
-                    if (!windowed && kv_type == KvType::f16) continue;  // above
+                    if (bytes == &model_bytes() && kv_type == KvType::f16) continue;  // above
                     EngineOptions options = tiny_options();
-                    if (windowed) options.model_bytes = windowed_bytes();
+                    options.model_bytes = *bytes;
                     options.kv_type = kv_type;
                     options.prefix_cache = cache;
                     options.page_tokens = page_tokens;
@@ -879,6 +893,75 @@ TEST_CASE("layers with windows give back the pages that they no longer see") {
     options.model_bytes = model_bytes();
     options.context_tokens = 512;
     CHECK(Engine::memory_plan(options)->kv / 32 * pages == plan->kv);
+}
+
+TEST_CASE("layers with windows beside others: only they give back pages") {
+    EngineOptions options = tiny_options();
+    options.model_bytes = partly_windowed_bytes();
+    options.context_tokens = 2048;
+    options.step_tokens = 2048;
+    options.max_running = 1;
+    options.prefix_cache = options.speculation = false;
+    Request request = ask(std::string(900, 'x'), 600);
+    request.temperature = 1.5;
+    request.logit_bias = {{0, -100}, {2, -100}};
+    const std::string expected = answer(open_tiny(options), request);
+    options.step_tokens = 32;
+    const uint32_t full = 2048 / 16, windowed = 3 + 2 + 2;
+    for (const bool together : {false, true}) {  // the cache and guesses
+        options.prefix_cache = options.speculation = together;
+        Engine engine = open_tiny(options);
+        CHECK(engine.responder()->stats().pages == full + windowed);
+        CHECK(answer(engine, request) == expected);
+        CHECK(engine.responder()->stats().pages_used == 0);
+    }
+    const uint64_t page = 2 * 16 * 64 * 2;  // keys and values, positions, a head, f16
+    CHECK(Engine::memory_plan(options)->kv == (full + 4 * windowed) * page);
+    options.max_running = 4;  // a window for each, whatever else there is room for
+    CHECK(Engine::memory_plan(options)->kv == (2 * full + 4 * (windowed + 3 * (3 + 2))) * page);
+    const auto two = Engine::memory_plan(options);
+    options.memory_limit = two->total() + 10 * page;
+    CHECK(Engine::memory_plan(options)->kv == two->kv + 10 * page);
+    options.memory_limit = two->total() - (full + 4) * page;  // first windows, then contexts
+    CHECK(Engine::memory_plan(options)->kv == two->kv - (full + 4) * page);
+    options.memory_limit = two->total() - (full + 4 * 3 * (3 + 2)) * page;
+    CHECK(Engine::memory_plan(options)->kv == (full + 4 * windowed) * page);
+    options.memory_limit -= 1;
+    CHECK(Engine::memory_plan(options).error().param == "memory_limit");
+    options.max_running = 1000;  // no more than a context has
+    options.memory_limit = 0;
+    CHECK(Engine::memory_plan(options)->kv == (2 * full + 4 * full) * page);
+}
+
+TEST_CASE("layers with windows beside others: a prompt is found as far as both kinds are there") {
+    EngineOptions options = tiny_options();
+    options.model_bytes = partly_windowed_bytes();
+    options.context_tokens = 1024;
+    options.step_tokens = 64;
+    options.max_running = 1;
+    const auto alone = [&](const Request& request) {
+        EngineOptions without = options;
+        without.prefix_cache = false;
+        return answer(open_tiny(without), request);
+    };
+    Engine engine = open_tiny(options);  // 64 pages and 9, three of a window
+    const auto ask_again = [&](const Request& request) {
+        Reply reply = engine.submit(request);
+        REQUIRE(engine.step());
+        CHECK(reply.outcome().text == alone(request));
+        return reply.outcome().usage.cached_tokens;
+    };
+    const Request request = ask(std::string(500, 'x')), longer = ask(std::string(600, 'x'));
+    const uint32_t count = *engine.count_tokens(request);
+    CHECK(ask_again(request) == 0);
+    CHECK(ask_again(request) == (count - 1) / 16 * 16);
+    // What follows the text differs; its last full page is still in sight.
+    const uint32_t found = ask_again(longer);
+    CHECK(found >= 480);
+    CHECK(found < count);
+    // It goes on where the windows' pages are gone: the others alone are no use.
+    CHECK(ask_again(ask(std::string(200, 'x') + std::string(200, 'y'))) == 0);
+    CHECK(engine.responder()->stats().pages_used == 0);
 }
 
 TEST_CASE("layers with windows: the cache needs only the pages that they still see") {
@@ -1566,9 +1649,10 @@ TEST_CASE("conversation: save and restore") {
 }
 
 TEST_CASE("conversation: save and restore with q8_0 pages, and with windows") {
-    for (const bool windowed : {false, true}) {
+    for (const auto* model : {&model_bytes(), &windowed_bytes(), &partly_windowed_bytes()}) {
+        const bool windowed = model == &windowed_bytes(), partly = model != &model_bytes();
         EngineOptions options = tiny_options();
-        if (windowed) options.model_bytes = windowed_bytes();
+        options.model_bytes = *model;
         options.kv_type = KvType::q8_0;
         options.context_tokens = 512;
         options.step_tokens = 64;
@@ -1579,10 +1663,12 @@ TEST_CASE("conversation: save and restore with q8_0 pages, and with windows") {
         auto saved = conversation.save(), bare = conversation.save(false);
         REQUIRE(saved);
         REQUIRE(bare);
-        // Heads of 64: 2 layers, 2 heads, keys and values, each value a byte and a half of 32 a scale.
-        const size_t page = 2 * 2 * 2 * 16 * (64 + 2 * 2),
-                     pages = (saved->size() - bare->size()) / page;
-        CHECK(saved->size() == bare->size() + pages * page);
+        // Heads of 64: keys and values, each value a byte and a half of 32 a scale; 2 layers with 2
+        // heads, or the third of 5 layers, and 3 pages of the others.
+        const size_t head = 2 * 16 * (64 + 2 * 2), size = saved->size() - bare->size();
+        const bool both = model == &partly_windowed_bytes();
+        const size_t page = both ? head : 4 * head, pages = (size - both * 3 * 4 * head) / page;
+        CHECK(size == both * 3 * 4 * head + pages * page);
         if (windowed) CHECK(pages == 3);
         else CHECK(pages > 6);
         uint32_t cached_here = 0, cached_there = 0;
@@ -1591,7 +1677,7 @@ TEST_CASE("conversation: save and restore with q8_0 pages, and with windows") {
         auto restored = Conversation::restore(other, *saved);
         REQUIRE(restored);
         CHECK(say(other, *restored, "Too much!", &cached_there) == expected);
-        CHECK(cached_here > 16 * pages * windowed);
+        if (partly) CHECK(cached_here > 16 * 3);
         CHECK(cached_there == cached_here);
         options.kv_type = KvType::f16;
         Engine different = open_tiny(options);

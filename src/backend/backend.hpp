@@ -36,6 +36,8 @@ struct BackendOptions {
     ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
     Allocator allocator = {};  ///< of weights, keys and values, and scratch
+    /// More pages, numbered behind those, for layers with windows alone; 0: all layers share pages.
+    uint32_t window_pages = 0;
 };
 
 /// Bytes that a loaded model takes.
@@ -56,7 +58,8 @@ struct BatchRow {
     /// Numbers of pages in the pool: position p of the sequence lies in pages[p / page_tokens],
     /// and that of `position` is there already. Pages before all layers' windows are not looked at.
     const uint32_t* pages = nullptr;
-    bool logits = false;  ///< whether logits are wanted for this row
+    bool logits = false;                     ///< whether logits are wanted for this row
+    const uint32_t* window_pages = nullptr;  ///< the same, where layers with windows have their own
 };
 
 /// A device that holds a model and computes batches of rows. It keeps kv_pages pages of keys and
@@ -82,10 +85,10 @@ public:
     /// The logits (n_vocab) of the i-th row that wanted them, until the next begin(). Error
     /// (bad_data): some are not finite; names the layer where that began; other rows are unharmed.
     virtual Result<std::span<const float>> logits(uint32_t i) const = 0;
-    /// Copies one page of all layers over another.
+    /// Copies one page of all its layers over another of its kind.
     virtual void copy_page(uint32_t from, uint32_t to) = 0;
-    /// Bytes of one page of all layers, as export_page writes them; import_page takes any page's.
-    virtual size_t page_bytes() const = 0;
+    /// Bytes of a page of all its layers, as export_page writes and import_page takes them.
+    virtual size_t page_bytes(uint32_t page) const = 0;
     virtual void export_page(uint32_t page, std::byte* out) const = 0;
     virtual void import_page(uint32_t page, const std::byte* in) = 0;
 };

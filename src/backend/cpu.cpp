@@ -31,7 +31,7 @@ public:
     void abandon() override { decoder_.abandon(); }
     Result<std::span<const float>> logits(uint32_t i) const override { return decoder_.logits(i); }
     void copy_page(uint32_t from, uint32_t to) override;
-    size_t page_bytes() const override { return decoder_.page_bytes(); }
+    size_t page_bytes(uint32_t page) const override { return decoder_.page_bytes(page); }
     void export_page(uint32_t page, std::byte* out) const override;
     void import_page(uint32_t page, const std::byte* in) override;
 
@@ -92,11 +92,13 @@ Result<bool> CpuBackend::advance(uint64_t deadline_ns) {
 
 void CpuBackend::copy_page(uint32_t from, uint32_t to) {
     for (const CpuLayer& in : decoder_.weights().layers)
-        std::memcpy(decoder_.kv_page(in, to), decoder_.kv_page(in, from), in.kv_page_bytes());
+        if (in.has_page(from))
+            std::memcpy(decoder_.kv_page(in, to), decoder_.kv_page(in, from), in.kv_page_bytes());
 }
 
 void CpuBackend::export_page(uint32_t page, std::byte* out) const {
     for (const CpuLayer& in : decoder_.weights().layers) {
+        if (!in.has_page(page)) continue;
         std::memcpy(out, decoder_.kv_page(in, page), in.kv_page_bytes());
         out += in.kv_page_bytes();
     }
@@ -104,6 +106,7 @@ void CpuBackend::export_page(uint32_t page, std::byte* out) const {
 
 void CpuBackend::import_page(uint32_t page, const std::byte* bytes) {
     for (const CpuLayer& in : decoder_.weights().layers) {
+        if (!in.has_page(page)) continue;
         std::memcpy(decoder_.kv_page(in, page), bytes, in.kv_page_bytes());
         bytes += in.kv_page_bytes();
     }

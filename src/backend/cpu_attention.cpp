@@ -84,7 +84,7 @@ void CpuDecoder::find_keys(const AttentionUnit& unit, uint32_t kv_head, uint32_t
         const uint32_t position = segment * kSegment + i * kKeyGroup;
         found.keys[i] = found.values[i] = nullptr;
         if (position > newest || position + kKeyGroup <= oldest) continue;
-        const uint32_t page = rows_[unit.row].pages[position / page_tokens];
+        const uint32_t page = pages(rows_[unit.row])[position / page_tokens];
         const std::byte* at = kv_page(layer(), page) + kv_head * layer().kv_head_bytes +
                               position % page_tokens / kKeyGroup * group_bytes;
         found.keys[i] = at;

@@ -75,10 +75,12 @@ public:
     Result<std::span<const float>> logits(uint32_t i) const;
 
     std::byte* kv_page(const CpuLayer& in, uint32_t page) const {
-        VALAR_ASSERT(page < options_.kv_pages);
-        return kv_.data() + in.kv_offset + page * in.kv_page_bytes();
+        VALAR_ASSERT(in.has_page(page));
+        return kv_.data() + in.kv_offset + (page - in.first_page) * in.kv_page_bytes();
     }
-    size_t page_bytes() const { return static_cast<size_t>(page_bytes_); }
+    size_t page_bytes(uint32_t page) const {
+        return static_cast<size_t>(page_bytes_[page >= options_.kv_pages]);
+    }
 
 private:
     // What a step does: `job` does units first .. last - 1.
@@ -121,6 +123,10 @@ private:
     Error locate_bad_numbers(CpuMachine& machine);
     bool residual_is_finite() const;
 
+    // Of a row, the pages that this layer's keys and values go to.
+    const uint32_t* pages(const BatchRow& row) const {
+        return layer().first_page ? row.window_pages : row.pages;
+    }
     const CpuMatrix& matrix(TensorRole role) const { return layer().matrix(role); }
     uint64_t count_rows() const { return row_count(); }
     uint64_t count_qkv() const {
@@ -266,7 +272,7 @@ private:
     std::vector<RopeTable> ropes_;
     CpuSizes sizes_{};
     CpuScratch scratch_{};
-    uint64_t page_bytes_ = 0;
+    PageBytes page_bytes_{};
     Buffer weights_memory_, kv_, scratch_memory_;
 
     std::span<const BatchRow> batch_;  // in work; empty: none

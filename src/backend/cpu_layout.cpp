@@ -209,6 +209,8 @@ Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions
         options.page_tokens > kMaxPageTokens)
         return refuse("page_tokens", options.page_tokens, "a multiple of 16 up to 4096");
     if (options.kv_pages == 0) return refuse("kv_pages", 0, "positive");
+    if (options.window_pages > UINT32_MAX - options.kv_pages)
+        return refuse("window_pages", options.window_pages, "what kv_pages leave of 32 bits");
     if (options.max_batch_rows == 0 || options.max_batch_rows > kMaxBatchRows)
         return refuse("max_batch_rows", options.max_batch_rows, "in 1..65536");
     if (options.max_logit_rows == 0 || options.max_logit_rows > options.max_batch_rows)
@@ -292,18 +294,27 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
                               {}, "kv_type");
         layer.kv_head_bytes = 2 * kv_group_bytes(options.kv_type, head_dim) *
                               (options.page_tokens / kKeyGroup);
-        layer.kv_offset = out.page_bytes;  // times the pages, below
-        out.page_bytes += layer.kv_page_bytes();
+        const bool own = options.window_pages && layer.spec->window;
+        layer.first_page = own ? options.kv_pages : 0;
+        layer.last_page = layer.first_page + (own ? options.window_pages : options.kv_pages) - 1;
+        layer.kv_offset = out.page_bytes[own];  // times the pages, below
+        out.page_bytes[own] += layer.kv_page_bytes();
         const RopeSpec& rope = layer.spec->rope;
         while (layer.rope < out.ropes.size() && !same_rope(*out.ropes[layer.rope].spec, rope))
             ++layer.rope;
         if (layer.rope == out.ropes.size())
             out.ropes.push_back(make_rope_table(rope, choose_rope_factors(spec, options)));
     }
-    if (mul_overflows(out.page_bytes, options.kv_pages, &out.plan.kv))
+    uint64_t others, own;
+    if (mul_overflows(out.page_bytes[0], options.kv_pages, &others) ||
+        mul_overflows(out.page_bytes[1], options.window_pages, &own) ||
+        add_overflows(others, own, &out.plan.kv))
         return make_error(ErrorKind::out_of_memory,
-                          format("out of memory: %u pages of keys and values", options.kv_pages));
-    for (CpuLayer& layer : out.weights.layers) layer.kv_offset *= options.kv_pages;
+                          format("out of memory: %u pages of keys and values",
+                                 options.kv_pages + options.window_pages));
+    for (CpuLayer& layer : out.weights.layers)
+        layer.kv_offset = layer.first_page ? others + layer.kv_offset * options.window_pages
+                                           : layer.kv_offset * options.kv_pages;
     out.sizes = measure_cpu(spec, options, out.weights, out.ropes);
     CpuScratch().place(scratch, out.sizes, spec.n_embd, spec.n_vocab);
     out.plan.scratch = scratch.used;

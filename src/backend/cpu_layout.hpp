@@ -4,6 +4,7 @@
 #include "base/internal.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -85,9 +86,11 @@ struct CpuLayer {
     bool adds_later(const ModelSpec& of) const {
         return adds_attention_later(of) || adds_ffn_later(of);
     }
-    uint64_t kv_offset;    // of its pages in the pool
+    uint32_t first_page, last_page;  // its own
+    uint64_t kv_offset;              // of its pages in the memory of all
     size_t kv_head_bytes;  // one kv head of one page: groups of keys, then groups of values
     size_t kv_page_bytes() const { return kv_head_bytes * spec->n_kv_heads; }
+    bool has_page(uint32_t page) const { return page >= first_page && page <= last_page; }
     uint32_t first_seen(uint32_t position) const {
         return spec->window && position >= spec->window ? position - spec->window + 1 : 0;
     }
@@ -180,13 +183,16 @@ struct CpuScratch {
     void place(Carver& carver, const CpuSizes& n, uint64_t n_embd, uint64_t n_vocab);
 };
 
+// Of a page, of all its layers; of one for layers with windows alone.
+using PageBytes = std::array<uint64_t, 2>;
+
 // Everything about memory, computed the same way for a plan and for the real thing.
 struct CpuLayout {
     CpuWeights weights;
     std::vector<RopeTable> ropes;
     CpuSizes sizes{};
     MemoryPlan plan;
-    uint64_t page_bytes = 0;  // of all layers
+    PageBytes page_bytes{};
 };
 
 // Positions that one sequence may have.

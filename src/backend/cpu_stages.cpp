@@ -257,7 +257,7 @@ void CpuDecoder::rotate_scale_store(uint32_t first, uint32_t last, uint32_t) {
         if (spec.qk_norm != QkNorm::none && spec.qk_norm_after_rope) norm_heads(q, k);
         kernels_->scale(q, query_scale(rows_[row].position), n_q);
         const uint32_t position = rows_[row].position, in_page = position % options_.page_tokens;
-        std::byte* page = kv_page(layer(), rows_[row].pages[position / options_.page_tokens]);
+        std::byte* page = kv_page(layer(), pages(rows_[row])[position / options_.page_tokens]);
         const size_t half = layer().kv_head_bytes / 2;
         const size_t group_at = in_page / kKeyGroup * (half * kKeyGroup / options_.page_tokens);
         for (uint32_t head = 0; head < spec.n_kv_heads; ++head) {

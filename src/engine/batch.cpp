@@ -112,7 +112,7 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
 // waits for a later batch.
 void Scheduler::reserve_pages(size_t index) {
     Sequence& sequence = *running_[index];
-    const auto is_short = [&] { return cache_.unused() < cache_.lacking(sequence); };
+    const auto is_short = [&] { return !cache_.has_pages(sequence); };
     if (sequence.rows == 0) return;
     if (is_short()) sequence.rows -= std::exchange(sequence.drafts.count, 0);
     while (is_short() && running_.size() > index + 1) preempt_last();
@@ -128,7 +128,8 @@ void Scheduler::add_rows(Sequence& sequence, uint32_t* logit_rows) {
         const Token token = position < length ? sequence.tokens[position]
                                               : sequence.drafts.tokens[position - length];
         const bool logits = position + 1 >= length;
-        batch_.push_back({token, nullptr, position, sequence.pages.data(), logits});
+        batch_.push_back({token, nullptr, position, sequence.lists[0].pages.data(), logits,
+                          sequence.lists[1].pages.data()});
         *logit_rows += logits;
     }
 }

@@ -136,10 +136,10 @@ Item read_item(const Json& from) {
 
 struct SaveHeader {
     char magic[8] = {'v', 'a', 'l', 'a', 'r', 's', 'a', 'v'};
-    uint32_t version = 2, numerics = kNumerics;
+    uint32_t version = 3, numerics = kNumerics;
     Hash256 model;
     uint32_t precision = 0, kv_type = 0, page_tokens = 0;
-    uint32_t first_page = 0, pages = 0, unused = 0;
+    uint32_t pages = 0, unused[2] = {};  // pages that the text fills
     uint64_t page_bytes = 0, json_bytes = 0;
 };
 static_assert(sizeof(SaveHeader) == 88 && std::is_trivially_copyable_v<SaveHeader>);
@@ -289,14 +289,15 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     const std::string history = state_->history();
     auto keys = pages ? state_->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    const auto found = engine.cache.find_end(*keys);
+    const size_t end = engine.cache.find_end(*keys);
+    auto page_bytes = engine.cache.count_bytes(end);
+    if (!page_bytes) return page_bytes.error();
     auto made = detail::save_header(*engine.model, engine.options, engine.cache);
     if (!made) return made.error();
     detail::SaveHeader header = *made;
-    header.first_page = static_cast<uint32_t>(found.data() - keys->data());
-    header.pages = static_cast<uint32_t>(found.size());
+    header.pages = static_cast<uint32_t>(end);
     header.json_bytes = history.size();
-    std::vector<std::byte> out(sizeof header + history.size() + found.size() * header.page_bytes +
+    std::vector<std::byte> out(sizeof header + history.size() + static_cast<size_t>(*page_bytes) +
                                sizeof(uint32_t));
     std::byte* at = out.data();
     const auto put = [&](const void* from, size_t size) {
@@ -305,8 +306,8 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     };
     put(&header, sizeof header);
     put(history.data(), history.size());
-    engine.cache.export_pages(found, at);
-    at += found.size() * header.page_bytes;
+    engine.cache.export_pages(std::span(*keys).first(end), at);
+    at += *page_bytes;
     const uint32_t sum = detail::crc32c(out.data(), out.size() - sizeof sum);
     put(&sum, sizeof sum);
     return out;
@@ -330,11 +331,8 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
         return refuse(ErrorKind::unsupported, "written by another version of valar");
     const auto body = saved.subspan(sizeof header, saved.size() - sizeof header - sizeof sum);
     std::memcpy(&sum, saved.data() + saved.size() - sizeof sum, sizeof sum);
-    uint64_t page_bytes;
     if (detail::crc32c(saved.data(), saved.size() - sizeof sum) != sum ||
-        header.json_bytes > body.size() ||
-        detail::mul_overflows(header.pages, header.page_bytes, &page_bytes) ||
-        page_bytes != body.size() - header.json_bytes)
+        header.json_bytes > body.size())
         return refuse(ErrorKind::bad_data, "damaged");
     if (!(header.model == here.model)) return refuse(ErrorKind::unsupported, "of another model");
     const auto options = [](const detail::SaveHeader& of) {
@@ -342,6 +340,9 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     };
     if (header.pages && options(header) != options(here))
         return refuse(ErrorKind::unsupported, "of an engine with other options");
+    auto page_bytes = engine.cache.count_bytes(header.pages);
+    if (!page_bytes || *page_bytes != body.size() - header.json_bytes)
+        return refuse(ErrorKind::bad_data, "damaged");
     auto json = Json::parse(
         {reinterpret_cast<const char*>(body.data()), static_cast<size_t>(header.json_bytes)});
     if (!json) return refuse(ErrorKind::bad_data, json.error().message.c_str());
@@ -359,9 +360,8 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     if (!turn) return turn.error();
     auto keys = header.pages ? state->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    engine.cache.import_pages(
-        std::span(*keys).subspan(std::min<size_t>(keys->size(), header.first_page)),
-        body.subspan(static_cast<size_t>(header.json_bytes)));
+    engine.cache.import_pages(*keys, header.pages,
+                              body.data() + static_cast<size_t>(header.json_bytes));
     return Conversation(std::move(state));
 }
 

@@ -47,7 +47,6 @@ struct EngineOptions {
     uint64_t memory_limit = 0;    ///< bytes of all that memory_plan() counts; what weights
                                   ///< and scratch leave is for keys and values. 0: those of two
                                   ///< full contexts, in half of what they leave of the system's
-                                  ///< (where all layers have windows: of these and a batch)
     uint32_t page_tokens = 16;    ///< positions a page of keys and values, a multiple of 16
     bool prefix_cache = true;     ///< keep what was computed for requests that begin alike
     bool share_prefixes = false;  ///< among organisations too: for a single tenant

@@ -7,6 +7,7 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+inline constexpr uint32_t kPageKinds = 2;  // a model has pages of one or two
 inline constexpr uint32_t kMaxRunning = 1024;
 inline constexpr uint32_t kMaxStepTokens = 32768;
 inline constexpr uint32_t kMaxLogprobs = 20;

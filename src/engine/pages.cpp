@@ -50,70 +50,70 @@ Hash256 root_key(const EngineOptions& options, const std::string& organisation,
     return hash.finish();
 }
 
-void PagePool::open(uint32_t pages) {
+void PagePool::open(uint32_t first, uint32_t pages) {
+    first_ = first;
     pages_.assign(size_t{pages} + 1, {});
-    pages_[pages].older = pages_[pages].newer = pages;
+    at(ends()).older = at(ends()).newer = ends();
     buckets_.assign(std::bit_ceil(pages), none);
-    for (uint32_t page = 0; page < pages; ++page) link_before(page, pages);
+    for (uint32_t page = first; page < ends(); ++page) link_before(page, ends());
 }
 
 void PagePool::link_before(uint32_t page, uint32_t newer) {
-    const uint32_t older = pages_[newer].older;
-    pages_[page].older = older;
-    pages_[page].newer = newer;
-    pages_[older].newer = pages_[newer].older = page;
+    const uint32_t older = at(newer).older;
+    at(page).older = older;
+    at(page).newer = newer;
+    at(older).newer = at(newer).older = page;
     ++unused_;
-    cached_ += pages_[page].keyed;
+    cached_ += at(page).keyed;
 }
 
 void PagePool::unlink(uint32_t page) {
-    const Page& at = pages_[page];
-    pages_[at.older].newer = at.newer;
-    pages_[at.newer].older = at.older;
+    const Page& from = at(page);
+    at(from.older).newer = from.newer;
+    at(from.newer).older = from.older;
     --unused_;
-    cached_ -= at.keyed;
+    cached_ -= from.keyed;
 }
 
 void PagePool::forget_key(uint32_t page) {
-    uint32_t* at = &bucket(pages_[page].key);
-    while (*at != page) at = &pages_[*at].next;
-    *at = pages_[page].next;
-    pages_[page].keyed = false;
+    uint32_t* link = &bucket(at(page).key);
+    while (*link != page) link = &at(*link).next;
+    *link = at(page).next;
+    at(page).keyed = false;
 }
 
 uint32_t PagePool::take() {
     VALAR_ASSERT(unused_ > 0);
-    const uint32_t page = pages_[pages()].newer;
+    const uint32_t page = at(ends()).newer;
     unlink(page);
-    if (pages_[page].keyed) forget_key(page);
-    pages_[page].users = 1;
+    if (at(page).keyed) forget_key(page);
+    at(page).users = 1;
     return page;
 }
 
 void PagePool::share(uint32_t page) {
-    VALAR_ASSERT(page < pages());
-    if (pages_[page].users == 0) unlink(page);
-    shared_ += ++pages_[page].users == 2;
+    if (at(page).users == 0) unlink(page);
+    shared_ += ++at(page).users == 2;
 }
 
 // What cannot be found again is the first to be taken.
 void PagePool::drop(uint32_t page) {
-    VALAR_ASSERT(page < pages() && pages_[page].users > 0);
-    shared_ -= --pages_[page].users == 1;
-    if (pages_[page].users) return;
-    link_before(page, pages_[page].keyed ? pages() : pages_[pages()].newer);
+    VALAR_ASSERT(at(page).users > 0);
+    shared_ -= --at(page).users == 1;
+    if (at(page).users) return;
+    link_before(page, at(page).keyed ? ends() : at(ends()).newer);
 }
 
 uint32_t PagePool::find(const Hash256& key) const {
     uint32_t page = const_cast<PagePool*>(this)->bucket(key);
-    while (page != none && !(pages_[page].key == key)) page = pages_[page].next;
+    while (page != none && !(at(page).key == key)) page = at(page).next;
     return page;
 }
 
 void PagePool::set_key(uint32_t page, const Hash256& key, uint64_t group) {
-    VALAR_ASSERT(page < pages() && pages_[page].users > 0 && !pages_[page].keyed);
+    VALAR_ASSERT(at(page).users > 0 && !at(page).keyed);
     uint32_t& first = bucket(key);
-    Page& named = pages_[page];
+    Page& named = at(page);
     named.key = key;
     named.group = group;
     named.keyed = true;
@@ -121,12 +121,12 @@ void PagePool::set_key(uint32_t page, const Hash256& key, uint64_t group) {
 }
 
 void PagePool::refresh(uint64_t group) {
-    uint32_t page = pages_[pages()].newer;
+    uint32_t page = at(ends()).newer;
     for (uint32_t left = unused_; left > 0; --left) {
-        const uint32_t newer = pages_[page].newer;
-        if (pages_[page].keyed && pages_[page].group == group) {
+        const uint32_t newer = at(page).newer;
+        if (at(page).keyed && at(page).group == group) {
             unlink(page);
-            link_before(page, pages());
+            link_before(page, ends());
         }
         page = newer;
     }

@@ -32,23 +32,19 @@ class PagePool {
 public:
     static constexpr uint32_t none = UINT32_MAX;
 
-    void open(uint32_t pages);
+    /// They are numbered from `first` on.
+    void open(uint32_t first, uint32_t pages);
     uint32_t pages() const { return static_cast<uint32_t>(pages_.size()) - 1; }
+    uint32_t first() const { return first_; }
     uint32_t unused() const { return unused_; }  // what take() can be called for
     uint32_t cached() const { return cached_; }  // of those, with a key
     uint32_t shared() const { return shared_; }  // with several users
     uint32_t take();
     void share(uint32_t page);  // a user more, a user less
     void drop(uint32_t page);
-    bool in_use(uint32_t page) const {
-        VALAR_ASSERT(page < pages());
-        return pages_[page].users > 0;
-    }
+    bool in_use(uint32_t page) const { return at(page).users > 0; }
     /// Whether its only user may change it.
-    bool writable(uint32_t page) const {
-        VALAR_ASSERT(page < pages());
-        return pages_[page].users == 1 && !pages_[page].keyed;
-    }
+    bool writable(uint32_t page) const { return at(page).users == 1 && !at(page).keyed; }
     uint32_t find(const Hash256& key) const;
     void set_key(uint32_t page, const Hash256& key, uint64_t group);  // of a page without one
     void refresh(uint64_t group);  // as if its pages had been used just now
@@ -62,6 +58,12 @@ private:
         uint32_t older = 0, newer = 0;  // among the unused
         bool keyed = false;
     };
+    Page& at(uint32_t page) {
+        VALAR_ASSERT(page - first_ < pages_.size());
+        return pages_[page - first_];
+    }
+    const Page& at(uint32_t page) const { return const_cast<PagePool*>(this)->at(page); }
+    uint32_t ends() const { return first_ + pages(); }  // of the list of unused ones, both
     uint32_t& bucket(const Hash256& key) {
         uint32_t bits;
         std::memcpy(&bits, key.bytes, sizeof bits);
@@ -71,7 +73,8 @@ private:
     void unlink(uint32_t page);
     void forget_key(uint32_t page);
 
-    std::vector<Page> pages_;  // the last one is both ends of the list of unused ones
+    std::vector<Page> pages_;  // and ends()
+    uint32_t first_ = 0;
     std::vector<uint32_t> buckets_;
     uint32_t unused_ = 0, cached_ = 0, shared_ = 0;
 };

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -37,18 +38,24 @@ Result<void> check_engine_options(const EngineOptions& options, const ModelSpec&
     return {};
 }
 
-// What the options are for the backend, with keys and values of one context.
+// What the options are for the backend, with keys and values of one context, and windows of so many
+// requests: of all side by side, however much of the other pages they take, where there is room.
 BackendOptions options_for_context(const EngineOptions& options, const ModelSpec& spec,
-                                   uint32_t context) {
+                                   uint32_t context, uint64_t windowed) {
     BackendOptions out;
     out.precision = options.precision;
     out.kv_type = options.kv_type;
     out.weights = options.weights;
     out.page_tokens = options.page_tokens;
-    const uint64_t least = count_held_pages(context, count_window_pages(spec, options.page_tokens),
-                                            std::min(options.step_tokens, context),
-                                            options.page_tokens);
-    out.kv_pages = static_cast<uint32_t>(least);
+    const std::vector<uint32_t> windows = count_window_pages(spec, options.page_tokens);
+    const auto held = [&](uint32_t window) {
+        return count_held_pages(context, window, std::min(options.step_tokens, context),
+                                options.page_tokens);
+    };
+    out.kv_pages = held(windows[0]);
+    if (windows.size() > 1)
+        out.window_pages = static_cast<uint32_t>(std::min<uint64_t>(
+            out.kv_pages, held(windows[1]) + (uint64_t{windows[1]} + 2) * (windowed - 1)));
     out.max_positions = context;
     out.max_logit_rows = std::max(options.max_running, options.speculation ? kMaxDraft + 1 : 1);
     out.max_batch_rows = std::min(options.step_tokens, context) + out.max_logit_rows;
@@ -79,8 +86,9 @@ std::string grouped(uint32_t number) {
 uint32_t choose_context(const EngineOptions& options, const ModelFile& file, uint64_t memory) {
     if (options.context_tokens) return options.context_tokens;
     const auto fits = [&](uint32_t context) {
-        const auto plan = plan_cpu_backend(file.gguf, file.spec, file.tensors,
-                                           options_for_context(options, file.spec, context));
+        const auto plan = plan_cpu_backend(
+            file.gguf, file.spec, file.tensors,
+            options_for_context(options, file.spec, context, options.max_running));
         return plan && plan->kv <= room_for_kv(*plan, options.memory_limit, memory);
     };
     const uint32_t own = file.spec.n_context;
@@ -112,11 +120,11 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
     const uint32_t context = choose_context(options, file, memory);
     auto good = check_engine_options(options, spec, context);
     if (!good) return good.error();
-    BackendOptions out = options_for_context(options, spec, context);
+    BackendOptions out = options_for_context(options, spec, context, 1);
     const uint64_t least = out.kv_pages;
     auto plan = plan_cpu_backend(file.gguf, spec, file.tensors, out);
     if (!plan) return plan.error();
-    const uint64_t limit = options.memory_limit, page = std::max<uint64_t>(plan->kv / least, 1);
+    const uint64_t limit = options.memory_limit;
     if (limit && plan->total() > limit)
         return make_error(
             ErrorKind::out_of_memory,
@@ -126,10 +134,22 @@ Result<BackendOptions> choose_backend_options(const EngineOptions& options, cons
                    static_cast<unsigned long long>(plan->total()), context),
             {}, "memory_limit");
     const uint64_t contexts = limit ? options.max_running : std::min(options.max_running, 2u),
-                   room = room_for_kv(*plan, limit, memory),
-                   more = (room - std::min(room, plan->kv)) / page;
+                   room = room_for_kv(*plan, limit, memory);
+    uint64_t spare = room - std::min(room, plan->kv), page_bytes[kPageKinds] = {};
+    for (const LayerSpec& layer : spec.layers)
+        page_bytes[out.window_pages && layer.window] += kv_bytes_per_token(options.kv_type,
+                                                                           layer.n_kv_heads,
+                                                                           layer.head_dim) *
+                                                        options.page_tokens;
+    if (out.window_pages) {
+        const uint32_t most =
+            options_for_context(options, spec, context, options.max_running).window_pages;
+        const uint64_t more = std::min<uint64_t>(most - out.window_pages, spare / page_bytes[1]);
+        out.window_pages += static_cast<uint32_t>(more);
+        spare -= more * page_bytes[1];
+    }
     out.kv_pages = static_cast<uint32_t>(
-        std::min({least * contexts, least + more, uint64_t{UINT32_MAX} - 1}));
+        std::min({least * contexts, least + spare / page_bytes[0], uint64_t{UINT32_MAX} - 1}));
     return out;
 }
 
@@ -139,10 +159,16 @@ uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t ba
     return static_cast<uint32_t>(std::min(all, window_pages + batch_rows / page + 2));
 }
 
-uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens) {
-    uint32_t most = 0;
-    for (const LayerSpec& layer : spec.layers) most = std::max(most, layer.window - 1);
-    return most == UINT32_MAX ? most : most / std::max(page_tokens, 1u) + 1;
+std::vector<uint32_t> count_window_pages(const ModelSpec& spec, uint32_t page_tokens) {
+    uint32_t widest = 0, without = 0;
+    for (const LayerSpec& layer : spec.layers) {
+        widest = std::max(widest, layer.window);
+        without += layer.window == 0;
+    }
+    std::vector<uint32_t> out;
+    if (without) out.push_back(UINT32_MAX);
+    if (widest) out.push_back((widest - 1) / std::max(page_tokens, 1u) + 1);
+    return out;
 }
 
 }  // namespace detail

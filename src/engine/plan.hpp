@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace valar {
 inline namespace v1 {
@@ -24,10 +25,11 @@ std::string explain_context(const EngineOptions& options, const ModelSpec& spec,
 /// As many pages as the same leaves room for: at least what one context needs.
 Result<BackendOptions> choose_backend_options(const EngineOptions& options, const ModelFile& file,
                                               uint64_t memory = usable_memory());
-/// Full pages before a position that some layer may see from there; UINT32_MAX: all.
-uint32_t count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
-/// Pages that a sequence holds at once, with so many positions: where all layers have windows,
-/// those that they reach from a batch's first row, and the batch's.
+/// Full pages before a position that some layer may see from there; UINT32_MAX: all. Where only some
+/// layers have windows there are two kinds of pages: for the layers without, then for those with.
+std::vector<uint32_t> count_window_pages(const ModelSpec& spec, uint32_t page_tokens);
+/// Pages of a kind that a sequence holds at once, with so many positions: where all its layers have
+/// windows, those that they reach from a batch's first row, and the batch's.
 uint32_t count_held_pages(uint32_t positions, uint32_t window_pages, uint32_t batch_rows,
                           uint32_t page_tokens);
 

@@ -195,20 +195,14 @@ void Scheduler::count_running() {
 
 // Sequences of lower rank give way until the next one fits; false if it still does not.
 bool Scheduler::make_place(const Sequence& next) {
-    while (running_.size() == options_.max_running || !fits(next)) {
+    while (running_.size() == options_.max_running ||
+           !(running_.empty() || cache_.has_room(next, running_))) {
         const auto last = std::max_element(running_.begin(), running_.end(), runs_before);
         if ((*last)->rank <= next.rank) return false;
         std::swap(*last, running_.back());
         preempt_last();
     }
     return true;
-}
-
-// Whether there are pages for it and for what the others still have to read.
-bool Scheduler::fits(const Sequence& next) const {
-    uint64_t needed = cache_.needed_to_start(next);
-    for (const SequencePtr& other : running_) needed += cache_.needed_to_go_on(*other);
-    return running_.empty() || needed <= cache_.unused();
 }
 
 void Scheduler::start(SequencePtr sequence) {
@@ -218,9 +212,7 @@ void Scheduler::start(SequencePtr sequence) {
     if (sequence->prompt->group) cache_.refresh(sequence->prompt->group);
     if (sequence->started_ns == 0) {
         sequence->started_ns = now;
-        const uint32_t pages = cache_.pages_for(sequence->length() + sequence->prompt->max_output);
-        sequence->pages.reserve(pages);
-        if (options_.prefix_cache) sequence->page_keys.reserve(pages);
+        cache_.reserve_lists(*sequence);
         answers_.begin(*sequence);
     }
     running_.push_back(std::move(sequence));

@@ -39,7 +39,6 @@ private:
     void count_running();
     SequencePtr* next_waiting();
     bool make_place(const Sequence& next);
-    bool fits(const Sequence& next) const;
     void start(SequencePtr sequence);
     void preempt_last();
     void leave(Sequence& sequence);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "engine/draft.hpp"
+#include "engine/limits.hpp"
 #include "engine/mailbox.hpp"
 #include "engine/prompt.hpp"
 
@@ -23,6 +24,12 @@ struct Turn {
     uint32_t members = 0;  // requests that wait or run
 };
 
+// The pages that a sequence has of one kind.
+struct PageList {
+    std::vector<uint32_t> pages;
+    uint32_t passed = 0;  // of them, given back: no window reaches there any more
+};
+
 struct Sequence {
     MailboxPtr reply;
     PromptPtr prompt;
@@ -33,8 +40,7 @@ struct Sequence {
     uint32_t rows = 0;          // in the batch under way
     int32_t logits = -1;        // the first of the batch's that are for it, if any
     Drafts drafts;
-    std::vector<uint32_t> pages;
-    uint32_t passed = 0;             // of them, given back: no window reaches there any more
+    PageList lists[kPageKinds];
     std::vector<Hash256> page_keys;  // of the pages that its tokens fill, when needed
     uint32_t kept = 0;               // pages that the cache knows
     bool over = false;               // its reply has the end; its pages are still taken
