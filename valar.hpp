@@ -25865,7 +25865,7 @@ Result<Hash256> model_fingerprint(const Gguf& gguf) {
 // ---- src/sampler_internal.hpp ------------------------------------------------------------------
 
 // >>sampler
-// Owns: logits to token: penalties, bias, greedy, temperature, top_k, top_p, min_p, seed;
+// Owns: logits to token: penalties, bias, masks, greedy, temperature, top_k, top_p, min_p, seed;
 //       log-probabilities.
 // Assumes: finite logits.
 // Promises: the same bytes everywhere: a function of (logits, options, position, tokens before)
@@ -25875,8 +25875,8 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// In this order, as Hugging Face has it: penalties and bias; logits / temperature; the top_k most
-/// likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
+/// In this order, as Hugging Face has it: penalties and bias; the tokens that are allowed; logits /
+/// temperature; the top_k most likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
 /// likely as the first.
 struct SamplerOptions {
     double temperature = 1;  ///< 0: greedy
@@ -25898,8 +25898,10 @@ public:
     void see_prompt(std::span<const Token> tokens, size_t most_drawn);
     /// A token that was drawn and taken.
     void see(Token token);
-    /// The token at `position` (of the token that is drawn).
-    Token sample(std::span<const float> logits, uint64_t position);
+    /// The token at `position` (of the token that is drawn). Of `allowed`, a bit a token, at least
+    /// one is set; empty: all are.
+    Token sample(std::span<const float> logits, uint64_t position,
+                 std::span<const uint64_t> allowed = {});
 
 private:
     struct Candidate {
@@ -25911,7 +25913,7 @@ private:
         uint32_t drawn;  // times; 0: in the prompt only
     };
     friend struct CandidateOrder;
-    std::span<const float> adjust(std::span<const float> logits);
+    std::span<const float> adjust(std::span<const float> logits, std::span<const uint64_t> allowed);
     void keep_top(std::span<const float> logits);
     void keep_within(std::span<const float> logits, double below);
     Token draw_from_all(std::span<const float> logits, double uniform);
@@ -25954,6 +25956,7 @@ namespace detail {
 namespace {
 
 constexpr size_t kWeightBlock = 1024;
+constexpr double kWeightless = 694;  // 1000 ln 2: that many temperatures below, weights are 0
 
 // 2^-(n / 2^20) for integers n is coarse[high 10 bits of the fraction] * fine[low 10 bits].
 struct WeightTables {
@@ -26006,6 +26009,18 @@ size_t most_likely(std::span<const float> logits) {
     return best;
 }
 
+// Infinitely far below they have no weight and are never the most likely, as long as one is allowed.
+void keep_allowed(std::span<float> logits, std::span<const uint64_t> allowed) {
+    for (size_t word = 0; word * 64 < logits.size(); ++word) {
+        const uint64_t bits = allowed[word];
+        if (bits == ~uint64_t{0}) continue;
+        const std::span<float> some = logits.subspan(
+            word * 64, std::min<size_t>(64, logits.size() - word * 64));
+        for (size_t i = 0; i < some.size(); ++i)
+            if (!(bits >> i & 1)) some[i] = -std::numeric_limits<float>::infinity();
+    }
+}
+
 uint64_t mix_bits(uint64_t x) {  // the finalizer of splitmix64 (Steele, Lea, Flood, 2014)
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
     x = (x ^ x >> 27) * 0x94d049bb133111ebu;
@@ -26051,9 +26066,10 @@ void Sampler::see(Token token) {
     ++at->drawn;
 }
 
-// The logits with penalties and bias.
-std::span<const float> Sampler::adjust(std::span<const float> logits) {
-    if (!penalised_ && options_.logit_bias.empty()) return logits;
+// The logits with penalties and bias; those of tokens that are not allowed lie below all others.
+std::span<const float> Sampler::adjust(std::span<const float> logits,
+                                       std::span<const uint64_t> allowed) {
+    if (!penalised_ && options_.logit_bias.empty() && allowed.empty()) return logits;
     adjusted_.assign(logits.begin(), logits.end());
     for (const Seen& one : seen_) {
         float& logit = adjusted_[static_cast<size_t>(one.token)];
@@ -26065,12 +26081,14 @@ std::span<const float> Sampler::adjust(std::span<const float> logits) {
     }
     for (const auto& [token, bias] : options_.logit_bias)
         adjusted_[static_cast<size_t>(token)] += bias;
+    if (!allowed.empty()) keep_allowed(adjusted_, allowed);
     return adjusted_;
 }
 
-Token Sampler::sample(std::span<const float> raw_logits, uint64_t position) {
+Token Sampler::sample(std::span<const float> raw_logits, uint64_t position,
+                      std::span<const uint64_t> allowed) {
     const FloatState float_state;
-    const std::span<const float> logits = adjust(raw_logits);
+    const std::span<const float> logits = adjust(raw_logits, allowed);
     const size_t best = most_likely(logits);
     if (options_.temperature <= 0 || options_.top_k == 1) return static_cast<Token>(best);
     highest_ = logits[best];
@@ -26162,7 +26180,7 @@ Token Sampler::draw_from_best(std::span<const float> logits, double uniform) {
             ended = sum >= enough;
         }
         if (ended || kept < candidates_.size() || options_.top_k ||
-            candidates_.size() == logits.size())
+            candidates_.size() == logits.size() || below > kWeightless * options_.temperature)
             break;
     }
     const double target = uniform * sum;

@@ -1,5 +1,5 @@
 // >>sampler
-// Owns: logits to token: penalties, bias, greedy, temperature, top_k, top_p, min_p, seed;
+// Owns: logits to token: penalties, bias, masks, greedy, temperature, top_k, top_p, min_p, seed;
 //       log-probabilities.
 // Assumes: finite logits.
 // Promises: the same bytes everywhere: a function of (logits, options, position, tokens before)
@@ -19,8 +19,8 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// In this order, as Hugging Face has it: penalties and bias; logits / temperature; the top_k most
-/// likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
+/// In this order, as Hugging Face has it: penalties and bias; the tokens that are allowed; logits /
+/// temperature; the top_k most likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
 /// likely as the first.
 struct SamplerOptions {
     double temperature = 1;  ///< 0: greedy
@@ -42,8 +42,10 @@ public:
     void see_prompt(std::span<const Token> tokens, size_t most_drawn);
     /// A token that was drawn and taken.
     void see(Token token);
-    /// The token at `position` (of the token that is drawn).
-    Token sample(std::span<const float> logits, uint64_t position);
+    /// The token at `position` (of the token that is drawn). Of `allowed`, a bit a token, at least
+    /// one is set; empty: all are.
+    Token sample(std::span<const float> logits, uint64_t position,
+                 std::span<const uint64_t> allowed = {});
 
 private:
     struct Candidate {
@@ -55,7 +57,7 @@ private:
         uint32_t drawn;  // times; 0: in the prompt only
     };
     friend struct CandidateOrder;
-    std::span<const float> adjust(std::span<const float> logits);
+    std::span<const float> adjust(std::span<const float> logits, std::span<const uint64_t> allowed);
     void keep_top(std::span<const float> logits);
     void keep_within(std::span<const float> logits, double below);
     Token draw_from_all(std::span<const float> logits, double uniform);

@@ -221,3 +221,35 @@ TEST_CASE("log-probabilities") {
     CHECK(few[0].first == 0);
     CHECK(few[1].first == 1);
 }
+
+TEST_CASE("masks: as if the other tokens were not there") {
+    const auto logits = make_logits(1000, 5);
+    std::vector<uint64_t> allowed(16);
+    std::vector<float> left;
+    std::vector<Token> ids;
+    for (size_t i = 0; i < logits.size(); i += 1 + i % 7) {
+        allowed[i / 64] |= uint64_t{1} << i % 64;
+        left.push_back(logits[i]);
+        ids.push_back(static_cast<Token>(i));
+    }
+    const SamplerOptions kinds[] = {{.temperature = 0},
+                                    {.top_k = 5},
+                                    {.top_p = 0.7},
+                                    {.min_p = 0.1},
+                                    {.top_p = 0.999999999999, .min_p = 1e-9}};
+    for (const SamplerOptions& options : kinds)
+        for (uint64_t at = 0; at < 200; ++at)
+            CHECK(Sampler(options).sample(logits, at, allowed) ==
+                  ids[static_cast<size_t>(Sampler(options).sample(left, at))]);
+    // Of all the sums differ in their order, so only the rule holds.
+    Sampler all({.temperature = 2});
+    for (uint64_t at = 0; at < 2000; ++at) {
+        const Token token = all.sample(logits, at, allowed);
+        CHECK((allowed[static_cast<size_t>(token) / 64] >> token % 64 & 1) == 1);
+    }
+    // One alone is drawn whatever the rest says, and soon.
+    std::vector<uint64_t> one(16);
+    one[15] = uint64_t{1} << 39;
+    for (const SamplerOptions& options : kinds)
+        CHECK(Sampler(options).sample(logits, 1, one) == 999);
+}
