@@ -33,7 +33,7 @@ SECTIONS = {
                   "tokenizer/vocabulary.cpp", "tokenizer/tokenizer.cpp"],
     "template": ["template/values.cpp", "template/parser.cpp",
                  "template/renderer.cpp", "template/operations.cpp", "template/formatting.cpp",
-                 "template/text_builtins.cpp", "template/builtins.cpp", "template/template.cpp",
+                 "template/text_builtins.cpp", "template/builtins.cpp", "template/template.cpp", "template/output.cpp",
                  "template/messages.cpp"],
     "model": ["model.hpp", "model.cpp"],
     "backend": ["backend/backend.hpp", "backend/cpu_layout.cpp", "backend/cpu_machine.cpp",
