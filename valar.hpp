@@ -120,16 +120,16 @@ _Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Done\")") _Pragma("push_m
 _Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")") _Pragma("push_macro(\"Error\")")
 _Pragma("push_macro(\"Event\")") _Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"F16\")")
 _Pragma("push_macro(\"F32\")") _Pragma("push_macro(\"FILE\")") _Pragma("push_macro(\"Fault\")")
-_Pragma("push_macro(\"File\")") _Pragma("push_macro(\"First\")") _Pragma("push_macro(\"Frame\")")
-_Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")") _Pragma("push_macro(\"H\")")
-_Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")")
+_Pragma("push_macro(\"File\")") _Pragma("push_macro(\"First\")") _Pragma("push_macro(\"Format\")")
+_Pragma("push_macro(\"Frame\")") _Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")")
+_Pragma("push_macro(\"H\")") _Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")")
 _Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")") _Pragma("push_macro(\"Items\")")
 _Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_macro(\"Job\")")
 _Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Kind\")")
 _Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Length\")") _Pragma("push_macro(\"Level\")")
 _Pragma("push_macro(\"List\")") _Pragma("push_macro(\"Live\")") _Pragma("push_macro(\"Lo\")")
 _Pragma("push_macro(\"Loop\")") _Pragma("push_macro(\"Map\")") _Pragma("push_macro(\"Match\")")
-_Pragma("push_macro(\"Merge\")") _Pragma("push_macro(\"Move\")")
+_Pragma("push_macro(\"Merge\")") _Pragma("push_macro(\"Mode\")") _Pragma("push_macro(\"Move\")")
 _Pragma("push_macro(\"MultiByteToWideChar\")") _Pragma("push_macro(\"N\")")
 _Pragma("push_macro(\"Nl\")") _Pragma("push_macro(\"No\")") _Pragma("push_macro(\"Node\")")
 _Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")") _Pragma("push_macro(\"Object\")")
@@ -148,32 +148,32 @@ _Pragma("push_macro(\"Special\")") _Pragma("push_macro(\"Stage\")")
 _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
 _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"T\")")
 _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")") _Pragma("push_macro(\"Text\")")
-_Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Turn\")")
-_Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"ULONG\")")
-_Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")")
-_Pragma("push_macro(\"W\")") _Pragma("push_macro(\"WideCharToMultiByte\")")
-_Pragma("push_macro(\"Window\")") _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")")
-_Pragma("push_macro(\"a1\")") _Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")")
-_Pragma("push_macro(\"abs\")") _Pragma("push_macro(\"absolute\")")
-_Pragma("push_macro(\"accept\")") _Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")")
-_Pragma("push_macro(\"active\")") _Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")")
-_Pragma("push_macro(\"align\")") _Pragma("push_macro(\"alignas\")")
-_Pragma("push_macro(\"aligned\")") _Pragma("push_macro(\"aligned_alloc\")")
-_Pragma("push_macro(\"alignof\")") _Pragma("push_macro(\"all\")")
-_Pragma("push_macro(\"alternate\")") _Pragma("push_macro(\"always\")")
-_Pragma("push_macro(\"always_inline\")") _Pragma("push_macro(\"any\")")
-_Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")") _Pragma("push_macro(\"args\")")
-_Pragma("push_macro(\"argument\")") _Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")")
-_Pragma("push_macro(\"asprintf\")") _Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")")
-_Pragma("push_macro(\"atexit\")") _Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")")
-_Pragma("push_macro(\"atol\")") _Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")")
-_Pragma("push_macro(\"b\")") _Pragma("push_macro(\"b0\")") _Pragma("push_macro(\"b1\")")
-_Pragma("push_macro(\"back\")") _Pragma("push_macro(\"batch\")") _Pragma("push_macro(\"bcmp\")")
-_Pragma("push_macro(\"bcopy\")") _Pragma("push_macro(\"begin\")") _Pragma("push_macro(\"below\")")
-_Pragma("push_macro(\"bind\")") _Pragma("push_macro(\"bit\")") _Pragma("push_macro(\"bits\")")
-_Pragma("push_macro(\"blank\")") _Pragma("push_macro(\"block\")")
-_Pragma("push_macro(\"block_size\")") _Pragma("push_macro(\"body\")")
-_Pragma("push_macro(\"bool\")") _Pragma("push_macro(\"boolean\")")
+_Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")")
+_Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")")
+_Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")")
+_Pragma("push_macro(\"View\")") _Pragma("push_macro(\"W\")")
+_Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
+_Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")") _Pragma("push_macro(\"a1\")")
+_Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")") _Pragma("push_macro(\"abs\")")
+_Pragma("push_macro(\"absolute\")") _Pragma("push_macro(\"accept\")")
+_Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")") _Pragma("push_macro(\"active\")")
+_Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")") _Pragma("push_macro(\"align\")")
+_Pragma("push_macro(\"alignas\")") _Pragma("push_macro(\"aligned\")")
+_Pragma("push_macro(\"aligned_alloc\")") _Pragma("push_macro(\"alignof\")")
+_Pragma("push_macro(\"all\")") _Pragma("push_macro(\"alternate\")")
+_Pragma("push_macro(\"always\")") _Pragma("push_macro(\"always_inline\")")
+_Pragma("push_macro(\"any\")") _Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")")
+_Pragma("push_macro(\"args\")") _Pragma("push_macro(\"argument\")")
+_Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")") _Pragma("push_macro(\"asprintf\")")
+_Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")") _Pragma("push_macro(\"atexit\")")
+_Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")") _Pragma("push_macro(\"atol\")")
+_Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")") _Pragma("push_macro(\"b\")")
+_Pragma("push_macro(\"b0\")") _Pragma("push_macro(\"b1\")") _Pragma("push_macro(\"back\")")
+_Pragma("push_macro(\"batch\")") _Pragma("push_macro(\"bcmp\")") _Pragma("push_macro(\"bcopy\")")
+_Pragma("push_macro(\"begin\")") _Pragma("push_macro(\"below\")") _Pragma("push_macro(\"bind\")")
+_Pragma("push_macro(\"bit\")") _Pragma("push_macro(\"bits\")") _Pragma("push_macro(\"blank\")")
+_Pragma("push_macro(\"block\")") _Pragma("push_macro(\"block_size\")")
+_Pragma("push_macro(\"body\")") _Pragma("push_macro(\"bool\")") _Pragma("push_macro(\"boolean\")")
 _Pragma("push_macro(\"border\")") _Pragma("push_macro(\"bound\")")
 _Pragma("push_macro(\"bounds\")") _Pragma("push_macro(\"break\")")
 _Pragma("push_macro(\"buffer\")") _Pragma("push_macro(\"by\")") _Pragma("push_macro(\"byte\")")
@@ -525,6 +525,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Fault
 #undef File
 #undef First
+#undef Format
 #undef Frame
 #undef Function
 #undef G
@@ -550,6 +551,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Map
 #undef Match
 #undef Merge
+#undef Mode
 #undef Move
 #undef MultiByteToWideChar
 #undef N
@@ -604,6 +606,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Text
 #undef Thread
 #undef Token
+#undef Tool
 #undef Turn
 #undef Type
 #undef Types
@@ -2055,7 +2058,10 @@ struct VALAR_API Item {
     // clang-format on
 
     static Item message(Role role, std::string text);
+    /// What a call gave, as input of the next request.
+    static Item output(const Item& call, std::string text);
     std::string text() const;  ///< all parts of content, joined
+    bool is_call() const { return kind == Kind::function_call || kind == Kind::custom_tool_call; }
 };
 
 /// What a request asks: a text (one user message), or items.
@@ -2074,6 +2080,40 @@ struct Input {
 /// When an answer is wanted: ahead of everything; fair among themselves; when nothing else waits.
 /// Waiting makes a request more urgent, so that nothing starves.
 enum class Window : uint8_t { asap, standard, flex };
+
+/// The form that an answer must have. One of `schema`, `regex`, `one_of` and `gbnf` says it; none:
+/// free text. Decoding is held to it: what ends by itself has the form, whatever the model is.
+struct Format {
+    Json schema = {};                         ///< JSON Schema; {}: any JSON; null: none
+    std::string regex = {};                   ///< of the whole text
+    std::vector<std::string> one_of = {};     ///< one of these texts
+    std::string gbnf = {};                    ///< a grammar as llama.cpp writes it, from its `root`
+    bool strict = true;                       ///< a schema that cannot be promised is refused
+    std::string name = {}, description = {};  ///< of the schema, for the model
+    bool empty() const {
+        return schema.is_null() && regex.empty() && one_of.empty() && gbnf.empty();
+    }
+};
+
+/// Something that the model may call: the answer then holds an item with its name and arguments.
+struct Tool {
+    std::string name = {};  ///< 1 to 64 of a-z A-Z 0-9 _ -
+    std::string description = {};
+    Json parameters = {};  ///< JSON Schema of the arguments; null: any object
+    bool strict = true;    ///< arguments fit the schema; else they are a JSON object
+    bool custom = false;   ///< called with a text, not with arguments
+    Format format = {};    ///< of that text: a regex or GBNF
+};
+
+/// Which tools must or may be called.
+struct ToolChoice {
+    enum class Mode : uint8_t { automatic, none, required };
+    Mode mode = Mode::automatic;
+    std::vector<std::string> names = {};  ///< these alone; none: all
+};
+
+/// How much a model that can think does so before it answers.
+enum class Effort : uint8_t { none, minimal, low, medium, high, xhigh };
 
 /// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
 /// names. What is absent takes the model's own default. Designated initialisers follow this order.
@@ -2104,6 +2144,12 @@ struct Request {
     bool background = false;        ///< of the server: answered at once with 202
     bool store = true;              ///< of the server: kept once answered
     std::string previous_response_id = {};  ///< of the server: its turns come first
+    Format format = {};                     ///< of the answer's text
+    std::vector<Tool> tools = {};
+    ToolChoice tool_choice = {};
+    bool parallel_tool_calls = true;              ///< false: at most one call
+    std::optional<uint32_t> max_tool_calls = {};  ///< 1 or more
+    std::optional<Effort> effort = {};            ///< none: as the model has it
 };
 
 /// How far a response is. It never moves back.
@@ -2127,6 +2173,7 @@ struct TokenLogprob {
     std::string bytes = {};  ///< of the token; may be part of a character
     float logprob = 0;
     std::vector<Alternative> top = {};  ///< most likely first
+    uint32_t item = 0;                  ///< of Outcome::items: the one that it is part of
 };
 
 /// Where the time of one request went.
@@ -2134,31 +2181,43 @@ struct Timings {
     uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;
 };
 
-/// The end of a response. `text` is the whole answer, valid UTF-8.
+/// The end of a response. All text is valid UTF-8.
 struct Outcome {
     Status status = Status::completed;  ///< terminal
-    std::string text = {};
-    bool cut = false;  ///< ended by max_output_tokens or by a full context
+    std::string text = {};  ///< of all messages; a Responder without items sets it alone
+    bool cut = false;       ///< ended by max_output_tokens or by a full context
     Usage usage = {};
     Timings timings = {};
     std::vector<TokenLogprob> logprobs = {};  ///< when asked for, a token each
     std::optional<Error> error = {};          ///< when failed or cancelled
     std::string stopped_by = {};              ///< the one of Request::stop that ended it
+    /// Thoughts, messages and calls, in their order. A call that was cut is not among them.
+    std::vector<Item> items = {};
 };
 
-/// What happened to a response, in order: started once, text_delta any number, finished once.
+/// What happened to a response, in order: started once; of one item after the other item_begun, its
+/// deltas (text of a message, of a thought; arguments of a call), item_ended; finished once.
 struct Event {
-    enum class Kind : uint8_t { started, text_delta, finished };
+    // clang-format off
+    enum class Kind : uint8_t { started, text_delta, finished,
+                                item_begun, reasoning_delta, arguments_delta, item_ended };
+    // clang-format on
     Kind kind = Kind::started;
-    std::string text = {};                        ///< of a text_delta: whole characters
+    std::string text = {};                        ///< of a delta: whole characters
     std::shared_ptr<const Outcome> outcome = {};  ///< of finished
-    /// Of a text_delta, when asked for: the tokens since the one before; the text may be empty.
+    /// Of a delta, when asked for: the tokens since the one before; the text may be empty.
     std::vector<TokenLogprob> logprobs = {};
+    uint32_t index = 0;  ///< of the item in Outcome::items
+    Item item = {};      ///< of item_begun: without its text; of item_ended: all of it
 
     /// The text of a text_delta, else nothing. Borrowed from the event.
     std::optional<std::string_view> text_delta() const {
         if (kind != Kind::text_delta) return std::nullopt;
         return std::string_view(text);
+    }
+    /// The call that is complete with this event, else null. Borrowed from the event.
+    const Item* call() const {
+        return kind == Kind::item_ended && item.is_call() ? &item : nullptr;
     }
 };
 
@@ -2693,8 +2752,8 @@ public:
     explicit Detokenizer(const Tokenizer& tokenizer, bool at_start = true);
     /// The text that became ready; valid until the next call.
     std::string_view push(Token token);
-    /// The end: what was held back, as U+FFFD. The next push begins a new text.
-    std::string_view flush();
+    /// The end: what was held back, as U+FFFD. The next push begins a new text, or goes on with this.
+    std::string_view flush(bool ends = true);
 
 private:
     void take_ready(size_t count);
@@ -2986,7 +3045,7 @@ public:
     ~Reply();
 
     /// The next event, or nothing when there is none now. Never waits. Text that came since the
-    /// last call comes as one text_delta.
+    /// last call comes as one delta of each item.
     std::optional<Event> poll();
     /// Waits for the end while somebody else steps (start(), another thread); false after
     /// timeout_ms (-1: no limit). Events stay to be polled.
@@ -3073,6 +3132,8 @@ public:
     /// answer that was cut or cancelled counts as far as it came; a turn that failed, or was
     /// cancelled before its first word, was never said.
     [[nodiscard]] Reply say(std::string_view words);
+    /// The same with items: results of the calls that the last answer made belong to its turn.
+    [[nodiscard]] Reply say(std::vector<Item> items);
     /// What was said and is not forgotten, oldest first, without a turn that is not finished.
     std::span<const Item> items();
     uint32_t forgotten_turns() const;
@@ -6019,6 +6080,8 @@ Result<void> random_bytes(void* data, size_t size);
 
 /// `prefix` and 24 of [0-9a-z], 124 bits that nobody can guess.
 Result<std::string> draw_id(std::string prefix);
+/// The same length of the same characters, but always the same of `source`.
+std::string derive_id(std::string prefix, std::string_view source);
 
 }  // namespace detail
 }  // namespace v1
@@ -6258,6 +6321,8 @@ Result<void> random_bytes(void* data, size_t size) {
     return {};
 }
 
+static constexpr char id_characters[] = "0123456789abcdefghijklmnopqrstuvwxyz";
+
 Result<std::string> draw_id(std::string prefix) {
     std::string id = std::move(prefix);
     const size_t size = id.size() + 24;
@@ -6265,9 +6330,16 @@ Result<std::string> draw_id(std::string prefix) {
         uint8_t random[32];
         if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
         for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
-            if (byte < 252 && id.size() < size)
-                id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+            if (byte < 252 && id.size() < size) id += id_characters[byte % 36];
     }
+    return id;
+}
+
+std::string derive_id(std::string prefix, std::string_view source) {
+    std::string id = std::move(prefix);
+    const size_t size = id.size() + 24;
+    for (const uint8_t byte : sha256(source).bytes)
+        if (id.size() < size) id += id_characters[byte % 36];
     return id;
 }
 
@@ -8051,6 +8123,15 @@ Item Item::message(Role role, std::string text) {
     return item;
 }
 
+Item Item::output(const Item& call, std::string text) {
+    Item item = message(Role::tool, std::move(text));
+    item.kind = call.kind == Kind::custom_tool_call ? Kind::custom_tool_call_output
+                                                    : Kind::function_call_output;
+    item.call_id = call.call_id;
+    item.name = call.name;
+    return item;
+}
+
 std::string Item::text() const {
     std::string all;
     for (const ContentPart& part : content) all += part.text;
@@ -8224,6 +8305,7 @@ constexpr ItemType item_types[] = {
     {"custom_tool_call", Item::Kind::custom_tool_call, "ctc_"},
     {"custom_tool_call_output", Item::Kind::custom_tool_call_output, "ctco_"},
 };
+static_assert(std::size(item_types) == size_t(Item::Kind::custom_tool_call_output) + 1);
 
 struct PartType {
     std::string_view name;
@@ -8669,23 +8751,81 @@ Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
     return all;
 }
 
+const ItemType& type_of(Item::Kind kind) { return item_types[static_cast<size_t>(kind)]; }
+
+Json render_part(const Item& item, const ContentPart& part) {
+    if (item.kind == Item::Kind::reasoning)
+        return Json::object().set("type", "reasoning_text").set("text", part.text);
+    if (item.role != Role::assistant)
+        return Json::object().set("type", "input_text").set("text", part.text);
+    if (part.kind == ContentPart::Kind::refusal)
+        return Json::object().set("type", "refusal").set("refusal", part.text);
+    return Json::object()
+        .set("type", "output_text")
+        .set("text", part.text)
+        .set("annotations", Json::array());
+}
+
+Json render_parts(const Item& item) {
+    Json parts = Json::array();
+    for (const ContentPart& part : item.content) parts.push(render_part(item, part));
+    return parts;
+}
+
+Json item_json(const Item& item, const std::string& id, const char* status) {
+    const bool custom = item.kind == Item::Kind::custom_tool_call;
+    Json out = Json::object();
+    if (!id.empty()) out.set("id", id);
+    out.set("type", type_of(item.kind).name);
+    if (item.kind == Item::Kind::message) out.set("role", role_name(item.role));
+    if (status) out.set("status", status);
+    switch (item.kind) {
+        case Item::Kind::message: return out.set("content", render_parts(item));
+        case Item::Kind::reasoning:
+            return out.set("summary", Json::array()).set("content", render_parts(item));
+        case Item::Kind::function_call:
+        case Item::Kind::custom_tool_call:
+            return out.set("call_id", item.call_id)
+                .set("name", item.name)
+                .set(custom ? "input" : "arguments", item.arguments);
+        default: break;
+    }
+    return out.set("call_id", item.call_id).set("output", item.text());
+}
+
+// Those of a message's tokens, in its first part.
+void add_logprobs(const Outcome& outcome, size_t index, Json* item) {
+    std::vector<TokenLogprob> own;
+    for (const TokenLogprob& token : outcome.logprobs)
+        if (token.item == index) own.push_back(token);
+    if (Json* content = item->find("content"); content && !content->empty() && !own.empty())
+        content->items().front().set("logprobs", render_logprobs(own));
+}
+
 Json render_output(const ResponseRecord& record, const Outcome& outcome,
                    const DialectWords& words) {
     Json output = Json::array();
     const bool whole = record.status == Status::completed;
-    if (!is_terminal(record.status) || (!whole && outcome.text.empty())) return output;
-    Json part = Json::object()
-                    .set("type", "output_text")
-                    .set("text", outcome.text)
-                    .set("annotations", Json::array());
-    if (!outcome.logprobs.empty()) part.set("logprobs", render_logprobs(outcome.logprobs));
-    const char* status = !whole ? "incomplete" : outcome.cut ? words.cut_item : "completed";
-    output.push(Json::object()
-                    .set("id", record.message_id)
-                    .set("type", "message")
-                    .set("role", role_name(Role::assistant))
-                    .set("status", status)
-                    .set("content", Json::array().push(std::move(part))));
+    if (!is_terminal(record.status)) return output;
+    std::vector<Item> items = outcome.items;
+    if (items.empty() && (!outcome.text.empty() || (whole && !outcome.cut)))
+        items.push_back(Item::message(Role::assistant, outcome.text));
+    bool first = true;  // of the messages: it has the id that was drawn at acceptance
+    for (size_t i = 0; i < items.size(); ++i) {
+        const bool message = items[i].kind == Item::Kind::message;
+        const bool last = i + 1 == items.size();
+        const std::string id = message && std::exchange(first, false)
+                                   ? record.message_id
+                                   : derive_id(type_of(items[i].kind).prefix,
+                                               record.id + "/" + std::to_string(i));
+        const char* status = !last         ? "completed"
+                             : !whole      ? "incomplete"
+                             : outcome.cut ? words.cut_item
+                                           : "completed";
+        Json item = item_json(items[i], id, status);
+        if (message) add_logprobs(outcome, i, &item);
+        output.push(std::move(item));
+    }
     return output;
 }
 
@@ -8703,14 +8843,6 @@ Json render_input_content(const Json& content, bool assistant) {
     return parts;
 }
 
-// The id of an input item that came without one: the same each time it is asked for.
-std::string input_item_id(const char* prefix, const std::string& response_id, size_t place) {
-    std::string id = prefix;
-    for (const uint8_t byte : sha256(response_id + "/" + std::to_string(place)).bytes)
-        if (id.size() < 28) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
-    return id;
-}
-
 Json render_input_item(const Json& given, const std::string& response_id, size_t place) {
     static constexpr const char* kept[] = {"role", "content",   "phase", "summary", "call_id",
                                            "name", "arguments", "input", "output"};
@@ -8720,7 +8852,8 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
     if (row == std::end(item_types)) return given;
     const bool own = given["id"].is_string() && !given["id"].as_string().empty();
     Json item = Json::object().set(
-        "id", own ? given["id"] : Json(input_item_id(row->prefix, response_id, place)));
+        "id", own ? given["id"]
+                  : Json(derive_id(row->prefix, response_id + "/" + std::to_string(place))));
     item.set("type", type);
     item.set("status", given["status"].is_string() ? given["status"] : Json("completed"));
     for (const char* key : kept)
@@ -16928,9 +17061,9 @@ std::string_view Detokenizer::push(Token token) {
     return ready_;
 }
 
-std::string_view Detokenizer::flush() {
+std::string_view Detokenizer::flush(bool ends) {
     take_ready(held_.size());
-    at_start_ = true;
+    at_start_ = at_start_ || ends;
     return ready_;
 }
 
@@ -16943,6 +17076,59 @@ void Detokenizer::take_ready(size_t count) {
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/output.hpp -------------------------------------------------------------------
+
+// What a model writes, taken apart: messages, thoughts, calls of tools.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Who learns of an answer's items, one after the other: each is begun, extended, ended.
+class OutputSink {
+public:
+    virtual ~OutputSink() = default;
+    /// A message, a thought, or a call of the tool `name`. The item before it was ended.
+    virtual void begin_item(Item::Kind kind, std::string_view name = {}) = 0;
+    /// More text of the item under way (of a function call: of its arguments as JSON, whatever the
+    /// model's own syntax is; of a custom tool's: of its input). Whole characters.
+    virtual void extend_item(std::string_view text) = 0;
+    virtual void end_item() = 0;
+};
+
+/// A token that is not a piece of text alone.
+struct OutputMark {
+    std::string_view spelling;
+    bool is_text = false;  ///< a user-defined token: text that is always taken whole
+    bool ends = false;     ///< one that ends a turn: Tokenizer::is_end()
+};
+
+/// Knows the marks of a family in what a model writes; made for one answer. It is total: what
+/// cannot be a thought or a call is text of a message, and nothing that a model writes is an error.
+/// What it has begun it cannot take back, so it holds back what may still become something else;
+/// a call is begun once it is certain to be one.
+/// Threads: one at a time.
+class OutputParser {
+public:
+    virtual ~OutputParser() = default;
+    /// The text of ordinary tokens, as much as became ready: whole characters, cut anywhere else.
+    virtual void text(std::string_view more, OutputSink& out) = 0;
+    /// A control or user-defined token; the text before it has come. True: the answer ends here.
+    virtual bool mark(const OutputMark& mark, OutputSink& out) = 0;
+    /// Nothing more comes: what is held back goes out. `whole`: the model ended it by itself; else
+    /// it was cut. A call that is not complete then stays without an end, and its reader drops it.
+    virtual void finish(bool whole, OutputSink& out) = 0;
+    /// Whether what comes next belongs to a thought: such tokens are counted.
+    virtual bool thinking() const { return false; }
+};
+
+/// Of a model without marks: all text is one message.
+std::unique_ptr<OutputParser> plain_output();
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
 
 // ---- src/template/internal.hpp -----------------------------------------------------------------
 
@@ -22147,59 +22333,6 @@ bool ChatTemplate::mentions(std::string_view word) const {
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// ---- src/template/output.hpp -------------------------------------------------------------------
-
-// What a model writes, taken apart: messages, thoughts, calls of tools.
-
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-/// Who learns of an answer's items, one after the other: each is begun, extended, ended.
-class OutputSink {
-public:
-    virtual ~OutputSink() = default;
-    /// A message, a thought, or a call of the tool `name`. The item before it was ended.
-    virtual void begin_item(Item::Kind kind, std::string_view name = {}) = 0;
-    /// More text of the item under way (of a function call: of its arguments as JSON, whatever the
-    /// model's own syntax is; of a custom tool's: of its input). Whole characters.
-    virtual void extend_item(std::string_view text) = 0;
-    virtual void end_item() = 0;
-};
-
-/// A token that is not a piece of text alone.
-struct OutputMark {
-    std::string_view spelling;
-    bool is_text = false;  ///< a user-defined token: text that is always taken whole
-    bool ends = false;     ///< one that ends a turn: Tokenizer::is_end()
-};
-
-/// Knows the marks of a family in what a model writes; made for one answer. It is total: what
-/// cannot be a thought or a call is text of a message, and nothing that a model writes is an error.
-/// What it has begun it cannot take back, so it holds back what may still become something else;
-/// a call is begun once it is certain to be one.
-/// Threads: one at a time.
-class OutputParser {
-public:
-    virtual ~OutputParser() = default;
-    /// The text of ordinary tokens, as much as became ready: whole characters, cut anywhere else.
-    virtual void text(std::string_view more, OutputSink& out) = 0;
-    /// A control or user-defined token; the text before it has come. True: the answer ends here.
-    virtual bool mark(const OutputMark& mark, OutputSink& out) = 0;
-    /// Nothing more comes: what is held back goes out. `whole`: the model ended it by itself; else
-    /// it was cut. A call that is not complete then stays without an end, and its reader drops it.
-    virtual void finish(bool whole, OutputSink& out) = 0;
-    /// Whether what comes next belongs to a thought: such tokens are counted.
-    virtual bool thinking() const { return false; }
-};
-
-/// Of a model without marks: all text is one message.
-std::unique_ptr<OutputParser> plain_output();
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
 // ---- src/template/output.cpp -------------------------------------------------------------------
 
 #ifndef VALAR_NO_INFERENCE
@@ -27113,6 +27246,7 @@ struct PreparedPrompt final : Prepared {
     bool logprobs = false;
     uint32_t top_logprobs = 0;
     std::vector<std::string> stop;
+    std::unique_ptr<OutputParser> parser;  // of the answer
 
     const void* owner() const override { return maker; }
 };
@@ -27237,6 +27371,7 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->logprobs = request.logprobs;
     out->top_logprobs = request.top_logprobs;
     out->stop = request.stop;
+    out->parser = plain_output();
     out->organisation = request.organisation;
     out->window = request.window;
     resolve_sampling(request, &out->sampling);
@@ -27451,8 +27586,11 @@ struct Mailbox {
     std::mutex mutex;    // guards what follows
     bool hungry = true;  // poll found nothing: the next event is announced
     bool start_pending = false, finish_taken = false;
-    std::string text;                    // not polled yet
-    std::vector<TokenLogprob> logprobs;  // the same
+    std::vector<Event> notes;        // not polled yet; a delta's text stands in `text`
+    std::vector<size_t> note_bytes;  // of each note, so many of `text`
+    std::string text;                // of the notes, one behind the other
+    size_t next_note = 0, next_byte = 0;
+    std::vector<TokenLogprob> logprobs;  // not polled yet
     std::shared_ptr<const Outcome> outcome;
 
     // Each returns whether to announce that there are events.
@@ -27462,8 +27600,16 @@ struct Mailbox {
             text.reserve(most_text);
         });
     }
-    bool put_text(std::string_view more) {
-        return put([&] { text += more; });
+    /// Text of the item that was begun last; what is not polled yet is joined.
+    bool put_text(Event::Kind kind, uint32_t index, std::string_view more) {
+        return put([&] {
+            if (notes.empty() || notes.back().kind != kind) add_note(kind, index, {});
+            note_bytes.back() += more.size();
+            text += more;
+        });
+    }
+    bool put_item(Event::Kind kind, uint32_t index, Item item) {
+        return put([&] { add_note(kind, index, std::move(item)); });
     }
     bool put_logprob(const TokenLogprob& more) {
         return put([&] { logprobs.push_back(more); });
@@ -27481,19 +27627,42 @@ struct Mailbox {
         change();
         return std::exchange(hungry, false);
     }
+    void add_note(Event::Kind kind, uint32_t index, Item item) {
+        Event note{kind};
+        note.index = index;
+        note.item = std::move(item);
+        notes.push_back(std::move(note));
+        note_bytes.push_back(0);
+    }
 
     std::optional<Event> take() {
         const std::lock_guard<std::mutex> lock(mutex);
         if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
-        if (!text.empty() || !logprobs.empty()) {
-            Event event{Event::Kind::text_delta, text, {}, std::exchange(logprobs, {})};
-            text.clear();  // keeps its room: the engine must not need memory for every token
+        if (next_note < notes.size()) return take_note();
+        if (!logprobs.empty()) {
+            Event event{Event::Kind::text_delta, {}, {}, std::exchange(logprobs, {})};
+            event.index = event.logprobs.front().item;
             return event;
         }
         if (outcome && !std::exchange(finish_taken, true))
             return Event{Event::Kind::finished, {}, outcome};
         hungry = true;
         return std::nullopt;
+    }
+    Event take_note() {
+        Event event = std::move(notes[next_note]);
+        const size_t bytes = note_bytes[next_note++];
+        if (event.kind != Event::Kind::item_begun && event.kind != Event::Kind::item_ended) {
+            event.text.assign(text, next_byte, bytes);
+            event.logprobs = std::exchange(logprobs, {});
+            next_byte += bytes;
+        }
+        if (next_note < notes.size()) return event;
+        notes.clear();  // all keep their room: the engine must not need memory for every token
+        note_bytes.clear();
+        text.clear();
+        next_note = next_byte = 0;
+        return event;
     }
     void cancel() {
         if (finished.load(std::memory_order_acquire)) return;
@@ -27559,7 +27728,8 @@ struct Sequence {
     uint32_t rank = 0;    // 0 is the most urgent; see rank_of
     Sampler sampler;
     Detokenizer detokenizer;
-    std::string held;  // text that may begin a stop string
+    std::string held;        // text that may begin a stop string
+    bool item_open = false;  // the last of outcome.items is under way
     Outcome outcome;
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
     uint64_t waiting_ns = queued_ns, waited_ns = 0;  // since when it waits; how long before
@@ -28129,8 +28299,8 @@ namespace detail {
 
 // ---- From tokens to the events of a reply ----------------------------------------------------
 
-// Text up to a stop string, log-probabilities, the end. Threads: only the one that steps.
-class AnswerWriter {
+// Items, text up to a stop string, log-probabilities, the end. Threads: only the one that steps.
+class AnswerWriter final : OutputSink {
 public:
     AnswerWriter(const LoadedModel& model, Desk& desk) : model_(model), desk_(desk) {}
 
@@ -28142,12 +28312,18 @@ public:
     void end(Sequence& sequence, Status status, std::optional<Error> error = {});
 
 private:
+    void begin_item(Item::Kind kind, std::string_view name) override;
+    void extend_item(std::string_view text) override;
+    void end_item() override;
+    bool parse(Sequence& sequence, Token token);
+    void finish_items(Sequence& sequence, bool whole);
     bool pass_text(Sequence& sequence, std::string_view text);
     void emit_text(Sequence& sequence, std::string_view text);
     void add_logprob(Sequence& sequence, std::span<const float> logits, Token token);
 
     const LoadedModel& model_;
     Desk& desk_;
+    Sequence* sequence_ = nullptr;  // whose parser tells of items
     std::pair<Token, float> top_[kMaxLogprobs];
 };
 
@@ -28178,31 +28354,104 @@ void add_outcome(const Sequence& sequence, ResponderStats* counts) {
     if (sequence.waiting_ns == 0) --counts->running;
 }
 
+// What an answer may come to.
+size_t text_room(const Sequence& sequence) {
+    return (size_t{sequence.prompt->max_output - sequence.outcome.usage.output_tokens} + 1) * 4;
+}
+
+std::string& text_of(Item& item) {
+    return item.is_call() ? item.arguments : item.content.front().text;
+}
+
 }  // namespace
 
 // All that grows later gets its room here: nothing is allocated for a token.
 void AnswerWriter::begin(Sequence& sequence) {
     const uint32_t most = sequence.prompt->max_output;
-    const size_t most_text = size_t{most} * 4;
     sequence.tokens.reserve(sequence.length() + most);
-    sequence.outcome.text.reserve(most_text);
     sequence.held.reserve(2 * kMaxStopBytes);
     sequence.sampler.see_prompt(sequence.tokens, most);
     if (sequence.prompt->logprobs) sequence.outcome.logprobs.reserve(most);
-    if (sequence.reply->put_start(most_text)) desk_.announce(*sequence.reply);
+    if (sequence.reply->put_start(text_room(sequence))) desk_.announce(*sequence.reply);
 }
 
 void AnswerWriter::add_token(Sequence& sequence, Token token, std::span<const float> logits) {
     VALAR_ASSERT(!sequence.over);
-    if (model_.tokenizer().is_end(token)) return end(sequence, Status::completed);
-    if (sequence.prompt->logprobs) add_logprob(sequence, logits, token);
-    const bool stopped = pass_text(sequence, sequence.detokenizer.push(token));
-    const bool full = sequence.outcome.usage.output_tokens == sequence.prompt->max_output;
-    sequence.outcome.cut = full && !stopped;
+    Outcome& outcome = sequence.outcome;
+    const OutputParser& parser = *sequence.prompt->parser;
+    if (sequence.prompt->logprobs && !model_.tokenizer().is_end(token))
+        add_logprob(sequence, logits, token);
+    const bool thought = parser.thinking();
+    const bool ended = parse(sequence, token);
+    outcome.usage.reasoning_tokens += thought || parser.thinking();
+    const bool stopped = ended || !outcome.stopped_by.empty();
+    const bool full = outcome.usage.output_tokens == sequence.prompt->max_output;
+    outcome.cut = full && !stopped;
     if (full || stopped) end(sequence, Status::completed);
 }
 
-// Lets text out up to the first stop string (then true), or to where one may begin.
+// True: the answer ends with this token.
+bool AnswerWriter::parse(Sequence& sequence, Token token) {
+    const Tokenizer& tokenizer = model_.tokenizer();
+    const TokenKind kind = tokenizer.kind(token);
+    OutputParser& parser = *sequence.prompt->parser;
+    sequence_ = &sequence;
+    const OutputMark mark{tokenizer.piece(token), kind == TokenKind::user_defined,
+                          tokenizer.is_end(token)};
+    if (mark.ends || kind == TokenKind::control) {
+        parser.text(sequence.detokenizer.flush(false), *this);
+        return parser.mark(mark, *this);
+    }
+    std::string_view text = sequence.detokenizer.push(token);
+    if (!mark.is_text || !text.ends_with(mark.spelling)) {
+        parser.text(text, *this);
+        return false;
+    }
+    text.remove_suffix(mark.spelling.size());
+    parser.text(text, *this);
+    return parser.mark(mark, *this);
+}
+
+void AnswerWriter::begin_item(Item::Kind kind, std::string_view name) {
+    Sequence& sequence = *sequence_;
+    if (!sequence.outcome.stopped_by.empty()) return;
+    VALAR_ASSERT(!sequence.item_open);
+    const auto index = static_cast<uint32_t>(sequence.outcome.items.size());
+    Item item;
+    item.kind = kind;
+    item.role = Role::assistant;
+    item.name = name;
+    if (item.is_call())
+        item.call_id = derive_id("call_", sequence.reply->id + "/" + std::to_string(index));
+    if (sequence.reply->put_item(Event::Kind::item_begun, index, item))
+        desk_.announce(*sequence.reply);
+    if (!item.is_call()) item.content.push_back({ContentPart::Kind::output_text, {}});
+    text_of(item).reserve(text_room(sequence));
+    sequence.outcome.items.push_back(std::move(item));
+    sequence.item_open = true;
+}
+
+void AnswerWriter::extend_item(std::string_view text) {
+    Sequence& sequence = *sequence_;
+    if (!sequence.outcome.stopped_by.empty()) return;
+    VALAR_ASSERT(sequence.item_open);
+    const bool message = sequence.outcome.items.back().kind == Item::Kind::message;
+    if (message && pass_text(sequence, text)) end_item();
+    else if (!message) emit_text(sequence, text);
+}
+
+void AnswerWriter::end_item() {
+    Sequence& sequence = *sequence_;
+    if (!std::exchange(sequence.item_open, false)) return;
+    emit_text(sequence, sequence.held);
+    sequence.held.clear();
+    const auto& items = sequence.outcome.items;
+    const auto index = static_cast<uint32_t>(items.size() - 1);
+    if (sequence.reply->put_item(Event::Kind::item_ended, index, items.back()))
+        desk_.announce(*sequence.reply);
+}
+
+// Lets text of a message out up to the first stop string (then true), or to where one may begin.
 bool AnswerWriter::pass_text(Sequence& sequence, std::string_view text) {
     const auto& stops = sequence.prompt->stop;
     std::string& held = sequence.held;
@@ -28229,8 +28478,33 @@ bool AnswerWriter::pass_text(Sequence& sequence, std::string_view text) {
 
 void AnswerWriter::emit_text(Sequence& sequence, std::string_view text) {
     if (text.empty()) return;
-    sequence.outcome.text += text;
-    if (sequence.reply->put_text(text)) desk_.announce(*sequence.reply);
+    Item& item = sequence.outcome.items.back();
+    text_of(item) += text;
+    const auto index = static_cast<uint32_t>(sequence.outcome.items.size() - 1);
+    const Event::Kind kind = item.is_call()                       ? Event::Kind::arguments_delta
+                             : item.kind == Item::Kind::reasoning ? Event::Kind::reasoning_delta
+                                                                  : Event::Kind::text_delta;
+    if (sequence.reply->put_text(kind, index, text)) desk_.announce(*sequence.reply);
+}
+
+// An answer that came to its end has an item: an empty message if it said nothing.
+void AnswerWriter::finish_items(Sequence& sequence, bool whole) {
+    sequence_ = &sequence;
+    OutputParser& parser = *sequence.prompt->parser;
+    auto& items = sequence.outcome.items;
+    if (sequence.outcome.stopped_by.empty()) {
+        parser.text(sequence.detokenizer.flush(), *this);
+        parser.finish(whole, *this);
+    }
+    if (sequence.item_open && items.back().is_call()) {  // cut
+        items.pop_back();
+        sequence.item_open = false;
+        whole = false;
+    }
+    if (whole && items.empty()) begin_item(Item::Kind::message, {});
+    end_item();
+    for (const Item& item : items)
+        if (item.kind == Item::Kind::message) sequence.outcome.text += item.text();
 }
 
 void AnswerWriter::add_logprob(Sequence& sequence, std::span<const float> logits, Token token) {
@@ -28240,6 +28514,7 @@ void AnswerWriter::add_logprob(Sequence& sequence, std::span<const float> logits
     VALAR_ASSERT(count <= kMaxLogprobs);
     entry.logprob = logprob_of(logits, token, count, top_);
     entry.bytes = tokenizer.piece(token);
+    entry.item = static_cast<uint32_t>(sequence.outcome.items.size() - sequence.item_open);
     for (uint32_t i = 0; i < count; ++i)
         entry.top.push_back({std::string(tokenizer.piece(top_[i].first)), top_[i].second});
     if (sequence.reply->put_logprob(entry)) desk_.announce(*sequence.reply);
@@ -28248,10 +28523,9 @@ void AnswerWriter::add_logprob(Sequence& sequence, std::span<const float> logits
 
 void AnswerWriter::end(Sequence& sequence, Status status, std::optional<Error> error) {
     VALAR_ASSERT(!sequence.over && is_terminal(status));
-    if (sequence.outcome.stopped_by.empty() && !pass_text(sequence, sequence.detokenizer.flush()))
-        emit_text(sequence, sequence.held);
-    sequence.over = true;
     Outcome& outcome = sequence.outcome;
+    finish_items(sequence, status == Status::completed && !outcome.cut);
+    sequence.over = true;
     outcome.status = status;
     outcome.error = std::move(error);
     const uint64_t now = monotonic_ns();
@@ -29232,11 +29506,13 @@ struct Conversation::State {
     uint32_t forgotten = 0;  // turns
     std::string salt;        // of its pages' keys, if they came from bytes: see restore()
     std::shared_ptr<detail::Mailbox> reply;  // of the turn under way
+    size_t saying = 0;                       // of items: what it says
 
     bool settle();
     Request request(std::vector<Item> said) const;
-    bool forget_half();
-    Result<detail::PromptPtr> prepare(std::string_view words);
+    bool forget_half(bool but_last);
+    Result<detail::PromptPtr> prepare(const std::vector<Item>& more);
+    Reply say(std::vector<Item> more);
     Result<std::vector<detail::Hash256>> page_keys() const;
     std::string history() const;
 };
@@ -29248,8 +29524,8 @@ bool Conversation::State::settle() {
     const Outcome& outcome = *reply->outcome;
     const bool said = outcome.status == Status::completed ||
                       (outcome.status == Status::cancelled && !outcome.text.empty());
-    if (said) items.push_back(Item::message(Role::assistant, outcome.text));
-    else items.pop_back();
+    if (said) items.insert(items.end(), outcome.items.begin(), outcome.items.end());
+    else items.resize(items.size() - saying);
     reply.reset();
     return true;
 }
@@ -29260,27 +29536,52 @@ Request Conversation::State::request(std::vector<Item> said) const {
     return out;
 }
 
-// A turn is two items. False: there is none left.
-bool Conversation::State::forget_half() {
-    const size_t turns = (items.size() - fixed) / 2, half = (turns + 1) / 2;
+namespace {
+
+bool begins_turn(const Item& item) {
+    return item.kind == Item::Kind::message && item.role == Role::user;
+}
+
+}  // namespace
+
+// A turn begins with what the user said. False: there is none left, or only the last one, which
+// results of its calls still belong to.
+bool Conversation::State::forget_half(bool but_last) {
+    std::vector<size_t> begins;
+    for (size_t i = fixed; i < items.size(); ++i)
+        if (begins_turn(items[i])) begins.push_back(i);
+    if (!but_last) begins.push_back(items.size());
+    if (begins.size() < 2) return false;
+    const size_t half = begins.size() / 2;
     const auto first = items.begin() + static_cast<ptrdiff_t>(fixed);
-    items.erase(first, first + static_cast<ptrdiff_t>(2 * half));
+    items.erase(first, items.begin() + static_cast<ptrdiff_t>(begins[half]));
     forgotten += static_cast<uint32_t>(half);
-    return half > 0;
+    return true;
 }
 
 // An answer should have as much room as it may take, or at least a quarter of the context.
-Result<detail::PromptPtr> Conversation::State::prepare(std::string_view words) {
+Result<detail::PromptPtr> Conversation::State::prepare(const std::vector<Item>& more) {
     const uint32_t quarter = engine->prompts.context() / 4;
     const uint32_t room = std::min(settings.max_output_tokens.value_or(quarter), quarter);
     for (;;) {
         std::vector<Item> said = items;
-        said.push_back(Item::message(Role::user, std::string(words)));
+        said.insert(said.end(), more.begin(), more.end());
         auto prompt = engine->prompts.prepare(request(std::move(said)), salt);
         const bool full = prompt ? (*prompt)->max_output < room
                                  : prompt.error().code == "context_length_exceeded";
-        if (!full || when_full == WhenFull::refuse || !forget_half()) return prompt;
+        const bool goes_on = more.empty() || !begins_turn(more.front());
+        if (!full || when_full == WhenFull::refuse || !forget_half(goes_on)) return prompt;
     }
+}
+
+Reply Conversation::State::say(std::vector<Item> more) {
+    if (!settle()) return engine->reply_to(detail::conversation_busy_error());
+    Reply made = engine->reply_to(prepare(more));
+    reply = made.mailbox_;
+    saying = more.size();
+    items.insert(items.end(), std::make_move_iterator(more.begin()),
+                 std::make_move_iterator(more.end()));
+    return made;
 }
 
 // Of the pages that what was said fills.
@@ -29319,16 +29620,14 @@ Conversation::Conversation(Engine& engine, Request settings, WhenFull when_full)
 }
 
 Reply Conversation::say(std::string_view words) {
-    if (!state_->settle()) return state_->engine->reply_to(detail::conversation_busy_error());
-    Reply reply = state_->engine->reply_to(state_->prepare(words));
-    state_->reply = reply.mailbox_;
-    state_->items.push_back(Item::message(Role::user, std::string(words)));
-    return reply;
+    return say({Item::message(Role::user, std::string(words))});
 }
+
+Reply Conversation::say(std::vector<Item> items) { return state_->say(std::move(items)); }
 
 std::span<const Item> Conversation::items() {
     const bool settled = state_->settle();
-    return std::span(state_->items).first(state_->items.size() - !settled);
+    return std::span(state_->items).first(state_->items.size() - (settled ? 0 : state_->saying));
 }
 
 uint32_t Conversation::forgotten_turns() const { return state_->forgotten; }
@@ -35226,34 +35525,35 @@ _Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Done\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")")
 _Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"F16\")")
 _Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")")
-_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")") _Pragma("pop_macro(\"Frame\")")
-_Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")")
-_Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"Input\")")
-_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")")
-_Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")")
-_Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
-_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
-_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
-_Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")")
-_Pragma("pop_macro(\"Move\")") _Pragma("pop_macro(\"MultiByteToWideChar\")")
-_Pragma("pop_macro(\"N\")") _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")")
-_Pragma("pop_macro(\"Node\")") _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")")
-_Pragma("pop_macro(\"Object\")") _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")")
-_Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")")
-_Pragma("pop_macro(\"Pending\")") _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")")
-_Pragma("pop_macro(\"Place\")") _Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")")
-_Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")")
-_Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")")
-_Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")")
-_Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")")
-_Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")")
-_Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")")
-_Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
-_Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
-_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
-_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
-_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
-_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
+_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")") _Pragma("pop_macro(\"Format\")")
+_Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")")
+_Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")")
+_Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Items\")")
+_Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")")
+_Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")")
+_Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")")
+_Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")")
+_Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Match\")")
+_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Mode\")") _Pragma("pop_macro(\"Move\")")
+_Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
+_Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
+_Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
+_Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"P\")")
+_Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
+_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
+_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")")
+_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")")
+_Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")")
+_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
+_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")")
+_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
+_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
+_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")")
+_Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")")
+_Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")")
+_Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")")
+_Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")")
+_Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
 _Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
 _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
 _Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")

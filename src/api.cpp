@@ -31,6 +31,15 @@ Item Item::message(Role role, std::string text) {
     return item;
 }
 
+Item Item::output(const Item& call, std::string text) {
+    Item item = message(Role::tool, std::move(text));
+    item.kind = call.kind == Kind::custom_tool_call ? Kind::custom_tool_call_output
+                                                    : Kind::function_call_output;
+    item.call_id = call.call_id;
+    item.name = call.name;
+    return item;
+}
+
 std::string Item::text() const {
     std::string all;
     for (const ContentPart& part : content) all += part.text;
@@ -204,6 +213,7 @@ constexpr ItemType item_types[] = {
     {"custom_tool_call", Item::Kind::custom_tool_call, "ctc_"},
     {"custom_tool_call_output", Item::Kind::custom_tool_call_output, "ctco_"},
 };
+static_assert(std::size(item_types) == size_t(Item::Kind::custom_tool_call_output) + 1);
 
 struct PartType {
     std::string_view name;
@@ -649,23 +659,81 @@ Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
     return all;
 }
 
+const ItemType& type_of(Item::Kind kind) { return item_types[static_cast<size_t>(kind)]; }
+
+Json render_part(const Item& item, const ContentPart& part) {
+    if (item.kind == Item::Kind::reasoning)
+        return Json::object().set("type", "reasoning_text").set("text", part.text);
+    if (item.role != Role::assistant)
+        return Json::object().set("type", "input_text").set("text", part.text);
+    if (part.kind == ContentPart::Kind::refusal)
+        return Json::object().set("type", "refusal").set("refusal", part.text);
+    return Json::object()
+        .set("type", "output_text")
+        .set("text", part.text)
+        .set("annotations", Json::array());
+}
+
+Json render_parts(const Item& item) {
+    Json parts = Json::array();
+    for (const ContentPart& part : item.content) parts.push(render_part(item, part));
+    return parts;
+}
+
+Json item_json(const Item& item, const std::string& id, const char* status) {
+    const bool custom = item.kind == Item::Kind::custom_tool_call;
+    Json out = Json::object();
+    if (!id.empty()) out.set("id", id);
+    out.set("type", type_of(item.kind).name);
+    if (item.kind == Item::Kind::message) out.set("role", role_name(item.role));
+    if (status) out.set("status", status);
+    switch (item.kind) {
+        case Item::Kind::message: return out.set("content", render_parts(item));
+        case Item::Kind::reasoning:
+            return out.set("summary", Json::array()).set("content", render_parts(item));
+        case Item::Kind::function_call:
+        case Item::Kind::custom_tool_call:
+            return out.set("call_id", item.call_id)
+                .set("name", item.name)
+                .set(custom ? "input" : "arguments", item.arguments);
+        default: break;
+    }
+    return out.set("call_id", item.call_id).set("output", item.text());
+}
+
+// Those of a message's tokens, in its first part.
+void add_logprobs(const Outcome& outcome, size_t index, Json* item) {
+    std::vector<TokenLogprob> own;
+    for (const TokenLogprob& token : outcome.logprobs)
+        if (token.item == index) own.push_back(token);
+    if (Json* content = item->find("content"); content && !content->empty() && !own.empty())
+        content->items().front().set("logprobs", render_logprobs(own));
+}
+
 Json render_output(const ResponseRecord& record, const Outcome& outcome,
                    const DialectWords& words) {
     Json output = Json::array();
     const bool whole = record.status == Status::completed;
-    if (!is_terminal(record.status) || (!whole && outcome.text.empty())) return output;
-    Json part = Json::object()
-                    .set("type", "output_text")
-                    .set("text", outcome.text)
-                    .set("annotations", Json::array());
-    if (!outcome.logprobs.empty()) part.set("logprobs", render_logprobs(outcome.logprobs));
-    const char* status = !whole ? "incomplete" : outcome.cut ? words.cut_item : "completed";
-    output.push(Json::object()
-                    .set("id", record.message_id)
-                    .set("type", "message")
-                    .set("role", role_name(Role::assistant))
-                    .set("status", status)
-                    .set("content", Json::array().push(std::move(part))));
+    if (!is_terminal(record.status)) return output;
+    std::vector<Item> items = outcome.items;
+    if (items.empty() && (!outcome.text.empty() || (whole && !outcome.cut)))
+        items.push_back(Item::message(Role::assistant, outcome.text));
+    bool first = true;  // of the messages: it has the id that was drawn at acceptance
+    for (size_t i = 0; i < items.size(); ++i) {
+        const bool message = items[i].kind == Item::Kind::message;
+        const bool last = i + 1 == items.size();
+        const std::string id = message && std::exchange(first, false)
+                                   ? record.message_id
+                                   : derive_id(type_of(items[i].kind).prefix,
+                                               record.id + "/" + std::to_string(i));
+        const char* status = !last         ? "completed"
+                             : !whole      ? "incomplete"
+                             : outcome.cut ? words.cut_item
+                                           : "completed";
+        Json item = item_json(items[i], id, status);
+        if (message) add_logprobs(outcome, i, &item);
+        output.push(std::move(item));
+    }
     return output;
 }
 
@@ -683,14 +751,6 @@ Json render_input_content(const Json& content, bool assistant) {
     return parts;
 }
 
-// The id of an input item that came without one: the same each time it is asked for.
-std::string input_item_id(const char* prefix, const std::string& response_id, size_t place) {
-    std::string id = prefix;
-    for (const uint8_t byte : sha256(response_id + "/" + std::to_string(place)).bytes)
-        if (id.size() < 28) id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
-    return id;
-}
-
 Json render_input_item(const Json& given, const std::string& response_id, size_t place) {
     static constexpr const char* kept[] = {"role", "content",   "phase", "summary", "call_id",
                                            "name", "arguments", "input", "output"};
@@ -700,7 +760,8 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
     if (row == std::end(item_types)) return given;
     const bool own = given["id"].is_string() && !given["id"].as_string().empty();
     Json item = Json::object().set(
-        "id", own ? given["id"] : Json(input_item_id(row->prefix, response_id, place)));
+        "id", own ? given["id"]
+                  : Json(derive_id(row->prefix, response_id + "/" + std::to_string(place))));
     item.set("type", type);
     item.set("status", given["status"].is_string() ? given["status"] : Json("completed"));
     for (const char* key : kept)

@@ -44,7 +44,10 @@ struct VALAR_API Item {
     // clang-format on
 
     static Item message(Role role, std::string text);
+    /// What a call gave, as input of the next request.
+    static Item output(const Item& call, std::string text);
     std::string text() const;  ///< all parts of content, joined
+    bool is_call() const { return kind == Kind::function_call || kind == Kind::custom_tool_call; }
 };
 
 /// What a request asks: a text (one user message), or items.
@@ -63,6 +66,40 @@ struct Input {
 /// When an answer is wanted: ahead of everything; fair among themselves; when nothing else waits.
 /// Waiting makes a request more urgent, so that nothing starves.
 enum class Window : uint8_t { asap, standard, flex };
+
+/// The form that an answer must have. One of `schema`, `regex`, `one_of` and `gbnf` says it; none:
+/// free text. Decoding is held to it: what ends by itself has the form, whatever the model is.
+struct Format {
+    Json schema = {};                         ///< JSON Schema; {}: any JSON; null: none
+    std::string regex = {};                   ///< of the whole text
+    std::vector<std::string> one_of = {};     ///< one of these texts
+    std::string gbnf = {};                    ///< a grammar as llama.cpp writes it, from its `root`
+    bool strict = true;                       ///< a schema that cannot be promised is refused
+    std::string name = {}, description = {};  ///< of the schema, for the model
+    bool empty() const {
+        return schema.is_null() && regex.empty() && one_of.empty() && gbnf.empty();
+    }
+};
+
+/// Something that the model may call: the answer then holds an item with its name and arguments.
+struct Tool {
+    std::string name = {};  ///< 1 to 64 of a-z A-Z 0-9 _ -
+    std::string description = {};
+    Json parameters = {};  ///< JSON Schema of the arguments; null: any object
+    bool strict = true;    ///< arguments fit the schema; else they are a JSON object
+    bool custom = false;   ///< called with a text, not with arguments
+    Format format = {};    ///< of that text: a regex or GBNF
+};
+
+/// Which tools must or may be called.
+struct ToolChoice {
+    enum class Mode : uint8_t { automatic, none, required };
+    Mode mode = Mode::automatic;
+    std::vector<std::string> names = {};  ///< these alone; none: all
+};
+
+/// How much a model that can think does so before it answers.
+enum class Effort : uint8_t { none, minimal, low, medium, high, xhigh };
 
 /// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
 /// names. What is absent takes the model's own default. Designated initialisers follow this order.
@@ -93,6 +130,12 @@ struct Request {
     bool background = false;        ///< of the server: answered at once with 202
     bool store = true;              ///< of the server: kept once answered
     std::string previous_response_id = {};  ///< of the server: its turns come first
+    Format format = {};                     ///< of the answer's text
+    std::vector<Tool> tools = {};
+    ToolChoice tool_choice = {};
+    bool parallel_tool_calls = true;              ///< false: at most one call
+    std::optional<uint32_t> max_tool_calls = {};  ///< 1 or more
+    std::optional<Effort> effort = {};            ///< none: as the model has it
 };
 
 /// How far a response is. It never moves back.
@@ -116,6 +159,7 @@ struct TokenLogprob {
     std::string bytes = {};  ///< of the token; may be part of a character
     float logprob = 0;
     std::vector<Alternative> top = {};  ///< most likely first
+    uint32_t item = 0;                  ///< of Outcome::items: the one that it is part of
 };
 
 /// Where the time of one request went.
@@ -123,31 +167,43 @@ struct Timings {
     uint64_t queue_us = 0, prefill_us = 0, decode_us = 0;
 };
 
-/// The end of a response. `text` is the whole answer, valid UTF-8.
+/// The end of a response. All text is valid UTF-8.
 struct Outcome {
     Status status = Status::completed;  ///< terminal
-    std::string text = {};
-    bool cut = false;  ///< ended by max_output_tokens or by a full context
+    std::string text = {};  ///< of all messages; a Responder without items sets it alone
+    bool cut = false;       ///< ended by max_output_tokens or by a full context
     Usage usage = {};
     Timings timings = {};
     std::vector<TokenLogprob> logprobs = {};  ///< when asked for, a token each
     std::optional<Error> error = {};          ///< when failed or cancelled
     std::string stopped_by = {};              ///< the one of Request::stop that ended it
+    /// Thoughts, messages and calls, in their order. A call that was cut is not among them.
+    std::vector<Item> items = {};
 };
 
-/// What happened to a response, in order: started once, text_delta any number, finished once.
+/// What happened to a response, in order: started once; of one item after the other item_begun, its
+/// deltas (text of a message, of a thought; arguments of a call), item_ended; finished once.
 struct Event {
-    enum class Kind : uint8_t { started, text_delta, finished };
+    // clang-format off
+    enum class Kind : uint8_t { started, text_delta, finished,
+                                item_begun, reasoning_delta, arguments_delta, item_ended };
+    // clang-format on
     Kind kind = Kind::started;
-    std::string text = {};                        ///< of a text_delta: whole characters
+    std::string text = {};                        ///< of a delta: whole characters
     std::shared_ptr<const Outcome> outcome = {};  ///< of finished
-    /// Of a text_delta, when asked for: the tokens since the one before; the text may be empty.
+    /// Of a delta, when asked for: the tokens since the one before; the text may be empty.
     std::vector<TokenLogprob> logprobs = {};
+    uint32_t index = 0;  ///< of the item in Outcome::items
+    Item item = {};      ///< of item_begun: without its text; of item_ended: all of it
 
     /// The text of a text_delta, else nothing. Borrowed from the event.
     std::optional<std::string_view> text_delta() const {
         if (kind != Kind::text_delta) return std::nullopt;
         return std::string_view(text);
+    }
+    /// The call that is complete with this event, else null. Borrowed from the event.
+    const Item* call() const {
+        return kind == Kind::item_ended && item.is_call() ? &item : nullptr;
     }
 };
 

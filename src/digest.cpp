@@ -244,6 +244,8 @@ Result<void> random_bytes(void* data, size_t size) {
     return {};
 }
 
+static constexpr char id_characters[] = "0123456789abcdefghijklmnopqrstuvwxyz";
+
 Result<std::string> draw_id(std::string prefix) {
     std::string id = std::move(prefix);
     const size_t size = id.size() + 24;
@@ -251,9 +253,16 @@ Result<std::string> draw_id(std::string prefix) {
         uint8_t random[32];
         if (auto drawn = random_bytes(random, sizeof random); !drawn) return drawn.error();
         for (const uint8_t byte : random)  // 252 = 7 * 36: no character is likelier than another
-            if (byte < 252 && id.size() < size)
-                id += "0123456789abcdefghijklmnopqrstuvwxyz"[byte % 36];
+            if (byte < 252 && id.size() < size) id += id_characters[byte % 36];
     }
+    return id;
+}
+
+std::string derive_id(std::string prefix, std::string_view source) {
+    std::string id = std::move(prefix);
+    const size_t size = id.size() + 24;
+    for (const uint8_t byte : sha256(source).bytes)
+        if (id.size() < size) id += id_characters[byte % 36];
     return id;
 }
 

@@ -64,6 +64,8 @@ Result<void> random_bytes(void* data, size_t size);
 
 /// `prefix` and 24 of [0-9a-z], 124 bits that nobody can guess.
 Result<std::string> draw_id(std::string prefix);
+/// The same length of the same characters, but always the same of `source`.
+std::string derive_id(std::string prefix, std::string_view source);
 
 }  // namespace detail
 }  // namespace v1

@@ -4,6 +4,7 @@
 #include "digest_internal.hpp"
 #include "engine/engine.hpp"
 #include "engine/plan.hpp"
+#include "engine/prompt.hpp"
 #include "host.hpp"
 #include "json_internal.hpp"
 #include "sampler_internal.hpp"
@@ -195,6 +196,148 @@ TEST_CASE("items are a conversation") {
     CHECK(answer(engine, text) != answer(engine, items));
     items.input.items.insert(items.input.items.begin(), Item::message(Role::system, "be brief"));
     CHECK(answer(engine, text) == answer(engine, items));
+}
+
+// Makes items of what a model says, so many pushes each: a thought, a message, a call, and again.
+class ThirdsParser final : public detail::OutputParser {
+public:
+    explicit ThirdsParser(int pushes) : pushes_(pushes) {}
+    void text(std::string_view more, detail::OutputSink& out) override {
+        static constexpr Item::Kind kinds[] = {Item::Kind::reasoning, Item::Kind::message,
+                                               Item::Kind::function_call};
+        if (more.empty()) return;
+        if (count_ % pushes_ == 0) {
+            if (count_ > 0) out.end_item();
+            const Item::Kind kind = kinds[count_ / pushes_ % 3];
+            out.begin_item(kind, kind == Item::Kind::function_call ? "forge" : "");
+        }
+        ++count_;
+        out.extend_item(more);
+    }
+    bool mark(const detail::OutputMark& mark, detail::OutputSink& out) override {
+        if (mark.is_text && !mark.ends) text(mark.spelling, out);
+        return mark.ends;
+    }
+    void finish(bool whole, detail::OutputSink& out) override {
+        if (whole || count_ % pushes_ == 0) out.end_item();
+    }
+    bool thinking() const override { return count_ / pushes_ % 3 == 0; }
+
+private:
+    int pushes_, count_ = 0;
+};
+
+// All that a reply told while it was answered, put together again.
+struct Told {
+    std::vector<Item> items;
+    std::string order;  // a letter an event
+    std::shared_ptr<const Outcome> outcome;
+    void take(const Event& event) {
+        order += "stfbrae"[static_cast<size_t>(event.kind)];
+        if (event.kind == Event::Kind::item_begun) {
+            CHECK(event.index == items.size());
+            CHECK(event.item.arguments.empty());
+            items.push_back(event.item);
+            if (!event.item.is_call())
+                items.back().content = {{ContentPart::Kind::output_text, {}}};
+        } else if (event.kind == Event::Kind::item_ended) {
+            CHECK(event.index + 1 == items.size());
+            CHECK(event.item.text() == items.back().text());
+            CHECK(event.item.arguments == items.back().arguments);
+            CHECK((event.call() != nullptr) == items.back().is_call());
+        } else if (!event.text.empty()) {
+            CHECK(event.index + 1 == items.size());
+            (event.kind == Event::Kind::arguments_delta
+                 ? items.back().arguments
+                 : items.back().content[0].text) += event.text;
+        }
+        if (event.outcome) outcome = event.outcome;
+    }
+};
+
+Told tell(Engine& engine, const Request& request, int pushes, bool poll_late = false) {
+    Told told;
+    Responder& responder = *engine.responder();
+    auto prepared = responder.prepare(request);
+    REQUIRE(prepared);
+    static_cast<detail::PreparedPrompt&>(**prepared).parser = std::make_unique<ThirdsParser>(
+        pushes);
+    REQUIRE(responder.submit(std::move(*prepared), "resp_thirds"));
+    for (bool more = true; more;) {
+        auto stepped = engine.step(poll_late ? -1 : 0);
+        REQUIRE(stepped);
+        more = *stepped;
+        while (auto event = responder.poll("resp_thirds")) told.take(*event);
+    }
+    REQUIRE(told.outcome);
+    return told;
+}
+
+TEST_CASE("an answer is items: events tell of each, and what was cut is no call") {
+    Engine engine = open_tiny();
+    Request request = ask("hello", 40);
+    request.logprobs = true;
+    const Told told = tell(engine, request, 4), late = tell(engine, request, 4, true);
+    const Outcome& outcome = *told.outcome;
+    REQUIRE(outcome.items.size() > 4);
+    CHECK(told.order.starts_with("sb"));
+    CHECK(told.order.ends_with("f"));
+    CHECK(late.order.starts_with("sbrebtebaebr"));
+    CHECK(late.outcome->text == outcome.text);
+    CHECK(late.items.size() == told.items.size());
+    std::string text, all;
+    for (size_t i = 0; i < outcome.items.size(); ++i) {
+        const Item& item = outcome.items[i];
+        const Item::Kind kinds[] = {Item::Kind::reasoning, Item::Kind::message,
+                                    Item::Kind::function_call};
+        CHECK(item.kind == kinds[i % 3]);
+        CHECK(item.role == Role::assistant);
+        CHECK(item.text() == told.items[i].text());
+        CHECK(item.arguments == told.items[i].arguments);
+        CHECK(item.is_call() == item.call_id.starts_with("call_"));
+        CHECK((item.name == "forge") == item.is_call());
+        if (item.kind == Item::Kind::message) text += item.text();
+        all += item.is_call() ? item.arguments : item.text();
+    }
+    CHECK(outcome.items[2].call_id != outcome.items[5].call_id);
+    CHECK(outcome.text == text);
+    Request plain = ask("hello", 40);
+    CHECK(answer(engine, plain).starts_with(all));  // the same words, if not a call that was cut
+    uint32_t thoughts = 0;
+    for (const TokenLogprob& token : outcome.logprobs) thoughts += token.item % 3 == 0;
+    CHECK(outcome.usage.reasoning_tokens > 0);
+    CHECK(outcome.usage.reasoning_tokens + 8 > thoughts);
+    CHECK(thoughts + 8 > outcome.usage.reasoning_tokens);
+
+    for (uint32_t most = 9; most < 14; ++most) {  // within the call
+        const Told cut = tell(engine, ask("hello", most), 4);
+        CHECK(cut.outcome->cut);
+        for (const Item& item : cut.outcome->items)
+            CHECK((!item.is_call() || item.arguments == outcome.items[2].arguments));
+        const bool begun = cut.items.back().is_call();
+        CHECK((!begun || cut.outcome->items.size() == cut.items.size() - 1 ||
+               cut.order.ends_with("ef")));
+    }
+}
+
+TEST_CASE("stop strings end messages, not thoughts or calls") {
+    Engine engine = open_tiny();
+    const Told free = tell(engine, ask("hello", 40), 4);
+    const std::string thought = free.outcome->items[0].text();
+    const std::string said = free.outcome->items[1].text();
+    REQUIRE(said.size() > 1);
+    Request request = ask("hello", 40);
+    size_t last = said.size() - 1;
+    while ((said[last] & 0xC0) == 0x80) --last;
+    const std::string stop = said.substr(last);
+    request.stop = {stop};
+    const Told told = tell(engine, request, 4);
+    REQUIRE(told.outcome->items.size() == 2);
+    CHECK(told.outcome->items[0].text() == thought);
+    CHECK(told.outcome->items[1].text() == said.substr(0, said.find(stop)));
+    CHECK(told.outcome->stopped_by == stop);
+    CHECK_FALSE(told.outcome->cut);
+    CHECK(told.order.ends_with("ef"));
 }
 
 TEST_CASE("several requests wait and are answered one after another") {
@@ -549,7 +692,8 @@ TEST_CASE("the Responder: ids, events, announcements") {
     CHECK(heard.ids == std::vector<std::string>{"resp_a"});  // nobody polled in between
     std::vector<Event::Kind> kinds;
     while (auto event = responder.poll("resp_a")) kinds.push_back(event->kind);
-    CHECK(kinds == std::vector<Event::Kind>{Event::Kind::started, Event::Kind::text_delta,
+    CHECK(kinds == std::vector<Event::Kind>{Event::Kind::started, Event::Kind::item_begun,
+                                            Event::Kind::text_delta, Event::Kind::item_ended,
                                             Event::Kind::finished});
     CHECK_FALSE(responder.poll("resp_a"));
 
@@ -1531,6 +1675,22 @@ TEST_CASE("conversation: a full context refuses or forgets the older turns") {
     Conversation forgot = talk(WhenFull::drop_oldest_turns);
     CHECK(forgot.forgotten_turns() > 0);
     CHECK(forgot.forgotten_turns() + forgot.items().size() / 2 == 12);
+}
+
+TEST_CASE("conversation: items are said too") {
+    Engine engine = open_tiny();
+    Conversation words(engine, settings()), items(engine, settings());
+    const std::string expected = say(engine, words, "hello");
+    Reply reply = items.say(
+        {Item::message(Role::developer, "be brief"), Item::message(Role::user, "hello")});
+    CHECK(items.items().empty());
+    CHECK(code_of(items.say(std::vector<Item>{})) == "conversation_busy");
+    REQUIRE(engine.step());
+    CHECK(items.items().size() == 3);
+    reply = items.say({Item::message(Role::user, "x"), Item::message(Role::user, "y")});
+    reply.cancel();
+    REQUIRE(engine.step());
+    CHECK(items.items().size() == 3);  // both were never said
 }
 
 TEST_CASE("conversation: a fork goes its own way from the same place") {

@@ -32,31 +32,104 @@ void add_outcome(const Sequence& sequence, ResponderStats* counts) {
     if (sequence.waiting_ns == 0) --counts->running;
 }
 
+// What an answer may come to.
+size_t text_room(const Sequence& sequence) {
+    return (size_t{sequence.prompt->max_output - sequence.outcome.usage.output_tokens} + 1) * 4;
+}
+
+std::string& text_of(Item& item) {
+    return item.is_call() ? item.arguments : item.content.front().text;
+}
+
 }  // namespace
 
 // All that grows later gets its room here: nothing is allocated for a token.
 void AnswerWriter::begin(Sequence& sequence) {
     const uint32_t most = sequence.prompt->max_output;
-    const size_t most_text = size_t{most} * 4;
     sequence.tokens.reserve(sequence.length() + most);
-    sequence.outcome.text.reserve(most_text);
     sequence.held.reserve(2 * kMaxStopBytes);
     sequence.sampler.see_prompt(sequence.tokens, most);
     if (sequence.prompt->logprobs) sequence.outcome.logprobs.reserve(most);
-    if (sequence.reply->put_start(most_text)) desk_.announce(*sequence.reply);
+    if (sequence.reply->put_start(text_room(sequence))) desk_.announce(*sequence.reply);
 }
 
 void AnswerWriter::add_token(Sequence& sequence, Token token, std::span<const float> logits) {
     VALAR_ASSERT(!sequence.over);
-    if (model_.tokenizer().is_end(token)) return end(sequence, Status::completed);
-    if (sequence.prompt->logprobs) add_logprob(sequence, logits, token);
-    const bool stopped = pass_text(sequence, sequence.detokenizer.push(token));
-    const bool full = sequence.outcome.usage.output_tokens == sequence.prompt->max_output;
-    sequence.outcome.cut = full && !stopped;
+    Outcome& outcome = sequence.outcome;
+    const OutputParser& parser = *sequence.prompt->parser;
+    if (sequence.prompt->logprobs && !model_.tokenizer().is_end(token))
+        add_logprob(sequence, logits, token);
+    const bool thought = parser.thinking();
+    const bool ended = parse(sequence, token);
+    outcome.usage.reasoning_tokens += thought || parser.thinking();
+    const bool stopped = ended || !outcome.stopped_by.empty();
+    const bool full = outcome.usage.output_tokens == sequence.prompt->max_output;
+    outcome.cut = full && !stopped;
     if (full || stopped) end(sequence, Status::completed);
 }
 
-// Lets text out up to the first stop string (then true), or to where one may begin.
+// True: the answer ends with this token.
+bool AnswerWriter::parse(Sequence& sequence, Token token) {
+    const Tokenizer& tokenizer = model_.tokenizer();
+    const TokenKind kind = tokenizer.kind(token);
+    OutputParser& parser = *sequence.prompt->parser;
+    sequence_ = &sequence;
+    const OutputMark mark{tokenizer.piece(token), kind == TokenKind::user_defined,
+                          tokenizer.is_end(token)};
+    if (mark.ends || kind == TokenKind::control) {
+        parser.text(sequence.detokenizer.flush(false), *this);
+        return parser.mark(mark, *this);
+    }
+    std::string_view text = sequence.detokenizer.push(token);
+    if (!mark.is_text || !text.ends_with(mark.spelling)) {
+        parser.text(text, *this);
+        return false;
+    }
+    text.remove_suffix(mark.spelling.size());
+    parser.text(text, *this);
+    return parser.mark(mark, *this);
+}
+
+void AnswerWriter::begin_item(Item::Kind kind, std::string_view name) {
+    Sequence& sequence = *sequence_;
+    if (!sequence.outcome.stopped_by.empty()) return;
+    VALAR_ASSERT(!sequence.item_open);
+    const auto index = static_cast<uint32_t>(sequence.outcome.items.size());
+    Item item;
+    item.kind = kind;
+    item.role = Role::assistant;
+    item.name = name;
+    if (item.is_call())
+        item.call_id = derive_id("call_", sequence.reply->id + "/" + std::to_string(index));
+    if (sequence.reply->put_item(Event::Kind::item_begun, index, item))
+        desk_.announce(*sequence.reply);
+    if (!item.is_call()) item.content.push_back({ContentPart::Kind::output_text, {}});
+    text_of(item).reserve(text_room(sequence));
+    sequence.outcome.items.push_back(std::move(item));
+    sequence.item_open = true;
+}
+
+void AnswerWriter::extend_item(std::string_view text) {
+    Sequence& sequence = *sequence_;
+    if (!sequence.outcome.stopped_by.empty()) return;
+    VALAR_ASSERT(sequence.item_open);
+    const bool message = sequence.outcome.items.back().kind == Item::Kind::message;
+    if (message && pass_text(sequence, text)) end_item();
+    else if (!message) emit_text(sequence, text);
+}
+
+void AnswerWriter::end_item() {
+    Sequence& sequence = *sequence_;
+    if (!std::exchange(sequence.item_open, false)) return;
+    emit_text(sequence, sequence.held);
+    sequence.held.clear();
+    const auto& items = sequence.outcome.items;
+    const auto index = static_cast<uint32_t>(items.size() - 1);
+    if (sequence.reply->put_item(Event::Kind::item_ended, index, items.back()))
+        desk_.announce(*sequence.reply);
+}
+
+// Lets text of a message out up to the first stop string (then true), or to where one may begin.
 bool AnswerWriter::pass_text(Sequence& sequence, std::string_view text) {
     const auto& stops = sequence.prompt->stop;
     std::string& held = sequence.held;
@@ -83,8 +156,33 @@ bool AnswerWriter::pass_text(Sequence& sequence, std::string_view text) {
 
 void AnswerWriter::emit_text(Sequence& sequence, std::string_view text) {
     if (text.empty()) return;
-    sequence.outcome.text += text;
-    if (sequence.reply->put_text(text)) desk_.announce(*sequence.reply);
+    Item& item = sequence.outcome.items.back();
+    text_of(item) += text;
+    const auto index = static_cast<uint32_t>(sequence.outcome.items.size() - 1);
+    const Event::Kind kind = item.is_call()                       ? Event::Kind::arguments_delta
+                             : item.kind == Item::Kind::reasoning ? Event::Kind::reasoning_delta
+                                                                  : Event::Kind::text_delta;
+    if (sequence.reply->put_text(kind, index, text)) desk_.announce(*sequence.reply);
+}
+
+// An answer that came to its end has an item: an empty message if it said nothing.
+void AnswerWriter::finish_items(Sequence& sequence, bool whole) {
+    sequence_ = &sequence;
+    OutputParser& parser = *sequence.prompt->parser;
+    auto& items = sequence.outcome.items;
+    if (sequence.outcome.stopped_by.empty()) {
+        parser.text(sequence.detokenizer.flush(), *this);
+        parser.finish(whole, *this);
+    }
+    if (sequence.item_open && items.back().is_call()) {  // cut
+        items.pop_back();
+        sequence.item_open = false;
+        whole = false;
+    }
+    if (whole && items.empty()) begin_item(Item::Kind::message, {});
+    end_item();
+    for (const Item& item : items)
+        if (item.kind == Item::Kind::message) sequence.outcome.text += item.text();
 }
 
 void AnswerWriter::add_logprob(Sequence& sequence, std::span<const float> logits, Token token) {
@@ -94,6 +192,7 @@ void AnswerWriter::add_logprob(Sequence& sequence, std::span<const float> logits
     VALAR_ASSERT(count <= kMaxLogprobs);
     entry.logprob = logprob_of(logits, token, count, top_);
     entry.bytes = tokenizer.piece(token);
+    entry.item = static_cast<uint32_t>(sequence.outcome.items.size() - sequence.item_open);
     for (uint32_t i = 0; i < count; ++i)
         entry.top.push_back({std::string(tokenizer.piece(top_[i].first)), top_[i].second});
     if (sequence.reply->put_logprob(entry)) desk_.announce(*sequence.reply);
@@ -102,10 +201,9 @@ void AnswerWriter::add_logprob(Sequence& sequence, std::span<const float> logits
 
 void AnswerWriter::end(Sequence& sequence, Status status, std::optional<Error> error) {
     VALAR_ASSERT(!sequence.over && is_terminal(status));
-    if (sequence.outcome.stopped_by.empty() && !pass_text(sequence, sequence.detokenizer.flush()))
-        emit_text(sequence, sequence.held);
-    sequence.over = true;
     Outcome& outcome = sequence.outcome;
+    finish_items(sequence, status == Status::completed && !outcome.cut);
+    sequence.over = true;
     outcome.status = status;
     outcome.error = std::move(error);
     const uint64_t now = monotonic_ns();

@@ -14,8 +14,8 @@ namespace detail {
 
 // ---- From tokens to the events of a reply ----------------------------------------------------
 
-// Text up to a stop string, log-probabilities, the end. Threads: only the one that steps.
-class AnswerWriter {
+// Items, text up to a stop string, log-probabilities, the end. Threads: only the one that steps.
+class AnswerWriter final : OutputSink {
 public:
     AnswerWriter(const LoadedModel& model, Desk& desk) : model_(model), desk_(desk) {}
 
@@ -27,12 +27,18 @@ public:
     void end(Sequence& sequence, Status status, std::optional<Error> error = {});
 
 private:
+    void begin_item(Item::Kind kind, std::string_view name) override;
+    void extend_item(std::string_view text) override;
+    void end_item() override;
+    bool parse(Sequence& sequence, Token token);
+    void finish_items(Sequence& sequence, bool whole);
     bool pass_text(Sequence& sequence, std::string_view text);
     void emit_text(Sequence& sequence, std::string_view text);
     void add_logprob(Sequence& sequence, std::span<const float> logits, Token token);
 
     const LoadedModel& model_;
     Desk& desk_;
+    Sequence* sequence_ = nullptr;  // whose parser tells of items
     std::pair<Token, float> top_[kMaxLogprobs];
 };
 

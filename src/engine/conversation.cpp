@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <span>
@@ -175,11 +176,13 @@ struct Conversation::State {
     uint32_t forgotten = 0;  // turns
     std::string salt;        // of its pages' keys, if they came from bytes: see restore()
     std::shared_ptr<detail::Mailbox> reply;  // of the turn under way
+    size_t saying = 0;                       // of items: what it says
 
     bool settle();
     Request request(std::vector<Item> said) const;
-    bool forget_half();
-    Result<detail::PromptPtr> prepare(std::string_view words);
+    bool forget_half(bool but_last);
+    Result<detail::PromptPtr> prepare(const std::vector<Item>& more);
+    Reply say(std::vector<Item> more);
     Result<std::vector<detail::Hash256>> page_keys() const;
     std::string history() const;
 };
@@ -191,8 +194,8 @@ bool Conversation::State::settle() {
     const Outcome& outcome = *reply->outcome;
     const bool said = outcome.status == Status::completed ||
                       (outcome.status == Status::cancelled && !outcome.text.empty());
-    if (said) items.push_back(Item::message(Role::assistant, outcome.text));
-    else items.pop_back();
+    if (said) items.insert(items.end(), outcome.items.begin(), outcome.items.end());
+    else items.resize(items.size() - saying);
     reply.reset();
     return true;
 }
@@ -203,27 +206,52 @@ Request Conversation::State::request(std::vector<Item> said) const {
     return out;
 }
 
-// A turn is two items. False: there is none left.
-bool Conversation::State::forget_half() {
-    const size_t turns = (items.size() - fixed) / 2, half = (turns + 1) / 2;
+namespace {
+
+bool begins_turn(const Item& item) {
+    return item.kind == Item::Kind::message && item.role == Role::user;
+}
+
+}  // namespace
+
+// A turn begins with what the user said. False: there is none left, or only the last one, which
+// results of its calls still belong to.
+bool Conversation::State::forget_half(bool but_last) {
+    std::vector<size_t> begins;
+    for (size_t i = fixed; i < items.size(); ++i)
+        if (begins_turn(items[i])) begins.push_back(i);
+    if (!but_last) begins.push_back(items.size());
+    if (begins.size() < 2) return false;
+    const size_t half = begins.size() / 2;
     const auto first = items.begin() + static_cast<ptrdiff_t>(fixed);
-    items.erase(first, first + static_cast<ptrdiff_t>(2 * half));
+    items.erase(first, items.begin() + static_cast<ptrdiff_t>(begins[half]));
     forgotten += static_cast<uint32_t>(half);
-    return half > 0;
+    return true;
 }
 
 // An answer should have as much room as it may take, or at least a quarter of the context.
-Result<detail::PromptPtr> Conversation::State::prepare(std::string_view words) {
+Result<detail::PromptPtr> Conversation::State::prepare(const std::vector<Item>& more) {
     const uint32_t quarter = engine->prompts.context() / 4;
     const uint32_t room = std::min(settings.max_output_tokens.value_or(quarter), quarter);
     for (;;) {
         std::vector<Item> said = items;
-        said.push_back(Item::message(Role::user, std::string(words)));
+        said.insert(said.end(), more.begin(), more.end());
         auto prompt = engine->prompts.prepare(request(std::move(said)), salt);
         const bool full = prompt ? (*prompt)->max_output < room
                                  : prompt.error().code == "context_length_exceeded";
-        if (!full || when_full == WhenFull::refuse || !forget_half()) return prompt;
+        const bool goes_on = more.empty() || !begins_turn(more.front());
+        if (!full || when_full == WhenFull::refuse || !forget_half(goes_on)) return prompt;
     }
+}
+
+Reply Conversation::State::say(std::vector<Item> more) {
+    if (!settle()) return engine->reply_to(detail::conversation_busy_error());
+    Reply made = engine->reply_to(prepare(more));
+    reply = made.mailbox_;
+    saying = more.size();
+    items.insert(items.end(), std::make_move_iterator(more.begin()),
+                 std::make_move_iterator(more.end()));
+    return made;
 }
 
 // Of the pages that what was said fills.
@@ -262,16 +290,14 @@ Conversation::Conversation(Engine& engine, Request settings, WhenFull when_full)
 }
 
 Reply Conversation::say(std::string_view words) {
-    if (!state_->settle()) return state_->engine->reply_to(detail::conversation_busy_error());
-    Reply reply = state_->engine->reply_to(state_->prepare(words));
-    state_->reply = reply.mailbox_;
-    state_->items.push_back(Item::message(Role::user, std::string(words)));
-    return reply;
+    return say({Item::message(Role::user, std::string(words))});
 }
+
+Reply Conversation::say(std::vector<Item> items) { return state_->say(std::move(items)); }
 
 std::span<const Item> Conversation::items() {
     const bool settled = state_->settle();
-    return std::span(state_->items).first(state_->items.size() - !settled);
+    return std::span(state_->items).first(state_->items.size() - (settled ? 0 : state_->saying));
 }
 
 uint32_t Conversation::forgotten_turns() const { return state_->forgotten; }

@@ -74,7 +74,7 @@ public:
     ~Reply();
 
     /// The next event, or nothing when there is none now. Never waits. Text that came since the
-    /// last call comes as one text_delta.
+    /// last call comes as one delta of each item.
     std::optional<Event> poll();
     /// Waits for the end while somebody else steps (start(), another thread); false after
     /// timeout_ms (-1: no limit). Events stay to be polled.
@@ -161,6 +161,8 @@ public:
     /// answer that was cut or cancelled counts as far as it came; a turn that failed, or was
     /// cancelled before its first word, was never said.
     [[nodiscard]] Reply say(std::string_view words);
+    /// The same with items: results of the calls that the last answer made belong to its turn.
+    [[nodiscard]] Reply say(std::vector<Item> items);
     /// What was said and is not forgotten, oldest first, without a turn that is not finished.
     std::span<const Item> items();
     uint32_t forgotten_turns() const;

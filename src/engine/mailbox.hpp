@@ -41,8 +41,11 @@ struct Mailbox {
     std::mutex mutex;    // guards what follows
     bool hungry = true;  // poll found nothing: the next event is announced
     bool start_pending = false, finish_taken = false;
-    std::string text;                    // not polled yet
-    std::vector<TokenLogprob> logprobs;  // the same
+    std::vector<Event> notes;        // not polled yet; a delta's text stands in `text`
+    std::vector<size_t> note_bytes;  // of each note, so many of `text`
+    std::string text;                // of the notes, one behind the other
+    size_t next_note = 0, next_byte = 0;
+    std::vector<TokenLogprob> logprobs;  // not polled yet
     std::shared_ptr<const Outcome> outcome;
 
     // Each returns whether to announce that there are events.
@@ -52,8 +55,16 @@ struct Mailbox {
             text.reserve(most_text);
         });
     }
-    bool put_text(std::string_view more) {
-        return put([&] { text += more; });
+    /// Text of the item that was begun last; what is not polled yet is joined.
+    bool put_text(Event::Kind kind, uint32_t index, std::string_view more) {
+        return put([&] {
+            if (notes.empty() || notes.back().kind != kind) add_note(kind, index, {});
+            note_bytes.back() += more.size();
+            text += more;
+        });
+    }
+    bool put_item(Event::Kind kind, uint32_t index, Item item) {
+        return put([&] { add_note(kind, index, std::move(item)); });
     }
     bool put_logprob(const TokenLogprob& more) {
         return put([&] { logprobs.push_back(more); });
@@ -71,19 +82,42 @@ struct Mailbox {
         change();
         return std::exchange(hungry, false);
     }
+    void add_note(Event::Kind kind, uint32_t index, Item item) {
+        Event note{kind};
+        note.index = index;
+        note.item = std::move(item);
+        notes.push_back(std::move(note));
+        note_bytes.push_back(0);
+    }
 
     std::optional<Event> take() {
         const std::lock_guard<std::mutex> lock(mutex);
         if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
-        if (!text.empty() || !logprobs.empty()) {
-            Event event{Event::Kind::text_delta, text, {}, std::exchange(logprobs, {})};
-            text.clear();  // keeps its room: the engine must not need memory for every token
+        if (next_note < notes.size()) return take_note();
+        if (!logprobs.empty()) {
+            Event event{Event::Kind::text_delta, {}, {}, std::exchange(logprobs, {})};
+            event.index = event.logprobs.front().item;
             return event;
         }
         if (outcome && !std::exchange(finish_taken, true))
             return Event{Event::Kind::finished, {}, outcome};
         hungry = true;
         return std::nullopt;
+    }
+    Event take_note() {
+        Event event = std::move(notes[next_note]);
+        const size_t bytes = note_bytes[next_note++];
+        if (event.kind != Event::Kind::item_begun && event.kind != Event::Kind::item_ended) {
+            event.text.assign(text, next_byte, bytes);
+            event.logprobs = std::exchange(logprobs, {});
+            next_byte += bytes;
+        }
+        if (next_note < notes.size()) return event;
+        notes.clear();  // all keep their room: the engine must not need memory for every token
+        note_bytes.clear();
+        text.clear();
+        next_note = next_byte = 0;
+        return event;
     }
     void cancel() {
         if (finished.load(std::memory_order_acquire)) return;

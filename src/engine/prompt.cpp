@@ -100,6 +100,7 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->logprobs = request.logprobs;
     out->top_logprobs = request.top_logprobs;
     out->stop = request.stop;
+    out->parser = plain_output();
     out->organisation = request.organisation;
     out->window = request.window;
     resolve_sampling(request, &out->sampling);

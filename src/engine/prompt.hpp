@@ -28,6 +28,7 @@ struct PreparedPrompt final : Prepared {
     bool logprobs = false;
     uint32_t top_logprobs = 0;
     std::vector<std::string> stop;
+    std::unique_ptr<OutputParser> parser;  // of the answer
 
     const void* owner() const override { return maker; }
 };

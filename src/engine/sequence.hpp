@@ -49,7 +49,8 @@ struct Sequence {
     uint32_t rank = 0;    // 0 is the most urgent; see rank_of
     Sampler sampler;
     Detokenizer detokenizer;
-    std::string held;  // text that may begin a stop string
+    std::string held;        // text that may begin a stop string
+    bool item_open = false;  // the last of outcome.items is under way
     Outcome outcome;
     uint64_t queued_ns = monotonic_ns(), started_ns = 0, first_token_ns = 0;
     uint64_t waiting_ns = queued_ns, waited_ns = 0;  // since when it waits; how long before

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "api.hpp"
+#include "template/output.hpp"
 #include "tokenizer/internal.hpp"
 
 #include <cstddef>

@@ -415,9 +415,9 @@ std::string_view Detokenizer::push(Token token) {
     return ready_;
 }
 
-std::string_view Detokenizer::flush() {
+std::string_view Detokenizer::flush(bool ends) {
     take_ready(held_.size());
-    at_start_ = true;
+    at_start_ = at_start_ || ends;
     return ready_;
 }
 

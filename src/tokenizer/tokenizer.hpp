@@ -104,8 +104,8 @@ public:
     explicit Detokenizer(const Tokenizer& tokenizer, bool at_start = true);
     /// The text that became ready; valid until the next call.
     std::string_view push(Token token);
-    /// The end: what was held back, as U+FFFD. The next push begins a new text.
-    std::string_view flush();
+    /// The end: what was held back, as U+FFFD. The next push begins a new text, or goes on with this.
+    std::string_view flush(bool ends = true);
 
 private:
     void take_ready(size_t count);
