@@ -2869,9 +2869,9 @@ struct ModelSpec {
     float soft_cap = 0;               // of logits, as LayerSpec::soft_cap
     bool position_embd = false;       // learned positions, added to the embedding
     std::vector<float> rope_factors;  // (dims / 2), positive, the same for all layers; or empty
-    std::vector<float> rope_long_factors;  // instead, where more than n_rope_context positions
-    uint32_t n_rope_context = 0;           // may come
-    bool tied_output = false;              // the output matrix is the token embedding
+    std::vector<float> rope_long_factors;  // instead, for all of a sequence that is longer than
+    uint32_t n_rope_context = 0;  // n_rope_context tokens (https://arxiv.org/abs/2402.13753)
+    bool tied_output = false;     // the output matrix is the token embedding
     bool output_bias = false;
     std::vector<LayerSpec> layers;
 };
@@ -2911,9 +2911,8 @@ struct BackendOptions {
     int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
     ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
-    Allocator allocator = {};  ///< of weights, keys and values, and scratch
-    /// More pages, numbered behind those, for layers with windows alone; 0: all layers share pages.
-    uint32_t window_pages = 0;
+    Allocator allocator = {};   ///< of weights, keys and values, and scratch
+    uint32_t window_pages = 0;  ///< more, numbered behind those: layers with windows; 0: all share
 };
 
 /// Bytes that a loaded model takes.
@@ -2934,7 +2933,8 @@ struct BatchRow {
     /// Numbers of pages in the pool: position p of the sequence lies in pages[p / page_tokens],
     /// and that of `position` is there already. Pages before all layers' windows are not looked at.
     const uint32_t* pages = nullptr;
-    bool logits = false;                     ///< whether logits are wanted for this row
+    bool logits = false;     ///< whether logits are wanted for this row
+    bool long_rope = false;  ///< turned by rope_long_factors, like all rows before it
     const uint32_t* window_pages = nullptr;  ///< the same, where layers with windows have their own
 };
 
@@ -9981,7 +9981,9 @@ Result<void> GgufWriter::write(const std::string& path) const {
 //     and up = products with y; h as in 8; x = x + ffn_down matrix times h. Logits: the output
 //     matrix (the embedding where there is none) times rms_norm(x); where the model scales them
 //     (logit_scale), each is multiplied once. base and the factors of rope are binary32 numbers of
-//     the model; attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
+//     the model (of two lists of factors the second where the sequence, up to the token whose logits
+//     are computed, is longer than the first one reaches: then for all of its tokens);
+//     attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
 // 14. Layer norm: mean = 16-lane sum of x_i, / float(n); d_i = x_i - mean; ss = 16-lane sum where
 //     adding an element is lane = fma(d_i, d_i, lane); scale = 1 / sqrt(ss / float(n) + eps);
 //     y_i = (d_i * scale) * w_i, plus its bias where there is one.
@@ -22604,6 +22606,11 @@ struct ModelTensors {
     std::vector<RoleTensors> layers;
 };
 
+/// Tokens of a sequence up to which rope_factors turn it; from then on rope_long_factors do.
+inline uint32_t short_rope_tokens(const ModelSpec& spec) {
+    return spec.rope_long_factors.empty() ? UINT32_MAX : spec.n_rope_context;
+}
+
 /// Finds every tensor that the spec needs and checks shape and type. Matrices are of a type that
 /// kernels read, vectors F32.
 Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec);
@@ -23585,10 +23592,11 @@ struct CpuWeights {
     void place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors);
 };
 
-// Rotation angles a position, per pair; layers with the same RopeSpec share a table.
+// Rotation angles a position, per pair; layers with the same RopeSpec share a table. The second list
+// is for rows with long_rope.
 struct RopeTable {
     const RopeSpec* spec;
-    std::vector<double> frequencies;  // (dims / 2)
+    std::vector<double> frequencies[2];  // (dims / 2)
 };
 
 // Attention of `rows` neighbours of one sequence to segments first .. last - 1, one kv head a time.
@@ -23844,30 +23852,23 @@ double scale_by_yarn(double frequency, uint32_t pair, const RopeSpec& rope) {
     return rounded(scaled) + rounded(frequency * (1 - share));
 }
 
-RopeTable make_rope_table(const RopeSpec& rope, const std::vector<float>& factors) {
-    RopeTable table{&rope, std::vector<double>(rope.dims / 2)};
+std::vector<double> rope_frequencies(const RopeSpec& rope, const std::vector<float>& factors) {
+    std::vector<double> out(rope.dims / 2);
     const double log2_base = exact_log2(static_cast<double>(rope.base));
     for (uint32_t i = 0; i < rope.dims / 2; ++i) {
         double f = exact_exp2(-(2.0 * i / rope.dims) * log2_base);
         if (rope.yarn) f = scale_by_yarn(f, i, rope);
         else if (rope.scale != 1) f *= static_cast<double>(rope.scale);
         if (!factors.empty()) f /= static_cast<double>(factors[i]);
-        table.frequencies[i] = f;
+        out[i] = f;
     }
-    return table;
+    return out;
 }
 
 bool same_rope(const RopeSpec& a, const RopeSpec& b) {
     return a.kind == b.kind && a.dims == b.dims && a.base == b.base && a.scale == b.scale &&
            a.yarn == b.yarn && a.ramp_begin == b.ramp_begin && a.ramp_end == b.ramp_end &&
            a.magnitude == b.magnitude;
-}
-
-// Of the two lists that a model may have, for all positions of a run.
-const std::vector<float>& choose_rope_factors(const ModelSpec& spec,
-                                              const BackendOptions& options) {
-    const bool is_long = cpu_positions(options) > spec.n_rope_context;
-    return is_long && !spec.rope_long_factors.empty() ? spec.rope_long_factors : spec.rope_factors;
 }
 
 Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions& options) {
@@ -23973,7 +23974,9 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
         while (layer.rope < out.ropes.size() && !same_rope(*out.ropes[layer.rope].spec, rope))
             ++layer.rope;
         if (layer.rope == out.ropes.size())
-            out.ropes.push_back(make_rope_table(rope, choose_rope_factors(spec, options)));
+            out.ropes.push_back({&rope,
+                                 {rope_frequencies(rope, spec.rope_factors),
+                                  rope_frequencies(rope, spec.rope_long_factors)}});
     }
     uint64_t others, own;
     if (mul_overflows(out.page_bytes[0], options.kv_pages, &others) ||
@@ -24567,7 +24570,7 @@ private:
                          uint32_t unit, const float* x, float* y, uint32_t part);
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void read_row(const CpuMatrix& matrix, uint32_t number, float* out, uint32_t part);
-    void find_angles(uint32_t position, float* cos_sin) const;
+    void find_angles(const BatchRow& row, float* cos_sin) const;
     void norm(const float* x, const float* weight, const float* bias, float* y) const;
     void norm_and_quantize(uint32_t first, uint32_t last, const CpuTensors& in, TensorRole weight,
                            TensorRole bias, uint64_t planes);
@@ -25166,7 +25169,7 @@ void CpuDecoder::multiply_packed(MatmulTask task, uint32_t part) {
 void CpuDecoder::embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part) {
     for (uint32_t row = first; row < last; ++row) {
         embed_row(rows_[row], scratch_.x + row * size_t{spec_->n_embd}, part);
-        find_angles(rows_[row].position, scratch_.cos_sin + row * sizes_.rope_values);
+        find_angles(rows_[row], scratch_.cos_sin + row * sizes_.rope_values);
     }
 }
 
@@ -25196,11 +25199,12 @@ void CpuDecoder::read_row(const CpuMatrix& from, uint32_t number, float* out, ui
 }
 
 // Cosine and sine of each pair's rotation at a position, for each of the tables.
-void CpuDecoder::find_angles(uint32_t position, float* cos_sin) const {
+void CpuDecoder::find_angles(const BatchRow& row, float* cos_sin) const {
     for (const RopeTable& rope : ropes_)
-        for (const double frequency : rope.frequencies) {
+        for (const double frequency :
+             rope.frequencies[row.long_rope && !spec_->rope_long_factors.empty()]) {
             double sine, cosine;
-            exact_sincos(static_cast<double>(position) * frequency, &sine, &cosine);
+            exact_sincos(static_cast<double>(row.position) * frequency, &sine, &cosine);
             const double magnitude = static_cast<double>(rope.spec->magnitude);
             *cos_sin++ = static_cast<float>(cosine * magnitude);
             *cos_sin++ = static_cast<float>(sine * magnitude);
@@ -27034,6 +27038,8 @@ namespace detail {
 
 Hash256 root_key(const EngineOptions& options, const std::string& organisation,
                  std::string_view salt);
+/// The same of a text that is turned by the long rope factors: other keys and values.
+Hash256 long_rope_key(const Hash256& root);
 uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key);
 void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
                       std::span<const Token> tokens, uint32_t page_tokens, size_t count);
@@ -27134,6 +27140,13 @@ Hash256 root_key(const EngineOptions& options, const std::string& organisation,
     hash.update(numbers, sizeof numbers);
     if (!options.share_prefixes) hash.update(organisation);
     if (!salt.empty()) hash.update(sha256(salt.data(), salt.size()).view());
+    return hash.finish();
+}
+
+Hash256 long_rope_key(const Hash256& root) {
+    Sha256 hash;
+    hash.update(root.view());
+    hash.update(std::string_view("long rope"));
     return hash.finish();
 }
 
@@ -27238,6 +27251,7 @@ struct PreparedPrompt final : Prepared {
     std::vector<Token> tokens;
     std::vector<Hash256> page_keys;  // of the prompt's full pages
     Hash256 root;                    // the key that stands before the first page's
+    bool long_rope = false;          // longer than the model's short rope factors reach
     uint64_t group = 0;              // of prompt_cache_key; 0: none
     std::string organisation;
     Window window = Window::standard;
@@ -27273,6 +27287,7 @@ private:
     std::string refused_window() const;
     void resolve_sampling(const Request& request, SamplerOptions* out) const;
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
+    bool takes_long_rope(size_t tokens) const { return tokens > short_rope_tokens(model_.spec()); }
 
     const LoadedModel& model_;
     const EngineOptions& options_;
@@ -27429,6 +27444,8 @@ void PromptMaker::find_pages(const Request& request, std::string_view salt,
                              PreparedPrompt* out) const {
     out->root = root_key(options_, request.organisation, salt);
     out->group = group_of(out->root, request.prompt_cache_key);
+    out->long_rope = takes_long_rope(out->tokens.size());
+    if (out->long_rope) out->root = long_rope_key(out->root);
     if (options_.prefix_cache)
         extend_page_keys(out->page_keys, out->root, out->tokens, options_.page_tokens,
                          out->tokens.size() / options_.page_tokens);
@@ -27440,7 +27457,8 @@ Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
     if (!options_.prefix_cache) return keys;
     auto tokens = tokenize(request);
     if (!tokens) return tokens.error();
-    extend_page_keys(keys, root_key(options_, request.organisation, salt), *tokens,
+    const Hash256 root = root_key(options_, request.organisation, salt);
+    extend_page_keys(keys, takes_long_rope(tokens->size()) ? long_rope_key(root) : root, *tokens,
                      options_.page_tokens, tokens->size() / options_.page_tokens);
     return keys;
 }
@@ -28589,6 +28607,7 @@ private:
     void add_rows(Sequence& sequence, uint32_t* logit_rows);
 
     void take_results(Sequence& sequence);
+    void change_rope(Sequence& sequence);
     std::optional<Token> draw_token(Sequence& sequence, uint32_t logits_row);
 
     const EngineOptions& options_;
@@ -28596,7 +28615,7 @@ private:
     PrefixCache& cache_;
     Desk& desk_;
     AnswerWriter answers_;
-    const uint32_t step_tokens_, max_logit_rows_;
+    const uint32_t step_tokens_, max_logit_rows_, short_rope_tokens_;
 
     std::vector<SequencePtr> waiting_, running_;
     std::vector<BatchRow> batch_;                  // under way unless empty
@@ -28647,7 +28666,8 @@ Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
       desk_(desk),
       answers_(model, desk),
       step_tokens_(sizes.max_batch_rows - sizes.max_logit_rows),
-      max_logit_rows_(sizes.max_logit_rows) {
+      max_logit_rows_(sizes.max_logit_rows),
+      short_rope_tokens_(short_rope_tokens(model.spec())) {
     batch_.reserve(sizes.max_batch_rows);
     running_.reserve(options.max_running);
     desk_.count([&](ResponderStats& counts) { cache_.report(&counts); });
@@ -28947,7 +28967,10 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
     if (!options_.speculation) return;
     const uint32_t left = sequence.prompt->max_output - sequence.outcome.usage.output_tokens;
     VALAR_ASSERT(left > 0);
-    sequence.drafts.guess(sequence.tokens, std::min(*spare, left - 1));
+    const uint32_t turned_alike = sequence.prompt->long_rope
+                                      ? UINT32_MAX
+                                      : short_rope_tokens_ - sequence.length();
+    sequence.drafts.guess(sequence.tokens, std::min({*spare, left - 1, turned_alike}));
     *spare -= sequence.drafts.count;
 }
 
@@ -28972,7 +28995,7 @@ void Scheduler::add_rows(Sequence& sequence, uint32_t* logit_rows) {
                                               : sequence.drafts.tokens[position - length];
         const bool logits = position + 1 >= length;
         batch_.push_back({token, nullptr, position, sequence.lists[0].pages.data(), logits,
-                          sequence.lists[1].pages.data()});
+                          sequence.prompt->long_rope, sequence.lists[1].pages.data()});
         *logit_rows += logits;
     }
 }
@@ -29002,6 +29025,18 @@ void Scheduler::take_results(Sequence& sequence) {
     }
     sequence.reached = std::max(sequence.reached, sequence.computed);
     cache_.keep(sequence);
+    change_rope(sequence);
+}
+
+// A sequence that has become longer than the short rope factors reach begins again with the long ones,
+// as the model's own class does: keys that were turned by either do not go together.
+void Scheduler::change_rope(Sequence& sequence) {
+    if (sequence.prompt->long_rope || sequence.over || sequence.length() <= short_rope_tokens_)
+        return;
+    cache_.release(sequence);
+    sequence.page_keys.clear();
+    sequence.prompt->root = long_rope_key(sequence.prompt->root);
+    sequence.prompt->long_rope = true;
 }
 
 // Nothing where the logits are not finite: then the sequence is over.

@@ -52,6 +52,8 @@ Json describe_spec(const valar::ModelSpec& spec) {
         .set("embedding_scale", spec.embedding_scale)
         .set("logit_scale", spec.logit_scale)
         .set("rope_factors", spec.rope_factors.size())
+        .set("other_rope_factors_after",
+             spec.rope_long_factors.empty() ? Json() : Json(spec.n_rope_context))
         .set("tied_output", spec.tied_output);
 }
 

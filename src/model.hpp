@@ -107,9 +107,9 @@ struct ModelSpec {
     float soft_cap = 0;               // of logits, as LayerSpec::soft_cap
     bool position_embd = false;       // learned positions, added to the embedding
     std::vector<float> rope_factors;  // (dims / 2), positive, the same for all layers; or empty
-    std::vector<float> rope_long_factors;  // instead, where more than n_rope_context positions
-    uint32_t n_rope_context = 0;           // may come
-    bool tied_output = false;              // the output matrix is the token embedding
+    std::vector<float> rope_long_factors;  // instead, for all of a sequence that is longer than
+    uint32_t n_rope_context = 0;  // n_rope_context tokens (https://arxiv.org/abs/2402.13753)
+    bool tied_output = false;     // the output matrix is the token embedding
     bool output_bias = false;
     std::vector<LayerSpec> layers;
 };

@@ -80,6 +80,11 @@ struct ModelTensors {
     std::vector<RoleTensors> layers;
 };
 
+/// Tokens of a sequence up to which rope_factors turn it; from then on rope_long_factors do.
+inline uint32_t short_rope_tokens(const ModelSpec& spec) {
+    return spec.rope_long_factors.empty() ? UINT32_MAX : spec.n_rope_context;
+}
+
 /// Finds every tensor that the spec needs and checks shape and type. Matrices are of a type that
 /// kernels read, vectors F32.
 Result<ModelTensors> bind_model_tensors(const Gguf& gguf, const ModelSpec& spec);

@@ -7,6 +7,7 @@
 #include "engine/prompt.hpp"
 #include "host.hpp"
 #include "json_internal.hpp"
+#include "run_model.hpp"
 #include "sampler_internal.hpp"
 #include "template/internal.hpp"
 #include "tiny_model.hpp"
@@ -66,6 +67,13 @@ const std::vector<std::byte>& partly_windowed_bytes() {
                                            .n_context = 2048,
                                            .window = 40,
                                            .full_every = 3});
+    return bytes;
+}
+
+// Texts of more than 100 tokens are turned by other rope factors.
+const std::vector<std::byte>& long_rope_bytes() {
+    static const auto bytes = tiny::model(
+        {.types = {TensorType::q4_0, TensorType::q8_0}, .n_context = 2048, .short_rope = 100});
     return bytes;
 }
 
@@ -985,9 +993,10 @@ TEST_CASE("many at once: a small pool makes some give way, and they go on with t
     CHECK(preempted > 0);
 }
 
-TEST_CASE("many at once: keys and values in q8_0; layers with windows") {
+TEST_CASE("many at once: keys and values in q8_0; layers with windows; long rope") {
     uint64_t seed = 300, preempted = 0;
-    for (const auto* bytes : {&model_bytes(), &windowed_bytes(), &partly_windowed_bytes()})
+    for (const auto* bytes :
+         {&model_bytes(), &windowed_bytes(), &partly_windowed_bytes(), &long_rope_bytes()})
         for (const KvType kv_type : {KvType::q8_0, KvType::f16})
             for (const bool cache : {false, true})
                 for (const uint32_t page_tokens : {16u, 64u}) {
@@ -1037,6 +1046,74 @@ TEST_CASE("layers with windows give back the pages that they no longer see") {
     options.model_bytes = model_bytes();
     options.context_tokens = 512;
     CHECK(Engine::memory_plan(options)->kv / 32 * pages == plan->kv);
+}
+
+TEST_CASE("rope factors follow the length of a text, which begins again where it gets too long") {
+    EngineOptions options = tiny_options();
+    options.model_bytes = long_rope_bytes();
+    Engine engine = open_tiny(options);
+    Request request = ask("a text and what follows it, in so many words", 60);
+    request.temperature = 0;
+    const Tokenizer& tokenizer = engine.tokenizer();
+    for (uint32_t id = 0; id < engine.spec().n_vocab; ++id) {  // letters alone
+        const std::string_view piece = tokenizer.piece(Token(id));
+        if (piece.size() != 1 || piece[0] < 'a' || piece[0] > 'z')
+            request.logit_bias.push_back({Token(id), -100});
+    }
+    // Each token from all before it, computed anew.
+    auto prepared = engine.responder()->prepare(request);
+    REQUIRE(prepared);
+    std::vector<Token> tokens = static_cast<detail::PreparedPrompt&>(**prepared).tokens;
+    REQUIRE(tokens.size() < 100);
+    REQUIRE(tokens.size() + 60 > 110);
+    const auto next = [&](run_model::Model& model, bool long_rope) {
+        const auto pages = run_model::page_list(0, 16);
+        auto rows = run_model::make_rows(tokens, 0, pages, false);
+        for (BatchRow& row : rows) row.long_rope = long_rope;
+        rows.back().logits = true;
+        REQUIRE(model.run(rows));
+        const auto logits = model.logits(0);
+        Token best = 0;
+        for (uint32_t id = 0; id < logits.size(); ++id) {
+            const std::string_view piece = tokenizer.piece(Token(id));
+            const bool letter = piece.size() == 1 && piece[0] >= 'a' && piece[0] <= 'z';
+            if (letter && (best == 0 || logits[id] > logits[size_t(best)])) best = Token(id);
+        }
+        return best;
+    };
+    BackendOptions backend;
+    backend.kv_pages = 16;
+    backend.threads = 0;
+    auto model = run_model::Model::open(Gguf::from_bytes(long_rope_bytes()), backend);
+    REQUIRE(model);
+    std::string expected;
+    uint32_t differ = 0;
+    for (int i = 0; i < 60; ++i) {
+        const Token token = next(*model, tokens.size() > 100);
+        differ += next(*model, tokens.size() <= 100) != token;
+        expected += tokenizer.piece(token);
+        tokens.push_back(token);
+    }
+    CHECK(differ > 0);  // the factors matter
+    for (const bool speculation : {false, true})
+        for (const uint32_t step_tokens : {512u, 16u}) {
+            options.speculation = speculation;
+            options.step_tokens = step_tokens;
+            CHECK(answer(open_tiny(options), request) == expected);
+        }
+    // A text is found in the cache among those that were turned alike.
+    request.input = std::string(150, 'x');
+    request.max_output_tokens = 1;
+    for (const bool again : {false, true}) {
+        Reply reply = engine.submit(request);
+        REQUIRE(engine.step());
+        CHECK((reply.outcome().usage.cached_tokens > 100) == again);
+    }
+    request.input = std::string(40, 'x');
+    Reply reply = engine.submit(request);
+    REQUIRE(engine.step());
+    CHECK(reply.outcome().usage.input_tokens <= 100);
+    CHECK(reply.outcome().usage.cached_tokens == 0);
 }
 
 TEST_CASE("layers with windows beside others: only they give back pages") {
@@ -1809,7 +1886,8 @@ TEST_CASE("conversation: save and restore") {
 }
 
 TEST_CASE("conversation: save and restore with q8_0 pages, and with windows") {
-    for (const auto* model : {&model_bytes(), &windowed_bytes(), &partly_windowed_bytes()}) {
+    for (const auto* model :
+         {&model_bytes(), &windowed_bytes(), &partly_windowed_bytes(), &long_rope_bytes()}) {
         const bool windowed = model == &windowed_bytes(), partly = model != &model_bytes();
         EngineOptions options = tiny_options();
         options.model_bytes = *model;

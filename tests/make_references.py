@@ -10,7 +10,7 @@ The class is that of PyPI's `transformers`, with random weights; norms and biase
 from their starts, so that none of them can be forgotten. What `save_pretrained` writes goes through
 llama.cpp's own converter, so the files are laid out as publishers lay them out. NAME.gguf has F16
 matrices whose values are exact (a test widens them to F32), NAME.logits the logits of 64 positions
-as raw binary32: of the ids (i * 37 + 11) % n_vocab for i = 0 .. 63.
+as raw binary32: of the ids (i * 37 + 11) % n_vocab for i = 0 .. 63, each as the last of its text.
 
 --f32 FOLDER writes there each file with F32 matrices too. listing.txt gets the keys and tensors of
 all files; what the classes compute is written down in README.md beside it.
@@ -401,10 +401,20 @@ def subclasses(cls):
 def float64_logits(model):
     """All that the class does in float32 for safety is done in float64 too."""
     ids = torch.tensor([[(i * 37 + 11) % VOCAB for i in range(POSITIONS)]])
-    single = model(input_ids=ids, use_cache=False).logits[0].double()
+    scaling = getattr(model.config, "rope_parameters", None) or {}
+    short = (scaling["original_max_position_embeddings"]
+             if scaling.get("rope_type") == "longrope" else POSITIONS)
+
+    def run():
+        out = model(input_ids=ids, use_cache=False).logits[0].clone()
+        if short < POSITIONS:  # long rope: a text is turned by its length
+            out[:short] = model(input_ids=ids[:, :short], use_cache=False).logits[0]
+        return out
+
+    single = run().double()
     model = model.double()
     torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
-    logits = model(input_ids=ids, use_cache=False).logits[0]
+    logits = run()
     assert logits.dtype == torch.float64 and logits.isfinite().all()
     assert (logits - single).abs().max() < 3e-5 * logits.abs().max(), (logits - single).abs().max()
     return logits.numpy().astype(np.float32)

@@ -89,9 +89,9 @@ Result<Model> open(Result<Gguf> file, bool apart) {
     return Model::open(std::move(file), options);
 }
 
-/// Logits of all positions; the ids in batches of `piece`.
-std::vector<float> all_logits(Model& model, size_t piece) {
-    std::vector<Token> ids(kPositions);
+/// Logits of the positions from `first` on, of a text of `count`; the ids in batches of `piece`.
+std::vector<float> logits_from(Model& model, size_t first, size_t count, size_t piece) {
+    std::vector<Token> ids(count);
     for (size_t i = 0; i < ids.size(); ++i) ids[i] = Token((i * 37 + 11) % model.spec->n_vocab);
     const auto pages = page_list(0, kPositions / 16, true);
     auto window_pages = page_list(kPositions / 16, kPositions / 16);
@@ -102,14 +102,27 @@ std::vector<float> all_logits(Model& model, size_t piece) {
         const auto part = std::span(ids).subspan(at, std::min(piece, ids.size() - at));
         for (size_t i = 0; (i + 1) * 16 + widest <= at + 1; ++i) window_pages[i] = UINT32_MAX;
         auto rows = make_rows(part, uint32_t(at), pages, true);
-        for (BatchRow& row : rows) row.window_pages = window_pages.data();
+        for (BatchRow& row : rows) {
+            row.window_pages = window_pages.data();
+            row.long_rope = count > model.spec->n_rope_context;
+        }
         auto ran = model.run(rows);
         REQUIRE_MESSAGE(ran, ran.error().message);
         for (uint32_t row = 0; row < rows.size(); ++row) {
             const auto logits = model.logits(row);
-            out.insert(out.end(), logits.begin(), logits.end());
+            if (at + row >= first) out.insert(out.end(), logits.begin(), logits.end());
         }
     }
+    return out;
+}
+
+/// Of all positions, each as the last of its text: a short one has rope factors of its own.
+std::vector<float> all_logits(Model& model, size_t piece) {
+    const size_t shorter = std::min<size_t>(kPositions, detail::short_rope_tokens(*model.spec));
+    auto out = logits_from(model, 0, shorter, piece);
+    if (shorter == kPositions) return out;
+    const auto rest = logits_from(model, shorter, kPositions, piece);
+    out.insert(out.end(), rest.begin(), rest.end());
     return out;
 }
 

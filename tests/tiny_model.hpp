@@ -44,6 +44,7 @@ struct Options {
     uint32_t full_every = 0;    // every so manieth layer sees all nevertheless; 0: none
     bool tied = true;           // no output matrix of its own
     bool rope_factors = false;  // a rope_freqs.weight tensor, as llama3 has it
+    uint32_t short_rope = 0;  // tokens up to which the first of two lists of factors holds; 0: none
     uint64_t seed = 1;
 };
 
@@ -342,6 +343,8 @@ inline void fill(valar::GgufWriter& writer, Tensors& tensors, const Options& opt
         writer.set(prefix + "attention.sliding_window_pattern", options.full_every);
     writer.set(prefix + "rope.freq_base", 10000.0f);
     writer.set(prefix + "rope.dimension_count", head_dim);
+    if (options.short_rope)
+        writer.set(prefix + "rope.scaling.original_context_length", options.short_rope);
     set_tokenizer(writer, qwen2);
 
     size_t dealt = 0;
@@ -351,6 +354,10 @@ inline void fill(valar::GgufWriter& writer, Tensors& tensors, const Options& opt
     matrix("token_embd.weight", n_vocab, options.n_embd);
     tensors.vector("output_norm.weight", options.n_embd, 0.5f, 1.0f);
     if (options.rope_factors) tensors.vector("rope_freqs.weight", head_dim / 2, 1.0f, 8.0f);
+    if (options.short_rope) {
+        tensors.vector("rope_factors_short.weight", head_dim / 2, 1.0f, 2.0f);
+        tensors.vector("rope_factors_long.weight", head_dim / 2, 1.0f, 20.0f);
+    }
     for (uint32_t i = 0; i < options.n_layers; ++i) {
         const std::string layer = "blk." + std::to_string(i) + ".";
         tensors.vector(layer + "attn_norm.weight", options.n_embd, 0.5f, 1.0f);

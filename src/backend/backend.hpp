@@ -35,9 +35,8 @@ struct BackendOptions {
     int threads = -1;               ///< helpers beside the caller; -1: physical cores - 1
     ParallelFor parallel_for = {};  ///< the host's job system instead of own threads
     Weights weights = Weights::packed;
-    Allocator allocator = {};  ///< of weights, keys and values, and scratch
-    /// More pages, numbered behind those, for layers with windows alone; 0: all layers share pages.
-    uint32_t window_pages = 0;
+    Allocator allocator = {};   ///< of weights, keys and values, and scratch
+    uint32_t window_pages = 0;  ///< more, numbered behind those: layers with windows; 0: all share
 };
 
 /// Bytes that a loaded model takes.
@@ -58,7 +57,8 @@ struct BatchRow {
     /// Numbers of pages in the pool: position p of the sequence lies in pages[p / page_tokens],
     /// and that of `position` is there already. Pages before all layers' windows are not looked at.
     const uint32_t* pages = nullptr;
-    bool logits = false;                     ///< whether logits are wanted for this row
+    bool logits = false;     ///< whether logits are wanted for this row
+    bool long_rope = false;  ///< turned by rope_long_factors, like all rows before it
     const uint32_t* window_pages = nullptr;  ///< the same, where layers with windows have their own
 };
 

@@ -233,7 +233,7 @@ private:
                          uint32_t unit, const float* x, float* y, uint32_t part);
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void read_row(const CpuMatrix& matrix, uint32_t number, float* out, uint32_t part);
-    void find_angles(uint32_t position, float* cos_sin) const;
+    void find_angles(const BatchRow& row, float* cos_sin) const;
     void norm(const float* x, const float* weight, const float* bias, float* y) const;
     void norm_and_quantize(uint32_t first, uint32_t last, const CpuTensors& in, TensorRole weight,
                            TensorRole bias, uint64_t planes);

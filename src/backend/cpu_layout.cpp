@@ -174,30 +174,23 @@ double scale_by_yarn(double frequency, uint32_t pair, const RopeSpec& rope) {
     return rounded(scaled) + rounded(frequency * (1 - share));
 }
 
-RopeTable make_rope_table(const RopeSpec& rope, const std::vector<float>& factors) {
-    RopeTable table{&rope, std::vector<double>(rope.dims / 2)};
+std::vector<double> rope_frequencies(const RopeSpec& rope, const std::vector<float>& factors) {
+    std::vector<double> out(rope.dims / 2);
     const double log2_base = exact_log2(static_cast<double>(rope.base));
     for (uint32_t i = 0; i < rope.dims / 2; ++i) {
         double f = exact_exp2(-(2.0 * i / rope.dims) * log2_base);
         if (rope.yarn) f = scale_by_yarn(f, i, rope);
         else if (rope.scale != 1) f *= static_cast<double>(rope.scale);
         if (!factors.empty()) f /= static_cast<double>(factors[i]);
-        table.frequencies[i] = f;
+        out[i] = f;
     }
-    return table;
+    return out;
 }
 
 bool same_rope(const RopeSpec& a, const RopeSpec& b) {
     return a.kind == b.kind && a.dims == b.dims && a.base == b.base && a.scale == b.scale &&
            a.yarn == b.yarn && a.ramp_begin == b.ramp_begin && a.ramp_end == b.ramp_end &&
            a.magnitude == b.magnitude;
-}
-
-// Of the two lists that a model may have, for all positions of a run.
-const std::vector<float>& choose_rope_factors(const ModelSpec& spec,
-                                              const BackendOptions& options) {
-    const bool is_long = cpu_positions(options) > spec.n_rope_context;
-    return is_long && !spec.rope_long_factors.empty() ? spec.rope_long_factors : spec.rope_factors;
 }
 
 Result<void> check_cpu_options(const ModelTensors& tensors, const BackendOptions& options) {
@@ -303,7 +296,9 @@ Result<CpuLayout> lay_out_cpu(const Gguf& gguf, const ModelSpec& spec, const Mod
         while (layer.rope < out.ropes.size() && !same_rope(*out.ropes[layer.rope].spec, rope))
             ++layer.rope;
         if (layer.rope == out.ropes.size())
-            out.ropes.push_back(make_rope_table(rope, choose_rope_factors(spec, options)));
+            out.ropes.push_back({&rope,
+                                 {rope_frequencies(rope, spec.rope_factors),
+                                  rope_frequencies(rope, spec.rope_long_factors)}});
     }
     uint64_t others, own;
     if (mul_overflows(out.page_bytes[0], options.kv_pages, &others) ||

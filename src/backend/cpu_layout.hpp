@@ -113,10 +113,11 @@ struct CpuWeights {
     void place(Carver& carver, const ModelSpec& spec, const ModelTensors& tensors);
 };
 
-// Rotation angles a position, per pair; layers with the same RopeSpec share a table.
+// Rotation angles a position, per pair; layers with the same RopeSpec share a table. The second list
+// is for rows with long_rope.
 struct RopeTable {
     const RopeSpec* spec;
-    std::vector<double> frequencies;  // (dims / 2)
+    std::vector<double> frequencies[2];  // (dims / 2)
 };
 
 // Attention of `rows` neighbours of one sequence to segments first .. last - 1, one kv head a time.

@@ -114,7 +114,7 @@ void CpuDecoder::multiply_packed(MatmulTask task, uint32_t part) {
 void CpuDecoder::embed_and_find_angles(uint32_t first, uint32_t last, uint32_t part) {
     for (uint32_t row = first; row < last; ++row) {
         embed_row(rows_[row], scratch_.x + row * size_t{spec_->n_embd}, part);
-        find_angles(rows_[row].position, scratch_.cos_sin + row * sizes_.rope_values);
+        find_angles(rows_[row], scratch_.cos_sin + row * sizes_.rope_values);
     }
 }
 
@@ -144,11 +144,12 @@ void CpuDecoder::read_row(const CpuMatrix& from, uint32_t number, float* out, ui
 }
 
 // Cosine and sine of each pair's rotation at a position, for each of the tables.
-void CpuDecoder::find_angles(uint32_t position, float* cos_sin) const {
+void CpuDecoder::find_angles(const BatchRow& row, float* cos_sin) const {
     for (const RopeTable& rope : ropes_)
-        for (const double frequency : rope.frequencies) {
+        for (const double frequency :
+             rope.frequencies[row.long_rope && !spec_->rope_long_factors.empty()]) {
             double sine, cosine;
-            exact_sincos(static_cast<double>(position) * frequency, &sine, &cosine);
+            exact_sincos(static_cast<double>(row.position) * frequency, &sine, &cosine);
             const double magnitude = static_cast<double>(rope.spec->magnitude);
             *cos_sin++ = static_cast<float>(cosine * magnitude);
             *cos_sin++ = static_cast<float>(sine * magnitude);

@@ -104,7 +104,10 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
     if (!options_.speculation) return;
     const uint32_t left = sequence.prompt->max_output - sequence.outcome.usage.output_tokens;
     VALAR_ASSERT(left > 0);
-    sequence.drafts.guess(sequence.tokens, std::min(*spare, left - 1));
+    const uint32_t turned_alike = sequence.prompt->long_rope
+                                      ? UINT32_MAX
+                                      : short_rope_tokens_ - sequence.length();
+    sequence.drafts.guess(sequence.tokens, std::min({*spare, left - 1, turned_alike}));
     *spare -= sequence.drafts.count;
 }
 
@@ -129,7 +132,7 @@ void Scheduler::add_rows(Sequence& sequence, uint32_t* logit_rows) {
                                               : sequence.drafts.tokens[position - length];
         const bool logits = position + 1 >= length;
         batch_.push_back({token, nullptr, position, sequence.lists[0].pages.data(), logits,
-                          sequence.lists[1].pages.data()});
+                          sequence.prompt->long_rope, sequence.lists[1].pages.data()});
         *logit_rows += logits;
     }
 }
@@ -159,6 +162,18 @@ void Scheduler::take_results(Sequence& sequence) {
     }
     sequence.reached = std::max(sequence.reached, sequence.computed);
     cache_.keep(sequence);
+    change_rope(sequence);
+}
+
+// A sequence that has become longer than the short rope factors reach begins again with the long ones,
+// as the model's own class does: keys that were turned by either do not go together.
+void Scheduler::change_rope(Sequence& sequence) {
+    if (sequence.prompt->long_rope || sequence.over || sequence.length() <= short_rope_tokens_)
+        return;
+    cache_.release(sequence);
+    sequence.page_keys.clear();
+    sequence.prompt->root = long_rope_key(sequence.prompt->root);
+    sequence.prompt->long_rope = true;
 }
 
 // Nothing where the logits are not finite: then the sequence is over.

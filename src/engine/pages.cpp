@@ -50,6 +50,13 @@ Hash256 root_key(const EngineOptions& options, const std::string& organisation,
     return hash.finish();
 }
 
+Hash256 long_rope_key(const Hash256& root) {
+    Sha256 hash;
+    hash.update(root.view());
+    hash.update(std::string_view("long rope"));
+    return hash.finish();
+}
+
 void PagePool::open(uint32_t first, uint32_t pages) {
     first_ = first;
     pages_.assign(size_t{pages} + 1, {});

@@ -19,6 +19,8 @@ namespace detail {
 
 Hash256 root_key(const EngineOptions& options, const std::string& organisation,
                  std::string_view salt);
+/// The same of a text that is turned by the long rope factors: other keys and values.
+Hash256 long_rope_key(const Hash256& root);
 uint64_t group_of(const Hash256& root, const std::string& prompt_cache_key);
 void extend_page_keys(std::vector<Hash256>& keys, const Hash256& root,
                       std::span<const Token> tokens, uint32_t page_tokens, size_t count);

@@ -158,6 +158,8 @@ void PromptMaker::find_pages(const Request& request, std::string_view salt,
                              PreparedPrompt* out) const {
     out->root = root_key(options_, request.organisation, salt);
     out->group = group_of(out->root, request.prompt_cache_key);
+    out->long_rope = takes_long_rope(out->tokens.size());
+    if (out->long_rope) out->root = long_rope_key(out->root);
     if (options_.prefix_cache)
         extend_page_keys(out->page_keys, out->root, out->tokens, options_.page_tokens,
                          out->tokens.size() / options_.page_tokens);
@@ -169,7 +171,8 @@ Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
     if (!options_.prefix_cache) return keys;
     auto tokens = tokenize(request);
     if (!tokens) return tokens.error();
-    extend_page_keys(keys, root_key(options_, request.organisation, salt), *tokens,
+    const Hash256 root = root_key(options_, request.organisation, salt);
+    extend_page_keys(keys, takes_long_rope(tokens->size()) ? long_rope_key(root) : root, *tokens,
                      options_.page_tokens, tokens->size() / options_.page_tokens);
     return keys;
 }

@@ -20,6 +20,7 @@ struct PreparedPrompt final : Prepared {
     std::vector<Token> tokens;
     std::vector<Hash256> page_keys;  // of the prompt's full pages
     Hash256 root;                    // the key that stands before the first page's
+    bool long_rope = false;          // longer than the model's short rope factors reach
     uint64_t group = 0;              // of prompt_cache_key; 0: none
     std::string organisation;
     Window window = Window::standard;
@@ -55,6 +56,7 @@ private:
     std::string refused_window() const;
     void resolve_sampling(const Request& request, SamplerOptions* out) const;
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
+    bool takes_long_rope(size_t tokens) const { return tokens > short_rope_tokens(model_.spec()); }
 
     const LoadedModel& model_;
     const EngineOptions& options_;

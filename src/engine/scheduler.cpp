@@ -46,7 +46,8 @@ Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
       desk_(desk),
       answers_(model, desk),
       step_tokens_(sizes.max_batch_rows - sizes.max_logit_rows),
-      max_logit_rows_(sizes.max_logit_rows) {
+      max_logit_rows_(sizes.max_logit_rows),
+      short_rope_tokens_(short_rope_tokens(model.spec())) {
     batch_.reserve(sizes.max_batch_rows);
     running_.reserve(options.max_running);
     desk_.count([&](ResponderStats& counts) { cache_.report(&counts); });

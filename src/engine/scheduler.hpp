@@ -54,6 +54,7 @@ private:
     void add_rows(Sequence& sequence, uint32_t* logit_rows);
 
     void take_results(Sequence& sequence);
+    void change_rope(Sequence& sequence);
     std::optional<Token> draw_token(Sequence& sequence, uint32_t logits_row);
 
     const EngineOptions& options_;
@@ -61,7 +62,7 @@ private:
     PrefixCache& cache_;
     Desk& desk_;
     AnswerWriter answers_;
-    const uint32_t step_tokens_, max_logit_rows_;
+    const uint32_t step_tokens_, max_logit_rows_, short_rope_tokens_;
 
     std::vector<SequencePtr> waiting_, running_;
     std::vector<BatchRow> batch_;                  // under way unless empty

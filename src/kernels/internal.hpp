@@ -138,7 +138,9 @@
 //     and up = products with y; h as in 8; x = x + ffn_down matrix times h. Logits: the output
 //     matrix (the embedding where there is none) times rms_norm(x); where the model scales them
 //     (logit_scale), each is multiplied once. base and the factors of rope are binary32 numbers of
-//     the model; attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
+//     the model (of two lists of factors the second where the sequence, up to the token whose logits
+//     are computed, is longer than the first one reaches: then for all of its tokens);
+//     attention_scale, where the model says nothing, is 1 / sqrt(float(head_dim)).
 // 14. Layer norm: mean = 16-lane sum of x_i, / float(n); d_i = x_i - mean; ss = 16-lane sum where
 //     adding an element is lane = fma(d_i, d_i, lane); scale = 1 / sqrt(ss / float(n) + eps);
 //     y_i = (d_i * scale) * w_i, plus its bias where there is one.
