@@ -3,11 +3,14 @@
 
 #include "backend/cpu_trials.hpp"
 #include "digest_internal.hpp"
+#include "kernels/layout.hpp"
 #include "run_model.hpp"
 #include "tiny_model.hpp"
 #include "unicode_internal.hpp"
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <string>
 #include <thread>
 
@@ -186,6 +189,11 @@ TEST_CASE("logits: one SHA-256 for every kernel table") {
 }
 
 TEST_CASE("logits: one SHA-256 for every weight type") {
+    for (const detail::PackedLayout& layout : detail::packed_layouts) {
+        const auto has = [&](const TypeDigest& row) { return row.type == layout.type; };
+        CAPTURE(std::string(type_info(layout.type)->name));
+        CHECK(std::count_if(std::begin(type_digests), std::end(type_digests), has) == 1);
+    }
     for (const TypeDigest& row : type_digests)
         for (const detail::Kernels* kernels : detail::available_kernels()) {
             CAPTURE(std::string(type_info(row.type)->name));
