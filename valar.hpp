@@ -22661,10 +22661,58 @@ struct Architecture {
     void (*more)(SpecReader&, ModelSpec&) = nullptr;
 };
 
-/// Keys that change what the network computes in a way that no backend here does.
-constexpr const char* refused_model_keys[] = {
-    "attention.clamp_kqv",
-    "attention.max_alibi_bias",
+/// Keys of an architecture that may stand in a file unread: either way the network computes the same.
+struct HarmlessKey {
+    const char* name;
+    double only = -1;  // with this number (true: 1); -1: whatever it says
+};
+constexpr HarmlessKey harmless_keys[] = {
+    // token_embd.weight has as many rows
+    {"vocab_size"},
+    // how q and k were permuted, which is the same in all files of an architecture
+    {"tensor_data_layout"},
+    // the layers with tensors of experts have experts; a shared network is as wide as its tensors
+    {"leading_dense_block_count"},
+    {"interleave_moe_layer_step"},
+    {"expert_shared_count"},
+    {"expert_shared_feed_forward_length"},
+    // read where there are experts
+    {"expert_used_count"},
+    {"expert_feed_forward_length"},
+    {"expert_group_count"},
+    {"expert_group_used_count"},
+    {"expert_gating_func"},
+    {"expert_weights_norm"},
+    {"expert_weights_scale"},
+    // of the other kind of norm
+    {"attention.layer_norm_epsilon"},
+    {"attention.layer_norm_rms_epsilon"},
+    // every decoder is
+    {"attention.causal", 1},
+    // nothing is clamped, no score gets a bias
+    {"attention.clamp_kqv", 0},
+    {"attention.max_alibi_bias", 0},
+    // read where positions are rotated, where layers have windows
+    {"rope.dimension_count"},
+    {"rope.freq_base_swa"},
+    // an older name of rope.scaling.factor, read where that is missing
+    {"rope.scale_linear"},
+    // how the model was trained; what rope.freq_base holds already
+    {"rope.scaling.finetuned"},
+    {"rope.scaling.alpha"},
+    // read where the file asks for the scaling that they belong to
+    {"rope.scaling.factor"},
+    {"rope.scaling.yarn_attn_factor"},
+    {"rope.scaling.yarn_beta_fast"},
+    {"rope.scaling.yarn_beta_slow"},
+    {"rope.scaling.yarn_log_multiplier"},
+    // YaRN as it is defined
+    {"rope.scaling.yarn_ext_factor", 1},
+    // how embeddings are made of what the last layer leaves
+    {"pooling_type"},
+    // of images
+    {"deepstack_mapping"},
+    {"n_deepstack_layers"},
 };
 
 constexpr TensorType vector_types[] = {TensorType::f32};
@@ -22676,6 +22724,7 @@ struct SpecReader {
     const Architecture* row = nullptr;
     std::string prefix = {};
     std::optional<Error> error = {};
+    std::vector<bool> was_read = std::vector<bool>(gguf.keys().size());
 
     void fail(ErrorKind kind, std::string_view what) {
         if (!error) error = make_error(kind, join({gguf.name(), ": ", what}));
@@ -22689,7 +22738,14 @@ struct SpecReader {
         if (!error) error = result.error();
         return T{};
     }
-    const GgufKey* find(const char* key) const { return gguf.find(prefix + key); }
+    /// The whole name of a key, which from here on counts as read.
+    std::string read(const char* key) {
+        const std::string name = prefix + key;
+        if (const GgufKey* found = gguf.find(name))
+            was_read[static_cast<size_t>(found - gguf.keys().data())] = true;
+        return name;
+    }
+    const GgufKey* find(const char* key) { return gguf.find(read(key)); }
     bool has_tensor(size_t layer, const char* name) const {
         return gguf.find_tensor(format("blk.%zu.", layer) + name) != nullptr;
     }
@@ -22703,7 +22759,7 @@ struct SpecReader {
         return error ? 1 : static_cast<uint32_t>(number);
     }
     uint32_t size(const char* key, uint64_t limit) {
-        return in_limits(key, value(gguf.get_uint(prefix + key)), limit);
+        return in_limits(key, value(gguf.get_uint(read(key))), limit);
     }
     uint32_t size(const char* key, uint64_t limit, uint32_t fallback) {
         return find(key) ? size(key, limit) : fallback;
@@ -22712,7 +22768,7 @@ struct SpecReader {
     uint32_t layer_size(const char* key, size_t layer, uint64_t limit) {
         const GgufKey* found = find(key);
         if (!found || !found->is_array) return size(key, limit);
-        auto numbers = value(gguf.get_ints(prefix + key));
+        auto numbers = value(gguf.get_ints(read(key)));
         if (layer >= numbers.size())
             fail_key(ErrorKind::bad_data, key, "is too short for the layers");
         return error ? 1 : in_limits(key, static_cast<uint64_t>(numbers[layer]), limit);
@@ -22720,24 +22776,37 @@ struct SpecReader {
     /// With the fallback 0: a number that may be missing, or 0 for nothing.
     float number_or_none(const char* key) {
         const GgufKey* found = find(key);
-        return found && value(gguf.get_float(prefix + key, 0.0)) != 0 ? positive(key, 1) : 0;
+        return found && value(gguf.get_float(read(key), 0.0)) != 0 ? positive(key, 1) : 0;
     }
     float positive(const char* key, float fallback) {
         const float number = static_cast<float>(
-            value(gguf.get_float(prefix + key, static_cast<double>(fallback))));
+            value(gguf.get_float(read(key), static_cast<double>(fallback))));
         if (!(number > 0 && std::isfinite(number)))
             fail_key(ErrorKind::bad_data, key, "must be a positive number");
         return number;
     }
 };
 
-void refuse_unknown_options(SpecReader& in) {
-    for (const char* key : refused_model_keys) {
-        const GgufKey* found = in.find(key);
-        const auto is_zero = [](std::byte b) { return b == std::byte{0}; };
-        if (found && !std::all_of(found->data.begin(), found->data.end(), is_zero))
-            in.fail_key(ErrorKind::unsupported, key, "asks for what is not implemented");
+bool is_harmless(const SpecReader& in, const GgufKey& key) {
+    for (const HarmlessKey& row : harmless_keys) {
+        if (key.name.substr(in.prefix.size()) != row.name) continue;
+        const auto whole = in.gguf.get_uint(key.name);
+        const auto real = in.gguf.get_float(key.name);
+        const auto truth = in.gguf.get_bool(key.name);
+        return row.only < 0 || (whole && static_cast<double>(*whole) == row.only) ||
+               (real && *real == row.only) || (truth && *truth == (row.only == 1));
     }
+    return false;
+}
+
+/// What nobody read may ask for what is not computed here.
+void refuse_unread_keys(SpecReader& in) {
+    for (const GgufKey& key : in.gguf.keys())
+        if (const bool was_read = in.was_read[static_cast<size_t>(&key - in.gguf.keys().data())];
+            !was_read && key.name.starts_with(in.prefix) && !is_harmless(in, key))
+            in.fail(
+                ErrorKind::unsupported,
+                join({"key '", key.name, "' is not used: what it asks for is not implemented"}));
 }
 
 // ---- Rope ------------------------------------------------------------------------------------
@@ -22778,7 +22847,7 @@ void read_yarn(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
 
 /// (llama3's scaling and longrope need no key but the magnitude: their factors are tensors.)
 void read_rope_scaling(SpecReader& in, RopeSpec& rope, uint32_t n_context) {
-    const auto type = in.value(in.gguf.get_string(in.prefix + "rope.scaling.type", "linear"));
+    const auto type = in.value(in.gguf.get_string(in.read("rope.scaling.type"), "linear"));
     rope.magnitude = in.positive("rope.scaling.attn_factor", 1.0f);
     if (type == "none" || type == "longrope") return;
     if (type != "linear" && type != "yarn" && type != "longrope")
@@ -22863,7 +22932,7 @@ void read_layer_tensors(SpecReader& in, LayerSpec& layer, size_t index) {
 ExpertSpec read_experts(SpecReader& in) {
     ExpertSpec out;
     constexpr uint64_t most = 65536;
-    if (!in.find("expert_count") || in.value(in.gguf.get_uint(in.prefix + "expert_count")) == 0)
+    if (!in.find("expert_count") || in.value(in.gguf.get_uint(in.read("expert_count"))) == 0)
         return out;
     out.count = in.size("expert_count", most);
     out.used = in.size("expert_used_count", out.count);
@@ -22882,7 +22951,7 @@ ExpertSpec read_experts(SpecReader& in) {
     out.sigmoid = function == 2;
     const bool sums_to_1 = !(in.row->traits & weights_as_they_are);
     out.normalized = function == 3 ||
-                     in.value(in.gguf.get_bool(in.prefix + "expert_weights_norm", sums_to_1));
+                     in.value(in.gguf.get_bool(in.read("expert_weights_norm"), sums_to_1));
     out.scale = in.positive("expert_weights_scale", 1.0f);
     return out;
 }
@@ -22923,7 +22992,7 @@ LayerSpec read_layer(SpecReader& in, LayerSpec layer, size_t index) {
 }
 
 uint32_t guessing_blocks(SpecReader& in, uint32_t blocks) {
-    const uint64_t count = in.value(in.gguf.get_uint(in.prefix + "nextn_predict_layers", 0));
+    const uint64_t count = in.value(in.gguf.get_uint(in.read("nextn_predict_layers"), 0));
     if (count >= blocks)
         in.fail_key(ErrorKind::bad_data, "nextn_predict_layers", "leaves no layers");
     return in.error ? 0 : static_cast<uint32_t>(count);
@@ -22938,7 +23007,7 @@ std::vector<LayerSpec> read_layers(SpecReader& in, const ModelSpec& spec) {
     common.gated = !(in.row->traits & ungated);
     common.parallel = in.row->traits & parallel_layer;
     if (in.find("use_parallel_residual"))
-        common.parallel = in.value(in.gguf.get_bool(in.prefix + "use_parallel_residual", false));
+        common.parallel = in.value(in.gguf.get_bool(in.read("use_parallel_residual"), false));
     common.qk_norm_after_rope = in.row->traits & norms_rotated;
     common.attention_scale = in.positive("attention.scale",
                                          1.0f / std::sqrt(static_cast<float>(common.head_dim)));
@@ -22957,18 +23026,21 @@ std::vector<LayerSpec> read_layers(SpecReader& in, const ModelSpec& spec) {
 /// names, an entry a layer. A window that spans the context is none.
 void read_windows(SpecReader& in, ModelSpec& spec) {
     constexpr const char* pattern = "attention.sliding_window_pattern";
-    const uint64_t window = in.value(in.gguf.get_uint(in.prefix + "attention.sliding_window", 0));
+    const uint64_t window = in.value(in.gguf.get_uint(in.read("attention.sliding_window"), 0));
     const GgufKey* key = in.find(pattern);
     GgufNumbers<int64_t> named;
     uint64_t period = in.row->full_every;
-    if (key && key->is_array) named = in.value(in.gguf.get_ints(in.prefix + pattern));
-    else if (key) period = in.value(in.gguf.get_uint(in.prefix + pattern));
+    if (key && key->is_array) named = in.value(in.gguf.get_ints(in.read(pattern)));
+    else if (key) period = in.value(in.gguf.get_uint(in.read(pattern)));
     if (key && key->is_array && named.size() < spec.layers.size())
         in.fail_key(ErrorKind::bad_data, pattern, "is too short for the layers");
     if (in.error || window == 0 || window >= spec.n_context) return;
     for (size_t i = 0; i < spec.layers.size(); ++i)
         if (named.size() ? named[i] != 0 : period == 0 || (i + 1) % period != 0)
             spec.layers[i].window = static_cast<uint32_t>(window);
+    if (in.find("rope.freq_base_swa"))
+        for (LayerSpec& layer : spec.layers)
+            if (layer.window) layer.rope.base = in.positive("rope.freq_base_swa", 1);
 }
 
 // ---- What a row of the table cannot say ------------------------------------------------------
@@ -22989,13 +23061,12 @@ void scale_gemma_queries(SpecReader& in, ModelSpec& spec, size_t layers_of_27b) 
 
 void read_gemma2(SpecReader& in, ModelSpec& spec) { scale_gemma_queries(in, spec, 46); }
 
-/// Layers with a window have a base of their own, and no scaling.
+/// Layers with a window have a base of their own, also where the file does not say it, and no scaling.
 void read_gemma3(SpecReader& in, ModelSpec& spec) {
     scale_gemma_queries(in, spec, 62);
-    const float base = in.positive("rope.freq_base_swa", 10000.0f);
     for (LayerSpec& layer : spec.layers) {
         if (layer.window == 0) continue;
-        layer.rope.base = base;
+        layer.rope.base = in.positive("rope.freq_base_swa", 10000.0f);
         layer.rope.scale = 1;
     }
 }
@@ -23435,7 +23506,6 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
                           "' is not supported; these are: ", detail::known_architectures()}));
     in.prefix = spec.architecture + ".";
     spec.name = in.value(gguf.get_string("general.name", ""));
-    detail::refuse_unknown_options(in);
     spec.n_embd = in.size("embedding_length", ModelSpec::max_width);
     spec.n_context = in.size("context_length", ModelSpec::max_context);
     detail::read_norm(in, spec);
@@ -23455,6 +23525,7 @@ Result<ModelSpec> read_model_spec(const Gguf& gguf) {
         if (in.row->traits & detail::full_unrotated && detail::has_windows(spec) && !layer.window)
             layer.rope.dims = 0;
     if (in.row->more && !in.error) in.row->more(in, spec);
+    if (!in.error) detail::refuse_unread_keys(in);
     if (in.error) return *in.error;
     return spec;
 }

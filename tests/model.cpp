@@ -173,6 +173,12 @@ TEST_CASE("model: optional keys") {
               .layers[0]
               .rope.dims == 8);
     CHECK(fine(edit(small_model(), {"llama.attention.head_count_kv"})).layers[0].n_kv_heads == 4);
+    CHECK(fine(with_key("llama.vocab_size", 96u)).n_vocab == 299);
+    CHECK(fine(with_key("llama.attention.causal", true)).n_embd == 32);
+    CHECK(fine(with_key("llama.attention.clamp_kqv", 0.0f)).n_embd == 32);
+    CHECK(fine(with_key("llama.attention.max_alibi_bias", 0.0f)).n_embd == 32);
+    CHECK(fine(with_key("llama.rope.scaling.yarn_ext_factor", 1.0f)).n_embd == 32);
+    CHECK(fine(with_key("llama2.of_another", 1u)).n_embd == 32);
     const Bytes unscaled = edit(small_model(), {}, [](GgufWriter& writer) {
         writer.set_string("llama.rope.scaling.type", "none");
         writer.set("llama.rope.scaling.factor", 4.0f);
@@ -220,6 +226,12 @@ TEST_CASE("model: what is not implemented is refused by name") {
     check_says(named(std::string(10000, 'x')), "architecture 'xxx");
     check_says(with_key("llama.expert_count", 8u), "key 'llama.expert_used_count' is");
     check_says(with_key("llama.attention.clamp_kqv", 30.0f), "attention.clamp_kqv");
+    check_says(with_key("llama.router_logit_softcapping", 30.0f),
+               "key 'llama.router_logit_softcapping' is not used");
+    check_says(with_key("llama.attention.causal", false), "attention.causal");
+    check_says(with_key("llama.rope.scaling.yarn_ext_factor", 0.5f), "yarn_ext_factor");
+    // of another architecture's, which this one's row does not read
+    check_says(with_key("llama.attention.temperature_scale", 0.1f), "temperature_scale");
     check_says(with_key("llama.final_logit_softcapping", -1.0f), "final_logit_softcapping");
     check_says(with_key("llama.attention.value_length", 4u), "differs from key_length");
     const auto scaled = [](const char* type, float base) {
@@ -257,6 +269,13 @@ TEST_CASE("model: a sliding window, of all layers or of some") {
     };
     CHECK(windows(with([](GgufWriter&) {})) == List{100, 100, 100});
     CHECK(windows(with_key(key, 512u)) == List{0, 0});  // the whole context
+    auto bases = spec_of(with([&](GgufWriter& writer) {
+        writer.set(pattern, 2u);
+        writer.set("llama.rope.freq_base_swa", 500.0f);
+    }));
+    REQUIRE_MESSAGE(bases, bases.error().message);
+    CHECK(bases->layers[0].rope.base == 500);
+    CHECK(bases->layers[1].rope.base == 10000);
     CHECK(windows(with_key(key, 511u)) == List{511, 511});
     CHECK(period(0) == List{100, 100, 100});
     CHECK(period(2) == List{100, 0, 100});
