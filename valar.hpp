@@ -137,13 +137,14 @@ _Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")") _Pragma("push_ma
 _Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
 _Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")") _Pragma("push_macro(\"Pi\")")
 _Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"Range\")")
-_Pragma("push_macro(\"Reply\")") _Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Rest\")")
-_Pragma("push_macro(\"Result\")") _Pragma("push_macro(\"Role\")") _Pragma("push_macro(\"Route\")")
-_Pragma("push_macro(\"Row\")") _Pragma("push_macro(\"SIZE_T\")") _Pragma("push_macro(\"SOCKET\")")
-_Pragma("push_macro(\"STDC\")") _Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Scale\")")
-_Pragma("push_macro(\"Self\")") _Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Shape\")")
-_Pragma("push_macro(\"Side\")") _Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")")
-_Pragma("push_macro(\"Slice\")") _Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")")
+_Pragma("push_macro(\"Read\")") _Pragma("push_macro(\"Reply\")") _Pragma("push_macro(\"Request\")")
+_Pragma("push_macro(\"Rest\")") _Pragma("push_macro(\"Result\")") _Pragma("push_macro(\"Role\")")
+_Pragma("push_macro(\"Route\")") _Pragma("push_macro(\"Row\")") _Pragma("push_macro(\"SIZE_T\")")
+_Pragma("push_macro(\"SOCKET\")") _Pragma("push_macro(\"STDC\")")
+_Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Scale\")") _Pragma("push_macro(\"Self\")")
+_Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Shape\")") _Pragma("push_macro(\"Side\")")
+_Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")") _Pragma("push_macro(\"Slice\")")
+_Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")")
 _Pragma("push_macro(\"Special\")") _Pragma("push_macro(\"Stage\")")
 _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
 _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"T\")")
@@ -572,6 +573,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Place
 #undef Q
 #undef Range
+#undef Read
 #undef Reply
 #undef Request
 #undef Rest
@@ -8052,6 +8054,119 @@ struct ResponseRecord {
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
 
+// ---- The options of a request, each a row: read, validated, kept and saved from it --------------
+
+/// How tokens are drawn, with all that a request left open filled in. In this order, as Hugging
+/// Face has it: penalties and bias; logits / temperature; the top_k most likely; of those the fewest
+/// that together reach top_p; of those the ones at least min_p times as likely as the first.
+struct Sampling {
+    double temperature = 1;  ///< 0: greedy
+    double top_p = 1;
+    double min_p = 0;
+    uint32_t top_k = 0;  ///< 0: no limit
+    int64_t seed = 0;
+    double presence_penalty = 0;  ///< as in Request
+    double frequency_penalty = 0;
+    double repetition_penalty = 1;
+    std::vector<std::pair<int32_t, float>> logit_bias = {};
+};
+
+/// An option that is a number. `open`: what is not set is the model's own.
+struct NumberOption {
+    const char* name;
+    double least, most;
+    std::optional<double> Request::*open;
+    double Request::*fixed;
+    double Sampling::*resolved;
+};
+inline constexpr NumberOption number_options[] = {
+    // clang-format off
+    {"temperature", 0, 2, &Request::temperature, nullptr, &Sampling::temperature},
+    {"top_p", 0, 1, &Request::top_p, nullptr, &Sampling::top_p},
+    {"min_p", 0, 1, &Request::min_p, nullptr, &Sampling::min_p},
+    {"presence_penalty", -2, 2, nullptr, &Request::presence_penalty, &Sampling::presence_penalty},
+    {"frequency_penalty", -2, 2, nullptr, &Request::frequency_penalty, &Sampling::frequency_penalty},
+    {"repetition_penalty", 0.1, 10, nullptr, &Request::repetition_penalty, &Sampling::repetition_penalty},
+    // clang-format on
+};
+
+/// An option that is a count; one without a limit of its own is cut to what it can hold.
+struct CountOption {
+    const char* name;
+    uint32_t least, most;
+    std::optional<uint32_t> Request::*open;
+    uint32_t Request::*fixed;
+};
+inline constexpr uint32_t kMaxLogprobs = 20;
+inline constexpr CountOption count_options[] = {
+    {"max_output_tokens", 1, UINT32_MAX, &Request::max_output_tokens, nullptr},
+    {"max_tool_calls", 1, UINT32_MAX, &Request::max_tool_calls, nullptr},
+    {"top_k", 0, UINT32_MAX, &Request::top_k, nullptr},
+    {"top_logprobs", 0, kMaxLogprobs, nullptr, &Request::top_logprobs},
+};
+
+/// Its value; nothing where it is the model's own.
+template <class Row>
+auto option_value(const Row& row, const Request& request) {
+    return row.open ? request.*row.open : std::optional(request.*row.fixed);
+}
+
+/// An option that is a text of so many characters, and one that is a switch.
+struct TextOption {
+    const char* name;
+    size_t least, most;
+    std::string Request::*field;
+};
+inline constexpr TextOption text_options[] = {
+    {"model", 1, SIZE_MAX, &Request::model},
+    {"instructions", 0, SIZE_MAX, &Request::instructions},
+    {"prompt_cache_key", 0, SIZE_MAX, &Request::prompt_cache_key},
+    {"user", 0, 256, &Request::user},
+};
+struct SwitchOption {
+    const char* name;
+    bool Request::*field;
+};
+inline constexpr SwitchOption switch_options[] = {
+    {"background", &Request::background},
+    {"parallel_tool_calls", &Request::parallel_tool_calls},
+};
+
+inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their bytes
+inline constexpr size_t kMaxStopBytes = 256;
+inline constexpr double kMaxBias = 100;
+
+/// What a request must be like that needs no model to be known; the wire has checked it already,
+/// a C++ caller's comes straight here. Errors: invalid_request with code and param.
+Result<void> check_request(const Request& request);
+/// A request as a body of POST /v1/responses, and back: what is as by default is left out.
+/// Fields of the server's alone (organisation) are not part of it.
+Json request_json(const Request& request);
+Result<Request> read_request(const Json& body, Dialect dialect);
+
+/// The kinds of items, in the order of Item::Kind.
+struct ItemType {
+    std::string_view name;
+    Item::Kind kind;
+    const char* prefix;  // of the id of one that came without
+};
+inline constexpr ItemType item_types[] = {
+    {"message", Item::Kind::message, "msg_"},
+    {"reasoning", Item::Kind::reasoning, "rs_"},
+    {"function_call", Item::Kind::function_call, "fc_"},
+    {"function_call_output", Item::Kind::function_call_output, "fco_"},
+    {"custom_tool_call", Item::Kind::custom_tool_call, "ctc_"},
+    {"custom_tool_call_output", Item::Kind::custom_tool_call_output, "ctco_"},
+};
+static_assert(std::size(item_types) == size_t(Item::Kind::custom_tool_call_output) + 1);
+constexpr const ItemType& item_type(Item::Kind kind) {
+    return item_types[static_cast<size_t>(kind)];
+}
+/// An item as it stands in `input` and `output`; without an id or a status these are left out.
+Json item_json(const Item& item, const std::string& id = {}, const char* status = nullptr);
+/// Back. The message of an Error names the place by `path`.
+Result<Item> read_item(const Json& json, const std::string& path);
+
 /// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
 /// order, other fields in document order, rules across fields. Errors: invalid_request with code
 /// and param; the message says what is wrong, what was received and what is allowed.
@@ -8088,6 +8203,14 @@ constexpr std::optional<Role> role_named(std::string_view name) {
     for (size_t i = 0; i < std::size(kRoleNames); ++i)
         if (kRoleNames[i] == name) return static_cast<Role>(i);
     return std::nullopt;
+}
+
+/// The words of an Effort on the wire and in chat templates.
+inline constexpr std::string_view kEffortNames[] = {"none",   "minimal", "low",
+                                                    "medium", "high",    "xhigh"};
+static_assert(std::size(kEffortNames) == static_cast<size_t>(Effort::xhigh) + 1);
+constexpr std::string_view effort_name(Effort effort) {
+    return kEffortNames[static_cast<size_t>(effort)];
 }
 
 /// The words of a Window on the wire, and the field that holds them.
@@ -8140,54 +8263,6 @@ std::string Item::text() const {
 
 namespace detail {
 namespace {
-
-/// Whether a client may read an error's message. What the operating system or a file had to say
-/// names paths, and may come as any kind that they know (a full disk is `overloaded`); but only what
-/// was written for clients has a code.
-enum class ApiShown : uint8_t { always, with_code, never };
-
-struct ApiKind {
-    ErrorKind kind;
-    int status;
-    const char* type;
-    const char* code;  // where the error brings none
-    ApiShown shown;
-};
-constexpr ApiKind api_kinds[] = {
-    // clang-format off
-    {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", ApiShown::always},
-    {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", ApiShown::with_code},
-    {ErrorKind::conflict, 400, "idempotency_error", "idempotency_key_reused", ApiShown::with_code},
-    {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", ApiShown::always},
-    {ErrorKind::permission, 403, "permission_error", "host_not_allowed", ApiShown::with_code},
-    {ErrorKind::not_found, 404, "not_found_error", "not_found", ApiShown::with_code},
-    {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", ApiShown::with_code},
-    {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", ApiShown::always},
-    {ErrorKind::overloaded, 503, "api_error", "overloaded", ApiShown::with_code},
-    {ErrorKind::out_of_memory, 503, "api_error", "overloaded", ApiShown::never},
-    {ErrorKind::closed, 503, "api_error", "overloaded", ApiShown::with_code},
-    {ErrorKind::timeout, 504, "timeout_error", "timeout", ApiShown::with_code},
-    {ErrorKind::internal, 500, "api_error", "internal_error", ApiShown::never},
-    // clang-format on
-};
-
-/// Codes of invalid_request for which HTTP has a status of its own.
-struct ApiCode {
-    std::string_view code;
-    int status;
-};
-constexpr ApiCode api_codes[] = {{"method_not_allowed", 405}, {"unsupported_media_type", 415}};
-
-const ApiKind& api_kind(ErrorKind kind) {
-    for (const ApiKind& row : api_kinds)
-        if (row.kind == kind) return row;
-    return std::end(api_kinds)[-1];  // io, bad_data, cancelled: nothing a client sent
-}
-
-bool api_shows(const ApiKind& kind, const Error& error) {
-    return kind.shown == ApiShown::always ||
-           (kind.shown == ApiShown::with_code && !error.code.empty());
-}
 
 Error api_error(const char* code, std::string param, std::string message) {
     return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(param));
@@ -8292,21 +8367,6 @@ Fault check_choice(const Json& value, const std::string& path,
 
 // ---- Items ------------------------------------------------------------------------------------
 
-struct ItemType {
-    std::string_view name;
-    Item::Kind kind;
-    const char* prefix;  // of the id of one that came without
-};
-constexpr ItemType item_types[] = {
-    {"message", Item::Kind::message, "msg_"},
-    {"reasoning", Item::Kind::reasoning, "rs_"},
-    {"function_call", Item::Kind::function_call, "fc_"},
-    {"function_call_output", Item::Kind::function_call_output, "fco_"},
-    {"custom_tool_call", Item::Kind::custom_tool_call, "ctc_"},
-    {"custom_tool_call_output", Item::Kind::custom_tool_call_output, "ctco_"},
-};
-static_assert(std::size(item_types) == size_t(Item::Kind::custom_tool_call_output) + 1);
-
 struct PartType {
     std::string_view name;
     std::string_view field;
@@ -8397,7 +8457,7 @@ Fault read_call_output(const Json& json, const std::string& path, Item* item) {
     return read_content(json["output"], path + ".output", false, item);
 }
 
-Fault read_item(const Json& json, const std::string& path, Item* item) {
+Fault read_any_item(const Json& json, const std::string& path, Item* item) {
     if (!json.is_object()) return api_wrong_type(path, "an object", json);
     const Json& type = json["type"];
     if (!type.is_null() && !type.is_string())
@@ -8428,7 +8488,7 @@ Fault read_items(const Json& array, const std::string& path, Request* request) {
         return api_error("array_below_min_length", path, "'" + path + "' must not be empty");
     request->input.items.resize(array.size());
     for (size_t i = 0; i < array.size(); ++i)
-        if (Fault fault = read_item(array[i], api_index(path, i), &request->input.items[i]))
+        if (Fault fault = read_any_item(array[i], api_index(path, i), &request->input.items[i]))
             return fault;
     return {};
 }
@@ -8450,12 +8510,311 @@ Fault check_calls(const Request& request, const std::string& path) {
     return {};
 }
 
-// ---- The fields of a request ------------------------------------------------------------------
+// ---- The form of an answer ---------------------------------------------------------------------
 
-Fault field_model(const Json& value, Request* request) {
-    request->model = value.as_string();
-    return check_text(value, "model", 1, SIZE_MAX);
+bool is_name(std::string_view name) {
+    return !name.empty() && name.size() <= 64 && std::all_of(name.begin(), name.end(), [](char c) {
+        return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+               c == '_' || c == '-';
+    });
 }
+
+Fault read_name(const Json& object, const std::string& path, std::string* out) {
+    if (Fault fault = read_string_field(object, "name", path, out)) return fault;
+    if (is_name(*out)) return {};
+    return api_wrong_value("invalid_value", path + ".name", "1 to 64 of a-z, A-Z, 0-9, _ and -",
+                           object["name"]);
+}
+
+Fault read_description(const Json& object, const std::string& path, std::string* out) {
+    *out = object["description"].as_string();
+    if (object["description"].is_null()) return {};
+    return check_text(object["description"], path + ".description", 0, SIZE_MAX);
+}
+
+// A JSON Schema; what it says is looked at where it is compiled.
+Fault read_schema(const Json& object, const char* key, const std::string& path, Json* out) {
+    *out = object[key];
+    if (out->is_null() || out->is_object()) return {};
+    return api_wrong_type(path + "." + key, "an object", *out);
+}
+
+Fault read_strict(const Json& object, const std::string& path, bool* out) {
+    *out = object["strict"].as_bool();
+    return object["strict"].is_null() ? Fault() : check_bool(object["strict"], path + ".strict");
+}
+
+Fault read_schema_format(const Json& form, const std::string& path, Format* out) {
+    if (Fault fault = read_name(form, path, &out->name)) return fault;
+    if (Fault fault = read_description(form, path, &out->description)) return fault;
+    if (Fault fault = read_schema(form, "schema", path, &out->schema)) return fault;
+    if (out->schema.is_null()) out->schema = Json::object();
+    return read_strict(form, path, &out->strict);
+}
+
+Fault read_regex_format(const Json& form, const std::string& path, Format* out) {
+    if (Fault fault = read_string_field(form, "pattern", path, &out->regex)) return fault;
+    return check_text(form["pattern"], path + ".pattern", 1, SIZE_MAX);
+}
+
+Fault read_choice_format(const Json& form, const std::string& path, Format* out) {
+    const Json& choices = form["choices"];
+    const std::string field = path + ".choices";
+    if (choices.is_null()) return api_missing(field);
+    if (!choices.is_array()) return api_wrong_type(field, "an array of strings", choices);
+    if (choices.empty())
+        return api_error("array_below_min_length", field, "'" + field + "' must not be empty");
+    for (size_t i = 0; i < choices.size(); ++i) {
+        if (Fault fault = check_text(choices[i], api_index(field, i), 0, SIZE_MAX)) return fault;
+        out->one_of.emplace_back(choices[i].as_string());
+    }
+    return {};
+}
+
+Fault read_grammar_format(const Json& form, const std::string& path, Format* out) {
+    std::string definition;
+    if (form["syntax"].is_null()) return api_missing(path + ".syntax");
+    if (Fault fault = check_choice(
+            form["syntax"], path + ".syntax", {"regex", "gbnf"},
+            form["syntax"].as_string() == "lark" ? "unsupported_value" : "invalid_value"))
+        return fault;
+    if (Fault fault = read_string_field(form, "definition", path, &definition)) return fault;
+    if (Fault fault = check_text(form["definition"], path + ".definition", 1, SIZE_MAX))
+        return fault;
+    (form["syntax"].as_string() == "regex" ? out->regex : out->gbnf) = std::move(definition);
+    return {};
+}
+
+Fault read_text_format(const Json&, const std::string&, Format*) { return {}; }
+
+struct FormatType {
+    std::string_view name;
+    Fault (*read)(const Json& form, const std::string& path, Format* out);
+    bool custom;  // also of a custom tool's input
+};
+constexpr FormatType format_types[] = {
+    {"text", read_text_format, true},       {"json_schema", read_schema_format, false},
+    {"regex", read_regex_format, false},    {"choice", read_choice_format, false},
+    {"grammar", read_grammar_format, true},
+};
+
+Fault read_format(const Json& form, const std::string& path, bool custom, Format* out) {
+    if (form.is_null()) return {};
+    if (!form.is_object()) return api_wrong_type(path, "an object", form);
+    const Json& type = form["type"];
+    if (type.is_null()) return api_missing(path + ".type");
+    std::vector<std::string_view> names;
+    for (const FormatType& row : format_types) {
+        if (custom && !row.custom) continue;
+        if (type.as_string() == row.name) return row.read(form, path, out);
+        names.push_back(row.name);
+    }
+    return check_choice(type, path + ".type", names,
+                        type.as_string() == "json_object" ? "unsupported_value" : "invalid_value");
+}
+
+Json format_json(const Format& format) {
+    if (!format.schema.is_null())
+        return Json::object()
+            .set("type", "json_schema")
+            .set("name", format.name.empty() ? "answer" : format.name)
+            .set("description", format.description)
+            .set("schema", format.schema)
+            .set("strict", format.strict);
+    if (!format.one_of.empty()) {
+        Json choices = Json::array();
+        for (const std::string& choice : format.one_of) choices.push(choice);
+        return Json::object().set("type", "choice").set("choices", std::move(choices));
+    }
+    if (format.empty()) return Json::object().set("type", "text");
+    const bool regex = !format.regex.empty();
+    return Json::object()
+        .set("type", "grammar")
+        .set("syntax", regex ? "regex" : "gbnf")
+        .set("definition", regex ? format.regex : format.gbnf);
+}
+
+Fault field_text(const Json& value, Request* request) {
+    if (!value.is_object()) return api_wrong_type("text", "an object", value);
+    return read_format(value["format"], "text.format", false, &request->format);
+}
+
+Json write_text(const Request& request) {
+    if (request.format.empty()) return {};
+    return Json::object().set("format", format_json(request.format));
+}
+
+Fault field_reasoning(const Json& value, Request* request) {
+    if (!value.is_object()) return api_wrong_type("reasoning", "an object", value);
+    for (const JsonMember& member : value.members()) {
+        const std::string path = "reasoning." + member.key;
+        Fault fault;
+        if (member.value.is_null()) continue;
+        if (member.key == "effort") {
+            fault = check_choice(member.value, path, kEffortNames);
+            for (size_t i = 0; i < std::size(kEffortNames); ++i)
+                if (member.value.as_string() == kEffortNames[i])
+                    request->effort = static_cast<Effort>(i);
+        } else if (member.key == "summary" || member.key == "generate_summary") {
+            fault = check_choice(member.value, path, {"auto", "concise", "detailed"});
+        }
+        if (fault) return fault;
+    }
+    return {};
+}
+
+Json write_reasoning(const Request& request) {
+    if (!request.effort) return {};
+    return Json::object().set("effort", effort_name(*request.effort));
+}
+
+// ---- Tools -------------------------------------------------------------------------------------
+
+Fault read_tool(const Json& json, const std::string& path, Tool* out) {
+    static constexpr std::string_view hosted[] = {"web_search",
+                                                  "web_search_preview",
+                                                  "file_search",
+                                                  "code_interpreter",
+                                                  "computer",
+                                                  "computer_use",
+                                                  "computer_use_preview",
+                                                  "image_generation",
+                                                  "mcp",
+                                                  "local_shell",
+                                                  "shell",
+                                                  "apply_patch",
+                                                  "namespace",
+                                                  "tool_search"};
+    if (!json.is_object()) return api_wrong_type(path, "an object", json);
+    if (json["type"].is_null()) return api_missing(path + ".type");
+    const std::string_view type = json["type"].as_string();
+    const bool known = std::find(std::begin(hosted), std::end(hosted), type) != std::end(hosted);
+    if (Fault fault = check_choice(json["type"], path + ".type", {"function", "custom"},
+                                   known ? "unsupported_value" : "invalid_value"))
+        return fault;
+    out->custom = type == "custom";
+    if (Fault fault = read_name(json, path, &out->name)) return fault;
+    if (Fault fault = read_description(json, path, &out->description)) return fault;
+    if (out->custom) return read_format(json["format"], path + ".format", true, &out->format);
+    if (Fault fault = read_schema(json, "parameters", path, &out->parameters)) return fault;
+    return read_strict(json, path, &out->strict);
+}
+
+Fault field_tools(const Json& value, Request* request) {
+    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
+    request->tools.resize(value.size());
+    for (size_t i = 0; i < value.size(); ++i)
+        if (Fault fault = read_tool(value[i], api_index("tools", i), &request->tools[i]))
+            return fault;
+    return {};
+}
+
+Json write_tools(const Request& request) {
+    Json all = Json::array();
+    for (const Tool& tool : request.tools) {
+        Json one = Json::object()
+                       .set("type", tool.custom ? "custom" : "function")
+                       .set("name", tool.name)
+                       .set("description", tool.description);
+        if (tool.custom) one.set("format", format_json(tool.format));
+        else one.set("parameters", tool.parameters).set("strict", tool.strict);
+        all.push(std::move(one));
+    }
+    return all.empty() ? Json() : all;
+}
+
+using Mode = ToolChoice::Mode;
+constexpr std::string_view choice_modes[] = {"auto", "none", "required"};
+static_assert(std::size(choice_modes) == static_cast<size_t>(Mode::required) + 1);
+
+Fault read_mode(const Json& value, const std::string& path, Mode* out) {
+    for (size_t i = 0; i < std::size(choice_modes); ++i)
+        if (value.as_string() == choice_modes[i]) *out = static_cast<Mode>(i);
+    return check_choice(value, path, choice_modes);
+}
+
+Fault read_allowed_tools(const Json& value, ToolChoice* out) {
+    const Json &mode = value["mode"], &tools = value["tools"];
+    if (mode.is_null()) return api_missing("tool_choice.mode");
+    if (Fault fault = check_choice(mode, "tool_choice.mode", {"auto", "required"})) return fault;
+    (void)read_mode(mode, {}, &out->mode);
+    if (tools.is_null()) return api_missing("tool_choice.tools");
+    if (!tools.is_array()) return api_wrong_type("tool_choice.tools", "an array", tools);
+    if (tools.empty())
+        return api_error("array_below_min_length", "tool_choice.tools",
+                         "'tool_choice.tools' must not be empty");
+    for (size_t i = 0; i < tools.size(); ++i) {
+        const std::string path = api_index("tool_choice.tools", i);
+        if (!tools[i].is_object()) return api_wrong_type(path, "an object", tools[i]);
+        if (tools[i]["type"].is_null()) return api_missing(path + ".type");
+        if (Fault fault = check_choice(tools[i]["type"], path + ".type", {"function", "custom"}))
+            return fault;
+        if (Fault fault = read_name(tools[i], path, &out->names.emplace_back())) return fault;
+    }
+    return {};
+}
+
+Fault field_tool_choice(const Json& value, Request* request) {
+    ToolChoice& choice = request->tool_choice;
+    if (value.is_string()) return read_mode(value, "tool_choice", &choice.mode);
+    if (!value.is_object()) return api_wrong_type("tool_choice", "a string or an object", value);
+    if (value["type"].is_null()) return api_missing("tool_choice.type");
+    if (Fault fault = check_choice(value["type"], "tool_choice.type",
+                                   {"function", "custom", "allowed_tools"}))
+        return fault;
+    if (value["type"].as_string() == "allowed_tools") return read_allowed_tools(value, &choice);
+    choice.mode = Mode::required;
+    return read_name(value, "tool_choice", &choice.names.emplace_back());
+}
+
+const Tool* find_tool(const Request& request, std::string_view name) {
+    for (const Tool& tool : request.tools)
+        if (tool.name == name) return &tool;
+    return nullptr;
+}
+
+Json write_tool_choice(const Request& request) {
+    const ToolChoice& choice = request.tool_choice;
+    if (choice.names.empty() || choice.mode == Mode::none)
+        return choice.mode == Mode::automatic
+                   ? Json()
+                   : Json(choice_modes[static_cast<size_t>(choice.mode)]);
+    Json tools = Json::array();
+    for (const std::string& name : choice.names) {
+        const Tool* tool = find_tool(request, name);
+        tools.push(Json::object()
+                       .set("type", tool && tool->custom ? "custom" : "function")
+                       .set("name", name));
+    }
+    return Json::object()
+        .set("type", "allowed_tools")
+        .set("mode", choice_modes[static_cast<size_t>(choice.mode)])
+        .set("tools", std::move(tools));
+}
+
+// A tool is named with the type that it was declared with.
+Fault check_chosen(const Json& named, const std::string& path, const Request& request) {
+    const std::string name(named["name"].as_string());
+    const Tool* tool = find_tool(request, name);
+    if (tool && tool->custom == (named["type"].as_string() == "custom")) return {};
+    return api_error("invalid_value", path,
+                     "'" + path + "': 'tools' declares no " +
+                         std::string(named["type"].as_string()) + " tool '" + name + "'");
+}
+
+Fault check_tool_choice(const Json& choice, const Request& request) {
+    if (!choice.is_object()) return {};
+    if (choice["type"].as_string() != "allowed_tools")
+        return check_chosen(choice, "tool_choice.name", request);
+    const Json& tools = choice["tools"];
+    for (size_t i = 0; i < tools.size(); ++i)
+        if (Fault fault = check_chosen(tools[i], api_index("tool_choice.tools", i) + ".name",
+                                       request))
+            return fault;
+    return {};
+}
+
+// ---- The fields of a request -------------------------------------------------------------------
 
 Fault field_input(const Json& value, Request* request) {
     if (value.is_string()) {
@@ -8472,25 +8831,12 @@ Fault field_input(const Json& value, Request* request) {
     return read_items(messages, "input.messages", request);
 }
 
-Fault field_instructions(const Json& value, Request* request) {
-    request->instructions = value.as_string();
-    return check_text(value, "instructions", 0, SIZE_MAX);
-}
-
-Fault field_max_output_tokens(const Json& value, Request* request) {
-    request->max_output_tokens = static_cast<uint32_t>(
-        std::clamp<int64_t>(value.as_int(), 0, int64_t{UINT32_MAX}));
-    return check_integer(value, "max_output_tokens", 1, INT64_MAX);
-}
-
-Fault field_temperature(const Json& value, Request* request) {
-    request->temperature = value.as_double();
-    return check_number(value, "temperature", 0, 2);
-}
-
-Fault field_top_p(const Json& value, Request* request) {
-    request->top_p = value.as_double();
-    return check_number(value, "top_p", 0, 1);
+Json write_input(const Request& request) {
+    if (request.input.items.empty())
+        return request.input.empty() ? Json() : Json(request.input.text);
+    Json items = Json::array();
+    for (const Item& item : request.input.items) items.push(item_json(item));
+    return items;
 }
 
 Fault field_seed(const Json& value, Request* request) {
@@ -8498,45 +8844,7 @@ Fault field_seed(const Json& value, Request* request) {
     return check_integer(value, "seed", INT64_MIN, INT64_MAX);
 }
 
-Fault field_text(const Json& value, Request*) {
-    if (!value.is_object()) return api_wrong_type("text", "an object", value);
-    const Json& form = value["format"];
-    if (form.is_null()) return {};
-    if (!form.is_object()) return api_wrong_type("text.format", "an object", form);
-    if (form["type"].is_null()) return api_missing("text.format.type");
-    if (form["type"].as_string() == "json_schema")
-        return api_error("unsupported_parameter", "text.format",
-                         "json_schema: not in this version");
-    const bool json_object = form["type"].as_string() == "json_object";
-    return check_choice(form["type"], "text.format.type", {"text", "json_schema"},
-                        json_object ? "unsupported_value" : "invalid_value");
-}
-
-Fault field_reasoning(const Json& value, Request*) {
-    if (!value.is_object()) return api_wrong_type("reasoning", "an object", value);
-    for (const JsonMember& member : value.members()) {
-        const std::string path = "reasoning." + member.key;
-        Fault fault;
-        if (member.value.is_null()) continue;
-        if (member.key == "effort")
-            fault = check_choice(member.value, path,
-                                 {"none", "minimal", "low", "medium", "high", "xhigh"});
-        else if (member.key == "summary" || member.key == "generate_summary")
-            fault = check_choice(member.value, path, {"auto", "concise", "detailed"});
-        if (fault) return fault;
-    }
-    return {};
-}
-
-Fault field_background(const Json& value, Request* request) {
-    request->background = value.as_bool();
-    return check_bool(value, "background");
-}
-
-Fault field_prompt_cache_key(const Json& value, Request* request) {
-    request->prompt_cache_key = value.as_string();
-    return check_text(value, "prompt_cache_key", 0, SIZE_MAX);
-}
+Json write_seed(const Request& request) { return request.seed ? Json(*request.seed) : Json(); }
 
 // A switch that has one legal position.
 Fault fixed_switch(const Json& value, const char* path, bool position) {
@@ -8549,10 +8857,16 @@ Fault openai_store(const Json& value, Request* request) {
     request->store = value.as_bool();
     return check_bool(value, "store");
 }
+Json write_store(const Request& request) { return request.store ? Json() : Json(false); }
+
 Fault openai_previous(const Json& value, Request* request) {
     request->previous_response_id = value.as_string();
     return check_text(value, "previous_response_id", 1, 256);
 }
+Json write_previous(const Request& request) {
+    return request.previous_response_id.empty() ? Json() : Json(request.previous_response_id);
+}
+
 Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
 
 Fault field_truncation(const Json& value, Request*) {
@@ -8561,11 +8875,6 @@ Fault field_truncation(const Json& value, Request*) {
 
 Fault field_service_tier(const Json& value, Request*) {
     return check_choice(value, "service_tier", {"auto"}, "unsupported_value");
-}
-
-Fault field_user(const Json& value, Request* request) {
-    request->user = value.as_string();
-    return check_text(value, "user", 0, 256);
 }
 
 constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
@@ -8608,22 +8917,14 @@ Fault field_metadata(const Json& value, Request* request) {
     return {};
 }
 
-Fault field_tools(const Json& value, Request*) {
-    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
-    if (!value.empty()) return api_later("tools");
-    return {};
+Json write_metadata(const Request& request) {
+    Json all = Json::object();
+    for (const auto& [key, value] : request.metadata) all.set(key, value);
+    if (request.window != Window::standard) all.set(kWindowKey, window_name(request.window));
+    return all.empty() ? Json() : all;
 }
 
-Fault field_tool_choice(const Json& value, Request*) {
-    if (value.is_string()) return check_choice(value, "tool_choice", {"none", "auto", "required"});
-    if (!value.is_object()) return api_wrong_type("tool_choice", "a string or an object", value);
-    if (value["type"].is_null()) return api_missing("tool_choice.type");
-    return check_choice(value["type"], "tool_choice.type", {"function", "custom", "allowed_tools"});
-}
-
-Fault field_parallel_tool_calls(const Json& value, Request*) {
-    return check_bool(value, "parallel_tool_calls");
-}
+constexpr std::string_view kIncludeLogprobs = "message.output_text.logprobs";
 
 Fault field_include(const Json& value, Request* request) {
     static constexpr std::string_view refused[] = {
@@ -8638,63 +8939,149 @@ Fault field_include(const Json& value, Request* request) {
         if (std::find(std::begin(refused), std::end(refused), name) != std::end(refused))
             return api_error("unsupported_value", path,
                              "'" + std::string(name) + "' cannot be included");
-        if (name == "message.output_text.logprobs") request->logprobs = true;
+        if (name == kIncludeLogprobs) request->logprobs = true;
     }
     return {};
 }
 
-Fault field_top_logprobs(const Json& value, Request* request) {
-    request->top_logprobs = static_cast<uint32_t>(std::clamp<int64_t>(value.as_int(), 0, 20));
-    return check_integer(value, "top_logprobs", 0, 20);
+Json write_include(const Request& request) {
+    return request.logprobs ? Json::array().push(kIncludeLogprobs) : Json();
 }
 
+Fault check_stop(std::string_view stop, const std::string& path) {
+    if (!stop.empty() && stop.size() <= kMaxStopBytes && utf8_valid(stop)) return {};
+    return api_error("invalid_value", path,
+                     format("'%s' has %zu bytes or is not UTF-8; 1..%zu are allowed", path.c_str(),
+                            stop.size(), kMaxStopBytes));
+}
+
+Fault check_stops(const std::vector<std::string>& stops) {
+    if (stops.size() > kMaxStops)
+        return api_error(
+            "array_above_max_length", "stop",
+            format("'stop' has %zu strings; at most %zu are allowed", stops.size(), kMaxStops));
+    for (const std::string& stop : stops)
+        if (Fault fault = check_stop(stop, "stop")) return fault;
+    return {};
+}
+
+// One string, or an array of them.
+Fault field_stop(const Json& value, Request* request) {
+    if (value.is_string()) request->stop.emplace_back(value.as_string());
+    else if (!value.is_array()) return api_wrong_type("stop", "a string or an array", value);
+    for (size_t i = 0; i < value.size(); ++i) {
+        if (!value[i].is_string())
+            return api_wrong_type(api_index("stop", i), "a string", value[i]);
+        request->stop.emplace_back(value[i].as_string());
+    }
+    return check_stops(request->stop);
+}
+
+Json write_stop(const Request& request) {
+    Json all = Json::array();
+    for (const std::string& stop : request.stop) all.push(stop);
+    return all.empty() ? Json() : all;
+}
+
+// {"token id": bias}, as OpenAI spells it.
+Fault field_logit_bias(const Json& value, Request* request) {
+    if (!value.is_object()) return api_wrong_type("logit_bias", "an object", value);
+    for (const JsonMember& member : value.members()) {
+        const std::string path = "logit_bias." + member.key;
+        const auto token = Json::parse(member.key);
+        if (!token || !token->is_int() || token->as_int() < 0 || token->as_int() > INT32_MAX)
+            return api_error("invalid_value", path, "'" + path + "': the key is no token id");
+        if (Fault fault = check_number(member.value, path, -kMaxBias, kMaxBias)) return fault;
+        request->logit_bias.emplace_back(static_cast<int32_t>(token->as_int()),
+                                         member.value.as_double());
+    }
+    return {};
+}
+
+Json write_logit_bias(const Request& request) {
+    Json all = Json::object();
+    for (const auto& [token, bias] : request.logit_bias) all.set(std::to_string(token), bias);
+    return all.empty() ? Json() : all;
+}
+
+/// A field that is more than a number, a text or a switch; those have tables of their own.
 struct RequestField {
-    using Check = Fault (*)(const Json& value, Request* request);
+    using Read = Fault (*)(const Json& value, Request* request);
     std::string_view name;
-    Check check;  // null: not supported at all
-    bool required = false;
-    Check openai = nullptr;  // where that dialect differs
+    Read read;                                // null: not supported at all
+    Json (*write)(const Request&) = nullptr;  // null where it is as by default
+    Read openai = nullptr;                    // where that dialect differs
 };
 constexpr RequestField request_fields[] = {
-    {"model", field_model, true},
-    {"input", field_input, true},
-    {"instructions", field_instructions},
-    {"max_output_tokens", field_max_output_tokens},
-    {"temperature", field_temperature},
-    {"top_p", field_top_p},
-    {"seed", field_seed},
-    {"text", field_text},
-    {"reasoning", field_reasoning},
-    {"background", field_background},
-    {"prompt_cache_key", field_prompt_cache_key},
-    {"store", field_store, false, openai_store},
+    {"input", field_input, write_input},
+    {"seed", field_seed, write_seed},
+    {"text", field_text, write_text},
+    {"reasoning", field_reasoning, write_reasoning},
+    {"store", field_store, write_store, openai_store},
     {"truncation", field_truncation},
     {"stream", field_stream},
-    {"user", field_user},
-    {"metadata", field_metadata},
-    {"tools", field_tools},
-    {"tool_choice", field_tool_choice},
-    {"parallel_tool_calls", field_parallel_tool_calls},
-    {"include", field_include},
-    {"top_logprobs", field_top_logprobs},
+    {"metadata", field_metadata, write_metadata},
+    {"tools", field_tools, write_tools},
+    {"tool_choice", field_tool_choice, write_tool_choice},
+    {"include", field_include, write_include},
     {"service_tier", field_service_tier},
-    {"previous_response_id", nullptr, false, openai_previous},
+    {"stop", field_stop, write_stop},
+    {"logit_bias", field_logit_bias, write_logit_bias},
+    {"previous_response_id", nullptr, write_previous, openai_previous},
     {"conversation", nullptr},
     {"prompt", nullptr},
 };
+constexpr const char* required_fields[] = {"model", "input"};
 
-const RequestField* find_request_field(std::string_view name) {
-    for (const RequestField& field : request_fields)
-        if (field.name == name) return &field;
+Fault read_number(const NumberOption& row, const Json& value, Request* request) {
+    if (row.open) request->*row.open = value.as_double();
+    else request->*row.fixed = value.as_double();
+    return check_number(value, row.name, row.least, row.most);
+}
+
+Fault read_count(const CountOption& row, const Json& value, Request* request) {
+    const auto count = static_cast<uint32_t>(
+        std::clamp<int64_t>(value.as_int(), row.least, int64_t{row.most}));
+    if (row.open) request->*row.open = count;
+    else request->*row.fixed = count;
+    return check_integer(value, row.name, row.least,
+                         row.most == UINT32_MAX ? INT64_MAX : int64_t{row.most});
+}
+
+Fault read_field(const RequestField& row, const Json& value, Dialect dialect, Request* request) {
+    const bool differs = dialect == Dialect::openai && row.openai;
+    const RequestField::Read read = differs ? row.openai : row.read;
+    if (read) return read(value, request);
+    const std::string name(row.name);
+    return api_error("unsupported_parameter", name, "'" + name + "' is not supported");
+}
+
+template <class Row, size_t N>
+const Row* find_row(const Row (&rows)[N], std::string_view name) {
+    for (const Row& row : rows)
+        if (row.name == name) return &row;
     return nullptr;
 }
 
-// Tools are always [] in this version, so a choice that demands one can never be met.
-Fault check_tool_choice(const Json& choice) {
-    const bool demands = choice.is_object() || choice.as_string() == "required";
-    if (!demands) return {};
-    return api_error("invalid_value", "tool_choice",
-                     "'tool_choice' demands a tool, but 'tools' is empty");
+// A field of any kind; unknown ones are left alone.
+Fault read_member(const JsonMember& member, Dialect dialect, Request* request) {
+    const Json& value = member.value;
+    if (value.is_null()) return {};
+    if (const auto* row = find_row(number_options, member.key))
+        return read_number(*row, value, request);
+    if (const auto* row = find_row(count_options, member.key))
+        return read_count(*row, value, request);
+    if (const auto* row = find_row(text_options, member.key)) {
+        request->*row->field = value.as_string();
+        return check_text(value, row->name, row->least, row->most);
+    }
+    if (const auto* row = find_row(switch_options, member.key)) {
+        request->*row->field = value.as_bool();
+        return check_bool(value, row->name);
+    }
+    if (const auto* row = find_row(request_fields, member.key))
+        return read_field(*row, value, dialect, request);
+    return {};
 }
 
 Fault check_background(const Request& request) {
@@ -8704,6 +9091,230 @@ Fault check_background(const Request& request) {
     if (request.background || request.window != Window::flex) return {};
     return api_error("invalid_value", kWindowField,
                      format("'%s' may be \"flex\" only with 'background': true", kWindowField));
+}
+
+// ---- Rules that need no model ------------------------------------------------------------------
+
+template <class Row, class Number>
+Fault check_range(const Row& row, const std::optional<Number>& value) {
+    if (!value || (*value >= row.least && *value <= row.most)) return {};
+    const auto shown = [](auto number) { return Json(number).write(); };
+    return api_error("invalid_value", row.name,
+                     join({row.name, ": ", shown(*value), " is not in ", shown(row.least), "..",
+                           shown(row.most)}));
+}
+
+Fault check_ranges(const Request& request) {
+    for (const NumberOption& row : number_options)
+        if (Fault fault = check_range(row, option_value(row, request))) return fault;
+    for (const CountOption& row : count_options)
+        if (Fault fault = check_range(row, option_value(row, request))) return fault;
+    return {};
+}
+
+// One form at most.
+Fault check_format(const Format& format, const std::string& path) {
+    const int forms = !format.schema.is_null() + !format.regex.empty() + !format.one_of.empty() +
+                      !format.gbnf.empty();
+    if (forms < 2) return {};
+    return api_error("invalid_value", path, "'" + path + "' has more than one form");
+}
+
+Fault check_tool(const Tool& tool, const std::string& path) {
+    if (!is_name(tool.name))
+        return api_error("invalid_value", path + ".name",
+                         "'" + path + ".name' must be 1 to 64 of a-z, A-Z, 0-9, _ and -");
+    if (!tool.parameters.is_null() && !tool.parameters.is_object())
+        return api_wrong_type(path + ".parameters", "an object", tool.parameters);
+    return check_format(tool.format, path + ".format");
+}
+
+Fault check_tools(const Request& request) {
+    std::unordered_set<std::string_view> names;
+    for (size_t i = 0; i < request.tools.size(); ++i) {
+        const Tool& tool = request.tools[i];
+        const std::string path = api_index("tools", i);
+        if (Fault fault = check_tool(tool, path)) return fault;
+        if (!names.insert(tool.name).second)
+            return api_error("invalid_value", path + ".name",
+                             "'" + path + ".name': there is a tool '" + tool.name + "' already");
+    }
+    const ToolChoice& choice = request.tool_choice;
+    if (request.tools.empty() && choice.mode == Mode::required)
+        return api_error("invalid_value", "tool_choice",
+                         "'tool_choice' demands a tool, but 'tools' is empty");
+    for (const std::string& name : choice.names)
+        if (!names.contains(name))
+            return api_error("invalid_value", "tool_choice",
+                             "'tool_choice': 'tools' declares no tool '" + name + "'");
+    return {};
+}
+
+Fault check_rules(const Request& request) {
+    if (request.input.empty())
+        return api_error("missing_required_parameter", "input", "input: missing or empty");
+    if (Fault fault = check_ranges(request)) return fault;
+    if (Fault fault = check_stops(request.stop)) return fault;
+    if (Fault fault = check_format(request.format, "text.format")) return fault;
+    if (Fault fault = check_calls(request, "input")) return fault;
+    return check_tools(request);
+}
+
+Json render_part(const Item& item, const ContentPart& part) {
+    if (item.kind == Item::Kind::reasoning)
+        return Json::object().set("type", "reasoning_text").set("text", part.text);
+    if (item.role != Role::assistant)
+        return Json::object().set("type", "input_text").set("text", part.text);
+    if (part.kind == ContentPart::Kind::refusal)
+        return Json::object().set("type", "refusal").set("refusal", part.text);
+    return Json::object()
+        .set("type", "output_text")
+        .set("text", part.text)
+        .set("annotations", Json::array());
+}
+
+Json render_parts(const Item& item) {
+    Json parts = Json::array();
+    for (const ContentPart& part : item.content) parts.push(render_part(item, part));
+    return parts;
+}
+
+}  // namespace
+
+Json item_json(const Item& item, const std::string& id, const char* status) {
+    const bool custom = item.kind == Item::Kind::custom_tool_call;
+    Json out = Json::object();
+    if (!id.empty()) out.set("id", id);
+    out.set("type", item_type(item.kind).name);
+    if (item.kind == Item::Kind::message) out.set("role", role_name(item.role));
+    if (status) out.set("status", status);
+    switch (item.kind) {
+        case Item::Kind::message: return out.set("content", render_parts(item));
+        case Item::Kind::reasoning:
+            return out.set("summary", Json::array()).set("content", render_parts(item));
+        case Item::Kind::function_call:
+        case Item::Kind::custom_tool_call:
+            return out.set("call_id", item.call_id)
+                .set("name", item.name)
+                .set(custom ? "input" : "arguments", item.arguments);
+        default: break;
+    }
+    return out.set("call_id", item.call_id).set("output", item.text());
+}
+
+Result<Item> read_item(const Json& json, const std::string& path) {
+    Item item;
+    if (Fault fault = read_any_item(json, path, &item)) return std::move(*fault);
+    return item;
+}
+
+Result<void> check_request(const Request& request) {
+    if (Fault fault = check_rules(request)) return std::move(*fault);
+    return {};
+}
+
+Json request_json(const Request& request) {
+    static const Request usual;
+    Json out = Json::object();
+    for (const TextOption& row : text_options)
+        if (!(request.*row.field).empty()) out.set(row.name, request.*row.field);
+    for (const NumberOption& row : number_options) {
+        const auto value = option_value(row, request);
+        if (value && !(row.fixed && *value == usual.*row.fixed)) out.set(row.name, *value);
+    }
+    for (const CountOption& row : count_options) {
+        const auto value = option_value(row, request);
+        if (value && !(row.fixed && *value == usual.*row.fixed)) out.set(row.name, *value);
+    }
+    for (const SwitchOption& row : switch_options)
+        if (request.*row.field != usual.*row.field) out.set(row.name, request.*row.field);
+    for (const RequestField& row : request_fields)
+        if (Json value = row.write ? row.write(request) : Json(); !value.is_null())
+            out.set(row.name, std::move(value));
+    return out;
+}
+
+Result<Request> read_request(const Json& body, Dialect dialect) {
+    Request request;
+    for (const JsonMember& member : body.members())
+        if (Fault fault = read_member(member, dialect, &request)) return std::move(*fault);
+    return request;
+}
+
+Result<Request> parse_response_request(const Json& body, Dialect dialect) {
+    if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
+    for (const char* name : required_fields)
+        if (body[name].is_null()) return api_missing(name);
+    auto read = read_request(body, dialect);
+    if (!read) return read.error();
+    const Request& request = *read;
+    const char* items = body["input"].is_object() ? "input.messages" : "input";
+    if (Fault fault = check_calls(request, items)) return std::move(*fault);
+    if (Fault fault = check_tool_choice(body["tool_choice"], request)) return std::move(*fault);
+    if (Fault fault = check_tools(request)) return std::move(*fault);
+    if (Fault fault = check_background(request)) return std::move(*fault);
+    return read;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/response.cpp ----------------------------------------------------------------------
+
+// The response object, input items and errors as clients see them.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+/// Whether a client may read an error's message. What the operating system or a file had to say
+/// names paths, and may come as any kind that they know (a full disk is `overloaded`); but only what
+/// was written for clients has a code.
+enum class ApiShown : uint8_t { always, with_code, never };
+
+struct ApiKind {
+    ErrorKind kind;
+    int status;
+    const char* type;
+    const char* code;  // where the error brings none
+    ApiShown shown;
+};
+constexpr ApiKind api_kinds[] = {
+    // clang-format off
+    {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", ApiShown::always},
+    {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", ApiShown::with_code},
+    {ErrorKind::conflict, 400, "idempotency_error", "idempotency_key_reused", ApiShown::with_code},
+    {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", ApiShown::always},
+    {ErrorKind::permission, 403, "permission_error", "host_not_allowed", ApiShown::with_code},
+    {ErrorKind::not_found, 404, "not_found_error", "not_found", ApiShown::with_code},
+    {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", ApiShown::with_code},
+    {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", ApiShown::always},
+    {ErrorKind::overloaded, 503, "api_error", "overloaded", ApiShown::with_code},
+    {ErrorKind::out_of_memory, 503, "api_error", "overloaded", ApiShown::never},
+    {ErrorKind::closed, 503, "api_error", "overloaded", ApiShown::with_code},
+    {ErrorKind::timeout, 504, "timeout_error", "timeout", ApiShown::with_code},
+    {ErrorKind::internal, 500, "api_error", "internal_error", ApiShown::never},
+    // clang-format on
+};
+
+/// Codes of invalid_request for which HTTP has a status of its own.
+struct ApiCode {
+    std::string_view code;
+    int status;
+};
+constexpr ApiCode api_codes[] = {{"method_not_allowed", 405}, {"unsupported_media_type", 415}};
+
+const ApiKind& api_kind(ErrorKind kind) {
+    for (const ApiKind& row : api_kinds)
+        if (row.kind == kind) return row;
+    return std::end(api_kinds)[-1];  // io, bad_data, cancelled: nothing a client sent
+}
+
+bool api_shows(const ApiKind& kind, const Error& error) {
+    return kind.shown == ApiShown::always ||
+           (kind.shown == ApiShown::with_code && !error.code.empty());
 }
 
 // ---- The response object ----------------------------------------------------------------------
@@ -8751,48 +9362,6 @@ Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
     return all;
 }
 
-const ItemType& type_of(Item::Kind kind) { return item_types[static_cast<size_t>(kind)]; }
-
-Json render_part(const Item& item, const ContentPart& part) {
-    if (item.kind == Item::Kind::reasoning)
-        return Json::object().set("type", "reasoning_text").set("text", part.text);
-    if (item.role != Role::assistant)
-        return Json::object().set("type", "input_text").set("text", part.text);
-    if (part.kind == ContentPart::Kind::refusal)
-        return Json::object().set("type", "refusal").set("refusal", part.text);
-    return Json::object()
-        .set("type", "output_text")
-        .set("text", part.text)
-        .set("annotations", Json::array());
-}
-
-Json render_parts(const Item& item) {
-    Json parts = Json::array();
-    for (const ContentPart& part : item.content) parts.push(render_part(item, part));
-    return parts;
-}
-
-Json item_json(const Item& item, const std::string& id, const char* status) {
-    const bool custom = item.kind == Item::Kind::custom_tool_call;
-    Json out = Json::object();
-    if (!id.empty()) out.set("id", id);
-    out.set("type", type_of(item.kind).name);
-    if (item.kind == Item::Kind::message) out.set("role", role_name(item.role));
-    if (status) out.set("status", status);
-    switch (item.kind) {
-        case Item::Kind::message: return out.set("content", render_parts(item));
-        case Item::Kind::reasoning:
-            return out.set("summary", Json::array()).set("content", render_parts(item));
-        case Item::Kind::function_call:
-        case Item::Kind::custom_tool_call:
-            return out.set("call_id", item.call_id)
-                .set("name", item.name)
-                .set(custom ? "input" : "arguments", item.arguments);
-        default: break;
-    }
-    return out.set("call_id", item.call_id).set("output", item.text());
-}
-
 // Those of a message's tokens, in its first part.
 void add_logprobs(const Outcome& outcome, size_t index, Json* item) {
     std::vector<TokenLogprob> own;
@@ -8816,7 +9385,7 @@ Json render_output(const ResponseRecord& record, const Outcome& outcome,
         const bool last = i + 1 == items.size();
         const std::string id = message && std::exchange(first, false)
                                    ? record.message_id
-                                   : derive_id(type_of(items[i].kind).prefix,
+                                   : derive_id(item_type(items[i].kind).prefix,
                                                record.id + "/" + std::to_string(i));
         const char* status = !last         ? "completed"
                              : !whole      ? "incomplete"
@@ -8894,6 +9463,33 @@ Json render_metadata(const Json& given) {
     return shown;
 }
 
+// With the fields that clients look for though they were left out: those are null.
+Json with_fields(Json given, std::initializer_list<const char*> fields) {
+    for (const char* field : fields)
+        if (!given.contains(field)) given.set(field, nullptr);
+    return given;
+}
+
+Json render_format(const Json& given) {
+    if (given.is_null()) return Json::object().set("type", "text");
+    if (given["type"].as_string() != "json_schema") return given;
+    Json shown = with_fields(given, {"description", "schema"});
+    if (shown["strict"].is_null()) shown.set("strict", false);
+    return shown;
+}
+
+Json render_tools(const Json& given) {
+    Json tools = Json::array();
+    for (const Json& tool : given.items()) {
+        const bool custom = tool["type"].as_string() == "custom";
+        Json shown = custom ? with_fields(tool, {"description"})
+                            : with_fields(tool, {"description", "parameters", "strict"});
+        if (custom) shown.set("format", render_format(tool["format"]));
+        tools.push(std::move(shown));
+    }
+    return tools;
+}
+
 Json render_failure(const Outcome& outcome, const DialectWords& words) {
     if (!outcome.error) return nullptr;
     const ApiKind& kind = api_kind(outcome.error->kind);
@@ -8921,29 +9517,6 @@ const DialectWords& words_of(Dialect dialect) {
     return dialect == Dialect::openai ? openai_words : valar_words;
 }
 
-Result<Request> parse_response_request(const Json& body, Dialect dialect) {
-    if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
-    for (const RequestField& field : request_fields)
-        if (field.required && body[field.name].is_null())
-            return api_missing(std::string(field.name));
-    Request request;
-    for (const JsonMember& member : body.members()) {
-        const RequestField* field = find_request_field(member.key);
-        if (!field || member.value.is_null()) continue;
-        const bool differs = dialect == Dialect::openai && field->openai;
-        const RequestField::Check check = differs ? field->openai : field->check;
-        if (!check)
-            return api_error("unsupported_parameter", member.key,
-                             "'" + member.key + "' is not supported");
-        if (Fault fault = check(member.value, &request)) return std::move(*fault);
-    }
-    const char* items = body["input"].is_object() ? "input.messages" : "input";
-    if (Fault fault = check_calls(request, items)) return std::move(*fault);
-    if (Fault fault = check_tool_choice(body["tool_choice"])) return std::move(*fault);
-    if (Fault fault = check_background(request)) return std::move(*fault);
-    return request;
-}
-
 Json render_response(const ResponseRecord& record, Dialect dialect) {
     const DialectWords& words = words_of(dialect);
     const Json& asked = record.request;
@@ -8956,8 +9529,6 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
     };
     Json cut = nullptr;
     if (done && outcome.cut) cut = Json::object().set("reason", "max_output_tokens");
-    Json form = asked["text"]["format"];
-    if (form.is_null()) form = Json::object().set("type", "text");
     const Json& reasoning = asked["reasoning"];
     const char* summary = reasoning["summary"].is_null() ? "generate_summary" : "summary";
     Json object = Json::object();
@@ -8975,19 +9546,19 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
         .set("error", record.status == Status::failed ? render_failure(outcome, words) : Json())
         .set("incomplete_details", std::move(cut))
         .set("max_output_tokens", asked["max_output_tokens"])
-        .set("max_tool_calls", nullptr)
+        .set("max_tool_calls", asked["max_tool_calls"])
         .set("reasoning",
              Json::object().set("effort", reasoning["effort"]).set("summary", reasoning[summary]))
-        .set("text", Json::object().set("format", std::move(form)))
+        .set("text", Json::object().set("format", render_format(asked["text"]["format"])))
         .set("store", echo("store", true))
         .set("temperature", record.temperature)
         .set("top_p", record.top_p)
-        .set("presence_penalty", 0)
-        .set("frequency_penalty", 0)
+        .set("presence_penalty", echo("presence_penalty", 0))
+        .set("frequency_penalty", echo("frequency_penalty", 0))
         .set("top_logprobs", echo("top_logprobs", 0))
         .set("parallel_tool_calls", echo("parallel_tool_calls", true))
         .set("tool_choice", echo("tool_choice", "auto"))
-        .set("tools", echo("tools", Json::array()))
+        .set("tools", render_tools(asked["tools"]))
         .set("truncation", "disabled")
         .set("service_tier", "auto")
         .set("previous_response_id", asked["previous_response_id"])
@@ -26173,25 +26744,10 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// In this order, as Hugging Face has it: penalties and bias; the tokens that are allowed; logits /
-/// temperature; the top_k most likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
-/// likely as the first.
-struct SamplerOptions {
-    double temperature = 1;  ///< 0: greedy
-    double top_p = 1;
-    double min_p = 0;
-    uint32_t top_k = 0;  ///< 0: no limit
-    int64_t seed = 0;
-    double presence_penalty = 0;  ///< as in Request
-    double frequency_penalty = 0;
-    double repetition_penalty = 1;
-    std::vector<std::pair<Token, float>> logit_bias = {};
-};
-
 /// Draws tokens for one sequence. Threads: one at a time.
 class Sampler {
 public:
-    explicit Sampler(const SamplerOptions& options);
+    explicit Sampler(const Sampling& options);
     /// The tokens of the prompt, before the first draw; makes room for `most_drawn` more.
     void see_prompt(std::span<const Token> tokens, size_t most_drawn);
     /// A token that was drawn and taken.
@@ -26218,7 +26774,7 @@ private:
     Token draw_from_best(std::span<const float> logits, double uniform);
     double add_blocks(std::span<const float> logits);
 
-    SamplerOptions options_;
+    Sampling options_;
     double scale_;  // of a logit's distance to the highest
     float highest_ = 0;
     std::vector<Candidate> candidates_;  // most likely first
@@ -26340,7 +26896,7 @@ double uniform_at(int64_t seed, uint64_t position) {
     return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
-Sampler::Sampler(const SamplerOptions& options)
+Sampler::Sampler(const Sampling& options)
     : options_(options),
       scale_(weight_scale(options.temperature)),
       penalised_(options.presence_penalty != 0 || options.frequency_penalty != 0 ||
@@ -26545,7 +27101,7 @@ public:
     const ModelSpec& spec() const { return file_.spec; }
     const Tokenizer& tokenizer() const { return *tokenizer_; }
     const ChatTemplate& chat_template() const { return *chat_template_; }
-    const SamplerOptions& sampling() const { return sampling_; }  // where a request says nothing
+    const Sampling& sampling() const { return sampling_; }  // where a request says nothing
     const ModelInfo& info() const { return info_; }
     bool is_called(const std::string& name) const;
     /// A hash of the weights' shapes and first rows, made when it is first asked for. Errors: the
@@ -26561,7 +27117,7 @@ private:
     ModelFile file_;
     std::optional<Tokenizer> tokenizer_;
     std::optional<ChatTemplate> chat_template_;
-    SamplerOptions sampling_;
+    Sampling sampling_;
     ModelInfo info_;
     mutable std::mutex mutex_;  // guards fingerprint_
     mutable std::optional<Hash256> fingerprint_;
@@ -26755,8 +27311,8 @@ namespace detail {
 namespace {
 
 // The file's own recommendation, as far as it is there.
-Result<SamplerOptions> read_sampling(const Gguf& gguf) {
-    SamplerOptions out;
+Result<Sampling> read_sampling(const Gguf& gguf) {
+    Sampling out;
     const struct {
         const char* key;
         double* value;
@@ -26912,9 +27468,6 @@ namespace detail {
 inline constexpr uint32_t kPageKinds = 2;  // a model has pages of one or two
 inline constexpr uint32_t kMaxRunning = 1024;
 inline constexpr uint32_t kMaxStepTokens = 32768;
-inline constexpr uint32_t kMaxLogprobs = 20;
-inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their bytes
-inline constexpr size_t kMaxStopBytes = 256;
 inline constexpr uint32_t kMaxDraft = 15;   // with the row before them a tile of columns
 inline constexpr uint32_t kFirstDraft = 5;  // six columns are cheap to multiply
 inline constexpr uint32_t kLeastDraft = 2;
@@ -27326,7 +27879,7 @@ struct PreparedPrompt final : Prepared {
     uint64_t group = 0;              // of prompt_cache_key; 0: none
     std::string organisation;
     Window window = Window::standard;
-    SamplerOptions sampling;
+    Sampling sampling;
     uint32_t max_output = 0;
     bool logprobs = false;
     uint32_t top_logprobs = 0;
@@ -27356,7 +27909,7 @@ private:
     Result<void> check(const Request& request) const;
     Result<void> check_length(size_t tokens) const;
     std::string refused_window() const;
-    void resolve_sampling(const Request& request, SamplerOptions* out) const;
+    void resolve_sampling(const Request& request, Sampling* out) const;
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
     bool takes_long_rope(size_t tokens) const { return tokens > short_rope_tokens(model_.spec()); }
 
@@ -27380,42 +27933,14 @@ namespace detail {
 
 namespace {
 
-Result<void> check_range(const char* field, std::optional<double> value, double low, double high) {
-    if (!value || (*value >= low && *value <= high)) return {};
-    return refuse_field(field, format("%s: %g is not in %g..%g", field, *value, low, high));
-}
-
-// What the wire has checked already; a C++ caller's request comes straight here.
-Result<void> check_request(const Request& request) {
-    if (request.input.empty())
-        return refuse_field("input", "input: missing or empty", "missing_required_parameter");
-    if (request.max_output_tokens == 0u)
-        return refuse_field("max_output_tokens", "max_output_tokens: 0 is not positive");
-    if (request.top_logprobs > kMaxLogprobs)
-        return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
-                                                   request.top_logprobs, kMaxLogprobs));
-    const struct {
-        const char* field;
-        std::optional<double> value;
-        double low, high;
-    } ranges[] = {
-        {"temperature", request.temperature, 0, 2},
-        {"top_p", request.top_p, 0, 1},
-        {"min_p", request.min_p, 0, 1},
-        {"presence_penalty", request.presence_penalty, -2, 2},
-        {"frequency_penalty", request.frequency_penalty, -2, 2},
-        {"repetition_penalty", request.repetition_penalty, 0.1, 10},
+// What an engine cannot hold an answer to it refuses.
+Result<void> check_promises(const Request& request) {
+    const auto later = [](const char* field) {
+        return make_error(ErrorKind::unsupported, std::string(field) + ": not in this version",
+                          "unsupported_parameter", field);
     };
-    for (const auto& [field, value, low, high] : ranges)
-        if (auto checked = check_range(field, value, low, high); !checked) return checked;
-    if (request.stop.size() > kMaxStops)
-        return refuse_field(
-            "stop", format("stop: %zu strings are more than %zu", request.stop.size(), kMaxStops));
-    for (const std::string& stop : request.stop)
-        if (stop.empty() || stop.size() > kMaxStopBytes || !utf8_valid(stop))
-            return refuse_field("stop", format("stop: a string has %zu bytes or is not UTF-8; "
-                                               "1..%zu are allowed",
-                                               stop.size(), kMaxStopBytes));
+    if (!request.format.empty()) return later("text.format");
+    if (!request.tools.empty()) return later("tools");
     return {};
 }
 
@@ -27423,7 +27948,9 @@ Result<void> check_bias(const Request& request, uint32_t n_vocab) {
     for (const auto& [token, bias] : request.logit_bias) {
         if (token < 0 || static_cast<uint32_t>(token) >= n_vocab)
             return refuse_field("logit_bias", format("logit_bias: there is no token %d", token));
-        if (auto checked = check_range("logit_bias", bias, -100, 100); !checked) return checked;
+        if (!(bias >= -kMaxBias && bias <= kMaxBias))
+            return refuse_field(
+                "logit_bias", format("logit_bias: %g is not in %g..%g", bias, -kMaxBias, kMaxBias));
     }
     return {};
 }
@@ -27473,6 +28000,7 @@ Result<void> PromptMaker::check(const Request& request) const {
         return make_error(ErrorKind::not_found, "the model '" + request.model + "' does not exist",
                           "model_not_found", "model");
     if (auto checked = check_request(request); !checked) return checked;
+    if (auto checked = check_promises(request); !checked) return checked;
     const auto& windows = options_.windows;
     if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
         return refuse_field(kWindowField, refused_window());
@@ -27497,16 +28025,13 @@ std::string PromptMaker::refused_window() const {
 }
 
 // What the request leaves open is the model's own default.
-void PromptMaker::resolve_sampling(const Request& request, SamplerOptions* out) const {
-    const SamplerOptions& defaults = model_.sampling();
-    *out = defaults;
-    out->temperature = request.temperature.value_or(defaults.temperature);
-    out->top_p = request.top_p.value_or(defaults.top_p);
-    out->top_k = request.top_k.value_or(defaults.top_k);
-    out->min_p = request.min_p.value_or(defaults.min_p);
-    out->presence_penalty = request.presence_penalty;
-    out->frequency_penalty = request.frequency_penalty;
-    out->repetition_penalty = request.repetition_penalty;
+void PromptMaker::resolve_sampling(const Request& request, Sampling* out) const {
+    *out = model_.sampling();
+    for (const NumberOption& row : number_options) {
+        const auto value = option_value(row, request);
+        if (value) out->*row.resolved = *value;
+    }
+    out->top_k = request.top_k.value_or(out->top_k);
     for (const auto& [token, bias] : request.logit_bias)
         out->logit_bias.emplace_back(token, static_cast<float>(bias));
 }
@@ -29466,89 +29991,20 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-// The fields of `settings` that are numbers.
-constexpr struct {
-    const char* key;
-    std::optional<double> Request::*field;
-} saved_numbers[] = {
-    {"temperature", &Request::temperature},
-    {"top_p", &Request::top_p},
-    {"min_p", &Request::min_p},
-};
-constexpr struct {
-    const char* key;
-    double Request::*field;
-} saved_penalties[] = {
-    {"presence_penalty", &Request::presence_penalty},
-    {"frequency_penalty", &Request::frequency_penalty},
-    {"repetition_penalty", &Request::repetition_penalty},
-};
-constexpr struct {
-    const char* key;
-    std::optional<uint32_t> Request::*field;
-} saved_counts[] = {
-    {"max_output_tokens", &Request::max_output_tokens},
-    {"top_k", &Request::top_k},
-};
-constexpr struct {
-    const char* key;
-    std::string Request::*field;
-} saved_texts[] = {
-    {"model", &Request::model},
-    {"instructions", &Request::instructions},
-    {"organisation", &Request::organisation},
-    {"prompt_cache_key", &Request::prompt_cache_key},
-};
-
-Json settings_json(const Request& from) {
-    Json out = Json::object();
-    for (const auto& [key, field] : saved_numbers)
-        if (from.*field) out.set(key, *(from.*field));
-    for (const auto& [key, field] : saved_counts)
-        if (from.*field) out.set(key, *(from.*field));
-    for (const auto& [key, field] : saved_penalties) out.set(key, from.*field);
-    for (const auto& [key, field] : saved_texts) out.set(key, from.*field);
-    Json stop = Json::array(), bias = Json::array();
-    for (const std::string& text : from.stop) stop.push(text);
-    for (const auto& [token, value] : from.logit_bias)
-        bias.push(Json::array().push(token).push(value));
-    out.set("stop", std::move(stop)).set("logit_bias", std::move(bias));
-    if (from.seed) out.set("seed", *from.seed);
-    out.set("logprobs", from.logprobs).set("top_logprobs", from.top_logprobs);
-    out.set("window", static_cast<uint32_t>(from.window));
-    return out;
+// What every turn is made of, without what only a server reads.
+Json settings_json(Request settings) {
+    settings.user.clear();
+    settings.metadata.clear();
+    settings.previous_response_id.clear();
+    settings.background = false;
+    settings.store = true;
+    return request_json(settings).set("organisation", settings.organisation);
 }
 
-Request read_settings(const Json& from) {
-    Request out;
-    for (const auto& [key, field] : saved_numbers)
-        if (const Json* value = from.find(key)) out.*field = value->as_double();
-    for (const auto& [key, field] : saved_counts)
-        if (const Json* value = from.find(key))
-            out.*field = static_cast<uint32_t>(value->as_uint());
-    for (const auto& [key, field] : saved_penalties) out.*field = from[key].as_double(out.*field);
-    for (const auto& [key, field] : saved_texts) out.*field = from[key].as_string();
-    for (const Json& text : from["stop"].items()) out.stop.emplace_back(text.as_string());
-    for (const Json& pair : from["logit_bias"].items())
-        out.logit_bias.push_back({static_cast<Token>(pair[0].as_int()), pair[1].as_double()});
-    if (const Json* seed = from.find("seed")) out.seed = seed->as_int();
-    out.logprobs = from["logprobs"].as_bool();
-    out.top_logprobs = static_cast<uint32_t>(from["top_logprobs"].as_uint());
-    out.window = static_cast<Window>(std::min<uint64_t>(from["window"].as_uint(), 2));
-    return out;
-}
-
-Json item_json(const Item& item) {
-    Json parts = Json::array();
-    for (const ContentPart& part : item.content)
-        parts.push(Json::array().push(static_cast<uint32_t>(part.kind)).push(part.text));
-    return Json::array()
-        .push(static_cast<uint32_t>(item.kind))
-        .push(static_cast<uint32_t>(item.role))
-        .push(item.call_id)
-        .push(item.name)
-        .push(item.arguments)
-        .push(std::move(parts));
+Result<Request> read_settings(const Json& from) {
+    auto settings = read_request(from, Dialect::openai);
+    if (settings) settings->organisation = from["organisation"].as_string();
+    return settings;
 }
 
 template <class Kind>
@@ -29556,7 +30012,22 @@ Kind read_kind(const Json& from, Kind last) {
     return static_cast<Kind>(std::min<uint64_t>(from.as_uint(), static_cast<uint64_t>(last)));
 }
 
-Item read_item(const Json& from) {
+// ---- Saves of version 2: settings and items had forms of their own ---------------------------
+
+Json settings_of_version_2(Json from) {
+    Json bias = Json::object();
+    for (const Json& pair : from["logit_bias"].items())
+        bias.set(std::to_string(pair[0].as_int()), pair[1]);
+    if (from["logprobs"].as_bool())
+        from.set("include", Json::array().push("message.output_text.logprobs"));
+    const auto window = read_kind(from["window"], Window::flex);
+    from.set("metadata", Json::object().set(kWindowKey, window_name(window)));
+    for (const char* name : {"model", "instructions", "prompt_cache_key"})
+        if (from[name].as_string().empty()) from.erase(name);
+    return from.set("logit_bias", std::move(bias));
+}
+
+Item item_of_version_2(const Json& from) {
     Item out;
     out.kind = read_kind(from[0], Item::Kind::custom_tool_call_output);
     out.role = read_kind(from[1], Role::function);
@@ -29567,6 +30038,20 @@ Item read_item(const Json& from) {
         out.content.push_back(
             {read_kind(part[0], ContentPart::Kind::refusal), std::string(part[1].as_string())});
     return out;
+}
+
+Result<std::vector<Item>> read_items(const Json& from) {
+    std::vector<Item> items;
+    for (size_t i = 0; i < from.size(); ++i) {
+        if (from[i].is_array()) {
+            items.push_back(item_of_version_2(from[i]));
+            continue;
+        }
+        auto item = read_item(from[i], format("items[%zu]", i));
+        if (!item) return item.error();
+        items.push_back(std::move(*item));
+    }
+    return items;
 }
 
 // ---- The format of a save --------------------------------------------------------------------
@@ -29789,7 +30274,7 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     std::memcpy(&header, saved.data(), sizeof header);
     if (std::memcmp(header.magic, here.magic, sizeof header.magic) != 0)
         return refuse(ErrorKind::bad_data, "this is none");
-    if (header.version != here.version)
+    if (header.version != here.version && header.version != 2)
         return refuse(ErrorKind::unsupported, "written by another version of valar");
     const auto body = saved.subspan(sizeof header, saved.size() - sizeof header - sizeof sum);
     std::memcpy(&sum, saved.data() + saved.size() - sizeof sum, sizeof sum);
@@ -29809,13 +30294,19 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
         {reinterpret_cast<const char*>(body.data()), static_cast<size_t>(header.json_bytes)});
     if (!json) return refuse(ErrorKind::bad_data, json.error().message.c_str());
 
+    const Json& kept = (*json)["settings"];
+    auto settings = detail::read_settings(header.version == 2 ? detail::settings_of_version_2(kept)
+                                                              : kept);
+    auto items = detail::read_items((*json)["items"]);
+    if (!settings || !items)
+        return refuse(ErrorKind::bad_data,
+                      (settings ? items.error() : settings.error()).message.c_str());
     auto state = std::make_unique<State>();
     state->engine = &engine;
-    state->settings = detail::read_settings((*json)["settings"]);
+    state->settings = std::move(*settings);
+    state->items = std::move(*items);
     state->when_full = detail::read_kind((*json)["when_full"], WhenFull::drop_oldest_turns);
     state->forgotten = static_cast<uint32_t>((*json)["forgotten"].as_uint());
-    for (const Json& item : (*json)["items"].items())
-        state->items.push_back(detail::read_item(item));
     state->fixed = std::min<size_t>((*json)["fixed"].as_uint(), state->items.size());
     if (header.pages) state->salt = detail::sha256(saved.data(), saved.size()).hex();
     auto turn = engine.take_turn("restore()");
@@ -35647,25 +36138,25 @@ _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"P\")")
 _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
 _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
-_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Reply\")")
-_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")")
-_Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")")
-_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
-_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")")
-_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
-_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
-_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")")
-_Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")")
-_Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")")
-_Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")")
-_Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")")
-_Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
-_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
-_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
-_Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
-_Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
-_Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
-_Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
+_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Read\")")
+_Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")")
+_Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")")
+_Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")")
+_Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")")
+_Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")")
+_Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")")
+_Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
+_Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
+_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
+_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
+_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
+_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")")
+_Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"ULONG\")")
+_Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")")
+_Pragma("pop_macro(\"W\")") _Pragma("pop_macro(\"WideCharToMultiByte\")")
+_Pragma("pop_macro(\"Window\")") _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")")
+_Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")")
+_Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
 _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")

@@ -49,54 +49,6 @@ std::string Item::text() const {
 namespace detail {
 namespace {
 
-/// Whether a client may read an error's message. What the operating system or a file had to say
-/// names paths, and may come as any kind that they know (a full disk is `overloaded`); but only what
-/// was written for clients has a code.
-enum class ApiShown : uint8_t { always, with_code, never };
-
-struct ApiKind {
-    ErrorKind kind;
-    int status;
-    const char* type;
-    const char* code;  // where the error brings none
-    ApiShown shown;
-};
-constexpr ApiKind api_kinds[] = {
-    // clang-format off
-    {ErrorKind::invalid_request, 400, "invalid_request_error", "invalid_value", ApiShown::always},
-    {ErrorKind::unsupported, 400, "invalid_request_error", "unsupported_value", ApiShown::with_code},
-    {ErrorKind::conflict, 400, "idempotency_error", "idempotency_key_reused", ApiShown::with_code},
-    {ErrorKind::authentication, 401, "authentication_error", "invalid_api_key", ApiShown::always},
-    {ErrorKind::permission, 403, "permission_error", "host_not_allowed", ApiShown::with_code},
-    {ErrorKind::not_found, 404, "not_found_error", "not_found", ApiShown::with_code},
-    {ErrorKind::too_large, 413, "invalid_request_error", "request_too_large", ApiShown::with_code},
-    {ErrorKind::rate_limit, 429, "rate_limit_error", "rate_limit_exceeded", ApiShown::always},
-    {ErrorKind::overloaded, 503, "api_error", "overloaded", ApiShown::with_code},
-    {ErrorKind::out_of_memory, 503, "api_error", "overloaded", ApiShown::never},
-    {ErrorKind::closed, 503, "api_error", "overloaded", ApiShown::with_code},
-    {ErrorKind::timeout, 504, "timeout_error", "timeout", ApiShown::with_code},
-    {ErrorKind::internal, 500, "api_error", "internal_error", ApiShown::never},
-    // clang-format on
-};
-
-/// Codes of invalid_request for which HTTP has a status of its own.
-struct ApiCode {
-    std::string_view code;
-    int status;
-};
-constexpr ApiCode api_codes[] = {{"method_not_allowed", 405}, {"unsupported_media_type", 415}};
-
-const ApiKind& api_kind(ErrorKind kind) {
-    for (const ApiKind& row : api_kinds)
-        if (row.kind == kind) return row;
-    return std::end(api_kinds)[-1];  // io, bad_data, cancelled: nothing a client sent
-}
-
-bool api_shows(const ApiKind& kind, const Error& error) {
-    return kind.shown == ApiShown::always ||
-           (kind.shown == ApiShown::with_code && !error.code.empty());
-}
-
 Error api_error(const char* code, std::string param, std::string message) {
     return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(param));
 }
@@ -200,21 +152,6 @@ Fault check_choice(const Json& value, const std::string& path,
 
 // ---- Items ------------------------------------------------------------------------------------
 
-struct ItemType {
-    std::string_view name;
-    Item::Kind kind;
-    const char* prefix;  // of the id of one that came without
-};
-constexpr ItemType item_types[] = {
-    {"message", Item::Kind::message, "msg_"},
-    {"reasoning", Item::Kind::reasoning, "rs_"},
-    {"function_call", Item::Kind::function_call, "fc_"},
-    {"function_call_output", Item::Kind::function_call_output, "fco_"},
-    {"custom_tool_call", Item::Kind::custom_tool_call, "ctc_"},
-    {"custom_tool_call_output", Item::Kind::custom_tool_call_output, "ctco_"},
-};
-static_assert(std::size(item_types) == size_t(Item::Kind::custom_tool_call_output) + 1);
-
 struct PartType {
     std::string_view name;
     std::string_view field;
@@ -305,7 +242,7 @@ Fault read_call_output(const Json& json, const std::string& path, Item* item) {
     return read_content(json["output"], path + ".output", false, item);
 }
 
-Fault read_item(const Json& json, const std::string& path, Item* item) {
+Fault read_any_item(const Json& json, const std::string& path, Item* item) {
     if (!json.is_object()) return api_wrong_type(path, "an object", json);
     const Json& type = json["type"];
     if (!type.is_null() && !type.is_string())
@@ -336,7 +273,7 @@ Fault read_items(const Json& array, const std::string& path, Request* request) {
         return api_error("array_below_min_length", path, "'" + path + "' must not be empty");
     request->input.items.resize(array.size());
     for (size_t i = 0; i < array.size(); ++i)
-        if (Fault fault = read_item(array[i], api_index(path, i), &request->input.items[i]))
+        if (Fault fault = read_any_item(array[i], api_index(path, i), &request->input.items[i]))
             return fault;
     return {};
 }
@@ -358,12 +295,311 @@ Fault check_calls(const Request& request, const std::string& path) {
     return {};
 }
 
-// ---- The fields of a request ------------------------------------------------------------------
+// ---- The form of an answer ---------------------------------------------------------------------
 
-Fault field_model(const Json& value, Request* request) {
-    request->model = value.as_string();
-    return check_text(value, "model", 1, SIZE_MAX);
+bool is_name(std::string_view name) {
+    return !name.empty() && name.size() <= 64 && std::all_of(name.begin(), name.end(), [](char c) {
+        return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+               c == '_' || c == '-';
+    });
 }
+
+Fault read_name(const Json& object, const std::string& path, std::string* out) {
+    if (Fault fault = read_string_field(object, "name", path, out)) return fault;
+    if (is_name(*out)) return {};
+    return api_wrong_value("invalid_value", path + ".name", "1 to 64 of a-z, A-Z, 0-9, _ and -",
+                           object["name"]);
+}
+
+Fault read_description(const Json& object, const std::string& path, std::string* out) {
+    *out = object["description"].as_string();
+    if (object["description"].is_null()) return {};
+    return check_text(object["description"], path + ".description", 0, SIZE_MAX);
+}
+
+// A JSON Schema; what it says is looked at where it is compiled.
+Fault read_schema(const Json& object, const char* key, const std::string& path, Json* out) {
+    *out = object[key];
+    if (out->is_null() || out->is_object()) return {};
+    return api_wrong_type(path + "." + key, "an object", *out);
+}
+
+Fault read_strict(const Json& object, const std::string& path, bool* out) {
+    *out = object["strict"].as_bool();
+    return object["strict"].is_null() ? Fault() : check_bool(object["strict"], path + ".strict");
+}
+
+Fault read_schema_format(const Json& form, const std::string& path, Format* out) {
+    if (Fault fault = read_name(form, path, &out->name)) return fault;
+    if (Fault fault = read_description(form, path, &out->description)) return fault;
+    if (Fault fault = read_schema(form, "schema", path, &out->schema)) return fault;
+    if (out->schema.is_null()) out->schema = Json::object();
+    return read_strict(form, path, &out->strict);
+}
+
+Fault read_regex_format(const Json& form, const std::string& path, Format* out) {
+    if (Fault fault = read_string_field(form, "pattern", path, &out->regex)) return fault;
+    return check_text(form["pattern"], path + ".pattern", 1, SIZE_MAX);
+}
+
+Fault read_choice_format(const Json& form, const std::string& path, Format* out) {
+    const Json& choices = form["choices"];
+    const std::string field = path + ".choices";
+    if (choices.is_null()) return api_missing(field);
+    if (!choices.is_array()) return api_wrong_type(field, "an array of strings", choices);
+    if (choices.empty())
+        return api_error("array_below_min_length", field, "'" + field + "' must not be empty");
+    for (size_t i = 0; i < choices.size(); ++i) {
+        if (Fault fault = check_text(choices[i], api_index(field, i), 0, SIZE_MAX)) return fault;
+        out->one_of.emplace_back(choices[i].as_string());
+    }
+    return {};
+}
+
+Fault read_grammar_format(const Json& form, const std::string& path, Format* out) {
+    std::string definition;
+    if (form["syntax"].is_null()) return api_missing(path + ".syntax");
+    if (Fault fault = check_choice(
+            form["syntax"], path + ".syntax", {"regex", "gbnf"},
+            form["syntax"].as_string() == "lark" ? "unsupported_value" : "invalid_value"))
+        return fault;
+    if (Fault fault = read_string_field(form, "definition", path, &definition)) return fault;
+    if (Fault fault = check_text(form["definition"], path + ".definition", 1, SIZE_MAX))
+        return fault;
+    (form["syntax"].as_string() == "regex" ? out->regex : out->gbnf) = std::move(definition);
+    return {};
+}
+
+Fault read_text_format(const Json&, const std::string&, Format*) { return {}; }
+
+struct FormatType {
+    std::string_view name;
+    Fault (*read)(const Json& form, const std::string& path, Format* out);
+    bool custom;  // also of a custom tool's input
+};
+constexpr FormatType format_types[] = {
+    {"text", read_text_format, true},       {"json_schema", read_schema_format, false},
+    {"regex", read_regex_format, false},    {"choice", read_choice_format, false},
+    {"grammar", read_grammar_format, true},
+};
+
+Fault read_format(const Json& form, const std::string& path, bool custom, Format* out) {
+    if (form.is_null()) return {};
+    if (!form.is_object()) return api_wrong_type(path, "an object", form);
+    const Json& type = form["type"];
+    if (type.is_null()) return api_missing(path + ".type");
+    std::vector<std::string_view> names;
+    for (const FormatType& row : format_types) {
+        if (custom && !row.custom) continue;
+        if (type.as_string() == row.name) return row.read(form, path, out);
+        names.push_back(row.name);
+    }
+    return check_choice(type, path + ".type", names,
+                        type.as_string() == "json_object" ? "unsupported_value" : "invalid_value");
+}
+
+Json format_json(const Format& format) {
+    if (!format.schema.is_null())
+        return Json::object()
+            .set("type", "json_schema")
+            .set("name", format.name.empty() ? "answer" : format.name)
+            .set("description", format.description)
+            .set("schema", format.schema)
+            .set("strict", format.strict);
+    if (!format.one_of.empty()) {
+        Json choices = Json::array();
+        for (const std::string& choice : format.one_of) choices.push(choice);
+        return Json::object().set("type", "choice").set("choices", std::move(choices));
+    }
+    if (format.empty()) return Json::object().set("type", "text");
+    const bool regex = !format.regex.empty();
+    return Json::object()
+        .set("type", "grammar")
+        .set("syntax", regex ? "regex" : "gbnf")
+        .set("definition", regex ? format.regex : format.gbnf);
+}
+
+Fault field_text(const Json& value, Request* request) {
+    if (!value.is_object()) return api_wrong_type("text", "an object", value);
+    return read_format(value["format"], "text.format", false, &request->format);
+}
+
+Json write_text(const Request& request) {
+    if (request.format.empty()) return {};
+    return Json::object().set("format", format_json(request.format));
+}
+
+Fault field_reasoning(const Json& value, Request* request) {
+    if (!value.is_object()) return api_wrong_type("reasoning", "an object", value);
+    for (const JsonMember& member : value.members()) {
+        const std::string path = "reasoning." + member.key;
+        Fault fault;
+        if (member.value.is_null()) continue;
+        if (member.key == "effort") {
+            fault = check_choice(member.value, path, kEffortNames);
+            for (size_t i = 0; i < std::size(kEffortNames); ++i)
+                if (member.value.as_string() == kEffortNames[i])
+                    request->effort = static_cast<Effort>(i);
+        } else if (member.key == "summary" || member.key == "generate_summary") {
+            fault = check_choice(member.value, path, {"auto", "concise", "detailed"});
+        }
+        if (fault) return fault;
+    }
+    return {};
+}
+
+Json write_reasoning(const Request& request) {
+    if (!request.effort) return {};
+    return Json::object().set("effort", effort_name(*request.effort));
+}
+
+// ---- Tools -------------------------------------------------------------------------------------
+
+Fault read_tool(const Json& json, const std::string& path, Tool* out) {
+    static constexpr std::string_view hosted[] = {"web_search",
+                                                  "web_search_preview",
+                                                  "file_search",
+                                                  "code_interpreter",
+                                                  "computer",
+                                                  "computer_use",
+                                                  "computer_use_preview",
+                                                  "image_generation",
+                                                  "mcp",
+                                                  "local_shell",
+                                                  "shell",
+                                                  "apply_patch",
+                                                  "namespace",
+                                                  "tool_search"};
+    if (!json.is_object()) return api_wrong_type(path, "an object", json);
+    if (json["type"].is_null()) return api_missing(path + ".type");
+    const std::string_view type = json["type"].as_string();
+    const bool known = std::find(std::begin(hosted), std::end(hosted), type) != std::end(hosted);
+    if (Fault fault = check_choice(json["type"], path + ".type", {"function", "custom"},
+                                   known ? "unsupported_value" : "invalid_value"))
+        return fault;
+    out->custom = type == "custom";
+    if (Fault fault = read_name(json, path, &out->name)) return fault;
+    if (Fault fault = read_description(json, path, &out->description)) return fault;
+    if (out->custom) return read_format(json["format"], path + ".format", true, &out->format);
+    if (Fault fault = read_schema(json, "parameters", path, &out->parameters)) return fault;
+    return read_strict(json, path, &out->strict);
+}
+
+Fault field_tools(const Json& value, Request* request) {
+    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
+    request->tools.resize(value.size());
+    for (size_t i = 0; i < value.size(); ++i)
+        if (Fault fault = read_tool(value[i], api_index("tools", i), &request->tools[i]))
+            return fault;
+    return {};
+}
+
+Json write_tools(const Request& request) {
+    Json all = Json::array();
+    for (const Tool& tool : request.tools) {
+        Json one = Json::object()
+                       .set("type", tool.custom ? "custom" : "function")
+                       .set("name", tool.name)
+                       .set("description", tool.description);
+        if (tool.custom) one.set("format", format_json(tool.format));
+        else one.set("parameters", tool.parameters).set("strict", tool.strict);
+        all.push(std::move(one));
+    }
+    return all.empty() ? Json() : all;
+}
+
+using Mode = ToolChoice::Mode;
+constexpr std::string_view choice_modes[] = {"auto", "none", "required"};
+static_assert(std::size(choice_modes) == static_cast<size_t>(Mode::required) + 1);
+
+Fault read_mode(const Json& value, const std::string& path, Mode* out) {
+    for (size_t i = 0; i < std::size(choice_modes); ++i)
+        if (value.as_string() == choice_modes[i]) *out = static_cast<Mode>(i);
+    return check_choice(value, path, choice_modes);
+}
+
+Fault read_allowed_tools(const Json& value, ToolChoice* out) {
+    const Json &mode = value["mode"], &tools = value["tools"];
+    if (mode.is_null()) return api_missing("tool_choice.mode");
+    if (Fault fault = check_choice(mode, "tool_choice.mode", {"auto", "required"})) return fault;
+    (void)read_mode(mode, {}, &out->mode);
+    if (tools.is_null()) return api_missing("tool_choice.tools");
+    if (!tools.is_array()) return api_wrong_type("tool_choice.tools", "an array", tools);
+    if (tools.empty())
+        return api_error("array_below_min_length", "tool_choice.tools",
+                         "'tool_choice.tools' must not be empty");
+    for (size_t i = 0; i < tools.size(); ++i) {
+        const std::string path = api_index("tool_choice.tools", i);
+        if (!tools[i].is_object()) return api_wrong_type(path, "an object", tools[i]);
+        if (tools[i]["type"].is_null()) return api_missing(path + ".type");
+        if (Fault fault = check_choice(tools[i]["type"], path + ".type", {"function", "custom"}))
+            return fault;
+        if (Fault fault = read_name(tools[i], path, &out->names.emplace_back())) return fault;
+    }
+    return {};
+}
+
+Fault field_tool_choice(const Json& value, Request* request) {
+    ToolChoice& choice = request->tool_choice;
+    if (value.is_string()) return read_mode(value, "tool_choice", &choice.mode);
+    if (!value.is_object()) return api_wrong_type("tool_choice", "a string or an object", value);
+    if (value["type"].is_null()) return api_missing("tool_choice.type");
+    if (Fault fault = check_choice(value["type"], "tool_choice.type",
+                                   {"function", "custom", "allowed_tools"}))
+        return fault;
+    if (value["type"].as_string() == "allowed_tools") return read_allowed_tools(value, &choice);
+    choice.mode = Mode::required;
+    return read_name(value, "tool_choice", &choice.names.emplace_back());
+}
+
+const Tool* find_tool(const Request& request, std::string_view name) {
+    for (const Tool& tool : request.tools)
+        if (tool.name == name) return &tool;
+    return nullptr;
+}
+
+Json write_tool_choice(const Request& request) {
+    const ToolChoice& choice = request.tool_choice;
+    if (choice.names.empty() || choice.mode == Mode::none)
+        return choice.mode == Mode::automatic
+                   ? Json()
+                   : Json(choice_modes[static_cast<size_t>(choice.mode)]);
+    Json tools = Json::array();
+    for (const std::string& name : choice.names) {
+        const Tool* tool = find_tool(request, name);
+        tools.push(Json::object()
+                       .set("type", tool && tool->custom ? "custom" : "function")
+                       .set("name", name));
+    }
+    return Json::object()
+        .set("type", "allowed_tools")
+        .set("mode", choice_modes[static_cast<size_t>(choice.mode)])
+        .set("tools", std::move(tools));
+}
+
+// A tool is named with the type that it was declared with.
+Fault check_chosen(const Json& named, const std::string& path, const Request& request) {
+    const std::string name(named["name"].as_string());
+    const Tool* tool = find_tool(request, name);
+    if (tool && tool->custom == (named["type"].as_string() == "custom")) return {};
+    return api_error("invalid_value", path,
+                     "'" + path + "': 'tools' declares no " +
+                         std::string(named["type"].as_string()) + " tool '" + name + "'");
+}
+
+Fault check_tool_choice(const Json& choice, const Request& request) {
+    if (!choice.is_object()) return {};
+    if (choice["type"].as_string() != "allowed_tools")
+        return check_chosen(choice, "tool_choice.name", request);
+    const Json& tools = choice["tools"];
+    for (size_t i = 0; i < tools.size(); ++i)
+        if (Fault fault = check_chosen(tools[i], api_index("tool_choice.tools", i) + ".name",
+                                       request))
+            return fault;
+    return {};
+}
+
+// ---- The fields of a request -------------------------------------------------------------------
 
 Fault field_input(const Json& value, Request* request) {
     if (value.is_string()) {
@@ -380,25 +616,12 @@ Fault field_input(const Json& value, Request* request) {
     return read_items(messages, "input.messages", request);
 }
 
-Fault field_instructions(const Json& value, Request* request) {
-    request->instructions = value.as_string();
-    return check_text(value, "instructions", 0, SIZE_MAX);
-}
-
-Fault field_max_output_tokens(const Json& value, Request* request) {
-    request->max_output_tokens = static_cast<uint32_t>(
-        std::clamp<int64_t>(value.as_int(), 0, int64_t{UINT32_MAX}));
-    return check_integer(value, "max_output_tokens", 1, INT64_MAX);
-}
-
-Fault field_temperature(const Json& value, Request* request) {
-    request->temperature = value.as_double();
-    return check_number(value, "temperature", 0, 2);
-}
-
-Fault field_top_p(const Json& value, Request* request) {
-    request->top_p = value.as_double();
-    return check_number(value, "top_p", 0, 1);
+Json write_input(const Request& request) {
+    if (request.input.items.empty())
+        return request.input.empty() ? Json() : Json(request.input.text);
+    Json items = Json::array();
+    for (const Item& item : request.input.items) items.push(item_json(item));
+    return items;
 }
 
 Fault field_seed(const Json& value, Request* request) {
@@ -406,45 +629,7 @@ Fault field_seed(const Json& value, Request* request) {
     return check_integer(value, "seed", INT64_MIN, INT64_MAX);
 }
 
-Fault field_text(const Json& value, Request*) {
-    if (!value.is_object()) return api_wrong_type("text", "an object", value);
-    const Json& form = value["format"];
-    if (form.is_null()) return {};
-    if (!form.is_object()) return api_wrong_type("text.format", "an object", form);
-    if (form["type"].is_null()) return api_missing("text.format.type");
-    if (form["type"].as_string() == "json_schema")
-        return api_error("unsupported_parameter", "text.format",
-                         "json_schema: not in this version");
-    const bool json_object = form["type"].as_string() == "json_object";
-    return check_choice(form["type"], "text.format.type", {"text", "json_schema"},
-                        json_object ? "unsupported_value" : "invalid_value");
-}
-
-Fault field_reasoning(const Json& value, Request*) {
-    if (!value.is_object()) return api_wrong_type("reasoning", "an object", value);
-    for (const JsonMember& member : value.members()) {
-        const std::string path = "reasoning." + member.key;
-        Fault fault;
-        if (member.value.is_null()) continue;
-        if (member.key == "effort")
-            fault = check_choice(member.value, path,
-                                 {"none", "minimal", "low", "medium", "high", "xhigh"});
-        else if (member.key == "summary" || member.key == "generate_summary")
-            fault = check_choice(member.value, path, {"auto", "concise", "detailed"});
-        if (fault) return fault;
-    }
-    return {};
-}
-
-Fault field_background(const Json& value, Request* request) {
-    request->background = value.as_bool();
-    return check_bool(value, "background");
-}
-
-Fault field_prompt_cache_key(const Json& value, Request* request) {
-    request->prompt_cache_key = value.as_string();
-    return check_text(value, "prompt_cache_key", 0, SIZE_MAX);
-}
+Json write_seed(const Request& request) { return request.seed ? Json(*request.seed) : Json(); }
 
 // A switch that has one legal position.
 Fault fixed_switch(const Json& value, const char* path, bool position) {
@@ -457,10 +642,16 @@ Fault openai_store(const Json& value, Request* request) {
     request->store = value.as_bool();
     return check_bool(value, "store");
 }
+Json write_store(const Request& request) { return request.store ? Json() : Json(false); }
+
 Fault openai_previous(const Json& value, Request* request) {
     request->previous_response_id = value.as_string();
     return check_text(value, "previous_response_id", 1, 256);
 }
+Json write_previous(const Request& request) {
+    return request.previous_response_id.empty() ? Json() : Json(request.previous_response_id);
+}
+
 Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
 
 Fault field_truncation(const Json& value, Request*) {
@@ -469,11 +660,6 @@ Fault field_truncation(const Json& value, Request*) {
 
 Fault field_service_tier(const Json& value, Request*) {
     return check_choice(value, "service_tier", {"auto"}, "unsupported_value");
-}
-
-Fault field_user(const Json& value, Request* request) {
-    request->user = value.as_string();
-    return check_text(value, "user", 0, 256);
 }
 
 constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
@@ -516,22 +702,14 @@ Fault field_metadata(const Json& value, Request* request) {
     return {};
 }
 
-Fault field_tools(const Json& value, Request*) {
-    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
-    if (!value.empty()) return api_later("tools");
-    return {};
+Json write_metadata(const Request& request) {
+    Json all = Json::object();
+    for (const auto& [key, value] : request.metadata) all.set(key, value);
+    if (request.window != Window::standard) all.set(kWindowKey, window_name(request.window));
+    return all.empty() ? Json() : all;
 }
 
-Fault field_tool_choice(const Json& value, Request*) {
-    if (value.is_string()) return check_choice(value, "tool_choice", {"none", "auto", "required"});
-    if (!value.is_object()) return api_wrong_type("tool_choice", "a string or an object", value);
-    if (value["type"].is_null()) return api_missing("tool_choice.type");
-    return check_choice(value["type"], "tool_choice.type", {"function", "custom", "allowed_tools"});
-}
-
-Fault field_parallel_tool_calls(const Json& value, Request*) {
-    return check_bool(value, "parallel_tool_calls");
-}
+constexpr std::string_view kIncludeLogprobs = "message.output_text.logprobs";
 
 Fault field_include(const Json& value, Request* request) {
     static constexpr std::string_view refused[] = {
@@ -546,63 +724,149 @@ Fault field_include(const Json& value, Request* request) {
         if (std::find(std::begin(refused), std::end(refused), name) != std::end(refused))
             return api_error("unsupported_value", path,
                              "'" + std::string(name) + "' cannot be included");
-        if (name == "message.output_text.logprobs") request->logprobs = true;
+        if (name == kIncludeLogprobs) request->logprobs = true;
     }
     return {};
 }
 
-Fault field_top_logprobs(const Json& value, Request* request) {
-    request->top_logprobs = static_cast<uint32_t>(std::clamp<int64_t>(value.as_int(), 0, 20));
-    return check_integer(value, "top_logprobs", 0, 20);
+Json write_include(const Request& request) {
+    return request.logprobs ? Json::array().push(kIncludeLogprobs) : Json();
 }
 
+Fault check_stop(std::string_view stop, const std::string& path) {
+    if (!stop.empty() && stop.size() <= kMaxStopBytes && utf8_valid(stop)) return {};
+    return api_error("invalid_value", path,
+                     format("'%s' has %zu bytes or is not UTF-8; 1..%zu are allowed", path.c_str(),
+                            stop.size(), kMaxStopBytes));
+}
+
+Fault check_stops(const std::vector<std::string>& stops) {
+    if (stops.size() > kMaxStops)
+        return api_error(
+            "array_above_max_length", "stop",
+            format("'stop' has %zu strings; at most %zu are allowed", stops.size(), kMaxStops));
+    for (const std::string& stop : stops)
+        if (Fault fault = check_stop(stop, "stop")) return fault;
+    return {};
+}
+
+// One string, or an array of them.
+Fault field_stop(const Json& value, Request* request) {
+    if (value.is_string()) request->stop.emplace_back(value.as_string());
+    else if (!value.is_array()) return api_wrong_type("stop", "a string or an array", value);
+    for (size_t i = 0; i < value.size(); ++i) {
+        if (!value[i].is_string())
+            return api_wrong_type(api_index("stop", i), "a string", value[i]);
+        request->stop.emplace_back(value[i].as_string());
+    }
+    return check_stops(request->stop);
+}
+
+Json write_stop(const Request& request) {
+    Json all = Json::array();
+    for (const std::string& stop : request.stop) all.push(stop);
+    return all.empty() ? Json() : all;
+}
+
+// {"token id": bias}, as OpenAI spells it.
+Fault field_logit_bias(const Json& value, Request* request) {
+    if (!value.is_object()) return api_wrong_type("logit_bias", "an object", value);
+    for (const JsonMember& member : value.members()) {
+        const std::string path = "logit_bias." + member.key;
+        const auto token = Json::parse(member.key);
+        if (!token || !token->is_int() || token->as_int() < 0 || token->as_int() > INT32_MAX)
+            return api_error("invalid_value", path, "'" + path + "': the key is no token id");
+        if (Fault fault = check_number(member.value, path, -kMaxBias, kMaxBias)) return fault;
+        request->logit_bias.emplace_back(static_cast<int32_t>(token->as_int()),
+                                         member.value.as_double());
+    }
+    return {};
+}
+
+Json write_logit_bias(const Request& request) {
+    Json all = Json::object();
+    for (const auto& [token, bias] : request.logit_bias) all.set(std::to_string(token), bias);
+    return all.empty() ? Json() : all;
+}
+
+/// A field that is more than a number, a text or a switch; those have tables of their own.
 struct RequestField {
-    using Check = Fault (*)(const Json& value, Request* request);
+    using Read = Fault (*)(const Json& value, Request* request);
     std::string_view name;
-    Check check;  // null: not supported at all
-    bool required = false;
-    Check openai = nullptr;  // where that dialect differs
+    Read read;                                // null: not supported at all
+    Json (*write)(const Request&) = nullptr;  // null where it is as by default
+    Read openai = nullptr;                    // where that dialect differs
 };
 constexpr RequestField request_fields[] = {
-    {"model", field_model, true},
-    {"input", field_input, true},
-    {"instructions", field_instructions},
-    {"max_output_tokens", field_max_output_tokens},
-    {"temperature", field_temperature},
-    {"top_p", field_top_p},
-    {"seed", field_seed},
-    {"text", field_text},
-    {"reasoning", field_reasoning},
-    {"background", field_background},
-    {"prompt_cache_key", field_prompt_cache_key},
-    {"store", field_store, false, openai_store},
+    {"input", field_input, write_input},
+    {"seed", field_seed, write_seed},
+    {"text", field_text, write_text},
+    {"reasoning", field_reasoning, write_reasoning},
+    {"store", field_store, write_store, openai_store},
     {"truncation", field_truncation},
     {"stream", field_stream},
-    {"user", field_user},
-    {"metadata", field_metadata},
-    {"tools", field_tools},
-    {"tool_choice", field_tool_choice},
-    {"parallel_tool_calls", field_parallel_tool_calls},
-    {"include", field_include},
-    {"top_logprobs", field_top_logprobs},
+    {"metadata", field_metadata, write_metadata},
+    {"tools", field_tools, write_tools},
+    {"tool_choice", field_tool_choice, write_tool_choice},
+    {"include", field_include, write_include},
     {"service_tier", field_service_tier},
-    {"previous_response_id", nullptr, false, openai_previous},
+    {"stop", field_stop, write_stop},
+    {"logit_bias", field_logit_bias, write_logit_bias},
+    {"previous_response_id", nullptr, write_previous, openai_previous},
     {"conversation", nullptr},
     {"prompt", nullptr},
 };
+constexpr const char* required_fields[] = {"model", "input"};
 
-const RequestField* find_request_field(std::string_view name) {
-    for (const RequestField& field : request_fields)
-        if (field.name == name) return &field;
+Fault read_number(const NumberOption& row, const Json& value, Request* request) {
+    if (row.open) request->*row.open = value.as_double();
+    else request->*row.fixed = value.as_double();
+    return check_number(value, row.name, row.least, row.most);
+}
+
+Fault read_count(const CountOption& row, const Json& value, Request* request) {
+    const auto count = static_cast<uint32_t>(
+        std::clamp<int64_t>(value.as_int(), row.least, int64_t{row.most}));
+    if (row.open) request->*row.open = count;
+    else request->*row.fixed = count;
+    return check_integer(value, row.name, row.least,
+                         row.most == UINT32_MAX ? INT64_MAX : int64_t{row.most});
+}
+
+Fault read_field(const RequestField& row, const Json& value, Dialect dialect, Request* request) {
+    const bool differs = dialect == Dialect::openai && row.openai;
+    const RequestField::Read read = differs ? row.openai : row.read;
+    if (read) return read(value, request);
+    const std::string name(row.name);
+    return api_error("unsupported_parameter", name, "'" + name + "' is not supported");
+}
+
+template <class Row, size_t N>
+const Row* find_row(const Row (&rows)[N], std::string_view name) {
+    for (const Row& row : rows)
+        if (row.name == name) return &row;
     return nullptr;
 }
 
-// Tools are always [] in this version, so a choice that demands one can never be met.
-Fault check_tool_choice(const Json& choice) {
-    const bool demands = choice.is_object() || choice.as_string() == "required";
-    if (!demands) return {};
-    return api_error("invalid_value", "tool_choice",
-                     "'tool_choice' demands a tool, but 'tools' is empty");
+// A field of any kind; unknown ones are left alone.
+Fault read_member(const JsonMember& member, Dialect dialect, Request* request) {
+    const Json& value = member.value;
+    if (value.is_null()) return {};
+    if (const auto* row = find_row(number_options, member.key))
+        return read_number(*row, value, request);
+    if (const auto* row = find_row(count_options, member.key))
+        return read_count(*row, value, request);
+    if (const auto* row = find_row(text_options, member.key)) {
+        request->*row->field = value.as_string();
+        return check_text(value, row->name, row->least, row->most);
+    }
+    if (const auto* row = find_row(switch_options, member.key)) {
+        request->*row->field = value.as_bool();
+        return check_bool(value, row->name);
+    }
+    if (const auto* row = find_row(request_fields, member.key))
+        return read_field(*row, value, dialect, request);
+    return {};
 }
 
 Fault check_background(const Request& request) {
@@ -614,52 +878,72 @@ Fault check_background(const Request& request) {
                      format("'%s' may be \"flex\" only with 'background': true", kWindowField));
 }
 
-// ---- The response object ----------------------------------------------------------------------
+// ---- Rules that need no model ------------------------------------------------------------------
 
-// How objects differ between the dialects.
-constexpr DialectWords valar_words = {
-    .pending = "pending",
-    .running = "running",
-    .cut = "completed",
-    .cut_item = "completed",
-    .echo = true,
-    .usage_extras = true,
-    .failure = nullptr,
-};
-constexpr DialectWords openai_words = {
-    .pending = "queued",
-    .running = "in_progress",
-    .cut = "incomplete",
-    .cut_item = "incomplete",
-    .echo = false,
-    .usage_extras = false,
-    .failure = "server_error",
-};
-
-// JSON has no infinity: a token that cannot be drawn gets the number that OpenAI gives it.
-constexpr double logprob_of_never = -9999.0;
-
-Json render_logprob(std::string_view bytes, float logprob) {
-    Json values = Json::array();
-    for (const char byte : bytes) values.push(static_cast<uint8_t>(byte));
-    return Json::object()
-        .set("token", utf8_repair(bytes))
-        .set("logprob", std::max(static_cast<double>(logprob), logprob_of_never))
-        .set("bytes", std::move(values));
+template <class Row, class Number>
+Fault check_range(const Row& row, const std::optional<Number>& value) {
+    if (!value || (*value >= row.least && *value <= row.most)) return {};
+    const auto shown = [](auto number) { return Json(number).write(); };
+    return api_error("invalid_value", row.name,
+                     join({row.name, ": ", shown(*value), " is not in ", shown(row.least), "..",
+                           shown(row.most)}));
 }
 
-Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
-    Json all = Json::array();
-    for (const TokenLogprob& token : tokens) {
-        Json top = Json::array();
-        for (const TokenLogprob::Alternative& other : token.top)
-            top.push(render_logprob(other.bytes, other.logprob));
-        all.push(render_logprob(token.bytes, token.logprob).set("top_logprobs", std::move(top)));
+Fault check_ranges(const Request& request) {
+    for (const NumberOption& row : number_options)
+        if (Fault fault = check_range(row, option_value(row, request))) return fault;
+    for (const CountOption& row : count_options)
+        if (Fault fault = check_range(row, option_value(row, request))) return fault;
+    return {};
+}
+
+// One form at most.
+Fault check_format(const Format& format, const std::string& path) {
+    const int forms = !format.schema.is_null() + !format.regex.empty() + !format.one_of.empty() +
+                      !format.gbnf.empty();
+    if (forms < 2) return {};
+    return api_error("invalid_value", path, "'" + path + "' has more than one form");
+}
+
+Fault check_tool(const Tool& tool, const std::string& path) {
+    if (!is_name(tool.name))
+        return api_error("invalid_value", path + ".name",
+                         "'" + path + ".name' must be 1 to 64 of a-z, A-Z, 0-9, _ and -");
+    if (!tool.parameters.is_null() && !tool.parameters.is_object())
+        return api_wrong_type(path + ".parameters", "an object", tool.parameters);
+    return check_format(tool.format, path + ".format");
+}
+
+Fault check_tools(const Request& request) {
+    std::unordered_set<std::string_view> names;
+    for (size_t i = 0; i < request.tools.size(); ++i) {
+        const Tool& tool = request.tools[i];
+        const std::string path = api_index("tools", i);
+        if (Fault fault = check_tool(tool, path)) return fault;
+        if (!names.insert(tool.name).second)
+            return api_error("invalid_value", path + ".name",
+                             "'" + path + ".name': there is a tool '" + tool.name + "' already");
     }
-    return all;
+    const ToolChoice& choice = request.tool_choice;
+    if (request.tools.empty() && choice.mode == Mode::required)
+        return api_error("invalid_value", "tool_choice",
+                         "'tool_choice' demands a tool, but 'tools' is empty");
+    for (const std::string& name : choice.names)
+        if (!names.contains(name))
+            return api_error("invalid_value", "tool_choice",
+                             "'tool_choice': 'tools' declares no tool '" + name + "'");
+    return {};
 }
 
-const ItemType& type_of(Item::Kind kind) { return item_types[static_cast<size_t>(kind)]; }
+Fault check_rules(const Request& request) {
+    if (request.input.empty())
+        return api_error("missing_required_parameter", "input", "input: missing or empty");
+    if (Fault fault = check_ranges(request)) return fault;
+    if (Fault fault = check_stops(request.stop)) return fault;
+    if (Fault fault = check_format(request.format, "text.format")) return fault;
+    if (Fault fault = check_calls(request, "input")) return fault;
+    return check_tools(request);
+}
 
 Json render_part(const Item& item, const ContentPart& part) {
     if (item.kind == Item::Kind::reasoning)
@@ -680,11 +964,13 @@ Json render_parts(const Item& item) {
     return parts;
 }
 
+}  // namespace
+
 Json item_json(const Item& item, const std::string& id, const char* status) {
     const bool custom = item.kind == Item::Kind::custom_tool_call;
     Json out = Json::object();
     if (!id.empty()) out.set("id", id);
-    out.set("type", type_of(item.kind).name);
+    out.set("type", item_type(item.kind).name);
     if (item.kind == Item::Kind::message) out.set("role", role_name(item.role));
     if (status) out.set("status", status);
     switch (item.kind) {
@@ -701,243 +987,58 @@ Json item_json(const Item& item, const std::string& id, const char* status) {
     return out.set("call_id", item.call_id).set("output", item.text());
 }
 
-// Those of a message's tokens, in its first part.
-void add_logprobs(const Outcome& outcome, size_t index, Json* item) {
-    std::vector<TokenLogprob> own;
-    for (const TokenLogprob& token : outcome.logprobs)
-        if (token.item == index) own.push_back(token);
-    if (Json* content = item->find("content"); content && !content->empty() && !own.empty())
-        content->items().front().set("logprobs", render_logprobs(own));
-}
-
-Json render_output(const ResponseRecord& record, const Outcome& outcome,
-                   const DialectWords& words) {
-    Json output = Json::array();
-    const bool whole = record.status == Status::completed;
-    if (!is_terminal(record.status)) return output;
-    std::vector<Item> items = outcome.items;
-    if (items.empty() && (!outcome.text.empty() || (whole && !outcome.cut)))
-        items.push_back(Item::message(Role::assistant, outcome.text));
-    bool first = true;  // of the messages: it has the id that was drawn at acceptance
-    for (size_t i = 0; i < items.size(); ++i) {
-        const bool message = items[i].kind == Item::Kind::message;
-        const bool last = i + 1 == items.size();
-        const std::string id = message && std::exchange(first, false)
-                                   ? record.message_id
-                                   : derive_id(type_of(items[i].kind).prefix,
-                                               record.id + "/" + std::to_string(i));
-        const char* status = !last         ? "completed"
-                             : !whole      ? "incomplete"
-                             : outcome.cut ? words.cut_item
-                                           : "completed";
-        Json item = item_json(items[i], id, status);
-        if (message) add_logprobs(outcome, i, &item);
-        output.push(std::move(item));
-    }
-    return output;
-}
-
-// Content in its long form: parts, and Chat Completions' "text" by its name here.
-Json render_input_content(const Json& content, bool assistant) {
-    const char* type = assistant ? "output_text" : "input_text";
-    Json parts = content;
-    if (content.is_string())
-        parts = Json::array().push(Json::object().set("type", type).set("text", content));
-    for (Json& part : parts.items()) {
-        if (part["type"].as_string() == "text") part.set("type", type);
-        if (part["type"].as_string() == "output_text" && !part.contains("annotations"))
-            part.set("annotations", Json::array());
-    }
-    return parts;
-}
-
-Json render_input_item(const Json& given, const std::string& response_id, size_t place) {
-    static constexpr const char* kept[] = {"role", "content",   "phase", "summary", "call_id",
-                                           "name", "arguments", "input", "output"};
-    const std::string_view type = given["type"].as_string("message");
-    const auto* row = std::find_if(std::begin(item_types), std::end(item_types),
-                                   [&](const ItemType& one) { return one.name == type; });
-    if (row == std::end(item_types)) return given;
-    const bool own = given["id"].is_string() && !given["id"].as_string().empty();
-    Json item = Json::object().set(
-        "id", own ? given["id"]
-                  : Json(derive_id(row->prefix, response_id + "/" + std::to_string(place))));
-    item.set("type", type);
-    item.set("status", given["status"].is_string() ? given["status"] : Json("completed"));
-    for (const char* key : kept)
-        if (!given[key].is_null()) item.set(key, given[key]);
-    if (row->kind == Item::Kind::reasoning && !item.contains("summary"))
-        item.set("summary", Json::array());
-    if (row->kind == Item::Kind::message) {
-        const bool assistant = given["role"].as_string() == role_name(Role::assistant);
-        item.set("content", render_input_content(given["content"], assistant));
-    }
+Result<Item> read_item(const Json& json, const std::string& path) {
+    Item item;
+    if (Fault fault = read_any_item(json, path, &item)) return std::move(*fault);
     return item;
 }
 
-Json render_usage(const Usage& usage, const DialectWords& words) {
-    Json in = Json::object().set("cached_tokens", usage.cached_tokens);
-    Json out = Json::object().set("reasoning_tokens", usage.reasoning_tokens);
-    if (words.usage_extras) {
-        in.set("reasoning_tokens", 0);
-        out =
-            Json::object().set("cached_tokens", 0).set("reasoning_tokens", usage.reasoning_tokens);
-    } else {
-        in.set("cache_write_tokens", 0);
+Result<void> check_request(const Request& request) {
+    if (Fault fault = check_rules(request)) return std::move(*fault);
+    return {};
+}
+
+Json request_json(const Request& request) {
+    static const Request usual;
+    Json out = Json::object();
+    for (const TextOption& row : text_options)
+        if (!(request.*row.field).empty()) out.set(row.name, request.*row.field);
+    for (const NumberOption& row : number_options) {
+        const auto value = option_value(row, request);
+        if (value && !(row.fixed && *value == usual.*row.fixed)) out.set(row.name, *value);
     }
-    Json all = Json::object()
-                   .set("input_tokens", usage.input_tokens)
-                   .set("input_tokens_details", std::move(in))
-                   .set("output_tokens", usage.output_tokens)
-                   .set("output_tokens_details", std::move(out))
-                   .set("total_tokens", usage.input_tokens + usage.output_tokens);
-    if (words.usage_extras)
-        all.set("prompt_tokens", usage.input_tokens).set("completion_tokens", usage.output_tokens);
-    return all;
-}
-
-Json render_metadata(const Json& given) {
-    Json shown = given.is_object() ? given : Json::object();
-    if (Json* token = shown.find("webhook_token")) *token = "***";
-    return shown;
-}
-
-Json render_failure(const Outcome& outcome, const DialectWords& words) {
-    if (!outcome.error) return nullptr;
-    const ApiKind& kind = api_kind(outcome.error->kind);
-    const std::string own = outcome.error->code.empty() ? kind.code : outcome.error->code;
-    return Json::object()
-        .set("code", words.failure ? words.failure : own)
-        .set("message", api_shows(kind, *outcome.error) ? outcome.error->message
-                                                        : "the model could not be run");
-}
-
-}  // namespace
-
-const char* status_name(Status status, bool cut, const DialectWords& words) {
-    switch (status) {
-        case Status::pending: return words.pending;
-        case Status::running: return words.running;
-        case Status::completed: return cut ? words.cut : "completed";
-        case Status::failed: return "failed";
-        case Status::cancelled: break;
+    for (const CountOption& row : count_options) {
+        const auto value = option_value(row, request);
+        if (value && !(row.fixed && *value == usual.*row.fixed)) out.set(row.name, *value);
     }
-    return "cancelled";
+    for (const SwitchOption& row : switch_options)
+        if (request.*row.field != usual.*row.field) out.set(row.name, request.*row.field);
+    for (const RequestField& row : request_fields)
+        if (Json value = row.write ? row.write(request) : Json(); !value.is_null())
+            out.set(row.name, std::move(value));
+    return out;
 }
 
-const DialectWords& words_of(Dialect dialect) {
-    return dialect == Dialect::openai ? openai_words : valar_words;
+Result<Request> read_request(const Json& body, Dialect dialect) {
+    Request request;
+    for (const JsonMember& member : body.members())
+        if (Fault fault = read_member(member, dialect, &request)) return std::move(*fault);
+    return request;
 }
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
-    for (const RequestField& field : request_fields)
-        if (field.required && body[field.name].is_null())
-            return api_missing(std::string(field.name));
-    Request request;
-    for (const JsonMember& member : body.members()) {
-        const RequestField* field = find_request_field(member.key);
-        if (!field || member.value.is_null()) continue;
-        const bool differs = dialect == Dialect::openai && field->openai;
-        const RequestField::Check check = differs ? field->openai : field->check;
-        if (!check)
-            return api_error("unsupported_parameter", member.key,
-                             "'" + member.key + "' is not supported");
-        if (Fault fault = check(member.value, &request)) return std::move(*fault);
-    }
+    for (const char* name : required_fields)
+        if (body[name].is_null()) return api_missing(name);
+    auto read = read_request(body, dialect);
+    if (!read) return read.error();
+    const Request& request = *read;
     const char* items = body["input"].is_object() ? "input.messages" : "input";
     if (Fault fault = check_calls(request, items)) return std::move(*fault);
-    if (Fault fault = check_tool_choice(body["tool_choice"])) return std::move(*fault);
+    if (Fault fault = check_tool_choice(body["tool_choice"], request)) return std::move(*fault);
+    if (Fault fault = check_tools(request)) return std::move(*fault);
     if (Fault fault = check_background(request)) return std::move(*fault);
-    return request;
-}
-
-Json render_response(const ResponseRecord& record, Dialect dialect) {
-    const DialectWords& words = words_of(dialect);
-    const Json& asked = record.request;
-    const Outcome nothing;
-    const Outcome& outcome = record.outcome ? *record.outcome : nothing;
-    const bool done = is_terminal(record.status);
-    const auto echo = [&](const char* key, Json fallback) {
-        const Json& value = asked[key];
-        return value.is_null() ? std::move(fallback) : value;
-    };
-    Json cut = nullptr;
-    if (done && outcome.cut) cut = Json::object().set("reason", "max_output_tokens");
-    Json form = asked["text"]["format"];
-    if (form.is_null()) form = Json::object().set("type", "text");
-    const Json& reasoning = asked["reasoning"];
-    const char* summary = reasoning["summary"].is_null() ? "generate_summary" : "summary";
-    Json object = Json::object();
-    object.reserve(34);
-    object.set("id", record.id)
-        .set("object", "response")
-        .set("created_at", record.created_at)
-        .set("completed_at", done ? Json(record.completed_at) : Json())
-        .set("status", status_name(record.status, outcome.cut, words))
-        .set("background", echo("background", false))
-        .set("model", record.model);
-    if (words.echo) object.set("input", asked["input"]);
-    object.set("instructions", asked["instructions"])
-        .set("output", render_output(record, outcome, words))
-        .set("error", record.status == Status::failed ? render_failure(outcome, words) : Json())
-        .set("incomplete_details", std::move(cut))
-        .set("max_output_tokens", asked["max_output_tokens"])
-        .set("max_tool_calls", nullptr)
-        .set("reasoning",
-             Json::object().set("effort", reasoning["effort"]).set("summary", reasoning[summary]))
-        .set("text", Json::object().set("format", std::move(form)))
-        .set("store", echo("store", true))
-        .set("temperature", record.temperature)
-        .set("top_p", record.top_p)
-        .set("presence_penalty", 0)
-        .set("frequency_penalty", 0)
-        .set("top_logprobs", echo("top_logprobs", 0))
-        .set("parallel_tool_calls", echo("parallel_tool_calls", true))
-        .set("tool_choice", echo("tool_choice", "auto"))
-        .set("tools", echo("tools", Json::array()))
-        .set("truncation", "disabled")
-        .set("service_tier", "auto")
-        .set("previous_response_id", asked["previous_response_id"])
-        .set("prompt_cache_key", asked["prompt_cache_key"])
-        .set("safety_identifier", nullptr);
-    if (words.echo) object.set("user", asked["user"]);
-    object.set("metadata", render_metadata(asked["metadata"]))
-        .set("usage", render_usage(done ? outcome.usage : Usage{}, words));
-    return object;
-}
-
-std::vector<Json> render_input_items(const Json& request, const std::string& response_id) {
-    const Json& input = request["input"];
-    std::vector<Json> items;
-    if (input.is_string()) {
-        const Json message = Json::object().set("role", "user").set("content", input);
-        items.push_back(render_input_item(message, response_id, 0));
-    }
-    for (const Json& item : (input.is_object() ? input["messages"] : input).items())
-        items.push_back(render_input_item(item, response_id, items.size()));
-    return items;
-}
-
-Json render_error(const Error& error) {
-    const ApiKind& kind = api_kind(error.kind);
-    const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
-    const bool shown = api_shows(kind, error);
-    const bool own_code = kind.shown != ApiShown::never && !error.code.empty();
-    const char* instead = kind.status == 503 ? "the server has no room for this now"
-                                             : "something went wrong on the server";
-    return Json::object().set("error", Json::object()
-                                           .set("message", shown ? error.message : instead)
-                                           .set("type", kind.type)
-                                           .set("param", or_null(error.param))
-                                           .set("code", own_code ? error.code : kind.code));
-}
-
-int http_status(const Error& error) {
-    if (error.kind == ErrorKind::invalid_request)
-        for (const ApiCode& row : api_codes)
-            if (row.code == error.code) return row.status;
-    return api_kind(error.kind).status;
+    return read;
 }
 
 }  // namespace detail

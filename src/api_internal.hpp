@@ -5,9 +5,14 @@
 #include "json_internal.hpp"
 
 #include <cstddef>
+#include <cstdint>
 #include <iterator>
+#include <memory>
 #include <optional>
+#include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 namespace valar {
 inline namespace v1 {
@@ -28,6 +33,119 @@ struct ResponseRecord {
     int64_t seed = 0;
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
+
+// ---- The options of a request, each a row: read, validated, kept and saved from it --------------
+
+/// How tokens are drawn, with all that a request left open filled in. In this order, as Hugging
+/// Face has it: penalties and bias; logits / temperature; the top_k most likely; of those the fewest
+/// that together reach top_p; of those the ones at least min_p times as likely as the first.
+struct Sampling {
+    double temperature = 1;  ///< 0: greedy
+    double top_p = 1;
+    double min_p = 0;
+    uint32_t top_k = 0;  ///< 0: no limit
+    int64_t seed = 0;
+    double presence_penalty = 0;  ///< as in Request
+    double frequency_penalty = 0;
+    double repetition_penalty = 1;
+    std::vector<std::pair<int32_t, float>> logit_bias = {};
+};
+
+/// An option that is a number. `open`: what is not set is the model's own.
+struct NumberOption {
+    const char* name;
+    double least, most;
+    std::optional<double> Request::*open;
+    double Request::*fixed;
+    double Sampling::*resolved;
+};
+inline constexpr NumberOption number_options[] = {
+    // clang-format off
+    {"temperature", 0, 2, &Request::temperature, nullptr, &Sampling::temperature},
+    {"top_p", 0, 1, &Request::top_p, nullptr, &Sampling::top_p},
+    {"min_p", 0, 1, &Request::min_p, nullptr, &Sampling::min_p},
+    {"presence_penalty", -2, 2, nullptr, &Request::presence_penalty, &Sampling::presence_penalty},
+    {"frequency_penalty", -2, 2, nullptr, &Request::frequency_penalty, &Sampling::frequency_penalty},
+    {"repetition_penalty", 0.1, 10, nullptr, &Request::repetition_penalty, &Sampling::repetition_penalty},
+    // clang-format on
+};
+
+/// An option that is a count; one without a limit of its own is cut to what it can hold.
+struct CountOption {
+    const char* name;
+    uint32_t least, most;
+    std::optional<uint32_t> Request::*open;
+    uint32_t Request::*fixed;
+};
+inline constexpr uint32_t kMaxLogprobs = 20;
+inline constexpr CountOption count_options[] = {
+    {"max_output_tokens", 1, UINT32_MAX, &Request::max_output_tokens, nullptr},
+    {"max_tool_calls", 1, UINT32_MAX, &Request::max_tool_calls, nullptr},
+    {"top_k", 0, UINT32_MAX, &Request::top_k, nullptr},
+    {"top_logprobs", 0, kMaxLogprobs, nullptr, &Request::top_logprobs},
+};
+
+/// Its value; nothing where it is the model's own.
+template <class Row>
+auto option_value(const Row& row, const Request& request) {
+    return row.open ? request.*row.open : std::optional(request.*row.fixed);
+}
+
+/// An option that is a text of so many characters, and one that is a switch.
+struct TextOption {
+    const char* name;
+    size_t least, most;
+    std::string Request::*field;
+};
+inline constexpr TextOption text_options[] = {
+    {"model", 1, SIZE_MAX, &Request::model},
+    {"instructions", 0, SIZE_MAX, &Request::instructions},
+    {"prompt_cache_key", 0, SIZE_MAX, &Request::prompt_cache_key},
+    {"user", 0, 256, &Request::user},
+};
+struct SwitchOption {
+    const char* name;
+    bool Request::*field;
+};
+inline constexpr SwitchOption switch_options[] = {
+    {"background", &Request::background},
+    {"parallel_tool_calls", &Request::parallel_tool_calls},
+};
+
+inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their bytes
+inline constexpr size_t kMaxStopBytes = 256;
+inline constexpr double kMaxBias = 100;
+
+/// What a request must be like that needs no model to be known; the wire has checked it already,
+/// a C++ caller's comes straight here. Errors: invalid_request with code and param.
+Result<void> check_request(const Request& request);
+/// A request as a body of POST /v1/responses, and back: what is as by default is left out.
+/// Fields of the server's alone (organisation) are not part of it.
+Json request_json(const Request& request);
+Result<Request> read_request(const Json& body, Dialect dialect);
+
+/// The kinds of items, in the order of Item::Kind.
+struct ItemType {
+    std::string_view name;
+    Item::Kind kind;
+    const char* prefix;  // of the id of one that came without
+};
+inline constexpr ItemType item_types[] = {
+    {"message", Item::Kind::message, "msg_"},
+    {"reasoning", Item::Kind::reasoning, "rs_"},
+    {"function_call", Item::Kind::function_call, "fc_"},
+    {"function_call_output", Item::Kind::function_call_output, "fco_"},
+    {"custom_tool_call", Item::Kind::custom_tool_call, "ctc_"},
+    {"custom_tool_call_output", Item::Kind::custom_tool_call_output, "ctco_"},
+};
+static_assert(std::size(item_types) == size_t(Item::Kind::custom_tool_call_output) + 1);
+constexpr const ItemType& item_type(Item::Kind kind) {
+    return item_types[static_cast<size_t>(kind)];
+}
+/// An item as it stands in `input` and `output`; without an id or a status these are left out.
+Json item_json(const Item& item, const std::string& id = {}, const char* status = nullptr);
+/// Back. The message of an Error names the place by `path`.
+Result<Item> read_item(const Json& json, const std::string& path);
 
 /// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
 /// order, other fields in document order, rules across fields. Errors: invalid_request with code
@@ -65,6 +183,14 @@ constexpr std::optional<Role> role_named(std::string_view name) {
     for (size_t i = 0; i < std::size(kRoleNames); ++i)
         if (kRoleNames[i] == name) return static_cast<Role>(i);
     return std::nullopt;
+}
+
+/// The words of an Effort on the wire and in chat templates.
+inline constexpr std::string_view kEffortNames[] = {"none",   "minimal", "low",
+                                                    "medium", "high",    "xhigh"};
+static_assert(std::size(kEffortNames) == static_cast<size_t>(Effort::xhigh) + 1);
+constexpr std::string_view effort_name(Effort effort) {
+    return kEffortNames[static_cast<size_t>(effort)];
 }
 
 /// The words of a Window on the wire, and the field that holds them.

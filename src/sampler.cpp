@@ -107,7 +107,7 @@ double uniform_at(int64_t seed, uint64_t position) {
     return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
-Sampler::Sampler(const SamplerOptions& options)
+Sampler::Sampler(const Sampling& options)
     : options_(options),
       scale_(weight_scale(options.temperature)),
       penalised_(options.presence_penalty != 0 || options.frequency_penalty != 0 ||

@@ -6,6 +6,7 @@
 //           alone; ties go to the lower token id; no allocation after the first calls.
 #pragma once
 
+#include "api_internal.hpp"
 #include "kernels/internal.hpp"
 #include "tokenizer/tokenizer.hpp"
 
@@ -19,25 +20,10 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// In this order, as Hugging Face has it: penalties and bias; the tokens that are allowed; logits /
-/// temperature; the top_k most likely; of those the fewest that together reach top_p; of those the ones at least min_p times as
-/// likely as the first.
-struct SamplerOptions {
-    double temperature = 1;  ///< 0: greedy
-    double top_p = 1;
-    double min_p = 0;
-    uint32_t top_k = 0;  ///< 0: no limit
-    int64_t seed = 0;
-    double presence_penalty = 0;  ///< as in Request
-    double frequency_penalty = 0;
-    double repetition_penalty = 1;
-    std::vector<std::pair<Token, float>> logit_bias = {};
-};
-
 /// Draws tokens for one sequence. Threads: one at a time.
 class Sampler {
 public:
-    explicit Sampler(const SamplerOptions& options);
+    explicit Sampler(const Sampling& options);
     /// The tokens of the prompt, before the first draw; makes room for `most_drawn` more.
     void see_prompt(std::span<const Token> tokens, size_t most_drawn);
     /// A token that was drawn and taken.
@@ -64,7 +50,7 @@ private:
     Token draw_from_best(std::span<const float> logits, double uniform);
     double add_blocks(std::span<const float> logits);
 
-    SamplerOptions options_;
+    Sampling options_;
     double scale_;  // of a logit's distance to the highest
     float highest_ = 0;
     std::vector<Candidate> candidates_;  // most likely first

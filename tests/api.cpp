@@ -81,8 +81,26 @@ TEST_CASE("fields that are refused") {
         {R"("text":{"format":{}})", "missing_required_parameter", "text.format.type"},
         {R"("text":{"format":{"type":"json_object"}})", "unsupported_value", "text.format.type"},
         {R"("text":{"format":{"type":"xml"}})", "invalid_value", "text.format.type"},
-        {R"("text":{"format":{"type":"json_schema","name":"n"}})", "unsupported_parameter",
-         "text.format"},
+        {R"("text":{"format":{"type":"json_schema"}})", "missing_required_parameter",
+         "text.format.name"},
+        {R"("text":{"format":{"type":"json_schema","name":"a b"}})", "invalid_value",
+         "text.format.name"},
+        {R"("text":{"format":{"type":"json_schema","name":"n","schema":[]}})", "invalid_type",
+         "text.format.schema"},
+        {R"("text":{"format":{"type":"json_schema","name":"n","strict":1}})", "invalid_type",
+         "text.format.strict"},
+        {R"("text":{"format":{"type":"regex"}})", "missing_required_parameter",
+         "text.format.pattern"},
+        {R"("text":{"format":{"type":"regex","pattern":""}})", "string_below_min_length",
+         "text.format.pattern"},
+        {R"("text":{"format":{"type":"choice","choices":[]}})", "array_below_min_length",
+         "text.format.choices"},
+        {R"("text":{"format":{"type":"choice","choices":["a",1]}})", "invalid_type",
+         "text.format.choices[1]"},
+        {R"("text":{"format":{"type":"grammar","syntax":"lark","definition":"x"}})",
+         "unsupported_value", "text.format.syntax"},
+        {R"("text":{"format":{"type":"grammar","syntax":"gbnf"}})", "missing_required_parameter",
+         "text.format.definition"},
         {R"("reasoning":[])", "invalid_type", "reasoning"},
         {R"("reasoning":{"effort":"huge"})", "invalid_value", "reasoning.effort"},
         {R"("reasoning":{"summary":1})", "invalid_type", "reasoning.summary"},
@@ -107,7 +125,46 @@ TEST_CASE("fields that are refused") {
          "metadata.completion_webhook"},
         {R"("metadata":{"webhook_token":"a b"})", "invalid_value", "metadata.webhook_token"},
         {R"("tools":{})", "invalid_type", "tools"},
-        {R"("tools":[{"type":"function"}])", "unsupported_parameter", "tools"},
+        {R"("tools":[3])", "invalid_type", "tools[0]"},
+        {R"("tools":[{"name":"f"}])", "missing_required_parameter", "tools[0].type"},
+        {R"("tools":[{"type":"function"}])", "missing_required_parameter", "tools[0].name"},
+        {R"("tools":[{"type":"function","name":"a.b"}])", "invalid_value", "tools[0].name"},
+        {R"("tools":[{"type":"function","name":"f","description":1}])", "invalid_type",
+         "tools[0].description"},
+        {R"("tools":[{"type":"function","name":"f","parameters":"x"}])", "invalid_type",
+         "tools[0].parameters"},
+        {R"("tools":[{"type":"function","name":"f","strict":"yes"}])", "invalid_type",
+         "tools[0].strict"},
+        {R"("tools":[{"type":"function","name":"f"},{"type":"custom","name":"f"}])",
+         "invalid_value", "tools[1].name"},
+        {R"("tools":[{"type":"web_search"}])", "unsupported_value", "tools[0].type"},
+        {R"("tools":[{"type":"mcp"}])", "unsupported_value", "tools[0].type"},
+        {R"("tools":[{"type":"spell"}])", "invalid_value", "tools[0].type"},
+        {R"("tools":[{"type":"custom","name":"f","format":{"type":"json_schema"}}])",
+         "invalid_value", "tools[0].format.type"},
+        {R"("tools":[{"type":"custom","name":"f","format":{"type":"grammar","syntax":"x"}}])",
+         "invalid_value", "tools[0].format.syntax"},
+        {R"("tool_choice":{"type":"function"})", "missing_required_parameter", "tool_choice.name"},
+        {R"("tool_choice":{"type":"function","name":"g"})", "invalid_value", "tool_choice.name"},
+        {R"("tools":[{"type":"function","name":"f"}],"tool_choice":{"type":"custom","name":"f"})",
+         "invalid_value", "tool_choice.name"},
+        {R"("tool_choice":{"type":"allowed_tools","tools":[]})", "missing_required_parameter",
+         "tool_choice.mode"},
+        {R"("tool_choice":{"type":"allowed_tools","mode":"auto","tools":[]})",
+         "array_below_min_length", "tool_choice.tools"},
+        {R"("tools":[{"type":"function","name":"f"}],"tool_choice":{"type":"allowed_tools",
+            "mode":"auto","tools":[{"type":"function","name":"f"},{"type":"function","name":"g"}]})",
+         "invalid_value", "tool_choice.tools[1].name"},
+        {R"("max_tool_calls":0)", "integer_below_min_value", "max_tool_calls"},
+        {R"("top_k":-1)", "integer_below_min_value", "top_k"},
+        {R"("min_p":1.5)", "decimal_above_max_value", "min_p"},
+        {R"("presence_penalty":3)", "decimal_above_max_value", "presence_penalty"},
+        {R"("repetition_penalty":0)", "decimal_below_min_value", "repetition_penalty"},
+        {R"("stop":[""])", "invalid_value", "stop"},
+        {R"("stop":{})", "invalid_type", "stop"},
+        {R"("logit_bias":[])", "invalid_type", "logit_bias"},
+        {R"("logit_bias":{"x":1})", "invalid_value", "logit_bias.x"},
+        {R"("logit_bias":{"7":101})", "decimal_above_max_value", "logit_bias.7"},
         {R"("tool_choice":"maybe")", "invalid_value", "tool_choice"},
         {R"("tool_choice":3)", "invalid_type", "tool_choice"},
         {R"("tool_choice":"required")", "invalid_value", "tool_choice"},
@@ -202,6 +259,103 @@ TEST_CASE("a full request is read") {
     CHECK(request->metadata.size() == 2);
 }
 
+TEST_CASE("what an answer must be is read, and is the same after it was written") {
+    auto request = parse_response_request(parse(R"({"model":"m","input":[
+        {"role":"user","content":"a"},
+        {"type":"reasoning","id":"rs_1","summary":[],"content":[{"type":"reasoning_text","text":"t"}]},
+        {"type":"message","role":"assistant","content":[{"type":"output_text","text":"o"},
+         {"type":"refusal","refusal":"r"}]},
+        {"type":"function_call","id":"fc_1","call_id":"c1","name":"f","arguments":"{}"},
+        {"type":"custom_tool_call","call_id":"c2","name":"g","input":"x = 1"},
+        {"type":"function_call_output","call_id":"c1","output":"1"},
+        {"type":"custom_tool_call_output","call_id":"c2","output":[{"type":"input_text","text":"2"}]}],
+        "text":{"format":{"type":"json_schema","name":"n","description":"d","strict":true,
+                          "schema":{"type":"object"}}},
+        "tools":[{"type":"function","name":"f","description":"F","parameters":{"type":"object"}},
+                 {"type":"function","name":"h","parameters":null,"strict":true},
+                 {"type":"custom","name":"g","format":{"type":"grammar","syntax":"regex","definition":"a+"}}],
+        "tool_choice":{"type":"allowed_tools","mode":"required","tools":[{"type":"custom","name":"g"}]},
+        "parallel_tool_calls":false,"max_tool_calls":3,"reasoning":{"effort":"high","summary":"auto"},
+        "stop":"END","top_k":40,"min_p":0.1,"presence_penalty":0.5,"frequency_penalty":-1,
+        "repetition_penalty":1.1,"logit_bias":{"7":-2.5},"seed":9,"temperature":0.25,"user":"u",
+        "include":["message.output_text.logprobs"],"top_logprobs":2,"background":true,
+        "metadata":{"completion_window":"flex","k":"v"}})"));
+    REQUIRE_MESSAGE(request.ok(), request.error().message);
+    CHECK(request->format.schema.write() == R"({"type":"object"})");
+    CHECK(request->format.strict);
+    CHECK(request->format.name == "n");
+    REQUIRE(request->tools.size() == 3);
+    CHECK(request->tools[0].parameters["type"].as_string() == "object");
+    CHECK_FALSE(request->tools[0].strict);
+    CHECK(request->tools[1].strict);
+    CHECK(request->tools[2].custom);
+    CHECK(request->tools[2].format.regex == "a+");
+    CHECK(request->tool_choice.mode == ToolChoice::Mode::required);
+    CHECK(request->tool_choice.names == std::vector<std::string>{"g"});
+    CHECK_FALSE(request->parallel_tool_calls);
+    CHECK(*request->max_tool_calls == 3);
+    CHECK(*request->effort == Effort::high);
+    CHECK(request->stop == std::vector<std::string>{"END"});
+    CHECK(*request->top_k == 40);
+    CHECK(request->logit_bias[0] == std::pair<int32_t, double>(7, -2.5));
+    CHECK(request->window == Window::flex);
+    CHECK(request->input.items[1].text() == "t");
+    CHECK(request->input.items[2].content[1].kind == ContentPart::Kind::refusal);
+    CHECK(request->input.items[4].arguments == "x = 1");
+    CHECK(check_request(*request).ok());
+
+    const Json written = request_json(*request);
+    auto again = parse_response_request(written);
+    REQUIRE_MESSAGE(again.ok(), again.error().message);
+    CHECK(request_json(*again) == written);
+    for (size_t i = 0; i < request->input.items.size(); ++i) {
+        CHECK(again->input.items[i].kind == request->input.items[i].kind);
+        CHECK(again->input.items[i].text() == request->input.items[i].text());
+        CHECK(again->input.items[i].arguments == request->input.items[i].arguments);
+    }
+    CHECK(request_json(Request()).write() == "{}");
+
+    const char* const formats[] = {
+        R"({"type":"regex","pattern":"a|b"})", R"({"type":"choice","choices":["yes","no",""]})",
+        R"({"type":"grammar","syntax":"gbnf","definition":"root ::= \"a\""})",
+        R"({"type":"json_schema","name":"any"})"};
+    for (const char* format : formats) {
+        auto read = with(R"("text":{"format":)" + std::string(format) + "}");
+        REQUIRE(read.ok());
+        CHECK_FALSE(read->format.empty());
+        auto back = parse_response_request(request_json(*read));
+        REQUIRE(back.ok());
+        CHECK(back->format.schema == read->format.schema);
+        CHECK(back->format.regex == read->format.regex);
+        CHECK(back->format.one_of == read->format.one_of);
+        CHECK(back->format.gbnf == read->format.gbnf);
+    }
+    CHECK(with(R"("text":{"format":{"type":"text"}})")->format.empty());
+}
+
+TEST_CASE("rules that a C++ caller's request must keep too") {
+    const auto code = [](auto change) {
+        Request request;
+        request.input = "x";
+        change(request);
+        const auto checked = check_request(request);
+        return checked ? std::string("fine") : checked.error().param;
+    };
+    CHECK(code([](Request&) {}) == "fine");
+    CHECK(code([](Request& r) { r.format = {.regex = "a", .gbnf = "b"}; }) == "text.format");
+    CHECK(code([](Request& r) { r.tools = {{.name = "a b"}}; }) == "tools[0].name");
+    CHECK(code([](Request& r) { r.tools = {{.name = "a"}, {.name = "a"}}; }) == "tools[1].name");
+    CHECK(code([](Request& r) { r.tools = {{.name = "a", .parameters = 3}}; }) ==
+          "tools[0].parameters");
+    CHECK(code([](Request& r) { r.tool_choice.names = {"a"}; }) == "tool_choice");
+    CHECK(code([](Request& r) { r.tool_choice.mode = ToolChoice::Mode::required; }) ==
+          "tool_choice");
+    CHECK(code([](Request& r) { r.max_tool_calls = 0; }) == "max_tool_calls");
+    CHECK(code([](Request& r) {
+              r.input = std::vector<Item>{Item::output({.call_id = "c"}, "result")};
+          }) == "input[0].call_id");
+}
+
 TEST_CASE("lengths count code points") {
     std::string emoji;
     for (int i = 0; i < 256; ++i) emoji += "\xf0\x9f\x98\x80";
@@ -277,6 +431,79 @@ TEST_CASE("the response object has all keys in their order") {
     CHECK(object["error"].write() ==
           R"({"code":"internal_error","message":"the model could not be run"})");
     CHECK(object["output"].size() == 0);
+}
+
+TEST_CASE("the response object shows items, tools and formats") {
+    ResponseRecord record = sample();
+    record.request = parse(R"({"model":"m","input":"x","max_tool_calls":2,"presence_penalty":0.5,
+        "text":{"format":{"type":"json_schema","name":"n","schema":{}}},
+        "tools":[{"type":"function","name":"f"},{"type":"custom","name":"g"}],
+        "tool_choice":"required","parallel_tool_calls":false,"reasoning":{"effort":"low"}})");
+    Json object = render_response(record);
+    CHECK(object["tools"].write() ==
+          R"([{"type":"function","name":"f","description":null,"parameters":null,"strict":null},)"
+          R"({"type":"custom","name":"g","description":null,"format":{"type":"text"}}])");
+    CHECK(
+        object["text"].write() ==
+        R"({"format":{"type":"json_schema","name":"n","schema":{},"description":null,"strict":false}})");
+    CHECK(object["tool_choice"].as_string() == "required");
+    CHECK_FALSE(object["parallel_tool_calls"].as_bool(true));
+    CHECK(object["max_tool_calls"].as_int() == 2);
+    CHECK(object["presence_penalty"].as_double() == 0.5);
+    CHECK(object["reasoning"].write() == R"({"effort":"low","summary":null})");
+
+    Outcome outcome;
+    Item thought, call, custom;
+    thought.kind = Item::Kind::reasoning;
+    thought.role = Role::assistant;
+    thought.content = {{ContentPart::Kind::output_text, "hm"}};
+    call.kind = Item::Kind::function_call;
+    call.call_id = "call_1";
+    call.name = "f";
+    call.arguments = "{}";
+    custom = call;
+    custom.kind = Item::Kind::custom_tool_call;
+    custom.call_id = "call_2";
+    custom.arguments = "text";
+    outcome.items = {thought, Item::message(Role::assistant, "said"), call, custom};
+    outcome.logprobs = {{"hm", -1, {}, 0}, {"said", -2, {}, 1}};
+    outcome.text = "said";
+    record.status = Status::completed;
+    record.outcome = std::make_shared<Outcome>(outcome);
+    object = render_response(record);
+    const Json& output = object["output"];
+    REQUIRE(output.size() == 4);
+    CHECK(output[0]["id"].as_string().starts_with("rs_"));
+    CHECK(output[0]["summary"].write() == "[]");
+    CHECK(output[0]["content"].write() == R"([{"type":"reasoning_text","text":"hm"}])");
+    CHECK(output[1]["id"].as_string() == "msg_a");
+    CHECK(output[1]["content"][0]["logprobs"].size() == 1);
+    CHECK(output[1]["content"][0]["logprobs"][0]["token"].as_string() == "said");
+    CHECK(output[2]["id"].as_string().starts_with("fc_"));
+    CHECK(output[2]["id"].as_string().size() == 27);
+    CHECK(output[2]["call_id"].as_string() == "call_1");
+    CHECK(output[2]["arguments"].as_string() == "{}");
+    CHECK(output[3]["id"].as_string().starts_with("ctc_"));
+    CHECK(output[3]["input"].as_string() == "text");
+    for (const Json& item : output.items()) CHECK(item["status"].as_string() == "completed");
+    CHECK(render_response(record) == object);  // ids are drawn once
+    // All of it is input again.
+    Json items = output;
+    items.push(parse(R"({"type":"function_call_output","call_id":"call_1","output":"1"})"));
+    items.push(parse(R"({"type":"custom_tool_call_output","call_id":"call_2","output":"2"})"));
+    auto again = parse_response_request(
+        Json::object().set("model", "m").set("input", std::move(items)));
+    REQUIRE_MESSAGE(again.ok(), again.error().message);
+    CHECK(again->input.items.size() == 6);
+    CHECK(again->input.items[0].text() == "hm");
+
+    outcome.cut = true;  // within a call: there is no item of it, nor an empty message
+    outcome.items.clear();
+    outcome.text.clear();
+    record.outcome = std::make_shared<Outcome>(outcome);
+    object = render_response(record);
+    CHECK(object["output"].empty());
+    CHECK(object["incomplete_details"]["reason"].as_string() == "max_output_tokens");
 }
 
 TEST_CASE("errors: envelope, status, and nothing of ours leaks") {

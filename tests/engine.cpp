@@ -581,6 +581,8 @@ TEST_CASE("refused requests are replies that are finished") {
     CHECK(refused(with([](Request& r) { r.top_p = -0.1; })).param == "top_p");
     CHECK(refused(with([](Request& r) { r.min_p = 1.5; })).param == "min_p");
     CHECK(refused(with([](Request& r) { r.top_logprobs = 21; })).param == "top_logprobs");
+    CHECK(refused(with([](Request& r) { r.format.regex = "a"; })).param == "text.format");
+    CHECK(refused(with([](Request& r) { r.tools = {{.name = "f"}}; })).param == "tools");
     const Error full = refused(with([](Request& r) { r.input = std::string(600, 'x'); }));
     CHECK(full.code == "context_length_exceeded");
     CHECK(full.param == "input");
@@ -1783,6 +1785,82 @@ TEST_CASE("conversation: a fork goes its own way from the same place") {
     say(engine, *two, "Good night.");
     CHECK(one.items().size() == 4);
     CHECK(two->items().size() == 6);
+}
+
+namespace {
+
+// A save as version 2 wrote it: without pages, settings and items in forms of their own.
+std::vector<std::byte> save_of_version_2(const std::vector<std::byte>& saved) {
+    const std::string json =
+        R"({"settings":{"temperature":0.5,"max_output_tokens":20,"presence_penalty":0,)"
+        R"("frequency_penalty":0,"repetition_penalty":1.1,"model":"",)"
+        R"("instructions":"You are a gruff blacksmith.",)"
+        R"("organisation":"","prompt_cache_key":"","stop":["never said"],)"
+        R"("logit_bias":[[40,-2.5]],"seed":7,"logprobs":false,"top_logprobs":0,"window":1},)"
+        R"("when_full":1,"fixed":0,"forgotten":0,"items":[)"
+        R"([0,2,"","","",[[0,"Good morning."]]],[0,3,"","","",[[1,"Morning."]]]]})";
+    std::vector<std::byte> out(saved.begin(), saved.begin() + 88);
+    const uint32_t version = 2;
+    const uint64_t size = json.size();
+    std::memcpy(&out[8], &version, sizeof version);
+    std::memcpy(&out[80], &size, sizeof size);
+    for (const char c : json) out.push_back(static_cast<std::byte>(c));
+    const uint32_t sum = detail::crc32c(out.data(), out.size());
+    const auto* bytes = reinterpret_cast<const std::byte*>(&sum);
+    out.insert(out.end(), bytes, bytes + sizeof sum);
+    return out;
+}
+
+}  // namespace
+
+TEST_CASE("conversation: what older versions saved is read") {
+    Engine engine = open_tiny();
+    Request from = settings();
+    from.temperature = 0.5;
+    from.seed = 7;
+    from.stop = {"never said"};
+    from.logit_bias = {{40, -2.5}};
+    from.repetition_penalty = 1.1;
+    from.input = std::vector<Item>{Item::message(Role::user, "Good morning."),
+                                   Item::message(Role::assistant, "Morning.")};
+    Conversation now(engine, from);
+    auto saved = now.save(false);
+    REQUIRE(saved);
+    auto before = Conversation::restore(engine, save_of_version_2(*saved));
+    REQUIRE_MESSAGE(before.ok(), before.error().message);
+    REQUIRE(before->items().size() == 2);
+    CHECK(before->items()[1].role == Role::assistant);
+    CHECK(say(engine, *before, "Is it done?") == say(engine, now, "Is it done?"));
+}
+
+TEST_CASE("conversation: a save holds every kind of item") {
+    Engine engine = open_tiny();
+    Item call, thought;
+    call.kind = Item::Kind::custom_tool_call;
+    call.call_id = "c1";
+    call.name = "forge";
+    call.arguments = "hot";
+    thought.kind = Item::Kind::reasoning;
+    thought.content = {{ContentPart::Kind::output_text, "hm"}};
+    Request from = settings();
+    from.input = std::vector<Item>{Item::message(Role::user, "x"), thought, call,
+                                   Item::output(call, "done")};
+    from.effort = Effort::low;
+    from.max_tool_calls = 2;
+    Conversation conversation(engine, from);
+    auto saved = conversation.save(false);
+    REQUIRE(saved);
+    auto restored = Conversation::restore(engine, *saved);
+    REQUIRE_MESSAGE(restored.ok(), restored.error().message);
+    const auto items = restored->items();
+    REQUIRE(items.size() == 4);
+    for (size_t i = 0; i < 4; ++i) {
+        CHECK(items[i].kind == conversation.items()[i].kind);
+        CHECK(items[i].text() == conversation.items()[i].text());
+        CHECK(items[i].arguments == conversation.items()[i].arguments);
+        CHECK(items[i].call_id == conversation.items()[i].call_id);
+    }
+    CHECK(*restored->save(false) == *saved);
 }
 
 TEST_CASE("conversation: save and restore") {

@@ -12,7 +12,7 @@
 
 using namespace valar;
 using detail::Sampler;
-using detail::SamplerOptions;
+using detail::Sampling;
 
 namespace {
 
@@ -38,9 +38,9 @@ std::vector<size_t> sorted_ids(const std::vector<float>& logits) {
     return ids;
 }
 
-// The probabilities that the options ask for, from the words of SamplerOptions.
+// The probabilities that the options ask for, from the words of Sampling.
 std::vector<double> expected_distribution(const std::vector<float>& logits,
-                                          const SamplerOptions& options) {
+                                          const Sampling& options) {
     const auto ids = sorted_ids(logits);
     std::vector<double> weights(logits.size());
     size_t keep = options.top_k ? std::min<size_t>(options.top_k, ids.size()) : ids.size();
@@ -61,7 +61,7 @@ std::vector<double> expected_distribution(const std::vector<float>& logits,
     return weights;
 }
 
-void check_distribution(const std::vector<float>& logits, SamplerOptions options) {
+void check_distribution(const std::vector<float>& logits, Sampling options) {
     CAPTURE(options.temperature);
     CAPTURE(options.top_k);
     CAPTURE(options.top_p);
@@ -151,7 +151,7 @@ TEST_CASE("the least likely tokens are looked at when they are needed") {
 
 TEST_CASE("the same bytes: fixed draws") {
     const auto logits = make_logits(5000, 1);
-    const SamplerOptions options[] = {
+    const Sampling options[] = {
         {.seed = 1},
         {.temperature = 0.8, .seed = 2},
         {.top_p = 0.9, .seed = 3},
@@ -161,7 +161,7 @@ TEST_CASE("the same bytes: fixed draws") {
         {.temperature = 1.5, .top_p = 0.95, .min_p = 0.01, .top_k = 200, .seed = -7},
     };
     std::string drawn;
-    for (const SamplerOptions& option : options) {
+    for (const Sampling& option : options) {
         Sampler sampler(option), again(option);
         for (uint64_t position = 0; position < 200; ++position) {
             const Token token = sampler.sample(logits, position);
@@ -177,7 +177,7 @@ TEST_CASE("the same bytes: fixed draws") {
 TEST_CASE("penalties and bias: what is seen, how often, where") {
     const std::vector<Token> prompt = {3, 1, 3};
     const std::vector<float> logits = {0.5f, 2, -1, 4, 1, 1.5f};
-    const auto check = [&](SamplerOptions options, const std::vector<Token>& drawn,
+    const auto check = [&](Sampling options, const std::vector<Token>& drawn,
                            const std::vector<float>& adjusted) {
         for (const double temperature : {0.0, 1.0}) {
             options.temperature = temperature;
@@ -232,12 +232,12 @@ TEST_CASE("masks: as if the other tokens were not there") {
         left.push_back(logits[i]);
         ids.push_back(static_cast<Token>(i));
     }
-    const SamplerOptions kinds[] = {{.temperature = 0},
+    const Sampling kinds[] = {{.temperature = 0},
                                     {.top_k = 5},
                                     {.top_p = 0.7},
                                     {.min_p = 0.1},
                                     {.top_p = 0.999999999999, .min_p = 1e-9}};
-    for (const SamplerOptions& options : kinds)
+    for (const Sampling& options : kinds)
         for (uint64_t at = 0; at < 200; ++at)
             CHECK(Sampler(options).sample(logits, at, allowed) ==
                   ids[static_cast<size_t>(Sampler(options).sample(left, at))]);
@@ -250,6 +250,6 @@ TEST_CASE("masks: as if the other tokens were not there") {
     // One alone is drawn whatever the rest says, and soon.
     std::vector<uint64_t> one(16);
     one[15] = uint64_t{1} << 39;
-    for (const SamplerOptions& options : kinds)
+    for (const Sampling& options : kinds)
         CHECK(Sampler(options).sample(logits, 1, one) == 999);
 }

@@ -1,5 +1,6 @@
 #include "prologue.hpp"
 
+#include "api_internal.hpp"
 #include "engine/state.hpp"
 #include "json_internal.hpp"
 
@@ -30,89 +31,20 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-// The fields of `settings` that are numbers.
-constexpr struct {
-    const char* key;
-    std::optional<double> Request::*field;
-} saved_numbers[] = {
-    {"temperature", &Request::temperature},
-    {"top_p", &Request::top_p},
-    {"min_p", &Request::min_p},
-};
-constexpr struct {
-    const char* key;
-    double Request::*field;
-} saved_penalties[] = {
-    {"presence_penalty", &Request::presence_penalty},
-    {"frequency_penalty", &Request::frequency_penalty},
-    {"repetition_penalty", &Request::repetition_penalty},
-};
-constexpr struct {
-    const char* key;
-    std::optional<uint32_t> Request::*field;
-} saved_counts[] = {
-    {"max_output_tokens", &Request::max_output_tokens},
-    {"top_k", &Request::top_k},
-};
-constexpr struct {
-    const char* key;
-    std::string Request::*field;
-} saved_texts[] = {
-    {"model", &Request::model},
-    {"instructions", &Request::instructions},
-    {"organisation", &Request::organisation},
-    {"prompt_cache_key", &Request::prompt_cache_key},
-};
-
-Json settings_json(const Request& from) {
-    Json out = Json::object();
-    for (const auto& [key, field] : saved_numbers)
-        if (from.*field) out.set(key, *(from.*field));
-    for (const auto& [key, field] : saved_counts)
-        if (from.*field) out.set(key, *(from.*field));
-    for (const auto& [key, field] : saved_penalties) out.set(key, from.*field);
-    for (const auto& [key, field] : saved_texts) out.set(key, from.*field);
-    Json stop = Json::array(), bias = Json::array();
-    for (const std::string& text : from.stop) stop.push(text);
-    for (const auto& [token, value] : from.logit_bias)
-        bias.push(Json::array().push(token).push(value));
-    out.set("stop", std::move(stop)).set("logit_bias", std::move(bias));
-    if (from.seed) out.set("seed", *from.seed);
-    out.set("logprobs", from.logprobs).set("top_logprobs", from.top_logprobs);
-    out.set("window", static_cast<uint32_t>(from.window));
-    return out;
+// What every turn is made of, without what only a server reads.
+Json settings_json(Request settings) {
+    settings.user.clear();
+    settings.metadata.clear();
+    settings.previous_response_id.clear();
+    settings.background = false;
+    settings.store = true;
+    return request_json(settings).set("organisation", settings.organisation);
 }
 
-Request read_settings(const Json& from) {
-    Request out;
-    for (const auto& [key, field] : saved_numbers)
-        if (const Json* value = from.find(key)) out.*field = value->as_double();
-    for (const auto& [key, field] : saved_counts)
-        if (const Json* value = from.find(key))
-            out.*field = static_cast<uint32_t>(value->as_uint());
-    for (const auto& [key, field] : saved_penalties) out.*field = from[key].as_double(out.*field);
-    for (const auto& [key, field] : saved_texts) out.*field = from[key].as_string();
-    for (const Json& text : from["stop"].items()) out.stop.emplace_back(text.as_string());
-    for (const Json& pair : from["logit_bias"].items())
-        out.logit_bias.push_back({static_cast<Token>(pair[0].as_int()), pair[1].as_double()});
-    if (const Json* seed = from.find("seed")) out.seed = seed->as_int();
-    out.logprobs = from["logprobs"].as_bool();
-    out.top_logprobs = static_cast<uint32_t>(from["top_logprobs"].as_uint());
-    out.window = static_cast<Window>(std::min<uint64_t>(from["window"].as_uint(), 2));
-    return out;
-}
-
-Json item_json(const Item& item) {
-    Json parts = Json::array();
-    for (const ContentPart& part : item.content)
-        parts.push(Json::array().push(static_cast<uint32_t>(part.kind)).push(part.text));
-    return Json::array()
-        .push(static_cast<uint32_t>(item.kind))
-        .push(static_cast<uint32_t>(item.role))
-        .push(item.call_id)
-        .push(item.name)
-        .push(item.arguments)
-        .push(std::move(parts));
+Result<Request> read_settings(const Json& from) {
+    auto settings = read_request(from, Dialect::openai);
+    if (settings) settings->organisation = from["organisation"].as_string();
+    return settings;
 }
 
 template <class Kind>
@@ -120,7 +52,22 @@ Kind read_kind(const Json& from, Kind last) {
     return static_cast<Kind>(std::min<uint64_t>(from.as_uint(), static_cast<uint64_t>(last)));
 }
 
-Item read_item(const Json& from) {
+// ---- Saves of version 2: settings and items had forms of their own ---------------------------
+
+Json settings_of_version_2(Json from) {
+    Json bias = Json::object();
+    for (const Json& pair : from["logit_bias"].items())
+        bias.set(std::to_string(pair[0].as_int()), pair[1]);
+    if (from["logprobs"].as_bool())
+        from.set("include", Json::array().push("message.output_text.logprobs"));
+    const auto window = read_kind(from["window"], Window::flex);
+    from.set("metadata", Json::object().set(kWindowKey, window_name(window)));
+    for (const char* name : {"model", "instructions", "prompt_cache_key"})
+        if (from[name].as_string().empty()) from.erase(name);
+    return from.set("logit_bias", std::move(bias));
+}
+
+Item item_of_version_2(const Json& from) {
     Item out;
     out.kind = read_kind(from[0], Item::Kind::custom_tool_call_output);
     out.role = read_kind(from[1], Role::function);
@@ -131,6 +78,20 @@ Item read_item(const Json& from) {
         out.content.push_back(
             {read_kind(part[0], ContentPart::Kind::refusal), std::string(part[1].as_string())});
     return out;
+}
+
+Result<std::vector<Item>> read_items(const Json& from) {
+    std::vector<Item> items;
+    for (size_t i = 0; i < from.size(); ++i) {
+        if (from[i].is_array()) {
+            items.push_back(item_of_version_2(from[i]));
+            continue;
+        }
+        auto item = read_item(from[i], format("items[%zu]", i));
+        if (!item) return item.error();
+        items.push_back(std::move(*item));
+    }
+    return items;
 }
 
 // ---- The format of a save --------------------------------------------------------------------
@@ -353,7 +314,7 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     std::memcpy(&header, saved.data(), sizeof header);
     if (std::memcmp(header.magic, here.magic, sizeof header.magic) != 0)
         return refuse(ErrorKind::bad_data, "this is none");
-    if (header.version != here.version)
+    if (header.version != here.version && header.version != 2)
         return refuse(ErrorKind::unsupported, "written by another version of valar");
     const auto body = saved.subspan(sizeof header, saved.size() - sizeof header - sizeof sum);
     std::memcpy(&sum, saved.data() + saved.size() - sizeof sum, sizeof sum);
@@ -373,13 +334,19 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
         {reinterpret_cast<const char*>(body.data()), static_cast<size_t>(header.json_bytes)});
     if (!json) return refuse(ErrorKind::bad_data, json.error().message.c_str());
 
+    const Json& kept = (*json)["settings"];
+    auto settings = detail::read_settings(header.version == 2 ? detail::settings_of_version_2(kept)
+                                                              : kept);
+    auto items = detail::read_items((*json)["items"]);
+    if (!settings || !items)
+        return refuse(ErrorKind::bad_data,
+                      (settings ? items.error() : settings.error()).message.c_str());
     auto state = std::make_unique<State>();
     state->engine = &engine;
-    state->settings = detail::read_settings((*json)["settings"]);
+    state->settings = std::move(*settings);
+    state->items = std::move(*items);
     state->when_full = detail::read_kind((*json)["when_full"], WhenFull::drop_oldest_turns);
     state->forgotten = static_cast<uint32_t>((*json)["forgotten"].as_uint());
-    for (const Json& item : (*json)["items"].items())
-        state->items.push_back(detail::read_item(item));
     state->fixed = std::min<size_t>((*json)["fixed"].as_uint(), state->items.size());
     if (header.pages) state->salt = detail::sha256(saved.data(), saved.size()).hex();
     auto turn = engine.take_turn("restore()");

@@ -10,9 +10,6 @@ namespace detail {
 inline constexpr uint32_t kPageKinds = 2;  // a model has pages of one or two
 inline constexpr uint32_t kMaxRunning = 1024;
 inline constexpr uint32_t kMaxStepTokens = 32768;
-inline constexpr uint32_t kMaxLogprobs = 20;
-inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their bytes
-inline constexpr size_t kMaxStopBytes = 256;
 inline constexpr uint32_t kMaxDraft = 15;   // with the row before them a tile of columns
 inline constexpr uint32_t kFirstDraft = 5;  // six columns are cheap to multiply
 inline constexpr uint32_t kLeastDraft = 2;

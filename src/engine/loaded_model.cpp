@@ -27,8 +27,8 @@ namespace detail {
 namespace {
 
 // The file's own recommendation, as far as it is there.
-Result<SamplerOptions> read_sampling(const Gguf& gguf) {
-    SamplerOptions out;
+Result<Sampling> read_sampling(const Gguf& gguf) {
+    Sampling out;
     const struct {
         const char* key;
         double* value;

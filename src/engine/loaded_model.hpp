@@ -36,7 +36,7 @@ public:
     const ModelSpec& spec() const { return file_.spec; }
     const Tokenizer& tokenizer() const { return *tokenizer_; }
     const ChatTemplate& chat_template() const { return *chat_template_; }
-    const SamplerOptions& sampling() const { return sampling_; }  // where a request says nothing
+    const Sampling& sampling() const { return sampling_; }  // where a request says nothing
     const ModelInfo& info() const { return info_; }
     bool is_called(const std::string& name) const;
     /// A hash of the weights' shapes and first rows, made when it is first asked for. Errors: the
@@ -52,7 +52,7 @@ private:
     ModelFile file_;
     std::optional<Tokenizer> tokenizer_;
     std::optional<ChatTemplate> chat_template_;
-    SamplerOptions sampling_;
+    Sampling sampling_;
     ModelInfo info_;
     mutable std::mutex mutex_;  // guards fingerprint_
     mutable std::optional<Hash256> fingerprint_;

@@ -23,42 +23,14 @@ namespace detail {
 
 namespace {
 
-Result<void> check_range(const char* field, std::optional<double> value, double low, double high) {
-    if (!value || (*value >= low && *value <= high)) return {};
-    return refuse_field(field, format("%s: %g is not in %g..%g", field, *value, low, high));
-}
-
-// What the wire has checked already; a C++ caller's request comes straight here.
-Result<void> check_request(const Request& request) {
-    if (request.input.empty())
-        return refuse_field("input", "input: missing or empty", "missing_required_parameter");
-    if (request.max_output_tokens == 0u)
-        return refuse_field("max_output_tokens", "max_output_tokens: 0 is not positive");
-    if (request.top_logprobs > kMaxLogprobs)
-        return refuse_field("top_logprobs", format("top_logprobs: %u is more than %u",
-                                                   request.top_logprobs, kMaxLogprobs));
-    const struct {
-        const char* field;
-        std::optional<double> value;
-        double low, high;
-    } ranges[] = {
-        {"temperature", request.temperature, 0, 2},
-        {"top_p", request.top_p, 0, 1},
-        {"min_p", request.min_p, 0, 1},
-        {"presence_penalty", request.presence_penalty, -2, 2},
-        {"frequency_penalty", request.frequency_penalty, -2, 2},
-        {"repetition_penalty", request.repetition_penalty, 0.1, 10},
+// What an engine cannot hold an answer to it refuses.
+Result<void> check_promises(const Request& request) {
+    const auto later = [](const char* field) {
+        return make_error(ErrorKind::unsupported, std::string(field) + ": not in this version",
+                          "unsupported_parameter", field);
     };
-    for (const auto& [field, value, low, high] : ranges)
-        if (auto checked = check_range(field, value, low, high); !checked) return checked;
-    if (request.stop.size() > kMaxStops)
-        return refuse_field(
-            "stop", format("stop: %zu strings are more than %zu", request.stop.size(), kMaxStops));
-    for (const std::string& stop : request.stop)
-        if (stop.empty() || stop.size() > kMaxStopBytes || !utf8_valid(stop))
-            return refuse_field("stop", format("stop: a string has %zu bytes or is not UTF-8; "
-                                               "1..%zu are allowed",
-                                               stop.size(), kMaxStopBytes));
+    if (!request.format.empty()) return later("text.format");
+    if (!request.tools.empty()) return later("tools");
     return {};
 }
 
@@ -66,7 +38,9 @@ Result<void> check_bias(const Request& request, uint32_t n_vocab) {
     for (const auto& [token, bias] : request.logit_bias) {
         if (token < 0 || static_cast<uint32_t>(token) >= n_vocab)
             return refuse_field("logit_bias", format("logit_bias: there is no token %d", token));
-        if (auto checked = check_range("logit_bias", bias, -100, 100); !checked) return checked;
+        if (!(bias >= -kMaxBias && bias <= kMaxBias))
+            return refuse_field(
+                "logit_bias", format("logit_bias: %g is not in %g..%g", bias, -kMaxBias, kMaxBias));
     }
     return {};
 }
@@ -116,6 +90,7 @@ Result<void> PromptMaker::check(const Request& request) const {
         return make_error(ErrorKind::not_found, "the model '" + request.model + "' does not exist",
                           "model_not_found", "model");
     if (auto checked = check_request(request); !checked) return checked;
+    if (auto checked = check_promises(request); !checked) return checked;
     const auto& windows = options_.windows;
     if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
         return refuse_field(kWindowField, refused_window());
@@ -140,16 +115,13 @@ std::string PromptMaker::refused_window() const {
 }
 
 // What the request leaves open is the model's own default.
-void PromptMaker::resolve_sampling(const Request& request, SamplerOptions* out) const {
-    const SamplerOptions& defaults = model_.sampling();
-    *out = defaults;
-    out->temperature = request.temperature.value_or(defaults.temperature);
-    out->top_p = request.top_p.value_or(defaults.top_p);
-    out->top_k = request.top_k.value_or(defaults.top_k);
-    out->min_p = request.min_p.value_or(defaults.min_p);
-    out->presence_penalty = request.presence_penalty;
-    out->frequency_penalty = request.frequency_penalty;
-    out->repetition_penalty = request.repetition_penalty;
+void PromptMaker::resolve_sampling(const Request& request, Sampling* out) const {
+    *out = model_.sampling();
+    for (const NumberOption& row : number_options) {
+        const auto value = option_value(row, request);
+        if (value) out->*row.resolved = *value;
+    }
+    out->top_k = request.top_k.value_or(out->top_k);
     for (const auto& [token, bias] : request.logit_bias)
         out->logit_bias.emplace_back(token, static_cast<float>(bias));
 }

@@ -24,7 +24,7 @@ struct PreparedPrompt final : Prepared {
     uint64_t group = 0;              // of prompt_cache_key; 0: none
     std::string organisation;
     Window window = Window::standard;
-    SamplerOptions sampling;
+    Sampling sampling;
     uint32_t max_output = 0;
     bool logprobs = false;
     uint32_t top_logprobs = 0;
@@ -54,7 +54,7 @@ private:
     Result<void> check(const Request& request) const;
     Result<void> check_length(size_t tokens) const;
     std::string refused_window() const;
-    void resolve_sampling(const Request& request, SamplerOptions* out) const;
+    void resolve_sampling(const Request& request, Sampling* out) const;
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
     bool takes_long_rope(size_t tokens) const { return tokens > short_rope_tokens(model_.spec()); }
 

@@ -15,6 +15,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         return 0;
     }
     if (request->model.empty() || request->input.empty()) std::abort();
+    // What is kept of it says the same.
+    const valar::Json kept = valar::detail::request_json(*request);
+    auto read = valar::detail::read_request(kept, valar::Dialect::openai);
+    if (!read || !(valar::detail::request_json(*read) == kept)) std::abort();
+    (void)valar::detail::check_request(*request).ok();
     // What input_items shows is a valid input again, and says the same.
     const valar::Dialect openai = valar::Dialect::openai;
     valar::Json items = valar::detail::render_input_items(*body, "resp_1");
@@ -30,6 +35,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         valar::Outcome outcome;
         outcome.text = request->instructions;
         outcome.cut = size % 2 != 0;
+        if (size % 3 != 0) outcome.items = request->input.items;
         outcome.logprobs = {{request->user, -1.0f, {{request->model, -2.0f}}}};
         if (status == valar::Status::failed)
             outcome.error = valar::Error{valar::ErrorKind::internal, "x", "", ""};
