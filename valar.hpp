@@ -112,17 +112,18 @@
 // is included; with no more to do the rest of it is skipped.
 #if !defined(VALAR_HPP) || (defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED))
 
-_Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"B16\")") _Pragma("push_macro(\"BOOL\")")
-_Pragma("push_macro(\"Begin\")") _Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")")
-_Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Call\")") _Pragma("push_macro(\"Change\")")
-_Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")")
-_Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Done\")") _Pragma("push_macro(\"Each\")")
-_Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")") _Pragma("push_macro(\"Error\")")
-_Pragma("push_macro(\"Event\")") _Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"F16\")")
-_Pragma("push_macro(\"F32\")") _Pragma("push_macro(\"FILE\")") _Pragma("push_macro(\"Fault\")")
-_Pragma("push_macro(\"File\")") _Pragma("push_macro(\"First\")") _Pragma("push_macro(\"Format\")")
-_Pragma("push_macro(\"Frame\")") _Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")")
-_Pragma("push_macro(\"H\")") _Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")")
+_Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"At\")") _Pragma("push_macro(\"B16\")")
+_Pragma("push_macro(\"BOOL\")") _Pragma("push_macro(\"Begin\")") _Pragma("push_macro(\"Bound\")")
+_Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Call\")")
+_Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")")
+_Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Done\")")
+_Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")")
+_Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
+_Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"F16\")") _Pragma("push_macro(\"F32\")")
+_Pragma("push_macro(\"FILE\")") _Pragma("push_macro(\"Fault\")") _Pragma("push_macro(\"File\")")
+_Pragma("push_macro(\"First\")") _Pragma("push_macro(\"Format\")") _Pragma("push_macro(\"Frame\")")
+_Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")") _Pragma("push_macro(\"H\")")
+_Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")") _Pragma("push_macro(\"In\")")
 _Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")") _Pragma("push_macro(\"Items\")")
 _Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_macro(\"Job\")")
 _Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Kind\")")
@@ -147,12 +148,12 @@ _Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")") _Pragma("push_m
 _Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")")
 _Pragma("push_macro(\"Special\")") _Pragma("push_macro(\"Stage\")")
 _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
-_Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"T\")")
-_Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")") _Pragma("push_macro(\"Text\")")
-_Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")")
-_Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")")
-_Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")")
-_Pragma("push_macro(\"View\")") _Pragma("push_macro(\"W\")")
+_Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"Style\")")
+_Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")")
+_Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")")
+_Pragma("push_macro(\"Tool\")") _Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")")
+_Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Usage\")")
+_Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")") _Pragma("push_macro(\"W\")")
 _Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
 _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")") _Pragma("push_macro(\"a1\")")
 _Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")") _Pragma("push_macro(\"abs\")")
@@ -229,12 +230,12 @@ _Pragma("push_macro(\"epsilon\")") _Pragma("push_macro(\"erase\")") _Pragma("pus
 _Pragma("push_macro(\"error\")") _Pragma("push_macro(\"event\")") _Pragma("push_macro(\"exact\")")
 _Pragma("push_macro(\"exchange\")") _Pragma("push_macro(\"exit\")")
 _Pragma("push_macro(\"exp2f\")") _Pragma("push_macro(\"expect\")")
-_Pragma("push_macro(\"explicit\")") _Pragma("push_macro(\"extension\")")
-_Pragma("push_macro(\"extern\")") _Pragma("push_macro(\"f\")") _Pragma("push_macro(\"f16\")")
-_Pragma("push_macro(\"f32\")") _Pragma("push_macro(\"f64\")") _Pragma("push_macro(\"fabs\")")
-_Pragma("push_macro(\"factor\")") _Pragma("push_macro(\"fail\")") _Pragma("push_macro(\"failed\")")
-_Pragma("push_macro(\"false\")") _Pragma("push_macro(\"fast\")") _Pragma("push_macro(\"fault\")")
-_Pragma("push_macro(\"fclose\")") _Pragma("push_macro(\"fcntl\")")
+_Pragma("push_macro(\"explicit\")") _Pragma("push_macro(\"extend\")")
+_Pragma("push_macro(\"extension\")") _Pragma("push_macro(\"extern\")") _Pragma("push_macro(\"f\")")
+_Pragma("push_macro(\"f16\")") _Pragma("push_macro(\"f32\")") _Pragma("push_macro(\"f64\")")
+_Pragma("push_macro(\"fabs\")") _Pragma("push_macro(\"factor\")") _Pragma("push_macro(\"fail\")")
+_Pragma("push_macro(\"failed\")") _Pragma("push_macro(\"false\")") _Pragma("push_macro(\"fast\")")
+_Pragma("push_macro(\"fault\")") _Pragma("push_macro(\"fclose\")") _Pragma("push_macro(\"fcntl\")")
 _Pragma("push_macro(\"fdatasync\")") _Pragma("push_macro(\"fdopen\")")
 _Pragma("push_macro(\"feed\")") _Pragma("push_macro(\"feof\")") _Pragma("push_macro(\"ferror\")")
 _Pragma("push_macro(\"fflush\")") _Pragma("push_macro(\"fgets\")") _Pragma("push_macro(\"field\")")
@@ -335,10 +336,11 @@ _Pragma("push_macro(\"munmap\")") _Pragma("push_macro(\"mutable\")")
 _Pragma("push_macro(\"mutex\")") _Pragma("push_macro(\"n\")") _Pragma("push_macro(\"n_type\")")
 _Pragma("push_macro(\"name\")") _Pragma("push_macro(\"namespace\")") _Pragma("push_macro(\"nan\")")
 _Pragma("push_macro(\"nanosleep\")") _Pragma("push_macro(\"new\")")
-_Pragma("push_macro(\"newline\")") _Pragma("push_macro(\"next\")") _Pragma("push_macro(\"node\")")
-_Pragma("push_macro(\"nodes\")") _Pragma("push_macro(\"nodiscard\")")
-_Pragma("push_macro(\"noexcept\")") _Pragma("push_macro(\"noinline\")")
-_Pragma("push_macro(\"none\")") _Pragma("push_macro(\"noreturn\")") _Pragma("push_macro(\"norm\")")
+_Pragma("push_macro(\"newline\")") _Pragma("push_macro(\"next\")") _Pragma("push_macro(\"no\")")
+_Pragma("push_macro(\"node\")") _Pragma("push_macro(\"nodes\")")
+_Pragma("push_macro(\"nodiscard\")") _Pragma("push_macro(\"noexcept\")")
+_Pragma("push_macro(\"noinline\")") _Pragma("push_macro(\"none\")")
+_Pragma("push_macro(\"noreturn\")") _Pragma("push_macro(\"norm\")")
 _Pragma("push_macro(\"normal\")") _Pragma("push_macro(\"nothing\")") _Pragma("push_macro(\"now\")")
 _Pragma("push_macro(\"ns\")") _Pragma("push_macro(\"null\")") _Pragma("push_macro(\"nullptr\")")
 _Pragma("push_macro(\"num\")") _Pragma("push_macro(\"number\")") _Pragma("push_macro(\"o\")")
@@ -418,14 +420,15 @@ _Pragma("push_macro(\"shift\")") _Pragma("push_macro(\"short\")")
 _Pragma("push_macro(\"short_size\")") _Pragma("push_macro(\"show\")")
 _Pragma("push_macro(\"shutdown\")") _Pragma("push_macro(\"side\")") _Pragma("push_macro(\"sign\")")
 _Pragma("push_macro(\"signal\")") _Pragma("push_macro(\"signbit\")")
-_Pragma("push_macro(\"signed\")") _Pragma("push_macro(\"sink\")") _Pragma("push_macro(\"size\")")
-_Pragma("push_macro(\"size_t\")") _Pragma("push_macro(\"sizeof\")") _Pragma("push_macro(\"skip\")")
-_Pragma("push_macro(\"sleep\")") _Pragma("push_macro(\"slice\")") _Pragma("push_macro(\"slot\")")
-_Pragma("push_macro(\"slots\")") _Pragma("push_macro(\"snprintf\")")
-_Pragma("push_macro(\"sockaddr_in\")") _Pragma("push_macro(\"socket\")")
-_Pragma("push_macro(\"sort\")") _Pragma("push_macro(\"source\")") _Pragma("push_macro(\"sp\")")
-_Pragma("push_macro(\"space\")") _Pragma("push_macro(\"span\")") _Pragma("push_macro(\"special\")")
-_Pragma("push_macro(\"split\")") _Pragma("push_macro(\"sprintf\")") _Pragma("push_macro(\"sqrt\")")
+_Pragma("push_macro(\"signed\")") _Pragma("push_macro(\"silent\")") _Pragma("push_macro(\"sink\")")
+_Pragma("push_macro(\"size\")") _Pragma("push_macro(\"size_t\")") _Pragma("push_macro(\"sizeof\")")
+_Pragma("push_macro(\"skip\")") _Pragma("push_macro(\"sleep\")") _Pragma("push_macro(\"slice\")")
+_Pragma("push_macro(\"slot\")") _Pragma("push_macro(\"slots\")")
+_Pragma("push_macro(\"snprintf\")") _Pragma("push_macro(\"sockaddr_in\")")
+_Pragma("push_macro(\"socket\")") _Pragma("push_macro(\"sort\")") _Pragma("push_macro(\"source\")")
+_Pragma("push_macro(\"sp\")") _Pragma("push_macro(\"space\")") _Pragma("push_macro(\"span\")")
+_Pragma("push_macro(\"special\")") _Pragma("push_macro(\"split\")")
+_Pragma("push_macro(\"sprintf\")") _Pragma("push_macro(\"sqrt\")")
 _Pragma("push_macro(\"srandom\")") _Pragma("push_macro(\"src\")")
 _Pragma("push_macro(\"ssize_t\")") _Pragma("push_macro(\"stage\")")
 _Pragma("push_macro(\"start\")") _Pragma("push_macro(\"stat\")") _Pragma("push_macro(\"state\")")
@@ -498,9 +501,10 @@ _Pragma("push_macro(\"wcsdup\")") _Pragma("push_macro(\"weight\")") _Pragma("pus
 _Pragma("push_macro(\"while\")") _Pragma("push_macro(\"width\")") _Pragma("push_macro(\"window\")")
 _Pragma("push_macro(\"word\")") _Pragma("push_macro(\"work\")") _Pragma("push_macro(\"worker\")")
 _Pragma("push_macro(\"write\")") _Pragma("push_macro(\"writev\")") _Pragma("push_macro(\"x\")")
-_Pragma("push_macro(\"y\")") _Pragma("push_macro(\"yield\")") _Pragma("push_macro(\"z\")")
-_Pragma("push_macro(\"zero\")")
+_Pragma("push_macro(\"y\")") _Pragma("push_macro(\"yes\")") _Pragma("push_macro(\"yield\")")
+_Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Add
+#undef At
 #undef B16
 #undef BOOL
 #undef Begin
@@ -533,6 +537,7 @@ _Pragma("push_macro(\"zero\")")
 #undef H
 #undef HANDLE
 #undef Handle
+#undef In
 #undef Input
 #undef Item
 #undef Items
@@ -602,6 +607,7 @@ _Pragma("push_macro(\"zero\")")
 #undef Status
 #undef Step
 #undef Store
+#undef Style
 #undef T
 #undef Table
 #undef Tensor
@@ -809,6 +815,7 @@ _Pragma("push_macro(\"zero\")")
 #undef exp2f
 #undef expect
 #undef explicit
+#undef extend
 #undef extension
 #undef extern
 #undef f
@@ -1073,6 +1080,7 @@ _Pragma("push_macro(\"zero\")")
 #undef new
 #undef newline
 #undef next
+#undef no
 #undef node
 #undef nodes
 #undef nodiscard
@@ -1278,6 +1286,7 @@ _Pragma("push_macro(\"zero\")")
 #undef signal
 #undef signbit
 #undef signed
+#undef silent
 #undef sink
 #undef size
 #undef size_t
@@ -1475,6 +1484,7 @@ _Pragma("push_macro(\"zero\")")
 #undef writev
 #undef x
 #undef y
+#undef yes
 #undef yield
 #undef z
 #undef zero
@@ -22906,43 +22916,6 @@ bool ChatTemplate::mentions(std::string_view word) const {
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
-// ---- src/template/output.cpp -------------------------------------------------------------------
-
-#ifndef VALAR_NO_INFERENCE
-namespace valar {
-inline namespace v1 {
-namespace detail {
-namespace {
-
-class PlainOutput final : public OutputParser {
-public:
-    void text(std::string_view more, OutputSink& out) override {
-        if (more.empty()) return;
-        if (!begun_) out.begin_item(Item::Kind::message);
-        begun_ = true;
-        out.extend_item(more);
-    }
-    bool mark(const OutputMark& mark, OutputSink& out) override {
-        if (mark.is_text && !mark.ends) text(mark.spelling, out);
-        return mark.ends;
-    }
-    void finish(bool, OutputSink& out) override {
-        if (begun_) out.end_item();
-    }
-
-private:
-    bool begun_ = false;
-};
-
-}  // namespace
-
-std::unique_ptr<OutputParser> plain_output() { return std::make_unique<PlainOutput>(); }
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-#endif  // VALAR_NO_INFERENCE
-
 // ---- src/template/messages.cpp -----------------------------------------------------------------
 
 // From the items of a request to the messages that a template expects.
@@ -23093,6 +23066,2000 @@ Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& cha
     turns = with_known_roles(std::move(turns), shape);
     if (shape.joins) turns = with_neighbours_joined(std::move(turns));
     return input_of_turns(turns, shape, bos, eos, now_s);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/syntax.hpp -------------------------------------------------------------------
+
+// How the families of models write thoughts and calls of tools: a row each.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// How a call and its arguments are written.
+enum class CallStyle : uint8_t {
+    object,    // {"name": "f", "arguments": {"k": 1}}
+    named,     // a mark, the name, {"k": 1}
+    tagged,    // the name, then each argument between marks; strings as they are
+    python,    // f(k=1)
+    gemma,     // call:f{k:1}, strings between marks of their own
+    channels,  // harmony: to=functions.f in the head of a message of its own
+};
+
+/// In a row's texts: a number (of the call, from 0), an identifier, and `true` before a string
+/// argument, `false` before another.
+inline constexpr char kCallNumber = '\1', kCallId = '\2', kIsString = '\3';
+
+/// Calls of one family: `open`, then per call `before` NAME `after_name` ARGUMENTS `after`, with
+/// `between` two calls, then `close`. A model may write other white space where these have some.
+struct CallSyntax {
+    std::string_view name;                         // as --tool-format has it
+    std::array<std::string_view, 3> found_by;      // all stand in the template or what it renders
+    std::array<std::string_view, 2> found_tokens;  // or all are special tokens of the vocabulary
+    CallStyle style;
+    std::array<std::string_view, 2> marks;  // with one of these calls begin
+    std::string_view open, before, after_name, after, between, close;
+    // tagged: around each argument; gemma, `key`: around a string
+    std::string_view key = {}, value = {}, value_end = {};
+};
+std::span<const CallSyntax> call_syntaxes();
+
+/// Thoughts of one family. Texts of several marks have white space that a model may vary.
+struct ThoughtSyntax {
+    std::string_view name;
+    std::array<std::string_view, 2> found_by;  // as above
+    std::string_view open, close;
+    std::array<std::string_view, 4> ignored = {};  // marks around the answer itself
+};
+std::span<const ThoughtSyntax> thought_syntaxes();
+
+/// Special tokens inside of texts: a byte that no UTF-8 text has stands before and after each, so
+/// that a token and a text that only looks like one differ.
+inline constexpr char kTokenBegin = '\xFF', kTokenEnd = '\xFE';
+/// Without those bytes.
+std::string without_token_bytes(std::string_view text);
+
+/// The rows of one model, their special tokens marked as such.
+struct AnswerSyntax {
+    struct Calls {
+        std::string_view name;
+        CallStyle style = CallStyle::object;
+        std::vector<std::string> marks;
+        std::string open, before, after_name, after, between, close, key, value, value_end;
+    };
+    struct Thought {
+        std::string open, close;  // empty: none
+        std::vector<std::string> ignored;
+    };
+    Calls calls;
+    Thought thought;
+    std::vector<std::string> tokens;  // special tokens that occur in them
+    bool has_thought() const { return !thought.open.empty(); }
+    bool channels() const { return calls.style == CallStyle::channels; }
+};
+
+/// Which spellings a vocabulary has as one special token.
+struct SpecialTokens {
+    virtual ~SpecialTokens() = default;
+    virtual bool has(std::string_view spelling) const = 0;
+};
+
+/// What `chat_template` and the vocabulary tell of a model. `tool_format`: the name of a row of
+/// call_syntaxes(); empty: found. Errors: invalid_request for an unknown name.
+Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
+                                        const SpecialTokens& special,
+                                        std::string_view tool_format = {});
+
+/// Where a rendered prompt leaves the model: what it writes next.
+enum class ThoughtState : uint8_t {
+    free,    // a thought or the answer
+    open,    // in a thought that the template has begun
+    closed,  // the answer: the template wrote an empty thought, or its end
+};
+/// Only bytes of the template count: marks in a request's text are text.
+ThoughtState thought_state(const MarkedText& prompt, const AnswerSyntax& syntax);
+
+struct AnswerParserOptions {
+    std::vector<Tool> tools = {};  ///< a custom one is called with {"input": text}
+    ThoughtState thought = ThoughtState::free;
+    /// A JSON object with a tool's name is a call even without the family's marks, where an answer
+    /// begins with it, be it in a fence.
+    bool bare_calls = true;
+    /// Decoding is held to the syntax: arguments go out as they come. Else a call goes out when it
+    /// is whole, so that what proves to be none is still text.
+    bool constrained = true;
+};
+std::unique_ptr<OutputParser> answer_parser(std::shared_ptr<const AnswerSyntax> syntax,
+                                            AnswerParserOptions options);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/template/syntax.cpp -------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- The rows ---------------------------------------------------------------------------------
+
+// In the order in which they are looked for: what tells more comes first.
+std::span<const CallSyntax> call_syntaxes() {
+    // clang-format off
+#define VALAR_BAR "\xEF\xBD\x9C"    // the wide bar of DeepSeek's marks
+#define VALAR_LOW "\xE2\x96\x81"    // and their low line
+#define VALAR_DSML VALAR_BAR "DSML" VALAR_BAR
+    using enum CallStyle;
+    static constexpr CallSyntax rows[] = {
+        {"harmony", {"<|channel|>commentary"}, {"<|channel|>", "<|call|>"}, channels,
+         {}, "", "", "", "", "", ""},
+        {"gemma4", {"<|tool_call>call:"}, {"<|tool_call>", "<tool_call|>"}, gemma,
+         {"<|tool_call>"}, "", "<|tool_call>call:", "", "<tool_call|>", "", "", "<|\"|>"},
+        {"functiongemma", {"<start_function_call>call:"},
+         {"<start_function_call>", "<end_function_call>"}, gemma, {"<start_function_call>"},
+         "", "<start_function_call>call:", "", "<end_function_call>", "", "", "<escape>"},
+        {"qwen3-coder", {"<tool_call>", "<function=", "<parameter="}, {}, tagged, {"<tool_call>"},
+         "", "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", "\n", "",
+         "<parameter=", ">\n", "\n</parameter>\n"},
+        {"seed", {"<seed:tool_call>"}, {"<seed:tool_call>", "</seed:tool_call>"}, tagged,
+         {"<seed:tool_call>"}, "", "<seed:tool_call>\n<function=", ">\n",
+         "</function>\n</seed:tool_call>", "\n", "", "<parameter=", ">", "</parameter>\n"},
+        {"minicpm5", {"<function name=", "<param name="}, {}, tagged, {"<function name="},
+         "", "<function name=\"", "\">", "</function>", "\n", "",
+         "<param name=\"", "\">", "</param>"},
+        {"hy3", {"<arg_key:opensource>", "<tool_sep:opensource>"}, {}, tagged,
+         {"<tool_calls:opensource>", "<tool_call:opensource>"}, "<tool_calls:opensource>\n",
+         "<tool_call:opensource>", "<tool_sep:opensource>\n", "</tool_call:opensource>", "\n",
+         "\n</tool_calls:opensource>", "<arg_key:opensource>",
+         "</arg_key:opensource>\n<arg_value:opensource>", "</arg_value:opensource>\n"},
+        {"glm", {"</arg_key>\n<arg_value>"}, {}, tagged, {"<tool_call>"}, "", "<tool_call>", "\n",
+         "</tool_call>", "\n", "", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"},
+        {"glm47", {"<arg_key>"}, {"<arg_key>", "<arg_value>"}, tagged, {"<tool_call>"}, "",
+         "<tool_call>", "", "</tool_call>", "", "", "<arg_key>", "</arg_key><arg_value>",
+         "</arg_value>"},
+        {"deepseek32", {"<" VALAR_DSML "function_calls>"}, {}, tagged,
+         {"<" VALAR_DSML "function_calls>"}, "<" VALAR_DSML "function_calls>\n",
+         "<" VALAR_DSML "invoke name=\"", "\">\n", "</" VALAR_DSML "invoke>", "\n",
+         "\n</" VALAR_DSML "function_calls>", "<" VALAR_DSML "parameter name=\"",
+         "\" string=\"\3\">", "</" VALAR_DSML "parameter>\n"},
+        {"deepseek4", {"<" VALAR_DSML "tool_calls>"}, {}, tagged,
+         {"<" VALAR_DSML "tool_calls>"}, "<" VALAR_DSML "tool_calls>\n",
+         "<" VALAR_DSML "invoke name=\"", "\">\n", "</" VALAR_DSML "invoke>", "\n",
+         "\n</" VALAR_DSML "tool_calls>", "<" VALAR_DSML "parameter name=\"",
+         "\" string=\"\3\">", "</" VALAR_DSML "parameter>\n"},
+        {"minimax-m2", {"<minimax:tool_call>", "<parameter name="},
+         {"<minimax:tool_call>", "</minimax:tool_call>"}, tagged, {"<minimax:tool_call>"},
+         "<minimax:tool_call>\n", "<invoke name=\"", "\">\n", "</invoke>", "\n",
+         "\n</minimax:tool_call>", "<parameter name=\"", "\">", "</parameter>\n"},
+        {"deepseek3", {"<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+                       "```json"}, {}, named,
+         {"<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+          "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "begin" VALAR_BAR ">"},
+         "<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+         "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "begin" VALAR_BAR ">function"
+         "<" VALAR_BAR "tool" VALAR_LOW "sep" VALAR_BAR ">", "\n```json\n",
+         "\n```<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "end" VALAR_BAR ">", "\n",
+         "<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "end" VALAR_BAR ">"},
+        {"deepseek31", {"<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">"}, {},
+         named, {"<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+                 "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "begin" VALAR_BAR ">"},
+         "<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+         "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "begin" VALAR_BAR ">",
+         "<" VALAR_BAR "tool" VALAR_LOW "sep" VALAR_BAR ">",
+         "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "end" VALAR_BAR ">", "",
+         "<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "end" VALAR_BAR ">"},
+        {"kimi", {"<|tool_calls_section_begin|>"},
+         {"<|tool_calls_section_begin|>", "<|tool_call_begin|>"}, named,
+         {"<|tool_calls_section_begin|>", "<|tool_call_begin|>"}, "<|tool_calls_section_begin|>",
+         "<|tool_call_begin|>functions.", ":\1<|tool_call_argument_begin|>", "<|tool_call_end|>",
+         "", "<|tool_calls_section_end|>"},
+        {"solar", {"<|tool_call:begin|>"}, {"<|tool_call:begin|>", "<|tool_call:end|>"}, named,
+         {"<|tool_calls|>", "<|tool_call:begin|>"}, "<|tool_calls|>",
+         "<|tool_call:begin|>\2<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>", "",
+         ""},
+        {"mistral-small", {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"}, {}, named, {"[TOOL_CALLS]"}, "",
+         "[TOOL_CALLS]", "[CALL_ID]\2[ARGS]", "", "", ""},
+        {"mistral", {"[TOOL_CALLS]", "[ARGS]"}, {"[TOOL_CALLS]", "[ARGS]"}, named,
+         {"[TOOL_CALLS]"}, "", "[TOOL_CALLS]", "[ARGS]", "", "", ""},
+        {"mistral-old", {"[TOOL_CALLS]"}, {"[TOOL_CALLS]"}, object, {"[TOOL_CALLS]"},
+         "[TOOL_CALLS][", "{\"name\": \"", "\", \"arguments\": ", "}", ", ", "]"},
+        {"command-r7b", {"<|START_ACTION|>"}, {"<|START_ACTION|>", "<|END_ACTION|>"}, object,
+         {"<|START_ACTION|>"}, "<|START_ACTION|>[\n    ",
+         "{\"tool_call_id\": \"\1\", \"tool_name\": \"", "\", \"parameters\": ", "}", ",\n    ",
+         "\n]<|END_ACTION|>"},
+        {"command-r", {"Action:", "```json", "\"tool_name\""}, {}, object, {"Action:"},
+         "Action: ```json\n[\n    ", "{\n        \"tool_name\": \"",
+         "\",\n        \"parameters\": ", "\n    }", ",\n    ", "\n]```"},
+        {"lfm2", {"<|tool_call_start|>"}, {"<|tool_call_start|>", "<|tool_call_end|>"}, python,
+         {"<|tool_call_start|>"}, "<|tool_call_start|>[", "", "(", ")", ", ",
+         "]<|tool_call_end|>"},
+        {"phi4-mini", {"<|tool|>", "<|/tool|>"}, {"<|tool_call|>", "<|/tool_call|>"}, object,
+         {"<|tool_call|>"}, "<|tool_call|>[", "{\"name\": \"", "\", \"arguments\": ", "}", ", ",
+         "]<|/tool_call|>"},
+        {"granite3", {"<|tool_call|>"}, {"<|tool_call|>"}, object, {"<|tool_call|>"},
+         "<|tool_call|>[", "{\"name\": \"", "\", \"arguments\": ", "}", ", ", "]"},
+        {"apertus", {"<|tools_prefix|>"}, {"<|tools_prefix|>", "<|tools_suffix|>"}, named,
+         {"<|tools_prefix|>"}, "<|tools_prefix|>[", "{\"", "\": ", "}", ", ", "]<|tools_suffix|>"},
+        {"nemotron", {"<TOOLCALL>"}, {}, object, {"<TOOLCALL>"}, "<TOOLCALL>[", "{\"name\": \"",
+         "\", \"arguments\": ", "}", ", ", "]</TOOLCALL>"},
+        {"minimax-m1", {"<tool_calls>\n{"}, {}, object, {"<tool_calls>"}, "<tool_calls>\n",
+         "{\"name\": \"", "\", \"arguments\": ", "}", "\n", "\n</tool_calls>"},
+        {"tool_calls", {"<tool_calls>"}, {}, object, {"<tool_calls>"}, "<tool_calls>[",
+         "{\"name\": \"", "\", \"arguments\": ", "}", ", ", "]</tool_calls>"},
+        {"hermes", {"<tool_call>"}, {"<tool_call>", "</tool_call>"}, object, {"<tool_call>"}, "",
+         "<tool_call>\n{\"name\": \"", "\", \"arguments\": ", "}\n</tool_call>", "\n", ""},
+        {"functionary", {"<function=", "</function>"}, {}, named, {"<function="}, "",
+         "<function=", ">", "</function>", "", ""},
+        {"gigachat", {"<|function_call|>"}, {"<|function_call|>"}, object, {"<|function_call|>"},
+         "", "<|function_call|>{\"name\": \"", "\", \"arguments\": ", "}", "", ""},
+        {"llama4", {"<|python_start|>", "\"parameters\""}, {}, object,
+         {"<|python_start|>", "<|python_end|>"}, "",
+         "{\"name\": \"", "\", \"parameters\": ", "}", "", ""},
+        {"llama3", {"\"parameters\"", "<|start_header_id|>"}, {"<|python_tag|>"}, object,
+         {"<|python_tag|>"}, "", "{\"name\": \"", "\", \"parameters\": ", "}", "; ", ""},
+        {"json", {}, {}, object, {}, "", "{\"name\": \"", "\", \"arguments\": ", "}", "\n",
+         ""},
+    };
+#undef VALAR_BAR
+#undef VALAR_LOW
+#undef VALAR_DSML
+    // clang-format on
+    return rows;
+}
+
+std::span<const ThoughtSyntax> thought_syntaxes() {
+    // clang-format off
+    static constexpr ThoughtSyntax rows[] = {
+        {"gemma4", {"<|channel>thought"}, "<|channel>thought\n", "\n<channel|>"},
+        {"mistral", {"[THINK]", "[/THINK]"}, "[THINK]", "[/THINK]"},
+        {"seed", {"<seed:think>"}, "<seed:think>", "</seed:think>"},
+        {"command", {"<|START_THINKING|>"}, "<|START_THINKING|>", "<|END_THINKING|>",
+         {"<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"}},
+        {"minimax-m3", {"<mm:think>"}, "<mm:think>", "</mm:think>"},
+        {"hy3", {"<think:opensource>"}, "<think:opensource>", "</think:opensource>"},
+        {"apriel", {"[BEGIN FINAL RESPONSE]"}, "Here are my reasoning steps:\n",
+         "\n[BEGIN FINAL RESPONSE]\n"},
+        {"apertus", {"<|inner_prefix|>"}, "<|inner_prefix|>", "<|inner_suffix|>"},
+        {"solar", {"<|think|>", "<|begin|>"}, "<|think|>", "<|end|><|begin|>assistant",
+         {"<|content|>"}},
+        {"granite", {"<think></think>", "<response></response>"}, "<think>", "</think>",
+         {"<response>", "</response>"}},
+        {"exaone-deep", {"<thought>", "</thought>"}, "<thought>\n", "\n</thought>\n"},
+        {"think", {"<think>"}, "<think>\n", "\n</think>\n\n"},
+        {"think", {"</think>"}, "<think>\n", "\n</think>\n\n"},
+    };
+    // clang-format on
+    return rows;
+}
+
+// ---- Found for one model ----------------------------------------------------------------------
+
+namespace {
+
+Json call_message(bool text_arguments, bool two_calls) {
+    Json arguments = Json::object().set("city", "Paris").set("days", 3);
+    Json function = Json::object().set("name", "probe-call");
+    function.set("arguments", text_arguments ? Json(arguments.write(json_python)) : arguments);
+    Json call = Json::object().set("id", "callprobe").set("type", "function");
+    call.set("function", std::move(function));
+    Json calls = Json::array().push(call);
+    if (two_calls) calls.push(std::move(call));
+    return Json::object()
+        .set("role", "assistant")
+        .set("content", "")
+        .set("reasoning_content", "probe-thought")
+        .set("tool_calls", std::move(calls));
+}
+
+Json probe_tools() {
+    Json city = Json::object().set("type", "string").set("description", "probe");
+    Json days = Json::object().set("type", "integer").set("description", "probe");
+    Json parameters = Json::object().set("type", "object");
+    parameters.set("properties", Json::object().set("city", city).set("days", days));
+    parameters.set("required", Json::array().push("city"));
+    Json function = Json::object().set("name", "probe-call").set("description", "probe");
+    function.set("parameters", std::move(parameters));
+    Json tool = Json::object().set("type", "function").set("function", std::move(function));
+    return Json::array().push(std::move(tool));
+}
+
+/// The template, and what it makes of a call: some build their marks from pieces.
+std::string source_and_probes(const ChatTemplate& chat_template) {
+    std::string all = chat_template.source();
+    for (int way = 0; way < 4; ++way) {
+        TemplateInput input;
+        Json messages = Json::array();
+        messages.push(Json::object().set("role", "user").set("content", "probe-of-user"));
+        messages.push(call_message(way & 1, way & 2));
+        input.request.set("messages", std::move(messages)).set("tools", probe_tools());
+        input.own.set("add_generation_prompt", true).set("bos_token", "").set("eos_token", "");
+        const auto made = chat_template.render(input);
+        if (made && made->text.find("probe-call") != std::string::npos) return all + made->text;
+    }
+    return all;
+}
+
+template <class Marks, class Has>
+bool has_all(const Marks& marks, Has has) {
+    return !marks[0].empty() && std::all_of(marks.begin(), marks.end(), [&](std::string_view mark) {
+        return mark.empty() || has(mark);
+    });
+}
+
+const CallSyntax* named_syntax(std::string_view name) {
+    for (const CallSyntax& row : call_syntaxes())
+        if (row.name == name) return &row;
+    return nullptr;
+}
+
+const CallSyntax& syntax_of(std::string_view texts, const SpecialTokens& special) {
+    const auto stands = [&](std::string_view mark) {
+        return texts.find(mark) != std::string_view::npos;
+    };
+    const auto is_token = [&](std::string_view mark) { return special.has(mark); };
+    for (const CallSyntax& row : call_syntaxes())
+        if (has_all(row.found_by, stands)) return row;
+    for (const CallSyntax& row : call_syntaxes())
+        if (has_all(row.found_tokens, is_token)) return row;
+    return *named_syntax("json");
+}
+
+/// Marks the special tokens in the texts of rows.
+class TokenMarker {
+public:
+    TokenMarker(const SpecialTokens& special, std::vector<std::string>* found)
+        : special_(special), found_(*found) {}
+
+    std::string operator()(std::string_view text) {
+        std::string out;
+        while (!text.empty()) {
+            const size_t size = token_size(text);
+            if (size == 0) {
+                out += text.front();
+                text.remove_prefix(1);
+                continue;
+            }
+            const std::string token(text.substr(0, size));
+            out += kTokenBegin + token + kTokenEnd;
+            if (std::find(found_.begin(), found_.end(), token) == found_.end())
+                found_.push_back(token);
+            text.remove_prefix(size);
+        }
+        return out;
+    }
+
+private:
+    /// Of the longest token that the text begins with, or 0.
+    size_t token_size(std::string_view text) const {
+        if (text.front() != '<' && text.front() != '[') return 0;
+        for (size_t size = text.size(); size > 1; --size)
+            if ((text[size - 1] == '>' || text[size - 1] == ']') &&
+                special_.has(text.substr(0, size)))
+                return size;
+        return 0;
+    }
+
+    const SpecialTokens& special_;
+    std::vector<std::string>& found_;
+};
+
+}  // namespace
+
+std::string without_token_bytes(std::string_view text) {
+    std::string out;
+    out.reserve(text.size());
+    for (char c : text)
+        if (c != kTokenBegin && c != kTokenEnd) out += c;
+    return out;
+}
+
+Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
+                                        const SpecialTokens& special,
+                                        std::string_view tool_format) {
+    const std::string texts = source_and_probes(chat_template);
+    const CallSyntax* row = tool_format.empty() ? &syntax_of(texts, special)
+                                                : named_syntax(tool_format);
+    if (!row)
+        return make_error(ErrorKind::invalid_request,
+                          "unknown tool format " + printable(tool_format));
+    AnswerSyntax made;
+    TokenMarker marked(special, &made.tokens);
+    AnswerSyntax::Calls& calls = made.calls;
+    calls.name = row->name;
+    calls.style = row->style;
+    for (std::string_view mark : row->marks)
+        if (!mark.empty()) calls.marks.push_back(marked(mark));
+    const std::pair<std::string*, std::string_view> parts[] = {
+        {&calls.open, row->open},   {&calls.before, row->before},
+        {&calls.after, row->after}, {&calls.after_name, row->after_name},
+        {&calls.key, row->key},     {&calls.between, row->between},
+        {&calls.value, row->value}, {&calls.value_end, row->value_end},
+        {&calls.close, row->close}};
+    for (const auto& [to, from] : parts) *to = marked(from);
+    for (const ThoughtSyntax& thought : thought_syntaxes()) {
+        if (made.channels() || !has_all(thought.found_by, [&](std::string_view mark) {
+                return texts.find(mark) != std::string::npos;
+            }))
+            continue;
+        made.thought.open = marked(thought.open);
+        made.thought.close = marked(thought.close);
+        for (std::string_view mark : thought.ignored)
+            if (!mark.empty()) made.thought.ignored.push_back(marked(mark));
+        break;
+    }
+    return made;
+}
+
+// ---- Where a prompt ends ----------------------------------------------------------------------
+
+namespace {
+
+std::string_view without_spaces(std::string_view text) {
+    const char* spaces = " \t\r\n";
+    const size_t first = text.find_first_not_of(spaces);
+    if (first == std::string_view::npos) return {};
+    return text.substr(first, text.find_last_not_of(spaces) - first + 1);
+}
+
+bool ends_with_mark(std::string_view text, std::string_view mark) {
+    const std::string plain = without_token_bytes(without_spaces(mark));
+    return !plain.empty() && text.ends_with(plain);
+}
+
+}  // namespace
+
+ThoughtState thought_state(const MarkedText& prompt, const AnswerSyntax& syntax) {
+    std::string_view tail = prompt.text;
+    if (!prompt.from_request.empty()) tail.remove_prefix(prompt.from_request.back().end);
+    tail = without_spaces(tail);
+    const AnswerSyntax::Thought& thought = syntax.thought;
+    if (ends_with_mark(tail, thought.open)) return ThoughtState::open;
+    if (ends_with_mark(tail, thought.close)) return ThoughtState::closed;
+    for (const std::string& mark : thought.ignored)
+        if (ends_with_mark(tail, mark)) return ThoughtState::closed;
+    return ThoughtState::free;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/literal.hpp ------------------------------------------------------------------
+
+// Values as models write them, to JSON.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Reads one value byte by byte and writes it as JSON without white space: strings as soon as they
+/// come, numbers and words when they end. What it has written is a prefix of valid JSON.
+class LiteralReader {
+public:
+    enum class Style : uint8_t {
+        json,
+        python,  // 'a' or "a", True, None, (1, 2)
+        gemma,   // keys without quotes, strings between marks of their own
+    };
+    enum class Status : uint8_t {
+        more,
+        done,   // with this byte
+        ended,  // before this byte, which is not part of it
+        wrong,
+    };
+    static constexpr size_t max_depth = 100;
+    static constexpr size_t max_word = 400;
+
+    explicit LiteralReader(Style style = Style::json, std::string_view quote = {})
+        : style_(style), quote_(quote) {}
+    Status push(char c, std::string& out);
+    /// As push of a byte that is part of no value.
+    Status finish(std::string& out) { return push('\0', out); }
+    bool fresh() const { return fresh_; }  ///< nothing of the value has come
+
+private:
+    enum class Wants : uint8_t { value, value_or_end, key_or_end, key, colon, comma_or_end };
+    enum class In : uint8_t { structure, word, opening, string, escape, hex };
+
+    Status structure(char c, std::string& out);
+    Status begin_value(char c, std::string& out);
+    Status open(char c, std::string& out);
+    Status close(char c, std::string& out);
+    Status begin_string(char c, std::string& out);
+    Status value_ended();
+    Status end_word(std::string& out);
+    Status string_byte(char c, std::string& out);
+    Status quote_byte(char c, std::string& out);
+    Status escape_byte(char c, std::string& out);
+    Status hex_byte(char c, std::string& out);
+    Status end_string(std::string& out);
+    void put_code(uint32_t code, std::string& out);
+    void put_byte(char c, std::string& out);
+    void put_comma(std::string& out);
+
+    Style style_;
+    std::string quote_;  // gemma's
+    In in_ = In::structure;
+    Wants wants_ = Wants::value;
+    std::string nest_;  // a '{', '[' or '(' a level
+    std::string word_;
+    char end_quote_ = 0;  // of the string; 0: quote_
+    size_t matched_ = 0;  // bytes of quote_
+    uint32_t code_ = 0;   // of an escape
+    int hex_left_ = 0;
+    uint32_t high_ = 0;   // the first half of a pair of surrogates
+    bool comma_ = false;  // not yet written
+    bool is_key_ = false;
+    bool fresh_ = true;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/template/literal.cpp ------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+bool is_word_byte(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' ||
+           c == '+' || c == '.' || c == '_' || c == '$';
+}
+
+bool is_value_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
+
+/// As JSON has it, or nothing.
+std::string_view json_word(std::string_view word, bool json_only) {
+    for (std::string_view known : {"true", "false", "null"})
+        if (word == known) return known;
+    if (json_only) return {};
+    const std::pair<std::string_view, std::string_view> words[] = {
+        {"True", "true"}, {"False", "false"}, {"None", "null"}};
+    for (const auto& [theirs, ours] : words)
+        if (word == theirs) return ours;
+    return {};
+}
+
+}  // namespace
+
+LiteralReader::Status LiteralReader::push(char c, std::string& out) {
+    switch (in_) {
+        case In::structure: return structure(c, out);
+        case In::opening: return quote_byte(c, out);
+        case In::string: return string_byte(c, out);
+        case In::escape: return escape_byte(c, out);
+        case In::hex: return hex_byte(c, out);
+        case In::word: break;
+    }
+    if (is_word_byte(c)) {
+        if (word_.size() == max_word) return Status::wrong;
+        word_ += c;
+        return Status::more;
+    }
+    const Status ended = end_word(out);
+    if (ended == Status::done) return Status::ended;
+    return ended == Status::more ? structure(c, out) : ended;
+}
+
+LiteralReader::Status LiteralReader::structure(char c, std::string& out) {
+    if (is_value_space(c)) return Status::more;
+    fresh_ = false;
+    switch (wants_) {
+        case Wants::colon:
+            if (c != ':') return Status::wrong;
+            out += ':';
+            wants_ = Wants::value;
+            return Status::more;
+        case Wants::comma_or_end:
+            if (c != ',') return close(c, out);
+            comma_ = true;
+            wants_ = nest_.back() == '{' ? Wants::key : Wants::value;
+            return Status::more;
+        case Wants::key:
+        case Wants::key_or_end:
+            if (c == '}' && (wants_ == Wants::key_or_end || style_ != Style::json))
+                return close(c, out);
+            is_key_ = true;
+            if (style_ == Style::gemma && is_word_byte(c)) {
+                put_comma(out);
+                word_ = c;
+                in_ = In::word;
+                return Status::more;
+            }
+            return begin_string(c, out);
+        case Wants::value:
+        case Wants::value_or_end: break;
+    }
+    const bool end = c == ']' || c == ')';
+    if (end && (wants_ == Wants::value_or_end || (comma_ && style_ != Style::json)))
+        return close(c, out);
+    is_key_ = false;
+    return begin_value(c, out);
+}
+
+LiteralReader::Status LiteralReader::begin_value(char c, std::string& out) {
+    if (c == '{' || c == '[' || (c == '(' && style_ == Style::python)) return open(c, out);
+    if (!is_word_byte(c)) return begin_string(c, out);
+    put_comma(out);
+    word_ = c;
+    in_ = In::word;
+    return Status::more;
+}
+
+LiteralReader::Status LiteralReader::open(char c, std::string& out) {
+    if (nest_.size() == max_depth) return Status::wrong;
+    put_comma(out);
+    nest_ += c;
+    out += c == '{' ? '{' : '[';
+    wants_ = c == '{' ? Wants::key_or_end : Wants::value_or_end;
+    return Status::more;
+}
+
+LiteralReader::Status LiteralReader::close(char c, std::string& out) {
+    const char opened = nest_.empty() ? '\0' : nest_.back();
+    const char closes = opened == '{' ? '}' : opened == '[' ? ']' : ')';
+    if (opened == '\0' || c != closes) return Status::wrong;
+    nest_.pop_back();
+    comma_ = false;
+    out += opened == '{' ? '}' : ']';
+    return value_ended();
+}
+
+LiteralReader::Status LiteralReader::value_ended() {
+    in_ = In::structure;
+    wants_ = Wants::comma_or_end;
+    return nest_.empty() ? Status::done : Status::more;
+}
+
+void LiteralReader::put_comma(std::string& out) {
+    if (std::exchange(comma_, false)) out += ',';
+}
+
+LiteralReader::Status LiteralReader::end_word(std::string& out) {
+    const std::string word = std::exchange(word_, {});
+    if (is_key_) {
+        out += '"';
+        write_json_escaped(out, word);
+        out += '"';
+        in_ = In::structure;
+        wants_ = Wants::colon;
+        return Status::more;
+    }
+    std::string_view json = json_word(word, style_ == Style::json);
+    if (json.empty()) {
+        const auto number = Json::parse(word);
+        if (!number || !number->is_number()) return Status::wrong;
+        json = word;
+    }
+    out += json;
+    return value_ended();
+}
+
+// ---- strings ----------------------------------------------------------------------------------
+
+LiteralReader::Status LiteralReader::begin_string(char c, std::string& out) {
+    const bool marked = style_ == Style::gemma && !quote_.empty() && c == quote_.front();
+    if (!marked && c != '"' && !(c == '\'' && style_ == Style::python)) return Status::wrong;
+    put_comma(out);
+    end_quote_ = marked ? '\0' : c;
+    matched_ = 1;
+    in_ = marked ? In::opening : In::string;
+    if (!marked) {
+        out += '"';
+        matched_ = 0;
+    }
+    return Status::more;
+}
+
+LiteralReader::Status LiteralReader::quote_byte(char c, std::string& out) {
+    if (c != quote_[matched_]) return Status::wrong;
+    if (++matched_ < quote_.size()) return Status::more;
+    out += '"';
+    matched_ = 0;
+    in_ = In::string;
+    return Status::more;
+}
+
+LiteralReader::Status LiteralReader::string_byte(char c, std::string& out) {
+    if (end_quote_ == '\0') {
+        if (c == quote_[matched_]) {
+            if (++matched_ < quote_.size()) return Status::more;
+            return end_string(out);
+        }
+        for (size_t i = 0; i < matched_; ++i) put_byte(quote_[i], out);
+        matched_ = c == quote_.front() ? 1 : 0;
+        if (matched_ == 0) put_byte(c, out);
+        return Status::more;
+    }
+    if (c == end_quote_) return end_string(out);
+    if (c == '\\') in_ = In::escape;
+    else if (c == '\0') return Status::wrong;
+    else put_byte(c, out);
+    return Status::more;
+}
+
+LiteralReader::Status LiteralReader::end_string(std::string& out) {
+    if (std::exchange(high_, 0)) out += "\xEF\xBF\xBD";
+    out += '"';
+    matched_ = 0;
+    if (!is_key_) return value_ended();
+    in_ = In::structure;
+    wants_ = Wants::colon;
+    return Status::more;
+}
+
+LiteralReader::Status LiteralReader::escape_byte(char c, std::string& out) {
+    static constexpr std::string_view from = "ntrbf\"\\/'", to = "\n\t\r\b\f\"\\/'";
+    const bool python = style_ == Style::python;
+    in_ = In::string;
+    if (c == 'u' || (python && (c == 'x' || c == 'U'))) {
+        hex_left_ = c == 'u' ? 4 : c == 'x' ? 2 : 8;
+        code_ = 0;
+        in_ = In::hex;
+        return Status::more;
+    }
+    const size_t at = from.find(c);
+    if (at != std::string_view::npos && (python || c != '\'')) put_byte(to[at], out);
+    else if (!python || c == '\0') return Status::wrong;
+    else if (c != '\n') {  // as Python: the backslash stays
+        put_byte('\\', out);
+        put_byte(c, out);
+    }
+    return Status::more;
+}
+
+LiteralReader::Status LiteralReader::hex_byte(char c, std::string& out) {
+    const int digit = hex_value(c);
+    if (digit < 0 || code_ > 0x10FFFF) return Status::wrong;
+    code_ = code_ * 16 + static_cast<uint32_t>(digit);
+    if (--hex_left_ > 0) return Status::more;
+    in_ = In::string;
+    put_code(code_, out);
+    return Status::more;
+}
+
+/// Two escapes may stand for one character; half of one alone is none.
+void LiteralReader::put_code(uint32_t code, std::string& out) {
+    const uint32_t high = std::exchange(high_, 0);
+    const bool low = code >= 0xDC00 && code < 0xE000;
+    if (high != 0 && low) code = 0x10000 + ((high - 0xD800) << 10) + (code - 0xDC00);
+    else if (high != 0) out += "\xEF\xBF\xBD";
+    if (code >= 0xD800 && code < 0xDC00) {
+        high_ = code;
+        return;
+    }
+    std::string made;
+    utf8_append(made, (code >= 0xDC00 && code < 0xE000) || code > 0x10FFFF ? 0xFFFD : code);
+    write_json_escaped(out, made);
+}
+
+/// Bytes of a longer character come one by one.
+void LiteralReader::put_byte(char c, std::string& out) {
+    if (c == kTokenBegin || c == kTokenEnd) return;
+    if (std::exchange(high_, 0)) out += "\xEF\xBF\xBD";
+    if (static_cast<uint8_t>(c) >= 0x80) out += c;
+    else write_json_escaped(out, std::string_view(&c, 1));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/items.hpp --------------------------------------------------------------------
+
+// The items of an answer on their way from a parser to its sink.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr std::string_view kSpaces = " \t\r\n";
+
+/// Begins and ends items as their texts come. White space around a thought, before a call and
+/// after either is no text; a call goes out when it is certain, or when it is whole.
+class ItemWriter {
+public:
+    ItemWriter(std::vector<Tool> tools, bool streams)
+        : tools_(std::move(tools)), streams_(streams) {}
+
+    void to(OutputSink& sink) { sink_ = &sink; }
+    bool has_tools() const { return !tools_.empty(); }
+    bool said() const { return kind_ == Kind::message; }  ///< a message is under way
+    bool silent() const { return !any_; }                 ///< nothing went out yet
+
+    void say(std::string_view text) { extend(Kind::message, text); }
+    void think(std::string_view text) { extend(Kind::thought, text); }
+    /// Ends the message or thought under way; the white space after it belongs to none.
+    void end_text();
+    void end_thought() {
+        end_text();
+        trims_ = true;
+    }
+
+    /// The tool of that name, or null.
+    const Tool* find(std::string_view name) const;
+    /// What comes as arguments belongs to a call of this tool.
+    void call(const Tool& tool);
+    bool calling() const { return tool_ != nullptr; }
+    bool committed() const { return tool_ && streams_; }  ///< it went out
+    const Tool& tool() const { return *tool_; }
+    std::string& arguments() { return arguments_; }  ///< JSON to be sent
+    void send_arguments();
+    void end_call();
+    void drop_call();  ///< it was none
+
+    /// The end of all: what is open is ended, but for a call.
+    void finish();
+
+private:
+    enum class Kind : uint8_t { none, message, thought };
+    void extend(Kind kind, std::string_view text);
+
+    std::vector<Tool> tools_;
+    bool streams_;
+    OutputSink* sink_ = nullptr;
+    Kind kind_ = Kind::none;
+    bool any_ = false;
+    bool trims_ = false;  // white space at the start of the next text
+    std::string gap_;     // white space that may be the text's end
+    const Tool* tool_ = nullptr;
+    std::string arguments_;
+};
+
+std::unique_ptr<OutputParser> channel_parser(AnswerParserOptions options);
+std::unique_ptr<OutputParser> mark_parser(std::shared_ptr<const AnswerSyntax> syntax,
+                                          AnswerParserOptions options);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/template/output.cpp -------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+class PlainOutput final : public OutputParser {
+public:
+    void text(std::string_view more, OutputSink& out) override {
+        if (more.empty()) return;
+        if (!begun_) out.begin_item(Item::Kind::message);
+        begun_ = true;
+        out.extend_item(more);
+    }
+    bool mark(const OutputMark& mark, OutputSink& out) override {
+        if (mark.is_text && !mark.ends) text(mark.spelling, out);
+        return mark.ends;
+    }
+    void finish(bool, OutputSink& out) override {
+        if (begun_) out.end_item();
+    }
+
+private:
+    bool begun_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<OutputParser> plain_output() { return std::make_unique<PlainOutput>(); }
+
+std::unique_ptr<OutputParser> answer_parser(std::shared_ptr<const AnswerSyntax> syntax,
+                                            AnswerParserOptions options) {
+    if (syntax->channels()) return channel_parser(std::move(options));
+    if (options.tools.empty() && !syntax->has_thought()) return plain_output();
+    return mark_parser(std::move(syntax), std::move(options));
+}
+
+// ---- Items ------------------------------------------------------------------------------------
+
+void ItemWriter::extend(Kind kind, std::string_view text) {
+    const bool begun = kind_ == kind;
+    if (!begun && (trims_ || kind == Kind::thought)) {
+        gap_.clear();
+        text.remove_prefix(std::min(text.find_first_not_of(kSpaces), text.size()));
+    }
+    const size_t end = text.find_last_not_of(kSpaces) + 1;  // 0 where there is none
+    if (end > 0) {
+        if (!begun) {
+            end_text();
+            sink_->begin_item(kind == Kind::message ? Item::Kind::message : Item::Kind::reasoning);
+        }
+        kind_ = kind;
+        any_ = true;
+        if (!gap_.empty()) sink_->extend_item(std::exchange(gap_, {}));
+        sink_->extend_item(text.substr(0, end));
+    }
+    gap_ += text.substr(end);
+}
+
+void ItemWriter::end_text() {
+    if (kind_ == Kind::none) return;
+    sink_->end_item();
+    kind_ = Kind::none;
+    gap_.clear();
+    trims_ = true;
+}
+
+const Tool* ItemWriter::find(std::string_view name) const {
+    for (const Tool& tool : tools_)
+        if (tool.name == name) return &tool;
+    return nullptr;
+}
+
+void ItemWriter::call(const Tool& tool) {
+    tool_ = &tool;
+    if (!streams_) return;
+    end_text();
+    any_ = true;
+    sink_->begin_item(tool.custom ? Item::Kind::custom_tool_call : Item::Kind::function_call,
+                      tool.name);
+}
+
+void ItemWriter::send_arguments() {
+    if (!committed() || tool_->custom || arguments_.empty()) return;
+    sink_->extend_item(arguments_);
+    arguments_.clear();
+}
+
+void ItemWriter::end_call() {
+    if (!streams_) {
+        end_text();
+        any_ = true;
+        sink_->begin_item(tool_->custom ? Item::Kind::custom_tool_call : Item::Kind::function_call,
+                          tool_->name);
+    }
+    if (tool_->custom) {
+        const auto whole = Json::parse(arguments_);
+        if (whole && (*whole)["input"].is_string()) arguments_ = (*whole)["input"].as_string();
+    }
+    if (!arguments_.empty()) sink_->extend_item(arguments_);
+    sink_->end_item();
+    gap_.clear();
+    trims_ = true;
+    drop_call();
+}
+
+void ItemWriter::drop_call() {
+    tool_ = nullptr;
+    arguments_.clear();
+}
+
+void ItemWriter::finish() {
+    if (committed()) return;
+    if (kind_ == Kind::message && !gap_.empty()) sink_->extend_item(std::exchange(gap_, {}));
+    if (kind_ == Kind::none && !any_ && !trims_ && !gap_.empty()) {
+        sink_->begin_item(Item::Kind::message);
+        sink_->extend_item(gap_);
+        kind_ = Kind::message;
+    }
+    end_text();
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/channels.cpp -----------------------------------------------------------------
+
+// Answers in channels, as gpt-oss writes them (harmony): each message has a head.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+/// The word behind `mark`, or nothing.
+std::string_view word_after(std::string_view text, std::string_view mark) {
+    const size_t at = text.find(mark);
+    if (at == std::string_view::npos) return {};
+    text.remove_prefix(at + mark.size());
+    return text.substr(0, text.find_first_of(" \n\t<"));
+}
+
+class ChannelParser final : public OutputParser {
+public:
+    explicit ChannelParser(AnswerParserOptions options)
+        : items_(std::move(options.tools), options.constrained) {
+        if (options.thought == ThoughtState::open) in_ = In::thought;
+        if (options.thought == ThoughtState::closed) in_ = In::final_message;
+    }
+
+    void text(std::string_view more, OutputSink& out) override {
+        items_.to(out);
+        switch (in_) {
+            case In::head:
+                head_ += more;
+                if (head_.size() > max_head) give_up();
+                break;
+            case In::thought: items_.think(more); break;
+            case In::arguments: read(more); break;
+            case In::message:
+            case In::final_message: items_.say(more); break;
+            case In::lost: break;
+        }
+    }
+
+    bool mark(const OutputMark& mark, OutputSink& out) override {
+        items_.to(out);
+        const std::string_view name = mark.spelling;
+        if (in_ == In::lost) return mark.ends;
+        if (name == "<|message|>" && in_ == In::head) begin_body();
+        else if (name == "<|end|>" && in_ != In::final_message) begin_head();
+        else if (mark.ends) return true;
+        else if (name == "<|start|>") begin_head();
+        else if (in_ == In::head && (name == "<|channel|>" || name == "<|constrain|>"))
+            (head_ += ' ') += name;
+        else if (mark.is_text) text(name, out);
+        return false;
+    }
+
+    void finish(bool whole, OutputSink& out) override {
+        items_.to(out);
+        if (in_ == In::head && head_.find("<|") == std::string::npos) items_.say(head_);
+        if (in_ == In::arguments && whole && !items_.committed()) items_.say(raw_);
+        items_.finish();
+    }
+
+    bool thinking() const override { return in_ == In::thought; }
+
+private:
+    enum class In : uint8_t { head, thought, message, final_message, arguments, lost };
+    static constexpr size_t max_head = 256;
+
+    void begin_head() {
+        if (in_ == In::arguments) give_up();
+        if (in_ == In::lost) return;
+        items_.end_text();
+        head_.clear();
+        in_ = In::head;
+    }
+
+    void begin_body() {
+        const std::string_view channel = word_after(head_, "<|channel|>");
+        const Tool* tool = items_.find(word_after(head_, "to=functions."));
+        if (tool) {
+            items_.call(*tool);
+            reader_ = LiteralReader();
+            in_ = In::arguments;
+        } else {
+            in_ = channel == "analysis"     ? In::thought
+                  : channel == "commentary" ? In::message
+                                            : In::final_message;
+        }
+    }
+
+    void read(std::string_view more) {
+        for (size_t i = 0; i < more.size(); ++i) {
+            const char c = more[i];
+            const bool object = c == '{' || kSpaces.find(c) != std::string_view::npos;
+            if (!items_.committed()) raw_ += c;
+            const auto status = reader_.fresh() && !object ? LiteralReader::Status::wrong
+                                                           : reader_.push(c, items_.arguments());
+            if (status == LiteralReader::Status::more) continue;
+            if (status != LiteralReader::Status::done) return give_up(more.substr(i + 1));
+            items_.end_call();
+            raw_.clear();
+            in_ = In::message;  // of what follows there is none
+            return items_.say(more.substr(i + 1));
+        }
+        items_.send_arguments();
+    }
+
+    /// What came is no head, or no arguments: then it is text.
+    void give_up(std::string_view rest = {}) {
+        if (items_.committed()) {
+            in_ = In::lost;
+            return;
+        }
+        items_.drop_call();
+        if (in_ == In::head) raw_ = std::exchange(head_, {});
+        in_ = In::final_message;
+        items_.say(std::exchange(raw_, {}));
+        items_.say(rest);
+    }
+
+    ItemWriter items_;
+    In in_ = In::head;
+    std::string head_;
+    std::string raw_;  // what became of a call's arguments, were they none
+    LiteralReader reader_;
+};
+
+}  // namespace
+
+std::unique_ptr<OutputParser> channel_parser(AnswerParserOptions options) {
+    return std::make_unique<ChannelParser>(std::move(options));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/template/marks.cpp --------------------------------------------------------------------
+
+// Answers with marks in their text: thoughts, and calls in the styles of CallStyle.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+bool is_blank(char c) { return kSpaces.find(c) != std::string_view::npos; }
+
+bool is_name_byte(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
+           c == '-' || c == '.';
+}
+
+std::string_view without_blanks(std::string_view text) {
+    const size_t first = text.find_first_not_of(kSpaces);
+    if (first == std::string_view::npos) return {};
+    return text.substr(first, text.find_last_not_of(kSpaces) - first + 1);
+}
+
+// ---- Texts of a row in what a model wrote -----------------------------------------------------
+
+enum class Found : uint8_t { no, partly, yes };  // partly: the input ends in the middle of it
+
+struct Match {
+    Found found = Found::no;
+    size_t size = 0;        // bytes of input
+    char is_string = '\0';  // of kIsString: 't' or 'f'
+};
+
+/// Whether `input` begins with `text`. White space stands for any, and none; at its end it does not
+/// count.
+Match match(std::string_view text, std::string_view input) {
+    Match made;
+    size_t& at = made.size;
+    const auto skip = [&](auto belongs) {
+        while (at < input.size() && belongs(input[at])) ++at;
+    };
+    text = text.substr(0, text.find_last_not_of(kSpaces) + 1);
+    for (size_t i = 0; i < text.size(); ++i) {
+        const char c = text[i];
+        if (is_blank(c)) {
+            skip(is_blank);
+            continue;
+        }
+        if (c == kCallNumber || c == kCallId) {
+            skip(is_name_byte);
+            continue;
+        }
+        if (at == input.size()) return {Found::partly, 0, '\0'};
+        if (c == kIsString) {
+            made.is_string = input[at];
+            skip(is_name_byte);
+        } else if (input[at++] != c) {
+            return {};
+        }
+    }
+    made.found = Found::yes;
+    return made;
+}
+
+/// How many bytes at the end of `text` may be the beginning of `mark`.
+size_t partial_suffix(std::string_view text, std::string_view mark) {
+    for (size_t size = std::min(text.size(), mark.size() - 1); size > 0; --size)
+        if (text.substr(text.size() - size) == mark.substr(0, size)) return size;
+    return 0;
+}
+
+// ---- What an argument may be ------------------------------------------------------------------
+
+struct ArgumentKinds {
+    bool string = false, other = false;
+};
+
+const Json& resolved(const Json& schema, const Json& root) {
+    const Json* at = &schema;
+    for (int step = 0; step < 8; ++step) {
+        std::string_view path = (*at)["$ref"].as_string();
+        if (!path.starts_with("#/")) break;
+        path.remove_prefix(2);
+        at = &root;
+        while (!path.empty()) {
+            const std::string_view key = path.substr(0, path.find('/'));
+            at = &(*at)[key];
+            path.remove_prefix(std::min(path.size(), key.size() + 1));
+        }
+    }
+    return *at;
+}
+
+void add_kind(std::string_view type, ArgumentKinds* kinds) {
+    (type == "string" ? kinds->string : kinds->other) = true;
+}
+
+void add_kinds(const Json& unresolved, const Json& root, int depth, ArgumentKinds* kinds) {
+    const Json& schema = resolved(unresolved, root);
+    const Json& type = schema["type"];
+    if (type.is_string()) return add_kind(type.as_string(), kinds);
+    if (type.is_array()) {
+        for (const Json& one : type.items()) add_kind(one.as_string(), kinds);
+        return;
+    }
+    bool known = false;
+    for (const Json& value : schema["enum"].items()) {
+        known = true;
+        (value.is_string() ? kinds->string : kinds->other) = true;
+    }
+    if (const Json* value = schema.find("const")) {
+        known = true;
+        (value->is_string() ? kinds->string : kinds->other) = true;
+    }
+    for (const char* key : {"anyOf", "oneOf"})
+        for (const Json& one : schema[key].items()) {
+            known = true;
+            if (depth < 8) add_kinds(one, root, depth + 1, kinds);
+        }
+    if (!known) kinds->string = kinds->other = true;
+}
+
+ArgumentKinds argument_kinds(const Tool& tool, std::string_view key) {
+    ArgumentKinds kinds;
+    if (tool.custom) {
+        kinds.string = true;
+        return kinds;
+    }
+    const Json* schema = tool.parameters["properties"].find(key);
+    if (!schema) kinds.string = kinds.other = true;
+    else add_kinds(*schema, tool.parameters, 0, &kinds);
+    return kinds;
+}
+
+/// A value without quotes around a string, as JSON.
+std::string argument_value(std::string_view raw, ArgumentKinds kinds) {
+    std::string made;
+    if (kinds.other) {
+        LiteralReader reader(LiteralReader::Style::python);
+        auto status = LiteralReader::Status::more;
+        const std::string_view trimmed = without_blanks(raw);
+        size_t i = 0;
+        while (i < trimmed.size() && status == LiteralReader::Status::more)
+            status = reader.push(trimmed[i++], made);
+        if (i == trimmed.size() && status == LiteralReader::Status::more)
+            status = reader.finish(made) == LiteralReader::Status::ended
+                         ? LiteralReader::Status::done
+                         : LiteralReader::Status::wrong;
+        const bool fits = kinds.string || made.empty() || made.front() != '"';
+        if (i == trimmed.size() && status == LiteralReader::Status::done && fits) return made;
+        made.clear();
+    }
+    write_json_string(made, without_token_bytes(raw));
+    return made;
+}
+
+// ---- The parser -------------------------------------------------------------------------------
+
+/// It reads from a buffer, and waits where the next bytes decide.
+class MarkParser final : public OutputParser {
+public:
+    MarkParser(std::shared_ptr<const AnswerSyntax> syntax, AnswerParserOptions options)
+        : syntax_(std::move(syntax)),
+          calls_(syntax_->calls),
+          items_(std::move(options.tools), options.constrained),
+          bare_allowed_(options.bare_calls && items_.has_tools()) {
+        if (options.thought == ThoughtState::open) in_ = In::thought;
+        if (calls_.style == CallStyle::tagged) {
+            const std::string_view after = without_blanks(calls_.after);
+            after_head_ = after.substr(0, after.find_first_of(kSpaces));
+            after_rest_ = after.substr(after_head_.size());
+        } else {
+            after_rest_ = calls_.after;
+        }
+        find_first_bytes();
+    }
+
+    void text(std::string_view more, OutputSink& out) override {
+        items_.to(out);
+        input_ += more;
+        run();
+    }
+
+    bool mark(const OutputMark& mark, OutputSink& out) override {
+        items_.to(out);
+        const auto& known = syntax_->tokens;
+        const bool ours = std::find(known.begin(), known.end(), mark.spelling) != known.end();
+        const std::string wrapped = kTokenBegin + std::string(mark.spelling) + kTokenEnd;
+        if (mark.ends &&
+            !(ours && in_ == In::thought && syntax_->thought.close.starts_with(wrapped)))
+            return true;
+        if (ours) text(wrapped, out);
+        else if (mark.is_text) text(mark.spelling, out);
+        return false;
+    }
+
+    void finish(bool whole, OutputSink& out) override {
+        items_.to(out);
+        final_ = true;
+        run();
+        const bool in_call = in_ != In::text && in_ != In::thought && in_ != In::lost;
+        const bool cut = !whole && (items_.calling() || (!bare_ && !raw_.empty()));
+        if (in_call && !items_.committed() && !cut) give_up();
+        items_.finish();
+    }
+
+    bool thinking() const override { return in_ == In::thought; }
+
+private:
+    enum class In : uint8_t {
+        text,
+        thought,
+        calls,      // between two calls
+        object,     // {"name": ...
+        name,       // of a call
+        arguments,  // one value
+        key,        // tagged: before an argument or the end
+        key_name,
+        value,
+        python_key,
+        python_name,
+        python_value,
+        python_next,
+        after,  // the arguments
+        lost,   // a call that broke off after it went out: it is never ended
+    };
+    enum class At : uint8_t { key_or_end, key, in_key, colon, value, comma };  // of object
+    static constexpr size_t max_key = 256;
+
+    std::string_view rest() const { return std::string_view(input_).substr(at_); }
+    bool at_end() const { return at_ == input_.size(); }
+
+    /// Takes bytes that may turn out to be no call.
+    void take(size_t size) {
+        if (!items_.committed()) raw_.append(input_, at_, size);
+        at_ += size;
+    }
+    void take_blanks() {
+        const size_t to = std::min(input_.find_first_not_of(kSpaces, at_), input_.size());
+        take(to - at_);
+    }
+
+    /// Takes `text` if it comes; partly: wait.
+    Found take_if(std::string_view text, Match* made = nullptr) {
+        const Match found = match(text, rest());
+        if (made) *made = found;
+        if (found.found == Found::yes) take(found.size);
+        return found.found == Found::partly && final_ ? Found::no : found.found;
+    }
+
+    void run() {
+        while (step()) {}
+        input_.erase(0, at_);
+        scanned_ -= std::min(scanned_, at_);
+        at_ = 0;
+        items_.send_arguments();
+    }
+
+    /// False: it waits for more.
+    bool step() {
+        switch (in_) {
+            case In::text: return in_text();
+            case In::thought: return in_thought();
+            case In::calls: return between_calls();
+            case In::object: return in_object();
+            case In::name: return in_name();
+            case In::arguments: return in_arguments();
+            case In::key: return in_key();
+            case In::key_name: return in_key_name();
+            case In::value: return in_value();
+            case In::python_key:
+            case In::python_name:
+            case In::python_value:
+            case In::python_next: return in_python();
+            case In::after: return after_call();
+            case In::lost: break;
+        }
+        at_ = input_.size();
+        return false;
+    }
+
+    // ---- text and thoughts ----
+
+    void find_first_bytes() {
+        const auto add = [&](std::string_view mark) {
+            if (!mark.empty()) first_bytes_ += without_blanks(mark).front();
+        };
+        add(syntax_->thought.open);
+        add(syntax_->thought.close);
+        for (const std::string& mark : syntax_->thought.ignored) add(mark);
+        for (const std::string& mark : calls_.marks) add(mark);
+    }
+
+    bool in_text() {
+        if (bare_allowed_ && !items_.said()) {
+            const size_t first = input_.find_first_not_of(kSpaces, at_);
+            if (first == std::string::npos) return false;
+            size_t size = 0;
+            const Found bare = bare_call(first, &size);
+            if (bare == Found::partly && !final_) return false;
+            if (bare == Found::yes) {
+                at_ = first;
+                bare_ = true;
+                take(size);
+                begin_object();
+                return true;
+            }
+        }
+        size_t at = at_;
+        Found found = Found::no;
+        while (at < input_.size()) {
+            at = std::min(input_.find_first_of(first_bytes_, at), input_.size());
+            if (at == input_.size()) break;
+            const In before = in_;
+            size_t size = 0;
+            found = mark_at(at, &size);
+            if (found == Found::partly && !final_) break;
+            if (found == Found::yes) {
+                say(at_, at);
+                at_ = at;
+                if (in_ == before) at_ += size;  // an ignored one
+                else if (in_ == In::thought) at_ += size;
+                if (in_ != before) bare_allowed_ = bare_allowed_ && in_ == In::thought;
+                return true;
+            }
+            ++at;
+        }
+        say(at_, at);
+        at_ = at;
+        return false;
+    }
+
+    void say(size_t from, size_t to) {
+        items_.say(without_token_bytes(std::string_view(input_).substr(from, to - from)));
+        if (items_.said()) bare_allowed_ = false;
+    }
+
+    /// Which mark stands there; sets what comes next.
+    Found mark_at(size_t at, size_t* size) {
+        const std::string_view input = std::string_view(input_).substr(at);
+        const auto& thought = syntax_->thought;
+        bool partly = false;
+        const auto begins = [&](std::string_view mark) {
+            if (mark.empty()) return false;
+            const Match made = match(mark, input);
+            partly = partly || made.found == Found::partly;
+            *size = made.size;
+            return made.found == Found::yes;
+        };
+        // What is spelled like a mark in the middle of a text may be a text about it.
+        const bool counts = input.front() == kTokenBegin || blank_before(at);
+        if (items_.has_tools())
+            for (const std::string& mark : calls_.marks)
+                if (begins(mark)) {
+                    in_ = In::calls;
+                    in_section_ = false;
+                    bare_ = false;
+                    return Found::yes;
+                }
+        if (counts && begins(thought.open)) {
+            in_ = In::thought;
+            items_.end_text();
+            return Found::yes;
+        }
+        if (input.front() == kTokenBegin && begins(thought.close)) return Found::yes;
+        for (size_t i = 0; i < thought.ignored.size(); ++i)
+            if ((counts || i % 2 == 1) && begins(thought.ignored[i])) return Found::yes;
+        return partly ? Found::partly : Found::no;
+    }
+
+    /// Whether no message is under way before `at`.
+    bool blank_before(size_t at) const {
+        return !items_.said() &&
+               without_blanks(std::string_view(input_).substr(at_, at - at_)).empty();
+    }
+
+    bool in_thought() {
+        const std::string_view close = without_blanks(syntax_->thought.close);
+        size_t at = at_;
+        while (true) {
+            at = std::min(input_.find(close.front(), at), input_.size());
+            if (at == input_.size()) break;
+            const Match made = match(close, std::string_view(input_).substr(at));
+            if (made.found == Found::partly && !final_) break;
+            if (made.found == Found::yes) {
+                items_.think(without_token_bytes(rest().substr(0, at - at_)));
+                items_.end_thought();
+                at_ = at + made.size;
+                in_ = In::text;
+                return true;
+            }
+            ++at;
+        }
+        items_.think(without_token_bytes(rest().substr(0, at - at_)));
+        at_ = at;
+        return false;
+    }
+
+    // ---- calls ----
+
+    /// An object, a list of objects, or a fence with one of both.
+    Found bare_call(size_t first, size_t* size) const {
+        size_t at = first;
+        const auto blanks = [&] {
+            at = std::min(input_.find_first_not_of(kSpaces, at), input_.size());
+        };
+        if (input_[at] == '`') {
+            for (int i = 0; i < 3; ++i, ++at) {
+                if (at == input_.size()) return Found::partly;
+                if (input_[at] != '`') return Found::no;
+            }
+            const size_t word = at;
+            while (at < input_.size() && is_name_byte(input_[at])) ++at;
+            if (at - word > 16) return Found::no;
+            blanks();
+        }
+        if (at < input_.size() && input_[at] == '[') {
+            ++at;
+            blanks();
+        }
+        if (at == input_.size()) return Found::partly;
+        *size = at - first;
+        return input_[at] == '{' ? Found::yes : Found::no;
+    }
+
+    void begin_object() {
+        in_ = In::object;
+        object_at_ = At::key_or_end;
+        began_object_ = has_name_ = has_arguments_ = false;
+    }
+
+    /// What was taken since the last call is none: it is text.
+    void give_up() {
+        if (items_.committed()) {
+            in_ = In::lost;
+            return;
+        }
+        items_.drop_call();
+        items_.say(without_token_bytes(std::exchange(raw_, {})));
+        in_ = In::text;
+        bare_allowed_ = false;
+    }
+
+    bool gave_up() {
+        give_up();
+        return true;
+    }
+
+    void call_ended() {
+        items_.end_call();
+        raw_.clear();
+        in_section_ = true;
+        bare_allowed_ = false;
+        in_ = In::after;
+    }
+
+    /// What closes a call, where it comes.
+    bool after_call() {
+        if (after_rest_.empty() || bare_ || calls_.style == CallStyle::object) {
+            in_ = In::calls;
+            return true;
+        }
+        take_blanks();
+        if (take_if(after_rest_) == Found::partly) return false;
+        in_ = In::calls;
+        return true;
+    }
+
+    bool between_calls() {
+        take_blanks();
+        if (at_end() && !final_) return false;
+        if (calls_.style == CallStyle::object || bare_) return between_objects();
+        const std::string_view nothing;
+        const bool python = calls_.style == CallStyle::python;
+        struct Way {
+            std::string_view text;
+            In next;
+        };
+        const Way ways[] = {
+            {calls_.before, In::name},
+            {in_section_ ? std::string_view(calls_.close) : nothing, In::text},
+            {in_section_ ? nothing : std::string_view(calls_.open), python ? In::name : In::calls},
+            {in_section_ ? std::string_view(calls_.between) : nothing,
+             python ? In::name : In::calls}};
+        bool waits = false;
+        for (const Way& way : ways) {
+            if (without_blanks(way.text).empty()) continue;
+            const Found found = take_if(way.text);
+            waits = waits || found == Found::partly;
+            if (found != Found::yes) continue;
+            in_ = way.next;
+            if (in_ == In::text) calls_over();
+            name_.clear();
+            return true;
+        }
+        if (waits) return false;
+        if (!in_section_) return gave_up();
+        calls_over();
+        return true;
+    }
+
+    void calls_over() {
+        raw_.clear();
+        in_ = In::text;
+    }
+
+    bool between_objects() {
+        if (at_end()) {
+            in_section_ ? calls_over() : give_up();
+            return true;
+        }
+        const char c = input_[at_];
+        if (c == '{') {
+            begin_object();
+            return true;
+        }
+        bool waits = false;
+        const std::string_view end = without_blanks(calls_.after),
+                               close = without_blanks(calls_.close);
+        const auto tag = [](std::string_view text) {
+            return text.substr(std::min(text.find_first_not_of("{}[] \n\t`"), text.size()));
+        };
+        const auto takes = [&](std::string_view text) {
+            if (text.empty()) return false;
+            const Found found = take_if(text);
+            waits = waits || found == Found::partly;
+            return found == Found::yes;
+        };
+        if (takes("```json") || (!waits && takes("```"))) return true;
+        for (const std::string& mark : calls_.marks)
+            if (takes(mark)) return true;
+        if (takes(tag(end)) || takes(tag(close))) return true;
+        if (waits) return false;
+        if (c == '[' || c == ']' || c == ',' || c == ';') {
+            take(1);
+            return true;
+        }
+        if (!in_section_) return gave_up();
+        calls_over();
+        return true;
+    }
+
+    // ---- {"name": "f", "arguments": {}} ----
+
+    bool in_object() {
+        while (!at_end()) {
+            const char c = input_[at_];
+            const Found found = object_byte(c);
+            if (found == Found::no) return gave_up();
+            take(1);
+            if (found == Found::yes) return object_ended();
+        }
+        return false;
+    }
+
+    /// yes: the object is whole.
+    Found object_byte(char c) {
+        if (object_at_ == At::in_key) return key_byte(c);
+        if (object_at_ == At::value) return value_byte(c);
+        if (is_blank(c)) return Found::partly;
+        if (!began_object_) {
+            began_object_ = true;
+            return c == '{' ? Found::partly : Found::no;
+        }
+        switch (object_at_) {
+            case At::key_or_end:
+            case At::key:
+                if (c == '}' && object_at_ == At::key_or_end) return Found::yes;
+                reader_ = LiteralReader();
+                key_.clear();
+                object_at_ = At::in_key;
+                return c == '"' ? key_byte(c) : Found::no;
+            case At::colon:
+                reader_ = LiteralReader();
+                scratch_.clear();
+                object_at_ = At::value;
+                value_is_ = key_ == "\"name\"" || key_ == "\"tool_name\"" ? ValueIs::name
+                            : key_ == "\"arguments\"" || key_ == "\"parameters\""
+                                ? ValueIs::arguments
+                                : ValueIs::other;
+                return c == ':' ? Found::partly : Found::no;
+            case At::comma:
+                object_at_ = At::key;
+                return c == '}' ? Found::yes : c == ',' ? Found::partly : Found::no;
+            case At::in_key:
+            case At::value: break;
+        }
+        return Found::no;
+    }
+
+    Found key_byte(char c) {
+        const auto status = reader_.push(c, key_);
+        if (status == LiteralReader::Status::done) object_at_ = At::colon;
+        return status == LiteralReader::Status::wrong || key_.size() > max_key ? Found::no
+                                                                               : Found::partly;
+    }
+
+    Found value_byte(char c) {
+        const bool arguments = value_is_ == ValueIs::arguments;
+        if (arguments && reader_.fresh() && !is_blank(c) && !begin_arguments(c)) return Found::no;
+        std::string& to = arguments && !quoted_ ? items_.arguments() : scratch_;
+        const auto status = reader_.push(c, to);
+        if (status == LiteralReader::Status::more) {
+            if (value_is_ == ValueIs::other) scratch_.clear();
+            return Found::partly;
+        }
+        if (status == LiteralReader::Status::wrong || !value_ended()) return Found::no;
+        object_at_ = At::comma;
+        return status == LiteralReader::Status::ended ? object_byte(c) : Found::partly;
+    }
+
+    /// The arguments are an object, or a string that holds one.
+    bool begin_arguments(char c) {
+        if (has_arguments_ || (c != '{' && c != '"')) return false;
+        has_arguments_ = true;
+        quoted_ = c == '"';
+        if (has_name_ && !quoted_) items_.call(*tool_);
+        return true;
+    }
+
+    bool value_ended() {
+        if (value_is_ == ValueIs::name) {
+            const auto name = Json::parse(scratch_);
+            tool_ = name && !has_name_ ? items_.find(name->as_string()) : nullptr;
+            if (!tool_) return false;
+            has_name_ = true;
+            if (has_arguments_) items_.call(*tool_);
+        } else if (value_is_ == ValueIs::arguments && quoted_) {
+            const auto text = Json::parse(scratch_);
+            const auto inner = Json::parse(text->as_string());
+            if (!inner || !inner->is_object()) return false;
+            items_.arguments() = inner->write();
+            if (has_name_) items_.call(*tool_);
+        }
+        return true;
+    }
+
+    bool object_ended() {
+        if (!has_name_ || (bare_ && !has_arguments_)) return gave_up();
+        if (!has_arguments_) {
+            items_.call(*tool_);
+            items_.arguments() = "{}";
+        }
+        call_ended();
+        return true;
+    }
+
+    // ---- a name, then arguments ----
+
+    bool in_name() {
+        take_blanks();
+        while (name_.size() <= 80 && !at_end() && is_name_byte(input_[at_])) {
+            name_ += input_[at_];
+            take(1);
+        }
+        if (at_end() && !final_) return false;
+        tool_ = items_.find(name_);
+        if (!tool_) return gave_up();
+        const Found found = take_if(calls_.after_name);
+        if (found == Found::partly) return false;
+        if (found == Found::no) return gave_up();
+        return begin_named();
+    }
+
+    bool begin_named() {
+        const CallStyle style = calls_.style;
+        if (style == CallStyle::named || style == CallStyle::gemma) {
+            reader_ = LiteralReader(style == CallStyle::gemma ? LiteralReader::Style::gemma
+                                                              : LiteralReader::Style::json,
+                                    calls_.key);
+            in_ = In::arguments;
+            return true;
+        }
+        items_.call(*tool_);
+        items_.arguments() = "{";
+        keys_.clear();
+        in_ = style == CallStyle::tagged ? In::key : In::python_key;
+        return true;
+    }
+
+    bool in_arguments() {
+        while (!at_end()) {
+            const char c = input_[at_];
+            if (reader_.fresh() && !is_blank(c)) {
+                if (c != '{') return gave_up();
+                items_.call(*tool_);
+            }
+            const auto status = reader_.push(c, items_.arguments());
+            if (status == LiteralReader::Status::wrong) return gave_up();
+            take(1);
+            if (status == LiteralReader::Status::done) {
+                call_ended();
+                return true;
+            }
+        }
+        return false;
+    }
+
+    // ---- arguments between marks ----
+
+    bool in_key() {
+        take_blanks();
+        if (at_end() && !final_) return false;
+        const Found end = take_if(after_head_),
+                    key = end == Found::yes ? Found::no : take_if(calls_.key);
+        if (end == Found::yes) {
+            items_.arguments() += '}';
+            call_ended();
+            return true;
+        }
+        if (key == Found::yes) {
+            in_ = In::key_name;
+            return true;
+        }
+        if (end == Found::partly || key == Found::partly) return false;
+        return gave_up();
+    }
+
+    bool in_key_name() {
+        const std::string_view input = rest();
+        for (size_t size = 0; size <= input.size() && size <= max_key; ++size) {
+            Match made = match(calls_.value, input.substr(size));
+            if (made.found == Found::partly && !final_) return false;
+            if (made.found != Found::yes) continue;
+            const bool line = calls_.value.ends_with('\n');
+            const size_t end = size + made.size;
+            if (line && end == input.size() && !final_) return false;
+            return begin_value(std::string(without_blanks(input.substr(0, size))), made.is_string,
+                               end + (line && end < input.size() && input[end] == '\n'));
+        }
+        return input.size() > max_key || final_ ? gave_up() : false;
+    }
+
+    bool begin_value(std::string key, char is_string, size_t size) {
+        key = without_token_bytes(key);
+        if (std::find(keys_.begin(), keys_.end(), key) != keys_.end()) return gave_up();
+        take(size);
+        kinds_ = argument_kinds(*tool_, key);
+        if (is_string != '\0') kinds_ = {is_string == 't', is_string != 't'};
+        if (!keys_.empty()) items_.arguments() += ',';
+        write_json_string(items_.arguments(), key);
+        items_.arguments() += ':';
+        keys_.push_back(std::move(key));
+        streams_value_ = !kinds_.other && calls_.name != "minicpm5";
+        if (streams_value_) items_.arguments() += '"';
+        scanned_ = at_;
+        in_ = In::value;
+        return true;
+    }
+
+    bool in_value() {
+        const std::string_view end = without_blanks(calls_.value_end);
+        const size_t found = input_.find(end, std::max(at_, scanned_));
+        size_t until = found;
+        if (found == std::string::npos) {
+            until = input_.size() - partial_suffix(rest(), end);
+            scanned_ = until;
+        }
+        const bool line = calls_.value_end.starts_with('\n');
+        if (line && until > at_ && input_[until - 1] == '\n') --until;
+        const std::string_view raw = std::string_view(input_).substr(at_, until - at_);
+        if (streams_value_) {
+            write_json_escaped(items_.arguments(), without_token_bytes(raw));
+            take(raw.size());
+        }
+        if (found == std::string::npos) return false;
+        if (streams_value_) items_.arguments() += '"';
+        else items_.arguments() += argument_value(without_wrapper(raw), kinds_);
+        take(found + end.size() - at_);
+        in_ = In::key;
+        return true;
+    }
+
+    static std::string_view without_wrapper(std::string_view raw) {
+        constexpr std::string_view begin = "<![CDATA[", end = "]]>";
+        if (!raw.starts_with(begin) || !raw.ends_with(end)) return raw;
+        raw.remove_prefix(begin.size());
+        return raw.substr(0, raw.size() - end.size());
+    }
+
+    // ---- f(key=value, ...) ----
+
+    bool in_python() {
+        while (!at_end()) {
+            const char c = input_[at_];
+            const Found found = python_byte(c);
+            if (found == Found::no) return gave_up();
+            take(1);
+            if (found == Found::yes) {
+                items_.arguments() += '}';
+                call_ended();
+                return true;
+            }
+        }
+        return false;
+    }
+
+    /// yes: the closing bracket.
+    Found python_byte(char c) {
+        if (in_ == In::python_value) {
+            const auto status = reader_.push(c, items_.arguments());
+            if (status == LiteralReader::Status::wrong) return Found::no;
+            if (status == LiteralReader::Status::more) return Found::partly;
+            in_ = In::python_next;
+            return status == LiteralReader::Status::ended ? python_byte(c) : Found::partly;
+        }
+        if (is_blank(c) && (in_ != In::python_name || key_.empty())) return Found::partly;
+        if (in_ == In::python_next) {
+            in_ = In::python_key;
+            return c == ')' ? Found::yes : c == ',' ? Found::partly : Found::no;
+        }
+        if (in_ == In::python_key) {
+            if (c == ')') return Found::yes;
+            key_.clear();
+            in_ = In::python_name;
+        }
+        if (c != '=') {
+            key_ += c;
+            return is_name_byte(c) && key_.size() <= max_key ? Found::partly : Found::no;
+        }
+        if (key_.empty() || std::find(keys_.begin(), keys_.end(), key_) != keys_.end())
+            return Found::no;
+        if (!keys_.empty()) items_.arguments() += ',';
+        write_json_string(items_.arguments(), key_);
+        items_.arguments() += ':';
+        keys_.push_back(key_);
+        reader_ = LiteralReader(LiteralReader::Style::python);
+        in_ = In::python_value;
+        return Found::partly;
+    }
+
+    enum class ValueIs : uint8_t { name, arguments, other };
+
+    std::shared_ptr<const AnswerSyntax> syntax_;
+    const AnswerSyntax::Calls& calls_;
+    ItemWriter items_;
+    std::string first_bytes_;  // of the marks
+    std::string after_head_, after_rest_;
+
+    In in_ = In::text;
+    std::string input_;
+    size_t at_ = 0;
+    size_t scanned_ = 0;  // no end of the value begins before it
+    bool final_ = false;
+    bool bare_allowed_;
+    bool bare_ = false;        // a call without marks
+    bool in_section_ = false;  // a call went before
+    std::string raw_;          // what was taken and is text if it is no call
+
+    const Tool* tool_ = nullptr;
+    std::string name_;
+    LiteralReader reader_;
+    At object_at_ = At::key_or_end;
+    ValueIs value_is_ = ValueIs::other;
+    bool began_object_ = false, has_name_ = false, has_arguments_ = false, quoted_ = false;
+    std::string key_, scratch_;
+    std::vector<std::string> keys_;
+    ArgumentKinds kinds_;
+    bool streams_value_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<OutputParser> mark_parser(std::shared_ptr<const AnswerSyntax> syntax,
+                                          AnswerParserOptions options) {
+    return std::make_unique<MarkParser>(std::move(syntax), std::move(options));
 }
 
 }  // namespace detail
@@ -36114,24 +38081,25 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 #pragma warning(pop)
 #endif
 
-_Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"B16\")") _Pragma("pop_macro(\"BOOL\")")
-_Pragma("pop_macro(\"Begin\")") _Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")")
-_Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"Change\")")
-_Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")")
-_Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Done\")") _Pragma("pop_macro(\"Each\")")
-_Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")")
-_Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"F16\")")
-_Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")")
-_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")") _Pragma("pop_macro(\"Format\")")
-_Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")")
-_Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")")
-_Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Items\")")
-_Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")")
-_Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")")
-_Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")")
-_Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")")
-_Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Match\")")
-_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Mode\")") _Pragma("pop_macro(\"Move\")")
+_Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"At\")") _Pragma("pop_macro(\"B16\")")
+_Pragma("pop_macro(\"BOOL\")") _Pragma("pop_macro(\"Begin\")") _Pragma("pop_macro(\"Bound\")")
+_Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Call\")")
+_Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")")
+_Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Done\")")
+_Pragma("pop_macro(\"Each\")") _Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")")
+_Pragma("pop_macro(\"Error\")") _Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")")
+_Pragma("pop_macro(\"F16\")") _Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")")
+_Pragma("pop_macro(\"Fault\")") _Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")")
+_Pragma("pop_macro(\"Format\")") _Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")")
+_Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")")
+_Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"In\")") _Pragma("pop_macro(\"Input\")")
+_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")")
+_Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")")
+_Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
+_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
+_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
+_Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")")
+_Pragma("pop_macro(\"Mode\")") _Pragma("pop_macro(\"Move\")")
 _Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
 _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
 _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
@@ -36148,15 +38116,16 @@ _Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro
 _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
 _Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
 _Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
-_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
-_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
-_Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")")
-_Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"ULONG\")")
-_Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")")
-_Pragma("pop_macro(\"W\")") _Pragma("pop_macro(\"WideCharToMultiByte\")")
-_Pragma("pop_macro(\"Window\")") _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")")
-_Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")")
-_Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
+_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")")
+_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")")
+_Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")")
+_Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")")
+_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")")
+_Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
+_Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
+_Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
+_Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
 _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")
@@ -36224,11 +38193,12 @@ _Pragma("pop_macro(\"epsilon\")") _Pragma("pop_macro(\"erase\")") _Pragma("pop_m
 _Pragma("pop_macro(\"error\")") _Pragma("pop_macro(\"event\")") _Pragma("pop_macro(\"exact\")")
 _Pragma("pop_macro(\"exchange\")") _Pragma("pop_macro(\"exit\")") _Pragma("pop_macro(\"exp2f\")")
 _Pragma("pop_macro(\"expect\")") _Pragma("pop_macro(\"explicit\")")
-_Pragma("pop_macro(\"extension\")") _Pragma("pop_macro(\"extern\")") _Pragma("pop_macro(\"f\")")
-_Pragma("pop_macro(\"f16\")") _Pragma("pop_macro(\"f32\")") _Pragma("pop_macro(\"f64\")")
-_Pragma("pop_macro(\"fabs\")") _Pragma("pop_macro(\"factor\")") _Pragma("pop_macro(\"fail\")")
-_Pragma("pop_macro(\"failed\")") _Pragma("pop_macro(\"false\")") _Pragma("pop_macro(\"fast\")")
-_Pragma("pop_macro(\"fault\")") _Pragma("pop_macro(\"fclose\")") _Pragma("pop_macro(\"fcntl\")")
+_Pragma("pop_macro(\"extend\")") _Pragma("pop_macro(\"extension\")")
+_Pragma("pop_macro(\"extern\")") _Pragma("pop_macro(\"f\")") _Pragma("pop_macro(\"f16\")")
+_Pragma("pop_macro(\"f32\")") _Pragma("pop_macro(\"f64\")") _Pragma("pop_macro(\"fabs\")")
+_Pragma("pop_macro(\"factor\")") _Pragma("pop_macro(\"fail\")") _Pragma("pop_macro(\"failed\")")
+_Pragma("pop_macro(\"false\")") _Pragma("pop_macro(\"fast\")") _Pragma("pop_macro(\"fault\")")
+_Pragma("pop_macro(\"fclose\")") _Pragma("pop_macro(\"fcntl\")")
 _Pragma("pop_macro(\"fdatasync\")") _Pragma("pop_macro(\"fdopen\")") _Pragma("pop_macro(\"feed\")")
 _Pragma("pop_macro(\"feof\")") _Pragma("pop_macro(\"ferror\")") _Pragma("pop_macro(\"fflush\")")
 _Pragma("pop_macro(\"fgets\")") _Pragma("pop_macro(\"field\")") _Pragma("pop_macro(\"fields\")")
@@ -36323,67 +38293,67 @@ _Pragma("pop_macro(\"munmap\")") _Pragma("pop_macro(\"mutable\")") _Pragma("pop_
 _Pragma("pop_macro(\"n\")") _Pragma("pop_macro(\"n_type\")") _Pragma("pop_macro(\"name\")")
 _Pragma("pop_macro(\"namespace\")") _Pragma("pop_macro(\"nan\")")
 _Pragma("pop_macro(\"nanosleep\")") _Pragma("pop_macro(\"new\")") _Pragma("pop_macro(\"newline\")")
-_Pragma("pop_macro(\"next\")") _Pragma("pop_macro(\"node\")") _Pragma("pop_macro(\"nodes\")")
-_Pragma("pop_macro(\"nodiscard\")") _Pragma("pop_macro(\"noexcept\")")
-_Pragma("pop_macro(\"noinline\")") _Pragma("pop_macro(\"none\")")
-_Pragma("pop_macro(\"noreturn\")") _Pragma("pop_macro(\"norm\")") _Pragma("pop_macro(\"normal\")")
-_Pragma("pop_macro(\"nothing\")") _Pragma("pop_macro(\"now\")") _Pragma("pop_macro(\"ns\")")
-_Pragma("pop_macro(\"null\")") _Pragma("pop_macro(\"nullptr\")") _Pragma("pop_macro(\"num\")")
-_Pragma("pop_macro(\"number\")") _Pragma("pop_macro(\"o\")") _Pragma("pop_macro(\"object\")")
-_Pragma("pop_macro(\"of\")") _Pragma("pop_macro(\"off\")") _Pragma("pop_macro(\"off64_t\")")
-_Pragma("pop_macro(\"off_t\")") _Pragma("pop_macro(\"offset\")") _Pragma("pop_macro(\"ok\")")
-_Pragma("pop_macro(\"on\")") _Pragma("pop_macro(\"one\")") _Pragma("pop_macro(\"op\")")
-_Pragma("pop_macro(\"open\")") _Pragma("pop_macro(\"open64\")") _Pragma("pop_macro(\"opendir\")")
-_Pragma("pop_macro(\"operator\")") _Pragma("pop_macro(\"option\")")
-_Pragma("pop_macro(\"optional\")") _Pragma("pop_macro(\"options\")")
-_Pragma("pop_macro(\"order\")") _Pragma("pop_macro(\"other\")") _Pragma("pop_macro(\"out\")")
-_Pragma("pop_macro(\"out_of_memory\")") _Pragma("pop_macro(\"out_of_range\")")
-_Pragma("pop_macro(\"output\")") _Pragma("pop_macro(\"overflow\")")
-_Pragma("pop_macro(\"override\")") _Pragma("pop_macro(\"p\")") _Pragma("pop_macro(\"p_type\")")
-_Pragma("pop_macro(\"pack\")") _Pragma("pop_macro(\"packed\")") _Pragma("pop_macro(\"pad\")")
-_Pragma("pop_macro(\"page\")") _Pragma("pop_macro(\"pages\")") _Pragma("pop_macro(\"pair\")")
-_Pragma("pop_macro(\"param\")") _Pragma("pop_macro(\"parent\")") _Pragma("pop_macro(\"parse\")")
-_Pragma("pop_macro(\"parser\")") _Pragma("pop_macro(\"part\")") _Pragma("pop_macro(\"path\")")
-_Pragma("pop_macro(\"pattern\")") _Pragma("pop_macro(\"pause\")") _Pragma("pop_macro(\"pending\")")
-_Pragma("pop_macro(\"phase\")") _Pragma("pop_macro(\"pi\")") _Pragma("pop_macro(\"pid_t\")")
-_Pragma("pop_macro(\"piece\")") _Pragma("pop_macro(\"place\")") _Pragma("pop_macro(\"plan\")")
-_Pragma("pop_macro(\"plane\")") _Pragma("pop_macro(\"planes\")") _Pragma("pop_macro(\"plus\")")
-_Pragma("pop_macro(\"point\")") _Pragma("pop_macro(\"pointer\")") _Pragma("pop_macro(\"poll\")")
-_Pragma("pop_macro(\"pop\")") _Pragma("pop_macro(\"port\")") _Pragma("pop_macro(\"position\")")
-_Pragma("pop_macro(\"posix_memalign\")") _Pragma("pop_macro(\"pow\")")
-_Pragma("pop_macro(\"power\")") _Pragma("pop_macro(\"pread\")") _Pragma("pop_macro(\"prefetch\")")
-_Pragma("pop_macro(\"present\")") _Pragma("pop_macro(\"prev\")") _Pragma("pop_macro(\"print\")")
-_Pragma("pop_macro(\"printf\")") _Pragma("pop_macro(\"private\")") _Pragma("pop_macro(\"prompt\")")
-_Pragma("pop_macro(\"protected\")") _Pragma("pop_macro(\"protocol\")")
-_Pragma("pop_macro(\"ptr\")") _Pragma("pop_macro(\"ptrdiff_t\")") _Pragma("pop_macro(\"public\")")
-_Pragma("pop_macro(\"push\")") _Pragma("pop_macro(\"put\")") _Pragma("pop_macro(\"putc\")")
-_Pragma("pop_macro(\"putchar\")") _Pragma("pop_macro(\"putenv\")") _Pragma("pop_macro(\"puts\")")
-_Pragma("pop_macro(\"putwc\")") _Pragma("pop_macro(\"putwchar\")") _Pragma("pop_macro(\"pwrite\")")
-_Pragma("pop_macro(\"q\")") _Pragma("pop_macro(\"quad_t\")") _Pragma("pop_macro(\"query\")")
-_Pragma("pop_macro(\"queue\")") _Pragma("pop_macro(\"quote\")") _Pragma("pop_macro(\"r\")")
-_Pragma("pop_macro(\"raise\")") _Pragma("pop_macro(\"random\")") _Pragma("pop_macro(\"range\")")
-_Pragma("pop_macro(\"rank\")") _Pragma("pop_macro(\"rate\")") _Pragma("pop_macro(\"ratio\")")
-_Pragma("pop_macro(\"raw\")") _Pragma("pop_macro(\"read\")") _Pragma("pop_macro(\"readdir\")")
-_Pragma("pop_macro(\"readv\")") _Pragma("pop_macro(\"ready\")") _Pragma("pop_macro(\"real\")")
-_Pragma("pop_macro(\"realloc\")") _Pragma("pop_macro(\"reallocarray\")")
-_Pragma("pop_macro(\"reason\")") _Pragma("pop_macro(\"record\")") _Pragma("pop_macro(\"recv\")")
-_Pragma("pop_macro(\"recvfrom\")") _Pragma("pop_macro(\"recvmsg\")") _Pragma("pop_macro(\"ref\")")
-_Pragma("pop_macro(\"refresh\")") _Pragma("pop_macro(\"refused\")")
-_Pragma("pop_macro(\"reinterpret_cast\")") _Pragma("pop_macro(\"release\")")
-_Pragma("pop_macro(\"remove\")") _Pragma("pop_macro(\"rename\")") _Pragma("pop_macro(\"render\")")
-_Pragma("pop_macro(\"replace\")") _Pragma("pop_macro(\"reply\")") _Pragma("pop_macro(\"report\")")
-_Pragma("pop_macro(\"request\")") _Pragma("pop_macro(\"requires\")")
-_Pragma("pop_macro(\"reserve\")") _Pragma("pop_macro(\"reserved\")")
-_Pragma("pop_macro(\"reset\")") _Pragma("pop_macro(\"rest\")") _Pragma("pop_macro(\"restore\")")
-_Pragma("pop_macro(\"result\")") _Pragma("pop_macro(\"return\")") _Pragma("pop_macro(\"reverse\")")
-_Pragma("pop_macro(\"rewind\")") _Pragma("pop_macro(\"right\")") _Pragma("pop_macro(\"rindex\")")
-_Pragma("pop_macro(\"ring\")") _Pragma("pop_macro(\"rmdir\")") _Pragma("pop_macro(\"role\")")
-_Pragma("pop_macro(\"root\")") _Pragma("pop_macro(\"rope\")") _Pragma("pop_macro(\"rotate\")")
-_Pragma("pop_macro(\"round\")") _Pragma("pop_macro(\"route\")") _Pragma("pop_macro(\"row\")")
-_Pragma("pop_macro(\"rows\")") _Pragma("pop_macro(\"run\")") _Pragma("pop_macro(\"running\")")
-_Pragma("pop_macro(\"s\")") _Pragma("pop_macro(\"same\")") _Pragma("pop_macro(\"sample\")")
-_Pragma("pop_macro(\"sampler\")") _Pragma("pop_macro(\"save\")") _Pragma("pop_macro(\"scalar\")")
-_Pragma("pop_macro(\"scale\")") _Pragma("pop_macro(\"scandir\")")
+_Pragma("pop_macro(\"next\")") _Pragma("pop_macro(\"no\")") _Pragma("pop_macro(\"node\")")
+_Pragma("pop_macro(\"nodes\")") _Pragma("pop_macro(\"nodiscard\")")
+_Pragma("pop_macro(\"noexcept\")") _Pragma("pop_macro(\"noinline\")")
+_Pragma("pop_macro(\"none\")") _Pragma("pop_macro(\"noreturn\")") _Pragma("pop_macro(\"norm\")")
+_Pragma("pop_macro(\"normal\")") _Pragma("pop_macro(\"nothing\")") _Pragma("pop_macro(\"now\")")
+_Pragma("pop_macro(\"ns\")") _Pragma("pop_macro(\"null\")") _Pragma("pop_macro(\"nullptr\")")
+_Pragma("pop_macro(\"num\")") _Pragma("pop_macro(\"number\")") _Pragma("pop_macro(\"o\")")
+_Pragma("pop_macro(\"object\")") _Pragma("pop_macro(\"of\")") _Pragma("pop_macro(\"off\")")
+_Pragma("pop_macro(\"off64_t\")") _Pragma("pop_macro(\"off_t\")") _Pragma("pop_macro(\"offset\")")
+_Pragma("pop_macro(\"ok\")") _Pragma("pop_macro(\"on\")") _Pragma("pop_macro(\"one\")")
+_Pragma("pop_macro(\"op\")") _Pragma("pop_macro(\"open\")") _Pragma("pop_macro(\"open64\")")
+_Pragma("pop_macro(\"opendir\")") _Pragma("pop_macro(\"operator\")")
+_Pragma("pop_macro(\"option\")") _Pragma("pop_macro(\"optional\")")
+_Pragma("pop_macro(\"options\")") _Pragma("pop_macro(\"order\")") _Pragma("pop_macro(\"other\")")
+_Pragma("pop_macro(\"out\")") _Pragma("pop_macro(\"out_of_memory\")")
+_Pragma("pop_macro(\"out_of_range\")") _Pragma("pop_macro(\"output\")")
+_Pragma("pop_macro(\"overflow\")") _Pragma("pop_macro(\"override\")") _Pragma("pop_macro(\"p\")")
+_Pragma("pop_macro(\"p_type\")") _Pragma("pop_macro(\"pack\")") _Pragma("pop_macro(\"packed\")")
+_Pragma("pop_macro(\"pad\")") _Pragma("pop_macro(\"page\")") _Pragma("pop_macro(\"pages\")")
+_Pragma("pop_macro(\"pair\")") _Pragma("pop_macro(\"param\")") _Pragma("pop_macro(\"parent\")")
+_Pragma("pop_macro(\"parse\")") _Pragma("pop_macro(\"parser\")") _Pragma("pop_macro(\"part\")")
+_Pragma("pop_macro(\"path\")") _Pragma("pop_macro(\"pattern\")") _Pragma("pop_macro(\"pause\")")
+_Pragma("pop_macro(\"pending\")") _Pragma("pop_macro(\"phase\")") _Pragma("pop_macro(\"pi\")")
+_Pragma("pop_macro(\"pid_t\")") _Pragma("pop_macro(\"piece\")") _Pragma("pop_macro(\"place\")")
+_Pragma("pop_macro(\"plan\")") _Pragma("pop_macro(\"plane\")") _Pragma("pop_macro(\"planes\")")
+_Pragma("pop_macro(\"plus\")") _Pragma("pop_macro(\"point\")") _Pragma("pop_macro(\"pointer\")")
+_Pragma("pop_macro(\"poll\")") _Pragma("pop_macro(\"pop\")") _Pragma("pop_macro(\"port\")")
+_Pragma("pop_macro(\"position\")") _Pragma("pop_macro(\"posix_memalign\")")
+_Pragma("pop_macro(\"pow\")") _Pragma("pop_macro(\"power\")") _Pragma("pop_macro(\"pread\")")
+_Pragma("pop_macro(\"prefetch\")") _Pragma("pop_macro(\"present\")") _Pragma("pop_macro(\"prev\")")
+_Pragma("pop_macro(\"print\")") _Pragma("pop_macro(\"printf\")") _Pragma("pop_macro(\"private\")")
+_Pragma("pop_macro(\"prompt\")") _Pragma("pop_macro(\"protected\")")
+_Pragma("pop_macro(\"protocol\")") _Pragma("pop_macro(\"ptr\")")
+_Pragma("pop_macro(\"ptrdiff_t\")") _Pragma("pop_macro(\"public\")") _Pragma("pop_macro(\"push\")")
+_Pragma("pop_macro(\"put\")") _Pragma("pop_macro(\"putc\")") _Pragma("pop_macro(\"putchar\")")
+_Pragma("pop_macro(\"putenv\")") _Pragma("pop_macro(\"puts\")") _Pragma("pop_macro(\"putwc\")")
+_Pragma("pop_macro(\"putwchar\")") _Pragma("pop_macro(\"pwrite\")") _Pragma("pop_macro(\"q\")")
+_Pragma("pop_macro(\"quad_t\")") _Pragma("pop_macro(\"query\")") _Pragma("pop_macro(\"queue\")")
+_Pragma("pop_macro(\"quote\")") _Pragma("pop_macro(\"r\")") _Pragma("pop_macro(\"raise\")")
+_Pragma("pop_macro(\"random\")") _Pragma("pop_macro(\"range\")") _Pragma("pop_macro(\"rank\")")
+_Pragma("pop_macro(\"rate\")") _Pragma("pop_macro(\"ratio\")") _Pragma("pop_macro(\"raw\")")
+_Pragma("pop_macro(\"read\")") _Pragma("pop_macro(\"readdir\")") _Pragma("pop_macro(\"readv\")")
+_Pragma("pop_macro(\"ready\")") _Pragma("pop_macro(\"real\")") _Pragma("pop_macro(\"realloc\")")
+_Pragma("pop_macro(\"reallocarray\")") _Pragma("pop_macro(\"reason\")")
+_Pragma("pop_macro(\"record\")") _Pragma("pop_macro(\"recv\")") _Pragma("pop_macro(\"recvfrom\")")
+_Pragma("pop_macro(\"recvmsg\")") _Pragma("pop_macro(\"ref\")") _Pragma("pop_macro(\"refresh\")")
+_Pragma("pop_macro(\"refused\")") _Pragma("pop_macro(\"reinterpret_cast\")")
+_Pragma("pop_macro(\"release\")") _Pragma("pop_macro(\"remove\")") _Pragma("pop_macro(\"rename\")")
+_Pragma("pop_macro(\"render\")") _Pragma("pop_macro(\"replace\")") _Pragma("pop_macro(\"reply\")")
+_Pragma("pop_macro(\"report\")") _Pragma("pop_macro(\"request\")")
+_Pragma("pop_macro(\"requires\")") _Pragma("pop_macro(\"reserve\")")
+_Pragma("pop_macro(\"reserved\")") _Pragma("pop_macro(\"reset\")") _Pragma("pop_macro(\"rest\")")
+_Pragma("pop_macro(\"restore\")") _Pragma("pop_macro(\"result\")") _Pragma("pop_macro(\"return\")")
+_Pragma("pop_macro(\"reverse\")") _Pragma("pop_macro(\"rewind\")") _Pragma("pop_macro(\"right\")")
+_Pragma("pop_macro(\"rindex\")") _Pragma("pop_macro(\"ring\")") _Pragma("pop_macro(\"rmdir\")")
+_Pragma("pop_macro(\"role\")") _Pragma("pop_macro(\"root\")") _Pragma("pop_macro(\"rope\")")
+_Pragma("pop_macro(\"rotate\")") _Pragma("pop_macro(\"round\")") _Pragma("pop_macro(\"route\")")
+_Pragma("pop_macro(\"row\")") _Pragma("pop_macro(\"rows\")") _Pragma("pop_macro(\"run\")")
+_Pragma("pop_macro(\"running\")") _Pragma("pop_macro(\"s\")") _Pragma("pop_macro(\"same\")")
+_Pragma("pop_macro(\"sample\")") _Pragma("pop_macro(\"sampler\")") _Pragma("pop_macro(\"save\")")
+_Pragma("pop_macro(\"scalar\")") _Pragma("pop_macro(\"scale\")") _Pragma("pop_macro(\"scandir\")")
 _Pragma("pop_macro(\"sched_yield\")") _Pragma("pop_macro(\"scope\")")
 _Pragma("pop_macro(\"scores\")") _Pragma("pop_macro(\"search\")") _Pragma("pop_macro(\"second\")")
 _Pragma("pop_macro(\"seconds\")") _Pragma("pop_macro(\"section\")") _Pragma("pop_macro(\"seed\")")
@@ -36397,16 +38367,17 @@ _Pragma("pop_macro(\"shape\")") _Pragma("pop_macro(\"shared\")") _Pragma("pop_ma
 _Pragma("pop_macro(\"short\")") _Pragma("pop_macro(\"short_size\")") _Pragma("pop_macro(\"show\")")
 _Pragma("pop_macro(\"shutdown\")") _Pragma("pop_macro(\"side\")") _Pragma("pop_macro(\"sign\")")
 _Pragma("pop_macro(\"signal\")") _Pragma("pop_macro(\"signbit\")") _Pragma("pop_macro(\"signed\")")
-_Pragma("pop_macro(\"sink\")") _Pragma("pop_macro(\"size\")") _Pragma("pop_macro(\"size_t\")")
-_Pragma("pop_macro(\"sizeof\")") _Pragma("pop_macro(\"skip\")") _Pragma("pop_macro(\"sleep\")")
-_Pragma("pop_macro(\"slice\")") _Pragma("pop_macro(\"slot\")") _Pragma("pop_macro(\"slots\")")
-_Pragma("pop_macro(\"snprintf\")") _Pragma("pop_macro(\"sockaddr_in\")")
-_Pragma("pop_macro(\"socket\")") _Pragma("pop_macro(\"sort\")") _Pragma("pop_macro(\"source\")")
-_Pragma("pop_macro(\"sp\")") _Pragma("pop_macro(\"space\")") _Pragma("pop_macro(\"span\")")
-_Pragma("pop_macro(\"special\")") _Pragma("pop_macro(\"split\")") _Pragma("pop_macro(\"sprintf\")")
-_Pragma("pop_macro(\"sqrt\")") _Pragma("pop_macro(\"srandom\")") _Pragma("pop_macro(\"src\")")
-_Pragma("pop_macro(\"ssize_t\")") _Pragma("pop_macro(\"stage\")") _Pragma("pop_macro(\"start\")")
-_Pragma("pop_macro(\"stat\")") _Pragma("pop_macro(\"state\")") _Pragma("pop_macro(\"static\")")
+_Pragma("pop_macro(\"silent\")") _Pragma("pop_macro(\"sink\")") _Pragma("pop_macro(\"size\")")
+_Pragma("pop_macro(\"size_t\")") _Pragma("pop_macro(\"sizeof\")") _Pragma("pop_macro(\"skip\")")
+_Pragma("pop_macro(\"sleep\")") _Pragma("pop_macro(\"slice\")") _Pragma("pop_macro(\"slot\")")
+_Pragma("pop_macro(\"slots\")") _Pragma("pop_macro(\"snprintf\")")
+_Pragma("pop_macro(\"sockaddr_in\")") _Pragma("pop_macro(\"socket\")")
+_Pragma("pop_macro(\"sort\")") _Pragma("pop_macro(\"source\")") _Pragma("pop_macro(\"sp\")")
+_Pragma("pop_macro(\"space\")") _Pragma("pop_macro(\"span\")") _Pragma("pop_macro(\"special\")")
+_Pragma("pop_macro(\"split\")") _Pragma("pop_macro(\"sprintf\")") _Pragma("pop_macro(\"sqrt\")")
+_Pragma("pop_macro(\"srandom\")") _Pragma("pop_macro(\"src\")") _Pragma("pop_macro(\"ssize_t\")")
+_Pragma("pop_macro(\"stage\")") _Pragma("pop_macro(\"start\")") _Pragma("pop_macro(\"stat\")")
+_Pragma("pop_macro(\"state\")") _Pragma("pop_macro(\"static\")")
 _Pragma("pop_macro(\"static_assert\")") _Pragma("pop_macro(\"static_cast\")")
 _Pragma("pop_macro(\"stats\")") _Pragma("pop_macro(\"status\")") _Pragma("pop_macro(\"std\")")
 _Pragma("pop_macro(\"step\")") _Pragma("pop_macro(\"steps\")") _Pragma("pop_macro(\"stop\")")
@@ -36468,8 +38439,8 @@ _Pragma("pop_macro(\"wcsdup\")") _Pragma("pop_macro(\"weight\")") _Pragma("pop_m
 _Pragma("pop_macro(\"while\")") _Pragma("pop_macro(\"width\")") _Pragma("pop_macro(\"window\")")
 _Pragma("pop_macro(\"word\")") _Pragma("pop_macro(\"work\")") _Pragma("pop_macro(\"worker\")")
 _Pragma("pop_macro(\"write\")") _Pragma("pop_macro(\"writev\")") _Pragma("pop_macro(\"x\")")
-_Pragma("pop_macro(\"y\")") _Pragma("pop_macro(\"yield\")") _Pragma("pop_macro(\"z\")")
-_Pragma("pop_macro(\"zero\")")
+_Pragma("pop_macro(\"y\")") _Pragma("pop_macro(\"yes\")") _Pragma("pop_macro(\"yield\")")
+_Pragma("pop_macro(\"z\")") _Pragma("pop_macro(\"zero\")")
 #if defined(_WIN32)
 _Pragma("pop_macro(\"ACCESS_MASK\")") _Pragma("pop_macro(\"ATOM\")")
 _Pragma("pop_macro(\"BOOLEAN\")") _Pragma("pop_macro(\"BYTE\")") _Pragma("pop_macro(\"Beep\")")

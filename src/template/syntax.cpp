@@ -1,0 +1,362 @@
+#include "prologue.hpp"
+
+#include "base/internal.hpp"
+#include "base/text.hpp"
+#include "template/syntax.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- The rows ---------------------------------------------------------------------------------
+
+// In the order in which they are looked for: what tells more comes first.
+std::span<const CallSyntax> call_syntaxes() {
+    // clang-format off
+#define VALAR_BAR "\xEF\xBD\x9C"    // the wide bar of DeepSeek's marks
+#define VALAR_LOW "\xE2\x96\x81"    // and their low line
+#define VALAR_DSML VALAR_BAR "DSML" VALAR_BAR
+    using enum CallStyle;
+    static constexpr CallSyntax rows[] = {
+        {"harmony", {"<|channel|>commentary"}, {"<|channel|>", "<|call|>"}, channels,
+         {}, "", "", "", "", "", ""},
+        {"gemma4", {"<|tool_call>call:"}, {"<|tool_call>", "<tool_call|>"}, gemma,
+         {"<|tool_call>"}, "", "<|tool_call>call:", "", "<tool_call|>", "", "", "<|\"|>"},
+        {"functiongemma", {"<start_function_call>call:"},
+         {"<start_function_call>", "<end_function_call>"}, gemma, {"<start_function_call>"},
+         "", "<start_function_call>call:", "", "<end_function_call>", "", "", "<escape>"},
+        {"qwen3-coder", {"<tool_call>", "<function=", "<parameter="}, {}, tagged, {"<tool_call>"},
+         "", "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", "\n", "",
+         "<parameter=", ">\n", "\n</parameter>\n"},
+        {"seed", {"<seed:tool_call>"}, {"<seed:tool_call>", "</seed:tool_call>"}, tagged,
+         {"<seed:tool_call>"}, "", "<seed:tool_call>\n<function=", ">\n",
+         "</function>\n</seed:tool_call>", "\n", "", "<parameter=", ">", "</parameter>\n"},
+        {"minicpm5", {"<function name=", "<param name="}, {}, tagged, {"<function name="},
+         "", "<function name=\"", "\">", "</function>", "\n", "",
+         "<param name=\"", "\">", "</param>"},
+        {"hy3", {"<arg_key:opensource>", "<tool_sep:opensource>"}, {}, tagged,
+         {"<tool_calls:opensource>", "<tool_call:opensource>"}, "<tool_calls:opensource>\n",
+         "<tool_call:opensource>", "<tool_sep:opensource>\n", "</tool_call:opensource>", "\n",
+         "\n</tool_calls:opensource>", "<arg_key:opensource>",
+         "</arg_key:opensource>\n<arg_value:opensource>", "</arg_value:opensource>\n"},
+        {"glm", {"</arg_key>\n<arg_value>"}, {}, tagged, {"<tool_call>"}, "", "<tool_call>", "\n",
+         "</tool_call>", "\n", "", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"},
+        {"glm47", {"<arg_key>"}, {"<arg_key>", "<arg_value>"}, tagged, {"<tool_call>"}, "",
+         "<tool_call>", "", "</tool_call>", "", "", "<arg_key>", "</arg_key><arg_value>",
+         "</arg_value>"},
+        {"deepseek32", {"<" VALAR_DSML "function_calls>"}, {}, tagged,
+         {"<" VALAR_DSML "function_calls>"}, "<" VALAR_DSML "function_calls>\n",
+         "<" VALAR_DSML "invoke name=\"", "\">\n", "</" VALAR_DSML "invoke>", "\n",
+         "\n</" VALAR_DSML "function_calls>", "<" VALAR_DSML "parameter name=\"",
+         "\" string=\"\3\">", "</" VALAR_DSML "parameter>\n"},
+        {"deepseek4", {"<" VALAR_DSML "tool_calls>"}, {}, tagged,
+         {"<" VALAR_DSML "tool_calls>"}, "<" VALAR_DSML "tool_calls>\n",
+         "<" VALAR_DSML "invoke name=\"", "\">\n", "</" VALAR_DSML "invoke>", "\n",
+         "\n</" VALAR_DSML "tool_calls>", "<" VALAR_DSML "parameter name=\"",
+         "\" string=\"\3\">", "</" VALAR_DSML "parameter>\n"},
+        {"minimax-m2", {"<minimax:tool_call>", "<parameter name="},
+         {"<minimax:tool_call>", "</minimax:tool_call>"}, tagged, {"<minimax:tool_call>"},
+         "<minimax:tool_call>\n", "<invoke name=\"", "\">\n", "</invoke>", "\n",
+         "\n</minimax:tool_call>", "<parameter name=\"", "\">", "</parameter>\n"},
+        {"deepseek3", {"<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+                       "```json"}, {}, named,
+         {"<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+          "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "begin" VALAR_BAR ">"},
+         "<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+         "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "begin" VALAR_BAR ">function"
+         "<" VALAR_BAR "tool" VALAR_LOW "sep" VALAR_BAR ">", "\n```json\n",
+         "\n```<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "end" VALAR_BAR ">", "\n",
+         "<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "end" VALAR_BAR ">"},
+        {"deepseek31", {"<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">"}, {},
+         named, {"<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+                 "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "begin" VALAR_BAR ">"},
+         "<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "begin" VALAR_BAR ">",
+         "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "begin" VALAR_BAR ">",
+         "<" VALAR_BAR "tool" VALAR_LOW "sep" VALAR_BAR ">",
+         "<" VALAR_BAR "tool" VALAR_LOW "call" VALAR_LOW "end" VALAR_BAR ">", "",
+         "<" VALAR_BAR "tool" VALAR_LOW "calls" VALAR_LOW "end" VALAR_BAR ">"},
+        {"kimi", {"<|tool_calls_section_begin|>"},
+         {"<|tool_calls_section_begin|>", "<|tool_call_begin|>"}, named,
+         {"<|tool_calls_section_begin|>", "<|tool_call_begin|>"}, "<|tool_calls_section_begin|>",
+         "<|tool_call_begin|>functions.", ":\1<|tool_call_argument_begin|>", "<|tool_call_end|>",
+         "", "<|tool_calls_section_end|>"},
+        {"solar", {"<|tool_call:begin|>"}, {"<|tool_call:begin|>", "<|tool_call:end|>"}, named,
+         {"<|tool_calls|>", "<|tool_call:begin|>"}, "<|tool_calls|>",
+         "<|tool_call:begin|>\2<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>", "",
+         ""},
+        {"mistral-small", {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"}, {}, named, {"[TOOL_CALLS]"}, "",
+         "[TOOL_CALLS]", "[CALL_ID]\2[ARGS]", "", "", ""},
+        {"mistral", {"[TOOL_CALLS]", "[ARGS]"}, {"[TOOL_CALLS]", "[ARGS]"}, named,
+         {"[TOOL_CALLS]"}, "", "[TOOL_CALLS]", "[ARGS]", "", "", ""},
+        {"mistral-old", {"[TOOL_CALLS]"}, {"[TOOL_CALLS]"}, object, {"[TOOL_CALLS]"},
+         "[TOOL_CALLS][", "{\"name\": \"", "\", \"arguments\": ", "}", ", ", "]"},
+        {"command-r7b", {"<|START_ACTION|>"}, {"<|START_ACTION|>", "<|END_ACTION|>"}, object,
+         {"<|START_ACTION|>"}, "<|START_ACTION|>[\n    ",
+         "{\"tool_call_id\": \"\1\", \"tool_name\": \"", "\", \"parameters\": ", "}", ",\n    ",
+         "\n]<|END_ACTION|>"},
+        {"command-r", {"Action:", "```json", "\"tool_name\""}, {}, object, {"Action:"},
+         "Action: ```json\n[\n    ", "{\n        \"tool_name\": \"",
+         "\",\n        \"parameters\": ", "\n    }", ",\n    ", "\n]```"},
+        {"lfm2", {"<|tool_call_start|>"}, {"<|tool_call_start|>", "<|tool_call_end|>"}, python,
+         {"<|tool_call_start|>"}, "<|tool_call_start|>[", "", "(", ")", ", ",
+         "]<|tool_call_end|>"},
+        {"phi4-mini", {"<|tool|>", "<|/tool|>"}, {"<|tool_call|>", "<|/tool_call|>"}, object,
+         {"<|tool_call|>"}, "<|tool_call|>[", "{\"name\": \"", "\", \"arguments\": ", "}", ", ",
+         "]<|/tool_call|>"},
+        {"granite3", {"<|tool_call|>"}, {"<|tool_call|>"}, object, {"<|tool_call|>"},
+         "<|tool_call|>[", "{\"name\": \"", "\", \"arguments\": ", "}", ", ", "]"},
+        {"apertus", {"<|tools_prefix|>"}, {"<|tools_prefix|>", "<|tools_suffix|>"}, named,
+         {"<|tools_prefix|>"}, "<|tools_prefix|>[", "{\"", "\": ", "}", ", ", "]<|tools_suffix|>"},
+        {"nemotron", {"<TOOLCALL>"}, {}, object, {"<TOOLCALL>"}, "<TOOLCALL>[", "{\"name\": \"",
+         "\", \"arguments\": ", "}", ", ", "]</TOOLCALL>"},
+        {"minimax-m1", {"<tool_calls>\n{"}, {}, object, {"<tool_calls>"}, "<tool_calls>\n",
+         "{\"name\": \"", "\", \"arguments\": ", "}", "\n", "\n</tool_calls>"},
+        {"tool_calls", {"<tool_calls>"}, {}, object, {"<tool_calls>"}, "<tool_calls>[",
+         "{\"name\": \"", "\", \"arguments\": ", "}", ", ", "]</tool_calls>"},
+        {"hermes", {"<tool_call>"}, {"<tool_call>", "</tool_call>"}, object, {"<tool_call>"}, "",
+         "<tool_call>\n{\"name\": \"", "\", \"arguments\": ", "}\n</tool_call>", "\n", ""},
+        {"functionary", {"<function=", "</function>"}, {}, named, {"<function="}, "",
+         "<function=", ">", "</function>", "", ""},
+        {"gigachat", {"<|function_call|>"}, {"<|function_call|>"}, object, {"<|function_call|>"},
+         "", "<|function_call|>{\"name\": \"", "\", \"arguments\": ", "}", "", ""},
+        {"llama4", {"<|python_start|>", "\"parameters\""}, {}, object,
+         {"<|python_start|>", "<|python_end|>"}, "",
+         "{\"name\": \"", "\", \"parameters\": ", "}", "", ""},
+        {"llama3", {"\"parameters\"", "<|start_header_id|>"}, {"<|python_tag|>"}, object,
+         {"<|python_tag|>"}, "", "{\"name\": \"", "\", \"parameters\": ", "}", "; ", ""},
+        {"json", {}, {}, object, {}, "", "{\"name\": \"", "\", \"arguments\": ", "}", "\n",
+         ""},
+    };
+#undef VALAR_BAR
+#undef VALAR_LOW
+#undef VALAR_DSML
+    // clang-format on
+    return rows;
+}
+
+std::span<const ThoughtSyntax> thought_syntaxes() {
+    // clang-format off
+    static constexpr ThoughtSyntax rows[] = {
+        {"gemma4", {"<|channel>thought"}, "<|channel>thought\n", "\n<channel|>"},
+        {"mistral", {"[THINK]", "[/THINK]"}, "[THINK]", "[/THINK]"},
+        {"seed", {"<seed:think>"}, "<seed:think>", "</seed:think>"},
+        {"command", {"<|START_THINKING|>"}, "<|START_THINKING|>", "<|END_THINKING|>",
+         {"<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"}},
+        {"minimax-m3", {"<mm:think>"}, "<mm:think>", "</mm:think>"},
+        {"hy3", {"<think:opensource>"}, "<think:opensource>", "</think:opensource>"},
+        {"apriel", {"[BEGIN FINAL RESPONSE]"}, "Here are my reasoning steps:\n",
+         "\n[BEGIN FINAL RESPONSE]\n"},
+        {"apertus", {"<|inner_prefix|>"}, "<|inner_prefix|>", "<|inner_suffix|>"},
+        {"solar", {"<|think|>", "<|begin|>"}, "<|think|>", "<|end|><|begin|>assistant",
+         {"<|content|>"}},
+        {"granite", {"<think></think>", "<response></response>"}, "<think>", "</think>",
+         {"<response>", "</response>"}},
+        {"exaone-deep", {"<thought>", "</thought>"}, "<thought>\n", "\n</thought>\n"},
+        {"think", {"<think>"}, "<think>\n", "\n</think>\n\n"},
+        {"think", {"</think>"}, "<think>\n", "\n</think>\n\n"},
+    };
+    // clang-format on
+    return rows;
+}
+
+// ---- Found for one model ----------------------------------------------------------------------
+
+namespace {
+
+Json call_message(bool text_arguments, bool two_calls) {
+    Json arguments = Json::object().set("city", "Paris").set("days", 3);
+    Json function = Json::object().set("name", "probe-call");
+    function.set("arguments", text_arguments ? Json(arguments.write(json_python)) : arguments);
+    Json call = Json::object().set("id", "callprobe").set("type", "function");
+    call.set("function", std::move(function));
+    Json calls = Json::array().push(call);
+    if (two_calls) calls.push(std::move(call));
+    return Json::object()
+        .set("role", "assistant")
+        .set("content", "")
+        .set("reasoning_content", "probe-thought")
+        .set("tool_calls", std::move(calls));
+}
+
+Json probe_tools() {
+    Json city = Json::object().set("type", "string").set("description", "probe");
+    Json days = Json::object().set("type", "integer").set("description", "probe");
+    Json parameters = Json::object().set("type", "object");
+    parameters.set("properties", Json::object().set("city", city).set("days", days));
+    parameters.set("required", Json::array().push("city"));
+    Json function = Json::object().set("name", "probe-call").set("description", "probe");
+    function.set("parameters", std::move(parameters));
+    Json tool = Json::object().set("type", "function").set("function", std::move(function));
+    return Json::array().push(std::move(tool));
+}
+
+/// The template, and what it makes of a call: some build their marks from pieces.
+std::string source_and_probes(const ChatTemplate& chat_template) {
+    std::string all = chat_template.source();
+    for (int way = 0; way < 4; ++way) {
+        TemplateInput input;
+        Json messages = Json::array();
+        messages.push(Json::object().set("role", "user").set("content", "probe-of-user"));
+        messages.push(call_message(way & 1, way & 2));
+        input.request.set("messages", std::move(messages)).set("tools", probe_tools());
+        input.own.set("add_generation_prompt", true).set("bos_token", "").set("eos_token", "");
+        const auto made = chat_template.render(input);
+        if (made && made->text.find("probe-call") != std::string::npos) return all + made->text;
+    }
+    return all;
+}
+
+template <class Marks, class Has>
+bool has_all(const Marks& marks, Has has) {
+    return !marks[0].empty() && std::all_of(marks.begin(), marks.end(), [&](std::string_view mark) {
+        return mark.empty() || has(mark);
+    });
+}
+
+const CallSyntax* named_syntax(std::string_view name) {
+    for (const CallSyntax& row : call_syntaxes())
+        if (row.name == name) return &row;
+    return nullptr;
+}
+
+const CallSyntax& syntax_of(std::string_view texts, const SpecialTokens& special) {
+    const auto stands = [&](std::string_view mark) {
+        return texts.find(mark) != std::string_view::npos;
+    };
+    const auto is_token = [&](std::string_view mark) { return special.has(mark); };
+    for (const CallSyntax& row : call_syntaxes())
+        if (has_all(row.found_by, stands)) return row;
+    for (const CallSyntax& row : call_syntaxes())
+        if (has_all(row.found_tokens, is_token)) return row;
+    return *named_syntax("json");
+}
+
+/// Marks the special tokens in the texts of rows.
+class TokenMarker {
+public:
+    TokenMarker(const SpecialTokens& special, std::vector<std::string>* found)
+        : special_(special), found_(*found) {}
+
+    std::string operator()(std::string_view text) {
+        std::string out;
+        while (!text.empty()) {
+            const size_t size = token_size(text);
+            if (size == 0) {
+                out += text.front();
+                text.remove_prefix(1);
+                continue;
+            }
+            const std::string token(text.substr(0, size));
+            out += kTokenBegin + token + kTokenEnd;
+            if (std::find(found_.begin(), found_.end(), token) == found_.end())
+                found_.push_back(token);
+            text.remove_prefix(size);
+        }
+        return out;
+    }
+
+private:
+    /// Of the longest token that the text begins with, or 0.
+    size_t token_size(std::string_view text) const {
+        if (text.front() != '<' && text.front() != '[') return 0;
+        for (size_t size = text.size(); size > 1; --size)
+            if ((text[size - 1] == '>' || text[size - 1] == ']') &&
+                special_.has(text.substr(0, size)))
+                return size;
+        return 0;
+    }
+
+    const SpecialTokens& special_;
+    std::vector<std::string>& found_;
+};
+
+}  // namespace
+
+std::string without_token_bytes(std::string_view text) {
+    std::string out;
+    out.reserve(text.size());
+    for (char c : text)
+        if (c != kTokenBegin && c != kTokenEnd) out += c;
+    return out;
+}
+
+Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
+                                        const SpecialTokens& special,
+                                        std::string_view tool_format) {
+    const std::string texts = source_and_probes(chat_template);
+    const CallSyntax* row = tool_format.empty() ? &syntax_of(texts, special)
+                                                : named_syntax(tool_format);
+    if (!row)
+        return make_error(ErrorKind::invalid_request,
+                          "unknown tool format " + printable(tool_format));
+    AnswerSyntax made;
+    TokenMarker marked(special, &made.tokens);
+    AnswerSyntax::Calls& calls = made.calls;
+    calls.name = row->name;
+    calls.style = row->style;
+    for (std::string_view mark : row->marks)
+        if (!mark.empty()) calls.marks.push_back(marked(mark));
+    const std::pair<std::string*, std::string_view> parts[] = {
+        {&calls.open, row->open},   {&calls.before, row->before},
+        {&calls.after, row->after}, {&calls.after_name, row->after_name},
+        {&calls.key, row->key},     {&calls.between, row->between},
+        {&calls.value, row->value}, {&calls.value_end, row->value_end},
+        {&calls.close, row->close}};
+    for (const auto& [to, from] : parts) *to = marked(from);
+    for (const ThoughtSyntax& thought : thought_syntaxes()) {
+        if (made.channels() || !has_all(thought.found_by, [&](std::string_view mark) {
+                return texts.find(mark) != std::string::npos;
+            }))
+            continue;
+        made.thought.open = marked(thought.open);
+        made.thought.close = marked(thought.close);
+        for (std::string_view mark : thought.ignored)
+            if (!mark.empty()) made.thought.ignored.push_back(marked(mark));
+        break;
+    }
+    return made;
+}
+
+// ---- Where a prompt ends ----------------------------------------------------------------------
+
+namespace {
+
+std::string_view without_spaces(std::string_view text) {
+    const char* spaces = " \t\r\n";
+    const size_t first = text.find_first_not_of(spaces);
+    if (first == std::string_view::npos) return {};
+    return text.substr(first, text.find_last_not_of(spaces) - first + 1);
+}
+
+bool ends_with_mark(std::string_view text, std::string_view mark) {
+    const std::string plain = without_token_bytes(without_spaces(mark));
+    return !plain.empty() && text.ends_with(plain);
+}
+
+}  // namespace
+
+ThoughtState thought_state(const MarkedText& prompt, const AnswerSyntax& syntax) {
+    std::string_view tail = prompt.text;
+    if (!prompt.from_request.empty()) tail.remove_prefix(prompt.from_request.back().end);
+    tail = without_spaces(tail);
+    const AnswerSyntax::Thought& thought = syntax.thought;
+    if (ends_with_mark(tail, thought.open)) return ThoughtState::open;
+    if (ends_with_mark(tail, thought.close)) return ThoughtState::closed;
+    for (const std::string& mark : thought.ignored)
+        if (ends_with_mark(tail, mark)) return ThoughtState::closed;
+    return ThoughtState::free;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE

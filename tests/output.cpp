@@ -1,0 +1,224 @@
+// >>template: what models of each family write is taken apart into items, however it is cut.
+#include <doctest/doctest.h>
+
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "output_helpers.hpp"
+
+using namespace valar;
+using namespace valar::detail;
+
+namespace {
+
+const Json& tools() {
+    static const Json made = *Json::parse(R"([
+        {"name": "weather", "parameters": {"type": "object", "properties": {
+            "city": {"type": "string"}, "days": {"type": "integer"},
+            "unit": {"type": ["string", "null"]}, "more": {"$ref": "#/$defs/more"}},
+            "$defs": {"more": {"type": "object"}}}},
+        {"name": "now", "parameters": null},
+        {"name": "run", "custom": true}])");
+    return made;
+}
+
+struct Written {
+    std::string text;
+    std::string syntax;      // of calls
+    std::string templ = "";  // what stands in the template
+    std::vector<std::string> tokens = {};
+    ThoughtState thought = ThoughtState::free;
+    bool constrained = true;
+    bool whole = true;
+    bool with_tools = true;
+    std::vector<std::string> ends = {};
+};
+
+AnswerSyntax syntax_of(const Written& written) {
+    TokenSet tokens;
+    tokens.spellings = written.tokens;
+    const auto parsed = ChatTemplate::parse("{{ '" + written.templ + "' }}");
+    REQUIRE(parsed);
+    const auto syntax = find_answer_syntax(*parsed, tokens, written.syntax);
+    REQUIRE(syntax);
+    return *syntax;
+}
+
+std::string read(const Written& written, size_t step) {
+    TokenSet tokens;
+    tokens.spellings = written.tokens;
+    tokens.ends = written.ends;
+    AnswerParserOptions options;
+    if (written.with_tools) options.tools = tools_of(tools());
+    options.constrained = written.constrained;
+    options.thought = written.thought;
+    Items items;
+    const auto parser = answer_parser(std::make_shared<AnswerSyntax>(syntax_of(written)), options);
+    feed(*parser, written.text, tokens, step, items);
+    parser->finish(written.whole, items);
+    return items.shown();
+}
+
+/// The same, however the text is cut and whether or not arguments are held back.
+std::string read(Written written) {
+    const std::string whole = read(written, written.text.size() + 1);
+    for (bool constrained : {written.constrained, false})
+        for (size_t step : {size_t{1}, size_t{2}, size_t{3}, size_t{7}}) {
+            written.constrained = constrained;
+            CHECK(read(written, step) == whole);
+        }
+    return whole;
+}
+
+const char* kTwo = R"(weather({"city":"K\"\n","days":3}) now({}))";
+
+}  // namespace
+
+TEST_CASE("each family's calls") {
+    const struct {
+        const char* syntax;
+        const char* text;
+    } cases[] = {
+        {"hermes", R"(<tool_call>
+{"name": "weather", "arguments": {"city": "K\"\n", "days": 3}}
+</tool_call>
+<tool_call>
+{"name": "now", "arguments": {}}
+</tool_call>)"},
+        {"qwen3-coder",
+         "<tool_call>\n<function=weather>\n<parameter=city>\nK\"\n\n</parameter>\n"
+         "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>\n<tool_call>"
+         "\n<function=now>\n</function>\n</tool_call>"},
+        {"seed",
+         "<seed:tool_call>\n<function=weather>\n<parameter=city>K\"\n</parameter>\n"
+         "<parameter=days>3</parameter>\n</function>\n</seed:tool_call>\n<seed:tool_call>\n"
+         "<function=now>\n</function>\n</seed:tool_call>"},
+        {"minicpm5",
+         "<function name=\"weather\"><param name=\"city\"><![CDATA[K\"\n]]></param>"
+         "<param name=\"days\">3</param></function>\n<function name=\"now\"></function>"},
+        {"glm",
+         "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>K\"\n</arg_value>\n"
+         "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n"
+         "</tool_call>"},
+        {"glm47",
+         "<tool_call>weather<arg_key>city</arg_key><arg_value>K\"\n</arg_value>"
+         "<arg_key>days</arg_key><arg_value>3</arg_value></tool_call><tool_call>now"
+         "</tool_call>"},
+        {"hy3",
+         "<tool_calls:opensource>\n<tool_call:opensource>weather<tool_sep:opensource>\n"
+         "<arg_key:opensource>city</arg_key:opensource>\n<arg_value:opensource>K\"\n"
+         "</arg_value:opensource>\n<arg_key:opensource>days</arg_key:opensource>\n"
+         "<arg_value:opensource>3</arg_value:opensource>\n</tool_call:opensource>\n"
+         "<tool_call:opensource>now<tool_sep:opensource>\n</tool_call:opensource>\n"
+         "</tool_calls:opensource>"},
+        {"minimax-m2",
+         "<minimax:tool_call>\n<invoke name=\"weather\">\n<parameter name=\"city\">"
+         "K\"\n</parameter>\n<parameter name=\"days\">3</parameter>\n</invoke>\n"
+         "<invoke name=\"now\">\n</invoke>\n</minimax:tool_call>"},
+        {"kimi",
+         "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
+         "<|tool_call_argument_begin|>{\"city\": \"K\\\"\\n\", \"days\": 3}"
+         "<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>"
+         "{}<|tool_call_end|><|tool_calls_section_end|>"},
+        {"solar",
+         "<|tool_calls|><|tool_call:begin|>a1<|tool_call:name|>weather<|tool_call:args|>"
+         "{\"city\": \"K\\\"\\n\", \"days\": 3}<|tool_call:end|><|tool_call:begin|>a2"
+         "<|tool_call:name|>now<|tool_call:args|>{}<|tool_call:end|>"},
+        {"mistral",
+         "[TOOL_CALLS]weather[ARGS]{\"city\": \"K\\\"\\n\", \"days\": 3}[TOOL_CALLS]now"
+         "[ARGS]{}"},
+        {"mistral-small",
+         "[TOOL_CALLS]weather[CALL_ID]x1[ARGS]{\"city\": \"K\\\"\\n\", \"days\": 3"
+         "}[TOOL_CALLS]now[CALL_ID]x2[ARGS]{}"},
+        {"mistral-old",
+         "[TOOL_CALLS] [{\"name\": \"weather\", \"arguments\": {\"city\": \"K\\\"\\n"
+         "\", \"days\": 3}, \"id\": \"a\"}, {\"arguments\": {}, \"name\": \"now\"}]"},
+        {"command-r7b",
+         "<|START_ACTION|>[\n    {\"tool_call_id\": \"0\", \"tool_name\": \"weather"
+         "\", \"parameters\": {\"city\": \"K\\\"\\n\", \"days\": 3}},\n    {\"tool_"
+         "call_id\": \"1\", \"tool_name\": \"now\", \"parameters\": {}}\n]"
+         "<|END_ACTION|>"},
+        {"command-r",
+         "Action: ```json\n[\n    {\n        \"tool_name\": \"weather\",\n        "
+         "\"parameters\": {\"city\": \"K\\\"\\n\", \"days\": 3}\n    },\n    {\n"
+         "        \"tool_name\": \"now\",\n        \"parameters\": {}\n    }\n]```"},
+        {"lfm2", "<|tool_call_start|>[weather(city='K\"\\n', days=3), now()]<|tool_call_end|>"},
+        {"gemma4",
+         "<|tool_call>call:weather{city:<|\"|>K\"\n<|\"|>,days:3}<tool_call|>"
+         "<|tool_call>call:now{}<tool_call|>"},
+        {"functiongemma",
+         "<start_function_call>call:weather{city:<escape>K\"\n<escape>,days:3}"
+         "<end_function_call><start_function_call>call:now{}<end_function_call>"},
+        {"phi4-mini",
+         "<|tool_call|>[{\"name\": \"weather\", \"arguments\": {\"city\": \"K\\\"\\n\""
+         ", \"days\": 3}}, {\"name\": \"now\", \"arguments\": {}}]<|/tool_call|>"},
+        {"granite3",
+         "<|tool_call|>[{\"name\": \"weather\", \"arguments\": {\"city\": \"K\\\"\\n\","
+         " \"days\": 3}}, {\"name\": \"now\", \"arguments\": {}}]"},
+        {"apertus",
+         "<|tools_prefix|>[{\"weather\": {\"city\": \"K\\\"\\n\", \"days\": 3}}, "
+         "{\"now\": {}}]<|tools_suffix|>"},
+        {"nemotron",
+         "<TOOLCALL>[{\"name\": \"weather\", \"arguments\": {\"city\": \"K\\\"\\n\", "
+         "\"days\": 3}}, {\"name\": \"now\", \"arguments\": {}}]</TOOLCALL>"},
+        {"tool_calls",
+         "<tool_calls>[\n    {\"name\": \"weather\", \"arguments\": {\"city\": \"K\\\""
+         "\\n\", \"days\": 3}},\n    {\"name\": \"now\", \"arguments\": {}}\n]"
+         "</tool_calls>"},
+        {"minimax-m1",
+         "<tool_calls>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"K\\\"\\n"
+         "\", \"days\": 3}}\n{\"name\": \"now\", \"arguments\": {}}\n</tool_calls>"},
+        {"functionary",
+         "<function=weather>{\"city\": \"K\\\"\\n\", \"days\": 3}</function>"
+         "<function=now>{}</function>"},
+        {"gigachat",
+         "<|function_call|>{\"name\": \"weather\", \"arguments\": {\"city\": \"K\\\"\\n"
+         "\", \"days\": 3}}<|function_call|>{\"name\": \"now\", \"arguments\": {}}"},
+        {"llama4",
+         "<|python_start|>{\"name\": \"weather\", \"parameters\": {\"city\": \"K\\\"\\n\""
+         ", \"days\": 3}}{\"name\": \"now\", \"parameters\": {}}<|python_end|>"},
+        {"llama3",
+         "{\"name\": \"weather\", \"parameters\": {\"city\": \"K\\\"\\n\", \"days\": 3}};"
+         " {\"name\": \"now\", \"parameters\": {}}"},
+        {"json",
+         "```json\n[{\"name\": \"weather\", \"arguments\": {\"city\": \"K\\\"\\n\", "
+         "\"days\": 3}}, {\"name\": \"now\", \"arguments\": {}}]\n```"},
+    };
+    for (const auto& one : cases) {
+        CAPTURE(one.syntax);
+        Written written{one.text, one.syntax};
+        CHECK(read(written) == kTwo);
+        written.text = "Let me see.\n\n" + written.text;
+        const std::string_view name = one.syntax;
+        if (name != "llama3" && name != "json")
+            CHECK(read(written) == "say(Let me see.) " + std::string(kTwo));
+    }
+}
+
+TEST_CASE("a call that is none is text") {
+    const char* texts[] = {
+        "<tool_call>\n{\"name\": \"nothing\", \"arguments\": {}}\n</tool_call>",
+        "<tool_call>",
+        "<tool_call>{",
+        "a < b",
+        "<tool_call>{\"name\": \"weather\"",
+        "<tool_call> {\"name\": \"weather\", \"arguments\": 3}</tool_call>",
+        "{\"name\": \"weather\"}",
+        "```json\n{\"a\": 1}\n```",
+        "[{\"b\": 2}]",
+        "[1]",
+        "```",
+        "`",
+        "<tool_call>{\"name\": 3}",
+        "  x",
+        "{}",
+        "",
+    };
+    for (const char* text : texts) {
+        CAPTURE(text);
+        const std::string want = *text ? "say(" + std::string(text) + ")" : "";
+        CHECK(read({text, "hermes", "", {}, ThoughtState::free, false}) == want);
+    }
+}
