@@ -37,8 +37,9 @@ struct ResponseRecord {
 // ---- The options of a request, each a row: read, validated, kept and saved from it --------------
 
 /// How tokens are drawn, with all that a request left open filled in. In this order, as Hugging
-/// Face has it: penalties and bias; logits / temperature; the top_k most likely; of those the fewest
-/// that together reach top_p; of those the ones at least min_p times as likely as the first.
+/// Face has it: penalties and bias; the tokens that are allowed; logits / temperature; the top_k
+/// most likely; of those the fewest that together reach top_p; of those the ones at least min_p
+/// times as likely as the first.
 struct Sampling {
     double temperature = 1;  ///< 0: greedy
     double top_p = 1;
