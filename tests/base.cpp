@@ -394,6 +394,7 @@ TEST_CASE("base: limits of control groups, in the layouts of containers") {
     CHECK(ProcessLimits{.cpus = 0.01}.cores(8) == 1);
     CHECK(ProcessLimits{.cpus = 64}.cores(8) == 8);
     CHECK(usable_memory() > 1 << 20);
+    CHECK(usable_memory() <= SIZE_MAX / 2);
 }
 #endif
 

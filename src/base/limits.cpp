@@ -235,6 +235,17 @@ uint64_t physical_memory() {
 #endif
 }
 
+// Half of what pointers reach, or `ulimit -v` allows: a file is mapped beside its packed weights.
+uint64_t address_space() {
+    uint64_t all = SIZE_MAX;
+#if !defined(_WIN32)
+    rlimit limit{};
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+        all = std::min(all, static_cast<uint64_t>(limit.rlim_cur));
+#endif
+    return all / 2;
+}
+
 #if defined(__linux__)
 // The CPUs of the affinity mask, however many the kernel was built for.
 std::vector<int> allowed_cpus() {
@@ -295,7 +306,9 @@ int ProcessLimits::cores(int of_mask) const {
     return static_cast<int>(std::max(std::min(cpus, static_cast<double>(of_mask)), 1.0));
 }
 
-uint64_t usable_memory() { return std::min(physical_memory(), read_process_limits().memory); }
+uint64_t usable_memory() {
+    return std::min({physical_memory(), read_process_limits().memory, address_space()});
+}
 
 }  // namespace detail
 
