@@ -137,15 +137,15 @@ _Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")") _Pragma("push_m
 _Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")") _Pragma("push_macro(\"P\")")
 _Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
 _Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")") _Pragma("push_macro(\"Pi\")")
-_Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"Range\")")
-_Pragma("push_macro(\"Read\")") _Pragma("push_macro(\"Reply\")") _Pragma("push_macro(\"Request\")")
-_Pragma("push_macro(\"Rest\")") _Pragma("push_macro(\"Result\")") _Pragma("push_macro(\"Role\")")
-_Pragma("push_macro(\"Route\")") _Pragma("push_macro(\"Row\")") _Pragma("push_macro(\"SIZE_T\")")
-_Pragma("push_macro(\"SOCKET\")") _Pragma("push_macro(\"STDC\")")
-_Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Scale\")") _Pragma("push_macro(\"Self\")")
-_Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Shape\")") _Pragma("push_macro(\"Side\")")
-_Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")") _Pragma("push_macro(\"Slice\")")
-_Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")")
+_Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"R\")")
+_Pragma("push_macro(\"Range\")") _Pragma("push_macro(\"Read\")") _Pragma("push_macro(\"Reply\")")
+_Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Rest\")")
+_Pragma("push_macro(\"Result\")") _Pragma("push_macro(\"Role\")") _Pragma("push_macro(\"Route\")")
+_Pragma("push_macro(\"Row\")") _Pragma("push_macro(\"SIZE_T\")") _Pragma("push_macro(\"SOCKET\")")
+_Pragma("push_macro(\"STDC\")") _Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Scale\")")
+_Pragma("push_macro(\"Self\")") _Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Shape\")")
+_Pragma("push_macro(\"Side\")") _Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")")
+_Pragma("push_macro(\"Slice\")") _Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")")
 _Pragma("push_macro(\"Special\")") _Pragma("push_macro(\"Stage\")")
 _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
 _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"Style\")")
@@ -204,7 +204,8 @@ _Pragma("push_macro(\"consteval\")") _Pragma("push_macro(\"constexpr\")")
 _Pragma("push_macro(\"constinit\")") _Pragma("push_macro(\"content\")")
 _Pragma("push_macro(\"context\")") _Pragma("push_macro(\"continue\")")
 _Pragma("push_macro(\"control\")") _Pragma("push_macro(\"copy\")") _Pragma("push_macro(\"cores\")")
-_Pragma("push_macro(\"cost\")") _Pragma("push_macro(\"count\")") _Pragma("push_macro(\"cpu\")")
+_Pragma("push_macro(\"cost\")") _Pragma("push_macro(\"count\")")
+_Pragma("push_macro(\"count_of\")") _Pragma("push_macro(\"cpu\")")
 _Pragma("push_macro(\"create\")") _Pragma("push_macro(\"cs\")") _Pragma("push_macro(\"ctime\")")
 _Pragma("push_macro(\"ctype\")") _Pragma("push_macro(\"cur\")") _Pragma("push_macro(\"current\")")
 _Pragma("push_macro(\"custom\")") _Pragma("push_macro(\"cut\")") _Pragma("push_macro(\"cycle\")")
@@ -577,6 +578,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Pi
 #undef Place
 #undef Q
+#undef R
 #undef Range
 #undef Read
 #undef Reply
@@ -747,6 +749,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef cores
 #undef cost
 #undef count
+#undef count_of
 #undef cpu
 #undef create
 #undef cs
@@ -1511,7 +1514,7 @@ _Pragma("push_macro(\"PROC\")") _Pragma("push_macro(\"PSIZE\")") _Pragma("push_m
 _Pragma("push_macro(\"Point\")") _Pragma("push_macro(\"Polygon\")")
 _Pragma("push_macro(\"Priority\")") _Pragma("push_macro(\"Protocol\")")
 _Pragma("push_macro(\"ProtocolRevision\")") _Pragma("push_macro(\"Ptr\")")
-_Pragma("push_macro(\"R\")") _Pragma("push_macro(\"RECT\")") _Pragma("push_macro(\"Rectangle\")")
+_Pragma("push_macro(\"RECT\")") _Pragma("push_macro(\"Rectangle\")")
 _Pragma("push_macro(\"Region\")") _Pragma("push_macro(\"Reserved\")") _Pragma("push_macro(\"S\")")
 _Pragma("push_macro(\"SHORT\")") _Pragma("push_macro(\"SIZE\")")
 _Pragma("push_macro(\"SLIST_ENTRY\")") _Pragma("push_macro(\"SOCKADDR_IN\")")
@@ -1590,7 +1593,6 @@ _Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
 #undef Protocol
 #undef ProtocolRevision
 #undef Ptr
-#undef R
 #undef RECT
 #undef Rectangle
 #undef Region
@@ -2142,8 +2144,8 @@ struct Request {
     std::string prompt_cache_key = {};               ///< prefixes of one key are kept together
     std::string user = {};
     std::vector<std::pair<std::string, std::string>> metadata = {};
-    std::optional<uint32_t> top_k = {};  ///< C++ only; 0: no limit
-    std::optional<double> min_p = {};    ///< C++ only; 0: no limit
+    std::optional<uint32_t> top_k = {};  ///< 0: no limit
+    std::optional<double> min_p = {};    ///< 0..1; 0: no limit
     std::string organisation = {};       ///< set by the server from the key
     Window window = Window::standard;
     std::vector<std::string> stop = {};  ///< ends the answer before the first of these
@@ -9274,7 +9276,8 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!read) return read.error();
     const Request& request = *read;
     const char* items = body["input"].is_object() ? "input.messages" : "input";
-    if (Fault fault = check_calls(request, items)) return std::move(*fault);
+    const bool whole = request.previous_response_id.empty();  // else calls may stand there
+    if (Fault fault = whole ? check_calls(request, items) : Fault()) return std::move(*fault);
     if (Fault fault = check_tool_choice(body["tool_choice"], request)) return std::move(*fault);
     if (Fault fault = check_tools(request)) return std::move(*fault);
     if (Fault fault = check_background(request)) return std::move(*fault);
@@ -17762,7 +17765,22 @@ struct TemplateShape {
     bool parts = false;        ///< content is a list of parts; a string would be lost
     bool empty_tools = false;  ///< `tools` is an empty list where there are none, not null
     bool joins = false;        ///< it refuses neighbours of one role: they are joined
+    bool tools = false;        ///< it shows `tools`; else they stand in the system message
+    bool calls = false;        ///< it takes `tool_calls`; else they are text of the message
+    bool results = false;      ///< it takes messages of the role tool; else they are a user's
+    bool parallel = true;      ///< several calls in one message; else one after the other
+    bool text_arguments = false;  ///< arguments are JSON in a string; else an object
+    bool null_content = false;    ///< of a message of calls alone; else an empty string
+    bool short_ids = false;       ///< ids of calls have nine letters and digits
+    const char* thought = "reasoning_content";  ///< the field of thoughts
 };
+
+/// How calls stand in the text of a model whose template knows of none, and results after them.
+inline constexpr std::string_view kCallBegin = "<tool_call>\n", kCallEnd = "\n</tool_call>";
+/// A custom tool is to a model a function with this argument.
+inline constexpr std::string_view kCustomArgument = "input";
+inline constexpr std::string_view kResultBegin = "<tool_response>\n",
+                                  kResultEnd = "\n</tool_response>";
 
 /// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
 /// when it is parsed, a filter, test or method when it is used.
@@ -17803,11 +17821,13 @@ private:
 };
 
 /// The variables for `request`: messages (instructions first, as a system message; parts of text
-/// joined; reasoning left out; all as the template's shape wants it), add_generation_prompt,
-/// bos_token, eos_token, and tools and documents as null.
-/// Errors: unsupported, with the item's path, for calls of tools and their outputs.
-Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
-                                 std::string_view bos, std::string_view eos, int64_t now_s);
+/// joined; thoughts and calls of tools with the message that they stand before or behind; all as the
+/// template's shape wants it), tools as OpenAI has them, add_generation_prompt, bos_token, eos_token,
+/// documents as null; with an effort enable_thinking, thinking and reasoning_effort. With
+/// `show_schema` the system message says which schema the answer has to fit.
+TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
+                         std::string_view bos, std::string_view eos, int64_t now_s,
+                         bool show_schema = true);
 
 }  // namespace detail
 }  // namespace v1
@@ -22941,29 +22961,67 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
+struct ChatCall {
+    std::string id, name;
+    std::string arguments;  // JSON
+};
+
 struct ChatTurn {
     Role role;
     std::string text;
+    std::string thought = {};
+    std::vector<ChatCall> calls = {};
+    std::string call_id = {}, name = {};  // of a result
 };
 
-Json message_of(const ChatTurn& turn, bool parts) {
-    Json message = Json::object().set("role", role_name(turn.role));
-    if (!parts) return message.set("content", turn.text);
-    Json part = Json::object().set("type", "text").set("text", turn.text);
-    return message.set("content", Json::array().push(std::move(part)));
+// A call's id, or nine characters that are always the same of it.
+std::string id_of(const std::string& call_id, const TemplateShape& shape) {
+    return shape.short_ids ? derive_id({}, call_id).substr(0, 9) : call_id;
 }
 
-Json messages_of(const std::vector<ChatTurn>& turns, bool parts) {
-    Json messages = Json::array();
-    for (const ChatTurn& turn : turns) messages.push(message_of(turn, parts));
-    return messages;
+Json arguments_of(const ChatCall& call, const TemplateShape& shape) {
+    if (shape.text_arguments) return call.arguments;
+    auto object = Json::parse(call.arguments.empty() ? "{}" : call.arguments);
+    return object && object->is_object() ? std::move(*object) : Json(call.arguments);
+}
+
+Json calls_of(const ChatTurn& turn, const TemplateShape& shape) {
+    Json calls = Json::array();
+    for (const ChatCall& call : turn.calls)
+        calls.push(Json::object()
+                       .set("id", id_of(call.id, shape))
+                       .set("type", "function")
+                       .set("function", Json::object()
+                                            .set("name", call.name)
+                                            .set("arguments", arguments_of(call, shape))));
+    return calls;
+}
+
+Json content_of(const ChatTurn& turn, const TemplateShape& shape) {
+    if (shape.null_content && turn.text.empty() && !turn.calls.empty()) return nullptr;
+    if (!shape.parts) return turn.text;
+    return Json::array().push(Json::object().set("type", "text").set("text", turn.text));
+}
+
+Json message_of(const ChatTurn& turn, const TemplateShape& shape) {
+    Json message = Json::object().set("role", role_name(turn.role));
+    if (!turn.thought.empty()) message.set(shape.thought, turn.thought);
+    message.set("content", content_of(turn, shape));
+    if (!turn.calls.empty()) message.set("tool_calls", calls_of(turn, shape));
+    if (!turn.name.empty()) message.set("name", turn.name);
+    if (!turn.call_id.empty()) message.set("tool_call_id", id_of(turn.call_id, shape));
+    return message;
 }
 
 TemplateInput input_of_turns(const std::vector<ChatTurn>& turns, const TemplateShape& shape,
-                             std::string_view bos, std::string_view eos, int64_t now_s) {
+                             Json tools, std::string_view bos, std::string_view eos,
+                             int64_t now_s) {
     TemplateInput input;
-    input.request.set("messages", messages_of(turns, shape.parts))
-        .set("tools", shape.empty_tools ? Json::array() : Json())
+    Json messages = Json::array();
+    for (const ChatTurn& turn : turns) messages.push(message_of(turn, shape));
+    if (tools.empty()) tools = shape.empty_tools ? Json::array() : Json();
+    input.request.set("messages", std::move(messages))
+        .set("tools", std::move(tools))
         .set("documents", nullptr);
     input.own.set("add_generation_prompt", true).set("bos_token", bos).set("eos_token", eos);
     input.now_s = now_s;
@@ -22980,7 +23038,7 @@ void add_text(std::string& text, const std::string& more) {
 /// Whether it renders these messages and loses none of their texts.
 bool takes(const ChatTemplate& chat_template, const std::vector<ChatTurn>& turns,
            const TemplateShape& shape) {
-    const auto made = chat_template.render(input_of_turns(turns, shape, "<s>", "</s>", 0));
+    const auto made = chat_template.render(input_of_turns(turns, shape, {}, "<s>", "</s>", 0));
     for (const ChatTurn& turn : turns)
         if (!made || made->text.find(turn.text) == std::string::npos) return false;
     return true;
@@ -23016,11 +23074,113 @@ TemplateShape shape_of(const ChatTemplate& chat_template, TemplateShape shape) {
     return shape;
 }
 
+// ---- what it takes of tools and thoughts -------------------------------------------------------
+
+// A template's own variables and the probes' words must not be the same.
+constexpr const char* probe_tool = "probe_of_tool";
+constexpr const char* probe_arguments = R"({"probe_key": "probe-of-value"})";
+
+Json probe_tools() {
+    const Json text = Json::object().set("type", "string").set("description", "probe");
+    const Json parameters = Json::object()
+                                .set("type", "object")
+                                .set("properties", Json::object().set("probe_key", text))
+                                .set("required", Json::array().push("probe_key"));
+    const Json function = Json::object()
+                              .set("name", probe_tool)
+                              .set("description", "probe")
+                              .set("parameters", parameters);
+    return Json::array().push(Json::object().set("type", "function").set("function", function));
+}
+
+/// A user's question, calls of a tool, their results.
+std::vector<ChatTurn> probe_of_calls(int calls) {
+    std::vector<ChatTurn> turns = {{Role::user, "probe-of-user"}, {Role::assistant, {}}};
+    for (int i = 0; i < calls; ++i) {
+        const std::string id = "call_" + std::string(24, static_cast<char>('a' + i));
+        turns[1].calls.push_back({id, probe_tool, probe_arguments});
+        turns.push_back({Role::tool, "probe-of-result", {}, {}, id, probe_tool});
+    }
+    return turns;
+}
+
+size_t count_of(std::string_view text, std::string_view word) {
+    size_t count = 0;
+    for (size_t at = text.find(word); at != text.npos; at = text.find(word, at + 1)) ++count;
+    return count;
+}
+
+std::string rendered(const ChatTemplate& chat_template, const std::vector<ChatTurn>& turns,
+                     const TemplateShape& shape, Json tools) {
+    auto made = chat_template.render(
+        input_of_turns(turns, shape, std::move(tools), "<s>", "</s>", 0));
+    return made ? std::move(made->text) : std::string();
+}
+
+/// Whether so many calls stand in a text: by name and value, the arguments neither escaped, as JSON
+/// in a string would be, nor as Python shows a dict.
+bool holds_calls(std::string_view text, const TemplateShape& shape, size_t calls) {
+    return count_of(text, "probe-of-value") == calls &&
+           count_of(text, probe_tool) >= calls + shape.tools &&
+           text.find("\\\"probe_key") == text.npos && text.find("'probe_key'") == text.npos;
+}
+
+/// The way in which it takes calls; the first in which it takes their results too is preferred.
+void find_calls(const ChatTemplate& chat_template, TemplateShape* shape) {
+    const auto made = [&](const TemplateShape& way, int calls) {
+        return rendered(chat_template, probe_of_calls(calls), way, probe_tools());
+    };
+    TemplateShape found = *shape;
+    for (int way = 0; way < 8 && !found.results; ++way) {
+        TemplateShape tried = *shape;
+        tried.calls = true;
+        tried.null_content = way & 1;
+        tried.text_arguments = way & 2;
+        tried.short_ids = way & 4;
+        const std::string text = made(tried, 1);
+        tried.results = text.find("probe-of-result") != text.npos;
+        if (holds_calls(text, tried, 1) && (tried.results || !found.calls)) found = tried;
+    }
+    *shape = found;
+    shape->parallel = found.calls && holds_calls(made(found, 2), found, 2);
+}
+
+/// Thoughts go back at least within a turn: before calls whose results come next.
+void find_thought(const ChatTemplate& chat_template, TemplateShape* shape) {
+    for (const char* field : {"reasoning_content", "reasoning", "thinking", "thought"}) {
+        if (chat_template.source().find(field) == std::string::npos) continue;
+        TemplateShape tried = *shape;
+        tried.thought = field;
+        std::vector<ChatTurn> turns = {{Role::user, "probe-of-user"},
+                                       {Role::assistant, "probe-of-answer", "probe-of-thought"}};
+        if (shape->calls) {
+            turns = probe_of_calls(1);
+            turns[1].thought = "probe-of-thought";
+        }
+        const std::string text = rendered(chat_template, turns, tried, probe_tools());
+        if (text.find("probe-of-thought") == text.npos) continue;
+        shape->thought = field;
+        return;
+    }
+}
+
+TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape) {
+    const std::vector<ChatTurn> question = {{Role::user, "probe-of-user"}};
+    if (rendered(chat_template, question, shape, {}).empty()) return shape;
+    if (chat_template.source().find("tool") != std::string::npos) {
+        const std::string text = rendered(chat_template, question, shape, probe_tools());
+        shape.tools = text.find(probe_tool) != text.npos;
+        find_calls(chat_template, &shape);
+    }
+    find_thought(chat_template, &shape);
+    return shape;
+}
+
 }  // namespace
 
 Result<ChatTemplate> ChatTemplate::open(std::string source) {
     auto made = parse(std::move(source));
-    if (made) made->shape_ = shape_of(*made, made->shape_);
+    if (made) made->shape_ = with_tools(*made, shape_of(*made, made->shape_));
     return made;
 }
 
@@ -23054,33 +23214,201 @@ std::vector<ChatTurn> with_known_roles(std::vector<ChatTurn> turns, const Templa
     return made;
 }
 
+bool can_join(const ChatTurn& before, const ChatTurn& after) {
+    return before.role == after.role && before.role != Role::tool && before.calls.empty();
+}
+
 std::vector<ChatTurn> with_neighbours_joined(std::vector<ChatTurn> turns) {
     std::vector<ChatTurn> made;
     for (ChatTurn& turn : turns) {
-        if (made.empty() || made.back().role != turn.role) made.push_back(std::move(turn));
-        else add_text(made.back().text, turn.text);
+        if (made.empty() || !can_join(made.back(), turn)) {
+            made.push_back(std::move(turn));
+            continue;
+        }
+        add_text(made.back().text, turn.text);
+        add_text(made.back().thought, turn.thought);
+        made.back().calls = std::move(turn.calls);
     }
     return made;
 }
 
-}  // namespace
+// ---- tools -------------------------------------------------------------------------------------
 
-Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
-                                 std::string_view bos, std::string_view eos, int64_t now_s) {
+/// To a model every tool is a function; one that is called with a text has that as its argument.
+Json parameters_of(const Tool& tool) {
+    if (!tool.custom && tool.parameters.is_object()) return tool.parameters;
+    Json parameters = Json::object().set("type", "object").set("properties", Json::object());
+    if (!tool.custom) return parameters;
+    Json text = Json::object().set("type", "string");
+    if (!tool.format.regex.empty())
+        text.set("description", "fits the regular expression " + tool.format.regex);
+    if (!tool.format.gbnf.empty())
+        text.set("description", "fits this grammar: " + tool.format.gbnf);
+    return parameters.set("properties", Json::object().set(kCustomArgument, std::move(text)))
+        .set("required", Json::array().push(kCustomArgument));
+}
+
+/// A request that forbids calls shows no tools.
+Json tools_of(const Request& request) {
+    Json tools = Json::array();
+    if (request.tool_choice.mode == ToolChoice::Mode::none) return tools;
+    for (const Tool& tool : request.tools)
+        tools.push(Json::object()
+                       .set("type", "function")
+                       .set("function", Json::object()
+                                            .set("name", tool.name)
+                                            .set("description", tool.description)
+                                            .set("parameters", parameters_of(tool))));
+    return tools;
+}
+
+std::string call_text(const ChatCall& call) {
+    const Json json =
+        Json::object().set("name", call.name).set("arguments", arguments_of(call, TemplateShape()));
+    return join({kCallBegin, json.write(json_python), kCallEnd});
+}
+
+/// What a template does not know of stands in the text.
+std::vector<ChatTurn> with_calls_as_text(std::vector<ChatTurn> turns, const TemplateShape& shape) {
+    for (ChatTurn& turn : turns) {
+        if (!shape.calls) {
+            for (const ChatCall& call : std::exchange(turn.calls, {})) {
+                if (!turn.text.empty()) turn.text += '\n';
+                turn.text += call_text(call);
+            }
+        }
+        if (turn.role != Role::tool || (shape.results && shape.calls)) continue;
+        turn = {Role::user, join({kResultBegin, turn.text, kResultEnd})};
+    }
+    return turns;
+}
+
+/// Where only one call may stand in a message, each is followed by its result.
+std::vector<ChatTurn> with_single_calls(std::vector<ChatTurn> turns) {
+    std::vector<ChatTurn> made;
+    std::vector<ChatCall> left;  // of the last message that had several
+    const auto give = [&](size_t index) {
+        made.push_back({Role::assistant, {}, {}, {left[index]}});
+        left.erase(left.begin() + static_cast<ptrdiff_t>(index));
+    };
+    for (ChatTurn& turn : turns) {
+        if (turn.role == Role::tool) {
+            const auto own = std::find_if(left.begin(), left.end(), [&](const ChatCall& call) {
+                return call.id == turn.call_id;
+            });
+            if (own != left.end()) give(static_cast<size_t>(own - left.begin()));
+        } else {
+            while (!left.empty()) give(0);  // those without a result
+        }
+        if (turn.calls.size() > 1) {
+            left.assign(turn.calls.begin() + 1, turn.calls.end());
+            turn.calls.resize(1);
+        }
+        made.push_back(std::move(turn));
+    }
+    while (!left.empty()) give(0);
+    return made;
+}
+
+std::string tools_text(const Json& tools) {
+    std::string text = "# Tools\n\nYou may call one or more of these functions:\n<tools>\n";
+    for (const Json& tool : tools.items()) text += tool.write(json_python) + "\n";
+    return text +
+           "</tools>\n\nA call is a JSON object with the function's name and its arguments:\n" +
+           join({kCallBegin, R"({"name": <name>, "arguments": <object>})", kCallEnd});
+}
+
+std::string schema_text(const Format& format) {
+    std::string text = "Answer with JSON that fits this schema";
+    if (!format.description.empty()) text += " (" + format.description + ")";
+    return text + ":\n" + format.schema.write(json_python);
+}
+
+void add_order(std::vector<ChatTurn>& turns, const std::string& text) {
+    if (turns.empty() || turns.front().role != Role::system)
+        turns.insert(turns.begin(), {Role::system, {}});
+    add_text(turns.front().text, text);
+}
+
+// ---- items -------------------------------------------------------------------------------------
+
+/// The turn that an item of the assistant belongs to: thought, message and calls are one message.
+ChatTurn& turn_for(std::vector<ChatTurn>& turns, Item::Kind kind) {
+    const bool call = kind == Item::Kind::function_call || kind == Item::Kind::custom_tool_call;
+    const bool goes_on = !turns.empty() && turns.back().role == Role::assistant &&
+                         (call || (kind == Item::Kind::message && turns.back().text.empty() &&
+                                   turns.back().calls.empty() && !turns.back().thought.empty()));
+    if (!goes_on) turns.push_back({Role::assistant, {}});
+    return turns.back();
+}
+
+std::vector<ChatTurn> turns_of(const Request& request) {
     std::vector<ChatTurn> turns;
+    std::unordered_map<std::string_view, std::string_view> called;  // names by id
     if (!request.instructions.empty()) turns.push_back({Role::system, request.instructions});
     if (request.input.items.empty()) turns.push_back({Role::user, request.input.text});
-    for (size_t i = 0; i < request.input.items.size(); ++i) {
-        const Item& item = request.input.items[i];
-        if (item.kind == Item::Kind::message) turns.push_back({item.role, item.text()});
-        else if (item.kind != Item::Kind::reasoning)
-            return make_error(ErrorKind::unsupported, "calls of tools are not in this version",
-                              "unsupported_parameter", format("input[%zu].type", i));
+    for (const Item& item : request.input.items) {
+        if (item.is_call()) {
+            const bool custom = item.kind == Item::Kind::custom_tool_call;
+            called[item.call_id] = item.name;
+            turn_for(turns, item.kind)
+                .calls.push_back(
+                    {item.call_id, item.name,
+                     custom ? Json::object().set(kCustomArgument, item.arguments).write(json_python)
+                            : item.arguments});
+        } else if (item.kind == Item::Kind::reasoning) {
+            if (std::string thought = item.text(); !thought.empty())
+                turn_for(turns, item.kind).thought = std::move(thought);
+        } else if (item.kind != Item::Kind::message) {
+            turns.push_back(
+                {Role::tool, item.text(), {}, {}, item.call_id, std::string(called[item.call_id])});
+        } else if (item.role == Role::assistant) {
+            turn_for(turns, item.kind).text = item.text();
+        } else {
+            turns.push_back({item.role, item.text()});
+        }
     }
+    return turns;
+}
+
+/// A thought that nothing followed was cut: it says nothing to a template.
+void drop_bare_thoughts(std::vector<ChatTurn>& turns) {
+    turns.erase(std::remove_if(turns.begin(), turns.end(),
+                               [](const ChatTurn& turn) {
+                                   return turn.role == Role::assistant && turn.text.empty() &&
+                                          turn.calls.empty() && !turn.thought.empty();
+                               }),
+                turns.end());
+}
+
+/// The switches that templates have for thoughts: on or off, and three words for how much.
+void set_effort(Effort effort, Json* own) {
+    const bool on = effort != Effort::none;
+    own->set("enable_thinking", on).set("thinking", on);
+    own->set("reasoning_effort", effort <= Effort::low      ? "low"
+                                 : effort == Effort::medium ? "medium"
+                                                            : "high");
+}
+
+}  // namespace
+
+TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
+                         std::string_view bos, std::string_view eos, int64_t now_s,
+                         bool show_schema) {
     const TemplateShape& shape = chat_template.shape();
+    std::vector<ChatTurn> turns = turns_of(request);
+    drop_bare_thoughts(turns);
+    Json tools = tools_of(request);
+    if (!tools.empty() && !shape.tools) add_order(turns, tools_text(std::exchange(tools, {})));
+    if (show_schema && !request.format.schema.is_null() && !request.format.schema.empty())
+        add_order(turns, schema_text(request.format));
+    turns = with_calls_as_text(std::move(turns), shape);
+    if (!shape.parallel) turns = with_single_calls(std::move(turns));
     turns = with_known_roles(std::move(turns), shape);
     if (shape.joins) turns = with_neighbours_joined(std::move(turns));
-    return input_of_turns(turns, shape, bos, eos, now_s);
+    TemplateInput input = input_of_turns(turns, shape, std::move(tools), bos, eos, now_s);
+    if (request.effort) set_effort(*request.effort, &input.own);
+    return input;
 }
 
 }  // namespace detail
@@ -30054,10 +30382,10 @@ Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
     const auto spelling = [&](std::optional<Token> token) {
         return token ? tokenizer.piece(*token) : std::string_view();
     };
-    auto input = chat_input(request, model_.chat_template(), spelling(tokenizer.bos()),
-                            spelling(tokenizer.eos()), unix_time_ms() / 1000);
-    if (!input) return input.error();
-    auto text = model_.chat_template().render(*input);
+    const TemplateInput input = chat_input(request, model_.chat_template(),
+                                           spelling(tokenizer.bos()), spelling(tokenizer.eos()),
+                                           unix_time_ms() / 1000);
+    auto text = model_.chat_template().render(input);
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",
                             "context_length_exceeded");
@@ -37343,7 +37671,7 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
         for (const Json& item : (*object)["output"].items()) items.push(item);
     }
     for (Json& item : render_input_items(body, "")) items.push(std::move(item));
-    body.set("input", std::move(items));
+    body.set("input", std::move(items)).erase("previous_response_id");
     auto whole = parse_response_request(body, options.dialect);
     if (!whole) return whole.error();
     *request = std::move(*whole);
@@ -38121,22 +38449,22 @@ _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"P\")")
 _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
 _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
-_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Read\")")
-_Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")")
-_Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")")
-_Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")")
-_Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")")
-_Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Shape\")")
-_Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")")
-_Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
-_Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
-_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
-_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")")
-_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")")
-_Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")")
-_Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")")
-_Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")")
-_Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"R\")") _Pragma("pop_macro(\"Range\")")
+_Pragma("pop_macro(\"Read\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
+_Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")")
+_Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")")
+_Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")")
+_Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
+_Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")")
+_Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")")
+_Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")")
+_Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")")
+_Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")")
+_Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")")
+_Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")")
+_Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
+_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
+_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
 _Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
 _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
 _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
@@ -38183,31 +38511,31 @@ _Pragma("pop_macro(\"consteval\")") _Pragma("pop_macro(\"constexpr\")")
 _Pragma("pop_macro(\"constinit\")") _Pragma("pop_macro(\"content\")")
 _Pragma("pop_macro(\"context\")") _Pragma("pop_macro(\"continue\")")
 _Pragma("pop_macro(\"control\")") _Pragma("pop_macro(\"copy\")") _Pragma("pop_macro(\"cores\")")
-_Pragma("pop_macro(\"cost\")") _Pragma("pop_macro(\"count\")") _Pragma("pop_macro(\"cpu\")")
-_Pragma("pop_macro(\"create\")") _Pragma("pop_macro(\"cs\")") _Pragma("pop_macro(\"ctime\")")
-_Pragma("pop_macro(\"ctype\")") _Pragma("pop_macro(\"cur\")") _Pragma("pop_macro(\"current\")")
-_Pragma("pop_macro(\"custom\")") _Pragma("pop_macro(\"cut\")") _Pragma("pop_macro(\"cycle\")")
-_Pragma("pop_macro(\"d\")") _Pragma("pop_macro(\"data\")") _Pragma("pop_macro(\"date\")")
-_Pragma("pop_macro(\"day\")") _Pragma("pop_macro(\"days\")") _Pragma("pop_macro(\"debug\")")
-_Pragma("pop_macro(\"decltype\")") _Pragma("pop_macro(\"default\")")
-_Pragma("pop_macro(\"delete\")") _Pragma("pop_macro(\"deleted\")")
-_Pragma("pop_macro(\"deprecated\")") _Pragma("pop_macro(\"depth\")")
-_Pragma("pop_macro(\"destroy\")") _Pragma("pop_macro(\"detach\")") _Pragma("pop_macro(\"device\")")
-_Pragma("pop_macro(\"difference\")") _Pragma("pop_macro(\"digit\")") _Pragma("pop_macro(\"dim\")")
-_Pragma("pop_macro(\"dims\")") _Pragma("pop_macro(\"dirent\")") _Pragma("pop_macro(\"div\")")
-_Pragma("pop_macro(\"do\")") _Pragma("pop_macro(\"done\")") _Pragma("pop_macro(\"dot\")")
-_Pragma("pop_macro(\"double\")") _Pragma("pop_macro(\"down\")") _Pragma("pop_macro(\"ds\")")
-_Pragma("pop_macro(\"dst\")") _Pragma("pop_macro(\"dup\")") _Pragma("pop_macro(\"dup2\")")
-_Pragma("pop_macro(\"dynamic_cast\")") _Pragma("pop_macro(\"e\")")
-_Pragma("pop_macro(\"eaccess\")") _Pragma("pop_macro(\"each\")") _Pragma("pop_macro(\"echo\")")
-_Pragma("pop_macro(\"eflags\")") _Pragma("pop_macro(\"eight\")") _Pragma("pop_macro(\"else\")")
-_Pragma("pop_macro(\"empty\")") _Pragma("pop_macro(\"encode\")") _Pragma("pop_macro(\"end\")")
-_Pragma("pop_macro(\"engine\")") _Pragma("pop_macro(\"enter\")") _Pragma("pop_macro(\"entry\")")
-_Pragma("pop_macro(\"enum\")") _Pragma("pop_macro(\"eof\")") _Pragma("pop_macro(\"eps\")")
-_Pragma("pop_macro(\"epsilon\")") _Pragma("pop_macro(\"erase\")") _Pragma("pop_macro(\"err\")")
-_Pragma("pop_macro(\"error\")") _Pragma("pop_macro(\"event\")") _Pragma("pop_macro(\"exact\")")
-_Pragma("pop_macro(\"exchange\")") _Pragma("pop_macro(\"exit\")") _Pragma("pop_macro(\"exp2f\")")
-_Pragma("pop_macro(\"expect\")") _Pragma("pop_macro(\"explicit\")")
+_Pragma("pop_macro(\"cost\")") _Pragma("pop_macro(\"count\")") _Pragma("pop_macro(\"count_of\")")
+_Pragma("pop_macro(\"cpu\")") _Pragma("pop_macro(\"create\")") _Pragma("pop_macro(\"cs\")")
+_Pragma("pop_macro(\"ctime\")") _Pragma("pop_macro(\"ctype\")") _Pragma("pop_macro(\"cur\")")
+_Pragma("pop_macro(\"current\")") _Pragma("pop_macro(\"custom\")") _Pragma("pop_macro(\"cut\")")
+_Pragma("pop_macro(\"cycle\")") _Pragma("pop_macro(\"d\")") _Pragma("pop_macro(\"data\")")
+_Pragma("pop_macro(\"date\")") _Pragma("pop_macro(\"day\")") _Pragma("pop_macro(\"days\")")
+_Pragma("pop_macro(\"debug\")") _Pragma("pop_macro(\"decltype\")")
+_Pragma("pop_macro(\"default\")") _Pragma("pop_macro(\"delete\")")
+_Pragma("pop_macro(\"deleted\")") _Pragma("pop_macro(\"deprecated\")")
+_Pragma("pop_macro(\"depth\")") _Pragma("pop_macro(\"destroy\")") _Pragma("pop_macro(\"detach\")")
+_Pragma("pop_macro(\"device\")") _Pragma("pop_macro(\"difference\")")
+_Pragma("pop_macro(\"digit\")") _Pragma("pop_macro(\"dim\")") _Pragma("pop_macro(\"dims\")")
+_Pragma("pop_macro(\"dirent\")") _Pragma("pop_macro(\"div\")") _Pragma("pop_macro(\"do\")")
+_Pragma("pop_macro(\"done\")") _Pragma("pop_macro(\"dot\")") _Pragma("pop_macro(\"double\")")
+_Pragma("pop_macro(\"down\")") _Pragma("pop_macro(\"ds\")") _Pragma("pop_macro(\"dst\")")
+_Pragma("pop_macro(\"dup\")") _Pragma("pop_macro(\"dup2\")") _Pragma("pop_macro(\"dynamic_cast\")")
+_Pragma("pop_macro(\"e\")") _Pragma("pop_macro(\"eaccess\")") _Pragma("pop_macro(\"each\")")
+_Pragma("pop_macro(\"echo\")") _Pragma("pop_macro(\"eflags\")") _Pragma("pop_macro(\"eight\")")
+_Pragma("pop_macro(\"else\")") _Pragma("pop_macro(\"empty\")") _Pragma("pop_macro(\"encode\")")
+_Pragma("pop_macro(\"end\")") _Pragma("pop_macro(\"engine\")") _Pragma("pop_macro(\"enter\")")
+_Pragma("pop_macro(\"entry\")") _Pragma("pop_macro(\"enum\")") _Pragma("pop_macro(\"eof\")")
+_Pragma("pop_macro(\"eps\")") _Pragma("pop_macro(\"epsilon\")") _Pragma("pop_macro(\"erase\")")
+_Pragma("pop_macro(\"err\")") _Pragma("pop_macro(\"error\")") _Pragma("pop_macro(\"event\")")
+_Pragma("pop_macro(\"exact\")") _Pragma("pop_macro(\"exchange\")") _Pragma("pop_macro(\"exit\")")
+_Pragma("pop_macro(\"exp2f\")") _Pragma("pop_macro(\"expect\")") _Pragma("pop_macro(\"explicit\")")
 _Pragma("pop_macro(\"extend\")") _Pragma("pop_macro(\"extension\")")
 _Pragma("pop_macro(\"extern\")") _Pragma("pop_macro(\"f\")") _Pragma("pop_macro(\"f16\")")
 _Pragma("pop_macro(\"f32\")") _Pragma("pop_macro(\"f64\")") _Pragma("pop_macro(\"fabs\")")
@@ -38479,23 +38807,22 @@ _Pragma("pop_macro(\"PROC\")") _Pragma("pop_macro(\"PSIZE\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"Point\")") _Pragma("pop_macro(\"Polygon\")")
 _Pragma("pop_macro(\"Priority\")") _Pragma("pop_macro(\"Protocol\")")
 _Pragma("pop_macro(\"ProtocolRevision\")") _Pragma("pop_macro(\"Ptr\")")
-_Pragma("pop_macro(\"R\")") _Pragma("pop_macro(\"RECT\")") _Pragma("pop_macro(\"Rectangle\")")
-_Pragma("pop_macro(\"Region\")") _Pragma("pop_macro(\"Reserved\")") _Pragma("pop_macro(\"S\")")
-_Pragma("pop_macro(\"SHORT\")") _Pragma("pop_macro(\"SIZE\")")
-_Pragma("pop_macro(\"SLIST_ENTRY\")") _Pragma("pop_macro(\"SOCKADDR_IN\")")
-_Pragma("pop_macro(\"SSIZE_T\")") _Pragma("pop_macro(\"Size\")") _Pragma("pop_macro(\"String\")")
-_Pragma("pop_macro(\"TIMEVAL\")") _Pragma("pop_macro(\"TokenType\")")
-_Pragma("pop_macro(\"UCHAR\")") _Pragma("pop_macro(\"UINT\")") _Pragma("pop_macro(\"UINT16\")")
-_Pragma("pop_macro(\"UINT32\")") _Pragma("pop_macro(\"UINT64\")") _Pragma("pop_macro(\"UINT8\")")
-_Pragma("pop_macro(\"USHORT\")") _Pragma("pop_macro(\"Version\")") _Pragma("pop_macro(\"WORD\")")
-_Pragma("pop_macro(\"X\")") _Pragma("pop_macro(\"Y\")") _Pragma("pop_macro(\"Zone\")")
-_Pragma("pop_macro(\"a2\")") _Pragma("pop_macro(\"action\")") _Pragma("pop_macro(\"arg\")")
-_Pragma("pop_macro(\"bottom\")") _Pragma("pop_macro(\"callback\")") _Pragma("pop_macro(\"color\")")
-_Pragma("pop_macro(\"config\")") _Pragma("pop_macro(\"crc\")") _Pragma("pop_macro(\"cursor\")")
-_Pragma("pop_macro(\"cy\")") _Pragma("pop_macro(\"dllimport\")") _Pragma("pop_macro(\"errno_t\")")
-_Pragma("pop_macro(\"fract\")") _Pragma("pop_macro(\"func\")") _Pragma("pop_macro(\"gets\")")
-_Pragma("pop_macro(\"height\")") _Pragma("pop_macro(\"hi\")") _Pragma("pop_macro(\"htonl\")")
-_Pragma("pop_macro(\"htons\")") _Pragma("pop_macro(\"iswascii\")")
+_Pragma("pop_macro(\"RECT\")") _Pragma("pop_macro(\"Rectangle\")") _Pragma("pop_macro(\"Region\")")
+_Pragma("pop_macro(\"Reserved\")") _Pragma("pop_macro(\"S\")") _Pragma("pop_macro(\"SHORT\")")
+_Pragma("pop_macro(\"SIZE\")") _Pragma("pop_macro(\"SLIST_ENTRY\")")
+_Pragma("pop_macro(\"SOCKADDR_IN\")") _Pragma("pop_macro(\"SSIZE_T\")")
+_Pragma("pop_macro(\"Size\")") _Pragma("pop_macro(\"String\")") _Pragma("pop_macro(\"TIMEVAL\")")
+_Pragma("pop_macro(\"TokenType\")") _Pragma("pop_macro(\"UCHAR\")") _Pragma("pop_macro(\"UINT\")")
+_Pragma("pop_macro(\"UINT16\")") _Pragma("pop_macro(\"UINT32\")") _Pragma("pop_macro(\"UINT64\")")
+_Pragma("pop_macro(\"UINT8\")") _Pragma("pop_macro(\"USHORT\")") _Pragma("pop_macro(\"Version\")")
+_Pragma("pop_macro(\"WORD\")") _Pragma("pop_macro(\"X\")") _Pragma("pop_macro(\"Y\")")
+_Pragma("pop_macro(\"Zone\")") _Pragma("pop_macro(\"a2\")") _Pragma("pop_macro(\"action\")")
+_Pragma("pop_macro(\"arg\")") _Pragma("pop_macro(\"bottom\")") _Pragma("pop_macro(\"callback\")")
+_Pragma("pop_macro(\"color\")") _Pragma("pop_macro(\"config\")") _Pragma("pop_macro(\"crc\")")
+_Pragma("pop_macro(\"cursor\")") _Pragma("pop_macro(\"cy\")") _Pragma("pop_macro(\"dllimport\")")
+_Pragma("pop_macro(\"errno_t\")") _Pragma("pop_macro(\"fract\")") _Pragma("pop_macro(\"func\")")
+_Pragma("pop_macro(\"gets\")") _Pragma("pop_macro(\"height\")") _Pragma("pop_macro(\"hi\")")
+_Pragma("pop_macro(\"htonl\")") _Pragma("pop_macro(\"htons\")") _Pragma("pop_macro(\"iswascii\")")
 _Pragma("pop_macro(\"keyboard\")") _Pragma("pop_macro(\"len\")") _Pragma("pop_macro(\"mod\")")
 _Pragma("pop_macro(\"mouse_event\")") _Pragma("pop_macro(\"nonnull\")")
 _Pragma("pop_macro(\"ntohl\")") _Pragma("pop_macro(\"ntohs\")") _Pragma("pop_macro(\"psize\")")

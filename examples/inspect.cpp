@@ -548,8 +548,7 @@ Result<MarkedText> render(const Words& words, const valar::Request& request) {
     const auto input = valar::detail::chat_input(
         request, *words.chat_template, spelling(words.tokenizer->bos()),
         spelling(words.tokenizer->eos()), static_cast<int64_t>(std::time(nullptr)));
-    if (!input) return input.error();
-    return words.chat_template->render(*input);
+    return words.chat_template->render(input);
 }
 
 Result<Json> render_file(const Words& words, const std::string& path) {

@@ -1034,7 +1034,8 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!read) return read.error();
     const Request& request = *read;
     const char* items = body["input"].is_object() ? "input.messages" : "input";
-    if (Fault fault = check_calls(request, items)) return std::move(*fault);
+    const bool whole = request.previous_response_id.empty();  // else calls may stand there
+    if (Fault fault = whole ? check_calls(request, items) : Fault()) return std::move(*fault);
     if (Fault fault = check_tool_choice(body["tool_choice"], request)) return std::move(*fault);
     if (Fault fault = check_tools(request)) return std::move(*fault);
     if (Fault fault = check_background(request)) return std::move(*fault);

@@ -116,8 +116,8 @@ struct Request {
     std::string prompt_cache_key = {};               ///< prefixes of one key are kept together
     std::string user = {};
     std::vector<std::pair<std::string, std::string>> metadata = {};
-    std::optional<uint32_t> top_k = {};  ///< C++ only; 0: no limit
-    std::optional<double> min_p = {};    ///< C++ only; 0: no limit
+    std::optional<uint32_t> top_k = {};  ///< 0: no limit
+    std::optional<double> min_p = {};    ///< 0..1; 0: no limit
     std::string organisation = {};       ///< set by the server from the key
     Window window = Window::standard;
     std::vector<std::string> stop = {};  ///< ends the answer before the first of these

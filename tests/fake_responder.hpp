@@ -1,5 +1,5 @@
 // A Responder that plays a script instead of running a model: it echoes the input, or does what the
-// test set up. The server's tests and serve_fake.cpp use it.
+// test set up; of a request with tools it calls the first until it sees a result. The server's tests and serve_fake.cpp use it.
 #ifndef VALAR_TESTS_FAKE_RESPONDER_HPP
 #define VALAR_TESTS_FAKE_RESPONDER_HPP
 
@@ -45,6 +45,7 @@ public:
         prepared->words = text_of(request);
         prepared->logprobs = request.logprobs ? static_cast<int>(request.top_logprobs) : -1;
         prepared->model = info.id;
+        prepared->call = call_of(request);
         prepared->input_tokens = static_cast<uint32_t>(1 + prepared->words.size() / 4);
         if (prepared->input_tokens > info.context_tokens && prepared->words.size() < 10'000)
             return valar::detail::make_error(valar::ErrorKind::invalid_request,
@@ -125,6 +126,7 @@ private:
     struct Task : valar::Prepared {
         std::string words;
         int logprobs = -1;  // alternatives; -1: none asked for
+        std::optional<valar::Item> call;
         uint32_t max_output = UINT32_MAX;
     };
     struct Answer {
@@ -139,6 +141,23 @@ private:
         return words;
     }
 
+    static std::optional<valar::Item> call_of(const valar::Request& request) {
+        using Kind = valar::Item::Kind;
+        if (request.tools.empty()) return std::nullopt;
+        for (const valar::Item& item : request.input.items)
+            if (item.kind == Kind::function_call_output ||
+                item.kind == Kind::custom_tool_call_output)
+                return std::nullopt;
+        const valar::Tool& tool = request.tools.front();
+        valar::Item call;
+        call.kind = tool.custom ? Kind::custom_tool_call : Kind::function_call;
+        call.role = valar::Role::assistant;
+        call.call_id = "call_fake";
+        call.name = tool.name;
+        call.arguments = tool.custom ? "text" : R"({"city": "Oslo"})";
+        return call;
+    }
+
     /// "echo: " and the input, a word a token.
     valar::Outcome outcome_of(const Task& task, valar::Status status) const {
         valar::Outcome outcome;
@@ -148,6 +167,14 @@ private:
         if (status == valar::Status::cancelled)
             outcome.error = valar::detail::make_error(valar::ErrorKind::cancelled, "cancelled");
         if (status != valar::Status::completed) return outcome;
+        if (task.call) {
+            valar::Item thought;
+            thought.kind = valar::Item::Kind::reasoning;
+            thought.role = valar::Role::assistant;
+            thought.content = {{valar::ContentPart::Kind::output_text, "hm"}};
+            outcome.items = {thought, *task.call};
+            return outcome;
+        }
         const std::string all = "echo: " + task.words;
         for (size_t at = 0; at < all.size();) {
             if (outcome.usage.output_tokens == task.max_output) {

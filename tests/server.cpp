@@ -1461,6 +1461,79 @@ TEST_CASE("server: keys from a file") {
     CHECK_FALSE(read_key_file("no/such/file").ok());
 }
 
+// ---- Tools --------------------------------------------------------------------------------------
+
+namespace {
+
+const char* const weather_tool =
+    R"("tools":[{"type":"function","name":"weather","parameters":{"type":"object"}}])";
+
+std::string with_input(const Json& input, const std::string& more) {
+    return R"({"model":"fake","input":)" + input.write() + "," + more + "}";
+}
+
+}  // namespace
+
+TEST_CASE("server: a call, and its result, with all that was said as input") {
+    Serving serving(local());
+    Json input = parse(R"([{"role":"user","content":"weather?"}])");
+    const HttpReply first = serving.post(with_input(input, weather_tool));
+    REQUIRE(first.status == 200);
+    const Json object = parse(first.body);
+    REQUIRE(object["output"].size() == 2);
+    CHECK(object["output"][0]["type"].as_string() == "reasoning");
+    const Json& call = object["output"][1];
+    CHECK(call["type"].as_string() == "function_call");
+    CHECK(call["name"].as_string() == "weather");
+    CHECK(call["id"].as_string().starts_with("fc_"));
+    CHECK(call["arguments"].as_string() == R"({"city": "Oslo"})");
+    CHECK(object["tools"][0]["name"].as_string() == "weather");
+    CHECK(serving.get("/v1/responses/" + id_of(first)).body == first.body);
+
+    for (const Json& item : object["output"].items()) input.push(item);
+    Json result = Json::object().set("type", "function_call_output").set("output", "rain");
+    Json unknown = input;
+    unknown.push(Json(result).set("call_id", "call_other"));
+    const HttpReply refused = serving.post(with_input(unknown, weather_tool));
+    CHECK(error_of(refused) == "400 invalid_request_error invalid_value input[3].call_id");
+    CHECK(refused.body.find("call_other") != std::string::npos);
+    input.push(result.set("call_id", call["call_id"]));
+    const HttpReply second = serving.post(with_input(input, weather_tool));
+    REQUIRE(second.status == 200);
+    CHECK(parse(second.body)["output"][0]["type"].as_string() == "message");
+    const Json items = parse(
+        serving.get("/v1/responses/" + id_of(second) + "/input_items?order=asc").body)["data"];
+    REQUIRE(items.size() == 4);
+    for (size_t i = 0; i < items.size(); ++i)
+        CHECK(items[i]["type"] == (i == 0 ? Json("message") : input[i]["type"]));
+    CHECK(items[3]["output"].as_string() == "rain");
+}
+
+TEST_CASE("server: openai: the result of a call that an earlier response made") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    const HttpReply first = serving.post(
+        R"({"model":"fake","input":"x","tools":[{"type":"custom","name":"say"}]})");
+    REQUIRE(first.status == 200);
+    const Json call = parse(first.body)["output"][1];
+    CHECK(call["type"].as_string() == "custom_tool_call");
+    CHECK(call["input"].as_string() == "text");
+    const auto follow = [&](const std::string& call_id) {
+        const Json result = Json::array().push(Json::object()
+                                                   .set("type", "custom_tool_call_output")
+                                                   .set("call_id", call_id)
+                                                   .set("output", "done"));
+        return serving.post(with_input(
+            result, R"("tools":[{"type":"custom","name":"say"}],"previous_response_id":")" +
+                        id_of(first) + "\""));
+    };
+    CHECK(error_of(follow("call_9")) == "400 invalid_request_error invalid_value input[3].call_id");
+    const HttpReply second = follow(std::string(call["call_id"].as_string()));
+    REQUIRE(second.status == 200);
+    CHECK(parse(second.body)["output"][0]["type"].as_string() == "message");
+}
+
 // ---- The openai dialect ------------------------------------------------------------------------
 
 TEST_CASE("server: openai: store:false leaves nothing, previous_response_id goes on") {

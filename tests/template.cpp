@@ -3,10 +3,13 @@
 #include <doctest/doctest.h>
 
 #include <cstdlib>
+#include <cstring>
+#include <optional>
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
 
+#include "api_internal.hpp"
 #include "engine/engine.hpp"
 #include "gguf.hpp"
 #include "template/families.hpp"
@@ -570,13 +573,12 @@ TEST_CASE("template: a request becomes messages") {
     CHECK(!plain->mentions("developer"));
     CHECK(knows->mentions("developer"));
     auto input = chat_input(request, *plain, "<s>", "</s>", kNow);
-    REQUIRE(input);
     CHECK(
-        input->request.write() ==
+        input.request.write() ==
         R"({"messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"Hello"}],"tools":null,"documents":null})");
-    CHECK(input->own.write() ==
+    CHECK(input.own.write() ==
           R"({"add_generation_prompt":true,"bos_token":"<s>","eos_token":"</s>"})");
-    CHECK(shown(*plain->render(*input)) ==
+    CHECK(shown(*plain->render(input)) ==
           "<|im_start|>system\n^Be brief.$<|im_end|>\n<|im_start|>user\n^Hello$<|im_end|>\n"
           "<|im_start|>assistant\n");
 
@@ -589,19 +591,232 @@ TEST_CASE("template: a request becomes messages") {
     thought.kind = Item::Kind::reasoning;
     request.input = std::vector<Item>{parts, thought, Item::message(Role::assistant, "yes")};
     input = chat_input(request, *plain, "", "", kNow);
-    REQUIRE(input);
-    CHECK(input->request["messages"].write() ==
+    CHECK(input.request["messages"].write() ==
           R"([{"role":"system","content":"one two"},{"role":"assistant","content":"yes"}])");
     input = chat_input(request, *knows, "", "", kNow);
-    CHECK(input->request["messages"][0]["role"].as_string() == "developer");
+    CHECK(input.request["messages"][0]["role"].as_string() == "developer");
+}
 
-    Item called;
-    called.kind = Item::Kind::function_call;
-    request.input = std::vector<Item>{parts, called};
+TEST_CASE("template: tools, calls and thoughts become messages") {
+    Request request;
+    request.tools = {{.name = "forge", .description = "Makes things", .parameters = Json::object()},
+                     {.name = "shout", .custom = true, .format = {.regex = "[A-Z]+"}}};
+    Item thought, call, shout;
+    thought.kind = Item::Kind::reasoning;
+    thought.content = {{ContentPart::Kind::output_text, "hm"}};
+    call.kind = Item::Kind::function_call;
+    call.call_id = "call_1";
+    call.name = "forge";
+    call.arguments = R"({"what": "sword"})";
+    shout.kind = Item::Kind::custom_tool_call;
+    shout.call_id = "call_2";
+    shout.name = "shout";
+    shout.arguments = "HO";
+    request.input = std::vector<Item>{Item::message(Role::user, "a sword!"),
+                                      thought,
+                                      Item::message(Role::assistant, "well"),
+                                      call,
+                                      shout,
+                                      Item::output(call, "done"),
+                                      Item::output(shout, "heard")};
+    const auto knows = ChatTemplate::open(jinja("qwen25"));
+    REQUIRE(knows);
+    const TemplateShape& shape = knows->shape();
+    CHECK((shape.tools && shape.calls && shape.results && shape.parallel));
+    CHECK_FALSE((shape.text_arguments || shape.null_content || shape.short_ids));
+    auto input = chat_input(request, *knows, "", "", kNow);
+    CHECK(input.request["messages"].write() ==
+          R"([{"role":"user","content":"a sword!"},{"role":"assistant","reasoning_content":"hm",)"
+          R"("content":"well","tool_calls":[{"id":"call_1","type":"function","function":)"
+          R"({"name":"forge","arguments":{"what":"sword"}}},{"id":"call_2","type":"function",)"
+          R"("function":{"name":"shout","arguments":{"input":"HO"}}}]},)"
+          R"({"role":"tool","content":"done","name":"forge","tool_call_id":"call_1"},)"
+          R"({"role":"tool","content":"heard","name":"shout","tool_call_id":"call_2"}])");
+    CHECK(input.request["tools"].write() ==
+          R"([{"type":"function","function":{"name":"forge","description":"Makes things",)"
+          R"("parameters":{}}},{"type":"function","function":{"name":"shout","description":"",)"
+          R"("parameters":{"type":"object","properties":{"input":{"type":"string","description":)"
+          R"("fits the regular expression [A-Z]+"}},"required":["input"]}}}])");
+    const std::string text = shown(*knows->render(input));
+    CHECK(text.find("<tool_call>\n{\"name\": \"^forge$\"") != std::string::npos);
+    request.tool_choice.mode = ToolChoice::Mode::none;
+    CHECK(chat_input(request, *knows, "", "", kNow).request["tools"].is_null());
+    request.tool_choice = {};
+
+    // A template that knows of none of it: all is text, and a request's.
+    const auto plain = ChatTemplate::open(std::string(known_template("chatml")->source));
+    REQUIRE(plain);
     input = chat_input(request, *plain, "", "", kNow);
-    REQUIRE(!input);
-    CHECK(input.error().kind == ErrorKind::unsupported);
-    CHECK(input.error().param == "input[1].type");
+    CHECK(input.request["tools"].is_null());
+    const Json& messages = input.request["messages"];
+    REQUIRE(messages.size() == 5);
+    CHECK(messages[0]["role"].as_string() == "system");
+    CHECK(messages[0]["content"].as_string().find("\"name\": \"forge\"") != std::string::npos);
+    CHECK(messages[2]["content"].as_string() ==
+          "well\n<tool_call>\n{\"name\": \"forge\", \"arguments\": {\"what\": \"sword\"}}\n"
+          "</tool_call>\n<tool_call>\n{\"name\": \"shout\", \"arguments\": {\"input\": \"HO\"}}\n"
+          "</tool_call>");
+    CHECK(messages[3]["role"].as_string() == "user");
+    CHECK(messages[3]["content"].as_string() == "<tool_response>\ndone\n</tool_response>");
+}
+
+TEST_CASE("template: arguments, ids and results as a template takes them") {
+    Request request;
+    Item call, other;
+    call.kind = Item::Kind::function_call;
+    call.call_id = "call_abc";
+    call.name = "f";
+    call.arguments = R"({"k": "v"})";
+    other = call;
+    other.call_id = "call_def";
+    request.input = std::vector<Item>{Item::message(Role::user, "u"), call, other,
+                                      Item::output(other, "second"), Item::output(call, "first")};
+    const auto rendered = [&](const std::string& source) {
+        const auto made = ChatTemplate::open(
+            "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+            "{% for m in messages %}{{ m.role }}:{{ m.content }}" +
+            source + ";{% endfor %}");
+        REQUIRE_MESSAGE(made.ok(), made.error().message);
+        const auto text = made->render(chat_input(request, *made, "", "", kNow));
+        REQUIRE_MESSAGE(text.ok(), text.error().message);
+        return text->text;
+    };
+    const std::string each = "{% for c in m.tool_calls or [] %}{{ c.function.name }}";
+    CHECK(rendered(each + "{{ c.function.arguments|tojson }}{% endfor %}") ==
+          R"(user:u;assistant:f{"k": "v"}f{"k": "v"};tool:second;tool:first;)");
+    CHECK(rendered(each + "{{ c.function.arguments }}{% endfor %}") ==
+          R"(user:u;assistant:f{"k": "v"}f{"k": "v"};tool:second;tool:first;)");
+    CHECK(rendered(each + "{% for k, v in c.function.arguments|items %}<{{ k }}={{ v }}>"
+                          "{% endfor %}{% endfor %}") ==
+          "user:u;assistant:f<k=v>f<k=v>;tool:second;tool:first;");
+    CHECK(rendered("{% if m.content is none %}" + each +
+                   "{{ c.function.arguments }}{% endfor %}{% endif %}")
+              .find("assistant:Nonef{") != std::string::npos);
+    // One call a message: each with its result.
+    CHECK(rendered("{% if m.tool_calls and m.tool_calls|length > 1 %}{{ raise_exception('one') }}"
+                   "{% endif %}" +
+                   each + "{{ c.function.arguments }}{% endfor %}") ==
+          R"(user:u;assistant:f{"k": "v"};assistant:f{"k": "v"};tool:second;tool:first;)");
+    // Ids of nine letters and digits, the same for a call and its result.
+    const std::string ids = rendered(
+        "{% if m.tool_call_id is defined %}{% if m.tool_call_id|length != 9 %}"
+        "{{ raise_exception('9!') }}{% endif %}#{{ m.tool_call_id }}{% endif %}" +
+        each + "#{{ c.id }}{{ c.function.arguments }}{% endfor %}");
+    const size_t at = ids.find('#');
+    REQUIRE(at != std::string::npos);
+    CHECK(ids.find(ids.substr(at, 10), at + 1) != std::string::npos);
+    // Results in no role that it knows.
+    CHECK(rendered("{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}")
+              .find("user:<tool_response>\nfirst\n</tool_response>;") != std::string::npos);
+}
+
+TEST_CASE("template: effort and schema reach the template") {
+    const auto knows = ChatTemplate::open(jinja("qwen3"));
+    REQUIRE(knows);
+    Request request;
+    Item thought;
+    thought.kind = Item::Kind::reasoning;
+    thought.content = {{ContentPart::Kind::output_text, "hm"}};
+    request.input = std::vector<Item>{Item::message(Role::user, "Hello"), thought,
+                                      Item::message(Role::assistant, "Hi")};
+    CHECK(shown(*knows->render(chat_input(request, *knows, "", "", kNow))).find("^hm$") !=
+          std::string::npos);
+    request.input = "Hello";
+    CHECK_FALSE(chat_input(request, *knows, "", "", kNow).own.contains("enable_thinking"));
+    request.effort = Effort::none;
+    auto input = chat_input(request, *knows, "", "", kNow);
+    CHECK_FALSE(input.own["enable_thinking"].as_bool(true));
+    CHECK(knows->render(input)->text.ends_with("<think>\n\n</think>\n\n"));
+    request.effort = Effort::xhigh;
+    input = chat_input(request, *knows, "", "", kNow);
+    CHECK(input.own["enable_thinking"].as_bool());
+    CHECK(input.own["reasoning_effort"].as_string() == "high");
+    request.format.schema = *Json::parse(R"({"type":"object"})");
+    input = chat_input(request, *knows, "", "", kNow);
+    CHECK(input.request["messages"][0]["content"].as_string() ==
+          "Answer with JSON that fits this schema:\n{\"type\": \"object\"}");
+    input = chat_input(request, *knows, "", "", kNow, false);
+    CHECK(input.request["messages"][0]["content"].as_string() == "Hello");
+}
+
+namespace {
+
+Request request_of(const Json& prompt) {
+    Request request;
+    Item call;
+    call.kind = Item::Kind::function_call;
+    call.call_id = "call_1";
+    auto& items = request.input.items;
+    for (const Json& m : prompt["messages"].items()) {
+        const std::string content(m["content"].as_string());
+        const Role role = *role_named(m["role"].as_string());
+        if (role == Role::tool) items.push_back(Item::output(call, content));
+        else if (!content.empty()) items.push_back(Item::message(role, content));
+        for (const Json& called : m["tool_calls"].items()) {
+            call.name = called["function"]["name"].as_string();
+            call.arguments = called["function"]["arguments"].write();
+            items.push_back(call);
+        }
+    }
+    for (const Json& tool : prompt["tools"].items()) {
+        const Json& function = tool["function"];
+        request.tools.push_back({.name = std::string(function["name"].as_string()),
+                                 .description = std::string(function["description"].as_string()),
+                                 .parameters = function["parameters"]});
+    }
+    return request;
+}
+
+// The words of the published template's frame, and those of data/templates/qwen25.jinja.
+const char* const qwen_words[][2] = {
+    {"You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+     "You are a capable assistant."},
+    {"You may call one or more functions to assist with the user query.\n\nYou are provided with "
+     "function signatures within <tools></tools> XML tags:",
+     "Signatures stand between <tools></tools>:"},
+    {"For each function call, return a json object with function name and arguments within "
+     "<tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": "
+     "<args-json-object>}",
+     "Answer a call as <tool_call>\n{\"name\": <name>, \"arguments\": <object>}"},
+};
+
+}  // namespace
+
+TEST_CASE("template: prompts of Qwen2.5-Coder, tools too, to the byte") {
+    const auto own = ChatTemplate::open(jinja("qwen25"));
+    REQUIRE(own);
+    std::optional<ChatTemplate> published;
+    if (const char* models = std::getenv("VALAR_MODELS")) {
+        const auto file = Gguf::open(std::string(models) +
+                                     "/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf");
+        REQUIRE(file);
+        auto opened = ChatTemplate::open(std::string(*file->get_string("tokenizer.chat_template")));
+        REQUIRE(opened);
+        published = *opened;
+    }
+    const auto text = detail::read_file(VALAR_SOURCE_DIR "/tests/data/qwen25-coder/rendered.json",
+                                        1 << 24);
+    REQUIRE(text);
+    const auto prompts = Json::parse(*text);
+    REQUIRE(prompts);
+    CHECK(prompts->size() == 16);
+    for (const Json& prompt : prompts->items()) {
+        CAPTURE(prompt["name"].write());
+        const Request request = request_of(prompt);
+        std::string expected(prompt["prompt"].as_string());
+        if (published) {
+            const auto made = published->render(
+                chat_input(request, *published, "", "<|im_end|>", kNow));
+            REQUIRE(made);
+            CHECK(made->text == expected);
+        }
+        for (const auto& [words, ours] : qwen_words)
+            if (const size_t at = expected.find(words); at != std::string::npos)
+                expected.replace(at, std::strlen(words), ours);
+        const auto made = own->render(chat_input(request, *own, "", "<|im_end|>", kNow));
+        REQUIRE(made);
+        CHECK(made->text == expected);
+    }
 }
 
 TEST_CASE("template: messages take the shape that a template takes") {
@@ -615,14 +830,13 @@ TEST_CASE("template: messages take the shape that a template takes") {
         const auto made = ChatTemplate::open(source);
         REQUIRE(made);
         const auto input = chat_input(request, *made, "<s>", "</s>", kNow);
-        REQUIRE(input);
         std::string out;
-        for (const Json& m : input->request["messages"].items())
+        for (const Json& m : input.request["messages"].items())
             out += std::string(m["role"].as_string()) + ":" +
                    (m["content"].is_string() ? std::string(m["content"].as_string())
                                              : m["content"].write()) +
                    ";";
-        CHECK(made->render(*input));
+        CHECK(made->render(input));
         return out;
     };
     const std::string print = "{{ m.role }}{{ m.content }}{% endfor %}";
@@ -661,8 +875,7 @@ TEST_CASE("template: messages take the shape that a template takes") {
     CHECK(!gemma->shape().system);
     request.input = "Hello";
     const auto input = chat_input(request, *gemma, "<bos>", "<eos>", kNow);
-    REQUIRE(input);
-    CHECK(shown(*gemma->render(*input)) ==
+    CHECK(shown(*gemma->render(input)) ==
           "<bos><start_of_turn>user\n^I\n\nHello$<end_of_turn>\n<start_of_turn>model\n");
 }
 
@@ -692,8 +905,7 @@ TEST_CASE("template: a model without a template") {
                                           Item::message(Role::assistant, "Yes?"),
                                           Item::message(Role::user, "Why?")};
         const auto input = chat_input(request, *made, "<s>", "</s>", kNow);
-        REQUIRE(input);
-        const auto text = made->render(*input);
+        const auto text = made->render(input);
         REQUIRE_MESSAGE(text, known.name);
         for (const char* part : {"Be brief.", "Hello", "Yes?", "Why?"})
             CHECK(text->text.find(part) != std::string::npos);

@@ -162,10 +162,10 @@ Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
     const auto spelling = [&](std::optional<Token> token) {
         return token ? tokenizer.piece(*token) : std::string_view();
     };
-    auto input = chat_input(request, model_.chat_template(), spelling(tokenizer.bos()),
-                            spelling(tokenizer.eos()), unix_time_ms() / 1000);
-    if (!input) return input.error();
-    auto text = model_.chat_template().render(*input);
+    const TemplateInput input = chat_input(request, model_.chat_template(),
+                                           spelling(tokenizer.bos()), spelling(tokenizer.eos()),
+                                           unix_time_ms() / 1000);
+    auto text = model_.chat_template().render(input);
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",
                             "context_length_exceeded");

@@ -140,7 +140,7 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
         for (const Json& item : (*object)["output"].items()) items.push(item);
     }
     for (Json& item : render_input_items(body, "")) items.push(std::move(item));
-    body.set("input", std::move(items));
+    body.set("input", std::move(items)).erase("previous_response_id");
     auto whole = parse_response_request(body, options.dialect);
     if (!whole) return whole.error();
     *request = std::move(*whole);

@@ -41,7 +41,22 @@ struct TemplateShape {
     bool parts = false;        ///< content is a list of parts; a string would be lost
     bool empty_tools = false;  ///< `tools` is an empty list where there are none, not null
     bool joins = false;        ///< it refuses neighbours of one role: they are joined
+    bool tools = false;        ///< it shows `tools`; else they stand in the system message
+    bool calls = false;        ///< it takes `tool_calls`; else they are text of the message
+    bool results = false;      ///< it takes messages of the role tool; else they are a user's
+    bool parallel = true;      ///< several calls in one message; else one after the other
+    bool text_arguments = false;  ///< arguments are JSON in a string; else an object
+    bool null_content = false;    ///< of a message of calls alone; else an empty string
+    bool short_ids = false;       ///< ids of calls have nine letters and digits
+    const char* thought = "reasoning_content";  ///< the field of thoughts
 };
+
+/// How calls stand in the text of a model whose template knows of none, and results after them.
+inline constexpr std::string_view kCallBegin = "<tool_call>\n", kCallEnd = "\n</tool_call>";
+/// A custom tool is to a model a function with this argument.
+inline constexpr std::string_view kCustomArgument = "input";
+inline constexpr std::string_view kResultBegin = "<tool_response>\n",
+                                  kResultEnd = "\n</tool_response>";
 
 /// A chat template, parsed. What it does not know of Jinja it refuses by name and line: a statement
 /// when it is parsed, a filter, test or method when it is used.
@@ -82,11 +97,13 @@ private:
 };
 
 /// The variables for `request`: messages (instructions first, as a system message; parts of text
-/// joined; reasoning left out; all as the template's shape wants it), add_generation_prompt,
-/// bos_token, eos_token, and tools and documents as null.
-/// Errors: unsupported, with the item's path, for calls of tools and their outputs.
-Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
-                                 std::string_view bos, std::string_view eos, int64_t now_s);
+/// joined; thoughts and calls of tools with the message that they stand before or behind; all as the
+/// template's shape wants it), tools as OpenAI has them, add_generation_prompt, bos_token, eos_token,
+/// documents as null; with an effort enable_thinking, thinking and reasoning_effort. With
+/// `show_schema` the system message says which schema the answer has to fit.
+TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
+                         std::string_view bos, std::string_view eos, int64_t now_s,
+                         bool show_schema = true);
 
 }  // namespace detail
 }  // namespace v1

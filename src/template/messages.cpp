@@ -4,10 +4,13 @@
 #include "api_internal.hpp"
 #include "template/internal.hpp"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -17,29 +20,67 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
+struct ChatCall {
+    std::string id, name;
+    std::string arguments;  // JSON
+};
+
 struct ChatTurn {
     Role role;
     std::string text;
+    std::string thought = {};
+    std::vector<ChatCall> calls = {};
+    std::string call_id = {}, name = {};  // of a result
 };
 
-Json message_of(const ChatTurn& turn, bool parts) {
-    Json message = Json::object().set("role", role_name(turn.role));
-    if (!parts) return message.set("content", turn.text);
-    Json part = Json::object().set("type", "text").set("text", turn.text);
-    return message.set("content", Json::array().push(std::move(part)));
+// A call's id, or nine characters that are always the same of it.
+std::string id_of(const std::string& call_id, const TemplateShape& shape) {
+    return shape.short_ids ? derive_id({}, call_id).substr(0, 9) : call_id;
 }
 
-Json messages_of(const std::vector<ChatTurn>& turns, bool parts) {
-    Json messages = Json::array();
-    for (const ChatTurn& turn : turns) messages.push(message_of(turn, parts));
-    return messages;
+Json arguments_of(const ChatCall& call, const TemplateShape& shape) {
+    if (shape.text_arguments) return call.arguments;
+    auto object = Json::parse(call.arguments.empty() ? "{}" : call.arguments);
+    return object && object->is_object() ? std::move(*object) : Json(call.arguments);
+}
+
+Json calls_of(const ChatTurn& turn, const TemplateShape& shape) {
+    Json calls = Json::array();
+    for (const ChatCall& call : turn.calls)
+        calls.push(Json::object()
+                       .set("id", id_of(call.id, shape))
+                       .set("type", "function")
+                       .set("function", Json::object()
+                                            .set("name", call.name)
+                                            .set("arguments", arguments_of(call, shape))));
+    return calls;
+}
+
+Json content_of(const ChatTurn& turn, const TemplateShape& shape) {
+    if (shape.null_content && turn.text.empty() && !turn.calls.empty()) return nullptr;
+    if (!shape.parts) return turn.text;
+    return Json::array().push(Json::object().set("type", "text").set("text", turn.text));
+}
+
+Json message_of(const ChatTurn& turn, const TemplateShape& shape) {
+    Json message = Json::object().set("role", role_name(turn.role));
+    if (!turn.thought.empty()) message.set(shape.thought, turn.thought);
+    message.set("content", content_of(turn, shape));
+    if (!turn.calls.empty()) message.set("tool_calls", calls_of(turn, shape));
+    if (!turn.name.empty()) message.set("name", turn.name);
+    if (!turn.call_id.empty()) message.set("tool_call_id", id_of(turn.call_id, shape));
+    return message;
 }
 
 TemplateInput input_of_turns(const std::vector<ChatTurn>& turns, const TemplateShape& shape,
-                             std::string_view bos, std::string_view eos, int64_t now_s) {
+                             Json tools, std::string_view bos, std::string_view eos,
+                             int64_t now_s) {
     TemplateInput input;
-    input.request.set("messages", messages_of(turns, shape.parts))
-        .set("tools", shape.empty_tools ? Json::array() : Json())
+    Json messages = Json::array();
+    for (const ChatTurn& turn : turns) messages.push(message_of(turn, shape));
+    if (tools.empty()) tools = shape.empty_tools ? Json::array() : Json();
+    input.request.set("messages", std::move(messages))
+        .set("tools", std::move(tools))
         .set("documents", nullptr);
     input.own.set("add_generation_prompt", true).set("bos_token", bos).set("eos_token", eos);
     input.now_s = now_s;
@@ -56,7 +97,7 @@ void add_text(std::string& text, const std::string& more) {
 /// Whether it renders these messages and loses none of their texts.
 bool takes(const ChatTemplate& chat_template, const std::vector<ChatTurn>& turns,
            const TemplateShape& shape) {
-    const auto made = chat_template.render(input_of_turns(turns, shape, "<s>", "</s>", 0));
+    const auto made = chat_template.render(input_of_turns(turns, shape, {}, "<s>", "</s>", 0));
     for (const ChatTurn& turn : turns)
         if (!made || made->text.find(turn.text) == std::string::npos) return false;
     return true;
@@ -92,11 +133,113 @@ TemplateShape shape_of(const ChatTemplate& chat_template, TemplateShape shape) {
     return shape;
 }
 
+// ---- what it takes of tools and thoughts -------------------------------------------------------
+
+// A template's own variables and the probes' words must not be the same.
+constexpr const char* probe_tool = "probe_of_tool";
+constexpr const char* probe_arguments = R"({"probe_key": "probe-of-value"})";
+
+Json probe_tools() {
+    const Json text = Json::object().set("type", "string").set("description", "probe");
+    const Json parameters = Json::object()
+                                .set("type", "object")
+                                .set("properties", Json::object().set("probe_key", text))
+                                .set("required", Json::array().push("probe_key"));
+    const Json function = Json::object()
+                              .set("name", probe_tool)
+                              .set("description", "probe")
+                              .set("parameters", parameters);
+    return Json::array().push(Json::object().set("type", "function").set("function", function));
+}
+
+/// A user's question, calls of a tool, their results.
+std::vector<ChatTurn> probe_of_calls(int calls) {
+    std::vector<ChatTurn> turns = {{Role::user, "probe-of-user"}, {Role::assistant, {}}};
+    for (int i = 0; i < calls; ++i) {
+        const std::string id = "call_" + std::string(24, static_cast<char>('a' + i));
+        turns[1].calls.push_back({id, probe_tool, probe_arguments});
+        turns.push_back({Role::tool, "probe-of-result", {}, {}, id, probe_tool});
+    }
+    return turns;
+}
+
+size_t count_of(std::string_view text, std::string_view word) {
+    size_t count = 0;
+    for (size_t at = text.find(word); at != text.npos; at = text.find(word, at + 1)) ++count;
+    return count;
+}
+
+std::string rendered(const ChatTemplate& chat_template, const std::vector<ChatTurn>& turns,
+                     const TemplateShape& shape, Json tools) {
+    auto made = chat_template.render(
+        input_of_turns(turns, shape, std::move(tools), "<s>", "</s>", 0));
+    return made ? std::move(made->text) : std::string();
+}
+
+/// Whether so many calls stand in a text: by name and value, the arguments neither escaped, as JSON
+/// in a string would be, nor as Python shows a dict.
+bool holds_calls(std::string_view text, const TemplateShape& shape, size_t calls) {
+    return count_of(text, "probe-of-value") == calls &&
+           count_of(text, probe_tool) >= calls + shape.tools &&
+           text.find("\\\"probe_key") == text.npos && text.find("'probe_key'") == text.npos;
+}
+
+/// The way in which it takes calls; the first in which it takes their results too is preferred.
+void find_calls(const ChatTemplate& chat_template, TemplateShape* shape) {
+    const auto made = [&](const TemplateShape& way, int calls) {
+        return rendered(chat_template, probe_of_calls(calls), way, probe_tools());
+    };
+    TemplateShape found = *shape;
+    for (int way = 0; way < 8 && !found.results; ++way) {
+        TemplateShape tried = *shape;
+        tried.calls = true;
+        tried.null_content = way & 1;
+        tried.text_arguments = way & 2;
+        tried.short_ids = way & 4;
+        const std::string text = made(tried, 1);
+        tried.results = text.find("probe-of-result") != text.npos;
+        if (holds_calls(text, tried, 1) && (tried.results || !found.calls)) found = tried;
+    }
+    *shape = found;
+    shape->parallel = found.calls && holds_calls(made(found, 2), found, 2);
+}
+
+/// Thoughts go back at least within a turn: before calls whose results come next.
+void find_thought(const ChatTemplate& chat_template, TemplateShape* shape) {
+    for (const char* field : {"reasoning_content", "reasoning", "thinking", "thought"}) {
+        if (chat_template.source().find(field) == std::string::npos) continue;
+        TemplateShape tried = *shape;
+        tried.thought = field;
+        std::vector<ChatTurn> turns = {{Role::user, "probe-of-user"},
+                                       {Role::assistant, "probe-of-answer", "probe-of-thought"}};
+        if (shape->calls) {
+            turns = probe_of_calls(1);
+            turns[1].thought = "probe-of-thought";
+        }
+        const std::string text = rendered(chat_template, turns, tried, probe_tools());
+        if (text.find("probe-of-thought") == text.npos) continue;
+        shape->thought = field;
+        return;
+    }
+}
+
+TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape) {
+    const std::vector<ChatTurn> question = {{Role::user, "probe-of-user"}};
+    if (rendered(chat_template, question, shape, {}).empty()) return shape;
+    if (chat_template.source().find("tool") != std::string::npos) {
+        const std::string text = rendered(chat_template, question, shape, probe_tools());
+        shape.tools = text.find(probe_tool) != text.npos;
+        find_calls(chat_template, &shape);
+    }
+    find_thought(chat_template, &shape);
+    return shape;
+}
+
 }  // namespace
 
 Result<ChatTemplate> ChatTemplate::open(std::string source) {
     auto made = parse(std::move(source));
-    if (made) made->shape_ = shape_of(*made, made->shape_);
+    if (made) made->shape_ = with_tools(*made, shape_of(*made, made->shape_));
     return made;
 }
 
@@ -130,33 +273,201 @@ std::vector<ChatTurn> with_known_roles(std::vector<ChatTurn> turns, const Templa
     return made;
 }
 
+bool can_join(const ChatTurn& before, const ChatTurn& after) {
+    return before.role == after.role && before.role != Role::tool && before.calls.empty();
+}
+
 std::vector<ChatTurn> with_neighbours_joined(std::vector<ChatTurn> turns) {
     std::vector<ChatTurn> made;
     for (ChatTurn& turn : turns) {
-        if (made.empty() || made.back().role != turn.role) made.push_back(std::move(turn));
-        else add_text(made.back().text, turn.text);
+        if (made.empty() || !can_join(made.back(), turn)) {
+            made.push_back(std::move(turn));
+            continue;
+        }
+        add_text(made.back().text, turn.text);
+        add_text(made.back().thought, turn.thought);
+        made.back().calls = std::move(turn.calls);
     }
     return made;
 }
 
-}  // namespace
+// ---- tools -------------------------------------------------------------------------------------
 
-Result<TemplateInput> chat_input(const Request& request, const ChatTemplate& chat_template,
-                                 std::string_view bos, std::string_view eos, int64_t now_s) {
+/// To a model every tool is a function; one that is called with a text has that as its argument.
+Json parameters_of(const Tool& tool) {
+    if (!tool.custom && tool.parameters.is_object()) return tool.parameters;
+    Json parameters = Json::object().set("type", "object").set("properties", Json::object());
+    if (!tool.custom) return parameters;
+    Json text = Json::object().set("type", "string");
+    if (!tool.format.regex.empty())
+        text.set("description", "fits the regular expression " + tool.format.regex);
+    if (!tool.format.gbnf.empty())
+        text.set("description", "fits this grammar: " + tool.format.gbnf);
+    return parameters.set("properties", Json::object().set(kCustomArgument, std::move(text)))
+        .set("required", Json::array().push(kCustomArgument));
+}
+
+/// A request that forbids calls shows no tools.
+Json tools_of(const Request& request) {
+    Json tools = Json::array();
+    if (request.tool_choice.mode == ToolChoice::Mode::none) return tools;
+    for (const Tool& tool : request.tools)
+        tools.push(Json::object()
+                       .set("type", "function")
+                       .set("function", Json::object()
+                                            .set("name", tool.name)
+                                            .set("description", tool.description)
+                                            .set("parameters", parameters_of(tool))));
+    return tools;
+}
+
+std::string call_text(const ChatCall& call) {
+    const Json json =
+        Json::object().set("name", call.name).set("arguments", arguments_of(call, TemplateShape()));
+    return join({kCallBegin, json.write(json_python), kCallEnd});
+}
+
+/// What a template does not know of stands in the text.
+std::vector<ChatTurn> with_calls_as_text(std::vector<ChatTurn> turns, const TemplateShape& shape) {
+    for (ChatTurn& turn : turns) {
+        if (!shape.calls) {
+            for (const ChatCall& call : std::exchange(turn.calls, {})) {
+                if (!turn.text.empty()) turn.text += '\n';
+                turn.text += call_text(call);
+            }
+        }
+        if (turn.role != Role::tool || (shape.results && shape.calls)) continue;
+        turn = {Role::user, join({kResultBegin, turn.text, kResultEnd})};
+    }
+    return turns;
+}
+
+/// Where only one call may stand in a message, each is followed by its result.
+std::vector<ChatTurn> with_single_calls(std::vector<ChatTurn> turns) {
+    std::vector<ChatTurn> made;
+    std::vector<ChatCall> left;  // of the last message that had several
+    const auto give = [&](size_t index) {
+        made.push_back({Role::assistant, {}, {}, {left[index]}});
+        left.erase(left.begin() + static_cast<ptrdiff_t>(index));
+    };
+    for (ChatTurn& turn : turns) {
+        if (turn.role == Role::tool) {
+            const auto own = std::find_if(left.begin(), left.end(), [&](const ChatCall& call) {
+                return call.id == turn.call_id;
+            });
+            if (own != left.end()) give(static_cast<size_t>(own - left.begin()));
+        } else {
+            while (!left.empty()) give(0);  // those without a result
+        }
+        if (turn.calls.size() > 1) {
+            left.assign(turn.calls.begin() + 1, turn.calls.end());
+            turn.calls.resize(1);
+        }
+        made.push_back(std::move(turn));
+    }
+    while (!left.empty()) give(0);
+    return made;
+}
+
+std::string tools_text(const Json& tools) {
+    std::string text = "# Tools\n\nYou may call one or more of these functions:\n<tools>\n";
+    for (const Json& tool : tools.items()) text += tool.write(json_python) + "\n";
+    return text +
+           "</tools>\n\nA call is a JSON object with the function's name and its arguments:\n" +
+           join({kCallBegin, R"({"name": <name>, "arguments": <object>})", kCallEnd});
+}
+
+std::string schema_text(const Format& format) {
+    std::string text = "Answer with JSON that fits this schema";
+    if (!format.description.empty()) text += " (" + format.description + ")";
+    return text + ":\n" + format.schema.write(json_python);
+}
+
+void add_order(std::vector<ChatTurn>& turns, const std::string& text) {
+    if (turns.empty() || turns.front().role != Role::system)
+        turns.insert(turns.begin(), {Role::system, {}});
+    add_text(turns.front().text, text);
+}
+
+// ---- items -------------------------------------------------------------------------------------
+
+/// The turn that an item of the assistant belongs to: thought, message and calls are one message.
+ChatTurn& turn_for(std::vector<ChatTurn>& turns, Item::Kind kind) {
+    const bool call = kind == Item::Kind::function_call || kind == Item::Kind::custom_tool_call;
+    const bool goes_on = !turns.empty() && turns.back().role == Role::assistant &&
+                         (call || (kind == Item::Kind::message && turns.back().text.empty() &&
+                                   turns.back().calls.empty() && !turns.back().thought.empty()));
+    if (!goes_on) turns.push_back({Role::assistant, {}});
+    return turns.back();
+}
+
+std::vector<ChatTurn> turns_of(const Request& request) {
     std::vector<ChatTurn> turns;
+    std::unordered_map<std::string_view, std::string_view> called;  // names by id
     if (!request.instructions.empty()) turns.push_back({Role::system, request.instructions});
     if (request.input.items.empty()) turns.push_back({Role::user, request.input.text});
-    for (size_t i = 0; i < request.input.items.size(); ++i) {
-        const Item& item = request.input.items[i];
-        if (item.kind == Item::Kind::message) turns.push_back({item.role, item.text()});
-        else if (item.kind != Item::Kind::reasoning)
-            return make_error(ErrorKind::unsupported, "calls of tools are not in this version",
-                              "unsupported_parameter", format("input[%zu].type", i));
+    for (const Item& item : request.input.items) {
+        if (item.is_call()) {
+            const bool custom = item.kind == Item::Kind::custom_tool_call;
+            called[item.call_id] = item.name;
+            turn_for(turns, item.kind)
+                .calls.push_back(
+                    {item.call_id, item.name,
+                     custom ? Json::object().set(kCustomArgument, item.arguments).write(json_python)
+                            : item.arguments});
+        } else if (item.kind == Item::Kind::reasoning) {
+            if (std::string thought = item.text(); !thought.empty())
+                turn_for(turns, item.kind).thought = std::move(thought);
+        } else if (item.kind != Item::Kind::message) {
+            turns.push_back(
+                {Role::tool, item.text(), {}, {}, item.call_id, std::string(called[item.call_id])});
+        } else if (item.role == Role::assistant) {
+            turn_for(turns, item.kind).text = item.text();
+        } else {
+            turns.push_back({item.role, item.text()});
+        }
     }
+    return turns;
+}
+
+/// A thought that nothing followed was cut: it says nothing to a template.
+void drop_bare_thoughts(std::vector<ChatTurn>& turns) {
+    turns.erase(std::remove_if(turns.begin(), turns.end(),
+                               [](const ChatTurn& turn) {
+                                   return turn.role == Role::assistant && turn.text.empty() &&
+                                          turn.calls.empty() && !turn.thought.empty();
+                               }),
+                turns.end());
+}
+
+/// The switches that templates have for thoughts: on or off, and three words for how much.
+void set_effort(Effort effort, Json* own) {
+    const bool on = effort != Effort::none;
+    own->set("enable_thinking", on).set("thinking", on);
+    own->set("reasoning_effort", effort <= Effort::low      ? "low"
+                                 : effort == Effort::medium ? "medium"
+                                                            : "high");
+}
+
+}  // namespace
+
+TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
+                         std::string_view bos, std::string_view eos, int64_t now_s,
+                         bool show_schema) {
     const TemplateShape& shape = chat_template.shape();
+    std::vector<ChatTurn> turns = turns_of(request);
+    drop_bare_thoughts(turns);
+    Json tools = tools_of(request);
+    if (!tools.empty() && !shape.tools) add_order(turns, tools_text(std::exchange(tools, {})));
+    if (show_schema && !request.format.schema.is_null() && !request.format.schema.empty())
+        add_order(turns, schema_text(request.format));
+    turns = with_calls_as_text(std::move(turns), shape);
+    if (!shape.parallel) turns = with_single_calls(std::move(turns));
     turns = with_known_roles(std::move(turns), shape);
     if (shape.joins) turns = with_neighbours_joined(std::move(turns));
-    return input_of_turns(turns, shape, bos, eos, now_s);
+    TemplateInput input = input_of_turns(turns, shape, std::move(tools), bos, eos, now_s);
+    if (request.effort) set_effort(*request.effort, &input.own);
+    return input;
 }
 
 }  // namespace detail
