@@ -152,30 +152,31 @@ _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_m
 _Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")")
 _Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")")
 _Pragma("push_macro(\"Tool\")") _Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")")
-_Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Usage\")")
-_Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")") _Pragma("push_macro(\"W\")")
-_Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
-_Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")") _Pragma("push_macro(\"a1\")")
-_Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")") _Pragma("push_macro(\"abs\")")
-_Pragma("push_macro(\"absolute\")") _Pragma("push_macro(\"accept\")")
-_Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")") _Pragma("push_macro(\"active\")")
-_Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")") _Pragma("push_macro(\"align\")")
-_Pragma("push_macro(\"alignas\")") _Pragma("push_macro(\"aligned\")")
-_Pragma("push_macro(\"aligned_alloc\")") _Pragma("push_macro(\"alignof\")")
-_Pragma("push_macro(\"all\")") _Pragma("push_macro(\"alternate\")")
-_Pragma("push_macro(\"always\")") _Pragma("push_macro(\"always_inline\")")
-_Pragma("push_macro(\"any\")") _Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")")
-_Pragma("push_macro(\"args\")") _Pragma("push_macro(\"argument\")")
-_Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")") _Pragma("push_macro(\"asprintf\")")
-_Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")") _Pragma("push_macro(\"atexit\")")
-_Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")") _Pragma("push_macro(\"atol\")")
-_Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")") _Pragma("push_macro(\"b\")")
-_Pragma("push_macro(\"b0\")") _Pragma("push_macro(\"b1\")") _Pragma("push_macro(\"back\")")
-_Pragma("push_macro(\"batch\")") _Pragma("push_macro(\"bcmp\")") _Pragma("push_macro(\"bcopy\")")
-_Pragma("push_macro(\"begin\")") _Pragma("push_macro(\"below\")") _Pragma("push_macro(\"bind\")")
-_Pragma("push_macro(\"bit\")") _Pragma("push_macro(\"bits\")") _Pragma("push_macro(\"blank\")")
-_Pragma("push_macro(\"block\")") _Pragma("push_macro(\"block_size\")")
-_Pragma("push_macro(\"body\")") _Pragma("push_macro(\"bool\")") _Pragma("push_macro(\"boolean\")")
+_Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"U\")") _Pragma("push_macro(\"ULONG\")")
+_Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")")
+_Pragma("push_macro(\"W\")") _Pragma("push_macro(\"WideCharToMultiByte\")")
+_Pragma("push_macro(\"Window\")") _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")")
+_Pragma("push_macro(\"a1\")") _Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")")
+_Pragma("push_macro(\"abs\")") _Pragma("push_macro(\"absolute\")")
+_Pragma("push_macro(\"accept\")") _Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")")
+_Pragma("push_macro(\"active\")") _Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")")
+_Pragma("push_macro(\"align\")") _Pragma("push_macro(\"alignas\")")
+_Pragma("push_macro(\"aligned\")") _Pragma("push_macro(\"aligned_alloc\")")
+_Pragma("push_macro(\"alignof\")") _Pragma("push_macro(\"all\")")
+_Pragma("push_macro(\"alternate\")") _Pragma("push_macro(\"always\")")
+_Pragma("push_macro(\"always_inline\")") _Pragma("push_macro(\"any\")")
+_Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")") _Pragma("push_macro(\"args\")")
+_Pragma("push_macro(\"argument\")") _Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")")
+_Pragma("push_macro(\"asprintf\")") _Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")")
+_Pragma("push_macro(\"atexit\")") _Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")")
+_Pragma("push_macro(\"atol\")") _Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")")
+_Pragma("push_macro(\"b\")") _Pragma("push_macro(\"b0\")") _Pragma("push_macro(\"b1\")")
+_Pragma("push_macro(\"back\")") _Pragma("push_macro(\"batch\")") _Pragma("push_macro(\"bcmp\")")
+_Pragma("push_macro(\"bcopy\")") _Pragma("push_macro(\"begin\")") _Pragma("push_macro(\"below\")")
+_Pragma("push_macro(\"bind\")") _Pragma("push_macro(\"bit\")") _Pragma("push_macro(\"bits\")")
+_Pragma("push_macro(\"blank\")") _Pragma("push_macro(\"block\")")
+_Pragma("push_macro(\"block_size\")") _Pragma("push_macro(\"body\")")
+_Pragma("push_macro(\"bool\")") _Pragma("push_macro(\"boolean\")")
 _Pragma("push_macro(\"border\")") _Pragma("push_macro(\"bound\")")
 _Pragma("push_macro(\"bounds\")") _Pragma("push_macro(\"break\")")
 _Pragma("push_macro(\"buffer\")") _Pragma("push_macro(\"by\")") _Pragma("push_macro(\"byte\")")
@@ -229,8 +230,8 @@ _Pragma("push_macro(\"engine\")") _Pragma("push_macro(\"enter\")") _Pragma("push
 _Pragma("push_macro(\"enum\")") _Pragma("push_macro(\"eof\")") _Pragma("push_macro(\"eps\")")
 _Pragma("push_macro(\"epsilon\")") _Pragma("push_macro(\"erase\")") _Pragma("push_macro(\"err\")")
 _Pragma("push_macro(\"error\")") _Pragma("push_macro(\"event\")") _Pragma("push_macro(\"exact\")")
-_Pragma("push_macro(\"exchange\")") _Pragma("push_macro(\"exit\")")
-_Pragma("push_macro(\"exp2f\")") _Pragma("push_macro(\"expect\")")
+_Pragma("push_macro(\"except\")") _Pragma("push_macro(\"exchange\")")
+_Pragma("push_macro(\"exit\")") _Pragma("push_macro(\"exp2f\")") _Pragma("push_macro(\"expect\")")
 _Pragma("push_macro(\"explicit\")") _Pragma("push_macro(\"extend\")")
 _Pragma("push_macro(\"extension\")") _Pragma("push_macro(\"extern\")") _Pragma("push_macro(\"f\")")
 _Pragma("push_macro(\"f16\")") _Pragma("push_macro(\"f32\")") _Pragma("push_macro(\"f64\")")
@@ -620,6 +621,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Turn
 #undef Type
 #undef Types
+#undef U
 #undef ULONG
 #undef Usage
 #undef Value
@@ -813,6 +815,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef error
 #undef event
 #undef exact
+#undef except
 #undef exchange
 #undef exit
 #undef exp2f
@@ -2673,7 +2676,8 @@ VALAR_API void exact_sincos(double x, double* sine, double* cosine);  ///< |x| <
 // ---- src/tokenizer/tokenizer.hpp ---------------------------------------------------------------
 
 // >>tokenizer
-// Owns: tokens: byte-level BPE, SentencePiece BPE and unigram, special tokens, the detokenizer.
+// Owns: tokens: byte-level BPE, SentencePiece BPE and unigram, WordPiece, special tokens, the
+// detokenizer.
 // Assumes: a vocabulary may be hostile; text may be long, one single word, or not UTF-8.
 // Promises: no special token from text that a request brought; O(n log n) in the text; the ids of
 // Hugging Face tokenizers (byte-level) and of sentencepiece on the same vocabulary.
@@ -2724,7 +2728,7 @@ public:
 
     /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
     /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Errors:
-    /// unsupported (model is not gpt2, llama, t5, gemma4, or pre is unknown), bad_data.
+    /// unsupported (model is not gpt2, llama, t5, gemma4, bert, or pre is unknown), bad_data.
     static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {},
                                   std::span<const std::string_view> ends = {});
 
@@ -2745,15 +2749,16 @@ public:
 
     /// A rendered prompt. `add_bos` puts bos in front unless the text itself begins with it.
     Result<std::vector<Token>> encode(const detail::MarkedText& text, bool add_bos = false) const;
-    /// Plain text, all of it as if a request had brought it.
-    Result<std::vector<Token>> encode(std::string_view text, bool add_bos = false) const;
+    /// Plain text, all of it as if a request had brought it. `add_eos` puts eos behind it.
+    Result<std::vector<Token>> encode(std::string_view text, bool add_bos = false,
+                                      bool add_eos = false) const;
 
 private:
     friend class Detokenizer;
     explicit Tokenizer(std::shared_ptr<const detail::Vocabulary> vocabulary);
     Result<std::vector<Token>> encode(std::string_view text,
-                                      std::span<const detail::ByteRange> request,
-                                      bool add_bos) const;
+                                      std::span<const detail::ByteRange> request, bool add_bos,
+                                      bool add_eos) const;
     std::shared_ptr<const detail::Vocabulary> vocabulary_;
 };
 
@@ -6437,6 +6442,7 @@ std::string to_upper(std::string_view text);
 
 /// Normalization form C (UAX 15). Malformed bytes are kept as they are.
 std::string nfc(std::string_view text);
+std::string nfd(std::string_view text);  ///< form D, the canonical decomposition
 
 }  // namespace detail
 }  // namespace v1
@@ -6986,8 +6992,8 @@ char32_t compose_pair(char32_t a, char32_t b) {  // 0: they do not compose
     return unicode_decomposition[*found].first;
 }
 
-// Sorts the marks behind each starter, composes (UAX 15, D117), appends and empties `run`.
-void flush_normal(std::string& out, std::vector<NormalChar>& run) {
+// Sorts the marks behind each starter, in place.
+void sort_marks(std::vector<NormalChar>& run) {
     for (size_t i = 0; i < run.size();) {
         size_t end = i + 1;
         while (end < run.size() && run[end].order != 0) ++end;
@@ -6995,6 +7001,10 @@ void flush_normal(std::string& out, std::vector<NormalChar>& run) {
         sort_items(run, before, run[i].order == 0 ? i + 1 : i, end);
         i = end;
     }
+}
+
+// Composes what is sorted (UAX 15, D117), in place.
+void compose(std::vector<NormalChar>& run) {
     constexpr size_t none = SIZE_MAX;
     size_t starter = none, kept = 0;  // in place: the first `kept` are done
     for (size_t i = 0; i < run.size(); ++i) {
@@ -7010,8 +7020,28 @@ void flush_normal(std::string& out, std::vector<NormalChar>& run) {
         if (c.order == 0) starter = kept;
         run[kept++] = c;
     }
-    for (size_t i = 0; i < kept; ++i) utf8_append(out, run[i].code);
-    run.clear();
+    run.resize(kept);
+}
+
+std::string normalize(std::string_view text, bool composed, char32_t first_changed) {
+    std::string out;
+    out.reserve(text.size());
+    std::vector<NormalChar> run;
+    const auto flush = [&] {
+        sort_marks(run);
+        if (composed) compose(run);
+        for (const NormalChar& c : run) utf8_append(out, c.code);
+        run.clear();
+    };
+    for (size_t at = 0; at < text.size();) {
+        const size_t begin = at;
+        const char32_t c = utf8_next(text, &at);
+        if (c < first_changed || c == bad_utf8) flush();
+        if (c == bad_utf8) out.append(text, begin, at - begin);
+        else decompose(run, c);
+    }
+    flush();
+    return out;
 }
 
 }  // namespace
@@ -7021,19 +7051,10 @@ std::string nfc(std::string_view text) {
     size_t at = 0;
     while (at < text.size() && uint8_t(text[at]) < 0xcc) ++at;
     if (at == text.size()) return std::string(text);
-    std::string out;
-    out.reserve(text.size());
-    std::vector<NormalChar> run;
-    for (at = 0; at < text.size();) {
-        const size_t begin = at;
-        const char32_t c = utf8_next(text, &at);
-        if (c < 0x300 || c == bad_utf8) flush_normal(out, run);
-        if (c == bad_utf8) out.append(text, begin, at - begin);
-        else decompose(run, c);
-    }
-    flush_normal(out, run);
-    return out;
+    return normalize(text, true, 0x300);
 }
+
+std::string nfd(std::string_view text) { return normalize(text, false, 0xc0); }
 
 }  // namespace detail
 }  // namespace v1
@@ -15945,7 +15966,11 @@ struct PreTokenizer {
     bool compose;            // NFC before anything else
     bool whole_words;        // a word that is a token is taken without merging
     bool add_bos;            // unless the file says otherwise
+    bool add_eos = false;    // the same
 };
+
+/// Whether `name` is one of `names`, which have a space between two.
+bool has_name(std::string_view names, std::string_view name);
 
 /// The row that has this name, or null.
 const PreTokenizer* find_pre_tokenizer(std::string_view name);
@@ -16044,6 +16069,13 @@ size_t space_end(const SpaceRun& run, size_t at) {
     return whole ? run.end : run.last;
 }
 
+template <class Ranges>
+bool is_in(const Ranges& ranges, char32_t c) {  // in ascending order
+    for (const auto& range : ranges)
+        if (c <= range[1]) return c >= range[0];
+    return false;
+}
+
 // ---- steps ----------------------------------------------------------------------------------
 
 // What Belongs says yes to, at most `most` characters at a time, and what lies between.
@@ -16054,6 +16086,12 @@ size_t cut_out(std::string_view text, size_t at) {
         const bool belongs = Belongs(utf8_next(text, &next));
         if (belongs != inside || (inside && count == most)) break;
     }
+    return at;
+}
+
+template <bool (*Belongs)(char32_t)>
+size_t belonging_end(std::string_view text, size_t at) {
+    for (size_t next = at; next < text.size() && Belongs(utf8_next(text, &next));) at = next;
     return at;
 }
 
@@ -16079,20 +16117,34 @@ size_t space_words(std::string_view text, size_t at) {
     return run.line_end ? run.line_end : space_end(run, at);
 }
 
+// \s*[\r\n]+|\s{512}(?!\S)|\s{256}(?!\S)| ... |\s{4}(?!\S)|\s{1,2}(?!\S)|\s{1}
+size_t space_powers(std::string_view text, size_t at) {
+    const SpaceRun run = space_run(text, at);
+    if (run.line_end) return run.line_end;
+    const size_t end = run.behind == SplitClass::end ? run.end : run.last;
+    const size_t count = utf8_count(text.substr(at, std::min(end - at, size_t{4 * 512})));
+    size_t taken = std::min(std::bit_floor(count), size_t{512});
+    for (taken = std::max(taken, size_t{1}); taken > 0; --taken) utf8_next(text, &at);
+    return at;
+}
+
 struct ModernStyle {
     size_t digits = 1;               // in one word, at most
     bool marks_join = false;         // a word of letters may hold combining marks
     std::string_view tail = "\r\n";  // what joins punctuation before it
+    bool contractions = true;
+    SplitStep spaces = space_words;
 };
 inline constexpr ModernStyle digits_apart, digits_in_threes{3}, digits_together{SIZE_MAX},
-    marks_join{1, true}, no_tail{1, false, ""};
+    marks_join{1, true}, no_tail{1, false, ""}, no_contractions{1, false, "\r\n", false},
+    spaces_in_powers{3, false, "\r\n", true, space_powers};
 
 // (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}|
 // ` ?[^\s\p{L}\p{N}]+[tail]*|\s*[\r\n]+|\s+(?!\S)|\s+`
 template <const ModernStyle& style>
 size_t modern_words(std::string_view text, size_t at) {
     constexpr bool marks = style.marks_join;
-    if (text[at] == '\'')
+    if (style.contractions && text[at] == '\'')
         if (const size_t length = contraction_length(text.substr(at), true)) return at + length;
     const SplitChar c = split_char<marks>(text, at), next = split_char<marks>(text, c.next);
     if (c.what == SplitClass::letter) return run_end<marks>(text, at, SplitClass::letter);
@@ -16101,8 +16153,54 @@ size_t modern_words(std::string_view text, size_t at) {
         return run_end<marks>(text, c.next, SplitClass::letter);
     if (c.what == SplitClass::other || (text[at] == ' ' && next.what == SplitClass::other))
         return skip_any(text, run_end<marks>(text, c.next, SplitClass::other), style.tail);
+    return style.spaces(text, at);
+}
+
+// (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}|
+// ` ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+` -- words with a space between are one
+size_t phrases(std::string_view text, size_t at) {
+    if (text[at] == '\'')
+        if (const size_t length = contraction_length(text.substr(at), true)) return at + length;
+    const SplitChar c = split_char(text, at), next = split_char(text, c.next);
+    if (c.what == SplitClass::number) return c.next;
+    const bool skips = next.what == SplitClass::letter && c.what != SplitClass::newline;
+    if (c.what == SplitClass::letter || skips) {
+        size_t end = c.what == SplitClass::letter ? at : c.next;
+        for (size_t begin = end; begin < text.size() && is_letter(utf8_next(text, &begin));) {
+            end = run_end<true>(text, end, SplitClass::letter);
+            begin = end + (end < text.size() && text[end] == ' ');
+            if (split_char(text, begin).what == SplitClass::letter) end = begin;
+        }
+        return end;
+    }
+    if (c.what == SplitClass::other || (text[at] == ' ' && next.what == SplitClass::other)) {
+        const size_t end = run_end(text, c.next, SplitClass::other);
+        return end + (end < text.size() && std::string_view("\r\n/").find(text[end]) < 3);
+    }
     return space_words(text, at);
 }
+
+bool is_han(char32_t c) {  // the script of Unicode 15
+    static constexpr char32_t ranges[][2] = {
+        // clang-format off
+        {0x2E80, 0x2E99}, {0x2E9B, 0x2EF3}, {0x2F00, 0x2FD5}, {0x3005, 0x3005}, {0x3007, 0x3007},
+        {0x3021, 0x3029}, {0x3038, 0x303B}, {0x3400, 0x4DBF}, {0x4E00, 0x9FFF}, {0xF900, 0xFA6D},
+        {0xFA70, 0xFAD9}, {0x16FE2, 0x16FE3}, {0x16FF0, 0x16FF1}, {0x20000, 0x2A6DF},
+        {0x2A700, 0x2B739}, {0x2B740, 0x2B81D}, {0x2B820, 0x2CEA1}, {0x2CEB0, 0x2EBE0},
+        {0x2F800, 0x2FA1D}, {0x30000, 0x3134A}, {0x31350, 0x323AF},
+        // clang-format on
+    };
+    return is_in(ranges, c);
+}
+
+struct CasedStyle {
+    size_t digits = 3;  // in one word, at most
+    bool contractions = true;
+    bool han_apart = false;           // Chinese characters are words of their own
+    std::string_view tail = "\r\n/";  // what joins punctuation before it
+};
+inline constexpr CasedStyle o200k_style, tekken_style{1, false}, youtu_style{1},
+    kimi_style{3, true, true, "\r\n"};
 
 // [upper]*[lower]+, else [upper]+ -- where both sets hold Lm, Lo and marks, upper Lu and Lt too,
 // and lower Ll. `at` itself: there is no such word.
@@ -16111,17 +16209,22 @@ struct CasedWord {
     bool has_lower;
 };
 
+template <const CasedStyle& style>
 CasedWord cased_word(std::string_view text, size_t at) {
+    const auto next_kind = [&](size_t* next) {
+        const char32_t c = utf8_next(text, next);
+        return style.han_apart && is_han(c) ? Category::Cn : category(c);
+    };
     CasedWord word = {at, false};
     size_t shared_end = 0;  // behind the last of [upper] that is of [lower] too
     for (size_t next = at; word.end < text.size(); word.end = next) {
-        const Category kind = category(utf8_next(text, &next));
+        const Category kind = next_kind(&next);
         if (kind > Category::Me || kind == Category::Ll) break;
         if (kind >= Category::Lm) shared_end = next;
     }
     const size_t upper_end = word.end;
     for (size_t next = upper_end; word.end < text.size(); word.end = next) {
-        const Category kind = category(utf8_next(text, &next));
+        const Category kind = next_kind(&next);
         if (kind != Category::Ll && (kind < Category::Lm || kind > Category::Me)) break;
     }
     if (word.end > upper_end) return {word.end, true};
@@ -16129,29 +16232,32 @@ CasedWord cased_word(std::string_view text, size_t at) {
 }
 
 // [^\r\n\p{L}\p{N}]?cased -- a word with a lower letter goes before one without. 0: no match.
+template <const CasedStyle& style>
 size_t cased_word_end(std::string_view text, size_t at) {
     const SplitChar c = split_char(text, at);
-    if (c.what == SplitClass::letter) return cased_word(text, at).end;
+    if (c.what == SplitClass::letter) return cased_word<style>(text, at).end;
     if (c.what == SplitClass::number || c.what == SplitClass::newline) return 0;
-    const CasedWord behind = cased_word(text, c.next);
+    const CasedWord behind = cased_word<style>(text, c.next);
     if (behind.has_lower) return behind.end;
-    const CasedWord here = cased_word(text, at);  // it begins with a mark
+    const CasedWord here = cased_word<style>(text, at);  // it begins with a mark
     if (here.has_lower) return here.end;
     return behind.end > c.next ? behind.end : 0;
 }
 
-// cased_word_end(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n/]*|
-// ` \s*[\r\n]+|\s+(?!\S)|\s+`
-template <size_t digits, bool contractions>
+// \p{Han}+ where those stand apart, else cased_word_end(?i:'s|'t|'re|'ve|'m|'ll|'d)?|
+// ` \p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[tail]*|\s*[\r\n]+|\s+(?!\S)|\s+`
+template <const CasedStyle& style>
 size_t cased_words(std::string_view text, size_t at) {
-    if (const size_t end = cased_word_end(text, at)) {
-        const bool apostrophe = contractions && end < text.size() && text[end] == '\'';
+    if constexpr (style.han_apart)
+        if (const size_t end = belonging_end<is_han>(text, at); end > at) return end;
+    if (const size_t end = cased_word_end<style>(text, at); end > at) {
+        const bool apostrophe = style.contractions && end < text.size() && text[end] == '\'';
         return end + (apostrophe ? contraction_length(text.substr(end), true) : 0);
     }
     const SplitChar c = split_char(text, at), next = split_char(text, c.next);
-    if (c.what == SplitClass::number) return run_end(text, at, SplitClass::number, digits);
+    if (c.what == SplitClass::number) return run_end(text, at, SplitClass::number, style.digits);
     if (c.what == SplitClass::other || (text[at] == ' ' && next.what == SplitClass::other))
-        return skip_any(text, run_end(text, c.next, SplitClass::other), "\r\n/");
+        return skip_any(text, run_end(text, c.next, SplitClass::other), style.tail);
     return space_words(text, at);
 }
 
@@ -16168,7 +16274,7 @@ bool is_asian(char32_t c) {  // as the first DeepSeek models see it: all from U+
 }
 
 bool is_cased_letter(char32_t c) {
-    static constexpr char16_t ranges[][2] = {
+    static constexpr char32_t ranges[][2] = {
         // clang-format off
         {'A', 'Z'}, {'a', 'z'}, {0xB5, 0xB5}, {0xC0, 0xD6}, {0xD8, 0xF6}, {0xF8, 0x1BA},
         {0x1BC, 0x1BF}, {0x1C4, 0x293}, {0x295, 0x2AF}, {0x370, 0x373}, {0x376, 0x377},
@@ -16185,15 +16291,11 @@ bool is_cased_letter(char32_t c) {
         {0x214E, 0x214E}, {0x2183, 0x2184}, {0x2C00, 0x2C7B}, {0x2C7E, 0x2CE4}, {0x2CEB, 0x2CEE},
         {0x2CF2, 0x2CF3}, {0xA640, 0xA66D}, {0xA680, 0xA69B}, {0xA722, 0xA76F}, {0xA771, 0xA787},
         {0xA78B, 0xA78E}, {0xAB70, 0xABBF}, {0xFB00, 0xFB06}, {0xFB13, 0xFB17}, {0xFF21, 0xFF3A},
-        {0xFF41, 0xFF5A},
+        {0xFF41, 0xFF5A}, {0x10400, 0x1044F}, {0x104B0, 0x104D3}, {0x104D8, 0x104FB},
+        {0x10C80, 0x10CB2}, {0x10CC0, 0x10CF2}, {0x118A0, 0x118DF}, {0x1E900, 0x1E943},
         // clang-format on
     };
-    for (const auto& range : ranges)
-        if (c <= range[1]) return c >= range[0];
-    return (c >= 0x10400 && c <= 0x1044F) || (c >= 0x104B0 && c <= 0x104D3) ||
-           (c >= 0x104D8 && c <= 0x104FB) || (c >= 0x10C80 && c <= 0x10CB2) ||
-           (c >= 0x10CC0 && c <= 0x10CF2) || (c >= 0x118A0 && c <= 0x118DF) ||
-           (c >= 0x1E900 && c <= 0x1E943);
+    return is_in(ranges, c);
 }
 
 bool is_common_punctuation(char32_t c) {
@@ -16208,12 +16310,6 @@ size_t cut_matches(std::string_view text, size_t at) {
     if (const size_t end = Match(text, at)) return end;
     do utf8_next(text, &at);
     while (at < text.size() && Match(text, at) == 0);
-    return at;
-}
-
-template <bool (*Belongs)(char32_t)>
-size_t belonging_end(std::string_view text, size_t at) {
-    for (size_t next = at; next < text.size() && Belongs(utf8_next(text, &next));) at = next;
     return at;
 }
 
@@ -16237,6 +16333,8 @@ size_t trailing_space(std::string_view text, size_t at) {
 
 // [ASCII punctuation][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|
 // \s*[\r\n]+|\s+(?!\S)|\s+
+// With lines_apart punctuation takes no line ends, and one that nothing stands before is alone.
+template <bool lines_apart = false>
 size_t deepseek3_match(std::string_view text, size_t at) {
     size_t first = at;
     const char32_t c = utf8_next(text, &first);
@@ -16252,8 +16350,129 @@ size_t deepseek3_match(std::string_view text, size_t at) {
             return end;
     const size_t begin = c == ' ' ? first : at;
     const size_t end = belonging_end<is_punctuation_or_symbol>(text, begin);
-    if (end > begin) return skip_any(text, end, "\r\n");
+    if (end > begin) return lines_apart ? end : skip_any(text, end, "\r\n");
+    if (lines_apart && is_newline(c)) return first;
+    if (lines_apart && is_whitespace(c)) return space_end(space_run(text, at), at);
     return is_whitespace(c) ? space_words(text, at) : 0;
+}
+
+// ---- steps of others ------------------------------------------------------------------------
+
+// Cuts between characters that Kind calls by different names.
+template <int (*Kind)(char32_t)>
+size_t cut_kinds(std::string_view text, size_t at) {
+    const int kind = Kind(utf8_next(text, &at));
+    for (size_t next = at; next < text.size() && Kind(utf8_next(text, &next)) == kind;) at = next;
+    return at;
+}
+
+int youtu_kind(char32_t c) {
+    static constexpr char32_t punctuation[][2] = {
+        {0x2014, 0x2014}, {0x2018, 0x2019}, {0x201C, 0x201D}, {0x2026, 0x2026}, {0x3001, 0x303F},
+        {0xFE30, 0xFE4F}, {0xFF01, 0xFF01}, {0xFF0C, 0xFF0C}, {0xFF1A, 0xFF1B}};
+    if ((c >= 0xAC00 && c <= 0xD7A3) || (c >= 0x3131 && c <= 0x318E)) return 1;
+    if (c >= 0x3105 && c <= 0x312F) return 2;
+    if (is_east_asian(c)) return 3;
+    return is_in(punctuation, c) ? 4 : 0;
+}
+
+bool is_line_end(char32_t c) { return c == '\n'; }
+
+// The wide ranges look unintended, but are what llama.cpp has of the model's.
+bool is_afmoe_asian(char32_t c) {
+    static constexpr char32_t ranges[][2] = {{0xE40, 0xEFF},   {0x1000, 0x109F}, {0x1100, 0x11FF},
+                                             {0x1780, 0x17FF}, {0x2F00, 0x2FDF}, {0x3040, 0x30FF},
+                                             {0x3400, 0x4DBF}, {0x4E00, 0xFAFF}, {0xFF65, 0xFF9F}};
+    return is_in(ranges, c);
+}
+
+// What BLOOM's words are made of, by a set that was meant otherwise.
+bool is_bloom_letter(char32_t c) {
+    constexpr std::u32string_view others = U"(|.,!?)\u2026\u3002\uFF0C\u3001\u0964\u06D4\u060C";
+    return others.find(c) == others.npos && !is_whitespace(c);
+}
+
+// ` ?Letter+`
+size_t bloom_match(std::string_view text, size_t at) {
+    const size_t begin = at + (text[at] == ' ');
+    const size_t end = belonging_end<is_bloom_letter>(text, begin);
+    return end > begin ? end : 0;
+}
+
+bool is_digit(char32_t c) { return category(c) == Category::Nd; }
+
+template <bool (*Belongs)(char32_t)>
+bool is_not(char32_t c) {
+    return !Belongs(c);
+}
+
+size_t skip_characters(std::string_view text, size_t at, size_t count) {
+    for (; count > 0 && at < text.size(); --count) utf8_next(text, &at);
+    return at;
+}
+
+// (?=(Belongs{3})+(?!Belongs)) -- cuts before each place that a multiple of three digits follow.
+// Behind the first cut three digits are one piece without counting those that follow again.
+template <bool (*Belongs)(char32_t)>
+size_t before_threes(std::string_view text, size_t at) {
+    size_t next = at > 0 ? skip_characters(text, at, 3) : at;
+    if (at > 0 && belonging_end<Belongs>(text.substr(next, 4), 0) > 0) return next;
+    while (next < text.size()) {
+        const size_t begin = belonging_end<is_not<Belongs>>(text, next);
+        next = belonging_end<Belongs>(text, begin);
+        const size_t count = utf8_count(text.substr(begin, next - begin));
+        const size_t first = count % 3 > 0 || begin > at ? count % 3 : 3;
+        if (count >= 3 && first < count) return skip_characters(text, begin, first);
+    }
+    return text.size();
+}
+
+// Whether \b holds behind a digit. To Oniguruma the numbers of Latin-1 belong to words.
+bool ends_word(std::string_view behind) {
+    static constexpr char32_t others[][2] = {
+        {0xB2, 0xB3},       {0xB9, 0xB9},       {0xBC, 0xBE},      {0x24B6, 0x24E9},
+        {0x1F130, 0x1F149}, {0x1F150, 0x1F169}, {0x1F170, 0x1F189}};
+    size_t at = 0;
+    const char32_t c = behind.empty() ? U' ' : utf8_next(behind, &at);
+    return category(c) > Category::Nl && category(c) != Category::Pc && !is_in(others, c);
+}
+
+// \d{1,3}(?=(?:\d{3})*\b) -- first the digits that end a word, then in threes from the last
+size_t ending_digits(std::string_view text, size_t at) {
+    for (const size_t start = at; at < text.size();) {
+        const size_t end = belonging_end<is_digit>(text, at);
+        if (end > at && ends_word(text.substr(end))) return at > start ? at : end;
+        at = belonging_end<is_not<is_digit>>(text, end);
+    }
+    return text.size();
+}
+size_t threes_of_digits(std::string_view text, size_t at) {
+    const bool other = at == 0 && belonging_end<is_digit>(text, 0) < text.size();
+    return other ? text.size() : before_threes<is_digit>(text, at);
+}
+
+// <sentinel:[0-9]+>
+size_t sentinel_match(std::string_view text, size_t at) {
+    constexpr std::string_view start = "<sentinel:";
+    if (text.substr(at, start.size()) != start) return 0;
+    const size_t end = skip_any(text, at + start.size(), "0123456789");
+    return end > at + start.size() && end < text.size() && text[end] == '>' ? end + 1 : 0;
+}
+
+// IMGIMG[A-I]{1,4}Z
+size_t picture_match(std::string_view text, size_t at) {
+    constexpr std::string_view start = "IMGIMG";
+    if (text.substr(at, start.size()) != start) return 0;
+    const size_t end = skip_any(text, at + start.size(), "ABCDEFGHI");
+    const size_t letters = end - at - start.size();
+    return letters > 0 && letters < 5 && end < text.size() && text[end] == 'Z' ? end + 1 : 0;
+}
+
+// [\t\n]|    |  (four spaces, two)
+size_t indent_match(std::string_view text, size_t at) {
+    if (text[at] == '\t' || text[at] == '\n') return at + 1;
+    if (text.substr(at, 4) == "    ") return at + 4;
+    return text.substr(at, 2) == "  " ? at + 2 : 0;
 }
 
 // ---- steps of Falcon ------------------------------------------------------------------------
@@ -16294,35 +16513,42 @@ constexpr SplitStep each_number = cut_out<is_number, 1>;
 constexpr SplitStep each_newline = cut_out<is_newline, 1>;
 constexpr SplitStep llama3_words = modern_words<digits_in_threes>;
 constexpr SplitStep qwen2_words = modern_words<digits_apart>;
-constexpr SplitStep o200k_words = cased_words<3, true>;
+constexpr SplitStep o200k_words = cased_words<o200k_style>;
 
 // What the tokenizers do that the models' makers published: where llama.cpp splits otherwise (marks
 // in gpt-4o and tekken, numbers in falcon and deepseek-llm, composition) they are followed. A new
 // pre-tokenizer is one more row and, if it splits as none of these does, a step.
 constexpr PreTokenizer pre_tokenizers[] = {
     // clang-format off
-    // names, {steps}, compose, whole_words, add_bos
+    // names, {steps}, compose, whole_words, add_bos, add_eos
     {"default", {cut_out<is_default_punctuation>, gpt2_words, cut_out<is_number>, digit_triples},
      false, false, false},
-    {"gpt-2 phi-2 exaone4 jais trillion granite-docling gigachat a.x-4.0 mellum roberta-bpe "
-     "jina-es jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code", {gpt2_words},
-     false, false, false},
+    {"gpt-2 phi-2 exaone4 jais trillion granite-docling gigachat a.x-4.0 mellum "
+     "jina-es jina-de jina-v2-es jina-v2-de", {gpt2_words}, false, false, false},
+    {"roberta-bpe jina-v1-en jina-v2-code", {gpt2_words}, false, false, true, true},
     {"mpt olmo modern-bert", {gpt2_words}, true, false, false},
     {"smollm starcoder refact granite codeshell exaone minerva-7b mellum2", {each_number, gpt2_words},
      false, false, false},
     {"command-r", {each_number, gpt2_words}, true, false, false},
     {"llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
      {llama3_words}, false, true, true},
-    {"smaug-bpe dbrx chatglm-bpe glm4", {llama3_words}, false, true, false},
+    {"smaug-bpe dbrx chatglm-bpe glm4 glm5", {llama3_words}, false, true, false},
     {"minicpm5", {cut_out<is_number, 3>, modern_words<digits_together>}, false, true, false},
     {"qwen2 deepseek-r1-qwen megrez kormo f2llmv2", {qwen2_words}, true, false, false},
     {"stablelm2 hunyuan", {qwen2_words}, true, true, false},
     {"bailingmoe bailingmoe2 llada-moe solar-open grok-2", {qwen2_words}, false, false, false},
+    {"jais-2", {modern_words<spaces_in_powers>}, false, false, false},
+    {"laguna", {cut_out<is_line_end>, qwen2_words}, false, false, false},
+    {"ufakzeka", {modern_words<no_contractions>}, false, false, false},
+    {"exaone-moe", {phrases}, false, false, false},
     {"qwen35", {modern_words<marks_join>}, true, false, false},
     {"seed-coder", {modern_words<no_tail>}, false, false, false},
-    {"gpt-4o o200k llama4 kanana2 talkie", {o200k_words}, false, true, false},
+    {"gpt-4o o200k llama4 kanana2 talkie granite-embed-multi-97m", {o200k_words}, false, true, false},
     {"minimax minimax-m2", {o200k_words}, false, false, false},
-    {"tekken", {cased_words<1, false>}, false, true, true},
+    {"tekken", {cased_words<tekken_style>}, false, true, true},
+    {"kimi-k2", {cased_words<kimi_style>}, false, false, false},
+    {"youtu", {cut_kinds<youtu_kind>, cased_words<youtu_style>}, false, true, false},
+    {"tiny_aya cohere2moe", {ending_digits, threes_of_digits, o200k_words}, false, false, false},
     {"deepseek-llm", {each_newline, cut_matches<spaced_match<is_cased_letter>>,
      cut_matches<spaced_match<is_common_punctuation>>, trailing_space, cut_out<is_asian>,
      each_number}, false, false, false},
@@ -16330,11 +16556,23 @@ constexpr PreTokenizer pre_tokenizers[] = {
      cut_matches<spaced_match<is_punctuation>>, cut_out<is_asian>, each_number},
      false, false, false},
     {"deepseek-v3 hunyuan-dense joyai-llm hy_v4", {cut_out<is_number, 3>, cut_out<is_east_asian>,
-     cut_matches<deepseek3_match>}, false, false, false},
+     cut_matches<deepseek3_match<>>}, false, false, false},
+    {"spark2_5", {cut_out<is_number, 3>, cut_out<is_east_asian>,
+     cut_matches<deepseek3_match<true>>, each_number}, false, false, false},
+    {"afmoe", {cut_out<is_number>, before_threes<is_number>, cut_out<is_afmoe_asian>,
+     cut_matches<deepseek3_match<>>}, false, false, false},
+    {"superbpe", {cut_out<is_number>, before_threes<is_digit>}, false, false, false},
+    {"bloom poro-chat gpt3-finnish", {cut_matches<bloom_match>}, false, false, false},
+    {"viking", {cut_matches<bloom_match>, each_number}, false, false, false},
+    {"chameleon", {cut_matches<sentinel_match>, cut_matches<picture_match>,
+     cut_matches<indent_match>, each_number, cut_out<is_falcon_punctuation, 1>, gpt2_words},
+     false, false, true},
     {"falcon", {cut_out<is_falcon_punctuation>, gpt2_words, number_bytes, digit_triples},
      false, false, false},
     // clang-format on
 };
+
+}  // namespace
 
 bool has_name(std::string_view names, std::string_view name) {
     for (size_t at = 0; at < names.size();) {
@@ -16344,8 +16582,6 @@ bool has_name(std::string_view names, std::string_view name) {
     }
     return false;
 }
-
-}  // namespace
 
 const PreTokenizer* find_pre_tokenizer(std::string_view name) {
     for (const PreTokenizer& row : pre_tokenizers)
@@ -16532,7 +16768,7 @@ private:
 
 // ---- src/tokenizer/normalize.hpp ---------------------------------------------------------------
 
-// The normalizer of SentencePiece, as far as model files carry it.
+// The normalizers: SentencePiece's, as far as model files carry it, and BERT's.
 
 namespace valar {
 inline namespace v1 {
@@ -16572,6 +16808,15 @@ struct SentenceRules {
 /// The text as SentencePiece sees it, spaces as spaces. Tokens of `whole` are left as they are.
 std::string normalize_sentence(std::string_view text, const SentenceRules& rules,
                                const SpellingMatcher& whole);
+
+struct BertRules {
+    bool lowercase = true;
+    bool strip_accents = true;
+};
+
+/// The words of a text as BERT sees it, each with a space before it: control characters go, white
+/// space, punctuation and Chinese characters part words.
+std::string normalize_bert(std::string_view text, const BertRules& rules);
 
 }  // namespace detail
 }  // namespace v1
@@ -16667,6 +16912,51 @@ std::string normalize_sentence(std::string_view text, const SentenceRules& rules
     return out;
 }
 
+namespace {
+
+bool is_bert_ideograph(char32_t c) {
+    static constexpr char32_t ranges[][2] = {
+        {0x3400, 0x4DBF},   {0x4E00, 0x9FFF},   {0xF900, 0xFAFF},   {0x20000, 0x2A6DF},
+        {0x2A700, 0x2B73F}, {0x2B740, 0x2B81F}, {0x2B920, 0x2CEAF}, {0x2F800, 0x2FA1F}};
+    for (const auto& range : ranges)
+        if (c <= range[1]) return c >= range[0];
+    return false;
+}
+
+// The text without what BERT does not see, white space as spaces, ideographs apart.
+std::string clean_bert(std::string_view text) {
+    std::string out;
+    for (size_t at = 0; at < text.size();) {
+        const size_t begin = at;
+        const char32_t c = utf8_next(text, &at);
+        const bool line = c == '\t' || c == '\n' || c == '\r';
+        const bool control = category(c) >= Category::Cc && category(c) < Category::Cn;
+        if (line || (is_whitespace(c) && !control)) out += ' ';
+        else if (is_bert_ideograph(c)) out += join({" ", text.substr(begin, at - begin), " "});
+        else if (!control && c != 0xFFFD && c != bad_utf8) out.append(text, begin, at - begin);
+    }
+    return out;
+}
+
+}  // namespace
+
+std::string normalize_bert(std::string_view text, const BertRules& rules) {
+    std::string clean = clean_bert(text), out;
+    if (rules.strip_accents) clean = nfd(clean);
+    bool inside = false;  // of a word
+    for (size_t at = 0; at < clean.size();) {
+        const char32_t c = utf8_next(clean, &at);
+        if (rules.strip_accents && category(c) == Category::Mn) continue;
+        const bool space = c == ' ';
+        const bool alone = is_punctuation(c) || (c < 0x80 && is_symbol(c));
+        if (!space && (alone || !inside)) out += ' ';
+        if (!space) utf8_append(out, rules.lowercase ? to_lower(c) : c);
+        if (c == 0x130 && rules.lowercase) out += "\xCC\x87";  // of capital I with a dot
+        inside = !space && !alone;
+    }
+    return out;
+}
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
@@ -16686,6 +16976,7 @@ enum class Algorithm : uint8_t {
     spaced_bpe,    // no words: all characters merged by rank (Gemma 4)
     sentence_bpe,  // no words: characters merged by the score of what they make (SentencePiece)
     unigram,       // SentencePiece: the pieces with the highest sum of scores (Kudo 2018)
+    word_piece,    // BERT's words, each from its longest pieces
 };
 
 struct Vocabulary {
@@ -16697,7 +16988,7 @@ struct Vocabulary {
     std::vector<uint32_t> ranks;        // sentence_bpe: position of its score, highest first
     std::vector<float> scores;          // unigram
     float unknown_score = 0;            // unigram
-    SpellingMatcher lattice;            // unigram: what text may become
+    SpellingMatcher lattice;            // unigram, word_piece: what text may become
     PairTable pairs;                    // byte_bpe, spaced_bpe
     std::array<Token, 256> bytes;       // the token of a single byte, or no_token
     SpellingMatcher specials;           // cut out of the text first
@@ -16707,7 +16998,10 @@ struct Vocabulary {
     size_t longest = 0;                 // bytes of the longest piece that from_text marks
     Token bos = no_token, eos = no_token, unknown = no_token;
     bool add_bos = false, add_eos = false;
-    SentenceRules sentence;  // sentence_bpe, unigram
+    SentenceRules sentence;          // sentence_bpe, unigram
+    BertRules bert;                  // word_piece
+    std::vector<bool> strips_left;   // special tokens that take the white space before them
+    std::vector<bool> strips_right;  // and behind them
 };
 
 /// Reads tokenizer.ggml.*; see Tokenizer::open.
@@ -16740,7 +17034,8 @@ public:
         for (auto step : {&VocabularyReader::read_model, &VocabularyReader::read_kinds,
                           &VocabularyReader::read_pieces, &VocabularyReader::read_ids,
                           &VocabularyReader::read_flags, &VocabularyReader::read_specials,
-                          &VocabularyReader::build_index, &VocabularyReader::read_ranks})
+                          &VocabularyReader::read_strips, &VocabularyReader::build_index,
+                          &VocabularyReader::read_ranks})
             if (auto result = (this->*step)(); !result) return result;
         return {};
     }
@@ -16758,6 +17053,9 @@ private:
     bool is_sentencepiece() const {
         return v_.algorithm == Algorithm::sentence_bpe || v_.algorithm == Algorithm::unigram;
     }
+    bool has_lattice() const {
+        return v_.algorithm == Algorithm::unigram || v_.algorithm == Algorithm::word_piece;
+    }
     bool has_printable_bytes() const { return v_.algorithm == Algorithm::byte_bpe; }
 
     Result<void> read_model() {
@@ -16774,6 +17072,7 @@ private:
     static constexpr std::pair<std::string_view, Algorithm> models[] = {
         {"llama", Algorithm::sentence_bpe},
         {"t5", Algorithm::unigram},
+        {"bert", Algorithm::word_piece},
         {"gemma4", Algorithm::spaced_bpe}};
 
     Result<void> read_pre() {
@@ -16783,7 +17082,8 @@ private:
             if (!named) return named.error();
             pre = *named;
         }
-        if (pre == "gemma4") v_.algorithm = Algorithm::spaced_bpe;
+        if (has_name("gemma4 sarvam-moe granite-embed-multi-311m", pre))
+            v_.algorithm = Algorithm::spaced_bpe;
         else v_.pre = find_pre_tokenizer(pre);
         if (!v_.pre && has_printable_bytes()) return unsupported("pre", pre);
         return {};
@@ -16793,6 +17093,11 @@ private:
         auto trims = file_.get_bool("tokenizer.ggml.remove_extra_whitespaces", false);
         if (!trims) return trims.error();
         v_.sentence.remove_extra_spaces = *trims;
+        auto lowers = file_.get_bool("tokenizer.ggml.normalizer.lowercase", true);
+        if (!lowers) return lowers.error();
+        auto strips = file_.get_bool("tokenizer.ggml.normalizer.strip_accents", *lowers);
+        if (!strips) return strips.error();
+        v_.bert = {*lowers, *strips};
         const GgufKey* map = file_.find("tokenizer.ggml.precompiled_charsmap");
         if (!map || map->count == 0) return {};
         auto numbers = file_.get_ints("tokenizer.ggml.precompiled_charsmap");
@@ -16896,6 +17201,9 @@ private:
                                                       {"unknown_token_id", &v_.unknown}};
         for (auto [key, id] : ids)
             if (auto result = read_id(key, id); !result) return result;
+        for (auto [key, id] : {std::pair("cls_token_id", &v_.bos), {"seperator_token_id", &v_.eos}})
+            if (*id == no_token)
+                if (auto result = read_id(key, id); !result) return result;
         for (Token id : {v_.bos, v_.eos, turn, message})  // files call some of them normal
             if (id != no_token && v_.pieces[size_t(id)].size() > 1)
                 v_.kinds[size_t(id)] = TokenKind::control;
@@ -16904,6 +17212,8 @@ private:
         if (v_.unknown == no_token && !has_printable_bytes() && unknown != v_.kinds.end() &&
             !file_.find("tokenizer.ggml.unknown_token_id"))
             v_.unknown = Token(unknown - v_.kinds.begin());
+        if (v_.unknown != no_token && v_.algorithm == Algorithm::word_piece)
+            v_.kinds[size_t(v_.unknown)] = TokenKind::unknown;  // files call it control
         if (v_.unknown != no_token &&
             (v_.kinds[size_t(v_.unknown)] == TokenKind::control || v_.ends[size_t(v_.unknown)]))
             v_.unknown = no_token;  // text must not make it
@@ -16921,11 +17231,11 @@ private:
     }
 
     Result<void> read_flags() {
-        const bool plain = is_sentencepiece();
+        const bool plain = is_sentencepiece() || v_.algorithm == Algorithm::word_piece;
         const bool unigram = v_.algorithm == Algorithm::unigram;
         bool& prefix = v_.sentence.add_space_prefix;
         v_.add_bos = v_.pre ? v_.pre->add_bos : !unigram;
-        v_.add_eos = unigram;
+        v_.add_eos = v_.pre ? v_.pre->add_eos : unigram || v_.algorithm == Algorithm::word_piece;
         prefix = plain;
         const std::pair<const char*, bool*> flags[] = {
             {"tokenizer.ggml.add_bos_token", &v_.add_bos},
@@ -16938,6 +17248,35 @@ private:
         }
         prefix &= plain;
         v_.add_bos |= v_.algorithm == Algorithm::spaced_bpe;  // the first files of Gemma 4 deny it
+        return {};
+    }
+
+    // Files do not tell which special tokens take the white space beside them: their makers do.
+    // A row holds where its file names all that the row names.
+    struct StripRow {
+        std::string_view architectures, models, tokens;  // names; no tokens: all special ones
+        std::string_view except;
+        bool left, right;
+    };
+    static constexpr StripRow strip_rows[] = {
+        {"phi3", "llama", {}, "<unk> <s> <|endoftext|>", false, true},
+        {"jina-bert-v2 jina-bert-v3 nomic-bert-moe", "gpt2 t5", "<mask>", {}, true, false},
+        {"modern-bert", "gpt2", "[MASK]", {}, true, false}};
+    Result<void> read_strips() {
+        auto architecture = file_.get_string("general.architecture");
+        auto model = file_.get_string("tokenizer.ggml.model");
+        for (const StripRow& row : strip_rows) {
+            if (!architecture || !has_name(row.architectures, *architecture)) continue;
+            if (!model || !has_name(row.models, *model)) continue;
+            v_.strips_left.resize(v_.kinds.size());
+            v_.strips_right.resize(v_.kinds.size());
+            for (size_t id = 0; id < v_.kinds.size(); ++id) {
+                const bool named = row.tokens.empty() || has_name(row.tokens, v_.pieces[id]);
+                if (v_.from_text[id] || !named || has_name(row.except, v_.pieces[id])) continue;
+                v_.strips_left[id] = row.left;
+                v_.strips_right[id] = row.right;
+            }
+        }
         return {};
     }
 
@@ -16954,8 +17293,7 @@ private:
             v_.from_text[id] = kind == TokenKind::normal || (user && !guarded) ||
                                (v_.algorithm == Algorithm::sentence_bpe &&
                                 kind == TokenKind::unused);
-            if (v_.from_text[id] && v_.algorithm == Algorithm::unigram)
-                v_.lattice.add(piece, Token(id), false);
+            if (v_.from_text[id] && has_lattice()) v_.lattice.add(piece, Token(id), false);
             if (v_.from_text[id]) v_.longest = std::max(v_.longest, piece.size());
             if (user && !guarded && is_sentencepiece()) v_.whole.add(piece, Token(id), false);
             else if (control || user) v_.specials.add(spelling(piece), Token(id), guarded);
@@ -16967,6 +17305,8 @@ private:
     }
     // How the text must spell a special token: Gemma 4's are looked for before spaces are replaced.
     std::string_view spelling(std::string_view piece) {
+        if (v_.algorithm == Algorithm::word_piece && piece.size() > 1 && piece[0] == ' ')
+            return piece.substr(1);
         if (v_.algorithm != Algorithm::spaced_bpe || piece.find(' ') == std::string_view::npos)
             return piece;
         std::string& marked = v_.spellings.emplace_back();
@@ -17004,7 +17344,10 @@ private:
         return {};
     }
 
-    Result<void> read_ranks() { return is_sentencepiece() ? read_scores() : read_merges(); }
+    Result<void> read_ranks() {
+        if (v_.algorithm == Algorithm::word_piece) return {};
+        return is_sentencepiece() ? read_scores() : read_merges();
+    }
 
     Result<void> read_scores() {
         auto scores = file_.get_floats("tokenizer.ggml.scores");
@@ -17272,6 +17615,7 @@ private:
 // Byte-level BPE: special tokens are cut out, the text between them goes through the splitter of
 // its pre-tokenizer, and each word is merged pair by pair, lowest rank first (Sennrich 2016).
 // SentencePiece BPE: no words; pairs are ranked by the score of the piece that they make.
+// WordPiece: words of a normalized text, each from its longest pieces.
 // Pieces are kept as the bytes they stand for: neither the printable alphabet of GPT-2 nor the
 // U+2581 of SentencePiece gets past `open`.
 
@@ -17321,16 +17665,34 @@ private:
                 ++at;
                 continue;
             }
-            if (auto result = encode_between(text.substr(begin, at - begin)); !result)
-                return result;
+            std::string_view before = text.substr(begin, at - begin);
+            if (strips(v_.strips_left, match.token)) before = without_space_behind(before);
+            if (auto result = encode_between(before); !result) return result;
             tokens.push_back(match.token);
             begin = at += match.length;
+            if (strips(v_.strips_right, match.token)) begin = at = space_end(text, at);
         }
         return encode_between(text.substr(begin));
     }
 
+    static bool strips(const std::vector<bool>& tokens, Token token) {
+        return !tokens.empty() && tokens[size_t(token)];
+    }
+    static size_t space_end(std::string_view text, size_t at) {
+        for (size_t next = at; next < text.size() && is_whitespace(utf8_next(text, &next));)
+            at = next;
+        return at;
+    }
+    static std::string_view without_space_behind(std::string_view text) {
+        size_t end = 0;
+        for (size_t at = 0; at < text.size();)
+            if (!is_whitespace(utf8_next(text, &at))) end = at;
+        return text.substr(0, end);
+    }
+
     Result<void> encode_run(std::string_view text) {
         if (text.empty()) return {};
+        if (v_.algorithm == Algorithm::word_piece) return encode_bert(text);
         if (v_.algorithm == Algorithm::sentence_bpe) return encode_sentences(text);
         if (v_.algorithm == Algorithm::unigram) return encode_unigram(text);
         if (v_.algorithm == Algorithm::spaced_bpe) return merge_characters(with_spaces(text));
@@ -17543,6 +17905,31 @@ private:
         }
     }
 
+    // Each word begins with a space, and so do the pieces that begin one.
+    Result<void> encode_bert(std::string_view raw) {
+        const std::string text = normalize_bert(raw, v_.bert);
+        for (size_t at = 0; at < text.size();) {
+            const size_t end = std::min(text.find(' ', at + 1), text.size());
+            encode_bert_word(std::string_view(text).substr(at, end - at));
+            at = end;
+        }
+        return {};
+    }
+    void encode_bert_word(std::string_view word) {
+        constexpr size_t most_characters = 100;
+        const size_t begin = tokens.size();
+        bool known = utf8_count(word) <= most_characters + 1;
+        for (size_t at = 0; known && at < word.size();) {
+            const SpellingMatcher::Match piece = v_.lattice.longest(word, at, word.size());
+            known = piece.length > 0;
+            if (known) tokens.push_back(piece.token);
+            at += piece.length;
+        }
+        if (known) return;
+        tokens.resize(begin);
+        if (v_.unknown != no_token) tokens.push_back(v_.unknown);
+    }
+
     // A character that is no piece: its bytes, or one unknown token for all that follow each other.
     void add_unknown(std::string_view bytes) {
         for (char c : bytes) {
@@ -17619,17 +18006,18 @@ std::optional<Token> Tokenizer::find(std::string_view piece) const {
 }
 
 Result<std::vector<Token>> Tokenizer::encode(const detail::MarkedText& text, bool add_bos) const {
-    return encode(text.text, text.from_request, add_bos);
+    return encode(text.text, text.from_request, add_bos, false);
 }
 
-Result<std::vector<Token>> Tokenizer::encode(std::string_view text, bool add_bos) const {
+Result<std::vector<Token>> Tokenizer::encode(std::string_view text, bool add_bos,
+                                             bool add_eos) const {
     const detail::ByteRange everything{0, text.size()};
-    return encode(text, {&everything, 1}, add_bos);
+    return encode(text, {&everything, 1}, add_bos, add_eos);
 }
 
 Result<std::vector<Token>> Tokenizer::encode(std::string_view text,
                                              std::span<const detail::ByteRange> request,
-                                             bool add_bos) const {
+                                             bool add_bos, bool add_eos) const {
     if (text.size() > max_text_bytes)
         return detail::make_error(ErrorKind::too_large,
                                   detail::format("a text of %zu bytes", text.size()));
@@ -17640,6 +18028,7 @@ Result<std::vector<Token>> Tokenizer::encode(std::string_view text,
     const auto bos = this->bos();
     if (add_bos && bos && (tokens.empty() || tokens[0] != *bos))
         tokens.insert(tokens.begin(), *bos);
+    if (const auto eos = this->eos(); add_eos && eos) tokens.push_back(*eos);
     return std::move(tokens);
 }
 
@@ -38463,12 +38852,12 @@ _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")")
 _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")")
 _Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
-_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
-_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
-_Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
-_Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
-_Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
-_Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
+_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")")
+_Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")")
+_Pragma("pop_macro(\"W\")") _Pragma("pop_macro(\"WideCharToMultiByte\")")
+_Pragma("pop_macro(\"Window\")") _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")")
+_Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")")
+_Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
 _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")
@@ -38534,14 +38923,14 @@ _Pragma("pop_macro(\"end\")") _Pragma("pop_macro(\"engine\")") _Pragma("pop_macr
 _Pragma("pop_macro(\"entry\")") _Pragma("pop_macro(\"enum\")") _Pragma("pop_macro(\"eof\")")
 _Pragma("pop_macro(\"eps\")") _Pragma("pop_macro(\"epsilon\")") _Pragma("pop_macro(\"erase\")")
 _Pragma("pop_macro(\"err\")") _Pragma("pop_macro(\"error\")") _Pragma("pop_macro(\"event\")")
-_Pragma("pop_macro(\"exact\")") _Pragma("pop_macro(\"exchange\")") _Pragma("pop_macro(\"exit\")")
-_Pragma("pop_macro(\"exp2f\")") _Pragma("pop_macro(\"expect\")") _Pragma("pop_macro(\"explicit\")")
-_Pragma("pop_macro(\"extend\")") _Pragma("pop_macro(\"extension\")")
-_Pragma("pop_macro(\"extern\")") _Pragma("pop_macro(\"f\")") _Pragma("pop_macro(\"f16\")")
-_Pragma("pop_macro(\"f32\")") _Pragma("pop_macro(\"f64\")") _Pragma("pop_macro(\"fabs\")")
-_Pragma("pop_macro(\"factor\")") _Pragma("pop_macro(\"fail\")") _Pragma("pop_macro(\"failed\")")
-_Pragma("pop_macro(\"false\")") _Pragma("pop_macro(\"fast\")") _Pragma("pop_macro(\"fault\")")
-_Pragma("pop_macro(\"fclose\")") _Pragma("pop_macro(\"fcntl\")")
+_Pragma("pop_macro(\"exact\")") _Pragma("pop_macro(\"except\")") _Pragma("pop_macro(\"exchange\")")
+_Pragma("pop_macro(\"exit\")") _Pragma("pop_macro(\"exp2f\")") _Pragma("pop_macro(\"expect\")")
+_Pragma("pop_macro(\"explicit\")") _Pragma("pop_macro(\"extend\")")
+_Pragma("pop_macro(\"extension\")") _Pragma("pop_macro(\"extern\")") _Pragma("pop_macro(\"f\")")
+_Pragma("pop_macro(\"f16\")") _Pragma("pop_macro(\"f32\")") _Pragma("pop_macro(\"f64\")")
+_Pragma("pop_macro(\"fabs\")") _Pragma("pop_macro(\"factor\")") _Pragma("pop_macro(\"fail\")")
+_Pragma("pop_macro(\"failed\")") _Pragma("pop_macro(\"false\")") _Pragma("pop_macro(\"fast\")")
+_Pragma("pop_macro(\"fault\")") _Pragma("pop_macro(\"fclose\")") _Pragma("pop_macro(\"fcntl\")")
 _Pragma("pop_macro(\"fdatasync\")") _Pragma("pop_macro(\"fdopen\")") _Pragma("pop_macro(\"feed\")")
 _Pragma("pop_macro(\"feof\")") _Pragma("pop_macro(\"ferror\")") _Pragma("pop_macro(\"fflush\")")
 _Pragma("pop_macro(\"fgets\")") _Pragma("pop_macro(\"field\")") _Pragma("pop_macro(\"fields\")")

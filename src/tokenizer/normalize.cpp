@@ -99,6 +99,51 @@ std::string normalize_sentence(std::string_view text, const SentenceRules& rules
     return out;
 }
 
+namespace {
+
+bool is_bert_ideograph(char32_t c) {
+    static constexpr char32_t ranges[][2] = {
+        {0x3400, 0x4DBF},   {0x4E00, 0x9FFF},   {0xF900, 0xFAFF},   {0x20000, 0x2A6DF},
+        {0x2A700, 0x2B73F}, {0x2B740, 0x2B81F}, {0x2B920, 0x2CEAF}, {0x2F800, 0x2FA1F}};
+    for (const auto& range : ranges)
+        if (c <= range[1]) return c >= range[0];
+    return false;
+}
+
+// The text without what BERT does not see, white space as spaces, ideographs apart.
+std::string clean_bert(std::string_view text) {
+    std::string out;
+    for (size_t at = 0; at < text.size();) {
+        const size_t begin = at;
+        const char32_t c = utf8_next(text, &at);
+        const bool line = c == '\t' || c == '\n' || c == '\r';
+        const bool control = category(c) >= Category::Cc && category(c) < Category::Cn;
+        if (line || (is_whitespace(c) && !control)) out += ' ';
+        else if (is_bert_ideograph(c)) out += join({" ", text.substr(begin, at - begin), " "});
+        else if (!control && c != 0xFFFD && c != bad_utf8) out.append(text, begin, at - begin);
+    }
+    return out;
+}
+
+}  // namespace
+
+std::string normalize_bert(std::string_view text, const BertRules& rules) {
+    std::string clean = clean_bert(text), out;
+    if (rules.strip_accents) clean = nfd(clean);
+    bool inside = false;  // of a word
+    for (size_t at = 0; at < clean.size();) {
+        const char32_t c = utf8_next(clean, &at);
+        if (rules.strip_accents && category(c) == Category::Mn) continue;
+        const bool space = c == ' ';
+        const bool alone = is_punctuation(c) || (c < 0x80 && is_symbol(c));
+        if (!space && (alone || !inside)) out += ' ';
+        if (!space) utf8_append(out, rules.lowercase ? to_lower(c) : c);
+        if (c == 0x130 && rules.lowercase) out += "\xCC\x87";  // of capital I with a dot
+        inside = !space && !alone;
+    }
+    return out;
+}
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar

@@ -1,4 +1,4 @@
-// The normalizer of SentencePiece, as far as model files carry it.
+// The normalizers: SentencePiece's, as far as model files carry it, and BERT's.
 #pragma once
 
 #include "tokenizer/tables.hpp"
@@ -46,6 +46,15 @@ struct SentenceRules {
 /// The text as SentencePiece sees it, spaces as spaces. Tokens of `whole` are left as they are.
 std::string normalize_sentence(std::string_view text, const SentenceRules& rules,
                                const SpellingMatcher& whole);
+
+struct BertRules {
+    bool lowercase = true;
+    bool strip_accents = true;
+};
+
+/// The words of a text as BERT sees it, each with a space before it: control characters go, white
+/// space, punctuation and Chinese characters part words.
+std::string normalize_bert(std::string_view text, const BertRules& rules);
 
 }  // namespace detail
 }  // namespace v1

@@ -18,7 +18,11 @@ struct PreTokenizer {
     bool compose;            // NFC before anything else
     bool whole_words;        // a word that is a token is taken without merging
     bool add_bos;            // unless the file says otherwise
+    bool add_eos = false;    // the same
 };
+
+/// Whether `name` is one of `names`, which have a space between two.
+bool has_name(std::string_view names, std::string_view name);
 
 /// The row that has this name, or null.
 const PreTokenizer* find_pre_tokenizer(std::string_view name);

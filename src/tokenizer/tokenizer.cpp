@@ -3,6 +3,7 @@
 // Byte-level BPE: special tokens are cut out, the text between them goes through the splitter of
 // its pre-tokenizer, and each word is merged pair by pair, lowest rank first (Sennrich 2016).
 // SentencePiece BPE: no words; pairs are ranked by the score of the piece that they make.
+// WordPiece: words of a normalized text, each from its longest pieces.
 // Pieces are kept as the bytes they stand for: neither the printable alphabet of GPT-2 nor the
 // U+2581 of SentencePiece gets past `open`.
 #include "prologue.hpp"
@@ -74,16 +75,34 @@ private:
                 ++at;
                 continue;
             }
-            if (auto result = encode_between(text.substr(begin, at - begin)); !result)
-                return result;
+            std::string_view before = text.substr(begin, at - begin);
+            if (strips(v_.strips_left, match.token)) before = without_space_behind(before);
+            if (auto result = encode_between(before); !result) return result;
             tokens.push_back(match.token);
             begin = at += match.length;
+            if (strips(v_.strips_right, match.token)) begin = at = space_end(text, at);
         }
         return encode_between(text.substr(begin));
     }
 
+    static bool strips(const std::vector<bool>& tokens, Token token) {
+        return !tokens.empty() && tokens[size_t(token)];
+    }
+    static size_t space_end(std::string_view text, size_t at) {
+        for (size_t next = at; next < text.size() && is_whitespace(utf8_next(text, &next));)
+            at = next;
+        return at;
+    }
+    static std::string_view without_space_behind(std::string_view text) {
+        size_t end = 0;
+        for (size_t at = 0; at < text.size();)
+            if (!is_whitespace(utf8_next(text, &at))) end = at;
+        return text.substr(0, end);
+    }
+
     Result<void> encode_run(std::string_view text) {
         if (text.empty()) return {};
+        if (v_.algorithm == Algorithm::word_piece) return encode_bert(text);
         if (v_.algorithm == Algorithm::sentence_bpe) return encode_sentences(text);
         if (v_.algorithm == Algorithm::unigram) return encode_unigram(text);
         if (v_.algorithm == Algorithm::spaced_bpe) return merge_characters(with_spaces(text));
@@ -296,6 +315,31 @@ private:
         }
     }
 
+    // Each word begins with a space, and so do the pieces that begin one.
+    Result<void> encode_bert(std::string_view raw) {
+        const std::string text = normalize_bert(raw, v_.bert);
+        for (size_t at = 0; at < text.size();) {
+            const size_t end = std::min(text.find(' ', at + 1), text.size());
+            encode_bert_word(std::string_view(text).substr(at, end - at));
+            at = end;
+        }
+        return {};
+    }
+    void encode_bert_word(std::string_view word) {
+        constexpr size_t most_characters = 100;
+        const size_t begin = tokens.size();
+        bool known = utf8_count(word) <= most_characters + 1;
+        for (size_t at = 0; known && at < word.size();) {
+            const SpellingMatcher::Match piece = v_.lattice.longest(word, at, word.size());
+            known = piece.length > 0;
+            if (known) tokens.push_back(piece.token);
+            at += piece.length;
+        }
+        if (known) return;
+        tokens.resize(begin);
+        if (v_.unknown != no_token) tokens.push_back(v_.unknown);
+    }
+
     // A character that is no piece: its bytes, or one unknown token for all that follow each other.
     void add_unknown(std::string_view bytes) {
         for (char c : bytes) {
@@ -372,17 +416,18 @@ std::optional<Token> Tokenizer::find(std::string_view piece) const {
 }
 
 Result<std::vector<Token>> Tokenizer::encode(const detail::MarkedText& text, bool add_bos) const {
-    return encode(text.text, text.from_request, add_bos);
+    return encode(text.text, text.from_request, add_bos, false);
 }
 
-Result<std::vector<Token>> Tokenizer::encode(std::string_view text, bool add_bos) const {
+Result<std::vector<Token>> Tokenizer::encode(std::string_view text, bool add_bos,
+                                             bool add_eos) const {
     const detail::ByteRange everything{0, text.size()};
-    return encode(text, {&everything, 1}, add_bos);
+    return encode(text, {&everything, 1}, add_bos, add_eos);
 }
 
 Result<std::vector<Token>> Tokenizer::encode(std::string_view text,
                                              std::span<const detail::ByteRange> request,
-                                             bool add_bos) const {
+                                             bool add_bos, bool add_eos) const {
     if (text.size() > max_text_bytes)
         return detail::make_error(ErrorKind::too_large,
                                   detail::format("a text of %zu bytes", text.size()));
@@ -393,6 +438,7 @@ Result<std::vector<Token>> Tokenizer::encode(std::string_view text,
     const auto bos = this->bos();
     if (add_bos && bos && (tokens.empty() || tokens[0] != *bos))
         tokens.insert(tokens.begin(), *bos);
+    if (const auto eos = this->eos(); add_eos && eos) tokens.push_back(*eos);
     return std::move(tokens);
 }
 

@@ -1,5 +1,6 @@
 // >>tokenizer
-// Owns: tokens: byte-level BPE, SentencePiece BPE and unigram, special tokens, the detokenizer.
+// Owns: tokens: byte-level BPE, SentencePiece BPE and unigram, WordPiece, special tokens, the
+// detokenizer.
 // Assumes: a vocabulary may be hostile; text may be long, one single word, or not UTF-8.
 // Promises: no special token from text that a request brought; O(n log n) in the text; the ids of
 // Hugging Face tokenizers (byte-level) and of sentencepiece on the same vocabulary.
@@ -62,7 +63,7 @@ public:
 
     /// Reads tokenizer.ggml.*; nothing of `file` is kept. `chat_template` is the template in use
     /// where it is not the file's own; `ends` are spellings of tokens that end a turn. Errors:
-    /// unsupported (model is not gpt2, llama, t5, gemma4, or pre is unknown), bad_data.
+    /// unsupported (model is not gpt2, llama, t5, gemma4, bert, or pre is unknown), bad_data.
     static Result<Tokenizer> open(const Gguf& file, std::string_view chat_template = {},
                                   std::span<const std::string_view> ends = {});
 
@@ -83,15 +84,16 @@ public:
 
     /// A rendered prompt. `add_bos` puts bos in front unless the text itself begins with it.
     Result<std::vector<Token>> encode(const detail::MarkedText& text, bool add_bos = false) const;
-    /// Plain text, all of it as if a request had brought it.
-    Result<std::vector<Token>> encode(std::string_view text, bool add_bos = false) const;
+    /// Plain text, all of it as if a request had brought it. `add_eos` puts eos behind it.
+    Result<std::vector<Token>> encode(std::string_view text, bool add_bos = false,
+                                      bool add_eos = false) const;
 
 private:
     friend class Detokenizer;
     explicit Tokenizer(std::shared_ptr<const detail::Vocabulary> vocabulary);
     Result<std::vector<Token>> encode(std::string_view text,
-                                      std::span<const detail::ByteRange> request,
-                                      bool add_bos) const;
+                                      std::span<const detail::ByteRange> request, bool add_bos,
+                                      bool add_eos) const;
     std::shared_ptr<const detail::Vocabulary> vocabulary_;
 };
 

@@ -36,7 +36,8 @@ public:
         for (auto step : {&VocabularyReader::read_model, &VocabularyReader::read_kinds,
                           &VocabularyReader::read_pieces, &VocabularyReader::read_ids,
                           &VocabularyReader::read_flags, &VocabularyReader::read_specials,
-                          &VocabularyReader::build_index, &VocabularyReader::read_ranks})
+                          &VocabularyReader::read_strips, &VocabularyReader::build_index,
+                          &VocabularyReader::read_ranks})
             if (auto result = (this->*step)(); !result) return result;
         return {};
     }
@@ -54,6 +55,9 @@ private:
     bool is_sentencepiece() const {
         return v_.algorithm == Algorithm::sentence_bpe || v_.algorithm == Algorithm::unigram;
     }
+    bool has_lattice() const {
+        return v_.algorithm == Algorithm::unigram || v_.algorithm == Algorithm::word_piece;
+    }
     bool has_printable_bytes() const { return v_.algorithm == Algorithm::byte_bpe; }
 
     Result<void> read_model() {
@@ -70,6 +74,7 @@ private:
     static constexpr std::pair<std::string_view, Algorithm> models[] = {
         {"llama", Algorithm::sentence_bpe},
         {"t5", Algorithm::unigram},
+        {"bert", Algorithm::word_piece},
         {"gemma4", Algorithm::spaced_bpe}};
 
     Result<void> read_pre() {
@@ -79,7 +84,8 @@ private:
             if (!named) return named.error();
             pre = *named;
         }
-        if (pre == "gemma4") v_.algorithm = Algorithm::spaced_bpe;
+        if (has_name("gemma4 sarvam-moe granite-embed-multi-311m", pre))
+            v_.algorithm = Algorithm::spaced_bpe;
         else v_.pre = find_pre_tokenizer(pre);
         if (!v_.pre && has_printable_bytes()) return unsupported("pre", pre);
         return {};
@@ -89,6 +95,11 @@ private:
         auto trims = file_.get_bool("tokenizer.ggml.remove_extra_whitespaces", false);
         if (!trims) return trims.error();
         v_.sentence.remove_extra_spaces = *trims;
+        auto lowers = file_.get_bool("tokenizer.ggml.normalizer.lowercase", true);
+        if (!lowers) return lowers.error();
+        auto strips = file_.get_bool("tokenizer.ggml.normalizer.strip_accents", *lowers);
+        if (!strips) return strips.error();
+        v_.bert = {*lowers, *strips};
         const GgufKey* map = file_.find("tokenizer.ggml.precompiled_charsmap");
         if (!map || map->count == 0) return {};
         auto numbers = file_.get_ints("tokenizer.ggml.precompiled_charsmap");
@@ -192,6 +203,9 @@ private:
                                                       {"unknown_token_id", &v_.unknown}};
         for (auto [key, id] : ids)
             if (auto result = read_id(key, id); !result) return result;
+        for (auto [key, id] : {std::pair("cls_token_id", &v_.bos), {"seperator_token_id", &v_.eos}})
+            if (*id == no_token)
+                if (auto result = read_id(key, id); !result) return result;
         for (Token id : {v_.bos, v_.eos, turn, message})  // files call some of them normal
             if (id != no_token && v_.pieces[size_t(id)].size() > 1)
                 v_.kinds[size_t(id)] = TokenKind::control;
@@ -200,6 +214,8 @@ private:
         if (v_.unknown == no_token && !has_printable_bytes() && unknown != v_.kinds.end() &&
             !file_.find("tokenizer.ggml.unknown_token_id"))
             v_.unknown = Token(unknown - v_.kinds.begin());
+        if (v_.unknown != no_token && v_.algorithm == Algorithm::word_piece)
+            v_.kinds[size_t(v_.unknown)] = TokenKind::unknown;  // files call it control
         if (v_.unknown != no_token &&
             (v_.kinds[size_t(v_.unknown)] == TokenKind::control || v_.ends[size_t(v_.unknown)]))
             v_.unknown = no_token;  // text must not make it
@@ -217,11 +233,11 @@ private:
     }
 
     Result<void> read_flags() {
-        const bool plain = is_sentencepiece();
+        const bool plain = is_sentencepiece() || v_.algorithm == Algorithm::word_piece;
         const bool unigram = v_.algorithm == Algorithm::unigram;
         bool& prefix = v_.sentence.add_space_prefix;
         v_.add_bos = v_.pre ? v_.pre->add_bos : !unigram;
-        v_.add_eos = unigram;
+        v_.add_eos = v_.pre ? v_.pre->add_eos : unigram || v_.algorithm == Algorithm::word_piece;
         prefix = plain;
         const std::pair<const char*, bool*> flags[] = {
             {"tokenizer.ggml.add_bos_token", &v_.add_bos},
@@ -234,6 +250,35 @@ private:
         }
         prefix &= plain;
         v_.add_bos |= v_.algorithm == Algorithm::spaced_bpe;  // the first files of Gemma 4 deny it
+        return {};
+    }
+
+    // Files do not tell which special tokens take the white space beside them: their makers do.
+    // A row holds where its file names all that the row names.
+    struct StripRow {
+        std::string_view architectures, models, tokens;  // names; no tokens: all special ones
+        std::string_view except;
+        bool left, right;
+    };
+    static constexpr StripRow strip_rows[] = {
+        {"phi3", "llama", {}, "<unk> <s> <|endoftext|>", false, true},
+        {"jina-bert-v2 jina-bert-v3 nomic-bert-moe", "gpt2 t5", "<mask>", {}, true, false},
+        {"modern-bert", "gpt2", "[MASK]", {}, true, false}};
+    Result<void> read_strips() {
+        auto architecture = file_.get_string("general.architecture");
+        auto model = file_.get_string("tokenizer.ggml.model");
+        for (const StripRow& row : strip_rows) {
+            if (!architecture || !has_name(row.architectures, *architecture)) continue;
+            if (!model || !has_name(row.models, *model)) continue;
+            v_.strips_left.resize(v_.kinds.size());
+            v_.strips_right.resize(v_.kinds.size());
+            for (size_t id = 0; id < v_.kinds.size(); ++id) {
+                const bool named = row.tokens.empty() || has_name(row.tokens, v_.pieces[id]);
+                if (v_.from_text[id] || !named || has_name(row.except, v_.pieces[id])) continue;
+                v_.strips_left[id] = row.left;
+                v_.strips_right[id] = row.right;
+            }
+        }
         return {};
     }
 
@@ -250,8 +295,7 @@ private:
             v_.from_text[id] = kind == TokenKind::normal || (user && !guarded) ||
                                (v_.algorithm == Algorithm::sentence_bpe &&
                                 kind == TokenKind::unused);
-            if (v_.from_text[id] && v_.algorithm == Algorithm::unigram)
-                v_.lattice.add(piece, Token(id), false);
+            if (v_.from_text[id] && has_lattice()) v_.lattice.add(piece, Token(id), false);
             if (v_.from_text[id]) v_.longest = std::max(v_.longest, piece.size());
             if (user && !guarded && is_sentencepiece()) v_.whole.add(piece, Token(id), false);
             else if (control || user) v_.specials.add(spelling(piece), Token(id), guarded);
@@ -263,6 +307,8 @@ private:
     }
     // How the text must spell a special token: Gemma 4's are looked for before spaces are replaced.
     std::string_view spelling(std::string_view piece) {
+        if (v_.algorithm == Algorithm::word_piece && piece.size() > 1 && piece[0] == ' ')
+            return piece.substr(1);
         if (v_.algorithm != Algorithm::spaced_bpe || piece.find(' ') == std::string_view::npos)
             return piece;
         std::string& marked = v_.spellings.emplace_back();
@@ -300,7 +346,10 @@ private:
         return {};
     }
 
-    Result<void> read_ranks() { return is_sentencepiece() ? read_scores() : read_merges(); }
+    Result<void> read_ranks() {
+        if (v_.algorithm == Algorithm::word_piece) return {};
+        return is_sentencepiece() ? read_scores() : read_merges();
+    }
 
     Result<void> read_scores() {
         auto scores = file_.get_floats("tokenizer.ggml.scores");

@@ -24,6 +24,7 @@ enum class Algorithm : uint8_t {
     spaced_bpe,    // no words: all characters merged by rank (Gemma 4)
     sentence_bpe,  // no words: characters merged by the score of what they make (SentencePiece)
     unigram,       // SentencePiece: the pieces with the highest sum of scores (Kudo 2018)
+    word_piece,    // BERT's words, each from its longest pieces
 };
 
 struct Vocabulary {
@@ -35,7 +36,7 @@ struct Vocabulary {
     std::vector<uint32_t> ranks;        // sentence_bpe: position of its score, highest first
     std::vector<float> scores;          // unigram
     float unknown_score = 0;            // unigram
-    SpellingMatcher lattice;            // unigram: what text may become
+    SpellingMatcher lattice;            // unigram, word_piece: what text may become
     PairTable pairs;                    // byte_bpe, spaced_bpe
     std::array<Token, 256> bytes;       // the token of a single byte, or no_token
     SpellingMatcher specials;           // cut out of the text first
@@ -45,7 +46,10 @@ struct Vocabulary {
     size_t longest = 0;                 // bytes of the longest piece that from_text marks
     Token bos = no_token, eos = no_token, unknown = no_token;
     bool add_bos = false, add_eos = false;
-    SentenceRules sentence;  // sentence_bpe, unigram
+    SentenceRules sentence;          // sentence_bpe, unigram
+    BertRules bert;                  // word_piece
+    std::vector<bool> strips_left;   // special tokens that take the white space before them
+    std::vector<bool> strips_right;  // and behind them
 };
 
 /// Reads tokenizer.ggml.*; see Tokenizer::open.
