@@ -187,7 +187,7 @@ Json call_message(bool text_arguments, bool two_calls) {
         .set("tool_calls", std::move(calls));
 }
 
-Json probe_tools() {
+Json tools_of_two_arguments() {
     Json city = Json::object().set("type", "string").set("description", "probe");
     Json days = Json::object().set("type", "integer").set("description", "probe");
     Json parameters = Json::object().set("type", "object");
@@ -207,7 +207,7 @@ std::string source_and_probes(const ChatTemplate& chat_template) {
         Json messages = Json::array();
         messages.push(Json::object().set("role", "user").set("content", "probe-of-user"));
         messages.push(call_message(way & 1, way & 2));
-        input.request.set("messages", std::move(messages)).set("tools", probe_tools());
+        input.request.set("messages", std::move(messages)).set("tools", tools_of_two_arguments());
         input.own.set("add_generation_prompt", true).set("bos_token", "").set("eos_token", "");
         const auto made = chat_template.render(input);
         if (made && made->text.find("probe-call") != std::string::npos) return all + made->text;
