@@ -25978,6 +25978,12 @@ constexpr HarmlessKey harmless_keys[] = {
     {"rope.scaling.yarn_log_multiplier"},
     // YaRN as it is defined
     {"rope.scaling.yarn_ext_factor", 1},
+    // of layers with a state, whose tensors nothing reads: some Granite files have no such layer
+    {"ssm.conv_kernel"},
+    {"ssm.state_size"},
+    {"ssm.group_count"},
+    {"ssm.inner_size"},
+    {"ssm.time_step_rank"},
     // how embeddings are made of what the last layer leaves
     {"pooling_type"},
     // of images
@@ -26341,6 +26347,12 @@ void read_gemma3(SpecReader& in, ModelSpec& spec) {
     }
 }
 
+/// Granite's files say by a key of another name whether it rotates.
+void read_granite(SpecReader& in, ModelSpec& spec) {
+    if (in.value(in.gguf.get_bool(in.read("rope.scaling.finetuned"), true))) return;
+    for (LayerSpec& layer : spec.layers) layer.rope.dims = 0;
+}
+
 /// Every fourth layer does not rotate.
 void read_smollm3(SpecReader&, ModelSpec& spec) {
     for (size_t i = 3; i < spec.layers.size(); i += 4) spec.layers[i].rope.dims = 0;
@@ -26400,7 +26412,7 @@ constexpr Architecture architectures[] = {
     {"phi3",          RopeKind::neox},
     {"smollm3",       RopeKind::norm, 0, Activation::silu, 0, true, read_smollm3},
     {"olmo2",         RopeKind::neox, norms_row, Activation::silu, 4, true, read_olmo2},
-    {"granite",       RopeKind::norm, divides_logits},
+    {"granite",       RopeKind::norm, divides_logits, Activation::silu, 0, true, read_granite},
     {"glm4",          RopeKind::norm},
     {"exaone4",       RopeKind::neox, full_unrotated, Activation::silu, 4},
     {"cohere2",       RopeKind::norm, norms_by_layer | parallel_layer | full_unrotated, Activation::silu, 4},
@@ -26411,7 +26423,7 @@ constexpr Architecture architectures[] = {
     {"qwen2moe",      RopeKind::neox, weights_as_they_are},
     {"qwen3moe",      RopeKind::neox},
     {"gpt-oss",       RopeKind::neox, post_is_ffn, Activation::silu_clamped, 2, false},
-    {"granitemoe",    RopeKind::norm, divides_logits},
+    {"granitemoe",    RopeKind::norm, divides_logits, Activation::silu, 0, true, read_granite},
     {"olmoe",         RopeKind::neox, norms_row | weights_as_they_are},
     {"glm4moe",       RopeKind::neox, post_is_ffn | gates_apart},
     {"ernie4_5-moe",  RopeKind::norm},

@@ -213,6 +213,21 @@ TEST_CASE("model: sizes that differ from layer to layer") {
     check_says(arrays({2, -2}, {48, 48}), "head_count_kv' is 18446744073709551614");
 }
 
+TEST_CASE("model: Granite's key that says whether it rotates") {
+    const auto file = detail::read_file(VALAR_SOURCE_DIR "/tests/data/references/granite.gguf",
+                                        1 << 20);
+    REQUIRE(file);
+    const auto* data = reinterpret_cast<const std::byte*>(file->data());
+    for (const bool rotates : {true, false}) {
+        auto spec = spec_of(edit(Bytes(data, data + file->size()), {}, [&](GgufWriter& writer) {
+            writer.set("granite.rope.scaling.finetuned", rotates);
+            writer.set("granite.ssm.conv_kernel", 4u);
+        }));
+        REQUIRE_MESSAGE(spec, spec.error().message);
+        CHECK((spec->layers[0].rope.dims != 0) == rotates);
+    }
+}
+
 TEST_CASE("model: what is not implemented is refused by name") {
     check_says(edit(small_model(), {"general.architecture"}), "'general.architecture' is missing");
     const auto named = [](std::string_view architecture) {
