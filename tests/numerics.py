@@ -1,13 +1,16 @@
 """The numeric definition of valar.hpp (opening of >>kernels), in numpy, from its words alone.
 
-Computes the logits of the tiny model at every position of a fixed prompt and compares them bit by bit
-with those of the library. Nothing of the library's code is used: the file is read by PyPI's gguf, the
-blocks are taken apart here, fma is rounded once by way of rounding to odd in double.
+Computes the logits of the tiny model at every position of a fixed prompt, and those of the models of
+every architecture (data/references), and compares them bit by bit with those of the library. Nothing of
+the library's code is used: the file is read by PyPI's gguf, the blocks are taken apart here, fma is
+rounded once by way of rounding to odd in double. What an architecture is stands here once more, as
+data/references/README.md says it.
 
 Usage: numerics.py WRITE_TINY_MODEL TINY_LOGITS      (two programs of tests/)
 """
 import math
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -17,6 +20,8 @@ from gguf import GGML_QUANT_SIZES, GGUFReader, quants
 
 F, D = np.float32, np.float64
 PROMPT = 280  # positions: crosses a segment of 256
+REFERENCES = pathlib.Path(__file__).parent / "data" / "references"
+REFERENCE_PROMPT = 24  # more than their windows and the shorter of their original contexts
 
 # Of these only the products are new: a few positions do.
 LATER = ("Q5_1", "IQ4_NL", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS",
@@ -116,10 +121,10 @@ def eight_signs(rest):  # four times seven bits
 class Matrix:
     """Weights as the definition sees them: w (rows, blocks, 32), dw and m (rows, blocks), or f32."""
 
-    def __init__(self, tensor):
+    def __init__(self, tensor, part=...):
         self.kind = tensor.tensor_type.name
-        data = np.asarray(tensor.data)
-        rows = int(tensor.shape[1]) if len(tensor.shape) > 1 else 1
+        data = np.asarray(tensor.data)[part]
+        rows = len(data) if len(tensor.shape) > 1 else 1
         self.scales = self.m = self.low = self.two = None
         if self.kind in ("F32", "F16"):
             self.f32 = data.reshape(rows, -1).astype(F)
@@ -359,13 +364,86 @@ def tree(lanes):  # 5; lanes (.., 16)
     return lanes[..., 0]
 
 
+def lane_sum(x, square):  # 5; of the last axis
+    lanes = np.zeros((*x.shape[:-1], 16), F)
+    for i in range(0, x.shape[-1], 16):
+        part = x[..., i:i + 16]
+        n = part.shape[-1]
+        lanes[..., :n] = fma(part, part, lanes[..., :n]) if square else lanes[..., :n] + part
+    return tree(lanes)
+
+
 def rms_norm(x, weight, eps):  # 6
-    lanes = np.zeros((len(x), 16), F)
-    for i in range(0, x.shape[1], 16):
-        part = x[:, i:i + 16]
-        lanes[:, :part.shape[1]] = fma(part, part, lanes[:, :part.shape[1]])
-    scale = F(1) / np.sqrt(tree(lanes) / F(x.shape[1]) + eps)
-    return (x * scale[:, None]) * weight
+    scale = F(1) / np.sqrt(lane_sum(x, True) / F(x.shape[-1]) + eps)
+    return (x * scale[..., None]) * weight
+
+
+def layer_norm(x, weight, eps, bias=None):  # 14
+    x = x - (lane_sum(x, False) / F(x.shape[-1]))[..., None]
+    x = rms_norm(x, weight, eps)
+    return x if bias is None else x + bias
+
+
+def sigmoid(x):
+    return F(1) / (F(1) + exp(-x))
+
+
+def soft_cap(x, cap):  # 15
+    if cap == 0:
+        return x
+    u = x / cap
+    return cap * (F(1) - F(2) / (exp(u + u) + F(1)))
+
+
+# ---- Activations: definition, 8 and 16 -------------------------------------------------------
+
+def silu(x):
+    return x / (F(1) + exp(-x))
+
+
+def gelu_tanh(x):
+    z = x * fma(x * x, F(float.fromhex("0x1.2444f2p-4")), F(float.fromhex("0x1.988454p+0")))
+    return x / (F(1) + exp(-z))
+
+
+def gelu(x):
+    a = np.abs(x) * F(float.fromhex("0x1.6a09e6p-1"))
+    t = F(1) / fma(F(float.fromhex("0x1.4f740ap-2")), a, F(1))
+    p = np.full_like(x, F(1.061405429))
+    for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        p = fma(p, t, F(c))
+    e = ((t * p) * exp(-(a * a))) * F(0.5)
+    return x * np.where(x < 0, e, F(1) - e)
+
+
+def relu_squared(x):
+    r = np.maximum(x, F(0))
+    return r * r
+
+
+def silu_clamped(gate, up):
+    g, u = np.minimum(gate, F(7)), np.clip(up, F(-7), F(7))
+    return (u + F(1)) * (g / (F(1) + exp(-(g * F(1.702)))))
+
+
+def xielu(x, negative, positive, linear, most):
+    bent = ((exp(np.minimum(x, most)) - F(1)) - x) * negative
+    return np.where(x > 0, (positive * x) * x, bent) + linear * x
+
+
+# ---- What a file is --------------------------------------------------------------------------
+
+GELU_TANH = {"gemma", "gemma2", "gemma3", "phi2", "starcoder2", "gpt2"}
+ACTIVATIONS = {"gptneox": gelu, "falcon": gelu, "nemotron": relu_squared, **{a: gelu_tanh for a in GELU_TANH}}
+NEIGHBOURS = {"llama", "smollm3", "granite", "glm4", "cohere2", "command-r", "ernie4_5", "granitemoe",
+              "ernie4_5-moe", "minicpm", "internlm2", "mistral3"}  # rope turns these, else halves
+BY_LAYER = {"phi2", "cohere2", "command-r", "stablelm", "starcoder2", "nemotron", "gpt2", "gptneox", "falcon"}
+PARALLEL = {"phi2", "cohere2", "command-r", "falcon"}
+FULL_EVERY = {"gemma2": 2, "gemma3": 6, "exaone4": 4, "cohere2": 4, "gpt-oss": 2, "olmo2": 4}
+FULL_UNROTATED = {"exaone4", "cohere2"}
+POST_IS_FFN = {"seed_oss", "gpt-oss", "glm4moe"}  # post_attention_norm is the network's own
+SIGMOID = {"glm4moe", "bailingmoe2", "minimax-m2"}  # where the file does not say so
+WEIGHTS_AS_THEY_ARE = {"qwen2moe", "olmoe"}
 
 
 class Model:
@@ -373,20 +451,157 @@ class Model:
         reader = GGUFReader(path)
         self.tensors = {t.name: t for t in reader.tensors}
         self.fields = reader.fields
-        self.arch = bytes(self.fields["general.architecture"].parts[-1]).decode()
+        self.arch = self.fields["general.architecture"].contents()
+        self.by_layer = self.arch in BY_LAYER
+        self.eps = F(self.number("attention.layer_norm_epsilon" if self.by_layer
+                                 else "attention.layer_norm_rms_epsilon"))
+        self.width = int(self.number("embedding_length"))
+        self.context = int(self.number("context_length"))
+        self.layers = int(self.number("block_count")) - int(self.number("nextn_predict_layers", 0))
+        self.dim = int(self.number("attention.key_length", self.width // self.number("attention.head_count")))
+        self.windows = self.read_windows()
         self.cache = {}
 
     def number(self, key, fallback=None):
         field = self.fields.get(f"{self.arch}.{key}")
-        return fallback if field is None else field.parts[-1][0]
+        return fallback if field is None else field.contents()
 
-    def matrix(self, name):
-        if name not in self.cache:
-            self.cache[name] = Matrix(self.tensors[name])
-        return self.cache[name]
+    def read_windows(self):
+        window = int(self.number("attention.sliding_window", 0))
+        if window == 0 or window >= self.context:
+            return [0] * self.layers
+        pattern = self.number("attention.sliding_window_pattern", FULL_EVERY.get(self.arch, 0))
+        if not isinstance(pattern, list):
+            pattern = [pattern == 0 or (i + 1) % pattern != 0 for i in range(self.layers)]
+        return [window if has else 0 for has in pattern]
 
-    def vector(self, name):
-        return None if name not in self.tensors else self.matrix(name).f32[0]
+    def has(self, name):
+        return name in self.tensors
+
+    def matrix(self, name, part=...):
+        key = name, str(part)
+        if key not in self.cache:
+            self.cache[key] = Matrix(self.tensors[name], part)
+        return self.cache[key]
+
+    def vector(self, name, part=...):
+        return None if name not in self.tensors else self.matrix(name).f32[0][part]
+
+    def norm(self, x, name):
+        if not self.has(name + ".weight"):
+            return x
+        weight = self.vector(name + ".weight")
+        if self.by_layer:
+            return layer_norm(x, weight, self.eps, self.vector(name + ".bias"))
+        return rms_norm(x, weight, self.eps)
+
+    def embedding_scale(self):
+        usual = {"minicpm": 12.0}.get(self.arch, 1.0)
+        return F(np.sqrt(F(self.width))) if self.arch.startswith("gemma") else \
+            F(self.number("embedding_scale", usual))
+
+    def residual_scale(self):
+        usual = F(1.4) / np.sqrt(F(self.layers)) if self.arch == "minicpm" else 1.0
+        return F(self.number("residual_scale", usual))
+
+    def logit_scale(self):
+        scale = F(self.number("logit_scale", 1.0))
+        return F(1) / scale if self.arch in ("granite", "granitemoe", "minicpm") else scale
+
+    def attention_scale(self, heads, positions):
+        """(positions), each a binary32 number"""
+        usual = F(1) / np.sqrt(F(self.dim))
+        if (self.arch, self.layers) in (("gemma2", 46), ("gemma3", 62)):
+            usual = F(1) / np.sqrt(F(self.width // heads))
+        scale = F(self.number("attention.scale", usual))
+        temperature = float(F(self.number("attention.temperature_scale", 0.0)))
+        if temperature == 0:
+            return np.full(positions, scale)
+        length = int(self.number("rope.scaling.original_context_length", self.context))
+        return np.array([float(scale) * (1 + temperature * log(1.0 + p // length)) for p in range(positions)], D) \
+            .astype(F)
+
+    def bend(self, layer):  # of xielu
+        n, p, linear, most = (float(self.fields["xielu." + key].contents()[layer])
+                              for key in ("alpha_n", "alpha_p", "beta", "eps"))
+        return F(linear + softplus(n)), F(softplus(p)), F(linear), F(most)
+
+
+def log(x):  # 12
+    return log2(x) * float.fromhex("0x1.62e42fefa39efp-1")
+
+
+def softplus(x):
+    return log(1 + exp2(x * 1.4426950408889634))
+
+
+# ---- Rope: definition, 9 and 17 --------------------------------------------------------------
+
+def rope_pairs(model, layer, n_rot, positions):
+    """Angles by pair for one position, and the magnitude of cosine and sine."""
+    window = model.windows[layer]
+    base = F(model.number("rope.freq_base", 10000.0))
+    if window:
+        usual = 10000.0 if model.arch == "gemma3" else base
+        base = F(model.number("rope.freq_base_swa", usual))
+    base = float(base)
+    pairs = [exp2(-(2.0 * i / n_rot) * log2(base)) for i in range(n_rot // 2)]
+    magnitude = float(F(model.number("rope.scaling.attn_factor", 1.0)))
+    kind = model.number("rope.scaling.type", "linear")
+    plain = window and model.arch in ("gemma3", "olmo2")
+    if plain and model.arch == "olmo2":
+        magnitude = 1.0
+    if not plain and kind in ("linear", "yarn"):
+        scale = float(F(1) / F(model.number("rope.scaling.factor", 1.0)))
+        if kind == "linear":
+            pairs = [f * scale for f in pairs]
+        else:
+            pairs, magnitude = yarn(model, pairs, scale, base, n_rot, magnitude)
+    original = int(model.number("rope.scaling.original_context_length", model.context))
+    factors = None
+    for name in ("rope_freqs.weight",
+                 "rope_factors_long.weight" if positions > original else "rope_factors_short.weight"):
+        factors = model.vector(name) if factors is None else factors
+    if factors is not None:
+        pairs = [f / float(factor) for f, factor in zip(pairs, factors)]
+    return pairs, magnitude
+
+
+def yarn(model, pairs, scale, base, n_rot, magnitude):
+    factor = 1.0 / scale
+    original = float(model.number("rope.scaling.original_context_length", model.context))
+
+    def pair_of(turns):
+        return n_rot * log(original / (turns * 6.283185307179586)) / (2 * log(base))
+
+    begin = pair_of(float(F(model.number("rope.scaling.yarn_beta_fast", 32.0))))
+    end = pair_of(float(F(model.number("rope.scaling.yarn_beta_slow", 1.0))))
+    if model.arch != "gpt-oss":
+        begin, end = math.floor(begin), math.ceil(end)
+    begin, end = F(max(begin, 0.0)), F(min(end, n_rot - 1.0))
+    if begin == end:
+        end = end + F(0.001)
+    begin, end = float(begin), float(end)
+    shares = [min(max((i - begin) / (end - begin), 0.0), 1.0) for i in range(len(pairs))]
+    pairs = [(f * scale) * r + f * (1 - r) for f, r in zip(pairs, shares)]
+    if model.number("rope.scaling.yarn_log_multiplier", 0.0) != 0:
+        return pairs, magnitude
+    own = model.number("rope.scaling.yarn_attn_factor")
+    if own is not None:
+        return pairs, float(F(own))
+    return pairs, float(F(magnitude * (0.1 * log(factor) + 1 if factor > 1 else 1)))
+
+
+def angles(model, layer, positions):
+    """cos and sin (positions, pairs), or None where the layer does not rotate"""
+    windows = any(model.windows)
+    still = (model.arch == "gpt2" or (model.arch == "smollm3" and layer % 4 == 3)
+             or (model.arch in FULL_UNROTATED and windows and not model.windows[layer]))
+    if still:
+        return None
+    pairs, magnitude = rope_pairs(model, layer, int(model.number("rope.dimension_count", model.dim)), positions)
+    turns = np.array([[sincos(float(p) * f) for f in pairs] for p in range(positions)], D)
+    return tuple((turns[..., i] * magnitude).astype(F) for i in (1, 0))
 
 
 def rope(x, cos, sin, neox):  # 9; x (positions, heads, head_dim)
@@ -400,7 +615,7 @@ def rope(x, cos, sin, neox):  # 9; x (positions, heads, head_dim)
     return y
 
 
-def attention(q, k, v, window):  # 10; q (n, heads, dim) rotated, scaled; k, v (n, kv heads, dim)
+def attention(q, k, v, window, cap=0, sinks=None):  # 10; q (n, heads, dim) rotated, scaled; k, v (n, kv heads, dim)
     n, heads, dim = q.shape
     shared = np.arange(heads) * k.shape[1] // heads
     k, v = k[:, shared], v[:, shared]
@@ -410,6 +625,7 @@ def attention(q, k, v, window):  # 10; q (n, heads, dim) rotated, scaled; k, v (
         score = np.zeros((n, heads, end - begin), F)
         for e in range(dim):
             score = fma(q[:, :, e, None], k[begin:end, :, e].T[None], score)
+        score = soft_cap(score, cap)
         back = np.arange(n)[:, None, None] - np.arange(begin, end)[None, None]
         visible = (back >= 0) & ((back < window) | (window == 0))
         seen = visible.any(-1)[:, 0]
@@ -424,6 +640,9 @@ def attention(q, k, v, window):  # 10; q (n, heads, dim) rotated, scaled; k, v (
         part = (m, tree(lanes), out)
         state = part if state is None else merge(state, part, seen, seen & ~ever)
         ever = seen if begin == 0 else ever | seen
+    if sinks is not None:  # 17
+        part = (np.tile(sinks, (n, 1)), np.ones((n, heads), F), np.zeros((n, heads, dim), F))
+        state = merge(state, part, np.full(n, True), np.full(n, False))
     return state[2] * (F(1) / state[1])[..., None]
 
 
@@ -446,46 +665,180 @@ def stored(x, kv_type):  # 10; x (.., head_dim)
     return (d.astype(np.float16).astype(F)[..., None] * h.astype(F)).reshape(x.shape)
 
 
+class Layer:
+    """One layer's computation; `planes` of activations where weights are quantized."""
+
+    def __init__(self, model, number, planes):
+        self.model, self.number, self.planes, self.name = model, number, planes, f"blk.{number}."
+
+    def linear(self, y, what, fused=None, first=0, rows=None, expert=None):
+        """Products and bias; of rows first .. of `fused` where the file has no `what`."""
+        model, name, part = self.model, self.name + what, ...
+        if not model.has(name + ".weight"):
+            name, part = self.name + fused, slice(first, first + rows)
+        elif fused == what:
+            part = slice(first, first + rows)
+        if expert is not None:
+            part = expert
+        y = model.matrix(name + ".weight", part).times(y, self.planes)
+        if not model.has(name + ".bias"):
+            return y
+        bias = model.vector(name + ".bias") if expert is None else model.matrix(name + ".bias").f32[expert]
+        return y + (bias if expert is not None else bias[part])
+
+    def norm_heads(self, x, what):
+        if not self.model.has(self.name + what):
+            return x
+        weight = self.model.matrix(self.name + what).f32
+        if len(weight) > 1:
+            return layer_norm(x, weight, self.model.eps)
+        if weight.size == x.shape[-1]:
+            return rms_norm(x, weight[0], self.model.eps)
+        return rms_norm(x.reshape(len(x), -1), weight[0], self.model.eps).reshape(x.shape)
+
+    def attend(self, y, turns, kv_type):
+        model, dim, n = self.model, self.model.dim, len(y)
+        heads = int(model.number("attention.head_count"))
+        kv_heads = int(model.number("attention.head_count_kv", heads))
+        q_rows, kv_rows = heads * dim, kv_heads * dim
+        q, k, v = (self.linear(y, what, "attn_qkv", first, rows).reshape(n, -1, dim) for what, first, rows in
+                   (("attn_q", 0, q_rows), ("attn_k", q_rows, kv_rows), ("attn_v", q_rows + kv_rows, kv_rows)))
+        after = model.arch == "hunyuan-dense"  # norms after rope
+        for rotates in (after, not after):
+            if not rotates:
+                q, k = self.norm_heads(q, "attn_q_norm.weight"), self.norm_heads(k, "attn_k_norm.weight")
+            elif turns is not None:
+                q, k = (rope(x, *turns, model.arch not in NEIGHBOURS) for x in (q, k))
+        q = q * model.attention_scale(heads, n)[:, None, None]
+        return attention(q, stored(k, kv_type), stored(v, kv_type), model.windows[self.number],
+                         F(model.number("attn_logit_softcapping", 0.0)),
+                         model.vector(self.name + "attn_sinks.weight")).reshape(n, -1)
+
+    def activate(self, gate, up):
+        arch = self.model.arch
+        if arch == "gpt-oss":
+            return silu_clamped(gate, up)
+        if arch == "apertus":
+            return xielu(up, *self.model.bend(self.number))
+        act = ACTIVATIONS.get(arch, silu)
+        return act(up) if gate is None else act(gate) * up
+
+    def hidden(self, y, kind=""):
+        """Between a network's matrices; the gate lies above up in some files, or there is none."""
+        model, up = self.model, "ffn_up" + kind
+        rows = int(model.tensors[self.name + up + ".weight"].shape[1])
+        down = int(model.tensors[f"{self.name}ffn_down{kind}.weight"].shape[0])
+        if rows == 2 * down:
+            gate, value = (self.linear(y, up, up, first, down) for first in (0, down))
+        else:
+            gate = self.linear(y, "ffn_gate" + kind) if model.has(f"{self.name}ffn_gate{kind}.weight") else None
+            value = self.linear(y, up)
+        return self.activate(gate, value)
+
+    def experts(self, y):  # 18
+        model, name = self.model, self.name
+        count, used = int(model.number("expert_count")), int(model.number("expert_used_count"))
+        r = self.linear(y, "ffn_gate_inp")
+        function = int(model.number("expert_gating_func", 2 if model.arch in SIGMOID else 1))
+        if function == 2:
+            p = sigmoid(r)
+        else:
+            p = exp(r - r.max(-1)[:, None])
+            p = p / lane_sum(p, False)[:, None]
+        bias = model.vector(name + "exp_probs_b.bias")
+        score = p if bias is None else p + bias
+        groups, open_ = int(model.number("expert_group_count", 1)), int(model.number("expert_group_used_count", 1))
+        if open_ < groups:
+            best = np.sort(score.reshape(len(y), groups, -1), -1)[..., ::-1]
+            sums = best[..., 0] + best[..., 1]
+            chosen = np.argsort(-sums, -1, kind="stable")[:, :open_]
+            allowed = (np.arange(groups)[None, :, None] == chosen[:, None, :]).any(-1)
+            score = np.where(np.repeat(allowed, count // groups, -1), score, F(-np.inf))
+        picked = np.argsort(-score, -1, kind="stable")[:, :used]
+        weights = np.take_along_axis(p, picked, -1)
+        if function == 3 or model.number("expert_weights_norm", model.arch not in WEIGHTS_AS_THEY_ARE):
+            total = np.zeros(len(y), F)
+            for rank in range(used):
+                total = total + weights[:, rank]
+            weights = weights / total[:, None]
+        weights = weights * F(model.number("expert_weights_scale", 1.0))
+        out = np.zeros((len(y), used, model.width), F)
+        for expert in range(count):
+            rows, ranks = np.nonzero(picked == expert)
+            if len(rows) == 0:
+                continue
+            gate, up = (self.linear(y[rows], what, expert=expert) for what in ("ffn_gate_exps", "ffn_up_exps"))
+            out[rows, ranks] = self.linear(self.activate(gate, up), "ffn_down_exps", expert=expert)
+        s = weights[:, :1] * out[:, 0]
+        for rank in range(1, used):
+            s = fma(weights[:, rank:rank + 1], out[:, rank], s)
+        return s
+
+    def feed_forward(self, y):
+        """What is added to x, one after the other."""
+        model, name, parts, kind = self.model, self.name, [], ""
+        if model.has(name + "ffn_gate_inp.weight"):
+            parts.append(self.experts(y))
+            kind = "_shexp"
+        if model.has(f"{name}ffn_up{kind}.weight"):
+            h = self.hidden(y, kind)
+            gate = model.vector(name + "ffn_gate_inp_shexp.weight")
+            if gate is not None:
+                g = np.zeros(len(y), F)
+                for i in range(y.shape[1]):
+                    g = fma(gate[i], y[:, i], g)
+                h = h * sigmoid(g)[:, None]
+            parts += self.parts_of(h, "ffn_down" + kind)
+        return parts
+
+    def parts_of(self, x, what):  # a product, and its bias
+        bias = self.model.vector(f"{self.name}{what}.bias")
+        product = self.model.matrix(f"{self.name}{what}.weight").times(x, self.planes)
+        return [product] if bias is None else [product, bias]
+
+    def run(self, x, turns, kv_type):  # 13, 17
+        model, name = self.model, self.name
+        two = model.has(name + "attn_norm_2.weight")
+        post = name + "post_attention_norm" if model.arch not in POST_IS_FFN else name + "none"
+        parallel = model.number("use_parallel_residual", model.arch in PARALLEL)
+        y = model.norm(x, name + ("attn_norm_2" if two else "attn_norm"))
+        attended = self.parts_of(self.attend(y, turns, kv_type), "attn_output")
+        if not parallel:
+            x = self.added(x, attended, post)
+        ffn_norm = next((norm for norm in ("ffn_norm", "post_attention_norm" if model.arch in POST_IS_FFN else "")
+                         if model.has(f"{name}{norm}.weight")), "attn_norm" if parallel else "none")
+        y = model.norm(x, name + ("attn_norm" if two else ffn_norm))
+        x = self.added(x, self.feed_forward(y), name + "post_ffw_norm")
+        return self.added(x, attended, post, True) if parallel else x
+
+    def added(self, x, parts, post, apart=False):
+        model, scale = self.model, self.model.residual_scale()
+        if not (apart or model.has(post + ".weight") or scale != 1):
+            for part in parts:
+                x = x + part
+            return x
+        z = parts[0]
+        for part in parts[1:]:
+            z = z + part
+        return x + model.norm(z, post) * scale
+
+
 def forward(model, ids, planes, kv_type):
-    width, heads = int(model.number("embedding_length")), int(model.number("attention.head_count"))
-    kv_heads = int(model.number("attention.head_count_kv", heads))
-    dim = int(model.number("attention.key_length", width // heads))
-    eps = F(model.number("attention.layer_norm_rms_epsilon"))
-    n_rot = int(model.number("rope.dimension_count", dim))
-    base = float(F(model.number("rope.freq_base", 10000.0)))
-    factors = model.vector("rope_freqs.weight")
-    pairs = [exp2(-(2.0 * i / n_rot) * log2(base)) for i in range(n_rot // 2)]
-    if factors is not None:
-        pairs = [f / float(factor) for f, factor in zip(pairs, factors)]
-    angles = [[sincos(float(p) * f) for f in pairs] for p in range(len(ids))]
-    sin, cos = (np.array([[pair[i] for pair in row] for row in angles], D).astype(F) for i in (0, 1))
-    scale = F(1) / np.sqrt(F(dim))
-    neox = model.arch == "qwen2"
-    window = int(model.number("attention.sliding_window", 0))
-    every = int(model.number("attention.sliding_window_pattern", 0))
-
     embedding = model.matrix("token_embd.weight")
-    x = np.stack([embedding.row(i) for i in ids])
-    for layer in range(int(model.number("block_count"))):
-        name = f"blk.{layer}."
-
-        def linear(what, y):
-            bias = model.vector(name + what + ".bias")
-            y = model.matrix(name + what + ".weight").times(y, planes)
-            return y if bias is None else y + bias
-
-        y = rms_norm(x, model.vector(name + "attn_norm.weight"), eps)
-        q, k, v = (linear(w, y).reshape(len(ids), -1, dim) for w in ("attn_q", "attn_k", "attn_v"))
-        q, k = rope(q, cos, sin, neox) * scale, rope(k, cos, sin, neox)
-        full = every and (layer + 1) % every == 0
-        y = attention(q, stored(k, kv_type), stored(v, kv_type), 0 if full else window)
-        x = x + linear("attn_output", y.reshape(len(ids), -1))
-        y = rms_norm(x, model.vector(name + "ffn_norm.weight"), eps)
-        gate, up = linear("ffn_gate", y), linear("ffn_up", y)
-        x = x + linear("ffn_down", (gate / (F(1) + exp(-gate))) * up)  # 8
-    x = rms_norm(x, model.vector("output_norm.weight"), eps)
-    output = "output.weight" if "output.weight" in model.tensors else "token_embd.weight"
-    return model.matrix(output).times(x, 2)
+    x = np.stack([embedding.row(i) for i in ids]) * model.embedding_scale()
+    if model.has("position_embd.weight"):
+        x = x + model.matrix("position_embd.weight").f32[:len(ids)]
+    tables = {}
+    for number in range(model.layers):
+        kind = bool(model.windows[number]), number % 4 if model.arch == "smollm3" else 0
+        if kind not in tables:
+            tables[kind] = angles(model, number, len(ids))
+        x = Layer(model, number, planes).run(x, tables[kind], kv_type)
+    x = model.norm(x, "output_norm")
+    logits = model.matrix("output.weight" if model.has("output.weight") else "token_embd.weight").times(x, 2)
+    bias = model.vector("output.bias")
+    logits = (logits if bias is None else logits + bias) * model.logit_scale()
+    return soft_cap(logits, F(model.number("final_logit_softcapping", 0.0)))
 
 
 def self_check():
@@ -511,19 +864,26 @@ def main():
     cases += [("llama", t, "fast", "f16") for t in
               ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", *LATER)]
     failed = 0
+
+    def check(path, title, ids, precision, kv_type):
+        subprocess.run([tiny_logits, path, dump, precision, kv_type, *map(str, ids)], check=True)
+        theirs = np.fromfile(dump, F).reshape(len(ids), -1)
+        ours = forward(Model(path), ids, 2 if precision == "fine" else 1, kv_type)
+        differ = int((ours.view(np.uint32) != theirs.view(np.uint32)).sum())
+        print(f"{title} {precision} {kv_type}: {ours.size} logits, {differ} differ", flush=True)
+        return differ != 0
+
     with tempfile.TemporaryDirectory() as folder:
         path, dump = os.path.join(folder, "tiny.gguf"), os.path.join(folder, "logits")
         for arch, types, precision, kv_type in cases:
             subprocess.run([write_tiny_model, path, arch, *types.split()], check=True)
-            model = Model(path)
-            ids = prompt(int(model.tensors["token_embd.weight"].shape[1]))[:12 if types in LATER else PROMPT]
-            subprocess.run([tiny_logits, path, dump, precision, kv_type, *map(str, ids)], check=True)
-            theirs = np.fromfile(dump, F).reshape(len(ids), -1)
-            ours = forward(model, ids, 2 if precision == "fine" else 1, kv_type)
-            differ = int((ours.view(np.uint32) != theirs.view(np.uint32)).sum())
-            print(f"{arch} {types} {precision} {kv_type}: {ours.size} logits, {differ} differ")
-            failed += differ != 0
-    print(f"{len(cases) - failed} passed, {failed} failed")
+            ids = prompt(299)[:12 if types in LATER else PROMPT]
+            failed += check(path, f"{arch} {types}", ids, precision, kv_type)
+        references = sorted(REFERENCES.glob("*.gguf"))
+        assert len(references) > 50, len(references)
+        for reference in references:
+            failed += check(str(reference), reference.stem, prompt(260)[:REFERENCE_PROMPT], "fast", "f32")
+    print(f"{len(cases) + len(references) - failed} passed, {failed} failed")
     sys.exit(failed != 0)
 
 
