@@ -294,7 +294,7 @@ Result<std::vector<std::byte>> Conversation::save(bool pages) {
     put(&header, sizeof header);
     put(history.data(), history.size());
     engine.cache.export_pages(std::span(*keys).first(end), at);
-    at += *page_bytes;
+    at += static_cast<size_t>(*page_bytes);
     const uint32_t sum = detail::crc32c(out.data(), out.size() - sizeof sum);
     put(&sum, sizeof sum);
     return out;
