@@ -17155,6 +17155,9 @@ private:
     std::string piece_bytes(std::string_view text, TokenKind kind) const {
         if (kind == TokenKind::byte) return byte_spelled(text);
         if (kind == TokenKind::control || kind == TokenKind::unknown) return std::string(text);
+        if (v_.algorithm == Algorithm::word_piece)  // only the start of a word is marked
+            return join(
+                {with_spaces(text.substr(0, 3)), text.substr(std::min(text.size(), size_t{3}))});
         if (!has_printable_bytes()) return with_spaces(text);
         return kind == TokenKind::user_defined ? std::string(text) : from_printable(text);
     }

@@ -406,7 +406,8 @@ def small_bert():
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(
+    corpus = [text.replace("\u2581", "") for text in CORPUS]  # GGUF spells ##\u2581 as it does a word's start
+    tokenizer.train_from_iterator(corpus, trainers.WordPieceTrainer(
         vocab_size=3000, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False))
     return tokenizer
 
