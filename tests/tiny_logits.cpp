@@ -36,7 +36,8 @@ std::vector<float> all_logits(Result<Gguf> file, const std::vector<Token>& ids, 
     std::vector<float> logits;
     for (size_t i = 0; i < ids.size(); i += piece) {
         const std::span<const Token> part(ids.data() + i, std::min(piece, ids.size() - i));
-        const auto rows = run_model::make_rows(part, uint32_t(i), pages, true);
+        auto rows = run_model::make_rows(part, uint32_t(i), pages, true);
+        for (BatchRow& row : rows) row.long_rope = ids.size() > model->spec->n_rope_context;
         if (auto ran = model->run(rows); !ran) die(ran.error().message);
         for (uint32_t row = 0; row < rows.size(); ++row) {
             const auto values = model->logits(row);
