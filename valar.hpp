@@ -10751,7 +10751,7 @@ struct AttentionTask {
     float* sum;                 ///< (queries)
     float* out;                 ///< (queries, out_stride)
     size_t out_stride;
-    float soft_cap = 0;  ///< of scores (definition, 15); 0: none. Only the scalar kernel heeds it
+    float soft_cap = 0;  ///< of scores (definition, 15); 0: none
 };
 
 /// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
@@ -10784,9 +10784,8 @@ struct Kernels {
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
                 float* y);
 void activate(Activation activation, const ActivationSpec& spec, float* x, const float* up,
-              size_t n);  ///< up may be null
-void apply_soft_cap(float* x, float cap, size_t n);
-void attention_with_soft_cap(const AttentionTask& task);
+              size_t n);                             ///< up may be null
+void apply_soft_cap(float* x, float cap, size_t n);  ///< cap 0: x stays as it is
 /// A score that takes weight and gives nothing, merged into the state of a query.
 void add_sink(float* max, float* sum, float* out, float score, size_t n);
 
@@ -12897,10 +12896,8 @@ void activate(Activation activation, const ActivationSpec& spec, float* x, const
 }
 
 void apply_soft_cap(float* x, float cap, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] = scalar::capped(x[i], cap);
+    for (size_t i = 0; cap != 0 && i < n; i++) x[i] = scalar::capped(x[i], cap);
 }
-
-void attention_with_soft_cap(const AttentionTask& task) { scalar::attention(task); }
 
 void add_sink(float* max, float* sum, float* out, float score, size_t n) {
     const float most = score > *max ? score : *max;
@@ -13151,6 +13148,7 @@ inline void attend_tile(const AttentionParts& parts, const AttentionTask& task,
     const bool f32 = task.kv_type == KvType::f32;
     parts.score[f32][count - 1](task, tile, first, last);
     for (uint32_t i = 0; i < count; i++) {
+        apply_soft_cap(tile.p[i] + tile.begin[i], task.soft_cap, tile.end[i] - tile.begin[i]);
         parts.weigh(tile.p[i], tile.begin[i], tile.end[i], task.max + query[i],
                     task.sum + query[i]);
         std::memset(tile.out[i], 0, task.head_dim * sizeof(float));
@@ -14997,8 +14995,10 @@ void attend(const AttentionTask& task, uint32_t query) {
         VALAR_UNROLL for (uint32_t i = 0; i < 4 * Q; i++)
             store(p[i / 4] + 16 * group + i % 4 * 4, acc[i / 4][i % 4]);
     }
-    for (uint32_t i = 0; i < Q; i++)
+    for (uint32_t i = 0; i < Q; i++) {
+        apply_soft_cap(p[i] + begin, task.soft_cap, end - begin);
         weigh(p[i], begin, end, task.max + query + i, task.sum + query + i);
+    }
     size_t e = 0;
     constexpr uint32_t W = 4;  // vectors of values at a time
     for (; e + 4 * W <= task.head_dim; e += 4 * W) {
@@ -27886,7 +27886,6 @@ private:
                        const AttentionState& to) const;
     void merge_split_row(uint32_t row);
 
-    void compute_attention(const AttentionTask& task) const;
     void finish_query(uint32_t head, float max, float sum, float* out) const;
 
     // The stages, in the order of stages_ (cpu_stages.cpp).
@@ -28804,7 +28803,7 @@ void CpuDecoder::multiply_logits_and_check(uint32_t first, uint32_t last, uint32
         float* logits = scratch_.logits + size_t{i} * output.rows;
         if (spec_->logit_scale != 1)
             kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
-        if (spec_->soft_cap != 0) apply_soft_cap(logits + begin, spec_->soft_cap, end - begin);
+        apply_soft_cap(logits + begin, spec_->soft_cap, end - begin);
         if (!all_finite(logits + begin, end - begin))
             bad_rows_[i].store(true, std::memory_order_relaxed);
     }
@@ -29158,11 +29157,6 @@ void CpuDecoder::merge_segment(uint32_t position, uint32_t segment, const Segmen
     std::memcpy(to.out, from.out, dim * sizeof(float));
 }
 
-void CpuDecoder::compute_attention(const AttentionTask& task) const {
-    if (task.soft_cap != 0) attention_with_soft_cap(task);
-    else kernels_->attention(task);
-}
-
 void CpuDecoder::finish_query(uint32_t head, float max, float sum, float* out) const {
     const size_t dim = layer().spec->head_dim;
     if (const float* sinks = layer().vector(TensorRole::sinks))
@@ -29194,7 +29188,7 @@ void CpuDecoder::attend_whole_rows(const AttentionUnit& unit, uint32_t kv_head,
     for (uint32_t segment = oldest / kSegment; segment < unit.last_segment; ++segment) {
         find_keys(unit, kv_head, segment, scratch, found);
         find_visible(unit, segment, scratch);
-        compute_attention(task);
+        kernels_->attention(task);
         for (uint32_t i = 0; i < task.queries; ++i)
             if (scratch.begin[i] < scratch.end[i])
                 merge_segment(
@@ -29238,7 +29232,7 @@ void CpuDecoder::attend_split_row(const AttentionUnit& unit, uint32_t kv_head,
     task.max = scratch_.part_max + at;
     task.sum = scratch_.part_sum + at;
     task.out = scratch_.part_out + at * spec.head_dim;
-    compute_attention(task);
+    kernels_->attention(task);
 }
 
 void CpuDecoder::merge_split_row(uint32_t row) {

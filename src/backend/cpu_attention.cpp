@@ -122,11 +122,6 @@ void CpuDecoder::merge_segment(uint32_t position, uint32_t segment, const Segmen
     std::memcpy(to.out, from.out, dim * sizeof(float));
 }
 
-void CpuDecoder::compute_attention(const AttentionTask& task) const {
-    if (task.soft_cap != 0) attention_with_soft_cap(task);
-    else kernels_->attention(task);
-}
-
 void CpuDecoder::finish_query(uint32_t head, float max, float sum, float* out) const {
     const size_t dim = layer().spec->head_dim;
     if (const float* sinks = layer().vector(TensorRole::sinks))
@@ -158,7 +153,7 @@ void CpuDecoder::attend_whole_rows(const AttentionUnit& unit, uint32_t kv_head,
     for (uint32_t segment = oldest / kSegment; segment < unit.last_segment; ++segment) {
         find_keys(unit, kv_head, segment, scratch, found);
         find_visible(unit, segment, scratch);
-        compute_attention(task);
+        kernels_->attention(task);
         for (uint32_t i = 0; i < task.queries; ++i)
             if (scratch.begin[i] < scratch.end[i])
                 merge_segment(
@@ -202,7 +197,7 @@ void CpuDecoder::attend_split_row(const AttentionUnit& unit, uint32_t kv_head,
     task.max = scratch_.part_max + at;
     task.sum = scratch_.part_sum + at;
     task.out = scratch_.part_out + at * spec.head_dim;
-    compute_attention(task);
+    kernels_->attention(task);
 }
 
 void CpuDecoder::merge_split_row(uint32_t row) {

@@ -193,7 +193,6 @@ private:
                        const AttentionState& to) const;
     void merge_split_row(uint32_t row);
 
-    void compute_attention(const AttentionTask& task) const;
     void finish_query(uint32_t head, float max, float sum, float* out) const;
 
     // The stages, in the order of stages_ (cpu_stages.cpp).

@@ -393,7 +393,7 @@ void CpuDecoder::multiply_logits_and_check(uint32_t first, uint32_t last, uint32
         float* logits = scratch_.logits + size_t{i} * output.rows;
         if (spec_->logit_scale != 1)
             kernels_->scale(logits + begin, spec_->logit_scale, end - begin);
-        if (spec_->soft_cap != 0) apply_soft_cap(logits + begin, spec_->soft_cap, end - begin);
+        apply_soft_cap(logits + begin, spec_->soft_cap, end - begin);
         if (!all_finite(logits + begin, end - begin))
             bad_rows_[i].store(true, std::memory_order_relaxed);
     }

@@ -300,7 +300,7 @@ struct AttentionTask {
     float* sum;                 ///< (queries)
     float* out;                 ///< (queries, out_stride)
     size_t out_stride;
-    float soft_cap = 0;  ///< of scores (definition, 15); 0: none. Only the scalar kernel heeds it
+    float soft_cap = 0;  ///< of scores (definition, 15); 0: none
 };
 
 /// The table of kernels of one instruction set. All pointers are filled. Alignment of float and
@@ -333,9 +333,8 @@ struct Kernels {
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
                 float* y);
 void activate(Activation activation, const ActivationSpec& spec, float* x, const float* up,
-              size_t n);  ///< up may be null
-void apply_soft_cap(float* x, float cap, size_t n);
-void attention_with_soft_cap(const AttentionTask& task);
+              size_t n);                             ///< up may be null
+void apply_soft_cap(float* x, float cap, size_t n);  ///< cap 0: x stays as it is
 /// A score that takes weight and gives nothing, merged into the state of a query.
 void add_sink(float* max, float* sum, float* out, float score, size_t n);
 

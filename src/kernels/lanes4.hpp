@@ -645,8 +645,10 @@ void attend(const AttentionTask& task, uint32_t query) {
         VALAR_UNROLL for (uint32_t i = 0; i < 4 * Q; i++)
             store(p[i / 4] + 16 * group + i % 4 * 4, acc[i / 4][i % 4]);
     }
-    for (uint32_t i = 0; i < Q; i++)
+    for (uint32_t i = 0; i < Q; i++) {
+        apply_soft_cap(p[i] + begin, task.soft_cap, end - begin);
         weigh(p[i], begin, end, task.max + query + i, task.sum + query + i);
+    }
     size_t e = 0;
     constexpr uint32_t W = 4;  // vectors of values at a time
     for (; e + 4 * W <= task.head_dim; e += 4 * W) {

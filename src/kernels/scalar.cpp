@@ -385,10 +385,8 @@ void activate(Activation activation, const ActivationSpec& spec, float* x, const
 }
 
 void apply_soft_cap(float* x, float cap, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] = scalar::capped(x[i], cap);
+    for (size_t i = 0; cap != 0 && i < n; i++) x[i] = scalar::capped(x[i], cap);
 }
-
-void attention_with_soft_cap(const AttentionTask& task) { scalar::attention(task); }
 
 void add_sink(float* max, float* sum, float* out, float score, size_t n) {
     const float most = score > *max ? score : *max;

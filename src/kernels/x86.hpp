@@ -145,6 +145,7 @@ inline void attend_tile(const AttentionParts& parts, const AttentionTask& task,
     const bool f32 = task.kv_type == KvType::f32;
     parts.score[f32][count - 1](task, tile, first, last);
     for (uint32_t i = 0; i < count; i++) {
+        apply_soft_cap(tile.p[i] + tile.begin[i], task.soft_cap, tile.end[i] - tile.begin[i]);
         parts.weigh(tile.p[i], tile.begin[i], tile.end[i], task.max + query[i],
                     task.sum + query[i]);
         std::memset(tile.out[i], 0, task.head_dim * sizeof(float));
