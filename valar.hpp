@@ -10777,14 +10777,16 @@ struct Kernels {
     /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
     void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
                             size_t n);
-    bool prefetches = false;  ///< whether matmul heeds MatmulTask::ahead
+    bool prefetches = false;                    ///< whether matmul heeds MatmulTask::ahead
+    void (*exp)(float* x, size_t n) = nullptr;  ///< x_i = e^x_i (definition, 7)
 };
 
 /// Operations that few models have: one code for all instruction sets (definition, 14 to 17).
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
                 float* y);
-void activate(Activation activation, const ActivationSpec& spec, float* x, const float* up,
-              size_t n);                             ///< up may be null
+/// Up may be null.
+void activate(const Kernels& kernels, Activation activation, const ActivationSpec& spec, float* x,
+              const float* up, size_t n);
 void apply_soft_cap(float* x, float cap, size_t n);  ///< cap 0: x stays as it is
 /// A score that takes weight and gives nothing, merged into the state of a query.
 void add_sink(float* max, float* sum, float* out, float score, size_t n);
@@ -12300,6 +12302,7 @@ void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool ne
           const float* cos_sin);
 void scale(float* x, float factor, size_t n);
 void add(float* x, const float* y, size_t n);
+void exp_all(float* x, size_t n);
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
               void* key_group, void* value_group);
 void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
@@ -12772,41 +12775,75 @@ float capped(float x, float cap) {
     return cap * (1.0f - 2.0f / (exp_once(u + u) + 1.0f));
 }
 
-float gelu_tanh(float x) {
-    constexpr float linear = 0x1.988454p+0f, cubic = 0x1.2444f2p-4f;  // 2 sqrt(2 / pi), * 0.044715
-    return x / (1.0f + exp_once(-(x * fma_once(x * x, cubic, linear))));
-}
+// Activations in three parts (definition, 8 and 16): what is raised to a power of e, that, and what is
+// made of x and it. The middle is a kernel of its own.
+struct Silu {
+    static float exponent(float x, const ActivationSpec&) { return -x; }
+    static float value(float x, float e, const ActivationSpec&) { return x / (1.0f + e); }
+};
 
-float gelu(float x) {
-    constexpr float coefficients[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
-                                      0.254829592f};
-    const float a = std::fabs(x) * 0x1.6a09e6p-1f, t = 1.0f / fma_once(0.3275911f, a, 1.0f);
-    float p = 0;
-    for (const float c : coefficients) p = fma_once(p, t, c);
-    const float tail = ((t * p) * exp_once(-(a * a))) * 0.5f;
-    return x * (x < 0 ? tail : 1.0f - tail);
-}
+struct GeluTanh {
+    static float exponent(float x, const ActivationSpec&) {
+        constexpr float linear = 0x1.988454p+0f,
+                        cubic = 0x1.2444f2p-4f;  // 2 sqrt(2 / pi), * 0.044715
+        return -(x * fma_once(x * x, cubic, linear));
+    }
+    static float value(float x, float e, const ActivationSpec&) { return x / (1.0f + e); }
+};
 
-void clamped_gate(float* gate, const float* up, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        const float g = gate[i] < 7.0f ? gate[i] : 7.0f;
-        const float u = up[i] < -7.0f ? -7.0f : up[i] > 7.0f ? 7.0f : up[i];
-        gate[i] = (u + 1.0f) * (g / (1.0f + exp_once(-(g * 1.702f))));
+struct Gelu {
+    static float scaled(float x) { return std::fabs(x) * 0x1.6a09e6p-1f; }
+    static float exponent(float x, const ActivationSpec&) { return -(scaled(x) * scaled(x)); }
+    static float value(float x, float e, const ActivationSpec&) {
+        constexpr float coefficients[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
+                                          0.254829592f};
+        const float t = 1.0f / fma_once(0.3275911f, scaled(x), 1.0f);
+        float p = 0;
+        for (const float c : coefficients) p = fma_once(p, t, c);
+        const float tail = ((t * p) * e) * 0.5f;
+        return x * (x < 0 ? tail : 1.0f - tail);
+    }
+};
+
+struct SiluClamped {  // without its u + 1
+    static float bounded(float gate) { return gate < 7.0f ? gate : 7.0f; }
+    static float exponent(float gate, const ActivationSpec&) { return -(bounded(gate) * 1.702f); }
+    static float value(float gate, float e, const ActivationSpec&) {
+        return bounded(gate) / (1.0f + e);
+    }
+};
+
+struct Xielu {
+    static float exponent(float x, const ActivationSpec& spec) {
+        return x < spec.most ? x : spec.most;
+    }
+    static float value(float x, float e, const ActivationSpec& spec) {
+        const float straight = spec.linear * x;
+        const float bent = x > 0 ? (spec.positive * x) * x : ((e - 1.0f) - x) * spec.negative;
+        return bent + straight;
+    }
+};
+
+template <class Act>
+void bend(const Kernels& table, const ActivationSpec& spec, float* x, size_t n) {
+    float e[64];
+    for (size_t count; n > 0; n -= count, x += count) {
+        count = std::min(n, std::size(e));
+        for (size_t i = 0; i < count; i++) e[i] = Act::exponent(x[i], spec);
+        table.exp(e, count);
+        for (size_t i = 0; i < count; i++) x[i] = Act::value(x[i], e[i], spec);
     }
 }
 
-void xielu(const ActivationSpec& spec, float* x, size_t n) {
+void relu_squared(const Kernels&, const ActivationSpec&, float* x, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        const float straight = spec.linear * x[i];
-        const float e = exp_once(x[i] < spec.most ? x[i] : spec.most) - 1.0f;
-        const float bent = x[i] > 0 ? (spec.positive * x[i]) * x[i] : (e - x[i]) * spec.negative;
-        x[i] = bent + straight;
+        const float r = x[i] > 0 ? x[i] : 0;
+        x[i] = r * r;
     }
 }
 
-float relu_squared(float x) {
-    const float r = x > 0 ? x : 0;
-    return r * r;
+void exp_all(float* x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = exp_once(x[i]);
 }
 
 void attend(const AttentionTask& task, uint32_t query) {
@@ -12866,6 +12903,7 @@ constexpr Kernels kernels = {
     .expand_kv = expand_kv,
     .attention = attention,
     .attention_merge = attention_merge,
+    .exp = exp_all,
 };
 
 }  // namespace scalar
@@ -12885,14 +12923,19 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
     }
 }
 
-void activate(Activation activation, const ActivationSpec& spec, float* x, const float* up,
-              size_t n) {
-    static constexpr float (*functions[])(float) = {silu_once, scalar::gelu, scalar::gelu_tanh,
-                                                    scalar::relu_squared};
-    if (activation == Activation::silu_clamped) return scalar::clamped_gate(x, up, n);
-    if (activation == Activation::xielu) return scalar::xielu(spec, x, n);
-    float (*const act)(float) = functions[static_cast<size_t>(activation)];
-    for (size_t i = 0; i < n; i++) x[i] = up ? act(x[i]) * up[i] : act(x[i]);
+void activate(const Kernels& kernels, Activation activation, const ActivationSpec& spec, float* x,
+              const float* up, size_t n) {
+    using Bend = void (*)(const Kernels&, const ActivationSpec&, float*, size_t);
+    static constexpr Bend bends[] = {
+        scalar::bend<scalar::Silu>,        scalar::bend<scalar::Gelu>,
+        scalar::bend<scalar::GeluTanh>,    scalar::relu_squared,
+        scalar::bend<scalar::SiluClamped>, scalar::bend<scalar::Xielu>};
+    bends[static_cast<size_t>(activation)](kernels, spec, x, n);
+    const auto other = [&](float u) {
+        if (activation != Activation::silu_clamped) return u;
+        return (u < -7.0f ? -7.0f : u > 7.0f ? 7.0f : u) + 1.0f;
+    };
+    for (size_t i = 0; up && i < n; i++) x[i] *= other(up[i]);
 }
 
 void apply_soft_cap(float* x, float cap, size_t n) {
@@ -13632,6 +13675,12 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
+void exp_all(float* x, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, exp8(_mm256_loadu_ps(x + i)));
+    for (; i < n; i++) x[i] = exp_once(x[i]);
+}
+
 template <Vnni kVnni>
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     multiply_pair(With<kVnni>::tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
@@ -13826,6 +13875,7 @@ constexpr Kernels kernels_with(const char* name, void (*matmul)(const MatmulTask
         .attention = attention,
         .attention_merge = attention_merge,
         .prefetches = true,
+        .exp = exp_all,
     };
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
@@ -14346,6 +14396,7 @@ constexpr Kernels kernels = {
     .attention = attention,
     .attention_merge = avx2::attention_merge,
     .prefetches = true,
+    .exp = avx2::exp_all,
 };
 
 }  // namespace avx512
@@ -14926,6 +14977,12 @@ inline void silu_mul(float* gate, const float* up, size_t n) {
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
+inline void exp_all(float* x, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) store(x + i, exp4(load(x + i)));
+    for (; i < n; i++) x[i] = exp_once(x[i]);
+}
+
 inline void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
                      void* key_group, void* value_group) {
     const size_t whole = head_dim / 4 * 4;
@@ -15122,6 +15179,7 @@ constexpr Kernels kernels_with(const char* name) {
         .expand_kv = scalar::expand_kv,
         .attention = attention,
         .attention_merge = attention_merge,
+        .exp = exp_all,
     };
 }
 
@@ -28762,7 +28820,8 @@ void CpuDecoder::activate_and_quantize(uint32_t first, uint32_t last, uint32_t) 
         end = group_end(row, last, sizes_.planes);
         for (uint32_t i = row; i < end; ++i) {
             float* const h = scratch_.h + i * n;
-            activate(spec.activation, spec.bend, h, spec.gated ? scratch_.up + i * n : nullptr, n);
+            activate(*kernels_, spec.activation, spec.bend, h,
+                     spec.gated ? scratch_.up + i * n : nullptr, n);
             weigh_shared(i, h);
         }
         if (matrix(TensorRole::down).quantized())
@@ -28993,8 +29052,8 @@ void CpuDecoder::activate_experts(uint32_t first, uint32_t last, uint32_t) {
     for (uint32_t i = first; i < last; ++i) {
         const ExpertGroup& group = scratch_.groups[i];
         float* const h = scratch_.gates + group.first * n;
-        activate(layer().spec->activation, layer().spec->bend, h, scratch_.ups + group.first * n,
-                 group.rows * n);
+        activate(*kernels_, layer().spec->activation, layer().spec->bend, h,
+                 scratch_.ups + group.first * n, group.rows * n);
         quantize_expert(group, h, n);
     }
 }

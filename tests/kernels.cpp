@@ -968,6 +968,39 @@ Segment make_segment(const Kernels& kernels, KvType type, uint32_t head_dim, uin
 
 }  // namespace
 
+TEST_CASE("kernels: exponentials, and the activations made of them") {
+    Random random{5};
+    std::vector<float> x = random.values(301, true), up = random.values(301, true);
+    const float edges[] = {0.0f, -0.0f, 88.0f, 89.0f, -87.0f, -87.5f, INFINITY, -INFINITY, 1e-30f};
+    std::copy(std::begin(edges), std::end(edges), x.begin() + 100);
+    const ActivationSpec spec{0.3f, 0.7f, 0.5f, -1e-6f};
+    for (const Kernels* k : available_kernels())
+        for (size_t n : {1u, 7u, 64u, 65u, 301u}) {
+            CAPTURE(k->name);
+            CAPTURE(n);
+            std::vector<float> got(x.begin(), x.begin() + n), want = got;
+            k->exp(got.data(), n);
+            for (float& value : want) value = exact_exp(value);
+            CHECK(same(want, got));
+            for (int each = 0; each <= static_cast<int>(Activation::xielu); each++) {
+                CAPTURE(each);
+                std::vector<float> mine(x.begin(), x.begin() + n), theirs = mine;
+                activate(*k, Activation(each), spec, mine.data(), up.data(), n);
+                activate(scalar(), Activation(each), spec, theirs.data(), up.data(), n);
+                const auto both_none = [](float a, float b) { return a != a && b != b; };
+                for (size_t i = 0; i < n; i++)
+                    if (both_none(mine[i], theirs[i])) mine[i] = theirs[i] = 0;
+                CHECK(same(theirs, mine));
+                if (Activation(each) != Activation::silu) continue;
+                theirs.assign(x.begin(), x.begin() + n);
+                k->silu_mul(theirs.data(), up.data(), n);
+                for (size_t i = 0; i < n; i++)
+                    if (theirs[i] != theirs[i]) theirs[i] = 0;
+                CHECK(same(theirs, mine));
+            }
+        }
+}
+
 TEST_CASE("kernels: attention") {
     for (KvType type : {KvType::f16, KvType::f32})
         for (uint32_t head_dim : {4u, 16u, 24u, 64u, 66u, 128u})

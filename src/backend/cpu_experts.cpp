@@ -187,8 +187,8 @@ void CpuDecoder::activate_experts(uint32_t first, uint32_t last, uint32_t) {
     for (uint32_t i = first; i < last; ++i) {
         const ExpertGroup& group = scratch_.groups[i];
         float* const h = scratch_.gates + group.first * n;
-        activate(layer().spec->activation, layer().spec->bend, h, scratch_.ups + group.first * n,
-                 group.rows * n);
+        activate(*kernels_, layer().spec->activation, layer().spec->bend, h,
+                 scratch_.ups + group.first * n, group.rows * n);
         quantize_expert(group, h, n);
     }
 }

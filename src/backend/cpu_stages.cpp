@@ -352,7 +352,8 @@ void CpuDecoder::activate_and_quantize(uint32_t first, uint32_t last, uint32_t) 
         end = group_end(row, last, sizes_.planes);
         for (uint32_t i = row; i < end; ++i) {
             float* const h = scratch_.h + i * n;
-            activate(spec.activation, spec.bend, h, spec.gated ? scratch_.up + i * n : nullptr, n);
+            activate(*kernels_, spec.activation, spec.bend, h,
+                     spec.gated ? scratch_.up + i * n : nullptr, n);
             weigh_shared(i, h);
         }
         if (matrix(TensorRole::down).quantized())

@@ -443,6 +443,12 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
+void exp_all(float* x, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, exp8(_mm256_loadu_ps(x + i)));
+    for (; i < n; i++) x[i] = exp_once(x[i]);
+}
+
 template <Vnni kVnni>
 void product(const TilePair& pair, const ColumnBatch& batch, PairSums sums) {
     multiply_pair(With<kVnni>::tile_kernels[pair.layout - packed_layouts], pair, batch, sums);
@@ -637,6 +643,7 @@ constexpr Kernels kernels_with(const char* name, void (*matmul)(const MatmulTask
         .attention = attention,
         .attention_merge = attention_merge,
         .prefetches = true,
+        .exp = exp_all,
     };
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);

@@ -508,6 +508,7 @@ constexpr Kernels kernels = {
     .attention = attention,
     .attention_merge = avx2::attention_merge,
     .prefetches = true,
+    .exp = avx2::exp_all,
 };
 
 }  // namespace avx512

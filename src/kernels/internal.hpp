@@ -326,14 +326,16 @@ struct Kernels {
     /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
     void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
                             size_t n);
-    bool prefetches = false;  ///< whether matmul heeds MatmulTask::ahead
+    bool prefetches = false;                    ///< whether matmul heeds MatmulTask::ahead
+    void (*exp)(float* x, size_t n) = nullptr;  ///< x_i = e^x_i (definition, 7)
 };
 
 /// Operations that few models have: one code for all instruction sets (definition, 14 to 17).
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n,
                 float* y);
-void activate(Activation activation, const ActivationSpec& spec, float* x, const float* up,
-              size_t n);                             ///< up may be null
+/// Up may be null.
+void activate(const Kernels& kernels, Activation activation, const ActivationSpec& spec, float* x,
+              const float* up, size_t n);
 void apply_soft_cap(float* x, float cap, size_t n);  ///< cap 0: x stays as it is
 /// A score that takes weight and gives nothing, merged into the state of a query.
 void add_sink(float* max, float* sum, float* out, float score, size_t n);

@@ -576,6 +576,12 @@ inline void silu_mul(float* gate, const float* up, size_t n) {
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
+inline void exp_all(float* x, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) store(x + i, exp4(load(x + i)));
+    for (; i < n; i++) x[i] = exp_once(x[i]);
+}
+
 inline void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
                      void* key_group, void* value_group) {
     const size_t whole = head_dim / 4 * 4;
@@ -772,6 +778,7 @@ constexpr Kernels kernels_with(const char* name) {
         .expand_kv = scalar::expand_kv,
         .attention = attention,
         .attention_merge = attention_merge,
+        .exp = exp_all,
     };
 }
 
