@@ -112,11 +112,12 @@
 // is included; with no more to do the rest of it is skipped.
 #if !defined(VALAR_HPP) || (defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED))
 
-_Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"At\")") _Pragma("push_macro(\"B16\")")
-_Pragma("push_macro(\"BOOL\")") _Pragma("push_macro(\"Begin\")") _Pragma("push_macro(\"Bound\")")
-_Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Call\")")
-_Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")")
-_Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Done\")")
+_Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"Any\")") _Pragma("push_macro(\"At\")")
+_Pragma("push_macro(\"B16\")") _Pragma("push_macro(\"BOOL\")") _Pragma("push_macro(\"Begin\")")
+_Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"C\")")
+_Pragma("push_macro(\"Call\")") _Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")")
+_Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")")
+_Pragma("push_macro(\"Difference\")") _Pragma("push_macro(\"Done\")")
 _Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")")
 _Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
 _Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"F16\")") _Pragma("push_macro(\"F32\")")
@@ -126,50 +127,52 @@ _Pragma("push_macro(\"Function\")") _Pragma("push_macro(\"G\")") _Pragma("push_m
 _Pragma("push_macro(\"HANDLE\")") _Pragma("push_macro(\"Handle\")") _Pragma("push_macro(\"In\")")
 _Pragma("push_macro(\"Input\")") _Pragma("push_macro(\"Item\")") _Pragma("push_macro(\"Items\")")
 _Pragma("push_macro(\"Iterator\")") _Pragma("push_macro(\"J\")") _Pragma("push_macro(\"Job\")")
-_Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Kind\")")
-_Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Length\")") _Pragma("push_macro(\"Level\")")
-_Pragma("push_macro(\"List\")") _Pragma("push_macro(\"Live\")") _Pragma("push_macro(\"Lo\")")
-_Pragma("push_macro(\"Loop\")") _Pragma("push_macro(\"Map\")") _Pragma("push_macro(\"Match\")")
-_Pragma("push_macro(\"Merge\")") _Pragma("push_macro(\"Mode\")") _Pragma("push_macro(\"Move\")")
+_Pragma("push_macro(\"Json\")") _Pragma("push_macro(\"K\")") _Pragma("push_macro(\"Key\")")
+_Pragma("push_macro(\"Kind\")") _Pragma("push_macro(\"L\")") _Pragma("push_macro(\"Length\")")
+_Pragma("push_macro(\"Level\")") _Pragma("push_macro(\"List\")") _Pragma("push_macro(\"Live\")")
+_Pragma("push_macro(\"Lo\")") _Pragma("push_macro(\"Loop\")") _Pragma("push_macro(\"Map\")")
+_Pragma("push_macro(\"Mark\")") _Pragma("push_macro(\"Match\")") _Pragma("push_macro(\"Merge\")")
+_Pragma("push_macro(\"Middle\")") _Pragma("push_macro(\"Mode\")") _Pragma("push_macro(\"Move\")")
 _Pragma("push_macro(\"MultiByteToWideChar\")") _Pragma("push_macro(\"N\")")
 _Pragma("push_macro(\"Nl\")") _Pragma("push_macro(\"No\")") _Pragma("push_macro(\"Node\")")
 _Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")") _Pragma("push_macro(\"Object\")")
-_Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")") _Pragma("push_macro(\"P\")")
-_Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
-_Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")") _Pragma("push_macro(\"Pi\")")
-_Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"R\")")
-_Pragma("push_macro(\"Range\")") _Pragma("push_macro(\"Read\")") _Pragma("push_macro(\"Reply\")")
-_Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Rest\")")
+_Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")") _Pragma("push_macro(\"Order\")")
+_Pragma("push_macro(\"P\")") _Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
+_Pragma("push_macro(\"Part\")") _Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")")
+_Pragma("push_macro(\"Pi\")") _Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Q\")")
+_Pragma("push_macro(\"R\")") _Pragma("push_macro(\"Range\")") _Pragma("push_macro(\"Read\")")
+_Pragma("push_macro(\"Reply\")") _Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Rest\")")
 _Pragma("push_macro(\"Result\")") _Pragma("push_macro(\"Role\")") _Pragma("push_macro(\"Route\")")
 _Pragma("push_macro(\"Row\")") _Pragma("push_macro(\"SIZE_T\")") _Pragma("push_macro(\"SOCKET\")")
 _Pragma("push_macro(\"STDC\")") _Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Scale\")")
-_Pragma("push_macro(\"Self\")") _Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Shape\")")
-_Pragma("push_macro(\"Side\")") _Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")")
-_Pragma("push_macro(\"Slice\")") _Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")")
-_Pragma("push_macro(\"Special\")") _Pragma("push_macro(\"Stage\")")
-_Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
-_Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"Style\")")
-_Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")")
-_Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Token\")")
-_Pragma("push_macro(\"Tool\")") _Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")")
-_Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"U\")") _Pragma("push_macro(\"ULONG\")")
-_Pragma("push_macro(\"Usage\")") _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")")
-_Pragma("push_macro(\"W\")") _Pragma("push_macro(\"WideCharToMultiByte\")")
-_Pragma("push_macro(\"Window\")") _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")")
-_Pragma("push_macro(\"a1\")") _Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")")
-_Pragma("push_macro(\"abs\")") _Pragma("push_macro(\"absolute\")")
-_Pragma("push_macro(\"accept\")") _Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")")
-_Pragma("push_macro(\"active\")") _Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")")
-_Pragma("push_macro(\"align\")") _Pragma("push_macro(\"alignas\")")
-_Pragma("push_macro(\"aligned\")") _Pragma("push_macro(\"aligned_alloc\")")
-_Pragma("push_macro(\"alignof\")") _Pragma("push_macro(\"all\")")
-_Pragma("push_macro(\"alternate\")") _Pragma("push_macro(\"always\")")
-_Pragma("push_macro(\"always_inline\")") _Pragma("push_macro(\"any\")")
-_Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")") _Pragma("push_macro(\"args\")")
-_Pragma("push_macro(\"argument\")") _Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")")
-_Pragma("push_macro(\"asprintf\")") _Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")")
-_Pragma("push_macro(\"atexit\")") _Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")")
-_Pragma("push_macro(\"atol\")") _Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")")
+_Pragma("push_macro(\"Self\")") _Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Set\")")
+_Pragma("push_macro(\"Shape\")") _Pragma("push_macro(\"Side\")") _Pragma("push_macro(\"Sink\")")
+_Pragma("push_macro(\"Sleep\")") _Pragma("push_macro(\"Slice\")") _Pragma("push_macro(\"Slot\")")
+_Pragma("push_macro(\"Socket\")") _Pragma("push_macro(\"Special\")")
+_Pragma("push_macro(\"Stage\")") _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")")
+_Pragma("push_macro(\"Status\")") _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")")
+_Pragma("push_macro(\"Style\")") _Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")")
+_Pragma("push_macro(\"Tensor\")") _Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")")
+_Pragma("push_macro(\"Todo\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")")
+_Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")")
+_Pragma("push_macro(\"U\")") _Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Usage\")")
+_Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")") _Pragma("push_macro(\"W\")")
+_Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
+_Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")") _Pragma("push_macro(\"a1\")")
+_Pragma("push_macro(\"abort\")") _Pragma("push_macro(\"above\")") _Pragma("push_macro(\"abs\")")
+_Pragma("push_macro(\"absolute\")") _Pragma("push_macro(\"accept\")")
+_Pragma("push_macro(\"access\")") _Pragma("push_macro(\"ack\")") _Pragma("push_macro(\"active\")")
+_Pragma("push_macro(\"add\")") _Pragma("push_macro(\"address\")") _Pragma("push_macro(\"align\")")
+_Pragma("push_macro(\"alignas\")") _Pragma("push_macro(\"aligned\")")
+_Pragma("push_macro(\"aligned_alloc\")") _Pragma("push_macro(\"alignof\")")
+_Pragma("push_macro(\"all\")") _Pragma("push_macro(\"alternate\")")
+_Pragma("push_macro(\"always\")") _Pragma("push_macro(\"always_inline\")")
+_Pragma("push_macro(\"any\")") _Pragma("push_macro(\"append\")") _Pragma("push_macro(\"apply\")")
+_Pragma("push_macro(\"args\")") _Pragma("push_macro(\"argument\")")
+_Pragma("push_macro(\"array\")") _Pragma("push_macro(\"as\")") _Pragma("push_macro(\"asprintf\")")
+_Pragma("push_macro(\"assign\")") _Pragma("push_macro(\"at\")") _Pragma("push_macro(\"atexit\")")
+_Pragma("push_macro(\"atof\")") _Pragma("push_macro(\"atoi\")") _Pragma("push_macro(\"atol\")")
+_Pragma("push_macro(\"atom\")") _Pragma("push_macro(\"atomic\")") _Pragma("push_macro(\"auto\")")
 _Pragma("push_macro(\"b\")") _Pragma("push_macro(\"b0\")") _Pragma("push_macro(\"b1\")")
 _Pragma("push_macro(\"back\")") _Pragma("push_macro(\"batch\")") _Pragma("push_macro(\"bcmp\")")
 _Pragma("push_macro(\"bcopy\")") _Pragma("push_macro(\"begin\")") _Pragma("push_macro(\"below\")")
@@ -198,15 +201,15 @@ _Pragma("push_macro(\"comment\")") _Pragma("push_macro(\"commit\")")
 _Pragma("push_macro(\"common\")") _Pragma("push_macro(\"compare\")")
 _Pragma("push_macro(\"complete\")") _Pragma("push_macro(\"compute\")")
 _Pragma("push_macro(\"concat\")") _Pragma("push_macro(\"concept\")")
-_Pragma("push_macro(\"condition\")") _Pragma("push_macro(\"connect\")")
-_Pragma("push_macro(\"const\")") _Pragma("push_macro(\"const_cast\")")
-_Pragma("push_macro(\"constant\")") _Pragma("push_macro(\"constants\")")
-_Pragma("push_macro(\"consteval\")") _Pragma("push_macro(\"constexpr\")")
-_Pragma("push_macro(\"constinit\")") _Pragma("push_macro(\"content\")")
-_Pragma("push_macro(\"context\")") _Pragma("push_macro(\"continue\")")
-_Pragma("push_macro(\"control\")") _Pragma("push_macro(\"copy\")") _Pragma("push_macro(\"cores\")")
-_Pragma("push_macro(\"cost\")") _Pragma("push_macro(\"count\")")
-_Pragma("push_macro(\"count_of\")") _Pragma("push_macro(\"cpu\")")
+_Pragma("push_macro(\"condition\")") _Pragma("push_macro(\"config\")")
+_Pragma("push_macro(\"connect\")") _Pragma("push_macro(\"const\")")
+_Pragma("push_macro(\"const_cast\")") _Pragma("push_macro(\"constant\")")
+_Pragma("push_macro(\"constants\")") _Pragma("push_macro(\"consteval\")")
+_Pragma("push_macro(\"constexpr\")") _Pragma("push_macro(\"constinit\")")
+_Pragma("push_macro(\"content\")") _Pragma("push_macro(\"context\")")
+_Pragma("push_macro(\"continue\")") _Pragma("push_macro(\"control\")")
+_Pragma("push_macro(\"copy\")") _Pragma("push_macro(\"cores\")") _Pragma("push_macro(\"cost\")")
+_Pragma("push_macro(\"count\")") _Pragma("push_macro(\"count_of\")") _Pragma("push_macro(\"cpu\")")
 _Pragma("push_macro(\"create\")") _Pragma("push_macro(\"cs\")") _Pragma("push_macro(\"ctime\")")
 _Pragma("push_macro(\"ctype\")") _Pragma("push_macro(\"cur\")") _Pragma("push_macro(\"current\")")
 _Pragma("push_macro(\"custom\")") _Pragma("push_macro(\"cut\")") _Pragma("push_macro(\"cycle\")")
@@ -219,30 +222,33 @@ _Pragma("push_macro(\"destroy\")") _Pragma("push_macro(\"detach\")")
 _Pragma("push_macro(\"device\")") _Pragma("push_macro(\"difference\")")
 _Pragma("push_macro(\"digit\")") _Pragma("push_macro(\"dim\")") _Pragma("push_macro(\"dims\")")
 _Pragma("push_macro(\"dirent\")") _Pragma("push_macro(\"div\")") _Pragma("push_macro(\"do\")")
-_Pragma("push_macro(\"done\")") _Pragma("push_macro(\"dot\")") _Pragma("push_macro(\"double\")")
-_Pragma("push_macro(\"down\")") _Pragma("push_macro(\"ds\")") _Pragma("push_macro(\"dst\")")
-_Pragma("push_macro(\"dup\")") _Pragma("push_macro(\"dup2\")")
+_Pragma("push_macro(\"document\")") _Pragma("push_macro(\"done\")") _Pragma("push_macro(\"dot\")")
+_Pragma("push_macro(\"double\")") _Pragma("push_macro(\"down\")") _Pragma("push_macro(\"ds\")")
+_Pragma("push_macro(\"dst\")") _Pragma("push_macro(\"dup\")") _Pragma("push_macro(\"dup2\")")
 _Pragma("push_macro(\"dynamic_cast\")") _Pragma("push_macro(\"e\")")
 _Pragma("push_macro(\"eaccess\")") _Pragma("push_macro(\"each\")") _Pragma("push_macro(\"echo\")")
 _Pragma("push_macro(\"eflags\")") _Pragma("push_macro(\"eight\")") _Pragma("push_macro(\"else\")")
-_Pragma("push_macro(\"empty\")") _Pragma("push_macro(\"encode\")") _Pragma("push_macro(\"end\")")
-_Pragma("push_macro(\"engine\")") _Pragma("push_macro(\"enter\")") _Pragma("push_macro(\"entry\")")
-_Pragma("push_macro(\"enum\")") _Pragma("push_macro(\"eof\")") _Pragma("push_macro(\"eps\")")
-_Pragma("push_macro(\"epsilon\")") _Pragma("push_macro(\"erase\")") _Pragma("push_macro(\"err\")")
-_Pragma("push_macro(\"error\")") _Pragma("push_macro(\"event\")") _Pragma("push_macro(\"exact\")")
-_Pragma("push_macro(\"except\")") _Pragma("push_macro(\"exchange\")")
-_Pragma("push_macro(\"exit\")") _Pragma("push_macro(\"exp2f\")") _Pragma("push_macro(\"expect\")")
-_Pragma("push_macro(\"explicit\")") _Pragma("push_macro(\"extend\")")
-_Pragma("push_macro(\"extension\")") _Pragma("push_macro(\"extern\")") _Pragma("push_macro(\"f\")")
-_Pragma("push_macro(\"f16\")") _Pragma("push_macro(\"f32\")") _Pragma("push_macro(\"f64\")")
-_Pragma("push_macro(\"fabs\")") _Pragma("push_macro(\"factor\")") _Pragma("push_macro(\"fail\")")
-_Pragma("push_macro(\"failed\")") _Pragma("push_macro(\"false\")") _Pragma("push_macro(\"fast\")")
-_Pragma("push_macro(\"fault\")") _Pragma("push_macro(\"fclose\")") _Pragma("push_macro(\"fcntl\")")
-_Pragma("push_macro(\"fdatasync\")") _Pragma("push_macro(\"fdopen\")")
-_Pragma("push_macro(\"feed\")") _Pragma("push_macro(\"feof\")") _Pragma("push_macro(\"ferror\")")
-_Pragma("push_macro(\"fflush\")") _Pragma("push_macro(\"fgets\")") _Pragma("push_macro(\"field\")")
-_Pragma("push_macro(\"fields\")") _Pragma("push_macro(\"file\")") _Pragma("push_macro(\"fileno\")")
-_Pragma("push_macro(\"fill\")") _Pragma("push_macro(\"filter\")") _Pragma("push_macro(\"final\")")
+_Pragma("push_macro(\"emit\")") _Pragma("push_macro(\"empty\")") _Pragma("push_macro(\"encode\")")
+_Pragma("push_macro(\"end\")") _Pragma("push_macro(\"engine\")") _Pragma("push_macro(\"enter\")")
+_Pragma("push_macro(\"entry\")") _Pragma("push_macro(\"enum\")") _Pragma("push_macro(\"eof\")")
+_Pragma("push_macro(\"eps\")") _Pragma("push_macro(\"epsilon\")") _Pragma("push_macro(\"erase\")")
+_Pragma("push_macro(\"err\")") _Pragma("push_macro(\"error\")") _Pragma("push_macro(\"event\")")
+_Pragma("push_macro(\"exact\")") _Pragma("push_macro(\"except\")")
+_Pragma("push_macro(\"exchange\")") _Pragma("push_macro(\"exit\")")
+_Pragma("push_macro(\"exp2f\")") _Pragma("push_macro(\"expand\")")
+_Pragma("push_macro(\"expect\")") _Pragma("push_macro(\"explicit\")")
+_Pragma("push_macro(\"extend\")") _Pragma("push_macro(\"extension\")")
+_Pragma("push_macro(\"extern\")") _Pragma("push_macro(\"f\")") _Pragma("push_macro(\"f16\")")
+_Pragma("push_macro(\"f32\")") _Pragma("push_macro(\"f64\")") _Pragma("push_macro(\"fabs\")")
+_Pragma("push_macro(\"factor\")") _Pragma("push_macro(\"fail\")") _Pragma("push_macro(\"failed\")")
+_Pragma("push_macro(\"fallthrough\")") _Pragma("push_macro(\"false\")")
+_Pragma("push_macro(\"fast\")") _Pragma("push_macro(\"fault\")") _Pragma("push_macro(\"fclose\")")
+_Pragma("push_macro(\"fcntl\")") _Pragma("push_macro(\"fdatasync\")")
+_Pragma("push_macro(\"fdopen\")") _Pragma("push_macro(\"feed\")") _Pragma("push_macro(\"feof\")")
+_Pragma("push_macro(\"ferror\")") _Pragma("push_macro(\"fflush\")")
+_Pragma("push_macro(\"fgets\")") _Pragma("push_macro(\"field\")") _Pragma("push_macro(\"fields\")")
+_Pragma("push_macro(\"file\")") _Pragma("push_macro(\"fileno\")") _Pragma("push_macro(\"fill\")")
+_Pragma("push_macro(\"filter\")") _Pragma("push_macro(\"final\")")
 _Pragma("push_macro(\"find_index\")") _Pragma("push_macro(\"finite\")")
 _Pragma("push_macro(\"first\")") _Pragma("push_macro(\"fixed\")") _Pragma("push_macro(\"flag\")")
 _Pragma("push_macro(\"flags\")") _Pragma("push_macro(\"float\")") _Pragma("push_macro(\"floor\")")
@@ -271,39 +277,39 @@ _Pragma("push_macro(\"gid_t\")") _Pragma("push_macro(\"given\")") _Pragma("push_
 _Pragma("push_macro(\"gmtime\")") _Pragma("push_macro(\"group\")") _Pragma("push_macro(\"gs\")")
 _Pragma("push_macro(\"h\")") _Pragma("push_macro(\"half\")") _Pragma("push_macro(\"handle\")")
 _Pragma("push_macro(\"hangup\")") _Pragma("push_macro(\"hash\")") _Pragma("push_macro(\"header\")")
-_Pragma("push_macro(\"help\")") _Pragma("push_macro(\"hex\")") _Pragma("push_macro(\"hidden\")")
-_Pragma("push_macro(\"high\")") _Pragma("push_macro(\"host\")") _Pragma("push_macro(\"hot\")")
-_Pragma("push_macro(\"http_version\")") _Pragma("push_macro(\"huge\")")
-_Pragma("push_macro(\"i\")") _Pragma("push_macro(\"i16\")") _Pragma("push_macro(\"i32\")")
-_Pragma("push_macro(\"i64\")") _Pragma("push_macro(\"i8\")") _Pragma("push_macro(\"id\")")
-_Pragma("push_macro(\"idle\")") _Pragma("push_macro(\"if\")") _Pragma("push_macro(\"ignore\")")
-_Pragma("push_macro(\"image\")") _Pragma("push_macro(\"in\")") _Pragma("push_macro(\"inbox\")")
-_Pragma("push_macro(\"index\")") _Pragma("push_macro(\"inet_ntop\")")
-_Pragma("push_macro(\"inet_pton\")") _Pragma("push_macro(\"infinity\")")
-_Pragma("push_macro(\"info\")") _Pragma("push_macro(\"init\")") _Pragma("push_macro(\"inline\")")
-_Pragma("push_macro(\"input\")") _Pragma("push_macro(\"int\")") _Pragma("push_macro(\"int64\")")
-_Pragma("push_macro(\"int_max\")") _Pragma("push_macro(\"int_min\")")
-_Pragma("push_macro(\"internal\")") _Pragma("push_macro(\"inv_pi\")") _Pragma("push_macro(\"io\")")
-_Pragma("push_macro(\"ip\")") _Pragma("push_macro(\"is\")") _Pragma("push_macro(\"isalnum\")")
-_Pragma("push_macro(\"isalpha\")") _Pragma("push_macro(\"isatty\")")
-_Pragma("push_macro(\"isblank\")") _Pragma("push_macro(\"iscntrl\")")
-_Pragma("push_macro(\"isdigit\")") _Pragma("push_macro(\"iseqsig\")")
-_Pragma("push_macro(\"isfinite\")") _Pragma("push_macro(\"isgraph\")")
-_Pragma("push_macro(\"isgreater\")") _Pragma("push_macro(\"isgreaterequal\")")
-_Pragma("push_macro(\"isinf\")") _Pragma("push_macro(\"isless\")")
-_Pragma("push_macro(\"islessequal\")") _Pragma("push_macro(\"islessgreater\")")
-_Pragma("push_macro(\"islower\")") _Pragma("push_macro(\"isnan\")")
-_Pragma("push_macro(\"isnormal\")") _Pragma("push_macro(\"isprint\")")
-_Pragma("push_macro(\"ispunct\")") _Pragma("push_macro(\"issignaling\")")
-_Pragma("push_macro(\"isspace\")") _Pragma("push_macro(\"isunordered\")")
-_Pragma("push_macro(\"isupper\")") _Pragma("push_macro(\"iswalnum\")")
-_Pragma("push_macro(\"iswalpha\")") _Pragma("push_macro(\"iswcntrl\")")
-_Pragma("push_macro(\"iswdigit\")") _Pragma("push_macro(\"iswgraph\")")
-_Pragma("push_macro(\"iswlower\")") _Pragma("push_macro(\"iswprint\")")
-_Pragma("push_macro(\"iswpunct\")") _Pragma("push_macro(\"iswspace\")")
-_Pragma("push_macro(\"iswupper\")") _Pragma("push_macro(\"iswxdigit\")")
-_Pragma("push_macro(\"isxdigit\")") _Pragma("push_macro(\"iszero\")")
-_Pragma("push_macro(\"item\")") _Pragma("push_macro(\"items\")")
+_Pragma("push_macro(\"height\")") _Pragma("push_macro(\"help\")") _Pragma("push_macro(\"hex\")")
+_Pragma("push_macro(\"hidden\")") _Pragma("push_macro(\"high\")") _Pragma("push_macro(\"host\")")
+_Pragma("push_macro(\"hot\")") _Pragma("push_macro(\"http_version\")")
+_Pragma("push_macro(\"huge\")") _Pragma("push_macro(\"i\")") _Pragma("push_macro(\"i16\")")
+_Pragma("push_macro(\"i32\")") _Pragma("push_macro(\"i64\")") _Pragma("push_macro(\"i8\")")
+_Pragma("push_macro(\"id\")") _Pragma("push_macro(\"idle\")") _Pragma("push_macro(\"if\")")
+_Pragma("push_macro(\"ignore\")") _Pragma("push_macro(\"image\")") _Pragma("push_macro(\"in\")")
+_Pragma("push_macro(\"inbox\")") _Pragma("push_macro(\"index\")")
+_Pragma("push_macro(\"inet_ntop\")") _Pragma("push_macro(\"inet_pton\")")
+_Pragma("push_macro(\"infinity\")") _Pragma("push_macro(\"info\")") _Pragma("push_macro(\"init\")")
+_Pragma("push_macro(\"inline\")") _Pragma("push_macro(\"input\")") _Pragma("push_macro(\"int\")")
+_Pragma("push_macro(\"int64\")") _Pragma("push_macro(\"int_max\")")
+_Pragma("push_macro(\"int_min\")") _Pragma("push_macro(\"internal\")")
+_Pragma("push_macro(\"inv_pi\")") _Pragma("push_macro(\"io\")") _Pragma("push_macro(\"ip\")")
+_Pragma("push_macro(\"is\")") _Pragma("push_macro(\"isalnum\")") _Pragma("push_macro(\"isalpha\")")
+_Pragma("push_macro(\"isatty\")") _Pragma("push_macro(\"isblank\")")
+_Pragma("push_macro(\"iscntrl\")") _Pragma("push_macro(\"isdigit\")")
+_Pragma("push_macro(\"iseqsig\")") _Pragma("push_macro(\"isfinite\")")
+_Pragma("push_macro(\"isgraph\")") _Pragma("push_macro(\"isgreater\")")
+_Pragma("push_macro(\"isgreaterequal\")") _Pragma("push_macro(\"isinf\")")
+_Pragma("push_macro(\"isless\")") _Pragma("push_macro(\"islessequal\")")
+_Pragma("push_macro(\"islessgreater\")") _Pragma("push_macro(\"islower\")")
+_Pragma("push_macro(\"isnan\")") _Pragma("push_macro(\"isnormal\")")
+_Pragma("push_macro(\"isprint\")") _Pragma("push_macro(\"ispunct\")")
+_Pragma("push_macro(\"issignaling\")") _Pragma("push_macro(\"isspace\")")
+_Pragma("push_macro(\"isunordered\")") _Pragma("push_macro(\"isupper\")")
+_Pragma("push_macro(\"iswalnum\")") _Pragma("push_macro(\"iswalpha\")")
+_Pragma("push_macro(\"iswcntrl\")") _Pragma("push_macro(\"iswdigit\")")
+_Pragma("push_macro(\"iswgraph\")") _Pragma("push_macro(\"iswlower\")")
+_Pragma("push_macro(\"iswprint\")") _Pragma("push_macro(\"iswpunct\")")
+_Pragma("push_macro(\"iswspace\")") _Pragma("push_macro(\"iswupper\")")
+_Pragma("push_macro(\"iswxdigit\")") _Pragma("push_macro(\"isxdigit\")")
+_Pragma("push_macro(\"iszero\")") _Pragma("push_macro(\"item\")") _Pragma("push_macro(\"items\")")
 _Pragma("push_macro(\"iterator\")") _Pragma("push_macro(\"j\")") _Pragma("push_macro(\"job\")")
 _Pragma("push_macro(\"join\")") _Pragma("push_macro(\"json\")") _Pragma("push_macro(\"k\")")
 _Pragma("push_macro(\"keep\")") _Pragma("push_macro(\"kernel\")") _Pragma("push_macro(\"key\")")
@@ -351,9 +357,10 @@ _Pragma("push_macro(\"off64_t\")") _Pragma("push_macro(\"off_t\")")
 _Pragma("push_macro(\"offset\")") _Pragma("push_macro(\"ok\")") _Pragma("push_macro(\"on\")")
 _Pragma("push_macro(\"one\")") _Pragma("push_macro(\"op\")") _Pragma("push_macro(\"open\")")
 _Pragma("push_macro(\"open64\")") _Pragma("push_macro(\"opendir\")")
-_Pragma("push_macro(\"operator\")") _Pragma("push_macro(\"option\")")
-_Pragma("push_macro(\"optional\")") _Pragma("push_macro(\"options\")")
-_Pragma("push_macro(\"order\")") _Pragma("push_macro(\"other\")") _Pragma("push_macro(\"out\")")
+_Pragma("push_macro(\"operator\")") _Pragma("push_macro(\"opposite\")")
+_Pragma("push_macro(\"option\")") _Pragma("push_macro(\"optional\")")
+_Pragma("push_macro(\"options\")") _Pragma("push_macro(\"order\")")
+_Pragma("push_macro(\"other\")") _Pragma("push_macro(\"out\")")
 _Pragma("push_macro(\"out_of_memory\")") _Pragma("push_macro(\"out_of_range\")")
 _Pragma("push_macro(\"output\")") _Pragma("push_macro(\"overflow\")")
 _Pragma("push_macro(\"override\")") _Pragma("push_macro(\"p\")") _Pragma("push_macro(\"p_type\")")
@@ -372,11 +379,12 @@ _Pragma("push_macro(\"pow\")") _Pragma("push_macro(\"power\")") _Pragma("push_ma
 _Pragma("push_macro(\"prefetch\")") _Pragma("push_macro(\"present\")")
 _Pragma("push_macro(\"prev\")") _Pragma("push_macro(\"print\")") _Pragma("push_macro(\"printf\")")
 _Pragma("push_macro(\"private\")") _Pragma("push_macro(\"prompt\")")
-_Pragma("push_macro(\"protected\")") _Pragma("push_macro(\"protocol\")")
-_Pragma("push_macro(\"ptr\")") _Pragma("push_macro(\"ptrdiff_t\")")
-_Pragma("push_macro(\"public\")") _Pragma("push_macro(\"push\")") _Pragma("push_macro(\"put\")")
-_Pragma("push_macro(\"putc\")") _Pragma("push_macro(\"putchar\")")
-_Pragma("push_macro(\"putenv\")") _Pragma("push_macro(\"puts\")") _Pragma("push_macro(\"putwc\")")
+_Pragma("push_macro(\"property\")") _Pragma("push_macro(\"protected\")")
+_Pragma("push_macro(\"protocol\")") _Pragma("push_macro(\"ptr\")")
+_Pragma("push_macro(\"ptrdiff_t\")") _Pragma("push_macro(\"public\")")
+_Pragma("push_macro(\"push\")") _Pragma("push_macro(\"put\")") _Pragma("push_macro(\"putc\")")
+_Pragma("push_macro(\"putchar\")") _Pragma("push_macro(\"putenv\")")
+_Pragma("push_macro(\"puts\")") _Pragma("push_macro(\"putwc\")")
 _Pragma("push_macro(\"putwchar\")") _Pragma("push_macro(\"pwrite\")") _Pragma("push_macro(\"q\")")
 _Pragma("push_macro(\"quad_t\")") _Pragma("push_macro(\"query\")") _Pragma("push_macro(\"queue\")")
 _Pragma("push_macro(\"quote\")") _Pragma("push_macro(\"r\")") _Pragma("push_macro(\"raise\")")
@@ -391,11 +399,11 @@ _Pragma("push_macro(\"ref\")") _Pragma("push_macro(\"refresh\")")
 _Pragma("push_macro(\"refused\")") _Pragma("push_macro(\"reinterpret_cast\")")
 _Pragma("push_macro(\"release\")") _Pragma("push_macro(\"remove\")")
 _Pragma("push_macro(\"rename\")") _Pragma("push_macro(\"render\")")
-_Pragma("push_macro(\"replace\")") _Pragma("push_macro(\"reply\")")
-_Pragma("push_macro(\"report\")") _Pragma("push_macro(\"request\")")
-_Pragma("push_macro(\"requires\")") _Pragma("push_macro(\"reserve\")")
-_Pragma("push_macro(\"reserved\")") _Pragma("push_macro(\"reset\")")
-_Pragma("push_macro(\"rest\")") _Pragma("push_macro(\"restore\")")
+_Pragma("push_macro(\"repeat\")") _Pragma("push_macro(\"replace\")")
+_Pragma("push_macro(\"reply\")") _Pragma("push_macro(\"report\")")
+_Pragma("push_macro(\"request\")") _Pragma("push_macro(\"requires\")")
+_Pragma("push_macro(\"reserve\")") _Pragma("push_macro(\"reserved\")")
+_Pragma("push_macro(\"reset\")") _Pragma("push_macro(\"rest\")") _Pragma("push_macro(\"restore\")")
 _Pragma("push_macro(\"result\")") _Pragma("push_macro(\"return\")")
 _Pragma("push_macro(\"reverse\")") _Pragma("push_macro(\"rewind\")")
 _Pragma("push_macro(\"right\")") _Pragma("push_macro(\"rindex\")") _Pragma("push_macro(\"ring\")")
@@ -432,42 +440,43 @@ _Pragma("push_macro(\"sp\")") _Pragma("push_macro(\"space\")") _Pragma("push_mac
 _Pragma("push_macro(\"special\")") _Pragma("push_macro(\"split\")")
 _Pragma("push_macro(\"sprintf\")") _Pragma("push_macro(\"sqrt\")")
 _Pragma("push_macro(\"srandom\")") _Pragma("push_macro(\"src\")")
-_Pragma("push_macro(\"ssize_t\")") _Pragma("push_macro(\"stage\")")
-_Pragma("push_macro(\"start\")") _Pragma("push_macro(\"stat\")") _Pragma("push_macro(\"state\")")
-_Pragma("push_macro(\"static\")") _Pragma("push_macro(\"static_assert\")")
-_Pragma("push_macro(\"static_cast\")") _Pragma("push_macro(\"stats\")")
-_Pragma("push_macro(\"status\")") _Pragma("push_macro(\"std\")") _Pragma("push_macro(\"step\")")
-_Pragma("push_macro(\"steps\")") _Pragma("push_macro(\"stop\")") _Pragma("push_macro(\"stopped\")")
-_Pragma("push_macro(\"storage\")") _Pragma("push_macro(\"store\")")
-_Pragma("push_macro(\"stpcpy\")") _Pragma("push_macro(\"stpncpy\")")
-_Pragma("push_macro(\"strcat\")") _Pragma("push_macro(\"strchr\")")
-_Pragma("push_macro(\"strcmp\")") _Pragma("push_macro(\"strcpy\")")
-_Pragma("push_macro(\"strcspn\")") _Pragma("push_macro(\"strdup\")")
-_Pragma("push_macro(\"strerror\")") _Pragma("push_macro(\"strerror_r\")")
-_Pragma("push_macro(\"strftime\")") _Pragma("push_macro(\"strict\")")
-_Pragma("push_macro(\"string\")") _Pragma("push_macro(\"strings\")")
-_Pragma("push_macro(\"strip\")") _Pragma("push_macro(\"strlen\")")
-_Pragma("push_macro(\"strncat\")") _Pragma("push_macro(\"strncmp\")")
-_Pragma("push_macro(\"strncpy\")") _Pragma("push_macro(\"strndup\")")
-_Pragma("push_macro(\"strnlen\")") _Pragma("push_macro(\"strpbrk\")")
-_Pragma("push_macro(\"strrchr\")") _Pragma("push_macro(\"strspn\")")
-_Pragma("push_macro(\"strstr\")") _Pragma("push_macro(\"strtod\")")
-_Pragma("push_macro(\"strtol\")") _Pragma("push_macro(\"strtoll\")")
-_Pragma("push_macro(\"strtoul\")") _Pragma("push_macro(\"struct\")")
-_Pragma("push_macro(\"style\")") _Pragma("push_macro(\"submit\")")
-_Pragma("push_macro(\"suffix\")") _Pragma("push_macro(\"sum\")") _Pragma("push_macro(\"swap\")")
-_Pragma("push_macro(\"switch\")") _Pragma("push_macro(\"swprintf\")")
-_Pragma("push_macro(\"symbol\")") _Pragma("push_macro(\"sync\")") _Pragma("push_macro(\"system\")")
-_Pragma("push_macro(\"t\")") _Pragma("push_macro(\"table\")") _Pragma("push_macro(\"tag\")")
-_Pragma("push_macro(\"tail\")") _Pragma("push_macro(\"take\")") _Pragma("push_macro(\"target\")")
-_Pragma("push_macro(\"task\")") _Pragma("push_macro(\"template\")") _Pragma("push_macro(\"ten\")")
+_Pragma("push_macro(\"ssize_t\")") _Pragma("push_macro(\"stack\")")
+_Pragma("push_macro(\"stage\")") _Pragma("push_macro(\"start\")") _Pragma("push_macro(\"stat\")")
+_Pragma("push_macro(\"state\")") _Pragma("push_macro(\"static\")")
+_Pragma("push_macro(\"static_assert\")") _Pragma("push_macro(\"static_cast\")")
+_Pragma("push_macro(\"stats\")") _Pragma("push_macro(\"status\")") _Pragma("push_macro(\"std\")")
+_Pragma("push_macro(\"step\")") _Pragma("push_macro(\"steps\")") _Pragma("push_macro(\"stop\")")
+_Pragma("push_macro(\"stopped\")") _Pragma("push_macro(\"storage\")")
+_Pragma("push_macro(\"store\")") _Pragma("push_macro(\"stpcpy\")")
+_Pragma("push_macro(\"stpncpy\")") _Pragma("push_macro(\"strcat\")")
+_Pragma("push_macro(\"strchr\")") _Pragma("push_macro(\"strcmp\")")
+_Pragma("push_macro(\"strcpy\")") _Pragma("push_macro(\"strcspn\")")
+_Pragma("push_macro(\"strdup\")") _Pragma("push_macro(\"strerror\")")
+_Pragma("push_macro(\"strerror_r\")") _Pragma("push_macro(\"strftime\")")
+_Pragma("push_macro(\"strict\")") _Pragma("push_macro(\"string\")")
+_Pragma("push_macro(\"strings\")") _Pragma("push_macro(\"strip\")")
+_Pragma("push_macro(\"strlen\")") _Pragma("push_macro(\"strncat\")")
+_Pragma("push_macro(\"strncmp\")") _Pragma("push_macro(\"strncpy\")")
+_Pragma("push_macro(\"strndup\")") _Pragma("push_macro(\"strnlen\")")
+_Pragma("push_macro(\"strpbrk\")") _Pragma("push_macro(\"strrchr\")")
+_Pragma("push_macro(\"strspn\")") _Pragma("push_macro(\"strstr\")")
+_Pragma("push_macro(\"strtod\")") _Pragma("push_macro(\"strtol\")")
+_Pragma("push_macro(\"strtoll\")") _Pragma("push_macro(\"strtoul\")")
+_Pragma("push_macro(\"struct\")") _Pragma("push_macro(\"style\")")
+_Pragma("push_macro(\"submit\")") _Pragma("push_macro(\"suffix\")") _Pragma("push_macro(\"sum\")")
+_Pragma("push_macro(\"swap\")") _Pragma("push_macro(\"switch\")")
+_Pragma("push_macro(\"swprintf\")") _Pragma("push_macro(\"symbol\")")
+_Pragma("push_macro(\"sync\")") _Pragma("push_macro(\"system\")") _Pragma("push_macro(\"t\")")
+_Pragma("push_macro(\"table\")") _Pragma("push_macro(\"tag\")") _Pragma("push_macro(\"tail\")")
+_Pragma("push_macro(\"take\")") _Pragma("push_macro(\"target\")") _Pragma("push_macro(\"task\")")
+_Pragma("push_macro(\"template\")") _Pragma("push_macro(\"ten\")")
 _Pragma("push_macro(\"tensor\")") _Pragma("push_macro(\"test\")") _Pragma("push_macro(\"text\")")
 _Pragma("push_macro(\"then\")") _Pragma("push_macro(\"this\")") _Pragma("push_macro(\"thread\")")
 _Pragma("push_macro(\"three\")") _Pragma("push_macro(\"throw\")") _Pragma("push_macro(\"tick\")")
 _Pragma("push_macro(\"tie\")") _Pragma("push_macro(\"tile\")") _Pragma("push_macro(\"time\")")
 _Pragma("push_macro(\"time_t\")") _Pragma("push_macro(\"timeout\")")
 _Pragma("push_macro(\"times\")") _Pragma("push_macro(\"timeval\")")
-_Pragma("push_macro(\"tmpfile\")") _Pragma("push_macro(\"token\")")
+_Pragma("push_macro(\"tmpfile\")") _Pragma("push_macro(\"todo\")") _Pragma("push_macro(\"token\")")
 _Pragma("push_macro(\"tokens\")") _Pragma("push_macro(\"tolower\")")
 _Pragma("push_macro(\"tool\")") _Pragma("push_macro(\"top\")") _Pragma("push_macro(\"tops\")")
 _Pragma("push_macro(\"total\")") _Pragma("push_macro(\"toupper\")") _Pragma("push_macro(\"trim\")")
@@ -506,6 +515,7 @@ _Pragma("push_macro(\"write\")") _Pragma("push_macro(\"writev\")") _Pragma("push
 _Pragma("push_macro(\"y\")") _Pragma("push_macro(\"yes\")") _Pragma("push_macro(\"yield\")")
 _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Add
+#undef Any
 #undef At
 #undef B16
 #undef BOOL
@@ -519,6 +529,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Count
 #undef Cs
 #undef DWORD
+#undef Difference
 #undef Done
 #undef Each
 #undef Engine
@@ -548,6 +559,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Job
 #undef Json
 #undef K
+#undef Key
 #undef Kind
 #undef L
 #undef Length
@@ -557,8 +569,10 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Lo
 #undef Loop
 #undef Map
+#undef Mark
 #undef Match
 #undef Merge
+#undef Middle
 #undef Mode
 #undef Move
 #undef MultiByteToWideChar
@@ -571,9 +585,11 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Object
 #undef Offset
 #undef Op
+#undef Order
 #undef P
 #undef Page
 #undef Parser
+#undef Part
 #undef Pending
 #undef Phase
 #undef Pi
@@ -596,6 +612,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Scale
 #undef Self
 #undef Server
+#undef Set
 #undef Shape
 #undef Side
 #undef Sink
@@ -616,6 +633,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Tensor
 #undef Text
 #undef Thread
+#undef Todo
 #undef Token
 #undef Tool
 #undef Turn
@@ -665,6 +683,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef atof
 #undef atoi
 #undef atol
+#undef atom
 #undef atomic
 #undef auto
 #undef b
@@ -735,6 +754,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef concat
 #undef concept
 #undef condition
+#undef config
 #undef connect
 #undef const
 #undef const_cast
@@ -784,6 +804,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef dirent
 #undef div
 #undef do
+#undef document
 #undef done
 #undef dot
 #undef double
@@ -800,6 +821,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef eflags
 #undef eight
 #undef else
+#undef emit
 #undef empty
 #undef encode
 #undef end
@@ -819,6 +841,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef exchange
 #undef exit
 #undef exp2f
+#undef expand
 #undef expect
 #undef explicit
 #undef extend
@@ -832,6 +855,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef factor
 #undef fail
 #undef failed
+#undef fallthrough
 #undef false
 #undef fast
 #undef fault
@@ -919,6 +943,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef hangup
 #undef hash
 #undef header
+#undef height
 #undef help
 #undef hex
 #undef hidden
@@ -1118,6 +1143,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef open64
 #undef opendir
 #undef operator
+#undef opposite
 #undef option
 #undef optional
 #undef options
@@ -1172,6 +1198,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef printf
 #undef private
 #undef prompt
+#undef property
 #undef protected
 #undef protocol
 #undef ptr
@@ -1219,6 +1246,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef remove
 #undef rename
 #undef render
+#undef repeat
 #undef replace
 #undef reply
 #undef report
@@ -1317,6 +1345,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef srandom
 #undef src
 #undef ssize_t
+#undef stack
 #undef stage
 #undef start
 #undef stat
@@ -1399,6 +1428,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef times
 #undef timeval
 #undef tmpfile
+#undef todo
 #undef token
 #undef tokens
 #undef tolower
@@ -1508,16 +1538,15 @@ _Pragma("push_macro(\"FreeResource\")") _Pragma("push_macro(\"GLYPHSET\")")
 _Pragma("push_macro(\"GROUP\")") _Pragma("push_macro(\"INPUT\")") _Pragma("push_macro(\"INT\")")
 _Pragma("push_macro(\"INT16\")") _Pragma("push_macro(\"INT32\")") _Pragma("push_macro(\"INT64\")")
 _Pragma("push_macro(\"INT8\")") _Pragma("push_macro(\"Index\")")
-_Pragma("push_macro(\"IsEqualGUID\")") _Pragma("push_macro(\"Key\")")
-_Pragma("push_macro(\"LIST_ENTRY\")") _Pragma("push_macro(\"LONG\")")
-_Pragma("push_macro(\"LONG64\")") _Pragma("push_macro(\"LPMINMAXINFO\")")
-_Pragma("push_macro(\"MSG\")") _Pragma("push_macro(\"Mask\")") _Pragma("push_macro(\"Message\")")
-_Pragma("push_macro(\"Msg\")") _Pragma("push_macro(\"PATTERN\")") _Pragma("push_macro(\"POINT\")")
-_Pragma("push_macro(\"PROC\")") _Pragma("push_macro(\"PSIZE\")") _Pragma("push_macro(\"PSTR\")")
-_Pragma("push_macro(\"Point\")") _Pragma("push_macro(\"Polygon\")")
-_Pragma("push_macro(\"Priority\")") _Pragma("push_macro(\"Protocol\")")
-_Pragma("push_macro(\"ProtocolRevision\")") _Pragma("push_macro(\"Ptr\")")
-_Pragma("push_macro(\"RECT\")") _Pragma("push_macro(\"Rectangle\")")
+_Pragma("push_macro(\"IsEqualGUID\")") _Pragma("push_macro(\"LIST_ENTRY\")")
+_Pragma("push_macro(\"LONG\")") _Pragma("push_macro(\"LONG64\")")
+_Pragma("push_macro(\"LPMINMAXINFO\")") _Pragma("push_macro(\"MSG\")")
+_Pragma("push_macro(\"Mask\")") _Pragma("push_macro(\"Message\")") _Pragma("push_macro(\"Msg\")")
+_Pragma("push_macro(\"PATTERN\")") _Pragma("push_macro(\"POINT\")") _Pragma("push_macro(\"PROC\")")
+_Pragma("push_macro(\"PSIZE\")") _Pragma("push_macro(\"PSTR\")") _Pragma("push_macro(\"Point\")")
+_Pragma("push_macro(\"Polygon\")") _Pragma("push_macro(\"Priority\")")
+_Pragma("push_macro(\"Protocol\")") _Pragma("push_macro(\"ProtocolRevision\")")
+_Pragma("push_macro(\"Ptr\")") _Pragma("push_macro(\"RECT\")") _Pragma("push_macro(\"Rectangle\")")
 _Pragma("push_macro(\"Region\")") _Pragma("push_macro(\"Reserved\")") _Pragma("push_macro(\"S\")")
 _Pragma("push_macro(\"SHORT\")") _Pragma("push_macro(\"SIZE\")")
 _Pragma("push_macro(\"SLIST_ENTRY\")") _Pragma("push_macro(\"SOCKADDR_IN\")")
@@ -1530,18 +1559,17 @@ _Pragma("push_macro(\"USHORT\")") _Pragma("push_macro(\"Version\")")
 _Pragma("push_macro(\"WORD\")") _Pragma("push_macro(\"X\")") _Pragma("push_macro(\"Y\")")
 _Pragma("push_macro(\"Zone\")") _Pragma("push_macro(\"a2\")") _Pragma("push_macro(\"action\")")
 _Pragma("push_macro(\"arg\")") _Pragma("push_macro(\"bottom\")")
-_Pragma("push_macro(\"callback\")") _Pragma("push_macro(\"color\")")
-_Pragma("push_macro(\"config\")") _Pragma("push_macro(\"crc\")") _Pragma("push_macro(\"cursor\")")
-_Pragma("push_macro(\"cy\")") _Pragma("push_macro(\"dllimport\")")
-_Pragma("push_macro(\"errno_t\")") _Pragma("push_macro(\"fract\")") _Pragma("push_macro(\"func\")")
-_Pragma("push_macro(\"gets\")") _Pragma("push_macro(\"height\")") _Pragma("push_macro(\"hi\")")
-_Pragma("push_macro(\"htonl\")") _Pragma("push_macro(\"htons\")")
+_Pragma("push_macro(\"callback\")") _Pragma("push_macro(\"color\")") _Pragma("push_macro(\"crc\")")
+_Pragma("push_macro(\"cursor\")") _Pragma("push_macro(\"cy\")")
+_Pragma("push_macro(\"dllimport\")") _Pragma("push_macro(\"errno_t\")")
+_Pragma("push_macro(\"fract\")") _Pragma("push_macro(\"func\")") _Pragma("push_macro(\"gets\")")
+_Pragma("push_macro(\"hi\")") _Pragma("push_macro(\"htonl\")") _Pragma("push_macro(\"htons\")")
 _Pragma("push_macro(\"iswascii\")") _Pragma("push_macro(\"keyboard\")")
 _Pragma("push_macro(\"len\")") _Pragma("push_macro(\"mod\")")
 _Pragma("push_macro(\"mouse_event\")") _Pragma("push_macro(\"nonnull\")")
 _Pragma("push_macro(\"ntohl\")") _Pragma("push_macro(\"ntohs\")") _Pragma("push_macro(\"psize\")")
 _Pragma("push_macro(\"rotation\")") _Pragma("push_macro(\"st_atime\")")
-_Pragma("push_macro(\"stack\")") _Pragma("push_macro(\"str\")") _Pragma("push_macro(\"strcmpi\")")
+_Pragma("push_macro(\"str\")") _Pragma("push_macro(\"strcmpi\")")
 _Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
 #undef ACCESS_MASK
 #undef ATOM
@@ -1576,7 +1604,6 @@ _Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
 #undef INT8
 #undef Index
 #undef IsEqualGUID
-#undef Key
 #undef LIST_ENTRY
 #undef LONG
 #undef LONG64
@@ -1628,7 +1655,6 @@ _Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
 #undef bottom
 #undef callback
 #undef color
-#undef config
 #undef crc
 #undef cursor
 #undef cy
@@ -1637,7 +1663,6 @@ _Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
 #undef fract
 #undef func
 #undef gets
-#undef height
 #undef hi
 #undef htonl
 #undef htons
@@ -1652,7 +1677,6 @@ _Pragma("push_macro(\"stricmp\")") _Pragma("push_macro(\"strnicmp\")")
 #undef psize
 #undef rotation
 #undef st_atime
-#undef stack
 #undef str
 #undef strcmpi
 #undef stricmp
@@ -25860,6 +25884,5469 @@ std::unique_ptr<OutputParser> mark_parser(std::shared_ptr<const AnswerSyntax> sy
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
+// ---- src/grammar/dfa.hpp -----------------------------------------------------------------------
+
+// Deterministic automata over bytes: what terminals of a grammar are.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr uint32_t unlimited = UINT32_MAX;
+
+/// What one grammar may cost to compile, so that hostile ones end soon.
+struct Budget {
+    uint32_t states = 200'000;   ///< of all automata together
+    uint64_t work = 1'500'000;   ///< transitions computed; 250 ms are never reached
+    uint64_t bytes = 24u << 20;  ///< of tables
+    bool take(uint64_t amount) {
+        if (work < amount) return work = 0, false;
+        work -= amount;
+        return true;
+    }
+    bool spent() const { return work == 0; }
+};
+Error budget_error();  ///< invalid_request, code invalid_json_schema
+
+/// Bytes fall into classes so that what a whole subtree of a vocabulary holds fits 64 bits: a state
+/// that loops on all classes of a text is in the same state behind it.
+inline constexpr uint32_t class_multibyte = 62;   ///< a whole code point of two to four bytes
+inline constexpr uint32_t class_broken = 63;      ///< a byte that is part of none
+const std::array<uint8_t, 256>& token_classes();  ///< of ASCII; above it class_broken
+
+/// Immutable after it was made. State 0 is the dead one, 1 the first; every other state leads to an
+/// accepting one. Characters are counted where `boundary` says that one has ended.
+struct Dfa {
+    static constexpr uint32_t dead = 0, start = 1;
+    std::array<uint8_t, 256> classes = {};
+    uint32_t class_count = 1;
+    std::vector<uint32_t> next;      // (states, class_count)
+    std::vector<int32_t> label;      // -1: does not accept here
+    std::vector<uint8_t> boundary;   // no character is unfinished here
+    std::vector<uint32_t> shortest;  // characters to the nearest end
+    std::vector<uint32_t> longest;   // to the farthest; unlimited
+    std::vector<uint64_t> loops;     // token classes that lead from the state to itself
+    bool even = true;                // every number of characters between the two has an end, too
+    size_t states() const { return label.size(); }
+    bool empty() const { return states() <= start || shortest[start] == unlimited; }
+    uint32_t step(uint32_t state, uint8_t byte) const {
+        return next[size_t(state) * class_count + classes[byte]];
+    }
+    int32_t match(std::string_view text) const;  ///< the label at its end, or -1
+};
+using DfaPtr = std::shared_ptr<const Dfa>;
+
+/// An automaton as rules: its states are lists of numbers, found as they are needed.
+class Machine {
+public:
+    using Key = std::vector<uint32_t>;
+    virtual ~Machine() = default;
+    virtual Key first() = 0;
+    virtual bool step(const Key& from, uint8_t byte, Key& to) = 0;  ///< false: dead
+    virtual int32_t label(const Key& key) = 0;
+    virtual bool boundary(const Key&) { return true; }
+    std::array<uint8_t, 256> classes = {};  ///< bytes that are never told apart
+    uint32_t class_count = 1;
+};
+/// Where byte ranges begin and end; gives classes.
+class ByteClasses {
+public:
+    void add(uint8_t low, uint8_t high) {
+        cut_[low] = true;
+        cut_[high + 1u] = true;
+    }
+    void add(const Dfa& dfa) {
+        for (unsigned b = 1; b < 256; ++b)
+            if (dfa.classes[b] != dfa.classes[b - 1]) cut_[b] = true;
+    }
+    void set(Machine& machine) const;
+
+private:
+    std::array<bool, 257> cut_ = {};
+};
+Result<DfaPtr> make_dfa(Machine& machine, Budget& budget);
+
+/// Both; `label` is that of the first.
+Result<DfaPtr> intersect(const DfaPtr& a, const DfaPtr& b, Budget& budget);
+/// What the first accepts and the second does not.
+Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget);
+/// The texts of `all`; the label has bit i set where `parts[i]` accepts.
+Result<DfaPtr> label_by(const DfaPtr& all, std::span<const DfaPtr> parts, Budget& budget);
+/// One of these texts.
+Result<DfaPtr> texts_dfa(std::span<const std::string> texts, Budget& budget);
+/// Lengths in characters become part of the automaton.
+Result<DfaPtr> limit_length(const DfaPtr& a, uint32_t least, uint32_t most, Budget& budget);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/grammar/dfa.cpp -----------------------------------------------------------------------
+
+// >>grammar
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+Error budget_error() {
+    return make_error(
+        ErrorKind::invalid_request,
+        "the grammar is too large: more than 200,000 states, or too much work to compile",
+        "invalid_json_schema");
+}
+
+const std::array<uint8_t, 256>& token_classes() {
+    static const std::array<uint8_t, 256> classes = [] {
+        std::array<uint8_t, 256> out = {};
+        uint8_t next = 8;  // 0 to 7: letters, digits, controls
+        for (unsigned b = 0; b < 256; ++b) {
+            const auto between = [&](char low, char high) {
+                return b >= uint8_t(low) && b <= uint8_t(high);
+            };
+            if (b >= 0x80) out[b] = class_broken;
+            else if (b == '\t' || b == '\n' || b == '\r') out[b] = next++;
+            else if (b < 0x20 || b == 0x7F) out[b] = 0;
+            else if (b == '0') out[b] = 1;
+            else if (between('1', '9')) out[b] = 2;
+            else if (between('A', 'F')) out[b] = 3;
+            else if (between('G', 'Z')) out[b] = 4;
+            else if (between('a', 'f')) out[b] = 5;
+            else if (between('g', 'z')) out[b] = 6;
+            else out[b] = next++;
+        }
+        return out;
+    }();
+    return classes;
+}
+
+int32_t Dfa::match(std::string_view text) const {
+    uint32_t state = start;
+    for (const char c : text) {
+        if (state == dead || states() <= start) return -1;
+        state = step(state, uint8_t(c));
+    }
+    return state == dead || states() <= start ? -1 : label[state];
+}
+
+void ByteClasses::set(Machine& machine) const {
+    uint32_t id = 0;
+    for (unsigned b = 0; b < 256; ++b) {
+        if (b && cut_[b]) ++id;
+        machine.classes[b] = uint8_t(id);
+    }
+    machine.class_count = id + 1;
+}
+
+namespace {
+
+struct KeyHash {
+    size_t operator()(const Machine::Key& key) const {
+        uint64_t hash = 1469598103934665603u;
+        for (const uint32_t v : key) hash = (hash ^ v) * 1099511628211u;
+        return size_t(hash ^ hash >> 29);
+    }
+};
+
+// Breadth first from the first state; then what cannot reach an end is cut off.
+class DfaMaker {
+public:
+    DfaMaker(Machine& machine, Budget& budget) : machine_(machine), budget_(budget) {}
+    Result<DfaPtr> make() {
+        dfa_ = std::make_shared<Dfa>();
+        dfa_->classes = machine_.classes;
+        dfa_->class_count = machine_.class_count;
+        for (unsigned b = 256; b-- > 0;) sample_[machine_.classes[b]] = uint8_t(b);
+        dfa_->next.assign(dfa_->class_count, Dfa::dead);
+        keys_.push_back(nullptr);
+        if (!state_of(machine_.first())) return budget_error();
+        Machine::Key to;
+        for (uint32_t from = Dfa::start; from < keys_.size(); ++from)
+            for (uint32_t c = 0; c < dfa_->class_count; ++c) {
+                if (!budget_.take(1)) return budget_error();
+                to.clear();
+                uint32_t state = Dfa::dead;
+                if (machine_.step(*keys_[from], sample_[c], to) && !(state = state_of(to)))
+                    return budget_error();
+                dfa_->next[size_t(from) * dfa_->class_count + c] = state;
+            }
+        finish();
+        return DfaPtr(dfa_);
+    }
+
+private:
+    uint32_t state_of(const Machine::Key& key) {
+        const auto [at, is_new] = ids_.try_emplace(key, uint32_t(keys_.size()));
+        if (is_new) {
+            const uint64_t bytes = uint64_t(dfa_->class_count) * 4 + key.size() * 4 + 120;
+            if (!budget_.states || budget_.bytes < bytes || !budget_.take(1 + key.size() / 4))
+                return 0;
+            --budget_.states;
+            budget_.bytes -= bytes;
+            keys_.push_back(&at->first);
+            dfa_->next.resize(dfa_->next.size() + dfa_->class_count, Dfa::dead);
+        }
+        return at->second;
+    }
+    void finish() {
+        const size_t count = keys_.size();
+        dfa_->label.assign(count, -1);
+        dfa_->boundary.assign(count, 1);
+        for (size_t s = Dfa::start; s < count; ++s) {
+            dfa_->boundary[s] = machine_.boundary(*keys_[s]);
+            dfa_->label[s] = dfa_->boundary[s] ? machine_.label(*keys_[s]) : -1;
+        }
+        find_distances();
+        for (uint32_t& to : dfa_->next)
+            if (dfa_->shortest[to] == unlimited) to = Dfa::dead;
+        find_longest();
+        find_loops();
+    }
+    // Characters to the nearest end, backwards over the transitions: 0-1 breadth first.
+    void find_distances() {
+        const size_t count = keys_.size();
+        std::vector<uint32_t> begin(count + 1), from(dfa_->next.size());
+        for (const uint32_t to : dfa_->next) ++begin[to];
+        uint32_t sum = 0;
+        for (uint32_t& b : begin) sum += std::exchange(b, sum);
+        std::vector<uint32_t> at(begin.begin(), begin.end());
+        for (size_t i = 0; i < dfa_->next.size(); ++i)
+            from[at[dfa_->next[i]]++] = uint32_t(i / dfa_->class_count);
+        dfa_->shortest.assign(count, unlimited);
+        std::vector<uint32_t> level, next_level;
+        for (uint32_t s = Dfa::start; s < count; ++s)
+            if (dfa_->label[s] >= 0) dfa_->shortest[s] = 0, level.push_back(s);
+        for (uint32_t distance = 0; !level.empty(); ++distance, level.swap(next_level)) {
+            next_level.clear();
+            for (size_t i = 0; i < level.size(); ++i) {
+                const uint32_t s = level[i];
+                if (dfa_->shortest[s] != distance) continue;
+                const uint32_t d = distance + (dfa_->boundary[s] ? 1 : 0);
+                for (uint32_t e = begin[s]; e < begin[s + 1]; ++e) {
+                    if (from[e] == Dfa::dead || dfa_->shortest[from[e]] <= d) continue;
+                    dfa_->shortest[from[e]] = d;
+                    (d == distance ? level : next_level).push_back(from[e]);
+                }
+            }
+        }
+    }
+    // The farthest end, by depth first; a cycle makes it unlimited. `even`: no length between the
+    // two is missing, which the sets of lengths of small automata tell.
+    void find_longest() {
+        const size_t count = keys_.size();
+        dfa_->longest.assign(count, 0);
+        std::vector<uint32_t> degree(count), order;
+        const uint32_t width = dfa_->class_count;
+        std::vector<std::vector<uint32_t>> from(count);
+        for (uint32_t s = Dfa::start; s < count; ++s)
+            for (uint32_t c = 0; c < width; ++c) {
+                const uint32_t to = dfa_->next[size_t(s) * width + c];
+                if (to != Dfa::dead && (from[to].empty() || from[to].back() != s))
+                    from[to].push_back(s), ++degree[s];
+            }
+        for (uint32_t s = Dfa::start; s < count; ++s)
+            if (!degree[s]) order.push_back(s);
+        for (size_t i = 0; i < order.size(); ++i)
+            for (const uint32_t f : from[order[i]]) {
+                dfa_->longest[f] = std::max(
+                    dfa_->longest[f], dfa_->longest[order[i]] + (dfa_->boundary[order[i]] ? 1 : 0));
+                if (!--degree[f]) order.push_back(f);
+            }
+        for (uint32_t s = Dfa::start; s < count; ++s)
+            if (degree[s]) dfa_->longest[s] = unlimited;
+        find_even();
+    }
+    // From every state to every length between: enough that each state has a successor one shorter
+    // in both, or that an endless one loops by single characters.
+    void find_even() {
+        const uint32_t width = dfa_->class_count;
+        for (uint32_t s = Dfa::start; s < keys_.size() && dfa_->even; ++s) {
+            if (dfa_->shortest[s] == unlimited) continue;
+            if (dfa_->shortest[s] == dfa_->longest[s]) continue;
+            // The lengths of the successors, each an interval, must leave no gap.
+            std::vector<std::pair<uint64_t, uint64_t>> spans;
+            if (dfa_->label[s] >= 0) spans.push_back({0, 0});
+            for (uint32_t c = 0; c < width; ++c) {
+                const uint32_t to = dfa_->next[size_t(s) * width + c];
+                if (to == Dfa::dead) continue;
+                const uint64_t one = dfa_->boundary[to] ? 1 : 0;
+                const uint64_t last = dfa_->longest[to] == unlimited ? uint64_t(unlimited)
+                                                                     : dfa_->longest[to] + one;
+                spans.push_back({dfa_->shortest[to] + one, last});
+            }
+            std::sort(spans.begin(), spans.end());
+            uint64_t reached = spans.empty() ? 0 : spans[0].second;
+            for (const auto& [low, high] : spans) {
+                if (low > reached + 1) dfa_->even = false;
+                reached = std::max(reached, high);
+            }
+        }
+    }
+    void find_loops() {
+        dfa_->loops.assign(keys_.size(), 0);
+        const auto& classes = token_classes();
+        for (uint32_t s = Dfa::start; s < keys_.size(); ++s) {
+            uint64_t loops = ~uint64_t{0};
+            bool any = false;
+            for (unsigned b = 0; b < 256; ++b)
+                if (dfa_->step(s, uint8_t(b)) != s) loops &= ~(uint64_t{1} << classes[b]);
+                else any = any || b < 0x80;
+            if (!any || !dfa_->boundary[s]) continue;
+            if (!loops_on_multibyte(s)) loops &= ~(uint64_t{1} << class_multibyte);
+            dfa_->loops[s] = loops;
+        }
+    }
+    // All well-formed code points lead back to the state. Bytes of one class need one try.
+    bool loops_on_multibyte(uint32_t s) const {
+        const auto all = [&](uint32_t from, unsigned low, unsigned high, const auto& then) {
+            uint32_t last = UINT32_MAX;
+            for (unsigned b = low; b <= high; ++b) {
+                if (dfa_->classes[b] == last) continue;
+                last = dfa_->classes[b];
+                const uint32_t to = dfa_->step(from, uint8_t(b));
+                if (to == Dfa::dead || !then(to)) return false;
+            }
+            return true;
+        };
+        const auto back = [&](uint32_t to) { return to == s; };
+        const auto one = [&](uint32_t from) { return all(from, 0x80, 0xBF, back); };
+        const auto two = [&](uint32_t from) { return all(from, 0x80, 0xBF, one); };
+        return all(s, 0xC2, 0xDF, one) &&
+               all(s, 0xE0, 0xE0, [&](uint32_t t) { return all(t, 0xA0, 0xBF, one); }) &&
+               all(s, 0xE1, 0xEC, two) &&
+               all(s, 0xED, 0xED, [&](uint32_t t) { return all(t, 0x80, 0x9F, one); }) &&
+               all(s, 0xEE, 0xEF, two) &&
+               all(s, 0xF0, 0xF0, [&](uint32_t t) { return all(t, 0x90, 0xBF, two); }) &&
+               all(s, 0xF1, 0xF3, [&](uint32_t t) { return all(t, 0x80, 0xBF, two); }) &&
+               all(s, 0xF4, 0xF4, [&](uint32_t t) { return all(t, 0x80, 0x8F, two); });
+    }
+
+    Machine& machine_;
+    Budget& budget_;
+    std::shared_ptr<Dfa> dfa_;
+    std::array<uint8_t, 256> sample_ = {};
+    std::unordered_map<Machine::Key, uint32_t, KeyHash> ids_;
+    std::vector<const Machine::Key*> keys_;
+};
+
+// Several automata side by side: the first must live, the others may die.
+class Product : public Machine {
+public:
+    Product(const DfaPtr& first, std::span<const DfaPtr> others) {
+        parts_.push_back(first);
+        parts_.insert(parts_.end(), others.begin(), others.end());
+        ByteClasses cuts;
+        for (const DfaPtr& part : parts_) cuts.add(*part);
+        cuts.set(*this);
+    }
+    Key first() override {
+        Key key;
+        for (const DfaPtr& part : parts_)
+            key.push_back(part->states() > Dfa::start ? Dfa::start : Dfa::dead);
+        return key;
+    }
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        for (size_t i = 0; i < parts_.size(); ++i)
+            to.push_back(from[i] == Dfa::dead ? Dfa::dead : parts_[i]->step(from[i], byte));
+        return to[0] != Dfa::dead;
+    }
+    bool boundary(const Key& key) override {
+        return key[0] == Dfa::dead || parts_[0]->boundary[key[0]];
+    }
+    bool accepts(const Key& key, size_t i) const {
+        return key[i] != Dfa::dead && parts_[i]->label[key[i]] >= 0;
+    }
+
+protected:
+    std::vector<DfaPtr> parts_;
+};
+
+class Intersection : public Product {
+public:
+    using Product::Product;
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        return Product::step(from, byte, to) && to[1] != Dfa::dead;
+    }
+    int32_t label(const Key& key) override {
+        return accepts(key, 0) && accepts(key, 1) ? parts_[0]->label[key[0]] : -1;
+    }
+};
+class Difference : public Product {
+public:
+    using Product::Product;
+    int32_t label(const Key& key) override {
+        return accepts(key, 0) && !accepts(key, 1) ? parts_[0]->label[key[0]] : -1;
+    }
+};
+class Labelled : public Product {
+public:
+    using Product::Product;
+    int32_t label(const Key& key) override {
+        if (!accepts(key, 0)) return -1;
+        int32_t bits = 0;
+        for (size_t i = 1; i < parts_.size(); ++i) bits |= accepts(key, i) ? 1 << (i - 1) : 0;
+        return bits;
+    }
+};
+
+// One of some texts, sorted: the key is the stretch of them that begins as the input did, and how
+// much was read.
+class Texts : public Machine {
+public:
+    explicit Texts(std::span<const std::string> texts) : texts_(texts.begin(), texts.end()) {
+        std::sort(texts_.begin(), texts_.end());
+        ByteClasses cuts;
+        for (const std::string& text : texts_)
+            for (const char c : text) cuts.add(uint8_t(c), uint8_t(c));
+        cuts.set(*this);
+    }
+    Key first() override { return {0, uint32_t(texts_.size()), 0}; }
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        uint32_t low = from[0], high = from[1];
+        const auto fits = [&](uint32_t i) {
+            return texts_[i].size() > from[2] && uint8_t(texts_[i][from[2]]) == byte;
+        };
+        while (low < high && !fits(low)) ++low;
+        uint32_t end = low;
+        while (end < high && fits(end)) ++end;
+        to = {low, end, from[2] + 1};
+        return low < end;
+    }
+    int32_t label(const Key& key) override {
+        return key[0] < key[1] && texts_[key[0]].size() == key[2] ? 0 : -1;
+    }
+
+private:
+    std::vector<std::string> texts_;
+};
+
+class Counted : public Product {
+public:
+    Counted(const DfaPtr& dfa, uint32_t least, uint32_t most)
+        : Product(dfa, {}), least_(least), most_(most) {}
+    Key first() override { return {Dfa::start, 0}; }
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        const uint32_t state = parts_[0]->step(from[0], byte);
+        if (state == Dfa::dead) return false;
+        uint32_t count = from[1] + parts_[0]->boundary[state];
+        if (most_ == unlimited) count = std::min(count, least_);
+        to = {state, count};
+        return count <= most_;
+    }
+    int32_t label(const Key& key) override {
+        return key[1] >= least_ ? parts_[0]->label[key[0]] : -1;
+    }
+
+private:
+    uint32_t least_, most_;
+};
+
+}  // namespace
+
+Result<DfaPtr> make_dfa(Machine& machine, Budget& budget) {
+    return DfaMaker(machine, budget).make();
+}
+Result<DfaPtr> intersect(const DfaPtr& a, const DfaPtr& b, Budget& budget) {
+    if (a->empty() || b->empty()) return a->empty() ? a : b;
+    Intersection machine(a, {&b, 1});
+    return make_dfa(machine, budget);
+}
+Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget) {
+    if (a->empty() || b->empty()) return a;
+    Difference machine(a, {&b, 1});
+    return make_dfa(machine, budget);
+}
+Result<DfaPtr> label_by(const DfaPtr& all, std::span<const DfaPtr> parts, Budget& budget) {
+    if (all->empty()) return all;
+    Labelled machine(all, parts);
+    return make_dfa(machine, budget);
+}
+Result<DfaPtr> texts_dfa(std::span<const std::string> texts, Budget& budget) {
+    Texts machine(texts);
+    return make_dfa(machine, budget);
+}
+Result<DfaPtr> limit_length(const DfaPtr& a, uint32_t least, uint32_t most, Budget& budget) {
+    if (a->empty()) return a;
+    Counted machine(a, least, most);
+    return make_dfa(machine, budget);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
+// ---- src/grammar/regex.hpp ---------------------------------------------------------------------
+
+// Regular expressions (what of ECMA-262 is regular) and the formats of JSON Schema as automata.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+inline constexpr size_t most_pattern_bytes = 2048;
+inline constexpr uint32_t most_repeats = 100'000;
+
+/// How characters are spelled: as UTF-8, or as in a JSON string, where escapes stand for quotes,
+/// backslashes and controls, each in one spelling only.
+enum class Spelling : uint8_t { raw, json };
+
+struct CodeRange {
+    uint32_t low, high;
+};
+
+/// The tree of an expression.
+struct Regex {
+    enum class Kind : uint8_t { empty, set, sequence, choice, repeat, begin, end };
+    struct Node {
+        Kind kind = Kind::empty;
+        uint32_t least = 0, most = 0;  // repeat
+        std::vector<uint32_t> parts = {};
+        std::vector<CodeRange> set = {};  // ascending, apart
+    };
+    std::vector<Node> nodes;
+    uint32_t root = 0;
+    uint32_t add(Node node) {
+        nodes.push_back(std::move(node));
+        return uint32_t(nodes.size() - 1);
+    }
+};
+/// Errors: invalid_request, code invalid_json_schema; the message names what is refused and where.
+Result<Regex> parse_regex(std::string_view pattern);
+/// `search`: the expression may stand anywhere in the text. Errors: `too_large` among them where
+/// repeats would have to be unrolled too often.
+Result<DfaPtr> regex_dfa(const Regex& regex, uint32_t root, Spelling spelling, bool search,
+                         Budget& budget);
+bool is_too_large(const Error& error);
+Result<DfaPtr> pattern_dfa(std::string_view pattern, Spelling spelling, bool search,
+                           Budget& budget);
+
+/// Any text; made once. As a JSON string between its quotes: with every escape that JSON has, a
+/// surrogate pair being one character, or in `Spelling::json`.
+const DfaPtr& any_string_dfa();
+const DfaPtr& any_text_dfa(Spelling spelling);
+/// null: no such format.
+const char* format_pattern(std::string_view name);
+Result<DfaPtr> format_dfa(std::string_view name, Spelling spelling);
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/grammar/regex.cpp ---------------------------------------------------------------------
+
+// >>grammar
+// A pattern becomes a tree, the tree an automaton with empty moves (Thompson 1968), from its end to
+// its beginning, and that one a deterministic one. Python, Rust and ECMA disagree on what \s, \D and
+// \W hold beyond ASCII: they stand for what all three hold, so that a text passes every validator.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr uint32_t kLastCode = 0x10FFFF;
+constexpr size_t kMostNfaStates = 12'000;
+constexpr uint32_t kMostGroups = 100;
+using Set = std::vector<CodeRange>;
+
+Set normal(Set set) {
+    std::sort(set.begin(), set.end(), [](CodeRange a, CodeRange b) { return a.low < b.low; });
+    Set out;
+    for (const CodeRange r : set)
+        if (!out.empty() && r.low <= out.back().high + 1)
+            out.back().high = std::max(out.back().high, r.high);
+        else out.push_back(r);
+    return out;
+}
+Set complement(const Set& set) {
+    Set out;
+    uint32_t from = 0;
+    for (const CodeRange r : normal(set)) {
+        if (r.low > from) out.push_back({from, r.low - 1});
+        from = r.high + 1;
+    }
+    if (from <= kLastCode) out.push_back({from, kLastCode});
+    return out;
+}
+Set any_code() { return {{0, kLastCode}}; }
+
+// Of all code points those with a property, found once for each that is asked for.
+template <class Has>
+Set codes_with(const Has& has) {
+    Set out;
+    for (uint32_t c = 0x80; c <= kLastCode; ++c)
+        if (has(char32_t(c))) {
+            if (out.empty() || out.back().high + 1 != c) out.push_back({c, c});
+            else out.back().high = c;
+        }
+    return out;
+}
+const Set& wide_digits() {
+    static const Set set = codes_with([](char32_t c) { return category(c) == Category::Nd; });
+    return set;
+}
+const Set& wide_word() {
+    static const Set set = codes_with([](char32_t c) {
+        return is_letter(c) || is_mark(c) || is_number(c) || category(c) == Category::Pc ||
+               category(c) == Category::Cn;
+    });
+    return set;
+}
+Set joined(Set a, const Set& b) {
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+}
+const Set kDigits = {{'0', '9'}};
+const Set kWord = {{'0', '9'}, {'A', 'Z'}, {'_', '_'}, {'a', 'z'}};
+const Set kSpace = {{9, 13},          {' ', ' '},       {0xA0, 0xA0},
+                    {0x1680, 0x1680}, {0x2000, 0x200A}, {0x2028, 0x2029},
+                    {0x202F, 0x202F}, {0x205F, 0x205F}, {0x3000, 0x3000}};
+const Set kOtherSpace = {{0x1C, 0x1F}, {0x85, 0x85}, {0x180E, 0x180E}, {0xFEFF, 0xFEFF}};
+
+std::optional<Set> shorthand(char c) {
+    switch (c) {
+        case 'd': return kDigits;
+        case 'w': return kWord;
+        case 's': return kSpace;
+        case 'D': return complement(joined(kDigits, wide_digits()));
+        case 'W': return complement(joined(kWord, wide_word()));
+        case 'S': return complement(joined(kSpace, kOtherSpace));
+    }
+    return {};
+}
+
+// \p{...}: general categories, by their short names.
+std::optional<Set> property(std::string_view name) {
+    static constexpr std::string_view names =
+        "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSkSoZsZlZpCcCfCsCoCn";
+    if (name.empty() || name.size() > 2) return {};
+    bool known = false;
+    for (size_t i = 0; i < names.size(); i += 2) known |= names.substr(i, name.size()) == name;
+    if (!known) return {};
+    const auto has = [&](char32_t c) {
+        return names.substr(size_t(category(c)) * 2, name.size()) == name;
+    };
+    Set out = codes_with(has);
+    for (uint32_t c = 0; c < 0x80; ++c)
+        if (has(char32_t(c))) out.push_back({c, c});
+    return normal(std::move(out));
+}
+
+class RegexParser {
+public:
+    explicit RegexParser(std::string_view text) : text_(text) {}
+    Result<Regex> parse() {
+        if (text_.size() > most_pattern_bytes) return refuse("it is longer than 2,048 bytes");
+        if (!utf8_valid(text_)) return refuse("it is not UTF-8");
+        out_.root = choice();
+        if (failed_) return std::move(error_);
+        if (at_ < text_.size()) return refuse("unmatched )");
+        return std::move(out_);
+    }
+
+private:
+    using Kind = Regex::Kind;
+    bool more() const { return at_ < text_.size() && !failed_; }
+    bool take(std::string_view what) {
+        if (text_.substr(at_, what.size()) != what) return false;
+        at_ += what.size();
+        return true;
+    }
+    Error refuse(std::string_view why) {
+        return make_error(ErrorKind::invalid_request,
+                          format("pattern '%s': %.*s (at byte %zu)", printable(text_, 80).c_str(),
+                                 int(why.size()), why.data(), at_),
+                          "invalid_json_schema");
+    }
+    uint32_t fail(std::string_view why) {
+        if (!failed_) error_ = refuse(why);
+        failed_ = true;
+        return out_.add({});
+    }
+    uint32_t choice() {
+        if (++depth_ > kMostGroups) return fail("groups nest deeper than 100");
+        std::vector<uint32_t> parts = {sequence()};
+        while (more() && take("|")) parts.push_back(sequence());
+        --depth_;
+        return parts.size() == 1 ? parts[0] : out_.add({Kind::choice, 0, 0, std::move(parts)});
+    }
+    uint32_t sequence() {
+        std::vector<uint32_t> parts;
+        while (more() && text_[at_] != '|' && text_[at_] != ')') parts.push_back(repeated());
+        return parts.size() == 1 ? parts[0] : out_.add({Kind::sequence, 0, 0, std::move(parts)});
+    }
+    uint32_t repeated() {
+        uint32_t part = atom();
+        uint32_t least = 0, most = 0;
+        while (more() && quantifier(&least, &most)) {
+            if (failed_) return part;
+            if (take("+")) return fail("possessive quantifiers are not regular");
+            (void)take("?");  // lazy: the same texts
+            const Kind kind = out_.nodes[part].kind;
+            if (kind == Kind::begin || kind == Kind::end) return fail("an anchor cannot repeat");
+            part = out_.add({Kind::repeat, least, most, {part}});
+        }
+        return part;
+    }
+    bool number(uint32_t* value) {
+        const size_t begin = at_;
+        uint64_t v = 0;
+        for (; at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9'; ++at_)
+            v = std::min<uint64_t>(v * 10 + uint64_t(text_[at_] - '0'), most_repeats + 1);
+        *value = uint32_t(v);
+        return at_ > begin;
+    }
+    bool quantifier(uint32_t* least, uint32_t* most) {
+        *least = 0, *most = unlimited;
+        if (take("*")) return true;
+        if (take("+")) return *least = 1, true;
+        if (take("?")) return *most = 1, true;
+        const size_t begin = at_;
+        if (!take("{")) return false;
+        if (number(least)) {
+            *most = *least;
+            if (take(",") && !number(most)) *most = unlimited;
+            if (take("}")) {
+                if (*least > *most) fail("{m,n} with m > n");
+                if (*least > most_repeats || (*most > most_repeats && *most != unlimited))
+                    fail("repeats more than 100,000 times");
+                return true;
+            }
+        }
+        at_ = begin;
+        return false;
+    }
+    uint32_t set(Set ranges) { return out_.add({Kind::set, 0, 0, {}, normal(std::move(ranges))}); }
+    uint32_t atom() {
+        if (take("(")) return group();
+        if (take("[")) return bracket();
+        if (take("^")) return out_.add({Kind::begin});
+        if (take("$")) return out_.add({Kind::end});
+        if (take(".")) return set(complement({{'\n', '\n'}, {'\r', '\r'}, {0x2028, 0x2029}}));
+        if (take("\\")) return escape();
+        for (const std::string_view quantifier : {"*", "+", "?"})
+            if (take(quantifier)) return fail("nothing to repeat");
+        const uint32_t c = uint32_t(utf8_next(text_, &at_));
+        return set({{c, c}});
+    }
+    uint32_t group() {
+        if (take("?")) {
+            if (take("=") || take("!") || take("<=") || take("<!"))
+                return fail("lookaround is not supported");
+            if (take("P<") || take("<")) {
+                const size_t end = text_.find('>', at_);
+                if (end == text_.npos) return fail("unfinished group name");
+                at_ = end + 1;
+            } else if (!take(":")) {
+                return fail("inline flags are not supported");
+            }
+        }
+        const uint32_t inside = choice();
+        return take(")") ? inside : fail("unmatched (");
+    }
+    // One character of an escape, in or outside of brackets.
+    std::optional<uint32_t> character() {
+        const char c = text_[at_++];
+        static constexpr std::string_view names = "tnrfv0", values = "\t\n\r\f\v\0";
+        static_assert(values.size() == 5);  // the literal ends at its zero
+        if (c == '0' && (at_ >= text_.size() || text_[at_] < '0' || text_[at_] > '9')) return 0u;
+        if (const size_t i = names.find(c); i < values.size()) return uint32_t(values[i]);
+        if (c == 'x') return hex(2);
+        if (c == 'u') return code_unit();
+        if (c == 'c' && at_ < text_.size()) return uint32_t(text_[at_++]) & 31;
+        const bool word = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+                          (c >= 'A' && c <= 'Z');
+        if (word) return {};
+        --at_;
+        return uint32_t(utf8_next(text_, &at_));
+    }
+    std::optional<uint32_t> hex(int digits) {
+        uint32_t v = 0;
+        for (int i = 0; i < digits; ++i) {
+            const int d = at_ < text_.size() ? hex_value(text_[at_]) : -1;
+            if (d < 0) return {};
+            v = v * 16 + uint32_t(d);
+            ++at_;
+        }
+        return v;
+    }
+    std::optional<uint32_t> code_unit() {
+        if (take("{")) {
+            uint32_t v = 0;
+            for (; at_ < text_.size() && text_[at_] != '}'; ++at_) {
+                const int d = hex_value(text_[at_]);
+                if (d < 0 || v > kLastCode) return {};
+                v = v * 16 + uint32_t(d);
+            }
+            if (!take("}") || v > kLastCode) return {};
+            return v;
+        }
+        auto high = hex(4);
+        if (!high || *high < 0xD800 || *high > 0xDBFF) return high;
+        const size_t begin = at_;
+        if (take("\\u"))
+            if (const auto low = hex(4); low && *low >= 0xDC00 && *low <= 0xDFFF)
+                return 0x10000 + ((*high & 0x3FF) << 10) + (*low & 0x3FF);
+        at_ = begin;
+        return high;
+    }
+    std::optional<Set> named_set() {
+        const char c = at_ < text_.size() ? text_[at_] : '\0';
+        if (auto found = shorthand(c)) return ++at_, found;
+        if (c != 'p' && c != 'P') return {};
+        const size_t end = text_.find('}', at_);
+        if (text_.substr(at_ + 1, 1) != "{" || end == text_.npos) return {};
+        auto found = property(text_.substr(at_ + 2, end - at_ - 2));
+        if (!found) return {};
+        at_ = end + 1;
+        return c == 'p' ? std::move(found) : complement(*found);
+    }
+    uint32_t escape() {
+        if (at_ >= text_.size()) return fail("ends in a backslash");
+        if (auto found = named_set()) return set(std::move(*found));
+        const char c = text_[at_];
+        if (c == 'b' || c == 'B') return fail("\\b and \\B are not supported");
+        if ((c >= '1' && c <= '9') || c == 'k') return fail("back references are not regular");
+        const auto code = character();
+        if (!code) return fail("an escape that is not supported");
+        return set({{*code, *code}});
+    }
+    // One member of a bracket: a set, or a character that may begin a range.
+    bool member(Set& out, std::optional<uint32_t>* single) {
+        single->reset();
+        if (!take("\\")) {
+            *single = uint32_t(utf8_next(text_, &at_));
+            return true;
+        }
+        if (at_ >= text_.size()) return false;
+        if (auto found = named_set()) {
+            out.insert(out.end(), found->begin(), found->end());
+            return true;
+        }
+        if (take("b")) *single = 8;
+        else *single = character();
+        return single->has_value();
+    }
+    uint32_t bracket() {
+        const bool negated = take("^");
+        Set out;
+        std::optional<uint32_t> low, high;
+        while (more() && text_[at_] != ']') {
+            if (!member(out, &low)) return fail("an escape that is not supported");
+            if (!low) continue;
+            high = low;
+            const size_t dash = at_;
+            if (take("-") && more() && text_[at_] != ']') {
+                if (!member(out, &high)) return fail("an escape that is not supported");
+                if (!high)
+                    at_ = dash + 1, out.push_back({'-', '-'}), (void)member(out, &high), high = low;
+            } else {
+                at_ = dash;
+            }
+            if (*low > *high) return fail("a range that is out of order");
+            out.push_back({*low, *high});
+        }
+        if (!take("]")) return fail("unmatched [");
+        return set(negated ? complement(out) : std::move(out));
+    }
+
+    std::string_view text_;
+    size_t at_ = 0;
+    uint32_t depth_ = 0;
+    bool failed_ = false;
+    Error error_;
+    Regex out_;
+};
+
+// ---- The automaton with empty moves -----------------------------------------------------------
+
+class Nfa : public Machine {
+public:
+    Nfa(Spelling spelling, Budget& budget) : spelling_(spelling), budget_(budget) {
+        accept_ = add_state(Kind::accept);
+    }
+    bool failed() const { return states_.size() >= kMostNfaStates; }
+    uint32_t accept() const { return accept_; }
+    void begin_at(uint32_t state) {
+        first_ = state;
+        cuts_.set(*this);
+        seen_.assign(states_.size(), 0);
+    }
+    uint32_t emit(const Regex& regex, uint32_t id, uint32_t next) {
+        if (failed() || !budget_.take(1)) return next;
+        const Regex::Node& node = regex.nodes[id];
+        switch (node.kind) {
+            case Regex::Kind::empty: return next;
+            case Regex::Kind::set: return emit_set(node.set, next);
+            case Regex::Kind::begin: return add_state(Kind::begin, {{0, 0, next}});
+            case Regex::Kind::end: return add_state(Kind::end, {{0, 0, next}});
+            case Regex::Kind::sequence:
+                for (size_t i = node.parts.size(); i-- > 0;)
+                    next = emit(regex, node.parts[i], next);
+                return next;
+            case Regex::Kind::choice: {
+                std::vector<Edge> edges;
+                for (const uint32_t part : node.parts)
+                    edges.push_back({0, 0, emit(regex, part, next)});
+                return add_state(Kind::split, edges);
+            }
+            case Regex::Kind::repeat: return emit_repeat(regex, node, next);
+        }
+        return next;
+    }
+    uint32_t emit_loop(const Set& set, uint32_t next) {  // set*
+        const uint32_t loop = add_state(Kind::split, {{0, 0, next}, {0, 0, 0}});
+        edges_[states_[loop].first + 1].to = emit_set(set, loop);
+        return loop;
+    }
+    uint32_t emit_set(const Set& set, uint32_t next) {
+        std::vector<Edge> edges;
+        for (const CodeRange r : set)
+            if (spelling_ == Spelling::raw) emit_range(r.low, r.high, next, edges);
+            else emit_json_range(r.low, r.high, next, edges);
+        return add_state(Kind::edges, edges);
+    }
+    // A state that reads one of these bytes, in the middle of a character.
+    uint32_t emit_bytes(uint8_t low, uint8_t high, uint32_t to) {
+        const auto [at, is_new] = middles_.try_emplace({low, high, to}, 0);
+        if (is_new) {
+            at->second = add_state(Kind::edges, {{low, high, to}});
+            states_[at->second].middle = true;
+        }
+        return at->second;
+    }
+    /// Gives the loop of a JSON string its escapes: \" \\ \/ \b \f \n \r \t and \u, where a high
+    /// surrogate and a low one are one character and neither stands alone.
+    void add_json_escapes(uint32_t loop) {
+        const auto hex = [&](std::initializer_list<std::string_view> firsts, uint32_t to) {
+            std::vector<Edge> edges;
+            for (const std::string_view r : firsts)
+                edges.push_back({uint8_t(r[0]), uint8_t(r[1]), to});
+            return middle_state(edges);
+        };
+        const auto any = [&](uint32_t to) { return hex({"09", "AF", "af"}, to); };
+        const uint32_t two = any(any(loop));
+        const uint32_t low = middle_state(
+            {{'d', 'd', hex({"CF", "cf"}, two)}, {'D', 'D', hex({"CF", "cf"}, two)}});
+        const uint32_t pair = any(any(emit_bytes('\\', '\\', emit_bytes('u', 'u', low))));
+        const uint32_t high = middle_state(
+            {{'0', '7', two}, {'8', '9', pair}, {'A', 'B', pair}, {'a', 'b', pair}});
+        const uint32_t other = any(two);
+        const uint32_t unit = middle_state({{'0', '9', other},
+                                            {'A', 'C', other},
+                                            {'a', 'c', other},
+                                            {'E', 'F', other},
+                                            {'e', 'f', other},
+                                            {'D', 'D', high},
+                                            {'d', 'd', high}});
+        std::vector<Edge> edges = {{'u', 'u', unit}};
+        for (const char c : std::string_view("\"\\/bfnrt"))
+            edges.push_back({uint8_t(c), uint8_t(c), loop});
+        const uint32_t escape = middle_state(edges);
+        const uint32_t begin = add_state(Kind::edges, {{'\\', '\\', escape}});
+        // A third way out of the loop's state.
+        const uint32_t plain = edges_[states_[loop].first + 1].to;
+        edges_[states_[loop].first + 1].to = add_state(Kind::split, {{0, 0, plain}, {0, 0, begin}});
+    }
+
+    Key first() override {
+        Key key;
+        ++stamp_;
+        close(first_, true, false, key);
+        std::sort(key.begin(), key.end());
+        return key;
+    }
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        ++stamp_;
+        (void)budget_.take(from.size() / 4);
+        for (const uint32_t s : from) {
+            const State& state = states_[s];
+            if (state.kind != Kind::edges) continue;
+            for (uint32_t e = state.first; e < state.first + state.count; ++e)
+                if (byte >= edges_[e].low && byte <= edges_[e].high)
+                    close(edges_[e].to, false, false, to);
+        }
+        std::sort(to.begin(), to.end());
+        return !to.empty();
+    }
+    int32_t label(const Key& key) override {
+        Key reached;
+        ++stamp_;
+        for (const uint32_t s : key) {
+            if (s == accept_) return 0;
+            if (states_[s].kind == Kind::end)
+                close(edges_[states_[s].first].to, false, true, reached);
+        }
+        return std::find(reached.begin(), reached.end(), accept_) == reached.end() ? -1 : 0;
+    }
+    bool boundary(const Key& key) override { return key.empty() || !states_[key[0]].middle; }
+
+private:
+    enum class Kind : uint8_t { accept, edges, split, begin, end };
+    struct Edge {
+        uint8_t low, high;
+        uint32_t to;
+    };
+    struct State {
+        Kind kind;
+        bool middle;
+        uint32_t first, count;
+    };
+    struct Middle {
+        uint8_t low, high;
+        uint32_t to;
+        bool operator<(const Middle& o) const {
+            return std::tuple(low, high, to) < std::tuple(o.low, o.high, o.to);
+        }
+    };
+    uint32_t add_state(Kind kind, const std::vector<Edge>& edges = {}) {
+        if (failed()) return 0;
+        states_.push_back({kind, false, uint32_t(edges_.size()), uint32_t(edges.size())});
+        edges_.insert(edges_.end(), edges.begin(), edges.end());
+        if (kind == Kind::edges)
+            for (const Edge& e : edges) cuts_.add(e.low, e.high);
+        return uint32_t(states_.size() - 1);
+    }
+    uint32_t middle_state(const std::vector<Edge>& edges) {
+        const uint32_t state = add_state(Kind::edges, edges);
+        states_[state].middle = true;
+        return state;
+    }
+    uint32_t emit_repeat(const Regex& regex, const Regex::Node& node, uint32_t next) {
+        const uint32_t body = node.parts[0];
+        if (node.most == unlimited) {
+            const uint32_t loop = add_state(Kind::split, {{0, 0, next}, {0, 0, 0}});
+            if (failed()) return next;
+            const uint32_t inside = emit(regex, body, loop);
+            edges_[states_[loop].first + 1].to = inside;
+            next = node.least ? inside : loop;
+            for (uint32_t i = 1; i < node.least && !failed(); ++i) next = emit(regex, body, next);
+            return next;
+        }
+        const uint32_t exit = next;
+        for (uint32_t i = node.most; i > node.least && !failed(); --i) {
+            const uint32_t inside = emit(regex, body, next);
+            next = add_state(Kind::split, {{0, 0, inside}, {0, 0, exit}});
+        }
+        for (uint32_t i = 0; i < node.least && !failed(); ++i) next = emit(regex, body, next);
+        return next;
+    }
+    // Code points as sequences of byte ranges: cut where the length changes and where a byte behind
+    // the first does not take its whole range.
+    void emit_range(uint32_t low, uint32_t high, uint32_t next, std::vector<Edge>& out) {
+        if (low <= 0xDFFF && high >= 0xD800) {  // surrogates are no characters
+            if (low < 0xD800) emit_range(low, 0xD7FF, next, out);
+            if (high > 0xDFFF) emit_range(0xE000, high, next, out);
+            return;
+        }
+        static constexpr uint32_t lasts[] = {0x7F, 0x7FF, 0xFFFF};
+        for (const uint32_t last : lasts)
+            if (low <= last && high > last) {
+                emit_range(low, last, next, out);
+                return emit_range(last + 1, high, next, out);
+            }
+        const int length = low <= 0x7F ? 1 : low <= 0x7FF ? 2 : low <= 0xFFFF ? 3 : 4;
+        for (int i = 1; i < length; ++i) {
+            const uint32_t mask = (1u << (6 * i)) - 1;
+            if ((low & ~mask) == (high & ~mask)) continue;
+            if (low & mask) {
+                emit_range(low, low | mask, next, out);
+                return emit_range((low | mask) + 1, high, next, out);
+            }
+            if ((high & mask) != mask) {
+                emit_range(low, (high & ~mask) - 1, next, out);
+                return emit_range(high & ~mask, high, next, out);
+            }
+        }
+        std::string from, to;
+        utf8_append(from, char32_t(low));
+        utf8_append(to, char32_t(high));
+        for (size_t i = from.size() - 1; i > 0; --i)
+            next = emit_bytes(uint8_t(from[i]), uint8_t(to[i]), next);
+        out.push_back({uint8_t(from[0]), uint8_t(to[0]), next});
+    }
+    void emit_json_range(uint32_t low, uint32_t high, uint32_t next, std::vector<Edge>& out) {
+        for (uint32_t c = low; c <= std::min(high, 0x1Fu); ++c) emit_escape(c, next, out);
+        low = std::max(low, 0x20u);
+        for (const uint32_t c : {uint32_t('"'), uint32_t('\\')})
+            if (low <= c && c <= high) {
+                if (low < c) emit_range(low, c - 1, next, out);
+                emit_escape(c, next, out);
+                low = c + 1;
+            }
+        if (low <= high) emit_range(low, high, next, out);
+    }
+    void emit_escape(uint32_t c, uint32_t next, std::vector<Edge>& out) {
+        static constexpr std::string_view codes = "\b\t\n\f\r\"\\", names = "btnfr\"\\";
+        if (const size_t i = codes.find(char(c)); i != codes.npos) {
+            next = emit_bytes(uint8_t(names[i]), uint8_t(names[i]), next);
+        } else {
+            const std::string text = format("u%04x", unsigned(c));
+            for (size_t j = text.size(); j-- > 0;)
+                next = emit_bytes(uint8_t(text[j]), uint8_t(text[j]), next);
+        }
+        out.push_back({'\\', '\\', next});
+    }
+    void close(uint32_t state, bool at_begin, bool at_end, Key& out) {
+        pending_.assign(1, state);
+        while (!pending_.empty()) {
+            const uint32_t s = pending_.back();
+            pending_.pop_back();
+            if (seen_[s] == stamp_) continue;
+            seen_[s] = stamp_;
+            const State& found = states_[s];
+            const bool passes = found.kind == Kind::split ||
+                                (found.kind == Kind::begin && at_begin) ||
+                                (found.kind == Kind::end && at_end);
+            if (!passes && found.kind != Kind::begin) out.push_back(s);
+            for (uint32_t e = 0; passes && e < found.count; ++e)
+                pending_.push_back(edges_[found.first + e].to);
+        }
+    }
+
+    Spelling spelling_;
+    Budget& budget_;
+    std::vector<State> states_;
+    std::vector<Edge> edges_;
+    std::map<Middle, uint32_t> middles_;
+    ByteClasses cuts_;
+    uint32_t accept_ = 0, first_ = 0, stamp_ = 0;
+    std::vector<uint32_t> seen_, pending_;
+};
+
+constexpr std::string_view kTooLarge = "the repeats of the pattern need too many states";
+
+// Whether every text that the tree matches begins (ends) at the anchor.
+bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
+    const Regex::Node& node = regex.nodes[id];
+    if (node.kind == anchor) return true;
+    if (node.kind == Regex::Kind::sequence && !node.parts.empty())
+        return anchored(
+            regex, anchor == Regex::Kind::begin ? node.parts.front() : node.parts.back(), anchor);
+    if (node.kind != Regex::Kind::choice) return false;
+    for (const uint32_t part : node.parts)
+        if (!anchored(regex, part, anchor)) return false;
+    return true;
+}
+
+// ---- Formats ------------------------------------------------------------------------------------
+
+// RFC 3339, 5321 (dot-atom), 4122, 2673, 4291, 3986, 1123; ISO 8601 durations.
+#define VALAR_OCTET "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+#define VALAR_IPV4 "(" VALAR_OCTET "\\.){3}" VALAR_OCTET
+#define VALAR_YEAR4 "([0-9][0-9](0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
+#define VALAR_DATE                                                                                \
+    "([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[" \
+    "01])|"                                                                                       \
+    "(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))|" VALAR_YEAR4 "-02-29"
+#define VALAR_ZONE "([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+#define VALAR_TIME "(([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]+)?" VALAR_ZONE ")"
+#define VALAR_LABEL "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+#define VALAR_H16 "[0-9A-Fa-f]{1,4}"
+#define VALAR_LS32 "(" VALAR_H16 ":" VALAR_H16 "|" VALAR_IPV4 ")"
+#define VALAR_IPV6                                                                              \
+    "((" VALAR_H16 ":){6}" VALAR_LS32 "|::(" VALAR_H16 ":){5}" VALAR_LS32 "|(" VALAR_H16        \
+    ")?::(" VALAR_H16 ":){4}" VALAR_LS32 "|((" VALAR_H16 ":){0,1}" VALAR_H16 ")?::(" VALAR_H16  \
+    ":){3}" VALAR_LS32 "|((" VALAR_H16 ":){0,2}" VALAR_H16 ")?::(" VALAR_H16 ":){2}" VALAR_LS32 \
+    "|((" VALAR_H16 ":){0,3}" VALAR_H16 ")?::" VALAR_H16 ":" VALAR_LS32 "|((" VALAR_H16         \
+    ":){0,4}" VALAR_H16 ")?::" VALAR_LS32 "|((" VALAR_H16 ":){0,5}" VALAR_H16 ")?::" VALAR_H16  \
+    "|((" VALAR_H16 ":){0,6}" VALAR_H16 ")?::)"
+#define VALAR_UNRESERVED "-A-Za-z0-9._~!$&'()*+,;="
+#define VALAR_PCT "%[0-9A-Fa-f]{2}"
+#define VALAR_PCHAR "([" VALAR_UNRESERVED ":@]|" VALAR_PCT ")"
+#define VALAR_HOST "(\\[" VALAR_IPV6 "\\]|([" VALAR_UNRESERVED "]|" VALAR_PCT ")*)"
+#define VALAR_AUTHORITY "(([" VALAR_UNRESERVED ":]|" VALAR_PCT ")*@)?" VALAR_HOST "(:[0-9]*)?"
+
+struct Format {
+    std::string_view name;
+    const char* pattern;
+};
+constexpr Format formats[] = {
+    {"date", VALAR_DATE},
+    {"time", VALAR_TIME},
+    {"date-time", "(" VALAR_DATE ")[Tt]" VALAR_TIME},
+    {"duration",
+     "P([0-9]+W|[0-9]+Y([0-9]+M([0-9]+D)?)?|[0-9]+M([0-9]+D)?|[0-9]+D|"
+     "([0-9]+Y([0-9]+M([0-9]+D)?)?|[0-9]+M([0-9]+D)?|[0-9]+D)?"
+     "T([0-9]+H([0-9]+M([0-9]+S)?)?|[0-9]+M([0-9]+S)?|[0-9]+S))"},
+    {"uuid", "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"},
+    {"email", "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(\\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*@" VALAR_LABEL
+              "(\\." VALAR_LABEL ")*"},
+    {"ipv4", VALAR_IPV4},
+    {"ipv6", VALAR_IPV6},
+    {"hostname", VALAR_LABEL "(\\." VALAR_LABEL ")*"},
+    {"uri", "[A-Za-z][A-Za-z0-9+.-]*:(//" VALAR_AUTHORITY "(/" VALAR_PCHAR "*)*|/?(" VALAR_PCHAR
+            "+(/" VALAR_PCHAR "*)*)?)(\\?(" VALAR_PCHAR "|[/?])*)?(#(" VALAR_PCHAR "|[/?])*)?"},
+};
+#undef VALAR_OCTET
+#undef VALAR_IPV4
+#undef VALAR_YEAR4
+#undef VALAR_DATE
+#undef VALAR_ZONE
+#undef VALAR_TIME
+#undef VALAR_LABEL
+#undef VALAR_H16
+#undef VALAR_LS32
+#undef VALAR_IPV6
+#undef VALAR_UNRESERVED
+#undef VALAR_PCT
+#undef VALAR_PCHAR
+#undef VALAR_HOST
+#undef VALAR_AUTHORITY
+
+DfaPtr make_any_string() {
+    Budget budget;
+    Nfa nfa(Spelling::raw, budget);
+    const uint32_t loop = nfa.emit_loop({{0x20, 0x21}, {0x23, 0x5B}, {0x5D, kLastCode}},
+                                        nfa.accept());
+    nfa.add_json_escapes(loop);
+    nfa.begin_at(loop);
+    return *make_dfa(nfa, budget);
+}
+
+}  // namespace
+
+Result<Regex> parse_regex(std::string_view pattern) { return RegexParser(pattern).parse(); }
+
+bool is_too_large(const Error& error) { return error.message == kTooLarge; }
+
+Result<DfaPtr> regex_dfa(const Regex& regex, uint32_t root, Spelling spelling, bool search,
+                         Budget& budget) {
+    Nfa nfa(spelling, budget);
+    uint32_t next = nfa.accept();
+    if (search && !anchored(regex, root, Regex::Kind::end)) next = nfa.emit_loop(any_code(), next);
+    next = nfa.emit(regex, root, next);
+    if (nfa.failed() || budget.spent())
+        return make_error(ErrorKind::invalid_request, kTooLarge, "invalid_json_schema");
+    if (search && !anchored(regex, root, Regex::Kind::begin))
+        next = nfa.emit_loop(any_code(), next);
+    nfa.begin_at(next);
+    return make_dfa(nfa, budget);
+}
+
+Result<DfaPtr> pattern_dfa(std::string_view pattern, Spelling spelling, bool search,
+                           Budget& budget) {
+    auto regex = parse_regex(pattern);
+    if (!regex) return std::move(regex.error());
+    return regex_dfa(*regex, regex->root, spelling, search, budget);
+}
+
+const DfaPtr& any_string_dfa() {
+    static const DfaPtr dfa = make_any_string();
+    return dfa;
+}
+
+const DfaPtr& any_text_dfa(Spelling spelling) {
+    static const DfaPtr dfas[2] = {[] {
+                                       Budget b;
+                                       return *pattern_dfa("[^]*", Spelling::raw, false, b);
+                                   }(),
+                                   [] {
+                                       Budget b;
+                                       return *pattern_dfa("[^]*", Spelling::json, false, b);
+                                   }()};
+    return dfas[size_t(spelling)];
+}
+
+const char* format_pattern(std::string_view name) {
+    for (const Format& f : formats)
+        if (f.name == name) return f.pattern;
+    return nullptr;
+}
+
+Result<DfaPtr> format_dfa(std::string_view name, Spelling spelling) {
+    static const auto made = [] {
+        std::vector<DfaPtr> out;
+        for (const Format& f : formats)
+            for (const Spelling s : {Spelling::raw, Spelling::json}) {
+                Budget own;
+                auto dfa = pattern_dfa(f.pattern, s, false, own);
+                out.push_back(dfa ? *dfa : nullptr);
+            }
+        return out;
+    }();
+    for (size_t i = 0; i < std::size(formats); ++i)
+        if (formats[i].name == name && made[i * 2 + size_t(spelling)])
+            return made[i * 2 + size_t(spelling)];
+    return make_error(ErrorKind::invalid_request, "no such format", "invalid_json_schema");
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
+// ---- src/grammar/number.hpp --------------------------------------------------------------------
+
+// Numbers between bounds, compared digit by digit.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Digits without leading and trailing zeros: 0.50 is "", "5".
+struct ExactDecimal {
+    bool negative = false;
+    std::string whole, fraction;
+    static ExactDecimal of(const Json& number);
+    bool is_zero() const { return whole.empty() && fraction.empty(); }
+    bool is_integer() const { return fraction.empty(); }
+    std::string text() const;
+};
+int compare(const ExactDecimal& a, const ExactDecimal& b);
+
+struct NumberBound {
+    ExactDecimal value;
+    bool exclusive = false;
+};
+struct NumberRules {
+    bool integers = true, fractions = true;  // 1.0 counts as an integer and is spelled 1
+    std::optional<NumberBound> lower, upper;
+    std::vector<uint32_t> multiples = {};      // of all of these
+    std::vector<uint32_t> not_multiples = {};  // of none of these
+    std::vector<ExactDecimal> excluded = {};
+};
+/// A number has at most so many characters, so that its value is finite in every reader.
+inline constexpr uint32_t most_number_chars = 120;
+Result<DfaPtr> number_dfa(const NumberRules& rules, Budget& budget);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/grammar/number.cpp --------------------------------------------------------------------
+
+// >>grammar
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+int compare_digits(const std::string& a, const std::string& b) {
+    const int order = a.compare(b);
+    return order < 0 ? -1 : order > 0;
+}
+
+int compare_magnitude(const ExactDecimal& a, const ExactDecimal& b) {
+    if (a.whole.size() != b.whole.size()) return a.whole.size() < b.whole.size() ? -1 : 1;
+    if (const int order = compare_digits(a.whole, b.whole)) return order;
+    return compare_digits(a.fraction, b.fraction);
+}
+
+enum Order : uint32_t { less, equal, greater };
+
+// How a magnitude, read digit by digit, stands to a constant. Key: digits read (of the whole, then
+// of the fraction), order so far.
+struct Comparison {
+    const ExactDecimal* constant;
+    using At = std::array<uint32_t, 2>;
+    At whole_digit(At at, char digit) const {
+        const uint32_t size = uint32_t(constant->whole.size());
+        if (at[0] < size && at[1] == equal && digit != constant->whole[at[0]])
+            at[1] = digit < constant->whole[at[0]] ? less : greater;
+        if (++at[0] > size) at = {size + 1, greater};
+        return at;
+    }
+    At whole_end(At at) const {
+        const uint32_t size = uint32_t(constant->whole.size());
+        return {0, at[0] < size ? less : at[0] > size ? greater : at[1]};
+    }
+    At fraction_digit(At at, char digit) const {
+        if (at[1] != equal) return {0, at[1]};
+        const std::string& digits = constant->fraction;
+        const char other = at[0] < digits.size() ? digits[at[0]] : '0';
+        if (digit != other) return {0, digit < other ? less : greater};
+        return {std::min(at[0] + 1, uint32_t(digits.size())), equal};
+    }
+    Order end(At at) const {
+        return at[1] == equal && at[0] < constant->fraction.size() ? less : Order(at[1]);
+    }
+};
+
+// Key: phase, sign, nonzero fraction, two comparisons, remainders.
+class NumberMachine : public Machine {
+public:
+    explicit NumberMachine(const NumberRules& rules) : rules_(rules) {
+        ByteClasses cuts;
+        for (unsigned b = '0'; b <= '9'; ++b) cuts.add(uint8_t(b), uint8_t(b));
+        for (const char c : std::string_view("-+.eE")) cuts.add(uint8_t(c), uint8_t(c));
+        cuts.set(*this);
+        for (const uint32_t m : rules.multiples) divisors_.push_back(m);
+        for (const uint32_t m : rules.not_multiples) divisors_.push_back(m);
+        bounded_ = rules.lower || rules.upper || !rules.integers || !divisors_.empty() ||
+                   !rules.excluded.empty();
+    }
+    Key first() override {
+        Key key = {begin, 0, 0, 0, equal, 0, equal};
+        key.resize(key.size() + divisors_.size());
+        return key;
+    }
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        to = from;
+        const char c = char(byte);
+        const bool digit = c >= '0' && c <= '9';
+        switch (from[phase]) {
+            case begin:
+                if (c == '-') return to[phase] = minus, to[sign] = 1, true;
+                [[fallthrough]];
+            case minus:
+                if (c == '0') return to[phase] = zero, true;
+                if (!digit) return false;
+                to[phase] = whole;
+                return take_whole(to, c);
+            case whole:
+                if (digit) return take_whole(to, c);
+                [[fallthrough]];
+            case zero:
+                if (c == '.' && rules_.fractions) {
+                    to[phase] = dot;
+                    each(to, [&](const Comparison& cmp, Comparison::At at) {
+                        return cmp.whole_end(at);
+                    });
+                    return true;
+                }
+                return begin_exponent(to, c);
+            case dot:
+            case fraction:
+                if (!digit) return from[phase] == fraction && begin_exponent(to, c);
+                to[phase] = fraction;
+                to[nonzero] |= uint32_t(c != '0');
+                each(to, [&](const Comparison& cmp, Comparison::At at) {
+                    return cmp.fraction_digit(at, c);
+                });
+                return true;
+            case exponent:
+                if (c == '-' || c == '+') return to[phase] = exponent_sign, true;
+                [[fallthrough]];
+            case exponent_sign: return digit ? (to[phase] = exponent_digit, true) : false;
+            case exponent_digit: return digit ? (to[phase] = exponent_end, true) : false;
+        }
+        return false;
+    }
+    int32_t label(const Key& key) override {
+        const uint32_t p = key[phase];
+        if (p == exponent_digit || p == exponent_end) return 0;
+        if (p != zero && p != whole && p != fraction) return -1;
+        if (!rules_.integers && !key[nonzero]) return -1;
+        if (!is_in_bounds(key)) return -1;
+        for (size_t i = 0; i < divisors_.size(); ++i) {
+            const bool divides = key[first_remainder + i] == 0 && !key[nonzero];
+            if (divides != (i < rules_.multiples.size())) return -1;
+        }
+        return 0;
+    }
+
+private:
+    enum : size_t {
+        phase,
+        sign,
+        nonzero,
+        lower_at,
+        upper_at = lower_at + 2,
+        first_remainder = upper_at + 2
+    };
+    enum : uint32_t {
+        begin,
+        minus,
+        zero,
+        whole,
+        dot,
+        fraction,
+        exponent,
+        exponent_sign,
+        exponent_digit,
+        exponent_end
+    };
+    // Of a negative number the magnitude is held against the bounds the other way round.
+    template <class Move>
+    void each(Key& key, const Move& move) const {
+        const auto one = [&](const std::optional<NumberBound>& bound, size_t at) {
+            if (!bound || bound->value.negative != bool(key[sign])) return;
+            const auto next = move(Comparison{&bound->value}, Comparison::At{key[at], key[at + 1]});
+            key[at] = next[0], key[at + 1] = next[1];
+        };
+        one(rules_.lower, lower_at);
+        one(rules_.upper, upper_at);
+    }
+    bool take_whole(Key& key, char c) const {
+        each(key, [&](const Comparison& cmp, Comparison::At at) { return cmp.whole_digit(at, c); });
+        for (size_t i = 0; i < divisors_.size(); ++i) {
+            uint32_t& rest = key[first_remainder + i];
+            rest = uint32_t((uint64_t(rest) * 10 + uint64_t(c - '0')) % divisors_[i]);
+        }
+        return true;
+    }
+    bool begin_exponent(Key& key, char c) const {
+        if ((c != 'e' && c != 'E') || bounded_ || !rules_.fractions) return false;
+        key.assign(key.size(), 0);
+        key[phase] = exponent;
+        return true;
+    }
+    // The number against a bound: by sign, else by magnitude.
+    int against(const Key& key, const NumberBound& bound, size_t at) const {
+        const bool negative = key[sign];
+        if (bound.value.negative != negative) return negative ? -1 : 1;  // zero is never negative
+        const Comparison cmp{&bound.value};
+        Comparison::At now = {key[at], key[at + 1]};
+        if (key[phase] != fraction) now = cmp.whole_end(now);
+        const int order = int(cmp.end(now)) - 1;
+        return negative ? -order : order;
+    }
+    bool is_in_bounds(const Key& key) const {
+        if (rules_.lower) {
+            const int order = against(key, *rules_.lower, lower_at);
+            if (order < 0 || (order == 0 && rules_.lower->exclusive)) return false;
+        }
+        if (rules_.upper) {
+            const int order = against(key, *rules_.upper, upper_at);
+            if (order > 0 || (order == 0 && rules_.upper->exclusive)) return false;
+        }
+        return !key[sign] || key[phase] == whole || key[nonzero];  // no negative zero
+    }
+    const NumberRules& rules_;
+    std::vector<uint32_t> divisors_;
+    bool bounded_;
+};
+
+// The spellings of one number, without exponents.
+class ExactNumber : public Machine {
+public:
+    explicit ExactNumber(const ExactDecimal& value) : text_(value.text()) {
+        point_ = text_.find('.');
+        ByteClasses cuts;
+        for (const char c : text_ + ".0") cuts.add(uint8_t(c), uint8_t(c));
+        cuts.set(*this);
+    }
+    Key first() override { return {0}; }
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        to = {from[0] + 1};
+        if (from[0] < text_.size()) return uint8_t(text_[from[0]]) == byte;
+        if (point_ == text_.npos && from[0] == text_.size()) return byte == '.';
+        to = from;
+        return byte == '0';
+    }
+    int32_t label(const Key& key) override { return key[0] >= text_.size() ? 0 : -1; }
+
+private:
+    std::string text_;
+    size_t point_;
+};
+
+}  // namespace
+
+ExactDecimal ExactDecimal::of(const Json& number) {
+    const std::string text = number.is_real() ? write_double(number.as_double()) : number.write();
+    ExactDecimal out;
+    int exponent = 0;
+    bool behind = false;
+    for (size_t i = 0; i < text.size(); ++i) {
+        const char c = text[i];
+        if (c == '-') out.negative = true;
+        else if (c == '.') behind = true;
+        else if (c == 'e') exponent = std::atoi(text.c_str() + i + 1), i = text.size();
+        else (behind ? out.fraction : out.whole) += c;
+    }
+    for (; exponent > 0; --exponent) {
+        out.whole += out.fraction.empty() ? '0' : out.fraction[0];
+        if (!out.fraction.empty()) out.fraction.erase(0, 1);
+    }
+    for (; exponent < 0; ++exponent) {
+        out.fraction.insert(out.fraction.begin(), out.whole.empty() ? '0' : out.whole.back());
+        if (!out.whole.empty()) out.whole.pop_back();
+    }
+    out.whole.erase(0, std::min(out.whole.find_first_not_of('0'), out.whole.size()));
+    out.fraction.erase(out.fraction.find_last_not_of('0') + 1);
+    if (out.is_zero()) out.negative = false;
+    return out;
+}
+
+std::string ExactDecimal::text() const {
+    std::string out = negative ? "-" : "";
+    out += whole.empty() ? "0" : whole;
+    return fraction.empty() ? out : out + "." + fraction;
+}
+
+int compare(const ExactDecimal& a, const ExactDecimal& b) {
+    if (a.negative != b.negative) return a.negative ? -1 : 1;
+    const int order = compare_magnitude(a, b);
+    return a.negative ? -order : order;
+}
+
+Result<DfaPtr> number_dfa(const NumberRules& rules, Budget& budget) {
+    NumberMachine machine(rules);
+    auto dfa = make_dfa(machine, budget);
+    for (size_t i = 0; dfa && i < rules.excluded.size(); ++i) {
+        ExactNumber exact(rules.excluded[i]);
+        auto one = make_dfa(exact, budget);
+        if (!one) return one;
+        dfa = subtract(*dfa, *one, budget);
+    }
+    return dfa;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
+// ---- src/grammar/program.hpp -------------------------------------------------------------------
+
+// What a grammar is once it is compiled, and the builder that makes it from parts.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Sorted texts as a tree of their bytes; the children of node n are first[n] .. first[n + 1] - 1.
+struct TextTrie {
+    std::vector<uint32_t> first;
+    std::vector<uint8_t> byte;
+    std::vector<int32_t> label;                      // of the text that ends here, or -1
+    std::vector<uint32_t> from, to;                  // its texts, in `order`
+    std::vector<uint32_t> order;                     // labels, by text
+    uint32_t child(uint32_t node, uint8_t b) const;  ///< 0: none
+    static TextTrie build(
+        std::span<const std::string> texts);  ///< labels are indices; no duplicates
+};
+
+/// A reference to a part of the grammar in the making.
+using Part = uint32_t;
+inline constexpr Part no_part = 0;  ///< matches nothing
+
+/// A member of an object that the schema names; `key` is as it stands in the text, with its quotes
+/// and colon. `value` no_part: must be absent.
+struct ObjectMember {
+    std::string key;
+    Part value = no_part;
+    bool required = false;
+};
+struct ObjectRules {
+    std::vector<ObjectMember> members;  // in this order
+    DfaPtr other;                       // keys between their quotes, in Spelling::json; null: none
+    std::vector<Part> others = {};      // values, by the label of `other`
+    uint32_t least = 0, most = unlimited;
+};
+/// Items come in two kinds where some are counted (`contains`): those that count and the others.
+struct ArrayItem {
+    Part counted = no_part, other = no_part;
+};
+struct ArrayRules {
+    std::vector<ArrayItem> first;
+    ArrayItem rest;
+    uint32_t least = 0, most = unlimited;
+    uint32_t least_counted = 0, most_counted = unlimited;
+};
+
+/// White space between the tokens of JSON: none; at most one space after ',' and ':'; one space there.
+enum class JsonSpace : uint8_t { none, optional, one };
+
+class Grammar;
+using GrammarPtr = std::shared_ptr<const Grammar>;
+
+/// Makes grammars: parts of what is made before, by number. Equal parts are one.
+/// Threads: one at a time.
+class GrammarBuilder {
+public:
+    GrammarBuilder();
+    Part bytes(std::string_view text);
+    Part token(Token id);  ///< this token, whatever its bytes
+    Part sequence(std::vector<Part> parts);
+    Part choice(std::vector<Part> parts);
+    Part repeat(Part part, uint32_t least, uint32_t most);
+    Part optional(Part part) { return choice({part, bytes("")}); }
+    Part texts(std::vector<std::string> texts);  ///< one of them
+    /// A text of an automaton, `least` to `most` characters long, and then the part of its label.
+    Part terminal(DfaPtr dfa, uint32_t least = 0, uint32_t most = unlimited,
+                  std::vector<Part> then = {});
+    /// Bytes up to and with the first of the marks, then what belongs to that mark.
+    Result<Part> text_until(std::vector<std::string> marks, std::vector<Part> then);
+    Part any_bytes();
+    Part object(ObjectRules rules);
+    Part array(ArrayRules rules);
+    /// A rule is named before what it stands for is known, so that it may stand in itself.
+    Part new_rule();
+    void define(Part rule, Part meaning);
+
+    /// Errors: invalid_request, code invalid_json_schema: nothing matches, left recursion, limits.
+    Result<GrammarPtr> build(Part root);
+    Budget& budget() { return budget_; }
+    JsonSpace space = JsonSpace::optional;
+
+private:
+    friend class GrammarCompiler;
+    enum class Kind : uint8_t {
+        nothing,
+        bytes,
+        token,
+        sequence,
+        choice,
+        repeat,
+        texts,
+        terminal,
+        object,
+        array,
+        rule
+    };
+    struct Node {
+        Kind kind = Kind::nothing;
+        uint32_t a = 0, b = 0;
+        std::string text = {};
+        std::vector<Part> parts = {};
+        std::vector<std::string> list = {};
+        DfaPtr dfa = {};
+        std::shared_ptr<const ObjectRules> object = {};
+        std::shared_ptr<const ArrayRules> array = {};
+    };
+    Part add(Node node);
+    std::vector<Node> nodes_;
+    std::unordered_map<std::string, Part> known_;
+    Budget budget_;
+};
+
+struct GrammarNode {
+    enum class Kind : uint8_t {
+        bytes,     // text[a, b)
+        terminal,  // terminals[a]
+        texts,     // tries[a]
+        token,     // a
+        split,     // edges[a, b)
+        call,      // rule at a; b: height
+        back,      // end of a rule
+        repeat,    // repeats[a]: enters
+        again,     // repeats[a]: between two
+        object,    // objects[a]: enters
+        members,   // objects[a]: between two members
+        key,       // objects[a]: inside a key
+        other_key,
+        array,  // arrays[a]: enters
+        items,  // arrays[a]: between two items
+        end,
+    };
+    Kind kind;
+    uint32_t next = 0, a = 0, b = 0;
+};
+struct TerminalNode {
+    DfaPtr dfa;
+    uint32_t least, most;
+    std::vector<uint32_t> targets;  // by label; empty: the node's next
+    bool counts() const { return least > 0 || most != unlimited; }
+};
+struct TextsNode {
+    TextTrie trie;
+};
+struct RepeatNode {
+    uint32_t body, least, most, height;
+};
+struct ObjectNode {
+    struct Member {
+        uint32_t value;   // node behind the key; 0: must be absent
+        uint32_t height;  // of the value
+        bool required;
+    };
+    std::vector<Member> members;
+    std::vector<uint32_t> next_required;  // from each index on; members.size(): none
+    std::vector<uint32_t> required_from;  // how many are required from each index on
+    std::vector<uint32_t> possible;       // how many may come from each index on
+    TextTrie keys;
+    DfaPtr other;
+    std::vector<std::pair<uint32_t, uint32_t>> others;  // value node, height; by label
+    std::vector<uint32_t> words;  // texts from a state of `other` on, at most `unlimited`
+    bool endless = true;          // all of them are unlimited
+    uint32_t others_height = 0;
+    uint32_t least, most, first_key, next_key, height;
+    bool counts() const { return least > 0 || most != unlimited; }
+};
+struct ArrayNode {
+    struct Item {
+        uint32_t counted, other;  // nodes; 0: not possible
+        uint32_t counted_height, other_height;
+    };
+    std::vector<Item> first;
+    Item rest;
+    uint32_t least, most, least_counted, most_counted, separator, height;
+    const Item& item(uint32_t i) const { return i < first.size() ? first[i] : rest; }
+};
+
+/// What states and masks run on. Threads: immutable.
+class Grammar {
+public:
+    std::vector<GrammarNode> nodes;
+    std::string text;
+    std::vector<uint32_t> edges;
+    std::vector<TerminalNode> terminals;
+    std::vector<TextsNode> tries;
+    std::vector<RepeatNode> repeats;
+    std::vector<ObjectNode> objects;
+    std::vector<ArrayNode> arrays;
+    uint32_t root = 0;
+    Hash256 digest;  ///< of what it was made from; names it in saved states
+};
+
+/// How deep calls, containers and repeats may stand in each other; a JSON value of it is read by
+/// Json::parse.
+inline constexpr uint32_t grammar_depth_limit = 250;
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/grammar/program.cpp -------------------------------------------------------------------
+
+// >>grammar
+// Parts are turned into nodes from the end to the beginning: each is made for what follows it, so
+// that only rules and what stands in several places need calls.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr size_t kMostParts = 200'000;
+
+Error grammar_error(std::string_view why) {
+    return make_error(ErrorKind::invalid_request, why, "invalid_json_schema");
+}
+
+void append_number(std::string& key, uint64_t value) {
+    key.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+void append_text(std::string& key, std::string_view text) {
+    append_number(key, text.size());
+    key += text;
+}
+
+// Text that holds no mark, and then one: the state is the longest end of what was read that begins
+// a mark (Aho and Corasick 1975).
+class MarkMachine : public Machine {
+public:
+    explicit MarkMachine(std::span<const std::string> marks) : marks_(marks) {
+        ByteClasses cuts;
+        for (const std::string& mark : marks)
+            for (const char c : mark) cuts.add(uint8_t(c), uint8_t(c));
+        cuts.set(*this);
+    }
+    Key first() override { return {}; }
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        if (label(from) >= 0) return false;
+        to = from;
+        to.push_back(byte);
+        while (!to.empty() && !begins_a_mark(to)) to.erase(to.begin());
+        return true;
+    }
+    int32_t label(const Key& key) override {
+        for (size_t i = 0; i < marks_.size(); ++i)
+            if (marks_[i].size() <= key.size() &&
+                std::equal(marks_[i].rbegin(), marks_[i].rend(), key.rbegin(),
+                           [](char c, uint32_t v) { return uint8_t(c) == v; }))
+                return int32_t(i);
+        return -1;
+    }
+
+private:
+    bool begins_a_mark(const Key& key) const {
+        for (const std::string& mark : marks_)
+            if (mark.size() >= key.size() &&
+                std::equal(key.begin(), key.end(), mark.begin(),
+                           [](uint32_t v, char c) { return uint8_t(c) == v; }))
+                return true;
+        return false;
+    }
+    std::span<const std::string> marks_;
+};
+
+}  // namespace
+
+uint32_t TextTrie::child(uint32_t node, uint8_t b) const {
+    for (uint32_t c = first[node]; c < first[node + 1]; ++c)
+        if (byte[c] >= b) return byte[c] == b ? c : 0;
+    return 0;
+}
+
+TextTrie TextTrie::build(std::span<const std::string> texts) {
+    TextTrie trie;
+    trie.order.resize(texts.size());
+    for (uint32_t i = 0; i < texts.size(); ++i) trie.order[i] = i;
+    std::sort(trie.order.begin(), trie.order.end(),
+              [&](uint32_t a, uint32_t b) { return texts[a] < texts[b]; });
+    const auto add = [&](uint8_t b, uint32_t low, uint32_t high) {
+        trie.byte.push_back(b);
+        trie.from.push_back(low);
+        trie.to.push_back(high);
+        trie.label.push_back(-1);
+    };
+    std::vector<uint32_t> depth = {0};
+    add(0, 0, uint32_t(texts.size()));
+    for (uint32_t node = 0; node < trie.byte.size(); ++node) {
+        trie.first.push_back(uint32_t(trie.byte.size()));
+        uint32_t low = trie.from[node];
+        const uint32_t high = trie.to[node], d = depth[node];
+        if (low < high && texts[trie.order[low]].size() == d)
+            trie.label[node] = int32_t(trie.order[low++]);
+        while (low < high) {
+            const char c = texts[trie.order[low]][d];
+            uint32_t end = low;
+            while (end < high && texts[trie.order[end]][d] == c) ++end;
+            add(uint8_t(c), low, end);
+            depth.push_back(d + 1);
+            low = end;
+        }
+    }
+    trie.first.push_back(uint32_t(trie.byte.size()));
+    return trie;
+}
+
+GrammarBuilder::GrammarBuilder() { nodes_.push_back({}); }
+
+Part GrammarBuilder::add(Node node) {
+    if (node.kind == Kind::nothing || nodes_.size() >= kMostParts) return no_part;
+    if (node.kind != Kind::rule && node.kind != Kind::object && node.kind != Kind::array) {
+        std::string key(1, char(node.kind));
+        append_number(key, node.a);
+        append_number(key, node.b);
+        append_text(key, node.text);
+        append_number(key, node.parts.size());
+        for (const Part part : node.parts) append_number(key, part);
+        for (const std::string& text : node.list) append_text(key, text);
+        append_number(key, reinterpret_cast<uintptr_t>(node.dfa.get()));
+        const auto [at, is_new] = known_.try_emplace(std::move(key), Part(nodes_.size()));
+        if (!is_new) return at->second;
+    }
+    nodes_.push_back(std::move(node));
+    return Part(nodes_.size() - 1);
+}
+
+Part GrammarBuilder::bytes(std::string_view text) {
+    return add({.kind = Kind::bytes, .text = std::string(text)});
+}
+Part GrammarBuilder::token(Token id) { return add({.kind = Kind::token, .a = uint32_t(id)}); }
+
+Part GrammarBuilder::sequence(std::vector<Part> parts) {
+    std::vector<Part> out;
+    for (const Part part : parts) {
+        const Node& node = nodes_[part];
+        if (node.kind == Kind::nothing) return no_part;
+        if (node.kind == Kind::bytes && !out.empty() && nodes_[out.back()].kind == Kind::bytes)
+            out.back() = bytes(nodes_[out.back()].text + node.text);
+        else if (node.kind != Kind::bytes || !node.text.empty()) out.push_back(part);
+    }
+    if (out.empty()) return bytes("");
+    return out.size() == 1 ? out[0] : add({.kind = Kind::sequence, .parts = std::move(out)});
+}
+
+Part GrammarBuilder::choice(std::vector<Part> parts) {
+    std::vector<Part> out;
+    std::vector<std::string> fixed;  // plain texts are found by a tree
+    const auto take = [&](Part part) {
+        const Node& node = nodes_[part];
+        if (node.kind == Kind::texts) fixed.insert(fixed.end(), node.list.begin(), node.list.end());
+        else if (node.kind == Kind::bytes && !node.text.empty()) fixed.push_back(node.text);
+        else if (part && std::find(out.begin(), out.end(), part) == out.end()) out.push_back(part);
+    };
+    for (const Part part : parts)
+        if (nodes_[part].kind == Kind::choice)
+            for (const Part inner : std::vector<Part>(nodes_[part].parts)) take(inner);
+        else take(part);
+    if (!fixed.empty()) out.push_back(texts(std::move(fixed)));
+    if (out.empty()) return no_part;
+    return out.size() == 1 ? out[0] : add({.kind = Kind::choice, .parts = std::move(out)});
+}
+
+Part GrammarBuilder::texts(std::vector<std::string> texts) {
+    std::sort(texts.begin(), texts.end());
+    texts.erase(std::unique(texts.begin(), texts.end()), texts.end());
+    if (texts.size() == 1) return bytes(texts[0]);
+    if (texts.empty()) return no_part;
+    return add({.kind = Kind::texts, .list = std::move(texts)});
+}
+
+Part GrammarBuilder::repeat(Part part, uint32_t least, uint32_t most) {
+    if (most == 0) return bytes("");
+    if (!part) return least ? no_part : bytes("");
+    if (least == 1 && most == 1) return part;
+    if (least == 0 && most == 1) return optional(part);
+    return add({.kind = Kind::repeat, .a = least, .b = most, .parts = {part}});
+}
+
+Part GrammarBuilder::terminal(DfaPtr dfa, uint32_t least, uint32_t most, std::vector<Part> then) {
+    if (dfa->empty() || least > most) return no_part;
+    least = std::min(least, dfa->shortest[Dfa::start]) == least
+                ? std::max(least, dfa->shortest[Dfa::start])
+                : least;
+    if (dfa->longest[Dfa::start] != unlimited) {
+        if (dfa->longest[Dfa::start] < least) return no_part;
+        if (dfa->longest[Dfa::start] <= most) most = unlimited;
+    }
+    if (most != unlimited && dfa->shortest[Dfa::start] > most) return no_part;
+    if (least <= dfa->shortest[Dfa::start]) least = 0;
+    if ((least || most != unlimited) && !dfa->even) {
+        auto counted = limit_length(dfa, least, most, budget_);
+        if (!counted || (*counted)->empty()) return no_part;
+        dfa = std::move(*counted);
+        least = 0, most = unlimited;
+    }
+    return add({.kind = Kind::terminal,
+                .a = least,
+                .b = most,
+                .parts = std::move(then),
+                .dfa = std::move(dfa)});
+}
+
+Result<Part> GrammarBuilder::text_until(std::vector<std::string> marks, std::vector<Part> then) {
+    if (marks.empty()) return any_bytes();
+    for (const std::string& mark : marks)
+        if (mark.empty()) return grammar_error("a mark must not be empty");
+    MarkMachine machine(marks);
+    auto dfa = make_dfa(machine, budget_);
+    if (!dfa) return std::move(dfa.error());
+    return terminal(std::move(*dfa), 0, unlimited, std::move(then));
+}
+
+Part GrammarBuilder::any_bytes() {
+    class Any : public Machine {
+        Key first() override { return {}; }
+        bool step(const Key&, uint8_t, Key&) override { return true; }
+        int32_t label(const Key&) override { return 0; }
+    };
+    static const DfaPtr dfa = [] {
+        Any machine;
+        Budget budget;
+        return *make_dfa(machine, budget);
+    }();
+    return terminal(dfa);
+}
+
+Part GrammarBuilder::object(ObjectRules rules) {
+    return add(
+        {.kind = Kind::object, .object = std::make_shared<const ObjectRules>(std::move(rules))});
+}
+Part GrammarBuilder::array(ArrayRules rules) {
+    return add(
+        {.kind = Kind::array, .array = std::make_shared<const ArrayRules>(std::move(rules))});
+}
+Part GrammarBuilder::new_rule() { return add({.kind = Kind::rule}); }
+void GrammarBuilder::define(Part rule, Part meaning) {
+    if (rule) nodes_[rule].parts = {meaning};
+}
+
+// ---- Parts to nodes ----------------------------------------------------------------------------
+
+class GrammarCompiler {
+public:
+    explicit GrammarCompiler(GrammarBuilder& builder) : builder_(builder), parts_(builder.nodes_) {}
+
+    Result<GrammarPtr> compile(Part root) {
+        if (parts_.size() >= kMostParts || builder_.budget_.spent()) return budget_error();
+        find_nullable();
+        find_heights();
+        if (height_[root] == unlimited) return grammar_error("nothing matches the grammar");
+        if (height_[root] > grammar_depth_limit)
+            return grammar_error("whatever matches the grammar nests too deep");
+        if (recurses_left()) return grammar_error("a rule begins with itself (left recursion)");
+        for (size_t p = 1; p < parts_.size(); ++p)
+            if (parts_[p].kind == Kind::repeat && nullable_[parts_[p].parts[0]] &&
+                parts_[p].b != unlimited)
+                return grammar_error("what may be empty cannot be repeated a number of times");
+        count_uses(root);
+        grammar_ = std::make_shared<Grammar>();
+        grammar_->nodes.push_back({GrammarNode::Kind::split});  // 0: nothing
+        entries_.assign(parts_.size(), 0);
+        const uint32_t end = add({GrammarNode::Kind::end});
+        grammar_->root = emit(root, end);
+        for (size_t i = 0; i < waiting_.size(); ++i) {
+            const uint32_t back = add({GrammarNode::Kind::back});
+            const uint32_t body = emit_body(waiting_[i], back);
+            grammar_->edges[grammar_->nodes[entries_[waiting_[i]]].a] = body;
+            if (grammar_->nodes.size() > kMostNodes) return budget_error();
+        }
+        sign();
+        return GrammarPtr(grammar_);
+    }
+
+private:
+    using Kind = GrammarBuilder::Kind;
+    using PartNode = GrammarBuilder::Node;
+    static constexpr size_t kMostNodes = 400'000;
+
+    uint32_t add(GrammarNode node) {
+        grammar_->nodes.push_back(node);
+        return uint32_t(grammar_->nodes.size() - 1);
+    }
+    uint32_t add_split(const std::vector<uint32_t>& targets) {
+        const uint32_t first = uint32_t(grammar_->edges.size());
+        grammar_->edges.insert(grammar_->edges.end(), targets.begin(), targets.end());
+        return add({GrammarNode::Kind::split, 0, first, uint32_t(grammar_->edges.size())});
+    }
+    uint32_t add_bytes(std::string_view text, uint32_t next) {
+        if (text.empty()) return next;
+        const uint32_t first = uint32_t(grammar_->text.size());
+        grammar_->text += text;
+        return add({GrammarNode::Kind::bytes, next, first, uint32_t(grammar_->text.size())});
+    }
+    uint32_t add_space(uint32_t next) {
+        if (builder_.space == JsonSpace::none) return next;
+        const uint32_t one = add_bytes(" ", next);
+        return builder_.space == JsonSpace::one ? one : add_split({next, one});
+    }
+
+    // Whether a part may match the empty text; least fixed point over the rules.
+    void find_nullable() {
+        nullable_.assign(parts_.size(), false);
+        for (bool changed = true; changed;) {
+            changed = false;
+            for (size_t p = 1; p < parts_.size(); ++p)
+                if (!nullable_[p] && is_nullable(parts_[p])) nullable_[p] = changed = true;
+        }
+    }
+    bool is_nullable(const PartNode& node) const {
+        const auto yes = [&](Part p) { return bool(nullable_[p]); };
+        switch (node.kind) {
+            case Kind::bytes: return node.text.empty();
+            case Kind::sequence: return std::all_of(node.parts.begin(), node.parts.end(), yes);
+            case Kind::choice:
+            case Kind::rule: return std::any_of(node.parts.begin(), node.parts.end(), yes);
+            case Kind::repeat: return node.a == 0 || yes(node.parts[0]);
+            case Kind::terminal: {
+                const int32_t label = node.dfa->label[Dfa::start];
+                return label >= 0 && node.a == 0 &&
+                       (node.parts.empty() || yes(node.parts[size_t(label)]));
+            }
+            default: return false;
+        }
+    }
+    // How many cells the shallowest match of a part needs; unlimited: nothing matches.
+    void find_heights() {
+        height_.assign(parts_.size(), unlimited);
+        for (bool changed = true; changed;) {
+            changed = false;
+            for (size_t p = 1; p < parts_.size(); ++p) {
+                const uint32_t found = height_of(parts_[p]);
+                if (found < height_[p]) height_[p] = found, changed = true;
+            }
+        }
+    }
+    static uint32_t above(uint32_t height) { return height == unlimited ? unlimited : height + 1; }
+    uint32_t height_of(const PartNode& node) const {
+        uint32_t most = 0, least = unlimited;
+        for (const Part p : node.parts) {
+            most = std::max(most, called_height(p));
+            least = std::min(least, called_height(p));
+        }
+        switch (node.kind) {
+            case Kind::nothing: return unlimited;
+            case Kind::bytes:
+            case Kind::token:
+            case Kind::texts: return 0;
+            case Kind::terminal: return node.parts.empty() ? 0 : least;
+            case Kind::sequence: return most;
+            case Kind::choice:
+            case Kind::rule: return least;
+            case Kind::repeat: return node.a ? above(most) : least == unlimited ? 0 : 0;
+            case Kind::object: return object_height(*node.object);
+            case Kind::array: return array_height(*node.array);
+        }
+        return unlimited;
+    }
+    // With the cell of a call, which only some of the parts become.
+    uint32_t called_height(Part p) const {
+        return is_big(parts_[p].kind) ? above(height_[p]) : height_[p];
+    }
+    static bool is_big(Kind kind) {
+        return kind >= Kind::sequence && kind != Kind::texts && kind != Kind::terminal;
+    }
+    uint32_t object_height(const ObjectRules& rules) const {
+        uint32_t most = 0;
+        uint64_t required = 0, possible = 0;
+        for (const ObjectMember& m : rules.members) {
+            const uint32_t h = called_height(m.value);
+            if (m.required && h == unlimited) return unlimited;
+            if (m.required) most = std::max(most, h), ++required;
+            possible += h != unlimited;
+        }
+        bool others = false;
+        uint32_t other_height = unlimited;
+        for (const Part p : rules.others) {
+            others |= called_height(p) != unlimited;
+            other_height = std::min(other_height, called_height(p));
+        }
+        if (required > rules.most || (!others && possible < rules.least)) return unlimited;
+        if (required < rules.least) {  // some of the optional ones, or of the others
+            std::vector<uint32_t> heights;
+            for (const ObjectMember& m : rules.members)
+                if (!m.required && called_height(m.value) != unlimited)
+                    heights.push_back(called_height(m.value));
+            std::sort(heights.begin(), heights.end());
+            const uint64_t wanted = rules.least - required;
+            if (others) most = std::max(most, other_height);
+            else most = std::max(most, heights[size_t(wanted - 1)]);
+        }
+        return above(most);
+    }
+    uint32_t item_height(const ArrayItem& item) const {
+        return std::min(called_height(item.counted), called_height(item.other));
+    }
+    uint32_t array_height(const ArrayRules& rules) const {
+        uint32_t most = 0;
+        const uint32_t needed = std::max(rules.least, rules.least_counted);
+        if (needed > rules.most) return unlimited;
+        for (uint32_t i = 0; i < needed && i <= rules.first.size(); ++i)
+            most = std::max(most,
+                            item_height(i < rules.first.size() ? rules.first[i] : rules.rest));
+        if (rules.least_counted) most = std::max(most, counted_height(rules));
+        return above(most);
+    }
+    uint32_t counted_height(const ArrayRules& rules) const {
+        uint32_t least = called_height(rules.rest.counted);
+        for (const ArrayItem& item : rules.first)
+            least = std::min(least, called_height(item.counted));
+        return least;
+    }
+
+    // Whether some part can come to itself without having read anything: the parts that may stand
+    // first in others are taken away in the order of a topological sort; a cycle stays.
+    template <class Visit>
+    void each_first(const PartNode& node, const Visit& visit) const {
+        if (node.kind == Kind::sequence) {
+            for (const Part p : node.parts) {
+                visit(p);
+                if (!nullable_[p]) return;
+            }
+        } else if (node.kind == Kind::choice || node.kind == Kind::rule ||
+                   node.kind == Kind::repeat) {
+            for (const Part p : node.parts) visit(p);
+        } else if (node.kind == Kind::terminal && !node.parts.empty() &&
+                   node.dfa->label[Dfa::start] >= 0) {
+            visit(node.parts[size_t(node.dfa->label[Dfa::start])]);
+        }
+    }
+    bool recurses_left() const {
+        std::vector<uint32_t> incoming(parts_.size()), order;
+        for (const PartNode& node : parts_) each_first(node, [&](Part p) { ++incoming[p]; });
+        for (Part p = 0; p < parts_.size(); ++p)
+            if (!incoming[p]) order.push_back(p);
+        for (size_t i = 0; i < order.size(); ++i)
+            each_first(parts_[order[i]], [&](Part p) {
+                if (!--incoming[p]) order.push_back(p);
+            });
+        return order.size() < parts_.size();
+    }
+    void count_uses(Part root) {
+        uses_.assign(parts_.size(), 0);
+        std::vector<Part> open = {root};
+        uses_[root] = 1;
+        const auto use = [&](Part p) {
+            if (uses_[p]++ == 0) open.push_back(p);
+        };
+        while (!open.empty()) {
+            const PartNode& node = parts_[open.back()];
+            open.pop_back();
+            for (const Part p : node.parts) use(p);
+            if (node.object) {
+                for (const ObjectMember& m : node.object->members) use(m.value);
+                for (const Part p : node.object->others) use(p);
+            }
+            if (node.array) {
+                for (const ArrayItem& item : node.array->first) use(item.counted), use(item.other);
+                use(node.array->rest.counted), use(node.array->rest.other);
+            }
+        }
+    }
+
+    uint32_t emit(Part p, uint32_t next) {
+        if (height_[p] == unlimited) return 0;
+        const Kind kind = parts_[p].kind;
+        if (kind != Kind::rule && !(is_big(kind) && uses_[p] > 1)) return emit_body(p, next);
+        if (!entries_[p]) {
+            entries_[p] = add_split({0});
+            waiting_.push_back(p);
+        }
+        return add({GrammarNode::Kind::call, next, entries_[p], above(height_[p])});
+    }
+    uint32_t emit_body(Part p, uint32_t next) {
+        const PartNode& node = parts_[p];
+        switch (node.kind) {
+            case Kind::nothing: return 0;
+            case Kind::bytes: return add_bytes(node.text, next);
+            case Kind::token: return add({GrammarNode::Kind::token, next, node.a});
+            case Kind::rule: return emit(node.parts[0], next);
+            case Kind::sequence:
+                for (size_t i = node.parts.size(); i-- > 0;) next = emit(node.parts[i], next);
+                return next;
+            case Kind::choice: return emit_choice(node, next);
+            case Kind::texts:
+                grammar_->tries.push_back({TextTrie::build(node.list)});
+                return add({GrammarNode::Kind::texts, next, uint32_t(grammar_->tries.size() - 1)});
+            case Kind::terminal: return emit_terminal(node, next);
+            case Kind::repeat: return emit_repeat(node, next);
+            case Kind::object: return emit_object(*node.object, height_[p], next);
+            case Kind::array: return emit_array(*node.array, height_[p], next);
+        }
+        return 0;
+    }
+    uint32_t emit_choice(const PartNode& node, uint32_t next) {
+        std::vector<uint32_t> targets;
+        for (const Part part : node.parts)
+            if (height_[part] != unlimited) targets.push_back(emit(part, next));
+        return targets.size() == 1 ? targets[0] : add_split(targets);
+    }
+    uint32_t emit_terminal(const PartNode& node, uint32_t next) {
+        TerminalNode terminal{node.dfa, node.a, node.b, {}};
+        for (const Part part : node.parts) terminal.targets.push_back(emit(part, next));
+        grammar_->terminals.push_back(std::move(terminal));
+        return add({GrammarNode::Kind::terminal, next, uint32_t(grammar_->terminals.size() - 1)});
+    }
+    uint32_t emit_repeat(const PartNode& node, uint32_t next) {
+        const uint32_t id = uint32_t(grammar_->repeats.size());
+        const uint32_t least = nullable_[node.parts[0]] ? 0 : node.a;
+        const uint32_t height = above(called_height(node.parts[0]));
+        grammar_->repeats.push_back({0, least, node.b, height});
+        const uint32_t again = add({GrammarNode::Kind::again, next, id});
+        const uint32_t body = emit(node.parts[0], again);
+        grammar_->repeats[id].body = body;
+        return add({GrammarNode::Kind::repeat, again, id});
+    }
+    uint32_t emit_object(const ObjectRules& rules, uint32_t height, uint32_t next) {
+        const uint32_t id = uint32_t(grammar_->objects.size());
+        grammar_->objects.emplace_back();
+        ObjectNode object;
+        const uint32_t members = add({GrammarNode::Kind::members, add_bytes("}", next), id});
+        const uint32_t key = add({GrammarNode::Kind::key, members, id});
+        object.first_key = add_bytes("\"", key);
+        object.next_key = add_bytes(",", add_space(object.first_key));
+        object.least = rules.least, object.most = rules.most, object.height = height;
+        std::vector<std::string> keys;
+        for (const ObjectMember& m : rules.members) {
+            keys.push_back(m.key.substr(1));
+            const uint32_t value = height_[m.value] == unlimited
+                                       ? 0
+                                       : add_space(emit(m.value, members));
+            object.members.push_back({value, called_height(m.value), m.required});
+        }
+        object.keys = TextTrie::build(keys);
+        sum_members(object);
+        add_others(object, rules, members);
+        grammar_->objects[id] = std::move(object);
+        return add_bytes("{", add({GrammarNode::Kind::object, members, id}));
+    }
+    static void sum_members(ObjectNode& object) {
+        const size_t count = object.members.size();
+        object.next_required.assign(count + 1, uint32_t(count));
+        object.required_from.assign(count + 1, 0);
+        object.possible.assign(count + 1, 0);
+        for (size_t i = count; i-- > 0;) {
+            const ObjectNode::Member& m = object.members[i];
+            object.next_required[i] = m.required ? uint32_t(i) : object.next_required[i + 1];
+            object.required_from[i] = object.required_from[i + 1] + m.required;
+            object.possible[i] = object.possible[i + 1] + (m.value != 0);
+        }
+    }
+    void add_others(ObjectNode& object, const ObjectRules& rules, uint32_t members) {
+        bool any = false;
+        for (const Part part : rules.others) {
+            const bool can = height_[part] != unlimited;
+            const uint32_t value = can ? add_bytes(":", add_space(emit(part, members))) : 0;
+            object.others.push_back({value, called_height(part)});
+            if (can) object.others_height = std::max(object.others_height, called_height(part));
+            any |= can;
+        }
+        if (!any || !rules.other) return;
+        object.other = rules.other;
+        count_words(object);
+    }
+    // How many texts an automaton has from each of its states on, as far as 32 bits count: those
+    // with a way to a cycle have no end.
+    static void count_words(ObjectNode& object) {
+        const Dfa& dfa = *object.other;
+        object.words.assign(dfa.states(), 0);
+        std::vector<std::pair<uint32_t, uint32_t>> by_length;
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
+            by_length.push_back({dfa.longest[s], s});
+        // Within one character states are not ordered by length: repeated until nothing grows.
+        std::sort(by_length.begin(), by_length.end());
+        const auto usable = [&](int32_t label) {
+            return label >= 0 && object.others[size_t(label)].first != 0;
+        };
+        for (int round = 0; round < 8; ++round)
+            for (const auto& [length, s] : by_length) {
+                if (length == unlimited) {
+                    object.words[s] = unlimited;
+                    continue;
+                }
+                uint64_t sum = usable(dfa.label[s]);
+                for (unsigned b = 0; b < 256; ++b)
+                    if (const uint32_t to = dfa.step(s, uint8_t(b)); to != Dfa::dead)
+                        sum += object.words[to];
+                object.words[s] = uint32_t(std::min<uint64_t>(sum, unlimited));
+            }
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
+            object.endless &= object.words[s] == unlimited;
+    }
+    uint32_t emit_array(const ArrayRules& rules, uint32_t height, uint32_t next) {
+        const uint32_t id = uint32_t(grammar_->arrays.size());
+        grammar_->arrays.emplace_back();
+        ArrayNode array;
+        const uint32_t items = add({GrammarNode::Kind::items, add_bytes("]", next), id});
+        array.least = rules.least, array.most = rules.most, array.height = height;
+        array.least_counted = rules.least_counted, array.most_counted = rules.most_counted;
+        const auto item = [&](const ArrayItem& of) {
+            return ArrayNode::Item{emit(of.counted, items), emit(of.other, items),
+                                   called_height(of.counted), called_height(of.other)};
+        };
+        for (const ArrayItem& of : rules.first) array.first.push_back(item(of));
+        array.rest = item(rules.rest);
+        for (uint32_t i = 0; i <= array.first.size(); ++i)
+            if (!array.item(i).counted && !array.item(i).other) {
+                array.most = std::min(array.most, i);
+                break;
+            }
+        array.separator = add_bytes(",", add_space(add({GrammarNode::Kind::array, items, id, 1})));
+        grammar_->arrays[id] = std::move(array);
+        return add_bytes("[", add({GrammarNode::Kind::array, items, id}));
+    }
+    void sign() {
+        Sha256 sha;
+        const auto update = [&](const auto& list) {
+            if (!list.empty()) sha.update(list.data(), list.size() * sizeof list[0]);
+        };
+        update(grammar_->nodes);
+        update(grammar_->edges);
+        sha.update(grammar_->text);
+        for (const TerminalNode& t : grammar_->terminals) {
+            const uint32_t sum[] = {crc32c(t.dfa->next.data(), t.dfa->next.size() * 4), t.least,
+                                    t.most};
+            sha.update(sum, sizeof sum);
+        }
+        for (const TextsNode& t : grammar_->tries) update(t.trie.byte);
+        for (const ObjectNode& o : grammar_->objects) update(o.keys.byte);
+        grammar_->digest = sha.finish();
+    }
+
+    GrammarBuilder& builder_;
+    const std::vector<PartNode>& parts_;
+    std::shared_ptr<Grammar> grammar_;
+    std::vector<bool> nullable_;
+    std::vector<uint32_t> height_, uses_, entries_;
+    std::vector<Part> waiting_;
+};
+
+Result<GrammarPtr> GrammarBuilder::build(Part root) { return GrammarCompiler(*this).compile(root); }
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
+// ---- src/grammar/state.hpp ---------------------------------------------------------------------
+
+// Where a text stands in its grammar.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// One of the ways to read the text so far: a node, how far it was read, and the stack below it.
+struct GrammarConfig {
+    uint32_t node = 0, sub = 0, count = 0, stack = 0;
+};
+/// The stack is a list of cells that ways share; cell 0 is its bottom.
+struct GrammarCell {
+    uint32_t parent = 0, node = 0, value = 0, extra = 0, depth = 0;
+};
+
+/// Steps from sets of configurations to sets of them. A set is a stretch of `pool`; it and the cells
+/// that it needed are dropped by going back to a mark.
+/// Threads: one at a time.
+class GrammarWalk {
+public:
+    struct Set {
+        uint32_t begin = 0, end = 0;
+        bool empty() const { return begin == end; }
+        uint32_t size() const { return end - begin; }
+    };
+    struct Mark {
+        size_t pool, cells;
+    };
+    explicit GrammarWalk(const Grammar& grammar) : grammar_(grammar) {}
+    std::vector<GrammarConfig> pool;
+    std::vector<GrammarCell> cells;
+
+    Mark mark() const { return {pool.size(), cells.size()}; }
+    void back_to(Mark mark) {
+        pool.resize(mark.pool);
+        cells.resize(mark.cells);
+    }
+    Set start();
+    Set add(const std::vector<GrammarConfig>& configs);
+    /// The set, and behind it what may follow where its terminals end. The set must stand at the
+    /// end of the pool.
+    Set expand(Set set);
+    Set step(Set expanded, uint8_t byte);
+    Set step_token(Set expanded, Token token);
+    bool may_end(Set expanded) const;
+    /// Bytes that some configuration of an expanded set may take; never one fewer.
+    void allowed(Set expanded, std::array<uint64_t, 4>& bytes) const;
+    const Grammar& grammar() const { return grammar_; }
+
+private:
+    using Kind = GrammarNode::Kind;
+    void put(GrammarConfig config);
+    void close(uint32_t node, uint32_t stack);
+    void close_one(uint32_t node, uint32_t stack);
+    void open(uint32_t node, uint32_t stack) { open_.push_back({node, stack}); }
+    uint32_t push(uint32_t parent, uint32_t node, uint32_t value, uint32_t extra, uint32_t depth);
+    bool fits(uint32_t stack, uint32_t height) const {
+        return height != unlimited && cells[stack].depth + height <= grammar_depth_limit;
+    }
+    bool same_stack(uint32_t a, uint32_t b) const;
+    void leave(const GrammarConfig& config);
+    void step_one(const GrammarConfig& config, uint8_t byte);
+    void step_terminal(const GrammarConfig& config, uint8_t byte);
+    void step_texts(const GrammarConfig& config, uint8_t byte);
+    void step_key(const GrammarConfig& config, uint8_t byte);
+    void step_other_key(const GrammarConfig& config, uint8_t byte);
+    void end_other_key(const GrammarConfig& config, uint32_t object_cell, uint64_t hash);
+    void between_members(const GrammarNode& node, uint32_t stack);
+    void begin_key(uint32_t node, uint32_t stack);
+    bool may_be_member(const ObjectNode& object, const GrammarCell& cell, uint32_t index) const;
+    bool may_be_other(const ObjectNode& object, uint32_t stack) const;
+    bool leads_to_member(const ObjectNode& object, const GrammarCell& cell,
+                         uint32_t trie_node) const;
+    uint32_t used_below(uint32_t stack, uint64_t hash) const;
+    void repeat_again(uint32_t node, uint32_t stack);
+    void between_items(uint32_t node, uint32_t stack);
+    bool choose_item(const ArrayNode& array, uint32_t stack, bool really);
+
+    const Grammar& grammar_;
+    std::vector<std::pair<uint32_t, uint32_t>> open_, looped_;
+    size_t set_begin_ = 0;
+};
+
+/// A text's place in a grammar: small, copied to fork, save or speculate.
+/// Threads: one at a time; copies are apart.
+class GrammarState {
+public:
+    GrammarState() = default;
+    explicit GrammarState(GrammarPtr grammar);
+    const GrammarPtr& grammar() const { return grammar_; }
+    bool active() const { return grammar_ != nullptr; }
+    /// False: the grammar has no text that goes on so; the state stays as it was.
+    bool advance(std::string_view bytes);
+    /// A token by its number (parts that are tokens), else by its bytes; empty bytes: by its number
+    /// alone.
+    bool accept_token(Token token, std::string_view piece);
+    bool may_end() const;
+    /// The bytes that every text has from here on, at most so many; nothing where the text may end
+    /// or a token may stand.
+    std::string forced_bytes(size_t most = 1024) const;
+    /// For saved conversations; restore refuses what another grammar or version wrote.
+    std::string serialize() const;
+    static Result<GrammarState> restore(GrammarPtr grammar, std::string_view bytes);
+
+private:
+    friend class MaskMaker;
+    void take(GrammarWalk& walk, GrammarWalk::Set set);
+    bool is_sound() const;
+    bool is_sound(const GrammarConfig& config) const;
+    GrammarPtr grammar_;
+    std::vector<GrammarConfig> configs_;
+    std::vector<GrammarCell> cells_;
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/grammar/state.cpp ---------------------------------------------------------------------
+
+// >>grammar
+// A set of configurations reads one byte at a time. What needs no byte (choices, calls, ends of
+// rules) is gone through at once, so that every configuration kept waits for a byte, a token or the
+// end; only the end of a terminal is left for `expand`, since it is asked for at few places.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr uint32_t kMostConfigs = 2'000;
+constexpr uint32_t kMostOpened = 100'000;
+constexpr uint64_t kHashSeed = 1469598103934665603u;
+
+uint64_t mix(uint64_t hash, uint8_t byte) { return (hash ^ byte) * 1099511628211u; }
+uint64_t hash_in(const GrammarCell& cell) { return uint64_t(cell.extra) << 32 | cell.value; }
+
+void allow(std::array<uint64_t, 4>& bytes, uint8_t b) { bytes[b >> 6] |= uint64_t{1} << (b & 63); }
+
+bool is_alive(const TerminalNode& terminal, uint32_t state, uint32_t count) {
+    const Dfa& dfa = *terminal.dfa;
+    if (dfa.shortest[state] == unlimited) return false;
+    if (terminal.most != unlimited && uint64_t(count) + dfa.shortest[state] > terminal.most)
+        return false;
+    return dfa.longest[state] == unlimited ||
+           uint64_t(count) + dfa.longest[state] >= terminal.least;
+}
+bool may_leave(const TerminalNode& terminal, const GrammarConfig& c) {
+    return terminal.dfa->label[c.sub] >= 0 && c.count >= terminal.least;
+}
+
+}  // namespace
+
+uint32_t GrammarWalk::push(uint32_t parent, uint32_t node, uint32_t value, uint32_t extra,
+                           uint32_t depth) {
+    cells.push_back({parent, node, value, extra, depth});
+    return uint32_t(cells.size() - 1);
+}
+
+bool GrammarWalk::same_stack(uint32_t a, uint32_t b) const {
+    while (a != b) {
+        const GrammarCell &x = cells[a], &y = cells[b];
+        if (!a || !b || x.node != y.node || x.value != y.value || x.extra != y.extra ||
+            x.depth != y.depth)
+            return false;
+        a = x.parent, b = y.parent;
+    }
+    return true;
+}
+
+void GrammarWalk::put(GrammarConfig config) {
+    for (size_t i = set_begin_; i < pool.size(); ++i) {
+        const GrammarConfig& c = pool[i];
+        if (c.node == config.node && c.sub == config.sub && c.count == config.count &&
+            same_stack(c.stack, config.stack))
+            return;
+    }
+    if (pool.size() - set_begin_ < kMostConfigs) pool.push_back(config);
+}
+
+void GrammarWalk::close(uint32_t node, uint32_t stack) {
+    const size_t base = open_.size();
+    open(node, stack);
+    looped_.clear();
+    for (uint32_t steps = 0; open_.size() > base && steps < kMostOpened; ++steps) {
+        const auto [n, s] = open_.back();
+        open_.pop_back();
+        close_one(n, s);
+    }
+    open_.resize(base);
+}
+
+void GrammarWalk::close_one(uint32_t id, uint32_t stack) {
+    const GrammarNode& node = grammar_.nodes[id];
+    switch (node.kind) {
+        case Kind::split:
+            for (uint32_t e = node.b; e-- > node.a;) open(grammar_.edges[e], stack);
+            return;
+        case Kind::bytes:
+        case Kind::token:
+        case Kind::end: return put({id, 0, 0, stack});
+        case Kind::texts:
+            if (grammar_.tries[node.a].trie.from.size() > 1) put({id, 0, 0, stack});
+            return;
+        case Kind::terminal: return put({id, Dfa::start, 0, stack});
+        case Kind::call:
+            if (grammar_.nodes[node.next].kind == Kind::back) return open(node.a, stack);
+            if (!fits(stack, node.b)) return;
+            return open(node.a, push(stack, id, 0, 0, cells[stack].depth + 1));
+        case Kind::back: {
+            const GrammarCell cell = cells[stack];
+            return open(grammar_.nodes[cell.node].next, cell.parent);
+        }
+        case Kind::repeat:
+            if (!fits(stack, 1)) return;
+            return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
+        case Kind::again: return repeat_again(id, stack);
+        case Kind::object:
+            if (!fits(stack, grammar_.objects[node.a].height)) return;
+            return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
+        case Kind::members: return cells[stack].node == id ? between_members(node, stack) : void();
+        case Kind::key: return begin_key(id, stack);
+        case Kind::other_key: return;
+        case Kind::array: {
+            const ArrayNode& array = grammar_.arrays[node.a];
+            if (node.b && cells[stack].node != node.next) return;
+            if (node.b) return (void)choose_item(array, stack, true);
+            if (!fits(stack, array.height)) return;
+            const uint32_t top = push(stack, node.next, 0, 0, cells[stack].depth + 1);
+            if (array.least == 0 && array.least_counted == 0)
+                open(grammar_.nodes[node.next].next, stack);
+            return (void)choose_item(array, top, true);
+        }
+        case Kind::items: return between_items(id, stack);
+    }
+}
+
+void GrammarWalk::repeat_again(uint32_t id, uint32_t stack) {
+    if (cells[stack].node != id) return;  // a damaged state
+    for (const auto& [n, s] : looped_)
+        if (n == id && same_stack(s, stack)) return;
+    looped_.push_back({id, stack});
+    const GrammarNode& node = grammar_.nodes[id];
+    const RepeatNode& repeat = grammar_.repeats[node.a];
+    const GrammarCell cell = cells[stack];
+    if (cell.value >= repeat.least) open(node.next, cell.parent);
+    if (cell.value >= repeat.most || !repeat.body || !fits(cell.parent, repeat.height)) return;
+    const uint32_t most = repeat.most == unlimited ? repeat.least : repeat.most;
+    const uint32_t value = std::min(cell.value + 1, most);
+    open(repeat.body,
+         value == cell.value ? stack : push(cell.parent, cell.node, value, 0, cell.depth));
+}
+
+// ---- Arrays --------------------------------------------------------------------------------------
+
+bool GrammarWalk::choose_item(const ArrayNode& array, uint32_t stack, bool really) {
+    const GrammarCell cell = cells[stack];
+    if (cell.value >= array.most) return false;
+    const ArrayNode::Item& item = array.item(cell.value);
+    const uint32_t enough = array.most == unlimited
+                                ? std::max(array.least, uint32_t(array.first.size()))
+                                : unlimited;
+    const uint32_t value = std::min(cell.value + 1, enough);
+    bool any = false;
+    const auto choose = [&](uint32_t node, uint32_t height, uint32_t counted) {
+        if (!node || !fits(stack, height)) return;
+        any = true;
+        if (really) open(node, push(cell.parent, cell.node, value, counted, cell.depth));
+    };
+    uint64_t later = array.rest.counted ? uint64_t(array.most) : 0;  // places that may still count
+    if (array.rest.counted && array.most != unlimited) later = array.most - cell.value - 1;
+    else if (!array.rest.counted)
+        for (size_t i = cell.value + 1u; i < array.first.size(); ++i)
+            later += array.first[i].counted != 0;
+    if (uint64_t(cell.extra) + later >= array.least_counted)
+        choose(item.other, item.other_height, cell.extra);
+    if (cell.extra < array.most_counted) {
+        const uint32_t most = array.most_counted == unlimited ? array.least_counted : unlimited;
+        choose(item.counted, item.counted_height, std::min(cell.extra + 1, most));
+    }
+    return any;
+}
+
+void GrammarWalk::between_items(uint32_t id, uint32_t stack) {
+    if (cells[stack].node != id) return;
+    const GrammarNode& node = grammar_.nodes[id];
+    const ArrayNode& array = grammar_.arrays[node.a];
+    const GrammarCell cell = cells[stack];
+    if (cell.value >= array.least && cell.extra >= array.least_counted)
+        open(node.next, cell.parent);
+    if (choose_item(array, stack, false)) open(array.separator, stack);
+}
+
+// ---- Objects -------------------------------------------------------------------------------------
+//
+// The cell of an object holds the index of the first member that may still come and how many there
+// were (one, where nothing counts them). Below it lie the keys that were not declared, each as the
+// hash of its bytes: none may come twice. Above it lies the key that is being read.
+
+bool GrammarWalk::may_be_member(const ObjectNode& object, const GrammarCell& cell,
+                                uint32_t index) const {
+    const ObjectNode::Member& m = object.members[index];
+    if (!m.value || index < cell.value || index > object.next_required[cell.value]) return false;
+    if (m.height == unlimited || cell.depth + m.height > grammar_depth_limit) return false;
+    if (!object.counts()) return true;
+    const uint64_t now = uint64_t(cell.extra) + 1;
+    if (object.most != unlimited && now + object.required_from[index + 1] > object.most)
+        return false;
+    return object.other || now + object.possible[index + 1] >= object.least;
+}
+
+bool GrammarWalk::may_be_other(const ObjectNode& object, uint32_t stack) const {
+    const GrammarCell& cell = cells[stack];
+    if (!object.other || !fits(stack, object.others_height)) return false;
+    if (object.next_required[cell.value] != object.members.size()) return false;
+    if (object.most != unlimited && cell.extra >= object.most) return false;
+    return object.words[Dfa::start] == unlimited ||
+           object.words[Dfa::start] > used_below(stack, kHashSeed) + object.members.size();
+}
+
+bool GrammarWalk::leads_to_member(const ObjectNode& object, const GrammarCell& cell,
+                                  uint32_t trie_node) const {
+    const TextTrie& keys = object.keys;
+    for (uint32_t i = keys.from[trie_node]; i < keys.to[trie_node]; ++i)
+        if (may_be_member(object, cell, keys.order[i])) return true;
+    return false;
+}
+
+void GrammarWalk::between_members(const GrammarNode& node, uint32_t stack) {
+    const ObjectNode& object = grammar_.objects[node.a];
+    const GrammarCell cell = cells[stack];
+    const uint32_t count = uint32_t(object.members.size());
+    if (object.next_required[cell.value] == count &&
+        (!object.counts() || cell.extra >= object.least)) {
+        uint32_t below = cell.parent;
+        while (below && grammar_.nodes[cells[below].node].kind == Kind::key)
+            below = cells[below].parent;
+        open(node.next, below);
+    }
+    bool more = may_be_other(object, stack);
+    for (uint32_t i = cell.value; !more && i < count && i <= object.next_required[cell.value]; ++i)
+        more = may_be_member(object, cell, i);
+    if (more) open(cell.extra ? object.next_key : object.first_key, stack);
+}
+
+void GrammarWalk::begin_key(uint32_t id, uint32_t stack) {
+    if (cells[stack].node != grammar_.nodes[id].next) return;
+    const ObjectNode& object = grammar_.objects[grammar_.nodes[id].a];
+    if (!object.members.empty() && leads_to_member(object, cells[stack], 0)) put({id, 0, 0, stack});
+    if (!may_be_other(object, stack)) return;
+    const uint32_t top = push(stack, id, uint32_t(kHashSeed), uint32_t(kHashSeed >> 32),
+                              cells[stack].depth);
+    put({id, Dfa::start, 2, top});
+}
+
+void GrammarWalk::step_key(const GrammarConfig& config, uint8_t byte) {
+    if (config.count) return step_other_key(config, byte);
+    if (cells[config.stack].node != grammar_.nodes[config.node].next) return;
+    const ObjectNode& object = grammar_.objects[grammar_.nodes[config.node].a];
+    const GrammarCell cell = cells[config.stack];
+    const uint32_t child = object.keys.child(config.sub, byte);
+    if (!child || !leads_to_member(object, cell, child)) return;
+    const int32_t index = object.keys.label[child];
+    if (index < 0) return put({config.node, child, 0, config.stack});
+    const uint32_t count = object.counts() ? cell.extra + 1 : 1;
+    close(object.members[size_t(index)].value,
+          push(cell.parent, cell.node, uint32_t(index) + 1, count, cell.depth));
+}
+
+// How many cells below an object's have this hash: keys that begin so, where beginnings are kept.
+uint32_t GrammarWalk::used_below(uint32_t object_cell, uint64_t hash) const {
+    uint32_t count = 0;
+    for (uint32_t c = cells[object_cell].parent;
+         c && grammar_.nodes[cells[c].node].kind == Kind::key; c = cells[c].parent)
+        count += hash_in(cells[c]) == hash;
+    return count;
+}
+
+// count: 1, or 2 and the place in the tree of the declared keys.
+void GrammarWalk::step_other_key(const GrammarConfig& config, uint8_t byte) {
+    const ObjectNode& object = grammar_.objects[grammar_.nodes[config.node].a];
+    uint32_t below = config.stack;
+    while (below && grammar_.nodes[cells[below].node].kind == Kind::key)
+        below = cells[below].parent;
+    if (cells[below].node != grammar_.nodes[config.node].next) return;
+    const uint64_t hash = mix(hash_in(cells[config.stack]), byte);
+    const uint32_t place = config.count >= 2 ? object.keys.child(config.count - 2, byte) : 0;
+    if (byte == '"') {
+        if (!place) end_other_key(config, below, hash);
+        return;
+    }
+    const uint32_t state = object.other->step(config.sub, byte);
+    if (state == Dfa::dead || object.words[state] == 0) return;
+    if (object.words[state] != unlimited) {
+        const uint32_t declared = place ? object.keys.to[place] - object.keys.from[place] : 0;
+        if (object.words[state] <= used_below(below, hash) + declared) return;
+    }
+    const uint32_t parent = object.endless ? below : config.stack;
+    const uint32_t top = push(parent, config.node, uint32_t(hash), uint32_t(hash >> 32),
+                              cells[below].depth);
+    put({config.node, state, place ? place + 2 : 1, top});
+}
+
+void GrammarWalk::end_other_key(const GrammarConfig& config, uint32_t object_cell, uint64_t hash) {
+    const ObjectNode& object = grammar_.objects[grammar_.nodes[config.node].a];
+    const int32_t label = object.other->label[config.sub];
+    if (label < 0 || !object.others[size_t(label)].first) return;
+    if (used_below(object_cell, hash)) return;
+    const GrammarCell cell = cells[object_cell];
+    const auto keep = [&](uint32_t parent, uint64_t h) {
+        return push(parent, config.node, uint32_t(h), uint32_t(h >> 32), cell.depth);
+    };
+    uint32_t below = cell.parent;
+    for (uint32_t c = config.stack; !object.endless && c != object_cell; c = cells[c].parent)
+        below = keep(below, hash_in(cells[c]));
+    below = keep(below, hash);
+    const uint32_t count = object.counts() ? cell.extra + 1 : 1;
+    close(object.others[size_t(label)].first,
+          push(below, cell.node, uint32_t(object.members.size()), count, cell.depth));
+}
+
+// ---- Bytes ---------------------------------------------------------------------------------------
+
+void GrammarWalk::step_terminal(const GrammarConfig& config, uint8_t byte) {
+    const TerminalNode& terminal = grammar_.terminals[grammar_.nodes[config.node].a];
+    const uint32_t state = terminal.dfa->step(config.sub, byte);
+    if (state == Dfa::dead) return;
+    uint32_t count = 0;
+    if (terminal.counts()) {
+        count = config.count + terminal.dfa->boundary[state];
+        if (terminal.most == unlimited) count = std::min(count, terminal.least);
+        if (!is_alive(terminal, state, count)) return;
+    }
+    put({config.node, state, count, config.stack});
+}
+
+void GrammarWalk::step_texts(const GrammarConfig& config, uint8_t byte) {
+    const GrammarNode& node = grammar_.nodes[config.node];
+    const TextTrie& trie = grammar_.tries[node.a].trie;
+    const uint32_t child = trie.child(config.sub, byte);
+    if (!child) return;
+    if (trie.first[child] == trie.first[child + 1]) return close(node.next, config.stack);
+    put({config.node, child, 0, config.stack});
+}
+
+void GrammarWalk::step_one(const GrammarConfig& config, uint8_t byte) {
+    const GrammarNode& node = grammar_.nodes[config.node];
+    switch (node.kind) {
+        case Kind::bytes:
+            if (uint8_t(grammar_.text[node.a + config.sub]) != byte) return;
+            if (node.a + config.sub + 1 == node.b) return close(node.next, config.stack);
+            return put({config.node, config.sub + 1, 0, config.stack});
+        case Kind::terminal: return step_terminal(config, byte);
+        case Kind::texts: return step_texts(config, byte);
+        case Kind::key: return step_key(config, byte);
+        default: return;
+    }
+}
+
+void GrammarWalk::leave(const GrammarConfig& config) {
+    const GrammarNode& node = grammar_.nodes[config.node];
+    if (node.kind == Kind::texts) {
+        if (grammar_.tries[node.a].trie.label[config.sub] >= 0) close(node.next, config.stack);
+        return;
+    }
+    if (node.kind != Kind::terminal) return;
+    const TerminalNode& terminal = grammar_.terminals[node.a];
+    if (!may_leave(terminal, config)) return;
+    const int32_t label = terminal.dfa->label[config.sub];
+    close(terminal.targets.empty() ? node.next : terminal.targets[size_t(label)], config.stack);
+}
+
+GrammarWalk::Set GrammarWalk::start() {
+    if (cells.empty()) cells.push_back({});
+    set_begin_ = pool.size();
+    close(grammar_.root, 0);
+    return {uint32_t(set_begin_), uint32_t(pool.size())};
+}
+
+GrammarWalk::Set GrammarWalk::add(const std::vector<GrammarConfig>& configs) {
+    const uint32_t begin = uint32_t(pool.size());
+    pool.insert(pool.end(), configs.begin(), configs.end());
+    return {begin, uint32_t(pool.size())};
+}
+
+GrammarWalk::Set GrammarWalk::expand(Set set) {
+    set_begin_ = set.begin;
+    for (uint32_t i = set.begin; i < pool.size(); ++i) {  // what is added may end, too
+        const GrammarConfig config = pool[i];
+        leave(config);
+    }
+    return {set.begin, uint32_t(pool.size())};
+}
+
+GrammarWalk::Set GrammarWalk::step(Set expanded, uint8_t byte) {
+    set_begin_ = pool.size();
+    for (uint32_t i = expanded.begin; i < expanded.end; ++i) {
+        const GrammarConfig config = pool[i];
+        step_one(config, byte);
+    }
+    return {uint32_t(set_begin_), uint32_t(pool.size())};
+}
+
+GrammarWalk::Set GrammarWalk::step_token(Set expanded, Token token) {
+    set_begin_ = pool.size();
+    for (uint32_t i = expanded.begin; i < expanded.end; ++i) {
+        const GrammarConfig config = pool[i];
+        const GrammarNode& node = grammar_.nodes[config.node];
+        if (node.kind == Kind::token && node.a == uint32_t(token)) close(node.next, config.stack);
+    }
+    return {uint32_t(set_begin_), uint32_t(pool.size())};
+}
+
+bool GrammarWalk::may_end(Set expanded) const {
+    for (uint32_t i = expanded.begin; i < expanded.end; ++i)
+        if (grammar_.nodes[pool[i].node].kind == Kind::end) return true;
+    return false;
+}
+
+void GrammarWalk::allowed(Set expanded, std::array<uint64_t, 4>& bytes) const {
+    bytes = {};
+    for (uint32_t i = expanded.begin; i < expanded.end; ++i) {
+        const GrammarConfig& c = pool[i];
+        const GrammarNode& node = grammar_.nodes[c.node];
+        const TextTrie* trie = nullptr;
+        const Dfa* dfa = nullptr;
+        if (node.kind == Kind::bytes) allow(bytes, uint8_t(grammar_.text[node.a + c.sub]));
+        else if (node.kind == Kind::texts) trie = &grammar_.tries[node.a].trie;
+        else if (node.kind == Kind::terminal) dfa = grammar_.terminals[node.a].dfa.get();
+        else if (node.kind == Kind::key && !c.count) trie = &grammar_.objects[node.a].keys;
+        else if (node.kind == Kind::key)
+            dfa = grammar_.objects[node.a].other.get(), allow(bytes, '"');
+        if (trie)
+            for (uint32_t n = trie->first[c.sub]; n < trie->first[c.sub + 1]; ++n)
+                allow(bytes, trie->byte[n]);
+        if (dfa)
+            for (unsigned b = 0; b < 256; ++b)
+                if (dfa->step(c.sub, uint8_t(b)) != Dfa::dead) allow(bytes, uint8_t(b));
+    }
+}
+
+// ---- State ---------------------------------------------------------------------------------------
+
+GrammarState::GrammarState(GrammarPtr grammar) : grammar_(std::move(grammar)) {
+    GrammarWalk walk(*grammar_);
+    const auto set = walk.start();
+    take(walk, set);
+}
+
+// Keeps a set and, of the cells, those that it needs.
+void GrammarState::take(GrammarWalk& walk, GrammarWalk::Set set) {
+    std::vector<GrammarConfig> configs(walk.pool.begin() + set.begin, walk.pool.begin() + set.end);
+    std::vector<uint32_t> place(walk.cells.size(), 0);
+    for (const GrammarConfig& c : configs)
+        for (uint32_t s = c.stack; s && !place[s]; s = walk.cells[s].parent) place[s] = 1;
+    cells_.assign(1, {});
+    for (uint32_t s = 1; s < place.size(); ++s) {
+        if (!place[s]) continue;
+        place[s] = uint32_t(cells_.size());
+        GrammarCell cell = walk.cells[s];
+        cell.parent = place[cell.parent];  // a parent is always older
+        cells_.push_back(cell);
+    }
+    for (GrammarConfig& c : configs) c.stack = place[c.stack];
+    configs_ = std::move(configs);
+}
+
+bool GrammarState::advance(std::string_view bytes) {
+    if (bytes.empty()) return true;
+    GrammarWalk walk(*grammar_);
+    walk.cells = cells_;
+    auto set = walk.add(configs_);
+    for (const char c : bytes) {
+        set = walk.step(walk.expand(set), uint8_t(c));
+        if (set.empty()) return false;
+    }
+    take(walk, set);
+    return true;
+}
+
+bool GrammarState::accept_token(Token token, std::string_view piece) {
+    GrammarWalk walk(*grammar_);
+    walk.cells = cells_;
+    const auto begin = walk.expand(walk.add(configs_));
+    const auto marked = walk.step_token(begin, token);
+    if (marked.empty()) return !piece.empty() && advance(piece);
+    GrammarState by_number = *this;
+    by_number.take(walk, marked);
+    if (GrammarState by_bytes = *this; !piece.empty() && by_bytes.advance(piece)) {
+        // Both readings go on, side by side.
+        const uint32_t shift = uint32_t(by_number.cells_.size()) - 1;
+        for (size_t i = 1; i < by_bytes.cells_.size(); ++i) {
+            GrammarCell cell = by_bytes.cells_[i];
+            if (cell.parent) cell.parent += shift;
+            by_number.cells_.push_back(cell);
+        }
+        for (GrammarConfig c : by_bytes.configs_) {
+            if (c.stack) c.stack += shift;
+            by_number.configs_.push_back(c);
+        }
+    }
+    *this = std::move(by_number);
+    return true;
+}
+
+bool GrammarState::may_end() const {
+    GrammarWalk walk(*grammar_);
+    walk.cells = cells_;
+    return walk.may_end(walk.expand(walk.add(configs_)));
+}
+
+std::string GrammarState::forced_bytes(size_t most) const {
+    std::string out;
+    GrammarWalk walk(*grammar_);
+    walk.cells = cells_;
+    auto set = walk.add(configs_);
+    while (out.size() < most) {
+        set = walk.expand(set);
+        int only = -1;
+        for (uint32_t i = set.begin; i < set.end; ++i) {
+            const auto kind = grammar_->nodes[walk.pool[i].node].kind;
+            if (kind == GrammarNode::Kind::end || kind == GrammarNode::Kind::token) return out;
+        }
+        std::array<uint64_t, 4> bytes;
+        walk.allowed(set, bytes);
+        GrammarWalk::Set next;
+        for (unsigned b = 0; b < 256; ++b) {
+            if (!(bytes[b >> 6] >> (b & 63) & 1)) continue;
+            const auto mark = walk.mark();
+            const auto tried = walk.step(set, uint8_t(b));
+            if (tried.empty()) {
+                walk.back_to(mark);
+                continue;
+            }
+            if (only >= 0) return out;
+            only = int(b);
+            next = tried;
+        }
+        if (only < 0) return out;
+        out += char(only);
+        set = next;
+    }
+    return out;
+}
+
+std::string GrammarState::serialize() const {
+    std::string out(grammar_->digest.view());
+    const auto append = [&](const auto& list) {
+        const uint64_t count = list.size();
+        out.append(reinterpret_cast<const char*>(&count), sizeof count);
+        out.append(reinterpret_cast<const char*>(list.data()), list.size() * sizeof list[0]);
+    };
+    append(configs_);
+    append(cells_);
+    return out;
+}
+
+Result<GrammarState> GrammarState::restore(GrammarPtr grammar, std::string_view bytes) {
+    const auto refuse = [] {
+        return make_error(ErrorKind::bad_data,
+                          "the saved place in a grammar does not fit the grammar");
+    };
+    if (bytes.substr(0, 32) != grammar->digest.view()) return refuse();
+    bytes.remove_prefix(32);
+    const auto read = [&](auto& list) {
+        uint64_t count = 0;
+        if (bytes.size() < sizeof count) return false;
+        std::memcpy(&count, bytes.data(), sizeof count);
+        bytes.remove_prefix(sizeof count);
+        if (count > bytes.size() / sizeof list[0]) return false;
+        list.resize(size_t(count));
+        if (count) std::memcpy(list.data(), bytes.data(), list.size() * sizeof list[0]);
+        bytes.remove_prefix(list.size() * sizeof list[0]);
+        return true;
+    };
+    GrammarState state;
+    if (!read(state.configs_) || !read(state.cells_) || !bytes.empty()) return refuse();
+    state.grammar_ = std::move(grammar);
+    if (!state.is_sound()) return refuse();
+    return state;
+}
+
+// Every number is in its range, every cell is of a kind that its place can have.
+bool GrammarState::is_sound() const {
+    using Kind = GrammarNode::Kind;
+    const Grammar& g = *grammar_;
+    if (cells_.empty() || configs_.size() > kMostConfigs * 2) return false;
+    for (size_t i = 1; i < cells_.size(); ++i) {
+        const GrammarCell& c = cells_[i];
+        if (c.parent >= i || c.node >= g.nodes.size() || c.depth > grammar_depth_limit)
+            return false;
+        const GrammarNode& node = g.nodes[c.node];
+        if (node.kind == Kind::members && c.value > g.objects[node.a].members.size()) return false;
+        if (node.kind != Kind::members && node.kind != Kind::items && node.kind != Kind::again &&
+            node.kind != Kind::call && node.kind != Kind::key)
+            return false;
+    }
+    for (const GrammarConfig& c : configs_)
+        if (c.stack >= cells_.size() || !is_sound(c)) return false;
+    return true;
+}
+
+bool GrammarState::is_sound(const GrammarConfig& c) const {
+    using Kind = GrammarNode::Kind;
+    const Grammar& g = *grammar_;
+    if (c.node >= g.nodes.size()) return false;
+    const GrammarNode& node = g.nodes[c.node];
+    switch (node.kind) {
+        case Kind::bytes: return c.sub < node.b - node.a;
+        case Kind::token:
+        case Kind::end: return true;
+        case Kind::texts: return c.sub < g.tries[node.a].trie.label.size();
+        case Kind::terminal: return c.sub && c.sub < g.terminals[node.a].dfa->states();
+        case Kind::key: {
+            const ObjectNode& object = g.objects[node.a];
+            if (!c.count) return c.sub < object.keys.label.size();
+            return object.other && c.sub && c.sub < object.other->states() &&
+                   c.count - 1 <= object.keys.label.size();
+        }
+        default: return false;
+    }
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
+// ---- src/grammar/mask.hpp ----------------------------------------------------------------------
+
+// Which tokens may come next.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Texts as a tree of their bytes in depth-first order: the children of node n begin at n + 1, the
+/// next one of a node c is end[c].
+struct PieceTrie {
+    std::vector<uint8_t> byte;
+    std::vector<uint32_t> end;
+    std::vector<uint32_t>
+        first;  // of the texts that end at the node or below; own: to first[n + 1]
+    std::vector<uint64_t> classes;       // of all that follows the node
+    std::vector<uint16_t> deepest;       // bytes that follow it, at most
+    std::vector<Token> tokens;           // by text
+    std::vector<uint16_t> chars, bytes;  // of each token before the text: see TokenTrie::Slice
+    struct Text {
+        std::string_view text;
+        Token token;
+        uint16_t chars, bytes;
+    };
+    void build(std::vector<Text> texts);
+};
+
+/// The pieces of one vocabulary. Special tokens are none: grammars name them by number.
+/// Threads: any.
+class TokenTrie {
+public:
+    static std::shared_ptr<const TokenTrie> build(const Tokenizer& tokenizer);
+    /// For tests: empty pieces are special tokens.
+    static std::shared_ptr<const TokenTrie> build(std::span<const std::string> pieces,
+                                                  std::vector<Token> ends);
+    size_t vocabulary() const { return vocabulary_; }
+    size_t words() const { return (vocabulary_ + 63) / 64; }  ///< of a mask
+    std::string_view piece(Token token) const;                ///< empty: special
+    std::span<const Token> ends() const { return ends_; }
+    /// Finds out beforehand what the states of this grammar have in common: some milliseconds once
+    /// for a vocabulary, so that no mask pays for it.
+    void prepare(const Grammar& grammar) const;
+
+private:
+    friend class MaskMaker;
+    // Of an automaton's state that loops on some token classes: the tokens that stay in it, and the
+    // others by what follows the characters that do.
+    struct Slice {
+        uint64_t loops = 0;
+        std::vector<uint64_t> mask;
+        std::vector<Token> by_chars;                     // those of the mask
+        std::vector<uint32_t> chars_begin;               // in it, by their number of characters
+        std::vector<std::vector<uint64_t>> short_masks;  // of at most so many characters
+        PieceTrie rests;
+        std::vector<bool> rest_chars;  // which numbers of characters stand before rests
+    };
+    using SlicePtr = std::shared_ptr<const Slice>;
+    void finish(std::vector<Token> ends);
+    SlicePtr make_slice(uint64_t loops, bool with_short) const;
+    SlicePtr slice(uint64_t loops) const;
+    size_t vocabulary_ = 0;
+    std::string text_;
+    std::vector<uint32_t> begin_;
+    std::vector<Token> ends_;
+    PieceTrie trie_;
+    mutable std::mutex mutex_;
+    mutable std::vector<SlicePtr> slices_;
+};
+using TokenTriePtr = std::shared_ptr<const TokenTrie>;
+
+/// Sets the bits of the tokens that `state` may take next; those of `trie.ends()` where the text may
+/// end. `mask`: trie.words() words.
+void fill_mask(const TokenTrie& trie, const GrammarState& state, std::span<uint64_t> mask);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/grammar/mask.cpp ----------------------------------------------------------------------
+
+// >>grammar
+// A mask is a walk through the tree of all pieces with a set of configurations. Two things keep it
+// short. A state that loops on every class of bytes below a node takes the whole subtree. And where a
+// state loops on most of what text is made of (inside strings), the tokens that stay in it are known
+// beforehand: only what may follow such characters is walked, each such rest once, however many
+// tokens end in it.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr size_t kMostSlices = 32;
+constexpr uint32_t kShortChars = 16;
+constexpr uint64_t kLetters = 0x78;  // token classes 3 to 6
+
+uint64_t bit(uint32_t token_class) { return uint64_t{1} << token_class; }
+
+// The class of the character at text[*at]; moves behind it.
+uint64_t next_class(std::string_view text, size_t* at) {
+    const uint8_t b = uint8_t(text[*at]);
+    if (b < 0x80) return ++*at, bit(token_classes()[b]);
+    size_t behind = *at;
+    const bool broken = utf8_next(text, &behind) == bad_utf8;
+    *at = broken ? *at + 1 : behind;
+    return bit(broken ? class_broken : class_multibyte);
+}
+
+}  // namespace
+
+void PieceTrie::build(std::vector<Text> texts) {
+    std::sort(texts.begin(), texts.end(), [](const Text& a, const Text& b) {
+        if (const int order = a.text.compare(b.text)) return order < 0;
+        return a.chars != b.chars ? a.chars < b.chars : a.token < b.token;
+    });
+    const auto open = [&](uint8_t b) {
+        byte.push_back(b);
+        end.push_back(0);
+        first.push_back(uint32_t(tokens.size()));
+        classes.push_back(0);
+        deepest.push_back(0);
+    };
+    std::vector<uint32_t> path = {0};
+    std::vector<uint64_t> behind;
+    open(0);
+    std::string_view before;
+    for (const Text& t : texts) {
+        size_t common = 0;
+        const size_t most = std::min(before.size(), t.text.size());
+        while (common < most && before[common] == t.text[common]) ++common;
+        while (path.size() > common + 1) {
+            end[path.back()] = uint32_t(byte.size());
+            path.pop_back();
+        }
+        for (size_t i = common; i < t.text.size(); ++i) {
+            path.push_back(uint32_t(byte.size()));
+            open(uint8_t(t.text[i]));
+        }
+        behind.assign(t.text.size() + 1, 0);
+        for (size_t i = t.text.size(); i-- > 0;) {
+            size_t next = i;
+            const uint64_t own = next_class(t.text, &next);
+            behind[i] = own | behind[next];
+        }
+        for (size_t d = 0; d <= t.text.size(); ++d) {
+            classes[path[d]] |= behind[d];
+            deepest[path[d]] = std::max(deepest[path[d]], uint16_t(t.text.size() - d));
+        }
+        tokens.push_back(t.token);
+        chars.push_back(t.chars);
+        bytes.push_back(t.bytes);
+        before = t.text;
+    }
+    for (const uint32_t node : path) end[node] = uint32_t(byte.size());
+    first.push_back(uint32_t(tokens.size()));
+}
+
+std::string_view TokenTrie::piece(Token token) const {
+    if (token < 0 || size_t(token) >= vocabulary_) return {};
+    const uint32_t begin = begin_[size_t(token)];
+    return std::string_view(text_).substr(begin, begin_[size_t(token) + 1] - begin);
+}
+
+std::shared_ptr<const TokenTrie> TokenTrie::build(const Tokenizer& tokenizer) {
+    std::vector<std::string> pieces(tokenizer.size());
+    std::vector<Token> ends;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+        const Token token = Token(i);
+        const TokenKind kind = tokenizer.kind(token);
+        if (tokenizer.is_end(token)) ends.push_back(token);
+        else if (kind == TokenKind::normal || kind == TokenKind::user_defined ||
+                 kind == TokenKind::byte)
+            pieces[i] = tokenizer.piece(token);
+    }
+    return build(pieces, std::move(ends));
+}
+
+std::shared_ptr<const TokenTrie> TokenTrie::build(std::span<const std::string> pieces,
+                                                  std::vector<Token> ends) {
+    const auto trie = std::make_shared<TokenTrie>();
+    trie->vocabulary_ = pieces.size();
+    for (const std::string& piece : pieces) {
+        trie->begin_.push_back(uint32_t(trie->text_.size()));
+        trie->text_ += piece;
+    }
+    trie->begin_.push_back(uint32_t(trie->text_.size()));
+    trie->finish(std::move(ends));
+    return trie;
+}
+
+void TokenTrie::finish(std::vector<Token> ends) {
+    ends_ = std::move(ends);
+    std::vector<PieceTrie::Text> texts;
+    for (size_t i = 0; i < vocabulary_; ++i)
+        if (const auto text = piece(Token(i)); !text.empty())
+            texts.push_back({text, Token(i), 0, 0});
+    trie_.build(std::move(texts));
+    slices_.push_back(make_slice(any_string_dfa()->loops[Dfa::start], true));
+}
+
+TokenTrie::SlicePtr TokenTrie::make_slice(uint64_t loops, bool with_short) const {
+    const auto out = std::make_shared<Slice>();
+    out->loops = loops;
+    out->mask.assign(words(), 0);
+    std::vector<std::vector<Token>> lists;
+    std::vector<PieceTrie::Text> rests;
+    for (size_t i = 0; i < vocabulary_; ++i) {
+        const std::string_view text = piece(Token(i));
+        if (text.empty()) continue;
+        size_t at = 0, before = 0;
+        uint16_t count = 0;
+        while (at < text.size()) {
+            before = at;
+            if (!(next_class(text, &at) & loops)) {
+                rests.push_back({text.substr(before), Token(i), count, uint16_t(before)});
+                break;
+            }
+            ++count;
+            before = at;
+        }
+        if (before < text.size()) {
+            if (out->rest_chars.size() <= count) out->rest_chars.resize(count + 1u);
+            out->rest_chars[count] = true;
+            continue;
+        }
+        out->mask[i / 64] |= uint64_t{1} << (i % 64);
+        if (lists.size() <= count) lists.resize(count + 1u);
+        lists[count].push_back(Token(i));
+    }
+    for (const auto& list : lists) {
+        out->chars_begin.push_back(uint32_t(out->by_chars.size()));
+        out->by_chars.insert(out->by_chars.end(), list.begin(), list.end());
+    }
+    out->chars_begin.push_back(uint32_t(out->by_chars.size()));
+    out->rests.build(std::move(rests));
+    for (uint32_t most = 0; with_short && most <= kShortChars; ++most) {
+        std::vector<uint64_t> mask = most ? out->short_masks.back()
+                                          : std::vector<uint64_t>(words(), 0);
+        for (const Token t : most < lists.size() ? lists[most] : std::vector<Token>())
+            mask[size_t(t) / 64] |= uint64_t{1} << (t % 64);
+        out->short_masks.push_back(std::move(mask));
+    }
+    return out;
+}
+
+TokenTrie::SlicePtr TokenTrie::slice(uint64_t loops) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const SlicePtr& slice : slices_)
+        if (slice->loops == loops) return slice;
+    return nullptr;
+}
+
+void TokenTrie::prepare(const Grammar& grammar) const {
+    const auto look = [&](const Dfa& dfa) {
+        for (const uint64_t loops : dfa.loops) {
+            if (!(loops & kLetters) || slice(loops)) continue;
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                if (slices_.size() >= kMostSlices) return;
+            }
+            SlicePtr made = make_slice(loops, false);
+            const std::lock_guard<std::mutex> lock(mutex_);
+            slices_.push_back(std::move(made));
+        }
+    };
+    for (const TerminalNode& terminal : grammar.terminals) look(*terminal.dfa);
+    for (const ObjectNode& object : grammar.objects)
+        if (object.other) look(*object.other);
+}
+
+class MaskMaker {
+public:
+    MaskMaker(const TokenTrie& trie, const GrammarState& state, std::span<uint64_t> mask)
+        : trie_(trie), state_(state), mask_(mask), walk_(*state.grammar_) {
+        walk_.cells = state.cells_;
+    }
+    void fill() {
+        std::fill(mask_.begin(), mask_.end(), 0);
+        std::vector<GrammarConfig> others;
+        for (const GrammarConfig& config : state_.configs_)
+            if (!fill_from_slice(config)) others.push_back(config);
+        const auto set = walk_.expand(walk_.add(state_.configs_));
+        if (walk_.may_end(set))
+            for (const Token end : trie_.ends()) allow(end);
+        for (uint32_t i = set.begin; i < set.end; ++i) {
+            const GrammarNode& node = walk_.grammar().nodes[walk_.pool[i].node];
+            if (node.kind == GrammarNode::Kind::token) allow(Token(node.a));
+        }
+        if (!others.empty()) walk_all(trie_.trie_, 0, walk_.expand(walk_.add(others)));
+    }
+
+private:
+    using Set = GrammarWalk::Set;
+    void allow(Token token) {
+        if (token >= 0 && size_t(token) < trie_.vocabulary())
+            mask_[size_t(token) / 64] |= uint64_t{1} << (token % 64);
+    }
+    struct Loop {
+        uint64_t classes = 0;
+        uint32_t most = unlimited;  // characters that it may take
+    };
+    Loop loop_of(const GrammarConfig& config) const {
+        const GrammarNode& node = walk_.grammar().nodes[config.node];
+        if (node.kind == GrammarNode::Kind::key) {
+            const ObjectNode& object = walk_.grammar().objects[node.a];
+            if (config.count != 1 && config.count != 2) return {};  // 2: at its begin
+            return object.endless ? Loop{object.other->loops[config.sub]} : Loop{};
+        }
+        if (node.kind != GrammarNode::Kind::terminal) return {};
+        const TerminalNode& terminal = walk_.grammar().terminals[node.a];
+        const uint64_t loops = terminal.dfa->loops[config.sub];
+        if (!loops || terminal.most == unlimited) return {loops};
+        return {loops, terminal.most - config.count - terminal.dfa->shortest[config.sub]};
+    }
+
+    // ---- Slices
+    bool fill_from_slice(const GrammarConfig& config) {
+        const Loop loop = loop_of(config);
+        if (!(loop.classes & kLetters)) return false;
+        slice_ = trie_.slice(loop.classes);
+        if (!slice_) return false;
+        const auto mark = walk_.mark();
+        const auto set = walk_.expand(walk_.add({config}));
+        std::array<uint64_t, 4> bytes;
+        walk_.allowed({set.begin + 1, set.end}, bytes);
+        bool apart = true;  // what may follow begins with nothing that may also stay
+        for (unsigned b = 0; b < 0x80; ++b)
+            apart &= !(bytes[b >> 6] >> (b & 63) & 1) || !(loop.classes & bit(token_classes()[b]));
+        apart &= !(bytes[2] | bytes[3]) ||
+                 !(loop.classes & (bit(class_multibyte) | bit(class_broken)));
+        walk_.back_to(mark);
+        if (!apart) return false;
+        add_short(loop.most);
+        key_ = walk_.grammar().nodes[config.node].kind == GrammarNode::Kind::key ? &config
+                                                                                 : nullptr;
+        walk_rests(config, loop);
+        key_ = nullptr;
+        low_ = 0, high_ = UINT32_MAX;
+        return true;
+    }
+    // The tokens of the slice that have at most so many characters.
+    void add_short(uint32_t most) {
+        const uint32_t longest = uint32_t(slice_->chars_begin.size()) - 2;
+        if (slice_->by_chars.empty()) return;
+        if (most >= longest) return add_mask(slice_->mask);
+        uint32_t from = 0;
+        if (!slice_->short_masks.empty()) {
+            const uint32_t whole = std::min(most, kShortChars);
+            add_mask(slice_->short_masks[whole]);
+            from = slice_->chars_begin[std::min(whole, longest) + 1];
+        }
+        const uint32_t to = slice_->chars_begin[most + 1];
+        for (uint32_t i = from; i < to; ++i) allow(slice_->by_chars[i]);
+    }
+    void add_mask(const std::vector<uint64_t>& mask) {
+        for (size_t i = 0; i < mask_.size(); ++i) mask_[i] |= mask[i];
+    }
+    // Where characters are counted, what may follow depends on how many stand before it: those with
+    // which no bound comes near go together.
+    void walk_rests(const GrammarConfig& config, const Loop& loop) {
+        const GrammarNode& node = walk_.grammar().nodes[config.node];
+        const bool counts = node.kind == GrammarNode::Kind::terminal &&
+                            walk_.grammar().terminals[node.a].counts();
+        if (!counts) return walk_rest(config, 0, UINT32_MAX);
+        const TerminalNode& terminal = walk_.grammar().terminals[node.a];
+        const uint32_t deepest = slice_->rests.deepest[0];
+        const uint32_t least = terminal.least > config.count ? terminal.least - config.count : 0;
+        const uint32_t free = loop.most == unlimited ? unlimited
+                              : loop.most > deepest  ? loop.most - deepest
+                                                     : 0;
+        if (least <= free && free) walk_rest(config, least, free);
+        for (uint32_t n = 0; n < slice_->rest_chars.size() && n <= loop.most; ++n)
+            if (slice_->rest_chars[n] && (n < least || n > free || !free)) walk_rest(config, n, n);
+    }
+    void walk_rest(GrammarConfig config, uint32_t low, uint32_t high) {
+        const GrammarNode& node = walk_.grammar().nodes[config.node];
+        if (node.kind == GrammarNode::Kind::terminal) {
+            const TerminalNode& terminal = walk_.grammar().terminals[node.a];
+            if (terminal.counts()) config.count += low;
+            if (terminal.most == unlimited) config.count = std::min(config.count, terminal.least);
+        }
+        low_ = low, high_ = high;
+        const auto mark = walk_.mark();
+        walk_all(slice_->rests, 0, walk_.expand(walk_.add({config})));
+        walk_.back_to(mark);
+    }
+
+    // ---- The walk
+    void walk_all(const PieceTrie& trie, uint32_t node, Set set) {
+        std::array<uint64_t, 4> bytes = {~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}};
+        if (trie.end[node] - node > 64) walk_.allowed(set, bytes);
+        const auto mark = walk_.mark();
+        for (uint32_t c = node + 1; c < trie.end[node]; c = trie.end[c]) {
+            const uint8_t b = trie.byte[c];
+            if (!(bytes[b >> 6] >> (b & 63) & 1)) continue;
+            auto next = walk_.step(set, b);
+            if (!next.empty()) {
+                const bool leaf = trie.end[c] == c + 1;
+                const bool whole = leaf || takes_all(trie, c, next);
+                take_texts(trie, trie.first[c],
+                           whole ? trie.first[trie.end[c]] : trie.first[c + 1]);
+                if (!whole) walk_all(trie, c, walk_.expand(next));
+            }
+            walk_.back_to(mark);
+        }
+    }
+    bool takes_all(const PieceTrie& trie, uint32_t node, Set set) const {
+        for (uint32_t i = set.begin; i < set.end; ++i) {
+            const GrammarConfig& config = walk_.pool[i];
+            const Loop loop = loop_of(config);
+            if (loop.classes && !(trie.classes[node] & ~loop.classes) &&
+                trie.deepest[node] <= loop.most)
+                return true;
+        }
+        return false;
+    }
+    void take_texts(const PieceTrie& trie, uint32_t from, uint32_t to) {
+        const bool main = &trie == &trie_.trie_;
+        for (uint32_t i = from; i < to; ++i)
+            if (main || (trie.chars[i] >= low_ && trie.chars[i] <= high_ &&
+                         (!key_ || key_is_new(trie.tokens[i], trie.bytes[i]))))
+                allow(trie.tokens[i]);
+    }
+    // The keys of one object differ: of a token that ends a key, the bytes before the quote are
+    // looked at once more, since the walk began behind them.
+    bool key_is_new(Token token, uint32_t bytes) const {
+        const std::string_view text = trie_.piece(token);
+        if (text[bytes] != '"') return true;
+        GrammarWalk check(walk_.grammar());
+        check.cells = state_.cells_;
+        auto set = check.add({*key_});
+        for (uint32_t i = 0; i <= bytes && !set.empty(); ++i)
+            set = check.step(check.expand(set), uint8_t(text[i]));
+        return !set.empty();
+    }
+
+    const TokenTrie& trie_;
+    const GrammarState& state_;
+    std::span<uint64_t> mask_;
+    GrammarWalk walk_;
+    TokenTrie::SlicePtr slice_;
+    const GrammarConfig* key_ = nullptr;
+    uint32_t low_ = 0, high_ = UINT32_MAX;
+};
+
+void fill_mask(const TokenTrie& trie, const GrammarState& state, std::span<uint64_t> mask) {
+    MaskMaker(trie, state, mask).fill();
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
+// ---- src/grammar/schema_document.hpp -----------------------------------------------------------
+
+// A schema as a document: references, places, and whether a value is valid.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Threads: one at a time.
+class SchemaDocument {
+public:
+    SchemaDocument(const Json& root, Budget& budget) : root_(root), budget_(budget) {}
+    /// The limits of the contract, and that every keyword has a value of its kind.
+    Result<void> check() const;
+    /// null: not in this document.
+    const Json* resolve(std::string_view reference) const;
+    std::string pointer(const Json& schema) const;
+    bool refs_hide_siblings() const;  ///< draft 7 and before
+    Error refuse(const Json& schema, std::string_view keyword, std::string_view why) const;
+    /// By every keyword that a schema may be compiled with. `depth` ends references that go round.
+    bool is_valid(const Json& schema, const Json& value, int depth = 0);
+    Result<DfaPtr> pattern(const std::string& pattern, Spelling spelling);
+    bool matches(const std::string& pattern, std::string_view text);
+
+    /// Schemas that no document holds: made here, kept as long as this.
+    const Json* make(Json schema) {
+        made_.push_back(std::move(schema));
+        return &made_.back();
+    }
+    Budget& budget() { return budget_; }
+
+private:
+    bool is_valid_object(const Json& schema, const Json& value, int depth);
+    bool is_valid_array(const Json& schema, const Json& value, int depth);
+    bool is_valid_number(const Json& schema, const Json& value);
+    bool is_valid_string(const Json& schema, std::string_view text);
+    const Json& root_;
+    Budget& budget_;
+    std::deque<Json> made_;
+    std::map<std::pair<std::string, Spelling>, DfaPtr> patterns_;
+    friend class SchemaCompiler;
+};
+
+/// 1 and 1.0 are equal, in arrays and objects too.
+bool same_json(const Json& a, const Json& b);
+bool is_whole_number(const Json& value);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/grammar/schema_document.cpp -----------------------------------------------------------
+
+// >>grammar
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr uint32_t kMostDepth = 64, kMostProperties = 5'000, kMostEnum = 1'000;
+constexpr size_t kMostCharacters = 120'000;
+
+struct Totals {
+    size_t properties = 0, values = 0, characters = 0;
+};
+
+// What kind of value a keyword has.
+enum class Holds : uint8_t {
+    count,
+    number,
+    schema,
+    schemas,
+    named_schemas,
+    names,
+    array,
+    string,
+    truth,
+    schema_or_list,
+    lists,
+    type
+};
+struct Keyword {
+    std::string_view name;
+    Holds holds;
+};
+constexpr Keyword keywords[] = {
+    {"type", Holds::type},
+    {"enum", Holds::array},
+    {"properties", Holds::named_schemas},
+    {"patternProperties", Holds::named_schemas},
+    {"additionalProperties", Holds::schema},
+    {"required", Holds::names},
+    {"items", Holds::schema_or_list},
+    {"prefixItems", Holds::schemas},
+    {"additionalItems", Holds::schema},
+    {"contains", Holds::schema},
+    {"minItems", Holds::count},
+    {"maxItems", Holds::count},
+    {"minLength", Holds::count},
+    {"maxLength", Holds::count},
+    {"minProperties", Holds::count},
+    {"maxProperties", Holds::count},
+    {"minContains", Holds::count},
+    {"maxContains", Holds::count},
+    {"minimum", Holds::number},
+    {"maximum", Holds::number},
+    {"multipleOf", Holds::number},
+    {"pattern", Holds::string},
+    {"format", Holds::string},
+    {"$ref", Holds::string},
+    {"anyOf", Holds::schemas},
+    {"oneOf", Holds::schemas},
+    {"allOf", Holds::schemas},
+    {"not", Holds::schema},
+    {"if", Holds::schema},
+    {"then", Holds::schema},
+    {"else", Holds::schema},
+    {"propertyNames", Holds::schema},
+    {"dependentRequired", Holds::lists},
+    {"dependentSchemas", Holds::named_schemas},
+    {"dependencies", Holds::lists},
+    {"$defs", Holds::named_schemas},
+    {"definitions", Holds::named_schemas},
+    {"uniqueItems", Holds::truth},
+};
+
+bool is_schema(const Json& v) { return v.is_bool() || v.is_object(); }
+
+bool holds(const Json& v, Holds kind) {
+    const auto all = [&](auto items, const auto& test) {
+        return std::all_of(items.begin(), items.end(), test);
+    };
+    switch (kind) {
+        case Holds::count: return v.is_number() && v.as_double() >= 0 && is_whole_number(v);
+        case Holds::number: return v.is_number();
+        case Holds::schema: return is_schema(v);
+        case Holds::string: return v.is_string();
+        case Holds::truth: return v.is_bool();
+        case Holds::array: return v.is_array();
+        case Holds::schemas: return v.is_array() && all(v.items(), is_schema);
+        case Holds::schema_or_list: return is_schema(v) || holds(v, Holds::schemas);
+        case Holds::named_schemas:
+            return v.is_object() &&
+                   all(v.members(), [](const JsonMember& m) { return is_schema(m.value); });
+        case Holds::names:
+            return v.is_array() && all(v.items(), [](const Json& i) { return i.is_string(); });
+        case Holds::lists:
+            return v.is_object() && all(v.members(), [](const JsonMember& m) {
+                       return is_schema(m.value) || holds(m.value, Holds::names);
+                   });
+        case Holds::type: return v.is_string() || holds(v, Holds::names);
+    }
+    return false;
+}
+
+bool known_type(std::string_view name) {
+    for (const std::string_view t :
+         {"null", "boolean", "integer", "number", "string", "array", "object"})
+        if (t == name) return true;
+    return false;
+}
+
+std::string escaped(std::string_view key) {
+    std::string out;
+    for (const char c : key)
+        if (c == '~') out += "~0";
+        else if (c == '/') out += "~1";
+        else out += c;
+    return out;
+}
+
+bool find_pointer(const Json& at, const Json& wanted, std::string& path, int depth) {
+    if (&at == &wanted) return true;
+    if (depth > 200) return false;
+    const size_t size = path.size();
+    for (size_t i = 0; i < at.items().size(); ++i) {
+        path += "/" + std::to_string(i);
+        if (find_pointer(at.items()[i], wanted, path, depth + 1)) return true;
+        path.resize(size);
+    }
+    for (const JsonMember& m : at.members()) {
+        path += "/" + escaped(m.key);
+        if (find_pointer(m.value, wanted, path, depth + 1)) return true;
+        path.resize(size);
+    }
+    return false;
+}
+
+Result<void> check_schema(const SchemaDocument& document, const Json& schema, uint32_t depth,
+                          Totals& totals);
+
+Result<void> check_inside(const SchemaDocument& document, const Json& value, Holds kind,
+                          uint32_t depth, Totals& totals) {
+    const bool single = kind == Holds::schema ||
+                        (kind == Holds::schema_or_list && is_schema(value));
+    if (single) return check_schema(document, value, depth, totals);
+    for (const Json& item : value.items())
+        if (kind == Holds::schemas || kind == Holds::schema_or_list)
+            if (auto ok = check_schema(document, item, depth, totals); !ok) return ok;
+    for (const JsonMember& m : value.members())
+        if ((kind == Holds::named_schemas || kind == Holds::lists) && is_schema(m.value))
+            if (auto ok = check_schema(document, m.value, depth, totals); !ok) return ok;
+    return {};
+}
+
+Result<void> check_schema(const SchemaDocument& document, const Json& schema, uint32_t depth,
+                          Totals& totals) {
+    if (depth > kMostDepth) return document.refuse(schema, "", "schemas nest deeper than 64");
+    for (const Keyword& keyword : keywords) {
+        const Json* value = schema.find(keyword.name);
+        if (!value) continue;
+        if (!holds(*value, keyword.holds))
+            return document.refuse(schema, keyword.name, "has a value of the wrong kind");
+        if (keyword.holds == Holds::count && value->as_double() > most_repeats)
+            return document.refuse(schema, keyword.name, "is above 100,000");
+        if (keyword.holds == Holds::type) {
+            if (value->is_string() && !known_type(value->as_string()))
+                return document.refuse(schema, "type", "names no type");
+            for (const Json& t : value->items())
+                if (!known_type(t.as_string()))
+                    return document.refuse(schema, "type", "names no type");
+        }
+        if (keyword.name == "properties") {
+            totals.properties += value->size();
+            for (const JsonMember& m : value->members()) totals.characters += m.key.size();
+        }
+        if (keyword.name == "enum") {
+            totals.values += value->size();
+            for (const Json& v : value->items()) totals.characters += v.as_string().size();
+        }
+        if (auto ok = check_inside(document, *value, keyword.holds, depth + 1, totals); !ok)
+            return ok;
+        if (totals.properties > kMostProperties)
+            return document.refuse(schema, keyword.name, "there are more than 5,000 properties");
+        if (totals.values > kMostEnum)
+            return document.refuse(schema, keyword.name, "there are more than 1,000 enum values");
+        if (totals.characters > kMostCharacters)
+            return document.refuse(schema, keyword.name,
+                                   "names and values have more than 120,000 characters");
+    }
+    return {};
+}
+
+}  // namespace
+
+bool is_whole_number(const Json& value) {
+    return value.is_integer() || (value.is_real() && ExactDecimal::of(value).is_integer());
+}
+
+bool same_json(const Json& a, const Json& b) {
+    if (a.is_number() && b.is_number())
+        return compare(ExactDecimal::of(a), ExactDecimal::of(b)) == 0;
+    if (a.is_array() && b.is_array())
+        return std::equal(a.items().begin(), a.items().end(), b.items().begin(), b.items().end(),
+                          same_json);
+    if (a.is_object() && b.is_object()) {
+        if (a.size() != b.size()) return false;
+        for (const JsonMember& m : a.members()) {
+            const Json* other = b.find(m.key);
+            if (!other || !same_json(m.value, *other)) return false;
+        }
+        return true;
+    }
+    return a == b;
+}
+
+Result<void> SchemaDocument::check() const {
+    if (!is_schema(root_)) return refuse(root_, "", "a schema is an object or a boolean");
+    Totals totals;
+    return check_schema(*this, root_, 0, totals);
+}
+
+std::string SchemaDocument::pointer(const Json& schema) const {
+    std::string path;
+    return find_pointer(root_, schema, path, 0) ? path : "";
+}
+
+Error SchemaDocument::refuse(const Json& schema, std::string_view keyword,
+                             std::string_view why) const {
+    std::string place = pointer(schema);
+    if (!keyword.empty()) place += "/" + escaped(keyword);
+    if (place.size() > 300) place = place.substr(0, 300) + "...";
+    return make_error(ErrorKind::invalid_request,
+                      format("schema at '%s': %.*s", place.c_str(), int(why.size()), why.data()),
+                      "invalid_json_schema", place);
+}
+
+bool SchemaDocument::refs_hide_siblings() const {
+    const std::string_view draft = root_["$schema"].as_string();
+    for (const std::string_view old : {"draft-07", "draft-06", "draft-04", "draft-03"})
+        if (draft.find(old) != draft.npos) return true;
+    return false;
+}
+
+namespace {
+
+const Json* by_pointer(const Json& root, std::string_view path) {
+    const Json* at = &root;
+    while (!path.empty()) {
+        if (path[0] != '/') return nullptr;
+        const size_t end = std::min(path.find('/', 1), path.size());
+        std::string key;
+        for (size_t i = 1; i < end; ++i) {
+            if (path[i] == '~' && i + 1 < end) key += path[++i] == '1' ? '/' : '~';
+            else if (path[i] == '%' && i + 2 < end && hex_value(path[i + 1]) >= 0 &&
+                     hex_value(path[i + 2]) >= 0) {
+                key += char(hex_value(path[i + 1]) * 16 + hex_value(path[i + 2]));
+                i += 2;
+            } else key += path[i];
+        }
+        path.remove_prefix(end);
+        if (at->is_array()) {
+            char* last = nullptr;
+            const unsigned long index = std::strtoul(key.c_str(), &last, 10);
+            if (key.empty() || *last || index >= at->size()) return nullptr;
+            at = &at->items()[index];
+        } else if (!(at = at->find(key))) {
+            return nullptr;
+        }
+    }
+    return at;
+}
+
+// A schema with this anchor or id; `keyword` says which.
+const Json* by_name(const Json& at, std::string_view keyword, std::string_view name, int depth) {
+    if (depth > 100) return nullptr;
+    if (at.is_object() && at[keyword].is_string() && at[keyword].as_string() == name) return &at;
+    for (const Json& item : at.items())
+        if (const Json* found = by_name(item, keyword, name, depth + 1)) return found;
+    for (const JsonMember& m : at.members())
+        if (m.key != "enum" && m.key != "const")
+            if (const Json* found = by_name(m.value, keyword, name, depth + 1)) return found;
+    return nullptr;
+}
+
+}  // namespace
+
+const Json* SchemaDocument::resolve(std::string_view reference) const {
+    const size_t hash = std::min(reference.find('#'), reference.size());
+    const std::string_view base = reference.substr(0, hash);
+    const std::string_view fragment = reference.substr(std::min(hash + 1, reference.size()));
+    const Json* at = &root_;
+    if (!base.empty() && root_["$id"].as_string() != base) {
+        at = by_name(root_, "$id", base, 0);
+        if (!at) return nullptr;
+    }
+    const Json* found = fragment.empty() || fragment[0] == '/'
+                            ? by_pointer(*at, fragment)
+                            : by_name(*at, "$anchor", fragment, 0);
+    if (!found && !fragment.empty() && fragment[0] != '/')
+        found = by_name(*at, "$id", std::string("#") + std::string(fragment), 0);
+    return found && is_schema(*found) ? found : nullptr;
+}
+
+Result<DfaPtr> SchemaDocument::pattern(const std::string& text, Spelling spelling) {
+    auto& known = patterns_[{text, spelling}];
+    if (known) return known;
+    auto dfa = pattern_dfa(text, spelling, true, budget_);
+    if (dfa) known = *dfa;
+    return dfa;
+}
+
+bool SchemaDocument::matches(const std::string& text, std::string_view value) {
+    auto dfa = pattern(text, Spelling::raw);
+    return !dfa || (*dfa)->match(value) >= 0;
+}
+
+// ---- Validity ------------------------------------------------------------------------------------
+
+namespace {
+
+bool has_type(const Json& value, std::string_view type) {
+    if (type == "null") return value.is_null();
+    if (type == "boolean") return value.is_bool();
+    if (type == "integer") return is_whole_number(value);
+    if (type == "number") return value.is_number();
+    if (type == "string") return value.is_string();
+    if (type == "array") return value.is_array();
+    return value.is_object();
+}
+
+}  // namespace
+
+bool SchemaDocument::is_valid_number(const Json& schema, const Json& value) {
+    const ExactDecimal number = ExactDecimal::of(value);
+    const auto order = [&](const char* keyword) {
+        return compare(number, ExactDecimal::of(schema[keyword]));
+    };
+    if (schema["minimum"].is_number() && order("minimum") < 0) return false;
+    if (schema["maximum"].is_number() && order("maximum") > 0) return false;
+    if (schema["exclusiveMinimum"].is_number() && order("exclusiveMinimum") <= 0) return false;
+    if (schema["exclusiveMaximum"].is_number() && order("exclusiveMaximum") >= 0) return false;
+    const auto divides = [&](const Json& m) {
+        const int64_t by = m.is_real() ? int64_t(m.as_double()) : m.as_int();
+        return is_whole_number(value) && by > 0 &&
+               (value.is_real() ? int64_t(value.as_double()) : value.as_int()) % by == 0;
+    };
+    if (schema["multipleOf"].is_number() && !divides(schema["multipleOf"])) return false;
+    return true;
+}
+
+bool SchemaDocument::is_valid_string(const Json& schema, std::string_view text) {
+    const size_t count = utf8_count(text);
+    if (schema["minLength"].is_number() && double(count) < schema["minLength"].as_double())
+        return false;
+    if (schema["maxLength"].is_number() && double(count) > schema["maxLength"].as_double())
+        return false;
+    if (schema["pattern"].is_string() && !matches(std::string(schema["pattern"].as_string()), text))
+        return false;
+    if (const auto format = schema["format"]; format.is_string())
+        if (auto dfa = format_dfa(format.as_string(), Spelling::raw);
+            dfa && (*dfa)->match(text) < 0)
+            return false;
+    return true;
+}
+
+bool SchemaDocument::is_valid_array(const Json& schema, const Json& value, int depth) {
+    const double size = double(value.size());
+    if (schema["minItems"].is_number() && size < schema["minItems"].as_double()) return false;
+    if (schema["maxItems"].is_number() && size > schema["maxItems"].as_double()) return false;
+    const bool old = schema["items"].is_array();
+    const Json& first = old ? schema["items"] : schema["prefixItems"];
+    const Json* rest = schema.find(old ? "additionalItems" : "items");
+    for (size_t i = 0; i < value.size(); ++i) {
+        const Json* item = i < first.size() ? &first[i] : rest;
+        if (item && !is_valid(*item, value[i], depth)) return false;
+    }
+    if (const Json* contains = schema.find("contains")) {
+        double count = 0;
+        for (const Json& item : value.items()) count += is_valid(*contains, item, depth);
+        if (count < (schema.contains("minContains") ? schema["minContains"].as_double() : 1))
+            return false;
+        if (schema.contains("maxContains") && count > schema["maxContains"].as_double())
+            return false;
+    }
+    if (schema["uniqueItems"].as_bool())
+        for (size_t i = 0; i < value.size(); ++i)
+            for (size_t j = 0; j < i; ++j)
+                if (same_json(value[i], value[j])) return false;
+    return true;
+}
+
+bool SchemaDocument::is_valid_object(const Json& schema, const Json& value, int depth) {
+    const double size = double(value.size());
+    if (schema["minProperties"].is_number() && size < schema["minProperties"].as_double())
+        return false;
+    if (schema["maxProperties"].is_number() && size > schema["maxProperties"].as_double())
+        return false;
+    for (const Json& name : schema["required"].items())
+        if (!value.contains(name.as_string())) return false;
+    for (const JsonMember& m : value.members()) {
+        bool known = false;
+        if (const Json* property = schema["properties"].find(m.key)) {
+            known = true;
+            if (!is_valid(*property, m.value, depth)) return false;
+        }
+        for (const JsonMember& p : schema["patternProperties"].members()) {
+            if (!matches(p.key, m.key)) continue;
+            known = true;
+            if (!is_valid(p.value, m.value, depth)) return false;
+        }
+        const Json* additional = schema.find("additionalProperties");
+        if (!known && additional && !is_valid(*additional, m.value, depth)) return false;
+        if (const Json* names = schema.find("propertyNames");
+            names && !is_valid(*names, Json(m.key), depth))
+            return false;
+        for (const char* keyword : {"dependentRequired", "dependentSchemas", "dependencies"}) {
+            const Json* then = schema[keyword].find(m.key);
+            if (!then) continue;
+            for (const Json& name : then->items())
+                if (!value.contains(name.as_string())) return false;
+            if (!then->is_array() && !is_valid(*then, value, depth)) return false;
+        }
+    }
+    return true;
+}
+
+bool SchemaDocument::is_valid(const Json& schema, const Json& value, int depth) {
+    if (schema.is_bool()) return schema.as_bool();
+    if (depth > 200 || !budget_.take(1)) return false;
+    ++depth;
+    if (const Json* ref = schema.find("$ref")) {
+        const Json* target = resolve(ref->as_string());
+        if (target && !is_valid(*target, value, depth)) return false;
+        if (refs_hide_siblings()) return true;
+    }
+    if (const Json* type = schema.find("type")) {
+        bool any = type->is_string() && has_type(value, type->as_string());
+        for (const Json& t : type->items()) any |= has_type(value, t.as_string());
+        if (!any) return false;
+    }
+    if (const Json* constant = schema.find("const"); constant && !same_json(*constant, value))
+        return false;
+    if (const Json* list = schema.find("enum")) {
+        bool any = false;
+        for (const Json& v : list->items()) any |= same_json(v, value);
+        if (!any) return false;
+    }
+    size_t count = 0;
+    for (const Json& s : schema["allOf"].items())
+        if (!is_valid(s, value, depth)) return false;
+    for (const Json& s : schema["anyOf"].items()) count += is_valid(s, value, depth);
+    if (schema.contains("anyOf") && !count) return false;
+    count = 0;
+    for (const Json& s : schema["oneOf"].items()) count += is_valid(s, value, depth);
+    if (schema.contains("oneOf") && count != 1) return false;
+    if (const Json* s = schema.find("not"); s && is_valid(*s, value, depth)) return false;
+    if (const Json* s = schema.find("if")) {
+        const Json* then = schema.find(is_valid(*s, value, depth) ? "then" : "else");
+        if (then && !is_valid(*then, value, depth)) return false;
+    }
+    if (value.is_number()) return is_valid_number(schema, value);
+    if (value.is_string()) return is_valid_string(schema, value.as_string());
+    if (value.is_array()) return is_valid_array(schema, value, depth);
+    return !value.is_object() || is_valid_object(schema, value, depth);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
+// ---- src/grammar/grammar.hpp -------------------------------------------------------------------
+
+// >>grammar
+// Owns: what the model must say: JSON Schema, regular expressions, choices, GBNF and compositions of
+//       them as one automaton over bytes with a stack; which tokens may come next.
+// Assumes: schemas, patterns and grammars may be hostile.
+// Promises: every text that is accepted is valid (strict); some spelling of whatever is valid is
+//           accepted; no state from which no text ends; bounds are counted, never unrolled.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// strict: what cannot be promised is an error. Otherwise such keywords are left out, where leaving
+/// them out only allows more, and refused where the rest would be wrong without them.
+struct SchemaOptions {
+    bool strict = true;
+    JsonSpace space = JsonSpace::optional;
+};
+
+/// Errors of all: invalid_request, code invalid_json_schema; the message names the JSON pointer and
+/// the keyword, and `param` is the pointer.
+Result<GrammarPtr> compile_json_schema(const Json& schema, const SchemaOptions& options = {});
+/// The whole text matches the pattern.
+Result<GrammarPtr> compile_regex(std::string_view pattern);
+Result<GrammarPtr> compile_choices(std::vector<std::string> choices);
+/// llama.cpp's grammars; the text is what `root` stands for.
+Result<GrammarPtr> compile_gbnf(std::string_view text);
+/// A JSON object or value of any kind.
+Result<GrammarPtr> compile_any_json(bool object);
+
+/// The same as parts of a larger grammar. The builder's `space` is the schema's.
+Result<Part> add_json_schema(GrammarBuilder& builder, const Json& schema, bool strict);
+Result<Part> add_regex(GrammarBuilder& builder, std::string_view pattern);
+/// `search`: the pattern may stand anywhere. Repeats that are too many for an automaton are counted.
+Result<Part> add_pattern_part(GrammarBuilder& builder, std::string_view pattern, Spelling spelling,
+                              bool search);
+Result<Part> add_gbnf(GrammarBuilder& builder, std::string_view text);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/grammar/schema.cpp --------------------------------------------------------------------
+
+// >>grammar
+// A place in the text has to satisfy a set of schemas and to miss another: a conjunction of signed
+// literals. `expand` takes it apart into branches without choices, each a plain set of rules by type;
+// so allOf, $ref, if, not, oneOf and dependencies need no rules of their own, and what they mean is
+// exact. Equal conjunctions are one part of the grammar: that makes recursion end.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr size_t kMostBranches = 512, kMostPatterns = 6;
+constexpr uint32_t kMostDivisor = 20'000, kMostUnique = 8;
+
+enum : uint32_t {
+    t_null = 1,
+    t_false = 2,
+    t_true = 4,
+    t_integer = 8,
+    t_fraction = 16,
+    t_string = 32,
+    t_array = 64,
+    t_object = 128,
+    t_all = 255
+};
+
+uint32_t types_of(std::string_view name) {
+    if (name == "null") return t_null;
+    if (name == "boolean") return t_false | t_true;
+    if (name == "integer") return t_integer;
+    if (name == "number") return t_integer | t_fraction;
+    if (name == "string") return t_string;
+    return name == "array" ? t_array : t_object;
+}
+uint32_t type_of(const Json& v) {
+    if (v.is_null()) return t_null;
+    if (v.is_bool()) return v.as_bool() ? t_true : t_false;
+    if (v.is_number()) return is_whole_number(v) ? t_integer : t_fraction;
+    return v.is_string() ? t_string : v.is_array() ? t_array : t_object;
+}
+
+struct Literal {
+    const Json* schema;
+    bool positive = true;
+    bool operator<(const Literal& o) const {
+        return std::pair(schema, positive) < std::pair(o.schema, o.positive);
+    }
+    bool operator==(const Literal&) const = default;
+};
+using Conjunction = std::vector<Literal>;  // in the order found, each once
+
+void add_literal(Conjunction& out, Literal literal) {
+    if (std::find(out.begin(), out.end(), literal) == out.end()) out.push_back(literal);
+}
+
+// One way to satisfy a conjunction: rules by type and nothing to choose.
+struct Branch {
+    uint32_t types = t_all;
+    Conjunction done = {};
+    std::optional<std::vector<const Json*>> values = {};
+    std::vector<const Json*> excluded = {};
+    NumberRules numbers = {};
+    uint32_t least_chars = 0, most_chars = unlimited;
+    struct Language {
+        std::string name;
+        bool format, positive;
+        const Json* schema;
+    };
+    std::vector<Language> languages = {};
+    struct Counted {
+        Literal literal;
+        uint32_t least, most;
+        const Json* schema;
+    };
+    std::vector<const Json*> arrays = {}, objects = {};  // schemas with rules for items, members
+    std::vector<Counted> contains = {};
+    uint32_t least_items = 0, most_items = unlimited;
+    const Json* unique = nullptr;
+    std::vector<std::string> required = {}, absent = {};
+    std::vector<Literal> names = {};  // propertyNames
+    uint32_t least_members = 0, most_members = unlimited;
+    std::vector<std::vector<Conjunction>> choices = {};
+};
+
+}  // namespace
+
+class SchemaCompiler {
+public:
+    SchemaCompiler(GrammarBuilder& builder, const Json& root, bool strict)
+        : builder_(builder), document_(root, builder.budget()), root_(root), strict_(strict) {}
+
+    Result<Part> compile() {
+        if (auto ok = document_.check(); !ok) return std::move(ok.error());
+        const Part part = part_of({{&root_}});
+        if (failed_) return std::move(error_);
+        if (builder_.budget().spent()) return budget_error();
+        return part;
+    }
+
+private:
+    // What cannot be promised: the end under strict, else left out.
+    bool refuse(const Json& schema, std::string_view keyword, std::string_view why) {
+        if (!strict_ || probing_) return true;
+        return fail(document_.refuse(schema, keyword, why));
+    }
+    bool fail(Error error) {
+        if (!failed_) error_ = std::move(error);
+        failed_ = true;
+        return false;
+    }
+    const Json* made(const Json* of, const std::string& key, Json schema) {
+        auto& known = made_[{of, key}];
+        if (!known) claim(*(known = document_.make(std::move(schema))));
+        return known;
+    }
+    // Only in schemas of our own making have our keywords a meaning.
+    void claim(const Json& schema) {
+        own_[&schema] = true;
+        for (const char* keyword : {"items", "contains"})
+            if (const Json* inside = schema.find(keyword)) own_[inside] = true;
+        for (const Json& inside : schema["prefixItems"].items()) own_[&inside] = true;
+        for (const JsonMember& inside : schema["properties"].members()) own_[&inside.value] = true;
+    }
+    // A schema of one keyword of ours: {"\1not": i} stands for what the i-th schema refuses.
+    Json negation_of(const Json* schema) {
+        negated_.push_back(schema);
+        return Json::object().set("\1not", uint64_t(negated_.size() - 1));
+    }
+
+    // ---- Positive literals
+    using Todo = Conjunction;
+    bool apply(Branch& b, const Json& s, Todo& todo) {
+        if (s.is_bool()) return s.as_bool();
+        if (const Json* ref = s.find("$ref")) {
+            const Json* target = document_.resolve(ref->as_string());
+            if (!target) {
+                if (!refuse(s, "$ref", "is not in this document")) return false;
+            } else {
+                todo.push_back({target});
+                if (document_.refs_hide_siblings()) return true;
+            }
+        }
+        for (const char* keyword :
+             {"unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef"})
+            if (s.contains(keyword) && !refuse(s, keyword, "is not supported")) return false;
+        if (own_.count(&s) && !apply_own(b, s, todo)) return false;
+        return apply_values(b, s) && apply_number(b, s) && apply_string(b, s) &&
+               apply_array(b, s) && apply_object(b, s, todo) && apply_logic(b, s, todo);
+    }
+    bool apply_own(Branch& b, const Json& s, Todo& todo) {
+        if (const Json* i = s.find("\1not"))
+            todo.push_back({negated_[size_t(i->as_uint())], false});
+        if (const Json* i = s.find("\1excluded"))
+            for (const Json& v : (*negated_[size_t(i->as_uint())])["enum"].items())
+                b.excluded.push_back(&v);
+        if (const Json* i = s.find("\1excluded1"))
+            b.excluded.push_back(negated_[size_t(i->as_uint())]->find("const"));
+        if (const Json* name = s.find("\1absent")) b.absent.emplace_back(name->as_string());
+        if (const Json* p = s.find("\1notPattern"))
+            b.languages.push_back({std::string(p->as_string()), false, false, &s});
+        if (const Json* f = s.find("\1notFormat"))
+            b.languages.push_back({std::string(f->as_string()), true, false, &s});
+        if (const Json* m = s.find("\1notMultiple"))
+            b.numbers.not_multiples.push_back(uint32_t(m->as_uint()));
+        if (const Json* t = s.find("\1types")) b.types &= uint32_t(t->as_uint());
+        return b.types != 0;
+    }
+    bool apply_values(Branch& b, const Json& s) {
+        if (const Json* type = s.find("type")) {
+            uint32_t mask = type->is_string() ? types_of(type->as_string()) : 0;
+            for (const Json& t : type->items()) mask |= types_of(t.as_string());
+            b.types &= mask;
+        }
+        std::vector<const Json*> values;
+        if (const Json* list = s.find("enum"))
+            for (const Json& v : list->items()) values.push_back(&v);
+        if (const Json* v = s.find("const")) values.push_back(v);
+        if (s.contains("enum") || s.contains("const"))
+            if (!b.values) b.values = std::move(values);
+        return b.types != 0;
+    }
+    static uint32_t count_of(const Json& s, const char* keyword, uint32_t otherwise) {
+        const Json* v = s.find(keyword);
+        return v ? uint32_t(std::min(v->as_double(), double(most_repeats))) : otherwise;
+    }
+    static void tighten(std::optional<NumberBound>& bound, NumberBound to, int sign) {
+        const int order = bound ? compare(to.value, bound->value) * sign : 1;
+        if (order > 0 || (order == 0 && to.exclusive)) bound = std::move(to);
+    }
+    bool apply_number(Branch& b, const Json& s) {
+        const bool low_open = s["exclusiveMinimum"].as_bool(),
+                   high_open = s["exclusiveMaximum"].as_bool();
+        if (const Json* v = s.find("minimum"))
+            tighten(b.numbers.lower, {ExactDecimal::of(*v), low_open}, 1);
+        if (const Json* v = s.find("maximum"))
+            tighten(b.numbers.upper, {ExactDecimal::of(*v), high_open}, -1);
+        if (const Json& v = s["exclusiveMinimum"]; v.is_number())
+            tighten(b.numbers.lower, {ExactDecimal::of(v), true}, 1);
+        if (const Json& v = s["exclusiveMaximum"]; v.is_number())
+            tighten(b.numbers.upper, {ExactDecimal::of(v), true}, -1);
+        if (const Json* m = s.find("multipleOf")) {
+            if (!(b.types & (t_integer | t_fraction))) return true;
+            if (!is_whole_number(*m) || m->as_double() < 1 || m->as_double() > kMostDivisor)
+                return refuse(s, "multipleOf", "only integers from 1 to 20,000 are supported");
+            if (m->as_double() > 1) b.numbers.multiples.push_back(uint32_t(m->as_double()));
+            b.types &= ~uint32_t(t_fraction);
+        }
+        return b.types != 0;
+    }
+    bool apply_string(Branch& b, const Json& s) {
+        b.least_chars = std::max(b.least_chars, count_of(s, "minLength", 0));
+        b.most_chars = std::min(b.most_chars, count_of(s, "maxLength", unlimited));
+        if (const Json* p = s.find("pattern"))
+            b.languages.push_back({std::string(p->as_string()), false, true, &s});
+        if (const Json* f = s.find("format")) {
+            if (format_pattern(f->as_string()))
+                b.languages.push_back({std::string(f->as_string()), true, true, &s});
+            else if ((b.types & t_string) && !refuse(s, "format", "is not one that is supported"))
+                return false;
+        }
+        return true;
+    }
+    bool apply_array(Branch& b, const Json& s) {
+        b.least_items = std::max(b.least_items, count_of(s, "minItems", 0));
+        b.most_items = std::min(b.most_items, count_of(s, "maxItems", unlimited));
+        if (s.contains("items") || s.contains("prefixItems")) b.arrays.push_back(&s);
+        if (const Json* c = s.find("contains"))
+            b.contains.push_back(
+                {{c}, count_of(s, "minContains", 1), count_of(s, "maxContains", unlimited), &s});
+        if (s["uniqueItems"].as_bool()) b.unique = &s;
+        return true;
+    }
+    bool apply_object(Branch& b, const Json& s, Todo& todo) {
+        b.least_members = std::max(b.least_members, count_of(s, "minProperties", 0));
+        b.most_members = std::min(b.most_members, count_of(s, "maxProperties", unlimited));
+        for (const Json& name : s["required"].items()) b.required.emplace_back(name.as_string());
+        if (s.contains("properties") || s.contains("patternProperties") ||
+            s.contains("additionalProperties"))
+            b.objects.push_back(&s);
+        if (const Json* names = s.find("propertyNames")) b.names.push_back({names});
+        if (!(b.types & t_object)) return true;
+        for (const char* keyword : {"dependentRequired", "dependentSchemas", "dependencies"})
+            for (const JsonMember& m : s[keyword].members()) {
+                const Json* has = made(&m.value, "has",
+                                       Json::object().set("required", Json::array().push(m.key)));
+                const Json* then = &m.value;
+                if (then->is_array()) {
+                    if (then->empty()) continue;
+                    then = made(&m.value, "then", Json::object().set("required", *then));
+                }
+                const Json* other = made(
+                    &m.value, "other", Json::object().set("\1types", uint32_t(t_all & ~t_object)));
+                b.choices.push_back({{{other}}, {{has, false}}, {{has}, {then}}});
+            }
+        (void)todo;
+        return true;
+    }
+    bool apply_logic(Branch& b, const Json& s, Todo& todo) {
+        for (const Json& part : s["allOf"].items()) todo.push_back({&part});
+        if (const Json* part = s.find("not")) todo.push_back({part, false});
+        if (const Json* any = s.find("anyOf")) {
+            std::vector<Conjunction> ways;
+            for (const Json& part : any->items()) ways.push_back({{&part}});
+            b.choices.push_back(std::move(ways));
+        }
+        if (const Json* condition = s.find("if")) {
+            Conjunction yes = {{condition}}, no = {{condition, false}};
+            if (const Json* then = s.find("then")) yes.push_back({then});
+            if (const Json* otherwise = s.find("else")) no.push_back({otherwise});
+            if (yes.size() + no.size() > 2) b.choices.push_back({yes, no});
+        }
+        if (const Json* one = s.find("oneOf")) b.choices.push_back(one_of(*one));
+        return true;
+    }
+    // Each alone; where two cannot hold together anyway there is no need to say so.
+    std::vector<Conjunction> one_of(const Json& list) {
+        std::vector<Conjunction> ways;
+        for (const Json& part : list.items()) {
+            Conjunction way = {{&part}};
+            for (const Json& other : list.items())
+                if (&other != &part && !is_impossible({{&part}, {&other}}, 0))
+                    way.push_back({&other, false});
+            ways.push_back(std::move(way));
+        }
+        return ways;
+    }
+
+    // ---- Negative literals: the ways not to satisfy a schema
+    bool negate(Branch& b, const Json& s, Todo& todo) {
+        if (s.is_bool()) return !s.as_bool();
+        std::vector<Conjunction> ways;
+        const auto way = [&](const std::string& key, Json schema) {
+            ways.push_back({{made(&s, key, std::move(schema))}});
+        };
+        const auto typed = [](std::string_view type) { return Json::object().set("type", type); };
+        if (const Json* ref = s.find("$ref")) {
+            const Json* target = document_.resolve(ref->as_string());
+            if (!target && !refuse(s, "$ref", "is not in this document")) return false;
+            if (target) ways.push_back({{target, false}});
+        }
+        for (const char* keyword :
+             {"unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef",
+              "dependentSchemas", "dependencies", "propertyNames"})
+            if (s.contains(keyword) &&
+                !refuse(s, keyword, "is not supported where a schema must not match"))
+                return false;
+        negate_simple(s, way, typed);
+        if (!negate_array(b, s, way, typed) || !negate_object(b, s, way, typed)) return false;
+        if (const Json* list = s.find("anyOf")) {
+            ways.emplace_back();
+            for (const Json& part : list->items()) ways.back().push_back({&part, false});
+        }
+        for (const Json& part : s["allOf"].items()) ways.push_back({{&part, false}});
+        if (const Json* part = s.find("not")) ways.push_back({{part}});
+        if (const Json* condition = s.find("if")) {
+            if (const Json* then = s.find("then")) ways.push_back({{condition}, {then, false}});
+            if (const Json* other = s.find("else"))
+                ways.push_back({{condition, false}, {other, false}});
+        }
+        if (const Json* list = s.find("oneOf")) {
+            Conjunction none;
+            for (const Json& part : list->items()) none.push_back({&part, false});
+            ways.push_back(std::move(none));
+            for (size_t i = 0; i < list->size(); ++i)
+                for (size_t j = 0; j < i; ++j) ways.push_back({{&(*list)[i]}, {&(*list)[j]}});
+        }
+        (void)todo;
+        if (ways.empty()) return false;
+        b.choices.push_back(std::move(ways));
+        return true;
+    }
+    template <class Way, class Typed>
+    void negate_simple(const Json& s, const Way& way, const Typed& typed) {
+        if (const Json* type = s.find("type")) {
+            uint32_t mask = type->is_string() ? types_of(type->as_string()) : 0;
+            for (const Json& t : type->items()) mask |= types_of(t.as_string());
+            way("type", Json::object().set("\1types", uint32_t(t_all & ~mask)));
+        }
+        negated_.push_back(&s);
+        const uint64_t self = negated_.size() - 1;
+        if (s.contains("enum")) way("enum", Json::object().set("\1excluded", self));
+        if (s.contains("const")) way("const", Json::object().set("\1excluded1", self));
+        const auto bound = [&](const char* keyword, const char* opposite) {
+            if (const Json& v = s[keyword]; v.is_number())
+                way(keyword, typed("number").set(opposite, v));
+        };
+        bound("minimum", s["exclusiveMinimum"].as_bool() ? "maximum" : "exclusiveMaximum");
+        bound("maximum", s["exclusiveMaximum"].as_bool() ? "minimum" : "exclusiveMinimum");
+        bound("exclusiveMinimum", "maximum");
+        bound("exclusiveMaximum", "minimum");
+        if (const Json* m = s.find("multipleOf")) {
+            if (!is_whole_number(*m) || m->as_double() < 1 || m->as_double() > kMostDivisor)
+                (void)refuse(s, "multipleOf", "only integers from 1 to 20,000 are supported");
+            else way("multipleOf", typed("number").set("\1notMultiple", uint64_t(m->as_double())));
+        }
+        const auto count = [&](const char* keyword, const char* type, const char* opposite,
+                               int step) {
+            const Json* v = s.find(keyword);
+            if (v && v->as_double() + step >= 0)
+                way(keyword, typed(type).set(opposite, int64_t(v->as_double()) + step));
+        };
+        count("minLength", "string", "maxLength", -1);
+        count("maxLength", "string", "minLength", 1);
+        count("minItems", "array", "maxItems", -1);
+        count("maxItems", "array", "minItems", 1);
+        count("minProperties", "object", "maxProperties", -1);
+        count("maxProperties", "object", "minProperties", 1);
+        if (const Json* p = s.find("pattern"))
+            way("pattern", typed("string").set("\1notPattern", *p));
+        if (const Json* f = s.find("format"); f && format_pattern(f->as_string()))
+            way("format", typed("string").set("\1notFormat", *f));
+        for (const Json& name : s["required"].items())
+            way("required " + std::string(name.as_string()), typed("object").set("\1absent", name));
+    }
+    template <class Way, class Typed>
+    bool negate_array(Branch& b, const Json& s, const Way& way, const Typed& typed) {
+        if (!(b.types & t_array)) return true;
+        if (s["uniqueItems"].as_bool() &&
+            !refuse(s, "uniqueItems", "is not supported where a schema must not match"))
+            return false;
+        const bool old = s["items"].is_array();
+        const Json& first = old ? s["items"] : s["prefixItems"];
+        const Json* rest = s.find(old ? "additionalItems" : "items");
+        if (rest && first.empty()) way("items", typed("array").set("contains", negation_of(rest)));
+        else if (rest && !refuse(s, "items", "is not supported where a schema must not match"))
+            return false;
+        for (size_t i = 0; i < first.size(); ++i) {
+            Json list = Json::array();
+            for (size_t j = 0; j < i; ++j) list.push(true);
+            list.push(negation_of(&first[i]));
+            way("item " + std::to_string(i), typed("array")
+                                                 .set("prefixItems", std::move(list))
+                                                 .set("minItems", uint64_t(i + 1)));
+        }
+        if (const Json* c = s.find("contains")) {
+            if (s.contains("maxContains") &&
+                !refuse(s, "maxContains", "is not supported where a schema must not match"))
+                return false;
+            const uint32_t least = count_of(s, "minContains", 1);
+            if (least == 1) way("contains", typed("array").set("items", negation_of(c)));
+            else if (least &&
+                     !refuse(s, "minContains", "is not supported where a schema must not match"))
+                return false;
+        }
+        return true;
+    }
+    template <class Way, class Typed>
+    bool negate_object(Branch& b, const Json& s, const Way& way, const Typed& typed) {
+        if (!(b.types & t_object)) return true;
+        for (const JsonMember& m : s["properties"].members())
+            way("property " + m.key,
+                typed("object")
+                    .set("required", Json::array().push(m.key))
+                    .set("properties", Json::object().set(m.key, negation_of(&m.value))));
+        if (s["patternProperties"].size() &&
+            !refuse(s, "patternProperties", "is not supported where a schema must not match"))
+            return false;
+        const Json* additional = s.find("additionalProperties");
+        if (additional && !(additional->is_bool() && additional->as_bool()) &&
+            !refuse(s, "additionalProperties", "is not supported where a schema must not match"))
+            return false;
+        for (const JsonMember& m : s["dependentRequired"].members())
+            for (const Json& name : m.value.items())
+                way("dependent " + m.key + " " + std::string(name.as_string()),
+                    typed("object")
+                        .set("required", Json::array().push(m.key))
+                        .set("\1absent", name));
+        return true;
+    }
+    // ---- Expansion
+    void expand(Branch b, Todo todo, std::vector<Branch>& out) {
+        for (size_t i = 0; i < todo.size(); ++i) {
+            if (failed_ || !builder_.budget().take(20)) return;
+            const Literal literal = todo[i];
+            const auto known = [&](Literal l) {
+                return std::find(b.done.begin(), b.done.end(), l) != b.done.end();
+            };
+            if (known(literal)) continue;
+            if (known({literal.schema, !literal.positive})) return;
+            b.done.push_back(literal);
+            if (literal.positive ? !apply(b, *literal.schema, todo)
+                                 : !negate(b, *literal.schema, todo))
+                return;
+            if (!b.types) return;
+        }
+        if (b.choices.empty()) {
+            if (out.size() >= kMostBranches) {
+                fail(document_.refuse(*b.done[0].schema, "", "has more than 512 combinations"));
+                return;
+            }
+            out.push_back(std::move(b));
+            return;
+        }
+        const std::vector<Conjunction> ways = std::move(b.choices.back());
+        b.choices.pop_back();
+        for (const Conjunction& way : ways) expand(b, way, out);
+    }
+    std::vector<Branch> branches_of(const Conjunction& conjunction) {
+        std::vector<Branch> out;
+        expand({}, conjunction, out);
+        return out;
+    }
+
+    // Whether nothing satisfies a conjunction; false where that is hard to tell.
+    bool is_impossible(const Conjunction& conjunction, int depth) {
+        if (depth > 4 || failed_) return false;
+        const bool probing = std::exchange(probing_, true);
+        const std::vector<Branch> branches = branches_of(conjunction);
+        bool possible = false;
+        for (const Branch& b : branches) possible = possible || !is_impossible(b, depth);
+        probing_ = probing;
+        return !possible && !failed_;
+    }
+    bool is_impossible(const Branch& b, int depth) {
+        if (b.values) return allowed_values(b).empty();
+        uint32_t types = b.types;
+        const auto& low = b.numbers.lower;
+        const auto& high = b.numbers.upper;
+        if (low && high) {
+            const int order = compare(low->value, high->value);
+            if (order > 0 || (order == 0 && (low->exclusive || high->exclusive)))
+                types &= ~uint32_t(t_integer | t_fraction);
+        }
+        if (b.least_chars > b.most_chars) types &= ~uint32_t(t_string);
+        if (b.least_items > b.most_items) types &= ~uint32_t(t_array);
+        if (types & t_object) {
+            bool none = b.least_members > b.most_members;
+            for (const std::string& name : b.required) {
+                none = none || std::find(b.absent.begin(), b.absent.end(), name) != b.absent.end();
+                none = none || is_impossible(member_conjunction(b, name), depth + 1);
+            }
+            if (none) types &= ~uint32_t(t_object);
+        }
+        return types == 0;
+    }
+    std::vector<const Json*> allowed_values(const Branch& b) {
+        std::vector<const Json*> out;
+        for (const Json* v : *b.values) {
+            bool ok = type_of(*v) & b.types;
+            for (const Literal& l : b.done)
+                ok = ok &&
+                     (own_.count(l.schema) || document_.is_valid(*l.schema, *v) == l.positive);
+            if (ok) out.push_back(v);
+        }
+        return out;
+    }
+
+    // ---- Parts
+    struct Known {
+        Part part = no_part;
+        Part rule = no_part;
+        bool open = true;
+    };
+    Part part_of(const Conjunction& conjunction) {
+        if (failed_ || builder_.budget().spent()) return no_part;
+        const auto [at, is_new] = known_.try_emplace(conjunction);
+        Known& known = at->second;  // a map's elements stay where they are
+        if (!is_new) {
+            if (!known.open) return known.part;
+            if (!known.rule) known.rule = builder_.new_rule();
+            return known.rule;
+        }
+        if (++depth_ > 200) {
+            fail(document_.refuse(root_, "", "nests too deep"));
+            return no_part;
+        }
+        std::vector<Part> parts;
+        for (const Branch& b : branches_of(conjunction)) add_parts(b, parts);
+        known.part = builder_.choice(std::move(parts));
+        known.open = false;
+        --depth_;
+        if (known.rule) {
+            builder_.define(known.rule, known.part);
+            known.part = known.rule;
+        }
+        return known.part;
+    }
+    Part written(const Json& v) {
+        return builder_.bytes(
+            v.write(builder_.space == JsonSpace::one ? json_python : JsonStyle{}));
+    }
+    void add_parts(const Branch& b, std::vector<Part>& out) {
+        if (b.values) {
+            for (const Json* v : allowed_values(b)) out.push_back(written(*v));
+            return;
+        }
+        uint32_t types = b.types;
+        for (const Json* v : b.excluded) {
+            types &= ~(type_of(*v) & (t_null | t_false | t_true));
+            if ((type_of(*v) & types & (t_array | t_object)) &&
+                !refuse(*b.done[0].schema, "", "excludes an array or object by its value"))
+                return;
+        }
+        if (types & t_null) out.push_back(builder_.bytes("null"));
+        if (types & t_false) out.push_back(builder_.bytes("false"));
+        if (types & t_true) out.push_back(builder_.bytes("true"));
+        if (types & (t_integer | t_fraction)) out.push_back(number_part(b, types));
+        if (types & t_string) out.push_back(string_part(b));
+        if (types & t_array) out.push_back(array_part(b));
+        if (types & t_object) out.push_back(object_part(b));
+    }
+    Part number_part(const Branch& b, uint32_t types) {
+        NumberRules rules = b.numbers;
+        rules.integers = types & t_integer;
+        rules.fractions = types & t_fraction;
+        for (const Json* v : b.excluded)
+            if (v->is_number()) rules.excluded.push_back(ExactDecimal::of(*v));
+        std::string key = std::string(rules.integers ? "i" : "") + (rules.fractions ? "f" : "");
+        const auto say = [&](const std::optional<NumberBound>& bound) {
+            key += bound ? (bound->exclusive ? "x" : "=") + bound->value.text() : std::string("-");
+        };
+        say(rules.lower), say(rules.upper);
+        for (const uint32_t m : rules.multiples) key += "*" + std::to_string(m);
+        for (const uint32_t m : rules.not_multiples) key += "/" + std::to_string(m);
+        for (const ExactDecimal& d : rules.excluded) key += "!" + d.text();
+        DfaPtr& known = numbers_[key];
+        if (!known) {
+            auto dfa = number_dfa(rules, builder_.budget());
+            if (!dfa) return fail(std::move(dfa.error())), no_part;
+            known = std::move(*dfa);
+        }
+        return builder_.terminal(known, 0, most_number_chars);
+    }
+
+    // ---- Strings
+    Result<DfaPtr> language_dfa(const Branch::Language& l) {
+        auto dfa = l.format ? format_dfa(l.name, Spelling::json)
+                            : document_.pattern(l.name, Spelling::json);
+        if (dfa || is_too_large(dfa.error())) return dfa;
+        return document_.refuse(*l.schema, l.format ? "format" : "pattern", dfa.error().message);
+    }
+    // All that the branch says of strings but their length; null: anything.
+    DfaPtr string_dfa(const Branch& b) {
+        DfaPtr out;
+        for (const bool positive : {true, false})
+            for (const Branch::Language& l : b.languages) {
+                if (l.positive != positive) continue;
+                auto one = language_dfa(l);
+                if (!one)
+                    return fail(document_.refuse(*l.schema, l.format ? "format" : "pattern",
+                                                 one.error().message)),
+                           nullptr;
+                if (!out && positive) {
+                    out = *one;
+                    continue;
+                }
+                if (!out) out = any_text_dfa(Spelling::json);
+                auto both = positive ? intersect(out, *one, builder_.budget())
+                                     : subtract(out, *one, builder_.budget());
+                if (!both) return fail(std::move(both.error())), nullptr;
+                out = *both;
+            }
+        std::vector<std::string> texts;
+        for (const Json* v : b.excluded)
+            if (v->is_string()) {
+                std::string text;
+                write_json_escaped(text, v->as_string());
+                texts.push_back(std::move(text));
+            }
+        if (!texts.empty()) {
+            if (!out) out = any_text_dfa(Spelling::json);
+            out = without(out, texts);
+        }
+        return out;
+    }
+    DfaPtr without(const DfaPtr& dfa, const std::vector<std::string>& texts) {
+        auto set = texts_dfa(texts, builder_.budget());
+        auto out = set ? subtract(dfa, *set, builder_.budget()) : std::move(set);
+        if (!out) return fail(std::move(out.error())), nullptr;
+        return *out;
+    }
+    Part quoted(Part inside) {
+        return inside ? builder_.sequence({builder_.bytes("\""), inside, builder_.bytes("\"")})
+                      : no_part;
+    }
+    Part string_part(const Branch& b) {
+        if (b.languages.size() == 1 && b.excluded.empty() && !b.languages[0].format &&
+            b.languages[0].positive) {
+            auto dfa = language_dfa(b.languages[0]);
+            if (!dfa && is_too_large(dfa.error())) return long_pattern_part(b);
+        }
+        DfaPtr dfa = string_dfa(b);
+        if (failed_) return no_part;
+        return quoted(builder_.terminal(dfa ? dfa : any_string_dfa(), b.least_chars, b.most_chars));
+    }
+    // A pattern whose repeats must be counted: as a part of the grammar, not as one automaton.
+    Part long_pattern_part(const Branch& b) {
+        const Branch::Language& l = b.languages[0];
+        if (b.least_chars || b.most_chars != unlimited) {
+            (void)refuse(*l.schema, "pattern",
+                         "repeats too often to be joined with bounds of the length");
+            if (failed_) return no_part;
+        }
+        auto part = add_pattern_part(builder_, l.name, Spelling::json, true);
+        if (!part)
+            return fail(document_.refuse(*l.schema, "pattern", part.error().message)), no_part;
+        return quoted(*part);
+    }
+
+    // ---- Arrays
+    Conjunction item_conjunction(const Branch& b, size_t index) const {
+        Conjunction out;
+        for (const Json* s : b.arrays) {
+            const bool old = (*s)["items"].is_array();
+            const Json& first = old ? (*s)["items"] : (*s)["prefixItems"];
+            if (index < first.size()) add_literal(out, {&first[index]});
+            else if (const Json* rest = s->find(old ? "additionalItems" : "items"))
+                add_literal(out, {rest});
+        }
+        return out;
+    }
+    Part array_part(const Branch& b) {
+        size_t first = 0;
+        for (const Json* s : b.arrays) {
+            const Json& list = (*s)["items"].is_array() ? (*s)["items"] : (*s)["prefixItems"];
+            first = std::max(first, list.size());
+        }
+        if (b.unique && b.most_items > 1) return unique_part(b, first);
+        ArrayRules rules;
+        rules.least = b.least_items, rules.most = b.most_items;
+        const Branch::Counted* counted = b.contains.empty() ? nullptr : &b.contains[0];
+        if (b.contains.size() > 1 &&
+            !refuse(*b.contains[1].schema, "contains", "is there more than once"))
+            return no_part;
+        if (counted) rules.least_counted = counted->least, rules.most_counted = counted->most;
+        const auto item = [&](size_t index) {
+            Conjunction all = item_conjunction(b, index);
+            if (!counted) return ArrayItem{no_part, part_of(all)};
+            Conjunction with = all, without = all;
+            add_literal(with, counted->literal);
+            add_literal(without, {counted->literal.schema, false});
+            ArrayItem out{part_of(with), part_of(without)};
+            return out;
+        };
+        for (size_t i = 0; i < first && i < b.most_items; ++i) rules.first.push_back(item(i));
+        rules.rest = item(first);
+        return failed_ ? no_part : builder_.array(std::move(rules));
+    }
+    // The values that satisfy a conjunction, where they can be counted.
+    std::optional<std::vector<std::string>> values_of(const Conjunction& conjunction) {
+        std::vector<std::string> out;
+        for (const Branch& b : branches_of(conjunction)) {
+            if (b.values) {
+                for (const Json* v : allowed_values(b)) out.push_back(v->write());
+                continue;
+            }
+            if (b.types & ~uint32_t(t_null | t_false | t_true)) return {};
+            if (b.types & t_null) out.push_back("null");
+            if (b.types & t_false) out.push_back("false");
+            if (b.types & t_true) out.push_back("true");
+        }
+        std::sort(out.begin(), out.end());
+        out.erase(std::unique(out.begin(), out.end()), out.end());
+        return out;
+    }
+    // Items that differ: a part for every set of those that are there.
+    Part unique_part(const Branch& b, size_t first) {
+        auto values = values_of(item_conjunction(b, first));
+        if (first || !values || values->size() > kMostUnique || !b.contains.empty()) {
+            if (!refuse(*b.unique, "uniqueItems",
+                        "is supported for enumerations of at most 8 values"))
+                return no_part;
+            Branch other = b;
+            other.unique = nullptr;
+            return array_part(other);
+        }
+        const uint32_t count = uint32_t(values->size());
+        std::vector<Part> rest(size_t{1} << count,
+                               no_part);  // by what was there: how the array goes on
+        const Part comma = builder_.choice({builder_.bytes(","), builder_.bytes(", ")});
+        for (uint32_t set = (1u << count); set-- > 0;) {
+            const uint32_t size = uint32_t(__builtin_popcount(set));
+            std::vector<Part> ways;
+            if (size >= b.least_items && size <= b.most_items) ways.push_back(builder_.bytes("]"));
+            for (uint32_t v = 0; v < count && size < b.most_items; ++v)
+                if (!(set >> v & 1) && rest[set | 1u << v])
+                    ways.push_back(
+                        builder_.sequence({set ? comma : builder_.bytes(""),
+                                           builder_.bytes((*values)[v]), rest[set | 1u << v]}));
+            rest[set] = builder_.choice(std::move(ways));
+        }
+        return rest[0] ? builder_.sequence({builder_.bytes("["), rest[0]}) : no_part;
+    }
+
+    // ---- Objects
+    void add_group(const Json& s, std::string_view name, Conjunction& out) {
+        bool known = false;
+        if (const Json* property = s["properties"].find(name))
+            add_literal(out, {property}), known = true;
+        for (const JsonMember& p : s["patternProperties"].members())
+            if (document_.matches(p.key, name)) add_literal(out, {&p.value}), known = true;
+        if (const Json* additional = s.find("additionalProperties"); additional && !known)
+            add_literal(out, {additional});
+    }
+    Conjunction member_conjunction(const Branch& b, std::string_view name) {
+        Conjunction out;
+        for (const Json* s : b.objects) add_group(*s, name, out);
+        return out;
+    }
+    bool may_be_name(const Branch& b, const std::string& name) {
+        for (const Literal& l : b.names)
+            if (document_.is_valid(*l.schema, Json(name)) != l.positive) return false;
+        return std::find(b.absent.begin(), b.absent.end(), name) == b.absent.end();
+    }
+    Part object_part(const Branch& b) {
+        std::vector<std::string> names;
+        std::map<std::string, bool, std::less<>> known;
+        const auto add_name = [&](const std::string& name) {
+            if (!known[name]) known[name] = true, names.push_back(name);
+        };
+        for (const Json* s : b.objects)
+            for (const JsonMember& m : (*s)["properties"].members()) add_name(m.key);
+        for (const std::string& name : b.required) add_name(name);
+        for (const std::string& name : b.absent) add_name(name);
+        ObjectRules rules;
+        rules.least = b.least_members, rules.most = b.most_members;
+        for (const std::string& name : names) {
+            ObjectMember m;
+            write_json_string(m.key, name);
+            m.key += ":";
+            m.required = std::find(b.required.begin(), b.required.end(), name) != b.required.end();
+            if (may_be_name(b, name)) m.value = part_of(member_conjunction(b, name));
+            rules.members.push_back(std::move(m));
+        }
+        add_others(b, rules);
+        return failed_ ? no_part : builder_.object(std::move(rules));
+    }
+    // Keys that are not named: by which of the patterns they match.
+    void add_others(const Branch& b, ObjectRules& rules) {
+        std::vector<std::string> patterns;
+        for (const Json* s : b.objects)
+            for (const JsonMember& p : (*s)["patternProperties"].members())
+                if (std::find(patterns.begin(), patterns.end(), p.key) == patterns.end())
+                    patterns.push_back(p.key);
+        if (patterns.size() > kMostPatterns) {
+            (void)refuse(*b.objects[0], "patternProperties", "there are more than 6 patterns");
+            patterns.resize(kMostPatterns);
+        }
+        std::vector<DfaPtr> dfas;
+        for (const std::string& p : patterns) {
+            auto dfa = document_.pattern(p, Spelling::json);
+            if (!dfa) {
+                fail(document_.refuse(*b.objects[0], "patternProperties", dfa.error().message));
+                return;
+            }
+            dfas.push_back(*dfa);
+        }
+        for (uint32_t bits = 0; bits < 1u << patterns.size(); ++bits)
+            rules.others.push_back(part_of(other_conjunction(b, patterns, bits)));
+        if (std::all_of(rules.others.begin(), rules.others.end(),
+                        [](Part p) { return p == no_part; }))
+            return;
+        DfaPtr all = names_dfa(b);
+        if (failed_ || !all) return;
+        if (dfas.empty()) {
+            rules.other = all;
+            return;
+        }
+        auto labelled = label_by(all, dfas, builder_.budget());
+        if (!labelled) fail(std::move(labelled.error()));
+        else if (!(*labelled)->empty()) rules.other = *labelled;
+    }
+    Conjunction other_conjunction(const Branch& b, const std::vector<std::string>& patterns,
+                                  uint32_t bits) {
+        Conjunction out;
+        for (const Json* s : b.objects) {
+            bool known = false;
+            for (size_t i = 0; i < patterns.size(); ++i)
+                if (const Json* p = (*s)["patternProperties"].find(patterns[i]);
+                    p && (bits >> i & 1))
+                    add_literal(out, {p}), known = true;
+            if (const Json* additional = s->find("additionalProperties"); additional && !known)
+                add_literal(out, {additional});
+        }
+        return out;
+    }
+    // What propertyNames leaves of all keys; null: nothing.
+    DfaPtr names_dfa(const Branch& b) {
+        DfaPtr out = any_text_dfa(Spelling::json);
+        if (b.names.empty()) return out;
+        const std::vector<Branch> branches = branches_of(b.names);
+        if (branches.empty()) return nullptr;
+        if (branches.size() > 1)
+            (void)refuse(*b.names[0].schema, "", "as propertyNames has alternatives");
+        const Branch& names = branches[0];
+        if (!(names.types & t_string)) return nullptr;
+        if (names.values) {
+            std::vector<std::string> texts;
+            for (const Json* v : allowed_values(names)) {
+                texts.emplace_back();
+                write_json_escaped(texts.back(), v->as_string());
+            }
+            auto set = texts_dfa(texts, builder_.budget());
+            if (!set) return fail(std::move(set.error())), nullptr;
+            return (*set)->empty() ? nullptr : *set;
+        }
+        if (DfaPtr found = string_dfa(names)) out = found;
+        if (failed_) return nullptr;
+        auto counted = names.least_chars || names.most_chars != unlimited
+                           ? limit_length(out, names.least_chars, names.most_chars,
+                                          builder_.budget())
+                           : Result<DfaPtr>(out);
+        if (!counted) return fail(std::move(counted.error())), nullptr;
+        return (*counted)->empty() ? nullptr : *counted;
+    }
+
+    GrammarBuilder& builder_;
+    SchemaDocument document_;
+    const Json& root_;
+    bool strict_, probing_ = false, failed_ = false;
+    int depth_ = 0;
+    Error error_;
+    std::map<Conjunction, Known> known_;
+    std::map<std::pair<const Json*, std::string>, const Json*> made_;
+    std::map<const Json*, bool> own_;
+    std::vector<const Json*> negated_;
+    std::map<std::string, DfaPtr> numbers_;
+};
+
+Result<Part> add_json_schema(GrammarBuilder& builder, const Json& schema, bool strict) {
+    return SchemaCompiler(builder, schema, strict).compile();
+}
+
+Result<GrammarPtr> compile_json_schema(const Json& schema, const SchemaOptions& options) {
+    GrammarBuilder builder;
+    builder.space = options.space;
+    auto part = add_json_schema(builder, schema, options.strict);
+    if (!part) return std::move(part.error());
+    return builder.build(*part);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
+// ---- src/grammar/gbnf.cpp ----------------------------------------------------------------------
+
+// >>grammar
+// GBNF, the notation of llama.cpp: rules `name ::= alternatives`, "text" with escapes, [sets] of
+// characters, `.`, groups, and the repeats * + ? {m} {m,} {m,n}; # begins a comment.
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+constexpr size_t kMostGbnfBytes = 1 << 20;
+constexpr int kMostGbnfDepth = 64;
+
+class GbnfReader {
+public:
+    GbnfReader(GrammarBuilder& builder, std::string_view text) : builder_(builder), text_(text) {}
+    Result<Part> read() {
+        if (text_.size() > kMostGbnfBytes) return refuse("it is longer than 1 MiB");
+        if (!utf8_valid(text_)) return refuse("it is not UTF-8");
+        skip(true);
+        while (at_ < text_.size() && !failed_) read_rule();
+        if (failed_) return std::move(error_);
+        for (const auto& [name, rule] : rules_)
+            if (!rule.defined)
+                return refuse("rule '" + printable(name, 60) + "' is used and not defined");
+        const auto root = rules_.find("root");
+        if (root == rules_.end()) return refuse("there is no rule 'root'");
+        return root->second.part;
+    }
+
+private:
+    struct Rule {
+        Part part = no_part;
+        bool defined = false;
+    };
+    Error refuse(std::string_view why) const {
+        const size_t line = 1 + size_t(std::count(
+                                    text_.begin(),
+                                    text_.begin() + ptrdiff_t(std::min(at_, text_.size())), '\n'));
+        return make_error(ErrorKind::invalid_request,
+                          format("grammar, line %zu: %.*s", line, int(why.size()), why.data()),
+                          "invalid_value");
+    }
+    Part fail(std::string_view why) {
+        if (!failed_) error_ = refuse(why);
+        failed_ = true;
+        return no_part;
+    }
+    bool take(std::string_view what) {
+        if (text_.substr(at_, what.size()) != what) return false;
+        at_ += what.size();
+        return true;
+    }
+    // White space and comments; line ends only where a rule may go on behind them.
+    void skip(bool lines) {
+        while (at_ < text_.size()) {
+            const char c = text_[at_];
+            if (c == '#') at_ = std::min(text_.find('\n', at_), text_.size());
+            else if (c == ' ' || c == '\t' || (lines && (c == '\n' || c == '\r'))) ++at_;
+            else return;
+        }
+    }
+    std::string_view name() {
+        const size_t begin = at_;
+        const auto is_word = [](char c) {
+            return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+                   c == '-' || c == '_';
+        };
+        while (at_ < text_.size() && is_word(text_[at_])) ++at_;
+        return text_.substr(begin, at_ - begin);
+    }
+    Rule& rule_named(std::string_view word) {
+        Rule& rule = rules_[std::string(word)];
+        if (!rule.part) rule.part = builder_.new_rule();
+        return rule;
+    }
+    void read_rule() {
+        const std::string_view word = name();
+        if (word.empty()) return void(fail("a rule's name is missing"));
+        skip(false);
+        if (!take("::=")) return void(fail("'::=' is missing"));
+        skip(true);
+        Rule& rule = rule_named(word);
+        if (rule.defined) return void(fail("a rule is defined twice"));
+        rule.defined = true;
+        builder_.define(rule.part, choice(false));
+        if (!failed_ && at_ < text_.size() && text_[at_] != '\n' && text_[at_] != '\r')
+            fail("something that is no part of a rule");
+        skip(true);
+    }
+    Part choice(bool nested) {
+        if (++depth_ > kMostGbnfDepth) return fail("groups nest deeper than 64");
+        std::vector<Part> ways = {sequence(nested)};
+        while (!failed_) {
+            const size_t before = at_;
+            skip(true);  // an alternative may begin on the next line
+            if (!take("|")) {
+                if (!nested) at_ = before;
+                break;
+            }
+            skip(true);
+            ways.push_back(sequence(nested));
+        }
+        --depth_;
+        return builder_.choice(std::move(ways));
+    }
+    Part sequence(bool nested) {
+        std::vector<Part> parts;
+        while (!failed_) {
+            skip(nested);
+            if (at_ >= text_.size()) break;
+            const char c = text_[at_];
+            if (c == '|' || c == ')' || c == '\n' || c == '\r') break;
+            Part part = element();
+            repeats(part);
+            parts.push_back(part);
+        }
+        return builder_.sequence(std::move(parts));
+    }
+    void repeats(Part& part) {
+        while (!failed_) {
+            uint32_t least = 0, most = unlimited;
+            if (take("*")) {
+            } else if (take("+")) least = 1;
+            else if (take("?")) most = 1;
+            else if (take("{")) {
+                if (!number(&least)) return void(fail("a number is missing behind {"));
+                most = least;
+                if (take(",") && !number(&most)) most = unlimited;
+                if (!take("}") || least > most)
+                    return void(fail("{m,n} is not finished, or m > n"));
+                if (least > most_repeats || (most > most_repeats && most != unlimited))
+                    return void(fail("repeats more than 100,000 times"));
+            } else {
+                return;
+            }
+            part = builder_.repeat(part, least, most);
+        }
+    }
+    bool number(uint32_t* value) {
+        const size_t begin = at_;
+        uint64_t v = 0;
+        for (; at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9'; ++at_)
+            v = std::min<uint64_t>(v * 10 + uint64_t(text_[at_] - '0'), most_repeats + 1);
+        *value = uint32_t(v);
+        return at_ > begin;
+    }
+    Part element() {
+        if (take("\"")) return quoted();
+        if (take("[")) return bracket();
+        if (take(".")) return set("[^]");
+        if (take("(")) {
+            skip(true);
+            const Part inside = choice(true);
+            skip(true);
+            return take(")") ? inside : fail("unmatched (");
+        }
+        const std::string_view word = name();
+        return word.empty() ? fail("a text, set, group or name is missing") : rule_named(word).part;
+    }
+    Part set(std::string_view pattern) {
+        auto dfa = pattern_dfa(pattern, Spelling::raw, false, builder_.budget());
+        if (!dfa) return fail(dfa.error().message);
+        return builder_.terminal(std::move(*dfa));
+    }
+    // One character, escapes read; false at the end of the text.
+    bool character(char32_t* out) {
+        if (at_ >= text_.size()) return false;
+        if (!take("\\")) {
+            *out = utf8_next(text_, &at_);
+            return true;
+        }
+        if (at_ >= text_.size()) return false;
+        const char c = text_[at_++];
+        const int digits = c == 'x' ? 2 : c == 'u' ? 4 : c == 'U' ? 8 : 0;
+        uint32_t v = 0;
+        for (int i = 0; i < digits; ++i) {
+            const int d = at_ < text_.size() ? hex_value(text_[at_]) : -1;
+            if (d < 0 || v > 0x10FFFF) return false;
+            v = v * 16 + uint32_t(d);
+            ++at_;
+        }
+        *out = digits     ? char32_t(v)
+               : c == 'n' ? U'\n'
+               : c == 't' ? U'\t'
+               : c == 'r' ? U'\r'
+                          : char32_t(uint8_t(c));
+        return true;
+    }
+    Part quoted() {
+        std::string out;
+        while (!take("\"")) {
+            char32_t c = 0;
+            if (!character(&c)) return fail("a text is not finished");
+            utf8_append(out, c);
+        }
+        return builder_.bytes(out);
+    }
+    Part bracket() {
+        std::string pattern = take("^") ? "[^" : "[";
+        while (!take("]")) {
+            char32_t low = 0;
+            if (!character(&low)) return fail("a set is not finished");
+            char32_t high = low;
+            if (at_ + 1 < text_.size() && text_[at_] == '-' && text_[at_ + 1] != ']') {
+                ++at_;
+                if (!character(&high) || high < low) return fail("a range is not in order");
+            }
+            pattern += format("\\u{%x}-\\u{%x}", unsigned(low), unsigned(high));
+        }
+        return set(pattern + "]");
+    }
+
+    GrammarBuilder& builder_;
+    std::string_view text_;
+    size_t at_ = 0;
+    int depth_ = 0;
+    bool failed_ = false;
+    Error error_;
+    std::map<std::string, Rule, std::less<>> rules_;
+};
+
+}  // namespace
+
+Result<Part> add_gbnf(GrammarBuilder& builder, std::string_view text) {
+    return GbnfReader(builder, text).read();
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
+// ---- src/grammar/grammar.cpp -------------------------------------------------------------------
+
+// >>grammar
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+namespace {
+
+// A tree of an expression as parts of a grammar: what is small enough becomes one automaton, the
+// repeats above it are counted.
+class PatternParts {
+public:
+    PatternParts(GrammarBuilder& builder, const Regex& regex, Spelling spelling)
+        : builder_(builder), regex_(regex), spelling_(spelling) {}
+    Result<Part> part(uint32_t id) {
+        const Regex::Node& node = regex_.nodes[id];
+        using Kind = Regex::Kind;
+        if (node.kind != Kind::begin && node.kind != Kind::end) {
+            auto dfa = regex_dfa(regex_, id, spelling_, false, builder_.budget());
+            if (dfa) return builder_.terminal(std::move(*dfa));
+            if (!is_too_large(dfa.error())) return std::move(dfa.error());
+        }
+        std::vector<Part> parts;
+        for (const uint32_t p : node.parts) {
+            auto made = part(p);
+            if (!made) return made;
+            parts.push_back(*made);
+        }
+        if (node.kind == Kind::sequence) return builder_.sequence(std::move(parts));
+        if (node.kind == Kind::choice) return builder_.choice(std::move(parts));
+        if (node.kind == Kind::repeat) return builder_.repeat(parts[0], node.least, node.most);
+        return builder_.bytes("");
+    }
+
+private:
+    GrammarBuilder& builder_;
+    const Regex& regex_;
+    Spelling spelling_;
+};
+
+// Anchors only where the whole begins and ends: there they are what is assumed anyway.
+bool has_inner_anchor(const Regex& regex, uint32_t id, bool at_begin, bool at_end) {
+    const Regex::Node& node = regex.nodes[id];
+    if (node.kind == Regex::Kind::begin) return !at_begin;
+    if (node.kind == Regex::Kind::end) return !at_end;
+    const bool whole = node.kind == Regex::Kind::sequence;
+    for (size_t i = 0; i < node.parts.size(); ++i) {
+        const bool first = whole && at_begin && i == 0;
+        const bool last = whole && at_end && i + 1 == node.parts.size();
+        if (has_inner_anchor(regex, node.parts[i], first, last)) return true;
+    }
+    return false;
+}
+
+bool begins_with(const Regex& regex, uint32_t id, Regex::Kind kind, bool front) {
+    const Regex::Node& node = regex.nodes[id];
+    if (node.kind == kind) return true;
+    return node.kind == Regex::Kind::sequence && !node.parts.empty() &&
+           begins_with(regex, front ? node.parts.front() : node.parts.back(), kind, front);
+}
+
+}  // namespace
+
+Result<Part> add_pattern_part(GrammarBuilder& builder, std::string_view pattern, Spelling spelling,
+                              bool search) {
+    auto regex = parse_regex(pattern);
+    if (!regex) return std::move(regex.error());
+    auto dfa = regex_dfa(*regex, regex->root, spelling, search, builder.budget());
+    if (dfa) return builder.terminal(std::move(*dfa));
+    if (!is_too_large(dfa.error())) return std::move(dfa.error());
+    if (has_inner_anchor(*regex, regex->root, true, true))
+        return make_error(ErrorKind::invalid_request,
+                          "anchors inside of a pattern that repeats so often are not supported",
+                          "invalid_json_schema");
+    auto part = PatternParts(builder, *regex, spelling).part(regex->root);
+    if (!part || !search) return part;
+    const Part any = builder.terminal(any_text_dfa(spelling));
+    const bool begin = begins_with(*regex, regex->root, Regex::Kind::begin, true);
+    const bool end = begins_with(*regex, regex->root, Regex::Kind::end, false);
+    return builder.sequence(
+        {begin ? builder.bytes("") : any, *part, end ? builder.bytes("") : any});
+}
+
+Result<Part> add_regex(GrammarBuilder& builder, std::string_view pattern) {
+    return add_pattern_part(builder, pattern, Spelling::raw, false);
+}
+
+Result<GrammarPtr> compile_regex(std::string_view pattern) {
+    GrammarBuilder builder;
+    auto part = add_regex(builder, pattern);
+    if (!part) return std::move(part.error());
+    return builder.build(*part);
+}
+
+Result<GrammarPtr> compile_choices(std::vector<std::string> choices) {
+    GrammarBuilder builder;
+    for (const std::string& choice : choices)
+        if (!utf8_valid(choice))
+            return make_error(ErrorKind::invalid_request, "a choice is not UTF-8", "invalid_value");
+    return builder.build(builder.texts(std::move(choices)));
+}
+
+Result<GrammarPtr> compile_any_json(bool object) {
+    return compile_json_schema(object ? Json::object().set("type", "object") : Json::object());
+}
+
+Result<GrammarPtr> compile_gbnf(std::string_view text) {
+    GrammarBuilder builder;
+    auto part = add_gbnf(builder, text);
+    if (!part) return std::move(part.error());
+    return builder.build(*part);
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif
+
 // ---- src/model_internal.hpp --------------------------------------------------------------------
 
 namespace valar {
@@ -38881,30 +44368,32 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 #pragma warning(pop)
 #endif
 
-_Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"At\")") _Pragma("pop_macro(\"B16\")")
-_Pragma("pop_macro(\"BOOL\")") _Pragma("pop_macro(\"Begin\")") _Pragma("pop_macro(\"Bound\")")
-_Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Call\")")
-_Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")")
-_Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Done\")")
-_Pragma("pop_macro(\"Each\")") _Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")")
-_Pragma("pop_macro(\"Error\")") _Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")")
-_Pragma("pop_macro(\"F16\")") _Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")")
-_Pragma("pop_macro(\"Fault\")") _Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")")
-_Pragma("pop_macro(\"Format\")") _Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")")
-_Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")")
-_Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"In\")") _Pragma("pop_macro(\"Input\")")
-_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")")
-_Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")")
-_Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
+_Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"Any\")") _Pragma("pop_macro(\"At\")")
+_Pragma("pop_macro(\"B16\")") _Pragma("pop_macro(\"BOOL\")") _Pragma("pop_macro(\"Begin\")")
+_Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"C\")")
+_Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")")
+_Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")")
+_Pragma("pop_macro(\"Difference\")") _Pragma("pop_macro(\"Done\")") _Pragma("pop_macro(\"Each\")")
+_Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")")
+_Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"F16\")")
+_Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")")
+_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")") _Pragma("pop_macro(\"Format\")")
+_Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")")
+_Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")")
+_Pragma("pop_macro(\"In\")") _Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")")
+_Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")")
+_Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")")
+_Pragma("pop_macro(\"Key\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
 _Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
 _Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
-_Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")")
-_Pragma("pop_macro(\"Mode\")") _Pragma("pop_macro(\"Move\")")
-_Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
-_Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
-_Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
-_Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"P\")")
-_Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Pending\")")
+_Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Mark\")") _Pragma("pop_macro(\"Match\")")
+_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Middle\")") _Pragma("pop_macro(\"Mode\")")
+_Pragma("pop_macro(\"Move\")") _Pragma("pop_macro(\"MultiByteToWideChar\")")
+_Pragma("pop_macro(\"N\")") _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")")
+_Pragma("pop_macro(\"Node\")") _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")")
+_Pragma("pop_macro(\"Object\")") _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")")
+_Pragma("pop_macro(\"Order\")") _Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")")
+_Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Part\")") _Pragma("pop_macro(\"Pending\")")
 _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
 _Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"R\")") _Pragma("pop_macro(\"Range\")")
 _Pragma("pop_macro(\"Read\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
@@ -38912,20 +44401,21 @@ _Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")") _Pragma("pop_mac
 _Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")")
 _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")")
 _Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
-_Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")")
-_Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")")
-_Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")")
-_Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")")
-_Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")")
-_Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")")
-_Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Token\")")
-_Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
-_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")")
-_Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")")
-_Pragma("pop_macro(\"W\")") _Pragma("pop_macro(\"WideCharToMultiByte\")")
-_Pragma("pop_macro(\"Window\")") _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")")
-_Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")")
-_Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
+_Pragma("pop_macro(\"Set\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
+_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
+_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")")
+_Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")")
+_Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")")
+_Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
+_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
+_Pragma("pop_macro(\"Todo\")") _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")")
+_Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")")
+_Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
+_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
+_Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
+_Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
+_Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
 _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")
@@ -38936,12 +44426,12 @@ _Pragma("pop_macro(\"append\")") _Pragma("pop_macro(\"apply\")") _Pragma("pop_ma
 _Pragma("pop_macro(\"argument\")") _Pragma("pop_macro(\"array\")") _Pragma("pop_macro(\"as\")")
 _Pragma("pop_macro(\"asprintf\")") _Pragma("pop_macro(\"assign\")") _Pragma("pop_macro(\"at\")")
 _Pragma("pop_macro(\"atexit\")") _Pragma("pop_macro(\"atof\")") _Pragma("pop_macro(\"atoi\")")
-_Pragma("pop_macro(\"atol\")") _Pragma("pop_macro(\"atomic\")") _Pragma("pop_macro(\"auto\")")
-_Pragma("pop_macro(\"b\")") _Pragma("pop_macro(\"b0\")") _Pragma("pop_macro(\"b1\")")
-_Pragma("pop_macro(\"back\")") _Pragma("pop_macro(\"batch\")") _Pragma("pop_macro(\"bcmp\")")
-_Pragma("pop_macro(\"bcopy\")") _Pragma("pop_macro(\"begin\")") _Pragma("pop_macro(\"below\")")
-_Pragma("pop_macro(\"bind\")") _Pragma("pop_macro(\"bit\")") _Pragma("pop_macro(\"bits\")")
-_Pragma("pop_macro(\"blank\")") _Pragma("pop_macro(\"block\")")
+_Pragma("pop_macro(\"atol\")") _Pragma("pop_macro(\"atom\")") _Pragma("pop_macro(\"atomic\")")
+_Pragma("pop_macro(\"auto\")") _Pragma("pop_macro(\"b\")") _Pragma("pop_macro(\"b0\")")
+_Pragma("pop_macro(\"b1\")") _Pragma("pop_macro(\"back\")") _Pragma("pop_macro(\"batch\")")
+_Pragma("pop_macro(\"bcmp\")") _Pragma("pop_macro(\"bcopy\")") _Pragma("pop_macro(\"begin\")")
+_Pragma("pop_macro(\"below\")") _Pragma("pop_macro(\"bind\")") _Pragma("pop_macro(\"bit\")")
+_Pragma("pop_macro(\"bits\")") _Pragma("pop_macro(\"blank\")") _Pragma("pop_macro(\"block\")")
 _Pragma("pop_macro(\"block_size\")") _Pragma("pop_macro(\"body\")") _Pragma("pop_macro(\"bool\")")
 _Pragma("pop_macro(\"boolean\")") _Pragma("pop_macro(\"border\")") _Pragma("pop_macro(\"bound\")")
 _Pragma("pop_macro(\"bounds\")") _Pragma("pop_macro(\"break\")") _Pragma("pop_macro(\"buffer\")")
@@ -38961,58 +44451,61 @@ _Pragma("pop_macro(\"columns\")") _Pragma("pop_macro(\"comma\")") _Pragma("pop_m
 _Pragma("pop_macro(\"commit\")") _Pragma("pop_macro(\"common\")") _Pragma("pop_macro(\"compare\")")
 _Pragma("pop_macro(\"complete\")") _Pragma("pop_macro(\"compute\")")
 _Pragma("pop_macro(\"concat\")") _Pragma("pop_macro(\"concept\")")
-_Pragma("pop_macro(\"condition\")") _Pragma("pop_macro(\"connect\")")
-_Pragma("pop_macro(\"const\")") _Pragma("pop_macro(\"const_cast\")")
-_Pragma("pop_macro(\"constant\")") _Pragma("pop_macro(\"constants\")")
-_Pragma("pop_macro(\"consteval\")") _Pragma("pop_macro(\"constexpr\")")
-_Pragma("pop_macro(\"constinit\")") _Pragma("pop_macro(\"content\")")
-_Pragma("pop_macro(\"context\")") _Pragma("pop_macro(\"continue\")")
-_Pragma("pop_macro(\"control\")") _Pragma("pop_macro(\"copy\")") _Pragma("pop_macro(\"cores\")")
-_Pragma("pop_macro(\"cost\")") _Pragma("pop_macro(\"count\")") _Pragma("pop_macro(\"count_of\")")
-_Pragma("pop_macro(\"cpu\")") _Pragma("pop_macro(\"create\")") _Pragma("pop_macro(\"cs\")")
-_Pragma("pop_macro(\"ctime\")") _Pragma("pop_macro(\"ctype\")") _Pragma("pop_macro(\"cur\")")
-_Pragma("pop_macro(\"current\")") _Pragma("pop_macro(\"custom\")") _Pragma("pop_macro(\"cut\")")
-_Pragma("pop_macro(\"cycle\")") _Pragma("pop_macro(\"d\")") _Pragma("pop_macro(\"data\")")
-_Pragma("pop_macro(\"date\")") _Pragma("pop_macro(\"day\")") _Pragma("pop_macro(\"days\")")
-_Pragma("pop_macro(\"debug\")") _Pragma("pop_macro(\"decltype\")")
+_Pragma("pop_macro(\"condition\")") _Pragma("pop_macro(\"config\")")
+_Pragma("pop_macro(\"connect\")") _Pragma("pop_macro(\"const\")")
+_Pragma("pop_macro(\"const_cast\")") _Pragma("pop_macro(\"constant\")")
+_Pragma("pop_macro(\"constants\")") _Pragma("pop_macro(\"consteval\")")
+_Pragma("pop_macro(\"constexpr\")") _Pragma("pop_macro(\"constinit\")")
+_Pragma("pop_macro(\"content\")") _Pragma("pop_macro(\"context\")")
+_Pragma("pop_macro(\"continue\")") _Pragma("pop_macro(\"control\")") _Pragma("pop_macro(\"copy\")")
+_Pragma("pop_macro(\"cores\")") _Pragma("pop_macro(\"cost\")") _Pragma("pop_macro(\"count\")")
+_Pragma("pop_macro(\"count_of\")") _Pragma("pop_macro(\"cpu\")") _Pragma("pop_macro(\"create\")")
+_Pragma("pop_macro(\"cs\")") _Pragma("pop_macro(\"ctime\")") _Pragma("pop_macro(\"ctype\")")
+_Pragma("pop_macro(\"cur\")") _Pragma("pop_macro(\"current\")") _Pragma("pop_macro(\"custom\")")
+_Pragma("pop_macro(\"cut\")") _Pragma("pop_macro(\"cycle\")") _Pragma("pop_macro(\"d\")")
+_Pragma("pop_macro(\"data\")") _Pragma("pop_macro(\"date\")") _Pragma("pop_macro(\"day\")")
+_Pragma("pop_macro(\"days\")") _Pragma("pop_macro(\"debug\")") _Pragma("pop_macro(\"decltype\")")
 _Pragma("pop_macro(\"default\")") _Pragma("pop_macro(\"delete\")")
 _Pragma("pop_macro(\"deleted\")") _Pragma("pop_macro(\"deprecated\")")
 _Pragma("pop_macro(\"depth\")") _Pragma("pop_macro(\"destroy\")") _Pragma("pop_macro(\"detach\")")
 _Pragma("pop_macro(\"device\")") _Pragma("pop_macro(\"difference\")")
 _Pragma("pop_macro(\"digit\")") _Pragma("pop_macro(\"dim\")") _Pragma("pop_macro(\"dims\")")
 _Pragma("pop_macro(\"dirent\")") _Pragma("pop_macro(\"div\")") _Pragma("pop_macro(\"do\")")
-_Pragma("pop_macro(\"done\")") _Pragma("pop_macro(\"dot\")") _Pragma("pop_macro(\"double\")")
-_Pragma("pop_macro(\"down\")") _Pragma("pop_macro(\"ds\")") _Pragma("pop_macro(\"dst\")")
-_Pragma("pop_macro(\"dup\")") _Pragma("pop_macro(\"dup2\")") _Pragma("pop_macro(\"dynamic_cast\")")
-_Pragma("pop_macro(\"e\")") _Pragma("pop_macro(\"eaccess\")") _Pragma("pop_macro(\"each\")")
-_Pragma("pop_macro(\"echo\")") _Pragma("pop_macro(\"eflags\")") _Pragma("pop_macro(\"eight\")")
-_Pragma("pop_macro(\"else\")") _Pragma("pop_macro(\"empty\")") _Pragma("pop_macro(\"encode\")")
+_Pragma("pop_macro(\"document\")") _Pragma("pop_macro(\"done\")") _Pragma("pop_macro(\"dot\")")
+_Pragma("pop_macro(\"double\")") _Pragma("pop_macro(\"down\")") _Pragma("pop_macro(\"ds\")")
+_Pragma("pop_macro(\"dst\")") _Pragma("pop_macro(\"dup\")") _Pragma("pop_macro(\"dup2\")")
+_Pragma("pop_macro(\"dynamic_cast\")") _Pragma("pop_macro(\"e\")")
+_Pragma("pop_macro(\"eaccess\")") _Pragma("pop_macro(\"each\")") _Pragma("pop_macro(\"echo\")")
+_Pragma("pop_macro(\"eflags\")") _Pragma("pop_macro(\"eight\")") _Pragma("pop_macro(\"else\")")
+_Pragma("pop_macro(\"emit\")") _Pragma("pop_macro(\"empty\")") _Pragma("pop_macro(\"encode\")")
 _Pragma("pop_macro(\"end\")") _Pragma("pop_macro(\"engine\")") _Pragma("pop_macro(\"enter\")")
 _Pragma("pop_macro(\"entry\")") _Pragma("pop_macro(\"enum\")") _Pragma("pop_macro(\"eof\")")
 _Pragma("pop_macro(\"eps\")") _Pragma("pop_macro(\"epsilon\")") _Pragma("pop_macro(\"erase\")")
 _Pragma("pop_macro(\"err\")") _Pragma("pop_macro(\"error\")") _Pragma("pop_macro(\"event\")")
 _Pragma("pop_macro(\"exact\")") _Pragma("pop_macro(\"except\")") _Pragma("pop_macro(\"exchange\")")
-_Pragma("pop_macro(\"exit\")") _Pragma("pop_macro(\"exp2f\")") _Pragma("pop_macro(\"expect\")")
-_Pragma("pop_macro(\"explicit\")") _Pragma("pop_macro(\"extend\")")
-_Pragma("pop_macro(\"extension\")") _Pragma("pop_macro(\"extern\")") _Pragma("pop_macro(\"f\")")
-_Pragma("pop_macro(\"f16\")") _Pragma("pop_macro(\"f32\")") _Pragma("pop_macro(\"f64\")")
-_Pragma("pop_macro(\"fabs\")") _Pragma("pop_macro(\"factor\")") _Pragma("pop_macro(\"fail\")")
-_Pragma("pop_macro(\"failed\")") _Pragma("pop_macro(\"false\")") _Pragma("pop_macro(\"fast\")")
-_Pragma("pop_macro(\"fault\")") _Pragma("pop_macro(\"fclose\")") _Pragma("pop_macro(\"fcntl\")")
-_Pragma("pop_macro(\"fdatasync\")") _Pragma("pop_macro(\"fdopen\")") _Pragma("pop_macro(\"feed\")")
-_Pragma("pop_macro(\"feof\")") _Pragma("pop_macro(\"ferror\")") _Pragma("pop_macro(\"fflush\")")
-_Pragma("pop_macro(\"fgets\")") _Pragma("pop_macro(\"field\")") _Pragma("pop_macro(\"fields\")")
-_Pragma("pop_macro(\"file\")") _Pragma("pop_macro(\"fileno\")") _Pragma("pop_macro(\"fill\")")
-_Pragma("pop_macro(\"filter\")") _Pragma("pop_macro(\"final\")")
-_Pragma("pop_macro(\"find_index\")") _Pragma("pop_macro(\"finite\")")
-_Pragma("pop_macro(\"first\")") _Pragma("pop_macro(\"fixed\")") _Pragma("pop_macro(\"flag\")")
-_Pragma("pop_macro(\"flags\")") _Pragma("pop_macro(\"float\")") _Pragma("pop_macro(\"floor\")")
-_Pragma("pop_macro(\"flush\")") _Pragma("pop_macro(\"fma\")") _Pragma("pop_macro(\"fopen\")")
-_Pragma("pop_macro(\"fopen64\")") _Pragma("pop_macro(\"for\")") _Pragma("pop_macro(\"for_each\")")
-_Pragma("pop_macro(\"fork\")") _Pragma("pop_macro(\"form\")") _Pragma("pop_macro(\"format\")")
-_Pragma("pop_macro(\"four\")") _Pragma("pop_macro(\"fpclassify\")")
-_Pragma("pop_macro(\"fpos_t\")") _Pragma("pop_macro(\"fprintf\")") _Pragma("pop_macro(\"fputs\")")
-_Pragma("pop_macro(\"frame\")") _Pragma("pop_macro(\"fread\")") _Pragma("pop_macro(\"free\")")
+_Pragma("pop_macro(\"exit\")") _Pragma("pop_macro(\"exp2f\")") _Pragma("pop_macro(\"expand\")")
+_Pragma("pop_macro(\"expect\")") _Pragma("pop_macro(\"explicit\")")
+_Pragma("pop_macro(\"extend\")") _Pragma("pop_macro(\"extension\")")
+_Pragma("pop_macro(\"extern\")") _Pragma("pop_macro(\"f\")") _Pragma("pop_macro(\"f16\")")
+_Pragma("pop_macro(\"f32\")") _Pragma("pop_macro(\"f64\")") _Pragma("pop_macro(\"fabs\")")
+_Pragma("pop_macro(\"factor\")") _Pragma("pop_macro(\"fail\")") _Pragma("pop_macro(\"failed\")")
+_Pragma("pop_macro(\"fallthrough\")") _Pragma("pop_macro(\"false\")")
+_Pragma("pop_macro(\"fast\")") _Pragma("pop_macro(\"fault\")") _Pragma("pop_macro(\"fclose\")")
+_Pragma("pop_macro(\"fcntl\")") _Pragma("pop_macro(\"fdatasync\")")
+_Pragma("pop_macro(\"fdopen\")") _Pragma("pop_macro(\"feed\")") _Pragma("pop_macro(\"feof\")")
+_Pragma("pop_macro(\"ferror\")") _Pragma("pop_macro(\"fflush\")") _Pragma("pop_macro(\"fgets\")")
+_Pragma("pop_macro(\"field\")") _Pragma("pop_macro(\"fields\")") _Pragma("pop_macro(\"file\")")
+_Pragma("pop_macro(\"fileno\")") _Pragma("pop_macro(\"fill\")") _Pragma("pop_macro(\"filter\")")
+_Pragma("pop_macro(\"final\")") _Pragma("pop_macro(\"find_index\")")
+_Pragma("pop_macro(\"finite\")") _Pragma("pop_macro(\"first\")") _Pragma("pop_macro(\"fixed\")")
+_Pragma("pop_macro(\"flag\")") _Pragma("pop_macro(\"flags\")") _Pragma("pop_macro(\"float\")")
+_Pragma("pop_macro(\"floor\")") _Pragma("pop_macro(\"flush\")") _Pragma("pop_macro(\"fma\")")
+_Pragma("pop_macro(\"fopen\")") _Pragma("pop_macro(\"fopen64\")") _Pragma("pop_macro(\"for\")")
+_Pragma("pop_macro(\"for_each\")") _Pragma("pop_macro(\"fork\")") _Pragma("pop_macro(\"form\")")
+_Pragma("pop_macro(\"format\")") _Pragma("pop_macro(\"four\")")
+_Pragma("pop_macro(\"fpclassify\")") _Pragma("pop_macro(\"fpos_t\")")
+_Pragma("pop_macro(\"fprintf\")") _Pragma("pop_macro(\"fputs\")") _Pragma("pop_macro(\"frame\")")
+_Pragma("pop_macro(\"fread\")") _Pragma("pop_macro(\"free\")")
 _Pragma("pop_macro(\"freeaddrinfo\")") _Pragma("pop_macro(\"friend\")")
 _Pragma("pop_macro(\"front\")") _Pragma("pop_macro(\"fs\")") _Pragma("pop_macro(\"fseek\")")
 _Pragma("pop_macro(\"fstat\")") _Pragma("pop_macro(\"fsync\")") _Pragma("pop_macro(\"ftell\")")
@@ -39030,14 +44523,14 @@ _Pragma("pop_macro(\"getwchar\")") _Pragma("pop_macro(\"gid_t\")") _Pragma("pop_
 _Pragma("pop_macro(\"global\")") _Pragma("pop_macro(\"gmtime\")") _Pragma("pop_macro(\"group\")")
 _Pragma("pop_macro(\"gs\")") _Pragma("pop_macro(\"h\")") _Pragma("pop_macro(\"half\")")
 _Pragma("pop_macro(\"handle\")") _Pragma("pop_macro(\"hangup\")") _Pragma("pop_macro(\"hash\")")
-_Pragma("pop_macro(\"header\")") _Pragma("pop_macro(\"help\")") _Pragma("pop_macro(\"hex\")")
-_Pragma("pop_macro(\"hidden\")") _Pragma("pop_macro(\"high\")") _Pragma("pop_macro(\"host\")")
-_Pragma("pop_macro(\"hot\")") _Pragma("pop_macro(\"http_version\")") _Pragma("pop_macro(\"huge\")")
-_Pragma("pop_macro(\"i\")") _Pragma("pop_macro(\"i16\")") _Pragma("pop_macro(\"i32\")")
-_Pragma("pop_macro(\"i64\")") _Pragma("pop_macro(\"i8\")") _Pragma("pop_macro(\"id\")")
-_Pragma("pop_macro(\"idle\")") _Pragma("pop_macro(\"if\")") _Pragma("pop_macro(\"ignore\")")
-_Pragma("pop_macro(\"image\")") _Pragma("pop_macro(\"in\")") _Pragma("pop_macro(\"inbox\")")
-_Pragma("pop_macro(\"index\")") _Pragma("pop_macro(\"inet_ntop\")")
+_Pragma("pop_macro(\"header\")") _Pragma("pop_macro(\"height\")") _Pragma("pop_macro(\"help\")")
+_Pragma("pop_macro(\"hex\")") _Pragma("pop_macro(\"hidden\")") _Pragma("pop_macro(\"high\")")
+_Pragma("pop_macro(\"host\")") _Pragma("pop_macro(\"hot\")") _Pragma("pop_macro(\"http_version\")")
+_Pragma("pop_macro(\"huge\")") _Pragma("pop_macro(\"i\")") _Pragma("pop_macro(\"i16\")")
+_Pragma("pop_macro(\"i32\")") _Pragma("pop_macro(\"i64\")") _Pragma("pop_macro(\"i8\")")
+_Pragma("pop_macro(\"id\")") _Pragma("pop_macro(\"idle\")") _Pragma("pop_macro(\"if\")")
+_Pragma("pop_macro(\"ignore\")") _Pragma("pop_macro(\"image\")") _Pragma("pop_macro(\"in\")")
+_Pragma("pop_macro(\"inbox\")") _Pragma("pop_macro(\"index\")") _Pragma("pop_macro(\"inet_ntop\")")
 _Pragma("pop_macro(\"inet_pton\")") _Pragma("pop_macro(\"infinity\")")
 _Pragma("pop_macro(\"info\")") _Pragma("pop_macro(\"init\")") _Pragma("pop_macro(\"inline\")")
 _Pragma("pop_macro(\"input\")") _Pragma("pop_macro(\"int\")") _Pragma("pop_macro(\"int64\")")
@@ -39105,26 +44598,27 @@ _Pragma("pop_macro(\"off64_t\")") _Pragma("pop_macro(\"off_t\")") _Pragma("pop_m
 _Pragma("pop_macro(\"ok\")") _Pragma("pop_macro(\"on\")") _Pragma("pop_macro(\"one\")")
 _Pragma("pop_macro(\"op\")") _Pragma("pop_macro(\"open\")") _Pragma("pop_macro(\"open64\")")
 _Pragma("pop_macro(\"opendir\")") _Pragma("pop_macro(\"operator\")")
-_Pragma("pop_macro(\"option\")") _Pragma("pop_macro(\"optional\")")
-_Pragma("pop_macro(\"options\")") _Pragma("pop_macro(\"order\")") _Pragma("pop_macro(\"other\")")
-_Pragma("pop_macro(\"out\")") _Pragma("pop_macro(\"out_of_memory\")")
-_Pragma("pop_macro(\"out_of_range\")") _Pragma("pop_macro(\"output\")")
-_Pragma("pop_macro(\"overflow\")") _Pragma("pop_macro(\"override\")") _Pragma("pop_macro(\"p\")")
-_Pragma("pop_macro(\"p_type\")") _Pragma("pop_macro(\"pack\")") _Pragma("pop_macro(\"packed\")")
-_Pragma("pop_macro(\"pad\")") _Pragma("pop_macro(\"page\")") _Pragma("pop_macro(\"pages\")")
-_Pragma("pop_macro(\"pair\")") _Pragma("pop_macro(\"param\")") _Pragma("pop_macro(\"parent\")")
-_Pragma("pop_macro(\"parse\")") _Pragma("pop_macro(\"parser\")") _Pragma("pop_macro(\"part\")")
-_Pragma("pop_macro(\"path\")") _Pragma("pop_macro(\"pattern\")") _Pragma("pop_macro(\"pause\")")
-_Pragma("pop_macro(\"pending\")") _Pragma("pop_macro(\"phase\")") _Pragma("pop_macro(\"pi\")")
-_Pragma("pop_macro(\"pid_t\")") _Pragma("pop_macro(\"piece\")") _Pragma("pop_macro(\"place\")")
-_Pragma("pop_macro(\"plan\")") _Pragma("pop_macro(\"plane\")") _Pragma("pop_macro(\"planes\")")
-_Pragma("pop_macro(\"plus\")") _Pragma("pop_macro(\"point\")") _Pragma("pop_macro(\"pointer\")")
-_Pragma("pop_macro(\"poll\")") _Pragma("pop_macro(\"pop\")") _Pragma("pop_macro(\"port\")")
-_Pragma("pop_macro(\"position\")") _Pragma("pop_macro(\"posix_memalign\")")
-_Pragma("pop_macro(\"pow\")") _Pragma("pop_macro(\"power\")") _Pragma("pop_macro(\"pread\")")
-_Pragma("pop_macro(\"prefetch\")") _Pragma("pop_macro(\"present\")") _Pragma("pop_macro(\"prev\")")
-_Pragma("pop_macro(\"print\")") _Pragma("pop_macro(\"printf\")") _Pragma("pop_macro(\"private\")")
-_Pragma("pop_macro(\"prompt\")") _Pragma("pop_macro(\"protected\")")
+_Pragma("pop_macro(\"opposite\")") _Pragma("pop_macro(\"option\")")
+_Pragma("pop_macro(\"optional\")") _Pragma("pop_macro(\"options\")")
+_Pragma("pop_macro(\"order\")") _Pragma("pop_macro(\"other\")") _Pragma("pop_macro(\"out\")")
+_Pragma("pop_macro(\"out_of_memory\")") _Pragma("pop_macro(\"out_of_range\")")
+_Pragma("pop_macro(\"output\")") _Pragma("pop_macro(\"overflow\")")
+_Pragma("pop_macro(\"override\")") _Pragma("pop_macro(\"p\")") _Pragma("pop_macro(\"p_type\")")
+_Pragma("pop_macro(\"pack\")") _Pragma("pop_macro(\"packed\")") _Pragma("pop_macro(\"pad\")")
+_Pragma("pop_macro(\"page\")") _Pragma("pop_macro(\"pages\")") _Pragma("pop_macro(\"pair\")")
+_Pragma("pop_macro(\"param\")") _Pragma("pop_macro(\"parent\")") _Pragma("pop_macro(\"parse\")")
+_Pragma("pop_macro(\"parser\")") _Pragma("pop_macro(\"part\")") _Pragma("pop_macro(\"path\")")
+_Pragma("pop_macro(\"pattern\")") _Pragma("pop_macro(\"pause\")") _Pragma("pop_macro(\"pending\")")
+_Pragma("pop_macro(\"phase\")") _Pragma("pop_macro(\"pi\")") _Pragma("pop_macro(\"pid_t\")")
+_Pragma("pop_macro(\"piece\")") _Pragma("pop_macro(\"place\")") _Pragma("pop_macro(\"plan\")")
+_Pragma("pop_macro(\"plane\")") _Pragma("pop_macro(\"planes\")") _Pragma("pop_macro(\"plus\")")
+_Pragma("pop_macro(\"point\")") _Pragma("pop_macro(\"pointer\")") _Pragma("pop_macro(\"poll\")")
+_Pragma("pop_macro(\"pop\")") _Pragma("pop_macro(\"port\")") _Pragma("pop_macro(\"position\")")
+_Pragma("pop_macro(\"posix_memalign\")") _Pragma("pop_macro(\"pow\")")
+_Pragma("pop_macro(\"power\")") _Pragma("pop_macro(\"pread\")") _Pragma("pop_macro(\"prefetch\")")
+_Pragma("pop_macro(\"present\")") _Pragma("pop_macro(\"prev\")") _Pragma("pop_macro(\"print\")")
+_Pragma("pop_macro(\"printf\")") _Pragma("pop_macro(\"private\")") _Pragma("pop_macro(\"prompt\")")
+_Pragma("pop_macro(\"property\")") _Pragma("pop_macro(\"protected\")")
 _Pragma("pop_macro(\"protocol\")") _Pragma("pop_macro(\"ptr\")")
 _Pragma("pop_macro(\"ptrdiff_t\")") _Pragma("pop_macro(\"public\")") _Pragma("pop_macro(\"push\")")
 _Pragma("pop_macro(\"put\")") _Pragma("pop_macro(\"putc\")") _Pragma("pop_macro(\"putchar\")")
@@ -39141,8 +44635,8 @@ _Pragma("pop_macro(\"record\")") _Pragma("pop_macro(\"recv\")") _Pragma("pop_mac
 _Pragma("pop_macro(\"recvmsg\")") _Pragma("pop_macro(\"ref\")") _Pragma("pop_macro(\"refresh\")")
 _Pragma("pop_macro(\"refused\")") _Pragma("pop_macro(\"reinterpret_cast\")")
 _Pragma("pop_macro(\"release\")") _Pragma("pop_macro(\"remove\")") _Pragma("pop_macro(\"rename\")")
-_Pragma("pop_macro(\"render\")") _Pragma("pop_macro(\"replace\")") _Pragma("pop_macro(\"reply\")")
-_Pragma("pop_macro(\"report\")") _Pragma("pop_macro(\"request\")")
+_Pragma("pop_macro(\"render\")") _Pragma("pop_macro(\"repeat\")") _Pragma("pop_macro(\"replace\")")
+_Pragma("pop_macro(\"reply\")") _Pragma("pop_macro(\"report\")") _Pragma("pop_macro(\"request\")")
 _Pragma("pop_macro(\"requires\")") _Pragma("pop_macro(\"reserve\")")
 _Pragma("pop_macro(\"reserved\")") _Pragma("pop_macro(\"reset\")") _Pragma("pop_macro(\"rest\")")
 _Pragma("pop_macro(\"restore\")") _Pragma("pop_macro(\"result\")") _Pragma("pop_macro(\"return\")")
@@ -39176,8 +44670,8 @@ _Pragma("pop_macro(\"sort\")") _Pragma("pop_macro(\"source\")") _Pragma("pop_mac
 _Pragma("pop_macro(\"space\")") _Pragma("pop_macro(\"span\")") _Pragma("pop_macro(\"special\")")
 _Pragma("pop_macro(\"split\")") _Pragma("pop_macro(\"sprintf\")") _Pragma("pop_macro(\"sqrt\")")
 _Pragma("pop_macro(\"srandom\")") _Pragma("pop_macro(\"src\")") _Pragma("pop_macro(\"ssize_t\")")
-_Pragma("pop_macro(\"stage\")") _Pragma("pop_macro(\"start\")") _Pragma("pop_macro(\"stat\")")
-_Pragma("pop_macro(\"state\")") _Pragma("pop_macro(\"static\")")
+_Pragma("pop_macro(\"stack\")") _Pragma("pop_macro(\"stage\")") _Pragma("pop_macro(\"start\")")
+_Pragma("pop_macro(\"stat\")") _Pragma("pop_macro(\"state\")") _Pragma("pop_macro(\"static\")")
 _Pragma("pop_macro(\"static_assert\")") _Pragma("pop_macro(\"static_cast\")")
 _Pragma("pop_macro(\"stats\")") _Pragma("pop_macro(\"status\")") _Pragma("pop_macro(\"std\")")
 _Pragma("pop_macro(\"step\")") _Pragma("pop_macro(\"steps\")") _Pragma("pop_macro(\"stop\")")
@@ -39206,13 +44700,13 @@ _Pragma("pop_macro(\"then\")") _Pragma("pop_macro(\"this\")") _Pragma("pop_macro
 _Pragma("pop_macro(\"three\")") _Pragma("pop_macro(\"throw\")") _Pragma("pop_macro(\"tick\")")
 _Pragma("pop_macro(\"tie\")") _Pragma("pop_macro(\"tile\")") _Pragma("pop_macro(\"time\")")
 _Pragma("pop_macro(\"time_t\")") _Pragma("pop_macro(\"timeout\")") _Pragma("pop_macro(\"times\")")
-_Pragma("pop_macro(\"timeval\")") _Pragma("pop_macro(\"tmpfile\")") _Pragma("pop_macro(\"token\")")
-_Pragma("pop_macro(\"tokens\")") _Pragma("pop_macro(\"tolower\")") _Pragma("pop_macro(\"tool\")")
-_Pragma("pop_macro(\"top\")") _Pragma("pop_macro(\"tops\")") _Pragma("pop_macro(\"total\")")
-_Pragma("pop_macro(\"toupper\")") _Pragma("pop_macro(\"trim\")") _Pragma("pop_macro(\"true\")")
-_Pragma("pop_macro(\"trunc\")") _Pragma("pop_macro(\"try\")") _Pragma("pop_macro(\"turn\")")
-_Pragma("pop_macro(\"two\")") _Pragma("pop_macro(\"two_pi\")") _Pragma("pop_macro(\"type\")")
-_Pragma("pop_macro(\"typedef\")") _Pragma("pop_macro(\"typeid\")")
+_Pragma("pop_macro(\"timeval\")") _Pragma("pop_macro(\"tmpfile\")") _Pragma("pop_macro(\"todo\")")
+_Pragma("pop_macro(\"token\")") _Pragma("pop_macro(\"tokens\")") _Pragma("pop_macro(\"tolower\")")
+_Pragma("pop_macro(\"tool\")") _Pragma("pop_macro(\"top\")") _Pragma("pop_macro(\"tops\")")
+_Pragma("pop_macro(\"total\")") _Pragma("pop_macro(\"toupper\")") _Pragma("pop_macro(\"trim\")")
+_Pragma("pop_macro(\"true\")") _Pragma("pop_macro(\"trunc\")") _Pragma("pop_macro(\"try\")")
+_Pragma("pop_macro(\"turn\")") _Pragma("pop_macro(\"two\")") _Pragma("pop_macro(\"two_pi\")")
+_Pragma("pop_macro(\"type\")") _Pragma("pop_macro(\"typedef\")") _Pragma("pop_macro(\"typeid\")")
 _Pragma("pop_macro(\"typename\")") _Pragma("pop_macro(\"types\")") _Pragma("pop_macro(\"u\")")
 _Pragma("pop_macro(\"u16\")") _Pragma("pop_macro(\"u32\")") _Pragma("pop_macro(\"u64\")")
 _Pragma("pop_macro(\"u8\")") _Pragma("pop_macro(\"u_long\")") _Pragma("pop_macro(\"uid_t\")")
@@ -39255,13 +44749,12 @@ _Pragma("pop_macro(\"FreeResource\")") _Pragma("pop_macro(\"GLYPHSET\")")
 _Pragma("pop_macro(\"GROUP\")") _Pragma("pop_macro(\"INPUT\")") _Pragma("pop_macro(\"INT\")")
 _Pragma("pop_macro(\"INT16\")") _Pragma("pop_macro(\"INT32\")") _Pragma("pop_macro(\"INT64\")")
 _Pragma("pop_macro(\"INT8\")") _Pragma("pop_macro(\"Index\")")
-_Pragma("pop_macro(\"IsEqualGUID\")") _Pragma("pop_macro(\"Key\")")
-_Pragma("pop_macro(\"LIST_ENTRY\")") _Pragma("pop_macro(\"LONG\")")
-_Pragma("pop_macro(\"LONG64\")") _Pragma("pop_macro(\"LPMINMAXINFO\")")
-_Pragma("pop_macro(\"MSG\")") _Pragma("pop_macro(\"Mask\")") _Pragma("pop_macro(\"Message\")")
-_Pragma("pop_macro(\"Msg\")") _Pragma("pop_macro(\"PATTERN\")") _Pragma("pop_macro(\"POINT\")")
-_Pragma("pop_macro(\"PROC\")") _Pragma("pop_macro(\"PSIZE\")") _Pragma("pop_macro(\"PSTR\")")
-_Pragma("pop_macro(\"Point\")") _Pragma("pop_macro(\"Polygon\")")
+_Pragma("pop_macro(\"IsEqualGUID\")") _Pragma("pop_macro(\"LIST_ENTRY\")")
+_Pragma("pop_macro(\"LONG\")") _Pragma("pop_macro(\"LONG64\")")
+_Pragma("pop_macro(\"LPMINMAXINFO\")") _Pragma("pop_macro(\"MSG\")") _Pragma("pop_macro(\"Mask\")")
+_Pragma("pop_macro(\"Message\")") _Pragma("pop_macro(\"Msg\")") _Pragma("pop_macro(\"PATTERN\")")
+_Pragma("pop_macro(\"POINT\")") _Pragma("pop_macro(\"PROC\")") _Pragma("pop_macro(\"PSIZE\")")
+_Pragma("pop_macro(\"PSTR\")") _Pragma("pop_macro(\"Point\")") _Pragma("pop_macro(\"Polygon\")")
 _Pragma("pop_macro(\"Priority\")") _Pragma("pop_macro(\"Protocol\")")
 _Pragma("pop_macro(\"ProtocolRevision\")") _Pragma("pop_macro(\"Ptr\")")
 _Pragma("pop_macro(\"RECT\")") _Pragma("pop_macro(\"Rectangle\")") _Pragma("pop_macro(\"Region\")")
@@ -39275,16 +44768,15 @@ _Pragma("pop_macro(\"UINT8\")") _Pragma("pop_macro(\"USHORT\")") _Pragma("pop_ma
 _Pragma("pop_macro(\"WORD\")") _Pragma("pop_macro(\"X\")") _Pragma("pop_macro(\"Y\")")
 _Pragma("pop_macro(\"Zone\")") _Pragma("pop_macro(\"a2\")") _Pragma("pop_macro(\"action\")")
 _Pragma("pop_macro(\"arg\")") _Pragma("pop_macro(\"bottom\")") _Pragma("pop_macro(\"callback\")")
-_Pragma("pop_macro(\"color\")") _Pragma("pop_macro(\"config\")") _Pragma("pop_macro(\"crc\")")
-_Pragma("pop_macro(\"cursor\")") _Pragma("pop_macro(\"cy\")") _Pragma("pop_macro(\"dllimport\")")
-_Pragma("pop_macro(\"errno_t\")") _Pragma("pop_macro(\"fract\")") _Pragma("pop_macro(\"func\")")
-_Pragma("pop_macro(\"gets\")") _Pragma("pop_macro(\"height\")") _Pragma("pop_macro(\"hi\")")
-_Pragma("pop_macro(\"htonl\")") _Pragma("pop_macro(\"htons\")") _Pragma("pop_macro(\"iswascii\")")
-_Pragma("pop_macro(\"keyboard\")") _Pragma("pop_macro(\"len\")") _Pragma("pop_macro(\"mod\")")
-_Pragma("pop_macro(\"mouse_event\")") _Pragma("pop_macro(\"nonnull\")")
-_Pragma("pop_macro(\"ntohl\")") _Pragma("pop_macro(\"ntohs\")") _Pragma("pop_macro(\"psize\")")
-_Pragma("pop_macro(\"rotation\")") _Pragma("pop_macro(\"st_atime\")")
-_Pragma("pop_macro(\"stack\")") _Pragma("pop_macro(\"str\")") _Pragma("pop_macro(\"strcmpi\")")
+_Pragma("pop_macro(\"color\")") _Pragma("pop_macro(\"crc\")") _Pragma("pop_macro(\"cursor\")")
+_Pragma("pop_macro(\"cy\")") _Pragma("pop_macro(\"dllimport\")") _Pragma("pop_macro(\"errno_t\")")
+_Pragma("pop_macro(\"fract\")") _Pragma("pop_macro(\"func\")") _Pragma("pop_macro(\"gets\")")
+_Pragma("pop_macro(\"hi\")") _Pragma("pop_macro(\"htonl\")") _Pragma("pop_macro(\"htons\")")
+_Pragma("pop_macro(\"iswascii\")") _Pragma("pop_macro(\"keyboard\")") _Pragma("pop_macro(\"len\")")
+_Pragma("pop_macro(\"mod\")") _Pragma("pop_macro(\"mouse_event\")")
+_Pragma("pop_macro(\"nonnull\")") _Pragma("pop_macro(\"ntohl\")") _Pragma("pop_macro(\"ntohs\")")
+_Pragma("pop_macro(\"psize\")") _Pragma("pop_macro(\"rotation\")")
+_Pragma("pop_macro(\"st_atime\")") _Pragma("pop_macro(\"str\")") _Pragma("pop_macro(\"strcmpi\")")
 _Pragma("pop_macro(\"stricmp\")") _Pragma("pop_macro(\"strnicmp\")")
 #endif
 #if !defined(_WIN32)

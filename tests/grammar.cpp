@@ -1,0 +1,373 @@
+#include <doctest/doctest.h>
+
+#include <string>
+#include <vector>
+
+#include "grammar/grammar.hpp"
+
+using namespace valar;
+using namespace valar::detail;
+
+namespace {
+
+GrammarPtr schema(std::string_view text, bool strict = true) {
+    auto json = Json::parse(text);
+    REQUIRE(json.ok());
+    auto grammar = compile_json_schema(*json, {strict, JsonSpace::optional});
+    if (!grammar) FAIL(grammar.error().message);
+    return *grammar;
+}
+
+Error refusal(std::string_view text) {
+    auto json = Json::parse(text);
+    REQUIRE(json.ok());
+    auto grammar = compile_json_schema(*json);
+    REQUIRE_FALSE(grammar.ok());
+    CHECK(grammar.error().code == "invalid_json_schema");
+    return grammar.error();
+}
+
+bool accepts(const GrammarPtr& grammar, std::string_view text) {
+    GrammarState state(grammar);
+    return state.advance(text) && state.may_end();
+}
+
+struct Expectation {
+    const char* schema;
+    std::vector<const char*> valid, invalid;
+};
+
+void check(const std::vector<Expectation>& list) {
+    for (const Expectation& e : list) {
+        const GrammarPtr grammar = schema(e.schema);
+        for (const char* text : e.valid) CHECK_MESSAGE(accepts(grammar, text), e.schema, " ", text);
+        for (const char* text : e.invalid)
+            CHECK_MESSAGE(!accepts(grammar, text), e.schema, " ", text);
+    }
+}
+
+// A vocabulary of single bytes, of some longer pieces, of one special token and an end.
+const std::vector<std::string>& pieces() {
+    static const std::vector<std::string> list = [] {
+        std::vector<std::string> out;
+        for (int b = 0; b < 256; ++b) out.emplace_back(1, char(b));
+        for (const char* text : {"ab",    "abc",     "the",      " the",      "hello", "\",",
+                                 "\": ",  "\":\"",   "{\"",      "\"}",       "12",    "123",
+                                 "e\"",   "ab\"",    "\xC3\xA9", "\xC3\xA9t", "\\n",   "a\\",
+                                 "\\\"",  "], [",    "true",     "null",      "  ",    "\n\n",
+                                 "name",  "name\":", "\xF0\x9F", "\x98\x80",  "aaaa",  "aaaaaaaa",
+                                 "\",\"", "key\":1"})
+            out.emplace_back(text);
+        out.resize(out.size() + 2);
+        return out;
+    }();
+    return list;
+}
+Token end_token() { return Token(pieces().size() - 1); }
+Token special_token() { return Token(pieces().size() - 2); }
+const TokenTriePtr& trie() {
+    static const TokenTriePtr made = TokenTrie::build(pieces(), {end_token()});
+    return made;
+}
+bool has(const std::vector<uint64_t>& mask, Token token) {
+    return mask[size_t(token) / 64] >> (token % 64) & 1;
+}
+
+// The mask is what trying every token gives, at each place of the text.
+void check_masks(const GrammarPtr& grammar, std::string_view text) {
+    trie()->prepare(*grammar);
+    GrammarState state(grammar);
+    std::vector<uint64_t> mask(trie()->words());
+    for (size_t at = 0; at <= text.size(); ++at) {
+        fill_mask(*trie(), state, mask);
+        for (Token t = 0; t < end_token(); ++t) {
+            GrammarState copy = state;
+            CHECK_MESSAGE(has(mask, t) == copy.accept_token(t, trie()->piece(t)),
+                          text.substr(0, at), "|", trie()->piece(t));
+        }
+        CHECK(has(mask, end_token()) == state.may_end());
+        if (at < text.size()) REQUIRE(state.advance(text.substr(at, 1)));
+    }
+}
+
+}  // namespace
+
+TEST_CASE("types, enumerations and constants") {
+    check({{R"({"type":"null"})", {"null"}, {"nul", "0", "nulll"}},
+           {R"({"type":["boolean","integer"]})",
+            {"true", "false", "0", "-12"},
+            {"1.5", "-0", "01", "null"}},
+           {R"({"type":"number"})",
+            {"0", "-1.25", "1e5", "2E-07", "1.0"},
+            {".5", "1.", "+1", "0x1", "1e", "00"}},
+           {R"({"enum":["a\"b",1,null,[1,2],{"x":true}]})",
+            {R"("a\"b")", "1", "null", "[1,2]", R"({"x":true})"},
+            {"2", "[1]", "\"a\""}},
+           {R"({"const":"x"})", {"\"x\""}, {"\"y\"", "x"}},
+           {R"({"enum":["abc",5,"x"],"type":"string","maxLength":2})", {"\"x\""}, {"5", "\"abc\""}},
+           {R"({})",
+            {"1", "{}", "[]", R"({"a":[{"b":null}]})"},
+            {"", "{", "[1,]", R"({"a":1,"a":2})"}}});
+}
+
+TEST_CASE("numbers between bounds are compared by digits") {
+    check({{R"({"type":"integer","minimum":-7,"maximum":130})",
+            {"-7", "0", "9", "99", "130"},
+            {"-8", "131", "1000", "-10"}},
+           {R"({"type":"integer","exclusiveMinimum":0,"multipleOf":7})",
+            {"7", "14", "700"},
+            {"0", "-7", "8"}},
+           {R"({"type":"number","minimum":0.5,"exclusiveMaximum":1})",
+            {"0.5", "0.50", "0.999", "0.7"},
+            {"0.49", "1", "1.0", "0", "5e-1", "-0.7"}},
+           {R"({"type":"number","minimum":-1.5,"maximum":-0.25})",
+            {"-1.5", "-1", "-0.25", "-0.3"},
+            {"-1.51", "-0.2", "0", "-2"}},
+           {R"({"type":"number","minimum":1e3})",
+            {"1000", "1000.5", "99999"},
+            {"999", "999.999", "-2000"}},
+           {R"({"type":"number","not":{"type":"integer"}})", {"1.5", "0.10"}, {"1", "1.0"}}});
+}
+
+TEST_CASE("strings: characters are counted, whatever their spelling") {
+    check({{R"({"type":"string","minLength":2,"maxLength":3})",
+            {"\"ab\"", "\"\xC3\xA9\xF0\x9F\x98\x80\"", R"("\u00e9\ud83d\ude00")", R"("\n\"\\")"},
+            {"\"a\"", "\"abcd\"", R"("\ud83d")", R"("\ude00a")", "\"a\x01\"", "\"\xC3\"",
+             "\"\xED\xA0\x80\""}},
+           {R"({"type":"string","pattern":"^[a-z]+\\d$"})",
+            {"\"ab1\""},
+            {"\"1\"", "\"ab\"", "\"ab12\""}},
+           {R"({"type":"string","pattern":"b.d"})",
+            {"\"abcde\"",
+             "\"b\xC3\xA9"
+             "d\""},
+            {"\"bd\"", "\"acd\""}},
+           {R"({"type":"string","pattern":"^\"q\\\\$"})", {R"("\"q\\")"}, {R"("q")"}},
+           {R"({"type":"string","pattern":"^a*$","minLength":2,"maxLength":4})",
+            {"\"aa\"", "\"aaaa\""},
+            {"\"a\"", "\"aaaaa\""}},
+           {R"({"type":"string","pattern":"^(ab)*$","minLength":3,"maxLength":5})",
+            {"\"abab\""},
+            {"\"ab\"", "\"ababab\""}},
+           {R"({"type":"string","maxLength":100000})", {"\"\"", "\"x\""}, {"x"}},
+           {R"({"type":"string","pattern":"^[a-z]{3,100000}$"})",
+            {"\"abc\""},
+            {"\"ab\"", "\"abC\""}}});
+}
+
+TEST_CASE("formats") {
+    check(
+        {{R"({"type":"string","format":"date"})",
+          {"\"2024-02-29\"", "\"1999-12-31\""},
+          {"\"2023-02-29\"", "\"2024-13-01\"", "\"0000-01-01\"", "\"1900-02-29\""}},
+         {R"({"type":"string","format":"date-time"})",
+          {"\"2024-02-29T23:59:59.25+01:00\"", "\"2020-01-01T00:00:00Z\""},
+          {"\"2020-01-01T24:00:00Z\"", "\"2020-01-01T00:00:00\""}},
+         {R"({"type":"string","format":"ipv6"})",
+          {"\"::1\"", "\"1:2:3:4:5:6:7:8\"", "\"::ffff:1.2.3.4\"", "\"::\""},
+          {"\"1::2::3\"", "\"1:2:3:4:5:6:7\"", "\"12345::\""}},
+         {R"({"type":"string","format":"ipv4"})",
+          {"\"0.10.255.9\""},
+          {"\"256.1.1.1\"", "\"1.1.1\"", "\"01.1.1.1\""}},
+         {R"({"type":"string","format":"uuid"})",
+          {"\"123e4567-e89b-12d3-a456-426614174000\""},
+          {"\"123e4567e89b12d3a456426614174000\""}},
+         {R"({"type":"string","format":"duration"})",
+          {"\"P1Y2M3DT4H5M6S\"", "\"PT1H\"", "\"P2W\""},
+          {"\"P\"", "\"PT\"", "\"P1W1D\"", "\"1Y\""}},
+         {R"({"type":"string","format":"email"})",
+          {"\"a.b+c@example.org\""},
+          {"\"a\"", "\"a@\"", "\".a@b\""}},
+         {R"({"type":"string","format":"hostname"})", {"\"a-b.example\""}, {"\"-a\"", "\"a..b\""}},
+         {R"({"type":"string","format":"uri"})",
+          {"\"https://u@x.org:80/a%20b?c#d\"", "\"urn:a:b\""},
+          {"\"//x\"", "\"a b\"", "\"https://[::1\""}}});
+}
+
+TEST_CASE("arrays") {
+    check(
+        {{R"({"type":"array","items":{"type":"integer"},"minItems":1,"maxItems":3})",
+          {"[1]", "[1, 2,3]"},
+          {"[]", "[1,2,3,4]", "[\"a\"]"}},
+         {R"({"type":"array","prefixItems":[{"type":"integer"},{"type":"string"}],"items":false})",
+          {"[]", "[1]", "[1,\"a\"]"},
+          {"[1,\"a\",2]", "[\"a\"]"}},
+         {R"({"type":"array","items":{"type":"integer"},"contains":{"const":5},"minContains":1,"maxContains":2})",
+          {"[5]", "[1,5,5]"},
+          {"[]", "[1]", "[5,5,5]"}},
+         {R"({"type":"array","items":{"enum":["a","b","c"]},"uniqueItems":true,"minItems":2})",
+          {"[\"b\",\"a\"]", "[\"a\", \"b\",\"c\"]"},
+          {"[\"a\"]", "[\"a\",\"a\"]"}}});
+}
+
+TEST_CASE("objects") {
+    check(
+        {{R"({"type":"object","properties":{"a":{"type":"integer"},"b":{"type":"string"},"c":{"const":1}},"required":["b"],"additionalProperties":false})",
+          {R"({"b":""})", R"({"a": 1, "b": "x", "c": 1})"},
+          {R"({})", R"({"b":"","a":1})", R"({"b":"","d":1})", R"({"a":1,})"}},
+         {R"({"type":"object","properties":{"a":{}},"additionalProperties":{"type":"integer"}})",
+          {R"({"a":"x","b":1})", R"({"ab":2})", R"({})"},
+          {R"({"b":"x"})", R"({"b":1,"b":2})", R"({"b":1,"a":2})"}},
+         {R"({"type":"object","patternProperties":{"^a":{"type":"integer"},"z$":{"type":"integer","minimum":10}},"additionalProperties":false})",
+          {R"({"a":1,"z":10,"az":11})"},
+          {R"({"az":1})", R"({"z":9})", R"({"b":1})"}},
+         {R"({"type":"object","patternProperties":{"^[ab]$":{"const":0}},"additionalProperties":false,"minProperties":2})",
+          {R"({"b":0,"a":0})"},
+          {R"({"a":0})", R"({"a":0,"a":0})"}},
+         {R"({"type":"object","minProperties":1,"maxProperties":2,"properties":{"a":{"const":1},"b":{"const":1},"c":{"const":1}},"additionalProperties":false})",
+          {R"({"a":1})", R"({"b":1,"c":1})"},
+          {R"({})", R"({"a":1,"b":1,"c":1})"}},
+         {R"({"type":"object","properties":{"a":{"const":1},"b":{"const":1}},"dependentRequired":{"a":["b"]},"additionalProperties":false})",
+          {R"({})", R"({"b":1})", R"({"a":1,"b":1})"},
+          {R"({"a":1})"}},
+         {R"({"type":"object","propertyNames":{"pattern":"^[a-z]+$"},"additionalProperties":{"const":0}})",
+          {R"({"ab":0})"},
+          {R"({"A":0})"}}});
+}
+
+TEST_CASE("combinations") {
+    check(
+        {{R"({"anyOf":[{"type":"integer"},{"type":"string","maxLength":1}]})",
+          {"1", "\"a\""},
+          {"\"ab\"", "null"}},
+         {R"({"allOf":[{"type":"integer","minimum":3},{"maximum":5}]})", {"3", "5"}, {"2", "6"}},
+         {R"({"oneOf":[{"type":"integer","minimum":3},{"type":"integer","maximum":5}]})",
+          {"2", "6"},
+          {"3", "4", "5"}},
+         {R"({"type":"string","not":{"enum":["a","b"]}})",
+          {"\"\"", "\"c\"", "\"ab\""},
+          {"\"a\"", "\"b\""}},
+         {R"({"type":"object","properties":{"k":{"enum":["x","y"]},"v":{}},"required":["k","v"],"additionalProperties":false,
+                "if":{"properties":{"k":{"const":"x"}}},"then":{"properties":{"v":{"type":"integer"}}},"else":{"properties":{"v":{"type":"string"}}}})",
+          {R"({"k":"x","v":1})", R"({"k":"y","v":"s"})"},
+          {R"({"k":"x","v":"s"})", R"({"k":"y","v":1})"}},
+         {R"({"$defs":{"t":{"type":"object","properties":{"v":{"type":"integer"},"c":{"type":"array","items":{"$ref":"#/$defs/t"}}},"required":["v"],"additionalProperties":false}},"$ref":"#/$defs/t"})",
+          {R"({"v":1,"c":[{"v":2},{"v":3,"c":[]}]})"},
+          {R"({"v":1,"c":[{}]})"}}});
+}
+
+TEST_CASE("what cannot be promised is refused by its place and keyword") {
+    CHECK(refusal(R"({"type":"object","properties":{"a/b":{"type":"string","format":"iri"}}})")
+              .param == "/properties/a~1b/format");
+    CHECK(refusal(R"({"$ref":"other.json"})").param == "/$ref");
+    CHECK(refusal(R"({"type":"string","pattern":"(?=a)b"})").param == "/pattern");
+    CHECK(refusal(R"({"type":"array","items":{},"uniqueItems":true})").param == "/uniqueItems");
+    CHECK(refusal(R"({"unevaluatedProperties":false})").param == "/unevaluatedProperties");
+    CHECK(refusal(R"({"type":"strin"})").param == "/type");
+    CHECK(refusal(R"({"type":"string","maxLength":100001})").param == "/maxLength");
+    CHECK(refusal(R"({"type":"number","multipleOf":0.1})").param == "/multipleOf");
+    CHECK(refusal(R"({"allOf":[{"type":"string"},{"type":"integer"}]})").message ==
+          "nothing matches the grammar");
+    CHECK(accepts(schema(R"({"type":"string","format":"iri"})", false), "\"x\""));
+    std::string deep = "{}";
+    for (int i = 0; i < 40; ++i) deep = R"({"items":{"items":)" + deep + "}}";
+    CHECK(refusal(deep).message.find("deeper than 64") != std::string::npos);
+}
+
+TEST_CASE("no text nests deeper than Json::parse reads") {
+    GrammarState state(schema("{}"));
+    size_t depth = 0;
+    while (depth < 1000 && state.advance("[")) ++depth;
+    CHECK(depth > 64);
+    std::string text(depth, '[');
+    text += std::string(depth, ']');
+    CHECK(Json::parse(text).ok());
+    CHECK(accepts(schema("{}"), text));
+}
+
+TEST_CASE("regular expressions, choices, grammars") {
+    const auto regex = [](const char* pattern) {
+        auto grammar = compile_regex(pattern);
+        REQUIRE_MESSAGE(grammar.ok(), pattern);
+        return *grammar;
+    };
+    CHECK(accepts(regex("(?:ab|c){2}d?"), "abc"));
+    CHECK_FALSE(accepts(regex("(?:ab|c){2}d?"), "ab"));
+    CHECK(accepts(regex("[^\\x00-\\x7F]+"), "\xC3\xA9\xE2\x82\xAC"));
+    CHECK(accepts(regex("(a{1,60000}b){2,50000}"), "abaab"));
+    CHECK_FALSE(accepts(regex("(a{1,60000}b){2,50000}"), "ab"));
+    for (const char* bad :
+         {"(", "a**b(", "[z-a]", "\\1(a)", "(?!a)", "a{2,1}", "a{100001}", "\\b", "a++"})
+        CHECK_FALSE(compile_regex(bad).ok());
+    auto choices = compile_choices({"north", "nor", "west"});
+    REQUIRE(choices.ok());
+    CHECK(accepts(*choices, "nor"));
+    CHECK(accepts(*choices, "north"));
+    CHECK_FALSE(accepts(*choices, "nort"));
+    CHECK_FALSE(compile_choices({}).ok());
+    auto gbnf = compile_gbnf(
+        "# sums\nroot ::= term (\"+\" term){1,3}\nterm ::= [0-9]+ |\n  \"(\" root \")\"\n");
+    REQUIRE(gbnf.ok());
+    CHECK(accepts(*gbnf, "1+(2+3)"));
+    CHECK_FALSE(accepts(*gbnf, "1+1+1+1+1"));
+    CHECK_FALSE(compile_gbnf("root ::= root \"a\" | \"b\"").ok());
+    CHECK_FALSE(compile_gbnf("root ::= x").ok());
+}
+
+TEST_CASE("masks are what trying every token gives") {
+    check_masks(
+        schema(
+            R"({"type":"object","properties":{"name":{"type":"string","minLength":3,"maxLength":9},"n":{"type":"integer","maximum":130}},"required":["name"]})"),
+        "{\"name\": \"aa\xC3\xA9\\nabc\", \"n\": 12, \"key\": [\"a\"], \"kez\": null}");
+    check_masks(schema(R"({"type":"string","pattern":"^[a-z]+(,[a-z]{2,})*$"})"), "\"abc,ab\"");
+    check_masks(schema(R"({"type":"array","items":{"enum":["ab","abc","name"]},"maxItems":2})"),
+                "[\"abc\", \"ab\"]");
+    auto regex = compile_regex("[a-h]*abc!?");
+    REQUIRE(regex.ok());
+    check_masks(*regex, "aababc");
+}
+
+TEST_CASE("a composition: text until a mark, a token, a schema") {
+    GrammarBuilder builder;
+    auto arguments = add_json_schema(
+        builder,
+        *Json::parse(
+            R"({"type":"object","properties":{"n":{"type":"integer"}},"required":["n"],"additionalProperties":false})"),
+        true);
+    REQUIRE(arguments.ok());
+    const Part call = builder.sequence({*arguments, builder.bytes("</call>")});
+    auto text = builder.text_until({"<call>", "<end>"}, {call, builder.token(special_token())});
+    REQUIRE(text.ok());
+    auto grammar = builder.build(*text);
+    REQUIRE(grammar.ok());
+    CHECK(accepts(*grammar, "hello <<call>{\"n\":1}</call>"));
+    CHECK_FALSE(accepts(*grammar, "hello <call>{\"m\":1}</call>"));
+    check_masks(*grammar, "the <call>{\"n\": 12}</call>");
+    GrammarState state(*grammar);
+    REQUIRE(state.advance("x<end>"));
+    std::vector<uint64_t> mask(trie()->words());
+    fill_mask(*trie(), state, mask);
+    CHECK(has(mask, special_token()));
+    CHECK_FALSE(has(mask, 'a'));
+    CHECK_FALSE(state.may_end());
+    REQUIRE(state.accept_token(special_token(), ""));
+    CHECK(state.may_end());
+}
+
+TEST_CASE("forced stretches, forks, saved states") {
+    const GrammarPtr grammar = schema(
+        R"({"type":"object","properties":{"first":{"enum":["alpha","alpine"]},"second":{"type":"null"}},"required":["first","second"],"additionalProperties":false})");
+    GrammarState state(grammar);
+    CHECK(state.forced_bytes() == "{\"first\":");
+    REQUIRE(state.advance("{\"first\":"));
+    REQUIRE(state.advance("\""));
+    CHECK(state.forced_bytes() == "alp");
+    GrammarState fork = state;
+    REQUIRE(fork.advance("alph"));
+    CHECK(fork.forced_bytes() == "a\",");
+    CHECK_FALSE(state.advance("alpx"));
+    REQUIRE(state.advance("alpi"));
+    const std::string saved = state.serialize();
+    auto restored = GrammarState::restore(grammar, saved);
+    REQUIRE(restored.ok());
+    CHECK(restored->forced_bytes() == state.forced_bytes());
+    CHECK(restored->serialize() == saved);
+    CHECK_FALSE(GrammarState::restore(schema("{}"), saved).ok());
+    for (size_t i = 32; i < saved.size(); i += 3) {
+        std::string damaged = saved;
+        damaged[i] = char(damaged[i] ^ 0x51);
+        auto other = GrammarState::restore(grammar, damaged);
+        if (other.ok()) (void)other->forced_bytes();
+    }
+    CHECK_FALSE(GrammarState::restore(grammar, saved.substr(0, saved.size() - 1)).ok());
+}

@@ -1,0 +1,172 @@
+// grammar_dump [MODEL]: reads requests as JSON lines, answers each with a line. Of a request `schema`
+// (with `strict`, `space`), `regex`, `choices` or `gbnf` is compiled; `texts` are held against it;
+// `walks` texts are drawn with `seed`, each token with the same probability, at most `most` of them,
+// and then the shortest way out; `timing` texts are read token by token and the masks timed. Used by
+// grammar_check.py.
+#include <algorithm>
+#include <cstdio>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "grammar/grammar.hpp"
+#include "template/families.hpp"
+
+using namespace valar;
+using namespace valar::detail;
+
+namespace {
+
+Result<GrammarPtr> compile(const Json& request) {
+    if (const Json* p = request.find("regex")) return compile_regex(p->as_string());
+    if (const Json* g = request.find("gbnf")) return compile_gbnf(g->as_string());
+    if (const Json* list = request.find("choices")) {
+        std::vector<std::string> choices;
+        for (const Json& c : list->items()) choices.emplace_back(c.as_string());
+        return compile_choices(std::move(choices));
+    }
+    const JsonSpace spaces[] = {JsonSpace::none, JsonSpace::optional, JsonSpace::one};
+    return compile_json_schema(
+        request["schema"], {request["strict"].as_bool(true), spaces[request["space"].as_int(1)]});
+}
+
+bool accepts(const GrammarPtr& grammar, std::string_view text) {
+    GrammarState state(grammar);
+    return state.advance(text) && state.may_end();
+}
+
+struct Random {
+    uint64_t state;
+    uint64_t next() {
+        state += 0x9E3779B97F4A7C15u;
+        uint64_t z = state;
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+        return z ^ z >> 31;
+    }
+};
+
+// A text by uniform draws. Past `most` tokens only those are drawn that end a text soon: quotes,
+// brackets and the end.
+Json walk(const TokenTrie& trie, const GrammarPtr& grammar, uint64_t seed, size_t most) {
+    GrammarState state(grammar);
+    Random random{seed};
+    std::string text;
+    std::vector<uint64_t> mask(trie.words());
+    for (size_t tokens = 0;; ++tokens) {
+        fill_mask(trie, state, mask);
+        const bool may_end = state.may_end();
+        if (may_end && (tokens >= most || random.next() % 4 == 0)) break;
+        std::vector<Token> allowed;
+        for (size_t i = 0; i < trie.vocabulary(); ++i)
+            if (mask[i / 64] >> (i % 64) & 1 && !trie.piece(Token(i)).empty())
+                allowed.push_back(Token(i));
+        if (allowed.empty() && may_end) break;
+        if (allowed.empty()) return Json::object().set("stuck", text);
+        Token token = allowed[random.next() % allowed.size()];
+        if (tokens > most + 20'000) return Json::object().set("endless", text.substr(0, 300));
+        if (tokens > most && random.next() % 8) {
+            for (const std::string_view soon : {"\"", "}", "]", "null", "\":", "1"})
+                for (const Token t : allowed)
+                    if (trie.piece(t) == soon) {
+                        token = t;
+                        goto found;
+                    }
+            for (const Token t : allowed)
+                if (trie.piece(t).size() < trie.piece(token).size()) token = t;
+        }
+    found:
+        const bool ok = state.accept_token(token, trie.piece(token));
+        text += trie.piece(token);
+        if (!ok) return Json::object().set("refused", text);
+    }
+    return Json::object().set("text", text);
+}
+
+// The mask that a walk over all tokens would give, one by one.
+size_t count_faults(const TokenTrie& trie, const GrammarState& state,
+                    const std::vector<uint64_t>& mask) {
+    size_t faults = 0;
+    for (size_t i = 0; i < trie.vocabulary(); ++i) {
+        const std::string_view piece = trie.piece(Token(i));
+        if (piece.empty()) continue;
+        GrammarState copy = state;
+        if (copy.advance(piece) != bool(mask[i / 64] >> (i % 64) & 1)) {
+            if (!faults++)
+                std::fprintf(stderr, "mask differs at token %zu '%s'\n", i,
+                             std::string(piece).c_str());
+        }
+    }
+    return faults;
+}
+
+// Tokens of a text as the vocabulary's longest pieces, one after the other.
+std::vector<Token> greedy(const Tokenizer* tokenizer, const TokenTrie& trie,
+                          std::string_view text) {
+    (void)trie;
+    auto ids = tokenizer->encode(text);
+    return ids ? *ids : std::vector<Token>();
+}
+
+Json answer(const Json& request, const Tokenizer* tokenizer, const TokenTrie* trie) {
+    const uint64_t begin = monotonic_ns();
+    auto grammar = compile(request);
+    Json out = Json::object()
+                   .set("compile_us", double(monotonic_ns() - begin) / 1000)
+                   .set("ok", grammar.ok());
+    if (!grammar)
+        return out.set("error", grammar.error().message).set("param", grammar.error().param);
+    if (trie) trie->prepare(**grammar);
+    Json accepted = Json::array();
+    for (const Json& text : request["texts"].items())
+        accepted.push(accepts(*grammar, text.as_string()));
+    out.set("accepts", std::move(accepted));
+    if (!trie) return out;
+    Json walks = Json::array();
+    for (int64_t i = 0; i < request["walks"].as_int(); ++i)
+        walks.push(walk(*trie, *grammar, request["seed"].as_uint() * 1000 + uint64_t(i),
+                        size_t(request["most"].as_int(60))));
+    out.set("walks", std::move(walks));
+    Json times = Json::array();
+    size_t faults = 0;
+    std::vector<uint64_t> mask(trie->words());
+    for (const Json& text : request["timing"].items()) {
+        GrammarState state(*grammar);
+        for (const Token token : greedy(tokenizer, *trie, text.as_string())) {
+            const uint64_t start = monotonic_ns();
+            fill_mask(*trie, state, mask);
+            times.push(double(monotonic_ns() - start) / 1000);
+            if (request["verify"].as_bool()) faults += count_faults(*trie, state, mask);
+            if (!state.accept_token(token, trie->piece(token))) {
+                out.set("refused", trie->piece(token));
+                break;
+            }
+        }
+    }
+    return out.set("mask_us", std::move(times)).set("faults", uint64_t(faults));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    TokenTriePtr trie;
+    std::optional<Tokenizer> tokenizer;
+    if (argc > 1) {
+        auto file = Gguf::open(argv[1]);
+        auto opened = file ? Tokenizer::open(*file, {}, family_end_tokens())
+                           : Result<Tokenizer>(file.error());
+        if (!opened) return std::fprintf(stderr, "%s\n", opened.error().message.c_str()), 1;
+        tokenizer = *opened;
+        const uint64_t begin = monotonic_ns();
+        trie = TokenTrie::build(*tokenizer);
+        std::fprintf(stderr, "%zu tokens, trie in %.1f ms\n", trie->vocabulary(),
+                     double(monotonic_ns() - begin) / 1e6);
+    }
+    for (std::string line; std::getline(std::cin, line);) {
+        auto request = Json::parse(line);
+        Json out = request ? answer(*request, tokenizer ? &*tokenizer : nullptr, trie.get())
+                           : Json::object().set("error", request.error().message);
+        std::cout << out.write() << std::endl;
+    }
+    return 0;
+}
