@@ -30634,6 +30634,7 @@ private:
         return known.part;
     }
     Part written(const Json& v) {
+        if (v.is_real() && is_whole_number(v)) return builder_.bytes(ExactDecimal::of(v).text());
         return builder_.bytes(
             v.write(builder_.space == JsonSpace::one ? json_python : JsonStyle{}));
     }
@@ -30657,6 +30658,12 @@ private:
         if (types & t_array) out.push_back(array_part(b));
         if (types & t_object) out.push_back(object_part(b));
     }
+    static DfaPtr plain_number(bool fractions) {
+        NumberRules rules;
+        rules.fractions = fractions;
+        Budget budget;
+        return *number_dfa(rules, budget);
+    }
     Part number_part(const Branch& b, uint32_t types) {
         NumberRules rules = b.numbers;
         rules.integers = types & t_integer;
@@ -30671,6 +30678,10 @@ private:
         for (const uint32_t m : rules.multiples) key += "*" + std::to_string(m);
         for (const uint32_t m : rules.not_multiples) key += "/" + std::to_string(m);
         for (const ExactDecimal& d : rules.excluded) key += "!" + d.text();
+        if (key == "i--" || key == "if--") {  // most of them
+            static const DfaPtr plain[2] = {plain_number(false), plain_number(true)};
+            return builder_.terminal(plain[rules.fractions], 0, most_number_chars);
+        }
         DfaPtr& known = numbers_[key];
         if (!known) {
             auto dfa = number_dfa(rules, builder_.budget());

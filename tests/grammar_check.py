@@ -1,0 +1,247 @@
+"""Holds compiled grammars against other validators. Usage:
+
+    grammar_check.py DUMP suite FOLDER        the JSON Schema Test Suite: FOLDER/draft7, FOLDER/draft2020-12
+    grammar_check.py DUMP walks MODEL [N]     N schemas, drawn; texts by uniform draws from the model's vocabulary
+    grammar_check.py DUMP regexes MODEL [N]   N patterns, drawn, against Python's re
+
+DUMP is the program grammar_dump. Needs jsonschema and jsonschema-rs.
+"""
+import glob
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+CLAIMED = """type properties required additionalProperties items prefixItems minItems maxItems enum const anyOf oneOf
+allOf ref defs minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minLength maxLength pattern
+patternProperties minProperties maxProperties dependentRequired if-then-else not contains minContains maxContains
+uniqueItems boolean_schema default propertyNames additionalItems dependentSchemas dependencies infinite-loop-detection
+date time date-time uuid email ipv4 ipv6 uri duration hostname""".split()
+
+
+class Dump:
+    def __init__(self, *command):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def in_order(schema, value):
+    """The value with its keys in the order of the schema, as far as that shows."""
+    if isinstance(value, list):
+        return [in_order({}, v) for v in value]
+    if isinstance(value, dict):
+        order = []
+
+        def look(s):
+            if isinstance(s, dict):
+                order.extend(s.get("properties", {}) if isinstance(s.get("properties"), dict) else [])
+                for v in s.values():
+                    look(v)
+            elif isinstance(s, list):
+                for v in s:
+                    look(v)
+        look(schema)
+        keys = sorted(value, key=lambda k: order.index(k) if k in order else len(order))
+        return {k: in_order(schema, value[k]) for k in keys}
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return int(value)
+    return value
+
+
+def spellings(value):
+    """The value; an object of few keys in all their orders."""
+    if not isinstance(value, dict) or len(value) > 4:
+        return [value]
+    return [dict(items) for items in itertools.permutations(value.items())]
+
+
+def suite(dump, folder):
+    claimed, faults, refused = 0, 0, {}
+    for draft in ("draft7", "draft2020-12"):
+        files = glob.glob(f"{folder}/{draft}/*.json") + glob.glob(f"{folder}/{draft}/optional/format/*.json")
+        for path in sorted(files):
+            name = os.path.basename(path)[:-5]
+            if name not in CLAIMED:
+                continue
+            for group in json.load(open(path, encoding="utf-8")):
+                schema = group["schema"]
+                if draft == "draft7" and isinstance(schema, dict):
+                    schema = {"$schema": "http://json-schema.org/draft-07/schema#", **schema}
+                tests = group["tests"]
+                texts, owners = [], []
+                for i, t in enumerate(tests):
+                    for spelling in spellings(in_order(schema, t["data"])):
+                        texts.append(json.dumps(spelling, ensure_ascii=False, separators=(",", ":")))
+                        owners.append(i)
+                reply = dump.ask(schema=schema, strict=True, texts=texts)
+                if not reply["ok"]:
+                    # A schema that nothing satisfies is refused, too: right where the suite has nothing valid.
+                    if "nothing matches" in reply["error"] and not any(t["valid"] for t in tests):
+                        claimed += len(tests)
+                        continue
+                    refused.setdefault(f"{draft}/{name}", []).append(f"{group['description']}: {reply['error']}")
+                    continue
+                for i, test in enumerate(tests):
+                    claimed += 1
+                    accepted = any(a for a, owner in zip(reply["accepts"], owners) if owner == i)
+                    text = texts[owners.index(i)]
+                    if accepted != test["valid"]:
+                        faults += 1
+                        print(f"{draft}/{name}: {group['description']} / {test['description']}: {text} is "
+                              f"{'valid' if test['valid'] else 'invalid'}, schema {json.dumps(schema)[:300]}")
+    for place, reasons in refused.items():
+        for reason in reasons:
+            print(f"refused {place}: {reason}")
+    print(f"{claimed} tests, {faults} faults, {sum(map(len, refused.values()))} schemas refused")
+    return faults
+
+
+def draw_string(rng):
+    kind = rng.randrange(6)
+    if kind == 0:
+        return {"type": "string"}
+    if kind == 1:
+        low = rng.randrange(8)
+        return {"type": "string", "minLength": low, "maxLength": low + rng.randrange(1, 30)}
+    if kind == 2:
+        return {"type": "string", "pattern": rng.choice(
+            [r"^[A-Z]{2}-\d{3,5}$", r"^[a-z0-9_-]{1,20}$", r"\d+", r"^(foo|ba[rz])+$", r"^[^\s]+ .*$", r"^\+?[0-9 ]{7,15}$"])}
+    if kind == 3:
+        return {"type": "string", "format": rng.choice("date time date-time uuid email ipv4 ipv6 uri duration hostname".split())}
+    if kind == 4:
+        return {"enum": rng.sample(["red", "green", "blue", "a\"b", "\u00e9t\u00e9", "", 1, None, True, 2.5], rng.randrange(1, 6))}
+    return {"const": rng.choice(["x", 5, None, {"a": [1]}])}
+
+
+def draw_number(rng):
+    out = {"type": rng.choice(["integer", "number"])}
+    low = rng.randrange(-1000, 1000)
+    if rng.random() < 0.5:
+        out[rng.choice(["minimum", "exclusiveMinimum"])] = low
+    if rng.random() < 0.5:
+        out[rng.choice(["maximum", "exclusiveMaximum"])] = low + rng.randrange(5, 2000) + rng.choice([0, 0.5, 0.25])
+    if rng.random() < 0.2:
+        out["multipleOf"] = rng.choice([1, 2, 3, 5])
+    return out
+
+
+def draw_schema(rng, depth=0):
+    kind = rng.randrange(10 if depth < 3 else 4)
+    if kind < 2:
+        return draw_string(rng)
+    if kind == 2:
+        return draw_number(rng)
+    if kind == 3:
+        return {"type": rng.choice(["boolean", "null", ["string", "null"], ["integer", "boolean"]])}
+    if kind == 4:
+        out = {"type": "array", "items": draw_schema(rng, depth + 1)}
+        if rng.random() < 0.5:
+            out["minItems"] = rng.randrange(3)
+            out["maxItems"] = out["minItems"] + rng.randrange(1, 4)
+        return out
+    if kind == 5:
+        ways = [draw_schema(rng, depth + 1) for _ in range(rng.randrange(2, 4))]
+        return {"anyOf": ways}
+    if kind == 6:
+        out = {"oneOf": [{"type": "object", "properties": {"kind": {"const": k}, "v": draw_schema(rng, depth + 1)},
+                          "required": ["kind", "v"], "additionalProperties": False} for k in "abc"[:rng.randrange(2, 4)]]}
+        return out
+    names = rng.sample(["name", "id", "n\u00e9", "tags", "size", "a b", "nested", "x"], rng.randrange(1, 6))
+    out = {"type": "object", "properties": {n: draw_schema(rng, depth + 1) for n in names},
+           "required": [n for n in names if rng.random() < 0.6]}
+    choice = rng.random()
+    if choice < 0.6:
+        out["additionalProperties"] = False
+    elif choice < 0.8:
+        out["additionalProperties"] = draw_schema(rng, depth + 2)
+    if rng.random() < 0.1:
+        out["patternProperties"] = {"^x-": {"type": "integer"}}
+    if rng.random() < 0.1 and len(names) > 1:
+        out["dependentRequired"] = {names[0]: [names[1]]}
+    if rng.random() < 0.1:
+        out["minProperties"] = 1
+    return out
+
+
+def walks(dump, count):
+    import jsonschema
+    import jsonschema_rs
+    faults = texts = refused = 0
+    for seed in range(count):
+        rng = random.Random(seed)
+        schema = draw_schema(rng)
+        reply = dump.ask(schema=schema, strict=True, walks=1, seed=seed, most=rng.choice([10, 40, 120]), space=rng.randrange(3))
+        if not reply["ok"]:
+            refused += 1
+            if "nothing matches" not in reply["error"]:
+                print(f"refused: {reply['error']}: {json.dumps(schema)}")
+            continue
+        python = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+        rust = jsonschema_rs.Draft202012Validator(schema, validate_formats=True)
+        for walked in reply["walks"]:
+            texts += 1
+            try:
+                value = json.loads(walked["text"])
+                why = [e.message for e in python.iter_errors(value)] or [e.message for e in rust.iter_errors(value)]
+            except (KeyError, ValueError) as error:
+                why = [repr(error)]
+            if why:
+                faults += 1
+                print(f"{why[0][:200]}: {json.dumps(walked)[:300]} for {json.dumps(schema)[:600]}")
+    print(f"{texts} texts, {faults} faults, {refused} schemas refused")
+    return faults
+
+
+def draw_pattern(rng, depth=0):
+    def atom():
+        return rng.choice(["a", "b", "x", r"\d", r"\w", r"\s", ".", "[a-f]", "[^a-z]", r"[\d_-]", r"\.", "\u00e9", r"\x41", r"\u00e9",
+                           r"\W", r"\S", r"\D", "[^\\s]"] + ([f"({draw_pattern(rng, depth + 1)})", f"(?:{draw_pattern(rng, depth + 1)})"] if depth < 3 else []))
+
+    def piece():
+        return atom() + rng.choice(["", "", "", "*", "+", "?", "{2}", "{1,3}", "{2,}", "*?", "+?"])
+    return "|".join("".join(piece() for _ in range(rng.randrange(1, 5))) for _ in range(rng.choice([1, 1, 1, 2, 3])))
+
+
+def regexes(dump, count):
+    faults = texts = 0
+    for seed in range(count):
+        rng = random.Random(seed)
+        pattern = draw_pattern(rng)
+        sample = ["".join(rng.choice("abxf1_-. A\u00e9") for _ in range(rng.randrange(6))) for _ in range(20)]
+        reply = dump.ask(regex=pattern, walks=3, seed=seed, most=20, texts=sample)
+        if not reply["ok"]:
+            print(f"refused: {reply['error']}")
+            faults += 1
+            continue
+        for walked in reply["walks"]:
+            texts += 1
+            if "text" not in walked or not re.fullmatch(pattern, walked["text"], re.S):
+                faults += 1
+                print(f"{pattern!r} does not match {walked}")
+        for text, accepted in zip(sample, reply["accepts"]):
+            texts += 1
+            # Of \\W, \\D and \\S only what all engines agree on is accepted.
+            if accepted != bool(re.fullmatch(pattern, text)) and not (not accepted and "\u00e9" in text):
+                faults += 1
+                print(f"{pattern!r} and {text!r}: {accepted}")
+    print(f"{texts} texts, {faults} faults")
+    return faults
+
+
+def main():
+    command, kind, place = sys.argv[1], sys.argv[2], sys.argv[3]
+    count = int(sys.argv[4]) if len(sys.argv) > 4 else None
+    if kind == "suite":
+        sys.exit(suite(Dump(command), place) > 0)
+    check = {"walks": walks, "regexes": regexes}[kind]
+    sys.exit(check(Dump(command, place), count or {"walks": 5000, "regexes": 2000}[kind]) > 0)
+
+
+main()
