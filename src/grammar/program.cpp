@@ -189,16 +189,13 @@ Part GrammarBuilder::repeat(Part part, uint32_t least, uint32_t most) {
 
 Part GrammarBuilder::terminal(DfaPtr dfa, uint32_t least, uint32_t most, std::vector<Part> then) {
     if (dfa->empty() || least > most) return no_part;
-    least = std::min(least, dfa->shortest[Dfa::start]) == least
-                ? std::max(least, dfa->shortest[Dfa::start])
-                : least;
     if (dfa->longest[Dfa::start] != unlimited) {
         if (dfa->longest[Dfa::start] < least) return no_part;
         if (dfa->longest[Dfa::start] <= most) most = unlimited;
     }
     if (most != unlimited && dfa->shortest[Dfa::start] > most) return no_part;
     if (least <= dfa->shortest[Dfa::start]) least = 0;
-    if ((least || most != unlimited) && !dfa->even) {
+    if (least && most != unlimited && !dfa->even) {  // one bound alone is kept by the distances
         auto counted = limit_length(dfa, least, most, budget_);
         if (!counted || (*counted)->empty()) return no_part;
         dfa = std::move(*counted);
