@@ -29,6 +29,7 @@ struct HubArchitecture {
     double partial = 1;       // of a head rotates, where nothing says so
     uint32_t full_every = 0;  // of the layers sees all, where the windows are not said
     void (*more)(HubConverter&) = nullptr;
+    const char* defaults = "{}";  // of config.json, where makers leave out what the class knows
 };
 
 /// Values of a tensor in a folder: row i of the part begins at `first` + the sum of digit * step over
@@ -142,7 +143,7 @@ inline constexpr HubRow hub_layer_tensors[] = {
     {"mlp.shared_experts.gate_proj", "ffn_gate_shexp"}, {"mlp.shared_experts.up_proj", "ffn_up_shexp"},
     {"mlp.shared_experts.down_proj", "ffn_down_shexp"},
     {"eh_proj", "nextn.eh_proj"}, {"enorm", "nextn.enorm"}, {"hnorm", "nextn.hnorm"},
-    {"shared_head.norm", "nextn.shared_head_norm"}, {"shared_head.head", "nextn.shared_head_head"},
+    {"shared_head.norm", "nextn.shared_head_norm"}, {"final_layernorm", "layer_output_norm"}, {"shared_head.head", "nextn.shared_head_head"},
     {"embed_tokens", "nextn.embed_tokens"},
     // numbers of an activation that become keys; masks and angles that older files have
     {"mlp.act_fn.alpha_n", "", HubStep::skip}, {"mlp.act_fn.alpha_p", "", HubStep::skip},
@@ -271,7 +272,8 @@ struct HubConverter {
     }
     uint64_t rope_dims() const {
         const double part = rope_number("partial_rotary_factor",
-                                        "partial_rotary_factor rotary_pct rope_pct", row->partial);
+                                        "partial_rotary_factor rotary_pct rope_pct rope_percent",
+                                        row->partial);
         const uint64_t said = find("rotary_dim").as_uint();
         return said ? said
                     : static_cast<uint64_t>(static_cast<double>(head_dim) *
@@ -582,8 +584,8 @@ struct HubConverter {
              {"vision_tower.", "multi_modal_projector.", "model.vision_tower.",
               "model.multi_modal_projector.", "model.visual.", "visual.", "model.mtp_"})
             if (name.starts_with(part)) return true;
-        for (const char* end :
-             {".weight_scale_inv", ".weight_scale", ".input_scale", ".activation_scale"})
+        for (const char* end : {".weight_scale_inv", ".weight_scale", ".input_scale",
+                                ".activation_scale", ".k_scale", ".v_scale"})
             if (name.ends_with(end)) return true;
         const bool is_output = name == "lm_head.weight" || name == "language_model.lm_head.weight";
         return is_output && (row->traits & tied || find("tie_word_embeddings").as_bool());
@@ -627,6 +629,9 @@ struct HubConverter {
         }
     }
 
+    void misfit(const SafeTensor& from) {
+        fail(safetensors.bad(from, "has a shape that config.json does not fit"));
+    }
     void add_tensor(const SafeTensor& from, const Place& place) {
         std::string name = place.prefix + place.row->ours;
         // what has no suffix there has one here
@@ -636,30 +641,23 @@ struct HubConverter {
         part.scale = scale_of(from);
         std::vector<uint64_t> dims = reversed(from.shape);
         if (name.ends_with("exp_probs_b.bias")) dims = {from.count};
-        const auto need = [&](bool right) {
-            if (!right) fail(safetensors.bad(from, "has a shape that config.json does not fit"));
-            return right && !error;
-        };
         const uint64_t rows = part.rows(), columns = part.columns;
         switch (place.row->step) {
             case HubStep::skip: return;
-            case HubStep::plain: break;
+            case HubStep::plain:
             case HubStep::head: break;
-            case HubStep::rope: {
-                const bool is_query = name.find("attn_q") != name.npos;
+            case HubStep::rope:
                 if (!(row->traits & permutes)) break;
-                if (!need(permute(part, from, is_query ? heads : kv_heads))) return;
-                break;
-            }
+                if (permute(part, from, name.find("attn_q") != name.npos ? heads : kv_heads)) break;
+                return misfit(from);
             case HubStep::thirds:
             case HubStep::groups:
             case HubStep::three: return add_fused(from, place, part);
             case HubStep::turned:
                 if (from.shape.size() != 2) break;
-                part.counts[2] = columns;
-                part.steps[2] = 1;
-                part.columns = part.column_step = columns;
+                part.counts[2] = part.column_step = columns;
                 part.columns = rows;
+                part.steps[2] = 1;
                 dims = {rows, columns};
                 break;
             case HubStep::halves: return add_experts(from, place, part, false);
@@ -699,7 +697,7 @@ struct HubConverter {
         const uint64_t groups = place.row->step == HubStep::thirds ? heads : kv_heads;
         const uint64_t queries = heads / groups, size = rows / (groups * (queries + 2));
         if (from.shape.size() > 2 || rows != groups * (queries + 2) * size || size % 2 != 0)
-            return fail(safetensors.bad(from, "has a shape that config.json does not fit"));
+            return misfit(from);
         const bool apart = place.row->step == HubStep::three;
         const uint64_t step = is_vector ? 1 : all.columns, columns = is_vector ? 1 : all.columns;
         const std::string name = place.prefix + place.row->ours;
@@ -869,7 +867,9 @@ inline constexpr HubArchitecture hub_architectures[] = {
     {"Qwen3MoeForCausalLM", "qwen3moe"},
     {"GemmaForCausalLM", "gemma", plus_one | tied},
     {"Gemma2ForCausalLM", "gemma2", plus_one | tied, 1, 2},
-    {"Gemma3ForCausalLM Gemma3ForConditionalGeneration", "gemma3", plus_one | tied, 1, 6},
+    {"Gemma3ForCausalLM Gemma3ForConditionalGeneration", "gemma3", plus_one | tied, 1, 6, nullptr,
+     R"({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6,
+         "max_position_embeddings": 131072, "rope_theta": 1000000.0})"},
     {"PhiForCausalLM", "phi2", four_times, 0.5},
     {"Phi3ForCausalLM", "phi3"},
     {"SmolLM3ForCausalLM", "smollm3", permutes, 1, 0, hub_smollm3},
@@ -910,11 +910,16 @@ public:
     static Result<HubModel> open(Files files, const std::string& pre, valar::GgufWriter& writer) {
         auto config = files.json("config.json");
         if (!config) return config.error();
-        Json merged = *config;  // a model that also sees has its text part in an object
-        for (const auto& [name, value] : (*config)["text_config"].members())
-            merged.set(name, value);
-        const HubArchitecture* row = find_row((*config)["architectures"][0].as_string());
-        if (!row) return unknown_class((*config)["architectures"][0].as_string());
+        if (config->size() > kMostSettings || (*config)["text_config"].size() > kMostSettings)
+            return bad_file("config.json", "has too many settings");
+        const std::string_view name = (*config)["architectures"][0].as_string();
+        const HubArchitecture* row = find_row(name);
+        if (!row) return unknown_class(name);
+        Json merged = *Json::parse(row->defaults);
+        const Json &whole = *config, &text = whole["text_config"];
+        for (const Json* part : {&whole, &text})  // of a model that also sees
+            for (const auto& [key, value] : part->members())
+                if (!value.is_null() || !merged.contains(key)) merged.set(key, value);
         auto safetensors = Safetensors::open(files);
         if (!safetensors) return safetensors.error();
         HubConverter in{files, std::move(*safetensors), std::move(merged), row, writer};
@@ -1082,6 +1087,8 @@ private:
         if (count == n) return 1;
         return count == (n + scale_rows_ - 1) / scale_rows_ ? scale_rows_ : 0;
     }
+
+    static constexpr size_t kMostSettings = 4096;
 
     Safetensors safetensors_;
     std::vector<HubTensor> tensors_;

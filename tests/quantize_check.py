@@ -45,6 +45,13 @@ def folders(folder, run, logits):
     assert logits(at("fp8.q4_k_m.gguf")) != logits(at("fp8.gguf"))
     for name, unigram in (("spaced", False), ("unigram", True)):
         assert b"add_space_prefix" in make(name, tensors, tokenizer=hub_folder.spaced_tokenizer(unigram))
+    # what makers leave out is what the class has, and a model that sees has a part that speaks
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    embedding = {"language_model.model.embed_tokens.weight": tensors["model.embed_tokens.weight"],
+                 "vision_tower.patches.weight": ("F32", [2], [0, 0])}
+    gemma = make("gemma", embedding, {"architectures": ["Gemma3ForConditionalGeneration"],
+                                      "text_config": text})
+    assert b"gemma3.attention.key_length" + struct.pack("<II", 4, 256) in gemma
     mistakes(at, run, tensors)
 
 
