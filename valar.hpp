@@ -6958,8 +6958,14 @@ bool is_whitespace(char32_t c) {
            c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
 }
 
-char32_t to_lower(char32_t c) { return map_case(unicode_lower, c); }
-char32_t to_upper(char32_t c) { return map_case(unicode_upper, c); }
+char32_t to_lower(char32_t c) {
+    if (c < 0x80) return c - 'A' < 26 ? c + 32 : c;
+    return map_case(unicode_lower, c);
+}
+char32_t to_upper(char32_t c) {
+    if (c < 0x80) return c - 'a' < 26 ? c - 32 : c;
+    return map_case(unicode_upper, c);
+}
 std::string to_lower(std::string_view text) { return map_text(text, to_lower); }
 std::string to_upper(std::string_view text) { return map_text(text, to_upper); }
 
@@ -18267,7 +18273,8 @@ public:
     static constexpr uint32_t max_levels = 600;       ///< of evaluation: 256 KiB of stack suffice
     static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
     static constexpr uint32_t max_range = 100'000;    ///< of range(), as in Jinja's sandbox
-    static constexpr size_t max_live_bytes = size_t{12} << 20;    ///< of lists and dicts at once
+    static constexpr size_t max_live_bytes = size_t{10}
+                                             << 20;  ///< of values, beside what a request needs
     static constexpr size_t max_output_bytes = size_t{16} << 20;  ///< of any one string
     /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
     /// bound time and memory at once.
@@ -19756,6 +19763,7 @@ public:
     bool charge(uint64_t steps) { return charge_bytes(steps * ChatTemplate::bytes_per_step); }
     bool charge_bytes(uint64_t bytes);
     bool room(uint64_t values);  // whether so many more may live at once
+    bool room_for(uint64_t bytes);
 
     bool append(Text& out, std::string_view piece, bool request);
     bool append(Text& out, const Text& from, ByteRange range);
@@ -19765,6 +19773,7 @@ public:
     Value to_string(const Value& v);
     Value escaped(const Value& v);  // as markup: <, >, &, " and ' in HTML's spelling
     Value piece(const Value& string, ByteRange range);  // of a string
+    Value text_value(Text made);  // what a template makes is counted while it lives
     Value list(Kind kind, List items);
     Value dict(Dict entries);
     Value items_of(const Value& v);  // as a list, for iteration
@@ -19799,6 +19808,23 @@ private:
         ~Level() { --r.levels_; }
         Level(const Level&) = delete;
         Renderer& r;
+    };
+
+    /// What is printed goes to `text`, and what went elsewhere before waits and is counted.
+    struct Outer {
+        Outer(Renderer& renderer, Text* text)
+            : r(renderer), out(renderer.out_), bytes(out->text.capacity()) {
+            r.live_ += bytes;
+            r.out_ = text;
+        }
+        ~Outer() {
+            r.live_ -= bytes;
+            r.out_ = out;
+        }
+        Outer(const Outer&) = delete;
+        Renderer& r;
+        Text* out;
+        uint64_t bytes;
     };
 
     Value from_json(const Json& json, bool request);
@@ -19854,7 +19880,8 @@ private:
                          bool request);
 
     const TemplateProgram& p_;
-    uint64_t live_ = 0;  // bytes of the lists and dicts that were made; outlives them all
+    uint64_t live_ = 0;  // bytes of the text and lists that were made; outlives them all
+    uint64_t allowed_ = ChatTemplate::max_live_bytes;  // of those; more for a large request
     std::optional<Error> error_ = {};
     uint64_t spent_ = 0;  // in bytes, see ChatTemplate::bytes_per_step
     uint32_t line_ = 1;
@@ -19925,7 +19952,9 @@ bool Renderer::want(const Value& v, Kind kind) {
 // text
 
 bool Renderer::append(Text& out, std::string_view piece, bool request) {
-    if (!charge_bytes(piece.size() + 16)) return false;  // 16: of a mark
+    if (!charge_bytes(piece.size() + 48)) return false;           // 48: of a mark and the call
+    const uint64_t grown = (out.text.size() + piece.size()) * 3;  // a growing string has room
+    if (grown > size_t{1} << 12 && !room_for(grown)) return false;
     if (piece.size() > ChatTemplate::max_output_bytes - out.text.size()) {
         fail("a text of over 16 MiB", ErrorKind::too_large);
         return false;
@@ -19960,7 +19989,7 @@ Value Renderer::to_string(const Value& v) {
     if (is_string(v)) return v;
     Text text;
     print(text, v);
-    return make_text(std::move(text));
+    return text_value(std::move(text));
 }
 
 Value Renderer::escaped(const Value& v) {
@@ -19977,7 +20006,7 @@ Value Renderer::escaped(const Value& v) {
             run.remove_prefix(std::min(at + 1, run.size()));
         }
     });
-    Value made = make_text(std::move(out));
+    Value made = text_value(std::move(out));
     made.markup = true;
     return made;
 }
@@ -19986,20 +20015,28 @@ Value Renderer::piece(const Value& string, ByteRange range) {
     Text text;
     charge(1);
     append(text, text_in(string), range);
-    return make_text(std::move(text));
+    return text_value(std::move(text));
 }
 
 // containers
 
 namespace {
 
-/// A container that is counted while it lives.
+template <class Item>
+uint64_t held_bytes(const std::vector<Item>& items) {
+    return items.capacity() * sizeof(Item);
+}
+uint64_t held_bytes(const Text& text) {
+    return sizeof(Text) + text.text.capacity() + held_bytes(text.from_request);
+}
+
+/// A container or text that is counted while it lives.
 template <class Items>
 struct Counted : Items {
     Counted(Items&& items, uint64_t* total)
         : Items(std::move(items)),
           live(total),
-          bytes(this->capacity() * sizeof(typename Items::value_type) + 64) {
+          bytes(held_bytes(static_cast<const Items&>(*this)) + 64) {
         *live += bytes;
     }
     ~Counted() { *live -= bytes; }
@@ -20017,12 +20054,21 @@ void count(Value& made, uint64_t* live) {
 
 }  // namespace
 
-bool Renderer::room(uint64_t values) {
-    if (values >
-        (ChatTemplate::max_live_bytes - std::min<uint64_t>(live_, ChatTemplate::max_live_bytes)) /
-            sizeof(Value))
-        fail("lists of over 12 MiB");
+bool Renderer::room_for(uint64_t bytes) {
+    if (bytes > allowed_ - std::min(live_, allowed_)) fail("text and lists of over 10 MiB");
     return !failed();
+}
+
+bool Renderer::room(uint64_t values) {
+    return room_for(std::min<uint64_t>(values, UINT32_MAX) * sizeof(Value));
+}
+
+Value Renderer::text_value(Text made) {
+    Value v;
+    v.kind = Kind::string;
+    std::shared_ptr<Text> counted = std::make_shared<Counted<Text>>(std::move(made), &live_);
+    v.object = std::move(counted);
+    return room(1) ? v : Value();
 }
 
 Value Renderer::list(Kind kind, List items) {
@@ -20104,14 +20150,16 @@ Value Renderer::from_json(const Json& json, bool request) {
         case Json::Kind::uint64: return fail("an integer over 63 bits");
         case Json::Kind::real: v = make_real(json.as_double()); break;
         case Json::Kind::string: {
+            allowed_ += json.as_string().size() * 16;
             Text text{std::string(json.as_string()), {}};
             if (request) add_mark(text, 0, text.text.size());
-            v = make_text(std::move(text));
+            v = text_value(std::move(text));
             break;
         }
         case Json::Kind::array: {
             List items;
             items.reserve(json.size());
+            allowed_ += json.size() * 1024;
             for (const Json& item : json.items()) items.push_back(from_json(item, request));
             v = make_list(Kind::list, std::move(items));
             break;
@@ -20120,9 +20168,10 @@ Value Renderer::from_json(const Json& json, bool request) {
             Dict entries;
             entries.reserve(json.size());
             for (const JsonMember& m : json.members()) {
+                allowed_ += m.key.size() * 16 + 1024;
                 Text key{m.key, {}};
                 if (request) add_mark(key, 0, key.text.size());
-                entries.push_back({make_text(std::move(key)), from_json(m.value, request)});
+                entries.push_back({text_value(std::move(key)), from_json(m.value, request)});
             }
             v = make_dict(std::move(entries));
             break;
@@ -20335,10 +20384,9 @@ Flow Renderer::run_loop(const Place& place, Value items, uint32_t depth) {
 /// What `body` prints, as a string.
 Flow Renderer::captured(uint32_t body, Value* value) {
     Text text;
-    Text* const outer = std::exchange(out_, &text);
+    const Outer outer(*this, &text);
     const Flow flow = execute_scope(body);
-    out_ = outer;
-    *value = make_text(std::move(text));
+    *value = text_value(std::move(text));
     return flow;
 }
 
@@ -20578,7 +20626,7 @@ bool Renderer::bind(const Builtin& builtin, Arguments& args) {
 }
 
 Value Renderer::call(const Builtin& builtin, const Value& self, Arguments& args) {
-    if (!bind(builtin, args)) return {};
+    if (!charge(3) || !bind(builtin, args)) return {};
     return builtin.function(*this, self, args);
 }
 
@@ -20629,13 +20677,12 @@ Value Renderer::call_loop(const Loop& loop, Arguments& args) {
     if (failed() || !can_call(place)) return {};
     const uint32_t line = line_;
     Text text;
-    Text* const outer = std::exchange(out_, &text);
+    const Outer outer(*this, &text);
     ++calls_;
     run_loop(place, std::move(items), loop.nesting + 1);
     --calls_;
-    out_ = outer;
     line_ = line;
-    return make_text(std::move(text));
+    return text_value(std::move(text));
 }
 
 /// The call of {% call %}, with the block's body as `caller`.
@@ -20659,7 +20706,7 @@ Value Renderer::new_macro(uint32_t node) {
 Value Renderer::call_macro(const Place& macro, Arguments& args) {
     const Level level(*this);
     const Node& node = p_.nodes[macro.node];
-    if (!can_call(macro)) return {};
+    if (!can_call(macro) || !charge(4)) return {};
     const uint32_t line = line_;
     ++calls_;
     push_frame(macro.frame);
@@ -20678,7 +20725,7 @@ bool Renderer::bind_parameters(const Node& node, Arguments& args) {
         const Node& parameter = p_.nodes[parameters[i]];
         has_caller = has_caller || p_.names[parameter.value] == "caller";
         Value v = make_kind(Kind::undefined, parameters[i]);
-        charge_bytes(args.named.size());
+        charge_bytes(ChatTemplate::bytes_per_step + args.named.size());
         if (i < args.values.size()) v = args.values[i];
         else if (!args.take(p_.names[parameter.value], &v) && p_.children(parameter)[0])
             v = eval(p_.children(parameter)[0]);
@@ -20811,7 +20858,7 @@ bool Renderer::contains(const Value& container, const Value& v) {
 Value Renderer::joined_markup(const Value& a, const Value& b) {
     Text text;
     append(text, text_in(escaped(a))) && append(text, text_in(escaped(b)));
-    Value made = make_text(std::move(text));
+    Value made = text_value(std::move(text));
     made.markup = true;
     return made;
 }
@@ -20825,7 +20872,7 @@ Value Renderer::concatenated(Value a, const Value& b) {
     Text text;
     text.text.reserve(chars(a).size() + chars(b).size());
     append(text, text_in(a)) && append(text, text_in(b));
-    return make_text(std::move(text));
+    return text_value(std::move(text));
 }
 
 Value Renderer::binary(Op op, Value a, const Value& b) {
@@ -20870,7 +20917,7 @@ Value Renderer::repeated(const Value& v, int64_t times) {
             items.insert(items.end(), list_in(v).begin(), list_in(v).end());
     }
     if (!is_string(v)) return list(v.kind, std::move(items));
-    Value made = make_text(std::move(text));
+    Value made = text_value(std::move(text));
     made.markup = v.markup;
     return made;
 }
@@ -21019,6 +21066,7 @@ Value Renderer::path(const Value& v, const Value& dotted) {
         const std::string_view name = names.substr(begin, end - begin);
         const bool digits = !name.empty() && name.size() < 10 &&
                             std::all_of(name.begin(), name.end(), is_digit);
+        charge(2);
         at = subscript(at,
                        digits ? make_int(std::atoi(std::string(name).c_str())) : make_text(name));
         begin = end + 1;
@@ -21066,7 +21114,7 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
         if (is_string(v)) append(text, text_in(item));
         else kept.push_back(item);
     }
-    Value made = is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(kept));
+    Value made = is_string(v) ? text_value(std::move(text)) : list(v.kind, std::move(kept));
     if (v.kind == Kind::list) made.integer = v.integer;
     made.markup = v.markup;
     return made;
@@ -21360,6 +21408,8 @@ void append_number(Renderer& r, Text& out, const Spec& spec, const Value& v) {
     const bool as_real = v.kind == Kind::real ||
                          (spec.type &&
                           std::string_view("eEfFgG%").find(spec.type) != std::string_view::npos);
+    // exact digits are long division
+    if (as_real && !r.charge(200 + uint64_t(std::max<int64_t>(spec.precision, 0)) * 2)) return;
     NumberText number = as_real ? real_text(spec, number_in(v)) : integer_text(spec, v.integer);
     if (!number.fine || (spec.zeros && spec.grouping))
         return void(r.fail("a number cannot be formatted with this specification"));
@@ -21508,7 +21558,7 @@ void BraceFormat::field(Text& out, ByteRange range, int depth) {
         if (how == 's') r_.print(text, v);
         else if (how == 'r') r_.write(text, v, {}, 0, false);
         else return void(r_.fail("format: a conversion that is not known"));
-        v = make_text(std::move(text));
+        v = r_.text_value(std::move(text));
         if (at < range.end && f_.text[at] != ':')
             return void(r_.fail("format: expected a colon behind the conversion"));
     }
@@ -21517,7 +21567,7 @@ void BraceFormat::field(Text& out, ByteRange range, int depth) {
     if (r_.failed()) return;
     append_formatted(r_, made, v, spec);
     const bool escape = markup_ && !v.markup && !r_.failed();
-    r_.append(out, escape ? text_in(r_.escaped(make_text(std::move(made)))) : made);
+    r_.append(out, escape ? text_in(r_.escaped(r_.text_value(std::move(made)))) : made);
 }
 
 Value BraceFormat::first(std::string_view name) {
@@ -21652,7 +21702,7 @@ void PercentFormat::convert(Text& out, Spec& spec, const Value& v) {
         else r_.print(text, v);
         if (spec.type == 'c' && utf8_count(text.text) != 1) r_.fail("%c: one character is wanted");
         if (r_.failed()) return;
-        if (markup_) text = text_in(r_.escaped(v.markup ? v : make_text(std::move(text))));
+        if (markup_) text = text_in(r_.escaped(v.markup ? v : r_.text_value(std::move(text))));
         return append_cut(r_, out, spec, text, spec.align ? spec.align : '>');
     }
     if (spec.type == 'c') return append_character(r_, out, spec, v);
@@ -21714,7 +21764,7 @@ double rounded(double value, int decimals) {
 Value percent_format(Renderer& r, const Value& format, const Value& values) {
     Text out;
     PercentFormat(r, format, values).run(out);
-    Value made = make_text(std::move(out));
+    Value made = r.text_value(std::move(out));
     made.markup = format.markup;
     return made;
 }
@@ -21722,7 +21772,7 @@ Value percent_format(Renderer& r, const Value& format, const Value& values) {
 Value brace_format(Renderer& r, const Value& format, Arguments& args) {
     Text out;
     BraceFormat(r, format, args).run(out, {0, chars(format).size()}, 1);
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 }  // namespace jinja
@@ -21815,13 +21865,13 @@ Value case_mapped(Renderer& r, const Value& v, bool upper) {
     const Value s = r.to_string(v);
     Text out;
     each_run(text_in(s), [&](std::string_view run, bool request) {
-        if (!r.charge_bytes(run.size())) return;
+        if (!r.charge_bytes(run.size() * 24)) return;  // of each character
         std::string made = upper ? to_upper(run) : to_lower(run);
         for (size_t at = 0; upper && (at = made.find("\u00df", at)) != std::string::npos;)
             made.replace(at, 2, "SS");
         r.append(out, made, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
@@ -21830,7 +21880,7 @@ Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
     bool start = true;
     each_run(text_in(s), [&](std::string_view run, bool request) {
         std::string mapped;
-        r.charge_bytes(run.size());
+        r.charge_bytes(run.size() * 32);
         for (size_t at = 0; at < run.size() && !r.failed();) {
             const char32_t c = utf8_next(run, &at);
             if (start && c == 0xdf) mapped += "Ss";
@@ -21839,7 +21889,7 @@ Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
         }
         r.append(out, mapped, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 bool separates_nothing(char32_t) { return false; }
 namespace {
@@ -21944,7 +21994,7 @@ Value replaced(Renderer& r, const Value& v, Arguments& a) {
         if (old.empty() && at == all.size()) break;
     }
     r.append(out, text_in(s), {begin, all.size()});
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 namespace {
@@ -21952,7 +22002,9 @@ namespace {
 /// Python's find and rfind: an index in code points, or -1.
 Value find_index(Renderer& r, const Value& s, const Value& needle, bool last) {
     if (!r.want(needle, Kind::string)) return {};
-    if (!r.charge_bytes(chars(s).size() + chars(needle).size() * 4)) return {};
+    if (!r.charge_bytes(chars(s).size() * (chars(needle).size() > 32 ? 4 : 1) +
+                        chars(needle).size() * 4))
+        return {};
     const std::string& all = chars(s);
     size_t found = find_text(all, chars(needle));
     for (size_t at = found; last && at != std::string::npos && r.charge_bytes(16);) {
@@ -21965,7 +22017,9 @@ Value find_index(Renderer& r, const Value& s, const Value& needle, bool last) {
 
 Value count_text(Renderer& r, const Value& s, const Value& needle) {
     if (!r.want(needle, Kind::string)) return {};
-    if (!r.charge_bytes(chars(s).size() + chars(needle).size() * 4)) return {};
+    if (!r.charge_bytes(chars(s).size() * (chars(needle).size() > 32 ? 4 : 1) +
+                        chars(needle).size() * 4))
+        return {};
     const std::string &all = chars(s), &what = chars(needle);
     if (what.empty()) return make_int(int64_t(utf8_count(all)) + 1);
     int64_t count = 0;
@@ -21997,7 +22051,7 @@ Value without_affix(Renderer& r, const Value& s, const Value& affix, bool at_end
 
 /// Whether s has characters and `holds` for each of them.
 Value all_characters(Renderer& r, const Value& s, bool (*holds)(char32_t)) {
-    r.charge_bytes(chars(s).size());
+    r.charge_bytes(chars(s).size() * 16);
     for (size_t at = 0; at < chars(s).size() && !r.failed();)
         if (!holds(utf8_next(chars(s), &at))) return make_bool(false);
     return make_bool(!chars(s).empty());
@@ -22008,7 +22062,7 @@ Value all_characters(Renderer& r, const Value& s, bool (*holds)(char32_t)) {
 Value has_case(Renderer& r, const Value& v, bool upper) {
     const Value s = r.to_string(v);
     const std::string &all = chars(s), other = upper ? to_upper(all) : to_lower(all);
-    r.charge_bytes(all.size());
+    r.charge_bytes(all.size() * 16);
     return make_bool(all == other && all != (upper ? to_lower(all) : to_upper(all)));
 }
 
@@ -22023,7 +22077,7 @@ Value joined(Renderer& r, const Value& items, Arguments& a) {  // d attribute
         r.print(out, is_absent(attribute) ? item : r.path(item, attribute));
         if (r.failed()) return {};
     }
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 namespace {
@@ -22054,9 +22108,9 @@ Value indented(Renderer& r, const Value& v, Arguments& a) {
     Text text;
     r.print(text, v);
     r.append(text, "\n", false);  // as Jinja does: else a last empty line would be lost
-    const Value lines = split_lines(r, make_text(std::move(text)), {});
+    const Value lines = split_lines(r, r.text_value(std::move(text)), {});
     if (r.failed()) return {};
-    if (v.markup) margin = text_in(r.escaped(make_text(std::move(margin))));
+    if (v.markup) margin = text_in(r.escaped(r.text_value(std::move(margin))));
     Text out;
     for (size_t i = 0; i < list_in(lines).size() && !r.failed(); ++i) {
         const Value& line = list_in(lines)[i];
@@ -22064,7 +22118,7 @@ Value indented(Renderer& r, const Value& v, Arguments& a) {
         if (i == 0 ? truth(a.values[1]) : truth(line) || truth(a.values[2])) r.append(out, margin);
         r.append(out, text_in(line));
     }
-    Value made = make_text(std::move(out));
+    Value made = r.text_value(std::move(out));
     made.markup = v.markup;
     return made;
 }
@@ -22088,7 +22142,7 @@ Value centered(Renderer& r, const Value& v, const Value& width) {
     if (!is_absent(width) && !r.want(width, Kind::integer)) return {};
     Text out;
     append_padded(r, out, text_in(s), is_absent(width) ? 80 : width.integer, '|', {" ", {}});
-    Value made = make_text(std::move(out));
+    Value made = r.text_value(std::move(out));
     made.markup = s.markup;
     return made;
 }
@@ -22101,7 +22155,7 @@ Value truncated(Renderer& r, const Value& v, Arguments& a) {  // length killword
     for (size_t i : {size_t{0}, size_t{3}})
         if (!is_absent(a.values[i]) && !r.want(a.values[i], Kind::integer)) return {};
     const Value end = is_absent(a.values[2]) ? make_text("...") : a.values[2];
-    if (!r.want(end, Kind::string) || !r.charge_bytes(chars(s).size() / 4)) return {};
+    if (!r.want(end, Kind::string) || !r.charge_bytes(chars(s).size())) return {};
     const int64_t length = is_absent(a.values[0]) ? 255 : a.values[0].integer;
     const int64_t leeway = is_absent(a.values[3]) ? 5 : a.values[3].integer;
     const int64_t kept = length - int64_t(utf8_count(chars(end)));
@@ -22137,7 +22191,7 @@ Value quoted_url(Renderer& r, const Value& v, bool query) {
         }
         r.append(out, made, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 bool is_word_character(char32_t c) { return c == '_' || is_letter(c) || detail::is_number(c); }
@@ -22162,14 +22216,14 @@ Value url_encoded(Renderer& r, const Value& v) {
         r.append(out, "=", false);
         r.append(out, text_in(quoted_url(r, list_in(pair)[1], true)));
     }
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value count_words(Renderer& r, const Value& v) {
     const Value s = r.to_string(v);
     int64_t count = 0;
     bool inside = false;
-    r.charge_bytes(chars(s).size());
+    r.charge_bytes(chars(s).size() * 16);
     for (size_t at = 0; at < chars(s).size() && !r.failed();) {
         const bool word = is_word_character(utf8_next(chars(s), &at));
         count += word && !inside;
@@ -22195,7 +22249,7 @@ Value pretty(Renderer& r, const Value& v) {
     if (v.kind != Kind::undefined) r.write(out, v, style, 0, false);
     else r.append(out, "Undefined", false);
     if (utf8_count(out.text) > 80) return r.fail("pprint: over 80 characters are not supported");
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 namespace {
@@ -22217,11 +22271,11 @@ Value map_characters(Renderer& r, const Value& v, Map map) {
     Text out;
     each_run(text_in(v), [&](std::string_view run, bool request) {
         std::string made;
-        if (!r.charge_bytes(run.size())) return;
+        if (!r.charge_bytes(run.size() * 16)) return;
         for (size_t at = 0; at < run.size();) map(made, utf8_next(run, &at));
         r.append(out, made, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value case_folded(Renderer& r, const Value& v) {
@@ -22246,7 +22300,7 @@ Value justified(Renderer& r, const Value& s, Arguments& a, char align) {  // wid
     if (utf8_count(chars(fill)) != 1) return r.fail("to fill up, one character is wanted");
     Text out;
     append_padded(r, out, text_in(s), a.values[0].integer, align, text_in(fill));
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 /// Zeros behind the sign.
@@ -22257,7 +22311,7 @@ Value zero_filled(Renderer& r, const Value& s, const Value& width) {
     r.append(out, text_in(s), {0, sign});
     r.append(rest, text_in(s), {sign, chars(s).size()});
     append_padded(r, out, rest, width.integer - int64_t(sign), '>', {"0", {}});
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 /// Spaces up to the next column that is a multiple of `size`, with the origin of their tab.
@@ -22282,7 +22336,7 @@ Value tabs_expanded(Renderer& r, const Value& s, const Value& size) {
         }
         r.append(out, made, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value partitioned(Renderer& r, const Value& s, const Value& separator, bool last) {
@@ -22358,7 +22412,7 @@ Value is_ascii(Renderer& r, const Value& s) {
 }
 
 Value is_identifier(Renderer& r, const Value& s) {
-    r.charge_bytes(chars(s).size());
+    r.charge_bytes(chars(s).size() * 16);
     for (size_t at = 0; at < chars(s).size() && !r.failed();) {
         const bool first = at == 0;
         const char32_t c = utf8_next(chars(s), &at);
@@ -22379,7 +22433,7 @@ Value is_printable(Renderer& r, const Value& s) {
 /// Capitals begin words, and only these.
 Value is_title(Renderer& r, const Value& s) {
     bool inside = false, some = false;
-    r.charge_bytes(chars(s).size());
+    r.charge_bytes(chars(s).size() * 16);
     for (size_t at = 0; at < chars(s).size() && !r.failed();) {
         const Category k = category(utf8_next(chars(s), &at));
         const bool cased = k <= Category::Lt;
@@ -22494,7 +22548,7 @@ Value to_json(Renderer& r, const Value& v,
     }
     Text out;
     r.write(out, v, style, 0, has_marks(a.values[1]) || has_marks(a.values[2]));
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value length(Renderer& r, const Value& v) {
@@ -22748,9 +22802,9 @@ Value sum(Renderer& r, const Value& v, Arguments& a) {  // attribute start
     Value total = is_absent(a.values[1]) ? make_int(0) : a.values[1];
     for (const Value& item : list_in(items)) {
         const Value next = is_absent(a.values[0]) ? item : r.path(item, a.values[0]);
-        if (!r.failed()) total = r.binary(Op::add, std::move(total), next);
+        if (r.charge(1)) total = r.binary(Op::add, std::move(total), next);
     }
-    return total;
+    return r.failed() ? Value() : total;
 }
 
 /// select, reject and, with an attribute first, selectattr, rejectattr.
@@ -23327,7 +23381,7 @@ Value strftime_now(Renderer& r, const Value&, const Value& pattern) {
     if (!r.want(pattern, Kind::string) || !r.charge_bytes(chars(pattern).size() * 512)) return {};
     Text out;
     r.append(out, formatted_time(r.now_s, chars(pattern)), has_marks(pattern));
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 const Builtin globals[] = {

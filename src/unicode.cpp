@@ -263,8 +263,14 @@ bool is_whitespace(char32_t c) {
            c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
 }
 
-char32_t to_lower(char32_t c) { return map_case(unicode_lower, c); }
-char32_t to_upper(char32_t c) { return map_case(unicode_upper, c); }
+char32_t to_lower(char32_t c) {
+    if (c < 0x80) return c - 'A' < 26 ? c + 32 : c;
+    return map_case(unicode_lower, c);
+}
+char32_t to_upper(char32_t c) {
+    if (c < 0x80) return c - 'a' < 26 ? c - 32 : c;
+    return map_case(unicode_upper, c);
+}
 std::string to_lower(std::string_view text) { return map_text(text, to_lower); }
 std::string to_upper(std::string_view text) { return map_text(text, to_upper); }
 

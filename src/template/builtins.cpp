@@ -53,7 +53,7 @@ Value to_json(Renderer& r, const Value& v,
     }
     Text out;
     r.write(out, v, style, 0, has_marks(a.values[1]) || has_marks(a.values[2]));
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value length(Renderer& r, const Value& v) {
@@ -307,9 +307,9 @@ Value sum(Renderer& r, const Value& v, Arguments& a) {  // attribute start
     Value total = is_absent(a.values[1]) ? make_int(0) : a.values[1];
     for (const Value& item : list_in(items)) {
         const Value next = is_absent(a.values[0]) ? item : r.path(item, a.values[0]);
-        if (!r.failed()) total = r.binary(Op::add, std::move(total), next);
+        if (r.charge(1)) total = r.binary(Op::add, std::move(total), next);
     }
-    return total;
+    return r.failed() ? Value() : total;
 }
 
 /// select, reject and, with an attribute first, selectattr, rejectattr.
@@ -886,7 +886,7 @@ Value strftime_now(Renderer& r, const Value&, const Value& pattern) {
     if (!r.want(pattern, Kind::string) || !r.charge_bytes(chars(pattern).size() * 512)) return {};
     Text out;
     r.append(out, formatted_time(r.now_s, chars(pattern)), has_marks(pattern));
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 const Builtin globals[] = {

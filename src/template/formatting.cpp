@@ -159,6 +159,8 @@ void append_number(Renderer& r, Text& out, const Spec& spec, const Value& v) {
     const bool as_real = v.kind == Kind::real ||
                          (spec.type &&
                           std::string_view("eEfFgG%").find(spec.type) != std::string_view::npos);
+    // exact digits are long division
+    if (as_real && !r.charge(200 + uint64_t(std::max<int64_t>(spec.precision, 0)) * 2)) return;
     NumberText number = as_real ? real_text(spec, number_in(v)) : integer_text(spec, v.integer);
     if (!number.fine || (spec.zeros && spec.grouping))
         return void(r.fail("a number cannot be formatted with this specification"));
@@ -307,7 +309,7 @@ void BraceFormat::field(Text& out, ByteRange range, int depth) {
         if (how == 's') r_.print(text, v);
         else if (how == 'r') r_.write(text, v, {}, 0, false);
         else return void(r_.fail("format: a conversion that is not known"));
-        v = make_text(std::move(text));
+        v = r_.text_value(std::move(text));
         if (at < range.end && f_.text[at] != ':')
             return void(r_.fail("format: expected a colon behind the conversion"));
     }
@@ -316,7 +318,7 @@ void BraceFormat::field(Text& out, ByteRange range, int depth) {
     if (r_.failed()) return;
     append_formatted(r_, made, v, spec);
     const bool escape = markup_ && !v.markup && !r_.failed();
-    r_.append(out, escape ? text_in(r_.escaped(make_text(std::move(made)))) : made);
+    r_.append(out, escape ? text_in(r_.escaped(r_.text_value(std::move(made)))) : made);
 }
 
 Value BraceFormat::first(std::string_view name) {
@@ -451,7 +453,7 @@ void PercentFormat::convert(Text& out, Spec& spec, const Value& v) {
         else r_.print(text, v);
         if (spec.type == 'c' && utf8_count(text.text) != 1) r_.fail("%c: one character is wanted");
         if (r_.failed()) return;
-        if (markup_) text = text_in(r_.escaped(v.markup ? v : make_text(std::move(text))));
+        if (markup_) text = text_in(r_.escaped(v.markup ? v : r_.text_value(std::move(text))));
         return append_cut(r_, out, spec, text, spec.align ? spec.align : '>');
     }
     if (spec.type == 'c') return append_character(r_, out, spec, v);
@@ -513,7 +515,7 @@ double rounded(double value, int decimals) {
 Value percent_format(Renderer& r, const Value& format, const Value& values) {
     Text out;
     PercentFormat(r, format, values).run(out);
-    Value made = make_text(std::move(out));
+    Value made = r.text_value(std::move(out));
     made.markup = format.markup;
     return made;
 }
@@ -521,7 +523,7 @@ Value percent_format(Renderer& r, const Value& format, const Value& values) {
 Value brace_format(Renderer& r, const Value& format, Arguments& args) {
     Text out;
     BraceFormat(r, format, args).run(out, {0, chars(format).size()}, 1);
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 }  // namespace jinja

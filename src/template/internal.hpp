@@ -69,7 +69,8 @@ public:
     static constexpr uint32_t max_levels = 600;       ///< of evaluation: 256 KiB of stack suffice
     static constexpr uint32_t max_value_depth = 256;  ///< lists in lists
     static constexpr uint32_t max_range = 100'000;    ///< of range(), as in Jinja's sandbox
-    static constexpr size_t max_live_bytes = size_t{12} << 20;    ///< of lists and dicts at once
+    static constexpr size_t max_live_bytes = size_t{10}
+                                             << 20;  ///< of values, beside what a request needs
     static constexpr size_t max_output_bytes = size_t{16} << 20;  ///< of any one string
     /// A step is one operation or `bytes_per_step` bytes of text or list made or searched: steps
     /// bound time and memory at once.

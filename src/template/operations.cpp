@@ -84,7 +84,7 @@ bool Renderer::contains(const Value& container, const Value& v) {
 Value Renderer::joined_markup(const Value& a, const Value& b) {
     Text text;
     append(text, text_in(escaped(a))) && append(text, text_in(escaped(b)));
-    Value made = make_text(std::move(text));
+    Value made = text_value(std::move(text));
     made.markup = true;
     return made;
 }
@@ -98,7 +98,7 @@ Value Renderer::concatenated(Value a, const Value& b) {
     Text text;
     text.text.reserve(chars(a).size() + chars(b).size());
     append(text, text_in(a)) && append(text, text_in(b));
-    return make_text(std::move(text));
+    return text_value(std::move(text));
 }
 
 Value Renderer::binary(Op op, Value a, const Value& b) {
@@ -143,7 +143,7 @@ Value Renderer::repeated(const Value& v, int64_t times) {
             items.insert(items.end(), list_in(v).begin(), list_in(v).end());
     }
     if (!is_string(v)) return list(v.kind, std::move(items));
-    Value made = make_text(std::move(text));
+    Value made = text_value(std::move(text));
     made.markup = v.markup;
     return made;
 }
@@ -292,6 +292,7 @@ Value Renderer::path(const Value& v, const Value& dotted) {
         const std::string_view name = names.substr(begin, end - begin);
         const bool digits = !name.empty() && name.size() < 10 &&
                             std::all_of(name.begin(), name.end(), is_digit);
+        charge(2);
         at = subscript(at,
                        digits ? make_int(std::atoi(std::string(name).c_str())) : make_text(name));
         begin = end + 1;
@@ -339,7 +340,7 @@ Value Renderer::slice(const Value& v, const Value& begin, const Value& end, cons
         if (is_string(v)) append(text, text_in(item));
         else kept.push_back(item);
     }
-    Value made = is_string(v) ? make_text(std::move(text)) : list(v.kind, std::move(kept));
+    Value made = is_string(v) ? text_value(std::move(text)) : list(v.kind, std::move(kept));
     if (v.kind == Kind::list) made.integer = v.integer;
     made.markup = v.markup;
     return made;

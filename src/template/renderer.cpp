@@ -60,7 +60,9 @@ bool Renderer::want(const Value& v, Kind kind) {
 // text
 
 bool Renderer::append(Text& out, std::string_view piece, bool request) {
-    if (!charge_bytes(piece.size() + 16)) return false;  // 16: of a mark
+    if (!charge_bytes(piece.size() + 48)) return false;           // 48: of a mark and the call
+    const uint64_t grown = (out.text.size() + piece.size()) * 3;  // a growing string has room
+    if (grown > size_t{1} << 12 && !room_for(grown)) return false;
     if (piece.size() > ChatTemplate::max_output_bytes - out.text.size()) {
         fail("a text of over 16 MiB", ErrorKind::too_large);
         return false;
@@ -95,7 +97,7 @@ Value Renderer::to_string(const Value& v) {
     if (is_string(v)) return v;
     Text text;
     print(text, v);
-    return make_text(std::move(text));
+    return text_value(std::move(text));
 }
 
 Value Renderer::escaped(const Value& v) {
@@ -112,7 +114,7 @@ Value Renderer::escaped(const Value& v) {
             run.remove_prefix(std::min(at + 1, run.size()));
         }
     });
-    Value made = make_text(std::move(out));
+    Value made = text_value(std::move(out));
     made.markup = true;
     return made;
 }
@@ -121,20 +123,28 @@ Value Renderer::piece(const Value& string, ByteRange range) {
     Text text;
     charge(1);
     append(text, text_in(string), range);
-    return make_text(std::move(text));
+    return text_value(std::move(text));
 }
 
 // containers
 
 namespace {
 
-/// A container that is counted while it lives.
+template <class Item>
+uint64_t held_bytes(const std::vector<Item>& items) {
+    return items.capacity() * sizeof(Item);
+}
+uint64_t held_bytes(const Text& text) {
+    return sizeof(Text) + text.text.capacity() + held_bytes(text.from_request);
+}
+
+/// A container or text that is counted while it lives.
 template <class Items>
 struct Counted : Items {
     Counted(Items&& items, uint64_t* total)
         : Items(std::move(items)),
           live(total),
-          bytes(this->capacity() * sizeof(typename Items::value_type) + 64) {
+          bytes(held_bytes(static_cast<const Items&>(*this)) + 64) {
         *live += bytes;
     }
     ~Counted() { *live -= bytes; }
@@ -152,12 +162,21 @@ void count(Value& made, uint64_t* live) {
 
 }  // namespace
 
-bool Renderer::room(uint64_t values) {
-    if (values >
-        (ChatTemplate::max_live_bytes - std::min<uint64_t>(live_, ChatTemplate::max_live_bytes)) /
-            sizeof(Value))
-        fail("lists of over 12 MiB");
+bool Renderer::room_for(uint64_t bytes) {
+    if (bytes > allowed_ - std::min(live_, allowed_)) fail("text and lists of over 10 MiB");
     return !failed();
+}
+
+bool Renderer::room(uint64_t values) {
+    return room_for(std::min<uint64_t>(values, UINT32_MAX) * sizeof(Value));
+}
+
+Value Renderer::text_value(Text made) {
+    Value v;
+    v.kind = Kind::string;
+    std::shared_ptr<Text> counted = std::make_shared<Counted<Text>>(std::move(made), &live_);
+    v.object = std::move(counted);
+    return room(1) ? v : Value();
 }
 
 Value Renderer::list(Kind kind, List items) {
@@ -239,14 +258,16 @@ Value Renderer::from_json(const Json& json, bool request) {
         case Json::Kind::uint64: return fail("an integer over 63 bits");
         case Json::Kind::real: v = make_real(json.as_double()); break;
         case Json::Kind::string: {
+            allowed_ += json.as_string().size() * 16;
             Text text{std::string(json.as_string()), {}};
             if (request) add_mark(text, 0, text.text.size());
-            v = make_text(std::move(text));
+            v = text_value(std::move(text));
             break;
         }
         case Json::Kind::array: {
             List items;
             items.reserve(json.size());
+            allowed_ += json.size() * 1024;
             for (const Json& item : json.items()) items.push_back(from_json(item, request));
             v = make_list(Kind::list, std::move(items));
             break;
@@ -255,9 +276,10 @@ Value Renderer::from_json(const Json& json, bool request) {
             Dict entries;
             entries.reserve(json.size());
             for (const JsonMember& m : json.members()) {
+                allowed_ += m.key.size() * 16 + 1024;
                 Text key{m.key, {}};
                 if (request) add_mark(key, 0, key.text.size());
-                entries.push_back({make_text(std::move(key)), from_json(m.value, request)});
+                entries.push_back({text_value(std::move(key)), from_json(m.value, request)});
             }
             v = make_dict(std::move(entries));
             break;
@@ -470,10 +492,9 @@ Flow Renderer::run_loop(const Place& place, Value items, uint32_t depth) {
 /// What `body` prints, as a string.
 Flow Renderer::captured(uint32_t body, Value* value) {
     Text text;
-    Text* const outer = std::exchange(out_, &text);
+    const Outer outer(*this, &text);
     const Flow flow = execute_scope(body);
-    out_ = outer;
-    *value = make_text(std::move(text));
+    *value = text_value(std::move(text));
     return flow;
 }
 
@@ -713,7 +734,7 @@ bool Renderer::bind(const Builtin& builtin, Arguments& args) {
 }
 
 Value Renderer::call(const Builtin& builtin, const Value& self, Arguments& args) {
-    if (!bind(builtin, args)) return {};
+    if (!charge(3) || !bind(builtin, args)) return {};
     return builtin.function(*this, self, args);
 }
 
@@ -764,13 +785,12 @@ Value Renderer::call_loop(const Loop& loop, Arguments& args) {
     if (failed() || !can_call(place)) return {};
     const uint32_t line = line_;
     Text text;
-    Text* const outer = std::exchange(out_, &text);
+    const Outer outer(*this, &text);
     ++calls_;
     run_loop(place, std::move(items), loop.nesting + 1);
     --calls_;
-    out_ = outer;
     line_ = line;
-    return make_text(std::move(text));
+    return text_value(std::move(text));
 }
 
 /// The call of {% call %}, with the block's body as `caller`.
@@ -794,7 +814,7 @@ Value Renderer::new_macro(uint32_t node) {
 Value Renderer::call_macro(const Place& macro, Arguments& args) {
     const Level level(*this);
     const Node& node = p_.nodes[macro.node];
-    if (!can_call(macro)) return {};
+    if (!can_call(macro) || !charge(4)) return {};
     const uint32_t line = line_;
     ++calls_;
     push_frame(macro.frame);
@@ -813,7 +833,7 @@ bool Renderer::bind_parameters(const Node& node, Arguments& args) {
         const Node& parameter = p_.nodes[parameters[i]];
         has_caller = has_caller || p_.names[parameter.value] == "caller";
         Value v = make_kind(Kind::undefined, parameters[i]);
-        charge_bytes(args.named.size());
+        charge_bytes(ChatTemplate::bytes_per_step + args.named.size());
         if (i < args.values.size()) v = args.values[i];
         else if (!args.take(p_.names[parameter.value], &v) && p_.children(parameter)[0])
             v = eval(p_.children(parameter)[0]);

@@ -86,6 +86,7 @@ public:
     bool charge(uint64_t steps) { return charge_bytes(steps * ChatTemplate::bytes_per_step); }
     bool charge_bytes(uint64_t bytes);
     bool room(uint64_t values);  // whether so many more may live at once
+    bool room_for(uint64_t bytes);
 
     bool append(Text& out, std::string_view piece, bool request);
     bool append(Text& out, const Text& from, ByteRange range);
@@ -95,6 +96,7 @@ public:
     Value to_string(const Value& v);
     Value escaped(const Value& v);  // as markup: <, >, &, " and ' in HTML's spelling
     Value piece(const Value& string, ByteRange range);  // of a string
+    Value text_value(Text made);  // what a template makes is counted while it lives
     Value list(Kind kind, List items);
     Value dict(Dict entries);
     Value items_of(const Value& v);  // as a list, for iteration
@@ -129,6 +131,23 @@ private:
         ~Level() { --r.levels_; }
         Level(const Level&) = delete;
         Renderer& r;
+    };
+
+    /// What is printed goes to `text`, and what went elsewhere before waits and is counted.
+    struct Outer {
+        Outer(Renderer& renderer, Text* text)
+            : r(renderer), out(renderer.out_), bytes(out->text.capacity()) {
+            r.live_ += bytes;
+            r.out_ = text;
+        }
+        ~Outer() {
+            r.live_ -= bytes;
+            r.out_ = out;
+        }
+        Outer(const Outer&) = delete;
+        Renderer& r;
+        Text* out;
+        uint64_t bytes;
     };
 
     Value from_json(const Json& json, bool request);
@@ -184,7 +203,8 @@ private:
                          bool request);
 
     const TemplateProgram& p_;
-    uint64_t live_ = 0;  // bytes of the lists and dicts that were made; outlives them all
+    uint64_t live_ = 0;  // bytes of the text and lists that were made; outlives them all
+    uint64_t allowed_ = ChatTemplate::max_live_bytes;  // of those; more for a large request
     std::optional<Error> error_ = {};
     uint64_t spent_ = 0;  // in bytes, see ChatTemplate::bytes_per_step
     uint32_t line_ = 1;

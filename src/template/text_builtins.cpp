@@ -36,13 +36,13 @@ Value case_mapped(Renderer& r, const Value& v, bool upper) {
     const Value s = r.to_string(v);
     Text out;
     each_run(text_in(s), [&](std::string_view run, bool request) {
-        if (!r.charge_bytes(run.size())) return;
+        if (!r.charge_bytes(run.size() * 24)) return;  // of each character
         std::string made = upper ? to_upper(run) : to_lower(run);
         for (size_t at = 0; upper && (at = made.find("\u00df", at)) != std::string::npos;)
             made.replace(at, 2, "SS");
         r.append(out, made, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
@@ -51,7 +51,7 @@ Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
     bool start = true;
     each_run(text_in(s), [&](std::string_view run, bool request) {
         std::string mapped;
-        r.charge_bytes(run.size());
+        r.charge_bytes(run.size() * 32);
         for (size_t at = 0; at < run.size() && !r.failed();) {
             const char32_t c = utf8_next(run, &at);
             if (start && c == 0xdf) mapped += "Ss";
@@ -60,7 +60,7 @@ Value capitalized(Renderer& r, const Value& v, bool (*separates)(char32_t)) {
         }
         r.append(out, mapped, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 bool separates_nothing(char32_t) { return false; }
 namespace {
@@ -165,7 +165,7 @@ Value replaced(Renderer& r, const Value& v, Arguments& a) {
         if (old.empty() && at == all.size()) break;
     }
     r.append(out, text_in(s), {begin, all.size()});
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 namespace {
@@ -173,7 +173,9 @@ namespace {
 /// Python's find and rfind: an index in code points, or -1.
 Value find_index(Renderer& r, const Value& s, const Value& needle, bool last) {
     if (!r.want(needle, Kind::string)) return {};
-    if (!r.charge_bytes(chars(s).size() + chars(needle).size() * 4)) return {};
+    if (!r.charge_bytes(chars(s).size() * (chars(needle).size() > 32 ? 4 : 1) +
+                        chars(needle).size() * 4))
+        return {};
     const std::string& all = chars(s);
     size_t found = find_text(all, chars(needle));
     for (size_t at = found; last && at != std::string::npos && r.charge_bytes(16);) {
@@ -186,7 +188,9 @@ Value find_index(Renderer& r, const Value& s, const Value& needle, bool last) {
 
 Value count_text(Renderer& r, const Value& s, const Value& needle) {
     if (!r.want(needle, Kind::string)) return {};
-    if (!r.charge_bytes(chars(s).size() + chars(needle).size() * 4)) return {};
+    if (!r.charge_bytes(chars(s).size() * (chars(needle).size() > 32 ? 4 : 1) +
+                        chars(needle).size() * 4))
+        return {};
     const std::string &all = chars(s), &what = chars(needle);
     if (what.empty()) return make_int(int64_t(utf8_count(all)) + 1);
     int64_t count = 0;
@@ -218,7 +222,7 @@ Value without_affix(Renderer& r, const Value& s, const Value& affix, bool at_end
 
 /// Whether s has characters and `holds` for each of them.
 Value all_characters(Renderer& r, const Value& s, bool (*holds)(char32_t)) {
-    r.charge_bytes(chars(s).size());
+    r.charge_bytes(chars(s).size() * 16);
     for (size_t at = 0; at < chars(s).size() && !r.failed();)
         if (!holds(utf8_next(chars(s), &at))) return make_bool(false);
     return make_bool(!chars(s).empty());
@@ -229,7 +233,7 @@ Value all_characters(Renderer& r, const Value& s, bool (*holds)(char32_t)) {
 Value has_case(Renderer& r, const Value& v, bool upper) {
     const Value s = r.to_string(v);
     const std::string &all = chars(s), other = upper ? to_upper(all) : to_lower(all);
-    r.charge_bytes(all.size());
+    r.charge_bytes(all.size() * 16);
     return make_bool(all == other && all != (upper ? to_lower(all) : to_upper(all)));
 }
 
@@ -244,7 +248,7 @@ Value joined(Renderer& r, const Value& items, Arguments& a) {  // d attribute
         r.print(out, is_absent(attribute) ? item : r.path(item, attribute));
         if (r.failed()) return {};
     }
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 namespace {
@@ -275,9 +279,9 @@ Value indented(Renderer& r, const Value& v, Arguments& a) {
     Text text;
     r.print(text, v);
     r.append(text, "\n", false);  // as Jinja does: else a last empty line would be lost
-    const Value lines = split_lines(r, make_text(std::move(text)), {});
+    const Value lines = split_lines(r, r.text_value(std::move(text)), {});
     if (r.failed()) return {};
-    if (v.markup) margin = text_in(r.escaped(make_text(std::move(margin))));
+    if (v.markup) margin = text_in(r.escaped(r.text_value(std::move(margin))));
     Text out;
     for (size_t i = 0; i < list_in(lines).size() && !r.failed(); ++i) {
         const Value& line = list_in(lines)[i];
@@ -285,7 +289,7 @@ Value indented(Renderer& r, const Value& v, Arguments& a) {
         if (i == 0 ? truth(a.values[1]) : truth(line) || truth(a.values[2])) r.append(out, margin);
         r.append(out, text_in(line));
     }
-    Value made = make_text(std::move(out));
+    Value made = r.text_value(std::move(out));
     made.markup = v.markup;
     return made;
 }
@@ -309,7 +313,7 @@ Value centered(Renderer& r, const Value& v, const Value& width) {
     if (!is_absent(width) && !r.want(width, Kind::integer)) return {};
     Text out;
     append_padded(r, out, text_in(s), is_absent(width) ? 80 : width.integer, '|', {" ", {}});
-    Value made = make_text(std::move(out));
+    Value made = r.text_value(std::move(out));
     made.markup = s.markup;
     return made;
 }
@@ -322,7 +326,7 @@ Value truncated(Renderer& r, const Value& v, Arguments& a) {  // length killword
     for (size_t i : {size_t{0}, size_t{3}})
         if (!is_absent(a.values[i]) && !r.want(a.values[i], Kind::integer)) return {};
     const Value end = is_absent(a.values[2]) ? make_text("...") : a.values[2];
-    if (!r.want(end, Kind::string) || !r.charge_bytes(chars(s).size() / 4)) return {};
+    if (!r.want(end, Kind::string) || !r.charge_bytes(chars(s).size())) return {};
     const int64_t length = is_absent(a.values[0]) ? 255 : a.values[0].integer;
     const int64_t leeway = is_absent(a.values[3]) ? 5 : a.values[3].integer;
     const int64_t kept = length - int64_t(utf8_count(chars(end)));
@@ -358,7 +362,7 @@ Value quoted_url(Renderer& r, const Value& v, bool query) {
         }
         r.append(out, made, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 bool is_word_character(char32_t c) { return c == '_' || is_letter(c) || detail::is_number(c); }
@@ -383,14 +387,14 @@ Value url_encoded(Renderer& r, const Value& v) {
         r.append(out, "=", false);
         r.append(out, text_in(quoted_url(r, list_in(pair)[1], true)));
     }
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value count_words(Renderer& r, const Value& v) {
     const Value s = r.to_string(v);
     int64_t count = 0;
     bool inside = false;
-    r.charge_bytes(chars(s).size());
+    r.charge_bytes(chars(s).size() * 16);
     for (size_t at = 0; at < chars(s).size() && !r.failed();) {
         const bool word = is_word_character(utf8_next(chars(s), &at));
         count += word && !inside;
@@ -416,7 +420,7 @@ Value pretty(Renderer& r, const Value& v) {
     if (v.kind != Kind::undefined) r.write(out, v, style, 0, false);
     else r.append(out, "Undefined", false);
     if (utf8_count(out.text) > 80) return r.fail("pprint: over 80 characters are not supported");
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 namespace {
@@ -438,11 +442,11 @@ Value map_characters(Renderer& r, const Value& v, Map map) {
     Text out;
     each_run(text_in(v), [&](std::string_view run, bool request) {
         std::string made;
-        if (!r.charge_bytes(run.size())) return;
+        if (!r.charge_bytes(run.size() * 16)) return;
         for (size_t at = 0; at < run.size();) map(made, utf8_next(run, &at));
         r.append(out, made, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value case_folded(Renderer& r, const Value& v) {
@@ -467,7 +471,7 @@ Value justified(Renderer& r, const Value& s, Arguments& a, char align) {  // wid
     if (utf8_count(chars(fill)) != 1) return r.fail("to fill up, one character is wanted");
     Text out;
     append_padded(r, out, text_in(s), a.values[0].integer, align, text_in(fill));
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 /// Zeros behind the sign.
@@ -478,7 +482,7 @@ Value zero_filled(Renderer& r, const Value& s, const Value& width) {
     r.append(out, text_in(s), {0, sign});
     r.append(rest, text_in(s), {sign, chars(s).size()});
     append_padded(r, out, rest, width.integer - int64_t(sign), '>', {"0", {}});
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 /// Spaces up to the next column that is a multiple of `size`, with the origin of their tab.
@@ -503,7 +507,7 @@ Value tabs_expanded(Renderer& r, const Value& s, const Value& size) {
         }
         r.append(out, made, request);
     });
-    return make_text(std::move(out));
+    return r.text_value(std::move(out));
 }
 
 Value partitioned(Renderer& r, const Value& s, const Value& separator, bool last) {
@@ -579,7 +583,7 @@ Value is_ascii(Renderer& r, const Value& s) {
 }
 
 Value is_identifier(Renderer& r, const Value& s) {
-    r.charge_bytes(chars(s).size());
+    r.charge_bytes(chars(s).size() * 16);
     for (size_t at = 0; at < chars(s).size() && !r.failed();) {
         const bool first = at == 0;
         const char32_t c = utf8_next(chars(s), &at);
@@ -600,7 +604,7 @@ Value is_printable(Renderer& r, const Value& s) {
 /// Capitals begin words, and only these.
 Value is_title(Renderer& r, const Value& s) {
     bool inside = false, some = false;
-    r.charge_bytes(chars(s).size());
+    r.charge_bytes(chars(s).size() * 16);
     for (size_t at = 0; at < chars(s).size() && !r.failed();) {
         const Category k = category(utf8_next(chars(s), &at));
         const bool cased = k <= Category::Lt;
