@@ -84,6 +84,7 @@ std::vector<std::byte> write_file(const Pieces& vocabulary, Bytes& in, bool sent
     const uint8_t flags = in.byte();
     valar::GgufWriter writer;
     const char* sentence_model = flags & 8 ? "t5" : "llama";
+    if (!sound && flags & 64) sentence_model = "bert";
     const char* byte_model = !sound && flags & 8 ? "gemma4" : "gpt2";
     writer.set_string("tokenizer.ggml.model", sentences ? sentence_model : byte_model);
     if (!sound && flags & 16) {  // a map of characters
@@ -104,6 +105,8 @@ std::vector<std::byte> write_file(const Pieces& vocabulary, Bytes& in, bool sent
         writer.set_array<int32_t>("tokenizer.ggml.token_type", vocabulary.types);
     writer.set_array<float>("tokenizer.ggml.scores", vocabulary.scores);
     writer.set("tokenizer.ggml.add_space_prefix", bool(flags & 2));
+    writer.set("tokenizer.ggml.normalizer.lowercase", bool(flags & 32));
+    writer.set_string("general.architecture", flags & 128 ? "phi3" : "llama");
     const uint32_t first = sound ? 256 : 0;
     for (const char* key : {"bos_token_id", "eos_token_id", "unknown_token_id"})
         if (const uint32_t id = first + in.byte() % 40; id < vocabulary.tokens.size() || !sound)
@@ -132,8 +135,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     using namespace valar;
     using namespace valar::detail;
     static constexpr std::string_view pres[] = {
-        "gpt-2",  "smollm", "llama-bpe", "qwen2",          "gpt-4o", "deepseek-llm", "deepseek-v3",
-        "falcon", "qwen35", "default",   "deepseek-coder", "tekken", "other"};
+        "gpt-2",       "smollm",   "llama-bpe", "qwen2",     "gpt-4o",         "deepseek-llm",
+        "deepseek-v3", "falcon",   "qwen35",    "default",   "deepseek-coder", "tekken",
+        "kimi-k2",     "tiny_aya", "afmoe",     "superbpe",  "exaone-moe",     "jais-2",
+        "youtu",       "spark2_5", "bloom",     "chameleon", "other"};
     Bytes in{data, data + size};
     const uint8_t mode = in.byte();
     const bool sentences = mode % 5 == 4, sound = mode & 0x80;
