@@ -173,7 +173,7 @@ def draw_schema(rng, depth=0):
 def walks(dump, count):
     import jsonschema
     import jsonschema_rs
-    faults = texts = refused = 0
+    faults = texts = refused = unfinished = 0
     for seed in range(count):
         rng = random.Random(seed)
         schema = draw_schema(rng)
@@ -186,6 +186,9 @@ def walks(dump, count):
         python = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
         rust = jsonschema_rs.Draft202012Validator(schema, validate_formats=True)
         for walked in reply["walks"]:
+            if "endless" in walked:  # the draws found no way out in time
+                unfinished += 1
+                continue
             texts += 1
             try:
                 value = json.loads(walked["text"])
@@ -195,7 +198,7 @@ def walks(dump, count):
             if why:
                 faults += 1
                 print(f"{why[0][:200]}: {json.dumps(walked)[:300]} for {json.dumps(schema)[:600]}")
-    print(f"{texts} texts, {faults} faults, {refused} schemas refused")
+    print(f"{texts} texts, {faults} faults, {refused} schemas refused, {unfinished} texts not finished")
     return faults
 
 
@@ -221,6 +224,8 @@ def regexes(dump, count):
             faults += 1
             continue
         for walked in reply["walks"]:
+            if "endless" in walked:
+                continue
             texts += 1
             if "text" not in walked or not re.fullmatch(pattern, walked["text"], re.S):
                 faults += 1

@@ -54,6 +54,10 @@ Json walk(const TokenTrie& trie, const GrammarPtr& grammar, uint64_t seed, size_
     Random random{seed};
     std::string text;
     std::vector<uint64_t> mask(trie.words());
+    std::vector<Token> closers;
+    for (size_t i = 0; i < trie.vocabulary(); ++i)
+        for (const std::string_view end : {"\"", "}", "]", "null", "\":", "1"})
+            if (trie.piece(Token(i)) == end) closers.push_back(Token(i));
     for (size_t tokens = 0;; ++tokens) {
         fill_mask(trie, state, mask);
         const bool may_end = state.may_end();
@@ -65,12 +69,11 @@ Json walk(const TokenTrie& trie, const GrammarPtr& grammar, uint64_t seed, size_
         if (allowed.empty() && may_end) break;
         if (allowed.empty()) return Json::object().set("stuck", text);
         Token token = allowed[random.next() % allowed.size()];
-        if (tokens > most + 20'000) return Json::object().set("endless", text.substr(0, 300));
+        if (tokens > most + 2'000) return Json::object().set("endless", text.substr(0, 300));
         if (tokens > most && random.next() % 8) {
             std::vector<Token> soon;
-            for (const Token t : allowed)
-                for (const std::string_view end : {"\"", "}", "]", "null", "\":", "1"})
-                    if (trie.piece(t) == end) soon.push_back(t);
+            for (const Token t : closers)
+                if (mask[size_t(t) / 64] >> (t % 64) & 1) soon.push_back(t);
             if (!soon.empty()) token = soon[random.next() % soon.size()];
         }
         const bool ok = state.accept_token(token, trie.piece(token));
