@@ -3071,6 +3071,7 @@ struct EngineOptions {
                               ///< guesses: faster where it repeats, the same answer
     Weights weights = Weights::packed;
     Allocator allocator = {};  ///< of all memory that memory_plan() counts; default: the system's
+    bool show_schema = true;   ///< what Request::format wants also stands in the prompt
 };
 
 namespace detail {
@@ -9265,7 +9266,7 @@ Json item_json(const Item& item, const std::string& id, const char* status) {
     if (!id.empty()) out.set("id", id);
     out.set("type", item_type(item.kind).name);
     if (item.kind == Item::Kind::message) out.set("role", role_name(item.role));
-    if (status) out.set("status", status);
+    if (status && !custom) out.set("status", status);  // of a custom call it is always whole
     switch (item.kind) {
         case Item::Kind::message: return out.set("content", render_parts(item));
         case Item::Kind::reasoning:
@@ -18253,6 +18254,7 @@ struct TemplateShape {
     bool null_content = false;    ///< of a message of calls alone; else an empty string
     bool short_ids = false;       ///< ids of calls have nine letters and digits
     const char* thought = "reasoning_content";  ///< the field of thoughts
+    bool thought_or_text = false;  ///< before calls not both: the text goes behind the thought
 };
 
 /// How calls stand in the text of a model whose template knows of none, and results after them.
@@ -23688,6 +23690,8 @@ void find_thought(const ChatTemplate& chat_template, TemplateShape* shape) {
         const std::string text = rendered(chat_template, turns, tried, probe_tools());
         if (text.find("probe-of-thought") == text.npos) continue;
         shape->thought = field;
+        turns[1].text = "probe-of-text";
+        shape->thought_or_text = rendered(chat_template, turns, tried, probe_tools()).empty();
         return;
     }
 }
@@ -23811,6 +23815,13 @@ std::vector<ChatTurn> with_calls_as_text(std::vector<ChatTurn> turns, const Temp
     return turns;
 }
 
+std::vector<ChatTurn> with_thought_or_text(std::vector<ChatTurn> turns) {
+    for (ChatTurn& turn : turns)
+        if (!turn.calls.empty() && !turn.thought.empty())
+            add_text(turn.thought, std::exchange(turn.text, {}));
+    return turns;
+}
+
 /// Where only one call may stand in a message, each is followed by its result.
 std::vector<ChatTurn> with_single_calls(std::vector<ChatTurn> turns) {
     std::vector<ChatTurn> made;
@@ -23931,6 +23942,7 @@ TemplateInput chat_input(const Request& request, const ChatTemplate& chat_templa
     if (show_schema && !request.format.schema.is_null() && !request.format.schema.empty())
         add_order(turns, schema_text(request.format));
     turns = with_calls_as_text(std::move(turns), shape);
+    if (shape.thought_or_text) turns = with_thought_or_text(std::move(turns));
     if (!shape.parallel) turns = with_single_calls(std::move(turns));
     turns = with_known_roles(std::move(turns), shape);
     if (shape.joins) turns = with_neighbours_joined(std::move(turns));
@@ -36390,7 +36402,7 @@ Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
     };
     const TemplateInput input = chat_input(request, model_.chat_template(),
                                            spelling(tokenizer.bos()), spelling(tokenizer.eos()),
-                                           unix_time_ms() / 1000);
+                                           unix_time_ms() / 1000, options_.show_schema);
     auto text = model_.chat_template().render(input);
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",

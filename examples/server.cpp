@@ -148,6 +148,8 @@ void add_engine_flags(example::Flags& flags, Settings& settings) {
               "among organisations, too: for a single tenant (default: off)");
     flags.add("speculation", "on|off", &model.speculation,
               "guess repeated text, the same answer sooner (default: on)");
+    flags.add("show-schema", "on|off", &model.show_schema,
+              "the schema of an answer stands in its prompt, too (default: on)");
     flags.add("windows", "WINDOW[,WINDOW...]", &model.windows,
               "of asap, standard, flex: those that are served (default: all)");
     flags.add_in<1000>("standard-target", "SECONDS", &model.standard_target_ms,

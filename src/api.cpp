@@ -972,7 +972,7 @@ Json item_json(const Item& item, const std::string& id, const char* status) {
     if (!id.empty()) out.set("id", id);
     out.set("type", item_type(item.kind).name);
     if (item.kind == Item::Kind::message) out.set("role", role_name(item.role));
-    if (status) out.set("status", status);
+    if (status && !custom) out.set("status", status);  // of a custom call it is always whole
     switch (item.kind) {
         case Item::Kind::message: return out.set("content", render_parts(item));
         case Item::Kind::reasoning:

@@ -745,6 +745,17 @@ TEST_CASE("template: arguments, ids and results as a template takes them") {
     const size_t at = ids.find('#');
     REQUIRE(at != std::string::npos);
     CHECK(ids.find(ids.substr(at, 10), at + 1) != std::string::npos);
+    // A thought or a text before calls, as gpt-oss has it.
+    Item thought;
+    thought.kind = Item::Kind::reasoning;
+    thought.content = {{ContentPart::Kind::output_text, "hm"}};
+    request.input = std::vector<Item>{Item::message(Role::user, "u"), thought,
+                                      Item::message(Role::assistant, "well"), call,
+                                      Item::output(call, "first")};
+    CHECK(rendered("{% if m.thinking %}{% if m.content %}{{ raise_exception('both') }}{% endif %}"
+                   "<{{ m.thinking }}>{% endif %}" +
+                   each + "{{ c.function.arguments }}{% endfor %}") ==
+          "user:u;assistant:<hm\n\nwell>f{\"k\": \"v\"};tool:first;");
     // Results in no role that it knows.
     CHECK(rendered("{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}")
               .find("user:<tool_response>\nfirst\n</tool_response>;") != std::string::npos);

@@ -57,6 +57,7 @@ struct EngineOptions {
                               ///< guesses: faster where it repeats, the same answer
     Weights weights = Weights::packed;
     Allocator allocator = {};  ///< of all memory that memory_plan() counts; default: the system's
+    bool show_schema = true;   ///< what Request::format wants also stands in the prompt
 };
 
 namespace detail {

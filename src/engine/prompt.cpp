@@ -164,7 +164,7 @@ Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
     };
     const TemplateInput input = chat_input(request, model_.chat_template(),
                                            spelling(tokenizer.bos()), spelling(tokenizer.eos()),
-                                           unix_time_ms() / 1000);
+                                           unix_time_ms() / 1000, options_.show_schema);
     auto text = model_.chat_template().render(input);
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",

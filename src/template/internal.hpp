@@ -49,6 +49,7 @@ struct TemplateShape {
     bool null_content = false;    ///< of a message of calls alone; else an empty string
     bool short_ids = false;       ///< ids of calls have nine letters and digits
     const char* thought = "reasoning_content";  ///< the field of thoughts
+    bool thought_or_text = false;  ///< before calls not both: the text goes behind the thought
 };
 
 /// How calls stand in the text of a model whose template knows of none, and results after them.

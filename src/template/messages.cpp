@@ -219,6 +219,8 @@ void find_thought(const ChatTemplate& chat_template, TemplateShape* shape) {
         const std::string text = rendered(chat_template, turns, tried, probe_tools());
         if (text.find("probe-of-thought") == text.npos) continue;
         shape->thought = field;
+        turns[1].text = "probe-of-text";
+        shape->thought_or_text = rendered(chat_template, turns, tried, probe_tools()).empty();
         return;
     }
 }
@@ -342,6 +344,13 @@ std::vector<ChatTurn> with_calls_as_text(std::vector<ChatTurn> turns, const Temp
     return turns;
 }
 
+std::vector<ChatTurn> with_thought_or_text(std::vector<ChatTurn> turns) {
+    for (ChatTurn& turn : turns)
+        if (!turn.calls.empty() && !turn.thought.empty())
+            add_text(turn.thought, std::exchange(turn.text, {}));
+    return turns;
+}
+
 /// Where only one call may stand in a message, each is followed by its result.
 std::vector<ChatTurn> with_single_calls(std::vector<ChatTurn> turns) {
     std::vector<ChatTurn> made;
@@ -462,6 +471,7 @@ TemplateInput chat_input(const Request& request, const ChatTemplate& chat_templa
     if (show_schema && !request.format.schema.is_null() && !request.format.schema.empty())
         add_order(turns, schema_text(request.format));
     turns = with_calls_as_text(std::move(turns), shape);
+    if (shape.thought_or_text) turns = with_thought_or_text(std::move(turns));
     if (!shape.parallel) turns = with_single_calls(std::move(turns));
     turns = with_known_roles(std::move(turns), shape);
     if (shape.joins) turns = with_neighbours_joined(std::move(turns));

@@ -65,7 +65,7 @@ for (const [code, param, fields] of [
     ["integer_below_min_value", "max_output_tokens", { max_output_tokens: 0 }],
     ["invalid_type", "instructions", { instructions: 7 }],
     ["invalid_value", "input[0].role", { input: [{ role: "boss", content: "x" }] }],
-    ["unsupported_parameter", "tools", { tools: [{ type: "web_search" }] }],
+    ["unsupported_value", "tools[0].type", { tools: [{ type: "web_search" }] }],
 ]) {
     await refused(OpenAI.BadRequestError, 400, code, param,
                   () => client.responses.create({ model, input: "x", ...fields }));
