@@ -663,7 +663,8 @@ TEST_CASE("template: tools, calls and thoughts become messages") {
     REQUIRE(knows);
     const TemplateShape& shape = knows->shape();
     CHECK((shape.tools && shape.calls && shape.results && shape.parallel));
-    CHECK_FALSE((shape.text_arguments || shape.null_content || shape.short_ids));
+    CHECK_FALSE(
+        (shape.text_arguments || shape.null_content || shape.ids != TemplateShape::Ids::any));
     auto input = chat_input(request, *knows, "", "", kNow);
     CHECK(input.request["messages"].write() ==
           R"([{"role":"user","content":"a sword!"},{"role":"assistant","reasoning_content":"hm",)"
@@ -745,6 +746,18 @@ TEST_CASE("template: arguments, ids and results as a template takes them") {
     const size_t at = ids.find('#');
     REQUIRE(at != std::string::npos);
     CHECK(ids.find(ids.substr(at, 10), at + 1) != std::string::npos);
+    // Ids that hold the name, as Kimi K2 has them.
+    CHECK(rendered("{% for c in m.tool_calls or [] %}<{{ c.id }}>{{ c.function.arguments|tojson }}"
+                   "{% endfor %}{% if m.tool_call_id %}<{{ m.tool_call_id }}>{% endif %}") ==
+          R"(user:u;assistant:<functions.f:0>{"k": "v"}<functions.f:1>{"k": "v"};)"
+          "tool:second<functions.f:1>;tool:first<functions.f:0>;");
+    // Calls that are shown only without a text.
+    request.input.items.insert(request.input.items.begin() + 1,
+                               Item::message(Role::assistant, "well"));
+    CHECK(rendered("{% if m.content is none %}" + each +
+                   "{{ c.function.arguments }}{% endfor %}{% endif %}")
+              .find("assistant:well;assistant:Nonef{") != std::string::npos);
+    request.input.items.erase(request.input.items.begin() + 1);
     // A thought or a text before calls, as gpt-oss has it.
     Item thought;
     thought.kind = Item::Kind::reasoning;

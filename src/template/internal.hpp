@@ -47,7 +47,10 @@ struct TemplateShape {
     bool parallel = true;      ///< several calls in one message; else one after the other
     bool text_arguments = false;  ///< arguments are JSON in a string; else an object
     bool null_content = false;    ///< of a message of calls alone; else an empty string
-    bool short_ids = false;       ///< ids of calls have nine letters and digits
+    /// Ids of calls: as they are, of nine letters and digits, or functions.NAME:NUMBER.
+    enum class Ids : uint8_t { any, nine, named };
+    Ids ids = Ids::any;
+    const char* tools_name = "tools";           ///< the variable
     const char* thought = "reasoning_content";  ///< the field of thoughts
     bool thought_or_text = false;  ///< before calls not both: the text goes behind the thought
 };

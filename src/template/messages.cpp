@@ -23,6 +23,7 @@ namespace {
 struct ChatCall {
     std::string id, name;
     std::string arguments;  // JSON
+    size_t number = 0;      // among the conversation's calls
 };
 
 struct ChatTurn {
@@ -30,12 +31,18 @@ struct ChatTurn {
     std::string text;
     std::string thought = {};
     std::vector<ChatCall> calls = {};
-    std::string call_id = {}, name = {};  // of a result
+    ChatCall result_of = {};  // of a tool
 };
 
-// A call's id, or nine characters that are always the same of it.
-std::string id_of(const std::string& call_id, const TemplateShape& shape) {
-    return shape.short_ids ? derive_id({}, call_id).substr(0, 9) : call_id;
+// The nine characters are always the same of one id.
+std::string id_of(const ChatCall& call, const TemplateShape& shape) {
+    switch (shape.ids) {
+        case TemplateShape::Ids::any: break;
+        case TemplateShape::Ids::nine: return derive_id({}, call.id).substr(0, 9);
+        case TemplateShape::Ids::named:
+            return "functions." + call.name + ":" + std::to_string(call.number);
+    }
+    return call.id;
 }
 
 Json arguments_of(const ChatCall& call, const TemplateShape& shape) {
@@ -48,7 +55,7 @@ Json calls_of(const ChatTurn& turn, const TemplateShape& shape) {
     Json calls = Json::array();
     for (const ChatCall& call : turn.calls)
         calls.push(Json::object()
-                       .set("id", id_of(call.id, shape))
+                       .set("id", id_of(call, shape))
                        .set("type", "function")
                        .set("function", Json::object()
                                             .set("name", call.name)
@@ -67,8 +74,8 @@ Json message_of(const ChatTurn& turn, const TemplateShape& shape) {
     if (!turn.thought.empty()) message.set(shape.thought, turn.thought);
     message.set("content", content_of(turn, shape));
     if (!turn.calls.empty()) message.set("tool_calls", calls_of(turn, shape));
-    if (!turn.name.empty()) message.set("name", turn.name);
-    if (!turn.call_id.empty()) message.set("tool_call_id", id_of(turn.call_id, shape));
+    if (!turn.result_of.id.empty())
+        message.set("name", turn.result_of.name).set("tool_call_id", id_of(turn.result_of, shape));
     return message;
 }
 
@@ -80,7 +87,7 @@ TemplateInput input_of_turns(const std::vector<ChatTurn>& turns, const TemplateS
     for (const ChatTurn& turn : turns) messages.push(message_of(turn, shape));
     if (tools.empty()) tools = shape.empty_tools ? Json::array() : Json();
     input.request.set("messages", std::move(messages))
-        .set("tools", std::move(tools))
+        .set(shape.tools_name, std::move(tools))
         .set("documents", nullptr);
     input.own.set("add_generation_prompt", true).set("bos_token", bos).set("eos_token", eos);
     input.now_s = now_s;
@@ -157,8 +164,9 @@ std::vector<ChatTurn> probe_of_calls(int calls) {
     std::vector<ChatTurn> turns = {{Role::user, "probe-of-user"}, {Role::assistant, {}}};
     for (int i = 0; i < calls; ++i) {
         const std::string id = "call_" + std::string(24, static_cast<char>('a' + i));
-        turns[1].calls.push_back({id, probe_tool, probe_arguments});
-        turns.push_back({Role::tool, "probe-of-result", {}, {}, id, probe_tool});
+        const ChatCall call{id, probe_tool, probe_arguments, static_cast<size_t>(i)};
+        turns[1].calls.push_back(call);
+        turns.push_back({Role::tool, "probe-of-result", {}, {}, call});
     }
     return turns;
 }
@@ -190,12 +198,12 @@ void find_calls(const ChatTemplate& chat_template, TemplateShape* shape) {
         return rendered(chat_template, probe_of_calls(calls), way, probe_tools());
     };
     TemplateShape found = *shape;
-    for (int way = 0; way < 8 && !found.results; ++way) {
+    for (int way = 0; way < 12 && !found.results; ++way) {
         TemplateShape tried = *shape;
         tried.calls = true;
         tried.null_content = way & 1;
         tried.text_arguments = way & 2;
-        tried.short_ids = way & 4;
+        tried.ids = static_cast<TemplateShape::Ids>(way / 4);
         const std::string text = made(tried, 1);
         tried.results = text.find("probe-of-result") != text.npos;
         if (holds_calls(text, tried, 1) && (tried.results || !found.calls)) found = tried;
@@ -231,6 +239,13 @@ TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape)
     if (chat_template.source().find("tool") != std::string::npos) {
         const std::string text = rendered(chat_template, question, shape, probe_tools());
         shape.tools = text.find(probe_tool) != text.npos;
+        if (!shape.tools && chat_template.source().find("xml_tools") != std::string::npos) {
+            shape.tools_name = "xml_tools";  // SmolLM3
+            shape.tools =
+                rendered(chat_template, question, shape, probe_tools()).find(probe_tool) !=
+                std::string::npos;
+            if (!shape.tools) shape.tools_name = "tools";
+        }
         find_calls(chat_template, &shape);
     }
     find_thought(chat_template, &shape);
@@ -275,14 +290,16 @@ std::vector<ChatTurn> with_known_roles(std::vector<ChatTurn> turns, const Templa
     return made;
 }
 
-bool can_join(const ChatTurn& before, const ChatTurn& after) {
-    return before.role == after.role && before.role != Role::tool && before.calls.empty();
+bool can_join(const ChatTurn& before, const ChatTurn& after, const TemplateShape& shape) {
+    return before.role == after.role && before.role != Role::tool && before.calls.empty() &&
+           (after.calls.empty() || !shape.null_content);
 }
 
-std::vector<ChatTurn> with_neighbours_joined(std::vector<ChatTurn> turns) {
+std::vector<ChatTurn> with_neighbours_joined(std::vector<ChatTurn> turns,
+                                             const TemplateShape& shape) {
     std::vector<ChatTurn> made;
     for (ChatTurn& turn : turns) {
-        if (made.empty() || !can_join(made.back(), turn)) {
+        if (made.empty() || !can_join(made.back(), turn, shape)) {
             made.push_back(std::move(turn));
             continue;
         }
@@ -351,6 +368,17 @@ std::vector<ChatTurn> with_thought_or_text(std::vector<ChatTurn> turns) {
     return turns;
 }
 
+/// Where calls are shown only without a text, that is a message before them.
+std::vector<ChatTurn> with_calls_apart(std::vector<ChatTurn> turns) {
+    std::vector<ChatTurn> made;
+    for (ChatTurn& turn : turns) {
+        if (!turn.calls.empty() && !turn.text.empty())
+            made.push_back({Role::assistant, std::exchange(turn.text, {})});
+        made.push_back(std::move(turn));
+    }
+    return made;
+}
+
 /// Where only one call may stand in a message, each is followed by its result.
 std::vector<ChatTurn> with_single_calls(std::vector<ChatTurn> turns) {
     std::vector<ChatTurn> made;
@@ -362,7 +390,7 @@ std::vector<ChatTurn> with_single_calls(std::vector<ChatTurn> turns) {
     for (ChatTurn& turn : turns) {
         if (turn.role == Role::tool) {
             const auto own = std::find_if(left.begin(), left.end(), [&](const ChatCall& call) {
-                return call.id == turn.call_id;
+                return call.id == turn.result_of.id;
             });
             if (own != left.end()) give(static_cast<size_t>(own - left.begin()));
         } else {
@@ -412,24 +440,22 @@ ChatTurn& turn_for(std::vector<ChatTurn>& turns, Item::Kind kind) {
 
 std::vector<ChatTurn> turns_of(const Request& request) {
     std::vector<ChatTurn> turns;
-    std::unordered_map<std::string_view, std::string_view> called;  // names by id
+    std::unordered_map<std::string_view, ChatCall> called;  // by id
     if (!request.instructions.empty()) turns.push_back({Role::system, request.instructions});
     if (request.input.items.empty()) turns.push_back({Role::user, request.input.text});
     for (const Item& item : request.input.items) {
         if (item.is_call()) {
-            const bool custom = item.kind == Item::Kind::custom_tool_call;
-            called[item.call_id] = item.name;
-            turn_for(turns, item.kind)
-                .calls.push_back(
-                    {item.call_id, item.name,
-                     custom ? Json::object().set(kCustomArgument, item.arguments).write(json_python)
-                            : item.arguments});
+            ChatCall call{item.call_id, item.name, item.arguments, called.size()};
+            if (item.kind == Item::Kind::custom_tool_call)
+                call.arguments =
+                    Json::object().set(kCustomArgument, item.arguments).write(json_python);
+            called[item.call_id] = call;
+            turn_for(turns, item.kind).calls.push_back(std::move(call));
         } else if (item.kind == Item::Kind::reasoning) {
             if (std::string thought = item.text(); !thought.empty())
                 turn_for(turns, item.kind).thought = std::move(thought);
         } else if (item.kind != Item::Kind::message) {
-            turns.push_back(
-                {Role::tool, item.text(), {}, {}, item.call_id, std::string(called[item.call_id])});
+            turns.push_back({Role::tool, item.text(), {}, {}, called[item.call_id]});
         } else if (item.role == Role::assistant) {
             turn_for(turns, item.kind).text = item.text();
         } else {
@@ -472,9 +498,10 @@ TemplateInput chat_input(const Request& request, const ChatTemplate& chat_templa
         add_order(turns, schema_text(request.format));
     turns = with_calls_as_text(std::move(turns), shape);
     if (shape.thought_or_text) turns = with_thought_or_text(std::move(turns));
+    if (shape.null_content) turns = with_calls_apart(std::move(turns));
     if (!shape.parallel) turns = with_single_calls(std::move(turns));
     turns = with_known_roles(std::move(turns), shape);
-    if (shape.joins) turns = with_neighbours_joined(std::move(turns));
+    if (shape.joins) turns = with_neighbours_joined(std::move(turns), shape);
     TemplateInput input = input_of_turns(turns, shape, std::move(tools), bos, eos, now_s);
     if (request.effort) set_effort(*request.effort, &input.own);
     return input;
