@@ -466,6 +466,22 @@ def check_tiktoken(program, folder, inputs):
                    [theirs.encode_ordinary(t) for t in inputs])
 
 
+def check_file(program, path):
+    """No special id from the text of a request: every token's spelling, alone and inside a text."""
+    fields = gguf.GGUFReader(path).fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    special = {i for i, kind in enumerate(types) if kind == 3}
+    inputs = [text for i in sorted(special) for text in (tokens[i], f"x {tokens[i]}\n{tokens[i]}")]
+    made = dump(program, path, inputs)
+    bad = [text for text, ids in zip(inputs, made) if special & set(ids)]
+    unknown = fields.get("tokenizer.ggml.unknown_token_id")  # WordPiece's is called control
+    if unknown and fields["tokenizer.ggml.model"].contents() == "bert":
+        bad = [text for text, ids in zip(inputs, made) if (special - {unknown.contents()}) & set(ids)]
+    print(f"{Path(path).name}: {len(special)} special tokens, {len(bad)} texts that make one", bad[:3])
+    return len(bad)
+
+
 def check_others(program, folder, inputs, every):
     bad = check_tiktoken(program, folder, inputs)
     bad += check_bert(program, folder, "WordPiece", small_bert(), inputs, every)
@@ -485,12 +501,15 @@ def main():
     parser.add_argument("program")
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--only", help="one pre-tokenizer or folder of FOLDER, without the rest")
+    parser.add_argument("--files", nargs="*", default=[], help="model files: no special id from text")
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--vocabularies", type=Path)
     args = parser.parse_args()
     program = str(Path(args.program).resolve())
     inputs, every = texts(1, args.texts), characters()
-    bad = 0
+    bad = sum(check_file(program, path) for path in args.files)
+    if args.files:
+        return 1 if bad else 0
     with tempfile.TemporaryDirectory() as folder:
         for pre in [args.only] if args.only in FAMILIES else () if args.only else FAMILIES:
             whole = args.all or pre in ("qwen2", "gpt-4o")
