@@ -24051,15 +24051,22 @@ struct AnswerSyntax {
     };
     Calls calls;
     Thought thought;
-    std::vector<std::string> tokens;  // special tokens that occur in them
+    std::vector<std::pair<std::string, Token>> tokens;  // special ones that occur in them
     bool has_thought() const { return !thought.open.empty(); }
     bool channels() const { return calls.style == CallStyle::channels; }
 };
 
-/// Which spellings a vocabulary has as one special token.
-struct SpecialTokens {
-    virtual ~SpecialTokens() = default;
-    virtual bool has(std::string_view spelling) const = 0;
+/// The control and user-defined tokens of a vocabulary.
+class SpecialTokens {
+public:
+    SpecialTokens() = default;
+    explicit SpecialTokens(const Tokenizer& tokenizer);
+    void add(std::string spelling, Token token);
+    bool has(std::string_view spelling) const { return token(spelling) >= 0; }
+    Token token(std::string_view spelling) const;  ///< -1: none
+
+private:
+    std::vector<std::pair<std::string, Token>> tokens_;  // sorted
 };
 
 /// What `chat_template` and the vocabulary tell of a model. `tool_format`: the name of a row of
@@ -24076,6 +24083,15 @@ enum class ThoughtState : uint8_t {
 };
 /// Only bytes of the template count: marks in a request's text are text.
 ThoughtState thought_state(const MarkedText& prompt, const AnswerSyntax& syntax);
+
+/// Kinds of JSON values, as bits.
+enum : uint8_t { kString = 1, kNull = 2, kBoolean = 4, kNumber = 8, kList = 16, kAll = 31 };
+
+uint8_t argument_kind(const Json& value);
+/// What a schema allows as far as its types, constants and unions say it.
+uint8_t argument_kinds_of(const Json& schema, const Json& root);
+/// What a reference into `root` names; any other schema itself.
+const Json& resolved_schema(const Json& schema, const Json& root);
 
 struct AnswerParserOptions {
     std::vector<Tool> tools = {};  ///< a custom one is called with {"input": text}
@@ -24112,7 +24128,8 @@ std::span<const CallSyntax> call_syntaxes() {
     using enum CallStyle;
     static constexpr CallSyntax rows[] = {
         {"harmony", {"<|channel|>commentary"}, {"<|channel|>", "<|call|>"}, channels,
-         {}, "", "", "", "", "", ""},
+         {}, "", "<|channel|>commentary to=functions.", " <|constrain|>json<|message|>",
+         "<|call|>", "<|start|>assistant", "", "<|channel|>commentary<|message|>"},
         {"gemma4", {"<|tool_call>call:"}, {"<|tool_call>", "<tool_call|>"}, gemma,
          {"<|tool_call>"}, "", "<|tool_call>call:", "", "<tool_call|>", "", "", "<|\"|>"},
         {"functiongemma", {"<start_function_call>call:"},
@@ -24230,6 +24247,8 @@ std::span<const CallSyntax> call_syntaxes() {
 std::span<const ThoughtSyntax> thought_syntaxes() {
     // clang-format off
     static constexpr ThoughtSyntax rows[] = {
+        {"harmony", {"<|channel|>analysis"}, "<|channel|>analysis<|message|>", "<|end|>",
+         {"<|channel|>final<|message|>"}},
         {"gemma4", {"<|channel>thought"}, "<|channel>thought\n", "\n<channel|>"},
         {"mistral", {"[THINK]", "[/THINK]"}, "[THINK]", "[/THINK]"},
         {"seed", {"<seed:think>"}, "<seed:think>", "</seed:think>"},
@@ -24252,6 +24271,65 @@ std::span<const ThoughtSyntax> thought_syntaxes() {
     return rows;
 }
 
+// ---- What an argument may be -------------------------------------------------------------------
+
+const Json& resolved_schema(const Json& schema, const Json& root) {
+    const Json* at = &schema;
+    for (int step = 0; step < 8; ++step) {
+        std::string_view path = (*at)["$ref"].as_string();
+        if (!path.starts_with("#/")) break;
+        path.remove_prefix(2);
+        at = &root;
+        while (!path.empty()) {
+            const std::string_view key = path.substr(0, path.find('/'));
+            at = &(*at)[key];
+            path.remove_prefix(std::min(path.size(), key.size() + 1));
+        }
+    }
+    return *at;
+}
+
+uint8_t argument_kind(const Json& value) {
+    switch (value.kind()) {
+        case Json::Kind::null: return kNull;
+        case Json::Kind::boolean: return kBoolean;
+        case Json::Kind::string: return kString;
+        case Json::Kind::array:
+        case Json::Kind::object: return kList;
+        default: return kNumber;
+    }
+}
+
+namespace {
+
+uint8_t kind_of_type(std::string_view type) {
+    if (type == "string") return kString;
+    if (type == "null") return kNull;
+    if (type == "boolean") return kBoolean;
+    return type == "number" || type == "integer" ? kNumber : kList;
+}
+
+uint8_t kinds_of(const Json& unresolved, const Json& root, int depth) {
+    const Json& schema = resolved_schema(unresolved, root);
+    const Json& type = schema["type"];
+    if (type.is_string()) return kind_of_type(type.as_string());
+    uint8_t kinds = 0;
+    for (const Json& one : type.items()) kinds |= kind_of_type(one.as_string());
+    if (kinds != 0) return kinds;
+    for (const Json& value : schema["enum"].items()) kinds |= argument_kind(value);
+    if (const Json* value = schema.find("const")) kinds |= argument_kind(*value);
+    for (const char* key : {"anyOf", "oneOf", "allOf"})
+        for (const Json& one : schema[key].items())
+            if (depth < 8) kinds |= kinds_of(one, root, depth + 1);
+    return kinds ? kinds : uint8_t{kAll};
+}
+
+}  // namespace
+
+uint8_t argument_kinds_of(const Json& schema, const Json& root) {
+    return kinds_of(schema, root, 0);
+}
+
 // ---- Found for one model ----------------------------------------------------------------------
 
 namespace {
@@ -24271,7 +24349,7 @@ Json call_message(bool text_arguments, bool two_calls) {
         .set("tool_calls", std::move(calls));
 }
 
-Json tools_of_two_arguments() {
+Json tools_for_probe() {
     Json city = Json::object().set("type", "string").set("description", "probe");
     Json days = Json::object().set("type", "integer").set("description", "probe");
     Json parameters = Json::object().set("type", "object");
@@ -24291,7 +24369,7 @@ std::string source_and_probes(const ChatTemplate& chat_template) {
         Json messages = Json::array();
         messages.push(Json::object().set("role", "user").set("content", "probe-of-user"));
         messages.push(call_message(way & 1, way & 2));
-        input.request.set("messages", std::move(messages)).set("tools", tools_of_two_arguments());
+        input.request.set("messages", std::move(messages)).set("tools", tools_for_probe());
         input.own.set("add_generation_prompt", true).set("bos_token", "").set("eos_token", "");
         const auto made = chat_template.render(input);
         if (made && made->text.find("probe-call") != std::string::npos) return all + made->text;
@@ -24321,13 +24399,13 @@ const CallSyntax& syntax_of(std::string_view texts, const SpecialTokens& special
         if (has_all(row.found_by, stands)) return row;
     for (const CallSyntax& row : call_syntaxes())
         if (has_all(row.found_tokens, is_token)) return row;
-    return *named_syntax("json");
+    return *named_syntax("hermes");  // what a prompt without another says
 }
 
 /// Marks the special tokens in the texts of rows.
 class TokenMarker {
 public:
-    TokenMarker(const SpecialTokens& special, std::vector<std::string>* found)
+    TokenMarker(const SpecialTokens& special, std::vector<std::pair<std::string, Token>>* found)
         : special_(special), found_(*found) {}
 
     std::string operator()(std::string_view text) {
@@ -24341,8 +24419,9 @@ public:
             }
             const std::string token(text.substr(0, size));
             out += kTokenBegin + token + kTokenEnd;
-            if (std::find(found_.begin(), found_.end(), token) == found_.end())
-                found_.push_back(token);
+            const std::pair<std::string, Token> entry(token, special_.token(token));
+            if (std::find(found_.begin(), found_.end(), entry) == found_.end())
+                found_.push_back(entry);
             text.remove_prefix(size);
         }
         return out;
@@ -24360,10 +24439,33 @@ private:
     }
 
     const SpecialTokens& special_;
-    std::vector<std::string>& found_;
+    std::vector<std::pair<std::string, Token>>& found_;
 };
 
 }  // namespace
+
+SpecialTokens::SpecialTokens(const Tokenizer& tokenizer) {
+    for (size_t i = 0; i < tokenizer.size(); ++i) {
+        const auto token = static_cast<Token>(i);
+        const TokenKind kind = tokenizer.kind(token);
+        if (kind == TokenKind::control || kind == TokenKind::user_defined)
+            tokens_.emplace_back(tokenizer.piece(token), token);
+    }
+    std::stable_sort(tokens_.begin(), tokens_.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+}
+
+void SpecialTokens::add(std::string spelling, Token token) {
+    std::pair<std::string, Token> entry(std::move(spelling), token);
+    tokens_.insert(std::upper_bound(tokens_.begin(), tokens_.end(), entry), std::move(entry));
+}
+
+Token SpecialTokens::token(std::string_view spelling) const {
+    const auto found = std::lower_bound(
+        tokens_.begin(), tokens_.end(), spelling,
+        [](const auto& entry, std::string_view s) { return entry.first < s; });
+    return found != tokens_.end() && found->first == spelling ? found->second : Token{-1};
+}
 
 std::string without_token_bytes(std::string_view text) {
     std::string out;
@@ -24397,9 +24499,9 @@ Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
         {&calls.close, row->close}};
     for (const auto& [to, from] : parts) *to = marked(from);
     for (const ThoughtSyntax& thought : thought_syntaxes()) {
-        if (made.channels() || !has_all(thought.found_by, [&](std::string_view mark) {
-                return texts.find(mark) != std::string::npos;
-            }))
+        if (made.channels() != (thought.name == "harmony") ||
+            !has_all(thought.found_by,
+                     [&](std::string_view mark) { return texts.find(mark) != std::string::npos; }))
             continue;
         made.thought.open = marked(thought.open);
         made.thought.close = marked(thought.close);
@@ -24477,6 +24579,8 @@ public:
     /// As push of a byte that is part of no value.
     Status finish(std::string& out) { return push('\0', out); }
     bool fresh() const { return fresh_; }  ///< nothing of the value has come
+    /// In a list, an object or a string, which end with a byte of their own.
+    bool inside() const { return !nest_.empty() || (in_ != In::structure && in_ != In::word); }
 
 private:
     enum class Wants : uint8_t { value, value_or_end, key_or_end, key, colon, comma_or_end };
@@ -25079,6 +25183,7 @@ private:
     /// What came is no head, or no arguments: then it is text.
     void give_up(std::string_view rest = {}) {
         if (items_.committed()) {
+            items_.send_arguments();
             in_ = In::lost;
             return;
         }
@@ -25178,89 +25283,19 @@ size_t partial_suffix(std::string_view text, std::string_view mark) {
     return 0;
 }
 
-// ---- What an argument may be ------------------------------------------------------------------
+// ---- Arguments as they stand in a text --------------------------------------------------------
 
-struct ArgumentKinds {
-    bool string = false, other = false;
-};
-
-const Json& resolved(const Json& schema, const Json& root) {
-    const Json* at = &schema;
-    for (int step = 0; step < 8; ++step) {
-        std::string_view path = (*at)["$ref"].as_string();
-        if (!path.starts_with("#/")) break;
-        path.remove_prefix(2);
-        at = &root;
-        while (!path.empty()) {
-            const std::string_view key = path.substr(0, path.find('/'));
-            at = &(*at)[key];
-            path.remove_prefix(std::min(path.size(), key.size() + 1));
-        }
-    }
-    return *at;
-}
-
-void add_kind(std::string_view type, ArgumentKinds* kinds) {
-    (type == "string" ? kinds->string : kinds->other) = true;
-}
-
-void add_kinds(const Json& unresolved, const Json& root, int depth, ArgumentKinds* kinds) {
-    const Json& schema = resolved(unresolved, root);
-    const Json& type = schema["type"];
-    if (type.is_string()) return add_kind(type.as_string(), kinds);
-    if (type.is_array()) {
-        for (const Json& one : type.items()) add_kind(one.as_string(), kinds);
-        return;
-    }
-    bool known = false;
-    for (const Json& value : schema["enum"].items()) {
-        known = true;
-        (value.is_string() ? kinds->string : kinds->other) = true;
-    }
-    if (const Json* value = schema.find("const")) {
-        known = true;
-        (value->is_string() ? kinds->string : kinds->other) = true;
-    }
-    for (const char* key : {"anyOf", "oneOf"})
-        for (const Json& one : schema[key].items()) {
-            known = true;
-            if (depth < 8) add_kinds(one, root, depth + 1, kinds);
-        }
-    if (!known) kinds->string = kinds->other = true;
-}
-
-ArgumentKinds argument_kinds(const Tool& tool, std::string_view key) {
-    ArgumentKinds kinds;
-    if (tool.custom) {
-        kinds.string = true;
-        return kinds;
-    }
-    const Json* schema = tool.parameters["properties"].find(key);
-    if (!schema) kinds.string = kinds.other = true;
-    else add_kinds(*schema, tool.parameters, 0, &kinds);
-    return kinds;
-}
-
-/// A value without quotes around a string, as JSON.
-std::string argument_value(std::string_view raw, ArgumentKinds kinds) {
+/// Of a whole value, as JSON, or nothing.
+std::string read_value(std::string_view text) {
+    LiteralReader reader(LiteralReader::Style::python);
     std::string made;
-    if (kinds.other) {
-        LiteralReader reader(LiteralReader::Style::python);
-        auto status = LiteralReader::Status::more;
-        const std::string_view trimmed = without_blanks(raw);
-        size_t i = 0;
-        while (i < trimmed.size() && status == LiteralReader::Status::more)
-            status = reader.push(trimmed[i++], made);
-        if (i == trimmed.size() && status == LiteralReader::Status::more)
-            status = reader.finish(made) == LiteralReader::Status::ended
-                         ? LiteralReader::Status::done
-                         : LiteralReader::Status::wrong;
-        const bool fits = kinds.string || made.empty() || made.front() != '"';
-        if (i == trimmed.size() && status == LiteralReader::Status::done && fits) return made;
-        made.clear();
-    }
-    write_json_string(made, without_token_bytes(raw));
-    return made;
+    auto status = LiteralReader::Status::more;
+    size_t i = 0;
+    while (i < text.size() && status == LiteralReader::Status::more)
+        status = reader.push(text[i++], made);
+    if (i < text.size() || status == LiteralReader::Status::wrong) return {};
+    if (status == LiteralReader::Status::done) return made;
+    return reader.finish(made) == LiteralReader::Status::ended ? made : std::string();
 }
 
 // ---- The parser -------------------------------------------------------------------------------
@@ -25293,7 +25328,9 @@ public:
     bool mark(const OutputMark& mark, OutputSink& out) override {
         items_.to(out);
         const auto& known = syntax_->tokens;
-        const bool ours = std::find(known.begin(), known.end(), mark.spelling) != known.end();
+        const bool ours = std::any_of(known.begin(), known.end(), [&](const auto& token) {
+            return token.first == mark.spelling;
+        });
         const std::string wrapped = kTokenBegin + std::string(mark.spelling) + kTokenEnd;
         if (mark.ends &&
             !(ours && in_ == In::thought && syntax_->thought.close.starts_with(wrapped)))
@@ -25309,7 +25346,7 @@ public:
         run();
         const bool in_call = in_ != In::text && in_ != In::thought && in_ != In::lost;
         const bool cut = !whole && (items_.calling() || (!bare_ && !raw_.empty()));
-        if (in_call && !items_.committed() && !cut) give_up();
+        if (in_call && !items_.committed()) cut ? items_.end_text() : give_up();
         items_.finish();
     }
 
@@ -25360,7 +25397,6 @@ private:
     void run() {
         while (step()) {}
         input_.erase(0, at_);
-        scanned_ -= std::min(scanned_, at_);
         at_ = 0;
         items_.send_arguments();
     }
@@ -25403,7 +25439,9 @@ private:
     bool in_text() {
         if (bare_allowed_ && !items_.said()) {
             const size_t first = input_.find_first_not_of(kSpaces, at_);
-            if (first == std::string::npos) return false;
+            say(at_, std::min(first, input_.size()));
+            at_ = std::min(first, input_.size());
+            if (at_end()) return false;
             size_t size = 0;
             const Found bare = bare_call(first, &size);
             if (bare == Found::partly && !final_) return false;
@@ -25527,6 +25565,7 @@ private:
             ++at;
             blanks();
         }
+        if (at - first > max_key) return Found::no;
         if (at == input_.size()) return Found::partly;
         *size = at - first;
         return input_[at] == '{' ? Found::yes : Found::no;
@@ -25545,6 +25584,9 @@ private:
             return;
         }
         items_.drop_call();
+        // A mark with which nothing began must not be found again.
+        if (raw_.empty() && !at_end() && first_bytes_.find(input_[at_]) != std::string::npos)
+            take(1);
         items_.say(without_token_bytes(std::exchange(raw_, {})));
         in_ = In::text;
         bare_allowed_ = false;
@@ -25680,13 +25722,11 @@ private:
                 object_at_ = At::in_key;
                 return c == '"' ? key_byte(c) : Found::no;
             case At::colon:
+                if (bare_ && value_of(key_) == ValueIs::other) return Found::no;
                 reader_ = LiteralReader();
                 scratch_.clear();
                 object_at_ = At::value;
-                value_is_ = key_ == "\"name\"" || key_ == "\"tool_name\"" ? ValueIs::name
-                            : key_ == "\"arguments\"" || key_ == "\"parameters\""
-                                ? ValueIs::arguments
-                                : ValueIs::other;
+                value_is_ = value_of(key_);
                 return c == ':' ? Found::partly : Found::no;
             case At::comma:
                 object_at_ = At::key;
@@ -25695,6 +25735,13 @@ private:
             case At::value: break;
         }
         return Found::no;
+    }
+
+    enum class ValueIs : uint8_t { name, arguments, other };
+    static ValueIs value_of(std::string_view key) {
+        if (key == "\"name\"" || key == "\"tool_name\"") return ValueIs::name;
+        if (key == "\"arguments\"" || key == "\"parameters\"") return ValueIs::arguments;
+        return ValueIs::other;
     }
 
     Found key_byte(char c) {
@@ -25845,26 +25892,49 @@ private:
         if (std::find(keys_.begin(), keys_.end(), key) != keys_.end()) return gave_up();
         take(size);
         kinds_ = argument_kinds(*tool_, key);
-        if (is_string != '\0') kinds_ = {is_string == 't', is_string != 't'};
+        if (is_string != '\0') kinds_ = is_string == 't' ? kString : kAll & ~kString;
         if (!keys_.empty()) items_.arguments() += ',';
         write_json_string(items_.arguments(), key);
         items_.arguments() += ':';
         keys_.push_back(std::move(key));
-        streams_value_ = !kinds_.other && calls_.name != "minicpm5";
+        streams_value_ = kinds_ == kString && calls_.name != "minicpm5";
         if (streams_value_) items_.arguments() += '"';
-        scanned_ = at_;
+        reader_ = LiteralReader(LiteralReader::Style::python);
+        seen_ = read_ = 0;
+        first_end_ = std::string::npos;
+        value_goes_on_ = true;
         in_ = In::value;
         return true;
     }
 
+    /// Where the value ends, or npos. A mark inside of a list or a quoted string is none.
+    size_t value_end(std::string_view end) {
+        if (streams_value_) return input_.find(end, at_);
+        while (true) {
+            const size_t at = input_.find(end, at_ + seen_);
+            if (at == std::string::npos) break;
+            if (!inside_value(at - at_)) return at;
+            first_end_ = std::min(first_end_, at - at_);
+            seen_ = at - at_ + 1;
+        }
+        seen_ = std::max(seen_, rest().size() - partial_suffix(rest(), end));
+        return final_ && first_end_ != std::string::npos ? at_ + first_end_ : std::string::npos;
+    }
+
+    bool inside_value(size_t size) {
+        if (kinds_ == kString) return false;
+        while (read_ < size && value_goes_on_)
+            value_goes_on_ = reader_.push(input_[at_ + read_++], scratch_) ==
+                             LiteralReader::Status::more;
+        scratch_.clear();
+        return value_goes_on_ && reader_.inside();
+    }
+
     bool in_value() {
         const std::string_view end = without_blanks(calls_.value_end);
-        const size_t found = input_.find(end, std::max(at_, scanned_));
+        const size_t found = value_end(end);
         size_t until = found;
-        if (found == std::string::npos) {
-            until = input_.size() - partial_suffix(rest(), end);
-            scanned_ = until;
-        }
+        if (found == std::string::npos) until = input_.size() - partial_suffix(rest(), end);
         const bool line = calls_.value_end.starts_with('\n');
         if (line && until > at_ && input_[until - 1] == '\n') --until;
         const std::string_view raw = std::string_view(input_).substr(at_, until - at_);
@@ -25874,10 +25944,31 @@ private:
         }
         if (found == std::string::npos) return false;
         if (streams_value_) items_.arguments() += '"';
-        else items_.arguments() += argument_value(without_wrapper(raw), kinds_);
+        else items_.arguments() += argument_value(without_wrapper(raw));
         take(found + end.size() - at_);
         in_ = In::key;
         return true;
+    }
+
+    /// A string has no quotes here, unless it might be a number or a list without them.
+    std::string argument_value(std::string_view raw) const {
+        if (kinds_ != kString) {
+            std::string made = read_value(without_blanks(raw));
+            const auto value = Json::parse(made);
+            const uint8_t quoting = kNumber | kList;
+            const uint8_t kinds = kinds_ & quoting ? kinds_ : kinds_ & ~kString;
+            if (value && (argument_kind(*value) & kinds)) return made;
+        }
+        std::string made;
+        write_json_string(made, without_token_bytes(raw));
+        return made;
+    }
+
+    static uint8_t argument_kinds(const Tool& tool, std::string_view key) {
+        if (tool.custom) return kString;
+        const Json& parameters = resolved_schema(tool.parameters, tool.parameters);
+        const Json* schema = parameters["properties"].find(key);
+        return schema ? argument_kinds_of(*schema, tool.parameters) : uint8_t{kAll};
     }
 
     static std::string_view without_wrapper(std::string_view raw) {
@@ -25938,8 +26029,6 @@ private:
         return Found::partly;
     }
 
-    enum class ValueIs : uint8_t { name, arguments, other };
-
     std::shared_ptr<const AnswerSyntax> syntax_;
     const AnswerSyntax::Calls& calls_;
     ItemWriter items_;
@@ -25949,7 +26038,6 @@ private:
     In in_ = In::text;
     std::string input_;
     size_t at_ = 0;
-    size_t scanned_ = 0;  // no end of the value begins before it
     bool final_ = false;
     bool bare_allowed_;
     bool bare_ = false;        // a call without marks
@@ -25964,8 +26052,12 @@ private:
     bool began_object_ = false, has_name_ = false, has_arguments_ = false, quoted_ = false;
     std::string key_, scratch_;
     std::vector<std::string> keys_;
-    ArgumentKinds kinds_;
+    uint8_t kinds_ = 0;
     bool streams_value_ = false;
+    // Of a value that does not stream, from its first byte on: no end begins before; what reader_
+    // has read; the first mark inside of it.
+    size_t seen_ = 0, read_ = 0, first_end_ = 0;
+    bool value_goes_on_ = false;
 };
 
 }  // namespace

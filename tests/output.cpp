@@ -41,7 +41,7 @@ AnswerSyntax syntax_of(const Written& written) {
     tokens.spellings = written.tokens;
     const auto parsed = ChatTemplate::parse("{{ '" + written.templ + "' }}");
     REQUIRE(parsed);
-    const auto syntax = find_answer_syntax(*parsed, tokens, written.syntax);
+    const auto syntax = find_answer_syntax(*parsed, tokens.special(), written.syntax);
     REQUIRE(syntax);
     return *syntax;
 }
@@ -198,6 +198,12 @@ TEST_CASE("each family's calls") {
 }
 
 TEST_CASE("a call that is none is text") {
+    CHECK(read({"<|tool_call_begin|>fun<|tool_call_begin|>",
+                "kimi",
+                "",
+                {},
+                ThoughtState::free,
+                false}) == "say(<|tool_call_begin|>fun<|tool_call_begin|>)");
     const char* texts[] = {
         "<tool_call>\n{\"name\": \"nothing\", \"arguments\": {}}\n</tool_call>",
         "<tool_call>",
@@ -221,4 +227,129 @@ TEST_CASE("a call that is none is text") {
         const std::string want = *text ? "say(" + std::string(text) + ")" : "";
         CHECK(read({text, "hermes", "", {}, ThoughtState::free, false}) == want);
     }
+}
+
+TEST_CASE("thoughts") {
+    const auto think = [](std::string text, ThoughtState thought = ThoughtState::free,
+                          std::vector<std::string> tokens = {}) {
+        return read({std::move(text), "hermes", "<think>", std::move(tokens), thought});
+    };
+    CHECK(think("<think>\nhm\n</think>\n\nHi\n") == "thought(hm) say(Hi\n)");
+    CHECK(think("hm</think>Hi", ThoughtState::open) == "thought(hm) say(Hi)");
+    CHECK(think("hm, <think> again</think>Hi", ThoughtState::open) ==
+          "thought(hm, <think> again) say(Hi)");
+    CHECK(think("hm", ThoughtState::open) == "thought(hm)");
+    CHECK(think("<think>\n\n</think>\n\nHi") == "say(Hi)");
+    CHECK(think("\n</think>\n\n", ThoughtState::open) == "");
+    CHECK(think("Hi <think> there </think>", ThoughtState::closed) ==
+          "say(Hi <think> there </think>)");
+    CHECK(think("hm</thi", ThoughtState::open) == "thought(hm</thi)");
+    CHECK(think("a <tool_call>b</think><tool_call>{\"name\": \"now\"}</tool_call>",
+                ThoughtState::open) == "thought(a <tool_call>b) now({})");
+    // Where a mark is a token, a text that looks like it is none.
+    const std::vector<std::string> tokens = {"<think>", "</think>"};
+    CHECK(think("<think>hm</think>Hi", ThoughtState::free, tokens) == "thought(hm) say(Hi)");
+    Written forged{"<thi", "hermes", "<think>", tokens};
+    const auto parser = answer_parser(std::make_shared<AnswerSyntax>(syntax_of(forged)), {});
+    Items items;
+    parser->text("<think>no</think> ", items);
+    parser->mark({"<think>", true}, items);
+    parser->text("a </think> b", items);
+    CHECK(parser->thinking());
+    parser->mark({"</think>", true}, items);
+    CHECK_FALSE(parser->thinking());
+    parser->text("Hi", items);
+    parser->finish(true, items);
+    CHECK(items.shown() == "say(<think>no</think>) thought(a </think> b) say(Hi)");
+}
+
+TEST_CASE("thoughts of other families") {
+    const auto other = [](std::string text, const char* mark) {
+        return read({std::move(text), "json", mark});
+    };
+    CHECK(other("[THINK]hm[/THINK]Hi", "[THINK] [/THINK]") == "thought(hm) say(Hi)");
+    CHECK(other("<|channel>thought\nhm\n<channel|>Hi", "<|channel>thought") ==
+          "thought(hm) say(Hi)");
+    CHECK(other("<seed:think>hm</seed:think>Hi", "<seed:think>") == "thought(hm) say(Hi)");
+    CHECK(other("<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>Hi<|END_RESPONSE|>",
+                "<|START_THINKING|>") == "thought(hm) say(Hi)");
+    CHECK(other("<think>hm</think><response>Hi</response>",
+                "<think></think> <response></response>") == "thought(hm) say(Hi)");
+    CHECK(other("Here are my reasoning steps:\nhm\n[BEGIN FINAL RESPONSE]\nHi",
+                "[BEGIN FINAL RESPONSE]") == "thought(hm) say(Hi)");
+    Written harmony{
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final"
+        "<|message|>Hi<|return|>lost",
+        "harmony",
+        "<|channel|>analysis",
+        {"<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|return|>", "<|call|>",
+         "<|constrain|>"}};
+    harmony.ends = {"<|end|>", "<|return|>", "<|call|>"};
+    CHECK(read(harmony) == "thought(hm) say(Hi)");
+    harmony.text =
+        "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+        "{\"city\": \"K\"}<|call|>";
+    CHECK(read(harmony) == "weather({\"city\":\"K\"})");
+    harmony.text = " to=functions.now<|channel|>commentary json<|message|>{}<|call|>";
+    CHECK(read(harmony) == "now({})");
+    harmony.text =
+        "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant to="
+        "functions.now<|channel|>commentary json<|message|>{}<|call|>";
+    CHECK(read(harmony) == "say(Let me see.) now({})");
+    harmony.text = "<|channel|>commentary to=functions.nothing<|message|>{}<|call|>";
+    CHECK(read(harmony) == "say({})");
+    harmony.text = "No channel at all.";
+    CHECK(read(harmony) == "say(No channel at all.)");
+}
+
+TEST_CASE("where a prompt leaves a thought") {
+    const AnswerSyntax syntax = syntax_of({"", "hermes", "<think>"});
+    const auto state = [&](std::string text, size_t from_request) {
+        MarkedText prompt{std::move(text), {}};
+        if (from_request) prompt.from_request.push_back({0, from_request});
+        return thought_state(prompt, syntax);
+    };
+    CHECK(state("Q<end><think>\n", 1) == ThoughtState::open);
+    CHECK(state("Q<end><think>\n\n</think>\n\n", 1) == ThoughtState::closed);
+    CHECK(state("Q<end>", 1) == ThoughtState::free);
+    CHECK(state("Q<think>\n", 9) == ThoughtState::free);  // a user's
+    CHECK(state("</think>", 8) == ThoughtState::free);
+}
+
+TEST_CASE("a call that is cut has no end") {
+    Written written{"a <tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": \"K", "hermes"};
+    written.whole = false;
+    CHECK(read(written, 1) == "say(a) weather({\"city\":\"K");
+    written.constrained = false;
+    CHECK(read(written, 1) == "say(a)");
+    written.whole = true;
+    CHECK(read(written, 1) == "say(" + written.text + ")");
+    written.text = "<tool_call>{\"na";
+    written.whole = false;
+    CHECK(read(written, 1) == "");
+}
+
+TEST_CASE("arguments become JSON by their schema") {
+    const auto one = [](std::string text) {
+        return read({"<tool_call><function=weather><parameter=" + text +
+                         "</parameter></function></tool_call>",
+                     "qwen3-coder"});
+    };
+    CHECK(one("city>5") == R"(weather({"city":"5"}))");
+    CHECK(one("city>\nnull\n") == R"(weather({"city":"null"}))");
+    CHECK(one("unit>\nnull\n") == R"(weather({"unit":null}))");
+    CHECK(one("unit>5") == R"(weather({"unit":"5"}))");
+    CHECK(one("days>5") == R"(weather({"days":5}))");
+    CHECK(one("days>five") == R"(weather({"days":"five"}))");
+    CHECK(one("more>{'a': True, 'b': [None, 'x</parameter>']}") ==
+          R"(weather({"more":{"a":true,"b":[null,"x</parameter>"]}}))");
+    CHECK(one("more>[1") == R"(weather({"more":"[1"}))");
+    CHECK(one("other>1.5") == R"(weather({"other":1.5}))");
+    CHECK(read({"{\"name\": \"run\", \"arguments\": {\"input\": \"a\\n\\\"b\\\"\"}}", "json"}) ==
+          "run(a\n\"b\")");
+    CHECK(read({"<|tool_call_start|>[weather(city=\"a\\x41\\u00e9\\d\", days=(1, 2,))]"
+                "<|tool_call_end|>",
+                "lfm2"}) == "weather({\"city\":\"aA\xc3\xa9\\\\d\",\"days\":[1,2]})");
+    CHECK(read({"{\"name\": \"now\", \"arguments\": {\"a\": \"\\ud83d\\ude00\\ud800\"}}",
+                "json"}) == "now({\"a\":\"\xf0\x9f\x98\x80\xef\xbf\xbd\"})");
 }

@@ -24,7 +24,7 @@ int main(int argc, char** argv) {
             std::printf("{\"error\":true}\n");
             continue;
         }
-        const auto syntax = find_answer_syntax(*parsed, tokens, c["format"].as_string());
+        const auto syntax = find_answer_syntax(*parsed, tokens.special(), c["format"].as_string());
         if (!syntax) {
             std::printf("{\"error\":true}\n");
             continue;

@@ -10,11 +10,14 @@
 #include "template/syntax.hpp"
 #include "unicode_internal.hpp"
 
-struct TokenSet final : valar::detail::SpecialTokens {
+struct TokenSet {
     std::vector<std::string> spellings;
     std::vector<std::string> ends;
-    bool has(std::string_view spelling) const override {
-        return std::find(spellings.begin(), spellings.end(), spelling) != spellings.end();
+    valar::detail::SpecialTokens special() const {
+        valar::detail::SpecialTokens made;
+        for (size_t i = 0; i < spellings.size(); ++i)
+            made.add(spellings[i], static_cast<valar::Token>(i));
+        return made;
     }
     /// The longest that `text` begins with.
     std::string_view at(std::string_view text) const {

@@ -116,6 +116,7 @@ private:
     /// What came is no head, or no arguments: then it is text.
     void give_up(std::string_view rest = {}) {
         if (items_.committed()) {
+            items_.send_arguments();
             in_ = In::lost;
             return;
         }

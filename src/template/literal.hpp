@@ -34,6 +34,8 @@ public:
     /// As push of a byte that is part of no value.
     Status finish(std::string& out) { return push('\0', out); }
     bool fresh() const { return fresh_; }  ///< nothing of the value has come
+    /// In a list, an object or a string, which end with a byte of their own.
+    bool inside() const { return !nest_.empty() || (in_ != In::structure && in_ != In::word); }
 
 private:
     enum class Wants : uint8_t { value, value_or_end, key_or_end, key, colon, comma_or_end };

@@ -28,7 +28,8 @@ std::span<const CallSyntax> call_syntaxes() {
     using enum CallStyle;
     static constexpr CallSyntax rows[] = {
         {"harmony", {"<|channel|>commentary"}, {"<|channel|>", "<|call|>"}, channels,
-         {}, "", "", "", "", "", ""},
+         {}, "", "<|channel|>commentary to=functions.", " <|constrain|>json<|message|>",
+         "<|call|>", "<|start|>assistant", "", "<|channel|>commentary<|message|>"},
         {"gemma4", {"<|tool_call>call:"}, {"<|tool_call>", "<tool_call|>"}, gemma,
          {"<|tool_call>"}, "", "<|tool_call>call:", "", "<tool_call|>", "", "", "<|\"|>"},
         {"functiongemma", {"<start_function_call>call:"},
@@ -146,6 +147,8 @@ std::span<const CallSyntax> call_syntaxes() {
 std::span<const ThoughtSyntax> thought_syntaxes() {
     // clang-format off
     static constexpr ThoughtSyntax rows[] = {
+        {"harmony", {"<|channel|>analysis"}, "<|channel|>analysis<|message|>", "<|end|>",
+         {"<|channel|>final<|message|>"}},
         {"gemma4", {"<|channel>thought"}, "<|channel>thought\n", "\n<channel|>"},
         {"mistral", {"[THINK]", "[/THINK]"}, "[THINK]", "[/THINK]"},
         {"seed", {"<seed:think>"}, "<seed:think>", "</seed:think>"},
@@ -168,6 +171,65 @@ std::span<const ThoughtSyntax> thought_syntaxes() {
     return rows;
 }
 
+// ---- What an argument may be -------------------------------------------------------------------
+
+const Json& resolved_schema(const Json& schema, const Json& root) {
+    const Json* at = &schema;
+    for (int step = 0; step < 8; ++step) {
+        std::string_view path = (*at)["$ref"].as_string();
+        if (!path.starts_with("#/")) break;
+        path.remove_prefix(2);
+        at = &root;
+        while (!path.empty()) {
+            const std::string_view key = path.substr(0, path.find('/'));
+            at = &(*at)[key];
+            path.remove_prefix(std::min(path.size(), key.size() + 1));
+        }
+    }
+    return *at;
+}
+
+uint8_t argument_kind(const Json& value) {
+    switch (value.kind()) {
+        case Json::Kind::null: return kNull;
+        case Json::Kind::boolean: return kBoolean;
+        case Json::Kind::string: return kString;
+        case Json::Kind::array:
+        case Json::Kind::object: return kList;
+        default: return kNumber;
+    }
+}
+
+namespace {
+
+uint8_t kind_of_type(std::string_view type) {
+    if (type == "string") return kString;
+    if (type == "null") return kNull;
+    if (type == "boolean") return kBoolean;
+    return type == "number" || type == "integer" ? kNumber : kList;
+}
+
+uint8_t kinds_of(const Json& unresolved, const Json& root, int depth) {
+    const Json& schema = resolved_schema(unresolved, root);
+    const Json& type = schema["type"];
+    if (type.is_string()) return kind_of_type(type.as_string());
+    uint8_t kinds = 0;
+    for (const Json& one : type.items()) kinds |= kind_of_type(one.as_string());
+    if (kinds != 0) return kinds;
+    for (const Json& value : schema["enum"].items()) kinds |= argument_kind(value);
+    if (const Json* value = schema.find("const")) kinds |= argument_kind(*value);
+    for (const char* key : {"anyOf", "oneOf", "allOf"})
+        for (const Json& one : schema[key].items())
+            if (depth < 8) kinds |= kinds_of(one, root, depth + 1);
+    return kinds ? kinds : uint8_t{kAll};
+}
+
+}  // namespace
+
+uint8_t argument_kinds_of(const Json& schema, const Json& root) {
+    return kinds_of(schema, root, 0);
+}
+
 // ---- Found for one model ----------------------------------------------------------------------
 
 namespace {
@@ -187,7 +249,7 @@ Json call_message(bool text_arguments, bool two_calls) {
         .set("tool_calls", std::move(calls));
 }
 
-Json tools_of_two_arguments() {
+Json tools_for_probe() {
     Json city = Json::object().set("type", "string").set("description", "probe");
     Json days = Json::object().set("type", "integer").set("description", "probe");
     Json parameters = Json::object().set("type", "object");
@@ -207,7 +269,7 @@ std::string source_and_probes(const ChatTemplate& chat_template) {
         Json messages = Json::array();
         messages.push(Json::object().set("role", "user").set("content", "probe-of-user"));
         messages.push(call_message(way & 1, way & 2));
-        input.request.set("messages", std::move(messages)).set("tools", tools_of_two_arguments());
+        input.request.set("messages", std::move(messages)).set("tools", tools_for_probe());
         input.own.set("add_generation_prompt", true).set("bos_token", "").set("eos_token", "");
         const auto made = chat_template.render(input);
         if (made && made->text.find("probe-call") != std::string::npos) return all + made->text;
@@ -237,13 +299,13 @@ const CallSyntax& syntax_of(std::string_view texts, const SpecialTokens& special
         if (has_all(row.found_by, stands)) return row;
     for (const CallSyntax& row : call_syntaxes())
         if (has_all(row.found_tokens, is_token)) return row;
-    return *named_syntax("json");
+    return *named_syntax("hermes");  // what a prompt without another says
 }
 
 /// Marks the special tokens in the texts of rows.
 class TokenMarker {
 public:
-    TokenMarker(const SpecialTokens& special, std::vector<std::string>* found)
+    TokenMarker(const SpecialTokens& special, std::vector<std::pair<std::string, Token>>* found)
         : special_(special), found_(*found) {}
 
     std::string operator()(std::string_view text) {
@@ -257,8 +319,9 @@ public:
             }
             const std::string token(text.substr(0, size));
             out += kTokenBegin + token + kTokenEnd;
-            if (std::find(found_.begin(), found_.end(), token) == found_.end())
-                found_.push_back(token);
+            const std::pair<std::string, Token> entry(token, special_.token(token));
+            if (std::find(found_.begin(), found_.end(), entry) == found_.end())
+                found_.push_back(entry);
             text.remove_prefix(size);
         }
         return out;
@@ -276,10 +339,33 @@ private:
     }
 
     const SpecialTokens& special_;
-    std::vector<std::string>& found_;
+    std::vector<std::pair<std::string, Token>>& found_;
 };
 
 }  // namespace
+
+SpecialTokens::SpecialTokens(const Tokenizer& tokenizer) {
+    for (size_t i = 0; i < tokenizer.size(); ++i) {
+        const auto token = static_cast<Token>(i);
+        const TokenKind kind = tokenizer.kind(token);
+        if (kind == TokenKind::control || kind == TokenKind::user_defined)
+            tokens_.emplace_back(tokenizer.piece(token), token);
+    }
+    std::stable_sort(tokens_.begin(), tokens_.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+}
+
+void SpecialTokens::add(std::string spelling, Token token) {
+    std::pair<std::string, Token> entry(std::move(spelling), token);
+    tokens_.insert(std::upper_bound(tokens_.begin(), tokens_.end(), entry), std::move(entry));
+}
+
+Token SpecialTokens::token(std::string_view spelling) const {
+    const auto found = std::lower_bound(
+        tokens_.begin(), tokens_.end(), spelling,
+        [](const auto& entry, std::string_view s) { return entry.first < s; });
+    return found != tokens_.end() && found->first == spelling ? found->second : Token{-1};
+}
 
 std::string without_token_bytes(std::string_view text) {
     std::string out;
@@ -313,9 +399,9 @@ Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
         {&calls.close, row->close}};
     for (const auto& [to, from] : parts) *to = marked(from);
     for (const ThoughtSyntax& thought : thought_syntaxes()) {
-        if (made.channels() || !has_all(thought.found_by, [&](std::string_view mark) {
-                return texts.find(mark) != std::string::npos;
-            }))
+        if (made.channels() != (thought.name == "harmony") ||
+            !has_all(thought.found_by,
+                     [&](std::string_view mark) { return texts.find(mark) != std::string::npos; }))
             continue;
         made.thought.open = marked(thought.open);
         made.thought.close = marked(thought.close);

@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace valar {
@@ -74,15 +75,22 @@ struct AnswerSyntax {
     };
     Calls calls;
     Thought thought;
-    std::vector<std::string> tokens;  // special tokens that occur in them
+    std::vector<std::pair<std::string, Token>> tokens;  // special ones that occur in them
     bool has_thought() const { return !thought.open.empty(); }
     bool channels() const { return calls.style == CallStyle::channels; }
 };
 
-/// Which spellings a vocabulary has as one special token.
-struct SpecialTokens {
-    virtual ~SpecialTokens() = default;
-    virtual bool has(std::string_view spelling) const = 0;
+/// The control and user-defined tokens of a vocabulary.
+class SpecialTokens {
+public:
+    SpecialTokens() = default;
+    explicit SpecialTokens(const Tokenizer& tokenizer);
+    void add(std::string spelling, Token token);
+    bool has(std::string_view spelling) const { return token(spelling) >= 0; }
+    Token token(std::string_view spelling) const;  ///< -1: none
+
+private:
+    std::vector<std::pair<std::string, Token>> tokens_;  // sorted
 };
 
 /// What `chat_template` and the vocabulary tell of a model. `tool_format`: the name of a row of
@@ -99,6 +107,15 @@ enum class ThoughtState : uint8_t {
 };
 /// Only bytes of the template count: marks in a request's text are text.
 ThoughtState thought_state(const MarkedText& prompt, const AnswerSyntax& syntax);
+
+/// Kinds of JSON values, as bits.
+enum : uint8_t { kString = 1, kNull = 2, kBoolean = 4, kNumber = 8, kList = 16, kAll = 31 };
+
+uint8_t argument_kind(const Json& value);
+/// What a schema allows as far as its types, constants and unions say it.
+uint8_t argument_kinds_of(const Json& schema, const Json& root);
+/// What a reference into `root` names; any other schema itself.
+const Json& resolved_schema(const Json& schema, const Json& root);
 
 struct AnswerParserOptions {
     std::vector<Tool> tools = {};  ///< a custom one is called with {"input": text}
