@@ -721,7 +721,7 @@ private:
     }
 
     bool inside_value(size_t size) {
-        if (kinds_ == kString) return false;
+        if (!(kinds_ & (kNumber | kList))) return false;  // its quotes are its own
         while (read_ < size && value_goes_on_)
             value_goes_on_ = reader_.push(input_[at_ + read_++], scratch_) ==
                              LiteralReader::Status::more;
