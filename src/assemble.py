@@ -38,7 +38,7 @@ SECTIONS = {
                  "template/output.cpp", "template/channels.cpp", "template/marks.cpp"],
     "grammar": ["grammar/dfa.cpp", "grammar/regex.cpp", "grammar/number.cpp", "grammar/program.cpp", "grammar/state.cpp",
                 "grammar/mask.cpp", "grammar/schema_document.cpp", "grammar/schema.cpp", "grammar/gbnf.cpp",
-                "grammar/grammar.cpp"],
+                "grammar/grammar.cpp", "grammar/answer.cpp"],
     "model": ["model.hpp", "model.cpp"],
     "backend": ["backend/backend.hpp", "backend/cpu_layout.cpp", "backend/cpu_machine.cpp",
                 "backend/cpu_loading.cpp", "backend/cpu_decoder.cpp", "backend/cpu_stages.cpp", "backend/cpu_experts.cpp",

@@ -642,11 +642,11 @@ bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
 #define VALAR_HOST "(\\[" VALAR_IPV6 "\\]|([" VALAR_UNRESERVED "]|" VALAR_PCT ")*)"
 #define VALAR_AUTHORITY "(([" VALAR_UNRESERVED ":]|" VALAR_PCT ")*@)?" VALAR_HOST "(:[0-9]*)?"
 
-struct Format {
+struct KnownFormat {
     std::string_view name;
     const char* pattern;
 };
-constexpr Format formats[] = {
+constexpr KnownFormat formats[] = {
     {"date", VALAR_DATE},
     {"time", VALAR_TIME},
     {"date-time", "(" VALAR_DATE ")[Tt]" VALAR_TIME},
@@ -734,7 +734,7 @@ const DfaPtr& any_text_dfa(Spelling spelling) {
 }
 
 const char* format_pattern(std::string_view name) {
-    for (const Format& f : formats)
+    for (const KnownFormat& f : formats)
         if (f.name == name) return f.pattern;
     return nullptr;
 }
@@ -742,7 +742,7 @@ const char* format_pattern(std::string_view name) {
 Result<DfaPtr> format_dfa(std::string_view name, Spelling spelling) {
     static const auto made = [] {
         std::vector<DfaPtr> out;
-        for (const Format& f : formats)
+        for (const KnownFormat& f : formats)
             for (const Spelling s : {Spelling::raw, Spelling::json}) {
                 Budget own;
                 auto dfa = pattern_dfa(f.pattern, s, false, own);

@@ -1,0 +1,35 @@
+// What an answer must look like in the syntax of a model's family: thought, text, calls.
+#pragma once
+
+#include "grammar/grammar.hpp"
+#include "template/syntax.hpp"
+
+#include <cstdint>
+#include <optional>
+#include <span>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+struct AnswerShape {
+    const AnswerSyntax* syntax = nullptr;
+    ThoughtState thought = ThoughtState::free;
+    bool may_think = true;             ///< where the thought is free: whether one may begin
+    std::span<const Tool> tools = {};  ///< those of `choice` alone may be called
+    ToolChoice choice = {};
+    bool parallel = true;                    ///< else one call at most
+    std::optional<uint32_t> max_calls = {};  ///< 1 or more
+    const v1::Format* format = nullptr;          ///< of the message; null: any text
+};
+
+/// [thought] then a message, calls, or with `automatic` a text and calls after it; null where any
+/// text will do. A call's arguments stand in the family's own way and read back (answer_parser) as
+/// JSON that fits the tool's schema, or, of a tool that is not strict, as a JSON object.
+/// Errors: as compile_json_schema; also for schemas of strict tools that the family's way to write
+/// arguments cannot hold.
+Result<GrammarPtr> compile_answer(const AnswerShape& shape);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar

@@ -1,0 +1,213 @@
+// >>grammar: whatever an answer's grammar allows reads back as an answer that was asked for.
+#include <doctest/doctest.h>
+
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "grammar/answer.hpp"
+#include "grammar/schema_document.hpp"
+#include "output_helpers.hpp"
+
+using namespace valar;
+using namespace valar::detail;
+
+namespace {
+
+std::vector<Tool> tools() {
+    const Json list = *Json::parse(R"([
+        {"name": "weather", "parameters": {"type": "object", "properties": {
+            "city": {"type": "string"}, "days": {"type": "integer", "minimum": 1},
+            "unit": {"enum": ["C", "F"]}}, "required": ["city", "days"],
+            "additionalProperties": false}},
+        {"name": "book", "parameters": {"type": "object", "properties": {
+            "note": {"type": ["string", "null"]}, "now": {"type": "boolean"},
+            "code": {"type": "string", "pattern": "^[A-Z]{2}[0-9]{1,3}$"},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 4}, "maxItems": 3},
+            "who": {"$ref": "#/$defs/who"}, "any": {"type": ["string", "number"]}},
+            "required": ["note", "who"], "additionalProperties": false,
+            "$defs": {"who": {"type": "object", "properties": {"name": {"type": "string",
+                "maxLength": 5}, "age": {"type": "integer"}}, "required": ["name"],
+                "additionalProperties": false}}}},
+        {"name": "now", "parameters": {"type": "object", "properties": {},
+            "additionalProperties": false}},
+        {"name": "run", "custom": true}])");
+    return tools_of(list);
+}
+
+/// The words of a row as tokens, and every character that the walks may write.
+struct Words {
+    std::vector<std::string> pieces;
+    std::vector<std::string> marks;  // by token; empty: none
+    SpecialTokens special;
+
+    Words(const CallSyntax& row, const ThoughtSyntax& thought, bool with_special) {
+        add("", "<end>");
+        if (with_special) {
+            for (std::string_view token : row.found_tokens) add_mark(token);
+            for (std::string_view token : row.marks) add_mark(token);
+            for (std::string_view token :
+                 {"<think>", "</think>", "<|channel|>", "<|message|>", "<|end|>", "<|start|>",
+                  "<|call|>", "<|constrain|>", "<|\"|>"})
+                add_mark(token);
+        }
+        for (char c = ' '; c < '\x7f'; ++c) add(std::string(1, c), "");
+        for (const char* text : {"\n", "\xc3", "\xa9", "\xef", "\xbd", "\x9c", "\xe2", "\x96",
+                                 "\x81", "\xf0\x9f\x98\x80", "\"}", "null"})
+            add(text, "");
+        for (std::string_view text :
+             {row.before, row.after_name, row.after, row.close, row.value_end, row.value, row.key,
+              thought.close, thought.open})
+            if (!text.empty()) add(std::string(text), "");
+    }
+    void add(std::string piece, std::string mark) {
+        pieces.push_back(std::move(piece));
+        marks.push_back(std::move(mark));
+    }
+    void add_mark(std::string_view mark) {
+        if (mark.empty() || special.has(mark)) return;
+        special.add(std::string(mark), static_cast<Token>(pieces.size()));
+        add("", std::string(mark));
+    }
+};
+
+struct Walked {
+    Items items;
+    std::string text;
+    bool ended = false;
+};
+
+Token draw(const TokenTrie& trie, const GrammarState& state, const Words& words,
+           std::mt19937& random) {
+    std::vector<uint64_t> mask(trie.words());
+    fill_mask(trie, state, mask);
+    std::vector<Token> common, rare;  // what closes something comes soon
+    for (size_t i = 0; i < words.pieces.size(); ++i)
+        if (mask[i / 64] >> (i % 64) & 1)
+            (words.pieces[i].size() == 1 ? common : rare).push_back(static_cast<Token>(i));
+    REQUIRE(common.size() + rare.size() > 0);
+    const bool take_rare = common.empty() || (!rare.empty() && random() % 4 == 0);
+    const auto& from = take_rare ? rare : common;
+    return from[random() % from.size()];
+}
+
+Walked walk(const GrammarPtr& grammar, const Words& words, OutputParser& parser,
+            std::mt19937& random) {
+    const auto trie = TokenTrie::build(std::span<const std::string>(words.pieces), {0});
+    GrammarState state(grammar);
+    Walked made;
+    std::string held;
+    for (int step = 0; step < 400 && !made.ended; ++step) {
+        const Token token = draw(*trie, state, words, random);
+        made.ended = token == 0;
+        if (made.ended) break;
+        const std::string& piece = words.pieces[static_cast<size_t>(token)];
+        const std::string& mark = words.marks[static_cast<size_t>(token)];
+        REQUIRE(state.accept_token(token, piece));
+        made.text += mark + piece;
+        if (!mark.empty()) {
+            parser.text(utf8_repair(held), made.items);
+            held.clear();
+            made.ended = parser.mark({mark, false, mark == "<|call|>"}, made.items);
+            continue;
+        }
+        held += piece;
+        const size_t whole = held.size() - utf8_incomplete_suffix(held);
+        parser.text(utf8_repair(std::string_view(held).substr(0, whole)), made.items);
+        held.erase(0, whole);
+    }
+    parser.finish(made.ended, made.items);
+    return made;
+}
+
+bool fits(const Json& schema, const Json& value) {
+    Budget budget;
+    return SchemaDocument(schema, budget).is_valid(schema, value);
+}
+
+}  // namespace
+
+TEST_CASE("what a family's grammar allows reads back as what was asked for") {
+    std::mt19937 random(7);
+    const auto all = tools();
+    Format format;
+    format.schema = *Json::parse(
+        R"({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+            "additionalProperties": false})");
+    size_t walks = 0, ended = 0, calls = 0, thoughts = 0;
+    for (const CallSyntax& row : call_syntaxes())
+        for (bool special : {false, true}) {
+            const bool harmony = row.style == CallStyle::channels;
+            if (harmony && !special) continue;
+            const ThoughtSyntax* thought = nullptr;
+            for (const ThoughtSyntax& one : thought_syntaxes())
+                if (one.name == (harmony ? "harmony" : "think")) thought = &one;
+            const Words words(row, *thought, special);
+            const auto chat = ChatTemplate::parse(harmony ? "{{ '<|channel|>analysis' }}"
+                                                          : "{{ '<think>' }}");
+            const auto syntax = std::make_shared<AnswerSyntax>(
+                *find_answer_syntax(*chat, words.special, row.name));
+            for (int way = 0; way < 48; ++way) {
+                AnswerShape shape;
+                shape.syntax = syntax.get();
+                const int choice = way / 3 % 4;
+                const bool formatted = way / 12 % 2;
+                shape.thought = way % 3 == 0               ? ThoughtState::open
+                                : way % 3 == 1 && !harmony ? ThoughtState::closed
+                                                           : ThoughtState::free;
+                shape.tools = all;
+                shape.choice.mode = choice == 0   ? ToolChoice::Mode::none
+                                    : choice == 1 ? ToolChoice::Mode::automatic
+                                                  : ToolChoice::Mode::required;
+                if (choice == 3) shape.choice.names = {"book"};
+                if (formatted) shape.format = &format;
+                shape.parallel = way / 24;
+                const auto grammar = compile_answer(shape);
+                CAPTURE(row.name);
+                CAPTURE(special);
+                CAPTURE(way);
+                if (!grammar) FAIL(grammar.error().message);
+                if (!*grammar) continue;
+                AnswerParserOptions options;
+                if (choice != 0) options.tools = all;
+                options.thought = shape.thought;
+                options.bare_calls = !formatted || row.marks[0].empty() || row.name == "llama3" ||
+                                     row.name == "llama4";
+                const auto parser = answer_parser(syntax, options);
+                const Walked made = walk(*grammar, words, *parser, random);
+                CAPTURE(made.text);
+                CAPTURE(made.items.shown());
+                size_t own = 0, messages = 0;
+                for (const Items::Item& item : made.items.all) {
+                    thoughts += item.kind == Item::Kind::reasoning;
+                    messages += item.kind == Item::Kind::message;
+                    const bool custom = item.kind == Item::Kind::custom_tool_call;
+                    if ((!custom && item.kind != Item::Kind::function_call) || !item.ended)
+                        continue;
+                    ++own;
+                    CHECK((choice != 3 || item.name == "book"));
+                    if (custom) continue;
+                    const auto value = Json::parse(item.text);
+                    REQUIRE(value);
+                    for (const Tool& tool : all)
+                        if (tool.name == item.name) CHECK(fits(tool.parameters, *value));
+                }
+                ++walks;
+                ended += made.ended;
+                calls += own;
+                if (choice == 0) CHECK(own == 0);
+                if (!shape.parallel) CHECK(own <= 1);
+                if (!made.ended) continue;
+                if (choice >= 2) CHECK((own > 0 && messages == 0));
+                if (!formatted || own > 0) continue;
+                REQUIRE(messages == 1);
+                const auto value = Json::parse(made.items.all.back().text);
+                REQUIRE(value);
+                CHECK(fits(format.schema, *value));
+            }
+        }
+    MESSAGE(walks << " walks, " << ended << " ended, " << calls << " calls, " << thoughts
+                  << " thoughts");
+    CHECK(ended > walks / 3);
+}
