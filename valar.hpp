@@ -10795,8 +10795,11 @@ struct Kernels {
     /// In place over heads (n_heads, head_dim); cos_sin (n_rot / 2, 2) of this position.
     void (*rope)(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
                  const float* cos_sin);
-    void (*scale)(float* x, float factor, size_t n);           ///< x_i *= factor
-    void (*add)(float* x, const float* y, size_t n);           ///< x_i += y_i
+    void (*scale)(float* x, float factor, size_t n);  ///< x_i *= factor
+    void (*add)(float* x, const float* y, size_t n);  ///< x_i += y_i
+    /// x_i = fma(factor, y_i, x_i)
+    void (*add_scaled)(float* x, float factor, const float* y, size_t n);
+    void (*exp)(float* x, size_t n);                           ///< x_i = e^x_i (definition, 7)
     void (*silu_mul)(float* gate, const float* up, size_t n);  ///< gate_i = silu(gate_i) * up_i
     /// Stores one position's key and value of one kv head into its key group, at slot 0..15.
     void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
@@ -10808,8 +10811,7 @@ struct Kernels {
     /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
     void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
                             size_t n);
-    bool prefetches = false;                    ///< whether matmul heeds MatmulTask::ahead
-    void (*exp)(float* x, size_t n) = nullptr;  ///< x_i = e^x_i (definition, 7)
+    bool prefetches = false;  ///< whether matmul heeds MatmulTask::ahead
 };
 
 /// Operations that few models have: one code for all instruction sets (definition, 14 to 17).
@@ -12334,6 +12336,7 @@ void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool ne
 void scale(float* x, float factor, size_t n);
 void add(float* x, const float* y, size_t n);
 void exp_all(float* x, size_t n);
+void add_scaled(float* x, float factor, const float* y, size_t n);
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
               void* key_group, void* value_group);
 void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
@@ -12734,6 +12737,10 @@ void add(float* x, const float* y, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] += y[i];
 }
 
+void add_scaled(float* x, float factor, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = fma_once(factor, y[i], x[i]);
+}
+
 void silu_mul(float* gate, const float* up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
@@ -12929,12 +12936,13 @@ constexpr Kernels kernels = {
     .rope = rope,
     .scale = scale,
     .add = add,
+    .add_scaled = add_scaled,
+    .exp = exp_all,
     .silu_mul = silu_mul,
     .store_kv = store_kv,
     .expand_kv = expand_kv,
     .attention = attention,
     .attention_merge = attention_merge,
-    .exp = exp_all,
 };
 
 }  // namespace scalar
@@ -12956,6 +12964,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 
 void activate(const Kernels& kernels, Activation activation, const ActivationSpec& spec, float* x,
               const float* up, size_t n) {
+    if (activation == Activation::silu && up) return kernels.silu_mul(x, up, n);
     using Bend = void (*)(const Kernels&, const ActivationSpec&, float*, size_t);
     static constexpr Bend bends[] = {
         scalar::bend<scalar::Silu>,        scalar::bend<scalar::Gelu>,
@@ -13680,6 +13689,14 @@ void add(float* x, const float* y, size_t n) {
     for (; i < n; i++) x[i] += y[i];
 }
 
+void add_scaled(float* x, float factor, const float* y, size_t n) {
+    const __m256 f = _mm256_set1_ps(factor);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(x + i, _mm256_fmadd_ps(f, _mm256_loadu_ps(y + i), _mm256_loadu_ps(x + i)));
+    for (; i < n; i++) x[i] = fma_once(factor, y[i], x[i]);
+}
+
 VALAR_FORCE_INLINE __m256 exp8(__m256 x) {
     const __m256 magic = _mm256_set1_ps(0x1.8p23f);
     const __m256 v = _mm256_min_ps(_mm256_set1_ps(kExpMost), x);  // gives x where it is no number
@@ -13900,13 +13917,14 @@ constexpr Kernels kernels_with(const char* name, void (*matmul)(const MatmulTask
         .rope = rope,
         .scale = scale,
         .add = add,
+        .add_scaled = add_scaled,
+        .exp = exp_all,
         .silu_mul = silu_mul,
         .store_kv = store_kv,
         .expand_kv = expand_kv,
         .attention = attention,
         .attention_merge = attention_merge,
         .prefetches = true,
-        .exp = exp_all,
     };
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);
@@ -14235,6 +14253,12 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
+void exp_all(float* x, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(x + i, exp16(_mm512_loadu_ps(x + i)));
+    for (; i < n; i++) x[i] = exp_once(x[i]);
+}
+
 // A plane of four columns' blocks; x becomes what is left, x - d * h.
 VALAR_FORCE_INLINE void quantize_plane(__m512 (&x)[4][2], __m128 d, __m128 inverse, uint32_t planes,
                                        ActivationBlock* out) {
@@ -14421,13 +14445,14 @@ constexpr Kernels kernels = {
     .rope = avx2::rope,
     .scale = avx2::scale,
     .add = avx2::add,
+    .add_scaled = avx2::add_scaled,
+    .exp = exp_all,
     .silu_mul = silu_mul,
     .store_kv = avx2::store_kv,
     .expand_kv = avx2::expand_kv,
     .attention = attention,
     .attention_merge = avx2::attention_merge,
     .prefetches = true,
-    .exp = avx2::exp_all,
 };
 
 }  // namespace avx512
@@ -14988,6 +15013,12 @@ inline void add_to(float* x, const float* y, size_t n) {
     for (; i < n; i++) x[i] += y[i];
 }
 
+inline void add_scaled(float* x, float factor, const float* y, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) store(x + i, fma(splat(factor), load(y + i), load(x + i)));
+    for (; i < n; i++) x[i] = fma_once(factor, y[i], x[i]);
+}
+
 VALAR_FORCE_INLINE F4 exp4(F4 x) {
     const F4 v = at_most(x, splat(kExpMost));
     const I4 k = nearest_product(v, splat(kLog2e));
@@ -15205,12 +15236,13 @@ constexpr Kernels kernels_with(const char* name) {
         .rope = rope,
         .scale = scale,
         .add = add_to,
+        .add_scaled = add_scaled,
+        .exp = exp_all,
         .silu_mul = silu_mul,
         .store_kv = store_kv,
         .expand_kv = scalar::expand_kv,
         .attention = attention,
         .attention_merge = attention_merge,
-        .exp = exp_all,
     };
 }
 
@@ -33296,6 +33328,9 @@ struct CpuLayer {
         return spec->gated && spec->activation == Activation::silu && !spec->ffn_bias &&
                !spec->experts.shared_gate;
     }
+    bool gates_experts_in_kernel() const {
+        return spec->activation == Activation::silu && !spec->experts.bias;
+    }
     bool adds_attention_later(const ModelSpec& of) const {
         return spec->parallel || spec->post_attn_norm || of.residual_scale != 1;
     }
@@ -33514,6 +33549,10 @@ void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors
         const CpuMatrix &gate = layer.matrix(TensorRole::gate), &up = layer.matrix(TensorRole::up);
         if (gate.tensor && (!gate.data || !up.data))
             mapped_units = std::max(mapped_units, gate.unit_bytes() + up.unit_bytes());
+        for (size_t j = 0; j < layer.gates.size(); ++j)
+            if (!layer.gates[j].data || !layer.ups[j].data)
+                mapped_units = std::max(mapped_units,
+                                        layer.gates[j].unit_bytes() + layer.ups[j].unit_bytes());
     }
 }
 
@@ -34230,14 +34269,17 @@ private:
     uint64_t count_experts() const { return matrix(TensorRole::router).units(); }
     uint64_t count_groups() const { return group_count_; }
     uint64_t count_expert_ff() const {
-        return uint64_t{group_count_} * layer().gates[0].units() * 2;
+        return uint64_t{group_count_} * layer().gates[0].units() *
+               (layer().gates_experts_in_kernel() ? 1 : 2);
     }
     uint64_t count_expert_embd() const { return uint64_t{group_count_} * layer().downs[0].units(); }
     uint64_t work_group() const { return work_row() * rows_.size(); }
     uint64_t work_expert(uint64_t columns) const {
         return work_unit(columns) * layer().spec->experts.used / std::max(group_count_, 1u);
     }
-    uint64_t work_expert_ff() const { return work_expert(spec_->n_embd); }
+    uint64_t work_expert_ff() const {
+        return work_expert(spec_->n_embd) * (layer().gates_experts_in_kernel() ? 2 : 1);
+    }
     uint64_t work_expert_embd() const { return work_expert(layer().downs[0].cols); }
     uint64_t work_logits() const {
         return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * row_count();
@@ -34306,8 +34348,15 @@ private:
     void weigh_shared(uint32_t row, float* h) const;
     ActivationBlock* group_blocks(const ExpertGroup& group, size_t columns) const;
     void quantize_expert(const ExpertGroup& group, const float* x, size_t columns);
-    void multiply_expert(const ExpertGroup& group, const CpuMatrix& matrix, const float* bias,
-                         uint32_t unit, const float* x, float* y, uint32_t part);
+    struct ExpertProduct {
+        const ExpertGroup& group;
+        const CpuMatrix& weights;
+        const CpuMatrix* up;  // may be null, as bias may
+        const float *bias, *x;
+        float* y;
+    };
+    void multiply_expert(const ExpertProduct& product, uint32_t first, uint32_t last,
+                         uint32_t part);
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void read_row(const CpuMatrix& matrix, uint32_t number, float* out, uint32_t part);
     void find_angles(const BatchRow& row, float* cos_sin) const;
@@ -35213,17 +35262,16 @@ namespace detail {
 namespace {
 
 // In place: the router's numbers become weights.
-void weigh(std::span<float> numbers, bool sigmoid) {
+void weigh(const Kernels& kernels, std::span<float> numbers, bool sigmoid) {
+    const float most = sigmoid ? 0 : *std::max_element(numbers.begin(), numbers.end());
+    for (float& x : numbers) x = sigmoid ? -x : x - most;
+    kernels.exp(numbers.data(), numbers.size());
     if (sigmoid) {
-        for (float& x : numbers) x = 1.0f / (1.0f + exp_once(-x));
+        for (float& x : numbers) x = 1.0f / (1.0f + x);
         return;
     }
-    const float most = *std::max_element(numbers.begin(), numbers.end());
     float lanes[16] = {};
-    for (size_t i = 0; i < numbers.size(); ++i) {
-        numbers[i] = exp_once(numbers[i] - most);
-        lanes[i % 16] += numbers[i];
-    }
+    for (size_t i = 0; i < numbers.size(); ++i) lanes[i % 16] += numbers[i];
     for (size_t half = 8; half > 0; half /= 2)
         for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
     for (float& x : numbers) x /= lanes[0];
@@ -35277,7 +35325,7 @@ void CpuDecoder::pick_experts(uint32_t first, uint32_t last, uint32_t) {
 void CpuDecoder::pick(uint32_t row) {
     const ExpertSpec& spec = layer().spec->experts;
     float* const numbers = scratch_.routes + size_t{row} * spec.count;
-    weigh({numbers, spec.count}, spec.sigmoid);
+    weigh(*kernels_, {numbers, spec.count}, spec.sigmoid);
     const ExpertScores scores{spec, numbers, layer().vector(TensorRole::choice_bias)};
     uint32_t* const picked = scratch_.picked + size_t{row} * spec.used;
     float* const weights = scratch_.weights + size_t{row} * spec.used;
@@ -35351,26 +35399,32 @@ void CpuDecoder::gather_and_quantize(uint32_t first, uint32_t last, uint32_t) {
     }
 }
 
-void CpuDecoder::multiply_expert(const ExpertGroup& group, const CpuMatrix& weights,
-                                 const float* bias, uint32_t unit, const float* x, float* y,
+// Units first .. last - 1 of an expert's matrix, or of its gate and up together, times its rows.
+void CpuDecoder::multiply_expert(const ExpertProduct& product, uint32_t first, uint32_t last,
                                  uint32_t part) {
-    MatmulTask task = product_of(weights, unit, unit + 1, x + size_t{group.first} * weights.cols,
+    const auto& [group, weights, up, bias, x, y] = product;
+    MatmulTask task = product_of(weights, first, last, x + size_t{group.first} * weights.cols,
                                  y + size_t{group.first} * weights.rows);
     task.columns = group.rows;
     task.blocks = group_blocks(group, weights.cols);
-    multiply(weights, task, part);
+    multiply(weights, task, part, up);
     if (bias) add_bias(task, bias + size_t{group.expert} * weights.rows);
 }
 
+// Gates and ups are numbered one after the other, unless one kernel does both.
 void CpuDecoder::multiply_expert_ff(uint32_t first, uint32_t last, uint32_t part) {
-    const uint32_t units = layer().gates[0].units();
-    for (uint32_t i = first; i < last; ++i) {
-        const ExpertGroup& group = scratch_.groups[i / (2 * units)];
-        const bool up = i / units % 2;
+    const CpuLayer& in = layer();
+    const uint32_t units = in.gates[0].units(), kinds = in.gates_experts_in_kernel() ? 1 : 2;
+    for (uint32_t i = first, end; i < last; i = end) {
+        end = std::min(last, (i / units + 1) * units);
+        const ExpertGroup& group = scratch_.groups[i / (kinds * units)];
+        const bool is_up = i / units % kinds == 1;
         multiply_expert(
-            group, (up ? layer().ups : layer().gates)[group.expert],
-            layer().vector(up ? TensorRole::expert_up_bias : TensorRole::expert_gate_bias),
-            i % units, scratch_.inputs, up ? scratch_.ups : scratch_.gates, part);
+            {group, (is_up ? in.ups : in.gates)[group.expert],
+             kinds == 1 ? &in.ups[group.expert] : nullptr,
+             in.vector(is_up ? TensorRole::expert_up_bias : TensorRole::expert_gate_bias),
+             scratch_.inputs, is_up ? scratch_.ups : scratch_.gates},
+            i % units, i % units + (end - i), part);
     }
 }
 
@@ -35379,19 +35433,22 @@ void CpuDecoder::activate_experts(uint32_t first, uint32_t last, uint32_t) {
     for (uint32_t i = first; i < last; ++i) {
         const ExpertGroup& group = scratch_.groups[i];
         float* const h = scratch_.gates + group.first * n;
-        activate(*kernels_, layer().spec->activation, layer().spec->bend, h,
-                 scratch_.ups + group.first * n, group.rows * n);
+        if (!layer().gates_experts_in_kernel())
+            activate(*kernels_, layer().spec->activation, layer().spec->bend, h,
+                     scratch_.ups + group.first * n, group.rows * n);
         quantize_expert(group, h, n);
     }
 }
 
 void CpuDecoder::project_experts(uint32_t first, uint32_t last, uint32_t part) {
     const uint32_t units = layer().downs[0].units();
-    for (uint32_t i = first; i < last; ++i) {
+    for (uint32_t i = first, end; i < last; i = end) {
+        end = std::min(last, (i / units + 1) * units);
         const ExpertGroup& group = scratch_.groups[i / units];
-        multiply_expert(group, layer().downs[group.expert],
-                        layer().vector(TensorRole::expert_down_bias), i % units, scratch_.gates,
-                        scratch_.inputs, part);
+        multiply_expert(
+            {group, layer().downs[group.expert], nullptr,
+             layer().vector(TensorRole::expert_down_bias), scratch_.gates, scratch_.inputs},
+            i % units, i % units + (end - i), part);
     }
 }
 
@@ -35403,8 +35460,7 @@ void CpuDecoder::add_picked(uint32_t first, uint32_t last, uint32_t) {
         float* const sum = scratch_.inputs + place[0] * n;
         kernels_->scale(sum, weights[0], n);
         for (size_t rank = 1; rank < used; ++rank)
-            for (size_t i = 0; i < n; ++i)
-                sum[i] = fma_once(weights[rank], scratch_.inputs[place[rank] * n + i], sum[i]);
+            kernels_->add_scaled(sum, weights[rank], scratch_.inputs + place[rank] * n, n);
         if (layer().adds_ffn_later(*spec_))
             std::memcpy(scratch_.z + row * n, sum, n * sizeof(float));
         else kernels_->add(scratch_.x + row * n, sum, n);

@@ -465,6 +465,28 @@ struct Cost {
     double bytes = 0, operations = 0;
 };
 
+/// The matrices of a layer; a model has some of them.
+struct LayerMatrix {
+    const char* name;
+    bool for_others = false;  // later positions need what comes of it in every layer
+    bool of_experts = false;
+};
+constexpr LayerMatrix layer_matrices[] = {{"attn_k", true},
+                                          {"attn_v", true},
+                                          {"attn_qkv", true},
+                                          {"attn_q"},
+                                          {"attn_output"},
+                                          {"ffn_gate"},
+                                          {"ffn_up"},
+                                          {"ffn_down"},
+                                          {"ffn_gate_inp"},
+                                          {"ffn_gate_exps", false, true},
+                                          {"ffn_up_exps", false, true},
+                                          {"ffn_down_exps", false, true},
+                                          {"ffn_gate_shexp"},
+                                          {"ffn_up_shexp"},
+                                          {"ffn_down_shexp"}};
+
 /// A loaded model and its sequences, each of which has pages of its own.
 class Model {
 public:
@@ -525,19 +547,23 @@ public:
     }
     /// What so many rows in one batch, the last of them at `position`, have to read and to compute.
     Cost cost(uint32_t rows, uint32_t logit_rows, double positions_read) const {
-        const valar::TensorInfo& output = tensor(spec_->tied_output ? "token_embd.weight"
-                                                                    : "output.weight");
+        const valar::TensorInfo& output = *gguf_->find_tensor(
+            spec_->tied_output ? "token_embd.weight" : "output.weight");
         double products = 0, bytes = double(output.bytes), kv_bytes = 0;
         for (size_t layer = 0; layer < spec_->layers.size(); ++layer)
-            for (const char* name :
-                 {"attn_k", "attn_v", "attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}) {
-                const valar::TensorInfo& matrix = tensor("blk." + std::to_string(layer) + "." +
-                                                         name + ".weight");
+            for (const LayerMatrix& each : layer_matrices) {
+                const valar::TensorInfo* matrix = gguf_->find_tensor(
+                    "blk." + std::to_string(layer) + "." + each.name + ".weight");
+                if (!matrix) continue;
                 // the last layer owes the others its keys and values only
-                const bool all = layer + 1 < spec_->layers.size() || !std::strcmp(name, "attn_k") ||
-                                 !std::strcmp(name, "attn_v");
-                products += values(matrix) * (all ? rows : logit_rows);
-                bytes += double(matrix.bytes);
+                const bool all = layer + 1 < spec_->layers.size() || each.for_others;
+                const double many = all ? rows : logit_rows;
+                const valar::ExpertSpec& experts = spec_->layers[layer].experts;
+                const double share = each.of_experts ? double(experts.used) / experts.count : 1;
+                products += values(*matrix) * share * many;
+                // as if each row picked its experts by chance
+                bytes += double(matrix->bytes) *
+                         (each.of_experts ? 1 - std::pow(1 - share, many) : 1);
             }
         for (const valar::LayerSpec& layer : spec_->layers)
             kv_bytes += double(
@@ -555,12 +581,8 @@ public:
     }
 
 private:
-    // The backend has found all of them.
-    const valar::TensorInfo& tensor(const std::string& name) const {
-        return *gguf_->find_tensor(name);
-    }
     static double values(const valar::TensorInfo& matrix) {
-        return double(matrix.dims[0]) * double(matrix.dims[1]);
+        return double(matrix.dims[0]) * double(matrix.dims[1]) * double(matrix.dims[2]);
     }
     void add_row(uint32_t sequence, uint32_t position, bool logits) {
         valar::BatchRow row;

@@ -855,12 +855,14 @@ TEST_CASE("kernels: vectors") {
         for (int j = 0; j < 4; j++) four[j] = eight[j] + eight[j + 4];
         const float sum = (four[0] + four[2]) + (four[1] + four[3]);
         const float scale = 1.0f / std::sqrt(sum / static_cast<float>(n) + 1e-6f);
-        std::vector<float> norm(n), silu(n), scaled(n), added(n);
+        std::vector<float> norm(n), silu(n), scaled(n), added(n), mixed(n), exped(n);
         for (size_t i = 0; i < n; i++) {
             norm[i] = (x[i] * scale) * w[i];
             silu[i] = x[i] / (1.0f + exact_exp(-x[i])) * w[i];
             scaled[i] = x[i] * 0.3f;
             added[i] = x[i] + w[i];
+            mixed[i] = std::fmaf(0.3f, w[i], x[i]);
+            exped[i] = exact_exp(x[i]);
         }
         for (const Kernels* k : available_kernels()) {
             CAPTURE(k->name);
@@ -879,6 +881,12 @@ TEST_CASE("kernels: vectors") {
             y = x;
             k->add(y.data(), w.data(), n);
             CHECK(same(added, y));
+            y = x;
+            k->add_scaled(y.data(), 0.3f, w.data(), n);
+            CHECK(same(mixed, y));
+            y = x;
+            k->exp(y.data(), n);
+            CHECK(same(exped, y));
         }
     }
 }

@@ -152,14 +152,17 @@ private:
     uint64_t count_experts() const { return matrix(TensorRole::router).units(); }
     uint64_t count_groups() const { return group_count_; }
     uint64_t count_expert_ff() const {
-        return uint64_t{group_count_} * layer().gates[0].units() * 2;
+        return uint64_t{group_count_} * layer().gates[0].units() *
+               (layer().gates_experts_in_kernel() ? 1 : 2);
     }
     uint64_t count_expert_embd() const { return uint64_t{group_count_} * layer().downs[0].units(); }
     uint64_t work_group() const { return work_row() * rows_.size(); }
     uint64_t work_expert(uint64_t columns) const {
         return work_unit(columns) * layer().spec->experts.used / std::max(group_count_, 1u);
     }
-    uint64_t work_expert_ff() const { return work_expert(spec_->n_embd); }
+    uint64_t work_expert_ff() const {
+        return work_expert(spec_->n_embd) * (layer().gates_experts_in_kernel() ? 2 : 1);
+    }
     uint64_t work_expert_embd() const { return work_expert(layer().downs[0].cols); }
     uint64_t work_logits() const {
         return kUnitTiles * kTileRows * 2 * uint64_t{spec_->n_embd} * row_count();
@@ -228,8 +231,15 @@ private:
     void weigh_shared(uint32_t row, float* h) const;
     ActivationBlock* group_blocks(const ExpertGroup& group, size_t columns) const;
     void quantize_expert(const ExpertGroup& group, const float* x, size_t columns);
-    void multiply_expert(const ExpertGroup& group, const CpuMatrix& matrix, const float* bias,
-                         uint32_t unit, const float* x, float* y, uint32_t part);
+    struct ExpertProduct {
+        const ExpertGroup& group;
+        const CpuMatrix& weights;
+        const CpuMatrix* up;  // may be null, as bias may
+        const float *bias, *x;
+        float* y;
+    };
+    void multiply_expert(const ExpertProduct& product, uint32_t first, uint32_t last,
+                         uint32_t part);
     void embed_row(const BatchRow& row, float* x, uint32_t part);
     void read_row(const CpuMatrix& matrix, uint32_t number, float* out, uint32_t part);
     void find_angles(const BatchRow& row, float* cos_sin) const;

@@ -21,17 +21,16 @@ namespace detail {
 namespace {
 
 // In place: the router's numbers become weights.
-void weigh(std::span<float> numbers, bool sigmoid) {
+void weigh(const Kernels& kernels, std::span<float> numbers, bool sigmoid) {
+    const float most = sigmoid ? 0 : *std::max_element(numbers.begin(), numbers.end());
+    for (float& x : numbers) x = sigmoid ? -x : x - most;
+    kernels.exp(numbers.data(), numbers.size());
     if (sigmoid) {
-        for (float& x : numbers) x = 1.0f / (1.0f + exp_once(-x));
+        for (float& x : numbers) x = 1.0f / (1.0f + x);
         return;
     }
-    const float most = *std::max_element(numbers.begin(), numbers.end());
     float lanes[16] = {};
-    for (size_t i = 0; i < numbers.size(); ++i) {
-        numbers[i] = exp_once(numbers[i] - most);
-        lanes[i % 16] += numbers[i];
-    }
+    for (size_t i = 0; i < numbers.size(); ++i) lanes[i % 16] += numbers[i];
     for (size_t half = 8; half > 0; half /= 2)
         for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
     for (float& x : numbers) x /= lanes[0];
@@ -85,7 +84,7 @@ void CpuDecoder::pick_experts(uint32_t first, uint32_t last, uint32_t) {
 void CpuDecoder::pick(uint32_t row) {
     const ExpertSpec& spec = layer().spec->experts;
     float* const numbers = scratch_.routes + size_t{row} * spec.count;
-    weigh({numbers, spec.count}, spec.sigmoid);
+    weigh(*kernels_, {numbers, spec.count}, spec.sigmoid);
     const ExpertScores scores{spec, numbers, layer().vector(TensorRole::choice_bias)};
     uint32_t* const picked = scratch_.picked + size_t{row} * spec.used;
     float* const weights = scratch_.weights + size_t{row} * spec.used;
@@ -159,26 +158,32 @@ void CpuDecoder::gather_and_quantize(uint32_t first, uint32_t last, uint32_t) {
     }
 }
 
-void CpuDecoder::multiply_expert(const ExpertGroup& group, const CpuMatrix& weights,
-                                 const float* bias, uint32_t unit, const float* x, float* y,
+// Units first .. last - 1 of an expert's matrix, or of its gate and up together, times its rows.
+void CpuDecoder::multiply_expert(const ExpertProduct& product, uint32_t first, uint32_t last,
                                  uint32_t part) {
-    MatmulTask task = product_of(weights, unit, unit + 1, x + size_t{group.first} * weights.cols,
+    const auto& [group, weights, up, bias, x, y] = product;
+    MatmulTask task = product_of(weights, first, last, x + size_t{group.first} * weights.cols,
                                  y + size_t{group.first} * weights.rows);
     task.columns = group.rows;
     task.blocks = group_blocks(group, weights.cols);
-    multiply(weights, task, part);
+    multiply(weights, task, part, up);
     if (bias) add_bias(task, bias + size_t{group.expert} * weights.rows);
 }
 
+// Gates and ups are numbered one after the other, unless one kernel does both.
 void CpuDecoder::multiply_expert_ff(uint32_t first, uint32_t last, uint32_t part) {
-    const uint32_t units = layer().gates[0].units();
-    for (uint32_t i = first; i < last; ++i) {
-        const ExpertGroup& group = scratch_.groups[i / (2 * units)];
-        const bool up = i / units % 2;
+    const CpuLayer& in = layer();
+    const uint32_t units = in.gates[0].units(), kinds = in.gates_experts_in_kernel() ? 1 : 2;
+    for (uint32_t i = first, end; i < last; i = end) {
+        end = std::min(last, (i / units + 1) * units);
+        const ExpertGroup& group = scratch_.groups[i / (kinds * units)];
+        const bool is_up = i / units % kinds == 1;
         multiply_expert(
-            group, (up ? layer().ups : layer().gates)[group.expert],
-            layer().vector(up ? TensorRole::expert_up_bias : TensorRole::expert_gate_bias),
-            i % units, scratch_.inputs, up ? scratch_.ups : scratch_.gates, part);
+            {group, (is_up ? in.ups : in.gates)[group.expert],
+             kinds == 1 ? &in.ups[group.expert] : nullptr,
+             in.vector(is_up ? TensorRole::expert_up_bias : TensorRole::expert_gate_bias),
+             scratch_.inputs, is_up ? scratch_.ups : scratch_.gates},
+            i % units, i % units + (end - i), part);
     }
 }
 
@@ -187,19 +192,22 @@ void CpuDecoder::activate_experts(uint32_t first, uint32_t last, uint32_t) {
     for (uint32_t i = first; i < last; ++i) {
         const ExpertGroup& group = scratch_.groups[i];
         float* const h = scratch_.gates + group.first * n;
-        activate(*kernels_, layer().spec->activation, layer().spec->bend, h,
-                 scratch_.ups + group.first * n, group.rows * n);
+        if (!layer().gates_experts_in_kernel())
+            activate(*kernels_, layer().spec->activation, layer().spec->bend, h,
+                     scratch_.ups + group.first * n, group.rows * n);
         quantize_expert(group, h, n);
     }
 }
 
 void CpuDecoder::project_experts(uint32_t first, uint32_t last, uint32_t part) {
     const uint32_t units = layer().downs[0].units();
-    for (uint32_t i = first; i < last; ++i) {
+    for (uint32_t i = first, end; i < last; i = end) {
+        end = std::min(last, (i / units + 1) * units);
         const ExpertGroup& group = scratch_.groups[i / units];
-        multiply_expert(group, layer().downs[group.expert],
-                        layer().vector(TensorRole::expert_down_bias), i % units, scratch_.gates,
-                        scratch_.inputs, part);
+        multiply_expert(
+            {group, layer().downs[group.expert], nullptr,
+             layer().vector(TensorRole::expert_down_bias), scratch_.gates, scratch_.inputs},
+            i % units, i % units + (end - i), part);
     }
 }
 
@@ -211,8 +219,7 @@ void CpuDecoder::add_picked(uint32_t first, uint32_t last, uint32_t) {
         float* const sum = scratch_.inputs + place[0] * n;
         kernels_->scale(sum, weights[0], n);
         for (size_t rank = 1; rank < used; ++rank)
-            for (size_t i = 0; i < n; ++i)
-                sum[i] = fma_once(weights[rank], scratch_.inputs[place[rank] * n + i], sum[i]);
+            kernels_->add_scaled(sum, weights[rank], scratch_.inputs + place[rank] * n, n);
         if (layer().adds_ffn_later(*spec_))
             std::memcpy(scratch_.z + row * n, sum, n * sizeof(float));
         else kernels_->add(scratch_.x + row * n, sum, n);

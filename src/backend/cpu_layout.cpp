@@ -95,6 +95,10 @@ void CpuWeights::place(Carver& carver, const ModelSpec& spec, const ModelTensors
         const CpuMatrix &gate = layer.matrix(TensorRole::gate), &up = layer.matrix(TensorRole::up);
         if (gate.tensor && (!gate.data || !up.data))
             mapped_units = std::max(mapped_units, gate.unit_bytes() + up.unit_bytes());
+        for (size_t j = 0; j < layer.gates.size(); ++j)
+            if (!layer.gates[j].data || !layer.ups[j].data)
+                mapped_units = std::max(mapped_units,
+                                        layer.gates[j].unit_bytes() + layer.ups[j].unit_bytes());
     }
 }
 

@@ -76,6 +76,9 @@ struct CpuLayer {
         return spec->gated && spec->activation == Activation::silu && !spec->ffn_bias &&
                !spec->experts.shared_gate;
     }
+    bool gates_experts_in_kernel() const {
+        return spec->activation == Activation::silu && !spec->experts.bias;
+    }
     bool adds_attention_later(const ModelSpec& of) const {
         return spec->parallel || spec->post_attn_norm || of.residual_scale != 1;
     }

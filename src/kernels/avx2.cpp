@@ -417,6 +417,14 @@ void add(float* x, const float* y, size_t n) {
     for (; i < n; i++) x[i] += y[i];
 }
 
+void add_scaled(float* x, float factor, const float* y, size_t n) {
+    const __m256 f = _mm256_set1_ps(factor);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(x + i, _mm256_fmadd_ps(f, _mm256_loadu_ps(y + i), _mm256_loadu_ps(x + i)));
+    for (; i < n; i++) x[i] = fma_once(factor, y[i], x[i]);
+}
+
 VALAR_FORCE_INLINE __m256 exp8(__m256 x) {
     const __m256 magic = _mm256_set1_ps(0x1.8p23f);
     const __m256 v = _mm256_min_ps(_mm256_set1_ps(kExpMost), x);  // gives x where it is no number
@@ -637,13 +645,14 @@ constexpr Kernels kernels_with(const char* name, void (*matmul)(const MatmulTask
         .rope = rope,
         .scale = scale,
         .add = add,
+        .add_scaled = add_scaled,
+        .exp = exp_all,
         .silu_mul = silu_mul,
         .store_kv = store_kv,
         .expand_kv = expand_kv,
         .attention = attention,
         .attention_merge = attention_merge,
         .prefetches = true,
-        .exp = exp_all,
     };
 }
 constexpr Kernels kernels = kernels_with("avx2", matmul<Vnni::none>);

@@ -316,6 +316,12 @@ void silu_mul(float* gate, const float* up, size_t n) {
     for (; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
 
+void exp_all(float* x, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(x + i, exp16(_mm512_loadu_ps(x + i)));
+    for (; i < n; i++) x[i] = exp_once(x[i]);
+}
+
 // A plane of four columns' blocks; x becomes what is left, x - d * h.
 VALAR_FORCE_INLINE void quantize_plane(__m512 (&x)[4][2], __m128 d, __m128 inverse, uint32_t planes,
                                        ActivationBlock* out) {
@@ -502,13 +508,14 @@ constexpr Kernels kernels = {
     .rope = avx2::rope,
     .scale = avx2::scale,
     .add = avx2::add,
+    .add_scaled = avx2::add_scaled,
+    .exp = exp_all,
     .silu_mul = silu_mul,
     .store_kv = avx2::store_kv,
     .expand_kv = avx2::expand_kv,
     .attention = attention,
     .attention_merge = avx2::attention_merge,
     .prefetches = true,
-    .exp = avx2::exp_all,
 };
 
 }  // namespace avx512

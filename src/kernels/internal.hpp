@@ -313,8 +313,11 @@ struct Kernels {
     /// In place over heads (n_heads, head_dim); cos_sin (n_rot / 2, 2) of this position.
     void (*rope)(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool neox,
                  const float* cos_sin);
-    void (*scale)(float* x, float factor, size_t n);           ///< x_i *= factor
-    void (*add)(float* x, const float* y, size_t n);           ///< x_i += y_i
+    void (*scale)(float* x, float factor, size_t n);  ///< x_i *= factor
+    void (*add)(float* x, const float* y, size_t n);  ///< x_i += y_i
+    /// x_i = fma(factor, y_i, x_i)
+    void (*add_scaled)(float* x, float factor, const float* y, size_t n);
+    void (*exp)(float* x, size_t n);                           ///< x_i = e^x_i (definition, 7)
     void (*silu_mul)(float* gate, const float* up, size_t n);  ///< gate_i = silu(gate_i) * up_i
     /// Stores one position's key and value of one kv head into its key group, at slot 0..15.
     void (*store_kv)(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
@@ -326,8 +329,7 @@ struct Kernels {
     /// Merges a segment (m, l, o) into the state (M, L, O), n values; definition, 10.
     void (*attention_merge)(float* max, float* sum, float* out, float m, float l, const float* o,
                             size_t n);
-    bool prefetches = false;                    ///< whether matmul heeds MatmulTask::ahead
-    void (*exp)(float* x, size_t n) = nullptr;  ///< x_i = e^x_i (definition, 7)
+    bool prefetches = false;  ///< whether matmul heeds MatmulTask::ahead
 };
 
 /// Operations that few models have: one code for all instruction sets (definition, 14 to 17).

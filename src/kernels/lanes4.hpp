@@ -556,6 +556,12 @@ inline void add_to(float* x, const float* y, size_t n) {
     for (; i < n; i++) x[i] += y[i];
 }
 
+inline void add_scaled(float* x, float factor, const float* y, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) store(x + i, fma(splat(factor), load(y + i), load(x + i)));
+    for (; i < n; i++) x[i] = fma_once(factor, y[i], x[i]);
+}
+
 VALAR_FORCE_INLINE F4 exp4(F4 x) {
     const F4 v = at_most(x, splat(kExpMost));
     const I4 k = nearest_product(v, splat(kLog2e));
@@ -773,12 +779,13 @@ constexpr Kernels kernels_with(const char* name) {
         .rope = rope,
         .scale = scale,
         .add = add_to,
+        .add_scaled = add_scaled,
+        .exp = exp_all,
         .silu_mul = silu_mul,
         .store_kv = store_kv,
         .expand_kv = scalar::expand_kv,
         .attention = attention,
         .attention_merge = attention_merge,
-        .exp = exp_all,
     };
 }
 

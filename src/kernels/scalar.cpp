@@ -190,6 +190,10 @@ void add(float* x, const float* y, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] += y[i];
 }
 
+void add_scaled(float* x, float factor, const float* y, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = fma_once(factor, y[i], x[i]);
+}
+
 void silu_mul(float* gate, const float* up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = silu_once(gate[i]) * up[i];
 }
@@ -385,12 +389,13 @@ constexpr Kernels kernels = {
     .rope = rope,
     .scale = scale,
     .add = add,
+    .add_scaled = add_scaled,
+    .exp = exp_all,
     .silu_mul = silu_mul,
     .store_kv = store_kv,
     .expand_kv = expand_kv,
     .attention = attention,
     .attention_merge = attention_merge,
-    .exp = exp_all,
 };
 
 }  // namespace scalar
@@ -412,6 +417,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 
 void activate(const Kernels& kernels, Activation activation, const ActivationSpec& spec, float* x,
               const float* up, size_t n) {
+    if (activation == Activation::silu && up) return kernels.silu_mul(x, up, n);
     using Bend = void (*)(const Kernels&, const ActivationSpec&, float*, size_t);
     static constexpr Bend bends[] = {
         scalar::bend<scalar::Silu>,        scalar::bend<scalar::Gelu>,

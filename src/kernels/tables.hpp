@@ -30,6 +30,7 @@ void rope(float* x, uint32_t n_heads, uint32_t head_dim, uint32_t n_rot, bool ne
 void scale(float* x, float factor, size_t n);
 void add(float* x, const float* y, size_t n);
 void exp_all(float* x, size_t n);
+void add_scaled(float* x, float factor, const float* y, size_t n);
 void store_kv(KvType type, const float* k, const float* v, uint32_t head_dim, uint32_t slot,
               void* key_group, void* value_group);
 void expand_kv(const void* key_group, const void* value_group, uint32_t head_dim, float* keys,
