@@ -9714,10 +9714,10 @@ inline constexpr PackedType packed_types[] = {
     {TensorType::q5_1, 384},  {TensorType::q8_0, 544},  {TensorType::q4_k, 2368},
     {TensorType::q5_k, 2880}, {TensorType::q6_k, 3360},
     {TensorType::iq4_nl, 288}, {TensorType::mxfp4, 288}, {TensorType::nvfp4, 640},
-    {TensorType::q2_k, 1600}, {TensorType::q3_k, 2368}, {TensorType::iq4_xs, 2368},
-    {TensorType::iq3_s, 2368}, {TensorType::iq3_xxs, 2368}, {TensorType::iq2_s, 2368},
-    {TensorType::iq2_xs, 2368}, {TensorType::iq2_xxs, 2368}, {TensorType::iq1_s, 2368},
-    {TensorType::iq1_m, 2368}, {TensorType::tq1_0, 2368}, {TensorType::tq2_0, 2368},
+    {TensorType::q2_k, 1600}, {TensorType::q3_k, 1856}, {TensorType::iq4_xs, 2368},
+    {TensorType::iq3_s, 2368}, {TensorType::iq3_xxs, 2368}, {TensorType::iq2_s, 1856},
+    {TensorType::iq2_xs, 1856}, {TensorType::iq2_xxs, 1856}, {TensorType::iq1_s, 1856},
+    {TensorType::iq1_m, 1856}, {TensorType::tq1_0, 1280}, {TensorType::tq2_0, 1280},
 };
 // clang-format on
 
@@ -11507,8 +11507,8 @@ struct PackedLayout {
     TensorType type;
     uint8_t bits;                    // of a code; of a value where float_bytes is set
     uint8_t bias = 0;                // weight = code - bias, or
-    bool coded = false;              // weight = values[code], of 4 bits
-    const int8_t* values = nullptr;  // (16)
+    bool coded = false;              // weight = values[code], of 3 or 4 bits
+    const int8_t* values = nullptr;  // (16), where codes have 3 bits the first 8 count
     bool minimum = false;            // m of the definition
     uint8_t sub_scales = 0;          // of a block: bytes under a super-block's scale
     bool two_scales = false;         // d of the first 16 values of a block, and of the last
@@ -11519,6 +11519,8 @@ struct PackedLayout {
     // A second scale a row is stored where the minimum's is; two sums a block are kept apart.
     constexpr bool second_scale() const { return minimum || two_scales; }
     constexpr bool two_sums() const { return sub_scales == 2 || two_scales; }
+    // Rare types have kernels for fewer numbers of columns, or compiling would take much longer.
+    constexpr bool rare() const { return bits <= 3 || (coded && two_sums()); }
     // Unsigned bytes, as instructions want them: the code, or a value and what makes it unsigned.
     constexpr int byte_bits() const { return coded ? 8 : bits; }
     constexpr int byte_bias() const { return coded ? 128 : bias; }
@@ -11548,19 +11550,18 @@ inline constexpr int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -
                                           1,    13,   25,  38,  53,  69,  89,  113};
 inline constexpr int8_t fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 inline constexpr int8_t q3_k_values[16] = {-4, -3, -2, -1, 0, 1, 2, 3};
-inline constexpr int8_t ternary_values[16] = {-1, 0, 1, 2};
-inline constexpr int8_t iq1_values[16] = {-7, 1, 9, 0, 0, 0, 0, 0, -9, -1, 7};
-inline constexpr int8_t iq2_values[16] = {8, 25, 43, 0, 0, 0, 0, 0, -8, -25, -43};
+inline constexpr int8_t iq1_values[16] = {-7, 1, 9, 0, -9, -1, 7};
+inline constexpr int8_t iq2_values[16] = {8, 25, 43, 0, -8, -25, -43};
 inline constexpr int8_t iq3_xxs_values[16] = {4,  12,  20,  28,  36,  44,  52,  62,
                                               -4, -12, -20, -28, -36, -44, -52, -62};
 inline constexpr int8_t iq3_s_values[16] = {1,  3,  5,  7,  9,  11,  13,  15,
                                             -1, -3, -5, -7, -9, -11, -13, -15};
 
 // Codes with a table of values under two sub-scales a block: many types fit, so that one set of
-// kernels serves them all.
-constexpr PackedLayout table_layout(TensorType type, const int8_t* values) {
+// kernels for each number of bits serves them all.
+constexpr PackedLayout table_layout(TensorType type, uint8_t bits, const int8_t* values) {
     return {.type = type,
-            .bits = 4,
+            .bits = bits,
             .coded = true,
             .values = values,
             .sub_scales = 2,
@@ -11627,47 +11628,49 @@ struct Q2_K {
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct Q3_K {
-    static constexpr PackedLayout layout = table_layout(TensorType::q3_k, q3_k_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::q3_k, 3, q3_k_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ4_XS {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq4_xs, iq4_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq4_xs, 4, iq4_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ3_S {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq3_s, iq3_s_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq3_s, 4, iq3_s_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ3_XXS {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq3_xxs, iq3_xxs_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq3_xxs, 4, iq3_xxs_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ2_S {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq2_s, iq2_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq2_s, 3, iq2_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ2_XS {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq2_xs, iq2_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq2_xs, 3, iq2_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ2_XXS {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq2_xxs, iq2_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq2_xxs, 3, iq2_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ1_S {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq1_s, iq1_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq1_s, 3, iq1_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ1_M {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq1_m, iq1_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq1_m, 3, iq1_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct TQ1_0 {
-    static constexpr PackedLayout layout = table_layout(TensorType::tq1_0, ternary_values);
+    static constexpr PackedLayout layout{
+        .type = TensorType::tq1_0, .bits = 2, .bias = 1, .blocks = 8};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct TQ2_0 {
-    static constexpr PackedLayout layout = table_layout(TensorType::tq2_0, ternary_values);
+    static constexpr PackedLayout layout{
+        .type = TensorType::tq2_0, .bits = 2, .bias = 1, .blocks = 8};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct F32 {
@@ -11738,12 +11741,13 @@ namespace detail {
 //     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1 Q5_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
 //              of IQ4_NL: d[16], NVFP4: d0[16] d1[16], binary16, MXFP4: d[16], bfloat16
-//              of IQ4_XS Q3_K TQ1_0 TQ2_0 and the grids (IQ1 to IQ3): sc0[16] sc1[16]
+//              of TQ1_0 TQ2_0: d[16], binary16, the same in all of a super-block
+//              of IQ4_XS Q3_K and the grids (IQ1 to IQ3): sc0[16] sc1[16]
 //              of Q2_K: sc0[16] sc1[16] mn0[16] mn1[16]
-//     codes    8 bits: 8 vectors, quad by quad; 2 bits: 2 vectors of 4 quads, lowest first; else
-//              4 vectors: vector j holds the low four bits of quad 2j in the low halves of its
+//     codes    8 bits: 8 vectors, quad by quad; 2 and 3 bits: 2 vectors of 4 quads, two bits each,
+//              lowest first; else 4 vectors: vector j holds the low four bits of quad 2j in the low halves of its
 //              bytes and of quad 2j+1 in the high halves
-//     high     5 bits: 1 vector, bit g of a byte belongs to quad g; 6 bits: 2 vectors, quads 0..3
+//     high     3 and 5 bits: 1 vector, bit g of a byte belongs to quad g; 6 bits: 2 vectors, quads 0..3
 //              and 4..7, two bits each, lowest first
 // Types with super-blocks write before each 8 blocks a header: D[16], Q2_K, Q4_K and Q5_K also
 // Dmin[16], binary16; of those whose codes stand for values of a table, D is binary32. Tiles are
@@ -11782,6 +11786,12 @@ inline void load_codes(const PackedLayout& layout, const std::byte* codes, uint3
     if (layout.bits == 2) {
         for (uint32_t g = 0; g < 8; g++)
             words[g] = load32(codes + g / 4 * 64) >> g % 4 * 2 & 0x03030303u;
+        return;
+    }
+    if (layout.bits == 3) {
+        for (uint32_t g = 0; g < 8; g++)
+            words[g] = (load32(codes + g / 4 * 64) >> g % 4 * 2 & 0x03030303u) |
+                       (load32(codes + 128) >> g & 0x01010101u) << 2;
         return;
     }
     for (uint32_t g = 0; g < 8; g++)
@@ -11823,10 +11833,14 @@ inline void store_codes(const PackedLayout& layout, std::byte* codes, uint32_t r
         for (uint32_t g = 0; g < 8; g++) store32(codes + 64 * g, words[g]);
         return;
     }
-    if (layout.bits == 2) {
-        for (uint32_t j = 0; j < 2; j++)
-            store32(codes + 64 * j, words[4 * j] | words[4 * j + 1] << 2 | words[4 * j + 2] << 4 |
-                                        words[4 * j + 3] << 6);
+    if (layout.bits <= 3) {
+        uint32_t low[2] = {}, high = 0;
+        for (uint32_t g = 0; g < 8; g++) {
+            low[g / 4] |= (words[g] & 0x03030303u) << g % 4 * 2;
+            high |= (words[g] >> 2 & 0x01010101u) << g;
+        }
+        for (uint32_t j = 0; j < 2; j++) store32(codes + 64 * j, low[j]);
+        if (layout.bits == 3) store32(codes + 128, high);
         return;
     }
     for (uint32_t j = 0; j < 4; j++)
@@ -11904,10 +11918,10 @@ inline uint32_t eight_signs(uint32_t seven) {
     return seven | static_cast<uint32_t>(std::popcount(seven) & 1) << 7;
 }
 
-// An entry of a code book, the i-th of the block, with signs: a code's fourth bit.
+// An entry of a code book, the i-th of the block, with signs: a code's highest bit.
 inline void set_eight(uint32_t entry, uint32_t signs, size_t i, SourceBlock& out) {
     for (uint32_t j = 0; j < 8; j++)
-        set_code(out, 8 * i + j, (entry >> 2 * j & 3) | (signs >> j & 1) << 3);
+        set_code(out, 8 * i + j, (entry >> 2 * j & 3) | (signs >> j & 1) << 2);
 }
 inline void set_four(uint32_t entry, uint32_t signs, size_t i, SourceBlock& out) {
     for (uint32_t j = 0; j < 4; j++)
@@ -12140,8 +12154,7 @@ void TQ1_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
     constexpr uint32_t powers[] = {1, 3, 9, 27, 81};
     const std::byte* at = row + block / 8 * 54;
     const size_t s = block % 8;
-    out.d = bits_of_half(load16(at + 52), 1.0f);
-    out.sub[0] = out.sub[1] = 1;
+    out.d = load16(at + 52);
     for (size_t i = 0; i < kActivationBlock; i++) {
         const size_t value = 32 * s + i;
         const size_t digit = value < 160 ? s : value < 240 ? (value - 160) / 16 : (value - 240) / 4;
@@ -12154,8 +12167,7 @@ void TQ1_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
 void TQ2_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
     const std::byte* at = row + block / 8 * 66;
     const size_t s = block % 8;
-    out.d = bits_of_half(load16(at + 64), 1.0f);
-    out.sub[0] = out.sub[1] = 1;
+    out.d = load16(at + 64);
     for (uint32_t g = 0; g < 8; g++)
         out.words[g] = load32(at + s / 4 * 32 + 4 * g) >> s % 4 * 2 & 0x03030303u;
 }
@@ -13379,6 +13391,14 @@ VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g, __m256i valu
     if constexpr (bits == 2)
         return _mm256_and_si256(_mm256_srli_epi16(load_bytes(codes + g / 4 * 64), g % 4 * 2),
                                 _mm256_set1_epi8(3));
+    if constexpr (bits == 3) {
+        const __m256i two = load_bytes(codes + g / 4 * 64), one = load_bytes(codes + 128);
+        const __m256i moved = g < 2 ? _mm256_slli_epi16(one, 2 - g) : _mm256_srli_epi16(one, g - 2);
+        const __m256i low = _mm256_and_si256(_mm256_srli_epi16(two, g % 4 * 2),
+                                             _mm256_set1_epi8(3));
+        return _mm256_shuffle_epi8(
+            values, _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(4))));
+    }
     const __m256i pair = load_bytes(codes + g / 2 * 64);
     const __m256i low = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair,
                                          _mm256_set1_epi8(15));
@@ -13426,7 +13446,7 @@ template <class T, Vnni kVnni, int C>
 void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
     constexpr int kParts = L.two_sums() ? 2 : 1;  // sums of 16 codes that have a scale each
-    constexpr int H = (L.byte_bits() == 4 && !L.two_sums()) ||
+    constexpr int H = (L.byte_bits() <= 4 && !L.two_sums()) ||
                               (!L.two_sums() && kVnni != Vnni::none)
                           ? 2
                           : 1;
@@ -13541,8 +13561,9 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, Vnni kVnni, int kMost = kVnni == Vnni::none ? 4 : 6>
-constexpr TileKernels quantized = {{{1, dot_tiles<T, kVnni, 1>},
+template <class T, Vnni kVnni, int kLeast = kVnni != Vnni::none&& T::layout.rare() ? 2 : 1,
+          int kMost = kVnni == Vnni::none || (T::layout.rare() && T::layout.two_sums()) ? 4 : 6>
+constexpr TileKernels quantized = {{{kLeast, dot_tiles<T, kVnni, kLeast>},
                                     {2, dot_tiles<T, kVnni, 2>},
                                     {4, dot_tiles<T, kVnni, 4>},
                                     {kMost, dot_tiles<T, kVnni, kMost>}}};
@@ -14022,6 +14043,17 @@ VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g, __m512i valu
         return _mm512_and_si512(
             _mm512_srli_epi16(load_bytes(codes + g / 4 * 64), static_cast<unsigned>(g) % 4 * 2),
             _mm512_set1_epi8(3));
+    if constexpr (bits == 3) {
+        const unsigned at = static_cast<unsigned>(g);
+        const __m512i two = load_bytes(codes + g / 4 * 64), one = load_bytes(codes + 128);
+        const __m512i moved = at < 2 ? _mm512_slli_epi16(one, (2 - at) & 7)
+                                     : _mm512_srli_epi16(one, (at - 2) & 7);
+        const __m512i low = _mm512_and_si512(_mm512_srli_epi16(two, at % 4 * 2),
+                                             _mm512_set1_epi8(3));
+        return _mm512_maskz_shuffle_epi8(
+            ~__mmask64{0}, values,
+            _mm512_ternarylogic_epi32(low, moved, _mm512_set1_epi8(4), 0xf8));
+    }
     const __m512i pair = load_bytes(codes + g / 2 * 64);
     const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair,
                                          _mm512_set1_epi8(15));
@@ -14155,8 +14187,9 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
-constexpr TileKernels quantized = {{{1, dot_tiles<T, 1>},
+template <class T, int kLeast = T::layout.rare() ? 2 : 1,
+          int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
+constexpr TileKernels quantized = {{{kLeast, dot_tiles<T, kLeast>},
                                     {2, dot_tiles<T, 2>},
                                     {4, dot_tiles<T, 4>},
                                     {kMost, dot_tiles<T, kMost>}}};
@@ -14713,7 +14746,12 @@ VALAR_FORCE_INLINE B16 load_codes4(const Codes& codes) {
     if constexpr (bits == 8) return bit_xor(load_bytes(codes.at + 64 * G), byte_splat(-128));
     else if constexpr (bits == 2)
         return bit_and(byte_shift<-(G % 4) * 2>(load_bytes(codes.at + G / 4 * 64)), byte_splat(3));
-    else {
+    else if constexpr (bits == 3) {
+        const B16 low = bit_and(byte_shift<-(G % 4) * 2>(load_bytes(codes.at + G / 4 * 64)),
+                                byte_splat(3)),
+                  high = bit_and(byte_shift<2 - G>(load_bytes(codes.at + 128)), byte_splat(4));
+        return look_up(codes.values, bit_or(low, high));
+    } else {
         const B16 pair = load_bytes(codes.at + G / 2 * 64);
         const B16 low = G % 2 ? byte_shift<-4>(pair) : bit_and(pair, byte_splat(15));
         if constexpr (T::layout.coded) return look_up(codes.values, low);

@@ -29,10 +29,10 @@ inline constexpr PackedType packed_types[] = {
     {TensorType::q5_1, 384},  {TensorType::q8_0, 544},  {TensorType::q4_k, 2368},
     {TensorType::q5_k, 2880}, {TensorType::q6_k, 3360},
     {TensorType::iq4_nl, 288}, {TensorType::mxfp4, 288}, {TensorType::nvfp4, 640},
-    {TensorType::q2_k, 1600}, {TensorType::q3_k, 2368}, {TensorType::iq4_xs, 2368},
-    {TensorType::iq3_s, 2368}, {TensorType::iq3_xxs, 2368}, {TensorType::iq2_s, 2368},
-    {TensorType::iq2_xs, 2368}, {TensorType::iq2_xxs, 2368}, {TensorType::iq1_s, 2368},
-    {TensorType::iq1_m, 2368}, {TensorType::tq1_0, 2368}, {TensorType::tq2_0, 2368},
+    {TensorType::q2_k, 1600}, {TensorType::q3_k, 1856}, {TensorType::iq4_xs, 2368},
+    {TensorType::iq3_s, 2368}, {TensorType::iq3_xxs, 2368}, {TensorType::iq2_s, 1856},
+    {TensorType::iq2_xs, 1856}, {TensorType::iq2_xxs, 1856}, {TensorType::iq1_s, 1856},
+    {TensorType::iq1_m, 1856}, {TensorType::tq1_0, 1280}, {TensorType::tq2_0, 1280},
 };
 // clang-format on
 

@@ -107,6 +107,14 @@ VALAR_FORCE_INLINE __m256i load_quad(const std::byte* codes, int g, __m256i valu
     if constexpr (bits == 2)
         return _mm256_and_si256(_mm256_srli_epi16(load_bytes(codes + g / 4 * 64), g % 4 * 2),
                                 _mm256_set1_epi8(3));
+    if constexpr (bits == 3) {
+        const __m256i two = load_bytes(codes + g / 4 * 64), one = load_bytes(codes + 128);
+        const __m256i moved = g < 2 ? _mm256_slli_epi16(one, 2 - g) : _mm256_srli_epi16(one, g - 2);
+        const __m256i low = _mm256_and_si256(_mm256_srli_epi16(two, g % 4 * 2),
+                                             _mm256_set1_epi8(3));
+        return _mm256_shuffle_epi8(
+            values, _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(4))));
+    }
     const __m256i pair = load_bytes(codes + g / 2 * 64);
     const __m256i low = _mm256_and_si256(g % 2 ? _mm256_srli_epi16(pair, 4) : pair,
                                          _mm256_set1_epi8(15));
@@ -154,7 +162,7 @@ template <class T, Vnni kVnni, int C>
 void dot_tiles(const TileStep& step) {
     constexpr PackedLayout L = T::layout;
     constexpr int kParts = L.two_sums() ? 2 : 1;  // sums of 16 codes that have a scale each
-    constexpr int H = (L.byte_bits() == 4 && !L.two_sums()) ||
+    constexpr int H = (L.byte_bits() <= 4 && !L.two_sums()) ||
                               (!L.two_sums() && kVnni != Vnni::none)
                           ? 2
                           : 1;
@@ -269,8 +277,9 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, Vnni kVnni, int kMost = kVnni == Vnni::none ? 4 : 6>
-constexpr TileKernels quantized = {{{1, dot_tiles<T, kVnni, 1>},
+template <class T, Vnni kVnni, int kLeast = kVnni != Vnni::none&& T::layout.rare() ? 2 : 1,
+          int kMost = kVnni == Vnni::none || (T::layout.rare() && T::layout.two_sums()) ? 4 : 6>
+constexpr TileKernels quantized = {{{kLeast, dot_tiles<T, kVnni, kLeast>},
                                     {2, dot_tiles<T, kVnni, 2>},
                                     {4, dot_tiles<T, kVnni, 4>},
                                     {kMost, dot_tiles<T, kVnni, kMost>}}};

@@ -85,6 +85,17 @@ VALAR_FORCE_INLINE __m512i load_quad(const std::byte* codes, int g, __m512i valu
         return _mm512_and_si512(
             _mm512_srli_epi16(load_bytes(codes + g / 4 * 64), static_cast<unsigned>(g) % 4 * 2),
             _mm512_set1_epi8(3));
+    if constexpr (bits == 3) {
+        const unsigned at = static_cast<unsigned>(g);
+        const __m512i two = load_bytes(codes + g / 4 * 64), one = load_bytes(codes + 128);
+        const __m512i moved = at < 2 ? _mm512_slli_epi16(one, (2 - at) & 7)
+                                     : _mm512_srli_epi16(one, (at - 2) & 7);
+        const __m512i low = _mm512_and_si512(_mm512_srli_epi16(two, at % 4 * 2),
+                                             _mm512_set1_epi8(3));
+        return _mm512_maskz_shuffle_epi8(
+            ~__mmask64{0}, values,
+            _mm512_ternarylogic_epi32(low, moved, _mm512_set1_epi8(4), 0xf8));
+    }
     const __m512i pair = load_bytes(codes + g / 2 * 64);
     const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pair, 4) : pair,
                                          _mm512_set1_epi8(15));
@@ -218,8 +229,9 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
-constexpr TileKernels quantized = {{{1, dot_tiles<T, 1>},
+template <class T, int kLeast = T::layout.rare() ? 2 : 1,
+          int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
+constexpr TileKernels quantized = {{{kLeast, dot_tiles<T, kLeast>},
                                     {2, dot_tiles<T, 2>},
                                     {4, dot_tiles<T, 4>},
                                     {kMost, dot_tiles<T, kMost>}}};

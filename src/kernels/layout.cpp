@@ -24,10 +24,14 @@ inline void store_codes(const PackedLayout& layout, std::byte* codes, uint32_t r
         for (uint32_t g = 0; g < 8; g++) store32(codes + 64 * g, words[g]);
         return;
     }
-    if (layout.bits == 2) {
-        for (uint32_t j = 0; j < 2; j++)
-            store32(codes + 64 * j, words[4 * j] | words[4 * j + 1] << 2 | words[4 * j + 2] << 4 |
-                                        words[4 * j + 3] << 6);
+    if (layout.bits <= 3) {
+        uint32_t low[2] = {}, high = 0;
+        for (uint32_t g = 0; g < 8; g++) {
+            low[g / 4] |= (words[g] & 0x03030303u) << g % 4 * 2;
+            high |= (words[g] >> 2 & 0x01010101u) << g;
+        }
+        for (uint32_t j = 0; j < 2; j++) store32(codes + 64 * j, low[j]);
+        if (layout.bits == 3) store32(codes + 128, high);
         return;
     }
     for (uint32_t j = 0; j < 4; j++)
@@ -105,10 +109,10 @@ inline uint32_t eight_signs(uint32_t seven) {
     return seven | static_cast<uint32_t>(std::popcount(seven) & 1) << 7;
 }
 
-// An entry of a code book, the i-th of the block, with signs: a code's fourth bit.
+// An entry of a code book, the i-th of the block, with signs: a code's highest bit.
 inline void set_eight(uint32_t entry, uint32_t signs, size_t i, SourceBlock& out) {
     for (uint32_t j = 0; j < 8; j++)
-        set_code(out, 8 * i + j, (entry >> 2 * j & 3) | (signs >> j & 1) << 3);
+        set_code(out, 8 * i + j, (entry >> 2 * j & 3) | (signs >> j & 1) << 2);
 }
 inline void set_four(uint32_t entry, uint32_t signs, size_t i, SourceBlock& out) {
     for (uint32_t j = 0; j < 4; j++)
@@ -341,8 +345,7 @@ void TQ1_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
     constexpr uint32_t powers[] = {1, 3, 9, 27, 81};
     const std::byte* at = row + block / 8 * 54;
     const size_t s = block % 8;
-    out.d = bits_of_half(load16(at + 52), 1.0f);
-    out.sub[0] = out.sub[1] = 1;
+    out.d = load16(at + 52);
     for (size_t i = 0; i < kActivationBlock; i++) {
         const size_t value = 32 * s + i;
         const size_t digit = value < 160 ? s : value < 240 ? (value - 160) / 16 : (value - 240) / 4;
@@ -355,8 +358,7 @@ void TQ1_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
 void TQ2_0::unpack(const std::byte* row, size_t block, SourceBlock& out) {
     const std::byte* at = row + block / 8 * 66;
     const size_t s = block % 8;
-    out.d = bits_of_half(load16(at + 64), 1.0f);
-    out.sub[0] = out.sub[1] = 1;
+    out.d = load16(at + 64);
     for (uint32_t g = 0; g < 8; g++)
         out.words[g] = load32(at + s / 4 * 32 + 4 * g) >> s % 4 * 2 & 0x03030303u;
 }

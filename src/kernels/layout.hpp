@@ -18,12 +18,13 @@ namespace detail {
 //     scales   of Q4_0 Q5_0 Q8_0: d[16], Q4_1 Q5_1: d[16] m[16], binary16
 //              of Q4_K Q5_K: sc[16] mn[16], Q6_K: sc0[16] sc1[16], a byte each
 //              of IQ4_NL: d[16], NVFP4: d0[16] d1[16], binary16, MXFP4: d[16], bfloat16
-//              of IQ4_XS Q3_K TQ1_0 TQ2_0 and the grids (IQ1 to IQ3): sc0[16] sc1[16]
+//              of TQ1_0 TQ2_0: d[16], binary16, the same in all of a super-block
+//              of IQ4_XS Q3_K and the grids (IQ1 to IQ3): sc0[16] sc1[16]
 //              of Q2_K: sc0[16] sc1[16] mn0[16] mn1[16]
-//     codes    8 bits: 8 vectors, quad by quad; 2 bits: 2 vectors of 4 quads, lowest first; else
-//              4 vectors: vector j holds the low four bits of quad 2j in the low halves of its
+//     codes    8 bits: 8 vectors, quad by quad; 2 and 3 bits: 2 vectors of 4 quads, two bits each,
+//              lowest first; else 4 vectors: vector j holds the low four bits of quad 2j in the low halves of its
 //              bytes and of quad 2j+1 in the high halves
-//     high     5 bits: 1 vector, bit g of a byte belongs to quad g; 6 bits: 2 vectors, quads 0..3
+//     high     3 and 5 bits: 1 vector, bit g of a byte belongs to quad g; 6 bits: 2 vectors, quads 0..3
 //              and 4..7, two bits each, lowest first
 // Types with super-blocks write before each 8 blocks a header: D[16], Q2_K, Q4_K and Q5_K also
 // Dmin[16], binary16; of those whose codes stand for values of a table, D is binary32. Tiles are
@@ -62,6 +63,12 @@ inline void load_codes(const PackedLayout& layout, const std::byte* codes, uint3
     if (layout.bits == 2) {
         for (uint32_t g = 0; g < 8; g++)
             words[g] = load32(codes + g / 4 * 64) >> g % 4 * 2 & 0x03030303u;
+        return;
+    }
+    if (layout.bits == 3) {
+        for (uint32_t g = 0; g < 8; g++)
+            words[g] = (load32(codes + g / 4 * 64) >> g % 4 * 2 & 0x03030303u) |
+                       (load32(codes + 128) >> g & 0x01010101u) << 2;
         return;
     }
     for (uint32_t g = 0; g < 8; g++)

@@ -22,8 +22,8 @@ struct PackedLayout {
     TensorType type;
     uint8_t bits;                    // of a code; of a value where float_bytes is set
     uint8_t bias = 0;                // weight = code - bias, or
-    bool coded = false;              // weight = values[code], of 4 bits
-    const int8_t* values = nullptr;  // (16)
+    bool coded = false;              // weight = values[code], of 3 or 4 bits
+    const int8_t* values = nullptr;  // (16), where codes have 3 bits the first 8 count
     bool minimum = false;            // m of the definition
     uint8_t sub_scales = 0;          // of a block: bytes under a super-block's scale
     bool two_scales = false;         // d of the first 16 values of a block, and of the last
@@ -34,6 +34,8 @@ struct PackedLayout {
     // A second scale a row is stored where the minimum's is; two sums a block are kept apart.
     constexpr bool second_scale() const { return minimum || two_scales; }
     constexpr bool two_sums() const { return sub_scales == 2 || two_scales; }
+    // Rare types have kernels for fewer numbers of columns, or compiling would take much longer.
+    constexpr bool rare() const { return bits <= 3 || (coded && two_sums()); }
     // Unsigned bytes, as instructions want them: the code, or a value and what makes it unsigned.
     constexpr int byte_bits() const { return coded ? 8 : bits; }
     constexpr int byte_bias() const { return coded ? 128 : bias; }
@@ -63,19 +65,18 @@ inline constexpr int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -
                                           1,    13,   25,  38,  53,  69,  89,  113};
 inline constexpr int8_t fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 inline constexpr int8_t q3_k_values[16] = {-4, -3, -2, -1, 0, 1, 2, 3};
-inline constexpr int8_t ternary_values[16] = {-1, 0, 1, 2};
-inline constexpr int8_t iq1_values[16] = {-7, 1, 9, 0, 0, 0, 0, 0, -9, -1, 7};
-inline constexpr int8_t iq2_values[16] = {8, 25, 43, 0, 0, 0, 0, 0, -8, -25, -43};
+inline constexpr int8_t iq1_values[16] = {-7, 1, 9, 0, -9, -1, 7};
+inline constexpr int8_t iq2_values[16] = {8, 25, 43, 0, -8, -25, -43};
 inline constexpr int8_t iq3_xxs_values[16] = {4,  12,  20,  28,  36,  44,  52,  62,
                                               -4, -12, -20, -28, -36, -44, -52, -62};
 inline constexpr int8_t iq3_s_values[16] = {1,  3,  5,  7,  9,  11,  13,  15,
                                             -1, -3, -5, -7, -9, -11, -13, -15};
 
 // Codes with a table of values under two sub-scales a block: many types fit, so that one set of
-// kernels serves them all.
-constexpr PackedLayout table_layout(TensorType type, const int8_t* values) {
+// kernels for each number of bits serves them all.
+constexpr PackedLayout table_layout(TensorType type, uint8_t bits, const int8_t* values) {
     return {.type = type,
-            .bits = 4,
+            .bits = bits,
             .coded = true,
             .values = values,
             .sub_scales = 2,
@@ -142,47 +143,49 @@ struct Q2_K {
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct Q3_K {
-    static constexpr PackedLayout layout = table_layout(TensorType::q3_k, q3_k_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::q3_k, 3, q3_k_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ4_XS {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq4_xs, iq4_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq4_xs, 4, iq4_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ3_S {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq3_s, iq3_s_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq3_s, 4, iq3_s_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ3_XXS {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq3_xxs, iq3_xxs_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq3_xxs, 4, iq3_xxs_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ2_S {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq2_s, iq2_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq2_s, 3, iq2_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ2_XS {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq2_xs, iq2_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq2_xs, 3, iq2_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ2_XXS {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq2_xxs, iq2_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq2_xxs, 3, iq2_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ1_S {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq1_s, iq1_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq1_s, 3, iq1_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct IQ1_M {
-    static constexpr PackedLayout layout = table_layout(TensorType::iq1_m, iq1_values);
+    static constexpr PackedLayout layout = table_layout(TensorType::iq1_m, 3, iq1_values);
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct TQ1_0 {
-    static constexpr PackedLayout layout = table_layout(TensorType::tq1_0, ternary_values);
+    static constexpr PackedLayout layout{
+        .type = TensorType::tq1_0, .bits = 2, .bias = 1, .blocks = 8};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct TQ2_0 {
-    static constexpr PackedLayout layout = table_layout(TensorType::tq2_0, ternary_values);
+    static constexpr PackedLayout layout{
+        .type = TensorType::tq2_0, .bits = 2, .bias = 1, .blocks = 8};
     static void unpack(const std::byte* row, size_t block, SourceBlock& out);
 };
 struct F32 {
