@@ -11519,7 +11519,7 @@ struct PackedLayout {
     // A second scale a row is stored where the minimum's is; two sums a block are kept apart.
     constexpr bool second_scale() const { return minimum || two_scales; }
     constexpr bool two_sums() const { return sub_scales == 2 || two_scales; }
-    // Rare types have kernels for fewer numbers of columns, or compiling would take much longer.
+    // Rare types have fewer kernels for AVX-VNNI, or compiling would take much longer.
     constexpr bool rare() const { return bits <= 3 || (coded && two_sums()); }
     // Unsigned bytes, as instructions want them: the code, or a value and what makes it unsigned.
     constexpr int byte_bits() const { return coded ? 8 : bits; }
@@ -13561,7 +13561,7 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, Vnni kVnni, int kLeast = kVnni != Vnni::none&& T::layout.rare() ? 2 : 1,
+template <class T, Vnni kVnni, int kLeast = (kVnni != Vnni::none) && T::layout.rare() ? 2 : 1,
           int kMost = kVnni == Vnni::none || (T::layout.rare() && T::layout.two_sums()) ? 4 : 6>
 constexpr TileKernels quantized = {{{kLeast, dot_tiles<T, kVnni, kLeast>},
                                     {2, dot_tiles<T, kVnni, 2>},
@@ -14187,9 +14187,8 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, int kLeast = T::layout.rare() ? 2 : 1,
-          int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
-constexpr TileKernels quantized = {{{kLeast, dot_tiles<T, kLeast>},
+template <class T, int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
+constexpr TileKernels quantized = {{{1, dot_tiles<T, 1>},
                                     {2, dot_tiles<T, 2>},
                                     {4, dot_tiles<T, 4>},
                                     {kMost, dot_tiles<T, kMost>}}};
@@ -14749,8 +14748,8 @@ VALAR_FORCE_INLINE B16 load_codes4(const Codes& codes) {
     else if constexpr (bits == 3) {
         const B16 low = bit_and(byte_shift<-(G % 4) * 2>(load_bytes(codes.at + G / 4 * 64)),
                                 byte_splat(3)),
-                  high = bit_and(byte_shift<2 - G>(load_bytes(codes.at + 128)), byte_splat(4));
-        return look_up(codes.values, bit_or(low, high));
+                  third = bit_and(byte_shift<2 - G>(load_bytes(codes.at + 128)), byte_splat(4));
+        return look_up(codes.values, bit_or(low, third));
     } else {
         const B16 pair = load_bytes(codes.at + G / 2 * 64);
         const B16 low = G % 2 ? byte_shift<-4>(pair) : bit_and(pair, byte_splat(15));

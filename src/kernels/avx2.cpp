@@ -277,7 +277,7 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, Vnni kVnni, int kLeast = kVnni != Vnni::none&& T::layout.rare() ? 2 : 1,
+template <class T, Vnni kVnni, int kLeast = (kVnni != Vnni::none) && T::layout.rare() ? 2 : 1,
           int kMost = kVnni == Vnni::none || (T::layout.rare() && T::layout.two_sums()) ? 4 : 6>
 constexpr TileKernels quantized = {{{kLeast, dot_tiles<T, kVnni, kLeast>},
                                     {2, dot_tiles<T, kVnni, 2>},

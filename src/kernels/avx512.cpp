@@ -229,9 +229,8 @@ void dot_floats(const TileStep& step) {
     }
 }
 
-template <class T, int kLeast = T::layout.rare() ? 2 : 1,
-          int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
-constexpr TileKernels quantized = {{{kLeast, dot_tiles<T, kLeast>},
+template <class T, int kMost = T::layout.two_sums() ? 4 : 6>  // as registers allow
+constexpr TileKernels quantized = {{{1, dot_tiles<T, 1>},
                                     {2, dot_tiles<T, 2>},
                                     {4, dot_tiles<T, 4>},
                                     {kMost, dot_tiles<T, kMost>}}};

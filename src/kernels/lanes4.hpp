@@ -259,8 +259,8 @@ VALAR_FORCE_INLINE B16 load_codes4(const Codes& codes) {
     else if constexpr (bits == 3) {
         const B16 low = bit_and(byte_shift<-(G % 4) * 2>(load_bytes(codes.at + G / 4 * 64)),
                                 byte_splat(3)),
-                  high = bit_and(byte_shift<2 - G>(load_bytes(codes.at + 128)), byte_splat(4));
-        return look_up(codes.values, bit_or(low, high));
+                  third = bit_and(byte_shift<2 - G>(load_bytes(codes.at + 128)), byte_splat(4));
+        return look_up(codes.values, bit_or(low, third));
     } else {
         const B16 pair = load_bytes(codes.at + G / 2 * 64);
         const B16 low = G % 2 ? byte_shift<-4>(pair) : bit_and(pair, byte_splat(15));

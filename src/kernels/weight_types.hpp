@@ -34,7 +34,7 @@ struct PackedLayout {
     // A second scale a row is stored where the minimum's is; two sums a block are kept apart.
     constexpr bool second_scale() const { return minimum || two_scales; }
     constexpr bool two_sums() const { return sub_scales == 2 || two_scales; }
-    // Rare types have kernels for fewer numbers of columns, or compiling would take much longer.
+    // Rare types have fewer kernels for AVX-VNNI, or compiling would take much longer.
     constexpr bool rare() const { return bits <= 3 || (coded && two_sums()); }
     // Unsigned bytes, as instructions want them: the code, or a value and what makes it unsigned.
     constexpr int byte_bits() const { return coded ? 8 : bits; }
