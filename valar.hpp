@@ -30063,7 +30063,7 @@ Error SchemaDocument::refuse(const Json& schema, std::string_view keyword,
                              std::string_view why) const {
     std::string place = pointer(schema);
     if (!keyword.empty()) place += "/" + escaped(keyword);
-    if (place.size() > 300) place = place.substr(0, 300) + "...";
+    if (place.size() > 300) place = printable(place, 300);
     return make_error(ErrorKind::invalid_request,
                       format("schema at '%s': %.*s", place.c_str(), int(why.size()), why.data()),
                       "invalid_json_schema", place);
@@ -31628,7 +31628,7 @@ struct AnswerShape {
     ToolChoice choice = {};
     bool parallel = true;                    ///< else one call at most
     std::optional<uint32_t> max_calls = {};  ///< 1 or more
-    const v1::Format* format = nullptr;          ///< of the message; null: any text
+    const v1::Format* format = nullptr;      ///< of the message; null: any text
 };
 
 /// [thought] then a message, calls, or with `automatic` a text and calls after it; null where any
@@ -31695,10 +31695,12 @@ public:
         if (tools_.empty() && !formatted) return GrammarPtr();
         builder_.space = JsonSpace::optional;
         auto answer = syntax_.channels() ? channel_answer() : body();
-        if (!answer) return answer.error();
-        auto root = with_thought(*answer);
-        if (!root) return root.error();
-        return builder_.build(*root);
+        if (answer) answer = with_thought(*answer);
+        auto built = answer ? builder_.build(*answer) : Result<GrammarPtr>(answer.error());
+        if (built) return built;
+        Error error = built.error();
+        error.param = place_;  // the schema's own place is in its message
+        return error;
     }
 
 private:
@@ -31772,6 +31774,7 @@ private:
     /// A message as the request wants it.
     Result<Part> formatted() {
         const auto& format = *shape_.format;
+        place_ = format.schema.is_null() ? "text.format" : "text.format.schema";
         if (!format.schema.is_null())
             return add_json_schema(builder_, format.schema, format.strict);
         if (!format.regex.empty()) return add_regex(builder_, format.regex);
@@ -31958,6 +31961,7 @@ private:
     }
 
     Result<Part> arguments(const Tool& tool) {
+        place_ = "tools[" + std::to_string(&tool - shape_.tools.data()) + "].parameters";
         if (tool.custom && !tool.format.gbnf.empty() && calls_.style != Style::tagged)
             return refuse_tool(tool, "a GBNF grammar does not fit this model's way to write calls");
         if (calls_.style == Style::object || calls_.style == Style::named ||
@@ -32243,6 +32247,7 @@ private:
     const AnswerSyntax& syntax_;
     const AnswerSyntax::Calls& calls_;
     std::vector<const Tool*> tools_;
+    std::string place_;  // in the request, of what is being compiled
     int own_values_ = 0;
     GrammarBuilder builder_;
 };
@@ -36291,6 +36296,10 @@ public:
     const Sampling& sampling() const { return sampling_; }  // where a request says nothing
     const ModelInfo& info() const { return info_; }
     bool is_called(const std::string& name) const;
+    /// How it writes thoughts and calls.
+    const std::shared_ptr<const AnswerSyntax>& answer_syntax() const { return answer_syntax_; }
+    /// Of its vocabulary; made when it is first asked for.
+    TokenTriePtr token_trie() const;
     /// A hash of the weights' shapes and first rows, made when it is first asked for. Errors: the
     /// file cannot be read.
     Result<Hash256> fingerprint() const;
@@ -36299,14 +36308,17 @@ private:
     Result<void> read(const EngineOptions& options);
     Result<void> read_words(const EngineOptions& options);
     Result<void> read_tokenizer(std::string_view chat_template);
+    Result<void> read_syntax();
     void name(const EngineOptions& options);
 
     ModelFile file_;
     std::optional<Tokenizer> tokenizer_;
     std::optional<ChatTemplate> chat_template_;
+    std::shared_ptr<const AnswerSyntax> answer_syntax_;
     Sampling sampling_;
     ModelInfo info_;
-    mutable std::mutex mutex_;  // guards fingerprint_
+    mutable std::mutex mutex_;  // guards what is made late
+    mutable TokenTriePtr token_trie_;
     mutable std::optional<Hash256> fingerprint_;
 };
 
@@ -36615,6 +36627,13 @@ Result<void> LoadedModel::read_words(const EngineOptions& options) {
     auto parsed = ChatTemplate::open(std::move(text));
     if (!parsed) return parsed.error();
     chat_template_ = std::move(*parsed);
+    return read_syntax();
+}
+
+Result<void> LoadedModel::read_syntax() {
+    auto syntax = find_answer_syntax(*chat_template_, SpecialTokens(*tokenizer_));
+    if (!syntax) return syntax.error();
+    answer_syntax_ = std::make_shared<const AnswerSyntax>(std::move(*syntax));
     return {};
 }
 
@@ -36629,6 +36648,12 @@ void LoadedModel::name(const EngineOptions& options) {
 bool LoadedModel::is_called(const std::string& name) const {
     const auto& aliases = info_.aliases;
     return name == info_.id || std::find(aliases.begin(), aliases.end(), name) != aliases.end();
+}
+
+TokenTriePtr LoadedModel::token_trie() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!token_trie_) token_trie_ = TokenTrie::build(*tokenizer_);
+    return token_trie_;
 }
 
 Result<Hash256> LoadedModel::fingerprint() const {
@@ -36658,8 +36683,10 @@ inline constexpr uint32_t kMaxStepTokens = 32768;
 inline constexpr uint32_t kMaxDraft = 15;   // with the row before them a tile of columns
 inline constexpr uint32_t kFirstDraft = 5;  // six columns are cheap to multiply
 inline constexpr uint32_t kLeastDraft = 2;
-inline constexpr uint32_t kMinMatch = 3;           // tokens that must have stood together before
-inline constexpr uint32_t kMaxMatch = 8;           // that make a better match no longer
+inline constexpr uint32_t kMinMatch = 3;          // tokens that must have stood together before
+inline constexpr uint32_t kMaxMatch = 8;          // that make a better match no longer
+inline constexpr uint32_t kMaxForcedBytes = 128;  // looked ahead in a grammar
+inline constexpr uint32_t kLeastForcedBytes = 2;
 inline constexpr uint32_t kDraftCredit = 64;       // a row wasted for so many that are not
 inline constexpr uint32_t kMinPromptRows = 16;     // of a batch, however small the budget
 inline constexpr uint64_t kMixedNs = 100'000'000;  // of a batch with prompts beside answers
@@ -37072,6 +37099,7 @@ struct PreparedPrompt final : Prepared {
     uint32_t top_logprobs = 0;
     std::vector<std::string> stop;
     std::unique_ptr<OutputParser> parser;  // of the answer
+    GrammarPtr grammar;                    // of its text; null: any
 
     const void* owner() const override { return maker; }
 };
@@ -37098,6 +37126,10 @@ private:
     std::string refused_window() const;
     void resolve_sampling(const Request& request, Sampling* out) const;
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
+    Result<MarkedText> render(const Request& request) const;
+    Result<std::vector<Token>> encode(const MarkedText& text) const;
+    Result<void> hold_answer(const Request& request, ThoughtState thought,
+                             PreparedPrompt* out) const;
     bool takes_long_rope(size_t tokens) const { return tokens > short_rope_tokens(model_.spec()); }
 
     const LoadedModel& model_;
@@ -37119,17 +37151,6 @@ inline namespace v1 {
 namespace detail {
 
 namespace {
-
-// What an engine cannot hold an answer to it refuses.
-Result<void> check_promises(const Request& request) {
-    const auto later = [](const char* field) {
-        return make_error(ErrorKind::unsupported, std::string(field) + ": not in this version",
-                          "unsupported_parameter", field);
-    };
-    if (!request.format.empty()) return later("text.format");
-    if (!request.tools.empty()) return later("tools");
-    return {};
-}
 
 Result<void> check_bias(const Request& request, uint32_t n_vocab) {
     for (const auto& [token, bias] : request.logit_bias) {
@@ -37156,7 +37177,9 @@ Error refuse_field(const char* param, std::string message, const char* code) {
 
 Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view salt) const {
     if (auto checked = check(request); !checked) return checked.error();
-    auto tokens = tokenize(request);
+    auto text = render(request);
+    if (!text) return text.error();
+    auto tokens = encode(*text);
     if (!tokens) return tokens.error();
     if (auto checked = check_length(tokens->size()); !checked) return checked.error();
     auto seed = request.seed ? Result<int64_t>(*request.seed) : draw_seed();
@@ -37171,7 +37194,8 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->logprobs = request.logprobs;
     out->top_logprobs = request.top_logprobs;
     out->stop = request.stop;
-    out->parser = plain_output();
+    const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
+    if (auto held = hold_answer(request, thought, out.get()); !held) return held.error();
     out->organisation = request.organisation;
     out->window = request.window;
     resolve_sampling(request, &out->sampling);
@@ -37187,7 +37211,6 @@ Result<void> PromptMaker::check(const Request& request) const {
         return make_error(ErrorKind::not_found, "the model '" + request.model + "' does not exist",
                           "model_not_found", "model");
     if (auto checked = check_request(request); !checked) return checked;
-    if (auto checked = check_promises(request); !checked) return checked;
     const auto& windows = options_.windows;
     if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
         return refuse_field(kWindowField, refused_window());
@@ -37246,6 +37269,29 @@ Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
     return keys;
 }
 
+// How the answer is read, and what it is held to.
+Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thought,
+                                      PreparedPrompt* out) const {
+    const auto& syntax = model_.answer_syntax();
+    auto grammar = compile_answer({.syntax = syntax.get(),
+                                   .thought = thought,
+                                   .may_think = request.effort != Effort::none,
+                                   .tools = request.tools,
+                                   .choice = request.tool_choice,
+                                   .parallel = request.parallel_tool_calls,
+                                   .max_calls = request.max_tool_calls,
+                                   .format = request.format.empty() ? nullptr : &request.format});
+    if (!grammar) return grammar.error();
+    const bool calls = request.tool_choice.mode != ToolChoice::Mode::none;
+    out->parser = answer_parser(syntax, {.tools = calls ? request.tools : std::vector<Tool>(),
+                                         .thought = thought,
+                                         .bare_calls = request.format.empty(),
+                                         .constrained = *grammar != nullptr});
+    out->grammar = std::move(*grammar);
+    if (out->grammar) model_.token_trie()->prepare(*out->grammar);
+    return {};
+}
+
 // There is no RTTI to ask, and fields could have been copied; a virtual function tells the truth.
 Result<PromptPtr> PromptMaker::take_back(std::unique_ptr<Prepared> prepared) const {
     if (!prepared || prepared->owner() != this)
@@ -37255,6 +37301,12 @@ Result<PromptPtr> PromptMaker::take_back(std::unique_ptr<Prepared> prepared) con
 }
 
 Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
+    auto text = render(request);
+    if (!text) return text.error();
+    return encode(*text);
+}
+
+Result<MarkedText> PromptMaker::render(const Request& request) const {
     const Tokenizer& tokenizer = model_.tokenizer();
     const auto spelling = [&](std::optional<Token> token) {
         return token ? tokenizer.piece(*token) : std::string_view();
@@ -37266,8 +37318,11 @@ Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",
                             "context_length_exceeded");
-    if (!text) return text.error();
-    auto tokens = tokenizer.encode(*text, tokenizer.add_bos());
+    return text;
+}
+
+Result<std::vector<Token>> PromptMaker::encode(const MarkedText& text) const {
+    auto tokens = model_.tokenizer().encode(text, model_.tokenizer().add_bos());
     if (!tokens) return tokens.error();
     if (tokens->empty())
         return refuse_field("input", "input: the chat template made an empty prompt of it");
@@ -37297,6 +37352,8 @@ struct Drafts {
 
     /// Guesses what follows `text`, at most `room` tokens.
     void guess(std::span<const Token> text, uint32_t room);
+    /// Takes these as the guess, at most `room`.
+    void take(std::span<const Token> sure, uint32_t room);
     /// So many of the last guesses were right.
     void settle(uint32_t drafted, uint32_t accepted);
 };
@@ -37344,6 +37401,11 @@ void Drafts::guess(std::span<const Token> text, uint32_t room) {
     const uint32_t affordable = std::min({most, credit / kDraftCredit, room, length});
     VALAR_ASSERT(affordable <= kMaxDraft);
     count = affordable == 0 ? 0 : find_draft(text, affordable, tokens);
+}
+
+void Drafts::take(std::span<const Token> sure, uint32_t room) {
+    count = std::min({static_cast<uint32_t>(sure.size()), room, kMaxDraft});
+    std::copy_n(sure.begin(), count, tokens);
 }
 
 // A guess that is accepted earns credit, and so does, a little, every token.
@@ -37528,6 +37590,7 @@ struct Sequence {
     uint64_t ticket = 0;  // order of arrival
     uint32_t rank = 0;    // 0 is the most urgent; see rank_of
     Sampler sampler;
+    GrammarState grammar;  // where the answer stands in what it is held to, if anything
     Detokenizer detokenizer;
     std::string held;        // text that may begin a stop string
     bool item_open = false;  // the last of outcome.items is under way
@@ -37541,6 +37604,7 @@ struct Sequence {
           tokens(std::move(prompt->tokens)),
           page_keys(std::move(prompt->page_keys)),
           sampler(prompt->sampling),
+          grammar(prompt->grammar ? GrammarState(prompt->grammar) : GrammarState()),
           detokenizer(tokenizer) {
         outcome.usage.input_tokens = drafts.credit = length();
     }
@@ -38392,8 +38456,10 @@ private:
     void take_results(Sequence& sequence);
     void change_rope(Sequence& sequence);
     std::optional<Token> draw_token(Sequence& sequence, uint32_t logits_row);
+    Result<Token> choose_token(Sequence& sequence, uint32_t logits_row);
 
     const EngineOptions& options_;
+    const LoadedModel& model_;
     Backend& backend_;
     PrefixCache& cache_;
     Desk& desk_;
@@ -38401,6 +38467,7 @@ private:
     const uint32_t step_tokens_, max_logit_rows_, short_rope_tokens_;
 
     std::vector<SequencePtr> waiting_, running_;
+    std::vector<uint64_t> allowed_;                // tokens that a grammar has next, a bit each
     std::vector<BatchRow> batch_;                  // under way unless empty
     size_t untaken_ = 0;                           // last of running, with logits of a done batch
     std::unordered_map<std::string, Turn> turns_;  // of those that wait or run
@@ -38444,6 +38511,7 @@ bool runs_before(const SequencePtr& a, const SequencePtr& b) {
 Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
                      const LoadedModel& model, Backend& backend, PrefixCache& cache, Desk& desk)
     : options_(options),
+      model_(model),
       backend_(backend),
       cache_(cache),
       desk_(desk),
@@ -38745,6 +38813,20 @@ bool Scheduler::computes_the_same(const Sequence& prompt) const {
     return false;
 }
 
+namespace {
+
+// What the grammar leaves no choice about, as the model would write it: only a guess, for the same
+// text has other tokens too.
+std::vector<Token> forced_tokens(const Sequence& sequence, const Tokenizer& tokenizer) {
+    if (!sequence.grammar.active()) return {};
+    const std::string text = sequence.grammar.forced_bytes(kMaxForcedBytes);
+    if (text.size() < kLeastForcedBytes) return {};
+    auto tokens = tokenizer.encode(text);
+    return tokens ? std::move(*tokens) : std::vector<Token>();
+}
+
+}  // namespace
+
 void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
     sequence.drafts.count = 0;
     if (!options_.speculation) return;
@@ -38753,7 +38835,9 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
     const uint32_t turned_alike = sequence.prompt->long_rope
                                       ? UINT32_MAX
                                       : short_rope_tokens_ - sequence.length();
-    sequence.drafts.guess(sequence.tokens, std::min({*spare, left - 1, turned_alike}));
+    const uint32_t room = std::min({*spare, left - 1, turned_alike});
+    sequence.drafts.take(forced_tokens(sequence, model_.tokenizer()), room);
+    if (sequence.drafts.count == 0) sequence.drafts.guess(sequence.tokens, room);
     *spare -= sequence.drafts.count;
 }
 
@@ -38824,17 +38908,32 @@ void Scheduler::change_rope(Sequence& sequence) {
 
 // Nothing where the logits are not finite: then the sequence is over.
 std::optional<Token> Scheduler::draw_token(Sequence& sequence, uint32_t logits_row) {
-    const auto logits = backend_.logits(logits_row);
-    if (!logits) {
-        answers_.end(sequence, Status::failed, logits.error());
+    const auto chosen = choose_token(sequence, logits_row);
+    if (!chosen) {
+        answers_.end(sequence, Status::failed, chosen.error());
         return std::nullopt;
     }
-    const Token token = sequence.sampler.sample(*logits, sequence.length());
+    const Token token = *chosen;
     if (sequence.first_token_ns == 0) sequence.first_token_ns = monotonic_ns();
     sequence.tokens.push_back(token);
     sequence.sampler.see(token);
     ++sequence.outcome.usage.output_tokens;
-    answers_.add_token(sequence, token, *logits);
+    answers_.add_token(sequence, token, *backend_.logits(logits_row));
+    return token;
+}
+
+// The token that comes next, among those that the grammar has there.
+Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
+    const auto logits = backend_.logits(logits_row);
+    if (!logits) return logits.error();
+    if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
+    const TokenTriePtr trie = model_.token_trie();
+    allowed_.resize(trie->words());
+    fill_mask(*trie, sequence.grammar, allowed_);
+    if (std::all_of(allowed_.begin(), allowed_.end(), [](uint64_t word) { return word == 0; }))
+        return make_error(ErrorKind::internal, "no token of this vocabulary goes on as it must");
+    const Token token = sequence.sampler.sample(*logits, sequence.length(), allowed_);
+    sequence.grammar.accept_token(token, trie->piece(token));
     return token;
 }
 

@@ -81,6 +81,7 @@ EngineOptions tiny_options() {
     EngineOptions options;
     options.model_bytes = model_bytes();
     options.threads = 0;
+    options.show_schema = false;  // the tiny contexts have no room for it
     return options;
 }
 
@@ -581,8 +582,20 @@ TEST_CASE("refused requests are replies that are finished") {
     CHECK(refused(with([](Request& r) { r.top_p = -0.1; })).param == "top_p");
     CHECK(refused(with([](Request& r) { r.min_p = 1.5; })).param == "min_p");
     CHECK(refused(with([](Request& r) { r.top_logprobs = 21; })).param == "top_logprobs");
-    CHECK(refused(with([](Request& r) { r.format.regex = "a"; })).param == "text.format");
-    CHECK(refused(with([](Request& r) { r.tools = {{.name = "f"}}; })).param == "tools");
+    const Error bracket = refused(with([](Request& r) { r.format.regex = "a["; }));
+    CHECK(bracket.code == "invalid_json_schema");
+    CHECK(bracket.param == "text.format");
+    const Error schema = refused(with([](Request& r) {
+        r.format.schema = *Json::parse(R"({"properties": {"a": {"format": "colour"}}})");
+    }));
+    CHECK(schema.code == "invalid_json_schema");
+    CHECK(schema.message.find("'/properties/a/format'") != std::string::npos);
+    CHECK(schema.param == "text.format.schema");
+    const Error tool = refused(with([](Request& r) {
+        r.tools = {{.name = "f", .parameters = *Json::parse(R"({"type": "objekt"})")}};
+    }));
+    CHECK(tool.code == "invalid_json_schema");
+    CHECK(tool.param == "tools[0].parameters");
     const Error full = refused(with([](Request& r) { r.input = std::string(600, 'x'); }));
     CHECK(full.code == "context_length_exceeded");
     CHECK(full.param == "input");
@@ -845,6 +858,13 @@ TEST_CASE("all memory that the plan counts comes from the allocator") {
 
 namespace {
 
+Json sword_schema() {
+    return *Json::parse(R"({"type": "object", "additionalProperties": false, "properties": {
+        "name": {"type": "string", "maxLength": 8}, "kind": {"enum": ["sword", "long sword"]},
+        "weight": {"type": "integer", "minimum": 1, "maximum": 40}},
+        "required": ["name", "kind", "weight"]})");
+}
+
 // Sixteen requests of mixed lengths and options; some begin alike.
 const std::vector<Request>& mixed_requests() {
     static const std::vector<Request> requests = [] {
@@ -862,6 +882,9 @@ const std::vector<Request>& mixed_requests() {
             if (i % 5 == 2) request.instructions = "be brief";
             request.window = static_cast<Window>(random.next() % 3);
             request.organisation = i % 2 ? "one" : "two";
+            if (i == 3 || i == 12) request.format.schema = sword_schema();
+            if (i == 5) request.format.one_of = {"attack", "attend", "run away"};
+            if (i == 8) request.format.regex = "[a-c]{3,20}( end)?";
             out.push_back(request);
         }
         return out;
@@ -922,6 +945,7 @@ ResponderStats run_mixed(const EngineOptions& options, uint32_t count, uint64_t 
             if (text.ends_with("\ufffd")) text.remove_suffix(3);  // of a character cut short
             CHECK(expected.starts_with(text));
         } else {
+            CAPTURE((outcome.error ? outcome.error->message : std::string()));
             CHECK(outcome.status == Status::completed);
             CHECK(outcome.text == expected);
         }
@@ -947,6 +971,81 @@ TEST_CASE("many at once: each answer is the one computed alone") {
             if (!cache) CHECK(stats.cached_tokens == 0);
             if (cache && count > 4) CHECK(stats.cached_tokens > 0);
         }
+}
+
+TEST_CASE("an answer is held to its format, whatever the model would say") {
+    Engine engine = open_tiny(tiny_options());
+    uint32_t whole = 0;
+    for (int64_t seed = 0; seed < 40; ++seed) {
+        CAPTURE(seed);
+        Request request = ask("a sword", 120);
+        request.seed = seed;
+        request.temperature = static_cast<double>(seed % 3) * 0.7;
+        request.format.schema = sword_schema();
+        Reply reply = engine.submit(request);
+        REQUIRE(engine.step());
+        const Outcome& outcome = reply.outcome();
+        REQUIRE(outcome.status == Status::completed);
+        if (outcome.cut) continue;
+        ++whole;
+        auto value = Json::parse(outcome.text);
+        REQUIRE(value);
+        CHECK(value->size() == 3);
+        CHECK((*value)["name"].is_string());
+        CHECK((*value)["kind"].as_string().ends_with("sword"));
+        CHECK(((*value)["weight"].as_uint() >= 1 && (*value)["weight"].as_uint() <= 40));
+    }
+    CHECK(whole > 20);
+
+    Request request = ask("fight?");
+    request.format.one_of = {"attack", "attend", "run away"};
+    std::set<std::string> said;
+    for (request.seed = 0; *request.seed < 30; ++*request.seed)
+        said.insert(answer(engine, request));
+    CHECK(said == std::set<std::string>{"attack", "attend", "run away"});
+}
+
+TEST_CASE("tools: called when they must be, with arguments that fit, and never when not") {
+    EngineOptions options = tiny_options();
+    options.model_bytes = windowed_bytes();  // with room for tools
+    Engine engine = open_tiny(options);
+    Request request = ask("a sword", 200);
+    request.tools = {
+        {.name = "forge", .description = "makes one", .parameters = sword_schema()},
+        {.name = "sell", .parameters = *Json::parse(R"({"type": "object"})"), .strict = false}};
+    uint32_t calls = 0;
+    for (int64_t seed = 0; seed < 30; ++seed) {
+        CAPTURE(seed);
+        request.seed = seed;
+        request.tool_choice.mode = ToolChoice::Mode::required;
+        request.tool_choice.names = seed % 2 ? std::vector<std::string>{"forge"}
+                                             : std::vector<std::string>{};
+        request.parallel_tool_calls = seed % 3 == 0;
+        Reply reply = engine.submit(request);
+        REQUIRE(engine.step());
+        const Outcome& outcome = reply.outcome();
+        CAPTURE((outcome.error ? outcome.error->message : std::string()));
+        REQUIRE(outcome.status == Status::completed);
+        if (!outcome.cut) CHECK_FALSE(outcome.items.empty());
+        if (!request.parallel_tool_calls) CHECK(outcome.items.size() <= 1);
+        for (const Item& item : outcome.items) {
+            CHECK(item.kind == Item::Kind::function_call);
+            CHECK((item.name == "forge" || (item.name == "sell" && seed % 2 == 0)));
+            auto arguments = Json::parse(item.arguments);
+            REQUIRE(arguments);
+            CHECK(arguments->is_object());
+            if (item.name == "forge") CHECK((*arguments)["kind"].as_string().ends_with("sword"));
+            ++calls;
+        }
+    }
+    CHECK(calls > 10);
+    request.tool_choice = {ToolChoice::Mode::none, {}};
+    request.max_output_tokens = 20;
+    for (request.seed = 0; *request.seed < 5; ++*request.seed) {
+        Reply reply = engine.submit(request);
+        REQUIRE(engine.step());
+        for (const Item& item : reply.outcome().items) CHECK(item.kind == Item::Kind::message);
+    }
 }
 
 TEST_CASE("many at once: chunks, threads, page sizes, a host's job system") {

@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -99,6 +101,20 @@ bool Scheduler::computes_the_same(const Sequence& prompt) const {
     return false;
 }
 
+namespace {
+
+// What the grammar leaves no choice about, as the model would write it: only a guess, for the same
+// text has other tokens too.
+std::vector<Token> forced_tokens(const Sequence& sequence, const Tokenizer& tokenizer) {
+    if (!sequence.grammar.active()) return {};
+    const std::string text = sequence.grammar.forced_bytes(kMaxForcedBytes);
+    if (text.size() < kLeastForcedBytes) return {};
+    auto tokens = tokenizer.encode(text);
+    return tokens ? std::move(*tokens) : std::vector<Token>();
+}
+
+}  // namespace
+
 void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
     sequence.drafts.count = 0;
     if (!options_.speculation) return;
@@ -107,7 +123,9 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
     const uint32_t turned_alike = sequence.prompt->long_rope
                                       ? UINT32_MAX
                                       : short_rope_tokens_ - sequence.length();
-    sequence.drafts.guess(sequence.tokens, std::min({*spare, left - 1, turned_alike}));
+    const uint32_t room = std::min({*spare, left - 1, turned_alike});
+    sequence.drafts.take(forced_tokens(sequence, model_.tokenizer()), room);
+    if (sequence.drafts.count == 0) sequence.drafts.guess(sequence.tokens, room);
     *spare -= sequence.drafts.count;
 }
 
@@ -178,17 +196,32 @@ void Scheduler::change_rope(Sequence& sequence) {
 
 // Nothing where the logits are not finite: then the sequence is over.
 std::optional<Token> Scheduler::draw_token(Sequence& sequence, uint32_t logits_row) {
-    const auto logits = backend_.logits(logits_row);
-    if (!logits) {
-        answers_.end(sequence, Status::failed, logits.error());
+    const auto chosen = choose_token(sequence, logits_row);
+    if (!chosen) {
+        answers_.end(sequence, Status::failed, chosen.error());
         return std::nullopt;
     }
-    const Token token = sequence.sampler.sample(*logits, sequence.length());
+    const Token token = *chosen;
     if (sequence.first_token_ns == 0) sequence.first_token_ns = monotonic_ns();
     sequence.tokens.push_back(token);
     sequence.sampler.see(token);
     ++sequence.outcome.usage.output_tokens;
-    answers_.add_token(sequence, token, *logits);
+    answers_.add_token(sequence, token, *backend_.logits(logits_row));
+    return token;
+}
+
+// The token that comes next, among those that the grammar has there.
+Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
+    const auto logits = backend_.logits(logits_row);
+    if (!logits) return logits.error();
+    if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
+    const TokenTriePtr trie = model_.token_trie();
+    allowed_.resize(trie->words());
+    fill_mask(*trie, sequence.grammar, allowed_);
+    if (std::all_of(allowed_.begin(), allowed_.end(), [](uint64_t word) { return word == 0; }))
+        return make_error(ErrorKind::internal, "no token of this vocabulary goes on as it must");
+    const Token token = sequence.sampler.sample(*logits, sequence.length(), allowed_);
+    sequence.grammar.accept_token(token, trie->piece(token));
     return token;
 }
 

@@ -46,6 +46,11 @@ void Drafts::guess(std::span<const Token> text, uint32_t room) {
     count = affordable == 0 ? 0 : find_draft(text, affordable, tokens);
 }
 
+void Drafts::take(std::span<const Token> sure, uint32_t room) {
+    count = std::min({static_cast<uint32_t>(sure.size()), room, kMaxDraft});
+    std::copy_n(sure.begin(), count, tokens);
+}
+
 // A guess that is accepted earns credit, and so does, a little, every token.
 void Drafts::settle(uint32_t drafted, uint32_t accepted) {
     VALAR_ASSERT(accepted <= drafted && drafted <= kMaxDraft);

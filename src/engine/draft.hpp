@@ -22,6 +22,8 @@ struct Drafts {
 
     /// Guesses what follows `text`, at most `room` tokens.
     void guess(std::span<const Token> text, uint32_t room);
+    /// Takes these as the guess, at most `room`.
+    void take(std::span<const Token> sure, uint32_t room);
     /// So many of the last guesses were right.
     void settle(uint32_t drafted, uint32_t accepted);
 };

@@ -144,6 +144,13 @@ Result<void> LoadedModel::read_words(const EngineOptions& options) {
     auto parsed = ChatTemplate::open(std::move(text));
     if (!parsed) return parsed.error();
     chat_template_ = std::move(*parsed);
+    return read_syntax();
+}
+
+Result<void> LoadedModel::read_syntax() {
+    auto syntax = find_answer_syntax(*chat_template_, SpecialTokens(*tokenizer_));
+    if (!syntax) return syntax.error();
+    answer_syntax_ = std::make_shared<const AnswerSyntax>(std::move(*syntax));
     return {};
 }
 
@@ -158,6 +165,12 @@ void LoadedModel::name(const EngineOptions& options) {
 bool LoadedModel::is_called(const std::string& name) const {
     const auto& aliases = info_.aliases;
     return name == info_.id || std::find(aliases.begin(), aliases.end(), name) != aliases.end();
+}
+
+TokenTriePtr LoadedModel::token_trie() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!token_trie_) token_trie_ = TokenTrie::build(*tokenizer_);
+    return token_trie_;
 }
 
 Result<Hash256> LoadedModel::fingerprint() const {

@@ -2,9 +2,11 @@
 
 #include "digest_internal.hpp"
 #include "engine/engine.hpp"
+#include "grammar/grammar.hpp"
 #include "model_internal.hpp"
 #include "sampler_internal.hpp"
 #include "template/internal.hpp"
+#include "template/syntax.hpp"
 
 #include <memory>
 #include <mutex>
@@ -39,6 +41,10 @@ public:
     const Sampling& sampling() const { return sampling_; }  // where a request says nothing
     const ModelInfo& info() const { return info_; }
     bool is_called(const std::string& name) const;
+    /// How it writes thoughts and calls.
+    const std::shared_ptr<const AnswerSyntax>& answer_syntax() const { return answer_syntax_; }
+    /// Of its vocabulary; made when it is first asked for.
+    TokenTriePtr token_trie() const;
     /// A hash of the weights' shapes and first rows, made when it is first asked for. Errors: the
     /// file cannot be read.
     Result<Hash256> fingerprint() const;
@@ -47,14 +53,17 @@ private:
     Result<void> read(const EngineOptions& options);
     Result<void> read_words(const EngineOptions& options);
     Result<void> read_tokenizer(std::string_view chat_template);
+    Result<void> read_syntax();
     void name(const EngineOptions& options);
 
     ModelFile file_;
     std::optional<Tokenizer> tokenizer_;
     std::optional<ChatTemplate> chat_template_;
+    std::shared_ptr<const AnswerSyntax> answer_syntax_;
     Sampling sampling_;
     ModelInfo info_;
-    mutable std::mutex mutex_;  // guards fingerprint_
+    mutable std::mutex mutex_;  // guards what is made late
+    mutable TokenTriePtr token_trie_;
     mutable std::optional<Hash256> fingerprint_;
 };
 

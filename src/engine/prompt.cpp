@@ -4,6 +4,7 @@
 #include "engine/limits.hpp"
 #include "engine/pages.hpp"
 #include "engine/prompt.hpp"
+#include "grammar/answer.hpp"
 #include "unicode_internal.hpp"
 
 #include <algorithm>
@@ -22,17 +23,6 @@ inline namespace v1 {
 namespace detail {
 
 namespace {
-
-// What an engine cannot hold an answer to it refuses.
-Result<void> check_promises(const Request& request) {
-    const auto later = [](const char* field) {
-        return make_error(ErrorKind::unsupported, std::string(field) + ": not in this version",
-                          "unsupported_parameter", field);
-    };
-    if (!request.format.empty()) return later("text.format");
-    if (!request.tools.empty()) return later("tools");
-    return {};
-}
 
 Result<void> check_bias(const Request& request, uint32_t n_vocab) {
     for (const auto& [token, bias] : request.logit_bias) {
@@ -59,7 +49,9 @@ Error refuse_field(const char* param, std::string message, const char* code) {
 
 Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view salt) const {
     if (auto checked = check(request); !checked) return checked.error();
-    auto tokens = tokenize(request);
+    auto text = render(request);
+    if (!text) return text.error();
+    auto tokens = encode(*text);
     if (!tokens) return tokens.error();
     if (auto checked = check_length(tokens->size()); !checked) return checked.error();
     auto seed = request.seed ? Result<int64_t>(*request.seed) : draw_seed();
@@ -74,7 +66,8 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->logprobs = request.logprobs;
     out->top_logprobs = request.top_logprobs;
     out->stop = request.stop;
-    out->parser = plain_output();
+    const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
+    if (auto held = hold_answer(request, thought, out.get()); !held) return held.error();
     out->organisation = request.organisation;
     out->window = request.window;
     resolve_sampling(request, &out->sampling);
@@ -90,7 +83,6 @@ Result<void> PromptMaker::check(const Request& request) const {
         return make_error(ErrorKind::not_found, "the model '" + request.model + "' does not exist",
                           "model_not_found", "model");
     if (auto checked = check_request(request); !checked) return checked;
-    if (auto checked = check_promises(request); !checked) return checked;
     const auto& windows = options_.windows;
     if (std::find(windows.begin(), windows.end(), request.window) == windows.end())
         return refuse_field(kWindowField, refused_window());
@@ -149,6 +141,29 @@ Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
     return keys;
 }
 
+// How the answer is read, and what it is held to.
+Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thought,
+                                      PreparedPrompt* out) const {
+    const auto& syntax = model_.answer_syntax();
+    auto grammar = compile_answer({.syntax = syntax.get(),
+                                   .thought = thought,
+                                   .may_think = request.effort != Effort::none,
+                                   .tools = request.tools,
+                                   .choice = request.tool_choice,
+                                   .parallel = request.parallel_tool_calls,
+                                   .max_calls = request.max_tool_calls,
+                                   .format = request.format.empty() ? nullptr : &request.format});
+    if (!grammar) return grammar.error();
+    const bool calls = request.tool_choice.mode != ToolChoice::Mode::none;
+    out->parser = answer_parser(syntax, {.tools = calls ? request.tools : std::vector<Tool>(),
+                                         .thought = thought,
+                                         .bare_calls = request.format.empty(),
+                                         .constrained = *grammar != nullptr});
+    out->grammar = std::move(*grammar);
+    if (out->grammar) model_.token_trie()->prepare(*out->grammar);
+    return {};
+}
+
 // There is no RTTI to ask, and fields could have been copied; a virtual function tells the truth.
 Result<PromptPtr> PromptMaker::take_back(std::unique_ptr<Prepared> prepared) const {
     if (!prepared || prepared->owner() != this)
@@ -158,6 +173,12 @@ Result<PromptPtr> PromptMaker::take_back(std::unique_ptr<Prepared> prepared) con
 }
 
 Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
+    auto text = render(request);
+    if (!text) return text.error();
+    return encode(*text);
+}
+
+Result<MarkedText> PromptMaker::render(const Request& request) const {
     const Tokenizer& tokenizer = model_.tokenizer();
     const auto spelling = [&](std::optional<Token> token) {
         return token ? tokenizer.piece(*token) : std::string_view();
@@ -169,8 +190,11 @@ Result<std::vector<Token>> PromptMaker::tokenize(const Request& request) const {
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",
                             "context_length_exceeded");
-    if (!text) return text.error();
-    auto tokens = tokenizer.encode(*text, tokenizer.add_bos());
+    return text;
+}
+
+Result<std::vector<Token>> PromptMaker::encode(const MarkedText& text) const {
+    auto tokens = model_.tokenizer().encode(text, model_.tokenizer().add_bos());
     if (!tokens) return tokens.error();
     if (tokens->empty())
         return refuse_field("input", "input: the chat template made an empty prompt of it");

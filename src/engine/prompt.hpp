@@ -30,6 +30,7 @@ struct PreparedPrompt final : Prepared {
     uint32_t top_logprobs = 0;
     std::vector<std::string> stop;
     std::unique_ptr<OutputParser> parser;  // of the answer
+    GrammarPtr grammar;                    // of its text; null: any
 
     const void* owner() const override { return maker; }
 };
@@ -56,6 +57,10 @@ private:
     std::string refused_window() const;
     void resolve_sampling(const Request& request, Sampling* out) const;
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
+    Result<MarkedText> render(const Request& request) const;
+    Result<std::vector<Token>> encode(const MarkedText& text) const;
+    Result<void> hold_answer(const Request& request, ThoughtState thought,
+                             PreparedPrompt* out) const;
     bool takes_long_rope(size_t tokens) const { return tokens > short_rope_tokens(model_.spec()); }
 
     const LoadedModel& model_;

@@ -41,6 +41,7 @@ bool runs_before(const SequencePtr& a, const SequencePtr& b) {
 Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
                      const LoadedModel& model, Backend& backend, PrefixCache& cache, Desk& desk)
     : options_(options),
+      model_(model),
       backend_(backend),
       cache_(cache),
       desk_(desk),

@@ -56,8 +56,10 @@ private:
     void take_results(Sequence& sequence);
     void change_rope(Sequence& sequence);
     std::optional<Token> draw_token(Sequence& sequence, uint32_t logits_row);
+    Result<Token> choose_token(Sequence& sequence, uint32_t logits_row);
 
     const EngineOptions& options_;
+    const LoadedModel& model_;
     Backend& backend_;
     PrefixCache& cache_;
     Desk& desk_;
@@ -65,6 +67,7 @@ private:
     const uint32_t step_tokens_, max_logit_rows_, short_rope_tokens_;
 
     std::vector<SequencePtr> waiting_, running_;
+    std::vector<uint64_t> allowed_;                // tokens that a grammar has next, a bit each
     std::vector<BatchRow> batch_;                  // under way unless empty
     size_t untaken_ = 0;                           // last of running, with logits of a done batch
     std::unordered_map<std::string, Turn> turns_;  // of those that wait or run

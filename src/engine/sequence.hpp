@@ -48,6 +48,7 @@ struct Sequence {
     uint64_t ticket = 0;  // order of arrival
     uint32_t rank = 0;    // 0 is the most urgent; see rank_of
     Sampler sampler;
+    GrammarState grammar;  // where the answer stands in what it is held to, if anything
     Detokenizer detokenizer;
     std::string held;        // text that may begin a stop string
     bool item_open = false;  // the last of outcome.items is under way
@@ -61,6 +62,7 @@ struct Sequence {
           tokens(std::move(prompt->tokens)),
           page_keys(std::move(prompt->page_keys)),
           sampler(prompt->sampling),
+          grammar(prompt->grammar ? GrammarState(prompt->grammar) : GrammarState()),
           detokenizer(tokenizer) {
         outcome.usage.input_tokens = drafts.credit = length();
     }

@@ -63,10 +63,12 @@ public:
         if (tools_.empty() && !formatted) return GrammarPtr();
         builder_.space = JsonSpace::optional;
         auto answer = syntax_.channels() ? channel_answer() : body();
-        if (!answer) return answer.error();
-        auto root = with_thought(*answer);
-        if (!root) return root.error();
-        return builder_.build(*root);
+        if (answer) answer = with_thought(*answer);
+        auto built = answer ? builder_.build(*answer) : Result<GrammarPtr>(answer.error());
+        if (built) return built;
+        Error error = built.error();
+        error.param = place_;  // the schema's own place is in its message
+        return error;
     }
 
 private:
@@ -140,6 +142,7 @@ private:
     /// A message as the request wants it.
     Result<Part> formatted() {
         const auto& format = *shape_.format;
+        place_ = format.schema.is_null() ? "text.format" : "text.format.schema";
         if (!format.schema.is_null())
             return add_json_schema(builder_, format.schema, format.strict);
         if (!format.regex.empty()) return add_regex(builder_, format.regex);
@@ -326,6 +329,7 @@ private:
     }
 
     Result<Part> arguments(const Tool& tool) {
+        place_ = "tools[" + std::to_string(&tool - shape_.tools.data()) + "].parameters";
         if (tool.custom && !tool.format.gbnf.empty() && calls_.style != Style::tagged)
             return refuse_tool(tool, "a GBNF grammar does not fit this model's way to write calls");
         if (calls_.style == Style::object || calls_.style == Style::named ||
@@ -611,6 +615,7 @@ private:
     const AnswerSyntax& syntax_;
     const AnswerSyntax::Calls& calls_;
     std::vector<const Tool*> tools_;
+    std::string place_;  // in the request, of what is being compiled
     int own_values_ = 0;
     GrammarBuilder builder_;
 };

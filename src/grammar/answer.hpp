@@ -20,7 +20,7 @@ struct AnswerShape {
     ToolChoice choice = {};
     bool parallel = true;                    ///< else one call at most
     std::optional<uint32_t> max_calls = {};  ///< 1 or more
-    const v1::Format* format = nullptr;          ///< of the message; null: any text
+    const v1::Format* format = nullptr;      ///< of the message; null: any text
 };
 
 /// [thought] then a message, calls, or with `automatic` a text and calls after it; null where any

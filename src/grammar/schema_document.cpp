@@ -244,7 +244,7 @@ Error SchemaDocument::refuse(const Json& schema, std::string_view keyword,
                              std::string_view why) const {
     std::string place = pointer(schema);
     if (!keyword.empty()) place += "/" + escaped(keyword);
-    if (place.size() > 300) place = place.substr(0, 300) + "...";
+    if (place.size() > 300) place = printable(place, 300);
     return make_error(ErrorKind::invalid_request,
                       format("schema at '%s': %.*s", place.c_str(), int(why.size()), why.data()),
                       "invalid_json_schema", place);
