@@ -233,10 +233,10 @@ TEST_CASE("masks: as if the other tokens were not there") {
         ids.push_back(static_cast<Token>(i));
     }
     const Sampling kinds[] = {{.temperature = 0},
-                                    {.top_k = 5},
-                                    {.top_p = 0.7},
-                                    {.min_p = 0.1},
-                                    {.top_p = 0.999999999999, .min_p = 1e-9}};
+                              {.top_k = 5},
+                              {.top_p = 0.7},
+                              {.min_p = 0.1},
+                              {.top_p = 0.999999999999, .min_p = 1e-9}};
     for (const Sampling& options : kinds)
         for (uint64_t at = 0; at < 200; ++at)
             CHECK(Sampler(options).sample(logits, at, allowed) ==
@@ -250,6 +250,5 @@ TEST_CASE("masks: as if the other tokens were not there") {
     // One alone is drawn whatever the rest says, and soon.
     std::vector<uint64_t> one(16);
     one[15] = uint64_t{1} << 39;
-    for (const Sampling& options : kinds)
-        CHECK(Sampler(options).sample(logits, 1, one) == 999);
+    for (const Sampling& options : kinds) CHECK(Sampler(options).sample(logits, 1, one) == 999);
 }
