@@ -22805,7 +22805,7 @@ Value sliced(Renderer& r, const Value& v, Arguments& a) {  // slices fill_with
     List made;
     auto at = list_in(items).begin();
     for (int64_t i = 0; i < slices && r.charge(1) && r.room(made.size() * 2); ++i) {
-        const int64_t count = size / slices + (i < size % slices);
+        const auto count = static_cast<ptrdiff_t>(size / slices + (i < size % slices));
         List row(at, at + count);
         at += count;
         if (!is_absent(a.values[1]) && i >= size % slices) row.push_back(a.values[1]);
@@ -35414,7 +35414,8 @@ void CpuDecoder::group_picks() {
 // Each group's blocks begin where those before it, each rounded up to whole plane groups, end.
 ActivationBlock* CpuDecoder::group_blocks(const ExpertGroup& group, size_t columns) const {
     const size_t number = static_cast<size_t>(&group - scratch_.groups);
-    const size_t planes = group.first * sizes_.planes + number * ActivationLayout::kGroup;
+    const size_t planes = static_cast<size_t>(group.first * sizes_.planes +
+                                              number * ActivationLayout::kGroup);
     return scratch_.input_blocks + planes * (columns / kActivationBlock);
 }
 
@@ -35711,8 +35712,8 @@ void CpuDecoder::attend_split_row(const AttentionUnit& unit, uint32_t kv_head,
     AttentionTask task = attention_task(unit, kv_head, scratch, found);
     find_keys(unit, kv_head, segment, scratch, found);
     find_visible(unit, segment, scratch);
-    const size_t at = (unit.row * sizes_.segments + segment) * spec.n_heads +
-                      kv_head * (spec.n_heads / spec.n_kv_heads);
+    const size_t at = static_cast<size_t>((unit.row * sizes_.segments + segment) * spec.n_heads +
+                                          kv_head * (spec.n_heads / spec.n_kv_heads));
     task.max = scratch_.part_max + at;
     task.sum = scratch_.part_sum + at;
     task.out = scratch_.part_out + at * spec.head_dim;
@@ -35728,7 +35729,8 @@ void CpuDecoder::merge_split_row(uint32_t row) {
         const uint32_t position = rows_[row].position;
         for (uint32_t segment = layer().first_seen(position) / kSegment;
              segment <= position / kSegment; ++segment) {
-            const size_t at = (row * sizes_.segments + segment) * spec.n_heads + head;
+            const size_t at = static_cast<size_t>((row * sizes_.segments + segment) * spec.n_heads +
+                                                  head);
             merge_segment(
                 position, segment,
                 {scratch_.part_max[at], scratch_.part_sum[at], scratch_.part_out + at * dim},
@@ -39593,7 +39595,8 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     state->items = std::move(*items);
     state->when_full = detail::read_kind((*json)["when_full"], WhenFull::drop_oldest_turns);
     state->forgotten = static_cast<uint32_t>((*json)["forgotten"].as_uint());
-    state->fixed = std::min<size_t>((*json)["fixed"].as_uint(), state->items.size());
+    state->fixed = static_cast<size_t>(
+        std::min<uint64_t>((*json)["fixed"].as_uint(), state->items.size()));
     if (header.pages) state->salt = detail::sha256(saved.data(), saved.size()).hex();
     auto turn = engine.take_turn("restore()");
     if (!turn) return turn.error();

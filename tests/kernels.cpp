@@ -986,13 +986,13 @@ TEST_CASE("kernels: exponentials, and the activations made of them") {
         for (size_t n : {1u, 7u, 64u, 65u, 301u}) {
             CAPTURE(k->name);
             CAPTURE(n);
-            std::vector<float> got(x.begin(), x.begin() + n), want = got;
+            std::vector<float> got(x.data(), x.data() + n), want = got;
             k->exp(got.data(), n);
             for (float& value : want) value = exact_exp(value);
             CHECK(same(want, got));
             for (int each = 0; each <= static_cast<int>(Activation::xielu); each++) {
                 CAPTURE(each);
-                std::vector<float> mine(x.begin(), x.begin() + n), theirs = mine;
+                std::vector<float> mine(x.data(), x.data() + n), theirs = mine;
                 activate(*k, Activation(each), spec, mine.data(), up.data(), n);
                 activate(scalar(), Activation(each), spec, theirs.data(), up.data(), n);
                 const auto both_none = [](float a, float b) { return a != a && b != b; };
@@ -1000,7 +1000,7 @@ TEST_CASE("kernels: exponentials, and the activations made of them") {
                     if (both_none(mine[i], theirs[i])) mine[i] = theirs[i] = 0;
                 CHECK(same(theirs, mine));
                 if (Activation(each) != Activation::silu) continue;
-                theirs.assign(x.begin(), x.begin() + n);
+                theirs.assign(x.data(), x.data() + n);
                 k->silu_mul(theirs.data(), up.data(), n);
                 for (size_t i = 0; i < n; i++)
                     if (theirs[i] != theirs[i]) theirs[i] = 0;

@@ -192,8 +192,8 @@ void CpuDecoder::attend_split_row(const AttentionUnit& unit, uint32_t kv_head,
     AttentionTask task = attention_task(unit, kv_head, scratch, found);
     find_keys(unit, kv_head, segment, scratch, found);
     find_visible(unit, segment, scratch);
-    const size_t at = (unit.row * sizes_.segments + segment) * spec.n_heads +
-                      kv_head * (spec.n_heads / spec.n_kv_heads);
+    const size_t at = static_cast<size_t>((unit.row * sizes_.segments + segment) * spec.n_heads +
+                                          kv_head * (spec.n_heads / spec.n_kv_heads));
     task.max = scratch_.part_max + at;
     task.sum = scratch_.part_sum + at;
     task.out = scratch_.part_out + at * spec.head_dim;
@@ -209,7 +209,8 @@ void CpuDecoder::merge_split_row(uint32_t row) {
         const uint32_t position = rows_[row].position;
         for (uint32_t segment = layer().first_seen(position) / kSegment;
              segment <= position / kSegment; ++segment) {
-            const size_t at = (row * sizes_.segments + segment) * spec.n_heads + head;
+            const size_t at = static_cast<size_t>((row * sizes_.segments + segment) * spec.n_heads +
+                                                  head);
             merge_segment(
                 position, segment,
                 {scratch_.part_max[at], scratch_.part_sum[at], scratch_.part_out + at * dim},

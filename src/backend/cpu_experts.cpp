@@ -131,7 +131,8 @@ void CpuDecoder::group_picks() {
 // Each group's blocks begin where those before it, each rounded up to whole plane groups, end.
 ActivationBlock* CpuDecoder::group_blocks(const ExpertGroup& group, size_t columns) const {
     const size_t number = static_cast<size_t>(&group - scratch_.groups);
-    const size_t planes = group.first * sizes_.planes + number * ActivationLayout::kGroup;
+    const size_t planes = static_cast<size_t>(group.first * sizes_.planes +
+                                              number * ActivationLayout::kGroup);
     return scratch_.input_blocks + planes * (columns / kActivationBlock);
 }
 

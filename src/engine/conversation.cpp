@@ -347,7 +347,8 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     state->items = std::move(*items);
     state->when_full = detail::read_kind((*json)["when_full"], WhenFull::drop_oldest_turns);
     state->forgotten = static_cast<uint32_t>((*json)["forgotten"].as_uint());
-    state->fixed = std::min<size_t>((*json)["fixed"].as_uint(), state->items.size());
+    state->fixed = static_cast<size_t>(
+        std::min<uint64_t>((*json)["fixed"].as_uint(), state->items.size()));
     if (header.pages) state->salt = detail::sha256(saved.data(), saved.size()).hex();
     auto turn = engine.take_turn("restore()");
     if (!turn) return turn.error();

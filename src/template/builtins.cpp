@@ -236,7 +236,7 @@ Value sliced(Renderer& r, const Value& v, Arguments& a) {  // slices fill_with
     List made;
     auto at = list_in(items).begin();
     for (int64_t i = 0; i < slices && r.charge(1) && r.room(made.size() * 2); ++i) {
-        const int64_t count = size / slices + (i < size % slices);
+        const auto count = static_cast<ptrdiff_t>(size / slices + (i < size % slices));
         List row(at, at + count);
         at += count;
         if (!is_absent(a.values[1]) && i >= size % slices) row.push_back(a.values[1]);
