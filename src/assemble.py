@@ -54,6 +54,9 @@ SECTIONS = {
     "server": ["server/server.hpp", "server/words.cpp", "server/options.cpp", "server/loop.cpp",
                "server/access.cpp", "server/responses.cpp", "server/reading.cpp"],
 }
+# Sections between VALAR_COLD_BEGIN and _END (prologue.hpp), but for the parts that make token masks.
+COLD = ["api", "template", "grammar", "store", "server"]
+WARM = ["grammar/dfa.cpp", "grammar/state.cpp", "grammar/mask.cpp"]
 # Who uses valar.hpp reads its declaration part from end to end: it stays short enough for that. What it
 # lacks room for belongs into an internal header, or replaces something.
 MOST_DECLARATION_LINES = 1816
@@ -153,6 +156,10 @@ def guarded(text, why):
         behind += condition + lines_of(f'_Pragma("pop_macro(\\"{name}\\")")' for name in names) + end
     return before, behind
 
+def cooled(part, text):
+    cold = part not in WARM and any(part in SECTIONS[section] for section in COLD)
+    return f"VALAR_COLD_BEGIN\n\n{text}VALAR_COLD_END\n\n" if cold else text
+
 def assemble():
     binder = Binder()
     config, headers = body_of("config.hpp").strip() + "\n", set()
@@ -168,7 +175,8 @@ def assemble():
         sys.exit(f"the declaration part of valar.hpp has {lines:,} lines, {MOST_DECLARATION_LINES:,} are "
                  "the limit: move what only the implementation needs to internal headers")
     headers = set()
-    implementation = "".join(binder.bind(part, headers) for part in parts_of(".cpp"))
+    implementation = "".join(cooled(part, binder.bind(part, headers)) for part in parts_of(".cpp"))
+    implementation = implementation.replace("VALAR_COLD_END\n\nVALAR_COLD_BEGIN\n\n", "")
     prologue = body_of("prologue.hpp").strip() + "\n"
     system = binder.include(headers) + "\n" + "".join(body_of(part).strip() + "\n" for part in SYSTEM)
     out += "#if defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED)\n#define VALAR_IMPLEMENTED\n"
