@@ -25672,6 +25672,7 @@ private:
         // A mark with which nothing began must not be found again.
         if (raw_.empty() && !at_end() && first_bytes_.find(input_[at_]) != std::string::npos)
             take(1);
+        while (!at_end() && (input_[at_] & 0xC0) == 0x80) take(1);  // text is whole characters
         items_.say(without_token_bytes(std::exchange(raw_, {})));
         in_ = In::text;
         bare_allowed_ = false;
@@ -25889,7 +25890,7 @@ private:
     // ---- a name, then arguments ----
 
     bool in_name() {
-        take_blanks();
+        if (name_.empty()) take_blanks();
         while (name_.size() <= 80 && !at_end() && is_name_byte(input_[at_])) {
             name_ += input_[at_];
             take(1);

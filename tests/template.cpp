@@ -853,10 +853,14 @@ TEST_CASE("template: prompts of Qwen2.5-Coder, tools too, to the byte") {
     if (const char* models = std::getenv("VALAR_MODELS")) {
         const auto file = Gguf::open(std::string(models) +
                                      "/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf");
-        REQUIRE(file);
-        auto opened = ChatTemplate::open(std::string(*file->get_string("tokenizer.chat_template")));
-        REQUIRE(opened);
-        published = *opened;
+        if (!file) {
+            MESSAGE("skipped: " << file.error().message);
+        } else {
+            auto opened = ChatTemplate::open(
+                std::string(*file->get_string("tokenizer.chat_template")));
+            REQUIRE(opened);
+            published = *opened;
+        }
     }
     const auto text = detail::read_file(VALAR_SOURCE_DIR "/tests/data/qwen25-coder/rendered.json",
                                         1 << 24);
