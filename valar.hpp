@@ -37129,6 +37129,7 @@ struct PreparedPrompt final : Prepared {
     std::vector<std::string> stop;
     std::unique_ptr<OutputParser> parser;  // of the answer
     GrammarPtr grammar;                    // of its text; null: any
+    TokenTriePtr trie;                     // for it
 
     const void* owner() const override { return maker; }
 };
@@ -37317,7 +37318,9 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                          .bare_calls = request.format.empty(),
                                          .constrained = *grammar != nullptr});
     out->grammar = std::move(*grammar);
-    if (out->grammar) model_.token_trie()->prepare(*out->grammar);
+    if (!out->grammar) return {};
+    out->trie = model_.token_trie();
+    out->trie->prepare(*out->grammar);
     return {};
 }
 
@@ -38956,13 +38959,13 @@ Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
     const auto logits = backend_.logits(logits_row);
     if (!logits) return logits.error();
     if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
-    const TokenTriePtr trie = model_.token_trie();
-    allowed_.resize(trie->words());
-    fill_mask(*trie, sequence.grammar, allowed_);
+    const TokenTrie& trie = *sequence.prompt->trie;
+    allowed_.resize(trie.words());
+    fill_mask(trie, sequence.grammar, allowed_);
     if (std::all_of(allowed_.begin(), allowed_.end(), [](uint64_t word) { return word == 0; }))
         return make_error(ErrorKind::internal, "no token of this vocabulary goes on as it must");
     const Token token = sequence.sampler.sample(*logits, sequence.length(), allowed_);
-    sequence.grammar.accept_token(token, trie->piece(token));
+    sequence.grammar.accept_token(token, trie.piece(token));
     return token;
 }
 

@@ -215,13 +215,13 @@ Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
     const auto logits = backend_.logits(logits_row);
     if (!logits) return logits.error();
     if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
-    const TokenTriePtr trie = model_.token_trie();
-    allowed_.resize(trie->words());
-    fill_mask(*trie, sequence.grammar, allowed_);
+    const TokenTrie& trie = *sequence.prompt->trie;
+    allowed_.resize(trie.words());
+    fill_mask(trie, sequence.grammar, allowed_);
     if (std::all_of(allowed_.begin(), allowed_.end(), [](uint64_t word) { return word == 0; }))
         return make_error(ErrorKind::internal, "no token of this vocabulary goes on as it must");
     const Token token = sequence.sampler.sample(*logits, sequence.length(), allowed_);
-    sequence.grammar.accept_token(token, trie->piece(token));
+    sequence.grammar.accept_token(token, trie.piece(token));
     return token;
 }
 

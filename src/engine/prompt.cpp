@@ -160,7 +160,9 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                          .bare_calls = request.format.empty(),
                                          .constrained = *grammar != nullptr});
     out->grammar = std::move(*grammar);
-    if (out->grammar) model_.token_trie()->prepare(*out->grammar);
+    if (!out->grammar) return {};
+    out->trie = model_.token_trie();
+    out->trie->prepare(*out->grammar);
     return {};
 }
 

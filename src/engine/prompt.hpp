@@ -31,6 +31,7 @@ struct PreparedPrompt final : Prepared {
     std::vector<std::string> stop;
     std::unique_ptr<OutputParser> parser;  // of the answer
     GrammarPtr grammar;                    // of its text; null: any
+    TokenTriePtr trie;                     // for it
 
     const void* owner() const override { return maker; }
 };
