@@ -39751,7 +39751,8 @@ private:
 /// Implemented by the user of HttpServer. All calls come from inside HttpServer::step.
 ///
 /// An exchange: on_head; if it returns nothing, exactly one of on_request and on_closed; after
-/// on_request, HttpServer::reply from any thread, or on_closed if the client is gone before it.
+/// on_request, HttpServer::reply from any thread, or begin and end on the loop, or on_closed if the
+/// client is gone before it.
 class HttpHandler {
 public:
     virtual ~HttpHandler() = default;
@@ -39768,6 +39769,8 @@ public:
     /// before the fault.
     virtual HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
                                std::string_view message) = 0;
+    /// A begun reply whose client had been too slow is sent as far as it was appended.
+    virtual void on_sent(uint64_t /*exchange*/) {}
     /// About every HttpOptions::tick_ms.
     virtual void on_tick() {}
 };
@@ -39783,7 +39786,7 @@ struct HttpOptions {
     uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
     uint32_t body_timeout_ms = 10'000;    ///< one window of the body's pace; 408
     uint32_t body_min_bytes = 4 << 10;    ///< that must arrive in each window: 400 B/s by default
-    uint32_t write_timeout_ms = 30'000;   ///< without progress while a reply waits; closed
+    uint32_t write_timeout_ms = 30'000;   ///< without progress while bytes of a reply wait; closed
     uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
     uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); closed
     uint32_t tick_ms = 0;                 ///< pace of on_tick; 0: never
@@ -39809,6 +39812,16 @@ public:
     void stop();
     /// Answers an exchange; without effect if its client is gone.
     void reply(uint64_t exchange, HttpReply reply);
+    /// A reply in pieces: its head and the body so far, then what append brings, then end. Pieces
+    /// of one turn of the loop leave in one write, chunked (or until the end of the connection, for
+    /// HTTP/1.0). A client that ends its stream is gone. Without effect once it is.
+    /// Threads: only inside step(), in a call of the handler or a posted one.
+    void begin(uint64_t exchange, HttpReply reply);
+    void append(uint64_t exchange, std::string_view bytes);
+    void end(uint64_t exchange);
+    /// Bytes of a begun reply that its client did not take yet. Who appends on regardless has them
+    /// in memory, until write_timeout_ms without progress.
+    size_t unsent(uint64_t exchange) const;
     /// Has the loop call function(context) inside step(); dropped if the server is destroyed first.
     void post(void (*function)(void*), void* context);
 
@@ -40386,6 +40399,7 @@ enum class HttpPhase : uint8_t {
     body,    // reading a body
     work,    // the handler has the request
     reply,   // writing
+    stream,  // all of a begun reply is sent that there is
     queued,  // bytes of the next request are held; it is taken up in the next turn
     linger,  // our end of stream is sent; reading what still comes, so that it is no reset
 };
@@ -40411,6 +40425,8 @@ struct HttpActive {
     std::string head, body;
     size_t sent = 0;
     bool blocked = false;  // the socket took no more: wait until it does
+    bool begun = false;    // the reply comes in pieces, and is not ended
+    bool unsent = false;   // is in the list of connections to be written to
 };
 
 struct HttpConnection {
@@ -40456,7 +40472,8 @@ struct HttpServer::State {
 
     std::vector<HttpSlot> slots;
     std::vector<uint32_t> free_slots;
-    std::vector<uint64_t> queue;  // connections with pipelined bytes
+    std::vector<uint64_t> queue;   // connections with pipelined bytes
+    std::vector<uint64_t> unsent;  // and those with pieces that came in this turn
     std::vector<PollEvent> events;
     std::vector<char> scratch = std::vector<char>(http_read_bytes);
     uint64_t serial = 0;
@@ -40505,10 +40522,17 @@ struct HttpServer::State {
     void send(HttpConnection& connection, HttpReply reply);
     void flush(HttpConnection& connection);
     void finish(HttpConnection& connection);
+    void start_reply(HttpConnection& connection, HttpReply reply, bool in_pieces);
+    HttpConnection* find_begun(uint64_t exchange);
+    void append(HttpConnection& connection, std::string_view bytes);
+    void end(HttpConnection& connection);
+    void await_piece(HttpConnection& connection);
+    void flush_unsent();
     void enter(HttpConnection& connection, HttpPhase phase);
     void watch(HttpConnection& connection);
     void release_body(HttpConnection& connection);
-    std::string render(const HttpConnection& connection, const HttpReply& reply, bool close);
+    std::string render(const HttpConnection& connection, const HttpReply& reply, bool close,
+                       bool in_pieces = false);
 };
 
 Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* handler) {
@@ -40546,6 +40570,24 @@ void HttpServer::stop() { state_->ask_stop(); }
 void HttpServer::reply(uint64_t exchange, HttpReply reply) {
     state_->send_message({exchange, std::move(reply), nullptr, nullptr});
 }
+void HttpServer::begin(uint64_t exchange, HttpReply reply) {
+    HttpConnection* connection = state_->find(exchange);
+    if (connection && connection->phase == HttpPhase::work)
+        state_->start_reply(*connection, std::move(reply), true);
+}
+void HttpServer::append(uint64_t exchange, std::string_view bytes) {
+    if (HttpConnection* connection = state_->find_begun(exchange))
+        state_->append(*connection, bytes);
+}
+void HttpServer::end(uint64_t exchange) {
+    if (HttpConnection* connection = state_->find_begun(exchange)) state_->end(*connection);
+}
+size_t HttpServer::unsent(uint64_t exchange) const {
+    const HttpConnection* connection = state_->find_begun(exchange);
+    if (!connection) return 0;
+    const HttpActive& active = *connection->active;
+    return active.head.size() + active.body.size() - active.sent;
+}
 void HttpServer::post(void (*function)(void*), void* context) {
     state_->send_message({0, {}, function, context});
 }
@@ -40562,13 +40604,14 @@ bool HttpServer::State::step(int timeout_ms) {
     run_queue();
     take_messages();
     run_timers();
+    flush_unsent();
     drain();
     return !finished;
 }
 
 int HttpServer::State::wait_ms(int timeout_ms) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (!queue.empty() || !inbox.empty() || stop_asked) return 0;
+    if (!queue.empty() || !unsent.empty() || !inbox.empty() || stop_asked) return 0;
     sleeping = true;
     const uint64_t next = std::min(std::min(next_timer, next_tick),
                                    std::min(accept_again, drain_until));
@@ -40792,6 +40835,7 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
         case HttpPhase::linger: return;
         case HttpPhase::work:
         case HttpPhase::reply:
+        case HttpPhase::stream:
         case HttpPhase::queued: connection.active->input.append(bytes); return watch(connection);
         case HttpPhase::idle:
             connection.active = std::make_unique<HttpActive>(&options.limits);
@@ -40802,10 +40846,11 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
     consume(connection, bytes);
 }
 
-/// The client sends no more. While a reply is on its way it may still be reading; told twice, the
-/// connection is broken (or WSAPoll repeats itself, which cannot be silenced).
+/// The client sends no more. While a whole reply is on its way it may still be reading; told twice,
+/// the connection is broken (or WSAPoll repeats itself, which cannot be silenced).
 void HttpServer::State::on_end(HttpConnection& connection) {
-    if (connection.phase != HttpPhase::reply || connection.peer_closed) return drop(connection);
+    const bool answered = connection.phase == HttpPhase::reply && !connection.active->begun;
+    if (!answered || connection.peer_closed) return drop(connection);
     connection.peer_closed = true;
     watch(connection);
 }
@@ -40904,13 +40949,14 @@ void HttpServer::State::refuse(HttpConnection& connection, int status, std::stri
 // Writing.
 
 std::string HttpServer::State::render(const HttpConnection& connection, const HttpReply& reply,
-                                      bool close) {
+                                      bool close, bool in_pieces) {
     const int64_t second = unix_time_ms() / 1000;
     if (second != date_second) date = http_date(date_second = second);
     std::string out;
     http_append(&out, {"HTTP/1.1 ", std::to_string(reply.status), " ", http_phrase(reply.status),
                        "\r\nDate: ", date, "\r\n"});
-    if (reply.status != 204)  // must not have one (RFC 9110, section 8.6)
+    if (in_pieces) out += connection.http_1_0 ? "" : "Transfer-Encoding: chunked\r\n";
+    else if (reply.status != 204)  // must not have one (RFC 9110, section 8.6)
         http_append(&out, {"Content-Length: ", std::to_string(reply.body.size()), "\r\n"});
     if (close) out += "Connection: close\r\n";
     else if (connection.http_1_0) out += "Connection: keep-alive\r\n";
@@ -40920,17 +40966,59 @@ std::string HttpServer::State::render(const HttpConnection& connection, const Ht
 
 void HttpServer::State::send(HttpConnection& connection, HttpReply reply) {
     connection.exchange = 0;
+    start_reply(connection, std::move(reply), false);
+    flush(connection);
+}
+
+void HttpServer::State::start_reply(HttpConnection& connection, HttpReply reply, bool in_pieces) {
     release_body(connection);
     HttpActive& active = *connection.active;
     active.parser.reset();
-    connection.keep_alive &= !reply.close && drain_until == http_never;
-    active.head = render(connection, reply, !connection.keep_alive);
+    connection.keep_alive &= !reply.close && drain_until == http_never &&
+                             !(in_pieces && connection.http_1_0);
+    active.head = render(connection, reply, !connection.keep_alive, in_pieces);
     const bool bodiless = connection.head_only || reply.status == 204 || reply.status == 304;
-    active.body = bodiless ? std::string() : std::move(reply.body);
+    active.body = bodiless || in_pieces ? std::string() : std::move(reply.body);
     active.sent = 0;
     active.blocked = false;
+    active.begun = in_pieces;
     enter(connection, HttpPhase::reply);
-    flush(connection);
+    if (in_pieces) append(connection, reply.body);
+}
+
+HttpConnection* HttpServer::State::find_begun(uint64_t exchange) {
+    HttpConnection* connection = find(exchange);
+    return connection && connection->active && connection->active->begun ? connection : nullptr;
+}
+
+/// As one chunk (RFC 9112, section 7.1); it is written when the turn ends.
+void HttpServer::State::append(HttpConnection& connection, std::string_view bytes) {
+    HttpActive& active = *connection.active;
+    const bool chunked = !connection.http_1_0;
+    if (!connection.head_only && !bytes.empty()) {
+        if (chunked) active.body += format("%zx\r\n", bytes.size());
+        active.body += bytes;
+        if (chunked) active.body += "\r\n";
+    }
+    if (!std::exchange(active.unsent, true)) unsent.push_back(connection.id);
+}
+
+void HttpServer::State::end(HttpConnection& connection) {
+    append(connection, {});
+    if (!connection.head_only && !connection.http_1_0) connection.active->body += "0\r\n\r\n";
+    connection.active->begun = false;
+    connection.exchange = 0;
+}
+
+void HttpServer::State::flush_unsent() {
+    std::vector<uint64_t> ids;
+    ids.swap(unsent);
+    for (const uint64_t id : ids) {
+        HttpConnection* connection = find(id);
+        if (!connection) continue;
+        connection->active->unsent = false;
+        if (!connection->active->blocked) flush(*connection);
+    }
 }
 
 void HttpServer::State::flush(HttpConnection& connection) {
@@ -40943,11 +41031,18 @@ void HttpServer::State::flush(HttpConnection& connection) {
     active.sent += sent.bytes;
     if (active.sent == head.size() + body.size()) return finish(connection);
     active.blocked = true;
-    if (sent.bytes > 0) return enter(connection, HttpPhase::reply);
+    if (active.begun && active.sent > http_write_bytes) {  // it may never be sent to its end
+        active.body.erase(0, active.sent - head.size());
+        active.head.clear();
+        active.sent = 0;
+    }
+    if (sent.bytes > 0 || connection.phase != HttpPhase::reply)
+        return enter(connection, HttpPhase::reply);
     watch(connection);
 }
 
 void HttpServer::State::finish(HttpConnection& connection) {
+    if (connection.active->begun) return await_piece(connection);
     if (connection.peer_closed) return drop(connection);
     if (!connection.keep_alive || drain_until != http_never) {
         connection.socket.shutdown_write();
@@ -40958,6 +41053,17 @@ void HttpServer::State::finish(HttpConnection& connection) {
     connection.active->body.clear();
     enter(connection, HttpPhase::queued);
     queue.push_back(connection.id);
+}
+
+/// All is sent that there is. What a slow client had let grow is given back.
+void HttpServer::State::await_piece(HttpConnection& connection) {
+    HttpActive& active = *connection.active;
+    const bool was_blocked = std::exchange(active.blocked, false);
+    active.head = std::string();
+    active.body = std::string();
+    active.sent = 0;
+    enter(connection, HttpPhase::stream);
+    if (was_blocked) handler->on_sent(connection.exchange);
 }
 
 }  // namespace detail

@@ -337,7 +337,7 @@ TEST_CASE("net: a wake-up from another thread ends a wait") {
 namespace {
 
 /// Answers with what it was asked. /refuse is refused at the head, /small takes 10 bytes of body,
-/// /held waits for release(), everything else is answered at once.
+/// /held waits for release(), /pieces is begun and then held, everything else is answered at once.
 class EchoHandler : public HttpHandler {
 public:
     HttpServer* server = nullptr;
@@ -350,8 +350,10 @@ public:
     }
     void on_request(HttpRequest&& request) override {
         if (request.tag != 7) return;  // would fail every test
+        const bool pieces = request.target == "/pieces";
+        if (pieces) server->begin(request.exchange, {200, {{"X-Kind", "pieces"}}, "first;", false});
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (request.target == "/held") {
+        if (pieces || request.target == "/held") {
             held_.push_back(request.exchange);
             changed_.notify_all();
             return;
@@ -374,6 +376,10 @@ public:
                        std::string_view message) override {
         return {status, {{"X-Error", "1"}}, std::string(code) + ": " + std::string(message), false};
     }
+    void on_sent(uint64_t exchange) override {
+        ++sent;
+        if (server->unsent(exchange) != 0) sent = -1000;
+    }
     void on_tick() override { ++ticks; }
 
     uint64_t wait_held(size_t count = 1) {
@@ -386,7 +392,7 @@ public:
         changed_.wait_for(lock, std::chrono::seconds(10), [&] { return closed_.size() >= count; });
         return closed_.size();
     }
-    std::atomic<int> ticks = 0;
+    std::atomic<int> ticks = 0, sent = 0;
 
 private:
     std::mutex mutex_;
@@ -713,6 +719,145 @@ TEST_CASE("http server: a client that goes away is noticed") {
     }
     live.end();
     CHECK(live.handler.wait_closed(4) == 4);
+}
+
+namespace {
+
+/// Calls of a begun reply, made on the loop.
+struct Piece {
+    HttpServer* server;
+    uint64_t exchange;
+    std::string bytes;
+    bool last = false;
+    size_t unsent = 0;
+    std::atomic<bool> done = false;
+
+    static void run(void* context) {
+        Piece& piece = *static_cast<Piece*>(context);
+        if (!piece.bytes.empty()) piece.server->append(piece.exchange, piece.bytes);
+        if (piece.last) piece.server->end(piece.exchange);
+        piece.unsent = piece.server->unsent(piece.exchange);
+        piece.done = true;
+    }
+};
+
+/// Waits for it; the bytes that the client has not taken yet.
+size_t send_piece(HttpServer* server, uint64_t exchange, std::string bytes, bool last = false) {
+    Piece piece{server, exchange, std::move(bytes), last};
+    server->post(&Piece::run, &piece);
+    while (!piece.done) std::this_thread::yield();
+    return piece.unsent;
+}
+
+}  // namespace
+
+TEST_CASE("http server: replies in pieces") {
+    LiveServer live;
+    HttpServer* server = live.server.get();
+    HttpPeer peer(live.port());
+    SUBCASE("chunked, and the connection goes on") {
+        peer.send(request("/pieces") + request("/after"));
+        const uint64_t exchange = live.handler.wait_held();
+        send_piece(server, exchange, "second;");
+        send_piece(server, exchange, std::string(300, 'x'));
+        send_piece(server, exchange, "last", true);
+        send_piece(server, exchange, "too late", true);
+        const HttpReply reply = peer.reply();
+        CHECK(header(reply, "X-Kind") == "pieces");
+        CHECK(header(reply, "Transfer-Encoding") == "chunked");
+        CHECK(header(reply, "Content-Length") == "");
+        CHECK(reply.body == "first;second;" + std::string(300, 'x') + "last");
+        CHECK(peer.reply().body == "GET /after ");
+    }
+    SUBCASE("the head leaves at once, each piece with its turn") {
+        peer.send(request("/pieces"));
+        const uint64_t exchange = live.handler.wait_held();
+        CHECK(peer.until("first;\r\n").find("200 OK") != std::string::npos);
+        send_piece(server, exchange, "second;");
+        CHECK(peer.until(";\r\n") == "7\r\nsecond;\r\n");
+        send_piece(server, exchange, "", true);
+        CHECK(peer.until("\r\n\r\n") == "0\r\n\r\n");
+    }
+    SUBCASE("an old client gets the bytes alone, and the end of the stream") {
+        peer.send("GET /pieces HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
+        send_piece(server, live.handler.wait_held(), "last", true);
+        const std::string all = peer.rest();
+        CHECK(all.find("chunked") == std::string::npos);
+        CHECK(all.substr(all.find("\r\n\r\n")) == "\r\n\r\nfirst;last");
+    }
+    SUBCASE("HEAD gets the head") {
+        peer.send(request("/pieces", "", "", "HEAD"));
+        send_piece(server, live.handler.wait_held(), "unseen", true);
+        CHECK(header(peer.reply(true), "Transfer-Encoding") == "chunked");
+        peer.send(request("/after"));
+        CHECK(peer.reply().body == "GET /after ");
+    }
+    SUBCASE("a reply like any other does not end one that was begun") {
+        peer.send(request("/pieces"));
+        const uint64_t exchange = live.handler.wait_held();
+        server->reply(exchange, {500, {}, "other", false});
+        send_piece(server, exchange, "last", true);
+        CHECK(peer.reply().body == "first;last");
+    }
+    SUBCASE("an end of the client's stream counts as gone") {
+        peer.send(request("/pieces"));
+        const uint64_t exchange = live.handler.wait_held();
+        peer.end();
+        CHECK(live.handler.wait_closed(1) == 1);
+        CHECK(send_piece(server, exchange, "unseen", true) == 0);
+    }
+    CHECK(live.handler.sent == 0);  // none of them was slow
+}
+
+TEST_CASE("http server: a client that does not read the pieces") {
+    HttpOptions options;
+    options.write_timeout_ms = 300;
+    options.linger_timeout_ms = 300;
+    LiveServer live(options);
+    HttpServer* server = live.server.get();
+    HttpPeer peer(live.port());
+    peer.send(request("/pieces"));
+    const uint64_t exchange = live.handler.wait_held();
+    std::string sent = "first;";
+    const std::string piece(100'000, 'p');
+    size_t unsent = 0;
+    while (unsent < 500'000) {
+        unsent = send_piece(server, exchange, piece);
+        sent += piece;
+    }
+    SUBCASE("and then does: nothing is lost, and the handler hears that all is sent") {
+        std::thread reader([&] {
+            const HttpReply reply = peer.reply();
+            CHECK(reply.body.size() == sent.size() + 4);
+            CHECK(reply.body == sent + "last");
+        });
+        while (live.handler.sent == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        CHECK(live.handler.sent == 1);
+        send_piece(server, exchange, "last", true);
+        reader.join();
+    }
+    SUBCASE("is closed after write_timeout_ms without progress") {
+        CHECK(live.handler.wait_closed(1) == 1);
+        CHECK(send_piece(server, exchange, piece) == 0);
+        CHECK(peer.reply().status == 0);
+        CHECK(live.handler.sent == 0);
+    }
+}
+
+TEST_CASE("http server: a begun reply may be silent for long, and ends with the server") {
+    HttpOptions options;
+    options.write_timeout_ms = 50;
+    options.idle_timeout_ms = 50;
+    options.drain_timeout_ms = 5'000;
+    LiveServer live(options);
+    HttpPeer peer(live.port());
+    peer.send(request("/pieces"));
+    const uint64_t exchange = live.handler.wait_held();
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    live.server->stop();
+    send_piece(live.server.get(), exchange, "last", true);
+    CHECK(peer.reply().body == "first;last");
+    CHECK(peer.ended());
 }
 
 TEST_CASE("http server: bodies in flight are bounded") {

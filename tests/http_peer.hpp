@@ -95,6 +95,15 @@ public:
         return closed_ ? input_ : input_ + "(timeout)";
     }
 
+    /// What comes up to and with `mark`, or until the stream ends or time runs out.
+    std::string until(std::string_view mark) {
+        while (input_.find(mark) == input_.npos && fill()) {}
+        const size_t found = input_.find(mark);
+        std::string taken = input_.substr(0, found == input_.npos ? found : found + mark.size());
+        input_.erase(0, taken.size());
+        return taken;
+    }
+
     /// True when the server ends the stream without another byte.
     bool ended() { return rest().empty(); }
 

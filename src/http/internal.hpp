@@ -118,7 +118,8 @@ private:
 /// Implemented by the user of HttpServer. All calls come from inside HttpServer::step.
 ///
 /// An exchange: on_head; if it returns nothing, exactly one of on_request and on_closed; after
-/// on_request, HttpServer::reply from any thread, or on_closed if the client is gone before it.
+/// on_request, HttpServer::reply from any thread, or begin and end on the loop, or on_closed if the
+/// client is gone before it.
 class HttpHandler {
 public:
     virtual ~HttpHandler() = default;
@@ -135,6 +136,8 @@ public:
     /// before the fault.
     virtual HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
                                std::string_view message) = 0;
+    /// A begun reply whose client had been too slow is sent as far as it was appended.
+    virtual void on_sent(uint64_t /*exchange*/) {}
     /// About every HttpOptions::tick_ms.
     virtual void on_tick() {}
 };
@@ -150,7 +153,7 @@ struct HttpOptions {
     uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
     uint32_t body_timeout_ms = 10'000;    ///< one window of the body's pace; 408
     uint32_t body_min_bytes = 4 << 10;    ///< that must arrive in each window: 400 B/s by default
-    uint32_t write_timeout_ms = 30'000;   ///< without progress while a reply waits; closed
+    uint32_t write_timeout_ms = 30'000;   ///< without progress while bytes of a reply wait; closed
     uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
     uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); closed
     uint32_t tick_ms = 0;                 ///< pace of on_tick; 0: never
@@ -176,6 +179,16 @@ public:
     void stop();
     /// Answers an exchange; without effect if its client is gone.
     void reply(uint64_t exchange, HttpReply reply);
+    /// A reply in pieces: its head and the body so far, then what append brings, then end. Pieces
+    /// of one turn of the loop leave in one write, chunked (or until the end of the connection, for
+    /// HTTP/1.0). A client that ends its stream is gone. Without effect once it is.
+    /// Threads: only inside step(), in a call of the handler or a posted one.
+    void begin(uint64_t exchange, HttpReply reply);
+    void append(uint64_t exchange, std::string_view bytes);
+    void end(uint64_t exchange);
+    /// Bytes of a begun reply that its client did not take yet. Who appends on regardless has them
+    /// in memory, until write_timeout_ms without progress.
+    size_t unsent(uint64_t exchange) const;
     /// Has the loop call function(context) inside step(); dropped if the server is destroyed first.
     void post(void (*function)(void*), void* context);
 

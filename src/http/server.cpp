@@ -43,6 +43,7 @@ enum class HttpPhase : uint8_t {
     body,    // reading a body
     work,    // the handler has the request
     reply,   // writing
+    stream,  // all of a begun reply is sent that there is
     queued,  // bytes of the next request are held; it is taken up in the next turn
     linger,  // our end of stream is sent; reading what still comes, so that it is no reset
 };
@@ -68,6 +69,8 @@ struct HttpActive {
     std::string head, body;
     size_t sent = 0;
     bool blocked = false;  // the socket took no more: wait until it does
+    bool begun = false;    // the reply comes in pieces, and is not ended
+    bool unsent = false;   // is in the list of connections to be written to
 };
 
 struct HttpConnection {
@@ -113,7 +116,8 @@ struct HttpServer::State {
 
     std::vector<HttpSlot> slots;
     std::vector<uint32_t> free_slots;
-    std::vector<uint64_t> queue;  // connections with pipelined bytes
+    std::vector<uint64_t> queue;   // connections with pipelined bytes
+    std::vector<uint64_t> unsent;  // and those with pieces that came in this turn
     std::vector<PollEvent> events;
     std::vector<char> scratch = std::vector<char>(http_read_bytes);
     uint64_t serial = 0;
@@ -162,10 +166,17 @@ struct HttpServer::State {
     void send(HttpConnection& connection, HttpReply reply);
     void flush(HttpConnection& connection);
     void finish(HttpConnection& connection);
+    void start_reply(HttpConnection& connection, HttpReply reply, bool in_pieces);
+    HttpConnection* find_begun(uint64_t exchange);
+    void append(HttpConnection& connection, std::string_view bytes);
+    void end(HttpConnection& connection);
+    void await_piece(HttpConnection& connection);
+    void flush_unsent();
     void enter(HttpConnection& connection, HttpPhase phase);
     void watch(HttpConnection& connection);
     void release_body(HttpConnection& connection);
-    std::string render(const HttpConnection& connection, const HttpReply& reply, bool close);
+    std::string render(const HttpConnection& connection, const HttpReply& reply, bool close,
+                       bool in_pieces = false);
 };
 
 Result<HttpServer> HttpServer::open(const HttpOptions& options, HttpHandler* handler) {
@@ -203,6 +214,24 @@ void HttpServer::stop() { state_->ask_stop(); }
 void HttpServer::reply(uint64_t exchange, HttpReply reply) {
     state_->send_message({exchange, std::move(reply), nullptr, nullptr});
 }
+void HttpServer::begin(uint64_t exchange, HttpReply reply) {
+    HttpConnection* connection = state_->find(exchange);
+    if (connection && connection->phase == HttpPhase::work)
+        state_->start_reply(*connection, std::move(reply), true);
+}
+void HttpServer::append(uint64_t exchange, std::string_view bytes) {
+    if (HttpConnection* connection = state_->find_begun(exchange))
+        state_->append(*connection, bytes);
+}
+void HttpServer::end(uint64_t exchange) {
+    if (HttpConnection* connection = state_->find_begun(exchange)) state_->end(*connection);
+}
+size_t HttpServer::unsent(uint64_t exchange) const {
+    const HttpConnection* connection = state_->find_begun(exchange);
+    if (!connection) return 0;
+    const HttpActive& active = *connection->active;
+    return active.head.size() + active.body.size() - active.sent;
+}
 void HttpServer::post(void (*function)(void*), void* context) {
     state_->send_message({0, {}, function, context});
 }
@@ -219,13 +248,14 @@ bool HttpServer::State::step(int timeout_ms) {
     run_queue();
     take_messages();
     run_timers();
+    flush_unsent();
     drain();
     return !finished;
 }
 
 int HttpServer::State::wait_ms(int timeout_ms) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (!queue.empty() || !inbox.empty() || stop_asked) return 0;
+    if (!queue.empty() || !unsent.empty() || !inbox.empty() || stop_asked) return 0;
     sleeping = true;
     const uint64_t next = std::min(std::min(next_timer, next_tick),
                                    std::min(accept_again, drain_until));
@@ -449,6 +479,7 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
         case HttpPhase::linger: return;
         case HttpPhase::work:
         case HttpPhase::reply:
+        case HttpPhase::stream:
         case HttpPhase::queued: connection.active->input.append(bytes); return watch(connection);
         case HttpPhase::idle:
             connection.active = std::make_unique<HttpActive>(&options.limits);
@@ -459,10 +490,11 @@ void HttpServer::State::on_readable(HttpConnection& connection) {
     consume(connection, bytes);
 }
 
-/// The client sends no more. While a reply is on its way it may still be reading; told twice, the
-/// connection is broken (or WSAPoll repeats itself, which cannot be silenced).
+/// The client sends no more. While a whole reply is on its way it may still be reading; told twice,
+/// the connection is broken (or WSAPoll repeats itself, which cannot be silenced).
 void HttpServer::State::on_end(HttpConnection& connection) {
-    if (connection.phase != HttpPhase::reply || connection.peer_closed) return drop(connection);
+    const bool answered = connection.phase == HttpPhase::reply && !connection.active->begun;
+    if (!answered || connection.peer_closed) return drop(connection);
     connection.peer_closed = true;
     watch(connection);
 }
@@ -561,13 +593,14 @@ void HttpServer::State::refuse(HttpConnection& connection, int status, std::stri
 // Writing.
 
 std::string HttpServer::State::render(const HttpConnection& connection, const HttpReply& reply,
-                                      bool close) {
+                                      bool close, bool in_pieces) {
     const int64_t second = unix_time_ms() / 1000;
     if (second != date_second) date = http_date(date_second = second);
     std::string out;
     http_append(&out, {"HTTP/1.1 ", std::to_string(reply.status), " ", http_phrase(reply.status),
                        "\r\nDate: ", date, "\r\n"});
-    if (reply.status != 204)  // must not have one (RFC 9110, section 8.6)
+    if (in_pieces) out += connection.http_1_0 ? "" : "Transfer-Encoding: chunked\r\n";
+    else if (reply.status != 204)  // must not have one (RFC 9110, section 8.6)
         http_append(&out, {"Content-Length: ", std::to_string(reply.body.size()), "\r\n"});
     if (close) out += "Connection: close\r\n";
     else if (connection.http_1_0) out += "Connection: keep-alive\r\n";
@@ -577,17 +610,59 @@ std::string HttpServer::State::render(const HttpConnection& connection, const Ht
 
 void HttpServer::State::send(HttpConnection& connection, HttpReply reply) {
     connection.exchange = 0;
+    start_reply(connection, std::move(reply), false);
+    flush(connection);
+}
+
+void HttpServer::State::start_reply(HttpConnection& connection, HttpReply reply, bool in_pieces) {
     release_body(connection);
     HttpActive& active = *connection.active;
     active.parser.reset();
-    connection.keep_alive &= !reply.close && drain_until == http_never;
-    active.head = render(connection, reply, !connection.keep_alive);
+    connection.keep_alive &= !reply.close && drain_until == http_never &&
+                             !(in_pieces && connection.http_1_0);
+    active.head = render(connection, reply, !connection.keep_alive, in_pieces);
     const bool bodiless = connection.head_only || reply.status == 204 || reply.status == 304;
-    active.body = bodiless ? std::string() : std::move(reply.body);
+    active.body = bodiless || in_pieces ? std::string() : std::move(reply.body);
     active.sent = 0;
     active.blocked = false;
+    active.begun = in_pieces;
     enter(connection, HttpPhase::reply);
-    flush(connection);
+    if (in_pieces) append(connection, reply.body);
+}
+
+HttpConnection* HttpServer::State::find_begun(uint64_t exchange) {
+    HttpConnection* connection = find(exchange);
+    return connection && connection->active && connection->active->begun ? connection : nullptr;
+}
+
+/// As one chunk (RFC 9112, section 7.1); it is written when the turn ends.
+void HttpServer::State::append(HttpConnection& connection, std::string_view bytes) {
+    HttpActive& active = *connection.active;
+    const bool chunked = !connection.http_1_0;
+    if (!connection.head_only && !bytes.empty()) {
+        if (chunked) active.body += format("%zx\r\n", bytes.size());
+        active.body += bytes;
+        if (chunked) active.body += "\r\n";
+    }
+    if (!std::exchange(active.unsent, true)) unsent.push_back(connection.id);
+}
+
+void HttpServer::State::end(HttpConnection& connection) {
+    append(connection, {});
+    if (!connection.head_only && !connection.http_1_0) connection.active->body += "0\r\n\r\n";
+    connection.active->begun = false;
+    connection.exchange = 0;
+}
+
+void HttpServer::State::flush_unsent() {
+    std::vector<uint64_t> ids;
+    ids.swap(unsent);
+    for (const uint64_t id : ids) {
+        HttpConnection* connection = find(id);
+        if (!connection) continue;
+        connection->active->unsent = false;
+        if (!connection->active->blocked) flush(*connection);
+    }
 }
 
 void HttpServer::State::flush(HttpConnection& connection) {
@@ -600,11 +675,18 @@ void HttpServer::State::flush(HttpConnection& connection) {
     active.sent += sent.bytes;
     if (active.sent == head.size() + body.size()) return finish(connection);
     active.blocked = true;
-    if (sent.bytes > 0) return enter(connection, HttpPhase::reply);
+    if (active.begun && active.sent > http_write_bytes) {  // it may never be sent to its end
+        active.body.erase(0, active.sent - head.size());
+        active.head.clear();
+        active.sent = 0;
+    }
+    if (sent.bytes > 0 || connection.phase != HttpPhase::reply)
+        return enter(connection, HttpPhase::reply);
     watch(connection);
 }
 
 void HttpServer::State::finish(HttpConnection& connection) {
+    if (connection.active->begun) return await_piece(connection);
     if (connection.peer_closed) return drop(connection);
     if (!connection.keep_alive || drain_until != http_never) {
         connection.socket.shutdown_write();
@@ -615,6 +697,17 @@ void HttpServer::State::finish(HttpConnection& connection) {
     connection.active->body.clear();
     enter(connection, HttpPhase::queued);
     queue.push_back(connection.id);
+}
+
+/// All is sent that there is. What a slow client had let grow is given back.
+void HttpServer::State::await_piece(HttpConnection& connection) {
+    HttpActive& active = *connection.active;
+    const bool was_blocked = std::exchange(active.blocked, false);
+    active.head = std::string();
+    active.body = std::string();
+    active.sent = 0;
+    enter(connection, HttpPhase::stream);
+    if (was_blocked) handler->on_sent(connection.exchange);
 }
 
 }  // namespace detail
