@@ -2184,6 +2184,7 @@ struct Request {
                                     ///< every token of prompt and answer
     bool background = false;        ///< of the server: answered at once with 202
     bool store = true;              ///< of the server: kept once answered
+    bool stream = false;            ///< of the server: answered in events
     std::string previous_response_id = {};  ///< of the server: its turns come first
     Format format = {};                     ///< of the answer's text
     std::vector<Tool> tools = {};
@@ -8258,21 +8259,6 @@ Json item_json(const Item& item, const std::string& id = {}, const char* status 
 /// Back. The message of an Error names the place by `path`.
 Result<Item> read_item(const Json& json, const std::string& path);
 
-/// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
-/// order, other fields in document order, rules across fields. Errors: invalid_request with code
-/// and param; the message says what is wrong, what was received and what is allowed.
-Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
-/// The response object, all its keys in their order.
-Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
-/// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
-/// in their long form, those without an id with one made of `response_id` and their place.
-std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
-/// {"error":{message,type,param,code}}. A message that was not written for clients, which is one
-/// without a code, and that of our own fault (500) stay here: they may name a file.
-Json render_error(const Error& error);
-/// The HTTP status of an error: its kind's, but for two codes (the tables in api.cpp).
-int http_status(const Error& error);
-
 struct DialectWords {
     const char *pending, *running;
     const char* cut;       // the status of an answer that was cut
@@ -8284,6 +8270,31 @@ struct DialectWords {
 
 const DialectWords& words_of(Dialect dialect);
 const char* status_name(Status status, bool cut, const DialectWords& words);
+
+/// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
+/// order, other fields in document order, rules across fields. Errors: invalid_request with code
+/// and param; the message says what is wrong, what was received and what is allowed.
+Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
+/// The response object, all its keys in their order.
+Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
+/// The items of an answer's `output`: one for the text of a Responder that has no items; the id of
+/// each but the first message, and its status.
+std::vector<Item> output_items(const Outcome& outcome, Status status);
+std::string output_item_id(const std::string& response_id, Item::Kind kind, size_t index);
+const char* output_item_status(bool last, Status status, bool cut, const DialectWords& words);
+std::vector<TokenLogprob> logprobs_of(const Outcome& outcome, size_t index);
+Json render_logprobs(const std::vector<TokenLogprob>& tokens);
+Json render_usage(const Usage& usage, const DialectWords& words);
+/// `error` of a failed response: {code,message}, or null.
+Json render_failure(const Outcome& outcome, const DialectWords& words);
+/// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
+/// in their long form, those without an id with one made of `response_id` and their place.
+std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
+/// {"error":{message,type,param,code}}. A message that was not written for clients, which is one
+/// without a code, and that of our own fault (500) stay here: they may name a file.
+Json render_error(const Error& error);
+/// The HTTP status of an error: its kind's, but for two codes (the tables in api.cpp).
+int http_status(const Error& error);
 
 /// The words of a Role on the wire, which are those of chat templates too.
 inline constexpr std::string_view kRoleNames[] = {"system",    "developer", "user",
@@ -8959,6 +8970,10 @@ Json write_previous(const Request& request) {
 }
 
 Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
+Fault openai_stream(const Json& value, Request* request) {
+    request->stream = value.as_bool();
+    return check_bool(value, "stream");
+}
 
 Fault field_truncation(const Json& value, Request*) {
     return check_choice(value, "truncation", {"disabled"}, "unsupported_value");
@@ -9110,7 +9125,7 @@ constexpr RequestField request_fields[] = {
     {"reasoning", field_reasoning, write_reasoning},
     {"store", field_store, write_store, openai_store},
     {"truncation", field_truncation},
-    {"stream", field_stream},
+    {"stream", field_stream, nullptr, openai_stream},
     {"metadata", field_metadata, write_metadata},
     {"tools", field_tools, write_tools},
     {"tool_choice", field_tool_choice, write_tool_choice},
@@ -9443,6 +9458,8 @@ Json render_logprob(std::string_view bytes, float logprob) {
         .set("bytes", std::move(values));
 }
 
+}  // namespace
+
 Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
     Json all = Json::array();
     for (const TokenLogprob& token : tokens) {
@@ -9454,37 +9471,50 @@ Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
     return all;
 }
 
-// Those of a message's tokens, in its first part.
-void add_logprobs(const Outcome& outcome, size_t index, Json* item) {
+std::vector<TokenLogprob> logprobs_of(const Outcome& outcome, size_t index) {
     std::vector<TokenLogprob> own;
     for (const TokenLogprob& token : outcome.logprobs)
         if (token.item == index) own.push_back(token);
-    if (Json* content = item->find("content"); content && !content->empty() && !own.empty())
-        content->items().front().set("logprobs", render_logprobs(own));
+    return own;
 }
+
+std::vector<Item> output_items(const Outcome& outcome, Status status) {
+    std::vector<Item> items = outcome.items;
+    const bool whole = status == Status::completed && !outcome.cut;
+    if (items.empty() && (whole || !outcome.text.empty()))
+        items.push_back(Item::message(Role::assistant, outcome.text));
+    return items;
+}
+
+std::string output_item_id(const std::string& response_id, Item::Kind kind, size_t index) {
+    return derive_id(item_type(kind).prefix, response_id + "/" + std::to_string(index));
+}
+
+const char* output_item_status(bool last, Status status, bool cut, const DialectWords& words) {
+    if (!last) return "completed";
+    if (status != Status::completed) return "incomplete";
+    return cut ? words.cut_item : "completed";
+}
+
+namespace {
 
 Json render_output(const ResponseRecord& record, const Outcome& outcome,
                    const DialectWords& words) {
     Json output = Json::array();
-    const bool whole = record.status == Status::completed;
     if (!is_terminal(record.status)) return output;
-    std::vector<Item> items = outcome.items;
-    if (items.empty() && (!outcome.text.empty() || (whole && !outcome.cut)))
-        items.push_back(Item::message(Role::assistant, outcome.text));
+    const std::vector<Item> items = output_items(outcome, record.status);
     bool first = true;  // of the messages: it has the id that was drawn at acceptance
     for (size_t i = 0; i < items.size(); ++i) {
         const bool message = items[i].kind == Item::Kind::message;
-        const bool last = i + 1 == items.size();
         const std::string id = message && std::exchange(first, false)
                                    ? record.message_id
-                                   : derive_id(item_type(items[i].kind).prefix,
-                                               record.id + "/" + std::to_string(i));
-        const char* status = !last         ? "completed"
-                             : !whole      ? "incomplete"
-                             : outcome.cut ? words.cut_item
-                                           : "completed";
+                                   : output_item_id(record.id, items[i].kind, i);
+        const char* status = output_item_status(i + 1 == items.size(), record.status, outcome.cut,
+                                                words);
         Json item = item_json(items[i], id, status);
-        if (message) add_logprobs(outcome, i, &item);
+        const auto tokens = message ? logprobs_of(outcome, i) : std::vector<TokenLogprob>();
+        if (Json* content = item.find("content"); !tokens.empty() && !content->empty())
+            content->items().front().set("logprobs", render_logprobs(tokens));
         output.push(std::move(item));
     }
     return output;
@@ -9528,6 +9558,8 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
     return item;
 }
 
+}  // namespace
+
 Json render_usage(const Usage& usage, const DialectWords& words) {
     Json in = Json::object().set("cached_tokens", usage.cached_tokens);
     Json out = Json::object().set("reasoning_tokens", usage.reasoning_tokens);
@@ -9548,6 +9580,8 @@ Json render_usage(const Usage& usage, const DialectWords& words) {
         all.set("prompt_tokens", usage.input_tokens).set("completion_tokens", usage.output_tokens);
     return all;
 }
+
+namespace {
 
 Json render_metadata(const Json& given) {
     Json shown = given.is_object() ? given : Json::object();
@@ -9582,6 +9616,8 @@ Json render_tools(const Json& given) {
     return tools;
 }
 
+}  // namespace
+
 Json render_failure(const Outcome& outcome, const DialectWords& words) {
     if (!outcome.error) return nullptr;
     const ApiKind& kind = api_kind(outcome.error->kind);
@@ -9591,8 +9627,6 @@ Json render_failure(const Outcome& outcome, const DialectWords& words) {
         .set("message", api_shows(kind, *outcome.error) ? outcome.error->message
                                                         : "the model could not be run");
 }
-
-}  // namespace
 
 const char* status_name(Status status, bool cut, const DialectWords& words) {
     switch (status) {
@@ -9693,6 +9727,269 @@ int http_status(const Error& error) {
         for (const ApiCode& row : api_codes)
             if (row.code == error.code) return row.status;
     return api_kind(error.kind).status;
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/events.hpp ------------------------------------------------------------------------
+
+// A response as the events of a stream.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Writes the events of POST /v1/responses with `stream`, as OpenAI has them: what happened to one
+/// response goes in, in order, and text/event-stream (WHATWG, 9.2.6) comes out; LF only, each event
+/// whole. Objects are passed as text: they are rendered once, and not here.
+/// Threads: one at a time.
+class ResponseEvents {
+public:
+    ResponseEvents(std::string id, std::string message_id, const DialectWords& words)
+        : id_(std::move(id)), message_id_(std::move(message_id)), words_(words) {}
+
+    /// It is accepted: the object as it is now, and as it will be once it is begun.
+    void begin(const std::string& pending, std::string running);
+    /// Anything but `finished`.
+    void add(const Event& event);
+    /// The rest of the items, and the event that ends the stream. What was not streamed (a replay, a
+    /// Responder that tells only the end) comes in one piece.
+    void end(const Outcome& outcome, const std::string& object);
+
+    /// Ends the stream of one that cannot be answered.
+    void fail(const Error& error);
+    /// Leaves out the events up to this one, but never the last.
+    void skip_to(uint64_t sequence_number) { skipped_ = sequence_number + 1; }
+    size_t size() const { return text_.size(); }
+    std::string take() { return std::exchange(text_, {}); }
+
+private:
+    struct Kind;
+    static const Kind kinds[];
+    const Kind& kind() const;
+    Json event(std::string_view type);
+    Json item_event(std::string_view type);
+    void emit(const Json& event, std::string_view object = {});
+    Json item(const char* status = nullptr) const;
+    void start();
+    void open(Item item, size_t index);
+    void extend(std::string_view text, const std::vector<TokenLogprob>& logprobs);
+    void close(const char* status);
+
+    std::string id_, message_id_, running_, text_;
+    const DialectWords& words_;
+    uint64_t sequence_number_ = 0, skipped_ = 0;
+    Item item_ = {};  // open, with its text so far
+    std::string item_id_;
+    std::vector<TokenLogprob> logprobs_;  // of that item
+    size_t index_ = 0, begun_ = 0;        // of the open item; items so far
+    bool open_ = false, first_message_ = true;
+};
+
+/// All events of a response that has ended, from its object, but those up to `after` (UINT64_MAX:
+/// none): as many as there would have been had it come in one piece.
+std::string replay_events(const std::string& object, Dialect dialect, uint64_t after);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/events.cpp ------------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// How an item of a kind is streamed.
+struct ResponseEvents::Kind {
+    Item::Kind kind;
+    const char *delta, *done;  // types of events
+    const char* field;         // of the second, with the whole text
+    bool in_part;              // of the item's content; else in the item itself
+};
+const ResponseEvents::Kind ResponseEvents::kinds[] = {
+    {Item::Kind::message, "response.output_text.delta", "response.output_text.done", "text", true},
+    {Item::Kind::reasoning, "response.reasoning_text.delta", "response.reasoning_text.done", "text",
+     true},
+    {Item::Kind::function_call, "response.function_call_arguments.delta",
+     "response.function_call_arguments.done", "arguments", false},
+    {Item::Kind::custom_tool_call, "response.custom_tool_call_input.delta",
+     "response.custom_tool_call_input.done", "input", false},
+};
+
+const ResponseEvents::Kind& ResponseEvents::kind() const {
+    for (const Kind& row : kinds)
+        if (row.kind == item_.kind) return row;
+    return kinds[0];
+}
+
+Json ResponseEvents::event(std::string_view type) {
+    return Json::object().set("type", type).set("sequence_number", sequence_number_++);
+}
+
+/// One of the open item.
+Json ResponseEvents::item_event(std::string_view type) {
+    Json one = event(type).set("item_id", item_id_).set("output_index", index_);
+    if (kind().in_part) one.set("content_index", 0);
+    return one;
+}
+
+/// `object`: of a response, and text already.
+void ResponseEvents::emit(const Json& event, std::string_view object) {
+    if (sequence_number_ <= skipped_) return;
+    text_.append("event: ").append(event["type"].as_string());
+    text_.append("\ndata: ").append(event.write());
+    if (!object.empty()) {
+        text_.pop_back();
+        text_.append(",\"response\":").append(object).append("}");
+    }
+    text_.append("\n\n");
+}
+
+/// The open item as it stands in an answer.
+Json ResponseEvents::item(const char* status) const {
+    Json item = item_json(item_, item_id_, status);
+    if (!logprobs_.empty())
+        item.find("content")->items().front().set("logprobs", render_logprobs(logprobs_));
+    return item;
+}
+
+void ResponseEvents::begin(const std::string& pending, std::string running) {
+    emit(event("response.created"), pending);
+    running_ = std::move(running);
+}
+
+void ResponseEvents::start() {
+    if (!running_.empty()) emit(event("response.in_progress"), std::exchange(running_, {}));
+}
+
+void ResponseEvents::add(const Event& event) {
+    start();
+    switch (event.kind) {
+        case Event::Kind::started:
+        case Event::Kind::finished:
+        case Event::Kind::item_ended: return;  // closed once it is known what follows
+        case Event::Kind::item_begun: return open(event.item, event.index);
+        default: break;
+    }
+    if (!open_) open(Item::message(Role::assistant, {}), event.index);
+    extend(event.text, event.logprobs);
+}
+
+void ResponseEvents::open(Item item, size_t index) {
+    if (open_) close("completed");
+    open_ = true;
+    item_ = std::move(item);
+    item_.role = Role::assistant;
+    item_.content.clear();
+    item_.arguments.clear();
+    index_ = index;
+    begun_ = index + 1;
+    const bool first = item_.kind == Item::Kind::message && std::exchange(first_message_, false);
+    item_id_ = first ? message_id_ : output_item_id(id_, item_.kind, index);
+    emit(event("response.output_item.added")
+             .set("output_index", index_)
+             .set("item", this->item("in_progress")));
+    if (!kind().in_part) return;
+    item_.content.push_back({ContentPart::Kind::output_text, {}});
+    emit(item_event("response.content_part.added").set("part", this->item()["content"].items()[0]));
+}
+
+void ResponseEvents::extend(std::string_view text, const std::vector<TokenLogprob>& logprobs) {
+    if (text.empty() && logprobs.empty()) return;
+    (kind().in_part ? item_.content.front().text : item_.arguments) += text;
+    Json delta = item_event(kind().delta).set("delta", text);
+    if (item_.kind == Item::Kind::message) {
+        delta.set("logprobs", render_logprobs(logprobs));
+        logprobs_.insert(logprobs_.end(), logprobs.begin(), logprobs.end());
+    }
+    emit(delta);
+}
+
+void ResponseEvents::close(const char* status) {
+    Json done =
+        item_event(kind().done).set(kind().field, kind().in_part ? item_.text() : item_.arguments);
+    if (item_.kind == Item::Kind::message) done.set("logprobs", render_logprobs(logprobs_));
+    if (item_.kind == Item::Kind::function_call) done.set("name", item_.name);
+    emit(done);
+    if (kind().in_part)
+        emit(item_event("response.content_part.done").set("part", item()["content"].items()[0]));
+    emit(event("response.output_item.done").set("output_index", index_).set("item", item(status)));
+    logprobs_.clear();
+    open_ = false;
+}
+
+void ResponseEvents::end(const Outcome& outcome, const std::string& object) {
+    start();
+    const std::vector<Item> items = output_items(outcome, outcome.status);
+    for (size_t i = open_ ? index_ : begun_; i < items.size(); ++i) {
+        const Item& item = items[i];
+        std::string text;
+        if (!open_) {
+            open(item, i);
+            text = item.is_call() ? item.arguments : item.text();
+        }
+        std::vector<TokenLogprob> tokens = logprobs_of(outcome, i);
+        const auto told = static_cast<ptrdiff_t>(std::min(tokens.size(), logprobs_.size()));
+        tokens.erase(tokens.begin(), tokens.begin() + told);
+        extend(text, tokens);
+        close(output_item_status(i + 1 == items.size(), outcome.status, outcome.cut, words_));
+    }
+    if (open_) close("incomplete");  // a call that was cut: it is not part of the answer
+    sequence_number_ = std::max(sequence_number_, skipped_);
+    const std::string_view status = status_name(outcome.status, outcome.cut, words_);
+    const bool failed = outcome.status != Status::completed;
+    emit(event("response." + std::string(failed ? "failed" : status)), object);
+    const Json error = render_failure(outcome, words_);
+    if (outcome.status != Status::failed || error.is_null()) return;
+    emit(event("error")
+             .set("code", error["code"])
+             .set("message", error["message"])
+             .set("param", nullptr));
+}
+
+void ResponseEvents::fail(const Error& error) {
+    sequence_number_ = std::max(sequence_number_, skipped_);
+    const Json shown = render_error(error)["error"];
+    emit(event("error")
+             .set("code", shown["code"])
+             .set("message", shown["message"])
+             .set("param", shown["param"]));
+}
+
+std::string replay_events(const std::string& object, Dialect dialect, uint64_t after) {
+    const DialectWords& words = words_of(dialect);
+    auto parsed = Json::parse(object);
+    Json shown = parsed ? std::move(*parsed) : Json::object();
+    Outcome outcome;
+    std::string message_id;
+    const std::string status(shown["status"].as_string());
+    outcome.status = status == "failed"      ? Status::failed
+                     : status == "cancelled" ? Status::cancelled
+                                             : Status::completed;
+    outcome.cut = !shown["incomplete_details"].is_null();
+    if (const Json& error = shown["error"]; error.is_object())
+        outcome.error = make_error(ErrorKind::unsupported,
+                                   std::string(error["message"].as_string()),
+                                   std::string(error["code"].as_string()));
+    for (const Json& item : shown["output"].items()) {
+        auto read = read_item(item, "output");
+        if (!read) continue;
+        if (message_id.empty() && read->kind == Item::Kind::message)
+            message_id = item["id"].as_string();
+        outcome.items.push_back(std::move(*read));
+    }
+    ResponseEvents events(std::string(shown["id"].as_string()), message_id, words);
+    if (after != UINT64_MAX) events.skip_to(after);
+    for (const char* unknown : {"completed_at", "error", "incomplete_details"})
+        shown.set(unknown, nullptr);
+    shown.set("output", Json::array()).set("usage", render_usage({}, words));
+    const std::string pending = shown.set("status", words.pending).write();
+    events.begin(pending, shown.set("status", words.running).write());
+    events.end(outcome, object);
+    return events.take();
 }
 
 }  // namespace detail
@@ -43419,6 +43716,9 @@ inline constexpr size_t server_max_turns = 1000;    // of a chain of previous re
 inline constexpr uint32_t server_max_attempts = 2;  // to answer one request, after crashes
 inline constexpr size_t server_recovering = 16;     // taken up again at a time
 inline constexpr uint64_t server_max_key_file = 16 << 20;
+inline constexpr uint64_t server_beat_ns = 10'000'000'000;  // between comments of a stream
+inline constexpr size_t server_most_unsent = 256 << 10;     // of a stream; then it waits
+inline constexpr size_t server_most_event_log = 4 << 20;    // to be read from its start again
 
 struct ServerLoop : HttpHandler {
     struct Exchange;
@@ -43448,9 +43748,20 @@ struct ServerLoop : HttpHandler {
         std::string response_id;  // that it asks for or waits for
         bool keyed = false;       // an idempotency key came with it
         bool replayed = false;
-        bool removes = false;  // waits for the end, then for the record to go
-        Usage usage = {};      // for the log line
+        bool removes = false;         // waits for the end, then for the record to go
+        bool streams = false;         // wants events
+        bool begun = false;           // has their head
+        bool follows = false;         // gets them as they come; else all at the end
+        uint64_t after = UINT64_MAX;  // of its events it has up to this one; none yet
+        Usage usage = {};             // for the log line
         Timings timings = {};
+    };
+
+    /// The events of a response that is streamed as it is made.
+    struct Stream {
+        ResponseEvents events;
+        bool kept = false;  // may be asked for again
+        std::string log = {};
     };
 
     /// A response that is not terminal.
@@ -43473,6 +43784,7 @@ struct ServerLoop : HttpHandler {
         Responder* responder = nullptr;
         std::vector<uint64_t> waiters;              // exchanges that want the terminal object
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
+        std::unique_ptr<Stream> stream = {};        // when it was asked for as one
     };
 
     struct Job;
@@ -43501,6 +43813,8 @@ struct ServerLoop : HttpHandler {
         Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
         std::string text = {};  // the object, for a caller that does not wait for the end
+        bool stream = false;
+        std::string running = {};  // for a stream: the object once it is begun
     };
 
     struct FinishJob : Job {
@@ -43525,6 +43839,8 @@ struct ServerLoop : HttpHandler {
         std::string organisation = {}, id = {};
         bool running = false;  // how far a live response is
         bool only_background = false;
+        bool stream = false;  // as events, those after `after`
+        uint64_t after = UINT64_MAX;
     };
 
     struct ListJob : AnswerJob {
@@ -43553,6 +43869,7 @@ struct ServerLoop : HttpHandler {
     std::unordered_map<uint64_t, Exchange> exchanges;
     std::unordered_map<std::string, Live> live;
     std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
+    std::deque<std::pair<uint64_t, uint64_t>> beats;     // of streams, as timeouts
     std::deque<std::string> recoverable;                 // waiting, oldest first
     std::vector<JobPtr<FinishJob>> unsaved;              // outcomes that the store had no room for
     size_t recovering = 0;                               // of them, on their way
@@ -43603,6 +43920,7 @@ struct ServerLoop : HttpHandler {
     void on_closed(uint64_t number) override;
     HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
                        std::string_view message) override;
+    void on_sent(uint64_t number) override;
     void on_tick() override;
 
     // checks of a head, in the order in which on_head runs them
@@ -43702,6 +44020,15 @@ struct ServerLoop : HttpHandler {
     void remove(Exchange& exchange, const std::string& id);
     void remove_done(JobPtr<RemoveJob> job);
 
+    // streams
+    Result<void> read_stream(Exchange& exchange) const;
+    HttpHeaders stream_headers(const Exchange& exchange) const;
+    void end_stream(Exchange& exchange, std::string text);
+    void join_stream(Exchange& exchange, const std::string& id, Live& entry);
+    std::string send_events(Live& entry);
+    bool is_behind(const Live& entry);
+    void beat(uint64_t now_ns);
+
     // after a restart
     void recover_all();
     void recover_some();
@@ -43720,6 +44047,7 @@ struct ServerLoop : HttpHandler {
 
 bool server_answers_to(const ModelInfo& model, const std::string& id);
 
+Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name);
 Error server_no_response(std::string_view id);
 Error server_field(const char* code, const char* param, std::string message);
 ResponseRecord server_record(const StoredResponse& stored, Status status);
@@ -44083,6 +44411,11 @@ void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
 }
 
 void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
+    if (exchange.begun) {
+        ResponseEvents events({}, {}, words_of(options.dialect));
+        events.fail(error);
+        return end_stream(exchange, events.take());
+    }
     answer(exchange, make_error_reply(exchange, error, std::move(headers)));
 }
 
@@ -44204,7 +44537,10 @@ void ServerLoop::on_closed(uint64_t number) {
         std::erase(entry->second.waiters, number);
         if (entry->second.owner == number) cancel(entry->first, entry->second);
     }
+    const std::string id = found->second.response_id;
+    const bool streamed = found->second.begun;
     exchanges.erase(found);
+    if (streamed) take_events(id);  // others may have waited for this one
 }
 
 void ServerLoop::on_tick() {
@@ -44226,6 +44562,7 @@ void ServerLoop::on_tick() {
                        "timeout"),
             std::move(headers));
     }
+    beat(now_ns);
     recover_some();
     save_unsaved();
     if (now_ns < next_expiry_ns) return;
@@ -44358,6 +44695,9 @@ void ServerLoop::answer_job(JobPtr<AnswerJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (job->error) return refuse(*exchange, *job->error);
+    if (exchange->streams)
+        return answer(*exchange,
+                      make_reply(*exchange, 200, std::move(job->text), stream_headers(*exchange)));
     answer(*exchange, job->status, std::move(job->text));
 }
 
@@ -44803,6 +45143,7 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     if (!request) return request.error();
     if (auto read = read_key(job, *body, *request); !read) return read.error();
     StoredResponse& stored = job.stored;
+    job.stream = request->stream;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
         job.replay = store->reserved(stored.organisation, stored.reservation);
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
@@ -44835,7 +45176,8 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     stored.head = server_shared(server_head(record));
     stored.request = server_shared(std::move(job.body));
     job.store = request->store;
-    if (stored.background) job.text = render_live(stored, false);
+    if (stored.background || job.stream) job.text = render_live(stored, false);
+    if (job.stream) job.running = render_live(stored, true);
     return {};
 }
 
@@ -44852,6 +45194,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     if (!job->error && job->prepared && queued >= options.max_queued)
         job->error = server_overloaded("too many requests are waiting");
     if (job->error) return refuse(*exchange, *job->error);
+    exchange->streams = job->stream;
     if (!job->prepared) return replay(*exchange, *job->replay);
 
     const StoredResponse& stored = job->stored;
@@ -44904,8 +45247,16 @@ void ServerLoop::begin(JobPtr<AcceptJob> job) {
     auto submitted = entry.responder->submit(std::move(job->prepared), id);
     if (!submitted) return take_back(id, job->exchange, std::move(submitted.error()));
     entry.state = Live::State::working;
+    if (job->stream) {
+        const auto head = Json::parse(*job->stored.head);
+        const std::string message_id((*head)["message_id"].as_string());
+        entry.stream = std::make_unique<Stream>(
+            Stream{{id, message_id, words_of(options.dialect)}, entry.resumable});
+        entry.stream->events.begin(job->text, std::move(job->running));
+    }
     if (Exchange* exchange = find_exchange(job->exchange)) {
-        if (entry.background) answer(*exchange, 202, std::move(job->text));
+        if (entry.stream) join_stream(*exchange, id, entry);
+        else if (entry.background) answer(*exchange, 202, std::move(job->text));
         else wait_for(*exchange, id, entry);
     }
     take_events(id);
@@ -44939,6 +45290,8 @@ void ServerLoop::replay(Exchange& exchange, const Reservation& reservation) {
     exchange.replayed = true;
     ++replayed;
     const auto found = live.find(reservation.id);
+    if (found != live.end() && exchange.streams)
+        return join_stream(exchange, reservation.id, found->second);
     if (found != live.end() && !found->second.background)
         return wait_for(exchange, reservation.id, found->second);
     show(exchange, reservation.id, 202);
@@ -44950,12 +45303,19 @@ void ServerLoop::take_events(const std::string& id) {
     const auto found = live.find(id);
     if (found == live.end()) return;
     Live& entry = found->second;
-    while (auto event = entry.responder ? entry.responder->poll(id) : std::nullopt) {
+    std::shared_ptr<const Outcome> outcome;
+    while (!outcome && !is_behind(entry)) {
+        auto event = entry.responder ? entry.responder->poll(id) : std::nullopt;
+        if (!event) break;
         if (entry.state == Live::State::parked) continue;
-        if (event->kind == Event::Kind::finished)
-            return finish(id, entry, std::move(event->outcome));
-        if (!std::exchange(entry.running, true)) --queued;
+        outcome = std::move(event->outcome);
+        if (entry.stream) entry.stream->events.add(*event);
+        if (entry.stream && entry.stream->events.size() >= server_most_unsent / 4)
+            send_events(entry);
+        if (!outcome && !std::exchange(entry.running, true)) --queued;
     }
+    if (entry.stream) send_events(entry);
+    if (outcome) finish(id, entry, std::move(outcome));
 }
 
 void ServerLoop::cancel(const std::string& id, Live& entry) {
@@ -45031,6 +45391,7 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     if (found == live.end()) return;
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
     const bool again = !drain_begun && job->error && job->error->kind == ErrorKind::overloaded;
+    const auto stream = std::move(found->second.stream);
     if (!again) {
         live.erase(found);
         --finishing;
@@ -45042,13 +45403,23 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
                 .set("response", job->stored.id)
                 .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
             outcome.usage, outcome.timings);
+    std::string events;  // the last, for those who have the others
+    if (stream) {
+        if (job->error) stream->events.fail(*job->error);
+        else stream->events.end(outcome, *job->stored.object);
+        events = stream->events.take();
+    }
     for (const uint64_t number : waiters) {
         Exchange* exchange = find_exchange(number);
         if (!exchange) continue;
         exchange->usage = outcome.usage;
         exchange->timings = outcome.timings;
-        if (job->error) refuse(*exchange, *job->error);
+        if (exchange->follows) end_stream(*exchange, events);
+        else if (job->error) refuse(*exchange, *job->error);
         else if (exchange->removes) remove(*exchange, job->stored.id);
+        else if (exchange->begun)
+            end_stream(*exchange,
+                       replay_events(*job->stored.object, options.dialect, exchange->after));
         else answer(*exchange, 200, *job->stored.object);
     }
     if (!again) return;
@@ -45210,6 +45581,131 @@ void ServerLoop::recover_done(JobPtr<RecoverJob> job) {
 }  // namespace valar
 #endif  // VALAR_NO_SERVER
 
+// ---- src/server/streams.cpp --------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Streams -------------------------------------------------------------------------------------
+
+HttpHeaders ServerLoop::stream_headers(const Exchange& exchange) const {
+    return {{"Content-Type", "text/event-stream"},
+            {"Cache-Control", "no-cache"},
+            {"X-Accel-Buffering", "no"},  // nginx would wait for more
+            {"X-Valar-Response-Id", exchange.response_id}};
+}
+
+namespace {
+
+/// Of a log of events, those behind number `after`; UINT64_MAX: all.
+std::string events_after(const std::string& log, uint64_t after) {
+    size_t start = 0;
+    for (uint64_t i = 0; after != UINT64_MAX && i <= after; ++i) {
+        const size_t end = log.find("\n\n", start);
+        if (end == std::string::npos) return {};
+        start = end + 2;
+    }
+    return log.substr(start);
+}
+
+}  // namespace
+
+/// The query of GET: whether it wants events, and from where.
+Result<void> ServerLoop::read_stream(Exchange& exchange) const {
+    if (options.dialect != Dialect::openai) return {};
+    auto stream = server_query(exchange.query, "stream");
+    auto after = server_query(exchange.query, "starting_after");
+    if (!stream || !after) return stream ? after.error() : stream.error();
+    if (*stream && **stream != "true" && **stream != "false")
+        return server_field("invalid_type", "stream", "'stream' must be true or false");
+    exchange.streams = *stream && **stream == "true";
+    if (!*after) return {};
+    const auto number = Json::parse(**after);
+    if (!number || !number->is_int() || number->as_int() < 0)
+        return server_field("invalid_type", "starting_after",
+                            "'starting_after' must be an integer, 0 or more");
+    if (!exchange.streams)
+        return server_field("invalid_value", "starting_after",
+                            "'starting_after' needs 'stream=true'");
+    exchange.after = static_cast<uint64_t>(number->as_int());
+    return {};
+}
+
+/// What has happened goes to it at once, what will happen as it does. Where that is not known from
+/// the start (after a restart, or a log that became too long) all comes at the end.
+void ServerLoop::join_stream(Exchange& exchange, const std::string& id, Live& entry) {
+    exchange.response_id = id;
+    exchange.begun = true;
+    std::string text;
+    if (Stream* stream = entry.stream.get()) {
+        const bool first = entry.waiters.empty();
+        std::string fresh = send_events(entry);
+        exchange.follows = stream->kept || first;
+        text = stream->kept ? events_after(stream->log, exchange.after) : std::move(fresh);
+    }
+    if (!exchange.follows) text.clear();
+    entry.waiters.push_back(exchange.number);
+    beats.emplace_back(monotonic_ns() + server_beat_ns, exchange.number);
+    http->begin(exchange.number,
+                make_reply(exchange, 200, std::move(text), stream_headers(exchange)));
+}
+
+void ServerLoop::end_stream(Exchange& exchange, std::string text) {
+    const uint64_t number = exchange.number;
+    http->append(number, text);
+    http->end(number);
+    log_exchange(exchange, 200);
+    exchanges.erase(number);
+}
+
+/// What is new goes to all who follow.
+std::string ServerLoop::send_events(Live& entry) {
+    Stream& stream = *entry.stream;
+    std::string text = stream.events.take();
+    if (text.empty()) return text;
+    for (const uint64_t number : entry.waiters)
+        if (Exchange* exchange = find_exchange(number); exchange && exchange->follows)
+            http->append(number, text);
+    if (stream.kept) stream.log += text;
+    if (stream.log.size() > server_most_event_log) {
+        stream.kept = false;
+        stream.log = std::string();
+    }
+    return text;
+}
+
+/// Whether one who follows has not taken what there is: then the others wait with it.
+bool ServerLoop::is_behind(const Live& entry) {
+    return entry.stream &&
+           std::any_of(entry.waiters.begin(), entry.waiters.end(),
+                       [&](uint64_t number) { return http->unsent(number) >= server_most_unsent; });
+}
+
+void ServerLoop::on_sent(uint64_t number) {
+    if (const Exchange* exchange = find_exchange(number)) {
+        const std::string id = exchange->response_id;
+        take_events(id);
+    }
+}
+
+/// A comment, so that proxies and clients see that somebody is there.
+void ServerLoop::beat(uint64_t now_ns) {
+    while (!beats.empty() && beats.front().first <= now_ns) {
+        const uint64_t number = beats.front().second;
+        beats.pop_front();
+        if (!find_exchange(number)) continue;
+        http->append(number, ": still here\n\n");
+        beats.emplace_back(now_ns + server_beat_ns, number);
+    }
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
 // ---- src/server/reading.cpp --------------------------------------------------------------------
 
 #ifndef VALAR_NO_SERVER
@@ -45226,6 +45722,11 @@ std::string ServerLoop::render_live(const StoredResponse& stored, bool running) 
 }
 
 void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
+    if (auto read = read_stream(exchange); !read) return refuse(exchange, read.error());
+    const auto found = live.find(exchange.argument);
+    if (exchange.streams && found != live.end() &&
+        found->second.organisation == exchange.organisation && !found->second.unkept)
+        return join_stream(exchange, found->first, found->second);
     show(exchange, exchange.argument, 200);
 }
 
@@ -45238,6 +45739,8 @@ void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_
     job->running = found != live.end() && found->second.running;
     job->status = unfinished_status;
     job->only_background = only_background;
+    job->stream = exchange.streams;
+    job->after = exchange.after;
     job->id = id;
     exchange.response_id = id;
     send_job<&ServerLoop::show_work, &ServerLoop::answer_job>(std::move(job));
@@ -45252,9 +45755,9 @@ void ServerLoop::show_work(ShowJob& job) {
     if (job.only_background && !stored->background) job.error = server_not_background();
     if (stored->terminal) job.status = 200;
     job.text = stored->terminal ? *stored->object : render_live(*stored, job.running);
+    if (job.stream && stored->terminal)
+        job.text = replay_events(job.text, options.dialect, job.after);
 }
-
-namespace {
 
 /// The value of a field of a query, unescaped. Errors: not text, or given twice.
 Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name) {
@@ -45274,6 +45777,8 @@ Result<std::optional<std::string>> server_query(std::string_view query, std::str
     }
     return found;
 }
+
+namespace {
 
 struct ServerPage {
     size_t limit = server_list_default;

@@ -653,6 +653,10 @@ Json write_previous(const Request& request) {
 }
 
 Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
+Fault openai_stream(const Json& value, Request* request) {
+    request->stream = value.as_bool();
+    return check_bool(value, "stream");
+}
 
 Fault field_truncation(const Json& value, Request*) {
     return check_choice(value, "truncation", {"disabled"}, "unsupported_value");
@@ -804,7 +808,7 @@ constexpr RequestField request_fields[] = {
     {"reasoning", field_reasoning, write_reasoning},
     {"store", field_store, write_store, openai_store},
     {"truncation", field_truncation},
-    {"stream", field_stream},
+    {"stream", field_stream, nullptr, openai_stream},
     {"metadata", field_metadata, write_metadata},
     {"tools", field_tools, write_tools},
     {"tool_choice", field_tool_choice, write_tool_choice},

@@ -129,6 +129,7 @@ struct Request {
                                     ///< every token of prompt and answer
     bool background = false;        ///< of the server: answered at once with 202
     bool store = true;              ///< of the server: kept once answered
+    bool stream = false;            ///< of the server: answered in events
     std::string previous_response_id = {};  ///< of the server: its turns come first
     Format format = {};                     ///< of the answer's text
     std::vector<Tool> tools = {};

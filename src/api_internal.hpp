@@ -148,21 +148,6 @@ Json item_json(const Item& item, const std::string& id = {}, const char* status 
 /// Back. The message of an Error names the place by `path`.
 Result<Item> read_item(const Json& json, const std::string& path);
 
-/// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
-/// order, other fields in document order, rules across fields. Errors: invalid_request with code
-/// and param; the message says what is wrong, what was received and what is allowed.
-Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
-/// The response object, all its keys in their order.
-Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
-/// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
-/// in their long form, those without an id with one made of `response_id` and their place.
-std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
-/// {"error":{message,type,param,code}}. A message that was not written for clients, which is one
-/// without a code, and that of our own fault (500) stay here: they may name a file.
-Json render_error(const Error& error);
-/// The HTTP status of an error: its kind's, but for two codes (the tables in api.cpp).
-int http_status(const Error& error);
-
 struct DialectWords {
     const char *pending, *running;
     const char* cut;       // the status of an answer that was cut
@@ -174,6 +159,31 @@ struct DialectWords {
 
 const DialectWords& words_of(Dialect dialect);
 const char* status_name(Status status, bool cut, const DialectWords& words);
+
+/// A body of POST /v1/responses, checked in a fixed order: missing required fields in table
+/// order, other fields in document order, rules across fields. Errors: invalid_request with code
+/// and param; the message says what is wrong, what was received and what is allowed.
+Result<Request> parse_response_request(const Json& body, Dialect dialect = Dialect::valar);
+/// The response object, all its keys in their order.
+Json render_response(const ResponseRecord& record, Dialect dialect = Dialect::valar);
+/// The items of an answer's `output`: one for the text of a Responder that has no items; the id of
+/// each but the first message, and its status.
+std::vector<Item> output_items(const Outcome& outcome, Status status);
+std::string output_item_id(const std::string& response_id, Item::Kind kind, size_t index);
+const char* output_item_status(bool last, Status status, bool cut, const DialectWords& words);
+std::vector<TokenLogprob> logprobs_of(const Outcome& outcome, size_t index);
+Json render_logprobs(const std::vector<TokenLogprob>& tokens);
+Json render_usage(const Usage& usage, const DialectWords& words);
+/// `error` of a failed response: {code,message}, or null.
+Json render_failure(const Outcome& outcome, const DialectWords& words);
+/// The items of a request's input as GET /v1/responses/{id}/input_items lists them, oldest first:
+/// in their long form, those without an id with one made of `response_id` and their place.
+std::vector<Json> render_input_items(const Json& request, const std::string& response_id);
+/// {"error":{message,type,param,code}}. A message that was not written for clients, which is one
+/// without a code, and that of our own fault (500) stay here: they may name a file.
+Json render_error(const Error& error);
+/// The HTTP status of an error: its kind's, but for two codes (the tables in api.cpp).
+int http_status(const Error& error);
 
 /// The words of a Role on the wire, which are those of chat templates too.
 inline constexpr std::string_view kRoleNames[] = {"system",    "developer", "user",

@@ -28,6 +28,7 @@ public:
     std::atomic<bool> ready = true;
     std::atomic<bool> hold = false;             ///< answer only when finish() says so
     std::atomic<bool> full = false;             ///< submit() has no room
+    std::atomic<bool> tells_items = false;      ///< as they are made, a word at a time
     std::optional<valar::Error> failure;        ///< of every response
     std::optional<valar::Error> prepare_error;  ///< of every request
     valar::ResponderStats counts;               ///< what stats() says
@@ -116,6 +117,12 @@ public:
             if (!answer.ended) ids.push_back(id);
         return ids;
     }
+    size_t events_left() const {  ///< that nobody polled
+        const std::lock_guard<std::mutex> lock(mutex_);
+        size_t left = 0;
+        for (const auto& [id, answer] : answers_) left += answer.events.size();
+        return left;
+    }
     std::vector<std::string> organisations() const {  ///< of the requests so far
         const std::lock_guard<std::mutex> lock(mutex_);
         return organisations_;
@@ -193,6 +200,37 @@ private:
         return outcome;
     }
 
+    static void add_items(Answer* answer, const valar::Outcome& outcome) {
+        using Kind = valar::Event::Kind;
+        answer->events.clear();
+        answer->events.push_back({Kind::started, {}, nullptr});
+        std::vector<valar::Item> items = outcome.items;
+        if (items.empty() && !outcome.text.empty())
+            items.push_back(valar::Item::message(valar::Role::assistant, outcome.text));
+        size_t token = 0;
+        for (uint32_t i = 0; i < items.size(); ++i) {
+            valar::Event begun{Kind::item_begun, {}, nullptr, {}, i, items[i]};
+            begun.item.content.clear();
+            begun.item.arguments.clear();
+            answer->events.push_back(begun);
+            const bool call = items[i].is_call();
+            const std::string all = call ? items[i].arguments : items[i].text();
+            for (size_t at = 0; at < all.size();) {
+                const size_t stop = std::min(all.find(' ', at), all.size() - 1) + 1;
+                const Kind kind = call ? Kind::arguments_delta
+                                  : items[i].kind == valar::Item::Kind::message
+                                      ? Kind::text_delta
+                                      : Kind::reasoning_delta;
+                valar::Event delta{kind, all.substr(at, stop - at), nullptr, {}, i, {}};
+                if (kind == Kind::text_delta && token < outcome.logprobs.size())
+                    delta.logprobs = {outcome.logprobs[token++]};
+                answer->events.push_back(delta);
+                at = stop;
+            }
+            answer->events.push_back({Kind::item_ended, {}, nullptr, {}, i, items[i]});
+        }
+    }
+
     void end(const std::string& id, valar::Status status) {
         {
             const std::lock_guard<std::mutex> lock(mutex_);
@@ -203,6 +241,7 @@ private:
             auto outcome = std::make_shared<valar::Outcome>(outcome_of(answer.task, status));
             if (!outcome->text.empty())
                 answer.events.push_back({valar::Event::Kind::text_delta, outcome->text, nullptr});
+            if (tells_items) add_items(&answer, *outcome);
             answer.events.push_back({valar::Event::Kind::finished, {}, outcome});
         }
         notify(id);

@@ -137,7 +137,7 @@ private:
 
     valar::detail::Socket socket_;
     std::unique_ptr<valar::detail::Poller> poller_;
-    valar::detail::HttpLimits limits_;
+    valar::detail::HttpLimits limits_ = {.max_body_bytes = uint64_t{256} << 20};
     std::string input_;
     int timeout_ms_;
     bool closed_ = false;

@@ -1536,6 +1536,225 @@ TEST_CASE("server: openai: the result of a call that an earlier response made") 
 
 // ---- The openai dialect ------------------------------------------------------------------------
 
+namespace {
+
+/// The events of a stream, checked against the order in which a client may see them.
+struct EventReader {
+    std::vector<Json> events;
+    std::string text, arguments;  // of all messages; of all calls
+    std::vector<Json> items;      // as they were done
+    Json last;                    // the object of the terminal event
+
+    explicit EventReader(const std::string& stream) {
+        std::string_view rest = stream;
+        while (!rest.empty()) {
+            const size_t end = rest.find("\n\n");
+            REQUIRE_MESSAGE(end != rest.npos, rest);
+            const std::string_view one = rest.substr(0, end);
+            rest.remove_prefix(end + 2);
+            if (one.front() == ':') continue;  // a comment
+            const size_t line = one.find('\n');
+            REQUIRE(one.substr(0, 7) == "event: ");
+            REQUIRE(one.substr(line + 1, 6) == "data: ");
+            events.push_back(parse(std::string(one.substr(line + 7))));
+            CHECK(events.back()["type"].as_string() == one.substr(7, line - 7));
+        }
+    }
+    void check_whole() {
+        REQUIRE(events.size() >= 3);
+        CHECK(type(0) == "response.created");
+        CHECK(type(1) == "response.in_progress");
+        check_from(0);
+    }
+    std::string type(size_t i) const { return std::string(events[i]["type"].as_string()); }
+
+    void check_from(int64_t number) {
+        std::string open, partial;
+        bool in_part = false;
+        for (size_t i = 0; i < events.size(); ++i) {
+            const Json& event = events[i];
+            const std::string kind = type(i);
+            CHECK(event["sequence_number"].as_int() == number++);
+            const bool terminal = kind == "response.completed" || kind == "response.incomplete" ||
+                                  kind == "response.failed" || kind == "error";
+            CHECK(terminal == (i + 1 == events.size() ||
+                               (kind == "response.failed" && i + 2 == events.size())));
+            if (event.contains("response")) last = event["response"];
+            if (kind == "response.output_item.added") {
+                CHECK(open.empty());
+                open = event["item"]["id"].as_string();
+                partial.clear();
+                CHECK(event["item"]["status"].as_string("in_progress") == "in_progress");
+                CHECK(event["output_index"].as_int() == static_cast<int64_t>(items.size()));
+            } else if (kind == "response.output_item.done") {
+                CHECK(event["item"]["id"].as_string() == open);
+                CHECK_FALSE(in_part);
+                items.push_back(event["item"]);
+                open.clear();
+            } else if (event.contains("item_id")) {
+                CHECK(event["item_id"].as_string() == open);
+                CHECK(event["output_index"].as_int() == static_cast<int64_t>(items.size()));
+                if (kind == "response.content_part.added") in_part = true;
+                if (kind == "response.content_part.done") in_part = false;
+                CHECK(event.contains("content_index") ==
+                      (in_part || kind == "response.content_part.done"));
+                if (event.contains("delta")) partial += event["delta"].as_string();
+                for (const char* whole : {"text", "arguments", "input"})
+                    if (event.contains(whole)) CHECK(event[whole].as_string() == partial);
+                if (kind == "response.output_text.done") text += partial;
+                if (event.contains("arguments")) arguments += partial;
+            }
+        }
+        CHECK(open.empty());
+    }
+    /// The items of the terminal object are those of the stream.
+    void check_items() const {
+        REQUIRE(last["output"].size() == items.size());
+        for (size_t i = 0; i < items.size(); ++i)
+            CHECK(last["output"].items()[i].write() == items[i].write());
+    }
+};
+
+std::string streamed(const std::string& body) {
+    Json json = parse(body);
+    return json.set("stream", true).write();
+}
+
+}  // namespace
+
+TEST_CASE("server: openai: a response as events") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    for (const bool told : {false, true}) {
+        serving.fake.tells_items = told;
+        for (const char* body :
+             {hello, R"({"model":"fake","input":"hello there","max_output_tokens":2})",
+              R"({"model":"fake","input":"a b","include":["message.output_text.logprobs"]})",
+              R"({"model":"fake","input":"x","tools":[{"type":"function","name":"f"}]})",
+              R"({"model":"fake","input":"x","tools":[{"type":"custom","name":"f"}]})"}) {
+            CAPTURE(body);
+            const HttpReply reply = serving.post(streamed(body));
+            CHECK(reply.status == 200);
+            CHECK(field(reply, "Content-Type") == "text/event-stream");
+            CHECK(field(reply, "Cache-Control") == "no-cache");
+            CHECK(field(reply, "X-Accel-Buffering") == "no");
+            EventReader reader(reply.body);
+            reader.check_whole();
+            reader.check_items();
+            // The terminal object is what GET shows, and what the same request gets at once.
+            const std::string id = field(reply, "X-Valar-Response-Id");
+            CHECK(serving.get("/v1/responses/" + id).body == reader.last.write());
+            Json whole = parse(serving.post(body).body);
+            CHECK(whole["usage"].write() == reader.last["usage"].write());
+            CHECK(whole["status"].write() == reader.last["status"].write());
+            REQUIRE(whole["output"].size() == reader.items.size());
+            for (size_t i = 0; i < reader.items.size(); ++i) {
+                Json one = whole["output"].items()[i], other = reader.items[i];
+                CHECK(one.set("id", "").write() == other.set("id", "").write());
+            }
+        }
+    }
+}
+
+TEST_CASE("server: openai: a stream that fails ends with its events") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    serving.fake.failure = detail::make_error(ErrorKind::internal, "secret", "internal_error");
+    EventReader reader(serving.post(streamed(hello)).body);
+    reader.check_whole();
+    CHECK(reader.last["status"].as_string() == "failed");
+    CHECK(reader.type(reader.events.size() - 1) == "error");
+    CHECK(reader.events.back()["code"].as_string() == "server_error");
+    // What is refused before it begins is an answer like any other.
+    CHECK(error_of(serving.post(streamed(R"({"model":"none","input":"x"})"))) ==
+          "404 not_found_error model_not_found model");
+}
+
+TEST_CASE("server: openai: streams that are followed, left and taken up again") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options, true);
+    serving.fake.tells_items = true;
+    const auto ask = [&](const std::string& body, const std::string& fields = {}) {
+        return raw_post(streamed(body),
+                        "Host: localhost\r\nContent-Type: application/json\r\n" + fields);
+    };
+    SUBCASE("one that leaves cancels its response") {
+        HttpPeer peer(serving.server.port());
+        peer.send(ask(hello));
+        CHECK(peer.until("response.in_progress").find("response.created") != std::string::npos);
+        peer.end();
+        CHECK(eventually([&] { return serving.fake.cancels == 1; }));
+    }
+    SUBCASE("in the background it goes on, and may be read from anywhere") {
+        std::string id;
+        {
+            HttpPeer peer(serving.server.port());
+            peer.send(ask(in_background));
+            const std::string head = peer.until("response.in_progress");
+            id = head.substr(head.find("resp_"), 29);
+        }
+        const std::string target = "/v1/responses/" + id + "?stream=true";
+        HttpPeer peer(serving.server.port());
+        peer.send("GET " + target + " HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        CHECK(peer.until("response.in_progress").find("response.created") != std::string::npos);
+        serving.fake.finish(id);
+        CHECK(peer.until("response.completed").find("output_text.delta") != std::string::npos);
+        CHECK(serving.fake.cancels == 0);
+        const std::string object = serving.get("/v1/responses/" + id).body;
+        EventReader all(serving.get(target).body);
+        all.check_whole();
+        all.check_items();
+        CHECK(all.last.write() == object);
+        const auto last = static_cast<int64_t>(all.events.size()) - 1;
+        for (int64_t after = 0; after < last + 3; ++after) {
+            EventReader some(serving.get(target + "&starting_after=" + std::to_string(after)).body);
+            REQUIRE_FALSE(some.events.empty());
+            CHECK(some.events.front()["sequence_number"].as_int() == after + 1);
+            CHECK(some.events.back()["response"].write() == object);
+            CHECK(some.events.size() == static_cast<size_t>(std::max<int64_t>(last - after, 1)));
+        }
+        CHECK(error_of(serving.get(target + "&starting_after=x")) ==
+              "400 invalid_request_error invalid_type starting_after");
+    }
+    SUBCASE("one that does not read gets no more than fits, and all of it once it does") {
+        serving.fake.hold = false;
+        std::string words;
+        for (int i = 0; i < 1200; ++i) words += std::string(9'999, 'w') + " ";
+        HttpPeer slow(serving.server.port());
+        slow.send(ask(Json::object().set("model", "fake").set("input", words).write()));
+        REQUIRE(eventually([&] { return serving.fake.events_left() > 0; }));
+        CHECK(serving.post(hello).status == 200);  // others do not wait
+        CHECK(serving.fake.events_left() > 100);
+        std::string body = slow.reply().body;
+        EventReader reader(body);
+        reader.check_whole();
+        CHECK(reader.text == "echo: " + words);
+    }
+    SUBCASE("a repeat under its key follows what runs, and reads what ran") {
+        const std::string keyed = "Idempotency-Key: one\r\n";
+        HttpPeer first(serving.server.port()), second(serving.server.port());
+        first.send(ask(hello, keyed));
+        CHECK(first.until("response.in_progress") != "");
+        second.send(ask(hello, keyed));
+        CHECK(second.until("response.in_progress").find("response.created") != std::string::npos);
+        REQUIRE(serving.fake.waiting().size() == 1);
+        serving.fake.finish(serving.fake.waiting().front());
+        const std::string end = first.until("\r\n0\r\n\r\n");
+        CHECK(end.find("response.completed") != std::string::npos);
+        CHECK(second.until("\r\n0\r\n\r\n").find("response.completed") != std::string::npos);
+        EventReader replay(
+            serving
+                .call("POST", "/v1/responses", streamed(hello),
+                      {{"Content-Type", "application/json"}, {"Idempotency-Key", "one"}})
+                .body);
+        replay.check_whole();
+        CHECK(end.find(replay.last.write()) != std::string::npos);
+    }
+}
+
 TEST_CASE("server: openai: store:false leaves nothing, previous_response_id goes on") {
     ServerOptions options = local();
     options.dialect = Dialect::openai;

@@ -101,6 +101,8 @@ Json render_logprob(std::string_view bytes, float logprob) {
         .set("bytes", std::move(values));
 }
 
+}  // namespace
+
 Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
     Json all = Json::array();
     for (const TokenLogprob& token : tokens) {
@@ -112,37 +114,50 @@ Json render_logprobs(const std::vector<TokenLogprob>& tokens) {
     return all;
 }
 
-// Those of a message's tokens, in its first part.
-void add_logprobs(const Outcome& outcome, size_t index, Json* item) {
+std::vector<TokenLogprob> logprobs_of(const Outcome& outcome, size_t index) {
     std::vector<TokenLogprob> own;
     for (const TokenLogprob& token : outcome.logprobs)
         if (token.item == index) own.push_back(token);
-    if (Json* content = item->find("content"); content && !content->empty() && !own.empty())
-        content->items().front().set("logprobs", render_logprobs(own));
+    return own;
 }
+
+std::vector<Item> output_items(const Outcome& outcome, Status status) {
+    std::vector<Item> items = outcome.items;
+    const bool whole = status == Status::completed && !outcome.cut;
+    if (items.empty() && (whole || !outcome.text.empty()))
+        items.push_back(Item::message(Role::assistant, outcome.text));
+    return items;
+}
+
+std::string output_item_id(const std::string& response_id, Item::Kind kind, size_t index) {
+    return derive_id(item_type(kind).prefix, response_id + "/" + std::to_string(index));
+}
+
+const char* output_item_status(bool last, Status status, bool cut, const DialectWords& words) {
+    if (!last) return "completed";
+    if (status != Status::completed) return "incomplete";
+    return cut ? words.cut_item : "completed";
+}
+
+namespace {
 
 Json render_output(const ResponseRecord& record, const Outcome& outcome,
                    const DialectWords& words) {
     Json output = Json::array();
-    const bool whole = record.status == Status::completed;
     if (!is_terminal(record.status)) return output;
-    std::vector<Item> items = outcome.items;
-    if (items.empty() && (!outcome.text.empty() || (whole && !outcome.cut)))
-        items.push_back(Item::message(Role::assistant, outcome.text));
+    const std::vector<Item> items = output_items(outcome, record.status);
     bool first = true;  // of the messages: it has the id that was drawn at acceptance
     for (size_t i = 0; i < items.size(); ++i) {
         const bool message = items[i].kind == Item::Kind::message;
-        const bool last = i + 1 == items.size();
         const std::string id = message && std::exchange(first, false)
                                    ? record.message_id
-                                   : derive_id(item_type(items[i].kind).prefix,
-                                               record.id + "/" + std::to_string(i));
-        const char* status = !last         ? "completed"
-                             : !whole      ? "incomplete"
-                             : outcome.cut ? words.cut_item
-                                           : "completed";
+                                   : output_item_id(record.id, items[i].kind, i);
+        const char* status = output_item_status(i + 1 == items.size(), record.status, outcome.cut,
+                                                words);
         Json item = item_json(items[i], id, status);
-        if (message) add_logprobs(outcome, i, &item);
+        const auto tokens = message ? logprobs_of(outcome, i) : std::vector<TokenLogprob>();
+        if (Json* content = item.find("content"); !tokens.empty() && !content->empty())
+            content->items().front().set("logprobs", render_logprobs(tokens));
         output.push(std::move(item));
     }
     return output;
@@ -186,6 +201,8 @@ Json render_input_item(const Json& given, const std::string& response_id, size_t
     return item;
 }
 
+}  // namespace
+
 Json render_usage(const Usage& usage, const DialectWords& words) {
     Json in = Json::object().set("cached_tokens", usage.cached_tokens);
     Json out = Json::object().set("reasoning_tokens", usage.reasoning_tokens);
@@ -206,6 +223,8 @@ Json render_usage(const Usage& usage, const DialectWords& words) {
         all.set("prompt_tokens", usage.input_tokens).set("completion_tokens", usage.output_tokens);
     return all;
 }
+
+namespace {
 
 Json render_metadata(const Json& given) {
     Json shown = given.is_object() ? given : Json::object();
@@ -240,6 +259,8 @@ Json render_tools(const Json& given) {
     return tools;
 }
 
+}  // namespace
+
 Json render_failure(const Outcome& outcome, const DialectWords& words) {
     if (!outcome.error) return nullptr;
     const ApiKind& kind = api_kind(outcome.error->kind);
@@ -249,8 +270,6 @@ Json render_failure(const Outcome& outcome, const DialectWords& words) {
         .set("message", api_shows(kind, *outcome.error) ? outcome.error->message
                                                         : "the model could not be run");
 }
-
-}  // namespace
 
 const char* status_name(Status status, bool cut, const DialectWords& words) {
     switch (status) {

@@ -131,6 +131,11 @@ void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
 }
 
 void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
+    if (exchange.begun) {
+        ResponseEvents events({}, {}, words_of(options.dialect));
+        events.fail(error);
+        return end_stream(exchange, events.take());
+    }
     answer(exchange, make_error_reply(exchange, error, std::move(headers)));
 }
 
@@ -252,7 +257,10 @@ void ServerLoop::on_closed(uint64_t number) {
         std::erase(entry->second.waiters, number);
         if (entry->second.owner == number) cancel(entry->first, entry->second);
     }
+    const std::string id = found->second.response_id;
+    const bool streamed = found->second.begun;
     exchanges.erase(found);
+    if (streamed) take_events(id);  // others may have waited for this one
 }
 
 void ServerLoop::on_tick() {
@@ -274,6 +282,7 @@ void ServerLoop::on_tick() {
                        "timeout"),
             std::move(headers));
     }
+    beat(now_ns);
     recover_some();
     save_unsaved();
     if (now_ns < next_expiry_ns) return;
@@ -406,6 +415,9 @@ void ServerLoop::answer_job(JobPtr<AnswerJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (job->error) return refuse(*exchange, *job->error);
+    if (exchange->streams)
+        return answer(*exchange,
+                      make_reply(*exchange, 200, std::move(job->text), stream_headers(*exchange)));
     answer(*exchange, job->status, std::move(job->text));
 }
 

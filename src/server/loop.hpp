@@ -1,5 +1,6 @@
 #pragma once
 
+#include "api/events.hpp"
 #include "api_internal.hpp"
 #include "digest_internal.hpp"
 #include "http/internal.hpp"
@@ -49,6 +50,9 @@ inline constexpr size_t server_max_turns = 1000;    // of a chain of previous re
 inline constexpr uint32_t server_max_attempts = 2;  // to answer one request, after crashes
 inline constexpr size_t server_recovering = 16;     // taken up again at a time
 inline constexpr uint64_t server_max_key_file = 16 << 20;
+inline constexpr uint64_t server_beat_ns = 10'000'000'000;  // between comments of a stream
+inline constexpr size_t server_most_unsent = 256 << 10;     // of a stream; then it waits
+inline constexpr size_t server_most_event_log = 4 << 20;    // to be read from its start again
 
 struct ServerLoop : HttpHandler {
     struct Exchange;
@@ -78,9 +82,20 @@ struct ServerLoop : HttpHandler {
         std::string response_id;  // that it asks for or waits for
         bool keyed = false;       // an idempotency key came with it
         bool replayed = false;
-        bool removes = false;  // waits for the end, then for the record to go
-        Usage usage = {};      // for the log line
+        bool removes = false;         // waits for the end, then for the record to go
+        bool streams = false;         // wants events
+        bool begun = false;           // has their head
+        bool follows = false;         // gets them as they come; else all at the end
+        uint64_t after = UINT64_MAX;  // of its events it has up to this one; none yet
+        Usage usage = {};             // for the log line
         Timings timings = {};
+    };
+
+    /// The events of a response that is streamed as it is made.
+    struct Stream {
+        ResponseEvents events;
+        bool kept = false;  // may be asked for again
+        std::string log = {};
     };
 
     /// A response that is not terminal.
@@ -103,6 +118,7 @@ struct ServerLoop : HttpHandler {
         Responder* responder = nullptr;
         std::vector<uint64_t> waiters;              // exchanges that want the terminal object
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
+        std::unique_ptr<Stream> stream = {};        // when it was asked for as one
     };
 
     struct Job;
@@ -131,6 +147,8 @@ struct ServerLoop : HttpHandler {
         Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
         std::string text = {};  // the object, for a caller that does not wait for the end
+        bool stream = false;
+        std::string running = {};  // for a stream: the object once it is begun
     };
 
     struct FinishJob : Job {
@@ -155,6 +173,8 @@ struct ServerLoop : HttpHandler {
         std::string organisation = {}, id = {};
         bool running = false;  // how far a live response is
         bool only_background = false;
+        bool stream = false;  // as events, those after `after`
+        uint64_t after = UINT64_MAX;
     };
 
     struct ListJob : AnswerJob {
@@ -183,6 +203,7 @@ struct ServerLoop : HttpHandler {
     std::unordered_map<uint64_t, Exchange> exchanges;
     std::unordered_map<std::string, Live> live;
     std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
+    std::deque<std::pair<uint64_t, uint64_t>> beats;     // of streams, as timeouts
     std::deque<std::string> recoverable;                 // waiting, oldest first
     std::vector<JobPtr<FinishJob>> unsaved;              // outcomes that the store had no room for
     size_t recovering = 0;                               // of them, on their way
@@ -233,6 +254,7 @@ struct ServerLoop : HttpHandler {
     void on_closed(uint64_t number) override;
     HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
                        std::string_view message) override;
+    void on_sent(uint64_t number) override;
     void on_tick() override;
 
     // checks of a head, in the order in which on_head runs them
@@ -332,6 +354,15 @@ struct ServerLoop : HttpHandler {
     void remove(Exchange& exchange, const std::string& id);
     void remove_done(JobPtr<RemoveJob> job);
 
+    // streams
+    Result<void> read_stream(Exchange& exchange) const;
+    HttpHeaders stream_headers(const Exchange& exchange) const;
+    void end_stream(Exchange& exchange, std::string text);
+    void join_stream(Exchange& exchange, const std::string& id, Live& entry);
+    std::string send_events(Live& entry);
+    bool is_behind(const Live& entry);
+    void beat(uint64_t now_ns);
+
     // after a restart
     void recover_all();
     void recover_some();
@@ -350,6 +381,7 @@ struct ServerLoop : HttpHandler {
 
 bool server_answers_to(const ModelInfo& model, const std::string& id);
 
+Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name);
 Error server_no_response(std::string_view id);
 Error server_field(const char* code, const char* param, std::string message);
 ResponseRecord server_record(const StoredResponse& stored, Status status);

@@ -27,6 +27,11 @@ std::string ServerLoop::render_live(const StoredResponse& stored, bool running) 
 }
 
 void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
+    if (auto read = read_stream(exchange); !read) return refuse(exchange, read.error());
+    const auto found = live.find(exchange.argument);
+    if (exchange.streams && found != live.end() &&
+        found->second.organisation == exchange.organisation && !found->second.unkept)
+        return join_stream(exchange, found->first, found->second);
     show(exchange, exchange.argument, 200);
 }
 
@@ -39,6 +44,8 @@ void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_
     job->running = found != live.end() && found->second.running;
     job->status = unfinished_status;
     job->only_background = only_background;
+    job->stream = exchange.streams;
+    job->after = exchange.after;
     job->id = id;
     exchange.response_id = id;
     send_job<&ServerLoop::show_work, &ServerLoop::answer_job>(std::move(job));
@@ -53,9 +60,9 @@ void ServerLoop::show_work(ShowJob& job) {
     if (job.only_background && !stored->background) job.error = server_not_background();
     if (stored->terminal) job.status = 200;
     job.text = stored->terminal ? *stored->object : render_live(*stored, job.running);
+    if (job.stream && stored->terminal)
+        job.text = replay_events(job.text, options.dialect, job.after);
 }
-
-namespace {
 
 /// The value of a field of a query, unescaped. Errors: not text, or given twice.
 Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name) {
@@ -75,6 +82,8 @@ Result<std::optional<std::string>> server_query(std::string_view query, std::str
     }
     return found;
 }
+
+namespace {
 
 struct ServerPage {
     size_t limit = server_list_default;

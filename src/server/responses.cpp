@@ -155,6 +155,7 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     if (!request) return request.error();
     if (auto read = read_key(job, *body, *request); !read) return read.error();
     StoredResponse& stored = job.stored;
+    job.stream = request->stream;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
         job.replay = store->reserved(stored.organisation, stored.reservation);
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
@@ -187,7 +188,8 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     stored.head = server_shared(server_head(record));
     stored.request = server_shared(std::move(job.body));
     job.store = request->store;
-    if (stored.background) job.text = render_live(stored, false);
+    if (stored.background || job.stream) job.text = render_live(stored, false);
+    if (job.stream) job.running = render_live(stored, true);
     return {};
 }
 
@@ -204,6 +206,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     if (!job->error && job->prepared && queued >= options.max_queued)
         job->error = server_overloaded("too many requests are waiting");
     if (job->error) return refuse(*exchange, *job->error);
+    exchange->streams = job->stream;
     if (!job->prepared) return replay(*exchange, *job->replay);
 
     const StoredResponse& stored = job->stored;
@@ -256,8 +259,16 @@ void ServerLoop::begin(JobPtr<AcceptJob> job) {
     auto submitted = entry.responder->submit(std::move(job->prepared), id);
     if (!submitted) return take_back(id, job->exchange, std::move(submitted.error()));
     entry.state = Live::State::working;
+    if (job->stream) {
+        const auto head = Json::parse(*job->stored.head);
+        const std::string message_id((*head)["message_id"].as_string());
+        entry.stream = std::make_unique<Stream>(
+            Stream{{id, message_id, words_of(options.dialect)}, entry.resumable});
+        entry.stream->events.begin(job->text, std::move(job->running));
+    }
     if (Exchange* exchange = find_exchange(job->exchange)) {
-        if (entry.background) answer(*exchange, 202, std::move(job->text));
+        if (entry.stream) join_stream(*exchange, id, entry);
+        else if (entry.background) answer(*exchange, 202, std::move(job->text));
         else wait_for(*exchange, id, entry);
     }
     take_events(id);
@@ -291,6 +302,8 @@ void ServerLoop::replay(Exchange& exchange, const Reservation& reservation) {
     exchange.replayed = true;
     ++replayed;
     const auto found = live.find(reservation.id);
+    if (found != live.end() && exchange.streams)
+        return join_stream(exchange, reservation.id, found->second);
     if (found != live.end() && !found->second.background)
         return wait_for(exchange, reservation.id, found->second);
     show(exchange, reservation.id, 202);
@@ -302,12 +315,19 @@ void ServerLoop::take_events(const std::string& id) {
     const auto found = live.find(id);
     if (found == live.end()) return;
     Live& entry = found->second;
-    while (auto event = entry.responder ? entry.responder->poll(id) : std::nullopt) {
+    std::shared_ptr<const Outcome> outcome;
+    while (!outcome && !is_behind(entry)) {
+        auto event = entry.responder ? entry.responder->poll(id) : std::nullopt;
+        if (!event) break;
         if (entry.state == Live::State::parked) continue;
-        if (event->kind == Event::Kind::finished)
-            return finish(id, entry, std::move(event->outcome));
-        if (!std::exchange(entry.running, true)) --queued;
+        outcome = std::move(event->outcome);
+        if (entry.stream) entry.stream->events.add(*event);
+        if (entry.stream && entry.stream->events.size() >= server_most_unsent / 4)
+            send_events(entry);
+        if (!outcome && !std::exchange(entry.running, true)) --queued;
     }
+    if (entry.stream) send_events(entry);
+    if (outcome) finish(id, entry, std::move(outcome));
 }
 
 void ServerLoop::cancel(const std::string& id, Live& entry) {
@@ -383,6 +403,7 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
     if (found == live.end()) return;
     const std::vector<uint64_t> waiters = std::exchange(found->second.waiters, {});
     const bool again = !drain_begun && job->error && job->error->kind == ErrorKind::overloaded;
+    const auto stream = std::move(found->second.stream);
     if (!again) {
         live.erase(found);
         --finishing;
@@ -394,13 +415,23 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
                 .set("response", job->stored.id)
                 .set("ended", status_name(outcome.status, outcome.cut, words_of(options.dialect))),
             outcome.usage, outcome.timings);
+    std::string events;  // the last, for those who have the others
+    if (stream) {
+        if (job->error) stream->events.fail(*job->error);
+        else stream->events.end(outcome, *job->stored.object);
+        events = stream->events.take();
+    }
     for (const uint64_t number : waiters) {
         Exchange* exchange = find_exchange(number);
         if (!exchange) continue;
         exchange->usage = outcome.usage;
         exchange->timings = outcome.timings;
-        if (job->error) refuse(*exchange, *job->error);
+        if (exchange->follows) end_stream(*exchange, events);
+        else if (job->error) refuse(*exchange, *job->error);
         else if (exchange->removes) remove(*exchange, job->stored.id);
+        else if (exchange->begun)
+            end_stream(*exchange,
+                       replay_events(*job->stored.object, options.dialect, exchange->after));
         else answer(*exchange, 200, *job->stored.object);
     }
     if (!again) return;

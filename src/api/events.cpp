@@ -1,0 +1,209 @@
+#include "prologue.hpp"
+
+#include "api/events.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// How an item of a kind is streamed.
+struct ResponseEvents::Kind {
+    Item::Kind kind;
+    const char *delta, *done;  // types of events
+    const char* field;         // of the second, with the whole text
+    bool in_part;              // of the item's content; else in the item itself
+};
+const ResponseEvents::Kind ResponseEvents::kinds[] = {
+    {Item::Kind::message, "response.output_text.delta", "response.output_text.done", "text", true},
+    {Item::Kind::reasoning, "response.reasoning_text.delta", "response.reasoning_text.done", "text",
+     true},
+    {Item::Kind::function_call, "response.function_call_arguments.delta",
+     "response.function_call_arguments.done", "arguments", false},
+    {Item::Kind::custom_tool_call, "response.custom_tool_call_input.delta",
+     "response.custom_tool_call_input.done", "input", false},
+};
+
+const ResponseEvents::Kind& ResponseEvents::kind() const {
+    for (const Kind& row : kinds)
+        if (row.kind == item_.kind) return row;
+    return kinds[0];
+}
+
+Json ResponseEvents::event(std::string_view type) {
+    return Json::object().set("type", type).set("sequence_number", sequence_number_++);
+}
+
+/// One of the open item.
+Json ResponseEvents::item_event(std::string_view type) {
+    Json one = event(type).set("item_id", item_id_).set("output_index", index_);
+    if (kind().in_part) one.set("content_index", 0);
+    return one;
+}
+
+/// `object`: of a response, and text already.
+void ResponseEvents::emit(const Json& event, std::string_view object) {
+    if (sequence_number_ <= skipped_) return;
+    text_.append("event: ").append(event["type"].as_string());
+    text_.append("\ndata: ").append(event.write());
+    if (!object.empty()) {
+        text_.pop_back();
+        text_.append(",\"response\":").append(object).append("}");
+    }
+    text_.append("\n\n");
+}
+
+/// The open item as it stands in an answer.
+Json ResponseEvents::item(const char* status) const {
+    Json item = item_json(item_, item_id_, status);
+    if (!logprobs_.empty())
+        item.find("content")->items().front().set("logprobs", render_logprobs(logprobs_));
+    return item;
+}
+
+void ResponseEvents::begin(const std::string& pending, std::string running) {
+    emit(event("response.created"), pending);
+    running_ = std::move(running);
+}
+
+void ResponseEvents::start() {
+    if (!running_.empty()) emit(event("response.in_progress"), std::exchange(running_, {}));
+}
+
+void ResponseEvents::add(const Event& event) {
+    start();
+    switch (event.kind) {
+        case Event::Kind::started:
+        case Event::Kind::finished:
+        case Event::Kind::item_ended: return;  // closed once it is known what follows
+        case Event::Kind::item_begun: return open(event.item, event.index);
+        default: break;
+    }
+    if (!open_) open(Item::message(Role::assistant, {}), event.index);
+    extend(event.text, event.logprobs);
+}
+
+void ResponseEvents::open(Item item, size_t index) {
+    if (open_) close("completed");
+    open_ = true;
+    item_ = std::move(item);
+    item_.role = Role::assistant;
+    item_.content.clear();
+    item_.arguments.clear();
+    index_ = index;
+    begun_ = index + 1;
+    const bool first = item_.kind == Item::Kind::message && std::exchange(first_message_, false);
+    item_id_ = first ? message_id_ : output_item_id(id_, item_.kind, index);
+    emit(event("response.output_item.added")
+             .set("output_index", index_)
+             .set("item", this->item("in_progress")));
+    if (!kind().in_part) return;
+    item_.content.push_back({ContentPart::Kind::output_text, {}});
+    emit(item_event("response.content_part.added").set("part", this->item()["content"].items()[0]));
+}
+
+void ResponseEvents::extend(std::string_view text, const std::vector<TokenLogprob>& logprobs) {
+    if (text.empty() && logprobs.empty()) return;
+    (kind().in_part ? item_.content.front().text : item_.arguments) += text;
+    Json delta = item_event(kind().delta).set("delta", text);
+    if (item_.kind == Item::Kind::message) {
+        delta.set("logprobs", render_logprobs(logprobs));
+        logprobs_.insert(logprobs_.end(), logprobs.begin(), logprobs.end());
+    }
+    emit(delta);
+}
+
+void ResponseEvents::close(const char* status) {
+    Json done =
+        item_event(kind().done).set(kind().field, kind().in_part ? item_.text() : item_.arguments);
+    if (item_.kind == Item::Kind::message) done.set("logprobs", render_logprobs(logprobs_));
+    if (item_.kind == Item::Kind::function_call) done.set("name", item_.name);
+    emit(done);
+    if (kind().in_part)
+        emit(item_event("response.content_part.done").set("part", item()["content"].items()[0]));
+    emit(event("response.output_item.done").set("output_index", index_).set("item", item(status)));
+    logprobs_.clear();
+    open_ = false;
+}
+
+void ResponseEvents::end(const Outcome& outcome, const std::string& object) {
+    start();
+    const std::vector<Item> items = output_items(outcome, outcome.status);
+    for (size_t i = open_ ? index_ : begun_; i < items.size(); ++i) {
+        const Item& item = items[i];
+        std::string text;
+        if (!open_) {
+            open(item, i);
+            text = item.is_call() ? item.arguments : item.text();
+        }
+        std::vector<TokenLogprob> tokens = logprobs_of(outcome, i);
+        const auto told = static_cast<ptrdiff_t>(std::min(tokens.size(), logprobs_.size()));
+        tokens.erase(tokens.begin(), tokens.begin() + told);
+        extend(text, tokens);
+        close(output_item_status(i + 1 == items.size(), outcome.status, outcome.cut, words_));
+    }
+    if (open_) close("incomplete");  // a call that was cut: it is not part of the answer
+    sequence_number_ = std::max(sequence_number_, skipped_);
+    const std::string_view status = status_name(outcome.status, outcome.cut, words_);
+    const bool failed = outcome.status != Status::completed;
+    emit(event("response." + std::string(failed ? "failed" : status)), object);
+    const Json error = render_failure(outcome, words_);
+    if (outcome.status != Status::failed || error.is_null()) return;
+    emit(event("error")
+             .set("code", error["code"])
+             .set("message", error["message"])
+             .set("param", nullptr));
+}
+
+void ResponseEvents::fail(const Error& error) {
+    sequence_number_ = std::max(sequence_number_, skipped_);
+    const Json shown = render_error(error)["error"];
+    emit(event("error")
+             .set("code", shown["code"])
+             .set("message", shown["message"])
+             .set("param", shown["param"]));
+}
+
+std::string replay_events(const std::string& object, Dialect dialect, uint64_t after) {
+    const DialectWords& words = words_of(dialect);
+    auto parsed = Json::parse(object);
+    Json shown = parsed ? std::move(*parsed) : Json::object();
+    Outcome outcome;
+    std::string message_id;
+    const std::string status(shown["status"].as_string());
+    outcome.status = status == "failed"      ? Status::failed
+                     : status == "cancelled" ? Status::cancelled
+                                             : Status::completed;
+    outcome.cut = !shown["incomplete_details"].is_null();
+    if (const Json& error = shown["error"]; error.is_object())
+        outcome.error = make_error(ErrorKind::unsupported,
+                                   std::string(error["message"].as_string()),
+                                   std::string(error["code"].as_string()));
+    for (const Json& item : shown["output"].items()) {
+        auto read = read_item(item, "output");
+        if (!read) continue;
+        if (message_id.empty() && read->kind == Item::Kind::message)
+            message_id = item["id"].as_string();
+        outcome.items.push_back(std::move(*read));
+    }
+    ResponseEvents events(std::string(shown["id"].as_string()), message_id, words);
+    if (after != UINT64_MAX) events.skip_to(after);
+    for (const char* unknown : {"completed_at", "error", "incomplete_details"})
+        shown.set(unknown, nullptr);
+    shown.set("output", Json::array()).set("usage", render_usage({}, words));
+    const std::string pending = shown.set("status", words.pending).write();
+    events.begin(pending, shown.set("status", words.running).write());
+    events.end(outcome, object);
+    return events.take();
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
