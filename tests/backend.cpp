@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <iterator>
 #include <string>
 #include <thread>
@@ -168,6 +169,17 @@ void check_way(const Way& way) {
     CHECK(hash_of(logits_of(mixed_model(), 280, way)) == mixed_hash());
 }
 
+// With VALAR_TEST_SAMPLE=N in the environment one of N rounds of what is nearly the same each time:
+// for machines that are emulated, and programs that are watched.
+bool in_sample() {
+    static const uint32_t one_of = [] {
+        const int number = std::atoi(detail::environment("VALAR_TEST_SAMPLE").c_str());
+        return static_cast<uint32_t>(std::max(1, number));
+    }();
+    static uint32_t round = 0;
+    return round++ % one_of == 0;
+}
+
 // A host's job system: a thread a job, the last one first.
 void host_parallel_for(void* context, uint32_t count, void (*job)(void*, uint32_t),
                        void* argument) {
@@ -184,7 +196,7 @@ TEST_CASE("logits: one SHA-256 for every kernel table") {
         CAPTURE(std::string(kernels->name));
         Way way;
         way.kernels = kernels;
-        CHECK(hash_all_types(way) == kLogitsSha256);
+        if (in_sample()) CHECK(hash_all_types(way) == kLogitsSha256);
     }
 }
 
@@ -200,6 +212,7 @@ TEST_CASE("logits: one SHA-256 for every weight type") {
             CAPTURE(std::string(kernels->name));
             Way way;
             way.kernels = kernels;
+            if (!in_sample()) continue;
             CHECK(hash_of(logits_of(tiny::model({.types = {row.type}}), 20, way)) == row.sha256);
         }
 }
@@ -207,13 +220,13 @@ TEST_CASE("logits: one SHA-256 for every weight type") {
 TEST_CASE("logits: kv_type and precision are the options that change bits") {
     Way way;
     way.options.kv_type = KvType::f32;
-    CHECK(hash_all_types(way) == kLogitsSha256_f32);
+    if (in_sample()) CHECK(hash_all_types(way) == kLogitsSha256_f32);
     way.options.precision = Precision::fine;
-    CHECK(hash_all_types(way) == kLogitsSha256_fine_f32);
+    if (in_sample()) CHECK(hash_all_types(way) == kLogitsSha256_fine_f32);
     way.options.kv_type = KvType::f16;
-    CHECK(hash_all_types(way) == kLogitsSha256_fine);
+    if (in_sample()) CHECK(hash_all_types(way) == kLogitsSha256_fine);
     way.options.kv_type = KvType::q8_0;
-    CHECK(hash_all_types(way) == kLogitsSha256_fine_q8_0);
+    if (in_sample()) CHECK(hash_all_types(way) == kLogitsSha256_fine_q8_0);
 }
 
 TEST_CASE("logits: keys and values in q8_0, one SHA-256 however they are computed") {
@@ -252,7 +265,7 @@ TEST_CASE("logits: weights read in place") {
     way.options.weights = Weights::mapped;
     for (const size_t piece : {size_t{1000}, size_t{1}}) {
         way.piece = piece;
-        CHECK(hash_all_types(way) == kLogitsSha256);
+        if (in_sample()) CHECK(hash_all_types(way) == kLogitsSha256);
     }
     way.options.threads = 2;
     check_way(way);
@@ -331,6 +344,7 @@ TEST_CASE("logits: layers with a window") {
                 way.piece = piece;
                 way.options.kv_type = kv_type;
                 way.options.threads = piece == 7 ? 2 : 0;
+                if (!in_sample()) continue;
                 const std::string hash = hash_of(logits_of(windowed, 280, way));
                 if (kv_type == KvType::f16) CHECK(hash == expected);
                 Model model = open_tiny(windowed, small(way.options), kernels);
