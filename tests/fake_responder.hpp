@@ -1,5 +1,6 @@
 // A Responder that plays a script instead of running a model: it echoes the input, or does what the
-// test set up; of a request with tools it calls the first until it sees a result. The server's tests and serve_fake.cpp use it.
+// test set up. Until it sees a result it calls the tools that it may, each once; the first alone where
+// calls must not be parallel. The server's tests and serve_fake.cpp use it.
 #ifndef VALAR_TESTS_FAKE_RESPONDER_HPP
 #define VALAR_TESTS_FAKE_RESPONDER_HPP
 
@@ -46,7 +47,7 @@ public:
         prepared->words = text_of(request);
         prepared->logprobs = request.logprobs ? static_cast<int>(request.top_logprobs) : -1;
         prepared->model = info.id;
-        prepared->call = call_of(request);
+        prepared->calls = calls_of(request);
         prepared->input_tokens = static_cast<uint32_t>(1 + prepared->words.size() / 4);
         if (prepared->input_tokens > info.context_tokens && prepared->words.size() < 10'000)
             return valar::detail::make_error(valar::ErrorKind::invalid_request,
@@ -133,7 +134,7 @@ private:
     struct Task : valar::Prepared {
         std::string words;
         int logprobs = -1;  // alternatives; -1: none asked for
-        std::optional<valar::Item> call;
+        std::vector<valar::Item> calls;
         uint32_t max_output = UINT32_MAX;
     };
     struct Answer {
@@ -148,21 +149,29 @@ private:
         return words;
     }
 
-    static std::optional<valar::Item> call_of(const valar::Request& request) {
+    static std::vector<valar::Item> calls_of(const valar::Request& request) {
         using Kind = valar::Item::Kind;
-        if (request.tools.empty()) return std::nullopt;
+        const valar::ToolChoice& choice = request.tool_choice;
+        std::vector<valar::Item> calls;
+        if (choice.mode == valar::ToolChoice::Mode::none) return calls;
         for (const valar::Item& item : request.input.items)
             if (item.kind == Kind::function_call_output ||
                 item.kind == Kind::custom_tool_call_output)
-                return std::nullopt;
-        const valar::Tool& tool = request.tools.front();
-        valar::Item call;
-        call.kind = tool.custom ? Kind::custom_tool_call : Kind::function_call;
-        call.role = valar::Role::assistant;
-        call.call_id = "call_fake";
-        call.name = tool.name;
-        call.arguments = tool.custom ? "text" : R"({"city": "Oslo"})";
-        return call;
+                return calls;
+        for (const valar::Tool& tool : request.tools) {
+            const auto& names = choice.names;
+            const bool may = names.empty() ||
+                             std::find(names.begin(), names.end(), tool.name) != names.end();
+            if (!may || (!request.parallel_tool_calls && !calls.empty())) continue;
+            valar::Item call;
+            call.kind = tool.custom ? Kind::custom_tool_call : Kind::function_call;
+            call.role = valar::Role::assistant;
+            call.call_id = "call_fake" + std::to_string(calls.size());
+            call.name = tool.name;
+            call.arguments = tool.custom ? "text" : R"({"city": "Oslo"})";
+            calls.push_back(std::move(call));
+        }
+        return calls;
     }
 
     /// "echo: " and the input, a word a token.
@@ -174,12 +183,13 @@ private:
         if (status == valar::Status::cancelled)
             outcome.error = valar::detail::make_error(valar::ErrorKind::cancelled, "cancelled");
         if (status != valar::Status::completed) return outcome;
-        if (task.call) {
+        if (!task.calls.empty()) {
             valar::Item thought;
             thought.kind = valar::Item::Kind::reasoning;
             thought.role = valar::Role::assistant;
             thought.content = {{valar::ContentPart::Kind::output_text, "hm"}};
-            outcome.items = {thought, *task.call};
+            outcome.items = {thought};
+            outcome.items.insert(outcome.items.end(), task.calls.begin(), task.calls.end());
             return outcome;
         }
         const std::string all = "echo: " + task.words;

@@ -1,6 +1,8 @@
 // The official Node client against a running server: node check.mjs BASE_URL KEY MODEL
-// (see check.py). Needs npm's openai; only base URL and key are set.
+// (see check.py). Needs npm's openai and zod; only base URL and key are set.
 import OpenAI from "openai";
+import { zodResponsesFunction, zodTextFormat } from "openai/helpers/zod";
+import { z } from "zod";
 
 const [baseURL, apiKey, model] = process.argv.slice(2);
 const client = new OpenAI({ baseURL, apiKey });
@@ -50,6 +52,38 @@ const again = await client.responses.create({
     max_output_tokens: 4,
 });
 check(["completed", "incomplete"].includes(again.status), again.status);
+
+// an answer that is an instance of a schema, calls whose arguments are; a scripted model has none
+const scripted = model === "fake";
+if (!scripted) {
+    const Guest = z.object({ name: z.string().max(12), age: z.int().min(1).max(99) });
+    const Party = z.object({ day: z.enum(["friday", "saturday"]), note: z.string().max(16).nullable(),
+                             guests: z.array(Guest).min(1).max(2) });
+    const { output_parsed: party } = await client.responses.parse(
+        { model, input: "Ann (31) comes on Friday.", text: { format: zodTextFormat(Party, "party") } });
+    check(Party.safeParse(party).success, `not parsed: ${JSON.stringify(party)}`);
+    const tools = [zodResponsesFunction({ name: "invite", parameters: Guest })];
+    const { output } = await client.responses.parse(
+        { model, input: "Bob (30) comes too.", tools, tool_choice: { type: "function", name: "invite" },
+          parallel_tool_calls: false });
+    check(output.length === 1 && output[0].name === "invite", JSON.stringify(output));
+    check(Guest.safeParse(output[0].parsed_arguments).success, output[0].arguments);
+}
+
+// two calls at once, their results, the final text
+const cityTool = (name) => zodResponsesFunction({ name, parameters: z.object({ city: z.string() }) });
+if (scripted) {
+    const tools = [cityTool("weather"), cityTool("time")];
+    const turns = [{ role: "user", content: "Oslo?" }];
+    const { output } = await client.responses.parse({ model, input: turns, tools });
+    const calls = output.filter((item) => item.type === "function_call");
+    check(calls.map((call) => call.name).join() === "weather,time", JSON.stringify(output));
+    check(calls.every((call) => call.parsed_arguments.city === "Oslo"), "parsed arguments");
+    for (const { call_id } of calls)
+        output.push({ type: "function_call_output", call_id, output: "fine" });
+    const final = await client.responses.parse({ model, input: [...turns, ...output], tools });
+    check(final.output_text.includes("fine"), JSON.stringify(final.output));
+}
 
 const stranger = new OpenAI({ baseURL, apiKey: "sk-not-a-key-of-this-server" });
 await refused(OpenAI.AuthenticationError, 401, "invalid_api_key", null,

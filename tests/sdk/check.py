@@ -2,15 +2,18 @@
 
 BASE_URL ends in /v1; KEY is one that the server knows; MODEL is an id or alias it answers to.
 Needs PyPI's openai and jsonschema. The client is used as it comes, and no reply may name the
-directory of the models.
+directory of the models. What the model says does not matter, whatever it is: its form does.
 """
+import enum
 import json
 import os
 import pathlib
 import sys
+import typing
 
 import jsonschema
 import openai
+import pydantic
 
 base_url, key, model = sys.argv[1:4]
 schema = json.loads((pathlib.Path(__file__).parent / "response.schema.json").read_text())
@@ -113,6 +116,75 @@ texts = {
     for _ in range(2)
 }
 check(len(texts) == 1, f"one seed, several texts: {texts}")
+
+# an answer that is an instance of a class
+class Mood(enum.Enum):
+    good = "good"
+    bad = "bad"
+
+
+class Guest(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=12)
+    age: int = pydantic.Field(ge=1, le=99)
+
+
+class Party(pydantic.BaseModel):
+    """A party and who comes."""
+    day: typing.Literal["friday", "saturday"]
+    mood: Mood
+    guests: list[Guest] = pydantic.Field(min_length=1, max_length=2)
+    note: typing.Optional[str] = pydantic.Field(max_length=20)
+
+
+for seed in range(2):
+    parsed = client.responses.parse(model=model, input="Ann (31) comes on Friday.", text_format=Party,
+                                    temperature=1, extra_body={"seed": seed})
+    check(parsed.status == "completed" and not parsed.incomplete_details, parsed.status)
+    check(isinstance(parsed.output_parsed, Party), f"not parsed: {parsed.output_text}")
+
+# calls: the tools that may be called, and arguments that fit
+class Weather(pydantic.BaseModel):
+    city: str = pydantic.Field(max_length=16)
+    unit: typing.Literal["C", "F"]
+
+
+def function_tool(of, name):
+    """As responses.parse() wants it."""
+    return {"type": "function", **openai.pydantic_function_tool(of, name=name)["function"]}
+
+
+tools = [function_tool(Guest, "invite"), function_tool(Weather, "weather")]
+question = [{"role": "user", "content": "Is it cold in Oslo?"}]
+named = {"type": "function", "name": "weather"}
+for choice, names in [
+    ("required", {"invite", "weather"}),
+    (named, {"weather"}),
+    ({"type": "allowed_tools", "mode": "required", "tools": [named]}, {"weather"}),
+]:
+    called = client.responses.parse(model=model, input=question, tools=tools, tool_choice=choice,
+                                    parallel_tool_calls=False, temperature=1, extra_body={"seed": 5})
+    calls = [item for item in called.output if item.type == "function_call"]
+    check(len(calls) == 1 == len(called.output), f"{choice}: {called.output}")
+    check(calls[0].name in names, f"{choice}: {calls[0].name}")
+    {"invite": Guest, "weather": Weather}[calls[0].name].model_validate(calls[0].parsed_arguments)
+
+# a loop of tools until the final text
+question += called.output
+for call in calls:
+    question.append({"type": "function_call_output", "call_id": call.call_id, "output": "12 C"})
+final = client.responses.create(model=model, input=question, tools=tools, tool_choice="none",
+                                max_output_tokens=8)
+check([item.type for item in final.output] == ["message"], final.output)
+listed = [item.type for item in client.responses.input_items.list(final.id, order="asc")]
+check(listed == ["message", "function_call", "function_call_output"], listed)
+
+# a custom tool: its text fits
+note = {"type": "custom", "name": "note", "description": "Keeps a note.",
+        "format": {"type": "grammar", "syntax": "regex", "definition": "(buy|sell) [a-z]{3,8}"}}
+noted = client.responses.create(model=model, input="Note: buy apples.", tools=[note],
+                                tool_choice="required", parallel_tool_calls=False)
+check([item.type for item in noted.output] == ["custom_tool_call"], noted.output)
+check(noted.output[0].input.split()[0] in ("buy", "sell"), noted.output[0].input)
 
 # refusals
 stranger = openai.OpenAI(base_url=base_url, api_key="sk-not-a-key-of-this-server")
