@@ -1,6 +1,7 @@
 // >>grammar: whatever an answer's grammar allows reads back as an answer that was asked for.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <memory>
 #include <random>
 #include <string>
@@ -121,6 +122,18 @@ Walked walk(const GrammarPtr& grammar, const Words& words, OutputParser& parser,
     return made;
 }
 
+bool accepts(const GrammarPtr& grammar, std::string_view text) {
+    GrammarState state(grammar);
+    return state.advance(text) && state.may_end();
+}
+
+std::shared_ptr<AnswerSyntax> syntax_of_row(const CallSyntax& row, const SpecialTokens& special) {
+    const bool harmony = row.style == CallStyle::channels;
+    const auto chat = ChatTemplate::parse(harmony ? "{{ '<|channel|>analysis' }}"
+                                                  : "{{ '<think>' }}");
+    return std::make_shared<AnswerSyntax>(*find_answer_syntax(*chat, special, row.name));
+}
+
 bool fits(const Json& schema, const Json& value) {
     Budget budget;
     return SchemaDocument(schema, budget).is_valid(schema, value);
@@ -144,10 +157,7 @@ TEST_CASE("what a family's grammar allows reads back as what was asked for") {
             for (const ThoughtSyntax& one : thought_syntaxes())
                 if (one.name == (harmony ? "harmony" : "think")) thought = &one;
             const Words words(row, *thought, special);
-            const auto chat = ChatTemplate::parse(harmony ? "{{ '<|channel|>analysis' }}"
-                                                          : "{{ '<think>' }}");
-            const auto syntax = std::make_shared<AnswerSyntax>(
-                *find_answer_syntax(*chat, words.special, row.name));
+            const auto syntax = syntax_of_row(row, words.special);
             for (int way = 0; way < 48; ++way) {
                 AnswerShape shape;
                 shape.syntax = syntax.get();
@@ -210,4 +220,110 @@ TEST_CASE("what a family's grammar allows reads back as what was asked for") {
     MESSAGE(walks << " walks, " << ended << " ended, " << calls << " calls, " << thoughts
                   << " thoughts");
     CHECK(ended > walks / 3);
+}
+
+TEST_CASE("the text of a custom tool fits its grammar in each family's syntax") {
+    std::mt19937 random(11);
+    std::vector<Tool> all(2);
+    all[0].name = "calc";
+    all[0].format.gbnf =
+        "root ::= \"\\\"\" term ([-+*] term){0,3} \"\\n\\\\\"\nterm ::= [a-c\\\"] | "
+        "\"(\" root \")\"";
+    all[1].name = "trade";
+    all[1].format.regex = "(buy|\"sell\")\\n[a-z\\\\]{1,4}";
+    for (Tool& tool : all) tool.custom = true;
+    const GrammarPtr allowed[] = {*compile_gbnf(all[0].format.gbnf),
+                                  *compile_regex(all[1].format.regex)};
+    CHECK(accepts(allowed[0], "\"a+b\n\\"));
+    size_t fine[2] = {0, 0};
+    for (const CallSyntax& row : call_syntaxes())
+        for (int way = 0; way < 16; ++way) {
+            const bool special = way % 2 || row.style == CallStyle::channels;
+            const ThoughtSyntax* thought = &thought_syntaxes().front();
+            const Words words(row, *thought, special);
+            const auto syntax = syntax_of_row(row, words.special);
+            AnswerShape shape;
+            shape.syntax = syntax.get();
+            shape.tools = all;
+            shape.may_think = false;
+            shape.choice.mode = way / 8 ? ToolChoice::Mode::automatic : ToolChoice::Mode::required;
+            shape.choice.names = {all[static_cast<size_t>(way / 2 % 2)].name};
+            const auto grammar = compile_answer(shape);
+            CAPTURE(row.name);
+            CAPTURE(way);
+            if (!grammar) FAIL(grammar.error().message);
+            AnswerParserOptions options;
+            options.tools = all;
+            const auto parser = answer_parser(syntax, options);
+            const Walked made = walk(*grammar, words, *parser, random);
+            CAPTURE(made.text);
+            for (const Items::Item& item : made.items.all) {
+                if (item.kind != Item::Kind::custom_tool_call || !item.ended) continue;
+                CAPTURE(item.text);
+                REQUIRE(item.name == shape.choice.names[0]);
+                const size_t which = item.name == "calc" ? 0 : 1;
+                CHECK(accepts(allowed[which], item.text));
+                ++fine[which];
+            }
+        }
+    MESSAGE(fine[0] << " by a grammar, " << fine[1] << " by an expression");
+    CHECK(fine[0] > call_syntaxes().size());
+    CHECK(fine[1] > call_syntaxes().size());
+}
+
+TEST_CASE("arguments are an object, and refusals name their place in the request") {
+    const auto* row = &call_syntaxes().back();
+    const Words words(*row, thought_syntaxes().front(), true);
+    const auto compiled = [&](std::string_view name, Tool tool) {
+        const auto& rows = call_syntaxes();
+        row = &*std::find_if(rows.begin(), rows.end(),
+                             [&](const CallSyntax& one) { return one.name == name; });
+        const auto syntax = syntax_of_row(*row, words.special);
+        tool.name = "f";
+        const std::vector<Tool> tools = {{.name = "other"}, tool};
+        AnswerShape shape;
+        shape.syntax = syntax.get();
+        shape.tools = tools;
+        shape.may_think = false;
+        shape.choice = {ToolChoice::Mode::required, {"f"}};
+        return compile_answer(shape);
+    };
+    const auto takes = [&](const char* schema, bool strict, const char* arguments) {
+        const auto grammar = compiled("json",
+                                      {.parameters = *Json::parse(schema), .strict = strict});
+        REQUIRE(grammar);
+        return accepts(*grammar, join({"{\"name\": \"f\", \"arguments\": ", arguments, "}"}));
+    };
+    for (const bool strict : {true, false}) {
+        for (const char* schema : {"{}", R"({"anyOf":[{"type":"string"},{"type":"object"}]})",
+                                   R"({"type":["object","array"]})"}) {
+            CHECK(takes(schema, strict, "{}"));
+            for (const char* other : {"3", "[]", "\"x\"", "null"})
+                CHECK_FALSE(takes(schema, strict, other));
+        }
+        const char* node = R"({"$ref":"#/$defs/n","$defs":{"n":{"type":"object","properties":{
+            "next":{"$ref":"#/$defs/n"}},"additionalProperties":false}}})";
+        CHECK(takes(node, strict, R"({"next": {"next": {}}})"));
+        CHECK_FALSE(takes(node, strict, R"({"next": {"other": {}}})"));
+    }
+    CHECK(takes(R"({"type":"array"})", false, R"({"a": 1})"));
+    CHECK_FALSE(takes(R"({"type":"array"})", false, "[]"));
+
+    for (const char* family : {"json", "qwen3-coder", "lfm2", "gemma4"}) {
+        CAPTURE(family);
+        const auto refused = [&](Tool tool) {
+            const auto grammar = compiled(family, std::move(tool));
+            REQUIRE_FALSE(grammar);
+            return grammar.error().code + " " + grammar.error().param;
+        };
+        CHECK(refused({.parameters = *Json::parse(R"({"type":"array"})")}) ==
+              "invalid_json_schema tools[1].parameters");
+        CHECK(refused({.parameters = *Json::parse(
+                           R"({"type":"object","properties":{"a":{"type":"strin"}}})")}) ==
+              "invalid_json_schema tools[1].parameters");
+        CHECK(refused({.custom = true, .format = {.regex = "(a"}}) ==
+              "invalid_value tools[1].format");
+        CHECK(refused({.custom = true, .format = {.gbnf = "root ::= x"}}) ==
+              "invalid_value tools[1].format");
+    }
 }

@@ -68,6 +68,8 @@ public:
         if (built) return built;
         Error error = built.error();
         error.param = place_;  // the schema's own place is in its message
+        const bool schema = place_.ends_with("schema") || place_.ends_with("parameters");
+        if (!schema) error.code = "invalid_value";
         return error;
     }
 
@@ -315,41 +317,104 @@ private:
 
     // ---- arguments ----
 
-    Json schema_of(const Tool& tool) const {
-        if (!tool.custom)
-            return tool.parameters.is_object() ? tool.parameters
-                                               : Json::object().set("type", "object");
-        Json text = Json::object().set("type", "string");
-        if (!tool.format.regex.empty()) text.set("pattern", "^(?:" + tool.format.regex + ")$");
-        return Json::object()
-            .set("type", "object")
-            .set("properties", Json::object().set(kCustomArgument, std::move(text)))
-            .set("required", Json::array().push(kCustomArgument))
-            .set("additionalProperties", false);
+    static bool is_object(const Json& type) {
+        const auto names = type.items();
+        return type.is_null() || type.as_string() == "object" ||
+               std::any_of(names.begin(), names.end(),
+                           [](const Json& name) { return name.as_string() == "object"; });
+    }
+
+    /// Arguments are an object, also where a schema would let them be something else.
+    Result<Json> schema_of(const Tool& tool) const {
+        Json schema = tool.parameters.is_object() ? tool.parameters : Json::object();
+        if (!is_object(schema["type"])) {
+            if (tool.strict) return refuse_tool(tool, "/type: arguments are an object");
+            schema = Json::object();
+        }
+        schema.set("type", "object");
+        return schema;
     }
 
     Result<Part> arguments(const Tool& tool) {
-        place_ = "tools[" + std::to_string(&tool - shape_.tools.data()) + "].parameters";
-        if (tool.custom && !tool.format.gbnf.empty() && calls_.style != Style::tagged)
-            return refuse_tool(tool, "a GBNF grammar does not fit this model's way to write calls");
-        if (calls_.style == Style::object || calls_.style == Style::named ||
-            calls_.style == Style::channels)
-            return json_arguments(tool);
-        const Json root = schema_of(tool);
+        const bool json = calls_.style == Style::object || calls_.style == Style::named ||
+                          calls_.style == Style::channels;
+        if (json) return json_arguments(tool);
+        if (tool.custom) return custom_input(tool);
+        place_at(tool);
+        const auto made = schema_of(tool);
+        if (!made) return made.error();
+        const Json& root = *made;
         const Json& schema = resolved_schema(root, root);
         if (auto fits = check_root(tool, schema); !fits) return fits.error();
         const bool free = schema["properties"].members().empty() &&
                           schema["additionalProperties"].as_bool(true);
         if (calls_.style == Style::tagged && free) return any_tagged();
-        auto made = members(tool, schema, root, 0);
-        if (!made || calls_.style != Style::gemma) return made;
-        return builder_.sequence({bytes("{"), *made, bytes("}")});
+        auto all = members(tool, schema, root, 0);
+        if (!all || calls_.style != Style::gemma) return all;
+        return builder_.sequence({bytes("{"), *all, bytes("}")});
+    }
+
+    void place_at(const Tool& tool) {
+        place_ = "tools[" + std::to_string(&tool - shape_.tools.data()) +
+                 (tool.custom ? "].format" : "].parameters");
     }
 
     Result<Part> json_arguments(const Tool& tool) {
-        auto made = add_json_schema(builder_, schema_of(tool), tool.strict || tool.custom);
-        if (made || tool.strict || tool.custom) return made;
+        place_at(tool);
+        if (tool.custom) {
+            auto text = custom_json(tool);
+            if (!text) return text;
+            const std::string key = join({"{\"", kCustomArgument, "\":"});
+            return builder_.sequence(
+                {bytes(key), builder_.optional(bytes(" ")), *text, bytes("}")});
+        }
+        const auto schema = schema_of(tool);
+        if (!schema) return schema.error();
+        auto made = add_json_schema(builder_, *schema, tool.strict);
+        if (made || tool.strict) return made;
         return add_json_schema(builder_, Json::object().set("type", "object"), false);
+    }
+
+    // ---- the text of a custom tool ----
+
+    /// As a JSON string.
+    Result<Part> custom_json(const Tool& tool) {
+        auto text = !tool.format.gbnf.empty() ? add_gbnf(builder_, tool.format.gbnf, Spelling::json)
+                    : !tool.format.regex.empty()
+                        ? add_pattern_part(builder_, tool.format.regex, Spelling::json, false)
+                        : Result<Part>(builder_.terminal(any_string_dfa()));
+        if (!text) return text;
+        return builder_.sequence({bytes("\""), *text, bytes("\"")});
+    }
+
+    /// As it is, without `ends`. Of a grammar that is its author's to see to.
+    Result<Part> custom_text(const Tool& tool, const std::vector<std::string>& ends) {
+        if (!tool.format.gbnf.empty()) return add_gbnf(builder_, tool.format.gbnf);
+        auto text = text_without(ends);
+        if (!text) return text.error();
+        if (tool.format.regex.empty()) return builder_.terminal(std::move(*text));
+        auto fits = pattern_dfa(tool.format.regex, Spelling::raw, false, builder_.budget());
+        if (!fits) return fits.error();
+        auto both = intersect(*text, *fits, builder_.budget());
+        if (!both) return both.error();
+        return builder_.terminal(std::move(*both));
+    }
+
+    Result<Part> custom_input(const Tool& tool) {
+        place_at(tool);
+        if (calls_.style == Style::python) {
+            auto text = custom_json(tool);
+            if (!text) return text;
+            return builder_.sequence({bytes(join({kCustomArgument, "="})), *text});
+        }
+        const bool tagged = calls_.style == Style::tagged;
+        auto text = custom_text(tool, tagged ? text_ends() : std::vector<std::string>{calls_.key});
+        if (!text) return text;
+        if (tagged) return tagged_member(bytes(kCustomArgument), *text, "true");
+        auto quote = literal(calls_.key);
+        if (!quote) return quote;
+        return builder_.sequence(
+            {bytes(join({"{", kCustomArgument, ":"})), *quote, *text, *quote, bytes("}")});
     }
 
     /// Members stand by themselves here: what rules all of them together cannot be promised.
@@ -451,9 +516,7 @@ private:
         const uint8_t words = kNull | kBoolean;
         std::vector<Part> ways;
         if ((kinds & kString) && (says || !(kinds & ~(kString | words)))) {
-            auto text = tool.custom && !tool.format.gbnf.empty()
-                            ? add_gbnf(builder_, tool.format.gbnf)
-                            : raw_text(tool, schema, root, text_ends(), 0);
+            auto text = raw_text(tool, schema, root, text_ends(), 0);
             if (!text) return text;
             auto made = tagged_member(bytes(key), *text, "true");
             if (!made) return made;

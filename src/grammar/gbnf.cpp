@@ -5,6 +5,7 @@
 
 #include "base/text.hpp"
 #include "grammar/grammar.hpp"
+#include "json_internal.hpp"
 #include "unicode_internal.hpp"
 
 #include <algorithm>
@@ -27,7 +28,8 @@ constexpr int kMostGbnfDepth = 64;
 
 class GbnfReader {
 public:
-    GbnfReader(GrammarBuilder& builder, std::string_view text) : builder_(builder), text_(text) {}
+    GbnfReader(GrammarBuilder& builder, std::string_view text, Spelling spelling)
+        : builder_(builder), text_(text), spelling_(spelling) {}
     Result<Part> read() {
         if (text_.size() > kMostGbnfBytes) return refuse("it is longer than 1 MiB");
         if (!utf8_valid(text_)) return refuse("it is not UTF-8");
@@ -173,7 +175,7 @@ private:
         return word.empty() ? fail("a text, set, group or name is missing") : rule_named(word).part;
     }
     Part set(std::string_view pattern) {
-        auto dfa = pattern_dfa(pattern, Spelling::raw, false, builder_.budget());
+        auto dfa = pattern_dfa(pattern, spelling_, false, builder_.budget());
         if (!dfa) return fail(dfa.error().message);
         return builder_.terminal(std::move(*dfa));
     }
@@ -208,7 +210,10 @@ private:
             if (!character(&c)) return fail("a text is not finished");
             utf8_append(out, c);
         }
-        return builder_.bytes(out);
+        if (spelling_ == Spelling::raw) return builder_.bytes(out);
+        std::string escaped;
+        write_json_escaped(escaped, out);
+        return builder_.bytes(escaped);
     }
     Part bracket() {
         std::string pattern = take("^") ? "[^" : "[";
@@ -227,6 +232,7 @@ private:
 
     GrammarBuilder& builder_;
     std::string_view text_;
+    const Spelling spelling_;
     size_t at_ = 0;
     int depth_ = 0;
     bool failed_ = false;
@@ -236,8 +242,8 @@ private:
 
 }  // namespace
 
-Result<Part> add_gbnf(GrammarBuilder& builder, std::string_view text) {
-    return GbnfReader(builder, text).read();
+Result<Part> add_gbnf(GrammarBuilder& builder, std::string_view text, Spelling spelling) {
+    return GbnfReader(builder, text, spelling).read();
 }
 
 }  // namespace detail

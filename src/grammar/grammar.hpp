@@ -42,7 +42,8 @@ Result<Part> add_regex(GrammarBuilder& builder, std::string_view pattern);
 /// `search`: the pattern may stand anywhere. Repeats that are too many for an automaton are counted.
 Result<Part> add_pattern_part(GrammarBuilder& builder, std::string_view pattern, Spelling spelling,
                               bool search);
-Result<Part> add_gbnf(GrammarBuilder& builder, std::string_view text);
+Result<Part> add_gbnf(GrammarBuilder& builder, std::string_view text,
+                      Spelling spelling = Spelling::raw);
 
 }  // namespace detail
 }  // namespace v1
