@@ -1,6 +1,7 @@
 // >>template: what models of each family write is taken apart into items, however it is cut.
 #include <doctest/doctest.h>
 
+#include <array>
 #include <memory>
 #include <random>
 #include <string>
@@ -327,6 +328,25 @@ TEST_CASE("a call that is cut has no end") {
     written.text = "<tool_call>{\"na";
     written.whole = false;
     CHECK(read(written, 1) == "");
+    // Cut in the mark behind a call, or in that of the next one.
+    for (const bool constrained : {true, false})
+        for (const auto& [family, text, after] :
+             {std::array{"hermes",
+                         "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"K\"}}",
+                         "\n</tool_call>\n<tool_call>"},
+              std::array{"qwen3-coder",
+                         "<tool_call>\n<function=weather>\n<parameter=city>\nK\n</parameter>\n"
+                         "</function>",
+                         "\n</tool_call>\n<tool_call>"},
+              std::array{"lfm2", "<|tool_call_start|>[weather(city=\"K\")", "]<|tool_call_end|>"}})
+            for (size_t size = 0; size <= std::string_view(after).size(); ++size) {
+                Written cut{text + std::string(after, size), family};
+                cut.whole = false;
+                cut.constrained = constrained;
+                CAPTURE(cut.text);
+                for (const size_t step : {size_t{1}, size_t{100}})
+                    CHECK(read(cut, step) == "weather({\"city\":\"K\"})");
+            }
 }
 
 TEST_CASE("arguments become JSON by their schema") {

@@ -142,6 +142,8 @@ public:
     void finish(bool whole, OutputSink& out) override {
         items_.to(out);
         final_ = true;
+        // Behind a call a mark that was cut in its middle is no text.
+        if (!whole && in_section_ && (in_ == In::after || in_ == In::calls)) input_.clear();
         run();
         const bool in_call = in_ != In::text && in_ != In::thought && in_ != In::lost;
         const bool cut = !whole && (items_.calling() || (!bare_ && !raw_.empty()));
