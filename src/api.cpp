@@ -84,8 +84,11 @@ Error api_missing(const std::string& path) {
     return api_error("missing_required_parameter", path, "'" + path + "' is required");
 }
 
-Error api_later(const std::string& path) {
-    return api_error("unsupported_parameter", path, "'" + path + "': not in this version");
+// `what` of it; empty: the field itself.
+Error api_unsupported(const char* code, const std::string& path, std::string_view what = {}) {
+    std::string value;
+    if (!what.empty()) value.append(": \"").append(what).append("\"");
+    return api_error(code, path, "'" + path + "'" + value + " is not supported");
 }
 
 std::string api_index(const std::string& path, size_t i) {
@@ -182,7 +185,7 @@ Fault read_part(const Json& part, const std::string& path, bool assistant, Item*
     std::string type;
     if (Fault fault = read_string_field(part, "type", path, &type)) return fault;
     if (type == "input_image" || type == "image_url")
-        return api_error("unsupported_parameter", path + ".type", "images: not in this version");
+        return api_unsupported("unsupported_parameter", path + ".type", type);
     for (const PartType& row : part_types) {
         if (type != row.name || (row.replayed && !assistant)) continue;
         ContentPart read{row.kind, {}};
@@ -223,22 +226,29 @@ Fault read_message(const Json& json, const std::string& path, Item* item) {
 // Thoughts of an earlier answer: `content` where there is one, else the summary.
 Fault read_reasoning(const Json& json, const std::string& path, Item* item) {
     item->role = Role::assistant;
-    const char* key = json["content"].empty() ? "summary" : "content";
+    const Json& content = json["content"];
+    const char* key = content.is_null() || (content.is_array() && content.empty()) ? "summary"
+                                                                                   : "content";
     if (json[key].is_null()) return {};
     return read_content(json[key], path + "." + key, true, item);
+}
+
+Fault read_call_id(const Json& json, const std::string& path, Item* item) {
+    if (Fault fault = read_string_field(json, "call_id", path, &item->call_id)) return fault;
+    return check_text(json["call_id"], path + ".call_id", 1, SIZE_MAX);
 }
 
 Fault read_call(const Json& json, const std::string& path, Item* item) {
     item->role = Role::assistant;
     const bool custom = item->kind == Item::Kind::custom_tool_call;
-    if (Fault fault = read_string_field(json, "call_id", path, &item->call_id)) return fault;
+    if (Fault fault = read_call_id(json, path, item)) return fault;
     if (Fault fault = read_string_field(json, "name", path, &item->name)) return fault;
     return read_string_field(json, custom ? "input" : "arguments", path, &item->arguments);
 }
 
 Fault read_call_output(const Json& json, const std::string& path, Item* item) {
     item->role = Role::tool;
-    if (Fault fault = read_string_field(json, "call_id", path, &item->call_id)) return fault;
+    if (Fault fault = read_call_id(json, path, item)) return fault;
     return read_content(json["output"], path + ".output", false, item);
 }
 
@@ -455,7 +465,8 @@ Json write_reasoning(const Request& request) {
 
 // ---- Tools -------------------------------------------------------------------------------------
 
-Fault read_tool(const Json& json, const std::string& path, Tool* out) {
+// Tools that a server runs by itself: known, and none of ours.
+bool is_hosted_tool(std::string_view type) {
     static constexpr std::string_view hosted[] = {"web_search",
                                                   "web_search_preview",
                                                   "file_search",
@@ -470,14 +481,22 @@ Fault read_tool(const Json& json, const std::string& path, Tool* out) {
                                                   "apply_patch",
                                                   "namespace",
                                                   "tool_search"};
+    return std::find(std::begin(hosted), std::end(hosted), type) != std::end(hosted);
+}
+
+// The type of a tool, declared or chosen.
+Fault check_tool_type(const Json& type, const std::string& path,
+                      std::initializer_list<std::string_view> choices) {
+    if (type.is_null()) return api_missing(path);
+    return check_choice(type, path, choices,
+                        is_hosted_tool(type.as_string()) ? "unsupported_value" : "invalid_value");
+}
+
+Fault read_tool(const Json& json, const std::string& path, Tool* out) {
     if (!json.is_object()) return api_wrong_type(path, "an object", json);
-    if (json["type"].is_null()) return api_missing(path + ".type");
-    const std::string_view type = json["type"].as_string();
-    const bool known = std::find(std::begin(hosted), std::end(hosted), type) != std::end(hosted);
-    if (Fault fault = check_choice(json["type"], path + ".type", {"function", "custom"},
-                                   known ? "unsupported_value" : "invalid_value"))
+    if (Fault fault = check_tool_type(json["type"], path + ".type", {"function", "custom"}))
         return fault;
-    out->custom = type == "custom";
+    out->custom = json["type"].as_string() == "custom";
     if (Fault fault = read_name(json, path, &out->name)) return fault;
     if (Fault fault = read_description(json, path, &out->description)) return fault;
     if (out->custom) return read_format(json["format"], path + ".format", true, &out->format);
@@ -531,8 +550,7 @@ Fault read_allowed_tools(const Json& value, ToolChoice* out) {
     for (size_t i = 0; i < tools.size(); ++i) {
         const std::string path = api_index("tool_choice.tools", i);
         if (!tools[i].is_object()) return api_wrong_type(path, "an object", tools[i]);
-        if (tools[i]["type"].is_null()) return api_missing(path + ".type");
-        if (Fault fault = check_choice(tools[i]["type"], path + ".type", {"function", "custom"}))
+        if (Fault fault = check_tool_type(tools[i]["type"], path + ".type", {"function", "custom"}))
             return fault;
         if (Fault fault = read_name(tools[i], path, &out->names.emplace_back())) return fault;
     }
@@ -543,9 +561,8 @@ Fault field_tool_choice(const Json& value, Request* request) {
     ToolChoice& choice = request->tool_choice;
     if (value.is_string()) return read_mode(value, "tool_choice", &choice.mode);
     if (!value.is_object()) return api_wrong_type("tool_choice", "a string or an object", value);
-    if (value["type"].is_null()) return api_missing("tool_choice.type");
-    if (Fault fault = check_choice(value["type"], "tool_choice.type",
-                                   {"function", "custom", "allowed_tools"}))
+    if (Fault fault = check_tool_type(value["type"], "tool_choice.type",
+                                      {"function", "custom", "allowed_tools"}))
         return fault;
     if (value["type"].as_string() == "allowed_tools") return read_allowed_tools(value, &choice);
     choice.mode = Mode::required;
@@ -681,7 +698,7 @@ Fault check_metadata(const std::string& key, const Json& value) {
             "string_above_max_length", "metadata",
             format("a key of 'metadata' has more than %zu characters", metadata_max_key));
     if (Fault fault = check_text(value, path, 0, metadata_max_value)) return fault;
-    if (key == "completion_webhook") return api_later(path);
+    if (key == "completion_webhook") return api_unsupported("unsupported_parameter", path);
     if (key == kWindowKey) return check_choice(value, path, kWindowNames);
     if (key != "webhook_token") return {};
     const std::string_view token = value.as_string();
@@ -726,8 +743,7 @@ Fault field_include(const Json& value, Request* request) {
         if (!value[i].is_string()) return api_wrong_type(path, "a string", value[i]);
         const std::string_view name = value[i].as_string();
         if (std::find(std::begin(refused), std::end(refused), name) != std::end(refused))
-            return api_error("unsupported_value", path,
-                             "'" + std::string(name) + "' cannot be included");
+            return api_unsupported("unsupported_value", path, name);
         if (name == kIncludeLogprobs) request->logprobs = true;
     }
     return {};
@@ -841,8 +857,7 @@ Fault read_field(const RequestField& row, const Json& value, Dialect dialect, Re
     const bool differs = dialect == Dialect::openai && row.openai;
     const RequestField::Read read = differs ? row.openai : row.read;
     if (read) return read(value, request);
-    const std::string name(row.name);
-    return api_error("unsupported_parameter", name, "'" + name + "' is not supported");
+    return api_unsupported("unsupported_parameter", std::string(row.name));
 }
 
 template <class Row, size_t N>
@@ -915,6 +930,10 @@ Fault check_tool(const Tool& tool, const std::string& path) {
                          "'" + path + ".name' must be 1 to 64 of a-z, A-Z, 0-9, _ and -");
     if (!tool.parameters.is_null() && !tool.parameters.is_object())
         return api_wrong_type(path + ".parameters", "an object", tool.parameters);
+    const bool text = tool.format.schema.is_null() && tool.format.one_of.empty();
+    if (!tool.format.empty() && !(tool.custom && text))
+        return api_error("invalid_value", path + ".format",
+                         "'" + path + ".format' may be a regex or GBNF, of a custom tool");
     return check_format(tool.format, path + ".format");
 }
 

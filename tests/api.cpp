@@ -25,7 +25,7 @@ struct Refusal {
 };
 
 void check(const Refusal& refusal, const Result<Request>& result) {
-    CAPTURE(refusal.body);
+    CAPTURE(std::string(refusal.body));
     REQUIRE_FALSE(result.ok());
     CHECK(result.error().kind == ErrorKind::invalid_request);
     CHECK(result.error().code == refusal.code);
@@ -144,6 +144,27 @@ TEST_CASE("fields that are refused") {
          "invalid_value", "tools[0].format.type"},
         {R"("tools":[{"type":"custom","name":"f","format":{"type":"grammar","syntax":"x"}}])",
          "invalid_value", "tools[0].format.syntax"},
+        {R"("tools":[{"type":"local_shell"}])", "unsupported_value", "tools[0].type"},
+        {R"("tools":[{"type":"function","name":"f"},{"type":"namespace","name":"n","tools":[]}])",
+         "unsupported_value", "tools[1].type"},
+        {R"("tools":[{"type":"function","function":{"name":"f"}}])", "missing_required_parameter",
+         "tools[0].name"},
+        {R"("tools":[{"type":"custom","name":"f","format":{"type":"grammar","syntax":"lark",
+            "definition":"start: A"}}])",
+         "unsupported_value", "tools[0].format.syntax"},
+        {R"("tools":[{"type":"custom","name":"f","format":{"type":"grammar","syntax":"gbnf"}}])",
+         "missing_required_parameter", "tools[0].format.definition"},
+        {R"("tool_choice":{"type":"web_search_preview"})", "unsupported_value", "tool_choice.type"},
+        {R"("tool_choice":{"type":"auto"})", "invalid_value", "tool_choice.type"},
+        {R"("tool_choice":{"type":"allowed_tools","mode":"none","tools":[]})", "invalid_value",
+         "tool_choice.mode"},
+        {R"("tool_choice":{"type":"allowed_tools","mode":"auto","tools":["f"]})", "invalid_type",
+         "tool_choice.tools[0]"},
+        {R"("tool_choice":{"type":"allowed_tools","mode":"auto","tools":[{"type":"mcp"}]})",
+         "unsupported_value", "tool_choice.tools[0].type"},
+        {R"("tools":[{"type":"function","name":"f"}],
+            "tool_choice":{"type":"function","function":{"name":"f"}})",
+         "missing_required_parameter", "tool_choice.name"},
         {R"("tool_choice":{"type":"function"})", "missing_required_parameter", "tool_choice.name"},
         {R"("tool_choice":{"type":"function","name":"g"})", "invalid_value", "tool_choice.name"},
         {R"("tools":[{"type":"function","name":"f"}],"tool_choice":{"type":"custom","name":"f"})",
@@ -156,6 +177,7 @@ TEST_CASE("fields that are refused") {
             "mode":"auto","tools":[{"type":"function","name":"f"},{"type":"function","name":"g"}]})",
          "invalid_value", "tool_choice.tools[1].name"},
         {R"("max_tool_calls":0)", "integer_below_min_value", "max_tool_calls"},
+        {R"("max_tool_calls":"2")", "invalid_type", "max_tool_calls"},
         {R"("top_k":-1)", "integer_below_min_value", "top_k"},
         {R"("min_p":1.5)", "decimal_above_max_value", "min_p"},
         {R"("presence_penalty":3)", "decimal_above_max_value", "presence_penalty"},
@@ -207,6 +229,30 @@ TEST_CASE("items that are refused") {
          "input[0].content[0].type"},
         {R"([{"type":"function_call","name":"f","arguments":"{}"}])", "missing_required_parameter",
          "input[0].call_id"},
+        {R"([{"type":"function_call","call_id":"","name":"f","arguments":"{}"}])",
+         "string_below_min_length", "input[0].call_id"},
+        {R"([{"type":"function_call","call_id":"c","arguments":"{}"}])",
+         "missing_required_parameter", "input[0].name"},
+        {R"([{"type":"function_call","call_id":"c","name":"f","arguments":{}}])", "invalid_type",
+         "input[0].arguments"},
+        {R"([{"type":"custom_tool_call","call_id":"c","name":"f","arguments":"{}"}])",
+         "missing_required_parameter", "input[0].input"},
+        {R"([{"type":"function_call_output","output":"x"}])", "missing_required_parameter",
+         "input[0].call_id"},
+        {R"([{"type":"custom_tool_call_output","call_id":7,"output":"x"}])", "invalid_type",
+         "input[0].call_id"},
+        {R"([{"type":"function_call","call_id":"c","name":"f","arguments":"{}"},
+             {"type":"function_call_output","call_id":"c"}])",
+         "missing_required_parameter", "input[1].output"},
+        {R"([{"type":"function_call","call_id":"c","name":"f","arguments":"{}"},
+             {"type":"function_call_output","call_id":"c","output":{"a":1}}])",
+         "invalid_type", "input[1].output"},
+        {R"([{"type":"function_call","call_id":"c","name":"f","arguments":"{}"},
+             {"type":"function_call_output","call_id":"c","output":[{"type":"input_file"}]}])",
+         "unsupported_value", "input[1].output[0].type"},
+        {R"([{"type":"reasoning","summary":[{"type":"summary_text"}]}])",
+         "missing_required_parameter", "input[0].summary[0].text"},
+        {R"([{"type":"reasoning","content":7}])", "invalid_type", "input[0].content"},
         {R"([{"type":"function_call_output","call_id":"c","output":"x"}])", "invalid_value",
          "input[0].call_id"},
         {R"([{"type":"function_call_output","call_id":"c","output":"x"},
@@ -226,6 +272,19 @@ TEST_CASE("a refusal says what was wrong, what was received and what is allowed"
     CHECK(error.message == "'temperature' must be at most 2, but 9 was received");
     CHECK(with(R"("truncation":"auto")").error().message ==
           "'truncation' must be \"disabled\", but \"auto\" was received");
+    CHECK(
+        with(R"("tools":[{"type":"web_search"}])").error().message ==
+        "'tools[0].type' must be one of \"function\", \"custom\", but \"web_search\" was received");
+    for (const auto& [field, message] :
+         {std::pair(R"("conversation":"c")", "'conversation' is not supported"),
+          std::pair(R"("metadata":{"completion_webhook":"x"})",
+                    "'metadata.completion_webhook' is not supported"),
+          std::pair(R"("include":["file_search_call.results"])",
+                    "'include[0]': \"file_search_call.results\" is not supported")})
+        CHECK(with(field).error().message == message);
+    const auto image = parse_response_request(
+        parse(R"({"model":"m","input":[{"role":"user","content":[{"type":"input_image"}]}]})"));
+    CHECK(image.error().message == "'input[0].content[0].type': \"input_image\" is not supported");
 }
 
 TEST_CASE("a full request is read") {
@@ -347,6 +406,16 @@ TEST_CASE("rules that a C++ caller's request must keep too") {
     CHECK(code([](Request& r) { r.tools = {{.name = "a"}, {.name = "a"}}; }) == "tools[1].name");
     CHECK(code([](Request& r) { r.tools = {{.name = "a", .parameters = 3}}; }) ==
           "tools[0].parameters");
+    CHECK(code([](Request& r) {
+              r.tools = {{.name = "a", .custom = true, .format = {.regex = "x"}}};
+          }) == "fine");
+    for (const Format& format : {Format{.schema = Json::object()}, Format{.one_of = {"x"}},
+                                 Format{.regex = "x", .gbnf = "y"}})
+        CHECK(code([&](Request& r) {
+                  r.tools = {{.name = "a", .custom = true, .format = format}};
+              }) == "tools[0].format");
+    CHECK(code([](Request& r) { r.tools = {{.name = "a", .format = {.regex = "x"}}}; }) ==
+          "tools[0].format");
     CHECK(code([](Request& r) { r.tool_choice.names = {"a"}; }) == "tool_choice");
     CHECK(code([](Request& r) { r.tool_choice.mode = ToolChoice::Mode::required; }) ==
           "tool_choice");

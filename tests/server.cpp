@@ -1509,6 +1509,69 @@ TEST_CASE("server: a call, and its result, with all that was said as input") {
     CHECK(items[3]["output"].as_string() == "rain");
 }
 
+TEST_CASE("server: two calls of two kinds at once, and every item of an answer as input again") {
+    Serving serving(local());
+    const std::string both =
+        R"("tools":[{"type":"function","name":"weather","strict":true,"parameters":{"type":"object"}},)"
+        R"({"type":"custom","name":"note","format":{"type":"grammar","syntax":"gbnf",)"
+        R"("definition":"root ::= [a-z]+"}}],"max_tool_calls":3,)"
+        R"("include":["message.output_text.logprobs"],"top_logprobs":1)";
+    const auto types = [](const Json& items) {
+        std::string all;
+        for (const Json& item : items.items()) all.append(" ").append(item["type"].as_string());
+        return all;
+    };
+    Json input = parse(R"([{"role":"user","content":"weather?"}])");
+    const Json first = parse(serving.post(with_input(input, both)).body);
+    CHECK(types(first["output"]) == " reasoning function_call custom_tool_call");
+    CHECK(first["max_tool_calls"].as_int() == 3);
+    CHECK(first["tools"][1]["format"]["syntax"].as_string() == "gbnf");
+    for (
+        const char* choice :
+        {R"({"type":"custom","name":"note"})",
+         R"({"type":"allowed_tools","mode":"required","tools":[{"type":"custom","name":"note"}]})"}) {
+        const Json named = parse(
+            serving.post(with_input(input, both + R"(,"tool_choice":)" + choice)).body);
+        CHECK(types(named["output"]) == " reasoning custom_tool_call");
+        CHECK(named["tool_choice"].write() == choice);
+    }
+    CHECK(types(parse(
+              serving.post(with_input(input, both + R"(,"tool_choice":"none")")).body)["output"]) ==
+          " message");
+    CHECK(types(parse(serving.post(with_input(input, both + R"(,"parallel_tool_calls":false)"))
+                          .body)["output"]) == " reasoning function_call");
+
+    for (const Json& item : first["output"].items()) input.push(item);
+    for (const Json& item : first["output"].items()) {
+        if (!item.contains("call_id")) continue;
+        input.push(Json::object()
+                       .set("type", std::string(item["type"].as_string()) + "_output")
+                       .set("call_id", item["call_id"])
+                       .set("output", parse(R"([{"type":"input_text","text":"fine"}])")));
+    }
+    Json unnamed = input;
+    unnamed.items().back().erase("call_id");
+    CHECK(error_of(serving.post(with_input(unnamed, both))) ==
+          "400 invalid_request_error missing_required_parameter input[5].call_id");
+    const HttpReply second = serving.post(with_input(input, both));
+    REQUIRE(second.status == 200);
+    const Json answer = parse(second.body)["output"];
+    REQUIRE(types(answer) == " message");
+    const Json& logprobs = answer[0]["content"][0]["logprobs"];
+    CHECK(logprobs.size() > 0);
+    CHECK(logprobs[0]["top_logprobs"].size() == 1);
+    const Json items = parse(
+        serving.get("/v1/responses/" + id_of(second) + "/input_items?order=asc").body)["data"];
+    CHECK(types(items) ==
+          " message reasoning function_call custom_tool_call function_call_output"
+          " custom_tool_call_output");
+    for (size_t i = 1; i < 4; ++i) CHECK(items[i]["id"] == first["output"][i - 1]["id"]);
+    // and the answer with them
+    input.push(answer[0]);
+    input.push(parse(R"({"role":"user","content":"thanks"})"));
+    CHECK(serving.post(with_input(input, both)).status == 200);
+}
+
 TEST_CASE("server: openai: the result of a call that an earlier response made") {
     ServerOptions options = local();
     options.dialect = Dialect::openai;
