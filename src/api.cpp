@@ -604,10 +604,13 @@ Fault check_chosen(const Json& named, const std::string& path, const Request& re
                          std::string(named["type"].as_string()) + " tool '" + name + "'");
 }
 
+bool names_one_tool(const Json& choice) {
+    return choice.is_object() && choice["type"].as_string() != "allowed_tools";
+}
+
 Fault check_tool_choice(const Json& choice, const Request& request) {
     if (!choice.is_object()) return {};
-    if (choice["type"].as_string() != "allowed_tools")
-        return check_chosen(choice, "tool_choice.name", request);
+    if (names_one_tool(choice)) return check_chosen(choice, "tool_choice.name", request);
     const Json& tools = choice["tools"];
     for (size_t i = 0; i < tools.size(); ++i)
         if (Fault fault = check_chosen(tools[i], api_index("tool_choice.tools", i) + ".name",
@@ -1060,6 +1063,8 @@ Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     const bool whole = request.previous_response_id.empty();  // else calls may stand there
     if (Fault fault = whole ? check_calls(request, items) : Fault()) return std::move(*fault);
     if (Fault fault = check_tool_choice(body["tool_choice"], request)) return std::move(*fault);
+    // A tool that is named is called exactly once, as OpenAI has it.
+    if (names_one_tool(body["tool_choice"])) read->parallel_tool_calls = false;
     if (Fault fault = check_tools(request)) return std::move(*fault);
     if (Fault fault = check_background(request)) return std::move(*fault);
     return read;

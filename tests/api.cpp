@@ -392,6 +392,37 @@ TEST_CASE("what an answer must be is read, and is the same after it was written"
     CHECK(with(R"("text":{"format":{"type":"text"}})")->format.empty());
 }
 
+TEST_CASE("the forms of tool_choice") {
+    const auto chosen = [](const std::string& choice) {
+        auto request = with(
+            R"("tools":[{"type":"function","name":"f"},{"type":"custom","name":"g"}],
+            "tool_choice":)" +
+            choice);
+        REQUIRE_MESSAGE(request.ok(), request.error().message);
+        std::string shown = std::to_string(static_cast<int>(request->tool_choice.mode));
+        for (const std::string& name : request->tool_choice.names) shown += " " + name;
+        auto again = parse_response_request(request_json(*request));
+        REQUIRE(again.ok());
+        CHECK(again->tool_choice.mode == request->tool_choice.mode);
+        CHECK(again->tool_choice.names == request->tool_choice.names);
+        CHECK(again->parallel_tool_calls == request->parallel_tool_calls);
+        return shown + (request->parallel_tool_calls ? "" : ", one call");
+    };
+    CHECK(chosen("null") == "0");
+    CHECK(chosen(R"("auto")") == "0");
+    CHECK(chosen(R"("none")") == "1");
+    CHECK(chosen(R"("required")") == "2");
+    CHECK(chosen(R"("required","parallel_tool_calls":false)") == "2, one call");
+    CHECK(chosen(R"({"type":"function","name":"f"})") == "2 f, one call");
+    CHECK(chosen(R"({"type":"custom","name":"g"},"parallel_tool_calls":true)") == "2 g, one call");
+    CHECK(chosen(R"({"type":"allowed_tools","mode":"auto","tools":[{"type":"function","name":"f"},
+                    {"type":"custom","name":"g"}]})") == "0 f g");
+    CHECK(
+        chosen(
+            R"({"type":"allowed_tools","mode":"required","tools":[{"type":"custom","name":"g"}]})") ==
+        "2 g");
+}
+
 TEST_CASE("rules that a C++ caller's request must keep too") {
     const auto code = [](auto change) {
         Request request;

@@ -1,6 +1,7 @@
 // Any schema, pattern or grammar compiles or is refused, within its time; from any place that bytes
 // lead to, the masks name exactly the tokens that go on, and some text ends. What a strict schema
-// accepts is JSON. Input: a kind, the source, a zero byte, bytes that choose tokens.
+// accepts is JSON, and so is what a grammar in a string makes. Input: a kind, the source, a zero byte,
+// bytes that choose tokens.
 #include "grammar/grammar.hpp"
 
 #include <algorithm>
@@ -31,9 +32,17 @@ const TokenTrie& trie() {
     return *made;
 }
 
+/// A grammar inside of a JSON string, as the text of a custom tool stands.
+Result<GrammarPtr> compile_quoted(const std::string& source) {
+    GrammarBuilder builder;
+    auto part = add_gbnf(builder, source, Spelling::json);
+    if (!part) return std::move(part.error());
+    return builder.build(builder.sequence({builder.bytes("\""), *part, builder.bytes("\"")}));
+}
+
 Result<GrammarPtr> compile(uint8_t kind, const std::string& source) {
     if (kind % 4 == 0) return compile_regex(source);
-    if (kind % 4 == 1) return compile_gbnf(source);
+    if (kind % 4 == 1) return kind / 4 % 2 ? compile_quoted(source) : compile_gbnf(source);
     auto schema = Json::parse(source);
     if (!schema) return std::move(schema.error());
     return compile_json_schema(*schema, {kind % 4 == 2, JsonSpace(kind / 4 % 3)});
@@ -65,7 +74,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         const Token token = allowed[*at % allowed.size()];
         require(state.accept_token(token, trie().piece(token)));
         text += trie().piece(token);
-        if (kind % 4 == 2 && state.may_end()) require(Json::parse(text).ok());
+        const bool json = kind % 4 == 2 || kind % 8 == 5;
+        if (json && state.may_end()) require(Json::parse(text).ok());
     }
     auto restored = GrammarState::restore(*grammar, state.serialize());
     require(restored.ok() && restored->may_end() == state.may_end());

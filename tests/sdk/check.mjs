@@ -64,8 +64,7 @@ if (!scripted) {
     check(Party.safeParse(party).success, `not parsed: ${JSON.stringify(party)}`);
     const tools = [zodResponsesFunction({ name: "invite", parameters: Guest })];
     const { output } = await client.responses.parse(
-        { model, input: "Bob (30) comes too.", tools, tool_choice: { type: "function", name: "invite" },
-          parallel_tool_calls: false });
+        { model, input: "Bob (30) comes too.", tools, tool_choice: { type: "function", name: "invite" } });
     check(output.length === 1 && output[0].name === "invite", JSON.stringify(output));
     check(Guest.safeParse(output[0].parsed_arguments).success, output[0].arguments);
 }
