@@ -309,6 +309,33 @@ TEST_CASE("arguments are an object, and refusals name their place in the request
     CHECK(takes(R"({"type":"array"})", false, R"({"a": 1})"));
     CHECK_FALSE(takes(R"({"type":"array"})", false, "[]"));
 
+    // Not strict: what cannot be held is left out, in whatever family.
+    const char* const loose[] = {
+        R"({"type":"object","properties":{"a":{"type":"strin"}}})",
+        R"({"type":"object","properties":{"a b":{"enum":[]}},"required":["a b"]})",
+        R"({"type":"object","unevaluatedProperties":false,"$ref":"other.json"})"};
+    for (const char* family : {"json", "qwen3-coder", "lfm2", "gemma4", "deepseek31"})
+        for (const char* schema : loose) {
+            CAPTURE(family);
+            CAPTURE(std::string(schema));
+            CHECK(compiled(family, {.parameters = *Json::parse(schema), .strict = false}).ok());
+            CHECK_FALSE(compiled(family, {.parameters = *Json::parse(schema)}).ok());
+        }
+    const auto answers = [&](const char* schema, const char* text) {
+        const auto syntax = syntax_of_row(call_syntaxes().back(), words.special);
+        const Format format{.schema = *Json::parse(schema), .strict = false};
+        const auto grammar = compile_answer(
+            {.syntax = syntax.get(), .thought = ThoughtState::closed, .format = &format});
+        REQUIRE(grammar);
+        return accepts(*grammar, text);
+    };
+    CHECK(answers(R"({"type":"object","properties":{"a":{"enum":[]}},"required":["a"]})", "{}"));
+    CHECK_FALSE(
+        answers(R"({"type":"object","properties":{"a":{"enum":[]}},"required":["a"]})", "3"));
+    CHECK(answers(R"({"type":"strin"})", "3"));
+    CHECK(answers(R"({"type":"string","pattern":"(?=a)b"})", "\"x\""));
+    CHECK_FALSE(answers(R"({"type":"string","pattern":"(?=a)b"})", "3"));
+
     for (const char* family : {"json", "qwen3-coder", "lfm2", "gemma4"}) {
         CAPTURE(family);
         const auto refused = [&](Tool tool) {

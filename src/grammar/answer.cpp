@@ -48,8 +48,9 @@ Error refuse_tool(const Tool& tool, std::string_view why) {
 
 class AnswerCompiler {
 public:
-    explicit AnswerCompiler(const AnswerShape& shape)
-        : shape_(shape), syntax_(*shape.syntax), calls_(syntax_.calls) {
+    /// `relaxed`: of schemas that are not strict the type alone is kept.
+    explicit AnswerCompiler(const AnswerShape& shape, bool relaxed = false)
+        : shape_(shape), syntax_(*shape.syntax), calls_(syntax_.calls), relaxed_(relaxed) {
         for (const Tool& tool : shape.tools)
             if (shape.choice.names.empty() ||
                 std::find(shape.choice.names.begin(), shape.choice.names.end(), tool.name) !=
@@ -145,11 +146,20 @@ private:
     Result<Part> formatted() {
         const auto& format = *shape_.format;
         place_ = format.schema.is_null() ? "text.format" : "text.format.schema";
+        if (!format.schema.is_null() && relaxed_ && !format.strict) return any_json(format.schema);
         if (!format.schema.is_null())
             return add_json_schema(builder_, format.schema, format.strict);
         if (!format.regex.empty()) return add_regex(builder_, format.regex);
         if (!format.gbnf.empty()) return add_gbnf(builder_, format.gbnf);
         return builder_.texts(format.one_of);
+    }
+
+    /// What of a schema's type can be held, else any JSON.
+    Result<Part> any_json(const Json& schema) {
+        Json type = Json::object();
+        if (schema.contains("type")) type.set("type", schema["type"]);
+        auto made = add_json_schema(builder_, type, false);
+        return made ? made : add_json_schema(builder_, Json::object(), false);
     }
 
     bool is_formatted() const { return shape_.format && !shape_.format->empty(); }
@@ -326,7 +336,8 @@ private:
 
     /// Arguments are an object, also where a schema would let them be something else.
     Result<Json> schema_of(const Tool& tool) const {
-        Json schema = tool.parameters.is_object() ? tool.parameters : Json::object();
+        const bool known = tool.parameters.is_object() && (tool.strict || !relaxed_);
+        Json schema = known ? tool.parameters : Json::object();
         if (!is_object(schema["type"])) {
             if (tool.strict) return refuse_tool(tool, "/type: arguments are an object");
             schema = Json::object();
@@ -678,6 +689,7 @@ private:
     const AnswerSyntax& syntax_;
     const AnswerSyntax::Calls& calls_;
     std::vector<const Tool*> tools_;
+    const bool relaxed_;
     std::string place_;  // in the request, of what is being compiled
     int own_values_ = 0;
     GrammarBuilder builder_;
@@ -685,7 +697,16 @@ private:
 
 }  // namespace
 
-Result<GrammarPtr> compile_answer(const AnswerShape& shape) { return AnswerCompiler(shape).run(); }
+Result<GrammarPtr> compile_answer(const AnswerShape& shape) {
+    auto made = AnswerCompiler(shape).run();
+    const auto is_loose = [](const Tool& tool) { return !tool.custom && !tool.strict; };
+    const bool loose = (shape.format && !shape.format->strict) ||
+                       std::any_of(shape.tools.begin(), shape.tools.end(), is_loose);
+    if (made || !loose) return made;
+    // What is not strict is held as far as it can be, and is never refused.
+    auto relaxed = AnswerCompiler(shape, true).run();
+    return relaxed ? relaxed : made;
+}
 
 }  // namespace detail
 }  // namespace v1
