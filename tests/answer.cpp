@@ -235,7 +235,7 @@ TEST_CASE("the text of a custom tool fits its grammar in each family's syntax") 
     const GrammarPtr allowed[] = {*compile_gbnf(all[0].format.gbnf),
                                   *compile_regex(all[1].format.regex)};
     CHECK(accepts(allowed[0], "\"a+b\n\\"));
-    size_t fine[2] = {0, 0};
+    size_t fine[2] = {0, 0}, most = 0;
     for (const CallSyntax& row : call_syntaxes())
         for (int way = 0; way < 16; ++way) {
             const bool special = way % 2 || row.style == CallStyle::channels;
@@ -248,6 +248,7 @@ TEST_CASE("the text of a custom tool fits its grammar in each family's syntax") 
             shape.may_think = false;
             shape.choice.mode = way / 8 ? ToolChoice::Mode::automatic : ToolChoice::Mode::required;
             shape.choice.names = {all[static_cast<size_t>(way / 2 % 2)].name};
+            if (way % 4 < 2) shape.max_calls = 2;
             const auto grammar = compile_answer(shape);
             CAPTURE(row.name);
             CAPTURE(way);
@@ -257,7 +258,9 @@ TEST_CASE("the text of a custom tool fits its grammar in each family's syntax") 
             const auto parser = answer_parser(syntax, options);
             const Walked made = walk(*grammar, words, *parser, random);
             CAPTURE(made.text);
+            size_t calls = 0;
             for (const Items::Item& item : made.items.all) {
+                calls += item.kind == Item::Kind::custom_tool_call;
                 if (item.kind != Item::Kind::custom_tool_call || !item.ended) continue;
                 CAPTURE(item.text);
                 REQUIRE(item.name == shape.choice.names[0]);
@@ -265,8 +268,11 @@ TEST_CASE("the text of a custom tool fits its grammar in each family's syntax") 
                 CHECK(accepts(allowed[which], item.text));
                 ++fine[which];
             }
+            if (shape.max_calls) CHECK(calls <= 2);
+            most = std::max(most, calls);
         }
     MESSAGE(fine[0] << " by a grammar, " << fine[1] << " by an expression");
+    CHECK(most > 2);
     CHECK(fine[0] > call_syntaxes().size());
     CHECK(fine[1] > call_syntaxes().size());
 }
