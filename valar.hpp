@@ -403,7 +403,8 @@ _Pragma("push_macro(\"repeat\")") _Pragma("push_macro(\"replace\")")
 _Pragma("push_macro(\"reply\")") _Pragma("push_macro(\"report\")")
 _Pragma("push_macro(\"request\")") _Pragma("push_macro(\"requires\")")
 _Pragma("push_macro(\"reserve\")") _Pragma("push_macro(\"reserved\")")
-_Pragma("push_macro(\"reset\")") _Pragma("push_macro(\"rest\")") _Pragma("push_macro(\"restore\")")
+_Pragma("push_macro(\"reset\")") _Pragma("push_macro(\"response\")")
+_Pragma("push_macro(\"rest\")") _Pragma("push_macro(\"restore\")")
 _Pragma("push_macro(\"result\")") _Pragma("push_macro(\"return\")")
 _Pragma("push_macro(\"reverse\")") _Pragma("push_macro(\"rewind\")")
 _Pragma("push_macro(\"right\")") _Pragma("push_macro(\"rindex\")") _Pragma("push_macro(\"ring\")")
@@ -1255,6 +1256,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef reserve
 #undef reserved
 #undef reset
+#undef response
 #undef rest
 #undef restore
 #undef result
@@ -9765,29 +9767,43 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// Writes the events of POST /v1/responses with `stream`, as OpenAI has them: what happened to one
-/// response goes in, in order, and text/event-stream (WHATWG, 9.2.6) comes out; LF only, each event
-/// whole. Objects are passed as text: they are rendered once, and not here.
+/// Writes what happened to one response, which goes in in order, as the events of a surface
+/// (text/event-stream, WHATWG HTML 9.2.6): LF only, each event whole. Objects are passed as text: they
+/// are rendered once, and not here.
 /// Threads: one at a time.
-class ResponseEvents {
+class EventWriter {
+public:
+    virtual ~EventWriter() = default;
+    /// It is accepted: the object as it is now, and as it will be once it is begun.
+    virtual void begin(const std::string& pending, std::string running) = 0;
+    /// Anything but `finished`.
+    virtual void add(const Event& event) = 0;
+    /// The rest of the items, and what ends the stream. What was not streamed (a replay, a Responder
+    /// that tells only the end) comes in one piece.
+    virtual void end(const Outcome& outcome, const std::string& object) = 0;
+    /// Ends the stream of one that cannot be answered.
+    virtual void fail(const Error& error) = 0;
+    /// Leaves out the events up to this one, but never the last.
+    virtual void skip_to(uint64_t /*sequence_number*/) {}
+
+    size_t size() const { return text_.size(); }
+    std::string take() { return std::exchange(text_, {}); }
+
+protected:
+    std::string text_;
+};
+
+/// The events of POST /v1/responses with `stream`, as OpenAI has them.
+class ResponseEvents : public EventWriter {
 public:
     ResponseEvents(std::string id, std::string message_id, const DialectWords& words)
         : id_(std::move(id)), message_id_(std::move(message_id)), words_(words) {}
 
-    /// It is accepted: the object as it is now, and as it will be once it is begun.
-    void begin(const std::string& pending, std::string running);
-    /// Anything but `finished`.
-    void add(const Event& event);
-    /// The rest of the items, and the event that ends the stream. What was not streamed (a replay, a
-    /// Responder that tells only the end) comes in one piece.
-    void end(const Outcome& outcome, const std::string& object);
-
-    /// Ends the stream of one that cannot be answered.
-    void fail(const Error& error);
-    /// Leaves out the events up to this one, but never the last.
-    void skip_to(uint64_t sequence_number) { skipped_ = sequence_number + 1; }
-    size_t size() const { return text_.size(); }
-    std::string take() { return std::exchange(text_, {}); }
+    void begin(const std::string& pending, std::string running) override;
+    void add(const Event& event) override;
+    void end(const Outcome& outcome, const std::string& object) override;
+    void fail(const Error& error) override;
+    void skip_to(uint64_t sequence_number) override { skipped_ = sequence_number + 1; }
 
 private:
     struct Kind;
@@ -9802,7 +9818,7 @@ private:
     void extend(std::string_view text, const std::vector<TokenLogprob>& logprobs);
     void close(const char* status);
 
-    std::string id_, message_id_, running_, text_;
+    std::string id_, message_id_, running_;
     const DialectWords& words_;
     uint64_t sequence_number_ = 0, skipped_ = 0;
     Item item_ = {};  // open, with its text so far
@@ -9812,9 +9828,56 @@ private:
     bool open_ = false, first_message_ = true;
 };
 
-/// All events of a response that has ended, from its object, but those up to `after` (UINT64_MAX:
-/// none): as many as there would have been had it come in one piece.
-std::string replay_events(const std::string& object, Dialect dialect, uint64_t after);
+/// What became of a response that has ended, from its object.
+Outcome outcome_of(const Json& object);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/surface.hpp -----------------------------------------------------------------------
+
+// The surfaces that speak of responses in words of their own.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// A body of another surface, as a body of POST /v1/responses.
+struct SurfaceBody {
+    Json body = Json::object();
+    bool stream = false;
+    bool include_usage = false;             ///< an event of its own at the end of a stream
+    std::vector<std::string> origins = {};  ///< of each item of `input`: its path in the body given
+};
+
+/// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made
+/// from the response object. So each of them leaves a response that GET shows.
+struct Surface {
+    std::string_view path;
+    Result<SurfaceBody> (*read)(const Json& body, Dialect dialect);
+    /// An error of the body that `read` gave, with the names that its client knows.
+    Error (*translate)(Error error, const SurfaceBody& body);
+    /// The answer, from a terminal response object. Errors: of a response that failed.
+    Result<std::string> (*render)(const std::string& object, Dialect dialect);
+    std::unique_ptr<EventWriter> (*events)(const ResponseRecord& record, bool include_usage,
+                                           Dialect dialect);
+    int timeout_status;
+};
+extern const Surface chat_surface;
+
+/// How the answer to a request is to look.
+struct AnswerForm {
+    const Surface* surface = nullptr;  ///< null: POST /v1/responses, as GET shows it
+    bool stream = false;
+    bool include_usage = false;
+    uint64_t after = UINT64_MAX;  ///< of a stream, the last event that is known; UINT64_MAX: none
+};
+std::unique_ptr<EventWriter> event_writer(const AnswerForm& form, const ResponseRecord& record,
+                                          Dialect dialect);
+/// Of a response that has ended, from its object. A stream is as if all had come in one piece.
+Result<std::string> render_answer(const AnswerForm& form, const std::string& object,
+                                  Dialect dialect);
 
 }  // namespace detail
 }  // namespace v1
@@ -9983,38 +10046,534 @@ void ResponseEvents::fail(const Error& error) {
              .set("param", shown["param"]));
 }
 
-std::string replay_events(const std::string& object, Dialect dialect, uint64_t after) {
-    const DialectWords& words = words_of(dialect);
-    auto parsed = Json::parse(object);
-    Json shown = parsed ? std::move(*parsed) : Json::object();
+Outcome outcome_of(const Json& object) {
     Outcome outcome;
-    std::string message_id;
-    const std::string status(shown["status"].as_string());
+    const std::string_view status = object["status"].as_string();
     outcome.status = status == "failed"      ? Status::failed
                      : status == "cancelled" ? Status::cancelled
                                              : Status::completed;
-    outcome.cut = !shown["incomplete_details"].is_null();
-    if (const Json& error = shown["error"]; error.is_object())
+    outcome.cut = !object["incomplete_details"].is_null();
+    if (const Json& error = object["error"]; error.is_object())
         outcome.error = make_error(ErrorKind::unsupported,
                                    std::string(error["message"].as_string()),
                                    std::string(error["code"].as_string()));
-    for (const Json& item : shown["output"].items()) {
-        auto read = read_item(item, "output");
-        if (!read) continue;
-        if (message_id.empty() && read->kind == Item::Kind::message)
-            message_id = item["id"].as_string();
-        outcome.items.push_back(std::move(*read));
-    }
-    ResponseEvents events(std::string(shown["id"].as_string()), message_id, words);
-    if (after != UINT64_MAX) events.skip_to(after);
+    for (const Json& item : object["output"].items())
+        if (auto read = read_item(item, "output")) outcome.items.push_back(std::move(*read));
+    return outcome;
+}
+
+std::unique_ptr<EventWriter> event_writer(const AnswerForm& form, const ResponseRecord& record,
+                                          Dialect dialect) {
+    if (form.surface) return form.surface->events(record, form.include_usage, dialect);
+    return std::make_unique<ResponseEvents>(record.id, record.message_id, words_of(dialect));
+}
+
+Result<std::string> render_answer(const AnswerForm& form, const std::string& object,
+                                  Dialect dialect) {
+    if (!form.stream) return form.surface ? form.surface->render(object, dialect) : object;
+    auto parsed = Json::parse(object);
+    if (!parsed) return parsed.error();
+    Json& shown = *parsed;
+    const Outcome outcome = outcome_of(shown);
+    ResponseRecord record;
+    record.id = shown["id"].as_string();
+    record.model = shown["model"].as_string();
+    record.created_at = shown["created_at"].as_int();
+    for (const Json& item : shown["output"].items())
+        if (record.message_id.empty() && item["type"].as_string() == "message")
+            record.message_id = item["id"].as_string();
+    const auto events = event_writer(form, record, dialect);
+    if (form.after != UINT64_MAX) events->skip_to(form.after);
+    const DialectWords& words = words_of(dialect);
     for (const char* unknown : {"completed_at", "error", "incomplete_details"})
         shown.set(unknown, nullptr);
     shown.set("output", Json::array()).set("usage", render_usage({}, words));
     const std::string pending = shown.set("status", words.pending).write();
-    events.begin(pending, shown.set("status", words.running).write());
-    events.end(outcome, object);
-    return events.take();
+    events->begin(pending, shown.set("status", words.running).write());
+    events->end(outcome, object);
+    return events->take();
 }
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/chat.cpp --------------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Chat Completions: the request -------------------------------------------------------------
+
+namespace {
+
+using Fault = std::optional<Error>;
+
+Error chat_error(const char* code, std::string path, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(path));
+}
+
+Error chat_wrong(const std::string& path, const char* expected) {
+    return chat_error("invalid_type", path, "'" + path + "' must be " + expected);
+}
+
+/// Reads the messages one by one; items come out.
+struct ChatMessages {
+    SurfaceBody* out;
+    std::unordered_set<std::string> custom_calls = {};
+
+    void add(Json item, std::string origin) {
+        out->body.find("input")->push(std::move(item));
+        out->origins.push_back(std::move(origin));
+    }
+    Fault add_message(const Json& message, const std::string& path);
+    Fault add_assistant(const Json& message, const std::string& path);
+    Fault add_call(const Json& call, const std::string& path);
+    Fault add_result(const Json& message, const std::string& path);
+};
+
+Fault ChatMessages::add_message(const Json& message, const std::string& path) {
+    if (!message.is_object()) return chat_wrong(path, "an object");
+    const std::string_view role = message["role"].as_string();
+    if (role == role_name(Role::assistant)) return add_assistant(message, path);
+    if (role == role_name(Role::tool)) return add_result(message, path);
+    Json item = Json::object().set("role", message["role"]).set("content", message["content"]);
+    if (role == role_name(Role::function) && message["content"].is_null()) item.set("content", "");
+    add(std::move(item), path);
+    return {};
+}
+
+/// Thoughts, text and calls, in that order. Without any of them it says nothing, and is left out.
+Fault ChatMessages::add_assistant(const Json& message, const std::string& path) {
+    const Json& one = message["reasoning_content"];
+    const Json& thoughts = one.is_null() ? message["reasoning"] : one;
+    if (!thoughts.is_null() && !thoughts.is_string())
+        return chat_wrong(path + (one.is_null() ? ".reasoning" : ".reasoning_content"), "a string");
+    if (!thoughts.as_string().empty()) {
+        const Json part = Json::object().set("type", "reasoning_text").set("text", thoughts);
+        add(Json::object().set("type", "reasoning").set("content", Json::array().push(part)), path);
+    }
+    const Json& calls = message["tool_calls"];
+    if (!calls.is_null() && !calls.is_array()) return chat_wrong(path + ".tool_calls", "an array");
+    Json content = message["content"];
+    if (content.is_null() && !message["refusal"].is_null())
+        content = Json::array().push(
+            Json::object().set("type", "refusal").set("refusal", message["refusal"]));
+    if (!content.is_null() || (calls.empty() && thoughts.is_null()))
+        add(Json::object().set("role", "assistant").set("content", std::move(content)), path);
+    for (size_t i = 0; i < calls.size(); ++i)
+        if (Fault fault = add_call(calls[i], path + ".tool_calls[" + std::to_string(i) + "]"))
+            return fault;
+    return {};
+}
+
+Fault ChatMessages::add_call(const Json& call, const std::string& path) {
+    if (!call.is_object()) return chat_wrong(path, "an object");
+    const bool custom = call["type"].as_string() == "custom";
+    const char* key = custom ? "custom" : "function";
+    const Json& called = call[key];
+    if (!called.is_object()) return chat_wrong(path + "." + key, "an object");
+    if (custom) custom_calls.emplace(call["id"].as_string());
+    add(Json::object()
+            .set("type", custom ? "custom_tool_call" : "function_call")
+            .set("call_id", call["id"])
+            .set("name", called["name"])
+            .set(custom ? "input" : "arguments", called[custom ? "input" : "arguments"]),
+        path);
+    return {};
+}
+
+Fault ChatMessages::add_result(const Json& message, const std::string& path) {
+    const bool custom = custom_calls.contains(std::string(message["tool_call_id"].as_string()));
+    add(Json::object()
+            .set("type", custom ? "custom_tool_call_output" : "function_call_output")
+            .set("call_id", message["tool_call_id"])
+            .set("output", message["content"]),
+        path);
+    return {};
+}
+
+Fault chat_messages(const Json& value, SurfaceBody* out) {
+    if (!value.is_array()) return chat_wrong("messages", "an array");
+    if (value.empty())
+        return chat_error("array_below_min_length", "messages", "'messages' must not be empty");
+    out->body.set("input", Json::array());
+    ChatMessages messages{out};
+    for (size_t i = 0; i < value.size(); ++i)
+        if (Fault fault = messages.add_message(value[i], "messages[" + std::to_string(i) + "]"))
+            return fault;
+    return {};
+}
+
+/// {"type": T, T: {...}}, as Chat Completions nest it, in one object.
+Json chat_flat(const Json& nested) {
+    const std::string type(nested["type"].as_string());
+    if (!nested[type].is_object()) return nested;
+    Json flat = Json::object().set("type", type);
+    for (const JsonMember& member : nested[type].members()) flat.set(member.key, member.value);
+    return flat;
+}
+
+Fault chat_format(const Json& value, SurfaceBody* out) {
+    if (!value.is_object()) return chat_wrong("response_format", "an object");
+    Json format = chat_flat(value);
+    if (value["type"].as_string() == "json_object")
+        format = Json::object()
+                     .set("type", "json_schema")
+                     .set("name", "json_object")
+                     .set("schema", Json::object().set("type", "object"))
+                     .set("strict", true);
+    out->body.set("text", Json::object().set("format", std::move(format)));
+    return {};
+}
+
+Fault chat_tools(const Json& value, SurfaceBody* out) {
+    if (!value.is_array()) return chat_wrong("tools", "an array");
+    Json tools = Json::array();
+    for (size_t i = 0; i < value.size(); ++i) {
+        if (!value[i].is_object())
+            return chat_wrong("tools[" + std::to_string(i) + "]", "an object");
+        Json tool = chat_flat(value[i]);
+        if (tool["type"].as_string() == "function" && tool["strict"].is_null())
+            tool.set("strict", false);
+        if (tool.contains("format")) tool.set("format", chat_flat(tool["format"]));
+        tools.push(std::move(tool));
+    }
+    out->body.set("tools", std::move(tools));
+    return {};
+}
+
+Fault chat_tool_choice(const Json& value, SurfaceBody* out) {
+    Json choice = value.is_object() ? chat_flat(value) : value;
+    if (Json* tools = choice.is_object() ? choice.find("tools") : nullptr)
+        for (Json& tool : tools->items()) tool = chat_flat(tool);
+    out->body.set("tool_choice", std::move(choice));
+    return {};
+}
+
+Fault chat_effort(const Json& value, SurfaceBody* out) {
+    out->body.set("reasoning", Json::object().set("effort", value));
+    return {};
+}
+
+Fault chat_max_tokens(const Json& value, SurfaceBody* out) {
+    if (out->body["max_output_tokens"].is_null()) out->body.set("max_output_tokens", value);
+    return {};
+}
+
+Fault chat_logprobs(const Json& value, SurfaceBody* out) {
+    if (!value.is_bool()) return chat_wrong("logprobs", "true or false");
+    if (value.as_bool())
+        out->body.set("include", Json::array().push("message.output_text.logprobs"));
+    return {};
+}
+
+Fault chat_stop(const Json& value, SurfaceBody* out) {
+    out->body.set("stop", value.is_string() ? Json::array().push(value) : value);
+    return {};
+}
+
+Fault chat_stream(const Json& value, SurfaceBody* out) {
+    out->stream = value.as_bool();
+    return value.is_bool() ? Fault() : chat_wrong("stream", "true or false");
+}
+
+Fault chat_stream_options(const Json& value, SurfaceBody* out) {
+    if (!value.is_object()) return chat_wrong("stream_options", "an object");
+    const Json& usage = value["include_usage"];
+    out->include_usage = usage.as_bool();
+    if (usage.is_null() || usage.is_bool()) return {};
+    return chat_wrong("stream_options.include_usage", "true or false");
+}
+
+Fault chat_n(const Json& value, SurfaceBody*) {
+    if (value.is_int() && value.as_int() == 1) return {};
+    return chat_error("unsupported_value", "n", "'n' must be 1: one choice a request");
+}
+
+Fault chat_modalities(const Json& value, SurfaceBody*) {
+    if (value.is_array() && value.size() == 1 && value[0].as_string() == "text") return {};
+    return chat_error("unsupported_value", "modalities", "'modalities' must be [\"text\"]");
+}
+
+/// A field whose value goes on under another name, or as `read` says.
+struct ChatField {
+    std::string_view name;
+    std::string_view to = {};  // its place in a body of /v1/responses, for values and for errors
+    Fault (*read)(const Json& value, SurfaceBody* out) = nullptr;
+    bool openai = false;  // of that dialect alone
+};
+constexpr ChatField chat_fields[] = {
+    // clang-format off
+    {"model", "model"},
+    {"messages", "input", chat_messages},
+    {"max_completion_tokens", "max_output_tokens"},
+    {"max_tokens", "max_output_tokens", chat_max_tokens, true},
+    {"temperature", "temperature"},
+    {"top_p", "top_p"},
+    {"seed", "seed"},
+    {"response_format", "text.format", chat_format},
+    {"reasoning_effort", "reasoning.effort", chat_effort},
+    {"n", {}, chat_n},
+    {"modalities", {}, chat_modalities},
+    {"stream", {}, chat_stream},
+    {"stream_options", {}, chat_stream_options},
+    {"store", "store"},
+    {"user", "user"},
+    {"metadata", "metadata"},
+    {"tools", "tools", chat_tools},
+    {"tool_choice", "tool_choice", chat_tool_choice},
+    {"parallel_tool_calls", "parallel_tool_calls"},
+    {"service_tier", "service_tier"},
+    {"prompt_cache_key", "prompt_cache_key"},
+    {"top_k", "top_k"},
+    {"min_p", "min_p"},
+    {"repetition_penalty", "repetition_penalty"},
+    {"stop", "stop", chat_stop, true},
+    {"logprobs", {}, chat_logprobs, true},
+    {"top_logprobs", "top_logprobs", nullptr, true},
+    {"logit_bias", "logit_bias", nullptr, true},
+    {"presence_penalty", "presence_penalty", nullptr, true},
+    {"frequency_penalty", "frequency_penalty", nullptr, true},
+    // clang-format on
+};
+constexpr std::string_view chat_refused[] = {"verbosity", "audio",         "prediction",
+                                             "functions", "function_call", "web_search_options"};
+
+Fault chat_read_field(const JsonMember& member, Dialect dialect, SurfaceBody* out) {
+    const std::string name = member.key;
+    if (member.value.is_null()) return {};
+    for (const ChatField& row : chat_fields) {
+        if (row.name != name) continue;
+        if (row.openai && dialect != Dialect::openai) break;
+        if (row.read) return row.read(member.value, out);
+        out->body.set(row.to, member.value);
+        return {};
+    }
+    const auto of_openai = [&](const ChatField& row) { return row.name == name; };
+    if (std::any_of(std::begin(chat_fields), std::end(chat_fields), of_openai) ||
+        std::find(std::begin(chat_refused), std::end(chat_refused), name) != std::end(chat_refused))
+        return chat_error("unsupported_parameter", name, "'" + name + "' is not supported");
+    return {};
+}
+
+Result<SurfaceBody> chat_read(const Json& body, Dialect dialect) {
+    SurfaceBody out;
+    if (!body.is_object())
+        return make_error(ErrorKind::invalid_request, "the body must be a JSON object",
+                          "invalid_type");
+    for (const char* name : {"model", "messages"})
+        if (body[name].is_null())
+            return chat_error("missing_required_parameter", name,
+                              "'" + std::string(name) + "' is required");
+    for (const JsonMember& member : body.members())
+        if (Fault fault = chat_read_field(member, dialect, &out)) return std::move(*fault);
+    return out;
+}
+
+/// The path of an item or a field, as the client wrote it.
+std::string chat_path(const std::string& path, const SurfaceBody& body) {
+    if (path.starts_with("input[")) {
+        const size_t item = static_cast<size_t>(std::atoi(path.c_str() + 6));
+        if (item < body.origins.size()) return body.origins[item] + path.substr(path.find(']') + 1);
+    }
+    for (const ChatField& row : chat_fields)
+        if (!row.to.empty() && path.starts_with(row.to))
+            return std::string(row.name) + path.substr(row.to.size());
+    return path;
+}
+
+Error chat_translate(Error error, const SurfaceBody& body) {
+    const std::string path = chat_path(error.param, body);
+    if (const size_t at = error.message.find(error.param);
+        !error.param.empty() && at != std::string::npos)
+        error.message.replace(at, error.param.size(), path);
+    error.param = path;
+    return error;
+}
+
+// ---- The answer --------------------------------------------------------------------------------
+
+std::string chat_id(std::string_view response_id) {
+    return derive_id("chatcmpl_", std::string(response_id));
+}
+
+Json chat_call(const Item& item) {
+    const bool custom = item.kind == Item::Kind::custom_tool_call;
+    const char* type = custom ? "custom" : "function";
+    return Json::object()
+        .set("id", item.call_id)
+        .set("type", type)
+        .set(type, Json::object()
+                       .set("name", item.name)
+                       .set(custom ? "input" : "arguments", item.arguments));
+}
+
+Json chat_usage(const Json& usage) {
+    const Json& cached = usage["input_tokens_details"]["cached_tokens"];
+    const Json& thought = usage["output_tokens_details"]["reasoning_tokens"];
+    return Json::object()
+        .set("prompt_tokens", usage["input_tokens"])
+        .set("completion_tokens", usage["output_tokens"])
+        .set("total_tokens", usage["total_tokens"])
+        .set("prompt_tokens_details", Json::object().set("cached_tokens", cached))
+        .set("completion_tokens_details", Json::object().set("reasoning_tokens", thought));
+}
+
+const char* chat_finish(const Outcome& outcome, Dialect dialect) {
+    if (outcome.cut) return dialect == Dialect::openai ? "length" : "stop";
+    const auto& items = outcome.items;
+    const bool called = std::any_of(items.begin(), items.end(),
+                                    [](const Item& item) { return item.is_call(); });
+    return called ? "tool_calls" : "stop";
+}
+
+Error chat_failure(const Outcome& outcome) {
+    if (outcome.status == Status::cancelled)
+        return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
+    const std::string why = outcome.error ? outcome.error->message : "the model could not be run";
+    return make_error(ErrorKind::internal, why, "internal_error");
+}
+
+Result<std::string> chat_render(const std::string& object, Dialect dialect) {
+    auto parsed = Json::parse(object);
+    if (!parsed) return parsed.error();
+    const Json& response = *parsed;
+    const Outcome outcome = outcome_of(response);
+    if (outcome.status != Status::completed) return chat_failure(outcome);
+    std::string text, thoughts;
+    Json calls = Json::array(), logprobs = nullptr;
+    bool said = false;
+    for (size_t i = 0; i < outcome.items.size(); ++i) {
+        const Item& item = outcome.items[i];
+        if (item.is_call()) calls.push(chat_call(item));
+        else (item.kind == Item::Kind::reasoning ? thoughts : text) += item.text();
+        said |= item.kind == Item::Kind::message;
+        const Json& tokens = response["output"][i]["content"][0]["logprobs"];
+        if (tokens.empty()) continue;
+        if (logprobs.is_null())
+            logprobs = Json::object().set("content", Json::array()).set("refusal", nullptr);
+        for (const Json& token : tokens.items()) logprobs.find("content")->push(token);
+    }
+    Json message = Json::object()
+                       .set("role", "assistant")
+                       .set("content", said || calls.empty() ? Json(text) : Json());
+    if (!thoughts.empty()) message.set("reasoning_content", thoughts).set("reasoning", thoughts);
+    message.set("refusal", nullptr);
+    if (!calls.empty()) message.set("tool_calls", std::move(calls));
+    Json choice = Json::object()
+                      .set("index", 0)
+                      .set("message", std::move(message))
+                      .set("logprobs", std::move(logprobs))
+                      .set("finish_reason", chat_finish(outcome, dialect));
+    return Json::object()
+        .set("id", chat_id(response["id"].as_string()))
+        .set("object", "chat.completion")
+        .set("created", response["created_at"])
+        .set("model", response["model"])
+        .set("choices", Json::array().push(std::move(choice)))
+        .set("usage", chat_usage(response["usage"]))
+        .write();
+}
+
+// ---- The stream --------------------------------------------------------------------------------
+
+class ChatEvents : public EventWriter {
+public:
+    ChatEvents(const ResponseRecord& record, bool include_usage, Dialect dialect)
+        : head_(Json::object()
+                    .set("id", chat_id(record.id))
+                    .set("object", "chat.completion.chunk")
+                    .set("created", record.created_at)
+                    .set("model", record.model)),
+          include_usage_(include_usage),
+          dialect_(dialect) {}
+
+    void begin(const std::string&, std::string) override {
+        add_delta(Json::object().set("role", "assistant").set("content", ""));
+    }
+    void add(const Event& event) override;
+    void end(const Outcome& outcome, const std::string& object) override;
+    void fail(const Error& error) override { write(render_error(error)); }
+
+private:
+    void write(const Json& chunk) { text_.append("data: ").append(chunk.write()).append("\n\n"); }
+    void add_delta(Json delta, Json logprobs = nullptr, Json finish_reason = nullptr);
+    void add_text(Item::Kind kind, std::string_view text, const std::vector<TokenLogprob>& tokens);
+    void add_call(const Item& item);
+
+    Json head_;
+    bool include_usage_;
+    Dialect dialect_;
+    size_t told_ = 0, calls_ = 0;  // items so far, and calls among them
+};
+
+void ChatEvents::add_delta(Json delta, Json logprobs, Json finish_reason) {
+    Json choice = Json::object()
+                      .set("index", 0)
+                      .set("delta", std::move(delta))
+                      .set("logprobs", std::move(logprobs))
+                      .set("finish_reason", std::move(finish_reason));
+    Json chunk = head_;
+    chunk.set("choices", Json::array().push(std::move(choice)));
+    if (include_usage_) chunk.set("usage", nullptr);
+    write(chunk);
+}
+
+void ChatEvents::add_text(Item::Kind kind, std::string_view text,
+                          const std::vector<TokenLogprob>& tokens) {
+    if (text.empty() && tokens.empty()) return;
+    if (kind == Item::Kind::reasoning)
+        return add_delta(Json::object().set("reasoning_content", text).set("reasoning", text));
+    Json logprobs = nullptr;
+    if (!tokens.empty())
+        logprobs = Json::object().set("content", render_logprobs(tokens)).set("refusal", nullptr);
+    add_delta(Json::object().set("content", text), std::move(logprobs));
+}
+
+/// In one piece: what was begun and then cut is never seen.
+void ChatEvents::add_call(const Item& item) {
+    Json call = Json::object().set("index", calls_++);
+    const Json whole = chat_call(item);
+    for (const JsonMember& member : whole.members()) call.set(member.key, member.value);
+    add_delta(Json::object().set("tool_calls", Json::array().push(std::move(call))));
+}
+
+void ChatEvents::add(const Event& event) {
+    const bool thought = event.kind == Event::Kind::reasoning_delta;
+    if (thought || event.kind == Event::Kind::text_delta)
+        add_text(thought ? Item::Kind::reasoning : Item::Kind::message, event.text, event.logprobs);
+    else if (const Item* call = event.call()) add_call(*call);
+    else return;
+    told_ = event.index + 1;
+}
+
+void ChatEvents::end(const Outcome& outcome, const std::string& object) {
+    if (outcome.status != Status::completed) return fail(chat_failure(outcome));
+    const std::vector<Item> items = output_items(outcome, outcome.status);
+    for (size_t i = told_; i < items.size(); ++i)
+        if (items[i].is_call()) add_call(items[i]);
+        else add_text(items[i].kind, items[i].text(), logprobs_of(outcome, i));
+    add_delta(Json::object(), nullptr, chat_finish(outcome, dialect_));
+    if (include_usage_) {
+        const auto response = Json::parse(object);
+        Json chunk = head_;
+        chunk.set("choices", Json::array());
+        write(chunk.set("usage", chat_usage(response ? (*response)["usage"] : Json())));
+    }
+    text_ += "data: [DONE]\n\n";
+}
+
+std::unique_ptr<EventWriter> chat_events(const ResponseRecord& record, bool include_usage,
+                                         Dialect dialect) {
+    return std::make_unique<ChatEvents>(record, include_usage, dialect);
+}
+
+}  // namespace
+
+const Surface chat_surface = {
+    "/v1/chat/completions", chat_read, chat_translate, chat_render, chat_events, 408};
 
 }  // namespace detail
 }  // namespace v1
@@ -43844,8 +44403,9 @@ struct ServerLoop : HttpHandler {
         std::string_view path;         // ending in '/': an argument follows
         std::string_view suffix = {};  // behind the argument
         Handle get = nullptr, post = nullptr, remove = nullptr;
-        bool slashes = false;         // in the argument
-        bool open = false;            // needs no key
+        bool slashes = false;  // in the argument
+        bool open = false;     // needs no key
+        const Surface* surface = nullptr;
         std::string allowed() const;  // the header Allow
     };
     static const Route routes[];
@@ -43864,18 +44424,17 @@ struct ServerLoop : HttpHandler {
         std::string response_id;  // that it asks for or waits for
         bool keyed = false;       // an idempotency key came with it
         bool replayed = false;
-        bool removes = false;         // waits for the end, then for the record to go
-        bool streams = false;         // wants events
-        bool begun = false;           // has their head
-        bool follows = false;         // gets them as they come; else all at the end
-        uint64_t after = UINT64_MAX;  // of its events it has up to this one; none yet
-        Usage usage = {};             // for the log line
+        bool removes = false;  // waits for the end, then for the record to go
+        AnswerForm form = {};
+        bool begun = false;    // has the head of a stream
+        bool follows = false;  // and its events as they come; else all at the end
+        Usage usage = {};      // for the log line
         Timings timings = {};
     };
 
     /// The events of a response that is streamed as it is made.
     struct Stream {
-        ResponseEvents events;
+        std::unique_ptr<EventWriter> events;
         bool kept = false;  // may be asked for again
         std::string log = {};
     };
@@ -43901,6 +44460,7 @@ struct ServerLoop : HttpHandler {
         std::vector<uint64_t> waiters;              // exchanges that want the terminal object
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
         std::unique_ptr<Stream> stream = {};        // when it was asked for as one
+        const Surface* surface = nullptr;
     };
 
     struct Job;
@@ -43929,14 +44489,16 @@ struct ServerLoop : HttpHandler {
         Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
         std::string text = {};  // the object, for a caller that does not wait for the end
-        bool stream = false;
-        std::string running = {};  // for a stream: the object once it is begun
+        AnswerForm form = {};
+        std::unique_ptr<EventWriter> events = {};  // of a stream
     };
 
     struct FinishJob : Job {
         StoredResponse stored = {};
         bool store = true;
         std::shared_ptr<const Outcome> outcome = {};
+        AnswerForm form = {};  // of the request
+        Result<std::string> answer = std::string();
     };
 
     struct RecoverJob : Job {
@@ -43955,8 +44517,7 @@ struct ServerLoop : HttpHandler {
         std::string organisation = {}, id = {};
         bool running = false;  // how far a live response is
         bool only_background = false;
-        bool stream = false;  // as events, those after `after`
-        uint64_t after = UINT64_MAX;
+        AnswerForm form = {};
     };
 
     struct ListJob : AnswerJob {
@@ -44115,7 +44676,9 @@ struct ServerLoop : HttpHandler {
     Responder* find_responder(const std::string& model) const;
     Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
     Result<void> read_key(AcceptJob& job, const Json& body, const Request& request) const;
+    Result<Request> read_request(AcceptJob& job, Json& body, SurfaceBody* read) const;
     Result<void> accept(AcceptJob& job);
+    Result<void> make_record(AcceptJob& job, const Request& request);
     void accept_work(AcceptJob& job);
     void accept_admit(JobPtr<AcceptJob> job);
     void accept_done(JobPtr<AcceptJob> job);
@@ -44132,6 +44695,7 @@ struct ServerLoop : HttpHandler {
     void finish_work(FinishJob& job);
     void finish_keep(JobPtr<FinishJob> job);
     void finish_done(JobPtr<FinishJob> job);
+    void answer_form(Exchange& exchange, const FinishJob& job);
     void save_unsaved();
     void remove(Exchange& exchange, const std::string& id);
     void remove_done(JobPtr<RemoveJob> job);
@@ -44479,6 +45043,9 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
     reply.headers.emplace_back("X-Request-ID", exchange.request_id);
     if (!body.empty() && !find_header(reply.headers, "Content-Type"))
         reply.headers.emplace_back("Content-Type", "application/json");
+    const bool names = exchange.route && exchange.route->surface && !exchange.response_id.empty();
+    if (names && !find_header(reply.headers, "X-Valar-Response-Id"))
+        reply.headers.emplace_back("X-Valar-Response-Id", exchange.response_id);
     if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
     if (!exchange.cors_origin.empty()) {
         reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
@@ -44528,9 +45095,9 @@ void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
 
 void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
     if (exchange.begun) {
-        ResponseEvents events({}, {}, words_of(options.dialect));
-        events.fail(error);
-        return end_stream(exchange, events.take());
+        const auto events = event_writer(exchange.form, {}, options.dialect);
+        events->fail(error);
+        return end_stream(exchange, events->take());
     }
     answer(exchange, make_error_reply(exchange, error, std::move(headers)));
 }
@@ -44671,12 +45238,14 @@ void ServerLoop::on_tick() {
         std::erase(entry->second.waiters, exchange->number);
         HttpHeaders headers = {{"X-Valar-Response-Id", id}};
         if (!exchange->keyed) headers.emplace_back("x-should-retry", "false");
-        refuse(
+        HttpReply reply = make_error_reply(
             *exchange,
             make_error(ErrorKind::timeout,
                        "the response was not finished in time; it goes on: GET /v1/responses/" + id,
                        "timeout"),
             std::move(headers));
+        if (exchange->form.surface) reply.status = exchange->form.surface->timeout_status;
+        answer(*exchange, std::move(reply));
     }
     beat(now_ns);
     recover_some();
@@ -44811,7 +45380,7 @@ void ServerLoop::answer_job(JobPtr<AnswerJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (job->error) return refuse(*exchange, *job->error);
-    if (exchange->streams)
+    if (exchange->form.stream)
         return answer(*exchange,
                       make_reply(*exchange, 200, std::move(job->text), stream_headers(*exchange)));
     answer(*exchange, job->status, std::move(job->text));
@@ -44896,6 +45465,7 @@ const ServerLoop::Route ServerLoop::routes[] = {
     {.path = "/v1/responses/",
      .get = &ServerLoop::get_response,
      .remove = &ServerLoop::delete_response},
+    {.path = "/v1/chat/completions", .post = &ServerLoop::post_response, .surface = &chat_surface},
     {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
     {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
 };
@@ -45172,6 +45742,7 @@ void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     auto job = std::make_unique<AcceptJob>();
     job->exchange = exchange.number;
     job->key_id = exchange.key_id;
+    job->form.surface = exchange.route->surface;
     job->stored.organisation = exchange.organisation;
     job->body = std::move(request.body);
     for (const char* name : {"Idempotency-Key", "Anthropic-Idempotency-Key"}) {
@@ -45210,7 +45781,8 @@ Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Reques
         return server_field("unsupported_value", "store",
                             "'store' must be true with an idempotency key, but false was received");
     job.stored.reservation = job.key_id + "\n" + std::string(key);
-    const Hash256 hash = sha256("/v1/responses\n" + body.canonical());
+    const std::string_view route = job.form.surface ? job.form.surface->path : "/v1/responses";
+    const Hash256 hash = sha256(join({route, "\n", body.canonical()}));
     job.stored.fingerprint = hash.view();
     return {};
 }
@@ -45251,15 +45823,34 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
     return {};
 }
 
+/// The body of a surface of its own becomes one of /v1/responses.
+Result<Request> ServerLoop::read_request(AcceptJob& job, Json& body, SurfaceBody* read) const {
+    if (!job.form.surface) {
+        auto request = parse_response_request(body, options.dialect);
+        if (request) job.form.stream = request->stream;
+        return request;
+    }
+    auto given = job.form.surface->read(body, options.dialect);
+    if (!given) return given.error();
+    *read = std::move(*given);
+    job.form.stream = read->stream;
+    job.form.include_usage = read->include_usage;
+    return parse_response_request(read->body, options.dialect);
+}
+
 /// A body becomes a prepared request and a record, or an error: whichever check fails first.
 Result<void> ServerLoop::accept(AcceptJob& job) {
     auto body = Json::parse(job.body);
     if (!body) return body.error();
-    auto request = parse_response_request(*body, options.dialect);
-    if (!request) return request.error();
-    if (auto read = read_key(job, *body, *request); !read) return read.error();
+    SurfaceBody read;
+    const auto blame = [&](Error error) {
+        const Surface* surface = job.form.surface;
+        return surface ? surface->translate(std::move(error), read) : std::move(error);
+    };
+    auto request = read_request(job, *body, &read);
+    if (!request) return blame(request.error());
+    if (auto keyed = read_key(job, *body, *request); !keyed) return keyed.error();
     StoredResponse& stored = job.stored;
-    job.stream = request->stream;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
         job.replay = store->reserved(stored.organisation, stored.reservation);
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
@@ -45273,27 +45864,35 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
         request->organisation = stored.organisation;
     }
     auto prepared = job.responder->prepare(*request);
-    if (!prepared) return prepared.error();
+    if (!prepared) return blame(prepared.error());
     job.prepared = std::move(*prepared);
+    if (job.form.surface) job.body = read.body.write();
+    return make_record(job, *request);
+}
 
+Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     auto id = draw_id("resp_"), message_id = draw_id("msg_");
     if (!id || !message_id) return id ? message_id.error() : id.error();
+    StoredResponse& stored = job.stored;
     ResponseRecord record;
+    record.id = *id;
     record.message_id = *message_id;
-    record.model = request->model;
+    record.model = request.model;
     record.temperature = job.prepared->temperature;
     record.top_p = job.prepared->top_p;
     record.seed = job.prepared->seed;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
-    stored.background = request->background;
+    stored.background = request.background;
     stored.attempts = 1;
     stored.head = server_shared(server_head(record));
     stored.request = server_shared(std::move(job.body));
-    job.store = request->store;
-    if (stored.background || job.stream) job.text = render_live(stored, false);
-    if (job.stream) job.running = render_live(stored, true);
+    job.store = request.store;
+    if (stored.background || job.form.stream) job.text = render_live(stored, false);
+    if (!job.form.stream) return {};
+    job.events = event_writer(job.form, record, options.dialect);
+    job.events->begin(job.text, render_live(stored, true));
     return {};
 }
 
@@ -45310,7 +45909,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     if (!job->error && job->prepared && queued >= options.max_queued)
         job->error = server_overloaded("too many requests are waiting");
     if (job->error) return refuse(*exchange, *job->error);
-    exchange->streams = job->stream;
+    exchange->form = job->form;
     if (!job->prepared) return replay(*exchange, *job->replay);
 
     const StoredResponse& stored = job->stored;
@@ -45319,6 +45918,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     entry.background = stored.background;
     entry.resumable = stored.background || !stored.reservation.empty();
     entry.responder = job->responder;
+    entry.surface = job->form.surface;
     if (!entry.resumable) entry.owner = exchange->number;
     ++queued;
     exchange->response_id = stored.id;
@@ -45363,13 +45963,8 @@ void ServerLoop::begin(JobPtr<AcceptJob> job) {
     auto submitted = entry.responder->submit(std::move(job->prepared), id);
     if (!submitted) return take_back(id, job->exchange, std::move(submitted.error()));
     entry.state = Live::State::working;
-    if (job->stream) {
-        const auto head = Json::parse(*job->stored.head);
-        const std::string message_id((*head)["message_id"].as_string());
-        entry.stream = std::make_unique<Stream>(
-            Stream{{id, message_id, words_of(options.dialect)}, entry.resumable});
-        entry.stream->events.begin(job->text, std::move(job->running));
-    }
+    if (job->events)
+        entry.stream = std::make_unique<Stream>(Stream{std::move(job->events), entry.resumable});
     if (Exchange* exchange = find_exchange(job->exchange)) {
         if (entry.stream) join_stream(*exchange, id, entry);
         else if (entry.background) answer(*exchange, 202, std::move(job->text));
@@ -45406,7 +46001,7 @@ void ServerLoop::replay(Exchange& exchange, const Reservation& reservation) {
     exchange.replayed = true;
     ++replayed;
     const auto found = live.find(reservation.id);
-    if (found != live.end() && exchange.streams)
+    if (found != live.end() && exchange.form.stream)
         return join_stream(exchange, reservation.id, found->second);
     if (found != live.end() && !found->second.background)
         return wait_for(exchange, reservation.id, found->second);
@@ -45425,8 +46020,8 @@ void ServerLoop::take_events(const std::string& id) {
         if (!event) break;
         if (entry.state == Live::State::parked) continue;
         outcome = std::move(event->outcome);
-        if (entry.stream) entry.stream->events.add(*event);
-        if (entry.stream && entry.stream->events.size() >= server_most_unsent / 4)
+        if (entry.stream) entry.stream->events->add(*event);
+        if (entry.stream && entry.stream->events->size() >= server_most_unsent / 4)
             send_events(entry);
         if (!outcome && !std::exchange(entry.running, true)) --queued;
     }
@@ -45466,6 +46061,7 @@ void ServerLoop::finish(const std::string& id, Live& entry,
     job->stored.organisation = entry.organisation;
     if (entry.unkept) job->stored = *entry.unkept;
     job->store = !entry.unkept;
+    job->form.surface = entry.surface;
     if (outcome->status == Status::failed)
         note_trouble("response",
                      outcome->error.value_or(make_error(ErrorKind::internal, "no reason given")),
@@ -45491,6 +46087,7 @@ void ServerLoop::finish_work(FinishJob& job) {
     record.outcome = job.outcome;
     job.stored.object = server_shared(render_response(record, options.dialect).write());
     job.stored.head = job.stored.request = nullptr;
+    if (job.form.surface) job.answer = render_answer(job.form, *job.stored.object, options.dialect);
 }
 
 void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
@@ -45521,9 +46118,9 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
             outcome.usage, outcome.timings);
     std::string events;  // the last, for those who have the others
     if (stream) {
-        if (job->error) stream->events.fail(*job->error);
-        else stream->events.end(outcome, *job->stored.object);
-        events = stream->events.take();
+        if (job->error) stream->events->fail(*job->error);
+        else stream->events->end(outcome, *job->stored.object);
+        events = stream->events->take();
     }
     for (const uint64_t number : waiters) {
         Exchange* exchange = find_exchange(number);
@@ -45533,14 +46130,24 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
         if (exchange->follows) end_stream(*exchange, events);
         else if (job->error) refuse(*exchange, *job->error);
         else if (exchange->removes) remove(*exchange, job->stored.id);
-        else if (exchange->begun)
-            end_stream(*exchange,
-                       replay_events(*job->stored.object, options.dialect, exchange->after));
-        else answer(*exchange, 200, *job->stored.object);
+        else if (!exchange->form.surface && !exchange->begun)
+            answer(*exchange, 200, *job->stored.object);
+        else answer_form(*exchange, *job);
     }
     if (!again) return;
     job->error.reset();  // a full disk: the outcome is kept here until there is room
     unsaved.push_back(std::move(job));
+}
+
+/// As its client asked for it, which is not as GET shows it.
+void ServerLoop::answer_form(Exchange& exchange, const FinishJob& job) {
+    const bool made = job.form.surface == exchange.form.surface && !exchange.form.stream;
+    Result<std::string> text = made ? job.answer
+                                    : render_answer(exchange.form, *job.stored.object,
+                                                    options.dialect);
+    if (!text) return refuse(exchange, text.error());
+    if (exchange.begun) return end_stream(exchange, *text);
+    answer(exchange, 200, std::move(*text));
 }
 
 void ServerLoop::save_unsaved() {
@@ -45736,16 +46343,16 @@ Result<void> ServerLoop::read_stream(Exchange& exchange) const {
     if (!stream || !after) return stream ? after.error() : stream.error();
     if (*stream && **stream != "true" && **stream != "false")
         return server_field("invalid_type", "stream", "'stream' must be true or false");
-    exchange.streams = *stream && **stream == "true";
+    exchange.form.stream = *stream && **stream == "true";
     if (!*after) return {};
     const auto number = Json::parse(**after);
     if (!number || !number->is_int() || number->as_int() < 0)
         return server_field("invalid_type", "starting_after",
                             "'starting_after' must be an integer, 0 or more");
-    if (!exchange.streams)
+    if (!exchange.form.stream)
         return server_field("invalid_value", "starting_after",
                             "'starting_after' needs 'stream=true'");
-    exchange.after = static_cast<uint64_t>(number->as_int());
+    exchange.form.after = static_cast<uint64_t>(number->as_int());
     return {};
 }
 
@@ -45759,7 +46366,7 @@ void ServerLoop::join_stream(Exchange& exchange, const std::string& id, Live& en
         const bool first = entry.waiters.empty();
         std::string fresh = send_events(entry);
         exchange.follows = stream->kept || first;
-        text = stream->kept ? events_after(stream->log, exchange.after) : std::move(fresh);
+        text = stream->kept ? events_after(stream->log, exchange.form.after) : std::move(fresh);
     }
     if (!exchange.follows) text.clear();
     entry.waiters.push_back(exchange.number);
@@ -45779,7 +46386,7 @@ void ServerLoop::end_stream(Exchange& exchange, std::string text) {
 /// What is new goes to all who follow.
 std::string ServerLoop::send_events(Live& entry) {
     Stream& stream = *entry.stream;
-    std::string text = stream.events.take();
+    std::string text = stream.events->take();
     if (text.empty()) return text;
     for (const uint64_t number : entry.waiters)
         if (Exchange* exchange = find_exchange(number); exchange && exchange->follows)
@@ -45840,7 +46447,7 @@ std::string ServerLoop::render_live(const StoredResponse& stored, bool running) 
 void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
     if (auto read = read_stream(exchange); !read) return refuse(exchange, read.error());
     const auto found = live.find(exchange.argument);
-    if (exchange.streams && found != live.end() &&
+    if (exchange.form.stream && found != live.end() &&
         found->second.organisation == exchange.organisation && !found->second.unkept)
         return join_stream(exchange, found->first, found->second);
     show(exchange, exchange.argument, 200);
@@ -45855,8 +46462,7 @@ void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_
     job->running = found != live.end() && found->second.running;
     job->status = unfinished_status;
     job->only_background = only_background;
-    job->stream = exchange.streams;
-    job->after = exchange.after;
+    job->form = exchange.form;
     job->id = id;
     exchange.response_id = id;
     send_job<&ServerLoop::show_work, &ServerLoop::answer_job>(std::move(job));
@@ -45871,8 +46477,10 @@ void ServerLoop::show_work(ShowJob& job) {
     if (job.only_background && !stored->background) job.error = server_not_background();
     if (stored->terminal) job.status = 200;
     job.text = stored->terminal ? *stored->object : render_live(*stored, job.running);
-    if (job.stream && stored->terminal)
-        job.text = replay_events(job.text, options.dialect, job.after);
+    if (!stored->terminal) return;
+    auto answer = render_answer(job.form, job.text, options.dialect);
+    if (answer) job.text = std::move(*answer);
+    else job.error = std::move(answer.error());
 }
 
 /// The value of a field of a query, unescaped. Errors: not text, or given twice.
@@ -46434,16 +47042,17 @@ _Pragma("pop_macro(\"release\")") _Pragma("pop_macro(\"remove\")") _Pragma("pop_
 _Pragma("pop_macro(\"render\")") _Pragma("pop_macro(\"repeat\")") _Pragma("pop_macro(\"replace\")")
 _Pragma("pop_macro(\"reply\")") _Pragma("pop_macro(\"report\")") _Pragma("pop_macro(\"request\")")
 _Pragma("pop_macro(\"requires\")") _Pragma("pop_macro(\"reserve\")")
-_Pragma("pop_macro(\"reserved\")") _Pragma("pop_macro(\"reset\")") _Pragma("pop_macro(\"rest\")")
-_Pragma("pop_macro(\"restore\")") _Pragma("pop_macro(\"result\")") _Pragma("pop_macro(\"return\")")
-_Pragma("pop_macro(\"reverse\")") _Pragma("pop_macro(\"rewind\")") _Pragma("pop_macro(\"right\")")
-_Pragma("pop_macro(\"rindex\")") _Pragma("pop_macro(\"ring\")") _Pragma("pop_macro(\"rmdir\")")
-_Pragma("pop_macro(\"role\")") _Pragma("pop_macro(\"root\")") _Pragma("pop_macro(\"rope\")")
-_Pragma("pop_macro(\"rotate\")") _Pragma("pop_macro(\"round\")") _Pragma("pop_macro(\"route\")")
-_Pragma("pop_macro(\"row\")") _Pragma("pop_macro(\"rows\")") _Pragma("pop_macro(\"run\")")
-_Pragma("pop_macro(\"running\")") _Pragma("pop_macro(\"s\")") _Pragma("pop_macro(\"same\")")
-_Pragma("pop_macro(\"sample\")") _Pragma("pop_macro(\"sampler\")") _Pragma("pop_macro(\"save\")")
-_Pragma("pop_macro(\"scalar\")") _Pragma("pop_macro(\"scale\")") _Pragma("pop_macro(\"scandir\")")
+_Pragma("pop_macro(\"reserved\")") _Pragma("pop_macro(\"reset\")")
+_Pragma("pop_macro(\"response\")") _Pragma("pop_macro(\"rest\")") _Pragma("pop_macro(\"restore\")")
+_Pragma("pop_macro(\"result\")") _Pragma("pop_macro(\"return\")") _Pragma("pop_macro(\"reverse\")")
+_Pragma("pop_macro(\"rewind\")") _Pragma("pop_macro(\"right\")") _Pragma("pop_macro(\"rindex\")")
+_Pragma("pop_macro(\"ring\")") _Pragma("pop_macro(\"rmdir\")") _Pragma("pop_macro(\"role\")")
+_Pragma("pop_macro(\"root\")") _Pragma("pop_macro(\"rope\")") _Pragma("pop_macro(\"rotate\")")
+_Pragma("pop_macro(\"round\")") _Pragma("pop_macro(\"route\")") _Pragma("pop_macro(\"row\")")
+_Pragma("pop_macro(\"rows\")") _Pragma("pop_macro(\"run\")") _Pragma("pop_macro(\"running\")")
+_Pragma("pop_macro(\"s\")") _Pragma("pop_macro(\"same\")") _Pragma("pop_macro(\"sample\")")
+_Pragma("pop_macro(\"sampler\")") _Pragma("pop_macro(\"save\")") _Pragma("pop_macro(\"scalar\")")
+_Pragma("pop_macro(\"scale\")") _Pragma("pop_macro(\"scandir\")")
 _Pragma("pop_macro(\"sched_yield\")") _Pragma("pop_macro(\"scope\")")
 _Pragma("pop_macro(\"scores\")") _Pragma("pop_macro(\"search\")") _Pragma("pop_macro(\"second\")")
 _Pragma("pop_macro(\"seconds\")") _Pragma("pop_macro(\"section\")") _Pragma("pop_macro(\"seed\")")

@@ -1818,6 +1818,206 @@ TEST_CASE("server: openai: streams that are followed, left and taken up again") 
     }
 }
 
+namespace {
+
+/// The chunks of Chat Completions, put together as clients do.
+struct ChatReader {
+    std::vector<Json> chunks;
+    std::string content, thoughts, finish;
+    Json calls = Json::array(), usage;
+    bool done = false;
+
+    explicit ChatReader(const std::string& stream) {
+        std::string_view rest = stream;
+        while (!rest.empty()) {
+            const size_t end = rest.find("\n\n");
+            REQUIRE_MESSAGE(end != rest.npos, rest);
+            const std::string_view one = rest.substr(0, end);
+            rest.remove_prefix(end + 2);
+            if (one.front() == ':') continue;
+            CHECK_FALSE(done);
+            REQUIRE(one.substr(0, 6) == "data: ");
+            if (one == "data: [DONE]") done = true;
+            else add(parse(std::string(one.substr(6))));
+        }
+    }
+    void add(Json chunk) {
+        chunks.push_back(std::move(chunk));
+        const Json& one = chunks.back();
+        for (const char* same : {"id", "created", "model", "object"})
+            CHECK(one[same].write() == chunks.front()[same].write());
+        if (one["choices"].empty()) {
+            usage = one["usage"];
+            return;
+        }
+        CHECK(finish.empty());
+        const Json& delta = one["choices"][0]["delta"];
+        if (chunks.size() == 1) CHECK(delta.write() == R"({"role":"assistant","content":""})");
+        content += delta["content"].as_string();
+        thoughts += delta["reasoning_content"].as_string();
+        CHECK(delta["reasoning"].write() == delta["reasoning_content"].write());
+        for (const Json& call : delta["tool_calls"].items()) {
+            CHECK(call["index"].as_int() == static_cast<int64_t>(calls.size()));
+            calls.push(call);
+            calls.items().back().erase("index");
+        }
+        finish = one["choices"][0]["finish_reason"].as_string();
+    }
+};
+
+std::string chat(const std::string& more) {
+    return R"({"model":"fake","messages":[{"role":"user","content":"hello there"}])" + more + "}";
+}
+
+HttpReply post_chat(Serving& serving, const std::string& body, HttpHeaders headers = {}) {
+    headers.emplace_back("Content-Type", "application/json");
+    return serving.call("POST", "/v1/chat/completions", body, headers);
+}
+
+}  // namespace
+
+TEST_CASE("server: chat completions, whole and in chunks") {
+    for (const Dialect dialect : {Dialect::valar, Dialect::openai}) {
+        ServerOptions options = local();
+        options.dialect = dialect;
+        Serving serving(options);
+        for (const bool told : {false, true}) {
+            serving.fake.tells_items = told;
+            for (const std::string more :
+                 {"", R"(,"max_completion_tokens":2)",
+                  R"(,"response_format":{"type":"json_object"})",
+                  R"(,"tools":[{"type":"function","function":{"name":"f","parameters":{}}}])",
+                  R"(,"tools":[{"type":"custom","custom":{"name":"f"}}])"}) {
+                CAPTURE(more);
+                const HttpReply reply = post_chat(serving, chat(more));
+                CHECK(reply.status == 200);
+                const Json whole = parse(reply.body);
+                const Json& choice = whole["choices"][0];
+                const HttpReply stream = post_chat(
+                    serving,
+                    chat(more + R"(,"stream":true,"stream_options":{"include_usage":true})"));
+                CHECK(field(stream, "Content-Type") == "text/event-stream");
+                const ChatReader reader(stream.body);
+                CHECK(reader.done);
+                CHECK(reader.content == choice["message"]["content"].as_string());
+                CHECK(reader.thoughts == choice["message"]["reasoning_content"].as_string());
+                CHECK(reader.finish == choice["finish_reason"].as_string());
+                CHECK(reader.usage.write() == whole["usage"].write());
+                CHECK((reader.calls.empty() ? Json() : reader.calls).write() ==
+                      choice["message"]["tool_calls"].write());
+                const bool cut = more.find("max_c") != more.npos,
+                           tool = more.find("tools") != more.npos;
+                CHECK(reader.finish == (tool                                ? "tool_calls"
+                                        : cut && dialect == Dialect::openai ? "length"
+                                                                            : "stop"));
+                CHECK(whole["object"].as_string() == "chat.completion");
+                CHECK(reader.chunks[0]["object"].as_string() == "chat.completion.chunk");
+                // Each leaves a response.
+                for (const HttpReply* one : {&reply, &stream}) {
+                    const Json kept = parse(
+                        serving.get("/v1/responses/" + field(*one, "X-Valar-Response-Id")).body);
+                    CHECK(kept["object"].as_string() == "response");
+                    CHECK(kept["completed_at"].is_int());
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("server: chat: messages of every kind") {
+    Serving serving;
+    const HttpReply reply = post_chat(serving, R"({"model":"fake","messages":[
+        {"role":"system","content":"S "},
+        {"role":"user","content":[{"type":"text","text":"U "}],"name":"ann"},
+        {"role":"assistant","content":null,"reasoning":"T ","tool_calls":[
+            {"id":"c1","type":"function","function":{"name":"f","arguments":"{}"}},
+            {"id":"c2","type":"custom","custom":{"name":"g","input":"x"}}]},
+        {"role":"tool","tool_call_id":"c1","content":"R1 "},
+        {"role":"tool","tool_call_id":"c2","content":[{"type":"text","text":"R2 "}]},
+        {"role":"assistant","content":"A"}]})");
+    CHECK(parse(reply.body)["choices"][0]["message"]["content"].as_string() ==
+          "echo: S U T R1 R2 A");
+    const Json kept = parse(
+        serving.get("/v1/responses/" + field(reply, "X-Valar-Response-Id")).body);
+    std::string kinds;
+    for (const Json& item : kept["input"].items())
+        kinds += std::string(item["type"].as_string("message")) + " ";
+    CHECK(kinds ==
+          "message message reasoning function_call custom_tool_call function_call_output "
+          "custom_tool_call_output message ");
+}
+
+TEST_CASE("server: chat: refusals name the fields as its clients know them") {
+    ServerOptions options = local();
+    Serving valar_dialect(options);
+    options.dialect = Dialect::openai;
+    Serving openai(options);
+    const std::pair<std::string, const char*> cases[] = {
+        {R"({"messages":[]})", "missing_required_parameter model"},
+        {R"({"model":"fake"})", "missing_required_parameter messages"},
+        {R"({"model":"fake","messages":[]})", "array_below_min_length messages"},
+        {R"({"model":"fake","messages":"x"})", "invalid_type messages"},
+        {R"({"model":"fake","messages":[1]})", "invalid_type messages[0]"},
+        {R"({"model":"fake","messages":[{"role":"user"}]})",
+         "missing_required_parameter messages[0].content"},
+        {R"({"model":"fake","messages":[{"role":"assistant","content":"a","reasoning":"t"},
+            {"role":"nobody","content":"x"}]})",
+         "invalid_value messages[1].role"},
+        {R"({"model":"fake","messages":[{"role":"tool","tool_call_id":"c","content":"x"}]})",
+         "invalid_value messages[0].call_id"},
+        {chat(R"(,"max_completion_tokens":0)"), "integer_below_min_value max_completion_tokens"},
+        {chat(R"(,"n":2)"), "unsupported_value n"},
+        {chat(R"(,"modalities":["audio"])"), "unsupported_value modalities"},
+        {chat(R"(,"stream":1)"), "invalid_type stream"},
+        {chat(R"(,"audio":{})"), "unsupported_parameter audio"},
+        {chat(R"(,"response_format":{"type":"xml"})"), "invalid_value response_format.type"},
+        {chat(R"(,"reasoning_effort":"huge")"), "invalid_value reasoning_effort"},
+        {chat(R"(,"temperature":3)"), "decimal_above_max_value temperature"},
+        {chat(R"(,"tools":[{"type":"function","function":{"name":"a b"}}])"),
+         "invalid_value tools[0].name"},
+    };
+    for (const auto& [body, expected] : cases) {
+        CAPTURE(body);
+        for (Serving* serving : {&valar_dialect, &openai})
+            CHECK(error_of(post_chat(*serving, body)) ==
+                  "400 invalid_request_error " + std::string(expected));
+    }
+    for (const char* more : {R"(,"stop":"x")", R"(,"max_tokens":5)", R"(,"logprobs":true)",
+                             R"(,"presence_penalty":1)", R"(,"logit_bias":{"1":2})"}) {
+        CAPTURE(more);
+        CHECK(post_chat(valar_dialect, chat(more)).status == 400);
+        CHECK(post_chat(openai, chat(more)).status == 200);
+    }
+}
+
+TEST_CASE("server: chat: what fails, what takes too long, what is asked again") {
+    ServerOptions options = local();
+    options.sync_timeout_ms = 200;
+    Serving serving(options, true);
+    const HttpReply late = post_chat(serving, chat(""));
+    CHECK(error_of(late) == "408 timeout_error timeout");
+    CHECK(field(late, "x-should-retry") == "false");
+    serving.fake.hold = false;
+    const HttpHeaders key = {{"Idempotency-Key", "k"}};
+    const HttpReply first = post_chat(serving, chat(""), key);
+    const HttpReply again = post_chat(serving, chat(""), key);
+    CHECK(field(again, "Idempotent-Replayed") == "true");
+    CHECK(first.body == again.body);
+    const HttpHeaders stream_key = {{"Idempotency-Key", "s"}};
+    const std::string streamed_chat = chat(R"(,"stream":true)");
+    const ChatReader one(post_chat(serving, streamed_chat, stream_key).body);
+    const ChatReader two(post_chat(serving, streamed_chat, stream_key).body);
+    CHECK(one.content == two.content);
+    CHECK(two.done);
+    CHECK(one.chunks[0].write() == two.chunks[0].write());
+    serving.fake.failure = detail::make_error(ErrorKind::internal, "secret");
+    CHECK(error_of(post_chat(serving, chat(""))) == "500 api_error internal_error");
+    const std::string failed = post_chat(serving, streamed_chat).body;
+    CHECK(failed.find("data: {\"error\":") != failed.npos);
+    CHECK(failed.find("[DONE]") == failed.npos);
+    CHECK(failed.find("secret") == failed.npos);
+}
+
 TEST_CASE("server: openai: store:false leaves nothing, previous_response_id goes on") {
     ServerOptions options = local();
     options.dialect = Dialect::openai;

@@ -1,10 +1,11 @@
 #include "prologue.hpp"
 
-#include "api/events.hpp"
+#include "api/surface.hpp"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -171,37 +172,52 @@ void ResponseEvents::fail(const Error& error) {
              .set("param", shown["param"]));
 }
 
-std::string replay_events(const std::string& object, Dialect dialect, uint64_t after) {
-    const DialectWords& words = words_of(dialect);
-    auto parsed = Json::parse(object);
-    Json shown = parsed ? std::move(*parsed) : Json::object();
+Outcome outcome_of(const Json& object) {
     Outcome outcome;
-    std::string message_id;
-    const std::string status(shown["status"].as_string());
+    const std::string_view status = object["status"].as_string();
     outcome.status = status == "failed"      ? Status::failed
                      : status == "cancelled" ? Status::cancelled
                                              : Status::completed;
-    outcome.cut = !shown["incomplete_details"].is_null();
-    if (const Json& error = shown["error"]; error.is_object())
+    outcome.cut = !object["incomplete_details"].is_null();
+    if (const Json& error = object["error"]; error.is_object())
         outcome.error = make_error(ErrorKind::unsupported,
                                    std::string(error["message"].as_string()),
                                    std::string(error["code"].as_string()));
-    for (const Json& item : shown["output"].items()) {
-        auto read = read_item(item, "output");
-        if (!read) continue;
-        if (message_id.empty() && read->kind == Item::Kind::message)
-            message_id = item["id"].as_string();
-        outcome.items.push_back(std::move(*read));
-    }
-    ResponseEvents events(std::string(shown["id"].as_string()), message_id, words);
-    if (after != UINT64_MAX) events.skip_to(after);
+    for (const Json& item : object["output"].items())
+        if (auto read = read_item(item, "output")) outcome.items.push_back(std::move(*read));
+    return outcome;
+}
+
+std::unique_ptr<EventWriter> event_writer(const AnswerForm& form, const ResponseRecord& record,
+                                          Dialect dialect) {
+    if (form.surface) return form.surface->events(record, form.include_usage, dialect);
+    return std::make_unique<ResponseEvents>(record.id, record.message_id, words_of(dialect));
+}
+
+Result<std::string> render_answer(const AnswerForm& form, const std::string& object,
+                                  Dialect dialect) {
+    if (!form.stream) return form.surface ? form.surface->render(object, dialect) : object;
+    auto parsed = Json::parse(object);
+    if (!parsed) return parsed.error();
+    Json& shown = *parsed;
+    const Outcome outcome = outcome_of(shown);
+    ResponseRecord record;
+    record.id = shown["id"].as_string();
+    record.model = shown["model"].as_string();
+    record.created_at = shown["created_at"].as_int();
+    for (const Json& item : shown["output"].items())
+        if (record.message_id.empty() && item["type"].as_string() == "message")
+            record.message_id = item["id"].as_string();
+    const auto events = event_writer(form, record, dialect);
+    if (form.after != UINT64_MAX) events->skip_to(form.after);
+    const DialectWords& words = words_of(dialect);
     for (const char* unknown : {"completed_at", "error", "incomplete_details"})
         shown.set(unknown, nullptr);
     shown.set("output", Json::array()).set("usage", render_usage({}, words));
     const std::string pending = shown.set("status", words.pending).write();
-    events.begin(pending, shown.set("status", words.running).write());
-    events.end(outcome, object);
-    return events.take();
+    events->begin(pending, shown.set("status", words.running).write());
+    events->end(outcome, object);
+    return events->take();
 }
 
 }  // namespace detail

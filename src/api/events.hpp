@@ -14,29 +14,43 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
-/// Writes the events of POST /v1/responses with `stream`, as OpenAI has them: what happened to one
-/// response goes in, in order, and text/event-stream (WHATWG, 9.2.6) comes out; LF only, each event
-/// whole. Objects are passed as text: they are rendered once, and not here.
+/// Writes what happened to one response, which goes in in order, as the events of a surface
+/// (text/event-stream, WHATWG HTML 9.2.6): LF only, each event whole. Objects are passed as text: they
+/// are rendered once, and not here.
 /// Threads: one at a time.
-class ResponseEvents {
+class EventWriter {
+public:
+    virtual ~EventWriter() = default;
+    /// It is accepted: the object as it is now, and as it will be once it is begun.
+    virtual void begin(const std::string& pending, std::string running) = 0;
+    /// Anything but `finished`.
+    virtual void add(const Event& event) = 0;
+    /// The rest of the items, and what ends the stream. What was not streamed (a replay, a Responder
+    /// that tells only the end) comes in one piece.
+    virtual void end(const Outcome& outcome, const std::string& object) = 0;
+    /// Ends the stream of one that cannot be answered.
+    virtual void fail(const Error& error) = 0;
+    /// Leaves out the events up to this one, but never the last.
+    virtual void skip_to(uint64_t /*sequence_number*/) {}
+
+    size_t size() const { return text_.size(); }
+    std::string take() { return std::exchange(text_, {}); }
+
+protected:
+    std::string text_;
+};
+
+/// The events of POST /v1/responses with `stream`, as OpenAI has them.
+class ResponseEvents : public EventWriter {
 public:
     ResponseEvents(std::string id, std::string message_id, const DialectWords& words)
         : id_(std::move(id)), message_id_(std::move(message_id)), words_(words) {}
 
-    /// It is accepted: the object as it is now, and as it will be once it is begun.
-    void begin(const std::string& pending, std::string running);
-    /// Anything but `finished`.
-    void add(const Event& event);
-    /// The rest of the items, and the event that ends the stream. What was not streamed (a replay, a
-    /// Responder that tells only the end) comes in one piece.
-    void end(const Outcome& outcome, const std::string& object);
-
-    /// Ends the stream of one that cannot be answered.
-    void fail(const Error& error);
-    /// Leaves out the events up to this one, but never the last.
-    void skip_to(uint64_t sequence_number) { skipped_ = sequence_number + 1; }
-    size_t size() const { return text_.size(); }
-    std::string take() { return std::exchange(text_, {}); }
+    void begin(const std::string& pending, std::string running) override;
+    void add(const Event& event) override;
+    void end(const Outcome& outcome, const std::string& object) override;
+    void fail(const Error& error) override;
+    void skip_to(uint64_t sequence_number) override { skipped_ = sequence_number + 1; }
 
 private:
     struct Kind;
@@ -51,7 +65,7 @@ private:
     void extend(std::string_view text, const std::vector<TokenLogprob>& logprobs);
     void close(const char* status);
 
-    std::string id_, message_id_, running_, text_;
+    std::string id_, message_id_, running_;
     const DialectWords& words_;
     uint64_t sequence_number_ = 0, skipped_ = 0;
     Item item_ = {};  // open, with its text so far
@@ -61,9 +75,8 @@ private:
     bool open_ = false, first_message_ = true;
 };
 
-/// All events of a response that has ended, from its object, but those up to `after` (UINT64_MAX:
-/// none): as many as there would have been had it come in one piece.
-std::string replay_events(const std::string& object, Dialect dialect, uint64_t after);
+/// What became of a response that has ended, from its object.
+Outcome outcome_of(const Json& object);
 
 }  // namespace detail
 }  // namespace v1

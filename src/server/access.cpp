@@ -28,6 +28,7 @@ const ServerLoop::Route ServerLoop::routes[] = {
     {.path = "/v1/responses/",
      .get = &ServerLoop::get_response,
      .remove = &ServerLoop::delete_response},
+    {.path = "/v1/chat/completions", .post = &ServerLoop::post_response, .surface = &chat_surface},
     {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
     {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
 };

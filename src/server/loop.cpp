@@ -83,6 +83,9 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
     reply.headers.emplace_back("X-Request-ID", exchange.request_id);
     if (!body.empty() && !find_header(reply.headers, "Content-Type"))
         reply.headers.emplace_back("Content-Type", "application/json");
+    const bool names = exchange.route && exchange.route->surface && !exchange.response_id.empty();
+    if (names && !find_header(reply.headers, "X-Valar-Response-Id"))
+        reply.headers.emplace_back("X-Valar-Response-Id", exchange.response_id);
     if (exchange.replayed) reply.headers.emplace_back("Idempotent-Replayed", "true");
     if (!exchange.cors_origin.empty()) {
         reply.headers.emplace_back("Access-Control-Allow-Origin", exchange.cors_origin);
@@ -132,9 +135,9 @@ void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
 
 void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
     if (exchange.begun) {
-        ResponseEvents events({}, {}, words_of(options.dialect));
-        events.fail(error);
-        return end_stream(exchange, events.take());
+        const auto events = event_writer(exchange.form, {}, options.dialect);
+        events->fail(error);
+        return end_stream(exchange, events->take());
     }
     answer(exchange, make_error_reply(exchange, error, std::move(headers)));
 }
@@ -275,12 +278,14 @@ void ServerLoop::on_tick() {
         std::erase(entry->second.waiters, exchange->number);
         HttpHeaders headers = {{"X-Valar-Response-Id", id}};
         if (!exchange->keyed) headers.emplace_back("x-should-retry", "false");
-        refuse(
+        HttpReply reply = make_error_reply(
             *exchange,
             make_error(ErrorKind::timeout,
                        "the response was not finished in time; it goes on: GET /v1/responses/" + id,
                        "timeout"),
             std::move(headers));
+        if (exchange->form.surface) reply.status = exchange->form.surface->timeout_status;
+        answer(*exchange, std::move(reply));
     }
     beat(now_ns);
     recover_some();
@@ -415,7 +420,7 @@ void ServerLoop::answer_job(JobPtr<AnswerJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (job->error) return refuse(*exchange, *job->error);
-    if (exchange->streams)
+    if (exchange->form.stream)
         return answer(*exchange,
                       make_reply(*exchange, 200, std::move(job->text), stream_headers(*exchange)));
     answer(*exchange, job->status, std::move(job->text));

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "api/events.hpp"
+#include "api/surface.hpp"
 #include "api_internal.hpp"
 #include "digest_internal.hpp"
 #include "http/internal.hpp"
@@ -62,8 +62,9 @@ struct ServerLoop : HttpHandler {
         std::string_view path;         // ending in '/': an argument follows
         std::string_view suffix = {};  // behind the argument
         Handle get = nullptr, post = nullptr, remove = nullptr;
-        bool slashes = false;         // in the argument
-        bool open = false;            // needs no key
+        bool slashes = false;  // in the argument
+        bool open = false;     // needs no key
+        const Surface* surface = nullptr;
         std::string allowed() const;  // the header Allow
     };
     static const Route routes[];
@@ -82,18 +83,17 @@ struct ServerLoop : HttpHandler {
         std::string response_id;  // that it asks for or waits for
         bool keyed = false;       // an idempotency key came with it
         bool replayed = false;
-        bool removes = false;         // waits for the end, then for the record to go
-        bool streams = false;         // wants events
-        bool begun = false;           // has their head
-        bool follows = false;         // gets them as they come; else all at the end
-        uint64_t after = UINT64_MAX;  // of its events it has up to this one; none yet
-        Usage usage = {};             // for the log line
+        bool removes = false;  // waits for the end, then for the record to go
+        AnswerForm form = {};
+        bool begun = false;    // has the head of a stream
+        bool follows = false;  // and its events as they come; else all at the end
+        Usage usage = {};      // for the log line
         Timings timings = {};
     };
 
     /// The events of a response that is streamed as it is made.
     struct Stream {
-        ResponseEvents events;
+        std::unique_ptr<EventWriter> events;
         bool kept = false;  // may be asked for again
         std::string log = {};
     };
@@ -119,6 +119,7 @@ struct ServerLoop : HttpHandler {
         std::vector<uint64_t> waiters;              // exchanges that want the terminal object
         std::optional<StoredResponse> unkept = {};  // the record, when `store` is false
         std::unique_ptr<Stream> stream = {};        // when it was asked for as one
+        const Surface* surface = nullptr;
     };
 
     struct Job;
@@ -147,14 +148,16 @@ struct ServerLoop : HttpHandler {
         Responder* responder = nullptr;
         std::unique_ptr<Prepared> prepared = {};
         std::string text = {};  // the object, for a caller that does not wait for the end
-        bool stream = false;
-        std::string running = {};  // for a stream: the object once it is begun
+        AnswerForm form = {};
+        std::unique_ptr<EventWriter> events = {};  // of a stream
     };
 
     struct FinishJob : Job {
         StoredResponse stored = {};
         bool store = true;
         std::shared_ptr<const Outcome> outcome = {};
+        AnswerForm form = {};  // of the request
+        Result<std::string> answer = std::string();
     };
 
     struct RecoverJob : Job {
@@ -173,8 +176,7 @@ struct ServerLoop : HttpHandler {
         std::string organisation = {}, id = {};
         bool running = false;  // how far a live response is
         bool only_background = false;
-        bool stream = false;  // as events, those after `after`
-        uint64_t after = UINT64_MAX;
+        AnswerForm form = {};
     };
 
     struct ListJob : AnswerJob {
@@ -333,7 +335,9 @@ struct ServerLoop : HttpHandler {
     Responder* find_responder(const std::string& model) const;
     Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
     Result<void> read_key(AcceptJob& job, const Json& body, const Request& request) const;
+    Result<Request> read_request(AcceptJob& job, Json& body, SurfaceBody* read) const;
     Result<void> accept(AcceptJob& job);
+    Result<void> make_record(AcceptJob& job, const Request& request);
     void accept_work(AcceptJob& job);
     void accept_admit(JobPtr<AcceptJob> job);
     void accept_done(JobPtr<AcceptJob> job);
@@ -350,6 +354,7 @@ struct ServerLoop : HttpHandler {
     void finish_work(FinishJob& job);
     void finish_keep(JobPtr<FinishJob> job);
     void finish_done(JobPtr<FinishJob> job);
+    void answer_form(Exchange& exchange, const FinishJob& job);
     void save_unsaved();
     void remove(Exchange& exchange, const std::string& id);
     void remove_done(JobPtr<RemoveJob> job);

@@ -29,7 +29,7 @@ std::string ServerLoop::render_live(const StoredResponse& stored, bool running) 
 void ServerLoop::get_response(Exchange& exchange, HttpRequest&) {
     if (auto read = read_stream(exchange); !read) return refuse(exchange, read.error());
     const auto found = live.find(exchange.argument);
-    if (exchange.streams && found != live.end() &&
+    if (exchange.form.stream && found != live.end() &&
         found->second.organisation == exchange.organisation && !found->second.unkept)
         return join_stream(exchange, found->first, found->second);
     show(exchange, exchange.argument, 200);
@@ -44,8 +44,7 @@ void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_
     job->running = found != live.end() && found->second.running;
     job->status = unfinished_status;
     job->only_background = only_background;
-    job->stream = exchange.streams;
-    job->after = exchange.after;
+    job->form = exchange.form;
     job->id = id;
     exchange.response_id = id;
     send_job<&ServerLoop::show_work, &ServerLoop::answer_job>(std::move(job));
@@ -60,8 +59,10 @@ void ServerLoop::show_work(ShowJob& job) {
     if (job.only_background && !stored->background) job.error = server_not_background();
     if (stored->terminal) job.status = 200;
     job.text = stored->terminal ? *stored->object : render_live(*stored, job.running);
-    if (job.stream && stored->terminal)
-        job.text = replay_events(job.text, options.dialect, job.after);
+    if (!stored->terminal) return;
+    auto answer = render_answer(job.form, job.text, options.dialect);
+    if (answer) job.text = std::move(*answer);
+    else job.error = std::move(answer.error());
 }
 
 /// The value of a field of a query, unescaped. Errors: not text, or given twice.

@@ -68,6 +68,7 @@ void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     auto job = std::make_unique<AcceptJob>();
     job->exchange = exchange.number;
     job->key_id = exchange.key_id;
+    job->form.surface = exchange.route->surface;
     job->stored.organisation = exchange.organisation;
     job->body = std::move(request.body);
     for (const char* name : {"Idempotency-Key", "Anthropic-Idempotency-Key"}) {
@@ -106,7 +107,8 @@ Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Reques
         return server_field("unsupported_value", "store",
                             "'store' must be true with an idempotency key, but false was received");
     job.stored.reservation = job.key_id + "\n" + std::string(key);
-    const Hash256 hash = sha256("/v1/responses\n" + body.canonical());
+    const std::string_view route = job.form.surface ? job.form.surface->path : "/v1/responses";
+    const Hash256 hash = sha256(join({route, "\n", body.canonical()}));
     job.stored.fingerprint = hash.view();
     return {};
 }
@@ -147,15 +149,34 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
     return {};
 }
 
+/// The body of a surface of its own becomes one of /v1/responses.
+Result<Request> ServerLoop::read_request(AcceptJob& job, Json& body, SurfaceBody* read) const {
+    if (!job.form.surface) {
+        auto request = parse_response_request(body, options.dialect);
+        if (request) job.form.stream = request->stream;
+        return request;
+    }
+    auto given = job.form.surface->read(body, options.dialect);
+    if (!given) return given.error();
+    *read = std::move(*given);
+    job.form.stream = read->stream;
+    job.form.include_usage = read->include_usage;
+    return parse_response_request(read->body, options.dialect);
+}
+
 /// A body becomes a prepared request and a record, or an error: whichever check fails first.
 Result<void> ServerLoop::accept(AcceptJob& job) {
     auto body = Json::parse(job.body);
     if (!body) return body.error();
-    auto request = parse_response_request(*body, options.dialect);
-    if (!request) return request.error();
-    if (auto read = read_key(job, *body, *request); !read) return read.error();
+    SurfaceBody read;
+    const auto blame = [&](Error error) {
+        const Surface* surface = job.form.surface;
+        return surface ? surface->translate(std::move(error), read) : std::move(error);
+    };
+    auto request = read_request(job, *body, &read);
+    if (!request) return blame(request.error());
+    if (auto keyed = read_key(job, *body, *request); !keyed) return keyed.error();
     StoredResponse& stored = job.stored;
-    job.stream = request->stream;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
         job.replay = store->reserved(stored.organisation, stored.reservation);
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
@@ -169,27 +190,35 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
         request->organisation = stored.organisation;
     }
     auto prepared = job.responder->prepare(*request);
-    if (!prepared) return prepared.error();
+    if (!prepared) return blame(prepared.error());
     job.prepared = std::move(*prepared);
+    if (job.form.surface) job.body = read.body.write();
+    return make_record(job, *request);
+}
 
+Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     auto id = draw_id("resp_"), message_id = draw_id("msg_");
     if (!id || !message_id) return id ? message_id.error() : id.error();
+    StoredResponse& stored = job.stored;
     ResponseRecord record;
+    record.id = *id;
     record.message_id = *message_id;
-    record.model = request->model;
+    record.model = request.model;
     record.temperature = job.prepared->temperature;
     record.top_p = job.prepared->top_p;
     record.seed = job.prepared->seed;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
-    stored.background = request->background;
+    stored.background = request.background;
     stored.attempts = 1;
     stored.head = server_shared(server_head(record));
     stored.request = server_shared(std::move(job.body));
-    job.store = request->store;
-    if (stored.background || job.stream) job.text = render_live(stored, false);
-    if (job.stream) job.running = render_live(stored, true);
+    job.store = request.store;
+    if (stored.background || job.form.stream) job.text = render_live(stored, false);
+    if (!job.form.stream) return {};
+    job.events = event_writer(job.form, record, options.dialect);
+    job.events->begin(job.text, render_live(stored, true));
     return {};
 }
 
@@ -206,7 +235,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     if (!job->error && job->prepared && queued >= options.max_queued)
         job->error = server_overloaded("too many requests are waiting");
     if (job->error) return refuse(*exchange, *job->error);
-    exchange->streams = job->stream;
+    exchange->form = job->form;
     if (!job->prepared) return replay(*exchange, *job->replay);
 
     const StoredResponse& stored = job->stored;
@@ -215,6 +244,7 @@ void ServerLoop::accept_admit(JobPtr<AcceptJob> job) {
     entry.background = stored.background;
     entry.resumable = stored.background || !stored.reservation.empty();
     entry.responder = job->responder;
+    entry.surface = job->form.surface;
     if (!entry.resumable) entry.owner = exchange->number;
     ++queued;
     exchange->response_id = stored.id;
@@ -259,13 +289,8 @@ void ServerLoop::begin(JobPtr<AcceptJob> job) {
     auto submitted = entry.responder->submit(std::move(job->prepared), id);
     if (!submitted) return take_back(id, job->exchange, std::move(submitted.error()));
     entry.state = Live::State::working;
-    if (job->stream) {
-        const auto head = Json::parse(*job->stored.head);
-        const std::string message_id((*head)["message_id"].as_string());
-        entry.stream = std::make_unique<Stream>(
-            Stream{{id, message_id, words_of(options.dialect)}, entry.resumable});
-        entry.stream->events.begin(job->text, std::move(job->running));
-    }
+    if (job->events)
+        entry.stream = std::make_unique<Stream>(Stream{std::move(job->events), entry.resumable});
     if (Exchange* exchange = find_exchange(job->exchange)) {
         if (entry.stream) join_stream(*exchange, id, entry);
         else if (entry.background) answer(*exchange, 202, std::move(job->text));
@@ -302,7 +327,7 @@ void ServerLoop::replay(Exchange& exchange, const Reservation& reservation) {
     exchange.replayed = true;
     ++replayed;
     const auto found = live.find(reservation.id);
-    if (found != live.end() && exchange.streams)
+    if (found != live.end() && exchange.form.stream)
         return join_stream(exchange, reservation.id, found->second);
     if (found != live.end() && !found->second.background)
         return wait_for(exchange, reservation.id, found->second);
@@ -321,8 +346,8 @@ void ServerLoop::take_events(const std::string& id) {
         if (!event) break;
         if (entry.state == Live::State::parked) continue;
         outcome = std::move(event->outcome);
-        if (entry.stream) entry.stream->events.add(*event);
-        if (entry.stream && entry.stream->events.size() >= server_most_unsent / 4)
+        if (entry.stream) entry.stream->events->add(*event);
+        if (entry.stream && entry.stream->events->size() >= server_most_unsent / 4)
             send_events(entry);
         if (!outcome && !std::exchange(entry.running, true)) --queued;
     }
@@ -362,6 +387,7 @@ void ServerLoop::finish(const std::string& id, Live& entry,
     job->stored.organisation = entry.organisation;
     if (entry.unkept) job->stored = *entry.unkept;
     job->store = !entry.unkept;
+    job->form.surface = entry.surface;
     if (outcome->status == Status::failed)
         note_trouble("response",
                      outcome->error.value_or(make_error(ErrorKind::internal, "no reason given")),
@@ -387,6 +413,7 @@ void ServerLoop::finish_work(FinishJob& job) {
     record.outcome = job.outcome;
     job.stored.object = server_shared(render_response(record, options.dialect).write());
     job.stored.head = job.stored.request = nullptr;
+    if (job.form.surface) job.answer = render_answer(job.form, *job.stored.object, options.dialect);
 }
 
 void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
@@ -417,9 +444,9 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
             outcome.usage, outcome.timings);
     std::string events;  // the last, for those who have the others
     if (stream) {
-        if (job->error) stream->events.fail(*job->error);
-        else stream->events.end(outcome, *job->stored.object);
-        events = stream->events.take();
+        if (job->error) stream->events->fail(*job->error);
+        else stream->events->end(outcome, *job->stored.object);
+        events = stream->events->take();
     }
     for (const uint64_t number : waiters) {
         Exchange* exchange = find_exchange(number);
@@ -429,14 +456,24 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
         if (exchange->follows) end_stream(*exchange, events);
         else if (job->error) refuse(*exchange, *job->error);
         else if (exchange->removes) remove(*exchange, job->stored.id);
-        else if (exchange->begun)
-            end_stream(*exchange,
-                       replay_events(*job->stored.object, options.dialect, exchange->after));
-        else answer(*exchange, 200, *job->stored.object);
+        else if (!exchange->form.surface && !exchange->begun)
+            answer(*exchange, 200, *job->stored.object);
+        else answer_form(*exchange, *job);
     }
     if (!again) return;
     job->error.reset();  // a full disk: the outcome is kept here until there is room
     unsaved.push_back(std::move(job));
+}
+
+/// As its client asked for it, which is not as GET shows it.
+void ServerLoop::answer_form(Exchange& exchange, const FinishJob& job) {
+    const bool made = job.form.surface == exchange.form.surface && !exchange.form.stream;
+    Result<std::string> text = made ? job.answer
+                                    : render_answer(exchange.form, *job.stored.object,
+                                                    options.dialect);
+    if (!text) return refuse(exchange, text.error());
+    if (exchange.begun) return end_stream(exchange, *text);
+    answer(exchange, 200, std::move(*text));
 }
 
 void ServerLoop::save_unsaved() {

@@ -45,16 +45,16 @@ Result<void> ServerLoop::read_stream(Exchange& exchange) const {
     if (!stream || !after) return stream ? after.error() : stream.error();
     if (*stream && **stream != "true" && **stream != "false")
         return server_field("invalid_type", "stream", "'stream' must be true or false");
-    exchange.streams = *stream && **stream == "true";
+    exchange.form.stream = *stream && **stream == "true";
     if (!*after) return {};
     const auto number = Json::parse(**after);
     if (!number || !number->is_int() || number->as_int() < 0)
         return server_field("invalid_type", "starting_after",
                             "'starting_after' must be an integer, 0 or more");
-    if (!exchange.streams)
+    if (!exchange.form.stream)
         return server_field("invalid_value", "starting_after",
                             "'starting_after' needs 'stream=true'");
-    exchange.after = static_cast<uint64_t>(number->as_int());
+    exchange.form.after = static_cast<uint64_t>(number->as_int());
     return {};
 }
 
@@ -68,7 +68,7 @@ void ServerLoop::join_stream(Exchange& exchange, const std::string& id, Live& en
         const bool first = entry.waiters.empty();
         std::string fresh = send_events(entry);
         exchange.follows = stream->kept || first;
-        text = stream->kept ? events_after(stream->log, exchange.after) : std::move(fresh);
+        text = stream->kept ? events_after(stream->log, exchange.form.after) : std::move(fresh);
     }
     if (!exchange.follows) text.clear();
     entry.waiters.push_back(exchange.number);
@@ -88,7 +88,7 @@ void ServerLoop::end_stream(Exchange& exchange, std::string text) {
 /// What is new goes to all who follow.
 std::string ServerLoop::send_events(Live& entry) {
     Stream& stream = *entry.stream;
-    std::string text = stream.events.take();
+    std::string text = stream.events->take();
     if (text.empty()) return text;
     for (const uint64_t number : entry.waiters)
         if (Exchange* exchange = find_exchange(number); exchange && exchange->follows)

@@ -1,0 +1,493 @@
+#include "prologue.hpp"
+
+#include "api/surface.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Chat Completions: the request -------------------------------------------------------------
+
+namespace {
+
+using Fault = std::optional<Error>;
+
+Error chat_error(const char* code, std::string path, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(path));
+}
+
+Error chat_wrong(const std::string& path, const char* expected) {
+    return chat_error("invalid_type", path, "'" + path + "' must be " + expected);
+}
+
+/// Reads the messages one by one; items come out.
+struct ChatMessages {
+    SurfaceBody* out;
+    std::unordered_set<std::string> custom_calls = {};
+
+    void add(Json item, std::string origin) {
+        out->body.find("input")->push(std::move(item));
+        out->origins.push_back(std::move(origin));
+    }
+    Fault add_message(const Json& message, const std::string& path);
+    Fault add_assistant(const Json& message, const std::string& path);
+    Fault add_call(const Json& call, const std::string& path);
+    Fault add_result(const Json& message, const std::string& path);
+};
+
+Fault ChatMessages::add_message(const Json& message, const std::string& path) {
+    if (!message.is_object()) return chat_wrong(path, "an object");
+    const std::string_view role = message["role"].as_string();
+    if (role == role_name(Role::assistant)) return add_assistant(message, path);
+    if (role == role_name(Role::tool)) return add_result(message, path);
+    Json item = Json::object().set("role", message["role"]).set("content", message["content"]);
+    if (role == role_name(Role::function) && message["content"].is_null()) item.set("content", "");
+    add(std::move(item), path);
+    return {};
+}
+
+/// Thoughts, text and calls, in that order. Without any of them it says nothing, and is left out.
+Fault ChatMessages::add_assistant(const Json& message, const std::string& path) {
+    const Json& one = message["reasoning_content"];
+    const Json& thoughts = one.is_null() ? message["reasoning"] : one;
+    if (!thoughts.is_null() && !thoughts.is_string())
+        return chat_wrong(path + (one.is_null() ? ".reasoning" : ".reasoning_content"), "a string");
+    if (!thoughts.as_string().empty()) {
+        const Json part = Json::object().set("type", "reasoning_text").set("text", thoughts);
+        add(Json::object().set("type", "reasoning").set("content", Json::array().push(part)), path);
+    }
+    const Json& calls = message["tool_calls"];
+    if (!calls.is_null() && !calls.is_array()) return chat_wrong(path + ".tool_calls", "an array");
+    Json content = message["content"];
+    if (content.is_null() && !message["refusal"].is_null())
+        content = Json::array().push(
+            Json::object().set("type", "refusal").set("refusal", message["refusal"]));
+    if (!content.is_null() || (calls.empty() && thoughts.is_null()))
+        add(Json::object().set("role", "assistant").set("content", std::move(content)), path);
+    for (size_t i = 0; i < calls.size(); ++i)
+        if (Fault fault = add_call(calls[i], path + ".tool_calls[" + std::to_string(i) + "]"))
+            return fault;
+    return {};
+}
+
+Fault ChatMessages::add_call(const Json& call, const std::string& path) {
+    if (!call.is_object()) return chat_wrong(path, "an object");
+    const bool custom = call["type"].as_string() == "custom";
+    const char* key = custom ? "custom" : "function";
+    const Json& called = call[key];
+    if (!called.is_object()) return chat_wrong(path + "." + key, "an object");
+    if (custom) custom_calls.emplace(call["id"].as_string());
+    add(Json::object()
+            .set("type", custom ? "custom_tool_call" : "function_call")
+            .set("call_id", call["id"])
+            .set("name", called["name"])
+            .set(custom ? "input" : "arguments", called[custom ? "input" : "arguments"]),
+        path);
+    return {};
+}
+
+Fault ChatMessages::add_result(const Json& message, const std::string& path) {
+    const bool custom = custom_calls.contains(std::string(message["tool_call_id"].as_string()));
+    add(Json::object()
+            .set("type", custom ? "custom_tool_call_output" : "function_call_output")
+            .set("call_id", message["tool_call_id"])
+            .set("output", message["content"]),
+        path);
+    return {};
+}
+
+Fault chat_messages(const Json& value, SurfaceBody* out) {
+    if (!value.is_array()) return chat_wrong("messages", "an array");
+    if (value.empty())
+        return chat_error("array_below_min_length", "messages", "'messages' must not be empty");
+    out->body.set("input", Json::array());
+    ChatMessages messages{out};
+    for (size_t i = 0; i < value.size(); ++i)
+        if (Fault fault = messages.add_message(value[i], "messages[" + std::to_string(i) + "]"))
+            return fault;
+    return {};
+}
+
+/// {"type": T, T: {...}}, as Chat Completions nest it, in one object.
+Json chat_flat(const Json& nested) {
+    const std::string type(nested["type"].as_string());
+    if (!nested[type].is_object()) return nested;
+    Json flat = Json::object().set("type", type);
+    for (const JsonMember& member : nested[type].members()) flat.set(member.key, member.value);
+    return flat;
+}
+
+Fault chat_format(const Json& value, SurfaceBody* out) {
+    if (!value.is_object()) return chat_wrong("response_format", "an object");
+    Json format = chat_flat(value);
+    if (value["type"].as_string() == "json_object")
+        format = Json::object()
+                     .set("type", "json_schema")
+                     .set("name", "json_object")
+                     .set("schema", Json::object().set("type", "object"))
+                     .set("strict", true);
+    out->body.set("text", Json::object().set("format", std::move(format)));
+    return {};
+}
+
+Fault chat_tools(const Json& value, SurfaceBody* out) {
+    if (!value.is_array()) return chat_wrong("tools", "an array");
+    Json tools = Json::array();
+    for (size_t i = 0; i < value.size(); ++i) {
+        if (!value[i].is_object())
+            return chat_wrong("tools[" + std::to_string(i) + "]", "an object");
+        Json tool = chat_flat(value[i]);
+        if (tool["type"].as_string() == "function" && tool["strict"].is_null())
+            tool.set("strict", false);
+        if (tool.contains("format")) tool.set("format", chat_flat(tool["format"]));
+        tools.push(std::move(tool));
+    }
+    out->body.set("tools", std::move(tools));
+    return {};
+}
+
+Fault chat_tool_choice(const Json& value, SurfaceBody* out) {
+    Json choice = value.is_object() ? chat_flat(value) : value;
+    if (Json* tools = choice.is_object() ? choice.find("tools") : nullptr)
+        for (Json& tool : tools->items()) tool = chat_flat(tool);
+    out->body.set("tool_choice", std::move(choice));
+    return {};
+}
+
+Fault chat_effort(const Json& value, SurfaceBody* out) {
+    out->body.set("reasoning", Json::object().set("effort", value));
+    return {};
+}
+
+Fault chat_max_tokens(const Json& value, SurfaceBody* out) {
+    if (out->body["max_output_tokens"].is_null()) out->body.set("max_output_tokens", value);
+    return {};
+}
+
+Fault chat_logprobs(const Json& value, SurfaceBody* out) {
+    if (!value.is_bool()) return chat_wrong("logprobs", "true or false");
+    if (value.as_bool())
+        out->body.set("include", Json::array().push("message.output_text.logprobs"));
+    return {};
+}
+
+Fault chat_stop(const Json& value, SurfaceBody* out) {
+    out->body.set("stop", value.is_string() ? Json::array().push(value) : value);
+    return {};
+}
+
+Fault chat_stream(const Json& value, SurfaceBody* out) {
+    out->stream = value.as_bool();
+    return value.is_bool() ? Fault() : chat_wrong("stream", "true or false");
+}
+
+Fault chat_stream_options(const Json& value, SurfaceBody* out) {
+    if (!value.is_object()) return chat_wrong("stream_options", "an object");
+    const Json& usage = value["include_usage"];
+    out->include_usage = usage.as_bool();
+    if (usage.is_null() || usage.is_bool()) return {};
+    return chat_wrong("stream_options.include_usage", "true or false");
+}
+
+Fault chat_n(const Json& value, SurfaceBody*) {
+    if (value.is_int() && value.as_int() == 1) return {};
+    return chat_error("unsupported_value", "n", "'n' must be 1: one choice a request");
+}
+
+Fault chat_modalities(const Json& value, SurfaceBody*) {
+    if (value.is_array() && value.size() == 1 && value[0].as_string() == "text") return {};
+    return chat_error("unsupported_value", "modalities", "'modalities' must be [\"text\"]");
+}
+
+/// A field whose value goes on under another name, or as `read` says.
+struct ChatField {
+    std::string_view name;
+    std::string_view to = {};  // its place in a body of /v1/responses, for values and for errors
+    Fault (*read)(const Json& value, SurfaceBody* out) = nullptr;
+    bool openai = false;  // of that dialect alone
+};
+constexpr ChatField chat_fields[] = {
+    // clang-format off
+    {"model", "model"},
+    {"messages", "input", chat_messages},
+    {"max_completion_tokens", "max_output_tokens"},
+    {"max_tokens", "max_output_tokens", chat_max_tokens, true},
+    {"temperature", "temperature"},
+    {"top_p", "top_p"},
+    {"seed", "seed"},
+    {"response_format", "text.format", chat_format},
+    {"reasoning_effort", "reasoning.effort", chat_effort},
+    {"n", {}, chat_n},
+    {"modalities", {}, chat_modalities},
+    {"stream", {}, chat_stream},
+    {"stream_options", {}, chat_stream_options},
+    {"store", "store"},
+    {"user", "user"},
+    {"metadata", "metadata"},
+    {"tools", "tools", chat_tools},
+    {"tool_choice", "tool_choice", chat_tool_choice},
+    {"parallel_tool_calls", "parallel_tool_calls"},
+    {"service_tier", "service_tier"},
+    {"prompt_cache_key", "prompt_cache_key"},
+    {"top_k", "top_k"},
+    {"min_p", "min_p"},
+    {"repetition_penalty", "repetition_penalty"},
+    {"stop", "stop", chat_stop, true},
+    {"logprobs", {}, chat_logprobs, true},
+    {"top_logprobs", "top_logprobs", nullptr, true},
+    {"logit_bias", "logit_bias", nullptr, true},
+    {"presence_penalty", "presence_penalty", nullptr, true},
+    {"frequency_penalty", "frequency_penalty", nullptr, true},
+    // clang-format on
+};
+constexpr std::string_view chat_refused[] = {"verbosity", "audio",         "prediction",
+                                             "functions", "function_call", "web_search_options"};
+
+Fault chat_read_field(const JsonMember& member, Dialect dialect, SurfaceBody* out) {
+    const std::string name = member.key;
+    if (member.value.is_null()) return {};
+    for (const ChatField& row : chat_fields) {
+        if (row.name != name) continue;
+        if (row.openai && dialect != Dialect::openai) break;
+        if (row.read) return row.read(member.value, out);
+        out->body.set(row.to, member.value);
+        return {};
+    }
+    const auto of_openai = [&](const ChatField& row) { return row.name == name; };
+    if (std::any_of(std::begin(chat_fields), std::end(chat_fields), of_openai) ||
+        std::find(std::begin(chat_refused), std::end(chat_refused), name) != std::end(chat_refused))
+        return chat_error("unsupported_parameter", name, "'" + name + "' is not supported");
+    return {};
+}
+
+Result<SurfaceBody> chat_read(const Json& body, Dialect dialect) {
+    SurfaceBody out;
+    if (!body.is_object())
+        return make_error(ErrorKind::invalid_request, "the body must be a JSON object",
+                          "invalid_type");
+    for (const char* name : {"model", "messages"})
+        if (body[name].is_null())
+            return chat_error("missing_required_parameter", name,
+                              "'" + std::string(name) + "' is required");
+    for (const JsonMember& member : body.members())
+        if (Fault fault = chat_read_field(member, dialect, &out)) return std::move(*fault);
+    return out;
+}
+
+/// The path of an item or a field, as the client wrote it.
+std::string chat_path(const std::string& path, const SurfaceBody& body) {
+    if (path.starts_with("input[")) {
+        const size_t item = static_cast<size_t>(std::atoi(path.c_str() + 6));
+        if (item < body.origins.size()) return body.origins[item] + path.substr(path.find(']') + 1);
+    }
+    for (const ChatField& row : chat_fields)
+        if (!row.to.empty() && path.starts_with(row.to))
+            return std::string(row.name) + path.substr(row.to.size());
+    return path;
+}
+
+Error chat_translate(Error error, const SurfaceBody& body) {
+    const std::string path = chat_path(error.param, body);
+    if (const size_t at = error.message.find(error.param);
+        !error.param.empty() && at != std::string::npos)
+        error.message.replace(at, error.param.size(), path);
+    error.param = path;
+    return error;
+}
+
+// ---- The answer --------------------------------------------------------------------------------
+
+std::string chat_id(std::string_view response_id) {
+    return derive_id("chatcmpl_", std::string(response_id));
+}
+
+Json chat_call(const Item& item) {
+    const bool custom = item.kind == Item::Kind::custom_tool_call;
+    const char* type = custom ? "custom" : "function";
+    return Json::object()
+        .set("id", item.call_id)
+        .set("type", type)
+        .set(type, Json::object()
+                       .set("name", item.name)
+                       .set(custom ? "input" : "arguments", item.arguments));
+}
+
+Json chat_usage(const Json& usage) {
+    const Json& cached = usage["input_tokens_details"]["cached_tokens"];
+    const Json& thought = usage["output_tokens_details"]["reasoning_tokens"];
+    return Json::object()
+        .set("prompt_tokens", usage["input_tokens"])
+        .set("completion_tokens", usage["output_tokens"])
+        .set("total_tokens", usage["total_tokens"])
+        .set("prompt_tokens_details", Json::object().set("cached_tokens", cached))
+        .set("completion_tokens_details", Json::object().set("reasoning_tokens", thought));
+}
+
+const char* chat_finish(const Outcome& outcome, Dialect dialect) {
+    if (outcome.cut) return dialect == Dialect::openai ? "length" : "stop";
+    const auto& items = outcome.items;
+    const bool called = std::any_of(items.begin(), items.end(),
+                                    [](const Item& item) { return item.is_call(); });
+    return called ? "tool_calls" : "stop";
+}
+
+Error chat_failure(const Outcome& outcome) {
+    if (outcome.status == Status::cancelled)
+        return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
+    const std::string why = outcome.error ? outcome.error->message : "the model could not be run";
+    return make_error(ErrorKind::internal, why, "internal_error");
+}
+
+Result<std::string> chat_render(const std::string& object, Dialect dialect) {
+    auto parsed = Json::parse(object);
+    if (!parsed) return parsed.error();
+    const Json& response = *parsed;
+    const Outcome outcome = outcome_of(response);
+    if (outcome.status != Status::completed) return chat_failure(outcome);
+    std::string text, thoughts;
+    Json calls = Json::array(), logprobs = nullptr;
+    bool said = false;
+    for (size_t i = 0; i < outcome.items.size(); ++i) {
+        const Item& item = outcome.items[i];
+        if (item.is_call()) calls.push(chat_call(item));
+        else (item.kind == Item::Kind::reasoning ? thoughts : text) += item.text();
+        said |= item.kind == Item::Kind::message;
+        const Json& tokens = response["output"][i]["content"][0]["logprobs"];
+        if (tokens.empty()) continue;
+        if (logprobs.is_null())
+            logprobs = Json::object().set("content", Json::array()).set("refusal", nullptr);
+        for (const Json& token : tokens.items()) logprobs.find("content")->push(token);
+    }
+    Json message = Json::object()
+                       .set("role", "assistant")
+                       .set("content", said || calls.empty() ? Json(text) : Json());
+    if (!thoughts.empty()) message.set("reasoning_content", thoughts).set("reasoning", thoughts);
+    message.set("refusal", nullptr);
+    if (!calls.empty()) message.set("tool_calls", std::move(calls));
+    Json choice = Json::object()
+                      .set("index", 0)
+                      .set("message", std::move(message))
+                      .set("logprobs", std::move(logprobs))
+                      .set("finish_reason", chat_finish(outcome, dialect));
+    return Json::object()
+        .set("id", chat_id(response["id"].as_string()))
+        .set("object", "chat.completion")
+        .set("created", response["created_at"])
+        .set("model", response["model"])
+        .set("choices", Json::array().push(std::move(choice)))
+        .set("usage", chat_usage(response["usage"]))
+        .write();
+}
+
+// ---- The stream --------------------------------------------------------------------------------
+
+class ChatEvents : public EventWriter {
+public:
+    ChatEvents(const ResponseRecord& record, bool include_usage, Dialect dialect)
+        : head_(Json::object()
+                    .set("id", chat_id(record.id))
+                    .set("object", "chat.completion.chunk")
+                    .set("created", record.created_at)
+                    .set("model", record.model)),
+          include_usage_(include_usage),
+          dialect_(dialect) {}
+
+    void begin(const std::string&, std::string) override {
+        add_delta(Json::object().set("role", "assistant").set("content", ""));
+    }
+    void add(const Event& event) override;
+    void end(const Outcome& outcome, const std::string& object) override;
+    void fail(const Error& error) override { write(render_error(error)); }
+
+private:
+    void write(const Json& chunk) { text_.append("data: ").append(chunk.write()).append("\n\n"); }
+    void add_delta(Json delta, Json logprobs = nullptr, Json finish_reason = nullptr);
+    void add_text(Item::Kind kind, std::string_view text, const std::vector<TokenLogprob>& tokens);
+    void add_call(const Item& item);
+
+    Json head_;
+    bool include_usage_;
+    Dialect dialect_;
+    size_t told_ = 0, calls_ = 0;  // items so far, and calls among them
+};
+
+void ChatEvents::add_delta(Json delta, Json logprobs, Json finish_reason) {
+    Json choice = Json::object()
+                      .set("index", 0)
+                      .set("delta", std::move(delta))
+                      .set("logprobs", std::move(logprobs))
+                      .set("finish_reason", std::move(finish_reason));
+    Json chunk = head_;
+    chunk.set("choices", Json::array().push(std::move(choice)));
+    if (include_usage_) chunk.set("usage", nullptr);
+    write(chunk);
+}
+
+void ChatEvents::add_text(Item::Kind kind, std::string_view text,
+                          const std::vector<TokenLogprob>& tokens) {
+    if (text.empty() && tokens.empty()) return;
+    if (kind == Item::Kind::reasoning)
+        return add_delta(Json::object().set("reasoning_content", text).set("reasoning", text));
+    Json logprobs = nullptr;
+    if (!tokens.empty())
+        logprobs = Json::object().set("content", render_logprobs(tokens)).set("refusal", nullptr);
+    add_delta(Json::object().set("content", text), std::move(logprobs));
+}
+
+/// In one piece: what was begun and then cut is never seen.
+void ChatEvents::add_call(const Item& item) {
+    Json call = Json::object().set("index", calls_++);
+    const Json whole = chat_call(item);
+    for (const JsonMember& member : whole.members()) call.set(member.key, member.value);
+    add_delta(Json::object().set("tool_calls", Json::array().push(std::move(call))));
+}
+
+void ChatEvents::add(const Event& event) {
+    const bool thought = event.kind == Event::Kind::reasoning_delta;
+    if (thought || event.kind == Event::Kind::text_delta)
+        add_text(thought ? Item::Kind::reasoning : Item::Kind::message, event.text, event.logprobs);
+    else if (const Item* call = event.call()) add_call(*call);
+    else return;
+    told_ = event.index + 1;
+}
+
+void ChatEvents::end(const Outcome& outcome, const std::string& object) {
+    if (outcome.status != Status::completed) return fail(chat_failure(outcome));
+    const std::vector<Item> items = output_items(outcome, outcome.status);
+    for (size_t i = told_; i < items.size(); ++i)
+        if (items[i].is_call()) add_call(items[i]);
+        else add_text(items[i].kind, items[i].text(), logprobs_of(outcome, i));
+    add_delta(Json::object(), nullptr, chat_finish(outcome, dialect_));
+    if (include_usage_) {
+        const auto response = Json::parse(object);
+        Json chunk = head_;
+        chunk.set("choices", Json::array());
+        write(chunk.set("usage", chat_usage(response ? (*response)["usage"] : Json())));
+    }
+    text_ += "data: [DONE]\n\n";
+}
+
+std::unique_ptr<EventWriter> chat_events(const ResponseRecord& record, bool include_usage,
+                                         Dialect dialect) {
+    return std::make_unique<ChatEvents>(record, include_usage, dialect);
+}
+
+}  // namespace
+
+const Surface chat_surface = {
+    "/v1/chat/completions", chat_read, chat_translate, chat_render, chat_events, 408};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
