@@ -25009,6 +25009,7 @@ struct AnswerSyntax {
         CallStyle style = CallStyle::object;
         std::vector<std::string> marks;
         std::string open, before, after_name, after, between, close, key, value, value_end;
+        bool begin_with_mark() const;  // so that they may stand after a text
     };
     struct Thought {
         std::string open, close;  // empty: none
@@ -25064,6 +25065,7 @@ struct AnswerParserOptions {
     /// A JSON object with a tool's name is a call even without the family's marks, where an answer
     /// begins with it, be it in a fence.
     bool bare_calls = true;
+    std::vector<Item> answered = {};  ///< of which such an object, said again, is none
     /// Decoding is held to the syntax: arguments go out as they come. Else a call goes out when it
     /// is whole, so that what proves to be none is still text.
     bool constrained = true;
@@ -25430,6 +25432,12 @@ Token SpecialTokens::token(std::string_view spelling) const {
         tokens_.begin(), tokens_.end(), spelling,
         [](const auto& entry, std::string_view s) { return entry.first < s; });
     return found != tokens_.end() && found->first == spelling ? found->second : Token{-1};
+}
+
+bool AnswerSyntax::Calls::begin_with_mark() const {
+    const std::string begin = open + before;
+    return std::any_of(marks.begin(), marks.end(),
+                       [&](const std::string& mark) { return begin.starts_with(mark); });
 }
 
 std::string without_token_bytes(std::string_view text) {
@@ -25873,12 +25881,13 @@ public:
 
     /// The tool of that name, or null.
     const Tool* find(std::string_view name) const;
-    /// What comes as arguments belongs to a call of this tool.
-    void call(const Tool& tool);
+    /// What comes as arguments belongs to a call of this tool, which may have to go out in one.
+    void call(const Tool& tool, bool whole = false);
     bool calling() const { return tool_ != nullptr; }
-    bool committed() const { return tool_ && streams_; }  ///< it went out
+    bool committed() const { return tool_ && streams_ && !whole_; }  ///< it went out
     const Tool& tool() const { return *tool_; }
     std::string& arguments() { return arguments_; }  ///< JSON to be sent
+    const std::string& arguments() const { return arguments_; }
     void send_arguments();
     void end_call();
     void drop_call();  ///< it was none
@@ -25892,6 +25901,7 @@ private:
 
     std::vector<Tool> tools_;
     bool streams_;
+    bool whole_ = false;  // of the call under way: it goes out in one
     OutputSink* sink_ = nullptr;
     Kind kind_ = Kind::none;
     bool any_ = false;
@@ -25984,9 +25994,10 @@ const Tool* ItemWriter::find(std::string_view name) const {
     return nullptr;
 }
 
-void ItemWriter::call(const Tool& tool) {
+void ItemWriter::call(const Tool& tool, bool whole) {
     tool_ = &tool;
-    if (!streams_) return;
+    whole_ = whole;
+    if (!committed()) return;
     end_text();
     any_ = true;
     sink_->begin_item(tool.custom ? Item::Kind::custom_tool_call : Item::Kind::function_call,
@@ -26000,7 +26011,7 @@ void ItemWriter::send_arguments() {
 }
 
 void ItemWriter::end_call() {
-    if (!streams_) {
+    if (!committed()) {
         end_text();
         any_ = true;
         sink_->begin_item(tool_->custom ? Item::Kind::custom_tool_call : Item::Kind::function_call,
@@ -26272,6 +26283,7 @@ public:
         : syntax_(std::move(syntax)),
           calls_(syntax_->calls),
           items_(std::move(options.tools), options.constrained),
+          answered_(std::move(options.answered)),
           bare_allowed_(options.bare_calls && items_.has_tools()) {
         if (options.thought == ThoughtState::open) in_ = In::thought;
         if (calls_.style == CallStyle::tagged) {
@@ -26738,7 +26750,7 @@ private:
         if (has_arguments_ || (c != '{' && c != '"')) return false;
         has_arguments_ = true;
         quoted_ = c == '"';
-        if (has_name_ && !quoted_) items_.call(*tool_);
+        if (has_name_ && !quoted_) begin_call();
         return true;
     }
 
@@ -26748,19 +26760,32 @@ private:
             tool_ = name && !has_name_ ? items_.find(name->as_string()) : nullptr;
             if (!tool_) return false;
             has_name_ = true;
-            if (has_arguments_) items_.call(*tool_);
+            if (has_arguments_) begin_call();
         } else if (value_is_ == ValueIs::arguments && quoted_) {
             const auto text = Json::parse(scratch_);
             const auto inner = Json::parse(text->as_string());
             if (!inner || !inner->is_object()) return false;
             items_.arguments() = inner->write();
-            if (has_name_) items_.call(*tool_);
+            if (has_name_) begin_call();
         }
         return true;
     }
 
+    // Where the name is that of an answered call, only all of it tells.
+    void begin_call() { items_.call(*tool_, bare_ && is_echo(false)); }
+
+    bool is_echo(bool whole) const {
+        return std::any_of(answered_.begin(), answered_.end(), [&](const Item& call) {
+            const std::string_view said = items_.arguments(), all = call.arguments;
+            if (call.name != tool_->name || !whole) return call.name == tool_->name;
+            const size_t size = all.size() - 1;  // without its bracket
+            return said.size() > size && said.substr(0, size) == all.substr(0, size) &&
+                   (said[size] == ',' || said[size] == '}');
+        });
+    }
+
     bool object_ended() {
-        if (!has_name_ || (bare_ && !has_arguments_)) return gave_up();
+        if (!has_name_ || (bare_ && (!has_arguments_ || is_echo(true)))) return gave_up();
         if (!has_arguments_) {
             items_.call(*tool_);
             items_.arguments() = "{}";
@@ -27007,6 +27032,7 @@ private:
     std::string input_;
     size_t at_ = 0;
     bool final_ = false;
+    const std::vector<Item> answered_;
     bool bare_allowed_;
     bool bare_ = false;        // a call without marks
     bool in_section_ = false;  // a call went before
@@ -32542,6 +32568,9 @@ struct AnswerShape {
     bool parallel = true;                    ///< else one call at most
     std::optional<uint32_t> max_calls = {};  ///< 1 or more
     const v1::Format* format = nullptr;      ///< of the message; null: any text
+    /// Calls whose results the model has before it: as it says one again without the family's
+    /// marks, with these arguments (JSON, written as Json::write does) and maybe more, that is text.
+    std::span<const Item> answered = {};
 };
 
 /// [thought] then a message, calls, or with `automatic` a text and calls after it; null where any
@@ -32582,6 +32611,21 @@ std::string pattern_of(std::string_view text) {
                            (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
         if (plain) out += c;
         else out += format("\\x%02x", static_cast<unsigned>(c));
+    }
+    return out;
+}
+
+/// The same of JSON, with any white space between its tokens.
+std::string spaced_pattern(std::string_view json) {
+    std::string out;
+    bool in_string = false;
+    for (size_t i = 0; i < json.size(); ++i) {
+        const std::string one = pattern_of(json.substr(i, 1));
+        const bool between = !in_string &&
+                             std::string_view("{}[]:,").find(json[i]) != std::string_view::npos;
+        out += between ? "\\s*" + one + "\\s*" : one;
+        if (json[i] == '"') in_string = !in_string;
+        if (json[i] == '\\' && ++i < json.size()) out += pattern_of(json.substr(i, 1));
     }
     return out;
 }
@@ -32668,22 +32712,18 @@ private:
 
     // ---- texts ----
 
-    /// Any text but those that hold one of `marks` or begin as `beginnings` say.
-    Result<DfaPtr> text_without(const std::vector<std::string>& marks,
-                                const std::vector<std::string>& beginnings = {}) {
-        DfaPtr text = any_text_dfa(Spelling::raw);
-        std::vector<std::string> patterns;
+    /// `text` without those that match a part of `pattern`.
+    Result<DfaPtr> without(const Result<DfaPtr>& text, std::string_view pattern) {
+        auto holds = pattern_dfa(pattern, Spelling::raw, true, builder_.budget());
+        return !text || !holds ? (text ? holds : text) : subtract(*text, *holds, builder_.budget());
+    }
+
+    /// Any text but those that hold one of `marks`.
+    Result<DfaPtr> text_without(const std::vector<std::string>& marks) {
+        Result<DfaPtr> text = any_text_dfa(Spelling::raw);
         for (const std::string& mark : marks)
             if (!mark.empty() && mark.find(kTokenBegin) == std::string::npos)
-                patterns.push_back(pattern_of(mark));
-        for (const std::string& one : beginnings) patterns.push_back("^" + one);
-        for (const std::string& one : patterns) {
-            auto holds = pattern_dfa(one, Spelling::raw, true, builder_.budget());
-            if (!holds) return holds.error();
-            auto rest = subtract(text, *holds, builder_.budget());
-            if (!rest) return rest.error();
-            text = std::move(*rest);
-        }
+                text = without(text, pattern_of(mark));
         return text;
     }
 
@@ -32769,35 +32809,42 @@ private:
         return automatic(*called);
     }
 
-    /// Calls begin with a mark, so that they may stand after a text.
-    bool has_marks() const {
-        const std::string begin = calls_.open + calls_.before;
-        return std::any_of(calls_.marks.begin(), calls_.marks.end(),
-                           [&](const std::string& mark) { return begin.starts_with(mark); });
+    /// How a bare call begins, up to the key that tells it. One of `answered` said again is none.
+    Result<DfaPtr> bare_beginning() {
+        const std::string open = "^\\s*(```[-A-Za-z0-9_.]*\\s*)?(\\[\\s*)?\\{\\s*";
+        auto begins = pattern_dfa(open + "\"(name|tool_name|arguments|parameters)\"", Spelling::raw,
+                                  true, builder_.budget());
+        for (const Item& call : shape_.answered) {
+            const std::string_view all = call.arguments;
+            begins = without(begins,
+                             open + "\"name\"\\s*:\\s*" + pattern_of("\"" + call.name + "\"") +
+                                 "\\s*,\\s*\"(arguments|parameters)\"\\s*:\\s*" +
+                                 spaced_pattern(all.substr(0, all.size() - 1)) + "\\s*[,}]");
+        }
+        return begins;
     }
 
     Result<Part> automatic(Part called) {
-        std::vector<std::string> beginnings = {
-            "[ \\t\\r\\n]*(```[-A-Za-z0-9_.]*[ \\t\\r\\n]*)?(\\[[ \\t\\r\\n]*)?\\{[ \\t\\r\\n]*"
-            "\"(name|tool_name|arguments|parameters)\""};
+        auto text = text_without(calls_.marks), beginning = bare_beginning();
+        if (text) text = beginning ? subtract(*text, *beginning, builder_.budget()) : beginning;
         const std::string open(without_answer_spaces(syntax_.thought.open));
         if (!open.empty() && open.front() != kTokenBegin)
-            beginnings.push_back("[ \\t\\r\\n]*" + pattern_of(without_token_bytes(open)));
-        auto text = text_without(calls_.marks, beginnings);
-        if (!text) return text.error();
-        auto bare = bare_call();
-        if (!bare) return bare;
+            text = without(text, "^[ \\t\\r\\n]*" + pattern_of(without_token_bytes(open)));
+        auto bare = bare_calls();
+        if (!text || !bare) return text ? bare : Result<Part>(text.error());
+        const bool marked = calls_.begin_with_mark();
         const Part said = builder_.terminal(std::move(*text));
-        const Part after = has_marks() ? builder_.optional(called) : bytes("");
+        const Part after = marked ? builder_.optional(called) : bytes("");
         auto message = in_answer_marks(builder_.sequence({said, after}));
         if (!message) return message;
         std::vector<Part> ways = {*message, *bare};
-        if (!has_marks()) ways.push_back(called);
+        if (!marked) ways.push_back(called);
         return builder_.choice(std::move(ways));
     }
 
-    /// What models without marks of their own, and those that forget them, begin with.
-    Result<Part> bare_call() {
+    /// What models without marks of their own, and those that forget them, begin with: an object, a
+    /// list of them, either in a fence.
+    Result<Part> bare_calls() {
         std::vector<Part> ways;
         const Part gap = spaces(24);
         for (const Tool* tool : tools_) {
@@ -32807,12 +32854,18 @@ private:
                                               builder_.texts({"\"arguments\"", "\"parameters\""}),
                                               gap, bytes(":"), gap, *arguments}));
         }
-        const Part object = builder_.sequence({bytes("{"), gap, bytes("\"name\""), gap, bytes(":"),
-                                               gap, builder_.choice(std::move(ways)), gap,
-                                               bytes("}")});
+        const Part object = builder_.new_rule();
+        builder_.define(object,
+                        builder_.sequence({bytes("{"), gap, bytes("\"name\""), gap, bytes(":"), gap,
+                                           builder_.choice(std::move(ways)), gap, bytes("}")}));
+        const Part more = builder_.sequence({gap, bytes(","), gap, object});
+        const Part list = builder_.sequence(
+            {bytes("["), gap, object, builder_.repeat(more, 0, most_calls() - 1), gap, bytes("]")});
+        const Part body = builder_.choice({object, list});
         const Part fenced = builder_.sequence(
-            {builder_.texts({"```json\n", "```\n"}), gap, object, gap, bytes("```")});
-        return builder_.sequence({gap, builder_.choice({object, fenced})});
+            {builder_.texts({"```json\n", "```\n"}), gap, body, gap, bytes("```")});
+        // The gap behind it: many a vocabulary has `}}` and the line's end as one token.
+        return builder_.sequence({gap, builder_.choice({body, fenced}), gap});
     }
 
     uint32_t most_calls() const {
@@ -32825,9 +32878,11 @@ private:
              close = literal(calls_.close);
         for (const auto* part : {&one, &open, &between, &close})
             if (!*part) return part->error();
+        // A model may end its line before it ends: that alone must not oblige it to another call.
+        const bool line = calls_.between == "\n" && calls_.close.empty() && most_calls() > 1;
         return builder_.sequence(
             {*open, *one, builder_.repeat(builder_.sequence({*between, *one}), 0, most_calls() - 1),
-             *close});
+             *close, line ? builder_.optional(bytes("\n")) : bytes("")});
     }
 
     Result<Part> call() {
@@ -38165,6 +38220,24 @@ Result<void> check_bias(const Request& request, uint32_t n_vocab) {
     return {};
 }
 
+/// The last calls that have results. A model that forgets its family's marks says such a call once
+/// more before it answers: as text that is an answer, as calls it had no end.
+std::vector<Item> answered_calls(const std::vector<Item>& items, const AnswerSyntax& syntax) {
+    constexpr size_t most = 4, most_bytes = 300;  // of what the grammar has to tell apart
+    std::vector<Item> calls;
+    if (items.empty() || items.back().is_call() || !syntax.calls.begin_with_mark()) return calls;
+    for (auto item = items.rbegin(); item != items.rend() && calls.size() < most; ++item) {
+        if (item->kind == Item::Kind::message || item->kind == Item::Kind::reasoning) break;
+        const auto arguments = Json::parse(item->arguments);
+        if (item->kind != Item::Kind::function_call || !arguments || !arguments->is_object())
+            continue;
+        calls.push_back(*item);
+        calls.back().arguments = arguments->write();
+        if (calls.back().arguments.size() > most_bytes) calls.pop_back();
+    }
+    return calls;
+}
+
 Result<int64_t> draw_seed() {
     uint64_t drawn = 0;
     if (auto random = random_bytes(&drawn, sizeof drawn); !random) return random.error();
@@ -38275,6 +38348,7 @@ Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
 Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thought,
                                       PreparedPrompt* out) const {
     const auto& syntax = model_.answer_syntax();
+    const auto answered = answered_calls(request.input.items, *syntax);
     auto grammar = compile_answer({.syntax = syntax.get(),
                                    .thought = thought,
                                    .may_think = request.effort != Effort::none,
@@ -38282,12 +38356,14 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                    .choice = request.tool_choice,
                                    .parallel = request.parallel_tool_calls,
                                    .max_calls = request.max_tool_calls,
-                                   .format = request.format.empty() ? nullptr : &request.format});
+                                   .format = request.format.empty() ? nullptr : &request.format,
+                                   .answered = answered});
     if (!grammar) return grammar.error();
     const bool calls = request.tool_choice.mode != ToolChoice::Mode::none;
     out->parser = answer_parser(syntax, {.tools = calls ? request.tools : std::vector<Tool>(),
                                          .thought = thought,
                                          .bare_calls = request.format.empty(),
+                                         .answered = answered,
                                          .constrained = *grammar != nullptr});
     out->grammar = std::move(*grammar);
     if (!out->grammar) return {};

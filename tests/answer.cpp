@@ -360,3 +360,69 @@ TEST_CASE("arguments are an object, and refusals name their place in the request
               "invalid_value tools[1].format");
     }
 }
+
+TEST_CASE("bare calls: alone, listed, in a fence; one that was answered is text") {
+    const auto all = tools();
+    const auto chat = ChatTemplate::parse("{{ '<tool_call>' }}");
+    const auto syntax = std::make_shared<AnswerSyntax>(*find_answer_syntax(*chat, {}, "hermes"));
+    const auto read = [&](std::string_view text, AnswerShape shape) -> std::string {
+        shape.syntax = syntax.get();
+        shape.tools = all;
+        const auto grammar = compile_answer(shape);
+        REQUIRE(grammar);
+        GrammarState state(*grammar);
+        if (!state.advance(text)) return "refused";
+        if (!state.may_end()) return "unfinished";
+        Items items;
+        const auto parser = answer_parser(
+            syntax, {.tools = all, .answered = {shape.answered.begin(), shape.answered.end()}});
+        for (char c : text) parser->text(std::string_view(&c, 1), items);
+        parser->finish(true, items);
+        return items.shown();
+    };
+    const auto call = [](std::string name, std::string arguments) {
+        Item item;
+        item.kind = Item::Kind::function_call;
+        item.name = std::move(name);
+        item.arguments = std::move(arguments);
+        return item;
+    };
+    const std::string now = R"({"name": "now", "arguments": {}})", said = now + "\n{\"hour\": 3}";
+    const std::string book =
+        R"({"name": "book", "arguments": {"note": null, "who": {"name": "A"}}})";
+    const std::string booked = R"(book({"note":null,"who":{"name":"A"}}))";
+    CHECK(read(now, {}) == "now({})");
+    CHECK(read(now + "\n", {}) == "now({})");
+    CHECK(read("```json\n" + now + "\n```\n", {}) == "now({})");
+    CHECK(read("[" + now + ", " + book + "]", {}) == "now({}) " + booked);
+    CHECK(read("```\n[" + now + ",\n" + book + "]\n```", {}) == "now({}) " + booked);
+    CHECK(read("[" + now + ", " + book + "]", {.parallel = false}) == "refused");
+    CHECK(read(said, {}) == "refused");
+    CHECK(read(R"({"name": "other", "arguments": {}})", {}) == "refused");
+
+    const Item answered[] = {call("now", "{}"),
+                             call("weather", R"({"city":"A \"b\", c","days":1})")};
+    const auto again = [&](const std::string& text) { return read(text, {.answered = answered}); };
+    CHECK(again(now) == "say(" + now + ")");
+    CHECK(again(said) == "say(" + said + ")");
+    CHECK(again(book) == booked);
+    CHECK(again(R"({"name": "no)") == "unfinished");
+    CHECK(again(R"({"name": "now", "arguments": {"x": 1}})") == "refused");
+    const std::string weather = "{\"name\": \"weather\", \"arguments\": {\"city\": ";
+    const std::string same = weather + R"("A \"b\", c", "days" :1)";
+    CHECK(again(same + "}}") == "say(" + same + "}})");
+    CHECK(again(same + R"(, "unit": "K"}} is hot)") ==
+          "say(" + same + R"(, "unit": "K"}} is hot))");
+    CHECK(again(weather + R"("A \"b\", c", "days": 12, "unit": "C"}})") ==
+          R"(weather({"city":"A \"b\", c","days":12,"unit":"C"}))");
+    CHECK(again(weather + R"("B", "days": 1}})") == R"(weather({"city":"B","days":1}))");
+    const std::string marked = "<tool_call>\n" + now + "\n</tool_call>";
+    CHECK(again(marked) == "now({})");
+    CHECK(again("It is:\n" + marked) == "say(It is:) now({})");
+
+    // Who ends the line after a call may still end.
+    const ToolChoice must = {ToolChoice::Mode::required, {}};
+    CHECK(read(marked + "\n", {.choice = must}) == "now({})");
+    CHECK(read(marked + "\n" + marked, {.choice = must}) == "now({}) now({})");
+    CHECK(read(marked + "\n", {.choice = must, .parallel = false}) == "refused");
+}

@@ -35,6 +35,24 @@ Result<void> check_bias(const Request& request, uint32_t n_vocab) {
     return {};
 }
 
+/// The last calls that have results. A model that forgets its family's marks says such a call once
+/// more before it answers: as text that is an answer, as calls it had no end.
+std::vector<Item> answered_calls(const std::vector<Item>& items, const AnswerSyntax& syntax) {
+    constexpr size_t most = 4, most_bytes = 300;  // of what the grammar has to tell apart
+    std::vector<Item> calls;
+    if (items.empty() || items.back().is_call() || !syntax.calls.begin_with_mark()) return calls;
+    for (auto item = items.rbegin(); item != items.rend() && calls.size() < most; ++item) {
+        if (item->kind == Item::Kind::message || item->kind == Item::Kind::reasoning) break;
+        const auto arguments = Json::parse(item->arguments);
+        if (item->kind != Item::Kind::function_call || !arguments || !arguments->is_object())
+            continue;
+        calls.push_back(*item);
+        calls.back().arguments = arguments->write();
+        if (calls.back().arguments.size() > most_bytes) calls.pop_back();
+    }
+    return calls;
+}
+
 Result<int64_t> draw_seed() {
     uint64_t drawn = 0;
     if (auto random = random_bytes(&drawn, sizeof drawn); !random) return random.error();
@@ -145,6 +163,7 @@ Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
 Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thought,
                                       PreparedPrompt* out) const {
     const auto& syntax = model_.answer_syntax();
+    const auto answered = answered_calls(request.input.items, *syntax);
     auto grammar = compile_answer({.syntax = syntax.get(),
                                    .thought = thought,
                                    .may_think = request.effort != Effort::none,
@@ -152,12 +171,14 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                    .choice = request.tool_choice,
                                    .parallel = request.parallel_tool_calls,
                                    .max_calls = request.max_tool_calls,
-                                   .format = request.format.empty() ? nullptr : &request.format});
+                                   .format = request.format.empty() ? nullptr : &request.format,
+                                   .answered = answered});
     if (!grammar) return grammar.error();
     const bool calls = request.tool_choice.mode != ToolChoice::Mode::none;
     out->parser = answer_parser(syntax, {.tools = calls ? request.tools : std::vector<Tool>(),
                                          .thought = thought,
                                          .bare_calls = request.format.empty(),
+                                         .answered = answered,
                                          .constrained = *grammar != nullptr});
     out->grammar = std::move(*grammar);
     if (!out->grammar) return {};

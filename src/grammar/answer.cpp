@@ -41,6 +41,21 @@ std::string pattern_of(std::string_view text) {
     return out;
 }
 
+/// The same of JSON, with any white space between its tokens.
+std::string spaced_pattern(std::string_view json) {
+    std::string out;
+    bool in_string = false;
+    for (size_t i = 0; i < json.size(); ++i) {
+        const std::string one = pattern_of(json.substr(i, 1));
+        const bool between = !in_string &&
+                             std::string_view("{}[]:,").find(json[i]) != std::string_view::npos;
+        out += between ? "\\s*" + one + "\\s*" : one;
+        if (json[i] == '"') in_string = !in_string;
+        if (json[i] == '\\' && ++i < json.size()) out += pattern_of(json.substr(i, 1));
+    }
+    return out;
+}
+
 Error refuse_tool(const Tool& tool, std::string_view why) {
     return make_error(ErrorKind::invalid_request, join({"tool ", printable(tool.name), ": ", why}),
                       "invalid_json_schema");
@@ -123,22 +138,18 @@ private:
 
     // ---- texts ----
 
-    /// Any text but those that hold one of `marks` or begin as `beginnings` say.
-    Result<DfaPtr> text_without(const std::vector<std::string>& marks,
-                                const std::vector<std::string>& beginnings = {}) {
-        DfaPtr text = any_text_dfa(Spelling::raw);
-        std::vector<std::string> patterns;
+    /// `text` without those that match a part of `pattern`.
+    Result<DfaPtr> without(const Result<DfaPtr>& text, std::string_view pattern) {
+        auto holds = pattern_dfa(pattern, Spelling::raw, true, builder_.budget());
+        return !text || !holds ? (text ? holds : text) : subtract(*text, *holds, builder_.budget());
+    }
+
+    /// Any text but those that hold one of `marks`.
+    Result<DfaPtr> text_without(const std::vector<std::string>& marks) {
+        Result<DfaPtr> text = any_text_dfa(Spelling::raw);
         for (const std::string& mark : marks)
             if (!mark.empty() && mark.find(kTokenBegin) == std::string::npos)
-                patterns.push_back(pattern_of(mark));
-        for (const std::string& one : beginnings) patterns.push_back("^" + one);
-        for (const std::string& one : patterns) {
-            auto holds = pattern_dfa(one, Spelling::raw, true, builder_.budget());
-            if (!holds) return holds.error();
-            auto rest = subtract(text, *holds, builder_.budget());
-            if (!rest) return rest.error();
-            text = std::move(*rest);
-        }
+                text = without(text, pattern_of(mark));
         return text;
     }
 
@@ -224,35 +235,42 @@ private:
         return automatic(*called);
     }
 
-    /// Calls begin with a mark, so that they may stand after a text.
-    bool has_marks() const {
-        const std::string begin = calls_.open + calls_.before;
-        return std::any_of(calls_.marks.begin(), calls_.marks.end(),
-                           [&](const std::string& mark) { return begin.starts_with(mark); });
+    /// How a bare call begins, up to the key that tells it. One of `answered` said again is none.
+    Result<DfaPtr> bare_beginning() {
+        const std::string open = "^\\s*(```[-A-Za-z0-9_.]*\\s*)?(\\[\\s*)?\\{\\s*";
+        auto begins = pattern_dfa(open + "\"(name|tool_name|arguments|parameters)\"", Spelling::raw,
+                                  true, builder_.budget());
+        for (const Item& call : shape_.answered) {
+            const std::string_view all = call.arguments;
+            begins = without(begins,
+                             open + "\"name\"\\s*:\\s*" + pattern_of("\"" + call.name + "\"") +
+                                 "\\s*,\\s*\"(arguments|parameters)\"\\s*:\\s*" +
+                                 spaced_pattern(all.substr(0, all.size() - 1)) + "\\s*[,}]");
+        }
+        return begins;
     }
 
     Result<Part> automatic(Part called) {
-        std::vector<std::string> beginnings = {
-            "[ \\t\\r\\n]*(```[-A-Za-z0-9_.]*[ \\t\\r\\n]*)?(\\[[ \\t\\r\\n]*)?\\{[ \\t\\r\\n]*"
-            "\"(name|tool_name|arguments|parameters)\""};
+        auto text = text_without(calls_.marks), beginning = bare_beginning();
+        if (text) text = beginning ? subtract(*text, *beginning, builder_.budget()) : beginning;
         const std::string open(without_answer_spaces(syntax_.thought.open));
         if (!open.empty() && open.front() != kTokenBegin)
-            beginnings.push_back("[ \\t\\r\\n]*" + pattern_of(without_token_bytes(open)));
-        auto text = text_without(calls_.marks, beginnings);
-        if (!text) return text.error();
-        auto bare = bare_call();
-        if (!bare) return bare;
+            text = without(text, "^[ \\t\\r\\n]*" + pattern_of(without_token_bytes(open)));
+        auto bare = bare_calls();
+        if (!text || !bare) return text ? bare : Result<Part>(text.error());
+        const bool marked = calls_.begin_with_mark();
         const Part said = builder_.terminal(std::move(*text));
-        const Part after = has_marks() ? builder_.optional(called) : bytes("");
+        const Part after = marked ? builder_.optional(called) : bytes("");
         auto message = in_answer_marks(builder_.sequence({said, after}));
         if (!message) return message;
         std::vector<Part> ways = {*message, *bare};
-        if (!has_marks()) ways.push_back(called);
+        if (!marked) ways.push_back(called);
         return builder_.choice(std::move(ways));
     }
 
-    /// What models without marks of their own, and those that forget them, begin with.
-    Result<Part> bare_call() {
+    /// What models without marks of their own, and those that forget them, begin with: an object, a
+    /// list of them, either in a fence.
+    Result<Part> bare_calls() {
         std::vector<Part> ways;
         const Part gap = spaces(24);
         for (const Tool* tool : tools_) {
@@ -262,12 +280,18 @@ private:
                                               builder_.texts({"\"arguments\"", "\"parameters\""}),
                                               gap, bytes(":"), gap, *arguments}));
         }
-        const Part object = builder_.sequence({bytes("{"), gap, bytes("\"name\""), gap, bytes(":"),
-                                               gap, builder_.choice(std::move(ways)), gap,
-                                               bytes("}")});
+        const Part object = builder_.new_rule();
+        builder_.define(object,
+                        builder_.sequence({bytes("{"), gap, bytes("\"name\""), gap, bytes(":"), gap,
+                                           builder_.choice(std::move(ways)), gap, bytes("}")}));
+        const Part more = builder_.sequence({gap, bytes(","), gap, object});
+        const Part list = builder_.sequence(
+            {bytes("["), gap, object, builder_.repeat(more, 0, most_calls() - 1), gap, bytes("]")});
+        const Part body = builder_.choice({object, list});
         const Part fenced = builder_.sequence(
-            {builder_.texts({"```json\n", "```\n"}), gap, object, gap, bytes("```")});
-        return builder_.sequence({gap, builder_.choice({object, fenced})});
+            {builder_.texts({"```json\n", "```\n"}), gap, body, gap, bytes("```")});
+        // The gap behind it: many a vocabulary has `}}` and the line's end as one token.
+        return builder_.sequence({gap, builder_.choice({body, fenced}), gap});
     }
 
     uint32_t most_calls() const {
@@ -280,9 +304,11 @@ private:
              close = literal(calls_.close);
         for (const auto* part : {&one, &open, &between, &close})
             if (!*part) return part->error();
+        // A model may end its line before it ends: that alone must not oblige it to another call.
+        const bool line = calls_.between == "\n" && calls_.close.empty() && most_calls() > 1;
         return builder_.sequence(
             {*open, *one, builder_.repeat(builder_.sequence({*between, *one}), 0, most_calls() - 1),
-             *close});
+             *close, line ? builder_.optional(bytes("\n")) : bytes("")});
     }
 
     Result<Part> call() {

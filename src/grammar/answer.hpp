@@ -21,6 +21,9 @@ struct AnswerShape {
     bool parallel = true;                    ///< else one call at most
     std::optional<uint32_t> max_calls = {};  ///< 1 or more
     const v1::Format* format = nullptr;      ///< of the message; null: any text
+    /// Calls whose results the model has before it: as it says one again without the family's
+    /// marks, with these arguments (JSON, written as Json::write does) and maybe more, that is text.
+    std::span<const Item> answered = {};
 };
 
 /// [thought] then a message, calls, or with `automatic` a text and calls after it; null where any

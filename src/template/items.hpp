@@ -40,12 +40,13 @@ public:
 
     /// The tool of that name, or null.
     const Tool* find(std::string_view name) const;
-    /// What comes as arguments belongs to a call of this tool.
-    void call(const Tool& tool);
+    /// What comes as arguments belongs to a call of this tool, which may have to go out in one.
+    void call(const Tool& tool, bool whole = false);
     bool calling() const { return tool_ != nullptr; }
-    bool committed() const { return tool_ && streams_; }  ///< it went out
+    bool committed() const { return tool_ && streams_ && !whole_; }  ///< it went out
     const Tool& tool() const { return *tool_; }
     std::string& arguments() { return arguments_; }  ///< JSON to be sent
+    const std::string& arguments() const { return arguments_; }
     void send_arguments();
     void end_call();
     void drop_call();  ///< it was none
@@ -59,6 +60,7 @@ private:
 
     std::vector<Tool> tools_;
     bool streams_;
+    bool whole_ = false;  // of the call under way: it goes out in one
     OutputSink* sink_ = nullptr;
     Kind kind_ = Kind::none;
     bool any_ = false;

@@ -106,6 +106,7 @@ public:
         : syntax_(std::move(syntax)),
           calls_(syntax_->calls),
           items_(std::move(options.tools), options.constrained),
+          answered_(std::move(options.answered)),
           bare_allowed_(options.bare_calls && items_.has_tools()) {
         if (options.thought == ThoughtState::open) in_ = In::thought;
         if (calls_.style == CallStyle::tagged) {
@@ -572,7 +573,7 @@ private:
         if (has_arguments_ || (c != '{' && c != '"')) return false;
         has_arguments_ = true;
         quoted_ = c == '"';
-        if (has_name_ && !quoted_) items_.call(*tool_);
+        if (has_name_ && !quoted_) begin_call();
         return true;
     }
 
@@ -582,19 +583,32 @@ private:
             tool_ = name && !has_name_ ? items_.find(name->as_string()) : nullptr;
             if (!tool_) return false;
             has_name_ = true;
-            if (has_arguments_) items_.call(*tool_);
+            if (has_arguments_) begin_call();
         } else if (value_is_ == ValueIs::arguments && quoted_) {
             const auto text = Json::parse(scratch_);
             const auto inner = Json::parse(text->as_string());
             if (!inner || !inner->is_object()) return false;
             items_.arguments() = inner->write();
-            if (has_name_) items_.call(*tool_);
+            if (has_name_) begin_call();
         }
         return true;
     }
 
+    // Where the name is that of an answered call, only all of it tells.
+    void begin_call() { items_.call(*tool_, bare_ && is_echo(false)); }
+
+    bool is_echo(bool whole) const {
+        return std::any_of(answered_.begin(), answered_.end(), [&](const Item& call) {
+            const std::string_view said = items_.arguments(), all = call.arguments;
+            if (call.name != tool_->name || !whole) return call.name == tool_->name;
+            const size_t size = all.size() - 1;  // without its bracket
+            return said.size() > size && said.substr(0, size) == all.substr(0, size) &&
+                   (said[size] == ',' || said[size] == '}');
+        });
+    }
+
     bool object_ended() {
-        if (!has_name_ || (bare_ && !has_arguments_)) return gave_up();
+        if (!has_name_ || (bare_ && (!has_arguments_ || is_echo(true)))) return gave_up();
         if (!has_arguments_) {
             items_.call(*tool_);
             items_.arguments() = "{}";
@@ -841,6 +855,7 @@ private:
     std::string input_;
     size_t at_ = 0;
     bool final_ = false;
+    const std::vector<Item> answered_;
     bool bare_allowed_;
     bool bare_ = false;        // a call without marks
     bool in_section_ = false;  // a call went before

@@ -83,9 +83,10 @@ const Tool* ItemWriter::find(std::string_view name) const {
     return nullptr;
 }
 
-void ItemWriter::call(const Tool& tool) {
+void ItemWriter::call(const Tool& tool, bool whole) {
     tool_ = &tool;
-    if (!streams_) return;
+    whole_ = whole;
+    if (!committed()) return;
     end_text();
     any_ = true;
     sink_->begin_item(tool.custom ? Item::Kind::custom_tool_call : Item::Kind::function_call,
@@ -99,7 +100,7 @@ void ItemWriter::send_arguments() {
 }
 
 void ItemWriter::end_call() {
-    if (!streams_) {
+    if (!committed()) {
         end_text();
         any_ = true;
         sink_->begin_item(tool_->custom ? Item::Kind::custom_tool_call : Item::Kind::function_call,

@@ -367,6 +367,12 @@ Token SpecialTokens::token(std::string_view spelling) const {
     return found != tokens_.end() && found->first == spelling ? found->second : Token{-1};
 }
 
+bool AnswerSyntax::Calls::begin_with_mark() const {
+    const std::string begin = open + before;
+    return std::any_of(marks.begin(), marks.end(),
+                       [&](const std::string& mark) { return begin.starts_with(mark); });
+}
+
 std::string without_token_bytes(std::string_view text) {
     std::string out;
     out.reserve(text.size());

@@ -68,6 +68,7 @@ struct AnswerSyntax {
         CallStyle style = CallStyle::object;
         std::vector<std::string> marks;
         std::string open, before, after_name, after, between, close, key, value, value_end;
+        bool begin_with_mark() const;  // so that they may stand after a text
     };
     struct Thought {
         std::string open, close;  // empty: none
@@ -123,6 +124,7 @@ struct AnswerParserOptions {
     /// A JSON object with a tool's name is a call even without the family's marks, where an answer
     /// begins with it, be it in a fence.
     bool bare_calls = true;
+    std::vector<Item> answered = {};  ///< of which such an object, said again, is none
     /// Decoding is held to the syntax: arguments go out as they come. Else a call goes out when it
     /// is whole, so that what proves to be none is still text.
     bool constrained = true;
