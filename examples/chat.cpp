@@ -1,5 +1,5 @@
 // chat: a conversation in the terminal. Ctrl-C cancels the reply; at the prompt, or twice, it
-// quits.
+// quits. What a model thinks before it answers stands dimmed above the answer.
 //
 //     c++ -std=c++20 -O2 -pthread -I. examples/chat.cpp -o chat && ./chat
 #ifndef VALAR_LINKED  // set where a library brings the implementation
@@ -33,6 +33,24 @@ std::optional<std::string> read_line() {
     return line;
 }
 
+// Text of an answer as it is, thoughts dimmed where a terminal shows it.
+void show(const valar::Event& event) {
+    static const bool dims = example::shows_colours();
+    const bool thought = event.item.kind == valar::Item::Kind::reasoning;
+    using enum valar::Event::Kind;
+    switch (event.kind) {
+        case item_begun:
+            if (thought && dims) example::print("\x1b[2m");
+            break;
+        case text_delta:
+        case reasoning_delta: example::print(event.text); break;
+        case item_ended:
+            if (thought) example::print(dims ? "\x1b[0m\n\n" : "\n\n");
+            break;
+        default: break;
+    }
+}
+
 // Prints the reply as it comes and returns it, or what came of it before Ctrl-C.
 valar::Outcome answer(valar::Engine& engine, const valar::Request& request) {
     valar::Reply reply = engine.submit(request);
@@ -41,8 +59,7 @@ valar::Outcome answer(valar::Engine& engine, const valar::Request& request) {
     while (!reply.finished()) {
         if (interrupts) reply.cancel();
         if (!engine.step(50'000)) break;
-        while (auto event = reply.poll())
-            if (auto text = event->text_delta()) example::print(*text);
+        while (auto event = reply.poll()) show(*event);
     }
     answering = 0;
     example::print("\n");

@@ -415,6 +415,19 @@ inline bool is_terminal(FILE* file) {
 #endif
 }
 
+/// Whether stdout is a terminal that knows "\x1b[2m" and its kin.
+inline bool shows_colours() {
+    if (!is_terminal(stdout)) return false;
+#if defined(_WIN32)
+    const HANDLE console = GetStdHandle(STD_OUTPUT_HANDLE);
+    DWORD mode = 0;
+    constexpr DWORD escapes = 4;  // ENABLE_VIRTUAL_TERMINAL_PROCESSING, which old headers lack
+    return GetConsoleMode(console, &mode) && SetConsoleMode(console, mode | escapes);
+#else
+    return true;
+#endif
+}
+
 inline void print_log(void*, valar::LogLevel level, std::string_view line) {
     if (level == valar::LogLevel::debug) return;
     std::fprintf(stderr, "\r%.*s\n", static_cast<int>(line.size()), line.data());
