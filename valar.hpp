@@ -2155,7 +2155,7 @@ struct ToolChoice {
     std::vector<std::string> names = {};  ///< these alone; none: all
 };
 
-/// How much a model that can think does so before it answers.
+/// What a model that can think may: none; 64, 256, 1024, 4096, 16384 tokens of it.
 enum class Effort : uint8_t { none, minimal, low, medium, high, xhigh };
 
 /// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these
@@ -19271,6 +19271,12 @@ private:
     TemplateShape shape_ = {};
 };
 
+/// Tokens that a thought may have by the wire contract.
+constexpr uint32_t thought_budget(Effort effort) {
+    constexpr uint32_t budgets[] = {0, 64, 256, 1024, 4096, 16384};
+    return budgets[static_cast<size_t>(effort)];
+}
+
 /// The variables for `request`: messages (instructions first, as a system message; parts of text
 /// joined; thoughts and calls of tools with the message that they stand before or behind; all as the
 /// template's shape wants it), tools as OpenAI has them, add_generation_prompt, bos_token, eos_token,
@@ -25069,6 +25075,7 @@ struct AnswerParserOptions {
     /// Decoding is held to the syntax: arguments go out as they come. Else a call goes out when it
     /// is whole, so that what proves to be none is still text.
     bool constrained = true;
+    bool must_call = false;  ///< decoding is held to calls: there is no text
 };
 std::unique_ptr<OutputParser> answer_parser(std::shared_ptr<const AnswerSyntax> syntax,
                                             AnswerParserOptions options);
@@ -26283,6 +26290,8 @@ public:
         : syntax_(std::move(syntax)),
           calls_(syntax_->calls),
           items_(std::move(options.tools), options.constrained),
+          held_(options.constrained),
+          must_call_(options.must_call),
           answered_(std::move(options.answered)),
           bare_allowed_(options.bare_calls && items_.has_tools()) {
         if (options.thought == ThoughtState::open) in_ = In::thought;
@@ -26319,13 +26328,19 @@ public:
 
     void finish(bool whole, OutputSink& out) override {
         items_.to(out);
+        const auto in_call = [&] {
+            return in_ != In::text && in_ != In::thought && in_ != In::lost;
+        };
+        // What is held back is the beginning of a mark.
+        const bool cut = !whole &&
+                         (in_call() ? is_surely_a_call()
+                                    : in_ == In::thought || (in_ == In::text && must_call_));
+        if (cut && !items_.committed()) return items_.end_text();
         final_ = true;
         // Behind a call a mark that was cut in its middle is no text.
         if (!whole && in_section_ && (in_ == In::after || in_ == In::calls)) input_.clear();
         run();
-        const bool in_call = in_ != In::text && in_ != In::thought && in_ != In::lost;
-        const bool cut = !whole && (items_.calling() || (!bare_ && !raw_.empty()));
-        if (in_call && !items_.committed()) cut ? items_.end_text() : give_up();
+        if (in_call() && !items_.committed()) give_up();
         items_.finish();
     }
 
@@ -26354,6 +26369,12 @@ private:
 
     std::string_view rest() const { return std::string_view(input_).substr(at_); }
     bool at_end() const { return at_ == input_.size(); }
+    /// Whether what was taken cannot become text. Without marks that is so where the syntax has no
+    /// text that begins like it.
+    bool is_surely_a_call() const {
+        return !bare_ || must_call_ ||
+               (held_ && (has_name_ || has_arguments_ || object_at_ == At::value));
+    }
 
     /// Takes bytes that may turn out to be no call.
     void take(size_t size) {
@@ -27025,6 +27046,7 @@ private:
     std::shared_ptr<const AnswerSyntax> syntax_;
     const AnswerSyntax::Calls& calls_;
     ItemWriter items_;
+    bool held_, must_call_;    // to the syntax; to calls
     std::string first_bytes_;  // of the marks
     std::string after_head_, after_rest_;
 
@@ -37743,6 +37765,7 @@ inline constexpr uint32_t kMinMatch = 3;          // tokens that must have stood
 inline constexpr uint32_t kMaxMatch = 8;          // that make a better match no longer
 inline constexpr uint32_t kMaxForcedBytes = 128;  // looked ahead in a grammar
 inline constexpr uint32_t kLeastForcedBytes = 2;
+inline constexpr uint32_t kMostHalves = 3;  // tokens a character that is begun may yet need
 inline constexpr uint32_t kDraftCredit = 64;       // a row wasted for so many that are not
 inline constexpr uint32_t kMinPromptRows = 16;     // of a batch, however small the budget
 inline constexpr uint64_t kMixedNs = 100'000'000;  // of a batch with prompts beside answers
@@ -38154,6 +38177,8 @@ struct PreparedPrompt final : Prepared {
     bool logprobs = false;
     uint32_t top_logprobs = 0;
     std::vector<std::string> stop;
+    uint32_t thought_budget = UINT32_MAX;  // tokens
+    std::vector<Token> thought_end;        // what closes a thought that has used them
     std::unique_ptr<OutputParser> parser;  // of the answer
     GrammarPtr grammar;                    // of its text; null: any
     TokenTriePtr trie;                     // for it
@@ -38185,6 +38210,8 @@ private:
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
     Result<MarkedText> render(const Request& request) const;
     Result<std::vector<Token>> encode(const MarkedText& text) const;
+    void skip_thought(const Request& request, MarkedText* text) const;
+    Result<void> limit_thought(const Request& request, PreparedPrompt* out) const;
     Result<void> hold_answer(const Request& request, ThoughtState thought,
                              PreparedPrompt* out) const;
     bool takes_long_rope(size_t tokens) const { return tokens > short_rope_tokens(model_.spec()); }
@@ -38238,6 +38265,10 @@ std::vector<Item> answered_calls(const std::vector<Item>& items, const AnswerSyn
     return calls;
 }
 
+bool may_call(const Request& request) {
+    return !request.tools.empty() && request.tool_choice.mode != ToolChoice::Mode::none;
+}
+
 Result<int64_t> draw_seed() {
     uint64_t drawn = 0;
     if (auto random = random_bytes(&drawn, sizeof drawn); !random) return random.error();
@@ -38270,6 +38301,7 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->top_logprobs = request.top_logprobs;
     out->stop = request.stop;
     const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
+    if (auto limited = limit_thought(request, out.get()); !limited) return limited.error();
     if (auto held = hold_answer(request, thought, out.get()); !held) return held.error();
     out->organisation = request.organisation;
     out->window = request.window;
@@ -38344,6 +38376,34 @@ Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
     return keys;
 }
 
+// A request without effort gets the prompt of one whose thought is over, where the template has no
+// switch for that. Where the model may begin one by itself the budget of 0 ends it.
+void PromptMaker::skip_thought(const Request& request, MarkedText* text) const {
+    if (request.effort != Effort::none) return;
+    const AnswerSyntax& syntax = *model_.answer_syntax();
+    const ThoughtState state = thought_state(*text, syntax);
+    if (state == ThoughtState::open) {
+        text->text += without_token_bytes(syntax.thought.close);
+    } else if (state == ThoughtState::free && syntax.channels() && !may_call(request)) {
+        text->text += without_token_bytes(syntax.thought.ignored.front());
+    }
+}
+
+Result<void> PromptMaker::limit_thought(const Request& request, PreparedPrompt* out) const {
+    const AnswerSyntax& syntax = *model_.answer_syntax();
+    if (!request.effort || !syntax.has_thought()) return {};
+    std::string end = syntax.thought.close;
+    if (syntax.channels()) {  // the next message begins; which one is open where it may be a call
+        end += syntax.calls.between;
+        if (!may_call(request)) end += syntax.thought.ignored.front();
+    }
+    auto tokens = model_.tokenizer().encode(MarkedText{without_token_bytes(end), {}});
+    if (!tokens) return tokens.error();
+    out->thought_end = std::move(*tokens);
+    out->thought_budget = thought_budget(*request.effort);
+    return {};
+}
+
 // How the answer is read, and what it is held to.
 Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thought,
                                       PreparedPrompt* out) const {
@@ -38359,12 +38419,13 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                    .format = request.format.empty() ? nullptr : &request.format,
                                    .answered = answered});
     if (!grammar) return grammar.error();
-    const bool calls = request.tool_choice.mode != ToolChoice::Mode::none;
-    out->parser = answer_parser(syntax, {.tools = calls ? request.tools : std::vector<Tool>(),
-                                         .thought = thought,
-                                         .bare_calls = request.format.empty(),
-                                         .answered = answered,
-                                         .constrained = *grammar != nullptr});
+    out->parser = answer_parser(
+        syntax, {.tools = may_call(request) ? request.tools : std::vector<Tool>(),
+                 .thought = thought,
+                 .bare_calls = request.format.empty(),
+                 .answered = answered,
+                 .constrained = *grammar != nullptr,
+                 .must_call = request.tool_choice.mode == ToolChoice::Mode::required});
     out->grammar = std::move(*grammar);
     if (!out->grammar) return {};
     out->trie = model_.token_trie();
@@ -38398,6 +38459,7 @@ Result<MarkedText> PromptMaker::render(const Request& request) const {
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",
                             "context_length_exceeded");
+    if (text) skip_thought(request, &*text);
     return text;
 }
 
@@ -38671,6 +38733,7 @@ struct Sequence {
     uint32_t rank = 0;    // 0 is the most urgent; see rank_of
     Sampler sampler;
     GrammarState grammar;  // where the answer stands in what it is held to, if anything
+    size_t closing;        // of prompt->thought_end, those that came; all: none is being closed
     Detokenizer detokenizer;
     std::string held;        // text that may begin a stop string
     bool item_open = false;  // the last of outcome.items is under way
@@ -38685,6 +38748,7 @@ struct Sequence {
           page_keys(std::move(prompt->page_keys)),
           sampler(prompt->sampling),
           grammar(prompt->grammar ? GrammarState(prompt->grammar) : GrammarState()),
+          closing(prompt->thought_end.size()),
           detokenizer(tokenizer) {
         outcome.usage.input_tokens = drafts.credit = length();
     }
@@ -39905,6 +39969,33 @@ std::vector<Token> forced_tokens(const Sequence& sequence, const Tokenizer& toke
     return tokens ? std::move(*tokens) : std::vector<Token>();
 }
 
+bool ends_in_a_character(const Sequence& sequence, const Tokenizer& tokenizer) {
+    std::string tail;
+    for (size_t i = sequence.tokens.size(); i > 0 && tail.size() < 4; --i)
+        tail.insert(0, tokenizer.piece(sequence.tokens[i - 1]));
+    return utf8_incomplete_suffix(tail) == 0;
+}
+
+bool takes_all(GrammarState state, std::span<const Token> tokens, const TokenTrie& trie) {
+    return std::all_of(tokens.begin(), tokens.end(),
+                       [&](Token token) { return state.accept_token(token, trie.piece(token)); });
+}
+
+// Of the tokens that close a thought which has used its budget, those that come next; or none. What
+// a grammar holds is valid UTF-8 and gets to the end of a character; what is free need not.
+std::span<const Token> rest_of_thought(const Sequence& sequence, const Tokenizer& tokenizer) {
+    const PreparedPrompt& prompt = *sequence.prompt;
+    const std::span<const Token> end = prompt.thought_end;
+    if (sequence.closing < end.size()) return end.subspan(sequence.closing);
+    const uint64_t used = sequence.outcome.usage.reasoning_tokens;
+    if (used < prompt.thought_budget || !prompt.parser->thinking()) return {};
+    const bool fits = sequence.grammar.active()
+                          ? takes_all(sequence.grammar, end, *prompt.trie)
+                          : used >= uint64_t{prompt.thought_budget} + kMostHalves ||
+                                ends_in_a_character(sequence, tokenizer);
+    return fits ? end : std::span<const Token>();
+}
+
 }  // namespace
 
 void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
@@ -39916,7 +40007,9 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
                                       ? UINT32_MAX
                                       : short_rope_tokens_ - sequence.length();
     const uint32_t room = std::min({*spare, left - 1, turned_alike});
-    sequence.drafts.take(forced_tokens(sequence, model_.tokenizer()), room);
+    sequence.drafts.take(rest_of_thought(sequence, model_.tokenizer()), room);
+    if (sequence.drafts.count == 0)
+        sequence.drafts.take(forced_tokens(sequence, model_.tokenizer()), room);
     if (sequence.drafts.count == 0) sequence.drafts.guess(sequence.tokens, room);
     *spare -= sequence.drafts.count;
 }
@@ -40006,6 +40099,12 @@ std::optional<Token> Scheduler::draw_token(Sequence& sequence, uint32_t logits_r
 Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
     const auto logits = backend_.logits(logits_row);
     if (!logits) return logits.error();
+    if (const auto rest = rest_of_thought(sequence, model_.tokenizer()); !rest.empty()) {
+        sequence.closing = sequence.prompt->thought_end.size() - rest.size() + 1;
+        if (sequence.grammar.active())
+            sequence.grammar.accept_token(rest[0], sequence.prompt->trie->piece(rest[0]));
+        return rest[0];
+    }
     if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
     const TokenTrie& trie = *sequence.prompt->trie;
     allowed_.resize(trie.words());

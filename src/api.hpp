@@ -98,7 +98,7 @@ struct ToolChoice {
     std::vector<std::string> names = {};  ///< these alone; none: all
 };
 
-/// How much a model that can think does so before it answers.
+/// What a model that can think may: none; 64, 256, 1024, 4096, 16384 tokens of it.
 enum class Effort : uint8_t { none, minimal, low, medium, high, xhigh };
 
 /// A request for one answer, in C++ or from the body of POST /v1/responses, whose fields have these

@@ -23,6 +23,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <tuple>
 
 using namespace valar;
 
@@ -892,18 +893,47 @@ const std::vector<Request>& mixed_requests() {
     return requests;
 }
 
+// The template that makes the tiny model think before it answers.
+std::string thinking_template() {
+    return std::string(tiny::chat_template) + "{{ '<think>\n' }}";
+}
+
+// Those for a template of its own think: some longer than they may.
+std::vector<Request> requests_for(const EngineOptions& options) {
+    std::vector<Request> requests = mixed_requests();
+    for (size_t i = 0; i < requests.size() && !options.chat_template.empty(); ++i) {
+        if (i % 4 == 3) continue;
+        requests[i].effort = i % 4 == 2 ? Effort::none : Effort::minimal;
+        requests[i].max_output_tokens = static_cast<uint32_t>(60 + i * 3);
+    }
+    return requests;
+}
+
+std::string all_items(const Outcome& outcome) {
+    std::string all;
+    for (const Item& item : outcome.items)
+        all += (item.kind == Item::Kind::reasoning ? "thought:" : "said:") + item.text();
+    return all;
+}
+
 // What each gives when nothing else runs and nothing is remembered.
 const std::vector<std::string>& answers_alone(const EngineOptions& of) {
-    static std::map<std::pair<const std::byte*, KvType>, std::vector<std::string>> known;
-    std::vector<std::string>& answers = known[{of.model_bytes.data(), of.kv_type}];
+    static std::map<std::tuple<const std::byte*, KvType, std::string>, std::vector<std::string>>
+        known;
+    std::vector<std::string>& answers = known[{of.model_bytes.data(), of.kv_type,
+                                               of.chat_template}];
     if (answers.empty())
-        for (const Request& request : mixed_requests()) {
+        for (const Request& request : requests_for(of)) {
             EngineOptions options = tiny_options();
             options.model_bytes = of.model_bytes;
             options.kv_type = of.kv_type;
+            options.chat_template = of.chat_template;
             options.max_running = 1;
             options.prefix_cache = options.speculation = false;
-            answers.push_back(answer(open_tiny(options), request));
+            Engine engine = open_tiny(options);
+            Reply reply = engine.submit(request);
+            REQUIRE(engine.step());
+            answers.push_back(all_items(reply.outcome()));
         }
     return answers;
 }
@@ -914,7 +944,7 @@ ResponderStats run_mixed(const EngineOptions& options, uint32_t count, uint64_t 
     CAPTURE(seed);
     Engine engine = open_tiny(options);
     tiny::Random random(seed, "mix");
-    const auto& requests = mixed_requests();
+    const auto requests = requests_for(options);
     struct Running {
         size_t index;
         Reply reply;
@@ -941,13 +971,16 @@ ResponderStats run_mixed(const EngineOptions& options, uint32_t count, uint64_t 
         const std::string& expected = answers_alone(options)[one.index];
         if (outcome.status == Status::cancelled) {
             CHECK(one.cancelled);
-            std::string_view text = outcome.text;
+            const std::string said = all_items(outcome);
+            std::string_view text = said;
             if (text.ends_with("\ufffd")) text.remove_suffix(3);  // of a character cut short
+            CAPTURE(said);
+            CAPTURE(expected);
             CHECK(expected.starts_with(text));
         } else {
             CAPTURE((outcome.error ? outcome.error->message : std::string()));
             CHECK(outcome.status == Status::completed);
-            CHECK(outcome.text == expected);
+            CHECK(all_items(outcome) == expected);
         }
     }
     const ResponderStats stats = engine.responder()->stats();
@@ -1090,6 +1123,34 @@ TEST_CASE("many at once: a small pool makes some give way, and they go on with t
                 options.memory_limit = wide->total() - wide->kv + plan->kv * 5 / 4;
                 CHECK(Engine::memory_plan(options)->total() <= options.memory_limit);
                 preempted += run_mixed(options, 32, ++seed).preempted;
+            }
+    CHECK(preempted > 0);
+}
+
+TEST_CASE("many at once: thoughts are closed alike, whatever runs beside them") {
+    EngineOptions options = tiny_options();
+    options.chat_template = thinking_template();
+    size_t closed = 0, preempted = 0;
+    for (const std::string& alone : answers_alone(options))
+        closed += alone.starts_with("thought:") && alone.find("said:") != alone.npos;
+    CHECK(closed >= 4);
+    uint64_t seed = 400;
+    for (const bool speculation : {false, true})
+        for (const uint32_t step_tokens : {1u, 16u, 512u})
+            for (const uint32_t running : {3u, 64u}) {
+                options.speculation = speculation;
+                options.step_tokens = step_tokens;
+                options.prefix_cache = step_tokens != 16;
+                options.max_running = running;
+                options.memory_limit = 0;
+                if (running == 64) {
+                    options.max_running = 1;
+                    const auto plan = Engine::memory_plan(options);
+                    options.max_running = 16;
+                    const auto wide = Engine::memory_plan(options);
+                    options.memory_limit = wide->total() - wide->kv + plan->kv * 5 / 4;
+                }
+                preempted += run_mixed(options, 20, ++seed).preempted;
             }
     CHECK(preempted > 0);
 }

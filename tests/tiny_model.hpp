@@ -16,7 +16,9 @@
 #include "gguf.hpp"
 #include "kernels/kernels.hpp"
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -46,6 +48,7 @@ struct Options {
     bool rope_factors = false;  // a rope_freqs.weight tensor, as llama3 has it
     uint32_t short_rope = 0;  // tokens up to which the first of two lists of factors holds; 0: none
     uint64_t seed = 1;
+    std::vector<std::string> control = {};  // further control tokens, after all others
 };
 
 inline std::vector<TensorType> all_types() {
@@ -306,11 +309,14 @@ private:
     std::deque<std::vector<std::byte>> data_;
 };
 
-inline void set_tokenizer(valar::GgufWriter& writer, bool qwen2) {
-    const std::vector<std::string> tokens = vocabulary();
+inline void set_tokenizer(valar::GgufWriter& writer, bool qwen2,
+                          const std::vector<std::string>& control) {
+    std::vector<std::string> tokens = vocabulary();
+    tokens.insert(tokens.end(), control.begin(), control.end());
     const std::vector<std::string_view> views(tokens.begin(), tokens.end());
     std::vector<int32_t> kinds(tokens.size(), 1);     // normal
     for (size_t id = 0; id < 3; ++id) kinds[id] = 3;  // control
+    std::fill(kinds.end() - static_cast<ptrdiff_t>(control.size()), kinds.end(), 3);
     writer.set_string("tokenizer.ggml.model", "gpt2");
     writer.set_string("tokenizer.ggml.pre", qwen2 ? "qwen2" : "smollm");
     writer.set_strings("tokenizer.ggml.tokens", views);
@@ -328,7 +334,7 @@ inline void fill(valar::GgufWriter& writer, Tensors& tensors, const Options& opt
     const bool qwen2 = options.architecture == "qwen2";
     const uint32_t head_dim = options.n_embd / options.n_heads;
     const uint32_t n_kv = options.n_kv_heads * head_dim;
-    const uint32_t n_vocab = static_cast<uint32_t>(vocabulary().size());
+    const auto n_vocab = static_cast<uint32_t>(vocabulary().size() + options.control.size());
     writer.set_string("general.architecture", options.architecture);
     writer.set_string("general.name", "Tiny");
     writer.set(prefix + "block_count", options.n_layers);
@@ -345,7 +351,7 @@ inline void fill(valar::GgufWriter& writer, Tensors& tensors, const Options& opt
     writer.set(prefix + "rope.dimension_count", head_dim);
     if (options.short_rope)
         writer.set(prefix + "rope.scaling.original_context_length", options.short_rope);
-    set_tokenizer(writer, qwen2);
+    set_tokenizer(writer, qwen2, options.control);
 
     size_t dealt = 0;
     const auto matrix = [&](const std::string& name, uint64_t rows, uint64_t columns) {

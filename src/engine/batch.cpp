@@ -1,6 +1,7 @@
 #include "prologue.hpp"
 
 #include "engine/scheduler.hpp"
+#include "unicode_internal.hpp"
 
 #include <algorithm>
 #include <cstddef>
@@ -113,6 +114,33 @@ std::vector<Token> forced_tokens(const Sequence& sequence, const Tokenizer& toke
     return tokens ? std::move(*tokens) : std::vector<Token>();
 }
 
+bool ends_in_a_character(const Sequence& sequence, const Tokenizer& tokenizer) {
+    std::string tail;
+    for (size_t i = sequence.tokens.size(); i > 0 && tail.size() < 4; --i)
+        tail.insert(0, tokenizer.piece(sequence.tokens[i - 1]));
+    return utf8_incomplete_suffix(tail) == 0;
+}
+
+bool takes_all(GrammarState state, std::span<const Token> tokens, const TokenTrie& trie) {
+    return std::all_of(tokens.begin(), tokens.end(),
+                       [&](Token token) { return state.accept_token(token, trie.piece(token)); });
+}
+
+// Of the tokens that close a thought which has used its budget, those that come next; or none. What
+// a grammar holds is valid UTF-8 and gets to the end of a character; what is free need not.
+std::span<const Token> rest_of_thought(const Sequence& sequence, const Tokenizer& tokenizer) {
+    const PreparedPrompt& prompt = *sequence.prompt;
+    const std::span<const Token> end = prompt.thought_end;
+    if (sequence.closing < end.size()) return end.subspan(sequence.closing);
+    const uint64_t used = sequence.outcome.usage.reasoning_tokens;
+    if (used < prompt.thought_budget || !prompt.parser->thinking()) return {};
+    const bool fits = sequence.grammar.active()
+                          ? takes_all(sequence.grammar, end, *prompt.trie)
+                          : used >= uint64_t{prompt.thought_budget} + kMostHalves ||
+                                ends_in_a_character(sequence, tokenizer);
+    return fits ? end : std::span<const Token>();
+}
+
 }  // namespace
 
 void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
@@ -124,7 +152,9 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
                                       ? UINT32_MAX
                                       : short_rope_tokens_ - sequence.length();
     const uint32_t room = std::min({*spare, left - 1, turned_alike});
-    sequence.drafts.take(forced_tokens(sequence, model_.tokenizer()), room);
+    sequence.drafts.take(rest_of_thought(sequence, model_.tokenizer()), room);
+    if (sequence.drafts.count == 0)
+        sequence.drafts.take(forced_tokens(sequence, model_.tokenizer()), room);
     if (sequence.drafts.count == 0) sequence.drafts.guess(sequence.tokens, room);
     *spare -= sequence.drafts.count;
 }
@@ -214,6 +244,12 @@ std::optional<Token> Scheduler::draw_token(Sequence& sequence, uint32_t logits_r
 Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
     const auto logits = backend_.logits(logits_row);
     if (!logits) return logits.error();
+    if (const auto rest = rest_of_thought(sequence, model_.tokenizer()); !rest.empty()) {
+        sequence.closing = sequence.prompt->thought_end.size() - rest.size() + 1;
+        if (sequence.grammar.active())
+            sequence.grammar.accept_token(rest[0], sequence.prompt->trie->piece(rest[0]));
+        return rest[0];
+    }
     if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
     const TokenTrie& trie = *sequence.prompt->trie;
     allowed_.resize(trie.words());

@@ -17,6 +17,7 @@ inline constexpr uint32_t kMinMatch = 3;          // tokens that must have stood
 inline constexpr uint32_t kMaxMatch = 8;          // that make a better match no longer
 inline constexpr uint32_t kMaxForcedBytes = 128;  // looked ahead in a grammar
 inline constexpr uint32_t kLeastForcedBytes = 2;
+inline constexpr uint32_t kMostHalves = 3;  // tokens a character that is begun may yet need
 inline constexpr uint32_t kDraftCredit = 64;       // a row wasted for so many that are not
 inline constexpr uint32_t kMinPromptRows = 16;     // of a batch, however small the budget
 inline constexpr uint64_t kMixedNs = 100'000'000;  // of a batch with prompts beside answers

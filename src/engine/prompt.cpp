@@ -53,6 +53,10 @@ std::vector<Item> answered_calls(const std::vector<Item>& items, const AnswerSyn
     return calls;
 }
 
+bool may_call(const Request& request) {
+    return !request.tools.empty() && request.tool_choice.mode != ToolChoice::Mode::none;
+}
+
 Result<int64_t> draw_seed() {
     uint64_t drawn = 0;
     if (auto random = random_bytes(&drawn, sizeof drawn); !random) return random.error();
@@ -85,6 +89,7 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->top_logprobs = request.top_logprobs;
     out->stop = request.stop;
     const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
+    if (auto limited = limit_thought(request, out.get()); !limited) return limited.error();
     if (auto held = hold_answer(request, thought, out.get()); !held) return held.error();
     out->organisation = request.organisation;
     out->window = request.window;
@@ -159,6 +164,34 @@ Result<std::vector<Hash256>> PromptMaker::page_keys(const Request& request,
     return keys;
 }
 
+// A request without effort gets the prompt of one whose thought is over, where the template has no
+// switch for that. Where the model may begin one by itself the budget of 0 ends it.
+void PromptMaker::skip_thought(const Request& request, MarkedText* text) const {
+    if (request.effort != Effort::none) return;
+    const AnswerSyntax& syntax = *model_.answer_syntax();
+    const ThoughtState state = thought_state(*text, syntax);
+    if (state == ThoughtState::open) {
+        text->text += without_token_bytes(syntax.thought.close);
+    } else if (state == ThoughtState::free && syntax.channels() && !may_call(request)) {
+        text->text += without_token_bytes(syntax.thought.ignored.front());
+    }
+}
+
+Result<void> PromptMaker::limit_thought(const Request& request, PreparedPrompt* out) const {
+    const AnswerSyntax& syntax = *model_.answer_syntax();
+    if (!request.effort || !syntax.has_thought()) return {};
+    std::string end = syntax.thought.close;
+    if (syntax.channels()) {  // the next message begins; which one is open where it may be a call
+        end += syntax.calls.between;
+        if (!may_call(request)) end += syntax.thought.ignored.front();
+    }
+    auto tokens = model_.tokenizer().encode(MarkedText{without_token_bytes(end), {}});
+    if (!tokens) return tokens.error();
+    out->thought_end = std::move(*tokens);
+    out->thought_budget = thought_budget(*request.effort);
+    return {};
+}
+
 // How the answer is read, and what it is held to.
 Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thought,
                                       PreparedPrompt* out) const {
@@ -174,12 +207,13 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                    .format = request.format.empty() ? nullptr : &request.format,
                                    .answered = answered});
     if (!grammar) return grammar.error();
-    const bool calls = request.tool_choice.mode != ToolChoice::Mode::none;
-    out->parser = answer_parser(syntax, {.tools = calls ? request.tools : std::vector<Tool>(),
-                                         .thought = thought,
-                                         .bare_calls = request.format.empty(),
-                                         .answered = answered,
-                                         .constrained = *grammar != nullptr});
+    out->parser = answer_parser(
+        syntax, {.tools = may_call(request) ? request.tools : std::vector<Tool>(),
+                 .thought = thought,
+                 .bare_calls = request.format.empty(),
+                 .answered = answered,
+                 .constrained = *grammar != nullptr,
+                 .must_call = request.tool_choice.mode == ToolChoice::Mode::required});
     out->grammar = std::move(*grammar);
     if (!out->grammar) return {};
     out->trie = model_.token_trie();
@@ -213,6 +247,7 @@ Result<MarkedText> PromptMaker::render(const Request& request) const {
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",
                             "context_length_exceeded");
+    if (text) skip_thought(request, &*text);
     return text;
 }
 

@@ -29,6 +29,8 @@ struct PreparedPrompt final : Prepared {
     bool logprobs = false;
     uint32_t top_logprobs = 0;
     std::vector<std::string> stop;
+    uint32_t thought_budget = UINT32_MAX;  // tokens
+    std::vector<Token> thought_end;        // what closes a thought that has used them
     std::unique_ptr<OutputParser> parser;  // of the answer
     GrammarPtr grammar;                    // of its text; null: any
     TokenTriePtr trie;                     // for it
@@ -60,6 +62,8 @@ private:
     void find_pages(const Request& request, std::string_view salt, PreparedPrompt* out) const;
     Result<MarkedText> render(const Request& request) const;
     Result<std::vector<Token>> encode(const MarkedText& text) const;
+    void skip_thought(const Request& request, MarkedText* text) const;
+    Result<void> limit_thought(const Request& request, PreparedPrompt* out) const;
     Result<void> hold_answer(const Request& request, ThoughtState thought,
                              PreparedPrompt* out) const;
     bool takes_long_rope(size_t tokens) const { return tokens > short_rope_tokens(model_.spec()); }

@@ -49,6 +49,7 @@ struct Sequence {
     uint32_t rank = 0;    // 0 is the most urgent; see rank_of
     Sampler sampler;
     GrammarState grammar;  // where the answer stands in what it is held to, if anything
+    size_t closing;        // of prompt->thought_end, those that came; all: none is being closed
     Detokenizer detokenizer;
     std::string held;        // text that may begin a stop string
     bool item_open = false;  // the last of outcome.items is under way
@@ -63,6 +64,7 @@ struct Sequence {
           page_keys(std::move(prompt->page_keys)),
           sampler(prompt->sampling),
           grammar(prompt->grammar ? GrammarState(prompt->grammar) : GrammarState()),
+          closing(prompt->thought_end.size()),
           detokenizer(tokenizer) {
         outcome.usage.input_tokens = drafts.credit = length();
     }

@@ -101,6 +101,12 @@ private:
     TemplateShape shape_ = {};
 };
 
+/// Tokens that a thought may have by the wire contract.
+constexpr uint32_t thought_budget(Effort effort) {
+    constexpr uint32_t budgets[] = {0, 64, 256, 1024, 4096, 16384};
+    return budgets[static_cast<size_t>(effort)];
+}
+
 /// The variables for `request`: messages (instructions first, as a system message; parts of text
 /// joined; thoughts and calls of tools with the message that they stand before or behind; all as the
 /// template's shape wants it), tools as OpenAI has them, add_generation_prompt, bos_token, eos_token,

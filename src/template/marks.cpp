@@ -106,6 +106,8 @@ public:
         : syntax_(std::move(syntax)),
           calls_(syntax_->calls),
           items_(std::move(options.tools), options.constrained),
+          held_(options.constrained),
+          must_call_(options.must_call),
           answered_(std::move(options.answered)),
           bare_allowed_(options.bare_calls && items_.has_tools()) {
         if (options.thought == ThoughtState::open) in_ = In::thought;
@@ -142,13 +144,19 @@ public:
 
     void finish(bool whole, OutputSink& out) override {
         items_.to(out);
+        const auto in_call = [&] {
+            return in_ != In::text && in_ != In::thought && in_ != In::lost;
+        };
+        // What is held back is the beginning of a mark.
+        const bool cut = !whole &&
+                         (in_call() ? is_surely_a_call()
+                                    : in_ == In::thought || (in_ == In::text && must_call_));
+        if (cut && !items_.committed()) return items_.end_text();
         final_ = true;
         // Behind a call a mark that was cut in its middle is no text.
         if (!whole && in_section_ && (in_ == In::after || in_ == In::calls)) input_.clear();
         run();
-        const bool in_call = in_ != In::text && in_ != In::thought && in_ != In::lost;
-        const bool cut = !whole && (items_.calling() || (!bare_ && !raw_.empty()));
-        if (in_call && !items_.committed()) cut ? items_.end_text() : give_up();
+        if (in_call() && !items_.committed()) give_up();
         items_.finish();
     }
 
@@ -177,6 +185,12 @@ private:
 
     std::string_view rest() const { return std::string_view(input_).substr(at_); }
     bool at_end() const { return at_ == input_.size(); }
+    /// Whether what was taken cannot become text. Without marks that is so where the syntax has no
+    /// text that begins like it.
+    bool is_surely_a_call() const {
+        return !bare_ || must_call_ ||
+               (held_ && (has_name_ || has_arguments_ || object_at_ == At::value));
+    }
 
     /// Takes bytes that may turn out to be no call.
     void take(size_t size) {
@@ -848,6 +862,7 @@ private:
     std::shared_ptr<const AnswerSyntax> syntax_;
     const AnswerSyntax::Calls& calls_;
     ItemWriter items_;
+    bool held_, must_call_;    // to the syntax; to calls
     std::string first_bytes_;  // of the marks
     std::string after_head_, after_rest_;
 

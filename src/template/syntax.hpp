@@ -128,6 +128,7 @@ struct AnswerParserOptions {
     /// Decoding is held to the syntax: arguments go out as they come. Else a call goes out when it
     /// is whole, so that what proves to be none is still text.
     bool constrained = true;
+    bool must_call = false;  ///< decoding is held to calls: there is no text
 };
 std::unique_ptr<OutputParser> answer_parser(std::shared_ptr<const AnswerSyntax> syntax,
                                             AnswerParserOptions options);
