@@ -3070,11 +3070,11 @@ struct EngineOptions {
     uint32_t standard_target_ms = 60'000;  ///< after this wait standard counts as asap
     uint32_t flex_target_ms = 300'000;     ///< after this wait flex counts as standard
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};  ///< served here
-    bool speculation = true;  ///< guess tokens that the text had before and verify the
-                              ///< guesses: faster where it repeats, the same answer
+    bool speculation = true;  ///< verify guesses from the text before: faster, the same answer
     Weights weights = Weights::packed;
     Allocator allocator = {};  ///< of all memory that memory_plan() counts; default: the system's
     bool show_schema = true;   ///< what Request::format wants also stands in the prompt
+    std::string tool_format = {};  ///< how calls are written, by name (README); empty: found
 };
 
 namespace detail {
@@ -25416,6 +25416,12 @@ private:
     std::vector<std::pair<std::string, Token>>& found_;
 };
 
+Error refuse_tool_format(std::string_view name) {
+    std::string message = "tool_format: '" + printable(name, 40) + "' is none of";
+    for (const CallSyntax& row : call_syntaxes()) message.append(" ").append(row.name);
+    return make_error(ErrorKind::invalid_request, std::move(message), {}, "tool_format");
+}
+
 }  // namespace
 
 SpecialTokens::SpecialTokens(const Tokenizer& tokenizer) {
@@ -25461,9 +25467,7 @@ Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
     const std::string texts = source_and_probes(chat_template);
     const CallSyntax* row = tool_format.empty() ? &syntax_of(texts, special)
                                                 : named_syntax(tool_format);
-    if (!row)
-        return make_error(ErrorKind::invalid_request,
-                          "unknown tool format " + printable(tool_format));
+    if (!row) return refuse_tool_format(tool_format);
     AnswerSyntax made;
     TokenMarker marked(special, &made.tokens);
     AnswerSyntax::Calls& calls = made.calls;
@@ -37386,7 +37390,7 @@ private:
     Result<void> read(const EngineOptions& options);
     Result<void> read_words(const EngineOptions& options);
     Result<void> read_tokenizer(std::string_view chat_template);
-    Result<void> read_syntax();
+    Result<void> read_syntax(std::string_view tool_format);
     void name(const EngineOptions& options);
 
     ModelFile file_;
@@ -37705,11 +37709,11 @@ Result<void> LoadedModel::read_words(const EngineOptions& options) {
     auto parsed = ChatTemplate::open(std::move(text));
     if (!parsed) return parsed.error();
     chat_template_ = std::move(*parsed);
-    return read_syntax();
+    return read_syntax(options.tool_format);
 }
 
-Result<void> LoadedModel::read_syntax() {
-    auto syntax = find_answer_syntax(*chat_template_, SpecialTokens(*tokenizer_));
+Result<void> LoadedModel::read_syntax(std::string_view tool_format) {
+    auto syntax = find_answer_syntax(*chat_template_, SpecialTokens(*tokenizer_), tool_format);
     if (!syntax) return syntax.error();
     answer_syntax_ = std::make_shared<const AnswerSyntax>(std::move(*syntax));
     return {};

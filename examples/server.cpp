@@ -138,6 +138,8 @@ void add_engine_flags(example::Flags& flags, Settings& settings) {
               "aliases");
     flags.add("chat-template", "FILE|NAME", &settings.template_file,
               "Jinja, or the name of a known one, in place of the model's own");
+    flags.add("tool-format", "NAME", &model.tool_format,
+              "how calls are written: hermes, llama3, mistral ... (default: found)");
     flags.add("step-tokens", "N", &model.step_tokens,
               "of prompts in one pass, at most (default: 512)");
     flags.add("page-tokens", "N", &model.page_tokens,

@@ -802,6 +802,9 @@ TEST_CASE("options and files that are refused, and the memory plan") {
     CHECK(refused([](EngineOptions& o) { o.chat_template = "{% for %}"; }).kind ==
           ErrorKind::bad_data);
     CHECK(refused([](EngineOptions& o) { o.chat_template = "nope"; }).param == "chat_template");
+    const Error format = refused([](EngineOptions& o) { o.tool_format = "no-such"; });
+    CHECK(format.param == "tool_format");
+    CHECK(format.message.find(" qwen3-coder ") != std::string::npos);
     EngineOptions named = tiny_options();
     named.chat_template = "llama3";
     CHECK(Engine::open(named));

@@ -141,6 +141,7 @@ def check_refusals(model, folder):
         ("chat-template", ["--chat-template", folder]),
         ("chat-template", ["--chat-template", os.path.join(folder, "absent")]),
         ("chat-template", ["--chat-template", "no-such-name"]),
+        ("tool-format", ["--tool-format", "no-such-name"]),
         ("quiet", ["--quiet=no"]), ("quiet", ["--quiet", "--quiet"]),
         ("recover", ["--recover"]), ("store", ["--store", no_keys[0]]),
         ("kyes", ["--kyes", "x"]), ("model", ["--model", fifo]), ("model", ["--model", folder]),

@@ -53,11 +53,11 @@ struct EngineOptions {
     uint32_t standard_target_ms = 60'000;  ///< after this wait standard counts as asap
     uint32_t flex_target_ms = 300'000;     ///< after this wait flex counts as standard
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};  ///< served here
-    bool speculation = true;  ///< guess tokens that the text had before and verify the
-                              ///< guesses: faster where it repeats, the same answer
+    bool speculation = true;  ///< verify guesses from the text before: faster, the same answer
     Weights weights = Weights::packed;
     Allocator allocator = {};  ///< of all memory that memory_plan() counts; default: the system's
     bool show_schema = true;   ///< what Request::format wants also stands in the prompt
+    std::string tool_format = {};  ///< how calls are written, by name (README); empty: found
 };
 
 namespace detail {

@@ -144,11 +144,11 @@ Result<void> LoadedModel::read_words(const EngineOptions& options) {
     auto parsed = ChatTemplate::open(std::move(text));
     if (!parsed) return parsed.error();
     chat_template_ = std::move(*parsed);
-    return read_syntax();
+    return read_syntax(options.tool_format);
 }
 
-Result<void> LoadedModel::read_syntax() {
-    auto syntax = find_answer_syntax(*chat_template_, SpecialTokens(*tokenizer_));
+Result<void> LoadedModel::read_syntax(std::string_view tool_format) {
+    auto syntax = find_answer_syntax(*chat_template_, SpecialTokens(*tokenizer_), tool_format);
     if (!syntax) return syntax.error();
     answer_syntax_ = std::make_shared<const AnswerSyntax>(std::move(*syntax));
     return {};

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 
 namespace valar {
 inline namespace v1 {
@@ -53,7 +54,7 @@ private:
     Result<void> read(const EngineOptions& options);
     Result<void> read_words(const EngineOptions& options);
     Result<void> read_tokenizer(std::string_view chat_template);
-    Result<void> read_syntax();
+    Result<void> read_syntax(std::string_view tool_format);
     void name(const EngineOptions& options);
 
     ModelFile file_;

@@ -342,6 +342,12 @@ private:
     std::vector<std::pair<std::string, Token>>& found_;
 };
 
+Error refuse_tool_format(std::string_view name) {
+    std::string message = "tool_format: '" + printable(name, 40) + "' is none of";
+    for (const CallSyntax& row : call_syntaxes()) message.append(" ").append(row.name);
+    return make_error(ErrorKind::invalid_request, std::move(message), {}, "tool_format");
+}
+
 }  // namespace
 
 SpecialTokens::SpecialTokens(const Tokenizer& tokenizer) {
@@ -387,9 +393,7 @@ Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
     const std::string texts = source_and_probes(chat_template);
     const CallSyntax* row = tool_format.empty() ? &syntax_of(texts, special)
                                                 : named_syntax(tool_format);
-    if (!row)
-        return make_error(ErrorKind::invalid_request,
-                          "unknown tool format " + printable(tool_format));
+    if (!row) return refuse_tool_format(tool_format);
     AnswerSyntax made;
     TokenMarker marked(special, &made.tokens);
     AnswerSyntax::Calls& calls = made.calls;
