@@ -37769,7 +37769,7 @@ inline constexpr uint32_t kMinMatch = 3;          // tokens that must have stood
 inline constexpr uint32_t kMaxMatch = 8;          // that make a better match no longer
 inline constexpr uint32_t kMaxForcedBytes = 128;  // looked ahead in a grammar
 inline constexpr uint32_t kLeastForcedBytes = 2;
-inline constexpr uint32_t kMostHalves = 3;  // tokens a character that is begun may yet need
+inline constexpr uint32_t kMostHalves = 3;         // tokens a character that is begun may yet need
 inline constexpr uint32_t kDraftCredit = 64;       // a row wasted for so many that are not
 inline constexpr uint32_t kMinPromptRows = 16;     // of a batch, however small the budget
 inline constexpr uint64_t kMixedNs = 100'000'000;  // of a batch with prompts beside answers
@@ -38423,10 +38423,13 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                    .format = request.format.empty() ? nullptr : &request.format,
                                    .answered = answered});
     if (!grammar) return grammar.error();
+    const bool calls = may_call(request);
+    // A format's object is no call where calls have marks of their own.
+    const bool bare = request.format.empty() || !syntax->calls.begin_with_mark();
     out->parser = answer_parser(
-        syntax, {.tools = may_call(request) ? request.tools : std::vector<Tool>(),
+        syntax, {.tools = calls ? request.tools : std::vector<Tool>(),
                  .thought = thought,
-                 .bare_calls = request.format.empty(),
+                 .bare_calls = bare,
                  .answered = answered,
                  .constrained = *grammar != nullptr,
                  .must_call = request.tool_choice.mode == ToolChoice::Mode::required});

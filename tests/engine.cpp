@@ -897,9 +897,7 @@ const std::vector<Request>& mixed_requests() {
 }
 
 // The template that makes the tiny model think before it answers.
-std::string thinking_template() {
-    return std::string(tiny::chat_template) + "{{ '<think>\n' }}";
-}
+std::string thinking_template() { return std::string(tiny::chat_template) + "{{ '<think>\n' }}"; }
 
 // Those for a template of its own think: some longer than they may.
 std::vector<Request> requests_for(const EngineOptions& options) {
@@ -923,8 +921,8 @@ std::string all_items(const Outcome& outcome) {
 const std::vector<std::string>& answers_alone(const EngineOptions& of) {
     static std::map<std::tuple<const std::byte*, KvType, std::string>, std::vector<std::string>>
         known;
-    std::vector<std::string>& answers = known[{of.model_bytes.data(), of.kv_type,
-                                               of.chat_template}];
+    std::vector<std::string>& answers =
+        known[{of.model_bytes.data(), of.kv_type, of.chat_template}];
     if (answers.empty())
         for (const Request& request : requests_for(of)) {
             EngineOptions options = tiny_options();

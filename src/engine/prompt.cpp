@@ -207,10 +207,13 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                    .format = request.format.empty() ? nullptr : &request.format,
                                    .answered = answered});
     if (!grammar) return grammar.error();
+    const bool calls = may_call(request);
+    // A format's object is no call where calls have marks of their own.
+    const bool bare = request.format.empty() || !syntax->calls.begin_with_mark();
     out->parser = answer_parser(
-        syntax, {.tools = may_call(request) ? request.tools : std::vector<Tool>(),
+        syntax, {.tools = calls ? request.tools : std::vector<Tool>(),
                  .thought = thought,
-                 .bare_calls = request.format.empty(),
+                 .bare_calls = bare,
                  .answered = answered,
                  .constrained = *grammar != nullptr,
                  .must_call = request.tool_choice.mode == ToolChoice::Mode::required});
