@@ -2273,7 +2273,7 @@ struct ModelInfo {
     std::string owned_by = "valar";
     uint32_t context_tokens = 0;
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};
-    bool image = false, tools = false, thinking = false;
+    bool image = false, tools = false, thinking = false;  ///< its template knows of them
     bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
 };
 
@@ -37452,8 +37452,9 @@ inline std::span<const std::string_view> family_end_tokens() {
     static constexpr std::string_view spellings[] = {
         // clang-format off
         "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
-        "<|end|>", "<|return|>", "<|call|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>",
-        "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|end_of_role|>", "<end_of_utterance>",
+        "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|tool_response>", "<|eot|>", "<|eom|>",
+        "<end_of_turn>", "<turn|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>", "<|end_of_role|>",
+        "<end_of_utterance>",
         "<|user|>", "<|observation|>", "<EOT>", "</s>", "<eos>", "[EOS]",
         "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
     // clang-format on
@@ -37725,6 +37726,8 @@ void LoadedModel::name(const EngineOptions& options) {
     info_.created = unix_time_ms() / 1000;
     info_.context_tokens = choose_context(options, file_);
     info_.windows = options.windows;
+    info_.tools = chat_template_->shape().tools;
+    info_.thinking = answer_syntax_->has_thought();
 }
 
 bool LoadedModel::is_called(const std::string& name) const {

@@ -216,7 +216,7 @@ struct ModelInfo {
     std::string owned_by = "valar";
     uint32_t context_tokens = 0;
     std::vector<Window> windows = {Window::asap, Window::standard, Window::flex};
-    bool image = false, tools = false, thinking = false;
+    bool image = false, tools = false, thinking = false;  ///< its template knows of them
     bool ready = true;  ///< false while it loads: it is listed, and requests for it wait
 };
 

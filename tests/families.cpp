@@ -236,6 +236,7 @@ void each_family(Check check) {
             CAPTURE(tokens);
             REQUIRE(model.syntax.has_thought());
             Engine engine = open(model);
+            CHECK(engine.responder()->models()[0].thinking);
             check(model, engine, *frame.opens != '\0');
         }
 }

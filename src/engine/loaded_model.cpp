@@ -160,6 +160,8 @@ void LoadedModel::name(const EngineOptions& options) {
     info_.created = unix_time_ms() / 1000;
     info_.context_tokens = choose_context(options, file_);
     info_.windows = options.windows;
+    info_.tools = chat_template_->shape().tools;
+    info_.thinking = answer_syntax_->has_thought();
 }
 
 bool LoadedModel::is_called(const std::string& name) const {
