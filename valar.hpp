@@ -19222,6 +19222,8 @@ struct TemplateShape {
     Ids ids = Ids::any;
     const char* tools_name = "tools";           ///< the variable
     const char* thought = "reasoning_content";  ///< the field of thoughts
+    /// Of each Effort, the word that it takes for it.
+    const char* efforts[6] = {"low", "low", "low", "medium", "high", "high"};
     bool thought_or_text = false;  ///< before calls not both: the text goes behind the thought
 };
 
@@ -19264,6 +19266,7 @@ public:
     const std::string& source() const;
     /// Whether a string literal of the template holds `word`: how one sees what it knows of.
     bool mentions(std::string_view word) const;
+    bool has_word(std::string_view word) const;  ///< one of its string literals is just this
 
 private:
     explicit ChatTemplate(std::shared_ptr<const TemplateProgram> program);
@@ -19280,7 +19283,7 @@ constexpr uint32_t thought_budget(Effort effort) {
 /// The variables for `request`: messages (instructions first, as a system message; parts of text
 /// joined; thoughts and calls of tools with the message that they stand before or behind; all as the
 /// template's shape wants it), tools as OpenAI has them, add_generation_prompt, bos_token, eos_token,
-/// documents as null; with an effort enable_thinking, thinking and reasoning_effort. With
+/// documents as null; with an effort the switches that templates have for it. With
 /// `show_schema` the system message says which schema the answer has to fit.
 TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
                          std::string_view bos, std::string_view eos, int64_t now_s,
@@ -24450,6 +24453,13 @@ bool ChatTemplate::mentions(std::string_view word) const {
     return false;
 }
 
+bool ChatTemplate::has_word(std::string_view word) const {
+    return std::any_of(program_->constants.begin(), program_->constants.end(),
+                       [&](const auto& constant) {
+                           return jinja::is_string(constant) && jinja::chars(constant) == word;
+                       });
+}
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
@@ -24678,6 +24688,43 @@ void find_thought(const ChatTemplate& chat_template, TemplateShape* shape) {
     }
 }
 
+/// The switches that templates have for thoughts.
+void set_effort(Effort effort, const TemplateShape& shape, Json* own) {
+    const bool on = effort != Effort::none;
+    const char* word = shape.efforts[static_cast<size_t>(effort)];
+    own->set("enable_thinking", on)
+        .set("thinking", on)
+        .set("thinking_mode", on ? "enabled" : "disabled")
+        .set("thinking_budget", thought_budget(effort))
+        .set("reasoning_effort", word)
+        .set("thinking_effort", word);
+}
+
+/// Many know three words; what others name is one of their literals, or they refuse the rest.
+void find_efforts(const ChatTemplate& chat_template, TemplateShape* shape) {
+    static constexpr std::string_view words[6][6] = {
+        {"none", "no_think", "minimal", "low", "medium", "high"},
+        {"minimal", "low", "medium", "high"},
+        {"low", "medium", "high"},
+        {"medium", "low", "high"},
+        {"high", "xhigh", "max", "medium", "low"},
+        {"xhigh", "max", "high", "medium", "low"}};
+    const std::string& source = chat_template.source();
+    if (source.find("_effort") == source.npos) return;
+    const auto known = [&](std::string_view word) {
+        return word == "low" || word == "medium" || word == "high" || chat_template.has_word(word);
+    };
+    for (size_t i = 0; i < std::size(words); ++i)
+        for (const std::string_view word : words[i]) {
+            if (word.empty() || !known(word)) continue;
+            shape->efforts[i] = word.data();
+            TemplateInput input = input_of_turns({{Role::user, "probe-of-user"}}, *shape, {}, "<s>",
+                                                 "</s>", 0);
+            set_effort(static_cast<Effort>(i), *shape, &input.own);
+            if (chat_template.render(input)) break;
+        }
+}
+
 TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape) {
     const std::vector<ChatTurn> question = {{Role::user, "probe-of-user"}};
     if (rendered(chat_template, question, shape, {}).empty()) return shape;
@@ -24694,6 +24741,7 @@ TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape)
         find_calls(chat_template, &shape);
     }
     find_thought(chat_template, &shape);
+    find_efforts(chat_template, &shape);
     return shape;
 }
 
@@ -24920,15 +24968,6 @@ void drop_bare_thoughts(std::vector<ChatTurn>& turns) {
                 turns.end());
 }
 
-/// The switches that templates have for thoughts: on or off, and three words for how much.
-void set_effort(Effort effort, Json* own) {
-    const bool on = effort != Effort::none;
-    own->set("enable_thinking", on).set("thinking", on);
-    own->set("reasoning_effort", effort <= Effort::low      ? "low"
-                                 : effort == Effort::medium ? "medium"
-                                                            : "high");
-}
-
 }  // namespace
 
 TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
@@ -24948,7 +24987,7 @@ TemplateInput chat_input(const Request& request, const ChatTemplate& chat_templa
     turns = with_known_roles(std::move(turns), shape);
     if (shape.joins) turns = with_neighbours_joined(std::move(turns), shape);
     TemplateInput input = input_of_turns(turns, shape, std::move(tools), bos, eos, now_s);
-    if (request.effort) set_effort(*request.effort, &input.own);
+    if (request.effort) set_effort(*request.effort, shape, &input.own);
     return input;
 }
 

@@ -774,6 +774,27 @@ TEST_CASE("template: arguments, ids and results as a template takes them") {
               .find("user:<tool_response>\nfirst\n</tool_response>;") != std::string::npos);
 }
 
+TEST_CASE("template: of the words for an effort the nearest that it takes") {
+    const auto words = [](const std::string& source) {
+        const auto made = ChatTemplate::open("{% for m in messages %}{{ m.content }}{% endfor %}" +
+                                             source);
+        REQUIRE(made);
+        std::string all;
+        for (const char* word : made->shape().efforts) all.append(" ").append(word);
+        return all;
+    };
+    const auto refuses = [](const std::string& known) {
+        return "{% if reasoning_effort is defined and reasoning_effort not in " + known +
+               " %}{{ raise_exception('no') }}{% endif %}";
+    };
+    CHECK(words("") == " low low low medium high high");
+    CHECK(words("{{ reasoning_effort or 'none of these' }}") == " low low low medium high high");
+    CHECK(words(refuses("('xhigh', 'medium', 'low')")) == " low low low medium xhigh xhigh");
+    CHECK(words(refuses("['high', 'low', 'no_think']")) == " no_think low low low high high");
+    CHECK(words("{% if thinking_effort in ['minimal', 'none', 'max'] %}{% endif %}") ==
+          " none minimal low medium high max");
+}
+
 TEST_CASE("template: effort and schema reach the template") {
     const auto knows = ChatTemplate::open(jinja("qwen3"));
     REQUIRE(knows);

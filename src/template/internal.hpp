@@ -52,6 +52,8 @@ struct TemplateShape {
     Ids ids = Ids::any;
     const char* tools_name = "tools";           ///< the variable
     const char* thought = "reasoning_content";  ///< the field of thoughts
+    /// Of each Effort, the word that it takes for it.
+    const char* efforts[6] = {"low", "low", "low", "medium", "high", "high"};
     bool thought_or_text = false;  ///< before calls not both: the text goes behind the thought
 };
 
@@ -94,6 +96,7 @@ public:
     const std::string& source() const;
     /// Whether a string literal of the template holds `word`: how one sees what it knows of.
     bool mentions(std::string_view word) const;
+    bool has_word(std::string_view word) const;  ///< one of its string literals is just this
 
 private:
     explicit ChatTemplate(std::shared_ptr<const TemplateProgram> program);
@@ -110,7 +113,7 @@ constexpr uint32_t thought_budget(Effort effort) {
 /// The variables for `request`: messages (instructions first, as a system message; parts of text
 /// joined; thoughts and calls of tools with the message that they stand before or behind; all as the
 /// template's shape wants it), tools as OpenAI has them, add_generation_prompt, bos_token, eos_token,
-/// documents as null; with an effort enable_thinking, thinking and reasoning_effort. With
+/// documents as null; with an effort the switches that templates have for it. With
 /// `show_schema` the system message says which schema the answer has to fit.
 TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
                          std::string_view bos, std::string_view eos, int64_t now_s,

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -233,6 +234,43 @@ void find_thought(const ChatTemplate& chat_template, TemplateShape* shape) {
     }
 }
 
+/// The switches that templates have for thoughts.
+void set_effort(Effort effort, const TemplateShape& shape, Json* own) {
+    const bool on = effort != Effort::none;
+    const char* word = shape.efforts[static_cast<size_t>(effort)];
+    own->set("enable_thinking", on)
+        .set("thinking", on)
+        .set("thinking_mode", on ? "enabled" : "disabled")
+        .set("thinking_budget", thought_budget(effort))
+        .set("reasoning_effort", word)
+        .set("thinking_effort", word);
+}
+
+/// Many know three words; what others name is one of their literals, or they refuse the rest.
+void find_efforts(const ChatTemplate& chat_template, TemplateShape* shape) {
+    static constexpr std::string_view words[6][6] = {
+        {"none", "no_think", "minimal", "low", "medium", "high"},
+        {"minimal", "low", "medium", "high"},
+        {"low", "medium", "high"},
+        {"medium", "low", "high"},
+        {"high", "xhigh", "max", "medium", "low"},
+        {"xhigh", "max", "high", "medium", "low"}};
+    const std::string& source = chat_template.source();
+    if (source.find("_effort") == source.npos) return;
+    const auto known = [&](std::string_view word) {
+        return word == "low" || word == "medium" || word == "high" || chat_template.has_word(word);
+    };
+    for (size_t i = 0; i < std::size(words); ++i)
+        for (const std::string_view word : words[i]) {
+            if (word.empty() || !known(word)) continue;
+            shape->efforts[i] = word.data();
+            TemplateInput input = input_of_turns({{Role::user, "probe-of-user"}}, *shape, {}, "<s>",
+                                                 "</s>", 0);
+            set_effort(static_cast<Effort>(i), *shape, &input.own);
+            if (chat_template.render(input)) break;
+        }
+}
+
 TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape) {
     const std::vector<ChatTurn> question = {{Role::user, "probe-of-user"}};
     if (rendered(chat_template, question, shape, {}).empty()) return shape;
@@ -249,6 +287,7 @@ TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape)
         find_calls(chat_template, &shape);
     }
     find_thought(chat_template, &shape);
+    find_efforts(chat_template, &shape);
     return shape;
 }
 
@@ -475,15 +514,6 @@ void drop_bare_thoughts(std::vector<ChatTurn>& turns) {
                 turns.end());
 }
 
-/// The switches that templates have for thoughts: on or off, and three words for how much.
-void set_effort(Effort effort, Json* own) {
-    const bool on = effort != Effort::none;
-    own->set("enable_thinking", on).set("thinking", on);
-    own->set("reasoning_effort", effort <= Effort::low      ? "low"
-                                 : effort == Effort::medium ? "medium"
-                                                            : "high");
-}
-
 }  // namespace
 
 TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
@@ -503,7 +533,7 @@ TemplateInput chat_input(const Request& request, const ChatTemplate& chat_templa
     turns = with_known_roles(std::move(turns), shape);
     if (shape.joins) turns = with_neighbours_joined(std::move(turns), shape);
     TemplateInput input = input_of_turns(turns, shape, std::move(tools), bos, eos, now_s);
-    if (request.effort) set_effort(*request.effort, &input.own);
+    if (request.effort) set_effort(*request.effort, shape, &input.own);
     return input;
 }
 

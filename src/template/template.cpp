@@ -7,6 +7,7 @@
 #include "template/parser.hpp"
 #include "template/renderer.hpp"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -62,6 +63,13 @@ bool ChatTemplate::mentions(std::string_view word) const {
         if (jinja::is_string(constant) && jinja::chars(constant).find(word) != std::string::npos)
             return true;
     return false;
+}
+
+bool ChatTemplate::has_word(std::string_view word) const {
+    return std::any_of(program_->constants.begin(), program_->constants.end(),
+                       [&](const auto& constant) {
+                           return jinja::is_string(constant) && jinja::chars(constant) == word;
+                       });
 }
 
 }  // namespace detail
