@@ -19274,6 +19274,11 @@ private:
     TemplateShape shape_ = {};
 };
 
+/// A tool of one argument, to see what templates make of it and of calls.
+inline constexpr const char* kProbeTool = "probe_of_tool";
+inline constexpr const char* kProbeArguments = R"({"probe_key": "probe-of-value"})";
+Json probe_tools();
+
 /// Tokens that a thought may have by the wire contract.
 constexpr uint32_t thought_budget(Effort effort) {
     constexpr uint32_t budgets[] = {0, 64, 256, 1024, 4096, 16384};
@@ -24597,29 +24602,12 @@ TemplateShape shape_of(const ChatTemplate& chat_template, TemplateShape shape) {
 
 // ---- what it takes of tools and thoughts -------------------------------------------------------
 
-// A template's own variables and the probes' words must not be the same.
-constexpr const char* probe_tool = "probe_of_tool";
-constexpr const char* probe_arguments = R"({"probe_key": "probe-of-value"})";
-
-Json probe_tools() {
-    const Json text = Json::object().set("type", "string").set("description", "probe");
-    const Json parameters = Json::object()
-                                .set("type", "object")
-                                .set("properties", Json::object().set("probe_key", text))
-                                .set("required", Json::array().push("probe_key"));
-    const Json function = Json::object()
-                              .set("name", probe_tool)
-                              .set("description", "probe")
-                              .set("parameters", parameters);
-    return Json::array().push(Json::object().set("type", "function").set("function", function));
-}
-
 /// A user's question, calls of a tool, their results.
 std::vector<ChatTurn> probe_of_calls(int calls) {
     std::vector<ChatTurn> turns = {{Role::user, "probe-of-user"}, {Role::assistant, {}}};
     for (int i = 0; i < calls; ++i) {
         const std::string id = "call_" + std::string(24, static_cast<char>('a' + i));
-        const ChatCall call{id, probe_tool, probe_arguments, static_cast<size_t>(i)};
+        const ChatCall call{id, kProbeTool, kProbeArguments, static_cast<size_t>(i)};
         turns[1].calls.push_back(call);
         turns.push_back({Role::tool, "probe-of-result", {}, {}, call});
     }
@@ -24643,7 +24631,7 @@ std::string rendered(const ChatTemplate& chat_template, const std::vector<ChatTu
 /// in a string would be, nor as Python shows a dict.
 bool holds_calls(std::string_view text, const TemplateShape& shape, size_t calls) {
     return count_of(text, "probe-of-value") == calls &&
-           count_of(text, probe_tool) >= calls + shape.tools &&
+           count_of(text, kProbeTool) >= calls + shape.tools &&
            text.find("\\\"probe_key") == text.npos && text.find("'probe_key'") == text.npos;
 }
 
@@ -24730,11 +24718,11 @@ TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape)
     if (rendered(chat_template, question, shape, {}).empty()) return shape;
     if (chat_template.source().find("tool") != std::string::npos) {
         const std::string text = rendered(chat_template, question, shape, probe_tools());
-        shape.tools = text.find(probe_tool) != text.npos;
+        shape.tools = text.find(kProbeTool) != text.npos;
         if (!shape.tools && chat_template.source().find("xml_tools") != std::string::npos) {
             shape.tools_name = "xml_tools";  // SmolLM3
             shape.tools =
-                rendered(chat_template, question, shape, probe_tools()).find(probe_tool) !=
+                rendered(chat_template, question, shape, probe_tools()).find(kProbeTool) !=
                 std::string::npos;
             if (!shape.tools) shape.tools_name = "tools";
         }
@@ -24746,6 +24734,19 @@ TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape)
 }
 
 }  // namespace
+
+Json probe_tools() {
+    const Json text = Json::object().set("type", "string").set("description", "probe");
+    const Json parameters = Json::object()
+                                .set("type", "object")
+                                .set("properties", Json::object().set("probe_key", text))
+                                .set("required", Json::array().push("probe_key"));
+    const Json function = Json::object()
+                              .set("name", kProbeTool)
+                              .set("description", "probe")
+                              .set("parameters", parameters);
+    return Json::array().push(Json::object().set("type", "function").set("function", function));
+}
 
 Result<ChatTemplate> ChatTemplate::open(std::string source) {
     auto made = parse(std::move(source));
@@ -25348,9 +25349,9 @@ uint8_t argument_kinds_of(const Json& schema, const Json& root) {
 namespace {
 
 Json call_message(bool text_arguments, bool two_calls) {
-    Json arguments = Json::object().set("city", "Paris").set("days", 3);
-    Json function = Json::object().set("name", "probe-call");
-    function.set("arguments", text_arguments ? Json(arguments.write(json_python)) : arguments);
+    Json function = Json::object().set("name", kProbeTool);
+    function.set("arguments",
+                 text_arguments ? Json(kProbeArguments) : *Json::parse(kProbeArguments));
     Json call = Json::object().set("id", "callprobe").set("type", "function");
     call.set("function", std::move(function));
     Json calls = Json::array().push(call);
@@ -25362,18 +25363,6 @@ Json call_message(bool text_arguments, bool two_calls) {
         .set("tool_calls", std::move(calls));
 }
 
-Json tools_for_probe() {
-    Json city = Json::object().set("type", "string").set("description", "probe");
-    Json days = Json::object().set("type", "integer").set("description", "probe");
-    Json parameters = Json::object().set("type", "object");
-    parameters.set("properties", Json::object().set("city", city).set("days", days));
-    parameters.set("required", Json::array().push("city"));
-    Json function = Json::object().set("name", "probe-call").set("description", "probe");
-    function.set("parameters", std::move(parameters));
-    Json tool = Json::object().set("type", "function").set("function", std::move(function));
-    return Json::array().push(std::move(tool));
-}
-
 /// The template, and what it makes of a call: some build their marks from pieces.
 std::string source_and_probes(const ChatTemplate& chat_template) {
     std::string all = chat_template.source();
@@ -25382,10 +25371,10 @@ std::string source_and_probes(const ChatTemplate& chat_template) {
         Json messages = Json::array();
         messages.push(Json::object().set("role", "user").set("content", "probe-of-user"));
         messages.push(call_message(way & 1, way & 2));
-        input.request.set("messages", std::move(messages)).set("tools", tools_for_probe());
+        input.request.set("messages", std::move(messages)).set("tools", probe_tools());
         input.own.set("add_generation_prompt", true).set("bos_token", "").set("eos_token", "");
         const auto made = chat_template.render(input);
-        if (made && made->text.find("probe-call") != std::string::npos) return all + made->text;
+        if (made && made->text.find(kProbeTool) != std::string::npos) return all + made->text;
     }
     return all;
 }

@@ -104,6 +104,11 @@ private:
     TemplateShape shape_ = {};
 };
 
+/// A tool of one argument, to see what templates make of it and of calls.
+inline constexpr const char* kProbeTool = "probe_of_tool";
+inline constexpr const char* kProbeArguments = R"({"probe_key": "probe-of-value"})";
+Json probe_tools();
+
 /// Tokens that a thought may have by the wire contract.
 constexpr uint32_t thought_budget(Effort effort) {
     constexpr uint32_t budgets[] = {0, 64, 256, 1024, 4096, 16384};

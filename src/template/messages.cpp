@@ -143,29 +143,12 @@ TemplateShape shape_of(const ChatTemplate& chat_template, TemplateShape shape) {
 
 // ---- what it takes of tools and thoughts -------------------------------------------------------
 
-// A template's own variables and the probes' words must not be the same.
-constexpr const char* probe_tool = "probe_of_tool";
-constexpr const char* probe_arguments = R"({"probe_key": "probe-of-value"})";
-
-Json probe_tools() {
-    const Json text = Json::object().set("type", "string").set("description", "probe");
-    const Json parameters = Json::object()
-                                .set("type", "object")
-                                .set("properties", Json::object().set("probe_key", text))
-                                .set("required", Json::array().push("probe_key"));
-    const Json function = Json::object()
-                              .set("name", probe_tool)
-                              .set("description", "probe")
-                              .set("parameters", parameters);
-    return Json::array().push(Json::object().set("type", "function").set("function", function));
-}
-
 /// A user's question, calls of a tool, their results.
 std::vector<ChatTurn> probe_of_calls(int calls) {
     std::vector<ChatTurn> turns = {{Role::user, "probe-of-user"}, {Role::assistant, {}}};
     for (int i = 0; i < calls; ++i) {
         const std::string id = "call_" + std::string(24, static_cast<char>('a' + i));
-        const ChatCall call{id, probe_tool, probe_arguments, static_cast<size_t>(i)};
+        const ChatCall call{id, kProbeTool, kProbeArguments, static_cast<size_t>(i)};
         turns[1].calls.push_back(call);
         turns.push_back({Role::tool, "probe-of-result", {}, {}, call});
     }
@@ -189,7 +172,7 @@ std::string rendered(const ChatTemplate& chat_template, const std::vector<ChatTu
 /// in a string would be, nor as Python shows a dict.
 bool holds_calls(std::string_view text, const TemplateShape& shape, size_t calls) {
     return count_of(text, "probe-of-value") == calls &&
-           count_of(text, probe_tool) >= calls + shape.tools &&
+           count_of(text, kProbeTool) >= calls + shape.tools &&
            text.find("\\\"probe_key") == text.npos && text.find("'probe_key'") == text.npos;
 }
 
@@ -276,11 +259,11 @@ TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape)
     if (rendered(chat_template, question, shape, {}).empty()) return shape;
     if (chat_template.source().find("tool") != std::string::npos) {
         const std::string text = rendered(chat_template, question, shape, probe_tools());
-        shape.tools = text.find(probe_tool) != text.npos;
+        shape.tools = text.find(kProbeTool) != text.npos;
         if (!shape.tools && chat_template.source().find("xml_tools") != std::string::npos) {
             shape.tools_name = "xml_tools";  // SmolLM3
             shape.tools =
-                rendered(chat_template, question, shape, probe_tools()).find(probe_tool) !=
+                rendered(chat_template, question, shape, probe_tools()).find(kProbeTool) !=
                 std::string::npos;
             if (!shape.tools) shape.tools_name = "tools";
         }
@@ -292,6 +275,19 @@ TemplateShape with_tools(const ChatTemplate& chat_template, TemplateShape shape)
 }
 
 }  // namespace
+
+Json probe_tools() {
+    const Json text = Json::object().set("type", "string").set("description", "probe");
+    const Json parameters = Json::object()
+                                .set("type", "object")
+                                .set("properties", Json::object().set("probe_key", text))
+                                .set("required", Json::array().push("probe_key"));
+    const Json function = Json::object()
+                              .set("name", kProbeTool)
+                              .set("description", "probe")
+                              .set("parameters", parameters);
+    return Json::array().push(Json::object().set("type", "function").set("function", function));
+}
 
 Result<ChatTemplate> ChatTemplate::open(std::string source) {
     auto made = parse(std::move(source));

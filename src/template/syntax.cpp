@@ -235,9 +235,9 @@ uint8_t argument_kinds_of(const Json& schema, const Json& root) {
 namespace {
 
 Json call_message(bool text_arguments, bool two_calls) {
-    Json arguments = Json::object().set("city", "Paris").set("days", 3);
-    Json function = Json::object().set("name", "probe-call");
-    function.set("arguments", text_arguments ? Json(arguments.write(json_python)) : arguments);
+    Json function = Json::object().set("name", kProbeTool);
+    function.set("arguments",
+                 text_arguments ? Json(kProbeArguments) : *Json::parse(kProbeArguments));
     Json call = Json::object().set("id", "callprobe").set("type", "function");
     call.set("function", std::move(function));
     Json calls = Json::array().push(call);
@@ -249,18 +249,6 @@ Json call_message(bool text_arguments, bool two_calls) {
         .set("tool_calls", std::move(calls));
 }
 
-Json tools_for_probe() {
-    Json city = Json::object().set("type", "string").set("description", "probe");
-    Json days = Json::object().set("type", "integer").set("description", "probe");
-    Json parameters = Json::object().set("type", "object");
-    parameters.set("properties", Json::object().set("city", city).set("days", days));
-    parameters.set("required", Json::array().push("city"));
-    Json function = Json::object().set("name", "probe-call").set("description", "probe");
-    function.set("parameters", std::move(parameters));
-    Json tool = Json::object().set("type", "function").set("function", std::move(function));
-    return Json::array().push(std::move(tool));
-}
-
 /// The template, and what it makes of a call: some build their marks from pieces.
 std::string source_and_probes(const ChatTemplate& chat_template) {
     std::string all = chat_template.source();
@@ -269,10 +257,10 @@ std::string source_and_probes(const ChatTemplate& chat_template) {
         Json messages = Json::array();
         messages.push(Json::object().set("role", "user").set("content", "probe-of-user"));
         messages.push(call_message(way & 1, way & 2));
-        input.request.set("messages", std::move(messages)).set("tools", tools_for_probe());
+        input.request.set("messages", std::move(messages)).set("tools", probe_tools());
         input.own.set("add_generation_prompt", true).set("bos_token", "").set("eos_token", "");
         const auto made = chat_template.render(input);
-        if (made && made->text.find("probe-call") != std::string::npos) return all + made->text;
+        if (made && made->text.find(kProbeTool) != std::string::npos) return all + made->text;
     }
     return all;
 }
