@@ -19191,12 +19191,20 @@ inline namespace v1 {
 namespace detail {
 
 struct TemplateProgram;
+struct AnswerSyntax;
+
+/// Special tokens inside of texts: a byte that no UTF-8 text has stands before and after each, so
+/// that a token and a text that only looks like one differ.
+inline constexpr char kTokenBegin = '\xFF', kTokenEnd = '\xFE';
+/// Without those bytes.
+std::string without_token_bytes(std::string_view text);
 
 /// What a template sees: one variable for each member of the two objects; of a name that stands in
 /// both, the one of `own`. The strings, keys included, numbers and punctuation of `request` are
 /// text of the request wherever they or pieces of them are printed; `own` is as trusted as the
 /// template. One exception: the `role` of a message that is one of the six roles of Role is the
 /// template's, for there are templates that build a control token around it ('<|' + role + '|>').
+/// And of a message's content what stands between kTokenBegin and kTokenEnd.
 struct TemplateInput {
     Json request = Json::object();  ///< messages, tools
     Json own = Json::object();      ///< bos_token, eos_token, add_generation_prompt ...
@@ -19227,10 +19235,9 @@ struct TemplateShape {
     bool thought_or_text = false;  ///< before calls not both: the text goes behind the thought
 };
 
-/// How calls stand in the text of a model whose template knows of none, and results after them.
-inline constexpr std::string_view kCallBegin = "<tool_call>\n", kCallEnd = "\n</tool_call>";
 /// A custom tool is to a model a function with this argument.
 inline constexpr std::string_view kCustomArgument = "input";
+/// How results stand in a text, where the template knows of none.
 inline constexpr std::string_view kResultBegin = "<tool_response>\n",
                                   kResultEnd = "\n</tool_response>";
 
@@ -19289,10 +19296,11 @@ constexpr uint32_t thought_budget(Effort effort) {
 /// joined; thoughts and calls of tools with the message that they stand before or behind; all as the
 /// template's shape wants it), tools as OpenAI has them, add_generation_prompt, bos_token, eos_token,
 /// documents as null; with an effort the switches that templates have for it. With
-/// `show_schema` the system message says which schema the answer has to fit.
+/// `show_schema` the system message says which schema the answer has to fit. What the template does
+/// not know of calls stands in the text, as `syntax` has it; null: hermes.
 TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
                          std::string_view bos, std::string_view eos, int64_t now_s,
-                         bool show_schema = true);
+                         bool show_schema = true, const AnswerSyntax* syntax = nullptr);
 
 }  // namespace detail
 }  // namespace v1
@@ -20811,7 +20819,7 @@ private:
         uint64_t bytes;
     };
 
-    Value from_json(const Json& json, bool request);
+    Value from_json(const Json& json, bool request, bool content = false);
     void bind_context(const Json& object, bool request);
 
     void push_frame(uint32_t parent) { frames_.push_back({parent, ++serial_, {}}); }
@@ -21125,7 +21133,28 @@ Value Renderer::items_of(const Value& v) {
 
 // context
 
-Value Renderer::from_json(const Json& json, bool request) {
+namespace {
+
+/// In a message's content, what stands between the bytes of tokens is the template's.
+Text text_of(std::string_view chars, bool request, bool content) {
+    Text text;
+    while (!chars.empty()) {
+        const size_t begin = content ? std::min(chars.find(kTokenBegin), chars.size())
+                                     : chars.size();
+        text.text += chars.substr(0, begin);
+        if (request) add_mark(text, text.text.size() - begin, text.text.size());
+        chars.remove_prefix(begin);
+        if (chars.empty()) break;
+        const size_t end = std::min(chars.find(kTokenEnd), chars.size());
+        text.text += chars.substr(1, end - 1);
+        chars.remove_prefix(std::min(end + 1, chars.size()));
+    }
+    return text;
+}
+
+}  // namespace
+
+Value Renderer::from_json(const Json& json, bool request, bool content) {
     Value v;
     switch (json.kind()) {
         case Json::Kind::null: v = make_none(); break;
@@ -21135,9 +21164,7 @@ Value Renderer::from_json(const Json& json, bool request) {
         case Json::Kind::real: v = make_real(json.as_double()); break;
         case Json::Kind::string: {
             allowed_ += json.as_string().size() * 16;
-            Text text{std::string(json.as_string()), {}};
-            if (request) add_mark(text, 0, text.text.size());
-            v = text_value(std::move(text));
+            v = text_value(text_of(json.as_string(), request, content));
             break;
         }
         case Json::Kind::array: {
@@ -21155,7 +21182,9 @@ Value Renderer::from_json(const Json& json, bool request) {
                 allowed_ += m.key.size() * 16 + 1024;
                 Text key{m.key, {}};
                 if (request) add_mark(key, 0, key.text.size());
-                entries.push_back({text_value(std::move(key)), from_json(m.value, request)});
+                const bool is_content = m.key == "content" || m.key == "text";
+                entries.push_back(
+                    {text_value(std::move(key)), from_json(m.value, request, is_content)});
             }
             v = make_dict(std::move(entries));
             break;
@@ -24470,6 +24499,135 @@ bool ChatTemplate::has_word(std::string_view word) const {
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
 
+// ---- src/template/syntax.hpp -------------------------------------------------------------------
+
+// How the families of models write thoughts and calls of tools: a row each.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// How a call and its arguments are written.
+enum class CallStyle : uint8_t {
+    object,    // {"name": "f", "arguments": {"k": 1}}
+    named,     // a mark, the name, {"k": 1}
+    tagged,    // the name, then each argument between marks; strings as they are
+    python,    // f(k=1)
+    gemma,     // call:f{k:1}, strings between marks of their own
+    channels,  // harmony: to=functions.f in the head of a message of its own
+};
+
+/// In a row's texts: a number (of the call, from 0), an identifier, and `true` before a string
+/// argument, `false` before another.
+inline constexpr char kCallNumber = '\1', kCallId = '\2', kIsString = '\3';
+
+/// Calls of one family: `open`, then per call `before` NAME `after_name` ARGUMENTS `after`, with
+/// `between` two calls, then `close`. A model may write other white space where these have some.
+struct CallSyntax {
+    std::string_view name;                         // as --tool-format has it
+    std::array<std::string_view, 3> found_by;      // all stand in the template or what it renders
+    std::array<std::string_view, 2> found_tokens;  // or all are special tokens of the vocabulary
+    CallStyle style;
+    std::array<std::string_view, 2> marks;  // with one of these calls begin
+    std::string_view open, before, after_name, after, between, close;
+    // tagged: around each argument; gemma, `key`: around a string
+    std::string_view key = {}, value = {}, value_end = {};
+};
+std::span<const CallSyntax> call_syntaxes();
+
+/// Thoughts of one family. Texts of several marks have white space that a model may vary.
+struct ThoughtSyntax {
+    std::string_view name;
+    std::array<std::string_view, 2> found_by;  // as above
+    std::string_view open, close;
+    std::array<std::string_view, 4> ignored = {};  // marks around the answer itself
+};
+std::span<const ThoughtSyntax> thought_syntaxes();
+
+/// The rows of one model, their special tokens marked as such.
+struct AnswerSyntax {
+    struct Calls {
+        std::string_view name;
+        CallStyle style = CallStyle::object;
+        std::vector<std::string> marks;
+        std::string open, before, after_name, after, between, close, key, value, value_end;
+        bool begin_with_mark() const;  // so that they may stand after a text
+    };
+    struct Thought {
+        std::string open, close;  // empty: none
+        std::vector<std::string> ignored;
+    };
+    Calls calls;
+    Thought thought;
+    std::vector<std::pair<std::string, Token>> tokens;  // special ones that occur in them
+    bool has_thought() const { return !thought.open.empty(); }
+    bool channels() const { return calls.style == CallStyle::channels; }
+};
+
+/// A call in a text, as the family writes it; where that is no text (channels), as hermes does.
+struct WrittenCall {
+    std::string_view name, id;
+    Json arguments;  // an object
+    size_t number;   // among the conversation's calls
+};
+std::string written_calls(std::span<const WrittenCall> calls, const AnswerSyntax* syntax);
+
+/// The control and user-defined tokens of a vocabulary.
+class SpecialTokens {
+public:
+    SpecialTokens() = default;
+    explicit SpecialTokens(const Tokenizer& tokenizer);
+    void add(std::string spelling, Token token);
+    bool has(std::string_view spelling) const { return token(spelling) >= 0; }
+    Token token(std::string_view spelling) const;  ///< -1: none
+
+private:
+    std::vector<std::pair<std::string, Token>> tokens_;  // sorted
+};
+
+/// What `chat_template` and the vocabulary tell of a model. `tool_format`: the name of a row of
+/// call_syntaxes(); empty: found. Errors: invalid_request for an unknown name.
+Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
+                                        const SpecialTokens& special,
+                                        std::string_view tool_format = {});
+
+/// Where a rendered prompt leaves the model: what it writes next.
+enum class ThoughtState : uint8_t {
+    free,    // a thought or the answer
+    open,    // in a thought that the template has begun
+    closed,  // the answer: the template wrote an empty thought, or its end
+};
+/// Only bytes of the template count: marks in a request's text are text.
+ThoughtState thought_state(const MarkedText& prompt, const AnswerSyntax& syntax);
+
+/// Kinds of JSON values, as bits.
+enum : uint8_t { kString = 1, kNull = 2, kBoolean = 4, kNumber = 8, kList = 16, kAll = 31 };
+
+uint8_t argument_kind(const Json& value);
+/// What a schema allows as far as its types, constants and unions say it.
+uint8_t argument_kinds_of(const Json& schema, const Json& root);
+/// What a reference into `root` names; any other schema itself.
+const Json& resolved_schema(const Json& schema, const Json& root);
+
+struct AnswerParserOptions {
+    std::vector<Tool> tools = {};  ///< a custom one is called with {"input": text}
+    ThoughtState thought = ThoughtState::free;
+    /// A JSON object with a tool's name is a call even without the family's marks, where an answer
+    /// begins with it, be it in a fence.
+    bool bare_calls = true;
+    std::vector<Item> answered = {};  ///< of which such an object, said again, is none
+    /// Decoding is held to the syntax: arguments go out as they come. Else a call goes out when it
+    /// is whole, so that what proves to be none is still text.
+    bool constrained = true;
+    bool must_call = false;  ///< decoding is held to calls: there is no text
+};
+std::unique_ptr<OutputParser> answer_parser(std::shared_ptr<const AnswerSyntax> syntax,
+                                            AnswerParserOptions options);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/template/messages.cpp -----------------------------------------------------------------
 
 // From the items of a request to the messages that a template expects.
@@ -24834,20 +24992,18 @@ Json tools_of(const Request& request) {
     return tools;
 }
 
-std::string call_text(const ChatCall& call) {
-    const Json json =
-        Json::object().set("name", call.name).set("arguments", arguments_of(call, TemplateShape()));
-    return join({kCallBegin, json.write(json_python), kCallEnd});
-}
-
 /// What a template does not know of stands in the text.
-std::vector<ChatTurn> with_calls_as_text(std::vector<ChatTurn> turns, const TemplateShape& shape) {
+std::vector<ChatTurn> with_calls_as_text(std::vector<ChatTurn> turns, const TemplateShape& shape,
+                                         const AnswerSyntax* syntax) {
     for (ChatTurn& turn : turns) {
-        if (!shape.calls) {
-            for (const ChatCall& call : std::exchange(turn.calls, {})) {
-                if (!turn.text.empty()) turn.text += '\n';
-                turn.text += call_text(call);
-            }
+        if (!shape.calls && !turn.calls.empty()) {
+            const auto calls = std::exchange(turn.calls, {});
+            std::vector<WrittenCall> written;
+            for (const ChatCall& call : calls)
+                written.push_back(
+                    {call.name, call.id, arguments_of(call, TemplateShape()), call.number});
+            if (!turn.text.empty()) turn.text += '\n';
+            turn.text += written_calls(written, syntax);
         }
         if (turn.role != Role::tool || (shape.results && shape.calls)) continue;
         turn = {Role::user, join({kResultBegin, turn.text, kResultEnd})};
@@ -24900,12 +25056,13 @@ std::vector<ChatTurn> with_single_calls(std::vector<ChatTurn> turns) {
     return made;
 }
 
-std::string tools_text(const Json& tools) {
+std::string tools_text(const Json& tools, const AnswerSyntax* syntax) {
     std::string text = "# Tools\n\nYou may call one or more of these functions:\n<tools>\n";
-    for (const Json& tool : tools.items()) text += tool.write(json_python) + "\n";
-    return text +
-           "</tools>\n\nA call is a JSON object with the function's name and its arguments:\n" +
-           join({kCallBegin, R"({"name": <name>, "arguments": <object>})", kCallEnd});
+    for (const Json& tool : tools.items())
+        text += without_token_bytes(tool.write(json_python)) + "\n";
+    const WrittenCall example{"function-name", "", Json::object().set("argument", "value"), 0};
+    return text + "</tools>\n\nA call is written like this:\n" +
+           written_calls(std::span(&example, 1), syntax);
 }
 
 std::string schema_text(const Format& format) {
@@ -24959,6 +25116,20 @@ std::vector<ChatTurn> turns_of(const Request& request) {
     return turns;
 }
 
+/// Those bytes are for us alone.
+void drop_token_bytes(std::vector<ChatTurn>& turns) {
+    const auto drop = [](std::string& text) {
+        if (text.find_first_of("\xFF\xFE") != text.npos) text = without_token_bytes(text);
+    };
+    for (ChatTurn& turn : turns) {
+        drop(turn.text);
+        for (ChatCall& call : turn.calls) {
+            drop(call.name);
+            drop(call.arguments);
+        }
+    }
+}
+
 /// A thought that nothing followed was cut: it says nothing to a template.
 void drop_bare_thoughts(std::vector<ChatTurn>& turns) {
     turns.erase(std::remove_if(turns.begin(), turns.end(),
@@ -24973,15 +25144,17 @@ void drop_bare_thoughts(std::vector<ChatTurn>& turns) {
 
 TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
                          std::string_view bos, std::string_view eos, int64_t now_s,
-                         bool show_schema) {
+                         bool show_schema, const AnswerSyntax* syntax) {
     const TemplateShape& shape = chat_template.shape();
     std::vector<ChatTurn> turns = turns_of(request);
+    drop_token_bytes(turns);
     drop_bare_thoughts(turns);
     Json tools = tools_of(request);
-    if (!tools.empty() && !shape.tools) add_order(turns, tools_text(std::exchange(tools, {})));
+    if (!tools.empty() && !shape.tools)
+        add_order(turns, tools_text(std::exchange(tools, {}), syntax));
     if (show_schema && !request.format.schema.is_null() && !request.format.schema.empty())
-        add_order(turns, schema_text(request.format));
-    turns = with_calls_as_text(std::move(turns), shape);
+        add_order(turns, without_token_bytes(schema_text(request.format)));
+    turns = with_calls_as_text(std::move(turns), shape, syntax);
     if (shape.thought_or_text) turns = with_thought_or_text(std::move(turns));
     if (shape.null_content) turns = with_calls_apart(std::move(turns));
     if (!shape.parallel) turns = with_single_calls(std::move(turns));
@@ -24996,133 +25169,6 @@ TemplateInput chat_input(const Request& request, const ChatTemplate& chat_templa
 }  // namespace v1
 }  // namespace valar
 #endif  // VALAR_NO_INFERENCE
-
-// ---- src/template/syntax.hpp -------------------------------------------------------------------
-
-// How the families of models write thoughts and calls of tools: a row each.
-
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-/// How a call and its arguments are written.
-enum class CallStyle : uint8_t {
-    object,    // {"name": "f", "arguments": {"k": 1}}
-    named,     // a mark, the name, {"k": 1}
-    tagged,    // the name, then each argument between marks; strings as they are
-    python,    // f(k=1)
-    gemma,     // call:f{k:1}, strings between marks of their own
-    channels,  // harmony: to=functions.f in the head of a message of its own
-};
-
-/// In a row's texts: a number (of the call, from 0), an identifier, and `true` before a string
-/// argument, `false` before another.
-inline constexpr char kCallNumber = '\1', kCallId = '\2', kIsString = '\3';
-
-/// Calls of one family: `open`, then per call `before` NAME `after_name` ARGUMENTS `after`, with
-/// `between` two calls, then `close`. A model may write other white space where these have some.
-struct CallSyntax {
-    std::string_view name;                         // as --tool-format has it
-    std::array<std::string_view, 3> found_by;      // all stand in the template or what it renders
-    std::array<std::string_view, 2> found_tokens;  // or all are special tokens of the vocabulary
-    CallStyle style;
-    std::array<std::string_view, 2> marks;  // with one of these calls begin
-    std::string_view open, before, after_name, after, between, close;
-    // tagged: around each argument; gemma, `key`: around a string
-    std::string_view key = {}, value = {}, value_end = {};
-};
-std::span<const CallSyntax> call_syntaxes();
-
-/// Thoughts of one family. Texts of several marks have white space that a model may vary.
-struct ThoughtSyntax {
-    std::string_view name;
-    std::array<std::string_view, 2> found_by;  // as above
-    std::string_view open, close;
-    std::array<std::string_view, 4> ignored = {};  // marks around the answer itself
-};
-std::span<const ThoughtSyntax> thought_syntaxes();
-
-/// Special tokens inside of texts: a byte that no UTF-8 text has stands before and after each, so
-/// that a token and a text that only looks like one differ.
-inline constexpr char kTokenBegin = '\xFF', kTokenEnd = '\xFE';
-/// Without those bytes.
-std::string without_token_bytes(std::string_view text);
-
-/// The rows of one model, their special tokens marked as such.
-struct AnswerSyntax {
-    struct Calls {
-        std::string_view name;
-        CallStyle style = CallStyle::object;
-        std::vector<std::string> marks;
-        std::string open, before, after_name, after, between, close, key, value, value_end;
-        bool begin_with_mark() const;  // so that they may stand after a text
-    };
-    struct Thought {
-        std::string open, close;  // empty: none
-        std::vector<std::string> ignored;
-    };
-    Calls calls;
-    Thought thought;
-    std::vector<std::pair<std::string, Token>> tokens;  // special ones that occur in them
-    bool has_thought() const { return !thought.open.empty(); }
-    bool channels() const { return calls.style == CallStyle::channels; }
-};
-
-/// The control and user-defined tokens of a vocabulary.
-class SpecialTokens {
-public:
-    SpecialTokens() = default;
-    explicit SpecialTokens(const Tokenizer& tokenizer);
-    void add(std::string spelling, Token token);
-    bool has(std::string_view spelling) const { return token(spelling) >= 0; }
-    Token token(std::string_view spelling) const;  ///< -1: none
-
-private:
-    std::vector<std::pair<std::string, Token>> tokens_;  // sorted
-};
-
-/// What `chat_template` and the vocabulary tell of a model. `tool_format`: the name of a row of
-/// call_syntaxes(); empty: found. Errors: invalid_request for an unknown name.
-Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
-                                        const SpecialTokens& special,
-                                        std::string_view tool_format = {});
-
-/// Where a rendered prompt leaves the model: what it writes next.
-enum class ThoughtState : uint8_t {
-    free,    // a thought or the answer
-    open,    // in a thought that the template has begun
-    closed,  // the answer: the template wrote an empty thought, or its end
-};
-/// Only bytes of the template count: marks in a request's text are text.
-ThoughtState thought_state(const MarkedText& prompt, const AnswerSyntax& syntax);
-
-/// Kinds of JSON values, as bits.
-enum : uint8_t { kString = 1, kNull = 2, kBoolean = 4, kNumber = 8, kList = 16, kAll = 31 };
-
-uint8_t argument_kind(const Json& value);
-/// What a schema allows as far as its types, constants and unions say it.
-uint8_t argument_kinds_of(const Json& schema, const Json& root);
-/// What a reference into `root` names; any other schema itself.
-const Json& resolved_schema(const Json& schema, const Json& root);
-
-struct AnswerParserOptions {
-    std::vector<Tool> tools = {};  ///< a custom one is called with {"input": text}
-    ThoughtState thought = ThoughtState::free;
-    /// A JSON object with a tool's name is a call even without the family's marks, where an answer
-    /// begins with it, be it in a fence.
-    bool bare_calls = true;
-    std::vector<Item> answered = {};  ///< of which such an object, said again, is none
-    /// Decoding is held to the syntax: arguments go out as they come. Else a call goes out when it
-    /// is whole, so that what proves to be none is still text.
-    bool constrained = true;
-    bool must_call = false;  ///< decoding is held to calls: there is no text
-};
-std::unique_ptr<OutputParser> answer_parser(std::shared_ptr<const AnswerSyntax> syntax,
-                                            AnswerParserOptions options);
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
 
 // ---- src/template/syntax.cpp -------------------------------------------------------------------
 
@@ -25489,6 +25535,26 @@ std::string without_token_bytes(std::string_view text) {
     return out;
 }
 
+namespace {
+
+AnswerSyntax::Calls calls_of_row(const CallSyntax& row, TokenMarker& marked) {
+    AnswerSyntax::Calls calls;
+    calls.name = row.name;
+    calls.style = row.style;
+    for (std::string_view mark : row.marks)
+        if (!mark.empty()) calls.marks.push_back(marked(mark));
+    const std::pair<std::string*, std::string_view> parts[] = {
+        {&calls.open, row.open},   {&calls.before, row.before},
+        {&calls.after, row.after}, {&calls.after_name, row.after_name},
+        {&calls.key, row.key},     {&calls.between, row.between},
+        {&calls.value, row.value}, {&calls.value_end, row.value_end},
+        {&calls.close, row.close}};
+    for (const auto& [to, from] : parts) *to = marked(from);
+    return calls;
+}
+
+}  // namespace
+
 Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
                                         const SpecialTokens& special,
                                         std::string_view tool_format) {
@@ -25498,18 +25564,7 @@ Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
     if (!row) return refuse_tool_format(tool_format);
     AnswerSyntax made;
     TokenMarker marked(special, &made.tokens);
-    AnswerSyntax::Calls& calls = made.calls;
-    calls.name = row->name;
-    calls.style = row->style;
-    for (std::string_view mark : row->marks)
-        if (!mark.empty()) calls.marks.push_back(marked(mark));
-    const std::pair<std::string*, std::string_view> parts[] = {
-        {&calls.open, row->open},   {&calls.before, row->before},
-        {&calls.after, row->after}, {&calls.after_name, row->after_name},
-        {&calls.key, row->key},     {&calls.between, row->between},
-        {&calls.value, row->value}, {&calls.value_end, row->value_end},
-        {&calls.close, row->close}};
-    for (const auto& [to, from] : parts) *to = marked(from);
+    made.calls = calls_of_row(*row, marked);
     for (const ThoughtSyntax& thought : thought_syntaxes()) {
         if (made.channels() != (thought.name == "harmony") ||
             !has_all(thought.found_by,
@@ -25522,6 +25577,86 @@ Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
         break;
     }
     return made;
+}
+
+// ---- Calls written into a text ----------------------------------------------------------------
+
+namespace {
+
+/// A text of a row for this call.
+std::string written(std::string_view text, const WrittenCall& call, bool is_string = false) {
+    std::string out;
+    for (char c : text) {
+        if (c == kCallNumber) out += std::to_string(call.number);
+        else if (c == kCallId) out += derive_id({}, call.id).substr(0, 9);
+        else if (c == kIsString) out += is_string ? "true" : "false";
+        else out += c;
+    }
+    return out;
+}
+
+std::string python_value(const Json& value) {
+    if (value.is_null()) return "None";
+    if (value.is_bool()) return value.as_bool() ? "True" : "False";
+    return value.write(json_python);
+}
+
+std::string gemma_value(const Json& value, std::string_view quote) {
+    if (value.is_string()) return join({quote, value.as_string(), quote});
+    std::string out;
+    const auto add = [&](std::string_view key, const Json& one) {
+        out.append(out.empty() ? "" : ",").append(key) += gemma_value(one, quote);
+    };
+    if (value.is_array()) {
+        for (const Json& one : value.items()) add("", one);
+        return "[" + out + "]";
+    }
+    if (!value.is_object()) return value.write();
+    for (const JsonMember& one : value.members()) add(one.key + ":", one.value);
+    return "{" + out + "}";
+}
+
+std::string written_arguments(const WrittenCall& call, const AnswerSyntax::Calls& row) {
+    if (row.style == CallStyle::gemma) return gemma_value(call.arguments, row.key);
+    std::string out;
+    for (const JsonMember& one : call.arguments.members()) {
+        const bool is_string = one.value.is_string();
+        if (row.style == CallStyle::tagged) {
+            out += join({row.key, one.key, written(row.value, call, is_string)});
+            out += is_string ? std::string(one.value.as_string()) : one.value.write(json_python);
+            out += row.value_end;
+        } else if (row.style == CallStyle::python) {
+            out += join({out.empty() ? "" : ", ", one.key, "=", python_value(one.value)});
+        } else {
+            return call.arguments.write(json_python);
+        }
+    }
+    const bool object = row.style != CallStyle::tagged && row.style != CallStyle::python;
+    return object ? "{}" : out;
+}
+
+const AnswerSyntax::Calls& hermes_calls() {
+    static const AnswerSyntax::Calls calls = [] {
+        const SpecialTokens none;
+        std::vector<std::pair<std::string, Token>> found;
+        TokenMarker marked(none, &found);
+        return calls_of_row(*named_syntax("hermes"), marked);
+    }();
+    return calls;
+}
+
+}  // namespace
+
+std::string written_calls(std::span<const WrittenCall> calls, const AnswerSyntax* syntax) {
+    const auto& row = syntax && !syntax->channels() ? syntax->calls : hermes_calls();
+    std::string out = row.open;
+    for (const WrittenCall& call : calls) {
+        if (&call != calls.data()) out += row.between;
+        out += written(row.before, call);
+        out += call.name;
+        out += written(row.after_name, call) + written_arguments(call, row) + row.after;
+    }
+    return out + row.close;
 }
 
 // ---- Where a prompt ends ----------------------------------------------------------------------
@@ -38490,9 +38625,9 @@ Result<MarkedText> PromptMaker::render(const Request& request) const {
     const auto spelling = [&](std::optional<Token> token) {
         return token ? tokenizer.piece(*token) : std::string_view();
     };
-    const TemplateInput input = chat_input(request, model_.chat_template(),
-                                           spelling(tokenizer.bos()), spelling(tokenizer.eos()),
-                                           unix_time_ms() / 1000, options_.show_schema);
+    const TemplateInput input = chat_input(
+        request, model_.chat_template(), spelling(tokenizer.bos()), spelling(tokenizer.eos()),
+        unix_time_ms() / 1000, options_.show_schema, model_.answer_syntax().get());
     auto text = model_.chat_template().render(input);
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",

@@ -198,6 +198,21 @@ TEST_CASE("each family's calls") {
     }
 }
 
+TEST_CASE("calls written into a text read back as they were") {
+    const Json days = *Json::parse(R"({"city": "K\"\n", "days": 3})");
+    const WrittenCall calls[] = {{"weather", "call_1", days, 0},
+                                 {"now", "call_2", Json::object(), 1}};
+    for (const CallSyntax& row : call_syntaxes()) {
+        CAPTURE(row.name);
+        if (row.style == CallStyle::channels) continue;
+        Written written{"", std::string(row.name)};
+        const AnswerSyntax syntax = syntax_of(written);
+        written.text = written_calls(calls, &syntax);
+        CAPTURE(written.text);
+        CHECK(read(written) == kTwo);
+    }
+}
+
 TEST_CASE("a call that is none is text") {
     CHECK(read({"<|tool_call_begin|>fun<|tool_call_begin|>",
                 "kimi",

@@ -14,6 +14,7 @@
 #include "gguf.hpp"
 #include "template/families.hpp"
 #include "template/internal.hpp"
+#include "template/syntax.hpp"
 #include "unicode_internal.hpp"
 
 using namespace valar;
@@ -699,6 +700,19 @@ TEST_CASE("template: tools, calls and thoughts become messages") {
           "</tool_call>");
     CHECK(messages[3]["role"].as_string() == "user");
     CHECK(messages[3]["content"].as_string() == "<tool_response>\ndone\n</tool_response>");
+
+    // Or as the model's family has it: then its marks are the template's, and nobody else's.
+    SpecialTokens special;
+    for (const char* mark : {"[TOOL_CALLS]", "[ARGS]"}) special.add(mark, 7);
+    const auto mistral = find_answer_syntax(*plain, special, "mistral");
+    REQUIRE(mistral);
+    request.input.items[0] = Item::message(Role::user, "\xFF[TOOL_CALLS]\xFE!");
+    input = chat_input(request, *plain, "", "", kNow, true, &*mistral);
+    const std::string with_marks = shown(*plain->render(input));
+    CHECK(with_marks.find("^well\n$[TOOL_CALLS]^forge$[ARGS]^{\"what\": \"sword\"}$[TOOL_CALLS]"
+                          "^shout$[ARGS]^{\"input\": \"HO\"}$<|im_end|>") != std::string::npos);
+    CHECK(with_marks.find("^[TOOL_CALLS]!$") != std::string::npos);
+    CHECK(with_marks.find("like this:\n$[TOOL_CALLS]^function-name$[ARGS]") != std::string::npos);
 }
 
 TEST_CASE("template: arguments, ids and results as a template takes them") {

@@ -243,9 +243,9 @@ Result<MarkedText> PromptMaker::render(const Request& request) const {
     const auto spelling = [&](std::optional<Token> token) {
         return token ? tokenizer.piece(*token) : std::string_view();
     };
-    const TemplateInput input = chat_input(request, model_.chat_template(),
-                                           spelling(tokenizer.bos()), spelling(tokenizer.eos()),
-                                           unix_time_ms() / 1000, options_.show_schema);
+    const TemplateInput input = chat_input(
+        request, model_.chat_template(), spelling(tokenizer.bos()), spelling(tokenizer.eos()),
+        unix_time_ms() / 1000, options_.show_schema, model_.answer_syntax().get());
     auto text = model_.chat_template().render(input);
     if (!text && text.error().kind == ErrorKind::too_large)
         return refuse_field("input", "the prompt has more than 16 MiB of text",

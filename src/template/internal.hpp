@@ -21,12 +21,20 @@ inline namespace v1 {
 namespace detail {
 
 struct TemplateProgram;
+struct AnswerSyntax;
+
+/// Special tokens inside of texts: a byte that no UTF-8 text has stands before and after each, so
+/// that a token and a text that only looks like one differ.
+inline constexpr char kTokenBegin = '\xFF', kTokenEnd = '\xFE';
+/// Without those bytes.
+std::string without_token_bytes(std::string_view text);
 
 /// What a template sees: one variable for each member of the two objects; of a name that stands in
 /// both, the one of `own`. The strings, keys included, numbers and punctuation of `request` are
 /// text of the request wherever they or pieces of them are printed; `own` is as trusted as the
 /// template. One exception: the `role` of a message that is one of the six roles of Role is the
 /// template's, for there are templates that build a control token around it ('<|' + role + '|>').
+/// And of a message's content what stands between kTokenBegin and kTokenEnd.
 struct TemplateInput {
     Json request = Json::object();  ///< messages, tools
     Json own = Json::object();      ///< bos_token, eos_token, add_generation_prompt ...
@@ -57,10 +65,9 @@ struct TemplateShape {
     bool thought_or_text = false;  ///< before calls not both: the text goes behind the thought
 };
 
-/// How calls stand in the text of a model whose template knows of none, and results after them.
-inline constexpr std::string_view kCallBegin = "<tool_call>\n", kCallEnd = "\n</tool_call>";
 /// A custom tool is to a model a function with this argument.
 inline constexpr std::string_view kCustomArgument = "input";
+/// How results stand in a text, where the template knows of none.
 inline constexpr std::string_view kResultBegin = "<tool_response>\n",
                                   kResultEnd = "\n</tool_response>";
 
@@ -119,10 +126,11 @@ constexpr uint32_t thought_budget(Effort effort) {
 /// joined; thoughts and calls of tools with the message that they stand before or behind; all as the
 /// template's shape wants it), tools as OpenAI has them, add_generation_prompt, bos_token, eos_token,
 /// documents as null; with an effort the switches that templates have for it. With
-/// `show_schema` the system message says which schema the answer has to fit.
+/// `show_schema` the system message says which schema the answer has to fit. What the template does
+/// not know of calls stands in the text, as `syntax` has it; null: hermes.
 TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
                          std::string_view bos, std::string_view eos, int64_t now_s,
-                         bool show_schema = true);
+                         bool show_schema = true, const AnswerSyntax* syntax = nullptr);
 
 }  // namespace detail
 }  // namespace v1

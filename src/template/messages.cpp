@@ -2,13 +2,14 @@
 #include "prologue.hpp"
 
 #include "api_internal.hpp"
-#include "template/internal.hpp"
+#include "template/syntax.hpp"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -375,20 +376,18 @@ Json tools_of(const Request& request) {
     return tools;
 }
 
-std::string call_text(const ChatCall& call) {
-    const Json json =
-        Json::object().set("name", call.name).set("arguments", arguments_of(call, TemplateShape()));
-    return join({kCallBegin, json.write(json_python), kCallEnd});
-}
-
 /// What a template does not know of stands in the text.
-std::vector<ChatTurn> with_calls_as_text(std::vector<ChatTurn> turns, const TemplateShape& shape) {
+std::vector<ChatTurn> with_calls_as_text(std::vector<ChatTurn> turns, const TemplateShape& shape,
+                                         const AnswerSyntax* syntax) {
     for (ChatTurn& turn : turns) {
-        if (!shape.calls) {
-            for (const ChatCall& call : std::exchange(turn.calls, {})) {
-                if (!turn.text.empty()) turn.text += '\n';
-                turn.text += call_text(call);
-            }
+        if (!shape.calls && !turn.calls.empty()) {
+            const auto calls = std::exchange(turn.calls, {});
+            std::vector<WrittenCall> written;
+            for (const ChatCall& call : calls)
+                written.push_back(
+                    {call.name, call.id, arguments_of(call, TemplateShape()), call.number});
+            if (!turn.text.empty()) turn.text += '\n';
+            turn.text += written_calls(written, syntax);
         }
         if (turn.role != Role::tool || (shape.results && shape.calls)) continue;
         turn = {Role::user, join({kResultBegin, turn.text, kResultEnd})};
@@ -441,12 +440,13 @@ std::vector<ChatTurn> with_single_calls(std::vector<ChatTurn> turns) {
     return made;
 }
 
-std::string tools_text(const Json& tools) {
+std::string tools_text(const Json& tools, const AnswerSyntax* syntax) {
     std::string text = "# Tools\n\nYou may call one or more of these functions:\n<tools>\n";
-    for (const Json& tool : tools.items()) text += tool.write(json_python) + "\n";
-    return text +
-           "</tools>\n\nA call is a JSON object with the function's name and its arguments:\n" +
-           join({kCallBegin, R"({"name": <name>, "arguments": <object>})", kCallEnd});
+    for (const Json& tool : tools.items())
+        text += without_token_bytes(tool.write(json_python)) + "\n";
+    const WrittenCall example{"function-name", "", Json::object().set("argument", "value"), 0};
+    return text + "</tools>\n\nA call is written like this:\n" +
+           written_calls(std::span(&example, 1), syntax);
 }
 
 std::string schema_text(const Format& format) {
@@ -500,6 +500,20 @@ std::vector<ChatTurn> turns_of(const Request& request) {
     return turns;
 }
 
+/// Those bytes are for us alone.
+void drop_token_bytes(std::vector<ChatTurn>& turns) {
+    const auto drop = [](std::string& text) {
+        if (text.find_first_of("\xFF\xFE") != text.npos) text = without_token_bytes(text);
+    };
+    for (ChatTurn& turn : turns) {
+        drop(turn.text);
+        for (ChatCall& call : turn.calls) {
+            drop(call.name);
+            drop(call.arguments);
+        }
+    }
+}
+
 /// A thought that nothing followed was cut: it says nothing to a template.
 void drop_bare_thoughts(std::vector<ChatTurn>& turns) {
     turns.erase(std::remove_if(turns.begin(), turns.end(),
@@ -514,15 +528,17 @@ void drop_bare_thoughts(std::vector<ChatTurn>& turns) {
 
 TemplateInput chat_input(const Request& request, const ChatTemplate& chat_template,
                          std::string_view bos, std::string_view eos, int64_t now_s,
-                         bool show_schema) {
+                         bool show_schema, const AnswerSyntax* syntax) {
     const TemplateShape& shape = chat_template.shape();
     std::vector<ChatTurn> turns = turns_of(request);
+    drop_token_bytes(turns);
     drop_bare_thoughts(turns);
     Json tools = tools_of(request);
-    if (!tools.empty() && !shape.tools) add_order(turns, tools_text(std::exchange(tools, {})));
+    if (!tools.empty() && !shape.tools)
+        add_order(turns, tools_text(std::exchange(tools, {}), syntax));
     if (show_schema && !request.format.schema.is_null() && !request.format.schema.empty())
-        add_order(turns, schema_text(request.format));
-    turns = with_calls_as_text(std::move(turns), shape);
+        add_order(turns, without_token_bytes(schema_text(request.format)));
+    turns = with_calls_as_text(std::move(turns), shape, syntax);
     if (shape.thought_or_text) turns = with_thought_or_text(std::move(turns));
     if (shape.null_content) turns = with_calls_apart(std::move(turns));
     if (!shape.parallel) turns = with_single_calls(std::move(turns));

@@ -249,7 +249,28 @@ Value Renderer::items_of(const Value& v) {
 
 // context
 
-Value Renderer::from_json(const Json& json, bool request) {
+namespace {
+
+/// In a message's content, what stands between the bytes of tokens is the template's.
+Text text_of(std::string_view chars, bool request, bool content) {
+    Text text;
+    while (!chars.empty()) {
+        const size_t begin = content ? std::min(chars.find(kTokenBegin), chars.size())
+                                     : chars.size();
+        text.text += chars.substr(0, begin);
+        if (request) add_mark(text, text.text.size() - begin, text.text.size());
+        chars.remove_prefix(begin);
+        if (chars.empty()) break;
+        const size_t end = std::min(chars.find(kTokenEnd), chars.size());
+        text.text += chars.substr(1, end - 1);
+        chars.remove_prefix(std::min(end + 1, chars.size()));
+    }
+    return text;
+}
+
+}  // namespace
+
+Value Renderer::from_json(const Json& json, bool request, bool content) {
     Value v;
     switch (json.kind()) {
         case Json::Kind::null: v = make_none(); break;
@@ -259,9 +280,7 @@ Value Renderer::from_json(const Json& json, bool request) {
         case Json::Kind::real: v = make_real(json.as_double()); break;
         case Json::Kind::string: {
             allowed_ += json.as_string().size() * 16;
-            Text text{std::string(json.as_string()), {}};
-            if (request) add_mark(text, 0, text.text.size());
-            v = text_value(std::move(text));
+            v = text_value(text_of(json.as_string(), request, content));
             break;
         }
         case Json::Kind::array: {
@@ -279,7 +298,9 @@ Value Renderer::from_json(const Json& json, bool request) {
                 allowed_ += m.key.size() * 16 + 1024;
                 Text key{m.key, {}};
                 if (request) add_mark(key, 0, key.text.size());
-                entries.push_back({text_value(std::move(key)), from_json(m.value, request)});
+                const bool is_content = m.key == "content" || m.key == "text";
+                entries.push_back(
+                    {text_value(std::move(key)), from_json(m.value, request, is_content)});
             }
             v = make_dict(std::move(entries));
             break;

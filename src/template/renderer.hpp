@@ -150,7 +150,7 @@ private:
         uint64_t bytes;
     };
 
-    Value from_json(const Json& json, bool request);
+    Value from_json(const Json& json, bool request, bool content = false);
     void bind_context(const Json& object, bool request);
 
     void push_frame(uint32_t parent) { frames_.push_back({parent, ++serial_, {}}); }

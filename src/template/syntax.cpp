@@ -1,5 +1,6 @@
 #include "prologue.hpp"
 
+#include "api_internal.hpp"
 #include "base/internal.hpp"
 #include "base/text.hpp"
 #include "template/syntax.hpp"
@@ -375,6 +376,26 @@ std::string without_token_bytes(std::string_view text) {
     return out;
 }
 
+namespace {
+
+AnswerSyntax::Calls calls_of_row(const CallSyntax& row, TokenMarker& marked) {
+    AnswerSyntax::Calls calls;
+    calls.name = row.name;
+    calls.style = row.style;
+    for (std::string_view mark : row.marks)
+        if (!mark.empty()) calls.marks.push_back(marked(mark));
+    const std::pair<std::string*, std::string_view> parts[] = {
+        {&calls.open, row.open},   {&calls.before, row.before},
+        {&calls.after, row.after}, {&calls.after_name, row.after_name},
+        {&calls.key, row.key},     {&calls.between, row.between},
+        {&calls.value, row.value}, {&calls.value_end, row.value_end},
+        {&calls.close, row.close}};
+    for (const auto& [to, from] : parts) *to = marked(from);
+    return calls;
+}
+
+}  // namespace
+
 Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
                                         const SpecialTokens& special,
                                         std::string_view tool_format) {
@@ -384,18 +405,7 @@ Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
     if (!row) return refuse_tool_format(tool_format);
     AnswerSyntax made;
     TokenMarker marked(special, &made.tokens);
-    AnswerSyntax::Calls& calls = made.calls;
-    calls.name = row->name;
-    calls.style = row->style;
-    for (std::string_view mark : row->marks)
-        if (!mark.empty()) calls.marks.push_back(marked(mark));
-    const std::pair<std::string*, std::string_view> parts[] = {
-        {&calls.open, row->open},   {&calls.before, row->before},
-        {&calls.after, row->after}, {&calls.after_name, row->after_name},
-        {&calls.key, row->key},     {&calls.between, row->between},
-        {&calls.value, row->value}, {&calls.value_end, row->value_end},
-        {&calls.close, row->close}};
-    for (const auto& [to, from] : parts) *to = marked(from);
+    made.calls = calls_of_row(*row, marked);
     for (const ThoughtSyntax& thought : thought_syntaxes()) {
         if (made.channels() != (thought.name == "harmony") ||
             !has_all(thought.found_by,
@@ -408,6 +418,86 @@ Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
         break;
     }
     return made;
+}
+
+// ---- Calls written into a text ----------------------------------------------------------------
+
+namespace {
+
+/// A text of a row for this call.
+std::string written(std::string_view text, const WrittenCall& call, bool is_string = false) {
+    std::string out;
+    for (char c : text) {
+        if (c == kCallNumber) out += std::to_string(call.number);
+        else if (c == kCallId) out += derive_id({}, call.id).substr(0, 9);
+        else if (c == kIsString) out += is_string ? "true" : "false";
+        else out += c;
+    }
+    return out;
+}
+
+std::string python_value(const Json& value) {
+    if (value.is_null()) return "None";
+    if (value.is_bool()) return value.as_bool() ? "True" : "False";
+    return value.write(json_python);
+}
+
+std::string gemma_value(const Json& value, std::string_view quote) {
+    if (value.is_string()) return join({quote, value.as_string(), quote});
+    std::string out;
+    const auto add = [&](std::string_view key, const Json& one) {
+        out.append(out.empty() ? "" : ",").append(key) += gemma_value(one, quote);
+    };
+    if (value.is_array()) {
+        for (const Json& one : value.items()) add("", one);
+        return "[" + out + "]";
+    }
+    if (!value.is_object()) return value.write();
+    for (const JsonMember& one : value.members()) add(one.key + ":", one.value);
+    return "{" + out + "}";
+}
+
+std::string written_arguments(const WrittenCall& call, const AnswerSyntax::Calls& row) {
+    if (row.style == CallStyle::gemma) return gemma_value(call.arguments, row.key);
+    std::string out;
+    for (const JsonMember& one : call.arguments.members()) {
+        const bool is_string = one.value.is_string();
+        if (row.style == CallStyle::tagged) {
+            out += join({row.key, one.key, written(row.value, call, is_string)});
+            out += is_string ? std::string(one.value.as_string()) : one.value.write(json_python);
+            out += row.value_end;
+        } else if (row.style == CallStyle::python) {
+            out += join({out.empty() ? "" : ", ", one.key, "=", python_value(one.value)});
+        } else {
+            return call.arguments.write(json_python);
+        }
+    }
+    const bool object = row.style != CallStyle::tagged && row.style != CallStyle::python;
+    return object ? "{}" : out;
+}
+
+const AnswerSyntax::Calls& hermes_calls() {
+    static const AnswerSyntax::Calls calls = [] {
+        const SpecialTokens none;
+        std::vector<std::pair<std::string, Token>> found;
+        TokenMarker marked(none, &found);
+        return calls_of_row(*named_syntax("hermes"), marked);
+    }();
+    return calls;
+}
+
+}  // namespace
+
+std::string written_calls(std::span<const WrittenCall> calls, const AnswerSyntax* syntax) {
+    const auto& row = syntax && !syntax->channels() ? syntax->calls : hermes_calls();
+    std::string out = row.open;
+    for (const WrittenCall& call : calls) {
+        if (&call != calls.data()) out += row.between;
+        out += written(row.before, call);
+        out += call.name;
+        out += written(row.after_name, call) + written_arguments(call, row) + row.after;
+    }
+    return out + row.close;
 }
 
 // ---- Where a prompt ends ----------------------------------------------------------------------

@@ -55,12 +55,6 @@ struct ThoughtSyntax {
 };
 std::span<const ThoughtSyntax> thought_syntaxes();
 
-/// Special tokens inside of texts: a byte that no UTF-8 text has stands before and after each, so
-/// that a token and a text that only looks like one differ.
-inline constexpr char kTokenBegin = '\xFF', kTokenEnd = '\xFE';
-/// Without those bytes.
-std::string without_token_bytes(std::string_view text);
-
 /// The rows of one model, their special tokens marked as such.
 struct AnswerSyntax {
     struct Calls {
@@ -80,6 +74,14 @@ struct AnswerSyntax {
     bool has_thought() const { return !thought.open.empty(); }
     bool channels() const { return calls.style == CallStyle::channels; }
 };
+
+/// A call in a text, as the family writes it; where that is no text (channels), as hermes does.
+struct WrittenCall {
+    std::string_view name, id;
+    Json arguments;  // an object
+    size_t number;   // among the conversation's calls
+};
+std::string written_calls(std::span<const WrittenCall> calls, const AnswerSyntax* syntax);
 
 /// The control and user-defined tokens of a vocabulary.
 class SpecialTokens {
