@@ -301,6 +301,9 @@ TEST_CASE("thoughts of other families") {
         {"<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|return|>", "<|call|>",
          "<|constrain|>"}};
     harmony.ends = {"<|end|>", "<|return|>", "<|call|>"};
+    Written silent = harmony;  // its template shows no thought
+    silent.templ = "<|channel|>commentary";
+    CHECK(syntax_of(silent).has_thought());
     CHECK(read(harmony) == "thought(hm) say(Hi)");
     harmony.text =
         "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"

@@ -406,11 +406,12 @@ Result<AnswerSyntax> find_answer_syntax(const ChatTemplate& chat_template,
     AnswerSyntax made;
     TokenMarker marked(special, &made.tokens);
     made.calls = calls_of_row(*row, marked);
+    const auto stands = [&](std::string_view mark) {
+        return texts.find(mark) != std::string::npos;
+    };
     for (const ThoughtSyntax& thought : thought_syntaxes()) {
-        if (made.channels() != (thought.name == "harmony") ||
-            !has_all(thought.found_by,
-                     [&](std::string_view mark) { return texts.find(mark) != std::string::npos; }))
-            continue;
+        const bool own = thought.name == "harmony";  // of channels, and of nothing else
+        if (made.channels() ? !own : own || !has_all(thought.found_by, stands)) continue;
         made.thought.open = marked(thought.open);
         made.thought.close = marked(thought.close);
         for (std::string_view mark : thought.ignored)
