@@ -26037,15 +26037,19 @@ inline constexpr std::string_view kSpaces = " \t\r\n";
 /// after either is no text; a call goes out when it is certain, or when it is whole.
 class ItemWriter {
 public:
-    ItemWriter(std::vector<Tool> tools, bool streams)
-        : tools_(std::move(tools)), streams_(streams) {}
+    explicit ItemWriter(AnswerParserOptions& options)
+        : tools_(std::move(options.tools)),
+          streams_(options.constrained),
+          says_(!options.must_call) {}
 
     void to(OutputSink& sink) { sink_ = &sink; }
     bool has_tools() const { return !tools_.empty(); }
     bool said() const { return kind_ == Kind::message; }  ///< a message is under way
     bool silent() const { return !any_; }                 ///< nothing went out yet
 
-    void say(std::string_view text) { extend(Kind::message, text); }
+    void say(std::string_view text) {
+        if (says_) extend(Kind::message, text);  // else it is what a cut left of a mark
+    }
     void think(std::string_view text) { extend(Kind::thought, text); }
     /// Ends the message or thought under way; the white space after it belongs to none.
     void end_text();
@@ -26075,7 +26079,7 @@ private:
     void extend(Kind kind, std::string_view text);
 
     std::vector<Tool> tools_;
-    bool streams_;
+    bool streams_, says_;
     bool whole_ = false;  // of the call under way: it goes out in one
     OutputSink* sink_ = nullptr;
     Kind kind_ = Kind::none;
@@ -26244,8 +26248,7 @@ std::string_view word_after(std::string_view text, std::string_view mark) {
 
 class ChannelParser final : public OutputParser {
 public:
-    explicit ChannelParser(AnswerParserOptions options)
-        : items_(std::move(options.tools), options.constrained) {
+    explicit ChannelParser(AnswerParserOptions options) : items_(options) {
         if (options.thought == ThoughtState::open) in_ = In::thought;
         if (options.thought == ThoughtState::closed) in_ = In::final_message;
     }
@@ -26457,9 +26460,8 @@ public:
     MarkParser(std::shared_ptr<const AnswerSyntax> syntax, AnswerParserOptions options)
         : syntax_(std::move(syntax)),
           calls_(syntax_->calls),
-          items_(std::move(options.tools), options.constrained),
+          items_(options),
           held_(options.constrained),
-          must_call_(options.must_call),
           answered_(std::move(options.answered)),
           bare_allowed_(options.bare_calls && items_.has_tools()) {
         if (options.thought == ThoughtState::open) in_ = In::thought;
@@ -26500,9 +26502,7 @@ public:
             return in_ != In::text && in_ != In::thought && in_ != In::lost;
         };
         // What is held back is the beginning of a mark.
-        const bool cut = !whole &&
-                         (in_call() ? is_surely_a_call()
-                                    : in_ == In::thought || (in_ == In::text && must_call_));
+        const bool cut = !whole && (in_call() ? is_surely_a_call() : in_ == In::thought);
         if (cut && !items_.committed()) return items_.end_text();
         final_ = true;
         // Behind a call a mark that was cut in its middle is no text.
@@ -26540,8 +26540,7 @@ private:
     /// Whether what was taken cannot become text. Without marks that is so where the syntax has no
     /// text that begins like it.
     bool is_surely_a_call() const {
-        return !bare_ || must_call_ ||
-               (held_ && (has_name_ || has_arguments_ || object_at_ == At::value));
+        return !bare_ || (held_ && (has_name_ || has_arguments_ || object_at_ == At::value));
     }
 
     /// Takes bytes that may turn out to be no call.
@@ -27214,7 +27213,7 @@ private:
     std::shared_ptr<const AnswerSyntax> syntax_;
     const AnswerSyntax::Calls& calls_;
     ItemWriter items_;
-    bool held_, must_call_;    // to the syntax; to calls
+    bool held_;                // to the syntax
     std::string first_bytes_;  // of the marks
     std::string after_head_, after_rest_;
 
@@ -39670,7 +39669,7 @@ void AnswerWriter::emit_text(Sequence& sequence, std::string_view text) {
     if (sequence.reply->put_text(kind, index, text)) desk_.announce(*sequence.reply);
 }
 
-// An answer that came to its end has an item: an empty message if it said nothing.
+// An answer that came to its end has a message or a call: an empty message if it said nothing.
 void AnswerWriter::finish_items(Sequence& sequence, bool whole) {
     sequence_ = &sequence;
     OutputParser& parser = *sequence.prompt->parser;
@@ -39684,7 +39683,13 @@ void AnswerWriter::finish_items(Sequence& sequence, bool whole) {
         sequence.item_open = false;
         whole = false;
     }
-    if (whole && items.empty()) begin_item(Item::Kind::message, {});
+    const bool thought_alone = std::all_of(items.begin(), items.end(), [](const Item& item) {
+        return item.kind == Item::Kind::reasoning;
+    });
+    if (whole && thought_alone) {
+        end_item();
+        begin_item(Item::Kind::message, {});
+    }
     end_item();
     for (const Item& item : items)
         if (item.kind == Item::Kind::message) sequence.outcome.text += item.text();

@@ -1,14 +1,18 @@
 // >>engine: every family's templates on random weights: thoughts end when their budget is used, and
 // what a request wants of calls and format is what comes. VALAR_TEMPLATES: a folder of *.jinja files
-// (published ones, see data/templates/published.txt) for the matrix.
+// (published ones, by template_check.py --unpack) for the matrix, instead of our own.
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <filesystem>
 #include <map>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "base/internal.hpp"
 #include "engine/engine.hpp"
 #include "json_internal.hpp"
 #include "template/families.hpp"
@@ -133,7 +137,8 @@ std::string trimmed(std::string text) {
 
 Json point_schema() {
     return *Json::parse(R"({"type": "object", "additionalProperties": false, "properties": {
-        "x": {"type": "integer", "minimum": 0, "maximum": 999}, "side": {"enum": ["left", "right"]}},
+        "x": {"type": "integer", "minimum": 0, "maximum": 999, "description": "how far"},
+        "side": {"type": "string", "enum": ["left", "right"], "description": "where"}},
         "required": ["x", "side"]})");
 }
 
@@ -326,4 +331,164 @@ TEST_CASE("thoughts that are nested, empty, unfinished, not wanted") {
         CHECK(none.items[0].kind == Item::Kind::message);
         CHECK(none.usage.output_tokens == 100);
     });
+}
+
+// ---- What a request wants, on every template ---------------------------------------------------
+
+namespace {
+
+enum class Calls : uint8_t { none, automatic, required, named };
+
+Request request_of(Calls calls, bool thinks, bool formatted, int64_t seed, const Family& family) {
+    Request request;
+    request.input = "Where?";
+    request.effort = thinks ? Effort::minimal : Effort::none;
+    request.seed = seed;
+    request.logprobs = true;
+    request.max_output_tokens = 400;
+    request.tools = {{.name = "forge", .description = "Makes it", .parameters = point_schema()},
+                     {.name = "sell", .description = "Sells it", .parameters = point_schema()}};
+    request.tool_choice.mode = calls == Calls::none        ? ToolChoice::Mode::none
+                               : calls == Calls::automatic ? ToolChoice::Mode::automatic
+                                                           : ToolChoice::Mode::required;
+    if (calls == Calls::named) request.tool_choice.names = {"sell"};
+    if (formatted) request.format.schema = point_schema();
+    // Random weights end texts too rarely, and hardly ever begin a thought or a call.
+    if (thinks && family.syntax.has_thought()) favour(request, opening(family), 5);
+    for (Token end : {0, 2}) favour(request, end, 3);
+    for (const std::string& end : family.ends)
+        if (end != "<|im_end|>" && end != "<|endoftext|>") favour(request, family.token(end), 2);
+    for (const std::string& mark : family.syntax.calls.marks)
+        if (mark.starts_with(kTokenBegin))
+            favour(request, family.token(mark.substr(1, mark.find(kTokenEnd) - 1)), 3);
+    return request;
+}
+
+/// What is wrong with an answer; nothing.
+std::string fault_of(const Request& request, const Outcome& outcome, const Family& family) {
+    using Mode = ToolChoice::Mode;
+    if (outcome.status != Status::completed)
+        return outcome.error ? outcome.error->message : "no error";
+    if (!outcome.cut && outcome.usage.output_tokens == *request.max_output_tokens)
+        return "cut, and not said so";
+    size_t thoughts = 0, messages = 0, calls = 0;
+    const bool held = !request.format.empty() || request.tool_choice.mode != Mode::none;
+    const std::string all = said(outcome);
+    for (const Item& item : outcome.items) {
+        const bool call = item.is_call(), thought = item.kind == Item::Kind::reasoning;
+        if (thought && messages + calls > 0 && held) return "a thought after the answer";
+        (call ? calls : thought ? thoughts : messages) += 1;
+        if (!call) continue;
+        const auto arguments = Json::parse(item.arguments);
+        if (!arguments || !is_point(*arguments)) return "arguments " + item.arguments;
+        if (item.name != "forge" && item.name != "sell") return "a call of " + item.name;
+        if (!request.tool_choice.names.empty() && item.name != request.tool_choice.names[0])
+            return "another tool";
+    }
+    const Mode mode = request.tool_choice.mode;
+    const bool formatted = !request.format.empty();
+    const std::string begin = trimmed(
+        without_token_bytes(family.syntax.calls.open + family.syntax.calls.before));
+    if (request.effort == Effort::none && thoughts > 0) return "a thought that was not wanted";
+    if (mode == Mode::none && calls > 0) return "a call that was forbidden";
+    if (mode == Mode::required && messages > 0) return "a message in place of a call";
+    if (mode == Mode::required && calls == 0 && !outcome.cut) return "no call";
+    if (mode == Mode::required && calls > 0 &&
+        all.find(begin.substr(0, begin.find_first_of("\1\2"))) == all.npos)
+        return "a call in a foreign syntax";
+    if (formatted && messages > 0 && calls > 0) return "a form and calls";
+    if (formatted && messages > 0 && !outcome.cut) {
+        const auto value = Json::parse(outcome.text);
+        if (!value || !is_point(*value)) return "not the form: " + outcome.text;
+    }
+    if (messages + calls == 0 && !outcome.cut) return "neither message nor call";
+    if (outcome.usage.reasoning_tokens > 64 + 3 + family.thought_end().size() && calls == 0 &&
+        formatted)
+        return "a thought of " + std::to_string(outcome.usage.reasoning_tokens) + " tokens";
+    return {};
+}
+
+struct Score {
+    size_t refused = 0, answers = 0, wrong = 0, cut = 0, thoughts = 0, calls = 0;
+    std::map<std::string, size_t> formats;
+};
+
+/// Thinking on and off x four choices of tools x a form or none, all at once.
+void run_matrix(const Family& family, Score& score) {
+    Engine engine = open(family);
+    std::vector<std::pair<Request, Reply>> all;
+    int64_t seed = 0;
+    for (const bool thinks : {false, true})
+        for (const Calls calls : {Calls::none, Calls::automatic, Calls::required, Calls::named})
+            for (const bool formatted : {false, true}) {
+                Request request = request_of(calls, thinks, formatted, ++seed, family);
+                Reply reply = engine.submit(request);
+                all.emplace_back(std::move(request), std::move(reply));
+            }
+    REQUIRE(engine.step());
+    // Some want variables of their own, and refuse whatever does not bring them.
+    if (std::all_of(all.begin(), all.end(), [](const auto& one) {
+            return one.second.outcome().status == Status::failed;
+        })) {
+        ++score.refused;
+        return;
+    }
+    ++score.formats[std::string(family.syntax.calls.name)];
+    for (const auto& one : all) {
+        const Request& request = one.first;
+        REQUIRE(one.second.finished());
+        const Outcome& outcome = one.second.outcome();
+        const std::string fault = fault_of(request, outcome, family);
+        ++score.answers;
+        score.cut += outcome.cut;
+        score.thoughts += !thought_of(outcome).empty();
+        for (const Item& item : outcome.items) score.calls += item.is_call();
+        if (fault.empty()) continue;
+        ++score.wrong;
+        CAPTURE(family.name);
+        CAPTURE(family.control.size());
+        CAPTURE(family.syntax.calls.name);
+        CAPTURE(static_cast<int>(request.tool_choice.mode));
+        CAPTURE(request.effort == Effort::none);
+        CAPTURE(request.format.empty());
+        CAPTURE(outcome.cut);
+        CAPTURE(said(outcome));
+        FAIL_CHECK(fault);
+    }
+}
+
+/// Names and texts: published templates where there are some, else those of this repository.
+std::vector<std::pair<std::string, std::string>> templates() {
+    const std::string other = environment("VALAR_TEMPLATES");
+    const std::string folder = other.empty() ? VALAR_SOURCE_DIR "/tests/data/templates" : other;
+    std::vector<std::pair<std::string, std::string>> found;
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+        if (entry.path().extension() != ".jinja") continue;
+        auto text = read_file(entry.path().string(), 1 << 24);
+        REQUIRE(text);
+        found.emplace_back(entry.path().stem().string(), std::move(*text));
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
+}  // namespace
+
+TEST_CASE("on every template: thoughts, calls and forms as the request has them") {
+    Score score;
+    size_t count = 0;
+    for (auto& [name, source] : templates()) {
+        const bool tokens = ++count % 4 != 0 || source.find("<|channel|>") != source.npos;
+        if (!environment("VALAR_TEMPLATES").empty()) std::printf("%s\n", name.c_str());
+        run_matrix(family(name, source, tokens), score);
+    }
+    std::string formats;
+    for (const auto& [name, number] : score.formats)
+        formats += " " + name + " " + std::to_string(number);
+    MESSAGE(count << " templates, " << score.refused << " refuse all, " << score.answers
+                  << " answers, " << score.wrong << " wrong, " << score.cut << " cut, "
+                  << score.thoughts << " thoughts, " << score.calls << " calls;" << formats);
+    CHECK(score.wrong == 0);
+    CHECK(score.refused * 20 < count);
+    CHECK(score.answers - score.cut > score.answers / 3);
 }

