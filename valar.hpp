@@ -139,23 +139,24 @@ _Pragma("push_macro(\"Number\")") _Pragma("push_macro(\"OFF\")") _Pragma("push_m
 _Pragma("push_macro(\"Offset\")") _Pragma("push_macro(\"Op\")") _Pragma("push_macro(\"Order\")")
 _Pragma("push_macro(\"P\")") _Pragma("push_macro(\"Page\")") _Pragma("push_macro(\"Parser\")")
 _Pragma("push_macro(\"Part\")") _Pragma("push_macro(\"Pending\")") _Pragma("push_macro(\"Phase\")")
-_Pragma("push_macro(\"Pi\")") _Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Q\")")
-_Pragma("push_macro(\"R\")") _Pragma("push_macro(\"Range\")") _Pragma("push_macro(\"Read\")")
-_Pragma("push_macro(\"Reply\")") _Pragma("push_macro(\"Request\")") _Pragma("push_macro(\"Rest\")")
-_Pragma("push_macro(\"Result\")") _Pragma("push_macro(\"Role\")") _Pragma("push_macro(\"Route\")")
-_Pragma("push_macro(\"Row\")") _Pragma("push_macro(\"SIZE_T\")") _Pragma("push_macro(\"SOCKET\")")
-_Pragma("push_macro(\"STDC\")") _Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Scale\")")
-_Pragma("push_macro(\"Self\")") _Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Set\")")
-_Pragma("push_macro(\"Shape\")") _Pragma("push_macro(\"Side\")") _Pragma("push_macro(\"Sink\")")
-_Pragma("push_macro(\"Sleep\")") _Pragma("push_macro(\"Slice\")") _Pragma("push_macro(\"Slot\")")
-_Pragma("push_macro(\"Socket\")") _Pragma("push_macro(\"Special\")")
-_Pragma("push_macro(\"Stage\")") _Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")")
-_Pragma("push_macro(\"Status\")") _Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")")
-_Pragma("push_macro(\"Style\")") _Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")")
-_Pragma("push_macro(\"Tensor\")") _Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")")
-_Pragma("push_macro(\"Todo\")") _Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")")
-_Pragma("push_macro(\"Turn\")") _Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")")
-_Pragma("push_macro(\"U\")") _Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Usage\")")
+_Pragma("push_macro(\"Pi\")") _Pragma("push_macro(\"Place\")") _Pragma("push_macro(\"Property\")")
+_Pragma("push_macro(\"Q\")") _Pragma("push_macro(\"R\")") _Pragma("push_macro(\"Range\")")
+_Pragma("push_macro(\"Read\")") _Pragma("push_macro(\"Reply\")") _Pragma("push_macro(\"Request\")")
+_Pragma("push_macro(\"Rest\")") _Pragma("push_macro(\"Result\")") _Pragma("push_macro(\"Role\")")
+_Pragma("push_macro(\"Route\")") _Pragma("push_macro(\"Row\")") _Pragma("push_macro(\"SIZE_T\")")
+_Pragma("push_macro(\"SOCKET\")") _Pragma("push_macro(\"STDC\")")
+_Pragma("push_macro(\"Sampler\")") _Pragma("push_macro(\"Scale\")") _Pragma("push_macro(\"Self\")")
+_Pragma("push_macro(\"Server\")") _Pragma("push_macro(\"Set\")") _Pragma("push_macro(\"Shape\")")
+_Pragma("push_macro(\"Side\")") _Pragma("push_macro(\"Sink\")") _Pragma("push_macro(\"Sleep\")")
+_Pragma("push_macro(\"Slice\")") _Pragma("push_macro(\"Slot\")") _Pragma("push_macro(\"Socket\")")
+_Pragma("push_macro(\"Special\")") _Pragma("push_macro(\"Stage\")")
+_Pragma("push_macro(\"State\")") _Pragma("push_macro(\"Stats\")") _Pragma("push_macro(\"Status\")")
+_Pragma("push_macro(\"Step\")") _Pragma("push_macro(\"Store\")") _Pragma("push_macro(\"Style\")")
+_Pragma("push_macro(\"T\")") _Pragma("push_macro(\"Table\")") _Pragma("push_macro(\"Tensor\")")
+_Pragma("push_macro(\"Text\")") _Pragma("push_macro(\"Thread\")") _Pragma("push_macro(\"Todo\")")
+_Pragma("push_macro(\"Token\")") _Pragma("push_macro(\"Tool\")") _Pragma("push_macro(\"Turn\")")
+_Pragma("push_macro(\"Type\")") _Pragma("push_macro(\"Types\")") _Pragma("push_macro(\"U\")")
+_Pragma("push_macro(\"ULONG\")") _Pragma("push_macro(\"Union\")") _Pragma("push_macro(\"Usage\")")
 _Pragma("push_macro(\"Value\")") _Pragma("push_macro(\"View\")") _Pragma("push_macro(\"W\")")
 _Pragma("push_macro(\"WideCharToMultiByte\")") _Pragma("push_macro(\"Window\")")
 _Pragma("push_macro(\"a\")") _Pragma("push_macro(\"a0\")") _Pragma("push_macro(\"a1\")")
@@ -514,7 +515,7 @@ _Pragma("push_macro(\"while\")") _Pragma("push_macro(\"width\")") _Pragma("push_
 _Pragma("push_macro(\"word\")") _Pragma("push_macro(\"work\")") _Pragma("push_macro(\"worker\")")
 _Pragma("push_macro(\"write\")") _Pragma("push_macro(\"writev\")") _Pragma("push_macro(\"x\")")
 _Pragma("push_macro(\"y\")") _Pragma("push_macro(\"yes\")") _Pragma("push_macro(\"yield\")")
-_Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
+_Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro(\"zone\")")
 #undef Add
 #undef Any
 #undef At
@@ -595,6 +596,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Phase
 #undef Pi
 #undef Place
+#undef Property
 #undef Q
 #undef R
 #undef Range
@@ -642,6 +644,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef Types
 #undef U
 #undef ULONG
+#undef Union
 #undef Usage
 #undef Value
 #undef View
@@ -1526,6 +1529,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")")
 #undef yield
 #undef z
 #undef zero
+#undef zone
 #if defined(_WIN32)
 _Pragma("push_macro(\"ACCESS_MASK\")") _Pragma("push_macro(\"ATOM\")")
 _Pragma("push_macro(\"BOOLEAN\")") _Pragma("push_macro(\"BYTE\")") _Pragma("push_macro(\"Beep\")")
@@ -27341,6 +27345,8 @@ Result<DfaPtr> make_dfa(Machine& machine, Budget& budget);
 
 /// Both; `label` is that of the first.
 Result<DfaPtr> intersect(const DfaPtr& a, const DfaPtr& b, Budget& budget);
+/// What one of the two accepts.
+Result<DfaPtr> unite(const DfaPtr& a, const DfaPtr& b, Budget& budget);
 /// What the first accepts and the second does not.
 Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget);
 /// The texts of `all`; the label has bit i set where `parts[i]` accepts.
@@ -27645,6 +27651,18 @@ public:
         return accepts(key, 0) && accepts(key, 1) ? parts_[0]->label[key[0]] : -1;
     }
 };
+class Union : public Product {
+public:
+    using Product::Product;
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        return Product::step(from, byte, to) || to[1] != Dfa::dead;
+    }
+    int32_t label(const Key& key) override { return accepts(key, 0) || accepts(key, 1) ? 0 : -1; }
+    bool boundary(const Key& key) override {
+        const size_t alive = key[0] == Dfa::dead;
+        return parts_[alive]->boundary[key[alive]];
+    }
+};
 class Difference : public Product {
 public:
     using Product::Product;
@@ -27725,6 +27743,11 @@ Result<DfaPtr> intersect(const DfaPtr& a, const DfaPtr& b, Budget& budget) {
     Intersection machine(a, {&b, 1});
     return make_dfa(machine, budget);
 }
+Result<DfaPtr> unite(const DfaPtr& a, const DfaPtr& b, Budget& budget) {
+    if (a->empty() || b->empty()) return a->empty() ? b : a;
+    Union machine(a, {&b, 1});
+    return make_dfa(machine, budget);
+}
 Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget) {
     if (a->empty() || b->empty()) return a;
     Difference machine(a, {&b, 1});
@@ -27787,6 +27810,8 @@ struct Regex {
         return uint32_t(nodes.size() - 1);
     }
 };
+/// Digits at `*at`, at most one above the limit of repeats; false: there are none.
+bool take_count(std::string_view text, size_t* at, uint32_t* value);
 /// Errors: invalid_request, code invalid_json_schema; the message names what is refused and where.
 Result<Regex> parse_regex(std::string_view pattern);
 /// `search`: the expression may stand anywhere in the text. Errors: `too_large` among them where
@@ -27801,8 +27826,8 @@ Result<DfaPtr> pattern_dfa(std::string_view pattern, Spelling spelling, bool sea
 /// surrogate pair being one character, or in `Spelling::json`.
 const DfaPtr& any_string_dfa();
 const DfaPtr& any_text_dfa(Spelling spelling);
-/// null: no such format.
-const char* format_pattern(std::string_view name);
+bool is_format(std::string_view name);
+uint32_t most_format_chars(std::string_view name);  ///< counted, not in the automaton; 0: no format
 Result<DfaPtr> format_dfa(std::string_view name, Spelling spelling);
 }  // namespace detail
 }  // namespace v1
@@ -27913,7 +27938,6 @@ class RegexParser {
 public:
     explicit RegexParser(std::string_view text) : text_(text) {}
     Result<Regex> parse() {
-        if (text_.size() > most_pattern_bytes) return refuse("it is longer than 2,048 bytes");
         if (!utf8_valid(text_)) return refuse("it is not UTF-8");
         out_.root = choice();
         if (failed_) return std::move(error_);
@@ -27957,22 +27981,16 @@ private:
         uint32_t least = 0, most = 0;
         while (more() && quantifier(&least, &most)) {
             if (failed_) return part;
-            if (take("+")) return fail("possessive quantifiers are not regular");
+            if (take("+")) return fail("possessive quantifiers are not supported");
             (void)take("?");  // lazy: the same texts
             const Kind kind = out_.nodes[part].kind;
-            if (kind == Kind::begin || kind == Kind::end) return fail("an anchor cannot repeat");
+            if (kind == Kind::begin || kind == Kind::end)
+                return fail("repeats of an anchor are not supported");
             part = out_.add({Kind::repeat, least, most, {part}});
         }
         return part;
     }
-    bool number(uint32_t* value) {
-        const size_t begin = at_;
-        uint64_t v = 0;
-        for (; at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9'; ++at_)
-            v = std::min<uint64_t>(v * 10 + uint64_t(text_[at_] - '0'), most_repeats + 1);
-        *value = uint32_t(v);
-        return at_ > begin;
-    }
+    bool number(uint32_t* value) { return take_count(text_, &at_, value); }
     bool quantifier(uint32_t* least, uint32_t* most) {
         *least = 0, *most = unlimited;
         if (take("*")) return true;
@@ -28009,7 +28027,8 @@ private:
     uint32_t group() {
         if (take("?")) {
             if (take("=") || take("!") || take("<=") || take("<!"))
-                return fail("lookaround is not supported");
+                return fail(
+                    "lookaround is not supported, except for lookaheads behind a leading ^");
             if (take("P<") || take("<")) {
                 const size_t end = text_.find('>', at_);
                 if (end == text_.npos) return fail("unfinished group name");
@@ -28083,9 +28102,9 @@ private:
         if (auto found = named_set()) return set(std::move(*found));
         const char c = text_[at_];
         if (c == 'b' || c == 'B') return fail("\\b and \\B are not supported");
-        if ((c >= '1' && c <= '9') || c == 'k') return fail("back references are not regular");
+        if ((c >= '1' && c <= '9') || c == 'k') return fail("back references are not supported");
         const auto code = character();
-        if (!code) return fail("an escape that is not supported");
+        if (!code) return fail("this escape is not supported");
         return set({{*code, *code}});
     }
     // One member of a bracket: a set, or a character that may begin a range.
@@ -28109,12 +28128,12 @@ private:
         Set out;
         std::optional<uint32_t> low, high;
         while (more() && text_[at_] != ']') {
-            if (!member(out, &low)) return fail("an escape that is not supported");
+            if (!member(out, &low)) return fail("this escape is not supported");
             if (!low) continue;
             high = low;
             const size_t dash = at_;
             if (take("-") && more() && text_[at_] != ']') {
-                if (!member(out, &high)) return fail("an escape that is not supported");
+                if (!member(out, &high)) return fail("this escape is not supported");
                 if (!high)
                     at_ = dash + 1, out.push_back({'-', '-'}), (void)member(out, &high), high = low;
             } else {
@@ -28406,9 +28425,46 @@ bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
     return true;
 }
 
+// ---- Lookaheads -----------------------------------------------------------------------------------
+
+// At the very beginning a lookahead is one more expression for the same text: it is taken out and
+// the automata are intersected or subtracted. Elsewhere the parser refuses it.
+struct Lookahead {
+    bool positive;
+    std::string inside;
+};
+// Where the group that is open at `at` closes; `bar`: the first | outside of groups ends it, too.
+size_t group_end(std::string_view text, size_t at, bool bar) {
+    int depth = 0;
+    bool in_set = false;
+    for (; at < text.size(); ++at) {
+        const char c = text[at];
+        if (c == '\\') ++at;
+        else if (in_set) in_set = c != ']';
+        else if (c == '[') in_set = true;
+        else if (c == '(') ++depth;
+        else if ((c == ')' && depth-- == 0) || (c == '|' && bar && depth == 0)) break;
+    }
+    return std::min(at, text.size());
+}
+std::string take_lookaheads(std::string_view pattern, bool search, std::vector<Lookahead>& out) {
+    const std::string_view anchor = pattern.substr(0, 1) == "^" ? "^" : "";
+    std::string_view rest = pattern.substr(anchor.size());
+    if ((search && anchor.empty()) || group_end(rest, 0, true) < rest.size())
+        return std::string(pattern);
+    while (rest.substr(0, 3) == "(?=" || rest.substr(0, 3) == "(?!") {
+        const size_t end = group_end(rest, 3, false);
+        const std::string_view behind = rest.substr(std::min(end + 1, rest.size()), 1);
+        if (end == rest.size() || (!behind.empty() && behind.find_first_of("*+?{") == 0)) break;
+        out.push_back({rest[2] == '=', std::string(rest.substr(3, end - 3))});
+        rest.remove_prefix(end + 1);
+    }
+    return std::string(anchor) + std::string(rest);
+}
+
 // ---- Formats ------------------------------------------------------------------------------------
 
-// RFC 3339, 5321 (dot-atom), 4122, 2673, 4291, 3986, 1123; ISO 8601 durations.
+// RFC 3339, 5321, 4122, 2673, 4291, 3986, 1123; ISO 8601 durations.
 #define VALAR_OCTET "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 #define VALAR_IPV4 "(" VALAR_OCTET "\\.){3}" VALAR_OCTET
 #define VALAR_YEAR4 "([0-9][0-9](0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
@@ -28418,7 +28474,12 @@ bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
     "(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))|" VALAR_YEAR4 "-02-29"
 #define VALAR_ZONE "([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 #define VALAR_TIME "(([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]+)?" VALAR_ZONE ")"
-#define VALAR_LABEL "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+// Hyphens in the third and fourth place are for labels in Punycode.
+#define VALAR_ALNUM "[A-Za-z0-9]"
+#define VALAR_LDH "[A-Za-z0-9-]"
+#define VALAR_LABEL                                                                \
+    "(" VALAR_ALNUM "(" VALAR_LDH "{0,2}" VALAR_ALNUM ")?|(" VALAR_ALNUM VALAR_LDH \
+    "(" VALAR_ALNUM VALAR_LDH "|-" VALAR_ALNUM ")|[Xx][Nn]--)" VALAR_LDH "{0,58}" VALAR_ALNUM ")"
 #define VALAR_H16 "[0-9A-Fa-f]{1,4}"
 #define VALAR_LS32 "(" VALAR_H16 ":" VALAR_H16 "|" VALAR_IPV4 ")"
 #define VALAR_IPV6                                                                              \
@@ -28428,15 +28489,24 @@ bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
     "|((" VALAR_H16 ":){0,3}" VALAR_H16 ")?::" VALAR_H16 ":" VALAR_LS32 "|((" VALAR_H16         \
     ":){0,4}" VALAR_H16 ")?::" VALAR_LS32 "|((" VALAR_H16 ":){0,5}" VALAR_H16 ")?::" VALAR_H16  \
     "|((" VALAR_H16 ":){0,6}" VALAR_H16 ")?::)"
+#define VALAR_ATOM "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+#define VALAR_MAIL_HOST \
+    "(" VALAR_LABEL "(\\." VALAR_LABEL ")*|\\[(" VALAR_IPV4 "|IPv6:" VALAR_IPV6 ")\\])"
 #define VALAR_UNRESERVED "-A-Za-z0-9._~!$&'()*+,;="
 #define VALAR_PCT "%[0-9A-Fa-f]{2}"
 #define VALAR_PCHAR "([" VALAR_UNRESERVED ":@]|" VALAR_PCT ")"
 #define VALAR_HOST "(\\[" VALAR_IPV6 "\\]|([" VALAR_UNRESERVED "]|" VALAR_PCT ")*)"
 #define VALAR_AUTHORITY "(([" VALAR_UNRESERVED ":]|" VALAR_PCT ")*@)?" VALAR_HOST "(:[0-9]*)?"
+#define VALAR_AFTER_PATH "(\\?(" VALAR_PCHAR "|[/?])*)?(#(" VALAR_PCHAR "|[/?])*)?"
+#define VALAR_URI                                                                        \
+    "[A-Za-z][A-Za-z0-9+.-]*:(//" VALAR_AUTHORITY "(/" VALAR_PCHAR "*)*|/?(" VALAR_PCHAR \
+    "+(/" VALAR_PCHAR "*)*)?)" VALAR_AFTER_PATH
 
 struct KnownFormat {
     std::string_view name;
     const char* pattern;
+    uint32_t most = unlimited;     // characters
+    const char* within = nullptr;  // must match, too
 };
 constexpr KnownFormat formats[] = {
     {"date", VALAR_DATE},
@@ -28447,13 +28517,15 @@ constexpr KnownFormat formats[] = {
      "([0-9]+Y([0-9]+M([0-9]+D)?)?|[0-9]+M([0-9]+D)?|[0-9]+D)?"
      "T([0-9]+H([0-9]+M([0-9]+S)?)?|[0-9]+M([0-9]+S)?|[0-9]+S))"},
     {"uuid", "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"},
-    {"email", "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(\\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*@" VALAR_LABEL
-              "(\\." VALAR_LABEL ")*"},
+    {"email", "(" VALAR_ATOM "(\\." VALAR_ATOM ")*|\"([ !#-[\\]-~]|\\\\[ -~])+\")@" VALAR_MAIL_HOST,
+     254, "([!#-?A-~]{1,64}|\"([ !#-[\\]-~]{1,62}|([ !#-[\\]-~]|\\\\[ -~]){1,31})\")@[!#-?A-~]*"},
     {"ipv4", VALAR_IPV4},
     {"ipv6", VALAR_IPV6},
-    {"hostname", VALAR_LABEL "(\\." VALAR_LABEL ")*"},
-    {"uri", "[A-Za-z][A-Za-z0-9+.-]*:(//" VALAR_AUTHORITY "(/" VALAR_PCHAR "*)*|/?(" VALAR_PCHAR
-            "+(/" VALAR_PCHAR "*)*)?)(\\?(" VALAR_PCHAR "|[/?])*)?(#(" VALAR_PCHAR "|[/?])*)?"},
+    {"hostname", VALAR_LABEL "(\\." VALAR_LABEL ")*", 253},
+    {"uri", VALAR_URI},
+    {"uri-reference", VALAR_URI "|(//" VALAR_AUTHORITY "(/" VALAR_PCHAR "*)*|/(" VALAR_PCHAR
+                                "+(/" VALAR_PCHAR "*)*)?|([" VALAR_UNRESERVED "@]|" VALAR_PCT
+                                ")+(/" VALAR_PCHAR "*)*)?" VALAR_AFTER_PATH},
 };
 #undef VALAR_OCTET
 #undef VALAR_IPV4
@@ -28462,14 +28534,48 @@ constexpr KnownFormat formats[] = {
 #undef VALAR_ZONE
 #undef VALAR_TIME
 #undef VALAR_LABEL
+#undef VALAR_ALNUM
+#undef VALAR_LDH
 #undef VALAR_H16
 #undef VALAR_LS32
 #undef VALAR_IPV6
+#undef VALAR_ATOM
+#undef VALAR_MAIL_HOST
 #undef VALAR_UNRESERVED
 #undef VALAR_PCT
 #undef VALAR_PCHAR
 #undef VALAR_HOST
 #undef VALAR_AUTHORITY
+#undef VALAR_AFTER_PATH
+#undef VALAR_URI
+
+// Second 60 is there at 23:59 UTC, at the end of June and of December; zones are whole or half hours
+// away. `next_day`: where it is the day after already.
+std::string leap_seconds(bool next_day) {
+    std::string out;
+    for (int hour = 0; hour < 24; ++hour) {
+        std::vector<std::string> zones[2];  // of minutes 59 and 29
+        if (next_day) {
+            if (hour < 23) zones[0].push_back(format("\\+%02d:00", hour + 1));
+            zones[1].push_back(format("\\+%02d:30", hour));
+        } else {
+            if (hour == 23) zones[0].push_back("[Zz]|\\+00:00");
+            zones[0].push_back(format("-%02d:00", 23 - hour));
+            zones[1].push_back(format("-%02d:30", 23 - hour));
+        }
+        for (int half = 0; half < 2; ++half)
+            for (const std::string& zone : zones[half])
+                out += format("%s%02d:%s:60(\\.[0-9]+)?(%s)", out.empty() ? "" : "|", hour,
+                              half ? "29" : "59", zone.c_str());
+    }
+    return "(" + out + ")";
+}
+std::string leap_of(std::string_view format) {
+    if (format == "time") return "|" + leap_seconds(false) + "|" + leap_seconds(true);
+    if (format != "date-time") return "";
+    return "|[1-9][0-9]{3}-(12-31|06-30)[Tt]" + leap_seconds(false) +
+           "|[1-9][0-9]{3}-(01-01|07-01)[Tt]" + leap_seconds(true);
+}
 
 DfaPtr make_any_string() {
     Budget budget;
@@ -28483,7 +28589,21 @@ DfaPtr make_any_string() {
 
 }  // namespace
 
-Result<Regex> parse_regex(std::string_view pattern) { return RegexParser(pattern).parse(); }
+bool take_count(std::string_view text, size_t* at, uint32_t* value) {
+    const size_t begin = *at;
+    uint64_t v = 0;
+    for (; *at < text.size() && text[*at] >= '0' && text[*at] <= '9'; ++*at)
+        v = std::min<uint64_t>(v * 10 + uint64_t(text[*at] - '0'), most_repeats + 1);
+    *value = uint32_t(v);
+    return *at > begin;
+}
+
+Result<Regex> parse_regex(std::string_view pattern) {
+    if (pattern.size() > most_pattern_bytes)
+        return make_error(ErrorKind::invalid_request, "the pattern is longer than 2,048 bytes",
+                          "invalid_json_schema");
+    return RegexParser(pattern).parse();
+}
 
 bool is_too_large(const Error& error) { return error.message == kTooLarge; }
 
@@ -28503,9 +28623,18 @@ Result<DfaPtr> regex_dfa(const Regex& regex, uint32_t root, Spelling spelling, b
 
 Result<DfaPtr> pattern_dfa(std::string_view pattern, Spelling spelling, bool search,
                            Budget& budget) {
-    auto regex = parse_regex(pattern);
+    std::vector<Lookahead> lookaheads;
+    const std::string rest = take_lookaheads(pattern, search, lookaheads);
+    auto regex = parse_regex(rest);
     if (!regex) return std::move(regex.error());
-    return regex_dfa(*regex, regex->root, spelling, search, budget);
+    auto dfa = regex_dfa(*regex, regex->root, spelling, search, budget);
+    for (size_t i = 0; i < lookaheads.size() && dfa; ++i) {
+        auto ahead = pattern_dfa("^(?:" + lookaheads[i].inside + ")", spelling, true, budget);
+        if (!ahead) return ahead;
+        dfa = lookaheads[i].positive ? intersect(*dfa, *ahead, budget)
+                                     : subtract(*dfa, *ahead, budget);
+    }
+    return dfa;
 }
 
 const DfaPtr& any_string_dfa() {
@@ -28525,26 +28654,30 @@ const DfaPtr& any_text_dfa(Spelling spelling) {
     return dfas[size_t(spelling)];
 }
 
-const char* format_pattern(std::string_view name) {
+bool is_format(std::string_view name) { return most_format_chars(name) > 0; }
+uint32_t most_format_chars(std::string_view name) {
     for (const KnownFormat& f : formats)
-        if (f.name == name) return f.pattern;
-    return nullptr;
+        if (f.name == name) return f.most;
+    return 0;
 }
 
 Result<DfaPtr> format_dfa(std::string_view name, Spelling spelling) {
     static const auto made = [] {
         std::vector<DfaPtr> out;
-        for (const KnownFormat& f : formats)
+        for (const KnownFormat& f : formats) {
+            const std::string pattern = f.pattern + leap_of(f.name);
+            auto regex = RegexParser(pattern).parse();
             for (const Spelling s : {Spelling::raw, Spelling::json}) {
                 Budget own;
-                auto dfa = pattern_dfa(f.pattern, s, false, own);
-                out.push_back(dfa ? *dfa : nullptr);
+                auto dfa = regex_dfa(*regex, regex->root, s, false, own);
+                if (f.within) dfa = intersect(*dfa, *pattern_dfa(f.within, s, false, own), own);
+                out.push_back(*dfa);
             }
+        }
         return out;
     }();
     for (size_t i = 0; i < std::size(formats); ++i)
-        if (formats[i].name == name && made[i * 2 + size_t(spelling)])
-            return made[i * 2 + size_t(spelling)];
+        if (formats[i].name == name) return made[i * 2 + size_t(spelling)];
     return make_error(ErrorKind::invalid_request, "no such format", "invalid_json_schema");
 }
 
@@ -28572,6 +28705,23 @@ struct ExactDecimal {
 };
 int compare(const ExactDecimal& a, const ExactDecimal& b);
 
+/// units / 10^digits.
+struct Divisor {
+    uint32_t units, digits;
+    static constexpr uint32_t most_units = 20'000, most_digits = 9;
+    static std::optional<Divisor> of(const Json& number);  ///< none: not positive, or too long
+    /// Whether quotients of doubles are exact, as other validators compute them.
+    bool is_binary() const;
+    bool divides(const ExactDecimal& number) const;
+    /// The remainder in units after one digit more, `at` places behind the point: `units` for good
+    /// where it cannot be a multiple any more.
+    uint32_t next(uint32_t remainder, char digit, uint32_t at = 0) const {
+        if (remainder == units || at > digits) return digit == '0' ? remainder : units;
+        return uint32_t((uint64_t(remainder) * 10 + uint64_t(digit - '0')) % units);
+    }
+    bool ends(uint32_t remainder, uint32_t at) const;  ///< a multiple, with so many places
+};
+
 struct NumberBound {
     ExactDecimal value;
     bool exclusive = false;
@@ -28579,8 +28729,8 @@ struct NumberBound {
 struct NumberRules {
     bool integers = true, fractions = true;  // 1.0 counts as an integer and is spelled 1
     std::optional<NumberBound> lower, upper;
-    std::vector<uint32_t> multiples = {};      // of all of these
-    std::vector<uint32_t> not_multiples = {};  // of none of these
+    std::vector<Divisor> multiples = {};      // of all of these
+    std::vector<Divisor> not_multiples = {};  // of none of these
     std::vector<ExactDecimal> excluded = {};
 };
 /// A number has at most so many characters, so that its value is finite in every reader.
@@ -28642,7 +28792,7 @@ struct Comparison {
     }
 };
 
-// Key: phase, sign, nonzero fraction, two comparisons, remainders.
+// Key: phase, sign, nonzero fraction, digits of it, two comparisons, remainders.
 class NumberMachine : public Machine {
 public:
     explicit NumberMachine(const NumberRules& rules) : rules_(rules) {
@@ -28650,13 +28800,14 @@ public:
         for (unsigned b = '0'; b <= '9'; ++b) cuts.add(uint8_t(b), uint8_t(b));
         for (const char c : std::string_view("-+.eE")) cuts.add(uint8_t(c), uint8_t(c));
         cuts.set(*this);
-        for (const uint32_t m : rules.multiples) divisors_.push_back(m);
-        for (const uint32_t m : rules.not_multiples) divisors_.push_back(m);
+        for (const Divisor& d : rules.multiples) divisors_.push_back(d);
+        for (const Divisor& d : rules.not_multiples) divisors_.push_back(d);
+        for (const Divisor& d : divisors_) most_places_ = std::max(most_places_, d.digits + 1);
         bounded_ = rules.lower || rules.upper || !rules.integers || !divisors_.empty() ||
                    !rules.excluded.empty();
     }
     Key first() override {
-        Key key = {begin, 0, 0, 0, equal, 0, equal};
+        Key key = {begin, 0, 0, 0, 0, equal, 0, equal};
         key.resize(key.size() + divisors_.size());
         return key;
     }
@@ -28690,6 +28841,11 @@ public:
                 if (!digit) return from[phase] == fraction && begin_exponent(to, c);
                 to[phase] = fraction;
                 to[nonzero] |= uint32_t(c != '0');
+                to[places] = std::min(to[places] + 1, most_places_);
+                for (size_t i = 0; i < divisors_.size(); ++i) {
+                    uint32_t& rest = to[first_remainder + i];
+                    rest = divisors_[i].next(rest, c, to[places]);
+                }
                 each(to, [&](const Comparison& cmp, Comparison::At at) {
                     return cmp.fraction_digit(at, c);
                 });
@@ -28709,7 +28865,7 @@ public:
         if (!rules_.integers && !key[nonzero]) return -1;
         if (!is_in_bounds(key)) return -1;
         for (size_t i = 0; i < divisors_.size(); ++i) {
-            const bool divides = key[first_remainder + i] == 0 && !key[nonzero];
+            const bool divides = divisors_[i].ends(key[first_remainder + i], key[places]);
             if (divides != (i < rules_.multiples.size())) return -1;
         }
         return 0;
@@ -28720,6 +28876,7 @@ private:
         phase,
         sign,
         nonzero,
+        places,
         lower_at,
         upper_at = lower_at + 2,
         first_remainder = upper_at + 2
@@ -28751,7 +28908,7 @@ private:
         each(key, [&](const Comparison& cmp, Comparison::At at) { return cmp.whole_digit(at, c); });
         for (size_t i = 0; i < divisors_.size(); ++i) {
             uint32_t& rest = key[first_remainder + i];
-            rest = uint32_t((uint64_t(rest) * 10 + uint64_t(c - '0')) % divisors_[i]);
+            rest = divisors_[i].next(rest, c);
         }
         return true;
     }
@@ -28783,7 +28940,8 @@ private:
         return !key[sign] || key[phase] == whole || key[nonzero];  // no negative zero
     }
     const NumberRules& rules_;
-    std::vector<uint32_t> divisors_;
+    std::vector<Divisor> divisors_;
+    uint32_t most_places_ = 0;
     bool bounded_;
 };
 
@@ -28851,6 +29009,32 @@ int compare(const ExactDecimal& a, const ExactDecimal& b) {
     return a.negative ? -order : order;
 }
 
+std::optional<Divisor> Divisor::of(const Json& number) {
+    const ExactDecimal value = ExactDecimal::of(number);
+    const std::string text = value.whole + value.fraction;
+    const size_t zeros = std::min(text.find_first_not_of('0'), text.size());
+    const uint32_t size = uint32_t(value.fraction.size());
+    if (value.negative || value.is_zero() || size > most_digits || text.size() - zeros > 6)
+        return {};
+    const Divisor out = {uint32_t(std::strtoul(text.c_str(), nullptr, 10)), size};
+    return out.units <= most_units ? std::optional(out) : std::nullopt;
+}
+bool Divisor::is_binary() const {
+    uint32_t twos = 1, tens = 1;
+    for (uint32_t i = 0; i < digits; ++i) twos *= 2, tens *= 10;
+    return uint64_t(units) * twos % tens == 0;
+}
+bool Divisor::ends(uint32_t remainder, uint32_t at) const {
+    for (; at < digits; ++at) remainder = next(remainder, '0', at + 1);
+    return remainder == 0;
+}
+bool Divisor::divides(const ExactDecimal& number) const {
+    uint32_t rest = 0, at = 0;
+    for (const char c : number.whole) rest = next(rest, c);
+    for (const char c : number.fraction) rest = next(rest, c, ++at);
+    return ends(rest, at);
+}
+
 Result<DfaPtr> number_dfa(const NumberRules& rules, Budget& budget) {
     NumberMachine machine(rules);
     auto dfa = make_dfa(machine, budget);
@@ -28904,6 +29088,7 @@ struct ObjectRules {
     DfaPtr other;                       // keys between their quotes, in Spelling::json; null: none
     std::vector<Part> others = {};      // values, by the label of `other`
     uint32_t least = 0, most = unlimited;
+    bool is_list = false;  // of keys alone, [ ] around them: strings that differ, as keys do
 };
 /// Items come in two kinds where some are counted (`contains`): those that count and the others.
 struct ArrayItem {
@@ -28947,7 +29132,7 @@ public:
     void define(Part rule, Part meaning);
 
     /// Errors: invalid_request, code invalid_json_schema: nothing matches, left recursion, limits.
-    Result<GrammarPtr> build(Part root);
+    Result<GrammarPtr> build(Result<Part> root);
     Budget& budget() { return budget_; }
     JsonSpace space = JsonSpace::optional;
 
@@ -29029,7 +29214,9 @@ struct ObjectNode {
     TextTrie keys;
     DfaPtr other;
     std::vector<std::pair<uint32_t, uint32_t>> others;  // value node, height; by label
-    std::vector<uint32_t> words;  // texts from a state of `other` on, at most `unlimited`
+    // Texts from a state of `other` on, at most `unlimited`; shared by objects with the same keys.
+    std::shared_ptr<const std::vector<uint32_t>> words;
+    std::vector<uint32_t> taken;  // of these the declared ones, from a node of `keys` on
     bool endless = true;          // all of them are unlimited
     uint32_t others_height = 0;
     uint32_t least, most, first_key, next_key, height;
@@ -29445,7 +29632,9 @@ private:
             others |= called_height(p) != unlimited;
             other_height = std::min(other_height, called_height(p));
         }
+        others = others && rules.other;
         if (required > rules.most || (!others && possible < rules.least)) return unlimited;
+        if (possible < rules.least && !has_others(rules, rules.least - possible)) return unlimited;
         if (required < rules.least) {  // some of the optional ones, or of the others
             std::vector<uint32_t> heights;
             for (const ObjectMember& m : rules.members)
@@ -29585,7 +29774,8 @@ private:
         const uint32_t id = uint32_t(grammar_->objects.size());
         grammar_->objects.emplace_back();
         ObjectNode object;
-        const uint32_t members = add({GrammarNode::Kind::members, add_bytes("}", next), id});
+        const char* const marks = rules.is_list ? "[]" : "{}";
+        const uint32_t members = add({GrammarNode::Kind::members, add_bytes(marks + 1, next), id});
         const uint32_t key = add({GrammarNode::Kind::key, members, id});
         object.first_key = add_bytes("\"", key);
         object.next_key = add_bytes(",", add_space(object.first_key));
@@ -29602,7 +29792,7 @@ private:
         sum_members(object);
         add_others(object, rules, members);
         grammar_->objects[id] = std::move(object);
-        return add_bytes("{", add({GrammarNode::Kind::object, members, id}));
+        return add_bytes({marks, 1}, add({GrammarNode::Kind::object, members, id}));
     }
     static void sum_members(ObjectNode& object) {
         const size_t count = object.members.size();
@@ -29620,42 +29810,72 @@ private:
         bool any = false;
         for (const Part part : rules.others) {
             const bool can = height_[part] != unlimited;
-            const uint32_t value = can ? add_bytes(":", add_space(emit(part, members))) : 0;
+            const uint32_t value = !can            ? 0
+                                   : rules.is_list ? members
+                                                   : add_bytes(":", add_space(emit(part, members)));
             object.others.push_back({value, called_height(part)});
             if (can) object.others_height = std::max(object.others_height, called_height(part));
             any |= can;
         }
         if (!any || !rules.other) return;
         object.other = rules.other;
-        count_words(object);
+        object.words = words_of(rules);
+        object.taken.assign(object.keys.from.size(), 0);
+        for (uint32_t node = 0; node < object.keys.from.size(); ++node)
+            for (uint32_t i = object.keys.from[node]; i < object.keys.to[node]; ++i)
+                object.taken[node] += is_other(rules, rules.members[object.keys.order[i]]);
+        object.endless = std::all_of(object.words->begin() + Dfa::start, object.words->end(),
+                                     [](uint32_t count) { return count == unlimited; });
     }
-    // How many texts an automaton has from each of its states on, as far as 32 bits count: those
-    // with a way to a cycle have no end.
-    static void count_words(ObjectNode& object) {
-        const Dfa& dfa = *object.other;
-        object.words.assign(dfa.states(), 0);
+    // How many keys an object's automaton has from each of its states on, as far as 32 bits count:
+    // those with a way to a cycle have no end.
+    using Words = std::shared_ptr<const std::vector<uint32_t>>;
+    Words words_of(const ObjectRules& rules) const {
+        const Dfa& dfa = *rules.other;
+        std::vector<bool> usable;
+        for (const Part part : rules.others) usable.push_back(height_[part] != unlimited);
+        Words& known = words_[{&dfa, usable}];
+        if (!known) known = std::make_shared<const std::vector<uint32_t>>(count_words(dfa, usable));
+        return known;
+    }
+    static std::vector<uint32_t> count_words(const Dfa& dfa, const std::vector<bool>& usable) {
+        std::vector<uint32_t> words(dfa.states(), 0), width(dfa.class_count, 0);
+        for (const uint8_t c : dfa.classes) ++width[c];
         std::vector<std::pair<uint32_t, uint32_t>> by_length;
         for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
             by_length.push_back({dfa.longest[s], s});
-        // Within one character states are not ordered by length: repeated until nothing grows.
         std::sort(by_length.begin(), by_length.end());
-        const auto usable = [&](int32_t label) {
-            return label >= 0 && object.others[size_t(label)].first != 0;
+        const auto sum_from = [&](uint32_t s) -> uint32_t {
+            if (dfa.longest[s] == unlimited) return unlimited;
+            const int32_t label = dfa.label[s];
+            uint64_t sum = label >= 0 && usable[size_t(label)];
+            for (uint32_t c = 0; c < dfa.class_count; ++c)
+                if (const uint32_t to = dfa.next[size_t(s) * dfa.class_count + c]; to != Dfa::dead)
+                    sum += uint64_t(width[c]) * words[to];
+            return uint32_t(std::min<uint64_t>(sum, unlimited));
         };
-        for (int round = 0; round < 8; ++round)
+        // Within one character states are not ordered by length: repeated until nothing grows.
+        for (bool grows = true; grows;) {
+            grows = false;
             for (const auto& [length, s] : by_length) {
-                if (length == unlimited) {
-                    object.words[s] = unlimited;
-                    continue;
-                }
-                uint64_t sum = usable(dfa.label[s]);
-                for (unsigned b = 0; b < 256; ++b)
-                    if (const uint32_t to = dfa.step(s, uint8_t(b)); to != Dfa::dead)
-                        sum += object.words[to];
-                object.words[s] = uint32_t(std::min<uint64_t>(sum, unlimited));
+                const uint32_t sum = sum_from(s);
+                grows |= sum != words[s];
+                words[s] = sum;
             }
-        for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
-            object.endless &= object.words[s] == unlimited;
+        }
+        return words;
+    }
+    // Whether a declared key would be one of the others if it were not declared.
+    bool is_other(const ObjectRules& rules, const ObjectMember& m) const {
+        const int32_t label = rules.other->match(
+            std::string_view(m.key).substr(1, m.key.size() - 3));
+        return label >= 0 && height_[rules.others[size_t(label)]] != unlimited;
+    }
+    // Whether an object has so many keys that are not declared.
+    bool has_others(const ObjectRules& rules, uint64_t wanted) const {
+        uint64_t taken = 0;
+        for (const ObjectMember& m : rules.members) taken += is_other(rules, m);
+        return (*words_of(rules))[Dfa::start] >= std::min<uint64_t>(wanted + taken, unlimited);
     }
     uint32_t emit_array(const ArrayRules& rules, uint32_t height, uint32_t next) {
         const uint32_t id = uint32_t(grammar_->arrays.size());
@@ -29702,10 +29922,14 @@ private:
     std::shared_ptr<Grammar> grammar_;
     std::vector<bool> nullable_;
     std::vector<uint32_t> height_, uses_, entries_;
+    mutable std::map<std::pair<const Dfa*, std::vector<bool>>, Words> words_;
     std::vector<Part> waiting_;
 };
 
-Result<GrammarPtr> GrammarBuilder::build(Part root) { return GrammarCompiler(*this).compile(root); }
+Result<GrammarPtr> GrammarBuilder::build(Result<Part> root) {
+    if (!root) return std::move(root.error());
+    return GrammarCompiler(*this).compile(*root);
+}
 
 }  // namespace detail
 }  // namespace v1
@@ -30033,8 +30257,8 @@ bool GrammarWalk::may_be_other(const ObjectNode& object, uint32_t stack) const {
     if (!object.other || !fits(stack, object.others_height)) return false;
     if (object.next_required[cell.value] != object.members.size()) return false;
     if (object.most != unlimited && cell.extra >= object.most) return false;
-    return object.words[Dfa::start] == unlimited ||
-           object.words[Dfa::start] > used_below(stack, kHashSeed) + object.members.size();
+    return (*object.words)[Dfa::start] == unlimited ||
+           (*object.words)[Dfa::start] > used_below(stack, kHashSeed) + object.taken[0];
 }
 
 bool GrammarWalk::leads_to_member(const ObjectNode& object, const GrammarCell& cell,
@@ -30109,10 +30333,10 @@ void GrammarWalk::step_other_key(const GrammarConfig& config, uint8_t byte) {
         return;
     }
     const uint32_t state = object.other->step(config.sub, byte);
-    if (state == Dfa::dead || object.words[state] == 0) return;
-    if (object.words[state] != unlimited) {
-        const uint32_t declared = place ? object.keys.to[place] - object.keys.from[place] : 0;
-        if (object.words[state] <= used_below(below, hash) + declared) return;
+    if (state == Dfa::dead || (*object.words)[state] == 0) return;
+    if ((*object.words)[state] != unlimited) {
+        const uint32_t declared = place ? object.taken[place] : 0;
+        if ((*object.words)[state] <= used_below(below, hash) + declared) return;
     }
     const uint32_t parent = object.endless ? below : config.stack;
     const uint32_t top = push(parent, config.node, uint32_t(hash), uint32_t(hash >> 32),
@@ -30910,14 +31134,16 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+inline constexpr const char* reference_keywords[] = {"$ref", "$dynamicRef", "$recursiveRef"};
+
 /// Threads: one at a time.
 class SchemaDocument {
 public:
     SchemaDocument(const Json& root, Budget& budget) : root_(root), budget_(budget) {}
     /// The limits of the contract, and that every keyword has a value of its kind.
     Result<void> check() const;
-    /// null: not in this document.
-    const Json* resolve(std::string_view reference) const;
+    /// What a schema's keyword refers to; null: not in this document.
+    const Json* resolve(const Json& schema, const char* keyword);
     std::string pointer(const Json& schema) const;
     bool refs_hide_siblings() const;  ///< draft 7 and before
     Error refuse(const Json& schema, std::string_view keyword, std::string_view why) const;
@@ -30931,6 +31157,7 @@ public:
         made_.push_back(std::move(schema));
         return &made_.back();
     }
+    const Json& anything() const { return anything_; }  ///< the schema true
     Budget& budget() { return budget_; }
 
 private:
@@ -30938,9 +31165,14 @@ private:
     bool is_valid_array(const Json& schema, const Json& value, int depth);
     bool is_valid_number(const Json& schema, const Json& value);
     bool is_valid_string(const Json& schema, std::string_view text);
+    void index(const Json& at, const std::string& outer, int depth, bool named = false);
     const Json& root_;
     Budget& budget_;
+    std::map<std::string, const Json*> by_uri_;           // resources, and their anchors behind a #
+    std::unordered_map<const Json*, std::string> bases_;  // empty ones are left out
+    std::map<std::string, int, std::less<>> dynamic_;     // how often each dynamic anchor is there
     std::deque<Json> made_;
+    const Json anything_ = Json(true);
     std::map<std::pair<std::string, Spelling>, DfaPtr> patterns_;
     friend class SchemaCompiler;
 };
@@ -31014,6 +31246,8 @@ constexpr Keyword keywords[] = {
     {"pattern", Holds::string},
     {"format", Holds::string},
     {"$ref", Holds::string},
+    {"$dynamicRef", Holds::string},
+    {"$recursiveRef", Holds::string},
     {"anyOf", Holds::schemas},
     {"oneOf", Holds::schemas},
     {"allOf", Holds::schemas},
@@ -31022,6 +31256,7 @@ constexpr Keyword keywords[] = {
     {"then", Holds::schema},
     {"else", Holds::schema},
     {"propertyNames", Holds::schema},
+    {"unevaluatedProperties", Holds::schema},
     {"dependentRequired", Holds::lists},
     {"dependentSchemas", Holds::named_schemas},
     {"dependencies", Holds::lists},
@@ -31227,34 +31462,102 @@ const Json* by_pointer(const Json& root, std::string_view path) {
     return at;
 }
 
-// A schema with this anchor or id; `keyword` says which.
-const Json* by_name(const Json& at, std::string_view keyword, std::string_view name, int depth) {
-    if (depth > 100) return nullptr;
-    if (at.is_object() && at[keyword].is_string() && at[keyword].as_string() == name) return &at;
-    for (const Json& item : at.items())
-        if (const Json* found = by_name(item, keyword, name, depth + 1)) return found;
-    for (const JsonMember& m : at.members())
-        if (m.key != "enum" && m.key != "const")
-            if (const Json* found = by_name(m.value, keyword, name, depth + 1)) return found;
-    return nullptr;
+// RFC 3986, section 5.2: a reference against the base where it stands; fragments are off both.
+struct Uri {
+    std::string scheme, authority, path, query;  // with their marks
+    explicit Uri(std::string_view text) {
+        const size_t colon = text.find_first_of(":/?");
+        if (colon != text.npos && colon && text[colon] == ':') take(text, colon + 1, scheme);
+        if (text.substr(0, 2) == "//")
+            take(text, std::min(text.find_first_of("/?", 2), text.size()), authority);
+        take(text, std::min(text.find('?'), text.size()), path);
+        query = text;
+    }
+    static void take(std::string_view& text, size_t size, std::string& out) {
+        out = text.substr(0, size);
+        text.remove_prefix(size);
+    }
+};
+std::string without_dots(std::string_view path) {
+    std::string out;
+    while (!path.empty()) {
+        const size_t end = std::min(path.find('/', 1), path.size());
+        const std::string_view part = path.substr(0, end);
+        if (part == "/..") out.erase(std::min(out.rfind('/'), out.size()));
+        else if (part != "/.") out += part;
+        path.remove_prefix(end);
+        if (path.empty() && (part == "/.." || part == "/.")) out += '/';
+    }
+    return out;
+}
+std::string resolved_uri(const std::string& base, std::string_view reference) {
+    Uri to(reference), from(base);
+    if (to.scheme.empty()) {
+        to.scheme = from.scheme;
+        if (to.authority.empty()) {
+            to.authority = from.authority;
+            if (to.path.empty() && to.query.empty()) to.query = from.query;
+            if (to.path.empty()) to.path = from.path;
+            else if (to.path[0] != '/')
+                to.path = from.path.substr(0, from.path.rfind('/') + 1) + to.path;
+        }
+    }
+    return to.scheme + to.authority + without_dots(to.path) + to.query;
 }
 
 }  // namespace
 
-const Json* SchemaDocument::resolve(std::string_view reference) const {
-    const size_t hash = std::min(reference.find('#'), reference.size());
-    const std::string_view base = reference.substr(0, hash);
-    const std::string_view fragment = reference.substr(std::min(hash + 1, reference.size()));
-    const Json* at = &root_;
-    if (!base.empty() && root_["$id"].as_string() != base) {
-        at = by_name(root_, "$id", base, 0);
-        if (!at) return nullptr;
+void SchemaDocument::index(const Json& at, const std::string& outer, int depth, bool named) {
+    if (depth > 200) return;
+    if (named) {  // keys of it are names, not keywords
+        for (const JsonMember& m : at.members()) index(m.value, outer, depth + 1);
+        return;
     }
-    const Json* found = fragment.empty() || fragment[0] == '/'
-                            ? by_pointer(*at, fragment)
-                            : by_name(*at, "$anchor", fragment, 0);
-    if (!found && !fragment.empty() && fragment[0] != '/')
-        found = by_name(*at, "$id", std::string("#") + std::string(fragment), 0);
+    std::string base = outer;
+    const bool hidden = refs_hide_siblings() && at.contains("$ref");
+    for (const char* keyword : {"$id", "id"})
+        if (const std::string_view id = at[keyword].as_string(); !id.empty() && !hidden) {
+            const size_t hash = std::min(id.find('#'), id.size());
+            if (hash) base = resolved_uri(outer, id.substr(0, hash));
+            by_uri_.try_emplace(base + (hash + 1 < id.size() ? std::string(id.substr(hash)) : ""),
+                                &at);
+            break;
+        }
+    if (depth == 0) by_uri_[base] = &at;
+    for (const char* keyword : {"$anchor", "$dynamicAnchor"})
+        if (const std::string_view name = at[keyword].as_string(); !name.empty()) {
+            by_uri_.try_emplace(base + "#" + std::string(name), &at);
+            dynamic_[std::string(name)] += keyword[1] == 'd';
+        }
+    if (at["$recursiveAnchor"].as_bool()) ++dynamic_["#"];
+    if (base != "") bases_[&at] = base;
+    for (const Json& item : at.items()) index(item, base, depth + 1);
+    for (const JsonMember& m : at.members()) {
+        const auto known = std::find_if(std::begin(keywords), std::end(keywords),
+                                        [&](const Keyword& k) { return k.name == m.key; });
+        const Holds kind = known == std::end(keywords) ? Holds::schema : known->holds;
+        if (m.key != "enum" && m.key != "const" && m.key != "default" && m.key != "examples")
+            index(m.value, base, depth + 1, kind == Holds::named_schemas || kind == Holds::lists);
+    }
+}
+
+// A dynamic reference is known where only one schema can be meant.
+const Json* SchemaDocument::resolve(const Json& schema, const char* keyword) {
+    if (by_uri_.empty()) index(root_, "", 0);
+    const std::string_view reference = schema[keyword].as_string();
+    const size_t hash = std::min(reference.find('#'), reference.size());
+    const std::string_view fragment = reference.substr(std::min(hash + 1, reference.size()));
+    if (const std::string_view name = keyword; name != "$ref") {
+        const auto dynamic = dynamic_.find(name == "$dynamicRef" ? fragment : "#");
+        if (dynamic != dynamic_.end() && dynamic->second > 1) return nullptr;
+    }
+    const auto base = bases_.find(&schema);
+    const std::string uri = resolved_uri(base == bases_.end() ? "" : base->second,
+                                         reference.substr(0, hash));
+    const bool is_pointer = fragment.empty() || fragment[0] == '/';
+    const auto at = by_uri_.find(is_pointer ? uri : uri + "#" + std::string(fragment));
+    if (at == by_uri_.end()) return nullptr;
+    const Json* found = is_pointer ? by_pointer(*at->second, fragment) : at->second;
     return found && is_schema(*found) ? found : nullptr;
 }
 
@@ -31296,13 +31599,9 @@ bool SchemaDocument::is_valid_number(const Json& schema, const Json& value) {
     if (schema["maximum"].is_number() && order("maximum") > 0) return false;
     if (schema["exclusiveMinimum"].is_number() && order("exclusiveMinimum") <= 0) return false;
     if (schema["exclusiveMaximum"].is_number() && order("exclusiveMaximum") >= 0) return false;
-    const auto divides = [&](const Json& m) {
-        const int64_t by = m.is_real() ? int64_t(m.as_double()) : m.as_int();
-        return is_whole_number(value) && by > 0 &&
-               (value.is_real() ? int64_t(value.as_double()) : value.as_int()) % by == 0;
-    };
-    if (schema["multipleOf"].is_number() && !divides(schema["multipleOf"])) return false;
-    return true;
+    const auto divisor = schema.contains("multipleOf") ? Divisor::of(schema["multipleOf"])
+                                                       : std::nullopt;
+    return !divisor || divisor->divides(number);
 }
 
 bool SchemaDocument::is_valid_string(const Json& schema, std::string_view text) {
@@ -31315,7 +31614,7 @@ bool SchemaDocument::is_valid_string(const Json& schema, std::string_view text) 
         return false;
     if (const auto format = schema["format"]; format.is_string())
         if (auto dfa = format_dfa(format.as_string(), Spelling::raw);
-            dfa && (*dfa)->match(text) < 0)
+            dfa && ((*dfa)->match(text) < 0 || count > most_format_chars(format.as_string())))
             return false;
     return true;
 }
@@ -31385,8 +31684,9 @@ bool SchemaDocument::is_valid(const Json& schema, const Json& value, int depth) 
     if (schema.is_bool()) return schema.as_bool();
     if (depth > 200 || !budget_.take(1)) return false;
     ++depth;
-    if (const Json* ref = schema.find("$ref")) {
-        const Json* target = resolve(ref->as_string());
+    for (const char* keyword : reference_keywords) {
+        if (!schema.contains(keyword)) continue;
+        const Json* target = resolve(schema, keyword);
         if (target && !is_valid(*target, value, depth)) return false;
         if (refs_hide_siblings()) return true;
     }
@@ -31485,7 +31785,9 @@ namespace detail {
 namespace {
 
 constexpr size_t kMostBranches = 512, kMostPatterns = 6;
-constexpr uint32_t kMostDivisor = 20'000, kMostUnique = 8;
+constexpr std::string_view kNegated = "where a schema must not match";
+constexpr std::string_view kDivisors = "except for whole numbers to 20,000 and binary fractions";
+constexpr uint32_t kMostUnique = 8;
 
 enum : uint32_t {
     t_null = 1,
@@ -31554,7 +31856,18 @@ struct Branch {
     std::vector<std::string> required = {}, absent = {};
     std::vector<Literal> names = {};  // propertyNames
     uint32_t least_members = 0, most_members = unlimited;
+    // Schemas of whose keywords for members that are not declared one member must miss one, and
+    // what else a member must be because of that.
+    std::vector<const Json*> broken = {};
+    std::vector<std::pair<std::string, Literal>> also = {};
+    // Schemas with unevaluatedProperties, each with all schemas that evaluate properties for it.
+    struct Unevaluated {
+        const Json* schema;
+        std::vector<const Json*> scope;
+    };
+    std::vector<Unevaluated> unevaluated = {};
     std::vector<std::vector<Conjunction>> choices = {};
+    std::vector<const Json*> one_ofs = {};  // lists that become choices when all else is known
 };
 
 }  // namespace
@@ -31567,22 +31880,25 @@ public:
     Result<Part> compile() {
         if (auto ok = document_.check(); !ok) return std::move(ok.error());
         const Part part = part_of({{&root_}});
+        if (builder_.budget().spent()) exceed();
         if (failed_) return std::move(error_);
-        if (builder_.budget().spent()) return budget_error();
+        if (!part) return document_.refuse(root_, "", "nothing matches it");
         return part;
     }
 
 private:
     // What cannot be promised: the end under strict, else left out.
-    bool refuse(const Json& schema, std::string_view keyword, std::string_view why) {
+    bool refuse(const Json& schema, std::string_view keyword, std::string_view why = {}) {
         if (!strict_ || probing_) return true;
-        return fail(document_.refuse(schema, keyword, why));
+        return fail(document_.refuse(
+            schema, keyword, "is not supported" + (why.empty() ? "" : ": " + std::string(why))));
     }
     bool fail(Error error) {
         if (!failed_) error_ = std::move(error);
         failed_ = true;
         return false;
     }
+    bool exceed() { return fail(document_.refuse(root_, "", budget_error().message)); }
     const Json* made(const Json* of, const std::string& key, Json schema) {
         auto& known = made_[{of, key}];
         if (!known) claim(*(known = document_.make(std::move(schema))));
@@ -31606,18 +31922,15 @@ private:
     using Todo = Conjunction;
     bool apply(Branch& b, const Json& s, Todo& todo) {
         if (s.is_bool()) return s.as_bool();
-        if (const Json* ref = s.find("$ref")) {
-            const Json* target = document_.resolve(ref->as_string());
-            if (!target) {
-                if (!refuse(s, "$ref", "is not in this document")) return false;
-            } else {
-                todo.push_back({target});
-                if (document_.refs_hide_siblings()) return true;
-            }
+        for (const char* keyword : reference_keywords) {
+            if (!s.contains(keyword)) continue;
+            const Json* target = document_.resolve(s, keyword);
+            if (!target && !refuse(s, keyword, "its target is not in this document, or not fixed"))
+                return false;
+            if (target) todo.push_back({target});
+            if (target && document_.refs_hide_siblings()) return true;
         }
-        for (const char* keyword :
-             {"unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef"})
-            if (s.contains(keyword) && !refuse(s, keyword, "is not supported")) return false;
+        if (s.contains("unevaluatedItems") && !refuse(s, "unevaluatedItems")) return false;
         if (own_.count(&s) && !apply_own(b, s, todo)) return false;
         return apply_values(b, s) && apply_number(b, s) && apply_string(b, s) &&
                apply_array(b, s) && apply_object(b, s, todo) && apply_logic(b, s, todo);
@@ -31631,12 +31944,13 @@ private:
         if (const Json* i = s.find("\1excluded1"))
             b.excluded.push_back(negated_[size_t(i->as_uint())]->find("const"));
         if (const Json* name = s.find("\1absent")) b.absent.emplace_back(name->as_string());
+        if (const Json* i = s.find("\1broken")) b.broken.push_back(negated_[size_t(i->as_uint())]);
         if (const Json* p = s.find("\1notPattern"))
             b.languages.push_back({std::string(p->as_string()), false, false, &s});
         if (const Json* f = s.find("\1notFormat"))
             b.languages.push_back({std::string(f->as_string()), true, false, &s});
         if (const Json* m = s.find("\1notMultiple"))
-            b.numbers.not_multiples.push_back(uint32_t(m->as_uint()));
+            b.numbers.not_multiples.push_back(*Divisor::of(*m));
         if (const Json* t = s.find("\1types")) b.types &= uint32_t(t->as_uint());
         return b.types != 0;
     }
@@ -31675,10 +31989,12 @@ private:
             tighten(b.numbers.upper, {ExactDecimal::of(v), true}, -1);
         if (const Json* m = s.find("multipleOf")) {
             if (!(b.types & (t_integer | t_fraction))) return true;
-            if (!is_whole_number(*m) || m->as_double() < 1 || m->as_double() > kMostDivisor)
-                return refuse(s, "multipleOf", "only integers from 1 to 20,000 are supported");
-            if (m->as_double() > 1) b.numbers.multiples.push_back(uint32_t(m->as_double()));
-            b.types &= ~uint32_t(t_fraction);
+            const auto divisor = Divisor::of(*m);
+            if ((!divisor || !divisor->is_binary()) && !refuse(s, "multipleOf", kDivisors))
+                return false;
+            if (!divisor) return true;
+            if (divisor->units > 1 || divisor->digits) b.numbers.multiples.push_back(*divisor);
+            if (!divisor->digits) b.types &= ~uint32_t(t_fraction);
         }
         return b.types != 0;
     }
@@ -31688,9 +32004,10 @@ private:
         if (const Json* p = s.find("pattern"))
             b.languages.push_back({std::string(p->as_string()), false, true, &s});
         if (const Json* f = s.find("format")) {
-            if (format_pattern(f->as_string()))
-                b.languages.push_back({std::string(f->as_string()), true, true, &s});
-            else if ((b.types & t_string) && !refuse(s, "format", "is not one that is supported"))
+            const uint32_t most = most_format_chars(f->as_string());
+            if (most) b.most_chars = std::min(b.most_chars, most);
+            if (most) b.languages.push_back({std::string(f->as_string()), true, true, &s});
+            else if ((b.types & t_string) && !refuse(s, "format", "it is not a known format"))
                 return false;
         }
         return true;
@@ -31714,6 +32031,8 @@ private:
             b.objects.push_back(&s);
         if (const Json* names = s.find("propertyNames")) b.names.push_back({names});
         if (!(b.types & t_object)) return true;
+        if (s.contains("unevaluatedProperties") && !document_.refs_hide_siblings())
+            b.unevaluated.push_back({&s, {}});
         for (const char* keyword : {"dependentRequired", "dependentSchemas", "dependencies"})
             for (const JsonMember& m : s[keyword].members()) {
                 const Json* has = made(&m.value, "has",
@@ -31744,43 +32063,55 @@ private:
             if (const Json* otherwise = s.find("else")) no.push_back({otherwise});
             if (yes.size() + no.size() > 2) b.choices.push_back({yes, no});
         }
-        if (const Json* one = s.find("oneOf")) b.choices.push_back(one_of(*one));
+        if (const Json* one = s.find("oneOf")) b.one_ofs.push_back(one);
         return true;
     }
-    // Each alone; where two cannot hold together anyway there is no need to say so.
-    std::vector<Conjunction> one_of(const Json& list) {
-        std::vector<Conjunction> ways;
-        for (const Json& part : list.items()) {
-            Conjunction way = {{&part}};
-            for (const Json& other : list.items())
-                if (&other != &part && !is_impossible({{&part}, {&other}}, 0))
-                    way.push_back({&other, false});
-            ways.push_back(std::move(way));
-        }
+    // Each alone; where two cannot hold together in this branch there is no need to say so.
+    std::vector<Conjunction> one_of(Branch context, const Json& list) {
+        context.choices.clear();
+        context.one_ofs.clear();
+        const size_t count = list.size();
+        std::vector<Conjunction> ways(count);
+        for (size_t i = 0; i < count; ++i) ways[i].push_back({&list[i]});
+        for (size_t i = 0; i < count && !failed_; ++i)
+            for (size_t j = 0; j < i; ++j) {
+                if (is_apart(list[i], list[j]) ||
+                    is_impossible({{&list[i]}, {&list[j]}}, 0, context))
+                    continue;
+                ways[i].push_back({&list[j], false});
+                ways[j].push_back({&list[i], false});
+            }
         return ways;
+    }
+    // Whether two schemas exclude each other wherever they stand.
+    bool is_apart(const Json& a, const Json& b) {
+        const auto [at, is_new] = apart_.try_emplace({&a, &b}, false);
+        if (is_new) at->second = is_impossible({{&a}, {&b}}, 0);
+        return at->second;
     }
 
     // ---- Negative literals: the ways not to satisfy a schema
     bool negate(Branch& b, const Json& s, Todo& todo) {
         if (s.is_bool()) return !s.as_bool();
         std::vector<Conjunction> ways;
-        const auto way = [&](const std::string& key, Json schema) {
-            ways.push_back({{made(&s, key, std::move(schema))}});
+        const auto way = [&](const std::string& key, Json schema) {  // if it is one in this branch
+            const std::string_view type = schema["type"].as_string();
+            if (type.empty() || (types_of(type) & b.types))
+                ways.push_back({{made(&s, key, std::move(schema))}});
         };
         const auto typed = [](std::string_view type) { return Json::object().set("type", type); };
-        if (const Json* ref = s.find("$ref")) {
-            const Json* target = document_.resolve(ref->as_string());
-            if (!target && !refuse(s, "$ref", "is not in this document")) return false;
+        for (const char* keyword : reference_keywords) {
+            if (!s.contains(keyword)) continue;
+            const Json* target = document_.resolve(s, keyword);
+            if (!target && !refuse(s, keyword, "its target is not in this document, or not fixed"))
+                return false;
             if (target) ways.push_back({{target, false}});
         }
-        for (const char* keyword :
-             {"unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef",
-              "dependentSchemas", "dependencies", "propertyNames"})
-            if (s.contains(keyword) &&
-                !refuse(s, keyword, "is not supported where a schema must not match"))
-                return false;
-        negate_simple(s, way, typed);
-        if (!negate_array(b, s, way, typed) || !negate_object(b, s, way, typed)) return false;
+        for (const char* keyword : {"unevaluatedProperties", "unevaluatedItems"})
+            if (s.contains(keyword) && !refuse(s, keyword, kNegated)) return false;
+        negate_simple(b, s, way, typed);
+        if (!negate_array(b, s, way, typed)) return false;
+        if (b.types & t_object) negate_object(s, ways, way, typed);
         if (const Json* list = s.find("anyOf")) {
             ways.emplace_back();
             for (const Json& part : list->items()) ways.back().push_back({&part, false});
@@ -31805,11 +32136,12 @@ private:
         return true;
     }
     template <class Way, class Typed>
-    void negate_simple(const Json& s, const Way& way, const Typed& typed) {
+    void negate_simple(const Branch& b, const Json& s, const Way& way, const Typed& typed) {
         if (const Json* type = s.find("type")) {
             uint32_t mask = type->is_string() ? types_of(type->as_string()) : 0;
             for (const Json& t : type->items()) mask |= types_of(t.as_string());
-            way("type", Json::object().set("\1types", uint32_t(t_all & ~mask)));
+            if (b.types & ~mask)
+                way("type", Json::object().set("\1types", uint32_t(t_all & ~mask)));
         }
         negated_.push_back(&s);
         const uint64_t self = negated_.size() - 1;
@@ -31824,9 +32156,9 @@ private:
         bound("exclusiveMinimum", "maximum");
         bound("exclusiveMaximum", "minimum");
         if (const Json* m = s.find("multipleOf")) {
-            if (!is_whole_number(*m) || m->as_double() < 1 || m->as_double() > kMostDivisor)
-                (void)refuse(s, "multipleOf", "only integers from 1 to 20,000 are supported");
-            else way("multipleOf", typed("number").set("\1notMultiple", uint64_t(m->as_double())));
+            const auto divisor = Divisor::of(*m);
+            if (!divisor || !divisor->is_binary()) (void)refuse(s, "multipleOf", kDivisors);
+            if (divisor) way("multipleOf", typed("number").set("\1notMultiple", *m));
         }
         const auto count = [&](const char* keyword, const char* type, const char* opposite,
                                int step) {
@@ -31842,7 +32174,7 @@ private:
         count("maxProperties", "object", "minProperties", 1);
         if (const Json* p = s.find("pattern"))
             way("pattern", typed("string").set("\1notPattern", *p));
-        if (const Json* f = s.find("format"); f && format_pattern(f->as_string()))
+        if (const Json* f = s.find("format"); f && is_format(f->as_string()))
             way("format", typed("string").set("\1notFormat", *f));
         for (const Json& name : s["required"].items())
             way("required " + std::string(name.as_string()), typed("object").set("\1absent", name));
@@ -31850,15 +32182,12 @@ private:
     template <class Way, class Typed>
     bool negate_array(Branch& b, const Json& s, const Way& way, const Typed& typed) {
         if (!(b.types & t_array)) return true;
-        if (s["uniqueItems"].as_bool() &&
-            !refuse(s, "uniqueItems", "is not supported where a schema must not match"))
-            return false;
+        if (s["uniqueItems"].as_bool() && !refuse(s, "uniqueItems", kNegated)) return false;
         const bool old = s["items"].is_array();
         const Json& first = old ? s["items"] : s["prefixItems"];
         const Json* rest = s.find(old ? "additionalItems" : "items");
         if (rest && first.empty()) way("items", typed("array").set("contains", negation_of(rest)));
-        else if (rest && !refuse(s, "items", "is not supported where a schema must not match"))
-            return false;
+        else if (rest && !refuse(s, "items", kNegated)) return false;
         for (size_t i = 0; i < first.size(); ++i) {
             Json list = Json::array();
             for (size_t j = 0; j < i; ++j) list.push(true);
@@ -31868,39 +32197,40 @@ private:
                                                  .set("minItems", uint64_t(i + 1)));
         }
         if (const Json* c = s.find("contains")) {
-            if (s.contains("maxContains") &&
-                !refuse(s, "maxContains", "is not supported where a schema must not match"))
-                return false;
+            if (s.contains("maxContains") && !refuse(s, "maxContains", kNegated)) return false;
             const uint32_t least = count_of(s, "minContains", 1);
             if (least == 1) way("contains", typed("array").set("items", negation_of(c)));
-            else if (least &&
-                     !refuse(s, "minContains", "is not supported where a schema must not match"))
-                return false;
+            else if (least && !refuse(s, "minContains", kNegated)) return false;
         }
         return true;
     }
     template <class Way, class Typed>
-    bool negate_object(Branch& b, const Json& s, const Way& way, const Typed& typed) {
-        if (!(b.types & t_object)) return true;
+    void negate_object(const Json& s, std::vector<Conjunction>& ways, const Way& way,
+                       const Typed& typed) {
         for (const JsonMember& m : s["properties"].members())
-            way("property " + m.key,
-                typed("object")
-                    .set("required", Json::array().push(m.key))
-                    .set("properties", Json::object().set(m.key, negation_of(&m.value))));
-        if (s["patternProperties"].size() &&
-            !refuse(s, "patternProperties", "is not supported where a schema must not match"))
-            return false;
-        const Json* additional = s.find("additionalProperties");
-        if (additional && !(additional->is_bool() && additional->as_bool()) &&
-            !refuse(s, "additionalProperties", "is not supported where a schema must not match"))
-            return false;
-        for (const JsonMember& m : s["dependentRequired"].members())
-            for (const Json& name : m.value.items())
-                way("dependent " + m.key + " " + std::string(name.as_string()),
+            if (m.value != Json(true) && (m.value.size() || m.value.is_bool()))
+                way("property " + m.key,
                     typed("object")
                         .set("required", Json::array().push(m.key))
-                        .set("\1absent", name));
-        return true;
+                        .set("properties", Json::object().set(m.key, negation_of(&m.value))));
+        const Json* additional = s.find("additionalProperties");
+        if ((additional && !(additional->is_bool() && additional->as_bool())) ||
+            s["patternProperties"].size() || s.contains("propertyNames")) {
+            negated_.push_back(&s);
+            way("broken", typed("object").set("\1broken", uint64_t(negated_.size() - 1)));
+        }
+        for (const char* keyword : {"dependentRequired", "dependentSchemas", "dependencies"})
+            for (const JsonMember& m : s[keyword].members()) {
+                const auto has = [&] {
+                    return typed("object").set("required", Json::array().push(m.key));
+                };
+                for (const Json& name : m.value.items())
+                    way("dependent " + m.key + " " + std::string(name.as_string()),
+                        has().set("\1absent", name));
+                if (m.value.is_array()) continue;
+                way("dependent " + m.key, has());
+                ways.back().push_back({&m.value, false});
+            }
     }
     // ---- Expansion
     void expand(Branch b, Todo todo, std::vector<Branch>& out) {
@@ -31918,17 +32248,53 @@ private:
                 return;
             if (!b.types) return;
         }
+        if (lacks_required(b)) return;
+        while (!b.one_ofs.empty()) {
+            const Json* list = b.one_ofs.back();
+            b.one_ofs.pop_back();
+            b.choices.push_back(one_of(b, *list));
+        }
         if (b.choices.empty()) {
             if (out.size() >= kMostBranches) {
                 fail(document_.refuse(*b.done[0].schema, "", "has more than 512 combinations"));
                 return;
             }
+            for (Branch::Unevaluated& u : b.unevaluated) find_scope(b, *u.schema, u.scope);
             out.push_back(std::move(b));
             return;
         }
         const std::vector<Conjunction> ways = std::move(b.choices.back());
         b.choices.pop_back();
         for (const Conjunction& way : ways) expand(b, way, out);
+    }
+    // Whether an object would be needed that must not have what it has to have: early, since such
+    // branches multiply.
+    bool lacks_required(const Branch& b) {
+        if (b.types != t_object || b.values) return false;
+        for (const std::string& name : b.required) {
+            if (std::find(b.absent.begin(), b.absent.end(), name) != b.absent.end()) return true;
+            for (const Json* s : b.objects)
+                if ((*s)["additionalProperties"] == Json(false) && !(*s)["properties"].find(name) &&
+                    !(*s)["patternProperties"].size())
+                    return true;
+        }
+        return false;
+    }
+    // The schemas that hold in the branch and apply in the same place as `s` because of it.
+    void find_scope(const Branch& b, const Json& s, std::vector<const Json*>& out) {
+        const auto seen = [&](const auto& list, const auto& item) {
+            return std::find(list.begin(), list.end(), item) != list.end();
+        };
+        if (!seen(b.done, Literal{&s}) || seen(out, &s)) return;
+        out.push_back(&s);
+        for (const char* keyword : reference_keywords)
+            if (const Json* target = s.contains(keyword) ? document_.resolve(s, keyword) : nullptr)
+                find_scope(b, *target, out);
+        for (const char* keyword : {"allOf", "anyOf", "oneOf"})
+            for (const Json& part : s[keyword].items()) find_scope(b, part, out);
+        for (const char* keyword : {"if", "then", "else"})
+            if (const Json* part = s.find(keyword)) find_scope(b, *part, out);
+        for (const JsonMember& m : s["dependentSchemas"].members()) find_scope(b, m.value, out);
     }
     std::vector<Branch> branches_of(const Conjunction& conjunction) {
         std::vector<Branch> out;
@@ -31937,10 +32303,11 @@ private:
     }
 
     // Whether nothing satisfies a conjunction; false where that is hard to tell.
-    bool is_impossible(const Conjunction& conjunction, int depth) {
+    bool is_impossible(const Conjunction& conjunction, int depth, Branch context = {}) {
         if (depth > 4 || failed_) return false;
         const bool probing = std::exchange(probing_, true);
-        const std::vector<Branch> branches = branches_of(conjunction);
+        std::vector<Branch> branches;
+        expand(std::move(context), conjunction, branches);
         bool possible = false;
         for (const Branch& b : branches) possible = possible || !is_impossible(b, depth);
         probing_ = probing;
@@ -31972,6 +32339,8 @@ private:
         std::vector<const Json*> out;
         for (const Json* v : *b.values) {
             bool ok = type_of(*v) & b.types;
+            if (ok && v->is_object() && !b.unevaluated.empty())
+                ok = refuse(*b.unevaluated[0].schema, "unevaluatedProperties", "beside values");
             for (const Literal& l : b.done)
                 ok = ok &&
                      (own_.count(l.schema) || document_.is_valid(*l.schema, *v) == l.positive);
@@ -32024,7 +32393,7 @@ private:
         for (const Json* v : b.excluded) {
             types &= ~(type_of(*v) & (t_null | t_false | t_true));
             if ((type_of(*v) & types & (t_array | t_object)) &&
-                !refuse(*b.done[0].schema, "", "excludes an array or object by its value"))
+                !refuse(*b.done[0].schema, "", "to exclude an array or object by its value"))
                 return;
         }
         if (types & t_null) out.push_back(builder_.bytes("null"));
@@ -32052,8 +32421,11 @@ private:
             key += bound ? (bound->exclusive ? "x" : "=") + bound->value.text() : std::string("-");
         };
         say(rules.lower), say(rules.upper);
-        for (const uint32_t m : rules.multiples) key += "*" + std::to_string(m);
-        for (const uint32_t m : rules.not_multiples) key += "/" + std::to_string(m);
+        const auto say_divisor = [&](char mark, const Divisor& d) {
+            key += mark + std::to_string(d.units) + "e" + std::to_string(d.digits);
+        };
+        for (const Divisor& d : rules.multiples) say_divisor('*', d);
+        for (const Divisor& d : rules.not_multiples) say_divisor('/', d);
         for (const ExactDecimal& d : rules.excluded) key += "!" + d.text();
         if (key == "i--" || key == "if--") {  // most of them
             static const DfaPtr plain[2] = {plain_number(false), plain_number(true)};
@@ -32062,7 +32434,7 @@ private:
         DfaPtr& known = numbers_[key];
         if (!known) {
             auto dfa = number_dfa(rules, builder_.budget());
-            if (!dfa) return fail(std::move(dfa.error())), no_part;
+            if (!dfa) return exceed(), no_part;
             known = std::move(*dfa);
         }
         return builder_.terminal(known, 0, most_number_chars);
@@ -32093,17 +32465,10 @@ private:
                 if (!out) out = any_text_dfa(Spelling::json);
                 auto both = positive ? intersect(out, *one, builder_.budget())
                                      : subtract(out, *one, builder_.budget());
-                if (!both) return fail(std::move(both.error())), nullptr;
+                if (!both) return exceed(), nullptr;
                 out = *both;
             }
-        std::vector<std::string> texts;
-        for (const Json* v : b.excluded)
-            if (v->is_string()) {
-                std::string text;
-                write_json_escaped(text, v->as_string());
-                texts.push_back(std::move(text));
-            }
-        if (!texts.empty()) {
+        if (const auto texts = texts_of(b.excluded); !texts.empty()) {
             if (!out) out = any_text_dfa(Spelling::json);
             out = without(out, texts);
         }
@@ -32112,7 +32477,7 @@ private:
     DfaPtr without(const DfaPtr& dfa, const std::vector<std::string>& texts) {
         auto set = texts_dfa(texts, builder_.budget());
         auto out = set ? subtract(dfa, *set, builder_.budget()) : std::move(set);
-        if (!out) return fail(std::move(out.error())), nullptr;
+        if (!out) return exceed(), nullptr;
         return *out;
     }
     Part quoted(Part inside) {
@@ -32134,7 +32499,7 @@ private:
         const Branch::Language& l = b.languages[0];
         if (b.least_chars || b.most_chars != unlimited) {
             (void)refuse(*l.schema, "pattern",
-                         "repeats too often to be joined with bounds of the length");
+                         "it repeats too often to be joined with bounds of the length");
             if (failed_) return no_part;
         }
         auto part = add_pattern_part(builder_, l.name, Spelling::json, true);
@@ -32166,7 +32531,7 @@ private:
         rules.least = b.least_items, rules.most = b.most_items;
         const Branch::Counted* counted = b.contains.empty() ? nullptr : &b.contains[0];
         if (b.contains.size() > 1 &&
-            !refuse(*b.contains[1].schema, "contains", "is there more than once"))
+            !refuse(*b.contains[1].schema, "contains", "more than once in the same place"))
             return no_part;
         if (counted) rules.least_counted = counted->least, rules.most_counted = counted->most;
         const auto item = [&](size_t index) {
@@ -32182,10 +32547,10 @@ private:
         rules.rest = item(first);
         return failed_ ? no_part : builder_.array(std::move(rules));
     }
-    // The values that satisfy a conjunction, where they can be counted.
-    std::optional<std::vector<std::string>> values_of(const Conjunction& conjunction) {
+    // The values of all branches, where they can be counted.
+    std::optional<std::vector<std::string>> values_of(const std::vector<Branch>& branches) {
         std::vector<std::string> out;
-        for (const Branch& b : branches_of(conjunction)) {
+        for (const Branch& b : branches) {
             if (b.values) {
                 for (const Json* v : allowed_values(b)) out.push_back(v->write());
                 continue;
@@ -32199,18 +32564,37 @@ private:
         out.erase(std::unique(out.begin(), out.end()), out.end());
         return out;
     }
-    // Items that differ: a part for every set of those that are there.
+    // Items that differ. Strings do as the keys of an object do; few values in a part for every set
+    // of those that are there.
     Part unique_part(const Branch& b, size_t first) {
-        auto values = values_of(item_conjunction(b, first));
-        if (first || !values || values->size() > kMostUnique || !b.contains.empty()) {
-            if (!refuse(*b.unique, "uniqueItems",
-                        "is supported for enumerations of at most 8 values"))
-                return no_part;
-            Branch other = b;
-            other.unique = nullptr;
-            return array_part(other);
-        }
-        const uint32_t count = uint32_t(values->size());
+        const Conjunction item = item_conjunction(b, first);
+        const std::vector<Branch> branches = branches_of(item);
+        const bool simple = !first && b.contains.empty();
+        auto values = values_of(branches);
+        if (simple && values && values->size() <= kMostUnique) return unique_values(b, *values);
+        if (simple && std::all_of(branches.begin(), branches.end(), has_only_strings))
+            return unique_strings(b, branches);
+        if (!refuse(*b.unique, "uniqueItems", "except for strings and for at most 8 values"))
+            return no_part;
+        Branch other = b;
+        other.unique = nullptr;
+        return array_part(other);
+    }
+    static bool has_only_strings(const Branch& b) {
+        if (!b.values) return b.types == t_string;
+        return std::all_of(b.values->begin(), b.values->end(),
+                           [](const Json* v) { return v->is_string(); });
+    }
+    Part unique_strings(const Branch& b, const std::vector<Branch>& branches) {
+        ObjectRules rules;
+        rules.is_list = true;
+        rules.least = b.least_items, rules.most = b.most_items;
+        rules.other = strings_of(branches);
+        rules.others = {builder_.bytes("")};
+        return failed_ ? no_part : builder_.object(std::move(rules));
+    }
+    Part unique_values(const Branch& b, const std::vector<std::string>& values) {
+        const uint32_t count = uint32_t(values.size());
         std::vector<Part> rest(size_t{1} << count,
                                no_part);  // by what was there: how the array goes on
         const Part comma = builder_.choice({builder_.bytes(","), builder_.bytes(", ")});
@@ -32222,33 +32606,65 @@ private:
                 if (!(set >> v & 1) && rest[set | 1u << v])
                     ways.push_back(
                         builder_.sequence({set ? comma : builder_.bytes(""),
-                                           builder_.bytes((*values)[v]), rest[set | 1u << v]}));
+                                           builder_.bytes(values[v]), rest[set | 1u << v]}));
             rest[set] = builder_.choice(std::move(ways));
         }
         return rest[0] ? builder_.sequence({builder_.bytes("["), rest[0]}) : no_part;
     }
 
     // ---- Objects
-    void add_group(const Json& s, std::string_view name, Conjunction& out) {
-        bool known = false;
-        if (const Json* property = s["properties"].find(name))
-            add_literal(out, {property}), known = true;
+    // What a schema says of members whose keys `matches` tells from its patterns; whether it says
+    // anything.
+    template <class Matches>
+    bool add_group(const Json& s, const Json* property, const Matches& matches, Conjunction& out) {
+        bool known = property != nullptr;
+        if (property) add_literal(out, {property});
         for (const JsonMember& p : s["patternProperties"].members())
-            if (document_.matches(p.key, name)) add_literal(out, {&p.value}), known = true;
-        if (const Json* additional = s.find("additionalProperties"); additional && !known)
-            add_literal(out, {additional});
+            if (matches(p.key)) add_literal(out, {&p.value}), known = true;
+        const Json* additional = s.find("additionalProperties");
+        if (additional && !known) add_literal(out, {additional});
+        return known || additional;
+    }
+    template <class Property, class Matches>
+    Conjunction group_conjunction(const Branch& b, const Property& property,
+                                  const Matches& matches) {
+        Conjunction out;
+        std::vector<const Json*> evaluating;
+        for (const Json* s : b.objects)
+            if (add_group(*s, property(*s), matches, out)) evaluating.push_back(s);
+        for (const Branch::Unevaluated& u : b.unevaluated) {
+            bool evaluated = false;
+            for (const Json* s : u.scope)
+                evaluated |= std::find(evaluating.begin(), evaluating.end(), s) !=
+                                 evaluating.end() ||
+                             (s != u.schema && s->contains("unevaluatedProperties"));
+            if (!evaluated) add_literal(out, {u.schema->find("unevaluatedProperties")});
+        }
+        return out;
     }
     Conjunction member_conjunction(const Branch& b, std::string_view name) {
-        Conjunction out;
-        for (const Json* s : b.objects) add_group(*s, name, out);
+        Conjunction out = group_conjunction(
+            b, [&](const Json& s) { return s["properties"].find(name); },
+            [&](const std::string& pattern) { return document_.matches(pattern, name); });
+        for (const auto& [also, literal] : b.also)
+            if (also == name) add_literal(out, literal);
         return out;
+    }
+    Conjunction other_conjunction(const Branch& b, const std::vector<std::string>& patterns,
+                                  uint32_t bits) {
+        return group_conjunction(
+            b, [](const Json&) { return nullptr; },
+            [&](const std::string& pattern) {
+                const auto at = std::find(patterns.begin(), patterns.end(), pattern);
+                return at != patterns.end() && (bits >> (at - patterns.begin()) & 1);
+            });
     }
     bool may_be_name(const Branch& b, const std::string& name) {
         for (const Literal& l : b.names)
             if (document_.is_valid(*l.schema, Json(name)) != l.positive) return false;
         return std::find(b.absent.begin(), b.absent.end(), name) == b.absent.end();
     }
-    Part object_part(const Branch& b) {
+    std::vector<std::string> names_of(const Branch& b) {
         std::vector<std::string> names;
         std::map<std::string, bool, std::less<>> known;
         const auto add_name = [&](const std::string& name) {
@@ -32258,9 +32674,13 @@ private:
             for (const JsonMember& m : (*s)["properties"].members()) add_name(m.key);
         for (const std::string& name : b.required) add_name(name);
         for (const std::string& name : b.absent) add_name(name);
+        return names;
+    }
+    Part object_part(const Branch& b) {
+        if (!b.broken.empty()) return broken_part(b);
         ObjectRules rules;
         rules.least = b.least_members, rules.most = b.most_members;
-        for (const std::string& name : names) {
+        for (const std::string& name : names_of(b)) {
             ObjectMember m;
             write_json_string(m.key, name);
             m.key += ":";
@@ -32271,15 +32691,81 @@ private:
         add_others(b, rules);
         return failed_ ? no_part : builder_.object(std::move(rules));
     }
-    // Keys that are not named: by which of the patterns they match.
-    void add_others(const Branch& b, ObjectRules& rules) {
+    // What a member with a key can miss of a schema's keywords for members.
+    template <class Matches>
+    std::vector<Literal> misses(const Json& s, bool declared, const Matches& matches) {
+        std::vector<Literal> out;
+        bool known = declared;
+        for (const JsonMember& p : s["patternProperties"].members())
+            if (matches(p.key)) out.push_back({&p.value, false}), known = true;
+        if (const Json* additional = s.find("additionalProperties"); additional && !known)
+            out.push_back({additional, false});
+        return out;
+    }
+    // One of the named members misses what the schema says; another key may not, or that cannot be
+    // promised.
+    Part broken_part(Branch b) {
+        const Json& s = *b.broken.back();
+        b.broken.pop_back();
+        if (may_miss_elsewhere(b, s) &&
+            !refuse(s,
+                    s.contains("propertyNames")          ? "propertyNames"
+                    : s.contains("additionalProperties") ? "additionalProperties"
+                                                         : "patternProperties",
+                    kNegated))
+            return no_part;
+        std::vector<Part> ways;
+        for (const std::string& name : names_of(b)) {
+            if (!may_be_name(b, name) || failed_ || !builder_.budget().take(20)) continue;
+            auto literals = misses(s, s["properties"].contains(name), [&](const std::string& p) {
+                return document_.matches(p, name);
+            });
+            if (const Json* names = s.find("propertyNames");
+                names && !document_.is_valid(*names, Json(name)))
+                literals.push_back({&document_.anything()});
+            for (const Literal& literal : literals) {
+                Branch with = b;
+                with.required.push_back(name);
+                with.also.emplace_back(name, literal);
+                ways.push_back(object_part(with));
+            }
+        }
+        return builder_.choice(std::move(ways));
+    }
+    bool may_miss_elsewhere(const Branch& b, const Json& s) {
+        Branch both = b;
+        both.objects.push_back(&s);
+        const std::vector<std::string> patterns = patterns_of(both);
+        for (uint32_t bits = 0; bits < 1u << std::min(patterns.size(), kMostPatterns); ++bits) {
+            const Conjunction rest = other_conjunction(b, patterns, bits);
+            if (is_impossible(rest, 0)) continue;
+            if (s.contains("propertyNames")) return true;
+            const auto matches = [&](const std::string& p) {
+                const auto at = std::find(patterns.begin(), patterns.end(), p);
+                return bool(bits >> (at - patterns.begin()) & 1);
+            };
+            for (const Literal& literal : misses(s, false, matches)) {
+                Conjunction all = rest;
+                add_literal(all, literal);
+                if (!is_impossible(all, 0)) return true;
+            }
+        }
+        return false;
+    }
+    static std::vector<std::string> patterns_of(const Branch& b) {
         std::vector<std::string> patterns;
         for (const Json* s : b.objects)
             for (const JsonMember& p : (*s)["patternProperties"].members())
                 if (std::find(patterns.begin(), patterns.end(), p.key) == patterns.end())
                     patterns.push_back(p.key);
+        return patterns;
+    }
+    // Keys that are not named: by which of the patterns they match.
+    void add_others(const Branch& b, ObjectRules& rules) {
+        std::vector<std::string> patterns = patterns_of(b);
         if (patterns.size() > kMostPatterns) {
-            (void)refuse(*b.objects[0], "patternProperties", "there are more than 6 patterns");
+            (void)refuse(*b.objects[0], "patternProperties",
+                         "more than 6 patterns in the same place");
             patterns.resize(kMostPatterns);
         }
         std::vector<DfaPtr> dfas;
@@ -32303,51 +32789,42 @@ private:
             return;
         }
         auto labelled = label_by(all, dfas, builder_.budget());
-        if (!labelled) fail(std::move(labelled.error()));
+        if (!labelled) exceed();
         else if (!(*labelled)->empty()) rules.other = *labelled;
-    }
-    Conjunction other_conjunction(const Branch& b, const std::vector<std::string>& patterns,
-                                  uint32_t bits) {
-        Conjunction out;
-        for (const Json* s : b.objects) {
-            bool known = false;
-            for (size_t i = 0; i < patterns.size(); ++i)
-                if (const Json* p = (*s)["patternProperties"].find(patterns[i]);
-                    p && (bits >> i & 1))
-                    add_literal(out, {p}), known = true;
-            if (const Json* additional = s->find("additionalProperties"); additional && !known)
-                add_literal(out, {additional});
-        }
-        return out;
     }
     // What propertyNames leaves of all keys; null: nothing.
     DfaPtr names_dfa(const Branch& b) {
-        DfaPtr out = any_text_dfa(Spelling::json);
-        if (b.names.empty()) return out;
-        const std::vector<Branch> branches = branches_of(b.names);
-        if (branches.empty()) return nullptr;
-        if (branches.size() > 1)
-            (void)refuse(*b.names[0].schema, "", "as propertyNames has alternatives");
-        const Branch& names = branches[0];
-        if (!(names.types & t_string)) return nullptr;
-        if (names.values) {
-            std::vector<std::string> texts;
-            for (const Json* v : allowed_values(names)) {
-                texts.emplace_back();
-                write_json_escaped(texts.back(), v->as_string());
-            }
-            auto set = texts_dfa(texts, builder_.budget());
-            if (!set) return fail(std::move(set.error())), nullptr;
-            return (*set)->empty() ? nullptr : *set;
+        return b.names.empty() ? any_text_dfa(Spelling::json) : strings_of(branches_of(b.names));
+    }
+    // The strings of all branches, between their quotes; null: there are none.
+    DfaPtr strings_of(const std::vector<Branch>& branches) {
+        DfaPtr out;
+        for (const Branch& b : branches) {
+            const DfaPtr one = b.types & t_string ? strings_of(b) : nullptr;
+            if (failed_) return nullptr;
+            if (!one || one->empty()) continue;
+            auto both = out ? unite(out, one, builder_.budget()) : Result<DfaPtr>(one);
+            if (!both) return exceed(), nullptr;
+            out = *both;
         }
-        if (DfaPtr found = string_dfa(names)) out = found;
-        if (failed_) return nullptr;
-        auto counted = names.least_chars || names.most_chars != unlimited
-                           ? limit_length(out, names.least_chars, names.most_chars,
-                                          builder_.budget())
-                           : Result<DfaPtr>(out);
-        if (!counted) return fail(std::move(counted.error())), nullptr;
-        return (*counted)->empty() ? nullptr : *counted;
+        return out;
+    }
+    DfaPtr strings_of(const Branch& b) {
+        auto out = b.values ? texts_dfa(texts_of(allowed_values(b)), builder_.budget())
+                            : Result<DfaPtr>(string_dfa(b));
+        if (out && !*out) out = any_text_dfa(Spelling::json);
+        const bool counts = !b.values && (b.least_chars || b.most_chars != unlimited);
+        if (out && counts && !failed_)
+            out = limit_length(*out, b.least_chars, b.most_chars, builder_.budget());
+        if (!out) return exceed(), nullptr;
+        return *out;
+    }
+    // The strings among some values, as they stand between quotes.
+    static std::vector<std::string> texts_of(const std::vector<const Json*>& values) {
+        std::vector<std::string> out;
+        for (const Json* v : values)
+            if (v->is_string()) write_json_escaped(out.emplace_back(), v->as_string());
+        return out;
     }
 
     GrammarBuilder& builder_;
@@ -32361,6 +32838,7 @@ private:
     std::map<const Json*, bool> own_;
     std::vector<const Json*> negated_;
     std::map<std::string, DfaPtr> numbers_;
+    std::map<std::pair<const Json*, const Json*>, bool> apart_;
 };
 
 Result<Part> add_json_schema(GrammarBuilder& builder, const Json& schema, bool strict) {
@@ -32371,8 +32849,10 @@ Result<GrammarPtr> compile_json_schema(const Json& schema, const SchemaOptions& 
     GrammarBuilder builder;
     builder.space = options.space;
     auto part = add_json_schema(builder, schema, options.strict);
-    if (!part) return std::move(part.error());
-    return builder.build(*part);
+    const bool made = part.ok();
+    auto grammar = builder.build(std::move(part));
+    if (grammar || !made) return grammar;
+    return SchemaDocument(schema, builder.budget()).refuse(schema, "", grammar.error().message);
 }
 
 }  // namespace detail
@@ -32522,14 +33002,7 @@ private:
             part = builder_.repeat(part, least, most);
         }
     }
-    bool number(uint32_t* value) {
-        const size_t begin = at_;
-        uint64_t v = 0;
-        for (; at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9'; ++at_)
-            v = std::min<uint64_t>(v * 10 + uint64_t(text_[at_] - '0'), most_repeats + 1);
-        *value = uint32_t(v);
-        return at_ > begin;
-    }
+    bool number(uint32_t* value) { return take_count(text_, &at_, value); }
     Part element() {
         if (take("\"")) return quoted();
         if (take("[")) return bracket();
@@ -32687,11 +33160,11 @@ bool begins_with(const Regex& regex, uint32_t id, Regex::Kind kind, bool front) 
 
 Result<Part> add_pattern_part(GrammarBuilder& builder, std::string_view pattern, Spelling spelling,
                               bool search) {
-    auto regex = parse_regex(pattern);
-    if (!regex) return std::move(regex.error());
-    auto dfa = regex_dfa(*regex, regex->root, spelling, search, builder.budget());
+    auto dfa = pattern_dfa(pattern, spelling, search, builder.budget());
     if (dfa) return builder.terminal(std::move(*dfa));
     if (!is_too_large(dfa.error())) return std::move(dfa.error());
+    auto regex = parse_regex(pattern);
+    if (!regex) return std::move(regex.error());
     if (has_inner_anchor(*regex, regex->root, true, true))
         return make_error(ErrorKind::invalid_request,
                           "anchors inside of a pattern that repeats so often are not supported",
@@ -32711,9 +33184,7 @@ Result<Part> add_regex(GrammarBuilder& builder, std::string_view pattern) {
 
 Result<GrammarPtr> compile_regex(std::string_view pattern) {
     GrammarBuilder builder;
-    auto part = add_regex(builder, pattern);
-    if (!part) return std::move(part.error());
-    return builder.build(*part);
+    return builder.build(add_regex(builder, pattern));
 }
 
 Result<GrammarPtr> compile_choices(std::vector<std::string> choices) {
@@ -32730,9 +33201,7 @@ Result<GrammarPtr> compile_any_json(bool object) {
 
 Result<GrammarPtr> compile_gbnf(std::string_view text) {
     GrammarBuilder builder;
-    auto part = add_gbnf(builder, text);
-    if (!part) return std::move(part.error());
-    return builder.build(*part);
+    return builder.build(add_gbnf(builder, text));
 }
 
 }  // namespace detail
@@ -33397,14 +33866,15 @@ private:
             limit(
                 pattern_dfa(schema["pattern"].as_string(), Spelling::raw, true, builder_.budget()));
         const std::string_view format = schema["format"].as_string();
-        if (format_pattern(format)) limit(format_dfa(format, Spelling::raw));
+        if (is_format(format)) limit(format_dfa(format, Spelling::raw));
         if (!text) return text.error();
         const auto count = [&](const char* key, uint32_t fallback) {
             const uint64_t value = schema[key].as_uint(fallback);
             return static_cast<uint32_t>(std::min<uint64_t>(value, unlimited));
         };
+        const uint32_t most = is_format(format) ? most_format_chars(format) : unlimited;
         return builder_.terminal(std::move(*text), count("minLength", 0),
-                                 count("maxLength", unlimited));
+                                 std::min(count("maxLength", unlimited), most));
     }
 
     Result<Part> python_value(const Tool& tool, const Json& schema, const Json& root) {
@@ -47153,23 +47623,24 @@ _Pragma("pop_macro(\"Object\")") _Pragma("pop_macro(\"Offset\")") _Pragma("pop_m
 _Pragma("pop_macro(\"Order\")") _Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")")
 _Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Part\")") _Pragma("pop_macro(\"Pending\")")
 _Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
-_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"R\")") _Pragma("pop_macro(\"Range\")")
-_Pragma("pop_macro(\"Read\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
-_Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")")
-_Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")")
-_Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")")
-_Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
-_Pragma("pop_macro(\"Set\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
-_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
-_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")")
-_Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")")
-_Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")")
-_Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
-_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
-_Pragma("pop_macro(\"Todo\")") _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")")
-_Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")")
-_Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Usage\")")
-_Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"Property\")") _Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"R\")")
+_Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Read\")") _Pragma("pop_macro(\"Reply\")")
+_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")")
+_Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")")
+_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
+_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")")
+_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Set\")") _Pragma("pop_macro(\"Shape\")")
+_Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")")
+_Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
+_Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
+_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
+_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")")
+_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")")
+_Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Todo\")") _Pragma("pop_macro(\"Token\")")
+_Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
+_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")")
+_Pragma("pop_macro(\"Union\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")")
+_Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
 _Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
 _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
 _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
@@ -47493,7 +47964,7 @@ _Pragma("pop_macro(\"while\")") _Pragma("pop_macro(\"width\")") _Pragma("pop_mac
 _Pragma("pop_macro(\"word\")") _Pragma("pop_macro(\"work\")") _Pragma("pop_macro(\"worker\")")
 _Pragma("pop_macro(\"write\")") _Pragma("pop_macro(\"writev\")") _Pragma("pop_macro(\"x\")")
 _Pragma("pop_macro(\"y\")") _Pragma("pop_macro(\"yes\")") _Pragma("pop_macro(\"yield\")")
-_Pragma("pop_macro(\"z\")") _Pragma("pop_macro(\"zero\")")
+_Pragma("pop_macro(\"z\")") _Pragma("pop_macro(\"zero\")") _Pragma("pop_macro(\"zone\")")
 #if defined(_WIN32)
 _Pragma("pop_macro(\"ACCESS_MASK\")") _Pragma("pop_macro(\"ATOM\")")
 _Pragma("pop_macro(\"BOOLEAN\")") _Pragma("pop_macro(\"BYTE\")") _Pragma("pop_macro(\"Beep\")")

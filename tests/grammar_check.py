@@ -170,35 +170,192 @@ def draw_schema(rng, depth=0):
     return out
 
 
+NOISE = {"title": "A thing", "description": "Says what it is.", "default": None, "examples": [1, "x"], "$comment": "to do",
+         "deprecated": True, "readOnly": True, "nullable": True, "x-order": 3, "markdownDescription": "*it*", "format": "int32"}
+
+
+def noisy(rng, schema):
+    """What schemas in the wild carry along, and does not count."""
+    if isinstance(schema, dict) and "type" in schema and schema["type"] != "string":
+        for key in rng.sample(list(NOISE), rng.choice([0, 0, 1, 3])):
+            schema.setdefault(key, NOISE[key])
+    return schema
+
+
+def closed(properties, required=None, **more):
+    return {"type": "object", "properties": properties, "required": list(properties) if required is None else required,
+            "additionalProperties": False, **more}
+
+
+def draw_wild(rng):
+    """A schema as they are found in repositories and interface descriptions."""
+    def value():
+        return noisy(rng, rng.choice([draw_string, draw_number])(rng))
+
+    def record():
+        names = rng.sample(["id", "name", "kind", "url", "tags", "default", "$ref-like", "a/b", "size"], rng.randrange(1, 4))
+        return noisy(rng, closed({n: value() for n in names}, [n for n in names if rng.random() < 0.5]))
+    node = closed({"value": value(), "children": {"type": "array", "items": {"$ref": "#/definitions/node"}, "maxItems": 2}}, ["value"])
+    strings = {"type": "array", "items": {"type": "string", "maxLength": rng.choice([1, 5, 40])}, "uniqueItems": True,
+               "minItems": rng.randrange(3), "maxItems": 4}
+    kinds = rng.sample(["circle", "square", "line", "text"], 3)
+    kind = rng.randrange(22)
+    if kind == 0:
+        return {"$schema": "http://json-schema.org/draft-07/schema#", "$id": "https://example.com/a.json", "definitions": {"node": node},
+                "$ref": "#/definitions/node", "type": "string"}
+    if kind == 1:
+        return {"$defs": {k: closed({"kind": {"const": k}, "v": value()}) for k in kinds}, "oneOf": [{"$ref": f"#/$defs/{k}"} for k in kinds]}
+    if kind == 2:
+        return {"allOf": [{"type": "object", "properties": {"id": value()}, "required": ["id"]}, {"properties": {"name": value()}},
+                          {"$ref": "#/$defs/more"}], "$defs": {"more": {"properties": {"size": value()}}}, "unevaluatedProperties": False}
+    if kind == 3:
+        return closed({"kind": {"enum": kinds}, "radius": value(), "side": value()}, ["kind"],
+                      **{"if": {"properties": {"kind": {"const": kinds[0]}}}, "then": {"required": ["radius"]}, "else": {"required": ["side"]}})
+    if kind == 4:
+        return closed({"card": value(), "address": value(), "note": value()}, [],
+                      dependentSchemas={"card": {"required": ["address"]}}, dependentRequired={"note": ["card"]})
+    if kind == 5:
+        return closed({"tags": strings, "labels": {"type": "array", "items": {"enum": list("abcdefghijkl")}, "uniqueItems": True, "maxItems": 3}})
+    if kind == 6:
+        return closed({"code": {"type": "string", "pattern": rng.choice(["^(?!0)[0-9]{3}$", "^(?=.*[A-Z])(?=.*[0-9])[A-Za-z0-9]{4,8}$",
+                                                                        "^(?!test)[a-z]{2,6}$"])}})
+    if kind == 7:
+        return {"enum": [f"value-{i}" for i in range(rng.choice([3, 400, 900]))], "title": "Many"}
+    if kind == 8:
+        return closed({"price": {"type": "number", "multipleOf": rng.choice([0.5, 0.25, 2.5, 10]), "minimum": 0}, "n": {"type": "integer", "multipleOf": 7}})
+    if kind == 9:
+        return closed({"any": True, "never": False, "some": {}}, ["some"], maxProperties=2)
+    if kind == 10:
+        return {"type": "object", "additionalProperties": {"anyOf": [value(), record()]}, "maxProperties": 3, "propertyNames": {"pattern": "^[a-z]{1,5}$"}}
+    if kind == 11:
+        return {"oneOf": [{"type": "string", "maxLength": 9}, {"type": "array", "items": value(), "maxItems": 3}, {"type": "null"}, record()]}
+    if kind == 12:
+        return {"oneOf": [closed({"a": value()}, []), closed({"a": value(), "b": value()}, []), closed({"b": value(), "c": value()}, ["c"])]}
+    if kind == 13:
+        return {"type": "object", "properties": {"a": value(), "b": value()}, "not": {"required": ["a", "b"]}, "additionalProperties": False}
+    if kind == 14:
+        return {"type": "object", "properties": {"x": {"$anchor": "x", **closed({"x": {"$ref": "#x"}}, [])}}, "additionalProperties": False}
+    if kind == 15:
+        return {"type": "array", "prefixItems": [value(), {"const": {"b": 1, "a": [None]}}], "items": False, "minItems": 2}
+    if kind == 16:
+        return {"type": "array", "contains": {"const": 0}, "minContains": 1, "maxContains": 2, "items": {"type": "integer", "minimum": -3, "maximum": 3},
+                "maxItems": 5}
+    if kind == 17:
+        return {"definitions": {"positive": {"type": "integer", "minimum": 1}}, "type": "object", "properties": {
+            "w": {"$ref": "#/definitions/positive"}, "h": {"allOf": [{"$ref": "#/definitions/positive"}, {"maximum": 99}]},
+            "d": {"anyOf": [{"$ref": "#/definitions/positive"}, {"type": "null"}]}}, "required": ["w", "h"], "additionalProperties": False}
+    if kind == 18:
+        return closed({"s": {"type": "string", "not": {"enum": ["a", "b", ""]}, "maxLength": 2}, "n": {"type": "integer", "not": {"const": 0},
+                                                                                                "minimum": -2, "maximum": 12}})
+    if kind == 19:
+        return {"type": "object", "properties": {"name": value()}, "patternProperties": {"^x-": {"type": "boolean"}, "^[0-9]+$": value()},
+                "additionalProperties": False, "minProperties": 1, "maxProperties": 3}
+    if kind == 20:
+        return {"anyOf": [{"required": ["a"]}, {"required": ["b"]}], "type": "object", "properties": {"a": value(), "b": value(), "c": record()},
+                "additionalProperties": False}
+    return record()
+
+
+def mutants(rng, value):
+    """Values that differ in one place, keys where they were."""
+    others = [None, True, 0, -7, 2.5, 1000, "", "a", "zz9", [], {}, [1], {"a": 1}]
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        if rng.random() < 0.3:
+            return {k: v for k, v in value.items() if k != key}
+        if rng.random() < 0.1:
+            return {**value, "zz": rng.choice(others)}
+        return {k: mutants(rng, v) if k == key else v for k, v in value.items()}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        i = rng.randrange(len(value))
+        if rng.random() < 0.3:
+            return value[:i] + value[i + 1:]
+        if rng.random() < 0.3:
+            return value + [rng.choice(value)]
+        return value[:i] + [mutants(rng, value[i])] + value[i + 1:]
+    if isinstance(value, str) and value and rng.random() < 0.5:
+        i = rng.randrange(len(value))
+        return value[:i] + rng.choice(["", "x", "7", "-", value[i] * 2]) + value[i + 1:]
+    if isinstance(value, int) and not isinstance(value, bool) and rng.random() < 0.5:
+        return value + rng.choice([-1, 1, 10])
+    return rng.choice(others)
+
+
+class Validators:
+    """jsonschema and jsonschema-rs; a leap second is one for the latter alone."""
+    def __init__(self, schema):
+        import jsonschema
+        import jsonschema_rs
+        old = "draft-07" in str(schema.get("$schema")) if isinstance(schema, dict) else False
+        python = jsonschema.Draft7Validator if old else jsonschema.Draft202012Validator
+        rust = jsonschema_rs.Draft7Validator if old else jsonschema_rs.Draft202012Validator
+        self.python = python(schema, format_checker=python.FORMAT_CHECKER)
+        self.rust = rust(schema, validate_formats=True)
+
+    def errors(self, value):
+        return ([e.message for e in self.python.iter_errors(value) if not re.search(":60.* is not a '(date-)?time'", e.message)] +
+                [e.message for e in self.rust.iter_errors(value)])
+
+    def verdict(self, value):
+        """Whether it is valid; None where the two do not agree."""
+        verdicts = {self.python.is_valid(value), self.rust.is_valid(value)}
+        return verdicts.pop() if len(verdicts) == 1 else None
+
+
+def named_place(schema, reply):
+    """Whether a refusal names a place in the schema."""
+    at = schema
+    for key in reply["param"].split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        at = at[int(key)] if isinstance(at, list) else at.get(key, None) if isinstance(at, dict) else None
+    return at is not None and reply["error"].startswith(f"schema at '{reply['param']}'")
+
+
+def check_text(text, validators, where):
+    """Faults of one strict text."""
+    try:
+        why = validators.errors(json.loads(text))
+    except ValueError as error:
+        why = [repr(error)]
+    if why:
+        print(f"{why[0][:200]}: {text[:300]} for {json.dumps(where)[:600]}")
+    return bool(why)
+
+
 def walks(dump, count):
-    import jsonschema
-    import jsonschema_rs
-    faults = texts = refused = unfinished = 0
+    faults = texts = refused = unfinished = changed = 0
     for seed in range(count):
         rng = random.Random(seed)
-        schema = draw_schema(rng)
-        reply = dump.ask(schema=schema, strict=True, walks=1, seed=seed, most=rng.choice([10, 40, 120]), space=rng.randrange(3))
+        schema = draw_wild(rng) if seed % 3 == 0 else draw_schema(rng)
+        request = {"schema": schema, "strict": True, "walks": 1, "seed": seed, "most": rng.choice([10, 40, 120]), "space": rng.randrange(3)}
+        reply = dump.ask(**request)
         if not reply["ok"]:
             refused += 1
-            if "nothing matches" not in reply["error"]:
+            if seed % 3 == 0 or "nothing matches" not in reply["error"] or not named_place(schema, reply):
+                faults += 1
                 print(f"refused: {reply['error']}: {json.dumps(schema)}")
             continue
-        python = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
-        rust = jsonschema_rs.Draft202012Validator(schema, validate_formats=True)
+        validators = Validators(schema)
         for walked in reply["walks"]:
             if "endless" in walked:  # the draws found no way out in time
                 unfinished += 1
                 continue
             texts += 1
-            try:
-                value = json.loads(walked["text"])
-                why = [e.message for e in python.iter_errors(value)] or [e.message for e in rust.iter_errors(value)]
-            except (KeyError, ValueError) as error:
-                why = [repr(error)]
-            if why:
+            if "text" not in walked:
                 faults += 1
-                print(f"{why[0][:200]}: {json.dumps(walked)[:300]} for {json.dumps(schema)[:600]}")
-    print(f"{texts} texts, {faults} faults, {refused} schemas refused, {unfinished} texts not finished")
+                print(f"no way on: {walked} for {json.dumps(schema)[:600]}")
+                continue
+            faults += check_text(walked["text"], validators, schema)
+            values = [mutants(rng, json.loads(walked["text"])) for _ in range(8)]
+            spelled = [json.dumps(v, ensure_ascii=False, separators=(",", ":")) for v in values]
+            for value, text, accepted in zip(values, spelled, dump.ask(schema=schema, texts=spelled)["accepts"]):
+                verdict = validators.verdict(value)
+                changed += 1
+                # Python writes large numbers with exponents, which numbers with bounds do not take.
+                if verdict is not None and accepted != verdict and not re.search(r"\de[+-]\d", text):
+                    faults += 1
+                    print(f"{'accepted' if accepted else 'not accepted'}: {text[:300]} for {json.dumps(schema)[:600]}")
+    print(f"{texts} texts and {changed} changed ones, {faults} faults, {refused} schemas refused, {unfinished} texts not finished")
     return faults
 
 

@@ -634,14 +634,15 @@ private:
             limit(
                 pattern_dfa(schema["pattern"].as_string(), Spelling::raw, true, builder_.budget()));
         const std::string_view format = schema["format"].as_string();
-        if (format_pattern(format)) limit(format_dfa(format, Spelling::raw));
+        if (is_format(format)) limit(format_dfa(format, Spelling::raw));
         if (!text) return text.error();
         const auto count = [&](const char* key, uint32_t fallback) {
             const uint64_t value = schema[key].as_uint(fallback);
             return static_cast<uint32_t>(std::min<uint64_t>(value, unlimited));
         };
+        const uint32_t most = is_format(format) ? most_format_chars(format) : unlimited;
         return builder_.terminal(std::move(*text), count("minLength", 0),
-                                 count("maxLength", unlimited));
+                                 std::min(count("maxLength", unlimited), most));
     }
 
     Result<Part> python_value(const Tool& tool, const Json& schema, const Json& root) {

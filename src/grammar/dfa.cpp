@@ -302,6 +302,18 @@ public:
         return accepts(key, 0) && accepts(key, 1) ? parts_[0]->label[key[0]] : -1;
     }
 };
+class Union : public Product {
+public:
+    using Product::Product;
+    bool step(const Key& from, uint8_t byte, Key& to) override {
+        return Product::step(from, byte, to) || to[1] != Dfa::dead;
+    }
+    int32_t label(const Key& key) override { return accepts(key, 0) || accepts(key, 1) ? 0 : -1; }
+    bool boundary(const Key& key) override {
+        const size_t alive = key[0] == Dfa::dead;
+        return parts_[alive]->boundary[key[alive]];
+    }
+};
 class Difference : public Product {
 public:
     using Product::Product;
@@ -380,6 +392,11 @@ Result<DfaPtr> make_dfa(Machine& machine, Budget& budget) {
 Result<DfaPtr> intersect(const DfaPtr& a, const DfaPtr& b, Budget& budget) {
     if (a->empty() || b->empty()) return a->empty() ? a : b;
     Intersection machine(a, {&b, 1});
+    return make_dfa(machine, budget);
+}
+Result<DfaPtr> unite(const DfaPtr& a, const DfaPtr& b, Budget& budget) {
+    if (a->empty() || b->empty()) return a->empty() ? b : a;
+    Union machine(a, {&b, 1});
     return make_dfa(machine, budget);
 }
 Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget) {

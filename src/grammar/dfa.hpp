@@ -93,6 +93,8 @@ Result<DfaPtr> make_dfa(Machine& machine, Budget& budget);
 
 /// Both; `label` is that of the first.
 Result<DfaPtr> intersect(const DfaPtr& a, const DfaPtr& b, Budget& budget);
+/// What one of the two accepts.
+Result<DfaPtr> unite(const DfaPtr& a, const DfaPtr& b, Budget& budget);
 /// What the first accepts and the second does not.
 Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget);
 /// The texts of `all`; the label has bit i set where `parts[i]` accepts.

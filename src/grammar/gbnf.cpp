@@ -153,14 +153,7 @@ private:
             part = builder_.repeat(part, least, most);
         }
     }
-    bool number(uint32_t* value) {
-        const size_t begin = at_;
-        uint64_t v = 0;
-        for (; at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9'; ++at_)
-            v = std::min<uint64_t>(v * 10 + uint64_t(text_[at_] - '0'), most_repeats + 1);
-        *value = uint32_t(v);
-        return at_ > begin;
-    }
+    bool number(uint32_t* value) { return take_count(text_, &at_, value); }
     Part element() {
         if (take("\"")) return quoted();
         if (take("[")) return bracket();

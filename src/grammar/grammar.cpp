@@ -75,11 +75,11 @@ bool begins_with(const Regex& regex, uint32_t id, Regex::Kind kind, bool front) 
 
 Result<Part> add_pattern_part(GrammarBuilder& builder, std::string_view pattern, Spelling spelling,
                               bool search) {
-    auto regex = parse_regex(pattern);
-    if (!regex) return std::move(regex.error());
-    auto dfa = regex_dfa(*regex, regex->root, spelling, search, builder.budget());
+    auto dfa = pattern_dfa(pattern, spelling, search, builder.budget());
     if (dfa) return builder.terminal(std::move(*dfa));
     if (!is_too_large(dfa.error())) return std::move(dfa.error());
+    auto regex = parse_regex(pattern);
+    if (!regex) return std::move(regex.error());
     if (has_inner_anchor(*regex, regex->root, true, true))
         return make_error(ErrorKind::invalid_request,
                           "anchors inside of a pattern that repeats so often are not supported",
@@ -99,9 +99,7 @@ Result<Part> add_regex(GrammarBuilder& builder, std::string_view pattern) {
 
 Result<GrammarPtr> compile_regex(std::string_view pattern) {
     GrammarBuilder builder;
-    auto part = add_regex(builder, pattern);
-    if (!part) return std::move(part.error());
-    return builder.build(*part);
+    return builder.build(add_regex(builder, pattern));
 }
 
 Result<GrammarPtr> compile_choices(std::vector<std::string> choices) {
@@ -118,9 +116,7 @@ Result<GrammarPtr> compile_any_json(bool object) {
 
 Result<GrammarPtr> compile_gbnf(std::string_view text) {
     GrammarBuilder builder;
-    auto part = add_gbnf(builder, text);
-    if (!part) return std::move(part.error());
-    return builder.build(*part);
+    return builder.build(add_gbnf(builder, text));
 }
 
 }  // namespace detail

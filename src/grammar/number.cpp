@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -62,7 +63,7 @@ struct Comparison {
     }
 };
 
-// Key: phase, sign, nonzero fraction, two comparisons, remainders.
+// Key: phase, sign, nonzero fraction, digits of it, two comparisons, remainders.
 class NumberMachine : public Machine {
 public:
     explicit NumberMachine(const NumberRules& rules) : rules_(rules) {
@@ -70,13 +71,14 @@ public:
         for (unsigned b = '0'; b <= '9'; ++b) cuts.add(uint8_t(b), uint8_t(b));
         for (const char c : std::string_view("-+.eE")) cuts.add(uint8_t(c), uint8_t(c));
         cuts.set(*this);
-        for (const uint32_t m : rules.multiples) divisors_.push_back(m);
-        for (const uint32_t m : rules.not_multiples) divisors_.push_back(m);
+        for (const Divisor& d : rules.multiples) divisors_.push_back(d);
+        for (const Divisor& d : rules.not_multiples) divisors_.push_back(d);
+        for (const Divisor& d : divisors_) most_places_ = std::max(most_places_, d.digits + 1);
         bounded_ = rules.lower || rules.upper || !rules.integers || !divisors_.empty() ||
                    !rules.excluded.empty();
     }
     Key first() override {
-        Key key = {begin, 0, 0, 0, equal, 0, equal};
+        Key key = {begin, 0, 0, 0, 0, equal, 0, equal};
         key.resize(key.size() + divisors_.size());
         return key;
     }
@@ -110,6 +112,11 @@ public:
                 if (!digit) return from[phase] == fraction && begin_exponent(to, c);
                 to[phase] = fraction;
                 to[nonzero] |= uint32_t(c != '0');
+                to[places] = std::min(to[places] + 1, most_places_);
+                for (size_t i = 0; i < divisors_.size(); ++i) {
+                    uint32_t& rest = to[first_remainder + i];
+                    rest = divisors_[i].next(rest, c, to[places]);
+                }
                 each(to, [&](const Comparison& cmp, Comparison::At at) {
                     return cmp.fraction_digit(at, c);
                 });
@@ -129,7 +136,7 @@ public:
         if (!rules_.integers && !key[nonzero]) return -1;
         if (!is_in_bounds(key)) return -1;
         for (size_t i = 0; i < divisors_.size(); ++i) {
-            const bool divides = key[first_remainder + i] == 0 && !key[nonzero];
+            const bool divides = divisors_[i].ends(key[first_remainder + i], key[places]);
             if (divides != (i < rules_.multiples.size())) return -1;
         }
         return 0;
@@ -140,6 +147,7 @@ private:
         phase,
         sign,
         nonzero,
+        places,
         lower_at,
         upper_at = lower_at + 2,
         first_remainder = upper_at + 2
@@ -171,7 +179,7 @@ private:
         each(key, [&](const Comparison& cmp, Comparison::At at) { return cmp.whole_digit(at, c); });
         for (size_t i = 0; i < divisors_.size(); ++i) {
             uint32_t& rest = key[first_remainder + i];
-            rest = uint32_t((uint64_t(rest) * 10 + uint64_t(c - '0')) % divisors_[i]);
+            rest = divisors_[i].next(rest, c);
         }
         return true;
     }
@@ -203,7 +211,8 @@ private:
         return !key[sign] || key[phase] == whole || key[nonzero];  // no negative zero
     }
     const NumberRules& rules_;
-    std::vector<uint32_t> divisors_;
+    std::vector<Divisor> divisors_;
+    uint32_t most_places_ = 0;
     bool bounded_;
 };
 
@@ -269,6 +278,32 @@ int compare(const ExactDecimal& a, const ExactDecimal& b) {
     if (a.negative != b.negative) return a.negative ? -1 : 1;
     const int order = compare_magnitude(a, b);
     return a.negative ? -order : order;
+}
+
+std::optional<Divisor> Divisor::of(const Json& number) {
+    const ExactDecimal value = ExactDecimal::of(number);
+    const std::string text = value.whole + value.fraction;
+    const size_t zeros = std::min(text.find_first_not_of('0'), text.size());
+    const uint32_t size = uint32_t(value.fraction.size());
+    if (value.negative || value.is_zero() || size > most_digits || text.size() - zeros > 6)
+        return {};
+    const Divisor out = {uint32_t(std::strtoul(text.c_str(), nullptr, 10)), size};
+    return out.units <= most_units ? std::optional(out) : std::nullopt;
+}
+bool Divisor::is_binary() const {
+    uint32_t twos = 1, tens = 1;
+    for (uint32_t i = 0; i < digits; ++i) twos *= 2, tens *= 10;
+    return uint64_t(units) * twos % tens == 0;
+}
+bool Divisor::ends(uint32_t remainder, uint32_t at) const {
+    for (; at < digits; ++at) remainder = next(remainder, '0', at + 1);
+    return remainder == 0;
+}
+bool Divisor::divides(const ExactDecimal& number) const {
+    uint32_t rest = 0, at = 0;
+    for (const char c : number.whole) rest = next(rest, c);
+    for (const char c : number.fraction) rest = next(rest, c, ++at);
+    return ends(rest, at);
 }
 
 Result<DfaPtr> number_dfa(const NumberRules& rules, Budget& budget) {

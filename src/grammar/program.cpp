@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -385,7 +386,9 @@ private:
             others |= called_height(p) != unlimited;
             other_height = std::min(other_height, called_height(p));
         }
+        others = others && rules.other;
         if (required > rules.most || (!others && possible < rules.least)) return unlimited;
+        if (possible < rules.least && !has_others(rules, rules.least - possible)) return unlimited;
         if (required < rules.least) {  // some of the optional ones, or of the others
             std::vector<uint32_t> heights;
             for (const ObjectMember& m : rules.members)
@@ -525,7 +528,8 @@ private:
         const uint32_t id = uint32_t(grammar_->objects.size());
         grammar_->objects.emplace_back();
         ObjectNode object;
-        const uint32_t members = add({GrammarNode::Kind::members, add_bytes("}", next), id});
+        const char* const marks = rules.is_list ? "[]" : "{}";
+        const uint32_t members = add({GrammarNode::Kind::members, add_bytes(marks + 1, next), id});
         const uint32_t key = add({GrammarNode::Kind::key, members, id});
         object.first_key = add_bytes("\"", key);
         object.next_key = add_bytes(",", add_space(object.first_key));
@@ -542,7 +546,7 @@ private:
         sum_members(object);
         add_others(object, rules, members);
         grammar_->objects[id] = std::move(object);
-        return add_bytes("{", add({GrammarNode::Kind::object, members, id}));
+        return add_bytes({marks, 1}, add({GrammarNode::Kind::object, members, id}));
     }
     static void sum_members(ObjectNode& object) {
         const size_t count = object.members.size();
@@ -560,42 +564,72 @@ private:
         bool any = false;
         for (const Part part : rules.others) {
             const bool can = height_[part] != unlimited;
-            const uint32_t value = can ? add_bytes(":", add_space(emit(part, members))) : 0;
+            const uint32_t value = !can            ? 0
+                                   : rules.is_list ? members
+                                                   : add_bytes(":", add_space(emit(part, members)));
             object.others.push_back({value, called_height(part)});
             if (can) object.others_height = std::max(object.others_height, called_height(part));
             any |= can;
         }
         if (!any || !rules.other) return;
         object.other = rules.other;
-        count_words(object);
+        object.words = words_of(rules);
+        object.taken.assign(object.keys.from.size(), 0);
+        for (uint32_t node = 0; node < object.keys.from.size(); ++node)
+            for (uint32_t i = object.keys.from[node]; i < object.keys.to[node]; ++i)
+                object.taken[node] += is_other(rules, rules.members[object.keys.order[i]]);
+        object.endless = std::all_of(object.words->begin() + Dfa::start, object.words->end(),
+                                     [](uint32_t count) { return count == unlimited; });
     }
-    // How many texts an automaton has from each of its states on, as far as 32 bits count: those
-    // with a way to a cycle have no end.
-    static void count_words(ObjectNode& object) {
-        const Dfa& dfa = *object.other;
-        object.words.assign(dfa.states(), 0);
+    // How many keys an object's automaton has from each of its states on, as far as 32 bits count:
+    // those with a way to a cycle have no end.
+    using Words = std::shared_ptr<const std::vector<uint32_t>>;
+    Words words_of(const ObjectRules& rules) const {
+        const Dfa& dfa = *rules.other;
+        std::vector<bool> usable;
+        for (const Part part : rules.others) usable.push_back(height_[part] != unlimited);
+        Words& known = words_[{&dfa, usable}];
+        if (!known) known = std::make_shared<const std::vector<uint32_t>>(count_words(dfa, usable));
+        return known;
+    }
+    static std::vector<uint32_t> count_words(const Dfa& dfa, const std::vector<bool>& usable) {
+        std::vector<uint32_t> words(dfa.states(), 0), width(dfa.class_count, 0);
+        for (const uint8_t c : dfa.classes) ++width[c];
         std::vector<std::pair<uint32_t, uint32_t>> by_length;
         for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
             by_length.push_back({dfa.longest[s], s});
-        // Within one character states are not ordered by length: repeated until nothing grows.
         std::sort(by_length.begin(), by_length.end());
-        const auto usable = [&](int32_t label) {
-            return label >= 0 && object.others[size_t(label)].first != 0;
+        const auto sum_from = [&](uint32_t s) -> uint32_t {
+            if (dfa.longest[s] == unlimited) return unlimited;
+            const int32_t label = dfa.label[s];
+            uint64_t sum = label >= 0 && usable[size_t(label)];
+            for (uint32_t c = 0; c < dfa.class_count; ++c)
+                if (const uint32_t to = dfa.next[size_t(s) * dfa.class_count + c]; to != Dfa::dead)
+                    sum += uint64_t(width[c]) * words[to];
+            return uint32_t(std::min<uint64_t>(sum, unlimited));
         };
-        for (int round = 0; round < 8; ++round)
+        // Within one character states are not ordered by length: repeated until nothing grows.
+        for (bool grows = true; grows;) {
+            grows = false;
             for (const auto& [length, s] : by_length) {
-                if (length == unlimited) {
-                    object.words[s] = unlimited;
-                    continue;
-                }
-                uint64_t sum = usable(dfa.label[s]);
-                for (unsigned b = 0; b < 256; ++b)
-                    if (const uint32_t to = dfa.step(s, uint8_t(b)); to != Dfa::dead)
-                        sum += object.words[to];
-                object.words[s] = uint32_t(std::min<uint64_t>(sum, unlimited));
+                const uint32_t sum = sum_from(s);
+                grows |= sum != words[s];
+                words[s] = sum;
             }
-        for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
-            object.endless &= object.words[s] == unlimited;
+        }
+        return words;
+    }
+    // Whether a declared key would be one of the others if it were not declared.
+    bool is_other(const ObjectRules& rules, const ObjectMember& m) const {
+        const int32_t label = rules.other->match(
+            std::string_view(m.key).substr(1, m.key.size() - 3));
+        return label >= 0 && height_[rules.others[size_t(label)]] != unlimited;
+    }
+    // Whether an object has so many keys that are not declared.
+    bool has_others(const ObjectRules& rules, uint64_t wanted) const {
+        uint64_t taken = 0;
+        for (const ObjectMember& m : rules.members) taken += is_other(rules, m);
+        return (*words_of(rules))[Dfa::start] >= std::min<uint64_t>(wanted + taken, unlimited);
     }
     uint32_t emit_array(const ArrayRules& rules, uint32_t height, uint32_t next) {
         const uint32_t id = uint32_t(grammar_->arrays.size());
@@ -642,10 +676,14 @@ private:
     std::shared_ptr<Grammar> grammar_;
     std::vector<bool> nullable_;
     std::vector<uint32_t> height_, uses_, entries_;
+    mutable std::map<std::pair<const Dfa*, std::vector<bool>>, Words> words_;
     std::vector<Part> waiting_;
 };
 
-Result<GrammarPtr> GrammarBuilder::build(Part root) { return GrammarCompiler(*this).compile(root); }
+Result<GrammarPtr> GrammarBuilder::build(Result<Part> root) {
+    if (!root) return std::move(root.error());
+    return GrammarCompiler(*this).compile(*root);
+}
 
 }  // namespace detail
 }  // namespace v1

@@ -47,6 +47,7 @@ struct ObjectRules {
     DfaPtr other;                       // keys between their quotes, in Spelling::json; null: none
     std::vector<Part> others = {};      // values, by the label of `other`
     uint32_t least = 0, most = unlimited;
+    bool is_list = false;  // of keys alone, [ ] around them: strings that differ, as keys do
 };
 /// Items come in two kinds where some are counted (`contains`): those that count and the others.
 struct ArrayItem {
@@ -90,7 +91,7 @@ public:
     void define(Part rule, Part meaning);
 
     /// Errors: invalid_request, code invalid_json_schema: nothing matches, left recursion, limits.
-    Result<GrammarPtr> build(Part root);
+    Result<GrammarPtr> build(Result<Part> root);
     Budget& budget() { return budget_; }
     JsonSpace space = JsonSpace::optional;
 
@@ -172,7 +173,9 @@ struct ObjectNode {
     TextTrie keys;
     DfaPtr other;
     std::vector<std::pair<uint32_t, uint32_t>> others;  // value node, height; by label
-    std::vector<uint32_t> words;  // texts from a state of `other` on, at most `unlimited`
+    // Texts from a state of `other` on, at most `unlimited`; shared by objects with the same keys.
+    std::shared_ptr<const std::vector<uint32_t>> words;
+    std::vector<uint32_t> taken;  // of these the declared ones, from a node of `keys` on
     bool endless = true;          // all of them are unlimited
     uint32_t others_height = 0;
     uint32_t least, most, first_key, next_key, height;

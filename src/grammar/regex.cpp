@@ -121,7 +121,6 @@ class RegexParser {
 public:
     explicit RegexParser(std::string_view text) : text_(text) {}
     Result<Regex> parse() {
-        if (text_.size() > most_pattern_bytes) return refuse("it is longer than 2,048 bytes");
         if (!utf8_valid(text_)) return refuse("it is not UTF-8");
         out_.root = choice();
         if (failed_) return std::move(error_);
@@ -165,22 +164,16 @@ private:
         uint32_t least = 0, most = 0;
         while (more() && quantifier(&least, &most)) {
             if (failed_) return part;
-            if (take("+")) return fail("possessive quantifiers are not regular");
+            if (take("+")) return fail("possessive quantifiers are not supported");
             (void)take("?");  // lazy: the same texts
             const Kind kind = out_.nodes[part].kind;
-            if (kind == Kind::begin || kind == Kind::end) return fail("an anchor cannot repeat");
+            if (kind == Kind::begin || kind == Kind::end)
+                return fail("repeats of an anchor are not supported");
             part = out_.add({Kind::repeat, least, most, {part}});
         }
         return part;
     }
-    bool number(uint32_t* value) {
-        const size_t begin = at_;
-        uint64_t v = 0;
-        for (; at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9'; ++at_)
-            v = std::min<uint64_t>(v * 10 + uint64_t(text_[at_] - '0'), most_repeats + 1);
-        *value = uint32_t(v);
-        return at_ > begin;
-    }
+    bool number(uint32_t* value) { return take_count(text_, &at_, value); }
     bool quantifier(uint32_t* least, uint32_t* most) {
         *least = 0, *most = unlimited;
         if (take("*")) return true;
@@ -217,7 +210,8 @@ private:
     uint32_t group() {
         if (take("?")) {
             if (take("=") || take("!") || take("<=") || take("<!"))
-                return fail("lookaround is not supported");
+                return fail(
+                    "lookaround is not supported, except for lookaheads behind a leading ^");
             if (take("P<") || take("<")) {
                 const size_t end = text_.find('>', at_);
                 if (end == text_.npos) return fail("unfinished group name");
@@ -291,9 +285,9 @@ private:
         if (auto found = named_set()) return set(std::move(*found));
         const char c = text_[at_];
         if (c == 'b' || c == 'B') return fail("\\b and \\B are not supported");
-        if ((c >= '1' && c <= '9') || c == 'k') return fail("back references are not regular");
+        if ((c >= '1' && c <= '9') || c == 'k') return fail("back references are not supported");
         const auto code = character();
-        if (!code) return fail("an escape that is not supported");
+        if (!code) return fail("this escape is not supported");
         return set({{*code, *code}});
     }
     // One member of a bracket: a set, or a character that may begin a range.
@@ -317,12 +311,12 @@ private:
         Set out;
         std::optional<uint32_t> low, high;
         while (more() && text_[at_] != ']') {
-            if (!member(out, &low)) return fail("an escape that is not supported");
+            if (!member(out, &low)) return fail("this escape is not supported");
             if (!low) continue;
             high = low;
             const size_t dash = at_;
             if (take("-") && more() && text_[at_] != ']') {
-                if (!member(out, &high)) return fail("an escape that is not supported");
+                if (!member(out, &high)) return fail("this escape is not supported");
                 if (!high)
                     at_ = dash + 1, out.push_back({'-', '-'}), (void)member(out, &high), high = low;
             } else {
@@ -614,9 +608,46 @@ bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
     return true;
 }
 
+// ---- Lookaheads -----------------------------------------------------------------------------------
+
+// At the very beginning a lookahead is one more expression for the same text: it is taken out and
+// the automata are intersected or subtracted. Elsewhere the parser refuses it.
+struct Lookahead {
+    bool positive;
+    std::string inside;
+};
+// Where the group that is open at `at` closes; `bar`: the first | outside of groups ends it, too.
+size_t group_end(std::string_view text, size_t at, bool bar) {
+    int depth = 0;
+    bool in_set = false;
+    for (; at < text.size(); ++at) {
+        const char c = text[at];
+        if (c == '\\') ++at;
+        else if (in_set) in_set = c != ']';
+        else if (c == '[') in_set = true;
+        else if (c == '(') ++depth;
+        else if ((c == ')' && depth-- == 0) || (c == '|' && bar && depth == 0)) break;
+    }
+    return std::min(at, text.size());
+}
+std::string take_lookaheads(std::string_view pattern, bool search, std::vector<Lookahead>& out) {
+    const std::string_view anchor = pattern.substr(0, 1) == "^" ? "^" : "";
+    std::string_view rest = pattern.substr(anchor.size());
+    if ((search && anchor.empty()) || group_end(rest, 0, true) < rest.size())
+        return std::string(pattern);
+    while (rest.substr(0, 3) == "(?=" || rest.substr(0, 3) == "(?!") {
+        const size_t end = group_end(rest, 3, false);
+        const std::string_view behind = rest.substr(std::min(end + 1, rest.size()), 1);
+        if (end == rest.size() || (!behind.empty() && behind.find_first_of("*+?{") == 0)) break;
+        out.push_back({rest[2] == '=', std::string(rest.substr(3, end - 3))});
+        rest.remove_prefix(end + 1);
+    }
+    return std::string(anchor) + std::string(rest);
+}
+
 // ---- Formats ------------------------------------------------------------------------------------
 
-// RFC 3339, 5321 (dot-atom), 4122, 2673, 4291, 3986, 1123; ISO 8601 durations.
+// RFC 3339, 5321, 4122, 2673, 4291, 3986, 1123; ISO 8601 durations.
 #define VALAR_OCTET "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 #define VALAR_IPV4 "(" VALAR_OCTET "\\.){3}" VALAR_OCTET
 #define VALAR_YEAR4 "([0-9][0-9](0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
@@ -626,7 +657,12 @@ bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
     "(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))|" VALAR_YEAR4 "-02-29"
 #define VALAR_ZONE "([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 #define VALAR_TIME "(([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]+)?" VALAR_ZONE ")"
-#define VALAR_LABEL "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+// Hyphens in the third and fourth place are for labels in Punycode.
+#define VALAR_ALNUM "[A-Za-z0-9]"
+#define VALAR_LDH "[A-Za-z0-9-]"
+#define VALAR_LABEL                                                                \
+    "(" VALAR_ALNUM "(" VALAR_LDH "{0,2}" VALAR_ALNUM ")?|(" VALAR_ALNUM VALAR_LDH \
+    "(" VALAR_ALNUM VALAR_LDH "|-" VALAR_ALNUM ")|[Xx][Nn]--)" VALAR_LDH "{0,58}" VALAR_ALNUM ")"
 #define VALAR_H16 "[0-9A-Fa-f]{1,4}"
 #define VALAR_LS32 "(" VALAR_H16 ":" VALAR_H16 "|" VALAR_IPV4 ")"
 #define VALAR_IPV6                                                                              \
@@ -636,15 +672,24 @@ bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
     "|((" VALAR_H16 ":){0,3}" VALAR_H16 ")?::" VALAR_H16 ":" VALAR_LS32 "|((" VALAR_H16         \
     ":){0,4}" VALAR_H16 ")?::" VALAR_LS32 "|((" VALAR_H16 ":){0,5}" VALAR_H16 ")?::" VALAR_H16  \
     "|((" VALAR_H16 ":){0,6}" VALAR_H16 ")?::)"
+#define VALAR_ATOM "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+#define VALAR_MAIL_HOST \
+    "(" VALAR_LABEL "(\\." VALAR_LABEL ")*|\\[(" VALAR_IPV4 "|IPv6:" VALAR_IPV6 ")\\])"
 #define VALAR_UNRESERVED "-A-Za-z0-9._~!$&'()*+,;="
 #define VALAR_PCT "%[0-9A-Fa-f]{2}"
 #define VALAR_PCHAR "([" VALAR_UNRESERVED ":@]|" VALAR_PCT ")"
 #define VALAR_HOST "(\\[" VALAR_IPV6 "\\]|([" VALAR_UNRESERVED "]|" VALAR_PCT ")*)"
 #define VALAR_AUTHORITY "(([" VALAR_UNRESERVED ":]|" VALAR_PCT ")*@)?" VALAR_HOST "(:[0-9]*)?"
+#define VALAR_AFTER_PATH "(\\?(" VALAR_PCHAR "|[/?])*)?(#(" VALAR_PCHAR "|[/?])*)?"
+#define VALAR_URI                                                                        \
+    "[A-Za-z][A-Za-z0-9+.-]*:(//" VALAR_AUTHORITY "(/" VALAR_PCHAR "*)*|/?(" VALAR_PCHAR \
+    "+(/" VALAR_PCHAR "*)*)?)" VALAR_AFTER_PATH
 
 struct KnownFormat {
     std::string_view name;
     const char* pattern;
+    uint32_t most = unlimited;     // characters
+    const char* within = nullptr;  // must match, too
 };
 constexpr KnownFormat formats[] = {
     {"date", VALAR_DATE},
@@ -655,13 +700,15 @@ constexpr KnownFormat formats[] = {
      "([0-9]+Y([0-9]+M([0-9]+D)?)?|[0-9]+M([0-9]+D)?|[0-9]+D)?"
      "T([0-9]+H([0-9]+M([0-9]+S)?)?|[0-9]+M([0-9]+S)?|[0-9]+S))"},
     {"uuid", "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"},
-    {"email", "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(\\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*@" VALAR_LABEL
-              "(\\." VALAR_LABEL ")*"},
+    {"email", "(" VALAR_ATOM "(\\." VALAR_ATOM ")*|\"([ !#-[\\]-~]|\\\\[ -~])+\")@" VALAR_MAIL_HOST,
+     254, "([!#-?A-~]{1,64}|\"([ !#-[\\]-~]{1,62}|([ !#-[\\]-~]|\\\\[ -~]){1,31})\")@[!#-?A-~]*"},
     {"ipv4", VALAR_IPV4},
     {"ipv6", VALAR_IPV6},
-    {"hostname", VALAR_LABEL "(\\." VALAR_LABEL ")*"},
-    {"uri", "[A-Za-z][A-Za-z0-9+.-]*:(//" VALAR_AUTHORITY "(/" VALAR_PCHAR "*)*|/?(" VALAR_PCHAR
-            "+(/" VALAR_PCHAR "*)*)?)(\\?(" VALAR_PCHAR "|[/?])*)?(#(" VALAR_PCHAR "|[/?])*)?"},
+    {"hostname", VALAR_LABEL "(\\." VALAR_LABEL ")*", 253},
+    {"uri", VALAR_URI},
+    {"uri-reference", VALAR_URI "|(//" VALAR_AUTHORITY "(/" VALAR_PCHAR "*)*|/(" VALAR_PCHAR
+                                "+(/" VALAR_PCHAR "*)*)?|([" VALAR_UNRESERVED "@]|" VALAR_PCT
+                                ")+(/" VALAR_PCHAR "*)*)?" VALAR_AFTER_PATH},
 };
 #undef VALAR_OCTET
 #undef VALAR_IPV4
@@ -670,14 +717,48 @@ constexpr KnownFormat formats[] = {
 #undef VALAR_ZONE
 #undef VALAR_TIME
 #undef VALAR_LABEL
+#undef VALAR_ALNUM
+#undef VALAR_LDH
 #undef VALAR_H16
 #undef VALAR_LS32
 #undef VALAR_IPV6
+#undef VALAR_ATOM
+#undef VALAR_MAIL_HOST
 #undef VALAR_UNRESERVED
 #undef VALAR_PCT
 #undef VALAR_PCHAR
 #undef VALAR_HOST
 #undef VALAR_AUTHORITY
+#undef VALAR_AFTER_PATH
+#undef VALAR_URI
+
+// Second 60 is there at 23:59 UTC, at the end of June and of December; zones are whole or half hours
+// away. `next_day`: where it is the day after already.
+std::string leap_seconds(bool next_day) {
+    std::string out;
+    for (int hour = 0; hour < 24; ++hour) {
+        std::vector<std::string> zones[2];  // of minutes 59 and 29
+        if (next_day) {
+            if (hour < 23) zones[0].push_back(format("\\+%02d:00", hour + 1));
+            zones[1].push_back(format("\\+%02d:30", hour));
+        } else {
+            if (hour == 23) zones[0].push_back("[Zz]|\\+00:00");
+            zones[0].push_back(format("-%02d:00", 23 - hour));
+            zones[1].push_back(format("-%02d:30", 23 - hour));
+        }
+        for (int half = 0; half < 2; ++half)
+            for (const std::string& zone : zones[half])
+                out += format("%s%02d:%s:60(\\.[0-9]+)?(%s)", out.empty() ? "" : "|", hour,
+                              half ? "29" : "59", zone.c_str());
+    }
+    return "(" + out + ")";
+}
+std::string leap_of(std::string_view format) {
+    if (format == "time") return "|" + leap_seconds(false) + "|" + leap_seconds(true);
+    if (format != "date-time") return "";
+    return "|[1-9][0-9]{3}-(12-31|06-30)[Tt]" + leap_seconds(false) +
+           "|[1-9][0-9]{3}-(01-01|07-01)[Tt]" + leap_seconds(true);
+}
 
 DfaPtr make_any_string() {
     Budget budget;
@@ -691,7 +772,21 @@ DfaPtr make_any_string() {
 
 }  // namespace
 
-Result<Regex> parse_regex(std::string_view pattern) { return RegexParser(pattern).parse(); }
+bool take_count(std::string_view text, size_t* at, uint32_t* value) {
+    const size_t begin = *at;
+    uint64_t v = 0;
+    for (; *at < text.size() && text[*at] >= '0' && text[*at] <= '9'; ++*at)
+        v = std::min<uint64_t>(v * 10 + uint64_t(text[*at] - '0'), most_repeats + 1);
+    *value = uint32_t(v);
+    return *at > begin;
+}
+
+Result<Regex> parse_regex(std::string_view pattern) {
+    if (pattern.size() > most_pattern_bytes)
+        return make_error(ErrorKind::invalid_request, "the pattern is longer than 2,048 bytes",
+                          "invalid_json_schema");
+    return RegexParser(pattern).parse();
+}
 
 bool is_too_large(const Error& error) { return error.message == kTooLarge; }
 
@@ -711,9 +806,18 @@ Result<DfaPtr> regex_dfa(const Regex& regex, uint32_t root, Spelling spelling, b
 
 Result<DfaPtr> pattern_dfa(std::string_view pattern, Spelling spelling, bool search,
                            Budget& budget) {
-    auto regex = parse_regex(pattern);
+    std::vector<Lookahead> lookaheads;
+    const std::string rest = take_lookaheads(pattern, search, lookaheads);
+    auto regex = parse_regex(rest);
     if (!regex) return std::move(regex.error());
-    return regex_dfa(*regex, regex->root, spelling, search, budget);
+    auto dfa = regex_dfa(*regex, regex->root, spelling, search, budget);
+    for (size_t i = 0; i < lookaheads.size() && dfa; ++i) {
+        auto ahead = pattern_dfa("^(?:" + lookaheads[i].inside + ")", spelling, true, budget);
+        if (!ahead) return ahead;
+        dfa = lookaheads[i].positive ? intersect(*dfa, *ahead, budget)
+                                     : subtract(*dfa, *ahead, budget);
+    }
+    return dfa;
 }
 
 const DfaPtr& any_string_dfa() {
@@ -733,26 +837,30 @@ const DfaPtr& any_text_dfa(Spelling spelling) {
     return dfas[size_t(spelling)];
 }
 
-const char* format_pattern(std::string_view name) {
+bool is_format(std::string_view name) { return most_format_chars(name) > 0; }
+uint32_t most_format_chars(std::string_view name) {
     for (const KnownFormat& f : formats)
-        if (f.name == name) return f.pattern;
-    return nullptr;
+        if (f.name == name) return f.most;
+    return 0;
 }
 
 Result<DfaPtr> format_dfa(std::string_view name, Spelling spelling) {
     static const auto made = [] {
         std::vector<DfaPtr> out;
-        for (const KnownFormat& f : formats)
+        for (const KnownFormat& f : formats) {
+            const std::string pattern = f.pattern + leap_of(f.name);
+            auto regex = RegexParser(pattern).parse();
             for (const Spelling s : {Spelling::raw, Spelling::json}) {
                 Budget own;
-                auto dfa = pattern_dfa(f.pattern, s, false, own);
-                out.push_back(dfa ? *dfa : nullptr);
+                auto dfa = regex_dfa(*regex, regex->root, s, false, own);
+                if (f.within) dfa = intersect(*dfa, *pattern_dfa(f.within, s, false, own), own);
+                out.push_back(*dfa);
             }
+        }
         return out;
     }();
     for (size_t i = 0; i < std::size(formats); ++i)
-        if (formats[i].name == name && made[i * 2 + size_t(spelling)])
-            return made[i * 2 + size_t(spelling)];
+        if (formats[i].name == name) return made[i * 2 + size_t(spelling)];
     return make_error(ErrorKind::invalid_request, "no such format", "invalid_json_schema");
 }
 

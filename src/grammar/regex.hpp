@@ -40,6 +40,8 @@ struct Regex {
         return uint32_t(nodes.size() - 1);
     }
 };
+/// Digits at `*at`, at most one above the limit of repeats; false: there are none.
+bool take_count(std::string_view text, size_t* at, uint32_t* value);
 /// Errors: invalid_request, code invalid_json_schema; the message names what is refused and where.
 Result<Regex> parse_regex(std::string_view pattern);
 /// `search`: the expression may stand anywhere in the text. Errors: `too_large` among them where
@@ -54,8 +56,8 @@ Result<DfaPtr> pattern_dfa(std::string_view pattern, Spelling spelling, bool sea
 /// surrogate pair being one character, or in `Spelling::json`.
 const DfaPtr& any_string_dfa();
 const DfaPtr& any_text_dfa(Spelling spelling);
-/// null: no such format.
-const char* format_pattern(std::string_view name);
+bool is_format(std::string_view name);
+uint32_t most_format_chars(std::string_view name);  ///< counted, not in the automaton; 0: no format
 Result<DfaPtr> format_dfa(std::string_view name, Spelling spelling);
 }  // namespace detail
 }  // namespace v1

@@ -28,7 +28,9 @@ namespace detail {
 namespace {
 
 constexpr size_t kMostBranches = 512, kMostPatterns = 6;
-constexpr uint32_t kMostDivisor = 20'000, kMostUnique = 8;
+constexpr std::string_view kNegated = "where a schema must not match";
+constexpr std::string_view kDivisors = "except for whole numbers to 20,000 and binary fractions";
+constexpr uint32_t kMostUnique = 8;
 
 enum : uint32_t {
     t_null = 1,
@@ -97,7 +99,18 @@ struct Branch {
     std::vector<std::string> required = {}, absent = {};
     std::vector<Literal> names = {};  // propertyNames
     uint32_t least_members = 0, most_members = unlimited;
+    // Schemas of whose keywords for members that are not declared one member must miss one, and
+    // what else a member must be because of that.
+    std::vector<const Json*> broken = {};
+    std::vector<std::pair<std::string, Literal>> also = {};
+    // Schemas with unevaluatedProperties, each with all schemas that evaluate properties for it.
+    struct Unevaluated {
+        const Json* schema;
+        std::vector<const Json*> scope;
+    };
+    std::vector<Unevaluated> unevaluated = {};
     std::vector<std::vector<Conjunction>> choices = {};
+    std::vector<const Json*> one_ofs = {};  // lists that become choices when all else is known
 };
 
 }  // namespace
@@ -110,22 +123,25 @@ public:
     Result<Part> compile() {
         if (auto ok = document_.check(); !ok) return std::move(ok.error());
         const Part part = part_of({{&root_}});
+        if (builder_.budget().spent()) exceed();
         if (failed_) return std::move(error_);
-        if (builder_.budget().spent()) return budget_error();
+        if (!part) return document_.refuse(root_, "", "nothing matches it");
         return part;
     }
 
 private:
     // What cannot be promised: the end under strict, else left out.
-    bool refuse(const Json& schema, std::string_view keyword, std::string_view why) {
+    bool refuse(const Json& schema, std::string_view keyword, std::string_view why = {}) {
         if (!strict_ || probing_) return true;
-        return fail(document_.refuse(schema, keyword, why));
+        return fail(document_.refuse(
+            schema, keyword, "is not supported" + (why.empty() ? "" : ": " + std::string(why))));
     }
     bool fail(Error error) {
         if (!failed_) error_ = std::move(error);
         failed_ = true;
         return false;
     }
+    bool exceed() { return fail(document_.refuse(root_, "", budget_error().message)); }
     const Json* made(const Json* of, const std::string& key, Json schema) {
         auto& known = made_[{of, key}];
         if (!known) claim(*(known = document_.make(std::move(schema))));
@@ -149,18 +165,15 @@ private:
     using Todo = Conjunction;
     bool apply(Branch& b, const Json& s, Todo& todo) {
         if (s.is_bool()) return s.as_bool();
-        if (const Json* ref = s.find("$ref")) {
-            const Json* target = document_.resolve(ref->as_string());
-            if (!target) {
-                if (!refuse(s, "$ref", "is not in this document")) return false;
-            } else {
-                todo.push_back({target});
-                if (document_.refs_hide_siblings()) return true;
-            }
+        for (const char* keyword : reference_keywords) {
+            if (!s.contains(keyword)) continue;
+            const Json* target = document_.resolve(s, keyword);
+            if (!target && !refuse(s, keyword, "its target is not in this document, or not fixed"))
+                return false;
+            if (target) todo.push_back({target});
+            if (target && document_.refs_hide_siblings()) return true;
         }
-        for (const char* keyword :
-             {"unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef"})
-            if (s.contains(keyword) && !refuse(s, keyword, "is not supported")) return false;
+        if (s.contains("unevaluatedItems") && !refuse(s, "unevaluatedItems")) return false;
         if (own_.count(&s) && !apply_own(b, s, todo)) return false;
         return apply_values(b, s) && apply_number(b, s) && apply_string(b, s) &&
                apply_array(b, s) && apply_object(b, s, todo) && apply_logic(b, s, todo);
@@ -174,12 +187,13 @@ private:
         if (const Json* i = s.find("\1excluded1"))
             b.excluded.push_back(negated_[size_t(i->as_uint())]->find("const"));
         if (const Json* name = s.find("\1absent")) b.absent.emplace_back(name->as_string());
+        if (const Json* i = s.find("\1broken")) b.broken.push_back(negated_[size_t(i->as_uint())]);
         if (const Json* p = s.find("\1notPattern"))
             b.languages.push_back({std::string(p->as_string()), false, false, &s});
         if (const Json* f = s.find("\1notFormat"))
             b.languages.push_back({std::string(f->as_string()), true, false, &s});
         if (const Json* m = s.find("\1notMultiple"))
-            b.numbers.not_multiples.push_back(uint32_t(m->as_uint()));
+            b.numbers.not_multiples.push_back(*Divisor::of(*m));
         if (const Json* t = s.find("\1types")) b.types &= uint32_t(t->as_uint());
         return b.types != 0;
     }
@@ -218,10 +232,12 @@ private:
             tighten(b.numbers.upper, {ExactDecimal::of(v), true}, -1);
         if (const Json* m = s.find("multipleOf")) {
             if (!(b.types & (t_integer | t_fraction))) return true;
-            if (!is_whole_number(*m) || m->as_double() < 1 || m->as_double() > kMostDivisor)
-                return refuse(s, "multipleOf", "only integers from 1 to 20,000 are supported");
-            if (m->as_double() > 1) b.numbers.multiples.push_back(uint32_t(m->as_double()));
-            b.types &= ~uint32_t(t_fraction);
+            const auto divisor = Divisor::of(*m);
+            if ((!divisor || !divisor->is_binary()) && !refuse(s, "multipleOf", kDivisors))
+                return false;
+            if (!divisor) return true;
+            if (divisor->units > 1 || divisor->digits) b.numbers.multiples.push_back(*divisor);
+            if (!divisor->digits) b.types &= ~uint32_t(t_fraction);
         }
         return b.types != 0;
     }
@@ -231,9 +247,10 @@ private:
         if (const Json* p = s.find("pattern"))
             b.languages.push_back({std::string(p->as_string()), false, true, &s});
         if (const Json* f = s.find("format")) {
-            if (format_pattern(f->as_string()))
-                b.languages.push_back({std::string(f->as_string()), true, true, &s});
-            else if ((b.types & t_string) && !refuse(s, "format", "is not one that is supported"))
+            const uint32_t most = most_format_chars(f->as_string());
+            if (most) b.most_chars = std::min(b.most_chars, most);
+            if (most) b.languages.push_back({std::string(f->as_string()), true, true, &s});
+            else if ((b.types & t_string) && !refuse(s, "format", "it is not a known format"))
                 return false;
         }
         return true;
@@ -257,6 +274,8 @@ private:
             b.objects.push_back(&s);
         if (const Json* names = s.find("propertyNames")) b.names.push_back({names});
         if (!(b.types & t_object)) return true;
+        if (s.contains("unevaluatedProperties") && !document_.refs_hide_siblings())
+            b.unevaluated.push_back({&s, {}});
         for (const char* keyword : {"dependentRequired", "dependentSchemas", "dependencies"})
             for (const JsonMember& m : s[keyword].members()) {
                 const Json* has = made(&m.value, "has",
@@ -287,43 +306,55 @@ private:
             if (const Json* otherwise = s.find("else")) no.push_back({otherwise});
             if (yes.size() + no.size() > 2) b.choices.push_back({yes, no});
         }
-        if (const Json* one = s.find("oneOf")) b.choices.push_back(one_of(*one));
+        if (const Json* one = s.find("oneOf")) b.one_ofs.push_back(one);
         return true;
     }
-    // Each alone; where two cannot hold together anyway there is no need to say so.
-    std::vector<Conjunction> one_of(const Json& list) {
-        std::vector<Conjunction> ways;
-        for (const Json& part : list.items()) {
-            Conjunction way = {{&part}};
-            for (const Json& other : list.items())
-                if (&other != &part && !is_impossible({{&part}, {&other}}, 0))
-                    way.push_back({&other, false});
-            ways.push_back(std::move(way));
-        }
+    // Each alone; where two cannot hold together in this branch there is no need to say so.
+    std::vector<Conjunction> one_of(Branch context, const Json& list) {
+        context.choices.clear();
+        context.one_ofs.clear();
+        const size_t count = list.size();
+        std::vector<Conjunction> ways(count);
+        for (size_t i = 0; i < count; ++i) ways[i].push_back({&list[i]});
+        for (size_t i = 0; i < count && !failed_; ++i)
+            for (size_t j = 0; j < i; ++j) {
+                if (is_apart(list[i], list[j]) ||
+                    is_impossible({{&list[i]}, {&list[j]}}, 0, context))
+                    continue;
+                ways[i].push_back({&list[j], false});
+                ways[j].push_back({&list[i], false});
+            }
         return ways;
+    }
+    // Whether two schemas exclude each other wherever they stand.
+    bool is_apart(const Json& a, const Json& b) {
+        const auto [at, is_new] = apart_.try_emplace({&a, &b}, false);
+        if (is_new) at->second = is_impossible({{&a}, {&b}}, 0);
+        return at->second;
     }
 
     // ---- Negative literals: the ways not to satisfy a schema
     bool negate(Branch& b, const Json& s, Todo& todo) {
         if (s.is_bool()) return !s.as_bool();
         std::vector<Conjunction> ways;
-        const auto way = [&](const std::string& key, Json schema) {
-            ways.push_back({{made(&s, key, std::move(schema))}});
+        const auto way = [&](const std::string& key, Json schema) {  // if it is one in this branch
+            const std::string_view type = schema["type"].as_string();
+            if (type.empty() || (types_of(type) & b.types))
+                ways.push_back({{made(&s, key, std::move(schema))}});
         };
         const auto typed = [](std::string_view type) { return Json::object().set("type", type); };
-        if (const Json* ref = s.find("$ref")) {
-            const Json* target = document_.resolve(ref->as_string());
-            if (!target && !refuse(s, "$ref", "is not in this document")) return false;
+        for (const char* keyword : reference_keywords) {
+            if (!s.contains(keyword)) continue;
+            const Json* target = document_.resolve(s, keyword);
+            if (!target && !refuse(s, keyword, "its target is not in this document, or not fixed"))
+                return false;
             if (target) ways.push_back({{target, false}});
         }
-        for (const char* keyword :
-             {"unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef",
-              "dependentSchemas", "dependencies", "propertyNames"})
-            if (s.contains(keyword) &&
-                !refuse(s, keyword, "is not supported where a schema must not match"))
-                return false;
-        negate_simple(s, way, typed);
-        if (!negate_array(b, s, way, typed) || !negate_object(b, s, way, typed)) return false;
+        for (const char* keyword : {"unevaluatedProperties", "unevaluatedItems"})
+            if (s.contains(keyword) && !refuse(s, keyword, kNegated)) return false;
+        negate_simple(b, s, way, typed);
+        if (!negate_array(b, s, way, typed)) return false;
+        if (b.types & t_object) negate_object(s, ways, way, typed);
         if (const Json* list = s.find("anyOf")) {
             ways.emplace_back();
             for (const Json& part : list->items()) ways.back().push_back({&part, false});
@@ -348,11 +379,12 @@ private:
         return true;
     }
     template <class Way, class Typed>
-    void negate_simple(const Json& s, const Way& way, const Typed& typed) {
+    void negate_simple(const Branch& b, const Json& s, const Way& way, const Typed& typed) {
         if (const Json* type = s.find("type")) {
             uint32_t mask = type->is_string() ? types_of(type->as_string()) : 0;
             for (const Json& t : type->items()) mask |= types_of(t.as_string());
-            way("type", Json::object().set("\1types", uint32_t(t_all & ~mask)));
+            if (b.types & ~mask)
+                way("type", Json::object().set("\1types", uint32_t(t_all & ~mask)));
         }
         negated_.push_back(&s);
         const uint64_t self = negated_.size() - 1;
@@ -367,9 +399,9 @@ private:
         bound("exclusiveMinimum", "maximum");
         bound("exclusiveMaximum", "minimum");
         if (const Json* m = s.find("multipleOf")) {
-            if (!is_whole_number(*m) || m->as_double() < 1 || m->as_double() > kMostDivisor)
-                (void)refuse(s, "multipleOf", "only integers from 1 to 20,000 are supported");
-            else way("multipleOf", typed("number").set("\1notMultiple", uint64_t(m->as_double())));
+            const auto divisor = Divisor::of(*m);
+            if (!divisor || !divisor->is_binary()) (void)refuse(s, "multipleOf", kDivisors);
+            if (divisor) way("multipleOf", typed("number").set("\1notMultiple", *m));
         }
         const auto count = [&](const char* keyword, const char* type, const char* opposite,
                                int step) {
@@ -385,7 +417,7 @@ private:
         count("maxProperties", "object", "minProperties", 1);
         if (const Json* p = s.find("pattern"))
             way("pattern", typed("string").set("\1notPattern", *p));
-        if (const Json* f = s.find("format"); f && format_pattern(f->as_string()))
+        if (const Json* f = s.find("format"); f && is_format(f->as_string()))
             way("format", typed("string").set("\1notFormat", *f));
         for (const Json& name : s["required"].items())
             way("required " + std::string(name.as_string()), typed("object").set("\1absent", name));
@@ -393,15 +425,12 @@ private:
     template <class Way, class Typed>
     bool negate_array(Branch& b, const Json& s, const Way& way, const Typed& typed) {
         if (!(b.types & t_array)) return true;
-        if (s["uniqueItems"].as_bool() &&
-            !refuse(s, "uniqueItems", "is not supported where a schema must not match"))
-            return false;
+        if (s["uniqueItems"].as_bool() && !refuse(s, "uniqueItems", kNegated)) return false;
         const bool old = s["items"].is_array();
         const Json& first = old ? s["items"] : s["prefixItems"];
         const Json* rest = s.find(old ? "additionalItems" : "items");
         if (rest && first.empty()) way("items", typed("array").set("contains", negation_of(rest)));
-        else if (rest && !refuse(s, "items", "is not supported where a schema must not match"))
-            return false;
+        else if (rest && !refuse(s, "items", kNegated)) return false;
         for (size_t i = 0; i < first.size(); ++i) {
             Json list = Json::array();
             for (size_t j = 0; j < i; ++j) list.push(true);
@@ -411,39 +440,40 @@ private:
                                                  .set("minItems", uint64_t(i + 1)));
         }
         if (const Json* c = s.find("contains")) {
-            if (s.contains("maxContains") &&
-                !refuse(s, "maxContains", "is not supported where a schema must not match"))
-                return false;
+            if (s.contains("maxContains") && !refuse(s, "maxContains", kNegated)) return false;
             const uint32_t least = count_of(s, "minContains", 1);
             if (least == 1) way("contains", typed("array").set("items", negation_of(c)));
-            else if (least &&
-                     !refuse(s, "minContains", "is not supported where a schema must not match"))
-                return false;
+            else if (least && !refuse(s, "minContains", kNegated)) return false;
         }
         return true;
     }
     template <class Way, class Typed>
-    bool negate_object(Branch& b, const Json& s, const Way& way, const Typed& typed) {
-        if (!(b.types & t_object)) return true;
+    void negate_object(const Json& s, std::vector<Conjunction>& ways, const Way& way,
+                       const Typed& typed) {
         for (const JsonMember& m : s["properties"].members())
-            way("property " + m.key,
-                typed("object")
-                    .set("required", Json::array().push(m.key))
-                    .set("properties", Json::object().set(m.key, negation_of(&m.value))));
-        if (s["patternProperties"].size() &&
-            !refuse(s, "patternProperties", "is not supported where a schema must not match"))
-            return false;
-        const Json* additional = s.find("additionalProperties");
-        if (additional && !(additional->is_bool() && additional->as_bool()) &&
-            !refuse(s, "additionalProperties", "is not supported where a schema must not match"))
-            return false;
-        for (const JsonMember& m : s["dependentRequired"].members())
-            for (const Json& name : m.value.items())
-                way("dependent " + m.key + " " + std::string(name.as_string()),
+            if (m.value != Json(true) && (m.value.size() || m.value.is_bool()))
+                way("property " + m.key,
                     typed("object")
                         .set("required", Json::array().push(m.key))
-                        .set("\1absent", name));
-        return true;
+                        .set("properties", Json::object().set(m.key, negation_of(&m.value))));
+        const Json* additional = s.find("additionalProperties");
+        if ((additional && !(additional->is_bool() && additional->as_bool())) ||
+            s["patternProperties"].size() || s.contains("propertyNames")) {
+            negated_.push_back(&s);
+            way("broken", typed("object").set("\1broken", uint64_t(negated_.size() - 1)));
+        }
+        for (const char* keyword : {"dependentRequired", "dependentSchemas", "dependencies"})
+            for (const JsonMember& m : s[keyword].members()) {
+                const auto has = [&] {
+                    return typed("object").set("required", Json::array().push(m.key));
+                };
+                for (const Json& name : m.value.items())
+                    way("dependent " + m.key + " " + std::string(name.as_string()),
+                        has().set("\1absent", name));
+                if (m.value.is_array()) continue;
+                way("dependent " + m.key, has());
+                ways.back().push_back({&m.value, false});
+            }
     }
     // ---- Expansion
     void expand(Branch b, Todo todo, std::vector<Branch>& out) {
@@ -461,17 +491,53 @@ private:
                 return;
             if (!b.types) return;
         }
+        if (lacks_required(b)) return;
+        while (!b.one_ofs.empty()) {
+            const Json* list = b.one_ofs.back();
+            b.one_ofs.pop_back();
+            b.choices.push_back(one_of(b, *list));
+        }
         if (b.choices.empty()) {
             if (out.size() >= kMostBranches) {
                 fail(document_.refuse(*b.done[0].schema, "", "has more than 512 combinations"));
                 return;
             }
+            for (Branch::Unevaluated& u : b.unevaluated) find_scope(b, *u.schema, u.scope);
             out.push_back(std::move(b));
             return;
         }
         const std::vector<Conjunction> ways = std::move(b.choices.back());
         b.choices.pop_back();
         for (const Conjunction& way : ways) expand(b, way, out);
+    }
+    // Whether an object would be needed that must not have what it has to have: early, since such
+    // branches multiply.
+    bool lacks_required(const Branch& b) {
+        if (b.types != t_object || b.values) return false;
+        for (const std::string& name : b.required) {
+            if (std::find(b.absent.begin(), b.absent.end(), name) != b.absent.end()) return true;
+            for (const Json* s : b.objects)
+                if ((*s)["additionalProperties"] == Json(false) && !(*s)["properties"].find(name) &&
+                    !(*s)["patternProperties"].size())
+                    return true;
+        }
+        return false;
+    }
+    // The schemas that hold in the branch and apply in the same place as `s` because of it.
+    void find_scope(const Branch& b, const Json& s, std::vector<const Json*>& out) {
+        const auto seen = [&](const auto& list, const auto& item) {
+            return std::find(list.begin(), list.end(), item) != list.end();
+        };
+        if (!seen(b.done, Literal{&s}) || seen(out, &s)) return;
+        out.push_back(&s);
+        for (const char* keyword : reference_keywords)
+            if (const Json* target = s.contains(keyword) ? document_.resolve(s, keyword) : nullptr)
+                find_scope(b, *target, out);
+        for (const char* keyword : {"allOf", "anyOf", "oneOf"})
+            for (const Json& part : s[keyword].items()) find_scope(b, part, out);
+        for (const char* keyword : {"if", "then", "else"})
+            if (const Json* part = s.find(keyword)) find_scope(b, *part, out);
+        for (const JsonMember& m : s["dependentSchemas"].members()) find_scope(b, m.value, out);
     }
     std::vector<Branch> branches_of(const Conjunction& conjunction) {
         std::vector<Branch> out;
@@ -480,10 +546,11 @@ private:
     }
 
     // Whether nothing satisfies a conjunction; false where that is hard to tell.
-    bool is_impossible(const Conjunction& conjunction, int depth) {
+    bool is_impossible(const Conjunction& conjunction, int depth, Branch context = {}) {
         if (depth > 4 || failed_) return false;
         const bool probing = std::exchange(probing_, true);
-        const std::vector<Branch> branches = branches_of(conjunction);
+        std::vector<Branch> branches;
+        expand(std::move(context), conjunction, branches);
         bool possible = false;
         for (const Branch& b : branches) possible = possible || !is_impossible(b, depth);
         probing_ = probing;
@@ -515,6 +582,8 @@ private:
         std::vector<const Json*> out;
         for (const Json* v : *b.values) {
             bool ok = type_of(*v) & b.types;
+            if (ok && v->is_object() && !b.unevaluated.empty())
+                ok = refuse(*b.unevaluated[0].schema, "unevaluatedProperties", "beside values");
             for (const Literal& l : b.done)
                 ok = ok &&
                      (own_.count(l.schema) || document_.is_valid(*l.schema, *v) == l.positive);
@@ -567,7 +636,7 @@ private:
         for (const Json* v : b.excluded) {
             types &= ~(type_of(*v) & (t_null | t_false | t_true));
             if ((type_of(*v) & types & (t_array | t_object)) &&
-                !refuse(*b.done[0].schema, "", "excludes an array or object by its value"))
+                !refuse(*b.done[0].schema, "", "to exclude an array or object by its value"))
                 return;
         }
         if (types & t_null) out.push_back(builder_.bytes("null"));
@@ -595,8 +664,11 @@ private:
             key += bound ? (bound->exclusive ? "x" : "=") + bound->value.text() : std::string("-");
         };
         say(rules.lower), say(rules.upper);
-        for (const uint32_t m : rules.multiples) key += "*" + std::to_string(m);
-        for (const uint32_t m : rules.not_multiples) key += "/" + std::to_string(m);
+        const auto say_divisor = [&](char mark, const Divisor& d) {
+            key += mark + std::to_string(d.units) + "e" + std::to_string(d.digits);
+        };
+        for (const Divisor& d : rules.multiples) say_divisor('*', d);
+        for (const Divisor& d : rules.not_multiples) say_divisor('/', d);
         for (const ExactDecimal& d : rules.excluded) key += "!" + d.text();
         if (key == "i--" || key == "if--") {  // most of them
             static const DfaPtr plain[2] = {plain_number(false), plain_number(true)};
@@ -605,7 +677,7 @@ private:
         DfaPtr& known = numbers_[key];
         if (!known) {
             auto dfa = number_dfa(rules, builder_.budget());
-            if (!dfa) return fail(std::move(dfa.error())), no_part;
+            if (!dfa) return exceed(), no_part;
             known = std::move(*dfa);
         }
         return builder_.terminal(known, 0, most_number_chars);
@@ -636,17 +708,10 @@ private:
                 if (!out) out = any_text_dfa(Spelling::json);
                 auto both = positive ? intersect(out, *one, builder_.budget())
                                      : subtract(out, *one, builder_.budget());
-                if (!both) return fail(std::move(both.error())), nullptr;
+                if (!both) return exceed(), nullptr;
                 out = *both;
             }
-        std::vector<std::string> texts;
-        for (const Json* v : b.excluded)
-            if (v->is_string()) {
-                std::string text;
-                write_json_escaped(text, v->as_string());
-                texts.push_back(std::move(text));
-            }
-        if (!texts.empty()) {
+        if (const auto texts = texts_of(b.excluded); !texts.empty()) {
             if (!out) out = any_text_dfa(Spelling::json);
             out = without(out, texts);
         }
@@ -655,7 +720,7 @@ private:
     DfaPtr without(const DfaPtr& dfa, const std::vector<std::string>& texts) {
         auto set = texts_dfa(texts, builder_.budget());
         auto out = set ? subtract(dfa, *set, builder_.budget()) : std::move(set);
-        if (!out) return fail(std::move(out.error())), nullptr;
+        if (!out) return exceed(), nullptr;
         return *out;
     }
     Part quoted(Part inside) {
@@ -677,7 +742,7 @@ private:
         const Branch::Language& l = b.languages[0];
         if (b.least_chars || b.most_chars != unlimited) {
             (void)refuse(*l.schema, "pattern",
-                         "repeats too often to be joined with bounds of the length");
+                         "it repeats too often to be joined with bounds of the length");
             if (failed_) return no_part;
         }
         auto part = add_pattern_part(builder_, l.name, Spelling::json, true);
@@ -709,7 +774,7 @@ private:
         rules.least = b.least_items, rules.most = b.most_items;
         const Branch::Counted* counted = b.contains.empty() ? nullptr : &b.contains[0];
         if (b.contains.size() > 1 &&
-            !refuse(*b.contains[1].schema, "contains", "is there more than once"))
+            !refuse(*b.contains[1].schema, "contains", "more than once in the same place"))
             return no_part;
         if (counted) rules.least_counted = counted->least, rules.most_counted = counted->most;
         const auto item = [&](size_t index) {
@@ -725,10 +790,10 @@ private:
         rules.rest = item(first);
         return failed_ ? no_part : builder_.array(std::move(rules));
     }
-    // The values that satisfy a conjunction, where they can be counted.
-    std::optional<std::vector<std::string>> values_of(const Conjunction& conjunction) {
+    // The values of all branches, where they can be counted.
+    std::optional<std::vector<std::string>> values_of(const std::vector<Branch>& branches) {
         std::vector<std::string> out;
-        for (const Branch& b : branches_of(conjunction)) {
+        for (const Branch& b : branches) {
             if (b.values) {
                 for (const Json* v : allowed_values(b)) out.push_back(v->write());
                 continue;
@@ -742,18 +807,37 @@ private:
         out.erase(std::unique(out.begin(), out.end()), out.end());
         return out;
     }
-    // Items that differ: a part for every set of those that are there.
+    // Items that differ. Strings do as the keys of an object do; few values in a part for every set
+    // of those that are there.
     Part unique_part(const Branch& b, size_t first) {
-        auto values = values_of(item_conjunction(b, first));
-        if (first || !values || values->size() > kMostUnique || !b.contains.empty()) {
-            if (!refuse(*b.unique, "uniqueItems",
-                        "is supported for enumerations of at most 8 values"))
-                return no_part;
-            Branch other = b;
-            other.unique = nullptr;
-            return array_part(other);
-        }
-        const uint32_t count = uint32_t(values->size());
+        const Conjunction item = item_conjunction(b, first);
+        const std::vector<Branch> branches = branches_of(item);
+        const bool simple = !first && b.contains.empty();
+        auto values = values_of(branches);
+        if (simple && values && values->size() <= kMostUnique) return unique_values(b, *values);
+        if (simple && std::all_of(branches.begin(), branches.end(), has_only_strings))
+            return unique_strings(b, branches);
+        if (!refuse(*b.unique, "uniqueItems", "except for strings and for at most 8 values"))
+            return no_part;
+        Branch other = b;
+        other.unique = nullptr;
+        return array_part(other);
+    }
+    static bool has_only_strings(const Branch& b) {
+        if (!b.values) return b.types == t_string;
+        return std::all_of(b.values->begin(), b.values->end(),
+                           [](const Json* v) { return v->is_string(); });
+    }
+    Part unique_strings(const Branch& b, const std::vector<Branch>& branches) {
+        ObjectRules rules;
+        rules.is_list = true;
+        rules.least = b.least_items, rules.most = b.most_items;
+        rules.other = strings_of(branches);
+        rules.others = {builder_.bytes("")};
+        return failed_ ? no_part : builder_.object(std::move(rules));
+    }
+    Part unique_values(const Branch& b, const std::vector<std::string>& values) {
+        const uint32_t count = uint32_t(values.size());
         std::vector<Part> rest(size_t{1} << count,
                                no_part);  // by what was there: how the array goes on
         const Part comma = builder_.choice({builder_.bytes(","), builder_.bytes(", ")});
@@ -765,33 +849,65 @@ private:
                 if (!(set >> v & 1) && rest[set | 1u << v])
                     ways.push_back(
                         builder_.sequence({set ? comma : builder_.bytes(""),
-                                           builder_.bytes((*values)[v]), rest[set | 1u << v]}));
+                                           builder_.bytes(values[v]), rest[set | 1u << v]}));
             rest[set] = builder_.choice(std::move(ways));
         }
         return rest[0] ? builder_.sequence({builder_.bytes("["), rest[0]}) : no_part;
     }
 
     // ---- Objects
-    void add_group(const Json& s, std::string_view name, Conjunction& out) {
-        bool known = false;
-        if (const Json* property = s["properties"].find(name))
-            add_literal(out, {property}), known = true;
+    // What a schema says of members whose keys `matches` tells from its patterns; whether it says
+    // anything.
+    template <class Matches>
+    bool add_group(const Json& s, const Json* property, const Matches& matches, Conjunction& out) {
+        bool known = property != nullptr;
+        if (property) add_literal(out, {property});
         for (const JsonMember& p : s["patternProperties"].members())
-            if (document_.matches(p.key, name)) add_literal(out, {&p.value}), known = true;
-        if (const Json* additional = s.find("additionalProperties"); additional && !known)
-            add_literal(out, {additional});
+            if (matches(p.key)) add_literal(out, {&p.value}), known = true;
+        const Json* additional = s.find("additionalProperties");
+        if (additional && !known) add_literal(out, {additional});
+        return known || additional;
+    }
+    template <class Property, class Matches>
+    Conjunction group_conjunction(const Branch& b, const Property& property,
+                                  const Matches& matches) {
+        Conjunction out;
+        std::vector<const Json*> evaluating;
+        for (const Json* s : b.objects)
+            if (add_group(*s, property(*s), matches, out)) evaluating.push_back(s);
+        for (const Branch::Unevaluated& u : b.unevaluated) {
+            bool evaluated = false;
+            for (const Json* s : u.scope)
+                evaluated |= std::find(evaluating.begin(), evaluating.end(), s) !=
+                                 evaluating.end() ||
+                             (s != u.schema && s->contains("unevaluatedProperties"));
+            if (!evaluated) add_literal(out, {u.schema->find("unevaluatedProperties")});
+        }
+        return out;
     }
     Conjunction member_conjunction(const Branch& b, std::string_view name) {
-        Conjunction out;
-        for (const Json* s : b.objects) add_group(*s, name, out);
+        Conjunction out = group_conjunction(
+            b, [&](const Json& s) { return s["properties"].find(name); },
+            [&](const std::string& pattern) { return document_.matches(pattern, name); });
+        for (const auto& [also, literal] : b.also)
+            if (also == name) add_literal(out, literal);
         return out;
+    }
+    Conjunction other_conjunction(const Branch& b, const std::vector<std::string>& patterns,
+                                  uint32_t bits) {
+        return group_conjunction(
+            b, [](const Json&) { return nullptr; },
+            [&](const std::string& pattern) {
+                const auto at = std::find(patterns.begin(), patterns.end(), pattern);
+                return at != patterns.end() && (bits >> (at - patterns.begin()) & 1);
+            });
     }
     bool may_be_name(const Branch& b, const std::string& name) {
         for (const Literal& l : b.names)
             if (document_.is_valid(*l.schema, Json(name)) != l.positive) return false;
         return std::find(b.absent.begin(), b.absent.end(), name) == b.absent.end();
     }
-    Part object_part(const Branch& b) {
+    std::vector<std::string> names_of(const Branch& b) {
         std::vector<std::string> names;
         std::map<std::string, bool, std::less<>> known;
         const auto add_name = [&](const std::string& name) {
@@ -801,9 +917,13 @@ private:
             for (const JsonMember& m : (*s)["properties"].members()) add_name(m.key);
         for (const std::string& name : b.required) add_name(name);
         for (const std::string& name : b.absent) add_name(name);
+        return names;
+    }
+    Part object_part(const Branch& b) {
+        if (!b.broken.empty()) return broken_part(b);
         ObjectRules rules;
         rules.least = b.least_members, rules.most = b.most_members;
-        for (const std::string& name : names) {
+        for (const std::string& name : names_of(b)) {
             ObjectMember m;
             write_json_string(m.key, name);
             m.key += ":";
@@ -814,15 +934,81 @@ private:
         add_others(b, rules);
         return failed_ ? no_part : builder_.object(std::move(rules));
     }
-    // Keys that are not named: by which of the patterns they match.
-    void add_others(const Branch& b, ObjectRules& rules) {
+    // What a member with a key can miss of a schema's keywords for members.
+    template <class Matches>
+    std::vector<Literal> misses(const Json& s, bool declared, const Matches& matches) {
+        std::vector<Literal> out;
+        bool known = declared;
+        for (const JsonMember& p : s["patternProperties"].members())
+            if (matches(p.key)) out.push_back({&p.value, false}), known = true;
+        if (const Json* additional = s.find("additionalProperties"); additional && !known)
+            out.push_back({additional, false});
+        return out;
+    }
+    // One of the named members misses what the schema says; another key may not, or that cannot be
+    // promised.
+    Part broken_part(Branch b) {
+        const Json& s = *b.broken.back();
+        b.broken.pop_back();
+        if (may_miss_elsewhere(b, s) &&
+            !refuse(s,
+                    s.contains("propertyNames")          ? "propertyNames"
+                    : s.contains("additionalProperties") ? "additionalProperties"
+                                                         : "patternProperties",
+                    kNegated))
+            return no_part;
+        std::vector<Part> ways;
+        for (const std::string& name : names_of(b)) {
+            if (!may_be_name(b, name) || failed_ || !builder_.budget().take(20)) continue;
+            auto literals = misses(s, s["properties"].contains(name), [&](const std::string& p) {
+                return document_.matches(p, name);
+            });
+            if (const Json* names = s.find("propertyNames");
+                names && !document_.is_valid(*names, Json(name)))
+                literals.push_back({&document_.anything()});
+            for (const Literal& literal : literals) {
+                Branch with = b;
+                with.required.push_back(name);
+                with.also.emplace_back(name, literal);
+                ways.push_back(object_part(with));
+            }
+        }
+        return builder_.choice(std::move(ways));
+    }
+    bool may_miss_elsewhere(const Branch& b, const Json& s) {
+        Branch both = b;
+        both.objects.push_back(&s);
+        const std::vector<std::string> patterns = patterns_of(both);
+        for (uint32_t bits = 0; bits < 1u << std::min(patterns.size(), kMostPatterns); ++bits) {
+            const Conjunction rest = other_conjunction(b, patterns, bits);
+            if (is_impossible(rest, 0)) continue;
+            if (s.contains("propertyNames")) return true;
+            const auto matches = [&](const std::string& p) {
+                const auto at = std::find(patterns.begin(), patterns.end(), p);
+                return bool(bits >> (at - patterns.begin()) & 1);
+            };
+            for (const Literal& literal : misses(s, false, matches)) {
+                Conjunction all = rest;
+                add_literal(all, literal);
+                if (!is_impossible(all, 0)) return true;
+            }
+        }
+        return false;
+    }
+    static std::vector<std::string> patterns_of(const Branch& b) {
         std::vector<std::string> patterns;
         for (const Json* s : b.objects)
             for (const JsonMember& p : (*s)["patternProperties"].members())
                 if (std::find(patterns.begin(), patterns.end(), p.key) == patterns.end())
                     patterns.push_back(p.key);
+        return patterns;
+    }
+    // Keys that are not named: by which of the patterns they match.
+    void add_others(const Branch& b, ObjectRules& rules) {
+        std::vector<std::string> patterns = patterns_of(b);
         if (patterns.size() > kMostPatterns) {
-            (void)refuse(*b.objects[0], "patternProperties", "there are more than 6 patterns");
+            (void)refuse(*b.objects[0], "patternProperties",
+                         "more than 6 patterns in the same place");
             patterns.resize(kMostPatterns);
         }
         std::vector<DfaPtr> dfas;
@@ -846,51 +1032,42 @@ private:
             return;
         }
         auto labelled = label_by(all, dfas, builder_.budget());
-        if (!labelled) fail(std::move(labelled.error()));
+        if (!labelled) exceed();
         else if (!(*labelled)->empty()) rules.other = *labelled;
-    }
-    Conjunction other_conjunction(const Branch& b, const std::vector<std::string>& patterns,
-                                  uint32_t bits) {
-        Conjunction out;
-        for (const Json* s : b.objects) {
-            bool known = false;
-            for (size_t i = 0; i < patterns.size(); ++i)
-                if (const Json* p = (*s)["patternProperties"].find(patterns[i]);
-                    p && (bits >> i & 1))
-                    add_literal(out, {p}), known = true;
-            if (const Json* additional = s->find("additionalProperties"); additional && !known)
-                add_literal(out, {additional});
-        }
-        return out;
     }
     // What propertyNames leaves of all keys; null: nothing.
     DfaPtr names_dfa(const Branch& b) {
-        DfaPtr out = any_text_dfa(Spelling::json);
-        if (b.names.empty()) return out;
-        const std::vector<Branch> branches = branches_of(b.names);
-        if (branches.empty()) return nullptr;
-        if (branches.size() > 1)
-            (void)refuse(*b.names[0].schema, "", "as propertyNames has alternatives");
-        const Branch& names = branches[0];
-        if (!(names.types & t_string)) return nullptr;
-        if (names.values) {
-            std::vector<std::string> texts;
-            for (const Json* v : allowed_values(names)) {
-                texts.emplace_back();
-                write_json_escaped(texts.back(), v->as_string());
-            }
-            auto set = texts_dfa(texts, builder_.budget());
-            if (!set) return fail(std::move(set.error())), nullptr;
-            return (*set)->empty() ? nullptr : *set;
+        return b.names.empty() ? any_text_dfa(Spelling::json) : strings_of(branches_of(b.names));
+    }
+    // The strings of all branches, between their quotes; null: there are none.
+    DfaPtr strings_of(const std::vector<Branch>& branches) {
+        DfaPtr out;
+        for (const Branch& b : branches) {
+            const DfaPtr one = b.types & t_string ? strings_of(b) : nullptr;
+            if (failed_) return nullptr;
+            if (!one || one->empty()) continue;
+            auto both = out ? unite(out, one, builder_.budget()) : Result<DfaPtr>(one);
+            if (!both) return exceed(), nullptr;
+            out = *both;
         }
-        if (DfaPtr found = string_dfa(names)) out = found;
-        if (failed_) return nullptr;
-        auto counted = names.least_chars || names.most_chars != unlimited
-                           ? limit_length(out, names.least_chars, names.most_chars,
-                                          builder_.budget())
-                           : Result<DfaPtr>(out);
-        if (!counted) return fail(std::move(counted.error())), nullptr;
-        return (*counted)->empty() ? nullptr : *counted;
+        return out;
+    }
+    DfaPtr strings_of(const Branch& b) {
+        auto out = b.values ? texts_dfa(texts_of(allowed_values(b)), builder_.budget())
+                            : Result<DfaPtr>(string_dfa(b));
+        if (out && !*out) out = any_text_dfa(Spelling::json);
+        const bool counts = !b.values && (b.least_chars || b.most_chars != unlimited);
+        if (out && counts && !failed_)
+            out = limit_length(*out, b.least_chars, b.most_chars, builder_.budget());
+        if (!out) return exceed(), nullptr;
+        return *out;
+    }
+    // The strings among some values, as they stand between quotes.
+    static std::vector<std::string> texts_of(const std::vector<const Json*>& values) {
+        std::vector<std::string> out;
+        for (const Json* v : values)
+            if (v->is_string()) write_json_escaped(out.emplace_back(), v->as_string());
+        return out;
     }
 
     GrammarBuilder& builder_;
@@ -904,6 +1081,7 @@ private:
     std::map<const Json*, bool> own_;
     std::vector<const Json*> negated_;
     std::map<std::string, DfaPtr> numbers_;
+    std::map<std::pair<const Json*, const Json*>, bool> apart_;
 };
 
 Result<Part> add_json_schema(GrammarBuilder& builder, const Json& schema, bool strict) {
@@ -914,8 +1092,10 @@ Result<GrammarPtr> compile_json_schema(const Json& schema, const SchemaOptions& 
     GrammarBuilder builder;
     builder.space = options.space;
     auto part = add_json_schema(builder, schema, options.strict);
-    if (!part) return std::move(part.error());
-    return builder.build(*part);
+    const bool made = part.ok();
+    auto grammar = builder.build(std::move(part));
+    if (grammar || !made) return grammar;
+    return SchemaDocument(schema, builder.budget()).refuse(schema, "", grammar.error().message);
 }
 
 }  // namespace detail

@@ -73,6 +73,8 @@ constexpr Keyword keywords[] = {
     {"pattern", Holds::string},
     {"format", Holds::string},
     {"$ref", Holds::string},
+    {"$dynamicRef", Holds::string},
+    {"$recursiveRef", Holds::string},
     {"anyOf", Holds::schemas},
     {"oneOf", Holds::schemas},
     {"allOf", Holds::schemas},
@@ -81,6 +83,7 @@ constexpr Keyword keywords[] = {
     {"then", Holds::schema},
     {"else", Holds::schema},
     {"propertyNames", Holds::schema},
+    {"unevaluatedProperties", Holds::schema},
     {"dependentRequired", Holds::lists},
     {"dependentSchemas", Holds::named_schemas},
     {"dependencies", Holds::lists},
@@ -286,34 +289,102 @@ const Json* by_pointer(const Json& root, std::string_view path) {
     return at;
 }
 
-// A schema with this anchor or id; `keyword` says which.
-const Json* by_name(const Json& at, std::string_view keyword, std::string_view name, int depth) {
-    if (depth > 100) return nullptr;
-    if (at.is_object() && at[keyword].is_string() && at[keyword].as_string() == name) return &at;
-    for (const Json& item : at.items())
-        if (const Json* found = by_name(item, keyword, name, depth + 1)) return found;
-    for (const JsonMember& m : at.members())
-        if (m.key != "enum" && m.key != "const")
-            if (const Json* found = by_name(m.value, keyword, name, depth + 1)) return found;
-    return nullptr;
+// RFC 3986, section 5.2: a reference against the base where it stands; fragments are off both.
+struct Uri {
+    std::string scheme, authority, path, query;  // with their marks
+    explicit Uri(std::string_view text) {
+        const size_t colon = text.find_first_of(":/?");
+        if (colon != text.npos && colon && text[colon] == ':') take(text, colon + 1, scheme);
+        if (text.substr(0, 2) == "//")
+            take(text, std::min(text.find_first_of("/?", 2), text.size()), authority);
+        take(text, std::min(text.find('?'), text.size()), path);
+        query = text;
+    }
+    static void take(std::string_view& text, size_t size, std::string& out) {
+        out = text.substr(0, size);
+        text.remove_prefix(size);
+    }
+};
+std::string without_dots(std::string_view path) {
+    std::string out;
+    while (!path.empty()) {
+        const size_t end = std::min(path.find('/', 1), path.size());
+        const std::string_view part = path.substr(0, end);
+        if (part == "/..") out.erase(std::min(out.rfind('/'), out.size()));
+        else if (part != "/.") out += part;
+        path.remove_prefix(end);
+        if (path.empty() && (part == "/.." || part == "/.")) out += '/';
+    }
+    return out;
+}
+std::string resolved_uri(const std::string& base, std::string_view reference) {
+    Uri to(reference), from(base);
+    if (to.scheme.empty()) {
+        to.scheme = from.scheme;
+        if (to.authority.empty()) {
+            to.authority = from.authority;
+            if (to.path.empty() && to.query.empty()) to.query = from.query;
+            if (to.path.empty()) to.path = from.path;
+            else if (to.path[0] != '/')
+                to.path = from.path.substr(0, from.path.rfind('/') + 1) + to.path;
+        }
+    }
+    return to.scheme + to.authority + without_dots(to.path) + to.query;
 }
 
 }  // namespace
 
-const Json* SchemaDocument::resolve(std::string_view reference) const {
-    const size_t hash = std::min(reference.find('#'), reference.size());
-    const std::string_view base = reference.substr(0, hash);
-    const std::string_view fragment = reference.substr(std::min(hash + 1, reference.size()));
-    const Json* at = &root_;
-    if (!base.empty() && root_["$id"].as_string() != base) {
-        at = by_name(root_, "$id", base, 0);
-        if (!at) return nullptr;
+void SchemaDocument::index(const Json& at, const std::string& outer, int depth, bool named) {
+    if (depth > 200) return;
+    if (named) {  // keys of it are names, not keywords
+        for (const JsonMember& m : at.members()) index(m.value, outer, depth + 1);
+        return;
     }
-    const Json* found = fragment.empty() || fragment[0] == '/'
-                            ? by_pointer(*at, fragment)
-                            : by_name(*at, "$anchor", fragment, 0);
-    if (!found && !fragment.empty() && fragment[0] != '/')
-        found = by_name(*at, "$id", std::string("#") + std::string(fragment), 0);
+    std::string base = outer;
+    const bool hidden = refs_hide_siblings() && at.contains("$ref");
+    for (const char* keyword : {"$id", "id"})
+        if (const std::string_view id = at[keyword].as_string(); !id.empty() && !hidden) {
+            const size_t hash = std::min(id.find('#'), id.size());
+            if (hash) base = resolved_uri(outer, id.substr(0, hash));
+            by_uri_.try_emplace(base + (hash + 1 < id.size() ? std::string(id.substr(hash)) : ""),
+                                &at);
+            break;
+        }
+    if (depth == 0) by_uri_[base] = &at;
+    for (const char* keyword : {"$anchor", "$dynamicAnchor"})
+        if (const std::string_view name = at[keyword].as_string(); !name.empty()) {
+            by_uri_.try_emplace(base + "#" + std::string(name), &at);
+            dynamic_[std::string(name)] += keyword[1] == 'd';
+        }
+    if (at["$recursiveAnchor"].as_bool()) ++dynamic_["#"];
+    if (base != "") bases_[&at] = base;
+    for (const Json& item : at.items()) index(item, base, depth + 1);
+    for (const JsonMember& m : at.members()) {
+        const auto known = std::find_if(std::begin(keywords), std::end(keywords),
+                                        [&](const Keyword& k) { return k.name == m.key; });
+        const Holds kind = known == std::end(keywords) ? Holds::schema : known->holds;
+        if (m.key != "enum" && m.key != "const" && m.key != "default" && m.key != "examples")
+            index(m.value, base, depth + 1, kind == Holds::named_schemas || kind == Holds::lists);
+    }
+}
+
+// A dynamic reference is known where only one schema can be meant.
+const Json* SchemaDocument::resolve(const Json& schema, const char* keyword) {
+    if (by_uri_.empty()) index(root_, "", 0);
+    const std::string_view reference = schema[keyword].as_string();
+    const size_t hash = std::min(reference.find('#'), reference.size());
+    const std::string_view fragment = reference.substr(std::min(hash + 1, reference.size()));
+    if (const std::string_view name = keyword; name != "$ref") {
+        const auto dynamic = dynamic_.find(name == "$dynamicRef" ? fragment : "#");
+        if (dynamic != dynamic_.end() && dynamic->second > 1) return nullptr;
+    }
+    const auto base = bases_.find(&schema);
+    const std::string uri = resolved_uri(base == bases_.end() ? "" : base->second,
+                                         reference.substr(0, hash));
+    const bool is_pointer = fragment.empty() || fragment[0] == '/';
+    const auto at = by_uri_.find(is_pointer ? uri : uri + "#" + std::string(fragment));
+    if (at == by_uri_.end()) return nullptr;
+    const Json* found = is_pointer ? by_pointer(*at->second, fragment) : at->second;
     return found && is_schema(*found) ? found : nullptr;
 }
 
@@ -355,13 +426,9 @@ bool SchemaDocument::is_valid_number(const Json& schema, const Json& value) {
     if (schema["maximum"].is_number() && order("maximum") > 0) return false;
     if (schema["exclusiveMinimum"].is_number() && order("exclusiveMinimum") <= 0) return false;
     if (schema["exclusiveMaximum"].is_number() && order("exclusiveMaximum") >= 0) return false;
-    const auto divides = [&](const Json& m) {
-        const int64_t by = m.is_real() ? int64_t(m.as_double()) : m.as_int();
-        return is_whole_number(value) && by > 0 &&
-               (value.is_real() ? int64_t(value.as_double()) : value.as_int()) % by == 0;
-    };
-    if (schema["multipleOf"].is_number() && !divides(schema["multipleOf"])) return false;
-    return true;
+    const auto divisor = schema.contains("multipleOf") ? Divisor::of(schema["multipleOf"])
+                                                       : std::nullopt;
+    return !divisor || divisor->divides(number);
 }
 
 bool SchemaDocument::is_valid_string(const Json& schema, std::string_view text) {
@@ -374,7 +441,7 @@ bool SchemaDocument::is_valid_string(const Json& schema, std::string_view text) 
         return false;
     if (const auto format = schema["format"]; format.is_string())
         if (auto dfa = format_dfa(format.as_string(), Spelling::raw);
-            dfa && (*dfa)->match(text) < 0)
+            dfa && ((*dfa)->match(text) < 0 || count > most_format_chars(format.as_string())))
             return false;
     return true;
 }
@@ -444,8 +511,9 @@ bool SchemaDocument::is_valid(const Json& schema, const Json& value, int depth) 
     if (schema.is_bool()) return schema.as_bool();
     if (depth > 200 || !budget_.take(1)) return false;
     ++depth;
-    if (const Json* ref = schema.find("$ref")) {
-        const Json* target = resolve(ref->as_string());
+    for (const char* keyword : reference_keywords) {
+        if (!schema.contains(keyword)) continue;
+        const Json* target = resolve(schema, keyword);
         if (target && !is_valid(*target, value, depth)) return false;
         if (refs_hide_siblings()) return true;
     }

@@ -16,14 +16,16 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+inline constexpr const char* reference_keywords[] = {"$ref", "$dynamicRef", "$recursiveRef"};
+
 /// Threads: one at a time.
 class SchemaDocument {
 public:
     SchemaDocument(const Json& root, Budget& budget) : root_(root), budget_(budget) {}
     /// The limits of the contract, and that every keyword has a value of its kind.
     Result<void> check() const;
-    /// null: not in this document.
-    const Json* resolve(std::string_view reference) const;
+    /// What a schema's keyword refers to; null: not in this document.
+    const Json* resolve(const Json& schema, const char* keyword);
     std::string pointer(const Json& schema) const;
     bool refs_hide_siblings() const;  ///< draft 7 and before
     Error refuse(const Json& schema, std::string_view keyword, std::string_view why) const;
@@ -37,6 +39,7 @@ public:
         made_.push_back(std::move(schema));
         return &made_.back();
     }
+    const Json& anything() const { return anything_; }  ///< the schema true
     Budget& budget() { return budget_; }
 
 private:
@@ -44,9 +47,14 @@ private:
     bool is_valid_array(const Json& schema, const Json& value, int depth);
     bool is_valid_number(const Json& schema, const Json& value);
     bool is_valid_string(const Json& schema, std::string_view text);
+    void index(const Json& at, const std::string& outer, int depth, bool named = false);
     const Json& root_;
     Budget& budget_;
+    std::map<std::string, const Json*> by_uri_;           // resources, and their anchors behind a #
+    std::unordered_map<const Json*, std::string> bases_;  // empty ones are left out
+    std::map<std::string, int, std::less<>> dynamic_;     // how often each dynamic anchor is there
     std::deque<Json> made_;
+    const Json anything_ = Json(true);
     std::map<std::pair<std::string, Spelling>, DfaPtr> patterns_;
     friend class SchemaCompiler;
 };

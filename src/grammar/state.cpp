@@ -208,8 +208,8 @@ bool GrammarWalk::may_be_other(const ObjectNode& object, uint32_t stack) const {
     if (!object.other || !fits(stack, object.others_height)) return false;
     if (object.next_required[cell.value] != object.members.size()) return false;
     if (object.most != unlimited && cell.extra >= object.most) return false;
-    return object.words[Dfa::start] == unlimited ||
-           object.words[Dfa::start] > used_below(stack, kHashSeed) + object.members.size();
+    return (*object.words)[Dfa::start] == unlimited ||
+           (*object.words)[Dfa::start] > used_below(stack, kHashSeed) + object.taken[0];
 }
 
 bool GrammarWalk::leads_to_member(const ObjectNode& object, const GrammarCell& cell,
@@ -284,10 +284,10 @@ void GrammarWalk::step_other_key(const GrammarConfig& config, uint8_t byte) {
         return;
     }
     const uint32_t state = object.other->step(config.sub, byte);
-    if (state == Dfa::dead || object.words[state] == 0) return;
-    if (object.words[state] != unlimited) {
-        const uint32_t declared = place ? object.keys.to[place] - object.keys.from[place] : 0;
-        if (object.words[state] <= used_below(below, hash) + declared) return;
+    if (state == Dfa::dead || (*object.words)[state] == 0) return;
+    if ((*object.words)[state] != unlimited) {
+        const uint32_t declared = place ? object.taken[place] : 0;
+        if ((*object.words)[state] <= used_below(below, hash) + declared) return;
     }
     const uint32_t parent = object.endless ? below : config.stack;
     const uint32_t top = push(parent, config.node, uint32_t(hash), uint32_t(hash >> 32),
