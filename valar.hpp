@@ -28410,7 +28410,9 @@ private:
     std::vector<uint32_t> seen_, pending_;
 };
 
-constexpr std::string_view kTooLarge = "the repeats of the pattern need too many states";
+constexpr std::string_view kTooLarge = "the pattern needs too many states";
+constexpr uint32_t kMostStates = 20'000;
+constexpr uint64_t kMostWork = 100'000;
 
 // Whether every text that the tree matches begins (ends) at the anchor.
 bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
@@ -28577,6 +28579,19 @@ std::string leap_of(std::string_view format) {
            "|[1-9][0-9]{3}-(01-01|07-01)[Tt]" + leap_seconds(true);
 }
 
+Result<DfaPtr> regex_dfa_within(const Regex& regex, uint32_t root, Spelling spelling, bool search,
+                                Budget& budget) {
+    Nfa nfa(spelling, budget);
+    uint32_t next = nfa.accept();
+    if (search && !anchored(regex, root, Regex::Kind::end)) next = nfa.emit_loop(any_code(), next);
+    next = nfa.emit(regex, root, next);
+    if (nfa.failed() || budget.spent()) return budget_error();
+    if (search && !anchored(regex, root, Regex::Kind::begin))
+        next = nfa.emit_loop(any_code(), next);
+    nfa.begin_at(next);
+    return make_dfa(nfa, budget);
+}
+
 DfaPtr make_any_string() {
     Budget budget;
     Nfa nfa(Spelling::raw, budget);
@@ -28607,18 +28622,18 @@ Result<Regex> parse_regex(std::string_view pattern) {
 
 bool is_too_large(const Error& error) { return error.message == kTooLarge; }
 
+// Of the budget one automaton takes a part at most: what needs more is better several of them.
 Result<DfaPtr> regex_dfa(const Regex& regex, uint32_t root, Spelling spelling, bool search,
                          Budget& budget) {
-    Nfa nfa(spelling, budget);
-    uint32_t next = nfa.accept();
-    if (search && !anchored(regex, root, Regex::Kind::end)) next = nfa.emit_loop(any_code(), next);
-    next = nfa.emit(regex, root, next);
-    if (nfa.failed() || budget.spent())
-        return make_error(ErrorKind::invalid_request, kTooLarge, "invalid_json_schema");
-    if (search && !anchored(regex, root, Regex::Kind::begin))
-        next = nfa.emit_loop(any_code(), next);
-    nfa.begin_at(next);
-    return make_dfa(nfa, budget);
+    Budget part = {std::min(budget.states, kMostStates), std::min(budget.work, kMostWork),
+                   budget.bytes};
+    const Budget begin = part;
+    auto dfa = regex_dfa_within(regex, root, spelling, search, part);
+    budget.states -= begin.states - part.states;
+    budget.bytes -= begin.bytes - part.bytes;
+    if (!budget.take(begin.work - part.work) || budget.spent()) return budget_error();
+    if (!dfa) return make_error(ErrorKind::invalid_request, kTooLarge, "invalid_json_schema");
+    return dfa;
 }
 
 Result<DfaPtr> pattern_dfa(std::string_view pattern, Spelling spelling, bool search,
@@ -28792,7 +28807,11 @@ struct Comparison {
     }
 };
 
-// Key: phase, sign, nonzero fraction, digits of it, two comparisons, remainders.
+// What is divided by a fraction has no more digits than a double keeps, for readers that divide those.
+constexpr uint32_t kMostWhole = 12;
+
+// Key: phase, sign, nonzero fraction, digits (of the whole, then of the fraction) as far as divisors
+// ask for them, two comparisons, remainders.
 class NumberMachine : public Machine {
 public:
     explicit NumberMachine(const NumberRules& rules) : rules_(rules) {
@@ -28829,7 +28848,7 @@ public:
                 [[fallthrough]];
             case zero:
                 if (c == '.' && rules_.fractions) {
-                    to[phase] = dot;
+                    to[phase] = dot, to[places] = 0;
                     each(to, [&](const Comparison& cmp, Comparison::At at) {
                         return cmp.whole_end(at);
                     });
@@ -28865,7 +28884,8 @@ public:
         if (!rules_.integers && !key[nonzero]) return -1;
         if (!is_in_bounds(key)) return -1;
         for (size_t i = 0; i < divisors_.size(); ++i) {
-            const bool divides = divisors_[i].ends(key[first_remainder + i], key[places]);
+            const bool divides = divisors_[i].ends(key[first_remainder + i],
+                                                   p == fraction ? key[places] : 0);
             if (divides != (i < rules_.multiples.size())) return -1;
         }
         return 0;
@@ -28905,6 +28925,7 @@ private:
         one(rules_.upper, upper_at);
     }
     bool take_whole(Key& key, char c) const {
+        if (most_places_ > 1 && ++key[places] > kMostWhole) return false;
         each(key, [&](const Comparison& cmp, Comparison::At at) { return cmp.whole_digit(at, c); });
         for (size_t i = 0; i < divisors_.size(); ++i) {
             uint32_t& rest = key[first_remainder + i];
@@ -28937,7 +28958,8 @@ private:
             const int order = against(key, *rules_.upper, upper_at);
             if (order > 0 || (order == 0 && rules_.upper->exclusive)) return false;
         }
-        return !key[sign] || key[phase] == whole || key[nonzero];  // no negative zero
+        return !key[sign] || key[phase] == whole || key[nonzero] ||
+               (!bounded_ && rules_.fractions);  // else no negative zero
     }
     const NumberRules& rules_;
     std::vector<Divisor> divisors_;
@@ -33125,11 +33147,19 @@ public:
         }
         if (node.kind == Kind::sequence) return builder_.sequence(std::move(parts));
         if (node.kind == Kind::choice) return builder_.choice(std::move(parts));
-        if (node.kind == Kind::repeat) return builder_.repeat(parts[0], node.least, node.most);
+        if (node.kind == Kind::repeat) return repeat(parts[0], node.least, node.most);
         return builder_.bytes("");
     }
 
 private:
+    // Few repeats are written out: only then may what repeats be empty.
+    Part repeat(Part part, uint32_t least, uint32_t most) {
+        if (most > kMostWritten) return builder_.repeat(part, least, most);
+        std::vector<Part> parts(least, part);
+        for (uint32_t i = least; i < most; ++i) parts.push_back(builder_.optional(part));
+        return builder_.sequence(std::move(parts));
+    }
+    static constexpr uint32_t kMostWritten = 4;
     GrammarBuilder& builder_;
     const Regex& regex_;
     Spelling spelling_;

@@ -337,6 +337,9 @@ TEST_CASE("regular expressions, choices, grammars") {
     CHECK(accepts(regex("[^\\x00-\\x7F]+"), "\xC3\xA9\xE2\x82\xAC"));
     CHECK(accepts(regex("(a{1,60000}b){2,50000}"), "abaab"));
     CHECK_FALSE(accepts(regex("(a{1,60000}b){2,50000}"), "ab"));
+    // Too many states for one automaton, not for its parts.
+    CHECK(accepts(regex("([ab]*a[ab]{15}c?){1,3}d"), "abababababababababcd"));
+    CHECK_FALSE(accepts(regex("([ab]*a[ab]{15}c?){1,3}d"), "bbbbbbbbbbbbbbbbbbcd"));
     for (const char* bad :
          {"(", "a**b(", "[z-a]", "\\1(a)", "b(?!a)", "a{2,1}", "a{100001}", "\\b", "a++"})
         CHECK_FALSE(compile_regex(bad).ok());

@@ -40,11 +40,19 @@ public:
         }
         if (node.kind == Kind::sequence) return builder_.sequence(std::move(parts));
         if (node.kind == Kind::choice) return builder_.choice(std::move(parts));
-        if (node.kind == Kind::repeat) return builder_.repeat(parts[0], node.least, node.most);
+        if (node.kind == Kind::repeat) return repeat(parts[0], node.least, node.most);
         return builder_.bytes("");
     }
 
 private:
+    // Few repeats are written out: only then may what repeats be empty.
+    Part repeat(Part part, uint32_t least, uint32_t most) {
+        if (most > kMostWritten) return builder_.repeat(part, least, most);
+        std::vector<Part> parts(least, part);
+        for (uint32_t i = least; i < most; ++i) parts.push_back(builder_.optional(part));
+        return builder_.sequence(std::move(parts));
+    }
+    static constexpr uint32_t kMostWritten = 4;
     GrammarBuilder& builder_;
     const Regex& regex_;
     Spelling spelling_;

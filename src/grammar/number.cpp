@@ -63,7 +63,11 @@ struct Comparison {
     }
 };
 
-// Key: phase, sign, nonzero fraction, digits of it, two comparisons, remainders.
+// What is divided by a fraction has no more digits than a double keeps, for readers that divide those.
+constexpr uint32_t kMostWhole = 12;
+
+// Key: phase, sign, nonzero fraction, digits (of the whole, then of the fraction) as far as divisors
+// ask for them, two comparisons, remainders.
 class NumberMachine : public Machine {
 public:
     explicit NumberMachine(const NumberRules& rules) : rules_(rules) {
@@ -100,7 +104,7 @@ public:
                 [[fallthrough]];
             case zero:
                 if (c == '.' && rules_.fractions) {
-                    to[phase] = dot;
+                    to[phase] = dot, to[places] = 0;
                     each(to, [&](const Comparison& cmp, Comparison::At at) {
                         return cmp.whole_end(at);
                     });
@@ -136,7 +140,8 @@ public:
         if (!rules_.integers && !key[nonzero]) return -1;
         if (!is_in_bounds(key)) return -1;
         for (size_t i = 0; i < divisors_.size(); ++i) {
-            const bool divides = divisors_[i].ends(key[first_remainder + i], key[places]);
+            const bool divides = divisors_[i].ends(key[first_remainder + i],
+                                                   p == fraction ? key[places] : 0);
             if (divides != (i < rules_.multiples.size())) return -1;
         }
         return 0;
@@ -176,6 +181,7 @@ private:
         one(rules_.upper, upper_at);
     }
     bool take_whole(Key& key, char c) const {
+        if (most_places_ > 1 && ++key[places] > kMostWhole) return false;
         each(key, [&](const Comparison& cmp, Comparison::At at) { return cmp.whole_digit(at, c); });
         for (size_t i = 0; i < divisors_.size(); ++i) {
             uint32_t& rest = key[first_remainder + i];
@@ -208,7 +214,8 @@ private:
             const int order = against(key, *rules_.upper, upper_at);
             if (order > 0 || (order == 0 && rules_.upper->exclusive)) return false;
         }
-        return !key[sign] || key[phase] == whole || key[nonzero];  // no negative zero
+        return !key[sign] || key[phase] == whole || key[nonzero] ||
+               (!bounded_ && rules_.fractions);  // else no negative zero
     }
     const NumberRules& rules_;
     std::vector<Divisor> divisors_;

@@ -593,7 +593,9 @@ private:
     std::vector<uint32_t> seen_, pending_;
 };
 
-constexpr std::string_view kTooLarge = "the repeats of the pattern need too many states";
+constexpr std::string_view kTooLarge = "the pattern needs too many states";
+constexpr uint32_t kMostStates = 20'000;
+constexpr uint64_t kMostWork = 100'000;
 
 // Whether every text that the tree matches begins (ends) at the anchor.
 bool anchored(const Regex& regex, uint32_t id, Regex::Kind anchor) {
@@ -760,6 +762,19 @@ std::string leap_of(std::string_view format) {
            "|[1-9][0-9]{3}-(01-01|07-01)[Tt]" + leap_seconds(true);
 }
 
+Result<DfaPtr> regex_dfa_within(const Regex& regex, uint32_t root, Spelling spelling, bool search,
+                                Budget& budget) {
+    Nfa nfa(spelling, budget);
+    uint32_t next = nfa.accept();
+    if (search && !anchored(regex, root, Regex::Kind::end)) next = nfa.emit_loop(any_code(), next);
+    next = nfa.emit(regex, root, next);
+    if (nfa.failed() || budget.spent()) return budget_error();
+    if (search && !anchored(regex, root, Regex::Kind::begin))
+        next = nfa.emit_loop(any_code(), next);
+    nfa.begin_at(next);
+    return make_dfa(nfa, budget);
+}
+
 DfaPtr make_any_string() {
     Budget budget;
     Nfa nfa(Spelling::raw, budget);
@@ -790,18 +805,18 @@ Result<Regex> parse_regex(std::string_view pattern) {
 
 bool is_too_large(const Error& error) { return error.message == kTooLarge; }
 
+// Of the budget one automaton takes a part at most: what needs more is better several of them.
 Result<DfaPtr> regex_dfa(const Regex& regex, uint32_t root, Spelling spelling, bool search,
                          Budget& budget) {
-    Nfa nfa(spelling, budget);
-    uint32_t next = nfa.accept();
-    if (search && !anchored(regex, root, Regex::Kind::end)) next = nfa.emit_loop(any_code(), next);
-    next = nfa.emit(regex, root, next);
-    if (nfa.failed() || budget.spent())
-        return make_error(ErrorKind::invalid_request, kTooLarge, "invalid_json_schema");
-    if (search && !anchored(regex, root, Regex::Kind::begin))
-        next = nfa.emit_loop(any_code(), next);
-    nfa.begin_at(next);
-    return make_dfa(nfa, budget);
+    Budget part = {std::min(budget.states, kMostStates), std::min(budget.work, kMostWork),
+                   budget.bytes};
+    const Budget begin = part;
+    auto dfa = regex_dfa_within(regex, root, spelling, search, part);
+    budget.states -= begin.states - part.states;
+    budget.bytes -= begin.bytes - part.bytes;
+    if (!budget.take(begin.work - part.work) || budget.spent()) return budget_error();
+    if (!dfa) return make_error(ErrorKind::invalid_request, kTooLarge, "invalid_json_schema");
+    return dfa;
 }
 
 Result<DfaPtr> pattern_dfa(std::string_view pattern, Spelling spelling, bool search,
