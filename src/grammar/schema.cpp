@@ -547,7 +547,7 @@ private:
 
     // Whether nothing satisfies a conjunction; false where that is hard to tell.
     bool is_impossible(const Conjunction& conjunction, int depth, Branch context = {}) {
-        if (depth > 4 || failed_) return false;
+        if (depth > 4 || failed_ || !builder_.budget().take(20)) return false;
         const bool probing = std::exchange(probing_, true);
         std::vector<Branch> branches;
         expand(std::move(context), conjunction, branches);
@@ -687,8 +687,11 @@ private:
     Result<DfaPtr> language_dfa(const Branch::Language& l) {
         auto dfa = l.format ? format_dfa(l.name, Spelling::json)
                             : document_.pattern(l.name, Spelling::json);
-        if (dfa || is_too_large(dfa.error())) return dfa;
-        return document_.refuse(*l.schema, l.format ? "format" : "pattern", dfa.error().message);
+        return dfa || is_too_large(dfa.error()) ? dfa : pattern_error(l, dfa.error());
+    }
+    Error pattern_error(const Branch::Language& l, const Error& error) {
+        if (!error.param.empty()) return error;
+        return document_.refuse(*l.schema, l.format ? "format" : "pattern", error.message);
     }
     // All that the branch says of strings but their length; null: anything.
     DfaPtr string_dfa(const Branch& b) {
@@ -697,10 +700,7 @@ private:
             for (const Branch::Language& l : b.languages) {
                 if (l.positive != positive) continue;
                 auto one = language_dfa(l);
-                if (!one)
-                    return fail(document_.refuse(*l.schema, l.format ? "format" : "pattern",
-                                                 one.error().message)),
-                           nullptr;
+                if (!one) return fail(pattern_error(l, one.error())), nullptr;
                 if (!out && positive) {
                     out = *one;
                     continue;
