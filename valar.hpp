@@ -28810,8 +28810,8 @@ struct Comparison {
 // What is divided by a fraction has no more digits than a double keeps, for readers that divide those.
 constexpr uint32_t kMostWhole = 12;
 
-// Key: phase, sign, nonzero fraction, digits (of the whole, then of the fraction) as far as divisors
-// ask for them, two comparisons, remainders.
+// Key: phase, sign (1 negative, 2 and a zero before the point), nonzero fraction, digits (of the
+// whole, then of the fraction) as far as divisors ask for them, two comparisons, remainders.
 class NumberMachine : public Machine {
 public:
     explicit NumberMachine(const NumberRules& rules) : rules_(rules) {
@@ -28839,7 +28839,7 @@ public:
                 if (c == '-') return to[phase] = minus, to[sign] = 1, true;
                 [[fallthrough]];
             case minus:
-                if (c == '0') return to[phase] = zero, true;
+                if (c == '0') return to[phase] = zero, to[sign] *= 2, true;
                 if (!digit) return false;
                 to[phase] = whole;
                 return take_whole(to, c);
@@ -28958,7 +28958,7 @@ private:
             const int order = against(key, *rules_.upper, upper_at);
             if (order > 0 || (order == 0 && rules_.upper->exclusive)) return false;
         }
-        return !key[sign] || key[phase] == whole || key[nonzero] ||
+        return key[sign] != 2 || key[nonzero] ||
                (!bounded_ && rules_.fractions);  // else no negative zero
     }
     const NumberRules& rules_;
