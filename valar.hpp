@@ -114,12 +114,12 @@
 
 _Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"Any\")") _Pragma("push_macro(\"At\")")
 _Pragma("push_macro(\"B16\")") _Pragma("push_macro(\"BOOL\")") _Pragma("push_macro(\"Begin\")")
-_Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"C\")")
-_Pragma("push_macro(\"Call\")") _Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")")
-_Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")")
-_Pragma("push_macro(\"Difference\")") _Pragma("push_macro(\"Done\")")
-_Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")")
-_Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
+_Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"Bytes\")")
+_Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Call\")") _Pragma("push_macro(\"Change\")")
+_Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")")
+_Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Difference\")")
+_Pragma("push_macro(\"Done\")") _Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")")
+_Pragma("push_macro(\"Entry\")") _Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
 _Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"F16\")") _Pragma("push_macro(\"F32\")")
 _Pragma("push_macro(\"FILE\")") _Pragma("push_macro(\"Fault\")") _Pragma("push_macro(\"File\")")
 _Pragma("push_macro(\"First\")") _Pragma("push_macro(\"Format\")") _Pragma("push_macro(\"Frame\")")
@@ -524,6 +524,7 @@ _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro
 #undef Begin
 #undef Bound
 #undef Buffer
+#undef Bytes
 #undef C
 #undef Call
 #undef Change
@@ -3552,6 +3553,7 @@ private:
 #include <list>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <system_error>
 #include <tuple>
 #include <unordered_map>
@@ -27297,19 +27299,23 @@ struct Dfa {
     static constexpr uint32_t dead = 0, start = 1;
     std::array<uint8_t, 256> classes = {};
     uint32_t class_count = 1;
-    std::vector<uint32_t> next;      // (states, class_count)
-    std::vector<int32_t> label;      // -1: does not accept here
-    std::vector<uint8_t> boundary;   // no character is unfinished here
-    std::vector<uint32_t> shortest;  // characters to the nearest end
-    std::vector<uint32_t> longest;   // to the farthest; unlimited
-    std::vector<uint64_t> loops;     // token classes that lead from the state to itself
-    bool even = true;                // every number of characters between the two has an end, too
+    std::vector<uint32_t> next;           // (states, class_count)
+    std::vector<int32_t> label;           // -1: does not accept here
+    std::vector<uint8_t> boundary;        // no character is unfinished here
+    std::vector<uint32_t> shortest;       // characters to the nearest end
+    std::vector<uint32_t> longest;        // to the farthest; unlimited
+    std::vector<uint64_t> loops;          // token classes that lead from the state to itself
+    std::array<uint64_t, 4> beyond = {};  // bytes that may follow what is accepted already
+    bool endless = true;                  // from every state there are texts of any length
+    uint64_t hash = 0;                    // of the tables
+    bool even = true;  // every number of characters between the two has an end, too
     size_t states() const { return label.size(); }
     bool empty() const { return states() <= start || shortest[start] == unlimited; }
     uint32_t step(uint32_t state, uint8_t byte) const {
         return next[size_t(state) * class_count + classes[byte]];
     }
     int32_t match(std::string_view text) const;  ///< the label at its end, or -1
+    bool is_same(const Dfa& other) const;
 };
 using DfaPtr = std::shared_ptr<const Dfa>;
 
@@ -27409,6 +27415,11 @@ int32_t Dfa::match(std::string_view text) const {
     return state == dead || states() <= start ? -1 : label[state];
 }
 
+bool Dfa::is_same(const Dfa& other) const {
+    return hash == other.hash && classes == other.classes && next == other.next &&
+           label == other.label && boundary == other.boundary;
+}
+
 void ByteClasses::set(Machine& machine) const {
     uint32_t id = 0;
     for (unsigned b = 0; b < 256; ++b) {
@@ -27481,6 +27492,22 @@ private:
             if (dfa_->shortest[to] == unlimited) to = Dfa::dead;
         find_longest();
         find_loops();
+        describe();
+    }
+    void describe() {
+        Dfa& dfa = *dfa_;
+        uint64_t hash = dfa.class_count;
+        const auto mix = [&](uint64_t v) { hash = (hash ^ v) * 1099511628211u; };
+        for (const uint8_t c : dfa.classes) mix(c);
+        for (const uint32_t to : dfa.next) mix(to);
+        for (const int32_t label : dfa.label) mix(uint32_t(label));
+        dfa.hash = hash ^ hash >> 29;
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s) {
+            dfa.endless &= dfa.longest[s] == unlimited;
+            for (unsigned b = 0; dfa.label[s] >= 0 && b < 256; ++b)
+                if (dfa.step(s, uint8_t(b)) != Dfa::dead)
+                    dfa.beyond[b >> 6] |= uint64_t{1} << (b & 63);
+        }
     }
     // Characters to the nearest end, backwards over the transitions: 0-1 breadth first.
     void find_distances() {
@@ -29990,9 +30017,16 @@ public:
     struct Mark {
         size_t pool, cells;
     };
-    explicit GrammarWalk(const Grammar& grammar) : grammar_(grammar) {}
+    GrammarWalk() = default;
+    explicit GrammarWalk(const Grammar& grammar) : grammar_(&grammar) {}
+    void begin(const Grammar& grammar, const std::vector<GrammarCell>& stack) {
+        grammar_ = &grammar;
+        pool.clear();
+        cells = stack;
+    }
     std::vector<GrammarConfig> pool;
     std::vector<GrammarCell> cells;
+    std::vector<uint32_t> places;  // for whoever moves cells
 
     Mark mark() const { return {pool.size(), cells.size()}; }
     void back_to(Mark mark) {
@@ -30009,7 +30043,12 @@ public:
     bool may_end(Set expanded) const;
     /// Bytes that some configuration of an expanded set may take; never one fewer.
     void allowed(Set expanded, std::array<uint64_t, 4>& bytes) const;
-    const Grammar& grammar() const { return grammar_; }
+    const Grammar& grammar() const { return *grammar_; }
+    /// What may follow where a terminal or a key that is not declared ends with this label, whatever
+    /// was read of it: expanded.
+    Set after(const GrammarConfig& config, int32_t label);
+    /// Whether the key that goes on like this until its quote is one that the object has not yet.
+    bool may_be_key(const GrammarConfig& key, std::string_view rest) const;
 
 private:
     using Kind = GrammarNode::Kind;
@@ -30029,6 +30068,9 @@ private:
     void step_key(const GrammarConfig& config, uint8_t byte);
     void step_other_key(const GrammarConfig& config, uint8_t byte);
     void end_other_key(const GrammarConfig& config, uint32_t object_cell, uint64_t hash);
+    void open_other(const GrammarConfig& config, uint32_t object_cell, uint64_t hash,
+                    int32_t label);
+    uint32_t object_of(const GrammarConfig& key) const;
     void between_members(const GrammarNode& node, uint32_t stack);
     void begin_key(uint32_t node, uint32_t stack);
     bool may_be_member(const ObjectNode& object, const GrammarCell& cell, uint32_t index) const;
@@ -30040,7 +30082,7 @@ private:
     void between_items(uint32_t node, uint32_t stack);
     bool choose_item(const ArrayNode& array, uint32_t stack, bool really);
 
-    const Grammar& grammar_;
+    const Grammar* grammar_ = nullptr;
     std::vector<std::pair<uint32_t, uint32_t>> open_, looped_;
     size_t set_begin_ = 0;
 };
@@ -30054,14 +30096,28 @@ public:
     const GrammarPtr& grammar() const { return grammar_; }
     bool active() const { return grammar_ != nullptr; }
     /// False: the grammar has no text that goes on so; the state stays as it was.
-    bool advance(std::string_view bytes);
+    bool advance(std::string_view bytes, GrammarWalk& scratch);
+    bool advance(std::string_view bytes) {
+        GrammarWalk walk;
+        return advance(bytes, walk);
+    }
     /// A token by its number (parts that are tokens), else by its bytes; empty bytes: by its number
     /// alone.
-    bool accept_token(Token token, std::string_view piece);
+    bool accept_token(Token token, std::string_view piece, GrammarWalk& scratch);
+    bool accept_token(Token token, std::string_view piece) {
+        GrammarWalk walk;
+        return accept_token(token, piece, walk);
+    }
     bool may_end() const;
     /// The bytes that every text has from here on, at most so many; nothing where the text may end
     /// or a token may stand.
-    std::string forced_bytes(size_t most = 1024) const;
+    void forced_bytes(std::string& out, size_t most, GrammarWalk& scratch) const;
+    std::string forced_bytes(size_t most = 1024) const {
+        std::string out;
+        GrammarWalk walk;
+        forced_bytes(out, most, walk);
+        return out;
+    }
     /// For saved conversations; restore refuses what another grammar or version wrote.
     std::string serialize() const;
     static Result<GrammarState> restore(GrammarPtr grammar, std::string_view bytes);
@@ -30156,44 +30212,44 @@ void GrammarWalk::close(uint32_t node, uint32_t stack) {
 }
 
 void GrammarWalk::close_one(uint32_t id, uint32_t stack) {
-    const GrammarNode& node = grammar_.nodes[id];
+    const GrammarNode& node = grammar_->nodes[id];
     switch (node.kind) {
         case Kind::split:
-            for (uint32_t e = node.b; e-- > node.a;) open(grammar_.edges[e], stack);
+            for (uint32_t e = node.b; e-- > node.a;) open(grammar_->edges[e], stack);
             return;
         case Kind::bytes:
         case Kind::token:
         case Kind::end: return put({id, 0, 0, stack});
         case Kind::texts:
-            if (grammar_.tries[node.a].trie.from.size() > 1) put({id, 0, 0, stack});
+            if (grammar_->tries[node.a].trie.from.size() > 1) put({id, 0, 0, stack});
             return;
         case Kind::terminal: return put({id, Dfa::start, 0, stack});
         case Kind::call:
-            if (grammar_.nodes[node.next].kind == Kind::back) return open(node.a, stack);
+            if (grammar_->nodes[node.next].kind == Kind::back) return open(node.a, stack);
             if (!fits(stack, node.b)) return;
             return open(node.a, push(stack, id, 0, 0, cells[stack].depth + 1));
         case Kind::back: {
             const GrammarCell cell = cells[stack];
-            return open(grammar_.nodes[cell.node].next, cell.parent);
+            return open(grammar_->nodes[cell.node].next, cell.parent);
         }
         case Kind::repeat:
             if (!fits(stack, 1)) return;
             return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
         case Kind::again: return repeat_again(id, stack);
         case Kind::object:
-            if (!fits(stack, grammar_.objects[node.a].height)) return;
+            if (!fits(stack, grammar_->objects[node.a].height)) return;
             return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
         case Kind::members: return cells[stack].node == id ? between_members(node, stack) : void();
         case Kind::key: return begin_key(id, stack);
         case Kind::other_key: return;
         case Kind::array: {
-            const ArrayNode& array = grammar_.arrays[node.a];
+            const ArrayNode& array = grammar_->arrays[node.a];
             if (node.b && cells[stack].node != node.next) return;
             if (node.b) return (void)choose_item(array, stack, true);
             if (!fits(stack, array.height)) return;
             const uint32_t top = push(stack, node.next, 0, 0, cells[stack].depth + 1);
             if (array.least == 0 && array.least_counted == 0)
-                open(grammar_.nodes[node.next].next, stack);
+                open(grammar_->nodes[node.next].next, stack);
             return (void)choose_item(array, top, true);
         }
         case Kind::items: return between_items(id, stack);
@@ -30205,8 +30261,8 @@ void GrammarWalk::repeat_again(uint32_t id, uint32_t stack) {
     for (const auto& [n, s] : looped_)
         if (n == id && same_stack(s, stack)) return;
     looped_.push_back({id, stack});
-    const GrammarNode& node = grammar_.nodes[id];
-    const RepeatNode& repeat = grammar_.repeats[node.a];
+    const GrammarNode& node = grammar_->nodes[id];
+    const RepeatNode& repeat = grammar_->repeats[node.a];
     const GrammarCell cell = cells[stack];
     if (cell.value >= repeat.least) open(node.next, cell.parent);
     if (cell.value >= repeat.most || !repeat.body || !fits(cell.parent, repeat.height)) return;
@@ -30248,8 +30304,8 @@ bool GrammarWalk::choose_item(const ArrayNode& array, uint32_t stack, bool reall
 
 void GrammarWalk::between_items(uint32_t id, uint32_t stack) {
     if (cells[stack].node != id) return;
-    const GrammarNode& node = grammar_.nodes[id];
-    const ArrayNode& array = grammar_.arrays[node.a];
+    const GrammarNode& node = grammar_->nodes[id];
+    const ArrayNode& array = grammar_->arrays[node.a];
     const GrammarCell cell = cells[stack];
     if (cell.value >= array.least && cell.extra >= array.least_counted)
         open(node.next, cell.parent);
@@ -30292,13 +30348,13 @@ bool GrammarWalk::leads_to_member(const ObjectNode& object, const GrammarCell& c
 }
 
 void GrammarWalk::between_members(const GrammarNode& node, uint32_t stack) {
-    const ObjectNode& object = grammar_.objects[node.a];
+    const ObjectNode& object = grammar_->objects[node.a];
     const GrammarCell cell = cells[stack];
     const uint32_t count = uint32_t(object.members.size());
     if (object.next_required[cell.value] == count &&
         (!object.counts() || cell.extra >= object.least)) {
         uint32_t below = cell.parent;
-        while (below && grammar_.nodes[cells[below].node].kind == Kind::key)
+        while (below && grammar_->nodes[cells[below].node].kind == Kind::key)
             below = cells[below].parent;
         open(node.next, below);
     }
@@ -30309,8 +30365,8 @@ void GrammarWalk::between_members(const GrammarNode& node, uint32_t stack) {
 }
 
 void GrammarWalk::begin_key(uint32_t id, uint32_t stack) {
-    if (cells[stack].node != grammar_.nodes[id].next) return;
-    const ObjectNode& object = grammar_.objects[grammar_.nodes[id].a];
+    if (cells[stack].node != grammar_->nodes[id].next) return;
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[id].a];
     if (!object.members.empty() && leads_to_member(object, cells[stack], 0)) put({id, 0, 0, stack});
     if (!may_be_other(object, stack)) return;
     const uint32_t top = push(stack, id, uint32_t(kHashSeed), uint32_t(kHashSeed >> 32),
@@ -30320,8 +30376,8 @@ void GrammarWalk::begin_key(uint32_t id, uint32_t stack) {
 
 void GrammarWalk::step_key(const GrammarConfig& config, uint8_t byte) {
     if (config.count) return step_other_key(config, byte);
-    if (cells[config.stack].node != grammar_.nodes[config.node].next) return;
-    const ObjectNode& object = grammar_.objects[grammar_.nodes[config.node].a];
+    if (cells[config.stack].node != grammar_->nodes[config.node].next) return;
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
     const GrammarCell cell = cells[config.stack];
     const uint32_t child = object.keys.child(config.sub, byte);
     if (!child || !leads_to_member(object, cell, child)) return;
@@ -30336,25 +30392,20 @@ void GrammarWalk::step_key(const GrammarConfig& config, uint8_t byte) {
 uint32_t GrammarWalk::used_below(uint32_t object_cell, uint64_t hash) const {
     uint32_t count = 0;
     for (uint32_t c = cells[object_cell].parent;
-         c && grammar_.nodes[cells[c].node].kind == Kind::key; c = cells[c].parent)
+         c && grammar_->nodes[cells[c].node].kind == Kind::key; c = cells[c].parent)
         count += hash_in(cells[c]) == hash;
     return count;
 }
 
 // count: 1, or 2 and the place in the tree of the declared keys.
 void GrammarWalk::step_other_key(const GrammarConfig& config, uint8_t byte) {
-    const ObjectNode& object = grammar_.objects[grammar_.nodes[config.node].a];
-    uint32_t below = config.stack;
-    while (below && grammar_.nodes[cells[below].node].kind == Kind::key)
-        below = cells[below].parent;
-    if (cells[below].node != grammar_.nodes[config.node].next) return;
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
+    const uint32_t below = object_of(config);
+    if (cells[below].node != grammar_->nodes[config.node].next) return;
     const uint64_t hash = mix(hash_in(cells[config.stack]), byte);
     const uint32_t place = config.count >= 2 ? object.keys.child(config.count - 2, byte) : 0;
-    if (byte == '"') {
-        if (!place) end_other_key(config, below, hash);
-        return;
-    }
     const uint32_t state = object.other->step(config.sub, byte);
+    if (byte == '"' && state == Dfa::dead && !place) end_other_key(config, below, hash);
     if (state == Dfa::dead || (*object.words)[state] == 0) return;
     if ((*object.words)[state] != unlimited) {
         const uint32_t declared = place ? object.taken[place] : 0;
@@ -30367,10 +30418,16 @@ void GrammarWalk::step_other_key(const GrammarConfig& config, uint8_t byte) {
 }
 
 void GrammarWalk::end_other_key(const GrammarConfig& config, uint32_t object_cell, uint64_t hash) {
-    const ObjectNode& object = grammar_.objects[grammar_.nodes[config.node].a];
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
     const int32_t label = object.other->label[config.sub];
-    if (label < 0 || !object.others[size_t(label)].first) return;
-    if (used_below(object_cell, hash)) return;
+    if (label >= 0 && !used_below(object_cell, hash)) open_other(config, object_cell, hash, label);
+}
+
+// What stands behind a key that was not declared.
+void GrammarWalk::open_other(const GrammarConfig& config, uint32_t object_cell, uint64_t hash,
+                             int32_t label) {
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
+    if (!object.others[size_t(label)].first) return;
     const GrammarCell cell = cells[object_cell];
     const auto keep = [&](uint32_t parent, uint64_t h) {
         return push(parent, config.node, uint32_t(h), uint32_t(h >> 32), cell.depth);
@@ -30384,10 +30441,30 @@ void GrammarWalk::end_other_key(const GrammarConfig& config, uint32_t object_cel
           push(below, cell.node, uint32_t(object.members.size()), count, cell.depth));
 }
 
+uint32_t GrammarWalk::object_of(const GrammarConfig& key) const {
+    uint32_t below = key.stack;
+    while (below && grammar_->nodes[cells[below].node].kind == Kind::key)
+        below = cells[below].parent;
+    return below;
+}
+
+bool GrammarWalk::may_be_key(const GrammarConfig& key, std::string_view rest) const {
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[key.node].a];
+    uint64_t hash = hash_in(cells[key.stack]);
+    uint32_t place = key.count >= 2 ? key.count - 2 : 0;
+    bool declared = key.count >= 2;
+    for (const char c : rest) {
+        hash = mix(hash, uint8_t(c));
+        if (declared) declared = (place = object.keys.child(place, uint8_t(c))) != 0;
+    }
+    if (declared && object.keys.child(place, '"')) return false;
+    return !used_below(object_of(key), mix(hash, '"'));
+}
+
 // ---- Bytes ---------------------------------------------------------------------------------------
 
 void GrammarWalk::step_terminal(const GrammarConfig& config, uint8_t byte) {
-    const TerminalNode& terminal = grammar_.terminals[grammar_.nodes[config.node].a];
+    const TerminalNode& terminal = grammar_->terminals[grammar_->nodes[config.node].a];
     const uint32_t state = terminal.dfa->step(config.sub, byte);
     if (state == Dfa::dead) return;
     uint32_t count = 0;
@@ -30400,8 +30477,8 @@ void GrammarWalk::step_terminal(const GrammarConfig& config, uint8_t byte) {
 }
 
 void GrammarWalk::step_texts(const GrammarConfig& config, uint8_t byte) {
-    const GrammarNode& node = grammar_.nodes[config.node];
-    const TextTrie& trie = grammar_.tries[node.a].trie;
+    const GrammarNode& node = grammar_->nodes[config.node];
+    const TextTrie& trie = grammar_->tries[node.a].trie;
     const uint32_t child = trie.child(config.sub, byte);
     if (!child) return;
     if (trie.first[child] == trie.first[child + 1]) return close(node.next, config.stack);
@@ -30409,10 +30486,10 @@ void GrammarWalk::step_texts(const GrammarConfig& config, uint8_t byte) {
 }
 
 void GrammarWalk::step_one(const GrammarConfig& config, uint8_t byte) {
-    const GrammarNode& node = grammar_.nodes[config.node];
+    const GrammarNode& node = grammar_->nodes[config.node];
     switch (node.kind) {
         case Kind::bytes:
-            if (uint8_t(grammar_.text[node.a + config.sub]) != byte) return;
+            if (uint8_t(grammar_->text[node.a + config.sub]) != byte) return;
             if (node.a + config.sub + 1 == node.b) return close(node.next, config.stack);
             return put({config.node, config.sub + 1, 0, config.stack});
         case Kind::terminal: return step_terminal(config, byte);
@@ -30423,22 +30500,34 @@ void GrammarWalk::step_one(const GrammarConfig& config, uint8_t byte) {
 }
 
 void GrammarWalk::leave(const GrammarConfig& config) {
-    const GrammarNode& node = grammar_.nodes[config.node];
+    const GrammarNode& node = grammar_->nodes[config.node];
     if (node.kind == Kind::texts) {
-        if (grammar_.tries[node.a].trie.label[config.sub] >= 0) close(node.next, config.stack);
+        if (grammar_->tries[node.a].trie.label[config.sub] >= 0) close(node.next, config.stack);
         return;
     }
     if (node.kind != Kind::terminal) return;
-    const TerminalNode& terminal = grammar_.terminals[node.a];
+    const TerminalNode& terminal = grammar_->terminals[node.a];
     if (!may_leave(terminal, config)) return;
     const int32_t label = terminal.dfa->label[config.sub];
     close(terminal.targets.empty() ? node.next : terminal.targets[size_t(label)], config.stack);
 }
 
+GrammarWalk::Set GrammarWalk::after(const GrammarConfig& config, int32_t label) {
+    const GrammarNode& node = grammar_->nodes[config.node];
+    set_begin_ = pool.size();
+    if (node.kind == Kind::terminal) {
+        const auto& targets = grammar_->terminals[node.a].targets;
+        close(targets.empty() ? node.next : targets[size_t(label)], config.stack);
+    } else {
+        open_other(config, object_of(config), hash_in(cells[config.stack]), label);
+    }
+    return expand({uint32_t(set_begin_), uint32_t(pool.size())});
+}
+
 GrammarWalk::Set GrammarWalk::start() {
     if (cells.empty()) cells.push_back({});
     set_begin_ = pool.size();
-    close(grammar_.root, 0);
+    close(grammar_->root, 0);
     return {uint32_t(set_begin_), uint32_t(pool.size())};
 }
 
@@ -30470,7 +30559,7 @@ GrammarWalk::Set GrammarWalk::step_token(Set expanded, Token token) {
     set_begin_ = pool.size();
     for (uint32_t i = expanded.begin; i < expanded.end; ++i) {
         const GrammarConfig config = pool[i];
-        const GrammarNode& node = grammar_.nodes[config.node];
+        const GrammarNode& node = grammar_->nodes[config.node];
         if (node.kind == Kind::token && node.a == uint32_t(token)) close(node.next, config.stack);
     }
     return {uint32_t(set_begin_), uint32_t(pool.size())};
@@ -30478,7 +30567,7 @@ GrammarWalk::Set GrammarWalk::step_token(Set expanded, Token token) {
 
 bool GrammarWalk::may_end(Set expanded) const {
     for (uint32_t i = expanded.begin; i < expanded.end; ++i)
-        if (grammar_.nodes[pool[i].node].kind == Kind::end) return true;
+        if (grammar_->nodes[pool[i].node].kind == Kind::end) return true;
     return false;
 }
 
@@ -30486,15 +30575,15 @@ void GrammarWalk::allowed(Set expanded, std::array<uint64_t, 4>& bytes) const {
     bytes = {};
     for (uint32_t i = expanded.begin; i < expanded.end; ++i) {
         const GrammarConfig& c = pool[i];
-        const GrammarNode& node = grammar_.nodes[c.node];
+        const GrammarNode& node = grammar_->nodes[c.node];
         const TextTrie* trie = nullptr;
         const Dfa* dfa = nullptr;
-        if (node.kind == Kind::bytes) allow(bytes, uint8_t(grammar_.text[node.a + c.sub]));
-        else if (node.kind == Kind::texts) trie = &grammar_.tries[node.a].trie;
-        else if (node.kind == Kind::terminal) dfa = grammar_.terminals[node.a].dfa.get();
-        else if (node.kind == Kind::key && !c.count) trie = &grammar_.objects[node.a].keys;
+        if (node.kind == Kind::bytes) allow(bytes, uint8_t(grammar_->text[node.a + c.sub]));
+        else if (node.kind == Kind::texts) trie = &grammar_->tries[node.a].trie;
+        else if (node.kind == Kind::terminal) dfa = grammar_->terminals[node.a].dfa.get();
+        else if (node.kind == Kind::key && !c.count) trie = &grammar_->objects[node.a].keys;
         else if (node.kind == Kind::key)
-            dfa = grammar_.objects[node.a].other.get(), allow(bytes, '"');
+            dfa = grammar_->objects[node.a].other.get(), allow(bytes, '"');
         if (trie)
             for (uint32_t n = trie->first[c.sub]; n < trie->first[c.sub + 1]; ++n)
                 allow(bytes, trie->byte[n]);
@@ -30514,9 +30603,10 @@ GrammarState::GrammarState(GrammarPtr grammar) : grammar_(std::move(grammar)) {
 
 // Keeps a set and, of the cells, those that it needs.
 void GrammarState::take(GrammarWalk& walk, GrammarWalk::Set set) {
-    std::vector<GrammarConfig> configs(walk.pool.begin() + set.begin, walk.pool.begin() + set.end);
-    std::vector<uint32_t> place(walk.cells.size(), 0);
-    for (const GrammarConfig& c : configs)
+    configs_.assign(walk.pool.begin() + set.begin, walk.pool.begin() + set.end);
+    std::vector<uint32_t>& place = walk.places;
+    place.assign(walk.cells.size(), 0);
+    for (const GrammarConfig& c : configs_)
         for (uint32_t s = c.stack; s && !place[s]; s = walk.cells[s].parent) place[s] = 1;
     cells_.assign(1, {});
     for (uint32_t s = 1; s < place.size(); ++s) {
@@ -30526,14 +30616,12 @@ void GrammarState::take(GrammarWalk& walk, GrammarWalk::Set set) {
         cell.parent = place[cell.parent];  // a parent is always older
         cells_.push_back(cell);
     }
-    for (GrammarConfig& c : configs) c.stack = place[c.stack];
-    configs_ = std::move(configs);
+    for (GrammarConfig& c : configs_) c.stack = place[c.stack];
 }
 
-bool GrammarState::advance(std::string_view bytes) {
+bool GrammarState::advance(std::string_view bytes, GrammarWalk& walk) {
     if (bytes.empty()) return true;
-    GrammarWalk walk(*grammar_);
-    walk.cells = cells_;
+    walk.begin(*grammar_, cells_);
     auto set = walk.add(configs_);
     for (const char c : bytes) {
         set = walk.step(walk.expand(set), uint8_t(c));
@@ -30543,15 +30631,14 @@ bool GrammarState::advance(std::string_view bytes) {
     return true;
 }
 
-bool GrammarState::accept_token(Token token, std::string_view piece) {
-    GrammarWalk walk(*grammar_);
-    walk.cells = cells_;
+bool GrammarState::accept_token(Token token, std::string_view piece, GrammarWalk& walk) {
+    walk.begin(*grammar_, cells_);
     const auto begin = walk.expand(walk.add(configs_));
     const auto marked = walk.step_token(begin, token);
-    if (marked.empty()) return !piece.empty() && advance(piece);
+    if (marked.empty()) return !piece.empty() && advance(piece, walk);
     GrammarState by_number = *this;
     by_number.take(walk, marked);
-    if (GrammarState by_bytes = *this; !piece.empty() && by_bytes.advance(piece)) {
+    if (GrammarState by_bytes = *this; !piece.empty() && by_bytes.advance(piece, walk)) {
         // Both readings go on, side by side.
         const uint32_t shift = uint32_t(by_number.cells_.size()) - 1;
         for (size_t i = 1; i < by_bytes.cells_.size(); ++i) {
@@ -30574,17 +30661,16 @@ bool GrammarState::may_end() const {
     return walk.may_end(walk.expand(walk.add(configs_)));
 }
 
-std::string GrammarState::forced_bytes(size_t most) const {
-    std::string out;
-    GrammarWalk walk(*grammar_);
-    walk.cells = cells_;
+void GrammarState::forced_bytes(std::string& out, size_t most, GrammarWalk& walk) const {
+    out.clear();
+    walk.begin(*grammar_, cells_);
     auto set = walk.add(configs_);
     while (out.size() < most) {
         set = walk.expand(set);
         int only = -1;
         for (uint32_t i = set.begin; i < set.end; ++i) {
             const auto kind = grammar_->nodes[walk.pool[i].node].kind;
-            if (kind == GrammarNode::Kind::end || kind == GrammarNode::Kind::token) return out;
+            if (kind == GrammarNode::Kind::end || kind == GrammarNode::Kind::token) return;
         }
         std::array<uint64_t, 4> bytes;
         walk.allowed(set, bytes);
@@ -30597,15 +30683,14 @@ std::string GrammarState::forced_bytes(size_t most) const {
                 walk.back_to(mark);
                 continue;
             }
-            if (only >= 0) return out;
+            if (only >= 0) return;
             only = int(b);
             next = tried;
         }
-        if (only < 0) return out;
+        if (only < 0) return;
         out += char(only);
         set = next;
     }
-    return out;
 }
 
 std::string GrammarState::serialize() const {
@@ -30707,13 +30792,14 @@ struct PieceTrie {
     std::vector<uint32_t>
         first;  // of the texts that end at the node or below; own: to first[n + 1]
     std::vector<uint64_t> classes;       // of all that follows the node
-    std::vector<uint16_t> deepest;       // bytes that follow it, at most
+    std::vector<uint32_t> deepest;       // bytes that follow it, at most
+    std::vector<uint32_t> depth;         // bytes that lead to it
     std::vector<Token> tokens;           // by text
-    std::vector<uint16_t> chars, bytes;  // of each token before the text: see TokenTrie::Slice
+    std::vector<uint32_t> chars, bytes;  // of each token before the text
     struct Text {
         std::string_view text;
         Token token;
-        uint16_t chars, bytes;
+        uint32_t chars, bytes;
     };
     void build(std::vector<Text> texts);
 };
@@ -30730,40 +30816,82 @@ public:
     size_t words() const { return (vocabulary_ + 63) / 64; }  ///< of a mask
     std::string_view piece(Token token) const;                ///< empty: special
     std::span<const Token> ends() const { return ends_; }
-    /// Finds out beforehand what the states of this grammar have in common: some milliseconds once
-    /// for a vocabulary, so that no mask pays for it.
-    void prepare(const Grammar& grammar) const;
 
 private:
     friend class MaskMaker;
-    // Of an automaton's state that loops on some token classes: the tokens that stay in it, and the
-    // others by what follows the characters that do.
-    struct Slice {
-        uint64_t loops = 0;
-        std::vector<uint64_t> mask;
-        std::vector<Token> by_chars;                     // those of the mask
-        std::vector<uint32_t> chars_begin;               // in it, by their number of characters
-        std::vector<std::vector<uint64_t>> short_masks;  // of at most so many characters
-        PieceTrie rests;
-        std::vector<bool> rest_chars;  // which numbers of characters stand before rests
-    };
-    using SlicePtr = std::shared_ptr<const Slice>;
     void finish(std::vector<Token> ends);
-    SlicePtr make_slice(uint64_t loops, bool with_short) const;
-    SlicePtr slice(uint64_t loops) const;
     size_t vocabulary_ = 0;
     std::string text_;
     std::vector<uint32_t> begin_;
     std::vector<Token> ends_;
     PieceTrie trie_;
-    mutable std::mutex mutex_;
-    mutable std::vector<SlicePtr> slices_;
 };
 using TokenTriePtr = std::shared_ptr<const TokenTrie>;
 
-/// Sets the bits of the tokens that `state` may take next; those of `trie.ends()` where the text may
-/// end. `mask`: trie.words() words.
-void fill_mask(const TokenTrie& trie, const GrammarState& state, std::span<uint64_t> mask);
+/// Makes masks, and keeps what later ones can use again: at most `most_bytes` of it.
+/// Threads: one at a time.
+class MaskMaker {
+public:
+    static constexpr size_t most_bytes = 64u << 20;
+    explicit MaskMaker(TokenTriePtr trie);
+    const TokenTrie& trie() const { return *trie_; }
+    /// A bit for each token that `state` may take next; those of `trie().ends()` where the text may
+    /// end. Until the next call.
+    std::span<const uint64_t> fill(const GrammarState& state);
+    /// Whether the token is one of those; then the state has taken it.
+    bool accept(GrammarState& state, Token token);
+    /// What the state leaves no choice about, at most so many bytes. Until the next call.
+    std::string_view forced(const GrammarState& state, size_t most);
+
+private:
+    using Set = GrammarWalk::Set;
+    using Bytes = std::array<uint64_t, 4>;
+    enum class Use : uint8_t { plain, counted, key };
+    // Of an automaton in one of its states: the tokens that stay in it, and those that leave it by a
+    // byte of `follow`, by what they have from there on. It depends on no stack and no count.
+    struct Slice {
+        DfaPtr dfa;
+        uint32_t state = 0;
+        Use use = Use::plain;
+        Bytes follow = {};
+        std::vector<uint64_t> mask;        // empty: `inside` says it all
+        std::vector<Token> inside;         // where they are few, or characters are counted: then by
+        std::vector<uint32_t> need_begin;  // how many an end is away behind the token
+        std::vector<std::pair<int32_t, PieceTrie>> rests;  // by the label where the automaton ends
+        std::vector<Token> tried;                          // those that may end more than one key
+        size_t bytes() const;
+    };
+    // A whole mask, for the next time that the same state comes.
+    struct Known {
+        Hash256 grammar = {};
+        std::vector<GrammarConfig> configs;
+        std::vector<GrammarCell> cells;
+        std::vector<uint64_t> mask;
+    };
+    void make(const GrammarState& state);
+    void allow(Token token);
+    bool fill_from_slice(const GrammarConfig& config);
+    const Slice& slice(const DfaPtr& dfa, uint32_t state, Use use, const Bytes& follow);
+    void make_slice(Slice& out) const;
+    void keep_inside(Slice& out, std::span<const std::pair<uint32_t, uint32_t>> taken,
+                     std::span<const uint32_t> needs) const;
+    void add_inside(const Slice& slice, uint32_t most);
+    void walk_all(const PieceTrie& trie, uint32_t node, Set set);
+    bool takes_all(const PieceTrie& trie, uint32_t node, Set set) const;
+    void take_texts(const PieceTrie& trie, uint32_t from, uint32_t to);
+
+    TokenTriePtr trie_;
+    GrammarWalk walk_;
+    std::span<uint64_t> mask_;
+    std::unordered_map<uint64_t, std::unique_ptr<Slice>> slices_;
+    size_t slice_bytes_ = 0;
+    std::vector<Known> known_;
+    std::vector<GrammarConfig> others_;
+    std::vector<uint64_t> some_;
+    std::string forced_;
+    const GrammarConfig* key_ = nullptr;   // the key that the rests being walked end
+    uint32_t low_ = 0, high_ = unlimited;  // characters that may stand before the rests
+};
 
 }  // namespace detail
 }  // namespace v1
@@ -30772,11 +30900,11 @@ void fill_mask(const TokenTrie& trie, const GrammarState& state, std::span<uint6
 // ---- src/grammar/mask.cpp ----------------------------------------------------------------------
 
 // >>grammar
-// A mask is a walk through the tree of all pieces with a set of configurations. Two things keep it
-// short. A state that loops on every class of bytes below a node takes the whole subtree. And where a
-// state loops on most of what text is made of (inside strings), the tokens that stay in it are known
-// beforehand: only what may follow such characters is walked, each such rest once, however many
-// tokens end in it.
+// A mask is a walk through the tree of all pieces with a set of configurations. What of it does not
+// depend on the stack is found once: of an automaton's state (inside strings, numbers, patterns) the
+// tokens that stay in the automaton, and what the others have behind it. So inside an automaton only
+// these rests are walked, each once, however many tokens end in it. A whole mask is kept for when the
+// same state comes again, as it does from token to token of a text.
 
 #ifndef VALAR_NO_INFERENCE
 namespace valar {
@@ -30784,10 +30912,11 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-constexpr size_t kMostSlices = 32;
-constexpr uint32_t kShortChars = 16;
-constexpr uint64_t kLetters = 0x78;  // token classes 3 to 6
+constexpr size_t kKnownMasks = 64;
 
+bool has_byte(const std::array<uint64_t, 4>& bytes, uint8_t b) {
+    return bytes[b >> 6] >> (b & 63) & 1;
+}
 uint64_t bit(uint32_t token_class) { return uint64_t{1} << token_class; }
 
 // The class of the character at text[*at]; moves behind it.
@@ -30807,16 +30936,18 @@ void PieceTrie::build(std::vector<Text> texts) {
         if (const int order = a.text.compare(b.text)) return order < 0;
         return a.chars != b.chars ? a.chars < b.chars : a.token < b.token;
     });
+    std::vector<uint32_t> path;
     const auto open = [&](uint8_t b) {
         byte.push_back(b);
         end.push_back(0);
         first.push_back(uint32_t(tokens.size()));
         classes.push_back(0);
         deepest.push_back(0);
+        depth.push_back(uint32_t(path.size()));
     };
-    std::vector<uint32_t> path = {0};
     std::vector<uint64_t> behind;
     open(0);
+    path.push_back(0);
     std::string_view before;
     for (const Text& t : texts) {
         size_t common = 0;
@@ -30827,8 +30958,8 @@ void PieceTrie::build(std::vector<Text> texts) {
             path.pop_back();
         }
         for (size_t i = common; i < t.text.size(); ++i) {
-            path.push_back(uint32_t(byte.size()));
             open(uint8_t(t.text[i]));
+            path.push_back(uint32_t(byte.size() - 1));
         }
         behind.assign(t.text.size() + 1, 0);
         for (size_t i = t.text.size(); i-- > 0;) {
@@ -30838,7 +30969,7 @@ void PieceTrie::build(std::vector<Text> texts) {
         }
         for (size_t d = 0; d <= t.text.size(); ++d) {
             classes[path[d]] |= behind[d];
-            deepest[path[d]] = std::max(deepest[path[d]], uint16_t(t.text.size() - d));
+            deepest[path[d]] = std::max(deepest[path[d]], uint32_t(t.text.size() - d));
         }
         tokens.push_back(t.token);
         chars.push_back(t.chars);
@@ -30889,256 +31020,308 @@ void TokenTrie::finish(std::vector<Token> ends) {
         if (const auto text = piece(Token(i)); !text.empty())
             texts.push_back({text, Token(i), 0, 0});
     trie_.build(std::move(texts));
-    slices_.push_back(make_slice(any_string_dfa()->loops[Dfa::start], true));
 }
 
-TokenTrie::SlicePtr TokenTrie::make_slice(uint64_t loops, bool with_short) const {
-    const auto out = std::make_shared<Slice>();
-    out->loops = loops;
-    out->mask.assign(words(), 0);
-    std::vector<std::vector<Token>> lists;
-    std::vector<PieceTrie::Text> rests;
-    for (size_t i = 0; i < vocabulary_; ++i) {
-        const std::string_view text = piece(Token(i));
-        if (text.empty()) continue;
-        size_t at = 0, before = 0;
-        uint16_t count = 0;
-        while (at < text.size()) {
-            before = at;
-            if (!(next_class(text, &at) & loops)) {
-                rests.push_back({text.substr(before), Token(i), count, uint16_t(before)});
-                break;
-            }
-            ++count;
-            before = at;
+// ---- Slices --------------------------------------------------------------------------------------
+
+size_t MaskMaker::Slice::bytes() const {
+    size_t sum = sizeof *this + dfa->next.size() * 4 + mask.size() * 8 +
+                 (inside.size() + need_begin.size()) * 4;
+    for (const auto& [label, trie] : rests) sum += trie.byte.size() * 25 + trie.tokens.size() * 12;
+    return sum;
+}
+
+const MaskMaker::Slice& MaskMaker::slice(const DfaPtr& dfa, uint32_t state, Use use,
+                                         const Bytes& follow) {
+    uint64_t hash = dfa->hash ^ uint64_t(use);
+    for (const uint64_t v : {uint64_t{state}, follow[0], follow[1], follow[2], follow[3]})
+        hash = (hash ^ v ^ hash >> 29) * 0x9E3779B97F4A7C15u;
+    std::unique_ptr<Slice>& known = slices_[hash];
+    if (known && known->state == state && known->use == use && known->follow == follow &&
+        (known->dfa == dfa || known->dfa->is_same(*dfa))) {
+        known->dfa = dfa;  // the next one to ask has it, too: no table is compared again
+        return *known;
+    }
+    if (known) slice_bytes_ -= known->bytes();
+    auto made = std::make_unique<Slice>();
+    made->dfa = dfa, made->state = state, made->use = use, made->follow = follow;
+    make_slice(*made);
+    slice_bytes_ += made->bytes();
+    if (slice_bytes_ <= most_bytes) return *(known = std::move(made));
+    slices_.clear();
+    slice_bytes_ = made->bytes();
+    return *(slices_[hash] = std::move(made));
+}
+
+// A walk through all pieces with the automaton alone. Where it has accepted and cannot go on, the
+// rest of the piece is what others must take.
+void MaskMaker::make_slice(Slice& out) const {
+    const PieceTrie& trie = trie_->trie_;
+    const Dfa& dfa = *out.dfa;
+    const bool counted = out.use == Use::counted;
+    std::vector<uint32_t> states(trie.deepest[0] + 1u, out.state),
+        chars(states.size(), 0);                       // by depth
+    std::vector<std::pair<uint32_t, uint32_t>> taken;  // stretches of the trie's tokens
+    std::vector<uint32_t> needs(counted ? trie.tokens.size() : 0, unlimited);
+    std::vector<std::vector<PieceTrie::Text>> rests;
+    const auto leave = [&](uint32_t node, uint32_t depth) {
+        const size_t label = size_t(dfa.label[states[depth]]);
+        if (rests.size() <= label) rests.resize(label + 1);
+        for (uint32_t i = trie.first[node]; i < trie.first[trie.end[node]]; ++i) {
+            const Token token = trie.tokens[i];
+            const std::string_view rest = trie_->piece(token).substr(depth);
+            if (out.use == Use::key && std::count(rest.begin(), rest.end(), '"') > 2)
+                out.tried.push_back(token);
+            else rests[label].push_back({rest, token, chars[depth], depth});
         }
-        if (before < text.size()) {
-            if (out->rest_chars.size() <= count) out->rest_chars.resize(count + 1u);
-            out->rest_chars[count] = true;
+    };
+    uint32_t alive = 1;  // where a stretch of nodes that are taken begins
+    const auto take_until = [&](uint32_t node) {
+        if (trie.first[alive] < trie.first[node])
+            taken.push_back({trie.first[alive], trie.first[node]});
+    };
+    for (uint32_t n = 1; n < trie.end[0];) {
+        const uint32_t depth = trie.depth[n];
+        const uint32_t from = states[depth - 1], state = dfa.step(from, trie.byte[n]);
+        if (state == Dfa::dead) {
+            if (dfa.label[from] >= 0 && has_byte(out.follow, trie.byte[n])) leave(n, depth - 1);
+            take_until(n);
+            alive = n = trie.end[n];
             continue;
         }
-        out->mask[i / 64] |= uint64_t{1} << (i % 64);
-        if (lists.size() <= count) lists.resize(count + 1u);
-        lists[count].push_back(Token(i));
+        states[depth] = state;
+        if (counted) {
+            chars[depth] = chars[depth - 1] + dfa.boundary[state];
+            for (uint32_t i = trie.first[n]; i < trie.first[n + 1]; ++i)
+                needs[i] = chars[depth] + dfa.shortest[state];
+        } else if (dfa.loops[state] && !(trie.classes[n] & ~dfa.loops[state])) {
+            n = trie.end[n];
+            continue;
+        }
+        ++n;
     }
-    for (const auto& list : lists) {
-        out->chars_begin.push_back(uint32_t(out->by_chars.size()));
-        out->by_chars.insert(out->by_chars.end(), list.begin(), list.end());
+    take_until(trie.end[0]);
+    for (size_t label = 0; label < rests.size(); ++label) {
+        if (rests[label].empty()) continue;
+        out.rests.emplace_back(int32_t(label), PieceTrie());
+        out.rests.back().second.build(std::move(rests[label]));
     }
-    out->chars_begin.push_back(uint32_t(out->by_chars.size()));
-    out->rests.build(std::move(rests));
-    for (uint32_t most = 0; with_short && most <= kShortChars; ++most) {
-        std::vector<uint64_t> mask = most ? out->short_masks.back()
-                                          : std::vector<uint64_t>(words(), 0);
-        for (const Token t : most < lists.size() ? lists[most] : std::vector<Token>())
-            mask[size_t(t) / 64] |= uint64_t{1} << (t % 64);
-        out->short_masks.push_back(std::move(mask));
-    }
-    return out;
+    keep_inside(out, taken, needs);
 }
 
-TokenTrie::SlicePtr TokenTrie::slice(uint64_t loops) const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const SlicePtr& slice : slices_)
-        if (slice->loops == loops) return slice;
-    return nullptr;
+void MaskMaker::keep_inside(Slice& out, std::span<const std::pair<uint32_t, uint32_t>> taken,
+                            std::span<const uint32_t> needs) const {
+    const std::vector<Token>& tokens = trie_->trie_.tokens;
+    size_t count = 0;
+    for (const auto& [from, to] : taken) count += to - from;
+    if (count > trie_->words()) out.mask.assign(trie_->words(), 0);
+    if (out.mask.empty() || out.use == Use::counted) out.inside.reserve(count);
+    for (const auto& [from, to] : taken)
+        for (uint32_t i = from; i < to; ++i) {
+            const size_t token = size_t(tokens[i]);
+            if (!out.mask.empty()) out.mask[token / 64] |= uint64_t{1} << (token % 64);
+            if (out.inside.capacity()) out.inside.push_back(Token(i));
+        }
+    if (out.use == Use::counted) {  // a counting sort
+        for (const Token i : out.inside) {
+            const size_t need = needs[size_t(i)];
+            if (out.need_begin.size() < need + 2) out.need_begin.resize(need + 2);
+            ++out.need_begin[need + 1];
+        }
+        std::partial_sum(out.need_begin.begin(), out.need_begin.end(), out.need_begin.begin());
+        std::vector<uint32_t> next = out.need_begin;
+        std::vector<Token> sorted(out.inside.size());
+        for (const Token i : out.inside) sorted[next[needs[size_t(i)]]++] = i;
+        out.inside = std::move(sorted);
+    }
+    for (Token& i : out.inside) i = tokens[size_t(i)];
 }
 
-void TokenTrie::prepare(const Grammar& grammar) const {
-    const auto look = [&](const Dfa& dfa) {
-        for (const uint64_t loops : dfa.loops) {
-            if (!(loops & kLetters) || slice(loops)) continue;
-            {
-                const std::lock_guard<std::mutex> lock(mutex_);
-                if (slices_.size() >= kMostSlices) return;
-            }
-            SlicePtr made = make_slice(loops, false);
-            const std::lock_guard<std::mutex> lock(mutex_);
-            slices_.push_back(std::move(made));
-        }
-    };
-    for (const TerminalNode& terminal : grammar.terminals) look(*terminal.dfa);
-    for (const ObjectNode& object : grammar.objects)
-        if (object.other) look(*object.other);
-}
-
-class MaskMaker {
-public:
-    MaskMaker(const TokenTrie& trie, const GrammarState& state, std::span<uint64_t> mask)
-        : trie_(trie), state_(state), mask_(mask), walk_(*state.grammar_) {
-        walk_.cells = state.cells_;
-    }
-    void fill() {
-        std::fill(mask_.begin(), mask_.end(), 0);
-        std::vector<GrammarConfig> others;
-        for (const GrammarConfig& config : state_.configs_)
-            if (!fill_from_slice(config)) others.push_back(config);
-        const auto set = walk_.expand(walk_.add(state_.configs_));
-        if (walk_.may_end(set))
-            for (const Token end : trie_.ends()) allow(end);
-        for (uint32_t i = set.begin; i < set.end; ++i) {
-            const GrammarNode& node = walk_.grammar().nodes[walk_.pool[i].node];
-            if (node.kind == GrammarNode::Kind::token) allow(Token(node.a));
-        }
-        if (!others.empty()) walk_all(trie_.trie_, 0, walk_.expand(walk_.add(others)));
-    }
-
-private:
-    using Set = GrammarWalk::Set;
-    void allow(Token token) {
-        if (token >= 0 && size_t(token) < trie_.vocabulary())
-            mask_[size_t(token) / 64] |= uint64_t{1} << (token % 64);
-    }
-    struct Loop {
-        uint64_t classes = 0;
-        uint32_t most = unlimited;  // characters that it may take
-    };
-    Loop loop_of(const GrammarConfig& config) const {
-        const GrammarNode& node = walk_.grammar().nodes[config.node];
-        if (node.kind == GrammarNode::Kind::key) {
-            const ObjectNode& object = walk_.grammar().objects[node.a];
-            if (config.count != 1 && config.count != 2) return {};  // 2: at its begin
-            return object.endless ? Loop{object.other->loops[config.sub]} : Loop{};
-        }
-        if (node.kind != GrammarNode::Kind::terminal) return {};
-        const TerminalNode& terminal = walk_.grammar().terminals[node.a];
-        const uint64_t loops = terminal.dfa->loops[config.sub];
-        if (!loops || terminal.most == unlimited) return {loops};
-        return {loops, terminal.most - config.count - terminal.dfa->shortest[config.sub]};
-    }
-
-    // ---- Slices
-    bool fill_from_slice(const GrammarConfig& config) {
-        const Loop loop = loop_of(config);
-        if (!(loop.classes & kLetters)) return false;
-        slice_ = trie_.slice(loop.classes);
-        if (!slice_) return false;
-        const auto mark = walk_.mark();
-        const auto set = walk_.expand(walk_.add({config}));
-        std::array<uint64_t, 4> bytes;
-        walk_.allowed({set.begin + 1, set.end}, bytes);
-        bool apart = true;  // what may follow begins with nothing that may also stay
-        for (unsigned b = 0; b < 0x80; ++b)
-            apart &= !(bytes[b >> 6] >> (b & 63) & 1) || !(loop.classes & bit(token_classes()[b]));
-        apart &= !(bytes[2] | bytes[3]) ||
-                 !(loop.classes & (bit(class_multibyte) | bit(class_broken)));
-        walk_.back_to(mark);
-        if (!apart) return false;
-        add_short(loop.most);
-        key_ = walk_.grammar().nodes[config.node].kind == GrammarNode::Kind::key ? &config
-                                                                                 : nullptr;
-        walk_rests(config, loop);
-        key_ = nullptr;
-        low_ = 0, high_ = UINT32_MAX;
-        return true;
-    }
-    // The tokens of the slice that have at most so many characters.
-    void add_short(uint32_t most) {
-        const uint32_t longest = uint32_t(slice_->chars_begin.size()) - 2;
-        if (slice_->by_chars.empty()) return;
-        if (most >= longest) return add_mask(slice_->mask);
-        uint32_t from = 0;
-        if (!slice_->short_masks.empty()) {
-            const uint32_t whole = std::min(most, kShortChars);
-            add_mask(slice_->short_masks[whole]);
-            from = slice_->chars_begin[std::min(whole, longest) + 1];
-        }
-        const uint32_t to = slice_->chars_begin[most + 1];
-        for (uint32_t i = from; i < to; ++i) allow(slice_->by_chars[i]);
-    }
-    void add_mask(const std::vector<uint64_t>& mask) {
+// The tokens that stay inside and need at most so many characters.
+void MaskMaker::add_inside(const Slice& slice, uint32_t most) {
+    const bool all = slice.use != Use::counted || size_t(most) + 1 >= slice.need_begin.size();
+    const size_t to = all ? slice.inside.size() : slice.need_begin[size_t(most) + 1];
+    const auto add = [&](const std::vector<uint64_t>& mask) {
         for (size_t i = 0; i < mask_.size(); ++i) mask_[i] |= mask[i];
+    };
+    if (all && !slice.mask.empty()) return add(slice.mask);
+    if (slice.mask.empty() || to < slice.inside.size() / 2) {
+        for (size_t i = 0; i < to; ++i) allow(slice.inside[i]);
+        return;
     }
-    // Where characters are counted, what may follow depends on how many stand before it: those with
-    // which no bound comes near go together.
-    void walk_rests(const GrammarConfig& config, const Loop& loop) {
-        const GrammarNode& node = walk_.grammar().nodes[config.node];
-        const bool counts = node.kind == GrammarNode::Kind::terminal &&
-                            walk_.grammar().terminals[node.a].counts();
-        if (!counts) return walk_rest(config, 0, UINT32_MAX);
-        const TerminalNode& terminal = walk_.grammar().terminals[node.a];
-        const uint32_t deepest = slice_->rests.deepest[0];
-        const uint32_t least = terminal.least > config.count ? terminal.least - config.count : 0;
-        const uint32_t free = loop.most == unlimited ? unlimited
-                              : loop.most > deepest  ? loop.most - deepest
-                                                     : 0;
-        if (least <= free && free) walk_rest(config, least, free);
-        for (uint32_t n = 0; n < slice_->rest_chars.size() && n <= loop.most; ++n)
-            if (slice_->rest_chars[n] && (n < least || n > free || !free)) walk_rest(config, n, n);
-    }
-    void walk_rest(GrammarConfig config, uint32_t low, uint32_t high) {
-        const GrammarNode& node = walk_.grammar().nodes[config.node];
-        if (node.kind == GrammarNode::Kind::terminal) {
-            const TerminalNode& terminal = walk_.grammar().terminals[node.a];
-            if (terminal.counts()) config.count += low;
-            if (terminal.most == unlimited) config.count = std::min(config.count, terminal.least);
-        }
-        low_ = low, high_ = high;
-        const auto mark = walk_.mark();
-        walk_all(slice_->rests, 0, walk_.expand(walk_.add({config})));
-        walk_.back_to(mark);
-    }
+    some_ = slice.mask;
+    for (size_t i = to; i < slice.inside.size(); ++i)
+        some_[size_t(slice.inside[i]) / 64] &= ~(uint64_t{1} << (slice.inside[i] % 64));
+    add(some_);
+}
 
-    // ---- The walk
-    void walk_all(const PieceTrie& trie, uint32_t node, Set set) {
-        std::array<uint64_t, 4> bytes = {~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}};
-        if (trie.end[node] - node > 64) walk_.allowed(set, bytes);
-        const auto mark = walk_.mark();
-        for (uint32_t c = node + 1; c < trie.end[node]; c = trie.end[c]) {
-            const uint8_t b = trie.byte[c];
-            if (!(bytes[b >> 6] >> (b & 63) & 1)) continue;
-            auto next = walk_.step(set, b);
-            if (!next.empty()) {
-                const bool leaf = trie.end[c] == c + 1;
-                const bool whole = leaf || takes_all(trie, c, next);
-                take_texts(trie, trie.first[c],
-                           whole ? trie.first[trie.end[c]] : trie.first[c + 1]);
-                if (!whole) walk_all(trie, c, walk_.expand(next));
-            }
-            walk_.back_to(mark);
+// False: what may follow begins with what may also stay, or the bounds need the whole walk.
+bool MaskMaker::fill_from_slice(const GrammarConfig& config) {
+    const Grammar& grammar = walk_.grammar();
+    const GrammarNode& node = grammar.nodes[config.node];
+    const auto mark = walk_.mark();
+    Use use = Use::plain;
+    Bytes follow = {};
+    DfaPtr dfa;
+    low_ = 0, high_ = unlimited;
+    if (node.kind == GrammarNode::Kind::key) {
+        const ObjectNode& object = grammar.objects[node.a];
+        if (!config.count || !object.endless) return false;
+        use = Use::key;
+        dfa = object.other;
+        follow['"' >> 6] = uint64_t{1} << ('"' & 63);
+    } else if (node.kind == GrammarNode::Kind::terminal) {
+        const TerminalNode& terminal = grammar.terminals[node.a];
+        dfa = terminal.dfa;
+        if (terminal.counts()) {
+            use = Use::counted;
+            low_ = terminal.least > config.count ? terminal.least - config.count : 0;
+            if (low_ && !dfa->endless) return false;
+            if (terminal.most != unlimited) high_ = terminal.most - config.count;
         }
-    }
-    bool takes_all(const PieceTrie& trie, uint32_t node, Set set) const {
-        for (uint32_t i = set.begin; i < set.end; ++i) {
-            const GrammarConfig& config = walk_.pool[i];
-            const Loop loop = loop_of(config);
-            if (loop.classes && !(trie.classes[node] & ~loop.classes) &&
-                trie.deepest[node] <= loop.most)
-                return true;
-        }
+        if (terminal.targets.empty()) walk_.allowed(walk_.after(config, 0), follow);
+        else follow.fill(~uint64_t{0});
+        walk_.back_to(mark);
+    } else {
         return false;
     }
-    void take_texts(const PieceTrie& trie, uint32_t from, uint32_t to) {
-        const bool main = &trie == &trie_.trie_;
-        for (uint32_t i = from; i < to; ++i)
-            if (main || (trie.chars[i] >= low_ && trie.chars[i] <= high_ &&
-                         (!key_ || key_is_new(trie.tokens[i], trie.bytes[i]))))
-                allow(trie.tokens[i]);
+    for (size_t i = 0; i < follow.size(); ++i)
+        if (follow[i] & dfa->beyond[i]) return false;
+    const Slice& found = slice(dfa, config.sub, use, follow);
+    add_inside(found, high_);
+    if (use == Use::key) key_ = &config;
+    for (const auto& [label, rests] : found.rests) {
+        const Set set = walk_.after(config, label);
+        if (key_ && !set.empty()) take_texts(rests, 0, rests.first[2]);  // the quote alone
+        walk_all(rests, key_ ? 1 : 0, set);
+        walk_.back_to(mark);
     }
-    // The keys of one object differ: of a token that ends a key, the bytes before the quote are
-    // looked at once more, since the walk began behind them.
-    bool key_is_new(Token token, uint32_t bytes) const {
-        const std::string_view text = trie_.piece(token);
-        if (text[bytes] != '"') return true;
-        GrammarWalk check(walk_.grammar());
-        check.cells = state_.cells_;
-        auto set = check.add({*key_});
-        for (uint32_t i = 0; i <= bytes && !set.empty(); ++i)
-            set = check.step(check.expand(set), uint8_t(text[i]));
-        return !set.empty();
+    for (const Token token : found.tried) {
+        Set set = walk_.add({config});
+        for (const char c : trie_->piece(token))
+            if (!set.empty()) set = walk_.step(walk_.expand(set), uint8_t(c));
+        if (!set.empty()) allow(token);
+        walk_.back_to(mark);
     }
+    key_ = nullptr;
+    return true;
+}
 
-    const TokenTrie& trie_;
-    const GrammarState& state_;
-    std::span<uint64_t> mask_;
-    GrammarWalk walk_;
-    TokenTrie::SlicePtr slice_;
-    const GrammarConfig* key_ = nullptr;
-    uint32_t low_ = 0, high_ = UINT32_MAX;
-};
+// ---- The walk ------------------------------------------------------------------------------------
 
-void fill_mask(const TokenTrie& trie, const GrammarState& state, std::span<uint64_t> mask) {
-    MaskMaker(trie, state, mask).fill();
+// What nearly every schema needs is made before the first token waits for it.
+MaskMaker::MaskMaker(TokenTriePtr trie) : trie_(std::move(trie)), known_(kKnownMasks) {
+    Bytes quote = {};
+    quote['"' >> 6] = uint64_t{1} << ('"' & 63);
+    for (const Use use : {Use::plain, Use::counted})
+        (void)slice(any_string_dfa(), Dfa::start, use, quote);
+}
+
+void MaskMaker::allow(Token token) {
+    if (token >= 0 && size_t(token) < trie_->vocabulary())
+        mask_[size_t(token) / 64] |= uint64_t{1} << (token % 64);
+}
+
+bool MaskMaker::accept(GrammarState& state, Token token) {
+    if (state.accept_token(token, trie_->piece(token), walk_)) return true;
+    const auto ends = trie_->ends();
+    return std::find(ends.begin(), ends.end(), token) != ends.end() && state.may_end();
+}
+
+std::string_view MaskMaker::forced(const GrammarState& state, size_t most) {
+    state.forced_bytes(forced_, most, walk_);
+    return forced_;
+}
+
+std::span<const uint64_t> MaskMaker::fill(const GrammarState& state) {
+    uint64_t hash = 0;
+    const auto add = [&](uint32_t v) {
+        hash = (hash ^ v) * 0x9E3779B97F4A7C15u, hash ^= hash >> 32;
+    };
+    for (const auto& c : state.configs_) add(c.node), add(c.sub), add(c.count), add(c.stack);
+    for (const auto& c : state.cells_) add(c.parent), add(c.node), add(c.value), add(c.extra);
+    Known& known = known_[hash % known_.size()];
+    const auto same = [](const auto& a, const auto& b) {
+        return a.size() == b.size() &&
+               (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0);
+    };
+    if (known.grammar != state.grammar_->digest || !same(known.configs, state.configs_) ||
+        !same(known.cells, state.cells_)) {
+        known.mask.assign(trie_->words(), 0);
+        mask_ = known.mask;
+        make(state);
+        known.grammar = state.grammar_->digest;
+        known.configs = state.configs_;
+        known.cells = state.cells_;
+    }
+    return known.mask;
+}
+
+void MaskMaker::make(const GrammarState& state) {
+    walk_.begin(*state.grammar_, state.cells_);
+    const auto mark = walk_.mark();
+    const Set set = walk_.expand(walk_.add(state.configs_));
+    for (uint32_t i = set.begin; i < set.end; ++i) {
+        const GrammarNode& node = walk_.grammar().nodes[walk_.pool[i].node];
+        if (node.kind == GrammarNode::Kind::token) allow(Token(node.a));
+        if (node.kind == GrammarNode::Kind::end)
+            for (const Token end : trie_->ends()) allow(end);
+    }
+    walk_.back_to(mark);
+    others_.clear();
+    for (const GrammarConfig& config : state.configs_)
+        if (!fill_from_slice(config)) others_.push_back(config);
+    if (!others_.empty()) walk_all(trie_->trie_, 0, walk_.expand(walk_.add(others_)));
+}
+
+void MaskMaker::walk_all(const PieceTrie& trie, uint32_t node, Set set) {
+    Bytes bytes = {~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}};
+    if (trie.end[node] - node > 64) walk_.allowed(set, bytes);
+    const auto mark = walk_.mark();
+    for (uint32_t c = node + 1; c < trie.end[node]; c = trie.end[c]) {
+        const uint8_t b = trie.byte[c];
+        if (!has_byte(bytes, b)) continue;
+        const Set next = walk_.step(set, b);
+        if (!next.empty()) {
+            const bool leaf = trie.end[c] == c + 1;
+            const bool whole = leaf || takes_all(trie, c, next);
+            take_texts(trie, trie.first[c], whole ? trie.first[trie.end[c]] : trie.first[c + 1]);
+            if (!whole) walk_all(trie, c, walk_.expand(next));
+        }
+        walk_.back_to(mark);
+    }
+}
+
+// Whether one of the ways stays where it is with all that follows the node.
+bool MaskMaker::takes_all(const PieceTrie& trie, uint32_t node, Set set) const {
+    for (uint32_t i = set.begin; i < set.end; ++i) {
+        const GrammarConfig& config = walk_.pool[i];
+        const GrammarNode& at = walk_.grammar().nodes[config.node];
+        if (at.kind == GrammarNode::Kind::key) {
+            const ObjectNode& object = walk_.grammar().objects[at.a];
+            if (config.count == 0 || !object.endless) continue;
+            if (!(trie.classes[node] & ~object.other->loops[config.sub])) return true;
+        } else if (at.kind == GrammarNode::Kind::terminal) {
+            const TerminalNode& terminal = walk_.grammar().terminals[at.a];
+            const uint32_t room = terminal.most == unlimited
+                                      ? unlimited
+                                      : terminal.most - config.count -
+                                            terminal.dfa->shortest[config.sub];
+            if (!(trie.classes[node] & ~terminal.dfa->loops[config.sub]) &&
+                trie.deepest[node] <= room)
+                return true;
+        }
+    }
+    return false;
+}
+
+void MaskMaker::take_texts(const PieceTrie& trie, uint32_t from, uint32_t to) {
+    const bool all = &trie == &trie_->trie_ || (!key_ && low_ == 0 && high_ == unlimited);
+    for (uint32_t i = from; i < to; ++i)
+        if (all || (trie.chars[i] >= low_ && trie.chars[i] <= high_ &&
+                    (!key_ || walk_.may_be_key(
+                                  *key_, trie_->piece(trie.tokens[i]).substr(0, trie.bytes[i])))))
+            allow(trie.tokens[i]);
 }
 
 }  // namespace detail
@@ -37689,6 +37872,8 @@ public:
     void see_prompt(std::span<const Token> tokens, size_t most_drawn);
     /// A token that was drawn and taken.
     void see(Token token);
+    /// No draw: the most likely one it is.
+    bool takes_best() const { return options_.temperature <= 0 || options_.top_k == 1; }
     /// The token at `position` (of the token that is drawn). Of `allowed`, a bit a token, at least
     /// one is set; empty: all are.
     Token sample(std::span<const float> logits, uint64_t position,
@@ -37881,7 +38066,7 @@ Token Sampler::sample(std::span<const float> raw_logits, uint64_t position,
     const FloatState float_state;
     const std::span<const float> logits = adjust(raw_logits, allowed);
     const size_t best = most_likely(logits);
-    if (options_.temperature <= 0 || options_.top_k == 1) return static_cast<Token>(best);
+    if (takes_best()) return static_cast<Token>(best);
     highest_ = logits[best];
     const double uniform = uniform_at(options_.seed, position);
     const bool all = options_.top_k == 0 && options_.top_p >= 1 && options_.min_p <= 0;
@@ -38043,8 +38228,8 @@ public:
     bool is_called(const std::string& name) const;
     /// How it writes thoughts and calls.
     const std::shared_ptr<const AnswerSyntax>& answer_syntax() const { return answer_syntax_; }
-    /// Of its vocabulary; made when it is first asked for.
-    TokenTriePtr token_trie() const;
+    /// For its vocabulary; made when it is first asked for. Threads: only the one that steps uses it.
+    std::shared_ptr<MaskMaker> masks() const;
     /// A hash of the weights' shapes and first rows, made when it is first asked for. Errors: the
     /// file cannot be read.
     Result<Hash256> fingerprint() const;
@@ -38063,7 +38248,7 @@ private:
     Sampling sampling_;
     ModelInfo info_;
     mutable std::mutex mutex_;  // guards what is made late
-    mutable TokenTriePtr token_trie_;
+    mutable std::shared_ptr<MaskMaker> masks_;
     mutable std::optional<Hash256> fingerprint_;
 };
 
@@ -38398,10 +38583,10 @@ bool LoadedModel::is_called(const std::string& name) const {
     return name == info_.id || std::find(aliases.begin(), aliases.end(), name) != aliases.end();
 }
 
-TokenTriePtr LoadedModel::token_trie() const {
+std::shared_ptr<MaskMaker> LoadedModel::masks() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!token_trie_) token_trie_ = TokenTrie::build(*tokenizer_);
-    return token_trie_;
+    if (!masks_) masks_ = std::make_shared<MaskMaker>(TokenTrie::build(*tokenizer_));
+    return masks_;
 }
 
 Result<Hash256> LoadedModel::fingerprint() const {
@@ -38851,7 +39036,7 @@ struct PreparedPrompt final : Prepared {
     std::vector<Token> thought_end;        // what closes a thought that has used them
     std::unique_ptr<OutputParser> parser;  // of the answer
     GrammarPtr grammar;                    // of its text; null: any
-    TokenTriePtr trie;                     // for it
+    std::shared_ptr<MaskMaker> masks;      // for it
 
     const void* owner() const override { return maker; }
 };
@@ -39100,9 +39285,7 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                  .constrained = *grammar != nullptr,
                  .must_call = request.tool_choice.mode == ToolChoice::Mode::required});
     out->grammar = std::move(*grammar);
-    if (!out->grammar) return {};
-    out->trie = model_.token_trie();
-    out->trie->prepare(*out->grammar);
+    if (out->grammar) out->masks = model_.masks();
     return {};
 }
 
@@ -40273,6 +40456,7 @@ private:
     Sequence* next_prompt() const;
     bool computes_the_same(const Sequence& prompt) const;
     void draft(Sequence& sequence, uint32_t* spare);
+    void take_forced(Sequence& sequence, uint32_t room);
     void reserve_pages(size_t index);
     void add_rows(Sequence& sequence, uint32_t* logit_rows);
 
@@ -40290,7 +40474,6 @@ private:
     const uint32_t step_tokens_, max_logit_rows_, short_rope_tokens_;
 
     std::vector<SequencePtr> waiting_, running_;
-    std::vector<uint64_t> allowed_;                // tokens that a grammar has next, a bit each
     std::vector<BatchRow> batch_;                  // under way unless empty
     size_t untaken_ = 0;                           // last of running, with logits of a done batch
     std::unordered_map<std::string, Turn> turns_;  // of those that wait or run
@@ -40636,17 +40819,16 @@ bool Scheduler::computes_the_same(const Sequence& prompt) const {
     return false;
 }
 
-namespace {
-
 // What the grammar leaves no choice about, as the model would write it: only a guess, for the same
 // text has other tokens too.
-std::vector<Token> forced_tokens(const Sequence& sequence, const Tokenizer& tokenizer) {
-    if (!sequence.grammar.active()) return {};
-    const std::string text = sequence.grammar.forced_bytes(kMaxForcedBytes);
-    if (text.size() < kLeastForcedBytes) return {};
-    auto tokens = tokenizer.encode(text);
-    return tokens ? std::move(*tokens) : std::vector<Token>();
+void Scheduler::take_forced(Sequence& sequence, uint32_t room) {
+    if (!sequence.grammar.active()) return;
+    const std::string_view text = sequence.prompt->masks->forced(sequence.grammar, kMaxForcedBytes);
+    if (text.size() < kLeastForcedBytes) return;
+    if (const auto tokens = model_.tokenizer().encode(text)) sequence.drafts.take(*tokens, room);
 }
+
+namespace {
 
 bool ends_in_a_character(const Sequence& sequence, const Tokenizer& tokenizer) {
     std::string tail;
@@ -40669,7 +40851,7 @@ std::span<const Token> rest_of_thought(const Sequence& sequence, const Tokenizer
     const uint64_t used = sequence.outcome.usage.reasoning_tokens;
     if (used < prompt.thought_budget || !prompt.parser->thinking()) return {};
     const bool fits = sequence.grammar.active()
-                          ? takes_all(sequence.grammar, end, *prompt.trie)
+                          ? takes_all(sequence.grammar, end, prompt.masks->trie())
                           : used >= uint64_t{prompt.thought_budget} + kMostHalves ||
                                 ends_in_a_character(sequence, tokenizer);
     return fits ? end : std::span<const Token>();
@@ -40687,8 +40869,7 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
                                       : short_rope_tokens_ - sequence.length();
     const uint32_t room = std::min({*spare, left - 1, turned_alike});
     sequence.drafts.take(rest_of_thought(sequence, model_.tokenizer()), room);
-    if (sequence.drafts.count == 0)
-        sequence.drafts.take(forced_tokens(sequence, model_.tokenizer()), room);
+    if (sequence.drafts.count == 0) take_forced(sequence, room);
     if (sequence.drafts.count == 0) sequence.drafts.guess(sequence.tokens, room);
     *spare -= sequence.drafts.count;
 }
@@ -40780,18 +40961,21 @@ Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
     if (!logits) return logits.error();
     if (const auto rest = rest_of_thought(sequence, model_.tokenizer()); !rest.empty()) {
         sequence.closing = sequence.prompt->thought_end.size() - rest.size() + 1;
-        if (sequence.grammar.active())
-            sequence.grammar.accept_token(rest[0], sequence.prompt->trie->piece(rest[0]));
+        if (sequence.grammar.active()) sequence.prompt->masks->accept(sequence.grammar, rest[0]);
         return rest[0];
     }
     if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
-    const TokenTrie& trie = *sequence.prompt->trie;
-    allowed_.resize(trie.words());
-    fill_mask(trie, sequence.grammar, allowed_);
-    if (std::all_of(allowed_.begin(), allowed_.end(), [](uint64_t word) { return word == 0; }))
+    MaskMaker& masks = *sequence.prompt->masks;
+    // The best of all tokens is the best of the allowed ones if it is one of them.
+    if (sequence.sampler.takes_best()) {
+        const Token best = sequence.sampler.sample(*logits, sequence.length());
+        if (masks.accept(sequence.grammar, best)) return best;
+    }
+    const auto allowed = masks.fill(sequence.grammar);
+    if (std::all_of(allowed.begin(), allowed.end(), [](uint64_t word) { return word == 0; }))
         return make_error(ErrorKind::internal, "no token of this vocabulary goes on as it must");
-    const Token token = sequence.sampler.sample(*logits, sequence.length(), allowed_);
-    sequence.grammar.accept_token(token, trie.piece(token));
+    const Token token = sequence.sampler.sample(*logits, sequence.length(), allowed);
+    masks.accept(sequence.grammar, token);
     return token;
 }
 
@@ -47628,53 +47812,53 @@ VALAR_COLD_END
 
 _Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"Any\")") _Pragma("pop_macro(\"At\")")
 _Pragma("pop_macro(\"B16\")") _Pragma("pop_macro(\"BOOL\")") _Pragma("pop_macro(\"Begin\")")
-_Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"C\")")
-_Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")")
-_Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")")
-_Pragma("pop_macro(\"Difference\")") _Pragma("pop_macro(\"Done\")") _Pragma("pop_macro(\"Each\")")
-_Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")")
-_Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"F16\")")
-_Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")")
-_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")") _Pragma("pop_macro(\"Format\")")
-_Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")")
-_Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")")
-_Pragma("pop_macro(\"In\")") _Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")")
-_Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")")
-_Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")")
-_Pragma("pop_macro(\"Key\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
-_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
-_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
-_Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Mark\")") _Pragma("pop_macro(\"Match\")")
-_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Middle\")") _Pragma("pop_macro(\"Mode\")")
-_Pragma("pop_macro(\"Move\")") _Pragma("pop_macro(\"MultiByteToWideChar\")")
-_Pragma("pop_macro(\"N\")") _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")")
-_Pragma("pop_macro(\"Node\")") _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")")
-_Pragma("pop_macro(\"Object\")") _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")")
-_Pragma("pop_macro(\"Order\")") _Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")")
-_Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Part\")") _Pragma("pop_macro(\"Pending\")")
-_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
-_Pragma("pop_macro(\"Property\")") _Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"R\")")
-_Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Read\")") _Pragma("pop_macro(\"Reply\")")
-_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")")
-_Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")")
-_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
-_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")")
-_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Set\")") _Pragma("pop_macro(\"Shape\")")
-_Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")")
-_Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
-_Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
-_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
-_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")")
-_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")")
-_Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Todo\")") _Pragma("pop_macro(\"Token\")")
-_Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
-_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")")
-_Pragma("pop_macro(\"Union\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")")
-_Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
-_Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
-_Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
-_Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
-_Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
+_Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"Bytes\")")
+_Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"Change\")")
+_Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")")
+_Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Difference\")") _Pragma("pop_macro(\"Done\")")
+_Pragma("pop_macro(\"Each\")") _Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")")
+_Pragma("pop_macro(\"Error\")") _Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")")
+_Pragma("pop_macro(\"F16\")") _Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")")
+_Pragma("pop_macro(\"Fault\")") _Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")")
+_Pragma("pop_macro(\"Format\")") _Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")")
+_Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")")
+_Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"In\")") _Pragma("pop_macro(\"Input\")")
+_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")")
+_Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")")
+_Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Key\")") _Pragma("pop_macro(\"Kind\")")
+_Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")")
+_Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")")
+_Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Mark\")")
+_Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Middle\")")
+_Pragma("pop_macro(\"Mode\")") _Pragma("pop_macro(\"Move\")")
+_Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
+_Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
+_Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
+_Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"Order\")")
+_Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")")
+_Pragma("pop_macro(\"Part\")") _Pragma("pop_macro(\"Pending\")") _Pragma("pop_macro(\"Phase\")")
+_Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")") _Pragma("pop_macro(\"Property\")")
+_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"R\")") _Pragma("pop_macro(\"Range\")")
+_Pragma("pop_macro(\"Read\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
+_Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")")
+_Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")")
+_Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")")
+_Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
+_Pragma("pop_macro(\"Set\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
+_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
+_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")")
+_Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")")
+_Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")")
+_Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
+_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
+_Pragma("pop_macro(\"Todo\")") _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")")
+_Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")")
+_Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Union\")")
+_Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")")
+_Pragma("pop_macro(\"W\")") _Pragma("pop_macro(\"WideCharToMultiByte\")")
+_Pragma("pop_macro(\"Window\")") _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")")
+_Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")")
+_Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
 _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")

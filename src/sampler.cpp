@@ -155,7 +155,7 @@ Token Sampler::sample(std::span<const float> raw_logits, uint64_t position,
     const FloatState float_state;
     const std::span<const float> logits = adjust(raw_logits, allowed);
     const size_t best = most_likely(logits);
-    if (options_.temperature <= 0 || options_.top_k == 1) return static_cast<Token>(best);
+    if (takes_best()) return static_cast<Token>(best);
     highest_ = logits[best];
     const double uniform = uniform_at(options_.seed, position);
     const bool all = options_.top_k == 0 && options_.top_p >= 1 && options_.min_p <= 0;

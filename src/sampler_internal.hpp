@@ -28,6 +28,8 @@ public:
     void see_prompt(std::span<const Token> tokens, size_t most_drawn);
     /// A token that was drawn and taken.
     void see(Token token);
+    /// No draw: the most likely one it is.
+    bool takes_best() const { return options_.temperature <= 0 || options_.top_k == 1; }
     /// The token at `position` (of the token that is drawn). Of `allowed`, a bit a token, at least
     /// one is set; empty: all are.
     Token sample(std::span<const float> logits, uint64_t position,

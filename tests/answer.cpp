@@ -79,10 +79,8 @@ struct Walked {
     bool ended = false;
 };
 
-Token draw(const TokenTrie& trie, const GrammarState& state, const Words& words,
-           std::mt19937& random) {
-    std::vector<uint64_t> mask(trie.words());
-    fill_mask(trie, state, mask);
+Token draw(MaskMaker& masks, const GrammarState& state, const Words& words, std::mt19937& random) {
+    const auto mask = masks.fill(state);
     std::vector<Token> common, rare;  // what closes something comes soon
     for (size_t i = 0; i < words.pieces.size(); ++i)
         if (mask[i / 64] >> (i % 64) & 1)
@@ -95,12 +93,12 @@ Token draw(const TokenTrie& trie, const GrammarState& state, const Words& words,
 
 Walked walk(const GrammarPtr& grammar, const Words& words, OutputParser& parser,
             std::mt19937& random) {
-    const auto trie = TokenTrie::build(std::span<const std::string>(words.pieces), {0});
+    MaskMaker masks(TokenTrie::build(std::span<const std::string>(words.pieces), {0}));
     GrammarState state(grammar);
     Walked made;
     std::string held;
     for (int step = 0; step < 400 && !made.ended; ++step) {
-        const Token token = draw(*trie, state, words, random);
+        const Token token = draw(masks, state, words, random);
         made.ended = token == 0;
         if (made.ended) break;
         const std::string& piece = words.pieces[static_cast<size_t>(token)];

@@ -69,17 +69,20 @@ const TokenTriePtr& trie() {
     static const TokenTriePtr made = TokenTrie::build(pieces(), {end_token()});
     return made;
 }
+std::vector<uint64_t> mask_of(const GrammarState& state) {
+    static MaskMaker maker(trie());
+    const auto mask = maker.fill(state);
+    return {mask.begin(), mask.end()};
+}
 bool has(const std::vector<uint64_t>& mask, Token token) {
     return mask[size_t(token) / 64] >> (token % 64) & 1;
 }
 
 // The mask is what trying every token gives, at each place of the text.
 void check_masks(const GrammarPtr& grammar, std::string_view text) {
-    trie()->prepare(*grammar);
     GrammarState state(grammar);
-    std::vector<uint64_t> mask(trie()->words());
     for (size_t at = 0; at <= text.size(); ++at) {
-        fill_mask(*trie(), state, mask);
+        const std::vector<uint64_t> mask = mask_of(state);
         for (Token t = 0; t < end_token(); ++t) {
             GrammarState copy = state;
             CHECK_MESSAGE(has(mask, t) == copy.accept_token(t, trie()->piece(t)),
@@ -106,8 +109,8 @@ TEST_CASE("types, enumerations and constants") {
            {R"({"const":"x"})", {"\"x\""}, {"\"y\"", "x"}},
            {R"({"enum":["abc",5,"x"],"type":"string","maxLength":2})", {"\"x\""}, {"5", "\"abc\""}},
            {R"({})",
-            {"1", "{}", "[]", R"({"a":[{"b":null}]})"},
-            {"", "{", "[1,]", R"({"a":1,"a":2})"}}});
+            {"1", "{}", "[]", R"({"a":[{"b":null}]})", R"({"a\"b":1,"a":2,"b":3})"},
+            {"", "{", "[1,]", R"({"a":1,"a":2})", R"({"\"":1,"\"":2})"}}});
 }
 
 TEST_CASE("numbers between bounds are compared by digits") {
@@ -389,8 +392,7 @@ TEST_CASE("a composition: text until a mark, a token, a schema") {
     check_masks(*grammar, "the <call>{\"n\": 12}</call>");
     GrammarState state(*grammar);
     REQUIRE(state.advance("x<end>"));
-    std::vector<uint64_t> mask(trie()->words());
-    fill_mask(*trie(), state, mask);
+    const std::vector<uint64_t> mask = mask_of(state);
     CHECK(has(mask, special_token()));
     CHECK_FALSE(has(mask, 'a'));
     CHECK_FALSE(state.may_end());

@@ -1,12 +1,13 @@
 // grammar_dump [MODEL]: reads requests as JSON lines, answers each with a line. Of a request `schema`
 // (with `strict`, `space`), `regex`, `choices` or `gbnf` is compiled; `texts` are held against it;
 // `walks` texts are drawn with `seed`, each token with the same probability, at most `most` of them,
-// and then the shortest way out; `timing` texts are read token by token and the masks timed. Used by
-// grammar_check.py.
+// and then the shortest way out; `timing` texts are read token by token, each token's mask and step
+// timed. Used by grammar_check.py and bench/masks.py.
 #include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -49,17 +50,17 @@ struct Random {
 
 // A text by uniform draws. Past `most` tokens only those are drawn that end a text soon: quotes,
 // brackets and the end.
-Json walk(const TokenTrie& trie, const GrammarPtr& grammar, uint64_t seed, size_t most) {
+Json walk(MaskMaker& masks, const GrammarPtr& grammar, uint64_t seed, size_t most) {
+    const TokenTrie& trie = masks.trie();
     GrammarState state(grammar);
     Random random{seed};
     std::string text;
-    std::vector<uint64_t> mask(trie.words());
     std::vector<Token> closers;
     for (size_t i = 0; i < trie.vocabulary(); ++i)
         for (const std::string_view end : {"\"", "}", "]", "null", "\":", "1"})
             if (trie.piece(Token(i)) == end) closers.push_back(Token(i));
     for (size_t tokens = 0;; ++tokens) {
-        fill_mask(trie, state, mask);
+        const auto mask = masks.fill(state);
         const bool may_end = state.may_end();
         if (may_end && (tokens >= most || random.next() % 4 == 0)) break;
         std::vector<Token> allowed;
@@ -85,7 +86,7 @@ Json walk(const TokenTrie& trie, const GrammarPtr& grammar, uint64_t seed, size_
 
 // The mask that a walk over all tokens would give, one by one.
 size_t count_faults(const TokenTrie& trie, const GrammarState& state,
-                    const std::vector<uint64_t>& mask) {
+                    std::span<const uint64_t> mask) {
     size_t faults = 0;
     for (size_t i = 0; i < trie.vocabulary(); ++i) {
         const std::string_view piece = trie.piece(Token(i));
@@ -100,7 +101,28 @@ size_t count_faults(const TokenTrie& trie, const GrammarState& state,
     return faults;
 }
 
-Json answer(const Json& request, const Tokenizer* tokenizer, const TokenTrie* trie) {
+// The vocabulary, or texts as tokens.
+Json describe(const Json& request, const Tokenizer& tokenizer, const TokenTrie& trie) {
+    Json pieces = Json::array(), ends = Json::array(), tokens = Json::array();
+    if (request["vocabulary"].as_bool())
+        for (size_t i = 0; i < trie.vocabulary(); ++i) {
+            const std::string_view piece = trie.piece(Token(i));
+            pieces.push(hex_encode(piece.data(), piece.size()));
+        }
+    for (const Token end : trie.ends()) ends.push(int64_t(end));
+    for (const Json& text : request["encode"].items()) {
+        Json list = Json::array();
+        if (auto encoded = tokenizer.encode(text.as_string()))
+            for (const Token token : *encoded) list.push(int64_t(token));
+        tokens.push(std::move(list));
+    }
+    return Json::object().set("pieces", pieces).set("ends", ends).set("tokens", tokens);
+}
+
+Json answer(const Json& request, const Tokenizer* tokenizer, MaskMaker* masks) {
+    const TokenTrie* trie = masks ? &masks->trie() : nullptr;
+    if (tokenizer && (request.find("vocabulary") || request.find("encode")))
+        return describe(request, *tokenizer, *trie);
     const uint64_t begin = thread_cpu_ns();
     auto grammar = compile(request);
     Json out = Json::object()
@@ -108,7 +130,6 @@ Json answer(const Json& request, const Tokenizer* tokenizer, const TokenTrie* tr
                    .set("ok", grammar.ok());
     if (!grammar)
         return out.set("error", grammar.error().message).set("param", grammar.error().param);
-    if (trie) trie->prepare(**grammar);
     Json accepted = Json::array();
     for (const Json& text : request["texts"].items())
         accepted.push(accepts(*grammar, text.as_string()));
@@ -116,21 +137,23 @@ Json answer(const Json& request, const Tokenizer* tokenizer, const TokenTrie* tr
     if (!trie) return out;
     Json walks = Json::array();
     for (int64_t i = 0; i < request["walks"].as_int(); ++i)
-        walks.push(walk(*trie, *grammar, request["seed"].as_uint() * 1000 + uint64_t(i),
+        walks.push(walk(*masks, *grammar, request["seed"].as_uint() * 1000 + uint64_t(i),
                         size_t(request["most"].as_int(60))));
     out.set("walks", std::move(walks));
     Json times = Json::array();
     size_t faults = 0;
-    std::vector<uint64_t> mask(trie->words());
     for (const Json& text : request["timing"].items()) {
         GrammarState state(*grammar);
         auto tokens = tokenizer->encode(text.as_string());
         for (const Token token : tokens ? *tokens : std::vector<Token>()) {
+            GrammarState next = state;
             const uint64_t start = thread_cpu_ns();
-            fill_mask(*trie, state, mask);
+            const auto mask = masks->fill(state);
+            const bool taken = masks->accept(next, token);
             times.push(double(thread_cpu_ns() - start) / 1000);
             if (request["verify"].as_bool()) faults += count_faults(*trie, state, mask);
-            if (!state.accept_token(token, trie->piece(token))) {
+            state = next;
+            if (!taken) {
                 out.set("refused", trie->piece(token));
                 break;
             }
@@ -142,7 +165,7 @@ Json answer(const Json& request, const Tokenizer* tokenizer, const TokenTrie* tr
 }  // namespace
 
 int main(int argc, char** argv) {
-    TokenTriePtr trie;
+    std::optional<MaskMaker> masks;
     std::optional<Tokenizer> tokenizer;
     if (argc > 1) {
         auto file = Gguf::open(argv[1]);
@@ -151,13 +174,14 @@ int main(int argc, char** argv) {
         if (!opened) return std::fprintf(stderr, "%s\n", opened.error().message.c_str()), 1;
         tokenizer = *opened;
         const uint64_t begin = thread_cpu_ns();
-        trie = TokenTrie::build(*tokenizer);
-        std::fprintf(stderr, "%zu tokens, trie in %.1f ms\n", trie->vocabulary(),
+        masks.emplace(TokenTrie::build(*tokenizer));
+        std::fprintf(stderr, "%zu tokens, trie in %.1f ms\n", masks->trie().vocabulary(),
                      double(thread_cpu_ns() - begin) / 1e6);
     }
     for (std::string line; std::getline(std::cin, line);) {
         auto request = Json::parse(line);
-        Json out = request ? answer(*request, tokenizer ? &*tokenizer : nullptr, trie.get())
+        Json out = request ? answer(*request, tokenizer ? &*tokenizer : nullptr,
+                                    masks ? &*masks : nullptr)
                            : Json::object().set("error", request.error().message);
         std::cout << out.write() << std::endl;
     }

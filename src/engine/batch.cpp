@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -102,17 +103,16 @@ bool Scheduler::computes_the_same(const Sequence& prompt) const {
     return false;
 }
 
-namespace {
-
 // What the grammar leaves no choice about, as the model would write it: only a guess, for the same
 // text has other tokens too.
-std::vector<Token> forced_tokens(const Sequence& sequence, const Tokenizer& tokenizer) {
-    if (!sequence.grammar.active()) return {};
-    const std::string text = sequence.grammar.forced_bytes(kMaxForcedBytes);
-    if (text.size() < kLeastForcedBytes) return {};
-    auto tokens = tokenizer.encode(text);
-    return tokens ? std::move(*tokens) : std::vector<Token>();
+void Scheduler::take_forced(Sequence& sequence, uint32_t room) {
+    if (!sequence.grammar.active()) return;
+    const std::string_view text = sequence.prompt->masks->forced(sequence.grammar, kMaxForcedBytes);
+    if (text.size() < kLeastForcedBytes) return;
+    if (const auto tokens = model_.tokenizer().encode(text)) sequence.drafts.take(*tokens, room);
 }
+
+namespace {
 
 bool ends_in_a_character(const Sequence& sequence, const Tokenizer& tokenizer) {
     std::string tail;
@@ -135,7 +135,7 @@ std::span<const Token> rest_of_thought(const Sequence& sequence, const Tokenizer
     const uint64_t used = sequence.outcome.usage.reasoning_tokens;
     if (used < prompt.thought_budget || !prompt.parser->thinking()) return {};
     const bool fits = sequence.grammar.active()
-                          ? takes_all(sequence.grammar, end, *prompt.trie)
+                          ? takes_all(sequence.grammar, end, prompt.masks->trie())
                           : used >= uint64_t{prompt.thought_budget} + kMostHalves ||
                                 ends_in_a_character(sequence, tokenizer);
     return fits ? end : std::span<const Token>();
@@ -153,8 +153,7 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
                                       : short_rope_tokens_ - sequence.length();
     const uint32_t room = std::min({*spare, left - 1, turned_alike});
     sequence.drafts.take(rest_of_thought(sequence, model_.tokenizer()), room);
-    if (sequence.drafts.count == 0)
-        sequence.drafts.take(forced_tokens(sequence, model_.tokenizer()), room);
+    if (sequence.drafts.count == 0) take_forced(sequence, room);
     if (sequence.drafts.count == 0) sequence.drafts.guess(sequence.tokens, room);
     *spare -= sequence.drafts.count;
 }
@@ -246,18 +245,21 @@ Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
     if (!logits) return logits.error();
     if (const auto rest = rest_of_thought(sequence, model_.tokenizer()); !rest.empty()) {
         sequence.closing = sequence.prompt->thought_end.size() - rest.size() + 1;
-        if (sequence.grammar.active())
-            sequence.grammar.accept_token(rest[0], sequence.prompt->trie->piece(rest[0]));
+        if (sequence.grammar.active()) sequence.prompt->masks->accept(sequence.grammar, rest[0]);
         return rest[0];
     }
     if (!sequence.grammar.active()) return sequence.sampler.sample(*logits, sequence.length());
-    const TokenTrie& trie = *sequence.prompt->trie;
-    allowed_.resize(trie.words());
-    fill_mask(trie, sequence.grammar, allowed_);
-    if (std::all_of(allowed_.begin(), allowed_.end(), [](uint64_t word) { return word == 0; }))
+    MaskMaker& masks = *sequence.prompt->masks;
+    // The best of all tokens is the best of the allowed ones if it is one of them.
+    if (sequence.sampler.takes_best()) {
+        const Token best = sequence.sampler.sample(*logits, sequence.length());
+        if (masks.accept(sequence.grammar, best)) return best;
+    }
+    const auto allowed = masks.fill(sequence.grammar);
+    if (std::all_of(allowed.begin(), allowed.end(), [](uint64_t word) { return word == 0; }))
         return make_error(ErrorKind::internal, "no token of this vocabulary goes on as it must");
-    const Token token = sequence.sampler.sample(*logits, sequence.length(), allowed_);
-    sequence.grammar.accept_token(token, trie.piece(token));
+    const Token token = sequence.sampler.sample(*logits, sequence.length(), allowed);
+    masks.accept(sequence.grammar, token);
     return token;
 }
 

@@ -169,10 +169,10 @@ bool LoadedModel::is_called(const std::string& name) const {
     return name == info_.id || std::find(aliases.begin(), aliases.end(), name) != aliases.end();
 }
 
-TokenTriePtr LoadedModel::token_trie() const {
+std::shared_ptr<MaskMaker> LoadedModel::masks() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!token_trie_) token_trie_ = TokenTrie::build(*tokenizer_);
-    return token_trie_;
+    if (!masks_) masks_ = std::make_shared<MaskMaker>(TokenTrie::build(*tokenizer_));
+    return masks_;
 }
 
 Result<Hash256> LoadedModel::fingerprint() const {

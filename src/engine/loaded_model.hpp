@@ -44,8 +44,8 @@ public:
     bool is_called(const std::string& name) const;
     /// How it writes thoughts and calls.
     const std::shared_ptr<const AnswerSyntax>& answer_syntax() const { return answer_syntax_; }
-    /// Of its vocabulary; made when it is first asked for.
-    TokenTriePtr token_trie() const;
+    /// For its vocabulary; made when it is first asked for. Threads: only the one that steps uses it.
+    std::shared_ptr<MaskMaker> masks() const;
     /// A hash of the weights' shapes and first rows, made when it is first asked for. Errors: the
     /// file cannot be read.
     Result<Hash256> fingerprint() const;
@@ -64,7 +64,7 @@ private:
     Sampling sampling_;
     ModelInfo info_;
     mutable std::mutex mutex_;  // guards what is made late
-    mutable TokenTriePtr token_trie_;
+    mutable std::shared_ptr<MaskMaker> masks_;
     mutable std::optional<Hash256> fingerprint_;
 };
 

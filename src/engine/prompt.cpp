@@ -218,9 +218,7 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                  .constrained = *grammar != nullptr,
                  .must_call = request.tool_choice.mode == ToolChoice::Mode::required});
     out->grammar = std::move(*grammar);
-    if (!out->grammar) return {};
-    out->trie = model_.token_trie();
-    out->trie->prepare(*out->grammar);
+    if (out->grammar) out->masks = model_.masks();
     return {};
 }
 

@@ -33,7 +33,7 @@ struct PreparedPrompt final : Prepared {
     std::vector<Token> thought_end;        // what closes a thought that has used them
     std::unique_ptr<OutputParser> parser;  // of the answer
     GrammarPtr grammar;                    // of its text; null: any
-    TokenTriePtr trie;                     // for it
+    std::shared_ptr<MaskMaker> masks;      // for it
 
     const void* owner() const override { return maker; }
 };

@@ -50,6 +50,7 @@ private:
     Sequence* next_prompt() const;
     bool computes_the_same(const Sequence& prompt) const;
     void draft(Sequence& sequence, uint32_t* spare);
+    void take_forced(Sequence& sequence, uint32_t room);
     void reserve_pages(size_t index);
     void add_rows(Sequence& sequence, uint32_t* logit_rows);
 
@@ -67,7 +68,6 @@ private:
     const uint32_t step_tokens_, max_logit_rows_, short_rope_tokens_;
 
     std::vector<SequencePtr> waiting_, running_;
-    std::vector<uint64_t> allowed_;                // tokens that a grammar has next, a bit each
     std::vector<BatchRow> batch_;                  // under way unless empty
     size_t untaken_ = 0;                           // last of running, with logits of a done batch
     std::unordered_map<std::string, Turn> turns_;  // of those that wait or run

@@ -60,6 +60,11 @@ int32_t Dfa::match(std::string_view text) const {
     return state == dead || states() <= start ? -1 : label[state];
 }
 
+bool Dfa::is_same(const Dfa& other) const {
+    return hash == other.hash && classes == other.classes && next == other.next &&
+           label == other.label && boundary == other.boundary;
+}
+
 void ByteClasses::set(Machine& machine) const {
     uint32_t id = 0;
     for (unsigned b = 0; b < 256; ++b) {
@@ -132,6 +137,22 @@ private:
             if (dfa_->shortest[to] == unlimited) to = Dfa::dead;
         find_longest();
         find_loops();
+        describe();
+    }
+    void describe() {
+        Dfa& dfa = *dfa_;
+        uint64_t hash = dfa.class_count;
+        const auto mix = [&](uint64_t v) { hash = (hash ^ v) * 1099511628211u; };
+        for (const uint8_t c : dfa.classes) mix(c);
+        for (const uint32_t to : dfa.next) mix(to);
+        for (const int32_t label : dfa.label) mix(uint32_t(label));
+        dfa.hash = hash ^ hash >> 29;
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s) {
+            dfa.endless &= dfa.longest[s] == unlimited;
+            for (unsigned b = 0; dfa.label[s] >= 0 && b < 256; ++b)
+                if (dfa.step(s, uint8_t(b)) != Dfa::dead)
+                    dfa.beyond[b >> 6] |= uint64_t{1} << (b & 63);
+        }
     }
     // Characters to the nearest end, backwards over the transitions: 0-1 breadth first.
     void find_distances() {

@@ -45,19 +45,23 @@ struct Dfa {
     static constexpr uint32_t dead = 0, start = 1;
     std::array<uint8_t, 256> classes = {};
     uint32_t class_count = 1;
-    std::vector<uint32_t> next;      // (states, class_count)
-    std::vector<int32_t> label;      // -1: does not accept here
-    std::vector<uint8_t> boundary;   // no character is unfinished here
-    std::vector<uint32_t> shortest;  // characters to the nearest end
-    std::vector<uint32_t> longest;   // to the farthest; unlimited
-    std::vector<uint64_t> loops;     // token classes that lead from the state to itself
-    bool even = true;                // every number of characters between the two has an end, too
+    std::vector<uint32_t> next;           // (states, class_count)
+    std::vector<int32_t> label;           // -1: does not accept here
+    std::vector<uint8_t> boundary;        // no character is unfinished here
+    std::vector<uint32_t> shortest;       // characters to the nearest end
+    std::vector<uint32_t> longest;        // to the farthest; unlimited
+    std::vector<uint64_t> loops;          // token classes that lead from the state to itself
+    std::array<uint64_t, 4> beyond = {};  // bytes that may follow what is accepted already
+    bool endless = true;                  // from every state there are texts of any length
+    uint64_t hash = 0;                    // of the tables
+    bool even = true;  // every number of characters between the two has an end, too
     size_t states() const { return label.size(); }
     bool empty() const { return states() <= start || shortest[start] == unlimited; }
     uint32_t step(uint32_t state, uint8_t byte) const {
         return next[size_t(state) * class_count + classes[byte]];
     }
     int32_t match(std::string_view text) const;  ///< the label at its end, or -1
+    bool is_same(const Dfa& other) const;
 };
 using DfaPtr = std::shared_ptr<const Dfa>;
 

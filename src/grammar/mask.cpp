@@ -1,9 +1,9 @@
 // >>grammar
-// A mask is a walk through the tree of all pieces with a set of configurations. Two things keep it
-// short. A state that loops on every class of bytes below a node takes the whole subtree. And where a
-// state loops on most of what text is made of (inside strings), the tokens that stay in it are known
-// beforehand: only what may follow such characters is walked, each such rest once, however many
-// tokens end in it.
+// A mask is a walk through the tree of all pieces with a set of configurations. What of it does not
+// depend on the stack is found once: of an automaton's state (inside strings, numbers, patterns) the
+// tokens that stay in the automaton, and what the others have behind it. So inside an automaton only
+// these rests are walked, each once, however many tokens end in it. A whole mask is kept for when the
+// same state comes again, as it does from token to token of a text.
 #include "prologue.hpp"
 
 #include "grammar/mask.hpp"
@@ -15,8 +15,9 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
-#include <mutex>
+#include <numeric>
 #include <span>
 #include <string>
 #include <string_view>
@@ -29,10 +30,11 @@ inline namespace v1 {
 namespace detail {
 namespace {
 
-constexpr size_t kMostSlices = 32;
-constexpr uint32_t kShortChars = 16;
-constexpr uint64_t kLetters = 0x78;  // token classes 3 to 6
+constexpr size_t kKnownMasks = 64;
 
+bool has_byte(const std::array<uint64_t, 4>& bytes, uint8_t b) {
+    return bytes[b >> 6] >> (b & 63) & 1;
+}
 uint64_t bit(uint32_t token_class) { return uint64_t{1} << token_class; }
 
 // The class of the character at text[*at]; moves behind it.
@@ -52,16 +54,18 @@ void PieceTrie::build(std::vector<Text> texts) {
         if (const int order = a.text.compare(b.text)) return order < 0;
         return a.chars != b.chars ? a.chars < b.chars : a.token < b.token;
     });
+    std::vector<uint32_t> path;
     const auto open = [&](uint8_t b) {
         byte.push_back(b);
         end.push_back(0);
         first.push_back(uint32_t(tokens.size()));
         classes.push_back(0);
         deepest.push_back(0);
+        depth.push_back(uint32_t(path.size()));
     };
-    std::vector<uint32_t> path = {0};
     std::vector<uint64_t> behind;
     open(0);
+    path.push_back(0);
     std::string_view before;
     for (const Text& t : texts) {
         size_t common = 0;
@@ -72,8 +76,8 @@ void PieceTrie::build(std::vector<Text> texts) {
             path.pop_back();
         }
         for (size_t i = common; i < t.text.size(); ++i) {
-            path.push_back(uint32_t(byte.size()));
             open(uint8_t(t.text[i]));
+            path.push_back(uint32_t(byte.size() - 1));
         }
         behind.assign(t.text.size() + 1, 0);
         for (size_t i = t.text.size(); i-- > 0;) {
@@ -83,7 +87,7 @@ void PieceTrie::build(std::vector<Text> texts) {
         }
         for (size_t d = 0; d <= t.text.size(); ++d) {
             classes[path[d]] |= behind[d];
-            deepest[path[d]] = std::max(deepest[path[d]], uint16_t(t.text.size() - d));
+            deepest[path[d]] = std::max(deepest[path[d]], uint32_t(t.text.size() - d));
         }
         tokens.push_back(t.token);
         chars.push_back(t.chars);
@@ -134,256 +138,308 @@ void TokenTrie::finish(std::vector<Token> ends) {
         if (const auto text = piece(Token(i)); !text.empty())
             texts.push_back({text, Token(i), 0, 0});
     trie_.build(std::move(texts));
-    slices_.push_back(make_slice(any_string_dfa()->loops[Dfa::start], true));
 }
 
-TokenTrie::SlicePtr TokenTrie::make_slice(uint64_t loops, bool with_short) const {
-    const auto out = std::make_shared<Slice>();
-    out->loops = loops;
-    out->mask.assign(words(), 0);
-    std::vector<std::vector<Token>> lists;
-    std::vector<PieceTrie::Text> rests;
-    for (size_t i = 0; i < vocabulary_; ++i) {
-        const std::string_view text = piece(Token(i));
-        if (text.empty()) continue;
-        size_t at = 0, before = 0;
-        uint16_t count = 0;
-        while (at < text.size()) {
-            before = at;
-            if (!(next_class(text, &at) & loops)) {
-                rests.push_back({text.substr(before), Token(i), count, uint16_t(before)});
-                break;
-            }
-            ++count;
-            before = at;
+// ---- Slices --------------------------------------------------------------------------------------
+
+size_t MaskMaker::Slice::bytes() const {
+    size_t sum = sizeof *this + dfa->next.size() * 4 + mask.size() * 8 +
+                 (inside.size() + need_begin.size()) * 4;
+    for (const auto& [label, trie] : rests) sum += trie.byte.size() * 25 + trie.tokens.size() * 12;
+    return sum;
+}
+
+const MaskMaker::Slice& MaskMaker::slice(const DfaPtr& dfa, uint32_t state, Use use,
+                                         const Bytes& follow) {
+    uint64_t hash = dfa->hash ^ uint64_t(use);
+    for (const uint64_t v : {uint64_t{state}, follow[0], follow[1], follow[2], follow[3]})
+        hash = (hash ^ v ^ hash >> 29) * 0x9E3779B97F4A7C15u;
+    std::unique_ptr<Slice>& known = slices_[hash];
+    if (known && known->state == state && known->use == use && known->follow == follow &&
+        (known->dfa == dfa || known->dfa->is_same(*dfa))) {
+        known->dfa = dfa;  // the next one to ask has it, too: no table is compared again
+        return *known;
+    }
+    if (known) slice_bytes_ -= known->bytes();
+    auto made = std::make_unique<Slice>();
+    made->dfa = dfa, made->state = state, made->use = use, made->follow = follow;
+    make_slice(*made);
+    slice_bytes_ += made->bytes();
+    if (slice_bytes_ <= most_bytes) return *(known = std::move(made));
+    slices_.clear();
+    slice_bytes_ = made->bytes();
+    return *(slices_[hash] = std::move(made));
+}
+
+// A walk through all pieces with the automaton alone. Where it has accepted and cannot go on, the
+// rest of the piece is what others must take.
+void MaskMaker::make_slice(Slice& out) const {
+    const PieceTrie& trie = trie_->trie_;
+    const Dfa& dfa = *out.dfa;
+    const bool counted = out.use == Use::counted;
+    std::vector<uint32_t> states(trie.deepest[0] + 1u, out.state),
+        chars(states.size(), 0);                       // by depth
+    std::vector<std::pair<uint32_t, uint32_t>> taken;  // stretches of the trie's tokens
+    std::vector<uint32_t> needs(counted ? trie.tokens.size() : 0, unlimited);
+    std::vector<std::vector<PieceTrie::Text>> rests;
+    const auto leave = [&](uint32_t node, uint32_t depth) {
+        const size_t label = size_t(dfa.label[states[depth]]);
+        if (rests.size() <= label) rests.resize(label + 1);
+        for (uint32_t i = trie.first[node]; i < trie.first[trie.end[node]]; ++i) {
+            const Token token = trie.tokens[i];
+            const std::string_view rest = trie_->piece(token).substr(depth);
+            if (out.use == Use::key && std::count(rest.begin(), rest.end(), '"') > 2)
+                out.tried.push_back(token);
+            else rests[label].push_back({rest, token, chars[depth], depth});
         }
-        if (before < text.size()) {
-            if (out->rest_chars.size() <= count) out->rest_chars.resize(count + 1u);
-            out->rest_chars[count] = true;
+    };
+    uint32_t alive = 1;  // where a stretch of nodes that are taken begins
+    const auto take_until = [&](uint32_t node) {
+        if (trie.first[alive] < trie.first[node])
+            taken.push_back({trie.first[alive], trie.first[node]});
+    };
+    for (uint32_t n = 1; n < trie.end[0];) {
+        const uint32_t depth = trie.depth[n];
+        const uint32_t from = states[depth - 1], state = dfa.step(from, trie.byte[n]);
+        if (state == Dfa::dead) {
+            if (dfa.label[from] >= 0 && has_byte(out.follow, trie.byte[n])) leave(n, depth - 1);
+            take_until(n);
+            alive = n = trie.end[n];
             continue;
         }
-        out->mask[i / 64] |= uint64_t{1} << (i % 64);
-        if (lists.size() <= count) lists.resize(count + 1u);
-        lists[count].push_back(Token(i));
+        states[depth] = state;
+        if (counted) {
+            chars[depth] = chars[depth - 1] + dfa.boundary[state];
+            for (uint32_t i = trie.first[n]; i < trie.first[n + 1]; ++i)
+                needs[i] = chars[depth] + dfa.shortest[state];
+        } else if (dfa.loops[state] && !(trie.classes[n] & ~dfa.loops[state])) {
+            n = trie.end[n];
+            continue;
+        }
+        ++n;
     }
-    for (const auto& list : lists) {
-        out->chars_begin.push_back(uint32_t(out->by_chars.size()));
-        out->by_chars.insert(out->by_chars.end(), list.begin(), list.end());
+    take_until(trie.end[0]);
+    for (size_t label = 0; label < rests.size(); ++label) {
+        if (rests[label].empty()) continue;
+        out.rests.emplace_back(int32_t(label), PieceTrie());
+        out.rests.back().second.build(std::move(rests[label]));
     }
-    out->chars_begin.push_back(uint32_t(out->by_chars.size()));
-    out->rests.build(std::move(rests));
-    for (uint32_t most = 0; with_short && most <= kShortChars; ++most) {
-        std::vector<uint64_t> mask = most ? out->short_masks.back()
-                                          : std::vector<uint64_t>(words(), 0);
-        for (const Token t : most < lists.size() ? lists[most] : std::vector<Token>())
-            mask[size_t(t) / 64] |= uint64_t{1} << (t % 64);
-        out->short_masks.push_back(std::move(mask));
-    }
-    return out;
+    keep_inside(out, taken, needs);
 }
 
-TokenTrie::SlicePtr TokenTrie::slice(uint64_t loops) const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const SlicePtr& slice : slices_)
-        if (slice->loops == loops) return slice;
-    return nullptr;
+void MaskMaker::keep_inside(Slice& out, std::span<const std::pair<uint32_t, uint32_t>> taken,
+                            std::span<const uint32_t> needs) const {
+    const std::vector<Token>& tokens = trie_->trie_.tokens;
+    size_t count = 0;
+    for (const auto& [from, to] : taken) count += to - from;
+    if (count > trie_->words()) out.mask.assign(trie_->words(), 0);
+    if (out.mask.empty() || out.use == Use::counted) out.inside.reserve(count);
+    for (const auto& [from, to] : taken)
+        for (uint32_t i = from; i < to; ++i) {
+            const size_t token = size_t(tokens[i]);
+            if (!out.mask.empty()) out.mask[token / 64] |= uint64_t{1} << (token % 64);
+            if (out.inside.capacity()) out.inside.push_back(Token(i));
+        }
+    if (out.use == Use::counted) {  // a counting sort
+        for (const Token i : out.inside) {
+            const size_t need = needs[size_t(i)];
+            if (out.need_begin.size() < need + 2) out.need_begin.resize(need + 2);
+            ++out.need_begin[need + 1];
+        }
+        std::partial_sum(out.need_begin.begin(), out.need_begin.end(), out.need_begin.begin());
+        std::vector<uint32_t> next = out.need_begin;
+        std::vector<Token> sorted(out.inside.size());
+        for (const Token i : out.inside) sorted[next[needs[size_t(i)]]++] = i;
+        out.inside = std::move(sorted);
+    }
+    for (Token& i : out.inside) i = tokens[size_t(i)];
 }
 
-void TokenTrie::prepare(const Grammar& grammar) const {
-    const auto look = [&](const Dfa& dfa) {
-        for (const uint64_t loops : dfa.loops) {
-            if (!(loops & kLetters) || slice(loops)) continue;
-            {
-                const std::lock_guard<std::mutex> lock(mutex_);
-                if (slices_.size() >= kMostSlices) return;
-            }
-            SlicePtr made = make_slice(loops, false);
-            const std::lock_guard<std::mutex> lock(mutex_);
-            slices_.push_back(std::move(made));
-        }
-    };
-    for (const TerminalNode& terminal : grammar.terminals) look(*terminal.dfa);
-    for (const ObjectNode& object : grammar.objects)
-        if (object.other) look(*object.other);
-}
-
-class MaskMaker {
-public:
-    MaskMaker(const TokenTrie& trie, const GrammarState& state, std::span<uint64_t> mask)
-        : trie_(trie), state_(state), mask_(mask), walk_(*state.grammar_) {
-        walk_.cells = state.cells_;
-    }
-    void fill() {
-        std::fill(mask_.begin(), mask_.end(), 0);
-        std::vector<GrammarConfig> others;
-        for (const GrammarConfig& config : state_.configs_)
-            if (!fill_from_slice(config)) others.push_back(config);
-        const auto set = walk_.expand(walk_.add(state_.configs_));
-        if (walk_.may_end(set))
-            for (const Token end : trie_.ends()) allow(end);
-        for (uint32_t i = set.begin; i < set.end; ++i) {
-            const GrammarNode& node = walk_.grammar().nodes[walk_.pool[i].node];
-            if (node.kind == GrammarNode::Kind::token) allow(Token(node.a));
-        }
-        if (!others.empty()) walk_all(trie_.trie_, 0, walk_.expand(walk_.add(others)));
-    }
-
-private:
-    using Set = GrammarWalk::Set;
-    void allow(Token token) {
-        if (token >= 0 && size_t(token) < trie_.vocabulary())
-            mask_[size_t(token) / 64] |= uint64_t{1} << (token % 64);
-    }
-    struct Loop {
-        uint64_t classes = 0;
-        uint32_t most = unlimited;  // characters that it may take
-    };
-    Loop loop_of(const GrammarConfig& config) const {
-        const GrammarNode& node = walk_.grammar().nodes[config.node];
-        if (node.kind == GrammarNode::Kind::key) {
-            const ObjectNode& object = walk_.grammar().objects[node.a];
-            if (config.count != 1 && config.count != 2) return {};  // 2: at its begin
-            return object.endless ? Loop{object.other->loops[config.sub]} : Loop{};
-        }
-        if (node.kind != GrammarNode::Kind::terminal) return {};
-        const TerminalNode& terminal = walk_.grammar().terminals[node.a];
-        const uint64_t loops = terminal.dfa->loops[config.sub];
-        if (!loops || terminal.most == unlimited) return {loops};
-        return {loops, terminal.most - config.count - terminal.dfa->shortest[config.sub]};
-    }
-
-    // ---- Slices
-    bool fill_from_slice(const GrammarConfig& config) {
-        const Loop loop = loop_of(config);
-        if (!(loop.classes & kLetters)) return false;
-        slice_ = trie_.slice(loop.classes);
-        if (!slice_) return false;
-        const auto mark = walk_.mark();
-        const auto set = walk_.expand(walk_.add({config}));
-        std::array<uint64_t, 4> bytes;
-        walk_.allowed({set.begin + 1, set.end}, bytes);
-        bool apart = true;  // what may follow begins with nothing that may also stay
-        for (unsigned b = 0; b < 0x80; ++b)
-            apart &= !(bytes[b >> 6] >> (b & 63) & 1) || !(loop.classes & bit(token_classes()[b]));
-        apart &= !(bytes[2] | bytes[3]) ||
-                 !(loop.classes & (bit(class_multibyte) | bit(class_broken)));
-        walk_.back_to(mark);
-        if (!apart) return false;
-        add_short(loop.most);
-        key_ = walk_.grammar().nodes[config.node].kind == GrammarNode::Kind::key ? &config
-                                                                                 : nullptr;
-        walk_rests(config, loop);
-        key_ = nullptr;
-        low_ = 0, high_ = UINT32_MAX;
-        return true;
-    }
-    // The tokens of the slice that have at most so many characters.
-    void add_short(uint32_t most) {
-        const uint32_t longest = uint32_t(slice_->chars_begin.size()) - 2;
-        if (slice_->by_chars.empty()) return;
-        if (most >= longest) return add_mask(slice_->mask);
-        uint32_t from = 0;
-        if (!slice_->short_masks.empty()) {
-            const uint32_t whole = std::min(most, kShortChars);
-            add_mask(slice_->short_masks[whole]);
-            from = slice_->chars_begin[std::min(whole, longest) + 1];
-        }
-        const uint32_t to = slice_->chars_begin[most + 1];
-        for (uint32_t i = from; i < to; ++i) allow(slice_->by_chars[i]);
-    }
-    void add_mask(const std::vector<uint64_t>& mask) {
+// The tokens that stay inside and need at most so many characters.
+void MaskMaker::add_inside(const Slice& slice, uint32_t most) {
+    const bool all = slice.use != Use::counted || size_t(most) + 1 >= slice.need_begin.size();
+    const size_t to = all ? slice.inside.size() : slice.need_begin[size_t(most) + 1];
+    const auto add = [&](const std::vector<uint64_t>& mask) {
         for (size_t i = 0; i < mask_.size(); ++i) mask_[i] |= mask[i];
+    };
+    if (all && !slice.mask.empty()) return add(slice.mask);
+    if (slice.mask.empty() || to < slice.inside.size() / 2) {
+        for (size_t i = 0; i < to; ++i) allow(slice.inside[i]);
+        return;
     }
-    // Where characters are counted, what may follow depends on how many stand before it: those with
-    // which no bound comes near go together.
-    void walk_rests(const GrammarConfig& config, const Loop& loop) {
-        const GrammarNode& node = walk_.grammar().nodes[config.node];
-        const bool counts = node.kind == GrammarNode::Kind::terminal &&
-                            walk_.grammar().terminals[node.a].counts();
-        if (!counts) return walk_rest(config, 0, UINT32_MAX);
-        const TerminalNode& terminal = walk_.grammar().terminals[node.a];
-        const uint32_t deepest = slice_->rests.deepest[0];
-        const uint32_t least = terminal.least > config.count ? terminal.least - config.count : 0;
-        const uint32_t free = loop.most == unlimited ? unlimited
-                              : loop.most > deepest  ? loop.most - deepest
-                                                     : 0;
-        if (least <= free && free) walk_rest(config, least, free);
-        for (uint32_t n = 0; n < slice_->rest_chars.size() && n <= loop.most; ++n)
-            if (slice_->rest_chars[n] && (n < least || n > free || !free)) walk_rest(config, n, n);
-    }
-    void walk_rest(GrammarConfig config, uint32_t low, uint32_t high) {
-        const GrammarNode& node = walk_.grammar().nodes[config.node];
-        if (node.kind == GrammarNode::Kind::terminal) {
-            const TerminalNode& terminal = walk_.grammar().terminals[node.a];
-            if (terminal.counts()) config.count += low;
-            if (terminal.most == unlimited) config.count = std::min(config.count, terminal.least);
-        }
-        low_ = low, high_ = high;
-        const auto mark = walk_.mark();
-        walk_all(slice_->rests, 0, walk_.expand(walk_.add({config})));
-        walk_.back_to(mark);
-    }
+    some_ = slice.mask;
+    for (size_t i = to; i < slice.inside.size(); ++i)
+        some_[size_t(slice.inside[i]) / 64] &= ~(uint64_t{1} << (slice.inside[i] % 64));
+    add(some_);
+}
 
-    // ---- The walk
-    void walk_all(const PieceTrie& trie, uint32_t node, Set set) {
-        std::array<uint64_t, 4> bytes = {~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}};
-        if (trie.end[node] - node > 64) walk_.allowed(set, bytes);
-        const auto mark = walk_.mark();
-        for (uint32_t c = node + 1; c < trie.end[node]; c = trie.end[c]) {
-            const uint8_t b = trie.byte[c];
-            if (!(bytes[b >> 6] >> (b & 63) & 1)) continue;
-            auto next = walk_.step(set, b);
-            if (!next.empty()) {
-                const bool leaf = trie.end[c] == c + 1;
-                const bool whole = leaf || takes_all(trie, c, next);
-                take_texts(trie, trie.first[c],
-                           whole ? trie.first[trie.end[c]] : trie.first[c + 1]);
-                if (!whole) walk_all(trie, c, walk_.expand(next));
-            }
-            walk_.back_to(mark);
+// False: what may follow begins with what may also stay, or the bounds need the whole walk.
+bool MaskMaker::fill_from_slice(const GrammarConfig& config) {
+    const Grammar& grammar = walk_.grammar();
+    const GrammarNode& node = grammar.nodes[config.node];
+    const auto mark = walk_.mark();
+    Use use = Use::plain;
+    Bytes follow = {};
+    DfaPtr dfa;
+    low_ = 0, high_ = unlimited;
+    if (node.kind == GrammarNode::Kind::key) {
+        const ObjectNode& object = grammar.objects[node.a];
+        if (!config.count || !object.endless) return false;
+        use = Use::key;
+        dfa = object.other;
+        follow['"' >> 6] = uint64_t{1} << ('"' & 63);
+    } else if (node.kind == GrammarNode::Kind::terminal) {
+        const TerminalNode& terminal = grammar.terminals[node.a];
+        dfa = terminal.dfa;
+        if (terminal.counts()) {
+            use = Use::counted;
+            low_ = terminal.least > config.count ? terminal.least - config.count : 0;
+            if (low_ && !dfa->endless) return false;
+            if (terminal.most != unlimited) high_ = terminal.most - config.count;
         }
-    }
-    bool takes_all(const PieceTrie& trie, uint32_t node, Set set) const {
-        for (uint32_t i = set.begin; i < set.end; ++i) {
-            const GrammarConfig& config = walk_.pool[i];
-            const Loop loop = loop_of(config);
-            if (loop.classes && !(trie.classes[node] & ~loop.classes) &&
-                trie.deepest[node] <= loop.most)
-                return true;
-        }
+        if (terminal.targets.empty()) walk_.allowed(walk_.after(config, 0), follow);
+        else follow.fill(~uint64_t{0});
+        walk_.back_to(mark);
+    } else {
         return false;
     }
-    void take_texts(const PieceTrie& trie, uint32_t from, uint32_t to) {
-        const bool main = &trie == &trie_.trie_;
-        for (uint32_t i = from; i < to; ++i)
-            if (main || (trie.chars[i] >= low_ && trie.chars[i] <= high_ &&
-                         (!key_ || key_is_new(trie.tokens[i], trie.bytes[i]))))
-                allow(trie.tokens[i]);
+    for (size_t i = 0; i < follow.size(); ++i)
+        if (follow[i] & dfa->beyond[i]) return false;
+    const Slice& found = slice(dfa, config.sub, use, follow);
+    add_inside(found, high_);
+    if (use == Use::key) key_ = &config;
+    for (const auto& [label, rests] : found.rests) {
+        const Set set = walk_.after(config, label);
+        if (key_ && !set.empty()) take_texts(rests, 0, rests.first[2]);  // the quote alone
+        walk_all(rests, key_ ? 1 : 0, set);
+        walk_.back_to(mark);
     }
-    // The keys of one object differ: of a token that ends a key, the bytes before the quote are
-    // looked at once more, since the walk began behind them.
-    bool key_is_new(Token token, uint32_t bytes) const {
-        const std::string_view text = trie_.piece(token);
-        if (text[bytes] != '"') return true;
-        GrammarWalk check(walk_.grammar());
-        check.cells = state_.cells_;
-        auto set = check.add({*key_});
-        for (uint32_t i = 0; i <= bytes && !set.empty(); ++i)
-            set = check.step(check.expand(set), uint8_t(text[i]));
-        return !set.empty();
+    for (const Token token : found.tried) {
+        Set set = walk_.add({config});
+        for (const char c : trie_->piece(token))
+            if (!set.empty()) set = walk_.step(walk_.expand(set), uint8_t(c));
+        if (!set.empty()) allow(token);
+        walk_.back_to(mark);
     }
+    key_ = nullptr;
+    return true;
+}
 
-    const TokenTrie& trie_;
-    const GrammarState& state_;
-    std::span<uint64_t> mask_;
-    GrammarWalk walk_;
-    TokenTrie::SlicePtr slice_;
-    const GrammarConfig* key_ = nullptr;
-    uint32_t low_ = 0, high_ = UINT32_MAX;
-};
+// ---- The walk ------------------------------------------------------------------------------------
 
-void fill_mask(const TokenTrie& trie, const GrammarState& state, std::span<uint64_t> mask) {
-    MaskMaker(trie, state, mask).fill();
+// What nearly every schema needs is made before the first token waits for it.
+MaskMaker::MaskMaker(TokenTriePtr trie) : trie_(std::move(trie)), known_(kKnownMasks) {
+    Bytes quote = {};
+    quote['"' >> 6] = uint64_t{1} << ('"' & 63);
+    for (const Use use : {Use::plain, Use::counted})
+        (void)slice(any_string_dfa(), Dfa::start, use, quote);
+}
+
+void MaskMaker::allow(Token token) {
+    if (token >= 0 && size_t(token) < trie_->vocabulary())
+        mask_[size_t(token) / 64] |= uint64_t{1} << (token % 64);
+}
+
+bool MaskMaker::accept(GrammarState& state, Token token) {
+    if (state.accept_token(token, trie_->piece(token), walk_)) return true;
+    const auto ends = trie_->ends();
+    return std::find(ends.begin(), ends.end(), token) != ends.end() && state.may_end();
+}
+
+std::string_view MaskMaker::forced(const GrammarState& state, size_t most) {
+    state.forced_bytes(forced_, most, walk_);
+    return forced_;
+}
+
+std::span<const uint64_t> MaskMaker::fill(const GrammarState& state) {
+    uint64_t hash = 0;
+    const auto add = [&](uint32_t v) {
+        hash = (hash ^ v) * 0x9E3779B97F4A7C15u, hash ^= hash >> 32;
+    };
+    for (const auto& c : state.configs_) add(c.node), add(c.sub), add(c.count), add(c.stack);
+    for (const auto& c : state.cells_) add(c.parent), add(c.node), add(c.value), add(c.extra);
+    Known& known = known_[hash % known_.size()];
+    const auto same = [](const auto& a, const auto& b) {
+        return a.size() == b.size() &&
+               (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0);
+    };
+    if (known.grammar != state.grammar_->digest || !same(known.configs, state.configs_) ||
+        !same(known.cells, state.cells_)) {
+        known.mask.assign(trie_->words(), 0);
+        mask_ = known.mask;
+        make(state);
+        known.grammar = state.grammar_->digest;
+        known.configs = state.configs_;
+        known.cells = state.cells_;
+    }
+    return known.mask;
+}
+
+void MaskMaker::make(const GrammarState& state) {
+    walk_.begin(*state.grammar_, state.cells_);
+    const auto mark = walk_.mark();
+    const Set set = walk_.expand(walk_.add(state.configs_));
+    for (uint32_t i = set.begin; i < set.end; ++i) {
+        const GrammarNode& node = walk_.grammar().nodes[walk_.pool[i].node];
+        if (node.kind == GrammarNode::Kind::token) allow(Token(node.a));
+        if (node.kind == GrammarNode::Kind::end)
+            for (const Token end : trie_->ends()) allow(end);
+    }
+    walk_.back_to(mark);
+    others_.clear();
+    for (const GrammarConfig& config : state.configs_)
+        if (!fill_from_slice(config)) others_.push_back(config);
+    if (!others_.empty()) walk_all(trie_->trie_, 0, walk_.expand(walk_.add(others_)));
+}
+
+void MaskMaker::walk_all(const PieceTrie& trie, uint32_t node, Set set) {
+    Bytes bytes = {~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}};
+    if (trie.end[node] - node > 64) walk_.allowed(set, bytes);
+    const auto mark = walk_.mark();
+    for (uint32_t c = node + 1; c < trie.end[node]; c = trie.end[c]) {
+        const uint8_t b = trie.byte[c];
+        if (!has_byte(bytes, b)) continue;
+        const Set next = walk_.step(set, b);
+        if (!next.empty()) {
+            const bool leaf = trie.end[c] == c + 1;
+            const bool whole = leaf || takes_all(trie, c, next);
+            take_texts(trie, trie.first[c], whole ? trie.first[trie.end[c]] : trie.first[c + 1]);
+            if (!whole) walk_all(trie, c, walk_.expand(next));
+        }
+        walk_.back_to(mark);
+    }
+}
+
+// Whether one of the ways stays where it is with all that follows the node.
+bool MaskMaker::takes_all(const PieceTrie& trie, uint32_t node, Set set) const {
+    for (uint32_t i = set.begin; i < set.end; ++i) {
+        const GrammarConfig& config = walk_.pool[i];
+        const GrammarNode& at = walk_.grammar().nodes[config.node];
+        if (at.kind == GrammarNode::Kind::key) {
+            const ObjectNode& object = walk_.grammar().objects[at.a];
+            if (config.count == 0 || !object.endless) continue;
+            if (!(trie.classes[node] & ~object.other->loops[config.sub])) return true;
+        } else if (at.kind == GrammarNode::Kind::terminal) {
+            const TerminalNode& terminal = walk_.grammar().terminals[at.a];
+            const uint32_t room = terminal.most == unlimited
+                                      ? unlimited
+                                      : terminal.most - config.count -
+                                            terminal.dfa->shortest[config.sub];
+            if (!(trie.classes[node] & ~terminal.dfa->loops[config.sub]) &&
+                trie.deepest[node] <= room)
+                return true;
+        }
+    }
+    return false;
+}
+
+void MaskMaker::take_texts(const PieceTrie& trie, uint32_t from, uint32_t to) {
+    const bool all = &trie == &trie_->trie_ || (!key_ && low_ == 0 && high_ == unlimited);
+    for (uint32_t i = from; i < to; ++i)
+        if (all || (trie.chars[i] >= low_ && trie.chars[i] <= high_ &&
+                    (!key_ || walk_.may_be_key(
+                                  *key_, trie_->piece(trie.tokens[i]).substr(0, trie.bytes[i])))))
+            allow(trie.tokens[i]);
 }
 
 }  // namespace detail

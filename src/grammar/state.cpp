@@ -85,44 +85,44 @@ void GrammarWalk::close(uint32_t node, uint32_t stack) {
 }
 
 void GrammarWalk::close_one(uint32_t id, uint32_t stack) {
-    const GrammarNode& node = grammar_.nodes[id];
+    const GrammarNode& node = grammar_->nodes[id];
     switch (node.kind) {
         case Kind::split:
-            for (uint32_t e = node.b; e-- > node.a;) open(grammar_.edges[e], stack);
+            for (uint32_t e = node.b; e-- > node.a;) open(grammar_->edges[e], stack);
             return;
         case Kind::bytes:
         case Kind::token:
         case Kind::end: return put({id, 0, 0, stack});
         case Kind::texts:
-            if (grammar_.tries[node.a].trie.from.size() > 1) put({id, 0, 0, stack});
+            if (grammar_->tries[node.a].trie.from.size() > 1) put({id, 0, 0, stack});
             return;
         case Kind::terminal: return put({id, Dfa::start, 0, stack});
         case Kind::call:
-            if (grammar_.nodes[node.next].kind == Kind::back) return open(node.a, stack);
+            if (grammar_->nodes[node.next].kind == Kind::back) return open(node.a, stack);
             if (!fits(stack, node.b)) return;
             return open(node.a, push(stack, id, 0, 0, cells[stack].depth + 1));
         case Kind::back: {
             const GrammarCell cell = cells[stack];
-            return open(grammar_.nodes[cell.node].next, cell.parent);
+            return open(grammar_->nodes[cell.node].next, cell.parent);
         }
         case Kind::repeat:
             if (!fits(stack, 1)) return;
             return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
         case Kind::again: return repeat_again(id, stack);
         case Kind::object:
-            if (!fits(stack, grammar_.objects[node.a].height)) return;
+            if (!fits(stack, grammar_->objects[node.a].height)) return;
             return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
         case Kind::members: return cells[stack].node == id ? between_members(node, stack) : void();
         case Kind::key: return begin_key(id, stack);
         case Kind::other_key: return;
         case Kind::array: {
-            const ArrayNode& array = grammar_.arrays[node.a];
+            const ArrayNode& array = grammar_->arrays[node.a];
             if (node.b && cells[stack].node != node.next) return;
             if (node.b) return (void)choose_item(array, stack, true);
             if (!fits(stack, array.height)) return;
             const uint32_t top = push(stack, node.next, 0, 0, cells[stack].depth + 1);
             if (array.least == 0 && array.least_counted == 0)
-                open(grammar_.nodes[node.next].next, stack);
+                open(grammar_->nodes[node.next].next, stack);
             return (void)choose_item(array, top, true);
         }
         case Kind::items: return between_items(id, stack);
@@ -134,8 +134,8 @@ void GrammarWalk::repeat_again(uint32_t id, uint32_t stack) {
     for (const auto& [n, s] : looped_)
         if (n == id && same_stack(s, stack)) return;
     looped_.push_back({id, stack});
-    const GrammarNode& node = grammar_.nodes[id];
-    const RepeatNode& repeat = grammar_.repeats[node.a];
+    const GrammarNode& node = grammar_->nodes[id];
+    const RepeatNode& repeat = grammar_->repeats[node.a];
     const GrammarCell cell = cells[stack];
     if (cell.value >= repeat.least) open(node.next, cell.parent);
     if (cell.value >= repeat.most || !repeat.body || !fits(cell.parent, repeat.height)) return;
@@ -177,8 +177,8 @@ bool GrammarWalk::choose_item(const ArrayNode& array, uint32_t stack, bool reall
 
 void GrammarWalk::between_items(uint32_t id, uint32_t stack) {
     if (cells[stack].node != id) return;
-    const GrammarNode& node = grammar_.nodes[id];
-    const ArrayNode& array = grammar_.arrays[node.a];
+    const GrammarNode& node = grammar_->nodes[id];
+    const ArrayNode& array = grammar_->arrays[node.a];
     const GrammarCell cell = cells[stack];
     if (cell.value >= array.least && cell.extra >= array.least_counted)
         open(node.next, cell.parent);
@@ -221,13 +221,13 @@ bool GrammarWalk::leads_to_member(const ObjectNode& object, const GrammarCell& c
 }
 
 void GrammarWalk::between_members(const GrammarNode& node, uint32_t stack) {
-    const ObjectNode& object = grammar_.objects[node.a];
+    const ObjectNode& object = grammar_->objects[node.a];
     const GrammarCell cell = cells[stack];
     const uint32_t count = uint32_t(object.members.size());
     if (object.next_required[cell.value] == count &&
         (!object.counts() || cell.extra >= object.least)) {
         uint32_t below = cell.parent;
-        while (below && grammar_.nodes[cells[below].node].kind == Kind::key)
+        while (below && grammar_->nodes[cells[below].node].kind == Kind::key)
             below = cells[below].parent;
         open(node.next, below);
     }
@@ -238,8 +238,8 @@ void GrammarWalk::between_members(const GrammarNode& node, uint32_t stack) {
 }
 
 void GrammarWalk::begin_key(uint32_t id, uint32_t stack) {
-    if (cells[stack].node != grammar_.nodes[id].next) return;
-    const ObjectNode& object = grammar_.objects[grammar_.nodes[id].a];
+    if (cells[stack].node != grammar_->nodes[id].next) return;
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[id].a];
     if (!object.members.empty() && leads_to_member(object, cells[stack], 0)) put({id, 0, 0, stack});
     if (!may_be_other(object, stack)) return;
     const uint32_t top = push(stack, id, uint32_t(kHashSeed), uint32_t(kHashSeed >> 32),
@@ -249,8 +249,8 @@ void GrammarWalk::begin_key(uint32_t id, uint32_t stack) {
 
 void GrammarWalk::step_key(const GrammarConfig& config, uint8_t byte) {
     if (config.count) return step_other_key(config, byte);
-    if (cells[config.stack].node != grammar_.nodes[config.node].next) return;
-    const ObjectNode& object = grammar_.objects[grammar_.nodes[config.node].a];
+    if (cells[config.stack].node != grammar_->nodes[config.node].next) return;
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
     const GrammarCell cell = cells[config.stack];
     const uint32_t child = object.keys.child(config.sub, byte);
     if (!child || !leads_to_member(object, cell, child)) return;
@@ -265,25 +265,20 @@ void GrammarWalk::step_key(const GrammarConfig& config, uint8_t byte) {
 uint32_t GrammarWalk::used_below(uint32_t object_cell, uint64_t hash) const {
     uint32_t count = 0;
     for (uint32_t c = cells[object_cell].parent;
-         c && grammar_.nodes[cells[c].node].kind == Kind::key; c = cells[c].parent)
+         c && grammar_->nodes[cells[c].node].kind == Kind::key; c = cells[c].parent)
         count += hash_in(cells[c]) == hash;
     return count;
 }
 
 // count: 1, or 2 and the place in the tree of the declared keys.
 void GrammarWalk::step_other_key(const GrammarConfig& config, uint8_t byte) {
-    const ObjectNode& object = grammar_.objects[grammar_.nodes[config.node].a];
-    uint32_t below = config.stack;
-    while (below && grammar_.nodes[cells[below].node].kind == Kind::key)
-        below = cells[below].parent;
-    if (cells[below].node != grammar_.nodes[config.node].next) return;
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
+    const uint32_t below = object_of(config);
+    if (cells[below].node != grammar_->nodes[config.node].next) return;
     const uint64_t hash = mix(hash_in(cells[config.stack]), byte);
     const uint32_t place = config.count >= 2 ? object.keys.child(config.count - 2, byte) : 0;
-    if (byte == '"') {
-        if (!place) end_other_key(config, below, hash);
-        return;
-    }
     const uint32_t state = object.other->step(config.sub, byte);
+    if (byte == '"' && state == Dfa::dead && !place) end_other_key(config, below, hash);
     if (state == Dfa::dead || (*object.words)[state] == 0) return;
     if ((*object.words)[state] != unlimited) {
         const uint32_t declared = place ? object.taken[place] : 0;
@@ -296,10 +291,16 @@ void GrammarWalk::step_other_key(const GrammarConfig& config, uint8_t byte) {
 }
 
 void GrammarWalk::end_other_key(const GrammarConfig& config, uint32_t object_cell, uint64_t hash) {
-    const ObjectNode& object = grammar_.objects[grammar_.nodes[config.node].a];
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
     const int32_t label = object.other->label[config.sub];
-    if (label < 0 || !object.others[size_t(label)].first) return;
-    if (used_below(object_cell, hash)) return;
+    if (label >= 0 && !used_below(object_cell, hash)) open_other(config, object_cell, hash, label);
+}
+
+// What stands behind a key that was not declared.
+void GrammarWalk::open_other(const GrammarConfig& config, uint32_t object_cell, uint64_t hash,
+                             int32_t label) {
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
+    if (!object.others[size_t(label)].first) return;
     const GrammarCell cell = cells[object_cell];
     const auto keep = [&](uint32_t parent, uint64_t h) {
         return push(parent, config.node, uint32_t(h), uint32_t(h >> 32), cell.depth);
@@ -313,10 +314,30 @@ void GrammarWalk::end_other_key(const GrammarConfig& config, uint32_t object_cel
           push(below, cell.node, uint32_t(object.members.size()), count, cell.depth));
 }
 
+uint32_t GrammarWalk::object_of(const GrammarConfig& key) const {
+    uint32_t below = key.stack;
+    while (below && grammar_->nodes[cells[below].node].kind == Kind::key)
+        below = cells[below].parent;
+    return below;
+}
+
+bool GrammarWalk::may_be_key(const GrammarConfig& key, std::string_view rest) const {
+    const ObjectNode& object = grammar_->objects[grammar_->nodes[key.node].a];
+    uint64_t hash = hash_in(cells[key.stack]);
+    uint32_t place = key.count >= 2 ? key.count - 2 : 0;
+    bool declared = key.count >= 2;
+    for (const char c : rest) {
+        hash = mix(hash, uint8_t(c));
+        if (declared) declared = (place = object.keys.child(place, uint8_t(c))) != 0;
+    }
+    if (declared && object.keys.child(place, '"')) return false;
+    return !used_below(object_of(key), mix(hash, '"'));
+}
+
 // ---- Bytes ---------------------------------------------------------------------------------------
 
 void GrammarWalk::step_terminal(const GrammarConfig& config, uint8_t byte) {
-    const TerminalNode& terminal = grammar_.terminals[grammar_.nodes[config.node].a];
+    const TerminalNode& terminal = grammar_->terminals[grammar_->nodes[config.node].a];
     const uint32_t state = terminal.dfa->step(config.sub, byte);
     if (state == Dfa::dead) return;
     uint32_t count = 0;
@@ -329,8 +350,8 @@ void GrammarWalk::step_terminal(const GrammarConfig& config, uint8_t byte) {
 }
 
 void GrammarWalk::step_texts(const GrammarConfig& config, uint8_t byte) {
-    const GrammarNode& node = grammar_.nodes[config.node];
-    const TextTrie& trie = grammar_.tries[node.a].trie;
+    const GrammarNode& node = grammar_->nodes[config.node];
+    const TextTrie& trie = grammar_->tries[node.a].trie;
     const uint32_t child = trie.child(config.sub, byte);
     if (!child) return;
     if (trie.first[child] == trie.first[child + 1]) return close(node.next, config.stack);
@@ -338,10 +359,10 @@ void GrammarWalk::step_texts(const GrammarConfig& config, uint8_t byte) {
 }
 
 void GrammarWalk::step_one(const GrammarConfig& config, uint8_t byte) {
-    const GrammarNode& node = grammar_.nodes[config.node];
+    const GrammarNode& node = grammar_->nodes[config.node];
     switch (node.kind) {
         case Kind::bytes:
-            if (uint8_t(grammar_.text[node.a + config.sub]) != byte) return;
+            if (uint8_t(grammar_->text[node.a + config.sub]) != byte) return;
             if (node.a + config.sub + 1 == node.b) return close(node.next, config.stack);
             return put({config.node, config.sub + 1, 0, config.stack});
         case Kind::terminal: return step_terminal(config, byte);
@@ -352,22 +373,34 @@ void GrammarWalk::step_one(const GrammarConfig& config, uint8_t byte) {
 }
 
 void GrammarWalk::leave(const GrammarConfig& config) {
-    const GrammarNode& node = grammar_.nodes[config.node];
+    const GrammarNode& node = grammar_->nodes[config.node];
     if (node.kind == Kind::texts) {
-        if (grammar_.tries[node.a].trie.label[config.sub] >= 0) close(node.next, config.stack);
+        if (grammar_->tries[node.a].trie.label[config.sub] >= 0) close(node.next, config.stack);
         return;
     }
     if (node.kind != Kind::terminal) return;
-    const TerminalNode& terminal = grammar_.terminals[node.a];
+    const TerminalNode& terminal = grammar_->terminals[node.a];
     if (!may_leave(terminal, config)) return;
     const int32_t label = terminal.dfa->label[config.sub];
     close(terminal.targets.empty() ? node.next : terminal.targets[size_t(label)], config.stack);
 }
 
+GrammarWalk::Set GrammarWalk::after(const GrammarConfig& config, int32_t label) {
+    const GrammarNode& node = grammar_->nodes[config.node];
+    set_begin_ = pool.size();
+    if (node.kind == Kind::terminal) {
+        const auto& targets = grammar_->terminals[node.a].targets;
+        close(targets.empty() ? node.next : targets[size_t(label)], config.stack);
+    } else {
+        open_other(config, object_of(config), hash_in(cells[config.stack]), label);
+    }
+    return expand({uint32_t(set_begin_), uint32_t(pool.size())});
+}
+
 GrammarWalk::Set GrammarWalk::start() {
     if (cells.empty()) cells.push_back({});
     set_begin_ = pool.size();
-    close(grammar_.root, 0);
+    close(grammar_->root, 0);
     return {uint32_t(set_begin_), uint32_t(pool.size())};
 }
 
@@ -399,7 +432,7 @@ GrammarWalk::Set GrammarWalk::step_token(Set expanded, Token token) {
     set_begin_ = pool.size();
     for (uint32_t i = expanded.begin; i < expanded.end; ++i) {
         const GrammarConfig config = pool[i];
-        const GrammarNode& node = grammar_.nodes[config.node];
+        const GrammarNode& node = grammar_->nodes[config.node];
         if (node.kind == Kind::token && node.a == uint32_t(token)) close(node.next, config.stack);
     }
     return {uint32_t(set_begin_), uint32_t(pool.size())};
@@ -407,7 +440,7 @@ GrammarWalk::Set GrammarWalk::step_token(Set expanded, Token token) {
 
 bool GrammarWalk::may_end(Set expanded) const {
     for (uint32_t i = expanded.begin; i < expanded.end; ++i)
-        if (grammar_.nodes[pool[i].node].kind == Kind::end) return true;
+        if (grammar_->nodes[pool[i].node].kind == Kind::end) return true;
     return false;
 }
 
@@ -415,15 +448,15 @@ void GrammarWalk::allowed(Set expanded, std::array<uint64_t, 4>& bytes) const {
     bytes = {};
     for (uint32_t i = expanded.begin; i < expanded.end; ++i) {
         const GrammarConfig& c = pool[i];
-        const GrammarNode& node = grammar_.nodes[c.node];
+        const GrammarNode& node = grammar_->nodes[c.node];
         const TextTrie* trie = nullptr;
         const Dfa* dfa = nullptr;
-        if (node.kind == Kind::bytes) allow(bytes, uint8_t(grammar_.text[node.a + c.sub]));
-        else if (node.kind == Kind::texts) trie = &grammar_.tries[node.a].trie;
-        else if (node.kind == Kind::terminal) dfa = grammar_.terminals[node.a].dfa.get();
-        else if (node.kind == Kind::key && !c.count) trie = &grammar_.objects[node.a].keys;
+        if (node.kind == Kind::bytes) allow(bytes, uint8_t(grammar_->text[node.a + c.sub]));
+        else if (node.kind == Kind::texts) trie = &grammar_->tries[node.a].trie;
+        else if (node.kind == Kind::terminal) dfa = grammar_->terminals[node.a].dfa.get();
+        else if (node.kind == Kind::key && !c.count) trie = &grammar_->objects[node.a].keys;
         else if (node.kind == Kind::key)
-            dfa = grammar_.objects[node.a].other.get(), allow(bytes, '"');
+            dfa = grammar_->objects[node.a].other.get(), allow(bytes, '"');
         if (trie)
             for (uint32_t n = trie->first[c.sub]; n < trie->first[c.sub + 1]; ++n)
                 allow(bytes, trie->byte[n]);
@@ -443,9 +476,10 @@ GrammarState::GrammarState(GrammarPtr grammar) : grammar_(std::move(grammar)) {
 
 // Keeps a set and, of the cells, those that it needs.
 void GrammarState::take(GrammarWalk& walk, GrammarWalk::Set set) {
-    std::vector<GrammarConfig> configs(walk.pool.begin() + set.begin, walk.pool.begin() + set.end);
-    std::vector<uint32_t> place(walk.cells.size(), 0);
-    for (const GrammarConfig& c : configs)
+    configs_.assign(walk.pool.begin() + set.begin, walk.pool.begin() + set.end);
+    std::vector<uint32_t>& place = walk.places;
+    place.assign(walk.cells.size(), 0);
+    for (const GrammarConfig& c : configs_)
         for (uint32_t s = c.stack; s && !place[s]; s = walk.cells[s].parent) place[s] = 1;
     cells_.assign(1, {});
     for (uint32_t s = 1; s < place.size(); ++s) {
@@ -455,14 +489,12 @@ void GrammarState::take(GrammarWalk& walk, GrammarWalk::Set set) {
         cell.parent = place[cell.parent];  // a parent is always older
         cells_.push_back(cell);
     }
-    for (GrammarConfig& c : configs) c.stack = place[c.stack];
-    configs_ = std::move(configs);
+    for (GrammarConfig& c : configs_) c.stack = place[c.stack];
 }
 
-bool GrammarState::advance(std::string_view bytes) {
+bool GrammarState::advance(std::string_view bytes, GrammarWalk& walk) {
     if (bytes.empty()) return true;
-    GrammarWalk walk(*grammar_);
-    walk.cells = cells_;
+    walk.begin(*grammar_, cells_);
     auto set = walk.add(configs_);
     for (const char c : bytes) {
         set = walk.step(walk.expand(set), uint8_t(c));
@@ -472,15 +504,14 @@ bool GrammarState::advance(std::string_view bytes) {
     return true;
 }
 
-bool GrammarState::accept_token(Token token, std::string_view piece) {
-    GrammarWalk walk(*grammar_);
-    walk.cells = cells_;
+bool GrammarState::accept_token(Token token, std::string_view piece, GrammarWalk& walk) {
+    walk.begin(*grammar_, cells_);
     const auto begin = walk.expand(walk.add(configs_));
     const auto marked = walk.step_token(begin, token);
-    if (marked.empty()) return !piece.empty() && advance(piece);
+    if (marked.empty()) return !piece.empty() && advance(piece, walk);
     GrammarState by_number = *this;
     by_number.take(walk, marked);
-    if (GrammarState by_bytes = *this; !piece.empty() && by_bytes.advance(piece)) {
+    if (GrammarState by_bytes = *this; !piece.empty() && by_bytes.advance(piece, walk)) {
         // Both readings go on, side by side.
         const uint32_t shift = uint32_t(by_number.cells_.size()) - 1;
         for (size_t i = 1; i < by_bytes.cells_.size(); ++i) {
@@ -503,17 +534,16 @@ bool GrammarState::may_end() const {
     return walk.may_end(walk.expand(walk.add(configs_)));
 }
 
-std::string GrammarState::forced_bytes(size_t most) const {
-    std::string out;
-    GrammarWalk walk(*grammar_);
-    walk.cells = cells_;
+void GrammarState::forced_bytes(std::string& out, size_t most, GrammarWalk& walk) const {
+    out.clear();
+    walk.begin(*grammar_, cells_);
     auto set = walk.add(configs_);
     while (out.size() < most) {
         set = walk.expand(set);
         int only = -1;
         for (uint32_t i = set.begin; i < set.end; ++i) {
             const auto kind = grammar_->nodes[walk.pool[i].node].kind;
-            if (kind == GrammarNode::Kind::end || kind == GrammarNode::Kind::token) return out;
+            if (kind == GrammarNode::Kind::end || kind == GrammarNode::Kind::token) return;
         }
         std::array<uint64_t, 4> bytes;
         walk.allowed(set, bytes);
@@ -526,15 +556,14 @@ std::string GrammarState::forced_bytes(size_t most) const {
                 walk.back_to(mark);
                 continue;
             }
-            if (only >= 0) return out;
+            if (only >= 0) return;
             only = int(b);
             next = tried;
         }
-        if (only < 0) return out;
+        if (only < 0) return;
         out += char(only);
         set = next;
     }
-    return out;
 }
 
 std::string GrammarState::serialize() const {

@@ -37,9 +37,16 @@ public:
     struct Mark {
         size_t pool, cells;
     };
-    explicit GrammarWalk(const Grammar& grammar) : grammar_(grammar) {}
+    GrammarWalk() = default;
+    explicit GrammarWalk(const Grammar& grammar) : grammar_(&grammar) {}
+    void begin(const Grammar& grammar, const std::vector<GrammarCell>& stack) {
+        grammar_ = &grammar;
+        pool.clear();
+        cells = stack;
+    }
     std::vector<GrammarConfig> pool;
     std::vector<GrammarCell> cells;
+    std::vector<uint32_t> places;  // for whoever moves cells
 
     Mark mark() const { return {pool.size(), cells.size()}; }
     void back_to(Mark mark) {
@@ -56,7 +63,12 @@ public:
     bool may_end(Set expanded) const;
     /// Bytes that some configuration of an expanded set may take; never one fewer.
     void allowed(Set expanded, std::array<uint64_t, 4>& bytes) const;
-    const Grammar& grammar() const { return grammar_; }
+    const Grammar& grammar() const { return *grammar_; }
+    /// What may follow where a terminal or a key that is not declared ends with this label, whatever
+    /// was read of it: expanded.
+    Set after(const GrammarConfig& config, int32_t label);
+    /// Whether the key that goes on like this until its quote is one that the object has not yet.
+    bool may_be_key(const GrammarConfig& key, std::string_view rest) const;
 
 private:
     using Kind = GrammarNode::Kind;
@@ -76,6 +88,9 @@ private:
     void step_key(const GrammarConfig& config, uint8_t byte);
     void step_other_key(const GrammarConfig& config, uint8_t byte);
     void end_other_key(const GrammarConfig& config, uint32_t object_cell, uint64_t hash);
+    void open_other(const GrammarConfig& config, uint32_t object_cell, uint64_t hash,
+                    int32_t label);
+    uint32_t object_of(const GrammarConfig& key) const;
     void between_members(const GrammarNode& node, uint32_t stack);
     void begin_key(uint32_t node, uint32_t stack);
     bool may_be_member(const ObjectNode& object, const GrammarCell& cell, uint32_t index) const;
@@ -87,7 +102,7 @@ private:
     void between_items(uint32_t node, uint32_t stack);
     bool choose_item(const ArrayNode& array, uint32_t stack, bool really);
 
-    const Grammar& grammar_;
+    const Grammar* grammar_ = nullptr;
     std::vector<std::pair<uint32_t, uint32_t>> open_, looped_;
     size_t set_begin_ = 0;
 };
@@ -101,14 +116,28 @@ public:
     const GrammarPtr& grammar() const { return grammar_; }
     bool active() const { return grammar_ != nullptr; }
     /// False: the grammar has no text that goes on so; the state stays as it was.
-    bool advance(std::string_view bytes);
+    bool advance(std::string_view bytes, GrammarWalk& scratch);
+    bool advance(std::string_view bytes) {
+        GrammarWalk walk;
+        return advance(bytes, walk);
+    }
     /// A token by its number (parts that are tokens), else by its bytes; empty bytes: by its number
     /// alone.
-    bool accept_token(Token token, std::string_view piece);
+    bool accept_token(Token token, std::string_view piece, GrammarWalk& scratch);
+    bool accept_token(Token token, std::string_view piece) {
+        GrammarWalk walk;
+        return accept_token(token, piece, walk);
+    }
     bool may_end() const;
     /// The bytes that every text has from here on, at most so many; nothing where the text may end
     /// or a token may stand.
-    std::string forced_bytes(size_t most = 1024) const;
+    void forced_bytes(std::string& out, size_t most, GrammarWalk& scratch) const;
+    std::string forced_bytes(size_t most = 1024) const {
+        std::string out;
+        GrammarWalk walk;
+        forced_bytes(out, most, walk);
+        return out;
+    }
     /// For saved conversations; restore refuses what another grammar or version wrote.
     std::string serialize() const;
     static Result<GrammarState> restore(GrammarPtr grammar, std::string_view bytes);

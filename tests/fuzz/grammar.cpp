@@ -19,7 +19,7 @@ void require(bool condition) {
     if (!condition) std::abort();
 }
 
-const TokenTrie& trie() {
+const TokenTriePtr& trie() {
     static const TokenTriePtr made = [] {
         std::vector<std::string> pieces;
         for (int b = 0; b < 256; ++b) pieces.emplace_back(1, char(b));
@@ -29,7 +29,7 @@ const TokenTrie& trie() {
         pieces.emplace_back();
         return TokenTrie::build(pieces, {Token(pieces.size() - 1)});
     }();
-    return *made;
+    return made;
 }
 
 /// A grammar inside of a JSON string, as the text of a custom tool stands.
@@ -58,22 +58,21 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const std::string source(reinterpret_cast<const char*>(data), size_t(zero - data));
     auto grammar = compile(kind, source);
     if (!grammar) return require(!grammar.error().message.empty()), 0;
-    trie().prepare(**grammar);
     GrammarState state(*grammar);
-    std::vector<uint64_t> mask(trie().words());
     std::string text;
     int steps = 0;
+    static MaskMaker maker(trie());
     for (const uint8_t* at = zero; at < end && steps < 60; ++at, ++steps) {
-        fill_mask(trie(), state, mask);
+        const auto mask = maker.fill(state);
         std::vector<Token> allowed;
-        for (Token t = 0; size_t(t) < trie().vocabulary(); ++t)
-            if (mask[size_t(t) / 64] >> (t % 64) & 1 && !trie().piece(t).empty())
+        for (Token t = 0; size_t(t) < trie()->vocabulary(); ++t)
+            if (mask[size_t(t) / 64] >> (t % 64) & 1 && !trie()->piece(t).empty())
                 allowed.push_back(t);
         require(!allowed.empty() || state.may_end());
         if (allowed.empty()) break;
         const Token token = allowed[*at % allowed.size()];
-        require(state.accept_token(token, trie().piece(token)));
-        text += trie().piece(token);
+        require(state.accept_token(token, trie()->piece(token)));
+        text += trie()->piece(token);
         const bool json = kind % 4 == 2 || kind % 8 == 5;
         if (json && state.may_end()) require(Json::parse(text).ok());
     }
