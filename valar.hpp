@@ -29294,7 +29294,8 @@ public:
     std::vector<ObjectNode> objects;
     std::vector<ArrayNode> arrays;
     uint32_t root = 0;
-    Hash256 digest;  ///< of what it was made from; names it in saved states
+    Hash256 digest;        ///< of what it was made from; names it in saved states
+    size_t bytes() const;  ///< about
 };
 
 /// How deep calls, containers and repeats may stand in each other; a JSON value of it is read by
@@ -29315,6 +29316,16 @@ inline constexpr uint32_t grammar_depth_limit = 250;
 namespace valar {
 inline namespace v1 {
 namespace detail {
+size_t Grammar::bytes() const {
+    size_t sum = sizeof *this + nodes.size() * sizeof nodes[0] + text.size() + edges.size() * 4;
+    for (const TerminalNode& terminal : terminals) sum += terminal.dfa->next.size() * 4;
+    for (const TextsNode& texts : tries) sum += texts.trie.byte.size() * 20;
+    for (const ObjectNode& object : objects)
+        sum += object.keys.byte.size() * 20 + object.members.size() * 24 +
+               (object.other ? object.other->next.size() * 4 : 0);
+    return sum;
+}
+
 namespace {
 
 constexpr size_t kMostParts = 200'000;
@@ -33451,6 +33462,23 @@ struct AnswerShape {
 /// arguments cannot hold.
 Result<GrammarPtr> compile_answer(const AnswerShape& shape);
 
+/// Compiled answers, at most `most_bytes` of them, the latest used: requests with the same tools and
+/// format share one. Threads: any.
+class AnswerCache {
+public:
+    static constexpr size_t most_bytes = 32u << 20;
+    Result<GrammarPtr> compile(const AnswerShape& shape);
+
+private:
+    struct Entry {
+        Hash256 key;
+        GrammarPtr grammar;
+    };
+    std::mutex mutex_;
+    std::vector<Entry> entries_;  // the latest used last
+    size_t bytes_ = 0;
+};
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar
@@ -34178,6 +34206,62 @@ Result<GrammarPtr> compile_answer(const AnswerShape& shape) {
     // What is not strict is held as far as it can be, and is never refused.
     auto relaxed = AnswerCompiler(shape, true).run();
     return relaxed ? relaxed : made;
+}
+
+namespace {
+
+// All that compile_answer reads of a shape.
+Hash256 digest_of(const AnswerShape& shape) {
+    std::string text;
+    const auto number = [&](uint64_t n) {
+        text.append(reinterpret_cast<const char*>(&n), sizeof n);
+    };
+    const auto add = [&](std::string_view part) { number(part.size()), text += part; };
+    const auto add_format = [&](const v1::Format& format) {
+        add(format.schema.write()), add(format.regex), add(format.gbnf), number(format.strict);
+        number(format.one_of.size());
+        for (const std::string& one : format.one_of) add(one);
+    };
+    number(reinterpret_cast<uintptr_t>(shape.syntax)), number(uint64_t(shape.thought));
+    number(shape.may_think), number(shape.parallel), number(shape.max_calls.has_value());
+    number(shape.max_calls.value_or(0)), number(uint64_t(shape.choice.mode));
+    number(shape.choice.names.size());
+    for (const std::string& name : shape.choice.names) add(name);
+    number(shape.tools.size());
+    for (const Tool& tool : shape.tools) {
+        add(tool.name), add(tool.parameters.write()), number(tool.strict), number(tool.custom);
+        add_format(tool.format);
+    }
+    number(shape.format != nullptr), number(shape.answered.size());
+    if (shape.format) add_format(*shape.format);
+    for (const Item& call : shape.answered) add(call.name), add(call.arguments);
+    return sha256(text);
+}
+
+}  // namespace
+
+Result<GrammarPtr> AnswerCache::compile(const AnswerShape& shape) {
+    if (shape.tools.empty() && !shape.format) return compile_answer(shape);
+    const Hash256 key = digest_of(shape);
+    const auto find = [&] {
+        const auto at = std::find_if(entries_.begin(), entries_.end(),
+                                     [&](const Entry& entry) { return entry.key == key; });
+        if (at != entries_.end()) std::rotate(at, at + 1, entries_.end());
+        return at != entries_.end();
+    };
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (find()) return entries_.back().grammar;
+    }
+    auto made = compile_answer(shape);
+    if (!made || !*made) return made;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (find()) return entries_.back().grammar;  // another thread was sooner
+    entries_.push_back({key, *made});
+    bytes_ += (*made)->bytes();
+    for (; bytes_ > most_bytes; entries_.erase(entries_.begin()))
+        bytes_ -= entries_.front().grammar->bytes();
+    return made;
 }
 
 }  // namespace detail
@@ -39074,6 +39158,7 @@ private:
     const LoadedModel& model_;
     const EngineOptions& options_;
     uint32_t context_;
+    mutable AnswerCache grammars_;
 };
 
 Error refuse_field(const char* param, std::string message, const char* code = "invalid_value");
@@ -39264,15 +39349,16 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                       PreparedPrompt* out) const {
     const auto& syntax = model_.answer_syntax();
     const auto answered = answered_calls(request.input.items, *syntax);
-    auto grammar = compile_answer({.syntax = syntax.get(),
-                                   .thought = thought,
-                                   .may_think = request.effort != Effort::none,
-                                   .tools = request.tools,
-                                   .choice = request.tool_choice,
-                                   .parallel = request.parallel_tool_calls,
-                                   .max_calls = request.max_tool_calls,
-                                   .format = request.format.empty() ? nullptr : &request.format,
-                                   .answered = answered});
+    auto grammar = grammars_.compile(
+        {.syntax = syntax.get(),
+         .thought = thought,
+         .may_think = request.effort != Effort::none,
+         .tools = request.tools,
+         .choice = request.tool_choice,
+         .parallel = request.parallel_tool_calls,
+         .max_calls = request.max_tool_calls,
+         .format = request.format.empty() ? nullptr : &request.format,
+         .answered = answered});
     if (!grammar) return grammar.error();
     const bool calls = may_call(request);
     // A format's object is no call where calls have marks of their own.

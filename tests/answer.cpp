@@ -423,3 +423,37 @@ TEST_CASE("bare calls: alone, listed, in a fence; one that was answered is text"
     CHECK(read(marked + "\n" + marked, {.choice = must}) == "now({}) now({})");
     CHECK(read(marked + "\n", {.choice = must, .parallel = false}) == "refused");
 }
+
+TEST_CASE("what is asked again is compiled once") {
+    const auto syntax = std::make_shared<const AnswerSyntax>();
+    AnswerCache cache;
+    Format format;
+    AnswerShape shape;
+    shape.syntax = syntax.get();
+    shape.format = &format;
+    const auto compiled = [&] {
+        const auto grammar = cache.compile(shape);
+        REQUIRE(grammar.ok());
+        REQUIRE(*grammar != nullptr);
+        return *grammar;
+    };
+    std::vector<GrammarPtr> seen;
+    const auto is_new = [&] {
+        seen.push_back(compiled());
+        CHECK(compiled() == seen.back());
+        return std::count(seen.begin(), seen.end(), seen.back()) == 1;
+    };
+    format.schema = *Json::parse(R"({"type":"string"})");
+    CHECK(is_new());
+    format.schema = *Json::parse(R"({"type":"string","maxLength":9})");
+    CHECK(is_new());
+    format = {};
+    format.regex = "[a-z]+";
+    CHECK(is_new());
+    format = {};
+    format.one_of = {"ab", "c"};
+    CHECK(is_new());
+    format.one_of = {"a", "bc"};
+    CHECK(is_new());
+    CHECK_FALSE(is_new());
+}

@@ -69,9 +69,12 @@ const TokenTriePtr& trie() {
     static const TokenTriePtr made = TokenTrie::build(pieces(), {end_token()});
     return made;
 }
+MaskMaker& maker() {
+    static MaskMaker made(trie());
+    return made;
+}
 std::vector<uint64_t> mask_of(const GrammarState& state) {
-    static MaskMaker maker(trie());
-    const auto mask = maker.fill(state);
+    const auto mask = maker().fill(state);
     return {mask.begin(), mask.end()};
 }
 bool has(const std::vector<uint64_t>& mask, Token token) {
@@ -89,6 +92,10 @@ void check_masks(const GrammarPtr& grammar, std::string_view text) {
                           text.substr(0, at), "|", trie()->piece(t));
         }
         CHECK(has(mask, end_token()) == state.may_end());
+        for (const Token t : {Token('a'), Token('"'), end_token()}) {
+            GrammarState copy = state;
+            CHECK(has(mask, t) == maker().accept(copy, t));
+        }
         if (at < text.size()) REQUIRE(state.advance(text.substr(at, 1)));
     }
 }

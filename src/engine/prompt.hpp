@@ -1,6 +1,7 @@
 #pragma once
 
 #include "engine/loaded_model.hpp"
+#include "grammar/answer.hpp"
 
 #include <cstdint>
 #include <memory>
@@ -71,6 +72,7 @@ private:
     const LoadedModel& model_;
     const EngineOptions& options_;
     uint32_t context_;
+    mutable AnswerCache grammars_;
 };
 
 Error refuse_field(const char* param, std::string message, const char* code = "invalid_value");

@@ -735,6 +735,62 @@ Result<GrammarPtr> compile_answer(const AnswerShape& shape) {
     return relaxed ? relaxed : made;
 }
 
+namespace {
+
+// All that compile_answer reads of a shape.
+Hash256 digest_of(const AnswerShape& shape) {
+    std::string text;
+    const auto number = [&](uint64_t n) {
+        text.append(reinterpret_cast<const char*>(&n), sizeof n);
+    };
+    const auto add = [&](std::string_view part) { number(part.size()), text += part; };
+    const auto add_format = [&](const v1::Format& format) {
+        add(format.schema.write()), add(format.regex), add(format.gbnf), number(format.strict);
+        number(format.one_of.size());
+        for (const std::string& one : format.one_of) add(one);
+    };
+    number(reinterpret_cast<uintptr_t>(shape.syntax)), number(uint64_t(shape.thought));
+    number(shape.may_think), number(shape.parallel), number(shape.max_calls.has_value());
+    number(shape.max_calls.value_or(0)), number(uint64_t(shape.choice.mode));
+    number(shape.choice.names.size());
+    for (const std::string& name : shape.choice.names) add(name);
+    number(shape.tools.size());
+    for (const Tool& tool : shape.tools) {
+        add(tool.name), add(tool.parameters.write()), number(tool.strict), number(tool.custom);
+        add_format(tool.format);
+    }
+    number(shape.format != nullptr), number(shape.answered.size());
+    if (shape.format) add_format(*shape.format);
+    for (const Item& call : shape.answered) add(call.name), add(call.arguments);
+    return sha256(text);
+}
+
+}  // namespace
+
+Result<GrammarPtr> AnswerCache::compile(const AnswerShape& shape) {
+    if (shape.tools.empty() && !shape.format) return compile_answer(shape);
+    const Hash256 key = digest_of(shape);
+    const auto find = [&] {
+        const auto at = std::find_if(entries_.begin(), entries_.end(),
+                                     [&](const Entry& entry) { return entry.key == key; });
+        if (at != entries_.end()) std::rotate(at, at + 1, entries_.end());
+        return at != entries_.end();
+    };
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (find()) return entries_.back().grammar;
+    }
+    auto made = compile_answer(shape);
+    if (!made || !*made) return made;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (find()) return entries_.back().grammar;  // another thread was sooner
+    entries_.push_back({key, *made});
+    bytes_ += (*made)->bytes();
+    for (; bytes_ > most_bytes; entries_.erase(entries_.begin()))
+        bytes_ -= entries_.front().grammar->bytes();
+    return made;
+}
+
 }  // namespace detail
 }  // namespace v1
 }  // namespace valar

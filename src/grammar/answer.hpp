@@ -4,9 +4,12 @@
 #include "grammar/grammar.hpp"
 #include "template/syntax.hpp"
 
+#include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <optional>
 #include <span>
+#include <vector>
 
 namespace valar {
 inline namespace v1 {
@@ -32,6 +35,23 @@ struct AnswerShape {
 /// Errors: as compile_json_schema; also for schemas of strict tools that the family's way to write
 /// arguments cannot hold.
 Result<GrammarPtr> compile_answer(const AnswerShape& shape);
+
+/// Compiled answers, at most `most_bytes` of them, the latest used: requests with the same tools and
+/// format share one. Threads: any.
+class AnswerCache {
+public:
+    static constexpr size_t most_bytes = 32u << 20;
+    Result<GrammarPtr> compile(const AnswerShape& shape);
+
+private:
+    struct Entry {
+        Hash256 key;
+        GrammarPtr grammar;
+    };
+    std::mutex mutex_;
+    std::vector<Entry> entries_;  // the latest used last
+    size_t bytes_ = 0;
+};
 
 }  // namespace detail
 }  // namespace v1

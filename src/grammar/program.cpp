@@ -20,6 +20,16 @@
 namespace valar {
 inline namespace v1 {
 namespace detail {
+size_t Grammar::bytes() const {
+    size_t sum = sizeof *this + nodes.size() * sizeof nodes[0] + text.size() + edges.size() * 4;
+    for (const TerminalNode& terminal : terminals) sum += terminal.dfa->next.size() * 4;
+    for (const TextsNode& texts : tries) sum += texts.trie.byte.size() * 20;
+    for (const ObjectNode& object : objects)
+        sum += object.keys.byte.size() * 20 + object.members.size() * 24 +
+               (object.other ? object.other->next.size() * 4 : 0);
+    return sum;
+}
+
 namespace {
 
 constexpr size_t kMostParts = 200'000;

@@ -204,7 +204,8 @@ public:
     std::vector<ObjectNode> objects;
     std::vector<ArrayNode> arrays;
     uint32_t root = 0;
-    Hash256 digest;  ///< of what it was made from; names it in saved states
+    Hash256 digest;        ///< of what it was made from; names it in saved states
+    size_t bytes() const;  ///< about
 };
 
 /// How deep calls, containers and repeats may stand in each other; a JSON value of it is read by

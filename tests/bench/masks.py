@@ -6,8 +6,8 @@
 All get the vocabulary of the model and the same tokens, one thread, no cache of compiled grammars. A
 token's cost is its mask and the step behind it, in CPU time; of the peers the calls of their Python
 packages are timed, which cost a microsecond or two by themselves. A schema counts as accepted where
-its values (valid by jsonschema) are; wrong are accepted texts that jsonschema refuses. Needs
-llguidance, xgrammar, torch, jsonschema.
+its values (valid by jsonschema-rs) are; wrong are accepted texts that jsonschema-rs refuses. Needs
+llguidance, xgrammar, torch, jsonschema-rs.
 """
 import copy
 import importlib.metadata
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-import jsonschema
+import jsonschema_rs
 import llguidance
 import xgrammar
 
@@ -149,7 +149,7 @@ def main():
     rng = random.Random(1)
     for index in range(count):
         made = schemas.make(index)
-        judge = jsonschema.Draft202012Validator(made["schema"], format_checker=jsonschema.FormatChecker())
+        judge = jsonschema_rs.Draft202012Validator(made["schema"], validate_formats=True)
         for value in made["values"]:
             judge.validate(value)
         bad = [b for b in (damage(rng, v) for v in made["values"] for _ in range(3)) if not judge.is_valid(b)]
