@@ -8,6 +8,7 @@
 #include "sampler_internal.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -76,13 +77,17 @@ size_t most_likely(std::span<const float> logits) {
 
 // Infinitely far below they have no weight and are never the most likely, as long as one is allowed.
 void keep_allowed(std::span<float> logits, std::span<const uint64_t> allowed) {
+    constexpr float never = -std::numeric_limits<float>::infinity();
     for (size_t word = 0; word * 64 < logits.size(); ++word) {
-        const uint64_t bits = allowed[word];
-        if (bits == ~uint64_t{0}) continue;
         const std::span<float> some = logits.subspan(
             word * 64, std::min<size_t>(64, logits.size() - word * 64));
-        for (size_t i = 0; i < some.size(); ++i)
-            if (!(bits >> i & 1)) some[i] = -std::numeric_limits<float>::infinity();
+        if (allowed[word] == 0) {
+            std::fill(some.begin(), some.end(), never);
+            continue;
+        }
+        for (uint64_t out = ~allowed[word]; out; out &= out - 1)
+            if (const size_t i = static_cast<size_t>(std::countr_zero(out)); i < some.size())
+                some[i] = never;
     }
 }
 
