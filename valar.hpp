@@ -39353,16 +39353,15 @@ Result<void> PromptMaker::hold_answer(const Request& request, ThoughtState thoug
                                       PreparedPrompt* out) const {
     const auto& syntax = model_.answer_syntax();
     const auto answered = answered_calls(request.input.items, *syntax);
-    auto grammar = grammars_.compile(
-        {.syntax = syntax.get(),
-         .thought = thought,
-         .may_think = request.effort != Effort::none,
-         .tools = request.tools,
-         .choice = request.tool_choice,
-         .parallel = request.parallel_tool_calls,
-         .max_calls = request.max_tool_calls,
-         .format = request.format.empty() ? nullptr : &request.format,
-         .answered = answered});
+    auto grammar = grammars_.compile({.syntax = syntax.get(),
+                                      .thought = thought,
+                                      .may_think = request.effort != Effort::none,
+                                      .tools = request.tools,
+                                      .choice = request.tool_choice,
+                                      .parallel = request.parallel_tool_calls,
+                                      .max_calls = request.max_tool_calls,
+                                      .format = request.format.empty() ? nullptr : &request.format,
+                                      .answered = answered});
     if (!grammar) return grammar.error();
     const bool calls = may_call(request);
     // A format's object is no call where calls have marks of their own.

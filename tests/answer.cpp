@@ -180,7 +180,7 @@ TEST_CASE("what a family's grammar allows reads back as what was asked for") {
                 AnswerParserOptions options;
                 if (choice != 0) options.tools = all;
                 options.thought = shape.thought;
-                options.bare_calls = !formatted || !syntax->calls_have_marks();
+                options.bare_calls = !formatted || !syntax->calls.begin_with_mark();
                 const auto parser = answer_parser(syntax, options);
                 const Walked made = walk(*grammar, words, *parser, random);
                 CAPTURE(made.text);
