@@ -30874,7 +30874,7 @@ private:
     };
     // A whole mask, for the next time that the same state comes.
     struct Known {
-        Hash256 grammar = {};
+        std::weak_ptr<const Grammar> grammar;
         std::vector<GrammarConfig> configs;
         std::vector<GrammarCell> cells;
         std::vector<uint64_t> mask;
@@ -31256,12 +31256,12 @@ std::span<const uint64_t> MaskMaker::fill(const GrammarState& state) {
         return a.size() == b.size() &&
                (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0);
     };
-    if (known.grammar != state.grammar_->digest || !same(known.configs, state.configs_) ||
+    if (known.grammar.lock() != state.grammar_ || !same(known.configs, state.configs_) ||
         !same(known.cells, state.cells_)) {
         known.mask.assign(trie_->words(), 0);
         mask_ = known.mask;
         make(state);
-        known.grammar = state.grammar_->digest;
+        known.grammar = state.grammar_;
         known.configs = state.configs_;
         known.cells = state.cells_;
     }

@@ -434,3 +434,11 @@ TEST_CASE("forced stretches, forks, saved states") {
     }
     CHECK_FALSE(GrammarState::restore(grammar, saved.substr(0, saved.size() - 1)).ok());
 }
+
+TEST_CASE("grammars of one shape have masks of their own") {
+    for (const char* pattern : {"gi", "ha", "gi"}) {
+        const auto grammar = compile_regex(pattern);
+        REQUIRE(grammar.ok());
+        check_masks(*grammar, pattern);
+    }
+}

@@ -363,12 +363,12 @@ std::span<const uint64_t> MaskMaker::fill(const GrammarState& state) {
         return a.size() == b.size() &&
                (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0);
     };
-    if (known.grammar != state.grammar_->digest || !same(known.configs, state.configs_) ||
+    if (known.grammar.lock() != state.grammar_ || !same(known.configs, state.configs_) ||
         !same(known.cells, state.cells_)) {
         known.mask.assign(trie_->words(), 0);
         mask_ = known.mask;
         make(state);
-        known.grammar = state.grammar_->digest;
+        known.grammar = state.grammar_;
         known.configs = state.configs_;
         known.cells = state.cells_;
     }

@@ -97,7 +97,7 @@ private:
     };
     // A whole mask, for the next time that the same state comes.
     struct Known {
-        Hash256 grammar = {};
+        std::weak_ptr<const Grammar> grammar;
         std::vector<GrammarConfig> configs;
         std::vector<GrammarCell> cells;
         std::vector<uint64_t> mask;
