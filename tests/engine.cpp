@@ -584,7 +584,7 @@ TEST_CASE("refused requests are replies that are finished") {
     CHECK(refused(with([](Request& r) { r.min_p = 1.5; })).param == "min_p");
     CHECK(refused(with([](Request& r) { r.top_logprobs = 21; })).param == "top_logprobs");
     const Error bracket = refused(with([](Request& r) { r.format.regex = "a["; }));
-    CHECK(bracket.code == "invalid_json_schema");
+    CHECK(bracket.code == "invalid_value");
     CHECK(bracket.param == "text.format");
     const Error schema = refused(with([](Request& r) {
         r.format.schema = *Json::parse(R"({"properties": {"a": {"format": "colour"}}})");
