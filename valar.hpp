@@ -31251,7 +31251,7 @@ std::span<const uint64_t> MaskMaker::fill(const GrammarState& state) {
     };
     for (const auto& c : state.configs_) add(c.node), add(c.sub), add(c.count), add(c.stack);
     for (const auto& c : state.cells_) add(c.parent), add(c.node), add(c.value), add(c.extra);
-    Known& known = known_[hash % known_.size()];
+    Known& known = known_[static_cast<size_t>(hash % known_.size())];
     const auto same = [](const auto& a, const auto& b) {
         return a.size() == b.size() &&
                (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0);

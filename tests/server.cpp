@@ -1976,11 +1976,12 @@ TEST_CASE("server: chat: refusals name the fields as its clients know them") {
         {chat(R"(,"tools":[{"type":"function","function":{"name":"a b"}}])"),
          "invalid_value tools[0].name"},
     };
-    for (const auto& [body, expected] : cases) {
-        CAPTURE(body);
+    for (const auto& [body, code] : cases) {
+        const std::string& given = body;
+        CAPTURE(given);
         for (Serving* serving : {&valar_dialect, &openai})
             CHECK(error_of(post_chat(*serving, body)) ==
-                  "400 invalid_request_error " + std::string(expected));
+                  "400 invalid_request_error " + std::string(code));
     }
     for (const char* more : {R"(,"stop":"x")", R"(,"max_tokens":5)", R"(,"logprobs":true)",
                              R"(,"presence_penalty":1)", R"(,"logit_bias":{"1":2})"}) {
