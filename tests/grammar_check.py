@@ -3,9 +3,12 @@
     grammar_check.py DUMP suite FOLDER        the JSON Schema Test Suite: FOLDER/draft7, FOLDER/draft2020-12
     grammar_check.py DUMP walks MODEL [N]     N schemas, drawn; texts by uniform draws from the model's vocabulary
     grammar_check.py DUMP regexes MODEL [N]   N patterns, drawn, against Python's re
+    grammar_check.py DUMP server URL [N]      N schemas, drawn; what a model answers at temperature 1
 
-DUMP is the program grammar_dump. Needs jsonschema and jsonschema-rs.
+DUMP is the program grammar_dump; URL is a server's, such as http://127.0.0.1:8080. Needs jsonschema
+and jsonschema-rs.
 """
+import concurrent.futures
 import glob
 import itertools
 import json
@@ -14,6 +17,8 @@ import random
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 CLAIMED = """type properties required additionalProperties items prefixItems minItems maxItems enum const anyOf oneOf
 allOf ref defs minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minLength maxLength pattern
@@ -362,6 +367,42 @@ def walks(dump, count):
     return faults
 
 
+def ask_server(url, model, seed):
+    """The schema, and the status and object that its request is answered with."""
+    rng = random.Random(seed)
+    schema = draw_wild(rng) if seed % 3 == 0 else draw_schema(rng)
+    text = {"format": {"type": "json_schema", "name": "drawn", "schema": schema, "strict": True}}
+    body = {"model": model, "input": "Give me an example.", "text": text, "temperature": 1, "seed": seed,
+            "max_output_tokens": rng.choice([100, 400])}
+    request = urllib.request.Request(url + "/v1/responses", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=600) as reply:
+            return schema, 200, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return schema, error.code, json.load(error)
+
+
+def server(url, count):
+    with urllib.request.urlopen(url + "/v1/models") as reply:
+        model = json.load(reply)["data"][0]["id"]
+    faults = texts = refused = unfinished = 0
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for schema, status, reply in pool.map(lambda seed: ask_server(url, model, seed), range(count)):
+            if status == 400 and "nothing matches" in reply["error"]["message"]:
+                refused += 1
+            elif status != 200 or reply["status"] != "completed":
+                faults += 1
+                print(f"{status} {json.dumps(reply)[:300]}: {json.dumps(schema)[:600]}")
+            elif reply["incomplete_details"]:
+                unfinished += 1
+            else:
+                texts += 1
+                text = "".join(part["text"] for item in reply["output"] for part in item["content"])
+                faults += check_text(text, Validators(schema), schema)
+    print(f"{texts} texts, {faults} faults, {refused} schemas refused, {unfinished} texts not finished")
+    return faults
+
+
 def draw_pattern(rng, depth=0):
     def atom():
         return rng.choice(["a", "b", "x", r"\d", r"\w", r"\s", ".", "[a-f]", "[^a-z]", r"[\d_-]", r"\.", "\u00e9", r"\x41", r"\u00e9",
@@ -405,6 +446,8 @@ def main():
     count = int(sys.argv[4]) if len(sys.argv) > 4 else None
     if kind == "suite":
         sys.exit(suite(Dump(command), place) > 0)
+    if kind == "server":
+        sys.exit(server(place, count or 5000) > 0)
     check = {"walks": walks, "regexes": regexes}[kind]
     sys.exit(check(Dump(command, place), count or {"walks": 5000, "regexes": 2000}[kind]) > 0)
 
