@@ -43826,7 +43826,8 @@ inline constexpr uint32_t journal_version = 1;               // of segments
 inline constexpr uint32_t journal_manifest_version = 2;      // 1 had sizes, and no more to compare
 inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
 inline constexpr uint64_t journal_last_sequence = uint64_t{1} << 63;  // far from where sums wrap
-inline constexpr uint64_t journal_last_start = uint64_t{1} << 62;     // no file begins behind it
+inline constexpr uint64_t journal_last_start = uint64_t{1} << 62;  // no file begins behind it, so
+                                                                   // no record is written there
 inline constexpr size_t journal_segment_head = 32;
 inline constexpr size_t journal_record_head = 32;
 inline constexpr uint32_t journal_magic = 0x315f4a56;  // "VJ_1"
@@ -44742,7 +44743,7 @@ Result<void> Recovery::scan(size_t index, std::string_view bytes) {
     JournalRecord record;
     for (size_t at = head ? journal_segment_head : 0; at < bytes.size();) {
         if (!journal_parse(bytes, at, journal_.salt, &record) ||
-            record.sequence > journal_last_start) {
+            record.sequence >= journal_last_start) {
             source.blame(format("no whole record at offset %zu", at));
             gap = true;
             at = journal_search(bytes, at, journal_.salt, 0, 0);
@@ -44989,6 +44990,8 @@ void journal_put_head(std::string* bytes, size_t at, const JournalRecord& record
 /// Appends a record to the commit; `place` is where it will lie.
 Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t died_ms,
                                  JournalPlace* place) {
+    if (next_sequence >= journal_last_start)
+        return make_error(ErrorKind::unsupported, "the journal's sequence numbers are used up");
     const JournalSegment& segment = *segments.back();
     const size_t at = out.size();
     out.resize(at + journal_record_head);

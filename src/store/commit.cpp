@@ -63,6 +63,8 @@ void journal_put_head(std::string* bytes, size_t at, const JournalRecord& record
 /// Appends a record to the commit; `place` is where it will lie.
 Result<void> FileJournal::encode(uint16_t type, StoredResponse& record, int64_t died_ms,
                                  JournalPlace* place) {
+    if (next_sequence >= journal_last_start)
+        return make_error(ErrorKind::unsupported, "the journal's sequence numbers are used up");
     const JournalSegment& segment = *segments.back();
     const size_t at = out.size();
     out.resize(at + journal_record_head);

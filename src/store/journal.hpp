@@ -65,7 +65,8 @@ inline constexpr uint32_t journal_version = 1;               // of segments
 inline constexpr uint32_t journal_manifest_version = 2;      // 1 had sizes, and no more to compare
 inline constexpr uint32_t journal_last_number = 99'999'999;  // a name has eight digits
 inline constexpr uint64_t journal_last_sequence = uint64_t{1} << 63;  // far from where sums wrap
-inline constexpr uint64_t journal_last_start = uint64_t{1} << 62;     // no file begins behind it
+inline constexpr uint64_t journal_last_start = uint64_t{1} << 62;  // no file begins behind it, so
+                                                                   // no record is written there
 inline constexpr size_t journal_segment_head = 32;
 inline constexpr size_t journal_record_head = 32;
 inline constexpr uint32_t journal_magic = 0x315f4a56;  // "VJ_1"

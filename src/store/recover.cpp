@@ -173,7 +173,7 @@ Result<void> Recovery::scan(size_t index, std::string_view bytes) {
     JournalRecord record;
     for (size_t at = head ? journal_segment_head : 0; at < bytes.size();) {
         if (!journal_parse(bytes, at, journal_.salt, &record) ||
-            record.sequence > journal_last_start) {
+            record.sequence >= journal_last_start) {
             source.blame(format("no whole record at offset %zu", at));
             gap = true;
             at = journal_search(bytes, at, journal_.salt, 0, 0);
