@@ -1128,6 +1128,19 @@ TEST_CASE("many at once: a small pool makes some give way, and they go on with t
     CHECK(preempted > 0);
 }
 
+namespace {
+
+/// Sixteen at once, with little more memory for keys and values than one needs.
+void leave_few_pages(EngineOptions* options) {
+    options->max_running = 1;
+    const auto one = Engine::memory_plan(*options);
+    options->max_running = 16;
+    const auto all = Engine::memory_plan(*options);
+    options->memory_limit = all->total() - all->kv + one->kv * 5 / 4;
+}
+
+}  // namespace
+
 TEST_CASE("many at once: thoughts are closed alike, whatever runs beside them") {
     EngineOptions options = tiny_options();
     options.chat_template = thinking_template();
@@ -1144,13 +1157,7 @@ TEST_CASE("many at once: thoughts are closed alike, whatever runs beside them") 
                 options.prefix_cache = step_tokens != 16;
                 options.max_running = running;
                 options.memory_limit = 0;
-                if (running == 64) {
-                    options.max_running = 1;
-                    const auto plan = Engine::memory_plan(options);
-                    options.max_running = 16;
-                    const auto wide = Engine::memory_plan(options);
-                    options.memory_limit = wide->total() - wide->kv + plan->kv * 5 / 4;
-                }
+                if (running == 64) leave_few_pages(&options);
                 preempted += run_mixed(options, 20, ++seed).preempted;
             }
     CHECK(preempted > 0);
@@ -1172,11 +1179,7 @@ TEST_CASE("many at once: keys and values in q8_0; layers with windows; long rope
                     options.step_tokens = cache ? 24 : 100;
                     options.context_tokens = 256;
                     run_mixed(options, 24, ++seed);
-                    options.max_running = 1;
-                    const auto plan = Engine::memory_plan(options);
-                    options.max_running = 16;
-                    const auto wide = Engine::memory_plan(options);
-                    options.memory_limit = wide->total() - wide->kv + plan->kv * 5 / 4;
+                    leave_few_pages(&options);
                     preempted += run_mixed(options, 24, ++seed).preempted;
                 }
     CHECK(preempted > 0);

@@ -1601,6 +1601,19 @@ TEST_CASE("server: openai: the result of a call that an earlier response made") 
 
 namespace {
 
+/// A stream's events, without its comments.
+std::vector<std::string_view> events_of(const std::string& stream) {
+    std::vector<std::string_view> events;
+    std::string_view rest = stream;
+    while (!rest.empty()) {
+        const size_t end = rest.find("\n\n");
+        REQUIRE_MESSAGE(end != rest.npos, rest);
+        if (rest.front() != ':') events.push_back(rest.substr(0, end));
+        rest.remove_prefix(end + 2);
+    }
+    return events;
+}
+
 /// The events of a stream, checked against the order in which a client may see them.
 struct EventReader {
     std::vector<Json> events;
@@ -1609,13 +1622,7 @@ struct EventReader {
     Json last;                    // the object of the terminal event
 
     explicit EventReader(const std::string& stream) {
-        std::string_view rest = stream;
-        while (!rest.empty()) {
-            const size_t end = rest.find("\n\n");
-            REQUIRE_MESSAGE(end != rest.npos, rest);
-            const std::string_view one = rest.substr(0, end);
-            rest.remove_prefix(end + 2);
-            if (one.front() == ':') continue;  // a comment
+        for (const std::string_view one : events_of(stream)) {
             const size_t line = one.find('\n');
             REQUIRE(one.substr(0, 7) == "event: ");
             REQUIRE(one.substr(line + 1, 6) == "data: ");
@@ -1828,13 +1835,7 @@ struct ChatReader {
     bool done = false;
 
     explicit ChatReader(const std::string& stream) {
-        std::string_view rest = stream;
-        while (!rest.empty()) {
-            const size_t end = rest.find("\n\n");
-            REQUIRE_MESSAGE(end != rest.npos, rest);
-            const std::string_view one = rest.substr(0, end);
-            rest.remove_prefix(end + 2);
-            if (one.front() == ':') continue;
+        for (const std::string_view one : events_of(stream)) {
             CHECK_FALSE(done);
             REQUIRE(one.substr(0, 6) == "data: ");
             if (one == "data: [DONE]") done = true;
