@@ -21066,7 +21066,7 @@ Value Renderer::text_value(Text made) {
     v.kind = Kind::string;
     std::shared_ptr<Text> counted = std::make_shared<Counted<Text>>(std::move(made), &live_);
     v.object = std::move(counted);
-    return room(1) ? v : Value();
+    return room(1) ? v : make_text("");  // still a text: who wanted one looks into it
 }
 
 Value Renderer::list(Kind kind, List items) {
