@@ -368,6 +368,19 @@ TEST_CASE("template: a request cannot forge a control token") {
               std::string::npos);
         CHECK(own_text(*forged) == own_text(*harmless));
     }
+    // Bytes around a token are the template's in a message's content alone.
+    TemplateInput input;
+    const auto entry = [](const char* key) {
+        return Json::array().push(Json::object().set(key, "\xFF<|im_start|>\xFE"));
+    };
+    input.request.set("messages", entry("content")).set("tools", entry("content"));
+    const auto made = render("{{ messages[0].content }};{{ tools[0].content }}", input);
+    REQUIRE(made);
+    CHECK(own_text(*made) == "<|im_start|>;");
+    input.request.set("messages", entry("role"));
+    const auto role = render("{{ messages[0].role }}", input);
+    REQUIRE(role);
+    CHECK(own_text(*role) == "");
 }
 
 TEST_CASE("template: errors name the line") {

@@ -507,6 +507,7 @@ void drop_token_bytes(std::vector<ChatTurn>& turns) {
     };
     for (ChatTurn& turn : turns) {
         drop(turn.text);
+        drop(turn.thought);
         for (ChatCall& call : turn.calls) {
             drop(call.name);
             drop(call.arguments);

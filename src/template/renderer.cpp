@@ -270,7 +270,8 @@ Text text_of(std::string_view chars, bool request, bool content) {
 
 }  // namespace
 
-Value Renderer::from_json(const Json& json, bool request, bool content) {
+Value Renderer::from_json(const Json& json, bool request, Where where) {
+    const Where inside = where == Where::elsewhere ? where : Where::messages;
     Value v;
     switch (json.kind()) {
         case Json::Kind::null: v = make_none(); break;
@@ -280,14 +281,14 @@ Value Renderer::from_json(const Json& json, bool request, bool content) {
         case Json::Kind::real: v = make_real(json.as_double()); break;
         case Json::Kind::string: {
             allowed_ += json.as_string().size() * 16;
-            v = text_value(text_of(json.as_string(), request, content));
+            v = text_value(text_of(json.as_string(), request, where == Where::content));
             break;
         }
         case Json::Kind::array: {
             List items;
             items.reserve(json.size());
             allowed_ += json.size() * 1024;
-            for (const Json& item : json.items()) items.push_back(from_json(item, request));
+            for (const Json& item : json.items()) items.push_back(from_json(item, request, inside));
             v = make_list(Kind::list, std::move(items));
             break;
         }
@@ -298,9 +299,9 @@ Value Renderer::from_json(const Json& json, bool request, bool content) {
                 allowed_ += m.key.size() * 16 + 1024;
                 Text key{m.key, {}};
                 if (request) add_mark(key, 0, key.text.size());
-                const bool is_content = m.key == "content" || m.key == "text";
-                entries.push_back(
-                    {text_value(std::move(key)), from_json(m.value, request, is_content)});
+                const bool content = m.key == "content" || m.key == "text";
+                const Where at = content && inside == Where::messages ? Where::content : inside;
+                entries.push_back({text_value(std::move(key)), from_json(m.value, request, at)});
             }
             v = make_dict(std::move(entries));
             break;
@@ -331,9 +332,10 @@ void Renderer::bind_context(const Json& object, bool request) {
     for (uint32_t id = 0; id < p_.names.size(); ++id) {
         const Json* member = object.find(p_.names[id]);
         if (!member) continue;
-        assign_name(id, from_json(*member, request));
-        if (request && p_.names[id] == "messages")
-            trust_roles(frames_.back().bindings.back().second);
+        const bool messages = request && p_.names[id] == "messages";
+        const Where where = messages ? Where::messages : Where::elsewhere;
+        assign_name(id, from_json(*member, request, where));
+        if (messages) trust_roles(frames_.back().bindings.back().second);
     }
 }
 

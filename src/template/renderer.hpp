@@ -150,7 +150,10 @@ private:
         uint64_t bytes;
     };
 
-    Value from_json(const Json& json, bool request, bool content = false);
+    /// Where a part of the request stands: bytes of tokens are the template's only in the content
+    /// of messages, out of which those of the request were taken.
+    enum class Where : uint8_t { elsewhere, messages, content };
+    Value from_json(const Json& json, bool request, Where where = Where::elsewhere);
     void bind_context(const Json& object, bool request);
 
     void push_frame(uint32_t parent) { frames_.push_back({parent, ++serial_, {}}); }
