@@ -8236,6 +8236,16 @@ inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their
 inline constexpr size_t kMaxStopBytes = 256;
 inline constexpr double kMaxBias = 100;
 
+/// What is wrong with a field, or nothing.
+using Fault = std::optional<Error>;
+Error api_error(const char* code, std::string path, std::string message);
+Error api_wrong_type(const std::string& path, const char* expected, const Json& got);
+Error api_missing(const std::string& path);
+/// `what` of it; empty: the field itself.
+Error api_unsupported(const char* code, const std::string& path, std::string_view what = {});
+std::string api_index(const std::string& path, size_t i);
+Fault check_bool(const Json& value, const std::string& path);
+
 /// What a request must be like that needs no model to be known; the wire has checked it already,
 /// a C++ caller's comes straight here. Errors: invalid_request with code and param.
 Result<void> check_request(const Request& request);
@@ -8374,10 +8384,6 @@ std::string Item::text() const {
 namespace detail {
 namespace {
 
-Error api_error(const char* code, std::string param, std::string message) {
-    return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(param));
-}
-
 // What was received, for messages: short, never a whole document.
 std::string api_shown(const Json& value) {
     switch (value.kind()) {
@@ -8392,25 +8398,23 @@ std::string api_shown(const Json& value) {
     }
 }
 
+}  // namespace
+
+Error api_error(const char* code, std::string param, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(param));
+}
+
 Error api_wrong_type(const std::string& path, const char* expected, const Json& got) {
     return api_error(
         "invalid_type", path,
         "'" + path + "' must be " + expected + ", but " + api_shown(got) + " was received");
 }
 
-Error api_wrong_value(const char* code, const std::string& path, const std::string& allowed,
-                      const Json& got) {
-    return api_error(
-        code, path,
-        "'" + path + "' must be " + allowed + ", but " + api_shown(got) + " was received");
-}
-
 Error api_missing(const std::string& path) {
     return api_error("missing_required_parameter", path, "'" + path + "' is required");
 }
 
-// `what` of it; empty: the field itself.
-Error api_unsupported(const char* code, const std::string& path, std::string_view what = {}) {
+Error api_unsupported(const char* code, const std::string& path, std::string_view what) {
     std::string value;
     if (!what.empty()) value.append(": \"").append(what).append("\"");
     return api_error(code, path, "'" + path + "'" + value + " is not supported");
@@ -8420,9 +8424,21 @@ std::string api_index(const std::string& path, size_t i) {
     return path + "[" + std::to_string(i) + "]";
 }
 
-// ---- Checks of one value. Each returns what is wrong, or nothing. ------------------------------
+Fault check_bool(const Json& value, const std::string& path) {
+    if (value.is_bool()) return {};
+    return api_wrong_type(path, "true or false", value);
+}
 
-using Fault = std::optional<Error>;
+namespace {
+
+Error api_wrong_value(const char* code, const std::string& path, const std::string& allowed,
+                      const Json& got) {
+    return api_error(
+        code, path,
+        "'" + path + "' must be " + allowed + ", but " + api_shown(got) + " was received");
+}
+
+// ---- Checks of one value. Each returns what is wrong, or nothing. ------------------------------
 
 Fault check_text(const Json& value, const std::string& path, size_t least, size_t most) {
     if (!value.is_string()) return api_wrong_type(path, "a string", value);
@@ -8454,11 +8470,6 @@ Fault check_number(const Json& value, const std::string& path, double least, dou
     if (number > most)
         return api_wrong_value("decimal_above_max_value", path, format("at most %g", most), value);
     return {};
-}
-
-Fault check_bool(const Json& value, const std::string& path) {
-    if (value.is_bool()) return {};
-    return api_wrong_type(path, "true or false", value);
 }
 
 Fault check_choice(const Json& value, const std::string& path,
@@ -9774,18 +9785,17 @@ inline namespace v1 {
 namespace detail {
 
 /// Writes what happened to one response, which goes in in order, as the events of a surface
-/// (text/event-stream, WHATWG HTML 9.2.6): LF only, each event whole. Objects are passed as text: they
-/// are rendered once, and not here.
+/// (text/event-stream, WHATWG HTML 9.2.6): LF only, each event whole.
 /// Threads: one at a time.
 class EventWriter {
 public:
     virtual ~EventWriter() = default;
-    /// It is accepted: the object as it is now, and as it will be once it is begun.
-    virtual void begin(const std::string& pending, std::string running) = 0;
+    /// It is accepted: the response object as it is now.
+    virtual void begin(const Json& object) = 0;
     /// Anything but `finished`.
     virtual void add(const Event& event) = 0;
     /// The rest of the items, and what ends the stream. What was not streamed (a replay, a Responder
-    /// that tells only the end) comes in one piece.
+    /// that tells only the end) comes in one piece. `object`: of the response, rendered.
     virtual void end(const Outcome& outcome, const std::string& object) = 0;
     /// Ends the stream of one that cannot be answered.
     virtual void fail(const Error& error) = 0;
@@ -9796,7 +9806,17 @@ public:
     std::string take() { return std::exchange(text_, {}); }
 
 protected:
+    /// Tokens may come before the item that they are of, or with another's text.
+    void keep_tokens(const std::vector<TokenLogprob>& tokens) {
+        waiting_.insert(waiting_.end(), tokens.begin(), tokens.end());
+    }
+    /// Those of an item, taken.
+    std::vector<TokenLogprob> tokens_of(size_t item);
+
     std::string text_;
+
+private:
+    std::vector<TokenLogprob> waiting_;
 };
 
 /// The events of POST /v1/responses with `stream`, as OpenAI has them.
@@ -9805,7 +9825,7 @@ public:
     ResponseEvents(std::string id, std::string message_id, const DialectWords& words)
         : id_(std::move(id)), message_id_(std::move(message_id)), words_(words) {}
 
-    void begin(const std::string& pending, std::string running) override;
+    void begin(const Json& object) override;
     void add(const Event& event) override;
     void end(const Outcome& outcome, const std::string& object) override;
     void fail(const Error& error) override;
@@ -9831,7 +9851,7 @@ private:
     std::string item_id_;
     std::vector<TokenLogprob> logprobs_;  // of that item
     size_t index_ = 0, begun_ = 0;        // of the open item; items so far
-    bool open_ = false, first_message_ = true;
+    bool open_ = false, first_message_ = true, started_ = false;
 };
 
 /// What became of a response that has ended, from its object.
@@ -9855,6 +9875,7 @@ struct SurfaceBody {
     bool stream = false;
     bool include_usage = false;             ///< an event of its own at the end of a stream
     std::vector<std::string> origins = {};  ///< of each item of `input`: its path in the body given
+    std::vector<std::pair<std::string, std::string>> renamed = {};  ///< fields: name here, as given
 };
 
 /// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made
@@ -9949,26 +9970,29 @@ Json ResponseEvents::item(const char* status) const {
     return item;
 }
 
-void ResponseEvents::begin(const std::string& pending, std::string running) {
-    emit(event("response.created"), pending);
-    running_ = std::move(running);
+void ResponseEvents::begin(const Json& object) {
+    emit(event("response.created"), object.write());
+    Json running = object;
+    running_ = running.set("status", words_.running).write();
 }
 
 void ResponseEvents::start() {
-    if (!running_.empty()) emit(event("response.in_progress"), std::exchange(running_, {}));
+    if (!std::exchange(started_, true)) emit(event("response.in_progress"), running_);
 }
 
 void ResponseEvents::add(const Event& event) {
     start();
-    switch (event.kind) {
-        case Event::Kind::started:
-        case Event::Kind::finished:
-        case Event::Kind::item_ended: return;  // closed once it is known what follows
-        case Event::Kind::item_begun: return open(event.item, event.index);
-        default: break;
+    keep_tokens(event.logprobs);
+    if (event.kind == Event::Kind::item_begun) return open(event.item, event.index);
+    const bool delta = event.kind == Event::Kind::text_delta ||
+                       event.kind == Event::Kind::reasoning_delta ||
+                       event.kind == Event::Kind::arguments_delta;
+    if (!delta) return;  // an item that ended is closed once it is known what follows
+    if (!open_ || index_ != event.index) {
+        if (event.text.empty()) return;  // tokens of an item that is not begun
+        open(Item::message(Role::assistant, {}), event.index);
     }
-    if (!open_) open(Item::message(Role::assistant, {}), event.index);
-    extend(event.text, event.logprobs);
+    extend(event.text, tokens_of(index_));
 }
 
 void ResponseEvents::open(Item item, size_t index) {
@@ -9991,10 +10015,11 @@ void ResponseEvents::open(Item item, size_t index) {
 }
 
 void ResponseEvents::extend(std::string_view text, const std::vector<TokenLogprob>& logprobs) {
-    if (text.empty() && logprobs.empty()) return;
+    const bool message = item_.kind == Item::Kind::message;
+    if (text.empty() && (!message || logprobs.empty())) return;
     (kind().in_part ? item_.content.front().text : item_.arguments) += text;
     Json delta = item_event(kind().delta).set("delta", text);
-    if (item_.kind == Item::Kind::message) {
+    if (message) {
         delta.set("logprobs", render_logprobs(logprobs));
         logprobs_.insert(logprobs_.end(), logprobs.begin(), logprobs.end());
     }
@@ -10002,6 +10027,7 @@ void ResponseEvents::extend(std::string_view text, const std::vector<TokenLogpro
 }
 
 void ResponseEvents::close(const char* status) {
+    extend({}, tokens_of(index_));
     Json done =
         item_event(kind().done).set(kind().field, kind().in_part ? item_.text() : item_.arguments);
     if (item_.kind == Item::Kind::message) done.set("logprobs", render_logprobs(logprobs_));
@@ -10046,10 +10072,25 @@ void ResponseEvents::end(const Outcome& outcome, const std::string& object) {
 void ResponseEvents::fail(const Error& error) {
     sequence_number_ = std::max(sequence_number_, skipped_);
     const Json shown = render_error(error)["error"];
+    if (auto object = Json::parse(running_); object && object->is_object()) {
+        object->set("status", "failed");
+        object->set("error",
+                    Json::object().set("code", shown["code"]).set("message", shown["message"]));
+        emit(event("response.failed"), object->write());
+    }
     emit(event("error")
              .set("code", shown["code"])
              .set("message", shown["message"])
              .set("param", shown["param"]));
+}
+
+std::vector<TokenLogprob> EventWriter::tokens_of(size_t item) {
+    const auto own = std::stable_partition(waiting_.begin(), waiting_.end(),
+                                           [&](const auto& token) { return token.item != item; });
+    std::vector<TokenLogprob> tokens(std::make_move_iterator(own),
+                                     std::make_move_iterator(waiting_.end()));
+    waiting_.erase(own, waiting_.end());
+    return tokens;
 }
 
 Outcome outcome_of(const Json& object) {
@@ -10059,6 +10100,13 @@ Outcome outcome_of(const Json& object) {
                      : status == "cancelled" ? Status::cancelled
                                              : Status::completed;
     outcome.cut = !object["incomplete_details"].is_null();
+    const Json& usage = object["usage"];
+    const auto count = [](const Json& number) {
+        return static_cast<uint32_t>(std::clamp<int64_t>(number.as_int(), 0, UINT32_MAX));
+    };
+    outcome.usage = {
+        count(usage["input_tokens"]), count(usage["input_tokens_details"]["cached_tokens"]),
+        count(usage["output_tokens"]), count(usage["output_tokens_details"]["reasoning_tokens"])};
     if (const Json& error = object["error"]; error.is_object())
         outcome.error = make_error(ErrorKind::unsupported,
                                    std::string(error["message"].as_string()),
@@ -10094,8 +10142,7 @@ Result<std::string> render_answer(const AnswerForm& form, const std::string& obj
     for (const char* unknown : {"completed_at", "error", "incomplete_details"})
         shown.set(unknown, nullptr);
     shown.set("output", Json::array()).set("usage", render_usage({}, words));
-    const std::string pending = shown.set("status", words.pending).write();
-    events->begin(pending, shown.set("status", words.running).write());
+    events->begin(shown.set("status", words.pending));
     events->end(outcome, object);
     return events->take();
 }
@@ -10114,16 +10161,6 @@ namespace detail {
 
 namespace {
 
-using Fault = std::optional<Error>;
-
-Error chat_error(const char* code, std::string path, std::string message) {
-    return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(path));
-}
-
-Error chat_wrong(const std::string& path, const char* expected) {
-    return chat_error("invalid_type", path, "'" + path + "' must be " + expected);
-}
-
 /// Reads the messages one by one; items come out.
 struct ChatMessages {
     SurfaceBody* out;
@@ -10140,7 +10177,7 @@ struct ChatMessages {
 };
 
 Fault ChatMessages::add_message(const Json& message, const std::string& path) {
-    if (!message.is_object()) return chat_wrong(path, "an object");
+    if (!message.is_object()) return api_wrong_type(path, "an object", message);
     const std::string_view role = message["role"].as_string();
     if (role == role_name(Role::assistant)) return add_assistant(message, path);
     if (role == role_name(Role::tool)) return add_result(message, path);
@@ -10155,13 +10192,15 @@ Fault ChatMessages::add_assistant(const Json& message, const std::string& path) 
     const Json& one = message["reasoning_content"];
     const Json& thoughts = one.is_null() ? message["reasoning"] : one;
     if (!thoughts.is_null() && !thoughts.is_string())
-        return chat_wrong(path + (one.is_null() ? ".reasoning" : ".reasoning_content"), "a string");
+        return api_wrong_type(path + (one.is_null() ? ".reasoning" : ".reasoning_content"),
+                              "a string", thoughts);
     if (!thoughts.as_string().empty()) {
         const Json part = Json::object().set("type", "reasoning_text").set("text", thoughts);
         add(Json::object().set("type", "reasoning").set("content", Json::array().push(part)), path);
     }
     const Json& calls = message["tool_calls"];
-    if (!calls.is_null() && !calls.is_array()) return chat_wrong(path + ".tool_calls", "an array");
+    if (!calls.is_null() && !calls.is_array())
+        return api_wrong_type(path + ".tool_calls", "an array", calls);
     Json content = message["content"];
     if (content.is_null() && !message["refusal"].is_null())
         content = Json::array().push(
@@ -10169,17 +10208,16 @@ Fault ChatMessages::add_assistant(const Json& message, const std::string& path) 
     if (!content.is_null() || (calls.empty() && thoughts.is_null()))
         add(Json::object().set("role", "assistant").set("content", std::move(content)), path);
     for (size_t i = 0; i < calls.size(); ++i)
-        if (Fault fault = add_call(calls[i], path + ".tool_calls[" + std::to_string(i) + "]"))
-            return fault;
+        if (Fault fault = add_call(calls[i], api_index(path + ".tool_calls", i))) return fault;
     return {};
 }
 
 Fault ChatMessages::add_call(const Json& call, const std::string& path) {
-    if (!call.is_object()) return chat_wrong(path, "an object");
+    if (!call.is_object()) return api_wrong_type(path, "an object", call);
     const bool custom = call["type"].as_string() == "custom";
     const char* key = custom ? "custom" : "function";
     const Json& called = call[key];
-    if (!called.is_object()) return chat_wrong(path + "." + key, "an object");
+    if (!called.is_object()) return api_wrong_type(path + "." + key, "an object", called);
     if (custom) custom_calls.emplace(call["id"].as_string());
     add(Json::object()
             .set("type", custom ? "custom_tool_call" : "function_call")
@@ -10201,14 +10239,13 @@ Fault ChatMessages::add_result(const Json& message, const std::string& path) {
 }
 
 Fault chat_messages(const Json& value, SurfaceBody* out) {
-    if (!value.is_array()) return chat_wrong("messages", "an array");
+    if (!value.is_array()) return api_wrong_type("messages", "an array", value);
     if (value.empty())
-        return chat_error("array_below_min_length", "messages", "'messages' must not be empty");
+        return api_error("array_below_min_length", "messages", "'messages' must not be empty");
     out->body.set("input", Json::array());
     ChatMessages messages{out};
     for (size_t i = 0; i < value.size(); ++i)
-        if (Fault fault = messages.add_message(value[i], "messages[" + std::to_string(i) + "]"))
-            return fault;
+        if (Fault fault = messages.add_message(value[i], api_index("messages", i))) return fault;
     return {};
 }
 
@@ -10222,7 +10259,7 @@ Json chat_flat(const Json& nested) {
 }
 
 Fault chat_format(const Json& value, SurfaceBody* out) {
-    if (!value.is_object()) return chat_wrong("response_format", "an object");
+    if (!value.is_object()) return api_wrong_type("response_format", "an object", value);
     Json format = chat_flat(value);
     if (value["type"].as_string() == "json_object")
         format = Json::object()
@@ -10235,11 +10272,11 @@ Fault chat_format(const Json& value, SurfaceBody* out) {
 }
 
 Fault chat_tools(const Json& value, SurfaceBody* out) {
-    if (!value.is_array()) return chat_wrong("tools", "an array");
+    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
     Json tools = Json::array();
     for (size_t i = 0; i < value.size(); ++i) {
         if (!value[i].is_object())
-            return chat_wrong("tools[" + std::to_string(i) + "]", "an object");
+            return api_wrong_type(api_index("tools", i), "an object", value[i]);
         Json tool = chat_flat(value[i]);
         if (tool["type"].as_string() == "function" && tool["strict"].is_null())
             tool.set("strict", false);
@@ -10269,10 +10306,9 @@ Fault chat_max_tokens(const Json& value, SurfaceBody* out) {
 }
 
 Fault chat_logprobs(const Json& value, SurfaceBody* out) {
-    if (!value.is_bool()) return chat_wrong("logprobs", "true or false");
     if (value.as_bool())
         out->body.set("include", Json::array().push("message.output_text.logprobs"));
-    return {};
+    return check_bool(value, "logprobs");
 }
 
 Fault chat_stop(const Json& value, SurfaceBody* out) {
@@ -10282,25 +10318,24 @@ Fault chat_stop(const Json& value, SurfaceBody* out) {
 
 Fault chat_stream(const Json& value, SurfaceBody* out) {
     out->stream = value.as_bool();
-    return value.is_bool() ? Fault() : chat_wrong("stream", "true or false");
+    return check_bool(value, "stream");
 }
 
 Fault chat_stream_options(const Json& value, SurfaceBody* out) {
-    if (!value.is_object()) return chat_wrong("stream_options", "an object");
+    if (!value.is_object()) return api_wrong_type("stream_options", "an object", value);
     const Json& usage = value["include_usage"];
     out->include_usage = usage.as_bool();
-    if (usage.is_null() || usage.is_bool()) return {};
-    return chat_wrong("stream_options.include_usage", "true or false");
+    return usage.is_null() ? Fault() : check_bool(usage, "stream_options.include_usage");
 }
 
 Fault chat_n(const Json& value, SurfaceBody*) {
     if (value.is_int() && value.as_int() == 1) return {};
-    return chat_error("unsupported_value", "n", "'n' must be 1: one choice a request");
+    return api_error("unsupported_value", "n", "'n' must be 1: one choice a request");
 }
 
 Fault chat_modalities(const Json& value, SurfaceBody*) {
     if (value.is_array() && value.size() == 1 && value[0].as_string() == "text") return {};
-    return chat_error("unsupported_value", "modalities", "'modalities' must be [\"text\"]");
+    return api_error("unsupported_value", "modalities", "'modalities' must be [\"text\"]");
 }
 
 /// A field whose value goes on under another name, or as `read` says.
@@ -10353,6 +10388,7 @@ Fault chat_read_field(const JsonMember& member, Dialect dialect, SurfaceBody* ou
     for (const ChatField& row : chat_fields) {
         if (row.name != name) continue;
         if (row.openai && dialect != Dialect::openai) break;
+        if (row.to != row.name && !row.to.empty()) out->renamed.emplace_back(row.to, row.name);
         if (row.read) return row.read(member.value, out);
         out->body.set(row.to, member.value);
         return {};
@@ -10360,7 +10396,7 @@ Fault chat_read_field(const JsonMember& member, Dialect dialect, SurfaceBody* ou
     const auto of_openai = [&](const ChatField& row) { return row.name == name; };
     if (std::any_of(std::begin(chat_fields), std::end(chat_fields), of_openai) ||
         std::find(std::begin(chat_refused), std::end(chat_refused), name) != std::end(chat_refused))
-        return chat_error("unsupported_parameter", name, "'" + name + "' is not supported");
+        return api_unsupported("unsupported_parameter", name);
     return {};
 }
 
@@ -10370,23 +10406,47 @@ Result<SurfaceBody> chat_read(const Json& body, Dialect dialect) {
         return make_error(ErrorKind::invalid_request, "the body must be a JSON object",
                           "invalid_type");
     for (const char* name : {"model", "messages"})
-        if (body[name].is_null())
-            return chat_error("missing_required_parameter", name,
-                              "'" + std::string(name) + "' is required");
+        if (body[name].is_null()) return api_missing(name);
     for (const JsonMember& member : body.members())
         if (Fault fault = chat_read_field(member, dialect, &out)) return std::move(*fault);
     return out;
 }
 
-/// The path of an item or a field, as the client wrote it.
-std::string chat_path(const std::string& path, const SurfaceBody& body) {
-    if (path.starts_with("input[")) {
-        const size_t item = static_cast<size_t>(std::atoi(path.c_str() + 6));
-        if (item < body.origins.size()) return body.origins[item] + path.substr(path.find(']') + 1);
+/// The rest of a path into what Chat Completions nests in an object by its type.
+std::string chat_nested(std::string_view type, std::string rest) {
+    if (rest.empty() || rest.starts_with(".type")) return rest;
+    return "." + std::string(type) + rest;
+}
+
+/// The rest of a path into an item.
+std::string chat_item_rest(const Json& item, const std::string& rest) {
+    const std::string_view type = item["type"].as_string("message");
+    const bool result = type.ends_with("_output"), custom = type.starts_with("custom_");
+    if (!result && !type.ends_with("_call")) return rest;
+    if (rest == ".call_id") return result ? ".tool_call_id" : ".id";
+    if (result)
+        return ".content" + rest.substr(std::min(rest.size(), std::string(".output").size()));
+    return chat_nested(custom ? "custom" : "function", rest);
+}
+
+/// The place of an error, as the client wrote it.
+std::string chat_path(const std::string& path, const SurfaceBody& read) {
+    const size_t open = path.find('['), close = path.find(']');
+    const std::string name = path.substr(0, std::min(open, path.find('.')));
+    const std::string rest = close < path.size() ? path.substr(close + 1) : "";
+    const size_t index = open < close ? static_cast<size_t>(std::atoi(path.c_str() + open + 1)) : 0;
+    if (name == "input" && index < read.origins.size())
+        return read.origins[index] + chat_item_rest(read.body["input"][index], rest);
+    if (name == "tools" && open < close)
+        return path.substr(0, close + 1) +
+               chat_nested(read.body["tools"][index]["type"].as_string(), rest);
+    if (path == "tool_choice.name")
+        return "tool_choice" + chat_nested(read.body["tool_choice"]["type"].as_string(), ".name");
+    for (const auto& [ours, theirs] : read.renamed) {
+        if (!path.starts_with(ours)) continue;
+        const std::string below = path.substr(ours.size());
+        return theirs + (ours == "text.format" ? chat_nested("json_schema", below) : below);
     }
-    for (const ChatField& row : chat_fields)
-        if (!row.to.empty() && path.starts_with(row.to))
-            return std::string(row.name) + path.substr(row.to.size());
     return path;
 }
 
@@ -10416,15 +10476,15 @@ Json chat_call(const Item& item) {
                        .set(custom ? "input" : "arguments", item.arguments));
 }
 
-Json chat_usage(const Json& usage) {
-    const Json& cached = usage["input_tokens_details"]["cached_tokens"];
-    const Json& thought = usage["output_tokens_details"]["reasoning_tokens"];
+Json chat_usage(const Usage& usage) {
+    const Json cached = Json::object().set("cached_tokens", usage.cached_tokens);
+    const Json thought = Json::object().set("reasoning_tokens", usage.reasoning_tokens);
     return Json::object()
-        .set("prompt_tokens", usage["input_tokens"])
-        .set("completion_tokens", usage["output_tokens"])
-        .set("total_tokens", usage["total_tokens"])
-        .set("prompt_tokens_details", Json::object().set("cached_tokens", cached))
-        .set("completion_tokens_details", Json::object().set("reasoning_tokens", thought));
+        .set("prompt_tokens", usage.input_tokens)
+        .set("completion_tokens", usage.output_tokens)
+        .set("total_tokens", usage.input_tokens + usage.output_tokens)
+        .set("prompt_tokens_details", cached)
+        .set("completion_tokens_details", thought);
 }
 
 const char* chat_finish(const Outcome& outcome, Dialect dialect) {
@@ -10438,8 +10498,7 @@ const char* chat_finish(const Outcome& outcome, Dialect dialect) {
 Error chat_failure(const Outcome& outcome) {
     if (outcome.status == Status::cancelled)
         return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
-    const std::string why = outcome.error ? outcome.error->message : "the model could not be run";
-    return make_error(ErrorKind::internal, why, "internal_error");
+    return make_error(ErrorKind::internal, "the model could not be run", "internal_error");
 }
 
 Result<std::string> chat_render(const std::string& object, Dialect dialect) {
@@ -10479,7 +10538,7 @@ Result<std::string> chat_render(const std::string& object, Dialect dialect) {
         .set("created", response["created_at"])
         .set("model", response["model"])
         .set("choices", Json::array().push(std::move(choice)))
-        .set("usage", chat_usage(response["usage"]))
+        .set("usage", chat_usage(outcome.usage))
         .write();
 }
 
@@ -10496,7 +10555,7 @@ public:
           include_usage_(include_usage),
           dialect_(dialect) {}
 
-    void begin(const std::string&, std::string) override {
+    void begin(const Json&) override {
         add_delta(Json::object().set("role", "assistant").set("content", ""));
     }
     void add(const Event& event) override;
@@ -10512,7 +10571,8 @@ private:
     Json head_;
     bool include_usage_;
     Dialect dialect_;
-    size_t told_ = 0, calls_ = 0;  // items so far, and calls among them
+    size_t told_ = 0, calls_ = 0;         // items so far, and calls among them
+    std::optional<size_t> message_ = {};  // that is begun
 };
 
 void ChatEvents::add_delta(Json delta, Json logprobs, Json finish_reason) {
@@ -10548,14 +10608,20 @@ void ChatEvents::add_call(const Item& item) {
 
 void ChatEvents::add(const Event& event) {
     const bool thought = event.kind == Event::Kind::reasoning_delta;
-    if (thought || event.kind == Event::Kind::text_delta)
-        add_text(thought ? Item::Kind::reasoning : Item::Kind::message, event.text, event.logprobs);
+    const bool text = event.kind == Event::Kind::text_delta && !event.text.empty();
+    keep_tokens(event.logprobs);
+    if (event.kind == Event::Kind::item_begun) message_.reset();
+    if (text || (event.kind == Event::Kind::item_begun && event.item.kind == Item::Kind::message))
+        message_ = event.index;
+    if (thought) add_text(Item::Kind::reasoning, event.text, {});
     else if (const Item* call = event.call()) add_call(*call);
+    else if (message_ == event.index)
+        add_text(Item::Kind::message, event.text, tokens_of(event.index));
     else return;
     told_ = event.index + 1;
 }
 
-void ChatEvents::end(const Outcome& outcome, const std::string& object) {
+void ChatEvents::end(const Outcome& outcome, const std::string&) {
     if (outcome.status != Status::completed) return fail(chat_failure(outcome));
     const std::vector<Item> items = output_items(outcome, outcome.status);
     for (size_t i = told_; i < items.size(); ++i)
@@ -10563,10 +10629,9 @@ void ChatEvents::end(const Outcome& outcome, const std::string& object) {
         else add_text(items[i].kind, items[i].text(), logprobs_of(outcome, i));
     add_delta(Json::object(), nullptr, chat_finish(outcome, dialect_));
     if (include_usage_) {
-        const auto response = Json::parse(object);
         Json chunk = head_;
         chunk.set("choices", Json::array());
-        write(chunk.set("usage", chat_usage(response ? (*response)["usage"] : Json())));
+        write(chunk.set("usage", chat_usage(outcome.usage)));
     }
     text_ += "data: [DONE]\n\n";
 }
@@ -41874,7 +41939,8 @@ public:
     /// before the fault.
     virtual HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
                                std::string_view message) = 0;
-    /// A begun reply whose client had been too slow is sent as far as it was appended.
+    /// A begun reply whose client had been too slow, or of which 256 KiB were unsent at some time, is
+    /// sent as far as it was appended.
     virtual void on_sent(uint64_t /*exchange*/) {}
     /// About every HttpOptions::tick_ms.
     virtual void on_tick() {}
@@ -42532,6 +42598,7 @@ struct HttpActive {
     bool blocked = false;  // the socket took no more: wait until it does
     bool begun = false;    // the reply comes in pieces, and is not ended
     bool unsent = false;   // is in the list of connections to be written to
+    bool full = false;     // http_write_bytes or more stood here: who appends may wait
 };
 
 struct HttpConnection {
@@ -43105,6 +43172,7 @@ void HttpServer::State::append(HttpConnection& connection, std::string_view byte
         active.body += bytes;
         if (chunked) active.body += "\r\n";
     }
+    active.full |= active.head.size() + active.body.size() - active.sent >= http_write_bytes;
     if (!std::exchange(active.unsent, true)) unsent.push_back(connection.id);
 }
 
@@ -43163,12 +43231,13 @@ void HttpServer::State::finish(HttpConnection& connection) {
 /// All is sent that there is. What a slow client had let grow is given back.
 void HttpServer::State::await_piece(HttpConnection& connection) {
     HttpActive& active = *connection.active;
-    const bool was_blocked = std::exchange(active.blocked, false);
+    const bool waited_for = std::exchange(active.full, false) | active.blocked;
+    active.blocked = false;
     active.head = std::string();
     active.body = std::string();
     active.sent = 0;
     enter(connection, HttpPhase::stream);
-    if (was_blocked) handler->on_sent(connection.exchange);
+    if (waited_for) handler->on_sent(connection.exchange);
 }
 
 }  // namespace detail
@@ -45572,6 +45641,7 @@ struct ServerLoop : HttpHandler {
     struct Stream {
         std::unique_ptr<EventWriter> events;
         bool kept = false;  // may be asked for again
+        bool told = false;  // some of them
         std::string log = {};
     };
 
@@ -45831,7 +45901,6 @@ struct ServerLoop : HttpHandler {
     void finish_work(FinishJob& job);
     void finish_keep(JobPtr<FinishJob> job);
     void finish_done(JobPtr<FinishJob> job);
-    void answer_form(Exchange& exchange, const FinishJob& job);
     void save_unsaved();
     void remove(Exchange& exchange, const std::string& id);
     void remove_done(JobPtr<RemoveJob> job);
@@ -46232,6 +46301,7 @@ void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
 void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
     if (exchange.begun) {
         const auto events = event_writer(exchange.form, {}, options.dialect);
+        if (exchange.form.after != UINT64_MAX) events->skip_to(exchange.form.after);
         events->fail(error);
         return end_stream(exchange, events->take());
     }
@@ -46516,6 +46586,7 @@ void ServerLoop::answer_job(JobPtr<AnswerJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (job->error) return refuse(*exchange, *job->error);
+    if (exchange->begun) return end_stream(*exchange, std::move(job->text));
     if (exchange->form.stream)
         return answer(*exchange,
                       make_reply(*exchange, 200, std::move(job->text), stream_headers(*exchange)));
@@ -47025,10 +47096,12 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     stored.head = server_shared(server_head(record));
     stored.request = server_shared(std::move(job.body));
     job.store = request.store;
-    if (stored.background || job.form.stream) job.text = render_live(stored, false);
+    if (stored.background && !job.form.stream) job.text = render_live(stored, false);
     if (!job.form.stream) return {};
     job.events = event_writer(job.form, record, options.dialect);
-    job.events->begin(job.text, render_live(stored, true));
+    const bool shown = !job.form.surface;
+    job.events->begin(
+        shown ? render_response(server_record(stored, Status::pending), options.dialect) : Json());
     return {};
 }
 
@@ -47266,24 +47339,15 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
         if (exchange->follows) end_stream(*exchange, events);
         else if (job->error) refuse(*exchange, *job->error);
         else if (exchange->removes) remove(*exchange, job->stored.id);
-        else if (!exchange->form.surface && !exchange->begun)
-            answer(*exchange, 200, *job->stored.object);
-        else answer_form(*exchange, *job);
+        else if (exchange->form.stream || exchange->form.surface != job->form.surface)
+            show(*exchange, job->stored.id, 200);  // from the record, not here
+        else if (!job->form.surface) answer(*exchange, 200, *job->stored.object);
+        else if (!job->answer) refuse(*exchange, job->answer.error());
+        else answer(*exchange, 200, *job->answer);
     }
     if (!again) return;
     job->error.reset();  // a full disk: the outcome is kept here until there is room
     unsaved.push_back(std::move(job));
-}
-
-/// As its client asked for it, which is not as GET shows it.
-void ServerLoop::answer_form(Exchange& exchange, const FinishJob& job) {
-    const bool made = job.form.surface == exchange.form.surface && !exchange.form.stream;
-    Result<std::string> text = made ? job.answer
-                                    : render_answer(exchange.form, *job.stored.object,
-                                                    options.dialect);
-    if (!text) return refuse(exchange, text.error());
-    if (exchange.begun) return end_stream(exchange, *text);
-    answer(exchange, 200, std::move(*text));
 }
 
 void ServerLoop::save_unsaved() {
@@ -47498,8 +47562,9 @@ void ServerLoop::join_stream(Exchange& exchange, const std::string& id, Live& en
     exchange.response_id = id;
     exchange.begun = true;
     std::string text;
-    if (Stream* stream = entry.stream.get()) {
-        const bool first = entry.waiters.empty();
+    const bool fits = entry.surface == exchange.form.surface;  // GET shows no chunks of Chat
+    if (Stream* stream = fits ? entry.stream.get() : nullptr) {
+        const bool first = !stream->told;
         std::string fresh = send_events(entry);
         exchange.follows = stream->kept || first;
         text = stream->kept ? events_after(stream->log, exchange.form.after) : std::move(fresh);
@@ -47524,6 +47589,7 @@ std::string ServerLoop::send_events(Live& entry) {
     Stream& stream = *entry.stream;
     std::string text = stream.events->take();
     if (text.empty()) return text;
+    stream.told = true;
     for (const uint64_t number : entry.waiters)
         if (Exchange* exchange = find_exchange(number); exchange && exchange->follows)
             http->append(number, text);
@@ -47613,7 +47679,11 @@ void ServerLoop::show_work(ShowJob& job) {
     if (job.only_background && !stored->background) job.error = server_not_background();
     if (stored->terminal) job.status = 200;
     job.text = stored->terminal ? *stored->object : render_live(*stored, job.running);
-    if (!stored->terminal) return;
+    if (!stored->terminal) {
+        if (job.form.stream)
+            job.error = server_overloaded("the response is not being worked on now; try again");
+        return;
+    }
     auto answer = render_answer(job.form, job.text, options.dialect);
     if (answer) job.text = std::move(*answer);
     else job.error = std::move(answer.error());

@@ -49,10 +49,6 @@ std::string Item::text() const {
 namespace detail {
 namespace {
 
-Error api_error(const char* code, std::string param, std::string message) {
-    return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(param));
-}
-
 // What was received, for messages: short, never a whole document.
 std::string api_shown(const Json& value) {
     switch (value.kind()) {
@@ -67,25 +63,23 @@ std::string api_shown(const Json& value) {
     }
 }
 
+}  // namespace
+
+Error api_error(const char* code, std::string param, std::string message) {
+    return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(param));
+}
+
 Error api_wrong_type(const std::string& path, const char* expected, const Json& got) {
     return api_error(
         "invalid_type", path,
         "'" + path + "' must be " + expected + ", but " + api_shown(got) + " was received");
 }
 
-Error api_wrong_value(const char* code, const std::string& path, const std::string& allowed,
-                      const Json& got) {
-    return api_error(
-        code, path,
-        "'" + path + "' must be " + allowed + ", but " + api_shown(got) + " was received");
-}
-
 Error api_missing(const std::string& path) {
     return api_error("missing_required_parameter", path, "'" + path + "' is required");
 }
 
-// `what` of it; empty: the field itself.
-Error api_unsupported(const char* code, const std::string& path, std::string_view what = {}) {
+Error api_unsupported(const char* code, const std::string& path, std::string_view what) {
     std::string value;
     if (!what.empty()) value.append(": \"").append(what).append("\"");
     return api_error(code, path, "'" + path + "'" + value + " is not supported");
@@ -95,9 +89,21 @@ std::string api_index(const std::string& path, size_t i) {
     return path + "[" + std::to_string(i) + "]";
 }
 
-// ---- Checks of one value. Each returns what is wrong, or nothing. ------------------------------
+Fault check_bool(const Json& value, const std::string& path) {
+    if (value.is_bool()) return {};
+    return api_wrong_type(path, "true or false", value);
+}
 
-using Fault = std::optional<Error>;
+namespace {
+
+Error api_wrong_value(const char* code, const std::string& path, const std::string& allowed,
+                      const Json& got) {
+    return api_error(
+        code, path,
+        "'" + path + "' must be " + allowed + ", but " + api_shown(got) + " was received");
+}
+
+// ---- Checks of one value. Each returns what is wrong, or nothing. ------------------------------
 
 Fault check_text(const Json& value, const std::string& path, size_t least, size_t most) {
     if (!value.is_string()) return api_wrong_type(path, "a string", value);
@@ -129,11 +135,6 @@ Fault check_number(const Json& value, const std::string& path, double least, dou
     if (number > most)
         return api_wrong_value("decimal_above_max_value", path, format("at most %g", most), value);
     return {};
-}
-
-Fault check_bool(const Json& value, const std::string& path) {
-    if (value.is_bool()) return {};
-    return api_wrong_type(path, "true or false", value);
 }
 
 Fault check_choice(const Json& value, const std::string& path,

@@ -117,6 +117,16 @@ inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their
 inline constexpr size_t kMaxStopBytes = 256;
 inline constexpr double kMaxBias = 100;
 
+/// What is wrong with a field, or nothing.
+using Fault = std::optional<Error>;
+Error api_error(const char* code, std::string path, std::string message);
+Error api_wrong_type(const std::string& path, const char* expected, const Json& got);
+Error api_missing(const std::string& path);
+/// `what` of it; empty: the field itself.
+Error api_unsupported(const char* code, const std::string& path, std::string_view what = {});
+std::string api_index(const std::string& path, size_t i);
+Fault check_bool(const Json& value, const std::string& path);
+
 /// What a request must be like that needs no model to be known; the wire has checked it already,
 /// a C++ caller's comes straight here. Errors: invalid_request with code and param.
 Result<void> check_request(const Request& request);

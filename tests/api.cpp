@@ -1,3 +1,4 @@
+#include "api/surface.hpp"
 #include "api_internal.hpp"
 
 #include <doctest/doctest.h>
@@ -622,4 +623,78 @@ TEST_CASE("errors: envelope, status, and nothing of ours leaks") {
     CHECK(http_status({ErrorKind::conflict, ""}) == 400);
     CHECK(http_status({ErrorKind::invalid_request, "", "method_not_allowed"}) == 405);
     CHECK(http_status({ErrorKind::invalid_request, "", "unsupported_media_type"}) == 415);
+}
+
+TEST_CASE("event writers: tokens that come before their item, or with another's text") {
+    using Kind = Event::Kind;
+    const auto token = [](const char* bytes, uint32_t item) {
+        return TokenLogprob{bytes, -1, {}, item};
+    };
+    Item thought = Item::message(Role::assistant, "hm");
+    thought.kind = Item::Kind::reasoning;
+    const Item message = Item::message(Role::assistant, "a b");
+    Outcome outcome;
+    outcome.items = {thought, message};
+    outcome.logprobs = {token("<think>", 0), token("hm", 0), token("</think>", 1), token("a", 1),
+                        token(" b", 1)};
+    const auto begun = [](Item item, uint32_t index) {
+        item.content.clear();
+        return Event{Kind::item_begun, {}, nullptr, {}, index, item};
+    };
+    const Event events[] = {
+        {Kind::started, {}, nullptr, {}, 0, {}},
+        {Kind::text_delta, "", nullptr, {outcome.logprobs[0]}, 0, {}},
+        begun(thought, 0),
+        {Kind::reasoning_delta, "hm", nullptr, {outcome.logprobs[1], outcome.logprobs[2]}, 0, {}},
+        {Kind::item_ended, {}, nullptr, {}, 0, thought},
+        begun(message, 1),
+        {Kind::text_delta, "a", nullptr, {outcome.logprobs[3]}, 1, {}},
+        {Kind::text_delta, " b", nullptr, {outcome.logprobs[4]}, 1, {}},
+        {Kind::item_ended, {}, nullptr, {}, 1, message},
+    };
+    ResponseRecord record;
+    record.id = "resp_1";
+    record.message_id = "msg_1";
+    const auto written = [&](const Surface* surface) {
+        const auto writer = event_writer({.surface = surface, .stream = true}, record,
+                                         Dialect::openai);
+        writer->begin(Json::object());
+        for (const Event& event : events) writer->add(event);
+        writer->end(outcome, "{}");
+        return writer->take();
+    };
+    const auto count = [](const std::string& text, const std::string& what) {
+        size_t found = 0;
+        for (size_t at = 0; (at = text.find(what, at)) != text.npos; at += what.size()) ++found;
+        return found;
+    };
+    const std::string stream = written(nullptr);
+    CHECK(count(stream, "event: response.output_item.added") == 2);
+    CHECK(count(stream, "event: response.output_item.done") == 2);
+    CHECK(count(stream, "event: response.output_text.delta") == 2);
+    CHECK(count(stream, R"("token":"<think>")") == 0);
+    for (const char* own : {"</think>", "a", " b"})  // in a delta, and in three events at the end
+        CHECK(count(stream, "\"token\":\"" + std::string(own) + "\"") == 4);
+    const std::string chunks = written(&chat_surface);
+    CHECK(count(chunks, R"("token":"<think>")") == 0);
+    for (const char* own : {"</think>", "a", " b"})
+        CHECK(count(chunks, "\"token\":\"" + std::string(own) + "\"") == 1);
+}
+
+TEST_CASE("event writers: a failure ends a stream in the surface's own way") {
+    ResponseRecord record;
+    record.id = "resp_1";
+    const auto failed = [&](const Surface* surface) {
+        const auto writer = event_writer({.surface = surface, .stream = true}, record,
+                                         Dialect::openai);
+        writer->begin(Json::object().set("id", "resp_1"));
+        writer->take();
+        writer->fail(make_error(ErrorKind::internal, "a path", "internal_error"));
+        return writer->take();
+    };
+    const std::string events = failed(nullptr);
+    CHECK(events.find("event: response.failed") < events.find("event: error"));
+    CHECK(events.find(R"("status":"failed")") != events.npos);
+    CHECK(events.find("a path") == events.npos);
+    CHECK(failed(&chat_surface).find("data: {\"error\":{") == 0);
 }

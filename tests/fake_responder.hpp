@@ -250,7 +250,8 @@ private:
             answer.ended = true;
             auto outcome = std::make_shared<valar::Outcome>(outcome_of(answer.task, status));
             if (!outcome->text.empty())
-                answer.events.push_back({valar::Event::Kind::text_delta, outcome->text, nullptr});
+                answer.events.push_back(
+                    {valar::Event::Kind::text_delta, outcome->text, nullptr, outcome->logprobs});
             if (tells_items) add_items(&answer, *outcome);
             answer.events.push_back({valar::Event::Kind::finished, {}, outcome});
         }

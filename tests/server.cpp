@@ -1617,9 +1617,9 @@ std::vector<std::string_view> events_of(const std::string& stream) {
 /// The events of a stream, checked against the order in which a client may see them.
 struct EventReader {
     std::vector<Json> events;
-    std::string text, arguments;  // of all messages; of all calls
-    std::vector<Json> items;      // as they were done
-    Json last;                    // the object of the terminal event
+    std::string text;         // of all messages
+    std::vector<Json> items;  // as they were done
+    Json last;                // the object of the terminal event
 
     explicit EventReader(const std::string& stream) {
         for (const std::string_view one : events_of(stream)) {
@@ -1634,11 +1634,12 @@ struct EventReader {
         REQUIRE(events.size() >= 3);
         CHECK(type(0) == "response.created");
         CHECK(type(1) == "response.in_progress");
-        check_from(0);
+        check_order();
     }
     std::string type(size_t i) const { return std::string(events[i]["type"].as_string()); }
 
-    void check_from(int64_t number) {
+    void check_order() {
+        int64_t number = 0;
         std::string open, partial;
         bool in_part = false;
         for (size_t i = 0; i < events.size(); ++i) {
@@ -1672,7 +1673,6 @@ struct EventReader {
                 for (const char* whole : {"text", "arguments", "input"})
                     if (event.contains(whole)) CHECK(event[whole].as_string() == partial);
                 if (kind == "response.output_text.done") text += partial;
-                if (event.contains("arguments")) arguments += partial;
             }
         }
         CHECK(open.empty());
@@ -1785,6 +1785,9 @@ TEST_CASE("server: openai: streams that are followed, left and taken up again") 
             CHECK(some.events.front()["sequence_number"].as_int() == after + 1);
             CHECK(some.events.back()["response"].write() == object);
             CHECK(some.events.size() == static_cast<size_t>(std::max<int64_t>(last - after, 1)));
+            for (size_t i = 0; after < last && i < some.events.size(); ++i)
+                CHECK(some.events[i].write() ==
+                      all.events[static_cast<size_t>(after) + 1 + i].write());
         }
         CHECK(error_of(serving.get(target + "&starting_after=x")) ==
               "400 invalid_request_error invalid_type starting_after");
@@ -1831,7 +1834,7 @@ namespace {
 struct ChatReader {
     std::vector<Json> chunks;
     std::string content, thoughts, finish;
-    Json calls = Json::array(), usage;
+    Json calls = Json::array(), usage, logprobs = Json::array();
     bool done = false;
 
     explicit ChatReader(const std::string& stream) {
@@ -1855,6 +1858,8 @@ struct ChatReader {
         const Json& delta = one["choices"][0]["delta"];
         if (chunks.size() == 1) CHECK(delta.write() == R"({"role":"assistant","content":""})");
         content += delta["content"].as_string();
+        for (const Json& token : one["choices"][0]["logprobs"]["content"].items())
+            logprobs.push(token);
         thoughts += delta["reasoning_content"].as_string();
         CHECK(delta["reasoning"].write() == delta["reasoning_content"].write());
         for (const Json& call : delta["tool_calls"].items()) {
@@ -1965,7 +1970,7 @@ TEST_CASE("server: chat: refusals name the fields as its clients know them") {
             {"role":"nobody","content":"x"}]})",
          "invalid_value messages[1].role"},
         {R"({"model":"fake","messages":[{"role":"tool","tool_call_id":"c","content":"x"}]})",
-         "invalid_value messages[0].call_id"},
+         "invalid_value messages[0].tool_call_id"},
         {chat(R"(,"max_completion_tokens":0)"), "integer_below_min_value max_completion_tokens"},
         {chat(R"(,"n":2)"), "unsupported_value n"},
         {chat(R"(,"modalities":["audio"])"), "unsupported_value modalities"},
@@ -1975,7 +1980,18 @@ TEST_CASE("server: chat: refusals name the fields as its clients know them") {
         {chat(R"(,"reasoning_effort":"huge")"), "invalid_value reasoning_effort"},
         {chat(R"(,"temperature":3)"), "decimal_above_max_value temperature"},
         {chat(R"(,"tools":[{"type":"function","function":{"name":"a b"}}])"),
-         "invalid_value tools[0].name"},
+         "invalid_value tools[0].function.name"},
+        {chat(R"(,"tools":[{"type":"custom","custom":{"name":"f","format":{"type":"x"}}}])"),
+         "invalid_value tools[0].custom.format.type"},
+        {chat(R"(,"tools":[{"type":"x"}])"), "invalid_value tools[0].type"},
+        {chat(R"(,"response_format":{"type":"json_schema","json_schema":{"name":"a b"}})"),
+         "invalid_value response_format.json_schema.name"},
+        {R"({"model":"fake","messages":[{"role":"user","content":"x"},{"role":"assistant",
+            "tool_calls":[{"id":"c","type":"function","function":{"arguments":"{}"}}]}]})",
+         "missing_required_parameter messages[1].tool_calls[0].function.name"},
+        {R"({"model":"fake","messages":[{"role":"user","content":"x"},{"role":"assistant",
+            "tool_calls":[{"type":"function","function":{"name":"f","arguments":"{}"}}]}]})",
+         "missing_required_parameter messages[1].tool_calls[0].id"},
     };
     for (const auto& [body, code] : cases) {
         const std::string& given = body;
@@ -1990,6 +2006,61 @@ TEST_CASE("server: chat: refusals name the fields as its clients know them") {
         CHECK(post_chat(valar_dialect, chat(more)).status == 400);
         CHECK(post_chat(openai, chat(more)).status == 200);
     }
+    for (const bool told : {false, true}) {
+        openai.fake.tells_items = told;
+        const std::string more = R"(,"logprobs":true,"top_logprobs":2)";
+        const Json whole = parse(post_chat(openai, chat(more)).body);
+        const ChatReader reader(post_chat(openai, chat(more + R"(,"stream":true)")).body);
+        CHECK(reader.logprobs.size() == 3);
+        CHECK(reader.logprobs.write() == whole["choices"][0]["logprobs"]["content"].write());
+    }
+}
+
+TEST_CASE("server: chat: what was asked stands in the response that is kept") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    const HttpReply reply = post_chat(serving, chat(R"(,"max_tokens":7,"seed":5,"top_p":0.5,
+        "reasoning_effort":"low","parallel_tool_calls":false,"frequency_penalty":0.5,
+        "metadata":{"a":"b"},"tool_choice":{"type":"function","function":{"name":"f"}},
+        "response_format":{"type":"json_schema","json_schema":{"name":"n","schema":{"type":"object"},
+        "strict":true}},"tools":[{"type":"function","function":{"name":"f","parameters":{}}}])"));
+    REQUIRE(reply.status == 200);
+    const Json kept = parse(
+        serving.get("/v1/responses/" + field(reply, "X-Valar-Response-Id")).body);
+    CHECK(kept["max_output_tokens"].as_int() == 7);
+    CHECK(kept["top_p"].as_double() == 0.5);
+    CHECK(kept["reasoning"]["effort"].as_string() == "low");
+    CHECK_FALSE(kept["parallel_tool_calls"].as_bool(true));
+    CHECK(kept["frequency_penalty"].as_double() == 0.5);
+    CHECK(kept["metadata"]["a"].as_string() == "b");
+    CHECK(kept["tool_choice"].write() == R"({"type":"function","name":"f"})");
+    CHECK(kept["text"]["format"]["schema"].write() == R"({"type":"object"})");
+    CHECK(kept["text"]["format"]["strict"].as_bool());
+    CHECK_FALSE(kept["tools"][0]["strict"].as_bool(true));
+}
+
+TEST_CASE("server: openai: GET of a chat that runs shows the events of its response") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options, true);
+    HttpPeer asks(serving.server.port());
+    const std::string body = chat(R"(,"stream":true)");
+    asks.send(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: k\r\n"
+        "Content-Type: application/json\r\nContent-Length: " +
+        std::to_string(body.size()) + "\r\n\r\n" + body);
+    const std::string head = asks.until("\"assistant\"");
+    const std::string id = head.substr(head.find("resp_"), 29);
+    HttpPeer looks(serving.server.port());
+    looks.send("GET /v1/responses/" + id + "?stream=true HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    CHECK(looks.until("\r\n\r\n").find("text/event-stream") != std::string::npos);
+    serving.fake.finish(id);
+    CHECK(asks.until("[DONE]").find("echo") != std::string::npos);
+    const std::string shown = looks.until("\r\n0\r\n\r\n");
+    CHECK(shown.find("event: response.created") != std::string::npos);
+    CHECK(shown.find("event: response.completed") != std::string::npos);
+    CHECK(shown.find("chat.completion.chunk") == std::string::npos);
 }
 
 TEST_CASE("server: chat: what fails, what takes too long, what is asked again") {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string>
@@ -20,16 +21,6 @@ namespace detail {
 // ---- Chat Completions: the request -------------------------------------------------------------
 
 namespace {
-
-using Fault = std::optional<Error>;
-
-Error chat_error(const char* code, std::string path, std::string message) {
-    return make_error(ErrorKind::invalid_request, std::move(message), code, std::move(path));
-}
-
-Error chat_wrong(const std::string& path, const char* expected) {
-    return chat_error("invalid_type", path, "'" + path + "' must be " + expected);
-}
 
 /// Reads the messages one by one; items come out.
 struct ChatMessages {
@@ -47,7 +38,7 @@ struct ChatMessages {
 };
 
 Fault ChatMessages::add_message(const Json& message, const std::string& path) {
-    if (!message.is_object()) return chat_wrong(path, "an object");
+    if (!message.is_object()) return api_wrong_type(path, "an object", message);
     const std::string_view role = message["role"].as_string();
     if (role == role_name(Role::assistant)) return add_assistant(message, path);
     if (role == role_name(Role::tool)) return add_result(message, path);
@@ -62,13 +53,15 @@ Fault ChatMessages::add_assistant(const Json& message, const std::string& path) 
     const Json& one = message["reasoning_content"];
     const Json& thoughts = one.is_null() ? message["reasoning"] : one;
     if (!thoughts.is_null() && !thoughts.is_string())
-        return chat_wrong(path + (one.is_null() ? ".reasoning" : ".reasoning_content"), "a string");
+        return api_wrong_type(path + (one.is_null() ? ".reasoning" : ".reasoning_content"),
+                              "a string", thoughts);
     if (!thoughts.as_string().empty()) {
         const Json part = Json::object().set("type", "reasoning_text").set("text", thoughts);
         add(Json::object().set("type", "reasoning").set("content", Json::array().push(part)), path);
     }
     const Json& calls = message["tool_calls"];
-    if (!calls.is_null() && !calls.is_array()) return chat_wrong(path + ".tool_calls", "an array");
+    if (!calls.is_null() && !calls.is_array())
+        return api_wrong_type(path + ".tool_calls", "an array", calls);
     Json content = message["content"];
     if (content.is_null() && !message["refusal"].is_null())
         content = Json::array().push(
@@ -76,17 +69,16 @@ Fault ChatMessages::add_assistant(const Json& message, const std::string& path) 
     if (!content.is_null() || (calls.empty() && thoughts.is_null()))
         add(Json::object().set("role", "assistant").set("content", std::move(content)), path);
     for (size_t i = 0; i < calls.size(); ++i)
-        if (Fault fault = add_call(calls[i], path + ".tool_calls[" + std::to_string(i) + "]"))
-            return fault;
+        if (Fault fault = add_call(calls[i], api_index(path + ".tool_calls", i))) return fault;
     return {};
 }
 
 Fault ChatMessages::add_call(const Json& call, const std::string& path) {
-    if (!call.is_object()) return chat_wrong(path, "an object");
+    if (!call.is_object()) return api_wrong_type(path, "an object", call);
     const bool custom = call["type"].as_string() == "custom";
     const char* key = custom ? "custom" : "function";
     const Json& called = call[key];
-    if (!called.is_object()) return chat_wrong(path + "." + key, "an object");
+    if (!called.is_object()) return api_wrong_type(path + "." + key, "an object", called);
     if (custom) custom_calls.emplace(call["id"].as_string());
     add(Json::object()
             .set("type", custom ? "custom_tool_call" : "function_call")
@@ -108,14 +100,13 @@ Fault ChatMessages::add_result(const Json& message, const std::string& path) {
 }
 
 Fault chat_messages(const Json& value, SurfaceBody* out) {
-    if (!value.is_array()) return chat_wrong("messages", "an array");
+    if (!value.is_array()) return api_wrong_type("messages", "an array", value);
     if (value.empty())
-        return chat_error("array_below_min_length", "messages", "'messages' must not be empty");
+        return api_error("array_below_min_length", "messages", "'messages' must not be empty");
     out->body.set("input", Json::array());
     ChatMessages messages{out};
     for (size_t i = 0; i < value.size(); ++i)
-        if (Fault fault = messages.add_message(value[i], "messages[" + std::to_string(i) + "]"))
-            return fault;
+        if (Fault fault = messages.add_message(value[i], api_index("messages", i))) return fault;
     return {};
 }
 
@@ -129,7 +120,7 @@ Json chat_flat(const Json& nested) {
 }
 
 Fault chat_format(const Json& value, SurfaceBody* out) {
-    if (!value.is_object()) return chat_wrong("response_format", "an object");
+    if (!value.is_object()) return api_wrong_type("response_format", "an object", value);
     Json format = chat_flat(value);
     if (value["type"].as_string() == "json_object")
         format = Json::object()
@@ -142,11 +133,11 @@ Fault chat_format(const Json& value, SurfaceBody* out) {
 }
 
 Fault chat_tools(const Json& value, SurfaceBody* out) {
-    if (!value.is_array()) return chat_wrong("tools", "an array");
+    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
     Json tools = Json::array();
     for (size_t i = 0; i < value.size(); ++i) {
         if (!value[i].is_object())
-            return chat_wrong("tools[" + std::to_string(i) + "]", "an object");
+            return api_wrong_type(api_index("tools", i), "an object", value[i]);
         Json tool = chat_flat(value[i]);
         if (tool["type"].as_string() == "function" && tool["strict"].is_null())
             tool.set("strict", false);
@@ -176,10 +167,9 @@ Fault chat_max_tokens(const Json& value, SurfaceBody* out) {
 }
 
 Fault chat_logprobs(const Json& value, SurfaceBody* out) {
-    if (!value.is_bool()) return chat_wrong("logprobs", "true or false");
     if (value.as_bool())
         out->body.set("include", Json::array().push("message.output_text.logprobs"));
-    return {};
+    return check_bool(value, "logprobs");
 }
 
 Fault chat_stop(const Json& value, SurfaceBody* out) {
@@ -189,25 +179,24 @@ Fault chat_stop(const Json& value, SurfaceBody* out) {
 
 Fault chat_stream(const Json& value, SurfaceBody* out) {
     out->stream = value.as_bool();
-    return value.is_bool() ? Fault() : chat_wrong("stream", "true or false");
+    return check_bool(value, "stream");
 }
 
 Fault chat_stream_options(const Json& value, SurfaceBody* out) {
-    if (!value.is_object()) return chat_wrong("stream_options", "an object");
+    if (!value.is_object()) return api_wrong_type("stream_options", "an object", value);
     const Json& usage = value["include_usage"];
     out->include_usage = usage.as_bool();
-    if (usage.is_null() || usage.is_bool()) return {};
-    return chat_wrong("stream_options.include_usage", "true or false");
+    return usage.is_null() ? Fault() : check_bool(usage, "stream_options.include_usage");
 }
 
 Fault chat_n(const Json& value, SurfaceBody*) {
     if (value.is_int() && value.as_int() == 1) return {};
-    return chat_error("unsupported_value", "n", "'n' must be 1: one choice a request");
+    return api_error("unsupported_value", "n", "'n' must be 1: one choice a request");
 }
 
 Fault chat_modalities(const Json& value, SurfaceBody*) {
     if (value.is_array() && value.size() == 1 && value[0].as_string() == "text") return {};
-    return chat_error("unsupported_value", "modalities", "'modalities' must be [\"text\"]");
+    return api_error("unsupported_value", "modalities", "'modalities' must be [\"text\"]");
 }
 
 /// A field whose value goes on under another name, or as `read` says.
@@ -260,6 +249,7 @@ Fault chat_read_field(const JsonMember& member, Dialect dialect, SurfaceBody* ou
     for (const ChatField& row : chat_fields) {
         if (row.name != name) continue;
         if (row.openai && dialect != Dialect::openai) break;
+        if (row.to != row.name && !row.to.empty()) out->renamed.emplace_back(row.to, row.name);
         if (row.read) return row.read(member.value, out);
         out->body.set(row.to, member.value);
         return {};
@@ -267,7 +257,7 @@ Fault chat_read_field(const JsonMember& member, Dialect dialect, SurfaceBody* ou
     const auto of_openai = [&](const ChatField& row) { return row.name == name; };
     if (std::any_of(std::begin(chat_fields), std::end(chat_fields), of_openai) ||
         std::find(std::begin(chat_refused), std::end(chat_refused), name) != std::end(chat_refused))
-        return chat_error("unsupported_parameter", name, "'" + name + "' is not supported");
+        return api_unsupported("unsupported_parameter", name);
     return {};
 }
 
@@ -277,23 +267,47 @@ Result<SurfaceBody> chat_read(const Json& body, Dialect dialect) {
         return make_error(ErrorKind::invalid_request, "the body must be a JSON object",
                           "invalid_type");
     for (const char* name : {"model", "messages"})
-        if (body[name].is_null())
-            return chat_error("missing_required_parameter", name,
-                              "'" + std::string(name) + "' is required");
+        if (body[name].is_null()) return api_missing(name);
     for (const JsonMember& member : body.members())
         if (Fault fault = chat_read_field(member, dialect, &out)) return std::move(*fault);
     return out;
 }
 
-/// The path of an item or a field, as the client wrote it.
-std::string chat_path(const std::string& path, const SurfaceBody& body) {
-    if (path.starts_with("input[")) {
-        const size_t item = static_cast<size_t>(std::atoi(path.c_str() + 6));
-        if (item < body.origins.size()) return body.origins[item] + path.substr(path.find(']') + 1);
+/// The rest of a path into what Chat Completions nests in an object by its type.
+std::string chat_nested(std::string_view type, std::string rest) {
+    if (rest.empty() || rest.starts_with(".type")) return rest;
+    return "." + std::string(type) + rest;
+}
+
+/// The rest of a path into an item.
+std::string chat_item_rest(const Json& item, const std::string& rest) {
+    const std::string_view type = item["type"].as_string("message");
+    const bool result = type.ends_with("_output"), custom = type.starts_with("custom_");
+    if (!result && !type.ends_with("_call")) return rest;
+    if (rest == ".call_id") return result ? ".tool_call_id" : ".id";
+    if (result)
+        return ".content" + rest.substr(std::min(rest.size(), std::string(".output").size()));
+    return chat_nested(custom ? "custom" : "function", rest);
+}
+
+/// The place of an error, as the client wrote it.
+std::string chat_path(const std::string& path, const SurfaceBody& read) {
+    const size_t open = path.find('['), close = path.find(']');
+    const std::string name = path.substr(0, std::min(open, path.find('.')));
+    const std::string rest = close < path.size() ? path.substr(close + 1) : "";
+    const size_t index = open < close ? static_cast<size_t>(std::atoi(path.c_str() + open + 1)) : 0;
+    if (name == "input" && index < read.origins.size())
+        return read.origins[index] + chat_item_rest(read.body["input"][index], rest);
+    if (name == "tools" && open < close)
+        return path.substr(0, close + 1) +
+               chat_nested(read.body["tools"][index]["type"].as_string(), rest);
+    if (path == "tool_choice.name")
+        return "tool_choice" + chat_nested(read.body["tool_choice"]["type"].as_string(), ".name");
+    for (const auto& [ours, theirs] : read.renamed) {
+        if (!path.starts_with(ours)) continue;
+        const std::string below = path.substr(ours.size());
+        return theirs + (ours == "text.format" ? chat_nested("json_schema", below) : below);
     }
-    for (const ChatField& row : chat_fields)
-        if (!row.to.empty() && path.starts_with(row.to))
-            return std::string(row.name) + path.substr(row.to.size());
     return path;
 }
 
@@ -323,15 +337,15 @@ Json chat_call(const Item& item) {
                        .set(custom ? "input" : "arguments", item.arguments));
 }
 
-Json chat_usage(const Json& usage) {
-    const Json& cached = usage["input_tokens_details"]["cached_tokens"];
-    const Json& thought = usage["output_tokens_details"]["reasoning_tokens"];
+Json chat_usage(const Usage& usage) {
+    const Json cached = Json::object().set("cached_tokens", usage.cached_tokens);
+    const Json thought = Json::object().set("reasoning_tokens", usage.reasoning_tokens);
     return Json::object()
-        .set("prompt_tokens", usage["input_tokens"])
-        .set("completion_tokens", usage["output_tokens"])
-        .set("total_tokens", usage["total_tokens"])
-        .set("prompt_tokens_details", Json::object().set("cached_tokens", cached))
-        .set("completion_tokens_details", Json::object().set("reasoning_tokens", thought));
+        .set("prompt_tokens", usage.input_tokens)
+        .set("completion_tokens", usage.output_tokens)
+        .set("total_tokens", usage.input_tokens + usage.output_tokens)
+        .set("prompt_tokens_details", cached)
+        .set("completion_tokens_details", thought);
 }
 
 const char* chat_finish(const Outcome& outcome, Dialect dialect) {
@@ -345,8 +359,7 @@ const char* chat_finish(const Outcome& outcome, Dialect dialect) {
 Error chat_failure(const Outcome& outcome) {
     if (outcome.status == Status::cancelled)
         return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
-    const std::string why = outcome.error ? outcome.error->message : "the model could not be run";
-    return make_error(ErrorKind::internal, why, "internal_error");
+    return make_error(ErrorKind::internal, "the model could not be run", "internal_error");
 }
 
 Result<std::string> chat_render(const std::string& object, Dialect dialect) {
@@ -386,7 +399,7 @@ Result<std::string> chat_render(const std::string& object, Dialect dialect) {
         .set("created", response["created_at"])
         .set("model", response["model"])
         .set("choices", Json::array().push(std::move(choice)))
-        .set("usage", chat_usage(response["usage"]))
+        .set("usage", chat_usage(outcome.usage))
         .write();
 }
 
@@ -403,7 +416,7 @@ public:
           include_usage_(include_usage),
           dialect_(dialect) {}
 
-    void begin(const std::string&, std::string) override {
+    void begin(const Json&) override {
         add_delta(Json::object().set("role", "assistant").set("content", ""));
     }
     void add(const Event& event) override;
@@ -419,7 +432,8 @@ private:
     Json head_;
     bool include_usage_;
     Dialect dialect_;
-    size_t told_ = 0, calls_ = 0;  // items so far, and calls among them
+    size_t told_ = 0, calls_ = 0;         // items so far, and calls among them
+    std::optional<size_t> message_ = {};  // that is begun
 };
 
 void ChatEvents::add_delta(Json delta, Json logprobs, Json finish_reason) {
@@ -455,14 +469,20 @@ void ChatEvents::add_call(const Item& item) {
 
 void ChatEvents::add(const Event& event) {
     const bool thought = event.kind == Event::Kind::reasoning_delta;
-    if (thought || event.kind == Event::Kind::text_delta)
-        add_text(thought ? Item::Kind::reasoning : Item::Kind::message, event.text, event.logprobs);
+    const bool text = event.kind == Event::Kind::text_delta && !event.text.empty();
+    keep_tokens(event.logprobs);
+    if (event.kind == Event::Kind::item_begun) message_.reset();
+    if (text || (event.kind == Event::Kind::item_begun && event.item.kind == Item::Kind::message))
+        message_ = event.index;
+    if (thought) add_text(Item::Kind::reasoning, event.text, {});
     else if (const Item* call = event.call()) add_call(*call);
+    else if (message_ == event.index)
+        add_text(Item::Kind::message, event.text, tokens_of(event.index));
     else return;
     told_ = event.index + 1;
 }
 
-void ChatEvents::end(const Outcome& outcome, const std::string& object) {
+void ChatEvents::end(const Outcome& outcome, const std::string&) {
     if (outcome.status != Status::completed) return fail(chat_failure(outcome));
     const std::vector<Item> items = output_items(outcome, outcome.status);
     for (size_t i = told_; i < items.size(); ++i)
@@ -470,10 +490,9 @@ void ChatEvents::end(const Outcome& outcome, const std::string& object) {
         else add_text(items[i].kind, items[i].text(), logprobs_of(outcome, i));
     add_delta(Json::object(), nullptr, chat_finish(outcome, dialect_));
     if (include_usage_) {
-        const auto response = Json::parse(object);
         Json chunk = head_;
         chunk.set("choices", Json::array());
-        write(chunk.set("usage", chat_usage(response ? (*response)["usage"] : Json())));
+        write(chunk.set("usage", chat_usage(outcome.usage)));
     }
     text_ += "data: [DONE]\n\n";
 }

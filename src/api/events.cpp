@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -69,26 +70,29 @@ Json ResponseEvents::item(const char* status) const {
     return item;
 }
 
-void ResponseEvents::begin(const std::string& pending, std::string running) {
-    emit(event("response.created"), pending);
-    running_ = std::move(running);
+void ResponseEvents::begin(const Json& object) {
+    emit(event("response.created"), object.write());
+    Json running = object;
+    running_ = running.set("status", words_.running).write();
 }
 
 void ResponseEvents::start() {
-    if (!running_.empty()) emit(event("response.in_progress"), std::exchange(running_, {}));
+    if (!std::exchange(started_, true)) emit(event("response.in_progress"), running_);
 }
 
 void ResponseEvents::add(const Event& event) {
     start();
-    switch (event.kind) {
-        case Event::Kind::started:
-        case Event::Kind::finished:
-        case Event::Kind::item_ended: return;  // closed once it is known what follows
-        case Event::Kind::item_begun: return open(event.item, event.index);
-        default: break;
+    keep_tokens(event.logprobs);
+    if (event.kind == Event::Kind::item_begun) return open(event.item, event.index);
+    const bool delta = event.kind == Event::Kind::text_delta ||
+                       event.kind == Event::Kind::reasoning_delta ||
+                       event.kind == Event::Kind::arguments_delta;
+    if (!delta) return;  // an item that ended is closed once it is known what follows
+    if (!open_ || index_ != event.index) {
+        if (event.text.empty()) return;  // tokens of an item that is not begun
+        open(Item::message(Role::assistant, {}), event.index);
     }
-    if (!open_) open(Item::message(Role::assistant, {}), event.index);
-    extend(event.text, event.logprobs);
+    extend(event.text, tokens_of(index_));
 }
 
 void ResponseEvents::open(Item item, size_t index) {
@@ -111,10 +115,11 @@ void ResponseEvents::open(Item item, size_t index) {
 }
 
 void ResponseEvents::extend(std::string_view text, const std::vector<TokenLogprob>& logprobs) {
-    if (text.empty() && logprobs.empty()) return;
+    const bool message = item_.kind == Item::Kind::message;
+    if (text.empty() && (!message || logprobs.empty())) return;
     (kind().in_part ? item_.content.front().text : item_.arguments) += text;
     Json delta = item_event(kind().delta).set("delta", text);
-    if (item_.kind == Item::Kind::message) {
+    if (message) {
         delta.set("logprobs", render_logprobs(logprobs));
         logprobs_.insert(logprobs_.end(), logprobs.begin(), logprobs.end());
     }
@@ -122,6 +127,7 @@ void ResponseEvents::extend(std::string_view text, const std::vector<TokenLogpro
 }
 
 void ResponseEvents::close(const char* status) {
+    extend({}, tokens_of(index_));
     Json done =
         item_event(kind().done).set(kind().field, kind().in_part ? item_.text() : item_.arguments);
     if (item_.kind == Item::Kind::message) done.set("logprobs", render_logprobs(logprobs_));
@@ -166,10 +172,25 @@ void ResponseEvents::end(const Outcome& outcome, const std::string& object) {
 void ResponseEvents::fail(const Error& error) {
     sequence_number_ = std::max(sequence_number_, skipped_);
     const Json shown = render_error(error)["error"];
+    if (auto object = Json::parse(running_); object && object->is_object()) {
+        object->set("status", "failed");
+        object->set("error",
+                    Json::object().set("code", shown["code"]).set("message", shown["message"]));
+        emit(event("response.failed"), object->write());
+    }
     emit(event("error")
              .set("code", shown["code"])
              .set("message", shown["message"])
              .set("param", shown["param"]));
+}
+
+std::vector<TokenLogprob> EventWriter::tokens_of(size_t item) {
+    const auto own = std::stable_partition(waiting_.begin(), waiting_.end(),
+                                           [&](const auto& token) { return token.item != item; });
+    std::vector<TokenLogprob> tokens(std::make_move_iterator(own),
+                                     std::make_move_iterator(waiting_.end()));
+    waiting_.erase(own, waiting_.end());
+    return tokens;
 }
 
 Outcome outcome_of(const Json& object) {
@@ -179,6 +200,13 @@ Outcome outcome_of(const Json& object) {
                      : status == "cancelled" ? Status::cancelled
                                              : Status::completed;
     outcome.cut = !object["incomplete_details"].is_null();
+    const Json& usage = object["usage"];
+    const auto count = [](const Json& number) {
+        return static_cast<uint32_t>(std::clamp<int64_t>(number.as_int(), 0, UINT32_MAX));
+    };
+    outcome.usage = {
+        count(usage["input_tokens"]), count(usage["input_tokens_details"]["cached_tokens"]),
+        count(usage["output_tokens"]), count(usage["output_tokens_details"]["reasoning_tokens"])};
     if (const Json& error = object["error"]; error.is_object())
         outcome.error = make_error(ErrorKind::unsupported,
                                    std::string(error["message"].as_string()),
@@ -214,8 +242,7 @@ Result<std::string> render_answer(const AnswerForm& form, const std::string& obj
     for (const char* unknown : {"completed_at", "error", "incomplete_details"})
         shown.set(unknown, nullptr);
     shown.set("output", Json::array()).set("usage", render_usage({}, words));
-    const std::string pending = shown.set("status", words.pending).write();
-    events->begin(pending, shown.set("status", words.running).write());
+    events->begin(shown.set("status", words.pending));
     events->end(outcome, object);
     return events->take();
 }

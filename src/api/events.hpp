@@ -15,18 +15,17 @@ inline namespace v1 {
 namespace detail {
 
 /// Writes what happened to one response, which goes in in order, as the events of a surface
-/// (text/event-stream, WHATWG HTML 9.2.6): LF only, each event whole. Objects are passed as text: they
-/// are rendered once, and not here.
+/// (text/event-stream, WHATWG HTML 9.2.6): LF only, each event whole.
 /// Threads: one at a time.
 class EventWriter {
 public:
     virtual ~EventWriter() = default;
-    /// It is accepted: the object as it is now, and as it will be once it is begun.
-    virtual void begin(const std::string& pending, std::string running) = 0;
+    /// It is accepted: the response object as it is now.
+    virtual void begin(const Json& object) = 0;
     /// Anything but `finished`.
     virtual void add(const Event& event) = 0;
     /// The rest of the items, and what ends the stream. What was not streamed (a replay, a Responder
-    /// that tells only the end) comes in one piece.
+    /// that tells only the end) comes in one piece. `object`: of the response, rendered.
     virtual void end(const Outcome& outcome, const std::string& object) = 0;
     /// Ends the stream of one that cannot be answered.
     virtual void fail(const Error& error) = 0;
@@ -37,7 +36,17 @@ public:
     std::string take() { return std::exchange(text_, {}); }
 
 protected:
+    /// Tokens may come before the item that they are of, or with another's text.
+    void keep_tokens(const std::vector<TokenLogprob>& tokens) {
+        waiting_.insert(waiting_.end(), tokens.begin(), tokens.end());
+    }
+    /// Those of an item, taken.
+    std::vector<TokenLogprob> tokens_of(size_t item);
+
     std::string text_;
+
+private:
+    std::vector<TokenLogprob> waiting_;
 };
 
 /// The events of POST /v1/responses with `stream`, as OpenAI has them.
@@ -46,7 +55,7 @@ public:
     ResponseEvents(std::string id, std::string message_id, const DialectWords& words)
         : id_(std::move(id)), message_id_(std::move(message_id)), words_(words) {}
 
-    void begin(const std::string& pending, std::string running) override;
+    void begin(const Json& object) override;
     void add(const Event& event) override;
     void end(const Outcome& outcome, const std::string& object) override;
     void fail(const Error& error) override;
@@ -72,7 +81,7 @@ private:
     std::string item_id_;
     std::vector<TokenLogprob> logprobs_;  // of that item
     size_t index_ = 0, begun_ = 0;        // of the open item; items so far
-    bool open_ = false, first_message_ = true;
+    bool open_ = false, first_message_ = true, started_ = false;
 };
 
 /// What became of a response that has ended, from its object.

@@ -19,6 +19,7 @@ struct SurfaceBody {
     bool stream = false;
     bool include_usage = false;             ///< an event of its own at the end of a stream
     std::vector<std::string> origins = {};  ///< of each item of `input`: its path in the body given
+    std::vector<std::pair<std::string, std::string>> renamed = {};  ///< fields: name here, as given
 };
 
 /// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made

@@ -136,7 +136,8 @@ public:
     /// before the fault.
     virtual HttpReply on_error(const HttpRequest& request, int status, std::string_view code,
                                std::string_view message) = 0;
-    /// A begun reply whose client had been too slow is sent as far as it was appended.
+    /// A begun reply whose client had been too slow, or of which 256 KiB were unsent at some time, is
+    /// sent as far as it was appended.
     virtual void on_sent(uint64_t /*exchange*/) {}
     /// About every HttpOptions::tick_ms.
     virtual void on_tick() {}

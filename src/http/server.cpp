@@ -71,6 +71,7 @@ struct HttpActive {
     bool blocked = false;  // the socket took no more: wait until it does
     bool begun = false;    // the reply comes in pieces, and is not ended
     bool unsent = false;   // is in the list of connections to be written to
+    bool full = false;     // http_write_bytes or more stood here: who appends may wait
 };
 
 struct HttpConnection {
@@ -644,6 +645,7 @@ void HttpServer::State::append(HttpConnection& connection, std::string_view byte
         active.body += bytes;
         if (chunked) active.body += "\r\n";
     }
+    active.full |= active.head.size() + active.body.size() - active.sent >= http_write_bytes;
     if (!std::exchange(active.unsent, true)) unsent.push_back(connection.id);
 }
 
@@ -702,12 +704,13 @@ void HttpServer::State::finish(HttpConnection& connection) {
 /// All is sent that there is. What a slow client had let grow is given back.
 void HttpServer::State::await_piece(HttpConnection& connection) {
     HttpActive& active = *connection.active;
-    const bool was_blocked = std::exchange(active.blocked, false);
+    const bool waited_for = std::exchange(active.full, false) | active.blocked;
+    active.blocked = false;
     active.head = std::string();
     active.body = std::string();
     active.sent = 0;
     enter(connection, HttpPhase::stream);
-    if (was_blocked) handler->on_sent(connection.exchange);
+    if (waited_for) handler->on_sent(connection.exchange);
 }
 
 }  // namespace detail

@@ -136,6 +136,7 @@ void ServerLoop::answer(Exchange& exchange, int status, std::string body) {
 void ServerLoop::refuse(Exchange& exchange, const Error& error, HttpHeaders headers) {
     if (exchange.begun) {
         const auto events = event_writer(exchange.form, {}, options.dialect);
+        if (exchange.form.after != UINT64_MAX) events->skip_to(exchange.form.after);
         events->fail(error);
         return end_stream(exchange, events->take());
     }
@@ -420,6 +421,7 @@ void ServerLoop::answer_job(JobPtr<AnswerJob> job) {
     Exchange* exchange = find_exchange(job->exchange);
     if (!exchange) return;
     if (job->error) return refuse(*exchange, *job->error);
+    if (exchange->begun) return end_stream(*exchange, std::move(job->text));
     if (exchange->form.stream)
         return answer(*exchange,
                       make_reply(*exchange, 200, std::move(job->text), stream_headers(*exchange)));

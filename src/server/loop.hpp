@@ -95,6 +95,7 @@ struct ServerLoop : HttpHandler {
     struct Stream {
         std::unique_ptr<EventWriter> events;
         bool kept = false;  // may be asked for again
+        bool told = false;  // some of them
         std::string log = {};
     };
 
@@ -354,7 +355,6 @@ struct ServerLoop : HttpHandler {
     void finish_work(FinishJob& job);
     void finish_keep(JobPtr<FinishJob> job);
     void finish_done(JobPtr<FinishJob> job);
-    void answer_form(Exchange& exchange, const FinishJob& job);
     void save_unsaved();
     void remove(Exchange& exchange, const std::string& id);
     void remove_done(JobPtr<RemoveJob> job);

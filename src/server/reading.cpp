@@ -59,7 +59,11 @@ void ServerLoop::show_work(ShowJob& job) {
     if (job.only_background && !stored->background) job.error = server_not_background();
     if (stored->terminal) job.status = 200;
     job.text = stored->terminal ? *stored->object : render_live(*stored, job.running);
-    if (!stored->terminal) return;
+    if (!stored->terminal) {
+        if (job.form.stream)
+            job.error = server_overloaded("the response is not being worked on now; try again");
+        return;
+    }
     auto answer = render_answer(job.form, job.text, options.dialect);
     if (answer) job.text = std::move(*answer);
     else job.error = std::move(answer.error());

@@ -215,10 +215,12 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     stored.head = server_shared(server_head(record));
     stored.request = server_shared(std::move(job.body));
     job.store = request.store;
-    if (stored.background || job.form.stream) job.text = render_live(stored, false);
+    if (stored.background && !job.form.stream) job.text = render_live(stored, false);
     if (!job.form.stream) return {};
     job.events = event_writer(job.form, record, options.dialect);
-    job.events->begin(job.text, render_live(stored, true));
+    const bool shown = !job.form.surface;
+    job.events->begin(
+        shown ? render_response(server_record(stored, Status::pending), options.dialect) : Json());
     return {};
 }
 
@@ -456,24 +458,15 @@ void ServerLoop::finish_done(JobPtr<FinishJob> job) {
         if (exchange->follows) end_stream(*exchange, events);
         else if (job->error) refuse(*exchange, *job->error);
         else if (exchange->removes) remove(*exchange, job->stored.id);
-        else if (!exchange->form.surface && !exchange->begun)
-            answer(*exchange, 200, *job->stored.object);
-        else answer_form(*exchange, *job);
+        else if (exchange->form.stream || exchange->form.surface != job->form.surface)
+            show(*exchange, job->stored.id, 200);  // from the record, not here
+        else if (!job->form.surface) answer(*exchange, 200, *job->stored.object);
+        else if (!job->answer) refuse(*exchange, job->answer.error());
+        else answer(*exchange, 200, *job->answer);
     }
     if (!again) return;
     job->error.reset();  // a full disk: the outcome is kept here until there is room
     unsaved.push_back(std::move(job));
-}
-
-/// As its client asked for it, which is not as GET shows it.
-void ServerLoop::answer_form(Exchange& exchange, const FinishJob& job) {
-    const bool made = job.form.surface == exchange.form.surface && !exchange.form.stream;
-    Result<std::string> text = made ? job.answer
-                                    : render_answer(exchange.form, *job.stored.object,
-                                                    options.dialect);
-    if (!text) return refuse(exchange, text.error());
-    if (exchange.begun) return end_stream(exchange, *text);
-    answer(exchange, 200, std::move(*text));
 }
 
 void ServerLoop::save_unsaved() {

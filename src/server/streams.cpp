@@ -64,8 +64,9 @@ void ServerLoop::join_stream(Exchange& exchange, const std::string& id, Live& en
     exchange.response_id = id;
     exchange.begun = true;
     std::string text;
-    if (Stream* stream = entry.stream.get()) {
-        const bool first = entry.waiters.empty();
+    const bool fits = entry.surface == exchange.form.surface;  // GET shows no chunks of Chat
+    if (Stream* stream = fits ? entry.stream.get() : nullptr) {
+        const bool first = !stream->told;
         std::string fresh = send_events(entry);
         exchange.follows = stream->kept || first;
         text = stream->kept ? events_after(stream->log, exchange.form.after) : std::move(fresh);
@@ -90,6 +91,7 @@ std::string ServerLoop::send_events(Live& entry) {
     Stream& stream = *entry.stream;
     std::string text = stream.events->take();
     if (text.empty()) return text;
+    stream.told = true;
     for (const uint64_t number : entry.waiters)
         if (Exchange* exchange = find_exchange(number); exchange && exchange->follows)
             http->append(number, text);
