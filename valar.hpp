@@ -41957,7 +41957,8 @@ struct HttpOptions {
     uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
     uint32_t body_timeout_ms = 10'000;    ///< one window of the body's pace; 408
     uint32_t body_min_bytes = 4 << 10;    ///< that must arrive in each window: 400 B/s by default
-    uint32_t write_timeout_ms = 30'000;   ///< without progress while bytes of a reply wait; closed
+    uint32_t write_timeout_ms = 30'000;   ///< without progress while bytes of a reply wait, or from
+                                          ///< 256 KiB of a begun one on until all is sent; closed
     uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
     uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); closed
     uint32_t tick_ms = 0;                 ///< pace of on_tick; 0: never
@@ -42598,7 +42599,9 @@ struct HttpActive {
     bool blocked = false;  // the socket took no more: wait until it does
     bool begun = false;    // the reply comes in pieces, and is not ended
     bool unsent = false;   // is in the list of connections to be written to
-    bool full = false;     // http_write_bytes or more stood here: who appends may wait
+    // Of a begun reply http_write_bytes or more stood unsent: who appends may wait for them, and they
+    // have to be gone by then.
+    uint64_t full_until = http_never;
 };
 
 struct HttpConnection {
@@ -42968,6 +42971,8 @@ void HttpServer::State::enter(HttpConnection& connection, HttpPhase phase) {
     entry.deadline = http_never;
     for (const HttpPhaseLimit& row : http_phase_limits)
         if (row.phase == phase) entry.deadline = now + options.*row.limit;
+    if (phase == HttpPhase::reply && connection.active->begun)
+        entry.deadline = std::min(entry.deadline, connection.active->full_until);
     next_timer = std::min(next_timer, entry.deadline);
     watch(connection);
 }
@@ -43172,7 +43177,9 @@ void HttpServer::State::append(HttpConnection& connection, std::string_view byte
         active.body += bytes;
         if (chunked) active.body += "\r\n";
     }
-    active.full |= active.head.size() + active.body.size() - active.sent >= http_write_bytes;
+    const size_t left = active.head.size() + active.body.size() - active.sent;
+    if (left >= http_write_bytes && active.full_until == http_never)
+        active.full_until = now + options.write_timeout_ms;
     if (!std::exchange(active.unsent, true)) unsent.push_back(connection.id);
 }
 
@@ -43231,8 +43238,8 @@ void HttpServer::State::finish(HttpConnection& connection) {
 /// All is sent that there is. What a slow client had let grow is given back.
 void HttpServer::State::await_piece(HttpConnection& connection) {
     HttpActive& active = *connection.active;
-    const bool waited_for = std::exchange(active.full, false) | active.blocked;
-    active.blocked = false;
+    const bool full = std::exchange(active.full_until, http_never) != http_never;
+    const bool waited_for = std::exchange(active.blocked, false) || full;
     active.head = std::string();
     active.body = std::string();
     active.sent = 0;

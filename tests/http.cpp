@@ -836,6 +836,12 @@ TEST_CASE("http server: a client that does not read the pieces") {
         send_piece(server, exchange, "last", true);
         reader.join();
     }
+    SUBCASE("reads a little now and then: that does not hold it for ever") {
+        for (int i = 0; i < 400 && !peer.ended_after_some(); ++i)
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        CHECK(live.handler.wait_closed(1) == 1);
+        CHECK(live.handler.sent == 0);
+    }
     SUBCASE("is closed after write_timeout_ms without progress") {
         CHECK(live.handler.wait_closed(1) == 1);
         CHECK(send_piece(server, exchange, piece) == 0);

@@ -104,6 +104,13 @@ public:
         return taken;
     }
 
+    /// Takes at most 16 KiB of what is there; true at the end of the stream.
+    bool ended_after_some() {
+        fill();
+        input_.clear();
+        return closed_;
+    }
+
     /// True when the server ends the stream without another byte.
     bool ended() { return rest().empty(); }
 

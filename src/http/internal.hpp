@@ -154,7 +154,8 @@ struct HttpOptions {
     uint32_t header_timeout_ms = 10'000;  ///< from a head's first byte to its last; 408
     uint32_t body_timeout_ms = 10'000;    ///< one window of the body's pace; 408
     uint32_t body_min_bytes = 4 << 10;    ///< that must arrive in each window: 400 B/s by default
-    uint32_t write_timeout_ms = 30'000;   ///< without progress while bytes of a reply wait; closed
+    uint32_t write_timeout_ms = 30'000;   ///< without progress while bytes of a reply wait, or from
+                                          ///< 256 KiB of a begun one on until all is sent; closed
     uint32_t linger_timeout_ms = 5'000;   ///< to read what a refused client still sends; closed
     uint32_t drain_timeout_ms = 10'000;   ///< for exchanges in work after stop(); closed
     uint32_t tick_ms = 0;                 ///< pace of on_tick; 0: never
