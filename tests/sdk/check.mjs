@@ -84,6 +84,27 @@ if (scripted) {
     check(final.output_text.includes("fine"), JSON.stringify(final.output));
 }
 
+// Chat Completions: whole, and streamed the same
+const chat = { model, messages: [{ role: "user", content: "Tell me a story." }],
+               max_completion_tokens: 24, temperature: 0, seed: 7 };
+const told = await client.chat.completions.create(chat);
+check(told.choices[0].message.content.length > 0, "chat: no text");
+let joined = "", pieces = 0, finish = null, usage = null;
+for await (const chunk of await client.chat.completions.create(
+    { ...chat, stream: true, stream_options: { include_usage: true } })) {
+    const content = chunk.choices[0]?.delta.content ?? "";
+    joined += content;
+    pieces += content !== "";
+    finish = chunk.choices[0]?.finish_reason ?? finish;
+    usage = chunk.usage ?? usage;
+}
+check(joined === told.choices[0].message.content, `chat: "${joined}" streamed`);
+check(scripted || pieces > 1, "chat: it came in one piece");
+check(finish === told.choices[0].finish_reason, `chat: ${finish}`);
+check(usage?.total_tokens === told.usage.total_tokens, `chat: ${JSON.stringify(usage)}`);
+const collected = await client.chat.completions.stream(chat).finalChatCompletion();
+check(collected.choices[0].message.content === joined, "chat: finalChatCompletion()");
+
 const stranger = new OpenAI({ baseURL, apiKey: "sk-not-a-key-of-this-server" });
 await refused(OpenAI.AuthenticationError, 401, "invalid_api_key", null,
               () => stranger.models.list());

@@ -186,6 +186,42 @@ noted = client.responses.create(model=model, input="Note: buy apples.", tools=[n
 check([item.type for item in noted.output] == ["custom_tool_call"], noted.output)
 check(noted.output[0].input.split()[0] in ("buy", "sell"), noted.output[0].input)
 
+# Chat Completions: whole, and streamed the same
+asked = {"model": model, "messages": [{"role": "user", "content": "Tell me a story."}],
+         "max_completion_tokens": 24, "temperature": 0, "seed": 7}
+whole = client.chat.completions.create(**asked)
+choice = whole.choices[0]
+check(choice.message.role == "assistant" and choice.message.content, choice)
+check(whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens, whole.usage)
+chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+said = [chunk.choices[0] for chunk in chunks if chunk.choices]
+joined = "".join(part.delta.content or "" for part in said)
+check(joined == choice.message.content, f"{joined!r} is not {choice.message.content!r}")
+check(len([part for part in said if part.delta.content]) > 1, "it came in one piece")
+check([part.finish_reason for part in said if part.finish_reason] == [choice.finish_reason], said[-1])
+check(chunks[-1].usage.total_tokens == whole.usage.total_tokens, chunks[-1])
+check(len({chunk.id for chunk in chunks}) == 1, "ids of chunks")
+
+parsed = client.chat.completions.parse(model=model, response_format=Party, temperature=1, seed=1,
+                                       messages=[{"role": "user", "content": "Ann (31) comes on Friday."}])
+check(isinstance(parsed.choices[0].message.parsed, Party), parsed.choices[0])
+
+asked = {"model": model, "messages": [{"role": "user", "content": "Is it cold in Oslo?"}],
+         "tools": [openai.pydantic_function_tool(Guest, name="invite"),
+                   openai.pydantic_function_tool(Weather, name="weather")],
+         "tool_choice": "required", "parallel_tool_calls": False, "temperature": 0}
+choice = client.chat.completions.parse(**asked).choices[0]
+calls = choice.message.tool_calls
+check(len(calls) == 1 and choice.finish_reason == "tool_calls", choice)
+check(isinstance(calls[0].function.parsed_arguments, (Guest, Weather)), calls[0])
+with client.chat.completions.stream(**asked) as stream:
+    streamed = stream.get_final_completion().choices[0]
+check(streamed.finish_reason == "tool_calls" and len(streamed.message.tool_calls) == 1, streamed)
+check(streamed.message.tool_calls[0].function == calls[0].function, streamed)
+asked["messages"] += [choice.message, {"role": "tool", "tool_call_id": calls[0].id, "content": "12 C"}]
+final = client.chat.completions.create(**{**asked, "tool_choice": "none"}, max_completion_tokens=8)
+check(final.choices[0].message.content and not final.choices[0].message.tool_calls, final.choices[0])
+
 # refusals
 stranger = openai.OpenAI(base_url=base_url, api_key="sk-not-a-key-of-this-server")
 refused(openai.AuthenticationError, 401, "invalid_api_key", None, stranger.models.list)
