@@ -164,7 +164,7 @@ refused(openai.NotFoundError, 404, "not_found",
         lambda: client.responses.input_items.list(said["id"]))
 
 # the cases of the Open Responses compliance suite that do not stream
-def said(role, text, **more):
+def turn(role, text, **more):
     return {"type": "message", "role": role, "content": text, **more}
 
 
@@ -177,26 +177,27 @@ def conforms(body):
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "name": "weather", "description": "Of a city", "parameters": CITY}
 for case, turns in {
-    "basic-response": [said("user", "Greet me in three words.")],
-    "assistant-phase": [said("assistant", "I look up the number.", phase="commentary"),
-                        said("assistant", "It is four.", phase="final_answer"),
-                        said("user", "Only the number, please.")],
-    "system-prompt": [said("system", "Talk like a sailor."), said("user", "Greet me.")],
-    "multi-turn": [said("user", "I am Alice."), said("assistant", "Hello, Alice!"),
-                   said("user", "Who am I?")],
+    "basic-response": [turn("user", "Greet me in three words.")],
+    "assistant-phase": [turn("assistant", "I look up the number.", phase="commentary"),
+                        turn("assistant", "It is four.", phase="final_answer"),
+                        turn("user", "Only the number, please.")],
+    "system-prompt": [turn("system", "Talk like a sailor."), turn("user", "Greet me.")],
+    "multi-turn": [turn("user", "I am Alice."), turn("assistant", "Hello, Alice!"),
+                   turn("user", "Who am I?")],
 }.items():
     limit = {} if "fake" in model else {"max_output_tokens": 20}
-    if native or not limit:  # there what is cut is not `completed`
+    if native or not limit:  # in the openai dialect what is cut is not `completed`
         answer = valid(responses.create(model=model, input=turns, **limit))
         check(conforms(answer) == ["message"], f"{case}: {answer['output']}")
         # response-output-phase-schema is of the suite's own making; here phases come back as they went
         shown = client.responses.input_items.list(answer["id"], order="asc")
         check([getattr(item, "phase", None) for item in shown] ==
-              [turn.get("phase") for turn in turns], f"{case}: phases")
+              [one.get("phase") for one in turns], f"{case}: phases")
 if "fake" in model:
-    kinds = conforms(valid(responses.create(model=model, input=[said("user", "Rain in Oslo?")],
+    kinds = conforms(valid(responses.create(model=model, input=[turn("user", "Rain in Oslo?")],
                                             tools=[WEATHER])))
     check("function_call" in kinds, f"tool-calling: {kinds}")
+
 # what only the openai dialect has
 follow = {"model": model, "input": "And then?", "max_output_tokens": 2}
 if native:
@@ -213,6 +214,26 @@ else:
     check(next_turn["usage"]["input_tokens"] > unkept["usage"]["input_tokens"], "earlier turns")
     refused(openai.BadRequestError, 400, "previous_response_not_found",
             lambda: client.responses.create(**follow, previous_response_id=unkept["id"]))
+
+    # streamed: the same text; and those of a background response once more, from an event on
+    story = {"model": model, "input": "Tell a story of a king.", "temperature": 0, "max_output_tokens": 16}
+    whole = client.responses.create(**story)
+    with client.responses.stream(**story) as stream:
+        events = list(stream)
+        # The client has a final response only of what no limit cut, as the scripted model's.
+        final = stream.get_final_response() if "fake" in model else events[-1].response
+    check(events[0].type == "response.created", events[0].type)
+    check(events[-1].type == f"response.{whole.status}" and final.status == whole.status, final.status)
+    check(final.output_text == whole.output_text != "", f"streamed: {final.output_text!r}")
+    events = list(client.responses.create(**story, background=True, stream=True))
+    check([event.sequence_number for event in events] == list(range(len(events))), events)
+    named = events[0].response.id
+    for after in (0, 2):
+        rest = list(client.responses.retrieve(named, stream=True, starting_after=after))
+        check([event.sequence_number for event in rest] ==
+              list(range(after + 1, after + 1 + len(rest))), f"after {after}: {rest}")
+        check(rest[-1].type == f"response.{whole.status}", rest[-1].type)
+        check(rest[-1].response.output_text == whole.output_text, rest[-1])
 
 # tools: a call, its result, the answer; custom tools and a schema
 if "fake" in model:
