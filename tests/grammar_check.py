@@ -452,4 +452,5 @@ def main():
     sys.exit(check(Dump(command, place), count or {"walks": 5000, "regexes": 2000}[kind]) > 0)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -6,39 +6,42 @@
 All get the vocabulary of the model and the same tokens, one thread, no cache of compiled grammars. A
 token's cost is its mask and the step behind it, in CPU time; of the peers the calls of their Python
 packages are timed, which cost a microsecond or two by themselves. A schema counts as accepted where
-its values (valid by jsonschema-rs) are; wrong are accepted texts that jsonschema-rs refuses. Needs
-llguidance, xgrammar, torch, jsonschema-rs.
+its values (valid by jsonschema-rs) are; wrong are accepted texts that jsonschema-rs refuses. Fails where
+valar accepts fewer schemas than COUNT, or a wrong text. Needs jsonschema-rs; llguidance and xgrammar
+(with torch) where they are to be measured, too.
 """
-import copy
+import importlib
 import importlib.metadata
 import json
+import pathlib
 import random
-import subprocess
 import sys
 import time
 
 import jsonschema_rs
-import llguidance
-import xgrammar
 
 import schemas
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from grammar_check import Dump, mutants
+
+
+def optional(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+llguidance, xgrammar = optional("llguidance"), optional("xgrammar")
 
 dump, model = sys.argv[1:3]
 count = int(sys.argv[3]) if len(sys.argv) > 3 else 1000
 now = time.thread_time_ns
 
 
-class Valar:
+class Valar(Dump):
     """The program: it also says how the texts are tokens, and what the tokens are."""
-
-    def __init__(self):
-        self.process = subprocess.Popen([dump, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
-
-    def ask(self, **request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
 
     def run(self, schema, texts, tokens):
         reply = self.ask(schema=schema, strict=False, texts=texts, timing=texts)
@@ -110,27 +113,6 @@ class Xgrammar(Peer):
         return step, matcher.is_terminated
 
 
-def damage(rng, value):
-    """The value with something changed inside; often it is no longer valid."""
-    value = copy.deepcopy(value)
-    places = []
-
-    def look(at):
-        for key in list(at) if isinstance(at, dict) else range(len(at)) if isinstance(at, list) else []:
-            places.append((at, key))
-            look(at[key])
-    look(value)
-    if not places:
-        return rng.choice([None, [], {}])
-    at, key = rng.choice(places)
-    if rng.random() < 0.3:
-        del at[key]
-    else:
-        at[key] = rng.choice([None, True, "", "x" * 50, -1, 3.5, 10**7, [], {}, [1], {"x": 1}, "\n", at[key] * 2
-                              if isinstance(at[key], (str, list)) else "1"])
-    return value
-
-
 def write(value):
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
@@ -140,11 +122,13 @@ def share(values, part):
 
 
 def main():
-    valar = Valar()
+    valar = Valar(dump, model)
     pieces = [bytes.fromhex(p) for p in valar.ask(vocabulary=True)["pieces"]]
     end = valar.ask(vocabulary=True)["ends"][0]
-    sides = {"valar": valar, "llguidance " + importlib.metadata.version("llguidance"): Llguidance(pieces, end),
-             "xgrammar " + importlib.metadata.version("xgrammar"): Xgrammar(pieces, end)}
+    sides = {"valar": valar}
+    for module, peer in ((llguidance, Llguidance), (xgrammar, Xgrammar)):
+        if module:
+            sides[f"{module.__name__} {importlib.metadata.version(module.__name__)}"] = peer(pieces, end)
     found = {name: {"compile": [], "mask": [], "accepted": 0, "wrong": 0} for name in sides}
     rng = random.Random(1)
     for index in range(count):
@@ -152,7 +136,7 @@ def main():
         judge = jsonschema_rs.Draft202012Validator(made["schema"], validate_formats=True)
         for value in made["values"]:
             judge.validate(value)
-        bad = [b for b in (damage(rng, v) for v in made["values"] for _ in range(3)) if not judge.is_valid(b)]
+        bad = [b for b in (mutants(rng, v) for v in made["values"] for _ in range(3)) if not judge.is_valid(b)]
         texts = [write(v) for v in made["values"] + bad]
         tokens = valar.ask(encode=texts)["tokens"]
         for name, side in sides.items():
@@ -177,6 +161,7 @@ def main():
         masks = " | ".join(f"{share(row['mask'], p):.1f}" for p in (0.5, 0.9, 0.99, 1))
         compiles = " | ".join(f"{share(row['compile'], p) / 1000:.2f}" for p in (0.5, 0.99))
         print(f"| {name} | {masks} | {compiles} | {row['accepted']} | {row['wrong']} |")
+    sys.exit(found["valar"]["accepted"] < count or found["valar"]["wrong"] > 0)
 
 
 main()
