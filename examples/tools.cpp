@@ -21,7 +21,7 @@ std::string get_weather(const Json& arguments) {
     return "It is " + std::to_string(degrees) + " degrees and sunny in " + city + ".";
 }
 
-std::string add(const Json& arguments) {
+std::string add(const Json& arguments) {  // cannot overflow: the schema has bounds
     return std::to_string(arguments["a"].as_int() + arguments["b"].as_int());
 }
 
@@ -35,8 +35,9 @@ constexpr Function functions[] = {
          "required": ["city"], "additionalProperties": false})",
      get_weather},
     {"add", "The sum of two integers",
-     R"({"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-         "required": ["a", "b"], "additionalProperties": false})",
+     R"({"type": "object", "required": ["a", "b"], "additionalProperties": false, "properties": {
+         "a": {"type": "integer", "minimum": -1000000000, "maximum": 1000000000},
+         "b": {"type": "integer", "minimum": -1000000000, "maximum": 1000000000}}})",
      add},
 };
 
