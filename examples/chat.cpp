@@ -33,19 +33,19 @@ std::optional<std::string> read_line() {
     return line;
 }
 
-// Text of an answer as it is, thoughts dimmed where a terminal shows it.
+// Text of an answer as it is, thoughts dimmed where a terminal shows it: each piece by itself, so
+// that nothing stays dimmed when a second Ctrl-C ends the program.
 void show(const valar::Event& event) {
     static const bool dims = example::shows_colours();
     const bool thought = event.item.kind == valar::Item::Kind::reasoning;
     using enum valar::Event::Kind;
     switch (event.kind) {
-        case item_begun:
-            if (thought && dims) example::print("\x1b[2m");
+        case text_delta: example::print(event.text); break;
+        case reasoning_delta:
+            example::print(dims ? "\x1b[2m" + event.text + "\x1b[0m" : event.text);
             break;
-        case text_delta:
-        case reasoning_delta: example::print(event.text); break;
         case item_ended:
-            if (thought) example::print(dims ? "\x1b[0m\n\n" : "\n\n");
+            if (thought) example::print("\n\n");
             break;
         default: break;
     }
