@@ -28690,6 +28690,25 @@ Result<DfaPtr> regex_dfa_within(const Regex& regex, uint32_t root, Spelling spel
     return make_dfa(nfa, budget);
 }
 
+// Ours, and tested: neither refused nor held to what a request's patterns may cost.
+DfaPtr make_fixed(std::string_view pattern, Spelling spelling) {
+    Budget budget;
+    auto regex = RegexParser(pattern).parse();
+    VALAR_ASSERT(regex.ok());
+    auto dfa = regex_dfa_within(*regex, regex->root, spelling, false, budget);
+    VALAR_ASSERT(dfa.ok());
+    return *dfa;
+}
+
+DfaPtr make_format(const KnownFormat& f, Spelling spelling) {
+    const DfaPtr all = make_fixed(f.pattern + leap_of(f.name), spelling);
+    if (!f.within) return all;
+    Budget budget;
+    auto both = intersect(all, make_fixed(f.within, spelling), budget);
+    VALAR_ASSERT(both.ok());
+    return *both;
+}
+
 DfaPtr make_any_string() {
     Budget budget;
     Nfa nfa(Spelling::raw, budget);
@@ -28756,14 +28775,8 @@ const DfaPtr& any_string_dfa() {
 }
 
 const DfaPtr& any_text_dfa(Spelling spelling) {
-    static const DfaPtr dfas[2] = {[] {
-                                       Budget b;
-                                       return *pattern_dfa("[^]*", Spelling::raw, false, b);
-                                   }(),
-                                   [] {
-                                       Budget b;
-                                       return *pattern_dfa("[^]*", Spelling::json, false, b);
-                                   }()};
+    static const DfaPtr dfas[2] = {make_fixed("[^]*", Spelling::raw),
+                                   make_fixed("[^]*", Spelling::json)};
     return dfas[size_t(spelling)];
 }
 
@@ -28774,23 +28787,17 @@ uint32_t most_format_chars(std::string_view name) {
     return 0;
 }
 
+// Each is made when it is first asked for, and kept.
 Result<DfaPtr> format_dfa(std::string_view name, Spelling spelling) {
-    static const auto made = [] {
-        std::vector<DfaPtr> out;
-        for (const KnownFormat& f : formats) {
-            const std::string pattern = f.pattern + leap_of(f.name);
-            auto regex = RegexParser(pattern).parse();
-            for (const Spelling s : {Spelling::raw, Spelling::json}) {
-                Budget own;
-                auto dfa = regex_dfa(*regex, regex->root, s, false, own);
-                if (f.within) dfa = intersect(*dfa, *pattern_dfa(f.within, s, false, own), own);
-                out.push_back(*dfa);
-            }
-        }
-        return out;
-    }();
-    for (size_t i = 0; i < std::size(formats); ++i)
-        if (formats[i].name == name) return made[i * 2 + size_t(spelling)];
+    static std::mutex mutex;
+    static DfaPtr made[std::size(formats)][2];
+    for (size_t i = 0; i < std::size(formats); ++i) {
+        if (formats[i].name != name) continue;
+        const std::lock_guard<std::mutex> lock(mutex);
+        DfaPtr& known = made[i][size_t(spelling)];
+        if (!known) known = make_format(formats[i], spelling);
+        return known;
+    }
     return make_error(ErrorKind::invalid_request, "no such format", "invalid_json_schema");
 }
 

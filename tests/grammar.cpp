@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "grammar/grammar.hpp"
@@ -192,6 +193,41 @@ TEST_CASE("formats") {
          {R"({"type":"string","format":"uri"})",
           {"\"https://u@x.org:80/a%20b?c#d\"", "\"urn:a:b\""},
           {"\"//x\"", "\"a b\"", "\"https://[::1\""}}});
+}
+
+TEST_CASE("every format compiles in both spellings, alone and beside values") {
+    const std::pair<const char*, const char*> names[] = {
+        {"date", "2024-02-29"},
+        {"time", "23:59:60Z"},
+        {"date-time", "2016-12-31T23:59:60Z"},
+        {"duration", "P2W"},
+        {"uuid", "123e4567-e89b-12d3-a456-426614174000"},
+        {"email", "a@b.example"},
+        {"ipv4", "127.0.0.1"},
+        {"ipv6", "::1"},
+        {"hostname", "b.example"},
+        {"uri", "urn:a:b"},
+        {"uri-reference", "../a?b#c"}};
+    for (const auto& [name, text] : names) {
+        CAPTURE(name);
+        for (const Spelling spelling : {Spelling::raw, Spelling::json}) {
+            const auto dfa = format_dfa(name, spelling);
+            REQUIRE(dfa.ok());
+            CHECK((*dfa)->match(text) >= 0);
+            CHECK((*dfa)->match("\t") < 0);
+            CHECK(*format_dfa(name, spelling) == *dfa);
+        }
+        const Json format = Json::object().set("type", "string").set("format", name);
+        Json among = format;
+        among.set("enum", Json::array().push(text).push("\t"));
+        const std::string quoted = Json(text).write();
+        for (const Json& asked : {format, among}) {
+            const GrammarPtr grammar = schema(asked.write());
+            CHECK(accepts(grammar, quoted));
+            CHECK_FALSE(accepts(grammar, "\"\\t\""));
+        }
+    }
+    CHECK_FALSE(format_dfa("iri", Spelling::raw).ok());
 }
 
 TEST_CASE("arrays") {
