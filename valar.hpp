@@ -27428,6 +27428,8 @@ Result<DfaPtr> unite(const DfaPtr& a, const DfaPtr& b, Budget& budget);
 Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget);
 /// The texts of `all`; the label has bit i set where `parts[i]` accepts.
 Result<DfaPtr> label_by(const DfaPtr& all, std::span<const DfaPtr> parts, Budget& budget);
+/// What has one of these labels.
+Result<DfaPtr> keep_labels(const DfaPtr& a, const std::vector<bool>& kept, Budget& budget);
 /// One of these texts.
 Result<DfaPtr> texts_dfa(std::span<const std::string> texts, Budget& budget);
 /// Lengths in characters become part of the automaton.
@@ -27559,11 +27561,34 @@ private:
             dfa_->label[s] = dfa_->boundary[s] ? machine_.label(*keys_[s]) : -1;
         }
         find_distances();
-        for (uint32_t& to : dfa_->next)
-            if (dfa_->shortest[to] == unlimited) to = Dfa::dead;
+        drop_dead_ends();
         find_longest();
         find_loops();
         describe();
+    }
+    // States that lead to no end; the first one stays.
+    void drop_dead_ends() {
+        Dfa& dfa = *dfa_;
+        std::vector<uint32_t> place(dfa.states(), Dfa::dead);
+        uint32_t count = Dfa::start;
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
+            if (s == Dfa::start || dfa.shortest[s] != unlimited) place[s] = count++;
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s) {
+            if (place[s] == Dfa::dead) continue;
+            for (uint32_t c = 0; c < dfa.class_count; ++c) {
+                const uint32_t to = dfa.next[size_t(s) * dfa.class_count + c];
+                dfa.next[size_t(place[s]) * dfa.class_count + c] = dfa.shortest[to] == unlimited
+                                                                       ? Dfa::dead
+                                                                       : place[to];
+            }
+        }
+        const auto move = [&](auto& list) {
+            for (uint32_t s = Dfa::start; s < place.size(); ++s)
+                if (place[s] != Dfa::dead) list[place[s]] = list[s];
+            list.resize(count);
+        };
+        move(dfa.label), move(dfa.boundary), move(dfa.shortest);
+        dfa.next.resize(size_t(count) * dfa.class_count);
     }
     void describe() {
         Dfa& dfa = *dfa_;
@@ -27611,7 +27636,7 @@ private:
     // The farthest end, by depth first; a cycle makes it unlimited. `even`: no length between the
     // two is missing, which the sets of lengths of small automata tell.
     void find_longest() {
-        const size_t count = keys_.size();
+        const size_t count = dfa_->states();
         dfa_->longest.assign(count, 0);
         std::vector<uint32_t> degree(count), order;
         const uint32_t width = dfa_->class_count;
@@ -27638,7 +27663,7 @@ private:
     // in both, or that an endless one loops by single characters.
     void find_even() {
         const uint32_t width = dfa_->class_count;
-        for (uint32_t s = Dfa::start; s < keys_.size() && dfa_->even; ++s) {
+        for (uint32_t s = Dfa::start; s < dfa_->states() && dfa_->even; ++s) {
             if (dfa_->shortest[s] == unlimited) continue;
             if (dfa_->shortest[s] == dfa_->longest[s]) continue;
             // The lengths of the successors, each an interval, must leave no gap.
@@ -27661,9 +27686,9 @@ private:
         }
     }
     void find_loops() {
-        dfa_->loops.assign(keys_.size(), 0);
+        dfa_->loops.assign(dfa_->states(), 0);
         const auto& classes = token_classes();
-        for (uint32_t s = Dfa::start; s < keys_.size(); ++s) {
+        for (uint32_t s = Dfa::start; s < dfa_->states(); ++s) {
             uint64_t loops = ~uint64_t{0};
             bool any = false;
             for (unsigned b = 0; b < 256; ++b)
@@ -27768,6 +27793,17 @@ public:
         return accepts(key, 0) && !accepts(key, 1) ? parts_[0]->label[key[0]] : -1;
     }
 };
+class Kept : public Product {
+public:
+    Kept(const DfaPtr& dfa, const std::vector<bool>& kept) : Product(dfa, {}), kept_(kept) {}
+    int32_t label(const Key& key) override {
+        const int32_t label = parts_[0]->label[key[0]];
+        return label >= 0 && kept_[size_t(label)] ? label : -1;
+    }
+
+private:
+    const std::vector<bool>& kept_;
+};
 class Labelled : public Product {
 public:
     using Product::Product;
@@ -27854,6 +27890,13 @@ Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget) {
 Result<DfaPtr> label_by(const DfaPtr& all, std::span<const DfaPtr> parts, Budget& budget) {
     if (all->empty()) return all;
     Labelled machine(all, parts);
+    return make_dfa(machine, budget);
+}
+Result<DfaPtr> keep_labels(const DfaPtr& a, const std::vector<bool>& kept, Budget& budget) {
+    if (std::all_of(a->label.begin(), a->label.end(),
+                    [&](int32_t label) { return label < 0 || kept[size_t(label)]; }))
+        return a;
+    Kept machine(a, kept);
     return make_dfa(machine, budget);
 }
 Result<DfaPtr> texts_dfa(std::span<const std::string> texts, Budget& budget) {
@@ -29640,6 +29683,7 @@ public:
         if (parts_.size() >= kMostParts || builder_.budget_.spent()) return budget_error();
         find_nullable();
         find_heights();
+        if (failed_) return budget_error();
         if (height_[root] == unlimited) return grammar_error("nothing matches the grammar");
         if (height_[root] > grammar_depth_limit)
             return grammar_error("whatever matches the grammar nests too deep");
@@ -29660,6 +29704,7 @@ public:
             grammar_->edges[grammar_->nodes[entries_[waiting_[i]]].a] = body;
             if (grammar_->nodes.size() > kMostNodes) return budget_error();
         }
+        if (failed_) return budget_error();
         sign();
         return GrammarPtr(grammar_);
     }
@@ -29956,8 +30001,10 @@ private:
             any |= can;
         }
         if (!any || !rules.other) return;
-        object.other = rules.other;
-        object.words = words_of(rules);
+        const OtherKeys& keys = keys_of(rules);
+        if (keys.dfa->empty()) return;
+        object.other = keys.dfa;
+        object.words = keys.words;
         object.taken.assign(object.keys.from.size(), 0);
         for (uint32_t node = 0; node < object.keys.from.size(); ++node)
             for (uint32_t i = object.keys.from[node]; i < object.keys.to[node]; ++i)
@@ -29965,18 +30012,24 @@ private:
         object.endless = std::all_of(object.words->begin() + Dfa::start, object.words->end(),
                                      [](uint32_t count) { return count == unlimited; });
     }
-    // How many keys an object's automaton has from each of its states on, as far as 32 bits count:
-    // those with a way to a cycle have no end.
-    using Words = std::shared_ptr<const std::vector<uint32_t>>;
-    Words words_of(const ObjectRules& rules) const {
-        const Dfa& dfa = *rules.other;
+    // The keys of an object that are not declared and can have a value, and how many of them there
+    // are from each state on, as far as 32 bits count: those with a way to a cycle have no end.
+    struct OtherKeys {
+        DfaPtr dfa;
+        std::shared_ptr<const std::vector<uint32_t>> words;
+    };
+    const OtherKeys& keys_of(const ObjectRules& rules) const {
         std::vector<bool> usable;
         for (const Part part : rules.others) usable.push_back(height_[part] != unlimited);
-        Words& known = words_[{&dfa, usable}];
-        if (!known) known = std::make_shared<const std::vector<uint32_t>>(count_words(dfa, usable));
+        OtherKeys& known = keys_[{rules.other.get(), usable}];
+        if (known.dfa) return known;
+        auto kept = keep_labels(rules.other, usable, builder_.budget_);
+        failed_ = failed_ || !kept;
+        known.dfa = kept ? *kept : rules.other;
+        known.words = std::make_shared<const std::vector<uint32_t>>(count_words(*known.dfa));
         return known;
     }
-    static std::vector<uint32_t> count_words(const Dfa& dfa, const std::vector<bool>& usable) {
+    static std::vector<uint32_t> count_words(const Dfa& dfa) {
         std::vector<uint32_t> words(dfa.states(), 0), width(dfa.class_count, 0);
         for (const uint8_t c : dfa.classes) ++width[c];
         std::vector<std::pair<uint32_t, uint32_t>> by_length;
@@ -29985,8 +30038,7 @@ private:
         std::sort(by_length.begin(), by_length.end());
         const auto sum_from = [&](uint32_t s) -> uint32_t {
             if (dfa.longest[s] == unlimited) return unlimited;
-            const int32_t label = dfa.label[s];
-            uint64_t sum = label >= 0 && usable[size_t(label)];
+            uint64_t sum = dfa.label[s] >= 0;
             for (uint32_t c = 0; c < dfa.class_count; ++c)
                 if (const uint32_t to = dfa.next[size_t(s) * dfa.class_count + c]; to != Dfa::dead)
                     sum += uint64_t(width[c]) * words[to];
@@ -30013,7 +30065,7 @@ private:
     bool has_others(const ObjectRules& rules, uint64_t wanted) const {
         uint64_t taken = 0;
         for (const ObjectMember& m : rules.members) taken += is_other(rules, m);
-        return (*words_of(rules))[Dfa::start] >= std::min<uint64_t>(wanted + taken, unlimited);
+        return (*keys_of(rules).words)[Dfa::start] >= std::min<uint64_t>(wanted + taken, unlimited);
     }
     uint32_t emit_array(const ArrayRules& rules, uint32_t height, uint32_t next) {
         const uint32_t id = uint32_t(grammar_->arrays.size());
@@ -30060,7 +30112,8 @@ private:
     std::shared_ptr<Grammar> grammar_;
     std::vector<bool> nullable_;
     std::vector<uint32_t> height_, uses_, entries_;
-    mutable std::map<std::pair<const Dfa*, std::vector<bool>>, Words> words_;
+    mutable std::map<std::pair<const Dfa*, std::vector<bool>>, OtherKeys> keys_;
+    mutable bool failed_ = false;
     std::vector<Part> waiting_;
 };
 

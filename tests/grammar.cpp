@@ -271,6 +271,36 @@ TEST_CASE("objects") {
           {R"({"A":0})"}}});
 }
 
+TEST_CASE("no key begins that cannot be ended with a value behind it") {
+    const auto takes = [](const GrammarPtr& grammar, std::string_view text) {
+        return GrammarState(grammar).advance(text);
+    };
+    const GrammarPtr closed = schema(
+        R"({"type":"object","patternProperties":{"^x":{"type":"null"}},"additionalProperties":false})");
+    CHECK(accepts(closed, R"({"x1":null,"x":null})"));
+    CHECK_FALSE(takes(closed, R"({"a)"));
+    check_masks(closed, R"({"xab":null})");
+    // What is behind the other keys has no end.
+    const GrammarPtr round = schema(
+        R"({"type":"object","patternProperties":{"^x":{"type":"null"}},
+            "additionalProperties":{"$ref":"#/$defs/n"},
+            "$defs":{"n":{"type":"object","properties":{"n":{"$ref":"#/$defs/n"}},"required":["n"]}}})");
+    CHECK(accepts(round, R"({"x":null})"));
+    CHECK_FALSE(takes(round, R"({"a)"));
+    // Both patterns at once is all that there is.
+    const GrammarPtr both = schema(
+        R"({"type":"object","patternProperties":{"^a*$":{"enum":[1,2]},"^[ab]{2}$":{"enum":[2,3]},
+            "^aa$":{"minimum":2},"^(a|b|ab|ba|bb|aaa+)?$":false},"additionalProperties":false})");
+    CHECK(accepts(both, R"({"aa":2})"));
+    CHECK(accepts(both, "{}"));
+    for (const char* text : {R"({"b)", R"({"aaa)", R"({"aa":1)", R"({"")", R"({"aa":2,)"})
+        CHECK_FALSE(takes(both, text));
+    const GrammarPtr none = schema(
+        R"({"type":"object","patternProperties":{"^x":true},"propertyNames":{"pattern":"^y"},
+            "additionalProperties":false})");
+    CHECK_FALSE(takes(none, R"({")"));
+}
+
 TEST_CASE("combinations") {
     check(
         {{R"({"anyOf":[{"type":"integer"},{"type":"string","maxLength":1}]})",

@@ -338,6 +338,23 @@ def check_text(text, validators, where):
     return bool(why)
 
 
+def ends_in_key(text):
+    """Whether a text that was cut off is inside a long key."""
+    opened, place = [], 0
+    while place < len(text):
+        char = text[place]
+        string = re.compile(r'"(?:[^"\\]|\\.)*("|$)', re.S).match(text, place) if char == '"' else None
+        if string and not string[1]:
+            before = text[:place].rstrip()[-1:]
+            return len(text) - place > 1000 and opened[-1:] == ["{"] and before in ("{", ",")
+        if char in "{[":
+            opened.append(char)
+        elif char in "}]":
+            opened.pop()
+        place = string.end() if string else place + 1
+    return False
+
+
 def walks(dump, count):
     faults = texts = refused = unfinished = changed = 0
     for seed in range(count):
@@ -353,8 +370,11 @@ def walks(dump, count):
             continue
         validators = Validators(schema)
         for walked in reply["walks"]:
-            if "endless" in walked:  # the draws found no way out in time
+            if "endless" in walked:  # the draws found no way out in time; of a key there is always one
                 unfinished += 1
+                if ends_in_key(walked["endless"]):
+                    faults += 1
+                    print(f"a key without an end: {walked['endless'][:100]} for {json.dumps(schema)[:600]}")
                 continue
             texts += 1
             if "text" not in walked:

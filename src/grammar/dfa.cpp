@@ -133,11 +133,34 @@ private:
             dfa_->label[s] = dfa_->boundary[s] ? machine_.label(*keys_[s]) : -1;
         }
         find_distances();
-        for (uint32_t& to : dfa_->next)
-            if (dfa_->shortest[to] == unlimited) to = Dfa::dead;
+        drop_dead_ends();
         find_longest();
         find_loops();
         describe();
+    }
+    // States that lead to no end; the first one stays.
+    void drop_dead_ends() {
+        Dfa& dfa = *dfa_;
+        std::vector<uint32_t> place(dfa.states(), Dfa::dead);
+        uint32_t count = Dfa::start;
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
+            if (s == Dfa::start || dfa.shortest[s] != unlimited) place[s] = count++;
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s) {
+            if (place[s] == Dfa::dead) continue;
+            for (uint32_t c = 0; c < dfa.class_count; ++c) {
+                const uint32_t to = dfa.next[size_t(s) * dfa.class_count + c];
+                dfa.next[size_t(place[s]) * dfa.class_count + c] = dfa.shortest[to] == unlimited
+                                                                       ? Dfa::dead
+                                                                       : place[to];
+            }
+        }
+        const auto move = [&](auto& list) {
+            for (uint32_t s = Dfa::start; s < place.size(); ++s)
+                if (place[s] != Dfa::dead) list[place[s]] = list[s];
+            list.resize(count);
+        };
+        move(dfa.label), move(dfa.boundary), move(dfa.shortest);
+        dfa.next.resize(size_t(count) * dfa.class_count);
     }
     void describe() {
         Dfa& dfa = *dfa_;
@@ -185,7 +208,7 @@ private:
     // The farthest end, by depth first; a cycle makes it unlimited. `even`: no length between the
     // two is missing, which the sets of lengths of small automata tell.
     void find_longest() {
-        const size_t count = keys_.size();
+        const size_t count = dfa_->states();
         dfa_->longest.assign(count, 0);
         std::vector<uint32_t> degree(count), order;
         const uint32_t width = dfa_->class_count;
@@ -212,7 +235,7 @@ private:
     // in both, or that an endless one loops by single characters.
     void find_even() {
         const uint32_t width = dfa_->class_count;
-        for (uint32_t s = Dfa::start; s < keys_.size() && dfa_->even; ++s) {
+        for (uint32_t s = Dfa::start; s < dfa_->states() && dfa_->even; ++s) {
             if (dfa_->shortest[s] == unlimited) continue;
             if (dfa_->shortest[s] == dfa_->longest[s]) continue;
             // The lengths of the successors, each an interval, must leave no gap.
@@ -235,9 +258,9 @@ private:
         }
     }
     void find_loops() {
-        dfa_->loops.assign(keys_.size(), 0);
+        dfa_->loops.assign(dfa_->states(), 0);
         const auto& classes = token_classes();
-        for (uint32_t s = Dfa::start; s < keys_.size(); ++s) {
+        for (uint32_t s = Dfa::start; s < dfa_->states(); ++s) {
             uint64_t loops = ~uint64_t{0};
             bool any = false;
             for (unsigned b = 0; b < 256; ++b)
@@ -342,6 +365,17 @@ public:
         return accepts(key, 0) && !accepts(key, 1) ? parts_[0]->label[key[0]] : -1;
     }
 };
+class Kept : public Product {
+public:
+    Kept(const DfaPtr& dfa, const std::vector<bool>& kept) : Product(dfa, {}), kept_(kept) {}
+    int32_t label(const Key& key) override {
+        const int32_t label = parts_[0]->label[key[0]];
+        return label >= 0 && kept_[size_t(label)] ? label : -1;
+    }
+
+private:
+    const std::vector<bool>& kept_;
+};
 class Labelled : public Product {
 public:
     using Product::Product;
@@ -428,6 +462,13 @@ Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget) {
 Result<DfaPtr> label_by(const DfaPtr& all, std::span<const DfaPtr> parts, Budget& budget) {
     if (all->empty()) return all;
     Labelled machine(all, parts);
+    return make_dfa(machine, budget);
+}
+Result<DfaPtr> keep_labels(const DfaPtr& a, const std::vector<bool>& kept, Budget& budget) {
+    if (std::all_of(a->label.begin(), a->label.end(),
+                    [&](int32_t label) { return label < 0 || kept[size_t(label)]; }))
+        return a;
+    Kept machine(a, kept);
     return make_dfa(machine, budget);
 }
 Result<DfaPtr> texts_dfa(std::span<const std::string> texts, Budget& budget) {

@@ -103,6 +103,8 @@ Result<DfaPtr> unite(const DfaPtr& a, const DfaPtr& b, Budget& budget);
 Result<DfaPtr> subtract(const DfaPtr& a, const DfaPtr& b, Budget& budget);
 /// The texts of `all`; the label has bit i set where `parts[i]` accepts.
 Result<DfaPtr> label_by(const DfaPtr& all, std::span<const DfaPtr> parts, Budget& budget);
+/// What has one of these labels.
+Result<DfaPtr> keep_labels(const DfaPtr& a, const std::vector<bool>& kept, Budget& budget);
 /// One of these texts.
 Result<DfaPtr> texts_dfa(std::span<const std::string> texts, Budget& budget);
 /// Lengths in characters become part of the automaton.

@@ -266,6 +266,7 @@ public:
         if (parts_.size() >= kMostParts || builder_.budget_.spent()) return budget_error();
         find_nullable();
         find_heights();
+        if (failed_) return budget_error();
         if (height_[root] == unlimited) return grammar_error("nothing matches the grammar");
         if (height_[root] > grammar_depth_limit)
             return grammar_error("whatever matches the grammar nests too deep");
@@ -286,6 +287,7 @@ public:
             grammar_->edges[grammar_->nodes[entries_[waiting_[i]]].a] = body;
             if (grammar_->nodes.size() > kMostNodes) return budget_error();
         }
+        if (failed_) return budget_error();
         sign();
         return GrammarPtr(grammar_);
     }
@@ -582,8 +584,10 @@ private:
             any |= can;
         }
         if (!any || !rules.other) return;
-        object.other = rules.other;
-        object.words = words_of(rules);
+        const OtherKeys& keys = keys_of(rules);
+        if (keys.dfa->empty()) return;
+        object.other = keys.dfa;
+        object.words = keys.words;
         object.taken.assign(object.keys.from.size(), 0);
         for (uint32_t node = 0; node < object.keys.from.size(); ++node)
             for (uint32_t i = object.keys.from[node]; i < object.keys.to[node]; ++i)
@@ -591,18 +595,24 @@ private:
         object.endless = std::all_of(object.words->begin() + Dfa::start, object.words->end(),
                                      [](uint32_t count) { return count == unlimited; });
     }
-    // How many keys an object's automaton has from each of its states on, as far as 32 bits count:
-    // those with a way to a cycle have no end.
-    using Words = std::shared_ptr<const std::vector<uint32_t>>;
-    Words words_of(const ObjectRules& rules) const {
-        const Dfa& dfa = *rules.other;
+    // The keys of an object that are not declared and can have a value, and how many of them there
+    // are from each state on, as far as 32 bits count: those with a way to a cycle have no end.
+    struct OtherKeys {
+        DfaPtr dfa;
+        std::shared_ptr<const std::vector<uint32_t>> words;
+    };
+    const OtherKeys& keys_of(const ObjectRules& rules) const {
         std::vector<bool> usable;
         for (const Part part : rules.others) usable.push_back(height_[part] != unlimited);
-        Words& known = words_[{&dfa, usable}];
-        if (!known) known = std::make_shared<const std::vector<uint32_t>>(count_words(dfa, usable));
+        OtherKeys& known = keys_[{rules.other.get(), usable}];
+        if (known.dfa) return known;
+        auto kept = keep_labels(rules.other, usable, builder_.budget_);
+        failed_ = failed_ || !kept;
+        known.dfa = kept ? *kept : rules.other;
+        known.words = std::make_shared<const std::vector<uint32_t>>(count_words(*known.dfa));
         return known;
     }
-    static std::vector<uint32_t> count_words(const Dfa& dfa, const std::vector<bool>& usable) {
+    static std::vector<uint32_t> count_words(const Dfa& dfa) {
         std::vector<uint32_t> words(dfa.states(), 0), width(dfa.class_count, 0);
         for (const uint8_t c : dfa.classes) ++width[c];
         std::vector<std::pair<uint32_t, uint32_t>> by_length;
@@ -611,8 +621,7 @@ private:
         std::sort(by_length.begin(), by_length.end());
         const auto sum_from = [&](uint32_t s) -> uint32_t {
             if (dfa.longest[s] == unlimited) return unlimited;
-            const int32_t label = dfa.label[s];
-            uint64_t sum = label >= 0 && usable[size_t(label)];
+            uint64_t sum = dfa.label[s] >= 0;
             for (uint32_t c = 0; c < dfa.class_count; ++c)
                 if (const uint32_t to = dfa.next[size_t(s) * dfa.class_count + c]; to != Dfa::dead)
                     sum += uint64_t(width[c]) * words[to];
@@ -639,7 +648,7 @@ private:
     bool has_others(const ObjectRules& rules, uint64_t wanted) const {
         uint64_t taken = 0;
         for (const ObjectMember& m : rules.members) taken += is_other(rules, m);
-        return (*words_of(rules))[Dfa::start] >= std::min<uint64_t>(wanted + taken, unlimited);
+        return (*keys_of(rules).words)[Dfa::start] >= std::min<uint64_t>(wanted + taken, unlimited);
     }
     uint32_t emit_array(const ArrayRules& rules, uint32_t height, uint32_t next) {
         const uint32_t id = uint32_t(grammar_->arrays.size());
@@ -686,7 +695,8 @@ private:
     std::shared_ptr<Grammar> grammar_;
     std::vector<bool> nullable_;
     std::vector<uint32_t> height_, uses_, entries_;
-    mutable std::map<std::pair<const Dfa*, std::vector<bool>>, Words> words_;
+    mutable std::map<std::pair<const Dfa*, std::vector<bool>>, OtherKeys> keys_;
+    mutable bool failed_ = false;
     std::vector<Part> waiting_;
 };
 
