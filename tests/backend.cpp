@@ -5,6 +5,7 @@
 #include "digest_internal.hpp"
 #include "kernels/layout.hpp"
 #include "run_model.hpp"
+#include "sample.hpp"
 #include "tiny_model.hpp"
 #include "unicode_internal.hpp"
 
@@ -167,17 +168,6 @@ const std::string& mixed_hash() {
 
 void check_way(const Way& way) {
     CHECK(hash_of(logits_of(mixed_model(), 280, way)) == mixed_hash());
-}
-
-// With VALAR_TEST_SAMPLE=N in the environment one of N rounds of what is nearly the same each time:
-// for machines that are emulated, and programs that are watched.
-bool in_sample() {
-    static const uint32_t one_of = [] {
-        const int number = std::atoi(detail::environment("VALAR_TEST_SAMPLE").c_str());
-        return static_cast<uint32_t>(std::max(1, number));
-    }();
-    static uint32_t round = 0;
-    return round++ % one_of == 0;
 }
 
 // A host's job system: a thread a job, the last one first.
