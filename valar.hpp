@@ -3142,6 +3142,9 @@ public:
     /// cannot be read (every request ends with it); called after start(), or from two threads at
     /// once.
     Result<bool> step(int64_t budget_us = -1);
+    /// Gives back the memory of weights, keys and values. What runs gives way and goes on with the
+    /// same answer; a step() with a request loads again. Errors: after start(), beside a step().
+    Result<void> unload();
     /// Own thread that steps whenever there is work, until stop().
     Result<void> start();
     void stop();  ///< returns when the thread has ended; unfinished requests stay
@@ -3156,6 +3159,7 @@ public:
 
 private:
     friend class Conversation;
+    friend class EnginePool;
     struct State;
     explicit Engine(std::unique_ptr<State> state);
     std::unique_ptr<State> state_;
@@ -3206,6 +3210,52 @@ public:
 private:
     struct State;
     explicit Conversation(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/engine/pool.hpp -----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+
+struct EnginePoolOptions {
+    /// Bytes of all models that are loaded at a time, as memory_plan() counts them. 0: what the
+    /// system has for this process, but for an eighth. Where a model sets no limit of its own and
+    /// not all fit as they would be alone, they share what weights and scratch leave; where that
+    /// would shorten a context, each may take it all, and they take turns.
+    uint64_t memory_limit = 0;
+    uint32_t keep_loaded_ms = 0;  ///< without a request; then it is let go. 0: until room is wanted
+    uint32_t turn_ms = 10'000;    ///< that a model works while another waits for its room
+    bool preload = true;  ///< as many as fit, in their order; else each at its first request
+    LogSink log = {};     ///< of what the pool decides; models have their own
+};
+
+/// Several models under one limit of memory, stepped in turn by one thread. A request for one that
+/// is not loaded waits: others that have nothing to do are let go, the one used longest ago first,
+/// or give way for a while. No answer depends on it.
+/// Threads: open, start, stop and the destructor from one at a time; memory_used() from any.
+class VALAR_API EnginePool {
+public:
+    /// Reads all files but for their weights. Errors: as of Engine::begin_open(), and of a model
+    /// that is too large by itself (out_of_memory).
+    static Result<EnginePool> open(std::span<const EngineOptions> models,
+                                   const EnginePoolOptions& options = {});
+    EnginePool(EnginePool&& other) noexcept;
+    EnginePool& operator=(EnginePool&& other) noexcept;
+    ~EnginePool();
+
+    Result<void> start();  ///< its thread; until then requests wait
+    void stop();           ///< returns when the thread has ended; unfinished requests stay
+    /// Of each model, in their order; they live as long as the pool.
+    std::vector<Responder*> responders() const;
+    uint64_t memory_used() const;  ///< bytes of the models that are loaded, or being loaded
+
+private:
+    struct State;
+    explicit EnginePool(std::unique_ptr<State> state);
     std::unique_ptr<State> state_;
 };
 
@@ -39044,7 +39094,7 @@ class PagePool {
 public:
     static constexpr uint32_t none = UINT32_MAX;
 
-    /// They are numbered from `first` on.
+    /// They are numbered from `first` on; what was known of them before is forgotten.
     void open(uint32_t first, uint32_t pages);
     uint32_t pages() const { return static_cast<uint32_t>(pages_.size()) - 1; }
     uint32_t first() const { return first_; }
@@ -39143,6 +39193,7 @@ Hash256 long_rope_key(const Hash256& root) {
 
 void PagePool::open(uint32_t first, uint32_t pages) {
     first_ = first;
+    unused_ = cached_ = shared_ = 0;
     pages_.assign(size_t{pages} + 1, {});
     at(ends()).older = at(ends()).newer = ends();
     buckets_.assign(std::bit_ceil(pages), none);
@@ -39648,10 +39699,12 @@ namespace detail {
 
 struct Doorbell {
     std::atomic<uint32_t> rings{0};
-    std::atomic<bool> cancels{false};  // some reply was cancelled since the engine last looked
+    std::atomic<bool> cancels{false};      // some reply was cancelled since the engine last looked
+    std::shared_ptr<Doorbell> outer = {};  // rings with it: of a thread that serves several engines
     void ring() {
         rings.fetch_add(1, std::memory_order_release);
         wake(&rings);
+        if (outer) outer->ring();
     }
 };
 
@@ -39856,7 +39909,9 @@ namespace detail {
 class PrefixCache {
 public:
     PrefixCache(const EngineOptions& options, const BackendOptions& sizes, const ModelSpec& spec,
-                Backend& backend);
+                const std::unique_ptr<Backend>& backend);
+    /// All of it, while no sequence has a page: the backend's are new.
+    void forget();
 
     /// Before a sequence starts: its lists will not grow in memory while it runs.
     void reserve_lists(Sequence& sequence) const;
@@ -39907,7 +39962,7 @@ private:
     void extend_keys(Sequence& sequence, size_t count) const;
     void share_cached(Sequence& sequence);
 
-    Backend& backend_;
+    const std::unique_ptr<Backend>& backend_;
     std::vector<Kind> kinds_;  // in the order of a sequence's lists
     uint32_t page_tokens_, step_tokens_;
     bool enabled_;
@@ -39925,18 +39980,22 @@ inline namespace v1 {
 namespace detail {
 
 PrefixCache::PrefixCache(const EngineOptions& options, const BackendOptions& sizes,
-                         const ModelSpec& spec, Backend& backend)
+                         const ModelSpec& spec, const std::unique_ptr<Backend>& backend)
     : backend_(backend),
       page_tokens_(options.page_tokens),
       step_tokens_(sizes.max_batch_rows - sizes.max_logit_rows),
       enabled_(options.prefix_cache) {
     uint32_t first = 0, pages = sizes.kv_pages;
     for (const uint32_t window_pages : count_window_pages(spec, options.page_tokens)) {
-        kinds_.push_back({{}, window_pages, backend.page_bytes(first)});
+        kinds_.push_back({{}, window_pages, backend->page_bytes(first)});
         kinds_.back().pool.open(std::exchange(first, pages), pages);
         pages = sizes.window_pages;
     }
     VALAR_ASSERT(kinds_.size() <= kPageKinds);
+}
+
+void PrefixCache::forget() {
+    for (Kind& kind : kinds_) kind.pool.open(kind.pool.first(), kind.pool.pages());
 }
 
 uint32_t PrefixCache::pages_for(uint32_t positions) const {
@@ -40071,7 +40130,7 @@ void PrefixCache::take_pages(Sequence& sequence) {
         if (copies_first(kind, sequence)) {
             const uint32_t begun = sequence.computed / page_tokens_;
             const uint32_t shared = std::exchange(pages[begun], pool.take());
-            backend_.copy_page(shared, pages[begun]);
+            backend_->copy_page(shared, pages[begun]);
             pool.drop(shared);
             sequence.kept = begun;
         }
@@ -40161,7 +40220,7 @@ void PrefixCache::export_pages(std::span<const Hash256> keys, std::byte* out) co
         for (size_t i = kind.first_needed(keys.size()); i < keys.size(); ++i) {
             const uint32_t page = kind.pool.find(keys[i]);
             VALAR_ASSERT(page != PagePool::none);
-            backend_.export_page(page, out);
+            backend_->export_page(page, out);
             out += kind.page_bytes;
         }
 }
@@ -40177,7 +40236,7 @@ void PrefixCache::import_pages(std::span<const Hash256> keys, size_t end, const 
             } else {
                 if (kind.pool.unused() == 0) break;
                 page = kind.pool.take();
-                backend_.import_page(page, bytes + (i - first) * kind.page_bytes);
+                backend_->import_page(page, bytes + (i - first) * kind.page_bytes);
                 kind.pool.set_key(page, keys[i], 0);
             }
             pages.push_back(page);
@@ -40217,7 +40276,9 @@ Error engine_closed_error();
 // called. Options are borrowed.
 class Desk {
 public:
-    explicit Desk(const EngineOptions& options) : options_(options) {}
+    Desk(const EngineOptions& options, std::shared_ptr<Doorbell> outer) : options_(options) {
+        doorbell_->outer = std::move(outer);
+    }
 
     // From any thread.
     MailboxPtr make_mailbox(std::string id) const;
@@ -40647,12 +40708,16 @@ namespace detail {
 class Scheduler {
 public:
     Scheduler(const EngineOptions& options, const BackendOptions& sizes, const LoadedModel& model,
-              Backend& backend, PrefixCache& cache, Desk& desk);
+              const std::unique_ptr<Backend>& backend, PrefixCache& cache, Desk& desk);
 
     /// One piece of work: a sequence's results, a part of a batch or the next batch, which is made
     /// to take about `budget_ns`. False: there is nothing to do.
     bool work(uint64_t deadline_ns, uint64_t budget_ns);
-    /// The end of everything: every request ends with this error, nothing is taken from now on.
+    /// Those whose replies were cancelled end; work() looks, too.
+    void take_cancels();
+    /// All that run give way, and go on when work() is called again: nobody has pages until then.
+    void pause();
+    /// Every request ends with this error.
     void fail_all(const Error& error);
 
 private:
@@ -40687,7 +40752,7 @@ private:
 
     const EngineOptions& options_;
     const LoadedModel& model_;
-    Backend& backend_;
+    const std::unique_ptr<Backend>& backend_;
     PrefixCache& cache_;
     Desk& desk_;
     AnswerWriter answers_;
@@ -40735,7 +40800,8 @@ bool runs_before(const SequencePtr& a, const SequencePtr& b) {
 }  // namespace
 
 Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
-                     const LoadedModel& model, Backend& backend, PrefixCache& cache, Desk& desk)
+                     const LoadedModel& model, const std::unique_ptr<Backend>& backend,
+                     PrefixCache& cache, Desk& desk)
     : options_(options),
       model_(model),
       backend_(backend),
@@ -40753,7 +40819,7 @@ Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
 // ---- The step --------------------------------------------------------------------------------
 
 bool Scheduler::work(uint64_t deadline_ns, uint64_t budget_ns) {
-    if (desk_.take_cancels()) drop_cancelled();
+    take_cancels();
     if (untaken_ > 0) {
         VALAR_ASSERT(untaken_ <= running_.size());
         take_results(*running_[running_.size() - untaken_]);
@@ -40769,9 +40835,20 @@ bool Scheduler::work(uint64_t deadline_ns, uint64_t budget_ns) {
     return true;
 }
 
+void Scheduler::take_cancels() {
+    if (desk_.take_cancels()) drop_cancelled();
+}
+
+void Scheduler::pause() {
+    while (untaken_ > 0 || !batch_.empty()) work(kNoLimit, kNoLimit);
+    sweep();
+    while (!running_.empty()) preempt_last();
+    count_running();
+}
+
 void Scheduler::compute(uint64_t deadline_ns) {
     const uint64_t start = monotonic_ns();
-    auto done = backend_.advance(std::min(deadline_ns, start + kLookNs));
+    auto done = backend_->advance(std::min(deadline_ns, start + kLookNs));
     batch_ns_ += monotonic_ns() - start;
     if (done && !*done) return;
     if (done) {
@@ -40811,7 +40888,7 @@ void Scheduler::drop_cancelled() {
     bool any_left = false;
     for (const SequencePtr& sequence : running_) any_left |= !end(sequence) && sequence->rows;
     if (!batch_.empty() && !any_left) {
-        backend_.abandon();
+        backend_->abandon();
         batch_.clear();
     }
     desk_.count(
@@ -40819,9 +40896,8 @@ void Scheduler::drop_cancelled() {
 }
 
 void Scheduler::fail_all(const Error& error) {
-    desk_.close();
     take_arrivals();
-    if (!batch_.empty()) backend_.abandon();
+    if (!batch_.empty()) backend_->abandon();
     batch_.clear();
     untaken_ = 0;
     for (auto* list : {&running_, &waiting_}) {
@@ -40978,7 +41054,7 @@ void Scheduler::build_batch(uint64_t budget_ns) {
     VALAR_ASSERT(logit_rows <= max_logit_rows_);
     batch_ns_ = 0;
     // A batch that the backend refuses is our own mistake; advance() will fail as well.
-    auto begun = backend_.begin(batch_);
+    auto begun = backend_->begin(batch_);
     if (!begun) options_.log(LogLevel::error, begun.error().message);
 }
 
@@ -41171,13 +41247,13 @@ std::optional<Token> Scheduler::draw_token(Sequence& sequence, uint32_t logits_r
     sequence.tokens.push_back(token);
     sequence.sampler.see(token);
     ++sequence.outcome.usage.output_tokens;
-    answers_.add_token(sequence, token, *backend_.logits(logits_row));
+    answers_.add_token(sequence, token, *backend_->logits(logits_row));
     return token;
 }
 
 // The token that comes next, among those that the grammar has there.
 Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
-    const auto logits = backend_.logits(logits_row);
+    const auto logits = backend_->logits(logits_row);
     if (!logits) return logits.error();
     if (const auto rest = rest_of_thought(sequence, model_.tokenizer()); !rest.empty()) {
         sequence.closing = sequence.prompt->thought_end.size() - rest.size() + 1;
@@ -41238,7 +41314,8 @@ struct Engine::State final : Responder {
     const EngineOptions options;
     const char* const kernels;  // the name of the table that computes
     const std::shared_ptr<const detail::LoadedModel> model;
-    const std::unique_ptr<Backend> backend;  // borrows the model
+    const BackendOptions sizes;
+    std::unique_ptr<Backend> backend;  // borrows the model; null: its memory was given back
     const detail::PromptMaker prompts;
     detail::Desk desk;
     detail::PrefixCache cache;
@@ -41246,13 +41323,16 @@ struct Engine::State final : Responder {
 
     std::atomic<bool> loaded{false}, stepping{false};
     std::atomic<float> progress{0};
+    bool reloads = false;          // it was loaded before
     std::optional<Error> failure;  // nothing works any more
     detail::Thread thread;
     std::atomic<bool> stop_asked{false};
 
-    static Result<std::unique_ptr<State>> open(const EngineOptions& options);
+    static Result<std::unique_ptr<State>> open(const EngineOptions& options,
+                                               std::shared_ptr<detail::Doorbell> outer = {});
     State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-          std::unique_ptr<Backend> device, const BackendOptions& sizes, const char* table);
+          std::unique_ptr<Backend> device, const BackendOptions& sizes, const char* table,
+          std::shared_ptr<detail::Doorbell> outer);
     ~State() override;
 
     std::vector<ModelInfo> models() const override { return {model->info()}; }
@@ -41270,6 +41350,9 @@ struct Engine::State final : Responder {
     /// Works until the deadline or until nothing is left; true while something is. `budget_ns` is
     /// what a step may take: batches are made so that they do not take many steps.
     Result<bool> work(uint64_t deadline_ns, uint64_t budget_ns);
+    /// Gives back what backend and prefix cache hold. Whoever runs waits until work() loads again.
+    void unload();
+    bool has_requests() const;
     void stop();
 
     Result<void> enqueue(detail::PromptPtr prompt, const detail::MailboxPtr& reply, bool known);
@@ -41291,7 +41374,8 @@ inline namespace v1 {
 
 // ---- The parts of an engine ------------------------------------------------------------------
 
-Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& options) {
+Result<std::unique_ptr<Engine::State>> Engine::State::open(
+    const EngineOptions& options, std::shared_ptr<detail::Doorbell> outer) {
     auto model = detail::LoadedModel::open(options);
     if (!model) return model.error();
     const detail::ModelFile& file = (*model)->file();
@@ -41305,23 +41389,25 @@ Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& 
         options.log(LogLevel::warning, why);
     options.log(LogLevel::info, detail::explain_context(options, file.spec, sizes->max_positions));
     return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes,
-                                   (*table)->name);
+                                   (*table)->name, std::move(outer));
 }
 
 Engine::State::State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-                     std::unique_ptr<Backend> device, const BackendOptions& sizes,
-                     const char* table)
+                     std::unique_ptr<Backend> device, const BackendOptions& chosen,
+                     const char* table, std::shared_ptr<detail::Doorbell> outer)
     : options(from),
       kernels(table),
       model(std::move(opened)),
+      sizes(chosen),
       backend(std::move(device)),
       prompts(*model, options, sizes.max_positions),
-      desk(options),
-      cache(options, sizes, model->spec(), *backend),
-      scheduler(options, sizes, *model, *backend, cache, desk) {}
+      desk(options, std::move(outer)),
+      cache(options, sizes, model->spec(), backend),
+      scheduler(options, sizes, *model, backend, cache, desk) {}
 
 Engine::State::~State() {
     stop();
+    desk.close();
     scheduler.fail_all(detail::engine_closed_error());
 }
 
@@ -41381,10 +41467,15 @@ Result<bool> Engine::State::work(uint64_t deadline_ns, uint64_t budget_ns) {
     while (!loaded.load(std::memory_order_relaxed)) {
         auto done = load(std::min(deadline_ns, detail::monotonic_ns() + detail::kLookNs));
         if (!done) {
-            failure = done.error();
-            options.log(LogLevel::error, failure->message);
-            scheduler.fail_all(*failure);
-            return *failure;
+            options.log(LogLevel::error, done.error().message);
+            if (reloads) {  // the next request may find room again
+                backend.reset();
+            } else {
+                failure = done.error();
+                desk.close();
+            }
+            scheduler.fail_all(done.error());
+            return done.error();
         }
         if (!*done && time_is_up(deadline_ns)) return true;
     }
@@ -41396,6 +41487,14 @@ Result<bool> Engine::State::work(uint64_t deadline_ns, uint64_t budget_ns) {
 Result<bool> Engine::State::load(uint64_t deadline_ns) {
     const uint64_t now = detail::monotonic_ns();
     float part = 0;
+    if (!backend) {
+        const detail::ModelFile& file = model->file();
+        auto table = detail::choose_kernels();
+        if (!table) return table.error();
+        auto opened = detail::open_cpu_backend(file.gguf, file.spec, file.tensors, sizes, *table);
+        if (!opened) return opened.error();
+        backend = std::move(*opened);
+    }
     auto done = backend->load(deadline_ns > now ? (deadline_ns - now) / 1000 : 0, &part);
     if (!done) return done;
     progress.store(part, std::memory_order_relaxed);
@@ -41405,6 +41504,23 @@ Result<bool> Engine::State::load(uint64_t deadline_ns) {
         loaded.store(true, std::memory_order_release);
     }
     return done;
+}
+
+void Engine::State::unload() {
+    if (!backend || failure) return;
+    scheduler.pause();
+    cache.forget();
+    desk.count([&](ResponderStats& counts) { cache.report(&counts); });
+    backend.reset();
+    reloads = true;
+    if (loaded.exchange(false, std::memory_order_acq_rel))
+        options.log(LogLevel::info, detail::join({"let go ", model->file().gguf.name()}));
+    progress.store(0, std::memory_order_relaxed);
+}
+
+bool Engine::State::has_requests() const {
+    const ResponderStats stats = desk.stats();
+    return stats.queued + stats.running > 0;
 }
 
 void Engine::State::run_thread(void* self) {
@@ -41496,9 +41612,18 @@ Result<uint32_t> Engine::count_tokens(const Request& request) const {
 Result<bool> Engine::step(int64_t budget_us) {
     auto turn = state_->take_turn("step()");
     if (!turn) return turn.error();
+    state_->scheduler.take_cancels();
+    if (!state_->backend && !state_->has_requests()) return false;
     const uint64_t budget_ns = static_cast<uint64_t>(std::max<int64_t>(budget_us, 0)) * 1000;
     return budget_us < 0 ? state_->work(detail::kNoLimit, detail::kNoLimit)
                          : state_->work(detail::monotonic_ns() + budget_ns, budget_ns);
+}
+
+Result<void> Engine::unload() {
+    auto turn = state_->take_turn("unload()");
+    if (!turn) return turn.error();
+    state_->unload();
+    return {};
 }
 
 Result<void> Engine::start() {
@@ -41862,10 +41987,254 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     if (!turn) return turn.error();
     auto keys = header.pages ? state->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    engine.cache.import_pages(*keys, header.pages,
-                              body.data() + static_cast<size_t>(header.json_bytes));
+    if (engine.backend)
+        engine.cache.import_pages(*keys, header.pages,
+                                  body.data() + static_cast<size_t>(header.json_bytes));
     return Conversation(std::move(state));
 }
+
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_INFERENCE
+
+// ---- src/engine/pool.cpp -----------------------------------------------------------------------
+
+#ifndef VALAR_NO_INFERENCE
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+namespace {
+
+constexpr uint64_t kSliceNs = 50'000'000;  // of one model, then the others are looked at
+
+/// What a model takes with such a limit.
+struct Share {
+    uint64_t fixed = 0, total = 0;  // weights and scratch; with keys and values
+    uint32_t context = 0;
+};
+
+Result<Share> plan_share(const EngineOptions& options, const ModelFile& file) {
+    auto sizes = choose_backend_options(options, file);
+    if (!sizes) return sizes.error();
+    auto plan = plan_cpu_backend(file.gguf, file.spec, file.tensors, *sizes);
+    if (!plan) return plan.error();
+    return Share{plan->weights + plan->scratch, plan->total(), sizes->max_positions};
+}
+
+/// Gives each model without a limit one, so that they fit side by side, or at least alone.
+Result<void> share_memory(std::span<EngineOptions> models, uint64_t limit) {
+    std::vector<ModelFile> files(models.size());
+    std::vector<Share> alone(models.size());
+    uint64_t total = 0, fixed = 0, sharing = 0;
+    const auto plan = [&](size_t i, uint64_t most) {
+        EngineOptions options = models[i];
+        if (!options.memory_limit) options.memory_limit = most;
+        return plan_share(options, files[i]);
+    };
+    for (size_t i = 0; i < models.size(); ++i) {
+        if (auto opened = files[i].open(models[i]); !opened) return opened.error();
+        auto own = plan_share(models[i], files[i]);
+        auto most = plan(i, limit);
+        if (!own || !most) return own ? most.error() : own.error();
+        alone[i] = *most;
+        total += own->total;
+        fixed += models[i].memory_limit ? own->total : own->fixed;
+        sharing += !models[i].memory_limit;
+    }
+    if (total <= limit) return {};
+    const uint64_t share = fixed < limit && sharing ? (limit - fixed) / sharing : 0;
+    bool fit = share > 0;
+    for (size_t i = 0; fit && i < models.size(); ++i) {
+        auto with = plan(i, alone[i].fixed + share);
+        fit = with && with->context == alone[i].context;
+    }
+    for (size_t i = 0; i < models.size(); ++i)
+        if (!models[i].memory_limit) models[i].memory_limit = fit ? alone[i].fixed + share : limit;
+    return {};
+}
+
+}  // namespace
+
+}  // namespace detail
+
+struct EnginePool::State {
+    // A model, and what is known of its use.
+    struct Member {
+        std::unique_ptr<Engine::State> engine;
+        uint64_t bytes = 0;      // while it is loaded
+        bool wanted = false;     // to be loaded without a request
+        uint64_t used_ns = 0;    // when it last had a request
+        uint64_t loaded_ns = 0;  // since when it has its memory
+
+        bool resident() const { return engine->backend != nullptr; }
+        bool has_work() const { return engine->has_requests() || wanted; }
+    };
+
+    explicit State(const EnginePoolOptions& from) : options(from) {}
+    ~State() { stop(); }
+
+    Result<void> add(const EngineOptions& model);
+    void stop();
+    static void run_thread(void* self);
+    bool work();
+    bool step(Member& member, uint64_t now);
+    bool make_room(const Member& member, uint64_t now);
+    Member* next_to_go(const Member& member, uint64_t now);
+    void unload(Member& member);
+    void count_memory();
+
+    const detail::Process process;
+    EnginePoolOptions options;
+    const std::shared_ptr<detail::Doorbell> doorbell = std::make_shared<detail::Doorbell>();
+    std::vector<Member> members;
+    std::atomic<uint64_t> used{0};
+    detail::Thread thread;
+    std::atomic<bool> stop_asked{false};
+};
+
+Result<void> EnginePool::State::add(const EngineOptions& model) {
+    auto engine = Engine::State::open(model, doorbell);
+    if (!engine) return engine.error();
+    Member member;
+    const detail::ModelFile& file = (*engine)->model->file();
+    auto plan = detail::plan_cpu_backend(file.gguf, file.spec, file.tensors, (*engine)->sizes);
+    if (!plan) return plan.error();
+    member.bytes = plan->total();
+    if (member.bytes > options.memory_limit)
+        return detail::make_error(
+            ErrorKind::out_of_memory,
+            detail::format("memory_limit: %llu bytes; '%s' takes %llu",
+                           static_cast<unsigned long long>(options.memory_limit),
+                           (*engine)->model->info().id.c_str(),
+                           static_cast<unsigned long long>(member.bytes)),
+            {}, "memory_limit");
+    member.engine = std::move(*engine);
+    member.engine->unload();  // so that opening takes no more than one at a time
+    uint64_t wanted = member.bytes;
+    for (const Member& other : members) wanted += other.wanted ? other.bytes : 0;
+    member.wanted = options.preload && wanted <= options.memory_limit;
+    members.push_back(std::move(member));
+    return {};
+}
+
+// ---- The thread --------------------------------------------------------------------------------
+
+void EnginePool::State::stop() {
+    stop_asked.store(true, std::memory_order_release);
+    doorbell->ring();
+    thread.join();
+}
+
+void EnginePool::State::run_thread(void* self) {
+    State& state = *static_cast<State*>(self);
+    while (!state.stop_asked.load(std::memory_order_acquire)) {
+        const uint32_t rings = state.doorbell->rings.load(std::memory_order_acquire);
+        if (!state.work()) detail::wait_on(&state.doorbell->rings, rings, detail::kIdleNs);
+    }
+}
+
+// A slice for each that has something to do; whether there was one.
+bool EnginePool::State::work() {
+    bool any = false;
+    for (Member& member : members) {
+        if (stop_asked.load(std::memory_order_acquire)) return false;
+        any |= step(member, detail::monotonic_ns());
+    }
+    return any;
+}
+
+bool EnginePool::State::step(Member& member, uint64_t now) {
+    if (!member.has_work()) {
+        const uint64_t keep_ns = uint64_t{options.keep_loaded_ms} * 1'000'000;
+        if (keep_ns && member.resident() && now - member.used_ns >= keep_ns) unload(member);
+        return false;
+    }
+    member.used_ns = now;
+    member.engine->scheduler.take_cancels();
+    if (!member.resident()) {
+        if (!make_room(member, now)) return false;
+        used.fetch_add(member.bytes, std::memory_order_relaxed);
+        member.loaded_ns = now;
+    }
+    const auto done = member.engine->work(now + detail::kSliceNs, detail::kNoLimit);
+    if (!done || member.engine->loaded) member.wanted = false;
+    if (!member.resident()) count_memory();  // it could not be loaded
+    return true;
+}
+
+bool EnginePool::State::make_room(const Member& member, uint64_t now) {
+    while (used + member.bytes > options.memory_limit) {
+        Member* next = next_to_go(member, now);
+        if (!next) return false;
+        unload(*next);
+    }
+    return true;
+}
+
+// One that has nothing to do, the one used longest ago; else one whose turn is over; else null.
+EnginePool::State::Member* EnginePool::State::next_to_go(const Member& member, uint64_t now) {
+    Member* best = nullptr;
+    const auto order = [](const Member& one) {
+        return std::pair(one.has_work(), one.has_work() ? one.loaded_ns : one.used_ns);
+    };
+    for (Member& one : members) {
+        if (&one == &member || !one.resident()) continue;
+        if (one.has_work() && now - one.loaded_ns < uint64_t{options.turn_ms} * 1'000'000) continue;
+        if (!best || order(one) < order(*best)) best = &one;
+    }
+    return best;
+}
+
+void EnginePool::State::unload(Member& member) {
+    member.engine->unload();
+    member.wanted = false;
+    count_memory();
+}
+
+void EnginePool::State::count_memory() {
+    uint64_t bytes = 0;
+    for (const Member& member : members) bytes += member.resident() ? member.bytes : 0;
+    used.store(bytes, std::memory_order_relaxed);
+}
+
+// ---- The handle --------------------------------------------------------------------------------
+
+EnginePool::EnginePool(std::unique_ptr<State> state) : state_(std::move(state)) {}
+EnginePool::EnginePool(EnginePool&& other) noexcept = default;
+EnginePool& EnginePool::operator=(EnginePool&& other) noexcept = default;
+EnginePool::~EnginePool() { detail::leave_to_parent(state_); }
+
+Result<EnginePool> EnginePool::open(std::span<const EngineOptions> models,
+                                    const EnginePoolOptions& options) {
+    auto state = std::make_unique<State>(options);
+    uint64_t& limit = state->options.memory_limit;
+    if (!limit) limit = detail::usable_memory() / 8 * 7;
+    std::vector<EngineOptions> own(models.begin(), models.end());
+    if (auto shared = detail::share_memory(own, limit); !shared) return shared.error();
+    for (const EngineOptions& model : own)
+        if (auto added = state->add(model); !added) return added.error();
+    return EnginePool(std::move(state));
+}
+
+Result<void> EnginePool::start() {
+    if (state_->thread.joinable()) return {};
+    state_->stop_asked.store(false, std::memory_order_release);
+    auto thread = detail::Thread::start(State::run_thread, state_.get(), "valar-engines");
+    if (!thread) return thread.error();
+    state_->thread = std::move(*thread);
+    return {};
+}
+
+void EnginePool::stop() { state_->stop(); }
+
+std::vector<Responder*> EnginePool::responders() const {
+    std::vector<Responder*> out;
+    for (const auto& member : state_->members) out.push_back(member.engine.get());
+    return out;
+}
+
+uint64_t EnginePool::memory_used() const { return state_->used.load(std::memory_order_relaxed); }
 
 }  // namespace v1
 }  // namespace valar

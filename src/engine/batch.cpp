@@ -42,7 +42,7 @@ void Scheduler::build_batch(uint64_t budget_ns) {
     VALAR_ASSERT(logit_rows <= max_logit_rows_);
     batch_ns_ = 0;
     // A batch that the backend refuses is our own mistake; advance() will fail as well.
-    auto begun = backend_.begin(batch_);
+    auto begun = backend_->begin(batch_);
     if (!begun) options_.log(LogLevel::error, begun.error().message);
 }
 
@@ -235,13 +235,13 @@ std::optional<Token> Scheduler::draw_token(Sequence& sequence, uint32_t logits_r
     sequence.tokens.push_back(token);
     sequence.sampler.see(token);
     ++sequence.outcome.usage.output_tokens;
-    answers_.add_token(sequence, token, *backend_.logits(logits_row));
+    answers_.add_token(sequence, token, *backend_->logits(logits_row));
     return token;
 }
 
 // The token that comes next, among those that the grammar has there.
 Result<Token> Scheduler::choose_token(Sequence& sequence, uint32_t logits_row) {
-    const auto logits = backend_.logits(logits_row);
+    const auto logits = backend_->logits(logits_row);
     if (!logits) return logits.error();
     if (const auto rest = rest_of_thought(sequence, model_.tokenizer()); !rest.empty()) {
         sequence.closing = sequence.prompt->thought_end.size() - rest.size() + 1;

@@ -354,8 +354,9 @@ Result<Conversation> Conversation::restore(Engine& to, std::span<const std::byte
     if (!turn) return turn.error();
     auto keys = header.pages ? state->page_keys() : Result(std::vector<detail::Hash256>());
     if (!keys) return keys.error();
-    engine.cache.import_pages(*keys, header.pages,
-                              body.data() + static_cast<size_t>(header.json_bytes));
+    if (engine.backend)
+        engine.cache.import_pages(*keys, header.pages,
+                                  body.data() + static_cast<size_t>(header.json_bytes));
     return Conversation(std::move(state));
 }
 

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace valar {
@@ -24,7 +25,9 @@ Error engine_closed_error();
 // called. Options are borrowed.
 class Desk {
 public:
-    explicit Desk(const EngineOptions& options) : options_(options) {}
+    Desk(const EngineOptions& options, std::shared_ptr<Doorbell> outer) : options_(options) {
+        doorbell_->outer = std::move(outer);
+    }
 
     // From any thread.
     MailboxPtr make_mailbox(std::string id) const;

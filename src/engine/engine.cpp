@@ -21,7 +21,8 @@ inline namespace v1 {
 
 // ---- The parts of an engine ------------------------------------------------------------------
 
-Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& options) {
+Result<std::unique_ptr<Engine::State>> Engine::State::open(
+    const EngineOptions& options, std::shared_ptr<detail::Doorbell> outer) {
     auto model = detail::LoadedModel::open(options);
     if (!model) return model.error();
     const detail::ModelFile& file = (*model)->file();
@@ -35,23 +36,25 @@ Result<std::unique_ptr<Engine::State>> Engine::State::open(const EngineOptions& 
         options.log(LogLevel::warning, why);
     options.log(LogLevel::info, detail::explain_context(options, file.spec, sizes->max_positions));
     return std::make_unique<State>(options, std::move(*model), std::move(*backend), *sizes,
-                                   (*table)->name);
+                                   (*table)->name, std::move(outer));
 }
 
 Engine::State::State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-                     std::unique_ptr<Backend> device, const BackendOptions& sizes,
-                     const char* table)
+                     std::unique_ptr<Backend> device, const BackendOptions& chosen,
+                     const char* table, std::shared_ptr<detail::Doorbell> outer)
     : options(from),
       kernels(table),
       model(std::move(opened)),
+      sizes(chosen),
       backend(std::move(device)),
       prompts(*model, options, sizes.max_positions),
-      desk(options),
-      cache(options, sizes, model->spec(), *backend),
-      scheduler(options, sizes, *model, *backend, cache, desk) {}
+      desk(options, std::move(outer)),
+      cache(options, sizes, model->spec(), backend),
+      scheduler(options, sizes, *model, backend, cache, desk) {}
 
 Engine::State::~State() {
     stop();
+    desk.close();
     scheduler.fail_all(detail::engine_closed_error());
 }
 
@@ -111,10 +114,15 @@ Result<bool> Engine::State::work(uint64_t deadline_ns, uint64_t budget_ns) {
     while (!loaded.load(std::memory_order_relaxed)) {
         auto done = load(std::min(deadline_ns, detail::monotonic_ns() + detail::kLookNs));
         if (!done) {
-            failure = done.error();
-            options.log(LogLevel::error, failure->message);
-            scheduler.fail_all(*failure);
-            return *failure;
+            options.log(LogLevel::error, done.error().message);
+            if (reloads) {  // the next request may find room again
+                backend.reset();
+            } else {
+                failure = done.error();
+                desk.close();
+            }
+            scheduler.fail_all(done.error());
+            return done.error();
         }
         if (!*done && time_is_up(deadline_ns)) return true;
     }
@@ -126,6 +134,14 @@ Result<bool> Engine::State::work(uint64_t deadline_ns, uint64_t budget_ns) {
 Result<bool> Engine::State::load(uint64_t deadline_ns) {
     const uint64_t now = detail::monotonic_ns();
     float part = 0;
+    if (!backend) {
+        const detail::ModelFile& file = model->file();
+        auto table = detail::choose_kernels();
+        if (!table) return table.error();
+        auto opened = detail::open_cpu_backend(file.gguf, file.spec, file.tensors, sizes, *table);
+        if (!opened) return opened.error();
+        backend = std::move(*opened);
+    }
     auto done = backend->load(deadline_ns > now ? (deadline_ns - now) / 1000 : 0, &part);
     if (!done) return done;
     progress.store(part, std::memory_order_relaxed);
@@ -135,6 +151,23 @@ Result<bool> Engine::State::load(uint64_t deadline_ns) {
         loaded.store(true, std::memory_order_release);
     }
     return done;
+}
+
+void Engine::State::unload() {
+    if (!backend || failure) return;
+    scheduler.pause();
+    cache.forget();
+    desk.count([&](ResponderStats& counts) { cache.report(&counts); });
+    backend.reset();
+    reloads = true;
+    if (loaded.exchange(false, std::memory_order_acq_rel))
+        options.log(LogLevel::info, detail::join({"let go ", model->file().gguf.name()}));
+    progress.store(0, std::memory_order_relaxed);
+}
+
+bool Engine::State::has_requests() const {
+    const ResponderStats stats = desk.stats();
+    return stats.queued + stats.running > 0;
 }
 
 void Engine::State::run_thread(void* self) {
@@ -226,9 +259,18 @@ Result<uint32_t> Engine::count_tokens(const Request& request) const {
 Result<bool> Engine::step(int64_t budget_us) {
     auto turn = state_->take_turn("step()");
     if (!turn) return turn.error();
+    state_->scheduler.take_cancels();
+    if (!state_->backend && !state_->has_requests()) return false;
     const uint64_t budget_ns = static_cast<uint64_t>(std::max<int64_t>(budget_us, 0)) * 1000;
     return budget_us < 0 ? state_->work(detail::kNoLimit, detail::kNoLimit)
                          : state_->work(detail::monotonic_ns() + budget_ns, budget_ns);
+}
+
+Result<void> Engine::unload() {
+    auto turn = state_->take_turn("unload()");
+    if (!turn) return turn.error();
+    state_->unload();
+    return {};
 }
 
 Result<void> Engine::start() {

@@ -120,6 +120,9 @@ public:
     /// cannot be read (every request ends with it); called after start(), or from two threads at
     /// once.
     Result<bool> step(int64_t budget_us = -1);
+    /// Gives back the memory of weights, keys and values. What runs gives way and goes on with the
+    /// same answer; a step() with a request loads again. Errors: after start(), beside a step().
+    Result<void> unload();
     /// Own thread that steps whenever there is work, until stop().
     Result<void> start();
     void stop();  ///< returns when the thread has ended; unfinished requests stay
@@ -134,6 +137,7 @@ public:
 
 private:
     friend class Conversation;
+    friend class EnginePool;
     struct State;
     explicit Engine(std::unique_ptr<State> state);
     std::unique_ptr<State> state_;

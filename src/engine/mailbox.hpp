@@ -22,10 +22,12 @@ namespace detail {
 
 struct Doorbell {
     std::atomic<uint32_t> rings{0};
-    std::atomic<bool> cancels{false};  // some reply was cancelled since the engine last looked
+    std::atomic<bool> cancels{false};      // some reply was cancelled since the engine last looked
+    std::shared_ptr<Doorbell> outer = {};  // rings with it: of a thread that serves several engines
     void ring() {
         rings.fetch_add(1, std::memory_order_release);
         wake(&rings);
+        if (outer) outer->ring();
     }
 };
 

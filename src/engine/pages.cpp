@@ -59,6 +59,7 @@ Hash256 long_rope_key(const Hash256& root) {
 
 void PagePool::open(uint32_t first, uint32_t pages) {
     first_ = first;
+    unused_ = cached_ = shared_ = 0;
     pages_.assign(size_t{pages} + 1, {});
     at(ends()).older = at(ends()).newer = ends();
     buckets_.assign(std::bit_ceil(pages), none);

@@ -34,7 +34,7 @@ class PagePool {
 public:
     static constexpr uint32_t none = UINT32_MAX;
 
-    /// They are numbered from `first` on.
+    /// They are numbered from `first` on; what was known of them before is forgotten.
     void open(uint32_t first, uint32_t pages);
     uint32_t pages() const { return static_cast<uint32_t>(pages_.size()) - 1; }
     uint32_t first() const { return first_; }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <utility>
 #include <vector>
@@ -17,18 +18,22 @@ inline namespace v1 {
 namespace detail {
 
 PrefixCache::PrefixCache(const EngineOptions& options, const BackendOptions& sizes,
-                         const ModelSpec& spec, Backend& backend)
+                         const ModelSpec& spec, const std::unique_ptr<Backend>& backend)
     : backend_(backend),
       page_tokens_(options.page_tokens),
       step_tokens_(sizes.max_batch_rows - sizes.max_logit_rows),
       enabled_(options.prefix_cache) {
     uint32_t first = 0, pages = sizes.kv_pages;
     for (const uint32_t window_pages : count_window_pages(spec, options.page_tokens)) {
-        kinds_.push_back({{}, window_pages, backend.page_bytes(first)});
+        kinds_.push_back({{}, window_pages, backend->page_bytes(first)});
         kinds_.back().pool.open(std::exchange(first, pages), pages);
         pages = sizes.window_pages;
     }
     VALAR_ASSERT(kinds_.size() <= kPageKinds);
+}
+
+void PrefixCache::forget() {
+    for (Kind& kind : kinds_) kind.pool.open(kind.pool.first(), kind.pool.pages());
 }
 
 uint32_t PrefixCache::pages_for(uint32_t positions) const {
@@ -163,7 +168,7 @@ void PrefixCache::take_pages(Sequence& sequence) {
         if (copies_first(kind, sequence)) {
             const uint32_t begun = sequence.computed / page_tokens_;
             const uint32_t shared = std::exchange(pages[begun], pool.take());
-            backend_.copy_page(shared, pages[begun]);
+            backend_->copy_page(shared, pages[begun]);
             pool.drop(shared);
             sequence.kept = begun;
         }
@@ -253,7 +258,7 @@ void PrefixCache::export_pages(std::span<const Hash256> keys, std::byte* out) co
         for (size_t i = kind.first_needed(keys.size()); i < keys.size(); ++i) {
             const uint32_t page = kind.pool.find(keys[i]);
             VALAR_ASSERT(page != PagePool::none);
-            backend_.export_page(page, out);
+            backend_->export_page(page, out);
             out += kind.page_bytes;
         }
 }
@@ -269,7 +274,7 @@ void PrefixCache::import_pages(std::span<const Hash256> keys, size_t end, const 
             } else {
                 if (kind.pool.unused() == 0) break;
                 page = kind.pool.take();
-                backend_.import_page(page, bytes + (i - first) * kind.page_bytes);
+                backend_->import_page(page, bytes + (i - first) * kind.page_bytes);
                 kind.pool.set_key(page, keys[i], 0);
             }
             pages.push_back(page);

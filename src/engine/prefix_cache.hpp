@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -24,7 +25,9 @@ namespace detail {
 class PrefixCache {
 public:
     PrefixCache(const EngineOptions& options, const BackendOptions& sizes, const ModelSpec& spec,
-                Backend& backend);
+                const std::unique_ptr<Backend>& backend);
+    /// All of it, while no sequence has a page: the backend's are new.
+    void forget();
 
     /// Before a sequence starts: its lists will not grow in memory while it runs.
     void reserve_lists(Sequence& sequence) const;
@@ -75,7 +78,7 @@ private:
     void extend_keys(Sequence& sequence, size_t count) const;
     void share_cached(Sequence& sequence);
 
-    Backend& backend_;
+    const std::unique_ptr<Backend>& backend_;
     std::vector<Kind> kinds_;  // in the order of a sequence's lists
     uint32_t page_tokens_, step_tokens_;
     bool enabled_;

@@ -39,7 +39,8 @@ bool runs_before(const SequencePtr& a, const SequencePtr& b) {
 }  // namespace
 
 Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
-                     const LoadedModel& model, Backend& backend, PrefixCache& cache, Desk& desk)
+                     const LoadedModel& model, const std::unique_ptr<Backend>& backend,
+                     PrefixCache& cache, Desk& desk)
     : options_(options),
       model_(model),
       backend_(backend),
@@ -57,7 +58,7 @@ Scheduler::Scheduler(const EngineOptions& options, const BackendOptions& sizes,
 // ---- The step --------------------------------------------------------------------------------
 
 bool Scheduler::work(uint64_t deadline_ns, uint64_t budget_ns) {
-    if (desk_.take_cancels()) drop_cancelled();
+    take_cancels();
     if (untaken_ > 0) {
         VALAR_ASSERT(untaken_ <= running_.size());
         take_results(*running_[running_.size() - untaken_]);
@@ -73,9 +74,20 @@ bool Scheduler::work(uint64_t deadline_ns, uint64_t budget_ns) {
     return true;
 }
 
+void Scheduler::take_cancels() {
+    if (desk_.take_cancels()) drop_cancelled();
+}
+
+void Scheduler::pause() {
+    while (untaken_ > 0 || !batch_.empty()) work(kNoLimit, kNoLimit);
+    sweep();
+    while (!running_.empty()) preempt_last();
+    count_running();
+}
+
 void Scheduler::compute(uint64_t deadline_ns) {
     const uint64_t start = monotonic_ns();
-    auto done = backend_.advance(std::min(deadline_ns, start + kLookNs));
+    auto done = backend_->advance(std::min(deadline_ns, start + kLookNs));
     batch_ns_ += monotonic_ns() - start;
     if (done && !*done) return;
     if (done) {
@@ -115,7 +127,7 @@ void Scheduler::drop_cancelled() {
     bool any_left = false;
     for (const SequencePtr& sequence : running_) any_left |= !end(sequence) && sequence->rows;
     if (!batch_.empty() && !any_left) {
-        backend_.abandon();
+        backend_->abandon();
         batch_.clear();
     }
     desk_.count(
@@ -123,9 +135,8 @@ void Scheduler::drop_cancelled() {
 }
 
 void Scheduler::fail_all(const Error& error) {
-    desk_.close();
     take_arrivals();
-    if (!batch_.empty()) backend_.abandon();
+    if (!batch_.empty()) backend_->abandon();
     batch_.clear();
     untaken_ = 0;
     for (auto* list : {&running_, &waiting_}) {

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <unordered_map>
@@ -21,12 +22,16 @@ namespace detail {
 class Scheduler {
 public:
     Scheduler(const EngineOptions& options, const BackendOptions& sizes, const LoadedModel& model,
-              Backend& backend, PrefixCache& cache, Desk& desk);
+              const std::unique_ptr<Backend>& backend, PrefixCache& cache, Desk& desk);
 
     /// One piece of work: a sequence's results, a part of a batch or the next batch, which is made
     /// to take about `budget_ns`. False: there is nothing to do.
     bool work(uint64_t deadline_ns, uint64_t budget_ns);
-    /// The end of everything: every request ends with this error, nothing is taken from now on.
+    /// Those whose replies were cancelled end; work() looks, too.
+    void take_cancels();
+    /// All that run give way, and go on when work() is called again: nobody has pages until then.
+    void pause();
+    /// Every request ends with this error.
     void fail_all(const Error& error);
 
 private:
@@ -61,7 +66,7 @@ private:
 
     const EngineOptions& options_;
     const LoadedModel& model_;
-    Backend& backend_;
+    const std::unique_ptr<Backend>& backend_;
     PrefixCache& cache_;
     Desk& desk_;
     AnswerWriter answers_;

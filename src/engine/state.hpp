@@ -46,7 +46,8 @@ struct Engine::State final : Responder {
     const EngineOptions options;
     const char* const kernels;  // the name of the table that computes
     const std::shared_ptr<const detail::LoadedModel> model;
-    const std::unique_ptr<Backend> backend;  // borrows the model
+    const BackendOptions sizes;
+    std::unique_ptr<Backend> backend;  // borrows the model; null: its memory was given back
     const detail::PromptMaker prompts;
     detail::Desk desk;
     detail::PrefixCache cache;
@@ -54,13 +55,16 @@ struct Engine::State final : Responder {
 
     std::atomic<bool> loaded{false}, stepping{false};
     std::atomic<float> progress{0};
+    bool reloads = false;          // it was loaded before
     std::optional<Error> failure;  // nothing works any more
     detail::Thread thread;
     std::atomic<bool> stop_asked{false};
 
-    static Result<std::unique_ptr<State>> open(const EngineOptions& options);
+    static Result<std::unique_ptr<State>> open(const EngineOptions& options,
+                                               std::shared_ptr<detail::Doorbell> outer = {});
     State(const EngineOptions& from, std::shared_ptr<const detail::LoadedModel> opened,
-          std::unique_ptr<Backend> device, const BackendOptions& sizes, const char* table);
+          std::unique_ptr<Backend> device, const BackendOptions& sizes, const char* table,
+          std::shared_ptr<detail::Doorbell> outer);
     ~State() override;
 
     std::vector<ModelInfo> models() const override { return {model->info()}; }
@@ -78,6 +82,9 @@ struct Engine::State final : Responder {
     /// Works until the deadline or until nothing is left; true while something is. `budget_ns` is
     /// what a step may take: batches are made so that they do not take many steps.
     Result<bool> work(uint64_t deadline_ns, uint64_t budget_ns);
+    /// Gives back what backend and prefix cache hold. Whoever runs waits until work() loads again.
+    void unload();
+    bool has_requests() const;
     void stop();
 
     Result<void> enqueue(detail::PromptPtr prompt, const detail::MailboxPtr& reply, bool known);
