@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
@@ -80,6 +81,19 @@ inline bool read_value(const std::string& text, uint64_t* out) {
     if (!read_value(shift ? text.substr(0, text.size() - 1) : text, &count)) return false;
     if (count < 0 || count > std::numeric_limits<int64_t>::max() >> shift) return false;
     *out = static_cast<uint64_t>(count) << shift;
+    return true;
+}
+/// A time; s, m or h behind the number: seconds, which it is without, minutes or hours.
+struct Duration {
+    uint32_t ms = 0;
+};
+inline bool read_value(const std::string& text, Duration* out) {
+    const size_t unit = std::string_view("smh").find(text.empty() ? 0 : text.back());
+    const int64_t ms = unit == 1 ? 60'000 : unit == 2 ? 3'600'000 : 1000;
+    int64_t count = 0;
+    if (!read_value(text.substr(0, text.size() - (unit < 3)), &count)) return false;
+    if (count < 0 || count > std::numeric_limits<uint32_t>::max() / ms) return false;
+    out->ms = static_cast<uint32_t>(count * ms);
     return true;
 }
 template <class Integer>
@@ -193,6 +207,13 @@ public:
         };
         flags_.push_back({name, "", help, option, out, read, false});
     }
+    /// The flags that were added so far make a set, which `name`, one of them, begins: all may come
+    /// once more behind it. `next` is called before each set is read.
+    void begin_sets(const char* name, std::function<void()> next) {
+        set_name_ = name;
+        set_size_ = flags_.size();
+        next_set_ = std::move(next);
+    }
     /// The one word that may stand without a flag.
     void add_word(const char* value, std::string* out) {
         word_name_ = value;
@@ -217,6 +238,7 @@ public:
             if (equals != std::string::npos) value = words[i].substr(equals + 1);
             else if (*flag->value && i + 1 < words.size() && words[i + 1].rfind("--", 0) != 0)
                 value = words[++i];
+            if (flag->name == set_name_) begin_set();
             if (const auto wrong = read(*flag, name, value); !wrong.empty()) return mistake(wrong);
         }
         return std::nullopt;
@@ -250,6 +272,10 @@ private:
         bool given = false;
     };
 
+    void begin_set() {
+        for (size_t i = 0; i < set_size_; ++i) flags_[i].given = false;
+        next_set_();
+    }
     // Takes the value of one flag; what is wrong with it, else nothing. Nobody means an empty value:
     // it is a variable of a script that is not set, and would leave, say, a server without keys.
     static std::string read(Flag& flag, const std::string& name,
@@ -325,6 +351,9 @@ private:
 
     std::string program_, summary_;
     std::vector<Flag> flags_;
+    std::string set_name_;
+    size_t set_size_ = 0;
+    std::function<void()> next_set_;
     const char* word_name_ = "";
     std::string* word_ = nullptr;
 };

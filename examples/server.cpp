@@ -3,6 +3,8 @@
 //     server --model model.gguf --alias my-model --port 8080
 //     server --ask "What is the capital of France?" --temperature 0
 //
+//     server --memory 8G --model a.gguf --alias small --model b.gguf --ctx 8192 --keep-loaded 10m
+//
 // With --ask it starts, posts the request to itself, prints the response object and ends.
 #ifndef VALAR_LINKED  // set where a library brings the implementation
 #define VALAR_IMPLEMENTATION
@@ -12,20 +14,31 @@
 #include "common.hpp"
 
 #include <csignal>
+#include <memory>
+#include <set>
 #include <thread>
 
 namespace {
 
 volatile std::sig_atomic_t interrupted = 0;
 
+struct Model {
+    valar::EngineOptions options;
+    std::string template_file;
+};
+
 /// What the command line sets.
 struct Settings {
-    valar::EngineOptions model;
+    Model model;                // the one whose flags are being read
+    std::vector<Model> models;  // all, and first what stands before the first --model
+    valar::EnginePoolOptions pool;
+    example::Duration keep_loaded;
     valar::ServerOptions server;
     valar::FileStoreOptions journal;
-    std::string key, key_file, template_file;
+    std::string key, key_file;
     uint64_t store_bytes = 0;
     bool quiet = false;
+    bool is_pool() const { return models.size() > 1 || keep_loaded.ms; }
 };
 
 struct Question {
@@ -67,12 +80,16 @@ std::string host_in_url(const std::string& host) {
     return host.find(':') != std::string::npos && host[0] != '[' ? "[" + host + "]" : host;
 }
 
-void print_ready(const std::string& host, uint16_t port, const std::string& model, bool key) {
+void print_ready(const std::string& host, uint16_t port, const std::vector<std::string>& models,
+                 bool key) {
     const std::string url = "http://" + host_in_url(host) + ":" + std::to_string(port);
     valar::Json body = valar::Json::object();
-    body.set("model", model)
+    body.set("model", models.front())
         .set("input", "Explain the key ideas behind transformer architectures.");
-    std::printf("%s serves %s\n", url.c_str(), model.c_str());
+    std::printf("%s serves ", url.c_str());
+    for (const std::string& model : models)
+        std::printf("%s%s", &model == &models.front() ? "" : ", ", model.c_str());
+    std::printf("\n");
     std::printf("curl %s/v1/responses %s--header 'Content-Type: application/json' --data '%s'\n",
                 url.c_str(), key ? "--header \"Authorization: Bearer $KEY\" " : "",
                 body.write(valar::json_python).c_str());
@@ -131,12 +148,12 @@ void add_store_flags(example::Flags& flags, Settings& settings) {
 }
 
 void add_engine_flags(example::Flags& flags, Settings& settings) {
-    valar::EngineOptions& model = settings.model;
+    valar::EngineOptions& model = settings.model.options;
     example::add_model_flags(flags, model);
     flags.add("model-id", "ID", &model.model_id, "its name (default: as its file has it)");
     flags.add("alias", "ID", &model.aliases, "a further id that it answers to (repeatable)",
               "aliases");
-    flags.add("chat-template", "FILE|NAME", &settings.template_file,
+    flags.add("chat-template", "FILE|NAME", &settings.model.template_file,
               "Jinja, or the name of a known one, in place of the model's own");
     flags.add("tool-format", "NAME", &model.tool_format,
               "how calls are written: hermes, llama3, mistral ... (default: found)");
@@ -159,6 +176,17 @@ void add_engine_flags(example::Flags& flags, Settings& settings) {
                        "standard_target_ms");
     flags.add_in<1000>("flex-target", "SECONDS", &model.flex_target_ms,
                        "after this wait flex counts as standard (default: 300)", "flex_target_ms");
+    // Each --model has its own flags behind it; what stands before the first one is for all.
+    flags.begin_sets("model", [&] {
+        settings.models.push_back(settings.model);
+        settings.model = settings.models.front();
+    });
+    flags.add("keep-loaded", "TIME", &settings.keep_loaded,
+              "without requests, then a model's memory is given back: 90s, 10m (default: until "
+              "another needs it)",
+              "keep_loaded_ms");
+    flags.add("preload", "on|off", &settings.pool.preload,
+              "of several models, load what fits at the start (default: on)");
 }
 
 void add_question_flags(example::Flags& flags, Question& question) {
@@ -175,6 +203,42 @@ valar::Error wrong(const char* option, std::string message) {
     return {valar::ErrorKind::invalid_request, std::move(message), {}, option};
 }
 
+valar::Result<void> read_template(Model& model) {
+    const std::string& file = model.template_file;
+    std::error_code none;
+    const bool name = file.find_first_of("./\\") == file.npos &&
+                      !std::filesystem::exists(file, none);
+    auto text = name ? valar::Result<std::string>(file) : example::read_text(file);
+    if (!text) return wrong("chat_template", text.error().message);
+    if (text->find_first_not_of(" \t\r\n") == text->npos)
+        return wrong("chat_template", "'" + file + "' is empty");
+    model.options.chat_template = std::move(*text);
+    return {};
+}
+
+// All of them, with what they have in common. A limit of memory before the first is of all together.
+valar::Result<void> complete_models(Settings& settings) {
+    settings.server.log.write = settings.quiet ? print_trouble : print_log;
+    settings.models.push_back(settings.model);
+    settings.pool.memory_limit = settings.models.front().options.memory_limit;
+    settings.pool.log = settings.server.log;
+    if (settings.models.size() > 1) settings.models.erase(settings.models.begin());
+    std::set<std::string> names;
+    for (Model& model : settings.models) {
+        for (const std::string& alias : model.options.aliases)
+            if (!names.insert(alias).second)
+                return wrong("aliases", "'" + alias + "' names two models");
+        if (!model.template_file.empty())
+            if (auto read = read_template(model); !read) return read;
+        valar::EngineOptions& options = model.options;
+        options.max_queued = settings.server.max_queued;
+        options.log = settings.server.log;
+        if (settings.is_pool() && options.memory_limit == settings.pool.memory_limit)
+            options.memory_limit = 0;
+    }
+    return {};
+}
+
 // What follows from several flags, or from the files that they name.
 valar::Result<void> complete(const example::Flags& flags, Settings& settings) {
     valar::ServerOptions& server = settings.server;
@@ -185,28 +249,56 @@ valar::Result<void> complete(const example::Flags& flags, Settings& settings) {
     }
     if (flags.given("api-key")) server.keys.push_back({"key", "default", settings.key});
     server.require_keys = flags.given("keys") || flags.given("api-key");
-    if (flags.given("chat-template")) {
-        std::error_code none;
-        const std::string& file = settings.template_file;
-        const bool name = file.find_first_of("./\\") == file.npos &&
-                          !std::filesystem::exists(file, none);
-        auto text = name ? valar::Result<std::string>(file) : example::read_text(file);
-        if (!text) return wrong("chat_template", text.error().message);
-        if (text->find_first_not_of(" \t\r\n") == text->npos)
-            return wrong("chat_template", "'" + settings.template_file + "' is empty");
-        settings.model.chat_template = std::move(*text);
-    }
+    if (auto models = complete_models(settings); !models) return models;
     for (const char* needs_store : {"recover", "segment-bytes"})
         if (flags.given(needs_store) && !flags.given("store"))
             return wrong(needs_store, "needs --store DIR");
     server.memory_store.retention_s = settings.journal.retention_s;
     if (flags.given("store-bytes"))
         server.memory_store.max_bytes = settings.journal.max_bytes = settings.store_bytes;
-    settings.model.max_queued = server.max_queued;
-    server.log.write = settings.quiet ? print_trouble : print_log;
-    settings.model.log = server.log;
     settings.journal.log.write = print_log;  // quiet or not: what a damaged store lost is said once
     return {};
+}
+
+// What answers: one engine, or a pool of several.
+struct Served {
+    std::optional<valar::Engine> engine;
+    std::optional<valar::EnginePool> pool;
+    std::vector<valar::Responder*> responders;
+    std::vector<std::string> names;
+
+    static valar::Result<Served> open(Settings& settings);
+    valar::Result<void> start() { return pool ? pool->start() : engine->start(); }
+};
+
+valar::Result<Served> Served::open(Settings& settings) {
+    Served out;
+    if (settings.is_pool()) {
+        settings.pool.keep_loaded_ms = settings.keep_loaded.ms;
+        std::vector<valar::EngineOptions> options;
+        for (const Model& model : settings.models) options.push_back(model.options);
+        for (valar::EngineOptions& model : options)
+            if (model.model_path.empty()) model.model_path = example::cached_model();
+        auto pool = valar::EnginePool::open(options, settings.pool);
+        if (!pool) return pool.error();
+        out.pool = std::move(*pool);
+        out.responders = out.pool->responders();
+    } else {
+        auto engine = example::open_engine(settings.models.front().options);
+        if (!engine) return engine.error();
+        out.engine = std::move(*engine);
+        out.responders = {out.engine->responder()};
+    }
+    std::set<std::string> ids;
+    for (size_t i = 0; i < settings.models.size(); ++i) {
+        for (const valar::ModelInfo& info : out.responders[i]->models())
+            if (!ids.insert(info.id).second)
+                return wrong("model_id", "'" + info.id + "' is the name of two models");
+        const auto& aliases = settings.models[i].options.aliases;
+        out.names.push_back(aliases.empty() ? out.responders[i]->models().front().id
+                                            : aliases.front());
+    }
+    return out;
 }
 
 // Posts the question to the server from a thread of its own and serves it.
@@ -264,16 +356,12 @@ int main(int argc, char** argv) {
         options.store = store.get();
     }
 
-    auto engine = example::open_engine(settings.model);
-    if (!engine) return flags.fail(engine.error());
-    const auto id = engine->responder()->models().front().id;
-    auto server = valar::Server::open(engine->responder(), options);
+    auto served = Served::open(settings);
+    if (!served) return flags.fail(served.error());
+    auto server = valar::Server::open(served->responders, options);
     if (!server) return flags.fail(server.error());
-    if (auto started = engine->start(); !started) return flags.fail(started.error());
-    if (asking) return serve_question(*server, question, id, settings.key);
-
-    const auto& aliases = settings.model.aliases;
-    print_ready(options.host, server->port(), aliases.empty() ? id : aliases.front(),
-                !options.keys.empty());
+    if (auto started = served->start(); !started) return flags.fail(started.error());
+    if (asking) return serve_question(*server, question, served->names.front(), settings.key);
+    print_ready(options.host, server->port(), served->names, !options.keys.empty());
     return serve(*server);
 }

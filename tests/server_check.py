@@ -144,6 +144,9 @@ def check_refusals(model, folder):
         ("tool-format", ["--tool-format", "no-such-name"]),
         ("quiet", ["--quiet=no"]), ("quiet", ["--quiet", "--quiet"]),
         ("recover", ["--recover"]), ("store", ["--store", no_keys[0]]),
+        ("alias", ["--model", model, "--alias", "one", "--model", model, "--alias", "one"]),
+        ("model-id", ["--model-id", "one", "--model", model, "--model", model]),
+        ("memory", ["--memory", "1K", "--model", model, "--model", model]),
         ("kyes", ["--kyes", "x"]), ("model", ["--model", fifo]), ("model", ["--model", folder]),
     ]
     for flag, arguments in cases:
@@ -194,7 +197,7 @@ class Serving:
             streams = " ".join(f"{fd}<&-" if fd == 0 else f"{fd}>&-" for fd in self.closed)
             self.process = subprocess.Popen(
                 [*self.under, "sh", "-c", f'exec "$@" {streams}', "sh", server, "--port", str(self.port),
-                 "--alias", "tiny", "--api-key", KEY, *self.arguments],
+                 "--api-key", KEY, *self.arguments, "--alias", "tiny"],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             until = time.monotonic() + 60
             while self.process.poll() is None and time.monotonic() < until:
@@ -253,6 +256,20 @@ def check_descriptors(model, folder):
     assert kept == ids[::-1], (kept, ids)
 
 
+def check_models(model):
+    """Several models under one limit that has room for one: each answers to its own names."""
+    flags = ["--memory", "6M", "--ctx", "256", "--model", model, "--model-id", "one", "--alias", "uno",
+             "--model", model, "--model-id", "two", "--keep-loaded", "1s"]
+    with Serving([], *flags) as serving:
+        told = [one["id"] for one in call(serving.port, "/v1/models")["data"]]
+        assert told == ["one", "uno", "two", "tiny"], told
+        for name in ("one", "two", "uno", "two"):
+            body = {"model": name, "input": "One", "max_output_tokens": 2}
+            reply = call(serving.port, "/v1/responses", body)
+            assert reply["status"] == "completed" and reply["model"] == name, reply
+    assert serving.status == 0, serving.status
+
+
 with tempfile.TemporaryDirectory() as folder:
     model = os.path.join(folder, "tiny.gguf")
     subprocess.run([write_tiny_model, model], check=True)
@@ -261,4 +278,5 @@ with tempfile.TemporaryDirectory() as folder:
     count = check_refusals(model, folder)
     check_streams(model, folder)
     check_descriptors(model, folder)
+    check_models(model)
     print(f"server: {count} settings refused, records kept without any of the streams")
