@@ -31555,19 +31555,20 @@ public:
         return &made_.back();
     }
     const Json& anything() const { return anything_; }  ///< the schema true
-    Budget& budget() { return budget_; }
 
 private:
     bool is_valid_object(const Json& schema, const Json& value, int depth);
     bool is_valid_array(const Json& schema, const Json& value, int depth);
     bool is_valid_number(const Json& schema, const Json& value);
     bool is_valid_string(const Json& schema, std::string_view text);
-    void index(const Json& at, const std::string& outer, int depth, bool named = false);
+    bool may_keep(std::string_view uri);
+    void index(const Json& at, const std::string* base, int depth, bool named = false);
     const Json& root_;
     Budget& budget_;
-    std::map<std::string, const Json*> by_uri_;           // resources, and their anchors behind a #
-    std::unordered_map<const Json*, std::string> bases_;  // empty ones are left out
-    std::map<std::string, int, std::less<>> dynamic_;     // how often each dynamic anchor is there
+    std::map<std::string, const Json*> by_uri_;  // resources, and their anchors behind a #
+    std::deque<std::string> uris_;               // bases, each once; the first is the empty one
+    std::unordered_map<const Json*, const std::string*> bases_;  // empty ones are left out
+    std::map<std::string, int, std::less<>> dynamic_;  // how often each dynamic anchor is there
     std::deque<Json> made_;
     const Json anything_ = Json(true);
     std::map<std::pair<std::string, Spelling>, DfaPtr> patterns_;
@@ -31593,7 +31594,7 @@ namespace detail {
 namespace {
 
 constexpr uint32_t kMostDepth = 64, kMostProperties = 5'000, kMostEnum = 1'000;
-constexpr size_t kMostCharacters = 120'000;
+constexpr size_t kMostCharacters = 120'000, kMostUri = 2048;
 
 struct Totals {
     size_t properties = 0, values = 0, characters = 0;
@@ -31744,6 +31745,10 @@ Result<void> check_inside(const SchemaDocument& document, const Json& value, Hol
 Result<void> check_schema(const SchemaDocument& document, const Json& schema, uint32_t depth,
                           Totals& totals) {
     if (depth > kMostDepth) return document.refuse(schema, "", "schemas nest deeper than 64");
+    for (const char* keyword :
+         {"$id", "id", "$anchor", "$dynamicAnchor", "$ref", "$dynamicRef", "$recursiveRef"})
+        if (schema[keyword].as_string().size() > kMostUri)
+            return document.refuse(schema, keyword, "is longer than 2,048 bytes");
     for (const Keyword& keyword : keywords) {
         const Json* value = schema.find(keyword.name);
         if (!value) continue;
@@ -31904,30 +31909,43 @@ std::string resolved_uri(const std::string& base, std::string_view reference) {
 
 }  // namespace
 
-void SchemaDocument::index(const Json& at, const std::string& outer, int depth, bool named) {
-    if (depth > 200) return;
+// Of all bases and names; what is left out of them is never found, so the schema ends here.
+bool SchemaDocument::may_keep(std::string_view uri) {
+    const uint64_t bytes = uri.size() + 200;
+    if (uri.size() > kMostUri || budget_.bytes < bytes) budget_.work = 0;
+    if (!budget_.take(1 + uri.size() / 64)) return false;
+    budget_.bytes -= bytes;
+    return true;
+}
+
+void SchemaDocument::index(const Json& at, const std::string* base, int depth, bool named) {
+    if (depth > 200 || (!at.is_object() && !at.is_array())) return;
     if (named) {  // keys of it are names, not keywords
-        for (const JsonMember& m : at.members()) index(m.value, outer, depth + 1);
+        for (const JsonMember& m : at.members()) index(m.value, base, depth + 1);
         return;
     }
-    std::string base = outer;
     const bool hidden = refs_hide_siblings() && at.contains("$ref");
     for (const char* keyword : {"$id", "id"})
-        if (const std::string_view id = at[keyword].as_string(); !id.empty() && !hidden) {
+        if (const std::string_view id = at[keyword].as_string();
+            !id.empty() && id.size() <= kMostUri && !hidden) {
             const size_t hash = std::min(id.find('#'), id.size());
-            if (hash) base = resolved_uri(outer, id.substr(0, hash));
-            by_uri_.try_emplace(base + (hash + 1 < id.size() ? std::string(id.substr(hash)) : ""),
+            std::string uri = hash ? resolved_uri(*base, id.substr(0, hash)) : *base;
+            if (!may_keep(uri)) return;
+            if (hash) base = &uris_.emplace_back(std::move(uri));
+            by_uri_.try_emplace(*base + (hash + 1 < id.size() ? std::string(id.substr(hash)) : ""),
                                 &at);
             break;
         }
-    if (depth == 0) by_uri_[base] = &at;
+    if (depth == 0) by_uri_[*base] = &at;
     for (const char* keyword : {"$anchor", "$dynamicAnchor"})
-        if (const std::string_view name = at[keyword].as_string(); !name.empty()) {
-            by_uri_.try_emplace(base + "#" + std::string(name), &at);
+        if (const std::string_view name = at[keyword].as_string();
+            !name.empty() && name.size() <= kMostUri) {
+            if (!may_keep(*base)) return;
+            by_uri_.try_emplace(*base + "#" + std::string(name), &at);
             dynamic_[std::string(name)] += keyword[1] == 'd';
         }
     if (at["$recursiveAnchor"].as_bool()) ++dynamic_["#"];
-    if (base != "") bases_[&at] = base;
+    if (!base->empty() && at.is_object()) bases_[&at] = base;
     for (const Json& item : at.items()) index(item, base, depth + 1);
     for (const JsonMember& m : at.members()) {
         const auto known = std::find_if(std::begin(keywords), std::end(keywords),
@@ -31940,7 +31958,7 @@ void SchemaDocument::index(const Json& at, const std::string& outer, int depth, 
 
 // A dynamic reference is known where only one schema can be meant.
 const Json* SchemaDocument::resolve(const Json& schema, const char* keyword) {
-    if (by_uri_.empty()) index(root_, "", 0);
+    if (uris_.empty()) index(root_, &uris_.emplace_back(), 0);
     const std::string_view reference = schema[keyword].as_string();
     const size_t hash = std::min(reference.find('#'), reference.size());
     const std::string_view fragment = reference.substr(std::min(hash + 1, reference.size()));
@@ -31949,7 +31967,7 @@ const Json* SchemaDocument::resolve(const Json& schema, const char* keyword) {
         if (dynamic != dynamic_.end() && dynamic->second > 1) return nullptr;
     }
     const auto base = bases_.find(&schema);
-    const std::string uri = resolved_uri(base == bases_.end() ? "" : base->second,
+    const std::string uri = resolved_uri(base == bases_.end() ? "" : *base->second,
                                          reference.substr(0, hash));
     const bool is_pointer = fragment.empty() || fragment[0] == '/';
     const auto at = by_uri_.find(is_pointer ? uri : uri + "#" + std::string(fragment));
@@ -32286,6 +32304,7 @@ public:
 private:
     // What cannot be promised: the end under strict, else left out.
     bool refuse(const Json& schema, std::string_view keyword, std::string_view why = {}) {
+        if (builder_.budget().spent()) return exceed();
         if (!strict_ || probing_) return true;
         return fail(document_.refuse(
             schema, keyword, "is not supported" + (why.empty() ? "" : ": " + std::string(why))));

@@ -391,6 +391,30 @@ TEST_CASE("what cannot be promised is refused by its place and keyword") {
     CHECK(refusal(deep).message.find("deeper than 64") != std::string::npos);
 }
 
+TEST_CASE("identifiers are at most 2,048 bytes long, and kept once") {
+    const auto identified = [](size_t bytes) {
+        Json nodes = Json::array();
+        for (int i = 0; i < 20'000; ++i) nodes.push(Json::array().push(Json::object()));
+        return Json::object()
+            .set("$id", "http://a/" + std::string(bytes - 9, 'b'))
+            .set("$ref", "#/$defs/c")
+            .set("$defs", Json::object().set("c", Json::object().set("const", 1)))
+            .set("x-nodes", std::move(nodes));
+    };
+    CHECK(accepts(schema(identified(2048).write()), "1"));
+    CHECK(refusal(identified(2049).write()).param == "/$id");
+    const std::string part(1024, 'a');
+    CHECK(refusal(R"({"items":{"$ref":"#)" + part + part + R"("}})").param == "/items/$ref");
+    // Each behind the one around it.
+    std::string chain = R"({"$ref":"#"})";
+    for (int i = 0; i < 3; ++i) chain = R"({"$id":")" + part + R"(/","items":)" + chain + "}";
+    CHECK(refusal(chain).message.find("too large") != std::string::npos);
+    std::string many = R"({"$id":")" + part +
+                       R"(/","$ref":"#/$defs/c","$defs":{"c":{"const":1}},"x":[)";
+    for (int i = 0; i < 30'000; ++i) many += R"({"$id":"i)" + std::to_string(i) + "\"},";
+    CHECK(refusal(many + "0]}").message.find("too large") != std::string::npos);
+}
+
 TEST_CASE("no text nests deeper than Json::parse reads") {
     GrammarState state(schema("{}"));
     size_t depth = 0;

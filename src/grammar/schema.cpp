@@ -132,6 +132,7 @@ public:
 private:
     // What cannot be promised: the end under strict, else left out.
     bool refuse(const Json& schema, std::string_view keyword, std::string_view why = {}) {
+        if (builder_.budget().spent()) return exceed();
         if (!strict_ || probing_) return true;
         return fail(document_.refuse(
             schema, keyword, "is not supported" + (why.empty() ? "" : ": " + std::string(why))));

@@ -40,19 +40,20 @@ public:
         return &made_.back();
     }
     const Json& anything() const { return anything_; }  ///< the schema true
-    Budget& budget() { return budget_; }
 
 private:
     bool is_valid_object(const Json& schema, const Json& value, int depth);
     bool is_valid_array(const Json& schema, const Json& value, int depth);
     bool is_valid_number(const Json& schema, const Json& value);
     bool is_valid_string(const Json& schema, std::string_view text);
-    void index(const Json& at, const std::string& outer, int depth, bool named = false);
+    bool may_keep(std::string_view uri);
+    void index(const Json& at, const std::string* base, int depth, bool named = false);
     const Json& root_;
     Budget& budget_;
-    std::map<std::string, const Json*> by_uri_;           // resources, and their anchors behind a #
-    std::unordered_map<const Json*, std::string> bases_;  // empty ones are left out
-    std::map<std::string, int, std::less<>> dynamic_;     // how often each dynamic anchor is there
+    std::map<std::string, const Json*> by_uri_;  // resources, and their anchors behind a #
+    std::deque<std::string> uris_;               // bases, each once; the first is the empty one
+    std::unordered_map<const Json*, const std::string*> bases_;  // empty ones are left out
+    std::map<std::string, int, std::less<>> dynamic_;  // how often each dynamic anchor is there
     std::deque<Json> made_;
     const Json anything_ = Json(true);
     std::map<std::pair<std::string, Spelling>, DfaPtr> patterns_;
