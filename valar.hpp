@@ -33908,17 +33908,22 @@ private:
         return automatic(*called);
     }
 
-    /// How a bare call begins, up to the key that tells it. One of `answered` said again is none.
+    /// How a bare call begins, up to the key that tells it. One of `answered` said again is none, as
+    /// far as that is cheap to tell.
     Result<DfaPtr> bare_beginning() {
         const std::string open = "^\\s*(```[-A-Za-z0-9_.]*\\s*)?(\\[\\s*)?\\{\\s*";
         auto begins = pattern_dfa(open + "\"(name|tool_name|arguments|parameters)\"", Spelling::raw,
                                   true, builder_.budget());
+        Budget spare = {8'000, 400'000, 4u << 20};
         for (const Item& call : shape_.answered) {
             const std::string_view all = call.arguments;
-            begins = without(begins,
-                             open + "\"name\"\\s*:\\s*" + pattern_of("\"" + call.name + "\"") +
-                                 "\\s*,\\s*\"(arguments|parameters)\"\\s*:\\s*" +
-                                 spaced_pattern(all.substr(0, all.size() - 1)) + "\\s*[,}]");
+            const auto said = pattern_dfa(
+                open + "\"name\"\\s*:\\s*" + pattern_of("\"" + call.name + "\"") +
+                    "\\s*,\\s*\"(arguments|parameters)\"\\s*:\\s*" +
+                    spaced_pattern(all.substr(0, all.size() - 1)) + "\\s*[,}]",
+                Spelling::raw, true, spare);
+            if (!begins || !said) continue;
+            if (auto rest = subtract(*begins, *said, spare)) begins = std::move(rest);
         }
         return begins;
     }

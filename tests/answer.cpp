@@ -419,6 +419,15 @@ TEST_CASE("bare calls: alone, listed, in a fence; one that was answered is text"
     CHECK(again(marked) == "now({})");
     CHECK(again("It is:\n" + marked) == "say(It is:) now({})");
 
+    // What is too long to tell apart is a call again, and refuses nothing.
+    const std::string long_note(2'000, '"');
+    Json arguments = Json::object().set("note", long_note);
+    arguments.set("who", Json::object().set("name", "A"));
+    const Item longer[] = {call("book", arguments.write()), call("now", "{}")};
+    const auto far = [&](const std::string& text) { return read(text, {.answered = longer}); };
+    CHECK(far(book) == booked);
+    CHECK(far(now) == "say(" + now + ")");
+
     // Who ends the line after a call may still end.
     const ToolChoice must = {ToolChoice::Mode::required, {}};
     CHECK(read(marked + "\n", {.choice = must}) == "now({})");
