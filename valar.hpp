@@ -33118,18 +33118,19 @@ private:
             out.push_back({additional, false});
         return out;
     }
-    // One of the named members misses what the schema says; another key may not, or that cannot be
+    // One of the named members misses what the schema says; where another key may, that cannot be
     // promised.
     Part broken_part(Branch b) {
         const Json& s = *b.broken.back();
         b.broken.pop_back();
-        if (may_miss_elsewhere(b, s) &&
-            !refuse(s,
-                    s.contains("propertyNames")          ? "propertyNames"
-                    : s.contains("additionalProperties") ? "additionalProperties"
-                                                         : "patternProperties",
-                    kNegated))
-            return no_part;
+        if (may_miss_elsewhere(b, s))
+            return refuse(s,
+                          s.contains("propertyNames")          ? "propertyNames"
+                          : s.contains("additionalProperties") ? "additionalProperties"
+                                                               : "patternProperties",
+                          kNegated)
+                       ? object_part(b)
+                       : no_part;
         std::vector<Part> ways;
         for (const std::string& name : names_of(b)) {
             if (!may_be_name(b, name) || failed_ || !builder_.budget().take(20)) continue;
@@ -33152,7 +33153,8 @@ private:
         Branch both = b;
         both.objects.push_back(&s);
         const std::vector<std::string> patterns = patterns_of(both);
-        for (uint32_t bits = 0; bits < 1u << std::min(patterns.size(), kMostPatterns); ++bits) {
+        if (patterns.size() > kMostPatterns) return true;
+        for (uint32_t bits = 0; bits < 1u << patterns.size(); ++bits) {
             const Conjunction rest = other_conjunction(b, patterns, bits);
             if (is_impossible(rest, 0)) continue;
             if (s.contains("propertyNames")) return true;

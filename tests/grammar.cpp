@@ -391,6 +391,16 @@ TEST_CASE("what cannot be promised is refused by its place and keyword") {
     CHECK(refusal(deep).message.find("deeper than 64") != std::string::npos);
 }
 
+TEST_CASE("not to match patterns of keys: all keys where that is not strict") {
+    Json patterns = Json::object();
+    for (int i = 0; i < 40; ++i)
+        patterns.set("^" + std::to_string(i) + "x", Json::object().set("type", "integer"));
+    const Json inner = Json::object().set("patternProperties", std::move(patterns));
+    const std::string many = Json::object().set("type", "object").set("not", inner).write();
+    CHECK(refusal(many).param == "/not/patternProperties");
+    CHECK(accepts(schema(many, false), R"({"39x":"a"})"));
+}
+
 TEST_CASE("identifiers are at most 2,048 bytes long, and kept once") {
     const auto identified = [](size_t bytes) {
         Json nodes = Json::array();
