@@ -112,14 +112,14 @@
 // is included; with no more to do the rest of it is skipped.
 #if !defined(VALAR_HPP) || (defined(VALAR_IMPLEMENTATION) && !defined(VALAR_IMPLEMENTED))
 
-_Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"Any\")") _Pragma("push_macro(\"At\")")
-_Pragma("push_macro(\"B16\")") _Pragma("push_macro(\"BOOL\")") _Pragma("push_macro(\"Begin\")")
-_Pragma("push_macro(\"Bound\")") _Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"Bytes\")")
-_Pragma("push_macro(\"C\")") _Pragma("push_macro(\"Call\")") _Pragma("push_macro(\"Change\")")
-_Pragma("push_macro(\"Check\")") _Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")")
-_Pragma("push_macro(\"DWORD\")") _Pragma("push_macro(\"Difference\")")
-_Pragma("push_macro(\"Done\")") _Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")")
-_Pragma("push_macro(\"Entry\")") _Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
+_Pragma("push_macro(\"Add\")") _Pragma("push_macro(\"At\")") _Pragma("push_macro(\"B16\")")
+_Pragma("push_macro(\"BOOL\")") _Pragma("push_macro(\"Begin\")") _Pragma("push_macro(\"Bound\")")
+_Pragma("push_macro(\"Buffer\")") _Pragma("push_macro(\"Bytes\")") _Pragma("push_macro(\"C\")")
+_Pragma("push_macro(\"Call\")") _Pragma("push_macro(\"Change\")") _Pragma("push_macro(\"Check\")")
+_Pragma("push_macro(\"Count\")") _Pragma("push_macro(\"Cs\")") _Pragma("push_macro(\"DWORD\")")
+_Pragma("push_macro(\"Difference\")") _Pragma("push_macro(\"Done\")")
+_Pragma("push_macro(\"Each\")") _Pragma("push_macro(\"Engine\")") _Pragma("push_macro(\"Entry\")")
+_Pragma("push_macro(\"Error\")") _Pragma("push_macro(\"Event\")")
 _Pragma("push_macro(\"Exchange\")") _Pragma("push_macro(\"F16\")") _Pragma("push_macro(\"F32\")")
 _Pragma("push_macro(\"FILE\")") _Pragma("push_macro(\"Fault\")") _Pragma("push_macro(\"File\")")
 _Pragma("push_macro(\"First\")") _Pragma("push_macro(\"Format\")") _Pragma("push_macro(\"Frame\")")
@@ -517,7 +517,6 @@ _Pragma("push_macro(\"write\")") _Pragma("push_macro(\"writev\")") _Pragma("push
 _Pragma("push_macro(\"y\")") _Pragma("push_macro(\"yes\")") _Pragma("push_macro(\"yield\")")
 _Pragma("push_macro(\"z\")") _Pragma("push_macro(\"zero\")") _Pragma("push_macro(\"zone\")")
 #undef Add
-#undef Any
 #undef At
 #undef B16
 #undef BOOL
@@ -29339,12 +29338,8 @@ public:
     Part repeat(Part part, uint32_t least, uint32_t most);
     Part optional(Part part) { return choice({part, bytes("")}); }
     Part texts(std::vector<std::string> texts);  ///< one of them
-    /// A text of an automaton, `least` to `most` characters long, and then the part of its label.
-    Part terminal(DfaPtr dfa, uint32_t least = 0, uint32_t most = unlimited,
-                  std::vector<Part> then = {});
-    /// Bytes up to and with the first of the marks, then what belongs to that mark.
-    Result<Part> text_until(std::vector<std::string> marks, std::vector<Part> then);
-    Part any_bytes();
+    /// A text of an automaton, `least` to `most` characters long.
+    Part terminal(DfaPtr dfa, uint32_t least = 0, uint32_t most = unlimited);
     Part object(ObjectRules rules);
     Part array(ArrayRules rules);
     /// A rule is named before what it stands for is known, so that it may stand in itself.
@@ -29401,9 +29396,8 @@ struct GrammarNode {
         object,    // objects[a]: enters
         members,   // objects[a]: between two members
         key,       // objects[a]: inside a key
-        other_key,
-        array,  // arrays[a]: enters
-        items,  // arrays[a]: between two items
+        array,     // arrays[a]: enters
+        items,     // arrays[a]: between two items
         end,
     };
     Kind kind;
@@ -29412,7 +29406,6 @@ struct GrammarNode {
 struct TerminalNode {
     DfaPtr dfa;
     uint32_t least, most;
-    std::vector<uint32_t> targets;  // by label; empty: the node's next
     bool counts() const { return least > 0 || most != unlimited; }
 };
 struct TextsNode {
@@ -29512,45 +29505,6 @@ void append_text(std::string& key, std::string_view text) {
     append_number(key, text.size());
     key += text;
 }
-
-// Text that holds no mark, and then one: the state is the longest end of what was read that begins
-// a mark (Aho and Corasick 1975).
-class MarkMachine : public Machine {
-public:
-    explicit MarkMachine(std::span<const std::string> marks) : marks_(marks) {
-        ByteClasses cuts;
-        for (const std::string& mark : marks)
-            for (const char c : mark) cuts.add(uint8_t(c), uint8_t(c));
-        cuts.set(*this);
-    }
-    Key first() override { return {}; }
-    bool step(const Key& from, uint8_t byte, Key& to) override {
-        if (label(from) >= 0) return false;
-        to = from;
-        to.push_back(byte);
-        while (!to.empty() && !begins_a_mark(to)) to.erase(to.begin());
-        return true;
-    }
-    int32_t label(const Key& key) override {
-        for (size_t i = 0; i < marks_.size(); ++i)
-            if (marks_[i].size() <= key.size() &&
-                std::equal(marks_[i].rbegin(), marks_[i].rend(), key.rbegin(),
-                           [](char c, uint32_t v) { return uint8_t(c) == v; }))
-                return int32_t(i);
-        return -1;
-    }
-
-private:
-    bool begins_a_mark(const Key& key) const {
-        for (const std::string& mark : marks_)
-            if (mark.size() >= key.size() &&
-                std::equal(key.begin(), key.end(), mark.begin(),
-                           [](uint32_t v, char c) { return uint8_t(c) == v; }))
-                return true;
-        return false;
-    }
-    std::span<const std::string> marks_;
-};
 
 }  // namespace
 
@@ -29665,7 +29619,7 @@ Part GrammarBuilder::repeat(Part part, uint32_t least, uint32_t most) {
     return add({.kind = Kind::repeat, .a = least, .b = most, .parts = {part}});
 }
 
-Part GrammarBuilder::terminal(DfaPtr dfa, uint32_t least, uint32_t most, std::vector<Part> then) {
+Part GrammarBuilder::terminal(DfaPtr dfa, uint32_t least, uint32_t most) {
     if (dfa->empty() || least > most) return no_part;
     if (dfa->longest[Dfa::start] != unlimited) {
         if (dfa->longest[Dfa::start] < least) return no_part;
@@ -29679,35 +29633,7 @@ Part GrammarBuilder::terminal(DfaPtr dfa, uint32_t least, uint32_t most, std::ve
         dfa = std::move(*counted);
         least = 0, most = unlimited;
     }
-    return add({.kind = Kind::terminal,
-                .a = least,
-                .b = most,
-                .parts = std::move(then),
-                .dfa = std::move(dfa)});
-}
-
-Result<Part> GrammarBuilder::text_until(std::vector<std::string> marks, std::vector<Part> then) {
-    if (marks.empty()) return any_bytes();
-    for (const std::string& mark : marks)
-        if (mark.empty()) return grammar_error("a mark must not be empty");
-    MarkMachine machine(marks);
-    auto dfa = make_dfa(machine, budget_);
-    if (!dfa) return std::move(dfa.error());
-    return terminal(std::move(*dfa), 0, unlimited, std::move(then));
-}
-
-Part GrammarBuilder::any_bytes() {
-    class Any : public Machine {
-        Key first() override { return {}; }
-        bool step(const Key&, uint8_t, Key&) override { return true; }
-        int32_t label(const Key&) override { return 0; }
-    };
-    static const DfaPtr dfa = [] {
-        Any machine;
-        Budget budget;
-        return *make_dfa(machine, budget);
-    }();
-    return terminal(dfa);
+    return add({.kind = Kind::terminal, .a = least, .b = most, .dfa = std::move(dfa)});
 }
 
 Part GrammarBuilder::object(ObjectRules rules) {
@@ -29802,11 +29728,7 @@ private:
             case Kind::choice:
             case Kind::rule: return std::any_of(node.parts.begin(), node.parts.end(), yes);
             case Kind::repeat: return node.a == 0 || yes(node.parts[0]);
-            case Kind::terminal: {
-                const int32_t label = node.dfa->label[Dfa::start];
-                return label >= 0 && node.a == 0 &&
-                       (node.parts.empty() || yes(node.parts[size_t(label)]));
-            }
+            case Kind::terminal: return node.dfa->label[Dfa::start] >= 0 && node.a == 0;
             default: return false;
         }
     }
@@ -29832,12 +29754,12 @@ private:
             case Kind::nothing: return unlimited;
             case Kind::bytes:
             case Kind::token:
-            case Kind::texts: return 0;
-            case Kind::terminal: return node.parts.empty() ? 0 : least;
+            case Kind::texts:
+            case Kind::terminal: return 0;
             case Kind::sequence: return most;
             case Kind::choice:
             case Kind::rule: return least;
-            case Kind::repeat: return node.a ? above(most) : least == unlimited ? 0 : 0;
+            case Kind::repeat: return node.a ? above(most) : 0;
             case Kind::object: return object_height(*node.object);
             case Kind::array: return array_height(*node.array);
         }
@@ -29912,9 +29834,6 @@ private:
         } else if (node.kind == Kind::choice || node.kind == Kind::rule ||
                    node.kind == Kind::repeat) {
             for (const Part p : node.parts) visit(p);
-        } else if (node.kind == Kind::terminal && !node.parts.empty() &&
-                   node.dfa->label[Dfa::start] >= 0) {
-            visit(node.parts[size_t(node.dfa->label[Dfa::start])]);
         }
     }
     bool recurses_left() const {
@@ -29988,9 +29907,7 @@ private:
         return targets.size() == 1 ? targets[0] : add_split(targets);
     }
     uint32_t emit_terminal(const PartNode& node, uint32_t next) {
-        TerminalNode terminal{node.dfa, node.a, node.b, {}};
-        for (const Part part : node.parts) terminal.targets.push_back(emit(part, next));
-        grammar_->terminals.push_back(std::move(terminal));
+        grammar_->terminals.push_back({node.dfa, node.a, node.b});
         return add({GrammarNode::Kind::terminal, next, uint32_t(grammar_->terminals.size() - 1)});
     }
     uint32_t emit_repeat(const PartNode& node, uint32_t next) {
@@ -30204,7 +30121,6 @@ public:
     struct Set {
         uint32_t begin = 0, end = 0;
         bool empty() const { return begin == end; }
-        uint32_t size() const { return end - begin; }
     };
     struct Mark {
         size_t pool, cells;
@@ -30433,7 +30349,6 @@ void GrammarWalk::close_one(uint32_t id, uint32_t stack) {
             return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
         case Kind::members: return cells[stack].node == id ? between_members(node, stack) : void();
         case Kind::key: return begin_key(id, stack);
-        case Kind::other_key: return;
         case Kind::array: {
             const ArrayNode& array = grammar_->arrays[node.a];
             if (node.b && cells[stack].node != node.next) return;
@@ -30698,21 +30613,14 @@ void GrammarWalk::leave(const GrammarConfig& config) {
         return;
     }
     if (node.kind != Kind::terminal) return;
-    const TerminalNode& terminal = grammar_->terminals[node.a];
-    if (!may_leave(terminal, config)) return;
-    const int32_t label = terminal.dfa->label[config.sub];
-    close(terminal.targets.empty() ? node.next : terminal.targets[size_t(label)], config.stack);
+    if (may_leave(grammar_->terminals[node.a], config)) close(node.next, config.stack);
 }
 
 GrammarWalk::Set GrammarWalk::after(const GrammarConfig& config, int32_t label) {
     const GrammarNode& node = grammar_->nodes[config.node];
     set_begin_ = pool.size();
-    if (node.kind == Kind::terminal) {
-        const auto& targets = grammar_->terminals[node.a].targets;
-        close(targets.empty() ? node.next : targets[size_t(label)], config.stack);
-    } else {
-        open_other(config, object_of(config), hash_in(cells[config.stack]), label);
-    }
+    if (node.kind == Kind::terminal) close(node.next, config.stack);
+    else open_other(config, object_of(config), hash_in(cells[config.stack]), label);
     return expand({uint32_t(set_begin_), uint32_t(pool.size())});
 }
 
@@ -31371,8 +31279,7 @@ bool MaskMaker::fill_from_slice(const GrammarConfig& config) {
             if (low_ && !dfa->endless) return false;
             if (terminal.most != unlimited) high_ = terminal.most - config.count;
         }
-        if (terminal.targets.empty()) walk_.allowed(walk_.after(config, 0), follow);
-        else follow.fill(~uint64_t{0});
+        walk_.allowed(walk_.after(config, 0), follow);
         walk_.back_to(mark);
     } else {
         return false;
@@ -32169,8 +32076,6 @@ Result<GrammarPtr> compile_regex(std::string_view pattern);
 Result<GrammarPtr> compile_choices(std::vector<std::string> choices);
 /// llama.cpp's grammars; the text is what `root` stands for.
 Result<GrammarPtr> compile_gbnf(std::string_view text);
-/// A JSON object or value of any kind.
-Result<GrammarPtr> compile_any_json(bool object);
 
 /// The same as parts of a larger grammar. The builder's `space` is the schema's.
 Result<Part> add_json_schema(GrammarBuilder& builder, const Json& schema, bool strict);
@@ -33619,10 +33524,6 @@ Result<GrammarPtr> compile_choices(std::vector<std::string> choices) {
         if (!utf8_valid(choice))
             return make_error(ErrorKind::invalid_request, "a choice is not UTF-8", "invalid_value");
     return builder.build(builder.texts(std::move(choices)));
-}
-
-Result<GrammarPtr> compile_any_json(bool object) {
-    return compile_json_schema(object ? Json::object().set("type", "object") : Json::object());
 }
 
 Result<GrammarPtr> compile_gbnf(std::string_view text) {
@@ -48440,55 +48341,55 @@ VALAR_COLD_END
 #pragma warning(pop)
 #endif
 
-_Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"Any\")") _Pragma("pop_macro(\"At\")")
-_Pragma("pop_macro(\"B16\")") _Pragma("pop_macro(\"BOOL\")") _Pragma("pop_macro(\"Begin\")")
-_Pragma("pop_macro(\"Bound\")") _Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"Bytes\")")
-_Pragma("pop_macro(\"C\")") _Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"Change\")")
-_Pragma("pop_macro(\"Check\")") _Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")")
-_Pragma("pop_macro(\"DWORD\")") _Pragma("pop_macro(\"Difference\")") _Pragma("pop_macro(\"Done\")")
-_Pragma("pop_macro(\"Each\")") _Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")")
-_Pragma("pop_macro(\"Error\")") _Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")")
-_Pragma("pop_macro(\"F16\")") _Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")")
-_Pragma("pop_macro(\"Fault\")") _Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")")
-_Pragma("pop_macro(\"Format\")") _Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")")
-_Pragma("pop_macro(\"G\")") _Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")")
-_Pragma("pop_macro(\"Handle\")") _Pragma("pop_macro(\"In\")") _Pragma("pop_macro(\"Input\")")
-_Pragma("pop_macro(\"Item\")") _Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")")
-_Pragma("pop_macro(\"J\")") _Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")")
-_Pragma("pop_macro(\"K\")") _Pragma("pop_macro(\"Key\")") _Pragma("pop_macro(\"Kind\")")
-_Pragma("pop_macro(\"L\")") _Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")")
-_Pragma("pop_macro(\"List\")") _Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")")
-_Pragma("pop_macro(\"Loop\")") _Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Mark\")")
-_Pragma("pop_macro(\"Match\")") _Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Middle\")")
-_Pragma("pop_macro(\"Mode\")") _Pragma("pop_macro(\"Move\")")
-_Pragma("pop_macro(\"MultiByteToWideChar\")") _Pragma("pop_macro(\"N\")")
-_Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")") _Pragma("pop_macro(\"Node\")")
-_Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")") _Pragma("pop_macro(\"Object\")")
-_Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")") _Pragma("pop_macro(\"Order\")")
-_Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")") _Pragma("pop_macro(\"Parser\")")
-_Pragma("pop_macro(\"Part\")") _Pragma("pop_macro(\"Pending\")") _Pragma("pop_macro(\"Phase\")")
-_Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")") _Pragma("pop_macro(\"Property\")")
-_Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"R\")") _Pragma("pop_macro(\"Range\")")
-_Pragma("pop_macro(\"Read\")") _Pragma("pop_macro(\"Reply\")") _Pragma("pop_macro(\"Request\")")
-_Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")") _Pragma("pop_macro(\"Role\")")
-_Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")") _Pragma("pop_macro(\"SIZE_T\")")
-_Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")") _Pragma("pop_macro(\"Sampler\")")
-_Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")") _Pragma("pop_macro(\"Server\")")
-_Pragma("pop_macro(\"Set\")") _Pragma("pop_macro(\"Shape\")") _Pragma("pop_macro(\"Side\")")
-_Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")") _Pragma("pop_macro(\"Slice\")")
-_Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")") _Pragma("pop_macro(\"Special\")")
-_Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")") _Pragma("pop_macro(\"Stats\")")
-_Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")") _Pragma("pop_macro(\"Store\")")
-_Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")") _Pragma("pop_macro(\"Table\")")
-_Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")") _Pragma("pop_macro(\"Thread\")")
-_Pragma("pop_macro(\"Todo\")") _Pragma("pop_macro(\"Token\")") _Pragma("pop_macro(\"Tool\")")
-_Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")") _Pragma("pop_macro(\"Types\")")
-_Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")") _Pragma("pop_macro(\"Union\")")
-_Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")") _Pragma("pop_macro(\"View\")")
-_Pragma("pop_macro(\"W\")") _Pragma("pop_macro(\"WideCharToMultiByte\")")
-_Pragma("pop_macro(\"Window\")") _Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")")
-_Pragma("pop_macro(\"a1\")") _Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")")
-_Pragma("pop_macro(\"abs\")") _Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
+_Pragma("pop_macro(\"Add\")") _Pragma("pop_macro(\"At\")") _Pragma("pop_macro(\"B16\")")
+_Pragma("pop_macro(\"BOOL\")") _Pragma("pop_macro(\"Begin\")") _Pragma("pop_macro(\"Bound\")")
+_Pragma("pop_macro(\"Buffer\")") _Pragma("pop_macro(\"Bytes\")") _Pragma("pop_macro(\"C\")")
+_Pragma("pop_macro(\"Call\")") _Pragma("pop_macro(\"Change\")") _Pragma("pop_macro(\"Check\")")
+_Pragma("pop_macro(\"Count\")") _Pragma("pop_macro(\"Cs\")") _Pragma("pop_macro(\"DWORD\")")
+_Pragma("pop_macro(\"Difference\")") _Pragma("pop_macro(\"Done\")") _Pragma("pop_macro(\"Each\")")
+_Pragma("pop_macro(\"Engine\")") _Pragma("pop_macro(\"Entry\")") _Pragma("pop_macro(\"Error\")")
+_Pragma("pop_macro(\"Event\")") _Pragma("pop_macro(\"Exchange\")") _Pragma("pop_macro(\"F16\")")
+_Pragma("pop_macro(\"F32\")") _Pragma("pop_macro(\"FILE\")") _Pragma("pop_macro(\"Fault\")")
+_Pragma("pop_macro(\"File\")") _Pragma("pop_macro(\"First\")") _Pragma("pop_macro(\"Format\")")
+_Pragma("pop_macro(\"Frame\")") _Pragma("pop_macro(\"Function\")") _Pragma("pop_macro(\"G\")")
+_Pragma("pop_macro(\"H\")") _Pragma("pop_macro(\"HANDLE\")") _Pragma("pop_macro(\"Handle\")")
+_Pragma("pop_macro(\"In\")") _Pragma("pop_macro(\"Input\")") _Pragma("pop_macro(\"Item\")")
+_Pragma("pop_macro(\"Items\")") _Pragma("pop_macro(\"Iterator\")") _Pragma("pop_macro(\"J\")")
+_Pragma("pop_macro(\"Job\")") _Pragma("pop_macro(\"Json\")") _Pragma("pop_macro(\"K\")")
+_Pragma("pop_macro(\"Key\")") _Pragma("pop_macro(\"Kind\")") _Pragma("pop_macro(\"L\")")
+_Pragma("pop_macro(\"Length\")") _Pragma("pop_macro(\"Level\")") _Pragma("pop_macro(\"List\")")
+_Pragma("pop_macro(\"Live\")") _Pragma("pop_macro(\"Lo\")") _Pragma("pop_macro(\"Loop\")")
+_Pragma("pop_macro(\"Map\")") _Pragma("pop_macro(\"Mark\")") _Pragma("pop_macro(\"Match\")")
+_Pragma("pop_macro(\"Merge\")") _Pragma("pop_macro(\"Middle\")") _Pragma("pop_macro(\"Mode\")")
+_Pragma("pop_macro(\"Move\")") _Pragma("pop_macro(\"MultiByteToWideChar\")")
+_Pragma("pop_macro(\"N\")") _Pragma("pop_macro(\"Nl\")") _Pragma("pop_macro(\"No\")")
+_Pragma("pop_macro(\"Node\")") _Pragma("pop_macro(\"Number\")") _Pragma("pop_macro(\"OFF\")")
+_Pragma("pop_macro(\"Object\")") _Pragma("pop_macro(\"Offset\")") _Pragma("pop_macro(\"Op\")")
+_Pragma("pop_macro(\"Order\")") _Pragma("pop_macro(\"P\")") _Pragma("pop_macro(\"Page\")")
+_Pragma("pop_macro(\"Parser\")") _Pragma("pop_macro(\"Part\")") _Pragma("pop_macro(\"Pending\")")
+_Pragma("pop_macro(\"Phase\")") _Pragma("pop_macro(\"Pi\")") _Pragma("pop_macro(\"Place\")")
+_Pragma("pop_macro(\"Property\")") _Pragma("pop_macro(\"Q\")") _Pragma("pop_macro(\"R\")")
+_Pragma("pop_macro(\"Range\")") _Pragma("pop_macro(\"Read\")") _Pragma("pop_macro(\"Reply\")")
+_Pragma("pop_macro(\"Request\")") _Pragma("pop_macro(\"Rest\")") _Pragma("pop_macro(\"Result\")")
+_Pragma("pop_macro(\"Role\")") _Pragma("pop_macro(\"Route\")") _Pragma("pop_macro(\"Row\")")
+_Pragma("pop_macro(\"SIZE_T\")") _Pragma("pop_macro(\"SOCKET\")") _Pragma("pop_macro(\"STDC\")")
+_Pragma("pop_macro(\"Sampler\")") _Pragma("pop_macro(\"Scale\")") _Pragma("pop_macro(\"Self\")")
+_Pragma("pop_macro(\"Server\")") _Pragma("pop_macro(\"Set\")") _Pragma("pop_macro(\"Shape\")")
+_Pragma("pop_macro(\"Side\")") _Pragma("pop_macro(\"Sink\")") _Pragma("pop_macro(\"Sleep\")")
+_Pragma("pop_macro(\"Slice\")") _Pragma("pop_macro(\"Slot\")") _Pragma("pop_macro(\"Socket\")")
+_Pragma("pop_macro(\"Special\")") _Pragma("pop_macro(\"Stage\")") _Pragma("pop_macro(\"State\")")
+_Pragma("pop_macro(\"Stats\")") _Pragma("pop_macro(\"Status\")") _Pragma("pop_macro(\"Step\")")
+_Pragma("pop_macro(\"Store\")") _Pragma("pop_macro(\"Style\")") _Pragma("pop_macro(\"T\")")
+_Pragma("pop_macro(\"Table\")") _Pragma("pop_macro(\"Tensor\")") _Pragma("pop_macro(\"Text\")")
+_Pragma("pop_macro(\"Thread\")") _Pragma("pop_macro(\"Todo\")") _Pragma("pop_macro(\"Token\")")
+_Pragma("pop_macro(\"Tool\")") _Pragma("pop_macro(\"Turn\")") _Pragma("pop_macro(\"Type\")")
+_Pragma("pop_macro(\"Types\")") _Pragma("pop_macro(\"U\")") _Pragma("pop_macro(\"ULONG\")")
+_Pragma("pop_macro(\"Union\")") _Pragma("pop_macro(\"Usage\")") _Pragma("pop_macro(\"Value\")")
+_Pragma("pop_macro(\"View\")") _Pragma("pop_macro(\"W\")")
+_Pragma("pop_macro(\"WideCharToMultiByte\")") _Pragma("pop_macro(\"Window\")")
+_Pragma("pop_macro(\"a\")") _Pragma("pop_macro(\"a0\")") _Pragma("pop_macro(\"a1\")")
+_Pragma("pop_macro(\"abort\")") _Pragma("pop_macro(\"above\")") _Pragma("pop_macro(\"abs\")")
+_Pragma("pop_macro(\"absolute\")") _Pragma("pop_macro(\"accept\")")
 _Pragma("pop_macro(\"access\")") _Pragma("pop_macro(\"ack\")") _Pragma("pop_macro(\"active\")")
 _Pragma("pop_macro(\"add\")") _Pragma("pop_macro(\"address\")") _Pragma("pop_macro(\"align\")")
 _Pragma("pop_macro(\"alignas\")") _Pragma("pop_macro(\"aligned\")")

@@ -118,10 +118,6 @@ Result<GrammarPtr> compile_choices(std::vector<std::string> choices) {
     return builder.build(builder.texts(std::move(choices)));
 }
 
-Result<GrammarPtr> compile_any_json(bool object) {
-    return compile_json_schema(object ? Json::object().set("type", "object") : Json::object());
-}
-
 Result<GrammarPtr> compile_gbnf(std::string_view text) {
     GrammarBuilder builder;
     return builder.build(add_gbnf(builder, text));

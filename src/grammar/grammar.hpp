@@ -33,8 +33,6 @@ Result<GrammarPtr> compile_regex(std::string_view pattern);
 Result<GrammarPtr> compile_choices(std::vector<std::string> choices);
 /// llama.cpp's grammars; the text is what `root` stands for.
 Result<GrammarPtr> compile_gbnf(std::string_view text);
-/// A JSON object or value of any kind.
-Result<GrammarPtr> compile_any_json(bool object);
 
 /// The same as parts of a larger grammar. The builder's `space` is the schema's.
 Result<Part> add_json_schema(GrammarBuilder& builder, const Json& schema, bool strict);

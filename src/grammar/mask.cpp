@@ -297,8 +297,7 @@ bool MaskMaker::fill_from_slice(const GrammarConfig& config) {
             if (low_ && !dfa->endless) return false;
             if (terminal.most != unlimited) high_ = terminal.most - config.count;
         }
-        if (terminal.targets.empty()) walk_.allowed(walk_.after(config, 0), follow);
-        else follow.fill(~uint64_t{0});
+        walk_.allowed(walk_.after(config, 0), follow);
         walk_.back_to(mark);
     } else {
         return false;

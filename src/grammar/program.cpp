@@ -46,45 +46,6 @@ void append_text(std::string& key, std::string_view text) {
     key += text;
 }
 
-// Text that holds no mark, and then one: the state is the longest end of what was read that begins
-// a mark (Aho and Corasick 1975).
-class MarkMachine : public Machine {
-public:
-    explicit MarkMachine(std::span<const std::string> marks) : marks_(marks) {
-        ByteClasses cuts;
-        for (const std::string& mark : marks)
-            for (const char c : mark) cuts.add(uint8_t(c), uint8_t(c));
-        cuts.set(*this);
-    }
-    Key first() override { return {}; }
-    bool step(const Key& from, uint8_t byte, Key& to) override {
-        if (label(from) >= 0) return false;
-        to = from;
-        to.push_back(byte);
-        while (!to.empty() && !begins_a_mark(to)) to.erase(to.begin());
-        return true;
-    }
-    int32_t label(const Key& key) override {
-        for (size_t i = 0; i < marks_.size(); ++i)
-            if (marks_[i].size() <= key.size() &&
-                std::equal(marks_[i].rbegin(), marks_[i].rend(), key.rbegin(),
-                           [](char c, uint32_t v) { return uint8_t(c) == v; }))
-                return int32_t(i);
-        return -1;
-    }
-
-private:
-    bool begins_a_mark(const Key& key) const {
-        for (const std::string& mark : marks_)
-            if (mark.size() >= key.size() &&
-                std::equal(key.begin(), key.end(), mark.begin(),
-                           [](uint32_t v, char c) { return uint8_t(c) == v; }))
-                return true;
-        return false;
-    }
-    std::span<const std::string> marks_;
-};
-
 }  // namespace
 
 uint32_t TextTrie::child(uint32_t node, uint8_t b) const {
@@ -198,7 +159,7 @@ Part GrammarBuilder::repeat(Part part, uint32_t least, uint32_t most) {
     return add({.kind = Kind::repeat, .a = least, .b = most, .parts = {part}});
 }
 
-Part GrammarBuilder::terminal(DfaPtr dfa, uint32_t least, uint32_t most, std::vector<Part> then) {
+Part GrammarBuilder::terminal(DfaPtr dfa, uint32_t least, uint32_t most) {
     if (dfa->empty() || least > most) return no_part;
     if (dfa->longest[Dfa::start] != unlimited) {
         if (dfa->longest[Dfa::start] < least) return no_part;
@@ -212,35 +173,7 @@ Part GrammarBuilder::terminal(DfaPtr dfa, uint32_t least, uint32_t most, std::ve
         dfa = std::move(*counted);
         least = 0, most = unlimited;
     }
-    return add({.kind = Kind::terminal,
-                .a = least,
-                .b = most,
-                .parts = std::move(then),
-                .dfa = std::move(dfa)});
-}
-
-Result<Part> GrammarBuilder::text_until(std::vector<std::string> marks, std::vector<Part> then) {
-    if (marks.empty()) return any_bytes();
-    for (const std::string& mark : marks)
-        if (mark.empty()) return grammar_error("a mark must not be empty");
-    MarkMachine machine(marks);
-    auto dfa = make_dfa(machine, budget_);
-    if (!dfa) return std::move(dfa.error());
-    return terminal(std::move(*dfa), 0, unlimited, std::move(then));
-}
-
-Part GrammarBuilder::any_bytes() {
-    class Any : public Machine {
-        Key first() override { return {}; }
-        bool step(const Key&, uint8_t, Key&) override { return true; }
-        int32_t label(const Key&) override { return 0; }
-    };
-    static const DfaPtr dfa = [] {
-        Any machine;
-        Budget budget;
-        return *make_dfa(machine, budget);
-    }();
-    return terminal(dfa);
+    return add({.kind = Kind::terminal, .a = least, .b = most, .dfa = std::move(dfa)});
 }
 
 Part GrammarBuilder::object(ObjectRules rules) {
@@ -335,11 +268,7 @@ private:
             case Kind::choice:
             case Kind::rule: return std::any_of(node.parts.begin(), node.parts.end(), yes);
             case Kind::repeat: return node.a == 0 || yes(node.parts[0]);
-            case Kind::terminal: {
-                const int32_t label = node.dfa->label[Dfa::start];
-                return label >= 0 && node.a == 0 &&
-                       (node.parts.empty() || yes(node.parts[size_t(label)]));
-            }
+            case Kind::terminal: return node.dfa->label[Dfa::start] >= 0 && node.a == 0;
             default: return false;
         }
     }
@@ -365,12 +294,12 @@ private:
             case Kind::nothing: return unlimited;
             case Kind::bytes:
             case Kind::token:
-            case Kind::texts: return 0;
-            case Kind::terminal: return node.parts.empty() ? 0 : least;
+            case Kind::texts:
+            case Kind::terminal: return 0;
             case Kind::sequence: return most;
             case Kind::choice:
             case Kind::rule: return least;
-            case Kind::repeat: return node.a ? above(most) : least == unlimited ? 0 : 0;
+            case Kind::repeat: return node.a ? above(most) : 0;
             case Kind::object: return object_height(*node.object);
             case Kind::array: return array_height(*node.array);
         }
@@ -445,9 +374,6 @@ private:
         } else if (node.kind == Kind::choice || node.kind == Kind::rule ||
                    node.kind == Kind::repeat) {
             for (const Part p : node.parts) visit(p);
-        } else if (node.kind == Kind::terminal && !node.parts.empty() &&
-                   node.dfa->label[Dfa::start] >= 0) {
-            visit(node.parts[size_t(node.dfa->label[Dfa::start])]);
         }
     }
     bool recurses_left() const {
@@ -521,9 +447,7 @@ private:
         return targets.size() == 1 ? targets[0] : add_split(targets);
     }
     uint32_t emit_terminal(const PartNode& node, uint32_t next) {
-        TerminalNode terminal{node.dfa, node.a, node.b, {}};
-        for (const Part part : node.parts) terminal.targets.push_back(emit(part, next));
-        grammar_->terminals.push_back(std::move(terminal));
+        grammar_->terminals.push_back({node.dfa, node.a, node.b});
         return add({GrammarNode::Kind::terminal, next, uint32_t(grammar_->terminals.size() - 1)});
     }
     uint32_t emit_repeat(const PartNode& node, uint32_t next) {

@@ -78,12 +78,8 @@ public:
     Part repeat(Part part, uint32_t least, uint32_t most);
     Part optional(Part part) { return choice({part, bytes("")}); }
     Part texts(std::vector<std::string> texts);  ///< one of them
-    /// A text of an automaton, `least` to `most` characters long, and then the part of its label.
-    Part terminal(DfaPtr dfa, uint32_t least = 0, uint32_t most = unlimited,
-                  std::vector<Part> then = {});
-    /// Bytes up to and with the first of the marks, then what belongs to that mark.
-    Result<Part> text_until(std::vector<std::string> marks, std::vector<Part> then);
-    Part any_bytes();
+    /// A text of an automaton, `least` to `most` characters long.
+    Part terminal(DfaPtr dfa, uint32_t least = 0, uint32_t most = unlimited);
     Part object(ObjectRules rules);
     Part array(ArrayRules rules);
     /// A rule is named before what it stands for is known, so that it may stand in itself.
@@ -140,9 +136,8 @@ struct GrammarNode {
         object,    // objects[a]: enters
         members,   // objects[a]: between two members
         key,       // objects[a]: inside a key
-        other_key,
-        array,  // arrays[a]: enters
-        items,  // arrays[a]: between two items
+        array,     // arrays[a]: enters
+        items,     // arrays[a]: between two items
         end,
     };
     Kind kind;
@@ -151,7 +146,6 @@ struct GrammarNode {
 struct TerminalNode {
     DfaPtr dfa;
     uint32_t least, most;
-    std::vector<uint32_t> targets;  // by label; empty: the node's next
     bool counts() const { return least > 0 || most != unlimited; }
 };
 struct TextsNode {

@@ -114,7 +114,6 @@ void GrammarWalk::close_one(uint32_t id, uint32_t stack) {
             return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
         case Kind::members: return cells[stack].node == id ? between_members(node, stack) : void();
         case Kind::key: return begin_key(id, stack);
-        case Kind::other_key: return;
         case Kind::array: {
             const ArrayNode& array = grammar_->arrays[node.a];
             if (node.b && cells[stack].node != node.next) return;
@@ -379,21 +378,14 @@ void GrammarWalk::leave(const GrammarConfig& config) {
         return;
     }
     if (node.kind != Kind::terminal) return;
-    const TerminalNode& terminal = grammar_->terminals[node.a];
-    if (!may_leave(terminal, config)) return;
-    const int32_t label = terminal.dfa->label[config.sub];
-    close(terminal.targets.empty() ? node.next : terminal.targets[size_t(label)], config.stack);
+    if (may_leave(grammar_->terminals[node.a], config)) close(node.next, config.stack);
 }
 
 GrammarWalk::Set GrammarWalk::after(const GrammarConfig& config, int32_t label) {
     const GrammarNode& node = grammar_->nodes[config.node];
     set_begin_ = pool.size();
-    if (node.kind == Kind::terminal) {
-        const auto& targets = grammar_->terminals[node.a].targets;
-        close(targets.empty() ? node.next : targets[size_t(label)], config.stack);
-    } else {
-        open_other(config, object_of(config), hash_in(cells[config.stack]), label);
-    }
+    if (node.kind == Kind::terminal) close(node.next, config.stack);
+    else open_other(config, object_of(config), hash_in(cells[config.stack]), label);
     return expand({uint32_t(set_begin_), uint32_t(pool.size())});
 }
 

@@ -32,7 +32,6 @@ public:
     struct Set {
         uint32_t begin = 0, end = 0;
         bool empty() const { return begin == end; }
-        uint32_t size() const { return end - begin; }
     };
     struct Mark {
         size_t pool, cells;
