@@ -9920,26 +9920,54 @@ namespace detail {
 
 /// A body of another surface, as a body of POST /v1/responses.
 struct SurfaceBody {
+    Dialect dialect = Dialect::valar;
     Json body = Json::object();
     bool stream = false;
     bool include_usage = false;             ///< an event of its own at the end of a stream
     std::vector<std::string> origins = {};  ///< of each item of `input`: its path in the body given
     std::vector<std::pair<std::string, std::string>> renamed = {};  ///< fields: name here, as given
+
+    /// To `input`, which is an array: an item that is made of what stands at `origin`.
+    void add(Json item, std::string origin) {
+        body.find("input")->push(std::move(item));
+        origins.push_back(std::move(origin));
+    }
 };
+
+/// A field of a surface's body: its value goes on under another name, or as `read` says.
+struct SurfaceField {
+    std::string_view name;
+    std::string_view to = {};  ///< its place in a body of /v1/responses, for values and for errors
+    Fault (*read)(const Json& value, SurfaceBody* out) = nullptr;
+    bool openai = false;  ///< of that dialect alone
+};
+// How fields are read that several surfaces have.
+Fault surface_stop(const Json& value, SurfaceBody* out);
+Fault surface_stream(const Json& value, SurfaceBody* out);
+Fault surface_stream_options(const Json& value, SurfaceBody* out);
 
 /// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made
 /// from the response object. So each of them leaves a response that GET shows.
 struct Surface {
     std::string_view path;
-    Result<SurfaceBody> (*read)(const Json& body, Dialect dialect);
-    /// An error of the body that `read` gave, with the names that its client knows.
-    Error (*translate)(Error error, const SurfaceBody& body);
+    std::span<const SurfaceField> fields;  ///< others are ignored
+    std::span<const std::string_view> refused = {};
+    std::span<const std::string_view> required = {};
+    /// The end of the place of an error, below `field` of a body of /v1/responses, as the client
+    /// wrote it. `value`: of that field; of arrays (input, tools) the element.
+    std::string (*rest)(std::string_view field, const Json& value, const std::string& rest);
     /// The answer, from a terminal response object. Errors: of a response that failed.
     Result<std::string> (*render)(const std::string& object, Dialect dialect);
     std::unique_ptr<EventWriter> (*events)(const ResponseRecord& record, bool include_usage,
                                            Dialect dialect);
     int timeout_status;
 };
+Result<SurfaceBody> read_surface(const Surface& surface, const Json& body, Dialect dialect);
+/// An error of the body that `read_surface` gave, with the names that its client knows.
+Error surface_error(const Surface& surface, Error error, const SurfaceBody& read);
+/// Of a response that has no answer.
+Error surface_failure(const Outcome& outcome);
+
 extern const Surface chat_surface;
 
 /// How the answer to a request is to look.
@@ -10200,6 +10228,100 @@ Result<std::string> render_answer(const AnswerForm& form, const std::string& obj
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/api/surface.cpp -----------------------------------------------------------------------
+
+// Bodies of other surfaces as bodies of POST /v1/responses, by the tables of those surfaces.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+Fault surface_stop(const Json& value, SurfaceBody* out) {
+    out->body.set("stop", value.is_string() ? Json::array().push(value) : value);
+    return {};
+}
+
+Fault surface_stream(const Json& value, SurfaceBody* out) {
+    out->stream = value.as_bool();
+    return check_bool(value, "stream");
+}
+
+Fault surface_stream_options(const Json& value, SurfaceBody* out) {
+    if (!value.is_object()) return api_wrong_type("stream_options", "an object", value);
+    const Json& usage = value["include_usage"];
+    out->include_usage = usage.as_bool();
+    return usage.is_null() ? Fault() : check_bool(usage, "stream_options.include_usage");
+}
+
+namespace {
+
+Fault surface_field(const Surface& surface, const JsonMember& member, SurfaceBody* out) {
+    const std::string& name = member.key;
+    if (member.value.is_null()) return {};
+    const auto row = std::find_if(surface.fields.begin(), surface.fields.end(),
+                                  [&](const SurfaceField& one) { return one.name == name; });
+    const bool known = row != surface.fields.end();
+    const auto& refused = surface.refused;
+    if (known ? row->openai && out->dialect != Dialect::openai
+              : std::find(refused.begin(), refused.end(), name) != refused.end())
+        return api_unsupported("unsupported_parameter", name);
+    if (!known) return {};
+    if (row->to != row->name && !row->to.empty()) out->renamed.emplace_back(row->to, row->name);
+    if (row->read) return row->read(member.value, out);
+    out->body.set(row->to, member.value);
+    return {};
+}
+
+/// The place of an error, as the client wrote it.
+std::string surface_path(const Surface& surface, const std::string& path, const SurfaceBody& read) {
+    const size_t open = path.find('['), close = path.find(']');
+    const std::string name = path.substr(0, std::min(open, path.find('.')));
+    const std::string below = close < path.size() ? path.substr(close + 1) : "";
+    const size_t index = open < close ? static_cast<size_t>(std::atoi(path.c_str() + open + 1)) : 0;
+    if (name == "input" && index < read.origins.size())
+        return read.origins[index] + surface.rest(name, read.body[name][index], below);
+    if (name == "tools" && open < close)
+        return path.substr(0, close + 1) + surface.rest(name, read.body[name][index], below);
+    for (const auto& [ours, theirs] : read.renamed)
+        if (path.starts_with(ours))
+            return theirs + surface.rest(ours, read.body[ours], path.substr(ours.size()));
+    return name + surface.rest(name, read.body[name], path.substr(name.size()));
+}
+
+}  // namespace
+
+Result<SurfaceBody> read_surface(const Surface& surface, const Json& body, Dialect dialect) {
+    SurfaceBody out;
+    out.dialect = dialect;
+    if (!body.is_object())
+        return make_error(ErrorKind::invalid_request, "the body must be a JSON object",
+                          "invalid_type");
+    for (const std::string_view name : surface.required)
+        if (body[name].is_null()) return api_missing(std::string(name));
+    for (const JsonMember& member : body.members())
+        if (Fault fault = surface_field(surface, member, &out)) return std::move(*fault);
+    return out;
+}
+
+Error surface_error(const Surface& surface, Error error, const SurfaceBody& read) {
+    const std::string path = surface_path(surface, error.param, read);
+    if (const size_t at = error.message.find(error.param);
+        !error.param.empty() && at != std::string::npos)
+        error.message.replace(at, error.param.size(), path);
+    error.param = path;
+    return error;
+}
+
+Error surface_failure(const Outcome& outcome) {
+    if (outcome.status == Status::cancelled)
+        return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
+    return make_error(ErrorKind::internal, "the model could not be run", "internal_error");
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/api/chat.cpp --------------------------------------------------------------------------
 
 namespace valar {
@@ -10215,10 +10337,6 @@ struct ChatMessages {
     SurfaceBody* out;
     std::unordered_set<std::string> custom_calls = {};
 
-    void add(Json item, std::string origin) {
-        out->body.find("input")->push(std::move(item));
-        out->origins.push_back(std::move(origin));
-    }
     Fault add_message(const Json& message, const std::string& path);
     Fault add_assistant(const Json& message, const std::string& path);
     Fault add_call(const Json& call, const std::string& path);
@@ -10232,7 +10350,7 @@ Fault ChatMessages::add_message(const Json& message, const std::string& path) {
     if (role == role_name(Role::tool)) return add_result(message, path);
     Json item = Json::object().set("role", message["role"]).set("content", message["content"]);
     if (role == role_name(Role::function) && message["content"].is_null()) item.set("content", "");
-    add(std::move(item), path);
+    out->add(std::move(item), path);
     return {};
 }
 
@@ -10245,7 +10363,8 @@ Fault ChatMessages::add_assistant(const Json& message, const std::string& path) 
                               "a string", thoughts);
     if (!thoughts.as_string().empty()) {
         const Json part = Json::object().set("type", "reasoning_text").set("text", thoughts);
-        add(Json::object().set("type", "reasoning").set("content", Json::array().push(part)), path);
+        out->add(Json::object().set("type", "reasoning").set("content", Json::array().push(part)),
+                 path);
     }
     const Json& calls = message["tool_calls"];
     if (!calls.is_null() && !calls.is_array())
@@ -10255,7 +10374,7 @@ Fault ChatMessages::add_assistant(const Json& message, const std::string& path) 
         content = Json::array().push(
             Json::object().set("type", "refusal").set("refusal", message["refusal"]));
     if (!content.is_null() || (calls.empty() && thoughts.is_null()))
-        add(Json::object().set("role", "assistant").set("content", std::move(content)), path);
+        out->add(Json::object().set("role", "assistant").set("content", std::move(content)), path);
     for (size_t i = 0; i < calls.size(); ++i)
         if (Fault fault = add_call(calls[i], api_index(path + ".tool_calls", i))) return fault;
     return {};
@@ -10268,22 +10387,22 @@ Fault ChatMessages::add_call(const Json& call, const std::string& path) {
     const Json& called = call[key];
     if (!called.is_object()) return api_wrong_type(path + "." + key, "an object", called);
     if (custom) custom_calls.emplace(call["id"].as_string());
-    add(Json::object()
-            .set("type", custom ? "custom_tool_call" : "function_call")
-            .set("call_id", call["id"])
-            .set("name", called["name"])
-            .set(custom ? "input" : "arguments", called[custom ? "input" : "arguments"]),
-        path);
+    out->add(Json::object()
+                 .set("type", custom ? "custom_tool_call" : "function_call")
+                 .set("call_id", call["id"])
+                 .set("name", called["name"])
+                 .set(custom ? "input" : "arguments", called[custom ? "input" : "arguments"]),
+             path);
     return {};
 }
 
 Fault ChatMessages::add_result(const Json& message, const std::string& path) {
     const bool custom = custom_calls.contains(std::string(message["tool_call_id"].as_string()));
-    add(Json::object()
-            .set("type", custom ? "custom_tool_call_output" : "function_call_output")
-            .set("call_id", message["tool_call_id"])
-            .set("output", message["content"]),
-        path);
+    out->add(Json::object()
+                 .set("type", custom ? "custom_tool_call_output" : "function_call_output")
+                 .set("call_id", message["tool_call_id"])
+                 .set("output", message["content"]),
+             path);
     return {};
 }
 
@@ -10360,23 +10479,6 @@ Fault chat_logprobs(const Json& value, SurfaceBody* out) {
     return check_bool(value, "logprobs");
 }
 
-Fault chat_stop(const Json& value, SurfaceBody* out) {
-    out->body.set("stop", value.is_string() ? Json::array().push(value) : value);
-    return {};
-}
-
-Fault chat_stream(const Json& value, SurfaceBody* out) {
-    out->stream = value.as_bool();
-    return check_bool(value, "stream");
-}
-
-Fault chat_stream_options(const Json& value, SurfaceBody* out) {
-    if (!value.is_object()) return api_wrong_type("stream_options", "an object", value);
-    const Json& usage = value["include_usage"];
-    out->include_usage = usage.as_bool();
-    return usage.is_null() ? Fault() : check_bool(usage, "stream_options.include_usage");
-}
-
 Fault chat_n(const Json& value, SurfaceBody*) {
     if (value.is_int() && value.as_int() == 1) return {};
     return api_error("unsupported_value", "n", "'n' must be 1: one choice a request");
@@ -10387,14 +10489,7 @@ Fault chat_modalities(const Json& value, SurfaceBody*) {
     return api_error("unsupported_value", "modalities", "'modalities' must be [\"text\"]");
 }
 
-/// A field whose value goes on under another name, or as `read` says.
-struct ChatField {
-    std::string_view name;
-    std::string_view to = {};  // its place in a body of /v1/responses, for values and for errors
-    Fault (*read)(const Json& value, SurfaceBody* out) = nullptr;
-    bool openai = false;  // of that dialect alone
-};
-constexpr ChatField chat_fields[] = {
+constexpr SurfaceField chat_fields[] = {
     // clang-format off
     {"model", "model"},
     {"messages", "input", chat_messages},
@@ -10407,8 +10502,8 @@ constexpr ChatField chat_fields[] = {
     {"reasoning_effort", "reasoning.effort", chat_effort},
     {"n", {}, chat_n},
     {"modalities", {}, chat_modalities},
-    {"stream", {}, chat_stream},
-    {"stream_options", {}, chat_stream_options},
+    {"stream", {}, surface_stream},
+    {"stream_options", {}, surface_stream_options},
     {"store", "store"},
     {"user", "user"},
     {"metadata", "metadata"},
@@ -10420,7 +10515,7 @@ constexpr ChatField chat_fields[] = {
     {"top_k", "top_k"},
     {"min_p", "min_p"},
     {"repetition_penalty", "repetition_penalty"},
-    {"stop", "stop", chat_stop, true},
+    {"stop", "stop", surface_stop, true},
     {"logprobs", {}, chat_logprobs, true},
     {"top_logprobs", "top_logprobs", nullptr, true},
     {"logit_bias", "logit_bias", nullptr, true},
@@ -10431,35 +10526,7 @@ constexpr ChatField chat_fields[] = {
 constexpr std::string_view chat_refused[] = {"verbosity", "audio",         "prediction",
                                              "functions", "function_call", "web_search_options"};
 
-Fault chat_read_field(const JsonMember& member, Dialect dialect, SurfaceBody* out) {
-    const std::string name = member.key;
-    if (member.value.is_null()) return {};
-    for (const ChatField& row : chat_fields) {
-        if (row.name != name) continue;
-        if (row.openai && dialect != Dialect::openai) break;
-        if (row.to != row.name && !row.to.empty()) out->renamed.emplace_back(row.to, row.name);
-        if (row.read) return row.read(member.value, out);
-        out->body.set(row.to, member.value);
-        return {};
-    }
-    const auto of_openai = [&](const ChatField& row) { return row.name == name; };
-    if (std::any_of(std::begin(chat_fields), std::end(chat_fields), of_openai) ||
-        std::find(std::begin(chat_refused), std::end(chat_refused), name) != std::end(chat_refused))
-        return api_unsupported("unsupported_parameter", name);
-    return {};
-}
-
-Result<SurfaceBody> chat_read(const Json& body, Dialect dialect) {
-    SurfaceBody out;
-    if (!body.is_object())
-        return make_error(ErrorKind::invalid_request, "the body must be a JSON object",
-                          "invalid_type");
-    for (const char* name : {"model", "messages"})
-        if (body[name].is_null()) return api_missing(name);
-    for (const JsonMember& member : body.members())
-        if (Fault fault = chat_read_field(member, dialect, &out)) return std::move(*fault);
-    return out;
-}
+constexpr std::string_view chat_required[] = {"model", "messages"};
 
 /// The rest of a path into what Chat Completions nests in an object by its type.
 std::string chat_nested(std::string_view type, std::string rest) {
@@ -10478,34 +10545,12 @@ std::string chat_item_rest(const Json& item, const std::string& rest) {
     return chat_nested(custom ? "custom" : "function", rest);
 }
 
-/// The place of an error, as the client wrote it.
-std::string chat_path(const std::string& path, const SurfaceBody& read) {
-    const size_t open = path.find('['), close = path.find(']');
-    const std::string name = path.substr(0, std::min(open, path.find('.')));
-    const std::string rest = close < path.size() ? path.substr(close + 1) : "";
-    const size_t index = open < close ? static_cast<size_t>(std::atoi(path.c_str() + open + 1)) : 0;
-    if (name == "input" && index < read.origins.size())
-        return read.origins[index] + chat_item_rest(read.body["input"][index], rest);
-    if (name == "tools" && open < close)
-        return path.substr(0, close + 1) +
-               chat_nested(read.body["tools"][index]["type"].as_string(), rest);
-    if (path == "tool_choice.name")
-        return "tool_choice" + chat_nested(read.body["tool_choice"]["type"].as_string(), ".name");
-    for (const auto& [ours, theirs] : read.renamed) {
-        if (!path.starts_with(ours)) continue;
-        const std::string below = path.substr(ours.size());
-        return theirs + (ours == "text.format" ? chat_nested("json_schema", below) : below);
-    }
-    return path;
-}
-
-Error chat_translate(Error error, const SurfaceBody& body) {
-    const std::string path = chat_path(error.param, body);
-    if (const size_t at = error.message.find(error.param);
-        !error.param.empty() && at != std::string::npos)
-        error.message.replace(at, error.param.size(), path);
-    error.param = path;
-    return error;
+/// The rest of a path below a field of a body of /v1/responses, as this surface nests it.
+std::string chat_rest(std::string_view field, const Json& value, const std::string& rest) {
+    if (field == "input") return chat_item_rest(value, rest);
+    if (field == "text.format") return chat_nested("json_schema", rest);
+    const bool typed = field == "tools" || (field == "tool_choice" && rest == ".name");
+    return typed ? chat_nested(value["type"].as_string(), rest) : rest;
 }
 
 // ---- The answer --------------------------------------------------------------------------------
@@ -10544,18 +10589,12 @@ const char* chat_finish(const Outcome& outcome, Dialect dialect) {
     return called ? "tool_calls" : "stop";
 }
 
-Error chat_failure(const Outcome& outcome) {
-    if (outcome.status == Status::cancelled)
-        return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
-    return make_error(ErrorKind::internal, "the model could not be run", "internal_error");
-}
-
 Result<std::string> chat_render(const std::string& object, Dialect dialect) {
     auto parsed = Json::parse(object);
     if (!parsed) return parsed.error();
     const Json& response = *parsed;
     const Outcome outcome = outcome_of(response);
-    if (outcome.status != Status::completed) return chat_failure(outcome);
+    if (outcome.status != Status::completed) return surface_failure(outcome);
     std::string text, thoughts;
     Json calls = Json::array(), logprobs = nullptr;
     bool said = false;
@@ -10671,7 +10710,7 @@ void ChatEvents::add(const Event& event) {
 }
 
 void ChatEvents::end(const Outcome& outcome, const std::string&) {
-    if (outcome.status != Status::completed) return fail(chat_failure(outcome));
+    if (outcome.status != Status::completed) return fail(surface_failure(outcome));
     const std::vector<Item> items = output_items(outcome, outcome.status);
     for (size_t i = told_; i < items.size(); ++i)
         if (items[i].is_call()) add_call(items[i]);
@@ -10693,7 +10732,15 @@ std::unique_ptr<EventWriter> chat_events(const ResponseRecord& record, bool incl
 }  // namespace
 
 const Surface chat_surface = {
-    "/v1/chat/completions", chat_read, chat_translate, chat_render, chat_events, 408};
+    .path = "/v1/chat/completions",
+    .fields = chat_fields,
+    .refused = chat_refused,
+    .required = chat_required,
+    .rest = chat_rest,
+    .render = chat_render,
+    .events = chat_events,
+    .timeout_status = 408,
+};
 
 }  // namespace detail
 }  // namespace v1
@@ -47400,7 +47447,7 @@ Result<Request> ServerLoop::read_request(AcceptJob& job, Json& body, SurfaceBody
         if (request) job.form.stream = request->stream;
         return request;
     }
-    auto given = job.form.surface->read(body, options.dialect);
+    auto given = read_surface(*job.form.surface, body, options.dialect);
     if (!given) return given.error();
     *read = std::move(*given);
     job.form.stream = read->stream;
@@ -47415,7 +47462,7 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     SurfaceBody read;
     const auto blame = [&](Error error) {
         const Surface* surface = job.form.surface;
-        return surface ? surface->translate(std::move(error), read) : std::move(error);
+        return surface ? surface_error(*surface, std::move(error), read) : std::move(error);
     };
     auto request = read_request(job, *body, &read);
     if (!request) return blame(request.error());

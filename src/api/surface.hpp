@@ -5,8 +5,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace valar {
@@ -15,26 +17,54 @@ namespace detail {
 
 /// A body of another surface, as a body of POST /v1/responses.
 struct SurfaceBody {
+    Dialect dialect = Dialect::valar;
     Json body = Json::object();
     bool stream = false;
     bool include_usage = false;             ///< an event of its own at the end of a stream
     std::vector<std::string> origins = {};  ///< of each item of `input`: its path in the body given
     std::vector<std::pair<std::string, std::string>> renamed = {};  ///< fields: name here, as given
+
+    /// To `input`, which is an array: an item that is made of what stands at `origin`.
+    void add(Json item, std::string origin) {
+        body.find("input")->push(std::move(item));
+        origins.push_back(std::move(origin));
+    }
 };
+
+/// A field of a surface's body: its value goes on under another name, or as `read` says.
+struct SurfaceField {
+    std::string_view name;
+    std::string_view to = {};  ///< its place in a body of /v1/responses, for values and for errors
+    Fault (*read)(const Json& value, SurfaceBody* out) = nullptr;
+    bool openai = false;  ///< of that dialect alone
+};
+// How fields are read that several surfaces have.
+Fault surface_stop(const Json& value, SurfaceBody* out);
+Fault surface_stream(const Json& value, SurfaceBody* out);
+Fault surface_stream_options(const Json& value, SurfaceBody* out);
 
 /// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made
 /// from the response object. So each of them leaves a response that GET shows.
 struct Surface {
     std::string_view path;
-    Result<SurfaceBody> (*read)(const Json& body, Dialect dialect);
-    /// An error of the body that `read` gave, with the names that its client knows.
-    Error (*translate)(Error error, const SurfaceBody& body);
+    std::span<const SurfaceField> fields;  ///< others are ignored
+    std::span<const std::string_view> refused = {};
+    std::span<const std::string_view> required = {};
+    /// The end of the place of an error, below `field` of a body of /v1/responses, as the client
+    /// wrote it. `value`: of that field; of arrays (input, tools) the element.
+    std::string (*rest)(std::string_view field, const Json& value, const std::string& rest);
     /// The answer, from a terminal response object. Errors: of a response that failed.
     Result<std::string> (*render)(const std::string& object, Dialect dialect);
     std::unique_ptr<EventWriter> (*events)(const ResponseRecord& record, bool include_usage,
                                            Dialect dialect);
     int timeout_status;
 };
+Result<SurfaceBody> read_surface(const Surface& surface, const Json& body, Dialect dialect);
+/// An error of the body that `read_surface` gave, with the names that its client knows.
+Error surface_error(const Surface& surface, Error error, const SurfaceBody& read);
+/// Of a response that has no answer.
+Error surface_failure(const Outcome& outcome);
+
 extern const Surface chat_surface;
 
 /// How the answer to a request is to look.

@@ -156,7 +156,7 @@ Result<Request> ServerLoop::read_request(AcceptJob& job, Json& body, SurfaceBody
         if (request) job.form.stream = request->stream;
         return request;
     }
-    auto given = job.form.surface->read(body, options.dialect);
+    auto given = read_surface(*job.form.surface, body, options.dialect);
     if (!given) return given.error();
     *read = std::move(*given);
     job.form.stream = read->stream;
@@ -171,7 +171,7 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     SurfaceBody read;
     const auto blame = [&](Error error) {
         const Surface* surface = job.form.surface;
-        return surface ? surface->translate(std::move(error), read) : std::move(error);
+        return surface ? surface_error(*surface, std::move(error), read) : std::move(error);
     };
     auto request = read_request(job, *body, &read);
     if (!request) return blame(request.error());
