@@ -41980,7 +41980,7 @@ namespace detail {
 
 namespace {
 
-constexpr uint64_t kSliceNs = 50'000'000;  // of one model, then the others are looked at
+constexpr uint64_t kPoolSliceNs = 50'000'000;  // of one model, then the others are looked at
 
 /// What a model takes with such a limit.
 struct Share {
@@ -42131,7 +42131,7 @@ bool EnginePool::State::step(Member& member, uint64_t now) {
         used.fetch_add(member.bytes, std::memory_order_relaxed);
         member.loaded_ns = now;
     }
-    const auto done = member.engine->work(now + detail::kSliceNs, detail::kNoLimit);
+    const auto done = member.engine->work(now + detail::kPoolSliceNs, detail::kNoLimit);
     if (!done || member.engine->loaded) member.wanted = false;
     if (!member.resident()) count_memory();  // it could not be loaded
     return true;
