@@ -5,8 +5,8 @@
     grammar_check.py DUMP regexes MODEL [N]   N patterns, drawn, against Python's re
     grammar_check.py DUMP server URL [N]      N schemas, drawn; what a model answers at temperature 1
 
-DUMP is the program grammar_dump; URL is a server's, such as http://127.0.0.1:8080. Needs jsonschema
-and jsonschema-rs.
+DUMP is the program grammar_dump; URL is a server's, such as http://127.0.0.1:8080. Needs
+jsonschema[format-nongpl], which checks durations too, and jsonschema-rs.
 """
 import concurrent.futures
 import glob
