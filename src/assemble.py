@@ -8,8 +8,11 @@ The declaration part is what the public headers (x.hpp) include, in their order;
 part is the prologue, then section by section the internal headers and .cpp files. A part appears once,
 under a banner that names its file, where it is first needed. System headers are gathered: those of
 declarations at the top, the others in the prologue, before the first instruction-set region. Around all
-stands what lays the host's macros down (host_macros.txt).
+stands what lays the host's macros down (host_macros.txt). server/page.html becomes a part before that,
+server/page_text.cpp.
 """
+import base64
+import hashlib
 import os
 import re
 import sys
@@ -54,7 +57,7 @@ SECTIONS = {
               "store/commit.cpp"],
     "server": ["server/server.hpp", "server/words.cpp", "server/options.cpp", "server/loop.cpp",
                "server/access.cpp", "server/responses.cpp", "server/streams.cpp",
-               "server/reading.cpp"],
+               "server/reading.cpp", "server/page.cpp", "server/page_text.cpp"],
 }
 # Sections between VALAR_COLD_BEGIN and _END (prologue.hpp), but for the parts that make token masks.
 COLD = ["api", "template", "grammar", "store", "server"]
@@ -63,6 +66,8 @@ WARM = ["grammar/dfa.cpp", "grammar/state.cpp", "grammar/mask.cpp"]
 # lacks room for belongs into an internal header, or replaces something.
 MOST_DECLARATION_LINES = 1875
 SYSTEM = ["base/system.hpp", "kernels/intrinsics.hpp"]  # conditional system headers: to the prologue
+# A page as a part; compilers join at most some 64 KB of literals, MSVC 16 KB.
+PAGE, PAGE_PART, PAGE_PIECE = "server/page.html", "server/page_text.cpp", 8000
 SYSTEM_MARK = "// (system headers)\n"
 RESTORE_MARK = "// (host's macros)\n"
 
@@ -162,6 +167,57 @@ def cooled(part, text):
     cold = part not in WARM and any(part in SECTIONS[section] for section in COLD)
     return f"VALAR_COLD_BEGIN\n\n{text}VALAR_COLD_END\n\n" if cold else text
 
+def page_pieces(page):
+    """Its lines, as many in a piece as may stand in one literal."""
+    pieces = [""]
+    for line in page.splitlines(keepends=True):
+        if len(pieces[-1]) + len(line) > PAGE_PIECE:
+            pieces.append("")
+        pieces[-1] += line
+    return pieces
+
+def literal(piece):
+    """The lines of a piece as literals that the compiler joins."""
+    return "\n".join('    "' + re.sub(r'([\\"]|(?<=\?)\?)', r"\\\1", line) + '\\n"'
+                     for line in piece.splitlines())  # two question marks may begin a trigraph
+
+def page_part():
+    """The page, with what its Content-Security-Policy allows: its own script and style, by hash."""
+    page = read(PAGE)
+    [style, script] = (re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S) for tag in ("style", "script"))
+    allowed = [[base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+               for texts in (script, style)]
+    return f"""\
+// The page at GET /, made from page.html by assemble.py: edit that one.
+#include "prologue.hpp"
+
+#include "server/page.hpp"
+
+#ifndef VALAR_NO_SERVER
+namespace valar {{
+inline namespace v1 {{
+namespace detail {{
+
+// clang-format off
+// BEGIN GENERATED page sha256={hashlib.sha256(page.encode()).hexdigest()}
+static const char* const server_page_pieces[] = {{
+{(","+chr(10)).join(map(literal, page_pieces(page)))}
+}};
+const ServerPageText server_page_text = {{
+    server_page_pieces,
+    "{hashlib.sha256(page.encode()).hexdigest()[:16]}",
+    "sha256-{allowed[0][0]}",
+    "sha256-{allowed[1][0]}",
+}};
+// END GENERATED
+// clang-format on
+
+}}  // namespace detail
+}}  // namespace v1
+}}  // namespace valar
+#endif  // VALAR_NO_SERVER
+"""
+
 def assemble():
     binder = Binder()
     config, headers = body_of("config.hpp").strip() + "\n", set()
@@ -186,17 +242,22 @@ def assemble():
     before, behind = guarded(out, HOST_MACROS)
     return tidy(read("opening.txt") + before + "\n" + out + read("closing.txt").replace(RESTORE_MARK, behind))
 
-def main():
-    text = assemble()
-    with open(TARGET, encoding="ascii", newline="") as file:
+def update(path, text):
+    """False where the file was stale; it is written unless --check is given."""
+    with open(path, encoding="ascii", newline="") as file:
         if file.read() == text:
-            return 0
-    if "--check" in sys.argv[1:]:
-        print("valar.hpp is stale: run src/assemble.py and commit it with the parts it comes from")
-        return 1
-    with open(TARGET, "w", encoding="ascii", newline="") as file:
-        file.write(text)
-    return 0
+            return True
+    if "--check" not in sys.argv[1:]:
+        with open(path, "w", encoding="ascii", newline="") as file:
+            file.write(text)
+        return True
+    print(f"{os.path.relpath(path, os.path.dirname(TARGET))} is stale: run src/assemble.py and commit it "
+          "with the parts it comes from")
+    return False
+
+def main():
+    fresh = update(os.path.join(SRC, PAGE_PART), page_part())
+    return 0 if update(TARGET, assemble()) and fresh else 1
 
 if __name__ == "__main__":
     sys.exit(main())

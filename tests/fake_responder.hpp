@@ -27,10 +27,11 @@ public:
     // the script; set it before the requests
     valar::ModelInfo info;
     std::atomic<bool> ready = true;
-    std::atomic<bool> hold = false;             ///< answer only when finish() says so
-    std::atomic<bool> full = false;             ///< submit() has no room
-    std::atomic<bool> tells_items = false;      ///< as they are made, a word at a time
-    std::optional<valar::Error> failure;        ///< of every response
+    std::atomic<bool> hold = false;         ///< answer only when finish() says so
+    std::atomic<bool> full = false;         ///< submit() has no room
+    std::atomic<bool> tells_items = false;  ///< as they are made, a word at a time
+    std::atomic<bool> drips = false;        ///< one answer at a time, an event when drip() says so
+    std::optional<valar::Error> failure;    ///< of every response
     std::optional<valar::Error> prepare_error;  ///< of every request
     valar::ResponderStats counts;               ///< what stats() says
 
@@ -78,6 +79,7 @@ public:
             const std::lock_guard<std::mutex> lock(mutex_);
             Answer& answer = answers_[id];
             answer.task = std::move(static_cast<Task&>(*prepared));
+            answer.number = ++submitted_;
             answer.events.push_back({valar::Event::Kind::started, {}, nullptr});
         }
         if (hold) notify(id);
@@ -111,6 +113,22 @@ public:
     void finish(const std::string& id) {
         end(id, failure ? valar::Status::failed : valar::Status::completed);
     }
+    void drip() {
+        std::string id;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            Answer* first = nullptr;
+            for (auto& [name, answer] : answers_) {
+                if (answer.later.empty() || (first && first->number < answer.number)) continue;
+                first = &answer;
+                id = name;
+            }
+            if (!first) return;
+            first->events.push_back(std::move(first->later.front()));
+            first->later.pop_front();
+        }
+        notify(id);
+    }
     std::vector<std::string> waiting() const {
         const std::lock_guard<std::mutex> lock(mutex_);
         std::vector<std::string> ids;
@@ -139,8 +157,9 @@ private:
     };
     struct Answer {
         Task task;
+        uint64_t number = 0;  // in the order of submission
         bool ended = false;
-        std::deque<valar::Event> events;
+        std::deque<valar::Event> events, later;
     };
 
     static std::string text_of(const valar::Request& request) {
@@ -245,8 +264,11 @@ private:
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             const auto found = answers_.find(id);
-            if (found == answers_.end() || found->second.ended) return;
+            if (found == answers_.end()) return;
             Answer& answer = found->second;
+            const bool broken_off = status == valar::Status::cancelled && !answer.later.empty();
+            if (answer.ended && !broken_off) return;
+            answer.later.clear();
             answer.ended = true;
             auto outcome = std::make_shared<valar::Outcome>(outcome_of(answer.task, status));
             if (!outcome->text.empty())
@@ -254,6 +276,7 @@ private:
                     {valar::Event::Kind::text_delta, outcome->text, nullptr, outcome->logprobs});
             if (tells_items) add_items(&answer, *outcome);
             answer.events.push_back({valar::Event::Kind::finished, {}, outcome});
+            if (drips && !broken_off) answer.later.swap(answer.events);
         }
         notify(id);
     }
@@ -265,6 +288,7 @@ private:
 
     mutable std::mutex mutex_;
     std::map<std::string, Answer> answers_;
+    uint64_t submitted_ = 0;
     std::vector<std::string> organisations_;
     std::recursive_mutex listener_mutex_;  // held during calls, so that taking it away waits
     valar::ReadyListener listener_;

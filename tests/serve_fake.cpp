@@ -1,7 +1,8 @@
 // Serves a FakeResponder, for checks by other programs:
-// serve_fake [PORT [KEY [DIALECT [STORE [DELAY_MS]]]]]. Port 0, the default, takes a free one; the
+// serve_fake [PORT [KEY [DIALECT [STORE [DELAY_MS [PACE_MS]]]]]]. Port 0, the default, takes a free one; the
 // first line printed is the port. KEY may be empty: none. STORE is a directory of FileStore, empty: in
-// memory. With DELAY_MS answers take about so long. SIGTERM stops it as a server should: exit code 0.
+// memory. With DELAY_MS answers take about so long, with PACE_MS they come word by word, one
+// after the other. SIGTERM stops it as a server should: exit code 0.
 #include <atomic>
 #include <chrono>
 #include <csignal>
@@ -36,7 +37,9 @@ int main(int argc, char** argv) {
         options.store = store.get();
     }
     const int delay_ms = std::atoi(argument(5).c_str());
+    const int pace_ms = std::atoi(argument(6).c_str());
     responder.hold = delay_ms > 0;
+    responder.drips = responder.tells_items = pace_ms > 0;
     auto server = valar::Server::open(&responder, options);
     if (!server) return std::fprintf(stderr, "%s\n", server.error().message.c_str()), 1;
     std::printf("%u\n", static_cast<unsigned>(server->port()));
@@ -50,11 +53,18 @@ int main(int argc, char** argv) {
             for (const std::string& id : ids) responder.finish(id);
         }
     });
+    std::thread words([&] {
+        while (pace_ms > 0 && !over) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(pace_ms));
+            responder.drip();
+        }
+    });
     std::signal(SIGTERM, [](int) { interrupted = 1; });
     while (!interrupted && server->step(200).ok()) {}
     server->stop();
     const bool ran = server->run().ok();
     over = true;
     answers.join();
+    words.join();
     return ran ? 0 : 1;
 }

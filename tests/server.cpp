@@ -426,7 +426,8 @@ TEST_CASE("server: routes and methods") {
         const char* allow;
     };
     const Case cases[] = {
-        {"GET", "/", "404 not_found_error not_found", "(none)"},
+        {"GET", "//", "404 not_found_error not_found", "(none)"},
+        {"POST", "/", "405 invalid_request_error method_not_allowed", "GET, HEAD"},
         {"GET", "/v1", "404 not_found_error not_found", "(none)"},
         {"GET", "/v1/models/", "404 not_found_error not_found", "(none)"},
         {"GET", "/v1/responses/", "404 not_found_error not_found", "(none)"},
@@ -462,6 +463,72 @@ TEST_CASE("server: routes and methods") {
     CHECK(serving.call("GET", "/health", "a body that nobody reads").status == 200);
     CHECK(serving.call("GET", "/health", std::string(5000, 'x')).status == 413);
     CHECK(serving.call("HEAD", "/v1/responses/x/cancel").status == 405);
+}
+
+namespace {
+
+std::string between(const std::string& text, const std::string& begin, const std::string& end) {
+    const size_t from = text.find(begin);
+    REQUIRE(from != text.npos);
+    const size_t first = from + begin.size();
+    return text.substr(first, text.find(end, first) - first);
+}
+
+}  // namespace
+
+TEST_CASE("server: the page") {
+    std::set<std::string> tags;
+    for (const bool openai : {false, true}) {
+        ServerOptions options = with_keys();  // it needs none itself
+        if (openai) options.dialect = Dialect::openai;
+        Serving serving(options);
+        const HttpReply page = serving.get("/?any");
+        CHECK(page.status == 200);
+        CHECK(field(page, "Content-Type") == "text/html; charset=utf-8");
+        CHECK(field(page, "Cache-Control") == "no-cache");
+        CHECK(field(page, "X-Content-Type-Options") == "nosniff");
+        CHECK(field(page, "Referrer-Policy") == "no-referrer");
+        CHECK(field(page, "X-Request-ID").size() == 36);
+        CHECK(page.body.size() < 60'000);
+        CHECK(page.body.find("sk-organisation") == std::string::npos);
+
+        // What src/ has, and its Content-Security-Policy lets run and look nothing else.
+        auto source = detail::read_file(VALAR_SOURCE_DIR "/src/server/page.html", 1 << 20);
+        REQUIRE(source.ok());
+        const std::string mark = "{{dialect}}";
+        source->replace(source->find(mark), mark.size(), openai ? "openai" : "valar");
+        CHECK(page.body == *source);
+        const std::string policy = field(page, "Content-Security-Policy");
+        for (const char* tag : {"script", "style"}) {
+            const std::string name = tag;
+            const std::string text = between(page.body, "<" + name + ">", "</" + name + ">");
+            const std::string hash = detail::base64_encode(detail::sha256(text).view());
+            CHECK(policy.find(name + "-src 'sha256-" + hash + "';") != std::string::npos);
+        }
+        for (const char* rule : {"default-src 'none'", "connect-src 'self'", "base-uri 'none'",
+                                 "form-action 'none'", "frame-ancestors 'none'"})
+            CHECK(policy.find(rule) != std::string::npos);
+        CHECK(policy.find("unsafe") == std::string::npos);
+
+        // Once read it is not sent again, unless it changed.
+        const std::string tag = field(page, "ETag");
+        tags.insert(tag);
+        for (const std::string& known : {tag, "W/" + tag, "\"x\", " + tag}) {
+            const HttpReply same = serving.call("GET", "/", {}, {{"If-None-Match", known}});
+            CHECK(same.status == 304);
+            CHECK(same.body.empty());
+            CHECK(field(same, "Content-Length") == "(none)");
+            CHECK(field(same, "ETag") == tag);
+        }
+        CHECK(serving.call("GET", "/", {}, {{"If-None-Match", "\"x\""}}).body == page.body);
+        const HttpReply head = serving.call("HEAD", "/");
+        CHECK(head.body.empty());
+        CHECK(field(head, "Content-Length") == std::to_string(page.body.size()));
+    }
+    CHECK(tags.size() == 2);
+    Serving open;
+    CHECK(open.get("/").status == 200);
+    CHECK(open.call("GET", "/", {}, {{"Host", "evil.example"}}).status == 403);
 }
 
 TEST_CASE("server: models, by id and by alias, with a slash in either form") {

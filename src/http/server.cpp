@@ -605,7 +605,7 @@ std::string HttpServer::State::render(const HttpConnection& connection, const Ht
     http_append(&out, {"HTTP/1.1 ", std::to_string(reply.status), " ", http_phrase(reply.status),
                        "\r\nDate: ", date, "\r\n"});
     if (in_pieces) out += connection.http_1_0 ? "" : "Transfer-Encoding: chunked\r\n";
-    else if (reply.status != 204)  // must not have one (RFC 9110, section 8.6)
+    else if (reply.status != 204 && reply.status != 304)  // none (RFC 9110, section 8.6)
         http_append(&out, {"Content-Length: ", std::to_string(reply.body.size()), "\r\n"});
     if (close) out += "Connection: close\r\n";
     else if (connection.http_1_0) out += "Connection: keep-alive\r\n";

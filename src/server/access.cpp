@@ -18,6 +18,7 @@ inline namespace v1 {
 namespace detail {
 
 const ServerLoop::Route ServerLoop::routes[] = {
+    {.path = "/", .get = &ServerLoop::get_page, .open = true},
     {.path = "/health", .get = &ServerLoop::get_health, .open = true},
     {.path = "/metrics", .get = &ServerLoop::get_metrics},
     {.path = "/v1/models", .get = &ServerLoop::get_models},
@@ -47,12 +48,13 @@ std::string ServerLoop::Route::allowed() const {
 void ServerLoop::find_route(Exchange& exchange) {
     const std::string_view path = exchange.path;
     for (const Route& route : routes) {
+        const bool takes = route.path.size() > 1 && route.path.back() == '/';
         const bool prefix = path.substr(0, route.path.size()) == route.path;
         if (!prefix || path.size() < route.path.size() + route.suffix.size()) continue;
         const size_t end = path.size() - route.suffix.size();
         if (path.substr(end) != route.suffix) continue;
         auto argument = server_unescape(path.substr(route.path.size(), end - route.path.size()));
-        if (!argument || argument->empty() == (route.path.back() == '/')) continue;
+        if (!argument || argument->empty() == takes) continue;
         if (!route.slashes && argument->find('/') != argument->npos) continue;
         exchange.argument = std::move(*argument);
         exchange.route = &route;

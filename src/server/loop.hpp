@@ -59,7 +59,7 @@ struct ServerLoop : HttpHandler {
     using Handle = void (ServerLoop::*)(Exchange&, HttpRequest&);
 
     struct Route {
-        std::string_view path;         // ending in '/': an argument follows
+        std::string_view path;         // ending in '/', unless it is that: an argument follows
         std::string_view suffix = {};  // behind the argument
         Handle get = nullptr, post = nullptr, remove = nullptr;
         bool slashes = false;  // in the argument
@@ -277,6 +277,7 @@ struct ServerLoop : HttpHandler {
     }
 
     // routes
+    void get_page(Exchange& exchange, HttpRequest& request);
     void get_health(Exchange& exchange, HttpRequest& request);
     void get_metrics(Exchange& exchange, HttpRequest& request);
     void get_models(Exchange& exchange, HttpRequest& request);
