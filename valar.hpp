@@ -48448,7 +48448,7 @@ inline namespace v1 {
 namespace detail {
 
 // clang-format off
-// BEGIN GENERATED page sha256=d0f137732f122009384cbac652655257617aaefb24f53d4104d2437205b64c69
+// BEGIN GENERATED page sha256=6668b12dd1f040918512682eb9cc007e610173f82dea13f0f615aaa99673b353
 static const char* const server_page_pieces[] = {
     "<!doctype html>\n"
     "<html lang=\"en\" data-dialect=\"{{dialect}}\">\n"
@@ -48951,7 +48951,8 @@ static const char* const server_page_pieces[] = {
     "        } catch (error) {\n"
     "            const lost = !(error instanceof Refused) || (again && error.status === 503);\n"
     "            if (mine.stopped) turn.status = \"stopped\";\n"
-    "            else if (!lost || attempt === 6) fail(turn, error.message);\n"
+    "            else if (!lost) fail(turn, error.message);\n"
+    "            else if (attempt === 6) fail(turn, \"The server cannot be reached: \" + error.message);\n"
     "            else {\n"
     "                again = true;\n"
     "                say(\"The connection was lost; trying again\");\n"
@@ -49012,19 +49013,20 @@ static const char* const server_page_pieces[] = {
     "}\n"
     "\n"
     "/** While nothing comes: whether it waits, and behind how many. Who came later is not ahead of it,\n"
-    "    so the least number that was ever seen holds. */\n"
+    "    so the least number that was ever seen holds. Asked ever less often: a key may have a limit. */\n"
     "async function watch(mine) {\n"
     "    let ahead = Infinity;\n"
-    "    for (await pause(400); running === mine && !mine.first && !mine.stopped; await pause(1000)) {\n"
-    "        if (!mine.turn.id) continue;\n"
+    "    for (let wait = 400; running === mine && !mine.first && !mine.stopped; wait *= 1.5) {\n"
+    "        await pause(Math.min(wait, 4000));\n"
+    "        if (!mine.turn.id || mine.first || running !== mine) continue;\n"
     "        try {\n"
     "            const {status} = await callJson(\"/v1/responses/\" + mine.turn.id);\n"
     "            let text = \"Reading the prompt\";\n"
     "            if (status === \"queued\" || status === \"pending\") {\n"
-    "                const metrics = await (await call(\"/metrics\")).text();\n"
+    "                const metrics = await (await call(\"/metrics\")).text();\n",
     "                const queued = /^valar_responses_queued (\\d+)/m.exec(metrics);\n"
     "                ahead = Math.min(ahead, Math.max(0, Number(queued?.[1] ?\? 1) - 1));\n"
-    "                text = \"Waiting, \" + (ahead ? \"at most \" + ahead + \" ahead of it\" : \"next in turn\");\n",
+    "                text = \"Waiting, \" + (ahead ? \"at most \" + ahead + \" ahead of it\" : \"next in turn\");\n"
     "            }\n"
     "            if (running === mine && !mine.first && !mine.stopped) say(text);\n"
     "        } catch { /* the next time */ }\n"
@@ -49209,12 +49211,12 @@ static const char* const server_page_pieces[] = {
     "    const only = at(\"only-background\").checked;\n"
     "    const rows = page.data.filter((object) => object.background || !only).map((object) => {\n"
     "        const text = object.output.filter((item) => item.type === \"message\")\n"
-    "            .map((item) => textOf(item.content)).join(\" \");\n"
+    "            .map((item) => textOf(item.content)).join(\" \");\n",
     "        const name = [when(object.created_at), object.status, object.background ? \"background\" : \"\",\n"
     "                      object.model, text.slice(0, 80)].filter(Boolean).join(\" \\u00b7 \");\n"
     "        return make(\"li\", {}, button(name, () => attempt(() => readOne(object.id))));\n"
     "    });\n"
-    "    if (!more) at(\"list\").replaceChildren();\n",
+    "    if (!more) at(\"list\").replaceChildren();\n"
     "    at(\"list\").append(...rows);\n"
     "    if (!at(\"list\").children.length) at(\"list\").append(make(\"li\", {class: \"meta\"}, \"None yet.\"));\n"
     "    last = page.last_id;\n"
@@ -49343,8 +49345,8 @@ static const char* const server_page_pieces[] = {
 };
 const ServerPageText server_page_text = {
     server_page_pieces,
-    "d0f137732f122009",
-    "sha256-uaFa49uPf7hRICnQuWJzvINzTbT9rrOFVPTmWF8rVUk=",
+    "6668b12dd1f04091",
+    "sha256-lEcz0jR1E3X+Eq+1Bl5C4YRYk5jTly+nEi93+fFjhgo=",
     "sha256-RswBD7oXQX5g4hkv49xk7Cus+cDax51WR6fI5vSBoxY=",
 };
 // END GENERATED
