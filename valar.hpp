@@ -27477,6 +27477,11 @@ struct Dfa {
     uint64_t hash = 0;                    // of the tables
     bool even = true;  // every number of characters between the two has an end, too
     size_t states() const { return label.size(); }
+    size_t bytes() const {
+        return sizeof *this + next.size() * sizeof next[0] +
+               states() * (sizeof label[0] + sizeof boundary[0] + sizeof shortest[0] +
+                           sizeof longest[0] + sizeof loops[0]);
+    }
     bool empty() const { return states() <= start || shortest[start] == unlimited; }
     uint32_t step(uint32_t state, uint8_t byte) const {
         return next[size_t(state) * class_count + classes[byte]];
@@ -29505,7 +29510,6 @@ public:
     std::vector<ObjectNode> objects;
     std::vector<ArrayNode> arrays;
     uint32_t root = 0;
-    Hash256 digest;        ///< of what it was made from; names it in saved states
     size_t bytes() const;  ///< about
 };
 
@@ -29528,12 +29532,27 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 size_t Grammar::bytes() const {
-    size_t sum = sizeof *this + nodes.size() * sizeof nodes[0] + text.size() + edges.size() * 4;
-    for (const TerminalNode& terminal : terminals) sum += terminal.dfa->next.size() * 4;
-    for (const TextsNode& texts : tries) sum += texts.trie.byte.size() * 20;
-    for (const ObjectNode& object : objects)
-        sum += object.keys.byte.size() * 20 + object.members.size() * 24 +
-               (object.other ? object.other->next.size() * 4 : 0);
+    const auto of = [](const auto& list) { return list.size() * sizeof list[0]; };
+    const auto trie = [&](const TextTrie& t) {
+        return of(t.first) + of(t.byte) + of(t.label) + of(t.from) + of(t.to) + of(t.order);
+    };
+    size_t sum = sizeof *this + of(nodes) + text.size() + of(edges) + of(terminals) + of(tries) +
+                 of(repeats) + of(objects) + of(arrays);
+    std::vector<const void*> seen;  // what several nodes share
+    const auto is_new = [&](const void* shared) {
+        const bool known = !shared || std::find(seen.begin(), seen.end(), shared) != seen.end();
+        if (!known) seen.push_back(shared);
+        return !known;
+    };
+    for (const TerminalNode& t : terminals) sum += is_new(t.dfa.get()) ? t.dfa->bytes() : 0;
+    for (const TextsNode& texts : tries) sum += trie(texts.trie);
+    for (const ObjectNode& o : objects) {
+        sum += of(o.members) + of(o.next_required) + of(o.required_from) + of(o.possible) +
+               trie(o.keys) + of(o.others) + of(o.taken);
+        if (is_new(o.other.get())) sum += o.other->bytes();
+        if (is_new(o.words.get())) sum += of(*o.words);
+    }
+    for (const ArrayNode& array : arrays) sum += of(array.first);
     return sum;
 }
 
@@ -29728,7 +29747,6 @@ public:
             if (grammar_->nodes.size() > kMostNodes) return budget_error();
         }
         if (failed_) return budget_error();
-        sign();
         return GrammarPtr(grammar_);
     }
 
@@ -30103,24 +30121,6 @@ private:
         grammar_->arrays[id] = std::move(array);
         return add_bytes("[", add({GrammarNode::Kind::array, items, id}));
     }
-    void sign() {
-        Sha256 sha;
-        const auto update = [&](const auto& list) {
-            if (!list.empty()) sha.update(list.data(), list.size() * sizeof list[0]);
-        };
-        update(grammar_->nodes);
-        update(grammar_->edges);
-        sha.update(grammar_->text);
-        for (const TerminalNode& t : grammar_->terminals) {
-            const uint32_t sum[] = {crc32c(t.dfa->next.data(), t.dfa->next.size() * 4), t.least,
-                                    t.most};
-            sha.update(sum, sizeof sum);
-        }
-        for (const TextsNode& t : grammar_->tries) update(t.trie.byte);
-        for (const ObjectNode& o : grammar_->objects) update(o.keys.byte);
-        grammar_->digest = sha.finish();
-    }
-
     GrammarBuilder& builder_;
     const std::vector<PartNode>& parts_;
     std::shared_ptr<Grammar> grammar_;
@@ -30242,7 +30242,7 @@ private:
     size_t set_begin_ = 0;
 };
 
-/// A text's place in a grammar: small, copied to fork, save or speculate.
+/// A text's place in a grammar: small, copied to fork or speculate.
 /// Threads: one at a time; copies are apart.
 class GrammarState {
 public:
@@ -30273,15 +30273,10 @@ public:
         forced_bytes(out, most, walk);
         return out;
     }
-    /// For saved conversations; restore refuses what another grammar or version wrote.
-    std::string serialize() const;
-    static Result<GrammarState> restore(GrammarPtr grammar, std::string_view bytes);
 
 private:
     friend class MaskMaker;
     void take(GrammarWalk& walk, GrammarWalk::Set set);
-    bool is_sound() const;
-    bool is_sound(const GrammarConfig& config) const;
     GrammarPtr grammar_;
     std::vector<GrammarConfig> configs_;
     std::vector<GrammarCell> cells_;
@@ -30394,11 +30389,10 @@ void GrammarWalk::close_one(uint32_t id, uint32_t stack) {
         case Kind::object:
             if (!fits(stack, grammar_->objects[node.a].height)) return;
             return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
-        case Kind::members: return cells[stack].node == id ? between_members(node, stack) : void();
+        case Kind::members: return between_members(node, stack);
         case Kind::key: return begin_key(id, stack);
         case Kind::array: {
             const ArrayNode& array = grammar_->arrays[node.a];
-            if (node.b && cells[stack].node != node.next) return;
             if (node.b) return (void)choose_item(array, stack, true);
             if (!fits(stack, array.height)) return;
             const uint32_t top = push(stack, node.next, 0, 0, cells[stack].depth + 1);
@@ -30411,7 +30405,6 @@ void GrammarWalk::close_one(uint32_t id, uint32_t stack) {
 }
 
 void GrammarWalk::repeat_again(uint32_t id, uint32_t stack) {
-    if (cells[stack].node != id) return;  // a damaged state
     for (const auto& [n, s] : looped_)
         if (n == id && same_stack(s, stack)) return;
     looped_.push_back({id, stack});
@@ -30457,7 +30450,6 @@ bool GrammarWalk::choose_item(const ArrayNode& array, uint32_t stack, bool reall
 }
 
 void GrammarWalk::between_items(uint32_t id, uint32_t stack) {
-    if (cells[stack].node != id) return;
     const GrammarNode& node = grammar_->nodes[id];
     const ArrayNode& array = grammar_->arrays[node.a];
     const GrammarCell cell = cells[stack];
@@ -30519,7 +30511,6 @@ void GrammarWalk::between_members(const GrammarNode& node, uint32_t stack) {
 }
 
 void GrammarWalk::begin_key(uint32_t id, uint32_t stack) {
-    if (cells[stack].node != grammar_->nodes[id].next) return;
     const ObjectNode& object = grammar_->objects[grammar_->nodes[id].a];
     if (!object.members.empty() && leads_to_member(object, cells[stack], 0)) put({id, 0, 0, stack});
     if (!may_be_other(object, stack)) return;
@@ -30530,7 +30521,6 @@ void GrammarWalk::begin_key(uint32_t id, uint32_t stack) {
 
 void GrammarWalk::step_key(const GrammarConfig& config, uint8_t byte) {
     if (config.count) return step_other_key(config, byte);
-    if (cells[config.stack].node != grammar_->nodes[config.node].next) return;
     const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
     const GrammarCell cell = cells[config.stack];
     const uint32_t child = object.keys.child(config.sub, byte);
@@ -30555,7 +30545,6 @@ uint32_t GrammarWalk::used_below(uint32_t object_cell, uint64_t hash) const {
 void GrammarWalk::step_other_key(const GrammarConfig& config, uint8_t byte) {
     const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
     const uint32_t below = object_of(config);
-    if (cells[below].node != grammar_->nodes[config.node].next) return;
     const uint64_t hash = mix(hash_in(cells[config.stack]), byte);
     const uint32_t place = config.count >= 2 ? object.keys.child(config.count - 2, byte) : 0;
     const uint32_t state = object.other->step(config.sub, byte);
@@ -30837,84 +30826,6 @@ void GrammarState::forced_bytes(std::string& out, size_t most, GrammarWalk& walk
         if (only < 0) return;
         out += char(only);
         set = next;
-    }
-}
-
-std::string GrammarState::serialize() const {
-    std::string out(grammar_->digest.view());
-    const auto append = [&](const auto& list) {
-        const uint64_t count = list.size();
-        out.append(reinterpret_cast<const char*>(&count), sizeof count);
-        out.append(reinterpret_cast<const char*>(list.data()), list.size() * sizeof list[0]);
-    };
-    append(configs_);
-    append(cells_);
-    return out;
-}
-
-Result<GrammarState> GrammarState::restore(GrammarPtr grammar, std::string_view bytes) {
-    const auto refuse = [] {
-        return make_error(ErrorKind::bad_data,
-                          "the saved place in a grammar does not fit the grammar");
-    };
-    if (bytes.substr(0, 32) != grammar->digest.view()) return refuse();
-    bytes.remove_prefix(32);
-    const auto read = [&](auto& list) {
-        uint64_t count = 0;
-        if (bytes.size() < sizeof count) return false;
-        std::memcpy(&count, bytes.data(), sizeof count);
-        bytes.remove_prefix(sizeof count);
-        if (count > bytes.size() / sizeof list[0]) return false;
-        list.resize(size_t(count));
-        if (count) std::memcpy(list.data(), bytes.data(), list.size() * sizeof list[0]);
-        bytes.remove_prefix(list.size() * sizeof list[0]);
-        return true;
-    };
-    GrammarState state;
-    if (!read(state.configs_) || !read(state.cells_) || !bytes.empty()) return refuse();
-    state.grammar_ = std::move(grammar);
-    if (!state.is_sound()) return refuse();
-    return state;
-}
-
-// Every number is in its range, every cell is of a kind that its place can have.
-bool GrammarState::is_sound() const {
-    using Kind = GrammarNode::Kind;
-    const Grammar& g = *grammar_;
-    if (cells_.empty() || configs_.size() > kMostConfigs * 2) return false;
-    for (size_t i = 1; i < cells_.size(); ++i) {
-        const GrammarCell& c = cells_[i];
-        if (c.parent >= i || c.node >= g.nodes.size() || c.depth > grammar_depth_limit)
-            return false;
-        const GrammarNode& node = g.nodes[c.node];
-        if (node.kind == Kind::members && c.value > g.objects[node.a].members.size()) return false;
-        if (node.kind != Kind::members && node.kind != Kind::items && node.kind != Kind::again &&
-            node.kind != Kind::call && node.kind != Kind::key)
-            return false;
-    }
-    for (const GrammarConfig& c : configs_)
-        if (c.stack >= cells_.size() || !is_sound(c)) return false;
-    return true;
-}
-
-bool GrammarState::is_sound(const GrammarConfig& c) const {
-    using Kind = GrammarNode::Kind;
-    const Grammar& g = *grammar_;
-    if (c.node >= g.nodes.size()) return false;
-    const GrammarNode& node = g.nodes[c.node];
-    switch (node.kind) {
-        case Kind::bytes: return c.sub < node.b - node.a;
-        case Kind::token:
-        case Kind::end: return true;
-        case Kind::texts: return c.sub < g.tries[node.a].trie.label.size();
-        case Kind::terminal: return c.sub && c.sub < g.terminals[node.a].dfa->states();
-        case Kind::key: {
-            const ObjectNode& object = g.objects[node.a];
-            if (!c.count) return c.sub < object.keys.label.size();
-            return object.other && c.sub && c.sub < object.other->states() &&
-                   c.count - 1 <= object.keys.label.size();
-        }
-        default: return false;
     }
 }
 
@@ -33612,17 +33523,18 @@ struct AnswerShape {
 /// arguments cannot hold.
 Result<GrammarPtr> compile_answer(const AnswerShape& shape);
 
-/// Compiled answers, at most `most_bytes` of them, the latest used: requests with the same tools and
-/// format share one. Threads: any.
+/// Compiled answers, at most so many and `most_bytes` of them, the latest used: requests with the
+/// same tools and format share one. Threads: any.
 class AnswerCache {
 public:
-    static constexpr size_t most_bytes = 32u << 20;
+    static constexpr size_t most_entries = 256, most_bytes = 32u << 20;
     Result<GrammarPtr> compile(const AnswerShape& shape);
 
 private:
     struct Entry {
         Hash256 key;
         GrammarPtr grammar;
+        size_t bytes;
     };
     std::mutex mutex_;
     std::vector<Entry> entries_;  // the latest used last
@@ -34365,6 +34277,13 @@ Result<GrammarPtr> compile_answer(const AnswerShape& shape) {
 
 namespace {
 
+// Only what may begin with a text is told from calls that were answered (automatic()).
+bool reads_answered(const AnswerShape& shape) {
+    const bool formatted = shape.format && !shape.format->empty();
+    return !shape.tools.empty() && !formatted && !shape.syntax->channels() &&
+           shape.choice.mode == ToolChoice::Mode::automatic;
+}
+
 // All that compile_answer reads of a shape.
 Hash256 digest_of(const AnswerShape& shape) {
     std::string text;
@@ -34387,9 +34306,10 @@ Hash256 digest_of(const AnswerShape& shape) {
         add(tool.name), add(tool.parameters.write()), number(tool.strict), number(tool.custom);
         add_format(tool.format);
     }
-    number(shape.format != nullptr), number(shape.answered.size());
+    number(shape.format != nullptr);
     if (shape.format) add_format(*shape.format);
-    for (const Item& call : shape.answered) add(call.name), add(call.arguments);
+    if (reads_answered(shape))
+        for (const Item& call : shape.answered) add(call.name), add(call.arguments);
     return sha256(text);
 }
 
@@ -34412,10 +34332,10 @@ Result<GrammarPtr> AnswerCache::compile(const AnswerShape& shape) {
     if (!made || !*made) return made;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (find()) return entries_.back().grammar;  // another thread was sooner
-    entries_.push_back({key, *made});
-    bytes_ += (*made)->bytes();
-    for (; bytes_ > most_bytes; entries_.erase(entries_.begin()))
-        bytes_ -= entries_.front().grammar->bytes();
+    entries_.push_back({key, *made, (*made)->bytes()});
+    bytes_ += entries_.back().bytes;
+    for (; entries_.size() > most_entries || bytes_ > most_bytes; entries_.erase(entries_.begin()))
+        bytes_ -= entries_.front().bytes;
     return made;
 }
 

@@ -435,36 +435,128 @@ TEST_CASE("bare calls: alone, listed, in a fence; one that was answered is text"
     CHECK(read(marked + "\n", {.choice = must, .parallel = false}) == "refused");
 }
 
-TEST_CASE("what is asked again is compiled once") {
-    const auto syntax = std::make_shared<const AnswerSyntax>();
-    AnswerCache cache;
-    Format format;
-    AnswerShape shape;
-    shape.syntax = syntax.get();
-    shape.format = &format;
-    const auto compiled = [&] {
+// A shape and what it refers to.
+struct Asked {
+    std::shared_ptr<const AnswerSyntax> syntax;
+    std::vector<Tool> tools = {};
+    Format format = {};
+    std::vector<Item> answered = {};
+    AnswerShape shape = {};
+    GrammarPtr from(AnswerCache& cache) {
+        shape.syntax = syntax.get();
+        shape.tools = tools;
+        shape.format = format.empty() ? nullptr : &format;
+        shape.answered = answered;
         const auto grammar = cache.compile(shape);
         REQUIRE(grammar.ok());
         REQUIRE(*grammar != nullptr);
         return *grammar;
+    }
+};
+
+TEST_CASE("what is asked again is compiled once, and nothing else is taken for it") {
+    const auto chat = ChatTemplate::parse("{{ '<tool_call>' }}");
+    const auto syntax = std::make_shared<const AnswerSyntax>(
+        *find_answer_syntax(*chat, {}, "hermes"));
+    Asked plain{.syntax = syntax};
+    plain.tools = {tools()[0], tools()[3]};
+    Item said;
+    said.kind = Item::Kind::function_call;
+    said.name = "weather", said.arguments = "{}";
+    using Change = void (*)(Asked&);
+    const std::pair<const char*, Change> with_tools[] = {
+        {"syntax", [](Asked& a) { a.syntax = std::make_shared<const AnswerSyntax>(*a.syntax); }},
+        {"thought", [](Asked& a) { a.shape.thought = ThoughtState::closed; }},
+        {"may think", [](Asked& a) { a.shape.may_think = false; }},
+        {"fewer tools", [](Asked& a) { a.tools.pop_back(); }},
+        {"name", [](Asked& a) { a.tools[0].name = "climate"; }},
+        {"parameters", [](Asked& a) { a.tools[0].parameters.set("required", Json::array()); }},
+        {"strict", [](Asked& a) { a.tools[0].strict = false; }},
+        {"custom", [](Asked& a) { a.tools[0].custom = true; }},
+        {"format of a tool", [](Asked& a) { a.tools[1].format.regex = "[a-z]+"; }},
+        {"choice", [](Asked& a) { a.shape.choice.mode = ToolChoice::Mode::required; }},
+        {"names", [](Asked& a) { a.shape.choice.names = {"weather"}; }},
+        {"parallel", [](Asked& a) { a.shape.parallel = false; }},
+        {"most calls", [](Asked& a) { a.shape.max_calls = 1; }},
+        {"more calls", [](Asked& a) { a.shape.max_calls = 2; }},
+        {"format", [](Asked& a) { a.format.regex = "x"; }},
+        {"answered", [](Asked& a) { a.answered[0].arguments = R"({"city":"A"})"; }},
+        {"answered name", [](Asked& a) { a.answered[0].name = "run"; }},
+        {"answered more", [](Asked& a) { a.answered.push_back(a.answered[0]); }},
     };
+    const std::pair<const char*, Change> with_format[] = {
+        {"schema", [](Asked& a) { a.format.schema = *Json::parse(R"({"type":"null"})"); }},
+        {"strict", [](Asked& a) { a.format.strict = false; }},
+        {"regex", [](Asked& a) { a.format = {.regex = "ab|c"}; }},
+        {"gbnf", [](Asked& a) { a.format = {.gbnf = R"(root ::= "ab" | "c")"}; }},
+        {"texts",
+         [](Asked& a) {
+             a.format = {.one_of = {"ab", "c"}};
+         }},
+        {"other texts",
+         [](Asked& a) {
+             a.format = {.one_of = {"a", "bc"}};
+         }},
+    };
+    plain.answered = {said};
+    AnswerCache cache;
     std::vector<GrammarPtr> seen;
-    const auto is_new = [&] {
-        seen.push_back(compiled());
-        CHECK(compiled() == seen.back());
-        return std::count(seen.begin(), seen.end(), seen.back()) == 1;
+    const auto is_new = [&](Asked asked) {
+        const GrammarPtr grammar = asked.from(cache);
+        CHECK(asked.from(cache) == grammar);
+        const bool known = std::find(seen.begin(), seen.end(), grammar) != seen.end();
+        seen.push_back(grammar);
+        return !known;
     };
-    format.schema = *Json::parse(R"({"type":"string"})");
-    CHECK(is_new());
-    format.schema = *Json::parse(R"({"type":"string","maxLength":9})");
-    CHECK(is_new());
-    format = {};
-    format.regex = "[a-z]+";
-    CHECK(is_new());
-    format = {};
-    format.one_of = {"ab", "c"};
-    CHECK(is_new());
-    format.one_of = {"a", "bc"};
-    CHECK(is_new());
-    CHECK_FALSE(is_new());
+    CHECK(is_new(plain));
+    CHECK_FALSE(is_new(plain));
+    for (const auto& [what, change] : with_tools) {
+        Asked changed = plain;
+        change(changed);
+        CHECK_MESSAGE(is_new(changed), what);
+    }
+    Asked formatted{.syntax = syntax};
+    formatted.format.schema = *Json::parse(R"({"type":"string"})");
+    CHECK(is_new(formatted));
+    for (const auto& [what, change] : with_format) {
+        Asked changed = formatted;
+        change(changed);
+        CHECK_MESSAGE(is_new(changed), what);
+    }
+    // Where no text may stand for a call, those that were answered change nothing.
+    for (const auto change :
+         {+[](Asked& a) { a.format.regex = "x"; },
+          +[](Asked& a) { a.shape.choice.mode = ToolChoice::Mode::required; }}) {
+        Asked changed = plain;
+        changed.answered.clear();
+        change(changed);
+        CHECK_FALSE(is_new(changed));
+    }
+}
+
+TEST_CASE("the cache of answers ends at a number and a size") {
+    AnswerCache cache;
+    Asked asked{.syntax = std::make_shared<const AnswerSyntax>()};
+    const auto text = [&](size_t i) {
+        asked.format.one_of = {std::to_string(i), "x"};
+        return asked.from(cache);
+    };
+    const GrammarPtr first = text(0);
+    for (size_t i = 1; i < AnswerCache::most_entries; ++i) (void)text(i);
+    CHECK(text(0) == first);
+    (void)text(AnswerCache::most_entries);
+    CHECK(text(0) == first);  // used later than 1, which went
+    CHECK(first.use_count() == 2);
+    for (size_t i = 0; i < AnswerCache::most_entries; ++i) (void)text(1'000 + i);
+    CHECK(first.use_count() == 1);
+
+    asked.format = {.regex = "[0-9]{9000}"};
+    const GrammarPtr large = asked.from(cache);
+    CHECK(large->bytes() > 9'000 * 20);
+    for (size_t i = 0; large.use_count() > 1 && i < AnswerCache::most_bytes / large->bytes() + 1;
+         ++i) {
+        asked.format.regex = "[0-9]{9000}|" + std::to_string(i);
+        (void)asked.from(cache);
+    }
+    CHECK(large.use_count() == 1);
 }

@@ -509,7 +509,7 @@ TEST_CASE("a composition: text until a mark, a token, a schema") {
     CHECK(state.may_end());
 }
 
-TEST_CASE("forced stretches, forks, saved states") {
+TEST_CASE("forced stretches, forks") {
     const GrammarPtr grammar = schema(
         R"({"type":"object","properties":{"first":{"enum":["alpha","alpine"]},"second":{"type":"null"}},"required":["first","second"],"additionalProperties":false})");
     GrammarState state(grammar);
@@ -522,19 +522,7 @@ TEST_CASE("forced stretches, forks, saved states") {
     CHECK(fork.forced_bytes() == "a\",");
     CHECK_FALSE(state.advance("alpx"));
     REQUIRE(state.advance("alpi"));
-    const std::string saved = state.serialize();
-    auto restored = GrammarState::restore(grammar, saved);
-    REQUIRE(restored.ok());
-    CHECK(restored->forced_bytes() == state.forced_bytes());
-    CHECK(restored->serialize() == saved);
-    CHECK_FALSE(GrammarState::restore(schema("{}"), saved).ok());
-    for (size_t i = 32; i < saved.size(); i += 3) {
-        std::string damaged = saved;
-        damaged[i] = char(damaged[i] ^ 0x51);
-        auto other = GrammarState::restore(grammar, damaged);
-        if (other.ok()) (void)other->forced_bytes();
-    }
-    CHECK_FALSE(GrammarState::restore(grammar, saved.substr(0, saved.size() - 1)).ok());
+    CHECK(state.forced_bytes() == "ne\",");
 }
 
 TEST_CASE("grammars of one shape have masks of their own") {

@@ -742,6 +742,13 @@ Result<GrammarPtr> compile_answer(const AnswerShape& shape) {
 
 namespace {
 
+// Only what may begin with a text is told from calls that were answered (automatic()).
+bool reads_answered(const AnswerShape& shape) {
+    const bool formatted = shape.format && !shape.format->empty();
+    return !shape.tools.empty() && !formatted && !shape.syntax->channels() &&
+           shape.choice.mode == ToolChoice::Mode::automatic;
+}
+
 // All that compile_answer reads of a shape.
 Hash256 digest_of(const AnswerShape& shape) {
     std::string text;
@@ -764,9 +771,10 @@ Hash256 digest_of(const AnswerShape& shape) {
         add(tool.name), add(tool.parameters.write()), number(tool.strict), number(tool.custom);
         add_format(tool.format);
     }
-    number(shape.format != nullptr), number(shape.answered.size());
+    number(shape.format != nullptr);
     if (shape.format) add_format(*shape.format);
-    for (const Item& call : shape.answered) add(call.name), add(call.arguments);
+    if (reads_answered(shape))
+        for (const Item& call : shape.answered) add(call.name), add(call.arguments);
     return sha256(text);
 }
 
@@ -789,10 +797,10 @@ Result<GrammarPtr> AnswerCache::compile(const AnswerShape& shape) {
     if (!made || !*made) return made;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (find()) return entries_.back().grammar;  // another thread was sooner
-    entries_.push_back({key, *made});
-    bytes_ += (*made)->bytes();
-    for (; bytes_ > most_bytes; entries_.erase(entries_.begin()))
-        bytes_ -= entries_.front().grammar->bytes();
+    entries_.push_back({key, *made, (*made)->bytes()});
+    bytes_ += entries_.back().bytes;
+    for (; entries_.size() > most_entries || bytes_ > most_bytes; entries_.erase(entries_.begin()))
+        bytes_ -= entries_.front().bytes;
     return made;
 }
 

@@ -1,6 +1,7 @@
 // What an answer must look like in the syntax of a model's family: thought, text, calls.
 #pragma once
 
+#include "digest_internal.hpp"
 #include "grammar/grammar.hpp"
 #include "template/syntax.hpp"
 
@@ -36,17 +37,18 @@ struct AnswerShape {
 /// arguments cannot hold.
 Result<GrammarPtr> compile_answer(const AnswerShape& shape);
 
-/// Compiled answers, at most `most_bytes` of them, the latest used: requests with the same tools and
-/// format share one. Threads: any.
+/// Compiled answers, at most so many and `most_bytes` of them, the latest used: requests with the
+/// same tools and format share one. Threads: any.
 class AnswerCache {
 public:
-    static constexpr size_t most_bytes = 32u << 20;
+    static constexpr size_t most_entries = 256, most_bytes = 32u << 20;
     Result<GrammarPtr> compile(const AnswerShape& shape);
 
 private:
     struct Entry {
         Hash256 key;
         GrammarPtr grammar;
+        size_t bytes;
     };
     std::mutex mutex_;
     std::vector<Entry> entries_;  // the latest used last

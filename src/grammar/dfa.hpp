@@ -56,6 +56,11 @@ struct Dfa {
     uint64_t hash = 0;                    // of the tables
     bool even = true;  // every number of characters between the two has an end, too
     size_t states() const { return label.size(); }
+    size_t bytes() const {
+        return sizeof *this + next.size() * sizeof next[0] +
+               states() * (sizeof label[0] + sizeof boundary[0] + sizeof shortest[0] +
+                           sizeof longest[0] + sizeof loops[0]);
+    }
     bool empty() const { return states() <= start || shortest[start] == unlimited; }
     uint32_t step(uint32_t state, uint8_t byte) const {
         return next[size_t(state) * class_count + classes[byte]];

@@ -21,12 +21,27 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 size_t Grammar::bytes() const {
-    size_t sum = sizeof *this + nodes.size() * sizeof nodes[0] + text.size() + edges.size() * 4;
-    for (const TerminalNode& terminal : terminals) sum += terminal.dfa->next.size() * 4;
-    for (const TextsNode& texts : tries) sum += texts.trie.byte.size() * 20;
-    for (const ObjectNode& object : objects)
-        sum += object.keys.byte.size() * 20 + object.members.size() * 24 +
-               (object.other ? object.other->next.size() * 4 : 0);
+    const auto of = [](const auto& list) { return list.size() * sizeof list[0]; };
+    const auto trie = [&](const TextTrie& t) {
+        return of(t.first) + of(t.byte) + of(t.label) + of(t.from) + of(t.to) + of(t.order);
+    };
+    size_t sum = sizeof *this + of(nodes) + text.size() + of(edges) + of(terminals) + of(tries) +
+                 of(repeats) + of(objects) + of(arrays);
+    std::vector<const void*> seen;  // what several nodes share
+    const auto is_new = [&](const void* shared) {
+        const bool known = !shared || std::find(seen.begin(), seen.end(), shared) != seen.end();
+        if (!known) seen.push_back(shared);
+        return !known;
+    };
+    for (const TerminalNode& t : terminals) sum += is_new(t.dfa.get()) ? t.dfa->bytes() : 0;
+    for (const TextsNode& texts : tries) sum += trie(texts.trie);
+    for (const ObjectNode& o : objects) {
+        sum += of(o.members) + of(o.next_required) + of(o.required_from) + of(o.possible) +
+               trie(o.keys) + of(o.others) + of(o.taken);
+        if (is_new(o.other.get())) sum += o.other->bytes();
+        if (is_new(o.words.get())) sum += of(*o.words);
+    }
+    for (const ArrayNode& array : arrays) sum += of(array.first);
     return sum;
 }
 
@@ -221,7 +236,6 @@ public:
             if (grammar_->nodes.size() > kMostNodes) return budget_error();
         }
         if (failed_) return budget_error();
-        sign();
         return GrammarPtr(grammar_);
     }
 
@@ -596,24 +610,6 @@ private:
         grammar_->arrays[id] = std::move(array);
         return add_bytes("[", add({GrammarNode::Kind::array, items, id}));
     }
-    void sign() {
-        Sha256 sha;
-        const auto update = [&](const auto& list) {
-            if (!list.empty()) sha.update(list.data(), list.size() * sizeof list[0]);
-        };
-        update(grammar_->nodes);
-        update(grammar_->edges);
-        sha.update(grammar_->text);
-        for (const TerminalNode& t : grammar_->terminals) {
-            const uint32_t sum[] = {crc32c(t.dfa->next.data(), t.dfa->next.size() * 4), t.least,
-                                    t.most};
-            sha.update(sum, sizeof sum);
-        }
-        for (const TextsNode& t : grammar_->tries) update(t.trie.byte);
-        for (const ObjectNode& o : grammar_->objects) update(o.keys.byte);
-        grammar_->digest = sha.finish();
-    }
-
     GrammarBuilder& builder_;
     const std::vector<PartNode>& parts_;
     std::shared_ptr<Grammar> grammar_;

@@ -1,7 +1,6 @@
 // What a grammar is once it is compiled, and the builder that makes it from parts.
 #pragma once
 
-#include "digest_internal.hpp"
 #include "grammar/dfa.hpp"
 #include "tokenizer/tokenizer.hpp"
 
@@ -198,7 +197,6 @@ public:
     std::vector<ObjectNode> objects;
     std::vector<ArrayNode> arrays;
     uint32_t root = 0;
-    Hash256 digest;        ///< of what it was made from; names it in saved states
     size_t bytes() const;  ///< about
 };
 

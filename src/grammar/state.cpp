@@ -112,11 +112,10 @@ void GrammarWalk::close_one(uint32_t id, uint32_t stack) {
         case Kind::object:
             if (!fits(stack, grammar_->objects[node.a].height)) return;
             return open(node.next, push(stack, node.next, 0, 0, cells[stack].depth + 1));
-        case Kind::members: return cells[stack].node == id ? between_members(node, stack) : void();
+        case Kind::members: return between_members(node, stack);
         case Kind::key: return begin_key(id, stack);
         case Kind::array: {
             const ArrayNode& array = grammar_->arrays[node.a];
-            if (node.b && cells[stack].node != node.next) return;
             if (node.b) return (void)choose_item(array, stack, true);
             if (!fits(stack, array.height)) return;
             const uint32_t top = push(stack, node.next, 0, 0, cells[stack].depth + 1);
@@ -129,7 +128,6 @@ void GrammarWalk::close_one(uint32_t id, uint32_t stack) {
 }
 
 void GrammarWalk::repeat_again(uint32_t id, uint32_t stack) {
-    if (cells[stack].node != id) return;  // a damaged state
     for (const auto& [n, s] : looped_)
         if (n == id && same_stack(s, stack)) return;
     looped_.push_back({id, stack});
@@ -175,7 +173,6 @@ bool GrammarWalk::choose_item(const ArrayNode& array, uint32_t stack, bool reall
 }
 
 void GrammarWalk::between_items(uint32_t id, uint32_t stack) {
-    if (cells[stack].node != id) return;
     const GrammarNode& node = grammar_->nodes[id];
     const ArrayNode& array = grammar_->arrays[node.a];
     const GrammarCell cell = cells[stack];
@@ -237,7 +234,6 @@ void GrammarWalk::between_members(const GrammarNode& node, uint32_t stack) {
 }
 
 void GrammarWalk::begin_key(uint32_t id, uint32_t stack) {
-    if (cells[stack].node != grammar_->nodes[id].next) return;
     const ObjectNode& object = grammar_->objects[grammar_->nodes[id].a];
     if (!object.members.empty() && leads_to_member(object, cells[stack], 0)) put({id, 0, 0, stack});
     if (!may_be_other(object, stack)) return;
@@ -248,7 +244,6 @@ void GrammarWalk::begin_key(uint32_t id, uint32_t stack) {
 
 void GrammarWalk::step_key(const GrammarConfig& config, uint8_t byte) {
     if (config.count) return step_other_key(config, byte);
-    if (cells[config.stack].node != grammar_->nodes[config.node].next) return;
     const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
     const GrammarCell cell = cells[config.stack];
     const uint32_t child = object.keys.child(config.sub, byte);
@@ -273,7 +268,6 @@ uint32_t GrammarWalk::used_below(uint32_t object_cell, uint64_t hash) const {
 void GrammarWalk::step_other_key(const GrammarConfig& config, uint8_t byte) {
     const ObjectNode& object = grammar_->objects[grammar_->nodes[config.node].a];
     const uint32_t below = object_of(config);
-    if (cells[below].node != grammar_->nodes[config.node].next) return;
     const uint64_t hash = mix(hash_in(cells[config.stack]), byte);
     const uint32_t place = config.count >= 2 ? object.keys.child(config.count - 2, byte) : 0;
     const uint32_t state = object.other->step(config.sub, byte);
@@ -555,84 +549,6 @@ void GrammarState::forced_bytes(std::string& out, size_t most, GrammarWalk& walk
         if (only < 0) return;
         out += char(only);
         set = next;
-    }
-}
-
-std::string GrammarState::serialize() const {
-    std::string out(grammar_->digest.view());
-    const auto append = [&](const auto& list) {
-        const uint64_t count = list.size();
-        out.append(reinterpret_cast<const char*>(&count), sizeof count);
-        out.append(reinterpret_cast<const char*>(list.data()), list.size() * sizeof list[0]);
-    };
-    append(configs_);
-    append(cells_);
-    return out;
-}
-
-Result<GrammarState> GrammarState::restore(GrammarPtr grammar, std::string_view bytes) {
-    const auto refuse = [] {
-        return make_error(ErrorKind::bad_data,
-                          "the saved place in a grammar does not fit the grammar");
-    };
-    if (bytes.substr(0, 32) != grammar->digest.view()) return refuse();
-    bytes.remove_prefix(32);
-    const auto read = [&](auto& list) {
-        uint64_t count = 0;
-        if (bytes.size() < sizeof count) return false;
-        std::memcpy(&count, bytes.data(), sizeof count);
-        bytes.remove_prefix(sizeof count);
-        if (count > bytes.size() / sizeof list[0]) return false;
-        list.resize(size_t(count));
-        if (count) std::memcpy(list.data(), bytes.data(), list.size() * sizeof list[0]);
-        bytes.remove_prefix(list.size() * sizeof list[0]);
-        return true;
-    };
-    GrammarState state;
-    if (!read(state.configs_) || !read(state.cells_) || !bytes.empty()) return refuse();
-    state.grammar_ = std::move(grammar);
-    if (!state.is_sound()) return refuse();
-    return state;
-}
-
-// Every number is in its range, every cell is of a kind that its place can have.
-bool GrammarState::is_sound() const {
-    using Kind = GrammarNode::Kind;
-    const Grammar& g = *grammar_;
-    if (cells_.empty() || configs_.size() > kMostConfigs * 2) return false;
-    for (size_t i = 1; i < cells_.size(); ++i) {
-        const GrammarCell& c = cells_[i];
-        if (c.parent >= i || c.node >= g.nodes.size() || c.depth > grammar_depth_limit)
-            return false;
-        const GrammarNode& node = g.nodes[c.node];
-        if (node.kind == Kind::members && c.value > g.objects[node.a].members.size()) return false;
-        if (node.kind != Kind::members && node.kind != Kind::items && node.kind != Kind::again &&
-            node.kind != Kind::call && node.kind != Kind::key)
-            return false;
-    }
-    for (const GrammarConfig& c : configs_)
-        if (c.stack >= cells_.size() || !is_sound(c)) return false;
-    return true;
-}
-
-bool GrammarState::is_sound(const GrammarConfig& c) const {
-    using Kind = GrammarNode::Kind;
-    const Grammar& g = *grammar_;
-    if (c.node >= g.nodes.size()) return false;
-    const GrammarNode& node = g.nodes[c.node];
-    switch (node.kind) {
-        case Kind::bytes: return c.sub < node.b - node.a;
-        case Kind::token:
-        case Kind::end: return true;
-        case Kind::texts: return c.sub < g.tries[node.a].trie.label.size();
-        case Kind::terminal: return c.sub && c.sub < g.terminals[node.a].dfa->states();
-        case Kind::key: {
-            const ObjectNode& object = g.objects[node.a];
-            if (!c.count) return c.sub < object.keys.label.size();
-            return object.other && c.sub && c.sub < object.other->states() &&
-                   c.count - 1 <= object.keys.label.size();
-        }
-        default: return false;
     }
 }
 

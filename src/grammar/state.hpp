@@ -106,7 +106,7 @@ private:
     size_t set_begin_ = 0;
 };
 
-/// A text's place in a grammar: small, copied to fork, save or speculate.
+/// A text's place in a grammar: small, copied to fork or speculate.
 /// Threads: one at a time; copies are apart.
 class GrammarState {
 public:
@@ -137,15 +137,10 @@ public:
         forced_bytes(out, most, walk);
         return out;
     }
-    /// For saved conversations; restore refuses what another grammar or version wrote.
-    std::string serialize() const;
-    static Result<GrammarState> restore(GrammarPtr grammar, std::string_view bytes);
 
 private:
     friend class MaskMaker;
     void take(GrammarWalk& walk, GrammarWalk::Set set);
-    bool is_sound() const;
-    bool is_sound(const GrammarConfig& config) const;
     GrammarPtr grammar_;
     std::vector<GrammarConfig> configs_;
     std::vector<GrammarCell> cells_;
