@@ -30189,7 +30189,7 @@ public:
         cells.resize(mark.cells);
     }
     Set start();
-    Set add(const std::vector<GrammarConfig>& configs);
+    Set add(std::span<const GrammarConfig> configs);
     /// The set, and behind it what may follow where its terminals end. The set must stand at the
     /// end of the pool.
     Set expand(Set set);
@@ -30263,7 +30263,11 @@ public:
         GrammarWalk walk;
         return accept_token(token, piece, walk);
     }
-    bool may_end() const;
+    bool may_end(GrammarWalk& scratch) const;
+    bool may_end() const {
+        GrammarWalk walk;
+        return may_end(walk);
+    }
     /// The bytes that every text has from here on, at most so many; nothing where the text may end
     /// or a token may stand.
     void forced_bytes(std::string& out, size_t most, GrammarWalk& scratch) const;
@@ -30667,7 +30671,7 @@ GrammarWalk::Set GrammarWalk::start() {
     return {uint32_t(set_begin_), uint32_t(pool.size())};
 }
 
-GrammarWalk::Set GrammarWalk::add(const std::vector<GrammarConfig>& configs) {
+GrammarWalk::Set GrammarWalk::add(std::span<const GrammarConfig> configs) {
     const uint32_t begin = uint32_t(pool.size());
     pool.insert(pool.end(), configs.begin(), configs.end());
     return {begin, uint32_t(pool.size())};
@@ -30791,9 +30795,8 @@ bool GrammarState::accept_token(Token token, std::string_view piece, GrammarWalk
     return true;
 }
 
-bool GrammarState::may_end() const {
-    GrammarWalk walk(*grammar_);
-    walk.cells = cells_;
+bool GrammarState::may_end(GrammarWalk& walk) const {
+    walk.begin(*grammar_, cells_);
     return walk.may_end(walk.expand(walk.add(configs_)));
 }
 
@@ -30898,6 +30901,8 @@ public:
     std::span<const uint64_t> fill(const GrammarState& state);
     /// Whether the token is one of those; then the state has taken it.
     bool accept(GrammarState& state, Token token);
+    /// Whether the state could take all of them, one after the other.
+    bool takes_all(const GrammarState& state, std::span<const Token> tokens);
     /// What the state leaves no choice about, at most so many bytes. Until the next call.
     std::string_view forced(const GrammarState& state, size_t most);
 
@@ -30945,6 +30950,7 @@ private:
     size_t slice_bytes_ = 0;
     std::vector<Known> known_;
     std::vector<GrammarConfig> others_;
+    GrammarState tried_;
     std::vector<uint64_t> some_;
     std::string forced_;
     const GrammarConfig* key_ = nullptr;   // the key that the rests being walked end
@@ -31254,7 +31260,7 @@ bool MaskMaker::fill_from_slice(const GrammarConfig& config) {
         walk_.back_to(mark);
     }
     for (const Token token : found.tried) {
-        Set set = walk_.add({config});
+        Set set = walk_.add({&config, 1});
         for (const char c : trie_->piece(token))
             if (!set.empty()) set = walk_.step(walk_.expand(set), uint8_t(c));
         if (!set.empty()) allow(token);
@@ -31282,7 +31288,14 @@ void MaskMaker::allow(Token token) {
 bool MaskMaker::accept(GrammarState& state, Token token) {
     if (state.accept_token(token, trie_->piece(token), walk_)) return true;
     const auto ends = trie_->ends();
-    return std::find(ends.begin(), ends.end(), token) != ends.end() && state.may_end();
+    return std::find(ends.begin(), ends.end(), token) != ends.end() && state.may_end(walk_);
+}
+
+bool MaskMaker::takes_all(const GrammarState& state, std::span<const Token> tokens) {
+    tried_ = state;
+    return std::all_of(tokens.begin(), tokens.end(), [&](Token token) {
+        return tried_.accept_token(token, trie_->piece(token), walk_);
+    });
 }
 
 std::string_view MaskMaker::forced(const GrammarState& state, size_t most) {
@@ -41027,11 +41040,6 @@ bool ends_in_a_character(const Sequence& sequence, const Tokenizer& tokenizer) {
     return utf8_incomplete_suffix(tail) == 0;
 }
 
-bool takes_all(GrammarState state, std::span<const Token> tokens, const TokenTrie& trie) {
-    return std::all_of(tokens.begin(), tokens.end(),
-                       [&](Token token) { return state.accept_token(token, trie.piece(token)); });
-}
-
 // Of the tokens that close a thought which has used its budget, those that come next; or none. What
 // a grammar holds is valid UTF-8 and gets to the end of a character; what is free need not.
 std::span<const Token> rest_of_thought(const Sequence& sequence, const Tokenizer& tokenizer) {
@@ -41041,7 +41049,7 @@ std::span<const Token> rest_of_thought(const Sequence& sequence, const Tokenizer
     const uint64_t used = sequence.outcome.usage.reasoning_tokens;
     if (used < prompt.thought_budget || !prompt.parser->thinking()) return {};
     const bool fits = sequence.grammar.active()
-                          ? takes_all(sequence.grammar, end, prompt.masks->trie())
+                          ? prompt.masks->takes_all(sequence.grammar, end)
                           : used >= uint64_t{prompt.thought_budget} + kMostHalves ||
                                 ends_in_a_character(sequence, tokenizer);
     return fits ? end : std::span<const Token>();
@@ -41058,6 +41066,7 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
                                       ? UINT32_MAX
                                       : short_rope_tokens_ - sequence.length();
     const uint32_t room = std::min({*spare, left - 1, turned_alike});
+    if (room == 0) return;
     sequence.drafts.take(rest_of_thought(sequence, model_.tokenizer()), room);
     if (sequence.drafts.count == 0) take_forced(sequence, room);
     if (sequence.drafts.count == 0) sequence.drafts.guess(sequence.tokens, room);

@@ -1800,6 +1800,7 @@ TEST_CASE("no allocations while answers are being computed") {
         request.logit_bias = {{0, -100}, {2, -100}};  // the tokens that end
         request.temperature = i * 0.3;
         request.stop = {"never to be seen"};
+        if (i == 1) request.format.regex = "[a-z ]*";
         if (i == 2) request.top_p = 0.9;
         if (i == 3) request.frequency_penalty = 0.5;
         replies.push_back(engine.submit(request));

@@ -121,11 +121,6 @@ bool ends_in_a_character(const Sequence& sequence, const Tokenizer& tokenizer) {
     return utf8_incomplete_suffix(tail) == 0;
 }
 
-bool takes_all(GrammarState state, std::span<const Token> tokens, const TokenTrie& trie) {
-    return std::all_of(tokens.begin(), tokens.end(),
-                       [&](Token token) { return state.accept_token(token, trie.piece(token)); });
-}
-
 // Of the tokens that close a thought which has used its budget, those that come next; or none. What
 // a grammar holds is valid UTF-8 and gets to the end of a character; what is free need not.
 std::span<const Token> rest_of_thought(const Sequence& sequence, const Tokenizer& tokenizer) {
@@ -135,7 +130,7 @@ std::span<const Token> rest_of_thought(const Sequence& sequence, const Tokenizer
     const uint64_t used = sequence.outcome.usage.reasoning_tokens;
     if (used < prompt.thought_budget || !prompt.parser->thinking()) return {};
     const bool fits = sequence.grammar.active()
-                          ? takes_all(sequence.grammar, end, prompt.masks->trie())
+                          ? prompt.masks->takes_all(sequence.grammar, end)
                           : used >= uint64_t{prompt.thought_budget} + kMostHalves ||
                                 ends_in_a_character(sequence, tokenizer);
     return fits ? end : std::span<const Token>();
@@ -152,6 +147,7 @@ void Scheduler::draft(Sequence& sequence, uint32_t* spare) {
                                       ? UINT32_MAX
                                       : short_rope_tokens_ - sequence.length();
     const uint32_t room = std::min({*spare, left - 1, turned_alike});
+    if (room == 0) return;
     sequence.drafts.take(rest_of_thought(sequence, model_.tokenizer()), room);
     if (sequence.drafts.count == 0) take_forced(sequence, room);
     if (sequence.drafts.count == 0) sequence.drafts.guess(sequence.tokens, room);

@@ -314,7 +314,7 @@ bool MaskMaker::fill_from_slice(const GrammarConfig& config) {
         walk_.back_to(mark);
     }
     for (const Token token : found.tried) {
-        Set set = walk_.add({config});
+        Set set = walk_.add({&config, 1});
         for (const char c : trie_->piece(token))
             if (!set.empty()) set = walk_.step(walk_.expand(set), uint8_t(c));
         if (!set.empty()) allow(token);
@@ -342,7 +342,14 @@ void MaskMaker::allow(Token token) {
 bool MaskMaker::accept(GrammarState& state, Token token) {
     if (state.accept_token(token, trie_->piece(token), walk_)) return true;
     const auto ends = trie_->ends();
-    return std::find(ends.begin(), ends.end(), token) != ends.end() && state.may_end();
+    return std::find(ends.begin(), ends.end(), token) != ends.end() && state.may_end(walk_);
+}
+
+bool MaskMaker::takes_all(const GrammarState& state, std::span<const Token> tokens) {
+    tried_ = state;
+    return std::all_of(tokens.begin(), tokens.end(), [&](Token token) {
+        return tried_.accept_token(token, trie_->piece(token), walk_);
+    });
 }
 
 std::string_view MaskMaker::forced(const GrammarState& state, size_t most) {

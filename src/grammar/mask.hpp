@@ -74,6 +74,8 @@ public:
     std::span<const uint64_t> fill(const GrammarState& state);
     /// Whether the token is one of those; then the state has taken it.
     bool accept(GrammarState& state, Token token);
+    /// Whether the state could take all of them, one after the other.
+    bool takes_all(const GrammarState& state, std::span<const Token> tokens);
     /// What the state leaves no choice about, at most so many bytes. Until the next call.
     std::string_view forced(const GrammarState& state, size_t most);
 
@@ -121,6 +123,7 @@ private:
     size_t slice_bytes_ = 0;
     std::vector<Known> known_;
     std::vector<GrammarConfig> others_;
+    GrammarState tried_;
     std::vector<uint64_t> some_;
     std::string forced_;
     const GrammarConfig* key_ = nullptr;   // the key that the rests being walked end

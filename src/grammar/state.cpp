@@ -10,7 +10,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -390,7 +390,7 @@ GrammarWalk::Set GrammarWalk::start() {
     return {uint32_t(set_begin_), uint32_t(pool.size())};
 }
 
-GrammarWalk::Set GrammarWalk::add(const std::vector<GrammarConfig>& configs) {
+GrammarWalk::Set GrammarWalk::add(std::span<const GrammarConfig> configs) {
     const uint32_t begin = uint32_t(pool.size());
     pool.insert(pool.end(), configs.begin(), configs.end());
     return {begin, uint32_t(pool.size())};
@@ -514,9 +514,8 @@ bool GrammarState::accept_token(Token token, std::string_view piece, GrammarWalk
     return true;
 }
 
-bool GrammarState::may_end() const {
-    GrammarWalk walk(*grammar_);
-    walk.cells = cells_;
+bool GrammarState::may_end(GrammarWalk& walk) const {
+    walk.begin(*grammar_, cells_);
     return walk.may_end(walk.expand(walk.add(configs_)));
 }
 

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -53,7 +54,7 @@ public:
         cells.resize(mark.cells);
     }
     Set start();
-    Set add(const std::vector<GrammarConfig>& configs);
+    Set add(std::span<const GrammarConfig> configs);
     /// The set, and behind it what may follow where its terminals end. The set must stand at the
     /// end of the pool.
     Set expand(Set set);
@@ -127,7 +128,11 @@ public:
         GrammarWalk walk;
         return accept_token(token, piece, walk);
     }
-    bool may_end() const;
+    bool may_end(GrammarWalk& scratch) const;
+    bool may_end() const {
+        GrammarWalk walk;
+        return may_end(walk);
+    }
     /// The bytes that every text has from here on, at most so many; nothing where the text may end
     /// or a token may stand.
     void forced_bytes(std::string& out, size_t most, GrammarWalk& scratch) const;
