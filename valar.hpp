@@ -8202,7 +8202,7 @@ struct ResponseRecord {
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
 
-// ---- The options of a request, each a row: read, validated, kept and saved from it --------------
+// ---- The options of a request, each a row: read, validated, kept, saved and documented from it --
 
 /// How tokens are drawn, with all that a request left open filled in. In this order, as Hugging
 /// Face has it: penalties and bias; the tokens that are allowed; logits / temperature; the top_k
@@ -8227,15 +8227,22 @@ struct NumberOption {
     std::optional<double> Request::*open;
     double Request::*fixed;
     double Sampling::*resolved;
+    const char* about;
 };
 inline constexpr NumberOption number_options[] = {
     // clang-format off
-    {"temperature", 0, 2, &Request::temperature, nullptr, &Sampling::temperature},
-    {"top_p", 0, 1, &Request::top_p, nullptr, &Sampling::top_p},
-    {"min_p", 0, 1, &Request::min_p, nullptr, &Sampling::min_p},
-    {"presence_penalty", -2, 2, nullptr, &Request::presence_penalty, &Sampling::presence_penalty},
-    {"frequency_penalty", -2, 2, nullptr, &Request::frequency_penalty, &Sampling::frequency_penalty},
-    {"repetition_penalty", 0.1, 10, nullptr, &Request::repetition_penalty, &Sampling::repetition_penalty},
+    {"temperature", 0, 2, &Request::temperature, nullptr, &Sampling::temperature,
+     "How freely tokens are drawn; 0 is greedy. Default: the model's own, else 1."},
+    {"top_p", 0, 1, &Request::top_p, nullptr, &Sampling::top_p,
+     "Draws from the likeliest tokens that reach this together. Default: the model's own, else 1."},
+    {"min_p", 0, 1, &Request::min_p, nullptr, &Sampling::min_p,
+     "Leaves out tokens less likely than this part of the likeliest."},
+    {"presence_penalty", -2, 2, nullptr, &Request::presence_penalty, &Sampling::presence_penalty,
+     "Off the logit of every token that the answer has."},
+    {"frequency_penalty", -2, 2, nullptr, &Request::frequency_penalty, &Sampling::frequency_penalty,
+     "The same, times how often it has it."},
+    {"repetition_penalty", 0.1, 10, nullptr, &Request::repetition_penalty, &Sampling::repetition_penalty,
+     "Divides logits above 0, multiplies those below, of every token so far."},
     // clang-format on
 };
 
@@ -8245,13 +8252,17 @@ struct CountOption {
     uint32_t least, most;
     std::optional<uint32_t> Request::*open;
     uint32_t Request::*fixed;
+    const char* about;
 };
 inline constexpr uint32_t kMaxLogprobs = 20;
 inline constexpr CountOption count_options[] = {
-    {"max_output_tokens", 1, UINT32_MAX, &Request::max_output_tokens, nullptr},
-    {"max_tool_calls", 1, UINT32_MAX, &Request::max_tool_calls, nullptr},
-    {"top_k", 0, UINT32_MAX, &Request::top_k, nullptr},
-    {"top_logprobs", 0, kMaxLogprobs, nullptr, &Request::top_logprobs},
+    {"max_output_tokens", 1, UINT32_MAX, &Request::max_output_tokens, nullptr,
+     "Of the answer, thoughts included. Default: until the context is full."},
+    {"max_tool_calls", 1, UINT32_MAX, &Request::max_tool_calls, nullptr, "Of the answer, at most."},
+    {"top_k", 0, UINT32_MAX, &Request::top_k, nullptr,
+     "Draws from so many of the likeliest tokens; 0: no limit."},
+    {"top_logprobs", 0, kMaxLogprobs, nullptr, &Request::top_logprobs,
+     "Alternatives that are told of each token."},
 };
 
 /// Its value; nothing where it is the model's own.
@@ -8265,20 +8276,23 @@ struct TextOption {
     const char* name;
     size_t least, most;
     std::string Request::*field;
+    const char* about;
 };
 inline constexpr TextOption text_options[] = {
-    {"model", 1, SIZE_MAX, &Request::model},
-    {"instructions", 0, SIZE_MAX, &Request::instructions},
-    {"prompt_cache_key", 0, SIZE_MAX, &Request::prompt_cache_key},
-    {"user", 0, 256, &Request::user},
+    {"model", 1, SIZE_MAX, &Request::model, "Id or alias of a model that is served."},
+    {"instructions", 0, SIZE_MAX, &Request::instructions, "Becomes the first system message."},
+    {"prompt_cache_key", 0, SIZE_MAX, &Request::prompt_cache_key,
+     "Prefixes of requests with one key are kept together."},
+    {"user", 0, 256, &Request::user, "Whom it is for; kept with the response."},
 };
 struct SwitchOption {
     const char* name;
     bool Request::*field;
+    const char* about;
 };
 inline constexpr SwitchOption switch_options[] = {
-    {"background", &Request::background},
-    {"parallel_tool_calls", &Request::parallel_tool_calls},
+    {"background", &Request::background, "Answered at once with 202; GET shows how far it is."},
+    {"parallel_tool_calls", &Request::parallel_tool_calls, "False: at most one call."},
 };
 
 inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their bytes
@@ -8294,6 +8308,10 @@ Error api_missing(const std::string& path);
 Error api_unsupported(const char* code, const std::string& path, std::string_view what = {});
 std::string api_index(const std::string& path, size_t i);
 Fault check_bool(const Json& value, const std::string& path);
+Fault check_text(const Json& value, const std::string& path, size_t least, size_t most);
+Fault check_integer(const Json& value, const std::string& path, int64_t least, int64_t most);
+Fault check_choice(const Json& value, const std::string& path,
+                   std::span<const std::string_view> choices, const char* code = "invalid_value");
 
 /// What a request must be like that needs no model to be known; the wire has checked it already,
 /// a C++ caller's comes straight here. Errors: invalid_request with code and param.
@@ -8395,6 +8413,228 @@ constexpr std::string_view window_name(Window window) {
 }  // namespace v1
 }  // namespace valar
 
+// ---- src/api/events.hpp ------------------------------------------------------------------------
+
+// A response as the events of a stream.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// Writes what happened to one response, which goes in in order, as the events of a surface
+/// (text/event-stream, WHATWG HTML 9.2.6): LF only, each event whole.
+/// Threads: one at a time.
+class EventWriter {
+public:
+    virtual ~EventWriter() = default;
+    /// It is accepted: the response object as it is now.
+    virtual void begin(const Json& object) = 0;
+    /// Anything but `finished`.
+    virtual void add(const Event& event) = 0;
+    /// The rest of the items, and what ends the stream. What was not streamed (a replay, a Responder
+    /// that tells only the end) comes in one piece. `object`: of the response, rendered.
+    virtual void end(const Outcome& outcome, const std::string& object) = 0;
+    /// Ends the stream of one that cannot be answered.
+    virtual void fail(const Error& error) = 0;
+    /// Leaves out the events up to this one, but never the last.
+    virtual void skip_to(uint64_t /*sequence_number*/) {}
+
+    size_t size() const { return text_.size(); }
+    std::string take() { return std::exchange(text_, {}); }
+
+protected:
+    /// Tokens may come before the item that they are of, or with another's text.
+    void keep_tokens(const std::vector<TokenLogprob>& tokens) {
+        waiting_.insert(waiting_.end(), tokens.begin(), tokens.end());
+    }
+    /// Those of an item, taken.
+    std::vector<TokenLogprob> tokens_of(size_t item);
+
+    std::string text_;
+
+private:
+    std::vector<TokenLogprob> waiting_;
+};
+
+/// The events of POST /v1/responses with `stream`, as OpenAI has them.
+class ResponseEvents : public EventWriter {
+public:
+    ResponseEvents(std::string id, std::string message_id, const DialectWords& words)
+        : id_(std::move(id)), message_id_(std::move(message_id)), words_(words) {}
+
+    void begin(const Json& object) override;
+    void add(const Event& event) override;
+    void end(const Outcome& outcome, const std::string& object) override;
+    void fail(const Error& error) override;
+    void skip_to(uint64_t sequence_number) override { skipped_ = sequence_number + 1; }
+
+private:
+    struct Kind;
+    static const Kind kinds[];
+    const Kind& kind() const;
+    Json event(std::string_view type);
+    Json item_event(std::string_view type);
+    void emit(const Json& event, std::string_view object = {});
+    Json item(const char* status = nullptr) const;
+    void start();
+    void open(Item item, size_t index);
+    void extend(std::string_view text, const std::vector<TokenLogprob>& logprobs);
+    void close(const char* status);
+
+    std::string id_, message_id_, running_;
+    const DialectWords& words_;
+    uint64_t sequence_number_ = 0, skipped_ = 0;
+    Item item_ = {};  // open, with its text so far
+    std::string item_id_;
+    std::vector<TokenLogprob> logprobs_;  // of that item
+    size_t index_ = 0, begun_ = 0;        // of the open item; items so far
+    bool open_ = false, first_message_ = true, started_ = false;
+};
+
+/// What became of a response that has ended, from its object.
+Outcome outcome_of(const Json& object);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/surface.hpp -----------------------------------------------------------------------
+
+// The surfaces that speak of responses in words of their own.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+/// A body of another surface, as a body of POST /v1/responses.
+struct SurfaceBody {
+    Dialect dialect = Dialect::valar;
+    Json body = Json::object();
+    bool stream = false;
+    bool include_usage = false;             ///< an event of its own at the end of a stream
+    std::vector<std::string> origins = {};  ///< of each item of `input`: its path in the body given
+    std::vector<std::pair<std::string, std::string>> renamed = {};  ///< fields: name here, as given
+
+    /// To `input`, which is an array: an item that is made of what stands at `origin`.
+    void add(Json item, std::string origin) {
+        body.find("input")->push(std::move(item));
+        origins.push_back(std::move(origin));
+    }
+};
+
+/// A field of a surface's body: its value goes on under another name, or as `read` says.
+struct SurfaceField {
+    std::string_view name;
+    std::string_view to = {};  ///< its place in a body of /v1/responses, for values and for errors
+    Fault (*read)(const Json& value, SurfaceBody* out) = nullptr;
+    bool openai = false;                        ///< of that dialect alone
+    Json (*schema)(Dialect dialect) = nullptr;  ///< what `read` takes; null: what `to` does
+};
+// How fields are read that several surfaces have.
+Fault surface_stop(const Json& value, SurfaceBody* out);
+Fault surface_stream(const Json& value, SurfaceBody* out);
+Fault surface_stream_options(const Json& value, SurfaceBody* out);
+Json doc_surface_stream(Dialect dialect);
+Json doc_surface_stream_options(Dialect dialect);
+
+/// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made
+/// from the response object. So each of them leaves a response that GET shows.
+struct Surface {
+    std::string_view name;  ///< of its schemas
+    std::string_view path;
+    std::span<const SurfaceField> fields;  ///< others are ignored
+    std::span<const std::string_view> refused = {};
+    std::span<const std::string_view> required = {};
+    /// The end of the place of an error, below `field` of a body of /v1/responses, as the client
+    /// wrote it. `value`: of that field; of arrays (input, tools) the element.
+    std::string (*rest)(std::string_view field, const Json& value, const std::string& rest);
+    /// The answer, from a terminal response object. Errors: of a response that failed.
+    Result<std::string> (*render)(const std::string& object, Dialect dialect);
+    std::unique_ptr<EventWriter> (*events)(const ResponseRecord& record, bool include_usage,
+                                           Dialect dialect);
+    int timeout_status;
+};
+Result<SurfaceBody> read_surface(const Surface& surface, const Json& body, Dialect dialect);
+/// An error of the body that `read_surface` gave, with the names that its client knows.
+Error surface_error(const Surface& surface, Error error, const SurfaceBody& read);
+/// Of a response that has no answer.
+Error surface_failure(const Outcome& outcome);
+
+extern const Surface chat_surface;
+
+/// How the answer to a request is to look.
+struct AnswerForm {
+    const Surface* surface = nullptr;  ///< null: POST /v1/responses, as GET shows it
+    bool stream = false;
+    bool include_usage = false;
+    uint64_t after = UINT64_MAX;  ///< of a stream, the last event that is known; UINT64_MAX: none
+};
+std::unique_ptr<EventWriter> event_writer(const AnswerForm& form, const ResponseRecord& record,
+                                          Dialect dialect);
+/// Of a response that has ended, from its object. A stream is as if all had come in one piece.
+Result<std::string> render_answer(const AnswerForm& form, const std::string& object,
+                                  Dialect dialect);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/document.hpp ----------------------------------------------------------------------
+
+// JSON Schemas (2020-12) of requests and answers, for GET /openapi.json. Those of requests are made by
+// the tables that check requests; those of answers are learnt from what is rendered for samples.
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Schemas of values ---------------------------------------------------------------------------
+
+using DocFields = std::initializer_list<std::pair<std::string_view, Json>>;
+Json doc_type(std::string_view type);
+Json doc_text(size_t least = 0, size_t most = SIZE_MAX);  ///< in characters
+Json doc_word(std::string_view word);                     ///< this and no other
+Json doc_words(std::span<const std::string_view> words);
+Json doc_array(Json items, size_t least = 0, size_t most = SIZE_MAX);
+Json doc_any(std::initializer_list<Json> choices);  ///< one of them; an anyOf is spread out
+Json doc_or_null(Json schema);
+Json doc_ref(std::string_view name);  ///< to one of components/schemas
+/// The first `required` of the fields must be there; null is as if the others were not.
+Json doc_object(size_t required, DocFields fields);
+/// {type: T, ...} as Chat Completions write it: {type: T, T: {...}}.
+Json doc_nested(const Json& flat);
+
+// ---- Schemas of requests (api.cpp, surface.cpp) --------------------------------------------------
+
+/// Of the fields of a body of POST /v1/responses. One that is refused may only be null.
+Json doc_fields(Dialect dialect);
+Json doc_request(Dialect dialect);
+Json doc_request(const Surface& surface, Dialect dialect);
+/// Null is as if one that is not required were not there.
+Json doc_body(Json fields, std::span<const std::string_view> required);
+Json doc_content(bool assistant);  ///< a string, or an array of parts
+Json doc_item();
+Json doc_format(bool custom);  ///< of an answer, or of a custom tool's input
+Json doc_tool();
+Json doc_tool_choice();
+
+Json doc_error();  ///< the body of every refusal (response.cpp)
+
+// ---- Schemas of answers --------------------------------------------------------------------------
+
+/// Widens a schema, so that the value fits too. Objects that name their `type` are told apart by it.
+void doc_learn(Json* schema, const Json& value);
+/// How a surface's schemas are called (null: /v1/responses): NAME, NAMERequest, NAMEEvent.
+std::string doc_name_of(const Surface* surface);
+/// Adds them, the last where the surface streams in this dialect.
+void doc_add_surface(Json* schemas, const Surface* surface, Dialect dialect);
+/// Adds those that all surfaces refer to.
+void doc_add_shared(Json* schemas);
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
 // ---- src/api.cpp -------------------------------------------------------------------------------
 
 // >>api
@@ -8489,6 +8729,8 @@ Error api_wrong_value(const char* code, const std::string& path, const std::stri
 
 // ---- Checks of one value. Each returns what is wrong, or nothing. ------------------------------
 
+}  // namespace
+
 Fault check_text(const Json& value, const std::string& path, size_t least, size_t most) {
     if (!value.is_string()) return api_wrong_type(path, "a string", value);
     const size_t length = utf8_count(value.as_string());
@@ -8510,19 +8752,8 @@ Fault check_integer(const Json& value, const std::string& path, int64_t least, i
         above ? "at most " + std::to_string(most) : "at least " + std::to_string(least), value);
 }
 
-Fault check_number(const Json& value, const std::string& path, double least, double most) {
-    if (!value.is_number()) return api_wrong_type(path, "a number", value);
-    const double number = value.as_double();
-    if (number < least)
-        return api_wrong_value("decimal_below_min_value", path, format("at least %g", least),
-                               value);
-    if (number > most)
-        return api_wrong_value("decimal_above_max_value", path, format("at most %g", most), value);
-    return {};
-}
-
 Fault check_choice(const Json& value, const std::string& path,
-                   std::span<const std::string_view> choices, const char* code = "invalid_value") {
+                   std::span<const std::string_view> choices, const char* code) {
     if (!value.is_string()) return api_wrong_type(path, "a string", value);
     std::string allowed;
     for (const std::string_view choice : choices) {
@@ -8532,10 +8763,17 @@ Fault check_choice(const Json& value, const std::string& path,
     return api_wrong_value(code, path, (choices.size() > 1 ? "one of " : "") + allowed, value);
 }
 
-Fault check_choice(const Json& value, const std::string& path,
-                   std::initializer_list<std::string_view> choices,
-                   const char* code = "invalid_value") {
-    return check_choice(value, path, std::span(choices.begin(), choices.size()), code);
+namespace {
+
+Fault check_number(const Json& value, const std::string& path, double least, double most) {
+    if (!value.is_number()) return api_wrong_type(path, "a number", value);
+    const double number = value.as_double();
+    if (number < least)
+        return api_wrong_value("decimal_below_min_value", path, format("at least %g", least),
+                               value);
+    if (number > most)
+        return api_wrong_value("decimal_above_max_value", path, format("at most %g", most), value);
+    return {};
 }
 
 // ---- Items ------------------------------------------------------------------------------------
@@ -8600,6 +8838,19 @@ Fault read_content(const Json& content, const std::string& path, bool assistant,
     return {};
 }
 
+}  // namespace
+
+Json doc_content(bool assistant) {
+    Json parts = doc_any({});
+    for (const PartType& row : part_types)
+        if (assistant || !row.replayed)
+            parts.find("anyOf")->push(
+                doc_object(2, {{"type", doc_word(row.name)}, {row.field, doc_type("string")}}));
+    return doc_any({doc_type("string"), doc_array(std::move(parts))});
+}
+
+namespace {
+
 Fault read_message(const Json& json, const std::string& path, Item* item) {
     std::string role;
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
@@ -8663,6 +8914,47 @@ Fault read_any_item(const Json& json, const std::string& path, Item* item) {
     }
 }
 
+Json doc_item(const ItemType& row) {
+    const Json type = doc_word(row.name), text = doc_type("string"), id = doc_text(1);
+    const bool custom = row.kind == Item::Kind::custom_tool_call;
+    switch (row.kind) {
+        case Item::Kind::message: {
+            Json others = Json::array(), assistant = Json::array();
+            for (const std::string_view role : kRoleNames)
+                (role == role_name(Role::assistant) ? assistant : others).push(role);
+            const auto message = [&](Json roles, bool replayed) {
+                return doc_object(2, {{"role", Json::object().set("enum", std::move(roles))},
+                                      {"content", doc_content(replayed)},
+                                      {"type", type}});
+            };
+            return doc_any(
+                {message(std::move(others), false), message(std::move(assistant), true)});
+        }
+        case Item::Kind::reasoning:
+            return doc_object(
+                1,
+                {{"type", type}, {"content", doc_content(true)}, {"summary", doc_content(true)}});
+        case Item::Kind::function_call:
+        case Item::Kind::custom_tool_call:
+            return doc_object(4, {{"type", type},
+                                  {"call_id", id},
+                                  {"name", text},
+                                  {custom ? "input" : "arguments", text}});
+        default:
+            return doc_object(3, {{"type", type}, {"call_id", id}, {"output", doc_content(false)}});
+    }
+}
+
+}  // namespace
+
+Json doc_item() {
+    Json all = doc_any({});
+    for (const ItemType& row : item_types) all = doc_any({std::move(all), doc_item(row)});
+    return all;
+}
+
+namespace {
+
 Fault read_items(const Json& array, const std::string& path, Request* request) {
     if (array.empty())
         return api_error("array_below_min_length", path, "'" + path + "' must not be empty");
@@ -8699,6 +8991,8 @@ bool is_name(std::string_view name) {
     });
 }
 
+Json doc_name() { return doc_type("string").set("pattern", "^[a-zA-Z0-9_-]{1,64}$"); }
+
 Fault read_name(const Json& object, const std::string& path, std::string* out) {
     if (Fault fault = read_string_field(object, "name", path, out)) return fault;
     if (is_name(*out)) return {};
@@ -8732,9 +9026,21 @@ Fault read_schema_format(const Json& form, const std::string& path, Format* out)
     return read_strict(form, path, &out->strict);
 }
 
+Json doc_schema_format() {
+    return doc_object(2, {{"type", doc_word("json_schema")},
+                          {"name", doc_name()},
+                          {"description", doc_type("string")},
+                          {"schema", doc_type("object")},
+                          {"strict", doc_type("boolean")}});
+}
+
 Fault read_regex_format(const Json& form, const std::string& path, Format* out) {
     if (Fault fault = read_string_field(form, "pattern", path, &out->regex)) return fault;
     return check_text(form["pattern"], path + ".pattern", 1, SIZE_MAX);
+}
+
+Json doc_regex_format() {
+    return doc_object(2, {{"type", doc_word("regex")}, {"pattern", doc_text(1)}});
 }
 
 Fault read_choice_format(const Json& form, const std::string& path, Format* out) {
@@ -8751,11 +9057,18 @@ Fault read_choice_format(const Json& form, const std::string& path, Format* out)
     return {};
 }
 
+Json doc_choice_format() {
+    return doc_object(
+        2, {{"type", doc_word("choice")}, {"choices", doc_array(doc_type("string"), 1)}});
+}
+
+constexpr std::string_view grammar_syntaxes[] = {"regex", "gbnf"};
+
 Fault read_grammar_format(const Json& form, const std::string& path, Format* out) {
     std::string definition;
     if (form["syntax"].is_null()) return api_missing(path + ".syntax");
     if (Fault fault = check_choice(
-            form["syntax"], path + ".syntax", {"regex", "gbnf"},
+            form["syntax"], path + ".syntax", grammar_syntaxes,
             form["syntax"].as_string() == "lark" ? "unsupported_value" : "invalid_value"))
         return fault;
     if (Fault fault = read_string_field(form, "definition", path, &definition)) return fault;
@@ -8765,17 +9078,27 @@ Fault read_grammar_format(const Json& form, const std::string& path, Format* out
     return {};
 }
 
+Json doc_grammar_format() {
+    return doc_object(3, {{"type", doc_word("grammar")},
+                          {"syntax", doc_words(grammar_syntaxes)},
+                          {"definition", doc_text(1)}});
+}
+
 Fault read_text_format(const Json&, const std::string&, Format*) { return {}; }
+Json doc_text_format() { return doc_object(1, {{"type", doc_word("text")}}); }
 
 struct FormatType {
     std::string_view name;
     Fault (*read)(const Json& form, const std::string& path, Format* out);
     bool custom;  // also of a custom tool's input
+    Json (*schema)();
 };
 constexpr FormatType format_types[] = {
-    {"text", read_text_format, true},       {"json_schema", read_schema_format, false},
-    {"regex", read_regex_format, false},    {"choice", read_choice_format, false},
-    {"grammar", read_grammar_format, true},
+    {"text", read_text_format, true, doc_text_format},
+    {"json_schema", read_schema_format, false, doc_schema_format},
+    {"regex", read_regex_format, false, doc_regex_format},
+    {"choice", read_choice_format, false, doc_choice_format},
+    {"grammar", read_grammar_format, true, doc_grammar_format},
 };
 
 Fault read_format(const Json& form, const std::string& path, bool custom, Format* out) {
@@ -8792,6 +9115,17 @@ Fault read_format(const Json& form, const std::string& path, bool custom, Format
     return check_choice(type, path + ".type", names,
                         type.as_string() == "json_object" ? "unsupported_value" : "invalid_value");
 }
+
+}  // namespace
+
+Json doc_format(bool custom) {
+    Json all = doc_any({});
+    for (const FormatType& row : format_types)
+        if (row.custom || !custom) all.find("anyOf")->push(row.schema());
+    return all;
+}
+
+namespace {
 
 Json format_json(const Format& format) {
     if (!format.schema.is_null())
@@ -8819,10 +9153,14 @@ Fault field_text(const Json& value, Request* request) {
     return read_format(value["format"], "text.format", false, &request->format);
 }
 
+Json doc_text_field(Dialect) { return doc_object(0, {{"format", doc_ref("TextFormat")}}); }
+
 Json write_text(const Request& request) {
     if (request.format.empty()) return {};
     return Json::object().set("format", format_json(request.format));
 }
+
+constexpr std::string_view summary_names[] = {"auto", "concise", "detailed"};
 
 Fault field_reasoning(const Json& value, Request* request) {
     if (!value.is_object()) return api_wrong_type("reasoning", "an object", value);
@@ -8836,11 +9174,17 @@ Fault field_reasoning(const Json& value, Request* request) {
                 if (member.value.as_string() == kEffortNames[i])
                     request->effort = static_cast<Effort>(i);
         } else if (member.key == "summary" || member.key == "generate_summary") {
-            fault = check_choice(member.value, path, {"auto", "concise", "detailed"});
+            fault = check_choice(member.value, path, summary_names);
         }
         if (fault) return fault;
     }
     return {};
+}
+
+Json doc_reasoning(Dialect) {
+    return doc_object(0, {{"effort", doc_words(kEffortNames)},
+                          {"summary", doc_words(summary_names)},
+                          {"generate_summary", doc_words(summary_names)}});
 }
 
 Json write_reasoning(const Request& request) {
@@ -8869,9 +9213,12 @@ bool is_hosted_tool(std::string_view type) {
     return std::find(std::begin(hosted), std::end(hosted), type) != std::end(hosted);
 }
 
+constexpr std::string_view choice_types[] = {"function", "custom", "allowed_tools"};
+constexpr std::span tool_types = std::span(choice_types).first<2>();
+
 // The type of a tool, declared or chosen.
 Fault check_tool_type(const Json& type, const std::string& path,
-                      std::initializer_list<std::string_view> choices) {
+                      std::span<const std::string_view> choices) {
     if (type.is_null()) return api_missing(path);
     return check_choice(type, path, choices,
                         is_hosted_tool(type.as_string()) ? "unsupported_value" : "invalid_value");
@@ -8879,8 +9226,7 @@ Fault check_tool_type(const Json& type, const std::string& path,
 
 Fault read_tool(const Json& json, const std::string& path, Tool* out) {
     if (!json.is_object()) return api_wrong_type(path, "an object", json);
-    if (Fault fault = check_tool_type(json["type"], path + ".type", {"function", "custom"}))
-        return fault;
+    if (Fault fault = check_tool_type(json["type"], path + ".type", tool_types)) return fault;
     out->custom = json["type"].as_string() == "custom";
     if (Fault fault = read_name(json, path, &out->name)) return fault;
     if (Fault fault = read_description(json, path, &out->description)) return fault;
@@ -8888,6 +9234,22 @@ Fault read_tool(const Json& json, const std::string& path, Tool* out) {
     if (Fault fault = read_schema(json, "parameters", path, &out->parameters)) return fault;
     return read_strict(json, path, &out->strict);
 }
+
+}  // namespace
+
+Json doc_tool() {
+    return doc_any({doc_object(2, {{"type", doc_word(tool_types[0])},
+                                   {"name", doc_name()},
+                                   {"description", doc_type("string")},
+                                   {"parameters", doc_type("object")},
+                                   {"strict", doc_type("boolean")}}),
+                    doc_object(2, {{"type", doc_word(tool_types[1])},
+                                   {"name", doc_name()},
+                                   {"description", doc_type("string")},
+                                   {"format", doc_format(true)}})});
+}
+
+namespace {
 
 Fault field_tools(const Json& value, Request* request) {
     if (!value.is_array()) return api_wrong_type("tools", "an array", value);
@@ -8897,6 +9259,8 @@ Fault field_tools(const Json& value, Request* request) {
             return fault;
     return {};
 }
+
+Json doc_tools(Dialect) { return doc_array(doc_ref("Tool")); }
 
 Json write_tools(const Request& request) {
     Json all = Json::array();
@@ -8922,10 +9286,12 @@ Fault read_mode(const Json& value, const std::string& path, Mode* out) {
     return check_choice(value, path, choice_modes);
 }
 
+constexpr std::string_view allowed_modes[] = {"auto", "required"};
+
 Fault read_allowed_tools(const Json& value, ToolChoice* out) {
     const Json &mode = value["mode"], &tools = value["tools"];
     if (mode.is_null()) return api_missing("tool_choice.mode");
-    if (Fault fault = check_choice(mode, "tool_choice.mode", {"auto", "required"})) return fault;
+    if (Fault fault = check_choice(mode, "tool_choice.mode", allowed_modes)) return fault;
     (void)read_mode(mode, {}, &out->mode);
     if (tools.is_null()) return api_missing("tool_choice.tools");
     if (!tools.is_array()) return api_wrong_type("tool_choice.tools", "an array", tools);
@@ -8935,7 +9301,7 @@ Fault read_allowed_tools(const Json& value, ToolChoice* out) {
     for (size_t i = 0; i < tools.size(); ++i) {
         const std::string path = api_index("tool_choice.tools", i);
         if (!tools[i].is_object()) return api_wrong_type(path, "an object", tools[i]);
-        if (Fault fault = check_tool_type(tools[i]["type"], path + ".type", {"function", "custom"}))
+        if (Fault fault = check_tool_type(tools[i]["type"], path + ".type", tool_types))
             return fault;
         if (Fault fault = read_name(tools[i], path, &out->names.emplace_back())) return fault;
     }
@@ -8946,13 +9312,28 @@ Fault field_tool_choice(const Json& value, Request* request) {
     ToolChoice& choice = request->tool_choice;
     if (value.is_string()) return read_mode(value, "tool_choice", &choice.mode);
     if (!value.is_object()) return api_wrong_type("tool_choice", "a string or an object", value);
-    if (Fault fault = check_tool_type(value["type"], "tool_choice.type",
-                                      {"function", "custom", "allowed_tools"}))
+    if (Fault fault = check_tool_type(value["type"], "tool_choice.type", choice_types))
         return fault;
     if (value["type"].as_string() == "allowed_tools") return read_allowed_tools(value, &choice);
     choice.mode = Mode::required;
     return read_name(value, "tool_choice", &choice.names.emplace_back());
 }
+
+}  // namespace
+
+Json doc_tool_choice() {
+    Json named = doc_any({});
+    for (const std::string_view type : tool_types)
+        named.find("anyOf")->push(doc_object(2, {{"type", doc_word(type)}, {"name", doc_name()}}));
+    return doc_any({doc_words(choice_modes), named,
+                    doc_object(3, {{"type", doc_word("allowed_tools")},
+                                   {"mode", doc_words(allowed_modes)},
+                                   {"tools", doc_array(named, 1)}})});
+}
+
+namespace {
+
+Json doc_tool_choice_field(Dialect) { return doc_ref("ToolChoice"); }
 
 const Tool* find_tool(const Request& request, std::string_view name) {
     for (const Tool& tool : request.tools)
@@ -9021,6 +9402,11 @@ Fault field_input(const Json& value, Request* request) {
     return read_items(messages, "input.messages", request);
 }
 
+Json doc_input(Dialect) {
+    const Json items = doc_array(doc_ref("InputItem"), 1);
+    return doc_any({doc_text(1), items, doc_object(1, {{"messages", items}})});
+}
+
 Json write_input(const Request& request) {
     if (request.input.items.empty())
         return request.input.empty() ? Json() : Json(request.input.text);
@@ -9034,6 +9420,10 @@ Fault field_seed(const Json& value, Request* request) {
     return check_integer(value, "seed", INT64_MIN, INT64_MAX);
 }
 
+Json doc_seed(Dialect) {
+    return doc_type("integer").set("minimum", INT64_MIN).set("maximum", INT64_MAX);
+}
+
 Json write_seed(const Request& request) { return request.seed ? Json(*request.seed) : Json(); }
 
 // A switch that has one legal position.
@@ -9042,16 +9432,27 @@ Fault fixed_switch(const Json& value, const char* path, bool position) {
     if (value.as_bool() == position) return {};
     return api_wrong_value("unsupported_value", path, position ? "true" : "false", value);
 }
+Json doc_switch(bool position) {
+    return doc_type("boolean").set("enum", Json::array().push(position));
+}
 Fault field_store(const Json& value, Request*) { return fixed_switch(value, "store", true); }
 Fault openai_store(const Json& value, Request* request) {
     request->store = value.as_bool();
     return check_bool(value, "store");
 }
+Json doc_store(Dialect dialect) {
+    return dialect == Dialect::openai ? doc_type("boolean") : doc_switch(true);
+}
 Json write_store(const Request& request) { return request.store ? Json() : Json(false); }
+
+constexpr size_t max_id_length = 256;
 
 Fault openai_previous(const Json& value, Request* request) {
     request->previous_response_id = value.as_string();
-    return check_text(value, "previous_response_id", 1, 256);
+    return check_text(value, "previous_response_id", 1, max_id_length);
+}
+Json doc_previous(Dialect dialect) {
+    return dialect == Dialect::openai ? doc_text(1, max_id_length) : doc_type("null");
 }
 Json write_previous(const Request& request) {
     return request.previous_response_id.empty() ? Json() : Json(request.previous_response_id);
@@ -9063,15 +9464,24 @@ Fault openai_stream(const Json& value, Request* request) {
     return check_bool(value, "stream");
 }
 
-Fault field_truncation(const Json& value, Request*) {
-    return check_choice(value, "truncation", {"disabled"}, "unsupported_value");
+Json doc_stream(Dialect dialect) {
+    return dialect == Dialect::openai ? doc_type("boolean") : doc_switch(false);
 }
+
+constexpr std::string_view truncations[] = {"disabled"}, service_tiers[] = {"auto"};
+
+Fault field_truncation(const Json& value, Request*) {
+    return check_choice(value, "truncation", truncations, "unsupported_value");
+}
+Json doc_truncation(Dialect) { return doc_words(truncations); }
 
 Fault field_service_tier(const Json& value, Request*) {
-    return check_choice(value, "service_tier", {"auto"}, "unsupported_value");
+    return check_choice(value, "service_tier", service_tiers, "unsupported_value");
 }
+Json doc_service_tier(Dialect) { return doc_words(service_tiers); }
 
 constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
+constexpr size_t metadata_max_token = 512;
 
 Window window_of(std::string_view name) {
     const auto* found = std::find(std::begin(kWindowNames), std::end(kWindowNames), name);
@@ -9092,7 +9502,7 @@ Fault check_metadata(const std::string& key, const Json& value) {
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
                                    [](char c) { return c > ' ' && c < 127; });
-    if (token.size() <= 512 && plain) return {};
+    if (token.size() <= metadata_max_token && plain) return {};
     return api_error("invalid_value", path,
                      "'" + path + "' must be at most 512 visible ASCII characters");
 }
@@ -9111,6 +9521,18 @@ Fault field_metadata(const Json& value, Request* request) {
     return {};
 }
 
+Json doc_metadata(Dialect) {
+    const Json token = doc_text(0, metadata_max_token).set("pattern", "^[!-~]*$");
+    return doc_type("object")
+        .set("maxProperties", metadata_max_pairs)
+        .set("propertyNames", doc_text(0, metadata_max_key))
+        .set("properties", Json::object()
+                               .set(kWindowKey, doc_words(kWindowNames))
+                               .set("webhook_token", token)
+                               .set("completion_webhook", false))
+        .set("additionalProperties", doc_text(0, metadata_max_value));
+}
+
 Json write_metadata(const Request& request) {
     Json all = Json::object();
     for (const auto& [key, value] : request.metadata) all.set(key, value);
@@ -9120,21 +9542,27 @@ Json write_metadata(const Request& request) {
 
 constexpr std::string_view kIncludeLogprobs = "message.output_text.logprobs";
 
+constexpr std::string_view refused_includes[] = {
+    "reasoning.encrypted_content", "web_search_call.action.sources",
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url",
+    "file_search_call.results"};
+
 Fault field_include(const Json& value, Request* request) {
-    static constexpr std::string_view refused[] = {
-        "reasoning.encrypted_content", "web_search_call.action.sources",
-        "code_interpreter_call.outputs", "computer_call_output.output.image_url",
-        "file_search_call.results"};
     if (!value.is_array()) return api_wrong_type("include", "an array", value);
     for (size_t i = 0; i < value.size(); ++i) {
         const std::string path = api_index("include", i);
         if (!value[i].is_string()) return api_wrong_type(path, "a string", value[i]);
         const std::string_view name = value[i].as_string();
-        if (std::find(std::begin(refused), std::end(refused), name) != std::end(refused))
+        if (std::find(std::begin(refused_includes), std::end(refused_includes), name) !=
+            std::end(refused_includes))
             return api_unsupported("unsupported_value", path, name);
         if (name == kIncludeLogprobs) request->logprobs = true;
     }
     return {};
+}
+
+Json doc_include(Dialect) {
+    return doc_array(doc_type("string").set("not", doc_words(refused_includes)));
 }
 
 Json write_include(const Request& request) {
@@ -9170,6 +9598,11 @@ Fault field_stop(const Json& value, Request* request) {
     return check_stops(request->stop);
 }
 
+Json doc_stop(Dialect) {  // of the bytes, which are at most as many, the check tells
+    const Json one = doc_text(1, kMaxStopBytes);
+    return doc_any({one, doc_array(one, 0, kMaxStops)});
+}
+
 Json write_stop(const Request& request) {
     Json all = Json::array();
     for (const std::string& stop : request.stop) all.push(stop);
@@ -9191,6 +9624,13 @@ Fault field_logit_bias(const Json& value, Request* request) {
     return {};
 }
 
+Json doc_logit_bias(Dialect) {
+    const Json bias = doc_type("number").set("minimum", -kMaxBias).set("maximum", kMaxBias);
+    return doc_type("object")
+        .set("propertyNames", Json::object().set("pattern", "^(0|[1-9][0-9]{0,8})$"))
+        .set("additionalProperties", bias);
+}
+
 Json write_logit_bias(const Request& request) {
     Json all = Json::object();
     for (const auto& [token, bias] : request.logit_bias) all.set(std::to_string(token), bias);
@@ -9201,30 +9641,34 @@ Json write_logit_bias(const Request& request) {
 struct RequestField {
     using Read = Fault (*)(const Json& value, Request* request);
     std::string_view name;
-    Read read;                                // null: not supported at all
-    Json (*write)(const Request&) = nullptr;  // null where it is as by default
-    Read openai = nullptr;                    // where that dialect differs
+    Read read;                                  // null: not supported at all
+    Json (*write)(const Request&) = nullptr;    // null where it is as by default
+    Json (*schema)(Dialect dialect) = nullptr;  // what `read` takes; null: nothing
+    const char* about = "Not supported.";
+    Read openai = nullptr;  // where that dialect differs
 };
 constexpr RequestField request_fields[] = {
-    {"input", field_input, write_input},
-    {"seed", field_seed, write_seed},
-    {"text", field_text, write_text},
-    {"reasoning", field_reasoning, write_reasoning},
-    {"store", field_store, write_store, openai_store},
-    {"truncation", field_truncation},
-    {"stream", field_stream, nullptr, openai_stream},
-    {"metadata", field_metadata, write_metadata},
-    {"tools", field_tools, write_tools},
-    {"tool_choice", field_tool_choice, write_tool_choice},
-    {"include", field_include, write_include},
-    {"service_tier", field_service_tier},
-    {"stop", field_stop, write_stop},
-    {"logit_bias", field_logit_bias, write_logit_bias},
-    {"previous_response_id", nullptr, write_previous, openai_previous},
+    // clang-format off
+    {"input", field_input, write_input, doc_input, "What is asked: a text, or what was said so far."},
+    {"seed", field_seed, write_seed, doc_seed, "The same request and seed give the same bytes. Default: drawn."},
+    {"text", field_text, write_text, doc_text_field, "The form of the answer."},
+    {"reasoning", field_reasoning, write_reasoning, doc_reasoning, "How much the model thinks first."},
+    {"store", field_store, write_store, doc_store, "Whether the response is kept once it is answered.", openai_store},
+    {"truncation", field_truncation, nullptr, doc_truncation, "A prompt that does not fit is refused."},
+    {"stream", field_stream, nullptr, doc_stream, "Answered in server-sent events.", openai_stream},
+    {"metadata", field_metadata, write_metadata, doc_metadata, "Kept with the response; completion_window says when it is wanted."},
+    {"tools", field_tools, write_tools, doc_tools, "What the model may call."},
+    {"tool_choice", field_tool_choice, write_tool_choice, doc_tool_choice_field, "Which tools must or may be called."},
+    {"include", field_include, write_include, doc_include, "message.output_text.logprobs: log-probabilities of tokens."},
+    {"service_tier", field_service_tier, nullptr, doc_service_tier, "There is one."},
+    {"stop", field_stop, write_stop, doc_stop, "Ends the answer before the first of these, each of at most 256 bytes."},
+    {"logit_bias", field_logit_bias, write_logit_bias, doc_logit_bias, "Added to the logits of tokens, by their ids."},
+    {"previous_response_id", nullptr, write_previous, doc_previous, "Its turns come first.", openai_previous},
     {"conversation", nullptr},
     {"prompt", nullptr},
+    // clang-format on
 };
-constexpr const char* required_fields[] = {"model", "input"};
+constexpr std::string_view required_fields[] = {"model", "input"};
 
 Fault read_number(const NumberOption& row, const Json& value, Request* request) {
     if (row.open) request->*row.open = value.as_double();
@@ -9430,6 +9874,45 @@ Json request_json(const Request& request) {
     return out;
 }
 
+namespace {
+
+/// A bound that a row has.
+template <class Row>
+Json doc_range(const char* type, const Row& row) {
+    Json schema = doc_type(type).set("minimum", row.least);
+    if (row.most != UINT32_MAX) schema.set("maximum", row.most);
+    return schema;
+}
+
+}  // namespace
+
+Json doc_fields(Dialect dialect) {
+    static const Request usual;
+    Json fields = Json::object();
+    for (const std::string_view name : required_fields) fields.set(name, nullptr);  // come first
+    const auto add = [&](std::string_view name, Json schema, const char* about,
+                         Json by_default = {}) {
+        if (!by_default.is_null()) schema.set("default", std::move(by_default));
+        fields.set(name, std::move(schema.set("description", about)));
+    };
+    const auto default_of = [&](const auto& row) {
+        return row.fixed ? Json(usual.*row.fixed) : Json();
+    };
+    for (const TextOption& row : text_options)
+        add(row.name, doc_text(row.least, row.most), row.about);
+    for (const NumberOption& row : number_options)
+        add(row.name, doc_range("number", row), row.about, default_of(row));
+    for (const CountOption& row : count_options)
+        add(row.name, doc_range("integer", row), row.about, default_of(row));
+    for (const SwitchOption& row : switch_options)
+        add(row.name, doc_type("boolean"), row.about, usual.*row.field);
+    for (const RequestField& row : request_fields)
+        add(row.name, row.schema ? row.schema(dialect) : doc_type("null"), row.about);
+    return fields;
+}
+
+Json doc_request(Dialect dialect) { return doc_body(doc_fields(dialect), required_fields); }
+
 Result<Request> read_request(const Json& body, Dialect dialect) {
     Request request;
     for (const JsonMember& member : body.members())
@@ -9439,8 +9922,8 @@ Result<Request> read_request(const Json& body, Dialect dialect) {
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
-    for (const char* name : required_fields)
-        if (body[name].is_null()) return api_missing(name);
+    for (const std::string_view name : required_fields)
+        if (body[name].is_null()) return api_missing(std::string(name));
     auto read = read_request(body, dialect);
     if (!read) return read.error();
     const Request& request = *read;
@@ -9814,174 +10297,24 @@ Json render_error(const Error& error) {
                                            .set("code", own_code ? error.code : kind.code));
 }
 
+Json doc_error() {
+    std::vector<std::string_view> types;
+    for (const ApiKind& kind : api_kinds)
+        if (std::find(types.begin(), types.end(), kind.type) == types.end())
+            types.emplace_back(kind.type);
+    const Json or_null = doc_or_null(doc_type("string"));
+    return doc_object(1, {{"error", doc_object(4, {{"message", doc_type("string")},
+                                                   {"type", doc_words(types)},
+                                                   {"param", or_null},
+                                                   {"code", or_null}})}});
+}
+
 int http_status(const Error& error) {
     if (error.kind == ErrorKind::invalid_request)
         for (const ApiCode& row : api_codes)
             if (row.code == error.code) return row.status;
     return api_kind(error.kind).status;
 }
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-// ---- src/api/events.hpp ------------------------------------------------------------------------
-
-// A response as the events of a stream.
-
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-/// Writes what happened to one response, which goes in in order, as the events of a surface
-/// (text/event-stream, WHATWG HTML 9.2.6): LF only, each event whole.
-/// Threads: one at a time.
-class EventWriter {
-public:
-    virtual ~EventWriter() = default;
-    /// It is accepted: the response object as it is now.
-    virtual void begin(const Json& object) = 0;
-    /// Anything but `finished`.
-    virtual void add(const Event& event) = 0;
-    /// The rest of the items, and what ends the stream. What was not streamed (a replay, a Responder
-    /// that tells only the end) comes in one piece. `object`: of the response, rendered.
-    virtual void end(const Outcome& outcome, const std::string& object) = 0;
-    /// Ends the stream of one that cannot be answered.
-    virtual void fail(const Error& error) = 0;
-    /// Leaves out the events up to this one, but never the last.
-    virtual void skip_to(uint64_t /*sequence_number*/) {}
-
-    size_t size() const { return text_.size(); }
-    std::string take() { return std::exchange(text_, {}); }
-
-protected:
-    /// Tokens may come before the item that they are of, or with another's text.
-    void keep_tokens(const std::vector<TokenLogprob>& tokens) {
-        waiting_.insert(waiting_.end(), tokens.begin(), tokens.end());
-    }
-    /// Those of an item, taken.
-    std::vector<TokenLogprob> tokens_of(size_t item);
-
-    std::string text_;
-
-private:
-    std::vector<TokenLogprob> waiting_;
-};
-
-/// The events of POST /v1/responses with `stream`, as OpenAI has them.
-class ResponseEvents : public EventWriter {
-public:
-    ResponseEvents(std::string id, std::string message_id, const DialectWords& words)
-        : id_(std::move(id)), message_id_(std::move(message_id)), words_(words) {}
-
-    void begin(const Json& object) override;
-    void add(const Event& event) override;
-    void end(const Outcome& outcome, const std::string& object) override;
-    void fail(const Error& error) override;
-    void skip_to(uint64_t sequence_number) override { skipped_ = sequence_number + 1; }
-
-private:
-    struct Kind;
-    static const Kind kinds[];
-    const Kind& kind() const;
-    Json event(std::string_view type);
-    Json item_event(std::string_view type);
-    void emit(const Json& event, std::string_view object = {});
-    Json item(const char* status = nullptr) const;
-    void start();
-    void open(Item item, size_t index);
-    void extend(std::string_view text, const std::vector<TokenLogprob>& logprobs);
-    void close(const char* status);
-
-    std::string id_, message_id_, running_;
-    const DialectWords& words_;
-    uint64_t sequence_number_ = 0, skipped_ = 0;
-    Item item_ = {};  // open, with its text so far
-    std::string item_id_;
-    std::vector<TokenLogprob> logprobs_;  // of that item
-    size_t index_ = 0, begun_ = 0;        // of the open item; items so far
-    bool open_ = false, first_message_ = true, started_ = false;
-};
-
-/// What became of a response that has ended, from its object.
-Outcome outcome_of(const Json& object);
-
-}  // namespace detail
-}  // namespace v1
-}  // namespace valar
-
-// ---- src/api/surface.hpp -----------------------------------------------------------------------
-
-// The surfaces that speak of responses in words of their own.
-
-namespace valar {
-inline namespace v1 {
-namespace detail {
-
-/// A body of another surface, as a body of POST /v1/responses.
-struct SurfaceBody {
-    Dialect dialect = Dialect::valar;
-    Json body = Json::object();
-    bool stream = false;
-    bool include_usage = false;             ///< an event of its own at the end of a stream
-    std::vector<std::string> origins = {};  ///< of each item of `input`: its path in the body given
-    std::vector<std::pair<std::string, std::string>> renamed = {};  ///< fields: name here, as given
-
-    /// To `input`, which is an array: an item that is made of what stands at `origin`.
-    void add(Json item, std::string origin) {
-        body.find("input")->push(std::move(item));
-        origins.push_back(std::move(origin));
-    }
-};
-
-/// A field of a surface's body: its value goes on under another name, or as `read` says.
-struct SurfaceField {
-    std::string_view name;
-    std::string_view to = {};  ///< its place in a body of /v1/responses, for values and for errors
-    Fault (*read)(const Json& value, SurfaceBody* out) = nullptr;
-    bool openai = false;  ///< of that dialect alone
-};
-// How fields are read that several surfaces have.
-Fault surface_stop(const Json& value, SurfaceBody* out);
-Fault surface_stream(const Json& value, SurfaceBody* out);
-Fault surface_stream_options(const Json& value, SurfaceBody* out);
-
-/// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made
-/// from the response object. So each of them leaves a response that GET shows.
-struct Surface {
-    std::string_view path;
-    std::span<const SurfaceField> fields;  ///< others are ignored
-    std::span<const std::string_view> refused = {};
-    std::span<const std::string_view> required = {};
-    /// The end of the place of an error, below `field` of a body of /v1/responses, as the client
-    /// wrote it. `value`: of that field; of arrays (input, tools) the element.
-    std::string (*rest)(std::string_view field, const Json& value, const std::string& rest);
-    /// The answer, from a terminal response object. Errors: of a response that failed.
-    Result<std::string> (*render)(const std::string& object, Dialect dialect);
-    std::unique_ptr<EventWriter> (*events)(const ResponseRecord& record, bool include_usage,
-                                           Dialect dialect);
-    int timeout_status;
-};
-Result<SurfaceBody> read_surface(const Surface& surface, const Json& body, Dialect dialect);
-/// An error of the body that `read_surface` gave, with the names that its client knows.
-Error surface_error(const Surface& surface, Error error, const SurfaceBody& read);
-/// Of a response that has no answer.
-Error surface_failure(const Outcome& outcome);
-
-extern const Surface chat_surface;
-
-/// How the answer to a request is to look.
-struct AnswerForm {
-    const Surface* surface = nullptr;  ///< null: POST /v1/responses, as GET shows it
-    bool stream = false;
-    bool include_usage = false;
-    uint64_t after = UINT64_MAX;  ///< of a stream, the last event that is known; UINT64_MAX: none
-};
-std::unique_ptr<EventWriter> event_writer(const AnswerForm& form, const ResponseRecord& record,
-                                          Dialect dialect);
-/// Of a response that has ended, from its object. A stream is as if all had come in one piece.
-Result<std::string> render_answer(const AnswerForm& form, const std::string& object,
-                                  Dialect dialect);
 
 }  // namespace detail
 }  // namespace v1
@@ -10253,6 +10586,25 @@ Fault surface_stream_options(const Json& value, SurfaceBody* out) {
     return usage.is_null() ? Fault() : check_bool(usage, "stream_options.include_usage");
 }
 
+Json doc_surface_stream(Dialect) {
+    return doc_type("boolean").set("description", "Answered in server-sent events.");
+}
+
+Json doc_surface_stream_options(Dialect) {
+    return doc_object(0, {{"include_usage", doc_type("boolean")}});
+}
+
+Json doc_request(const Surface& surface, Dialect dialect) {
+    const Json ours = doc_fields(dialect);
+    Json fields = Json::object();
+    for (const SurfaceField& row : surface.fields) {
+        if (row.openai && dialect != Dialect::openai) fields.set(row.name, doc_type("null"));
+        else fields.set(row.name, row.schema ? row.schema(dialect) : ours[row.to]);
+    }
+    for (const std::string_view name : surface.refused) fields.set(name, doc_type("null"));
+    return doc_body(std::move(fields), surface.required);
+}
+
 namespace {
 
 Fault surface_field(const Surface& surface, const JsonMember& member, SurfaceBody* out) {
@@ -10316,6 +10668,326 @@ Error surface_failure(const Outcome& outcome) {
     if (outcome.status == Status::cancelled)
         return make_error(ErrorKind::closed, "the request was cancelled", "overloaded");
     return make_error(ErrorKind::internal, "the model could not be run", "internal_error");
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/document.cpp ----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Schemas of values ---------------------------------------------------------------------------
+
+Json doc_type(std::string_view type) { return Json::object().set("type", type); }
+
+Json doc_text(size_t least, size_t most) {
+    Json text = doc_type("string");
+    if (least > 0) text.set("minLength", least);
+    if (most != SIZE_MAX) text.set("maxLength", most);
+    return text;
+}
+
+Json doc_word(std::string_view word) { return doc_type("string").set("const", word); }
+
+Json doc_words(std::span<const std::string_view> words) {
+    Json all = Json::array();
+    for (const std::string_view word : words) all.push(word);
+    return doc_type("string").set("enum", std::move(all));
+}
+
+Json doc_array(Json items, size_t least, size_t most) {
+    Json array = doc_type("array").set("items", std::move(items));
+    if (least > 0) array.set("minItems", least);
+    if (most != SIZE_MAX) array.set("maxItems", most);
+    return array;
+}
+
+Json doc_any(std::initializer_list<Json> choices) {
+    Json all = Json::array();
+    for (const Json& choice : choices)
+        if (choice.contains("anyOf"))
+            for (const Json& one : choice["anyOf"].items()) all.push(one);
+        else all.push(choice);
+    return Json::object().set("anyOf", std::move(all));
+}
+
+Json doc_or_null(Json schema) {
+    if (Json* choices = schema.find("anyOf")) {
+        choices->push(doc_type("null"));
+        return schema;
+    }
+    if (const Json* ref = schema.find("$ref")) {
+        Json out = doc_any({Json::object().set("$ref", *ref), doc_type("null")});
+        for (const JsonMember& member : schema.members())
+            if (member.key != "$ref") out.set(member.key, member.value);
+        return out;
+    }
+    if (const Json* word = schema.find("const")) {
+        schema.set("enum", Json::array().push(*word));
+        schema.erase("const");
+    }
+    if (Json* words = schema.find("enum")) words->push(nullptr);
+    Json* type = schema.find("type");
+    if (type && type->as_string() != "null") *type = Json::array().push(*type).push("null");
+    return schema;
+}
+
+Json doc_ref(std::string_view name) {
+    return Json::object().set("$ref", "#/components/schemas/" + std::string(name));
+}
+
+Json doc_object(size_t required, DocFields fields) {
+    Json names = Json::array(), properties = Json::object();
+    for (const auto& [name, schema] : fields) {
+        const bool must = names.size() < required;
+        properties.set(name, must ? schema : doc_or_null(schema));
+        if (must) names.push(name);
+    }
+    return doc_type("object")
+        .set("required", std::move(names))
+        .set("properties", std::move(properties));
+}
+
+Json doc_body(Json fields, std::span<const std::string_view> required) {
+    Json names = Json::array(), properties = Json::object();
+    for (const std::string_view name : required) names.push(name);
+    for (const JsonMember& field : fields.members()) {
+        const bool must = std::find(required.begin(), required.end(), field.key) != required.end();
+        properties.set(field.key, must ? field.value : doc_or_null(field.value));
+    }
+    return doc_type("object")
+        .set("required", std::move(names))
+        .set("properties", std::move(properties));
+}
+
+Json doc_nested(const Json& flat) {
+    Json nested = flat;
+    if (Json* choices = nested.find("anyOf"))
+        for (Json& choice : choices->items()) choice = doc_nested(choice);
+    if (Json* items = nested.find("items")) *items = doc_nested(*items);
+    const std::string type(flat["properties"]["type"]["const"].as_string());
+    if (type.empty() || flat["properties"].size() == 1) return nested;
+    Json required = Json::array(), properties = Json::object();
+    for (const Json& name : flat["required"].items())
+        if (name.as_string() != "type") required.push(name);
+    for (const JsonMember& member : flat["properties"].members())
+        if (member.key != "type") properties.set(member.key, doc_nested(member.value));
+    return doc_object(2, {{"type", doc_word(type)},
+                          {type, doc_type("object")
+                                     .set("required", std::move(required))
+                                     .set("properties", std::move(properties))}});
+}
+
+// ---- Learning from samples -----------------------------------------------------------------------
+
+namespace {
+
+const char* doc_type_of(const Json& value) {
+    switch (value.kind()) {
+        case Json::Kind::null: return "null";
+        case Json::Kind::boolean: return "boolean";
+        case Json::Kind::string: return "string";
+        case Json::Kind::array: return "array";
+        case Json::Kind::object: return "object";
+        case Json::Kind::real: return "number";
+        default: return "integer";
+    }
+}
+
+/// A type more, in the place of `key`: one alone is not in an array.
+void doc_add_type(Json* schema, const char* type) {
+    const Json known = schema->find("type") ? (*schema)["type"] : Json();
+    if (known.is_null()) {
+        schema->set("type", type);
+        return;
+    }
+    Json all = known.is_array() ? known : Json::array().push(known);
+    for (const Json& one : all.items())
+        if (one.as_string() == type) return;
+    schema->set("type", all.push(type));
+}
+
+/// Fields whose words the samples bring out, all of them.
+bool doc_is_word(std::string_view key) {
+    static constexpr std::string_view keys[] = {"object", "status", "role", "finish_reason"};
+    return std::find(std::begin(keys), std::end(keys), key) != std::end(keys);
+}
+
+void doc_add_word(Json* schema, const Json& word) {
+    if (!schema->contains("enum")) schema->set("enum", Json::array());
+    Json& words = *schema->find("enum");
+    const auto known = words.items();
+    if (std::find(known.begin(), known.end(), word) == known.end()) words.push(word);
+}
+
+/// Fields that hold what has a schema of its own.
+Json doc_known(std::string_view key, const Json& value) {
+    if (key == "response" && value.is_object()) return doc_ref("Response");
+    if (key == "item" && value.is_object()) return doc_ref("OutputItem");
+    if (key == "output" && value.is_array()) return doc_array(doc_ref("OutputItem"));
+    return {};
+}
+
+void doc_learn_member(Json* properties, const JsonMember& member) {
+    if (!properties->contains(member.key)) properties->set(member.key, Json::object());
+    Json& schema = *properties->find(member.key);
+    if (Json known = doc_known(member.key, member.value); !known.is_null()) {
+        schema = std::move(known);
+        return;
+    }
+    doc_learn(&schema, member.value);
+    if (doc_is_word(member.key)) doc_add_word(&schema, member.value);
+}
+
+void doc_learn_plain(Json* schema, const Json& value) {
+    doc_add_type(schema, doc_type_of(value));
+    if (value.is_array()) {
+        if (!schema->contains("items")) schema->set("items", Json::object());
+        for (const Json& item : value.items()) doc_learn(schema->find("items"), item);
+    }
+    if (!value.is_object()) return;
+    const bool first = !schema->contains("properties");
+    if (first) schema->set("required", Json::array()).set("properties", Json::object());
+    Json required = Json::array();
+    for (const Json& name : (*schema)["required"].items())
+        if (value.contains(name.as_string())) required.push(name);
+    for (const JsonMember& member : value.members()) {
+        if (first) required.push(member.key);
+        doc_learn_member(schema->find("properties"), member);
+    }
+    schema->set("required", std::move(required));
+}
+
+}  // namespace
+
+void doc_learn(Json* schema, const Json& value) {
+    const Json& type = value["type"];
+    if (!type.is_string()) return doc_learn_plain(schema, value);
+    if (!schema->contains("anyOf")) *schema = doc_any({});
+    Json& branches = *schema->find("anyOf");
+    Json* found = nullptr;
+    for (Json& branch : branches.items())
+        if (branch["properties"]["type"]["const"] == type) found = &branch;
+    if (!found) found = &branches.push(Json::object()).items().back();
+    doc_learn_plain(found, value);
+    found->find("properties")->set("type", doc_word(type.as_string()));
+}
+
+// ---- The surfaces --------------------------------------------------------------------------------
+
+namespace {
+
+/// One token, said with an alternative.
+TokenLogprob doc_token() { return {"a", -0.5f, {{"a", -0.5f}}}; }
+
+std::vector<Item> doc_items() {
+    Item message = Item::message(Role::assistant, "a"), thought = message, call = message;
+    thought.kind = Item::Kind::reasoning;
+    call.kind = Item::Kind::function_call;
+    call.call_id = call.name = call.arguments = "a";
+    Item custom = call;
+    custom.kind = Item::Kind::custom_tool_call;
+    return {thought, message, call, custom};
+}
+
+/// Every end that a response can have.
+std::vector<Outcome> doc_outcomes() {
+    Outcome plain, rich, call, cut, failed, cancelled;
+    plain.text = cut.text = "a";
+    rich.items = doc_items();
+    call.items = {rich.items.back()};
+    rich.logprobs = {doc_token()};
+    rich.logprobs[0].item = 1;
+    cut.cut = true;
+    failed.status = Status::failed;
+    failed.error = make_error(ErrorKind::internal, "");
+    cancelled.status = Status::cancelled;
+    cancelled.text = "a";
+    return {plain, rich, call, cut, failed, cancelled};
+}
+
+ResponseRecord doc_record(Status status) {
+    ResponseRecord record;
+    record.id = "resp_", record.message_id = "msg_", record.model = "m";
+    record.status = status;
+    record.request = Json::object().set("model", "m").set("input", "a");
+    return record;
+}
+
+struct DocLearnt {
+    Json answer = Json::object(), event = Json::object(), output_item = Json::object();
+};
+
+/// What the stream of a surface may hold.
+void doc_learn_events(DocLearnt* out, EventWriter& events) {
+    const std::string text = events.take();
+    for (size_t at = text.find("data: "); at != text.npos; at = text.find("data: ", at)) {
+        at += 6;
+        const auto event = Json::parse(text.substr(at, text.find('\n', at) - at));
+        if (!event) continue;                                                // [DONE]
+        if (event->contains("error") && !event->contains("type")) continue;  // an error's body
+        doc_learn(&out->event, *event);
+        if (const Json* item = event->find("item")) doc_learn(&out->output_item, *item);
+    }
+}
+
+void doc_learn_outcome(DocLearnt* out, const Surface* surface, const Outcome& outcome,
+                       Dialect dialect) {
+    const ResponseRecord pending = doc_record(Status::pending);
+    ResponseRecord record = doc_record(outcome.status);
+    record.outcome = std::make_shared<Outcome>(outcome);
+    const Json response = render_response(record, dialect);
+    for (const Json& item : response["output"].items()) doc_learn(&out->output_item, item);
+    const std::string object = response.write();
+    const auto shown = render_answer({surface}, object, dialect);
+    if (auto answer = Json::parse(shown ? *shown : ""); answer) doc_learn(&out->answer, *answer);
+    for (const bool usage : {false, true}) {
+        const auto events = event_writer({surface, true, usage}, record, dialect);
+        events->begin(render_response(pending, dialect));
+        events->end(outcome, object);
+        doc_learn_events(out, *events);
+        events->fail(make_error(ErrorKind::internal, ""));
+        doc_learn_events(out, *events);
+    }
+}
+
+}  // namespace
+
+std::string doc_name_of(const Surface* surface) {
+    return surface ? std::string(surface->name) : "Response";
+}
+
+void doc_add_surface(Json* schemas, const Surface* surface, Dialect dialect) {
+    Json request = surface ? doc_request(*surface, dialect) : doc_request(dialect);
+    DocLearnt learnt;
+    for (const Outcome& outcome : doc_outcomes())
+        doc_learn_outcome(&learnt, surface, outcome, dialect);
+    if (!surface) {
+        for (const Status status : {Status::pending, Status::running})
+            doc_learn(&learnt.answer, render_response(doc_record(status), dialect));
+        Json& fields = *learnt.answer.find("properties");  // those of the request are its echo
+        for (const JsonMember& field : request["properties"].members())
+            if (fields.contains(field.key)) fields.set(field.key, field.value);
+        schemas->set("OutputItem", std::move(learnt.output_item));
+    }
+    const Json& stream = request["properties"]["stream"];
+    const bool streams = stream["type"].is_array() && !stream.contains("enum");
+    const std::string name = doc_name_of(surface);
+    schemas->set(name + "Request", std::move(request));
+    schemas->set(name, std::move(learnt.answer));
+    if (streams) schemas->set(name + "Event", doc_any({learnt.event, doc_ref("Error")}));
+}
+
+void doc_add_shared(Json* schemas) {
+    schemas->set("Error", doc_error())
+        .set("InputItem", doc_item())
+        .set("Tool", doc_tool())
+        .set("ToolChoice", doc_tool_choice())
+        .set("TextFormat", doc_format(false));
 }
 
 }  // namespace detail
@@ -10417,6 +11089,47 @@ Fault chat_messages(const Json& value, SurfaceBody* out) {
     return {};
 }
 
+Json doc_chat_calls() {
+    const Json text = doc_type("string"), id = doc_text(1);
+    const auto call = [&](const char* said) {
+        return doc_object(2, {{"name", text}, {said, text}});
+    };
+    return doc_array(
+        doc_any(
+            {doc_object(
+                 2, {{"id", id}, {"function", call("arguments")}, {"type", doc_word("function")}}),
+             doc_object(3, {{"id", id}, {"custom", call("input")}, {"type", doc_word("custom")}})}),
+        1);
+}
+
+/// One who says something: each of the fields can be it.
+Json doc_chat_assistant() {
+    const std::pair<std::string_view, Json> said[] = {{"content", doc_content(true)},
+                                                      {"tool_calls", doc_chat_calls()},
+                                                      {"refusal", doc_text(1)},
+                                                      {"reasoning_content", doc_text(1)},
+                                                      {"reasoning", doc_text(1)}};
+    Json all = doc_any({});
+    for (const auto& field : said)
+        all.find("anyOf")->push(
+            doc_object(2, {{"role", doc_word(role_name(Role::assistant))}, field}));
+    return all;
+}
+
+Json doc_chat_messages(Dialect) {
+    Json roles = Json::array();
+    for (const std::string_view role : kRoleNames)
+        if (role != role_name(Role::assistant) && role != role_name(Role::tool)) roles.push(role);
+    return doc_array(
+        doc_any({doc_object(2, {{"role", doc_type("string").set("enum", std::move(roles))},
+                                {"content", doc_content(false)}}),
+                 doc_object(3, {{"role", doc_word(role_name(Role::tool))},
+                                {"content", doc_content(false)},
+                                {"tool_call_id", doc_text(1)}}),
+                 doc_chat_assistant()}),
+        1);
+}
+
 /// {"type": T, T: {...}}, as Chat Completions nest it, in one object.
 Json chat_flat(const Json& nested) {
     const std::string type(nested["type"].as_string());
@@ -10439,6 +11152,11 @@ Fault chat_format(const Json& value, SurfaceBody* out) {
     return {};
 }
 
+Json doc_chat_format(Dialect) {
+    return doc_any(
+        {doc_nested(doc_format(false)), doc_object(1, {{"type", doc_word("json_object")}})});
+}
+
 Fault chat_tools(const Json& value, SurfaceBody* out) {
     if (!value.is_array()) return api_wrong_type("tools", "an array", value);
     Json tools = Json::array();
@@ -10455,6 +11173,8 @@ Fault chat_tools(const Json& value, SurfaceBody* out) {
     return {};
 }
 
+Json doc_chat_tools(Dialect) { return doc_array(doc_nested(doc_tool())); }
+
 Fault chat_tool_choice(const Json& value, SurfaceBody* out) {
     Json choice = value.is_object() ? chat_flat(value) : value;
     if (Json* tools = choice.is_object() ? choice.find("tools") : nullptr)
@@ -10463,10 +11183,14 @@ Fault chat_tool_choice(const Json& value, SurfaceBody* out) {
     return {};
 }
 
+Json doc_chat_tool_choice(Dialect) { return doc_nested(doc_tool_choice()); }
+
 Fault chat_effort(const Json& value, SurfaceBody* out) {
     out->body.set("reasoning", Json::object().set("effort", value));
     return {};
 }
+
+Json doc_chat_effort(Dialect) { return doc_words(kEffortNames); }
 
 Fault chat_max_tokens(const Json& value, SurfaceBody* out) {
     if (out->body["max_output_tokens"].is_null()) out->body.set("max_output_tokens", value);
@@ -10479,36 +11203,44 @@ Fault chat_logprobs(const Json& value, SurfaceBody* out) {
     return check_bool(value, "logprobs");
 }
 
+Json doc_chat_logprobs(Dialect) { return doc_type("boolean"); }
+
 Fault chat_n(const Json& value, SurfaceBody*) {
     if (value.is_int() && value.as_int() == 1) return {};
     return api_error("unsupported_value", "n", "'n' must be 1: one choice a request");
 }
 
+Json doc_chat_n(Dialect) { return doc_type("integer").set("minimum", 1).set("maximum", 1); }
+
+constexpr std::string_view chat_modes[] = {"text"};
+
 Fault chat_modalities(const Json& value, SurfaceBody*) {
-    if (value.is_array() && value.size() == 1 && value[0].as_string() == "text") return {};
+    if (value.is_array() && value.size() == 1 && value[0].as_string() == chat_modes[0]) return {};
     return api_error("unsupported_value", "modalities", "'modalities' must be [\"text\"]");
 }
+
+Json doc_chat_modalities(Dialect) { return doc_array(doc_words(chat_modes), 1, 1); }
 
 constexpr SurfaceField chat_fields[] = {
     // clang-format off
     {"model", "model"},
-    {"messages", "input", chat_messages},
+    {"messages", "input", chat_messages, false, doc_chat_messages},
     {"max_completion_tokens", "max_output_tokens"},
     {"max_tokens", "max_output_tokens", chat_max_tokens, true},
     {"temperature", "temperature"},
     {"top_p", "top_p"},
     {"seed", "seed"},
-    {"response_format", "text.format", chat_format},
-    {"reasoning_effort", "reasoning.effort", chat_effort},
-    {"n", {}, chat_n},
-    {"modalities", {}, chat_modalities},
-    {"stream", {}, surface_stream},
-    {"stream_options", {}, surface_stream_options},
+    {"response_format", "text.format", chat_format, false, doc_chat_format},
+    {"reasoning_effort", "reasoning.effort", chat_effort, false, doc_chat_effort},
+    {"n", {}, chat_n, false, doc_chat_n},
+    {"modalities", {}, chat_modalities, false, doc_chat_modalities},
+    {"stream", {}, surface_stream, false, doc_surface_stream},
+    {"stream_options", {}, surface_stream_options, false, doc_surface_stream_options},
     {"store", "store"},
     {"user", "user"},
     {"metadata", "metadata"},
-    {"tools", "tools", chat_tools},
-    {"tool_choice", "tool_choice", chat_tool_choice},
+    {"tools", "tools", chat_tools, false, doc_chat_tools},
+    {"tool_choice", "tool_choice", chat_tool_choice, false, doc_chat_tool_choice},
     {"parallel_tool_calls", "parallel_tool_calls"},
     {"service_tier", "service_tier"},
     {"prompt_cache_key", "prompt_cache_key"},
@@ -10516,7 +11248,7 @@ constexpr SurfaceField chat_fields[] = {
     {"min_p", "min_p"},
     {"repetition_penalty", "repetition_penalty"},
     {"stop", "stop", surface_stop, true},
-    {"logprobs", {}, chat_logprobs, true},
+    {"logprobs", {}, chat_logprobs, true, doc_chat_logprobs},
     {"top_logprobs", "top_logprobs", nullptr, true},
     {"logit_bias", "logit_bias", nullptr, true},
     {"presence_penalty", "presence_penalty", nullptr, true},
@@ -10732,6 +11464,7 @@ std::unique_ptr<EventWriter> chat_events(const ResponseRecord& record, bool incl
 }  // namespace
 
 const Surface chat_surface = {
+    .name = "ChatCompletion",
     .path = "/v1/chat/completions",
     .fields = chat_fields,
     .refused = chat_refused,
@@ -45939,20 +46672,57 @@ inline constexpr uint64_t server_beat_ns = 10'000'000'000;  // between comments 
 inline constexpr size_t server_most_unsent = 256 << 10;     // of a stream; then it waits
 inline constexpr size_t server_most_event_log = 4 << 20;    // to be read from its start again
 
+/// A field of a query: checked and documented by its row.
+struct ServerParameter {
+    const char* name;
+    const char* about;
+    std::span<const std::string_view> words = {};  // one of these; none: an integer or a text
+    int64_t least = 0, most = 0;                   // of the integer; 0: a text
+    bool openai = false;                           // of that dialect alone
+};
+inline constexpr std::string_view server_orders[] = {"asc", "desc"};
+inline constexpr std::string_view server_switch[] = {"true", "false"};
+inline constexpr ServerParameter server_limit = {
+    "limit", "How many there may be; 20 by default.", {}, 1, server_list_most};
+inline constexpr ServerParameter server_after = {"after", "The id behind which to go on."};
+inline constexpr ServerParameter server_order = {"order", "By age; desc by default.",
+                                                 server_orders};
+inline constexpr ServerParameter server_stream = {
+    "stream", "As server-sent events.", server_switch, 0, 0, true};
+inline constexpr ServerParameter server_starting_after = {
+    "starting_after",
+    "The sequence_number behind which a stream is to go on.",
+    {},
+    0,
+    INT64_MAX,
+    true};
+
 struct ServerLoop : HttpHandler {
     struct Exchange;
     using Handle = void (ServerLoop::*)(Exchange&, HttpRequest&);
 
+    /// What a method does, and what GET /openapi.json says of it.
+    struct Operation {
+        Handle handle = nullptr;
+        const char* name = nullptr;
+        const char* about = nullptr;
+        const char* answer = nullptr;  // its schema; null: text
+        std::span<const ServerParameter> query = {};
+        bool waits = false;  // for a response to end, which may take too long
+    };
+
     struct Route {
         std::string_view path;         // ending in '/', unless it is that: an argument follows
         std::string_view suffix = {};  // behind the argument
-        Handle get = nullptr, post = nullptr, remove = nullptr;
+        Operation get = {}, post = {}, remove = {};
         bool slashes = false;  // in the argument
         bool open = false;     // needs no key
         const Surface* surface = nullptr;
         std::string allowed() const;  // the header Allow
+        bool takes_argument() const { return path.size() > 1 && path.back() == '/'; }
     };
     static const Route routes[];
+    static std::span<const Route> all_routes();
 
     /// A request that is not answered yet.
     struct Exchange {
@@ -46164,6 +46934,8 @@ struct ServerLoop : HttpHandler {
     // routes
     void get_page(Exchange& exchange, HttpRequest& request);
     void get_health(Exchange& exchange, HttpRequest& request);
+    void get_openapi(Exchange& exchange, HttpRequest& request);
+    void openapi_work(AnswerJob& job);
     void get_metrics(Exchange& exchange, HttpRequest& request);
     void get_models(Exchange& exchange, HttpRequest& request);
     void get_model(Exchange& exchange, HttpRequest& request);
@@ -46272,12 +47044,21 @@ struct ServerLoop : HttpHandler {
 
 bool server_answers_to(const ModelInfo& model, const std::string& id);
 
-Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name);
+Result<Json> server_parameter(std::string_view query, const ServerParameter& row);
 Error server_no_response(std::string_view id);
 Error server_field(const char* code, const char* param, std::string message);
 ResponseRecord server_record(const StoredResponse& stored, Status status);
 std::shared_ptr<const std::string> server_shared(std::string text);
 Error server_not_background();
+/// Of a response in a list.
+inline constexpr std::string_view server_left_out[] = {"input", "instructions", "tools"};
+Json server_list(std::vector<Json> data, bool more);
+Json server_health();
+Json server_model_list(Json data);
+Json server_model_json(const ModelInfo& model, const std::string& id);
+Json server_deleted(const std::string& id);
+/// OpenAPI 3.1 of what a server with these options serves. `keyed`: it has API keys.
+Json server_openapi(Dialect dialect, bool keyed);
 
 Error server_option(const char* name, std::string message);
 Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given);
@@ -46801,14 +47582,15 @@ void ServerLoop::on_tick() {
     store->expire(store->now_ms());
 }
 
+Json server_health() { return Json::object().set("status", "ok"); }
+
 void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
     for (const Responder* responder : responders)
         for (const ModelInfo& model : responder->models())
-            if (model.ready) return answer(exchange, 200, "{\"status\":\"ok\"}");
+            if (model.ready) return answer(exchange, 200, server_health().write());
     refuse(exchange, server_overloaded("no model is ready yet"));
 }
 
-namespace {
 Json server_model_json(const ModelInfo& model, const std::string& id) {
     return Json::object()
         .set("id", id)
@@ -46817,7 +47599,9 @@ Json server_model_json(const ModelInfo& model, const std::string& id) {
         .set("owned_by", model.owned_by);
 }
 
-}  // namespace
+Json server_model_list(Json data) {
+    return Json::object().set("object", "list").set("data", std::move(data));
+}
 
 bool server_answers_to(const ModelInfo& model, const std::string& id) {
     return model.id == id ||
@@ -46832,8 +47616,7 @@ void ServerLoop::get_models(Exchange& exchange, HttpRequest&) {
             for (const std::string& alias : model.aliases)
                 data.push(server_model_json(model, alias));
         }
-    answer(exchange, 200,
-           Json::object().set("object", "list").set("data", std::move(data)).write());
+    answer(exchange, 200, server_model_list(std::move(data)).write());
 }
 
 void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {
@@ -47001,28 +47784,73 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+namespace {
+
+constexpr ServerParameter list_query[] = {server_limit, server_after};
+constexpr ServerParameter items_query[] = {server_limit, server_after, server_order};
+constexpr ServerParameter stream_query[] = {server_stream, server_starting_after};
+
+}  // namespace
+
+using Loop = ServerLoop;
 const ServerLoop::Route ServerLoop::routes[] = {
-    {.path = "/", .get = &ServerLoop::get_page, .open = true},
-    {.path = "/health", .get = &ServerLoop::get_health, .open = true},
-    {.path = "/metrics", .get = &ServerLoop::get_metrics},
-    {.path = "/v1/models", .get = &ServerLoop::get_models},
-    {.path = "/v1/models/", .get = &ServerLoop::get_model, .slashes = true},
+    {.path = "/",
+     .get = {&Loop::get_page, "getPage", "A page to talk with the models.", {}},
+     .open = true},
+    {.path = "/health",
+     .get = {&Loop::get_health, "getHealth", "Whether a model is ready.", "Health"},
+     .open = true},
+    {.path = "/openapi.json",
+     .get = {&Loop::get_openapi, "getOpenapi", "This document.", "Document"},
+     .open = true},
+    {.path = "/metrics",
+     .get = {&Loop::get_metrics, "getMetrics", "Figures, in the text format of Prometheus."}},
+    {.path = "/v1/models",
+     .get = {&Loop::get_models, "listModels", "The models that are served.", "ModelList"}},
+    {.path = "/v1/models/",
+     .get = {&Loop::get_model, "getModel", "One of them, by id or alias.", "Model"},
+     .slashes = true},
     {.path = "/v1/responses",
-     .get = &ServerLoop::get_responses,
-     .post = &ServerLoop::post_response},
+     .get = {&Loop::get_responses, "listResponses", "What is kept, newest first.", "ResponseList",
+             list_query},
+     .post = {&Loop::post_response, "createResponse", "Answers a request.", "Response", {}, true}},
     {.path = "/v1/responses/",
-     .get = &ServerLoop::get_response,
-     .remove = &ServerLoop::delete_response},
-    {.path = "/v1/chat/completions", .post = &ServerLoop::post_response, .surface = &chat_surface},
-    {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
-    {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
+     .get = {&Loop::get_response, "getResponse", "A response as it is now.", "Response",
+             stream_query},
+     .remove = {&Loop::delete_response,
+                "deleteResponse",
+                "Cancels what runs, and forgets it.",
+                "DeletedResponse",
+                {},
+                true}},
+    {.path = "/v1/chat/completions",
+     .post = {&Loop::post_response,
+              "createChatCompletion",
+              "Answers a conversation.",
+              "ChatCompletion",
+              {},
+              true},
+     .surface = &chat_surface},
+    {.path = "/v1/responses/",
+     .suffix = "/cancel",
+     .post = {&Loop::post_cancel,
+              "cancelResponse",
+              "Ends a response in the background.",
+              "Response",
+              {},
+              true}},
+    {.path = "/v1/responses/",
+     .suffix = "/input_items",
+     .get = {&Loop::get_input_items, "listInputItems", "What was asked, newest first.", "ItemList",
+             items_query}},
 };
+std::span<const ServerLoop::Route> ServerLoop::all_routes() { return routes; }
 
 std::string ServerLoop::Route::allowed() const {
     std::string all;
-    for (const auto& [handler, methods] :
+    for (const auto& [operation, methods] :
          {std::pair(get, "GET, HEAD"), std::pair(post, "POST"), std::pair(remove, "DELETE")})
-        if (handler) all.append(all.empty() ? "" : ", ").append(methods);
+        if (operation.handle) all.append(all.empty() ? "" : ", ").append(methods);
     return all;
 }
 
@@ -47032,7 +47860,7 @@ std::string ServerLoop::Route::allowed() const {
 void ServerLoop::find_route(Exchange& exchange) {
     const std::string_view path = exchange.path;
     for (const Route& route : routes) {
-        const bool takes = route.path.size() > 1 && route.path.back() == '/';
+        const bool takes = route.takes_argument();
         const bool prefix = path.substr(0, route.path.size()) == route.path;
         if (!prefix || path.size() < route.path.size() + route.suffix.size()) continue;
         const size_t end = path.size() - route.suffix.size();
@@ -47167,8 +47995,8 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
     const Route& route = *exchange.route;
     for (const auto& [method, handle] :
-         {std::pair("GET", route.get), std::pair("HEAD", route.get), std::pair("POST", route.post),
-          std::pair("DELETE", route.remove)})
+         {std::pair("GET", route.get.handle), std::pair("HEAD", route.get.handle),
+          std::pair("POST", route.post.handle), std::pair("DELETE", route.remove.handle)})
         if (request.method == method) exchange.handle = handle;
     if (exchange.handle) return {};
     return make_error(
@@ -47716,10 +48544,14 @@ void ServerLoop::remove(Exchange& exchange, const std::string& id) {
                  on_kept<&ServerLoop::remove_done>(std::move(job)));
 }
 
+Json server_deleted(const std::string& id) {
+    return Json::object().set("id", id).set("object", "response").set("deleted", true);
+}
+
 void ServerLoop::remove_done(JobPtr<RemoveJob> job) {
     const std::string& id = job->id;
     if (job->error && job->error->kind == ErrorKind::not_found) job->error = server_no_response(id);
-    job->text = Json::object().set("id", id).set("object", "response").set("deleted", true).write();
+    job->text = server_deleted(id).write();
     answer_job(std::move(job));
 }
 
@@ -47880,21 +48712,15 @@ std::string events_after(const std::string& log, uint64_t after) {
 /// The query of GET: whether it wants events, and from where.
 Result<void> ServerLoop::read_stream(Exchange& exchange) const {
     if (options.dialect != Dialect::openai) return {};
-    auto stream = server_query(exchange.query, "stream");
-    auto after = server_query(exchange.query, "starting_after");
+    auto stream = server_parameter(exchange.query, server_stream),
+         after = server_parameter(exchange.query, server_starting_after);
     if (!stream || !after) return stream ? after.error() : stream.error();
-    if (*stream && **stream != "true" && **stream != "false")
-        return server_field("invalid_type", "stream", "'stream' must be true or false");
-    exchange.form.stream = *stream && **stream == "true";
-    if (!*after) return {};
-    const auto number = Json::parse(**after);
-    if (!number || !number->is_int() || number->as_int() < 0)
-        return server_field("invalid_type", "starting_after",
-                            "'starting_after' must be an integer, 0 or more");
+    exchange.form.stream = stream->as_string() == "true";
+    if (after->is_null()) return {};
     if (!exchange.form.stream)
         return server_field("invalid_value", "starting_after",
                             "'starting_after' needs 'stream=true'");
-    exchange.form.after = static_cast<uint64_t>(number->as_int());
+    exchange.form.after = static_cast<uint64_t>(after->as_int());
     return {};
 }
 
@@ -48031,6 +48857,10 @@ void ServerLoop::show_work(ShowJob& job) {
     else job.error = std::move(answer.error());
 }
 
+// ---- Queries -----------------------------------------------------------------------------------
+
+namespace {
+
 /// The value of a field of a query, unescaped. Errors: not text, or given twice.
 Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name) {
     std::optional<std::string> found;
@@ -48050,6 +48880,26 @@ Result<std::optional<std::string>> server_query(std::string_view query, std::str
     return found;
 }
 
+}  // namespace
+
+/// Null where it is not there.
+Result<Json> server_parameter(std::string_view query, const ServerParameter& row) {
+    const auto text = server_query(query, row.name);
+    if (!text) return text.error();
+    if (!*text) return Json();
+    Json value(**text);
+    Fault fault;
+    if (!row.words.empty()) {
+        fault = check_choice(value, row.name, row.words);
+    } else if (row.most > 0) {
+        if (auto number = Json::parse(**text); number && number->is_integer())
+            value = std::move(*number);
+        fault = check_integer(value, row.name, row.least, row.most);
+    }
+    if (fault) return std::move(*fault);
+    return value;
+}
+
 namespace {
 
 struct ServerPage {
@@ -48059,29 +48909,18 @@ struct ServerPage {
 };
 
 Result<ServerPage> server_page(std::string_view query) {
-    ServerPage page;
-    auto limit = server_query(query, "limit"), after = server_query(query, "after"),
-         order = server_query(query, "order");
+    auto limit = server_parameter(query, server_limit),
+         after = server_parameter(query, server_after),
+         order = server_parameter(query, server_order);
     for (const auto* field : {&limit, &after, &order})
         if (!*field) return field->error();
-    if (*limit) {
-        const auto number = Json::parse(**limit);
-        if (!number || !number->is_int())
-            return server_field("invalid_type", "limit", "'limit' must be an integer");
-        if (number->as_int() < 1)
-            return server_field("integer_below_min_value", "limit", "'limit' must be at least 1");
-        if (number->as_int() > static_cast<int64_t>(server_list_most))
-            return server_field("integer_above_max_value", "limit", "'limit' must be at most 100");
-        page.limit = static_cast<size_t>(number->as_int());
-    }
-    if (*order && **order != "asc" && **order != "desc")
-        return server_field("invalid_value", "order", "'order' must be \"asc\" or \"desc\"");
-    page.ascending = *order && **order == "asc";
-    if (*after) page.after = std::move(**after);
-    return page;
+    return ServerPage{static_cast<size_t>(limit->as_int(server_list_default)),
+                      std::string(after->as_string()), order->as_string() == "asc"};
 }
 
-std::string server_list(std::vector<Json> data, bool more) {
+}  // namespace
+
+Json server_list(std::vector<Json> data, bool more) {
     const Json first = data.empty() ? Json() : data.front()["id"];
     const Json last = data.empty() ? Json() : data.back()["id"];
     return Json::object()
@@ -48089,9 +48928,10 @@ std::string server_list(std::vector<Json> data, bool more) {
         .set("data", Json(std::move(data)))
         .set("first_id", first)
         .set("last_id", last)
-        .set("has_more", more)
-        .write();
+        .set("has_more", more);
 }
+
+namespace {
 
 Error server_bad_after(std::string_view after) {
     return server_field("invalid_value", "after",
@@ -48129,10 +48969,10 @@ void ServerLoop::list_work(ListJob& job) {
         auto object = Json::parse(stored->terminal ? *stored->object
                                                    : render_live(*stored, running));
         if (!object) continue;
-        for (const char* left_out : {"input", "instructions", "tools"}) object->erase(left_out);
+        for (const std::string_view key : server_left_out) object->erase(key);
         data.push_back(std::move(*object));
     }
-    job.text = server_list(std::move(data), job.more);
+    job.text = server_list(std::move(data), job.more).write();
 }
 
 void ServerLoop::get_input_items(Exchange& exchange, HttpRequest&) {
@@ -48167,7 +49007,7 @@ void ServerLoop::items_work(ItemsJob& job) {
     const size_t count = std::min(left, page->limit);
     std::vector<Json> shown(std::make_move_iterator(first),
                             std::make_move_iterator(first + static_cast<ptrdiff_t>(count)));
-    job.text = server_list(std::move(shown), left > count);
+    job.text = server_list(std::move(shown), left > count).write();
 }
 
 // ---- Metrics -----------------------------------------------------------------------------------
@@ -48301,6 +49141,310 @@ std::string ServerLoop::metrics_text() const {
 void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
     answer(exchange, make_reply(exchange, 200, metrics_text(),
                                 {{"Content-Type", "text/plain; version=0.0.4"}}));
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
+// ---- src/server/openapi.cpp --------------------------------------------------------------------
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- GET /openapi.json -----------------------------------------------------------------------
+
+namespace {
+
+using Operation = ServerLoop::Operation;
+using Route = ServerLoop::Route;
+
+/// For which operations a status is.
+enum class DocScope : uint8_t {
+    all,    // of framing, and of limits that are the server's
+    keyed,  // where an API key is asked for
+    named,  // that name a response or a model
+    body,
+    waits,
+};
+
+struct DocStatus {
+    int status;
+    DocScope scope;
+    const char* about;
+};
+constexpr DocStatus doc_statuses[] = {
+    // clang-format off
+    {400, DocScope::all, "The request is malformed, or a field of it is; `param` names the field."},
+    {401, DocScope::keyed, "No API key, or an unknown one."},
+    {403, DocScope::all, "The Host or the Origin is not allowed."},
+    {404, DocScope::named, "There is no such response or model."},
+    {408, DocScope::all, "The request, or a chat's answer, was not there in time."},
+    {413, DocScope::all, "The body is too large."},
+    {414, DocScope::all, "The request line is too long."},
+    {415, DocScope::body, "The Content-Type or Content-Encoding is not supported."},
+    {417, DocScope::all, "An expectation other than 100-continue."},
+    {429, DocScope::keyed, "This key may not make so many requests a minute."},
+    {431, DocScope::all, "The header fields are too long, or too many."},
+    {500, DocScope::all, "Our own fault."},
+    {501, DocScope::all, "A transfer coding other than chunked."},
+    {503, DocScope::all, "There is no room for it now, or no model is ready."},
+    {504, DocScope::waits, "The response was not finished in time; it goes on."},
+    {505, DocScope::all, "Only HTTP/1.1 and HTTP/1.0 are spoken."},
+    // clang-format on
+};
+
+struct DocHeader {
+    const char* name;
+    const char* about;
+    int status = 0;         // 0: of every one
+    bool response = false;  // of what shows a response
+};
+constexpr DocHeader doc_headers[] = {
+    {"X-Request-ID", "A UUID, which stands in the server's log too."},
+    {"Retry-After", "Seconds.", 429},
+    {"Retry-After", "Seconds.", 503},
+    {"WWW-Authenticate", "Bearer.", 401},
+    {"X-Valar-Response-Id", "GET /v1/responses/{id} shows it.", 200, true},
+    {"X-Valar-Response-Id", "GET /v1/responses/{id} shows it.", 408},
+    {"X-Valar-Response-Id", "GET /v1/responses/{id} shows it.", 504},
+    {"x-should-retry", "false: without an idempotency key it would run again.", 408},
+    {"x-should-retry", "false: without an idempotency key it would run again.", 504},
+    {"Idempotent-Replayed", "true: answered from the record of the first request.", 200, true},
+    {"Idempotent-Replayed", "true: answered from the record of the first request.", 202, true},
+};
+
+Json doc_answer_headers(int status, bool response) {
+    Json all = Json::object();
+    for (const DocHeader& row : doc_headers)
+        if ((row.status == 0 || row.status == status) && (!row.response || response))
+            all.set(row.name,
+                    Json::object().set("description", row.about).set("schema", doc_type("string")));
+    return all;
+}
+
+Json doc_content_of(std::string_view type, Json schema) {
+    return Json::object().set(type, Json::object().set("schema", std::move(schema)));
+}
+
+Json doc_shared_answer(int status) {
+    return Json::object().set("$ref", "#/components/responses/Error" + std::to_string(status));
+}
+
+Json doc_shared_answers() {
+    Json all = Json::object();
+    for (const DocStatus& row : doc_statuses)
+        all.set("Error" + std::to_string(row.status),
+                Json::object()
+                    .set("description", row.about)
+                    .set("headers", doc_answer_headers(row.status, false))
+                    .set("content", doc_content_of("application/json", doc_ref("Error"))));
+    return all;
+}
+
+/// What may be done with a response once its id is known.
+Json doc_links(const Surface* surface) {
+    const char* id = surface ? "$response.header.X-Valar-Response-Id" : "$response.body#/id";
+    Json all = Json::object();
+    for (const Route& route : ServerLoop::all_routes())
+        for (const Operation& one : {route.get, route.post, route.remove})
+            if (one.handle && route.path == "/v1/responses/")
+                all.set(one.name, Json::object()
+                                      .set("operationId", one.name)
+                                      .set("parameters", Json::object().set("id", id)));
+    return all;
+}
+
+/// Schemas of what is no response: learnt from what the routes answer.
+void doc_add_answers(Json* schemas) {
+    const auto learn = [&](const char* name, const Json& sample) -> Json& {
+        Json schema = Json::object();
+        doc_learn(&schema, sample);
+        schemas->set(name, std::move(schema));
+        return *schemas->find(name)->find("properties");
+    };
+    const auto list = [&](const char* name, Json items) {
+        Json schema = Json::object();
+        for (const bool empty : {false, true})
+            doc_learn(&schema, server_list(empty ? std::vector<Json>()
+                                                 : std::vector{Json::object().set("id", "")},
+                                           false));
+        schema.find("properties")->set("data", doc_array(std::move(items)));
+        schemas->set(name, std::move(schema));
+    };
+    learn("Health", server_health());
+    learn("Model", server_model_json({}, ""));
+    learn("ModelList", server_model_list(Json::array())).set("data", doc_array(doc_ref("Model")));
+    learn("DeletedResponse", server_deleted(""));
+    schemas->set("Document", doc_type("object"));
+    list("ItemList", doc_ref("InputItem"));
+    Json summary = (*schemas)["Response"], required = Json::array();
+    for (const std::string_view key : server_left_out) summary.find("properties")->erase(key);
+    for (const Json& name : summary["required"].items())
+        if (summary["properties"].contains(name.as_string())) required.push(name);
+    summary.set("required", std::move(required));
+    schemas->set("ResponseSummary", std::move(summary));
+    list("ResponseList", doc_ref("ResponseSummary"));
+}
+
+struct DocWriter {
+    Dialect dialect;
+    bool keyed;  // there are API keys
+    Json schemas = Json::object();
+
+    bool serves(const ServerParameter& row) const {
+        return !row.openai || dialect == Dialect::openai;
+    }
+    bool applies(DocScope scope, const Route& route, const Operation& operation) const;
+    Json answers(const Route& route, const Operation& operation) const;
+    Json operation(const Route& route, const Operation& operation) const;
+    Json parameters(const Route& route, const Operation& operation) const;
+    Json paths();
+};
+
+bool DocWriter::applies(DocScope scope, const Route& route, const Operation& one) const {
+    const bool asks = one.handle == &ServerLoop::post_response;
+    switch (scope) {
+        case DocScope::all: return true;
+        case DocScope::keyed: return keyed && !route.open;
+        case DocScope::named: return asks || route.takes_argument();
+        case DocScope::body: return one.handle == route.post.handle;
+        default: return one.waits && !route.surface;
+    }
+}
+
+Json DocWriter::answers(const Route& route, const Operation& one) const {
+    const bool response = one.handle == &ServerLoop::post_response;
+    const std::string name = one.answer ? one.answer : "";
+    bool streams = response;
+    for (const ServerParameter& row : one.query)
+        streams |= serves(row) && std::string_view(row.name) == server_stream.name;
+    const bool page = one.handle == &ServerLoop::get_page;
+    Json content = name.empty()
+                       ? doc_content_of(page ? "text/html" : "text/plain", doc_type("string"))
+                       : doc_content_of("application/json", doc_ref(name));
+    if (streams && schemas.contains(name + "Event"))
+        content.set(
+            "text/event-stream",
+            Json::object().set("schema", doc_type("string")
+                                             .set("contentMediaType", "text/event-stream")
+                                             .set("contentSchema", doc_ref(name + "Event"))));
+    const auto answer = [&](int status, const char* about) {
+        Json shown = Json::object()
+                         .set("description", about)
+                         .set("headers", doc_answer_headers(status, response))
+                         .set("content", content);
+        if (response) shown.set("links", doc_links(route.surface));
+        return shown;
+    };
+    Json all = Json::object().set("200", answer(200, one.about));
+    if (page) all.set("304", Json::object().set("description", "It is as its ETag says."));
+    if (response && !route.surface)
+        all.set("202", answer(202, "It is worked on in the background."));
+    for (const DocStatus& row : doc_statuses)
+        if (applies(row.scope, route, one))
+            all.set(std::to_string(row.status), doc_shared_answer(row.status));
+    return all;
+}
+
+Json DocWriter::parameters(const Route& route, const Operation& one) const {
+    Json all = Json::array();
+    const auto add = [&](const char* in, const char* name, const char* about, Json schema) {
+        all.push(Json::object()
+                     .set("name", name)
+                     .set("in", in)
+                     .set("required", std::string_view(in) == "path")
+                     .set("description", about)
+                     .set("schema", std::move(schema)));
+    };
+    if (route.takes_argument()) add("path", "id", "Of the response or model.", doc_text(1));
+    for (const ServerParameter& row : one.query) {
+        if (!serves(row)) continue;
+        Json schema = row.words.empty() ? doc_type("string") : doc_words(row.words);
+        if (row.most > 0)
+            schema = doc_type("integer").set("minimum", row.least).set("maximum", row.most);
+        add("query", row.name, row.about, std::move(schema));
+    }
+    if (one.handle == &ServerLoop::post_response)
+        add("header", "Idempotency-Key", "A repeat under it is answered from the first's record.",
+            doc_text(1, server_max_key_length));
+    return all;
+}
+
+Json DocWriter::operation(const Route& route, const Operation& one) const {
+    Json out = Json::object()
+                   .set("operationId", one.name)
+                   .set("summary", one.about)
+                   .set("parameters", parameters(route, one));
+    if (one.handle == &ServerLoop::post_response)
+        out.set(
+            "requestBody",
+            Json::object()
+                .set("required", true)
+                .set("content", doc_content_of("application/json",
+                                               doc_ref(doc_name_of(route.surface) + "Request"))));
+    out.set("responses", answers(route, one));
+    if (route.open) out.set("security", Json::array());
+    return out;
+}
+
+Json DocWriter::paths() {
+    Json all = Json::object();
+    for (const Route& route : ServerLoop::all_routes()) {
+        const bool named = route.takes_argument();
+        const std::string path = join({route.path, named ? "{id}" : "", route.suffix});
+        if (!all.contains(path)) all.set(path, Json::object());
+        if (route.post.handle == &ServerLoop::post_response)
+            doc_add_surface(&schemas, route.surface, dialect);
+        for (const auto& [method, one] :
+             {std::pair("get", route.get), std::pair("post", route.post),
+              std::pair("delete", route.remove)})
+            if (one.handle) all.find(path)->set(method, operation(route, one));
+    }
+    return all;
+}
+
+}  // namespace
+
+Json server_openapi(Dialect dialect, bool keyed) {
+    DocWriter writer{dialect, keyed};
+    doc_add_shared(&writer.schemas);
+    Json paths = writer.paths();
+    doc_add_answers(&writer.schemas);
+    Json components = Json::object()
+                          .set("schemas", std::move(writer.schemas))
+                          .set("responses", doc_shared_answers());
+    Json security = Json::array();
+    if (keyed) {
+        components.set("securitySchemes",
+                       Json::object().set("key", doc_type("http").set("scheme", "bearer")));
+        security.push(Json::object().set("key", Json::array()));
+    }
+    return Json::object()
+        .set("openapi", "3.1.0")
+        .set("info", Json::object()
+                         .set("title", "valar")
+                         .set("version", VALAR_VERSION)
+                         .set("description",
+                              "What is answered to GET is answered to HEAD too, "
+                              "without a body. Fields that are not listed are "
+                              "ignored."))
+        .set("paths", std::move(paths))
+        .set("components", std::move(components))
+        .set("security", std::move(security));
+}
+
+void ServerLoop::get_openapi(Exchange& exchange, HttpRequest&) {
+    auto job = std::make_unique<AnswerJob>();
+    job->exchange = exchange.number;
+    send_job<&ServerLoop::openapi_work, &ServerLoop::answer_job>(std::move(job));
+}
+
+void ServerLoop::openapi_work(AnswerJob& job) {
+    job.text = server_openapi(options.dialect, !keys.empty()).write();
 }
 
 }  // namespace detail

@@ -5,12 +5,11 @@
 //           then the others as the body has them, then rules across fields.
 #include "prologue.hpp"
 
-#include "api_internal.hpp"
+#include "api/document.hpp"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <span>
 #include <string>
@@ -105,6 +104,8 @@ Error api_wrong_value(const char* code, const std::string& path, const std::stri
 
 // ---- Checks of one value. Each returns what is wrong, or nothing. ------------------------------
 
+}  // namespace
+
 Fault check_text(const Json& value, const std::string& path, size_t least, size_t most) {
     if (!value.is_string()) return api_wrong_type(path, "a string", value);
     const size_t length = utf8_count(value.as_string());
@@ -126,19 +127,8 @@ Fault check_integer(const Json& value, const std::string& path, int64_t least, i
         above ? "at most " + std::to_string(most) : "at least " + std::to_string(least), value);
 }
 
-Fault check_number(const Json& value, const std::string& path, double least, double most) {
-    if (!value.is_number()) return api_wrong_type(path, "a number", value);
-    const double number = value.as_double();
-    if (number < least)
-        return api_wrong_value("decimal_below_min_value", path, format("at least %g", least),
-                               value);
-    if (number > most)
-        return api_wrong_value("decimal_above_max_value", path, format("at most %g", most), value);
-    return {};
-}
-
 Fault check_choice(const Json& value, const std::string& path,
-                   std::span<const std::string_view> choices, const char* code = "invalid_value") {
+                   std::span<const std::string_view> choices, const char* code) {
     if (!value.is_string()) return api_wrong_type(path, "a string", value);
     std::string allowed;
     for (const std::string_view choice : choices) {
@@ -148,10 +138,17 @@ Fault check_choice(const Json& value, const std::string& path,
     return api_wrong_value(code, path, (choices.size() > 1 ? "one of " : "") + allowed, value);
 }
 
-Fault check_choice(const Json& value, const std::string& path,
-                   std::initializer_list<std::string_view> choices,
-                   const char* code = "invalid_value") {
-    return check_choice(value, path, std::span(choices.begin(), choices.size()), code);
+namespace {
+
+Fault check_number(const Json& value, const std::string& path, double least, double most) {
+    if (!value.is_number()) return api_wrong_type(path, "a number", value);
+    const double number = value.as_double();
+    if (number < least)
+        return api_wrong_value("decimal_below_min_value", path, format("at least %g", least),
+                               value);
+    if (number > most)
+        return api_wrong_value("decimal_above_max_value", path, format("at most %g", most), value);
+    return {};
 }
 
 // ---- Items ------------------------------------------------------------------------------------
@@ -216,6 +213,19 @@ Fault read_content(const Json& content, const std::string& path, bool assistant,
     return {};
 }
 
+}  // namespace
+
+Json doc_content(bool assistant) {
+    Json parts = doc_any({});
+    for (const PartType& row : part_types)
+        if (assistant || !row.replayed)
+            parts.find("anyOf")->push(
+                doc_object(2, {{"type", doc_word(row.name)}, {row.field, doc_type("string")}}));
+    return doc_any({doc_type("string"), doc_array(std::move(parts))});
+}
+
+namespace {
+
 Fault read_message(const Json& json, const std::string& path, Item* item) {
     std::string role;
     if (Fault fault = read_string_field(json, "role", path, &role)) return fault;
@@ -279,6 +289,47 @@ Fault read_any_item(const Json& json, const std::string& path, Item* item) {
     }
 }
 
+Json doc_item(const ItemType& row) {
+    const Json type = doc_word(row.name), text = doc_type("string"), id = doc_text(1);
+    const bool custom = row.kind == Item::Kind::custom_tool_call;
+    switch (row.kind) {
+        case Item::Kind::message: {
+            Json others = Json::array(), assistant = Json::array();
+            for (const std::string_view role : kRoleNames)
+                (role == role_name(Role::assistant) ? assistant : others).push(role);
+            const auto message = [&](Json roles, bool replayed) {
+                return doc_object(2, {{"role", Json::object().set("enum", std::move(roles))},
+                                      {"content", doc_content(replayed)},
+                                      {"type", type}});
+            };
+            return doc_any(
+                {message(std::move(others), false), message(std::move(assistant), true)});
+        }
+        case Item::Kind::reasoning:
+            return doc_object(
+                1,
+                {{"type", type}, {"content", doc_content(true)}, {"summary", doc_content(true)}});
+        case Item::Kind::function_call:
+        case Item::Kind::custom_tool_call:
+            return doc_object(4, {{"type", type},
+                                  {"call_id", id},
+                                  {"name", text},
+                                  {custom ? "input" : "arguments", text}});
+        default:
+            return doc_object(3, {{"type", type}, {"call_id", id}, {"output", doc_content(false)}});
+    }
+}
+
+}  // namespace
+
+Json doc_item() {
+    Json all = doc_any({});
+    for (const ItemType& row : item_types) all = doc_any({std::move(all), doc_item(row)});
+    return all;
+}
+
+namespace {
+
 Fault read_items(const Json& array, const std::string& path, Request* request) {
     if (array.empty())
         return api_error("array_below_min_length", path, "'" + path + "' must not be empty");
@@ -315,6 +366,8 @@ bool is_name(std::string_view name) {
     });
 }
 
+Json doc_name() { return doc_type("string").set("pattern", "^[a-zA-Z0-9_-]{1,64}$"); }
+
 Fault read_name(const Json& object, const std::string& path, std::string* out) {
     if (Fault fault = read_string_field(object, "name", path, out)) return fault;
     if (is_name(*out)) return {};
@@ -348,9 +401,21 @@ Fault read_schema_format(const Json& form, const std::string& path, Format* out)
     return read_strict(form, path, &out->strict);
 }
 
+Json doc_schema_format() {
+    return doc_object(2, {{"type", doc_word("json_schema")},
+                          {"name", doc_name()},
+                          {"description", doc_type("string")},
+                          {"schema", doc_type("object")},
+                          {"strict", doc_type("boolean")}});
+}
+
 Fault read_regex_format(const Json& form, const std::string& path, Format* out) {
     if (Fault fault = read_string_field(form, "pattern", path, &out->regex)) return fault;
     return check_text(form["pattern"], path + ".pattern", 1, SIZE_MAX);
+}
+
+Json doc_regex_format() {
+    return doc_object(2, {{"type", doc_word("regex")}, {"pattern", doc_text(1)}});
 }
 
 Fault read_choice_format(const Json& form, const std::string& path, Format* out) {
@@ -367,11 +432,18 @@ Fault read_choice_format(const Json& form, const std::string& path, Format* out)
     return {};
 }
 
+Json doc_choice_format() {
+    return doc_object(
+        2, {{"type", doc_word("choice")}, {"choices", doc_array(doc_type("string"), 1)}});
+}
+
+constexpr std::string_view grammar_syntaxes[] = {"regex", "gbnf"};
+
 Fault read_grammar_format(const Json& form, const std::string& path, Format* out) {
     std::string definition;
     if (form["syntax"].is_null()) return api_missing(path + ".syntax");
     if (Fault fault = check_choice(
-            form["syntax"], path + ".syntax", {"regex", "gbnf"},
+            form["syntax"], path + ".syntax", grammar_syntaxes,
             form["syntax"].as_string() == "lark" ? "unsupported_value" : "invalid_value"))
         return fault;
     if (Fault fault = read_string_field(form, "definition", path, &definition)) return fault;
@@ -381,17 +453,27 @@ Fault read_grammar_format(const Json& form, const std::string& path, Format* out
     return {};
 }
 
+Json doc_grammar_format() {
+    return doc_object(3, {{"type", doc_word("grammar")},
+                          {"syntax", doc_words(grammar_syntaxes)},
+                          {"definition", doc_text(1)}});
+}
+
 Fault read_text_format(const Json&, const std::string&, Format*) { return {}; }
+Json doc_text_format() { return doc_object(1, {{"type", doc_word("text")}}); }
 
 struct FormatType {
     std::string_view name;
     Fault (*read)(const Json& form, const std::string& path, Format* out);
     bool custom;  // also of a custom tool's input
+    Json (*schema)();
 };
 constexpr FormatType format_types[] = {
-    {"text", read_text_format, true},       {"json_schema", read_schema_format, false},
-    {"regex", read_regex_format, false},    {"choice", read_choice_format, false},
-    {"grammar", read_grammar_format, true},
+    {"text", read_text_format, true, doc_text_format},
+    {"json_schema", read_schema_format, false, doc_schema_format},
+    {"regex", read_regex_format, false, doc_regex_format},
+    {"choice", read_choice_format, false, doc_choice_format},
+    {"grammar", read_grammar_format, true, doc_grammar_format},
 };
 
 Fault read_format(const Json& form, const std::string& path, bool custom, Format* out) {
@@ -408,6 +490,17 @@ Fault read_format(const Json& form, const std::string& path, bool custom, Format
     return check_choice(type, path + ".type", names,
                         type.as_string() == "json_object" ? "unsupported_value" : "invalid_value");
 }
+
+}  // namespace
+
+Json doc_format(bool custom) {
+    Json all = doc_any({});
+    for (const FormatType& row : format_types)
+        if (row.custom || !custom) all.find("anyOf")->push(row.schema());
+    return all;
+}
+
+namespace {
 
 Json format_json(const Format& format) {
     if (!format.schema.is_null())
@@ -435,10 +528,14 @@ Fault field_text(const Json& value, Request* request) {
     return read_format(value["format"], "text.format", false, &request->format);
 }
 
+Json doc_text_field(Dialect) { return doc_object(0, {{"format", doc_ref("TextFormat")}}); }
+
 Json write_text(const Request& request) {
     if (request.format.empty()) return {};
     return Json::object().set("format", format_json(request.format));
 }
+
+constexpr std::string_view summary_names[] = {"auto", "concise", "detailed"};
 
 Fault field_reasoning(const Json& value, Request* request) {
     if (!value.is_object()) return api_wrong_type("reasoning", "an object", value);
@@ -452,11 +549,17 @@ Fault field_reasoning(const Json& value, Request* request) {
                 if (member.value.as_string() == kEffortNames[i])
                     request->effort = static_cast<Effort>(i);
         } else if (member.key == "summary" || member.key == "generate_summary") {
-            fault = check_choice(member.value, path, {"auto", "concise", "detailed"});
+            fault = check_choice(member.value, path, summary_names);
         }
         if (fault) return fault;
     }
     return {};
+}
+
+Json doc_reasoning(Dialect) {
+    return doc_object(0, {{"effort", doc_words(kEffortNames)},
+                          {"summary", doc_words(summary_names)},
+                          {"generate_summary", doc_words(summary_names)}});
 }
 
 Json write_reasoning(const Request& request) {
@@ -485,9 +588,12 @@ bool is_hosted_tool(std::string_view type) {
     return std::find(std::begin(hosted), std::end(hosted), type) != std::end(hosted);
 }
 
+constexpr std::string_view choice_types[] = {"function", "custom", "allowed_tools"};
+constexpr std::span tool_types = std::span(choice_types).first<2>();
+
 // The type of a tool, declared or chosen.
 Fault check_tool_type(const Json& type, const std::string& path,
-                      std::initializer_list<std::string_view> choices) {
+                      std::span<const std::string_view> choices) {
     if (type.is_null()) return api_missing(path);
     return check_choice(type, path, choices,
                         is_hosted_tool(type.as_string()) ? "unsupported_value" : "invalid_value");
@@ -495,8 +601,7 @@ Fault check_tool_type(const Json& type, const std::string& path,
 
 Fault read_tool(const Json& json, const std::string& path, Tool* out) {
     if (!json.is_object()) return api_wrong_type(path, "an object", json);
-    if (Fault fault = check_tool_type(json["type"], path + ".type", {"function", "custom"}))
-        return fault;
+    if (Fault fault = check_tool_type(json["type"], path + ".type", tool_types)) return fault;
     out->custom = json["type"].as_string() == "custom";
     if (Fault fault = read_name(json, path, &out->name)) return fault;
     if (Fault fault = read_description(json, path, &out->description)) return fault;
@@ -504,6 +609,22 @@ Fault read_tool(const Json& json, const std::string& path, Tool* out) {
     if (Fault fault = read_schema(json, "parameters", path, &out->parameters)) return fault;
     return read_strict(json, path, &out->strict);
 }
+
+}  // namespace
+
+Json doc_tool() {
+    return doc_any({doc_object(2, {{"type", doc_word(tool_types[0])},
+                                   {"name", doc_name()},
+                                   {"description", doc_type("string")},
+                                   {"parameters", doc_type("object")},
+                                   {"strict", doc_type("boolean")}}),
+                    doc_object(2, {{"type", doc_word(tool_types[1])},
+                                   {"name", doc_name()},
+                                   {"description", doc_type("string")},
+                                   {"format", doc_format(true)}})});
+}
+
+namespace {
 
 Fault field_tools(const Json& value, Request* request) {
     if (!value.is_array()) return api_wrong_type("tools", "an array", value);
@@ -513,6 +634,8 @@ Fault field_tools(const Json& value, Request* request) {
             return fault;
     return {};
 }
+
+Json doc_tools(Dialect) { return doc_array(doc_ref("Tool")); }
 
 Json write_tools(const Request& request) {
     Json all = Json::array();
@@ -538,10 +661,12 @@ Fault read_mode(const Json& value, const std::string& path, Mode* out) {
     return check_choice(value, path, choice_modes);
 }
 
+constexpr std::string_view allowed_modes[] = {"auto", "required"};
+
 Fault read_allowed_tools(const Json& value, ToolChoice* out) {
     const Json &mode = value["mode"], &tools = value["tools"];
     if (mode.is_null()) return api_missing("tool_choice.mode");
-    if (Fault fault = check_choice(mode, "tool_choice.mode", {"auto", "required"})) return fault;
+    if (Fault fault = check_choice(mode, "tool_choice.mode", allowed_modes)) return fault;
     (void)read_mode(mode, {}, &out->mode);
     if (tools.is_null()) return api_missing("tool_choice.tools");
     if (!tools.is_array()) return api_wrong_type("tool_choice.tools", "an array", tools);
@@ -551,7 +676,7 @@ Fault read_allowed_tools(const Json& value, ToolChoice* out) {
     for (size_t i = 0; i < tools.size(); ++i) {
         const std::string path = api_index("tool_choice.tools", i);
         if (!tools[i].is_object()) return api_wrong_type(path, "an object", tools[i]);
-        if (Fault fault = check_tool_type(tools[i]["type"], path + ".type", {"function", "custom"}))
+        if (Fault fault = check_tool_type(tools[i]["type"], path + ".type", tool_types))
             return fault;
         if (Fault fault = read_name(tools[i], path, &out->names.emplace_back())) return fault;
     }
@@ -562,13 +687,28 @@ Fault field_tool_choice(const Json& value, Request* request) {
     ToolChoice& choice = request->tool_choice;
     if (value.is_string()) return read_mode(value, "tool_choice", &choice.mode);
     if (!value.is_object()) return api_wrong_type("tool_choice", "a string or an object", value);
-    if (Fault fault = check_tool_type(value["type"], "tool_choice.type",
-                                      {"function", "custom", "allowed_tools"}))
+    if (Fault fault = check_tool_type(value["type"], "tool_choice.type", choice_types))
         return fault;
     if (value["type"].as_string() == "allowed_tools") return read_allowed_tools(value, &choice);
     choice.mode = Mode::required;
     return read_name(value, "tool_choice", &choice.names.emplace_back());
 }
+
+}  // namespace
+
+Json doc_tool_choice() {
+    Json named = doc_any({});
+    for (const std::string_view type : tool_types)
+        named.find("anyOf")->push(doc_object(2, {{"type", doc_word(type)}, {"name", doc_name()}}));
+    return doc_any({doc_words(choice_modes), named,
+                    doc_object(3, {{"type", doc_word("allowed_tools")},
+                                   {"mode", doc_words(allowed_modes)},
+                                   {"tools", doc_array(named, 1)}})});
+}
+
+namespace {
+
+Json doc_tool_choice_field(Dialect) { return doc_ref("ToolChoice"); }
 
 const Tool* find_tool(const Request& request, std::string_view name) {
     for (const Tool& tool : request.tools)
@@ -637,6 +777,11 @@ Fault field_input(const Json& value, Request* request) {
     return read_items(messages, "input.messages", request);
 }
 
+Json doc_input(Dialect) {
+    const Json items = doc_array(doc_ref("InputItem"), 1);
+    return doc_any({doc_text(1), items, doc_object(1, {{"messages", items}})});
+}
+
 Json write_input(const Request& request) {
     if (request.input.items.empty())
         return request.input.empty() ? Json() : Json(request.input.text);
@@ -650,6 +795,10 @@ Fault field_seed(const Json& value, Request* request) {
     return check_integer(value, "seed", INT64_MIN, INT64_MAX);
 }
 
+Json doc_seed(Dialect) {
+    return doc_type("integer").set("minimum", INT64_MIN).set("maximum", INT64_MAX);
+}
+
 Json write_seed(const Request& request) { return request.seed ? Json(*request.seed) : Json(); }
 
 // A switch that has one legal position.
@@ -658,16 +807,27 @@ Fault fixed_switch(const Json& value, const char* path, bool position) {
     if (value.as_bool() == position) return {};
     return api_wrong_value("unsupported_value", path, position ? "true" : "false", value);
 }
+Json doc_switch(bool position) {
+    return doc_type("boolean").set("enum", Json::array().push(position));
+}
 Fault field_store(const Json& value, Request*) { return fixed_switch(value, "store", true); }
 Fault openai_store(const Json& value, Request* request) {
     request->store = value.as_bool();
     return check_bool(value, "store");
 }
+Json doc_store(Dialect dialect) {
+    return dialect == Dialect::openai ? doc_type("boolean") : doc_switch(true);
+}
 Json write_store(const Request& request) { return request.store ? Json() : Json(false); }
+
+constexpr size_t max_id_length = 256;
 
 Fault openai_previous(const Json& value, Request* request) {
     request->previous_response_id = value.as_string();
-    return check_text(value, "previous_response_id", 1, 256);
+    return check_text(value, "previous_response_id", 1, max_id_length);
+}
+Json doc_previous(Dialect dialect) {
+    return dialect == Dialect::openai ? doc_text(1, max_id_length) : doc_type("null");
 }
 Json write_previous(const Request& request) {
     return request.previous_response_id.empty() ? Json() : Json(request.previous_response_id);
@@ -679,15 +839,24 @@ Fault openai_stream(const Json& value, Request* request) {
     return check_bool(value, "stream");
 }
 
-Fault field_truncation(const Json& value, Request*) {
-    return check_choice(value, "truncation", {"disabled"}, "unsupported_value");
+Json doc_stream(Dialect dialect) {
+    return dialect == Dialect::openai ? doc_type("boolean") : doc_switch(false);
 }
+
+constexpr std::string_view truncations[] = {"disabled"}, service_tiers[] = {"auto"};
+
+Fault field_truncation(const Json& value, Request*) {
+    return check_choice(value, "truncation", truncations, "unsupported_value");
+}
+Json doc_truncation(Dialect) { return doc_words(truncations); }
 
 Fault field_service_tier(const Json& value, Request*) {
-    return check_choice(value, "service_tier", {"auto"}, "unsupported_value");
+    return check_choice(value, "service_tier", service_tiers, "unsupported_value");
 }
+Json doc_service_tier(Dialect) { return doc_words(service_tiers); }
 
 constexpr size_t metadata_max_pairs = 256, metadata_max_key = 256, metadata_max_value = 8192;
+constexpr size_t metadata_max_token = 512;
 
 Window window_of(std::string_view name) {
     const auto* found = std::find(std::begin(kWindowNames), std::end(kWindowNames), name);
@@ -708,7 +877,7 @@ Fault check_metadata(const std::string& key, const Json& value) {
     const std::string_view token = value.as_string();
     const bool plain = std::all_of(token.begin(), token.end(),
                                    [](char c) { return c > ' ' && c < 127; });
-    if (token.size() <= 512 && plain) return {};
+    if (token.size() <= metadata_max_token && plain) return {};
     return api_error("invalid_value", path,
                      "'" + path + "' must be at most 512 visible ASCII characters");
 }
@@ -727,6 +896,18 @@ Fault field_metadata(const Json& value, Request* request) {
     return {};
 }
 
+Json doc_metadata(Dialect) {
+    const Json token = doc_text(0, metadata_max_token).set("pattern", "^[!-~]*$");
+    return doc_type("object")
+        .set("maxProperties", metadata_max_pairs)
+        .set("propertyNames", doc_text(0, metadata_max_key))
+        .set("properties", Json::object()
+                               .set(kWindowKey, doc_words(kWindowNames))
+                               .set("webhook_token", token)
+                               .set("completion_webhook", false))
+        .set("additionalProperties", doc_text(0, metadata_max_value));
+}
+
 Json write_metadata(const Request& request) {
     Json all = Json::object();
     for (const auto& [key, value] : request.metadata) all.set(key, value);
@@ -736,21 +917,27 @@ Json write_metadata(const Request& request) {
 
 constexpr std::string_view kIncludeLogprobs = "message.output_text.logprobs";
 
+constexpr std::string_view refused_includes[] = {
+    "reasoning.encrypted_content", "web_search_call.action.sources",
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url",
+    "file_search_call.results"};
+
 Fault field_include(const Json& value, Request* request) {
-    static constexpr std::string_view refused[] = {
-        "reasoning.encrypted_content", "web_search_call.action.sources",
-        "code_interpreter_call.outputs", "computer_call_output.output.image_url",
-        "file_search_call.results"};
     if (!value.is_array()) return api_wrong_type("include", "an array", value);
     for (size_t i = 0; i < value.size(); ++i) {
         const std::string path = api_index("include", i);
         if (!value[i].is_string()) return api_wrong_type(path, "a string", value[i]);
         const std::string_view name = value[i].as_string();
-        if (std::find(std::begin(refused), std::end(refused), name) != std::end(refused))
+        if (std::find(std::begin(refused_includes), std::end(refused_includes), name) !=
+            std::end(refused_includes))
             return api_unsupported("unsupported_value", path, name);
         if (name == kIncludeLogprobs) request->logprobs = true;
     }
     return {};
+}
+
+Json doc_include(Dialect) {
+    return doc_array(doc_type("string").set("not", doc_words(refused_includes)));
 }
 
 Json write_include(const Request& request) {
@@ -786,6 +973,11 @@ Fault field_stop(const Json& value, Request* request) {
     return check_stops(request->stop);
 }
 
+Json doc_stop(Dialect) {  // of the bytes, which are at most as many, the check tells
+    const Json one = doc_text(1, kMaxStopBytes);
+    return doc_any({one, doc_array(one, 0, kMaxStops)});
+}
+
 Json write_stop(const Request& request) {
     Json all = Json::array();
     for (const std::string& stop : request.stop) all.push(stop);
@@ -807,6 +999,13 @@ Fault field_logit_bias(const Json& value, Request* request) {
     return {};
 }
 
+Json doc_logit_bias(Dialect) {
+    const Json bias = doc_type("number").set("minimum", -kMaxBias).set("maximum", kMaxBias);
+    return doc_type("object")
+        .set("propertyNames", Json::object().set("pattern", "^(0|[1-9][0-9]{0,8})$"))
+        .set("additionalProperties", bias);
+}
+
 Json write_logit_bias(const Request& request) {
     Json all = Json::object();
     for (const auto& [token, bias] : request.logit_bias) all.set(std::to_string(token), bias);
@@ -817,30 +1016,34 @@ Json write_logit_bias(const Request& request) {
 struct RequestField {
     using Read = Fault (*)(const Json& value, Request* request);
     std::string_view name;
-    Read read;                                // null: not supported at all
-    Json (*write)(const Request&) = nullptr;  // null where it is as by default
-    Read openai = nullptr;                    // where that dialect differs
+    Read read;                                  // null: not supported at all
+    Json (*write)(const Request&) = nullptr;    // null where it is as by default
+    Json (*schema)(Dialect dialect) = nullptr;  // what `read` takes; null: nothing
+    const char* about = "Not supported.";
+    Read openai = nullptr;  // where that dialect differs
 };
 constexpr RequestField request_fields[] = {
-    {"input", field_input, write_input},
-    {"seed", field_seed, write_seed},
-    {"text", field_text, write_text},
-    {"reasoning", field_reasoning, write_reasoning},
-    {"store", field_store, write_store, openai_store},
-    {"truncation", field_truncation},
-    {"stream", field_stream, nullptr, openai_stream},
-    {"metadata", field_metadata, write_metadata},
-    {"tools", field_tools, write_tools},
-    {"tool_choice", field_tool_choice, write_tool_choice},
-    {"include", field_include, write_include},
-    {"service_tier", field_service_tier},
-    {"stop", field_stop, write_stop},
-    {"logit_bias", field_logit_bias, write_logit_bias},
-    {"previous_response_id", nullptr, write_previous, openai_previous},
+    // clang-format off
+    {"input", field_input, write_input, doc_input, "What is asked: a text, or what was said so far."},
+    {"seed", field_seed, write_seed, doc_seed, "The same request and seed give the same bytes. Default: drawn."},
+    {"text", field_text, write_text, doc_text_field, "The form of the answer."},
+    {"reasoning", field_reasoning, write_reasoning, doc_reasoning, "How much the model thinks first."},
+    {"store", field_store, write_store, doc_store, "Whether the response is kept once it is answered.", openai_store},
+    {"truncation", field_truncation, nullptr, doc_truncation, "A prompt that does not fit is refused."},
+    {"stream", field_stream, nullptr, doc_stream, "Answered in server-sent events.", openai_stream},
+    {"metadata", field_metadata, write_metadata, doc_metadata, "Kept with the response; completion_window says when it is wanted."},
+    {"tools", field_tools, write_tools, doc_tools, "What the model may call."},
+    {"tool_choice", field_tool_choice, write_tool_choice, doc_tool_choice_field, "Which tools must or may be called."},
+    {"include", field_include, write_include, doc_include, "message.output_text.logprobs: log-probabilities of tokens."},
+    {"service_tier", field_service_tier, nullptr, doc_service_tier, "There is one."},
+    {"stop", field_stop, write_stop, doc_stop, "Ends the answer before the first of these, each of at most 256 bytes."},
+    {"logit_bias", field_logit_bias, write_logit_bias, doc_logit_bias, "Added to the logits of tokens, by their ids."},
+    {"previous_response_id", nullptr, write_previous, doc_previous, "Its turns come first.", openai_previous},
     {"conversation", nullptr},
     {"prompt", nullptr},
+    // clang-format on
 };
-constexpr const char* required_fields[] = {"model", "input"};
+constexpr std::string_view required_fields[] = {"model", "input"};
 
 Fault read_number(const NumberOption& row, const Json& value, Request* request) {
     if (row.open) request->*row.open = value.as_double();
@@ -1046,6 +1249,45 @@ Json request_json(const Request& request) {
     return out;
 }
 
+namespace {
+
+/// A bound that a row has.
+template <class Row>
+Json doc_range(const char* type, const Row& row) {
+    Json schema = doc_type(type).set("minimum", row.least);
+    if (row.most != UINT32_MAX) schema.set("maximum", row.most);
+    return schema;
+}
+
+}  // namespace
+
+Json doc_fields(Dialect dialect) {
+    static const Request usual;
+    Json fields = Json::object();
+    for (const std::string_view name : required_fields) fields.set(name, nullptr);  // come first
+    const auto add = [&](std::string_view name, Json schema, const char* about,
+                         Json by_default = {}) {
+        if (!by_default.is_null()) schema.set("default", std::move(by_default));
+        fields.set(name, std::move(schema.set("description", about)));
+    };
+    const auto default_of = [&](const auto& row) {
+        return row.fixed ? Json(usual.*row.fixed) : Json();
+    };
+    for (const TextOption& row : text_options)
+        add(row.name, doc_text(row.least, row.most), row.about);
+    for (const NumberOption& row : number_options)
+        add(row.name, doc_range("number", row), row.about, default_of(row));
+    for (const CountOption& row : count_options)
+        add(row.name, doc_range("integer", row), row.about, default_of(row));
+    for (const SwitchOption& row : switch_options)
+        add(row.name, doc_type("boolean"), row.about, usual.*row.field);
+    for (const RequestField& row : request_fields)
+        add(row.name, row.schema ? row.schema(dialect) : doc_type("null"), row.about);
+    return fields;
+}
+
+Json doc_request(Dialect dialect) { return doc_body(doc_fields(dialect), required_fields); }
+
 Result<Request> read_request(const Json& body, Dialect dialect) {
     Request request;
     for (const JsonMember& member : body.members())
@@ -1055,8 +1297,8 @@ Result<Request> read_request(const Json& body, Dialect dialect) {
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
-    for (const char* name : required_fields)
-        if (body[name].is_null()) return api_missing(name);
+    for (const std::string_view name : required_fields)
+        if (body[name].is_null()) return api_missing(std::string(name));
     auto read = read_request(body, dialect);
     if (!read) return read.error();
     const Request& request = *read;

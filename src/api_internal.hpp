@@ -9,6 +9,7 @@
 #include <iterator>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -34,7 +35,7 @@ struct ResponseRecord {
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
 
-// ---- The options of a request, each a row: read, validated, kept and saved from it --------------
+// ---- The options of a request, each a row: read, validated, kept, saved and documented from it --
 
 /// How tokens are drawn, with all that a request left open filled in. In this order, as Hugging
 /// Face has it: penalties and bias; the tokens that are allowed; logits / temperature; the top_k
@@ -59,15 +60,22 @@ struct NumberOption {
     std::optional<double> Request::*open;
     double Request::*fixed;
     double Sampling::*resolved;
+    const char* about;
 };
 inline constexpr NumberOption number_options[] = {
     // clang-format off
-    {"temperature", 0, 2, &Request::temperature, nullptr, &Sampling::temperature},
-    {"top_p", 0, 1, &Request::top_p, nullptr, &Sampling::top_p},
-    {"min_p", 0, 1, &Request::min_p, nullptr, &Sampling::min_p},
-    {"presence_penalty", -2, 2, nullptr, &Request::presence_penalty, &Sampling::presence_penalty},
-    {"frequency_penalty", -2, 2, nullptr, &Request::frequency_penalty, &Sampling::frequency_penalty},
-    {"repetition_penalty", 0.1, 10, nullptr, &Request::repetition_penalty, &Sampling::repetition_penalty},
+    {"temperature", 0, 2, &Request::temperature, nullptr, &Sampling::temperature,
+     "How freely tokens are drawn; 0 is greedy. Default: the model's own, else 1."},
+    {"top_p", 0, 1, &Request::top_p, nullptr, &Sampling::top_p,
+     "Draws from the likeliest tokens that reach this together. Default: the model's own, else 1."},
+    {"min_p", 0, 1, &Request::min_p, nullptr, &Sampling::min_p,
+     "Leaves out tokens less likely than this part of the likeliest."},
+    {"presence_penalty", -2, 2, nullptr, &Request::presence_penalty, &Sampling::presence_penalty,
+     "Off the logit of every token that the answer has."},
+    {"frequency_penalty", -2, 2, nullptr, &Request::frequency_penalty, &Sampling::frequency_penalty,
+     "The same, times how often it has it."},
+    {"repetition_penalty", 0.1, 10, nullptr, &Request::repetition_penalty, &Sampling::repetition_penalty,
+     "Divides logits above 0, multiplies those below, of every token so far."},
     // clang-format on
 };
 
@@ -77,13 +85,17 @@ struct CountOption {
     uint32_t least, most;
     std::optional<uint32_t> Request::*open;
     uint32_t Request::*fixed;
+    const char* about;
 };
 inline constexpr uint32_t kMaxLogprobs = 20;
 inline constexpr CountOption count_options[] = {
-    {"max_output_tokens", 1, UINT32_MAX, &Request::max_output_tokens, nullptr},
-    {"max_tool_calls", 1, UINT32_MAX, &Request::max_tool_calls, nullptr},
-    {"top_k", 0, UINT32_MAX, &Request::top_k, nullptr},
-    {"top_logprobs", 0, kMaxLogprobs, nullptr, &Request::top_logprobs},
+    {"max_output_tokens", 1, UINT32_MAX, &Request::max_output_tokens, nullptr,
+     "Of the answer, thoughts included. Default: until the context is full."},
+    {"max_tool_calls", 1, UINT32_MAX, &Request::max_tool_calls, nullptr, "Of the answer, at most."},
+    {"top_k", 0, UINT32_MAX, &Request::top_k, nullptr,
+     "Draws from so many of the likeliest tokens; 0: no limit."},
+    {"top_logprobs", 0, kMaxLogprobs, nullptr, &Request::top_logprobs,
+     "Alternatives that are told of each token."},
 };
 
 /// Its value; nothing where it is the model's own.
@@ -97,20 +109,23 @@ struct TextOption {
     const char* name;
     size_t least, most;
     std::string Request::*field;
+    const char* about;
 };
 inline constexpr TextOption text_options[] = {
-    {"model", 1, SIZE_MAX, &Request::model},
-    {"instructions", 0, SIZE_MAX, &Request::instructions},
-    {"prompt_cache_key", 0, SIZE_MAX, &Request::prompt_cache_key},
-    {"user", 0, 256, &Request::user},
+    {"model", 1, SIZE_MAX, &Request::model, "Id or alias of a model that is served."},
+    {"instructions", 0, SIZE_MAX, &Request::instructions, "Becomes the first system message."},
+    {"prompt_cache_key", 0, SIZE_MAX, &Request::prompt_cache_key,
+     "Prefixes of requests with one key are kept together."},
+    {"user", 0, 256, &Request::user, "Whom it is for; kept with the response."},
 };
 struct SwitchOption {
     const char* name;
     bool Request::*field;
+    const char* about;
 };
 inline constexpr SwitchOption switch_options[] = {
-    {"background", &Request::background},
-    {"parallel_tool_calls", &Request::parallel_tool_calls},
+    {"background", &Request::background, "Answered at once with 202; GET shows how far it is."},
+    {"parallel_tool_calls", &Request::parallel_tool_calls, "False: at most one call."},
 };
 
 inline constexpr size_t kMaxStops = 16;  // stop strings of a request, and their bytes
@@ -126,6 +141,10 @@ Error api_missing(const std::string& path);
 Error api_unsupported(const char* code, const std::string& path, std::string_view what = {});
 std::string api_index(const std::string& path, size_t i);
 Fault check_bool(const Json& value, const std::string& path);
+Fault check_text(const Json& value, const std::string& path, size_t least, size_t most);
+Fault check_integer(const Json& value, const std::string& path, int64_t least, int64_t most);
+Fault check_choice(const Json& value, const std::string& path,
+                   std::span<const std::string_view> choices, const char* code = "invalid_value");
 
 /// What a request must be like that needs no model to be known; the wire has checked it already,
 /// a C++ caller's comes straight here. Errors: invalid_request with code and param.

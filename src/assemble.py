@@ -27,7 +27,7 @@ SECTIONS = {
     "digest": ["digest.cpp"],
     "unicode": ["unicode.cpp"],
     "json": ["json.hpp", "json.cpp"],
-    "api": ["api.hpp", "api.cpp", "api/response.cpp", "api/events.cpp", "api/surface.cpp",
+    "api": ["api.hpp", "api.cpp", "api/response.cpp", "api/events.cpp", "api/surface.cpp", "api/document.cpp",
             "api/chat.cpp"],
     "gguf": ["gguf.hpp", "gguf.cpp"],
     "kernels": ["kernels/kernels.hpp", "kernels/exact.cpp", "kernels/layout.cpp", "kernels/scalar.cpp",
@@ -57,7 +57,7 @@ SECTIONS = {
               "store/commit.cpp"],
     "server": ["server/server.hpp", "server/words.cpp", "server/options.cpp", "server/loop.cpp",
                "server/access.cpp", "server/responses.cpp", "server/streams.cpp",
-               "server/reading.cpp", "server/page.cpp", "server/page_text.cpp"],
+               "server/reading.cpp", "server/openapi.cpp", "server/page.cpp", "server/page_text.cpp"],
 }
 # Sections between VALAR_COLD_BEGIN and _END (prologue.hpp), but for the parts that make token masks.
 COLD = ["api", "template", "grammar", "store", "server"]

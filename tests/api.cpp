@@ -1,3 +1,4 @@
+#include "api/document.hpp"
 #include "api/surface.hpp"
 #include "api_internal.hpp"
 
@@ -697,4 +698,157 @@ TEST_CASE("event writers: a failure ends a stream in the surface's own way") {
     CHECK(events.find(R"("status":"failed")") != events.npos);
     CHECK(events.find("a path") == events.npos);
     CHECK(failed(&chat_surface).find("data: {\"error\":{") == 0);
+}
+
+namespace {
+
+/// A surface with what its document says of requests, and its check.
+struct Documented {
+    const Surface* surface;
+    Dialect dialect;
+    Json schemas = Json::object();
+
+    Documented(const Surface* of, Dialect with) : surface(of), dialect(with) {
+        doc_add_shared(&schemas);
+        doc_add_surface(&schemas, of, with);
+    }
+    const Json& fields() const { return schemas[doc_name_of(surface) + "Request"]["properties"]; }
+    Json body() const {
+        const char* text = surface ? R"({"model":"m","messages":[{"role":"user","content":"x"}]})"
+                                   : R"({"model":"m","input":"x"})";
+        return parse(text);
+    }
+    /// "" or the field that is refused; rules across fields do not count.
+    std::string refused(std::string_view name, Json value) const {
+        Json asked = body();
+        asked.set(name, std::move(value));
+        SurfaceBody read;
+        if (surface) {
+            auto given = read_surface(*surface, asked, dialect);
+            if (!given) return given.error().param;
+            read = std::move(*given);
+            asked = read.body;
+        }
+        const auto request = parse_response_request(asked, dialect);
+        if (request) return "";
+        const Error error = surface ? surface_error(*surface, request.error(), read)
+                                    : request.error();
+        for (const char* rule : {"stands earlier", "declares no", "'tools' is empty",
+                                 "may be \"flex", "there is a tool", "true with 'background'"})
+            if (error.message.find(rule) != error.message.npos) return "";
+        return error.param.empty() ? error.message : error.param;
+    }
+    std::vector<Json> samples(const Json& schema) const;
+    std::vector<Json> samples_of_object(const Json& schema) const;
+};
+
+/// Values that a schema takes: each word, each choice, both ends of what has two.
+std::vector<Json> Documented::samples(const Json& schema) const {
+    if (schema.contains("$ref"))
+        return samples(schemas[schema["$ref"].as_string().substr(strlen("#/components/schemas/"))]);
+    if (schema.contains("const")) return {schema["const"]};
+    if (schema.contains("enum")) {
+        const auto words = schema["enum"].items();
+        return {words.begin(), words.end()};
+    }
+    std::vector<Json> all;
+    for (const Json& choice : schema["anyOf"].items())
+        for (Json& one : samples(choice)) all.push_back(std::move(one));
+    const Json types = schema["type"].is_array() ? schema["type"]
+                                                 : Json::array().push(schema["type"]);
+    for (const Json& type : types.items()) {
+        const std::string_view name = type.as_string();
+        if (name == "null") all.emplace_back(nullptr);
+        if (name == "boolean") all.insert(all.end(), {true, false});
+        if (name == "string")
+            for (const char* end : {"minLength", "maxLength"})
+                all.emplace_back(std::string(
+                    schema.contains("pattern") ? 1 : size_t(schema[end].as_int(1)), 'a'));
+        if (name == "integer" || name == "number")
+            for (const char* end : {"minimum", "maximum"})
+                all.push_back(schema.contains(end) ? schema[end] : Json(1));
+        if (name == "array")
+            for (Json& one : samples(schema["items"])) all.push_back(Json::array().push(one));
+        if (name == "object")
+            for (Json& one : samples_of_object(schema)) all.push_back(std::move(one));
+    }
+    return all;
+}
+
+/// With what must be there, and each field in each of its forms.
+std::vector<Json> Documented::samples_of_object(const Json& schema) const {
+    Json least = Json::object();
+    for (const Json& name : schema["required"].items())
+        least.set(name.as_string(), samples(schema["properties"][name.as_string()])[0]);
+    std::vector<Json> all = {least};
+    for (const JsonMember& field : schema["properties"].members())
+        if (field.value.is_object())
+            for (Json& value : samples(field.value))
+                all.push_back(Json(least).set(field.key, std::move(value)));
+    return all;
+}
+
+}  // namespace
+
+TEST_CASE("the document: what it allows is read, what it forbids is refused") {
+    for (const Dialect dialect : {Dialect::valar, Dialect::openai})
+        for (const Surface* surface : {static_cast<const Surface*>(nullptr), &chat_surface}) {
+            const Documented shown(surface, dialect);
+            size_t tried = 0;
+            for (const JsonMember& field : shown.fields().members()) {
+                const std::string name = field.key;
+                const Json& schema = field.value;
+                CAPTURE(name);
+                for (const Json& value : shown.samples(schema)) {
+                    ++tried;
+                    CHECK_MESSAGE(shown.refused(name, value) == "", value.write());
+                }
+                const auto refuses = [&](const Json& value) {
+                    ++tried;
+                    CHECK_MESSAGE(shown.refused(name, value).starts_with(name), value.write());
+                };
+                if (schema["minimum"].is_number() && schema["minimum"].as_int() != INT64_MIN)
+                    refuses(schema["minimum"].is_real() ? Json(schema["minimum"].as_double() - 0.5)
+                                                        : Json(schema["minimum"].as_int() - 1));
+                if (schema["maximum"].is_number() && schema["maximum"].as_int() != INT64_MAX)
+                    refuses(schema["maximum"].is_real() ? Json(schema["maximum"].as_double() + 0.5)
+                                                        : Json(schema["maximum"].as_int() + 1));
+                if (schema.contains("minLength")) refuses("");
+                if (schema.contains("maxLength"))
+                    refuses(std::string(size_t(schema["maxLength"].as_int()) + 1, 'a'));
+                if (schema.contains("enum") && schema["enum"][0].is_string()) refuses("no word");
+                const std::string types = schema["type"].write();
+                if (!schema.contains("type")) continue;  // choices
+                if (types == "\"null\"") refuses(1);
+                if (types.find("object") == types.npos) refuses(Json::object());
+                if (types.find("array") == types.npos) refuses(Json::array().push(1));
+                if (types.find("boolean") == types.npos) refuses(true);
+            }
+            CHECK(tried > 200);
+        }
+}
+
+TEST_CASE("the document: every option has its row, with the default that a request has") {
+    for (const Dialect dialect : {Dialect::valar, Dialect::openai}) {
+        const Json shown = doc_fields(dialect);
+        const auto check_row = [&](const char* name) {
+            CAPTURE(std::string(name));
+            CHECK_FALSE(shown[name]["description"].as_string().empty());
+            const Json& usual = shown[name]["default"];
+            if (usual.is_null()) return;
+            Json body = parse(R"({"model":"m","input":"x"})");
+            const auto plain = parse_response_request(body, dialect);
+            const auto given = parse_response_request(body.set(name, usual), dialect);
+            REQUIRE(given.ok());
+            CHECK(request_json(*given) == request_json(*plain));
+        };
+        for (const auto& row : number_options) check_row(row.name);
+        for (const auto& row : count_options) check_row(row.name);
+        for (const auto& row : text_options) check_row(row.name);
+        for (const auto& row : switch_options) check_row(row.name);
+        const auto full = with(
+            R"("seed":1,"stop":"a","text":{"format":{"type":"regex","pattern":"a"}})");
+        const Json kept = request_json(*full);
+        for (const JsonMember& member : kept.members()) check_row(member.key.c_str());
+    }
 }

@@ -58,6 +58,9 @@ public:
         if (!wait(poll_write) || socket_.connected() != IoStatus::done) socket_.close();
     }
 
+    /// Told of every reply, when a test wants to know them all.
+    static inline void (*seen)(int status) = nullptr;
+
     bool connected() const { return socket_.is_open(); }
 
     bool send(std::string_view bytes) {
@@ -80,6 +83,7 @@ public:
             size_t used = 0;
             const auto event = parser.feed(input_, &used);
             input_.erase(0, used);
+            if (event == valar::detail::HttpParser::Event::complete && seen) seen(parser.status());
             if (event == valar::detail::HttpParser::Event::complete)
                 return {parser.status(), std::move(parser.message.headers),
                         std::move(parser.message.body), false};

@@ -10,6 +10,7 @@
 #include "host.hpp"
 #include "http/internal.hpp"
 #include "http_peer.hpp"
+#include "server/loop.hpp"
 #include "server/server.hpp"
 #include "server/words.hpp"
 #include "wall_clock.hpp"
@@ -50,10 +51,53 @@ ServerOptions with_keys() {
     return options;
 }
 
+const Json& document(Dialect dialect) {
+    static const Json all[] = {detail::server_openapi(Dialect::valar, true),
+                               detail::server_openapi(Dialect::openai, true)};
+    return all[dialect == Dialect::openai];
+}
+
+/// The operations of a path, from what GET /openapi.json shows; null: there are none.
+const Json& operations(Dialect dialect, std::string_view path) {
+    const Json& paths = document(dialect)["paths"];
+    if (const Json* exact = paths.find(path)) return *exact;
+    const Json* found = &paths["none"];
+    for (const JsonMember& one : paths.members()) {
+        const size_t open = one.key.find("{id}");
+        if (open == one.key.npos || path.size() <= open) continue;
+        const std::string_view tail = std::string_view(one.key).substr(open + 4);
+        if (path.starts_with(one.key.substr(0, open)) && path.ends_with(tail)) found = &one.value;
+    }
+    return *found;
+}
+
+/// What the server answers stands in its document.
+void check_documented(Dialect dialect, const std::string& method, const std::string& target,
+                      int status) {
+    const Json& known = operations(dialect, target.substr(0, target.find('?')));
+    std::string name;
+    for (const auto& [given, shown] : {std::pair("GET", "get"), std::pair("HEAD", "get"),
+                                       std::pair("POST", "post"), std::pair("DELETE", "delete")})
+        if (method == given) name = shown;
+    if (!known.contains(name) || status == 0) return;  // no such path or method
+    if (known[name]["responses"].contains(std::to_string(status))) return;
+    FAIL_CHECK(method << " " << target << " answered " << status);
+}
+
+/// Of replies to raw bytes: 404 and 405 are of what does not stand there.
+void check_known(int status) {
+    if (status == 100 || status == 204 || status == 404 || status == 405) return;
+    for (const JsonMember& path : document(Dialect::openai)["paths"].members())
+        for (const JsonMember& one : path.value.members())
+            if (one.value["responses"].contains(std::to_string(status))) return;
+    FAIL_CHECK("no operation has the status " << status);
+}
+
 /// A server on a thread of its own, until the end of the scope.
 struct Serving {
     explicit Serving(const ServerOptions& options = local(), bool hold = false)
-        : server(open(options, hold)) {
+        : dialect(options.dialect), server(open(options, hold)) {
+        HttpPeer::seen = check_known;
         thread = std::thread([this] { (void)server.run().ok(); });
     }
     ~Serving() { stop(); }
@@ -81,6 +125,7 @@ struct Serving {
         if (key) call.headers.emplace_back("Authorization", "Bearer " + std::string(key));
         auto reply = checked_call(call);
         if (!reply) return {0, {}, reply.error().message, true};
+        check_documented(dialect, method, target, reply->status);
         return std::move(*reply);
     }
     HttpReply get(const std::string& target, const char* key = nullptr) {
@@ -91,6 +136,7 @@ struct Serving {
     }
 
     FakeResponder fake{"org/fake-1", {"fake", "other name"}};
+    Dialect dialect;
     Server server;
     std::thread thread;
 };
@@ -2259,4 +2305,68 @@ TEST_CASE("server: metrics and JSON log lines") {
     const std::string id = id_of(serving.post(in_background, key_a));
     const std::string end = R"({"response":")" + id + R"(","ended":"completed","input_tokens":)";
     CHECK(eventually([&] { return log.text().find(end) != std::string::npos; }));
+}
+
+namespace {
+
+void check_refs(const Json& document, const Json& part) {
+    const std::string ref(part["$ref"].as_string());
+    if (!ref.empty()) {
+        const Json* at = &document;
+        for (size_t start = 2; at && start <= ref.size();) {
+            const size_t end = std::min(ref.find('/', start), ref.size());
+            at = at->find(ref.substr(start, end - start));
+            start = end + 1;
+        }
+        CHECK_MESSAGE(at, ref);
+    }
+    for (const Json& item : part.items()) check_refs(document, item);
+    for (const JsonMember& member : part.members()) check_refs(document, member.value);
+}
+
+}  // namespace
+
+TEST_CASE("server: the document shows every route, and refers to nothing that is not there") {
+    for (const Dialect dialect : {Dialect::valar, Dialect::openai}) {
+        const Json& shown = document(dialect);
+        CHECK(shown["openapi"].as_string() == "3.1.0");
+        check_refs(shown, shown);
+        std::set<std::string> names;
+        for (const auto& route : detail::ServerLoop::all_routes()) {
+            const bool named = route.takes_argument();
+            const std::string path = detail::join({route.path, named ? "{id}" : "", route.suffix});
+            const Json& known = shown["paths"][path];
+            for (const auto& [method, one] :
+                 {std::pair("get", route.get), std::pair("post", route.post),
+                  std::pair("delete", route.remove)}) {
+                CAPTURE(path);
+                CHECK(known.contains(method) == (one.handle != nullptr));
+                if (!one.handle) continue;
+                CHECK(names.insert(std::string(known[method]["operationId"].as_string())).second);
+                CHECK(known[method]["security"].is_array() == route.open);
+                CHECK(known[method]["parameters"].empty() ==
+                      (!named && one.query.empty() &&
+                       one.handle != &detail::ServerLoop::post_response));
+            }
+        }
+        CHECK(shown["components"]["schemas"].contains("ChatCompletionEvent"));
+        CHECK(shown["components"]["schemas"].contains("ResponseEvent") ==
+              (dialect == Dialect::openai));
+    }
+}
+
+TEST_CASE("server: the document is of this server, and needs no key") {
+    ServerOptions options = with_keys();
+    Serving serving(options);
+    const HttpReply reply = serving.get("/openapi.json");
+    CHECK(reply.status == 200);
+    CHECK(field(reply, "Content-Type") == "application/json");
+    CHECK(reply.body == document(Dialect::valar).write());
+    options = local();
+    options.dialect = Dialect::openai;
+    Serving open(options);
+    const Json shown = parse(open.get("/openapi.json").body);
+    CHECK(shown["security"].empty());
+    CHECK_FALSE(shown["components"].contains("securitySchemes"));
+    CHECK_FALSE(shown["paths"]["/v1/models"]["get"]["responses"].contains("401"));
 }

@@ -1,6 +1,6 @@
 #include "prologue.hpp"
 
-#include "api/surface.hpp"
+#include "api/document.hpp"
 
 #include <algorithm>
 #include <cstddef>
@@ -107,6 +107,47 @@ Fault chat_messages(const Json& value, SurfaceBody* out) {
     return {};
 }
 
+Json doc_chat_calls() {
+    const Json text = doc_type("string"), id = doc_text(1);
+    const auto call = [&](const char* said) {
+        return doc_object(2, {{"name", text}, {said, text}});
+    };
+    return doc_array(
+        doc_any(
+            {doc_object(
+                 2, {{"id", id}, {"function", call("arguments")}, {"type", doc_word("function")}}),
+             doc_object(3, {{"id", id}, {"custom", call("input")}, {"type", doc_word("custom")}})}),
+        1);
+}
+
+/// One who says something: each of the fields can be it.
+Json doc_chat_assistant() {
+    const std::pair<std::string_view, Json> said[] = {{"content", doc_content(true)},
+                                                      {"tool_calls", doc_chat_calls()},
+                                                      {"refusal", doc_text(1)},
+                                                      {"reasoning_content", doc_text(1)},
+                                                      {"reasoning", doc_text(1)}};
+    Json all = doc_any({});
+    for (const auto& field : said)
+        all.find("anyOf")->push(
+            doc_object(2, {{"role", doc_word(role_name(Role::assistant))}, field}));
+    return all;
+}
+
+Json doc_chat_messages(Dialect) {
+    Json roles = Json::array();
+    for (const std::string_view role : kRoleNames)
+        if (role != role_name(Role::assistant) && role != role_name(Role::tool)) roles.push(role);
+    return doc_array(
+        doc_any({doc_object(2, {{"role", doc_type("string").set("enum", std::move(roles))},
+                                {"content", doc_content(false)}}),
+                 doc_object(3, {{"role", doc_word(role_name(Role::tool))},
+                                {"content", doc_content(false)},
+                                {"tool_call_id", doc_text(1)}}),
+                 doc_chat_assistant()}),
+        1);
+}
+
 /// {"type": T, T: {...}}, as Chat Completions nest it, in one object.
 Json chat_flat(const Json& nested) {
     const std::string type(nested["type"].as_string());
@@ -129,6 +170,11 @@ Fault chat_format(const Json& value, SurfaceBody* out) {
     return {};
 }
 
+Json doc_chat_format(Dialect) {
+    return doc_any(
+        {doc_nested(doc_format(false)), doc_object(1, {{"type", doc_word("json_object")}})});
+}
+
 Fault chat_tools(const Json& value, SurfaceBody* out) {
     if (!value.is_array()) return api_wrong_type("tools", "an array", value);
     Json tools = Json::array();
@@ -145,6 +191,8 @@ Fault chat_tools(const Json& value, SurfaceBody* out) {
     return {};
 }
 
+Json doc_chat_tools(Dialect) { return doc_array(doc_nested(doc_tool())); }
+
 Fault chat_tool_choice(const Json& value, SurfaceBody* out) {
     Json choice = value.is_object() ? chat_flat(value) : value;
     if (Json* tools = choice.is_object() ? choice.find("tools") : nullptr)
@@ -153,10 +201,14 @@ Fault chat_tool_choice(const Json& value, SurfaceBody* out) {
     return {};
 }
 
+Json doc_chat_tool_choice(Dialect) { return doc_nested(doc_tool_choice()); }
+
 Fault chat_effort(const Json& value, SurfaceBody* out) {
     out->body.set("reasoning", Json::object().set("effort", value));
     return {};
 }
+
+Json doc_chat_effort(Dialect) { return doc_words(kEffortNames); }
 
 Fault chat_max_tokens(const Json& value, SurfaceBody* out) {
     if (out->body["max_output_tokens"].is_null()) out->body.set("max_output_tokens", value);
@@ -169,36 +221,44 @@ Fault chat_logprobs(const Json& value, SurfaceBody* out) {
     return check_bool(value, "logprobs");
 }
 
+Json doc_chat_logprobs(Dialect) { return doc_type("boolean"); }
+
 Fault chat_n(const Json& value, SurfaceBody*) {
     if (value.is_int() && value.as_int() == 1) return {};
     return api_error("unsupported_value", "n", "'n' must be 1: one choice a request");
 }
 
+Json doc_chat_n(Dialect) { return doc_type("integer").set("minimum", 1).set("maximum", 1); }
+
+constexpr std::string_view chat_modes[] = {"text"};
+
 Fault chat_modalities(const Json& value, SurfaceBody*) {
-    if (value.is_array() && value.size() == 1 && value[0].as_string() == "text") return {};
+    if (value.is_array() && value.size() == 1 && value[0].as_string() == chat_modes[0]) return {};
     return api_error("unsupported_value", "modalities", "'modalities' must be [\"text\"]");
 }
+
+Json doc_chat_modalities(Dialect) { return doc_array(doc_words(chat_modes), 1, 1); }
 
 constexpr SurfaceField chat_fields[] = {
     // clang-format off
     {"model", "model"},
-    {"messages", "input", chat_messages},
+    {"messages", "input", chat_messages, false, doc_chat_messages},
     {"max_completion_tokens", "max_output_tokens"},
     {"max_tokens", "max_output_tokens", chat_max_tokens, true},
     {"temperature", "temperature"},
     {"top_p", "top_p"},
     {"seed", "seed"},
-    {"response_format", "text.format", chat_format},
-    {"reasoning_effort", "reasoning.effort", chat_effort},
-    {"n", {}, chat_n},
-    {"modalities", {}, chat_modalities},
-    {"stream", {}, surface_stream},
-    {"stream_options", {}, surface_stream_options},
+    {"response_format", "text.format", chat_format, false, doc_chat_format},
+    {"reasoning_effort", "reasoning.effort", chat_effort, false, doc_chat_effort},
+    {"n", {}, chat_n, false, doc_chat_n},
+    {"modalities", {}, chat_modalities, false, doc_chat_modalities},
+    {"stream", {}, surface_stream, false, doc_surface_stream},
+    {"stream_options", {}, surface_stream_options, false, doc_surface_stream_options},
     {"store", "store"},
     {"user", "user"},
     {"metadata", "metadata"},
-    {"tools", "tools", chat_tools},
-    {"tool_choice", "tool_choice", chat_tool_choice},
+    {"tools", "tools", chat_tools, false, doc_chat_tools},
+    {"tool_choice", "tool_choice", chat_tool_choice, false, doc_chat_tool_choice},
     {"parallel_tool_calls", "parallel_tool_calls"},
     {"service_tier", "service_tier"},
     {"prompt_cache_key", "prompt_cache_key"},
@@ -206,7 +266,7 @@ constexpr SurfaceField chat_fields[] = {
     {"min_p", "min_p"},
     {"repetition_penalty", "repetition_penalty"},
     {"stop", "stop", surface_stop, true},
-    {"logprobs", {}, chat_logprobs, true},
+    {"logprobs", {}, chat_logprobs, true, doc_chat_logprobs},
     {"top_logprobs", "top_logprobs", nullptr, true},
     {"logit_bias", "logit_bias", nullptr, true},
     {"presence_penalty", "presence_penalty", nullptr, true},
@@ -422,6 +482,7 @@ std::unique_ptr<EventWriter> chat_events(const ResponseRecord& record, bool incl
 }  // namespace
 
 const Surface chat_surface = {
+    .name = "ChatCompletion",
     .path = "/v1/chat/completions",
     .fields = chat_fields,
     .refused = chat_refused,

@@ -1,7 +1,7 @@
 // The response object, input items and errors as clients see them.
 #include "prologue.hpp"
 
-#include "api_internal.hpp"
+#include "api/document.hpp"
 
 #include <algorithm>
 #include <cstddef>
@@ -363,6 +363,18 @@ Json render_error(const Error& error) {
                                            .set("type", kind.type)
                                            .set("param", or_null(error.param))
                                            .set("code", own_code ? error.code : kind.code));
+}
+
+Json doc_error() {
+    std::vector<std::string_view> types;
+    for (const ApiKind& kind : api_kinds)
+        if (std::find(types.begin(), types.end(), kind.type) == types.end())
+            types.emplace_back(kind.type);
+    const Json or_null = doc_or_null(doc_type("string"));
+    return doc_object(1, {{"error", doc_object(4, {{"message", doc_type("string")},
+                                                   {"type", doc_words(types)},
+                                                   {"param", or_null},
+                                                   {"code", or_null}})}});
 }
 
 int http_status(const Error& error) {

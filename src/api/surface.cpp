@@ -1,7 +1,7 @@
 // Bodies of other surfaces as bodies of POST /v1/responses, by the tables of those surfaces.
 #include "prologue.hpp"
 
-#include "api/surface.hpp"
+#include "api/document.hpp"
 
 #include <algorithm>
 #include <cstddef>
@@ -29,6 +29,25 @@ Fault surface_stream_options(const Json& value, SurfaceBody* out) {
     const Json& usage = value["include_usage"];
     out->include_usage = usage.as_bool();
     return usage.is_null() ? Fault() : check_bool(usage, "stream_options.include_usage");
+}
+
+Json doc_surface_stream(Dialect) {
+    return doc_type("boolean").set("description", "Answered in server-sent events.");
+}
+
+Json doc_surface_stream_options(Dialect) {
+    return doc_object(0, {{"include_usage", doc_type("boolean")}});
+}
+
+Json doc_request(const Surface& surface, Dialect dialect) {
+    const Json ours = doc_fields(dialect);
+    Json fields = Json::object();
+    for (const SurfaceField& row : surface.fields) {
+        if (row.openai && dialect != Dialect::openai) fields.set(row.name, doc_type("null"));
+        else fields.set(row.name, row.schema ? row.schema(dialect) : ours[row.to]);
+    }
+    for (const std::string_view name : surface.refused) fields.set(name, doc_type("null"));
+    return doc_body(std::move(fields), surface.required);
 }
 
 namespace {

@@ -36,16 +36,20 @@ struct SurfaceField {
     std::string_view name;
     std::string_view to = {};  ///< its place in a body of /v1/responses, for values and for errors
     Fault (*read)(const Json& value, SurfaceBody* out) = nullptr;
-    bool openai = false;  ///< of that dialect alone
+    bool openai = false;                        ///< of that dialect alone
+    Json (*schema)(Dialect dialect) = nullptr;  ///< what `read` takes; null: what `to` does
 };
 // How fields are read that several surfaces have.
 Fault surface_stop(const Json& value, SurfaceBody* out);
 Fault surface_stream(const Json& value, SurfaceBody* out);
 Fault surface_stream_options(const Json& value, SurfaceBody* out);
+Json doc_surface_stream(Dialect dialect);
+Json doc_surface_stream_options(Dialect dialect);
 
 /// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made
 /// from the response object. So each of them leaves a response that GET shows.
 struct Surface {
+    std::string_view name;  ///< of its schemas
     std::string_view path;
     std::span<const SurfaceField> fields;  ///< others are ignored
     std::span<const std::string_view> refused = {};

@@ -17,28 +17,73 @@ namespace valar {
 inline namespace v1 {
 namespace detail {
 
+namespace {
+
+constexpr ServerParameter list_query[] = {server_limit, server_after};
+constexpr ServerParameter items_query[] = {server_limit, server_after, server_order};
+constexpr ServerParameter stream_query[] = {server_stream, server_starting_after};
+
+}  // namespace
+
+using Loop = ServerLoop;
 const ServerLoop::Route ServerLoop::routes[] = {
-    {.path = "/", .get = &ServerLoop::get_page, .open = true},
-    {.path = "/health", .get = &ServerLoop::get_health, .open = true},
-    {.path = "/metrics", .get = &ServerLoop::get_metrics},
-    {.path = "/v1/models", .get = &ServerLoop::get_models},
-    {.path = "/v1/models/", .get = &ServerLoop::get_model, .slashes = true},
+    {.path = "/",
+     .get = {&Loop::get_page, "getPage", "A page to talk with the models.", {}},
+     .open = true},
+    {.path = "/health",
+     .get = {&Loop::get_health, "getHealth", "Whether a model is ready.", "Health"},
+     .open = true},
+    {.path = "/openapi.json",
+     .get = {&Loop::get_openapi, "getOpenapi", "This document.", "Document"},
+     .open = true},
+    {.path = "/metrics",
+     .get = {&Loop::get_metrics, "getMetrics", "Figures, in the text format of Prometheus."}},
+    {.path = "/v1/models",
+     .get = {&Loop::get_models, "listModels", "The models that are served.", "ModelList"}},
+    {.path = "/v1/models/",
+     .get = {&Loop::get_model, "getModel", "One of them, by id or alias.", "Model"},
+     .slashes = true},
     {.path = "/v1/responses",
-     .get = &ServerLoop::get_responses,
-     .post = &ServerLoop::post_response},
+     .get = {&Loop::get_responses, "listResponses", "What is kept, newest first.", "ResponseList",
+             list_query},
+     .post = {&Loop::post_response, "createResponse", "Answers a request.", "Response", {}, true}},
     {.path = "/v1/responses/",
-     .get = &ServerLoop::get_response,
-     .remove = &ServerLoop::delete_response},
-    {.path = "/v1/chat/completions", .post = &ServerLoop::post_response, .surface = &chat_surface},
-    {.path = "/v1/responses/", .suffix = "/cancel", .post = &ServerLoop::post_cancel},
-    {.path = "/v1/responses/", .suffix = "/input_items", .get = &ServerLoop::get_input_items},
+     .get = {&Loop::get_response, "getResponse", "A response as it is now.", "Response",
+             stream_query},
+     .remove = {&Loop::delete_response,
+                "deleteResponse",
+                "Cancels what runs, and forgets it.",
+                "DeletedResponse",
+                {},
+                true}},
+    {.path = "/v1/chat/completions",
+     .post = {&Loop::post_response,
+              "createChatCompletion",
+              "Answers a conversation.",
+              "ChatCompletion",
+              {},
+              true},
+     .surface = &chat_surface},
+    {.path = "/v1/responses/",
+     .suffix = "/cancel",
+     .post = {&Loop::post_cancel,
+              "cancelResponse",
+              "Ends a response in the background.",
+              "Response",
+              {},
+              true}},
+    {.path = "/v1/responses/",
+     .suffix = "/input_items",
+     .get = {&Loop::get_input_items, "listInputItems", "What was asked, newest first.", "ItemList",
+             items_query}},
 };
+std::span<const ServerLoop::Route> ServerLoop::all_routes() { return routes; }
 
 std::string ServerLoop::Route::allowed() const {
     std::string all;
-    for (const auto& [handler, methods] :
+    for (const auto& [operation, methods] :
          {std::pair(get, "GET, HEAD"), std::pair(post, "POST"), std::pair(remove, "DELETE")})
-        if (handler) all.append(all.empty() ? "" : ", ").append(methods);
+        if (operation.handle) all.append(all.empty() ? "" : ", ").append(methods);
     return all;
 }
 
@@ -48,7 +93,7 @@ std::string ServerLoop::Route::allowed() const {
 void ServerLoop::find_route(Exchange& exchange) {
     const std::string_view path = exchange.path;
     for (const Route& route : routes) {
-        const bool takes = route.path.size() > 1 && route.path.back() == '/';
+        const bool takes = route.takes_argument();
         const bool prefix = path.substr(0, route.path.size()) == route.path;
         if (!prefix || path.size() < route.path.size() + route.suffix.size()) continue;
         const size_t end = path.size() - route.suffix.size();
@@ -183,8 +228,8 @@ Result<void> ServerLoop::check_route(const HttpRequest&, Exchange& exchange) {
 Result<void> ServerLoop::check_method(const HttpRequest& request, Exchange& exchange) {
     const Route& route = *exchange.route;
     for (const auto& [method, handle] :
-         {std::pair("GET", route.get), std::pair("HEAD", route.get), std::pair("POST", route.post),
-          std::pair("DELETE", route.remove)})
+         {std::pair("GET", route.get.handle), std::pair("HEAD", route.get.handle),
+          std::pair("POST", route.post.handle), std::pair("DELETE", route.remove.handle)})
         if (request.method == method) exchange.handle = handle;
     if (exchange.handle) return {};
     return make_error(

@@ -296,14 +296,15 @@ void ServerLoop::on_tick() {
     store->expire(store->now_ms());
 }
 
+Json server_health() { return Json::object().set("status", "ok"); }
+
 void ServerLoop::get_health(Exchange& exchange, HttpRequest&) {
     for (const Responder* responder : responders)
         for (const ModelInfo& model : responder->models())
-            if (model.ready) return answer(exchange, 200, "{\"status\":\"ok\"}");
+            if (model.ready) return answer(exchange, 200, server_health().write());
     refuse(exchange, server_overloaded("no model is ready yet"));
 }
 
-namespace {
 Json server_model_json(const ModelInfo& model, const std::string& id) {
     return Json::object()
         .set("id", id)
@@ -312,7 +313,9 @@ Json server_model_json(const ModelInfo& model, const std::string& id) {
         .set("owned_by", model.owned_by);
 }
 
-}  // namespace
+Json server_model_list(Json data) {
+    return Json::object().set("object", "list").set("data", std::move(data));
+}
 
 bool server_answers_to(const ModelInfo& model, const std::string& id) {
     return model.id == id ||
@@ -327,8 +330,7 @@ void ServerLoop::get_models(Exchange& exchange, HttpRequest&) {
             for (const std::string& alias : model.aliases)
                 data.push(server_model_json(model, alias));
         }
-    answer(exchange, 200,
-           Json::object().set("object", "list").set("data", std::move(data)).write());
+    answer(exchange, 200, server_model_list(std::move(data)).write());
 }
 
 void ServerLoop::get_model(Exchange& exchange, HttpRequest&) {

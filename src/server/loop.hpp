@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -54,20 +55,57 @@ inline constexpr uint64_t server_beat_ns = 10'000'000'000;  // between comments 
 inline constexpr size_t server_most_unsent = 256 << 10;     // of a stream; then it waits
 inline constexpr size_t server_most_event_log = 4 << 20;    // to be read from its start again
 
+/// A field of a query: checked and documented by its row.
+struct ServerParameter {
+    const char* name;
+    const char* about;
+    std::span<const std::string_view> words = {};  // one of these; none: an integer or a text
+    int64_t least = 0, most = 0;                   // of the integer; 0: a text
+    bool openai = false;                           // of that dialect alone
+};
+inline constexpr std::string_view server_orders[] = {"asc", "desc"};
+inline constexpr std::string_view server_switch[] = {"true", "false"};
+inline constexpr ServerParameter server_limit = {
+    "limit", "How many there may be; 20 by default.", {}, 1, server_list_most};
+inline constexpr ServerParameter server_after = {"after", "The id behind which to go on."};
+inline constexpr ServerParameter server_order = {"order", "By age; desc by default.",
+                                                 server_orders};
+inline constexpr ServerParameter server_stream = {
+    "stream", "As server-sent events.", server_switch, 0, 0, true};
+inline constexpr ServerParameter server_starting_after = {
+    "starting_after",
+    "The sequence_number behind which a stream is to go on.",
+    {},
+    0,
+    INT64_MAX,
+    true};
+
 struct ServerLoop : HttpHandler {
     struct Exchange;
     using Handle = void (ServerLoop::*)(Exchange&, HttpRequest&);
 
+    /// What a method does, and what GET /openapi.json says of it.
+    struct Operation {
+        Handle handle = nullptr;
+        const char* name = nullptr;
+        const char* about = nullptr;
+        const char* answer = nullptr;  // its schema; null: text
+        std::span<const ServerParameter> query = {};
+        bool waits = false;  // for a response to end, which may take too long
+    };
+
     struct Route {
         std::string_view path;         // ending in '/', unless it is that: an argument follows
         std::string_view suffix = {};  // behind the argument
-        Handle get = nullptr, post = nullptr, remove = nullptr;
+        Operation get = {}, post = {}, remove = {};
         bool slashes = false;  // in the argument
         bool open = false;     // needs no key
         const Surface* surface = nullptr;
         std::string allowed() const;  // the header Allow
+        bool takes_argument() const { return path.size() > 1 && path.back() == '/'; }
     };
     static const Route routes[];
+    static std::span<const Route> all_routes();
 
     /// A request that is not answered yet.
     struct Exchange {
@@ -279,6 +317,8 @@ struct ServerLoop : HttpHandler {
     // routes
     void get_page(Exchange& exchange, HttpRequest& request);
     void get_health(Exchange& exchange, HttpRequest& request);
+    void get_openapi(Exchange& exchange, HttpRequest& request);
+    void openapi_work(AnswerJob& job);
     void get_metrics(Exchange& exchange, HttpRequest& request);
     void get_models(Exchange& exchange, HttpRequest& request);
     void get_model(Exchange& exchange, HttpRequest& request);
@@ -387,12 +427,21 @@ struct ServerLoop : HttpHandler {
 
 bool server_answers_to(const ModelInfo& model, const std::string& id);
 
-Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name);
+Result<Json> server_parameter(std::string_view query, const ServerParameter& row);
 Error server_no_response(std::string_view id);
 Error server_field(const char* code, const char* param, std::string message);
 ResponseRecord server_record(const StoredResponse& stored, Status status);
 std::shared_ptr<const std::string> server_shared(std::string text);
 Error server_not_background();
+/// Of a response in a list.
+inline constexpr std::string_view server_left_out[] = {"input", "instructions", "tools"};
+Json server_list(std::vector<Json> data, bool more);
+Json server_health();
+Json server_model_list(Json data);
+Json server_model_json(const ModelInfo& model, const std::string& id);
+Json server_deleted(const std::string& id);
+/// OpenAPI 3.1 of what a server with these options serves. `keyed`: it has API keys.
+Json server_openapi(Dialect dialect, bool keyed);
 
 Error server_option(const char* name, std::string message);
 Result<std::vector<ServerKey>> server_keys(const std::vector<ApiKey>& given);

@@ -69,6 +69,10 @@ void ServerLoop::show_work(ShowJob& job) {
     else job.error = std::move(answer.error());
 }
 
+// ---- Queries -----------------------------------------------------------------------------------
+
+namespace {
+
 /// The value of a field of a query, unescaped. Errors: not text, or given twice.
 Result<std::optional<std::string>> server_query(std::string_view query, std::string_view name) {
     std::optional<std::string> found;
@@ -88,6 +92,26 @@ Result<std::optional<std::string>> server_query(std::string_view query, std::str
     return found;
 }
 
+}  // namespace
+
+/// Null where it is not there.
+Result<Json> server_parameter(std::string_view query, const ServerParameter& row) {
+    const auto text = server_query(query, row.name);
+    if (!text) return text.error();
+    if (!*text) return Json();
+    Json value(**text);
+    Fault fault;
+    if (!row.words.empty()) {
+        fault = check_choice(value, row.name, row.words);
+    } else if (row.most > 0) {
+        if (auto number = Json::parse(**text); number && number->is_integer())
+            value = std::move(*number);
+        fault = check_integer(value, row.name, row.least, row.most);
+    }
+    if (fault) return std::move(*fault);
+    return value;
+}
+
 namespace {
 
 struct ServerPage {
@@ -97,29 +121,18 @@ struct ServerPage {
 };
 
 Result<ServerPage> server_page(std::string_view query) {
-    ServerPage page;
-    auto limit = server_query(query, "limit"), after = server_query(query, "after"),
-         order = server_query(query, "order");
+    auto limit = server_parameter(query, server_limit),
+         after = server_parameter(query, server_after),
+         order = server_parameter(query, server_order);
     for (const auto* field : {&limit, &after, &order})
         if (!*field) return field->error();
-    if (*limit) {
-        const auto number = Json::parse(**limit);
-        if (!number || !number->is_int())
-            return server_field("invalid_type", "limit", "'limit' must be an integer");
-        if (number->as_int() < 1)
-            return server_field("integer_below_min_value", "limit", "'limit' must be at least 1");
-        if (number->as_int() > static_cast<int64_t>(server_list_most))
-            return server_field("integer_above_max_value", "limit", "'limit' must be at most 100");
-        page.limit = static_cast<size_t>(number->as_int());
-    }
-    if (*order && **order != "asc" && **order != "desc")
-        return server_field("invalid_value", "order", "'order' must be \"asc\" or \"desc\"");
-    page.ascending = *order && **order == "asc";
-    if (*after) page.after = std::move(**after);
-    return page;
+    return ServerPage{static_cast<size_t>(limit->as_int(server_list_default)),
+                      std::string(after->as_string()), order->as_string() == "asc"};
 }
 
-std::string server_list(std::vector<Json> data, bool more) {
+}  // namespace
+
+Json server_list(std::vector<Json> data, bool more) {
     const Json first = data.empty() ? Json() : data.front()["id"];
     const Json last = data.empty() ? Json() : data.back()["id"];
     return Json::object()
@@ -127,9 +140,10 @@ std::string server_list(std::vector<Json> data, bool more) {
         .set("data", Json(std::move(data)))
         .set("first_id", first)
         .set("last_id", last)
-        .set("has_more", more)
-        .write();
+        .set("has_more", more);
 }
+
+namespace {
 
 Error server_bad_after(std::string_view after) {
     return server_field("invalid_value", "after",
@@ -167,10 +181,10 @@ void ServerLoop::list_work(ListJob& job) {
         auto object = Json::parse(stored->terminal ? *stored->object
                                                    : render_live(*stored, running));
         if (!object) continue;
-        for (const char* left_out : {"input", "instructions", "tools"}) object->erase(left_out);
+        for (const std::string_view key : server_left_out) object->erase(key);
         data.push_back(std::move(*object));
     }
-    job.text = server_list(std::move(data), job.more);
+    job.text = server_list(std::move(data), job.more).write();
 }
 
 void ServerLoop::get_input_items(Exchange& exchange, HttpRequest&) {
@@ -205,7 +219,7 @@ void ServerLoop::items_work(ItemsJob& job) {
     const size_t count = std::min(left, page->limit);
     std::vector<Json> shown(std::make_move_iterator(first),
                             std::make_move_iterator(first + static_cast<ptrdiff_t>(count)));
-    job.text = server_list(std::move(shown), left > count);
+    job.text = server_list(std::move(shown), left > count).write();
 }
 
 // ---- Metrics -----------------------------------------------------------------------------------

@@ -493,10 +493,14 @@ void ServerLoop::remove(Exchange& exchange, const std::string& id) {
                  on_kept<&ServerLoop::remove_done>(std::move(job)));
 }
 
+Json server_deleted(const std::string& id) {
+    return Json::object().set("id", id).set("object", "response").set("deleted", true);
+}
+
 void ServerLoop::remove_done(JobPtr<RemoveJob> job) {
     const std::string& id = job->id;
     if (job->error && job->error->kind == ErrorKind::not_found) job->error = server_no_response(id);
-    job->text = Json::object().set("id", id).set("object", "response").set("deleted", true).write();
+    job->text = server_deleted(id).write();
     answer_job(std::move(job));
 }
 

@@ -40,21 +40,15 @@ std::string events_after(const std::string& log, uint64_t after) {
 /// The query of GET: whether it wants events, and from where.
 Result<void> ServerLoop::read_stream(Exchange& exchange) const {
     if (options.dialect != Dialect::openai) return {};
-    auto stream = server_query(exchange.query, "stream");
-    auto after = server_query(exchange.query, "starting_after");
+    auto stream = server_parameter(exchange.query, server_stream),
+         after = server_parameter(exchange.query, server_starting_after);
     if (!stream || !after) return stream ? after.error() : stream.error();
-    if (*stream && **stream != "true" && **stream != "false")
-        return server_field("invalid_type", "stream", "'stream' must be true or false");
-    exchange.form.stream = *stream && **stream == "true";
-    if (!*after) return {};
-    const auto number = Json::parse(**after);
-    if (!number || !number->is_int() || number->as_int() < 0)
-        return server_field("invalid_type", "starting_after",
-                            "'starting_after' must be an integer, 0 or more");
+    exchange.form.stream = stream->as_string() == "true";
+    if (after->is_null()) return {};
     if (!exchange.form.stream)
         return server_field("invalid_value", "starting_after",
                             "'starting_after' needs 'stream=true'");
-    exchange.form.after = static_cast<uint64_t>(number->as_int());
+    exchange.form.after = static_cast<uint64_t>(after->as_int());
     return {};
 }
 
