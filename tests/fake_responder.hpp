@@ -129,6 +129,25 @@ public:
         }
         notify(id);
     }
+    /// Of a request that is held, so many events more of its answer, but not its end. False: that
+    /// was all.
+    bool tell(const std::string& id, size_t count = 1) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            const auto found = answers_.find(id);
+            if (found == answers_.end() || found->second.ended) return false;
+            Answer& answer = found->second;
+            Answer whole;
+            add_items(&whole, outcome_of(answer.task, valar::Status::completed));
+            count = std::min(count, whole.events.size() - 1 - answer.told);  // `started` was told
+            if (count == 0) return false;
+            const auto from = whole.events.begin() + 1 + static_cast<ptrdiff_t>(answer.told);
+            answer.events.insert(answer.events.end(), from, from + static_cast<ptrdiff_t>(count));
+            answer.told += count;
+        }
+        notify(id);
+        return true;
+    }
     std::vector<std::string> waiting() const {
         const std::lock_guard<std::mutex> lock(mutex_);
         std::vector<std::string> ids;
@@ -159,6 +178,7 @@ private:
         Task task;
         uint64_t number = 0;  // in the order of submission
         bool ended = false;
+        size_t told = 0;  // of what comes after `started`, by tell()
         std::deque<valar::Event> events, later;
     };
 
@@ -271,10 +291,10 @@ private:
             answer.later.clear();
             answer.ended = true;
             auto outcome = std::make_shared<valar::Outcome>(outcome_of(answer.task, status));
-            if (!outcome->text.empty())
+            if (!outcome->text.empty() && answer.told == 0)
                 answer.events.push_back(
                     {valar::Event::Kind::text_delta, outcome->text, nullptr, outcome->logprobs});
-            if (tells_items) add_items(&answer, *outcome);
+            if (tells_items && answer.told == 0) add_items(&answer, *outcome);
             answer.events.push_back({valar::Event::Kind::finished, {}, outcome});
             if (drips && !broken_off) answer.later.swap(answer.events);
         }

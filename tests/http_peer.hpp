@@ -108,6 +108,19 @@ public:
         return taken;
     }
 
+    /// So many bytes, or fewer when the stream ends or time runs out. What is left is not read.
+    std::string take(size_t count) {
+        std::string taken = input_.substr(0, count);
+        input_.erase(0, taken.size());
+        while (taken.size() < count && !closed_ && wait(valar::detail::poll_read)) {
+            char bytes[4096];
+            const auto got = socket_.read(bytes, std::min(sizeof bytes, count - taken.size()));
+            closed_ = got.status == valar::detail::IoStatus::closed;
+            taken.append(bytes, got.bytes);
+        }
+        return taken;
+    }
+
     /// Takes at most 16 KiB of what is there; true at the end of the stream.
     bool ended_after_some() {
         fill();

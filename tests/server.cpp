@@ -2238,6 +2238,143 @@ TEST_CASE("server: openai: store:false leaves nothing, previous_response_id goes
     CHECK(error_of(follow(id_of(serving.post(in_background)), "x")) == refused);
 }
 
+namespace {
+
+/// A surface that streams, as a client asks for it.
+struct Streaming {
+    Dialect dialect;
+    const char* target;
+    const char* body;
+};
+constexpr Streaming streamings[] = {
+    {Dialect::openai, "/v1/responses", R"({"model":"fake","stream":true,"input":"one two three"})"},
+    {Dialect::openai, "/v1/chat/completions",
+     R"({"model":"fake","stream":true,"messages":[{"role":"user","content":"one two three"}]})"},
+    {Dialect::valar, "/v1/chat/completions",
+     R"({"model":"fake","stream":true,"messages":[{"role":"user","content":"one two three"}],)"
+     R"("tools":[{"type":"function","function":{"name":"f"}}]})"},
+};
+
+/// One stream whose events the test makes, and which the client may leave.
+struct Streamed {
+    Streamed(Serving& serving, const Streaming& how, const std::string& fields = {})
+        : peer(serving.server.port()) {
+        const std::string body = how.body;
+        peer.send(detail::join({"POST ", how.target, " HTTP/1.1\r\nHost: localhost\r\n", fields,
+                                "Content-Type: application/json\r\nContent-Length: ",
+                                std::to_string(body.size()), "\r\n\r\n", body}));
+        head = peer.until("\r\n\r\n");
+        const size_t at = head.find("resp_");
+        if (at != head.npos) id = head.substr(at, 29);
+    }
+    HttpPeer peer;
+    std::string head, id;
+};
+
+/// `condition` of the record of a response, soon.
+bool comes_to(Serving& serving, const std::string& id, std::string_view status) {
+    return eventually([&] {
+        return parse(serving.get("/v1/responses/" + id).body)["status"].as_string() == status;
+    });
+}
+
+/// All that was begun is over, and nothing of it is left anywhere.
+void check_nothing_left(Serving& serving) {
+    CHECK(serving.fake.waiting().empty());
+    CHECK(serving.fake.events_left() == 0);
+    for (const char* none : {"valar_responses_live 0\n", "valar_responses_queued 0\n",
+                             "valar_http_body_bytes 0\n", "valar_http_connections 1\n"}) {
+        CAPTURE(std::string(none));
+        CHECK(eventually(
+            [&] { return serving.get("/metrics").body.find(none) != std::string::npos; }));
+    }
+}
+
+}  // namespace
+
+TEST_CASE("server: a stream that its client leaves at any event, or within one") {
+    for (const Streaming& how : streamings)
+        for (const bool keyed : {false, true}) {
+            CAPTURE(how.target);
+            CAPTURE(keyed);
+            ServerOptions options = local();
+            options.dialect = how.dialect;
+            Serving serving(options, true);
+            serving.fake.tells_items = true;
+            int left = 0;
+            // Leaves once `told` events were made, and `bytes` of what they are on the wire are read.
+            const auto leave = [&](size_t told, size_t bytes) {
+                const std::string key = "Idempotency-Key: k" + std::to_string(++left) + "\r\n";
+                std::string id;
+                bool more = true;
+                {
+                    Streamed one(serving, how, keyed ? key : "");
+                    id = one.id;
+                    REQUIRE(eventually([&] { return serving.fake.waiting().size() == 1; }));
+                    for (size_t i = 0; more && i < told; ++i) more = serving.fake.tell(id);
+                    REQUIRE(eventually([&] { return serving.fake.events_left() == 0; }));
+                    CHECK(one.peer.take(bytes).size() == bytes);
+                }
+                if (keyed) {  // it goes on
+                    CHECK(serving.get("/v1/responses/" + id).status == 200);
+                    serving.fake.finish(id);
+                    CHECK(comes_to(serving, id, "completed"));
+                    CHECK(serving.fake.cancels == 0);
+                } else {
+                    CHECK(comes_to(serving, id, "cancelled"));
+                    CHECK(serving.fake.cancels == left);
+                }
+                return more;
+            };
+            for (size_t told = 0; leave(told, 0); ++told) {}
+            for (size_t bytes = 1; bytes < 120; ++bytes) leave(1, bytes);
+            check_nothing_left(serving);
+        }
+}
+
+TEST_CASE("server: of 64 streams at once none sees an event of another") {
+    for (const Streaming& how : streamings) {
+        if (std::string(how.body).find("tools") != std::string::npos) continue;  // all say the same
+        ServerOptions options = local();
+        options.dialect = how.dialect;
+        Serving serving(options, true);
+        serving.fake.tells_items = true;
+        constexpr int count = 64;
+        std::vector<std::unique_ptr<Streamed>> streams;
+        std::vector<std::string> words;
+        for (int i = 0; i < count; ++i) {
+            words.push_back(detail::format("only%d of%d these%d", i, i, i));
+            std::string body = how.body;
+            body.replace(body.find("one two three"), strlen("one two three"), words.back());
+            streams.push_back(std::make_unique<Streamed>(
+                serving, Streaming{how.dialect, how.target, body.c_str()}));
+        }
+        for (bool more = true; more;) {
+            more = false;
+            for (const auto& one : streams) more |= serving.fake.tell(one->id);
+        }
+        for (const auto& one : streams) serving.fake.finish(one->id);
+        std::set<std::string> ids;
+        for (int i = 0; i < count; ++i) {
+            Streamed& one = *streams[static_cast<size_t>(i)];
+            CHECK(ids.insert(one.id).second);
+            const std::string text = one.peer.until("\r\n0\r\n\r\n");
+            std::string said;
+            for (size_t at = 0; (at = text.find("data: {", at)) != text.npos; ++at) {
+                const Json event = parse(text.substr(at + 6, text.find('\n', at) - at - 6));
+                said += event["choices"][0]["delta"]["content"].as_string();
+                if (event["type"].as_string() == "response.output_text.delta")
+                    said += event["delta"].as_string();
+                const std::string_view of = event["response"]["id"].as_string();
+                CHECK((of.empty() || of == one.id));
+            }
+            CHECK(said == "echo: " + words[static_cast<size_t>(i)]);
+        }
+        streams.clear();
+        check_nothing_left(serving);
+    }
+}
+
 TEST_CASE("server: every count of the Responders is a metric") {
     Serving serving;
     ResponderStats& counts = serving.fake.counts;
