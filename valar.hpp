@@ -8624,9 +8624,10 @@ Json doc_error();  ///< the body of every refusal (response.cpp)
 
 /// Widens a schema, so that the value fits too. Objects that name their `type` are told apart by it.
 void doc_learn(Json* schema, const Json& value);
-/// How a surface's schemas are called (null: /v1/responses): NAME, NAMERequest, NAMEEvent.
+/// How a surface's schemas are called (null: /v1/responses): NAME, NAMERequest, NAMEEvent and, with
+/// what is around its JSON, NAMESentEvent.
 std::string doc_name_of(const Surface* surface);
-/// Adds them, the last where the surface streams in this dialect.
+/// Adds them, those of events where the surface streams in this dialect.
 void doc_add_surface(Json* schemas, const Surface* surface, Dialect dialect);
 /// Adds those that all surfaces refer to.
 void doc_add_shared(Json* schemas);
@@ -10920,6 +10921,7 @@ ResponseRecord doc_record(Status status) {
 
 struct DocLearnt {
     Json answer = Json::object(), event = Json::object(), output_item = Json::object();
+    std::string mark;  // what is sent that is no JSON: [DONE]
 };
 
 /// What the stream of a surface may hold.
@@ -10928,7 +10930,8 @@ void doc_learn_events(DocLearnt* out, EventWriter& events) {
     for (size_t at = text.find("data: "); at != text.npos; at = text.find("data: ", at)) {
         at += 6;
         const auto event = Json::parse(text.substr(at, text.find('\n', at) - at));
-        if (!event) continue;                                                // [DONE]
+        if (!event) out->mark = text.substr(at, text.find('\n', at) - at);
+        if (!event) continue;
         if (event->contains("error") && !event->contains("type")) continue;  // an error's body
         doc_learn(&out->event, *event);
         if (const Json* item = event->find("item")) doc_learn(&out->output_item, *item);
@@ -10979,7 +10982,14 @@ void doc_add_surface(Json* schemas, const Surface* surface, Dialect dialect) {
     const std::string name = doc_name_of(surface);
     schemas->set(name + "Request", std::move(request));
     schemas->set(name, std::move(learnt.answer));
-    if (streams) schemas->set(name + "Event", doc_any({learnt.event, doc_ref("Error")}));
+    if (!streams) return;
+    schemas->set(name + "Event", doc_any({learnt.event, doc_ref("Error")}));
+    Json data = doc_type("string")
+                    .set("contentMediaType", "application/json")
+                    .set("contentSchema", doc_ref(name + "Event"));
+    if (!learnt.mark.empty()) data = doc_any({data, doc_word(learnt.mark)});
+    Json sent = doc_object(1, {{"data", data}, {"event", doc_type("string")}});
+    schemas->set(name + "SentEvent", std::move(sent));
 }
 
 void doc_add_shared(Json* schemas) {
@@ -49327,11 +49337,7 @@ Json DocWriter::answers(const Route& route, const Operation& one) const {
                        ? doc_content_of(page ? "text/html" : "text/plain", doc_type("string"))
                        : doc_content_of("application/json", doc_ref(name));
     if (streams && schemas.contains(name + "Event"))
-        content.set(
-            "text/event-stream",
-            Json::object().set("schema", doc_type("string")
-                                             .set("contentMediaType", "text/event-stream")
-                                             .set("contentSchema", doc_ref(name + "Event"))));
+        content.set("text/event-stream", Json::object().set("schema", doc_ref(name + "SentEvent")));
     const auto answer = [&](int status, const char* about) {
         Json shown = Json::object()
                          .set("description", about)

@@ -257,6 +257,7 @@ ResponseRecord doc_record(Status status) {
 
 struct DocLearnt {
     Json answer = Json::object(), event = Json::object(), output_item = Json::object();
+    std::string mark;  // what is sent that is no JSON: [DONE]
 };
 
 /// What the stream of a surface may hold.
@@ -265,7 +266,8 @@ void doc_learn_events(DocLearnt* out, EventWriter& events) {
     for (size_t at = text.find("data: "); at != text.npos; at = text.find("data: ", at)) {
         at += 6;
         const auto event = Json::parse(text.substr(at, text.find('\n', at) - at));
-        if (!event) continue;                                                // [DONE]
+        if (!event) out->mark = text.substr(at, text.find('\n', at) - at);
+        if (!event) continue;
         if (event->contains("error") && !event->contains("type")) continue;  // an error's body
         doc_learn(&out->event, *event);
         if (const Json* item = event->find("item")) doc_learn(&out->output_item, *item);
@@ -316,7 +318,14 @@ void doc_add_surface(Json* schemas, const Surface* surface, Dialect dialect) {
     const std::string name = doc_name_of(surface);
     schemas->set(name + "Request", std::move(request));
     schemas->set(name, std::move(learnt.answer));
-    if (streams) schemas->set(name + "Event", doc_any({learnt.event, doc_ref("Error")}));
+    if (!streams) return;
+    schemas->set(name + "Event", doc_any({learnt.event, doc_ref("Error")}));
+    Json data = doc_type("string")
+                    .set("contentMediaType", "application/json")
+                    .set("contentSchema", doc_ref(name + "Event"));
+    if (!learnt.mark.empty()) data = doc_any({data, doc_word(learnt.mark)});
+    Json sent = doc_object(1, {{"data", data}, {"event", doc_type("string")}});
+    schemas->set(name + "SentEvent", std::move(sent));
 }
 
 void doc_add_shared(Json* schemas) {

@@ -51,9 +51,10 @@ Json doc_error();  ///< the body of every refusal (response.cpp)
 
 /// Widens a schema, so that the value fits too. Objects that name their `type` are told apart by it.
 void doc_learn(Json* schema, const Json& value);
-/// How a surface's schemas are called (null: /v1/responses): NAME, NAMERequest, NAMEEvent.
+/// How a surface's schemas are called (null: /v1/responses): NAME, NAMERequest, NAMEEvent and, with
+/// what is around its JSON, NAMESentEvent.
 std::string doc_name_of(const Surface* surface);
-/// Adds them, the last where the surface streams in this dialect.
+/// Adds them, those of events where the surface streams in this dialect.
 void doc_add_surface(Json* schemas, const Surface* surface, Dialect dialect);
 /// Adds those that all surfaces refer to.
 void doc_add_shared(Json* schemas);

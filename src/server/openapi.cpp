@@ -187,11 +187,7 @@ Json DocWriter::answers(const Route& route, const Operation& one) const {
                        ? doc_content_of(page ? "text/html" : "text/plain", doc_type("string"))
                        : doc_content_of("application/json", doc_ref(name));
     if (streams && schemas.contains(name + "Event"))
-        content.set(
-            "text/event-stream",
-            Json::object().set("schema", doc_type("string")
-                                             .set("contentMediaType", "text/event-stream")
-                                             .set("contentSchema", doc_ref(name + "Event"))));
+        content.set("text/event-stream", Json::object().set("schema", doc_ref(name + "SentEvent")));
     const auto answer = [&](int status, const char* about) {
         Json shown = Json::object()
                          .set("description", about)
