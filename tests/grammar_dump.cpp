@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "digest_internal.hpp"
 #include "grammar/grammar.hpp"
 #include "template/families.hpp"
 
