@@ -510,18 +510,18 @@ TEST_CASE("what is asked again is compiled once, and nothing else is taken for i
     };
     CHECK(is_new(plain));
     CHECK_FALSE(is_new(plain));
-    for (const auto& [what, change] : with_tools) {
+    for (const auto& row : with_tools) {
         Asked changed = plain;
-        change(changed);
-        CHECK_MESSAGE(is_new(changed), what);
+        row.second(changed);
+        CHECK_MESSAGE(is_new(changed), row.first);
     }
     Asked formatted{.syntax = syntax};
     formatted.format.schema = *Json::parse(R"({"type":"string"})");
     CHECK(is_new(formatted));
-    for (const auto& [what, change] : with_format) {
+    for (const auto& row : with_format) {
         Asked changed = formatted;
-        change(changed);
-        CHECK_MESSAGE(is_new(changed), what);
+        row.second(changed);
+        CHECK_MESSAGE(is_new(changed), row.first);
     }
     // Where no text may stand for a call, those that were answered change nothing.
     for (const auto change :

@@ -208,7 +208,8 @@ TEST_CASE("every format compiles in both spellings, alone and beside values") {
         {"hostname", "b.example"},
         {"uri", "urn:a:b"},
         {"uri-reference", "../a?b#c"}};
-    for (const auto& [name, text] : names) {
+    for (const auto& row : names) {
+        const std::string name = row.first, text = row.second;
         CAPTURE(name);
         for (const Spelling spelling : {Spelling::raw, Spelling::json}) {
             const auto dfa = format_dfa(name, spelling);
