@@ -8199,6 +8199,7 @@ struct ResponseRecord {
     double temperature = 1;  ///< effective
     double top_p = 1;
     int64_t seed = 0;
+    uint32_t input_tokens = 0;                    ///< of the prompt; not kept
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
 
@@ -8537,6 +8538,9 @@ Fault surface_stream_options(const Json& value, SurfaceBody* out);
 Json doc_surface_stream(Dialect dialect);
 Json doc_surface_stream_options(Dialect dialect);
 
+/// A comment: proxies and clients see that somebody is there.
+inline constexpr std::string_view stream_beat = ": still here\n\n";
+
 /// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made
 /// from the response object. So each of them leaves a response that GET shows.
 struct Surface {
@@ -8548,11 +8552,14 @@ struct Surface {
     /// The end of the place of an error, below `field` of a body of /v1/responses, as the client
     /// wrote it. `value`: of that field; of arrays (input, tools) the element.
     std::string (*rest)(std::string_view field, const Json& value, const std::string& rest);
+    Json (*error)(const Error& error, Dialect dialect) = nullptr;  ///< null: render_error
     /// The answer, from a terminal response object. Errors: of a response that failed.
-    Result<std::string> (*render)(const std::string& object, Dialect dialect);
+    Result<std::string> (*render)(const std::string& object, Dialect dialect) = nullptr;
     std::unique_ptr<EventWriter> (*events)(const ResponseRecord& record, bool include_usage,
-                                           Dialect dialect);
-    int timeout_status;
+                                           Dialect dialect) = nullptr;
+    int timeout_status = 504;
+    const char* request_id = nullptr;     ///< the header that clients look for X-Request-ID in
+    std::string_view beat = stream_beat;  ///< of a stream in which nothing happens
 };
 Result<SurfaceBody> read_surface(const Surface& surface, const Json& body, Dialect dialect);
 /// An error of the body that `read_surface` gave, with the names that its client knows.
@@ -8560,7 +8567,8 @@ Error surface_error(const Surface& surface, Error error, const SurfaceBody& read
 /// Of a response that has no answer.
 Error surface_failure(const Outcome& outcome);
 
-extern const Surface chat_surface;
+extern const Surface chat_surface, messages_surface;
+extern const Surface messages_count_surface;  ///< of which only the prompt's tokens are wanted
 
 /// How the answer to a request is to look.
 struct AnswerForm {
@@ -10269,6 +10277,7 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
     if (words.echo) object.set("user", asked["user"]);
     object.set("metadata", render_metadata(asked["metadata"]))
         .set("usage", render_usage(done ? outcome.usage : Usage{}, words));
+    if (done && !outcome.stopped_by.empty()) object.set("stopped_by", outcome.stopped_by);
     return object;
 }
 
@@ -10303,6 +10312,7 @@ Json doc_error() {
     for (const ApiKind& kind : api_kinds)
         if (std::find(types.begin(), types.end(), kind.type) == types.end())
             types.emplace_back(kind.type);
+    types.emplace_back("overloaded_error");  // of Messages
     const Json or_null = doc_or_null(doc_type("string"));
     return doc_object(1, {{"error", doc_object(4, {{"message", doc_type("string")},
                                                    {"type", doc_words(types)},
@@ -10511,6 +10521,7 @@ Outcome outcome_of(const Json& object) {
                      : status == "cancelled" ? Status::cancelled
                                              : Status::completed;
     outcome.cut = !object["incomplete_details"].is_null();
+    outcome.stopped_by = object["stopped_by"].as_string();
     const Json& usage = object["usage"];
     const auto count = [](const Json& number) {
         return static_cast<uint32_t>(std::clamp<int64_t>(number.as_int(), 0, UINT32_MAX));
@@ -10544,6 +10555,7 @@ Result<std::string> render_answer(const AnswerForm& form, const std::string& obj
     record.id = shown["id"].as_string();
     record.model = shown["model"].as_string();
     record.created_at = shown["created_at"].as_int();
+    record.input_tokens = outcome.usage.input_tokens;
     for (const Json& item : shown["output"].items())
         if (record.message_id.empty() && item["type"].as_string() == "message")
             record.message_id = item["id"].as_string();
@@ -10897,8 +10909,8 @@ std::vector<Item> doc_items() {
 
 /// Every end that a response can have.
 std::vector<Outcome> doc_outcomes() {
-    Outcome plain, rich, call, cut, failed, cancelled;
-    plain.text = cut.text = "a";
+    Outcome plain, rich, call, cut, stopped, failed, cancelled;
+    plain.text = cut.text = stopped.text = stopped.stopped_by = "a";
     rich.items = doc_items();
     call.items = {rich.items.back()};
     rich.logprobs = {doc_token()};
@@ -10908,7 +10920,7 @@ std::vector<Outcome> doc_outcomes() {
     failed.error = make_error(ErrorKind::internal, "");
     cancelled.status = Status::cancelled;
     cancelled.text = "a";
-    return {plain, rich, call, cut, failed, cancelled};
+    return {plain, rich, call, cut, stopped, failed, cancelled};
 }
 
 ResponseRecord doc_record(Status status) {
@@ -11483,6 +11495,692 @@ const Surface chat_surface = {
     .render = chat_render,
     .events = chat_events,
     .timeout_status = 408,
+};
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+
+// ---- src/api/messages.cpp ----------------------------------------------------------------------
+
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+// ---- Messages, as Anthropic has it: the request --------------------------------------------------
+
+namespace {
+
+Fault messages_string(const Json& object, const char* key, const std::string& path) {
+    const Json& value = object[key];
+    if (value.is_null()) return api_missing(path + "." + key);
+    return value.is_string() ? Fault() : api_wrong_type(path + "." + key, "a string", value);
+}
+
+struct MessagesWord {
+    std::string_view name;
+    const char* ours;
+};
+/// The word of /v1/responses for one of this surface; else an error that names those that there are.
+template <size_t N>
+Fault messages_word(const Json& value, const std::string& path, const MessagesWord (&words)[N],
+                    const char** out) {
+    if (value.is_null()) return api_missing(path);
+    if (!value.is_string()) return api_wrong_type(path, "a string", value);
+    std::string allowed;
+    for (const MessagesWord& word : words) {
+        *out = word.ours;
+        if (word.name == value.as_string()) return {};
+        allowed.append(allowed.empty() ? "\"" : ", \"").append(word.name).append("\"");
+    }
+    return api_error("invalid_value", path, "'" + path + "' must be one of " + allowed);
+}
+
+/// A message, of which block after block becomes an item; texts side by side become one.
+struct MessagesTurn {
+    SurfaceBody* out;
+    Json role;
+    std::string path;
+    Json texts = Json::array();
+
+    void end_texts() {
+        if (texts.empty()) return;
+        Json content = std::exchange(texts, Json::array());
+        out->add(Json::object().set("role", role).set("content", std::move(content)), path);
+    }
+    void add(Json item, const std::string& origin) {
+        end_texts();
+        out->add(std::move(item), origin);
+    }
+};
+
+Fault messages_text(const Json& block, const std::string& path, MessagesTurn* turn) {
+    if (Fault fault = messages_string(block, "text", path)) return fault;
+    turn->texts.push(Json::object().set("type", "text").set("text", block["text"]));
+    return {};
+}
+
+Fault messages_thought(const Json& block, const std::string& path, MessagesTurn* turn) {
+    if (Fault fault = messages_string(block, "thinking", path)) return fault;
+    if (block["thinking"].as_string().empty()) return {};
+    const Json part = Json::object().set("type", "reasoning_text").set("text", block["thinking"]);
+    turn->add(Json::object().set("type", "reasoning").set("content", Json::array().push(part)),
+              path);
+    return {};
+}
+
+/// Sealed by another server: there is nothing to be read.
+Fault messages_sealed(const Json&, const std::string&, MessagesTurn*) { return {}; }
+
+Fault messages_call(const Json& block, const std::string& path, MessagesTurn* turn) {
+    const Json& input = block["input"];
+    if (!input.is_null() && !input.is_object())
+        return api_wrong_type(path + ".input", "an object", input);
+    turn->add(Json::object()
+                  .set("type", "function_call")
+                  .set("call_id", block["id"])
+                  .set("name", block["name"])
+                  .set("arguments", input.is_null() ? "{}" : input.write()),
+              path);
+    return {};
+}
+
+Fault messages_result(const Json& block, const std::string& path, MessagesTurn* turn) {
+    const Json& content = block["content"];
+    const std::string place = path + ".content";
+    if (!content.is_null() && !content.is_string() && !content.is_array())
+        return api_wrong_type(place, "a string or an array of blocks", content);
+    MessagesTurn result{nullptr, {}, {}};
+    if (block["is_error"].as_bool())  // there is no other way to tell it
+        result.texts.push(Json::object().set("type", "text").set("text", "Error: "));
+    if (content.is_string())
+        result.texts.push(Json::object().set("type", "text").set("text", content));
+    for (size_t i = 0; i < content.size(); ++i) {
+        const std::string at = api_index(place, i);
+        if (!content[i].is_object()) return api_wrong_type(at, "an object", content[i]);
+        if (content[i]["type"].as_string() != "text")
+            return api_unsupported("unsupported_value", at + ".type",
+                                   content[i]["type"].as_string());
+        if (Fault fault = messages_text(content[i], at, &result)) return fault;
+    }
+    turn->add(Json::object()
+                  .set("type", "function_call_output")
+                  .set("call_id", block["tool_use_id"])
+                  .set("output", std::move(result.texts)),
+              path);
+    return {};
+}
+
+struct MessagesBlock {
+    std::string_view type;
+    const char* role;  // whose it may be; null: anybody's
+    Fault (*read)(const Json& block, const std::string& path, MessagesTurn* turn);
+};
+constexpr MessagesBlock messages_blocks[] = {
+    {"text", nullptr, messages_text},
+    {"thinking", "assistant", messages_thought},
+    {"redacted_thinking", "assistant", messages_sealed},
+    {"tool_use", "assistant", messages_call},
+    {"tool_result", "user", messages_result},
+};
+
+Fault messages_block(const Json& block, const std::string& path, MessagesTurn* turn) {
+    if (!block.is_object()) return api_wrong_type(path, "an object", block);
+    if (Fault fault = messages_string(block, "type", path)) return fault;
+    const std::string_view type = block["type"].as_string();
+    for (const MessagesBlock& row : messages_blocks) {
+        if (row.type != type) continue;
+        if (!row.role || row.role == turn->role.as_string()) return row.read(block, path, turn);
+        return api_error(
+            "invalid_value", path + ".type",
+            join({"'", path, ".type': \"", type, "\" may stand only in a message of ", row.role}));
+    }
+    return api_unsupported("unsupported_value", path + ".type", type);
+}
+
+constexpr MessagesWord messages_roles[] = {
+    {"user", "user"}, {"assistant", "assistant"}, {"system", "system"}};
+
+Fault messages_message(const Json& message, const std::string& path, SurfaceBody* out) {
+    if (!message.is_object()) return api_wrong_type(path, "an object", message);
+    const Json &role = message["role"], &content = message["content"];
+    const char* own = nullptr;
+    if (Fault fault = messages_word(role, path + ".role", messages_roles, &own)) return fault;
+    const std::string place = path + ".content";
+    if (content.is_null()) return api_missing(place);
+    if (content.is_string())
+        return out->add(Json::object().set("role", role).set("content", content), path), Fault();
+    if (!content.is_array())
+        return api_wrong_type(place, "a string or an array of blocks", content);
+    MessagesTurn turn{out, role, path};
+    for (size_t i = 0; i < content.size(); ++i)
+        if (Fault fault = messages_block(content[i], api_index(place, i), &turn)) return fault;
+    turn.end_texts();
+    return {};
+}
+
+Fault messages_messages(const Json& value, SurfaceBody* out) {
+    if (!value.is_array()) return api_wrong_type("messages", "an array", value);
+    out->body.set("input", Json::array());
+    for (size_t i = 0; i < value.size(); ++i)
+        if (Fault fault = messages_message(value[i], api_index("messages", i), out)) return fault;
+    if (value.empty() || value[value.size() - 1]["role"].as_string() != "assistant") return {};
+    return api_error("unsupported_value", api_index("messages", value.size() - 1) + ".role",
+                     "'messages' must not end with a message of the assistant: an answer that is "
+                     "begun cannot be continued");
+}
+
+Json doc_messages_block(std::string_view role) {
+    const Json text = doc_type("string"), id = doc_text(1);
+    const Json words = doc_object(2, {{"type", doc_word("text")}, {"text", text}});
+    if (role == "assistant")
+        return doc_any(
+            {words,
+             doc_object(2,
+                        {{"type", doc_word("thinking")}, {"thinking", text}, {"signature", text}}),
+             doc_object(1, {{"type", doc_word("redacted_thinking")}, {"data", text}}),
+             doc_object(4, {{"type", doc_word("tool_use")},
+                            {"id", id},
+                            {"name", text},
+                            {"input", doc_type("object")}})});
+    if (role != "user") return words;
+    return doc_any({words, doc_object(2, {{"type", doc_word("tool_result")},
+                                          {"tool_use_id", id},
+                                          {"content", doc_any({text, doc_array(words)})},
+                                          {"is_error", doc_type("boolean")}})});
+}
+
+Json doc_messages_messages(Dialect) {
+    Json all = doc_any({});
+    for (const MessagesWord& role : messages_roles) {
+        Json content = doc_any({doc_type("string"), doc_array(doc_messages_block(role.name))});
+        all.find("anyOf")->push(
+            doc_object(2, {{"role", doc_word(role.name)}, {"content", std::move(content)}}));
+    }
+    return doc_array(std::move(all), 1);
+}
+
+/// Claude Code begins with a line of its own, where a stamp of five bytes, "cch=12345;", is another
+/// one in each request: the prefix cache would hold nothing behind it.
+std::string messages_unstamped(std::string_view text) {
+    static constexpr std::string_view begin = "x-anthropic-billing-header:", stamp = "cch=";
+    std::string out(text);
+    if (!text.starts_with(begin)) return out;
+    const size_t line = text.find('\n'), at = text.substr(0, line).find(stamp);
+    if (at == text.npos) return out;
+    for (size_t i = at + stamp.size(); i < std::min(line, out.size()) && out[i] != ';'; ++i)
+        out[i] = '0';
+    return out;
+}
+
+Fault messages_system(const Json& value, SurfaceBody* out) {
+    std::string all;
+    if (value.is_string()) all = messages_unstamped(value.as_string());
+    else if (!value.is_array()) return api_wrong_type("system", "a string or an array", value);
+    for (size_t i = 0; i < value.size(); ++i) {
+        const std::string path = api_index("system", i);
+        if (!value[i].is_object()) return api_wrong_type(path, "an object", value[i]);
+        if (value[i]["type"].as_string() != "text")
+            return api_unsupported("unsupported_value", path + ".type",
+                                   value[i]["type"].as_string());
+        if (Fault fault = messages_string(value[i], "text", path)) return fault;
+        all.append(i == 0 ? "" : "\n").append(messages_unstamped(value[i]["text"].as_string()));
+    }
+    out->body.set("instructions", std::move(all));
+    return {};
+}
+
+Json doc_messages_system(Dialect) {
+    return doc_any({doc_type("string"), doc_array(doc_messages_block("system"))});
+}
+
+Fault messages_stream(const Json& value, SurfaceBody* out) {
+    if (value.as_bool() && out->dialect != Dialect::openai)
+        return api_error("unsupported_value", "stream",
+                         "'stream' must be false, but true was received");
+    return surface_stream(value, out);
+}
+
+Json doc_messages_stream(Dialect dialect) {
+    Json stream = doc_surface_stream(dialect);
+    return dialect == Dialect::openai ? stream : stream.set("enum", Json::array().push(false));
+}
+
+Fault messages_tools(const Json& value, SurfaceBody* out) {
+    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
+    Json tools = Json::array();
+    for (size_t i = 0; i < value.size(); ++i) {
+        const std::string path = api_index("tools", i);
+        const Json& tool = value[i];
+        if (!tool.is_object()) return api_wrong_type(path, "an object", tool);
+        if (tool["type"].as_string("custom") != "custom")
+            return api_unsupported("unsupported_value", path + ".type", tool["type"].as_string());
+        tools.push(Json::object()
+                       .set("type", "function")
+                       .set("name", tool["name"])
+                       .set("description", tool["description"])
+                       .set("parameters", tool["input_schema"])
+                       .set("strict", tool["strict"].is_null() ? Json(false) : tool["strict"]));
+    }
+    out->body.set("tools", std::move(tools));
+    return {};
+}
+
+Json doc_messages_tools(Dialect) {
+    const Json text = doc_type("string");
+    return doc_array(doc_object(1, {{"name", text},
+                                    {"type", doc_word("custom")},
+                                    {"description", text},
+                                    {"input_schema", doc_type("object")},
+                                    {"strict", doc_type("boolean")}}));
+}
+
+template <size_t N>
+Json doc_messages_words(const MessagesWord (&words)[N]) {
+    Json all = Json::array();
+    for (const MessagesWord& word : words) all.push(word.name);
+    return doc_type("string").set("enum", std::move(all));
+}
+
+constexpr MessagesWord messages_choices[] = {
+    {"auto", "auto"}, {"any", "required"}, {"none", "none"}, {"tool", nullptr}};
+
+Fault messages_tool_choice(const Json& value, SurfaceBody* out) {
+    if (!value.is_object()) return api_wrong_type("tool_choice", "an object", value);
+    const char* mode = nullptr;
+    if (Fault fault = messages_word(value["type"], "tool_choice.type", messages_choices, &mode))
+        return fault;
+    if (mode) out->body.set("tool_choice", mode);
+    else
+        out->body.set("tool_choice",
+                      Json::object().set("type", "function").set("name", value["name"]));
+    const Json& one = value["disable_parallel_tool_use"];
+    if (one.is_null()) return {};
+    out->body.set("parallel_tool_calls", !one.as_bool());
+    return check_bool(one, "tool_choice.disable_parallel_tool_use");
+}
+
+Json doc_messages_tool_choice(Dialect) {
+    return doc_object(1, {{"type", doc_messages_words(messages_choices)},
+                          {"name", doc_type("string")},
+                          {"disable_parallel_tool_use", doc_type("boolean")}});
+}
+
+constexpr int64_t messages_least_budget = 1024;
+constexpr MessagesWord messages_modes[] = {
+    {"enabled", nullptr},
+    {"disabled", "none"},
+    {"adaptive", nullptr},
+    {"between_tools", nullptr},
+};
+
+/// The effort whose tokens are within the budget.
+const char* messages_effort(int64_t budget) {
+    return budget < 4096 ? "medium" : budget < 16384 ? "high" : "xhigh";
+}
+
+Fault messages_thinking(const Json& value, SurfaceBody* out) {
+    if (!value.is_object()) return api_wrong_type("thinking", "an object", value);
+    const char* effort = nullptr;
+    if (Fault fault = messages_word(value["type"], "thinking.type", messages_modes, &effort))
+        return fault;
+    if (value["type"].as_string() == "enabled") {
+        const Json& budget = value["budget_tokens"];
+        const std::string path = "thinking.budget_tokens";
+        if (budget.is_null()) return api_missing(path);
+        if (!budget.is_int()) return api_wrong_type(path, "an integer", budget);
+        if (budget.as_int() < messages_least_budget)
+            return api_error(
+                "integer_below_min_value", path,
+                "'" + path + "' must be at least 1024, but " + budget.write() + " was received");
+        effort = messages_effort(budget.as_int());
+    }
+    if (effort) out->body.set("reasoning", Json::object().set("effort", effort));
+    return {};
+}
+
+Json doc_messages_thinking(Dialect) {
+    const Json budget = doc_type("integer").set("minimum", messages_least_budget);
+    return doc_object(1, {{"type", doc_messages_words(messages_modes)}, {"budget_tokens", budget}});
+}
+
+Fault messages_format(const Json& value, SurfaceBody* out) {
+    Json format = value;
+    if (value["type"].as_string() == "json_schema")
+        format = Json::object()
+                     .set("type", "json_schema")
+                     .set("name", "answer")
+                     .set("schema", value["schema"])
+                     .set("strict", true);
+    out->body.set("text", Json::object().set("format", std::move(format)));
+    return {};
+}
+
+Json doc_messages_format(Dialect) {
+    return doc_object(2, {{"type", doc_word("json_schema")}, {"schema", doc_type("object")}});
+}
+
+constexpr MessagesWord messages_efforts[] = {
+    {"low", "low"}, {"medium", "medium"}, {"high", "high"}, {"xhigh", "xhigh"}, {"max", "xhigh"}};
+
+/// What `thinking` says of effort comes first, wherever it stands.
+Fault messages_output(const Json& value, SurfaceBody* out) {
+    if (!value.is_object()) return api_wrong_type("output_config", "an object", value);
+    if (const Json& format = value["format"]; !format.is_null()) {
+        out->renamed.emplace_back("text.format", "output_config.format");
+        (void)messages_format(format, out);
+    }
+    const Json& asked = value["effort"];
+    if (asked.is_null()) return {};
+    const char* effort = nullptr;
+    if (Fault fault = messages_word(asked, "output_config.effort", messages_efforts, &effort))
+        return fault;
+    if (out->body["reasoning"].is_null())
+        out->body.set("reasoning", Json::object().set("effort", effort));
+    return {};
+}
+
+Json doc_messages_output(Dialect dialect) {
+    return doc_object(0, {{"effort", doc_messages_words(messages_efforts)},
+                          {"format", doc_messages_format(dialect)}});
+}
+
+Fault messages_metadata(const Json& value, SurfaceBody* out) {
+    if (!value.is_object()) return api_wrong_type("metadata", "an object", value);
+    Json metadata = value;
+    metadata.erase("user_id");
+    out->renamed.emplace_back("user", "metadata.user_id");
+    out->body.set("user", value["user_id"]).set("metadata", std::move(metadata));
+    return {};
+}
+
+Json doc_messages_metadata(Dialect dialect) {
+    Json metadata = doc_fields(dialect)["metadata"];
+    metadata.find("properties")->set("user_id", doc_or_null(doc_fields(dialect)["user"]));
+    return metadata;
+}
+
+constexpr MessagesWord messages_tiers[] = {{"auto", "auto"}, {"standard_only", "auto"}};
+
+Fault messages_tier(const Json& value, SurfaceBody*) {
+    const char* tier = nullptr;
+    return messages_word(value, "service_tier", messages_tiers, &tier);
+}
+
+Json doc_messages_tier(Dialect) { return doc_messages_words(messages_tiers); }
+
+constexpr SurfaceField messages_fields[] = {
+    // clang-format off
+    {"model", "model"},
+    {"max_tokens", "max_output_tokens"},
+    {"messages", "input", messages_messages, false, doc_messages_messages},
+    {"system", "instructions", messages_system, false, doc_messages_system},
+    {"temperature", "temperature"},
+    {"top_p", "top_p"},
+    {"top_k", "top_k"},
+    {"stop_sequences", "stop"},
+    {"stream", {}, messages_stream, false, doc_messages_stream},
+    {"tools", "tools", messages_tools, false, doc_messages_tools},
+    {"tool_choice", "tool_choice", messages_tool_choice, false, doc_messages_tool_choice},
+    {"thinking", "reasoning", messages_thinking, false, doc_messages_thinking},
+    {"output_config", {}, messages_output, false, doc_messages_output},
+    {"output_format", "text.format", messages_format, false, doc_messages_format},
+    {"metadata", {}, messages_metadata, false, doc_messages_metadata},
+    {"service_tier", {}, messages_tier, false, doc_messages_tier},
+    {"seed", "seed"},
+    {"min_p", "min_p"},
+    {"presence_penalty", "presence_penalty"},
+    {"frequency_penalty", "frequency_penalty"},
+    {"repetition_penalty", "repetition_penalty"},
+    {"logit_bias", "logit_bias"},
+    {"prompt_cache_key", "prompt_cache_key"},
+    // clang-format on
+};
+constexpr std::string_view messages_refused[] = {"mcp_servers", "container", "thread"};
+constexpr std::string_view messages_required[] = {"model", "max_tokens", "messages"};
+constexpr std::string_view messages_counted[] = {"model", "messages"};
+
+struct MessagesRest {
+    std::string_view of;  // a field, or the type of an item
+    std::string_view ours, theirs;
+};
+constexpr MessagesRest messages_rests[] = {
+    {"tools", ".parameters", ".input_schema"},
+    {"function_call", ".call_id", ".id"},
+    {"function_call_output", ".call_id", ".tool_use_id"},
+    {"function_call_output", ".output", ".content"},
+};
+
+std::string messages_rest(std::string_view field, const Json& value, const std::string& rest) {
+    const std::string_view of = field == "input" ? value["type"].as_string() : field;
+    for (const MessagesRest& row : messages_rests)
+        if (of == row.of && rest.starts_with(row.ours))
+            return join({row.theirs, std::string_view(rest).substr(row.ours.size())});
+    return rest;
+}
+
+// ---- The answer --------------------------------------------------------------------------------
+
+/// Loops of tools in Anthropic's clients try a thread first, and go on without where they read so.
+Json messages_error(const Error& error, Dialect dialect) {
+    Json envelope = render_error(error);
+    Json& inner = *envelope.find("error");
+    if (error.param == "thread")
+        inner.set("details", Json::object()
+                                 .set("error_code", "thread_unsupported_request")
+                                 .set("unsupported", Json::array().push("thread")));
+    if (dialect != Dialect::openai) return envelope;
+    if (inner["code"].as_string() == "overloaded") inner.set("type", "overloaded_error");
+    return Json::object().set("type", "error").set("error", std::move(inner));
+}
+
+/// Tokens that the cache had are not among the input's.
+Json messages_usage(const Usage& usage) {
+    const Json thought = Json::object().set("thinking_tokens", usage.reasoning_tokens);
+    return Json::object()
+        .set("input_tokens", usage.input_tokens - std::min(usage.input_tokens, usage.cached_tokens))
+        .set("cache_creation_input_tokens", 0)
+        .set("cache_read_input_tokens", usage.cached_tokens)
+        .set("output_tokens", usage.output_tokens)
+        .set("output_tokens_details", thought);
+}
+
+/// Thoughts are not sealed here; clients give back what stands there.
+std::string messages_signature(std::string_view thought) {
+    const Hash256 hash = sha256(thought);
+    return base64_encode(hash.view());
+}
+
+/// A block; `begun`: as it is before its first delta.
+Json messages_shown(const Item& item, bool begun = false) {
+    const std::string text = begun ? std::string() : item.text();
+    if (item.kind == Item::Kind::reasoning)
+        return Json::object()
+            .set("type", "thinking")
+            .set("thinking", text)
+            .set("signature", begun ? std::string() : messages_signature(text));
+    if (!item.is_call()) return Json::object().set("type", "text").set("text", text);
+    auto input = Json::parse(begun ? std::string() : item.arguments);
+    return Json::object()
+        .set("type", "tool_use")
+        .set("id", item.call_id)
+        .set("name", item.name)
+        .set("input", input && input->is_object() ? std::move(*input) : Json::object());
+}
+
+/// Whether there is a block of it: of what says nothing there is none.
+bool messages_says(const Item& item) { return item.is_call() || !item.text().empty(); }
+
+/// `stop_reason` and `stop_sequence`, of an answer that has ended.
+Json messages_end(const Outcome& outcome, Json out) {
+    const auto& items = outcome.items;
+    const bool called = std::any_of(items.begin(), items.end(),
+                                    [](const Item& item) { return item.is_call(); });
+    const bool stopped = !outcome.stopped_by.empty();
+    const char* reason = outcome.cut ? "max_tokens"
+                         : stopped   ? "stop_sequence"
+                         : called    ? "tool_use"
+                                     : "end_turn";
+    return std::move(out)
+        .set("stop_reason", reason)
+        .set("stop_sequence", stopped ? Json(outcome.stopped_by) : Json());
+}
+
+Json messages_head(std::string_view response_id, std::string_view model, Json content) {
+    return Json::object()
+        .set("id", derive_id("msg_", response_id))
+        .set("type", "message")
+        .set("role", "assistant")
+        .set("model", model)
+        .set("content", std::move(content));
+}
+
+Result<std::string> messages_render(const std::string& object, Dialect) {
+    auto response = Json::parse(object);
+    if (!response) return response.error();
+    const Outcome outcome = outcome_of(*response);
+    if (outcome.status != Status::completed) return surface_failure(outcome);
+    Json content = Json::array();
+    for (const Item& item : outcome.items)
+        if (messages_says(item)) content.push(messages_shown(item));
+    Json head = messages_head((*response)["id"].as_string(), (*response)["model"].as_string(),
+                              std::move(content));
+    return messages_end(outcome, std::move(head))
+        .set("usage", messages_usage(outcome.usage))
+        .write();
+}
+
+// ---- The stream --------------------------------------------------------------------------------
+
+class MessagesEvents : public EventWriter {
+public:
+    explicit MessagesEvents(const ResponseRecord& record)
+        : head_(messages_head(record.id, record.model, Json::array())) {
+        head_.set("stop_reason", nullptr)
+            .set("stop_sequence", nullptr)
+            .set("usage", messages_usage({.input_tokens = record.input_tokens}));
+    }
+
+    void begin(const Json&) override {
+        write(Json::object().set("type", "message_start").set("message", head_));
+        write(Json::object().set("type", "ping"));
+    }
+    void add(const Event& event) override;
+    void end(const Outcome& outcome, const std::string& object) override;
+    void fail(const Error& error) override { write(messages_error(error, Dialect::openai)); }
+
+private:
+    void write(const Json& event);
+    Json block_event(const char* type) const {
+        return Json::object().set("type", type).set("index", blocks_);
+    }
+    void write_delta(const char* type, const char* key, std::string_view text);
+    void open(Item item, size_t index);
+    void extend(std::string_view text);
+    void close();
+
+    Json head_;
+    Item item_ = {};                 // of which there is or will be a block, without its text
+    std::string thought_;            // of that block
+    size_t told_ = 0;                // items so far
+    size_t index_ = 0, blocks_ = 0;  // of the item; blocks that are closed
+    bool open_ = false;
+};
+
+void MessagesEvents::write(const Json& event) {
+    text_.append("event: ").append(event["type"].as_string());
+    text_.append("\ndata: ").append(event.write()).append("\n\n");
+}
+
+void MessagesEvents::write_delta(const char* type, const char* key, std::string_view text) {
+    write(block_event("content_block_delta")
+              .set("delta", Json::object().set("type", type).set(key, text)));
+}
+
+/// The block of a call begins at once, others with what they say.
+void MessagesEvents::open(Item item, size_t index) {
+    close();
+    item_ = std::move(item);
+    index_ = index;
+    told_ = index + 1;
+    if (item_.is_call()) extend({});
+}
+
+void MessagesEvents::extend(std::string_view text) {
+    if (text.empty() && (open_ || !item_.is_call())) return;
+    if (!std::exchange(open_, true))
+        write(block_event("content_block_start").set("content_block", messages_shown(item_, true)));
+    if (text.empty()) return;
+    if (item_.is_call()) return write_delta("input_json_delta", "partial_json", text);
+    if (item_.kind != Item::Kind::reasoning) return write_delta("text_delta", "text", text);
+    thought_ += text;
+    write_delta("thinking_delta", "thinking", text);
+}
+
+void MessagesEvents::close() {
+    if (!std::exchange(open_, false)) return;
+    if (item_.kind == Item::Kind::reasoning)
+        write_delta("signature_delta", "signature",
+                    messages_signature(std::exchange(thought_, {})));
+    write(block_event("content_block_stop"));
+    ++blocks_;
+}
+
+void MessagesEvents::add(const Event& event) {
+    if (event.kind == Event::Kind::item_begun) return open(event.item, event.index);
+    const bool delta = event.kind == Event::Kind::text_delta ||
+                       event.kind == Event::Kind::reasoning_delta ||
+                       event.kind == Event::Kind::arguments_delta;
+    if (!delta || event.text.empty()) return;
+    if (told_ == 0 || index_ != event.index)  // of a Responder without items
+        open(Item::message(Role::assistant, {}), event.index);
+    extend(event.text);
+}
+
+void MessagesEvents::end(const Outcome& outcome, const std::string&) {
+    if (outcome.status != Status::completed) return fail(surface_failure(outcome));
+    const std::vector<Item> items = output_items(outcome, outcome.status);
+    for (size_t i = told_; i < items.size(); ++i) {
+        open(items[i], i);
+        extend(items[i].is_call() ? items[i].arguments : items[i].text());
+    }
+    close();
+    write(Json::object()
+              .set("type", "message_delta")
+              .set("delta", messages_end(outcome, Json::object()))
+              .set("usage", messages_usage(outcome.usage)));
+    write(Json::object().set("type", "message_stop"));
+}
+
+std::unique_ptr<EventWriter> messages_events(const ResponseRecord& record, bool, Dialect) {
+    return std::make_unique<MessagesEvents>(record);
+}
+
+}  // namespace
+
+const Surface messages_surface = {
+    .name = "Message",
+    .path = "/v1/messages",
+    .fields = messages_fields,
+    .refused = messages_refused,
+    .required = messages_required,
+    .rest = messages_rest,
+    .error = messages_error,
+    .render = messages_render,
+    .events = messages_events,
+    .timeout_status = 408,
+    .request_id = "request-id",
+    .beat = "event: ping\ndata: {\"type\":\"ping\"}\n\n",
+};
+const Surface messages_count_surface = {
+    .name = "MessageCount",
+    .path = "/v1/messages/count_tokens",
+    .fields = messages_fields,
+    .refused = messages_refused,
+    .required = messages_counted,
+    .rest = messages_rest,
+    .error = messages_error,
+    .request_id = "request-id",
 };
 
 }  // namespace detail
@@ -46859,6 +47557,11 @@ struct ServerLoop : HttpHandler {
         std::string id = {};
     };
 
+    struct CountJob : AnswerJob {
+        std::string organisation = {}, body = {};
+        AnswerForm form = {};
+    };
+
     Process process;
     ServerOptions options;  // without secrets
     std::vector<ServerKey> keys;
@@ -46950,6 +47653,7 @@ struct ServerLoop : HttpHandler {
     void get_models(Exchange& exchange, HttpRequest& request);
     void get_model(Exchange& exchange, HttpRequest& request);
     void post_response(Exchange& exchange, HttpRequest& request);
+    void post_count(Exchange& exchange, HttpRequest& request);
     void get_responses(Exchange& exchange, HttpRequest& request);
     void get_response(Exchange& exchange, HttpRequest& request);
     void delete_response(Exchange& exchange, HttpRequest& request);
@@ -46959,6 +47663,7 @@ struct ServerLoop : HttpHandler {
     // replies
     HttpReply make_reply(const Exchange& exchange, int status, std::string body,
                          HttpHeaders headers = {});
+    Json make_error_body(const Exchange& exchange, const Error& error) const;
     HttpReply make_error_reply(const Exchange& exchange, const Error& error,
                                HttpHeaders headers = {});
     HttpReply make_preflight_reply(const Exchange& exchange, const HttpRequest& request);
@@ -47004,7 +47709,10 @@ struct ServerLoop : HttpHandler {
     Responder* find_responder(const std::string& model) const;
     Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
     Result<void> read_key(AcceptJob& job, const Json& body, const Request& request) const;
-    Result<Request> read_request(AcceptJob& job, Json& body, SurfaceBody* read) const;
+    Result<Request> read_request(const Json& body, AnswerForm* form, SurfaceBody* read) const;
+    Result<std::unique_ptr<Prepared>> prepare(const std::string& organisation, Json body,
+                                              Request* request, Responder** responder) const;
+    void count_work(CountJob& job);
     Result<void> accept(AcceptJob& job);
     Result<void> make_record(AcceptJob& job, const Request& request);
     void accept_work(AcceptJob& job);
@@ -47067,6 +47775,7 @@ Json server_health();
 Json server_model_list(Json data);
 Json server_model_json(const ModelInfo& model, const std::string& id);
 Json server_deleted(const std::string& id);
+Json server_count(const Surface* surface, uint32_t tokens);
 /// OpenAPI 3.1 of what a server with these options serves. `keyed`: it has API keys.
 Json server_openapi(Dialect dialect, bool keyed);
 
@@ -47389,9 +48098,21 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
                                    "X-Request-ID, X-Valar-Response-Id, Retry-After, "
                                    "Idempotent-Replayed");
     }
+    const Surface* surface = exchange.route ? exchange.route->surface : nullptr;
+    if (surface && surface->request_id)
+        reply.headers.emplace_back(surface->request_id, exchange.request_id);
     if (!options.cors_origins.empty()) reply.headers.emplace_back("Vary", "Origin");
     reply.body = std::move(body);
     return reply;
+}
+
+/// In the form of the surface that was asked.
+Json ServerLoop::make_error_body(const Exchange& exchange, const Error& error) const {
+    const Surface* surface = exchange.route ? exchange.route->surface : nullptr;
+    if (!surface || !surface->error) return render_error(error);
+    Json body = surface->error(error, options.dialect);
+    if (options.dialect == Dialect::openai) body.set("request_id", exchange.request_id);
+    return body;
 }
 
 HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
@@ -47405,7 +48126,8 @@ HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& er
     }
     if (status >= 500 && error.code.empty())  // what has a code was written for clients
         note_trouble("request", error, exchange.request_id);
-    return make_reply(exchange, status, render_error(error).write(), std::move(headers));
+    return make_reply(exchange, status, make_error_body(exchange, error).write(),
+                      std::move(headers));
 }
 
 HttpReply ServerLoop::make_preflight_reply(const Exchange& exchange, const HttpRequest& request) {
@@ -47841,6 +48563,17 @@ const ServerLoop::Route ServerLoop::routes[] = {
               {},
               true},
      .surface = &chat_surface},
+    {.path = "/v1/messages",
+     .post =
+         {&Loop::post_response, "createMessage", "Answers a conversation.", "Message", {}, true},
+     .surface = &messages_surface},
+    {.path = "/v1/messages/count_tokens",
+     .post = {&Loop::post_count, "countMessageTokens", "How many tokens a prompt has.",
+              "InputTokens"},
+     .surface = &messages_count_surface},
+    {.path = "/v1/responses/input_tokens",
+     .post = {&Loop::post_count, "countInputTokens", "How many tokens a prompt has.",
+              "InputTokens"}},
     {.path = "/v1/responses/",
      .suffix = "/cancel",
      .post = {&Loop::post_cancel,
@@ -47983,8 +48716,8 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
             return refused("two different credentials in one request");
         secret = one;
     }
-    if (!request.header("Authorization"))
-        return refused("no API key; send the header 'Authorization: Bearer <key>'");
+    if (!given)
+        return refused("no API key; send the header 'Authorization: Bearer <key>' or 'x-api-key'");
     const Hash256 hash = sha256(secret);
     const auto found = std::lower_bound(
         keys.begin(), keys.end(), hash,
@@ -48211,18 +48944,34 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
 }
 
 /// The body of a surface of its own becomes one of /v1/responses.
-Result<Request> ServerLoop::read_request(AcceptJob& job, Json& body, SurfaceBody* read) const {
-    if (!job.form.surface) {
+Result<Request> ServerLoop::read_request(const Json& body, AnswerForm* form,
+                                         SurfaceBody* read) const {
+    if (!form->surface) {
         auto request = parse_response_request(body, options.dialect);
-        if (request) job.form.stream = request->stream;
+        if (request) form->stream = request->stream;
         return request;
     }
-    auto given = read_surface(*job.form.surface, body, options.dialect);
+    auto given = read_surface(*form->surface, body, options.dialect);
     if (!given) return given.error();
     *read = std::move(*given);
-    job.form.stream = read->stream;
-    job.form.include_usage = read->include_usage;
-    return parse_response_request(read->body, options.dialect);
+    form->stream = read->stream;
+    form->include_usage = read->include_usage;
+    auto request = parse_response_request(read->body, options.dialect);
+    if (!request) return surface_error(*form->surface, request.error(), *read);
+    return request;
+}
+
+/// All that needs the model; `responder` is who has it.
+Result<std::unique_ptr<Prepared>> ServerLoop::prepare(const std::string& organisation, Json body,
+                                                      Request* request,
+                                                      Responder** responder) const {
+    *responder = find_responder(request->model);
+    if (!*responder) return server_no_model(request->model);
+    if (!request->previous_response_id.empty())
+        if (auto added = add_previous(organisation, request, std::move(body)); !added)
+            return added.error();
+    request->organisation = organisation;
+    return (*responder)->prepare(*request);
 }
 
 /// A body becomes a prepared request and a record, or an error: whichever check fails first.
@@ -48230,31 +48979,57 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     auto body = Json::parse(job.body);
     if (!body) return body.error();
     SurfaceBody read;
-    const auto blame = [&](Error error) {
-        const Surface* surface = job.form.surface;
-        return surface ? surface_error(*surface, std::move(error), read) : std::move(error);
-    };
-    auto request = read_request(job, *body, &read);
-    if (!request) return blame(request.error());
+    auto request = read_request(*body, &job.form, &read);
+    if (!request) return request.error();
     if (auto keyed = read_key(job, *body, *request); !keyed) return keyed.error();
     StoredResponse& stored = job.stored;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
         job.replay = store->reserved(stored.organisation, stored.reservation);
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
     }
-    job.responder = find_responder(request->model);
-    if (!job.responder) return server_no_model(request->model);
-    request->organisation = stored.organisation;
-    if (!request->previous_response_id.empty()) {
-        auto added = add_previous(stored.organisation, &*request, std::move(*body));
-        if (!added) return added.error();
-        request->organisation = stored.organisation;
-    }
-    auto prepared = job.responder->prepare(*request);
-    if (!prepared) return blame(prepared.error());
+    const Surface* surface = job.form.surface;
+    auto prepared = prepare(stored.organisation, std::move(*body), &*request, &job.responder);
+    if (!prepared)
+        return surface ? surface_error(*surface, prepared.error(), read) : prepared.error();
     job.prepared = std::move(*prepared);
-    if (job.form.surface) job.body = read.body.write();
+    if (surface) job.body = read.body.write();
     return make_record(job, *request);
+}
+
+/// How many tokens the prompt of a request has, which leaves no record.
+void ServerLoop::post_count(Exchange& exchange, HttpRequest& request) {
+    auto job = std::make_unique<CountJob>();
+    job->exchange = exchange.number;
+    job->form.surface = exchange.route->surface;
+    job->organisation = exchange.organisation;
+    job->body = std::move(request.body);
+    send_job<&ServerLoop::count_work, &ServerLoop::answer_job>(std::move(job));
+}
+
+Json server_count(const Surface* surface, uint32_t tokens) {
+    Json count = Json::object();
+    if (!surface) count.set("object", "response.input_tokens");
+    return std::move(count).set("input_tokens", tokens);
+}
+
+void ServerLoop::count_work(CountJob& job) {
+    SurfaceBody read;
+    Responder* responder = nullptr;
+    const Surface* surface = job.form.surface;
+    const auto prepared = [&]() -> Result<std::unique_ptr<Prepared>> {
+        auto body = Json::parse(job.body);
+        if (!body) return body.error();
+        auto request = read_request(*body, &job.form, &read);
+        if (!request) return request.error();
+        auto made = prepare(job.organisation, std::move(*body), &*request, &responder);
+        if (!made && surface) return surface_error(*surface, made.error(), read);
+        return made;
+    }();
+    if (!prepared) {
+        job.error = prepared.error();
+        return;
+    }
+    job.text = server_count(surface, (*prepared)->input_tokens).write();
 }
 
 Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
@@ -48268,6 +49043,7 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     record.temperature = job.prepared->temperature;
     record.top_p = job.prepared->top_p;
     record.seed = job.prepared->seed;
+    record.input_tokens = job.prepared->input_tokens;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
@@ -48627,18 +49403,12 @@ void ServerLoop::recover_work(RecoverJob& job) {
     const auto prepare = [&]() -> Result<void> {
         auto stored = store->find(job.organisation, job.id);
         if (!stored) return server_no_response(job.id);
-        const ResponseRecord record = server_record(*stored, Status::pending);
+        ResponseRecord record = server_record(*stored, Status::pending);
+        record.request.set("seed", record.seed);
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
-        if (!request->previous_response_id.empty()) {
-            auto added = add_previous(record.organisation, &*request, record.request);
-            if (!added) return added.error();
-        }
-        request->organisation = record.organisation;
-        request->seed = record.seed;
-        job.responder = find_responder(request->model);
-        if (!job.responder) return server_no_model(request->model);
-        auto prepared = job.responder->prepare(*request);
+        auto prepared = this->prepare(record.organisation, std::move(record.request), &*request,
+                                      &job.responder);
         if (!prepared) return prepared.error();
         job.prepared = std::move(*prepared);
         return {};
@@ -48793,13 +49563,15 @@ void ServerLoop::on_sent(uint64_t number) {
     }
 }
 
-/// A comment, so that proxies and clients see that somebody is there.
+/// Those who get nothing for a while are told that somebody is there.
 void ServerLoop::beat(uint64_t now_ns) {
     while (!beats.empty() && beats.front().first <= now_ns) {
         const uint64_t number = beats.front().second;
         beats.pop_front();
-        if (!find_exchange(number)) continue;
-        http->append(number, ": still here\n\n");
+        const Exchange* exchange = find_exchange(number);
+        if (!exchange) continue;
+        const Surface* surface = exchange->form.surface;
+        http->append(number, std::string(surface ? surface->beat : stream_beat));
         beats.emplace_back(now_ns + server_beat_ns, number);
     }
 }
@@ -49290,6 +50062,10 @@ void doc_add_answers(Json* schemas) {
     learn("ModelList", server_model_list(Json::array())).set("data", doc_array(doc_ref("Model")));
     learn("DeletedResponse", server_deleted(""));
     schemas->set("Document", doc_type("object"));
+    Json count = Json::object();
+    for (const Surface* surface : {&messages_count_surface, static_cast<const Surface*>(nullptr)})
+        doc_learn(&count, server_count(surface, 1));
+    schemas->set("InputTokens", std::move(count));
     list("ItemList", doc_ref("InputItem"));
     Json summary = (*schemas)["Response"], required = Json::array();
     for (const std::string_view key : server_left_out) summary.find("properties")->erase(key);
@@ -49316,7 +50092,8 @@ struct DocWriter {
 };
 
 bool DocWriter::applies(DocScope scope, const Route& route, const Operation& one) const {
-    const bool asks = one.handle == &ServerLoop::post_response;
+    const bool asks = one.handle == &ServerLoop::post_response ||
+                      one.handle == &ServerLoop::post_count;
     switch (scope) {
         case DocScope::all: return true;
         case DocScope::keyed: return keyed && !route.open;
@@ -49385,7 +50162,7 @@ Json DocWriter::operation(const Route& route, const Operation& one) const {
                    .set("operationId", one.name)
                    .set("summary", one.about)
                    .set("parameters", parameters(route, one));
-    if (one.handle == &ServerLoop::post_response)
+    if (one.handle == &ServerLoop::post_response || one.handle == &ServerLoop::post_count)
         out.set(
             "requestBody",
             Json::object()
@@ -49405,6 +50182,9 @@ Json DocWriter::paths() {
         if (!all.contains(path)) all.set(path, Json::object());
         if (route.post.handle == &ServerLoop::post_response)
             doc_add_surface(&schemas, route.surface, dialect);
+        if (route.post.handle == &ServerLoop::post_count && route.surface)
+            schemas.set(doc_name_of(route.surface) + "Request",
+                        doc_request(*route.surface, dialect));
         for (const auto& [method, one] :
              {std::pair("get", route.get), std::pair("post", route.post),
               std::pair("delete", route.remove)})

@@ -32,6 +32,7 @@ struct ResponseRecord {
     double temperature = 1;  ///< effective
     double top_p = 1;
     int64_t seed = 0;
+    uint32_t input_tokens = 0;                    ///< of the prompt; not kept
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
 

@@ -698,6 +698,86 @@ TEST_CASE("event writers: a failure ends a stream in the surface's own way") {
     CHECK(events.find(R"("status":"failed")") != events.npos);
     CHECK(events.find("a path") == events.npos);
     CHECK(failed(&chat_surface).find("data: {\"error\":{") == 0);
+    CHECK(failed(&messages_surface).find("event: error\ndata: {\"type\":\"error\",\"error\":{") ==
+          0);
+}
+
+TEST_CASE(
+    "event writers: messages: thoughts are signed, what says nothing is no block, a cut call "
+    "ends") {
+    using Kind = Event::Kind;
+    Item thought = Item::message(Role::assistant, "hm m");
+    thought.kind = Item::Kind::reasoning;
+    Item call;
+    call.kind = Item::Kind::function_call;
+    call.call_id = "call_1";
+    call.name = "f";
+    const auto delta = [](Kind kind, const char* text, uint32_t index) {
+        return Event{kind, text, nullptr, {}, index, {}};
+    };
+    const auto begun = [](Item item, uint32_t index) {
+        item.content.clear();
+        return Event{Kind::item_begun, {}, nullptr, {}, index, item};
+    };
+    ResponseRecord record;
+    record.id = "resp_1";
+    record.model = "m";
+    record.input_tokens = 9;
+    const auto writer = event_writer({.surface = &messages_surface, .stream = true}, record,
+                                     Dialect::openai);
+    writer->begin(Json());
+    for (const Event& event :
+         {begun(thought, 0), delta(Kind::reasoning_delta, "hm", 0),
+          delta(Kind::reasoning_delta, " m", 0),
+          Event{Kind::item_ended, {}, nullptr, {}, 0, thought},
+          begun(Item::message(Role::assistant, {}), 1), delta(Kind::text_delta, "", 1),
+          begun(call, 2), delta(Kind::arguments_delta, R"({"a)", 2)})
+        writer->add(event);
+    Outcome outcome;
+    outcome.items = {thought, Item::message(Role::assistant, {})};
+    outcome.cut = true;
+    outcome.usage = {9, 4, 7, 2};
+    writer->end(outcome, "{}");
+    const std::string stream = writer->take();
+    std::string seen;  // the data of each
+    for (size_t at = 0; (at = stream.find("data: ", at)) != stream.npos;) {
+        const size_t end = stream.find('\n', at);
+        seen.append(stream, at + 6, end - at - 5);
+        at = end;
+    }
+    const std::string id = derive_id("msg_", "resp_1");
+    const std::string signature = base64_encode(sha256("hm m").view());
+    CHECK(
+        seen ==
+        R"({"type":"message_start","message":{"id":")" + id +
+            R"(","type":"message","role":"assistant","model":"m","content":[],)"
+            R"("stop_reason":null,"stop_sequence":null,"usage":{"input_tokens":9,)"
+            R"("cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":0,)"
+            R"("output_tokens_details":{"thinking_tokens":0}}}}
+{"type":"ping"}
+{"type":"content_block_start","index":0,"content_block":{"type":"thinking","thinking":"","signature":""}}
+{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"hm"}}
+{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":" m"}}
+{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":")" +
+            signature +
+            R"("}}
+{"type":"content_block_stop","index":0}
+{"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"call_1","name":"f","input":{}}}
+{"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":"{\"a"}}
+{"type":"content_block_stop","index":1}
+{"type":"message_delta","delta":{"stop_reason":"max_tokens","stop_sequence":null},"usage":)"
+            R"({"input_tokens":5,"cache_creation_input_tokens":0,)"
+            R"("cache_read_input_tokens":4,"output_tokens":7,"output_tokens_details":{"thinking_tokens":2}}}
+{"type":"message_stop"}
+)");
+    // The whole answer has the same blocks, but for the call, whose arguments are none.
+    record.status = Status::completed;
+    record.outcome = std::make_shared<Outcome>(outcome);
+    const auto whole = render_answer({.surface = &messages_surface},
+                                     render_response(record).write(), Dialect::valar);
+    REQUIRE(whole.ok());
+    CHECK(parse(*whole)["content"].write() ==
+          R"([{"type":"thinking","thinking":"hm m","signature":")" + signature + R"("}])");
 }
 
 namespace {

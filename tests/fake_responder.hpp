@@ -62,6 +62,7 @@ public:
                                              "this model has no window " + window, "invalid_value",
                                              "metadata.completion_window");
         prepared->max_output = request.max_output_tokens.value_or(UINT32_MAX);
+        prepared->stop = request.stop;
         prepared->temperature = request.temperature.value_or(0.7);
         prepared->top_p = request.top_p.value_or(0.9);
         prepared->seed = request.seed.value_or(42);
@@ -173,6 +174,7 @@ private:
         int logprobs = -1;  // alternatives; -1: none asked for
         std::vector<valar::Item> calls;
         uint32_t max_output = UINT32_MAX;
+        std::vector<std::string> stop;
     };
     struct Answer {
         Task task;
@@ -231,7 +233,12 @@ private:
             outcome.items.insert(outcome.items.end(), task.calls.begin(), task.calls.end());
             return outcome;
         }
-        const std::string all = "echo: " + task.words;
+        std::string all = "echo: " + task.words;
+        for (const std::string& stop : task.stop)
+            if (const size_t at = all.find(stop); at != all.npos) {
+                all.resize(at);
+                outcome.stopped_by = stop;
+            }
         for (size_t at = 0; at < all.size();) {
             if (outcome.usage.output_tokens == task.max_output) {
                 outcome.cut = true;

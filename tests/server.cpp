@@ -1,6 +1,7 @@
 // >>server, live over loopback, with a scripted Responder in the engine's place.
 #include <doctest/doctest.h>
 
+#include <array>
 #include <condition_variable>
 #include <set>
 #include <thread>
@@ -2204,6 +2205,424 @@ TEST_CASE("server: chat: what fails, what takes too long, what is asked again") 
     CHECK(failed.find("secret") == failed.npos);
 }
 
+namespace {
+
+/// The events of Messages, put together as Anthropic's clients do, and checked against the order in
+/// which a client may see them.
+struct MessagesReader {
+    Json message;       // as it grows
+    Json error;         // of the event that ended it
+    std::string ended;  // by which event
+    size_t blocks = 0;
+
+    explicit MessagesReader(const std::string& stream) {
+        for (const std::string_view one : events_of(stream)) {
+            const size_t line = one.find('\n');
+            REQUIRE(one.substr(0, 7) == "event: ");
+            REQUIRE(one.substr(line + 1, 6) == "data: ");
+            const Json event = parse(std::string(one.substr(line + 7)));
+            CHECK(event["type"].as_string() == one.substr(7, line - 7));
+            add(event);
+        }
+        CHECK_FALSE(ended.empty());
+    }
+
+private:
+    Json block_;
+    std::string partial_;
+    bool open_ = false, over_ = false;
+
+    void add(const Json& event) {
+        const std::string type(event["type"].as_string());
+        CAPTURE(type);
+        CHECK(ended.empty());
+        if (type == "ping") return;
+        if (type == "error") {
+            ended = type;
+            error = event["error"];
+        } else if (type == "message_start") {
+            CHECK(message.is_null());
+            message = event["message"];
+            CHECK(message["content"].write() == "[]");
+            CHECK((message["stop_reason"].is_null() && message["stop_sequence"].is_null()));
+            CHECK(message["usage"]["input_tokens"].as_int() > 0);
+        } else if (type.starts_with("content_block_")) {
+            add_block(type, event);
+        } else if (type == "message_delta") {
+            CHECK_FALSE((open_ || std::exchange(over_, true)));
+            for (const JsonMember& member : event["delta"].members())
+                message.set(member.key, member.value);
+            message.set("usage", event["usage"]);
+        } else {
+            CHECK(type == "message_stop");
+            CHECK(over_);
+            ended = type;
+        }
+    }
+    void add_block(const std::string& type, const Json& event) {
+        REQUIRE(message.is_object());
+        CHECK_FALSE(over_);
+        CHECK(event["index"].as_int() == static_cast<int64_t>(blocks));
+        const bool start = type == "content_block_start";
+        CHECK(open_ == !start);
+        open_ = type != "content_block_stop";
+        if (start) {
+            block_ = event["content_block"];
+            partial_.clear();
+        } else if (open_) {
+            add_delta(event["delta"]);
+        } else {
+            end_block();
+        }
+    }
+    void add_delta(const Json& delta) {
+        static const std::vector<std::array<std::string, 3>> kinds = {
+            {"text", "text_delta", "text"},
+            {"thinking", "thinking_delta", "thinking"},
+            {"thinking", "signature_delta", "signature"},
+            {"tool_use", "input_json_delta", "partial_json"}};
+        bool known = false;
+        for (const auto& [block, kind, key] : kinds) {
+            if (block != block_["type"].as_string() || kind != delta["type"].as_string()) continue;
+            known = true;
+            CHECK_FALSE(delta[key].as_string().empty());
+            CHECK(block_["signature"].as_string().empty());  // it comes last
+            if (key == "partial_json") partial_ += delta[key].as_string();
+            else block_.set(key, join_text(block_[key], delta[key]));
+        }
+        CHECK(known);
+    }
+    static std::string join_text(const Json& one, const Json& other) {
+        return std::string(one.as_string()) + std::string(other.as_string());
+    }
+    void end_block() {
+        ++blocks;
+        if (block_["type"].as_string() == "thinking")
+            CHECK_FALSE(block_["signature"].as_string().empty());
+        if (block_["type"].as_string() == "tool_use") {
+            CHECK(block_["input"].write() == "{}");
+            block_.set("input", parse(partial_));
+        }
+        message.find("content")->push(block_);
+    }
+};
+
+std::string message_body(const std::string& more, const char* content = R"("hello there")") {
+    const bool limited = more.find("max_tokens") != more.npos;
+    return R"({"model":"fake","messages":[{"role":"user","content":)" + std::string(content) +
+           "}]" + (limited ? "" : R"(,"max_tokens":50)") + more + "}";
+}
+
+HttpReply post_message(Serving& serving, const std::string& body, HttpHeaders headers = {},
+                       const char* below = "") {
+    headers.emplace_back("Content-Type", "application/json");
+    headers.emplace_back("anthropic-version", "2023-06-01");
+    return serving.call("POST", "/v1/messages" + std::string(below), body, headers);
+}
+
+/// Without what differs from one answer to the next.
+std::string without_id(Json message) { return message.set("id", "").write(); }
+
+}  // namespace
+
+TEST_CASE("server: messages, whole and in events") {
+    ServerOptions options = local();
+    Serving plain(options);
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    const std::string tools =
+        R"(,"tools":[{"name":"f","input_schema":{"type":"object"},"cache_control":{"type":"ephemeral"}},
+            {"type":"custom","name":"g","description":"d","input_schema":{}}])";
+    for (const bool told : {false, true}) {
+        serving.fake.tells_items = plain.fake.tells_items = told;
+        for (const auto& [more, reason, types] :
+             {std::array<std::string, 3>{"", "end_turn", "text "},
+              {R"(,"max_tokens":2)", "max_tokens", "text "},
+              {R"(,"stop_sequences":["nope"," th"])", "stop_sequence", "text "},
+              {R"(,"stop_sequences":["echo"])", "stop_sequence", ""},
+              {tools, "tool_use", "thinking tool_use tool_use "},
+              {tools + R"(,"tool_choice":{"type":"any","disable_parallel_tool_use":true})",
+               "tool_use", "thinking tool_use "}}) {
+            const std::string& fields = more;
+            CAPTURE(fields);
+            const std::string body = message_body(more);
+            const HttpReply reply = post_message(serving, body);
+            REQUIRE(reply.status == 200);
+            const Json whole = parse(reply.body);
+            CHECK(whole["type"].as_string() == "message");
+            CHECK(whole["role"].as_string() == "assistant");
+            CHECK(whole["model"].as_string() == "fake");
+            CHECK(whole["id"].as_string().substr(0, 4) == "msg_");
+            CHECK(whole["stop_reason"].as_string() == reason);
+            CHECK(whole["stop_sequence"].is_null() == (reason != "stop_sequence"));
+            CHECK(whole["usage"]["cache_read_input_tokens"].is_int());
+            std::string seen;
+            for (const Json& block : whole["content"].items())
+                seen += std::string(block["type"].as_string()) + " ";
+            CHECK(seen == types);
+            CHECK(without_id(parse(post_message(plain, body).body)) == without_id(whole));
+
+            const HttpReply stream = post_message(serving, message_body(more + R"(,"stream":true)"),
+                                                  {}, "?beta=true");
+            CHECK(field(stream, "Content-Type") == "text/event-stream");
+            CHECK(stream.body.substr(0, 20) == "event: message_start");
+            const MessagesReader reader(stream.body);
+            CHECK(reader.ended == "message_stop");
+            CHECK(without_id(reader.message) == without_id(whole));
+            for (const HttpReply* one : {&reply, &stream}) {
+                CHECK(field(*one, "request-id") == field(*one, "X-Request-ID"));
+                const std::string id = field(*one, "X-Valar-Response-Id");
+                const Json kept = parse(serving.get("/v1/responses/" + id).body);
+                CHECK(kept["object"].as_string() == "response");
+                CHECK(kept["stopped_by"].write() == whole["stop_sequence"].write());
+            }
+        }
+    }
+    CHECK(error_of(post_message(plain, message_body(R"(,"stream":true)"))) ==
+          "400 invalid_request_error unsupported_value stream");
+    CHECK(post_message(plain, message_body(R"(,"stream":false)")).status == 200);
+}
+
+TEST_CASE("server: messages: blocks of every kind") {
+    Serving serving;
+    const HttpReply reply = post_message(serving, R"({"model":"fake","max_tokens":50,
+        "system":[{"type":"text","text":"x-anthropic-billing-header: cc_version=2; cch=1a2b3;"},
+            {"type":"text","text":"S cch=12345;","cache_control":{"type":"ephemeral"}}],
+        "messages":[
+        {"role":"user","content":[{"type":"text","text":"A "},{"type":"text","text":"B "}]},
+        {"role":"assistant","content":[{"type":"thinking","thinking":"T ","signature":"s"},
+            {"type":"redacted_thinking","data":"x"},{"type":"text","text":"C "},
+            {"type":"tool_use","id":"c1","name":"f","input":{"a":1}},
+            {"type":"tool_use","id":"c2","name":"g","input":{}}]},
+        {"role":"user","content":[
+            {"type":"tool_result","tool_use_id":"c1","content":"R1 "},
+            {"type":"tool_result","tool_use_id":"c2","is_error":true,
+             "content":[{"type":"text","text":"R2 "}]},
+            {"type":"text","text":"D"}]},
+        {"role":"system","content":" E"}]})");
+    REQUIRE(reply.status == 200);
+    CHECK(parse(reply.body)["content"][0]["text"].as_string() == "echo: A B T C R1 Error: R2 D E");
+    const Json kept = parse(
+        serving.get("/v1/responses/" + field(reply, "X-Valar-Response-Id")).body);
+    CHECK(kept["instructions"].as_string() ==
+          "x-anthropic-billing-header: cc_version=2; cch=00000;\nS cch=12345;");
+    std::string kinds;
+    for (const Json& item : kept["input"].items())
+        kinds += std::string(item["type"].as_string("message")) + " ";
+    CHECK(kinds ==
+          "message reasoning message function_call function_call function_call_output "
+          "function_call_output message message ");
+    CHECK(kept["input"][3]["arguments"].as_string() == R"({"a":1})");
+}
+
+TEST_CASE("server: messages: refusals name the fields as its clients know them") {
+    ServerOptions options = local();
+    Serving valar_dialect(options);
+    options.dialect = Dialect::openai;
+    Serving openai(options);
+    const auto turn = [](const std::string& block) {
+        return message_body("", ("[" + block + "]").c_str());
+    };
+    const std::pair<std::string, const char*> cases[] = {
+        {R"({"max_tokens":1,"messages":[]})", "missing_required_parameter model"},
+        {R"({"model":"fake","messages":[]})", "missing_required_parameter max_tokens"},
+        {R"({"model":"fake","max_tokens":1})", "missing_required_parameter messages"},
+        {R"({"model":"fake","max_tokens":1,"messages":[]})", "array_below_min_length messages"},
+        {R"({"model":"fake","max_tokens":1,"messages":7})", "invalid_type messages"},
+        {R"({"model":"fake","max_tokens":0,"messages":[{"role":"user","content":"x"}]})",
+         "integer_below_min_value max_tokens"},
+        {R"({"model":"fake","max_tokens":1,"messages":[{"role":"tool","content":"x"}]})",
+         "invalid_value messages[0].role"},
+        {R"({"model":"fake","max_tokens":1,"messages":[{"role":"user"}]})",
+         "missing_required_parameter messages[0].content"},
+        {R"({"model":"fake","max_tokens":1,"messages":[{"role":"user","content":"x"},
+            {"role":"assistant","content":"{"}]})",
+         "unsupported_value messages[1].role"},
+        {R"({"model":"fake","max_tokens":1,"messages":[{"role":"user","content":"x"},
+            {"role":"assistant","content":[{"type":"tool_use","name":"f","input":{}}]},
+            {"role":"user","content":"y"}]})",
+         "missing_required_parameter messages[1].content[0].id"},
+        {R"({"model":"fake","max_tokens":1,"messages":[{"role":"user","content":"x"},
+            {"role":"assistant","content":[{"type":"text","text":"a"},
+                {"type":"tool_use","id":"c","name":"f","input":"no"}]},
+            {"role":"user","content":"y"}]})",
+         "invalid_type messages[1].content[1].input"},
+        {turn("1"), "invalid_type messages[0].content[0]"},
+        {turn(R"({"text":"x"})"), "missing_required_parameter messages[0].content[0].type"},
+        {turn(R"({"type":"text"})"), "missing_required_parameter messages[0].content[0].text"},
+        {turn(R"({"type":"text","text":"a"},{"type":"image","source":{}})"),
+         "unsupported_value messages[0].content[1].type"},
+        {turn(R"({"type":"tool_use","id":"c","name":"f","input":{}})"),
+         "invalid_value messages[0].content[0].type"},
+        {turn(R"({"type":"text","text":"a"},{"type":"tool_result","tool_use_id":"c"})"),
+         "invalid_value messages[0].content[1].tool_use_id"},
+        {turn(R"({"type":"tool_result","tool_use_id":"c","content":[{"type":"image"}]})"),
+         "unsupported_value messages[0].content[0].content[0].type"},
+        {message_body(R"(,"system":[{"type":"image"}])"), "unsupported_value system[0].type"},
+        {message_body(R"(,"system":7)"), "invalid_type system"},
+        {message_body(R"(,"stream":1)"), "invalid_type stream"},
+        {message_body(R"(,"temperature":3)"), "decimal_above_max_value temperature"},
+        {message_body(R"(,"stop_sequences":[1])"), "invalid_type stop_sequences[0]"},
+        {message_body(R"(,"tools":[{"type":"web_search_20250305","name":"web_search"}])"),
+         "unsupported_value tools[0].type"},
+        {message_body(R"(,"tools":[{"name":"a b","input_schema":{}}])"),
+         "invalid_value tools[0].name"},
+        {message_body(R"(,"tools":[{"name":"f","input_schema":3}])"),
+         "invalid_type tools[0].input_schema"},
+        {message_body(R"(,"tool_choice":"auto")"), "invalid_type tool_choice"},
+        {message_body(R"(,"tool_choice":{"type":"required"})"), "invalid_value tool_choice.type"},
+        {message_body(R"(,"tool_choice":{"type":"any"})"), "invalid_value tool_choice"},
+        {message_body(R"(,"tool_choice":{"type":"tool","name":"f"})"),
+         "invalid_value tool_choice.name"},
+        {message_body(R"(,"tool_choice":{"type":"auto","disable_parallel_tool_use":1})"),
+         "invalid_type tool_choice.disable_parallel_tool_use"},
+        {message_body(R"(,"thinking":{"type":"on"})"), "invalid_value thinking.type"},
+        {message_body(R"(,"thinking":{"type":"enabled"})"),
+         "missing_required_parameter thinking.budget_tokens"},
+        {message_body(R"(,"thinking":{"type":"enabled","budget_tokens":1023})"),
+         "integer_below_min_value thinking.budget_tokens"},
+        {message_body(R"(,"output_config":{"effort":"huge"})"),
+         "invalid_value output_config.effort"},
+        {message_body(R"(,"output_config":{"format":{"type":"xml"}})"),
+         "invalid_value output_config.format.type"},
+        {message_body(R"(,"output_config":{"format":{"type":"json_schema","schema":1}})"),
+         "invalid_type output_config.format.schema"},
+        {message_body(R"(,"metadata":{"user_id":7})"), "invalid_type metadata.user_id"},
+        {message_body(R"(,"service_tier":"flex")"), "invalid_value service_tier"},
+        {message_body(R"(,"mcp_servers":[])"), "unsupported_parameter mcp_servers"},
+    };
+    for (const auto& [body, code] : cases) {
+        const std::string& given = body;
+        CAPTURE(given);
+        for (Serving* serving : {&valar_dialect, &openai}) {
+            const HttpReply reply = post_message(*serving, body);
+            CHECK(error_of(reply) == "400 invalid_request_error " + std::string(code));
+            const Json envelope = parse(reply.body);
+            CHECK(envelope["error"]["message"].as_string().size() > 10);
+            const bool anthropic = serving == &openai;
+            CHECK(envelope["type"].write() == (anthropic ? "\"error\"" : "null"));
+            CHECK(envelope.contains("request_id") == anthropic);
+        }
+    }
+    CHECK(error_of(post_message(openai, R"({"model":"none","max_tokens":1,"messages":[
+        {"role":"user","content":"x"}]})")) == "404 not_found_error model_not_found model");
+    CHECK(error_of(openai.call("GET", "/v1/messages")).substr(0, 4) == "405 ");
+    // What the loops of tools in Anthropic's clients want to read before they do without.
+    for (Serving* serving : {&valar_dialect, &openai}) {
+        const HttpReply thread = post_message(*serving,
+                                              message_body(R"(,"thread":{"type":"create"})"));
+        CHECK(thread.status == 400);
+        CHECK(parse(thread.body)["error"]["details"].write() ==
+              R"({"error_code":"thread_unsupported_request","unsupported":["thread"]})");
+    }
+    openai.fake.full = true;
+    const HttpReply full = post_message(openai, message_body(""));
+    CHECK(full.status == 503);
+    CHECK(parse(full.body)["error"]["type"].as_string() == "overloaded_error");
+}
+
+TEST_CASE("server: messages: what was asked stands in the response that is kept") {
+    Serving serving;
+    const auto kept = [&](const std::string& more) {
+        const HttpReply reply = post_message(serving, message_body(more));
+        REQUIRE_MESSAGE(reply.status == 200, reply.body);
+        return parse(serving.get("/v1/responses/" + field(reply, "X-Valar-Response-Id")).body);
+    };
+    const Json one = kept(R"(,"top_p":0.5,"top_k":3,"seed":5,"system":"be brief",
+        "metadata":{"user_id":"ann","a":"b"},"service_tier":"standard_only","unheard_of":{},
+        "tools":[{"name":"f","description":"d","input_schema":{"type":"object"},"strict":true},
+            {"name":"g","input_schema":{"type":"object"}}],
+        "tool_choice":{"type":"tool","name":"f"},"output_config":{"effort":"max","format":
+            {"type":"json_schema","schema":{"type":"object"}}})");
+    CHECK(one["max_output_tokens"].as_int() == 50);
+    CHECK(one["top_p"].as_double() == 0.5);
+    CHECK(one["instructions"].as_string() == "be brief");
+    CHECK(one["user"].as_string() == "ann");
+    CHECK(one["metadata"].write() == R"({"a":"b"})");
+    CHECK(one["tool_choice"].write() == R"({"type":"function","name":"f"})");
+    CHECK(one["tools"][0]["parameters"].write() == R"({"type":"object"})");
+    CHECK(one["tools"][0]["strict"].as_bool());
+    CHECK_FALSE(one["tools"][1]["strict"].as_bool(true));
+    CHECK(one["text"]["format"]["strict"].as_bool());
+    CHECK(one["reasoning"]["effort"].as_string() == "xhigh");
+    const std::pair<const char*, const char*> efforts[] = {
+        {R"(,"thinking":{"type":"enabled","budget_tokens":1024})", "medium"},
+        {R"(,"thinking":{"type":"enabled","budget_tokens":16383})", "high"},
+        {R"(,"thinking":{"type":"enabled","budget_tokens":16384})", "xhigh"},
+        {R"(,"thinking":{"type":"disabled"},"output_config":{"effort":"low"})", "none"},
+        {R"(,"output_config":{"effort":"low"},"thinking":{"type":"disabled"})", "none"},
+        {R"(,"thinking":{"type":"adaptive"},"output_config":{"effort":"low"})", "low"},
+    };
+    for (const auto& [more, effort] : efforts) {
+        const std::string fields = more;
+        CAPTURE(fields);
+        CHECK(kept(fields)["reasoning"]["effort"].as_string() == effort);
+    }
+    CHECK(kept(R"(,"thinking":{"type":"adaptive"})")["reasoning"]["effort"].is_null());
+}
+
+TEST_CASE("server: messages: keys, counts, what fails, what takes too long, what is asked again") {
+    ServerOptions options = with_keys();
+    options.sync_timeout_ms = 200;
+    options.dialect = Dialect::openai;
+    Serving serving(options, true);
+    const HttpHeaders key = {{"X-Api-Key", key_a}};
+    CHECK(error_of(post_message(serving, message_body(""))) ==
+          "401 authentication_error invalid_api_key");
+    CHECK(error_of(post_message(serving, message_body(""),
+                                {{"x-api-key", "sk-not-one-of-ours-at-all"}})) ==
+          "401 authentication_error invalid_api_key");
+    const HttpReply late = post_message(serving, message_body(""), key);
+    CHECK(error_of(late) == "408 timeout_error timeout");
+    CHECK(field(late, "x-should-retry") == "false");
+    serving.fake.hold = false;
+
+    const auto count = [&](const std::string& body) {
+        return post_message(serving, body, key, "/count_tokens");
+    };
+    const HttpReply counted = count(R"({"model":"fake","messages":[{"role":"user",
+        "content":"hello there"}]})");
+    CHECK(
+        counted.body ==
+        Json::object()
+            .set("input_tokens",
+                 parse(post_message(serving, message_body(""), key).body)["usage"]["input_tokens"])
+            .write());
+    CHECK(field(counted, "request-id") != "");
+    CHECK(error_of(count(R"({"model":"fake"})")) ==
+          "400 invalid_request_error missing_required_parameter messages");
+    CHECK(error_of(count(R"({"model":"none","messages":[{"role":"user","content":"x"}]})")) ==
+          "404 not_found_error model_not_found model");
+    CHECK(error_of(count("{")).substr(0, 4) == "400 ");
+    const HttpReply input = serving.call(
+        "POST", "/v1/responses/input_tokens", R"({"model":"fake","input":"hello there"})",
+        {{"Authorization", "Bearer " + std::string(key_a)}, {"Content-Type", "application/json"}});
+    CHECK(input.body == R"({"object":"response.input_tokens",)" + counted.body.substr(1));
+
+    HttpHeaders once = key;
+    once.emplace_back("Anthropic-Idempotency-Key", "k");
+    const HttpReply first = post_message(serving, message_body(R"(,"stop_sequences":["e "])"),
+                                         once);
+    const HttpReply again = post_message(serving, message_body(R"(,"stop_sequences":["e "])"),
+                                         once);
+    CHECK(field(again, "Idempotent-Replayed") == "true");
+    CHECK(first.body == again.body);
+    HttpHeaders twice = key;
+    twice.emplace_back("Idempotency-Key", "s");
+    const std::string streamed_ask = message_body(R"(,"stream":true,"stop_sequences":["e "])");
+    const MessagesReader one(post_message(serving, streamed_ask, twice).body);
+    const MessagesReader two(post_message(serving, streamed_ask, twice).body);
+    CHECK(one.message.write() == two.message.write());
+    CHECK(without_id(one.message) == without_id(parse(first.body)));
+
+    serving.fake.failure = detail::make_error(ErrorKind::internal, "secret");
+    CHECK(error_of(post_message(serving, message_body(""), key)) == "500 api_error internal_error");
+    const MessagesReader failed(post_message(serving, message_body(R"(,"stream":true)"), key).body);
+    CHECK(failed.ended == "error");
+    CHECK(failed.error["type"].as_string() == "api_error");
+    CHECK(failed.error["message"].as_string().find("secret") == std::string_view::npos);
+}
+
 TEST_CASE("server: openai: store:false leaves nothing, previous_response_id goes on") {
     ServerOptions options = local();
     options.dialect = Dialect::openai;
@@ -2487,8 +2906,9 @@ TEST_CASE("server: the document shows every route, and refers to nothing that is
             }
         }
         CHECK(shown["components"]["schemas"].contains("ChatCompletionEvent"));
-        CHECK(shown["components"]["schemas"].contains("ResponseEvent") ==
-              (dialect == Dialect::openai));
+        for (const char* streamed : {"ResponseEvent", "MessageEvent"})
+            CHECK(shown["components"]["schemas"].contains(streamed) ==
+                  (dialect == Dialect::openai));
     }
 }
 

@@ -233,8 +233,8 @@ std::vector<Item> doc_items() {
 
 /// Every end that a response can have.
 std::vector<Outcome> doc_outcomes() {
-    Outcome plain, rich, call, cut, failed, cancelled;
-    plain.text = cut.text = "a";
+    Outcome plain, rich, call, cut, stopped, failed, cancelled;
+    plain.text = cut.text = stopped.text = stopped.stopped_by = "a";
     rich.items = doc_items();
     call.items = {rich.items.back()};
     rich.logprobs = {doc_token()};
@@ -244,7 +244,7 @@ std::vector<Outcome> doc_outcomes() {
     failed.error = make_error(ErrorKind::internal, "");
     cancelled.status = Status::cancelled;
     cancelled.text = "a";
-    return {plain, rich, call, cut, failed, cancelled};
+    return {plain, rich, call, cut, stopped, failed, cancelled};
 }
 
 ResponseRecord doc_record(Status status) {

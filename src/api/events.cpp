@@ -200,6 +200,7 @@ Outcome outcome_of(const Json& object) {
                      : status == "cancelled" ? Status::cancelled
                                              : Status::completed;
     outcome.cut = !object["incomplete_details"].is_null();
+    outcome.stopped_by = object["stopped_by"].as_string();
     const Json& usage = object["usage"];
     const auto count = [](const Json& number) {
         return static_cast<uint32_t>(std::clamp<int64_t>(number.as_int(), 0, UINT32_MAX));
@@ -233,6 +234,7 @@ Result<std::string> render_answer(const AnswerForm& form, const std::string& obj
     record.id = shown["id"].as_string();
     record.model = shown["model"].as_string();
     record.created_at = shown["created_at"].as_int();
+    record.input_tokens = outcome.usage.input_tokens;
     for (const Json& item : shown["output"].items())
         if (record.message_id.empty() && item["type"].as_string() == "message")
             record.message_id = item["id"].as_string();

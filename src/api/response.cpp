@@ -336,6 +336,7 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
     if (words.echo) object.set("user", asked["user"]);
     object.set("metadata", render_metadata(asked["metadata"]))
         .set("usage", render_usage(done ? outcome.usage : Usage{}, words));
+    if (done && !outcome.stopped_by.empty()) object.set("stopped_by", outcome.stopped_by);
     return object;
 }
 
@@ -370,6 +371,7 @@ Json doc_error() {
     for (const ApiKind& kind : api_kinds)
         if (std::find(types.begin(), types.end(), kind.type) == types.end())
             types.emplace_back(kind.type);
+    types.emplace_back("overloaded_error");  // of Messages
     const Json or_null = doc_or_null(doc_type("string"));
     return doc_object(1, {{"error", doc_object(4, {{"message", doc_type("string")},
                                                    {"type", doc_words(types)},

@@ -46,6 +46,9 @@ Fault surface_stream_options(const Json& value, SurfaceBody* out);
 Json doc_surface_stream(Dialect dialect);
 Json doc_surface_stream_options(Dialect dialect);
 
+/// A comment: proxies and clients see that somebody is there.
+inline constexpr std::string_view stream_beat = ": still here\n\n";
+
 /// A surface beside POST /v1/responses: its requests become bodies of that one, its answers are made
 /// from the response object. So each of them leaves a response that GET shows.
 struct Surface {
@@ -57,11 +60,14 @@ struct Surface {
     /// The end of the place of an error, below `field` of a body of /v1/responses, as the client
     /// wrote it. `value`: of that field; of arrays (input, tools) the element.
     std::string (*rest)(std::string_view field, const Json& value, const std::string& rest);
+    Json (*error)(const Error& error, Dialect dialect) = nullptr;  ///< null: render_error
     /// The answer, from a terminal response object. Errors: of a response that failed.
-    Result<std::string> (*render)(const std::string& object, Dialect dialect);
+    Result<std::string> (*render)(const std::string& object, Dialect dialect) = nullptr;
     std::unique_ptr<EventWriter> (*events)(const ResponseRecord& record, bool include_usage,
-                                           Dialect dialect);
-    int timeout_status;
+                                           Dialect dialect) = nullptr;
+    int timeout_status = 504;
+    const char* request_id = nullptr;     ///< the header that clients look for X-Request-ID in
+    std::string_view beat = stream_beat;  ///< of a stream in which nothing happens
 };
 Result<SurfaceBody> read_surface(const Surface& surface, const Json& body, Dialect dialect);
 /// An error of the body that `read_surface` gave, with the names that its client knows.
@@ -69,7 +75,8 @@ Error surface_error(const Surface& surface, Error error, const SurfaceBody& read
 /// Of a response that has no answer.
 Error surface_failure(const Outcome& outcome);
 
-extern const Surface chat_surface;
+extern const Surface chat_surface, messages_surface;
+extern const Surface messages_count_surface;  ///< of which only the prompt's tokens are wanted
 
 /// How the answer to a request is to look.
 struct AnswerForm {

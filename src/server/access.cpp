@@ -64,6 +64,17 @@ const ServerLoop::Route ServerLoop::routes[] = {
               {},
               true},
      .surface = &chat_surface},
+    {.path = "/v1/messages",
+     .post =
+         {&Loop::post_response, "createMessage", "Answers a conversation.", "Message", {}, true},
+     .surface = &messages_surface},
+    {.path = "/v1/messages/count_tokens",
+     .post = {&Loop::post_count, "countMessageTokens", "How many tokens a prompt has.",
+              "InputTokens"},
+     .surface = &messages_count_surface},
+    {.path = "/v1/responses/input_tokens",
+     .post = {&Loop::post_count, "countInputTokens", "How many tokens a prompt has.",
+              "InputTokens"}},
     {.path = "/v1/responses/",
      .suffix = "/cancel",
      .post = {&Loop::post_cancel,
@@ -206,8 +217,8 @@ Result<void> ServerLoop::check_key(const HttpRequest& request, Exchange& exchang
             return refused("two different credentials in one request");
         secret = one;
     }
-    if (!request.header("Authorization"))
-        return refused("no API key; send the header 'Authorization: Bearer <key>'");
+    if (!given)
+        return refused("no API key; send the header 'Authorization: Bearer <key>' or 'x-api-key'");
     const Hash256 hash = sha256(secret);
     const auto found = std::lower_bound(
         keys.begin(), keys.end(), hash,

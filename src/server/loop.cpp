@@ -93,9 +93,21 @@ HttpReply ServerLoop::make_reply(const Exchange& exchange, int status, std::stri
                                    "X-Request-ID, X-Valar-Response-Id, Retry-After, "
                                    "Idempotent-Replayed");
     }
+    const Surface* surface = exchange.route ? exchange.route->surface : nullptr;
+    if (surface && surface->request_id)
+        reply.headers.emplace_back(surface->request_id, exchange.request_id);
     if (!options.cors_origins.empty()) reply.headers.emplace_back("Vary", "Origin");
     reply.body = std::move(body);
     return reply;
+}
+
+/// In the form of the surface that was asked.
+Json ServerLoop::make_error_body(const Exchange& exchange, const Error& error) const {
+    const Surface* surface = exchange.route ? exchange.route->surface : nullptr;
+    if (!surface || !surface->error) return render_error(error);
+    Json body = surface->error(error, options.dialect);
+    if (options.dialect == Dialect::openai) body.set("request_id", exchange.request_id);
+    return body;
 }
 
 HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& error,
@@ -109,7 +121,8 @@ HttpReply ServerLoop::make_error_reply(const Exchange& exchange, const Error& er
     }
     if (status >= 500 && error.code.empty())  // what has a code was written for clients
         note_trouble("request", error, exchange.request_id);
-    return make_reply(exchange, status, render_error(error).write(), std::move(headers));
+    return make_reply(exchange, status, make_error_body(exchange, error).write(),
+                      std::move(headers));
 }
 
 HttpReply ServerLoop::make_preflight_reply(const Exchange& exchange, const HttpRequest& request) {

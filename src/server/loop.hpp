@@ -232,6 +232,11 @@ struct ServerLoop : HttpHandler {
         std::string id = {};
     };
 
+    struct CountJob : AnswerJob {
+        std::string organisation = {}, body = {};
+        AnswerForm form = {};
+    };
+
     Process process;
     ServerOptions options;  // without secrets
     std::vector<ServerKey> keys;
@@ -323,6 +328,7 @@ struct ServerLoop : HttpHandler {
     void get_models(Exchange& exchange, HttpRequest& request);
     void get_model(Exchange& exchange, HttpRequest& request);
     void post_response(Exchange& exchange, HttpRequest& request);
+    void post_count(Exchange& exchange, HttpRequest& request);
     void get_responses(Exchange& exchange, HttpRequest& request);
     void get_response(Exchange& exchange, HttpRequest& request);
     void delete_response(Exchange& exchange, HttpRequest& request);
@@ -332,6 +338,7 @@ struct ServerLoop : HttpHandler {
     // replies
     HttpReply make_reply(const Exchange& exchange, int status, std::string body,
                          HttpHeaders headers = {});
+    Json make_error_body(const Exchange& exchange, const Error& error) const;
     HttpReply make_error_reply(const Exchange& exchange, const Error& error,
                                HttpHeaders headers = {});
     HttpReply make_preflight_reply(const Exchange& exchange, const HttpRequest& request);
@@ -377,7 +384,10 @@ struct ServerLoop : HttpHandler {
     Responder* find_responder(const std::string& model) const;
     Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
     Result<void> read_key(AcceptJob& job, const Json& body, const Request& request) const;
-    Result<Request> read_request(AcceptJob& job, Json& body, SurfaceBody* read) const;
+    Result<Request> read_request(const Json& body, AnswerForm* form, SurfaceBody* read) const;
+    Result<std::unique_ptr<Prepared>> prepare(const std::string& organisation, Json body,
+                                              Request* request, Responder** responder) const;
+    void count_work(CountJob& job);
     Result<void> accept(AcceptJob& job);
     Result<void> make_record(AcceptJob& job, const Request& request);
     void accept_work(AcceptJob& job);
@@ -440,6 +450,7 @@ Json server_health();
 Json server_model_list(Json data);
 Json server_model_json(const ModelInfo& model, const std::string& id);
 Json server_deleted(const std::string& id);
+Json server_count(const Surface* surface, uint32_t tokens);
 /// OpenAPI 3.1 of what a server with these options serves. `keyed`: it has API keys.
 Json server_openapi(Dialect dialect, bool keyed);
 

@@ -140,6 +140,10 @@ void doc_add_answers(Json* schemas) {
     learn("ModelList", server_model_list(Json::array())).set("data", doc_array(doc_ref("Model")));
     learn("DeletedResponse", server_deleted(""));
     schemas->set("Document", doc_type("object"));
+    Json count = Json::object();
+    for (const Surface* surface : {&messages_count_surface, static_cast<const Surface*>(nullptr)})
+        doc_learn(&count, server_count(surface, 1));
+    schemas->set("InputTokens", std::move(count));
     list("ItemList", doc_ref("InputItem"));
     Json summary = (*schemas)["Response"], required = Json::array();
     for (const std::string_view key : server_left_out) summary.find("properties")->erase(key);
@@ -166,7 +170,8 @@ struct DocWriter {
 };
 
 bool DocWriter::applies(DocScope scope, const Route& route, const Operation& one) const {
-    const bool asks = one.handle == &ServerLoop::post_response;
+    const bool asks = one.handle == &ServerLoop::post_response ||
+                      one.handle == &ServerLoop::post_count;
     switch (scope) {
         case DocScope::all: return true;
         case DocScope::keyed: return keyed && !route.open;
@@ -235,7 +240,7 @@ Json DocWriter::operation(const Route& route, const Operation& one) const {
                    .set("operationId", one.name)
                    .set("summary", one.about)
                    .set("parameters", parameters(route, one));
-    if (one.handle == &ServerLoop::post_response)
+    if (one.handle == &ServerLoop::post_response || one.handle == &ServerLoop::post_count)
         out.set(
             "requestBody",
             Json::object()
@@ -255,6 +260,9 @@ Json DocWriter::paths() {
         if (!all.contains(path)) all.set(path, Json::object());
         if (route.post.handle == &ServerLoop::post_response)
             doc_add_surface(&schemas, route.surface, dialect);
+        if (route.post.handle == &ServerLoop::post_count && route.surface)
+            schemas.set(doc_name_of(route.surface) + "Request",
+                        doc_request(*route.surface, dialect));
         for (const auto& [method, one] :
              {std::pair("get", route.get), std::pair("post", route.post),
               std::pair("delete", route.remove)})

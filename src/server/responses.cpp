@@ -150,18 +150,34 @@ Result<void> ServerLoop::add_previous(const std::string& organisation, Request* 
 }
 
 /// The body of a surface of its own becomes one of /v1/responses.
-Result<Request> ServerLoop::read_request(AcceptJob& job, Json& body, SurfaceBody* read) const {
-    if (!job.form.surface) {
+Result<Request> ServerLoop::read_request(const Json& body, AnswerForm* form,
+                                         SurfaceBody* read) const {
+    if (!form->surface) {
         auto request = parse_response_request(body, options.dialect);
-        if (request) job.form.stream = request->stream;
+        if (request) form->stream = request->stream;
         return request;
     }
-    auto given = read_surface(*job.form.surface, body, options.dialect);
+    auto given = read_surface(*form->surface, body, options.dialect);
     if (!given) return given.error();
     *read = std::move(*given);
-    job.form.stream = read->stream;
-    job.form.include_usage = read->include_usage;
-    return parse_response_request(read->body, options.dialect);
+    form->stream = read->stream;
+    form->include_usage = read->include_usage;
+    auto request = parse_response_request(read->body, options.dialect);
+    if (!request) return surface_error(*form->surface, request.error(), *read);
+    return request;
+}
+
+/// All that needs the model; `responder` is who has it.
+Result<std::unique_ptr<Prepared>> ServerLoop::prepare(const std::string& organisation, Json body,
+                                                      Request* request,
+                                                      Responder** responder) const {
+    *responder = find_responder(request->model);
+    if (!*responder) return server_no_model(request->model);
+    if (!request->previous_response_id.empty())
+        if (auto added = add_previous(organisation, request, std::move(body)); !added)
+            return added.error();
+    request->organisation = organisation;
+    return (*responder)->prepare(*request);
 }
 
 /// A body becomes a prepared request and a record, or an error: whichever check fails first.
@@ -169,31 +185,57 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
     auto body = Json::parse(job.body);
     if (!body) return body.error();
     SurfaceBody read;
-    const auto blame = [&](Error error) {
-        const Surface* surface = job.form.surface;
-        return surface ? surface_error(*surface, std::move(error), read) : std::move(error);
-    };
-    auto request = read_request(job, *body, &read);
-    if (!request) return blame(request.error());
+    auto request = read_request(*body, &job.form, &read);
+    if (!request) return request.error();
     if (auto keyed = read_key(job, *body, *request); !keyed) return keyed.error();
     StoredResponse& stored = job.stored;
     if (!stored.reservation.empty()) {  // what was accepted once is not checked against the model
         job.replay = store->reserved(stored.organisation, stored.reservation);
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
     }
-    job.responder = find_responder(request->model);
-    if (!job.responder) return server_no_model(request->model);
-    request->organisation = stored.organisation;
-    if (!request->previous_response_id.empty()) {
-        auto added = add_previous(stored.organisation, &*request, std::move(*body));
-        if (!added) return added.error();
-        request->organisation = stored.organisation;
-    }
-    auto prepared = job.responder->prepare(*request);
-    if (!prepared) return blame(prepared.error());
+    const Surface* surface = job.form.surface;
+    auto prepared = prepare(stored.organisation, std::move(*body), &*request, &job.responder);
+    if (!prepared)
+        return surface ? surface_error(*surface, prepared.error(), read) : prepared.error();
     job.prepared = std::move(*prepared);
-    if (job.form.surface) job.body = read.body.write();
+    if (surface) job.body = read.body.write();
     return make_record(job, *request);
+}
+
+/// How many tokens the prompt of a request has, which leaves no record.
+void ServerLoop::post_count(Exchange& exchange, HttpRequest& request) {
+    auto job = std::make_unique<CountJob>();
+    job->exchange = exchange.number;
+    job->form.surface = exchange.route->surface;
+    job->organisation = exchange.organisation;
+    job->body = std::move(request.body);
+    send_job<&ServerLoop::count_work, &ServerLoop::answer_job>(std::move(job));
+}
+
+Json server_count(const Surface* surface, uint32_t tokens) {
+    Json count = Json::object();
+    if (!surface) count.set("object", "response.input_tokens");
+    return std::move(count).set("input_tokens", tokens);
+}
+
+void ServerLoop::count_work(CountJob& job) {
+    SurfaceBody read;
+    Responder* responder = nullptr;
+    const Surface* surface = job.form.surface;
+    const auto prepared = [&]() -> Result<std::unique_ptr<Prepared>> {
+        auto body = Json::parse(job.body);
+        if (!body) return body.error();
+        auto request = read_request(*body, &job.form, &read);
+        if (!request) return request.error();
+        auto made = prepare(job.organisation, std::move(*body), &*request, &responder);
+        if (!made && surface) return surface_error(*surface, made.error(), read);
+        return made;
+    }();
+    if (!prepared) {
+        job.error = prepared.error();
+        return;
+    }
+    job.text = server_count(surface, (*prepared)->input_tokens).write();
 }
 
 Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
@@ -207,6 +249,7 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     record.temperature = job.prepared->temperature;
     record.top_p = job.prepared->top_p;
     record.seed = job.prepared->seed;
+    record.input_tokens = job.prepared->input_tokens;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
@@ -566,18 +609,12 @@ void ServerLoop::recover_work(RecoverJob& job) {
     const auto prepare = [&]() -> Result<void> {
         auto stored = store->find(job.organisation, job.id);
         if (!stored) return server_no_response(job.id);
-        const ResponseRecord record = server_record(*stored, Status::pending);
+        ResponseRecord record = server_record(*stored, Status::pending);
+        record.request.set("seed", record.seed);
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
-        if (!request->previous_response_id.empty()) {
-            auto added = add_previous(record.organisation, &*request, record.request);
-            if (!added) return added.error();
-        }
-        request->organisation = record.organisation;
-        request->seed = record.seed;
-        job.responder = find_responder(request->model);
-        if (!job.responder) return server_no_model(request->model);
-        auto prepared = job.responder->prepare(*request);
+        auto prepared = this->prepare(record.organisation, std::move(record.request), &*request,
+                                      &job.responder);
         if (!prepared) return prepared.error();
         job.prepared = std::move(*prepared);
         return {};

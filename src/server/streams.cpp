@@ -111,13 +111,15 @@ void ServerLoop::on_sent(uint64_t number) {
     }
 }
 
-/// A comment, so that proxies and clients see that somebody is there.
+/// Those who get nothing for a while are told that somebody is there.
 void ServerLoop::beat(uint64_t now_ns) {
     while (!beats.empty() && beats.front().first <= now_ns) {
         const uint64_t number = beats.front().second;
         beats.pop_front();
-        if (!find_exchange(number)) continue;
-        http->append(number, ": still here\n\n");
+        const Exchange* exchange = find_exchange(number);
+        if (!exchange) continue;
+        const Surface* surface = exchange->form.surface;
+        http->append(number, std::string(surface ? surface->beat : stream_beat));
         beats.emplace_back(now_ns + server_beat_ns, number);
     }
 }
