@@ -28896,7 +28896,7 @@ struct Budget {
 Error budget_error();  ///< invalid_request, code invalid_json_schema
 
 /// Bytes fall into classes so that what a whole subtree of a vocabulary holds fits 64 bits: a state
-/// that loops on all classes of a text is in the same state behind it.
+/// that all characters of these classes lead to one other takes any of them.
 inline constexpr uint32_t class_multibyte = 62;   ///< a whole code point of two to four bytes
 inline constexpr uint32_t class_broken = 63;      ///< a byte that is part of none
 const std::array<uint8_t, 256>& token_classes();  ///< of ASCII; above it class_broken
@@ -28912,7 +28912,9 @@ struct Dfa {
     std::vector<uint8_t> boundary;        // no character is unfinished here
     std::vector<uint32_t> shortest;       // characters to the nearest end
     std::vector<uint32_t> longest;        // to the farthest; unlimited
-    std::vector<uint64_t> loops;          // token classes that lead from the state to itself
+    std::vector<uint32_t> ahead;          // where most classes lead: to itself if one does
+    std::vector<uint64_t> run;            // token classes of which every character leads there
+    uint32_t farthest = 0;                // the most characters to a nearest end
     std::array<uint64_t, 4> beyond = {};  // bytes that may follow what is accepted already
     bool endless = true;                  // from every state there are texts of any length
     uint64_t hash = 0;                    // of the tables
@@ -28921,7 +28923,18 @@ struct Dfa {
     size_t bytes() const {
         return sizeof *this + next.size() * sizeof next[0] +
                states() * (sizeof label[0] + sizeof boundary[0] + sizeof shortest[0] +
-                           sizeof longest[0] + sizeof loops[0]);
+                           sizeof longest[0] + sizeof ahead[0] + sizeof run[0]);
+    }
+    bool loops(uint32_t state, uint64_t token_classes) const {
+        return ahead[state] == state && !(token_classes & ~run[state]);
+    }
+    /// Whether the state takes any text of at most so many characters of these classes.
+    bool takes(uint32_t state, uint64_t token_classes, uint32_t chars) const {
+        for (; chars > 0 && !(token_classes & ~run[state]); --chars) {
+            if (ahead[state] == state) return true;
+            state = ahead[state];
+        }
+        return chars == 0;
     }
     bool empty() const { return states() <= start || shortest[start] == unlimited; }
     uint32_t step(uint32_t state, uint8_t byte) const {
@@ -29105,7 +29118,7 @@ private:
         find_distances();
         drop_dead_ends();
         find_longest();
-        find_loops();
+        find_runs();
         describe();
     }
     // States that lead to no end; the first one stays.
@@ -29142,6 +29155,8 @@ private:
         dfa.hash = hash ^ hash >> 29;
         for (uint32_t s = Dfa::start; s < dfa.states(); ++s) {
             dfa.endless &= dfa.longest[s] == unlimited;
+            if (dfa.shortest[s] != unlimited)
+                dfa.farthest = std::max(dfa.farthest, dfa.shortest[s]);
             for (unsigned b = 0; dfa.label[s] >= 0 && b < 256; ++b)
                 if (dfa.step(s, uint8_t(b)) != Dfa::dead)
                     dfa.beyond[b >> 6] |= uint64_t{1} << (b & 63);
@@ -29227,22 +29242,48 @@ private:
             }
         }
     }
-    void find_loops() {
-        dfa_->loops.assign(dfa_->states(), 0);
-        const auto& classes = token_classes();
-        for (uint32_t s = Dfa::start; s < dfa_->states(); ++s) {
-            uint64_t loops = ~uint64_t{0};
-            bool any = false;
-            for (unsigned b = 0; b < 256; ++b)
-                if (dfa_->step(s, uint8_t(b)) != s) loops &= ~(uint64_t{1} << classes[b]);
-                else any = any || b < 0x80;
-            if (!any || !dfa_->boundary[s]) continue;
-            if (!loops_on_multibyte(s)) loops &= ~(uint64_t{1} << class_multibyte);
-            dfa_->loops[s] = loops;
+    void find_runs() {
+        Dfa& dfa = *dfa_;
+        dfa.ahead.assign(dfa.states(), Dfa::dead);
+        dfa.run.assign(dfa.states(), 0);
+        std::vector<uint8_t> parts[class_multibyte];  // of each token class, each once
+        for (unsigned b = 0; b < 0x80; ++b) {
+            auto& list = parts[token_classes()[b]];
+            if (std::find(list.begin(), list.end(), dfa.classes[b]) == list.end())
+                list.push_back(dfa.classes[b]);
         }
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
+            if (dfa.boundary[s]) find_run(s, parts);
     }
-    // All well-formed code points lead back to the state. Bytes of one class need one try.
-    bool loops_on_multibyte(uint32_t s) const {
+    // Where all bytes of each token class lead, and of these places the one of most classes.
+    void find_run(uint32_t s, std::span<const std::vector<uint8_t>> parts) {
+        Dfa& dfa = *dfa_;
+        std::array<uint32_t, class_multibyte> to = {};
+        std::vector<std::pair<uint32_t, uint32_t>>& counts = targets_;
+        counts.clear();
+        const uint32_t* const row = &dfa.next[size_t(s) * dfa.class_count];
+        for (size_t c = 0; c < parts.size(); ++c) {
+            if (parts[c].empty()) continue;
+            to[c] = row[parts[c][0]];
+            for (const uint8_t part : parts[c])
+                if (row[part] != to[c]) to[c] = Dfa::dead;
+            if (to[c] == Dfa::dead || !dfa.boundary[to[c]]) continue;
+            auto at = std::find_if(counts.begin(), counts.end(),
+                                   [&](const auto& one) { return one.first == to[c]; });
+            if (at == counts.end()) at = counts.insert(at, {to[c], 0});
+            at->second += to[c] == s ? class_multibyte : 1;
+        }
+        if (counts.empty()) return;
+        const auto most = std::max_element(
+            counts.begin(), counts.end(),
+            [](const auto& a, const auto& b) { return a.second < b.second; });
+        dfa.ahead[s] = most->first;
+        for (size_t c = 0; c < parts.size(); ++c)
+            if (!parts[c].empty() && to[c] == dfa.ahead[s]) dfa.run[s] |= uint64_t{1} << c;
+        if (all_multibyte(s, dfa.ahead[s])) dfa.run[s] |= uint64_t{1} << class_multibyte;
+    }
+    // All well-formed code points lead there. Bytes of one class need one try.
+    bool all_multibyte(uint32_t s, uint32_t there) const {
         const auto all = [&](uint32_t from, unsigned low, unsigned high, const auto& then) {
             uint32_t last = UINT32_MAX;
             for (unsigned b = low; b <= high; ++b) {
@@ -29253,7 +29294,7 @@ private:
             }
             return true;
         };
-        const auto back = [&](uint32_t to) { return to == s; };
+        const auto back = [&](uint32_t to) { return to == there; };
         const auto one = [&](uint32_t from) { return all(from, 0x80, 0xBF, back); };
         const auto two = [&](uint32_t from) { return all(from, 0x80, 0xBF, one); };
         return all(s, 0xC2, 0xDF, one) &&
@@ -29272,6 +29313,7 @@ private:
     std::array<uint8_t, 256> sample_ = {};
     std::unordered_map<Machine::Key, uint32_t, KeyHash> ids_;
     std::vector<const Machine::Key*> keys_;
+    std::vector<std::pair<uint32_t, uint32_t>> targets_;
 };
 
 // Several automata side by side: the first must live, the others may die.
@@ -32327,6 +32369,7 @@ private:
     std::vector<uint32_t> begin_;
     std::vector<Token> ends_;
     PieceTrie trie_;
+    std::vector<uint32_t> chars_;  // of its tokens, as they begin
 };
 using TokenTriePtr = std::shared_ptr<const TokenTrie>;
 
@@ -32422,6 +32465,7 @@ constexpr size_t kKnownMasks = 64;
 bool has_byte(const std::array<uint64_t, 4>& bytes, uint8_t b) {
     return bytes[b >> 6] >> (b & 63) & 1;
 }
+bool begins_char(char c) { return (uint8_t(c) & 0xC0) != 0x80; }
 uint64_t bit(uint32_t token_class) { return uint64_t{1} << token_class; }
 
 // The class of the character at text[*at]; moves behind it.
@@ -32525,12 +32569,16 @@ void TokenTrie::finish(std::vector<Token> ends) {
         if (const auto text = piece(Token(i)); !text.empty())
             texts.push_back({text, Token(i), 0, 0});
     trie_.build(std::move(texts));
+    for (const Token token : trie_.tokens) {
+        const std::string_view text = piece(token);
+        chars_.push_back(uint32_t(std::count_if(text.begin(), text.end(), begins_char)));
+    }
 }
 
 // ---- Slices --------------------------------------------------------------------------------------
 
 size_t MaskMaker::Slice::bytes() const {
-    size_t sum = sizeof *this + dfa->next.size() * 4 + mask.size() * 8 +
+    size_t sum = sizeof *this + dfa->bytes() + mask.size() * 8 +
                  (inside.size() + need_begin.size()) * 4;
     for (const auto& [label, trie] : rests) sum += trie.byte.size() * 25 + trie.tokens.size() * 12;
     return sum;
@@ -32564,8 +32612,9 @@ void MaskMaker::make_slice(Slice& out) const {
     const PieceTrie& trie = trie_->trie_;
     const Dfa& dfa = *out.dfa;
     const bool counted = out.use == Use::counted;
-    std::vector<uint32_t> states(trie.deepest[0] + 1u, out.state),
-        chars(states.size(), 0);                       // by depth
+    std::vector<uint32_t> states(trie.deepest[0] + 1u, out.state), chars(states.size(), 0),
+        begun(states.size(), 0);                       // by depth; ended, and of the bytes alone
+    std::vector<uint32_t> needs_ahead;                 // by characters
     std::vector<std::pair<uint32_t, uint32_t>> taken;  // stretches of the trie's tokens
     std::vector<uint32_t> needs(counted ? trie.tokens.size() : 0, unlimited);
     std::vector<std::vector<PieceTrie::Text>> rests;
@@ -32595,15 +32644,19 @@ void MaskMaker::make_slice(Slice& out) const {
             continue;
         }
         states[depth] = state;
+        const bool all = dfa.takes(state, trie.classes[n], trie.deepest[n]);
+        const uint32_t next = all ? trie.end[n] : n + 1;
         if (counted) {
             chars[depth] = chars[depth - 1] + dfa.boundary[state];
-            for (uint32_t i = trie.first[n]; i < trie.first[n + 1]; ++i)
-                needs[i] = chars[depth] + dfa.shortest[state];
-        } else if (dfa.loops[state] && !(trie.classes[n] & ~dfa.loops[state])) {
-            n = trie.end[n];
-            continue;
+            begun[depth] = begun[depth - 1] + begins_char(char(trie.byte[n]));
+            needs_ahead.clear();
+            uint32_t at = state;
+            for (uint32_t c = 0; c <= (all ? trie.deepest[n] : 0); ++c, at = dfa.ahead[at])
+                needs_ahead.push_back(chars[depth] + c + dfa.shortest[at]);
+            for (uint32_t i = trie.first[n]; i < trie.first[next]; ++i)
+                needs[i] = needs_ahead[trie_->chars_[i] - begun[depth]];
         }
-        ++n;
+        n = next;
     }
     take_until(trie.end[0]);
     for (size_t label = 0; label < rests.size(); ++label) {
@@ -32683,6 +32736,9 @@ bool MaskMaker::fill_from_slice(const GrammarConfig& config) {
             low_ = terminal.least > config.count ? terminal.least - config.count : 0;
             if (low_ && !dfa->endless) return false;
             if (terminal.most != unlimited) high_ = terminal.most - config.count;
+            // Most often no token reaches the bound.
+            const uint64_t reach = uint64_t{trie_->trie_.deepest[0]} + dfa->farthest;
+            if (!low_ && high_ >= reach) use = Use::plain, high_ = unlimited;
         }
         walk_.allowed(walk_.after(config, 0), follow);
         walk_.back_to(mark);
@@ -32811,16 +32867,19 @@ bool MaskMaker::takes_all(const PieceTrie& trie, uint32_t node, Set set) const {
         if (at.kind == GrammarNode::Kind::key) {
             const ObjectNode& object = walk_.grammar().objects[at.a];
             if (config.count == 0 || !object.endless) continue;
-            if (!(trie.classes[node] & ~object.other->loops[config.sub])) return true;
+            if (object.other->takes(config.sub, trie.classes[node], trie.deepest[node]))
+                return true;
         } else if (at.kind == GrammarNode::Kind::terminal) {
             const TerminalNode& terminal = walk_.grammar().terminals[at.a];
-            const uint32_t room = terminal.most == unlimited
-                                      ? unlimited
-                                      : terminal.most - config.count -
-                                            terminal.dfa->shortest[config.sub];
-            if (!(trie.classes[node] & ~terminal.dfa->loops[config.sub]) &&
-                trie.deepest[node] <= room)
-                return true;
+            const Dfa& dfa = *terminal.dfa;
+            if (!terminal.counts()) {
+                if (dfa.takes(config.sub, trie.classes[node], trie.deepest[node])) return true;
+            } else if (dfa.loops(config.sub, trie.classes[node])) {
+                const uint32_t room = terminal.most == unlimited
+                                          ? unlimited
+                                          : terminal.most - config.count - dfa.shortest[config.sub];
+                if (trie.deepest[node] <= room) return true;
+            }
         }
     }
     return false;

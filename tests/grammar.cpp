@@ -477,6 +477,14 @@ TEST_CASE("masks are what trying every token gives") {
     check_masks(schema(R"({"type":"string","pattern":"^[a-z]+(,[a-z]{2,})*$"})"), "\"abc,ab\"");
     check_masks(schema(R"({"type":"array","items":{"enum":["ab","abc","name"]},"maxItems":2})"),
                 "[\"abc\", \"ab\"]");
+    // Chains of states that all letters lead along, with bounds of their own and without.
+    check_masks(schema(R"({"type":"string","format":"email"})"), "\"the.name@[1.2.3.4]\"");
+    check_masks(schema(R"({"type":"string","pattern":"^.{2,9}$"})"), "\"the\xC3\xA9" "abc\"");
+    check_masks(schema(R"({"type":"string","pattern":"^[a-z\u00e9]{3,8}$","maxLength":6})"),
+                "\"a\xC3\xA9hel\"");
+    check_masks(schema(R"({"type":"string","pattern":"^(.{3})*$","minLength":5,"maxLength":9})"),
+                "\"aaaaabcab\"");
+    check_masks(schema(R"({"type":"string","maxLength":12})"), "\"hello\\n\xF0\x9F\x98\x80the\"");
     auto regex = compile_regex("[a-h]*abc!?");
     REQUIRE(regex.ok());
     check_masks(*regex, "aababc");

@@ -135,7 +135,7 @@ private:
         find_distances();
         drop_dead_ends();
         find_longest();
-        find_loops();
+        find_runs();
         describe();
     }
     // States that lead to no end; the first one stays.
@@ -172,6 +172,8 @@ private:
         dfa.hash = hash ^ hash >> 29;
         for (uint32_t s = Dfa::start; s < dfa.states(); ++s) {
             dfa.endless &= dfa.longest[s] == unlimited;
+            if (dfa.shortest[s] != unlimited)
+                dfa.farthest = std::max(dfa.farthest, dfa.shortest[s]);
             for (unsigned b = 0; dfa.label[s] >= 0 && b < 256; ++b)
                 if (dfa.step(s, uint8_t(b)) != Dfa::dead)
                     dfa.beyond[b >> 6] |= uint64_t{1} << (b & 63);
@@ -257,22 +259,48 @@ private:
             }
         }
     }
-    void find_loops() {
-        dfa_->loops.assign(dfa_->states(), 0);
-        const auto& classes = token_classes();
-        for (uint32_t s = Dfa::start; s < dfa_->states(); ++s) {
-            uint64_t loops = ~uint64_t{0};
-            bool any = false;
-            for (unsigned b = 0; b < 256; ++b)
-                if (dfa_->step(s, uint8_t(b)) != s) loops &= ~(uint64_t{1} << classes[b]);
-                else any = any || b < 0x80;
-            if (!any || !dfa_->boundary[s]) continue;
-            if (!loops_on_multibyte(s)) loops &= ~(uint64_t{1} << class_multibyte);
-            dfa_->loops[s] = loops;
+    void find_runs() {
+        Dfa& dfa = *dfa_;
+        dfa.ahead.assign(dfa.states(), Dfa::dead);
+        dfa.run.assign(dfa.states(), 0);
+        std::vector<uint8_t> parts[class_multibyte];  // of each token class, each once
+        for (unsigned b = 0; b < 0x80; ++b) {
+            auto& list = parts[token_classes()[b]];
+            if (std::find(list.begin(), list.end(), dfa.classes[b]) == list.end())
+                list.push_back(dfa.classes[b]);
         }
+        for (uint32_t s = Dfa::start; s < dfa.states(); ++s)
+            if (dfa.boundary[s]) find_run(s, parts);
     }
-    // All well-formed code points lead back to the state. Bytes of one class need one try.
-    bool loops_on_multibyte(uint32_t s) const {
+    // Where all bytes of each token class lead, and of these places the one of most classes.
+    void find_run(uint32_t s, std::span<const std::vector<uint8_t>> parts) {
+        Dfa& dfa = *dfa_;
+        std::array<uint32_t, class_multibyte> to = {};
+        std::vector<std::pair<uint32_t, uint32_t>>& counts = targets_;
+        counts.clear();
+        const uint32_t* const row = &dfa.next[size_t(s) * dfa.class_count];
+        for (size_t c = 0; c < parts.size(); ++c) {
+            if (parts[c].empty()) continue;
+            to[c] = row[parts[c][0]];
+            for (const uint8_t part : parts[c])
+                if (row[part] != to[c]) to[c] = Dfa::dead;
+            if (to[c] == Dfa::dead || !dfa.boundary[to[c]]) continue;
+            auto at = std::find_if(counts.begin(), counts.end(),
+                                   [&](const auto& one) { return one.first == to[c]; });
+            if (at == counts.end()) at = counts.insert(at, {to[c], 0});
+            at->second += to[c] == s ? class_multibyte : 1;
+        }
+        if (counts.empty()) return;
+        const auto most = std::max_element(
+            counts.begin(), counts.end(),
+            [](const auto& a, const auto& b) { return a.second < b.second; });
+        dfa.ahead[s] = most->first;
+        for (size_t c = 0; c < parts.size(); ++c)
+            if (!parts[c].empty() && to[c] == dfa.ahead[s]) dfa.run[s] |= uint64_t{1} << c;
+        if (all_multibyte(s, dfa.ahead[s])) dfa.run[s] |= uint64_t{1} << class_multibyte;
+    }
+    // All well-formed code points lead there. Bytes of one class need one try.
+    bool all_multibyte(uint32_t s, uint32_t there) const {
         const auto all = [&](uint32_t from, unsigned low, unsigned high, const auto& then) {
             uint32_t last = UINT32_MAX;
             for (unsigned b = low; b <= high; ++b) {
@@ -283,7 +311,7 @@ private:
             }
             return true;
         };
-        const auto back = [&](uint32_t to) { return to == s; };
+        const auto back = [&](uint32_t to) { return to == there; };
         const auto one = [&](uint32_t from) { return all(from, 0x80, 0xBF, back); };
         const auto two = [&](uint32_t from) { return all(from, 0x80, 0xBF, one); };
         return all(s, 0xC2, 0xDF, one) &&
@@ -302,6 +330,7 @@ private:
     std::array<uint8_t, 256> sample_ = {};
     std::unordered_map<Machine::Key, uint32_t, KeyHash> ids_;
     std::vector<const Machine::Key*> keys_;
+    std::vector<std::pair<uint32_t, uint32_t>> targets_;
 };
 
 // Several automata side by side: the first must live, the others may die.

@@ -34,7 +34,7 @@ struct Budget {
 Error budget_error();  ///< invalid_request, code invalid_json_schema
 
 /// Bytes fall into classes so that what a whole subtree of a vocabulary holds fits 64 bits: a state
-/// that loops on all classes of a text is in the same state behind it.
+/// that all characters of these classes lead to one other takes any of them.
 inline constexpr uint32_t class_multibyte = 62;   ///< a whole code point of two to four bytes
 inline constexpr uint32_t class_broken = 63;      ///< a byte that is part of none
 const std::array<uint8_t, 256>& token_classes();  ///< of ASCII; above it class_broken
@@ -50,7 +50,9 @@ struct Dfa {
     std::vector<uint8_t> boundary;        // no character is unfinished here
     std::vector<uint32_t> shortest;       // characters to the nearest end
     std::vector<uint32_t> longest;        // to the farthest; unlimited
-    std::vector<uint64_t> loops;          // token classes that lead from the state to itself
+    std::vector<uint32_t> ahead;          // where most classes lead: to itself if one does
+    std::vector<uint64_t> run;            // token classes of which every character leads there
+    uint32_t farthest = 0;                // the most characters to a nearest end
     std::array<uint64_t, 4> beyond = {};  // bytes that may follow what is accepted already
     bool endless = true;                  // from every state there are texts of any length
     uint64_t hash = 0;                    // of the tables
@@ -59,7 +61,18 @@ struct Dfa {
     size_t bytes() const {
         return sizeof *this + next.size() * sizeof next[0] +
                states() * (sizeof label[0] + sizeof boundary[0] + sizeof shortest[0] +
-                           sizeof longest[0] + sizeof loops[0]);
+                           sizeof longest[0] + sizeof ahead[0] + sizeof run[0]);
+    }
+    bool loops(uint32_t state, uint64_t token_classes) const {
+        return ahead[state] == state && !(token_classes & ~run[state]);
+    }
+    /// Whether the state takes any text of at most so many characters of these classes.
+    bool takes(uint32_t state, uint64_t token_classes, uint32_t chars) const {
+        for (; chars > 0 && !(token_classes & ~run[state]); --chars) {
+            if (ahead[state] == state) return true;
+            state = ahead[state];
+        }
+        return chars == 0;
     }
     bool empty() const { return states() <= start || shortest[start] == unlimited; }
     uint32_t step(uint32_t state, uint8_t byte) const {

@@ -35,6 +35,7 @@ constexpr size_t kKnownMasks = 64;
 bool has_byte(const std::array<uint64_t, 4>& bytes, uint8_t b) {
     return bytes[b >> 6] >> (b & 63) & 1;
 }
+bool begins_char(char c) { return (uint8_t(c) & 0xC0) != 0x80; }
 uint64_t bit(uint32_t token_class) { return uint64_t{1} << token_class; }
 
 // The class of the character at text[*at]; moves behind it.
@@ -138,12 +139,16 @@ void TokenTrie::finish(std::vector<Token> ends) {
         if (const auto text = piece(Token(i)); !text.empty())
             texts.push_back({text, Token(i), 0, 0});
     trie_.build(std::move(texts));
+    for (const Token token : trie_.tokens) {
+        const std::string_view text = piece(token);
+        chars_.push_back(uint32_t(std::count_if(text.begin(), text.end(), begins_char)));
+    }
 }
 
 // ---- Slices --------------------------------------------------------------------------------------
 
 size_t MaskMaker::Slice::bytes() const {
-    size_t sum = sizeof *this + dfa->next.size() * 4 + mask.size() * 8 +
+    size_t sum = sizeof *this + dfa->bytes() + mask.size() * 8 +
                  (inside.size() + need_begin.size()) * 4;
     for (const auto& [label, trie] : rests) sum += trie.byte.size() * 25 + trie.tokens.size() * 12;
     return sum;
@@ -177,8 +182,9 @@ void MaskMaker::make_slice(Slice& out) const {
     const PieceTrie& trie = trie_->trie_;
     const Dfa& dfa = *out.dfa;
     const bool counted = out.use == Use::counted;
-    std::vector<uint32_t> states(trie.deepest[0] + 1u, out.state),
-        chars(states.size(), 0);                       // by depth
+    std::vector<uint32_t> states(trie.deepest[0] + 1u, out.state), chars(states.size(), 0),
+        begun(states.size(), 0);                       // by depth; ended, and of the bytes alone
+    std::vector<uint32_t> needs_ahead;                 // by characters
     std::vector<std::pair<uint32_t, uint32_t>> taken;  // stretches of the trie's tokens
     std::vector<uint32_t> needs(counted ? trie.tokens.size() : 0, unlimited);
     std::vector<std::vector<PieceTrie::Text>> rests;
@@ -208,15 +214,19 @@ void MaskMaker::make_slice(Slice& out) const {
             continue;
         }
         states[depth] = state;
+        const bool all = dfa.takes(state, trie.classes[n], trie.deepest[n]);
+        const uint32_t next = all ? trie.end[n] : n + 1;
         if (counted) {
             chars[depth] = chars[depth - 1] + dfa.boundary[state];
-            for (uint32_t i = trie.first[n]; i < trie.first[n + 1]; ++i)
-                needs[i] = chars[depth] + dfa.shortest[state];
-        } else if (dfa.loops[state] && !(trie.classes[n] & ~dfa.loops[state])) {
-            n = trie.end[n];
-            continue;
+            begun[depth] = begun[depth - 1] + begins_char(char(trie.byte[n]));
+            needs_ahead.clear();
+            uint32_t at = state;
+            for (uint32_t c = 0; c <= (all ? trie.deepest[n] : 0); ++c, at = dfa.ahead[at])
+                needs_ahead.push_back(chars[depth] + c + dfa.shortest[at]);
+            for (uint32_t i = trie.first[n]; i < trie.first[next]; ++i)
+                needs[i] = needs_ahead[trie_->chars_[i] - begun[depth]];
         }
-        ++n;
+        n = next;
     }
     take_until(trie.end[0]);
     for (size_t label = 0; label < rests.size(); ++label) {
@@ -296,6 +306,9 @@ bool MaskMaker::fill_from_slice(const GrammarConfig& config) {
             low_ = terminal.least > config.count ? terminal.least - config.count : 0;
             if (low_ && !dfa->endless) return false;
             if (terminal.most != unlimited) high_ = terminal.most - config.count;
+            // Most often no token reaches the bound.
+            const uint64_t reach = uint64_t{trie_->trie_.deepest[0]} + dfa->farthest;
+            if (!low_ && high_ >= reach) use = Use::plain, high_ = unlimited;
         }
         walk_.allowed(walk_.after(config, 0), follow);
         walk_.back_to(mark);
@@ -424,16 +437,19 @@ bool MaskMaker::takes_all(const PieceTrie& trie, uint32_t node, Set set) const {
         if (at.kind == GrammarNode::Kind::key) {
             const ObjectNode& object = walk_.grammar().objects[at.a];
             if (config.count == 0 || !object.endless) continue;
-            if (!(trie.classes[node] & ~object.other->loops[config.sub])) return true;
+            if (object.other->takes(config.sub, trie.classes[node], trie.deepest[node]))
+                return true;
         } else if (at.kind == GrammarNode::Kind::terminal) {
             const TerminalNode& terminal = walk_.grammar().terminals[at.a];
-            const uint32_t room = terminal.most == unlimited
-                                      ? unlimited
-                                      : terminal.most - config.count -
-                                            terminal.dfa->shortest[config.sub];
-            if (!(trie.classes[node] & ~terminal.dfa->loops[config.sub]) &&
-                trie.deepest[node] <= room)
-                return true;
+            const Dfa& dfa = *terminal.dfa;
+            if (!terminal.counts()) {
+                if (dfa.takes(config.sub, trie.classes[node], trie.deepest[node])) return true;
+            } else if (dfa.loops(config.sub, trie.classes[node])) {
+                const uint32_t room = terminal.most == unlimited
+                                          ? unlimited
+                                          : terminal.most - config.count - dfa.shortest[config.sub];
+                if (trie.deepest[node] <= room) return true;
+            }
         }
     }
     return false;

@@ -59,6 +59,7 @@ private:
     std::vector<uint32_t> begin_;
     std::vector<Token> ends_;
     PieceTrie trie_;
+    std::vector<uint32_t> chars_;  // of its tokens, as they begin
 };
 using TokenTriePtr = std::shared_ptr<const TokenTrie>;
 
