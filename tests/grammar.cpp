@@ -402,6 +402,21 @@ TEST_CASE("not to match patterns of keys: all keys where that is not strict") {
     CHECK(accepts(schema(many, false), R"({"39x":"a"})"));
 }
 
+TEST_CASE("strings too long to be told apart are refused by name, or not told apart") {
+    const char* const unique =
+        R"({"properties":{"to":{"type":"array","uniqueItems":true,"items":{"format":"email","type":"string"}}}})";
+    CHECK(refusal(unique).param == "/properties/to/uniqueItems");
+    CHECK(accepts(schema(unique, false), R"({"to":["a@b.de","a@b.de"]})"));
+    CHECK_FALSE(accepts(schema(unique, false), R"({"to":["a"]})"));
+    const char* const names = R"({"type":"object","propertyNames":{"format":"email"}})";
+    CHECK(refusal(names).param == "/propertyNames");
+    CHECK(accepts(schema(names, false), R"({"a@b.de":1})"));
+    const char* const enough =
+        R"({"type":"array","uniqueItems":true,"items":{"type":"string","maxLength":200}})";
+    CHECK(accepts(schema(enough), R"(["a","b"])"));
+    CHECK_FALSE(accepts(schema(enough), R"(["a","a"])"));
+}
+
 TEST_CASE("identifiers are at most 2,048 bytes long, and kept once") {
     const auto identified = [](size_t bytes) {
         Json nodes = Json::array();
@@ -479,7 +494,9 @@ TEST_CASE("masks are what trying every token gives") {
                 "[\"abc\", \"ab\"]");
     // Chains of states that all letters lead along, with bounds of their own and without.
     check_masks(schema(R"({"type":"string","format":"email"})"), "\"the.name@[1.2.3.4]\"");
-    check_masks(schema(R"({"type":"string","pattern":"^.{2,9}$"})"), "\"the\xC3\xA9" "abc\"");
+    check_masks(schema(R"({"type":"string","pattern":"^.{2,9}$"})"),
+                "\"the\xC3\xA9"
+                "abc\"");
     check_masks(schema(R"({"type":"string","pattern":"^[a-z\u00e9]{3,8}$","maxLength":6})"),
                 "\"a\xC3\xA9hel\"");
     check_masks(schema(R"({"type":"string","pattern":"^(.{3})*$","minLength":5,"maxLength":9})"),

@@ -3,6 +3,7 @@
 
 #include "base/internal.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -30,6 +31,16 @@ struct Budget {
         return true;
     }
     bool spent() const { return work == 0; }
+    /// At most so much of it, for what there is another way without; `give_back` what is left.
+    Budget part(const Budget& most) {
+        const Budget out = {std::min(states, most.states), std::min(work, most.work),
+                            std::min(bytes, most.bytes)};
+        states -= out.states, work -= out.work, bytes -= out.bytes;
+        return out;
+    }
+    void give_back(const Budget& rest) {
+        states += rest.states, work += rest.work, bytes += rest.bytes;
+    }
 };
 Error budget_error();  ///< invalid_request, code invalid_json_schema
 

@@ -360,9 +360,11 @@ bool MaskMaker::accept(GrammarState& state, Token token) {
 
 bool MaskMaker::takes_all(const GrammarState& state, std::span<const Token> tokens) {
     tried_ = state;
-    return std::all_of(tokens.begin(), tokens.end(), [&](Token token) {
+    const bool all = std::all_of(tokens.begin(), tokens.end(), [&](Token token) {
         return tried_.accept_token(token, trie_->piece(token), walk_);
     });
+    tried_.grammar_.reset();
+    return all;
 }
 
 std::string_view MaskMaker::forced(const GrammarState& state, size_t most) {

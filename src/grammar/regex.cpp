@@ -828,13 +828,10 @@ bool is_too_large(const Error& error) { return error.message == kTooLarge; }
 // Of the budget one automaton takes a part at most: what needs more is better several of them.
 Result<DfaPtr> regex_dfa(const Regex& regex, uint32_t root, Spelling spelling, bool search,
                          Budget& budget) {
-    Budget part = {std::min(budget.states, kMostStates), std::min(budget.work, kMostWork),
-                   budget.bytes};
-    const Budget begin = part;
+    Budget part = budget.part({kMostStates, kMostWork, budget.bytes});
     auto dfa = regex_dfa_within(regex, root, spelling, search, part);
-    budget.states -= begin.states - part.states;
-    budget.bytes -= begin.bytes - part.bytes;
-    if (!budget.take(begin.work - part.work) || budget.spent()) return budget_error();
+    budget.give_back(part);
+    if (budget.spent()) return budget_error();
     if (!dfa) return make_error(ErrorKind::invalid_request, kTooLarge, "invalid_json_schema");
     return dfa;
 }

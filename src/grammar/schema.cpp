@@ -29,6 +29,7 @@ namespace {
 
 constexpr size_t kMostBranches = 512, kMostPatterns = 6;
 constexpr std::string_view kNegated = "where a schema must not match";
+constexpr std::string_view kLongStrings = "the strings are too long to be told apart";
 constexpr std::string_view kDivisors = "except for whole numbers to 20,000 and binary fractions";
 constexpr uint32_t kMostUnique = 8;
 
@@ -818,11 +819,12 @@ private:
         if (simple && values && values->size() <= kMostUnique) return unique_values(b, *values);
         if (simple && std::all_of(branches.begin(), branches.end(), has_only_strings))
             return unique_strings(b, branches);
-        if (!refuse(*b.unique, "uniqueItems", "except for strings and for at most 8 values"))
-            return no_part;
-        Branch other = b;
-        other.unique = nullptr;
-        return array_part(other);
+        return without_unique(b, "except for strings and for at most 8 values");
+    }
+    Part without_unique(Branch b, std::string_view why) {
+        if (!refuse(*b.unique, "uniqueItems", why)) return no_part;
+        b.unique = nullptr;
+        return array_part(b);
     }
     static bool has_only_strings(const Branch& b) {
         if (!b.values) return b.types == t_string;
@@ -833,7 +835,9 @@ private:
         ObjectRules rules;
         rules.is_list = true;
         rules.least = b.least_items, rules.most = b.most_items;
-        rules.other = strings_of(branches);
+        auto strings = strings_of(branches);
+        if (!strings) return failed_ ? no_part : without_unique(b, kLongStrings);
+        rules.other = *strings;
         rules.others = {builder_.bytes("")};
         return failed_ ? no_part : builder_.object(std::move(rules));
     }
@@ -1028,7 +1032,7 @@ private:
         if (std::all_of(rules.others.begin(), rules.others.end(),
                         [](Part p) { return p == no_part; }))
             return;
-        DfaPtr all = names_dfa(b);
+        const DfaPtr all = names_dfa(b);
         if (failed_ || !all) return;
         if (dfas.empty()) {
             rules.other = all;
@@ -1040,30 +1044,36 @@ private:
     }
     // What propertyNames leaves of all keys; null: nothing.
     DfaPtr names_dfa(const Branch& b) {
-        return b.names.empty() ? any_text_dfa(Spelling::json) : strings_of(branches_of(b.names));
+        if (b.names.empty()) return any_text_dfa(Spelling::json);
+        if (auto names = strings_of(branches_of(b.names))) return *names;
+        (void)refuse(*b.names[0].schema, "", kLongStrings);
+        return any_text_dfa(Spelling::json);
     }
-    // The strings of all branches, between their quotes; null: there are none.
-    DfaPtr strings_of(const std::vector<Branch>& branches) {
-        DfaPtr out;
+    // The strings of all branches, between their quotes; null: there are none. An error where that
+    // would take more than half of what is left to spend.
+    Result<DfaPtr> strings_of(const std::vector<Branch>& branches) {
+        Budget& whole = builder_.budget();
+        Budget part = whole.part({whole.states / 2, whole.work / 2, whole.bytes / 2});
+        Result<DfaPtr> out = DfaPtr();
         for (const Branch& b : branches) {
-            const DfaPtr one = b.types & t_string ? strings_of(b) : nullptr;
-            if (failed_) return nullptr;
-            if (!one || one->empty()) continue;
-            auto both = out ? unite(out, one, builder_.budget()) : Result<DfaPtr>(one);
-            if (!both) return exceed(), nullptr;
-            out = *both;
+            if (!(b.types & t_string)) continue;
+            auto one = strings_of(b, part);
+            if (failed_ || !one) out = std::move(one);
+            if (failed_ || !out) break;
+            if (!(*one)->empty()) out = *out ? unite(*out, *one, part) : std::move(one);
+            if (!out) break;
         }
+        whole.give_back(part);
         return out;
     }
-    DfaPtr strings_of(const Branch& b) {
-        auto out = b.values ? texts_dfa(texts_of(allowed_values(b)), builder_.budget())
+    Result<DfaPtr> strings_of(const Branch& b, Budget& budget) {
+        auto out = b.values ? texts_dfa(texts_of(allowed_values(b)), budget)
                             : Result<DfaPtr>(string_dfa(b));
         if (out && !*out) out = any_text_dfa(Spelling::json);
         const bool counts = !b.values && (b.least_chars || b.most_chars != unlimited);
         if (out && counts && !failed_)
-            out = limit_length(*out, b.least_chars, b.most_chars, builder_.budget());
-        if (!out) return exceed(), nullptr;
-        return *out;
+            out = limit_length(*out, b.least_chars, b.most_chars, budget);
+        return out;
     }
     // The strings among some values, as they stand between quotes.
     static std::vector<std::string> texts_of(const std::vector<const Json*>& values) {
