@@ -44403,8 +44403,9 @@ namespace detail {
 
 namespace {
 
-constexpr size_t http_read_bytes = 64 << 10;       // one read; so much may be kept for later
-constexpr size_t http_write_bytes = 256 << 10;     // one write, so that no reply holds the loop
+constexpr size_t http_read_bytes = 64 << 10;    // one read; so much may be kept for later
+constexpr size_t http_write_bytes = 256 << 10;  // one write, so that no reply holds the loop
+constexpr size_t http_kept_bytes = http_write_bytes / 16;  // sent, and not yet moved out
 constexpr size_t http_pipelined_bytes = 16 << 10;  // read ahead of a reply; then no more is read
 constexpr int http_accepts_a_turn = 64;
 constexpr uint32_t http_accept_pause_ms = 100;  // after running out of descriptors
@@ -45062,7 +45063,7 @@ void HttpServer::State::flush(HttpConnection& connection) {
     active.sent += sent.bytes;
     if (active.sent == head.size() + body.size()) return finish(connection);
     active.blocked = true;
-    if (active.begun && active.sent > http_write_bytes) {  // it may never be sent to its end
+    if (active.begun && active.sent > head.size() + http_kept_bytes) {  // may never come to an end
         active.body.erase(0, active.sent - head.size());
         active.head.clear();
         active.sent = 0;
@@ -49630,8 +49631,9 @@ std::string ServerLoop::send_events(Live& entry) {
 /// Whether one who follows has not taken what there is: then the others wait with it.
 bool ServerLoop::is_behind(const Live& entry) {
     return entry.stream &&
-           std::any_of(entry.waiters.begin(), entry.waiters.end(),
-                       [&](uint64_t number) { return http->unsent(number) >= server_most_unsent; });
+           std::any_of(entry.waiters.begin(), entry.waiters.end(), [&](uint64_t number) {
+               return http->unsent(number) + entry.stream->events->size() >= server_most_unsent;
+           });
 }
 
 void ServerLoop::on_sent(uint64_t number) {

@@ -100,8 +100,9 @@ std::string ServerLoop::send_events(Live& entry) {
 /// Whether one who follows has not taken what there is: then the others wait with it.
 bool ServerLoop::is_behind(const Live& entry) {
     return entry.stream &&
-           std::any_of(entry.waiters.begin(), entry.waiters.end(),
-                       [&](uint64_t number) { return http->unsent(number) >= server_most_unsent; });
+           std::any_of(entry.waiters.begin(), entry.waiters.end(), [&](uint64_t number) {
+               return http->unsent(number) + entry.stream->events->size() >= server_most_unsent;
+           });
 }
 
 void ServerLoop::on_sent(uint64_t number) {
