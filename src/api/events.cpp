@@ -74,6 +74,7 @@ void ResponseEvents::begin(const Json& object) {
     emit(event("response.created"), object.write());
     Json running = object;
     running_ = running.set("status", words_.running).write();
+    running_.shrink_to_fit();  // it may wait for long
 }
 
 void ResponseEvents::start() {
