@@ -794,9 +794,19 @@ struct Documented {
     }
     const Json& fields() const { return schemas[doc_name_of(surface) + "Request"]["properties"]; }
     Json body() const {
-        const char* text = surface ? R"({"model":"m","messages":[{"role":"user","content":"x"}]})"
-                                   : R"({"model":"m","input":"x"})";
-        return parse(text);
+        Json body = parse(R"({"model":"m"})");
+        const Json message = Json::object().set("role", "user").set("content", "x");
+        if (!surface) body.set("input", "x");
+        else body.set("messages", Json::array().push(message));
+        if (surface == &messages_surface) body.set("max_tokens", 9);
+        return body;
+    }
+    static std::string told(const Error& error) {
+        for (const char* rule :
+             {"stands earlier", "declares no", "'tools' is empty", "may be \"flex",
+              "must not end with", "there is a tool", "true with 'background'"})
+            if (error.message.find(rule) != error.message.npos) return "";
+        return error.param.empty() ? error.message : error.param;
     }
     /// "" or the field that is refused; rules across fields do not count.
     std::string refused(std::string_view name, Json value) const {
@@ -805,7 +815,7 @@ struct Documented {
         SurfaceBody read;
         if (surface) {
             auto given = read_surface(*surface, asked, dialect);
-            if (!given) return given.error().param;
+            if (!given) return told(given.error());
             read = std::move(*given);
             asked = read.body;
         }
@@ -813,10 +823,7 @@ struct Documented {
         if (request) return "";
         const Error error = surface ? surface_error(*surface, request.error(), read)
                                     : request.error();
-        for (const char* rule : {"stands earlier", "declares no", "'tools' is empty",
-                                 "may be \"flex", "there is a tool", "true with 'background'"})
-            if (error.message.find(rule) != error.message.npos) return "";
-        return error.param.empty() ? error.message : error.param;
+        return told(error);
     }
     std::vector<Json> samples(const Json& schema) const;
     std::vector<Json> samples_of_object(const Json& schema) const;
@@ -828,8 +835,10 @@ std::vector<Json> Documented::samples(const Json& schema) const {
         return samples(schemas[schema["$ref"].as_string().substr(strlen("#/components/schemas/"))]);
     if (schema.contains("const")) return {schema["const"]};
     if (schema.contains("enum")) {
-        const auto words = schema["enum"].items();
-        return {words.begin(), words.end()};
+        std::vector<Json> words;
+        for (const Json& word : schema["enum"].items())
+            if (schema["not"].is_null() || word != schema["not"]["const"]) words.push_back(word);
+        return words;
     }
     std::vector<Json> all;
     for (const Json& choice : schema["anyOf"].items())
@@ -846,7 +855,9 @@ std::vector<Json> Documented::samples(const Json& schema) const {
                     schema.contains("pattern") ? 1 : size_t(schema[end].as_int(1)), 'a'));
         if (name == "integer" || name == "number")
             for (const char* end : {"minimum", "maximum"})
-                all.push_back(schema.contains(end) ? schema[end] : Json(1));
+                if (schema.contains(end)) all.push_back(schema[end]);
+        if ((name == "integer" || name == "number") && !schema.contains("minimum"))
+            all.emplace_back(1);
         if (name == "array")
             for (Json& one : samples(schema["items"])) all.push_back(Json::array().push(one));
         if (name == "object")
@@ -872,7 +883,8 @@ std::vector<Json> Documented::samples_of_object(const Json& schema) const {
 
 TEST_CASE("the document: what it allows is read, what it forbids is refused") {
     for (const Dialect dialect : {Dialect::valar, Dialect::openai})
-        for (const Surface* surface : {static_cast<const Surface*>(nullptr), &chat_surface}) {
+        for (const Surface* surface :
+             {static_cast<const Surface*>(nullptr), &chat_surface, &messages_surface}) {
             const Documented shown(surface, dialect);
             size_t tried = 0;
             for (const JsonMember& field : shown.fields().members()) {

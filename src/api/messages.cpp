@@ -309,10 +309,18 @@ Fault messages_tool_choice(const Json& value, SurfaceBody* out) {
     return check_bool(one, "tool_choice.disable_parallel_tool_use");
 }
 
+/// `needs` has to stand beside the word `with`, and may beside the others.
+Json doc_messages_choice(Json words, const char* with, const char* needs, const Json& value) {
+    return doc_any({doc_object(2, {{"type", doc_word(with)}, {needs, value}}),
+                    doc_object(1, {{"type", words.set("not", doc_word(with))}, {needs, value}})});
+}
+
 Json doc_messages_tool_choice(Dialect) {
-    return doc_object(1, {{"type", doc_messages_words(messages_choices)},
-                          {"name", doc_type("string")},
-                          {"disable_parallel_tool_use", doc_type("boolean")}});
+    Json choice = doc_messages_choice(doc_messages_words(messages_choices), "tool", "name",
+                                      doc_type("string"));
+    for (Json& one : choice.find("anyOf")->items())
+        one.find("properties")->set("disable_parallel_tool_use", doc_or_null(doc_type("boolean")));
+    return choice;
 }
 
 constexpr int64_t messages_least_budget = 1024;
@@ -349,8 +357,8 @@ Fault messages_thinking(const Json& value, SurfaceBody* out) {
 }
 
 Json doc_messages_thinking(Dialect) {
-    const Json budget = doc_type("integer").set("minimum", messages_least_budget);
-    return doc_object(1, {{"type", doc_messages_words(messages_modes)}, {"budget_tokens", budget}});
+    return doc_messages_choice(doc_messages_words(messages_modes), "enabled", "budget_tokens",
+                               doc_type("integer").set("minimum", messages_least_budget));
 }
 
 Fault messages_format(const Json& value, SurfaceBody* out) {
