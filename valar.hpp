@@ -2198,6 +2198,7 @@ struct Request {
     bool parallel_tool_calls = true;              ///< false: at most one call
     std::optional<uint32_t> max_tool_calls = {};  ///< 1 or more
     std::optional<Effort> effort = {};            ///< none: as the model has it
+    bool prompt_progress = false;                 ///< tell how far the prompt is read
 };
 
 /// How far a response is. It never moves back.
@@ -2243,20 +2244,29 @@ struct Outcome {
     std::vector<Item> items = {};
 };
 
-/// What happened to a response, in order: started once; of one item after the other item_begun, its
-/// deltas (text of a message, of a thought; arguments of a call), item_ended; finished once.
+/// How far a prompt is read, in tokens.
+struct PromptProgress {
+    uint32_t total = 0, processed = 0;
+    uint32_t cached = 0;  ///< of the processed, found in the prefix cache
+};
+
+/// What happened to a response, in order: started once; prompt_progress where it was asked for; of
+/// one item after the other item_begun, its deltas (text of a message, of a thought; arguments of a
+/// call), item_ended; finished once.
 struct Event {
     // clang-format off
     enum class Kind : uint8_t { started, text_delta, finished,
-                                item_begun, reasoning_delta, arguments_delta, item_ended };
+                                item_begun, reasoning_delta, arguments_delta, item_ended,
+                                prompt_progress };
     // clang-format on
     Kind kind = Kind::started;
     std::string text = {};                        ///< of a delta: whole characters
     std::shared_ptr<const Outcome> outcome = {};  ///< of finished
     /// Of a delta, when asked for: the tokens since the one before; the text may be empty.
     std::vector<TokenLogprob> logprobs = {};
-    uint32_t index = 0;  ///< of the item in Outcome::items
-    Item item = {};      ///< of item_begun: without its text; of item_ended: all of it
+    uint32_t index = 0;            ///< of the item in Outcome::items
+    Item item = {};                ///< of item_begun: without its text; of item_ended: all of it
+    PromptProgress progress = {};  ///< of prompt_progress
 
     /// The text of a text_delta, else nothing. Borrowed from the event.
     std::optional<std::string_view> text_delta() const {
@@ -8492,6 +8502,9 @@ private:
     bool open_ = false, first_message_ = true, started_ = false;
 };
 
+/// By the names that llama.cpp's server gives them.
+Json render_progress(const PromptProgress& progress);
+
 /// What became of a response that has ended, from its object.
 Outcome outcome_of(const Json& object);
 
@@ -9477,6 +9490,19 @@ Json doc_stream(Dialect dialect) {
     return dialect == Dialect::openai ? doc_type("boolean") : doc_switch(false);
 }
 
+Fault field_stream_options(const Json& value, Request* request) {
+    if (!value.is_object()) return api_wrong_type("stream_options", "an object", value);
+    const Json& progress = value["prompt_progress"];
+    request->prompt_progress = progress.as_bool();
+    return progress.is_null() ? Fault() : check_bool(progress, "stream_options.prompt_progress");
+}
+Json write_stream_options(const Request& request) {
+    return request.prompt_progress ? Json::object().set("prompt_progress", true) : Json();
+}
+Json doc_stream_options(Dialect) {
+    return doc_object(0, {{"prompt_progress", doc_type("boolean")}});
+}
+
 constexpr std::string_view truncations[] = {"disabled"}, service_tiers[] = {"auto"};
 
 Fault field_truncation(const Json& value, Request*) {
@@ -9665,6 +9691,7 @@ constexpr RequestField request_fields[] = {
     {"store", field_store, write_store, doc_store, "Whether the response is kept once it is answered.", openai_store},
     {"truncation", field_truncation, nullptr, doc_truncation, "A prompt that does not fit is refused."},
     {"stream", field_stream, nullptr, doc_stream, "Answered in server-sent events.", openai_stream},
+    {"stream_options", field_stream_options, write_stream_options, doc_stream_options, "prompt_progress: events that tell how far the prompt is read."},
     {"metadata", field_metadata, write_metadata, doc_metadata, "Kept with the response; completion_window says when it is wanted."},
     {"tools", field_tools, write_tools, doc_tools, "What the model may call."},
     {"tool_choice", field_tool_choice, write_tool_choice, doc_tool_choice_field, "Which tools must or may be called."},
@@ -10406,6 +10433,9 @@ void ResponseEvents::add(const Event& event) {
     start();
     keep_tokens(event.logprobs);
     if (event.kind == Event::Kind::item_begun) return open(event.item, event.index);
+    if (event.kind == Event::Kind::prompt_progress)
+        return emit(this->event("response.prompt_progress")
+                        .set("prompt_progress", render_progress(event.progress)));
     const bool delta = event.kind == Event::Kind::text_delta ||
                        event.kind == Event::Kind::reasoning_delta ||
                        event.kind == Event::Kind::arguments_delta;
@@ -10506,6 +10536,13 @@ void ResponseEvents::fail(const Error& error) {
              .set("param", shown["param"]));
 }
 
+Json render_progress(const PromptProgress& progress) {
+    return Json::object()
+        .set("total", progress.total)
+        .set("cache", progress.cached)
+        .set("processed", progress.processed);
+}
+
 std::vector<TokenLogprob> EventWriter::tokens_of(size_t item) {
     const auto own = std::stable_partition(waiting_.begin(), waiting_.end(),
                                            [&](const auto& token) { return token.item != item; });
@@ -10597,6 +10634,8 @@ Fault surface_stream_options(const Json& value, SurfaceBody* out) {
     if (!value.is_object()) return api_wrong_type("stream_options", "an object", value);
     const Json& usage = value["include_usage"];
     out->include_usage = usage.as_bool();
+    out->body.set("stream_options",
+                  Json::object().set("prompt_progress", value["prompt_progress"]));
     return usage.is_null() ? Fault() : check_bool(usage, "stream_options.include_usage");
 }
 
@@ -10605,7 +10644,8 @@ Json doc_surface_stream(Dialect) {
 }
 
 Json doc_surface_stream_options(Dialect) {
-    return doc_object(0, {{"include_usage", doc_type("boolean")}});
+    return doc_object(0, {{"include_usage", doc_type("boolean")},
+                          {"prompt_progress", doc_type("boolean")}});
 }
 
 Json doc_request(const Surface& surface, Dialect dialect) {
@@ -11450,6 +11490,12 @@ void ChatEvents::add_call(const Item& item) {
 }
 
 void ChatEvents::add(const Event& event) {
+    if (event.kind == Event::Kind::prompt_progress) {
+        Json chunk = head_;
+        chunk.set("choices", Json::array());
+        if (include_usage_) chunk.set("usage", nullptr);
+        return write(chunk.set("prompt_progress", render_progress(event.progress)));
+    }
     const bool thought = event.kind == Event::Kind::reasoning_delta;
     const bool text = event.kind == Event::Kind::text_delta && !event.text.empty();
     keep_tokens(event.logprobs);
@@ -40736,6 +40782,7 @@ struct PreparedPrompt final : Prepared {
     uint32_t max_output = 0;
     bool logprobs = false;
     uint32_t top_logprobs = 0;
+    bool progress = false;  // is told while the prompt is read
     std::vector<std::string> stop;
     uint32_t thought_budget = UINT32_MAX;  // tokens
     std::vector<Token> thought_end;        // what closes a thought that has used them
@@ -40860,6 +40907,7 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->max_output = std::min(request.max_output_tokens.value_or(room), room);
     out->logprobs = request.logprobs;
     out->top_logprobs = request.top_logprobs;
+    out->progress = request.prompt_progress;
     out->stop = request.stop;
     const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
     if (auto limited = limit_thought(request, out.get()); !limited) return limited.error();
@@ -41159,7 +41207,8 @@ struct Mailbox {
     std::vector<size_t> note_bytes;  // of each note, so many of `text`
     std::string text;                // of the notes, one behind the other
     size_t next_note = 0, next_byte = 0;
-    std::vector<TokenLogprob> logprobs;  // not polled yet
+    std::vector<TokenLogprob> logprobs;      // not polled yet
+    std::optional<PromptProgress> progress;  // likewise, the last
     std::shared_ptr<const Outcome> outcome;
 
     // Each returns whether to announce that there are events.
@@ -41182,6 +41231,9 @@ struct Mailbox {
     }
     bool put_logprob(const TokenLogprob& more) {
         return put([&] { logprobs.push_back(more); });
+    }
+    bool put_progress(const PromptProgress& far) {
+        return put([&] { progress = far; });
     }
     bool put_outcome(Outcome end) {
         auto shared = std::make_shared<const Outcome>(std::move(end));
@@ -41207,6 +41259,11 @@ struct Mailbox {
     std::optional<Event> take() {
         const std::lock_guard<std::mutex> lock(mutex);
         if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
+        if (progress) {
+            Event event{Event::Kind::prompt_progress};
+            event.progress = *std::exchange(progress, std::nullopt);
+            return event;
+        }
         if (next_note < notes.size()) return take_note();
         if (!logprobs.empty()) {
             Event event{Event::Kind::text_delta, {}, {}, std::exchange(logprobs, {})};
@@ -41887,6 +41944,8 @@ public:
 
     /// Makes room for all that comes, and tells the reply that it is under way.
     void begin(Sequence& sequence);
+    /// How far its prompt is read, if it asked for that.
+    void tell_progress(const Sequence& sequence);
     /// A token drawn from these logits. The end, a stop string or the limit ends the answer.
     void add_token(Sequence& sequence, Token token, std::span<const float> logits);
     /// The reply learns the end; the sequence is `over`.
@@ -41954,6 +42013,14 @@ void AnswerWriter::begin(Sequence& sequence) {
     sequence.sampler.see_prompt(sequence.tokens, most);
     if (sequence.prompt->logprobs) sequence.outcome.logprobs.reserve(most);
     if (sequence.reply->put_start(text_room(sequence))) desk_.announce(*sequence.reply);
+}
+
+void AnswerWriter::tell_progress(const Sequence& sequence) {
+    if (!sequence.prompt->progress) return;
+    const Usage& usage = sequence.outcome.usage;
+    const uint32_t read = std::max(sequence.reached, sequence.computed);
+    if (sequence.reply->put_progress({usage.input_tokens, read, usage.cached_tokens}))
+        desk_.announce(*sequence.reply);
 }
 
 void AnswerWriter::add_token(Sequence& sequence, Token token, std::span<const float> logits) {
@@ -42634,6 +42701,7 @@ void Scheduler::take_results(Sequence& sequence) {
     if (sequence.over || sequence.rows == 0) return;
     const uint32_t drafted = std::exchange(sequence.drafts.count, 0);
     sequence.computed += std::exchange(sequence.rows, 0) - drafted;
+    if (sequence.first_token_ns == 0) answers_.tell_progress(sequence);
     if (sequence.logits >= 0) {
         const uint32_t row = static_cast<uint32_t>(sequence.logits);
         uint32_t accepted = 0;

@@ -843,6 +843,19 @@ Json doc_stream(Dialect dialect) {
     return dialect == Dialect::openai ? doc_type("boolean") : doc_switch(false);
 }
 
+Fault field_stream_options(const Json& value, Request* request) {
+    if (!value.is_object()) return api_wrong_type("stream_options", "an object", value);
+    const Json& progress = value["prompt_progress"];
+    request->prompt_progress = progress.as_bool();
+    return progress.is_null() ? Fault() : check_bool(progress, "stream_options.prompt_progress");
+}
+Json write_stream_options(const Request& request) {
+    return request.prompt_progress ? Json::object().set("prompt_progress", true) : Json();
+}
+Json doc_stream_options(Dialect) {
+    return doc_object(0, {{"prompt_progress", doc_type("boolean")}});
+}
+
 constexpr std::string_view truncations[] = {"disabled"}, service_tiers[] = {"auto"};
 
 Fault field_truncation(const Json& value, Request*) {
@@ -1031,6 +1044,7 @@ constexpr RequestField request_fields[] = {
     {"store", field_store, write_store, doc_store, "Whether the response is kept once it is answered.", openai_store},
     {"truncation", field_truncation, nullptr, doc_truncation, "A prompt that does not fit is refused."},
     {"stream", field_stream, nullptr, doc_stream, "Answered in server-sent events.", openai_stream},
+    {"stream_options", field_stream_options, write_stream_options, doc_stream_options, "prompt_progress: events that tell how far the prompt is read."},
     {"metadata", field_metadata, write_metadata, doc_metadata, "Kept with the response; completion_window says when it is wanted."},
     {"tools", field_tools, write_tools, doc_tools, "What the model may call."},
     {"tool_choice", field_tool_choice, write_tool_choice, doc_tool_choice_field, "Which tools must or may be called."},

@@ -137,6 +137,7 @@ struct Request {
     bool parallel_tool_calls = true;              ///< false: at most one call
     std::optional<uint32_t> max_tool_calls = {};  ///< 1 or more
     std::optional<Effort> effort = {};            ///< none: as the model has it
+    bool prompt_progress = false;                 ///< tell how far the prompt is read
 };
 
 /// How far a response is. It never moves back.
@@ -182,20 +183,29 @@ struct Outcome {
     std::vector<Item> items = {};
 };
 
-/// What happened to a response, in order: started once; of one item after the other item_begun, its
-/// deltas (text of a message, of a thought; arguments of a call), item_ended; finished once.
+/// How far a prompt is read, in tokens.
+struct PromptProgress {
+    uint32_t total = 0, processed = 0;
+    uint32_t cached = 0;  ///< of the processed, found in the prefix cache
+};
+
+/// What happened to a response, in order: started once; prompt_progress where it was asked for; of
+/// one item after the other item_begun, its deltas (text of a message, of a thought; arguments of a
+/// call), item_ended; finished once.
 struct Event {
     // clang-format off
     enum class Kind : uint8_t { started, text_delta, finished,
-                                item_begun, reasoning_delta, arguments_delta, item_ended };
+                                item_begun, reasoning_delta, arguments_delta, item_ended,
+                                prompt_progress };
     // clang-format on
     Kind kind = Kind::started;
     std::string text = {};                        ///< of a delta: whole characters
     std::shared_ptr<const Outcome> outcome = {};  ///< of finished
     /// Of a delta, when asked for: the tokens since the one before; the text may be empty.
     std::vector<TokenLogprob> logprobs = {};
-    uint32_t index = 0;  ///< of the item in Outcome::items
-    Item item = {};      ///< of item_begun: without its text; of item_ended: all of it
+    uint32_t index = 0;            ///< of the item in Outcome::items
+    Item item = {};                ///< of item_begun: without its text; of item_ended: all of it
+    PromptProgress progress = {};  ///< of prompt_progress
 
     /// The text of a text_delta, else nothing. Borrowed from the event.
     std::optional<std::string_view> text_delta() const {

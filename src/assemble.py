@@ -64,7 +64,7 @@ COLD = ["api", "template", "grammar", "store", "server"]
 WARM = ["grammar/dfa.cpp", "grammar/state.cpp", "grammar/mask.cpp"]
 # Who uses valar.hpp reads its declaration part from end to end: it stays short enough for that. What it
 # lacks room for belongs into an internal header, or replaces something.
-MOST_DECLARATION_LINES = 1875
+MOST_DECLARATION_LINES = 1888
 SYSTEM = ["base/system.hpp", "kernels/intrinsics.hpp"]  # conditional system headers: to the prologue
 # A page as a part; compilers join at most some 64 KB of literals, MSVC 16 KB.
 PAGE, PAGE_PART, PAGE_PIECE = "server/page.html", "server/page_text.cpp", 8000

@@ -1478,6 +1478,37 @@ TEST_CASE("the prefix cache: what begins alike is computed once, within an organ
     CHECK(without.responder()->stats().pages_cached == 0);
 }
 
+TEST_CASE("a prompt is read piece by piece, and the reply told of each if it asked") {
+    EngineOptions options = tiny_options();
+    options.step_tokens = 32;
+    Engine engine = open_tiny(options);
+    Request request = ask(long_text);
+    request.prompt_progress = true;
+    for (const bool again : {false, true}) {
+        Reply reply = engine.submit(request);
+        std::vector<PromptProgress> told;
+        bool begun = false;
+        while (!reply.finished()) {
+            REQUIRE(engine.step(0));
+            while (auto event = reply.poll()) {
+                begun |= event->kind == Event::Kind::item_begun;
+                if (event->kind != Event::Kind::prompt_progress) continue;
+                CHECK_FALSE(begun);
+                told.push_back(event->progress);
+            }
+        }
+        const Usage& usage = reply.outcome().usage;
+        CHECK((usage.cached_tokens > 0) == again);
+        REQUIRE(told.size() == (usage.input_tokens - usage.cached_tokens + 31) / 32);
+        for (size_t i = 0; i < told.size(); ++i) {
+            const auto read = usage.cached_tokens + 32 * (static_cast<uint32_t>(i) + 1);
+            CHECK(told[i].total == usage.input_tokens);
+            CHECK(told[i].cached == usage.cached_tokens);
+            CHECK(told[i].processed == std::min(read, usage.input_tokens));
+        }
+    }
+}
+
 TEST_CASE("the prefix cache: a prompt of whole pages is copied before it is written") {
     Engine engine = open_tiny();
     Request request = ask(long_text);

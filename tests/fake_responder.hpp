@@ -49,6 +49,7 @@ public:
         prepared->logprobs = request.logprobs ? static_cast<int>(request.top_logprobs) : -1;
         prepared->model = info.id;
         prepared->calls = calls_of(request);
+        prepared->progress = request.prompt_progress;
         prepared->input_tokens = static_cast<uint32_t>(1 + prepared->words.size() / 4);
         if (prepared->input_tokens > info.context_tokens && prepared->words.size() < 10'000)
             return valar::detail::make_error(valar::ErrorKind::invalid_request,
@@ -82,6 +83,7 @@ public:
             answer.task = std::move(static_cast<Task&>(*prepared));
             answer.number = ++submitted_;
             answer.events.push_back({valar::Event::Kind::started, {}, nullptr});
+            if (answer.task.progress) add_progress(&answer);
         }
         if (hold) notify(id);
         else finish(id);
@@ -172,6 +174,7 @@ private:
     struct Task : valar::Prepared {
         std::string words;
         int logprobs = -1;  // alternatives; -1: none asked for
+        bool progress = false;
         std::vector<valar::Item> calls;
         uint32_t max_output = UINT32_MAX;
         std::vector<std::string> stop;
@@ -256,10 +259,20 @@ private:
         return outcome;
     }
 
+    /// Read in two pieces, the first of which was in the cache.
+    static void add_progress(Answer* answer) {
+        valar::Event event{valar::Event::Kind::prompt_progress};
+        for (const uint32_t read : {1u, answer->task.input_tokens}) {
+            event.progress = {answer->task.input_tokens, read, 1};
+            answer->events.push_back(event);
+        }
+    }
+
     static void add_items(Answer* answer, const valar::Outcome& outcome) {
         using Kind = valar::Event::Kind;
         answer->events.clear();
         answer->events.push_back({Kind::started, {}, nullptr});
+        if (answer->task.progress) add_progress(answer);
         std::vector<valar::Item> items = outcome.items;
         if (items.empty() && !outcome.text.empty())
             items.push_back(valar::Item::message(valar::Role::assistant, outcome.text));

@@ -1948,7 +1948,7 @@ namespace {
 struct ChatReader {
     std::vector<Json> chunks;
     std::string content, thoughts, finish;
-    Json calls = Json::array(), usage, logprobs = Json::array();
+    Json calls = Json::array(), usage, logprobs = Json::array(), progress = Json::array();
     bool done = false;
 
     explicit ChatReader(const std::string& stream) {
@@ -1964,6 +1964,11 @@ struct ChatReader {
         const Json& one = chunks.back();
         for (const char* same : {"id", "created", "model", "object"})
             CHECK(one[same].write() == chunks.front()[same].write());
+        if (one.contains("prompt_progress")) {
+            CHECK(one["choices"].size() + content.size() + finish.size() == 0);
+            progress.push(one["prompt_progress"]);
+            return;
+        }
         if (one["choices"].empty()) {
             usage = one["usage"];
             return;
@@ -2042,6 +2047,37 @@ TEST_CASE("server: chat completions, whole and in chunks") {
             }
         }
     }
+}
+
+TEST_CASE("server: streams tell how far the prompt is read, if they are asked to") {
+    for (const bool told : {false, true}) {
+        ServerOptions options = local();
+        options.dialect = Dialect::openai;
+        Serving serving(options);
+        serving.fake.tells_items = told;
+        const std::string all = R"([{"total":3,"cache":1,"processed":1},)"
+                                R"({"total":3,"cache":1,"processed":3}])";
+        const std::string asked = R"(,"stream":true,"stream_options":{"prompt_progress":true})";
+        const ChatReader chunks(post_chat(serving, chat(asked)).body);
+        CHECK(chunks.done);
+        CHECK(chunks.progress.write() == all);
+        CHECK(chunks.content == "echo: hello there");
+        EventReader reader(
+            serving.post(R"({"model":"fake","input":"hello there")" + asked + "}").body);
+        reader.check_whole();
+        reader.check_items();
+        Json progress = Json::array();
+        for (const Json& event : reader.events)
+            if (event["type"].as_string() == "response.prompt_progress")
+                progress.push(event["prompt_progress"]);
+        CHECK(progress.write() == all);
+        const std::string unasked = post_chat(serving, chat(R"(,"stream":true)")).body;
+        CHECK(unasked.find("progress") == unasked.npos);
+    }
+    Serving serving;
+    const std::string wrong = R"(,"stream":true,"stream_options":{"prompt_progress":1})";
+    CHECK(error_of(post_chat(serving, chat(wrong))) ==
+          "400 invalid_request_error invalid_type stream_options.prompt_progress");
 }
 
 TEST_CASE("server: chat: messages of every kind") {

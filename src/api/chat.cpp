@@ -445,6 +445,12 @@ void ChatEvents::add_call(const Item& item) {
 }
 
 void ChatEvents::add(const Event& event) {
+    if (event.kind == Event::Kind::prompt_progress) {
+        Json chunk = head_;
+        chunk.set("choices", Json::array());
+        if (include_usage_) chunk.set("usage", nullptr);
+        return write(chunk.set("prompt_progress", render_progress(event.progress)));
+    }
     const bool thought = event.kind == Event::Kind::reasoning_delta;
     const bool text = event.kind == Event::Kind::text_delta && !event.text.empty();
     keep_tokens(event.logprobs);

@@ -85,6 +85,9 @@ void ResponseEvents::add(const Event& event) {
     start();
     keep_tokens(event.logprobs);
     if (event.kind == Event::Kind::item_begun) return open(event.item, event.index);
+    if (event.kind == Event::Kind::prompt_progress)
+        return emit(this->event("response.prompt_progress")
+                        .set("prompt_progress", render_progress(event.progress)));
     const bool delta = event.kind == Event::Kind::text_delta ||
                        event.kind == Event::Kind::reasoning_delta ||
                        event.kind == Event::Kind::arguments_delta;
@@ -183,6 +186,13 @@ void ResponseEvents::fail(const Error& error) {
              .set("code", shown["code"])
              .set("message", shown["message"])
              .set("param", shown["param"]));
+}
+
+Json render_progress(const PromptProgress& progress) {
+    return Json::object()
+        .set("total", progress.total)
+        .set("cache", progress.cached)
+        .set("processed", progress.processed);
 }
 
 std::vector<TokenLogprob> EventWriter::tokens_of(size_t item) {

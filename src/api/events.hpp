@@ -84,6 +84,9 @@ private:
     bool open_ = false, first_message_ = true, started_ = false;
 };
 
+/// By the names that llama.cpp's server gives them.
+Json render_progress(const PromptProgress& progress);
+
 /// What became of a response that has ended, from its object.
 Outcome outcome_of(const Json& object);
 

@@ -28,6 +28,8 @@ Fault surface_stream_options(const Json& value, SurfaceBody* out) {
     if (!value.is_object()) return api_wrong_type("stream_options", "an object", value);
     const Json& usage = value["include_usage"];
     out->include_usage = usage.as_bool();
+    out->body.set("stream_options",
+                  Json::object().set("prompt_progress", value["prompt_progress"]));
     return usage.is_null() ? Fault() : check_bool(usage, "stream_options.include_usage");
 }
 
@@ -36,7 +38,8 @@ Json doc_surface_stream(Dialect) {
 }
 
 Json doc_surface_stream_options(Dialect) {
-    return doc_object(0, {{"include_usage", doc_type("boolean")}});
+    return doc_object(0, {{"include_usage", doc_type("boolean")},
+                          {"prompt_progress", doc_type("boolean")}});
 }
 
 Json doc_request(const Surface& surface, Dialect dialect) {

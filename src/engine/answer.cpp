@@ -53,6 +53,14 @@ void AnswerWriter::begin(Sequence& sequence) {
     if (sequence.reply->put_start(text_room(sequence))) desk_.announce(*sequence.reply);
 }
 
+void AnswerWriter::tell_progress(const Sequence& sequence) {
+    if (!sequence.prompt->progress) return;
+    const Usage& usage = sequence.outcome.usage;
+    const uint32_t read = std::max(sequence.reached, sequence.computed);
+    if (sequence.reply->put_progress({usage.input_tokens, read, usage.cached_tokens}))
+        desk_.announce(*sequence.reply);
+}
+
 void AnswerWriter::add_token(Sequence& sequence, Token token, std::span<const float> logits) {
     VALAR_ASSERT(!sequence.over);
     Outcome& outcome = sequence.outcome;

@@ -21,6 +21,8 @@ public:
 
     /// Makes room for all that comes, and tells the reply that it is under way.
     void begin(Sequence& sequence);
+    /// How far its prompt is read, if it asked for that.
+    void tell_progress(const Sequence& sequence);
     /// A token drawn from these logits. The end, a stop string or the limit ends the answer.
     void add_token(Sequence& sequence, Token token, std::span<const float> logits);
     /// The reply learns the end; the sequence is `over`.

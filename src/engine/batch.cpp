@@ -187,6 +187,7 @@ void Scheduler::take_results(Sequence& sequence) {
     if (sequence.over || sequence.rows == 0) return;
     const uint32_t drafted = std::exchange(sequence.drafts.count, 0);
     sequence.computed += std::exchange(sequence.rows, 0) - drafted;
+    if (sequence.first_token_ns == 0) answers_.tell_progress(sequence);
     if (sequence.logits >= 0) {
         const uint32_t row = static_cast<uint32_t>(sequence.logits);
         uint32_t accepted = 0;

@@ -47,7 +47,8 @@ struct Mailbox {
     std::vector<size_t> note_bytes;  // of each note, so many of `text`
     std::string text;                // of the notes, one behind the other
     size_t next_note = 0, next_byte = 0;
-    std::vector<TokenLogprob> logprobs;  // not polled yet
+    std::vector<TokenLogprob> logprobs;      // not polled yet
+    std::optional<PromptProgress> progress;  // likewise, the last
     std::shared_ptr<const Outcome> outcome;
 
     // Each returns whether to announce that there are events.
@@ -70,6 +71,9 @@ struct Mailbox {
     }
     bool put_logprob(const TokenLogprob& more) {
         return put([&] { logprobs.push_back(more); });
+    }
+    bool put_progress(const PromptProgress& far) {
+        return put([&] { progress = far; });
     }
     bool put_outcome(Outcome end) {
         auto shared = std::make_shared<const Outcome>(std::move(end));
@@ -95,6 +99,11 @@ struct Mailbox {
     std::optional<Event> take() {
         const std::lock_guard<std::mutex> lock(mutex);
         if (std::exchange(start_pending, false)) return Event{Event::Kind::started};
+        if (progress) {
+            Event event{Event::Kind::prompt_progress};
+            event.progress = *std::exchange(progress, std::nullopt);
+            return event;
+        }
         if (next_note < notes.size()) return take_note();
         if (!logprobs.empty()) {
             Event event{Event::Kind::text_delta, {}, {}, std::exchange(logprobs, {})};

@@ -86,6 +86,7 @@ Result<PromptPtr> PromptMaker::prepare(const Request& request, std::string_view 
     out->max_output = std::min(request.max_output_tokens.value_or(room), room);
     out->logprobs = request.logprobs;
     out->top_logprobs = request.top_logprobs;
+    out->progress = request.prompt_progress;
     out->stop = request.stop;
     const ThoughtState thought = thought_state(*text, *model_.answer_syntax());
     if (auto limited = limit_thought(request, out.get()); !limited) return limited.error();

@@ -29,6 +29,7 @@ struct PreparedPrompt final : Prepared {
     uint32_t max_output = 0;
     bool logprobs = false;
     uint32_t top_logprobs = 0;
+    bool progress = false;  // is told while the prompt is read
     std::vector<std::string> stop;
     uint32_t thought_budget = UINT32_MAX;  // tokens
     std::vector<Token> thought_end;        // what closes a thought that has used them
