@@ -8445,8 +8445,8 @@ public:
     /// The rest of the items, and what ends the stream. What was not streamed (a replay, a Responder
     /// that tells only the end) comes in one piece. `object`: of the response, rendered.
     virtual void end(const Outcome& outcome, const std::string& object) = 0;
-    /// Ends the stream of one that cannot be answered.
-    virtual void fail(const Error& error) = 0;
+    /// Ends the stream of one that cannot be answered, or, where it `goes_on`, not in this stream.
+    virtual void fail(const Error& error, bool goes_on = false) = 0;
     /// Leaves out the events up to this one, but never the last.
     virtual void skip_to(uint64_t /*sequence_number*/) {}
 
@@ -8476,7 +8476,7 @@ public:
     void begin(const Json& object) override;
     void add(const Event& event) override;
     void end(const Outcome& outcome, const std::string& object) override;
-    void fail(const Error& error) override;
+    void fail(const Error& error, bool goes_on = false) override;
     void skip_to(uint64_t sequence_number) override { skipped_ = sequence_number + 1; }
 
 private:
@@ -10521,10 +10521,12 @@ void ResponseEvents::end(const Outcome& outcome, const std::string& object) {
              .set("param", nullptr));
 }
 
-void ResponseEvents::fail(const Error& error) {
+void ResponseEvents::fail(const Error& error, bool goes_on) {
+    if (open_ && !goes_on) close("incomplete");
     sequence_number_ = std::max(sequence_number_, skipped_);
     const Json shown = render_error(error)["error"];
-    if (auto object = Json::parse(running_); object && object->is_object()) {
+    auto object = goes_on ? Json() : Json::parse(running_);
+    if (object && object->is_object()) {
         object->set("status", "failed");
         object->set("error",
                     Json::object().set("code", shown["code"]).set("message", shown["message"]));
@@ -11004,6 +11006,7 @@ void doc_learn_outcome(DocLearnt* out, const Surface* surface, const Outcome& ou
     for (const bool usage : {false, true}) {
         const auto events = event_writer({surface, true, usage}, record, dialect);
         events->begin(render_response(pending, dialect));
+        events->add(Event{Event::Kind::prompt_progress});
         events->end(outcome, object);
         doc_learn_events(out, *events);
         events->fail(make_error(ErrorKind::internal, ""));
@@ -11443,7 +11446,7 @@ public:
     }
     void add(const Event& event) override;
     void end(const Outcome& outcome, const std::string& object) override;
-    void fail(const Error& error) override { write(render_error(error)); }
+    void fail(const Error& error, bool = false) override { write(render_error(error)); }
 
 private:
     void write(const Json& chunk) { text_.append("data: ").append(chunk.write()).append("\n\n"); }
@@ -12122,7 +12125,9 @@ public:
     }
     void add(const Event& event) override;
     void end(const Outcome& outcome, const std::string& object) override;
-    void fail(const Error& error) override { write(messages_error(error, Dialect::openai)); }
+    void fail(const Error& error, bool = false) override {
+        write(messages_error(error, Dialect::openai));
+    }
 
 private:
     void write(const Json& event);
@@ -43872,6 +43877,8 @@ public:
     virtual void on_sent(uint64_t /*exchange*/) {}
     /// About every HttpOptions::tick_ms.
     virtual void on_tick() {}
+    /// drain_timeout_ms is over: what is appended now is the last that goes out.
+    virtual void on_drained() {}
 };
 
 /// Options of HttpServer. Each limit says what happens beyond it.
@@ -44806,6 +44813,8 @@ void HttpServer::State::on_deadline(HttpConnection& connection) {
 
 void HttpServer::State::drain() {
     if (drain_until == http_never || (stats.connections > 0 && now < drain_until)) return;
+    handler->on_drained();
+    flush_unsent();
     for (HttpSlot& entry : slots)
         if (entry.connection) drop(*entry.connection);
     finished = true;
@@ -47783,6 +47792,7 @@ struct ServerLoop : HttpHandler {
                        std::string_view message) override;
     void on_sent(uint64_t number) override;
     void on_tick() override;
+    void on_drained() override;
 
     // checks of a head, in the order in which on_head runs them
     std::string make_request_id();
@@ -47898,6 +47908,7 @@ struct ServerLoop : HttpHandler {
     void join_stream(Exchange& exchange, const std::string& id, Live& entry);
     std::string send_events(Live& entry);
     bool is_behind(const Live& entry);
+    void break_streams(const std::string& id, Live& entry);
     void beat(uint64_t now_ns);
 
     // after a restart
@@ -49718,6 +49729,36 @@ void ServerLoop::on_sent(uint64_t number) {
         const std::string id = exchange->response_id;
         take_events(id);
     }
+}
+
+/// A stream never just stops: it ends with the event that says why.
+void ServerLoop::break_streams(const std::string& id, Live& entry) {
+    const bool goes_on = entry.resumable && !entry.unkept;
+    const Error error = server_overloaded(
+        goes_on ? "the server is shutting down; when it is back the response goes on: "
+                  "GET /v1/responses/" +
+                      id
+                : std::string("the server is shutting down"));
+    std::string last;  // for those who have what came before
+    if (const auto stream = std::move(entry.stream)) {
+        stream->events->fail(error, goes_on);
+        last = stream->events->take();
+    }
+    bool owned = false;
+    for (const uint64_t number : std::exchange(entry.waiters, {})) {
+        Exchange* exchange = find_exchange(number);
+        if (!exchange) continue;
+        owned |= exchange->begun && number == entry.owner;
+        if (!exchange->begun) entry.waiters.push_back(number);
+        else if (exchange->follows) end_stream(*exchange, last);
+        else refuse(*exchange, error);
+    }
+    if (owned) cancel(id, entry);
+}
+
+/// stop() gave what runs its time, and that is over.
+void ServerLoop::on_drained() {
+    for (auto& [id, entry] : live) break_streams(id, entry);
 }
 
 /// Those who get nothing for a while are told that somebody is there.

@@ -1856,6 +1856,52 @@ TEST_CASE("server: openai: a stream that fails ends with its events") {
           "404 not_found_error model_not_found model");
 }
 
+TEST_CASE("server: openai: a server that stops ends its streams with an event") {
+    MemoryStore store;
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    options.drain_timeout_ms = 50;
+    options.store = &store;
+    std::string id;
+    {
+        Serving serving(options, true);
+        HttpPeer alone(serving.server.port()), background(serving.server.port()),
+            late(serving.server.port()), chats(serving.server.port());
+        alone.send(raw_post(streamed(hello)));
+        CHECK(alone.until("response.in_progress") != "");
+        background.send(raw_post(streamed(in_background)));
+        const std::string head = background.until("response.in_progress");
+        id = head.substr(head.find("resp_"), 29);
+        late.send("GET /v1/responses/" + id + "?stream=true HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        CHECK(late.until("response.in_progress") != "");
+        std::string body = R"({"model":"fake","messages":[{"role":"user","content":"x"}],)"
+                           R"("stream":true})";
+        std::string asked = raw_post(body);
+        chats.send(asked.replace(asked.find("/v1/responses"), 13, "/v1/chat/completions"));
+        CHECK(chats.until("\"role\"") != "");
+        serving.stop();
+        // Who cannot ask for it again is told that it failed.
+        const std::string end = alone.until("\r\n0\r\n\r\n");
+        const size_t failed = end.find("event: response.failed"), error = end.find("event: error");
+        CHECK(failed < error);
+        CHECK(error < end.size());
+        CHECK(end.find(R"("sequence_number":2)") < error);
+        // What goes on did not fail.
+        for (HttpPeer* peer : {&background, &late}) {
+            const std::string rest = peer->until("\r\n0\r\n\r\n");
+            CHECK(rest.find("event: error") != rest.npos);
+            CHECK(rest.find("GET /v1/responses/" + id) != rest.npos);
+            CHECK(rest.find(R"("sequence_number":2)") != rest.npos);
+            CHECK(rest.find("response.failed") == rest.npos);
+        }
+        CHECK(chats.until("\r\n0\r\n\r\n").find("shutting down") != std::string::npos);
+    }
+    Serving again(options);
+    CHECK(eventually([&] {
+        return parse(again.get("/v1/responses/" + id).body)["status"].as_string() == "completed";
+    }));
+}
+
 TEST_CASE("server: openai: streams that are followed, left and taken up again") {
     ServerOptions options = local();
     options.dialect = Dialect::openai;

@@ -398,7 +398,7 @@ public:
     }
     void add(const Event& event) override;
     void end(const Outcome& outcome, const std::string& object) override;
-    void fail(const Error& error) override { write(render_error(error)); }
+    void fail(const Error& error, bool = false) override { write(render_error(error)); }
 
 private:
     void write(const Json& chunk) { text_.append("data: ").append(chunk.write()).append("\n\n"); }

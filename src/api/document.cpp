@@ -287,6 +287,7 @@ void doc_learn_outcome(DocLearnt* out, const Surface* surface, const Outcome& ou
     for (const bool usage : {false, true}) {
         const auto events = event_writer({surface, true, usage}, record, dialect);
         events->begin(render_response(pending, dialect));
+        events->add(Event{Event::Kind::prompt_progress});
         events->end(outcome, object);
         doc_learn_events(out, *events);
         events->fail(make_error(ErrorKind::internal, ""));

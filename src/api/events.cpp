@@ -173,10 +173,12 @@ void ResponseEvents::end(const Outcome& outcome, const std::string& object) {
              .set("param", nullptr));
 }
 
-void ResponseEvents::fail(const Error& error) {
+void ResponseEvents::fail(const Error& error, bool goes_on) {
+    if (open_ && !goes_on) close("incomplete");
     sequence_number_ = std::max(sequence_number_, skipped_);
     const Json shown = render_error(error)["error"];
-    if (auto object = Json::parse(running_); object && object->is_object()) {
+    auto object = goes_on ? Json() : Json::parse(running_);
+    if (object && object->is_object()) {
         object->set("status", "failed");
         object->set("error",
                     Json::object().set("code", shown["code"]).set("message", shown["message"]));

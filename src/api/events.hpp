@@ -27,8 +27,8 @@ public:
     /// The rest of the items, and what ends the stream. What was not streamed (a replay, a Responder
     /// that tells only the end) comes in one piece. `object`: of the response, rendered.
     virtual void end(const Outcome& outcome, const std::string& object) = 0;
-    /// Ends the stream of one that cannot be answered.
-    virtual void fail(const Error& error) = 0;
+    /// Ends the stream of one that cannot be answered, or, where it `goes_on`, not in this stream.
+    virtual void fail(const Error& error, bool goes_on = false) = 0;
     /// Leaves out the events up to this one, but never the last.
     virtual void skip_to(uint64_t /*sequence_number*/) {}
 
@@ -58,7 +58,7 @@ public:
     void begin(const Json& object) override;
     void add(const Event& event) override;
     void end(const Outcome& outcome, const std::string& object) override;
-    void fail(const Error& error) override;
+    void fail(const Error& error, bool goes_on = false) override;
     void skip_to(uint64_t sequence_number) override { skipped_ = sequence_number + 1; }
 
 private:

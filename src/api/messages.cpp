@@ -584,7 +584,9 @@ public:
     }
     void add(const Event& event) override;
     void end(const Outcome& outcome, const std::string& object) override;
-    void fail(const Error& error) override { write(messages_error(error, Dialect::openai)); }
+    void fail(const Error& error, bool = false) override {
+        write(messages_error(error, Dialect::openai));
+    }
 
 private:
     void write(const Json& event);

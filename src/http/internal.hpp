@@ -141,6 +141,8 @@ public:
     virtual void on_sent(uint64_t /*exchange*/) {}
     /// About every HttpOptions::tick_ms.
     virtual void on_tick() {}
+    /// drain_timeout_ms is over: what is appended now is the last that goes out.
+    virtual void on_drained() {}
 };
 
 /// Options of HttpServer. Each limit says what happens beyond it.

@@ -350,6 +350,8 @@ void HttpServer::State::on_deadline(HttpConnection& connection) {
 
 void HttpServer::State::drain() {
     if (drain_until == http_never || (stats.connections > 0 && now < drain_until)) return;
+    handler->on_drained();
+    flush_unsent();
     for (HttpSlot& entry : slots)
         if (entry.connection) drop(*entry.connection);
     finished = true;

@@ -302,6 +302,7 @@ struct ServerLoop : HttpHandler {
                        std::string_view message) override;
     void on_sent(uint64_t number) override;
     void on_tick() override;
+    void on_drained() override;
 
     // checks of a head, in the order in which on_head runs them
     std::string make_request_id();
@@ -417,6 +418,7 @@ struct ServerLoop : HttpHandler {
     void join_stream(Exchange& exchange, const std::string& id, Live& entry);
     std::string send_events(Live& entry);
     bool is_behind(const Live& entry);
+    void break_streams(const std::string& id, Live& entry);
     void beat(uint64_t now_ns);
 
     // after a restart

@@ -112,6 +112,36 @@ void ServerLoop::on_sent(uint64_t number) {
     }
 }
 
+/// A stream never just stops: it ends with the event that says why.
+void ServerLoop::break_streams(const std::string& id, Live& entry) {
+    const bool goes_on = entry.resumable && !entry.unkept;
+    const Error error = server_overloaded(
+        goes_on ? "the server is shutting down; when it is back the response goes on: "
+                  "GET /v1/responses/" +
+                      id
+                : std::string("the server is shutting down"));
+    std::string last;  // for those who have what came before
+    if (const auto stream = std::move(entry.stream)) {
+        stream->events->fail(error, goes_on);
+        last = stream->events->take();
+    }
+    bool owned = false;
+    for (const uint64_t number : std::exchange(entry.waiters, {})) {
+        Exchange* exchange = find_exchange(number);
+        if (!exchange) continue;
+        owned |= exchange->begun && number == entry.owner;
+        if (!exchange->begun) entry.waiters.push_back(number);
+        else if (exchange->follows) end_stream(*exchange, last);
+        else refuse(*exchange, error);
+    }
+    if (owned) cancel(id, entry);
+}
+
+/// stop() gave what runs its time, and that is over.
+void ServerLoop::on_drained() {
+    for (auto& [id, entry] : live) break_streams(id, entry);
+}
+
 /// Those who get nothing for a while are told that somebody is there.
 void ServerLoop::beat(uint64_t now_ns) {
     while (!beats.empty() && beats.front().first <= now_ns) {
