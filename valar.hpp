@@ -2199,6 +2199,7 @@ struct Request {
     std::optional<uint32_t> max_tool_calls = {};  ///< 1 or more
     std::optional<Effort> effort = {};            ///< none: as the model has it
     bool prompt_progress = false;                 ///< tell how far the prompt is read
+    std::string conversation = {};  ///< of the server: its items come first, these are added
 };
 
 /// How far a response is. It never moves back.
@@ -3330,13 +3331,15 @@ namespace detail {
 class Folder;
 }
 
-/// What a Store keeps of one response.
+/// What a Store keeps of one response, or of one conversation: that has an object alone, which may
+/// be replaced.
 struct StoredResponse {
     std::string id;
     std::string organisation;
     std::string reservation;  ///< key id and idempotency key, unique in its organisation; or empty
     std::string fingerprint;  ///< of the request that reserved it
     bool background = false;
+    bool conversation = false;  ///< is none of the responses that `list` tells of
     bool terminal = false;
     uint32_t attempts = 0;                            ///< how often its work was begun
     int64_t created_at_ms = 0;                        ///< by Store::now_ms
@@ -3371,7 +3374,7 @@ public:
     virtual void add(StoredResponse record, StoreDone done) = 0;
     /// Work on it begins for the attempts-th time. Errors: not_found; io.
     virtual void begin(const std::string& id, uint32_t attempts, StoreDone done) = 0;
-    /// Makes it terminal. Errors: not_found; overloaded; io.
+    /// Makes it terminal; of a conversation, also the next object. Errors: not_found; overloaded; io.
     virtual void finish(const std::string& id, std::shared_ptr<const std::string> object,
                         int64_t now_ms, StoreDone done) = 0;
     /// Drops a record; with `tombstone` its reservation stays its time. Errors: not_found; io.
@@ -8210,6 +8213,7 @@ struct ResponseRecord {
     double top_p = 1;
     int64_t seed = 0;
     uint32_t input_tokens = 0;                    ///< of the prompt; not kept
+    std::string conversation_last = {};           ///< the item of it before the request's own
     std::shared_ptr<const Outcome> outcome = {};  ///< once terminal
 };
 
@@ -9216,23 +9220,28 @@ Json write_reasoning(const Request& request) {
 
 // ---- Tools -------------------------------------------------------------------------------------
 
-// Tools that a server runs by itself: known, and none of ours.
-bool is_hosted_tool(std::string_view type) {
+// Tools that are known, and none of ours. Those that a server runs by itself come first.
+bool is_hosted_tool(std::string_view type, bool by_server = false) {
     static constexpr std::string_view hosted[] = {"web_search",
                                                   "web_search_preview",
                                                   "file_search",
                                                   "code_interpreter",
+                                                  "image_generation",
+                                                  "mcp",
                                                   "computer",
                                                   "computer_use",
                                                   "computer_use_preview",
-                                                  "image_generation",
-                                                  "mcp",
                                                   "local_shell",
                                                   "shell",
                                                   "apply_patch",
                                                   "namespace",
                                                   "tool_search"};
-    return std::find(std::begin(hosted), std::end(hosted), type) != std::end(hosted);
+    const auto* end = by_server ? hosted + 6 : std::end(hosted);
+    return std::find(hosted, end, type) != end;
+}
+
+bool is_own_tool(const Json& type) {
+    return type.as_string() == "function" || type.as_string() == "custom";
 }
 
 constexpr std::string_view choice_types[] = {"function", "custom", "allowed_tools"};
@@ -9282,7 +9291,26 @@ Fault field_tools(const Json& value, Request* request) {
     return {};
 }
 
-Json doc_tools(Dialect) { return doc_array(doc_ref("Tool")); }
+// What is ignored is taken all the same.
+Json doc_tools(Dialect dialect) {
+    if (dialect != Dialect::openai) return doc_array(doc_ref("Tool"));
+    return doc_array(doc_any({doc_ref("Tool"), doc_object(1, {{"type", doc_type("string")}})}));
+}
+
+// Clients declare types that are newer than this, or that they run by themselves in a way that a
+// model has to be trained for. What a server would have to run is still refused.
+Fault openai_tools(const Json& value, Request* request) {
+    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
+    for (size_t i = 0; i < value.size(); ++i) {
+        const Json& type = value[i]["type"];
+        if (type.is_string() && !is_own_tool(type) && !is_hosted_tool(type.as_string(), true))
+            continue;
+        if (Fault fault = read_tool(value[i], api_index("tools", i),
+                                    &request->tools.emplace_back()))
+            return fault;
+    }
+    return {};
+}
 
 Json write_tools(const Request& request) {
     Json all = Json::array();
@@ -9429,6 +9457,13 @@ Json doc_input(Dialect) {
     return doc_any({doc_text(1), items, doc_object(1, {{"messages", items}})});
 }
 
+// May be empty where something else says what to answer, which is known once all fields are.
+Fault openai_input(const Json& value, Request* request) {
+    const bool empty = (value.is_string() && value.as_string().empty()) ||
+                       (value.is_array() && value.empty());
+    return empty ? Fault() : field_input(value, request);
+}
+
 Json write_input(const Request& request) {
     if (request.input.items.empty())
         return request.input.empty() ? Json() : Json(request.input.text);
@@ -9478,6 +9513,22 @@ Json doc_previous(Dialect dialect) {
 }
 Json write_previous(const Request& request) {
     return request.previous_response_id.empty() ? Json() : Json(request.previous_response_id);
+}
+
+// An id, or an object that holds it.
+Fault openai_conversation(const Json& value, Request* request) {
+    const Json& id = value.is_object() ? value["id"] : value;
+    const std::string path = value.is_object() ? "conversation.id" : "conversation";
+    request->conversation = id.as_string();
+    return check_text(id, path, 1, max_id_length);
+}
+Json doc_conversation(Dialect dialect) {
+    const Json id = doc_text(1, max_id_length);
+    return dialect == Dialect::openai ? doc_any({id, doc_object(1, {{"id", id}})})
+                                      : doc_type("null");
+}
+Json write_conversation(const Request& request) {
+    return request.conversation.empty() ? Json() : Json(request.conversation);
 }
 
 Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
@@ -9684,7 +9735,7 @@ struct RequestField {
 };
 constexpr RequestField request_fields[] = {
     // clang-format off
-    {"input", field_input, write_input, doc_input, "What is asked: a text, or what was said so far."},
+    {"input", field_input, write_input, doc_input, "What is asked: a text, or what was said so far.", openai_input},
     {"seed", field_seed, write_seed, doc_seed, "The same request and seed give the same bytes. Default: drawn."},
     {"text", field_text, write_text, doc_text_field, "The form of the answer."},
     {"reasoning", field_reasoning, write_reasoning, doc_reasoning, "How much the model thinks first."},
@@ -9693,14 +9744,14 @@ constexpr RequestField request_fields[] = {
     {"stream", field_stream, nullptr, doc_stream, "Answered in server-sent events.", openai_stream},
     {"stream_options", field_stream_options, write_stream_options, doc_stream_options, "prompt_progress: events that tell how far the prompt is read."},
     {"metadata", field_metadata, write_metadata, doc_metadata, "Kept with the response; completion_window says when it is wanted."},
-    {"tools", field_tools, write_tools, doc_tools, "What the model may call."},
+    {"tools", field_tools, write_tools, doc_tools, "What the model may call.", openai_tools},
     {"tool_choice", field_tool_choice, write_tool_choice, doc_tool_choice_field, "Which tools must or may be called."},
     {"include", field_include, write_include, doc_include, "message.output_text.logprobs: log-probabilities of tokens."},
     {"service_tier", field_service_tier, nullptr, doc_service_tier, "There is one."},
     {"stop", field_stop, write_stop, doc_stop, "Ends the answer before the first of these, each of at most 256 bytes."},
     {"logit_bias", field_logit_bias, write_logit_bias, doc_logit_bias, "Added to the logits of tokens, by their ids."},
     {"previous_response_id", nullptr, write_previous, doc_previous, "Its turns come first.", openai_previous},
-    {"conversation", nullptr},
+    {"conversation", nullptr, write_conversation, doc_conversation, "Its items come first; what is asked and answered becomes part of it.", openai_conversation},
     {"prompt", nullptr},
     // clang-format on
 };
@@ -9958,13 +10009,23 @@ Result<Request> read_request(const Json& body, Dialect dialect) {
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
+    const bool goes_on = dialect == Dialect::openai && (!body["previous_response_id"].is_null() ||
+                                                        !body["conversation"].is_null());
     for (const std::string_view name : required_fields)
-        if (body[name].is_null()) return api_missing(std::string(name));
+        if (body[name].is_null() && !(goes_on && name == "input"))
+            return api_missing(std::string(name));
     auto read = read_request(body, dialect);
     if (!read) return read.error();
     const Request& request = *read;
+    if (!request.previous_response_id.empty() && !request.conversation.empty())
+        return api_error("invalid_value", "conversation",
+                         "'conversation' and 'previous_response_id' exclude each other");
+    if (request.input.empty() && !goes_on) {
+        if (request.max_output_tokens != 1u) return *field_input(body["input"], &*read);
+        read->input.items = {Item::message(Role::user, {})};  // a probe whether a model is there
+    }
     const char* items = body["input"].is_object() ? "input.messages" : "input";
-    const bool whole = request.previous_response_id.empty();  // else calls may stand there
+    const bool whole = !goes_on;  // else calls may stand there
     if (Fault fault = whole ? check_calls(request, items) : Fault()) return std::move(*fault);
     if (Fault fault = check_tool_choice(body["tool_choice"], request)) return std::move(*fault);
     // A tool that is named is called exactly once, as OpenAI has it.
@@ -10219,6 +10280,7 @@ Json render_tools(const Json& given) {
     Json tools = Json::array();
     for (const Json& tool : given.items()) {
         const bool custom = tool["type"].as_string() == "custom";
+        if (!custom && tool["type"].as_string() != "function") continue;  // was ignored
         Json shown = custom ? with_fields(tool, {"description"})
                             : with_fields(tool, {"description", "parameters", "strict"});
         if (custom) shown.set("format", render_format(tool["format"]));
@@ -10301,6 +10363,8 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
         .set("previous_response_id", asked["previous_response_id"])
         .set("prompt_cache_key", asked["prompt_cache_key"])
         .set("safety_identifier", nullptr);
+    if (const Json& in = asked["conversation"]; !in.is_null())
+        object.set("conversation", in.is_object() ? in : Json::object().set("id", in));
     if (words.echo) object.set("user", asked["user"]);
     object.set("metadata", render_metadata(asked["metadata"]))
         .set("usage", render_usage(done ? outcome.usage : Usage{}, words));
@@ -45344,6 +45408,10 @@ namespace detail {
 inline constexpr uint64_t store_bookkeeping_bytes =
     600;  // of one record: map nodes, strings, places
 
+inline uint64_t size_of_text(const std::shared_ptr<const std::string>& text) {
+    return text ? text->size() : 0;
+}
+
 /// Where a journal's record lies.
 struct JournalPlace {
     uint64_t offset = 0;
@@ -45356,12 +45424,23 @@ struct StoreEntry {
     StoredResponse record = {};
     uint64_t serial = 0;  // of arrival
     uint64_t text_bytes = 0;
-    bool erased = false;  // only the reservation is left
+    uint64_t object_bytes = 0;  // of those
+    bool erased = false;        // only the reservation is left
     JournalPlace added = {}, begun = {}, ended = {};
 
     uint64_t cost() const {
         return store_bookkeeping_bytes + 2 * record.id.size() + record.organisation.size() +
                2 * record.reservation.size() + record.fingerprint.size() + text_bytes;
+    }
+    /// Whether an object may be put here.
+    bool takes_object() const { return !erased && (!record.terminal || record.conversation); }
+    void put_object(const std::shared_ptr<const std::string>& object, int64_t ended_at_ms) {
+        record.terminal = true;
+        record.ended_at_ms = ended_at_ms;
+        record.object = object;
+        text_bytes += size_of_text(object) - object_bytes;
+        object_bytes = size_of_text(object);
+        begun = {};
     }
     void drop_texts() { record.head = record.request = record.object = nullptr; }
 };
@@ -45369,10 +45448,6 @@ struct StoreEntry {
 /// Whether `age_ms`, which is not negative, has passed since then. No difference overflows.
 inline bool store_is_past(int64_t since_ms, int64_t age_ms, int64_t now_ms) {
     return now_ms >= since_ms && uint64_t(now_ms) - uint64_t(since_ms) >= uint64_t(age_ms);
-}
-
-inline uint64_t size_of_text(const std::shared_ptr<const std::string>& text) {
-    return text ? text->size() : 0;
 }
 
 /// The records by id, by reservation, by organisation in order of arrival, and by their end.
@@ -45523,7 +45598,8 @@ namespace detail {
 void StoreIndex::link(const StoreEntry& entry) {
     const StoredResponse& record = entry.record;
     bytes_ += entry.cost();
-    if (!entry.erased) arrivals_[{record.organisation, entry.serial}] = &entry;
+    if (!entry.erased && !record.conversation)
+        arrivals_[{record.organisation, entry.serial}] = &entry;
     if (record.terminal) ended_[{record.ended_at_ms, entry.serial}] = &entry;
     if (!record.reservation.empty()) reserved_[{record.organisation, record.reservation}] = &entry;
 }
@@ -45546,7 +45622,8 @@ Result<std::vector<std::string>> StoreIndex::list(const std::string& organisatio
     uint64_t before = UINT64_MAX;
     if (!after.empty()) {
         const StoreEntry* entry = find(after);
-        if (!entry || entry->erased || entry->record.organisation != organisation)
+        if (!entry || entry->erased || entry->record.conversation ||
+            entry->record.organisation != organisation)
             return store_not_found();
         before = entry->serial;
     }
@@ -45651,21 +45728,16 @@ Result<void> StorePlan::add(const StoreChange& change) {
 /// begin and finish.
 Result<void> StorePlan::update(const StoreChange& change) {
     const StoreEntry* found = find(change.record.id);
-    if (!found || found->record.terminal)
+    const bool begins = change.kind == StoreChange::Kind::begin;
+    if (!found || !(begins ? !found->record.terminal : found->takes_object()))
         return make_error(ErrorKind::not_found, "no unfinished response has this id", "not_found");
     StoreEntry entry = *found;
-    if (change.kind == StoreChange::Kind::begin) {
-        entry.record.attempts = change.record.attempts;
-    } else {
-        entry.record.terminal = true;
-        entry.record.ended_at_ms = change.now_ms;
-        entry.record.object = change.record.object;
-        entry.text_bytes += size_of_text(change.record.object);
-        entry.begun = {};
-    }
-    step(change.record.id, std::move(entry), 0);
+    const int64_t died_ms = entry.record.terminal ? change.now_ms : 0;  // the object before this
+    if (begins) entry.record.attempts = change.record.attempts;
+    else entry.put_object(change.record.object, change.now_ms);
+    step(change.record.id, std::move(entry), died_ms);
     // What was worked for is kept, even where it alone is more than the limit.
-    if (change.kind == StoreChange::Kind::finish) make_room(0, change.record.id, change.now_ms);
+    if (!begins) make_room(0, change.record.id, change.now_ms);
     return {};
 }
 
@@ -45678,7 +45750,7 @@ Result<void> StorePlan::erase(const StoreChange& change) {
     if (change.tombstone && !found->record.reservation.empty()) {
         left = *found;
         left->erased = true;
-        left->text_bytes = 0;
+        left->text_bytes = left->object_bytes = 0;
         left->added = left->begun = left->ended = {};
         left->drop_texts();
         if (!left->record.terminal) left->record.ended_at_ms = change.now_ms;
@@ -45950,7 +46022,13 @@ void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t&
         codec.text(record.fingerprint);
         codec.number(record.created_at_ms);
     }
-    if (type == journal_add) codec.number(record.background);
+    if (type == journal_add) {
+        unsigned flags = unsigned(record.background) | unsigned(record.conversation) << 1;
+        codec.number(flags);
+        record.background = flags & 1;
+        record.conversation = flags & 2;
+        if constexpr (std::is_same_v<Codec, JournalDecoder>) codec.good = codec.good && flags < 4;
+    }
     if (type == journal_add || type == journal_begin) codec.number(record.attempts);
     if (type == journal_finish || type == journal_erase) codec.number(record.ended_at_ms);
     if (type == journal_erase || type == journal_drop) codec.number(died_ms);
@@ -46296,11 +46374,10 @@ void FileJournal::apply(JournalSegment& segment, uint16_t type, StoredResponse r
             entry.begun = place;
             break;
         case journal_finish:
-            if (!open) return segment.note_dead(record.ended_at_ms);  // of one that expired
-            entry.record.terminal = true;
-            entry.record.ended_at_ms = record.ended_at_ms;
-            entry.text_bytes += size_of_text(record.object);
-            entry.begun = {};
+            if (!found || !found->takes_object())
+                return segment.note_dead(record.ended_at_ms);  // of one that expired
+            if (!open) died_ms = record.ended_at_ms;           // the object before this
+            entry.put_object(record.object, record.ended_at_ms);
             entry.ended = place;
             break;
         case journal_erase:
@@ -47537,9 +47614,10 @@ inline constexpr uint32_t server_max_retry_s = 60;             // advised to a c
 inline constexpr size_t server_max_key_length = 255;           // of an idempotency key
 inline constexpr uint64_t server_trouble_ns = 60'000'000'000;  // between two lines on one trouble
 inline constexpr size_t server_list_default = 20, server_list_most = 100;
-inline constexpr size_t server_max_turns = 1000;    // of a chain of previous responses
-inline constexpr uint32_t server_max_attempts = 2;  // to answer one request, after crashes
-inline constexpr size_t server_recovering = 16;     // taken up again at a time
+inline constexpr size_t server_max_turns = 1000;     // of a chain of previous responses
+inline constexpr size_t server_most_new_items = 20;  // of a conversation, in one request
+inline constexpr uint32_t server_max_attempts = 2;   // to answer one request, after crashes
+inline constexpr size_t server_recovering = 16;      // taken up again at a time
 inline constexpr uint64_t server_max_key_file = 16 << 20;
 inline constexpr uint64_t server_beat_ns = 10'000'000'000;  // between comments of a stream
 inline constexpr size_t server_most_unsent = 256 << 10;     // of a stream; then it waits
@@ -47569,6 +47647,14 @@ inline constexpr ServerParameter server_starting_after = {
     0,
     INT64_MAX,
     true};
+inline constexpr ServerParameter server_key = {
+    "idempotency_key", "Only the one that this key of the caller reserved."};
+
+/// A conversation as it is kept.
+struct ServerConversation {
+    Json created_at, metadata;
+    std::vector<Json> items;  // in their long form, each with an id
+};
 
 struct ServerLoop : HttpHandler {
     struct Exchange;
@@ -47587,12 +47673,15 @@ struct ServerLoop : HttpHandler {
     struct Route {
         std::string_view path;         // ending in '/', unless it is that: an argument follows
         std::string_view suffix = {};  // behind the argument
+        std::string_view middle = {};  // between the argument and an item's id
         Operation get = {}, post = {}, remove = {};
         bool slashes = false;  // in the argument
         bool open = false;     // needs no key
+        bool openai = false;   // in that dialect alone
         const Surface* surface = nullptr;
         std::string allowed() const;  // the header Allow
         bool takes_argument() const { return path.size() > 1 && path.back() == '/'; }
+        std::string shown() const;  // the path, as a template
     };
     static const Route routes[];
     static std::span<const Route> all_routes();
@@ -47600,7 +47689,7 @@ struct ServerLoop : HttpHandler {
     /// A request that is not answered yet.
     struct Exchange {
         uint64_t number = 0;  // in http
-        std::string request_id, method, path, argument, query;
+        std::string request_id, method, path, argument, item, query;
         std::string organisation = "default";
         std::string key_id = "open";
         std::string cors_origin;  // to be named in the reply
@@ -47679,6 +47768,7 @@ struct ServerLoop : HttpHandler {
         std::string text = {};  // the object, for a caller that does not wait for the end
         AnswerForm form = {};
         std::unique_ptr<EventWriter> events = {};  // of a stream
+        std::string conversation_last = {};
     };
 
     struct FinishJob : Job {
@@ -47687,6 +47777,8 @@ struct ServerLoop : HttpHandler {
         std::shared_ptr<const Outcome> outcome = {};
         AnswerForm form = {};  // of the request
         Result<std::string> answer = std::string();
+        std::string conversation = {};  // that has not got it yet
+        std::vector<Json> said = {};    // items for that: of the request, of the answer
     };
 
     struct RecoverJob : Job {
@@ -47718,6 +47810,17 @@ struct ServerLoop : HttpHandler {
         std::string organisation = {}, id = {}, query = {};
     };
 
+    struct ConversationJob;
+    using ConversationApply = Result<void> (*)(ConversationJob& job, ServerConversation& now);
+    struct ConversationJob : AnswerJob {
+        std::string organisation = {}, id = {}, item = {}, query = {}, body = {};
+        ConversationApply apply = nullptr;
+        bool changes = false;
+        std::shared_ptr<const std::string> changed = {};  // what is to be kept
+        JobPtr<FinishJob> finish = {};                    // of the response that it waits for
+    };
+    struct ConversationStep;
+
     struct RemoveJob : AnswerJob {
         std::string id = {};
     };
@@ -47741,8 +47844,9 @@ struct ServerLoop : HttpHandler {
     std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
     std::deque<std::pair<uint64_t, uint64_t>> beats;     // of streams, as timeouts
     std::deque<std::string> recoverable;                 // waiting, oldest first
-    std::vector<JobPtr<FinishJob>> unsaved;              // outcomes that the store had no room for
-    size_t recovering = 0;                               // of them, on their way
+    std::unordered_map<std::string, std::deque<JobPtr<ConversationJob>>> conversations;  // changing
+    std::vector<JobPtr<FinishJob>> unsaved;  // outcomes that the store had no room for
+    size_t recovering = 0;                   // of them, on their way
     size_t finishing = 0;
     size_t queued = 0;        // live and not running
     double finish_gap_s = 1;  // between two ends, on average
@@ -47825,6 +47929,15 @@ struct ServerLoop : HttpHandler {
     void delete_response(Exchange& exchange, HttpRequest& request);
     void post_cancel(Exchange& exchange, HttpRequest& request);
     void get_input_items(Exchange& exchange, HttpRequest& request);
+    void post_compact(Exchange& exchange, HttpRequest& request);
+    void post_conversation(Exchange& exchange, HttpRequest& request);
+    void get_conversation(Exchange& exchange, HttpRequest& request);
+    void update_conversation(Exchange& exchange, HttpRequest& request);
+    void delete_conversation(Exchange& exchange, HttpRequest& request);
+    void get_items(Exchange& exchange, HttpRequest& request);
+    void post_items(Exchange& exchange, HttpRequest& request);
+    void get_item(Exchange& exchange, HttpRequest& request);
+    void delete_item(Exchange& exchange, HttpRequest& request);
 
     // replies
     HttpReply make_reply(const Exchange& exchange, int status, std::string body,
@@ -47872,12 +47985,17 @@ struct ServerLoop : HttpHandler {
     void answer_job(JobPtr<AnswerJob> job);
 
     // accepting
+    std::optional<StoredResponse> find_record(const std::string& organisation,
+                                              const std::string& id,
+                                              bool conversation = false) const;
     Responder* find_responder(const std::string& model) const;
-    Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
+    Result<void> add_previous(const std::string& organisation, Request* request, Json body,
+                              std::string* last) const;
     Result<void> read_key(AcceptJob& job, const Json& body, const Request& request) const;
     Result<Request> read_request(const Json& body, AnswerForm* form, SurfaceBody* read) const;
     Result<std::unique_ptr<Prepared>> prepare(const std::string& organisation, Json body,
-                                              Request* request, Responder** responder) const;
+                                              Request* request, Responder** responder,
+                                              std::string* last) const;
     void count_work(CountJob& job);
     Result<void> accept(AcceptJob& job);
     Result<void> make_record(AcceptJob& job, const Request& request);
@@ -47888,6 +48006,21 @@ struct ServerLoop : HttpHandler {
     void take_back(const std::string& id, uint64_t exchange_number, Error error);
     void wait_for(Exchange& exchange, const std::string& id, Live& entry);
     void begin(JobPtr<AcceptJob> job);
+
+    // conversations
+    void send_conversation(Exchange& exchange, HttpRequest& request, ConversationApply apply,
+                           bool changes);
+    void send_conversation(JobPtr<ConversationJob> job);
+    void conversation_work(ConversationJob& job);
+    void conversation_keep(JobPtr<ConversationJob> job);
+    void conversation_kept(JobPtr<ConversationJob> job);
+    void conversation_done(JobPtr<ConversationJob> job);
+    void extend_conversation(JobPtr<FinishJob> finish);
+    void create_work(ConversationJob& job);
+    void create_keep(JobPtr<ConversationJob> job);
+    void create_done(JobPtr<ConversationJob> job);
+    Result<void> add_conversation(const std::string& organisation, Json* body,
+                                  std::string* last) const;
 
     // working and finishing
     void take_events(const std::string& id);
@@ -47922,6 +48055,7 @@ struct ServerLoop : HttpHandler {
     void show(Exchange& exchange, const std::string& id, int unfinished_status,
               bool only_background = false);
     void show_work(ShowJob& job);
+    std::vector<std::string> keyed(const Exchange& exchange, std::string_view key) const;
     void list_work(ListJob& job);
     void items_work(ItemsJob& job);
     std::string render_live(const StoredResponse& stored, bool running) const;
@@ -47930,6 +48064,8 @@ struct ServerLoop : HttpHandler {
 bool server_answers_to(const ModelInfo& model, const std::string& id);
 
 Result<Json> server_parameter(std::string_view query, const ServerParameter& row);
+/// One page of items, newest first unless the query asks otherwise.
+Result<std::string> server_page_of(std::vector<Json> items, std::string_view query);
 Error server_no_response(std::string_view id);
 Error server_field(const char* code, const char* param, std::string message);
 ResponseRecord server_record(const StoredResponse& stored, Status status);
@@ -47943,6 +48079,8 @@ Json server_model_list(Json data);
 Json server_model_json(const ModelInfo& model, const std::string& id);
 Json server_deleted(const std::string& id);
 Json server_count(const Surface* surface, uint32_t tokens);
+Json server_conversation(const std::string& id, const ServerConversation& conversation);
+Json server_deleted_conversation(const std::string& id);
 /// OpenAPI 3.1 of what a server with these options serves. `keyed`: it has API keys.
 Json server_openapi(Dialect dialect, bool keyed);
 
@@ -48368,9 +48506,12 @@ Error ServerLoop::store_error(const Error& error) {
 void ServerLoop::log_exchange(const Exchange& exchange, int status) {
     const double ms = static_cast<double>(monotonic_ns() - exchange.started_ns) / 1e6;
     const Route* route = exchange.route;
-    const bool nested = route && !route->suffix.empty();
+    const bool nested = route && !(route->suffix.empty() && route->middle.empty());
     const std::string name = route ? std::string(route->path) + (nested ? "*" : "") : "none";
-    ++answered[{name + (nested ? std::string(route->suffix) : ""), status}];
+    const std::string tail = !nested                 ? ""
+                             : route->middle.empty() ? std::string(route->suffix)
+                                                     : std::string(route->middle) + "*";
+    ++answered[{name + tail, status}];
     answer_seconds += ms / 1e3;
     if (!options.log.write) return;
     Json line = Json::object();
@@ -48499,7 +48640,8 @@ Json server_model_json(const ModelInfo& model, const std::string& id) {
 }
 
 Json server_model_list(Json data) {
-    return Json::object().set("object", "list").set("data", std::move(data));
+    const Json same = data;  // by the name under which some clients look for it
+    return Json::object().set("object", "list").set("data", std::move(data)).set("models", same);
 }
 
 bool server_answers_to(const ModelInfo& model, const std::string& id) {
@@ -48685,7 +48827,7 @@ namespace detail {
 
 namespace {
 
-constexpr ServerParameter list_query[] = {server_limit, server_after};
+constexpr ServerParameter list_query[] = {server_limit, server_after, server_key};
 constexpr ServerParameter items_query[] = {server_limit, server_after, server_order};
 constexpr ServerParameter stream_query[] = {server_stream, server_starting_after};
 
@@ -48753,8 +48895,36 @@ const ServerLoop::Route ServerLoop::routes[] = {
      .suffix = "/input_items",
      .get = {&Loop::get_input_items, "listInputItems", "What was asked, newest first.", "ItemList",
              items_query}},
+    {.path = "/v1/responses/compact",
+     .post = {&Loop::post_compact, "compactResponse", "Is not supported.", "Error"}},
+    {.path = "/v1/conversations",
+     .post = {&Loop::post_conversation, "createConversation", "Begins a conversation.",
+              "Conversation"},
+     .openai = true},
+    {.path = "/v1/conversations/",
+     .get = {&Loop::get_conversation, "getConversation", "A conversation.", "Conversation"},
+     .post = {&Loop::update_conversation, "updateConversation", "Replaces its metadata.",
+              "Conversation"},
+     .remove = {&Loop::delete_conversation, "deleteConversation", "Forgets it and its items.",
+                "DeletedConversation"},
+     .openai = true},
+    {.path = "/v1/conversations/",
+     .suffix = "/items",
+     .get = {&Loop::get_items, "listItems", "Its items, newest first.", "ItemList", items_query},
+     .post = {&Loop::post_items, "createItems", "Adds items to it.", "ItemList"},
+     .openai = true},
+    {.path = "/v1/conversations/",
+     .middle = "/items/",
+     .get = {&Loop::get_item, "getItem", "An item of it.", "InputItem"},
+     .remove = {&Loop::delete_item, "deleteItem", "Takes an item away.", "Conversation"},
+     .openai = true},
 };
 std::span<const ServerLoop::Route> ServerLoop::all_routes() { return routes; }
+
+std::string ServerLoop::Route::shown() const {
+    return join(
+        {path, takes_argument() ? "{id}" : "", suffix, middle, middle.empty() ? "" : "{item}"});
+}
 
 std::string ServerLoop::Route::allowed() const {
     std::string all;
@@ -48777,8 +48947,17 @@ void ServerLoop::find_route(Exchange& exchange) {
         if (path.substr(end) != route.suffix) continue;
         auto argument = server_unescape(path.substr(route.path.size(), end - route.path.size()));
         if (!argument || argument->empty() == takes) continue;
+        if (route.openai && options.dialect != Dialect::openai) continue;
+        std::string item;
+        if (const size_t at = argument->find(route.middle); !route.middle.empty()) {
+            if (at == argument->npos) continue;
+            item = argument->substr(at + route.middle.size());
+            argument->resize(at);
+            if (argument->empty() || item.empty() || item.find('/') != item.npos) continue;
+        }
         if (!route.slashes && argument->find('/') != argument->npos) continue;
         exchange.argument = std::move(*argument);
+        exchange.item = std::move(item);
         exchange.route = &route;
     }
 }
@@ -48983,8 +49162,9 @@ namespace {
 
 /// What acceptance resolved; a response is rendered from it and the request.
 std::string server_head(const ResponseRecord& record) {
-    return Json::object()
-        .set("message_id", record.message_id)
+    Json head = Json::object();
+    if (!record.conversation_last.empty()) head.set("conversation_last", record.conversation_last);
+    return head.set("message_id", record.message_id)
         .set("created_at", record.created_at)
         .set("model", record.model)
         .set("temperature", record.temperature)
@@ -49012,6 +49192,7 @@ ResponseRecord server_record(const StoredResponse& stored, Status status) {
     record.temperature = known["temperature"].as_double();
     record.top_p = known["top_p"].as_double();
     record.seed = known["seed"].as_int();
+    record.conversation_last = known["conversation_last"].as_string();
     record.status = status;
     if (request) record.request = std::move(*request);
     return record;
@@ -49038,6 +49219,15 @@ void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     }
     exchange.keyed = job->keys > 0;
     send_job<&ServerLoop::accept_work, &ServerLoop::accept_admit>(std::move(job));
+}
+
+/// A response, or a conversation: neither is found by a path of the other's.
+std::optional<StoredResponse> ServerLoop::find_record(const std::string& organisation,
+                                                      const std::string& id,
+                                                      bool conversation) const {
+    auto stored = store->find(organisation, id);
+    if (stored && stored->conversation != conversation) stored.reset();
+    return stored;
 }
 
 Responder* ServerLoop::find_responder(const std::string& wanted) const {
@@ -49074,16 +49264,23 @@ Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Reques
     return {};
 }
 
-/// Puts the turns of a chain of earlier responses before the request's own (openai dialect).
-Result<void> ServerLoop::add_previous(const std::string& organisation, Request* request,
-                                      Json body) const {
+/// Puts the turns of a chain of earlier responses, or of a conversation, before the request's own
+/// (openai dialect). `last`: of a conversation the last that counts, once it is known.
+Result<void> ServerLoop::add_previous(const std::string& organisation, Request* request, Json body,
+                                      std::string* last) const {
+    if (!request->conversation.empty()) {
+        if (auto added = add_conversation(organisation, &body, last); !added) return added;
+        auto whole = parse_response_request(body, options.dialect);
+        if (whole) *request = std::move(*whole);
+        return whole ? Result<void>() : whole.error();
+    }
     std::vector<StoredResponse> turns;  // newest first
     const auto refused = [](const std::string& message) {
         return server_field("previous_response_not_found", "previous_response_id", message);
     };
     std::string id = request->previous_response_id;
     for (uint64_t bytes = 0; !id.empty();) {
-        auto turn = store->find(organisation, id);
+        auto turn = find_record(organisation, id);
         if (!turn) return refused("no previous response '" + printable(id) + "'");
         if (!turn->terminal)
             return refused("the previous response '" + id + "' is not finished yet");
@@ -49130,12 +49327,12 @@ Result<Request> ServerLoop::read_request(const Json& body, AnswerForm* form,
 
 /// All that needs the model; `responder` is who has it.
 Result<std::unique_ptr<Prepared>> ServerLoop::prepare(const std::string& organisation, Json body,
-                                                      Request* request,
-                                                      Responder** responder) const {
+                                                      Request* request, Responder** responder,
+                                                      std::string* last) const {
     *responder = find_responder(request->model);
     if (!*responder) return server_no_model(request->model);
-    if (!request->previous_response_id.empty())
-        if (auto added = add_previous(organisation, request, std::move(body)); !added)
+    if (!request->previous_response_id.empty() || !request->conversation.empty())
+        if (auto added = add_previous(organisation, request, std::move(body), last); !added)
             return added.error();
     request->organisation = organisation;
     return (*responder)->prepare(*request);
@@ -49155,7 +49352,8 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
     }
     const Surface* surface = job.form.surface;
-    auto prepared = prepare(stored.organisation, std::move(*body), &*request, &job.responder);
+    auto prepared = prepare(stored.organisation, std::move(*body), &*request, &job.responder,
+                            &job.conversation_last);
     if (!prepared)
         return surface ? surface_error(*surface, prepared.error(), read) : prepared.error();
     job.prepared = std::move(*prepared);
@@ -49181,6 +49379,7 @@ Json server_count(const Surface* surface, uint32_t tokens) {
 
 void ServerLoop::count_work(CountJob& job) {
     SurfaceBody read;
+    std::string last;
     Responder* responder = nullptr;
     const Surface* surface = job.form.surface;
     const auto prepared = [&]() -> Result<std::unique_ptr<Prepared>> {
@@ -49188,7 +49387,7 @@ void ServerLoop::count_work(CountJob& job) {
         if (!body) return body.error();
         auto request = read_request(*body, &job.form, &read);
         if (!request) return request.error();
-        auto made = prepare(job.organisation, std::move(*body), &*request, &responder);
+        auto made = prepare(job.organisation, std::move(*body), &*request, &responder, &last);
         if (!made && surface) return surface_error(*surface, made.error(), read);
         return made;
     }();
@@ -49211,6 +49410,7 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     record.top_p = job.prepared->top_p;
     record.seed = job.prepared->seed;
     record.input_tokens = job.prepared->input_tokens;
+    record.conversation_last = job.conversation_last;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
@@ -49419,10 +49619,18 @@ void ServerLoop::finish_work(FinishJob& job) {
     record.outcome = job.outcome;
     job.stored.object = server_shared(render_response(record, options.dialect).write());
     job.stored.head = job.stored.request = nullptr;
+    if (const Json& in = record.request["conversation"];
+        !in.is_null() && record.status == Status::completed) {
+        job.conversation = (in.is_object() ? in["id"] : in).as_string();
+        job.said = render_input_items(record.request, record.id);
+        if (const auto object = Json::parse(*job.stored.object))
+            for (const Json& item : (*object)["output"].items()) job.said.push_back(item);
+    }
     if (job.form.surface) job.answer = render_answer(job.form, *job.stored.object, options.dialect);
 }
 
 void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
+    if (!job->error && !job->conversation.empty()) return extend_conversation(std::move(job));
     if (job->error || !job->store) return finish_done(std::move(job));
     const std::string id = job->stored.id;
     auto object = job->stored.object;
@@ -49490,6 +49698,7 @@ void ServerLoop::delete_response(Exchange& exchange, HttpRequest&) {
 }
 
 void ServerLoop::remove(Exchange& exchange, const std::string& id) {
+    if (id.starts_with("conv_")) return refuse(exchange, server_no_response(id));
     auto job = std::make_unique<RemoveJob>();
     job->exchange = exchange.number;
     job->id = id;
@@ -49506,6 +49715,12 @@ void ServerLoop::remove_done(JobPtr<RemoveJob> job) {
     if (job->error && job->error->kind == ErrorKind::not_found) job->error = server_no_response(id);
     job->text = server_deleted(id).write();
     answer_job(std::move(job));
+}
+
+void ServerLoop::post_compact(Exchange& exchange, HttpRequest&) {
+    refuse(exchange, server_field("unsupported_value", "",
+                                  "POST /v1/responses/compact is not supported; a chain of "
+                                  "previous_response_id, or a conversation, is kept whole"));
 }
 
 Error server_not_background() {
@@ -49531,6 +49746,11 @@ void ServerLoop::recover_all() {
         return a.created_at_ms < b.created_at_ms;
     });
     for (const StoredResponse& stored : left) {
+        if (stored.conversation) {  // was not told of yet
+            store->erase(stored.organisation, stored.id, false, store->now_ms(),
+                         when_kept(std::make_unique<Job>()));
+            continue;
+        }
         Live& entry = live[stored.id];
         entry.state = Live::State::waiting;
         entry.organisation = stored.organisation;
@@ -49575,7 +49795,7 @@ void ServerLoop::recover_work(RecoverJob& job) {
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
         auto prepared = this->prepare(record.organisation, std::move(record.request), &*request,
-                                      &job.responder);
+                                      &job.responder, &record.conversation_last);
         if (!prepared) return prepared.error();
         job.prepared = std::move(*prepared);
         return {};
@@ -49819,7 +50039,7 @@ void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_
 }
 
 void ServerLoop::show_work(ShowJob& job) {
-    const auto stored = store->find(job.organisation, job.id);
+    const auto stored = find_record(job.organisation, job.id);
     if (!stored) {
         job.error = server_no_response(job.id);
         return;
@@ -49922,8 +50142,10 @@ Error server_bad_after(std::string_view after) {
 
 void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
     auto page = server_page(exchange.query);
-    if (!page) return refuse(exchange, page.error());
-    auto ids = store->list(exchange.organisation, page->after, page->limit + 1);
+    auto key = server_parameter(exchange.query, server_key);
+    if (!page || !key) return refuse(exchange, page ? key.error() : page.error());
+    auto ids = key->is_string() ? Result(keyed(exchange, key->as_string()))
+                                : store->list(exchange.organisation, page->after, page->limit + 1);
     if (!ids)
         return refuse(exchange, ids.error().kind == ErrorKind::not_found
                                     ? server_bad_after(page->after)
@@ -49939,6 +50161,14 @@ void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
         job->ids.emplace_back(std::move(id), running);
     }
     send_job<&ServerLoop::list_work, &ServerLoop::answer_job>(std::move(job));
+}
+
+/// The one that this caller's key reserved, or none.
+std::vector<std::string> ServerLoop::keyed(const Exchange& exchange, std::string_view key) const {
+    const std::string name = exchange.key_id + "\n" + std::string(trim(key));
+    const auto held = store->reserved(exchange.organisation, name);
+    if (!held || held->deleted) return {};
+    return {held->id};
 }
 
 void ServerLoop::list_work(ListJob& job) {
@@ -49964,30 +50194,37 @@ void ServerLoop::get_input_items(Exchange& exchange, HttpRequest&) {
     send_job<&ServerLoop::items_work, &ServerLoop::answer_job>(std::move(job));
 }
 
-/// Newest first unless asked otherwise, as OpenAI has it.
 void ServerLoop::items_work(ItemsJob& job) {
-    const auto fail = [&](Error error) { job.error = std::move(error); };
-    auto page = server_page(job.query);
-    if (!page) return fail(page.error());
-    const auto stored = store->find(job.organisation, job.id);
-    if (!stored) return fail(server_no_response(job.id));
-    auto request = Json::parse(*stored->request);
-    if (!request) return fail(request.error());
-    std::vector<Json> items = render_input_items(*request, stored->id);
+    const auto list = [&]() -> Result<std::string> {
+        const auto stored = find_record(job.organisation, job.id);
+        if (!stored) return server_no_response(job.id);
+        auto request = Json::parse(*stored->request);
+        if (!request) return request.error();
+        return server_page_of(render_input_items(*request, stored->id), job.query);
+    };
+    auto page = list();
+    if (page) job.text = std::move(*page);
+    else job.error = std::move(page.error());
+}
+
+/// Newest first unless asked otherwise, as OpenAI has it.
+Result<std::string> server_page_of(std::vector<Json> items, std::string_view query) {
+    auto page = server_page(query);
+    if (!page) return page.error();
     if (!page->ascending) std::reverse(items.begin(), items.end());
     auto first = items.begin();
     if (!page->after.empty()) {
         first = std::find_if(items.begin(), items.end(), [&](const Json& item) {
             return item["id"].as_string() == page->after;
         });
-        if (first == items.end()) return fail(server_bad_after(page->after));
+        if (first == items.end()) return server_bad_after(page->after);
         ++first;
     }
     const size_t left = static_cast<size_t>(items.end() - first);
     const size_t count = std::min(left, page->limit);
     std::vector<Json> shown(std::make_move_iterator(first),
                             std::make_move_iterator(first + static_cast<ptrdiff_t>(count)));
-    job.text = server_list(std::move(shown), left > count).write();
+    return server_list(std::move(shown), left > count).write();
 }
 
 // ---- Metrics -----------------------------------------------------------------------------------
@@ -50128,6 +50365,347 @@ void ServerLoop::get_metrics(Exchange& exchange, HttpRequest&) {
 }  // namespace valar
 #endif  // VALAR_NO_SERVER
 
+// ---- src/server/conversations.cpp --------------------------------------------------------------
+
+// Conversations: records whose object, {"created_at", "metadata", "items"}, is replaced as a whole.
+// The changes of one follow each other; its items are a response's input as they stand.
+
+#ifndef VALAR_NO_SERVER
+namespace valar {
+inline namespace v1 {
+namespace detail {
+
+Json server_conversation(const std::string& id, const ServerConversation& conversation) {
+    return Json::object()
+        .set("id", id)
+        .set("object", "conversation")
+        .set("created_at", conversation.created_at)
+        .set("metadata", conversation.metadata);
+}
+
+Json server_deleted_conversation(const std::string& id) {
+    return Json::object().set("id", id).set("object", "conversation.deleted").set("deleted", true);
+}
+
+namespace {
+
+Error server_no_conversation(std::string_view id) {
+    return server_not_found("no conversation '" + printable(id) + "'");
+}
+
+Error server_no_item(std::string_view id) {
+    return server_not_found("no item '" + printable(id) + "' in this conversation");
+}
+
+Result<ServerConversation> conversation_read(const std::string& text) {
+    auto object = Json::parse(text);
+    if (!object) return object.error();
+    ServerConversation read{(*object)["created_at"], (*object)["metadata"], {}};
+    for (Json& item : object->find("items")->items()) read.items.push_back(std::move(item));
+    return read;
+}
+
+std::shared_ptr<const std::string> conversation_written(const ServerConversation& conversation) {
+    return server_shared(Json::object()
+                             .set("created_at", conversation.created_at)
+                             .set("metadata", conversation.metadata)
+                             .set("items", Json(std::vector<Json>(conversation.items)))
+                             .write());
+}
+
+/// The body of a request; what is not there is an empty object.
+Result<Json> conversation_body(const std::string& body) {
+    if (trim(body).empty()) return Json::object();
+    auto json = Json::parse(body);
+    if (json && !json->is_object())
+        return server_field("invalid_type", "", "the body must be a JSON object");
+    return json;
+}
+
+Result<Json> conversation_metadata(const Json& body) {
+    const Json& metadata = body["metadata"];
+    if (metadata.is_null()) return Json::object();
+    auto read = read_request(Json::object().set("metadata", metadata), Dialect::openai);
+    if (!read) return read.error();
+    return metadata;
+}
+
+/// The items of a body, in their long form, with ids of their own.
+Result<std::vector<Json>> conversation_items(const Json& body) {
+    std::vector<Json> items;
+    const Json& given = body["items"];
+    if (given.is_null()) return items;
+    if (!given.is_array()) return api_wrong_type("items", "an array", given);
+    if (given.size() > server_most_new_items)
+        return server_field("array_above_max_length", "items",
+                            format("'items' has %zu items; at most %zu are allowed", given.size(),
+                                   server_most_new_items));
+    auto seed = draw_id("items_");
+    if (!seed) return seed.error();
+    Json fresh = given;
+    for (size_t i = 0; i < given.size(); ++i) {
+        if (auto read = read_item(given[i], api_index("items", i)); !read) return read.error();
+        fresh.items()[i].erase("id");
+    }
+    return render_input_items(Json::object().set("input", std::move(fresh)), *seed);
+}
+
+std::vector<Json>::iterator conversation_find(ServerConversation& conversation,
+                                              std::string_view id) {
+    return std::find_if(conversation.items.begin(), conversation.items.end(),
+                        [&](const Json& item) { return item["id"].as_string() == id; });
+}
+
+/// Those that are there already, as after a crash, stay as they are.
+void conversation_add(ServerConversation& conversation, const std::vector<Json>& items) {
+    for (const Json& item : items)
+        if (conversation_find(conversation, item["id"].as_string()) == conversation.items.end())
+            conversation.items.push_back(item);
+}
+
+}  // namespace
+
+// ---- What is asked of one ------------------------------------------------------------------------
+
+/// An operation: with the conversation as it is it makes the answer; `changes`: the next one too.
+struct ServerLoop::ConversationStep {
+    using Job = ConversationJob;
+    static Result<void> show(Job& job, ServerConversation& conversation) {
+        job.text = server_conversation(job.id, conversation).write();
+        return {};
+    }
+    static Result<void> update(Job& job, ServerConversation& conversation) {
+        auto body = conversation_body(job.body);
+        if (!body) return body.error();
+        if ((*body)["metadata"].is_null())
+            return server_field("missing_required_parameter", "metadata", "'metadata' is required");
+        auto metadata = conversation_metadata(*body);
+        if (!metadata) return metadata.error();
+        conversation.metadata = std::move(*metadata);
+        return show(job, conversation);
+    }
+    static Result<void> list(Job& job, ServerConversation& conversation) {
+        auto page = server_page_of(std::move(conversation.items), job.query);
+        if (!page) return page.error();
+        job.text = std::move(*page);
+        return {};
+    }
+    static Result<void> add(Job& job, ServerConversation& conversation) {
+        auto body = conversation_body(job.body);
+        if (!body) return body.error();
+        if ((*body)["items"].is_null())
+            return server_field("missing_required_parameter", "items", "'items' is required");
+        auto items = conversation_items(*body);
+        if (!items) return items.error();
+        conversation_add(conversation, *items);
+        job.text = server_list(std::move(*items), false).write();
+        return {};
+    }
+    static Result<void> show_item(Job& job, ServerConversation& conversation) {
+        const auto item = conversation_find(conversation, job.item);
+        if (item == conversation.items.end()) return server_no_item(job.item);
+        job.text = item->write();
+        return {};
+    }
+    static Result<void> remove_item(Job& job, ServerConversation& conversation) {
+        const auto item = conversation_find(conversation, job.item);
+        if (item == conversation.items.end()) return server_no_item(job.item);
+        conversation.items.erase(item);
+        return show(job, conversation);
+    }
+    /// What a response was asked and what it answered.
+    static Result<void> extend(Job& job, ServerConversation& conversation) {
+        conversation_add(conversation, job.finish->said);
+        return {};
+    }
+};
+
+void ServerLoop::send_conversation(Exchange& exchange, HttpRequest& request,
+                                   ConversationApply apply, bool changes) {
+    auto job = std::make_unique<ConversationJob>();
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
+    job->id = exchange.argument;
+    job->item = exchange.item;
+    job->query = exchange.query;
+    job->body = std::move(request.body);
+    job->apply = apply;
+    job->changes = changes;
+    send_conversation(std::move(job));
+}
+
+/// Changes wait for those before them.
+void ServerLoop::send_conversation(JobPtr<ConversationJob> job) {
+    if (job->changes) {
+        const auto [line, first] = conversations.try_emplace(job->id);
+        if (!first) return line->second.push_back(std::move(job));
+    }
+    send_job<&ServerLoop::conversation_work, &ServerLoop::conversation_keep>(std::move(job));
+}
+
+void ServerLoop::conversation_work(ConversationJob& job) {
+    const auto work = [&]() -> Result<void> {
+        const auto stored = find_record(job.organisation, job.id, true);
+        if (!stored || !stored->object) return server_no_conversation(job.id);
+        auto conversation = conversation_read(*stored->object);
+        if (!conversation) return conversation.error();
+        auto applied = job.apply(job, *conversation);
+        if (applied && job.changes) job.changed = conversation_written(*conversation);
+        if (job.changed && job.changed->size() > options.max_body_bytes)
+            return server_field("invalid_value", "items", "the conversation is too long");
+        return applied;
+    };
+    if (auto worked = work(); !worked) job.error = std::move(worked.error());
+}
+
+void ServerLoop::conversation_keep(JobPtr<ConversationJob> job) {
+    if (job->error || !job->changes) return conversation_done(std::move(job));
+    const std::string id = job->id;
+    auto changed = job->changed;
+    store->finish(id, std::move(changed), store->now_ms(),
+                  on_kept<&ServerLoop::conversation_kept>(std::move(job)));
+}
+
+void ServerLoop::conversation_kept(JobPtr<ConversationJob> job) {
+    if (job->error && job->error->kind == ErrorKind::not_found)  // deleted meanwhile
+        job->error = server_no_conversation(job->id);
+    conversation_done(std::move(job));
+}
+
+void ServerLoop::conversation_done(JobPtr<ConversationJob> job) {
+    if (const auto line = conversations.find(job->id);
+        job->changes && line != conversations.end()) {
+        if (line->second.empty()) {
+            conversations.erase(line);
+        } else {
+            auto next = std::move(line->second.front());
+            line->second.pop_front();
+            send_job<&ServerLoop::conversation_work, &ServerLoop::conversation_keep>(
+                std::move(next));
+        }
+    }
+    if (!job->finish) return answer_job(std::move(job));
+    if (job->error) note_trouble("conversation", *job->error, job->id);
+    finish_keep(std::move(job->finish));
+}
+
+/// Before the response is kept as finished: after a crash in between it is made again, and adds the
+/// same items again, which then are there already.
+void ServerLoop::extend_conversation(JobPtr<FinishJob> finish) {
+    auto job = std::make_unique<ConversationJob>();
+    job->organisation = finish->stored.organisation;
+    job->id = std::exchange(finish->conversation, {});
+    job->apply = &ConversationStep::extend;
+    job->changes = true;
+    job->finish = std::move(finish);
+    send_conversation(std::move(job));
+}
+
+// ---- Making one, and its end ---------------------------------------------------------------------
+
+void ServerLoop::post_conversation(Exchange& exchange, HttpRequest& request) {
+    auto job = std::make_unique<ConversationJob>();
+    job->exchange = exchange.number;
+    job->organisation = exchange.organisation;
+    job->body = std::move(request.body);
+    send_job<&ServerLoop::create_work, &ServerLoop::create_keep>(std::move(job));
+}
+
+void ServerLoop::create_work(ConversationJob& job) {
+    const auto work = [&]() -> Result<void> {
+        auto body = conversation_body(job.body);
+        if (!body) return body.error();
+        auto metadata = conversation_metadata(*body);
+        if (!metadata) return metadata.error();
+        auto items = conversation_items(*body);
+        if (!items) return items.error();
+        auto id = draw_id("conv_");
+        if (!id) return id.error();
+        job.id = std::move(*id);
+        const ServerConversation conversation{unix_time_ms() / 1000, std::move(*metadata),
+                                              std::move(*items)};
+        job.changed = conversation_written(conversation);
+        job.text = server_conversation(job.id, conversation).write();
+        return {};
+    };
+    if (auto worked = work(); !worked) job.error = std::move(worked.error());
+}
+
+void ServerLoop::create_keep(JobPtr<ConversationJob> job) {
+    if (job->error) return answer_job(std::move(job));
+    StoredResponse record;
+    record.id = job->id;
+    record.organisation = job->organisation;
+    record.conversation = true;
+    record.created_at_ms = store->now_ms();
+    store->add(std::move(record), on_kept<&ServerLoop::create_done>(std::move(job)));
+}
+
+void ServerLoop::create_done(JobPtr<ConversationJob> job) {
+    if (job->error) return answer_job(std::move(job));
+    const std::string id = job->id;
+    auto object = job->changed;
+    store->finish(id, std::move(object), store->now_ms(),
+                  on_kept<&ServerLoop::conversation_kept>(std::move(job)));
+}
+
+void ServerLoop::delete_conversation(Exchange& exchange, HttpRequest&) {
+    auto job = std::make_unique<ConversationJob>();
+    job->exchange = exchange.number;
+    job->id = exchange.argument;
+    job->text = server_deleted_conversation(job->id).write();
+    const std::string id = job->id;
+    if (!id.starts_with("conv_")) return refuse(exchange, server_no_conversation(id));
+    store->erase(exchange.organisation, id, false, store->now_ms(),
+                 on_kept<&ServerLoop::conversation_kept>(std::move(job)));
+}
+
+void ServerLoop::get_conversation(Exchange& exchange, HttpRequest& request) {
+    send_conversation(exchange, request, &ConversationStep::show, false);
+}
+void ServerLoop::update_conversation(Exchange& exchange, HttpRequest& request) {
+    send_conversation(exchange, request, &ConversationStep::update, true);
+}
+void ServerLoop::get_items(Exchange& exchange, HttpRequest& request) {
+    send_conversation(exchange, request, &ConversationStep::list, false);
+}
+void ServerLoop::post_items(Exchange& exchange, HttpRequest& request) {
+    send_conversation(exchange, request, &ConversationStep::add, true);
+}
+void ServerLoop::get_item(Exchange& exchange, HttpRequest& request) {
+    send_conversation(exchange, request, &ConversationStep::show_item, false);
+}
+void ServerLoop::delete_item(Exchange& exchange, HttpRequest& request) {
+    send_conversation(exchange, request, &ConversationStep::remove_item, true);
+}
+
+/// The items of its conversation, up to the one that was the last at acceptance, come before the
+/// request's own.
+Result<void> ServerLoop::add_conversation(const std::string& organisation, Json* body,
+                                          std::string* last) const {
+    const Json& given = (*body)["conversation"];
+    const std::string id(given.is_object() ? given["id"].as_string() : given.as_string());
+    const auto stored = find_record(organisation, id, true);
+    if (!stored || !stored->object) return server_no_conversation(id);
+    auto conversation = conversation_read(*stored->object);
+    if (!conversation) return conversation.error();
+    Json items = Json::array();
+    for (const Json& item : conversation->items) {
+        if (*last == "none") break;
+        items.push(item);
+        if (item["id"].as_string() == *last) break;
+    }
+    *last = items.empty() ? "none" : std::string(items.items().back()["id"].as_string());
+    for (Json& item : render_input_items(*body, "")) items.push(std::move(item));
+    body->set("input", std::move(items)).erase("conversation");
+    return {};
+}
+
+}  // namespace detail
+}  // namespace v1
+}  // namespace valar
+#endif  // VALAR_NO_SERVER
+
 // ---- src/server/openapi.cpp --------------------------------------------------------------------
 
 #ifndef VALAR_NO_SERVER
@@ -50257,8 +50835,12 @@ void doc_add_answers(Json* schemas) {
     };
     learn("Health", server_health());
     learn("Model", server_model_json({}, ""));
-    learn("ModelList", server_model_list(Json::array())).set("data", doc_array(doc_ref("Model")));
+    learn("ModelList", server_model_list(Json::array()))
+        .set("data", doc_array(doc_ref("Model")))
+        .set("models", doc_array(doc_ref("Model")));
     learn("DeletedResponse", server_deleted(""));
+    learn("Conversation", server_conversation("", {0, Json::object(), {}}));
+    learn("DeletedConversation", server_deleted_conversation(""));
     schemas->set("Document", doc_type("object"));
     Json count = Json::object();
     for (const Surface* surface : {&messages_count_surface, static_cast<const Surface*>(nullptr)})
@@ -50341,7 +50923,9 @@ Json DocWriter::parameters(const Route& route, const Operation& one) const {
                      .set("description", about)
                      .set("schema", std::move(schema)));
     };
-    if (route.takes_argument()) add("path", "id", "Of the response or model.", doc_text(1));
+    if (route.takes_argument())
+        add("path", "id", "Of the response, conversation or model.", doc_text(1));
+    if (!route.middle.empty()) add("path", "item", "Of the item.", doc_text(1));
     for (const ServerParameter& row : one.query) {
         if (!serves(row)) continue;
         Json schema = row.words.empty() ? doc_type("string") : doc_words(row.words);
@@ -50375,8 +50959,8 @@ Json DocWriter::operation(const Route& route, const Operation& one) const {
 Json DocWriter::paths() {
     Json all = Json::object();
     for (const Route& route : ServerLoop::all_routes()) {
-        const bool named = route.takes_argument();
-        const std::string path = join({route.path, named ? "{id}" : "", route.suffix});
+        if (route.openai && dialect != Dialect::openai) continue;
+        const std::string path = route.shown();
         if (!all.contains(path)) all.set(path, Json::object());
         if (route.post.handle == &ServerLoop::post_response)
             doc_add_surface(&schemas, route.surface, dialect);

@@ -569,23 +569,28 @@ Json write_reasoning(const Request& request) {
 
 // ---- Tools -------------------------------------------------------------------------------------
 
-// Tools that a server runs by itself: known, and none of ours.
-bool is_hosted_tool(std::string_view type) {
+// Tools that are known, and none of ours. Those that a server runs by itself come first.
+bool is_hosted_tool(std::string_view type, bool by_server = false) {
     static constexpr std::string_view hosted[] = {"web_search",
                                                   "web_search_preview",
                                                   "file_search",
                                                   "code_interpreter",
+                                                  "image_generation",
+                                                  "mcp",
                                                   "computer",
                                                   "computer_use",
                                                   "computer_use_preview",
-                                                  "image_generation",
-                                                  "mcp",
                                                   "local_shell",
                                                   "shell",
                                                   "apply_patch",
                                                   "namespace",
                                                   "tool_search"};
-    return std::find(std::begin(hosted), std::end(hosted), type) != std::end(hosted);
+    const auto* end = by_server ? hosted + 6 : std::end(hosted);
+    return std::find(hosted, end, type) != end;
+}
+
+bool is_own_tool(const Json& type) {
+    return type.as_string() == "function" || type.as_string() == "custom";
 }
 
 constexpr std::string_view choice_types[] = {"function", "custom", "allowed_tools"};
@@ -635,7 +640,26 @@ Fault field_tools(const Json& value, Request* request) {
     return {};
 }
 
-Json doc_tools(Dialect) { return doc_array(doc_ref("Tool")); }
+// What is ignored is taken all the same.
+Json doc_tools(Dialect dialect) {
+    if (dialect != Dialect::openai) return doc_array(doc_ref("Tool"));
+    return doc_array(doc_any({doc_ref("Tool"), doc_object(1, {{"type", doc_type("string")}})}));
+}
+
+// Clients declare types that are newer than this, or that they run by themselves in a way that a
+// model has to be trained for. What a server would have to run is still refused.
+Fault openai_tools(const Json& value, Request* request) {
+    if (!value.is_array()) return api_wrong_type("tools", "an array", value);
+    for (size_t i = 0; i < value.size(); ++i) {
+        const Json& type = value[i]["type"];
+        if (type.is_string() && !is_own_tool(type) && !is_hosted_tool(type.as_string(), true))
+            continue;
+        if (Fault fault = read_tool(value[i], api_index("tools", i),
+                                    &request->tools.emplace_back()))
+            return fault;
+    }
+    return {};
+}
 
 Json write_tools(const Request& request) {
     Json all = Json::array();
@@ -782,6 +806,13 @@ Json doc_input(Dialect) {
     return doc_any({doc_text(1), items, doc_object(1, {{"messages", items}})});
 }
 
+// May be empty where something else says what to answer, which is known once all fields are.
+Fault openai_input(const Json& value, Request* request) {
+    const bool empty = (value.is_string() && value.as_string().empty()) ||
+                       (value.is_array() && value.empty());
+    return empty ? Fault() : field_input(value, request);
+}
+
 Json write_input(const Request& request) {
     if (request.input.items.empty())
         return request.input.empty() ? Json() : Json(request.input.text);
@@ -831,6 +862,22 @@ Json doc_previous(Dialect dialect) {
 }
 Json write_previous(const Request& request) {
     return request.previous_response_id.empty() ? Json() : Json(request.previous_response_id);
+}
+
+// An id, or an object that holds it.
+Fault openai_conversation(const Json& value, Request* request) {
+    const Json& id = value.is_object() ? value["id"] : value;
+    const std::string path = value.is_object() ? "conversation.id" : "conversation";
+    request->conversation = id.as_string();
+    return check_text(id, path, 1, max_id_length);
+}
+Json doc_conversation(Dialect dialect) {
+    const Json id = doc_text(1, max_id_length);
+    return dialect == Dialect::openai ? doc_any({id, doc_object(1, {{"id", id}})})
+                                      : doc_type("null");
+}
+Json write_conversation(const Request& request) {
+    return request.conversation.empty() ? Json() : Json(request.conversation);
 }
 
 Fault field_stream(const Json& value, Request*) { return fixed_switch(value, "stream", false); }
@@ -1037,7 +1084,7 @@ struct RequestField {
 };
 constexpr RequestField request_fields[] = {
     // clang-format off
-    {"input", field_input, write_input, doc_input, "What is asked: a text, or what was said so far."},
+    {"input", field_input, write_input, doc_input, "What is asked: a text, or what was said so far.", openai_input},
     {"seed", field_seed, write_seed, doc_seed, "The same request and seed give the same bytes. Default: drawn."},
     {"text", field_text, write_text, doc_text_field, "The form of the answer."},
     {"reasoning", field_reasoning, write_reasoning, doc_reasoning, "How much the model thinks first."},
@@ -1046,14 +1093,14 @@ constexpr RequestField request_fields[] = {
     {"stream", field_stream, nullptr, doc_stream, "Answered in server-sent events.", openai_stream},
     {"stream_options", field_stream_options, write_stream_options, doc_stream_options, "prompt_progress: events that tell how far the prompt is read."},
     {"metadata", field_metadata, write_metadata, doc_metadata, "Kept with the response; completion_window says when it is wanted."},
-    {"tools", field_tools, write_tools, doc_tools, "What the model may call."},
+    {"tools", field_tools, write_tools, doc_tools, "What the model may call.", openai_tools},
     {"tool_choice", field_tool_choice, write_tool_choice, doc_tool_choice_field, "Which tools must or may be called."},
     {"include", field_include, write_include, doc_include, "message.output_text.logprobs: log-probabilities of tokens."},
     {"service_tier", field_service_tier, nullptr, doc_service_tier, "There is one."},
     {"stop", field_stop, write_stop, doc_stop, "Ends the answer before the first of these, each of at most 256 bytes."},
     {"logit_bias", field_logit_bias, write_logit_bias, doc_logit_bias, "Added to the logits of tokens, by their ids."},
     {"previous_response_id", nullptr, write_previous, doc_previous, "Its turns come first.", openai_previous},
-    {"conversation", nullptr},
+    {"conversation", nullptr, write_conversation, doc_conversation, "Its items come first; what is asked and answered becomes part of it.", openai_conversation},
     {"prompt", nullptr},
     // clang-format on
 };
@@ -1311,13 +1358,23 @@ Result<Request> read_request(const Json& body, Dialect dialect) {
 
 Result<Request> parse_response_request(const Json& body, Dialect dialect) {
     if (!body.is_object()) return api_error("invalid_type", {}, "the body must be a JSON object");
+    const bool goes_on = dialect == Dialect::openai && (!body["previous_response_id"].is_null() ||
+                                                        !body["conversation"].is_null());
     for (const std::string_view name : required_fields)
-        if (body[name].is_null()) return api_missing(std::string(name));
+        if (body[name].is_null() && !(goes_on && name == "input"))
+            return api_missing(std::string(name));
     auto read = read_request(body, dialect);
     if (!read) return read.error();
     const Request& request = *read;
+    if (!request.previous_response_id.empty() && !request.conversation.empty())
+        return api_error("invalid_value", "conversation",
+                         "'conversation' and 'previous_response_id' exclude each other");
+    if (request.input.empty() && !goes_on) {
+        if (request.max_output_tokens != 1u) return *field_input(body["input"], &*read);
+        read->input.items = {Item::message(Role::user, {})};  // a probe whether a model is there
+    }
     const char* items = body["input"].is_object() ? "input.messages" : "input";
-    const bool whole = request.previous_response_id.empty();  // else calls may stand there
+    const bool whole = !goes_on;  // else calls may stand there
     if (Fault fault = whole ? check_calls(request, items) : Fault()) return std::move(*fault);
     if (Fault fault = check_tool_choice(body["tool_choice"], request)) return std::move(*fault);
     // A tool that is named is called exactly once, as OpenAI has it.

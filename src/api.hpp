@@ -138,6 +138,7 @@ struct Request {
     std::optional<uint32_t> max_tool_calls = {};  ///< 1 or more
     std::optional<Effort> effort = {};            ///< none: as the model has it
     bool prompt_progress = false;                 ///< tell how far the prompt is read
+    std::string conversation = {};  ///< of the server: its items come first, these are added
 };
 
 /// How far a response is. It never moves back.

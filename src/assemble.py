@@ -57,7 +57,8 @@ SECTIONS = {
               "store/commit.cpp"],
     "server": ["server/server.hpp", "server/words.cpp", "server/options.cpp", "server/loop.cpp",
                "server/access.cpp", "server/responses.cpp", "server/streams.cpp",
-               "server/reading.cpp", "server/openapi.cpp", "server/page.cpp", "server/page_text.cpp"],
+               "server/reading.cpp", "server/conversations.cpp", "server/openapi.cpp",
+               "server/page.cpp", "server/page_text.cpp"],
 }
 # Sections between VALAR_COLD_BEGIN and _END (prologue.hpp), but for the parts that make token masks.
 COLD = ["api", "template", "grammar", "store", "server"]

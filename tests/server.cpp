@@ -581,6 +581,7 @@ TEST_CASE("server: the page") {
 TEST_CASE("server: models, by id and by alias, with a slash in either form") {
     Serving serving;
     const Json list = parse(serving.get("/v1/models").body);
+    CHECK(list["models"].write() == list["data"].write());
     CHECK(list["object"].as_string() == "list");
     REQUIRE(list["data"].size() == 3);
     CHECK(list["data"][0].write() ==
@@ -1841,6 +1842,241 @@ TEST_CASE("server: openai: a response as events") {
     }
 }
 
+TEST_CASE("server: openai: tools of types that are not known, and a probe without input") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    const std::string tools = R"("tools":[{"type":"namespace","name":"n","tools":[]},)"
+                              R"({"type":"function","name":"f"},{"type":"of_next_year"}])";
+    const HttpReply reply = serving.post(with_input("x", tools));
+    REQUIRE(reply.status == 200);
+    const Json object = parse(reply.body);
+    REQUIRE(object["tools"].size() == 1);
+    CHECK(object["tools"][0]["name"].as_string() == "f");
+    CHECK(object["output"][1]["name"].as_string() == "f");
+    // What a server would have to run, and what is not even an object with a type.
+    for (const char* refused : {R"({"type":"web_search"})", R"({"type":"mcp"})", "{}", "1"})
+        CHECK(serving.post(with_input("x", R"("tools":[)" + std::string(refused) + "]")).status ==
+              400);
+    for (const Json& empty : {Json::array(), Json("")}) {
+        CHECK(serving.post(with_input(empty, R"("max_output_tokens":1)")).status == 200);
+        CHECK(serving.post(with_input(empty, R"("max_output_tokens":2)")).status == 400);
+        CHECK(serving.post(with_input(empty, R"("store":true)")).status == 400);
+    }
+    Serving strict;
+    CHECK(strict.post(with_input("x", tools)).status == 400);
+    CHECK(strict.post(with_input(Json::array(), R"("max_output_tokens":1)")).status == 400);
+}
+
+TEST_CASE("server: a record is found by its idempotency key; compact is refused by name") {
+    Serving serving(with_keys());
+    const HttpHeaders keyed = {{"Content-Type", "application/json"}, {"Idempotency-Key", "a b"}};
+    const HttpReply made = serving.call("POST", "/v1/responses", hello, keyed, key_a);
+    serving.post(hello, key_a);
+    const Json list = parse(serving.get("/v1/responses?idempotency_key=a%20b", key_a).body);
+    REQUIRE(list["data"].size() == 1);
+    CHECK(list["data"][0]["id"].as_string() == id_of(made));
+    CHECK(list["has_more"].write() == "false");
+    for (const auto& [name, key] : {std::pair("a%20b", key_b), std::pair("c", key_a)})
+        CHECK(
+            parse(
+                serving.get("/v1/responses?idempotency_key=" + std::string(name), key).body)["data"]
+                .empty());
+    CHECK(serving.call("DELETE", "/v1/responses/" + id_of(made), {}, {}, key_a).status == 200);
+    CHECK(parse(serving.get("/v1/responses?idempotency_key=a%20b", key_a).body)["data"].empty());
+    const HttpReply compact = serving.call("POST", "/v1/responses/compact", hello,
+                                           {{"Content-Type", "application/json"}}, key_a);
+    CHECK(error_of(compact) == "400 invalid_request_error unsupported_value");
+    CHECK(compact.body.find("compact is not supported") != std::string::npos);
+}
+
+namespace {
+
+/// A conversation over HTTP.
+struct Talk {
+    Serving& serving;
+    std::string path = {};  // of it
+    HttpReply send(const std::string& method, const std::string& below,
+                   const std::string& body = {}) {
+        const HttpHeaders type = {{"Content-Type", "application/json"}};
+        return serving.call(method, "/v1/conversations" + path + below, body,
+                            body.empty() ? HttpHeaders() : type);
+    }
+    std::string start(const std::string& body) {
+        const HttpReply made = send("POST", "", body);
+        REQUIRE_MESSAGE(made.status == 200, made.body);
+        path = "/" + id_of(made);
+        return id_of(made);
+    }
+    std::string texts() {  // of its items, oldest first
+        std::string all;
+        const Json list = parse(send("GET", "/items?order=asc&limit=100").body);
+        for (const Json& item : list["data"].items())
+            all += std::string(item["content"][0]["text"].as_string()) + "|";
+        return all;
+    }
+};
+
+}  // namespace
+
+TEST_CASE("server: openai: a conversation, its items and its responses") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    Talk talk{serving};
+    const std::string id = talk.start(
+        R"({"metadata":{"topic":"t"},"items":[{"role":"user","content":"one"}]})");
+    CHECK(id.starts_with("conv_"));
+    const Json made = parse(talk.send("GET", "").body);
+    CHECK(made["object"].as_string() == "conversation");
+    CHECK(made["created_at"].is_int());
+    CHECK(made["metadata"].write() == R"({"topic":"t"})");
+    CHECK(parse(talk.send("POST", "", R"({"metadata":{"a":"b"}})").body)["metadata"].write() ==
+          R"({"a":"b"})");
+    const Json added = parse(
+        talk.send(
+                "POST", "/items",
+                R"({"items":[{"role":"assistant","content":"two"},{"role":"user","content":"3"}]})")
+            .body);
+    REQUIRE(added["data"].size() == 2);
+    CHECK(talk.texts() == "one|two|3|");
+    const std::string item = "/items/" + std::string(added["data"][1]["id"].as_string());
+    CHECK(talk.send("GET", item).body == added["data"][1].write());
+    CHECK(parse(talk.send("DELETE", item).body)["id"].as_string() == id);
+    CHECK(error_of(talk.send("GET", item)) == "404 not_found_error not_found");
+    CHECK(error_of(talk.send("DELETE", item)) == "404 not_found_error not_found");
+    // Newest first, page by page.
+    const Json page = parse(talk.send("GET", "/items?limit=1").body);
+    CHECK(page["has_more"].as_bool());
+    CHECK(page["data"][0]["content"][0]["text"].as_string() == "two");
+    const std::string after = "/items?limit=1&after=" + std::string(page["last_id"].as_string());
+    CHECK(parse(talk.send("GET", after).body)["data"][0]["content"][0]["text"].as_string() ==
+          "one");
+
+    // A response sees what is there, and adds what was said; by streams too.
+    const auto ask = [&](const std::string& words, const std::string& more = {}) {
+        return serving.post(R"({"model":"fake","conversation":")" + id + R"(","input":")" + words +
+                            "\"" + more + "}");
+    };
+    const HttpReply first = ask("four");
+    CHECK(parse(first.body)["conversation"]["id"].as_string() == id);
+    CHECK(parse(first.body)["output"][0]["content"][0]["text"].as_string() == "echo: onetwofour");
+    CHECK(talk.texts() == "one|two|four|echo: onetwofour|");
+    EventReader second(ask("five", R"(,"stream":true,"store":false)").body);
+    second.check_whole();
+    CHECK(second.text == "echo: onetwofourecho: onetwofourfive");
+    CHECK(talk.texts() == "one|two|four|echo: onetwofour|five|" + second.text + "|");
+    // Without input of its own too; what fails adds nothing.
+    CHECK(serving.post(R"({"model":"fake","conversation":{"id":")" + id + R"("}})").status == 200);
+    const std::string before = talk.texts();
+    serving.fake.failure = detail::make_error(ErrorKind::internal, "x", "internal_error");
+    CHECK(parse(ask("six").body)["status"].as_string() == "failed");
+    CHECK(talk.texts() == before);
+    serving.fake.failure.reset();
+    CHECK(error_of(ask("x", R"(,"previous_response_id":"resp_1")")) ==
+          "400 invalid_request_error invalid_value conversation");
+
+    // It is none of the responses, and they are none of it.
+    CHECK(serving.get("/v1/responses/" + id).status == 404);
+    CHECK(serving.get("/v1/responses/" + id + "/input_items").status == 404);
+    CHECK(serving.call("DELETE", "/v1/responses/" + id).status == 404);
+    CHECK(serving.get("/v1/conversations/" + id_of(first)).status == 404);
+    CHECK(serving.call("DELETE", "/v1/conversations/" + id_of(first)).status == 404);
+    CHECK(serving.get("/v1/responses?after=" + id).status == 400);
+    CHECK(serving.get("/v1/responses").body.find(R"("id":"conv_)") == std::string::npos);
+    CHECK(parse(talk.send("DELETE", "").body)["object"].as_string() == "conversation.deleted");
+    for (const char* below : {"", "/items"})
+        CHECK(error_of(talk.send("GET", below)) == "404 not_found_error not_found");
+    CHECK(error_of(ask("x")) == "404 not_found_error not_found");
+}
+
+TEST_CASE("server: openai: bodies that are no conversation") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    options.max_body_bytes = 4000;
+    Serving serving(options);
+    Talk talk{serving};
+    CHECK(talk.send("POST", "").status == 200);  // an empty one
+    for (const auto& [body, code] :
+         {std::pair("[]", "400 invalid_request_error invalid_type"),
+          std::pair("{", "400 invalid_request_error invalid_json"),
+          std::pair(R"({"metadata":{"a":1}})", "400 invalid_request_error invalid_type metadata.a"),
+          std::pair(R"({"items":1})", "400 invalid_request_error invalid_type items"),
+          std::pair(R"({"items":[{"role":"x","content":"y"}]})",
+                    "400 invalid_request_error invalid_value items[0].role")})
+        CHECK(error_of(talk.send("POST", "", body)) == code);
+    std::string many = R"({"items":[{"role":"user","content":"x"})";
+    for (int i = 0; i < 20; ++i) many += R"(,{"role":"user","content":"x"})";
+    CHECK(error_of(talk.send("POST", "", many + "]}")) ==
+          "400 invalid_request_error array_above_max_length items");
+    talk.start("{}");
+    CHECK(error_of(talk.send("POST", "", "{}")) ==
+          "400 invalid_request_error missing_required_parameter metadata");
+    CHECK(error_of(talk.send("POST", "/items", "{}")) ==
+          "400 invalid_request_error missing_required_parameter items");
+    const std::string large = R"({"items":[{"role":"user","content":")" + std::string(2000, 'x') +
+                              R"("}]})";
+    CHECK(talk.send("POST", "/items", large).status == 200);
+    CHECK(error_of(talk.send("POST", "/items", large)) ==
+          "400 invalid_request_error invalid_value items");
+    CHECK(talk.texts().size() == 2001);
+    // Nothing of it in the other dialect.
+    Serving other;
+    CHECK(other.get("/v1/conversations/conv_1").status == 404);
+    CHECK(other.post(with_input("x", R"("conversation":"conv_1")")).status == 400);
+}
+
+TEST_CASE("server: openai: many change one conversation at once, and nothing is lost") {
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    Serving serving(options);
+    Talk talk{serving};
+    const std::string id = talk.start("{}");
+    std::vector<std::thread> clients;
+    for (int i = 0; i < 4; ++i)
+        clients.emplace_back([&, i] {
+            for (int turn = 0; turn < 5; ++turn) {
+                Talk own{serving, talk.path};
+                own.send("POST", "/items", R"({"items":[{"role":"user","content":"w"}]})");
+                serving.post(R"({"model":"fake","input":"w","conversation":")" + id + "\"}");
+            }
+        });
+    for (std::thread& client : clients) client.join();
+    CHECK(parse(talk.send("GET", "/items?limit=100").body)["data"].size() == 4 * 5 * 3);
+}
+
+TEST_CASE("server: openai: a conversation that is left in a store goes on") {
+    MemoryStore store;
+    ServerOptions options = local();
+    options.dialect = Dialect::openai;
+    options.drain_timeout_ms = 10;
+    options.store = &store;
+    std::string path, id, running;
+    {
+        Serving serving(options, true);
+        Talk talk{serving};
+        id = talk.start(R"({"items":[{"role":"user","content":"one"}]})");
+        path = talk.path;
+        running = id_of(serving.post(R"({"model":"fake","input":"two","background":true,)"
+                                     R"("conversation":")" +
+                                     id + "\"}"));
+        REQUIRE(eventually([&] { return serving.fake.waiting().size() == 1; }));
+        talk.send("POST", "/items", R"({"items":[{"role":"user","content":"later"}]})");
+    }
+    Serving serving(options);
+    REQUIRE(eventually([&] {
+        return parse(serving.get("/v1/responses/" + running).body)["status"].as_string() ==
+               "completed";
+    }));
+    Talk talk{serving, path};  // it was answered from what stood there when it came
+    CHECK(talk.texts() == "one|later|two|echo: onetwo|");
+    // Like responses it expires, from its last change on.
+    store.expire(store.now_ms() + 47 * 3'600'000);
+    CHECK(talk.send("GET", "").status == 200);
+    store.expire(store.now_ms() + 49 * 3'600'000);
+    CHECK(talk.send("GET", "").status == 404);
+}
+
 TEST_CASE("server: openai: a stream that fails ends with its events") {
     ServerOptions options = local();
     options.dialect = Dialect::openai;
@@ -2971,8 +3207,9 @@ TEST_CASE("server: the document shows every route, and refers to nothing that is
         check_refs(shown, shown);
         std::set<std::string> names;
         for (const auto& route : detail::ServerLoop::all_routes()) {
+            if (route.openai && dialect != Dialect::openai) continue;
             const bool named = route.takes_argument();
-            const std::string path = detail::join({route.path, named ? "{id}" : "", route.suffix});
+            const std::string path = route.shown();
             const Json& known = shown["paths"][path];
             for (const auto& [method, one] :
                  {std::pair("get", route.get), std::pair("post", route.post),

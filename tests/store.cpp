@@ -187,6 +187,43 @@ TEST_CASE("store: a record from acceptance to its end") {
     });
 }
 
+TEST_CASE("store: a conversation's object is replaced, and is in no list") {
+    on_each_store(4000, 100, [](auto reopen) {
+        Direct store = reopen();
+        StoredResponse given;
+        given.id = "c1";
+        given.organisation = "a";
+        given.created_at_ms = 1000;
+        given.conversation = true;
+        REQUIRE(store.add(given).ok());
+        REQUIRE(store.add(record("r1", 10)).ok());
+        for (int64_t turn = 0; turn < 100; ++turn) {  // of 100 objects only one counts
+            const std::string object(500, static_cast<char>('a' + turn % 26));
+            REQUIRE(store.finish("c1", object, 2000 + turn).ok());
+            if (turn % 25 == 0) store = reopen();
+            const auto found = store.store->find("a", "c1");
+            REQUIRE(found);
+            CHECK(found->conversation);
+            CHECK(found->ended_at_ms == 2000 + turn);
+            CHECK(*found->object == object);
+            CHECK(store.store->bytes() < 2500);
+        }
+        CHECK(store.ids("a") == "r1");
+        CHECK(store.ids("a", "c1") == "error");
+        CHECK(store.begin("c1", 2).is(ErrorKind::not_found));
+        CHECK(store.finish("r1", "done", 3000).ok());
+        CHECK(store.finish("r1", "again", 3000).is(ErrorKind::not_found));
+        store.expire(2098 + 100'000);  // it counts from the last change
+        CHECK(store.store->find("a", "c1"));
+        store.expire(2099 + 100'000);
+        CHECK_FALSE(store.store->find("a", "c1"));
+        store = reopen();
+        store.expire(2099 + 100'000);
+        CHECK_FALSE(store.store->find("a", "c1"));
+        CHECK(store.ids("a") == "r1");
+    });
+}
+
 TEST_CASE("store: other organisations see nothing") {
     on_each_store(1 << 20, 100, [](auto reopen) {
         Direct store = reopen();

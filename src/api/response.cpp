@@ -251,6 +251,7 @@ Json render_tools(const Json& given) {
     Json tools = Json::array();
     for (const Json& tool : given.items()) {
         const bool custom = tool["type"].as_string() == "custom";
+        if (!custom && tool["type"].as_string() != "function") continue;  // was ignored
         Json shown = custom ? with_fields(tool, {"description"})
                             : with_fields(tool, {"description", "parameters", "strict"});
         if (custom) shown.set("format", render_format(tool["format"]));
@@ -333,6 +334,8 @@ Json render_response(const ResponseRecord& record, Dialect dialect) {
         .set("previous_response_id", asked["previous_response_id"])
         .set("prompt_cache_key", asked["prompt_cache_key"])
         .set("safety_identifier", nullptr);
+    if (const Json& in = asked["conversation"]; !in.is_null())
+        object.set("conversation", in.is_object() ? in : Json::object().set("id", in));
     if (words.echo) object.set("user", asked["user"]);
     object.set("metadata", render_metadata(asked["metadata"]))
         .set("usage", render_usage(done ? outcome.usage : Usage{}, words));

@@ -19,7 +19,7 @@ namespace detail {
 
 namespace {
 
-constexpr ServerParameter list_query[] = {server_limit, server_after};
+constexpr ServerParameter list_query[] = {server_limit, server_after, server_key};
 constexpr ServerParameter items_query[] = {server_limit, server_after, server_order};
 constexpr ServerParameter stream_query[] = {server_stream, server_starting_after};
 
@@ -87,8 +87,36 @@ const ServerLoop::Route ServerLoop::routes[] = {
      .suffix = "/input_items",
      .get = {&Loop::get_input_items, "listInputItems", "What was asked, newest first.", "ItemList",
              items_query}},
+    {.path = "/v1/responses/compact",
+     .post = {&Loop::post_compact, "compactResponse", "Is not supported.", "Error"}},
+    {.path = "/v1/conversations",
+     .post = {&Loop::post_conversation, "createConversation", "Begins a conversation.",
+              "Conversation"},
+     .openai = true},
+    {.path = "/v1/conversations/",
+     .get = {&Loop::get_conversation, "getConversation", "A conversation.", "Conversation"},
+     .post = {&Loop::update_conversation, "updateConversation", "Replaces its metadata.",
+              "Conversation"},
+     .remove = {&Loop::delete_conversation, "deleteConversation", "Forgets it and its items.",
+                "DeletedConversation"},
+     .openai = true},
+    {.path = "/v1/conversations/",
+     .suffix = "/items",
+     .get = {&Loop::get_items, "listItems", "Its items, newest first.", "ItemList", items_query},
+     .post = {&Loop::post_items, "createItems", "Adds items to it.", "ItemList"},
+     .openai = true},
+    {.path = "/v1/conversations/",
+     .middle = "/items/",
+     .get = {&Loop::get_item, "getItem", "An item of it.", "InputItem"},
+     .remove = {&Loop::delete_item, "deleteItem", "Takes an item away.", "Conversation"},
+     .openai = true},
 };
 std::span<const ServerLoop::Route> ServerLoop::all_routes() { return routes; }
+
+std::string ServerLoop::Route::shown() const {
+    return join(
+        {path, takes_argument() ? "{id}" : "", suffix, middle, middle.empty() ? "" : "{item}"});
+}
 
 std::string ServerLoop::Route::allowed() const {
     std::string all;
@@ -111,8 +139,17 @@ void ServerLoop::find_route(Exchange& exchange) {
         if (path.substr(end) != route.suffix) continue;
         auto argument = server_unescape(path.substr(route.path.size(), end - route.path.size()));
         if (!argument || argument->empty() == takes) continue;
+        if (route.openai && options.dialect != Dialect::openai) continue;
+        std::string item;
+        if (const size_t at = argument->find(route.middle); !route.middle.empty()) {
+            if (at == argument->npos) continue;
+            item = argument->substr(at + route.middle.size());
+            argument->resize(at);
+            if (argument->empty() || item.empty() || item.find('/') != item.npos) continue;
+        }
         if (!route.slashes && argument->find('/') != argument->npos) continue;
         exchange.argument = std::move(*argument);
+        exchange.item = std::move(item);
         exchange.route = &route;
     }
 }

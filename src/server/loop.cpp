@@ -196,9 +196,12 @@ Error ServerLoop::store_error(const Error& error) {
 void ServerLoop::log_exchange(const Exchange& exchange, int status) {
     const double ms = static_cast<double>(monotonic_ns() - exchange.started_ns) / 1e6;
     const Route* route = exchange.route;
-    const bool nested = route && !route->suffix.empty();
+    const bool nested = route && !(route->suffix.empty() && route->middle.empty());
     const std::string name = route ? std::string(route->path) + (nested ? "*" : "") : "none";
-    ++answered[{name + (nested ? std::string(route->suffix) : ""), status}];
+    const std::string tail = !nested                 ? ""
+                             : route->middle.empty() ? std::string(route->suffix)
+                                                     : std::string(route->middle) + "*";
+    ++answered[{name + tail, status}];
     answer_seconds += ms / 1e3;
     if (!options.log.write) return;
     Json line = Json::object();
@@ -327,7 +330,8 @@ Json server_model_json(const ModelInfo& model, const std::string& id) {
 }
 
 Json server_model_list(Json data) {
-    return Json::object().set("object", "list").set("data", std::move(data));
+    const Json same = data;  // by the name under which some clients look for it
+    return Json::object().set("object", "list").set("data", std::move(data)).set("models", same);
 }
 
 bool server_answers_to(const ModelInfo& model, const std::string& id) {

@@ -47,9 +47,10 @@ inline constexpr uint32_t server_max_retry_s = 60;             // advised to a c
 inline constexpr size_t server_max_key_length = 255;           // of an idempotency key
 inline constexpr uint64_t server_trouble_ns = 60'000'000'000;  // between two lines on one trouble
 inline constexpr size_t server_list_default = 20, server_list_most = 100;
-inline constexpr size_t server_max_turns = 1000;    // of a chain of previous responses
-inline constexpr uint32_t server_max_attempts = 2;  // to answer one request, after crashes
-inline constexpr size_t server_recovering = 16;     // taken up again at a time
+inline constexpr size_t server_max_turns = 1000;     // of a chain of previous responses
+inline constexpr size_t server_most_new_items = 20;  // of a conversation, in one request
+inline constexpr uint32_t server_max_attempts = 2;   // to answer one request, after crashes
+inline constexpr size_t server_recovering = 16;      // taken up again at a time
 inline constexpr uint64_t server_max_key_file = 16 << 20;
 inline constexpr uint64_t server_beat_ns = 10'000'000'000;  // between comments of a stream
 inline constexpr size_t server_most_unsent = 256 << 10;     // of a stream; then it waits
@@ -79,6 +80,14 @@ inline constexpr ServerParameter server_starting_after = {
     0,
     INT64_MAX,
     true};
+inline constexpr ServerParameter server_key = {
+    "idempotency_key", "Only the one that this key of the caller reserved."};
+
+/// A conversation as it is kept.
+struct ServerConversation {
+    Json created_at, metadata;
+    std::vector<Json> items;  // in their long form, each with an id
+};
 
 struct ServerLoop : HttpHandler {
     struct Exchange;
@@ -97,12 +106,15 @@ struct ServerLoop : HttpHandler {
     struct Route {
         std::string_view path;         // ending in '/', unless it is that: an argument follows
         std::string_view suffix = {};  // behind the argument
+        std::string_view middle = {};  // between the argument and an item's id
         Operation get = {}, post = {}, remove = {};
         bool slashes = false;  // in the argument
         bool open = false;     // needs no key
+        bool openai = false;   // in that dialect alone
         const Surface* surface = nullptr;
         std::string allowed() const;  // the header Allow
         bool takes_argument() const { return path.size() > 1 && path.back() == '/'; }
+        std::string shown() const;  // the path, as a template
     };
     static const Route routes[];
     static std::span<const Route> all_routes();
@@ -110,7 +122,7 @@ struct ServerLoop : HttpHandler {
     /// A request that is not answered yet.
     struct Exchange {
         uint64_t number = 0;  // in http
-        std::string request_id, method, path, argument, query;
+        std::string request_id, method, path, argument, item, query;
         std::string organisation = "default";
         std::string key_id = "open";
         std::string cors_origin;  // to be named in the reply
@@ -189,6 +201,7 @@ struct ServerLoop : HttpHandler {
         std::string text = {};  // the object, for a caller that does not wait for the end
         AnswerForm form = {};
         std::unique_ptr<EventWriter> events = {};  // of a stream
+        std::string conversation_last = {};
     };
 
     struct FinishJob : Job {
@@ -197,6 +210,8 @@ struct ServerLoop : HttpHandler {
         std::shared_ptr<const Outcome> outcome = {};
         AnswerForm form = {};  // of the request
         Result<std::string> answer = std::string();
+        std::string conversation = {};  // that has not got it yet
+        std::vector<Json> said = {};    // items for that: of the request, of the answer
     };
 
     struct RecoverJob : Job {
@@ -228,6 +243,17 @@ struct ServerLoop : HttpHandler {
         std::string organisation = {}, id = {}, query = {};
     };
 
+    struct ConversationJob;
+    using ConversationApply = Result<void> (*)(ConversationJob& job, ServerConversation& now);
+    struct ConversationJob : AnswerJob {
+        std::string organisation = {}, id = {}, item = {}, query = {}, body = {};
+        ConversationApply apply = nullptr;
+        bool changes = false;
+        std::shared_ptr<const std::string> changed = {};  // what is to be kept
+        JobPtr<FinishJob> finish = {};                    // of the response that it waits for
+    };
+    struct ConversationStep;
+
     struct RemoveJob : AnswerJob {
         std::string id = {};
     };
@@ -251,8 +277,9 @@ struct ServerLoop : HttpHandler {
     std::deque<std::pair<uint64_t, uint64_t>> timeouts;  // of waiting exchanges, soonest first
     std::deque<std::pair<uint64_t, uint64_t>> beats;     // of streams, as timeouts
     std::deque<std::string> recoverable;                 // waiting, oldest first
-    std::vector<JobPtr<FinishJob>> unsaved;              // outcomes that the store had no room for
-    size_t recovering = 0;                               // of them, on their way
+    std::unordered_map<std::string, std::deque<JobPtr<ConversationJob>>> conversations;  // changing
+    std::vector<JobPtr<FinishJob>> unsaved;  // outcomes that the store had no room for
+    size_t recovering = 0;                   // of them, on their way
     size_t finishing = 0;
     size_t queued = 0;        // live and not running
     double finish_gap_s = 1;  // between two ends, on average
@@ -335,6 +362,15 @@ struct ServerLoop : HttpHandler {
     void delete_response(Exchange& exchange, HttpRequest& request);
     void post_cancel(Exchange& exchange, HttpRequest& request);
     void get_input_items(Exchange& exchange, HttpRequest& request);
+    void post_compact(Exchange& exchange, HttpRequest& request);
+    void post_conversation(Exchange& exchange, HttpRequest& request);
+    void get_conversation(Exchange& exchange, HttpRequest& request);
+    void update_conversation(Exchange& exchange, HttpRequest& request);
+    void delete_conversation(Exchange& exchange, HttpRequest& request);
+    void get_items(Exchange& exchange, HttpRequest& request);
+    void post_items(Exchange& exchange, HttpRequest& request);
+    void get_item(Exchange& exchange, HttpRequest& request);
+    void delete_item(Exchange& exchange, HttpRequest& request);
 
     // replies
     HttpReply make_reply(const Exchange& exchange, int status, std::string body,
@@ -382,12 +418,17 @@ struct ServerLoop : HttpHandler {
     void answer_job(JobPtr<AnswerJob> job);
 
     // accepting
+    std::optional<StoredResponse> find_record(const std::string& organisation,
+                                              const std::string& id,
+                                              bool conversation = false) const;
     Responder* find_responder(const std::string& model) const;
-    Result<void> add_previous(const std::string& organisation, Request* request, Json body) const;
+    Result<void> add_previous(const std::string& organisation, Request* request, Json body,
+                              std::string* last) const;
     Result<void> read_key(AcceptJob& job, const Json& body, const Request& request) const;
     Result<Request> read_request(const Json& body, AnswerForm* form, SurfaceBody* read) const;
     Result<std::unique_ptr<Prepared>> prepare(const std::string& organisation, Json body,
-                                              Request* request, Responder** responder) const;
+                                              Request* request, Responder** responder,
+                                              std::string* last) const;
     void count_work(CountJob& job);
     Result<void> accept(AcceptJob& job);
     Result<void> make_record(AcceptJob& job, const Request& request);
@@ -398,6 +439,21 @@ struct ServerLoop : HttpHandler {
     void take_back(const std::string& id, uint64_t exchange_number, Error error);
     void wait_for(Exchange& exchange, const std::string& id, Live& entry);
     void begin(JobPtr<AcceptJob> job);
+
+    // conversations
+    void send_conversation(Exchange& exchange, HttpRequest& request, ConversationApply apply,
+                           bool changes);
+    void send_conversation(JobPtr<ConversationJob> job);
+    void conversation_work(ConversationJob& job);
+    void conversation_keep(JobPtr<ConversationJob> job);
+    void conversation_kept(JobPtr<ConversationJob> job);
+    void conversation_done(JobPtr<ConversationJob> job);
+    void extend_conversation(JobPtr<FinishJob> finish);
+    void create_work(ConversationJob& job);
+    void create_keep(JobPtr<ConversationJob> job);
+    void create_done(JobPtr<ConversationJob> job);
+    Result<void> add_conversation(const std::string& organisation, Json* body,
+                                  std::string* last) const;
 
     // working and finishing
     void take_events(const std::string& id);
@@ -432,6 +488,7 @@ struct ServerLoop : HttpHandler {
     void show(Exchange& exchange, const std::string& id, int unfinished_status,
               bool only_background = false);
     void show_work(ShowJob& job);
+    std::vector<std::string> keyed(const Exchange& exchange, std::string_view key) const;
     void list_work(ListJob& job);
     void items_work(ItemsJob& job);
     std::string render_live(const StoredResponse& stored, bool running) const;
@@ -440,6 +497,8 @@ struct ServerLoop : HttpHandler {
 bool server_answers_to(const ModelInfo& model, const std::string& id);
 
 Result<Json> server_parameter(std::string_view query, const ServerParameter& row);
+/// One page of items, newest first unless the query asks otherwise.
+Result<std::string> server_page_of(std::vector<Json> items, std::string_view query);
 Error server_no_response(std::string_view id);
 Error server_field(const char* code, const char* param, std::string message);
 ResponseRecord server_record(const StoredResponse& stored, Status status);
@@ -453,6 +512,8 @@ Json server_model_list(Json data);
 Json server_model_json(const ModelInfo& model, const std::string& id);
 Json server_deleted(const std::string& id);
 Json server_count(const Surface* surface, uint32_t tokens);
+Json server_conversation(const std::string& id, const ServerConversation& conversation);
+Json server_deleted_conversation(const std::string& id);
 /// OpenAPI 3.1 of what a server with these options serves. `keyed`: it has API keys.
 Json server_openapi(Dialect dialect, bool keyed);
 

@@ -137,8 +137,12 @@ void doc_add_answers(Json* schemas) {
     };
     learn("Health", server_health());
     learn("Model", server_model_json({}, ""));
-    learn("ModelList", server_model_list(Json::array())).set("data", doc_array(doc_ref("Model")));
+    learn("ModelList", server_model_list(Json::array()))
+        .set("data", doc_array(doc_ref("Model")))
+        .set("models", doc_array(doc_ref("Model")));
     learn("DeletedResponse", server_deleted(""));
+    learn("Conversation", server_conversation("", {0, Json::object(), {}}));
+    learn("DeletedConversation", server_deleted_conversation(""));
     schemas->set("Document", doc_type("object"));
     Json count = Json::object();
     for (const Surface* surface : {&messages_count_surface, static_cast<const Surface*>(nullptr)})
@@ -221,7 +225,9 @@ Json DocWriter::parameters(const Route& route, const Operation& one) const {
                      .set("description", about)
                      .set("schema", std::move(schema)));
     };
-    if (route.takes_argument()) add("path", "id", "Of the response or model.", doc_text(1));
+    if (route.takes_argument())
+        add("path", "id", "Of the response, conversation or model.", doc_text(1));
+    if (!route.middle.empty()) add("path", "item", "Of the item.", doc_text(1));
     for (const ServerParameter& row : one.query) {
         if (!serves(row)) continue;
         Json schema = row.words.empty() ? doc_type("string") : doc_words(row.words);
@@ -255,8 +261,8 @@ Json DocWriter::operation(const Route& route, const Operation& one) const {
 Json DocWriter::paths() {
     Json all = Json::object();
     for (const Route& route : ServerLoop::all_routes()) {
-        const bool named = route.takes_argument();
-        const std::string path = join({route.path, named ? "{id}" : "", route.suffix});
+        if (route.openai && dialect != Dialect::openai) continue;
+        const std::string path = route.shown();
         if (!all.contains(path)) all.set(path, Json::object());
         if (route.post.handle == &ServerLoop::post_response)
             doc_add_surface(&schemas, route.surface, dialect);

@@ -51,7 +51,7 @@ void ServerLoop::show(Exchange& exchange, const std::string& id, int unfinished_
 }
 
 void ServerLoop::show_work(ShowJob& job) {
-    const auto stored = store->find(job.organisation, job.id);
+    const auto stored = find_record(job.organisation, job.id);
     if (!stored) {
         job.error = server_no_response(job.id);
         return;
@@ -154,8 +154,10 @@ Error server_bad_after(std::string_view after) {
 
 void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
     auto page = server_page(exchange.query);
-    if (!page) return refuse(exchange, page.error());
-    auto ids = store->list(exchange.organisation, page->after, page->limit + 1);
+    auto key = server_parameter(exchange.query, server_key);
+    if (!page || !key) return refuse(exchange, page ? key.error() : page.error());
+    auto ids = key->is_string() ? Result(keyed(exchange, key->as_string()))
+                                : store->list(exchange.organisation, page->after, page->limit + 1);
     if (!ids)
         return refuse(exchange, ids.error().kind == ErrorKind::not_found
                                     ? server_bad_after(page->after)
@@ -171,6 +173,14 @@ void ServerLoop::get_responses(Exchange& exchange, HttpRequest&) {
         job->ids.emplace_back(std::move(id), running);
     }
     send_job<&ServerLoop::list_work, &ServerLoop::answer_job>(std::move(job));
+}
+
+/// The one that this caller's key reserved, or none.
+std::vector<std::string> ServerLoop::keyed(const Exchange& exchange, std::string_view key) const {
+    const std::string name = exchange.key_id + "\n" + std::string(trim(key));
+    const auto held = store->reserved(exchange.organisation, name);
+    if (!held || held->deleted) return {};
+    return {held->id};
 }
 
 void ServerLoop::list_work(ListJob& job) {
@@ -196,30 +206,37 @@ void ServerLoop::get_input_items(Exchange& exchange, HttpRequest&) {
     send_job<&ServerLoop::items_work, &ServerLoop::answer_job>(std::move(job));
 }
 
-/// Newest first unless asked otherwise, as OpenAI has it.
 void ServerLoop::items_work(ItemsJob& job) {
-    const auto fail = [&](Error error) { job.error = std::move(error); };
-    auto page = server_page(job.query);
-    if (!page) return fail(page.error());
-    const auto stored = store->find(job.organisation, job.id);
-    if (!stored) return fail(server_no_response(job.id));
-    auto request = Json::parse(*stored->request);
-    if (!request) return fail(request.error());
-    std::vector<Json> items = render_input_items(*request, stored->id);
+    const auto list = [&]() -> Result<std::string> {
+        const auto stored = find_record(job.organisation, job.id);
+        if (!stored) return server_no_response(job.id);
+        auto request = Json::parse(*stored->request);
+        if (!request) return request.error();
+        return server_page_of(render_input_items(*request, stored->id), job.query);
+    };
+    auto page = list();
+    if (page) job.text = std::move(*page);
+    else job.error = std::move(page.error());
+}
+
+/// Newest first unless asked otherwise, as OpenAI has it.
+Result<std::string> server_page_of(std::vector<Json> items, std::string_view query) {
+    auto page = server_page(query);
+    if (!page) return page.error();
     if (!page->ascending) std::reverse(items.begin(), items.end());
     auto first = items.begin();
     if (!page->after.empty()) {
         first = std::find_if(items.begin(), items.end(), [&](const Json& item) {
             return item["id"].as_string() == page->after;
         });
-        if (first == items.end()) return fail(server_bad_after(page->after));
+        if (first == items.end()) return server_bad_after(page->after);
         ++first;
     }
     const size_t left = static_cast<size_t>(items.end() - first);
     const size_t count = std::min(left, page->limit);
     std::vector<Json> shown(std::make_move_iterator(first),
                             std::make_move_iterator(first + static_cast<ptrdiff_t>(count)));
-    job.text = server_list(std::move(shown), left > count).write();
+    return server_list(std::move(shown), left > count).write();
 }
 
 // ---- Metrics -----------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ namespace {
 
 /// What acceptance resolved; a response is rendered from it and the request.
 std::string server_head(const ResponseRecord& record) {
-    return Json::object()
-        .set("message_id", record.message_id)
+    Json head = Json::object();
+    if (!record.conversation_last.empty()) head.set("conversation_last", record.conversation_last);
+    return head.set("message_id", record.message_id)
         .set("created_at", record.created_at)
         .set("model", record.model)
         .set("temperature", record.temperature)
@@ -51,6 +52,7 @@ ResponseRecord server_record(const StoredResponse& stored, Status status) {
     record.temperature = known["temperature"].as_double();
     record.top_p = known["top_p"].as_double();
     record.seed = known["seed"].as_int();
+    record.conversation_last = known["conversation_last"].as_string();
     record.status = status;
     if (request) record.request = std::move(*request);
     return record;
@@ -77,6 +79,15 @@ void ServerLoop::post_response(Exchange& exchange, HttpRequest& request) {
     }
     exchange.keyed = job->keys > 0;
     send_job<&ServerLoop::accept_work, &ServerLoop::accept_admit>(std::move(job));
+}
+
+/// A response, or a conversation: neither is found by a path of the other's.
+std::optional<StoredResponse> ServerLoop::find_record(const std::string& organisation,
+                                                      const std::string& id,
+                                                      bool conversation) const {
+    auto stored = store->find(organisation, id);
+    if (stored && stored->conversation != conversation) stored.reset();
+    return stored;
 }
 
 Responder* ServerLoop::find_responder(const std::string& wanted) const {
@@ -113,16 +124,23 @@ Result<void> ServerLoop::read_key(AcceptJob& job, const Json& body, const Reques
     return {};
 }
 
-/// Puts the turns of a chain of earlier responses before the request's own (openai dialect).
-Result<void> ServerLoop::add_previous(const std::string& organisation, Request* request,
-                                      Json body) const {
+/// Puts the turns of a chain of earlier responses, or of a conversation, before the request's own
+/// (openai dialect). `last`: of a conversation the last that counts, once it is known.
+Result<void> ServerLoop::add_previous(const std::string& organisation, Request* request, Json body,
+                                      std::string* last) const {
+    if (!request->conversation.empty()) {
+        if (auto added = add_conversation(organisation, &body, last); !added) return added;
+        auto whole = parse_response_request(body, options.dialect);
+        if (whole) *request = std::move(*whole);
+        return whole ? Result<void>() : whole.error();
+    }
     std::vector<StoredResponse> turns;  // newest first
     const auto refused = [](const std::string& message) {
         return server_field("previous_response_not_found", "previous_response_id", message);
     };
     std::string id = request->previous_response_id;
     for (uint64_t bytes = 0; !id.empty();) {
-        auto turn = store->find(organisation, id);
+        auto turn = find_record(organisation, id);
         if (!turn) return refused("no previous response '" + printable(id) + "'");
         if (!turn->terminal)
             return refused("the previous response '" + id + "' is not finished yet");
@@ -169,12 +187,12 @@ Result<Request> ServerLoop::read_request(const Json& body, AnswerForm* form,
 
 /// All that needs the model; `responder` is who has it.
 Result<std::unique_ptr<Prepared>> ServerLoop::prepare(const std::string& organisation, Json body,
-                                                      Request* request,
-                                                      Responder** responder) const {
+                                                      Request* request, Responder** responder,
+                                                      std::string* last) const {
     *responder = find_responder(request->model);
     if (!*responder) return server_no_model(request->model);
-    if (!request->previous_response_id.empty())
-        if (auto added = add_previous(organisation, request, std::move(body)); !added)
+    if (!request->previous_response_id.empty() || !request->conversation.empty())
+        if (auto added = add_previous(organisation, request, std::move(body), last); !added)
             return added.error();
     request->organisation = organisation;
     return (*responder)->prepare(*request);
@@ -194,7 +212,8 @@ Result<void> ServerLoop::accept(AcceptJob& job) {
         if (job.replay && job.replay->fingerprint == stored.fingerprint) return {};
     }
     const Surface* surface = job.form.surface;
-    auto prepared = prepare(stored.organisation, std::move(*body), &*request, &job.responder);
+    auto prepared = prepare(stored.organisation, std::move(*body), &*request, &job.responder,
+                            &job.conversation_last);
     if (!prepared)
         return surface ? surface_error(*surface, prepared.error(), read) : prepared.error();
     job.prepared = std::move(*prepared);
@@ -220,6 +239,7 @@ Json server_count(const Surface* surface, uint32_t tokens) {
 
 void ServerLoop::count_work(CountJob& job) {
     SurfaceBody read;
+    std::string last;
     Responder* responder = nullptr;
     const Surface* surface = job.form.surface;
     const auto prepared = [&]() -> Result<std::unique_ptr<Prepared>> {
@@ -227,7 +247,7 @@ void ServerLoop::count_work(CountJob& job) {
         if (!body) return body.error();
         auto request = read_request(*body, &job.form, &read);
         if (!request) return request.error();
-        auto made = prepare(job.organisation, std::move(*body), &*request, &responder);
+        auto made = prepare(job.organisation, std::move(*body), &*request, &responder, &last);
         if (!made && surface) return surface_error(*surface, made.error(), read);
         return made;
     }();
@@ -250,6 +270,7 @@ Result<void> ServerLoop::make_record(AcceptJob& job, const Request& request) {
     record.top_p = job.prepared->top_p;
     record.seed = job.prepared->seed;
     record.input_tokens = job.prepared->input_tokens;
+    record.conversation_last = job.conversation_last;
     stored.created_at_ms = store->now_ms();
     record.created_at = unix_time_ms() / 1000;
     stored.id = *id;
@@ -458,10 +479,18 @@ void ServerLoop::finish_work(FinishJob& job) {
     record.outcome = job.outcome;
     job.stored.object = server_shared(render_response(record, options.dialect).write());
     job.stored.head = job.stored.request = nullptr;
+    if (const Json& in = record.request["conversation"];
+        !in.is_null() && record.status == Status::completed) {
+        job.conversation = (in.is_object() ? in["id"] : in).as_string();
+        job.said = render_input_items(record.request, record.id);
+        if (const auto object = Json::parse(*job.stored.object))
+            for (const Json& item : (*object)["output"].items()) job.said.push_back(item);
+    }
     if (job.form.surface) job.answer = render_answer(job.form, *job.stored.object, options.dialect);
 }
 
 void ServerLoop::finish_keep(JobPtr<FinishJob> job) {
+    if (!job->error && !job->conversation.empty()) return extend_conversation(std::move(job));
     if (job->error || !job->store) return finish_done(std::move(job));
     const std::string id = job->stored.id;
     auto object = job->stored.object;
@@ -529,6 +558,7 @@ void ServerLoop::delete_response(Exchange& exchange, HttpRequest&) {
 }
 
 void ServerLoop::remove(Exchange& exchange, const std::string& id) {
+    if (id.starts_with("conv_")) return refuse(exchange, server_no_response(id));
     auto job = std::make_unique<RemoveJob>();
     job->exchange = exchange.number;
     job->id = id;
@@ -545,6 +575,12 @@ void ServerLoop::remove_done(JobPtr<RemoveJob> job) {
     if (job->error && job->error->kind == ErrorKind::not_found) job->error = server_no_response(id);
     job->text = server_deleted(id).write();
     answer_job(std::move(job));
+}
+
+void ServerLoop::post_compact(Exchange& exchange, HttpRequest&) {
+    refuse(exchange, server_field("unsupported_value", "",
+                                  "POST /v1/responses/compact is not supported; a chain of "
+                                  "previous_response_id, or a conversation, is kept whole"));
 }
 
 Error server_not_background() {
@@ -570,6 +606,11 @@ void ServerLoop::recover_all() {
         return a.created_at_ms < b.created_at_ms;
     });
     for (const StoredResponse& stored : left) {
+        if (stored.conversation) {  // was not told of yet
+            store->erase(stored.organisation, stored.id, false, store->now_ms(),
+                         when_kept(std::make_unique<Job>()));
+            continue;
+        }
         Live& entry = live[stored.id];
         entry.state = Live::State::waiting;
         entry.organisation = stored.organisation;
@@ -614,7 +655,7 @@ void ServerLoop::recover_work(RecoverJob& job) {
         auto request = parse_response_request(record.request, options.dialect);
         if (!request) return request.error();
         auto prepared = this->prepare(record.organisation, std::move(record.request), &*request,
-                                      &job.responder);
+                                      &job.responder, &record.conversation_last);
         if (!prepared) return prepared.error();
         job.prepared = std::move(*prepared);
         return {};

@@ -42,7 +42,8 @@ namespace detail {
 void StoreIndex::link(const StoreEntry& entry) {
     const StoredResponse& record = entry.record;
     bytes_ += entry.cost();
-    if (!entry.erased) arrivals_[{record.organisation, entry.serial}] = &entry;
+    if (!entry.erased && !record.conversation)
+        arrivals_[{record.organisation, entry.serial}] = &entry;
     if (record.terminal) ended_[{record.ended_at_ms, entry.serial}] = &entry;
     if (!record.reservation.empty()) reserved_[{record.organisation, record.reservation}] = &entry;
 }
@@ -65,7 +66,8 @@ Result<std::vector<std::string>> StoreIndex::list(const std::string& organisatio
     uint64_t before = UINT64_MAX;
     if (!after.empty()) {
         const StoreEntry* entry = find(after);
-        if (!entry || entry->erased || entry->record.organisation != organisation)
+        if (!entry || entry->erased || entry->record.conversation ||
+            entry->record.organisation != organisation)
             return store_not_found();
         before = entry->serial;
     }
@@ -170,21 +172,16 @@ Result<void> StorePlan::add(const StoreChange& change) {
 /// begin and finish.
 Result<void> StorePlan::update(const StoreChange& change) {
     const StoreEntry* found = find(change.record.id);
-    if (!found || found->record.terminal)
+    const bool begins = change.kind == StoreChange::Kind::begin;
+    if (!found || !(begins ? !found->record.terminal : found->takes_object()))
         return make_error(ErrorKind::not_found, "no unfinished response has this id", "not_found");
     StoreEntry entry = *found;
-    if (change.kind == StoreChange::Kind::begin) {
-        entry.record.attempts = change.record.attempts;
-    } else {
-        entry.record.terminal = true;
-        entry.record.ended_at_ms = change.now_ms;
-        entry.record.object = change.record.object;
-        entry.text_bytes += size_of_text(change.record.object);
-        entry.begun = {};
-    }
-    step(change.record.id, std::move(entry), 0);
+    const int64_t died_ms = entry.record.terminal ? change.now_ms : 0;  // the object before this
+    if (begins) entry.record.attempts = change.record.attempts;
+    else entry.put_object(change.record.object, change.now_ms);
+    step(change.record.id, std::move(entry), died_ms);
     // What was worked for is kept, even where it alone is more than the limit.
-    if (change.kind == StoreChange::Kind::finish) make_room(0, change.record.id, change.now_ms);
+    if (!begins) make_room(0, change.record.id, change.now_ms);
     return {};
 }
 
@@ -197,7 +194,7 @@ Result<void> StorePlan::erase(const StoreChange& change) {
     if (change.tombstone && !found->record.reservation.empty()) {
         left = *found;
         left->erased = true;
-        left->text_bytes = 0;
+        left->text_bytes = left->object_bytes = 0;
         left->added = left->begun = left->ended = {};
         left->drop_texts();
         if (!left->record.terminal) left->record.ended_at_ms = change.now_ms;

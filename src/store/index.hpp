@@ -23,6 +23,10 @@ namespace detail {
 inline constexpr uint64_t store_bookkeeping_bytes =
     600;  // of one record: map nodes, strings, places
 
+inline uint64_t size_of_text(const std::shared_ptr<const std::string>& text) {
+    return text ? text->size() : 0;
+}
+
 /// Where a journal's record lies.
 struct JournalPlace {
     uint64_t offset = 0;
@@ -35,12 +39,23 @@ struct StoreEntry {
     StoredResponse record = {};
     uint64_t serial = 0;  // of arrival
     uint64_t text_bytes = 0;
-    bool erased = false;  // only the reservation is left
+    uint64_t object_bytes = 0;  // of those
+    bool erased = false;        // only the reservation is left
     JournalPlace added = {}, begun = {}, ended = {};
 
     uint64_t cost() const {
         return store_bookkeeping_bytes + 2 * record.id.size() + record.organisation.size() +
                2 * record.reservation.size() + record.fingerprint.size() + text_bytes;
+    }
+    /// Whether an object may be put here.
+    bool takes_object() const { return !erased && (!record.terminal || record.conversation); }
+    void put_object(const std::shared_ptr<const std::string>& object, int64_t ended_at_ms) {
+        record.terminal = true;
+        record.ended_at_ms = ended_at_ms;
+        record.object = object;
+        text_bytes += size_of_text(object) - object_bytes;
+        object_bytes = size_of_text(object);
+        begun = {};
     }
     void drop_texts() { record.head = record.request = record.object = nullptr; }
 };
@@ -48,10 +63,6 @@ struct StoreEntry {
 /// Whether `age_ms`, which is not negative, has passed since then. No difference overflows.
 inline bool store_is_past(int64_t since_ms, int64_t age_ms, int64_t now_ms) {
     return now_ms >= since_ms && uint64_t(now_ms) - uint64_t(since_ms) >= uint64_t(age_ms);
-}
-
-inline uint64_t size_of_text(const std::shared_ptr<const std::string>& text) {
-    return text ? text->size() : 0;
 }
 
 /// The records by id, by reservation, by organisation in order of arrival, and by their end.

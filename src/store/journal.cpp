@@ -168,11 +168,10 @@ void FileJournal::apply(JournalSegment& segment, uint16_t type, StoredResponse r
             entry.begun = place;
             break;
         case journal_finish:
-            if (!open) return segment.note_dead(record.ended_at_ms);  // of one that expired
-            entry.record.terminal = true;
-            entry.record.ended_at_ms = record.ended_at_ms;
-            entry.text_bytes += size_of_text(record.object);
-            entry.begun = {};
+            if (!found || !found->takes_object())
+                return segment.note_dead(record.ended_at_ms);  // of one that expired
+            if (!open) died_ms = record.ended_at_ms;           // the object before this
+            entry.put_object(record.object, record.ended_at_ms);
             entry.ended = place;
             break;
         case journal_erase:

@@ -169,7 +169,13 @@ void journal_fields(Codec codec, uint16_t type, StoredResponse& record, int64_t&
         codec.text(record.fingerprint);
         codec.number(record.created_at_ms);
     }
-    if (type == journal_add) codec.number(record.background);
+    if (type == journal_add) {
+        unsigned flags = unsigned(record.background) | unsigned(record.conversation) << 1;
+        codec.number(flags);
+        record.background = flags & 1;
+        record.conversation = flags & 2;
+        if constexpr (std::is_same_v<Codec, JournalDecoder>) codec.good = codec.good && flags < 4;
+    }
     if (type == journal_add || type == journal_begin) codec.number(record.attempts);
     if (type == journal_finish || type == journal_erase) codec.number(record.ended_at_ms);
     if (type == journal_erase || type == journal_drop) codec.number(died_ms);

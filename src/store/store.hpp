@@ -22,13 +22,15 @@ namespace detail {
 class Folder;
 }
 
-/// What a Store keeps of one response.
+/// What a Store keeps of one response, or of one conversation: that has an object alone, which may
+/// be replaced.
 struct StoredResponse {
     std::string id;
     std::string organisation;
     std::string reservation;  ///< key id and idempotency key, unique in its organisation; or empty
     std::string fingerprint;  ///< of the request that reserved it
     bool background = false;
+    bool conversation = false;  ///< is none of the responses that `list` tells of
     bool terminal = false;
     uint32_t attempts = 0;                            ///< how often its work was begun
     int64_t created_at_ms = 0;                        ///< by Store::now_ms
@@ -63,7 +65,7 @@ public:
     virtual void add(StoredResponse record, StoreDone done) = 0;
     /// Work on it begins for the attempts-th time. Errors: not_found; io.
     virtual void begin(const std::string& id, uint32_t attempts, StoreDone done) = 0;
-    /// Makes it terminal. Errors: not_found; overloaded; io.
+    /// Makes it terminal; of a conversation, also the next object. Errors: not_found; overloaded; io.
     virtual void finish(const std::string& id, std::shared_ptr<const std::string> object,
                         int64_t now_ms, StoreDone done) = 0;
     /// Drops a record; with `tombstone` its reservation stays its time. Errors: not_found; io.

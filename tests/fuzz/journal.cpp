@@ -47,6 +47,7 @@ void use(FileStore& store) {
     if (auto ids = store.list("a", "", 100))
         for (const std::string& id : *ids) {
             (void)store.find("a", id);
+            store.finish(id, std::make_shared<const std::string>("next"), 1, {});
             store.erase("a", id, true, 1, {});
         }
     store.expire(int64_t{1} << 50);
